@@ -1,0 +1,77 @@
+"""Every error that a user can meet, as one tree. Each text is one line that names the setting, file or row and what to do.
+
+DistilleryError
+├── RecipeError               a recipe that can't be read, or asks for what can't be
+├── DataError                 a row, file or column of the data set
+├── CredentialsError          a key, endpoint name or login that is missing or refused
+├── TeacherError              the teacher can't do what the recipe asks of it
+│   └── TeacherUnavailable    the endpoint does not answer (infrastructure: worth a retry)
+├── StoreError                the artifact store
+│   ├── StoreUnavailable      does not answer (infrastructure: worth a retry)
+│   └── ArtifactDamaged       a folder that is missing, half-written or does not match its digest
+├── TrainingError             training can't start or gave no usable student
+├── ExportError               Olive or ONNX Runtime produced no usable model
+├── ModelError                a model folder that can't be loaded or asked
+└── RegistryError             a model can't be registered, found or downloaded
+    └── RegistryUnavailable   does not answer (infrastructure: worth a retry)
+"""
+
+
+class DistilleryError(Exception):
+    """Base of all errors that the user can mend; printed as one line, without a traceback."""
+
+
+class RecipeError(DistilleryError):
+    pass
+
+
+class DataError(DistilleryError):
+    pass
+
+
+class CredentialsError(DistilleryError):
+    pass
+
+
+class TeacherError(DistilleryError):
+    pass
+
+
+class TeacherUnavailable(TeacherError):
+    pass
+
+
+class StoreError(DistilleryError):
+    pass
+
+
+class StoreUnavailable(StoreError):
+    pass
+
+
+class ArtifactDamaged(StoreError):
+    pass
+
+
+class TrainingError(DistilleryError):
+    pass
+
+
+class ExportError(DistilleryError):
+    pass
+
+
+class ModelError(DistilleryError):
+    pass
+
+
+class RegistryError(DistilleryError):
+    pass
+
+
+class RegistryUnavailable(RegistryError):
+    pass
+
+
+INFRASTRUCTURE_ERRORS = (TeacherUnavailable, StoreUnavailable, RegistryUnavailable)
+"""The only errors for which a stage is tried again as a whole."""

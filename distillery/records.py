@@ -1,0 +1,211 @@
+"""The hand-off records between stages: frozen, JSON both ways; URIs, digests and counts, never a payload or a secret.
+
+Each record has a `content_id`: a digest of what later stages depend on. Two equal runs give equal content_ids, wherever
+and whenever they ran: URIs, times, costs and the producing run's name are no part of it.
+"""
+
+import hashlib
+import json
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+def digest_of(value: Any) -> str:
+    """SHA-256 (hex) of a JSON-able value in canonical form: sorted keys, no spaces, UTF-8."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+class Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Example(Record):
+    """One multiple-choice row: `choices` are the option texts in order; `answer_key` is the gold letter, if known."""
+
+    example_id: str
+    question: str
+    concept: str = ""
+    choices: tuple[str, ...]
+    answer_key: str | None = None
+
+    @property
+    def letters(self) -> tuple[str, ...]:
+        return LETTERS[: len(self.choices)]
+
+
+LETTERS = tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
+
+
+class Usage(Record):
+    """Tokens of one call or of many, as the endpoint counts them."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+
+class TeacherLabel(Record):
+    """A teacher's accepted answer to one row: a letter and, where the endpoint gave log-probabilities,
+    the distribution over the row's letters (sums to 1)."""
+
+    example_id: str
+    answer: str
+    distribution: dict[str, float] | None = None
+    usage: Usage = Usage()
+
+
+class RejectedLabel(Record):
+    """A row whose answer is no option or never came: kept with its reason and never trained on."""
+
+    example_id: str
+    reason: str
+    raw: str = ""
+
+
+class Artifact(Record):
+    """A folder in the artifact store. `sha256` covers every file's path and content; `uri` may change when a store moves."""
+
+    uri: str
+    sha256: str
+    bytes: int
+
+    @property
+    def content_id(self) -> str:
+        return self.sha256
+
+
+class StageRecord(Record):
+    """What a stage returns: an artifact and its counts. `produced_by` names the run that did the work."""
+
+    artifact: Artifact
+    produced_by: str = ""
+    seconds: float = 0.0
+
+    @property
+    def content_id(self) -> str:
+        return self.artifact.sha256
+
+
+class Split(Record):
+    """A split of the prepared data: `file` in the artifact's folder, one Example a line (JSONL)."""
+
+    file: str
+    rows: int
+    sha256: str
+
+
+class PreparedDataset(StageRecord):
+    splits: dict[str, Split]
+    duplicates_dropped: int = 0
+    near_duplicates_dropped: int = 0
+
+
+class TeacherLabels(StageRecord):
+    """Files in the folder: labels.jsonl (TeacherLabel), rejected.jsonl (RejectedLabel), train_data.jsonl (the lab's
+    Question/Answer rows)."""
+
+    teacher: str
+    accepted: int
+    rejected: int
+    soft: bool
+    asked: int = 0
+    usage: Usage = Usage()
+    cost: float | None = None
+
+
+class CurvePoint(Record):
+    """`loss` is the mean over the steps since the last point; `validation_accuracy` (0 to 1) is there at an epoch's end."""
+
+    step: int
+    loss: float
+    validation_accuracy: float | None = None
+
+
+class StudentCheckpoint(StageRecord):
+    """`weights/`: a whole model in safetensors (full), or a PEFT adapter (lora) beside `base/`, the model that it was
+    trained on, where that is no model that can be named (a part of the layers)."""
+
+    method: Literal["full", "lora"]
+    base: str
+    parameters: int
+    steps: int
+    curve: tuple[CurvePoint, ...] = ()
+    validation_accuracy: float | None = None
+    device: str = "cpu"
+    remote_code: bool = False
+
+
+class OnnxModel(StageRecord):
+    """A folder that ONNX Runtime GenAI loads: genai_config.json at its top."""
+
+    precision: str
+    algorithm: str
+    parameters: int
+    adapter_apart: bool = False
+
+    @property
+    def bytes(self) -> int:
+        return self.artifact.bytes
+
+
+class Interval(Record):
+    """A two-sided 95 % interval."""
+
+    low: float
+    high: float
+
+
+class ScoreRow(Record):
+    """One line of the scoreboard: a predictor on the test rows. Latencies in milliseconds, memory in MiB, bytes of its folder."""
+
+    name: str
+    kind: Literal["reference", "baseline", "model"]
+    correct: int
+    rows: int
+    accuracy: float
+    interval: Interval
+    versus_teacher: Interval | None = None
+    agreement: float | None = None
+    parameters: int | None = None
+    bytes: int | None = None
+    rows_per_second: float | None = None
+    p50_ms: float | None = None
+    p95_ms: float | None = None
+    peak_mib: float | None = None
+
+
+class EvaluationReport(StageRecord):
+    """Files in the folder: report.json, answers.jsonl (one test row a line: each predictor's answer), scoreboard.md, scoreboard.png."""
+
+    scoreboard: tuple[ScoreRow, ...]
+    candidate: str
+    machine: str = ""
+
+    def row(self, name: str) -> ScoreRow:
+        return next(row for row in self.scoreboard if row.name == name)
+
+
+class GateDecision(Record):
+    """`passed`: the candidate may be registered. `reason` is one line for people."""
+
+    passed: bool
+    reason: str
+    champion: str | None = None
+
+
+class RegisteredModel(StageRecord):
+    """`manifest_sha256` is that of manifest.json inside the registered folder, which lists every file with its sha256."""
+
+    name: str
+    version: str
+    registry: Literal["local", "azureml"]
+    role: str = "candidate"
+    manifest_sha256: str = Field(min_length=64, max_length=64)
+
+
+class Predictions(StageRecord):
+    """Files in the folder: predictions.jsonl (example_id, answer, probabilities), failed.jsonl (line, example_id, reason)."""
+
+    rows: int
+    failed: int

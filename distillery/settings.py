@@ -1,0 +1,77 @@
+"""What belongs to the machine or the account, not to the recipe: read from the environment or a .env file, once per call.
+
+None of it is part of any cache key: moving the store or changing a key repeats nothing.
+"""
+
+from functools import cache
+from pathlib import Path
+
+from dotenv import find_dotenv, load_dotenv
+from pydantic import AliasChoices, Field, SecretStr
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+@cache
+def load_environment() -> None:
+    """Reads .env in the working folder or above it; what the environment already says wins."""
+    load_dotenv(find_dotenv(usecwd=True))
+
+
+class _Settings(BaseSettings):
+    model_config = SettingsConfigDict(frozen=True, extra="ignore", populate_by_name=True, env_ignore_empty=True)
+
+    def __init__(self, **values: object) -> None:
+        load_environment()
+        super().__init__(**values)
+
+
+class LocalSettings(_Settings):
+    """DISTILLERY_HOME holds all that this machine writes; the others default to places inside it."""
+
+    home: Path = Field(default=Path(".distillery"), validation_alias="DISTILLERY_HOME")
+    store: str = Field(default="", validation_alias="DISTILLERY_STORE")
+    labels: str = Field(default="", validation_alias="DISTILLERY_LABELS")
+    registry: str = Field(default="", validation_alias="DISTILLERY_REGISTRY")
+    remote_code: str = Field(default="", validation_alias="DISTILLERY_REMOTE_CODE")
+
+    @property
+    def folder(self) -> Path:
+        return self.home.expanduser().absolute()
+
+    @property
+    def store_url(self) -> str:
+        """An fsspec URL: a local folder by default, abfs:// on Azure."""
+        return self.store or str(self.folder / "store")
+
+    @property
+    def labels_url(self) -> str:
+        """An SQLAlchemy URL of the label store."""
+        return self.labels or f"sqlite:///{self.folder / 'labels.db'}"
+
+    @property
+    def registry_url(self) -> str:
+        """An MLflow tracking URI of the local registry."""
+        return self.registry or f"sqlite:///{self.folder / 'registry.db'}"
+
+    @property
+    def remote_code_models(self) -> frozenset[str]:
+        """Models whose own Python code may run on this machine, comma-separated in DISTILLERY_REMOTE_CODE."""
+        return frozenset(name.strip() for name in self.remote_code.split(",") if name.strip())
+
+
+class TeacherSettings(_Settings):
+    """The teacher's endpoint, under the lab's names."""
+
+    model: str = Field(default="", validation_alias="TEACHER_MODEL_NAME")
+    endpoint: str = Field(default="", validation_alias="TEACHER_MODEL_ENDPOINT")
+    key: SecretStr = Field(default=SecretStr(""), validation_alias="TEACHER_MODEL_KEY")
+
+
+class AzureMLSettings(_Settings):
+    """The Azure ML workspace, under the lab's names."""
+
+    subscription_id: str = Field(default="", validation_alias="AZUREML_SUBSCRIPTION_ID")
+    resource_group: str = Field(default="", validation_alias="AZUREML_RESOURCE_GROUP")
+    workspace: str = Field(
+        default="", validation_alias=AliasChoices("AZUREML_WS_NAME", "AZUREML_WORKSPACE_NAME")
+    )

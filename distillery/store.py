@@ -1,0 +1,218 @@
+"""The artifact store: content-addressed folders on any fsspec URL, the one thing that workers on different machines share.
+
+An artifact's digest covers the path, size and sha256 of each file in it. manifest.json, which lists them, is written last:
+a folder without one is not there. A local store writes beside and renames; object storage is written straight to the
+digest's prefix. Whatever is read is verified against the manifest, and the manifest against the digest.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import fsspec
+from pydantic import ValidationError
+
+from distillery.errors import ArtifactDamaged, StoreError, StoreUnavailable
+from distillery.records import Artifact, Record, digest_of
+from distillery.settings import LocalSettings
+
+MANIFEST = "manifest.json"
+_CHUNK = 1 << 20
+
+
+class FileEntry(Record):
+    path: str
+    sha256: str
+    bytes: int
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 (hex) of a file's content, read in pieces."""
+    hasher = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(_CHUNK):
+            hasher.update(piece)
+    return hasher.hexdigest()
+
+
+def list_files(folder: Path) -> tuple[FileEntry, ...]:
+    """Every file below `folder`, in the order of its path; paths with forward slashes."""
+    entries = []
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        entries.append(
+            FileEntry(path=path.relative_to(folder).as_posix(), sha256=sha256_of(path), bytes=path.stat().st_size)
+        )
+    return tuple(entries)
+
+
+def digest_of_files(files: tuple[FileEntry, ...]) -> str:
+    return digest_of([entry.model_dump() for entry in files])
+
+
+class ArtifactStore:
+    """Folders by digest under `url`. Raises StoreUnavailable where the storage does not answer, ArtifactDamaged where a
+    folder is missing, half-written or altered."""
+
+    def __init__(self, url: str | None = None, cache: Path | None = None) -> None:
+        settings = LocalSettings()
+        self.url = (url or settings.store_url).rstrip("/")
+        self._fs, self._root = fsspec.core.url_to_fs(self.url)
+        self._local = isinstance(self._fs, fsspec.implementations.local.LocalFileSystem)
+        self._cache = cache or settings.folder / "cache"
+
+    def put(self, folder: Path) -> Artifact:
+        """Stores the content of `folder`; storing the same content twice writes once."""
+        files = list_files(folder)
+        if not files:
+            raise StoreError(f"{folder}: an empty folder is no artifact")
+        digest = digest_of_files(files)
+        artifact = Artifact(uri=f"{self.url}/{digest}", sha256=digest, bytes=sum(f.bytes for f in files))
+        with _storage_errors(self.url):
+            if not self._is_whole(digest):
+                (self._put_local if self._local else self._put_remote)(folder, digest, files)
+        return artifact
+
+    def fetch(self, artifact: Artifact) -> Path:
+        """A local folder with the artifact's verified content. Treat it as read-only."""
+        with _storage_errors(self.url):
+            folder = Path(self._root) / artifact.sha256 if self._local else self._download(artifact.sha256)
+        self._verify(folder, artifact.sha256)
+        return folder
+
+    def holds(self, artifact: Artifact) -> bool:
+        """Whether `fetch` would give the artifact back whole; reads every byte of a local one."""
+        try:
+            self.fetch(artifact)
+        except ArtifactDamaged:
+            return False
+        return True
+
+    def _is_whole(self, digest: str) -> bool:
+        path = f"{self._root}/{digest}"
+        if not self._fs.exists(f"{path}/{MANIFEST}"):
+            return False
+        if not self._local:
+            return True
+        try:
+            self._verify(Path(path), digest)
+        except ArtifactDamaged:
+            # A folder that was damaged after it was written is moved aside, so that the good copy can take its place.
+            os.replace(path, f"{path}.damaged-{uuid.uuid4().hex[:8]}")
+            return False
+        return True
+
+    def _put_local(self, folder: Path, digest: str, files: tuple[FileEntry, ...]) -> None:
+        root = Path(self._root)
+        root.mkdir(parents=True, exist_ok=True)
+        beside = Path(tempfile.mkdtemp(prefix=".writing-", dir=root))
+        try:
+            for entry in files:
+                target = beside / entry.path
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(folder / entry.path, target)
+            (beside / MANIFEST).write_text(_manifest_text(files))
+            final = root / digest
+            if final.exists() and not (final / MANIFEST).exists():
+                os.replace(final, root / f"{digest}.damaged-{uuid.uuid4().hex[:8]}")
+            try:
+                os.rename(beside, final)
+            except OSError:
+                # Another run stored the same content in the meantime.
+                if not (final / MANIFEST).exists():
+                    raise
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+
+    def _put_remote(self, folder: Path, digest: str, files: tuple[FileEntry, ...]) -> None:
+        for entry in files:
+            self._fs.put_file(str(folder / entry.path), f"{self._root}/{digest}/{entry.path}")
+        self._fs.pipe_file(f"{self._root}/{digest}/{MANIFEST}", _manifest_text(files).encode())
+
+    def _download(self, digest: str) -> Path:
+        final = self._cache / digest
+        if (final / MANIFEST).exists():
+            return final
+        remote = f"{self._root}/{digest}"
+        if not self._fs.exists(f"{remote}/{MANIFEST}"):
+            raise ArtifactDamaged(f"{self.url}/{digest}: not in the store, or not completely written; run its stage again")
+        self._cache.mkdir(parents=True, exist_ok=True)
+        beside = Path(tempfile.mkdtemp(prefix=".reading-", dir=self._cache))
+        try:
+            manifest = self._fs.cat_file(f"{remote}/{MANIFEST}").decode()
+            for entry in _read_manifest(manifest, remote):
+                target = beside / entry.path
+                target.parent.mkdir(parents=True, exist_ok=True)
+                self._fs.get_file(f"{remote}/{entry.path}", str(target))
+            (beside / MANIFEST).write_text(manifest)
+            self._verify(beside, digest)
+            os.rename(beside, final)
+        except FileNotFoundError as error:
+            raise ArtifactDamaged(f"{self.url}/{digest}: a file is missing ({error}); run its stage again") from error
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+        return final
+
+    def _verify(self, folder: Path, digest: str) -> None:
+        manifest = folder / MANIFEST
+        if not manifest.exists():
+            raise ArtifactDamaged(f"{folder}: not in the store, or not completely written; run its stage again")
+        files = _read_manifest(manifest.read_text(), str(folder))
+        if digest_of_files(files) != digest:
+            raise ArtifactDamaged(f"{manifest}: does not match the digest {digest[:12]}; run its stage again")
+        for entry in files:
+            path = folder / entry.path
+            if not path.is_file() or path.stat().st_size != entry.bytes or sha256_of(path) != entry.sha256:
+                raise ArtifactDamaged(f"{path}: missing or altered since it was written; run its stage again")
+
+
+def _manifest_text(files: tuple[FileEntry, ...]) -> str:
+    return json.dumps({"files": [entry.model_dump() for entry in files]}, indent=1)
+
+
+def _read_manifest(text: str, place: str) -> tuple[FileEntry, ...]:
+    try:
+        payload: dict[str, Any] = json.loads(text)
+        files = tuple(FileEntry(**entry) for entry in payload["files"])
+    except (ValueError, KeyError, TypeError, ValidationError) as error:
+        raise ArtifactDamaged(f"{place}/{MANIFEST}: can't be read ({type(error).__name__}); run its stage again") from error
+    if any(Path(entry.path).is_absolute() or ".." in Path(entry.path).parts for entry in files):
+        raise ArtifactDamaged(f"{place}/{MANIFEST}: names a file outside the folder")
+    return files
+
+
+@contextmanager
+def working_folder(purpose: str) -> Iterator[Path]:
+    """A scratch folder on the disk that holds DISTILLERY_HOME, removed afterwards whatever happens."""
+    parent = LocalSettings().folder / "work"
+    parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f"{purpose}-", dir=parent))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _storage_errors(url: str) -> Iterator[None]:
+    """Turns what file systems and Azure raise into one line that says what to do."""
+    try:
+        yield
+    except (StoreError, FileNotFoundError):
+        raise
+    except OSError as error:
+        if error.errno in (28, 122):
+            raise StoreError(f"{url}: the disk is full; free some space or set DISTILLERY_STORE, then run again") from error
+        if error.errno in (13, 30):
+            raise StoreError(f"{url}: not writable ({error.strerror}); set DISTILLERY_STORE to a place that is") from error
+        raise StoreUnavailable(f"{url}: the store does not answer ({error})") from error
+    except Exception as error:
+        if type(error).__module__.startswith(("azure.", "aiohttp")):
+            raise StoreUnavailable(f"{url}: the store does not answer ({type(error).__name__})") from error
+        raise
