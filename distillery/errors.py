@@ -1,4 +1,4 @@
-"""Every error that a user can meet, as one tree. Each text is one line that names the setting, file or row and what to do.
+"""Every error that a user can meet, as one tree. Each text is one line: the setting, file or row, and what to do.
 
 DistilleryError
 ├── RecipeError               a recipe that can't be read, or asks for what can't be

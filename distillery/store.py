@@ -141,7 +141,9 @@ class ArtifactStore:
             return final
         remote = f"{self._root}/{digest}"
         if not self._fs.exists(f"{remote}/{MANIFEST}"):
-            raise ArtifactDamaged(f"{self.url}/{digest}: not in the store, or not completely written; run its stage again")
+            raise ArtifactDamaged(
+                f"{self.url}/{digest}: not in the store, or not completely written; run its stage again"
+            )
         self._cache.mkdir(parents=True, exist_ok=True)
         beside = Path(tempfile.mkdtemp(prefix=".reading-", dir=self._cache))
         try:
@@ -181,7 +183,9 @@ def _read_manifest(text: str, place: str) -> tuple[FileEntry, ...]:
         payload: dict[str, Any] = json.loads(text)
         files = tuple(FileEntry(**entry) for entry in payload["files"])
     except (ValueError, KeyError, TypeError, ValidationError) as error:
-        raise ArtifactDamaged(f"{place}/{MANIFEST}: can't be read ({type(error).__name__}); run its stage again") from error
+        raise ArtifactDamaged(
+            f"{place}/{MANIFEST}: can't be read ({type(error).__name__}); run its stage again"
+        ) from error
     if any(Path(entry.path).is_absolute() or ".." in Path(entry.path).parts for entry in files):
         raise ArtifactDamaged(f"{place}/{MANIFEST}: names a file outside the folder")
     return files
@@ -208,9 +212,13 @@ def _storage_errors(url: str) -> Iterator[None]:
         raise
     except OSError as error:
         if error.errno in (28, 122):
-            raise StoreError(f"{url}: the disk is full; free some space or set DISTILLERY_STORE, then run again") from error
+            raise StoreError(
+                f"{url}: the disk is full; free some space or set DISTILLERY_STORE, then run again"
+            ) from error
         if error.errno in (13, 30):
-            raise StoreError(f"{url}: not writable ({error.strerror}); set DISTILLERY_STORE to a place that is") from error
+            raise StoreError(
+                f"{url}: not writable ({error.strerror}); set DISTILLERY_STORE to a place that is"
+            ) from error
         raise StoreUnavailable(f"{url}: the store does not answer ({error})") from error
     except Exception as error:
         if type(error).__module__.startswith(("azure.", "aiohttp")):
