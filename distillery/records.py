@@ -64,7 +64,7 @@ class RejectedLabel(Record):
 
 
 class Artifact(Record):
-    """A folder in the artifact store. `sha256` covers every file's path and content; `uri` may change when a store moves."""
+    """A folder in the artifact store. `sha256` covers all paths and contents; `uri` may change when a store moves."""
 
     uri: str
     sha256: str
@@ -115,7 +115,7 @@ class TeacherLabels(StageRecord):
 
 
 class CurvePoint(Record):
-    """`loss` is the mean over the steps since the last point; `validation_accuracy` (0 to 1) is there at an epoch's end."""
+    """`loss` is the mean since the last point; `validation_accuracy` (0 to 1) is there at an epoch's end."""
 
     step: int
     loss: float
@@ -157,7 +157,7 @@ class Interval(Record):
 
 
 class ScoreRow(Record):
-    """One line of the scoreboard: a predictor on the test rows. Latencies in milliseconds, memory in MiB, bytes of its folder."""
+    """One line of the scoreboard: a predictor on the test rows. Latencies in ms, memory in MiB, bytes of its folder."""
 
     name: str
     kind: Literal["reference", "baseline", "model"]
@@ -176,7 +176,8 @@ class ScoreRow(Record):
 
 
 class EvaluationReport(StageRecord):
-    """Files in the folder: report.json, answers.jsonl (one test row a line: each predictor's answer), scoreboard.md, scoreboard.png."""
+    """Files in the folder: report.json, answers.jsonl (one test row a line: each predictor's answer), scoreboard.md,
+    scoreboard.png."""
 
     scoreboard: tuple[ScoreRow, ...]
     candidate: str
@@ -195,7 +196,7 @@ class GateDecision(Record):
 
 
 class RegisteredModel(StageRecord):
-    """`manifest_sha256` is that of manifest.json inside the registered folder, which lists every file with its sha256."""
+    """`manifest_sha256` is that of manifest.json inside the registered folder, which lists every file's sha256."""
 
     name: str
     version: str
@@ -205,7 +206,8 @@ class RegisteredModel(StageRecord):
 
 
 class Predictions(StageRecord):
-    """Files in the folder: predictions.jsonl (example_id, answer, probabilities), failed.jsonl (line, example_id, reason)."""
+    """Files in the folder: predictions.jsonl (example_id, answer, probabilities), failed.jsonl (line, example_id,
+    reason)."""
 
     rows: int
     failed: int

@@ -1,10 +1,11 @@
-"""What belongs to the machine or the account, not to the recipe: read from the environment or a .env file, once per call.
+"""What belongs to the machine or the account, not to the recipe: read from the environment or a .env file.
 
 None of it is part of any cache key: moving the store or changing a key repeats nothing.
 """
 
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from dotenv import find_dotenv, load_dotenv
 from pydantic import AliasChoices, Field, SecretStr
@@ -20,7 +21,7 @@ def load_environment() -> None:
 class _Settings(BaseSettings):
     model_config = SettingsConfigDict(frozen=True, extra="ignore", populate_by_name=True, env_ignore_empty=True)
 
-    def __init__(self, **values: object) -> None:
+    def __init__(self, **values: Any) -> None:
         load_environment()
         super().__init__(**values)
 

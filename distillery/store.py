@@ -1,8 +1,8 @@
-"""The artifact store: content-addressed folders on any fsspec URL, the one thing that workers on different machines share.
+"""The artifact store: content-addressed folders on any fsspec URL, all that workers on different machines share.
 
-An artifact's digest covers the path, size and sha256 of each file in it. manifest.json, which lists them, is written last:
-a folder without one is not there. A local store writes beside and renames; object storage is written straight to the
-digest's prefix. Whatever is read is verified against the manifest, and the manifest against the digest.
+An artifact's digest covers the path, size and sha256 of each file in it. manifest.json, which lists them, is written
+last: a folder without one is not there. A local store writes beside and renames; object storage is written straight to
+the digest's prefix. Whatever is read is verified against the manifest, and the manifest against the digest.
 """
 
 import hashlib
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+from fsspec.implementations.local import LocalFileSystem
 from pydantic import ValidationError
 
 from distillery.errors import ArtifactDamaged, StoreError, StoreUnavailable
@@ -63,8 +64,8 @@ class ArtifactStore:
     def __init__(self, url: str | None = None, cache: Path | None = None) -> None:
         settings = LocalSettings()
         self.url = (url or settings.store_url).rstrip("/")
-        self._fs, self._root = fsspec.core.url_to_fs(self.url)
-        self._local = isinstance(self._fs, fsspec.implementations.local.LocalFileSystem)
+        self._fs, self._root = fsspec.url_to_fs(self.url)
+        self._local = isinstance(self._fs, LocalFileSystem)
         self._cache = cache or settings.folder / "cache"
 
     def put(self, folder: Path) -> Artifact:
@@ -141,9 +142,7 @@ class ArtifactStore:
             return final
         remote = f"{self._root}/{digest}"
         if not self._fs.exists(f"{remote}/{MANIFEST}"):
-            raise ArtifactDamaged(
-                f"{self.url}/{digest}: not in the store, or not completely written; run its stage again"
-            )
+            raise ArtifactDamaged(f"{remote}: not in the store, or not completely written; run its stage again")
         self._cache.mkdir(parents=True, exist_ok=True)
         beside = Path(tempfile.mkdtemp(prefix=".reading-", dir=self._cache))
         try:

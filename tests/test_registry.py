@@ -1,0 +1,457 @@
+"""Both registries: the full circle, tampering, doubles, champions, and what each says of what is missing or down.
+
+The local one is real MLflow on real SQLite. Azure's is the real MLClient, DefaultAzureCredential and azure-storage-blob
+against azure_ml_stand_in.py and real Azurite.
+"""
+
+import json
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from azure_ml_stand_in import (
+    ACCOUNT,
+    ACCOUNT_KEY,
+    CONTAINER,
+    AzureMLStandIn,
+    Certificate,
+    azurite,
+    container_sas,
+    free_port,
+    make_certificate,
+    resolve_localhost,
+)
+
+from distillery.errors import CredentialsError, DistilleryError, RegistryError, RegistryUnavailable
+from distillery.recipe import RegistryRecipe
+from distillery.records import RegisteredModel
+from distillery.registry import AZURE_DEADLINE, AzureRegistry, LocalRegistry, Registry, open_registry
+from distillery.store import ArtifactStore, digest_of_files, list_files, sha256_of
+
+PROVENANCE = {"data": "d" * 64, "teacher": {"identity": "t"}, "evaluation": {"accuracy": 0.875}}
+AZURE_NAMES = ("AZUREML_SUBSCRIPTION_ID", "AZUREML_RESOURCE_GROUP", "AZUREML_WS_NAME", "AZUREML_WORKSPACE_NAME")
+
+
+@pytest.fixture(autouse=True)
+def no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("DISTILLERY_STORE", "DISTILLERY_REGISTRY", *AZURE_NAMES):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return model_folder(tmp_path / "onnx")
+
+
+def model_folder(folder: Path, weights: bytes = b"\x00\x01weights" * 1000) -> Path:
+    """Shaped like an exported model, with what Azure's own upload would drop: a .gitignore and what it names."""
+    (folder / "tokenizer").mkdir(parents=True)
+    (folder / "genai_config.json").write_text("{}")
+    (folder / "model.onnx.data").write_bytes(weights)
+    (folder / "tokenizer" / "vocabulary.txt").write_text("grüße\n", encoding="utf-8")
+    (folder / ".gitignore").write_text("*.data\n")
+    return folder
+
+
+def one_line(error: DistilleryError) -> str:
+    text = str(error)
+    assert "\n" not in text
+    assert len(text) < 500
+    return text
+
+
+class Place:
+    """A registry and the way into its storage, past its own interface: `damage(model, file, change)` rewrites a stored
+    file by `change`, where None stands for no file."""
+
+    def __init__(self, registry: Registry, damage: Callable[[RegisteredModel, str, Any], None]) -> None:
+        self.registry, self.damage = registry, damage
+
+
+@pytest.fixture
+def local(home: Path) -> Place:
+    def damage(model: RegisteredModel, file: str, change: Any) -> None:
+        path = Path(model.artifact.uri) / file
+        content = change(path.read_bytes() if path.exists() else None)
+        if content is None:
+            path.unlink()
+        else:
+            path.write_bytes(content)
+
+    return Place(LocalRegistry(), damage)
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Certificate:
+    return make_certificate(tmp_path_factory.mktemp("tls"))
+
+
+@pytest.fixture(scope="module")
+def blob_port(tmp_path_factory: pytest.TempPathFactory, certificate: Certificate) -> Iterator[int]:
+    port = free_port()
+    with azurite(tmp_path_factory.mktemp("azurite"), certificate, port):
+        yield port
+
+
+@pytest.fixture
+def stand_in(certificate: Certificate, monkeypatch: pytest.MonkeyPatch) -> Iterator[AzureMLStandIn]:
+    """Azure ML with its storage down, until a test says where it is."""
+    arm = AzureMLStandIn(blob_port=free_port(), secrets=container_sas())
+    monkeypatch.setattr(socket, "getaddrinfo", resolve_localhost(socket.getaddrinfo))
+    for name in ("AZURE_CLIENT_ID", "AZURE_TENANT_ID", "AZURE_CLIENT_SECRET"):
+        monkeypatch.delenv(name, raising=False)
+    with arm.running(certificate):
+        for name, value in arm.environment(certificate).items():
+            monkeypatch.setenv(name, value)
+        yield arm
+
+
+@pytest.fixture
+def azure(stand_in: AzureMLStandIn, blob_port: int, certificate: Certificate) -> Iterator[Place]:
+    from azure.storage.blob import ContainerClient
+
+    stand_in.blob_port = blob_port
+    url = f"https://{ACCOUNT}.blob.localhost:{blob_port}"
+    with ContainerClient(url, CONTAINER, credential={"account_name": ACCOUNT, "account_key": ACCOUNT_KEY}) as container:
+        container.create_container()
+
+        def damage(model: RegisteredModel, file: str, change: Any) -> None:
+            blob = container.get_blob_client(f"{model.artifact.uri.split('/paths/')[1]}{file}")
+            content = change(blob.download_blob().readall() if blob.exists() else None)
+            if content is None:
+                blob.delete_blob()
+            else:
+                blob.upload_blob(content, overwrite=True)
+
+        yield Place(AzureRegistry(), damage)
+        container.delete_container()
+
+
+def flip_a_byte(content: bytes) -> bytes:
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+
+
+BOTH = pytest.mark.parametrize("kind", ["local", pytest.param("azure", marks=pytest.mark.slow)])
+
+
+@pytest.fixture
+def place(kind: str, request: pytest.FixtureRequest) -> Place:
+    found: Place = request.getfixturevalue(kind)
+    return found
+
+
+@BOTH
+def test_the_full_circle(place: Place, folder: Path, tmp_path: Path) -> None:
+    registry = place.registry
+    model = registry.register(folder, "student", {"produced_by": "run-7", "task": "tone"}, PROVENANCE)
+
+    files = list_files(folder)
+    assert (model.name, model.version, model.role, model.registry) == ("student", "1", "candidate", registry.kind)
+    assert model.produced_by == "run-7"
+    assert model.artifact.sha256 == digest_of_files(files)
+    assert model.artifact.bytes == sum(file.bytes for file in files)
+    assert registry.list() == registry.list("student") == [model]
+    assert registry.get("student") == registry.get("student", "1") == model
+
+    manifest = registry.provenance(model)
+    assert manifest["model"] == "student"
+    assert manifest["provenance"] == PROVENANCE
+    assert {file["path"]: file["sha256"] for file in manifest["files"]} == {file.path: file.sha256 for file in files}
+
+    target = registry.download(model, tmp_path / "deep" / "down")
+    assert sha256_of(target / "manifest.json") == model.manifest_sha256
+    (target / "manifest.json").unlink()
+    assert list_files(target) == files
+    assert [path.name for path in target.parent.iterdir()] == ["down"]
+
+
+@BOTH
+def test_the_same_content_is_registered_once(place: Place, folder: Path, tmp_path: Path) -> None:
+    registry = place.registry
+    first = registry.register(folder, "student", {}, PROVENANCE)
+    assert registry.register(folder, "student", {}, PROVENANCE) == first
+    downloaded = registry.download(first, tmp_path / "down")
+    assert registry.register(downloaded, "student", {}, PROVENANCE) == first
+    assert registry.list("student") == [first]
+
+    second = registry.register(folder, "student", {}, {**PROVENANCE, "data": "e" * 64})
+    assert (second.version, second.artifact.sha256) == ("2", first.artifact.sha256)
+    other = registry.register(folder, "another", {}, PROVENANCE)
+    assert registry.list() == [other, second, first]
+
+
+@BOTH
+def test_one_version_is_the_champion(place: Place, folder: Path, tmp_path: Path) -> None:
+    registry = place.registry
+    first = registry.register(folder, "student", {"task": "tone"}, PROVENANCE)
+    second = registry.register(model_folder(tmp_path / "second", b"better"), "student", {}, PROVENANCE)
+    assert registry.get("student") == second
+
+    assert registry.promote(first).role == "champion"
+    assert registry.get("student") == first.model_copy(update={"role": "champion"})
+    assert registry.promote(registry.get("student", "2")).role == "champion"
+    roles = {model.version: model.role for model in registry.list("student")}
+    assert roles == {"2": "champion", "1": "candidate"}
+    assert registry.get("student").content_id == second.content_id
+    with pytest.raises(RegistryError, match="7"):
+        registry.promote(first.model_copy(update={"version": "7"}))
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        ("model.onnx.data", flip_a_byte),
+        ("model.onnx.data", lambda content: None),
+        ("manifest.json", lambda content: content.replace(b"0.875", b"0.975")),
+        ("manifest.json", lambda content: None),
+        ("extra.py", lambda content: b"import os"),
+    ],
+    ids=["flipped byte", "missing file", "edited manifest", "missing manifest", "added file"],
+)
+def test_a_tampered_folder_is_refused(
+    place: Place, folder: Path, tmp_path: Path, file: str, change: Callable[[Any], Any]
+) -> None:
+    registry = place.registry
+    model = registry.register(folder, "student", {}, PROVENANCE)
+    place.damage(model, file, change)
+
+    with pytest.raises(RegistryError) as caught:
+        registry.download(model, tmp_path / "down")
+    assert f"student version 1: {file}: " in one_line(caught.value)
+    assert not (tmp_path / "down").exists()
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".downloading")]
+    if file == "manifest.json":
+        with pytest.raises(RegistryError, match=r"manifest\.json"):
+            registry.provenance(model)
+
+
+@BOTH
+def test_registering_again_mends_a_damaged_copy(place: Place, folder: Path, tmp_path: Path) -> None:
+    registry = place.registry
+    model = registry.register(folder, "student", {}, PROVENANCE)
+    place.damage(model, "model.onnx.data", flip_a_byte)
+    assert registry.register(folder, "student", {}, PROVENANCE) == model
+    assert registry.list("student") == [model]
+    assert (registry.download(model, tmp_path / "down") / "model.onnx.data").read_bytes() == (
+        folder / "model.onnx.data"
+    ).read_bytes()
+
+
+@BOTH
+def test_what_is_not_there(place: Place, folder: Path) -> None:
+    registry = place.registry
+    assert registry.list() == registry.list("nobody") == []
+    with pytest.raises(RegistryError, match=r"nobody: no such model in .*; it holds: none"):
+        registry.get("nobody")
+    registry.register(folder, "student", {}, PROVENANCE)
+    with pytest.raises(RegistryError, match=r"nobody: no such model in .*; it holds: student"):
+        registry.get("nobody")
+    with pytest.raises(RegistryError, match=r"student: no version 9 in .*; it holds: 1"):
+        registry.get("student", "9")
+
+
+def test_a_folder_of_the_artifact_store_keeps_its_digest(folder: Path) -> None:
+    store = ArtifactStore()
+    artifact = store.put(folder)
+    model = LocalRegistry().register(store.fetch(artifact), "student", {}, PROVENANCE)
+    assert model.artifact.sha256 == artifact.sha256
+    assert store.holds(artifact)
+
+
+def test_a_moved_home_loses_nothing(home: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = LocalRegistry().register(folder, "student", {}, PROVENANCE)
+    home.rename(tmp_path / "moved")
+    monkeypatch.setenv("DISTILLERY_HOME", str(tmp_path / "moved"))
+    moved = LocalRegistry()
+    assert moved.get("student") == model
+    assert (moved.download(model, tmp_path / "down") / "genai_config.json").exists()
+
+
+def test_download_replaces_nothing_but_what_it_made(folder: Path, tmp_path: Path) -> None:
+    registry = LocalRegistry()
+    model = registry.register(folder, "student", {}, PROVENANCE)
+    target = registry.download(model, tmp_path / "down")
+    assert registry.download(model, target) == target
+    (target / "mine.txt").write_text("mine")
+    with pytest.raises(RegistryError, match="exists and is not student version 1"):
+        registry.download(model, target)
+    assert (target / "mine.txt").exists()
+
+
+def test_more_versions_than_one_page_of_mlflow(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlflow import MlflowClient
+
+    registry = LocalRegistry()
+    model = registry.register(folder, "student", {}, PROVENANCE)
+    whole = MlflowClient.search_model_versions
+
+    def two_a_page(client: Any, text: str, **options: Any) -> Any:
+        return whole(client, text, max_results=2, **options)
+
+    monkeypatch.setattr(MlflowClient, "search_model_versions", two_a_page)
+    for number in range(4):
+        registry.register(folder, "student", {}, {"number": number})
+    assert [each.version for each in registry.list("student")] == ["5", "4", "3", "2", "1"]
+    assert registry.list("student")[-1] == model
+
+
+def test_versions_of_others_are_left_out(folder: Path) -> None:
+    from mlflow import MlflowClient
+
+    registry = LocalRegistry()
+    registry.register(folder, "student", {}, PROVENANCE)
+    url = f"sqlite:///{Path(registry.get('student').artifact.uri).parents[2] / 'registry.db'}"
+    MlflowClient(tracking_uri=url, registry_uri=url).create_model_version("student", source=str(folder))
+    assert [model.version for model in registry.list("student")] == ["1"]
+
+
+def test_nothing_to_register(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for folder, words in ((tmp_path / "none", "no such folder"), (tmp_path / "empty", "empty folder")):
+        with pytest.raises(RegistryError, match=words):
+            LocalRegistry().register(folder, "student", {}, PROVENANCE)
+
+
+def test_a_registry_that_is_no_database(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("not a database, and longer than a header of SQLite would be" * 10)
+    for url, kind in (
+        (f"sqlite:///{tmp_path / 'notes.txt'}", RegistryError),
+        (f"sqlite:///{tmp_path / 'notes.txt' / 'registry.db'}", RegistryError),
+        (f"http://somebody:secret@127.0.0.1:{free_port()}", RegistryUnavailable),
+    ):
+        with pytest.raises(kind) as caught:
+            LocalRegistry(url).list()
+        assert "secret" not in one_line(caught.value) + str(caught.value.__cause__)
+
+
+def test_open_registry_follows_the_recipe(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert isinstance(open_registry(RegistryRecipe()), LocalRegistry)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("AZUREML_WS_NAME", "ws")
+    with pytest.raises(CredentialsError) as caught:
+        open_registry(RegistryRecipe(kind="azureml"))
+    assert one_line(caught.value) == (
+        "Azure ML: not set: AZUREML_SUBSCRIPTION_ID, AZUREML_RESOURCE_GROUP; put them into the environment or .env"
+    )
+    for name in AZURE_NAMES[:3]:
+        monkeypatch.setenv(name, "x")
+    assert open_registry(RegistryRecipe(kind="azureml")).kind == "azureml"
+
+
+@pytest.mark.slow
+def test_azure_gets_the_version_that_the_lab_registers(azure: Place, stand_in: AzureMLStandIn, folder: Path) -> None:
+    model = azure.registry.register(folder, "student", {"task": "tone"}, PROVENANCE)
+    properties = stand_in.versions["student"]["1"]["properties"]
+    assert properties["modelType"] == "custom_model"
+    assert properties["modelUri"].endswith(f"/workspaceblobstore/paths/distillery/student/{model.manifest_sha256}/")
+    assert properties["tags"] == {
+        "task": "tone",
+        "role": "candidate",
+        "manifest_sha256": model.manifest_sha256,
+        "files_sha256": model.artifact.sha256,
+        "bytes": str(model.artifact.bytes),
+    }
+    assert "sig=" not in json.dumps(properties)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("secrets", [{"secretsType": "AccountKey", "key": ACCOUNT_KEY}, None], ids=["key", "login"])
+def test_azure_storage_by_key_or_by_login(
+    azure: Place, stand_in: AzureMLStandIn, folder: Path, tmp_path: Path, secrets: dict[str, str] | None
+) -> None:
+    stand_in.secrets = secrets
+    model = azure.registry.register(folder, "student", {}, PROVENANCE)
+    assert azure.registry.download(model, tmp_path / "down").is_dir()
+
+
+ASK = """
+from distillery.errors import DistilleryError
+from distillery.registry import AzureRegistry
+try:
+    AzureRegistry().list()
+except DistilleryError as error:
+    print(type(error).__name__, error)
+"""
+
+
+@pytest.mark.slow
+def test_azure_without_a_login_says_one_line_and_no_more(
+    stand_in: AzureMLStandIn, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("IDENTITY_ENDPOINT", "IDENTITY_HEADER"):
+        monkeypatch.delenv(name)
+    # An empty PATH hides az and its kin, an empty HOME their logins.
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    answer = subprocess.run([sys.executable, "-c", ASK], capture_output=True, text=True, timeout=60)
+    assert answer.stdout == (
+        "CredentialsError no Azure login: run `az login`, or set AZURE_CLIENT_ID, AZURE_TENANT_ID and "
+        "AZURE_CLIENT_SECRET\n"
+    )
+    assert answer.stderr == ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("status", "kind", "words"),
+    [
+        (401, CredentialsError, "refuses the login"),
+        (403, CredentialsError, "refuses access"),
+        (400, RegistryError, "answered 400"),
+        (503, RegistryUnavailable, "does not answer"),
+    ],
+)
+def test_azure_refuses(stand_in: AzureMLStandIn, status: int, kind: type[DistilleryError], words: str) -> None:
+    stand_in.status = status
+    with pytest.raises(kind, match=words) as caught:
+        AzureRegistry().list("student")
+    one_line(caught.value)
+
+
+@pytest.mark.slow
+def test_azure_workspace_that_does_not_exist(stand_in: AzureMLStandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AZUREML_WS_NAME", "typo")
+    with pytest.raises(RegistryError, match="workspace typo") as caught:
+        AzureRegistry().get("student")
+    one_line(caught.value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("answer", ["refused", "silent"])
+def test_azure_with_its_storage_down(stand_in: AzureMLStandIn, folder: Path, answer: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        if answer == "silent":
+            stand_in.blob_port = listener.getsockname()[1]
+        start = time.monotonic()
+        with pytest.raises(RegistryUnavailable, match=f"storage {ACCOUNT} does not answer") as caught:
+            AzureRegistry().register(folder, "student", {}, PROVENANCE)
+        assert time.monotonic() - start < AZURE_DEADLINE
+    assert "sig=" not in one_line(caught.value)
+    assert caught.value.__cause__ is None
+    assert stand_in.versions == {}
+
+
+@pytest.mark.slow
+def test_azure_that_is_down(stand_in: AzureMLStandIn) -> None:
+    registry = AzureRegistry()
+    assert registry.list() == []
+    stand_in.port = free_port()
+    start = time.monotonic()
+    with pytest.raises(RegistryUnavailable, match="does not answer"):
+        AzureRegistry().list()
+    assert time.monotonic() - start < AZURE_DEADLINE
+
+
+def test_azurite_that_is_not_installed_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, certificate: Certificate
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(RuntimeError, match="npm ci --prefix tests/azurite"), azurite(tmp_path, certificate, 1):
+        pass

@@ -1,0 +1,361 @@
+"""The teacher's client: both SDKs against a real HTTP endpoint."""
+
+import email.utils
+import time
+import traceback
+from dataclasses import replace
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+import pytest
+from chat_endpoint import Call, ChatEndpoint, Reply, Script, completion, good, refused, replies, said
+from pydantic import SecretStr
+from tenacity import wait_none
+
+from distillery import teacher
+from distillery.errors import CredentialsError, TeacherError, TeacherUnavailable
+from distillery.recipe import TeacherRecipe
+from distillery.settings import TeacherSettings
+from distillery.teacher import Completion, Endpoint, Sdk, Teacher, infer_sdk, probe, resolve_endpoint, token_scope
+
+KEY = "key-7f3a-very-secret"
+MESSAGES = [{"role": "system", "content": "A or B or C"}, {"role": "user", "content": "Which temperature?"}]
+LETTERS = ("A", "B", "C")
+
+
+@pytest.fixture(params=["azure-ai-inference", "openai"])
+def sdk(request: pytest.FixtureRequest) -> Sdk:
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def _no_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(teacher, "BACKOFF", wait_none())
+
+
+def endpoint_of(server: ChatEndpoint, sdk: Sdk, key: str | None = KEY) -> Endpoint:
+    return Endpoint(server.url, "gpt-test", SecretStr(key) if key else None, "gpt-test", sdk)
+
+
+async def ask(script: Script, sdk: Sdk, times: int = 1, **recipe: Any) -> tuple[list[Completion], list[Call]]:
+    with ChatEndpoint(script) as server:
+        async with Teacher(TeacherRecipe(**recipe), endpoint_of(server, sdk)) as asked:
+            return [await asked.ask(MESSAGES, LETTERS) for _ in range(times)], server.calls
+
+
+async def fails(script: Script, sdk: Sdk, **recipe: Any) -> tuple[Exception, list[Call]]:
+    with ChatEndpoint(script) as server:
+        async with Teacher(TeacherRecipe(**recipe), endpoint_of(server, sdk)) as asked:
+            with pytest.raises((TeacherError, CredentialsError)) as caught:
+                await asked.ask(MESSAGES, LETTERS)
+        assert "\n" not in str(caught.value)
+        return caught.value, server.calls
+
+
+async def test_asks_for_what_the_recipe_says_and_reads_the_answer(sdk: Sdk) -> None:
+    script = lambda call: said("B", top={"B": 0.8, " B": 0.1, "A": 0.05})  # noqa: E731
+    (answer,), (call,) = await ask(script, sdk, soft_labels=True, max_tokens=7, temperature=0.5)
+    assert call.path.split("?")[0] == "/v1/chat/completions"
+    assert call.key == KEY
+    assert call.body == {
+        "model": "gpt-test",
+        "messages": MESSAGES,
+        "max_tokens": 7,
+        "temperature": 0.5,
+        "logprobs": True,
+        "top_logprobs": 20,
+    }
+    assert (answer.text, answer.finish_reason, answer.answer_letter) == ("B", "stop", "B")
+    assert [token for token, _ in answer.top_logprobs or ()] == ["B", " B", "A"]
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (40, 1)
+    assert answer.model_version == "teacher-2026-01-01"
+    assert answer.attempts == 1
+    assert answer.latency_ms > 0
+
+
+async def test_asks_for_no_log_probabilities_and_no_temperature_where_the_recipe_has_none(sdk: Sdk) -> None:
+    _, (call,) = await ask(good, sdk, soft_labels=False, temperature=None)
+    assert set(call.body) == {"model", "messages", "max_tokens"}
+
+
+async def test_log_probabilities_are_those_at_the_answer_and_not_in_the_thinking(sdk: Sdk) -> None:
+    body = completion("<think>Is it C </think> Answer: A", top={"A": 0.9, "C": 0.1})
+    for token in body["choices"][0]["logprobs"]["content"][:-1]:
+        token["top_logprobs"] = [{"token": "C", "logprob": -0.1, "bytes": None}]
+    (answer,), _ = await ask(lambda call: Reply(body), sdk, soft_labels=True)
+    assert answer.answer_letter == "A"
+    assert [token for token, _ in answer.top_logprobs or ()] == ["A", "C"]
+
+
+async def test_takes_back_what_the_endpoint_refuses_once_for_the_whole_run(sdk: Sdk) -> None:
+    def script(call: Call) -> Reply:
+        if "max_tokens" in call.body:
+            return refused(400, "'max_tokens' is not supported, use 'max_completion_tokens'", param="max_tokens")
+        if "temperature" in call.body:
+            return refused(400, "Unsupported value: 'temperature' does not support 0 with this model", code="x")
+        if call.body.get("top_logprobs", 0) > 5:
+            return refused(422, "top_logprobs: Input should be less than or equal to 5")
+        return good(call)
+
+    answers, calls = await ask(script, sdk, times=3, soft_labels=True)
+    assert len(answers) == 3
+    assert len(calls) == 3 + 3
+    assert set(calls[-1].body) == {"model", "messages", "max_completion_tokens", "logprobs", "top_logprobs"}
+    assert calls[-1].body["max_completion_tokens"] == 16
+    assert calls[-1].body["top_logprobs"] == 5
+
+
+async def test_a_refusal_of_another_parameter_takes_nothing_back(sdk: Sdk) -> None:
+    error, calls = await fails(lambda call: refused(400, "temperature or so", param="messages"), sdk)
+    assert len(calls) == 1
+    assert "400: temperature or so" in str(error)
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        refused(400, "'logprobs' is not supported with this model", param="logprobs"),
+        Reply({"detail": [{"type": "extra_forbidden", "loc": ["body", "logprobs"], "input": True}]}, 422),
+        said("A"),
+    ],
+    ids=["refused", "refused by FastAPI", "left out"],
+)
+async def test_soft_labels_from_an_endpoint_without_log_probabilities(sdk: Sdk, reply: Reply) -> None:
+    error, calls = await fails(lambda call: reply, sdk, soft_labels=True)
+    assert type(error) is TeacherError
+    assert "set teacher.soft_labels: false" in str(error)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("status", [401, 403])
+async def test_a_wrong_key_is_named_and_never_shown(sdk: Sdk, status: int) -> None:
+    error, calls = await fails(lambda call: refused(status, f"Incorrect API key provided: {call.key}"), sdk)
+    assert type(error) is CredentialsError
+    assert str(error).startswith("TEACHER_MODEL_KEY: refused by http://127.0.0.1")
+    assert len(calls) == 1
+    assert KEY not in everything_in(error)
+
+
+@pytest.mark.parametrize("status", [400, 404, 429, 500])
+async def test_no_error_shows_a_key_that_the_endpoint_echoes(sdk: Sdk, status: int) -> None:
+    error, _ = await fails(lambda call: refused(status, f"odd: {call.key}", code=call.key), sdk, attempts=1)
+    assert KEY not in everything_in(error)
+
+
+async def test_an_answer_that_echoes_the_key_is_kept_without_it(sdk: Sdk) -> None:
+    (answer,), _ = await ask(lambda call: said(f"Your key is {call.key}"), sdk)
+    assert answer.text == "Your key is ***"
+
+
+def everything_in(error: BaseException | None) -> str:
+    """What any handler could print of an exception and of those behind it."""
+    texts = []
+    while error:
+        texts += [str(error), repr(error), repr(vars(error)), "".join(traceback.format_exception(error))]
+        error = error.__cause__ or error.__context__
+    return "\n".join(texts)
+
+
+@pytest.mark.parametrize("reply", [refused(404, "no such route"), refused(400, "Unknown model", code="unknown_model")])
+async def test_an_unknown_model_names_both_settings(sdk: Sdk, reply: Reply) -> None:
+    error, calls = await fails(lambda call: reply, sdk)
+    assert type(error) is TeacherError
+    assert "TEACHER_MODEL_NAME gpt-test" in str(error)
+    assert "TEACHER_MODEL_ENDPOINT http://127.0.0.1" in str(error)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize(
+    "trouble",
+    [*(refused(status, "later") for status in (408, 409, 429, 500, 503)), Reply(drop=True)],
+    ids=["408", "409", "429", "500", "503", "dropped"],
+)
+async def test_passing_trouble_is_tried_again_and_no_more_often_than_the_recipe_says(sdk: Sdk, trouble: Reply) -> None:
+    (answer,), calls = await ask(replies([trouble, trouble]), sdk, attempts=3)
+    assert answer.text in LETTERS
+    assert answer.attempts == 3
+    assert len(calls) == 3
+    error, calls = await fails(lambda call: trouble, sdk, attempts=3)
+    assert type(error) is TeacherUnavailable
+    assert "after 3 tries" in str(error)
+    assert len(calls) == 3
+
+
+async def test_a_slow_answer_is_given_up(sdk: Sdk) -> None:
+    error, _ = await fails(lambda call: Reply(delay=30), sdk, attempts=1, timeout_s=0.2)
+    assert type(error) is TeacherUnavailable
+    assert "no answer within 0.2 s" in str(error)
+
+
+async def test_an_endpoint_that_is_down(sdk: Sdk) -> None:
+    with ChatEndpoint() as server:
+        endpoint = endpoint_of(server, sdk)
+    async with Teacher(TeacherRecipe(attempts=2), endpoint) as asked:
+        with pytest.raises(TeacherUnavailable, match=r"TEACHER_MODEL_ENDPOINT .* can't be reached after 2 tries"):
+            await asked.ask(MESSAGES, LETTERS)
+
+
+@pytest.mark.parametrize("form", ["seconds", "date", "milliseconds"])
+async def test_retry_after_is_honoured(sdk: Sdk, form: str) -> None:
+    def script(call: Call) -> Reply:
+        if call.number:
+            return good(call)
+        in_two_seconds = email.utils.formatdate(time.time() + 2, usegmt=True)
+        headers = {
+            "seconds": {"retry_after": "1"},
+            "date": {"retry_after": in_two_seconds},
+            "milliseconds": {"retry_after_ms": "1000"},
+        }
+        return refused(429, "slow down", **headers[form])
+
+    _, (first, second) = await ask(script, sdk)
+    assert 0.95 <= second.at - first.at <= 3.5
+
+
+def test_a_long_retry_after_is_cut() -> None:
+    failure = teacher.CallFailed(429, "", {"retry-after": "86400"})
+    assert failure.retry_after == 86400
+    outcome = type("Outcome", (), {"exception": lambda self: failure})()
+    state: Any = type("State", (), {"outcome": outcome})()
+    assert teacher.LONGEST_WAIT_S <= teacher._wait(state) <= teacher.LONGEST_WAIT_S + 0.25
+
+
+@pytest.mark.parametrize("value", ["soon", "nan", "inf", ""])
+def test_a_senseless_retry_after_is_none(value: str) -> None:
+    assert teacher.CallFailed(429, "", {"retry-after": value}).retry_after is None
+
+
+async def test_a_content_filter_concerns_one_question(sdk: Sdk) -> None:
+    blocked = refused(400, "The response was filtered (temperature)", code="content_filter", param="prompt")
+    answers, calls = await ask(replies([blocked]), sdk, times=2)
+    assert [answer.finish_reason for answer in answers] == ["content_filter", "stop"]
+    assert answers[0].text == ""
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("body", [{**completion("A"), "choices": []}, {}], ids=["no choices", "empty object"])
+async def test_a_response_without_choices_is_an_empty_answer(sdk: Sdk, body: dict[str, Any]) -> None:
+    (answer,), _ = await ask(lambda call: Reply(body), sdk)
+    assert answer.text == ""
+
+
+@pytest.mark.parametrize("reply", [Reply("<html>portal</html>"), Reply([1]), Reply("x", 302)])
+async def test_what_is_no_completion_names_the_endpoint(sdk: Sdk, reply: Reply) -> None:
+    error, _ = await fails(lambda call: reply, sdk)
+    assert "TEACHER_MODEL_ENDPOINT" in str(error)
+    assert "check that it is a chat-completions endpoint" in str(error)
+
+
+async def test_a_server_on_this_machine_may_ask_for_no_key(sdk: Sdk) -> None:
+    with ChatEndpoint() as server:
+        settings = TeacherSettings(model="m", endpoint=f"{server.url}/chat/completions", key=SecretStr(""))
+        endpoint = resolve_endpoint(TeacherRecipe(sdk=sdk), settings)
+        assert endpoint == Endpoint(server.url, "m", None, "m", sdk)
+        async with Teacher(TeacherRecipe(), endpoint) as asked:
+            assert (await asked.ask(MESSAGES, LETTERS)).text in LETTERS
+
+
+async def test_probe_says_what_the_endpoint_gives(sdk: Sdk) -> None:
+    with ChatEndpoint() as server:
+        found = await probe(TeacherRecipe(), endpoint_of(server, sdk))
+        assert (found.answers, found.log_probabilities) == (True, True)
+        assert found.model_version == "teacher-2026-01-01"
+        server.script = lambda call: said("B")
+        assert not (await probe(TeacherRecipe(soft_labels=True), endpoint_of(server, sdk))).log_probabilities
+        server.script = lambda call: refused(400, "no", param="logprobs") if "logprobs" in call.body else said("")
+        found = await probe(TeacherRecipe(), endpoint_of(server, sdk))
+        assert (found.answers, found.log_probabilities) == (False, False)
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("https://lab.services.ai.azure.com/models", "azure-ai-inference"),
+        ("https://phi.eastus2.inference.ai.azure.com", "azure-ai-inference"),
+        ("https://phi.eastus2.models.ai.azure.com", "azure-ai-inference"),
+        ("https://lab.openai.azure.com/openai/v1", "openai"),
+        ("https://lab.services.ai.azure.com/openai/v1", "openai"),
+        ("https://api.openai.com/v1", "openai"),
+        ("http://127.0.0.1:8000/v1", "openai"),
+        ("https://models.ai.azure.com.example.org/models", "openai"),
+    ],
+)
+def test_the_sdk_comes_from_the_url(url: str, expected: str) -> None:
+    assert infer_sdk(url) == expected
+    settings = TeacherSettings(model="m", endpoint=url, key=SecretStr(KEY))
+    assert resolve_endpoint(TeacherRecipe(), settings).sdk == expected
+    assert resolve_endpoint(TeacherRecipe(sdk="openai"), settings).sdk == "openai"
+
+
+@pytest.mark.parametrize(
+    ("given", "url"),
+    [
+        ("https://lab.services.ai.azure.com/models/chat/completions?api-version=1", "https://lab.services.ai.azure.com/models"),
+        ("https://lab.openai.azure.com/", "https://lab.openai.azure.com/openai/v1"),
+        ("https://api.openai.com/v1/", "https://api.openai.com/v1"),
+    ],
+)  # fmt: skip
+def test_the_url_as_portals_show_it(given: str, url: str) -> None:
+    assert resolve_endpoint(TeacherRecipe(), TeacherSettings(model="m", endpoint=given, key=SecretStr(KEY))).url == url
+
+
+def test_the_identity_is_the_models_name_or_the_recipes() -> None:
+    settings = TeacherSettings(model="gpt-4o", endpoint="https://api.openai.com/v1", key=SecretStr(KEY))
+    assert resolve_endpoint(TeacherRecipe(), settings).identity == "gpt-4o"
+    assert resolve_endpoint(TeacherRecipe(identity="sha256:1"), settings).identity == "sha256:1"
+
+
+@pytest.mark.parametrize(
+    ("model", "url", "key", "named"),
+    [
+        ("", "", "", "TEACHER_MODEL_NAME, TEACHER_MODEL_ENDPOINT, TEACHER_MODEL_KEY: not set"),
+        ("m", "", KEY, "TEACHER_MODEL_ENDPOINT: not set"),
+        ("m", "https://api.openai.com/v1", "", "TEACHER_MODEL_KEY: not set, and api.openai.com is no Azure host"),
+        ("m", "api.openai.com", KEY, "TEACHER_MODEL_ENDPOINT: no URL"),
+        ("m", f"https://u:{KEY}@api.openai.com/v1", "", "TEACHER_MODEL_ENDPOINT: holds a user name"),
+        ("m", "https://api.openai.com/v1", f"{KEY}\u201d", "TEACHER_MODEL_KEY: has characters that no key has"),
+    ],
+)
+def test_missing_or_wrong_credentials_are_named(model: str, url: str, key: str, named: str) -> None:
+    settings = TeacherSettings(model=model, endpoint=url, key=SecretStr(key))
+    with pytest.raises(CredentialsError) as caught:
+        resolve_endpoint(TeacherRecipe(), settings)
+    assert str(caught.value).startswith(named)
+    assert KEY not in everything_in(caught.value)
+
+
+async def test_azure_without_key_and_login(sdk: Sdk, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AZURE_CLIENT_ID", "AZURE_TENANT_ID", "AZURE_CLIENT_SECRET", "IDENTITY_ENDPOINT", "MSI_ENDPOINT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AZURE_TOKEN_CREDENTIALS", "EnvironmentCredential")
+    settings = TeacherSettings(model="m", endpoint="https://lab.openai.azure.com", key=SecretStr(""))
+    endpoint = replace(resolve_endpoint(TeacherRecipe(), settings), sdk=sdk)
+    with pytest.raises(CredentialsError, match=r"TEACHER_MODEL_KEY: not set, and azure-identity finds no login"):
+        async with Teacher(TeacherRecipe(), endpoint):
+            pass
+
+
+def test_the_scope_of_a_token() -> None:
+    assert token_scope("https://lab.services.ai.azure.com/models") == "https://cognitiveservices.azure.com/.default"
+    assert token_scope("https://lab.openai.azure.com/openai/v1") == "https://cognitiveservices.azure.com/.default"
+    assert token_scope("https://phi.eastus2.models.ai.azure.com") == "https://ml.azure.com/.default"
+
+
+def test_a_key_is_not_in_what_an_endpoint_prints() -> None:
+    endpoint = Endpoint("https://api.openai.com/v1", "m", SecretStr(KEY), "m", "openai")
+    assert KEY not in repr(endpoint) + str(endpoint)
+
+
+async def test_azure_without_key_takes_the_login_of_azure_identity(sdk: Sdk, monkeypatch: pytest.MonkeyPatch) -> None:
+    token = {"access_token": "token", "expires_on": "9999999999", "token_type": "Bearer", "resource": "r"}
+    settings = TeacherSettings(model="m", endpoint="https://lab.openai.azure.com", key=SecretStr(""))
+    endpoint = replace(resolve_endpoint(TeacherRecipe(), settings), sdk=sdk)
+    with ChatEndpoint(lambda call: Reply(token)) as server:
+        # App Service's managed identity, which azure-identity asks at this address.
+        monkeypatch.setenv("AZURE_TOKEN_CREDENTIALS", "ManagedIdentityCredential")
+        monkeypatch.setenv("IDENTITY_ENDPOINT", f"{server.url}/token")
+        monkeypatch.setenv("IDENTITY_HEADER", "header")
+        async with Teacher(TeacherRecipe(), endpoint):
+            pass
+        (call,) = server.calls
+        assert parse_qs(urlsplit(call.path).query)["resource"] == ["https://cognitiveservices.azure.com"]
