@@ -50,7 +50,7 @@ def base_identity(base: BaseModelRecipe) -> str:
 
 
 def check_loadable(folder: Path, base: BaseModelRecipe) -> None:
-    """Refuses a folder without config or safetensors, and one with code of its own unless recipe and worker allow it."""
+    """Refuses a folder without config or safetensors, and code of its own unless recipe and worker allow it."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     try:

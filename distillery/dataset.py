@@ -21,7 +21,8 @@ spaces, is like its equals only. Within train, of rows with equal content, then 
 place stays. Rows of train or gold with the content of a validation or test row stop the run; carved from one source
 they can't be apart, as they share a place. Rows of train or gold that are merely alike to a validation or test row, of
 the same source or another, are dropped and counted among the near duplicates. Duplicates within gold, validation and
-test stay, so that adding rows takes none away.
+test stay, so that adding rows takes none away. All of this comes before sampling: a test row that is not sampled today
+trains no student either.
 """
 
 import csv
@@ -65,7 +66,8 @@ class PreparedCounts(Record):
 
 
 class _Table(NamedTuple):
-    """One file, or one split of a hub data set, as read: (where, values) a row, where being FILE:LINE."""
+    """One file, or one split of a hub data set, as read: (where, values) a row; where is FILE:LINE, or for Parquet and
+    the hub FILE:ROW, both from 1."""
 
     name: str
     columns: Sequence[str]

@@ -17,11 +17,11 @@ OUR_PASSES = {
 _ANY = {"supported_providers": ["*"], "supported_accelerators": ["*"], "supported_precisions": ["*"]}
 
 
-def run_workflow(input_model: dict[str, Any], passes: dict[str, dict[str, Any]], out: Path) -> dict[str, Any]:
-    """Runs `passes` in order over `input_model` (an Olive HfModel config) and copies what the last one made to `out`.
+def run_workflow(input_model: dict[str, Any], passes: dict[str, dict[str, Any]], out: Path) -> None:
+    """Runs `passes` in order over `input_model` (an Olive HfModel config).
 
-    Returns Olive's own description of the output model. Raises ExportError where Olive ended without a model, which it
-    reports as success, and lets our own errors through."""
+    What the last one made goes to out/model, unless it is the input model itself, and its adapter to out/adapter.
+    Raises ExportError where Olive ended without a model, which it reports as success; our own errors pass through."""
     os.environ.setdefault("OLIVE_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from olive.workflows import run
@@ -59,19 +59,21 @@ def run_workflow(input_model: dict[str, Any], passes: dict[str, dict[str, Any]],
         if result is None or not result.has_output_model():
             raise ExportError(f"Olive ended without a model after {', '.join(passes)}; its log above says why")
         model: dict[str, Any] = result.get_best_candidate().model_config
-        _copy_output(model, out)
-    return model
+        _copy_output(model, input_model["model_path"], out)
 
 
-def _copy_output(model: dict[str, Any], out: Path) -> None:
-    """Model folder to out/model, adapter (if any) to out/adapter; paths in `model` are rewritten."""
+def _copy_output(model: dict[str, Any], input_path: str, out: Path) -> None:
+    """Model folder to out/model, unless it is the input itself; adapter, if any, to out/adapter; extra files beside."""
+    files = (model["config"].get("model_attributes") or {}).get("additional_files") or []
     for key, name in (("model_path", "model"), ("adapter_path", "adapter")):
-        source = model.get("config", {}).get(key)
-        if source and key == "model_path" and Path(source).is_file():
-            source = str(Path(source).parent)
-        if source:
-            shutil.copytree(source, out / name, dirs_exist_ok=True)
-            model["config"][key] = str(out / name)
+        source = model["config"].get(key)
+        if not source or Path(source) == Path(input_path):
+            continue
+        folder = Path(source).parent if Path(source).is_file() else Path(source)
+        shutil.copytree(folder, out / name, dirs_exist_ok=True)
+    for file in map(Path, files):
+        if file.is_file() and not (out / "model" / file.name).exists():
+            shutil.copyfile(file, out / "model" / file.name)
 
 
 def _package_config() -> dict[str, Any]:

@@ -9,6 +9,7 @@ for storage that is down. So the folder is written to the workspace's blob store
 as path, and the version that MLClient registers (a CUSTOM_MODEL) points there.
 """
 
+import fcntl
 import hashlib
 import json
 import logging
@@ -73,7 +74,7 @@ class Registry(ABC):
         then written anew. A manifest.json at the folder's top (the artifact store's, or that of an earlier download) is
         replaced. `tags` are for people; the tag `produced_by` becomes the record's.
         """
-        with working_folder("register") as scratch, _disk_errors(self.place):
+        with _disk_errors(self.place), working_folder("register") as scratch:
             content = scratch / f"model-{uuid.uuid4().hex[:8]}"
             manifest = _copy_with_manifest(folder, content, name, provenance)
             digest = sha256_of(content / MANIFEST)
@@ -258,18 +259,29 @@ class LocalRegistry(Registry):
             raise _altered(model, MANIFEST)
         return path.read_bytes()
 
-    @contextmanager
-    def _mlflow(self) -> "Iterator[MlflowClient]":
+    @cached_property
+    def _client(self) -> "MlflowClient":
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
         from mlflow import MlflowClient
-        from mlflow.exceptions import MlflowException
-        from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
         for noisy in ("mlflow.store.db.utils", "alembic"):
             logging.getLogger(noisy).setLevel(logging.WARNING)
+        self._artifacts.mkdir(parents=True, exist_ok=True)
+        # The first to come makes MLflow's tables; two that make them at once break each other.
+        with (self._artifacts / ".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            client = MlflowClient(tracking_uri=self._url, registry_uri=self._url)
+            client.search_registered_models(max_results=1)
+        return client
+
+    @contextmanager
+    def _mlflow(self) -> "Iterator[MlflowClient]":
+        from mlflow.exceptions import MlflowException
+        from sqlalchemy.exc import OperationalError, SQLAlchemyError
+
         try:
-            yield MlflowClient(tracking_uri=self._url, registry_uri=self._url)
+            yield self._client
         except (OperationalError, MlflowException) as error:
             # MLflow's own texts hold the URL with its password, so that they are masked and not chained.
             text = _masked(_first_line(error))

@@ -152,8 +152,8 @@ def answer_loss(
     """The loss on the answer alone: its letter and the end of the turn, mean over the batch.
 
     logits: [batch, 2, vocabulary] at the last prompt token and at the letter. For the letter, with weight w and
-    temperature T: (1 - w) CE(p, label) + w T^2 KL(q_T || p_T), where q is the teacher's distribution over the row's options
-    and p the student's, over its whole vocabulary at T = 1 and over the options elsewhere (Hinton et al., Distilling the
+    temperature T: (1 - w) CE(p, label) + w T^2 KL(q_T || p_T), where q is the teacher's distribution over the options
+    and p the student's, over its whole vocabulary at T = 1 and else over the options (Hinton et al., Distilling the
     Knowledge in a Neural Network, 2015; the factor T^2 keeps the gradients' size). Rows without soft labels count
     with w = 0. The end of the turn adds its cross-entropy.
     """
@@ -274,7 +274,8 @@ def train(
     torch.manual_seed(recipe.seed)
     place = placement(recipe.precision)
     if recipe.method == "lora":
-        model = add_lora(model, recipe.lora)
+        # The frozen base is cast once, not at every step; peft keeps the adapter itself in float32.
+        model = add_lora(model.to(getattr(torch, place.precision)), recipe.lora)
     model.to(place.device).train()
     contiguous_head(model)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -395,12 +396,14 @@ def load_tokenizer(folder: Path, remote_code: bool = False) -> Any:
 
 def load_model(folder: Path, adapter: Path | None = None, remote_code: bool = False) -> tuple[Any, Any]:
     """(model, tokenizer) of a folder of safetensors, in float32, an adapter merged in."""
+    import torch
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype="float32",
-        attn_implementation="sdpa",
+        # On a CPU, PyTorch's fused attention is slower than plain products for prompts of some hundred tokens.
+        attn_implementation="sdpa" if torch.cuda.is_available() else "eager",
         use_safetensors=True,
         trust_remote_code=remote_code,
     )

@@ -312,6 +312,21 @@ def test_versions_of_others_are_left_out(folder: Path) -> None:
     assert [model.version for model in registry.list("student")] == ["1"]
 
 
+REGISTER = """
+import sys
+from pathlib import Path
+from distillery.registry import LocalRegistry
+print(LocalRegistry().register(Path(sys.argv[1]), "student", {}, {"process": sys.argv[2]}).version)
+"""
+
+
+def test_two_processes_open_a_new_registry_at_once(folder: Path) -> None:
+    command = [sys.executable, "-c", REGISTER, str(folder)]
+    started = [subprocess.Popen([*command, name], stdout=subprocess.PIPE, text=True) for name in ("one", "two")]
+    answers = [process.communicate(timeout=120)[0].strip() for process in started]
+    assert sorted(answers) == ["1", "2"]
+
+
 def test_nothing_to_register(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for folder, words in ((tmp_path / "none", "no such folder"), (tmp_path / "empty", "empty folder")):
@@ -439,14 +454,15 @@ def test_azure_with_its_storage_down(stand_in: AzureMLStandIn, folder: Path, ans
 
 
 @pytest.mark.slow
-def test_azure_that_is_down(stand_in: AzureMLStandIn) -> None:
-    registry = AzureRegistry()
-    assert registry.list() == []
-    stand_in.port = free_port()
-    start = time.monotonic()
-    with pytest.raises(RegistryUnavailable, match="does not answer"):
-        AzureRegistry().list()
-    assert time.monotonic() - start < AZURE_DEADLINE
+@pytest.mark.parametrize("answer", ["refused", "silent"])
+def test_azure_that_is_down(stand_in: AzureMLStandIn, answer: str) -> None:
+    assert AzureRegistry().list() == []
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        stand_in.port = listener.getsockname()[1] if answer == "silent" else free_port()
+        start = time.monotonic()
+        with pytest.raises(RegistryUnavailable, match="does not answer"):
+            AzureRegistry().list()
+        assert time.monotonic() - start < AZURE_DEADLINE
 
 
 def test_azurite_that_is_not_installed_is_an_error(

@@ -109,4 +109,4 @@ def test_counting_words_does_not_solve_it(splits: dict[str, list[Example]]) -> N
         for role in ("gold", "test")
     )
     accuracy = model.fit(gold, gold_answers).score(test, test_answers)
-    assert 1 / 3 < accuracy < 0.75
+    assert accuracy < 0.75
