@@ -104,6 +104,34 @@ def prepare(recipe: DatasetRecipe, out: Path) -> PreparedCounts:
     return PreparedCounts(splits=written, duplicates_dropped=copies, near_duplicates_dropped=near)
 
 
+def source_identity(recipe: DatasetRecipe) -> str:
+    """What stands for the source's content in a cache key: a digest of the files, or the hub's commit.
+
+    Raises DataError where a file can't be read or the hub doesn't answer."""
+    if recipe.source == "hub":
+        return f"{recipe.name}@{recipe.revision or _newest_commit(recipe.name)}"
+    if recipe.source == "files":
+        paths = [Path(file) for split in sorted(recipe.files) for file in recipe.files[split]]
+    else:
+        paths = sorted(path for path in Path(str(files("distillery.sample_data"))).iterdir() if path.suffix == ".jsonl")
+    missing = [str(path) for path in paths if not path.is_file()]
+    if missing:
+        raise DataError(f"{missing[0]}: no such file; correct dataset.files")
+    return digest_of([sha256_of(path) for path in paths])
+
+
+def _newest_commit(name: str) -> str:
+    from huggingface_hub import HfApi
+
+    try:
+        return str(HfApi().dataset_info(name).sha)
+    except Exception as error:
+        raise DataError(
+            f"dataset.name: the hub doesn't answer for {name} ({type(error).__name__}); check name and network, "
+            "or use local files (dataset.source: files)"
+        ) from error
+
+
 def read_examples(path: Path) -> list[Example]:
     """The rows of a file that `prepare` wrote. Raises DataError with the file and line."""
     try:
@@ -120,6 +148,12 @@ def read_examples(path: Path) -> list[Example]:
                 field = ".".join(str(part) for part in detail["loc"]) or "line"
                 raise DataError(f"{path}:{number}: {field}: {detail['msg']}; prepare the data set again") from error
     return examples
+
+
+def to_example(values: dict[str, Any], columns: Columns, where: str) -> Example:
+    """One row, as `prepare` reads it; the answer may be missing. Raises DataError, which starts with `where`."""
+    identified = columns.id is not None and columns.id in values
+    return _row(where, values, columns, 0, identified).example
 
 
 def _check_roles(recipe: DatasetRecipe) -> None:

@@ -391,6 +391,23 @@ async def label(
     return _count(keys, answers)
 
 
+def write_gold(examples: Sequence[Example], prompt: PromptRecipe, out: Path) -> LabelCounts:
+    """The gold answers in the same files, for the rows that have one."""
+    known = [row for row in examples if row.answer_key]
+    with (out / LABELS_FILE).open("w") as labels, (out / TRAIN_DATA_FILE).open("w") as train:
+        for row in known:
+            label = TeacherLabel(example_id=row.example_id, answer=row.answer_key or "")
+            _write_line(labels, label.model_dump(mode="json"))
+            _write_line(train, {"Question": render_messages(row, prompt)[-1]["content"], "Answer": label.answer})
+    return LabelCounts(accepted=len(known), rejected=0, asked=0, usage=Usage())
+
+
+def read_labels(folder: Path) -> dict[str, TeacherLabel]:
+    """The labels of an artifact's folder by example_id."""
+    lines = (folder / LABELS_FILE).read_text().splitlines()
+    return {label.example_id: label for label in map(TeacherLabel.model_validate_json, lines)}
+
+
 async def _ask_all(
     missing: Mapping[str, Example],
     prompt: PromptRecipe,

@@ -17,10 +17,12 @@ OUR_PASSES = {
 _ANY = {"supported_providers": ["*"], "supported_accelerators": ["*"], "supported_precisions": ["*"]}
 
 
-def run_workflow(input_model: dict[str, Any], passes: dict[str, dict[str, Any]], out: Path) -> None:
+def run_workflow(
+    input_model: dict[str, Any], passes: dict[str, dict[str, Any]], out: Path, *, adapter_only: bool = False
+) -> None:
     """Runs `passes` in order over `input_model` (an Olive HfModel config).
 
-    What the last one made goes to out/model, unless it is the input model itself, and its adapter to out/adapter.
+    What the last one made goes to out/model and its adapter to out/adapter; with `adapter_only`, the adapter alone.
     Raises ExportError where Olive ended without a model, which it reports as success; our own errors pass through."""
     os.environ.setdefault("OLIVE_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -58,21 +60,17 @@ def run_workflow(input_model: dict[str, Any], passes: dict[str, dict[str, Any]],
             logging.getLogger("olive").setLevel(logging.WARNING)
         if result is None or not result.has_output_model():
             raise ExportError(f"Olive ended without a model after {', '.join(passes)}; its log above says why")
-        model: dict[str, Any] = result.get_best_candidate().model_config
-        _copy_output(model, input_model["model_path"], out)
+        _copy_output(result.get_best_candidate().model_config, out, adapter_only)
 
 
-def _copy_output(model: dict[str, Any], input_path: str, out: Path) -> None:
-    """Model folder to out/model, unless it is the input itself; adapter, if any, to out/adapter; extra files beside."""
-    files = (model["config"].get("model_attributes") or {}).get("additional_files") or []
-    for key, name in (("model_path", "model"), ("adapter_path", "adapter")):
-        source = model["config"].get(key)
-        if not source or Path(source) == Path(input_path):
-            continue
-        folder = Path(source).parent if Path(source).is_file() else Path(source)
-        shutil.copytree(folder, out / name, dirs_exist_ok=True)
-    for file in map(Path, files):
-        if file.is_file() and not (out / "model" / file.name).exists():
+def _copy_output(model: dict[str, Any], out: Path, adapter_only: bool) -> None:
+    names = {"adapter_path": "adapter"} if adapter_only else {"model_path": "model", "adapter_path": "adapter"}
+    for key, name in names.items():
+        if source := model.get(key):
+            folder = Path(source).parent if Path(source).is_file() else Path(source)
+            shutil.copytree(folder, out / name, dirs_exist_ok=True)
+    for file in map(Path, (model.get("model_attributes") or {}).get("additional_files") or []):
+        if (out / "model").is_dir() and file.is_file() and not (out / "model" / file.name).exists():
             shutil.copyfile(file, out / "model" / file.name)
 
 

@@ -171,6 +171,11 @@ class TeacherRecipe(Slice):
     attempts: int = Field(5, ge=1, description="Tries of one call on 408, 409, 429, 5xx and dropped connections")
     preparation: TeacherPreparation = TeacherPreparation()
 
+    @property
+    def content_id(self) -> str:
+        """What the answers depend on, besides teacher and prompt: the part of this slice that is in cache keys."""
+        return self.model_dump_json(include={"soft_labels", "temperature", "max_tokens"})
+
 
 class StudentRecipe(Slice):
     """What is trained. `start`: the base model, or the local teacher's own checkpoint. `layers`: which of its decoder

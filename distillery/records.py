@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from distillery.errors import DataError
+
 
 def digest_of(value: Any) -> str:
     """SHA-256 (hex) of a JSON-able value in canonical form: sorted keys, no spaces, UTF-8."""
@@ -100,6 +102,25 @@ class PreparedDataset(StageRecord):
     duplicates_dropped: int = 0
     near_duplicates_dropped: int = 0
 
+    def rows(self, role: str) -> "Rows":
+        """The rows of a role: gold, train, validation or test. Raises DataError where the data set has none."""
+        if role not in self.splits:
+            raise DataError(f"dataset.splits: the recipe needs {role} rows; name a split for them or carve them")
+        return Rows(artifact=self.artifact, **self.splits[role].model_dump())
+
+    def rows_if_any(self, role: str) -> "Rows | None":
+        return self.rows(role) if role in self.splits else None
+
+
+class Rows(Split):
+    """One split on its way to a stage; its content_id is the split's own, whatever else the data set holds."""
+
+    artifact: Artifact
+
+    @property
+    def content_id(self) -> str:
+        return self.sha256
+
 
 class TeacherLabels(StageRecord):
     """Files in the folder: labels.jsonl (TeacherLabel), rejected.jsonl (RejectedLabel), train_data.jsonl (the lab's
@@ -123,11 +144,12 @@ class CurvePoint(Record):
 
 
 class StudentCheckpoint(StageRecord):
-    """`weights/`: a whole model in safetensors (full), or a PEFT adapter (lora) beside `base/`, the model that it was
-    trained on, where that is no model that can be named (a part of the layers)."""
+    """Folders in the artifact: model/ (a whole model in safetensors: the trained one, or for LoRA the one that the
+    adapter is for, left out where that is the base model itself) and, for LoRA, adapter/."""
 
     method: Literal["full", "lora"]
     base: str
+    base_revision: str | None = None
     parameters: int
     steps: int
     curve: tuple[CurvePoint, ...] = ()
@@ -211,3 +233,26 @@ class Predictions(StageRecord):
 
     rows: int
     failed: int
+
+
+class PreparedTeacher(Record):
+    """A local teacher: as weights, from which a student may start, and as the model that is served while it labels."""
+
+    checkpoint: StudentCheckpoint
+    model: OnnxModel
+
+
+class Outcome(Record):
+    """All records of a run; what the gate refused is not registered."""
+
+    recipe: str
+    data: PreparedDataset
+    teacher: PreparedTeacher | None
+    labels: TeacherLabels
+    student: StudentCheckpoint
+    model: OnnxModel
+    report: EvaluationReport
+    decision: GateDecision
+    registered: RegisteredModel | None
+    delivered: OnnxModel | None
+    run: str = ""

@@ -32,7 +32,7 @@ from distillery.errors import CredentialsError, RegistryError, RegistryUnavailab
 from distillery.recipe import RegistryRecipe
 from distillery.records import Artifact, Record, RegisteredModel
 from distillery.settings import AzureMLSettings, LocalSettings
-from distillery.store import MANIFEST, FileEntry, digest_of_files, list_files, sha256_of, working_folder
+from distillery.store import FileEntry, digest_of_files, list_files, sha256_of, working_folder
 
 if TYPE_CHECKING:
     from azure.ai.ml import MLClient
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
 
+MANIFEST = "manifest.json"
 CHAMPION = "champion"
 CANDIDATE = "candidate"
 AZURE_DATASTORE = "workspaceblobstore"
@@ -71,8 +72,8 @@ class Registry(ABC):
         """Adds the folder's content as the next version of `name`, as a candidate.
 
         The same content with the same provenance is the version that it already has; a stored copy that was damaged is
-        then written anew. A manifest.json at the folder's top (the artifact store's, or that of an earlier download) is
-        replaced. `tags` are for people; the tag `produced_by` becomes the record's.
+        then written anew. The manifest of an earlier download is replaced. `tags` are for people; the tag `produced_by`
+        becomes the record's.
         """
         with _disk_errors(self.place), working_folder("register") as scratch:
             content = scratch / f"model-{uuid.uuid4().hex[:8]}"
@@ -194,6 +195,9 @@ class LocalRegistry(Registry):
         self._url = url or settings.registry_url
         self._artifacts = artifacts or settings.folder / "models"
         self.place = _masked(self._url)
+        # Read when MLflow is imported. By default it asks a server that is down for minutes.
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
 
     def promote(self, model: RegisteredModel) -> RegisteredModel:
         with self._mlflow() as client:
@@ -261,8 +265,6 @@ class LocalRegistry(Registry):
 
     @cached_property
     def _client(self) -> "MlflowClient":
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
         from mlflow import MlflowClient
 
         for noisy in ("mlflow.store.db.utils", "alembic"):
@@ -463,7 +465,7 @@ def _copy_with_manifest(folder: Path, content: Path, name: str, provenance: Mapp
     if not folder.is_dir():
         raise RegistryError(f"{folder}: no such folder; register the folder of an exported model")
     _copy(folder, content)
-    (content / MANIFEST).unlink(missing_ok=True)
+    _remove_old_manifest(content, folder)
     files = list_files(content)
     if not files:
         raise RegistryError(f"{folder}: an empty folder is no model")
@@ -471,6 +473,16 @@ def _copy_with_manifest(folder: Path, content: Path, name: str, provenance: Mapp
     text = json.dumps(manifest.model_dump(mode="json"), sort_keys=True, indent=1, ensure_ascii=False)
     (content / MANIFEST).write_text(text, encoding="utf-8")
     return manifest
+
+
+def _remove_old_manifest(content: Path, folder: Path) -> None:
+    try:
+        Manifest.model_validate_json((content / MANIFEST).read_bytes())
+    except FileNotFoundError:
+        return
+    except ValidationError as error:
+        raise RegistryError(f"{folder / MANIFEST}: the registry writes a file of this name; rename yours") from error
+    (content / MANIFEST).unlink()
 
 
 def _facts(manifest: Manifest, digest: str) -> dict[str, str]:

@@ -11,6 +11,8 @@ from dotenv import find_dotenv, load_dotenv
 from pydantic import AliasChoices, Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from distillery.errors import CredentialsError
+
 
 @cache
 def load_environment() -> None:
@@ -74,3 +76,16 @@ class AzureMLSettings(_Settings):
     subscription_id: str = Field(default="", validation_alias="AZUREML_SUBSCRIPTION_ID")
     resource_group: str = Field(default="", validation_alias="AZUREML_RESOURCE_GROUP")
     workspace: str = Field(default="", validation_alias=AliasChoices("AZUREML_WS_NAME", "AZUREML_WORKSPACE_NAME"))
+
+    def require(self) -> None:
+        """Raises CredentialsError with the names that are not set."""
+        names = {
+            "AZUREML_SUBSCRIPTION_ID": self.subscription_id,
+            "AZUREML_RESOURCE_GROUP": self.resource_group,
+            "AZUREML_WS_NAME": self.workspace,
+        }
+        missing = [name for name, value in names.items() if not value]
+        if missing:
+            raise CredentialsError(
+                f"{', '.join(missing)}: not set; set them in the environment or in .env (see sample.env)"
+            )

@@ -1,8 +1,9 @@
 """The artifact store: content-addressed folders on any fsspec URL, all that workers on different machines share.
 
-An artifact's digest covers the path, size and sha256 of each file in it. manifest.json, which lists them, is written
-last: a folder without one is not there. A local store writes beside and renames; object storage is written straight to
-the digest's prefix. Whatever is read is verified against the manifest, and the manifest against the digest.
+DIGEST/files/ holds an artifact, DIGEST/artifact.json lists path, size and sha256 of each of its files; the digest is
+that of the list, so it covers all of them. artifact.json is written last: without it the folder is not there. A local
+store writes beside and renames; object storage is written straight to the digest's prefix. Whatever is read is verified
+against the list, and the list against the digest.
 """
 
 import hashlib
@@ -24,7 +25,8 @@ from distillery.errors import ArtifactDamaged, StoreError, StoreUnavailable
 from distillery.records import Artifact, Record, digest_of
 from distillery.settings import LocalSettings
 
-MANIFEST = "manifest.json"
+MANIFEST = "artifact.json"
+FILES = "files"
 _CHUNK = 1 << 20
 
 
@@ -85,7 +87,7 @@ class ArtifactStore:
         with _storage_errors(self.url):
             folder = Path(self._root) / artifact.sha256 if self._local else self._download(artifact.sha256)
         self._verify(folder, artifact.sha256)
-        return folder
+        return folder / FILES
 
     def holds(self, artifact: Artifact) -> bool:
         """Whether `fetch` would give the artifact back whole; reads every byte of a local one."""
@@ -115,7 +117,7 @@ class ArtifactStore:
         beside = Path(tempfile.mkdtemp(prefix=".writing-", dir=root))
         try:
             for entry in files:
-                target = beside / entry.path
+                target = beside / FILES / entry.path
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(folder / entry.path, target)
             (beside / MANIFEST).write_text(_manifest_text(files))
@@ -133,7 +135,7 @@ class ArtifactStore:
 
     def _put_remote(self, folder: Path, digest: str, files: tuple[FileEntry, ...]) -> None:
         for entry in files:
-            self._fs.put_file(str(folder / entry.path), f"{self._root}/{digest}/{entry.path}")
+            self._fs.put_file(str(folder / entry.path), f"{self._root}/{digest}/{FILES}/{entry.path}")
         self._fs.pipe_file(f"{self._root}/{digest}/{MANIFEST}", _manifest_text(files).encode())
 
     def _download(self, digest: str) -> Path:
@@ -148,9 +150,9 @@ class ArtifactStore:
         try:
             manifest = self._fs.cat_file(f"{remote}/{MANIFEST}").decode()
             for entry in _read_manifest(manifest, remote):
-                target = beside / entry.path
+                target = beside / FILES / entry.path
                 target.parent.mkdir(parents=True, exist_ok=True)
-                self._fs.get_file(f"{remote}/{entry.path}", str(target))
+                self._fs.get_file(f"{remote}/{FILES}/{entry.path}", str(target))
             (beside / MANIFEST).write_text(manifest)
             self._verify(beside, digest)
             os.rename(beside, final)
@@ -168,7 +170,7 @@ class ArtifactStore:
         if digest_of_files(files) != digest:
             raise ArtifactDamaged(f"{manifest}: does not match the digest {digest[:12]}; run its stage again")
         for entry in files:
-            path = folder / entry.path
+            path = folder / FILES / entry.path
             if not path.is_file() or path.stat().st_size != entry.bytes or sha256_of(path) != entry.sha256:
                 raise ArtifactDamaged(f"{path}: missing or altered since it was written; run its stage again")
 

@@ -131,7 +131,7 @@ def add_lora(model: Any, recipe: LoraRecipe) -> Any:
 
     known = linear_modules(model)
     targets = recipe.target_modules or known
-    missing = [name for name in targets if not any(n.endswith(name) for n, _ in model.named_modules())]
+    missing = [name for name in targets if not any(f".{n}".endswith(f".{name}") for n, _ in model.named_modules())]
     if missing:
         raise TrainingError(
             f"student.training.lora.target_modules: this model has no {', '.join(missing)}; it has {', '.join(known)}"
@@ -454,12 +454,32 @@ def fine_tune(
     }
     token = olive_passes.progress.set(progress)
     try:
-        run_workflow(input_model, passes, out)
+        only = recipe.method == "lora" and "keep_layers" not in passes
+        run_workflow(input_model, passes, out, adapter_only=only)
     finally:
         olive_passes.progress.reset(token)
         rows_file.unlink()
         validation_file.unlink()
     return TrainingResult.model_validate_json((out / "training.json").read_text())
+
+
+def parts(checkpoint: Path, base: Path) -> tuple[Path, Path | None]:
+    """(model folder, adapter folder or None) of a checkpoint's folder; `base` is the model where it holds none."""
+    model, adapter = checkpoint / "model", checkpoint / "adapter"
+    return (model if model.is_dir() else base), (adapter if adapter.is_dir() else None)
+
+
+def parameter_count(folder: Path) -> int:
+    """The parameters in a folder's safetensors; tied weights are stored, and counted, once."""
+    from math import prod
+
+    from safetensors import safe_open
+
+    count = 0
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as tensors:
+            count += sum(prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
+    return count
 
 
 def layer_count(folder: Path) -> int:

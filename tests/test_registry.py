@@ -334,7 +334,14 @@ def test_nothing_to_register(tmp_path: Path) -> None:
             LocalRegistry().register(folder, "student", {}, PROVENANCE)
 
 
-def test_a_registry_that_is_no_database(tmp_path: Path) -> None:
+def test_a_manifest_of_the_models_own_is_not_overwritten(folder: Path) -> None:
+    (folder / "manifest.json").write_text('{"mine": true}')
+    with pytest.raises(RegistryError, match=r"onnx/manifest\.json: .* rename yours"):
+        LocalRegistry().register(folder, "student", {}, PROVENANCE)
+
+
+def test_a_registry_that_is_no_database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     (tmp_path / "notes.txt").write_text("not a database, and longer than a header of SQLite would be" * 10)
     for url, kind in (
         (f"sqlite:///{tmp_path / 'notes.txt'}", RegistryError),

@@ -1,0 +1,139 @@
+"""The process that scores one model: `python -m distillery.scoring JOB RESULT`, started by `evaluation.score_model`.
+
+JOB holds a ScoringJob; into RESULT goes a Scored, or {"error": "one line"} and exit code 1. A process of its own, so
+that its peak memory is the model's, and so that a runtime which crashes takes nothing else with it.
+"""
+
+import json
+import math
+import sys
+import time
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+from distillery.dataset import read_examples
+from distillery.errors import DistilleryError, ModelError
+from distillery.evaluation import Scored, ScoringJob
+from distillery.prompts import Tokenizer, TransformersTokenizer, letter_ids, render_ids
+from distillery.recipe import PromptRecipe
+from distillery.records import Example
+
+WARM_UP_ROWS = 3
+
+Ask = Callable[[Example], list[float] | None]
+"""The probabilities over a row's options; None where its prompt is over the budget."""
+
+
+def score(job: ScoringJob) -> Scored:
+    """Asks every row, one at a time: a latency spans rendering, tokenising and one prefill."""
+    examples = read_examples(Path(job.examples))
+    started = time.perf_counter()
+    ask, ran_on = _load(job)
+    load_s = time.perf_counter() - started
+    for example in examples[:WARM_UP_ROWS]:
+        ask(example)
+    answers: list[str | None] = []
+    probabilities: list[tuple[float, ...] | None] = []
+    latencies: list[float] = []
+    for example in examples:
+        started = time.perf_counter()
+        asked = ask(example)
+        elapsed = time.perf_counter() - started
+        if asked is None:
+            answers.append(None)
+            probabilities.append(None)
+            continue
+        if not all(map(math.isfinite, asked)):
+            raise ModelError(f"its probabilities for row {example.example_id} are no finite numbers")
+        answers.append(example.letters[asked.index(max(asked))])
+        probabilities.append(tuple(asked))
+        latencies.append(1000 * elapsed)
+    return Scored(
+        answers=tuple(answers),
+        probabilities=tuple(probabilities),
+        latencies_ms=tuple(latencies),
+        rows_per_second=1000 * len(latencies) / sum(latencies) if latencies else 0.0,
+        peak_mib=peak_mib(),
+        load_s=load_s,
+        ran_on=ran_on,
+    )
+
+
+def peak_mib() -> float:
+    """The most memory that this process has held so far, resident, in MiB (a GPU's own memory is not in it).
+
+    VmHWM where there is /proc, for Linux hands getrusage's ru_maxrss on through exec: a small child of a large parent
+    would report the parent's."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) / 1024
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 1024
+
+
+def _load(job: ScoringJob) -> tuple[Ask, str]:
+    if not Path(job.model.folder).is_dir():
+        raise ModelError(f"{job.model.folder}: no such folder")
+    return _onnx(job) if job.model.kind == "onnx" else _transformers(job)
+
+
+def _onnx(job: ScoringJob) -> tuple[Ask, str]:
+    from distillery.inference import OnnxStudent
+
+    student = OnnxStudent(Path(job.model.folder), threads=job.threads)
+    return _asker(student.tokenizer, job.prompt, student.option_probabilities), "ONNX Runtime"
+
+
+def _transformers(job: ScoringJob) -> tuple[Ask, str]:
+    import torch
+
+    from distillery import student
+
+    torch.set_num_threads(job.threads)
+    place = student.placement(job.precision)
+    adapter = Path(job.model.adapter) if job.model.adapter else None
+    model, tokenizer = student.load_model(Path(job.model.folder), adapter, job.model.remote_code)
+    model.to(place.device)
+    pad_id = student.pad_id(tokenizer)
+    # Autocast keeps the weights that it has cast until the outermost context ends, which here is the process's end:
+    # cast anew for each row, they would take longer than the row.
+    place.autocast().__enter__()
+
+    def probabilities(prompt: list[int], letters: list[int]) -> list[float]:
+        row = student.TrainingRow(prompt=tuple(prompt), letters=tuple(letters), answer=0)
+        return student.option_probabilities(model, [row], pad_id=pad_id, place=place)[0]
+
+    return _asker(TransformersTokenizer(tokenizer), job.prompt, probabilities), f"{place.device} {place.precision}"
+
+
+def _asker(
+    tokenizer: Tokenizer, prompt: PromptRecipe, probabilities: Callable[[list[int], list[int]], list[float]]
+) -> Ask:
+    letters = cache(lambda count: letter_ids(tokenizer, count))
+
+    def ask(example: Example) -> list[float] | None:
+        ids = render_ids(example, prompt, tokenizer)
+        return None if ids is None else probabilities(ids, letters(len(example.choices)))
+
+    return ask
+
+
+def main(job_file: str, result_file: str) -> int:
+    try:
+        job = ScoringJob.model_validate_json(Path(job_file).read_text(encoding="utf-8"))
+        Path(result_file).write_text(score(job).model_dump_json(), encoding="utf-8")
+    except Exception as error:
+        # Whatever a runtime raises is the parent's to report, in one line.
+        text = " ".join(str(error).split())[:300]
+        reason = text if isinstance(error, DistilleryError) else f"{type(error).__name__}: {text}"
+        Path(result_file).write_text(json.dumps({"error": reason}), encoding="utf-8")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

@@ -1,0 +1,1 @@
+"""Composition only, one flow a file. Start with distill.py."""

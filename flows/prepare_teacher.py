@@ -1,0 +1,37 @@
+"""Prepare a local teacher, for those without an endpoint: fine-tune a base model on the gold rows and export it."""
+
+from prefect import flow
+
+from distillery.recipe import PromptRecipe, TeacherPreparation
+from distillery.records import PreparedDataset, PreparedTeacher
+from flows.train_student import trained
+from tasks.labels import gold_labels
+from tasks.onnx import export
+from tasks.stage import RESULT, tidy_logs
+
+
+@flow(name="prepare-teacher", description="Fine-tunes a local teacher on gold labels and exports it.", **RESULT)
+def prepare_teacher(
+    preparation: TeacherPreparation, prompt: PromptRecipe, data: PreparedDataset, training_deployment: str | None = None
+) -> PreparedTeacher:
+    """Fine-tunes a local teacher on the gold rows and exports it.
+
+    Args:
+        preparation: The base model, how it is trained and exported.
+        prompt: The chat prompt.
+        data: The prepared rows.
+        training_deployment: The deployment that trains; in this process where not given.
+    """
+    tidy_logs()
+    gold = data.rows("gold")
+    checkpoint = trained(
+        training_deployment,
+        "teacher",
+        base=preparation.base,
+        training=preparation.training,
+        prompt=prompt,
+        rows=gold,
+        labels=gold_labels(gold, prompt),
+        validation=data.rows_if_any("validation"),
+    )
+    return PreparedTeacher(checkpoint=checkpoint, model=export(checkpoint, preparation.base, preparation.export))

@@ -1,0 +1,57 @@
+"""Train one model: the flow that a GPU pool runs.
+
+With no server it is an ordinary subflow of distill.py and prepare_teacher.py; on a server these send it to the
+deployment train-student/gpu and take the record back through the store.
+"""
+
+from typing import Any
+
+from prefect import flow
+from prefect.deployments import run_deployment
+
+from distillery.recipe import BaseModelRecipe, PromptRecipe, TrainingRecipe
+from distillery.records import Rows, StudentCheckpoint, TeacherLabels
+from tasks.stage import RESULT, produced_by, tidy_logs
+from tasks.student import train
+
+
+@flow(name="train-student", description="Fine-tunes a model on labelled rows.", **RESULT)
+def train_student(
+    base: BaseModelRecipe,
+    training: TrainingRecipe,
+    prompt: PromptRecipe,
+    rows: Rows,
+    labels: TeacherLabels,
+    validation: Rows | None = None,
+    start: StudentCheckpoint | None = None,
+    layers: tuple[int, ...] | None = None,
+) -> StudentCheckpoint:
+    """Trains `base`, or `start`, on the labelled rows.
+
+    Args:
+        base: The base model.
+        training: How it is trained.
+        prompt: The chat prompt.
+        rows: The rows to train on.
+        labels: Their labels.
+        validation: Rows with gold answers, for the validation accuracy.
+        start: A checkpoint to start from instead of the base model.
+        layers: The decoder layers to keep; all where not given.
+    """
+    tidy_logs()
+    return train(base, start, layers, training, prompt, rows, labels, validation)
+
+
+def trained(deployment: str | None, what: str, **parameters: Any) -> StudentCheckpoint:
+    """train_student in this process, or on the work pool of `deployment`; a child that fails fails its parent."""
+    name = f"{produced_by()}, {what}"
+    if deployment is None:
+        result: StudentCheckpoint = train_student.with_options(flow_run_name=name)(**parameters)
+        return result
+    sent = {
+        key: value.model_dump(mode="json") if hasattr(value, "model_dump") else value
+        for key, value in parameters.items()
+    }
+    child: Any = run_deployment(deployment, parameters=sent, flow_run_name=name, poll_interval=0.5)
+    record = child.state.result(raise_on_failure=True)
+    return record if isinstance(record, StudentCheckpoint) else StudentCheckpoint.model_validate(record)

@@ -1,0 +1,27 @@
+import time
+
+from prefect import get_run_logger
+
+from distillery import dataset
+from distillery.recipe import DatasetRecipe
+from distillery.records import PreparedDataset
+from distillery.store import ArtifactStore, working_folder
+from tasks.stage import produced_by, stage
+
+
+@stage("prepare dataset", version=1)
+def prepare_dataset(recipe: DatasetRecipe, source: str) -> PreparedDataset:
+    """Loads, validates, de-duplicates and splits the rows; `source` stands for their content in the cache key."""
+    started = time.perf_counter()
+    with working_folder("dataset") as folder:
+        counts = dataset.prepare(recipe, folder)
+        artifact = ArtifactStore().put(folder)
+    rows = ", ".join(f"{split.rows} {name}" for name, split in counts.splits.items())
+    dropped = counts.duplicates_dropped + counts.near_duplicates_dropped
+    get_run_logger().info("data set: %s rows; %d duplicates dropped", rows, dropped)
+    return PreparedDataset(
+        artifact=artifact,
+        produced_by=produced_by(),
+        seconds=time.perf_counter() - started,
+        **dict(counts),
+    )

@@ -1,0 +1,84 @@
+import time
+
+from prefect import get_run_logger
+
+from distillery import evaluation as domain
+from distillery.base_model import base_folder
+from distillery.evaluation import ModelToScore
+from distillery.labels import read_labels
+from distillery.recipe import BaseModelRecipe, PromptRecipe
+from distillery.records import EvaluationReport, OnnxModel, Rows, StudentCheckpoint, TeacherLabels
+from distillery.store import ArtifactStore, working_folder
+from distillery.student import parameter_count, parts
+from tasks.stage import produced_by, stage
+
+CANDIDATE = "student int4"
+
+
+@stage("evaluate", version=1)
+def evaluate(
+    test: Rows,
+    train: Rows,
+    prompt: PromptRecipe,
+    base: BaseModelRecipe,
+    student: StudentCheckpoint,
+    candidate: OnnxModel,
+    teacher: OnnxModel | TeacherLabels,
+    machine: str,
+) -> EvaluationReport:
+    """Scores gold, baselines, teacher, base, student and int4 student on the same test rows; `train` is TF-IDF's."""
+    started = time.perf_counter()
+    store = ArtifactStore()
+    base_model = base_folder(base)
+    model, adapter = parts(store.fetch(student.artifact), base_model)
+    models = [
+        ModelToScore(
+            name="base model",
+            kind="transformers",
+            folder=str(base_model),
+            remote_code=student.remote_code,
+            parameters=parameter_count(base_model),
+        ),
+        ModelToScore(
+            name="student",
+            kind="transformers",
+            folder=str(model),
+            adapter=str(adapter) if adapter else None,
+            remote_code=student.remote_code,
+            parameters=student.parameters,
+            bytes=student.artifact.bytes,
+        ),
+        _onnx(CANDIDATE, candidate, store),
+    ]
+    if isinstance(teacher, OnnxModel):
+        models.insert(0, _onnx("teacher", teacher, store))
+        answers: str | dict[str, str] = "teacher"
+    else:
+        answers = {key: label.answer for key, label in read_labels(store.fetch(teacher.artifact)).items()}
+    with working_folder("evaluation") as folder:
+        rows = domain.evaluate(
+            models,
+            answers,
+            store.fetch(test.artifact) / test.file,
+            store.fetch(train.artifact) / train.file,
+            prompt,
+            CANDIDATE,
+            folder,
+        )
+        artifact = store.put(folder)
+    get_run_logger().info("\n%s", domain.render_table(rows))
+    return EvaluationReport(
+        artifact=artifact,
+        scoreboard=rows,
+        candidate=CANDIDATE,
+        machine=machine,
+        produced_by=produced_by(),
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _onnx(name: str, model: OnnxModel, store: ArtifactStore) -> ModelToScore:
+    folder = store.fetch(model.artifact)
+    return ModelToScore(
+        name=name, kind="onnx", folder=str(folder), parameters=model.parameters, bytes=model.artifact.bytes
+    )

@@ -1,0 +1,91 @@
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from prefect import get_run_logger
+from pydantic import BaseModel
+
+from distillery import __version__, evaluation
+from distillery.recipe import EvaluationRecipe, RegistryRecipe
+from distillery.records import EvaluationReport, GateDecision, OnnxModel, RegisteredModel
+from distillery.registry import open_registry
+from distillery.settings import LocalSettings
+from distillery.store import ArtifactStore, working_folder
+from tasks.stage import produced_by, stage
+
+ANSWERS = "evaluation/answers.jsonl"
+
+
+@stage("register", version=1)
+def register(
+    model: OnnxModel, report: EvaluationReport, recipe: RegistryRecipe, provenance: dict[str, Any]
+) -> RegisteredModel:
+    """Registers the model with its record of how it came to be, and makes it the champion."""
+    started = time.perf_counter()
+    store = ArtifactStore()
+    registry = open_registry(recipe)
+    with working_folder("register") as folder:
+        content = _with_evaluation(store, model, report, folder)
+        tags = {"precision": model.precision, "accuracy": f"{report.row(report.candidate).accuracy:.4f}"}
+        registered = registry.register(
+            content, recipe.model_name, tags, {**_plain(provenance), "distillery": __version__}
+        )
+    champion = registry.promote(registered)
+    get_run_logger().info("%s version %s is the champion", champion.name, champion.version)
+    return champion.model_copy(update={"produced_by": produced_by(), "seconds": time.perf_counter() - started})
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: value.model_dump(mode="json") if isinstance(value, BaseModel) else value for key, value in values.items()
+    }
+
+
+def _with_evaluation(store: ArtifactStore, model: OnnxModel, report: EvaluationReport, folder: Path) -> Path:
+    """The model's folder and the evaluation beside it: the next candidate is compared with these answers."""
+    content = folder / "model"
+    shutil.copytree(store.fetch(model.artifact), content)
+    shutil.copytree(store.fetch(report.artifact), content / "evaluation")
+    return content
+
+
+def judge(report: EvaluationReport, gate: EvaluationRecipe, recipe: RegistryRecipe) -> GateDecision:
+    """The gate: the candidate against the teacher, and against the champion on the rows that both have answered.
+
+    It is no cached stage, since the registry may have changed since the last run."""
+    registry = open_registry(recipe)
+    answers = ArtifactStore().fetch(report.artifact) / "answers.jsonl"
+    champion = next((m for m in registry.list(recipe.model_name) if m.role == "champion"), None)
+    if champion is None:
+        return evaluation.gate(report.scoreboard, report.candidate, recipe=gate, answers=answers)
+    with working_folder("champion") as folder:
+        return evaluation.gate(
+            report.scoreboard,
+            report.candidate,
+            recipe=gate,
+            answers=answers,
+            champion_answers=registry.download(champion, folder / "model") / ANSWERS,
+            champion=f"{champion.name} version {champion.version}",
+        )
+
+
+@stage("download", version=1)
+def download(model: RegisteredModel, described: OnnxModel) -> OnnxModel:
+    """Fetches a registered model as anyone would, checks every file's sha256 and asks it one question; `described` is
+    what was registered."""
+    from distillery.onnx import ask_once
+
+    started = time.perf_counter()
+    registry = open_registry(RegistryRecipe(kind=model.registry, model_name=model.name))
+    target = LocalSettings().folder / "downloads" / model.name / model.version
+    folder = registry.download(model, target)
+    ask_once(folder)
+    get_run_logger().info("%s version %s verified in %s", model.name, model.version, folder)
+    return described.model_copy(
+        update={
+            "artifact": ArtifactStore().put(folder),
+            "produced_by": produced_by(),
+            "seconds": time.perf_counter() - started,
+        }
+    )

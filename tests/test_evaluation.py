@@ -1,0 +1,404 @@
+"""Statistics against published values; scoring in real processes on tiny models; the report's files; the gate."""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from distillery.dataset import read_examples
+from distillery.errors import DataError, ModelError
+from distillery.evaluation import (
+    ModelToScore,
+    Scored,
+    evaluate,
+    gate,
+    headline,
+    paired_interval,
+    render_table,
+    score_model,
+    wilson,
+)
+from distillery.recipe import EvaluationRecipe, PromptRecipe
+from distillery.records import Example, Interval, ScoreRow
+
+Build = Callable[..., Path]
+
+PROMPT = PromptRecipe(system="", user="{question}\n{choices}", max_tokens=128)
+MOODS = ("pleased", "displeased", "neither")
+GLAD = ("Lovely service, thank you", "Thank you, great speed", "Great help, lovely people", "So happy, great line")
+CROSS = ("Awful outage again", "Dead line, awful support", "The outage is back", "Awful, dead and slow")
+PLAIN = ("When is the visit due", "Where do I find the form", "When do I pay", "Where is the socket")
+
+
+def write_examples(path: Path, examples: Sequence[Example]) -> Path:
+    path.write_text("".join(example.model_dump_json() + "\n" for example in examples))
+    return path
+
+
+@pytest.fixture
+def test_file(tmp_path: Path) -> Path:
+    texts = [(text, letter) for group, letter in ((GLAD, "A"), (CROSS, "B"), (PLAIN, "C")) for text in group]
+    rows = [
+        Example(example_id=f"t{number}", question=f"{text}, friends.", choices=MOODS, answer_key=letter)
+        for number, (text, letter) in enumerate(texts)
+    ]
+    return write_examples(tmp_path / "test.jsonl", rows)
+
+
+@pytest.fixture
+def train_file(tmp_path: Path) -> Path:
+    """More displeased rows than others, in the words of the test rows."""
+    texts = [(text, letter) for group, letter in ((GLAD, "A"), (CROSS * 2, "B"), (PLAIN, "C")) for text in group]
+    rows = [
+        Example(example_id=f"g{number}", question=text, choices=MOODS, answer_key=letter)
+        for number, (text, letter) in enumerate(texts)
+    ]
+    return write_examples(tmp_path / "gold.jsonl", rows)
+
+
+# Statistics
+
+
+@pytest.mark.parametrize(
+    ("correct", "rows", "low", "high"),
+    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
+)
+def test_wilson_gives_the_published_intervals(correct: int, rows: int, low: float, high: float) -> None:
+    """Newcombe, Statistics in Medicine 17 (1998), 857-872, table I, method 3."""
+    interval = wilson(correct, rows)
+    assert (round(interval.low, 4), round(interval.high, 4)) == (low, high)
+
+
+def pairs(both: int, first: int, second: int, neither: int) -> tuple[list[bool], list[bool]]:
+    cells = [(True, True)] * both + [(True, False)] * first + [(False, True)] * second + [(False, False)] * neither
+    return [a for a, _ in cells], [b for _, b in cells]
+
+
+@pytest.mark.parametrize(
+    ("cells", "low", "high"),
+    [((1, 1, 7, 12), -0.507, -0.026), ((59, 6, 16, 80), -0.119, -0.005)],
+)
+def test_paired_interval_gives_the_published_intervals(
+    cells: tuple[int, int, int, int], low: float, high: float
+) -> None:
+    """The data of Bentur (2009) and Cavo (2012) by Newcombe's method in Fagerland, Lydersen, Laake, Recommended tests
+    and confidence intervals for paired binomial proportions, Statistics in Medicine 33 (2014), 2850-2875."""
+    first, second = pairs(*cells)
+    interval = paired_interval(first, second)
+    assert (round(interval.low, 3), round(interval.high, 3)) == (low, high)
+    swapped = paired_interval(second, first)
+    assert (swapped.low, swapped.high) == pytest.approx((-interval.high, -interval.low))
+
+
+def test_paired_interval_by_hand_where_phi_is_negative() -> None:
+    """(a, b, c, d) = (0, 5, 5, 0): phi = -1, so the two half-widths add up; Wilson of 5 in 10 is 0.2366 to 0.7634."""
+    interval = paired_interval(*pairs(0, 5, 5, 0))
+    assert (interval.low, interval.high) == pytest.approx((-0.5268, 0.5268), abs=1e-4)
+
+
+@pytest.mark.parametrize("cells", [(80, 0, 0, 20), (100, 0, 0, 0), (0, 0, 0, 100), (1, 0, 0, 0)])
+def test_paired_interval_without_discordant_pairs_is_narrow_and_holds_zero(cells: tuple[int, int, int, int]) -> None:
+    interval = paired_interval(*pairs(*cells))
+    assert -1 <= interval.low < 0 < interval.high <= 1
+    one = wilson(cells[0], sum(cells))
+    assert interval.high - interval.low <= 2 * (one.high - one.low)
+
+
+# Scoring in a process of its own
+
+
+@pytest.mark.parametrize("arch", ["llama", "phi3"])
+def test_torch_and_onnx_agree_on_every_row(arch: str, tiny_model: Build, tiny_onnx: Build, tmp_path: Path) -> None:
+    rows = [
+        Example(example_id=f"r{n}", question=f"{text}?", choices=tuple(f"option {i}" for i in range(2 + 2 * n)))
+        for n, text in enumerate(GLAD + CROSS + PLAIN)
+    ]
+    test_file = write_examples(tmp_path / "rows.jsonl", rows)
+    prompt = PROMPT.model_copy(update={"max_tokens": 512})
+    torch_model = ModelToScore(name="torch", kind="transformers", folder=str(tiny_model(arch)))
+    onnx_model = ModelToScore(name="onnx", kind="onnx", folder=str(tiny_onnx(arch)))
+    ballast = b"x" * (400 << 20)
+    by_torch = score_model(torch_model, test_file, prompt, threads=1, precision="float32")
+    by_onnx = score_model(onnx_model, test_file, prompt, threads=1)
+    assert by_torch.answers == by_onnx.answers
+    assert len(by_onnx.answers) == 12
+    assert len(set(by_onnx.answers)) > 1
+    for one, other in zip(by_torch.probabilities, by_onnx.probabilities, strict=True):
+        assert one == pytest.approx(other, abs=1e-4)
+        assert sum(other or ()) == pytest.approx(1)
+    assert by_torch.ran_on.endswith("float32")
+    assert_measured(by_torch)
+    assert_measured(by_onnx)
+    assert by_onnx.peak_mib < 350 < len(ballast) >> 20, "the peak is the child's own, not this process's"
+
+
+def assert_measured(scored: Scored) -> None:
+    assert len(scored.latencies_ms) == 12
+    assert all(latency > 0 for latency in scored.latencies_ms)
+    assert scored.rows_per_second == pytest.approx(12_000 / sum(scored.latencies_ms))
+    assert scored.peak_mib > 20
+    assert scored.load_s > 0
+
+
+def test_a_prompt_over_the_budget_gets_no_answer(tiny_onnx: Build, tmp_path: Path) -> None:
+    rows = [
+        Example(example_id="short", question="Where is it?", choices=MOODS, answer_key="A"),
+        Example(example_id="long", question="Where is it? " * 60, choices=MOODS, answer_key="A"),
+    ]
+    model = ModelToScore(name="student", kind="onnx", folder=str(tiny_onnx("llama")))
+    scored = score_model(model, write_examples(tmp_path / "rows.jsonl", rows), PROMPT, threads=1)
+    assert scored.answers[0] in ("A", "B", "C")
+    assert scored.answers[1] is None
+    assert scored.probabilities[1] is None
+    assert len(scored.latencies_ms) == 1
+
+
+def test_a_child_that_fails_gives_its_reason_in_one_line(tmp_path: Path, test_file: Path) -> None:
+    folder = tmp_path / "half"
+    folder.mkdir()
+    (folder / "genai_config.json").write_text("{}")
+    with pytest.raises(ModelError, match=r"^student int4: .*half") as raised:
+        score_model(ModelToScore(name="student int4", kind="onnx", folder=str(folder)), test_file, PROMPT)
+    assert "\n" not in str(raised.value)
+    gone = ModelToScore(name="student", kind="transformers", folder=str(tmp_path / "gone"))
+    with pytest.raises(ModelError, match=r"^student: .*/gone: no such folder$"):
+        score_model(gone, test_file, PROMPT)
+
+
+@pytest.mark.parametrize(
+    ("script", "reason"),
+    [
+        ("kill -KILL $$", "killed, as happens when memory runs out"),
+        ("echo out of luck >&2; kill -SEGV $$", r"by signal SIGSEGV \(out of luck\)"),
+        ("echo no module >&2; exit 3", r"with exit code 3 \(no module\)"),
+    ],
+)
+def test_a_child_that_dies_is_reported(
+    script: str, reason: str, tmp_path: Path, test_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\n{script}\n")
+    python.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(python))
+    with pytest.raises(ModelError, match=f"^student: its process .*{reason}"):
+        score_model(ModelToScore(name="student", kind="onnx", folder=str(tmp_path)), test_file, PROMPT)
+
+
+# The report
+
+
+@pytest.fixture
+def student(tiny_onnx: Build) -> ModelToScore:
+    folder = tiny_onnx("llama")
+    return ModelToScore(name="student int4", kind="onnx", folder=str(folder), parameters=150_000, bytes=500_000)
+
+
+def test_evaluate_against_an_endpoint(student: ModelToScore, test_file: Path, train_file: Path, tmp_path: Path) -> None:
+    gold = {example.example_id: str(example.answer_key) for example in read_examples(test_file)}
+    labels = {key: letter for key, letter in gold.items() if key != "t0"} | {"t1": "C"}
+    out = tmp_path / "report"
+    rows = evaluate([student], labels, test_file, train_file, PROMPT, "student int4", out, threads=1)
+    by_name = {row.name: row for row in rows}
+    assert list(by_name) == ["gold", "majority class", "TF-IDF + logistic regression", "teacher", "student int4"]
+    assert [row.kind for row in rows] == ["reference", "baseline", "baseline", "model", "model"]
+    assert by_name["gold"].accuracy == 1
+    assert by_name["majority class"].correct == 4
+    assert by_name["TF-IDF + logistic regression"].correct == 12
+    # t0 has no accepted label and t1 a wrong one.
+    teacher = by_name["teacher"]
+    assert (teacher.correct, teacher.rows, teacher.versus_teacher, teacher.p50_ms) == (10, 12, None, None)
+    assert by_name["majority class"].agreement == pytest.approx(4 / 12)
+    ours = by_name["student int4"]
+    assert ours.versus_teacher is not None
+    assert ours.p50_ms is not None
+    assert ours.p95_ms is not None
+    assert 0 < ours.p50_ms <= ours.p95_ms
+    lines = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
+    assert list(lines[0]) == ["example_id", *by_name]
+    assert (lines[0]["example_id"], lines[0]["teacher"], lines[1]["teacher"]) == ("t0", None, "C")
+    assert sum(line["student int4"] == line["gold"] for line in lines) == ours.correct
+    report = json.loads((out / "report.json").read_text())
+    assert [ScoreRow.model_validate(row) for row in report["scoreboard"]] == list(rows)
+    assert report["ran_on"] == {"student int4": "ONNX Runtime"}
+    markdown = (out / "scoreboard.md").read_text()
+    assert report["headline"] in markdown
+    assert "Measured one row at a time on" in markdown
+    assert all(name in markdown for name in by_name)
+    picture = (out / "scoreboard.png").read_bytes()
+    assert picture[:8] == b"\x89PNG\r\n\x1a\n"
+    assert int.from_bytes(picture[16:20]) > 1000
+    assert int.from_bytes(picture[20:24]) > 300
+    assert len(picture) > 10_000
+
+
+def test_answers_are_the_same_bytes_for_equal_answers(student: ModelToScore, test_file: Path, tmp_path: Path) -> None:
+    teacher = student.model_copy(update={"name": "teacher"})
+    for name in ("one", "two"):
+        rows = evaluate([teacher, student], "teacher", test_file, None, PROMPT, "student int4", tmp_path / name)
+    assert (tmp_path / "one/answers.jsonl").read_bytes() == (tmp_path / "two/answers.jsonl").read_bytes()
+    assert [row.name for row in rows] == ["gold", "teacher", "student int4"]
+    assert rows[2].agreement == 1
+    assert "left out: there is no answered row" in (tmp_path / "one/scoreboard.md").read_text()
+
+
+def test_tfidf_is_left_out_where_the_options_differ(
+    student: ModelToScore, test_file: Path, train_file: Path, tmp_path: Path
+) -> None:
+    other = Example(example_id="x", question="Which?", choices=("neither", "pleased"), answer_key="A")
+    write_examples(train_file, [*read_examples(train_file), other])
+    rows = evaluate([student], {}, test_file, train_file, PROMPT, "student int4", tmp_path / "out")
+    assert [row.name for row in rows] == ["gold", "majority class", "teacher", "student int4"]
+    assert rows[2].correct == 0
+    assert "TF-IDF + logistic regression is left out" in (tmp_path / "out/scoreboard.md").read_text()
+
+
+def test_evaluate_refuses_what_can_t_be_compared(student: ModelToScore, tmp_path: Path) -> None:
+    empty = write_examples(tmp_path / "empty.jsonl", [])
+    unanswered = write_examples(tmp_path / "no.jsonl", [Example(example_id="u", question="?", choices=MOODS)])
+    answered = write_examples(
+        tmp_path / "yes.jsonl", [Example(example_id="u", question="?", choices=MOODS, answer_key="A")]
+    )
+    with pytest.raises(DataError, match="no test row"):
+        evaluate([student], {}, empty, None, PROMPT, "student int4", tmp_path)
+    with pytest.raises(DataError, match="row u has no gold answer"):
+        evaluate([student], {}, unanswered, None, PROMPT, "student int4", tmp_path)
+    with pytest.raises(ModelError, match="no model to score is named 'student'"):
+        evaluate([student], {}, answered, None, PROMPT, "student", tmp_path)
+    with pytest.raises(ModelError, match="two lines of the scoreboard are named 'teacher'"):
+        evaluate([student.model_copy(update={"name": "teacher"})], {}, answered, None, PROMPT, "teacher", tmp_path)
+
+
+def score_row(name: str, correct: int, rows: int = 450, **figures: float | Interval) -> ScoreRow:
+    return ScoreRow(
+        name=name,
+        kind="model",
+        correct=correct,
+        rows=rows,
+        accuracy=correct / rows,
+        interval=wilson(correct, rows),
+        **figures,
+    )
+
+
+def wide_rows() -> list[ScoreRow]:
+    """Figures about as wide as they get."""
+    worst = {"versus_teacher": Interval(low=-0.149, high=0.101), "agreement": 0.956}
+    speeds = {"rows_per_second": 139.2, "p50_ms": 628.3, "p95_ms": 1441.3, "peak_mib": 12480.0}
+    return [
+        score_row("TF-IDF + logistic regression", 260, **worst),
+        score_row("teacher", 400, parameters=134_000_000, bytes=269_000_000, **{**speeds, "rows_per_second": 34.8}),
+        score_row("student int4", 380, parameters=67_000_000, bytes=53_600_000, **worst, **speeds),
+    ]
+
+
+def test_the_terminal_table_fits_and_cuts_nothing() -> None:
+    text = render_table(wide_rows())
+    assert max(map(len, text.splitlines())) <= 120
+    assert "…" not in text
+    for figure in ("0.844 [0.808, 0.875]", "[-14.9, +10.1]", "95.6 %", "67.0 M", "54 MB", "139.2", "1441.3", "12480"):
+        assert figure in text, figure
+
+
+def test_the_headline_is_reckoned_from_the_rows() -> None:
+    assert headline(wide_rows(), "student int4") == (
+        "student int4 is right on 380 of 450 rows and keeps 95.0 % of the teacher's accuracy with 50.0 % of its "
+        "parameters, 20.0 % of its bfloat16 bytes (two a parameter), 4.0 times its rows a second; -4.4 points against "
+        "the teacher, 95 % interval [-14.9, +10.1]."
+    )
+    bare = [score_row("teacher", 0), score_row("student", 3)]
+    assert headline(bare, "student") == "student is right on 3 of 450 rows."
+
+
+# The gate
+
+
+def answers_file(path: Path, column: str, right: Sequence[bool], start: int = 0) -> Path:
+    lines = [
+        json.dumps({"example_id": f"r{start + n}", "gold": "A", column: "A" if good else None})
+        for n, good in enumerate(right)
+    ]
+    path.write_text("".join(f"{line}\n" for line in lines))
+    return path
+
+
+def decide(
+    tmp_path: Path, ours: int, champion: int | None, recipe: EvaluationRecipe, start: int = 0
+) -> tuple[bool, str]:
+    """100 rows, the teacher right on 80; `champion` right on the first so many of 100 from row `start` on."""
+    own = answers_file(tmp_path / "ours.jsonl", "student int4", [n < ours for n in range(100)])
+    other = champion is not None and answers_file(
+        tmp_path / "theirs.jsonl", "student int4", [n < champion for n in range(100)], start
+    )
+    decision = gate(
+        [score_row("teacher", 80, 100), score_row("student int4", ours, 100)],
+        "student int4",
+        recipe=recipe,
+        answers=own,
+        champion_answers=other or None,
+        champion="student:3" if other else None,
+    )
+    assert "\n" not in decision.reason
+    assert decision.reason.startswith("passed: " if decision.passed else "refused: ")
+    assert decision.champion == ("student:3" if other else None)
+    return decision.passed, decision.reason
+
+
+@pytest.mark.parametrize(("ours", "passed"), [(75, False), (76, True), (90, True)])
+def test_the_gate_asks_for_a_share_of_the_teacher(ours: int, passed: bool, tmp_path: Path) -> None:
+    verdict, reason = decide(tmp_path, ours, None, EvaluationRecipe(minimum_kept=0.95))
+    assert verdict is passed
+    assert f"{100 * ours / 80:.1f} % of the teacher's accuracy (0.{ours}0 of 0.800)" in reason
+    assert "minimum_kept asks for 95.0 %" in reason
+
+
+@pytest.mark.parametrize(("champion", "passed"), [(70, True), (76, True), (78, True), (79, False)])
+def test_the_gate_holds_the_champion_s_place(champion: int, passed: bool, tmp_path: Path) -> None:
+    verdict, reason = decide(tmp_path, 76, champion, EvaluationRecipe(maximum_loss=0.02))
+    assert verdict is passed
+    assert f"{76 - champion:+.1f} points against student:3 on 100 shared rows" in reason
+    assert "maximum_loss allows to lose 2.0" in reason
+
+
+def test_the_gate_compares_shared_rows_alone(tmp_path: Path) -> None:
+    """Rows 50 to 99 are shared: ours is right on 50-75 (26), the champion, 40 right from row 50 on, on 50-89 (40)."""
+    passed, reason = decide(tmp_path, 76, 40, EvaluationRecipe(maximum_loss=0.02), start=50)
+    assert not passed
+    assert "-28.0 points against student:3 on 50 shared rows" in reason
+
+
+def test_the_gate_without_shared_rows(tmp_path: Path) -> None:
+    passed, reason = decide(tmp_path, 76, 40, EvaluationRecipe(maximum_loss=0.02), start=1000)
+    assert not passed
+    assert "no test row is shared with student:3" in reason
+    assert decide(tmp_path, 76, 40, EvaluationRecipe(maximum_loss=1), start=1000)[0]
+
+
+def test_the_gate_reads_the_champion_s_own_column(tmp_path: Path) -> None:
+    decision = gate(
+        [score_row("teacher", 2, 2), score_row("student int4", 1, 2)],
+        "student int4",
+        recipe=EvaluationRecipe(),
+        answers=answers_file(tmp_path / "ours.jsonl", "student int4", [True, False]),
+        champion_answers=answers_file(tmp_path / "theirs.jsonl", "student fp16", [True, True]),
+        champion="student:1",
+        champion_candidate="student fp16",
+    )
+    assert not decision.passed
+    assert "-50.0 points" in decision.reason
+
+
+def test_the_gate_refuses_unreadable_answers(tmp_path: Path) -> None:
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('{"example_id": "r0"\n')
+    own = answers_file(tmp_path / "ours.jsonl", "student int4", [True])
+    rows = [score_row("teacher", 1, 1), score_row("student int4", 1, 1)]
+    with pytest.raises(DataError, match=r"broken\.jsonl: can't be read as answers"):
+        gate(rows, "student int4", recipe=EvaluationRecipe(), answers=own, champion_answers=broken)
+
+
+def test_scoring_leaves_nothing_behind(student: ModelToScore, test_file: Path, home: Path) -> None:
+    score_model(student, test_file, PROMPT, threads=1)
+    assert os.listdir(home / "work") == []
