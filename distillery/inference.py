@@ -393,7 +393,7 @@ def _sampler(temperature: float, top_p: float, seed: int | None) -> Callable[[Lo
     generator = np.random.default_rng(seed)
 
     def draw(logits: Logits) -> int:
-        probabilities = np.exp(log_softmax(logits / temperature))
+        probabilities = np.exp(log_softmax((logits.astype(np.float64) - logits.max()) / temperature))
         order = np.argsort(-probabilities, kind="stable")
         total = np.cumsum(probabilities[order])
         kept = order[: int(np.searchsorted(total, min(top_p, total[-1]))) + 1]

@@ -57,6 +57,11 @@ class Tokenizer(Protocol):
         ...
 
 
+def _whole(messages: list[Message]) -> list[Message]:
+    """The messages with U+FFFD for NUL, at which ONNX Runtime GenAI would cut a text off."""
+    return [{name: text.replace("\0", "\ufffd") for name, text in message.items()} for message in messages]
+
+
 class TransformersTokenizer:
     """A Hugging Face tokenizer as a `Tokenizer`."""
 
@@ -64,7 +69,7 @@ class TransformersTokenizer:
         self._tokenizer = tokenizer
 
     def encode_chat(self, messages: list[Message]) -> list[int]:
-        text = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        text = self._tokenizer.apply_chat_template(_whole(messages), add_generation_prompt=True, tokenize=False)
         return self.encode_text(text)
 
     def encode_text(self, text: str) -> list[int]:
@@ -78,7 +83,7 @@ class GenAITokenizer:
         self._tokenizer = tokenizer
 
     def encode_chat(self, messages: list[Message]) -> list[int]:
-        text = self._tokenizer.apply_chat_template(json.dumps(messages), add_generation_prompt=True)
+        text = self._tokenizer.apply_chat_template(json.dumps(_whole(messages)), add_generation_prompt=True)
         return self.encode_text(text)
 
     def encode_text(self, text: str) -> list[int]:

@@ -227,6 +227,17 @@ class RegisteredModel(StageRecord):
     manifest_sha256: str = Field(min_length=64, max_length=64)
 
 
+class InputFile(Record):
+    """A file of rows to score; its content_id is its content's, wherever it lies."""
+
+    uri: str
+    sha256: str
+
+    @property
+    def content_id(self) -> str:
+        return self.sha256
+
+
 class Predictions(StageRecord):
     """Files in the folder: predictions.jsonl (example_id, answer, probabilities), failed.jsonl (line, example_id,
     reason)."""

@@ -8,7 +8,9 @@ from typing import Any
 
 from prefect import flow
 from prefect.deployments import run_deployment
+from prefect.exceptions import CancelledRun, CrashedRun, FailedRun
 
+from distillery.errors import TrainingError
 from distillery.recipe import BaseModelRecipe, PromptRecipe, TrainingRecipe
 from distillery.records import Rows, StudentCheckpoint, TeacherLabels
 from tasks.stage import RESULT, produced_by, tidy_logs
@@ -53,5 +55,8 @@ def trained(deployment: str | None, what: str, **parameters: Any) -> StudentChec
         for key, value in parameters.items()
     }
     child: Any = run_deployment(deployment, parameters=sent, flow_run_name=name, poll_interval=0.5)
-    record = child.state.result(raise_on_failure=True)
+    try:
+        record = child.state.result(raise_on_failure=True)
+    except (FailedRun, CrashedRun, CancelledRun) as error:
+        raise TrainingError(f"{deployment}: the run '{name}' ended as {child.state.name}: {error}") from error
     return record if isinstance(record, StudentCheckpoint) else StudentCheckpoint.model_validate(record)

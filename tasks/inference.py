@@ -1,0 +1,36 @@
+import shutil
+import time
+from pathlib import Path
+
+import fsspec
+from prefect import get_run_logger
+
+from distillery.inference import OnnxStudent, read_rows, score_file
+from distillery.recipe import Columns, PromptRecipe, RegistryRecipe
+from distillery.records import InputFile, Predictions, RegisteredModel
+from distillery.registry import open_registry
+from distillery.store import ArtifactStore, working_folder
+from tasks.stage import produced_by, stage
+
+
+@stage("score", version=1)
+def score(model: RegisteredModel, prompt: PromptRecipe, rows: InputFile, columns: Columns) -> Predictions:
+    """Downloads and verifies `model` and answers every row of the file."""
+    started = time.perf_counter()
+    registry = open_registry(RegistryRecipe(kind=model.registry, model_name=model.name))
+    with working_folder("score") as folder:
+        student = OnnxStudent(registry.download(model, folder / "model"))
+        file = fetch_input(rows.uri, folder)
+        counts = score_file(student, read_rows(file, columns), prompt, folder / "out")
+        artifact = ArtifactStore().put(folder / "out")
+    seconds = time.perf_counter() - started
+    get_run_logger().info("%d rows answered, %d set aside, in %.1f s", counts.rows, counts.failed, seconds)
+    return Predictions(artifact=artifact, produced_by=produced_by(), seconds=seconds, **dict(counts))
+
+
+def fetch_input(uri: str, folder: Path) -> Path:
+    """A local copy of the file at a path or fsspec URL."""
+    target = folder / Path(uri).name
+    with fsspec.open(uri, "rb") as source, target.open("wb") as copy:
+        shutil.copyfileobj(source, copy)
+    return target

@@ -5,14 +5,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
-from distillery.serving import served
 from prefect import get_run_logger
-from pydantic import SecretStr
 
 from distillery import labels as domain
 from distillery.dataset import read_examples
 from distillery.recipe import PromptRecipe, TeacherRecipe
 from distillery.records import OnnxModel, Rows, TeacherLabels
+from distillery.serving import served
 from distillery.store import ArtifactStore, working_folder
 from distillery.teacher import Endpoint, resolve_endpoint
 from tasks.stage import produced_by, stage
@@ -48,9 +47,7 @@ def label(
 def _local_endpoint(folder: Path, identity: str) -> Iterator[Endpoint]:
     """The exported teacher behind HTTP on the loopback interface, for the very client that asks a paid endpoint."""
     with served(folder, "teacher", threads=os.cpu_count()) as server:
-        yield Endpoint(
-            url=f"{server.url}/v1", model="teacher", key=SecretStr(server.key), identity=identity, sdk="openai"
-        )
+        yield Endpoint(url=f"{server.url}/v1", model="teacher", key=server.key, identity=identity, sdk="openai")
 
 
 @stage("gold labels", version=1)

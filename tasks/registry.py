@@ -9,9 +9,9 @@ from pydantic import BaseModel
 from distillery import __version__, evaluation
 from distillery.recipe import EvaluationRecipe, RegistryRecipe
 from distillery.records import EvaluationReport, GateDecision, OnnxModel, RegisteredModel
-from distillery.registry import open_registry
+from distillery.registry import MANIFEST, open_registry
 from distillery.settings import LocalSettings
-from distillery.store import ArtifactStore, working_folder
+from distillery.store import ArtifactStore, digest_of_files, list_files, working_folder
 from tasks.stage import produced_by, stage
 
 ANSWERS = "evaluation/answers.jsonl"
@@ -26,11 +26,13 @@ def register(
     store = ArtifactStore()
     registry = open_registry(recipe)
     with working_folder("register") as folder:
-        content = _with_evaluation(store, model, report, folder)
+        content = _with_answers(store, model, report, folder)
+        digest = digest_of_files(list_files(content))
+        # The same model is the same version, though another run's figures of time stand beside it.
+        known = next((m for m in registry.list(recipe.model_name) if m.artifact.sha256 == digest), None)
         tags = {"precision": model.precision, "accuracy": f"{report.row(report.candidate).accuracy:.4f}"}
-        registered = registry.register(
-            content, recipe.model_name, tags, {**_plain(provenance), "distillery": __version__}
-        )
+        facts = {**_plain(provenance), "distillery": __version__}
+        registered = known or registry.register(content, recipe.model_name, tags, facts)
     champion = registry.promote(registered)
     get_run_logger().info("%s version %s is the champion", champion.name, champion.version)
     return champion.model_copy(update={"produced_by": produced_by(), "seconds": time.perf_counter() - started})
@@ -42,11 +44,12 @@ def _plain(values: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _with_evaluation(store: ArtifactStore, model: OnnxModel, report: EvaluationReport, folder: Path) -> Path:
-    """The model's folder and the evaluation beside it: the next candidate is compared with these answers."""
+def _with_answers(store: ArtifactStore, model: OnnxModel, report: EvaluationReport, folder: Path) -> Path:
+    """The model's folder, with the candidate's answers beside it: the next candidate is compared with them."""
     content = folder / "model"
     shutil.copytree(store.fetch(model.artifact), content)
-    shutil.copytree(store.fetch(report.artifact), content / "evaluation")
+    (content / ANSWERS).parent.mkdir()
+    shutil.copyfile(store.fetch(report.artifact) / "answers.jsonl", content / ANSWERS)
     return content
 
 
@@ -82,10 +85,9 @@ def download(model: RegisteredModel, described: OnnxModel) -> OnnxModel:
     folder = registry.download(model, target)
     ask_once(folder)
     get_run_logger().info("%s version %s verified in %s", model.name, model.version, folder)
-    return described.model_copy(
-        update={
-            "artifact": ArtifactStore().put(folder),
-            "produced_by": produced_by(),
-            "seconds": time.perf_counter() - started,
-        }
-    )
+    with working_folder("download") as copy:
+        # The registry's own manifest stays out: what is delivered has the digest of what was registered.
+        shutil.copytree(folder, copy, dirs_exist_ok=True, ignore=lambda _place, _names: [MANIFEST])
+        artifact = ArtifactStore().put(copy)
+    changed = {"artifact": artifact, "produced_by": produced_by(), "seconds": time.perf_counter() - started}
+    return described.model_copy(update=changed)

