@@ -38,6 +38,30 @@ def base_folder(base: BaseModelRecipe) -> Path:
     return folder
 
 
+def local_copy(base: BaseModelRecipe) -> Path | None:
+    """What of a base model is on this machine already, without a download or a conversion: its folder, or the GGUF file
+    that is yet to be converted; None where there is nothing. Raises RecipeError as `base_folder` does."""
+    name, folder = base.model, Path(base.model).expanduser()
+    if name.startswith("azureml://"):
+        downloaded = _azureml_place(name)[-1]
+        return _config_folder(downloaded) if downloaded.exists() else None
+    if (gguf := _gguf_file(name)) is not None:
+        converted = _gguf_place(gguf)
+        return converted if converted.exists() else gguf
+    if folder.is_dir():
+        return folder
+    if name.startswith((".", "/", "~")):
+        raise RecipeError(f"student.base.model: {name}: no such folder")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        cached = snapshot_download(name, revision=base.revision, allow_patterns=HUB_FILES, local_files_only=True)
+    except (HFValidationError, LocalEntryNotFoundError):
+        return None
+    return Path(cached)
+
+
 def base_identity(base: BaseModelRecipe) -> str:
     """What stands for the base model in a cache key: a digest of local files, else the name with its revision."""
     gguf = _gguf_file(base.model)
@@ -94,10 +118,14 @@ def _gguf_file(name: str) -> Path | None:
     return found[0]
 
 
+def _gguf_place(file: Path) -> Path:
+    return LocalSettings().folder / "models" / f"gguf-{sha256_of(file)[:16]}"
+
+
 def _from_gguf(file: Path) -> Path:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    final = LocalSettings().folder / "models" / f"gguf-{sha256_of(file)[:16]}"
+    final = _gguf_place(file)
     if (final / "config.json").exists():
         return final
     with _written_whole(final) as folder:
@@ -128,11 +156,7 @@ def _from_azureml(url: str) -> Path:
     """azureml://registries/REGISTRY/models/NAME/versions/VERSION, through azure-ai-ml."""
     from azure.core.exceptions import AzureError, ClientAuthenticationError
 
-    parts = url.removeprefix("azureml://").split("/")
-    if len(parts) != 6 or parts[0] != "registries" or parts[2] != "models" or parts[4] != "versions":
-        raise RecipeError(f"student.base.model: {url}: not azureml://registries/REGISTRY/models/NAME/versions/VERSION")
-    registry, name, version = parts[1], parts[3], parts[5]
-    final = LocalSettings().folder / "models" / f"{registry}-{name}-{version}"
+    registry, name, version, final = _azureml_place(url)
     if not final.exists():
         from azure.ai.ml import MLClient
         from azure.identity import DefaultAzureCredential
@@ -146,9 +170,22 @@ def _from_azureml(url: str) -> Path:
         except AzureError as error:
             reason = " ".join(str(error).split())[:160]
             raise TrainingError(f"student.base.model: can't download {url}: {reason}") from error
-    configs = sorted(final.rglob("config.json"), key=lambda path: len(path.parts))
+    return _config_folder(final)
+
+
+def _azureml_place(url: str) -> tuple[str, str, str, Path]:
+    """(registry, name, version, the folder that a download goes to)."""
+    parts = url.removeprefix("azureml://").split("/")
+    if len(parts) != 6 or parts[0] != "registries" or parts[2] != "models" or parts[4] != "versions":
+        raise RecipeError(f"student.base.model: {url}: not azureml://registries/REGISTRY/models/NAME/versions/VERSION")
+    registry, name, version = parts[1], parts[3], parts[5]
+    return registry, name, version, LocalSettings().folder / "models" / f"{registry}-{name}-{version}"
+
+
+def _config_folder(downloaded: Path) -> Path:
+    configs = sorted(downloaded.rglob("config.json"), key=lambda path: len(path.parts))
     if not configs:
-        raise TrainingError(f"student.base.model: {url}: no config.json in the downloaded model")
+        raise TrainingError(f"student.base.model: {downloaded}: no config.json in the downloaded model")
     return configs[0].parent
 
 

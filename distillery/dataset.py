@@ -113,7 +113,9 @@ def source_identity(recipe: DatasetRecipe) -> str:
     if recipe.source == "files":
         paths = [Path(file) for split in sorted(recipe.files) for file in recipe.files[split]]
     else:
-        paths = sorted(path for path in Path(str(files("distillery.sample_data"))).iterdir() if path.suffix == ".jsonl")
+        paths = sorted(
+            path for path in Path(str(files("distillery") / "sample_data")).iterdir() if path.suffix == ".jsonl"
+        )
     missing = [str(path) for path in paths if not path.is_file()]
     if missing:
         raise DataError(f"{missing[0]}: no such file; correct dataset.files")
@@ -190,7 +192,7 @@ def _open(recipe: DatasetRecipe) -> dict[str, Callable[[], Iterator[_Table]]]:
         return {name: partial(_hub_table, recipe.name, name, rows) for name, rows in _hub(recipe).items()}
     if recipe.source == "files":
         return {name: partial(_file_tables, name, paths) for name, paths in recipe.files.items()}
-    folder = Path(str(files("distillery.sample_data")))
+    folder = Path(str(files("distillery") / "sample_data"))
     names = ("gold", "pool", "validation", "test")
     return {name: partial(_file_tables, name, (str(folder / f"{name}.jsonl"),)) for name in names}
 

@@ -33,6 +33,8 @@ TABLE_FILE, PLOT_FILE = "scoreboard.md", "scoreboard.png"
 Answers = Sequence[str | None]
 """A letter for each row, in the rows' order; None where there is no answer, which counts as wrong."""
 
+Precision = Literal["auto", "float32", "bfloat16"]
+
 _Z = NormalDist().inv_cdf(0.975)
 _log = logging.getLogger(__name__)
 
@@ -57,7 +59,7 @@ class ScoringJob(Record):
     examples: str
     prompt: PromptRecipe
     threads: int
-    precision: Literal["auto", "float32"] = "auto"
+    precision: Precision = "auto"
 
 
 class Scored(Record):
@@ -81,11 +83,11 @@ def score_model(
     examples_file: Path,
     prompt: PromptRecipe,
     threads: int | None = None,
-    precision: Literal["auto", "float32"] = "auto",
+    precision: Precision = "auto",
 ) -> Scored:
     """Scores `model` on the rows of `examples_file` in a process of its own; `threads` defaults to the cores.
 
-    `precision` is that of a Transformers model; auto is bfloat16 where the hardware multiplies in it. Raises ModelError
+    `precision` is that of a Transformers model; auto is bfloat16 on a GPU that has it, else float32. Raises ModelError
     with the reason that the process gives."""
     job = ScoringJob(
         model=model,

@@ -1,9 +1,13 @@
 """Runs one Olive workflow in this process: our passes, a fresh cache, and an error where no model came out."""
 
+import io
 import json
 import logging
 import os
 import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +27,8 @@ def run_workflow(
     """Runs `passes` in order over `input_model` (an Olive HfModel config).
 
     What the last one made goes to out/model and its adapter to out/adapter; with `adapter_only`, the adapter alone.
-    Raises ExportError where Olive ended without a model, which it reports as success; our own errors pass through."""
+    Raises ExportError where Olive ended without a model, which it reports as success; our passes' own errors come out
+    as they are."""
     os.environ.setdefault("OLIVE_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from olive.workflows import run
@@ -46,21 +51,49 @@ def run_workflow(
             "output_dir": str(work / "output"),
             "log_severity_level": 3,
         }
+        log = io.StringIO()
+        temporary = tempfile.tempdir
         try:
-            result = run(config, package_config=_package_config(), tempdir=str(work))
-        except DistilleryError:
-            raise
-        except OSError as error:
-            if error.errno == 28:
-                raise ExportError(
-                    f"{work.parent}: the disk is full; free some space or move DISTILLERY_HOME"
-                ) from error
-            raise
+            with _caught_by_olive() as caught, redirect_stdout(log):
+                result = run(config, package_config=_package_config(), tempdir=str(work))
         finally:
-            logging.getLogger("olive").setLevel(logging.WARNING)
+            # Olive moves the temporary folder of the whole process into its own, which is about to go.
+            tempfile.tempdir = temporary
         if result is None or not result.has_output_model():
-            raise ExportError(f"Olive ended without a model after {', '.join(passes)}; its log above says why")
+            raise _reason(caught, log.getvalue(), ", ".join(passes))
         _copy_output(result.get_best_candidate().model_config, out, adapter_only)
+
+
+@contextmanager
+def _caught_by_olive() -> Iterator[list[BaseException]]:
+    """The errors that Olive logs, with tracebacks of many lines, and goes on from."""
+    caught: list[BaseException] = []
+
+    class Collector(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if record.exc_info and record.exc_info[1]:
+                caught.append(record.exc_info[1])
+
+    logger = logging.getLogger("olive")
+    before, logger.handlers = logger.handlers, [Collector()]
+    try:
+        yield caught
+    finally:
+        logger.handlers = before
+
+
+def _reason(caught: list[BaseException], said: str, passes: str) -> Exception:
+    if not caught:
+        return ExportError(
+            f"Olive ended without a model after {passes}; the last that it said: {' '.join(said.split())[-300:]}"
+        )
+    if isinstance(caught[0], DistilleryError):
+        return caught[0]
+    error = ExportError(
+        f"Olive failed at {passes} ({type(caught[0]).__name__}: {' '.join(str(caught[0]).split())[:200]})"
+    )
+    error.__cause__ = caught[0]
+    return error
 
 
 def _copy_output(model: dict[str, Any], out: Path, adapter_only: bool) -> None:

@@ -22,6 +22,8 @@ def export(model: Path, adapter: Path | None, recipe: ExportRecipe, out: Path, r
     Raises ExportError where nothing was built, or where what was built doesn't load or answer."""
     from distillery.olive_workflow import run_workflow
 
+    if recipe.adapter_apart and recipe.precision == "int8":
+        raise ExportError("export.adapter_apart: an adapter apart goes with int4, fp16 or fp32, not with int8")
     if recipe.adapter_apart and adapter is None:
         raise ExportError(
             "export.adapter_apart is true, but full training leaves no adapter; use training.method: lora"
@@ -29,35 +31,58 @@ def export(model: Path, adapter: Path | None, recipe: ExportRecipe, out: Path, r
     input_model = {
         "model_path": str(model),
         "adapter_path": str(adapter) if adapter else None,
-        "load_kwargs": {"trust_remote_code": remote_code, "torch_dtype": "float32"},
+        "load_kwargs": {"trust_remote_code": remote_code},
     }
     with working_folder("export") as built:
         run_workflow(input_model, _passes(recipe, adapter is not None, remote_code), built)
         if not (built / "model").is_dir():
-            raise ExportError("Olive produced no model folder; its log above says why")
-        shutil.copytree(built / "model", out, dirs_exist_ok=True)
+            raise ExportError("Olive produced no model folder")
+        # Olive's own record of the build names this machine's folders, and nothing reads it.
+        shutil.copytree(built / "model", out, dirs_exist_ok=True, ignore=shutil.ignore_patterns("model_config.json"))
     _check(out, recipe)
 
 
 def _passes(recipe: ExportRecipe, has_adapter: bool, remote_code: bool) -> dict[str, dict[str, Any]]:
-    build: dict[str, Any] = {
-        "type": "ModelBuilder",
-        "precision": recipe.precision,
-        # hf_remote is on by default in ModelBuilder: it would run code that comes with a model.
-        "extra_options": {"hf_remote": remote_code, "prune_lm_head": True},
-    }
-    if recipe.precision == "int4":
-        build |= {"int4_algo_config": recipe.algorithm, "int4_block_size": recipe.block_size}
-        build["extra_options"]["shared_embeddings"] = recipe.share_embeddings
+    # hf_remote is on by default in ModelBuilder: it would run code that comes with a model.
+    options: dict[str, Any] = {"hf_remote": remote_code, "prune_lm_head": True}
+    build: dict[str, Any] = {"type": "ModelBuilder", "precision": recipe.precision, "extra_options": options}
     if recipe.adapter_apart:
+        # The base is quantised by ModelBuilder itself: Olive's quantisers would take the adapter in.
+        build |= {"int4_algo_config": recipe.algorithm} if recipe.precision == "int4" else {}
         return {"build": build, "adapter": {"type": "ExtractAdapters"}}
-    return ({"merge": {"type": "MergeAdapterWeights"}} if has_adapter else {}) | {"build": build}
+    merge = {"merge": {"type": "MergeAdapterWeights"}} if has_adapter else {}
+    if recipe.precision in ("fp32", "fp16"):
+        return merge | {"build": build}
+    return merge | _quantise(recipe) | {"build": build | {"precision": "int4"}} | _tie(recipe)
+
+
+def _quantise(recipe: ExportRecipe) -> dict[str, dict[str, Any]]:
+    """Weights in groups, asymmetric, embeddings and head included; k_quant_mixed keeps the layers that llama.cpp's
+    Q4_K_M keeps in 8 bits."""
+    bits = 8 if recipe.precision == "int8" else 4
+    quantise: dict[str, Any] = {
+        "type": "Rtn" if recipe.algorithm == "rtn" else "KQuant",
+        "bits": bits,
+        "group_size": recipe.block_size,
+        "lm_head": True,
+        "embeds": True,
+    }
+    if recipe.algorithm != "k_quant_mixed" or bits == 8:
+        return {"quantise": quantise}
+    # Olive would keep the head in 8 bits too; it must be as the embeddings are to share their matrix.
+    quantise |= {"overrides": {"lm_head": {"bits": bits}}} if recipe.share_embeddings else {}
+    return {"mix": {"type": "SelectiveMixedPrecision", "algorithm": "k_quant_mixed"}, "quantise": quantise}
+
+
+def _tie(recipe: ExportRecipe) -> dict[str, dict[str, Any]]:
+    tie = {"tie": {"type": "GraphSurgeries", "surgeries": [{"surgeon": "TieWordEmbeddings"}]}}
+    return tie if recipe.share_embeddings else {}
 
 
 def _check(out: Path, recipe: ExportRecipe) -> None:
     for name in ("genai_config.json", "model.onnx", *([ADAPTER_FILE] if recipe.adapter_apart else [])):
         if not (out / name).is_file():
-            raise ExportError(f"Olive produced no {name}; its log above says why")
+            raise ExportError(f"Olive produced no {name}")
     json.loads((out / "genai_config.json").read_text())
     try:
         ask_once(out)

@@ -134,13 +134,19 @@ class TrainingRecipe(Slice):
 
 
 class ExportRecipe(Slice):
-    """`algorithm` is ModelBuilder's int4_algo_config. `adapter_apart` keeps a LoRA adapter apart, as
-    adapter_weights.onnx_adapter."""
+    """How a checkpoint becomes a folder for ONNX Runtime GenAI.
 
-    precision: Literal["int4", "fp32", "fp16"] = "int4"
-    algorithm: Literal["default", "rtn", "rtn_last", "k_quant", "k_quant_mixed", "k_quant_last"] = "k_quant"
-    block_size: Literal[16, 32, 64, 128, 256] = 32
-    share_embeddings: bool = Field(True, description="One quantised matrix for tied embeddings and head")
+    `algorithm` quantises to int4 or int8: rtn (round to nearest), k_quant (scales searched as in llama.cpp), or
+    k_quant_mixed (k_quant with llama.cpp's choice of layers in 8 bits). `adapter_apart` keeps a LoRA adapter apart, as
+    adapter_weights.onnx_adapter.
+    """
+
+    precision: Literal["int4", "int8", "fp16", "fp32"] = "int4"
+    algorithm: Literal["rtn", "k_quant", "k_quant_mixed"] = "k_quant_mixed"
+    block_size: Literal[16, 32, 64, 128] = Field(32, description="Weights that share a scale")
+    share_embeddings: bool = Field(
+        True, description="One quantised matrix for embeddings and head, where they are tied"
+    )
     adapter_apart: bool = False
 
 
@@ -149,7 +155,7 @@ class TeacherPreparation(Slice):
 
     base: BaseModelRecipe = BaseModelRecipe()
     training: TrainingRecipe = TrainingRecipe()
-    export: ExportRecipe = ExportRecipe(algorithm="k_quant_mixed")
+    export: ExportRecipe = ExportRecipe()
 
 
 class TeacherRecipe(Slice):
@@ -201,7 +207,11 @@ class RegistryRecipe(Slice):
 
 
 class Recipe(Slice):
-    """A whole run. `preset` fills in whatever is not given here."""
+    """A whole run. `preset` fills in whatever is not given here, after which it is None: the recipe stands on its own.
+
+    In dataset.files, splits, carve and sample, `KEY: null` takes the preset's KEY away: a data set with a test split of
+    its own has `splits: {test: test}` and `carve: {test: null}` beside `preset: lab`.
+    """
 
     preset: Literal["demo", "lab"] | None = Field(None, description="A shipped recipe; keys given here win")
     name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
@@ -217,7 +227,7 @@ class Recipe(Slice):
     @classmethod
     def _start_from_preset(cls, values: Any) -> Any:
         if isinstance(values, dict) and values.get("preset") in PRESETS:
-            return _merged(_preset(values["preset"]), values)
+            return _merged(_preset(values["preset"]), values, cls) | {"preset": None}
         return values
 
     @model_validator(mode="after")
@@ -242,7 +252,7 @@ def load_recipe(name_or_path: str) -> Recipe:
         raise RecipeError(
             f"{path}: can't be read ({error.strerror}); give a file or one of: {', '.join(PRESETS)}"
         ) from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: no valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise RecipeError(f"{path}: a recipe is a mapping of keys, such as 'name: my-task'")
@@ -265,15 +275,21 @@ def _explain(detail: Any) -> str:
 
 
 def _preset(name: str) -> dict[str, Any]:
-    text = files("distillery.presets").joinpath(f"{name}.yaml").read_text()
+    text = (files("distillery") / "presets").joinpath(f"{name}.yaml").read_text()
     values: dict[str, Any] = yaml.safe_load(text)
     return values
 
 
-def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """`over` upon `base`, mapping by mapping."""
+def _merged(base: dict[str, Any], over: dict[str, Any], model: type[BaseModel]) -> dict[str, Any]:
+    """`over` upon `base`, slice by slice of `model`; a slice's mapping takes single keys, of which null removes one."""
     merged = dict(base)
     for key, value in over.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merged(merged[key], value) if both else value
+        kind = model.model_fields[key].annotation if key in model.model_fields else None
+        if not isinstance(value, dict) or not isinstance(base.get(key, {}), dict):
+            merged[key] = value
+        elif isinstance(kind, type) and issubclass(kind, BaseModel):
+            merged[key] = _merged(base.get(key, {}), value, kind)
+        else:
+            both = base.get(key, {}) | value
+            merged[key] = {name: item for name, item in both.items() if item is not None}
     return merged

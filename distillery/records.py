@@ -203,7 +203,13 @@ class EvaluationReport(StageRecord):
 
     scoreboard: tuple[ScoreRow, ...]
     candidate: str
+    answers_sha256: str
     machine: str = ""
+
+    @property
+    def content_id(self) -> str:
+        """The answers alone: speeds differ between equal runs."""
+        return self.answers_sha256
 
     def row(self, name: str) -> ScoreRow:
         return next(row for row in self.scoreboard if row.name == name)

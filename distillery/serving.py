@@ -298,16 +298,13 @@ class _Server:
                 loop.call_soon_threadsafe(queue.put_nowait, error)
 
         self.worker.submit(produce)
-        try:
-            while True:
-                piece = await queue.get()
-                if isinstance(piece, BaseException):
-                    raise piece
-                yield piece
-                if piece.finish_reason:
-                    return
-        finally:
-            job.cancelled.set()
+        while True:
+            piece = await queue.get()
+            if isinstance(piece, BaseException):
+                raise piece
+            yield piece
+            if piece.finish_reason:
+                return
 
 
 async def _body(request: Request) -> bytes:

@@ -21,6 +21,7 @@ def load_environment() -> None:
 
 
 class _Settings(BaseSettings):
+    # Each class below needs an env_prefix: without one, pydantic would read a field `home` from HOME as well.
     model_config = SettingsConfigDict(frozen=True, extra="ignore", populate_by_name=True, env_ignore_empty=True)
 
     def __init__(self, **values: Any) -> None:
@@ -31,11 +32,13 @@ class _Settings(BaseSettings):
 class LocalSettings(_Settings):
     """DISTILLERY_HOME holds all that this machine writes; the others default to places inside it."""
 
-    home: Path = Field(default=Path(".distillery"), validation_alias="DISTILLERY_HOME")
-    store: str = Field(default="", validation_alias="DISTILLERY_STORE")
-    labels: str = Field(default="", validation_alias="DISTILLERY_LABELS")
-    registry: str = Field(default="", validation_alias="DISTILLERY_REGISTRY")
-    remote_code: str = Field(default="", validation_alias="DISTILLERY_REMOTE_CODE")
+    model_config = SettingsConfigDict(env_prefix="DISTILLERY_")
+
+    home: Path = Path(".distillery")
+    store: str = ""
+    labels: str = ""
+    registry: str = ""
+    remote_code: str = ""
 
     @property
     def folder(self) -> Path:
@@ -65,16 +68,20 @@ class LocalSettings(_Settings):
 class TeacherSettings(_Settings):
     """The teacher's endpoint, under the lab's names."""
 
+    model_config = SettingsConfigDict(env_prefix="TEACHER_MODEL_")
+
     model: str = Field(default="", validation_alias="TEACHER_MODEL_NAME")
-    endpoint: str = Field(default="", validation_alias="TEACHER_MODEL_ENDPOINT")
-    key: SecretStr = Field(default=SecretStr(""), validation_alias="TEACHER_MODEL_KEY")
+    endpoint: str = ""
+    key: SecretStr = SecretStr("")
 
 
 class AzureMLSettings(_Settings):
     """The Azure ML workspace, under the lab's names."""
 
-    subscription_id: str = Field(default="", validation_alias="AZUREML_SUBSCRIPTION_ID")
-    resource_group: str = Field(default="", validation_alias="AZUREML_RESOURCE_GROUP")
+    model_config = SettingsConfigDict(env_prefix="AZUREML_")
+
+    subscription_id: str = ""
+    resource_group: str = ""
     workspace: str = Field(default="", validation_alias=AliasChoices("AZUREML_WS_NAME", "AZUREML_WORKSPACE_NAME"))
 
     def require(self) -> None:

@@ -6,9 +6,11 @@ store writes beside and renames; object storage is written straight to the diges
 against the list, and the list against the digest.
 """
 
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import uuid
@@ -28,6 +30,7 @@ from distillery.settings import LocalSettings
 MANIFEST = "artifact.json"
 FILES = "files"
 _CHUNK = 1 << 20
+_NO_ROOM = re.compile("|".join(map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))))
 
 
 class FileEntry(Record):
@@ -194,14 +197,31 @@ def _read_manifest(text: str, place: str) -> tuple[FileEntry, ...]:
 
 @contextmanager
 def working_folder(purpose: str) -> Iterator[Path]:
-    """A scratch folder on the disk that holds DISTILLERY_HOME, removed afterwards whatever happens."""
+    """A scratch folder on the disk that holds DISTILLERY_HOME, removed afterwards whatever happens.
+
+    Raises StoreError where the disk is full, whichever library found it so."""
     parent = LocalSettings().folder / "work"
     parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f"{purpose}-", dir=parent))
     try:
         yield folder
+    except StoreError:
+        raise
+    except Exception as error:
+        if not (reason := _no_room(error)):
+            raise
+        raise StoreError(f"{parent}: {reason}; free some space or move DISTILLERY_HOME, then run again") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _no_room(error: BaseException | None) -> str:
+    """What the system said of a disk without room, of which safetensors and shutil keep no errno; or nothing."""
+    while error:
+        if found := _NO_ROOM.search(str(error)):
+            return found[0]
+        error = error.__cause__ or error.__context__
+    return ""
 
 
 @contextmanager

@@ -317,7 +317,8 @@ def train(
             break
     return model, TrainingResult(
         steps=steps,
-        parameters=sum(p.numel() for p in model.parameters()),
+        # An adapter is merged in the end and adds none.
+        parameters=sum(p.numel() for name, p in model.named_parameters() if ".lora_" not in name),
         trained_parameters=sum(p.numel() for p in trained),
         curve=tuple(curve),
         validation_accuracy=accuracy,
@@ -460,7 +461,19 @@ def fine_tune(
         olive_passes.progress.reset(token)
         rows_file.unlink()
         validation_file.unlink()
-    return TrainingResult.model_validate_json((out / "training.json").read_text())
+    return _tidied(out)
+
+
+def _tidied(out: Path) -> TrainingResult:
+    """Takes from a checkpoint's files what differs between equal runs: speed, the base's path, the order of a set."""
+    figures, config = out / "training.json", out / "adapter" / "adapter_config.json"
+    result = TrainingResult.model_validate_json(figures.read_text())
+    figures.write_text(result.model_dump_json(exclude={"rows_per_second"}))
+    if config.exists():
+        values = json.loads(config.read_text())
+        changed = {"base_model_name_or_path": None, "target_modules": sorted(values["target_modules"])}
+        config.write_text(json.dumps(values | changed, indent=2))
+    return result
 
 
 def parts(checkpoint: Path, base: Path) -> tuple[Path, Path | None]:

@@ -24,7 +24,7 @@ from tasks.evaluation import evaluate
 from tasks.labels import label
 from tasks.onnx import export
 from tasks.registry import download, judge, register
-from tasks.stage import RESULT, machine, tidy_logs
+from tasks.stage import RESULT, machine, produced_by, tidy_logs
 from tasks.summary import publish, render
 
 
@@ -50,7 +50,8 @@ def distill(recipe: Recipe, training_deployment: str | None = None) -> Outcome:
 
     local = None
     if recipe.teacher.kind == "local":
-        local = prepare_teacher(recipe.teacher.preparation, recipe.prompt, data, training_deployment)
+        named = prepare_teacher.with_options(flow_run_name=f"{produced_by()}, preparation")
+        local = named(recipe.teacher.preparation, recipe.prompt, data, training_deployment)
         base = recipe.teacher.preparation.base if student_recipe.start == "teacher" else base
     served = local.model if local else None
     identity = teacher_identity(recipe, served)

@@ -8,7 +8,7 @@ from distillery.evaluation import ModelToScore
 from distillery.labels import read_labels
 from distillery.recipe import BaseModelRecipe, PromptRecipe
 from distillery.records import EvaluationReport, OnnxModel, Rows, StudentCheckpoint, TeacherLabels
-from distillery.store import ArtifactStore, working_folder
+from distillery.store import ArtifactStore, sha256_of, working_folder
 from distillery.student import parameter_count, parts
 from tasks.stage import produced_by, stage
 
@@ -65,12 +65,14 @@ def evaluate(
             CANDIDATE,
             folder,
         )
+        answers_sha256 = sha256_of(folder / "answers.jsonl")
         artifact = store.put(folder)
     get_run_logger().info("\n%s", domain.render_table(rows))
     return EvaluationReport(
         artifact=artifact,
         scoreboard=rows,
         candidate=CANDIDATE,
+        answers_sha256=answers_sha256,
         machine=machine,
         produced_by=produced_by(),
         seconds=time.perf_counter() - started,

@@ -47,7 +47,7 @@ def label(
 def _local_endpoint(folder: Path, identity: str) -> Iterator[Endpoint]:
     """The exported teacher behind HTTP on the loopback interface, for the very client that asks a paid endpoint."""
     with served(folder, "teacher", threads=os.cpu_count()) as server:
-        yield Endpoint(url=f"{server.url}/v1", model="teacher", key=server.key, identity=identity, sdk="openai")
+        yield Endpoint(url=server.url, model="teacher", key=server.key, identity=identity, sdk="openai")
 
 
 @stage("gold labels", version=1)

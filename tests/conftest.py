@@ -1,4 +1,4 @@
-"""Fixtures for all tests: a home of their own for every test, and tiny random models that pass the whole chain in seconds."""
+"""Fixtures for all tests: a home for each test, and tiny random models that pass the whole chain in seconds."""
 
 import os
 from collections.abc import Callable
@@ -12,8 +12,9 @@ os.environ["OLIVE_DISABLE_TELEMETRY"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 CHATML = (
-    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    "{% for message in messages %}"
+    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 PHI = (
     "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endfor %}"
@@ -55,7 +56,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 
 @pytest.fixture(scope="session")
 def tiny_onnx(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """`tiny_onnx(arch, precision="fp32")`: the tiny model exported for ONNX Runtime GenAI; precision is fp32 or int4."""
+    """`tiny_onnx(arch, precision="fp32")`: the tiny model for ONNX Runtime GenAI; precision is fp32 or int4."""
 
     @cache
     def export(arch: str, precision: str = "fp32") -> Path:

@@ -110,6 +110,13 @@ def test_paired_interval_without_discordant_pairs_is_narrow_and_holds_zero(cells
 # Scoring in a process of its own
 
 
+@pytest.fixture
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For processes started from here on."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+
+
+@pytest.mark.usefixtures("no_gpu")
 @pytest.mark.parametrize("arch", ["llama", "phi3"])
 def test_torch_and_onnx_agree_on_every_row(arch: str, tiny_model: Build, tiny_onnx: Build, tmp_path: Path) -> None:
     rows = [
@@ -121,7 +128,7 @@ def test_torch_and_onnx_agree_on_every_row(arch: str, tiny_model: Build, tiny_on
     torch_model = ModelToScore(name="torch", kind="transformers", folder=str(tiny_model(arch)))
     onnx_model = ModelToScore(name="onnx", kind="onnx", folder=str(tiny_onnx(arch)))
     ballast = b"x" * (400 << 20)
-    by_torch = score_model(torch_model, test_file, prompt, threads=1, precision="float32")
+    by_torch = score_model(torch_model, test_file, prompt, threads=1)
     by_onnx = score_model(onnx_model, test_file, prompt, threads=1)
     assert by_torch.answers == by_onnx.answers
     assert len(by_onnx.answers) == 12
@@ -129,10 +136,35 @@ def test_torch_and_onnx_agree_on_every_row(arch: str, tiny_model: Build, tiny_on
     for one, other in zip(by_torch.probabilities, by_onnx.probabilities, strict=True):
         assert one == pytest.approx(other, abs=1e-4)
         assert sum(other or ()) == pytest.approx(1)
-    assert by_torch.ran_on.endswith("float32")
+    assert by_torch.ran_on == "cpu float32"
     assert_measured(by_torch)
     assert_measured(by_onnx)
     assert by_onnx.peak_mib < 350 < len(ballast) >> 20, "the peak is the child's own, not this process's"
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_bfloat16_gives_what_training_s_autocast_gives(tiny_model: Build, test_file: Path) -> None:
+    """The linear layers are cast once; the numbers are those of autocast over float32 weights."""
+    from distillery import student
+    from distillery.prompts import TransformersTokenizer, letter_ids, render_ids
+
+    model, tokenizer = student.load_model(tiny_model("llama"))
+    wrapped = TransformersTokenizer(tokenizer)
+    letters = tuple(letter_ids(wrapped, 3))
+    rows = [
+        student.TrainingRow(prompt=tuple(render_ids(example, PROMPT, wrapped) or ()), letters=letters, answer=0)
+        for example in read_examples(test_file)
+    ]
+    place = student.Placement("cpu", "bfloat16")
+    expected = student.option_probabilities(model, rows, pad_id=student.pad_id(tokenizer), place=place, batch_size=1)
+    scored = score_model(
+        ModelToScore(name="torch", kind="transformers", folder=str(tiny_model("llama"))),
+        test_file,
+        PROMPT,
+        threads=1,
+        precision="bfloat16",
+    )
+    assert [list(row or ()) for row in scored.probabilities] == [pytest.approx(row, abs=1e-6) for row in expected]
 
 
 def assert_measured(scored: Scored) -> None:
@@ -253,6 +285,14 @@ def test_tfidf_is_left_out_where_the_options_differ(
     assert [row.name for row in rows] == ["gold", "majority class", "teacher", "student int4"]
     assert rows[2].correct == 0
     assert "TF-IDF + logistic regression is left out" in (tmp_path / "out/scoreboard.md").read_text()
+
+
+def test_two_that_give_no_answer_do_not_agree(student: ModelToScore, test_file: Path, tmp_path: Path) -> None:
+    short = PROMPT.model_copy(update={"max_tokens": 8})
+    rows = evaluate([student], {}, test_file, None, short, "student int4", tmp_path / "out")
+    assert (rows[2].correct, rows[2].agreement) == (0, 0)
+    assert (rows[2].rows_per_second, rows[2].p50_ms) == (None, None)
+    assert "12 prompts are over prompt.max_tokens" in (tmp_path / "out/scoreboard.md").read_text()
 
 
 def test_evaluate_refuses_what_can_t_be_compared(student: ModelToScore, tmp_path: Path) -> None:

@@ -1,0 +1,71 @@
+"""Export through Olive: what it refuses, and the lab's own command on the lab's own file."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from distillery.errors import ExportError, ModelError
+from distillery.labels import TRAIN_DATA_FILE, write_gold
+from distillery.onnx import ask_once, export
+from distillery.recipe import ExportRecipe, PromptRecipe
+from distillery.records import Example
+
+TinyModel = Callable[[str], Path]
+FP32 = ExportRecipe(precision="fp32")
+
+
+def test_a_workflow_that_ends_without_a_model_is_an_error(
+    tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nothing = SimpleNamespace(has_output_model=lambda: False)
+    monkeypatch.setattr("olive.workflows.run", lambda *_args, **_kwargs: nothing)
+    with pytest.raises(ExportError, match="Olive ended without a model after build"):
+        export(tiny_model("llama"), None, FP32, tmp_path / "out")
+
+
+def test_a_build_that_lacks_a_file_is_an_error(
+    tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def without_config(_input: object, _passes: object, out: Path) -> None:
+        (out / "model").mkdir()
+        (out / "model" / "model.onnx").write_bytes(b"x")
+
+    monkeypatch.setattr("distillery.olive_workflow.run_workflow", without_config)
+    with pytest.raises(ExportError, match=r"produced no genai_config\.json"):
+        export(tiny_model("llama"), None, FP32, tmp_path / "out")
+
+
+def test_a_model_that_does_not_load_does_not_count(tiny_onnx: Callable[..., Path], tmp_path: Path) -> None:
+    ask_once(tiny_onnx("llama"))
+    for file in tiny_onnx("llama").iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "model.onnx").write_bytes(b"no model")
+    with pytest.raises(ModelError):
+        ask_once(tmp_path)
+
+
+def test_an_adapter_apart_needs_an_adapter(tiny_model: TinyModel, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"adapter_apart is true, but full training leaves no adapter"):
+        export(tiny_model("llama"), None, ExportRecipe(adapter_apart=True), tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_olive_finetune_takes_the_training_rows_as_they_are(tiny_model: TinyModel, tmp_path: Path) -> None:
+    rows = [
+        Example(example_id=str(i), question=f"number {i}", choices=("odd", "even"), answer_key="BA"[i % 2])
+        for i in range(40)
+    ]
+    write_gold(rows, PromptRecipe(), tmp_path)
+    first = json.loads((tmp_path / TRAIN_DATA_FILE).read_text().splitlines()[0])
+    assert list(first) == ["Question", "Answer"]
+    command = [sys.executable, "-m", "olive", "finetune", "--method", "lora", "-m", str(tiny_model("llama"))]
+    command += ["--data_name", "json", "--data_files", str(tmp_path / TRAIN_DATA_FILE), "--max_steps", "1"]
+    command += ["--text_template", "<|user|>{Question}<|end|><|assistant|>{Answer}<|end|>"]
+    command += ["--torch_dtype", "float32", "-o", str(tmp_path / "tuned")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert list((tmp_path / "tuned").rglob("adapter_model.safetensors")), done.stdout[-2000:] + done.stderr[-2000:]

@@ -1,0 +1,447 @@
+"""The server over real HTTP: through both SDKs, our own teacher client, and what becomes of it when things go wrong."""
+
+import json
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from pydantic import SecretStr
+
+from distillery.errors import CredentialsError, ModelError
+from distillery.inference import Logits, OnnxStudent
+from distillery.serving import KEY_VARIABLE, Served, create_app, serve, served
+
+Build = Callable[..., Path]
+MESSAGES = [
+    {"role": "system", "content": "Answer with one letter."},
+    {"role": "user", "content": "Where is bread {warm}?\n(A) oven\n(B) river"},
+]
+
+
+@pytest.fixture(scope="module")
+def server(tiny_onnx: Build) -> Iterator[Served]:
+    with served(tiny_onnx("llama"), "tiny", threads=1) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def student(tiny_onnx: Build) -> OnnxStudent:
+    return OnnxStudent(tiny_onnx("llama"), threads=1)
+
+
+@pytest.fixture
+def client(server: Served) -> Iterator[Any]:
+    import openai
+
+    key = server.key.get_secret_value()
+    with openai.OpenAI(base_url=server.url, api_key=key, max_retries=0) as made:
+        yield made
+
+
+def _post(server: Served, path: str = "/chat/completions", **body: Any) -> httpx.Response:
+    headers = {"Authorization": f"Bearer {server.key.get_secret_value()}"}
+    content = {"model": "tiny", "messages": MESSAGES, "max_tokens": 4} | body
+    with httpx.Client(trust_env=False, timeout=60) as http:
+        return http.post(server.url + path, json=content, headers=headers)
+
+
+def test_openai_gets_the_models_own_log_probabilities(client: Any, student: OnnxStudent) -> None:
+    answer = client.chat.completions.create(
+        model="tiny", messages=MESSAGES, max_tokens=1, logprobs=True, top_logprobs=20
+    )
+    prompt = student.tokenizer.encode_chat(MESSAGES)
+    expected = student.next_token_logprobs(prompt)
+    best = np.argsort(-expected, kind="stable")[:20].tolist()
+    (entry,) = answer.choices[0].logprobs.content
+    assert [one.token for one in entry.top_logprobs] == [student.token_text(token) for token in best]
+    assert [one.logprob for one in entry.top_logprobs] == pytest.approx(expected[best].tolist(), abs=1e-9)
+    assert (entry.token, entry.logprob) == (entry.top_logprobs[0].token, entry.top_logprobs[0].logprob)
+    assert bytes(entry.bytes).decode() == entry.token == answer.choices[0].message.content
+    assert answer.choices[0].finish_reason == "length"
+    usage = answer.usage
+    assert (usage.prompt_tokens, usage.completion_tokens, usage.total_tokens) == (len(prompt), 1, len(prompt) + 1)
+
+
+def test_openai_gets_the_models_greedy_text(client: Any, student: OnnxStudent) -> None:
+    answer = client.chat.completions.create(model="tiny", messages=MESSAGES, max_completion_tokens=12)
+    tokens, _ = student.generate(student.tokenizer.encode_chat(MESSAGES), 12)
+    stream = student.text_stream()
+    assert answer.choices[0].message.content == "".join(stream.decode(token) for token in tokens)
+    assert answer.choices[0].logprobs is None
+    assert answer.usage.completion_tokens == 12
+    assert answer.model == "tiny"
+
+
+def test_the_messages_reach_the_template_unchanged(server: Served, student: OnnxStudent) -> None:
+    parts = [{"type": "text", "text": "Where "}, {"type": "text", "text": "is it?"}]
+    chat = [{"role": "user", "content": parts}, {"role": "assistant", "content": "A"}, {"role": "user", "content": "?"}]
+    body = _post(server, messages=chat).json()
+    plain = [{"role": "user", "content": "Where is it?"}, *chat[1:]]
+    assert body["usage"]["prompt_tokens"] == len(student.tokenizer.encode_chat(plain))  # type: ignore[arg-type]
+
+
+def test_openai_streams_the_same_text_and_log_probabilities(client: Any) -> None:
+    settings = {"model": "tiny", "messages": MESSAGES, "max_tokens": 12, "logprobs": True, "top_logprobs": 2}
+    whole = client.chat.completions.create(**settings)
+    chunks = list(client.chat.completions.create(**settings, stream=True, stream_options={"include_usage": True}))
+    choices = [chunk.choices[0] for chunk in chunks if chunk.choices]
+    assert "".join(choice.delta.content or "" for choice in choices) == whole.choices[0].message.content
+    entries = [entry for choice in choices if choice.logprobs for entry in choice.logprobs.content]
+    assert entries == whole.choices[0].logprobs.content
+    assert choices[0].delta.role == "assistant"
+    assert [choice.finish_reason for choice in choices if choice.finish_reason] == ["length"]
+    assert chunks[-1].usage == whole.usage
+    assert len({chunk.id for chunk in chunks}) == 1
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_stop_text_ends_the_answer_before_it(stream: bool, client: Any) -> None:
+    text = client.chat.completions.create(model="tiny", messages=MESSAGES, max_tokens=30).choices[0].message.content
+    stop = text[4:7]
+    settings = {"model": "tiny", "messages": MESSAGES, "max_tokens": 30, "stop": ["never there", stop]}
+    answer = client.chat.completions.create(**settings, stream=stream)
+    if stream:
+        choices = [chunk.choices[0] for chunk in answer]
+        said, reason = "".join(choice.delta.content or "" for choice in choices), choices[-1].finish_reason
+    else:
+        said, reason = answer.choices[0].message.content, answer.choices[0].finish_reason
+    assert said == text[: text.index(stop)]
+    assert reason == "stop"
+
+
+def test_seed_and_temperature_are_heeded(client: Any) -> None:
+    def ask(seed: int, temperature: float) -> str:
+        answer = client.chat.completions.create(
+            model="tiny", messages=MESSAGES, max_tokens=16, temperature=temperature, seed=seed
+        )
+        return str(answer.choices[0].message.content)
+
+    assert ask(1, 1.0) == ask(1, 1.0) != ask(2, 1.0)
+    assert ask(1, 0) == ask(2, 0)
+
+
+def test_azure_ai_inference_gets_the_same_with_and_without_v1(server: Served, student: OnnxStudent) -> None:
+    from azure.ai.inference import ChatCompletionsClient
+    from azure.core.credentials import AzureKeyCredential
+
+    tokens, logprobs = student.generate(student.tokenizer.encode_chat(MESSAGES), 5)
+    for url in (server.url, server.url.removesuffix("/v1")):
+        with ChatCompletionsClient(url, AzureKeyCredential(server.key.get_secret_value()), retry_total=0) as client:
+            answer = client.complete(
+                messages=MESSAGES, max_tokens=5, model_extras={"logprobs": True, "top_logprobs": 5}
+            )
+            chunks = list(client.complete(messages=MESSAGES, model="tiny", max_tokens=5, stream=True))
+        entries = answer.choices[0]["logprobs"]["content"]
+        assert [entry["logprob"] for entry in entries] == pytest.approx(logprobs, abs=1e-9)
+        assert answer.usage.completion_tokens == len(tokens)
+        said = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+        assert said == answer.choices[0].message.content
+        assert answer.choices[0].finish_reason == "length"
+
+
+@pytest.mark.parametrize("sdk", ["openai", "azure-ai-inference"])
+async def test_our_teacher_client_finds_log_probabilities(sdk: Any, server: Served) -> None:
+    from distillery.recipe import TeacherRecipe
+    from distillery.teacher import Endpoint, probe
+
+    endpoint = Endpoint(server.url, "tiny", server.key, "tiny", sdk)
+    result = await probe(TeacherRecipe(sdk=sdk), endpoint)
+    assert result.answers
+    assert result.log_probabilities
+    assert result.model_version == "tiny"
+
+
+def test_the_wrong_key_is_refused_by_both_sdks(server: Served) -> None:
+    import openai
+    from azure.ai.inference import ChatCompletionsClient
+    from azure.core.credentials import AzureKeyCredential
+    from azure.core.exceptions import ClientAuthenticationError
+
+    with (
+        openai.OpenAI(base_url=server.url, api_key="wrong", max_retries=0) as client,
+        pytest.raises(openai.AuthenticationError) as refused,
+    ):
+        client.chat.completions.create(model="tiny", messages=MESSAGES)  # type: ignore[call-overload]
+    assert refused.value.code == "invalid_api_key"
+    assert server.key.get_secret_value() not in str(refused.value)
+    with (
+        ChatCompletionsClient(server.url, AzureKeyCredential("wrong"), retry_total=0) as azure,
+        pytest.raises(ClientAuthenticationError),
+    ):
+        azure.complete(messages=MESSAGES)
+    for path in ("/models", "/models/tiny"):
+        assert httpx.get(server.url + path, trust_env=False).status_code == 401
+    assert httpx.get(server.url.removesuffix("/v1") + "/healthz", trust_env=False).json() == {"status": "ok"}
+
+
+def test_the_models_are_listed(client: Any) -> None:
+    assert [model.id for model in client.models.list()] == ["tiny"]
+    assert client.models.retrieve("tiny").id == "tiny"
+
+
+def test_an_unknown_model_or_path_is_not_found(client: Any, server: Served) -> None:
+    import openai
+
+    with pytest.raises(openai.NotFoundError) as missing:
+        client.chat.completions.create(model="other", messages=MESSAGES)
+    assert missing.value.code == "model_not_found"
+    assert "'other' does not exist; this server has 'tiny'" in str(missing.value)
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("other")
+    assert _post(server, "/embeddings").json()["error"]["message"] == "Not Found"
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "robot", "content": "x"}]}, "messages.0.role"),
+        ({"messages": [{"role": "user"}]}, "messages.0.content"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"temperature": 3}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"n": 2}, "n"),
+        ({"top_logprobs": 21, "logprobs": True}, "top_logprobs"),
+        ({"top_logprobs": 5}, "top_logprobs"),
+        ({"stop": ["a", "b", "c", "d", "e"]}, "stop"),
+        ({"stop": ""}, "stop"),
+        ({"presence_penalty": 0.5}, "presence_penalty"),
+        ({"response_format": {"type": "json_object"}}, "response_format.type"),
+        ({"tools": []}, "tools"),
+    ],
+)
+def test_a_bad_request_is_refused_by_the_fields_name(body: dict[str, Any], param: str, server: Served) -> None:
+    response = _post(server, **body)
+    error = response.json()["error"]
+    assert response.status_code == 400
+    assert error["param"].startswith(param)
+    assert error["message"].startswith(param)
+    assert error["type"] == "invalid_request_error"
+
+
+def test_what_changes_nothing_is_taken(server: Served) -> None:
+    extras = {"presence_penalty": 0.0, "frequency_penalty": 0, "n": 1, "user": "me"}
+    assert _post(server, **extras, response_format={"type": "text"}).status_code == 200
+    assert _post(server, "/chat/completions?api-version=2024-05-01-preview").status_code == 200
+
+
+def test_a_body_that_is_no_json_or_too_large_is_refused(server: Served) -> None:
+    headers = {"api-key": server.key.get_secret_value()}
+    with httpx.Client(trust_env=False, headers=headers) as http:
+        broken = http.post(server.url + "/chat/completions", content=b"{")
+        large = http.post(server.url + "/chat/completions", content=b" " * (5 << 20))
+    assert (broken.status_code, large.status_code) == (400, 400)
+    assert broken.json()["error"]["message"].startswith("body: Invalid JSON")
+    assert large.json()["error"]["code"] == "request_too_large"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_prompt_over_the_context_is_refused_and_the_next_one_answered(stream: bool, client: Any) -> None:
+    import openai
+
+    long = [{"role": "user", "content": "river " * 2000}]
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.chat.completions.create(model="tiny", messages=long, max_tokens=1, stream=stream)
+    assert refused.value.code == "context_length_exceeded"
+    assert "maximum context length is 1024 tokens" in str(refused.value)
+    assert client.chat.completions.create(model="tiny", messages=MESSAGES, max_tokens=1).usage.completion_tokens == 1
+
+
+def test_an_answer_ends_where_the_context_is_full(server: Served, student: OnnxStudent) -> None:
+    body = _post(server, max_tokens=5000).json()
+    assert body["usage"]["total_tokens"] == student.context_length
+    assert body["choices"][0]["finish_reason"] == "length"
+
+
+def test_many_at_once_get_their_own_answers(server: Served, student: OnnxStudent) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    def ask(number: int) -> float:
+        chat = [{"role": "user", "content": f"Question {number}: where is the bread?"}]
+        body = _post(server, messages=chat, max_tokens=1, logprobs=True).json()
+        return float(body["choices"][0]["logprobs"]["content"][0]["logprob"])
+
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(ask, range(40)))
+    for number, answer in enumerate(answers):
+        chat = [{"role": "user", "content": f"Question {number}: where is the bread?"}]
+        expected = student.next_token_logprobs(student.tokenizer.encode_chat(chat)).max()
+        assert answer == pytest.approx(float(expected), abs=1e-9)
+
+
+def test_the_server_adds_little_to_the_models_time(server: Served, student: OnnxStudent) -> None:
+    headers = {"Authorization": f"Bearer {server.key.get_secret_value()}"}
+    body = {"model": "tiny", "messages": MESSAGES, "max_tokens": 1, "logprobs": True, "top_logprobs": 20}
+    times = []
+    with httpx.Client(trust_env=False) as http:
+        for _ in range(200):
+            started = time.perf_counter()
+            http.post(f"{server.url}/chat/completions", json=body, headers=headers).raise_for_status()
+            times.append(time.perf_counter() - started)
+    # 1.7 ms with client and model on a quiet machine; a packet that waits for the client's delayed ACK costs 40 ms.
+    assert sorted(times)[50] < 0.015
+
+
+class SlowStudent(OnnxStudent):
+    """A student that waits before each token until it may go on, and counts how often it was asked for one."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder, threads=1)
+        self.go_on = threading.Semaphore(0)
+        self.asked = 0
+
+    def steps(self, *arguments: Any, **settings: Any) -> Iterator[tuple[int, Logits]]:
+        for step in super().steps(*arguments, **settings):
+            self.asked += 1
+            assert self.go_on.acquire(timeout=30)
+            yield step
+
+
+@contextmanager
+def _in_this_process(student: OnnxStudent) -> Iterator[str]:
+    """The app, without a key, in a thread of this process; gives its URL."""
+    import uvicorn
+
+    with socket.create_server(("127.0.0.1", 0)) as bound:
+        config = uvicorn.Config(create_app(student, "tiny", None), log_level="warning", timeout_graceful_shutdown=1)
+        running = uvicorn.Server(config)
+        thread = threading.Thread(target=running.run, kwargs={"sockets": [bound]})
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{bound.getsockname()[1]}"
+        finally:
+            running.should_exit = True
+            thread.join()
+
+
+def _until(condition: Callable[[], bool], seconds: float = 10.0) -> bool:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and not condition():
+        time.sleep(0.02)
+    return condition()
+
+
+def test_the_server_answers_while_the_model_computes(tiny_onnx: Build) -> None:
+    student = SlowStudent(tiny_onnx("llama"))
+    with _in_this_process(student) as url:
+        answers: list[int] = []
+        body = {"messages": MESSAGES, "max_tokens": 1}
+        asking = threading.Thread(
+            target=lambda: answers.append(httpx.post(f"{url}/chat/completions", json=body, timeout=60).status_code)
+        )
+        asking.start()
+        assert _until(lambda: student.asked == 1)
+        assert httpx.get(f"{url}/healthz", timeout=5).status_code == 200
+        assert answers == []
+        student.go_on.release()
+        asking.join()
+        assert answers == [200]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_has_gone_does_not_keep_the_model(stream: bool, tiny_onnx: Build) -> None:
+    student = SlowStudent(tiny_onnx("llama"))
+    with _in_this_process(student) as url, httpx.Client(timeout=60) as http:
+        body = {"messages": MESSAGES, "max_tokens": 500, "stream": stream}
+        student.go_on.release()
+        if stream:
+            with http.stream("POST", f"{url}/chat/completions", json=body) as response:
+                assert next(response.iter_lines()).startswith("data: ")
+        else:
+            with pytest.raises(httpx.ReadTimeout):
+                http.post(f"{url}/chat/completions", json=body, timeout=0.2)
+        time.sleep(1.5)
+        for _ in range(600):
+            student.go_on.release()
+        answer = http.post(f"{url}/chat/completions", json={"messages": MESSAGES, "max_tokens": 1})
+        assert answer.status_code == 200
+        assert student.asked < 20
+
+
+def test_the_key_is_in_no_command_line_and_the_process_is_gone_afterwards(tiny_onnx: Build) -> None:
+    seen: list[Served] = []
+
+    def interrupted() -> None:
+        with served(tiny_onnx("phi3"), "tiny", threads=1) as running:
+            seen.append(running)
+            assert running.key.get_secret_value() not in Path(f"/proc/{running.process.pid}/cmdline").read_text()
+            assert running.key.get_secret_value() not in repr(running)
+            assert _post(running).status_code == 200
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert not Path(f"/proc/{seen[0].process.pid}").exists()
+    with pytest.raises(httpx.ConnectError):
+        _post(seen[0])
+
+
+def test_a_killed_parent_leaves_no_server(tiny_onnx: Build) -> None:
+    script = (
+        "import sys, time\nfrom pathlib import Path\nfrom distillery.serving import served\n"
+        "with served(Path(sys.argv[1]), 'tiny', threads=1) as running:\n"
+        "    print(running.process.pid, flush=True)\n    time.sleep(60)\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", script, str(tiny_onnx("llama"))], stdout=subprocess.PIPE, text=True
+    ) as parent:
+        assert parent.stdout is not None
+        pid = int(parent.stdout.readline())
+        os.kill(parent.pid, signal.SIGKILL)
+
+    def gone() -> bool:
+        stat = Path(f"/proc/{pid}/stat")
+        return not stat.exists() or stat.read_text().rsplit(") ", 1)[1].startswith("Z")
+
+    assert _until(gone)
+
+
+def test_a_folder_that_cannot_be_served_is_named_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ModelError) as failure, served(tmp_path, "tiny"):
+        pass
+    assert str(failure.value).startswith(f"{tmp_path}/genai_config.json: can't be read")
+    assert "\n" not in str(failure.value)
+
+
+def test_others_reach_it_only_with_a_key(tiny_onnx: Build) -> None:
+    for key in (None, SecretStr("")):
+        with pytest.raises(CredentialsError, match=f"--host 0.0.0.0: .*{KEY_VARIABLE}"):
+            serve(tiny_onnx("llama"), "tiny", "0.0.0.0", 0, key)
+
+
+def test_a_port_that_is_taken_is_named(tiny_onnx: Build) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ModelError, match=f"--host 127.0.0.1 --port {port}: "):
+            serve(tiny_onnx("llama"), "tiny", port=port)
+
+
+def test_log_probabilities_are_json_even_where_the_model_gives_none(tiny_onnx: Build) -> None:
+    class Certain(OnnxStudent):
+        def steps(self, *arguments: Any, **settings: Any) -> Iterator[tuple[int, Logits]]:
+            logits = np.full(512, -np.inf, dtype=np.float32)
+            logits[40] = 0.0
+            yield 40, logits
+
+    with _in_this_process(Certain(tiny_onnx("llama"), threads=1)) as url:
+        body = {"messages": MESSAGES, "max_tokens": 1, "logprobs": True, "top_logprobs": 2}
+        text = httpx.post(f"{url}/chat/completions", json=body).text
+
+    def refuse(name: str) -> float:
+        raise AssertionError(f"{name} is no JSON")
+
+    (entry,) = json.loads(text, parse_constant=refuse)["choices"][0]["logprobs"]["content"]
+    assert [one["logprob"] for one in entry["top_logprobs"]] == [0.0, -9999.0]
+    assert math.isfinite(entry["logprob"])
