@@ -210,7 +210,9 @@ def working_folder(purpose: str) -> Iterator[Path]:
     except Exception as error:
         if not (reason := _no_room(error)):
             raise
-        raise StoreError(f"{parent}: {reason}; free some space or move DISTILLERY_HOME, then run again") from error
+        raise StoreError(
+            f"{parent}: the disk is full ({reason}); free some space or move DISTILLERY_HOME, then run again"
+        ) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -14,6 +14,7 @@ from prefect.runtime import flow_run
 
 from distillery.dataset import source_identity
 from distillery.errors import DistilleryError
+from distillery.evaluation import machine
 from distillery.readiness import check_settings, teacher_identity
 from distillery.recipe import Recipe, load_recipe
 from distillery.records import Outcome
@@ -24,7 +25,7 @@ from tasks.evaluation import evaluate
 from tasks.labels import label
 from tasks.onnx import export
 from tasks.registry import download, judge, register
-from tasks.stage import RESULT, machine, produced_by, tidy_logs
+from tasks.stage import RESULT, produced_by, tidy_logs
 from tasks.summary import publish, render
 
 

@@ -67,7 +67,7 @@ def evaluate(
         )
         answers_sha256 = sha256_of(folder / "answers.jsonl")
         artifact = store.put(folder)
-    get_run_logger().info("\n%s", domain.render_table(rows))
+    get_run_logger().info("%s", domain.headline(rows, CANDIDATE))
     return EvaluationReport(
         artifact=artifact,
         scoreboard=rows,

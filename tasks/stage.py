@@ -2,7 +2,6 @@
 
 import logging
 import os
-import platform
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
@@ -85,11 +84,6 @@ def is_whole(record: Any) -> bool:
 def produced_by() -> str:
     """The name of the run that does the work, for the record."""
     return str(flow_run.name or "a run without a name")
-
-
-def machine() -> str:
-    """What measurements of speed and memory are keyed by."""
-    return f"{platform.node()}, {platform.machine()}, {os.cpu_count()} cores"
 
 
 def tidy_logs() -> None:

@@ -2,7 +2,7 @@
 
 from prefect.artifacts import create_markdown_artifact
 
-from distillery.evaluation import render_table
+from distillery.evaluation import headline, render_table
 from distillery.records import OnnxModel, Outcome, StageRecord, StudentCheckpoint
 from distillery.store import ArtifactStore
 from tasks.stage import produced_by
@@ -60,7 +60,7 @@ def render(outcome: Outcome) -> str:
         here = record.produced_by.startswith(outcome.run)
         origin = f"{record.seconds:6.1f} s" if here else f"cached from {record.produced_by}"
         lines.append(f"{name:16} {figures:64} {origin}")
-    gate = "passed" if outcome.decision.passed else "not registered"
-    return "\n".join(
-        [*lines, "", render_table(outcome.report.scoreboard), "", f"gate: {gate}: {outcome.decision.reason}"]
-    )
+    board, gate = outcome.report.scoreboard, "passed" if outcome.decision.passed else "refused"
+    verdict = f"gate: {gate}: {outcome.decision.reason.removeprefix(f'{gate}: ')}"
+    lines += ["", render_table(board), "", headline(board, outcome.report.candidate), verdict]
+    return "\n".join(lines)

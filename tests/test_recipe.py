@@ -1,0 +1,146 @@
+"""Recipes: presets, what a user writes upon them, and what is refused in one line that names the key."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distillery.errors import RecipeError
+from distillery.recipe import PRESETS, Recipe, load_recipe, parse_recipe
+
+
+def refusal(values: dict[str, Any]) -> str:
+    """The one line with which a recipe is refused."""
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe(values, "mine.yaml")
+    text = str(caught.value)
+    assert "\n" not in text
+    assert text.startswith("mine.yaml: ")
+    return text.removeprefix("mine.yaml: ")
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_loads_and_stands_on_its_own(name: str) -> None:
+    recipe = load_recipe(name)
+    assert recipe.name == name
+    assert recipe.preset is None
+
+
+def test_the_presets_ask_for_what_they_say() -> None:
+    demo, lab = load_recipe("demo"), load_recipe("lab")
+    assert (demo.teacher.kind, demo.student.start, demo.registry.kind) == ("local", "teacher", "local")
+    assert (lab.dataset.name, lab.teacher.kind, lab.registry.kind) == ("tau/commonsense_qa", "endpoint", "azureml")
+    assert lab.student.training.method == "lora"
+
+
+def test_keys_given_win_and_their_neighbours_stay(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(
+        "preset: demo\nname: mine\nteacher: {preparation: {training: {epochs: 1}}}\nstudent: {layers: [0, 1]}"
+    )
+    recipe, demo = load_recipe(str(file)), load_recipe("demo")
+    assert recipe.name == "mine"
+    assert recipe.student.layers == (0, 1)
+    assert recipe.teacher.preparation.training == demo.teacher.preparation.training.model_copy(update={"epochs": 1.0})
+    assert recipe.student.training == demo.student.training
+    assert recipe.dataset == demo.dataset
+
+
+def test_null_takes_a_presets_key_out_of_a_mapping() -> None:
+    own_test = {"splits": {"test": "test"}, "carve": {"test": None}, "sample": {"test": None, "train": 50}}
+    recipe = Recipe.model_validate({"preset": "lab", "dataset": own_test})
+    assert recipe.dataset.splits == {"train": "train", "validation": "validation", "test": "test"}
+    assert recipe.dataset.carve == {}
+    assert recipe.dataset.sample == {"train": 50, "validation": 200}
+
+
+def test_null_of_a_plain_field_is_that_fields_value() -> None:
+    recipe = Recipe.model_validate({"preset": "demo", "student": {"layers": None}, "teacher": {"temperature": None}})
+    assert recipe.student.layers is None
+    assert recipe.teacher.temperature is None
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"teecher": {}}, "teecher: unknown key; remove it or correct its spelling"),
+        ({"preset": "demo", "student": {"training": {"epoch": 1}}}, "student.training.epoch: unknown key"),
+        ({"preset": "lap"}, "preset: "),
+        ({"student": {"training": {"epochs": "many"}}}, "student.training.epochs: "),
+        ({"preset": "demo", "dataset": 5}, "dataset: "),
+        ({"export": {"precision": "int3"}}, "export.precision: "),
+        ({"registry": {"model_name": "my model"}}, "registry.model_name: "),
+        ({"dataset": {"carve": {"test": 1.5}}}, "dataset.carve.test: "),
+        ({"preset": "lab", "dataset": {"splits": {"train": None}}}, "dataset.splits names no train split"),
+        ({"dataset": {"source": "hub"}}, "set dataset.name"),
+        ({"dataset": {"source": "files"}}, "set dataset.files"),
+        ({"prompt": {"user": "{question}"}}, "prompt.user needs the places {question} and {choices}"),
+        ({"prompt": {"choice": "{letter}"}}, "prompt.choice needs"),
+        ({"student": {"start": "teacher"}}, "student.start is teacher, which needs teacher.kind: local"),
+        ({"student": {"training": {"soft_weight": 0.5}}}, "which needs teacher.soft_labels: true"),
+        (
+            {"teacher": {"kind": "local"}, "dataset": {"splits": {"train": "train", "test": "test"}}},
+            "which needs a gold split in dataset.splits or dataset.carve",
+        ),
+    ],
+)
+def test_what_is_wrong_is_refused_in_one_line_that_names_the_key(values: dict[str, Any], said: str) -> None:
+    assert said in refusal(values)
+
+
+def test_every_wrong_key_is_named_at_once() -> None:
+    text = refusal({"nane": "x", "evaluation": {"minimum_kept": 2}})
+    assert "nane: unknown key" in text
+    assert "evaluation.minimum_kept: " in text
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"- demo", "a recipe is a mapping of keys"),
+        (b"", "a recipe is a mapping of keys"),
+        (b"name: [a", "no valid YAML"),
+        (b"name: \xff\xfe", "no valid YAML"),
+    ],
+)
+def test_a_file_that_holds_no_recipe(tmp_path: Path, content: bytes, said: str) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_bytes(content)
+    with pytest.raises(RecipeError, match=said) as caught:
+        load_recipe(str(file))
+    assert str(caught.value).startswith(f"{file}: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_is_not_there_and_a_folder(tmp_path: Path) -> None:
+    for path in (tmp_path / "none.yaml", tmp_path):
+        with pytest.raises(RecipeError, match=r"can't be read .* give a file or one of: demo, lab"):
+            load_recipe(str(path))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"preset": "demo"},
+        {"preset": "lab", "dataset": {"splits": {"test": "test"}, "carve": {"test": None}}},
+        {"preset": "demo", "student": {"layers": None, "training": {"soft_weight": 0}}},
+    ],
+)
+def test_a_recipe_survives_the_way_through_json(values: dict[str, Any]) -> None:
+    recipe = Recipe.model_validate(values)
+    assert Recipe.model_validate(recipe.model_dump()) == recipe
+    assert Recipe.model_validate(json.loads(recipe.model_dump_json())) == recipe
+    assert Recipe.model_validate(recipe.model_dump(exclude_defaults=True)) == recipe
+
+
+def test_the_schema_of_the_form_can_be_made() -> None:
+    schema = Recipe.model_json_schema()
+    assert set(schema["properties"]) == set(Recipe.model_fields)
+    assert schema["additionalProperties"] is False
+    assert json.dumps(schema)
+
+
+def test_a_recipe_cannot_be_changed() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        load_recipe("demo").name = "other"  # type: ignore[misc]
