@@ -11,21 +11,33 @@ import time
 from pathlib import Path
 
 import httpx
+from dotenv import dotenv_values
 
 PROJECT = Path(__file__).resolve().parent.parent
 PORT = os.environ.get("DISTILLERY_PREFECT_PORT", "4200")
 POOLS = ("cpu-pool", "gpu-pool")
 
 
+def settings() -> dict[str, str]:
+    """What .env and, before it, the environment say."""
+    return {name: value for name, value in dotenv_values(PROJECT / ".env").items() if value} | os.environ
+
+
+def home() -> Path:
+    return Path(settings().get("DISTILLERY_HOME") or PROJECT / ".distillery").expanduser().absolute()
+
+
 def run_folder() -> Path:
-    folder = Path(os.environ.get("DISTILLERY_HOME", PROJECT / ".distillery")) / "run"
+    folder = home() / "run"
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
 def environment() -> dict[str, str]:
     api = f"http://127.0.0.1:{PORT}/api"
-    return os.environ | {"PREFECT_API_URL": api, "PREFECT_WORKER_QUERY_SECONDS": "1", "PYTHONUNBUFFERED": "1"}
+    ours = {"PREFECT_API_URL": api, "PREFECT_WORKER_QUERY_SECONDS": "1", "PYTHONUNBUFFERED": "1"}
+    # A worker gives each run a working folder of its own, which no .env and no relative path leads to.
+    return settings() | ours | {"DISTILLERY_HOME": str(home())}
 
 
 def prefect(*arguments: str) -> None:

@@ -6,6 +6,7 @@ A GGUF file is converted once and kept under DISTILLERY_HOME/models by its diges
 import importlib.util
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -62,6 +63,23 @@ def local_copy(base: BaseModelRecipe) -> Path | None:
     return Path(cached)
 
 
+def pinned(base: BaseModelRecipe) -> BaseModelRecipe:
+    """A hub model with its revision resolved to a commit, so that a whole run uses one; others as they are.
+
+    Raises TrainingError where the hub doesn't answer."""
+    name, revision = base.model, base.revision or "main"
+    elsewhere = name.startswith(("azureml://", "package:", ".", "/", "~")) or name.endswith(".gguf")
+    if elsewhere or Path(name).is_dir() or re.fullmatch("[0-9a-f]{40}", revision):
+        return base
+    from huggingface_hub import HfApi
+
+    try:
+        commit = HfApi().model_info(name, revision=revision).sha
+    except Exception as error:
+        raise _no_hub(name, error) from error
+    return base.model_copy(update={"revision": commit})
+
+
 def base_identity(base: BaseModelRecipe) -> str:
     """What stands for the base model in a cache key: a digest of local files, else the name with its revision."""
     gguf = _gguf_file(base.model)
@@ -106,7 +124,7 @@ def _gguf_file(name: str) -> Path | None:
         return path
     package = name.removeprefix("package:")
     # The package is found without importing it: its code is not needed.
-    spec = importlib.util.find_spec(package)
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
     found = (
         sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
         if spec and spec.submodule_search_locations
@@ -130,12 +148,19 @@ def _from_gguf(file: Path) -> Path:
         return final
     with _written_whole(final) as folder:
         options = {"gguf_file": file.name}
-        # float32: the conversion is exact, and training casts as it needs.
-        model = AutoModelForCausalLM.from_pretrained(
-            file.parent, dtype="float32", quantization_config=GgufConfig(dequantize=True), **options
-        )
+        try:
+            # float32: the conversion is exact, and training casts as it needs.
+            model = AutoModelForCausalLM.from_pretrained(
+                file.parent, dtype="float32", quantization_config=GgufConfig(dequantize=True), **options
+            )
+            tokenizer = AutoTokenizer.from_pretrained(file.parent, **options)
+        except (ValueError, KeyError, NotImplementedError) as error:
+            reason = " ".join(str(error).split())[:160]
+            raise TrainingError(
+                f"student.base.model: {file.name} is no GGUF that Transformers reads: {reason}"
+            ) from error
         model.save_pretrained(folder)
-        AutoTokenizer.from_pretrained(file.parent, **options).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
     return final
 
 
@@ -145,11 +170,15 @@ def _from_hub(name: str, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES))
     except Exception as error:
-        reason = " ".join(str(error).split())[:160]
-        raise TrainingError(
-            f"student.base.model: can't get {name} from the Hugging Face hub ({type(error).__name__}: {reason}); "
-            "check the name, or give a local folder"
-        ) from error
+        raise _no_hub(name, error) from error
+
+
+def _no_hub(name: str, error: Exception) -> TrainingError:
+    reason = " ".join(str(error).split())[:160]
+    return TrainingError(
+        f"student.base.model: can't get {name} from the Hugging Face hub ({type(error).__name__}: {reason}); "
+        "check the name, or give a local folder"
+    )
 
 
 def _from_azureml(url: str) -> Path:

@@ -111,7 +111,7 @@ def source_identity(recipe: DatasetRecipe) -> str:
     if recipe.source == "hub":
         return f"{recipe.name}@{recipe.revision or _newest_commit(recipe.name)}"
     if recipe.source == "files":
-        paths = [Path(file) for split in sorted(recipe.files) for file in recipe.files[split]]
+        paths = [Path(file).expanduser() for split in sorted(recipe.files) for file in recipe.files[split]]
     else:
         paths = sorted(
             path for path in Path(str(files("distillery") / "sample_data")).iterdir() if path.suffix == ".jsonl"
@@ -119,7 +119,8 @@ def source_identity(recipe: DatasetRecipe) -> str:
     missing = [str(path) for path in paths if not path.is_file()]
     if missing:
         raise DataError(f"{missing[0]}: no such file; correct dataset.files")
-    return digest_of([sha256_of(path) for path in paths])
+    splits = {split: len(recipe.files[split]) for split in sorted(recipe.files)}
+    return digest_of([splits, *(sha256_of(path) for path in paths)])
 
 
 def _newest_commit(name: str) -> str:

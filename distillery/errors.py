@@ -5,7 +5,7 @@ DistilleryError
 ├── DataError                 a row, file or column of the data set
 ├── CredentialsError          a key, endpoint name or login that is missing or refused
 ├── TeacherError              the teacher can't do what the recipe asks of it
-│   └── TeacherUnavailable    the endpoint does not answer (infrastructure: worth a retry)
+│   └── TeacherUnavailable    the endpoint does not answer, after all tries of a call
 ├── StoreError                the artifact store
 │   ├── StoreUnavailable      does not answer (infrastructure: worth a retry)
 │   └── ArtifactDamaged       a folder that is missing, half-written or does not match its digest
@@ -73,5 +73,5 @@ class RegistryUnavailable(RegistryError):
     pass
 
 
-INFRASTRUCTURE_ERRORS = (TeacherUnavailable, StoreUnavailable, RegistryUnavailable)
-"""The only errors for which a stage is tried again as a whole."""
+INFRASTRUCTURE_ERRORS = (StoreUnavailable, RegistryUnavailable)
+"""The only errors for which a stage is tried again as a whole; calls of a teacher have had their own tries."""

@@ -48,7 +48,8 @@ def _passes(recipe: ExportRecipe, has_adapter: bool, remote_code: bool) -> dict[
     build: dict[str, Any] = {"type": "ModelBuilder", "precision": recipe.precision, "extra_options": options}
     if recipe.adapter_apart:
         # The base is quantised by ModelBuilder itself: Olive's quantisers would take the adapter in.
-        build |= {"int4_algo_config": recipe.algorithm} if recipe.precision == "int4" else {}
+        if recipe.precision == "int4":
+            build |= {"int4_algo_config": recipe.algorithm, "int4_block_size": recipe.block_size}
         return {"build": build, "adapter": {"type": "ExtractAdapters"}}
     merge = {"merge": {"type": "MergeAdapterWeights"}} if has_adapter else {}
     if recipe.precision in ("fp32", "fp16"):

@@ -58,6 +58,11 @@ class DatasetRecipe(Slice):
         0.8, gt=0, le=1, description="Jaccard of word triples: rows of train this alike count as one"
     )
 
+    @property
+    def content_id(self) -> str:
+        """What of this slice is in cache keys: files count by their content, not by their paths."""
+        return self.model_dump_json(exclude={"files"})
+
     @model_validator(mode="after")
     def _complete(self) -> Self:
         if self.source == "hub" and not self.name:
@@ -189,7 +194,7 @@ class StudentRecipe(Slice):
 
     start: Literal["base", "teacher"] = "base"
     base: BaseModelRecipe = BaseModelRecipe()
-    layers: tuple[Annotated[int, Field(ge=0)], ...] | None = None
+    layers: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] | None = None
     training: TrainingRecipe = TrainingRecipe()
 
 
@@ -236,6 +241,12 @@ class Recipe(Slice):
             raise ValueError("student.start is teacher, which needs teacher.kind: local")
         if self.teacher.kind == "local" and "gold" not in {*self.dataset.splits, *self.dataset.carve}:
             raise ValueError("teacher.kind is local, which needs a gold split in dataset.splits or dataset.carve")
+        for key, training, export in (
+            ("export", self.student.training, self.export),
+            ("teacher.preparation.export", self.teacher.preparation.training, self.teacher.preparation.export),
+        ):
+            if export.adapter_apart and (training.method != "lora" or export.precision == "int8"):
+                raise ValueError(f"{key}.adapter_apart needs training.method: lora, and int4, fp16 or fp32")
         if self.student.training.soft_weight > 0 and not self.teacher.soft_labels:
             raise ValueError("student.training.soft_weight is above 0, which needs teacher.soft_labels: true")
         return self

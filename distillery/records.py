@@ -232,6 +232,11 @@ class RegisteredModel(StageRecord):
     role: str = "candidate"
     manifest_sha256: str = Field(min_length=64, max_length=64)
 
+    @property
+    def content_id(self) -> str:
+        """A registration, not its content alone: the same model in two registries is downloaded from each."""
+        return digest_of([self.registry, self.name, self.version, self.manifest_sha256])
+
 
 class InputFile(Record):
     """A file of rows to score; its content_id is its content's, wherever it lies."""

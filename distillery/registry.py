@@ -80,7 +80,7 @@ class Registry(ABC):
             manifest = _copy_with_manifest(folder, content, name, provenance)
             digest = sha256_of(content / MANIFEST)
             existing = next((model for model in self._versions(name) if model.manifest_sha256 == digest), None)
-            if existing and self._is_whole(existing):
+            if existing and self.is_whole(existing):
                 return existing
             uri = self._put(content, name, digest)
         return existing or self._add(name, uri, {**tags, **_facts(manifest, digest)})
@@ -154,7 +154,8 @@ class Registry(ABC):
     @abstractmethod
     def _read_manifest(self, model: RegisteredModel) -> bytes: ...
 
-    def _is_whole(self, model: RegisteredModel) -> bool:
+    def is_whole(self, model: RegisteredModel) -> bool:
+        """Whether the registered folder is there, unaltered: reads all of it."""
         with working_folder("verify") as scratch:
             try:
                 self.download(model, scratch / "model")

@@ -69,7 +69,10 @@ class ArtifactStore:
     def __init__(self, url: str | None = None, cache: Path | None = None) -> None:
         settings = LocalSettings()
         self.url = (url or settings.store_url).rstrip("/")
-        self._fs, self._root = fsspec.url_to_fs(self.url)
+        try:
+            self._fs, self._root = fsspec.url_to_fs(self.url)
+        except (ValueError, ImportError) as error:
+            raise StoreError(f"DISTILLERY_STORE {self.url.split('://')[0]}://…: {error}") from error
         self._local = isinstance(self._fs, LocalFileSystem)
         self._cache = cache or settings.folder / "cache"
 
@@ -93,26 +96,36 @@ class ArtifactStore:
         return folder / FILES
 
     def holds(self, artifact: Artifact) -> bool:
-        """Whether `fetch` would give the artifact back whole; reads every byte of a local one."""
-        try:
-            self.fetch(artifact)
-        except ArtifactDamaged:
-            return False
-        return True
+        """Whether the store has the artifact whole: every byte of a local one, every file's size of a remote one."""
+        with _storage_errors(self.url):
+            return self._is_whole(artifact.sha256)
+
+    def write_record(self, name: str, text: str) -> None:
+        """Keeps a small text, such as a record that one worker hands to another, under `name`."""
+        with _storage_errors(self.url):
+            self._fs.makedirs(f"{self._root}/records", exist_ok=True)
+            self._fs.pipe_file(f"{self._root}/records/{name}", text.encode())
+
+    def read_record(self, name: str) -> str:
+        """Raises ArtifactDamaged where nothing is kept under `name`."""
+        with _storage_errors(self.url):
+            try:
+                text: bytes = self._fs.cat_file(f"{self._root}/records/{name}")
+            except FileNotFoundError as error:
+                raise ArtifactDamaged(f"{self.url}/records/{name}: not in the store; do both sides use one?") from error
+        return text.decode()
 
     def _is_whole(self, digest: str) -> bool:
         path = f"{self._root}/{digest}"
-        if not self._fs.exists(f"{path}/{MANIFEST}"):
-            return False
-        if not self._local:
-            return True
         try:
-            self._verify(Path(path), digest)
-        except ArtifactDamaged:
-            # A folder that was damaged after it was written is moved aside, so that the good copy can take its place.
-            os.replace(path, f"{path}.damaged-{uuid.uuid4().hex[:8]}")
+            if self._local:
+                self._verify(Path(path), digest)
+                return True
+            files = _read_manifest(self._fs.cat_file(f"{path}/{MANIFEST}").decode(), path)
+            sizes = all(self._fs.size(f"{path}/{FILES}/{entry.path}") == entry.bytes for entry in files)
+            return sizes and digest_of_files(files) == digest
+        except (ArtifactDamaged, FileNotFoundError):
             return False
-        return True
 
     def _put_local(self, folder: Path, digest: str, files: tuple[FileEntry, ...]) -> None:
         root = Path(self._root)
@@ -125,14 +138,10 @@ class ArtifactStore:
                 shutil.copyfile(folder / entry.path, target)
             (beside / MANIFEST).write_text(_manifest_text(files))
             final = root / digest
-            if final.exists() and not (final / MANIFEST).exists():
+            if final.exists() and not self._is_whole(digest):
+                # What was damaged after it was written moves aside, so that the good copy can take its place.
                 os.replace(final, root / f"{digest}.damaged-{uuid.uuid4().hex[:8]}")
-            try:
-                os.rename(beside, final)
-            except OSError:
-                # Another run stored the same content in the meantime.
-                if not (final / MANIFEST).exists():
-                    raise
+            _take_name(beside, final)
         finally:
             shutil.rmtree(beside, ignore_errors=True)
 
@@ -143,8 +152,12 @@ class ArtifactStore:
 
     def _download(self, digest: str) -> Path:
         final = self._cache / digest
-        if (final / MANIFEST).exists():
-            return final
+        if final.exists():
+            try:
+                self._verify(final, digest)
+                return final
+            except ArtifactDamaged:
+                shutil.rmtree(final, ignore_errors=True)
         remote = f"{self._root}/{digest}"
         if not self._fs.exists(f"{remote}/{MANIFEST}"):
             raise ArtifactDamaged(f"{remote}: not in the store, or not completely written; run its stage again")
@@ -158,7 +171,7 @@ class ArtifactStore:
                 self._fs.get_file(f"{remote}/{FILES}/{entry.path}", str(target))
             (beside / MANIFEST).write_text(manifest)
             self._verify(beside, digest)
-            os.rename(beside, final)
+            _take_name(beside, final)
         except FileNotFoundError as error:
             raise ArtifactDamaged(f"{self.url}/{digest}: a file is missing ({error}); run its stage again") from error
         finally:
@@ -195,14 +208,28 @@ def _read_manifest(text: str, place: str) -> tuple[FileEntry, ...]:
     return files
 
 
+def _take_name(beside: Path, final: Path) -> None:
+    """Renames; where another run has written the same content in the meantime, its folder stands."""
+    try:
+        os.rename(beside, final)
+    except OSError:
+        if not (final / MANIFEST).exists():
+            raise
+
+
 @contextmanager
 def working_folder(purpose: str) -> Iterator[Path]:
     """A scratch folder on the disk that holds DISTILLERY_HOME, removed afterwards whatever happens.
 
     Raises StoreError where the disk is full, whichever library found it so."""
     parent = LocalSettings().folder / "work"
-    parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f"{purpose}-", dir=parent))
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f"{purpose}-", dir=parent))
+    except OSError as error:
+        raise StoreError(
+            f"DISTILLERY_HOME {parent.parent}: can't be written ({error.strerror}); set another"
+        ) from error
     try:
         yield folder
     except StoreError:

@@ -389,7 +389,10 @@ def pad_id(tokenizer: Any) -> int:
 def load_tokenizer(folder: Path, remote_code: bool = False) -> Any:
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=remote_code)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=remote_code)
+    except (OSError, ValueError) as error:
+        raise TrainingError(f"student.base: {folder.name} has no tokenizer that Transformers loads") from error
     if not tokenizer.chat_template:
         raise TrainingError(f"student.base: {folder.name} has no chat template; choose an instruction-tuned model")
     return tokenizer

@@ -9,6 +9,7 @@ import asyncio
 import email.utils
 import json
 import math
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -141,7 +142,7 @@ def _check_key(key: str, url: str) -> None:
 
 
 def _is_loopback(host: str) -> bool:
-    return host in ("localhost", "::1") or host.startswith("127.")
+    return host in ("localhost", "::1") or re.fullmatch(r"127(\.\d{1,3}){3}", host) is not None
 
 
 def token_scope(url: str) -> str:
@@ -342,7 +343,7 @@ class _OpenAIClient:
     """The openai SDK. `credential` as in _AzureClient."""
 
     def __init__(self, endpoint: Endpoint, recipe: TeacherRecipe, credential: Any, redact: Redact) -> None:
-        from openai import AsyncOpenAI
+        from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 
         key: Any = endpoint.key.get_secret_value() if endpoint.key else "none"
         if credential:
@@ -351,7 +352,14 @@ class _OpenAIClient:
             key = get_bearer_token_provider(credential, token_scope(endpoint.url))
         self._model = endpoint.model
         self._redact = redact
-        self._client = AsyncOpenAI(base_url=endpoint.url, api_key=key, max_retries=0, timeout=recipe.timeout_s)
+        self._client = AsyncOpenAI(
+            base_url=endpoint.url,
+            api_key=key,
+            max_retries=0,
+            timeout=recipe.timeout_s,
+            # A proxy of the environment is for the world outside, not for a server on this machine.
+            http_client=DefaultAsyncHttpxClient(trust_env=not _is_loopback(urlsplit(endpoint.url).hostname or "")),
+        )
 
     async def complete(self, messages: list[Message], options: CallOptions) -> dict[str, Any]:
         from azure.core.exceptions import AzureError

@@ -44,13 +44,13 @@ def batch_inference(
     # The prompt comes with the model: it is asked as it was trained.
     prompt = PromptRecipe.model_validate(place.provenance(model)["provenance"]["prompt"])
     with working_folder("input") as folder:
-        try:
-            digest = sha256_of(fetch_input(input_uri, folder))
-        except OSError as error:
-            raise DataError(f"{input_uri}: can't be read ({error.strerror or error}); correct input_uri") from error
+        digest = sha256_of(fetch_input(input_uri, folder))
     predictions = score(model, prompt, InputFile(uri=input_uri, sha256=digest), columns)
     if output:
-        shutil.copytree(ArtifactStore().fetch(predictions.artifact), output, dirs_exist_ok=True)
+        try:
+            shutil.copytree(ArtifactStore().fetch(predictions.artifact), output, dirs_exist_ok=True)
+        except (OSError, shutil.Error) as error:
+            raise DataError(f"output {output}: can't be written; the answers are in the artifact store") from error
     return predictions
 
 
@@ -59,7 +59,8 @@ def main(arguments: list[str]) -> int:
         print("usage: python -m flows.batch_inference MODEL INPUT OUTPUT_FOLDER", file=sys.stderr)
         return 2
     try:
-        done = batch_inference(arguments[0], str(Path(arguments[1]).absolute()), str(Path(arguments[2]).absolute()))
+        rows = arguments[1] if "://" in arguments[1] else str(Path(arguments[1]).absolute())
+        done = batch_inference(arguments[0], rows, str(Path(arguments[2]).absolute()))
     except DistilleryError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -12,6 +12,7 @@ from datetime import datetime
 from prefect import flow
 from prefect.runtime import flow_run
 
+from distillery.base_model import pinned
 from distillery.dataset import source_identity
 from distillery.errors import DistilleryError
 from distillery.evaluation import machine
@@ -24,7 +25,7 @@ from tasks.dataset import prepare_dataset
 from tasks.evaluation import evaluate
 from tasks.labels import label
 from tasks.onnx import export
-from tasks.registry import download, judge, register
+from tasks.registry import download, judge, promote, register
 from tasks.stage import RESULT, produced_by, tidy_logs
 from tasks.summary import publish, render
 
@@ -45,15 +46,16 @@ def distill(recipe: Recipe, training_deployment: str | None = None) -> Outcome:
     """
     tidy_logs()
     check_settings(recipe)
-    student_recipe, base = recipe.student, recipe.student.base
+    student_recipe, preparation = recipe.student, recipe.teacher.preparation
+    base = pinned(preparation.base if student_recipe.start == "teacher" else student_recipe.base)
     data = prepare_dataset(recipe.dataset, source_identity(recipe.dataset))
     train_rows, test_rows = data.rows("train"), data.rows("test")
 
     local = None
     if recipe.teacher.kind == "local":
         named = prepare_teacher.with_options(flow_run_name=f"{produced_by()}, preparation")
-        local = named(recipe.teacher.preparation, recipe.prompt, data, training_deployment)
-        base = recipe.teacher.preparation.base if student_recipe.start == "teacher" else base
+        taught = preparation.model_copy(update={"base": pinned(preparation.base)})
+        local = named(taught, recipe.prompt, data, training_deployment)
     served = local.model if local else None
     identity = teacher_identity(recipe, served)
     labels = label(train_rows, recipe.prompt, recipe.teacher, identity, served)
@@ -82,6 +84,7 @@ def distill(recipe: Recipe, training_deployment: str | None = None) -> Outcome:
         provenance = {"data": data, "prompt": recipe.prompt, "teacher": labels.teacher, "labels": labels}
         provenance |= {"student": student, "evaluation": report, "recipe": recipe}
         registered = register(model, report, recipe.registry, provenance)
+        promote(registered)
         delivered = download(registered, model)
     return publish(
         Outcome(

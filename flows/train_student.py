@@ -5,14 +5,16 @@ deployment train-student/gpu and take the record back through the store.
 """
 
 from typing import Any
+from uuid import uuid4
 
 from prefect import flow
 from prefect.deployments import run_deployment
-from prefect.exceptions import CancelledRun, CrashedRun, FailedRun
+from prefect.exceptions import ObjectNotFound
 
 from distillery.errors import TrainingError
 from distillery.recipe import BaseModelRecipe, PromptRecipe, TrainingRecipe
 from distillery.records import Rows, StudentCheckpoint, TeacherLabels
+from distillery.store import ArtifactStore
 from tasks.stage import RESULT, produced_by, tidy_logs
 from tasks.student import train
 
@@ -27,6 +29,7 @@ def train_student(
     validation: Rows | None = None,
     start: StudentCheckpoint | None = None,
     layers: tuple[int, ...] | None = None,
+    hand_off: str | None = None,
 ) -> StudentCheckpoint:
     """Trains `base`, or `start`, on the labelled rows.
 
@@ -39,9 +42,13 @@ def train_student(
         validation: Rows with gold answers, for the validation accuracy.
         start: A checkpoint to start from instead of the base model.
         layers: The decoder layers to keep; all where not given.
+        hand_off: The name under which the caller finds the record in the artifact store.
     """
     tidy_logs()
-    return train(base, start, layers, training, prompt, rows, labels, validation)
+    checkpoint = train(base, start, layers, training, prompt, rows, labels, validation)
+    if hand_off:
+        ArtifactStore().write_record(hand_off, checkpoint.model_dump_json())
+    return checkpoint
 
 
 def trained(deployment: str | None, what: str, **parameters: Any) -> StudentCheckpoint:
@@ -54,9 +61,11 @@ def trained(deployment: str | None, what: str, **parameters: Any) -> StudentChec
         key: value.model_dump(mode="json") if hasattr(value, "model_dump") else value
         for key, value in parameters.items()
     }
-    child: Any = run_deployment(deployment, parameters=sent, flow_run_name=name, poll_interval=0.5)
+    sent["hand_off"] = f"train-{uuid4().hex}"
     try:
-        record = child.state.result(raise_on_failure=True)
-    except (FailedRun, CrashedRun, CancelledRun) as error:
-        raise TrainingError(f"{deployment}: the run '{name}' ended as {child.state.name}: {error}") from error
-    return record if isinstance(record, StudentCheckpoint) else StudentCheckpoint.model_validate(record)
+        child: Any = run_deployment(deployment, parameters=sent, flow_run_name=name, poll_interval=0.5)
+    except ObjectNotFound as error:
+        raise TrainingError(f"training_deployment: no deployment {deployment} here; `prefect deploy --all`") from error
+    if not child.state.is_completed():
+        raise TrainingError(f"{deployment}: the run '{name}' ended as {child.state.name}: {child.state.message}")
+    return StudentCheckpoint.model_validate_json(ArtifactStore().read_record(sent["hand_off"]))

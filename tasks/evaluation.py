@@ -1,9 +1,10 @@
 import time
+from pathlib import Path
 
 from prefect import get_run_logger
 
 from distillery import evaluation as domain
-from distillery.base_model import base_folder
+from distillery.base_model import base_folder, remote_code_allowed
 from distillery.evaluation import ModelToScore
 from distillery.labels import read_labels
 from distillery.recipe import BaseModelRecipe, PromptRecipe
@@ -36,17 +37,18 @@ def evaluate(
             name="base model",
             kind="transformers",
             folder=str(base_model),
-            remote_code=student.remote_code,
+            remote_code=remote_code_allowed(base),
             parameters=parameter_count(base_model),
+            bytes=_bytes(base_model),
         ),
         ModelToScore(
             name="student",
             kind="transformers",
             folder=str(model),
             adapter=str(adapter) if adapter else None,
-            remote_code=student.remote_code,
+            remote_code=remote_code_allowed(base),
             parameters=student.parameters,
-            bytes=student.artifact.bytes,
+            bytes=_bytes(model) + (_bytes(adapter) if adapter else 0),
         ),
         _onnx(CANDIDATE, candidate, store),
     ]
@@ -77,6 +79,10 @@ def evaluate(
         produced_by=produced_by(),
         seconds=time.perf_counter() - started,
     )
+
+
+def _bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
 
 
 def _onnx(name: str, model: OnnxModel, store: ArtifactStore) -> ModelToScore:

@@ -5,11 +5,12 @@ from pathlib import Path
 import fsspec
 from prefect import get_run_logger
 
+from distillery.errors import DataError
 from distillery.inference import OnnxStudent, read_rows, score_file
 from distillery.recipe import Columns, PromptRecipe, RegistryRecipe
 from distillery.records import InputFile, Predictions, RegisteredModel
 from distillery.registry import open_registry
-from distillery.store import ArtifactStore, working_folder
+from distillery.store import ArtifactStore, sha256_of, working_folder
 from tasks.stage import produced_by, stage
 
 
@@ -21,6 +22,8 @@ def score(model: RegisteredModel, prompt: PromptRecipe, rows: InputFile, columns
     with working_folder("score") as folder:
         student = OnnxStudent(registry.download(model, folder / "model"))
         file = fetch_input(rows.uri, folder)
+        if sha256_of(file) != rows.sha256:
+            raise DataError(f"{file.name}: changed while the run was under way; run it again")
         counts = score_file(student, read_rows(file, columns), prompt, folder / "out")
         artifact = ArtifactStore().put(folder / "out")
     seconds = time.perf_counter() - started
@@ -29,8 +32,12 @@ def score(model: RegisteredModel, prompt: PromptRecipe, rows: InputFile, columns
 
 
 def fetch_input(uri: str, folder: Path) -> Path:
-    """A local copy of the file at a path or fsspec URL."""
-    target = folder / Path(uri).name
-    with fsspec.open(uri, "rb") as source, target.open("wb") as copy:
-        shutil.copyfileobj(source, copy)
+    """A local copy of the file at a path or fsspec URL, without a query's signature in its name. Raises DataError."""
+    target = folder / Path(uri.split("?")[0]).name
+    try:
+        with fsspec.open(uri, "rb") as source, target.open("wb") as copy:
+            shutil.copyfileobj(source, copy)
+    except (OSError, ValueError, ImportError) as error:
+        reason = getattr(error, "strerror", None) or type(error).__name__
+        raise DataError(f"input_uri {target.name}: can't be read ({reason}); correct input_uri") from error
     return target

@@ -1,5 +1,4 @@
 import asyncio
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -9,6 +8,7 @@ from prefect import get_run_logger
 
 from distillery import labels as domain
 from distillery.dataset import read_examples
+from distillery.evaluation import cores
 from distillery.recipe import PromptRecipe, TeacherRecipe
 from distillery.records import OnnxModel, Rows, TeacherLabels
 from distillery.serving import served
@@ -46,7 +46,7 @@ def label(
 @contextmanager
 def _local_endpoint(folder: Path, identity: str) -> Iterator[Endpoint]:
     """The exported teacher behind HTTP on the loopback interface, for the very client that asks a paid endpoint."""
-    with served(folder, "teacher", threads=os.cpu_count()) as server:
+    with served(folder, "teacher", threads=cores()) as server:
         yield Endpoint(url=server.url, model="teacher", key=server.key, identity=identity, sdk="openai")
 
 

@@ -3,7 +3,7 @@ import time
 from prefect import get_run_logger
 
 from distillery import onnx as domain
-from distillery.base_model import base_folder
+from distillery.base_model import base_folder, remote_code_allowed
 from distillery.recipe import BaseModelRecipe, ExportRecipe
 from distillery.records import OnnxModel, StudentCheckpoint
 from distillery.store import ArtifactStore, working_folder
@@ -18,13 +18,13 @@ def export(checkpoint: StudentCheckpoint, base: BaseModelRecipe, recipe: ExportR
     store = ArtifactStore()
     model, adapter = parts(store.fetch(checkpoint.artifact), base_folder(base))
     with working_folder("onnx") as folder:
-        domain.export(model, adapter, recipe, folder, checkpoint.remote_code)
+        domain.export(model, adapter, recipe, folder, remote_code_allowed(base))
         artifact = store.put(folder)
     get_run_logger().info("%s model of %.1f MB", recipe.precision, artifact.bytes / 1e6)
     return OnnxModel(
         artifact=artifact,
         precision=recipe.precision,
-        algorithm=recipe.algorithm if recipe.precision == "int4" else "none",
+        algorithm=recipe.algorithm if recipe.precision in ("int4", "int8") else "none",
         parameters=checkpoint.parameters,
         adapter_apart=recipe.adapter_apart,
         produced_by=produced_by(),

@@ -21,7 +21,7 @@ ANSWERS = "evaluation/answers.jsonl"
 def register(
     model: OnnxModel, report: EvaluationReport, recipe: RegistryRecipe, provenance: dict[str, Any]
 ) -> RegisteredModel:
-    """Registers the model with its record of how it came to be, and makes it the champion."""
+    """Registers the model with its record of how it came to be."""
     started = time.perf_counter()
     store = ArtifactStore()
     registry = open_registry(recipe)
@@ -29,13 +29,18 @@ def register(
         content = _with_answers(store, model, report, folder)
         digest = digest_of_files(list_files(content))
         # The same model is the same version, though another run's figures of time stand beside it.
-        known = next((m for m in registry.list(recipe.model_name) if m.artifact.sha256 == digest), None)
+        same = (m for m in registry.list(recipe.model_name) if m.artifact.sha256 == digest)
+        known = next((m for m in same if registry.is_whole(m)), None)
         tags = {"precision": model.precision, "accuracy": f"{report.row(report.candidate).accuracy:.4f}"}
         facts = {**_plain(provenance), "distillery": __version__}
         registered = known or registry.register(content, recipe.model_name, tags, facts)
-    champion = registry.promote(registered)
-    get_run_logger().info("%s version %s is the champion", champion.name, champion.version)
-    return champion.model_copy(update={"produced_by": produced_by(), "seconds": time.perf_counter() - started})
+    get_run_logger().info("%s version %s", registered.name, registered.version)
+    return registered.model_copy(update={"produced_by": produced_by(), "seconds": time.perf_counter() - started})
+
+
+def promote(model: RegisteredModel) -> None:
+    """Makes it the champion, in every run: another run may have registered another in the meantime."""
+    open_registry(RegistryRecipe(kind=model.registry, model_name=model.name)).promote(model)
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:
@@ -81,7 +86,7 @@ def download(model: RegisteredModel, described: OnnxModel) -> OnnxModel:
 
     started = time.perf_counter()
     registry = open_registry(RegistryRecipe(kind=model.registry, model_name=model.name))
-    target = LocalSettings().folder / "downloads" / model.name / model.version
+    target = LocalSettings().folder / "downloads" / model.name / f"{model.version}-{model.manifest_sha256[:12]}"
     folder = registry.download(model, target)
     ask_once(folder)
     get_run_logger().info("%s version %s verified in %s", model.name, model.version, folder)

@@ -48,12 +48,21 @@ def _cache_key(name: str, version: int) -> Callable[[TaskRunContext, dict[str, A
         candidate = key_stem = f"{name.replace(' ', '-')}-{content[:32]}"
         # A cached record whose artifact is gone or damaged is no hit: the next free key is used instead.
         generation = 0
-        while context.result_store.exists(candidate) and not is_whole(context.result_store.read(candidate).result):
+        while context.result_store.exists(candidate) and not _is_hit(context, candidate):
             generation += 1
             candidate = f"{key_stem}-{generation}"
         return candidate
 
     return key
+
+
+def _is_hit(context: TaskRunContext, key: str) -> bool:
+    try:
+        record = context.result_store.read(key).result
+    except (ValueError, TypeError, OSError):
+        # Half-written, or a record of an earlier version of the project.
+        return False
+    return is_whole(record)
 
 
 def content_of(value: Any) -> Any:
@@ -76,8 +85,9 @@ def is_whole(record: Any) -> bool:
     if isinstance(record, RegisteredModel):
         from distillery.registry import open_registry
 
-        known = open_registry(RegistryRecipe(kind=record.registry, model_name=record.name)).list(record.name)
-        return any(model.content_id == record.content_id for model in known)
+        registry = open_registry(RegistryRecipe(kind=record.registry, model_name=record.name))
+        known = any(model.content_id == record.content_id for model in registry.list(record.name))
+        return known and registry.is_whole(record)
     return not isinstance(record, StageRecord) or ArtifactStore().holds(record.artifact)
 
 

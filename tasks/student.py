@@ -1,3 +1,4 @@
+import json
 import time
 
 from prefect import get_run_logger
@@ -31,11 +32,14 @@ def train(
     tokenizer = domain.load_tokenizer(model, remote_code_allowed(base))
     examples = read_examples(store.fetch(rows.artifact) / rows.file)
     ready, too_long = domain.training_rows(examples, read_labels(store.fetch(labels.artifact)), prompt, tokenizer)
-    if too_long:
-        logger.warning("%d rows are over prompt.max_tokens and set aside: %s", len(too_long), ", ".join(too_long[:20]))
     held_out = read_examples(store.fetch(validation.artifact) / validation.file) if validation else []
-    checks, _ = domain.training_rows(held_out, domain.gold_labels(held_out), prompt, tokenizer)
+    checks, too_long_checks = domain.training_rows(held_out, domain.gold_labels(held_out), prompt, tokenizer)
     with working_folder("train") as folder:
+        set_aside = {"train": too_long, "validation": too_long_checks}
+        (folder / "set_aside.json").write_text(json.dumps(set_aside, indent=1))
+        if too_long or too_long_checks:
+            count = len(too_long) + len(too_long_checks)
+            logger.warning("%d rows over prompt.max_tokens are set aside and listed in set_aside.json", count)
         result = domain.fine_tune(
             model,
             adapter,

@@ -28,7 +28,7 @@ class Call:
 
     @property
     def question(self) -> str:
-        return str(self.body["messages"][-1]["content"])
+        return str(self.body["messages"][-1]["content"]) if self.body else ""
 
     @property
     def key(self) -> str:

@@ -1,16 +1,18 @@
 """The artifact store: content-addressed, whole or not there, verified on the way out."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from distillery.errors import ArtifactDamaged, StoreError
 from distillery.records import Artifact
-from distillery.store import MANIFEST, ArtifactStore
+from distillery.store import MANIFEST, ArtifactStore, working_folder
 
 
 @pytest.fixture
@@ -113,3 +115,33 @@ def test_a_full_disk_is_one_clear_line(folder: Path, tmp_path: Path, monkeypatch
     monkeypatch.setattr("distillery.store.shutil.copyfile", full)
     with pytest.raises(StoreError, match="the disk is full; free some space"):
         ArtifactStore(str(tmp_path / "store")).put(folder)
+
+
+def write(target: Path) -> None:
+    target.write_bytes(b"1")
+
+
+def copy(target: Path) -> None:
+    # shutil.Error, a list of what failed, without an errno.
+    (target.parent / "source").mkdir()
+    (target.parent / "source" / target.name).write_bytes(b"1")
+    shutil.copytree(target.parent / "source", target.parent, dirs_exist_ok=True)
+
+
+def save(target: Path) -> None:
+    raise RuntimeError("I/O error: No space left on device (os error 28)")
+
+
+@pytest.mark.parametrize("fill", [write, copy, save])
+def test_a_working_folder_says_in_one_line_that_the_disk_is_full(fill: Callable[[Path], None], home: Path) -> None:
+    with pytest.raises(StoreError, match="the disk is full .*; free some space or move DISTILLERY_HOME") as caught:
+        with working_folder("test") as folder:
+            (folder / "file").symlink_to("/dev/full")
+            fill(folder / "file")
+    assert str(caught.value).startswith(f"{home / 'work'}: ")
+    assert list((home / "work").iterdir()) == []
+
+
+def test_a_working_folder_leaves_other_errors_as_they_are() -> None:
+    with pytest.raises(FileNotFoundError), working_folder("test") as folder:
+        (folder / "none").read_bytes()

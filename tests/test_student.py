@@ -220,6 +220,15 @@ def test_the_labs_form_keeps_the_adapter_apart(tiny_model: TinyModel, tmp_path: 
     assert without == pytest.approx(student.option_probabilities(plain, rows[:1], pad_id=pad, place=place)[0], abs=1e-3)
 
 
+def test_what_a_pass_refuses_comes_through_olive_as_one_line(
+    tiny_model: TinyModel, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    rows = [student.TrainingRow(prompt=(5, 6, 7), letters=(8, 9), answer=0)]
+    with pytest.raises(TrainingError, match="layers: 7 is no layer"):
+        student.fine_tune(tiny_model("llama"), None, rows, [], TrainingRecipe(), tmp_path / "out", layers=[7])
+    assert "Traceback" not in "".join(capfd.readouterr())
+
+
 def test_base_models_that_can_not_be_used_are_one_line(tmp_path: Path, tiny_model: TinyModel) -> None:
     with pytest.raises(RecipeError, match="no such folder"):
         base_folder(BaseModelRecipe(model="./nowhere"))
