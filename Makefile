@@ -6,8 +6,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 AZURITE := tests/azurite/node_modules/.installed
 
-export DISTILLERY_HOME ?= $(CURDIR)/.distillery
-export PREFECT_HOME ?= $(DISTILLERY_HOME)/prefect
+export PREFECT_HOME ?= $(CURDIR)/.distillery/prefect
 export PREFECT_SERVER_ANALYTICS_ENABLED ?= false
 export PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS ?= 120
 export OLIVE_DISABLE_TELEMETRY := 1

@@ -1,0 +1,89 @@
+"""`make demo` on its real model and rows: what its table must show, and that a second run does nothing again.
+
+The runs write to the project's own .distillery, as a newcomer's do; where the demo has run before, it is cached here too."""
+
+import json
+import os
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distillery.evaluation import paired_interval
+from distillery.recipe import RegistryRecipe
+from distillery.registry import open_registry
+
+PROJECT = Path(__file__).resolve().parents[2]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+
+
+@dataclass(frozen=True)
+class Demo:
+    out: str
+    seconds: float
+
+    @property
+    def table(self) -> str:
+        return self.out.partition("predictor ")[2]
+
+    @property
+    def stages(self) -> list[str]:
+        return self.out.partition("\n\n")[0].splitlines()
+
+
+def make_demo() -> Demo:
+    environment = {name: value for name, value in os.environ.items() if name not in ("DISTILLERY_HOME", "PREFECT_HOME")}
+    started = time.monotonic()
+    done = subprocess.run(["make", "demo"], cwd=PROJECT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    # make's own lines of setting up come before the summary.
+    return Demo(done.stdout[done.stdout.index("prepare dataset") :], time.monotonic() - started)
+
+
+@pytest.fixture(scope="module")
+def demo() -> Iterator[Demo]:
+    first = make_demo()
+    print(f"\nmake demo: {first.seconds:.0f} s\n{first.out}")
+    yield first
+
+
+@pytest.fixture
+def evaluation(
+    demo: Demo, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> tuple[dict[str, Any], list[dict[str, str]]]:
+    """The registered champion's scoreboard by name, and its test rows' answers."""
+    monkeypatch.setenv("DISTILLERY_HOME", str(PROJECT / ".distillery"))
+    registry = open_registry(RegistryRecipe(kind="local", model_name="support-mood"))
+    model = registry.get("support-mood")
+    folder = registry.download(model, tmp_path / "model")
+    answers = [json.loads(line) for line in (folder / "evaluation" / "answers.jsonl").read_text().splitlines()]
+    scoreboard = registry.provenance(model)["provenance"]["evaluation"]["scoreboard"]
+    return {row["name"]: row for row in scoreboard}, answers
+
+
+def test_the_table_shows_what_the_demo_promises(evaluation: tuple[dict[str, Any], list[dict[str, str]]]) -> None:
+    rows, answers = evaluation
+    teacher, student, int4 = rows["teacher"], rows["student"], rows["student int4"]
+    assert len(answers) == teacher["rows"] >= 400
+    assert teacher["accuracy"] >= 0.85
+    assert rows["TF-IDF + logistic regression"]["accuracy"] <= teacher["accuracy"] - 0.10
+    assert int4["accuracy"] >= 0.95 * teacher["accuracy"]
+    assert abs(int4["accuracy"] - student["accuracy"]) <= 0.02
+    assert int4["parameters"] <= 0.60 * teacher["parameters"]
+    assert int4["bytes"] <= 2 * teacher["parameters"] / 4
+    right = {name: [row[name] == row["gold"] for row in answers] for name in rows}
+    for other in ("base model", "majority class", "TF-IDF + logistic regression"):
+        assert paired_interval(right["student"], right[other]).low > 0, other
+
+
+def test_a_second_run_is_cached_and_prints_the_same(demo: Demo) -> None:
+    second = make_demo()
+    print(f"\nmake demo, again: {second.seconds:.0f} s")
+    assert second.seconds <= 60
+    assert second.table == demo.table
+    assert len(second.stages) == 9
+    assert all("cached from demo-" in line for line in second.stages), second.out
