@@ -1,12 +1,11 @@
 """`make demo` on its real model and rows: what its table must show, and that a second run does nothing again.
 
-The runs write to the project's own .distillery, as a newcomer's do; where the demo has run before, it is cached here too."""
+The runs write to the project's own .distillery, as a newcomer's do; where the demo has run before, it is cached."""
 
 import json
 import os
 import subprocess
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,10 +44,10 @@ def make_demo() -> Demo:
 
 
 @pytest.fixture(scope="module")
-def demo() -> Iterator[Demo]:
+def demo() -> Demo:
     first = make_demo()
     print(f"\nmake demo: {first.seconds:.0f} s\n{first.out}")
-    yield first
+    return first
 
 
 @pytest.fixture
