@@ -134,10 +134,13 @@ def save(target: Path) -> None:
 
 @pytest.mark.parametrize("fill", [write, copy, save])
 def test_a_working_folder_says_in_one_line_that_the_disk_is_full(fill: Callable[[Path], None], home: Path) -> None:
-    with pytest.raises(StoreError, match="the disk is full .*; free some space or move DISTILLERY_HOME") as caught:
+    def fill_it() -> None:
         with working_folder("test") as folder:
             (folder / "file").symlink_to("/dev/full")
             fill(folder / "file")
+
+    with pytest.raises(StoreError, match=r"the disk is full .*; free some space or move DISTILLERY_HOME") as caught:
+        fill_it()
     assert str(caught.value).startswith(f"{home / 'work'}: ")
     assert list((home / "work").iterdir()) == []
 

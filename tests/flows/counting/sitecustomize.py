@@ -1,0 +1,52 @@
+"""Counts what a run really does, in all of its processes: with this folder on PYTHONPATH, Python imports it at its start.
+
+Into the file that COUNT_FILE names goes one line for each optimiser step ("step", by PyTorch's own hook for all
+optimisers), each chat completion that is asked for over HTTP ("request", where the openai SDK's httpx2 sends it) and
+each process that serves a model ("serve", by the audit event of subprocess.Popen). Lines this short are appended whole.
+"""
+
+import os
+import sys
+from typing import Any
+
+_hooked: set[str] = set()
+
+
+def count(what: str) -> None:
+    with open(os.environ["COUNT_FILE"], "a") as file:
+        file.write(f"{what}\n")
+
+
+def watch(event: str, arguments: tuple[Any, ...]) -> None:
+    """An audit hook: Python calls it for every event, so the modules are hooked as soon as they are there."""
+    if event == "subprocess.Popen" and "distillery.serving" in map(str, arguments[1]):
+        count("serve")
+    elif event == "import":
+        hook("torch.optim.optimizer", "register_optimizer_step_post_hook", count_steps)
+        hook("httpx2", "AsyncClient", count_requests)
+
+
+def hook(module: str, name: str, by: Any) -> None:
+    found = getattr(sys.modules.get(module), name, None)
+    if found is not None and module not in _hooked:
+        _hooked.add(module)
+        by(found)
+
+
+def count_steps(register: Any) -> None:
+    register(lambda _optimiser, _arguments, _keywords: count("step"))
+
+
+def count_requests(client: Any) -> None:
+    send = client.send
+
+    async def counted(self: Any, request: Any, **options: Any) -> Any:
+        if request.url.path.endswith("/chat/completions"):
+            count("request")
+        return await send(self, request, **options)
+
+    client.send = counted
+
+
+if "COUNT_FILE" in os.environ:
+    sys.addaudithook(watch)

@@ -1,0 +1,52 @@
+"""prefect.yaml: every entrypoint loads, and its parameters are what the flow takes."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from prefect import Flow
+from prefect.flows import load_flow_from_entrypoint
+from prefect.utilities.schema_tools import validate
+
+PROJECT = Path(__file__).resolve().parents[2]
+DEPLOYMENTS: list[dict[str, Any]] = yaml.safe_load((PROJECT / "prefect.yaml").read_text())["deployments"]
+
+
+def flow_of(deployment: dict[str, Any]) -> Flow[..., Any]:
+    return load_flow_from_entrypoint(deployment["entrypoint"], use_placeholder_flow=False)
+
+
+def test_the_deployments_are_the_documented_ones() -> None:
+    pools = {f"{flow_of(one).name}/{one['name']}": one["work_pool"]["name"] for one in DEPLOYMENTS}
+    assert pools == {
+        "distill/demo": "cpu-pool",
+        "distill/lab": "cpu-pool",
+        "train-student/gpu": "gpu-pool",
+        "batch-inference/cpu": "cpu-pool",
+    }
+
+
+@pytest.mark.parametrize("deployment", DEPLOYMENTS, ids=lambda one: one["name"])
+def test_the_parameters_are_what_the_flow_takes(deployment: dict[str, Any]) -> None:
+    flow = flow_of(deployment)
+    parameters = deployment.get("parameters", {})
+    # In the schema that the server holds, and in the flow itself.
+    validate(parameters, flow.parameters.model_dump(), ignore_required=True)
+    if parameters:
+        recipe = flow.validate_parameters(parameters)["recipe"]
+        assert recipe.name == deployment["name"]
+        assert parameters["training_deployment"] == "train-student/gpu"
+
+
+@pytest.mark.parametrize("deployment", DEPLOYMENTS, ids=lambda one: one["name"])
+def test_every_parameter_has_a_description_for_the_form(deployment: dict[str, Any]) -> None:
+    properties = flow_of(deployment).parameters.model_dump()["properties"]
+    assert [name for name, schema in properties.items() if not schema.get("description")] == []
+
+
+@pytest.mark.parametrize("deployment", DEPLOYMENTS, ids=lambda one: one["name"])
+def test_results_are_json(deployment: dict[str, Any]) -> None:
+    flow = flow_of(deployment)
+    assert flow.persist_result is True
+    assert flow.result_serializer == "json"

@@ -1,0 +1,197 @@
+"""The whole way as `python -m flows.distill RECIPE` takes it, shaped like the demo, on a tiny random model: what runs,
+what is cached, and what it costs, counted by counting/sitecustomize.py inside the runs' own processes."""
+
+import json
+import os
+import re
+import shutil
+import sqlite3
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from tiny_recipe import ROWS, recipe, write_rows
+
+PROJECT = Path(__file__).resolve().parents[2]
+COUNTING = Path(__file__).parent / "counting"
+STAGES = (
+    "prepare dataset",
+    "train teacher",
+    "export teacher",
+    "label",
+    "train student",
+    "export student",
+    "evaluate",
+    "register",
+    "download",
+)
+PREDICTORS = ("gold", "majority class", "TF-IDF + logistic", "teacher", "base model", "student", "student int4")
+STUDENT_STEPS = 16
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run printed, and what `counts` saw it do: step, request, serve."""
+
+    name: str
+    out: str
+    log: str
+    counts: Counter[str]
+
+    @property
+    def stages(self) -> dict[str, str]:
+        """Each stage's line of the summary."""
+        known = {stage: line for line in self.out.splitlines() for stage in STAGES if line.startswith(f"{stage} ")}
+        assert tuple(known) == STAGES, self.out
+        return known
+
+    @property
+    def scoreboard(self) -> str:
+        return self.out.partition("predictor ")[2].partition("\ngate:")[0]
+
+    @property
+    def gate(self) -> str:
+        return self.out.partition("\ngate:")[2]
+
+
+class Workshop:
+    """A home of its own, in which runs follow each other."""
+
+    def __init__(self, folder: Path, base: Path) -> None:
+        self.folder, self.base = folder, base
+        self.home, self.prefect = folder / "home", folder / "prefect"
+        self.files = write_rows(folder / "rows")
+
+    def run(self, files: dict[str, list[str]] | None = None, **evaluation: float) -> Run:
+        path, counted = self.folder / "recipe.yaml", self.folder / "counted"
+        path.write_text(yaml.safe_dump(recipe(files or self.files, self.base, **evaluation)))
+        counted.write_text("")
+        done = subprocess.run(
+            [sys.executable, "-m", "flows.distill", str(path)],
+            cwd=PROJECT,
+            env=self.environment | {"PYTHONPATH": str(COUNTING), "COUNT_FILE": str(counted)},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
+        name = done.stderr.partition("Beginning flow run '")[2].partition("'")[0]
+        return Run(name, done.stdout, done.stderr, Counter(counted.read_text().split()))
+
+    @property
+    def environment(self) -> dict[str, str]:
+        kept = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+        return kept | {
+            "DISTILLERY_HOME": str(self.home),
+            "PREFECT_HOME": str(self.prefect),
+            "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
+            "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        }
+
+    def states(self, run: Run) -> dict[str, str]:
+        """Each task run of the run and its subflows, as 'FLOW: TASK', with its state's name in Prefect's database."""
+        query = """
+            SELECT flow_run.name, task_run.name, task_run.state_name
+            FROM task_run JOIN flow_run ON task_run.flow_run_id = flow_run.id
+            WHERE (flow_run.name = :name OR flow_run.name LIKE :name || ',%')
+            AND task_run.id NOT IN (SELECT parent_task_run_id FROM flow_run WHERE parent_task_run_id IS NOT NULL)
+        """
+        with closing(sqlite3.connect(f"file:{self.prefect}/prefect.db?mode=ro", uri=True)) as database:
+            rows = database.execute(query, {"name": run.name}).fetchall()
+        return {f"{flow.removeprefix(run.name).strip(', ')}: {task}": state for flow, task, state in rows}
+
+    def record(self, run: Run, stage: str, **known: Any) -> dict[str, Any]:
+        """The record that a stage of the run left with Prefect and in which `known` stands."""
+        for path in (self.prefect / "storage").glob(f"{stage}-*"):
+            record: dict[str, Any] = json.loads(json.loads(path.read_text())["result"])["data"]
+            if known.items() <= record.items() and record["produced_by"].startswith(run.name):
+                return record
+        raise AssertionError(f"no record of {stage} by {run.name} with {known}")
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[[str], Path]) -> Workshop:
+    return Workshop(tmp_path_factory.mktemp("workshop"), tiny_model("llama"))
+
+
+@pytest.fixture(scope="module")
+def first(workshop: Workshop) -> Iterator[Run]:
+    return workshop.run()
+
+
+def test_the_first_run_goes_the_whole_way(workshop: Workshop, first: Run) -> None:
+    # A name may go on in the next line.
+    names = [name.removesuffix(" regression") for name in re.findall(r"(?m)^(\S.*?) +\d\.\d{3} \[", first.scoreboard)]
+    assert tuple(names) == PREDICTORS
+    assert not any("cached" in line for line in first.stages.values())
+    assert set(workshop.states(first).values()) == {"Completed"}
+    assert first.counts["request"] == ROWS["train"]
+    assert f"{ROWS['train']} accepted, 0 rejected, {ROWS['train']} calls" in first.stages["label"]
+    assert first.counts["serve"] == 1
+    assert first.counts["step"] > STUDENT_STEPS
+    downloaded = workshop.home / "downloads" / "tiny-student" / "1"
+    assert (downloaded / "genai_config.json").is_file()
+    assert (downloaded / "manifest.json").is_file()
+    assert "tiny-student version 1 (local)" in first.stages["register"]
+
+
+def test_the_same_run_again_computes_nothing_and_prints_the_same(workshop: Workshop, first: Run) -> None:
+    again = workshop.run()
+    assert again.scoreboard == first.scoreboard
+    for stage, line in again.stages.items():
+        assert f"cached from {first.name}" in line, stage
+    assert workshop.states(again) == dict.fromkeys(workshop.states(first), "Cached")
+    assert again.counts == Counter()
+
+
+def test_one_more_row_costs_one_request_and_a_training(workshop: Workshop, first: Run) -> None:
+    more = workshop.run(write_rows(workshop.folder / "one-more", train=1))
+    rows = ROWS["train"] + 1
+    assert f"{rows} train" in more.stages["prepare dataset"]
+    assert f"{rows} accepted, 0 rejected, 1 calls" in more.stages["label"]
+    assert more.counts == {"serve": 1, "request": 1, "step": STUDENT_STEPS}
+    ran = {task for task, state in workshop.states(more).items() if state == "Completed"}
+    # The teacher learnt from the gold rows, which are what they were.
+    assert ran >= {": prepare dataset", ": label", "student: train", ": export", ": evaluate"}
+    assert not ran & {"preparation: gold labels", "preparation, teacher: train", "preparation: export"}
+
+
+def test_another_limit_of_the_gate_runs_no_work_again(workshop: Workshop, first: Run) -> None:
+    other = workshop.run(maximum_loss=0.5)
+    ran = {task for task, state in workshop.states(other).items() if state != "Cached"}
+    # The registered model carries its recipe, so that the entry, not the model, is looked at again.
+    assert ran <= {": register", ": download"}
+    assert other.counts == Counter()
+    assert "allows to lose 50.0" in other.gate
+    assert "tiny-student version 1 " in other.stages["register"]
+
+
+@pytest.mark.parametrize(
+    ("stage", "known", "task"),
+    [
+        ("prepare-dataset", {}, ": prepare dataset"),
+        ("label", {"accepted": ROWS["train"]}, ": label"),
+        ("train", {"method": "full"}, "student: train"),
+        ("export", {"precision": "int4"}, ": export"),
+    ],
+)
+def test_an_artifact_that_is_gone_is_made_again_and_nothing_else(
+    workshop: Workshop, first: Run, stage: str, known: dict[str, Any], task: str
+) -> None:
+    lost = workshop.home / "store" / workshop.record(first, stage, **known)["artifact"]["sha256"]
+    shutil.rmtree(lost)
+    mended = workshop.run()
+    assert {name for name, state in workshop.states(mended).items() if state != "Cached"} == {task}
+    assert lost.is_dir()
+    assert mended.scoreboard == first.scoreboard
+    # Labels that are lost are written from the label store: they were paid for.
+    assert mended.counts["request"] == 0
+    assert mended.counts["step"] == (STUDENT_STEPS if stage == "train" else 0)

@@ -1,0 +1,146 @@
+"""The command line, mostly as a process of its own: what it prints where, and how it exits."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import pytest
+import yaml
+
+from distillery import cli
+
+TinyModel = Callable[[str], Path]
+KEY = "a-key-of-the-test"
+
+
+@pytest.fixture(scope="module")
+def registry_url(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return f"sqlite:///{tmp_path_factory.mktemp('registry') / 'registry.db'}"
+
+
+@pytest.fixture(autouse=True)
+def one_registry(monkeypatch: pytest.MonkeyPatch, registry_url: str) -> None:
+    """MLflow takes seconds to make its tables."""
+    monkeypatch.setenv("DISTILLERY_REGISTRY", registry_url)
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "distillery.cli", *arguments], capture_output=True, text=True, timeout=120
+    )
+
+
+def error_of(done: subprocess.CompletedProcess[str]) -> str:
+    """The one line of stderr; nothing else was printed."""
+    assert (done.returncode, done.stdout) == (1, "")
+    assert re.fullmatch(r"error: [^\n]+\n", done.stderr), done.stderr
+    return done.stderr
+
+
+@pytest.fixture
+def recipe_file(tiny_model: TinyModel, tmp_path: Path) -> Path:
+    base = {"model": str(tiny_model("llama"))}
+    file = tmp_path / "mine.yaml"
+    file.write_text(
+        yaml.safe_dump({"teacher": {"kind": "local", "preparation": {"base": base}}, "student": {"base": base}})
+    )
+    return file
+
+
+def test_the_entry_point_is_main() -> None:
+    (script,) = entry_points(group="console_scripts", name="distillery")
+    assert script.load() is cli.main
+
+
+def test_check_prints_a_line_an_item(recipe_file: Path) -> None:
+    done = run("check", str(recipe_file))
+    assert done.stderr == ""
+    lines = done.stdout.splitlines()
+    assert [line for line in lines if not re.match(r"(ok  |warn|FAIL) [^:]+: \S", line)] == []
+    assert done.returncode == (1 if any(line.startswith("FAIL") for line in lines) else 0)
+    for item in ("teacher", "data", "base model", "disk", "memory", "training", "registry"):
+        assert sum(line[5:].startswith(item) for line in lines) == 1
+
+
+def test_check_exits_1_where_something_is_missing(
+    recipe_file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("TEACHER_MODEL_KEY", KEY)
+    for name in ("TEACHER_MODEL_NAME", "TEACHER_MODEL_ENDPOINT"):
+        monkeypatch.delenv(name, raising=False)
+    file = tmp_path / "endpoint.yaml"
+    file.write_text(f"{recipe_file.read_text()}\n".replace("kind: local", "kind: endpoint"))
+    done = run("check", str(file))
+    assert done.returncode == 1
+    assert "FAIL teacher credentials: TEACHER_MODEL_NAME, TEACHER_MODEL_ENDPOINT: not set" in done.stdout
+    assert "ok   registry: " in done.stdout
+    assert KEY not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("check", "none.yaml"), "none.yaml: can't be read"),
+        (("base", "/no/such/folder"), "/no/such/folder: no such folder"),
+        (("base", "package:no_such_package"), "package no_such_package is not installed"),
+        (("base", ""), "student.base.model: "),
+        (("serve", "/no/such/folder"), "/no/such/folder"),
+        (("serve", "/no/such/folder", "--host", "0.0.0.0"), "set DISTILLERY_SERVER_KEY, or use 127.0.0.1"),
+    ],
+)
+def test_what_can_be_mended_is_one_line(arguments: tuple[str, ...], said: str) -> None:
+    assert said in error_of(run(*arguments))
+
+
+def test_a_wrong_call_explains_itself() -> None:
+    assert run("serve", ".", "--port", "99999").returncode == 2
+    assert {"check", "serve", "base"} <= set(run("--help").stdout.split())
+
+
+def test_base_prints_the_folder(tiny_model: TinyModel) -> None:
+    done = run("base", str(tiny_model("llama")))
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, str(tiny_model("llama")), "")
+
+
+def get(url: str, key: str = "") -> bytes:
+    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {key}"} if key else {})
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with opener.open(request, timeout=30) as response:
+        content: bytes = response.read()
+    return content
+
+
+def test_serve_answers_until_it_is_ended(tiny_onnx: Callable[..., Path]) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "distillery.cli",
+        "serve",
+        str(tiny_onnx("llama")),
+        "--name",
+        "mine",
+        "--port",
+        "0",
+    ]
+    with subprocess.Popen(
+        command, env=os.environ | {"DISTILLERY_SERVER_KEY": KEY}, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as server:
+        assert server.stdout is not None
+        assert server.stderr is not None
+        try:
+            url = json.loads(server.stdout.readline())["url"]
+            assert json.loads(get(f"{url}/models", KEY))["data"][0]["id"] == "mine"
+            with pytest.raises(urllib.error.HTTPError, match="401"):
+                get(f"{url}/models")
+        finally:
+            server.send_signal(signal.SIGTERM)
+        server.wait(20)
+        assert b"Traceback" not in server.stderr.read()

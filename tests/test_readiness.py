@@ -1,0 +1,290 @@
+"""What `check` says of a machine that has all, and of one that lacks something: one finding an item, whatever fails."""
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from chat_endpoint import Call, ChatEndpoint, Reply, good, refused, said
+
+from distillery import readiness
+from distillery.base_model import local_copy
+from distillery.readiness import Finding, check
+from distillery.recipe import BaseModelRecipe, Recipe
+from distillery.registry import LocalRegistry
+
+TinyModel = Callable[[str], Path]
+KEY = "a-key-of-the-test"
+ITEMS = {"data", "disk", "memory", "training", "artifact store", "label store", "registry"}
+
+
+@pytest.fixture(scope="module")
+def registry_url(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """One registry for all tests: MLflow takes seconds to make its tables."""
+    return f"sqlite:///{tmp_path_factory.mktemp('registry') / 'registry.db'}"
+
+
+@pytest.fixture(autouse=True)
+def machine(monkeypatch: pytest.MonkeyPatch, registry_url: str) -> None:
+    """A machine without GPU and without accounts."""
+    monkeypatch.setenv("DISTILLERY_REGISTRY", registry_url)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr(readiness, "LEAST_DISK", 1e6)
+    for name in ("SUBSCRIPTION_ID", "RESOURCE_GROUP", "WS_NAME", "WORKSPACE_NAME"):
+        monkeypatch.delenv(f"AZUREML_{name}", raising=False)
+    for name in ("NAME", "ENDPOINT", "KEY"):
+        monkeypatch.delenv(f"TEACHER_MODEL_{name}", raising=False)
+
+
+@pytest.fixture
+def point_to(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    def at(url: str) -> None:
+        monkeypatch.setenv("TEACHER_MODEL_NAME", "m")
+        monkeypatch.setenv("TEACHER_MODEL_ENDPOINT", url)
+        monkeypatch.setenv("TEACHER_MODEL_KEY", KEY)
+
+    return at
+
+
+def recipe(base: Path | str, **slices: Any) -> Recipe:
+    return Recipe.model_validate({"student": {"base": {"model": str(base)}}, "name": "tiny"} | slices)
+
+
+def local(base: Path | str) -> Recipe:
+    return recipe(base, teacher={"kind": "local", "preparation": {"base": {"model": str(base)}}})
+
+
+def findings(of: Recipe) -> dict[str, Finding]:
+    """By item, each once, each in one line."""
+    found = check(of)
+    assert len({finding.item for finding in found}) == len(found)
+    assert all("\n" not in str(finding) for finding in found)
+    assert {finding.item for finding in found} >= ITEMS
+    return {finding.item: finding for finding in found}
+
+
+def failed(of: Recipe) -> set[str]:
+    return {item for item, finding in findings(of).items() if finding.level == "FAIL"}
+
+
+def test_a_machine_that_has_all(tiny_model: TinyModel) -> None:
+    base = tiny_model("llama")
+    found = findings(local(base))
+    assert {finding.level for finding in found.values()} == {"ok"}
+    assert "0.1 M parameters" in found[f"base model {base}"].text
+    assert str(found["data"]) == "ok   data: the shipped sample"
+
+
+def test_an_endpoint_that_does_all(tiny_model: TinyModel, point_to: Callable[[str], None]) -> None:
+    with ChatEndpoint(good) as server:
+        point_to(server.url)
+        found = findings(recipe(tiny_model("llama"), teacher={"soft_labels": True}))
+    assert {finding.level for finding in found.values()} == {"ok"}
+    assert {"teacher credentials", "teacher endpoint", "log-probabilities"} <= set(found)
+    assert [call.key for call in server.calls] == [KEY]
+    assert KEY not in "".join(map(str, found.values()))
+
+
+def without_log_probabilities(call: Call) -> Reply:
+    return refused(400, "logprobs is not supported") if "logprobs" in call.body else good(call)
+
+
+@pytest.mark.parametrize(
+    ("script", "item", "text"),
+    [
+        (lambda _call: refused(401, f"bad key {KEY}"), "teacher endpoint", "TEACHER_MODEL_KEY: refused"),
+        (lambda _call: refused(404, "no such model"), "teacher endpoint", "TEACHER_MODEL_NAME m: not found"),
+        (lambda _call: said(""), "teacher endpoint", "raise teacher.max_tokens"),
+        (without_log_probabilities, "log-probabilities", "set teacher.soft_labels: false"),
+    ],
+)
+def test_an_endpoint_that_lacks_something(
+    script: Callable[[Call], Reply],
+    item: str,
+    text: str,
+    tiny_model: TinyModel,
+    point_to: Callable[[str], None],
+) -> None:
+    with ChatEndpoint(script) as server:
+        point_to(server.url)
+        found = findings(recipe(tiny_model("llama"), teacher={"soft_labels": True}))
+    assert found[item].level == "FAIL"
+    assert text in found[item].text
+    assert {name for name, finding in found.items() if finding.level != "ok"} == {item}
+    assert KEY not in "".join(map(str, found.values()))
+
+
+def test_log_probabilities_are_no_matter_where_none_are_asked_for(
+    tiny_model: TinyModel, point_to: Callable[[str], None]
+) -> None:
+    with ChatEndpoint(without_log_probabilities) as server:
+        point_to(server.url)
+        found = findings(recipe(tiny_model("llama")))
+    assert found["teacher endpoint"].level == "ok"
+    assert "log-probabilities" not in found
+
+
+def test_an_endpoint_that_is_down(tiny_model: TinyModel, point_to: Callable[[str], None]) -> None:
+    with ChatEndpoint(good) as server:
+        point_to(server.url)
+    found = findings(recipe(tiny_model("llama")))
+    assert found["teacher endpoint"].level == "FAIL"
+    assert "can't be reached after 2 tries" in found["teacher endpoint"].text
+
+
+def test_no_credentials(tiny_model: TinyModel) -> None:
+    found = findings(recipe(tiny_model("llama")))
+    assert "TEACHER_MODEL_NAME, TEACHER_MODEL_ENDPOINT, TEACHER_MODEL_KEY: not set" in found["teacher credentials"].text
+    assert found["teacher endpoint"].level == "warn"
+
+
+def test_no_check_takes_longer_than_its_limit(tiny_model: TinyModel, point_to: Callable[[str], None]) -> None:
+    with ChatEndpoint(lambda call: Reply(good(call).body, delay=30)) as server:
+        point_to(server.url)
+        started = time.monotonic()
+        found = check(recipe(tiny_model("llama")), limit_s=0.5)
+        assert time.monotonic() - started < 9 * 0.5 + 2
+    assert str(found[0]) == "FAIL teacher: no answer within 0.5 s; see that it is up and reachable"
+    assert {finding.item for finding in found} > ITEMS
+
+
+def test_a_check_that_breaks_is_said_without_what_a_library_says(
+    tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def breaks(*_args: object) -> None:
+        raise ValueError(f"url with {KEY}")
+
+    monkeypatch.setattr(LocalRegistry, "list", breaks)
+    found = findings(local(tiny_model("llama")))
+    assert str(found["registry"]) == "FAIL registry: could not be checked (ValueError)"
+
+
+def test_files_that_are_not_there(tiny_model: TinyModel, tmp_path: Path) -> None:
+    files = {"train": [str(tmp_path / "none.jsonl")]}
+    dataset = {"source": "files", "files": files, "splits": {"gold": "train", "train": "train"}}
+    asked = local(tiny_model("llama")).model_copy(update={"dataset": recipe("x", dataset=dataset).dataset})
+    found = findings(asked)
+    assert found["data"].level == "FAIL"
+    assert "none.jsonl: no such file; correct dataset.files" in found["data"].text
+
+
+@pytest.mark.parametrize(
+    ("base", "text"),
+    [
+        ("/no/such/folder", "no such folder"),
+        ("package:no_such_package", "is not installed"),
+        ("azureml://models/1", "not azureml://registries"),
+    ],
+)
+def test_a_base_model_that_is_not_there(base: str, text: str) -> None:
+    found = findings(local(base))
+    assert found[f"base model {base}"].level == "FAIL"
+    assert text in found[f"base model {base}"].text
+    assert (found["disk"].level, found["memory"].level) == ("warn", "warn")
+
+
+def test_a_base_model_that_needs_code_of_its_own(tiny_model: TinyModel, tmp_path: Path) -> None:
+    for file in tiny_model("llama").iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "mine", "auto_map": {}}))
+    found = findings(local(tmp_path))
+    assert "needs Python code of its own" in found[f"base model {tmp_path}"].text
+
+
+def test_a_base_model_in_azures_registry_is_downloaded_later() -> None:
+    base = "azureml://registries/azureml/models/Phi-4-mini-instruct/versions/1"
+    assert findings(recipe(base))[f"base model {base}"].level == "warn"
+
+
+def test_a_base_model_on_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    files = [{"rfilename": "model.safetensors", "size": 3_000_000_000}, {"rfilename": "a.bin", "size": 10**12}]
+    with ChatEndpoint(lambda _call: Reply({"id": "a/b", "siblings": files})) as hub:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
+        found = findings(local("a/b"))
+        assert found["base model a/b"].level == "warn"
+        assert "downloads 3.0 GB from the hub" in found["base model a/b"].text
+        assert hub.calls[0].path.endswith("/api/models/a/b?blobs=true")
+    found = findings(local("a/b"))
+    assert found["base model a/b"].level == "FAIL"
+    assert "the hub doesn't answer for it" in found["base model a/b"].text
+
+
+def test_a_base_model_in_the_hubs_cache(tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    cached = tmp_path / "models--a--b"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text("c" * 40)
+    (cached / "snapshots").mkdir()
+    (cached / "snapshots" / ("c" * 40)).symlink_to(tiny_model("llama"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert local_copy(BaseModelRecipe(model="a/b")) == cached / "snapshots" / ("c" * 40)
+    assert not failed(local("a/b"))
+
+
+def test_a_data_set_on_the_hub(tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    splits = {"gold": "train", "train": "train"}
+    asked, pinned = (
+        local(tiny_model("llama")).model_copy(
+            update={"dataset": recipe("x", dataset={"source": "hub", "name": "a/d", "splits": splits, **more}).dataset}
+        )
+        for more in ({}, {"revision": "v1"})
+    )
+    with ChatEndpoint(lambda _call: Reply({"id": "a/d", "sha": "e" * 40})) as hub:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
+        assert findings(asked)["data"].text == f"the hub has a/d@{'e' * 40}"
+    assert findings(asked)["data"].level == "FAIL"
+    assert findings(pinned)["data"].level == "warn"
+
+
+def test_too_little_disk_and_memory(tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readiness, "DISK_FACTOR", 1e12)
+    monkeypatch.setattr(readiness, "MEMORY_FACTOR", {"lora": 1e12, "full": 1e12})
+    assert failed(local(tiny_model("llama"))) == {"disk", "memory"}
+
+
+def test_a_home_that_cannot_be_written(tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("DISTILLERY_HOME", str(tmp_path / "file" / "home"))
+    found = findings(local(tiny_model("llama")))
+    assert "DISTILLERY_HOME" in found["disk"].text
+    assert found["disk"].level == "FAIL"
+    assert found["label store"].level == "FAIL"
+    assert found["registry"].level == "FAIL"
+
+
+def test_a_large_model_without_a_gpu(tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readiness, "LARGE", 1)
+    found = findings(local(tiny_model("llama")))
+    assert found["training"].level == "warn"
+    assert "no GPU: on the CPU in" in found["training"].text
+
+
+def test_a_gpu_is_named(tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "GPU of the test")
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (8 * 10**9, 10 * 10**9))
+    asked = local(tiny_model("llama"))
+    assert str(findings(asked)["training"]) == (
+        "ok   training: on GPU of the test in bfloat16, 8.0 GB of its memory free"
+    )
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (10**9, 10 * 10**9))
+    assert findings(asked)["training"].level == "warn"
+
+
+def test_azure_without_its_names(tiny_model: TinyModel) -> None:
+    asked = local(tiny_model("llama")).model_copy(
+        update={"registry": recipe("x", registry={"kind": "azureml"}).registry}
+    )
+    found = findings(asked)
+    assert found["registry"].level == "FAIL"
+    assert "AZUREML_SUBSCRIPTION_ID, AZUREML_RESOURCE_GROUP, AZUREML_WS_NAME" in found["registry"].text
+
+
+def test_stores_that_do_not_open(tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DISTILLERY_LABELS", "sqlite:////proc/none/labels.db")
+    monkeypatch.setenv("DISTILLERY_REGISTRY", "sqlite:////proc/none/registry.db")
+    assert failed(local(tiny_model("llama"))) == {"label store", "registry"}
