@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 RULE = {"bread": "A", "river": "B", "cloud": "C"}
-FILLER = ["the", "a", "quiet", "room", "after", "work", "tired", "person", "would", "like", "rest", "keep", "warm", "one", "of", "where", "does", "choice", "option"]
+WORDS = "the a quiet room after work tired person would like rest keep warm one of where does choice option"
+FILLER = WORDS.split(" ")
 ROWS = {"gold": 40, "train": 60, "validation": 20, "test": 40}
 
 

@@ -1,4 +1,4 @@
-"""A real Prefect server and its two workers, as `make up` starts them: where things run, what fails, what is refused."""
+"""A real Prefect server and its two workers, as `make up` starts them: where things run and what fails."""
 
 import json
 import os

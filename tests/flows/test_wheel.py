@@ -1,4 +1,4 @@
-"""What is shipped holds the code and the demo's rows: no weights, labels or database, in the wheel as in the repository."""
+"""What is shipped holds the code and the demo's rows: no weights, labels or database."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Counts what a run really does, in all of its processes: with this folder on PYTHONPATH, Python imports it at its start.
+"""Counts what a run really does, in all of its processes: Python imports it when this folder is on PYTHONPATH.
 
 Into the file that COUNT_FILE names goes one line for each optimiser step ("step", by PyTorch's own hook for all
 optimisers), each chat completion that is asked for over HTTP ("request", where the openai SDK's httpx2 sends it) and
