@@ -4,6 +4,7 @@ The lab's form, the adapter apart as adapter_weights.onnx_adapter, is `export.ad
 """
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from distillery.errors import ExportError, ModelError
 from distillery.recipe import ExportRecipe
 from distillery.store import working_folder
+from distillery.student import layer_count, tensor_names
 
 ADAPTER_FILE = "adapter_weights.onnx_adapter"
 TRIAL = [{"role": "user", "content": "Which comes first?\n(A) one\n(B) two"}]
@@ -34,7 +36,7 @@ def export(model: Path, adapter: Path | None, recipe: ExportRecipe, out: Path, r
         "load_kwargs": {"trust_remote_code": remote_code},
     }
     with working_folder("export") as built:
-        run_workflow(input_model, _passes(recipe, adapter is not None, remote_code), built)
+        run_workflow(input_model, _passes(recipe, model, adapter is not None, remote_code), built)
         if not (built / "model").is_dir():
             raise ExportError("Olive produced no model folder")
         # Olive's own record of the build names this machine's folders, and nothing reads it.
@@ -42,7 +44,7 @@ def export(model: Path, adapter: Path | None, recipe: ExportRecipe, out: Path, r
     _check(out, recipe)
 
 
-def _passes(recipe: ExportRecipe, has_adapter: bool, remote_code: bool) -> dict[str, dict[str, Any]]:
+def _passes(recipe: ExportRecipe, model: Path, has_adapter: bool, remote_code: bool) -> dict[str, dict[str, Any]]:
     # hf_remote is on by default in ModelBuilder: it would run code that comes with a model.
     options: dict[str, Any] = {"hf_remote": remote_code, "prune_lm_head": True}
     build: dict[str, Any] = {"type": "ModelBuilder", "precision": recipe.precision, "extra_options": options}
@@ -54,25 +56,36 @@ def _passes(recipe: ExportRecipe, has_adapter: bool, remote_code: bool) -> dict[
     merge = {"merge": {"type": "MergeAdapterWeights"}} if has_adapter else {}
     if recipe.precision in ("fp32", "fp16"):
         return merge | {"build": build}
-    return merge | _quantise(recipe) | {"build": build | {"precision": "int4"}} | _tie(recipe)
+    return merge | _quantise(recipe, model) | {"build": build | {"precision": "int4"}} | _tie(recipe)
 
 
-def _quantise(recipe: ExportRecipe) -> dict[str, dict[str, Any]]:
-    """Weights in groups, asymmetric, embeddings and head included; k_quant_mixed keeps the layers that llama.cpp's
-    Q4_K_M keeps in 8 bits."""
-    bits = 8 if recipe.precision == "int8" else 4
+def _quantise(recipe: ExportRecipe, model: Path) -> dict[str, dict[str, Any]]:
+    """Weights in groups with a scale and an offset each, embeddings and head included."""
     quantise: dict[str, Any] = {
         "type": "Rtn" if recipe.algorithm == "rtn" else "KQuant",
-        "bits": bits,
+        "bits": 8 if recipe.precision == "int8" else 4,
         "group_size": recipe.block_size,
         "lm_head": True,
         "embeds": True,
     }
-    if recipe.algorithm != "k_quant_mixed" or bits == 8:
-        return {"quantise": quantise}
-    # Olive would keep the head in 8 bits too; it must be as the embeddings are to share their matrix.
-    quantise |= {"overrides": {"lm_head": {"bits": bits}}} if recipe.share_embeddings else {}
-    return {"mix": {"type": "SelectiveMixedPrecision", "algorithm": "k_quant_mixed"}, "quantise": quantise}
+    if recipe.precision == "int4" and recipe.algorithm in ("k_quant_mixed", "k_quant_high"):
+        quantise["overrides"] = {name: {"bits": 8} for name in _sensitive(model, recipe.algorithm == "k_quant_high")}
+    return {"quantise": quantise}
+
+
+def _sensitive(model: Path, all_layers: bool) -> list[str]:
+    """The attention inputs and down projections of all layers, or of those that llama.cpp's Q4_K_M keeps in more bits:
+    the first and last eighth and every third between (llama.cpp, src/llama-quant.cpp, use_more_bits)."""
+    count = layer_count(model)
+    found = []
+    for name in tensor_names(model):
+        match = re.fullmatch(r"(.*\.layers\.(\d+)\..*(?:q|k|v|qkv|down)_proj)\.weight", name)
+        if match is None:
+            continue
+        layer = int(match[2])
+        if all_layers or layer < count / 8 or layer >= 7 * count / 8 or (layer - round(count / 8)) % 3 == 2:
+            found.append(match[1])
+    return found
 
 
 def _tie(recipe: ExportRecipe) -> dict[str, dict[str, Any]]:

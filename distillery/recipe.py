@@ -141,13 +141,14 @@ class TrainingRecipe(Slice):
 class ExportRecipe(Slice):
     """How a checkpoint becomes a folder for ONNX Runtime GenAI.
 
-    `algorithm` quantises to int4 or int8: rtn (round to nearest), k_quant (scales searched as in llama.cpp), or
-    k_quant_mixed (k_quant with llama.cpp's choice of layers in 8 bits). `adapter_apart` keeps a LoRA adapter apart, as
+    `algorithm` quantises to int4 or int8: rtn (round to nearest); k_quant (scales searched as in llama.cpp);
+    k_quant_mixed (the same, with the attention inputs and down projections of the layers that llama.cpp chooses in 8
+    bits); k_quant_high (with those of all layers). `adapter_apart` keeps a LoRA adapter apart, as
     adapter_weights.onnx_adapter.
     """
 
     precision: Literal["int4", "int8", "fp16", "fp32"] = "int4"
-    algorithm: Literal["rtn", "k_quant", "k_quant_mixed"] = "k_quant_mixed"
+    algorithm: Literal["rtn", "k_quant", "k_quant_mixed", "k_quant_high"] = "k_quant_mixed"
     block_size: Literal[16, 32, 64, 128] = Field(32, description="Weights that share a scale")
     share_embeddings: bool = Field(
         True, description="One quantised matrix for embeddings and head, where they are tied"
@@ -245,8 +246,9 @@ class Recipe(Slice):
             ("export", self.student.training, self.export),
             ("teacher.preparation.export", self.teacher.preparation.training, self.teacher.preparation.export),
         ):
-            if export.adapter_apart and (training.method != "lora" or export.precision == "int8"):
-                raise ValueError(f"{key}.adapter_apart needs training.method: lora, and int4, fp16 or fp32")
+            unfit = export.precision == "int8" or export.algorithm == "k_quant_high"
+            if export.adapter_apart and (training.method != "lora" or unfit):
+                raise ValueError(f"{key}.adapter_apart needs training.method: lora, and neither int8 nor k_quant_high")
         if self.student.training.soft_weight > 0 and not self.teacher.soft_labels:
             raise ValueError("student.training.soft_weight is above 0, which needs teacher.soft_labels: true")
         return self

@@ -498,6 +498,16 @@ def parameter_count(folder: Path) -> int:
     return count
 
 
+def tensor_names(folder: Path) -> list[str]:
+    from safetensors import safe_open
+
+    names: list[str] = []
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            names += tensors.keys()
+    return names
+
+
 def layer_count(folder: Path) -> int:
     config = json.loads((folder / "config.json").read_text())
     return int(config["num_hidden_layers"])

@@ -180,7 +180,7 @@ def test_train_export_and_score_through_olive(tiny_model: TinyModel, tmp_path: P
     assert (adapter is not None) == (method == "lora")
     assert not list((tmp_path / "trained").glob("*.jsonl")), "training rows are no part of a checkpoint"
     export(model, adapter, ExportRecipe(precision="fp32"), tmp_path / "fp32")
-    export(model, adapter, ExportRecipe(precision="int4", algorithm="k_quant_mixed"), tmp_path / "int4")
+    export(model, adapter, ExportRecipe(precision="int4", algorithm="k_quant_high"), tmp_path / "int4")
     assert result.steps == 6
 
     from distillery.inference import OnnxStudent

@@ -50,15 +50,26 @@ class Server:
         environment = self.environment | {"PREFECT_API_URL": f"http://127.0.0.1:{self.port}/api"}
         return subprocess.run(command, env=environment, cwd=self.folder, capture_output=True, text=True, timeout=600)
 
+    def post(self, path: str, body: dict[str, Any]) -> httpx.Response:
+        """Asks again, as Prefect's own client does, while SQLite is locked by another writer (503)."""
+        for _ in range(20):
+            response = self.api.post(path, json=body)
+            if response.status_code != 503:
+                break
+            time.sleep(0.5)
+        return response
+
     def ask(self, path: str, **body: Any) -> Any:
-        response = self.api.post(path, json=body)
-        response.raise_for_status()
-        return response.json()
+        return self.post(path, body).raise_for_status().json()
 
     def newest_run(self, flow: str) -> dict[str, Any]:
         known = {"name": {"any_": [flow]}}
         runs: list[dict[str, Any]] = self.ask("/flow_runs/filter", flows=known, sort="START_TIME_DESC", limit=1)
         return runs[0]
+
+    def is_running(self, flow: str) -> bool:
+        state = {"state": {"type": {"any_": ["RUNNING"]}}}
+        return bool(self.ask("/flow_runs/count", flows={"name": {"any_": [flow]}}, flow_runs=state))
 
     def family(self, run: dict[str, Any]) -> list[dict[str, Any]]:
         """The run and all that it started, by the names that distill gives them."""
@@ -213,7 +224,6 @@ def test_a_child_that_fails_fails_its_parent_with_its_reason(
     [
         ("distill/demo", {"recipe": {"preset": "demo", "nmae": "x"}}, "nmae"),
         ("distill/demo", {"recipe": {"preset": "demo", "teacher": {"concurrency": 0}}}, "0"),
-        ("distill/demo", {"recipe": {"preset": "demo"}, "where": "gpu"}, "where"),
         ("batch-inference/cpu", {"model_name": "m", "input_uri": "f", "registry": "elsewhere"}, "elsewhere"),
         ("batch-inference/cpu", {"model_name": "m"}, "input_uri"),
     ],
@@ -223,9 +233,17 @@ def test_bad_parameters_are_refused_before_a_run_exists(
 ) -> None:
     before = server.ask("/flow_runs/count")
     known = server.api.get(f"/deployments/name/{deployment}").json()
-    response = server.api.post(f"/deployments/{known['id']}/create_flow_run", json={"parameters": parameters})
+    response = server.post(f"/deployments/{known['id']}/create_flow_run", {"parameters": parameters})
     assert response.status_code in (409, 422), response.text
     assert named in response.text
+    assert server.ask("/flow_runs/count") == before
+
+
+def test_a_parameter_that_the_flow_does_not_have_is_refused(server: Server) -> None:
+    before = server.ask("/flow_runs/count")
+    done = server.deployment_run("distill/demo", {"recipe": {"preset": "demo"}, "where": "gpu"})
+    assert done.returncode == 1
+    assert "where" in done.stdout + done.stderr
     assert server.ask("/flow_runs/count") == before
 
 
@@ -237,18 +255,31 @@ def test_the_weekly_run_waits_until_it_is_switched_on(server: Server) -> None:
     assert lab["work_pool_name"] == "cpu-pool"
 
 
-def test_down_leaves_nothing_running(server: Server) -> None:
-    assert server.local("up").returncode == 1
-    running = {process.pid for process in server.processes()}
+def test_down_ends_everything_in_the_midst_of_a_run(server: Server, files: dict[str, list[str]], base: Path) -> None:
+    values = recipe(files, base)
+    values["teacher"]["preparation"]["training"]["epochs"] = 100_000
+    deployment = server.api.get("/deployments/name/distill/demo").json()
+    parameters = {"recipe": values, "training_deployment": "train-student/gpu"}
+    server.post(f"/deployments/{deployment['id']}/create_flow_run", {"parameters": parameters}).raise_for_status()
+    deadline = time.monotonic() + 120
+    while not server.is_running("train-student"):
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+    second = server.local("up")
+    assert (second.returncode, second.stderr) == (1, "error: already up; `make down` first\n")
     started = {int(path.read_text()) for path in (server.folder / "home" / "run").glob("*.pid")}
+    running = {process.pid for process in server.processes()}
     assert len(started) == 3
-    assert started <= running
+    # The server, the workers and, below these, the parent and the child.
+    assert started < running
+    assert len(running) >= 5
+
     down = server.local("down")
     assert down.returncode == 0, down.stderr
     deadline = time.monotonic() + 10
     while server.processes() and time.monotonic() < deadline:
         time.sleep(0.2)
-    assert not server.processes()
+    assert [" ".join(process.cmdline()) for process in server.processes()] == []
     assert not list((server.folder / "home" / "run").glob("*.pid"))
     with pytest.raises(httpx.TransportError):
         server.api.get("/health")
