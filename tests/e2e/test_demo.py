@@ -27,7 +27,8 @@ class Demo:
 
     @property
     def table(self) -> str:
-        return self.out.partition("predictor ")[2]
+        """The scoreboard; the gate's line after it names the champion, which the first run has yet to make."""
+        return self.out.partition("predictor ")[2].partition("\ngate:")[0]
 
     @property
     def stages(self) -> list[str]:
