@@ -42,7 +42,7 @@ test: $(INSTALLED) | $(PREFECT_HOME) ## the fast tests
 	@$(BIN)/pytest -m "not slow and not gpu and not azure_live"
 
 test-all: $(INSTALLED) $(AZURITE) | $(PREFECT_HOME) ## all tests; needs Node.js, PostgreSQL and COMMONSENSE_QA_DIR
-	@$(BIN)/pytest -m "not gpu and not azure_live"
+	@$(BIN)/pytest --durations=12 -m "not gpu and not azure_live"
 
 lint: $(INSTALLED) ## ruff and strict mypy
 	@$(BIN)/ruff check .
