@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from distillery.errors import ExportError, ModelError
+from distillery.inference import ADAPTER_FILE, OnnxStudent
 from distillery.recipe import ExportRecipe
 from distillery.store import working_folder
 from distillery.student import layer_count, tensor_names
 
-ADAPTER_FILE = "adapter_weights.onnx_adapter"
 TRIAL = [{"role": "user", "content": "Which comes first?\n(A) one\n(B) two"}]
 
 
@@ -107,8 +107,6 @@ def _check(out: Path, recipe: ExportRecipe) -> None:
 def ask_once(folder: Path) -> None:
     """Loads a model folder and asks it one question. Raises ModelError where that fails or gives no finite number."""
     import numpy as np
-
-    from distillery.inference import OnnxStudent
 
     student = OnnxStudent(folder, threads=1)
     scores = student.next_token_logprobs(student.tokenizer.encode_chat(TRIAL))

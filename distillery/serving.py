@@ -10,7 +10,6 @@ log-probabilities are those of temperature 1.
 
 import argparse
 import asyncio
-import ipaddress
 import json
 import math
 import os
@@ -38,7 +37,7 @@ from starlette.exceptions import HTTPException
 
 from distillery.errors import CredentialsError, DistilleryError, ModelError
 from distillery.inference import Logits, OnnxStudent, log_softmax
-from distillery.settings import load_environment
+from distillery.settings import is_loopback, load_environment
 
 KEY_VARIABLE = "DISTILLERY_SERVER_KEY"
 LARGEST_BODY = 4 << 20
@@ -421,7 +420,7 @@ def serve(
     Raises CredentialsError for an address that others can reach without a key; ModelError for a bad folder or port."""
     import uvicorn
 
-    if not _is_loopback(host) and not (api_key and api_key.get_secret_value()):
+    if not is_loopback(host) and not (api_key and api_key.get_secret_value()):
         raise CredentialsError(f"--host {host}: other machines reach it, so set {KEY_VARIABLE}, or use 127.0.0.1")
     if parent is not None:
         threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
@@ -432,13 +431,6 @@ def serve(
         print(json.dumps({"url": f"http://{place}:{taken}/v1", "model": model_name}), flush=True)
         config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=2)
         uvicorn.Server(config).run(sockets=[bound])
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _bound(host: str, port: int) -> socket.socket:

@@ -3,6 +3,7 @@
 None of it is part of any cache key: moving the store or changing a key repeats nothing.
 """
 
+import ipaddress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,14 @@ from distillery.errors import CredentialsError
 def load_environment() -> None:
     """Reads .env in the working folder or above it; what the environment already says wins."""
     load_dotenv(find_dotenv(usecwd=True))
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host name or address is this machine's own, which no other machine reaches."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 class _Settings(BaseSettings):

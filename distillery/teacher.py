@@ -9,7 +9,6 @@ import asyncio
 import email.utils
 import json
 import math
-import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -31,7 +30,7 @@ from distillery.errors import CredentialsError, TeacherError, TeacherUnavailable
 from distillery.prompts import Message
 from distillery.recipe import TeacherRecipe
 from distillery.records import Usage
-from distillery.settings import TeacherSettings
+from distillery.settings import TeacherSettings, is_loopback
 
 Sdk = Literal["azure-ai-inference", "openai"]
 Redact = Callable[[str], str]
@@ -132,17 +131,13 @@ def _base_url(text: str) -> str:
 
 def _check_key(key: str, url: str) -> None:
     host = urlsplit(url).hostname or ""
-    if not key and not _is_loopback(host) and not host.endswith(_AZURE_HOSTS):
+    if not key and not is_loopback(host) and not host.endswith(_AZURE_HOSTS):
         raise CredentialsError(
             f"TEACHER_MODEL_KEY: not set, and {host} is no Azure host that azure-identity could log in to; "
             "set the key (any word where the server asks for none)"
         )
     if key and not (key.isascii() and key.isprintable()):
         raise CredentialsError("TEACHER_MODEL_KEY: has characters that no key has; copy it again")
-
-
-def _is_loopback(host: str) -> bool:
-    return host in ("localhost", "::1") or re.fullmatch(r"127(\.\d{1,3}){3}", host) is not None
 
 
 def token_scope(url: str) -> str:
@@ -358,7 +353,7 @@ class _OpenAIClient:
             max_retries=0,
             timeout=recipe.timeout_s,
             # A proxy of the environment is for the world outside, not for a server on this machine.
-            http_client=DefaultAsyncHttpxClient(trust_env=not _is_loopback(urlsplit(endpoint.url).hostname or "")),
+            http_client=DefaultAsyncHttpxClient(trust_env=not is_loopback(urlsplit(endpoint.url).hostname or "")),
         )
 
     async def complete(self, messages: list[Message], options: CallOptions) -> dict[str, Any]:
@@ -519,7 +514,7 @@ class Teacher:
 
     async def _log_in(self) -> Any:
         """An azure-identity credential that has given a token, for an Azure endpoint without a key; None otherwise."""
-        if self._endpoint.key or _is_loopback(urlsplit(self._endpoint.url).hostname or ""):
+        if self._endpoint.key or is_loopback(urlsplit(self._endpoint.url).hostname or ""):
             return None
         from azure.core.exceptions import ClientAuthenticationError
         from azure.identity.aio import DefaultAzureCredential
