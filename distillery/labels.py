@@ -10,28 +10,24 @@ import math
 import re
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from itertools import islice
+from operator import methodcaller
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from types import TracebackType
 from typing import Any, Self, TextIO
 
-from sqlalchemy import JSON, Column, DateTime, Engine, Float, Integer, MetaData, String, Table, Text, event, text
-from sqlalchemy import create_engine as sqlalchemy_engine
-from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
-from sqlalchemy.schema import CreateTable
+from sqlalchemy import JSON, Column, DateTime, Float, Integer, String, Table, Text
 from sqlalchemy.sql import select
 
-from distillery.errors import StoreError, StoreUnavailable, TeacherError
+from distillery.database import METADATA, Database
+from distillery.errors import StoreError, TeacherError
 from distillery.prompts import Message, render_messages
 from distillery.recipe import PromptRecipe, TeacherRecipe
 from distillery.records import LETTERS, Example, RejectedLabel, TeacherLabel, Usage, digest_of
-from distillery.settings import LocalSettings
 from distillery.teacher import Completion, Endpoint, Teacher, letter_of
 
 LABELS_FILE = "labels.jsonl"
@@ -151,7 +147,7 @@ class StoredAnswer:
 
 _TABLE = Table(
     "teacher_answers",
-    MetaData(),
+    METADATA,
     Column("request_key", String(64), primary_key=True),
     Column("teacher", Text, nullable=False),
     Column("answer", String(1), nullable=False),
@@ -167,25 +163,18 @@ _TABLE = Table(
 _ANSWER_COLUMNS = [column for column in _TABLE.columns if column.name != "created_at"]
 _LOOKUP_ROWS = 1000
 _COMMIT_ROWS = 500
-_TABLE_LOCK = 7213548210
 
 
 class LabelStore:
     """Teacher answers by request key, in SQLite or PostgreSQL (`url` as SQLAlchemy writes it; DISTILLERY_LABELS).
 
     One thread writes: it commits whatever has arrived while its last commit ran, at once, so that an answer is on disk
-    some milliseconds after `add`. An answer that is there already stays as it is. Raises StoreError, or
-    StoreUnavailable where the database does not answer.
+    some milliseconds after `add`. An answer that is there already stays as it is. An outage of the database is waited
+    out (database.py); then StoreUnavailable, and StoreError for what waiting does not mend.
     """
 
     def __init__(self, url: str | None = None) -> None:
-        self._url = _checked_url(url or LocalSettings().labels_url)
-        self._engine = _engine(self._url)
-        with self._errors(), self._engine.begin() as connection:
-            if self._url.get_backend_name() == "postgresql":
-                # Two runs that create the table at once: PostgreSQL's IF NOT EXISTS does not hold one of them back.
-                connection.execute(text(f"SELECT pg_advisory_xact_lock({_TABLE_LOCK})"))
-            connection.execute(CreateTable(_TABLE, if_not_exists=True))
+        self._database = Database(url)
         self._arrived: SimpleQueue[StoredAnswer | threading.Event | None] = SimpleQueue()
         self._failure: StoreError | None = None
         self._writer = threading.Thread(target=self._write, name="label-store", daemon=True)
@@ -205,10 +194,10 @@ class LabelStore:
         """The stored answers among `keys`."""
         found: dict[str, StoredAnswer] = {}
         wanted = iter(keys)
-        with self._errors(), self._engine.connect() as connection:
-            while chunk := list(islice(wanted, _LOOKUP_ROWS)):
-                rows = connection.execute(select(*_ANSWER_COLUMNS).where(_TABLE.c.request_key.in_(chunk)))
-                found |= {row.request_key: StoredAnswer(**row._mapping) for row in rows}
+        while chunk := list(islice(wanted, _LOOKUP_ROWS)):
+            query = select(*_ANSWER_COLUMNS).where(_TABLE.c.request_key.in_(chunk))
+            rows = self._database.run(methodcaller("execute", query)).all()
+            found |= {row.request_key: StoredAnswer(**row._mapping) for row in rows}
         return found
 
     def add(self, answer: StoredAnswer) -> None:
@@ -233,7 +222,7 @@ class LabelStore:
         if self._writer.is_alive():
             self._arrived.put(None)
             self._writer.join()
-        self._engine.dispose()
+        self._database.close()
 
     def _raise_failure(self) -> None:
         if self._failure:
@@ -267,73 +256,8 @@ class LabelStore:
     def _commit(self, answers: list[StoredAnswer]) -> None:
         now = datetime.now(UTC)
         rows = [{**asdict(answer), "created_at": now} for answer in answers]
-        with self._errors(), self._engine.begin() as connection:
-            connection.execute(_insert(self._url.get_backend_name()).on_conflict_do_nothing(), rows)
-
-    @contextmanager
-    def _errors(self) -> Iterator[None]:
-        try:
-            yield
-        except SQLAlchemyError as error:
-            raise _store_error(self._url, error) from None
-
-
-def _checked_url(url: str) -> URL:
-    try:
-        parsed = make_url(url)
-    except ArgumentError:
-        raise StoreError("DISTILLERY_LABELS: no SQLAlchemy URL, such as sqlite:////data/labels.db") from None
-    if parsed.drivername in ("postgres", "postgresql"):
-        parsed = parsed.set(drivername="postgresql+psycopg")
-    if parsed.drivername not in ("sqlite", "postgresql+psycopg"):
-        raise StoreError(f"DISTILLERY_LABELS: {parsed.drivername} is not supported; give a sqlite or postgresql URL")
-    return parsed
-
-
-def _engine(url: URL) -> Engine:
-    if url.get_backend_name() == "sqlite" and url.database:
-        try:
-            Path(url.database).parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise StoreError(
-                f"DISTILLERY_LABELS {url.database}: its folder can't be made ({error.strerror}); set another place"
-            ) from error
-    try:
-        engine = sqlalchemy_engine(url, pool_pre_ping=True, hide_parameters=True)
-    except (ModuleNotFoundError, NoSuchModuleError):
-        raise StoreError("DISTILLERY_LABELS: needs psycopg for PostgreSQL; install distillery[postgres]") from None
-    if url.get_backend_name() == "sqlite":
-        event.listen(engine, "connect", _set_up_sqlite)
-    return engine
-
-
-def _set_up_sqlite(connection: Any, _record: Any) -> None:
-    cursor = connection.cursor()
-    for pragma in ("busy_timeout = 30000", "journal_mode = WAL", "synchronous = FULL"):
-        cursor.execute(f"PRAGMA {pragma}")
-    cursor.close()
-
-
-def _insert(backend: str) -> Any:
-    if backend == "postgresql":
-        from sqlalchemy.dialects import postgresql
-
-        return postgresql.insert(_TABLE)
-    from sqlalchemy.dialects import sqlite
-
-    return sqlite.insert(_TABLE)
-
-
-def _store_error(url: URL, error: SQLAlchemyError) -> StoreError:
-    """One line without the SQL, its rows or the password."""
-    origin = str(error.orig) if isinstance(error, DBAPIError) else type(error).__name__
-    reason = " ".join(origin.split())[:200]
-    place = f"DISTILLERY_LABELS {url.render_as_string(hide_password=True)}"
-    if "full" in reason.lower():
-        return StoreError(f"{place}: the disk is full; free some space or set another place, then run again")
-    if url.get_backend_name() == "postgresql" or "locked" in reason:
-        return StoreUnavailable(f"{place}: the database does not answer ({reason}); check it and run again")
-    return StoreError(f"{place}: can't be used ({reason}); check the file and its folder, or set another place")
+        insert = self._database.insert(_TABLE).on_conflict_do_nothing()
+        self._database.run(lambda connection: connection.execute(insert, rows))
 
 
 @dataclass(frozen=True)

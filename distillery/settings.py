@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from dotenv import find_dotenv, load_dotenv
-from pydantic import AliasChoices, Field, SecretStr
+from pydantic import AliasChoices, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from distillery.errors import CredentialsError
+from distillery.errors import CredentialsError, DistilleryError
 
 
 @cache
@@ -35,19 +35,30 @@ class _Settings(BaseSettings):
 
     def __init__(self, **values: Any) -> None:
         load_environment()
-        super().__init__(**values)
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            first = error.errors(include_input=False)[0]
+            name = f"{self.model_config['env_prefix']}{first['loc'][0]}".upper()
+            raise DistilleryError(f"{name}: {first['msg']}; correct it in the environment or in .env") from None
 
 
 class LocalSettings(_Settings):
-    """DISTILLERY_HOME holds all that this machine writes; the others default to places inside it."""
+    """DISTILLERY_HOME holds all that this machine writes; the others default to places inside it. Training saves a
+    checkpoint every DISTILLERY_CHECKPOINT_SECONDS. An outage of the store is waited out for DISTILLERY_STORE_WAIT
+    seconds; copies of what a remote store holds take DISTILLERY_CACHE_GB (10^9 bytes) at most."""
 
     model_config = SettingsConfigDict(env_prefix="DISTILLERY_")
 
     home: Path = Path(".distillery")
     store: str = ""
+    store_wait: float = Field(90, ge=0)
+    cache_gb: float = Field(50, ge=0)
     labels: str = ""
     registry: str = ""
     remote_code: str = ""
+    checkpoint_seconds: float = Field(300, gt=0)
+    container: bool = False
 
     @property
     def folder(self) -> Path:

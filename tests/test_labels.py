@@ -3,13 +3,9 @@
 import asyncio
 import json
 import math
-import os
-import shutil
-import signal
 import sqlite3
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import traceback
@@ -21,6 +17,7 @@ from typing import Any
 
 import pytest
 from chat_endpoint import Call, ChatEndpoint, Reply, good, refused, replies, said
+from postgres_server import Postgres
 from pydantic import SecretStr
 from tenacity import wait_none
 
@@ -55,29 +52,8 @@ def url(tmp_path: Path) -> str:
 
 @pytest.fixture
 def postgres() -> Iterator[str]:
-    """The URL of a fresh PostgreSQL server on a Unix socket; run by 'nobody' where the tests run as root."""
-    config = shutil.which("pg_config")
-    assert config, "this test needs PostgreSQL's server programs: install postgresql"
-    programs = Path(subprocess.run([config, "--bindir"], capture_output=True, text=True, check=True).stdout.strip())
-    user = "nobody" if os.geteuid() == 0 else None
-    folder = Path(tempfile.mkdtemp(prefix="pg-", dir="/tmp"))
-    if user:
-        shutil.chown(folder, user)
-    data = str(folder / "data")
-    initdb = [programs / "initdb", "-D", data, "-U", "labels", "--auth=trust", "--no-sync", "-E", "UTF8"]
-    subprocess.run(initdb, user=user, check=True, capture_output=True, cwd=folder)
-    server = [programs / "postgres", "-D", data, "-k", str(folder), "-c", "listen_addresses=", "-c", "fsync=off"]
-    process = subprocess.Popen(server, user=user, stderr=subprocess.DEVNULL, cwd=folder)
-    try:
-        ready = [programs / "pg_isready", "-h", str(folder), "-U", "labels", "-q"]
-        while subprocess.run(ready, check=False).returncode:
-            assert process.poll() is None
-            time.sleep(0.05)
-        yield f"postgresql://labels@/postgres?host={folder}"
-    finally:
-        process.send_signal(signal.SIGINT)
-        process.wait()
-        shutil.rmtree(folder)
+    with Postgres() as server:
+        yield server.url()
 
 
 @pytest.mark.parametrize(
@@ -306,12 +282,33 @@ def test_a_store_that_can_not_be(wrong: str, line: str) -> None:
     assert "hidden" not in str(caught.value)
 
 
-def test_a_postgresql_that_is_down_is_worth_a_retry_and_shows_no_password() -> None:
+def test_a_postgresql_that_is_down_is_worth_a_retry_and_shows_no_password(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DISTILLERY_STORE_WAIT", "0")
     with pytest.raises(StoreUnavailable) as caught:
         LabelStore("postgresql://labels:hidden@127.0.0.1:1/db")
     assert "the database does not answer" in str(caught.value)
     assert "hidden" not in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_answers_outlive_an_outage_of_the_database() -> None:
+    with Postgres() as server, LabelStore(server.url()) as store:
+        before, meanwhile = stored(1), stored(2)
+        store.add(before)
+        store.flush()
+        server.stop()
+        store.add(meanwhile)
+        time.sleep(2)
+        server.start()
+        store.flush()
+        keys = {before.request_key, meanwhile.request_key}
+        assert store.get_many(keys).keys() == keys
+
+
+def test_a_container_keeps_no_answers_in_a_file_of_its_own(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DISTILLERY_CONTAINER", "1")
+    with pytest.raises(StoreError, match="DISTILLERY_LABELS: a container's SQLite file goes with the container"):
+        LabelStore(url)
 
 
 def test_a_file_that_is_no_database(tmp_path: Path) -> None:

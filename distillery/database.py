@@ -1,0 +1,126 @@
+"""The SQL database that runs and machines share (DISTILLERY_LABELS): the teacher's answers and the leases on work."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from sqlalchemy import Engine, MetaData, create_engine, event, text
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
+from sqlalchemy.schema import CreateTable
+from tenacity import retry, retry_if_exception_type, stop_after_delay, wait_random_exponential
+
+from distillery.errors import StoreError, StoreUnavailable
+from distillery.settings import LocalSettings
+
+T = TypeVar("T")
+
+METADATA = MetaData()
+_TABLE_LOCK = 7213548210
+
+
+class Database:
+    """SQLite or PostgreSQL at `url`, as SQLAlchemy writes it; its tables are made where they are missing.
+
+    Raises StoreError, or StoreUnavailable where it does not answer."""
+
+    def __init__(self, url: str | None = None) -> None:
+        settings = LocalSettings()
+        self.url = _checked_url(url or settings.labels_url, settings.container)
+        self.backend = self.url.get_backend_name()
+        self._wait = settings.store_wait
+        self._engine = _engine(self.url)
+        self.run(self._make_tables)
+
+    def run(self, work: Callable[[Any], T]) -> T:
+        """`work(connection)` in a transaction. An outage is waited out for DISTILLERY_STORE_WAIT seconds: what is
+        done twice then, because only the answer to its commit was lost, must do no harm."""
+        patiently = retry(
+            retry=retry_if_exception_type(StoreUnavailable),
+            wait=wait_random_exponential(multiplier=0.5, max=5),
+            stop=stop_after_delay(self._wait),
+            reraise=True,
+        )
+        return patiently(self.run_once)(work)
+
+    def run_once(self, work: Callable[[Any], T]) -> T:
+        """The same without waiting."""
+        with self._errors(), self._engine.begin() as connection:
+            return work(connection)
+
+    def insert(self, table: Any) -> Any:
+        """An INSERT that has the dialect's ON CONFLICT."""
+        from sqlalchemy.dialects import postgresql, sqlite
+
+        return (postgresql if self.backend == "postgresql" else sqlite).insert(table)
+
+    def close(self) -> None:
+        self._engine.dispose()
+
+    def _make_tables(self, connection: Any) -> None:
+        if self.backend == "postgresql":
+            # Two runs that create a table at once: PostgreSQL's IF NOT EXISTS does not hold one of them back.
+            connection.execute(text(f"SELECT pg_advisory_xact_lock({_TABLE_LOCK})"))
+        for table in METADATA.sorted_tables:
+            connection.execute(CreateTable(table, if_not_exists=True))
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except SQLAlchemyError as error:
+            raise _store_error(self.url, error) from None
+
+
+def _checked_url(url: str, container: bool) -> URL:
+    try:
+        parsed = make_url(url)
+    except ArgumentError:
+        raise StoreError("DISTILLERY_LABELS: no SQLAlchemy URL, such as sqlite:////data/labels.db") from None
+    if parsed.drivername in ("postgres", "postgresql"):
+        parsed = parsed.set(drivername="postgresql+psycopg")
+    if parsed.drivername not in ("sqlite", "postgresql+psycopg"):
+        raise StoreError(f"DISTILLERY_LABELS: {parsed.drivername} is not supported; give a sqlite or postgresql URL")
+    if container and parsed.drivername == "sqlite":
+        raise StoreError(
+            "DISTILLERY_LABELS: a container's SQLite file goes with the container, and paid answers with it; "
+            "give a postgresql URL"
+        )
+    return parsed
+
+
+def _engine(url: URL) -> Engine:
+    if url.get_backend_name() == "sqlite" and url.database:
+        try:
+            Path(url.database).parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StoreError(
+                f"DISTILLERY_LABELS {url.database}: its folder can't be made ({error.strerror}); set another place"
+            ) from error
+    try:
+        engine = create_engine(url, pool_pre_ping=True, hide_parameters=True)
+    except (ModuleNotFoundError, NoSuchModuleError):
+        raise StoreError("DISTILLERY_LABELS: needs psycopg for PostgreSQL; install distillery[postgres]") from None
+    if url.get_backend_name() == "sqlite":
+        event.listen(engine, "connect", _set_up_sqlite)
+    return engine
+
+
+def _set_up_sqlite(connection: Any, _record: Any) -> None:
+    cursor = connection.cursor()
+    for pragma in ("busy_timeout = 30000", "journal_mode = WAL", "synchronous = FULL"):
+        cursor.execute(f"PRAGMA {pragma}")
+    cursor.close()
+
+
+def _store_error(url: URL, error: SQLAlchemyError) -> StoreError:
+    """One line without the SQL, its rows or the password."""
+    origin = str(error.orig) if isinstance(error, DBAPIError) else type(error).__name__
+    reason = " ".join(origin.split())[:200]
+    place = f"DISTILLERY_LABELS {url.render_as_string(hide_password=True)}"
+    if "full" in reason.lower():
+        return StoreError(f"{place}: the disk is full; free some space or set another place, then run again")
+    if url.get_backend_name() == "postgresql" or "locked" in reason:
+        return StoreUnavailable(f"{place}: the database does not answer ({reason}); check it and run again")
+    return StoreError(f"{place}: can't be used ({reason}); check the file and its folder, or set another place")

@@ -1,0 +1,113 @@
+"""Leases: who is at which piece of work, so that runs on any machines do each piece once.
+
+A lease is a row with an expiry in the shared SQL database. Its holder renews it while it works; the lease of one who
+died expires by itself. Times are the database's own, so that machines' clocks need not agree. A holder that could not
+renew in time (a database away for longer than the lease) may find that another has begun the same work: that costs the
+work twice and harms nothing, since what is made is named by its content.
+"""
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from sqlalchemy import Column, Float, String, Table, Text, delete, select, text, update
+from sqlalchemy.sql.elements import TextClause
+
+from distillery.database import METADATA, Database
+from distillery.errors import StoreError
+
+SECONDS = 30.0
+_RENEWALS = 6
+_POLL = 1.0
+
+_LEASES = Table(
+    "leases",
+    METADATA,
+    Column("name", String(200), primary_key=True),
+    Column("holder", String(64), nullable=False),
+    Column("run", Text, nullable=False),
+    Column("expires_at", Float, nullable=False),
+)
+_NOW = {
+    "postgresql": text("extract(epoch from clock_timestamp())"),
+    "sqlite": text("(julianday('now') - 2440587.5) * 86400.0"),
+}
+
+
+class Leases:
+    """The leases in the shared database. A holder is any unique text; `run` is what people call it."""
+
+    def __init__(self, url: str | None = None, seconds: float = SECONDS) -> None:
+        self._database = Database(url)
+        self._now: TextClause = _NOW[self._database.backend]
+        self._seconds = seconds
+        self._renewals: dict[tuple[str, str], threading.Event] = {}
+
+    def acquire(
+        self,
+        name: str,
+        holder: str,
+        run: str = "",
+        timeout: float | None = None,
+        waiting: Callable[[str], None] | None = None,
+    ) -> bool:
+        """Takes the lease as soon as it is free, and renews it until `release` or the end of this process.
+
+        Waits for at most `timeout` seconds, without end by default; returns whether it was taken. `waiting` is told
+        once which run holds it."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while not self._database.run(lambda connection: self._take(connection, name, holder, run)):
+            if deadline is not None and time.monotonic() >= deadline:
+                return False
+            if waiting:
+                waiting(self.held_by(name) or "another run")
+                waiting = None
+            time.sleep(_POLL)
+        stop = self._renewals[name, holder] = threading.Event()
+        threading.Thread(target=self._renew, args=(name, holder, stop), name="lease", daemon=True).start()
+        return True
+
+    def release(self, name: str, holder: str) -> None:
+        """Lets go of the lease; one that can't be released now expires."""
+        if stop := self._renewals.pop((name, holder), None):
+            stop.set()
+            owned = delete(_LEASES).where(_LEASES.c.name == name, _LEASES.c.holder == holder)
+            try:
+                self._database.run_once(lambda connection: connection.execute(owned))
+            except StoreError:
+                return
+
+    def is_held(self, name: str, holder: str | None = None) -> bool:
+        """Whether anybody, or `holder`, holds it."""
+        held = select(_LEASES.c.holder).where(_LEASES.c.name == name, _LEASES.c.expires_at > self._now)
+        if holder is not None:
+            held = held.where(_LEASES.c.holder == holder)
+        return bool(self._database.run(lambda connection: connection.execute(held).first()))
+
+    def held_by(self, name: str) -> str:
+        """The run that holds it, or nothing."""
+        held = select(_LEASES.c.run).where(_LEASES.c.name == name, _LEASES.c.expires_at > self._now)
+        return self._database.run(lambda connection: connection.execute(held).scalar()) or ""
+
+    def _take(self, connection: Any, name: str, holder: str, run: str) -> bool:
+        until = self._until()
+        insert = self._database.insert(_LEASES).values(name=name, holder=holder, run=run, expires_at=until)
+        free = (_LEASES.c.expires_at <= self._now) | (_LEASES.c.holder == holder)
+        taken = insert.on_conflict_do_update(
+            index_elements=[_LEASES.c.name], set_={"holder": holder, "run": run, "expires_at": until}, where=free
+        )
+        return connection.execute(taken.returning(_LEASES.c.name)).first() is not None
+
+    def _renew(self, name: str, holder: str, stop: threading.Event) -> None:
+        owned = update(_LEASES).where(_LEASES.c.name == name, _LEASES.c.holder == holder)
+        renewed = owned.values(expires_at=self._until())
+        while not stop.wait(self._seconds / _RENEWALS):
+            try:
+                self._database.run_once(lambda connection: connection.execute(renewed))
+            except StoreError:
+                # The next try comes soon; should all of them fail, the lease expires, which is what it is for.
+                continue
+
+    def _until(self) -> TextClause:
+        return text(f"{self._now.text} + {self._seconds}")

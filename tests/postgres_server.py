@@ -1,0 +1,70 @@
+"""PostgreSQL on this machine: a real server on a Unix socket, which can be stopped and started again."""
+
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+from typing import Self
+
+
+class Postgres:
+    """A server with data of its own, started by `with` or start(). Any password opens it.
+
+    It is run by 'nobody' where the tests run as root. Raises RuntimeError where its programs are missing."""
+
+    def __init__(self) -> None:
+        config = shutil.which("pg_config")
+        if config is None:
+            raise RuntimeError("PostgreSQL's server programs are missing: install postgresql")
+        found = subprocess.run([config, "--bindir"], capture_output=True, text=True, check=True)
+        self._programs = Path(found.stdout.strip())
+        self._user = "nobody" if os.geteuid() == 0 else None
+        # A socket's path is short, and 'nobody' may not enter the tests' own folders.
+        self._folder = Path(tempfile.mkdtemp(prefix="pg-", dir="/tmp"))
+        if self._user:
+            shutil.chown(self._folder, self._user)
+        options = ["-D", self._folder / "data", "-U", "owner", "--auth=trust", "--no-sync", "-E", "UTF8"]
+        self._run("initdb", *options)
+
+    def url(self, driver: str = "postgresql", password: str = "any") -> str:
+        return f"{driver}://owner:{password}@/postgres?host={self._folder}"
+
+    def start(self) -> None:
+        """Starts it on the same data; returns once it answers."""
+        server = [self._programs / "postgres", "-D", self._folder / "data", "-k", self._folder]
+        server += ["-c", "listen_addresses=", "-c", "fsync=off"]
+        self._process = subprocess.Popen(server, user=self._user, stderr=subprocess.DEVNULL, cwd=self._folder)
+        ready = [self._programs / "pg_isready", "-h", self._folder, "-U", "owner", "-q"]
+        while subprocess.run(ready, check=False).returncode:
+            assert self._process.poll() is None
+            time.sleep(0.05)
+
+    def stop(self) -> None:
+        """Ends it, and all connections with it. It keeps its data."""
+        self._process.send_signal(signal.SIGINT)
+        self._process.wait(20)
+
+    def ask(self, query: str) -> str:
+        """What psql prints: a row a line, columns apart by |."""
+        return self._run("psql", "-h", self._folder, "-U", "owner", "-Atc", query, "postgres").strip()
+
+    def dump(self) -> str:
+        """All that the database holds, as SQL."""
+        return self._run("pg_dump", "-h", self._folder, "-U", "owner", "postgres")
+
+    def _run(self, program: str, *arguments: str | Path) -> str:
+        command = [self._programs / program, *arguments]
+        done = subprocess.run(command, user=self._user, cwd=self._folder, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.stop()
+        shutil.rmtree(self._folder)
