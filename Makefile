@@ -9,13 +9,14 @@ AZURITE := tests/azurite/node_modules/.installed
 export PREFECT_HOME ?= $(CURDIR)/.distillery/prefect
 export PREFECT_SERVER_ANALYTICS_ENABLED ?= false
 export PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS ?= 120
+export PREFECT_LOGGING_EXTRA_LOGGERS ?= distillery
 export OLIVE_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 export PYTHONWARNINGS ?= ignore::FutureWarning,ignore::DeprecationWarning
 
-.PHONY: help demo test test-all lint format up down clean
+.PHONY: help demo test test-all bench-overhead lint format up down clean
 help: ## what the targets do
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-9s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-14s %s\n", $$1, $$2}'
 
 # The first line of a failed set-up must be readable: pip's own old versions fail on this set of packages.
 $(INSTALLED): constraints.txt pyproject.toml
@@ -43,6 +44,9 @@ test: $(INSTALLED) | $(PREFECT_HOME) ## the fast tests
 
 test-all: $(INSTALLED) $(AZURITE) | $(PREFECT_HOME) ## all tests; needs Node.js, PostgreSQL and COMMONSENSE_QA_DIR
 	@$(BIN)/pytest --durations=12 -m "not gpu and not azure_live"
+
+bench-overhead: $(INSTALLED) | $(PREFECT_HOME) ## what Prefect and the hand-offs cost beside the stages' work
+	@$(BIN)/python -m benchmarks.overhead
 
 lint: $(INSTALLED) ## ruff and strict mypy
 	@$(BIN)/ruff check .

@@ -85,7 +85,8 @@ def score_model(
     threads: int | None = None,
     precision: Precision = "auto",
 ) -> Scored:
-    """Scores `model` on the rows of `examples_file` in a process of its own; `threads` defaults to the cores.
+    """Scores `model` on the rows of `examples_file` in a process of its own, which ends with this one; `threads`
+    defaults to the cores.
 
     `precision` is that of a Transformers model; auto is bfloat16 on a GPU that has it, else float32. Raises ModelError
     with the reason that the process gives."""
@@ -99,7 +100,7 @@ def score_model(
     with working_folder("scoring") as folder:
         job_file, result_file = folder / "job.json", folder / "result.json"
         job_file.write_text(job.model_dump_json(), encoding="utf-8")
-        command = [sys.executable, "-m", "distillery.scoring", str(job_file), str(result_file)]
+        command = [sys.executable, "-m", "distillery.scoring", str(job_file), str(result_file), str(os.getpid())]
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")  # noqa: S603
         result = result_file.read_text(encoding="utf-8") if result_file.exists() else ""
     if done.returncode != 0:

@@ -9,12 +9,17 @@ from olive.model import HfModelHandler
 from olive.passes import Pass
 from olive.passes.pass_config import BasePassConfig, PassConfigParam
 from olive.passes.pytorch.common import inherit_hf_from_hf
+from safetensors.torch import load_file
 
 from distillery import student
 from distillery.recipe import TrainingRecipe
+from distillery.settings import LocalSettings
 
 progress: ContextVar[student.Progress | None] = ContextVar("progress", default=None)
-"""Who is told of each step: a pass's own config is JSON and can't carry a function."""
+"""Who is told how far training is: a pass's own config is JSON and can't carry a function."""
+
+checkpoints: ContextVar[student.Checkpoints | None] = ContextVar("checkpoints", default=None)
+"""Where training keeps its checkpoints."""
 
 
 class KeepLayers(Pass):
@@ -42,6 +47,7 @@ class Distillation(Pass):
         return {
             "rows": PassConfigParam(type_=str, required=True, description="JSONL of TrainingRow"),
             "validation": PassConfigParam(type_=str, required=True, description="JSONL of TrainingRow, may be empty"),
+            "hidden": PassConfigParam(type_=str, default_value=None, description="The teacher's hidden states"),
             "recipe": PassConfigParam(type_=dict, required=True, description="TrainingRecipe"),
             "result": PassConfigParam(type_=str, required=True, description="Where the figures go, as JSON"),
         }
@@ -51,6 +57,7 @@ class Distillation(Pass):
     ) -> HfModelHandler:
         network, tokenizer = student.load_model(Path(model.model_path), _adapter(model), _remote_code(model))
         recipe = TrainingRecipe.model_validate(config.recipe)
+        hidden = load_file(config.hidden)[student.HIDDEN] if config.hidden else None
         trained, result = student.train(
             network,
             student.read_rows(Path(config.rows)),
@@ -59,6 +66,9 @@ class Distillation(Pass):
             pad_id=student.pad_id(tokenizer),
             end_id=student.end_of_turn_id(tokenizer),
             progress=progress.get(),
+            hidden=hidden,
+            checkpoints=checkpoints.get(),
+            checkpoint_every_s=LocalSettings().checkpoint_seconds,
         )
         Path(config.result).write_text(result.model_dump_json())
         trained.save_pretrained(output_model_path)

@@ -59,6 +59,15 @@ class DatasetRecipe(Slice):
     )
 
     @property
+    def title(self) -> str:
+        """A short name of the data for people: sample, the hub data set's last part, or the train file's stem."""
+        if self.source == "hub":
+            return self.name.rpartition("/")[2]
+        if self.source == "files":
+            return Path(next(iter(self.files.get(self.splits["train"], ())), "files")).stem
+        return self.source
+
+    @property
     def content_id(self) -> str:
         """What of this slice is in cache keys: files count by their content, not by their paths."""
         return self.model_dump_json(exclude={"files"})
@@ -117,7 +126,8 @@ class LoraRecipe(Slice):
 class TrainingRecipe(Slice):
     """How weights are trained: AdamW, linear warm-up and cosine decay to zero, loss on the answer alone.
 
-    The loss is (1 - soft_weight) x cross-entropy with the label + soft_weight x T^2 x KL(teacher_T || student_T).
+    The loss is (1 - soft_weight) x cross-entropy with the label + soft_weight x T^2 x KL(teacher_T || student_T), and
+    hidden_weight x (1 - cosine) of student's and teacher's last hidden states.
     """
 
     method: Literal["lora", "full"] = "lora"
@@ -131,6 +141,7 @@ class TrainingRecipe(Slice):
     max_grad_norm: float = Field(1.0, gt=0)
     soft_weight: float = Field(0.0, ge=0, le=1, description="Share of the soft-label loss; 0 trains on hard labels")
     temperature: float = Field(1.0, gt=0)
+    hidden_weight: float = Field(0.0, ge=0, description="Of matching a local teacher's last hidden state")
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="auto: bfloat16 where the hardware has it"
@@ -191,11 +202,13 @@ class TeacherRecipe(Slice):
 
 class StudentRecipe(Slice):
     """What is trained. `start`: the base model, or the local teacher's own checkpoint. `layers`: which of its decoder
-    layers to keep, in order; None keeps all."""
+    layers to keep, in order; None keeps all. `gold`: whether the gold rows, with their own answers, are trained on
+    beside those that the teacher labelled."""
 
     start: Literal["base", "teacher"] = "base"
     base: BaseModelRecipe = BaseModelRecipe()
     layers: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] | None = None
+    gold: bool = False
     training: TrainingRecipe = TrainingRecipe()
 
 
@@ -240,8 +253,16 @@ class Recipe(Slice):
     def _consistent(self) -> Self:
         if self.student.start == "teacher" and self.teacher.kind != "local":
             raise ValueError("student.start is teacher, which needs teacher.kind: local")
-        if self.teacher.kind == "local" and "gold" not in {*self.dataset.splits, *self.dataset.carve}:
-            raise ValueError("teacher.kind is local, which needs a gold split in dataset.splits or dataset.carve")
+        for key, needs in (
+            ("teacher.kind is local", self.teacher.kind == "local"),
+            ("student.gold", self.student.gold),
+        ):
+            if needs and "gold" not in {*self.dataset.splits, *self.dataset.carve}:
+                raise ValueError(f"{key}, which needs a gold split in dataset.splits or dataset.carve")
+        if self.student.training.hidden_weight > 0 and self.student.start != "teacher":
+            raise ValueError("student.training.hidden_weight is above 0, which needs student.start: teacher")
+        if self.teacher.preparation.training.hidden_weight > 0:
+            raise ValueError("teacher.preparation.training.hidden_weight: its teacher are the gold rows; leave it out")
         for key, training, export in (
             ("export", self.student.training, self.export),
             ("teacher.preparation.export", self.teacher.preparation.training, self.teacher.preparation.export),

@@ -1,7 +1,9 @@
-"""The process that scores one model: `python -m distillery.scoring JOB RESULT`, started by `evaluation.score_model`.
+"""The process that scores one model: `python -m distillery.scoring JOB RESULT PARENT`, started by
+`evaluation.score_model`.
 
-JOB holds a ScoringJob; into RESULT goes a Scored, or {"error": "one line"} and exit code 1. A process of its own, so
-that its peak memory is the model's, and so that a runtime which crashes takes nothing else with it.
+JOB holds a ScoringJob; into RESULT goes a Scored, or {"error": "one line"} and exit code 1; PARENT is the process id
+that it ends with. A process of its own, so that its peak memory is the model's, and so that a runtime which crashes
+takes nothing else with it.
 """
 
 import json
@@ -16,6 +18,7 @@ from typing import Any
 from distillery.dataset import read_examples
 from distillery.errors import DistilleryError, ModelError
 from distillery.evaluation import Scored, ScoringJob
+from distillery.processes import end_with
 from distillery.prompts import Tokenizer, TransformersTokenizer, letter_ids, render_ids
 from distillery.recipe import PromptRecipe
 from distillery.records import Example
@@ -134,7 +137,8 @@ def _asker(
     return ask
 
 
-def main(job_file: str, result_file: str) -> int:
+def main(job_file: str, result_file: str, parent: str) -> int:
+    end_with(int(parent))
     try:
         job = ScoringJob.model_validate_json(Path(job_file).read_text(encoding="utf-8"))
         Path(result_file).write_text(score(job).model_dump_json(), encoding="utf-8")

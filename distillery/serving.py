@@ -37,6 +37,7 @@ from starlette.exceptions import HTTPException
 
 from distillery.errors import CredentialsError, DistilleryError, ModelError
 from distillery.inference import Logits, OnnxStudent, log_softmax
+from distillery.processes import end_with
 from distillery.settings import is_loopback, load_environment
 
 KEY_VARIABLE = "DISTILLERY_SERVER_KEY"
@@ -423,7 +424,7 @@ def serve(
     if not is_loopback(host) and not (api_key and api_key.get_secret_value()):
         raise CredentialsError(f"--host {host}: other machines reach it, so set {KEY_VARIABLE}, or use 127.0.0.1")
     if parent is not None:
-        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+        end_with(parent)
     app = create_app(OnnxStudent(folder, threads), model_name, api_key)
     with _bound(host, port) as bound:
         address, taken = bound.getsockname()[:2]
@@ -442,13 +443,6 @@ def _bound(host: str, port: int) -> socket.socket:
     # Inherited by each connection; without it an answer's second packet waits 40 ms for the client's delayed ACK.
     bound.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return bound
-
-
-def _end_with(parent: int) -> None:
-    """Ends this process as soon as it is no longer `parent`'s child, even in the midst of an answer."""
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os._exit(0)
 
 
 @dataclass(frozen=True)

@@ -5,23 +5,54 @@ Olive workflow; nothing in here knows of Olive.
 """
 
 import json
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from distillery.errors import TrainingError
+from distillery.errors import StoreError, TrainingError
 from distillery.prompts import TransformersTokenizer, letter_ids, render_ids
 from distillery.recipe import LoraRecipe, PromptRecipe, TrainingRecipe
-from distillery.records import CurvePoint, Example, Record, TeacherLabel
+from distillery.records import CurvePoint, Example, Record, TeacherLabel, digest_of
+from distillery.store import working_folder
 
 if TYPE_CHECKING:
     import torch
 
-Progress = Callable[[int, int, float], None]
-"""Called with (step, steps, loss)."""
+STATE_FILE = "state.pt"
+HIDDEN = "hidden"
+_log = logging.getLogger(__name__)
+
+
+class TrainingProgress(NamedTuple):
+    """How far training is. `loss`: mean since the last report. `rows_per_second`: this process's, while it trains.
+    `seconds_left`: by the clock, validation and checkpoints included."""
+
+    step: int
+    steps: int
+    loss: float
+    rows_per_second: float
+    seconds_left: float
+
+
+Progress = Callable[[TrainingProgress], None]
+"""Called every 10 steps and at each epoch's end; what it raises ends the training there."""
+
+
+class Checkpoints(Protocol):
+    """Where training keeps what it can go on from after its process has died."""
+
+    def save(self, folder: Path) -> None:
+        """Keeps the files of `folder`, all or none, in place of what was kept before. Training goes on after a
+        StoreError; whatever else is raised ends it."""
+
+    def load(self, into: Path) -> bool:
+        """Writes what is kept into the folder `into`, byte for byte; False where there is nothing whole."""
 
 
 class TrainingRow(Record):
@@ -35,6 +66,8 @@ class TrainingRow(Record):
 
 
 class TrainingResult(Record):
+    """`rows_per_second` is this process's; `resumed_at` the step of the checkpoint that it went on from, 0 for none."""
+
     steps: int
     parameters: int
     trained_parameters: int
@@ -43,6 +76,7 @@ class TrainingResult(Record):
     device: str
     precision: str
     rows_per_second: float
+    resumed_at: int = 0
 
 
 def training_rows(
@@ -186,6 +220,15 @@ def answer_loss(
     return (torch.stack(letter) + turn).mean()
 
 
+def hidden_loss(student: "torch.Tensor", teacher: "torch.Tensor") -> "torch.Tensor":
+    """1 - cosine of the two models' hidden states, [batch, hidden], mean over the batch: the cosine term of Sanh et
+    al., DistilBERT, 2019. The states are those that the head reads at the last prompt token, so that a student that
+    keeps its teacher's head learns all that the answer is made of, where a few options' probabilities tell little."""
+    import torch.nn.functional as F
+
+    return (1 - F.cosine_similarity(student.float(), teacher.float(), dim=-1)).mean()
+
+
 def batch_inputs(rows: Sequence[TrainingRow], pad_id: int, device: str, answers: bool = True) -> dict[str, Any]:
     """Left-padded model inputs, [batch, longest]: each prompt and, with `answers`, its letter."""
     import torch
@@ -253,6 +296,82 @@ def contiguous_head(model: Any) -> None:
         head.register_forward_pre_hook(lambda _module, inputs: (inputs[0].contiguous(),))
 
 
+@dataclass
+class _State:
+    """What training goes on from. `fingerprint`: the digest of all that a checkpoint must have been made with;
+    `losses`: those since the curve's last point."""
+
+    fingerprint: str
+    weights: "dict[str, torch.nn.Parameter]"
+    optimiser: "torch.optim.Optimizer"
+    schedule: "torch.optim.lr_scheduler.LRScheduler"
+    step: int = 0
+    curve: list[CurvePoint] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+
+    def keep(self, checkpoints: Checkpoints) -> None:
+        """Saves a checkpoint. A store that is down or full does not end training, which needs it only if it dies."""
+        import torch
+
+        # torch.save writes tensor by tensor, where safetensors would copy them all first; loaded as weights only, its
+        # files run no code either.
+        values = {
+            "fingerprint": self.fingerprint,
+            "weights": {name: weight.detach() for name, weight in self.weights.items()},
+            "optimiser": self.optimiser.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "step": self.step,
+            "curve": [point.model_dump() for point in self.curve],
+            "losses": self.losses,
+            "random": torch.get_rng_state(),
+            "cuda_random": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        }
+        try:
+            with working_folder("checkpoint") as folder:
+                # A file of Python's, since torch's own does not tell a full disk from other errors.
+                with (folder / STATE_FILE).open("wb") as file:
+                    torch.save(values, file)
+                checkpoints.save(folder)
+        except StoreError as error:
+            _log.warning("no checkpoint at step %d: %s", self.step, error)
+
+    def resume(self, checkpoints: Checkpoints) -> None:
+        """Takes over the checkpoint; where it can't be read or does not fit, says so and changes nothing."""
+        import torch
+
+        with working_folder("checkpoint") as folder:
+            if not checkpoints.load(folder):
+                return
+            try:
+                kept = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
+                fits = kept["fingerprint"] == self.fingerprint
+            except Exception as error:
+                # The reader raises almost anything at a damaged file.
+                _log.warning("training starts afresh: its checkpoint can't be read (%s)", type(error).__name__)
+                return
+        if not fits:
+            _log.warning("training starts afresh: its checkpoint is of other rows, settings, weights or hardware")
+            return
+        with torch.no_grad():
+            for name, weight in self.weights.items():
+                weight.copy_(kept["weights"][name])
+        self.optimiser.load_state_dict(kept["optimiser"])
+        self.schedule.load_state_dict(kept["schedule"])
+        self.step, self.losses = kept["step"], kept["losses"]
+        self.curve = [CurvePoint.model_validate(point) for point in kept["curve"]]
+        torch.set_rng_state(kept["random"])
+        if kept["cuda_random"] is not None:
+            torch.cuda.set_rng_state(kept["cuda_random"])
+        _log.info("training goes on from its checkpoint at step %d", self.step)
+
+
+def _fingerprint(
+    rows: Sequence[TrainingRow], validation: Sequence[TrainingRow], settings: list[Any], weights: dict[str, Any]
+) -> str:
+    shapes = {name: list(weight.shape) for name, weight in weights.items()}
+    return digest_of([[row.model_dump() for row in part] for part in (rows, validation)] + [settings, shapes])
+
+
 def train(
     model: Any,
     rows: Sequence[TrainingRow],
@@ -262,11 +381,16 @@ def train(
     pad_id: int,
     end_id: int,
     progress: Progress | None = None,
+    hidden: "torch.Tensor | None" = None,
+    checkpoints: Checkpoints | None = None,
+    checkpoint_every_s: float = 300,
 ) -> tuple[Any, TrainingResult]:
-    """Trains `model` (a causal language model in float32) on `rows`; returns it and the figures.
+    """Trains `model` (a causal language model in float32) on `rows`; returns it and the figures. `hidden`: the
+    teacher's hidden states for these rows, [rows, hidden], which recipe.hidden_weight asks for.
 
-    Deterministic on a CPU for equal inputs, seed and thread count. Raises TrainingError for no rows or a loss that is
-    no number."""
+    Goes on from the checkpoint, where there is one that fits, and saves one every `checkpoint_every_s` seconds, less
+    often where saving would take more than 2 % of the time. Deterministic on a CPU for equal inputs, seed and thread
+    count, however often it was killed. Raises TrainingError for no rows or a loss that is no number."""
     import torch
 
     if not rows:
@@ -278,53 +402,67 @@ def train(
         model = add_lora(model.to(getattr(torch, place.precision)), recipe.lora)
     model.to(place.device).train()
     contiguous_head(model)
-    trained = [p for p in model.parameters() if p.requires_grad]
+    weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    trained = list(weights.values())
     per_epoch = math.ceil(len(rows) / recipe.batch_size)
     steps = recipe.max_steps or max(1, math.ceil(per_epoch * recipe.epochs))
     optimiser = torch.optim.AdamW(
         trained, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=place.device == "cuda" or None
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, _warmup_cosine(steps, recipe.warmup))
-    curve: list[CurvePoint] = []
-    losses: list[float] = []
-    accuracy = None
-    trained_seconds, seen = 0.0, 0
-    for step, batch in enumerate(_endless(rows, recipe), start=1):
+    settings = [recipe.model_dump(mode="json"), place.device, place.precision, pad_id, end_id]
+    state = _State(_fingerprint(rows, validation, settings, weights), weights, optimiser, schedule)
+    if checkpoints:
+        state.resume(checkpoints)
+    matched = {} if hidden is None else dict(zip((row.prompt for row in rows), hidden.to(place.device), strict=True))
+    resumed_at, accuracy = state.step, None
+    began = time.perf_counter()
+    trained_seconds, seen, due = 0.0, 0, began + checkpoint_every_s
+    for step, batch in enumerate(islice(_endless(rows, recipe), resumed_at, None), start=resumed_at + 1):
         started = time.perf_counter()
-        with place.autocast():
+        with place.autocast(), _read_by_head(model) as states:
             logits = model(**batch_inputs(batch, pad_id, place.device), logits_to_keep=2).logits
         loss = answer_loss(logits, batch, recipe, end_id)
+        if matched:
+            targets = torch.stack([matched[row.prompt] for row in batch])
+            loss = loss + recipe.hidden_weight * hidden_loss(states[0][:, 0], targets)
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(trained, recipe.max_grad_norm)
         optimiser.step()
         schedule.step()
         optimiser.zero_grad(set_to_none=True)
-        losses.append(loss.item())
+        state.step = step
+        state.losses.append(loss.item())
         trained_seconds += time.perf_counter() - started
         seen += len(batch)
-        if not math.isfinite(losses[-1]):
-            raise TrainingError(f"the loss is {losses[-1]} at step {step}; lower student.training.learning_rate")
+        if not math.isfinite(state.losses[-1]):
+            raise TrainingError(f"the loss is {state.losses[-1]} at step {step}; lower student.training.learning_rate")
         epoch_ends = step % per_epoch == 0 or step == steps
         if epoch_ends and validation:
             accuracy = accuracy_of(model, validation, pad_id=pad_id, place=place)
-        if epoch_ends or len(losses) == 10:
-            mean = sum(losses) / len(losses)
-            curve.append(CurvePoint(step=step, loss=mean, validation_accuracy=accuracy if epoch_ends else None))
-            losses = []
+        if epoch_ends or len(state.losses) == 10:
+            mean = sum(state.losses) / len(state.losses)
+            state.curve.append(CurvePoint(step=step, loss=mean, validation_accuracy=accuracy if epoch_ends else None))
+            state.losses = []
             if progress:
-                progress(step, steps, mean)
+                left = (steps - step) * (time.perf_counter() - began) / (step - resumed_at)
+                progress(TrainingProgress(step, steps, mean, seen / trained_seconds, left))
         if step == steps:
             break
+        if checkpoints and (started := time.perf_counter()) >= due:
+            state.keep(checkpoints)
+            due = time.perf_counter() + max(checkpoint_every_s, 50 * (time.perf_counter() - started))
     return model, TrainingResult(
         steps=steps,
         # An adapter is merged in the end and adds none.
         parameters=sum(p.numel() for name, p in model.named_parameters() if ".lora_" not in name),
         trained_parameters=sum(p.numel() for p in trained),
-        curve=tuple(curve),
+        curve=tuple(state.curve),
         validation_accuracy=accuracy,
         device=place.device,
         precision=place.precision,
         rows_per_second=seen / trained_seconds,
+        resumed_at=resumed_at,
     )
 
 
@@ -338,6 +476,36 @@ def _endless(rows: Sequence[TrainingRow], recipe: TrainingRecipe) -> Iterator[li
 def _warmup_cosine(steps: int, warmup: float) -> Callable[[int], float]:
     rise = max(1, round(steps * warmup))
     return lambda done: min((done + 1) / rise, 0.5 * (1 + math.cos(math.pi * done / steps)))
+
+
+@contextmanager
+def _read_by_head(model: Any) -> Iterator[list[Any]]:
+    """What the head reads in the forward passes meanwhile, [batch, kept, hidden] each."""
+    states: list[Any] = []
+    hook = model.get_output_embeddings().register_forward_pre_hook(lambda _head, inputs: states.append(inputs[0]))
+    try:
+        yield states
+    finally:
+        hook.remove()
+
+
+def hidden_states(
+    model: Any, rows: Sequence[TrainingRow], *, pad_id: int, place: Placement, batch_size: int = 16
+) -> "torch.Tensor":
+    """What the head of `model` reads at each row's last prompt token: [rows, hidden], float32, on the CPU."""
+    import torch
+
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt))
+    found: dict[int, Any] = {}
+    model.to(place.device).eval()
+    contiguous_head(model)
+    with torch.inference_mode(), place.autocast(), _read_by_head(model) as states:
+        for start in range(0, len(order), batch_size):
+            picked = order[start : start + batch_size]
+            inputs = batch_inputs([rows[i] for i in picked], pad_id, place.device, answers=False)
+            model(**inputs, logits_to_keep=1)
+            found |= dict(zip(picked, states.pop()[:, -1].float().cpu(), strict=True))
+    return torch.stack([found[index] for index in range(len(rows))])
 
 
 def option_probabilities(
@@ -429,6 +597,7 @@ def fine_tune(
     layers: Sequence[int] | None = None,
     remote_code: bool = False,
     progress: Progress | None = None,
+    checkpoints: Checkpoints | None = None,
 ) -> TrainingResult:
     """The fine-tuning stage: an Olive workflow over `base` (with `adapter` merged in) that keeps `layers` and trains.
 
@@ -440,6 +609,7 @@ def fine_tune(
     rows_file, validation_file = out / "rows.jsonl", out / "validation.jsonl"
     write_rows(rows, rows_file)
     write_rows(validation, validation_file)
+    hidden_file = _teachers_states(base, adapter, rows, recipe, out, remote_code) if recipe.hidden_weight else None
     passes: dict[str, dict[str, Any]] = {}
     if layers is not None or adapter is not None:
         model_layers = layers if layers is not None else range(layer_count(base))
@@ -448,6 +618,7 @@ def fine_tune(
         "type": "Distillation",
         "rows": str(rows_file),
         "validation": str(validation_file),
+        "hidden": str(hidden_file) if hidden_file else None,
         "recipe": recipe.model_dump(mode="json"),
         "result": str(out / "training.json"),
     }
@@ -456,22 +627,37 @@ def fine_tune(
         "adapter_path": str(adapter) if adapter else None,
         "load_kwargs": {"trust_remote_code": remote_code},
     }
-    token = olive_passes.progress.set(progress)
+    set_progress, set_checkpoints = olive_passes.progress.set(progress), olive_passes.checkpoints.set(checkpoints)
     try:
         only = recipe.method == "lora" and "keep_layers" not in passes
         run_workflow(input_model, passes, out, adapter_only=only)
     finally:
-        olive_passes.progress.reset(token)
+        olive_passes.progress.reset(set_progress)
+        olive_passes.checkpoints.reset(set_checkpoints)
         rows_file.unlink()
         validation_file.unlink()
+        if hidden_file:
+            hidden_file.unlink()
     return _tidied(out)
 
 
+def _teachers_states(
+    base: Path, adapter: Path | None, rows: Sequence[TrainingRow], recipe: TrainingRecipe, out: Path, remote_code: bool
+) -> Path:
+    """A file with the hidden states of the whole start model, which is the teacher, in the rows' order."""
+    from safetensors.torch import save_file
+
+    teacher, tokenizer = load_model(base, adapter, remote_code)
+    states = hidden_states(teacher, rows, pad_id=pad_id(tokenizer), place=placement(recipe.precision))
+    save_file({HIDDEN: states}, out / "hidden.safetensors")
+    return out / "hidden.safetensors"
+
+
 def _tidied(out: Path) -> TrainingResult:
-    """Takes from a checkpoint's files what differs between equal runs: speed, the base's path, the order of a set."""
+    """Takes from the files what differs between equal runs: speed, resumption, the base's path, the order of a set."""
     figures, config = out / "training.json", out / "adapter" / "adapter_config.json"
     result = TrainingResult.model_validate_json(figures.read_text())
-    figures.write_text(result.model_dump_json(exclude={"rows_per_second"}))
+    figures.write_text(result.model_dump_json(exclude={"rows_per_second", "resumed_at"}))
     if config.exists():
         values = json.loads(config.read_text())
         changed = {"base_model_name_or_path": None, "target_modules": sorted(values["target_modules"])}

@@ -2,10 +2,14 @@
 
 import json
 import os
+import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 
 from distillery.dataset import read_examples
@@ -437,6 +441,39 @@ def test_the_gate_refuses_unreadable_answers(tmp_path: Path) -> None:
     rows = [score_row("teacher", 1, 1), score_row("student int4", 1, 1)]
     with pytest.raises(DataError, match=r"broken\.jsonl: can't be read as answers"):
         gate(rows, "student int4", recipe=EvaluationRecipe(), answers=own, champion_answers=broken)
+
+
+def test_a_killed_parent_leaves_no_scorer(student: ModelToScore, tmp_path: Path) -> None:
+    rows = [Example(example_id=f"r{n}", question="Where is it?", choices=MOODS) for n in range(50_000)]
+    script = (
+        "import sys\nfrom pathlib import Path\nfrom distillery.evaluation import ModelToScore, score_model\n"
+        "from distillery.recipe import PromptRecipe\n"
+        "score_model(ModelToScore.model_validate_json(sys.argv[1]), Path(sys.argv[2]),"
+        " PromptRecipe.model_validate_json(sys.argv[3]), threads=1)"
+    )
+    rows_file = write_examples(tmp_path / "rows.jsonl", rows)
+    arguments = [student.model_dump_json(), str(rows_file), PROMPT.model_dump_json()]
+    with subprocess.Popen([sys.executable, "-c", script, *arguments]) as parent:
+        scorer = wait_for(lambda: next(iter(psutil.Process(parent.pid).children()), None), 30)
+        maps = Path(f"/proc/{scorer.pid}/maps")
+        wait_for(lambda: "onnxruntime_genai" in maps.read_text(), 30)
+        parent.kill()
+    wait_for(lambda: ended(scorer), 2)
+
+
+def ended(process: psutil.Process) -> bool:
+    try:
+        return bool(process.status() == psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return True
+
+
+def wait_for(found: Callable[[], Any], seconds: float) -> Any:
+    deadline = time.monotonic() + seconds
+    while not (value := found()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return value
 
 
 def test_scoring_leaves_nothing_behind(student: ModelToScore, test_file: Path, home: Path) -> None:

@@ -1,8 +1,16 @@
-"""Training: the loss against a plain reference, layer cuts, LoRA targets, determinism, and both shapes by Olive."""
+"""Training: the loss against a plain reference, layer cuts, LoRA targets, determinism, checkpoints and a kill, and both
+shapes by Olive."""
 
 import json
 import math
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -10,7 +18,7 @@ import torch
 
 from distillery import student
 from distillery.base_model import base_folder, base_identity
-from distillery.errors import RecipeError, TrainingError
+from distillery.errors import RecipeError, StoreUnavailable, TrainingError
 from distillery.onnx import ADAPTER_FILE, export
 from distillery.prompts import TransformersTokenizer, letter_ids, render_ids
 from distillery.recipe import BaseModelRecipe, ExportRecipe, LoraRecipe, PromptRecipe, TrainingRecipe
@@ -83,6 +91,36 @@ def test_the_loss_equals_a_plain_reference_in_float64(soft_weight: float, temper
     assert student.answer_loss(logits, rows, recipe, end_id=3).item() == pytest.approx(expected / 3, rel=1e-5)
 
 
+def test_the_hidden_loss_equals_a_plain_reference_in_float64() -> None:
+    torch.manual_seed(0)
+    own, taught = torch.randn(3, 5, dtype=torch.float64), torch.randn(3, 5, dtype=torch.float64)
+    cosines = [float(a @ b) / math.sqrt(float(a @ a) * float(b @ b)) for a, b in zip(own, taught, strict=True)]
+    assert float(student.hidden_loss(own, taught)) == pytest.approx(1 - sum(cosines) / 3, abs=1e-6)
+
+
+def test_a_cut_student_learns_its_teachers_hidden_states(tiny_model: TinyModel, tmp_path: Path) -> None:
+    folder, place = tiny_model("llama"), student.placement("float32")
+    rows = rendered(folder)
+
+    def states(of: Path) -> torch.Tensor:
+        model, tokenizer = student.load_model(of)
+        return student.hidden_states(model, rows, pad_id=student.pad_id(tokenizer), place=place, batch_size=5)
+
+    taught = states(folder)
+    for index in (0, 7):
+        model, _ = student.load_model(folder)
+        alone = model(torch.tensor([rows[index].prompt]), output_hidden_states=True).hidden_states[-1][0, -1]
+        assert torch.allclose(taught[index], alone, atol=1e-5)
+    figures = {}
+    for weight in (0.0, 5.0):
+        recipe = TrainingRecipe(method="full", epochs=10, learning_rate=1e-3, hidden_weight=weight, precision="float32")
+        out = tmp_path / str(weight)
+        student.fine_tune(folder, None, rows, [], recipe, out, layers=[1])
+        assert not (out / "hidden.safetensors").exists()
+        figures[weight] = float(student.hidden_loss(states(out / "model"), taught))
+    assert figures[5.0] < 0.75 * figures[0.0]
+
+
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_left_padding_changes_no_probability(tiny_model: TinyModel, arch: str) -> None:
     model, tokenizer = student.load_model(tiny_model(arch))
@@ -143,6 +181,186 @@ def test_training_learns_counts_its_steps_and_repeats_itself(tiny_model: TinyMod
     assert first.validation_accuracy > 0.6, "chance is 0.33"
     assert first.curve == second.curve
     assert all(torch.equal(a, b) for a, b in zip(weights, again, strict=True))
+
+
+@dataclass
+class OneFile:
+    """Checkpoints as one file; each save takes `seconds` longer."""
+
+    path: Path
+    seconds: float = 0.0
+    saves: int = 0
+
+    def save(self, folder: Path) -> None:
+        time.sleep(self.seconds)
+        self.saves += 1
+        beside = self.path.with_suffix(".new")
+        shutil.copyfile(folder / student.STATE_FILE, beside)
+        os.replace(beside, self.path)
+
+    def load(self, into: Path) -> bool:
+        if self.path.exists():
+            shutil.copyfile(self.path, into / student.STATE_FILE)
+        return self.path.exists()
+
+
+def long_training(
+    base: Path, method: str, out: Path, checkpoints: OneFile | None, progress: student.Progress | None = None
+) -> student.TrainingResult:
+    shape = {"lora": LoraRecipe(rank=4, dropout=0.2)} if method == "lora" else {"hidden_weight": 0.5}
+    recipe = TrainingRecipe(method=method, epochs=60, batch_size=4, soft_weight=0.5, warmup=0.3, seed=3, **shape)
+    rows, layers = rendered(base), [0] if method == "full" else None
+    return student.fine_tune(
+        base, None, rows, rows[:5], recipe, out, layers=layers, progress=progress, checkpoints=checkpoints
+    )
+
+
+CHILD = """
+import os, sys
+from pathlib import Path
+from test_student import OneFile, long_training
+
+method, base, out, kept = sys.argv[1], *map(Path, sys.argv[2:])
+long_training(base, method, out, OneFile(kept), lambda report: os.write(1, f"{report.step}\\n".encode()))
+"""
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_training_that_was_killed_goes_on_to_the_very_same_student(
+    tiny_model: TinyModel, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DISTILLERY_CHECKPOINT_SECONDS", "0.2")
+    base, checkpoints = tiny_model("llama"), OneFile(tmp_path / "kept")
+    command = [sys.executable, "-c", CHILD, method, str(base), str(tmp_path / "killed"), str(checkpoints.path)]
+    with subprocess.Popen(command, cwd=Path(__file__).parent, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        for _ in child.stdout:
+            if checkpoints.path.exists():
+                child.kill()
+                break
+    assert child.returncode == -9
+    resumed = long_training(base, method, tmp_path / "resumed", checkpoints)
+    straight = long_training(base, method, tmp_path / "straight", None)
+    assert straight.steps == 180
+    assert 0 < resumed.resumed_at < 180
+    assert resumed.curve == straight.curve
+    assert contents(tmp_path / "resumed") == contents(tmp_path / "straight")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    files = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert any(name.endswith(".safetensors") for name in files)
+    return files
+
+
+def short_training(
+    base: Path, seed: int = 0, *, checkpoints: student.Checkpoints | None = None, every_s: float = 0.0, epochs: int = 2
+) -> tuple[student.TrainingResult, list[torch.Tensor]]:
+    model, tokenizer = student.load_model(base)
+    recipe = TrainingRecipe(method="full", epochs=epochs, batch_size=4, precision="float32", seed=seed)
+    trained, result = student.train(
+        model,
+        rendered(base),
+        [],
+        recipe,
+        pad_id=student.pad_id(tokenizer),
+        end_id=2,
+        checkpoints=checkpoints,
+        checkpoint_every_s=every_s,
+    )
+    return result, [p.detach().clone() for p in trained.parameters()]
+
+
+@pytest.mark.parametrize(
+    ("harm", "said"),
+    [
+        (lambda file: None, "is of other rows, settings, weights or hardware"),
+        (lambda file: file.write_bytes(file.read_bytes()[: file.stat().st_size // 2]), "can't be read (RuntimeError)"),
+        (lambda file: file.write_bytes(b"no checkpoint"), "can't be read (UnpicklingError)"),
+        (lambda file: torch.save({"step": 1}, file), "can't be read (KeyError)"),
+        (lambda file: torch.save([Path()], file), "can't be read (UnpicklingError)"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_or_is_damaged_is_left_aside(
+    harm: Callable[[Path], object],
+    said: str,
+    tiny_model: TinyModel,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    base, checkpoints = tiny_model("llama"), OneFile(tmp_path / "kept")
+    short_training(base, seed=1, checkpoints=checkpoints)
+    harm(checkpoints.path)
+    result, weights = short_training(base, seed=2, checkpoints=checkpoints)
+    assert [record.getMessage() for record in caplog.records if said in record.getMessage()] == [
+        f"training starts afresh: its checkpoint {said}"
+    ]
+    straight, expected = short_training(base, seed=2)
+    assert (result.resumed_at, result.curve) == (0, straight.curve)
+    assert all(torch.equal(a, b) for a, b in zip(weights, expected, strict=True))
+
+
+def test_checkpoints_take_two_percent_of_the_time_at_most(tiny_model: TinyModel, tmp_path: Path) -> None:
+    slow, rare = OneFile(tmp_path / "slow", seconds=1.0), OneFile(tmp_path / "rare")
+    started = time.perf_counter()
+    short_training(tiny_model("llama"), checkpoints=slow, epochs=4)
+    assert time.perf_counter() - started < 50, "else the machine is too slow for this test"
+    short_training(tiny_model("llama"), checkpoints=rare, every_s=3600)
+    assert (slow.saves, rare.saves) == (1, 0)
+
+
+class Down(OneFile):
+    def save(self, folder: Path) -> None:
+        raise StoreUnavailable("abfs://store: the store does not answer")
+
+
+def test_training_outlives_a_store_that_is_down_or_a_full_disk(
+    tiny_model: TinyModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    base = tiny_model("llama")
+    _, expected = short_training(base)
+    _, weights = short_training(base, checkpoints=Down(tmp_path / "kept"), every_s=0.0)
+    assert "no checkpoint at step 1: abfs://store: the store does not answer" in caplog.text
+    assert all(torch.equal(a, b) for a, b in zip(weights, expected, strict=True))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, limits[1]))
+    try:
+        _, weights = short_training(base, checkpoints=OneFile(tmp_path / "kept"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "the disk is full" in caplog.text
+    assert all(torch.equal(a, b) for a, b in zip(weights, expected, strict=True))
+
+
+class Cancelled(BaseException):
+    """As Prefect's signals are."""
+
+
+@pytest.mark.parametrize("reason", [StoreUnavailable("the lease is lost"), Cancelled()])
+def test_progress_says_how_far_it_is_and_can_end_it(
+    reason: BaseException, tiny_model: TinyModel, tmp_path: Path, home: Path
+) -> None:
+    reports: list[student.TrainingProgress] = []
+
+    def progress(report: student.TrainingProgress) -> None:
+        reports.append(report)
+        if report.step >= 24:
+            raise reason
+
+    with pytest.raises(type(reason)):
+        long_training(tiny_model("llama"), "lora", tmp_path / "out", None, progress)
+    assert [report.step for report in reports] == list(range(3, 25, 3))
+    assert {report.steps for report in reports} == {180}
+    assert all(report.rows_per_second > 0 and report.seconds_left > 0 for report in reports)
+    assert os.listdir(home / "work") == []
+
+
+def test_progress_comes_every_ten_steps(tiny_model: TinyModel) -> None:
+    model, _ = student.load_model(tiny_model("llama"))
+    rows, recipe = rendered(tiny_model("llama"), 23), TrainingRecipe(epochs=2, batch_size=1)
+    steps: list[int] = []
+    student.train(model, rows, [], recipe, pad_id=0, end_id=2, progress=lambda report: steps.append(report.step))
+    assert steps == [10, 20, 23, 33, 43, 46]
 
 
 def test_no_rows_is_one_clear_line(tiny_model: TinyModel) -> None:
