@@ -78,10 +78,11 @@ class Artifact(Record):
 
 
 class StageRecord(Record):
-    """What a stage returns: an artifact and its counts. `produced_by` names the run that did the work."""
+    """What a stage returns: an artifact and its counts. `produced_by` and `run_id` name the run that did the work."""
 
     artifact: Artifact
     produced_by: str = ""
+    run_id: str = ""
     seconds: float = 0.0
 
     @property

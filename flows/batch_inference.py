@@ -16,6 +16,7 @@ from distillery.records import InputFile, Predictions
 from distillery.registry import open_registry
 from distillery.store import ArtifactStore, sha256_of, working_folder
 from tasks.inference import fetch_input, score
+from tasks.results import results_in_store
 from tasks.stage import RESULT, tidy_logs
 
 
@@ -60,7 +61,8 @@ def main(arguments: list[str]) -> int:
         return 2
     try:
         rows = arguments[1] if "://" in arguments[1] else str(Path(arguments[1]).absolute())
-        done = batch_inference(arguments[0], rows, str(Path(arguments[2]).absolute()))
+        with results_in_store():
+            done = batch_inference(arguments[0], rows, str(Path(arguments[2]).absolute()))
     except DistilleryError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -7,9 +7,11 @@ runs yours. On a server it is the deployments distill/demo and distill/lab.
 """
 
 import sys
+from argparse import ArgumentParser
 from datetime import datetime
+from typing import get_args
 
-from prefect import flow
+from prefect import flow, tags
 from prefect.runtime import flow_run
 
 from distillery.base_model import pinned
@@ -26,66 +28,73 @@ from tasks.evaluation import evaluate
 from tasks.labels import label
 from tasks.onnx import export
 from tasks.registry import download, judge, promote, register
-from tasks.stage import RESULT, produced_by, tidy_logs
+from tasks.results import results_in_store
+from tasks.stage import RESULT, Stage, produced_by, refreshing, tidy_logs
 from tasks.summary import publish, render
 
 
 def _run_name() -> str:
-    recipe = flow_run.parameters["recipe"]
-    name = recipe.get("name") or recipe.get("preset") if isinstance(recipe, dict) else recipe.name
-    return f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
+    """Recipe, data and time: what people look for in a list of runs."""
+    given = flow_run.parameters["recipe"]
+    recipe = given if isinstance(given, Recipe) else Recipe.model_validate(given)
+    return f"{recipe.name}-{recipe.dataset.title}-{datetime.now():%Y%m%d-%H%M%S}"
 
 
 @flow(name="distill", flow_run_name=_run_name, description=__doc__, **RESULT)
-def distill(recipe: Recipe, training_deployment: str | None = None) -> Outcome:
+def distill(recipe: Recipe, training_deployment: str | None = None, refresh: tuple[Stage, ...] = ()) -> Outcome:
     """Distils a student as the recipe says and registers it if it passes the gate.
 
     Args:
         recipe: What to make. `preset` fills in whatever is not given.
         training_deployment: Where training runs, such as train-student/gpu; in this process where not given.
+        refresh: Stages to do again though nothing they depend on has changed. What the teacher has answered is kept:
+            no answer is paid for twice.
     """
     tidy_logs()
+    again = refreshing(refresh)
     check_settings(recipe)
     student_recipe, preparation = recipe.student, recipe.teacher.preparation
     base = pinned(preparation.base if student_recipe.start == "teacher" else student_recipe.base)
-    data = prepare_dataset(recipe.dataset, source_identity(recipe.dataset))
+    data = again("prepare dataset", prepare_dataset)(recipe.dataset, source_identity(recipe.dataset))
     train_rows, test_rows = data.rows("train"), data.rows("test")
 
     local = None
     if recipe.teacher.kind == "local":
         named = prepare_teacher.with_options(flow_run_name=f"{produced_by()}, preparation")
         taught = preparation.model_copy(update={"base": pinned(preparation.base)})
-        local = named(taught, recipe.prompt, data, training_deployment)
+        local = named(taught, recipe.prompt, data, training_deployment, refresh)
     served = local.model if local else None
     identity = teacher_identity(recipe, served)
-    labels = label(train_rows, recipe.prompt, recipe.teacher, identity, served)
+    labels = again("label", label)(train_rows, recipe.prompt, recipe.teacher, identity, served)
 
     student = trained(
         training_deployment,
         "student",
+        refresh="train student" in refresh,
         base=base,
         start=local.checkpoint if local and student_recipe.start == "teacher" else None,
         layers=student_recipe.layers,
+        gold=data.rows("gold") if student_recipe.gold else None,
         training=student_recipe.training,
         prompt=recipe.prompt,
         rows=train_rows,
         labels=labels,
         validation=data.rows_if_any("validation"),
     )
-    model = export(student, base, recipe.export)
+    model = again("export student", export)(student, base, recipe.export)
 
     teacher = served or label(test_rows, recipe.prompt, recipe.teacher, identity)
     tfidf_rows = data.rows_if_any("gold") or train_rows
-    report = evaluate(test_rows, tfidf_rows, recipe.prompt, base, student, model, teacher, machine())
+    report = again("evaluate", evaluate)(test_rows, tfidf_rows, recipe.prompt, base, student, model, teacher, machine())
     decision = judge(report, recipe.evaluation, recipe.registry)
 
     registered = delivered = None
     if decision.passed:
         provenance = {"data": data, "prompt": recipe.prompt, "teacher": labels.teacher, "labels": labels}
         provenance |= {"student": student, "evaluation": report, "recipe": recipe}
-        registered = register(model, report, recipe.registry, provenance)
+        registered = again("register", register)(model, report, recipe.registry, provenance)
         promote(registered)
-        delivered = download(registered, model)
+        delivered = again("download", download)(registered, model)
     return publish(
         Outcome(
             recipe=recipe.name,
@@ -104,11 +113,15 @@ def distill(recipe: Recipe, training_deployment: str | None = None) -> Outcome:
 
 def main(arguments: list[str]) -> int:
     """`python -m flows.distill RECIPE`: 0 when the run ended, 1 with one line where the user has something to mend."""
-    if len(arguments) != 1:
-        print("usage: python -m flows.distill demo | lab | RECIPE.yaml", file=sys.stderr)
-        return 2
+    parser = ArgumentParser("python -m flows.distill", description="Runs a recipe on this machine.")
+    parser.add_argument("recipe", help="demo, lab or a YAML file")
+    again = {"action": "append", "default": [], "choices": get_args(Stage)}
+    parser.add_argument("--refresh", metavar="STAGE", help="do a stage again; may be given more than once", **again)
+    given = parser.parse_args(arguments)
     try:
-        print(render(distill(load_recipe(arguments[0]))))
+        recipe = load_recipe(given.recipe)
+        with results_in_store(), tags(recipe.name, recipe.dataset.title):
+            print(render(distill(recipe, refresh=tuple(given.refresh))))
     except DistilleryError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

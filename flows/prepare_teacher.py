@@ -7,12 +7,16 @@ from distillery.records import PreparedDataset, PreparedTeacher
 from flows.train_student import trained
 from tasks.labels import gold_labels
 from tasks.onnx import export
-from tasks.stage import RESULT, tidy_logs
+from tasks.stage import RESULT, Stage, refreshing, tidy_logs
 
 
 @flow(name="prepare-teacher", description="Fine-tunes a local teacher on gold labels and exports it.", **RESULT)
 def prepare_teacher(
-    preparation: TeacherPreparation, prompt: PromptRecipe, data: PreparedDataset, training_deployment: str | None = None
+    preparation: TeacherPreparation,
+    prompt: PromptRecipe,
+    data: PreparedDataset,
+    training_deployment: str | None = None,
+    refresh: tuple[Stage, ...] = (),
 ) -> PreparedTeacher:
     """Fine-tunes a local teacher on the gold rows and exports it.
 
@@ -21,12 +25,14 @@ def prepare_teacher(
         prompt: The chat prompt.
         data: The prepared rows.
         training_deployment: The deployment that trains; in this process where not given.
+        refresh: Stages to do again though nothing they depend on has changed.
     """
     tidy_logs()
     gold = data.rows("gold")
     checkpoint = trained(
         training_deployment,
         "teacher",
+        refresh="train teacher" in refresh,
         base=preparation.base,
         training=preparation.training,
         prompt=prompt,
@@ -34,4 +40,5 @@ def prepare_teacher(
         labels=gold_labels(gold, prompt),
         validation=data.rows_if_any("validation"),
     )
-    return PreparedTeacher(checkpoint=checkpoint, model=export(checkpoint, preparation.base, preparation.export))
+    model = refreshing(refresh)("export teacher", export)(checkpoint, preparation.base, preparation.export)
+    return PreparedTeacher(checkpoint=checkpoint, model=model)

@@ -10,11 +10,13 @@ from uuid import uuid4
 from prefect import flow
 from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound
+from prefect.states import Cancelled, State
 
 from distillery.errors import TrainingError
 from distillery.recipe import BaseModelRecipe, PromptRecipe, TrainingRecipe
 from distillery.records import Rows, StudentCheckpoint, TeacherLabels
 from distillery.store import ArtifactStore
+from tasks.parent import ParentEnded
 from tasks.stage import RESULT, produced_by, tidy_logs
 from tasks.student import train
 
@@ -29,8 +31,10 @@ def train_student(
     validation: Rows | None = None,
     start: StudentCheckpoint | None = None,
     layers: tuple[int, ...] | None = None,
+    gold: Rows | None = None,
+    refresh: bool = False,
     hand_off: str | None = None,
-) -> StudentCheckpoint:
+) -> StudentCheckpoint | State:
     """Trains `base`, or `start`, on the labelled rows.
 
     Args:
@@ -42,17 +46,24 @@ def train_student(
         validation: Rows with gold answers, for the validation accuracy.
         start: A checkpoint to start from instead of the base model.
         layers: The decoder layers to keep; all where not given.
+        gold: Rows to train on as well, with their own answers.
+        refresh: Train again though nothing has changed.
         hand_off: The name under which the caller finds the record in the artifact store.
     """
     tidy_logs()
-    checkpoint = train(base, start, layers, training, prompt, rows, labels, validation)
+    again = train.with_options(refresh_cache=refresh or None)
+    try:
+        checkpoint = again(base, start, layers, training, prompt, rows, labels, validation, gold)
+    except ParentEnded as ended:
+        return Cancelled(message=str(ended))
     if hand_off:
         ArtifactStore().write_record(hand_off, checkpoint.model_dump_json())
     return checkpoint
 
 
 def trained(deployment: str | None, what: str, **parameters: Any) -> StudentCheckpoint:
-    """train_student in this process, or on the work pool of `deployment`; a child that fails fails its parent."""
+    """train_student in this process, or on the work pool of `deployment`; a child that fails fails its parent, and one
+    whose parent is gone ends (tasks/parent.py)."""
     name = f"{produced_by()}, {what}"
     if deployment is None:
         result: StudentCheckpoint = train_student.with_options(flow_run_name=name)(**parameters)

@@ -6,7 +6,7 @@ from distillery import dataset
 from distillery.recipe import DatasetRecipe
 from distillery.records import PreparedDataset
 from distillery.store import ArtifactStore, working_folder
-from tasks.stage import produced_by, stage
+from tasks.stage import origin, stage
 
 
 @stage("prepare dataset", version=1)
@@ -21,7 +21,6 @@ def prepare_dataset(recipe: DatasetRecipe, source: str) -> PreparedDataset:
     get_run_logger().info("data set: %s rows; %d duplicates dropped", rows, dropped)
     return PreparedDataset(
         artifact=artifact,
-        produced_by=produced_by(),
-        seconds=time.perf_counter() - started,
+        **origin(started),
         **dict(counts),
     )

@@ -11,7 +11,7 @@ from distillery.recipe import BaseModelRecipe, PromptRecipe
 from distillery.records import EvaluationReport, OnnxModel, Rows, StudentCheckpoint, TeacherLabels
 from distillery.store import ArtifactStore, sha256_of, working_folder
 from distillery.student import parameter_count, parts
-from tasks.stage import produced_by, stage
+from tasks.stage import origin, stage
 
 CANDIDATE = "student int4"
 
@@ -76,8 +76,7 @@ def evaluate(
         candidate=CANDIDATE,
         answers_sha256=answers_sha256,
         machine=machine,
-        produced_by=produced_by(),
-        seconds=time.perf_counter() - started,
+        **origin(started),
     )
 
 

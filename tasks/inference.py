@@ -11,7 +11,7 @@ from distillery.recipe import Columns, PromptRecipe, RegistryRecipe
 from distillery.records import InputFile, Predictions, RegisteredModel
 from distillery.registry import open_registry
 from distillery.store import ArtifactStore, sha256_of, working_folder
-from tasks.stage import produced_by, stage
+from tasks.stage import origin, stage
 
 
 @stage("score", version=1)
@@ -26,9 +26,9 @@ def score(model: RegisteredModel, prompt: PromptRecipe, rows: InputFile, columns
             raise DataError(f"{file.name}: changed while the run was under way; run it again")
         counts = score_file(student, read_rows(file, columns), prompt, folder / "out")
         artifact = ArtifactStore().put(folder / "out")
-    seconds = time.perf_counter() - started
-    get_run_logger().info("%d rows answered, %d set aside, in %.1f s", counts.rows, counts.failed, seconds)
-    return Predictions(artifact=artifact, produced_by=produced_by(), seconds=seconds, **dict(counts))
+    predictions = Predictions(artifact=artifact, **origin(started), **dict(counts))
+    get_run_logger().info("%d rows answered, %d set aside, in %.1f s", counts.rows, counts.failed, predictions.seconds)
+    return predictions
 
 
 def fetch_input(uri: str, folder: Path) -> Path:

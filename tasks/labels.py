@@ -14,7 +14,8 @@ from distillery.records import OnnxModel, Rows, TeacherLabels
 from distillery.serving import served
 from distillery.store import ArtifactStore, working_folder
 from distillery.teacher import Endpoint, resolve_endpoint
-from tasks.stage import produced_by, stage
+from tasks.progress import progress_artifact
+from tasks.stage import origin, stage
 
 
 @stage("label", version=1)
@@ -26,8 +27,13 @@ def label(
     store = ArtifactStore()
     examples = read_examples(store.fetch(rows.artifact) / rows.file)
     where = _local_endpoint(store.fetch(model.artifact), identity) if model else nullcontext(resolve_endpoint(teacher))
-    with working_folder("labels") as folder, domain.LabelStore() as answers, where as endpoint:
-        counts = asyncio.run(domain.label(examples, prompt, teacher, endpoint, answers, folder))
+    with (
+        working_folder("labels") as folder,
+        domain.LabelStore() as answers,
+        where as endpoint,
+        progress_artifact("labelling", f"rows that {identity} has answered") as show,
+    ):
+        counts = asyncio.run(domain.label(examples, prompt, teacher, endpoint, answers, folder, progress=show))
         artifact = store.put(folder)
     tokens = counts.usage.prompt_tokens + counts.usage.completion_tokens
     get_run_logger().info(
@@ -37,8 +43,7 @@ def label(
         artifact=artifact,
         teacher=identity,
         soft=teacher.soft_labels,
-        produced_by=produced_by(),
-        seconds=time.perf_counter() - started,
+        **origin(started),
         **vars(counts),
     )
 
@@ -53,9 +58,10 @@ def _local_endpoint(folder: Path, identity: str) -> Iterator[Endpoint]:
 @stage("gold labels", version=1)
 def gold_labels(rows: Rows, prompt: PromptRecipe) -> TeacherLabels:
     """The rows' own answers, in the shape of a teacher's."""
+    started = time.perf_counter()
     store = ArtifactStore()
     examples = read_examples(store.fetch(rows.artifact) / rows.file)
     with working_folder("gold") as folder:
         counts = domain.write_gold(examples, prompt, folder)
         artifact = store.put(folder)
-    return TeacherLabels(artifact=artifact, teacher="gold", soft=False, produced_by=produced_by(), **vars(counts))
+    return TeacherLabels(artifact=artifact, teacher="gold", soft=False, **origin(started), **vars(counts))

@@ -8,7 +8,7 @@ from distillery.recipe import BaseModelRecipe, ExportRecipe
 from distillery.records import OnnxModel, StudentCheckpoint
 from distillery.store import ArtifactStore, working_folder
 from distillery.student import parts
-from tasks.stage import produced_by, stage
+from tasks.stage import origin, stage
 
 
 @stage("export", version=1)
@@ -27,6 +27,5 @@ def export(checkpoint: StudentCheckpoint, base: BaseModelRecipe, recipe: ExportR
         algorithm=recipe.algorithm if recipe.precision in ("int4", "int8") else "none",
         parameters=checkpoint.parameters,
         adapter_apart=recipe.adapter_apart,
-        produced_by=produced_by(),
-        seconds=time.perf_counter() - started,
+        **origin(started),
     )

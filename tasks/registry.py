@@ -12,7 +12,7 @@ from distillery.records import EvaluationReport, GateDecision, OnnxModel, Regist
 from distillery.registry import MANIFEST, open_registry
 from distillery.settings import LocalSettings
 from distillery.store import ArtifactStore, digest_of_files, list_files, working_folder
-from tasks.stage import produced_by, stage
+from tasks.stage import origin, stage
 
 ANSWERS = "evaluation/answers.jsonl"
 
@@ -35,7 +35,7 @@ def register(
         facts = {**_plain(provenance), "distillery": __version__}
         registered = known or registry.register(content, recipe.model_name, tags, facts)
     get_run_logger().info("%s version %s", registered.name, registered.version)
-    return registered.model_copy(update={"produced_by": produced_by(), "seconds": time.perf_counter() - started})
+    return registered.model_copy(update=origin(started))
 
 
 def promote(model: RegisteredModel) -> None:
@@ -94,5 +94,4 @@ def download(model: RegisteredModel, described: OnnxModel) -> OnnxModel:
         # The registry's own manifest stays out: what is delivered has the digest of what was registered.
         shutil.copytree(folder, copy, dirs_exist_ok=True, ignore=lambda _place, _names: [MANIFEST])
         artifact = ArtifactStore().put(copy)
-    changed = {"artifact": artifact, "produced_by": produced_by(), "seconds": time.perf_counter() - started}
-    return described.model_copy(update=changed)
+    return described.model_copy(update={"artifact": artifact, **origin(started)})

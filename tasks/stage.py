@@ -2,19 +2,29 @@
 
 import logging
 import os
-from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
+import time
+import warnings
+from collections.abc import Callable, Collection
+from contextvars import ContextVar
+from functools import wraps
+from typing import Any, Literal, ParamSpec, TypeVar
+from uuid import uuid4
 
 from prefect import Task, task
+from prefect.cache_policies import CacheKeyFnPolicy
 from prefect.context import TaskRunContext
+from prefect.results import ResultStore
 from prefect.runtime import flow_run
+from prefect.transactions import get_transaction
 from pydantic import BaseModel
 
+import tasks.results  # noqa: F401 - Prefect finds the block that holds the records by its class
 from distillery.base_model import base_identity
 from distillery.errors import INFRASTRUCTURE_ERRORS, DistilleryError
 from distillery.recipe import BaseModelRecipe, RegistryRecipe
 from distillery.records import RegisteredModel, StageRecord, digest_of
 from distillery.store import ArtifactStore
+from tasks.locks import StageLocks
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -22,47 +32,89 @@ R = TypeVar("R")
 RESULT: dict[str, Any] = {"persist_result": True, "result_serializer": "json"}
 """Results of flows and tasks are JSON, never pickle."""
 
+Stage = Literal[
+    "prepare dataset",
+    "train teacher",
+    "export teacher",
+    "label",
+    "train student",
+    "export student",
+    "evaluate",
+    "register",
+    "download",
+]
+
+_no_key: ContextVar[DistilleryError | None] = ContextVar("no_key", default=None)
+"""Why the running stage has no cache key."""
+
 
 def stage(name: str, version: int) -> Callable[[Callable[P, R]], Task[P, R]]:
     """A Prefect task whose cache key is its name, its `version` and the content of its arguments.
 
-    Raise `version` when the stage's code changes what it returns. Only named infrastructure errors are tried again."""
+    Raise `version` when the stage's code changes what it returns. Of runs that come to the same key at once, one does
+    the work. Only named infrastructure errors are tried again."""
 
     def decorate(function: Callable[P, R]) -> Task[P, R]:
+        @wraps(function)
+        def work(*args: P.args, **kwargs: P.kwargs) -> R:
+            if error := _no_key.get():
+                raise error
+            return function(*args, **kwargs)
+
+        policy = CacheKeyFnPolicy(cache_key_fn=_cache_key(name, version))
         return task(
             name=name,
             task_run_name=name,
-            cache_key_fn=_cache_key(name, version),
+            cache_policy=policy.configure(isolation_level="SERIALIZABLE", lock_manager=StageLocks()),
             retries=2,
             retry_delay_seconds=[10, 60],
             retry_condition_fn=_is_infrastructure,
             **RESULT,
-        )(function)
+        )(work)
 
     return decorate
 
 
-def _cache_key(name: str, version: int) -> Callable[[TaskRunContext, dict[str, Any]], str]:
-    def key(context: TaskRunContext, parameters: dict[str, Any]) -> str:
-        content = digest_of([name, version, {k: content_of(v) for k, v in parameters.items()}])
-        candidate = key_stem = f"{name.replace(' ', '-')}-{content[:32]}"
-        # A cached record whose artifact is gone or damaged is no hit: the next free key is used instead.
-        generation = 0
-        while context.result_store.exists(candidate) and not _is_hit(context, candidate):
-            generation += 1
-            candidate = f"{key_stem}-{generation}"
+def refreshing(stages: Collection[Stage]) -> Callable[[Stage, Task[P, R]], Task[P, R]]:
+    """`again(name, task)`: the task, which does its work anew where `stages` names it, whatever is cached."""
+    return lambda name, task: task.with_options(refresh_cache=True) if name in stages else task
+
+
+def _cache_key(name: str, version: int) -> Callable[[TaskRunContext, dict[str, Any]], str | None]:
+    def key(context: TaskRunContext, parameters: dict[str, Any]) -> str | None:
+        _no_key.set(None)
+        # This is before the key's lock is taken, so that nobody is waited for.
+        results = context.result_store.model_copy(update={"lock_manager": None})
+        try:
+            content = digest_of([name, version, {k: content_of(v) for k, v in parameters.items()}])
+            candidate = key_stem = f"{name.replace(' ', '-')}-{content[:32]}"
+            # A cached record whose artifact is gone or damaged is no hit: the next free key is used instead.
+            generation = 0
+            while results.exists(candidate) and not _is_hit(results, candidate):
+                generation += 1
+                candidate = f"{key_stem}-{generation}"
+        except DistilleryError as error:
+            # Prefect would log it and go on without a cache; the stage itself raises it.
+            _no_key.set(error)
+            return None
         return candidate
 
     return key
 
 
-def _is_hit(context: TaskRunContext, key: str) -> bool:
+def _is_hit(results: ResultStore, key: str) -> bool:
     try:
-        record = context.result_store.read(key).result
+        record = results.read(key).result
     except (ValueError, TypeError, OSError):
         # Half-written, or a record of an earlier version of the project.
         return False
     return is_whole(record)
+
+
+def own_key() -> str:
+    """The cache key of the stage that runs; its checkpoints are kept under it."""
+    transaction = get_transaction()
+    return str(transaction.key) if transaction and transaction.key else uuid4().hex
 
 
 def content_of(value: Any) -> Any:
@@ -96,10 +148,23 @@ def produced_by() -> str:
     return str(flow_run.name or "a run without a name")
 
 
+def origin(started: float) -> dict[str, Any]:
+    """What a record says of where it came from; `started` is time.perf_counter() at the stage's start."""
+    return {
+        "produced_by": produced_by(),
+        "run_id": str(flow_run.id or ""),
+        "seconds": time.perf_counter() - started,
+    }
+
+
 def tidy_logs() -> None:
-    """Has Prefect log an error that the user can mend as its one line, and keeps progress bars and telemetry out."""
+    """Has Prefect log an error that the user can mend as its one line, and keeps progress bars, telemetry and
+    the libraries' warnings to each other out."""
     os.environ |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    os.environ |= {"OLIVE_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    os.environ |= {"OLIVE_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    for category in (FutureWarning, DeprecationWarning):
+        # Of one library to another: nobody who reads a run's log can do anything about them.
+        warnings.simplefilter("ignore", category)
     for name in ("prefect.flow_runs", "prefect.task_runs", "prefect.engine"):
         logger = logging.getLogger(name)
         if _one_line_errors not in logger.filters:

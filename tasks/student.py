@@ -1,5 +1,8 @@
 import json
 import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from prefect import get_run_logger
 
@@ -10,7 +13,9 @@ from distillery.labels import read_labels
 from distillery.recipe import BaseModelRecipe, PromptRecipe, TrainingRecipe
 from distillery.records import Rows, StudentCheckpoint, TeacherLabels
 from distillery.store import ArtifactStore, working_folder
-from tasks.stage import produced_by, stage
+from tasks.parent import parent_watched
+from tasks.progress import progress_artifact
+from tasks.stage import origin, own_key, stage
 
 
 @stage("train", version=1)
@@ -23,6 +28,7 @@ def train(
     rows: Rows,
     labels: TeacherLabels,
     validation: Rows | None,
+    gold: Rows | None = None,
 ) -> StudentCheckpoint:
     """Fine-tunes `layers` of `base`, or of the checkpoint `start`, on the labelled rows; validates on gold answers."""
     started = time.perf_counter()
@@ -32,9 +38,23 @@ def train(
     tokenizer = domain.load_tokenizer(model, remote_code_allowed(base))
     examples = read_examples(store.fetch(rows.artifact) / rows.file)
     ready, too_long = domain.training_rows(examples, read_labels(store.fetch(labels.artifact)), prompt, tokenizer)
-    held_out = read_examples(store.fetch(validation.artifact) / validation.file) if validation else []
-    checks, too_long_checks = domain.training_rows(held_out, domain.gold_labels(held_out), prompt, tokenizer)
-    with working_folder("train") as folder:
+    answered, too_long_gold = _with_own_answers(gold, prompt, tokenizer)
+    checks, too_long_checks = _with_own_answers(validation, prompt, tokenizer)
+    ready += answered
+    too_long += too_long_gold
+    work = _Work(store, own_key())
+    with (
+        working_folder("train") as folder,
+        parent_watched() as check_parent,
+        progress_artifact("training", "training steps") as show,
+    ):
+
+        def progress(at: domain.TrainingProgress) -> None:
+            check_parent()
+            speed = f"{at.rows_per_second:.1f} rows/s, {at.seconds_left / 60:.0f} minutes left"
+            show(at.step, at.steps, f"step {at.step} of {at.steps}, loss {at.loss:.3f}, {speed}")
+            logger.debug("step %d of %d, loss %.3f", at.step, at.steps, at.loss)
+
         set_aside = {"train": too_long, "validation": too_long_checks}
         (folder / "set_aside.json").write_text(json.dumps(set_aside, indent=1))
         if too_long or too_long_checks:
@@ -49,14 +69,22 @@ def train(
             folder,
             layers=layers,
             remote_code=remote_code_allowed(base),
-            progress=lambda step, steps, loss: logger.info("step %d of %d, loss %.3f", step, steps, loss),
+            progress=progress,
+            checkpoints=work,
         )
         artifact = store.put(folder)
+    store.drop_checkpoint(work.key)
+    since = f" (from step {result.resumed_at} on)" if result.resumed_at else ""
+    accuracy = "none" if result.validation_accuracy is None else f"{result.validation_accuracy:.3f}"
     logger.info(
-        "%d steps, %.1f rows/s, validation accuracy %s",
+        "%d rows, %d steps%s, %.1f rows/s on %s, loss %.3f, validation accuracy %s",
+        len(ready),
         result.steps,
+        since,
         result.rows_per_second,
-        result.validation_accuracy,
+        result.device,
+        result.curve[-1].loss,
+        accuracy,
     )
     return StudentCheckpoint(
         artifact=artifact,
@@ -69,6 +97,27 @@ def train(
         validation_accuracy=result.validation_accuracy,
         device=result.device,
         remote_code=remote_code_allowed(base),
-        produced_by=produced_by(),
-        seconds=time.perf_counter() - started,
+        **origin(started),
     )
+
+
+def _with_own_answers(
+    rows: Rows | None, prompt: PromptRecipe, tokenizer: Any
+) -> tuple[list[domain.TrainingRow], list[str]]:
+    examples = read_examples(ArtifactStore().fetch(rows.artifact) / rows.file) if rows else []
+    return domain.training_rows(examples, domain.gold_labels(examples), prompt, tokenizer)
+
+
+@dataclass(frozen=True)
+class _Work:
+    """Where this training's checkpoints lie: in the store, so that any machine's next run goes on from there. The lease
+    on `key`, which the stage holds, keeps another run from writing there."""
+
+    store: ArtifactStore
+    key: str
+
+    def save(self, folder: Path) -> None:
+        self.store.save_checkpoint(self.key, folder)
+
+    def load(self, into: Path) -> bool:
+        return self.store.load_checkpoint(self.key, into)

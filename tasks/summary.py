@@ -1,11 +1,21 @@
-"""What people see of a run: one Markdown artifact, and the same in the terminal."""
+"""What people see of a run: artifacts in the UI, and the same in the terminal."""
 
-from prefect.artifacts import create_markdown_artifact
+import json
+from base64 import b64encode
+from pathlib import Path
+from typing import Any
 
-from distillery.evaluation import headline, render_table
+from prefect import get_run_logger
+from prefect.artifacts import create_markdown_artifact, create_table_artifact
+from prefect.settings import PREFECT_UI_URL
+
+from distillery.evaluation import ANSWERS_FILE, GOLD, PLOT_FILE, TABLE_FILE, TEACHER, headline, render_table
+from distillery.labels import REJECTED_FILE
 from distillery.records import OnnxModel, Outcome, StageRecord, StudentCheckpoint
 from distillery.store import ArtifactStore
 from tasks.stage import produced_by
+
+_ROWS = 200
 
 
 def _stages(outcome: Outcome) -> list[tuple[str, StageRecord, str]]:
@@ -39,28 +49,86 @@ def _built(record: OnnxModel) -> str:
 
 
 def publish(outcome: Outcome) -> Outcome:
-    """Writes the run's Markdown artifact; returns the outcome with the run's name."""
+    """Leaves what people look at: the run's summary, each stage's record, the rejected labels and the rows on which
+    student and teacher differ. Keeps the run in the store; returns the outcome with the run's name."""
     named = outcome.model_copy(update={"run": produced_by()})
-    scoreboard = (ArtifactStore().fetch(outcome.report.artifact) / "scoreboard.md").read_text()
-    lines = ["| stage | figures | seconds | from run |", "|---|---|---|---|"]
+    store = ArtifactStore()
+    lines = ["| stage | figures | seconds | from run | record |", "|---|---|---|---|---|"]
     for name, record, figures in _stages(named):
-        lines.append(f"| {name} | {figures} | {record.seconds:.0f} | {record.produced_by} |")
+        key = f"record-{name.replace(' ', '-')}"
+        kept = create_markdown_artifact(key=key, markdown=_as_json(record), description=f"{name}: {figures}")
+        run = f"[{record.produced_by}]({_link('runs/flow-run', record.run_id)})"
+        digest = f"[{record.artifact.sha256[:12]}]({_link('artifacts/artifact', kept)})"
+        lines.append(f"| {name} | {figures} | {record.seconds:.0f} | {run} | {digest} |")
+    report = store.fetch(outcome.report.artifact)
+    plot = b64encode((report / PLOT_FILE).read_bytes()).decode()
+    parts = [f"# {named.run}", "\n".join(lines), (report / TABLE_FILE).read_text()]
+    parts += [f"![scoreboard](data:image/png;base64,{plot})", f"**Teacher:** {_paid(outcome)}", f"**{verdict(named)}**"]
     create_markdown_artifact(
-        key="distillation",
-        markdown="\n".join([f"# {named.run}", "", *lines, "", scoreboard, "", f"**Gate:** {outcome.decision.reason}"]),
-        description="The way, the scoreboard and the gate",
+        key="distillation", markdown="\n\n".join(parts), description="The way, the scoreboard and the gate"
     )
+    _table("rejected-labels", "Rows without a label", _rejected(store.fetch(outcome.labels.artifact)))
+    _table("student-and-teacher-differ", "Test rows with two answers", _differences(report, outcome.report.candidate))
+    store.write_record(f"runs/{named.run}.json", named.model_dump_json(indent=1))
+    get_run_logger().info("%s", verdict(named))
     return named
+
+
+def verdict(outcome: Outcome) -> str:
+    """The gate's decision in one line, and whether anything new came of it."""
+    decision, model = outcome.decision, outcome.registered
+    reason = decision.reason.partition(": ")[2]
+    if model is None:
+        return f"gate: refused: {reason}; nothing is registered"
+    if not _is_own(outcome, model):
+        return (
+            f"gate: passed: {reason}; nothing new: {model.name} version {model.version} of {model.produced_by} stands"
+        )
+    return f"gate: passed: {reason}; registered as {model.name} version {model.version}"
+
+
+def _is_own(outcome: Outcome, record: StageRecord) -> bool:
+    return record.produced_by.startswith(outcome.run)
+
+
+def _paid(outcome: Outcome) -> str:
+    labels = outcome.labels
+    tokens = f"{labels.usage.prompt_tokens:,} tokens in, {labels.usage.completion_tokens:,} out"
+    cost = "" if labels.cost is None else f", {labels.cost:.2f}"
+    when = "in this run" if _is_own(outcome, labels) else f"in {labels.produced_by}; none in this run"
+    return f"{labels.teacher}: {labels.asked:,} calls, {tokens}{cost}, {when}"
+
+
+def _as_json(record: StageRecord) -> str:
+    return f"```json\n{record.model_dump_json(indent=1)}\n```"
+
+
+def _link(place: str, identity: object) -> str:
+    """A page of the UI; without a server that has one, of whatever UI shows the artifact."""
+    return f"{PREFECT_UI_URL.value() or ''}/v2/{place}/{identity}"
+
+
+def _table(key: str, description: str, rows: list[dict[str, Any]]) -> None:
+    more = f"; the first {_ROWS} of {len(rows)}" if len(rows) > _ROWS else ""
+    create_table_artifact(rows[:_ROWS], key=key, description=f"{description} ({len(rows)}){more}")
+
+
+def _rejected(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / REJECTED_FILE).read_text().splitlines()]
+
+
+def _differences(folder: Path, candidate: str) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (folder / ANSWERS_FILE).read_text().splitlines()]
+    columns = ("example_id", GOLD, TEACHER, candidate)
+    return [{name: row[name] for name in columns} for row in rows if row[TEACHER] != row[candidate]]
 
 
 def render(outcome: Outcome) -> str:
     """The terminal's summary: each stage with the run it came from, the scoreboard, the gate."""
     lines = []
     for name, record, figures in _stages(outcome):
-        here = record.produced_by.startswith(outcome.run)
-        origin = f"{record.seconds:6.1f} s" if here else f"cached from {record.produced_by}"
+        origin = f"{record.seconds:6.1f} s" if _is_own(outcome, record) else f"cached from {record.produced_by}"
         lines.append(f"{name:16} {figures:64} {origin}")
-    board, gate = outcome.report.scoreboard, "passed" if outcome.decision.passed else "refused"
-    verdict = f"gate: {gate}: {outcome.decision.reason.removeprefix(f'{gate}: ')}"
-    lines += ["", render_table(board), "", headline(board, outcome.report.candidate), verdict]
+    board = outcome.report.scoreboard
+    lines += ["", render_table(board), "", headline(board, outcome.report.candidate), verdict(outcome)]
     return "\n".join(lines)

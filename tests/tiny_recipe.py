@@ -54,8 +54,27 @@ def recipe(files: dict[str, list[str]], base: Path, **evaluation: float) -> dict
         "student": {
             "start": "teacher",
             "layers": [1],
-            "training": {"method": "full", "epochs": 2, "learning_rate": 0.001, "soft_weight": 1.0},
+            "gold": True,
+            "training": {
+                "method": "full",
+                "epochs": 2,
+                "learning_rate": 0.001,
+                "soft_weight": 1.0,
+                "hidden_weight": 1.0,
+            },
         },
         "evaluation": {"minimum_kept": 0, "maximum_loss": 1, **evaluation},
         "registry": {"kind": "local", "model_name": "tiny-student"},
     }
+
+
+def endpoint_recipe(files: dict[str, list[str]], base: Path, name: str, **training: Any) -> dict[str, Any]:
+    """The same rows, answered by the endpoint that the environment names, whose model is `name`; a student of the whole
+    base model. Another name has all rows labelled anew."""
+    values = recipe(files, base)
+    values["name"] = name
+    values["teacher"] = {"kind": "endpoint", "sdk": "openai", "identity": name, "soft_labels": True}
+    own = values["student"]["training"] | {"hidden_weight": 0} | training
+    values["student"] = {"base": {"model": str(base)}, "training": own}
+    values["registry"]["model_name"] = name
+    return values

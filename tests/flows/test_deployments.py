@@ -1,4 +1,4 @@
-"""prefect.yaml: every entrypoint loads, and its parameters are what the flow takes."""
+"""prefect.yaml: every entrypoint loads, its parameters are what the flow takes, and the UI has words for all of it."""
 
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,15 @@ def test_the_deployments_are_the_documented_ones() -> None:
     }
 
 
+def test_redistillation_is_weekly_once_switched_on_and_never_beside_another_run() -> None:
+    deployments = {one["name"]: one for one in DEPLOYMENTS}
+    (weekly,) = deployments["lab"]["schedules"]
+    assert (weekly["cron"], weekly["timezone"], weekly["active"]) == ("0 5 * * 1", "UTC", False)
+    limits = {name: one.get("concurrency_limit") for name, one in deployments.items()}
+    alone = {"limit": 1, "collision_strategy": "CANCEL_NEW"}
+    assert limits == {"demo": alone, "lab": alone, "gpu": None, "cpu": None}
+
+
 @pytest.mark.parametrize("deployment", DEPLOYMENTS, ids=lambda one: one["name"])
 def test_the_parameters_are_what_the_flow_takes(deployment: dict[str, Any]) -> None:
     flow = flow_of(deployment)
@@ -40,8 +49,13 @@ def test_the_parameters_are_what_the_flow_takes(deployment: dict[str, Any]) -> N
 
 
 @pytest.mark.parametrize("deployment", DEPLOYMENTS, ids=lambda one: one["name"])
-def test_every_parameter_has_a_description_for_the_form(deployment: dict[str, Any]) -> None:
-    properties = flow_of(deployment).parameters.model_dump()["properties"]
+def test_the_ui_has_words_for_the_deployment_and_every_parameter(deployment: dict[str, Any]) -> None:
+    flow = flow_of(deployment)
+    assert len(deployment["description"].split()) >= 10
+    assert flow.description
+    # The automations watch over runs with this tag.
+    assert "distillery" in deployment["tags"]
+    properties = flow.parameters.model_dump()["properties"]
     assert [name for name, schema in properties.items() if not schema.get("description")] == []
 
 

@@ -17,7 +17,11 @@ from typing import Any
 
 import pytest
 import yaml
-from tiny_recipe import ROWS, recipe, write_rows
+from chat_endpoint import ChatEndpoint
+from tiny_recipe import ROWS, endpoint_recipe, recipe, write_rows
+
+from distillery.records import Artifact
+from distillery.store import ArtifactStore
 
 PROJECT = Path(__file__).resolve().parents[2]
 COUNTING = Path(__file__).parent / "counting"
@@ -33,7 +37,9 @@ STAGES = (
     "download",
 )
 PREDICTORS = ("gold", "majority class", "TF-IDF + logistic", "teacher", "base model", "student", "student int4")
-STUDENT_STEPS = 16
+STUDENT_STEPS = 2 * -(-(ROWS["train"] + ROWS["gold"]) // 8)
+"""Two epochs of labelled and gold rows in batches of 8."""
+PAID_STEPS = 2 * -(-ROWS["train"] // 8)
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -72,13 +78,16 @@ class Workshop:
         self.files = write_rows(folder / "rows")
 
     def run(self, files: dict[str, list[str]] | None = None, **evaluation: float) -> Run:
+        return self.distil(recipe(files or self.files, self.base, **evaluation))
+
+    def distil(self, values: dict[str, Any], *arguments: str, **environment: str) -> Run:
         path, counted = self.folder / "recipe.yaml", self.folder / "counted"
-        path.write_text(yaml.safe_dump(recipe(files or self.files, self.base, **evaluation)))
+        path.write_text(yaml.safe_dump(values))
         counted.write_text("")
         done = subprocess.run(
-            [sys.executable, "-m", "flows.distill", str(path)],
+            [sys.executable, "-m", "flows.distill", str(path), *arguments],
             cwd=PROJECT,
-            env=self.environment | {"PYTHONPATH": str(COUNTING), "COUNT_FILE": str(counted)},
+            env=self.environment | {"PYTHONPATH": str(COUNTING), "COUNT_FILE": str(counted), **environment},
             capture_output=True,
             text=True,
         )
@@ -110,7 +119,7 @@ class Workshop:
 
     def record(self, run: Run, stage: str, **known: Any) -> dict[str, Any]:
         """The record that a stage of the run left with Prefect and in which `known` stands."""
-        for path in (self.prefect / "storage").glob(f"{stage}-*"):
+        for path in (self.home / "store" / "results").glob(f"{stage}-*"):
             record: dict[str, Any] = json.loads(json.loads(path.read_text())["result"])["data"]
             if known.items() <= record.items() and record["produced_by"].startswith(run.name):
                 return record
@@ -158,6 +167,7 @@ def test_one_more_row_costs_one_request_and_a_training(workshop: Workshop, first
     rows = ROWS["train"] + 1
     assert f"{rows} train" in more.stages["prepare dataset"]
     assert f"{rows} accepted, 0 rejected, 1 calls" in more.stages["label"]
+    # 101 rows are as many batches as 100.
     assert more.counts == {"serve": 1, "request": 1, "step": STUDENT_STEPS}
     ran = {task for task, state in workshop.states(more).items() if state == "Completed"}
     # The teacher learnt from the gold rows, which are what they were.
@@ -184,15 +194,56 @@ def test_another_limit_of_the_gate_runs_no_work_again(workshop: Workshop, first:
         ("export", {"precision": "int4"}, ": export"),
     ],
 )
-def test_an_artifact_that_is_gone_is_made_again_and_nothing_else(
+def test_an_artifact_that_is_gone_or_damaged_is_made_again_and_nothing_else(
     workshop: Workshop, first: Run, stage: str, known: dict[str, Any], task: str
 ) -> None:
     lost = workshop.home / "store" / workshop.record(first, stage, **known)["artifact"]["sha256"]
-    shutil.rmtree(lost)
+    if stage == "export":
+        # Damaged is as good as gone.
+        (lost / "files" / "genai_config.json").write_text("{}")
+    else:
+        shutil.rmtree(lost)
     mended = workshop.run()
     assert {name for name, state in workshop.states(mended).items() if state != "Cached"} == {task}
-    assert lost.is_dir()
+    assert ArtifactStore(str(lost.parent)).holds(Artifact(uri="", sha256=lost.name, bytes=0))
     assert mended.scoreboard == first.scoreboard
     # Labels that are lost are written from the label store: they were paid for.
     assert mended.counts["request"] == 0
     assert mended.counts["step"] == (STUDENT_STEPS if stage == "train" else 0)
+
+
+def test_what_an_answer_does_not_depend_on_asks_nothing_again(
+    tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[[str], Path]
+) -> None:
+    """With a paid endpoint: the student's LoRA rank, a moved store, another SDK, another URL, a stage done afresh."""
+    workshop = Workshop(tmp_path_factory.mktemp("endpoint"), tiny_model("llama"))
+    values = endpoint_recipe(workshop.files, workshop.base, "paid", method="lora")
+    with ChatEndpoint() as endpoint, ChatEndpoint() as elsewhere:
+        teacher = {"TEACHER_MODEL_ENDPOINT": endpoint.url, "TEACHER_MODEL_NAME": "m", "TEACHER_MODEL_KEY": "k"}
+        first = workshop.distil(values, **teacher)
+        assert len(endpoint.calls) == ROWS["train"] + ROWS["test"]
+        assert set(workshop.states(first).values()) == {"Completed"}
+
+        values["student"]["training"]["lora"] = {"rank": 4}
+        ranked = workshop.distil(values, **teacher)
+        assert ranked.counts["step"] == PAID_STEPS
+        cached = {name for name, state in workshop.states(ranked).items() if state == "Cached"}
+        assert cached == {": prepare dataset", ": label"}
+
+        moved = workshop.folder / "moved"
+        (workshop.home / "store").rename(moved)
+        values["teacher"]["sdk"] = "azure-ai-inference"
+        elsewhere_now = teacher | {"TEACHER_MODEL_ENDPOINT": elsewhere.url, "DISTILLERY_STORE": str(moved)}
+        again = workshop.distil(values, **elsewhere_now)
+        states = workshop.states(again)
+        # The registered model carries its recipe, so that the entry, not the model, is looked at again.
+        assert {name for name, state in states.items() if state != "Cached"} <= {": register", ": download"}
+        assert again.scoreboard == ranked.scoreboard
+        assert "nothing new: paid version 2 of " in again.gate or "paid version 2" in again.gate
+
+        afresh = workshop.distil(values, "--refresh", "train student", "--refresh", "label", **elsewhere_now)
+        # All labels are written anew, from answers that were paid for.
+        assert afresh.counts["step"] == PAID_STEPS
+        done = {name for name, state in workshop.states(afresh).items() if state != "Cached"}
+        assert done == {": label", "student: train"}
+        assert len(endpoint.calls) + len(elsewhere.calls) == ROWS["train"] + ROWS["test"]

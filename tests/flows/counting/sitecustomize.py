@@ -3,10 +3,13 @@
 Into the file that COUNT_FILE names goes one line for each optimiser step ("step", by PyTorch's own hook for all
 optimisers), each chat completion that is asked for over HTTP ("request", where the openai SDK's httpx2 sends it) and
 each process that serves a model ("serve", by the audit event of subprocess.Popen). Lines this short are appended whole.
+Files COUNT_FILE.step and COUNT_FILE.request hold seconds that each of these takes longer, while they are there.
 """
 
+import asyncio
 import os
 import sys
+import time
 from typing import Any
 
 _hooked: set[str] = set()
@@ -33,8 +36,20 @@ def hook(module: str, name: str, by: Any) -> None:
         by(found)
 
 
+def delay(what: str) -> float:
+    try:
+        with open(f"{os.environ['COUNT_FILE']}.{what}") as file:
+            return float(file.read())
+    except FileNotFoundError:
+        return 0.0
+
+
 def count_steps(register: Any) -> None:
-    register(lambda _optimiser, _arguments, _keywords: count("step"))
+    def counted(_optimiser: Any, _arguments: Any, _keywords: Any) -> None:
+        count("step")
+        time.sleep(delay("step"))
+
+    register(counted)
 
 
 def count_requests(client: Any) -> None:
@@ -43,6 +58,7 @@ def count_requests(client: Any) -> None:
     async def counted(self: Any, request: Any, **options: Any) -> Any:
         if request.url.path.endswith("/chat/completions"):
             count("request")
+            await asyncio.sleep(delay("request"))
         return await send(self, request, **options)
 
     client.send = counted

@@ -1,0 +1,134 @@
+"""A stage's cached records stand for its code: a change of the code is decided upon, never overlooked.
+
+stage_versions.json holds for each stage its version, a fingerprint of the code that decides what it returns, and the
+last decision. After a change, either raise the version in tasks/ (what is cached is made again) or, where the stage
+returns what it did, keep it; then record which:
+
+    .venv/bin/python tests/test_stage_versions.py "export: no change in behaviour, the error text alone"
+
+("all: …" for a change that concerns several in the same way).
+"""
+
+import ast
+import hashlib
+import io
+import json
+import sys
+import tokenize
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+PROJECT = Path(__file__).resolve().parents[1]
+RECORD = Path(__file__).with_name("stage_versions.json")
+# Where things lie, who waits for whom and how errors read: none of it is in what a stage returns. Recipes and records
+# are in the cache keys themselves.
+APART = {
+    *("database", "errors", "leases", "processes", "readiness", "recipe", "records", "registry", "settings"),
+    *("storage", "store"),
+}
+
+
+def stages() -> dict[str, tuple[int, Path]]:
+    """Each stage's version and file, as its decorator says."""
+    found = {}
+    for file in sorted((PROJECT / "tasks").glob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "stage":
+                (version,) = (keyword.value for keyword in node.keywords if keyword.arg == "version")
+                found[ast.literal_eval(node.args[0])] = (ast.literal_eval(version), file)
+    return found
+
+
+def modules(file: Path) -> set[Path]:
+    """`file` and what of distillery/ it imports, directly and through others, at the top or inside a function."""
+    seen, left = set(), [file]
+    while left:
+        file = left.pop()
+        seen.add(file)
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "distillery":
+                names = {node.module.partition(".")[2], *(alias.name for alias in node.names)}
+            elif isinstance(node, ast.Constant) and str(node.value).startswith("distillery."):
+                # Run as a process of its own.
+                names = {str(node.value).removeprefix("distillery.")}
+            else:
+                continue
+            left += {PROJECT / "distillery" / f"{name}.py" for name in names - APART} - seen
+        left = [path for path in left if path.is_file()]
+    return seen
+
+
+def code(file: Path) -> str:
+    """The source without comments, docstrings and blank lines."""
+    source = file.read_text()
+    lines = source.splitlines()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            row, column = token.start
+            lines[row - 1] = lines[row - 1][:column]
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            first = node.body[0] if node.body else None
+            if (
+                isinstance(first, ast.Expr)
+                and isinstance(first.value, ast.Constant)
+                and isinstance(first.value.value, str)
+            ):
+                lines[first.lineno - 1 : first.end_lineno] = [""] * (first.end_lineno - first.lineno + 1)
+    return "\n".join(line.rstrip() for line in lines if line.strip())
+
+
+def now() -> dict[str, dict[str, Any]]:
+    found = {}
+    for name, (version, file) in stages().items():
+        hasher = hashlib.sha256()
+        for path in sorted(modules(file)):
+            hasher.update(f"{path.name}\0{code(path)}\0".encode())
+        found[name] = {"version": version, "fingerprint": hasher.hexdigest()[:16]}
+    return found
+
+
+def recorded() -> dict[str, dict[str, Any]]:
+    known: dict[str, dict[str, Any]] = json.loads(RECORD.read_text())
+    return known
+
+
+@pytest.mark.parametrize("name", stages())
+def test_a_change_of_a_stages_code_is_decided_upon(name: str) -> None:
+    known = recorded().get(name, {})
+    decided = {key: known.get(key) for key in ("version", "fingerprint")}
+    advice = "raise its version in tasks/ or leave it, then record the decision as this file's docstring says"
+    assert decided == now()[name], f"the code behind the stage '{name}' has changed: {advice}"
+    assert known["decision"]
+
+
+def test_the_record_names_no_stage_that_is_gone() -> None:
+    assert recorded().keys() == stages().keys()
+
+
+def test_comments_and_docstrings_are_no_change_and_code_is(tmp_path: Path) -> None:
+    file = tmp_path / "stage.py"
+    file.write_text('"""A."""\n\n\ndef work() -> int:\n    """B."""\n    return 1  # c\n')
+    first = code(file)
+    file.write_text("def work() -> int:\n    # d\n\n    return 1\n")
+    assert code(file) == first
+    file.write_text("def work() -> int:\n    return 2\n")
+    assert code(file) != first
+
+
+def main(decisions: list[str]) -> None:
+    known, new = recorded() if RECORD.exists() else {}, now()
+    given = dict(decision.split(": ", 1) for decision in decisions)
+    for name, found in new.items():
+        changed = {key: known.get(name, {}).get(key) for key in found} != found
+        decision = given.get(name) or given.get("all")
+        if changed and not decision:
+            sys.exit(f"error: '{name}' has changed; say what was decided: \"{name}: why\"")
+        new[name] = found | {"decision": decision if changed else known[name]["decision"]}
+    RECORD.write_text(json.dumps(new, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
