@@ -1,6 +1,7 @@
 """A Prefect server and two workers on this machine: `python deployments/local.py up | down` (`make up`, `make down`).
 
-The processes' ids and logs are in DISTILLERY_HOME/run. Everything binds to loopback.
+The processes' ids and logs are in DISTILLERY_HOME/run. Everything binds to loopback. The server keeps its data where
+PREFECT_API_DATABASE_CONNECTION_URL says: SQLite in PREFECT_HOME where it is not set.
 """
 
 import os
@@ -40,17 +41,17 @@ def environment() -> dict[str, str]:
     return settings() | ours | {"DISTILLERY_HOME": str(home())}
 
 
-def prefect(*arguments: str) -> None:
-    subprocess.run(  # noqa: S603 - our own interpreter
-        [sys.executable, "-m", "prefect", "--no-prompt", *arguments], env=environment(), cwd=PROJECT, check=True
-    )
+def set_up() -> None:
+    command = [sys.executable, "-m", "deployments.setup"]
+    if subprocess.run(command, env=environment(), cwd=PROJECT).returncode:  # noqa: S603 - our own interpreter
+        sys.exit("error: the server is not set up; `make down`, mend what is said above, then `make up`")
 
 
-def start(name: str, *arguments: str) -> None:
+def start(name: str, *arguments: str, **extra: str) -> None:
     with (run_folder() / f"{name}.log").open("a") as log:
         process = subprocess.Popen(  # noqa: S603 - our own interpreter
             [sys.executable, "-m", "prefect", *arguments],
-            env=environment(),
+            env=environment() | extra,
             cwd=PROJECT,
             stdout=log,
             stderr=log,
@@ -74,11 +75,11 @@ def wait_for_server(seconds: float = 120) -> None:
 def up() -> None:
     if any(_alive(name) for name in ("server", *POOLS)):
         sys.exit("error: already up; `make down` first")
-    start("server", "server", "start", "--host", "127.0.0.1", "--port", PORT)
+    # A run whose heartbeat was due while the server was down is looked after when it is back (see setup.py).
+    buffer = {"PREFECT_SERVER_EVENTS_EXPIRED_BUCKET_BUFFER": "P7D"}
+    start("server", "server", "start", "--host", "127.0.0.1", "--port", PORT, **buffer)
     wait_for_server()
-    for pool in POOLS:
-        prefect("work-pool", "create", pool, "--type", "process", "--overwrite")
-    prefect("deploy", "--all")
+    set_up()
     for pool in POOLS:
         start(pool, "worker", "start", "--pool", pool, "--name", f"{pool}-worker")
     print(f"Prefect UI: http://127.0.0.1:{PORT}; run: PREFECT_API_URL=http://127.0.0.1:{PORT}/api "

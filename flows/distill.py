@@ -62,7 +62,9 @@ def distill(recipe: Recipe, training_deployment: str | None = None, refresh: tup
     if recipe.teacher.kind == "local":
         named = prepare_teacher.with_options(flow_run_name=f"{produced_by()}, preparation")
         taught = preparation.model_copy(update={"base": pinned(preparation.base)})
-        local = named(taught, recipe.prompt, data, training_deployment, refresh)
+        # A subflow has no tags of its own, and without them no automation finds it dead.
+        with tags(*flow_run.tags):
+            local = named(taught, recipe.prompt, data, training_deployment, refresh)
     served = local.model if local else None
     identity = teacher_identity(recipe, served)
     labels = again("label", label)(train_rows, recipe.prompt, recipe.teacher, identity, served)

@@ -241,9 +241,8 @@ def test_what_an_answer_does_not_depend_on_asks_nothing_again(
         assert again.scoreboard == ranked.scoreboard
         assert "nothing new: paid version 2 of " in again.gate or "paid version 2" in again.gate
 
-        afresh = workshop.distil(values, "--refresh", "train student", "--refresh", "label", **elsewhere_now)
-        # All labels are written anew, from answers that were paid for.
+        afresh = workshop.distil(values, "--refresh", "train student", "--refresh", "export student", **elsewhere_now)
         assert afresh.counts["step"] == PAID_STEPS
         done = {name for name, state in workshop.states(afresh).items() if state != "Cached"}
-        assert done == {": label", "student: train"}
+        assert done == {": export", "student: train"}
         assert len(endpoint.calls) + len(elsewhere.calls) == ROWS["train"] + ROWS["test"]

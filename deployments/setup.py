@@ -1,0 +1,256 @@
+"""Gives a Prefect server all that Distillery needs: `python -m deployments.setup [process | docker | kubernetes]`.
+
+Variables, Secret blocks, the two work pools with their concurrency limits, the automations that find dead runs, and the
+deployments of prefect.yaml. It prints a line a thing and may run as often as you like: what is as it should be is left
+alone. PREFECT_API_URL names the server; what the workers need is taken from the environment or .env.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+from base64 import b64encode
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import httpx
+import yaml
+from prefect.blocks.core import Block
+from prefect.blocks.system import Secret
+from prefect.blocks.webhook import Webhook
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
+from prefect.client.schemas.objects import StateType
+from prefect.events.actions import CallWebhook, ChangeFlowRunState
+from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
+from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
+from prefect.settings import get_current_settings
+from prefect.variables import Variable
+
+from distillery.settings import load_environment
+from tasks.results import BLOCK, save_block
+
+PROJECT = Path(__file__).resolve().parent.parent
+
+VARIABLES = (
+    "AZUREML_RESOURCE_GROUP",
+    "AZUREML_SUBSCRIPTION_ID",
+    "AZUREML_WS_NAME",
+    "AZURE_CLIENT_ID",
+    "AZURE_STORAGE_ACCOUNT_NAME",
+    "AZURE_TENANT_ID",
+    "DISTILLERY_STORE",
+    "TEACHER_MODEL_ENDPOINT",
+    "TEACHER_MODEL_NAME",
+)
+"""Settings that all workers share and that are no secret."""
+SECRETS = (
+    "AZURE_CLIENT_SECRET",
+    "AZURE_STORAGE_ACCOUNT_KEY",
+    "AZURE_STORAGE_CONNECTION_STRING",
+    "AZURE_STORAGE_SAS_TOKEN",
+    "DISTILLERY_LABELS",
+    "DISTILLERY_REGISTRY",
+    "HF_TOKEN",
+    "TEACHER_MODEL_KEY",
+)
+"""Secrets that all workers share; a database's URL holds a password."""
+EACH_WORKERS_OWN = (
+    "DISTILLERY_CACHE_GB",
+    "DISTILLERY_CHECKPOINT_SECONDS",
+    "DISTILLERY_REMOTE_CODE",
+    "DISTILLERY_STORE_WAIT",
+)
+"""Settings that a run has from the worker that starts it; which models may bring code of their own is such a one."""
+
+HEARTBEAT = 30
+"""Seconds between two signs of life of a run, the least that Prefect allows."""
+SILENT_AFTER = 60
+"""Seconds without a sign of life after which a run is suspected to be dead."""
+DEAD_AFTER = 60
+"""Seconds that a suspected run has left to give one: twice what a run needs to reach a server that is back."""
+SILENT = "distillery.flow-run.silent"
+
+
+def set_up(workers: str, gpus: int) -> None:
+    """Brings the server to the state described above. `workers` is the pools' type; `gpus` is how many trainings may
+    run at once. Raises httpx's and Prefect's errors."""
+    with get_client(sync_client=True) as client:
+        environment = save_settings(workers)
+        for pool, limit in (("cpu-pool", None), ("gpu-pool", gpus)):
+            save_pool(client, pool, workers, base_job_template(workers, pool, environment), limit)
+        save_block()
+        for automation in automations(save_events_webhook()):
+            save_automation(client, automation)
+    deploy()
+
+
+def save_settings(workers: str) -> dict[str, str | None]:
+    """Keeps what is set of VARIABLES and SECRETS on the server. Returns the environment of each run, by reference."""
+    environment: dict[str, str | None] = {
+        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT),
+        # What the domain says of an outage or a checkpoint belongs into the run's log.
+        "PREFECT_LOGGING_EXTRA_LOGGERS": "distillery",
+        "PREFECT_RESULTS_DEFAULT_STORAGE_BLOCK": BLOCK,
+    }
+    environment |= {name: f"{{{{ ${name} }}}}" for name in EACH_WORKERS_OWN}
+    for name in filter(os.environ.get, VARIABLES):
+        known = Variable.get(name.lower())
+        if known != os.environ[name]:
+            Variable.set(name.lower(), os.environ[name], overwrite=True)
+        tell("variable", name.lower(), known, known == os.environ[name])
+        environment[name] = f"{{{{ prefect.variables.{name.lower()} }}}}"
+    if workers == "kubernetes":
+        # A job's manifest can be read by many in a cluster: secrets, the API's too, come from one of its own Secrets.
+        return environment | {"PREFECT_API_AUTH_STRING": None, "PREFECT_API_KEY": None}
+    for name in filter(os.environ.get, SECRETS):
+        slug = name.lower().replace("_", "-")
+        save(Secret(value=os.environ[name]), slug)
+        environment[name] = f"{{{{ prefect.blocks.secret.{slug} }}}}"
+    return environment
+
+
+def base_job_template(workers: str, pool: str, environment: dict[str, str | None]) -> dict[str, Any]:
+    """The pool's job configuration from pools.yaml, the runs' environment, and no variable that a run may change."""
+    configuration = yaml.safe_load((PROJECT / "deployments" / "pools.yaml").read_text())[workers][pool]
+    # Prefect takes references to variables and blocks only in a variable's default.
+    env = {"type": "object", "default": environment, "const": environment}
+    return {
+        "job_configuration": configuration | {"env": "{{ env }}"},
+        "variables": {"type": "object", "properties": {"env": env}, "additionalProperties": False},
+    }
+
+
+def save_pool(client: SyncPrefectClient, name: str, workers: str, template: dict[str, Any], limit: int | None) -> None:
+    try:
+        known = client.read_work_pool(name)
+    except ObjectNotFound:
+        wanted = WorkPoolCreate(name=name, type=workers, base_job_template=template, concurrency_limit=limit)
+        client.create_work_pool(wanted)
+        tell("work pool", name, None, False)
+        return
+    if known.type != workers:
+        sys.exit(f"error: {name} is a pool of {known.type} workers; `prefect work-pool delete {name}` first")
+    same = (known.base_job_template, known.concurrency_limit) == (template, limit)
+    if not same:
+        client.update_work_pool(name, WorkPoolUpdate(base_job_template=template, concurrency_limit=limit))
+    tell("work pool", name, known, same)
+
+
+def save_events_webhook() -> UUID:
+    """A block by which the server sends an event to itself."""
+    api = get_current_settings().api
+    headers = {"Content-Type": "application/json"}
+    if api.auth_string:
+        headers["Authorization"] = f"Basic {b64encode(api.auth_string.get_secret_value().encode()).decode()}"
+    return save(Webhook(url=f"{api.url}/events", headers=headers), "distillery-events")
+
+
+def automations(webhook: UUID) -> list[AutomationCore]:
+    """Two steps from the last heartbeat to Crashed.
+
+    When a server comes back after an outage, it sees at once that no heartbeat came meanwhile, and only then the runs'
+    next ones. So silence alone crashes nothing: it makes an event, and the time that decides begins with that event,
+    when the server is up to hear the run."""
+    event = (
+        '[{"id": "{{ firing.id }}", "occurred": "{{ firing.triggered }}", "event": "%s",'
+        ' "resource": {"prefect.resource.id": "{{ labels.prefect.resource.id }}"}}]'
+    )
+    return [
+        AutomationCore(
+            name="distillery: silent run",
+            description=f"A run of Distillery that gives no sign of life for {SILENT_AFTER} s is suspected to be dead.",
+            # Only runs of our deployments, which have the tag, are sure to have a heartbeat as often as this expects.
+            trigger=silence(
+                {"prefect.flow-run.Running", "prefect.flow-run.heartbeat"},
+                SILENT_AFTER,
+                match_related={"prefect.resource.id": "prefect.tag.distillery"},
+            ),
+            actions=[CallWebhook(block_document_id=webhook, payload=event % SILENT)],
+        ),
+        AutomationCore(
+            name="distillery: dead run",
+            description=f"A suspected run that gives no sign of life for another {DEAD_AFTER} s is Crashed.",
+            trigger=silence({SILENT}, DEAD_AFTER),
+            actions=[
+                ChangeFlowRunState(
+                    state=StateType.CRASHED,
+                    message=f"No sign of life for {SILENT_AFTER + DEAD_AFTER} s: the worker or its machine is gone, or "
+                    "cut off. See to the worker, then start the run again: what was finished comes from the cache, and "
+                    "training goes on from its last checkpoint.",
+                )
+            ],
+        ),
+    ]
+
+
+def silence(after: set[str], seconds: int, **more: Any) -> EventTrigger:
+    """Fires for each flow run that gives no sign of life, heartbeat or change of state, for `seconds` from one of the
+    events `after`, the newest of them."""
+    return EventTrigger(
+        match={"prefect.resource.id": "prefect.flow-run.*"},
+        after=after,
+        # An event that is expected as well begins the time anew.
+        expect={"prefect.flow-run.*", *after},
+        for_each={"prefect.resource.id"},
+        posture=Posture.Proactive,
+        threshold=1,
+        within=timedelta(seconds=seconds),
+        **more,
+    )
+
+
+def save_automation(client: SyncPrefectClient, wanted: AutomationCore) -> None:
+    known = client.read_automations_by_name(wanted.name)
+    same = bool(known) and AutomationCore.model_validate(known[0].model_dump()) == wanted
+    if not known:
+        client.create_automation(wanted)
+    elif not same:
+        client.update_automation(known[0].id, wanted)
+    tell("automation", wanted.name, known, same)
+
+
+def save(block: Block, name: str) -> UUID:
+    try:
+        known = type(block).load(name)
+    except ValueError:
+        known = None
+    same = known is not None and dict(known) == dict(block)
+    tell(f"{block.get_block_type_slug()} block", name, known, same)
+    return known._block_document_id if same else block.save(name, overwrite=True)
+
+
+def deploy() -> None:
+    command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]
+    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)  # noqa: S603 - our own interpreter
+    if done.returncode:
+        sys.exit(f"error: prefect deploy --all failed\n{done.stdout}{done.stderr}")
+    print("deployments of prefect.yaml: deployed")
+
+
+def tell(kind: str, name: str, known: object, same: bool) -> None:
+    print(f"{kind} {name}: {'unchanged' if same else 'updated' if known else 'created'}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m deployments.setup", description="Sets up a Prefect server.")
+    parser.add_argument("workers", nargs="?", default="process", choices=("process", "docker", "kubernetes"))
+    parser.add_argument("--gpus", type=int, default=1, help="how many trainings may run at once on gpu-pool")
+    options = parser.parse_args()
+    load_environment()
+    url = get_current_settings().api.url
+    if not url:
+        sys.exit("error: PREFECT_API_URL: not set; it names the Prefect server, such as http://127.0.0.1:4200/api")
+    try:
+        set_up(options.workers, options.gpus)
+    except PrefectHTTPStatusError as error:
+        hint = "; is PREFECT_API_AUTH_STRING the server's?" if error.response.status_code == 401 else ""
+        sys.exit(f"error: {url} refuses: {error.response.status_code} {error.response.text[:300]}{hint}")
+    except httpx.TransportError as error:
+        sys.exit(f"error: PREFECT_API_URL: no Prefect server answers at {url}: {error}")
+
+
+if __name__ == "__main__":
+    main()

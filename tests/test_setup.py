@@ -1,0 +1,510 @@
+"""What deployments/ puts on a Prefect server, checked by Prefect's own code and a real server, and its container files.
+
+There is no container engine here: the images, compose.yaml and the Kubernetes job are checked by their structure alone.
+"""
+
+import asyncio
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+from collections.abc import Callable, Iterator
+from fnmatch import fnmatch
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from uuid import uuid4
+
+import httpx
+import pytest
+import yaml
+from azure_ml_stand_in import free_port
+from prefect.client.schemas.objects import FlowRun
+from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
+from prefect.workers.base import BaseJobConfiguration
+from prefect.workers.process import ProcessJobConfiguration
+
+from deployments import setup
+
+PROJECT = Path(__file__).resolve().parents[1]
+FOLDER = PROJECT / "deployments"
+POOLS = ("cpu-pool", "gpu-pool")
+WORKERS = ("process", "docker", "kubernetes")
+SECRET = {name: f"planted-{name.lower()}-7Qm3Xv9" for name in setup.SECRETS}
+PLAIN = {name: f"value-of-{name.lower()}" for name in setup.VARIABLES}
+
+
+def configuration_class(workers: str) -> type[BaseJobConfiguration]:
+    from prefect_docker.worker import DockerWorkerJobConfiguration
+    from prefect_kubernetes.worker import KubernetesWorkerJobConfiguration
+
+    return {
+        "process": ProcessJobConfiguration,
+        "docker": DockerWorkerJobConfiguration,
+        "kubernetes": KubernetesWorkerJobConfiguration,
+    }[workers]
+
+
+def configured(workers: str, pool: str, environment: dict[str, str | None] | None = None) -> Any:
+    """The pool's job as a worker makes it for a flow run."""
+    template = setup.base_job_template(workers, pool, environment or {})
+    # No server is asked: without references there is nothing to resolve.
+    with temporary_settings({PREFECT_API_URL: "http://server/api", PREFECT_API_AUTH_STRING: "admin:planted-api"}):
+        configuration = asyncio.run(configuration_class(workers).from_template_and_values(template, {}))
+        configuration.prepare_for_flow_run(FlowRun(flow_id=uuid4(), name="a-run"))
+    return configuration
+
+
+def container(pool: str) -> dict[str, Any]:
+    """What the Docker worker asks of the engine, in the form of the engine's own API."""
+    from docker.models.containers import _create_container_args
+
+    job = configured("docker", pool)
+    arguments = {"version": "1.41", "image": job.image, "command": job.command, "volumes": job.volumes}
+    return dict(_create_container_args(arguments | (job.container_create_kwargs or {})))
+
+
+def pod(pool: str) -> dict[str, Any]:
+    return dict(configured("kubernetes", pool).job_manifest["spec"]["template"]["spec"])
+
+
+def test_a_docker_run_gets_its_image_and_the_gpu_pool_alone_a_gpu() -> None:
+    cpu, gpu = container("cpu-pool"), container("gpu-pool")
+    assert (cpu["image"], gpu["image"]) == ("distillery:cpu", "distillery:cuda")
+    assert cpu["command"] == gpu["command"] == "prefect flow-run execute"
+    assert "DeviceRequests" not in cpu["host_config"]
+    (device,) = gpu["host_config"]["DeviceRequests"]
+    assert (device["Driver"], device["Count"], device["Capabilities"]) == ("nvidia", 1, [["gpu"]])
+    assert gpu["host_config"]["Binds"] == ["distillery:/var/lib/distillery"]
+
+
+def test_a_kubernetes_run_gets_its_image_and_the_gpu_pool_alone_a_gpu_node() -> None:
+    cpu, gpu = pod("cpu-pool"), pod("gpu-pool")
+    assert [one["containers"][0]["image"] for one in (cpu, gpu)] == ["distillery:cpu", "distillery:cuda"]
+    assert all(one["containers"][0]["args"] == ["prefect", "flow-run", "execute"] for one in (cpu, gpu))
+    assert gpu["containers"][0]["resources"]["limits"] == {"nvidia.com/gpu": "1"}
+    assert gpu["nodeSelector"]["nvidia.com/gpu.present"] == "true"
+    assert gpu["tolerations"] == [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
+    assert "gpu" not in json.dumps(cpu)
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_the_kubernetes_job_is_one_by_the_clients_own_models(pool: str) -> None:
+    from kubernetes_asyncio.client import ApiClient
+
+    manifest = configured("kubernetes", pool).job_manifest
+    # These two are Prefect's, and in no schema of a pod.
+    del manifest["spec"]["template"]["spec"]["parallelism"], manifest["spec"]["template"]["spec"]["completions"]
+
+    async def round_trip() -> Any:
+        async with ApiClient() as client:
+            # What a model does not know is lost on the way.
+            response = SimpleNamespace(data=json.dumps(manifest))
+            return client.sanitize_for_serialization(client.deserialize(response, "V1Job"))
+
+    assert asyncio.run(round_trip()) == manifest
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_a_kubernetes_job_holds_no_secret_and_reads_all_from_one(pool: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in SECRET.items():
+        monkeypatch.setenv(name, value)
+    for name in PLAIN:
+        monkeypatch.delenv(name, raising=False)
+    manifest = configured("kubernetes", pool, setup.save_settings("kubernetes")).job_manifest
+    (only,) = manifest["spec"]["template"]["spec"]["containers"]
+    assert "planted" not in json.dumps(manifest)
+    assert only["envFrom"] == [{"secretRef": {"name": "distillery"}}]
+    environment = {one["name"]: one["value"] for one in only["env"]}
+    assert environment["PREFECT_API_URL"] == "http://server/api"
+    assert environment["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"] == "30"
+    # An evicted run is scheduled again.
+    assert environment["PREFECT_FLOW_RUN_EXECUTE_SIGTERM_BEHAVIOR"] == "reschedule"
+
+
+class Server:
+    """A real Prefect server on a port and a SQLite database of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.password = folder, "admin:planted-api-password"
+        port = free_port()
+        self.url = f"http://127.0.0.1:{port}/api"
+        self.command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", *SECRET, *PLAIN))}
+        self.environment = kept | {
+            "PREFECT_API_AUTH_STRING": self.password,
+            "PREFECT_API_URL": self.url,
+            "PREFECT_HOME": str(folder),
+            "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+            "PREFECT_SERVER_API_AUTH_STRING": self.password,
+            "PREFECT_SERVER_EVENTS_EXPIRED_BUCKET_BUFFER": "P7D",
+        }
+        login = ("admin", "planted-api-password")
+        self.api = httpx.Client(base_url=self.url, timeout=60, trust_env=False, auth=login)
+
+    def start(self) -> None:
+        with (self.folder / "server.log").open("ab") as log:
+            self.process = subprocess.Popen(self.command, env=self.environment, stdout=log, stderr=log)
+        wait_for("the server's start", self._is_healthy)
+
+    def _is_healthy(self) -> bool:
+        assert self.process.poll() is None, (self.folder / "server.log").read_text()
+        try:
+            return self.api.get("/health").status_code == 200
+        except httpx.TransportError:
+            return False
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait(30)
+
+    def set_up(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "deployments.setup", *arguments]
+        environment = self.environment | environment
+        return subprocess.run(command, env=environment, cwd=PROJECT, capture_output=True, text=True, timeout=120)
+
+    def post(self, path: str, body: Any) -> httpx.Response:
+        """Asks again, as Prefect's own client does, while SQLite is locked by another writer (503)."""
+        for _ in range(20):
+            response = self.api.post(path, json=body)
+            if response.status_code != 503:
+                break
+            time.sleep(0.5)
+        return response
+
+    def ask(self, path: str, **body: Any) -> Any:
+        return self.post(path, body).raise_for_status().json()
+
+    def state(self) -> dict[str, Any]:
+        """All that the set-up command is there for, as the API reports it, with ids and times of the last change."""
+        deployments = self.ask("/deployments/filter", sort="NAME_ASC")
+        for deployment in deployments:
+            # Prefect writes a deployment anew each time; what it says must be the same.
+            for entry in (deployment, *deployment["schedules"], deployment["global_concurrency_limit"] or {}):
+                entry.pop("updated", None)
+            for schedule in deployment["schedules"]:
+                del schedule["id"], schedule["created"]
+        blocks = self.ask("/block_documents/filter", include_secrets=True, sort="NAME_ASC")
+        return {
+            "automations": self.ask("/automations/filter", sort="NAME_ASC"),
+            "blocks": [{"name": one["name"], "data": one["data"], "updated": one["updated"]} for one in blocks],
+            "deployments": deployments,
+            "pools": [self.api.get(f"/work_pools/{name}").json() for name in POOLS],
+            "variables": self.ask("/variables/filter", sort="NAME_ASC"),
+        }
+
+
+def wait_for(what: str, found: Callable[[], bool], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not found():
+        assert time.monotonic() < deadline, f"not within {seconds:.0f} s: {what}"
+        time.sleep(0.2)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    server = Server(tmp_path_factory.mktemp("server"))
+    server.start()
+    try:
+        done = server.set_up(**SECRET, **PLAIN)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert not re.search("planted|unchanged|updated", done.stdout + done.stderr)
+        yield server
+    finally:
+        server.api.close()
+        server.process.send_signal(signal.SIGINT)
+        server.process.wait(30)
+
+
+@pytest.mark.slow
+def test_set_up_again_changes_nothing(server: Server) -> None:
+    before = server.state()
+    assert {kind: len(things) for kind, things in before.items()} == {
+        "automations": 2,
+        "blocks": len(SECRET) + 2,
+        "deployments": 4,
+        "pools": 2,
+        "variables": len(PLAIN),
+    }
+    again = server.set_up(**SECRET, **PLAIN)
+    assert again.returncode == 0, again.stderr
+    assert not re.search("created|updated", again.stdout)
+    assert server.state() == before
+
+
+@pytest.mark.slow
+def test_set_up_takes_over_what_has_changed(server: Server) -> None:
+    changed = PLAIN | {"DISTILLERY_STORE": "abfs://elsewhere/store"}
+    try:
+        done = server.set_up("process", "--gpus", "3", **SECRET, **changed)
+        lines = [line for line in done.stdout.splitlines() if "unchanged" not in line]
+        assert lines == [
+            "variable distillery_store: updated",
+            "work pool gpu-pool: updated",
+            "deployments of prefect.yaml: deployed",
+        ]
+        assert server.api.get("/work_pools/gpu-pool").json()["concurrency_limit"] == 3
+        assert server.api.get("/variables/name/distillery_store").json()["value"] == "abfs://elsewhere/store"
+    finally:
+        server.set_up(**SECRET, **PLAIN)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pool", POOLS)
+def test_a_worker_resolves_every_setting_and_secret(server: Server, pool: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = dict.fromkeys(setup.EACH_WORKERS_OWN, "") | {"DISTILLERY_REMOTE_CODE": "trusted/model"}
+    for name, value in own.items():
+        monkeypatch.setenv(name, value)
+    known = server.api.get(f"/work_pools/{pool}").json()
+    assert known["concurrency_limit"] == {"cpu-pool": None, "gpu-pool": 1}[pool]
+    assert "planted" not in json.dumps(known)
+    with temporary_settings({PREFECT_API_URL: server.url, PREFECT_API_AUTH_STRING: server.password}):
+        job = asyncio.run(ProcessJobConfiguration.from_template_and_values(known["base_job_template"], {}))
+    fixed = {
+        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
+        "PREFECT_LOGGING_EXTRA_LOGGERS": "distillery",
+        "PREFECT_RESULTS_DEFAULT_STORAGE_BLOCK": "distillery-store/results",
+    }
+    assert job.env == SECRET | PLAIN | own | fixed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", WORKERS)
+@pytest.mark.parametrize("pool", POOLS)
+def test_a_server_takes_the_template(server: Server, workers: str, pool: str) -> None:
+    environment = {"TEACHER_MODEL_KEY": "{{ prefect.blocks.secret.teacher-model-key }}"}
+    template = setup.base_job_template(workers, pool, environment)
+    name = f"{workers}-{pool}"
+    made = server.ask("/work_pools/", name=name, type=workers, base_job_template=template)
+    assert made["base_job_template"] == template
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "variables",
+    [{"command": "id"}, {"env": {"PYTHONPATH": "/tmp"}}, {"env.DISTILLERY_REMOTE_CODE": "any/model"}],
+    ids=str,
+)
+def test_whoever_starts_a_run_sets_neither_its_command_nor_its_environment(
+    server: Server, variables: dict[str, Any]
+) -> None:
+    deployment = server.api.get("/deployments/name/distill/demo").json()
+    response = server.post(f"/deployments/{deployment['id']}/create_flow_run", {"job_variables": variables})
+    assert response.status_code == 422, response.text
+    assert server.ask("/flow_runs/count") == 0
+
+
+@pytest.mark.slow
+def test_a_server_that_refuses_or_does_not_answer_is_one_line(server: Server) -> None:
+    for environment, expected in (
+        ({"PREFECT_API_AUTH_STRING": "admin:wrong"}, "is PREFECT_API_AUTH_STRING the server's?"),
+        ({"PREFECT_API_URL": f"http://127.0.0.1:{free_port()}/api"}, "PREFECT_API_URL: no Prefect server answers at"),
+        ({"PREFECT_API_URL": ""}, "PREFECT_API_URL: not set"),
+    ):
+        done = server.set_up(**environment)
+        assert done.returncode == 1
+        assert expected in done.stderr
+        assert len(done.stderr.strip().splitlines()) == 1
+    other_type = server.set_up("docker")
+    assert other_type.stderr.strip() == (
+        "error: cpu-pool is a pool of process workers; `prefect work-pool delete cpu-pool` first"
+    )
+
+
+class Heart:
+    """Three runs of a deployment as the server sees them: Running, and with a heartbeat whenever `beat` is called.
+
+    Real runs beat every 30 s, the least that Prefect allows: a test of them would take minutes."""
+
+    def __init__(self, server: Server) -> None:
+        self.server = server
+        flow = server.ask("/flows/", name="watched")["id"]
+        self.runs = [self._run(flow, name) for name in ("healthy", "dead", "failed")]
+
+    def _run(self, flow: str, name: str) -> str:
+        run = self.server.ask("/flow_runs/", flow_id=flow, name=name, tags=["distillery"])["id"]
+        self.enter(run, "RUNNING")
+        return str(run)
+
+    def enter(self, run: str, state: str) -> None:
+        self.server.ask(f"/flow_runs/{run}/set_state", state={"type": state})
+
+    def beat(self, run: str) -> None:
+        event = {
+            "id": str(uuid4()),
+            "occurred": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "event": "prefect.flow-run.heartbeat",
+            "resource": {"prefect.resource.id": f"prefect.flow-run.{run}"},
+            "related": [{"prefect.resource.id": "prefect.tag.distillery", "prefect.resource.role": "tag"}],
+        }
+        self.server.post("/events", [event]).raise_for_status()
+
+    def states(self) -> list[str]:
+        return [self.server.api.get(f"/flow_runs/{run}").json()["state_name"] for run in self.runs]
+
+
+@pytest.mark.slow
+def test_an_outage_of_the_server_crashes_no_healthy_run_and_hides_no_dead_one(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two runs are silent while the server is down, for longer than the automations wait; one of them is alive."""
+    within = 10
+    monkeypatch.setattr(setup, "SILENT_AFTER", within)
+    monkeypatch.setattr(setup, "DEAD_AFTER", within)
+    with temporary_settings({PREFECT_API_URL: server.url, PREFECT_API_AUTH_STRING: server.password}):
+        webhook = setup.save_events_webhook()
+        with setup.get_client(sync_client=True) as client:
+            for automation in setup.automations(webhook):
+                setup.save_automation(client, automation)
+    heart = Heart(server)
+    healthy, _, failed = heart.runs
+    for run in heart.runs:
+        heart.beat(run)
+    heart.enter(failed, "FAILED")
+    # A heartbeat that was under way when the run ended.
+    heart.beat(failed)
+    time.sleep(3)
+    server.kill()
+    time.sleep(within + 3)
+    server.start()
+    # As late as a real run's first heartbeat may be, in proportion.
+    time.sleep(within / 2)
+    assert heart.states() == ["Running", "Running", "Failed"]
+    deadline = time.monotonic() + 5 * within
+    while heart.states()[1] == "Running" and time.monotonic() < deadline:
+        heart.beat(healthy)
+        time.sleep(1)
+    assert heart.states() == ["Running", "Crashed", "Failed"]
+    message = server.api.get(f"/flow_runs/{heart.runs[1]}").json()["state"]["message"]
+    assert "start the run again" in message
+
+
+@pytest.mark.parametrize(
+    ("schema", "file"), [("compose-spec", "compose.yaml"), ("github-workflows", "github-actions.yml")], ids=str
+)
+def test_the_file_follows_its_published_schema(schema: str, file: str) -> None:
+    command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", f"vendor.{schema}", str(FOLDER / file)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+COMPOSE: dict[str, Any] = yaml.safe_load((FOLDER / "compose.yaml").read_text())
+
+
+def test_compose_names_only_what_it_has() -> None:
+    services = COMPOSE["services"]
+    assert set(services) == {"postgres", "server", "setup", "cpu-worker", "gpu-worker"}
+    for service in services.values():
+        assert set(service.get("depends_on", {})) <= set(services)
+        assert {volume.partition(":")[0] for volume in service.get("volumes", [])} <= set(COMPOSE["volumes"])
+        assert {config["source"] for config in service.get("configs", [])} <= set(COMPOSE["configs"])
+        # A service that others wait for has a way to say that it is well.
+        for name, condition in service.get("depends_on", {}).items():
+            assert condition["condition"] != "service_healthy" or "healthcheck" in services[name]
+        build = service.get("build")
+        assert build is None or (PROJECT / build["context"] / build["dockerfile"]).is_file()
+    used = {service["image"] for service in services.values()}
+    built = {service["image"] for service in services.values() if "build" in service}
+    assert built == {"distillery:cpu", "distillery:cuda"}
+    assert used - built == {"postgres:17-alpine"}
+
+
+def test_compose_starts_the_two_workers_with_a_gpu_for_one() -> None:
+    services = COMPOSE["services"]
+    devices = {
+        name: service.get("deploy", {}).get("resources", {}).get("reservations", {}).get("devices")
+        for name, service in services.items()
+    }
+    assert {name for name, device in devices.items() if device} == {"gpu-worker"}
+    assert devices["gpu-worker"] == [{"driver": "nvidia", "count": 1, "capabilities": ["gpu"]}]
+    for pool in POOLS:
+        command = services[pool.replace("pool", "worker")]["command"]
+        assert command == ["prefect", "worker", "start", "--pool", pool, "--with-healthcheck"]
+
+
+def test_compose_opens_no_port_to_others_and_the_server_asks_for_a_password() -> None:
+    ports = [port for service in COMPOSE["services"].values() for port in service.get("ports", [])]
+    assert ports == ["127.0.0.1:4200:4200"]
+    assert "PREFECT_SERVER_API_AUTH_STRING" in COMPOSE["services"]["server"]["environment"]
+
+
+def test_compose_takes_every_setting_from_a_documented_variable() -> None:
+    text = (FOLDER / "compose.yaml").read_text()
+    found = re.findall(r"\$\{?(\w+)(:[-?])?", text)
+    assert {name for name, kind in found if not kind} == set(), "neither a default nor required"
+    documented = re.findall(r"^#? ?([A-Z][A-Z0-9_]+)=", (PROJECT / "sample.env").read_text(), re.MULTILINE)
+    assert {name for name, _ in found} <= set(documented)
+    # What the set-up command passes on to the runs, under a name that it knows.
+    environment = set(COMPOSE["services"]["setup"]["environment"])
+    assert environment - {"PREFECT_API_URL", "PREFECT_API_AUTH_STRING"} <= {*setup.VARIABLES, *setup.SECRETS}
+
+
+def instructions() -> list[list[str]]:
+    """The Dockerfile's instructions, each split as a shell does."""
+    lines = (FOLDER / "images" / "Dockerfile").read_text().splitlines()
+    text = "\n".join(line for line in lines if not line.startswith("#"))
+    return [shlex.split(line) for line in text.replace("\\\n", " ").splitlines() if line.strip()]
+
+
+def test_the_image_copies_only_what_there_is_and_what_is_not_ignored() -> None:
+    ignored = (FOLDER / "images" / "Dockerfile.dockerignore").read_text().splitlines()
+    kept = {line.removeprefix("!") for line in ignored if line.startswith("!")}
+    copied = {source for copy in instructions() if copy[0] == "COPY" for source in copy[1:-1]}
+    assert "*" in ignored
+    assert copied == kept
+    assert all((PROJECT / source).exists() for source in copied)
+    assert not any(fnmatch(".env", name) for name in kept)
+
+
+def test_the_image_installs_the_projects_own_versions() -> None:
+    project = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
+    words = [word for run in instructions() if run[0] == "RUN" for word in run]
+    (torch,) = (one for one in project["dependencies"] if one.startswith("torch"))
+    assert torch in words
+    (editable,) = (word for word in words if word.startswith(".["))
+    assert set(editable.strip(".[]").split(",")) <= set(project["optional-dependencies"])
+    assert words.count("--constraint") == 2
+
+
+def test_the_image_runs_a_worker_as_no_root_and_knows_that_it_is_a_container() -> None:
+    last = {one[0]: one[1:] for one in instructions()}
+    assert last["USER"] == ["1000"]
+    assert "ENTRYPOINT" not in last
+    # The shell's words of a JSON list.
+    assert [word.strip("[],") for word in last["CMD"]][:3] == ["prefect", "worker", "start"]
+    settings = dict(word.split("=", 1) for one in instructions() if one[0] == "ENV" for word in one[1:])
+    assert settings["DISTILLERY_CONTAINER"] == "1"
+    # What is mounted elsewhere lies where the image keeps its data.
+    home = settings["DISTILLERY_HOME"]
+    assert last["VOLUME"] == [home]
+    mounted = {volume.partition(":")[2] for volume in COMPOSE["services"]["cpu-worker"]["volumes"]}
+    mounted |= {one["mountPath"] for pool in POOLS for one in pod(pool)["containers"][0]["volumeMounts"]}
+    mounted |= {volume.partition(":")[2] for pool in POOLS for volume in configured("docker", pool).volumes}
+    assert mounted == {home}
+
+
+def test_the_github_example_deploys_and_then_watches_the_run() -> None:
+    text = (FOLDER / "github-actions.yml").read_text()
+    # YAML 1.1 reads the key `on` as true.
+    workflow = yaml.safe_load(text)
+    assert {"workflow_dispatch", "push"} == set(workflow[True])
+    job = workflow["jobs"]["distil"]
+    assert all(value.startswith("${{ secrets.") for value in job["env"].values())
+    commands = [shlex.split(line) for step in job["steps"] for line in step.get("run", "").splitlines()]
+    assert [command[:3] for command in commands] == [
+        ["pip", "install", "--index-url"],
+        ["pip", "install", "--constraint"],
+        ["prefect", "--no-prompt", "deploy"],
+        ["prefect", "--no-prompt", "deployment"],
+    ]
+    assert {"distill/demo", "--watch"} < set(commands[-1])
+    # Prefect itself takes these words.
+    environment = os.environ | {"PREFECT_API_URL": f"http://127.0.0.1:{free_port()}/api"}
+    refused = subprocess.run([sys.executable, "-m", *commands[-1]], env=environment, capture_output=True, text=True)
+    assert refused.returncode == 1
+    assert "All connection attempts failed" in refused.stdout + refused.stderr
