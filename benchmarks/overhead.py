@@ -30,7 +30,7 @@ import yaml
 PROJECT = Path(__file__).resolve().parents[1]
 sys.path += [str(PROJECT / "tests"), str(PROJECT / "tests" / "e2e")]
 
-from tiny_model import build  # noqa: E402 - the tests' own tiny model, rows and server
+from tiny_model import build_tiny_model  # noqa: E402 - the tests' own tiny model, rows and server
 from tiny_recipe import recipe, write_rows  # noqa: E402
 from workshop import Workshop  # noqa: E402
 
@@ -73,7 +73,7 @@ def work_of(outcome: Outcome) -> float:
 def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        base = build("llama", folder / "model")
+        base = build_tiny_model("llama", folder / "model")
         values = recipe(write_rows(folder / "rows"), base)
         (folder / "recipe.yaml").write_text(yaml.safe_dump(values))
         alone = {

@@ -1,0 +1,72 @@
+"""Random models of two layers that pass the whole chain in seconds."""
+
+from pathlib import Path
+from typing import Any
+
+CHATML = (
+    "{% for message in messages %}"
+    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+PHI = (
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% else %}{{ eos_token }}{% endif %}"
+)
+SPECIAL_TOKENS = {
+    "llama": ("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
+    "phi3": ("<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"),
+}
+TEXT = (
+    "You are a helpful assistant. Your output should only be one of the five choices.",
+    "Answer the following multiple-choice question by selecting the correct option.",
+    "Question: Where does the baker keep the bread warm?\nAnswer Choices:\n(A) oven\n(B) river\n(C) cloud",
+    "A person who is tired after work would like to rest in a quiet room, wouldn't they?",
+)
+
+
+def build_tiny_model(arch: str, folder: Path) -> Path:
+    """Writes a model of 2 layers with a tokenizer of 512 tokens into `folder`; arch is llama or phi3."""
+    _tiny_tokenizer(arch).save_pretrained(folder)
+    _tiny_weights(arch).save_pretrained(folder)
+    return folder
+
+
+def _tiny_tokenizer(arch: str) -> Any:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    special = SPECIAL_TOKENS[arch]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=512, special_tokens=list(special), initial_alphabet=alphabet)
+    tokenizer.train_from_iterator(TEXT, trainer)
+    end = "<|im_end|>" if arch == "llama" else "<|end|>"
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=end, pad_token="<|endoftext|>")
+    fast.chat_template = CHATML if arch == "llama" else PHI
+    return fast
+
+
+def _tiny_weights(arch: str) -> Any:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
+
+    shape = {
+        "vocab_size": 512,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 1024,
+        "bos_token_id": 0,
+        "pad_token_id": 0,
+        "eos_token_id": len(SPECIAL_TOKENS[arch]) - 1,
+        "initializer_range": 0.2,
+        "tie_word_embeddings": True,
+    }
+    torch.manual_seed(0)
+    if arch == "llama":
+        return LlamaForCausalLM(LlamaConfig(**shape)).eval()
+    return Phi3ForCausalLM(Phi3Config(original_max_position_embeddings=1024, **shape)).eval()
