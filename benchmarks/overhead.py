@@ -48,6 +48,7 @@ def commanded(arguments: list[str], folder: Path) -> float:
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
     }
+    (folder / "prefect").mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     done = subprocess.run([sys.executable, *arguments], cwd=PROJECT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]

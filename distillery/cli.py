@@ -1,14 +1,17 @@
-"""The command line: `distillery check`, `serve` and `base`. Flows are run by `python -m flows.distill`."""
+"""The command line: `distillery check`, `serve`, `base` and `store`. Flows are run by `python -m flows.distill`."""
 
+import json
 import os
+import re
 import sys
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from pydantic import SecretStr
 
-from distillery.errors import DistilleryError
+from distillery.errors import DistilleryError, StoreError
 from distillery.recipe import parse_recipe
 
 app = typer.Typer(
@@ -17,6 +20,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+store = typer.Typer(help="The artifact store that DISTILLERY_STORE names.", no_args_is_help=True)
+app.add_typer(store, name="store")
 
 
 @app.command()
@@ -56,6 +61,72 @@ def base(name: Annotated[str, typer.Argument(help="As student.base.model in a re
 
     recipe = parse_recipe({"student": {"base": {"model": name}}}, "distillery base")
     print(base_folder(recipe.student.base))
+
+
+@store.command("list")
+def list_artifacts(as_json: Annotated[bool, typer.Option("--json", help="One array, for programs")] = False) -> None:
+    """The artifacts, the last used first: digest, size, age and what names them."""
+    from distillery.housekeeping import Inventory
+    from distillery.store import ArtifactStore
+
+    artifacts = Inventory(ArtifactStore()).artifacts()
+    if as_json:
+        fields = ("digest", "bytes", "used", "named_by")
+        print(json.dumps([{f: getattr(artifact, f) for f in fields} for artifact in artifacts], indent=1, default=str))
+        return
+    for artifact in artifacts:
+        more = f" and {len(artifact.named_by) - 1} more" if len(artifact.named_by) > 1 else ""
+        name = f"{artifact.named_by[0]}{more}" if artifact.named_by else "nothing names it"
+        print(f"{artifact.digest[:12]}  {_megabytes(artifact.bytes)}  {_age(artifact.used):>5}  {name}")
+
+
+@store.command()
+def show(digest: Annotated[str, typer.Argument(help="Its first characters will do", metavar="DIGEST")]) -> None:
+    """What is in an artifact, and who names it."""
+    from distillery.housekeeping import Inventory
+    from distillery.store import ArtifactStore
+
+    source = ArtifactStore()
+    found = [artifact for artifact in Inventory(source).artifacts() if artifact.digest.startswith(digest)]
+    if len(found) != 1:
+        raise StoreError(f"{source.url}: {len(found)} artifacts begin with {digest}; see distillery store list")
+    (artifact,) = found
+    print(f"{source.url}/{artifact.digest}")
+    print(f"{artifact.bytes} bytes, last used {artifact.used:%Y-%m-%d %H:%M} UTC")
+    for name in artifact.named_by or ["nothing"]:
+        print(f"named by {name}")
+    for entry in source.files(artifact.digest):
+        print(f"{entry.sha256[:12]}  {entry.bytes:>12}  {entry.path}")
+
+
+@store.command()
+def gc(
+    older_than: Annotated[str, typer.Option(help="Longer than your longest run", metavar="DAYSd")] = "30d",
+    keep_runs: Annotated[int, typer.Option(help="The newest runs of each recipe that keep what they made", min=0)] = 3,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed")] = False,
+) -> None:
+    """Remove what no kept run and no registered model names, and nobody has used for a while."""
+    from distillery.housekeeping import Inventory
+    from distillery.store import ArtifactStore
+
+    if not re.fullmatch(r"[1-9]\d{0,4}d", older_than):
+        raise typer.BadParameter(f"{older_than}: a number of days, at least 1, such as 30d", param_hint="--older-than")
+    inventory = Inventory(ArtifactStore())
+    count = size = 0
+    for waste in inventory.waste(timedelta(days=int(older_than[:-1])), keep_runs):
+        if dry_run or inventory.remove(waste):
+            count, size = count + 1, size + waste.bytes
+            print(f"{waste.kind:12}  {_megabytes(waste.bytes)}  {_age(waste.used):>5}  {waste.name}")
+    print(f"{count} {'would be removed' if dry_run else 'removed'}, {size / 1e6:.1f} MB")
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:10.1f} MB"
+
+
+def _age(moment: datetime) -> str:
+    seconds = (datetime.now(UTC) - moment).total_seconds()
+    return f"{seconds / 86400:.0f}d" if seconds >= 86400 else f"{seconds / 3600:.0f}h"
 
 
 def main() -> None:

@@ -21,20 +21,21 @@ _TABLE_LOCK = 7213548210
 
 
 class Database:
-    """SQLite or PostgreSQL at `url`, as SQLAlchemy writes it; its tables are made where they are missing.
+    """SQLite or PostgreSQL at `url`, as SQLAlchemy writes it; its tables are made where they are missing. `wait_s`:
+    how long an outage is waited out, by default DISTILLERY_STORE_WAIT.
 
     Raises StoreError, or StoreUnavailable where it does not answer."""
 
-    def __init__(self, url: str | None = None) -> None:
+    def __init__(self, url: str | None = None, wait_s: float | None = None) -> None:
         settings = LocalSettings()
         self.url = _checked_url(url or settings.labels_url, settings.container)
         self.backend = self.url.get_backend_name()
-        self._wait = settings.store_wait
+        self._wait = settings.store_wait if wait_s is None else wait_s
         self._engine = _engine(self.url)
         self.run(self._make_tables)
 
     def run(self, work: Callable[[Any], T]) -> T:
-        """`work(connection)` in a transaction. An outage is waited out for DISTILLERY_STORE_WAIT seconds: what is
+        """`work(connection)` in a transaction. An outage is waited out, and what is
         done twice then, because only the answer to its commit was lost, must do no harm."""
         patiently = retry(
             retry=retry_if_exception_type(StoreUnavailable),

@@ -173,8 +173,8 @@ class LabelStore:
     out (database.py); then StoreUnavailable, and StoreError for what waiting does not mend.
     """
 
-    def __init__(self, url: str | None = None) -> None:
-        self._database = Database(url)
+    def __init__(self, url: str | None = None, wait_s: float | None = None) -> None:
+        self._database = Database(url, wait_s)
         self._arrived: SimpleQueue[StoredAnswer | threading.Event | None] = SimpleQueue()
         self._failure: StoreError | None = None
         self._writer = threading.Thread(target=self._write, name="label-store", daemon=True)

@@ -9,9 +9,7 @@ import base64
 import datetime
 import itertools
 import json
-import shutil
 import socket
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import uvicorn
+from azurite_server import ACCOUNT, ACCOUNT_KEY, Certificate
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -29,19 +28,9 @@ from cryptography.x509.oid import NameOID
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse
 
-AZURITE = Path(__file__).parent / "azurite"
-ACCOUNT = "devstoreaccount1"
-# Azurite's published key of its one built-in account.
-ACCOUNT_KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
 CONTAINER = "azureml-blobstore"
 IDENTITY_HEADER = "stand-in-identity-header"
 WORKSPACE = "/subscriptions/{sub}/resourceGroups/{rg}/providers/Microsoft.MachineLearningServices/workspaces/{ws}"
-
-
-@dataclass(frozen=True)
-class Certificate:
-    cert: Path
-    key: Path
 
 
 def make_certificate(folder: Path) -> Certificate:
@@ -79,43 +68,6 @@ def resolve_localhost(real: Callable[..., Any]) -> Callable[..., Any]:
         return real("127.0.0.1" if local else host, *args, **kwargs)
 
     return getaddrinfo
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-@contextmanager
-def azurite(folder: Path, certificate: Certificate, port: int) -> Iterator[None]:
-    """Runs Azurite's blob service on 127.0.0.1, its data in `folder`. Raises RuntimeError without Node or Azurite."""
-    node = shutil.which("node")
-    main = AZURITE / "node_modules" / "azurite" / "dist" / "src" / "blob" / "main.js"
-    if node is None or not main.exists():
-        raise RuntimeError("Azurite is missing: install Node 20 or newer, then run npm ci --prefix tests/azurite")
-    options = ["--blobHost", "127.0.0.1", "--blobPort", str(port), "--location", str(folder)]
-    options += ["--cert", str(certificate.cert), "--key", str(certificate.key)]
-    options += ["--silent", "--oauth", "basic", "--skipApiVersionCheck", "--disableTelemetry"]
-    with (folder / "azurite.log").open("ab") as log:
-        process = subprocess.Popen([node, str(main), *options], stdout=log, stderr=log)
-    try:
-        _wait_for(port, process, folder / "azurite.log")
-        yield
-    finally:
-        process.terminate()
-        process.wait(20)
-
-
-def _wait_for(port: int, process: "subprocess.Popen[bytes]", log: Path) -> None:
-    end = time.monotonic() + 60
-    while time.monotonic() < end and process.poll() is None:
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return
-        time.sleep(0.1)
-    raise RuntimeError(f"Azurite did not start: {log.read_text()[-500:]}")
 
 
 class ArmError(Exception):

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
@@ -16,6 +17,7 @@ import pytest
 import yaml
 
 from distillery import cli
+from distillery.store import ArtifactStore
 
 TinyModel = Callable[[str], Path]
 KEY = "a-key-of-the-test"
@@ -92,6 +94,7 @@ def test_check_exits_1_where_something_is_missing(
         (("base", "/no/such/folder"), "/no/such/folder: no such folder"),
         (("base", "package:no_such_package"), "package no_such_package is not installed"),
         (("base", ""), "student.base.model: "),
+        (("store", "show", "abc"), "0 artifacts begin with abc; see distillery store list"),
         (("serve", "/no/such/folder"), "/no/such/folder"),
         (("serve", "/no/such/folder", "--host", "0.0.0.0"), "set DISTILLERY_SERVER_KEY, or use 127.0.0.1"),
     ],
@@ -102,12 +105,49 @@ def test_what_can_be_mended_is_one_line(arguments: tuple[str, ...], said: str) -
 
 def test_a_wrong_call_explains_itself() -> None:
     assert run("serve", ".", "--port", "99999").returncode == 2
-    assert {"check", "serve", "base"} <= set(run("--help").stdout.split())
+    assert run("store", "gc", "--older-than", "0d").returncode == 2
+    assert {"check", "serve", "base", "store"} <= set(run("--help").stdout.split())
+    assert {"list", "show", "gc"} <= set(run("store", "--help").stdout.split())
 
 
 def test_base_prints_the_folder(tiny_model: TinyModel) -> None:
     done = run("base", str(tiny_model("llama")))
     assert (done.returncode, done.stdout.strip(), done.stderr) == (0, str(tiny_model("llama")), "")
+
+
+def test_the_store_is_listed_shown_and_collected(tmp_path: Path) -> None:
+    store, digests = ArtifactStore(), []
+    for content in ("one", "two"):
+        (tmp_path / content).mkdir()
+        (tmp_path / content / "file.txt").write_text(content * 500_000)
+        digests.append(store.put(tmp_path / content).sha256)
+    kept, gone = digests
+    artifact = {"uri": f"elsewhere/{kept}", "sha256": kept, "bytes": 1}
+    for name in ("demo-1", "demo-2"):
+        store.write_record(f"runs/{name}.json", json.dumps({"recipe": "demo", "registered": None, "model": artifact}))
+    for digest, days in ((kept, 40), (gone, 41)):
+        os.utime(Path(store.url) / digest / "artifact.json", (time.time() - days * 86400,) * 2)
+
+    assert run("store", "list").stdout.splitlines() == [
+        f"{kept[:12]}         1.5 MB    40d  model of demo-2 and 1 more",
+        f"{gone[:12]}         1.5 MB    41d  nothing names it",
+    ]
+    listed = json.loads(run("store", "list", "--json").stdout)
+    assert [(one["digest"], one["bytes"], one["named_by"]) for one in listed] == [
+        (kept, 1_500_000, ["model of demo-2", "model of demo-1"]),
+        (gone, 1_500_000, []),
+    ]
+    shown = run("store", "show", kept[:6]).stdout.splitlines()
+    assert shown[0] == f"{store.url}/{kept}"
+    assert shown[1].startswith("1500000 bytes, last used 20")
+    assert shown[2:4] == ["named by model of demo-2", "named by model of demo-1"]
+    assert re.fullmatch(r"[0-9a-f]{12} +1500000  file\.txt", shown[4])
+
+    line = f"artifact             1.5 MB    41d  {gone}"
+    assert run("store", "gc", "--dry-run").stdout.splitlines() == [line, "1 would be removed, 1.5 MB"]
+    assert run("store", "gc").stdout.splitlines() == [line, "1 removed, 1.5 MB"]
+    assert run("store", "gc").stdout.splitlines() == ["0 removed, 0.0 MB"]
+    assert [path.name for path in Path(store.url).iterdir() if len(path.name) == 64] == [kept]
 
 
 def get(url: str, key: str = "") -> bytes:

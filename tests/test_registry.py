@@ -14,18 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from azure_ml_stand_in import (
-    ACCOUNT,
-    ACCOUNT_KEY,
-    CONTAINER,
-    AzureMLStandIn,
-    Certificate,
-    azurite,
-    container_sas,
-    free_port,
-    make_certificate,
-    resolve_localhost,
-)
+from azure_ml_stand_in import CONTAINER, AzureMLStandIn, container_sas, make_certificate, resolve_localhost
+from azurite_server import ACCOUNT, ACCOUNT_KEY, Azurite, Certificate, free_port
 
 from distillery.errors import CredentialsError, DistilleryError, RegistryError, RegistryUnavailable
 from distillery.recipe import RegistryRecipe
@@ -93,9 +83,8 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> Certificate:
 
 @pytest.fixture(scope="module")
 def blob_port(tmp_path_factory: pytest.TempPathFactory, certificate: Certificate) -> Iterator[int]:
-    port = free_port()
-    with azurite(tmp_path_factory.mktemp("azurite"), certificate, port):
-        yield port
+    with Azurite(tmp_path_factory.mktemp("azurite"), certificate) as azurite:
+        yield azurite.port
 
 
 @pytest.fixture
@@ -472,9 +461,7 @@ def test_azure_that_is_down(stand_in: AzureMLStandIn, answer: str) -> None:
         assert time.monotonic() - start < AZURE_DEADLINE
 
 
-def test_azurite_that_is_not_installed_is_an_error(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, certificate: Certificate
-) -> None:
+def test_azurite_that_is_not_installed_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(RuntimeError, match="npm ci --prefix tests/azurite"), azurite(tmp_path, certificate, 1):
-        pass
+    with pytest.raises(RuntimeError, match="npm ci --prefix tests/azurite"):
+        Azurite(tmp_path).start()

@@ -23,7 +23,7 @@ from uuid import uuid4
 import httpx
 import pytest
 import yaml
-from azure_ml_stand_in import free_port
+from azurite_server import free_port
 from prefect.client.schemas.objects import FlowRun
 from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 from prefect.workers.base import BaseJobConfiguration
