@@ -16,8 +16,14 @@ from distillery.errors import RecipeError
 PRESETS = ("demo", "lab")
 
 
+def _without_defaults(schema: dict[str, Any]) -> None:
+    """A form made from the schema sends every default that it is told, and what is given wins over the preset."""
+    for field in schema["properties"].values():
+        field.pop("default", None)
+
+
 class Slice(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), json_schema_extra=_without_defaults)
 
 
 class Columns(Slice):

@@ -17,8 +17,11 @@ from distillery.recipe import BaseModelRecipe, PromptRecipe, TrainingRecipe
 from distillery.records import Rows, StudentCheckpoint, TeacherLabels
 from distillery.store import ArtifactStore
 from tasks.parent import ParentEnded
-from tasks.stage import RESULT, produced_by, tidy_logs
+from tasks.stage import RESULT, is_cached, produced_by, tidy_logs
 from tasks.student import train
+
+UNUSED: dict[str, Any] = {"start": None, "layers": None, "validation": None, "gold": None}
+"""What `train` takes besides, where the caller has none of it."""
 
 
 @flow(name="train-student", description="Fine-tunes a model on labelled rows.", **RESULT)
@@ -61,17 +64,19 @@ def train_student(
     return checkpoint
 
 
-def trained(deployment: str | None, what: str, **parameters: Any) -> StudentCheckpoint:
+def trained(deployment: str | None, what: str, refresh: bool, **parameters: Any) -> StudentCheckpoint:
     """train_student in this process, or on the work pool of `deployment`; a child that fails fails its parent, and one
     whose parent is gone ends (tasks/parent.py)."""
     name = f"{produced_by()}, {what}"
-    if deployment is None:
-        result: StudentCheckpoint = train_student.with_options(flow_run_name=name)(**parameters)
+    if deployment is None or (not refresh and is_cached(train, **(UNUSED | parameters))):
+        # A worker of its own is for work: a record that is there already is read here.
+        result: StudentCheckpoint = train_student.with_options(flow_run_name=name)(refresh=refresh, **parameters)
         return result
     sent = {
         key: value.model_dump(mode="json") if hasattr(value, "model_dump") else value
         for key, value in parameters.items()
     }
+    sent["refresh"] = refresh
     sent["hand_off"] = f"train-{uuid4().hex}"
     try:
         child: Any = run_deployment(deployment, parameters=sent, flow_run_name=name, poll_interval=0.5)

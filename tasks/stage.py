@@ -7,13 +7,14 @@ import warnings
 from collections.abc import Callable, Collection
 from contextvars import ContextVar
 from functools import wraps
+from types import SimpleNamespace
 from typing import Any, Literal, ParamSpec, TypeVar
 from uuid import uuid4
 
 from prefect import Task, task
 from prefect.cache_policies import CacheKeyFnPolicy
 from prefect.context import TaskRunContext
-from prefect.results import ResultStore
+from prefect.results import ResultStore, get_result_store
 from prefect.runtime import flow_run
 from prefect.transactions import get_transaction
 from pydantic import BaseModel
@@ -109,6 +110,13 @@ def _is_hit(results: ResultStore, key: str) -> bool:
         # Half-written, or a record of an earlier version of the project.
         return False
     return is_whole(record)
+
+
+def is_cached(task: Task[..., Any], **arguments: Any) -> bool:
+    """Whether a stage that is called with `arguments` here and now will be Cached."""
+    results = get_result_store().update_for_task(task, _sync=True)
+    key = task.cache_policy.cache_key_fn(SimpleNamespace(result_store=results), arguments)
+    return key is not None and results.model_copy(update={"lock_manager": None}).exists(key)
 
 
 def own_key() -> str:
