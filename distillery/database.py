@@ -7,7 +7,16 @@ from typing import Any, TypeVar
 
 from sqlalchemy import Engine, MetaData, create_engine, event, text
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
+from sqlalchemy.exc import (
+    ArgumentError,
+    DBAPIError,
+    InterfaceError,
+    InternalError,
+    NoSuchModuleError,
+    OperationalError,
+    SQLAlchemyError,
+)
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.schema import CreateTable
 from tenacity import retry, retry_if_exception_type, stop_after_delay, wait_random_exponential
 
@@ -18,6 +27,8 @@ T = TypeVar("T")
 
 METADATA = MetaData()
 _TABLE_LOCK = 7213548210
+_LIMITS = {"connect_timeout": 10, "tcp_user_timeout": 20_000, "keepalives_idle": 10, "keepalives_interval": 5}
+"""For PostgreSQL, in seconds and ms: without them a machine that vanished is noticed after a quarter of an hour."""
 
 
 class Database:
@@ -100,7 +111,8 @@ def _engine(url: URL) -> Engine:
                 f"DISTILLERY_LABELS {url.database}: its folder can't be made ({error.strerror}); set another place"
             ) from error
     try:
-        engine = create_engine(url, pool_pre_ping=True, hide_parameters=True)
+        limits = _LIMITS if url.get_backend_name() == "postgresql" else {}
+        engine = create_engine(url, pool_pre_ping=True, hide_parameters=True, connect_args=limits)
     except (ModuleNotFoundError, NoSuchModuleError):
         raise StoreError("DISTILLERY_LABELS: needs psycopg for PostgreSQL; install distillery[postgres]") from None
     if url.get_backend_name() == "sqlite":
@@ -119,9 +131,15 @@ def _store_error(url: URL, error: SQLAlchemyError) -> StoreError:
     """One line without the SQL, its rows or the password."""
     origin = str(error.orig) if isinstance(error, DBAPIError) else type(error).__name__
     reason = " ".join(origin.split())[:200]
-    place = f"DISTILLERY_LABELS {url.render_as_string(hide_password=True)}"
+    # A password may stand in the query too.
+    place = f"DISTILLERY_LABELS {url.set(query={}).render_as_string(hide_password=True)}"
+    postgresql = url.get_backend_name() == "postgresql"
     if "full" in reason.lower():
         return StoreError(f"{place}: the disk is full; free some space or set another place, then run again")
-    if url.get_backend_name() == "postgresql" or "locked" in reason:
+    if "authentication failed" in reason:
+        return StoreError(f"{place}: refuses the login; correct its user or password")
+    away = isinstance(error, OperationalError | InterfaceError | InternalError | PoolTimeout)
+    if (postgresql and away) or "locked" in reason:
         return StoreUnavailable(f"{place}: the database does not answer ({reason}); check it and run again")
-    return StoreError(f"{place}: can't be used ({reason}); check the file and its folder, or set another place")
+    what = "the user's rights" if postgresql else "the file and its folder"
+    return StoreError(f"{place}: can't be used ({reason}); check {what}, or set another place")

@@ -14,8 +14,9 @@ from collections.abc import Iterator, Set
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal, NamedTuple
 
-from distillery.errors import StoreError
+from distillery.errors import ArtifactDamaged, StoreError
 from distillery.recipe import RegistryRecipe
+from distillery.settings import LocalSettings
 from distillery.storage import ASIDE, StoredFile
 from distillery.store import MANIFEST, RECORDS, WORK, ArtifactStore
 
@@ -87,7 +88,7 @@ class Inventory:
     def waste(self, older_than: timedelta, keep_runs: int, now: datetime | None = None) -> list[Waste]:
         """What can go: see the module. Asks the registries; raises what they raise where they do not answer."""
         limit = (now or datetime.now(UTC)) - older_than
-        versions, needed = _registered({run.registered[:2] for run in self.runs if run.registered})
+        versions, needed = _registered(self._store, {run.registered[:2] for run in self.runs if run.registered})
         kept = self._kept(limit, keep_runs, versions)
         for run in kept:
             needed |= run.names.keys()
@@ -143,7 +144,7 @@ class Inventory:
         try:
             result = json.loads(self._store.read_object(file.name))["result"]
             named = dict(_artifacts(json.loads(result) if isinstance(result, str) else result))
-        except (ValueError, KeyError, TypeError):
+        except (ArtifactDamaged, ValueError, KeyError, TypeError):
             return False
         return bool(named.keys() - there)
 
@@ -163,10 +164,15 @@ class Inventory:
             ) from error
 
 
-def _registered(models: set[tuple[str, str]]) -> tuple[set[Version], set[str]]:
+def _registered(store: ArtifactStore, models: set[tuple[str, str]]) -> tuple[set[Version], set[str]]:
     """All versions of the models in the registries, and the artifacts that their provenance names."""
     from distillery.registry import open_registry
 
+    if not store.storage.is_local and not LocalSettings().registry and any(kind == "local" for kind, _ in models):
+        raise StoreError(
+            "DISTILLERY_REGISTRY: not set, so that this machine's own registry would be asked which models of a shared "
+            "store are registered; set it to the registry of the runs"
+        )
     versions: set[Version] = set()
     named: set[str] = set()
     for kind, name in sorted(models):

@@ -1,17 +1,19 @@
 """Leases: who is at which piece of work, so that runs on any machines do each piece once.
 
 A lease is a row with an expiry in the shared SQL database. Its holder renews it while it works; the lease of one who
-died expires by itself. Times are the database's own, so that machines' clocks need not agree. A holder that could not
-renew in time (a database away for longer than the lease) may find that another has begun the same work: that costs the
-work twice and harms nothing, since what is made is named by its content.
+died expires by itself. Times are the database's own, so that machines' clocks need not agree. While the database is
+away nobody can renew: so whoever waits takes an expired lease only after having seen, for two renewals' time with the
+database there, that nobody renews it. A holder that was held up for longer may find that another has begun the same
+work: that costs the work twice and harms nothing, since what is made is named by its content.
 """
 
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-from sqlalchemy import Column, Float, String, Table, Text, delete, select, text, update
+from sqlalchemy import Column, Float, String, Table, Text, delete, false, select, text, update
 from sqlalchemy.sql.elements import TextClause
 
 from distillery.database import METADATA, Database
@@ -20,6 +22,8 @@ from distillery.errors import StoreError
 SECONDS = 30.0
 _RENEWALS = 6
 _POLL = 1.0
+_OUTAGE = 3.0
+"""Seconds without an answer after which the database counts as having been away."""
 
 _LEASES = Table(
     "leases",
@@ -54,16 +58,25 @@ class Leases:
     ) -> bool:
         """Takes the lease as soon as it is free, and renews it until `release` or the end of this process.
 
-        Waits for at most `timeout` seconds, without end by default; returns whether it was taken. `waiting` is told
-        once which run holds it."""
+        Waits for at most `timeout` seconds, without end by default; returns whether it was taken. `waiting` is told at
+        each look which run holds it; what it raises ends the wait."""
         deadline = None if timeout is None else time.monotonic() + timeout
-        while not self._database.run(lambda connection: self._take(connection, name, holder, run)):
-            if deadline is not None and time.monotonic() >= deadline:
+        seen: float | None = None
+        since = asked = time.monotonic()
+        while True:
+            held = self._database.run(lambda connection: self._read(connection, name))
+            now = time.monotonic()
+            if held is None or held.expires_at != seen or now - asked > _OUTAGE:
+                seen, since = held.expires_at if held else None, now
+            left = seen if now - since >= 2 * self._seconds / _RENEWALS else None
+            if self._database.run(partial(self._take, name=name, holder=holder, run=run, left=left)):
+                break
+            if deadline is not None and now >= deadline:
                 return False
-            if waiting:
-                waiting(self.held_by(name) or "another run")
-                waiting = None
+            if held and waiting:
+                waiting(held.run or "another run")
             time.sleep(_POLL)
+            asked = time.monotonic()
         stop = self._renewals[name, holder] = threading.Event()
         threading.Thread(target=self._renew, args=(name, holder, stop), name="lease", daemon=True).start()
         return True
@@ -78,24 +91,28 @@ class Leases:
             except StoreError:
                 return
 
-    def is_held(self, name: str, holder: str | None = None) -> bool:
-        """Whether anybody, or `holder`, holds it."""
-        held = select(_LEASES.c.holder).where(_LEASES.c.name == name, _LEASES.c.expires_at > self._now)
-        if holder is not None:
-            held = held.where(_LEASES.c.holder == holder)
-        return bool(self._database.run(lambda connection: connection.execute(held).first()))
+    def is_held(self, name: str) -> bool:
+        """Whether anybody holds it."""
+        held = self._database.run(lambda connection: self._read(connection, name))
+        return held is not None and not held.expired
 
-    def held_by(self, name: str) -> str:
-        """The run that holds it, or nothing."""
-        held = select(_LEASES.c.run).where(_LEASES.c.name == name, _LEASES.c.expires_at > self._now)
-        return self._database.run(lambda connection: connection.execute(held).scalar()) or ""
+    def holds(self, name: str, holder: str) -> bool:
+        """Whether this process is at that work as `holder`, as far as it knows: what it has made it may keep."""
+        return (name, holder) in self._renewals
 
-    def _take(self, connection: Any, name: str, holder: str, run: str) -> bool:
+    def _read(self, connection: Any, name: str) -> Any:
+        expired = (_LEASES.c.expires_at <= self._now).label("expired")
+        return connection.execute(select(_LEASES, expired).where(_LEASES.c.name == name)).first()
+
+    def _take(self, connection: Any, name: str, holder: str, run: str, left: float | None) -> bool:
+        """Takes a lease that nobody has, that `holder` has, or that expired at `left`."""
         until = self._until()
         insert = self._database.insert(_LEASES).values(name=name, holder=holder, run=run, expires_at=until)
-        free = (_LEASES.c.expires_at <= self._now) | (_LEASES.c.holder == holder)
+        free = (_LEASES.c.expires_at <= self._now) & (_LEASES.c.expires_at == left) if left is not None else false()
         taken = insert.on_conflict_do_update(
-            index_elements=[_LEASES.c.name], set_={"holder": holder, "run": run, "expires_at": until}, where=free
+            index_elements=[_LEASES.c.name],
+            set_={"holder": holder, "run": run, "expires_at": until},
+            where=free | (_LEASES.c.holder == holder),
         )
         return connection.execute(taken.returning(_LEASES.c.name)).first() is not None
 

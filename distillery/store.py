@@ -219,12 +219,14 @@ class ArtifactStore:
     def _fetch_remote(self, digest: str) -> Path:
         try:
             entry = self._cache.hold(digest)
-            with suppress(ArtifactDamaged):
-                _verify(entry, digest)
-                with suppress(FileNotFoundError):
-                    self._use(digest)
-                return entry
-            self._download(digest, entry)
+            # One at a time: what another process has just put there in place of a damaged copy stays.
+            with self._cache.writing(digest):
+                with suppress(ArtifactDamaged):
+                    _verify(entry, digest)
+                    with suppress(FileNotFoundError):
+                        self._use(digest)
+                    return entry
+                self._download(digest, entry)
         except FileNotFoundError as error:
             raise ArtifactDamaged(
                 f"{self.url}/{digest}: not in the store, or not completely written; run its stage again"
@@ -273,6 +275,13 @@ class _Cache:
         with suppress(FileNotFoundError):
             os.utime(entry)
         return entry
+
+    @contextmanager
+    def writing(self, digest: str) -> Iterator[None]:
+        """Keeps other processes from looking at the artifact, or writing it, meanwhile."""
+        with self._lock(f"{digest}.writing") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
 
     def make_room(self, needed: int) -> None:
         """Evicts until `needed` bytes more are within the limit, or until all that is left is in use."""

@@ -29,7 +29,7 @@ from tasks.labels import label
 from tasks.onnx import export
 from tasks.registry import download, judge, promote, register
 from tasks.results import results_in_store
-from tasks.stage import RESULT, Stage, produced_by, refreshing, tidy_logs
+from tasks.stage import RESULT, Stage, own_tags, produced_by, refreshing, tidy_logs
 from tasks.summary import publish, render
 
 
@@ -37,7 +37,8 @@ def _run_name() -> str:
     """Recipe, data and time: what people look for in a list of runs."""
     given = flow_run.parameters["recipe"]
     recipe = given if isinstance(given, Recipe) else Recipe.model_validate(given)
-    return f"{recipe.name}-{recipe.dataset.title}-{datetime.now():%Y%m%d-%H%M%S}"
+    # Two runs may start in one second.
+    return f"{recipe.name}-{recipe.dataset.title}-{datetime.now():%Y%m%d-%H%M%S}-{str(flow_run.id)[:4]}"
 
 
 @flow(name="distill", flow_run_name=_run_name, description=__doc__, **RESULT)
@@ -62,8 +63,7 @@ def distill(recipe: Recipe, training_deployment: str | None = None, refresh: tup
     if recipe.teacher.kind == "local":
         named = prepare_teacher.with_options(flow_run_name=f"{produced_by()}, preparation")
         taught = preparation.model_copy(update={"base": pinned(preparation.base)})
-        # A subflow has no tags of its own, and without them no automation finds it dead.
-        with tags(*flow_run.tags):
+        with own_tags():
             local = named(taught, recipe.prompt, data, training_deployment, refresh)
     served = local.model if local else None
     identity = teacher_identity(recipe, served)

@@ -16,8 +16,8 @@ from distillery.errors import TrainingError
 from distillery.recipe import BaseModelRecipe, PromptRecipe, TrainingRecipe
 from distillery.records import Rows, StudentCheckpoint, TeacherLabels
 from distillery.store import ArtifactStore
-from tasks.parent import ParentEnded
-from tasks.stage import RESULT, is_cached, produced_by, tidy_logs
+from tasks.parent import ParentEnded, parent_watched
+from tasks.stage import RESULT, is_cached, own_tags, produced_by, tidy_logs
 from tasks.student import train
 
 UNUSED: dict[str, Any] = {"start": None, "layers": None, "validation": None, "gold": None}
@@ -56,7 +56,8 @@ def train_student(
     tidy_logs()
     again = train.with_options(refresh_cache=refresh or None)
     try:
-        checkpoint = again(base, start, layers, training, prompt, rows, labels, validation, gold)
+        with parent_watched():
+            checkpoint = again(base, start, layers, training, prompt, rows, labels, validation, gold)
     except ParentEnded as ended:
         return Cancelled(message=str(ended))
     if hand_off:
@@ -70,7 +71,8 @@ def trained(deployment: str | None, what: str, refresh: bool, **parameters: Any)
     name = f"{produced_by()}, {what}"
     if deployment is None or (not refresh and is_cached(train, **(UNUSED | parameters))):
         # A worker of its own is for work: a record that is there already is read here.
-        result: StudentCheckpoint = train_student.with_options(flow_run_name=name)(refresh=refresh, **parameters)
+        with own_tags():
+            result: StudentCheckpoint = train_student.with_options(flow_run_name=name)(refresh=refresh, **parameters)
         return result
     sent = {
         key: value.model_dump(mode="json") if hasattr(value, "model_dump") else value

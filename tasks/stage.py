@@ -5,13 +5,13 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from functools import wraps
 from types import SimpleNamespace
 from typing import Any, Literal, ParamSpec, TypeVar
-from uuid import uuid4
 
-from prefect import Task, task
+from prefect import Task, tags, task
 from prefect.cache_policies import CacheKeyFnPolicy
 from prefect.context import TaskRunContext
 from prefect.results import ResultStore, get_result_store
@@ -91,7 +91,7 @@ def _cache_key(name: str, version: int) -> Callable[[TaskRunContext, dict[str, A
             candidate = key_stem = f"{name.replace(' ', '-')}-{content[:32]}"
             # A cached record whose artifact is gone or damaged is no hit: the next free key is used instead.
             generation = 0
-            while results.exists(candidate) and not _is_hit(results, candidate):
+            while _is_kept(results, candidate) and not _is_hit(results, candidate):
                 generation += 1
                 candidate = f"{key_stem}-{generation}"
         except DistilleryError as error:
@@ -101,6 +101,15 @@ def _cache_key(name: str, version: int) -> Callable[[TaskRunContext, dict[str, A
         return candidate
 
     return key
+
+
+def _is_kept(results: ResultStore, key: str) -> bool:
+    """Unlike ResultStore.exists, it does not take an outage for a record that is not there."""
+    try:
+        results.result_storage.read_path(key, _sync=True)
+    except ValueError:
+        return False
+    return True
 
 
 def _is_hit(results: ResultStore, key: str) -> bool:
@@ -116,13 +125,17 @@ def is_cached(task: Task[..., Any], **arguments: Any) -> bool:
     """Whether a stage that is called with `arguments` here and now will be Cached."""
     results = get_result_store().update_for_task(task, _sync=True)
     key = task.cache_policy.cache_key_fn(SimpleNamespace(result_store=results), arguments)
-    return key is not None and results.model_copy(update={"lock_manager": None}).exists(key)
+    return key is not None and _is_kept(results, key)
+
+
+def is_recorded(task: Task[..., Any], key: str) -> bool:
+    """Whether there is a record under this cache key of the stage."""
+    return _is_kept(get_result_store().update_for_task(task, _sync=True), key)
 
 
 def own_key() -> str:
     """The cache key of the stage that runs; its checkpoints are kept under it."""
-    transaction = get_transaction()
-    return str(transaction.key) if transaction and transaction.key else uuid4().hex
+    return str(get_transaction().key)
 
 
 def content_of(value: Any) -> Any:
@@ -156,6 +169,12 @@ def produced_by() -> str:
     return str(flow_run.name or "a run without a name")
 
 
+def own_tags() -> AbstractContextManager[set[str]]:
+    """Gives the runs that are started within the tags of this one: a subflow has none of its own, and without them no
+    automation finds it dead."""
+    return tags(*flow_run.tags)
+
+
 def origin(started: float) -> dict[str, Any]:
     """What a record says of where it came from; `started` is time.perf_counter() at the stage's start."""
     return {
@@ -175,15 +194,16 @@ def tidy_logs() -> None:
         warnings.simplefilter("ignore", category)
     for name in ("prefect.flow_runs", "prefect.task_runs", "prefect.engine"):
         logger = logging.getLogger(name)
-        if _one_line_errors not in logger.filters:
-            logger.addFilter(_one_line_errors)
+        if _plainly not in logger.filters:
+            logger.addFilter(_plainly)
 
 
-def _one_line_errors(record: logging.LogRecord) -> bool:
+def _plainly(record: logging.LogRecord) -> bool:
     error = record.exc_info[1] if record.exc_info else None
     if isinstance(error, DistilleryError):
         record.exc_info, record.args, record.msg = None, None, str(error).replace("%", "%%")
-    return True
+    # Prefect announces our own hooks, twice each.
+    return not str(record.msg).startswith(("Running hook", "Hook "))
 
 
 def _is_infrastructure(_task: Any, _run: Any, state: Any) -> bool:

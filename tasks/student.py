@@ -1,5 +1,6 @@
 import json
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,14 @@ from prefect import get_run_logger
 from distillery import student as domain
 from distillery.base_model import base_folder, remote_code_allowed
 from distillery.dataset import read_examples
+from distillery.errors import DistilleryError
 from distillery.labels import read_labels
 from distillery.recipe import BaseModelRecipe, PromptRecipe, TrainingRecipe
 from distillery.records import Rows, StudentCheckpoint, TeacherLabels
 from distillery.store import ArtifactStore, working_folder
-from tasks.parent import parent_watched
+from tasks.parent import check_parent
 from tasks.progress import progress_artifact
-from tasks.stage import origin, own_key, stage
+from tasks.stage import is_recorded, origin, own_key, stage
 
 
 @stage("train", version=1)
@@ -43,9 +45,9 @@ def train(
     ready += answered
     too_long += too_long_gold
     work = _Work(store, own_key())
+    check_parent()
     with (
         working_folder("train") as folder,
-        parent_watched() as check_parent,
         progress_artifact("training", "training steps") as show,
     ):
 
@@ -73,7 +75,6 @@ def train(
             checkpoints=work,
         )
         artifact = store.put(folder)
-    store.drop_checkpoint(work.key)
     since = f" (from step {result.resumed_at} on)" if result.resumed_at else ""
     accuracy = "none" if result.validation_accuracy is None else f"{result.validation_accuracy:.3f}"
     logger.info(
@@ -99,6 +100,16 @@ def train(
         remote_code=remote_code_allowed(base),
         **origin(started),
     )
+
+
+@train.on_completion
+def _drop_checkpoint(_task: Any, _run: Any, state: Any) -> None:
+    """Only once the record is kept: until then a checkpoint is all that a killed run would leave."""
+    key = Path(state.data.metadata.storage_key).name
+    # What can't be dropped now is collected later: see housekeeping.py.
+    with suppress(DistilleryError):
+        if is_recorded(train, key):
+            ArtifactStore().drop_checkpoint(key)
 
 
 def _with_own_answers(

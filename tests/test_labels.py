@@ -285,10 +285,21 @@ def test_a_store_that_can_not_be(wrong: str, line: str) -> None:
 def test_a_postgresql_that_is_down_is_worth_a_retry_and_shows_no_password(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DISTILLERY_STORE_WAIT", "0")
     with pytest.raises(StoreUnavailable) as caught:
-        LabelStore("postgresql://labels:hidden@127.0.0.1:1/db")
+        LabelStore("postgresql://labels:hidden@127.0.0.1:1/db?sslpassword=hidden")
     assert "the database does not answer" in str(caught.value)
     assert "hidden" not in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_login_without_rights_is_no_outage() -> None:
+    with Postgres() as server:
+        server.ask("CREATE ROLE guest LOGIN")
+        server.ask("REVOKE CREATE ON SCHEMA public FROM PUBLIC")
+        started = time.monotonic()
+        with pytest.raises(StoreError, match="check the user's rights") as caught:
+            LabelStore(server.url().replace("owner", "guest"))
+        assert not isinstance(caught.value, StoreUnavailable)
+        assert time.monotonic() - started < 5
 
 
 def test_answers_outlive_an_outage_of_the_database() -> None:

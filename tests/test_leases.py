@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -53,9 +54,9 @@ def test_a_lease_has_one_holder_at_a_time(url: str) -> None:
     assert leases.acquire("work", "a", run="first")
     assert not leases.acquire("work", "b", timeout=0)
     assert leases.acquire("other work", "b", timeout=0)
-    assert leases.is_held("work", "a")
-    assert not leases.is_held("work", "b")
-    assert leases.held_by("work") == "first"
+    assert leases.holds("work", "a")
+    assert not leases.holds("work", "b")
+    assert leases.is_held("work")
     leases.release("work", "b")
     assert leases.is_held("work")
     leases.release("work", "a")
@@ -67,14 +68,14 @@ def test_who_waits_is_told_for_whom_and_gets_it(url: str) -> None:
     leases, told = Leases(url), list[str]()
     leases.acquire("work", "a", run="first")
     assert not leases.acquire("work", "b", timeout=1.5, waiting=told.append)
-    assert told == ["first"]
+    assert set(told) == {"first"}
 
 
 def test_a_holder_that_lives_keeps_it_past_its_length(url: str) -> None:
     leases = Leases(url, seconds=1)
     leases.acquire("work", "a")
     time.sleep(2)
-    assert leases.is_held("work", "a")
+    assert leases.is_held("work")
     assert not leases.acquire("work", "b", timeout=0)
 
 
@@ -82,14 +83,14 @@ def test_the_lease_of_a_killed_process_expires(url: str) -> None:
     child = started(HOLDER, url, "2")
     assert child.stdout
     assert child.stdout.readline() == "held\n"
-    leases = Leases(url)
-    assert leases.held_by("work") == "the child's run"
+    leases = Leases(url, seconds=2)
+    assert leases.is_held("work")
     assert not leases.acquire("work", "b", timeout=2.5)
     os.kill(child.pid, signal.SIGKILL)
     child.wait()
     killed = time.monotonic()
     assert leases.acquire("work", "b", timeout=10)
-    assert time.monotonic() - killed < 4
+    assert time.monotonic() - killed < 5
 
 
 def test_processes_take_turns(url: str, tmp_path: Path) -> None:
@@ -100,3 +101,19 @@ def test_processes_take_turns(url: str, tmp_path: Path) -> None:
     assert len(lines) == 24
     for entered, left in zip(lines[::2], lines[1::2], strict=True):
         assert entered.removeprefix("in ") == left.removeprefix("out ")
+
+
+def test_an_outage_longer_than_the_lease_changes_no_holder() -> None:
+    with Postgres() as server:
+        holder, other = Leases(server.url(), seconds=3), Leases(server.url(), seconds=3)
+        holder.acquire("work", "a")
+        with ThreadPoolExecutor() as pool:
+            waiting = pool.submit(other.acquire, "work", "b")
+            time.sleep(1.5)
+            server.stop()
+            time.sleep(5)
+            server.start()
+            time.sleep(5)
+            assert not waiting.done()
+            holder.release("work", "a")
+            assert waiting.result(timeout=10)

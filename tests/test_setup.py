@@ -441,7 +441,8 @@ def test_compose_takes_every_setting_from_a_documented_variable() -> None:
     assert {name for name, _ in found} <= set(documented)
     # What the set-up command passes on to the runs, under a name that it knows.
     environment = set(COMPOSE["services"]["setup"]["environment"])
-    assert environment - {"PREFECT_API_URL", "PREFECT_API_AUTH_STRING"} <= {*setup.VARIABLES, *setup.SECRETS}
+    assert environment - {"PREFECT_API_URL", "PREFECT_API_AUTH_STRING"} == {*setup.VARIABLES, *setup.SECRETS}
+    assert set(setup.EACH_WORKERS_OWN) <= set(COMPOSE["services"]["cpu-worker"]["environment"])
 
 
 def instructions() -> list[list[str]]:
