@@ -291,6 +291,7 @@ def test_a_postgresql_that_is_down_is_worth_a_retry_and_shows_no_password(monkey
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_login_without_rights_is_no_outage() -> None:
     with Postgres() as server:
         server.ask("CREATE ROLE guest LOGIN")
@@ -302,6 +303,7 @@ def test_a_login_without_rights_is_no_outage() -> None:
         assert time.monotonic() - started < 5
 
 
+@pytest.mark.slow
 def test_answers_outlive_an_outage_of_the_database() -> None:
     with Postgres() as server, LabelStore(server.url()) as store:
         before, meanwhile = stored(1), stored(2)

@@ -36,7 +36,7 @@ for turn in range(3):
 """
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
+@pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.slow)])
 def url(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[str]:
     if request.param == "sqlite":
         yield f"sqlite:///{tmp_path / 'labels.db'}"
@@ -103,6 +103,7 @@ def test_processes_take_turns(url: str, tmp_path: Path) -> None:
         assert entered.removeprefix("in ") == left.removeprefix("out ")
 
 
+@pytest.mark.slow
 def test_an_outage_longer_than_the_lease_changes_no_holder() -> None:
     with Postgres() as server:
         holder, other = Leases(server.url(), seconds=3), Leases(server.url(), seconds=3)
