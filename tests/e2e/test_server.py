@@ -1,167 +1,89 @@
-"""A real Prefect server and its two workers, as `make up` starts them: where things run and what fails."""
+"""A Prefect server on SQLite and two workers that share folders: where things run, what is cached, what fails, and what
+people see of it in a browser."""
 
 import json
 import os
-import socket
+import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
-import psutil
 import pytest
-from tiny_recipe import recipe, row, write_rows
-
-PROJECT = Path(__file__).resolve().parents[2]
-LOCAL = PROJECT / "deployments" / "local.py"
+from playwright.sync_api import Locator, Page, expect, sync_playwright
+from tiny_recipe import recipe, row
+from workshop import PROJECT, Run, Workshop, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
-class Server:
-    """What `python deployments/local.py up` runs, with a home and a port of its own."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        self.api = httpx.Client(base_url=f"http://127.0.0.1:{self.port}/api", timeout=60, trust_env=False)
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "TEACHER_"))}
-        self.environment = kept | {
-            "DISTILLERY_HOME": str(folder / "home"),
-            "DISTILLERY_PREFECT_PORT": str(self.port),
-            "PREFECT_HOME": str(folder / "prefect"),
-            "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-        }
-
-    def local(self, command: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, str(LOCAL), command], env=self.environment, capture_output=True, text=True, timeout=300
-        )
-
-    def deployment_run(self, name: str, parameters: dict[str, Any]) -> subprocess.CompletedProcess[str]:
-        """`prefect deployment run NAME --watch`, from anywhere."""
-        command = [sys.executable, "-m", "prefect", "--no-prompt", "deployment", "run", name]
-        command += ["--watch", "--watch-interval", "1", "--params", json.dumps(parameters)]
-        environment = self.environment | {"PREFECT_API_URL": f"http://127.0.0.1:{self.port}/api"}
-        return subprocess.run(command, env=environment, cwd=self.folder, capture_output=True, text=True, timeout=600)
-
-    def post(self, path: str, body: dict[str, Any]) -> httpx.Response:
-        """Asks again, as Prefect's own client does, while SQLite is locked by another writer (503)."""
-        for _ in range(20):
-            response = self.api.post(path, json=body)
-            if response.status_code != 503:
-                break
-            time.sleep(0.5)
-        return response
-
-    def ask(self, path: str, **body: Any) -> Any:
-        return self.post(path, body).raise_for_status().json()
-
-    def newest_run(self, flow: str) -> dict[str, Any]:
-        known = {"name": {"any_": [flow]}}
-        runs: list[dict[str, Any]] = self.ask("/flow_runs/filter", flows=known, sort="START_TIME_DESC", limit=1)
-        return runs[0]
-
-    def is_running(self, flow: str) -> bool:
-        state = {"state": {"type": {"any_": ["RUNNING"]}}}
-        return bool(self.ask("/flow_runs/count", flows={"name": {"any_": [flow]}}, flow_runs=state))
-
-    def family(self, run: dict[str, Any]) -> list[dict[str, Any]]:
-        """The run and all that it started, by the names that distill gives them."""
-        runs: list[dict[str, Any]] = self.ask("/flow_runs/filter", flow_runs={"name": {"like_": run["name"]}})
-        return runs
-
-    def tasks(self, run: dict[str, Any]) -> dict[str, str]:
-        """The run's tasks and their states; its subflows are left out."""
-        tasks = self.ask("/task_runs/filter", flow_runs={"id": {"any_": [run["id"]]}})
-        return {
-            task["name"]: task["state_name"]
-            for task in tasks
-            if not task["state"]["state_details"]["child_flow_run_id"]
-        }
-
-    def log(self, run: dict[str, Any]) -> str:
-        entries = self.ask("/logs/filter", logs={"flow_run_id": {"any_": [run["id"]]}}, sort="TIMESTAMP_ASC")
-        return "\n".join(entry["message"] for entry in entries)
-
-    def worker_that_ran(self, run: dict[str, Any]) -> list[str]:
-        """The pools whose worker's log holds what the run's process wrote."""
-        logs = {pool: self.folder / "home" / "run" / f"{pool}.log" for pool in ("cpu-pool", "gpu-pool")}
-        return [pool for pool, log in logs.items() if run["id"] in log.read_text()]
-
-    def processes(self) -> list[psutil.Process]:
-        """All processes that were started with this home in their environment."""
-        found = []
-        for process in psutil.process_iter():
-            try:
-                if process.environ().get("DISTILLERY_HOME") == self.environment["DISTILLERY_HOME"]:
-                    found.append(process)
-            except psutil.Error:
-                continue
-        return found
-
-
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    server = Server(tmp_path_factory.mktemp("server"))
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workshop]:
+    """The workers share folders and SQLite files alone."""
+    folder = tmp_path_factory.mktemp("server")
+    common = folder / "shared"
+    common.mkdir()
+    shared = {
+        "DISTILLERY_STORE": str(common / "store"),
+        "DISTILLERY_LABELS": f"sqlite:///{common / 'labels.db'}",
+        "DISTILLERY_REGISTRY": f"sqlite:///{common / 'registry.db'}",
+    }
+    workshop = Workshop(folder, shared)
     try:
-        up = server.local("up")
-        assert up.returncode == 0, up.stdout + up.stderr
-        yield server
+        workshop.start()
+        yield workshop
     finally:
-        server.local("down")
-        for process in server.processes():
-            process.kill()
-        server.api.close()
+        workshop.close()
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
-    return write_rows(tmp_path_factory.mktemp("rows"))
-
-
-@pytest.fixture(scope="module")
-def base(tiny_model: Callable[[str], Path]) -> Path:
-    return tiny_model("llama")
-
-
-@pytest.fixture(scope="module")
-def distilled(server: Server, files: dict[str, list[str]], base: Path) -> dict[str, Any]:
+def distilled(workshop: Workshop, files: dict[str, list[str]], tiny: Path) -> Run:
     """distill/demo with a tiny recipe, training sent to the GPU pool, as the deployment's own parameters say."""
-    done = server.deployment_run("distill/demo", {"recipe": recipe(files, base)})
-    run = server.newest_run("distill")
-    assert done.returncode == 0, done.stdout + done.stderr + server.log(run)
+    done = workshop.deployment_run("distill/demo", {"recipe": recipe(files, tiny)})
+    run = workshop.newest_run("distill")
+    assert done.returncode == 0, done.stdout + done.stderr + workshop.log(run)
     return run
 
 
-def test_training_runs_in_the_gpu_worker_and_the_rest_in_the_cpu_worker(
-    server: Server, distilled: dict[str, Any]
-) -> None:
-    name = distilled["name"]
-    runs = {run["name"].removeprefix(name).strip(", "): run for run in server.family(distilled)}
+def test_training_runs_in_the_gpu_worker_and_the_rest_in_the_cpu_worker(workshop: Workshop, distilled: Run) -> None:
+    runs = workshop.family(distilled)
     assert set(runs) == {"", "preparation", "preparation, teacher", "student"}
     assert distilled["state_name"] == "Completed"
     for child in ("preparation, teacher", "student"):
         assert runs[child]["work_pool_name"] == "gpu-pool"
-        assert server.worker_that_ran(runs[child]) == ["gpu-pool"]
-        assert server.tasks(runs[child]) == {"train": "Completed"}
+        assert workshop.worker_that_ran(runs[child]) == ["gpu-pool"]
+        assert workshop.tasks(runs[child]) == {"train": "Completed"}
     assert distilled["work_pool_name"] == "cpu-pool"
-    assert server.worker_that_ran(distilled) == ["cpu-pool"]
+    assert workshop.worker_that_ran(distilled) == ["cpu-pool"]
     # A subflow without a deployment has no pool of its own: it runs in its parent's process.
     assert runs["preparation"]["work_pool_name"] is None
-    assert server.worker_that_ran(runs["preparation"]) == ["cpu-pool"]
+    assert workshop.worker_that_ran(runs["preparation"]) == ["cpu-pool"]
     here = {"prepare dataset", "label", "export", "evaluate", "register", "download"}
-    assert server.tasks(distilled) == dict.fromkeys(here, "Completed")
-    assert server.tasks(runs["preparation"]) == {"gold labels": "Completed", "export": "Completed"}
+    assert workshop.tasks(distilled) == dict.fromkeys(here, "Completed")
+    assert workshop.tasks(runs["preparation"]) == {"gold labels": "Completed", "export": "Completed"}
+
+
+def test_a_damaged_artifact_in_the_store_is_made_again_and_nothing_else(
+    workshop: Workshop, distilled: Run, files: dict[str, list[str]], tiny: Path
+) -> None:
+    store = workshop.folder / "shared" / "store"
+    (labels,) = (path for path in store.glob("*/files/labels.jsonl") if b'"distribution": {' in path.read_bytes())
+    good = labels.read_bytes()
+    labels.write_bytes(good[:-2] + b"?\n")
+    before = workshop.counts()
+    mended = workshop.distil(recipe(files, tiny))
+    states = workshop.states(mended)
+    assert {name for name, state in states.items() if state != "Cached"} == {": label"}
+    assert labels.read_bytes() == good
+    assert workshop.scoreboard(mended) == workshop.scoreboard(distilled)
+    # The answers are in the label store: nobody is asked.
+    assert workshop.counts()["request"] == before["request"]
 
 
 def test_the_cpu_pool_answers_a_file_with_the_registered_student(
-    server: Server, distilled: dict[str, Any], tmp_path: Path
+    workshop: Workshop, distilled: Run, tmp_path: Path
 ) -> None:
     rows = [row("new", number) for number in range(12)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"id": "bad"}]))
@@ -170,9 +92,9 @@ def test_the_cpu_pool_answers_a_file_with_the_registered_student(
         "input_uri": str(tmp_path / "rows.jsonl"),
         "output": str(tmp_path / "answers"),
     }
-    done = server.deployment_run("batch-inference/cpu", parameters)
-    run = server.newest_run("batch-inference")
-    assert done.returncode == 0, done.stdout + done.stderr + server.log(run)
+    done = workshop.deployment_run("batch-inference/cpu", parameters)
+    run = workshop.newest_run("batch-inference")
+    assert done.returncode == 0, done.stdout + done.stderr + workshop.log(run)
     assert run["work_pool_name"] == "cpu-pool"
     answers = [json.loads(line) for line in (tmp_path / "answers" / "predictions.jsonl").read_text().splitlines()]
     assert [answer["example_id"] for answer in answers] == [row["id"] for row in rows]
@@ -188,6 +110,7 @@ def _code_of_its_own(values: dict[str, Any], folder: Path) -> None:
     (folder / "config.json").write_text('{"model_type": "homemade"}')
     (folder / "model.safetensors").write_bytes(b"")
     values["student"] |= {"start": "base", "base": {"model": str(folder)}}
+    values["student"]["training"]["hidden_weight"] = 0
 
 
 @pytest.mark.parametrize(
@@ -198,25 +121,25 @@ def _code_of_its_own(values: dict[str, Any], folder: Path) -> None:
     ],
 )
 def test_a_child_that_fails_fails_its_parent_with_its_reason(
-    server: Server,
+    workshop: Workshop,
     files: dict[str, list[str]],
-    base: Path,
+    tiny: Path,
     tmp_path: Path,
     spoil: Callable[[dict[str, Any], Path], None],
     reason: str,
 ) -> None:
-    values = recipe(files, base)
+    values = recipe(files, tiny)
     spoil(values, tmp_path)
-    done = server.deployment_run("distill/demo", {"recipe": values})
+    done = workshop.deployment_run("distill/demo", {"recipe": values})
     assert done.returncode == 1, done.stdout + done.stderr
-    parent = server.newest_run("distill")
-    child = next(run for run in server.family(parent) if run["name"] == f"{parent['name']}, student")
+    parent = workshop.newest_run("distill")
+    child = workshop.family(parent)["student"]
     assert (parent["state_type"], child["state_type"]) == ("FAILED", "FAILED")
     assert reason in child["state"]["message"]
     assert f"train-student/gpu: the run '{child['name']}' ended as Failed" in parent["state"]["message"]
     assert reason in parent["state"]["message"]
-    assert reason in server.log(parent)
-    assert "Traceback" not in server.log(parent) + server.log(child)
+    assert reason in workshop.log(parent)
+    assert "Traceback" not in workshop.log(parent) + workshop.log(child)
 
 
 @pytest.mark.parametrize(
@@ -229,57 +152,133 @@ def test_a_child_that_fails_fails_its_parent_with_its_reason(
     ],
 )
 def test_bad_parameters_are_refused_before_a_run_exists(
-    server: Server, deployment: str, parameters: dict[str, Any], named: str
+    workshop: Workshop, deployment: str, parameters: dict[str, Any], named: str
 ) -> None:
-    before = server.ask("/flow_runs/count")
-    known = server.api.get(f"/deployments/name/{deployment}").json()
-    response = server.post(f"/deployments/{known['id']}/create_flow_run", {"parameters": parameters})
+    before = workshop.ask("/flow_runs/count")
+    known = workshop.deployment(deployment)
+    response = workshop.post(f"/deployments/{known['id']}/create_flow_run", {"parameters": parameters})
     assert response.status_code in (409, 422), response.text
     assert named in response.text
-    assert server.ask("/flow_runs/count") == before
+    assert workshop.ask("/flow_runs/count") == before
 
 
-def test_a_parameter_that_the_flow_does_not_have_is_refused(server: Server) -> None:
-    before = server.ask("/flow_runs/count")
-    done = server.deployment_run("distill/demo", {"recipe": {"preset": "demo"}, "where": "gpu"})
+def test_a_parameter_that_the_flow_does_not_have_is_refused(workshop: Workshop) -> None:
+    before = workshop.ask("/flow_runs/count")
+    done = workshop.deployment_run("distill/demo", {"recipe": {"preset": "demo"}, "where": "gpu"})
     assert done.returncode == 1
     assert "where" in done.stdout + done.stderr
-    assert server.ask("/flow_runs/count") == before
+    assert workshop.ask("/flow_runs/count") == before
 
 
-def test_the_weekly_run_waits_until_it_is_switched_on(server: Server) -> None:
-    lab = server.api.get("/deployments/name/distill/lab").json()
+def test_the_weekly_run_waits_until_it_is_switched_on(workshop: Workshop) -> None:
+    lab = workshop.deployment("distill/lab")
     assert [(schedule["schedule"]["cron"], schedule["active"]) for schedule in lab["schedules"]] == [
         ("0 5 * * 1", False)
     ]
     assert lab["work_pool_name"] == "cpu-pool"
 
 
-def test_down_ends_everything_in_the_midst_of_a_run(server: Server, files: dict[str, list[str]], base: Path) -> None:
-    values = recipe(files, base)
-    values["teacher"]["preparation"]["training"]["epochs"] = 100_000
-    deployment = server.api.get("/deployments/name/distill/demo").json()
-    parameters = {"recipe": values, "training_deployment": "train-student/gpu"}
-    server.post(f"/deployments/{deployment['id']}/create_flow_run", {"parameters": parameters}).raise_for_status()
-    deadline = time.monotonic() + 120
-    while not server.is_running("train-student"):
-        assert time.monotonic() < deadline
-        time.sleep(0.5)
-    second = server.local("up")
-    assert (second.returncode, second.stderr) == (1, "error: already up; `make down` first\n")
-    started = {int(path.read_text()) for path in (server.folder / "home" / "run").glob("*.pid")}
-    running = {process.pid for process in server.processes()}
-    assert len(started) == 3
-    # The server, the workers and, below these, the parent and the child.
-    assert started < running
-    assert len(running) >= 5
+@pytest.fixture(scope="module")
+def page() -> Iterator[Page]:
+    """A page of headless Chromium that reaches nothing but this machine."""
+    switches = ("disable-quic", "no-first-run", "disable-background-networking", "disable-component-update")
+    arguments = ["--no-sandbox", "--disable-gpu", "--disable-sync", *(f"--{name}" for name in switches)]
+    arguments.append("--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1")
+    with sync_playwright() as playwright:
+        chromium = shutil.which("chromium")
+        assert chromium, "this test needs Chromium: apt-get install chromium"
+        browser = playwright.chromium.launch(executable_path=chromium, args=arguments)
+        page = browser.new_page(viewport={"width": 1400, "height": 1000})
+        page.set_default_timeout(30_000)
+        yield page
+        browser.close()
 
-    down = server.local("down")
-    assert down.returncode == 0, down.stderr
-    deadline = time.monotonic() + 10
-    while server.processes() and time.monotonic() < deadline:
-        time.sleep(0.2)
-    assert [" ".join(process.cmdline()) for process in server.processes()] == []
-    assert not list((server.folder / "home" / "run").glob("*.pid"))
-    with pytest.raises(httpx.TransportError):
-        server.api.get("/health")
+
+def screenshot(place: Page | Locator, name: str) -> None:
+    """Into the folder SCREENSHOTS, if one is named."""
+    if folder := os.environ.get("SCREENSHOTS"):
+        place.screenshot(path=Path(folder) / f"{name}.png")
+
+
+def test_the_page_of_a_run_shows_its_graph_and_its_stages(workshop: Workshop, distilled: Run, page: Page) -> None:
+    page.goto(f"{workshop.url}/v2/runs/flow-run/{distilled['id']}?tab=TaskRuns")
+    expect(page.get_by_text(distilled["name"]).first).to_be_visible()
+    expect(page.get_by_text("Completed").first).to_be_visible()
+    expect(page.locator("canvas").first).to_be_visible()
+    for stage in ("prepare dataset", "label", "export", "evaluate", "register", "download"):
+        expect(page.get_by_text(stage, exact=True).first).to_be_visible()
+    # The graph is drawn on a canvas, which takes a moment and has no text.
+    page.wait_for_timeout(2000)
+    screenshot(page, "run")
+
+
+def test_the_summary_shows_the_way_the_scoreboard_and_the_plot(workshop: Workshop, distilled: Run, page: Page) -> None:
+    artifact = workshop.artifacts(distilled)["distillation"]
+    page.goto(f"{workshop.url}/v2/artifacts/artifact/{artifact['id']}")
+    expect(page.get_by_role("table")).to_have_count(2)
+    stages, scoreboard = page.get_by_role("table").all()
+    for stage in ("prepare dataset", "train teacher", "label", "train student", "evaluate", "download"):
+        expect(stages.get_by_text(stage, exact=True)).to_be_visible()
+    for predictor in ("teacher", "base model", "student", "student int4"):
+        expect(scoreboard.get_by_text(predictor, exact=True)).to_be_visible()
+    plot = page.get_by_role("img", name="scoreboard")
+    assert plot.evaluate("image => image.complete && image.naturalWidth") > 100
+    expect(page.get_by_text("gate: passed")).to_be_visible()
+    screenshot(page, "summary")
+    screenshot(scoreboard, "scoreboard")
+    # A link leads to the record of its stage.
+    stages.get_by_role("link").last.click()
+    expect(page.get_by_text("record-download").first).to_be_visible()
+
+
+def test_the_form_of_a_deployment_explains_its_parameters(workshop: Workshop, page: Page) -> None:
+    page.goto(f"{workshop.url}/v2/deployments/deployment/{workshop.deployment('distill/demo')['id']}/run")
+    for text in ("recipe", "What to make.", "training_deployment", "Where training runs", "refresh"):
+        expect(page.get_by_text(text).first).to_be_visible()
+    screenshot(page, "form")
+
+
+def test_the_form_sends_the_preset_and_none_of_a_recipes_defaults(workshop: Workshop, page: Page) -> None:
+    """They would win over the preset."""
+    workshop.api.patch("/work_pools/cpu-pool", json={"is_paused": True}).raise_for_status()
+    page.goto(f"{workshop.url}/v2/deployments/deployment/{workshop.deployment('distill/demo')['id']}/run")
+    with page.expect_response("**/create_flow_run") as response:
+        page.get_by_role("button", name="Submit").click()
+    run = response.value.json()
+    workshop.api.delete(f"/flow_runs/{run['id']}").raise_for_status()
+    workshop.api.patch("/work_pools/cpu-pool", json={"is_paused": False}).raise_for_status()
+    sent = {name: value for name, value in run["parameters"].items() if value}
+    assert sent == {"recipe": {"preset": "demo", "dataset": {}}, "training_deployment": "train-student/gpu"}
+
+
+def local(workshop: Workshop, command: str) -> subprocess.CompletedProcess[str]:
+    script = [sys.executable, str(PROJECT / "deployments" / "local.py"), command]
+    return subprocess.run(script, env=workshop.environment, capture_output=True, text=True, timeout=300)
+
+
+def test_down_ends_everything_in_the_midst_of_a_run(tmp_path: Path, files: dict[str, list[str]], tiny: Path) -> None:
+    workshop = Workshop(tmp_path / "up")
+    try:
+        up = local(workshop, "up")
+        assert up.returncode == 0, up.stdout + up.stderr
+        values = recipe(files, tiny)
+        values["teacher"]["preparation"]["training"]["epochs"] = 100_000
+        workshop.start_run(values)
+        wait_for("training", lambda: workshop.is_running("train-student"))
+        second = local(workshop, "up")
+        assert (second.returncode, second.stderr) == (1, "error: already up; `make down` first\n")
+        started = {int(path.read_text()) for path in (workshop.folder / "run").glob("*.pid")}
+        running = {process.pid for process in workshop.processes()}
+        assert len(started) == 3
+        # The server, the workers and, below these, the parent and the child.
+        assert started < running
+        assert len(running) >= 5
+
+        down = local(workshop, "down")
+        assert down.returncode == 0, down.stderr
+        wait_for("the end of all processes", lambda: not workshop.processes(), 10)
+        assert not list((workshop.folder / "run").glob("*.pid"))
+        with pytest.raises(httpx.TransportError):
+            workshop.api.get("/health")
+    finally:
+        workshop.close()
