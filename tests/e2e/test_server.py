@@ -16,6 +16,8 @@ from playwright.sync_api import Locator, Page, expect, sync_playwright
 from tiny_recipe import recipe, row
 from workshop import PROJECT, Run, Workshop, wait_for
 
+from distillery.recipe import Recipe, load_recipe
+
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
@@ -215,13 +217,15 @@ def test_the_page_of_a_run_shows_its_graph_and_its_stages(workshop: Workshop, di
 def test_the_summary_shows_the_way_the_scoreboard_and_the_plot(workshop: Workshop, distilled: Run, page: Page) -> None:
     artifact = workshop.artifacts(distilled)["distillation"]
     page.goto(f"{workshop.url}/v2/artifacts/artifact/{artifact['id']}")
-    expect(page.get_by_role("table")).to_have_count(2)
-    stages, scoreboard = page.get_by_role("table").all()
+    tables = page.get_by_role("table")
+    expect(tables).to_have_count(2)
+    stages, scoreboard = tables.nth(0), tables.nth(1)
     for stage in ("prepare dataset", "train teacher", "label", "train student", "evaluate", "download"):
         expect(stages.get_by_text(stage, exact=True)).to_be_visible()
     for predictor in ("teacher", "base model", "student", "student int4"):
         expect(scoreboard.get_by_text(predictor, exact=True)).to_be_visible()
     plot = page.get_by_role("img", name="scoreboard")
+    expect(plot).to_be_visible()
     assert plot.evaluate("image => image.complete && image.naturalWidth") > 100
     expect(page.get_by_text("gate: passed")).to_be_visible()
     screenshot(page, "summary")
@@ -238,8 +242,7 @@ def test_the_form_of_a_deployment_explains_its_parameters(workshop: Workshop, pa
     screenshot(page, "form")
 
 
-def test_the_form_sends_the_preset_and_none_of_a_recipes_defaults(workshop: Workshop, page: Page) -> None:
-    """They would win over the preset."""
+def test_the_form_sends_no_defaults_that_would_win_over_the_preset(workshop: Workshop, page: Page) -> None:
     workshop.api.patch("/work_pools/cpu-pool", json={"is_paused": True}).raise_for_status()
     page.goto(f"{workshop.url}/v2/deployments/deployment/{workshop.deployment('distill/demo')['id']}/run")
     with page.expect_response("**/create_flow_run") as response:
@@ -247,8 +250,8 @@ def test_the_form_sends_the_preset_and_none_of_a_recipes_defaults(workshop: Work
     run = response.value.json()
     workshop.api.delete(f"/flow_runs/{run['id']}").raise_for_status()
     workshop.api.patch("/work_pools/cpu-pool", json={"is_paused": False}).raise_for_status()
-    sent = {name: value for name, value in run["parameters"].items() if value}
-    assert sent == {"recipe": {"preset": "demo", "dataset": {}}, "training_deployment": "train-student/gpu"}
+    assert Recipe.model_validate(run["parameters"]["recipe"]) == load_recipe("demo")
+    assert run["parameters"]["training_deployment"] == "train-student/gpu"
 
 
 def local(workshop: Workshop, command: str) -> subprocess.CompletedProcess[str]:
