@@ -263,7 +263,7 @@ class Workshop:
             yield
         finally:
             for what in seconds:
-                (self.folder / f"counted.{what}").unlink()
+                (self.folder / f"counted.{what}").unlink(missing_ok=True)
 
     def worker_that_ran(self, run: Run) -> list[str]:
         """The pools whose worker's log holds what the run's process wrote."""
