@@ -245,9 +245,16 @@ def test_the_form_of_a_deployment_explains_its_parameters(workshop: Workshop, pa
 def test_the_form_sends_no_defaults_that_would_win_over_the_preset(workshop: Workshop, page: Page) -> None:
     workshop.api.patch("/work_pools/cpu-pool", json={"is_paused": True}).raise_for_status()
     page.goto(f"{workshop.url}/v2/deployments/deployment/{workshop.deployment('distill/demo')['id']}/run")
-    with page.expect_response("**/create_flow_run") as response:
-        page.get_by_role("button", name="Submit").click()
-    run = response.value.json()
+    # The form is complete a moment after it is there.
+    page.wait_for_load_state("networkidle")
+
+    def submit() -> Run | None:
+        """The run; none while SQLite is locked by another writer (503)."""
+        with page.expect_response("**/create_flow_run") as response:
+            page.get_by_role("button", name="Submit").click()
+        return response.value.json() if response.value.ok else None
+
+    run = wait_for("the run", submit, 30)
     workshop.api.delete(f"/flow_runs/{run['id']}").raise_for_status()
     workshop.api.patch("/work_pools/cpu-pool", json={"is_paused": False}).raise_for_status()
     assert Recipe.model_validate(run["parameters"]["recipe"]) == load_recipe("demo")
