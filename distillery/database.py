@@ -46,8 +46,8 @@ class Database:
         self.run(self._make_tables)
 
     def run(self, work: Callable[[Any], T]) -> T:
-        """`work(connection)` in a transaction. An outage is waited out, and what is
-        done twice then, because only the answer to its commit was lost, must do no harm."""
+        """`work(connection)` in a transaction. An outage is waited out, and what is done twice then, because only the
+        answer to its commit was lost, must do no harm."""
         patiently = retry(
             retry=retry_if_exception_type(StoreUnavailable),
             wait=wait_random_exponential(multiplier=0.5, max=5),

@@ -18,10 +18,9 @@ from distillery.errors import ArtifactDamaged, StoreError
 from distillery.recipe import RegistryRecipe
 from distillery.settings import LocalSettings
 from distillery.storage import ASIDE, StoredFile
-from distillery.store import MANIFEST, RECORDS, WORK, ArtifactStore
+from distillery.store import MANIFEST, RECORDS, RESULTS, RUNS, WORK, ArtifactStore
 
-RUNS = f"{RECORDS}/runs/"
-RESULTS = "results"
+RUN_RECORDS = f"{RECORDS}/{RUNS}/"
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 Kind = Literal["artifact", "half-written", "checkpoint", "result", "record", "run"]
@@ -70,7 +69,7 @@ class Inventory:
         for file in self.files:
             self._folders[file.name.partition("/")[0]].append(file)
         self.runs = sorted(
-            (self._run(file) for file in self.files if file.name.startswith(RUNS) and ASIDE not in file.name),
+            (self._run(file) for file in self.files if file.name.startswith(RUN_RECORDS) and ASIDE not in file.name),
             key=lambda run: run.finished,
             reverse=True,
         )
@@ -96,7 +95,9 @@ class Inventory:
         unused = [a for a in artifacts.values() if a.used < limit and a.digest not in needed]
         there = artifacts.keys() - {artifact.digest for artifact in unused}
         old = [file for file in self.files if file.modified < limit and ASIDE not in file.name]
-        hand_offs = [file for file in old if file.name.startswith(f"{RECORDS}/") and not file.name.startswith(RUNS)]
+        hand_offs = [
+            file for file in old if file.name.startswith(f"{RECORDS}/") and not file.name.startswith(RUN_RECORDS)
+        ]
         return [
             *(Waste("artifact", a.digest, a.bytes, a.used, a.files) for a in unused),
             *(waste for waste in self._leftovers() if waste.used < limit),
@@ -156,7 +157,7 @@ class Inventory:
             names: dict[str, str] = {}
             for digest, stage in _artifacts(outcome):
                 names.setdefault(digest, stage)
-            name = file.name.removeprefix(RUNS).removesuffix(".json")
+            name = file.name.removeprefix(RUN_RECORDS).removesuffix(".json")
             return Run(name, outcome["recipe"], file.modified, names, version, file)
         except (ValueError, KeyError, TypeError) as error:
             raise StoreError(

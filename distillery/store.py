@@ -35,6 +35,8 @@ MANIFEST = "artifact.json"
 FILES = "files"
 WORK = "work"
 RECORDS = "records"
+RESULTS = "results"
+RUNS = "runs"
 _CHUNK = 1 << 20
 _STILL_NEW = timedelta(hours=1)
 _NO_ROOM = re.compile("|".join(map(os.strerror, NO_ROOM)))

@@ -489,21 +489,29 @@ def _read_by_head(model: Any) -> Iterator[list[Any]]:
         hook.remove()
 
 
+def _prefilled(
+    model: Any, rows: Sequence[TrainingRow], pad_id: int, place: Placement, batch_size: int
+) -> Iterator[tuple[list[int], "torch.Tensor"]]:
+    """The prompts in batches of like length: the rows' indices, and the logits at their last tokens, [batch,
+    vocabulary]."""
+    contiguous_head(model)
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt))
+    for start in range(0, len(order), batch_size):
+        picked = order[start : start + batch_size]
+        inputs = batch_inputs([rows[i] for i in picked], pad_id, place.device, answers=False)
+        yield picked, model(**inputs, logits_to_keep=1).logits[:, -1]
+
+
 def hidden_states(
     model: Any, rows: Sequence[TrainingRow], *, pad_id: int, place: Placement, batch_size: int = 16
 ) -> "torch.Tensor":
     """What the head of `model` reads at each row's last prompt token: [rows, hidden], float32, on the CPU."""
     import torch
 
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt))
     found: dict[int, Any] = {}
     model.to(place.device).eval()
-    contiguous_head(model)
     with torch.inference_mode(), place.autocast(), _read_by_head(model) as states:
-        for start in range(0, len(order), batch_size):
-            picked = order[start : start + batch_size]
-            inputs = batch_inputs([rows[i] for i in picked], pad_id, place.device, answers=False)
-            model(**inputs, logits_to_keep=1)
+        for picked, _ in _prefilled(model, rows, pad_id, place, batch_size):
             found |= dict(zip(picked, states.pop()[:, -1].float().cpu(), strict=True))
     return torch.stack([found[index] for index in range(len(rows))])
 
@@ -514,17 +522,12 @@ def option_probabilities(
     """For each row the probabilities over its options: softmax over its letters' logits after one prefill."""
     import torch
 
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt))
     results: list[list[float]] = [[] for _ in rows]
     was_training = model.training
-    contiguous_head(model)
     model.eval()
     with torch.inference_mode(), place.autocast():
-        for start in range(0, len(order), batch_size):
-            picked = order[start : start + batch_size]
-            inputs = batch_inputs([rows[i] for i in picked], pad_id, place.device, answers=False)
-            logits = model(**inputs, logits_to_keep=1).logits[:, -1].float()
-            for index, row_logits in zip(picked, logits, strict=True):
+        for picked, logits in _prefilled(model, rows, pad_id, place, batch_size):
+            for index, row_logits in zip(picked, logits.float(), strict=True):
                 results[index] = torch.softmax(row_logits[list(rows[index].letters)], dim=-1).tolist()
     model.train(was_training)
     return results

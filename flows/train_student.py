@@ -20,9 +20,6 @@ from tasks.parent import ParentEnded, parent_watched
 from tasks.stage import RESULT, is_cached, own_tags, produced_by, tidy_logs
 from tasks.student import train
 
-UNUSED: dict[str, Any] = {"start": None, "layers": None, "validation": None, "gold": None}
-"""What `train` takes besides, where the caller has none of it."""
-
 
 @flow(name="train-student", description="Fine-tunes a model on labelled rows.", **RESULT)
 def train_student(
@@ -57,7 +54,7 @@ def train_student(
     again = train.with_options(refresh_cache=refresh or None)
     try:
         with parent_watched():
-            checkpoint = again(base, start, layers, training, prompt, rows, labels, validation, gold)
+            checkpoint = again(base, training, prompt, rows, labels, validation, start, layers, gold)
     except ParentEnded as ended:
         return Cancelled(message=str(ended))
     if hand_off:
@@ -69,7 +66,7 @@ def trained(deployment: str | None, what: str, refresh: bool, **parameters: Any)
     """train_student in this process, or on the work pool of `deployment`; a child that fails fails its parent, and one
     whose parent is gone ends (tasks/parent.py)."""
     name = f"{produced_by()}, {what}"
-    if deployment is None or (not refresh and is_cached(train, **(UNUSED | parameters))):
+    if deployment is None or (not refresh and is_cached(train, **parameters)):
         # A worker of its own is for work: a record that is there already is read here.
         with own_tags():
             result: StudentCheckpoint = train_student.with_options(flow_run_name=name)(refresh=refresh, **parameters)

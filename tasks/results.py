@@ -9,9 +9,7 @@ from prefect.filesystems import WritableFileSystem
 from prefect.settings import PREFECT_RESULTS_DEFAULT_STORAGE_BLOCK, temporary_settings
 
 from distillery.errors import ArtifactDamaged
-from distillery.store import ArtifactStore
-
-NAME = "results"
+from distillery.store import RESULTS, ArtifactStore
 
 
 class DistilleryStore(WritableFileSystem):
@@ -23,12 +21,12 @@ class DistilleryStore(WritableFileSystem):
 
     def read_path(self, path: str, _sync: bool = True) -> bytes:
         try:
-            return ArtifactStore().read_object(f"{NAME}/{path}")
+            return ArtifactStore().read_object(f"{RESULTS}/{path}")
         except ArtifactDamaged as error:
             raise ValueError(f"{path}: no such record") from error
 
     def write_path(self, path: str, content: bytes, _sync: bool = True) -> None:
-        ArtifactStore().write_object(f"{NAME}/{path}", content)
+        ArtifactStore().write_object(f"{RESULTS}/{path}", content)
 
     async def aread_path(self, path: str) -> bytes:
         return await asyncio.to_thread(self.read_path, path)
@@ -37,15 +35,15 @@ class DistilleryStore(WritableFileSystem):
         await asyncio.to_thread(self.write_path, path, content)
 
 
-BLOCK = f"{DistilleryStore._block_type_slug}/{NAME}"
+BLOCK = f"{DistilleryStore._block_type_slug}/{RESULTS}"
 
 
 def save_block() -> None:
     """Makes the block known to the Prefect server in use, where it isn't yet."""
     try:
-        DistilleryStore.load(NAME)
+        DistilleryStore.load(RESULTS)
     except (ValueError, ObjectNotFound):
-        DistilleryStore().save(NAME, overwrite=True)
+        DistilleryStore().save(RESULTS, overwrite=True)
 
 
 @contextmanager

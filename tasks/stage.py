@@ -14,9 +14,10 @@ from typing import Any, Literal, ParamSpec, TypeVar
 from prefect import Task, tags, task
 from prefect.cache_policies import CacheKeyFnPolicy
 from prefect.context import TaskRunContext
-from prefect.results import ResultStore, get_result_store
+from prefect.results import ResultRecord, ResultStore, get_result_store
 from prefect.runtime import flow_run
 from prefect.transactions import get_transaction
+from prefect.utilities.callables import get_call_parameters
 from pydantic import BaseModel
 
 import tasks.results  # noqa: F401 - Prefect finds the block that holds the records by its class
@@ -84,14 +85,12 @@ def refreshing(stages: Collection[Stage]) -> Callable[[Stage, Task[P, R]], Task[
 def _cache_key(name: str, version: int) -> Callable[[TaskRunContext, dict[str, Any]], str | None]:
     def key(context: TaskRunContext, parameters: dict[str, Any]) -> str | None:
         _no_key.set(None)
-        # This is before the key's lock is taken, so that nobody is waited for.
-        results = context.result_store.model_copy(update={"lock_manager": None})
         try:
             content = digest_of([name, version, {k: content_of(v) for k, v in parameters.items()}])
             candidate = key_stem = f"{name.replace(' ', '-')}-{content[:32]}"
             # A cached record whose artifact is gone or damaged is no hit: the next free key is used instead.
             generation = 0
-            while _is_kept(results, candidate) and not _is_hit(results, candidate):
+            while (kept := _kept(context.result_store, candidate)) is not None and not _is_hit(kept):
                 generation += 1
                 candidate = f"{key_stem}-{generation}"
         except DistilleryError as error:
@@ -103,18 +102,18 @@ def _cache_key(name: str, version: int) -> Callable[[TaskRunContext, dict[str, A
     return key
 
 
-def _is_kept(results: ResultStore, key: str) -> bool:
-    """Unlike ResultStore.exists, it does not take an outage for a record that is not there."""
+def _kept(results: ResultStore, key: str) -> bytes | None:
+    """The file of a record, if there is one. Unlike ResultStore.exists, it takes no outage for a record that is not
+    there; nor does it wait for who holds the key's lock."""
     try:
-        results.result_storage.read_path(key, _sync=True)
+        return results.result_storage.read_path(key, _sync=True)
     except ValueError:
-        return False
-    return True
+        return None
 
 
-def _is_hit(results: ResultStore, key: str) -> bool:
+def _is_hit(kept: bytes) -> bool:
     try:
-        record = results.read(key).result
+        record = ResultRecord.deserialize(kept).result
     except (ValueError, TypeError, OSError):
         # Half-written, or a record of an earlier version of the project.
         return False
@@ -124,13 +123,14 @@ def _is_hit(results: ResultStore, key: str) -> bool:
 def is_cached(task: Task[..., Any], **arguments: Any) -> bool:
     """Whether a stage that is called with `arguments` here and now will be Cached."""
     results = get_result_store().update_for_task(task, _sync=True)
-    key = task.cache_policy.cache_key_fn(SimpleNamespace(result_store=results), arguments)
-    return key is not None and _is_kept(results, key)
+    parameters = get_call_parameters(task.fn, (), arguments)
+    key = task.cache_policy.cache_key_fn(SimpleNamespace(result_store=results), parameters)
+    return key is not None and _kept(results, key) is not None
 
 
 def is_recorded(task: Task[..., Any], key: str) -> bool:
     """Whether there is a record under this cache key of the stage."""
-    return _is_kept(get_result_store().update_for_task(task, _sync=True), key)
+    return _kept(get_result_store().update_for_task(task, _sync=True), key) is not None
 
 
 def own_key() -> str:

@@ -23,13 +23,13 @@ from tasks.stage import is_recorded, origin, own_key, stage
 @stage("train", version=1)
 def train(
     base: BaseModelRecipe,
-    start: StudentCheckpoint | None,
-    layers: tuple[int, ...] | None,
     training: TrainingRecipe,
     prompt: PromptRecipe,
     rows: Rows,
     labels: TeacherLabels,
-    validation: Rows | None,
+    validation: Rows | None = None,
+    start: StudentCheckpoint | None = None,
+    layers: tuple[int, ...] | None = None,
     gold: Rows | None = None,
 ) -> StudentCheckpoint:
     """Fine-tunes `layers` of `base`, or of the checkpoint `start`, on the labelled rows; validates on gold answers."""

@@ -12,7 +12,7 @@ from prefect.settings import PREFECT_UI_URL
 from distillery.evaluation import ANSWERS_FILE, GOLD, PLOT_FILE, TABLE_FILE, TEACHER, headline, render_table
 from distillery.labels import REJECTED_FILE
 from distillery.records import OnnxModel, Outcome, StageRecord, StudentCheckpoint
-from distillery.store import ArtifactStore
+from distillery.store import RUNS, ArtifactStore
 from tasks.stage import produced_by
 
 _ROWS = 200
@@ -67,9 +67,9 @@ def publish(outcome: Outcome) -> Outcome:
     create_markdown_artifact(
         key="distillation", markdown="\n\n".join(parts), description="The way, the scoreboard and the gate"
     )
-    _table("rejected-labels", "Rows without a label", _rejected(store.fetch(outcome.labels.artifact)))
+    _table("rejected-labels", "Rows without a label", _rows(store.fetch(outcome.labels.artifact) / REJECTED_FILE))
     _table("student-and-teacher-differ", "Test rows with two answers", _differences(report, outcome.report.candidate))
-    store.write_record(f"runs/{named.run}.json", named.model_dump_json(indent=1))
+    store.write_record(f"{RUNS}/{named.run}.json", named.model_dump_json(indent=1))
     get_run_logger().info("%s", verdict(named))
     return named
 
@@ -113,13 +113,14 @@ def _table(key: str, description: str, rows: list[dict[str, Any]]) -> None:
     create_table_artifact(rows[:_ROWS], key=key, description=f"{description} ({len(rows)}){more}")
 
 
-def _rejected(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / REJECTED_FILE).read_text().splitlines()]
+def _rows(file: Path) -> list[dict[str, Any]]:
+    # Not splitlines: a teacher's answer may hold a line separator of Unicode's, which JSON leaves as it is.
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
 
 
 def _differences(folder: Path, candidate: str) -> list[dict[str, Any]]:
-    rows = [json.loads(line) for line in (folder / ANSWERS_FILE).read_text().splitlines()]
     columns = ("example_id", GOLD, TEACHER, candidate)
+    rows = _rows(folder / ANSWERS_FILE)
     return [{name: row[name] for name in columns} for row in rows if row[TEACHER] != row[candidate]]
 
 

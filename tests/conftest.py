@@ -21,6 +21,17 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def registry_url(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return f"sqlite:///{tmp_path_factory.mktemp('registry') / 'registry.db'}"
+
+
+@pytest.fixture
+def one_registry(monkeypatch: pytest.MonkeyPatch, registry_url: str) -> None:
+    """One registry for all tests of a module: MLflow takes seconds to make its tables."""
+    monkeypatch.setenv("DISTILLERY_REGISTRY", registry_url)
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """`tiny_model(arch)`: the folder of a random 2-layer model with a 512-token tokenizer; arch is llama or phi3."""

@@ -23,15 +23,7 @@ TinyModel = Callable[[str], Path]
 KEY = "a-key-of-the-test"
 
 
-@pytest.fixture(scope="module")
-def registry_url(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return f"sqlite:///{tmp_path_factory.mktemp('registry') / 'registry.db'}"
-
-
-@pytest.fixture(autouse=True)
-def one_registry(monkeypatch: pytest.MonkeyPatch, registry_url: str) -> None:
-    """MLflow takes seconds to make its tables."""
-    monkeypatch.setenv("DISTILLERY_REGISTRY", registry_url)
+pytestmark = pytest.mark.usefixtures("one_registry")
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -35,15 +35,7 @@ MONTH = timedelta(days=30)
 OLD = 40 * 86400
 
 
-@pytest.fixture(scope="module")
-def registry_url(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return f"sqlite:///{tmp_path_factory.mktemp('registry') / 'registry.db'}"
-
-
-@pytest.fixture(autouse=True)
-def one_registry(monkeypatch: pytest.MonkeyPatch, registry_url: str) -> None:
-    """MLflow takes seconds to make its tables."""
-    monkeypatch.setenv("DISTILLERY_REGISTRY", registry_url)
+pytestmark = pytest.mark.usefixtures("one_registry")
 
 
 @pytest.fixture

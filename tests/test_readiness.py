@@ -20,16 +20,9 @@ KEY = "a-key-of-the-test"
 ITEMS = {"data", "disk", "memory", "training", "artifact store", "label store", "registry"}
 
 
-@pytest.fixture(scope="module")
-def registry_url(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """One registry for all tests: MLflow takes seconds to make its tables."""
-    return f"sqlite:///{tmp_path_factory.mktemp('registry') / 'registry.db'}"
-
-
 @pytest.fixture(autouse=True)
-def machine(monkeypatch: pytest.MonkeyPatch, registry_url: str) -> None:
+def machine(monkeypatch: pytest.MonkeyPatch, one_registry: None) -> None:
     """A machine without GPU and without accounts."""
-    monkeypatch.setenv("DISTILLERY_REGISTRY", registry_url)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr(readiness, "LEAST_DISK", 1e6)
     for name in ("SUBSCRIPTION_ID", "RESOURCE_GROUP", "WS_NAME", "WORKSPACE_NAME"):

@@ -13,14 +13,13 @@ import subprocess
 import sys
 import time
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from uuid import uuid4
 
-import httpx
 import pytest
 import yaml
 from azurite_server import free_port
@@ -28,6 +27,7 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 from prefect.workers.base import BaseJobConfiguration
 from prefect.workers.process import ProcessJobConfiguration
+from prefect_api import PrefectApi, wait_for
 
 from deployments import setup
 
@@ -127,7 +127,7 @@ def test_a_kubernetes_job_holds_no_secret_and_reads_all_from_one(pool: str, monk
     assert environment["PREFECT_FLOW_RUN_EXECUTE_SIGTERM_BEHAVIOR"] == "reschedule"
 
 
-class Server:
+class Server(PrefectApi):
     """A real Prefect server on a port and a SQLite database of its own."""
 
     def __init__(self, folder: Path) -> None:
@@ -144,20 +144,16 @@ class Server:
             "PREFECT_SERVER_API_AUTH_STRING": self.password,
             "PREFECT_SERVER_EVENTS_EXPIRED_BUCKET_BUFFER": "P7D",
         }
-        login = ("admin", "planted-api-password")
-        self.api = httpx.Client(base_url=self.url, timeout=60, trust_env=False, auth=login)
+        super().__init__(self.url, self.password)
 
     def start(self) -> None:
         with (self.folder / "server.log").open("ab") as log:
             self.process = subprocess.Popen(self.command, env=self.environment, stdout=log, stderr=log)
-        wait_for("the server's start", self._is_healthy)
+        wait_for("the server's start", self.is_healthy)
 
-    def _is_healthy(self) -> bool:
+    def is_healthy(self) -> bool:
         assert self.process.poll() is None, (self.folder / "server.log").read_text()
-        try:
-            return self.api.get("/health").status_code == 200
-        except httpx.TransportError:
-            return False
+        return super().is_healthy()
 
     def kill(self) -> None:
         self.process.kill()
@@ -167,18 +163,6 @@ class Server:
         command = [sys.executable, "-m", "deployments.setup", *arguments]
         environment = self.environment | environment
         return subprocess.run(command, env=environment, cwd=PROJECT, capture_output=True, text=True, timeout=120)
-
-    def post(self, path: str, body: Any) -> httpx.Response:
-        """Asks again, as Prefect's own client does, while SQLite is locked by another writer (503)."""
-        for _ in range(20):
-            response = self.api.post(path, json=body)
-            if response.status_code != 503:
-                break
-            time.sleep(0.5)
-        return response
-
-    def ask(self, path: str, **body: Any) -> Any:
-        return self.post(path, body).raise_for_status().json()
 
     def state(self) -> dict[str, Any]:
         """All that the set-up command is there for, as the API reports it, with ids and times of the last change."""
@@ -197,13 +181,6 @@ class Server:
             "pools": [self.api.get(f"/work_pools/{name}").json() for name in POOLS],
             "variables": self.ask("/variables/filter", sort="NAME_ASC"),
         }
-
-
-def wait_for(what: str, found: Callable[[], bool], seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not found():
-        assert time.monotonic() < deadline, f"not within {seconds:.0f} s: {what}"
-        time.sleep(0.2)
 
 
 @pytest.fixture(scope="module")

@@ -18,8 +18,9 @@ from azure.storage.blob import ContainerClient
 from azurite_server import ACCOUNT_KEY, Azurite
 from chat_endpoint import Call, ChatEndpoint, Reply, good, refused
 from postgres_server import Postgres
+from prefect_api import wait_for
 from tiny_recipe import ROWS, endpoint_recipe, recipe
-from workshop import ENDED, POOLS, Run, Workshop, wait_for
+from workshop import ENDED, POOLS, Run, Workshop
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

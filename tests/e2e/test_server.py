@@ -13,8 +13,9 @@ from typing import Any
 import httpx
 import pytest
 from playwright.sync_api import Locator, Page, expect, sync_playwright
+from prefect_api import wait_for
 from tiny_recipe import recipe, row
-from workshop import PROJECT, Run, Workshop, wait_for
+from workshop import PROJECT, Run, Workshop
 
 from distillery.recipe import Recipe, load_recipe
 

@@ -10,16 +10,15 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-import httpx
 import psutil
 from azurite_server import free_port
+from prefect_api import PrefectApi, wait_for
 
 PROJECT = Path(__file__).resolve().parents[2]
 COUNTING = PROJECT / "tests" / "flows" / "counting"
@@ -31,16 +30,7 @@ Run = dict[str, Any]
 """A flow run as the API gives it."""
 
 
-def wait_for(what: str, found: Callable[[], T], seconds: float = 120) -> T:
-    """What `found` returns as soon as that is true; fails with `what` after `seconds`."""
-    deadline = time.monotonic() + seconds
-    while not (value := found()):
-        assert time.monotonic() < deadline, f"not within {seconds:.0f} s: {what}"
-        time.sleep(0.2)
-    return value
-
-
-class Workshop:
+class Workshop(PrefectApi):
     """`shared` is the environment of all processes, `server` the server's alone; `password` protects the API."""
 
     def __init__(
@@ -52,8 +42,7 @@ class Workshop:
     ) -> None:
         self.folder, self.port = folder, free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        login = ("admin", password) if password else None
-        self.api = httpx.Client(base_url=f"{self.url}/api", timeout=60, trust_env=False, auth=login)
+        super().__init__(f"{self.url}/api", f"admin:{password}" if password else None)
         ours = ("PREFECT_", "TEACHER_", "DISTILLERY_", "AZURE")
         self.environment = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
         self.environment |= {
@@ -86,7 +75,7 @@ class Workshop:
     def start_server(self) -> None:
         arguments = ("server", "start", "--host", "127.0.0.1", "--port", str(self.port))
         self._start("server", *arguments, PREFECT_SERVER_EVENTS_EXPIRED_BUCKET_BUFFER="P7D", **self.server_environment)
-        wait_for("the server's start", self._is_healthy)
+        wait_for("the server's start", self.is_healthy)
 
     def start_worker(self, pool: str, **environment: str) -> None:
         self._start(
@@ -110,12 +99,6 @@ class Workshop:
         for started in self.running.values():
             started.wait(60)
         self.api.close()
-
-    def _is_healthy(self) -> bool:
-        try:
-            return self.api.get("/health").status_code == 200
-        except httpx.TransportError:
-            return False
 
     def _start(self, name: str, *arguments: str, **environment: str) -> None:
         """Starts `prefect ARGUMENTS` in a folder of its own; its log is run/NAME.log."""
@@ -141,18 +124,6 @@ class Workshop:
         return subprocess.run(
             command, env=self.environment, cwd=self.folder, capture_output=True, text=True, timeout=600
         )
-
-    def post(self, path: str, body: dict[str, Any]) -> httpx.Response:
-        """Asks again, as Prefect's own client does, while SQLite is locked by another writer (503)."""
-        for _ in range(20):
-            response = self.api.post(path, json=body)
-            if response.status_code != 503:
-                break
-            time.sleep(0.5)
-        return response
-
-    def ask(self, path: str, **body: Any) -> Any:
-        return self.post(path, body).raise_for_status().json()
 
     def deployment(self, name: str) -> dict[str, Any]:
         found: dict[str, Any] = self.api.get(f"/deployments/name/{name}").raise_for_status().json()
