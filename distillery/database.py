@@ -2,10 +2,11 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sqlalchemy import Engine, MetaData, create_engine, event, text
+from sqlalchemy import Engine, MetaData, create_engine, event, inspect, text
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import (
     ArgumentError,
@@ -17,7 +18,6 @@ from sqlalchemy.exc import (
     SQLAlchemyError,
 )
 from sqlalchemy.exc import TimeoutError as PoolTimeout
-from sqlalchemy.schema import CreateTable
 from tenacity import retry, retry_if_exception_type, stop_after_delay, wait_random_exponential
 
 from distillery.errors import StoreError, StoreUnavailable
@@ -26,14 +26,17 @@ from distillery.settings import LocalSettings
 T = TypeVar("T")
 
 METADATA = MetaData()
+SCHEMA = "0002"
+"""The newest of migrations/versions: what this version of the project reads and writes."""
+VERSION_TABLE = "distillery_version"
 _TABLE_LOCK = 7213548210
 _LIMITS = {"connect_timeout": 10, "tcp_user_timeout": 20_000, "keepalives_idle": 10, "keepalives_interval": 5}
 """For PostgreSQL, in seconds and ms: without them a machine that vanished is noticed after a quarter of an hour."""
 
 
 class Database:
-    """SQLite or PostgreSQL at `url`, as SQLAlchemy writes it; its tables are made where they are missing. `wait_s`:
-    how long an outage is waited out, by default DISTILLERY_STORE_WAIT.
+    """SQLite or PostgreSQL at `url`, as SQLAlchemy writes it; its tables are made, or brought to this version's schema.
+    `wait_s`: how long an outage is waited out, by default DISTILLERY_STORE_WAIT.
 
     Raises StoreError, or StoreUnavailable where it does not answer."""
 
@@ -43,7 +46,7 @@ class Database:
         self.backend = self.url.get_backend_name()
         self._wait = settings.store_wait if wait_s is None else wait_s
         self._engine = _engine(self.url)
-        self.run(self._make_tables)
+        self.run(self._migrate)
 
     def run(self, work: Callable[[Any], T]) -> T:
         """`work(connection)` in a transaction. An outage is waited out, and what is done twice then, because only the
@@ -70,12 +73,27 @@ class Database:
     def close(self) -> None:
         self._engine.dispose()
 
-    def _make_tables(self, connection: Any) -> None:
-        if self.backend == "postgresql":
-            # Two runs that create a table at once: PostgreSQL's IF NOT EXISTS does not hold one of them back.
-            connection.execute(text(f"SELECT pg_advisory_xact_lock({_TABLE_LOCK})"))
-        for table in METADATA.sorted_tables:
-            connection.execute(CreateTable(table, if_not_exists=True))
+    def _migrate(self, connection: Any) -> None:
+        if _version(connection) == SCHEMA:
+            return
+        # One process at a time; SQLite's own lock is taken at the first write, which is too late.
+        lock = "BEGIN IMMEDIATE" if self.backend == "sqlite" else f"SELECT pg_advisory_xact_lock({_TABLE_LOCK})"
+        connection.exec_driver_sql(lock)
+        if _version(connection) == SCHEMA:
+            return
+        from alembic import command
+        from alembic.config import Config
+        from alembic.util import CommandError
+
+        config = Config(attributes={"connection": connection, "version_table": VERSION_TABLE})
+        config.set_main_option("script_location", str(files("distillery") / "migrations"))
+        try:
+            command.upgrade(config, SCHEMA)
+        except CommandError:
+            raise StoreError(
+                f"DISTILLERY_LABELS {_shown(self.url)}: its schema {_version(connection)} is of a newer version of "
+                "Distillery; install that"
+            ) from None
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
@@ -83,6 +101,19 @@ class Database:
             yield
         except SQLAlchemyError as error:
             raise _store_error(self.url, error) from None
+
+
+def _version(connection: Any) -> str | None:
+    """The schema that the database has; None where it has none of ours."""
+    if not inspect(connection).has_table(VERSION_TABLE):
+        return None
+    version: str | None = connection.scalar(text(f"SELECT version_num FROM {VERSION_TABLE}"))  # noqa: S608 - a constant
+    return version
+
+
+def _shown(url: URL) -> str:
+    """`url` without its password, which may stand in the query too."""
+    return url.set(query={}).render_as_string(hide_password=True)
 
 
 def _checked_url(url: str, container: bool) -> URL:
@@ -131,8 +162,7 @@ def _store_error(url: URL, error: SQLAlchemyError) -> StoreError:
     """One line without the SQL, its rows or the password."""
     origin = str(error.orig) if isinstance(error, DBAPIError) else type(error).__name__
     reason = " ".join(origin.split())[:200]
-    # A password may stand in the query too.
-    place = f"DISTILLERY_LABELS {url.set(query={}).render_as_string(hide_password=True)}"
+    place = f"DISTILLERY_LABELS {_shown(url)}"
     postgresql = url.get_backend_name() == "postgresql"
     if "full" in reason.lower():
         return StoreError(f"{place}: the disk is full; free some space or set another place, then run again")

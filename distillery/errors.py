@@ -5,7 +5,9 @@ DistilleryError
 ├── DataError                 a row, file or column of the data set
 ├── CredentialsError          a key, endpoint name or login that is missing or refused
 ├── TeacherError              the teacher can't do what the recipe asks of it
-│   └── TeacherUnavailable    the endpoint does not answer, after all tries of a call
+│   ├── TeacherUnavailable    the endpoint does not answer, after all tries of a call
+│   ├── BudgetReached         a cap of teacher.budget; what was answered is kept
+│   └── TeacherChanged        the canary rows are answered otherwise than before
 ├── StoreError                the artifact store
 │   ├── StoreUnavailable      does not answer (infrastructure: worth a retry)
 │   └── ArtifactDamaged       a folder that is missing, half-written or does not match its digest
@@ -38,6 +40,14 @@ class TeacherError(DistilleryError):
 
 
 class TeacherUnavailable(TeacherError):
+    pass
+
+
+class BudgetReached(TeacherError):
+    pass
+
+
+class TeacherChanged(TeacherError):
     pass
 
 

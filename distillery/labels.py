@@ -1,450 +1,567 @@
-"""The teacher's labels: how an answer is read, where it is kept, and how a data set is labelled without paying twice.
-
-An answer is kept under what was asked of whom (`request_key`), in a SQL database that runs and machines share. What is
-no option, or never came, is a rejection with its reason: never a label, never stored as one.
+"""Labelling: rows become requests, requests become answers that are paid for once, and a row's answers become its
+label, or a rejection with its reason: never a guess.
 """
 
 import asyncio
 import json
-import math
-import re
-import threading
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager, closing, contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field
+from hashlib import sha256
 from itertools import islice
-from operator import methodcaller
 from pathlib import Path
-from queue import Empty, SimpleQueue
-from types import TracebackType
-from typing import Any, Self, TextIO
+from tempfile import TemporaryDirectory
+from typing import Any, Protocol, TextIO
 
-from sqlalchemy import JSON, Column, DateTime, Float, Integer, String, Table, Text
-from sqlalchemy.sql import select
-
-from distillery.database import METADATA, Database
-from distillery.errors import StoreError, TeacherError
+from distillery.answers import (
+    combined,
+    distribution,
+    in_own_letters,
+    parse_answer,
+    parse_json,
+    rationale_of,
+    turned,
+)
+from distillery.errors import TeacherError, TeacherUnavailable
+from distillery.label_report import Tally
+from distillery.label_store import LabelStore, StoredAnswer
+from distillery.pace import Pace, Spending, Stopped, cost_of
 from distillery.prompts import Message, render_messages
 from distillery.recipe import PromptRecipe, TeacherRecipe
-from distillery.records import LETTERS, Example, RejectedLabel, TeacherLabel, Usage, digest_of
-from distillery.teacher import Completion, Endpoint, Teacher, letter_of
+from distillery.records import Example, RejectedLabel, TeacherLabel, Usage, digest_of
+from distillery.teacher import Completion, Endpoint, Teacher
 
 LABELS_FILE = "labels.jsonl"
 REJECTED_FILE = "rejected.jsonl"
 TRAIN_DATA_FILE = "train_data.jsonl"
 
-_MARK = re.compile(
-    r"^\W*(?:(?:so|therefore|thus)\W+)?(?:the\s+)?(?:(?:correct|best|right|final)\s+)?"
-    r"(?:answer|option|choice)\b(?:\s+(?:is|would\s+be)\b)?\s*[:=-]?\s*",
-    re.IGNORECASE,
-)
-_MARK_ALONE = re.compile(r"((?:answer|option|choice)(?:\s+is)?\s*:)\s*\n\s*", re.IGNORECASE)
-_LETTER_ALONE = re.compile(r"[(\[]?([A-Za-z])[)\]]?[.:,]?")
-_LETTER_FIRST = re.compile(r"(?:[(\[]([A-Z])[)\]]|([A-Z])(?:[).:,]|\s*[-–—](?=\s)|(?=\s*\n)))[.:]?\s*(?=\S)")
-_OTHER_LETTER = re.compile(r"(?<![\w'])([A-Z])(?![\w'])(?!(?<=[AI])\s+[a-z])")
+_LOOKUP_ROWS = 1000
+_WINDOW_ROWS = 4000
+"""Rows that are in memory at a time: enough for the fast ones not to wait for a slow one before them."""
+_JUDGED_ROWS = 100
+"""Rows after which the share of labels is taken seriously."""
+_STRIKES = 2
+_UNCOMMITTED = 10_000
+_SLOT_S = 30.0
+_SLICES = 20
 
 
-def parse_answer(text: str, choices: Sequence[str]) -> str | None:
-    """The letter that `text` answers with, out of those of `choices` (the option texts), or None where it is none or
-    more than one.
-
-    Read are a letter alone ("B", "(B)", "B.", "**B**"), a letter before other text ("B) some text"), an option's exact
-    text, and each of these after "Answer:", "The answer is" and the like at the start of a line. A letter within a
-    sentence is not read: "A good choice is B" is None. What stands before </think> is not looked at.
-    """
-    body = re.sub(r"[*`]", "", text.rpartition("</think>")[2]).strip()
-    body = _MARK_ALONE.sub(r"\1 ", body)
-    if body.startswith("<think>"):
-        return None
-    marked = [body_after for line in body.splitlines() if (body_after := _after_mark(line))]
-    letters = {_read(rest, choices) for rest in marked or [body]}
-    return letters.pop() if len(letters) == 1 else None
-
-
-def _after_mark(line: str) -> str:
-    found = _MARK.match(line)
-    return line[found.end() :].strip() if found else ""
-
-
-def _read(body: str, choices: Sequence[str]) -> str | None:
-    """The letter of a text that starts with its answer: by letter and by option text, which must not disagree."""
-    letters = LETTERS[: len(choices)]
-    named = {letter for letter, choice in zip(letters, choices, strict=True) if body and _plain(body) == _plain(choice)}
-    if (alone := _LETTER_ALONE.fullmatch(body)) and alone[1].upper() in letters:
-        named.add(alone[1].upper())
-    elif (first := _LETTER_FIRST.match(body)) and (letter := first[1] or first[2]) in letters:
-        named |= {letter} | _letters_named(body[first.end() :], letter, choices)
-    return named.pop() if len(named) == 1 else None
-
-
-def _letters_named(rest: str, letter: str, choices: Sequence[str]) -> set[str]:
-    """The options that the text after a leading letter speaks of; its own text counts as nothing else."""
-    letters = LETTERS[: len(choices)]
-    if _plain(rest) == _plain(choices[letters.index(letter)]):
-        return set()
-    by_text = {other for other, choice in zip(letters, choices, strict=True) if _plain(rest) == _plain(choice)}
-    return by_text | {found for found in _OTHER_LETTER.findall(rest) if found in letters}
-
-
-def _plain(text: str) -> str:
-    return " ".join(re.sub(r"[*`]", "", text).split()).strip(" \"'“”.").casefold()
-
-
-def distribution(top_logprobs: Iterable[tuple[str, float]], letters: Sequence[str]) -> dict[str, float] | None:
-    """The teacher's probabilities of `letters` (they sum to 1) from the alternatives at the answer's token, or None
-    where no letter is among them.
-
-    Spellings of a letter with blanks around it (" A", "A") are summed, and the letters are normalised among themselves.
-    A letter that is not listed gets the least listed probability, which it can't have exceeded, or, where that is
-    smaller, an equal share with the other missing letters of what all listed tokens leave. -9999 stands for a token
-    outside the list, of 20 at most (OpenAI's API reference, chat completions, logprobs and top_logprobs).
-    """
-    listed = [(token, math.exp(min(value, 0.0))) for token, value in top_logprobs if value > -9999.0]
-    found: dict[str, float] = {}
-    for token, probability in listed:
-        if (letter := letter_of(token)) in letters:
-            found[letter] = found.get(letter, 0.0) + probability
-    if not sum(found.values()):
-        return None
-    missing = [letter for letter in letters if letter not in found]
-    if missing:
-        left = max(1.0 - sum(p for _, p in listed), 0.0) / len(missing)
-        found |= dict.fromkeys(missing, min(left, min(p for _, p in listed)))
-    total = sum(found.values())
-    return {letter: found[letter] / total for letter in letters}
-
-
-def request_key(identity: str, messages: list[Message], settings: TeacherRecipe) -> str:
-    """SHA-256 (hex) of what is asked of whom: the teacher's identity, the messages, the temperature, the token limit
-    and whether soft labels are wanted. Not the URL, the SDK, the key or the row's place."""
-    return digest_of(
-        {
-            "teacher": identity,
-            "messages": messages,
-            "temperature": settings.temperature,
-            "max_tokens": settings.max_tokens,
-            "soft_labels": settings.soft_labels,
-        }
-    )
+def request_key(identity: str, messages: list[Message], settings: TeacherRecipe, vote: int = 0) -> str:
+    """SHA-256 (hex) of what is asked of whom: the teacher's identity, the messages, the temperature, the token limit,
+    whether log-probabilities are wanted, whether JSON is, and which of several votes it is. Not the URL, the SDK, the
+    key or the row's place."""
+    asked = {
+        "teacher": identity,
+        "messages": messages,
+        "temperature": settings.temperature,
+        "max_tokens": settings.max_tokens,
+        "soft_labels": settings.asks_log_probabilities,
+    }
+    # Left out where they ask for nothing, so that what was asked before they were there is still known.
+    asked |= {"form": "json"} if settings.answers.form == "json" else {}
+    asked |= {"vote": vote} if vote else {}
+    return digest_of(asked)
 
 
 @dataclass(frozen=True, slots=True)
-class StoredAnswer:
-    """An accepted answer, as it stands in the table teacher_answers. `latency_ms`: of the call that succeeded."""
+class Question:
+    """One request for a row: `order` holds the row's option at each place that was shown."""
 
-    request_key: str
-    teacher: str
-    answer: str
-    distribution: dict[str, float] | None
-    raw: str
-    prompt_tokens: int
-    completion_tokens: int
-    latency_ms: float
-    attempts: int
-    model_version: str
+    key: str
+    messages: list[Message]
+    order: list[int]
+    row: Example
 
+    @property
+    def letters(self) -> tuple[str, ...]:
+        return self.row.letters
 
-_TABLE = Table(
-    "teacher_answers",
-    METADATA,
-    Column("request_key", String(64), primary_key=True),
-    Column("teacher", Text, nullable=False),
-    Column("answer", String(1), nullable=False),
-    Column("distribution", JSON(none_as_null=True)),
-    Column("raw", Text, nullable=False),
-    Column("prompt_tokens", Integer, nullable=False),
-    Column("completion_tokens", Integer, nullable=False),
-    Column("latency_ms", Float, nullable=False),
-    Column("attempts", Integer, nullable=False),
-    Column("model_version", Text, nullable=False),
-    Column("created_at", DateTime(timezone=True), nullable=False),
-)
-_ANSWER_COLUMNS = [column for column in _TABLE.columns if column.name != "created_at"]
-_LOOKUP_ROWS = 1000
-_COMMIT_ROWS = 500
+    @property
+    def choices(self) -> list[str]:
+        return [self.row.choices[option] for option in self.order]
 
 
-class LabelStore:
-    """Teacher answers by request key, in SQLite or PostgreSQL (`url` as SQLAlchemy writes it; DISTILLERY_LABELS).
+def questions(row: Example, prompt: PromptRecipe, recipe: TeacherRecipe, identity: str) -> list[Question]:
+    """What is asked for a row: in each order of its options, each vote."""
+    asked = []
+    for number in range(min(recipe.answers.orders, len(row.choices))):
+        order = turned(len(row.choices), number)
+        shown = row.model_copy(update={"choices": tuple(row.choices[option] for option in order)}) if number else row
+        messages = render_messages(shown, prompt)
+        if recipe.answers.form == "rationale":
+            last = messages[-1]
+            messages = [*messages[:-1], last | {"content": f"{last['content']}\n\n{recipe.answers.instruction}"}]
+        for vote in range(recipe.answers.votes):
+            asked.append(Question(request_key(identity, messages, recipe, vote), messages, order, row))
+    return asked
 
-    One thread writes: it commits whatever has arrived while its last commit ran, at once, so that an answer is on disk
-    some milliseconds after `add`. An answer that is there already stays as it is. An outage of the database is waited
-    out (database.py); then StoreUnavailable, and StoreError for what waiting does not mend.
-    """
 
-    def __init__(self, url: str | None = None, wait_s: float | None = None) -> None:
-        self._database = Database(url, wait_s)
-        self._arrived: SimpleQueue[StoredAnswer | threading.Event | None] = SimpleQueue()
-        self._failure: StoreError | None = None
-        self._writer = threading.Thread(target=self._write, name="label-store", daemon=True)
-        self._writer.start()
+class Asker(Protocol):
+    """Who answers: a `Teacher`."""
 
-    def __enter__(self) -> Self:
-        return self
+    async def ask(self, messages: list[Message], letters: Sequence[str]) -> Completion: ...
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._stop()
-        if error is None:
-            self._raise_failure()
 
-    def get_many(self, keys: Iterable[str]) -> dict[str, StoredAnswer]:
-        """The stored answers among `keys`."""
-        found: dict[str, StoredAnswer] = {}
-        wanted = iter(keys)
-        while chunk := list(islice(wanted, _LOOKUP_ROWS)):
-            query = select(*_ANSWER_COLUMNS).where(_TABLE.c.request_key.in_(chunk))
-            rows = self._database.run(methodcaller("execute", query)).all()
-            found |= {row.request_key: StoredAnswer(**row._mapping) for row in rows}
-        return found
-
-    def add(self, answer: StoredAnswer) -> None:
-        """Hands an answer to the writer, without waiting; raises what a former write failed with."""
-        self._raise_failure()
-        self._arrived.put(answer)
-
-    def flush(self) -> None:
-        """Waits until all that was added is committed."""
-        if self._writer.is_alive():
-            done = threading.Event()
-            self._arrived.put(done)
-            done.wait()
-        self._raise_failure()
-
-    def close(self) -> None:
-        """Commits what has arrived and lets go of the database."""
-        self._stop()
-        self._raise_failure()
-
-    def _stop(self) -> None:
-        if self._writer.is_alive():
-            self._arrived.put(None)
-            self._writer.join()
-        self._database.close()
-
-    def _raise_failure(self) -> None:
-        if self._failure:
-            raise self._failure
-
-    def _write(self) -> None:
-        while True:
-            batch = self._take()
-            answers = [item for item in batch if isinstance(item, StoredAnswer)]
-            if answers and not self._failure:
-                try:
-                    self._commit(answers)
-                except StoreError as error:
-                    self._failure = error
-            for item in batch:
-                if isinstance(item, threading.Event):
-                    item.set()
-            if None in batch:
-                return
-
-    def _take(self) -> list[StoredAnswer | threading.Event | None]:
-        """Waits for one item and takes what else is there."""
-        batch = [self._arrived.get()]
-        while len(batch) < _COMMIT_ROWS:
-            try:
-                batch.append(self._arrived.get_nowait())
-            except Empty:
-                break
-        return batch
-
-    def _commit(self, answers: list[StoredAnswer]) -> None:
-        now = datetime.now(UTC)
-        rows = [{**asdict(answer), "created_at": now} for answer in answers]
-        insert = self._database.insert(_TABLE).on_conflict_do_nothing()
-        self._database.run(lambda connection: connection.execute(insert, rows))
+Slots = Callable[[], AbstractAsyncContextManager[Any]]
+"""A place among all runs that share a limit; each worker holds one for some seconds of its work at a time."""
 
 
 @dataclass(frozen=True)
 class LabelCounts:
-    """Rows accepted and rejected; the calls `asked` in this run and their `usage`: what this run paid for."""
+    """Rows accepted and rejected; the calls `asked` in this run, their `usage` and `cost`: what this run paid for.
+    `calls_per_second`: over the run, in equal slices of its time."""
 
     accepted: int
     rejected: int
-    asked: int
-    usage: Usage
-
-
-@dataclass
-class _Answers:
-    """What is known of each request: by its key, an answer or why there is none (reason, raw text)."""
-
-    accepted: dict[str, StoredAnswer]
-    rejected: dict[str, tuple[str, str]] = field(default_factory=dict)
     asked: int = 0
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
+    usage: Usage = field(default_factory=Usage)
+    cost: float | None = None
+    currency: str = ""
+    calls_per_second: tuple[float, ...] = ()
+
+
+@dataclass(slots=True)
+class _Outcome:
+    """What is known of a request: the stored answer, or why there is none; neither while it is under way."""
+
+    stored: StoredAnswer | None = None
+    failure: str = ""
+    rows: int = 0
+
+    @property
+    def is_known(self) -> bool:
+        return self.stored is not None or bool(self.failure)
+
+
+@dataclass(frozen=True, slots=True)
+class _Open:
+    """A row in the window."""
+
+    row: Example
+    questions: list[Question]
+    outcomes: list[_Outcome]
 
 
 async def label(
-    examples: Sequence[Example],
+    examples: Iterable[Example],
     prompt: PromptRecipe,
     recipe: TeacherRecipe,
     endpoint: Endpoint,
     store: LabelStore,
     out: Path,
     progress: Callable[[int, int], None] | None = None,
+    *,
+    rows: int | None = None,
+    teacher: Asker | None = None,
+    slots: Slots = nullcontext,
 ) -> LabelCounts:
-    """Labels `examples` and writes labels.jsonl (TeacherLabel), rejected.jsonl (RejectedLabel) and train_data.jsonl
-    ({"Question": the user message, "Answer": the letter}, as in the lab), each in the order of `examples`.
+    """Labels `examples` and writes labels.jsonl (TeacherLabel), rejected.jsonl (RejectedLabel), train_data.jsonl
+    ({"Question": the user message, "Answer": the letter}, as in the lab), each in the order of `examples`, and the
+    files of label_report.py.
 
-    Asks what the store doesn't hold, equal requests once; `progress` gets (requests done, requests in all). Equal
-    answers give equal bytes. Whatever is raised, the answers that came are in the store: TeacherError where no row was
-    accepted, what `Teacher.ask` and `LabelStore` raise.
+    Asks what the store doesn't hold, equal requests once; `progress` gets (rows done, rows in all), the latter from
+    `rows` where `examples` has no length. Holds some thousand rows in memory at a time, however many there are. Equal
+    answers give equal bytes. Whatever is raised, the answers that came are in the store: TeacherError where too few
+    rows got a label, BudgetReached at a cap, what `Teacher.ask` and `LabelStore` raise. `teacher` is asked in place
+    of the endpoint's own.
     """
-    if not examples:
-        raise TeacherError("dataset: no row to label; check dataset.splits and dataset.sample")
-    keys = [request_key(endpoint.identity, render_messages(row, prompt), recipe) for row in examples]
-    wanted = dict(zip(keys, examples, strict=True))
-    answers = _Answers(await asyncio.to_thread(store.get_many, wanted))
-    missing = {key: row for key, row in wanted.items() if key not in answers.accepted}
+    total = len(examples) if isinstance(examples, Sequence) else rows or 0
+    pace, spending = Pace(recipe), Spending(recipe.budget, recipe.prices)
+    with _files_for(out, prompt, recipe) as files:
+        run = _Labelling(prompt, recipe, endpoint.identity, store, files, pace, slots, progress, total)
+        try:
+            if teacher:
+                await run.work(examples, teacher)
+            else:
+                async with Teacher(recipe, endpoint, pace=pace, spending=spending) as own:
+                    await run.work(examples, own)
+        finally:
+            await asyncio.to_thread(store.flush)
+        files.finish()
+    return LabelCounts(
+        accepted=files.tally.accepted,
+        rejected=files.tally.rejected.total(),
+        asked=run.asked,
+        usage=run.usage,
+        cost=cost_of(run.usage, recipe.prices),
+        currency=recipe.prices.currency if recipe.prices else "",
+        calls_per_second=run.rate(),
+    )
 
-    def report() -> None:
-        if progress:
-            progress(len(answers.accepted) + len(answers.rejected), len(wanted))
 
-    report()
-    if missing:
-        await _ask_all(missing, prompt, recipe, endpoint, store, answers, report)
-    _write_files(out, examples, keys, prompt, answers)
-    return _count(keys, answers)
+def label_from(
+    examples: Iterable[Example], labels: dict[str, TeacherLabel], prompt: PromptRecipe, recipe: TeacherRecipe, out: Path
+) -> LabelCounts:
+    """The same files from labels that are there already; a row without one is rejected."""
+    with _files_for(out, prompt, recipe) as files:
+        for row in examples:
+            if known := labels.get(row.example_id):
+                files.take(row, known)
+            else:
+                files.reject(row, "no label for it")
+        files.finish()
+    return LabelCounts(accepted=files.tally.accepted, rejected=files.tally.rejected.total())
 
 
-def write_gold(examples: Sequence[Example], prompt: PromptRecipe, out: Path) -> LabelCounts:
-    """The gold answers in the same files, for the rows that have one."""
-    known = [row for row in examples if row.answer_key]
-    with (out / LABELS_FILE).open("w") as labels, (out / TRAIN_DATA_FILE).open("w") as train:
-        for row in known:
-            label = TeacherLabel(example_id=row.example_id, answer=row.answer_key or "")
-            _write_line(labels, label.model_dump(mode="json"))
-            _write_line(train, {"Question": render_messages(row, prompt)[-1]["content"], "Answer": label.answer})
-    return LabelCounts(accepted=len(known), rejected=0, asked=0, usage=Usage())
+def gold_labels(examples: Iterable[Example]) -> dict[str, TeacherLabel]:
+    """The gold answers as labels, for the rows that have one."""
+    return {
+        row.example_id: TeacherLabel(example_id=row.example_id, answer=row.answer_key)
+        for row in examples
+        if row.answer_key
+    }
 
 
 def read_labels(folder: Path) -> dict[str, TeacherLabel]:
     """The labels of an artifact's folder by example_id."""
-    lines = (folder / LABELS_FILE).read_text().splitlines()
-    return {label.example_id: label for label in map(TeacherLabel.model_validate_json, lines)}
+    with (folder / LABELS_FILE).open(encoding="utf-8") as lines:
+        return {label.example_id: label for label in map(TeacherLabel.model_validate_json, lines)}
 
 
-async def _ask_all(
-    missing: Mapping[str, Example],
-    prompt: PromptRecipe,
-    recipe: TeacherRecipe,
-    endpoint: Endpoint,
-    store: LabelStore,
-    answers: _Answers,
-    report: Callable[[], None],
-) -> None:
-    """teacher.concurrency workers that take from one iterator; the first error stops them all."""
-    rows = iter(missing.items())
+class _Labelling:
+    """One run over the rows. A producer looks rows up and opens them, in chunks; workers ask what is missing; whoever
+    makes the window's first row whole closes it, and those behind it that are."""
 
-    async def work(teacher: Teacher) -> None:
-        for key, row in rows:
-            completion = await teacher.ask(render_messages(row, prompt), row.letters)
-            _take_in(key, row, completion, recipe, endpoint, store, answers)
-            report()
+    def __init__(
+        self,
+        prompt: PromptRecipe,
+        recipe: TeacherRecipe,
+        identity: str,
+        store: LabelStore,
+        files: "_Files",
+        pace: Pace,
+        slots: Slots,
+        progress: Callable[[int, int], None] | None,
+        total: int,
+    ) -> None:
+        self._prompt, self._recipe, self._identity = prompt, recipe, identity
+        self._store, self._files, self._pace, self._slots = store, files, pace, slots
+        self._progress, self._total = progress, total
+        self._window: deque[_Open] = deque()
+        self._room = asyncio.Event()
+        self._outcomes: dict[str, _Outcome] = {}
+        self._queue: asyncio.Queue[Question | None] = asyncio.Queue()
+        self._strikes: Counter[str] = Counter()
+        self._produced = False
+        self._error: BaseException | None = None
+        self._started = time.monotonic()
+        self._seconds: Counter[int] = Counter()
+        self.asked = 0
+        self.usage = Usage()
 
-    try:
-        async with Teacher(recipe, endpoint) as teacher:
-            workers = [asyncio.create_task(work(teacher)) for _ in range(min(recipe.concurrency, len(missing)))]
-            try:
-                await asyncio.gather(*workers)
-            finally:
-                for worker in workers:
-                    worker.cancel()
-                await asyncio.gather(*workers, return_exceptions=True)
-    finally:
-        await asyncio.to_thread(store.flush)
+    async def work(self, examples: Iterable[Example], teacher: Asker) -> None:
+        """Raises the first error of any worker, once the calls under way have come back: they are paid for."""
+        self._report()
+        workers = [asyncio.create_task(self._worker(teacher)) for _ in range(self._recipe.concurrency)]
+        producer = asyncio.create_task(self._guarded(self._produce(iter(examples))))
+        tasks = {producer, *workers}
+        try:
+            while tasks and not self._error:
+                _, tasks = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            producer.cancel()
+            if tasks:
+                await asyncio.wait(tasks, timeout=self._recipe.timeout_s)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        if self._error:
+            raise self._error
+
+    def rate(self) -> tuple[float, ...]:
+        """Answers a second over the run, in equal slices of at least a second."""
+        if not self._seconds:
+            return ()
+        last = max(self._seconds) + 1
+        width = -(-last // _SLICES)
+        slices = Counter[int]()
+        for second, count in self._seconds.items():
+            slices[second // width] += count
+        return tuple(slices[at] / width for at in range(-(-last // width)))
+
+    async def _produce(self, examples: Iterator[Example]) -> None:
+        while chunk := await asyncio.to_thread(lambda: list(islice(examples, _LOOKUP_ROWS))):
+            asked = await asyncio.to_thread(self._questions, chunk)
+            keys = {one.key for several in asked for one in several} - self._outcomes.keys()
+            known = await asyncio.to_thread(self._store.get_many, keys)
+            for row, several in zip(chunk, asked, strict=True):
+                self._open(row, several, known)
+            self._close()
+            while len(self._window) >= _WINDOW_ROWS or self._store.waiting > _UNCOMMITTED:
+                self._room.clear()
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self._room.wait(), 0.1)
+        self._produced = True
+        self._close()
+
+    def _questions(self, chunk: list[Example]) -> list[list[Question]]:
+        return [questions(row, self._prompt, self._recipe, self._identity) for row in chunk]
+
+    def _open(self, row: Example, several: list[Question], known: dict[str, StoredAnswer]) -> None:
+        outcomes = []
+        for question in several:
+            outcome = self._outcomes.get(question.key)
+            if outcome is None:
+                outcome = self._outcomes[question.key] = _Outcome(known.get(question.key))
+                if not outcome.is_known:
+                    self._queue.put_nowait(question)
+            outcome.rows += 1
+            outcomes.append(outcome)
+        self._window.append(_Open(row, several, outcomes))
+
+    async def _guarded(self, work: Any) -> None:
+        """`work`, whose first error ends the run."""
+        try:
+            await work
+        except Stopped:
+            return
+        except asyncio.CancelledError:
+            raise
+        except BaseException as error:
+            self._error = self._error or error
+            self._end()
+
+    async def _worker(self, teacher: Asker) -> None:
+        await self._guarded(self._answer_questions(teacher))
+
+    async def _answer_questions(self, teacher: Asker) -> None:
+        while (question := await self._queue.get()) is not None:
+            async with self._slots():
+                until = time.monotonic() + _SLOT_S
+                await self._answer(question, teacher)
+                # A slot is taken for some seconds of work at a time: taking it costs a call of Prefect's API.
+                while time.monotonic() < until and not self._queue.empty():
+                    if (question := self._queue.get_nowait()) is None:
+                        return
+                    await self._answer(question, teacher)
+
+    async def _answer(self, question: Question, teacher: Asker) -> None:
+        if self._error:
+            raise Stopped
+        started = time.monotonic()
+        try:
+            completion = await teacher.ask(question.messages, question.letters)
+        except TeacherUnavailable as error:
+            if self._pace.silent_s > self._recipe.outage_s:
+                raise
+            # Others were answered meanwhile: then it is this one that the endpoint fails on.
+            self._strikes[question.key] += self._pace.silent_s < time.monotonic() - started
+            if self._strikes[question.key] < _STRIKES:
+                self._queue.put_nowait(question)
+                return
+            self._outcomes[question.key].failure = f"the endpoint fails on it, again and again ({error})"
+        else:
+            stored = _stored(question, completion, self._recipe, self._identity)
+            self.asked += 1
+            self.usage = self.usage + completion.usage
+            self._seconds[int(time.monotonic() - self._started)] += 1
+            self._store.add(stored)
+            self._outcomes[question.key].stored = stored
+        self._close()
+
+    def _close(self) -> None:
+        """Writes the rows at the window's start that are whole, and ends the workers after the last."""
+        closed = False
+        while self._window and all(outcome.is_known for outcome in self._window[0].outcomes):
+            done = self._window.popleft()
+            self._files.write(done)
+            for question, outcome in zip(done.questions, done.outcomes, strict=True):
+                outcome.rows -= 1
+                if not outcome.rows:
+                    del self._outcomes[question.key]
+            closed = True
+            self._report()
+        if closed and len(self._window) < _WINDOW_ROWS:
+            self._room.set()
+        if self._produced and not self._window:
+            self._end()
+
+    def _end(self) -> None:
+        self._pace.stop()
+        for _ in range(self._recipe.concurrency):
+            self._queue.put_nowait(None)
+
+    def _report(self) -> None:
+        if self._progress:
+            self._progress(self._files.tally.rows, max(self._total, self._files.tally.rows))
 
 
-def _take_in(
-    key: str,
-    row: Example,
-    completion: Completion,
-    recipe: TeacherRecipe,
-    endpoint: Endpoint,
-    store: LabelStore,
-    answers: _Answers,
-) -> None:
-    answers.asked += 1
-    answers.prompt_tokens += completion.usage.prompt_tokens
-    answers.completion_tokens += completion.usage.completion_tokens
-    answer = None if completion.finish_reason == "content_filter" else parse_answer(completion.text, row.choices)
-    if answer is None:
-        answers.rejected[key] = (_reason(completion, row, recipe), completion.text)
-        return
+def _stored(question: Question, completion: Completion, recipe: TeacherRecipe, identity: str) -> StoredAnswer:
+    read = parse_json if recipe.answers.form == "json" else parse_answer
+    letter = None if completion.finish_reason == "content_filter" else read(completion.text, question.choices)
     # The alternatives at a letter that is not the one answered with say nothing of the answer.
-    pairs = completion.top_logprobs if completion.answer_letter == answer else None
-    accepted = StoredAnswer(
-        request_key=key,
-        teacher=endpoint.identity,
-        answer=answer,
-        distribution=distribution(pairs, row.letters) if pairs and recipe.soft_labels else None,
+    pairs = completion.top_logprobs if completion.answer_letter == letter else None
+    return StoredAnswer(
+        request_key=question.key,
+        teacher=identity,
+        answer=letter,
+        distribution=distribution(pairs, question.letters) if pairs and recipe.asks_log_probabilities else None,
         raw=completion.text,
         prompt_tokens=completion.usage.prompt_tokens,
         completion_tokens=completion.usage.completion_tokens,
+        cached_tokens=completion.usage.cached_tokens,
+        cost=cost_of(completion.usage, recipe.prices),
         latency_ms=completion.latency_ms,
         attempts=completion.attempts,
         model_version=completion.model_version,
+        reason="" if letter else _reason(completion, question, recipe),
+        example_id=question.row.example_id,
+        prompt=question.messages[-1]["content"],
     )
-    store.add(accepted)
-    answers.accepted[key] = accepted
 
 
-def _reason(completion: Completion, row: Example, recipe: TeacherRecipe) -> str:
+def _reason(completion: Completion, question: Question, recipe: TeacherRecipe) -> str:
     if completion.finish_reason == "content_filter":
         return "refused by the endpoint's content filter"
     if completion.finish_reason == "context_length_exceeded":
         return "prompt longer than the teacher's context"
-    if completion.finish_reason == "length" and not completion.text.strip():
+    if completion.finish_reason == "length":
         return f"no answer within teacher.max_tokens ({recipe.max_tokens})"
     if not completion.text.strip():
         return "empty answer"
-    return f"no option, or more than one, of {row.letters[0]} to {row.letters[-1]}"
+    return f"no option, or more than one, of {question.letters[0]} to {question.letters[-1]}"
 
 
-def _write_files(
-    out: Path, examples: Sequence[Example], keys: Sequence[str], prompt: PromptRecipe, answers: _Answers
-) -> None:
-    out.mkdir(parents=True, exist_ok=True)
+class _Files:
+    """The files of a labelling, written row by row as rows are done."""
+
+    def __init__(self, folder: Path, prompt: PromptRecipe, recipe: TeacherRecipe) -> None:
+        self._folder, self._prompt, self._recipe = folder, prompt, recipe
+        self.tally = Tally()
+        self._labels = self._file(LABELS_FILE)
+        self._rejected = self._file(REJECTED_FILE)
+        self._train = self._file(TRAIN_DATA_FILE)
+
+    def _file(self, name: str) -> TextIO:
+        return (self._folder / name).open("w", encoding="utf-8", newline="\n")
+
+    def close(self) -> None:
+        for file in (self._labels, self._rejected, self._train):
+            file.close()
+
+    def write(self, done: _Open) -> None:
+        """A row whose requests are all known."""
+        found = [
+            (in_own_letters(outcome.stored.answer, outcome.stored.distribution, question.order), outcome.stored)
+            for question, outcome in zip(done.questions, done.outcomes, strict=True)
+            if outcome.stored and outcome.stored.answer
+        ]
+        if 2 * len(found) <= len(done.outcomes):
+            first = next(o for o in done.outcomes if not (o.stored and o.stored.answer))
+            raw = first.stored.raw if first.stored else ""
+            return self.reject(done.row, first.stored.reason if first.stored else first.failure, raw)
+        whole = combined([answer for answer, _ in found], done.row.letters, self._recipe.soft_labels)
+        if whole is None:
+            votes = ", ".join(answer.letter for answer, _ in found)
+            return self.reject(done.row, f"no majority among its {len(found)} answers", votes)
+        usage = Usage()
+        for outcome in done.outcomes:
+            if outcome.stored:
+                usage += Usage(
+                    prompt_tokens=outcome.stored.prompt_tokens, completion_tokens=outcome.stored.completion_tokens
+                )
+        said = next(stored for answer, stored in found if answer.letter == whole.letter)
+        rationale = rationale_of(said.raw) if self._recipe.answers.form == "rationale" else None
+        label = TeacherLabel(
+            example_id=done.row.example_id,
+            answer=whole.letter,
+            distribution=whole.distribution,
+            confidence=whole.confidence,
+            rationale=rationale or None,
+            usage=usage,
+        )
+        return self.take(done.row, label)
+
+    def take(self, row: Example, label: TeacherLabel) -> None:
+        """A label, unless teacher.filters reject it."""
+        filters = self._recipe.filters
+        if label.confidence is not None and label.confidence < filters.confidence:
+            return self.reject(
+                row, f"confidence below teacher.filters.confidence ({filters.confidence:g})", label.answer
+            )
+        if filters.agreement_with_gold and row.answer_key and row.answer_key != label.answer:
+            return self.reject(row, "gold says otherwise", label.answer)
+        self.tally.accept(row, label)
+        _write_line(self._labels, label.model_dump())
+        question = render_messages(row, self._prompt)[-1]["content"]
+        _write_line(self._train, {"Question": question, "Answer": label.answer})
+        return self._refuse_too_few(final=False)
+
+    def reject(self, row: Example, reason: str, raw: str = "") -> None:
+        self.tally.reject(reason)
+        _write_line(self._rejected, RejectedLabel(example_id=row.example_id, reason=reason, raw=raw).model_dump())
+        self._refuse_too_few(final=False)
+
+    def finish(self) -> None:
+        """Raises TeacherError where there was no row, or too few got a label."""
+        if not self.tally.rows:
+            raise TeacherError("dataset: no row to label; check dataset.splits and dataset.sample")
+        self._refuse_too_few(final=True)
+        self.close()
+        if self._recipe.filters.balance:
+            self._balance(self._recipe.filters.balance)
+        self.tally.write(self._folder)
+
+    def _refuse_too_few(self, final: bool) -> None:
+        tally, minimum = self.tally, self._recipe.filters.minimum_accepted
+        enough = tally.accepted >= minimum * tally.rows and tally.accepted
+        if enough or not (final or tally.rows >= _JUDGED_ROWS):
+            return
+        reasons = "; ".join(f"{reason} ({count} rows)" for reason, count in tally.rejected.most_common())
+        raise TeacherError(
+            f"teacher: {tally.accepted} of {tally.rows} rows have a label, and teacher.filters.minimum_accepted asks for "
+            f"{minimum:.0%}: {reasons}; check prompt.system, teacher.max_tokens and the model"
+        )
+
+    def _balance(self, most: float) -> None:
+        """Takes the least sure labels of each letter that has more than `most` times the rarest's."""
+        ranked: dict[str, list[tuple[float, str, int]]] = {}
+        for number, label in enumerate(self._written()):
+            # Of equally sure ones, whichever the hash says: not the first or last of the file.
+            place = sha256(label.example_id.encode()).hexdigest()[:16]
+            confidence = 1.0 if label.confidence is None else label.confidence
+            ranked.setdefault(label.answer, []).append((-confidence, place, number))
+        limit = int(most * min(map(len, ranked.values())))
+        dropped = {number for rows in ranked.values() for _, _, number in sorted(rows)[limit:]}
+        if not dropped:
+            return
+        reason = f"its letter has more than {most:g} times the rarest's labels (teacher.filters.balance)"
+        with (
+            self._file(f"{LABELS_FILE}.kept") as labels,
+            (self._folder / REJECTED_FILE).open("a", encoding="utf-8") as out,
+        ):
+            for number, label in enumerate(self._written()):
+                if number in dropped:
+                    rejected = RejectedLabel(example_id=label.example_id, reason=reason, raw=label.answer)
+                    _write_line(out, rejected.model_dump())
+                    self.tally.drop(label, reason)
+                else:
+                    _write_line(labels, label.model_dump())
+        with self._file(f"{TRAIN_DATA_FILE}.kept") as train, (self._folder / TRAIN_DATA_FILE).open() as lines:
+            train.writelines(line for number, line in enumerate(lines) if number not in dropped)
+        for name in (LABELS_FILE, TRAIN_DATA_FILE):
+            (self._folder / f"{name}.kept").replace(self._folder / name)
+
+    def _written(self) -> Iterator[TeacherLabel]:
+        with (self._folder / LABELS_FILE).open(encoding="utf-8") as lines:
+            yield from map(TeacherLabel.model_validate_json, lines)
+
+
+@contextmanager
+def _files_for(out: Path, prompt: PromptRecipe, recipe: TeacherRecipe) -> Iterator[_Files]:
+    """Files that come to `out` when all of them are whole, and not at all after an error."""
+    out.parent.mkdir(parents=True, exist_ok=True)
     with (
-        (out / LABELS_FILE).open("w", encoding="utf-8", newline="\n") as labels,
-        (out / REJECTED_FILE).open("w", encoding="utf-8", newline="\n") as rejected,
-        (out / TRAIN_DATA_FILE).open("w", encoding="utf-8", newline="\n") as train,
+        TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as folder,
+        closing(_Files(Path(folder), prompt, recipe)) as files,
     ):
-        for row, key in zip(examples, keys, strict=True):
-            if stored := answers.accepted.get(key):
-                _write_line(labels, _label_of(row, stored).model_dump())
-                question = render_messages(row, prompt)[-1]["content"]
-                _write_line(train, {"Question": question, "Answer": stored.answer})
-            else:
-                reason, raw = answers.rejected[key]
-                _write_line(rejected, RejectedLabel(example_id=row.example_id, reason=reason, raw=raw).model_dump())
+        yield files
+        out.mkdir(exist_ok=True)
+        for file in Path(folder).iterdir():
+            file.replace(out / file.name)
 
 
 def _write_line(file: TextIO, value: dict[str, Any]) -> None:
     file.write(json.dumps(value, ensure_ascii=False) + "\n")
-
-
-def _label_of(row: Example, stored: StoredAnswer) -> TeacherLabel:
-    usage = Usage(prompt_tokens=stored.prompt_tokens, completion_tokens=stored.completion_tokens)
-    return TeacherLabel(example_id=row.example_id, answer=stored.answer, distribution=stored.distribution, usage=usage)
-
-
-def _count(keys: Sequence[str], answers: _Answers) -> LabelCounts:
-    accepted = sum(key in answers.accepted for key in keys)
-    if not accepted:
-        reasons = Counter(answers.rejected[key][0] for key in keys).most_common()
-        raise TeacherError(
-            "teacher: none of its answers is a label: "
-            + "; ".join(f"{reason} ({count} rows)" for reason, count in reasons)
-            + "; check prompt.system, teacher.max_tokens and the model"
-        )
-    usage = Usage(prompt_tokens=answers.prompt_tokens, completion_tokens=answers.completion_tokens)
-    return LabelCounts(accepted=accepted, rejected=len(keys) - accepted, asked=answers.asked, usage=usage)

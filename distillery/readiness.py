@@ -287,7 +287,7 @@ def _artifact_store(_recipe: Recipe) -> list[Finding]:
 
 
 def _label_store(_recipe: Recipe) -> list[Finding]:
-    from distillery.labels import LabelStore
+    from distillery.label_store import LabelStore
 
     with LabelStore(wait_s=_WAIT_S) as answers:
         answers.get_many([])

@@ -41,19 +41,31 @@ LETTERS = tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
 
 
 class Usage(Record):
-    """Tokens of one call or of many, as the endpoint counts them."""
+    """Tokens of one call or of many, as the endpoint counts them; `cached_tokens` are those of the prompt that it had
+    at hand."""
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    cached_tokens: int = 0
+
+    def __add__(self, other: "Usage") -> "Usage":
+        return Usage(
+            prompt_tokens=self.prompt_tokens + other.prompt_tokens,
+            completion_tokens=self.completion_tokens + other.completion_tokens,
+            cached_tokens=self.cached_tokens + other.cached_tokens,
+        )
 
 
 class TeacherLabel(Record):
-    """A teacher's accepted answer to one row: a letter and, where the endpoint gave log-probabilities,
-    the distribution over the row's letters (sums to 1)."""
+    """A teacher's accepted answer to one row: a letter and, from log-probabilities or votes, the distribution over the
+    row's letters (sums to 1). `confidence` (0 to 1): the share of its several answers that agree, else the letter's
+    probability; None where there is one answer without probabilities. `rationale`: its reason, in its words."""
 
     example_id: str
     answer: str
     distribution: dict[str, float] | None = None
+    confidence: float | None = None
+    rationale: str | None = None
     usage: Usage = Usage()
 
 
@@ -125,7 +137,8 @@ class Rows(Split):
 
 class TeacherLabels(StageRecord):
     """Files in the folder: labels.jsonl (TeacherLabel), rejected.jsonl (RejectedLabel), train_data.jsonl (the lab's
-    Question/Answer rows)."""
+    Question/Answer rows), report.json (LabelReport) and, where gold answers are known, reliability.png and
+    look.jsonl, the rows worth a look. `asked`, `usage` and `cost`: the calls of the run that did the work."""
 
     teacher: str
     accepted: int
@@ -134,6 +147,8 @@ class TeacherLabels(StageRecord):
     asked: int = 0
     usage: Usage = Usage()
     cost: float | None = None
+    currency: str = ""
+    calls_per_second: tuple[float, ...] = ()
 
 
 class CurvePoint(Record):

@@ -105,15 +105,6 @@ def training_rows(
     return rows, too_long
 
 
-def gold_labels(examples: Sequence[Example]) -> dict[str, TeacherLabel]:
-    """The gold answers as labels, for the rows that have one."""
-    return {
-        example.example_id: TeacherLabel(example_id=example.example_id, answer=example.answer_key)
-        for example in examples
-        if example.answer_key
-    }
-
-
 def write_rows(rows: Sequence[TrainingRow], path: Path) -> None:
     path.write_text("".join(row.model_dump_json() + "\n" for row in rows))
 

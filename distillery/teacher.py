@@ -1,8 +1,8 @@
 """The teacher: a chat-completions endpoint, asked through azure-ai-inference (the lab's way) or the openai SDK.
 
-Retries live here and nowhere else: tenacity around one call, the SDK's own retries off. What the endpoint says in an
-error is shown only with the key cut out, and the SDK's exceptions, which hold whole responses, go no further than the
-two clients below.
+Retries live here and nowhere else: tenacity around one call, the SDK's own retries off, each try let through by the
+run's pace and budget (pace.py). What the endpoint says in an error is shown only with the key cut out, and the SDK's
+exceptions, which hold whole responses, go no further than the two clients below.
 """
 
 import asyncio
@@ -26,7 +26,9 @@ from tenacity import (
     wait_random,
 )
 
+from distillery.answers import letter_of
 from distillery.errors import CredentialsError, TeacherError, TeacherUnavailable
+from distillery.pace import Pace, Spending
 from distillery.prompts import Message
 from distillery.recipe import TeacherRecipe
 from distillery.records import Usage
@@ -38,7 +40,6 @@ Redact = Callable[[str], str]
 MOST_LOGPROBS = 20
 """How many alternatives a token may list: OpenAI's and Azure's limit for top_logprobs. Some endpoints allow 5."""
 FEWER_LOGPROBS = 5
-LONGEST_WAIT_S = 120.0
 BACKOFF = wait_exponential(multiplier=0.5, max=30) + wait_random(0, 0.5)
 
 _INFERENCE_HOSTS = (".inference.ai.azure.com", ".models.ai.azure.com")
@@ -61,10 +62,15 @@ class Endpoint:
     sdk: Sdk
 
 
+Answered = tuple[dict[str, Any], Mapping[str, str]]
+"""A response: its JSON and its headers, with names in small letters."""
+
+
 @dataclass(frozen=True)
 class Completion:
-    """One answer. `top_logprobs` are the (token, log-probability) pairs at the first token that is one of the letters,
-    `answer_letter`; both None where the endpoint gave none. `latency_ms` is that of the call that succeeded."""
+    """One answer. `top_logprobs` are the (token, log-probability) pairs at the first token that is one of the letters
+    (after a rationale: the last), `answer_letter`; both None where the endpoint gave none. `latency_ms` is that of the
+    call that succeeded."""
 
     text: str
     finish_reason: str
@@ -149,15 +155,19 @@ def token_scope(url: str) -> str:
 
 @dataclass(frozen=True)
 class CallOptions:
-    """What a call asks for, in the way that this endpoint takes; `top_logprobs` 0 asks for no log-probabilities."""
+    """What a call asks for, in the way that this endpoint takes; `top_logprobs` 0 asks for no log-probabilities.
+    `schema`: hold the answer to a JSON schema."""
 
     max_tokens: int
     temperature: float | None
     top_logprobs: int
+    schema: bool = False
     max_tokens_name: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
 
-    def body(self) -> dict[str, Any]:
+    def body(self, letters: Sequence[str]) -> dict[str, Any]:
         body: dict[str, Any] = {self.max_tokens_name: self.max_tokens}
+        if self.schema:
+            body["response_format"] = {"type": "json_schema", "json_schema": _schema(letters)}
         if self.temperature is not None:
             body["temperature"] = self.temperature
         if self.top_logprobs:
@@ -167,6 +177,8 @@ class CallOptions:
     def without(self, refused: str) -> "CallOptions | None":
         """These options less what `refused` (the endpoint's words) speaks of; None where it speaks of none of them."""
         text = refused.lower()
+        if self.schema and ("response_format" in text or "json_schema" in text or "schema" in text):
+            return replace(self, schema=False)
         if self.top_logprobs and ("logprob" in text or "log prob" in text):
             fewer = "top_logprobs" in text and self.top_logprobs > FEWER_LOGPROBS
             return replace(self, top_logprobs=FEWER_LOGPROBS if fewer else 0)
@@ -175,6 +187,13 @@ class CallOptions:
         if self.max_tokens_name == "max_tokens" and "max_tokens" in text:
             return replace(self, max_tokens_name="max_completion_tokens")
         return None
+
+
+def _schema(letters: Sequence[str]) -> dict[str, Any]:
+    """Structured outputs as OpenAI and Azure take them (OpenAI's API reference, response_format)."""
+    answer = {"type": "string", "enum": list(letters)}
+    schema = {"type": "object", "properties": {"answer": answer}, "required": ["answer"], "additionalProperties": False}
+    return {"name": "answer", "strict": True, "schema": schema}
 
 
 class CallFailed(Exception):
@@ -191,7 +210,8 @@ class CallFailed(Exception):
     ) -> None:
         self.status = status
         self.timed_out = timed_out
-        self.retry_after = _retry_after(headers or {})
+        self.headers = headers or {}
+        self.retry_after = _retry_after(self.headers)
         self.code, self.param, self.message = (redact(part) for part in _details(message))
         super().__init__(f"status {status}: {self.message[:200]}")
 
@@ -245,9 +265,9 @@ def _retry_after(headers: Mapping[str, str]) -> float | None:
 
 
 class ChatClient(Protocol):
-    """An SDK that sends one chat-completions request and gives back the response's JSON. Raises CallFailed."""
+    """An SDK that sends one chat-completions request and gives back the response. Raises CallFailed."""
 
-    async def complete(self, messages: list[Message], options: CallOptions) -> dict[str, Any]: ...
+    async def complete(self, messages: list[Message], body: dict[str, Any]) -> Answered: ...
 
     async def close(self) -> None: ...
 
@@ -274,19 +294,23 @@ class _AzureClient:
             read_timeout=recipe.timeout_s,
         )
 
-    async def complete(self, messages: list[Message], options: CallOptions) -> dict[str, Any]:
+    async def complete(self, messages: list[Message], body: dict[str, Any]) -> Answered:
         from azure.core.exceptions import AzureError
 
-        body = {"model": self._model, "messages": messages, **options.body()}
         # Azure drops or refuses what its own schema lacks, log-probabilities among it, unless this header is there.
         headers = {"extra-parameters": "pass-through"} if set(body) & {"logprobs", "max_completion_tokens"} else {}
+        answered: list[Any] = []
         try:
-            completion: Any = await self._client.complete(body, headers=headers)
+            completion: Any = await self._client.complete(
+                {"model": self._model, "messages": messages, **body},
+                headers=headers,
+                raw_response_hook=lambda response: answered.append(response.http_response.headers),
+            )
             payload: dict[str, Any] = completion.as_dict()
         except (AzureError, ValueError, AttributeError) as error:
             failure = self._failure(error)
         else:
-            return payload
+            return payload, answered[-1] if answered else {}
         # Raised here, so that the SDK's exception, which holds the whole response, is no context of it.
         raise failure
 
@@ -356,19 +380,19 @@ class _OpenAIClient:
             http_client=DefaultAsyncHttpxClient(trust_env=not is_loopback(urlsplit(endpoint.url).hostname or "")),
         )
 
-    async def complete(self, messages: list[Message], options: CallOptions) -> dict[str, Any]:
+    async def complete(self, messages: list[Message], body: dict[str, Any]) -> Answered:
         from azure.core.exceptions import AzureError
         from openai import OpenAIError
 
         chat: Any = self._client.chat.completions.with_raw_response
         try:
-            response = await chat.create(model=self._model, messages=messages, extra_body=options.body())
+            response = await chat.create(model=self._model, messages=messages, extra_body=body)
             payload = json.loads(response.content)
         except (OpenAIError, AzureError, ValueError) as error:
             failure = self._failure(error)
         else:
             if isinstance(payload, dict):
-                return payload
+                return payload, response.headers
             failure = CallFailed(200, "no JSON of a chat completion")
         raise failure
 
@@ -393,14 +417,30 @@ class _OpenAIClient:
 class Teacher:
     """The teacher, to be asked within `async with`. What it refuses once is not sent to it again in this run."""
 
-    def __init__(self, recipe: TeacherRecipe, endpoint: Endpoint, *, demand_log_probabilities: bool = True) -> None:
+    def __init__(
+        self,
+        recipe: TeacherRecipe,
+        endpoint: Endpoint,
+        *,
+        pace: Pace | None = None,
+        spending: Spending | None = None,
+        demand_log_probabilities: bool = True,
+    ) -> None:
         self._recipe = recipe
         self._endpoint = endpoint
+        self._pace = pace or Pace(recipe)
+        self._spending = spending or Spending(recipe.budget, recipe.prices)
         self._demands = demand_log_probabilities
         self._gave_log_probabilities = False
         self._options = CallOptions(
-            recipe.max_tokens, recipe.temperature, top_logprobs=MOST_LOGPROBS if recipe.soft_labels else 0
+            recipe.max_tokens,
+            recipe.temperature,
+            top_logprobs=MOST_LOGPROBS if recipe.asks_log_probabilities else 0,
+            schema=recipe.answers.form == "json",
         )
+        # Until the first answer tells, more than any language's: a cap must not be passed by an estimate too low.
+        self._tokens_per_character = 1.0
+        self._counted = False
 
     async def __aenter__(self) -> Self:
         self._credential = await self._log_in()
@@ -418,12 +458,12 @@ class Teacher:
     async def ask(self, messages: list[Message], letters: Sequence[str]) -> Completion:
         """The teacher's answer; one that its content filter refuses comes back without text.
 
-        Raises CredentialsError (401, 403), TeacherUnavailable after teacher.attempts tries, TeacherError for all else
-        that no other question would fare better with."""
+        Raises CredentialsError (401, 403), TeacherUnavailable after teacher.attempts tries, BudgetReached, TeacherError
+        for all else that no other question would fare better with, and Stopped when the pace is stopped."""
         while True:
             options = self._options
             try:
-                payload, latency_ms, attempts = await self._send(messages, options)
+                payload, latency_ms, attempts = await self._send(messages, options, letters)
             except CallFailed as failure:
                 if reason := failure.of_this_call_alone:
                     return Completion(text="", finish_reason=reason)
@@ -433,24 +473,65 @@ class Teacher:
                 self._require_log_probabilities(options, found)
                 return replace(found, latency_ms=latency_ms, attempts=attempts)
 
-    async def _send(self, messages: list[Message], options: CallOptions) -> tuple[dict[str, Any], float, int]:
+    async def _send(
+        self, messages: list[Message], options: CallOptions, letters: Sequence[str]
+    ) -> tuple[dict[str, Any], float, int]:
         retrying = AsyncRetrying(
             stop=stop_after_attempt(self._recipe.attempts),
             wait=_wait,
             retry=retry_if_exception(lambda error: isinstance(error, CallFailed) and error.is_worth_a_retry),
             reraise=True,
         )
-        answer: tuple[dict[str, Any], float] = await retrying(self._send_once, messages, options)
+        body = options.body(letters)
+        answer: tuple[dict[str, Any], float] = await retrying(self._send_once, messages, body)
         return *answer, int(retrying.statistics["attempt_number"])
 
-    async def _send_once(self, messages: list[Message], options: CallOptions) -> tuple[dict[str, Any], float]:
-        started = time.perf_counter()
+    async def _send_once(self, messages: list[Message], body: dict[str, Any]) -> tuple[dict[str, Any], float]:
+        characters = sum(len(message["content"]) for message in messages)
+        most = Usage(
+            prompt_tokens=math.ceil(characters * self._tokens_per_character) + 16,
+            completion_tokens=self._recipe.max_tokens,
+        )
+        tokens = most.prompt_tokens + most.completion_tokens
+        asked_at = await self._pace.turn(tokens)
+        try:
+            reserved = await self._spending.reserve(most)
+            used: Usage | None = None
+            try:
+                started = time.perf_counter()
+                payload, headers = await self._complete(messages, body)
+                latency_ms = (time.perf_counter() - started) * 1000
+                used = _usage(payload)
+                self._pace.succeeded(headers)
+                self._learn(characters, tokens, used)
+                return payload, latency_ms
+            except CallFailed as failure:
+                # What came back as an error cost nothing; of what never came back nobody knows.
+                used = None if failure.status is None else Usage()
+                if failure.is_worth_a_retry:
+                    self._pace.failed(asked_at, failure.retry_after, failure.headers)
+                else:
+                    self._pace.succeeded(failure.headers)
+                raise
+            finally:
+                self._spending.settle(reserved, used)
+        finally:
+            self._pace.done()
+
+    async def _complete(self, messages: list[Message], body: dict[str, Any]) -> Answered:
         try:
             async with asyncio.timeout(self._recipe.timeout_s):
-                payload = await self._client.complete(messages, options)
+                return await self._client.complete(messages, body)
         except TimeoutError:
             raise CallFailed(None, "timeout", timed_out=True) from None
-        return payload, (time.perf_counter() - started) * 1000
+
+    def _learn(self, characters: int, estimated: int, used: Usage) -> None:
+        """Takes the most tokens a character that were seen for what comes."""
+        if used.prompt_tokens:
+            seen = used.prompt_tokens / max(characters, 1)
+            self._tokens_per_character = max(seen, self._tokens_per_character) if self._counted else seen
+            self._counted = True
+            self._pace.settle(used.prompt_tokens + used.completion_tokens - estimated)
 
     def _adapt(self, tried: CallOptions, failure: CallFailed) -> None:
         """Takes back what the endpoint refuses; raises the error that ends the run where that is not the matter."""
@@ -538,51 +619,57 @@ class Teacher:
         """The first choice of a chat-completions response; no choices is an answer without text."""
         choices = payload.get("choices")
         choice = choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else {}
-        message, usage = choice.get("message") or {}, payload.get("usage") or {}
+        message = choice.get("message") or {}
         text = _storable(self._redact(str(message.get("content") or "")))
-        letter, pairs = _at_answer((choice.get("logprobs") or {}).get("content"), text, letters)
+        last = self._recipe.answers.form == "rationale"
+        letter, pairs = _at_answer((choice.get("logprobs") or {}).get("content"), text, letters, last)
         return Completion(
             text=text,
             finish_reason=str(choice.get("finish_reason") or ""),
             top_logprobs=pairs,
             answer_letter=letter,
-            usage=Usage(
-                prompt_tokens=int(usage.get("prompt_tokens") or 0),
-                completion_tokens=int(usage.get("completion_tokens") or 0),
-            ),
+            usage=_usage(payload),
             model_version=_storable(str(payload.get("model") or "")),
         )
 
 
+def _usage(payload: dict[str, Any]) -> Usage:
+    usage = payload.get("usage") or {}
+    details = usage.get("prompt_tokens_details") or {}
+    return Usage(
+        prompt_tokens=int(usage.get("prompt_tokens") or 0),
+        completion_tokens=int(usage.get("completion_tokens") or 0),
+        cached_tokens=int(details.get("cached_tokens") or 0),
+    )
+
+
 def _wait(state: RetryCallState) -> float:
-    """Seconds before the next try: what the endpoint asks for, two minutes at most; else exponential with jitter."""
+    """Seconds before the next try: exponential with jitter. Where the endpoint says how long, the pace holds all."""
     failure = state.outcome.exception() if state.outcome else None
     if isinstance(failure, CallFailed) and failure.retry_after is not None:
-        return min(failure.retry_after, LONGEST_WAIT_S) + wait_random(0, 0.25)(state)
+        return wait_random(0, 0.25)(state)
     return BACKOFF(state)
 
 
 def _at_answer(
-    tokens: Any, text: str, letters: Sequence[str]
+    tokens: Any, text: str, letters: Sequence[str], last: bool = False
 ) -> tuple[str | None, tuple[tuple[str, float], ...] | None]:
-    """The letter and the alternatives at the first token that is a letter, after any thinking; without such a token
-    (None, ()), and (None, None) where the response holds no log-probabilities at all."""
+    """The letter and the alternatives at the first token that is a letter (or the last), after any thinking; without
+    such a token (None, ()), and (None, None) where the response holds no log-probabilities at all."""
     if not isinstance(tokens, list) or not any(token.get("top_logprobs") for token in tokens):
         return None, None
     passed = ""
+    found: tuple[str | None, tuple[tuple[str, float], ...]] = (None, ())
     for token in tokens:
         thinking = "</think>" in text and "</think>" not in passed
         passed += str(token.get("token") or "")
         letter = letter_of(str(token.get("token") or ""))
         if letter in letters and not thinking:
             pairs = [(str(one.get("token") or ""), one.get("logprob")) for one in token.get("top_logprobs") or ()]
-            return letter, tuple((name, float(value)) for name, value in pairs if isinstance(value, int | float))
-    return None, ()
-
-
-def letter_of(token: str) -> str:
-    """A token less the blanks around it, which some endpoints write as their tokenizer does."""
-    return token.strip(" \t\r\n▁ĠĊ")
+            found = letter, tuple((name, float(value)) for name, value in pairs if isinstance(value, int | float))
+            if not last:
+                break
+    return found
 
 
 def _storable(text: str) -> str:

@@ -11,7 +11,7 @@ from distillery import student as domain
 from distillery.base_model import base_folder, remote_code_allowed
 from distillery.dataset import read_examples
 from distillery.errors import DistilleryError
-from distillery.labels import read_labels
+from distillery.labels import gold_labels, read_labels
 from distillery.recipe import BaseModelRecipe, PromptRecipe, TrainingRecipe
 from distillery.records import Rows, StudentCheckpoint, TeacherLabels
 from distillery.store import ArtifactStore, working_folder
@@ -116,7 +116,7 @@ def _with_own_answers(
     rows: Rows | None, prompt: PromptRecipe, tokenizer: Any
 ) -> tuple[list[domain.TrainingRow], list[str]]:
     examples = read_examples(ArtifactStore().fetch(rows.artifact) / rows.file) if rows else []
-    return domain.training_rows(examples, domain.gold_labels(examples), prompt, tokenizer)
+    return domain.training_rows(examples, gold_labels(examples), prompt, tokenizer)
 
 
 @dataclass(frozen=True)

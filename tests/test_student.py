@@ -19,6 +19,7 @@ import torch
 from distillery import student
 from distillery.base_model import base_folder, base_identity
 from distillery.errors import RecipeError, StoreUnavailable, TrainingError
+from distillery.labels import gold_labels
 from distillery.onnx import ADAPTER_FILE, export
 from distillery.prompts import TransformersTokenizer, letter_ids, render_ids
 from distillery.recipe import BaseModelRecipe, ExportRecipe, LoraRecipe, PromptRecipe, TrainingRecipe
@@ -380,7 +381,7 @@ def test_prompts_over_the_budget_are_set_aside_and_listed(tiny_model: TinyModel)
     long = Example(example_id="long", question="word " * 400, choices=("a", "b"), answer_key="A")
     rows, too_long = student.training_rows(
         [*examples(2), long],
-        student.gold_labels([*examples(2), long]),
+        gold_labels([*examples(2), long]),
         PROMPT,
         student.load_tokenizer(tiny_model("llama")),
     )

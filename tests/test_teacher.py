@@ -14,6 +14,7 @@ from tenacity import wait_none
 
 from distillery import teacher
 from distillery.errors import CredentialsError, TeacherError, TeacherUnavailable
+from distillery.pace import LONGEST_WAIT_S, Pace
 from distillery.recipe import TeacherRecipe
 from distillery.settings import TeacherSettings
 from distillery.teacher import Completion, Endpoint, Sdk, Teacher, infer_sdk, probe, resolve_endpoint, token_scope
@@ -215,9 +216,9 @@ async def test_retry_after_is_honoured(sdk: Sdk, form: str) -> None:
 def test_a_long_retry_after_is_cut() -> None:
     failure = teacher.CallFailed(429, "", {"retry-after": "86400"})
     assert failure.retry_after == 86400
-    outcome = type("Outcome", (), {"exception": lambda self: failure})()
-    state: Any = type("State", (), {"outcome": outcome})()
-    assert teacher.LONGEST_WAIT_S <= teacher._wait(state) <= teacher.LONGEST_WAIT_S + 0.25
+    pace = Pace(TeacherRecipe())
+    pace.failed(time.monotonic(), failure.retry_after, failure.headers)
+    assert LONGEST_WAIT_S - 1 < pace._pause(time.monotonic()) <= LONGEST_WAIT_S
 
 
 @pytest.mark.parametrize("value", ["soon", "nan", "inf", ""])

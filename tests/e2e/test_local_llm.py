@@ -15,7 +15,8 @@ import pytest
 from pydantic import SecretStr
 
 from distillery.dataset import prepare, read_examples
-from distillery.labels import LABELS_FILE, REJECTED_FILE, LabelCounts, LabelStore, label, read_labels
+from distillery.label_store import LabelStore
+from distillery.labels import LABELS_FILE, REJECTED_FILE, LabelCounts, label, read_labels
 from distillery.recipe import DatasetRecipe, PromptRecipe, TeacherRecipe
 from distillery.records import Example, RejectedLabel
 from distillery.settings import TeacherSettings
