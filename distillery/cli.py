@@ -1,4 +1,5 @@
-"""The command line: `distillery check`, `serve`, `base` and `store`. Flows are run by `python -m flows.distill`."""
+"""The command line: `distillery check`, `quote`, `serve`, `base`, `store` and `labels`. Flows are run by `python -m
+flows.distill`."""
 
 import json
 import os
@@ -22,6 +23,8 @@ app = typer.Typer(
 )
 store = typer.Typer(help="The artifact store that DISTILLERY_STORE names.", no_args_is_help=True)
 app.add_typer(store, name="store")
+labels = typer.Typer(help="The teacher's answers, in the database that DISTILLERY_LABELS names.", no_args_is_help=True)
+app.add_typer(labels, name="labels")
 
 
 @app.command()
@@ -35,6 +38,16 @@ def check(recipe: Annotated[str, typer.Argument(help="demo, lab or a YAML file",
         print(finding)
     if any(finding.level == "FAIL" for finding in findings):
         raise typer.Exit(1)
+
+
+@app.command()
+def quote(recipe: Annotated[str, typer.Argument(help="demo, lab or a YAML file", metavar="RECIPE")]) -> None:
+    """Say what labelling for RECIPE will cost and how long it will take; asks the teacher nothing."""
+    from distillery.quote import quote_recipe
+    from distillery.recipe import load_recipe
+
+    for split, quoted in quote_recipe(load_recipe(recipe)).items():
+        print(f"{split}: {quoted.line()}")
 
 
 @app.command()
@@ -61,6 +74,54 @@ def base(name: Annotated[str, typer.Argument(help="As student.base.model in a re
 
     recipe = parse_recipe({"student": {"base": {"model": name}}}, "distillery base")
     print(base_folder(recipe.student.base))
+
+
+@labels.command("list")
+def list_teachers() -> None:
+    """Each teacher, its answers, those that are no label, and what they cost by the price tables of their runs."""
+    from distillery.label_store import LabelStore
+
+    with LabelStore() as answers:
+        for teacher, count, rejected, cost in answers.summary():
+            print(f"{count:>9} answers  {rejected:>7} rejected  {cost:>10.2f}  {teacher}")
+
+
+@labels.command("export")
+def export_labels(
+    file: Annotated[Path, typer.Argument(help="A Parquet file to write", metavar="FILE")],
+    teacher: Annotated[str | None, typer.Option(help="Of this teacher alone, as distillery labels list has it")] = None,
+) -> None:
+    """Write the answers to FILE."""
+    from distillery.label_store import LabelStore
+
+    with LabelStore() as answers:
+        print(f"{answers.export(file, teacher)} answers written to {file}")
+
+
+@labels.command("import")
+def import_labels(file: Annotated[Path, typer.Argument(help="As export wrote it", metavar="FILE")]) -> None:
+    """Add the answers of FILE; what is known already stays."""
+    from distillery.label_store import LabelStore
+
+    with LabelStore() as answers:
+        print(f"{answers.load(file)} new answers")
+
+
+@labels.command("delete")
+def delete_labels(
+    row: Annotated[list[str], typer.Option(help="A row's id; may be given more than once", metavar="ID")] = [],  # noqa: B006
+    containing: Annotated[list[str], typer.Option(help="In prompt or answer; may be given more than once")] = [],  # noqa: B006
+    rejected: Annotated[bool, typer.Option("--rejected", help="All that are no label: they are asked anew")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only count them")] = False,
+) -> None:
+    """Delete answers, by row or by text. Artifacts made from them go with distillery store gc."""
+    from distillery.label_store import LabelStore
+
+    if not (row or rejected or any(containing)):
+        raise typer.BadParameter("say which: --row, --containing or --rejected")
+    with LabelStore() as answers:
+        count = answers.delete(row, [text for text in containing if text], rejected, dry_run)
+    print(f"{count} answers {'would be ' if dry_run else ''}deleted")
 
 
 @store.command("list")

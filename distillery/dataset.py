@@ -34,7 +34,7 @@ import math
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.resources import files
@@ -137,20 +137,38 @@ def _newest_commit(name: str) -> str:
 
 def read_examples(path: Path) -> list[Example]:
     """The rows of a file that `prepare` wrote. Raises DataError with the file and line."""
+    return list(each_example(path))
+
+
+def each_example(path: Path) -> Iterator[Example]:
+    """The same, one at a time."""
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        with path.open(encoding="utf-8", newline="\n") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield _example(line, f"{path}:{number}")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: can't be read ({_cause(error)}); prepare the data set again") from error
-    examples = []
-    for number, line in enumerate(lines, 1):
-        if line:
-            try:
-                examples.append(Example.model_validate_json(line))
-            except ValidationError as error:
-                detail = error.errors()[0]
-                field = ".".join(str(part) for part in detail["loc"]) or "line"
-                raise DataError(f"{path}:{number}: {field}: {detail['msg']}; prepare the data set again") from error
-    return examples
+
+
+def _example(line: str, where: str) -> Example:
+    try:
+        return Example.model_validate_json(line)
+    except ValidationError as error:
+        detail = error.errors()[0]
+        field = ".".join(str(part) for part in detail["loc"]) or "line"
+        raise DataError(f"{where}: {field}: {detail['msg']}; prepare the data set again") from error
+
+
+def read_columns(paths: Sequence[str], wanted: Mapping[str, str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(where, values) of each row of JSONL, CSV or Parquet files that have the columns in `wanted`, which says of each
+    what it is. Raises DataError with the file and column."""
+    for table in _file_tables("teacher.files", paths):
+        for where, values in table.rows:
+            for name, meaning in wanted.items():
+                if values.get(name) in (None, ""):
+                    raise DataError(f"{where}: {name}: missing; it is {meaning}")
+            yield where, values
 
 
 def to_example(values: dict[str, Any], columns: Columns, where: str) -> Example:
@@ -192,10 +210,10 @@ def _open(recipe: DatasetRecipe) -> dict[str, Callable[[], Iterator[_Table]]]:
     if recipe.source == "hub":
         return {name: partial(_hub_table, recipe.name, name, rows) for name, rows in _hub(recipe).items()}
     if recipe.source == "files":
-        return {name: partial(_file_tables, name, paths) for name, paths in recipe.files.items()}
+        return {name: partial(_file_tables, f"dataset.files.{name}", paths) for name, paths in recipe.files.items()}
     folder = Path(str(files("distillery") / "sample_data"))
     names = ("gold", "pool", "validation", "test")
-    return {name: partial(_file_tables, name, (str(folder / f"{name}.jsonl"),)) for name in names}
+    return {name: partial(_file_tables, f"dataset.files.{name}", (str(folder / f"{name}.jsonl"),)) for name in names}
 
 
 def _datasets() -> Any:
@@ -241,19 +259,19 @@ def _hub_table(name: str, split: str, rows: Any) -> Iterator[_Table]:
     yield _Table(title, rows.column_names, [(f"{title}:{n}", row) for n, row in enumerate(rows.to_list(), 1)])
 
 
-def _file_tables(split: str, paths: Sequence[str]) -> Iterator[_Table]:
+def _file_tables(setting: str, paths: Sequence[str]) -> Iterator[_Table]:
     readers = {".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}
     for path in (Path(path).expanduser() for path in paths):
         if path.suffix.lower() not in readers:
-            raise DataError(f"{path}: dataset.files takes {', '.join(readers)}, not {path.suffix or 'a bare name'!r}")
+            raise DataError(f"{path}: {setting} takes {', '.join(readers)}, not {path.suffix or 'a bare name'!r}")
         try:
             with path.open("rb") as file:
                 empty = not file.read(1)
         except OSError as error:
-            raise DataError(f"{path}: can't be read ({error.strerror}); correct dataset.files.{split}") from error
+            raise DataError(f"{path}: can't be read ({error.strerror}); correct {setting}") from error
         table = None if empty else readers[path.suffix.lower()](path)
         if not table or not table.rows:
-            raise DataError(f"{path}: empty, without a single row; correct dataset.files.{split}")
+            raise DataError(f"{path}: empty, without a single row; correct {setting}")
         yield table
 
 

@@ -118,13 +118,14 @@ class LabelStore:
             found |= {row.request_key: StoredAnswer(*row) for row in rows}
         return found
 
-    def known(self, keys: Iterable[str]) -> int:
-        """How many of `keys` have an answer."""
-        wanted, count = iter(keys), 0
+    def answered(self, keys: Iterable[str]) -> set[str]:
+        """Those of `keys` that have an answer."""
+        found: set[str] = set()
+        wanted = iter(keys)
         while chunk := list(islice(wanted, _LOOKUP_ROWS)):
-            query = select(func.count()).select_from(_TABLE).where(_TABLE.c.request_key.in_(chunk))
-            count += int(self._database.run(methodcaller("scalar", query)))
-        return count
+            query = select(_TABLE.c.request_key).where(_TABLE.c.request_key.in_(chunk))
+            found.update(self._database.run(methodcaller("execute", query)).scalars())
+        return found
 
     def experience(self, teacher: str) -> Experience | None:
         """What is known of this teacher from its last 1,000 answers; None where it has given none."""

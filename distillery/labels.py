@@ -3,10 +3,12 @@ label, or a rejection with its reason: never a guess.
 """
 
 import asyncio
+import heapq
 import json
+import math
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -24,13 +26,14 @@ from distillery.answers import (
     rationale_of,
     turned,
 )
-from distillery.errors import TeacherError, TeacherUnavailable
+from distillery.dataset import read_columns
+from distillery.errors import DataError, TeacherError, TeacherUnavailable
 from distillery.label_report import Tally
 from distillery.label_store import LabelStore, StoredAnswer
 from distillery.pace import Pace, Spending, Stopped, cost_of
 from distillery.prompts import Message, render_messages
 from distillery.recipe import PromptRecipe, TeacherRecipe
-from distillery.records import Example, RejectedLabel, TeacherLabel, Usage, digest_of
+from distillery.records import Example, RejectedLabel, TeacherDrift, TeacherLabel, Usage, digest_of
 from distillery.teacher import Completion, Endpoint, Teacher
 
 LABELS_FILE = "labels.jsonl"
@@ -205,6 +208,44 @@ def label_from(
     return LabelCounts(accepted=files.tally.accepted, rejected=files.tally.rejected.total())
 
 
+def labels_in(paths: Sequence[str], examples: Iterable[Example]) -> dict[str, TeacherLabel]:
+    """The labels of files (JSONL, CSV, Parquet) for `examples`, by the columns example_id, answer (a letter) and, where
+    it is there, distribution (letter to probability, as a mapping or as JSON). Other rows of the files are left out.
+
+    Raises DataError with the file and row."""
+    rows = {row.example_id: row for row in examples}
+    meaning = {"example_id": "the row's id in the data set", "answer": "the teacher's letter"}
+    found: dict[str, TeacherLabel] = {}
+    for where, values in read_columns(paths, meaning):
+        row, answer = rows.get(str(values["example_id"])), str(values["answer"]).strip()
+        if row is None:
+            continue
+        if answer not in row.letters:
+            raise DataError(f"{where}: answer: {answer!r} is none of {row.letters[0]} to {row.letters[-1]}")
+        probabilities = _probabilities(values.get("distribution"), row, where)
+        found[row.example_id] = TeacherLabel(
+            example_id=row.example_id,
+            answer=answer,
+            distribution=probabilities,
+            confidence=probabilities[answer] if probabilities else None,
+        )
+    return found
+
+
+def _probabilities(value: Any, row: Example, where: str) -> dict[str, float] | None:
+    try:
+        given = json.loads(value) if isinstance(value, str) and value else value
+        if not given:
+            return None
+        found = {letter: float(given[letter]) for letter in row.letters}
+    except (ValueError, KeyError, TypeError):
+        found = {}
+    if not math.isclose(sum(found.values()), 1, abs_tol=1e-3) or min(found.values()) < 0:
+        letters = f"{row.letters[0]} to {row.letters[-1]}"
+        raise DataError(f"{where}: distribution: no probabilities of {letters} that sum to 1")
+    return found
+
+
 def gold_labels(examples: Iterable[Example]) -> dict[str, TeacherLabel]:
     """The gold answers as labels, for the rows that have one."""
     return {
@@ -218,6 +259,53 @@ def read_labels(folder: Path) -> dict[str, TeacherLabel]:
     """The labels of an artifact's folder by example_id."""
     with (folder / LABELS_FILE).open(encoding="utf-8") as lines:
         return {label.example_id: label for label in map(TeacherLabel.model_validate_json, lines)}
+
+
+async def ask_canaries(
+    examples: Iterable[Example], prompt: PromptRecipe, recipe: TeacherRecipe, endpoint: Endpoint, store: LabelStore
+) -> TeacherDrift:
+    """Asks teacher.canaries.rows of `examples` again and compares with what the store holds; nothing is stored. Which
+    rows is told by a hash of their ids, so that new rows move few. Raises what `Teacher.ask` does."""
+    chosen = heapq.nsmallest(recipe.canaries.rows, examples, key=lambda row: sha256(row.example_id.encode()).digest())
+    asked = [questions(row, prompt, recipe, endpoint.identity) for row in chosen]
+    known = store.get_many(one.key for several in asked for one in several)
+    places = asyncio.Semaphore(recipe.concurrency)
+    async with Teacher(recipe, endpoint) as teacher:
+
+        async def again(question: Question) -> StoredAnswer:
+            async with places:
+                completion = await teacher.ask(question.messages, question.letters)
+            return _stored(question, completion, recipe, endpoint.identity)
+
+        fresh = await asyncio.gather(*(again(one) for several in asked for one in several))
+    by_key = {answer.request_key: answer for answer in fresh}
+    changed, compared = [], 0
+    for row, several in zip(chosen, asked, strict=True):
+        if all(one.key in known for one in several):
+            compared += 1
+            before, after = (_whole(row, several, answers, recipe) for answers in (known, by_key))
+            if before != after:
+                changed.append(row.example_id)
+    return TeacherDrift(
+        asked=len(fresh),
+        compared=compared,
+        changed=tuple(changed),
+        before=tuple(sorted({answer.model_version for answer in known.values()})),
+        after=tuple(sorted({answer.model_version for answer in fresh})),
+    )
+
+
+def _whole(
+    row: Example, several: Sequence[Question], answers: Mapping[str, StoredAnswer], recipe: TeacherRecipe
+) -> str | None:
+    """The letter that a row's answers come to."""
+    found = [
+        in_own_letters(stored.answer, stored.distribution, one.order)
+        for one in several
+        if (stored := answers[one.key]).answer
+    ]
+    whole = combined(found, row.letters, recipe.soft_labels) if found else None
+    return whole.letter if whole else None
 
 
 class _Labelling:
@@ -511,8 +599,8 @@ class _Files:
             return
         reasons = "; ".join(f"{reason} ({count} rows)" for reason, count in tally.rejected.most_common())
         raise TeacherError(
-            f"teacher: {tally.accepted} of {tally.rows} rows have a label, and teacher.filters.minimum_accepted asks for "
-            f"{minimum:.0%}: {reasons}; check prompt.system, teacher.max_tokens and the model"
+            f"teacher: {tally.accepted} of {tally.rows} rows have a label, and teacher.filters.minimum_accepted asks "
+            f"for {minimum:.0%}: {reasons}; check prompt.system, teacher.max_tokens and the model"
         )
 
     def _balance(self, most: float) -> None:

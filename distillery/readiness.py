@@ -11,10 +11,10 @@ from distillery.base_model import check_loadable, local_copy
 from distillery.dataset import source_identity
 from distillery.errors import CredentialsError, DataError, DistilleryError, RecipeError, StoreError, TeacherError
 from distillery.recipe import BaseModelRecipe, Recipe
-from distillery.records import OnnxModel, Record
+from distillery.records import OnnxModel, Record, digest_of
 from distillery.registry import open_registry
 from distillery.settings import AzureMLSettings, LocalSettings, TeacherSettings
-from distillery.store import ArtifactStore, working_folder
+from distillery.store import ArtifactStore, sha256_of, working_folder
 from distillery.teacher import probe, resolve_endpoint
 
 LIMIT_S = 60.0
@@ -58,14 +58,25 @@ def check_settings(recipe: Recipe) -> None:
 
 
 def teacher_identity(recipe: Recipe, model: OnnxModel | None) -> str:
-    """Who answers, as the label store knows it: the recipe's name for the teacher, a local model's digest, or the
-    endpoint's model name; never a URL or an SDK."""
+    """Who answers, as the label store knows it: the recipe's name for the teacher, a local model's digest, the digest
+    of label files, or the endpoint's model name; never a URL or an SDK."""
     if model is not None:
         return f"local:{model.content_id}"
+    if recipe.teacher.kind == "gold":
+        return "gold"
+    if recipe.teacher.kind == "file":
+        return f"file:{digest_of([_digest_of_file(path) for path in recipe.teacher.files])}"
     identity = recipe.teacher.identity or TeacherSettings().model
     if not identity:
         raise RecipeError("teacher.identity: not set, and neither is TEACHER_MODEL_NAME; set one of them")
     return identity
+
+
+def _digest_of_file(path: str) -> str:
+    try:
+        return sha256_of(Path(path).expanduser())
+    except OSError as error:
+        raise DataError(f"{path}: can't be read ({error.strerror}); correct teacher.files") from None
 
 
 def check(recipe: Recipe, limit_s: float = LIMIT_S) -> list[Finding]:
@@ -120,6 +131,8 @@ def _teacher(recipe: Recipe) -> list[Finding]:
     teacher = recipe.teacher
     if teacher.kind == "local":
         return _ok("teacher", f"the run prepares it from {teacher.preparation.base.model} and serves it itself")
+    if teacher.kind in ("gold", "file"):
+        return _ok("teacher", f"none is asked: {teacher_identity(recipe, None)}")
     try:
         endpoint = resolve_endpoint(teacher)
     except CredentialsError as error:

@@ -151,6 +151,27 @@ class TeacherLabels(StageRecord):
     calls_per_second: tuple[float, ...] = ()
 
 
+class TeacherDrift(Record):
+    """How the canary rows were answered afresh: `changed` names those of the `compared` rows whose label is another
+    one now. `before`, `after`: the model versions that the endpoint reported."""
+
+    asked: int
+    compared: int
+    changed: tuple[str, ...]
+    before: tuple[str, ...]
+    after: tuple[str, ...]
+
+    @property
+    def share(self) -> float:
+        """Of the compared rows, those that changed (0 to 1)."""
+        return len(self.changed) / self.compared if self.compared else 0.0
+
+    def line(self) -> str:
+        """The result in one line."""
+        versions = f"; {', '.join(self.before)} answered then, {', '.join(self.after)} now"
+        return f"{len(self.changed)} of {self.compared} canary rows are answered otherwise ({self.share:.0%}){versions}"
+
+
 class CurvePoint(Record):
     """`loss` is the mean since the last point; `validation_accuracy` (0 to 1) is there at an epoch's end."""
 

@@ -25,7 +25,7 @@ from flows.prepare_teacher import prepare_teacher
 from flows.train_student import trained
 from tasks.dataset import prepare_dataset
 from tasks.evaluation import evaluate
-from tasks.labels import label
+from tasks.labels import canaries, judged_by, labelled
 from tasks.onnx import export
 from tasks.registry import download, judge, promote, register
 from tasks.results import results_in_store
@@ -67,7 +67,9 @@ def distill(recipe: Recipe, training_deployment: str | None = None, refresh: tup
             local = named(taught, recipe.prompt, data, training_deployment, refresh)
     served = local.model if local else None
     identity = teacher_identity(recipe, served)
-    labels = again("label", label)(train_rows, recipe.prompt, recipe.teacher, identity, served)
+    labels = labelled(train_rows, recipe, identity, served, again)
+    if recipe.teacher.canaries.rows:
+        canaries(train_rows, recipe.prompt, recipe.teacher, identity)
 
     student = trained(
         training_deployment,
@@ -85,7 +87,7 @@ def distill(recipe: Recipe, training_deployment: str | None = None, refresh: tup
     )
     model = again("export student", export)(student, base, recipe.export)
 
-    teacher = served or label(test_rows, recipe.prompt, recipe.teacher, identity)
+    teacher = served or judged_by(test_rows, recipe, identity)
     tfidf_rows = data.rows_if_any("gold") or train_rows
     report = again("evaluate", evaluate)(test_rows, tfidf_rows, recipe.prompt, base, student, model, teacher, machine())
     decision = judge(report, recipe.evaluation, recipe.registry)

@@ -10,8 +10,9 @@ from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.settings import PREFECT_UI_URL
 
 from distillery.evaluation import ANSWERS_FILE, GOLD, PLOT_FILE, TABLE_FILE, TEACHER, headline, render_table
+from distillery.label_report import LOOK_FILE, RELIABILITY_FILE, read_report
 from distillery.labels import REJECTED_FILE
-from distillery.records import OnnxModel, Outcome, StageRecord, StudentCheckpoint
+from distillery.records import OnnxModel, Outcome, StageRecord, StudentCheckpoint, TeacherLabels
 from distillery.store import RUNS, ArtifactStore
 from tasks.stage import produced_by
 
@@ -61,12 +62,12 @@ def publish(outcome: Outcome) -> Outcome:
         digest = f"[{record.artifact.sha256[:12]}]({_link('artifacts/artifact', kept)})"
         lines.append(f"| {name} | {figures} | {record.seconds:.0f} | {run} | {digest} |")
     report = store.fetch(outcome.report.artifact)
-    plot = b64encode((report / PLOT_FILE).read_bytes()).decode()
     parts = [f"# {named.run}", "\n".join(lines), (report / TABLE_FILE).read_text()]
-    parts += [f"![scoreboard](data:image/png;base64,{plot})", f"**Teacher:** {_paid(outcome)}", f"**{verdict(named)}**"]
+    parts += [_picture("scoreboard", report / PLOT_FILE), f"**Teacher:** {_paid(outcome)}", f"**{verdict(named)}**"]
     create_markdown_artifact(
         key="distillation", markdown="\n\n".join(parts), description="The way, the scoreboard and the gate"
     )
+    _labelling(outcome.labels, store.fetch(outcome.labels.artifact))
     _table("rejected-labels", "Rows without a label", _rows(store.fetch(outcome.labels.artifact) / REJECTED_FILE))
     _table("student-and-teacher-differ", "Test rows with two answers", _differences(report, outcome.report.candidate))
     store.write_record(f"{RUNS}/{named.run}.json", named.model_dump_json(indent=1))
@@ -91,10 +92,44 @@ def _is_own(outcome: Outcome, record: StageRecord) -> bool:
     return record.produced_by.startswith(outcome.run)
 
 
+def _labelling(labels: TeacherLabels, folder: Path) -> None:
+    """What came of the teacher's answers: figures, reliability, what it cost, and the rows worth a look."""
+    report = read_report(folder)
+    lines = ["| | |", "|---|---|", f"| accepted | {report.accepted:,} |"]
+    lines += [f"| rejected: {reason} | {count:,} |" for reason, count in report.rejected.items()]
+    lines += [f"| answer {letter} | {count / report.accepted:.1%} |" for letter, count in report.letters.items()]
+    if report.interval and report.accuracy is not None:
+        low, high = report.interval.low, report.interval.high
+        lines.append(
+            f"| right, of {report.gold_rows:,} with a gold answer | {report.accuracy:.1%} [{low:.3f}, {high:.3f}] |"
+        )
+    if report.calibration_error is not None:
+        lines.append(f"| expected calibration error | {report.calibration_error:.3f} |")
+    usage = labels.usage
+    lines.append(f"| calls | {labels.asked:,} |")
+    lines.append(
+        f"| tokens in (cached), out | {usage.prompt_tokens:,} ({usage.cached_tokens:,}), {usage.completion_tokens:,} |"
+    )
+    if labels.cost is not None:
+        lines.append(f"| cost | {labels.cost:.2f} {labels.currency} |")
+    if labels.calls_per_second:
+        rates = ", ".join(f"{rate:.0f}" for rate in labels.calls_per_second)
+        lines.append(f"| calls a second, over the run | {rates} |")
+    parts = [f"# Labels of {labels.teacher}", "\n".join(lines)]
+    if (folder / RELIABILITY_FILE).exists():
+        parts.append(_picture("reliability", folder / RELIABILITY_FILE))
+    create_markdown_artifact(key="labelling", markdown="\n\n".join(parts), description=report.line())
+    _table("labels-worth-a-look", "Sure labels that gold contradicts, and unsure ones", _rows(folder / LOOK_FILE))
+
+
+def _picture(name: str, file: Path) -> str:
+    return f"![{name}](data:image/png;base64,{b64encode(file.read_bytes()).decode()})"
+
+
 def _paid(outcome: Outcome) -> str:
     labels = outcome.labels
     tokens = f"{labels.usage.prompt_tokens:,} tokens in, {labels.usage.completion_tokens:,} out"
-    cost = "" if labels.cost is None else f", {labels.cost:.2f}"
+    cost = "" if labels.cost is None else f", {labels.cost:.2f} {labels.currency}"
     when = "in this run" if _is_own(outcome, labels) else f"in {labels.produced_by}; none in this run"
     return f"{labels.teacher}: {labels.asked:,} calls, {tokens}{cost}, {when}"
 

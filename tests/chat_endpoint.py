@@ -7,6 +7,8 @@ with ChatEndpoint(good) as server:          # or a function Call -> Reply, or re
 import asyncio
 import json
 import math
+import socket
+import struct
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -37,13 +39,18 @@ class Call:
 
 @dataclass(frozen=True)
 class Reply:
-    """What to answer: a JSON body (or raw text), after `delay` seconds; `drop` closes the connection instead."""
+    """What to answer: a JSON body (or raw text), after `delay` seconds; `drop` closes the connection instead, `reset`
+    so that the other side gets an error. `half` breaks off in the middle of the body; `drip` sends it over so many
+    seconds."""
 
     body: Any = None
     status: int = 200
     headers: dict[str, str] = field(default_factory=dict)
     delay: float = 0.0
     drop: bool = False
+    reset: bool = False
+    half: bool = False
+    drip: float = 0.0
 
 
 Script = Callable[[Call], Reply]
@@ -163,15 +170,26 @@ class ChatEndpoint:
     async def _answer(self, call: Call, writer: asyncio.StreamWriter) -> bool:
         reply = self.script(call)
         await asyncio.sleep(reply.delay)
-        if reply.drop:
+        if reply.reset:
+            # Closed with time 0 to linger: TCP sends RST, not FIN.
+            writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            writer.transport.abort()
+        if reply.drop or reply.reset:
             return False
         text = reply.body if isinstance(reply.body, str) else json.dumps(reply.body)
         kind = "text/html" if isinstance(reply.body, str) else "application/json"
         headers = {"Content-Type": kind, "Content-Length": str(len(text.encode())), **reply.headers}
         head = f"HTTP/1.1 {reply.status} {REASONS.get(reply.status, 'Error')}\r\n"
         lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
-        writer.write(f"{head}{lines}\r\n{text}".encode())
-        await writer.drain()
+        sent = f"{head}{lines}\r\n{text}".encode()
+        sent = sent[: -len(text) // 2] if reply.half else sent
+        size = len(sent) // 20 + 1 if reply.drip else len(sent)
+        for at in range(0, len(sent), size):
+            writer.write(sent[at : at + size])
+            await writer.drain()
+            await asyncio.sleep(reply.drip * size / len(sent))
+        if reply.half:
+            return False
         if reply.status == 200:
             self.answered.append((call.question, time.monotonic()))
         return True

@@ -1,0 +1,428 @@
+"""How fast rows are labelled: `make bench-labels`, or `python -m benchmarks.labels [--soft]` (with log-probabilities).
+
+2,000 multiple-choice rows, an endpoint of 64 places that takes 0.2 s a call (slow_endpoint.py, a process of its own),
+and 64 calls at a time. Each contestant is a fresh interpreter with its SDK imported; the clock runs from the first row
+to the last answer, and for ours until every answer is committed and every file written. Medians of three, the
+contestants in turn. The last line is JSON, in seconds where nothing else is said:
+
+ideal_s               rows / places x latency
+ours_azure_s          distillery.labels.label with a fresh SQLite label store, through azure-ai-inference
+bare_azure_s          64 tasks of a bare asyncio loop around the same SDK and the same bodies: nothing stored or written
+ours_openai_s         the same two through the openai SDK
+bare_openai_s
+sequential_s          the lab's loop, azure-ai-inference call after call: 100 rows, times 20
+curator_s             bespokelabs-curator with its cache cold, in an environment of its own; null where it can't run
+share_of_bare_azure   bare / ours
+share_of_bare_openai
+cpu_ms_per_call       CPU time of our process, through the SDK that takes more of it
+second_run_s          2,000 rows that the label store knows: no call
+second_run_100k_s     100,000 such rows
+"""
+
+import asyncio
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter, defaultdict
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from typing import Any, get_args
+from urllib.request import urlopen
+
+from pydantic import SecretStr
+
+from benchmarks.slow_endpoint import LETTERS
+from distillery.dataset import to_example
+from distillery.label_store import LabelStore, StoredAnswer
+from distillery.labels import label, questions
+from distillery.prompts import Message, render_messages
+from distillery.recipe import Columns, PromptRecipe, TeacherRecipe
+from distillery.records import Example
+from distillery.teacher import MOST_LOGPROBS, CallOptions, Endpoint, Sdk
+
+ROWS, MANY_ROWS, SEQUENTIAL_ROWS = 2_000, 100_000, 100
+LATENCY_S, PLACES = 0.2, 64
+ROUNDS = 3
+MODEL = "teacher"
+PROMPT = PromptRecipe()
+PROJECT = Path(__file__).resolve().parents[1]
+SAMPLE = PROJECT / "distillery" / "sample_data"
+
+CURATOR = "bespokelabs-curator==0.1.31"
+CURATOR_LONG_S = 60.0
+CURATOR_VENV = PROJECT / ".distillery" / "bench" / "curator-venv"
+CURATOR_ENVIRONMENT = {
+    "TELEMETRY_ENABLED": "false",
+    "CURATOR_VIEWER": "false",
+    # Its progress bar redraws at every answer, its rich display four times a second.
+    "CURATOR_DISABLE_RICH_DISPLAY": "1",
+    # Else it asks a server far away for prices when it is imported.
+    "LITELLM_LOCAL_MODEL_COST_MAP": "True",
+    "HF_HUB_OFFLINE": "1",
+}
+CURATOR_SCRIPT = """
+import json, sys, time
+import litellm.litellm_core_utils.default_encoding  # has tiktoken read the vocabulary that litellm ships
+from bespokelabs import curator
+from datasets import Dataset
+
+class Labeller(curator.LLM):
+    def prompt(self, input):
+        return input["messages"]
+
+    def parse(self, input, response):
+        return {"answer": response.strip()}
+
+_, url, rows, generation = sys.argv
+labeller = Labeller(
+    model_name="teacher",
+    backend="openai",
+    generation_params=json.loads(generation),
+    backend_params={
+        "base_url": url,
+        "api_key": "none",
+        "max_concurrent_requests": 64,
+        "max_requests_per_minute": 1_000_000_000,
+        "max_tokens_per_minute": 1_000_000_000_000,
+    },
+)
+dataset = Dataset.from_list(json.load(open(rows)))
+started = time.perf_counter()
+answers = labeller(dataset).dataset["answer"]
+seconds = time.perf_counter() - started
+print(json.dumps({"seconds": seconds, "answers": len([one for one in answers if one in list("ABC")])}))
+"""
+
+Figures = dict[str, float]
+
+
+def synthetic_rows(count: int) -> list[Example]:
+    """Rows of the sample again and again, each with a number that makes it one of its own; without a gold answer."""
+    lines = [line for path in sorted(SAMPLE.glob("*.jsonl")) for line in path.read_text(encoding="utf-8").splitlines()]
+    sample = [to_example(json.loads(line), Columns(), "sample") for line in lines]
+    rows = []
+    for number in range(count):
+        row = sample[number % len(sample)]
+        changes = {"example_id": str(number), "question": f"{row.question} ({number})", "answer_key": None}
+        rows.append(row.model_copy(update=changes))
+    return rows
+
+
+def recipe(soft: bool) -> TeacherRecipe:
+    return TeacherRecipe(soft_labels=soft, concurrency=PLACES)
+
+
+def body(soft: bool) -> dict[str, Any]:
+    """What `label` sends beside model and messages."""
+    wanted = recipe(soft)
+    return CallOptions(wanted.max_tokens, wanted.temperature, MOST_LOGPROBS if soft else 0).body(LETTERS)
+
+
+@contextmanager
+def timed(figures: Figures) -> Iterator[None]:
+    started, cpu = time.perf_counter(), time.process_time()
+    yield
+    figures |= {"seconds": time.perf_counter() - started, "cpu_s": time.process_time() - cpu}
+
+
+def import_sdk(sdk: Sdk) -> None:
+    """All that the first call would import, the parts that the SDKs load late included."""
+    late = {
+        "openai": ["openai.resources.chat.completions"],
+        "azure-ai-inference": ["azure.ai.inference.aio", "azure.core.pipeline.transport._aiohttp"],
+    }
+    for module in late[sdk]:
+        import_module(module)
+
+
+def ours(sdk: Sdk, url: str, folder: Path, rows: int, soft: bool) -> Figures:
+    """`label` over the label store in `folder`, which is made where there is none."""
+    import_sdk(sdk)
+    examples = synthetic_rows(rows)
+    endpoint = Endpoint(url, MODEL, SecretStr("none"), MODEL, sdk)
+    figures: Figures = {}
+    opened = time.perf_counter()
+    with LabelStore(store_url(folder)) as store:
+        figures["open_s"] = time.perf_counter() - opened
+        with timed(figures):
+            counts = asyncio.run(label(examples, PROMPT, recipe(soft), endpoint, store, folder / "labels"))
+    assert counts.accepted == rows, counts
+    return figures | {"asked": counts.asked}
+
+
+def store_url(folder: Path) -> str:
+    return f"sqlite:///{folder / 'labels.db'}"
+
+
+def fill(folder: Path, rows: int, soft: bool) -> Figures:
+    """Puts an answer to each row into a label store, as if it had been asked for."""
+    figures: Figures = {}
+    with timed(figures), LabelStore(store_url(folder)) as store:
+        for row in synthetic_rows(rows):
+            for question in questions(row, PROMPT, recipe(soft), MODEL):
+                store.add(
+                    StoredAnswer(
+                        request_key=question.key,
+                        teacher=MODEL,
+                        answer="A",
+                        distribution={"A": 0.8, "B": 0.1, "C": 0.1} if soft else None,
+                        raw="A",
+                        prompt_tokens=90,
+                        completion_tokens=1,
+                        latency_ms=1000 * LATENCY_S,
+                        attempts=1,
+                        model_version=MODEL,
+                        example_id=row.example_id,
+                        prompt=question.messages[-1]["content"],
+                    )
+                )
+    return figures
+
+
+def rendered(rows: int) -> list[list[Message]]:
+    return [render_messages(row, PROMPT) for row in synthetic_rows(rows)]
+
+
+def bare_azure(url: str, rows: int, soft: bool) -> Figures:
+    import_sdk("azure-ai-inference")
+    from azure.ai.inference.aio import ChatCompletionsClient
+    from azure.core.credentials import AzureKeyCredential
+
+    async def loop() -> list[str]:
+        # Its transport's own limit is 100 connections.
+        async with ChatCompletionsClient(url, AzureKeyCredential("none"), retry_total=0) as client:
+
+            async def ask(messages: list[Message]) -> str:
+                asked: Any = {"model": MODEL, "messages": messages, **body(soft)}
+                headers = {"extra-parameters": "pass-through"} if soft else {}
+                return str((await client.complete(asked, headers=headers)).choices[0].message.content)
+
+            return await all_of(everything, ask)
+
+    everything, figures = rendered(rows), Figures()
+    with timed(figures):
+        answers = asyncio.run(loop())
+    check(answers, rows)
+    return figures
+
+
+def bare_openai(url: str, rows: int, soft: bool) -> Figures:
+    import_sdk("openai")
+    from openai import AsyncOpenAI
+
+    async def loop() -> list[str]:
+        # Its own limit is 1,000 connections.
+        async with AsyncOpenAI(base_url=url, api_key="none", max_retries=0) as client:
+
+            async def ask(messages: list[Message]) -> str:
+                asked: Any = {"model": MODEL, "messages": messages, **body(soft)}
+                return str((await client.chat.completions.create(**asked)).choices[0].message.content)
+
+            return await all_of(everything, ask)
+
+    everything, figures = rendered(rows), Figures()
+    with timed(figures):
+        answers = asyncio.run(loop())
+    check(answers, rows)
+    return figures
+
+
+async def all_of(everything: list[list[Message]], ask: Callable[[list[Message]], Awaitable[str]]) -> list[str]:
+    waiting, answers = iter(everything), list[str]()
+
+    async def worker() -> None:
+        for messages in waiting:
+            answers.append(await ask(messages))
+
+    async with asyncio.TaskGroup() as group:
+        for _ in range(PLACES):
+            group.create_task(worker())
+    return answers
+
+
+def sequential(url: str, rows: int, soft: bool) -> Figures:
+    from azure.ai.inference import ChatCompletionsClient
+    from azure.core.credentials import AzureKeyCredential
+
+    everything, figures = rendered(rows), Figures()
+    answers = []
+    headers = {"extra-parameters": "pass-through"} if soft else {}
+    with timed(figures), ChatCompletionsClient(url, AzureKeyCredential("none")) as client:
+        for messages in everything:
+            asked: Any = {"model": MODEL, "messages": messages, **body(soft)}
+            answers.append(str(client.complete(asked, headers=headers).choices[0].message.content))
+    check(answers, rows)
+    return figures
+
+
+def check(answers: Iterable[str], rows: int) -> None:
+    counts = Counter(answers)
+    assert counts.total() == rows
+    assert set(counts) <= set(LETTERS), counts
+
+
+def contestant(name: str, url: str, folder: Path, rows: int, soft: bool) -> Figures:
+    """What runs in a process of its own."""
+    for sdk in get_args(Sdk):
+        if name == f"ours_{sdk.partition('-')[0]}":
+            return ours(sdk, url, folder, rows, soft)
+    if name == "fill":
+        return fill(folder, rows, soft)
+    return {"bare_azure": bare_azure, "bare_openai": bare_openai, "sequential": sequential}[name](url, rows, soft)
+
+
+class Bench:
+    """Runs contestants against an endpoint and prints what each took."""
+
+    def __init__(self, url: str, scratch: Path, soft: bool) -> None:
+        self._url, self._scratch, self._soft = url, scratch, soft
+        self._environment = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("DISTILLERY_", "CURATOR_", "TEACHER_")) and not name.lower().endswith("_proxy")
+        }
+
+    def run(self, name: str, rows: int, folder: str = "", calls: int | None = None) -> Figures:
+        """One run, which must make so many calls, by default one a row. `folder`: where its store is."""
+        place = self._scratch / (folder or f"{name}-{time.monotonic_ns()}")
+        place.mkdir(exist_ok=True)
+        arguments = ["-m", "benchmarks.labels", name, self._url, str(place), str(rows), *["--soft"][: self._soft]]
+        return self._run(name, [sys.executable, *arguments], self._environment, rows, rows if calls is None else calls)
+
+    def curator(self) -> Figures | None:
+        """One run with its cache cold."""
+        place = self._scratch / f"curator-{time.monotonic_ns()}"
+        place.mkdir()
+        (place / "script.py").write_text(CURATOR_SCRIPT)
+        (place / "rows.json").write_text(json.dumps([{"messages": messages} for messages in rendered(ROWS)]))
+        command = [str(CURATOR_VENV / "bin" / "python"), str(place / "script.py"), self._url, str(place / "rows.json")]
+        environment = self._environment | CURATOR_ENVIRONMENT
+        # It also writes to the home folder and to that of Hugging Face.
+        environment |= {"CURATOR_CACHE_DIR": str(place / "cache"), "HOME": str(place), "HF_HOME": str(place / "hf")}
+        try:
+            # It sends one more, before the clock runs, to read the limits off its headers.
+            return self._run("curator", [*command, json.dumps(body(self._soft))], environment, ROWS, ROWS + 1)
+        except (OSError, RuntimeError) as error:
+            print(f"bespokelabs-curator can't be run: {' '.join(str(error).split())[-300:]}", flush=True)
+            return None
+
+    def calls(self) -> Figures:
+        """The endpoint's own count."""
+        with urlopen(self._url.removesuffix("/v1") + "/count") as answer:
+            counted: Figures = json.load(answer)
+        return counted
+
+    def _run(self, name: str, command: list[str], environment: dict[str, str], rows: int, calls: int) -> Figures:
+        before, load = self.calls()["calls"], os.getloadavg()[0]
+        done = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{name}: {done.stderr[-3000:]}")
+        figures: Figures = json.loads(done.stdout.strip().splitlines()[-1])
+        made = self.calls()["calls"] - before
+        assert made == calls, f"{name}: {made} calls in place of {calls}"
+        assert figures.get("answers", rows) == rows, f"{name}: {figures}"
+        shown = ", ".join(f"{key} {value:.3f}" for key, value in figures.items())
+        print(f"{name:12} {rows:6} rows, {made:4.0f} calls: {shown} (load before it {load:.1f})", flush=True)
+        return figures
+
+
+@contextmanager
+def endpoint() -> Iterator[str]:
+    command = [sys.executable, "-m", "benchmarks.slow_endpoint", str(LATENCY_S), str(PLACES)]
+    with subprocess.Popen(command, cwd=PROJECT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin
+        assert process.stdout
+        try:
+            yield process.stdout.readline().strip()
+        finally:
+            process.stdin.close()
+
+
+def install_curator() -> bool:
+    """Whether bespokelabs-curator is there, installed at the first run."""
+    mark = CURATOR_VENV / "installed"
+    if not (mark.exists() and mark.read_text() == CURATOR):
+        print(f"installing {CURATOR} into {CURATOR_VENV.relative_to(PROJECT)} (0.9 GB)", flush=True)
+        pip = [str(CURATOR_VENV / "bin" / "pip"), "install", "--quiet", "--disable-pip-version-check", CURATOR]
+        for command in ([sys.executable, "-m", "venv", str(CURATOR_VENV)], pip):
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                said = " ".join((done.stderr or done.stdout).split())
+                print(f"bespokelabs-curator can't be installed: {said[-300:]}", flush=True)
+                return False
+        mark.write_text(CURATOR)
+    print(f"{CURATOR} with {json.dumps(CURATOR_ENVIRONMENT)} and this script:\n{CURATOR_SCRIPT}", flush=True)
+    return True
+
+
+def compare(bench: Bench, curator: bool) -> dict[str, list[Figures]]:
+    """The figures of each contestant's runs; every other round the other way round."""
+    names = ["ours_azure", "bare_azure", "ours_openai", "bare_openai", "sequential", *["curator"][: int(curator)]]
+    found: dict[str, list[Figures]] = defaultdict(list)
+    for number in range(ROUNDS):
+        for name in names[:: -1 if number % 2 else 1]:
+            if name == "curator":
+                known = found[name]
+                if (not number or (known and known[0]["seconds"] <= CURATOR_LONG_S)) and (run := bench.curator()):
+                    known.append(run)
+            else:
+                found[name].append(bench.run(name, SEQUENTIAL_ROWS if name == "sequential" else ROWS))
+    return found
+
+
+def second_runs(bench: Bench) -> dict[str, float]:
+    """Seconds over label stores that know every row."""
+    bench.run("ours_openai", ROWS, "known")
+    bench.run("fill", MANY_ROWS, "known_100k", calls=0)
+    places = {"second_run_s": ("known", ROWS), "second_run_100k_s": ("known_100k", MANY_ROWS)}
+    return {
+        name: statistics.median(bench.run("ours_openai", rows, place, calls=0)["seconds"] for _ in range(ROUNDS))
+        for name, (place, rows) in places.items()
+    }
+
+
+def main(soft: bool) -> None:
+    with tempfile.TemporaryDirectory() as scratch, endpoint() as url:
+        bench = Bench(url, Path(scratch), soft)
+        print(f"{ROWS} rows, {PLACES} places, {LATENCY_S} s a call, {'soft' if soft else 'hard'} labels", flush=True)
+        runs = compare(bench, install_curator())
+        again = second_runs(bench)
+        counted = bench.calls()
+    print(f"the endpoint: {1000 * counted['cpu_s'] / counted['calls']:.2f} ms of CPU time a call")
+    median = {
+        name: statistics.median(one["seconds"] for one in figures) if figures else None
+        for name, figures in runs.items()
+    }
+    median["sequential"] *= ROWS / SEQUENTIAL_ROWS
+    cpu = {
+        name: statistics.median(1000 * one["cpu_s"] for one in figures) / ROWS
+        for name, figures in runs.items()
+        if name.startswith(("ours", "bare"))
+    }
+    print("CPU ms a call: " + ", ".join(f"{name} {value:.2f}" for name, value in cpu.items()))
+    figures = {
+        "ideal_s": ROWS / PLACES * LATENCY_S,
+        **{f"{name}_s": median.get(name) for name in ("ours_azure", "bare_azure", "ours_openai", "bare_openai")},
+        "sequential_s": median["sequential"],
+        "curator_s": median.get("curator"),
+        "share_of_bare_azure": median["bare_azure"] / median["ours_azure"],
+        "share_of_bare_openai": median["bare_openai"] / median["ours_openai"],
+        "cpu_ms_per_call": max(cpu["ours_azure"], cpu["ours_openai"]),
+        **again,
+    }
+    print(json.dumps({name: value if value is None else round(value, 3) for name, value in figures.items()}))
+
+
+if __name__ == "__main__":
+    arguments = [argument for argument in sys.argv[1:] if argument != "--soft"]
+    if arguments:
+        name, url, folder, rows = arguments
+        print(json.dumps(contestant(name, url, Path(folder), int(rows), "--soft" in sys.argv)))
+    else:
+        main("--soft" in sys.argv)

@@ -1,0 +1,139 @@
+"""A chat-completions endpoint that answers a fixed time after it was asked, for so many calls at a time:
+`python -m benchmarks.slow_endpoint [LATENCY_S PLACES]`, by default 0.2 and 64.
+
+Its first line of output is its URL. A call that finds every place taken waits for one. GET /count tells how many calls
+came, and the CPU seconds that they took. It ends when its standard input does.
+"""
+
+import asyncio
+import json
+import math
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+from zlib import crc32
+
+LETTERS = "ABC"
+_ALTERNATIVES = 20
+
+
+class Places:
+    """Calls under way and calls that wait. An answer is sent `latency` seconds after its call got a place."""
+
+    def __init__(self, latency: float, places: int) -> None:
+        self._latency, self._free = latency, places
+        self._waiting: deque[Callable[[], None]] = deque()
+        self.calls = 0
+
+    def take(self, answer: Callable[[], None]) -> None:
+        self.calls += 1
+        if self._free:
+            self._free -= 1
+            self._start(answer)
+        else:
+            self._waiting.append(answer)
+
+    def _start(self, answer: Callable[[], None]) -> None:
+        asyncio.get_running_loop().call_later(self._latency, self._end, answer)
+
+    def _end(self, answer: Callable[[], None]) -> None:
+        answer()
+        if self._waiting:
+            self._start(self._waiting.popleft())
+        else:
+            self._free += 1
+
+
+class Connection(asyncio.Protocol):
+    """HTTP/1.1 as the SDKs speak it: kept alive, with Content-Length. No framework, whose CPU time the contestants on a
+    small machine would share."""
+
+    def __init__(self, places: Places) -> None:
+        self._places = places
+        self._received = b""
+
+    def connection_made(self, transport: Any) -> None:
+        self._transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        self._received += data
+        while (end := self._received.find(b"\r\n\r\n")) >= 0:
+            head = self._received[:end].lower()
+            _, found, after = head.partition(b"\r\ncontent-length:")
+            whole = end + 4 + (int(after.split(b"\r\n", 1)[0]) if found else 0)
+            if len(self._received) < whole:
+                return
+            body, self._received = self._received[end + 4 : whole], self._received[whole:]
+            self._heed(head, body)
+
+    def _heed(self, head: bytes, body: bytes) -> None:
+        if head.startswith(b"get /count "):
+            self._transport.write(response({"calls": self._places.calls, "cpu_s": time.process_time()}))
+        else:
+            answer = completion(body)
+            self._places.take(lambda: self._transport.write(answer))
+
+
+def completion(body: bytes) -> bytes:
+    """The response: a letter that depends on the question alone."""
+    asked = json.loads(body)
+    messages = asked.get("messages")
+    question = str(messages[-1]["content"]) if messages else ""
+    return _completion(LETTERS[crc32(question.encode()) % len(LETTERS)], bool(asked.get("logprobs")))
+
+
+@cache
+def _completion(letter: str, log_probabilities: bool) -> bytes:
+    choice: dict[str, Any] = {
+        "index": 0,
+        "message": {"role": "assistant", "content": letter, "refusal": None},
+        "finish_reason": "stop",
+        "logprobs": None,
+    }
+    if log_probabilities:
+        others = [other for other in LETTERS if other != letter]
+        tokens = [letter, *others, *(f"t{number}" for number in range(_ALTERNATIVES - len(LETTERS)))]
+        top = [_token(token, math.log(0.7) - 2.0 * place) for place, token in enumerate(tokens)]
+        choice["logprobs"] = {"content": [top[0] | {"top_logprobs": top}], "refusal": None}
+    return response(
+        {
+            "id": "chatcmpl-1",
+            "object": "chat.completion",
+            "created": 1,
+            "model": "teacher-2026-01-01",
+            "choices": [choice],
+            "usage": {
+                "prompt_tokens": 90,
+                "completion_tokens": 1,
+                "total_tokens": 91,
+                "prompt_tokens_details": {"cached_tokens": 0},
+            },
+        }
+    )
+
+
+def _token(token: str, logprob: float) -> dict[str, Any]:
+    return {"token": token, "logprob": logprob, "bytes": list(token.encode())}
+
+
+def response(value: Any) -> bytes:
+    body = json.dumps(value).encode()
+    head = f"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    return head.encode() + body
+
+
+async def serve(latency: float, places: int) -> None:
+    loop = asyncio.get_running_loop()
+    ended = loop.create_future()
+    shared = Places(latency, places)
+    server = await loop.create_server(lambda: Connection(shared), "127.0.0.1", 0, backlog=1024)
+    print(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1", flush=True)
+    loop.add_reader(sys.stdin, lambda: sys.stdin.buffer.read1() or ended.done() or ended.set_result(None))
+    await ended
+
+
+if __name__ == "__main__":
+    asyncio.run(serve(*([float(sys.argv[1]), int(sys.argv[2])] if len(sys.argv) > 2 else [0.2, 64])))

@@ -1,0 +1,155 @@
+"""Answers in other forms than a letter, in other orders, and several of them for one row."""
+
+from collections import Counter
+
+import pytest
+
+from distillery.answers import (
+    Answer,
+    Combined,
+    combined,
+    in_own_letters,
+    parse_answer,
+    parse_json,
+    rationale_of,
+    turned,
+)
+
+CHOICES = ("bank", "vitamin C", "A dog")
+LETTERS = ("A", "B", "C")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"answer": "B"}',
+        '\n{\n  "answer":"B"\n}\n',
+        '{"reason": "It heals scurvy", "answer": "B"}',
+        '<think>Perhaps {"answer": "A"}?</think>\n{"answer": "B"}',
+        "B",
+        "Answer: B",
+        "(B) vitamin C",
+    ],
+)
+def test_json_is_read_and_what_an_endpoint_without_it_says(text: str) -> None:
+    assert parse_json(text, CHOICES) == "B"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{}",
+        "null",
+        "1",
+        "NaN",
+        '["B"]',
+        '{"answer": null}',
+        '{"answer": 1}',
+        '{"answer": ["B"]}',
+        '{"answer": "D"}',
+        '{"answer": "AB"}',
+        '{"answer": ""}',
+        '{"letter": "B"}',
+        '{"answer": "B"',
+        "[" * 100_000,
+        '{"a":' * 100_000,
+    ],
+    ids=lambda text: text[:20] or "empty",
+)
+def test_json_without_one_of_the_letters_is_none(text: str) -> None:
+    assert parse_json(text, CHOICES) is None
+
+
+def test_the_rationale_is_what_stands_before_the_answers_line() -> None:
+    assert rationale_of("It heals scurvy.\nA dog does not.\n\nAnswer: B") == "It heals scurvy.\nA dog does not."
+    assert rationale_of("It heals scurvy.\n**Answer:** B") == "It heals scurvy."
+    assert rationale_of("<think>Well.\nAnswer: A</think>\nIt heals.\nThe answer is B.") == "It heals."
+    assert rationale_of("First: Answer it.\nAnswer: A\nNo.\nAnswer: B") == "First: Answer it.\nAnswer: A\nNo."
+    assert rationale_of("Answer: B") == ""
+    assert rationale_of("B") == ""
+    assert rationale_of("") == ""
+
+
+def test_a_rationales_answer_is_its_marked_line() -> None:
+    assert parse_answer("A dog is no cure, C is out.\nAnswer: B", CHOICES) == "B"
+
+
+@pytest.mark.parametrize("count", [2, 3, 5, 26])
+def test_with_as_many_orders_as_options_each_stands_at_each_place_once(count: int) -> None:
+    orders = [turned(count, number) for number in range(count)]
+    assert orders[0] == list(range(count))
+    assert all(sorted(order) == list(range(count)) for order in orders)
+    assert Counter((place, option) for order in orders for place, option in enumerate(order)) == Counter(
+        (place, option) for place in range(count) for option in range(count)
+    )
+
+
+def test_a_letter_comes_back_as_the_option_that_stood_there() -> None:
+    order = turned(3, 1)
+    assert [CHOICES[option] for option in order] == ["vitamin C", "A dog", "bank"]
+    assert in_own_letters("A", None, order) == Answer("B")
+    assert in_own_letters("C", None, order) == Answer("A")
+    shown = {"A": 0.7, "B": 0.2, "C": 0.1}
+    found = in_own_letters("A", shown, order)
+    assert found == Answer("B", {"A": 0.1, "B": 0.7, "C": 0.2})
+    assert list(found.distribution or {}) == ["A", "B", "C"]
+    assert in_own_letters("A", shown, turned(3, 0)) == Answer("A", shown)
+
+
+def test_one_answer_is_the_label_and_its_probability_the_confidence() -> None:
+    own = {"A": 0.2, "B": 0.7, "C": 0.1}
+    assert combined([Answer("B", own)], LETTERS, soft=True) == Combined("B", own, 0.7)
+    assert combined([Answer("B")], LETTERS, soft=True) == Combined("B", None, None)
+
+
+def votes(letters: str) -> list[Answer]:
+    return [Answer(letter) for letter in letters]
+
+
+def test_the_majority_is_the_label_and_its_share_the_confidence() -> None:
+    assert combined(votes("BBA"), LETTERS, soft=False) == Combined("B", None, pytest.approx(2 / 3))
+    assert combined(votes("CABAC" + "C"), LETTERS, soft=False) == Combined("C", None, 0.5)
+
+
+def test_shares_of_votes_are_the_distribution_where_soft_labels_are_wanted() -> None:
+    found = combined(votes("BBBAC"), LETTERS, soft=True)
+    assert found == Combined("B", {"A": 0.2, "B": 0.6, "C": 0.2}, 0.6)
+    assert combined(votes("BB"), LETTERS, soft=True) == Combined("B", {"A": 0.0, "B": 1.0, "C": 0.0}, 1.0)
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_a_tie_of_votes_is_no_label(soft: bool) -> None:
+    assert combined(votes("AB"), LETTERS, soft) is None
+    assert combined(votes("ABC"), LETTERS, soft) is None
+    assert combined(votes("ABCAB"), LETTERS, soft) is None
+
+
+def test_a_tie_goes_to_the_more_probable() -> None:
+    sure = Answer("B", {"A": 0.1, "B": 0.9, "C": 0.0})
+    unsure = Answer("A", {"A": 0.5, "B": 0.4, "C": 0.1})
+    found = combined([unsure, sure], LETTERS, soft=False)
+    assert found is not None
+    assert (found.letter, found.confidence) == ("B", 0.5)
+    assert found.distribution == pytest.approx({"A": 0.3, "B": 0.65, "C": 0.05})
+
+
+def test_a_tie_of_equal_probabilities_is_no_label() -> None:
+    one, two = Answer("A", {"A": 0.6, "B": 0.4, "C": 0.0}), Answer("B", {"A": 0.4, "B": 0.6, "C": 0.0})
+    assert combined([one, two], LETTERS, soft=True) is None
+
+
+def test_the_majority_stands_whatever_the_probabilities() -> None:
+    answers = [Answer("A", {"A": 0.4, "B": 0.35, "C": 0.25})] * 2 + [Answer("B", {"A": 0.0, "B": 1.0, "C": 0.0})]
+    found = combined(answers, LETTERS, soft=True)
+    assert found is not None
+    assert (found.letter, found.confidence) == ("A", pytest.approx(2 / 3))
+    assert found.distribution == pytest.approx({"A": 0.8 / 3, "B": 1.7 / 3, "C": 0.5 / 3})
+
+
+def test_probabilities_that_some_answers_lack_are_not_averaged() -> None:
+    some = [Answer("B", {"A": 0.0, "B": 1.0, "C": 0.0}), Answer("B"), Answer("A")]
+    shares = {"A": pytest.approx(1 / 3), "B": pytest.approx(2 / 3), "C": 0.0}
+    assert combined(some, LETTERS, soft=True) == Combined("B", shares, pytest.approx(2 / 3))
+    assert combined(some, LETTERS, soft=False) == Combined("B", None, pytest.approx(2 / 3))
+    assert combined([some[0], some[2]], LETTERS, soft=True) is None, "one sure answer breaks no tie of votes"
