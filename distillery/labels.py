@@ -18,6 +18,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, Protocol, TextIO
 
 from distillery.answers import (
+    Answer,
     combined,
     distribution,
     in_own_letters,
@@ -299,11 +300,7 @@ def _whole(
     row: Example, several: Sequence[Question], answers: Mapping[str, StoredAnswer], recipe: TeacherRecipe
 ) -> str | None:
     """The letter that a row's answers come to."""
-    found = [
-        in_own_letters(stored.answer, stored.distribution, one.order)
-        for one in several
-        if (stored := answers[one.key]).answer
-    ]
+    found = [answer for answer, _ in _accepted(several, [answers[one.key] for one in several])]
     whole = combined(found, row.letters, recipe.soft_labels) if found else None
     return whole.letter if whole else None
 
@@ -441,6 +438,10 @@ class _Labelling:
                 return
             self._outcomes[question.key].failure = f"the endpoint fails on it, again and again ({error})"
         else:
+            if completion.finish_reason == "malformed":
+                # Nothing that was said: the next run may ask again.
+                self._outcomes[question.key].failure = "malformed answer: no chat completion"
+                return self._close()
             stored = _stored(question, completion, self._recipe, self._identity)
             self.asked += 1
             self.usage = self.usage + completion.usage
@@ -500,6 +501,15 @@ def _stored(question: Question, completion: Completion, recipe: TeacherRecipe, i
     )
 
 
+def _accepted(
+    several: Sequence[Question], answers: Sequence[StoredAnswer | None]
+) -> Iterator[tuple[Answer, StoredAnswer]]:
+    """Those answers to a row that are labels, in the row's own letters."""
+    for question, stored in zip(several, answers, strict=True):
+        if stored and stored.answer:
+            yield in_own_letters(stored.answer, stored.distribution, question.order), stored
+
+
 def _reason(completion: Completion, question: Question, recipe: TeacherRecipe) -> str:
     if completion.finish_reason == "content_filter":
         return "refused by the endpoint's content filter"
@@ -530,12 +540,9 @@ class _Files:
             file.close()
 
     def write(self, done: _Open) -> None:
-        """A row whose requests are all known."""
-        found = [
-            (in_own_letters(outcome.stored.answer, outcome.stored.distribution, question.order), outcome.stored)
-            for question, outcome in zip(done.questions, done.outcomes, strict=True)
-            if outcome.stored and outcome.stored.answer
-        ]
+        """A row whose requests are all known; more than half of them must have come to a label."""
+        stored = [outcome.stored for outcome in done.outcomes]
+        found = list(_accepted(done.questions, stored))
         if 2 * len(found) <= len(done.outcomes):
             first = next(o for o in done.outcomes if not (o.stored and o.stored.answer))
             raw = first.stored.raw if first.stored else ""
@@ -544,12 +551,11 @@ class _Files:
         if whole is None:
             votes = ", ".join(answer.letter for answer, _ in found)
             return self.reject(done.row, f"no majority among its {len(found)} answers", votes)
-        usage = Usage()
-        for outcome in done.outcomes:
-            if outcome.stored:
-                usage += Usage(
-                    prompt_tokens=outcome.stored.prompt_tokens, completion_tokens=outcome.stored.completion_tokens
-                )
+        answers = [answer for answer in stored if answer]
+        usage = Usage(
+            prompt_tokens=sum(answer.prompt_tokens for answer in answers),
+            completion_tokens=sum(answer.completion_tokens for answer in answers),
+        )
         said = next(stored for answer, stored in found if answer.letter == whole.letter)
         rationale = rationale_of(said.raw) if self._recipe.answers.form == "rationale" else None
         label = TeacherLabel(

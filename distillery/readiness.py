@@ -152,7 +152,7 @@ def _endpoint(recipe: Recipe) -> list[Finding]:
     if not result.answers:
         raise TeacherError(f"{endpoint.model} answers without text; raise teacher.max_tokens")
     findings = _ok("teacher endpoint", f"{endpoint.model} answers in {result.latency_ms:.0f} ms")
-    if not recipe.teacher.soft_labels:
+    if not recipe.teacher.asks_log_probabilities:
         return findings
     if result.log_probabilities:
         return findings + _ok("log-probabilities", "given, as teacher.soft_labels needs them")

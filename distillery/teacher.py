@@ -196,6 +196,10 @@ def _schema(letters: Sequence[str]) -> dict[str, Any]:
     return {"name": "answer", "strict": True, "schema": schema}
 
 
+MALFORMED = 200
+"""The status of a response that is no chat completion."""
+
+
 class CallFailed(Exception):
     """One call that gave no completion. `status` is None where no response came; `message` holds no key."""
 
@@ -217,7 +221,7 @@ class CallFailed(Exception):
 
     @property
     def is_worth_a_retry(self) -> bool:
-        return self.status is None or self.status in (408, 409, 429) or self.status >= 500
+        return self.status is None or self.status in (MALFORMED, 408, 409, 429) or self.status >= 500
 
     @property
     def of_this_call_alone(self) -> str:
@@ -329,7 +333,7 @@ class _AzureClient:
         if isinstance(error, HttpResponseError) and response is not None and not isinstance(error, IncompleteReadError):
             return CallFailed(response.status_code, _text_of(response), response.headers, redact=self._redact)
         if isinstance(error, ValueError | AttributeError):
-            return CallFailed(200, "no JSON of a chat completion")
+            return CallFailed(MALFORMED, "no JSON of a chat completion")
         timed_out = isinstance(error, ServiceRequestTimeoutError | ServiceResponseTimeoutError)
         return CallFailed(None, str(error), redact=self._redact, timed_out=timed_out)
 
@@ -393,7 +397,7 @@ class _OpenAIClient:
         else:
             if isinstance(payload, dict):
                 return payload, response.headers
-            failure = CallFailed(200, "no JSON of a chat completion")
+            failure = CallFailed(MALFORMED, "no JSON of a chat completion")
         raise failure
 
     def _failure(self, error: Exception) -> CallFailed:
@@ -405,7 +409,7 @@ class _OpenAIClient:
         if isinstance(error, APIStatusError):
             return CallFailed(error.status_code, error.response.text, error.response.headers, redact=self._redact)
         if isinstance(error, ValueError):
-            return CallFailed(200, "no JSON of a chat completion")
+            return CallFailed(MALFORMED, "no JSON of a chat completion")
         return CallFailed(
             None, str(error.__cause__ or error), redact=self._redact, timed_out=isinstance(error, APITimeoutError)
         )
@@ -431,7 +435,7 @@ class Teacher:
         self._pace = pace or Pace(recipe)
         self._spending = spending or Spending(recipe.budget, recipe.prices)
         self._demands = demand_log_probabilities
-        self._gave_log_probabilities = False
+        self._gave_completions = self._gave_log_probabilities = False
         self._options = CallOptions(
             recipe.max_tokens,
             recipe.temperature,
@@ -456,7 +460,8 @@ class Teacher:
             await self._credential.close()
 
     async def ask(self, messages: list[Message], letters: Sequence[str]) -> Completion:
-        """The teacher's answer; one that its content filter refuses comes back without text.
+        """The teacher's answer; one that its content filter refuses comes back without text, and so does one that is
+        malformed time and again, by an endpoint that has given completions.
 
         Raises CredentialsError (401, 403), TeacherUnavailable after teacher.attempts tries, BudgetReached, TeacherError
         for all else that no other question would fare better with, and Stopped when the pace is stopped."""
@@ -467,6 +472,8 @@ class Teacher:
             except CallFailed as failure:
                 if reason := failure.of_this_call_alone:
                     return Completion(text="", finish_reason=reason)
+                if failure.status == MALFORMED and self._gave_completions:
+                    return Completion(text="", finish_reason="malformed")
                 self._adapt(options, failure)
             else:
                 found = self._read(payload, letters)
@@ -503,11 +510,12 @@ class Teacher:
                 latency_ms = (time.perf_counter() - started) * 1000
                 used = _usage(payload)
                 self._pace.succeeded(headers)
+                self._gave_completions = True
                 self._learn(characters, tokens, used)
                 return payload, latency_ms
             except CallFailed as failure:
-                # What came back as an error cost nothing; of what never came back nobody knows.
-                used = None if failure.status is None else Usage()
+                # What came back as an error cost nothing; of what never came back whole nobody knows.
+                used = None if failure.status in (None, MALFORMED) else Usage()
                 if failure.is_worth_a_retry:
                     self._pace.failed(asked_at, failure.retry_after, failure.headers)
                 else:
@@ -568,7 +576,7 @@ class Teacher:
             return TeacherError(
                 f"TEACHER_MODEL_NAME {model}: not found at TEACHER_MODEL_ENDPOINT {url} ({failure.status}); check both"
             )
-        if failure.is_worth_a_retry:
+        if failure.is_worth_a_retry and failure.status != MALFORMED:
             return TeacherUnavailable(f"TEACHER_MODEL_ENDPOINT {url}: {self._trouble(failure)}")
         return TeacherError(
             f"TEACHER_MODEL_ENDPOINT {url}: gives no completion ({failure.status}: {failure.message[:200]}); "

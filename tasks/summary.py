@@ -99,17 +99,14 @@ def _labelling(labels: TeacherLabels, folder: Path) -> None:
     lines += [f"| rejected: {reason} | {count:,} |" for reason, count in report.rejected.items()]
     lines += [f"| answer {letter} | {count / report.accepted:.1%} |" for letter, count in report.letters.items()]
     if report.interval and report.accuracy is not None:
-        low, high = report.interval.low, report.interval.high
-        lines.append(
-            f"| right, of {report.gold_rows:,} with a gold answer | {report.accuracy:.1%} [{low:.3f}, {high:.3f}] |"
-        )
+        interval = f"[{report.interval.low:.3f}, {report.interval.high:.3f}]"
+        lines.append(f"| right, of {report.gold_rows:,} with a gold answer | {report.accuracy:.3f} {interval} |")
     if report.calibration_error is not None:
         lines.append(f"| expected calibration error | {report.calibration_error:.3f} |")
     usage = labels.usage
-    lines.append(f"| calls | {labels.asked:,} |")
-    lines.append(
-        f"| tokens in (cached), out | {usage.prompt_tokens:,} ({usage.cached_tokens:,}), {usage.completion_tokens:,} |"
-    )
+    lines += [f"| calls | {labels.asked:,} |", f"| tokens in | {usage.prompt_tokens:,} |"]
+    lines += [f"| of these cached | {usage.cached_tokens:,} |"] if usage.cached_tokens else []
+    lines.append(f"| tokens out | {usage.completion_tokens:,} |")
     if labels.cost is not None:
         lines.append(f"| cost | {labels.cost:.2f} {labels.currency} |")
     if labels.calls_per_second:
@@ -118,7 +115,7 @@ def _labelling(labels: TeacherLabels, folder: Path) -> None:
     parts = [f"# Labels of {labels.teacher}", "\n".join(lines)]
     if (folder / RELIABILITY_FILE).exists():
         parts.append(_picture("reliability", folder / RELIABILITY_FILE))
-    create_markdown_artifact(key="labelling", markdown="\n\n".join(parts), description=report.line())
+    create_markdown_artifact(key="labelling-report", markdown="\n\n".join(parts), description=report.line())
     _table("labels-worth-a-look", "Sure labels that gold contradicts, and unsure ones", _rows(folder / LOOK_FILE))
 
 

@@ -10,9 +10,9 @@ from types import SimpleNamespace
 import pytest
 
 from distillery.errors import ExportError, ModelError
-from distillery.labels import TRAIN_DATA_FILE, write_gold
+from distillery.labels import TRAIN_DATA_FILE, gold_labels, label_from
 from distillery.onnx import ask_once, export
-from distillery.recipe import ExportRecipe, PromptRecipe
+from distillery.recipe import ExportRecipe, PromptRecipe, TeacherRecipe
 from distillery.records import Example
 
 TinyModel = Callable[[str], Path]
@@ -60,7 +60,7 @@ def test_olive_finetune_takes_the_training_rows_as_they_are(tiny_model: TinyMode
         Example(example_id=str(i), question=f"number {i}", choices=("odd", "even"), answer_key="BA"[i % 2])
         for i in range(40)
     ]
-    write_gold(rows, PromptRecipe(), tmp_path)
+    label_from(rows, gold_labels(rows), PromptRecipe(), TeacherRecipe(kind="gold"), tmp_path)
     first = json.loads((tmp_path / TRAIN_DATA_FILE).read_text().splitlines()[0])
     assert list(first) == ["Question", "Answer"]
     command = [sys.executable, "-m", "olive", "finetune", "--method", "lora", "-m", str(tiny_model("llama"))]

@@ -246,3 +246,34 @@ def test_what_an_answer_does_not_depend_on_asks_nothing_again(
         done = {name for name, state in workshop.states(afresh).items() if state != "Cached"}
         assert done == {": export", "student: train"}
         assert len(endpoint.calls) + len(elsewhere.calls) == ROWS["train"] + ROWS["test"]
+
+        values["teacher"]["canaries"] = {"rows": 5, "stop": True}
+        watched = workshop.distil(values, **elsewhere_now)
+        assert "0 of 5 canary rows are answered otherwise" in watched.log
+        assert len(elsewhere.calls) == 5
+        assert watched.counts["step"] == 0
+
+
+def test_labels_that_are_there_already_need_no_teacher(
+    tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[[str], Path]
+) -> None:
+    workshop = Workshop(tmp_path_factory.mktemp("labelled"), tiny_model("llama"))
+    values = endpoint_recipe(workshop.files, workshop.base, "own", max_steps=2, soft_weight=0)
+    values["teacher"] = {"kind": "gold"}
+    gold = workshop.distil(values)
+    assert workshop.states(gold)[": gold labels"] == "Completed"
+    assert f"{ROWS['train']} accepted, 0 rejected, 0 calls" in gold.stages["label"]
+
+    file = workshop.folder / "labels.jsonl"
+    rows = [json.loads(line) for line in Path(workshop.files["train"][0]).read_text().splitlines()]
+    file.write_text("".join(json.dumps({"example_id": row["id"], "answer": "B"}) + "\n" for row in rows[:40]))
+    values["teacher"] = {"kind": "file", "files": [str(file)]}
+    imported = workshop.distil(values)
+    assert "40 accepted, 20 rejected, 0 calls" in imported.stages["label"]
+    assert workshop.states(imported)[": prepare dataset"] == "Cached"
+    file.write_text(file.read_text().replace('"B"', '"A"'))
+    changed = workshop.distil(values)
+    assert {name for name, state in workshop.states(changed).items() if state == "Completed"} >= {
+        ": labels from files",
+        ": train",
+    }

@@ -1,0 +1,193 @@
+"""What labelling will cost, said before the first call; the canary rows; labels that are there already."""
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from chat_endpoint import Call, ChatEndpoint, Reply, good, said
+from pydantic import SecretStr
+
+from distillery.errors import DataError, RecipeError, TeacherError
+from distillery.label_report import read_report
+from distillery.label_store import LabelStore
+from distillery.labels import ask_canaries, gold_labels, label, label_from, labels_in, read_labels
+from distillery.quote import Quote, duration, quote, quote_recipe
+from distillery.recipe import PromptRecipe, Recipe, TeacherRecipe
+from distillery.records import Example, TeacherDrift
+from distillery.teacher import Endpoint
+
+PROMPT = PromptRecipe()
+PRICES = {"input": 2.0, "cached_input": 1.0, "output": 8.0, "currency": "EUR"}
+
+
+def example(number: int) -> Example:
+    return Example(
+        example_id=f"row-{number}", question=f"What comes after {number:03}?", choices=("x", "y", "z"), answer_key="A"
+    )
+
+
+ROWS = [example(number) for number in range(30)]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Any:
+    with LabelStore(f"sqlite:///{tmp_path / 'labels.db'}") as opened:
+        yield opened
+
+
+def endpoint_of(server: ChatEndpoint) -> Endpoint:
+    return Endpoint(server.url, "gpt-test", SecretStr("key"), "gpt-test", "openai")
+
+
+def labelled(server: ChatEndpoint, store: LabelStore, out: Path, rows: list[Example], **recipe: Any) -> None:
+    teacher = TeacherRecipe.model_validate({"outage_s": 0, **recipe})
+    asyncio.run(label(rows, PROMPT, teacher, endpoint_of(server), store, out))
+
+
+def quoted(store: LabelStore, rows: list[Example] = ROWS, **recipe: Any) -> Quote:
+    return quote(rows, PROMPT, TeacherRecipe.model_validate(recipe), "gpt-test", store)
+
+
+def test_a_quote_before_any_answer_says_that_it_is_an_estimate(store: LabelStore) -> None:
+    found = quoted(store, [*ROWS, ROWS[0]], prices=PRICES, concurrency=10, max_tokens=5)
+    assert (found.rows, found.known, found.calls) == (31, 1, 30)
+    assert not found.counted
+    assert 40 < found.usage.prompt_tokens / 30 < 80
+    assert found.usage.completion_tokens == 150
+    assert found.cost == pytest.approx((found.usage.prompt_tokens * 2 + 150 * 8) / 1e6)
+    assert found.seconds == pytest.approx(3)
+    assert "estimated" in found.line()
+    assert "EUR" in found.line()
+    assert "no price table" in quoted(store).line()
+
+
+def test_a_quote_learns_from_answers_and_counts_what_is_new(store: LabelStore, tmp_path: Path) -> None:
+    with ChatEndpoint() as server:
+        labelled(server, store, tmp_path / "out", ROWS[:20])
+        found = quoted(store, prices=PRICES)
+        assert (found.known, found.calls) == (20, 10)
+        assert found.usage.prompt_tokens == pytest.approx(400, abs=10), "40 a row, as the endpoint counts them"
+        assert found.usage.completion_tokens == 10
+        assert "from its last 20 answers" in found.line()
+        labelled(server, store, tmp_path / "out", ROWS)
+        assert len(server.calls) == 30
+        assert quoted(store).line() == "30 rows to label, all known: nothing to ask and nothing to pay"
+
+
+def test_votes_and_orders_are_calls_of_their_own(store: LabelStore) -> None:
+    answers = {"votes": 3, "orders": 5}
+    assert quoted(store, temperature=1.0, answers=answers).calls == 30 * 3 * 3, "three options have three orders"
+
+
+def test_a_tokenizer_counts(store: LabelStore) -> None:
+    found = quote(ROWS, PROMPT, TeacherRecipe(), "gpt-test", store, lambda messages: 7 * len(messages))
+    assert found.counted
+    assert found.usage.prompt_tokens == 30 * 14
+    assert "(counted)" in found.line()
+
+
+def test_the_slowest_limit_sets_the_time(store: LabelStore) -> None:
+    assert quoted(store, requests_per_minute=6).seconds == pytest.approx(300)
+    found = quoted(store, tokens_per_minute=100)
+    assert found.seconds == pytest.approx(0.6 * (found.usage.prompt_tokens + found.usage.completion_tokens))
+    assert [duration(seconds) for seconds in (12, 180, 9000)] == ["12 s", "3 min", "2.5 h"]
+
+
+def test_a_recipe_is_quoted_by_split(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("DISTILLERY_HOME", str(tmp_path))
+    monkeypatch.setenv("TEACHER_MODEL_NAME", "gpt-test")
+    found = quote_recipe(Recipe.model_validate({"dataset": {"sample": {"train": 100, "test": 50}}}))
+    assert {split: one.calls for split, one in found.items()} == {"train": 100, "test": 50}
+    assert quote_recipe(Recipe.model_validate({"preset": "demo"}))["train"].calls == 1001
+    with pytest.raises(RecipeError, match="nobody is asked"):
+        quote_recipe(Recipe.model_validate({"teacher": {"kind": "gold"}}))
+
+
+def canaries(server: ChatEndpoint, store: LabelStore, rows: int, **recipe: Any) -> TeacherDrift:
+    teacher = TeacherRecipe.model_validate({"canaries": {"rows": rows}, **recipe})
+    return asyncio.run(ask_canaries(ROWS, PROMPT, teacher, endpoint_of(server), store))
+
+
+def test_canaries_tell_a_changed_teacher(store: LabelStore, tmp_path: Path) -> None:
+    with ChatEndpoint() as server:
+        labelled(server, store, tmp_path / "out", ROWS)
+        same = canaries(server, store, 10)
+        assert (same.asked, same.compared, same.changed) == (10, 10, ())
+        chosen = {call.question for call in server.calls[30:]}
+        assert len(chosen) == 10
+
+        def otherwise(call: Call) -> Reply:
+            letter = str(good(call).body["choices"][0]["message"]["content"])
+            reply = said({"A": "B", "B": "C", "C": "A"}[letter] if "00" in call.question else letter)
+            return Reply(reply.body | {"model": "teacher-2026-06-01"})
+
+        server.script = otherwise
+        drift = canaries(server, store, 10)
+        assert {call.question for call in server.calls[40:]} == chosen, "the same rows each time"
+        assert 0 < len(drift.changed) < 10
+        assert all(f"What comes after 00{row[-1]}?" for row in drift.changed)
+        assert drift.share == len(drift.changed) / 10
+        assert (drift.before, drift.after) == (("teacher-2026-01-01",), ("teacher-2026-06-01",))
+        server.script = good
+        assert canaries(server, store, 10).changed == (), "what was answered afresh is not stored"
+
+
+def test_canaries_that_nobody_has_answered_tell_nothing(store: LabelStore) -> None:
+    with ChatEndpoint() as server:
+        drift = canaries(server, store, 3)
+    assert (drift.asked, drift.compared, drift.share) == (3, 0, 0.0)
+
+
+def test_gold_is_a_teacher_of_its_own_kind(tmp_path: Path) -> None:
+    rows = [*ROWS[:3], ROWS[3].model_copy(update={"answer_key": None})]
+    counts = label_from(rows, gold_labels(rows), PROMPT, TeacherRecipe(kind="gold"), tmp_path / "out")
+    assert (counts.accepted, counts.rejected, counts.asked) == (3, 1, 0)
+    assert [one.answer for one in read_labels(tmp_path / "out").values()] == ["A", "A", "A"]
+    assert read_report(tmp_path / "out").rejected == {"no label for it": 1}
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
+def test_labels_that_are_there_already(tmp_path: Path, suffix: str) -> None:
+    import pandas
+
+    rows = [{"example_id": f"row-{n}", "answer": "ABC"[n % 3], "distribution": None} for n in range(4)]
+    rows[0]["distribution"] = json.dumps({"A": 0.8, "B": 0.1, "C": 0.1})
+    rows.append({"example_id": "elsewhere", "answer": "Z", "distribution": None})
+    path = tmp_path / f"labels.{suffix}"
+    if suffix == "jsonl":
+        path.write_text("".join(json.dumps(one) + "\n" for one in rows))
+    elif suffix == "csv":
+        pandas.DataFrame(rows).to_csv(path, index=False)
+    else:
+        pandas.DataFrame(rows).to_parquet(path)
+    found = labels_in([str(path)], ROWS)
+    assert {key: one.answer for key, one in found.items()} == {"row-0": "A", "row-1": "B", "row-2": "C", "row-3": "A"}
+    assert found["row-0"].distribution == {"A": 0.8, "B": 0.1, "C": 0.1}
+    assert (found["row-0"].confidence, found["row-1"].confidence) == (0.8, None)
+
+
+@pytest.mark.parametrize(
+    ("row", "line"),
+    [
+        ({"example_id": "row-1", "answer": "D"}, "labels.jsonl:1: answer: 'D' is none of A to C"),
+        ({"example_id": "row-1"}, "labels.jsonl:1: answer: missing; it is the teacher's letter"),
+        ({"answer": "A"}, "labels.jsonl:1: example_id: missing; it is the row's id in the data set"),
+        (
+            {"example_id": "row-1", "answer": "A", "distribution": {"A": 1.0}},
+            "distribution: no probabilities of A to C",
+        ),
+        ({"example_id": "row-1", "answer": "A", "distribution": "half"}, "distribution: no probabilities of A to C"),
+    ],
+)
+def test_a_label_file_that_can_not_be_meant(tmp_path: Path, row: dict[str, Any], line: str) -> None:
+    path = tmp_path / "labels.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    with pytest.raises(DataError, match=line.replace("'", ".")):
+        labels_in([str(path)], ROWS)
+
+
+def test_too_few_labels_in_a_file_end_the_run(tmp_path: Path) -> None:
+    with pytest.raises(TeacherError, match=r"1 of 30 rows have a label.*no label for it \(29 rows\)"):
+        label_from(ROWS, gold_labels(ROWS[:1]), PROMPT, TeacherRecipe(kind="gold"), tmp_path / "out")
