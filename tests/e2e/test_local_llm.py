@@ -1,20 +1,24 @@
 """Rows of CommonsenseQA, labelled by a real LLM over HTTP through each of the two SDKs.
 
-The rows come from the folder that COMMONSENSE_QA_DIR names; the model is the demo's SmolLM2, served by llama.cpp."""
+The rows come from the folder that COMMONSENSE_QA_DIR names, COMMONSENSE_QA_ROWS of them (24); the model is the demo's
+SmolLM2, served by llama.cpp."""
 
 import asyncio
 import importlib.util
+import json
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import pandas
 import pytest
 from pydantic import SecretStr
 
 from distillery.dataset import prepare, read_examples
+from distillery.label_report import read_report
 from distillery.label_store import LabelStore
 from distillery.labels import LABELS_FILE, REJECTED_FILE, LabelCounts, label, read_labels
 from distillery.recipe import DatasetRecipe, PromptRecipe, TeacherRecipe
@@ -22,7 +26,7 @@ from distillery.records import Example, RejectedLabel
 from distillery.settings import TeacherSettings
 from distillery.teacher import resolve_endpoint
 
-ROWS = 24
+ROWS = int(os.environ.get("COMMONSENSE_QA_ROWS", "24"))
 Sdk = Literal["azure-ai-inference", "openai"]
 SDKS: tuple[Sdk, Sdk] = ("azure-ai-inference", "openai")
 
@@ -37,8 +41,9 @@ class Labelling:
         self.rows, self.folder = rows, folder
         self.counts = {sdk: self.label(sdk, sdk, self.folder / sdk) for sdk in SDKS}
 
-    def label(self, sdk: Sdk, database: str, out: Path) -> LabelCounts:
-        recipe = TeacherRecipe(sdk=sdk, soft_labels=True, concurrency=2)
+    def label(self, sdk: Sdk, database: str, out: Path, **settings: Any) -> LabelCounts:
+        values = {"sdk": sdk, "soft_labels": True, "concurrency": 2, "filters": {"minimum_accepted": 0}, **settings}
+        recipe = TeacherRecipe.model_validate(values)
         endpoint = resolve_endpoint(recipe, self.settings)
         assert endpoint.sdk == sdk
         with LabelStore(f"sqlite:///{self.folder / database}.db") as store:
@@ -116,7 +121,46 @@ def test_what_was_answered_is_never_asked_again_through_either_sdk(
     labelling: Labelling, sdk: Sdk, tmp_path: Path
 ) -> None:
     first = labelling.counts["openai"]
-    again = labelling.label(sdk, "openai", tmp_path)
-    # What was rejected is no label, and is asked again.
-    assert (again.accepted, again.asked) == (first.accepted, first.rejected)
-    assert (tmp_path / LABELS_FILE).read_bytes() == (labelling.folder / "openai" / LABELS_FILE).read_bytes()
+    again = labelling.label(sdk, "openai", tmp_path / "out")
+    assert (again.accepted, again.rejected, again.asked) == (first.accepted, first.rejected, 0)
+    assert (tmp_path / "out" / LABELS_FILE).read_bytes() == (labelling.folder / "openai" / LABELS_FILE).read_bytes()
+
+
+@pytest.mark.parametrize("sdk", SDKS)
+def test_a_json_schema_leaves_no_answer_that_is_none(labelling: Labelling, sdk: Sdk, tmp_path: Path) -> None:
+    counts = labelling.label(sdk, f"json-{sdk}", tmp_path / "out", answers={"form": "json"}, max_tokens=24)
+    assert (counts.accepted, counts.rejected) == (ROWS, 0)
+    labels = read_labels(tmp_path / "out")
+    with LabelStore(f"sqlite:///{labelling.folder}/json-{sdk}.db") as store:
+        store.export(tmp_path / "answers.parquet")
+    assert all(json.loads(raw).keys() == {"answer"} for raw in pandas.read_parquet(tmp_path / "answers.parquet").raw)
+    assert all(known.distribution for known in labels.values())
+
+
+def test_votes_become_soft_labels(labelling: Labelling, tmp_path: Path) -> None:
+    settings = {"temperature": 1.0, "answers": {"form": "json", "votes": 3}, "max_tokens": 24}
+    counts = labelling.label("openai", "votes", tmp_path / "out", **settings)
+    labels = read_labels(tmp_path / "out")
+    assert counts.asked == 3 * ROWS
+    assert counts.accepted == len(labels)
+    for known in labels.values():
+        assert known.distribution is not None
+        assert known.distribution[known.answer] == known.confidence
+        assert known.confidence in (pytest.approx(2 / 3), 1)
+    # Three different letters in three draws: no majority.
+    assert counts.accepted + counts.rejected == ROWS
+
+
+def test_orders_tell_a_habit_from_an_answer(labelling: Labelling, tmp_path: Path) -> None:
+    form = {"form": "json"}
+    counts = labelling.label("openai", "orders", tmp_path / "out", answers=form | {"orders": 5}, max_tokens=24)
+    plain = labelling.label("openai", "orders", tmp_path / "plain", answers=form, max_tokens=24)
+    assert (counts.asked, plain.asked) == (5 * ROWS, 0), "the first order is the row's own"
+    reports = {name: read_report(tmp_path / name) for name in ("out", "plain")}
+    for name, report in reports.items():
+        print(f"{name}: {report.line()}")
+    shares = {name: max(report.letters.values()) / report.accepted for name, report in reports.items()}
+    # A small model leans to a place, which five orders even out.
+    assert shares["out"] < shares["plain"]
+    confidences = [known.confidence or 0 for known in read_labels(tmp_path / "out").values()]
+    assert sum(confidences) / len(confidences) < 0.9
