@@ -138,6 +138,9 @@ class TrainingRecipe(Slice):
 
     method: Literal["lora", "full"] = "lora"
     lora: LoraRecipe = LoraRecipe()
+    freeze_embeddings: bool = Field(
+        False, description="Of full training: leave the embeddings, and a head tied to them, as they are"
+    )
     epochs: float = Field(2.0, gt=0)
     max_steps: int | None = Field(None, ge=1)
     batch_size: int = Field(8, ge=1)

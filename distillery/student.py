@@ -391,15 +391,16 @@ def train(
     if recipe.method == "lora":
         # The frozen base is cast once, not at every step; peft keeps the adapter itself in float32.
         model = add_lora(model.to(getattr(torch, place.precision)), recipe.lora)
+    elif recipe.freeze_embeddings:
+        model.get_input_embeddings().requires_grad_(False)
     model.to(place.device).train()
     contiguous_head(model)
     weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     trained = list(weights.values())
     per_epoch = math.ceil(len(rows) / recipe.batch_size)
     steps = recipe.max_steps or max(1, math.ceil(per_epoch * recipe.epochs))
-    optimiser = torch.optim.AdamW(
-        trained, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=place.device == "cuda" or None
-    )
+    # Fused, on a CPU too: one pass over the weights in place of a dozen.
+    optimiser = torch.optim.AdamW(trained, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, _warmup_cosine(steps, recipe.warmup))
     settings = [recipe.model_dump(mode="json"), place.device, place.precision, pad_id, end_id]
     state = _State(_fingerprint(rows, validation, settings, weights), weights, optimiser, schedule)

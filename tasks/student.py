@@ -20,7 +20,7 @@ from tasks.progress import progress_artifact
 from tasks.stage import is_recorded, origin, own_key, stage
 
 
-@stage("train", version=1)
+@stage("train", version=2)
 def train(
     base: BaseModelRecipe,
     training: TrainingRecipe,

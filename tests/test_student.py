@@ -122,6 +122,24 @@ def test_a_cut_student_learns_its_teachers_hidden_states(tiny_model: TinyModel, 
     assert figures[5.0] < 0.75 * figures[0.0]
 
 
+@pytest.mark.parametrize("frozen", [True, False])
+def test_frozen_embeddings_stay_as_they_are(tiny_model: TinyModel, frozen: bool) -> None:
+    model, tokenizer = student.load_model(tiny_model("llama"))
+    before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    recipe = TrainingRecipe(method="full", max_steps=2, freeze_embeddings=frozen, precision="float32")
+    _, result = student.train(
+        model,
+        rendered(tiny_model("llama")),
+        [],
+        recipe,
+        pad_id=student.pad_id(tokenizer),
+        end_id=student.end_of_turn_id(tokenizer),
+    )
+    same = {name for name, weight in model.named_parameters() if torch.equal(weight, before[name])}
+    assert same == ({"model.embed_tokens.weight"} if frozen else set())
+    assert result.parameters - result.trained_parameters == sum(before[name].numel() for name in same)
+
+
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_left_padding_changes_no_probability(tiny_model: TinyModel, arch: str) -> None:
     model, tokenizer = student.load_model(tiny_model(arch))
