@@ -60,8 +60,6 @@ CURATOR_VENV = PROJECT / ".distillery" / "bench" / "curator-venv"
 CURATOR_ENVIRONMENT = {
     "TELEMETRY_ENABLED": "false",
     "CURATOR_VIEWER": "false",
-    # Its progress bar redraws at every answer, its rich display four times a second.
-    "CURATOR_DISABLE_RICH_DISPLAY": "1",
     # Else it asks a server far away for prices when it is imported.
     "LITELLM_LOCAL_MODEL_COST_MAP": "True",
     "HF_HUB_OFFLINE": "1",
@@ -93,10 +91,10 @@ labeller = Labeller(
     },
 )
 dataset = Dataset.from_list(json.load(open(rows)))
-started = time.perf_counter()
+started, cpu = time.perf_counter(), time.process_time()
 answers = labeller(dataset).dataset["answer"]
-seconds = time.perf_counter() - started
-print(json.dumps({"seconds": seconds, "answers": len([one for one in answers if one in list("ABC")])}))
+figures = {"seconds": time.perf_counter() - started, "cpu_s": time.process_time() - cpu}
+print(json.dumps(figures | {"answers": len([answer for answer in answers if answer in list("ABC")])}))
 """
 
 Figures = dict[str, float]
@@ -395,21 +393,17 @@ def main(soft: bool) -> None:
         again = second_runs(bench)
         counted = bench.calls()
     print(f"the endpoint: {1000 * counted['cpu_s'] / counted['calls']:.2f} ms of CPU time a call")
-    median = {
-        name: statistics.median(one["seconds"] for one in figures) if figures else None
-        for name, figures in runs.items()
-    }
-    median["sequential"] *= ROWS / SEQUENTIAL_ROWS
+    median = {name: statistics.median(one["seconds"] for one in done) for name, done in runs.items() if done}
     cpu = {
-        name: statistics.median(1000 * one["cpu_s"] for one in figures) / ROWS
-        for name, figures in runs.items()
+        name: statistics.median(1000 * one["cpu_s"] for one in done) / ROWS
+        for name, done in runs.items()
         if name.startswith(("ours", "bare"))
     }
     print("CPU ms a call: " + ", ".join(f"{name} {value:.2f}" for name, value in cpu.items()))
     figures = {
         "ideal_s": ROWS / PLACES * LATENCY_S,
-        **{f"{name}_s": median.get(name) for name in ("ours_azure", "bare_azure", "ours_openai", "bare_openai")},
-        "sequential_s": median["sequential"],
+        **{f"{name}_s": median[name] for name in ("ours_azure", "bare_azure", "ours_openai", "bare_openai")},
+        "sequential_s": median["sequential"] * ROWS / SEQUENTIAL_ROWS,
         "curator_s": median.get("curator"),
         "share_of_bare_azure": median["bare_azure"] / median["ours_azure"],
         "share_of_bare_openai": median["bare_openai"] / median["ours_openai"],

@@ -97,11 +97,14 @@ def letter_of(token: str) -> str:
 
 
 def parse_json(text: str, choices: Sequence[str]) -> str | None:
-    """The letter of {"answer": LETTER}; of an endpoint that takes no JSON schema, whatever `parse_answer` reads."""
+    """The letter of {"answer": LETTER}, after any thinking; of an endpoint that takes no JSON schema, whatever
+    `parse_answer` reads."""
     try:
-        value = json.loads(text)
+        value = json.loads(text.rpartition("</think>")[2])
     except ValueError:
         return parse_answer(text, choices)
+    except RecursionError:
+        return None
     answer = value.get("answer") if isinstance(value, dict) else None
     return answer if isinstance(answer, str) and answer in LETTERS[: len(choices)] else None
 

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import partial
 from itertools import islice
 from operator import methodcaller
 from pathlib import Path
@@ -15,7 +16,7 @@ from queue import Empty, SimpleQueue
 from types import TracebackType
 from typing import Any, Self
 
-from sqlalchemy import JSON, Column, DateTime, Float, Integer, String, Table, Text, delete, false, func, or_
+from sqlalchemy import JSON, Column, DateTime, Float, Integer, String, Table, Text, and_, delete, func, not_
 from sqlalchemy.sql import select
 
 from distillery.database import METADATA, Database
@@ -166,13 +167,17 @@ class LabelStore:
         import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
         count, last = 0, ""
-        partial = path.with_name(f".{path.name}.partial")
-        with pq.ParquetWriter(partial, _parquet_schema()) as file:
-            while rows := self._page(last, teacher):
-                flat = [_with_distribution(row, json.dumps) for row in rows]
-                file.write_table(pa.Table.from_pylist(flat, schema=_parquet_schema()))
-                count, last = count + len(rows), rows[-1]["request_key"]
-        partial.replace(path)
+        beside = path.with_name(f".{path.name}.partial")
+        try:
+            with pq.ParquetWriter(beside, _parquet_schema()) as file:
+                while rows := self._page(last, teacher):
+                    flat = [_with_distribution(row, json.dumps) for row in rows]
+                    file.write_table(pa.Table.from_pylist(flat, schema=_parquet_schema()))
+                    count, last = count + len(rows), rows[-1]["request_key"]
+            beside.replace(path)
+        except OSError as error:
+            beside.unlink(missing_ok=True)
+            raise DataError(f"{path}: can't be written ({error.strerror or 'no such folder'})") from None
         return count
 
     def load(self, path: Path) -> int:
@@ -200,14 +205,14 @@ class LabelStore:
     ) -> int:
         """Deletes the answers to the rows with these ids, those whose prompt or answer contains one of these texts,
         and, if so told, all that are no label. Returns how many. Files that were made from them stay: see README."""
-        wanted = [_TABLE.c.example_id == row for row in rows]
-        for text in containing:
+        wanted: list[Any] = [_TABLE.c.answer.is_(None)] if rejected else []
+        for text in filter(None, containing):
             wanted += [_TABLE.c.prompt.contains(text, autoescape=True), _TABLE.c.raw.contains(text, autoescape=True)]
-        chosen = or_(false(), *wanted, _TABLE.c.answer.is_(None) if rejected else false())
-        if dry_run:
-            counted = select(func.count()).select_from(_TABLE).where(chosen)
-            return int(self._database.run(methodcaller("scalar", counted)))
-        return int(self._database.run(lambda connection: connection.execute(delete(_TABLE).where(chosen)).rowcount))
+        ids = iter(dict.fromkeys(filter(None, rows)))
+        while chunk := list(islice(ids, _LOOKUP_ROWS)):
+            wanted.append(_TABLE.c.example_id.in_(chunk))
+        # One transaction for all of them; an answer that two wishes name is counted once.
+        return int(self._database.run(partial(_delete, wanted=wanted, dry_run=dry_run)))
 
     def summary(self) -> list[tuple[str, int, int, float]]:
         """(teacher, answers, those that are no label, cost) of each teacher."""
@@ -244,6 +249,9 @@ class LabelStore:
                     self._commit(answers)
                 except StoreError as error:
                     self._failure = error
+                except Exception as error:
+                    # Whoever waits must hear of it, whatever it is.
+                    self._failure = StoreError(f"an answer can't be stored ({' '.join(str(error).split())[:200]})")
             for item in batch:
                 if isinstance(item, threading.Event):
                     item.set()
@@ -265,6 +273,19 @@ class LabelStore:
         rows = [{**asdict(answer), "created_at": now} for answer in answers]
         insert = self._database.insert(_TABLE).on_conflict_do_nothing()
         self._database.run(lambda connection: connection.execute(insert, rows))
+
+
+def _delete(connection: Any, wanted: list[Any], dry_run: bool) -> int:
+    """How many answers any of `wanted` describes; they are deleted, but not in a dry run."""
+    count = 0
+    for number, one in enumerate(wanted):
+        if dry_run:
+            # What a wish before this one would have deleted is not there any more.
+            one = and_(one, *(not_(earlier) for earlier in wanted[:number]))
+            count += connection.scalar(select(func.count()).select_from(_TABLE).where(one))
+        else:
+            count += connection.execute(delete(_TABLE).where(one)).rowcount
+    return count
 
 
 def _parquet_schema() -> Any:

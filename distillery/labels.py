@@ -429,10 +429,10 @@ class _Labelling:
         try:
             completion = await teacher.ask(question.messages, question.letters)
         except TeacherUnavailable as error:
-            if self._pace.silent_s > self._recipe.outage_s:
+            if self._pace.silent_s >= self._recipe.outage_s:
                 raise
             # Others were answered meanwhile: then it is this one that the endpoint fails on.
-            self._strikes[question.key] += self._pace.silent_s < time.monotonic() - started
+            self._strikes[question.key] += self._pace.answered_at > started
             if self._strikes[question.key] < _STRIKES:
                 self._queue.put_nowait(question)
                 return

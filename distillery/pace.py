@@ -61,9 +61,11 @@ class Pace:
         for name, value in (("requests", recipe.requests_per_minute), ("tokens", recipe.tokens_per_minute)):
             if value:
                 self._rates[name] = _Rate(value)
-        self._failures = 0
-        self._probing = False
-        self._answered_at = time.monotonic()
+        self._failures = self._pauses = 0
+        self._paused_at = 0.0
+        self._probe: float | None = None
+        self._failing_since: float | None = None
+        self.answered_at = 0.0
         self._stopped = False
 
     @property
@@ -73,8 +75,8 @@ class Pace:
 
     @property
     def silent_s(self) -> float:
-        """Seconds since the endpoint last answered, or since the start."""
-        return time.monotonic() - self._answered_at
+        """Seconds since the first failure after the last answer; 0 where nothing has failed since."""
+        return 0.0 if self._failing_since is None else time.monotonic() - self._failing_since
 
     @property
     def is_open(self) -> bool:
@@ -92,27 +94,28 @@ class Pace:
             if self._stopped:
                 raise Stopped
             now = time.monotonic()
-            if self._in_flight >= self.concurrency or (self.is_open and self._probing):
+            if self._in_flight >= self.concurrency or (self.is_open and self._probe is not None):
                 await self._wait_for_change()
             elif (pause := self._pause(now)) > 0:
                 await self._sleep(pause)
             else:
                 break
         self._in_flight += 1
-        self._probing = self.is_open
+        self._probe = now if self.is_open else self._probe
         for name, rate in self._rates.items():
             rate.take(now, tokens if name == "tokens" else 1)
         return now
 
-    def done(self) -> None:
-        """The call is over, however it went."""
+    def done(self, asked_at: float) -> None:
+        """The call that was let through at `asked_at` is over, however it went."""
         self._in_flight -= 1
-        self._probing = False
+        self._probe = None if asked_at == self._probe else self._probe
         self._wake(max(self.concurrency - self._in_flight, 1))
 
     def succeeded(self, headers: Mapping[str, str]) -> None:
-        self._answered_at = time.monotonic()
-        self._failures = 0
+        self.answered_at = time.monotonic()
+        self._failing_since = None
+        self._failures = self._pauses = 0
         self._limit = min(self._limit + 1.0 / self._limit, float(self._most))
         self.heed(headers)
 
@@ -120,15 +123,17 @@ class Pace:
         """A failure that says that the endpoint is overloaded or away, of a call made at `asked_at`."""
         now = time.monotonic()
         self._failures += 1
+        self._failing_since = now if self._failing_since is None else self._failing_since
         if asked_at >= self._slowed_at:
-            # Calls that were under way at the last slowing say nothing of the new pace.
+            # Calls that were under way at the last slowing say nothing of the new pace; so with pauses below.
             self._limit = max(self._limit * 0.7, 1.0)
             self._slowed_at = now
         if retry_after is not None:
             self._hold(now + min(retry_after, LONGEST_WAIT_S))
-        elif self.is_open:
-            tries = min(self._failures - BREAKS_AT, 10)
-            self._hold(now + min(FIRST_PAUSE_S * 2**tries, LONGEST_PAUSE_S) * random.uniform(0.75, 1.25))  # noqa: S311
+        if self.is_open and asked_at >= self._paused_at:
+            pause = min(FIRST_PAUSE_S * 2 ** min(self._pauses, 10), LONGEST_PAUSE_S)
+            self._pauses, self._paused_at = self._pauses + 1, now
+            self._hold(now + pause * random.uniform(0.75, 1.25))  # noqa: S311
         self.heed(headers)
 
     def heed(self, headers: Mapping[str, str]) -> None:
@@ -137,9 +142,8 @@ class Pace:
         for name in ("requests", "tokens"):
             limit = headers.get(_LIMIT + name, "")
             if limit.isascii() and limit.isdigit() and int(limit) > 0:
-                rate = self._rates.get(name)
-                if rate is None or rate.per_minute != int(limit):
-                    self._rates[name] = _Rate(int(limit))
+                # What was taken stays taken, whatever the limit is now.
+                self._rates.setdefault(name, _Rate(int(limit))).per_minute = int(limit)
             if headers.get(_LEFT + name) == "0" and (seconds := _seconds(headers.get(_RESET + name, ""))):
                 self._hold(time.monotonic() + min(seconds, LONGEST_WAIT_S))
 

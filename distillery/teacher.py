@@ -524,7 +524,7 @@ class Teacher:
             finally:
                 self._spending.settle(reserved, used)
         finally:
-            self._pace.done()
+            self._pace.done(asked_at)
 
     async def _complete(self, messages: list[Message], body: dict[str, Any]) -> Answered:
         try:

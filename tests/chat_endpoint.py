@@ -141,7 +141,8 @@ class ChatEndpoint:
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
-            while call := await self._read(reader):
+            while True:
+                call = await self._read(reader)
                 self._in_flight += 1
                 self.most_in_flight = max(self.most_in_flight, self._in_flight)
                 try:
@@ -150,16 +151,13 @@ class ChatEndpoint:
                     self._in_flight -= 1
                 if not kept:
                     return
-        except (ConnectionError, asyncio.CancelledError):
+        except (ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
             return
         finally:
             writer.close()
 
-    async def _read(self, reader: asyncio.StreamReader) -> Call | None:
-        try:
-            head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
-        except asyncio.IncompleteReadError:
-            return None
+    async def _read(self, reader: asyncio.StreamReader) -> Call:
+        head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
         request, *lines = head.strip().split("\r\n")
         headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
         body = await reader.readexactly(int(headers.get("content-length", 0)))

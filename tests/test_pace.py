@@ -77,7 +77,7 @@ class Worker:
         else:
             self.pace.failed(asked_at, retry_after, told)
         self.under_way -= 1
-        self.pace.done()
+        self.pace.done(asked_at)
 
     async def calls(self, count: int, **how: Any) -> None:
         left = iter(range(count))
@@ -158,8 +158,8 @@ def test_a_later_shorter_wait_does_not_shorten_the_longer() -> None:
         asked = [await worker.pace.turn(1) for _ in range(2)]
         worker.pace.failed(asked[0], 60, {})
         worker.pace.failed(asked[1], 1, {})
-        for _ in asked:
-            worker.pace.done()
+        for asked_at in asked:
+            worker.pace.done(asked_at)
         told = now()
         await worker.call()
         assert worker.started[0] - told == pytest.approx(60, abs=0.1)
@@ -261,10 +261,10 @@ def test_tokens_that_were_not_used_are_given_back_and_those_beyond_are_owed() ->
         pace = paced(tokens_per_minute=6000)
         started = now()
         for _ in range(60):
-            await pace.turn(100)
+            asked_at = await pace.turn(100)
             pace.succeeded({})
             pace.settle(difference)
-            pace.done()
+            pace.done(asked_at)
         return now() - started
 
     assert run(work(0)) == pytest.approx(58, abs=1.5)
@@ -372,23 +372,16 @@ def test_an_open_circuit_lets_one_call_through_at_a_time() -> None:
 
 
 def test_a_straggler_from_before_lets_no_second_probe_through() -> None:
-    async def work() -> None:
+    async def work() -> int:
         pace = paced(concurrency=20)
-        asked = [await pace.turn(1) for _ in range(12)]
-        await asyncio.sleep(0.1)
-        for asked_at in asked[:BREAKS_AT]:
-            pace.failed(asked_at, None, {})
-            pace.done()
-        await pace.turn(1)
-        second = asyncio.create_task(pace.turn(1))
-        await asyncio.sleep(1)
-        assert not second.done()
-        pace.done()
-        await asyncio.sleep(60)
-        assert not second.done(), "the call that is done is one of those before the circuit opened"
-        second.cancel()
+        fast, slow, probes = Worker(pace), Worker(pace, seconds=5), Worker(pace, seconds=20)
+        stragglers = asyncio.create_task(slow.calls(2, works=False))
+        await fast.calls(BREAKS_AT, works=False)
+        assert pace.is_open
+        await asyncio.gather(stragglers, probes.calls(5, works=False))
+        return probes.most_under_way
 
-    run(work())
+    assert run(work()) == 1
 
 
 def test_calls_that_were_under_way_when_the_circuit_opened_do_not_lengthen_its_pause() -> None:
@@ -412,15 +405,19 @@ def test_an_endpoint_that_says_at_once_is_not_hammered_while_it_is_down() -> Non
     run(work())
 
 
-def test_silence_is_counted_from_the_last_answer() -> None:
+def test_silence_is_counted_from_the_first_failure_after_the_last_answer() -> None:
     async def work() -> None:
         worker = Worker(paced(), seconds=2)
-        await asyncio.sleep(5)
-        assert worker.pace.silent_s == pytest.approx(5)
+        await asyncio.sleep(500)
+        assert worker.pace.silent_s == 0, "nobody has asked"
         await worker.call()
-        assert worker.pace.silent_s == 0
+        await asyncio.sleep(500)
+        assert worker.pace.silent_s == 0, "nor since"
+        await worker.call(works=False)
         await worker.call(works=False)
         assert worker.pace.silent_s == pytest.approx(2)
+        await worker.call()
+        assert worker.pace.silent_s == 0
 
     run(work())
 
@@ -438,7 +435,7 @@ def test_stop_ends_all_waiting() -> None:
         with pytest.raises(Stopped):
             await pace.turn(1)
         pace.failed(asked_at, None, {})
-        pace.done()
+        pace.done(asked_at)
 
     run(work())
 
@@ -479,7 +476,7 @@ def test_nobody_is_forgotten_however_calls_end() -> None:
                         return
                     pace.failed(asked_at, chance.choice([None, None, 0.1]), {})
                 finally:
-                    pace.done()
+                    pace.done(asked_at)
 
         tasks = [asyncio.create_task(one()) for _ in range(500)]
         for task in tasks[::7]:

@@ -1,0 +1,521 @@
+"""The label store's files, its schema through the versions, and the keys under which paid answers are kept."""
+
+import sqlite3
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.config import Config
+from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import create_engine
+
+from distillery import label_store
+from distillery.database import METADATA, SCHEMA, VERSION_TABLE
+from distillery.errors import DataError, StoreError, StoreUnavailable
+from distillery.label_store import Experience, LabelStore, StoredAnswer
+from distillery.labels import questions
+from distillery.leases import Leases
+from distillery.recipe import PromptRecipe, TeacherRecipe
+from distillery.records import Example
+
+
+@pytest.fixture
+def url(tmp_path: Path) -> str:
+    return f"sqlite:///{tmp_path / 'labels.db'}"
+
+
+@pytest.fixture
+def store(url: str) -> Iterator[LabelStore]:
+    with LabelStore(url) as store:
+        yield store
+
+
+def stored(number: int, **values: Any) -> StoredAnswer:
+    answer = StoredAnswer(
+        f"{number:064x}",
+        "gpt-4o",
+        "A",
+        {"A": 0.1 + 0.2, "B": 0.7},
+        "Answer: A",
+        40,
+        1,
+        12.5,
+        2,
+        "v1",
+        cached_tokens=8,
+        cost=0.00125,
+        example_id=f"row-{number}",
+        prompt=f"What comes after {number}?",
+    )
+    return replace(answer, **values)
+
+
+ANSWERS = [
+    stored(1),
+    stored(2, distribution=None, cost=None, cached_tokens=0),
+    stored(3, answer=None, distribution=None, reason="empty answer", raw="", cost=0.5),
+    stored(4, raw="“ü” 猫\n", prompt="é\t%", example_id="", model_version=""),
+    stored(5, teacher="sha256:1", cost=None),
+]
+
+
+def filled(store: LabelStore, answers: list[StoredAnswer] = ANSWERS) -> LabelStore:
+    for answer in answers:
+        store.add(answer)
+    store.flush()
+    return store
+
+
+def all_in(store: LabelStore) -> dict[str, StoredAnswer]:
+    return store.get_many(f"{number:064x}" for number in range(1000))
+
+
+def times_in(path: Path) -> list[tuple[str, str]]:
+    with sqlite3.connect(path) as database:
+        found = database.execute("SELECT request_key, created_at FROM teacher_answers ORDER BY 1").fetchall()
+    database.close()
+    return found
+
+
+def test_what_is_exported_is_loaded_as_it_was(store: LabelStore, tmp_path: Path) -> None:
+    file = tmp_path / "answers.parquet"
+    assert filled(store).export(file) == 5
+    with LabelStore(f"sqlite:///{tmp_path / 'other.db'}") as other:
+        assert other.load(file) == 5
+        assert all_in(other) == {answer.request_key: answer for answer in ANSWERS}
+        assert other.load(file) == 0
+    assert times_in(tmp_path / "other.db") == times_in(tmp_path / "labels.db")
+    assert len(times_in(tmp_path / "other.db")) == 5
+    assert pq.read_table(file).column("created_at").type == pa.timestamp("us", tz="UTC")
+
+
+def test_a_loaded_answer_changes_none_that_is_there(store: LabelStore, tmp_path: Path) -> None:
+    filled(store).export(tmp_path / "answers.parquet")
+    with LabelStore(f"sqlite:///{tmp_path / 'other.db'}") as other:
+        mine = stored(1, answer="B", raw="mine")
+        filled(other, [mine])
+        assert other.load(tmp_path / "answers.parquet") == 4
+        assert all_in(other)[mine.request_key] == mine
+
+
+def test_one_teachers_answers_are_exported_alone(store: LabelStore, tmp_path: Path) -> None:
+    assert filled(store).export(tmp_path / "answers.parquet", teacher="sha256:1") == 1
+    (row,) = pq.read_table(tmp_path / "answers.parquet").to_pylist()
+    assert (row["teacher"], row["distribution"]) == ("sha256:1", '{"A": 0.30000000000000004, "B": 0.7}')
+    assert store.export(tmp_path / "none.parquet", teacher="nobody") == 0
+
+
+def test_no_answers_are_exported_and_loaded_too(store: LabelStore, tmp_path: Path) -> None:
+    assert store.export(tmp_path / "answers.parquet") == 0
+    assert store.load(tmp_path / "answers.parquet") == 0
+
+
+def test_more_answers_than_a_page(store: LabelStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(label_store, "_EXPORT_ROWS", 7)
+    filled(store, [stored(number) for number in range(50)])
+    assert store.export(tmp_path / "answers.parquet") == 50
+    with LabelStore(f"sqlite:///{tmp_path / 'other.db'}") as other:
+        assert other.load(tmp_path / "answers.parquet") == 50
+        assert all_in(other) == all_in(store)
+
+
+def test_an_export_that_fails_leaves_the_old_file(
+    store: LabelStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "answers.parquet"
+    file.write_text("old")
+    monkeypatch.setattr(label_store, "_with_distribution", lambda row, how: {**row, "prompt_tokens": "many"})
+    with pytest.raises(pa.ArrowException):
+        filled(store).export(file)
+    assert file.read_text() == "old"
+
+
+def test_a_folder_that_is_not_there_is_named(store: LabelStore, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"nowhere/answers\.parquet") as caught:
+        filled(store).export(tmp_path / "nowhere" / "answers.parquet")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("wrong", ["text", "nothing", "columns", "types", "truncated", "missing"])
+def test_a_file_that_is_no_export_is_refused(store: LabelStore, tmp_path: Path, wrong: str) -> None:
+    file = tmp_path / "answers.parquet"
+    filled(store).export(file)
+    table = pq.read_table(file)
+    if wrong == "text":
+        file.write_text("request_key,answer\n1,A\n" * 100)
+    elif wrong == "nothing":
+        file.write_bytes(b"")
+    elif wrong == "columns":
+        pq.write_table(table.drop_columns(["cost"]), file)
+    elif wrong == "types":
+        column = table.schema.get_field_index("prompt_tokens")
+        pq.write_table(table.set_column(column, "prompt_tokens", pa.array(["40"] * 5)), file)
+    elif wrong == "truncated":
+        file.write_bytes(file.read_bytes()[:-50])
+    else:
+        file.unlink()
+    with LabelStore(f"sqlite:///{tmp_path / 'other.db'}") as other:
+        with pytest.raises(DataError, match=r"answers\.parquet: ") as caught:
+            other.load(file)
+        assert "\n" not in str(caught.value)
+        assert all_in(other) == {}
+
+
+def test_answers_are_deleted_by_row(store: LabelStore) -> None:
+    filled(store)
+    assert store.delete(rows=["row-1", "row-5", "row-99"]) == 2
+    assert {answer.example_id for answer in all_in(store).values()} == {"row-2", "row-3", ""}
+
+
+def test_as_many_rows_as_a_list_holds_are_deleted(store: LabelStore) -> None:
+    filled(store, [stored(number) for number in range(50)])
+    rows = [f"row-{number}" for number in range(40_000)]
+    assert store.delete(rows=rows, dry_run=True) == 50
+    assert store.delete(rows=rows) == 50
+
+
+@pytest.mark.parametrize(
+    ("text", "gone"),
+    [
+        ("50%_off", {1}),
+        ("%", {1, 2}),
+        ("_", {1, 3}),
+        ("Ada", {4, 5}),
+        ("O'Brien", {6}),
+        ("nobody", set()),
+        ("\\", {7}),
+    ],
+)
+def test_answers_are_deleted_by_text_in_prompt_or_answer(store: LabelStore, text: str, gone: set[int]) -> None:
+    filled(
+        store,
+        [
+            stored(1, prompt="is it 50%_off?"),
+            stored(2, prompt="is it 50%?"),
+            stored(3, prompt="is it x_off?"),
+            stored(4, prompt="who is Ada?"),
+            stored(5, raw="B) Ada Lovelace"),
+            stored(6, prompt="who is O'Brien?"),
+            stored(7, prompt="C:\\"),
+            stored(8),
+        ],
+    )
+    assert store.delete(containing=[text], dry_run=True) == len(gone)
+    assert len(all_in(store)) == 8, "a dry run deletes nothing"
+    assert store.delete(containing=[text]) == len(gone)
+    assert {int(key, 16) for key in all_in(store)} == set(range(1, 9)) - gone
+
+
+def test_answers_that_are_no_label_are_deleted(store: LabelStore) -> None:
+    filled(store)
+    assert store.delete(rejected=True) == 1
+    assert f"{3:064x}" not in all_in(store)
+    assert store.delete(rejected=True) == 0
+
+
+def test_several_wishes_at_once_delete_what_any_names(store: LabelStore) -> None:
+    assert filled(store).delete(rows=["row-1"], containing=["猫", "after 5"], rejected=True) == 4
+    assert [answer.example_id for answer in all_in(store).values()] == ["row-2"]
+
+
+@pytest.mark.parametrize("wish", [{}, {"rows": []}, {"containing": []}, {"containing": [""]}, {"rows": [""]}])
+def test_no_wish_deletes_nothing(store: LabelStore, wish: dict[str, Any]) -> None:
+    filled(store, [stored(1), stored(2)])
+    assert store.delete(**wish) == 0
+    assert len(all_in(store)) == 2
+
+
+def test_the_summary_of_each_teacher(store: LabelStore) -> None:
+    assert store.summary() == []
+    filled(store)
+    assert store.summary() == [("gpt-4o", 4, 1, pytest.approx(0.5025)), ("sha256:1", 1, 0, 0.0)]
+
+
+def test_what_a_teachers_answers_tell_of_the_next(store: LabelStore) -> None:
+    assert store.experience("gpt-4o") is None
+    filled(
+        store,
+        [
+            stored(1, prompt="x" * 100, prompt_tokens=30, completion_tokens=1, latency_ms=100),
+            stored(2, prompt="x" * 300, prompt_tokens=70, completion_tokens=3, latency_ms=300),
+            stored(3, prompt="", prompt_tokens=1000),
+            stored(4, prompt="x", prompt_tokens=0, completion_tokens=0),
+            stored(5, teacher="another", prompt="x", prompt_tokens=1000),
+        ],
+    )
+    assert store.experience("gpt-4o") == Experience(2, 0.25, 2.0, 200.0)
+    assert store.experience("nobody") is None
+
+
+def test_the_last_thousand_answers_tell(store: LabelStore) -> None:
+    filled(store, [stored(number, prompt="x" * 10, prompt_tokens=100) for number in range(600)])
+    filled(store, [stored(number, prompt="x" * 10, prompt_tokens=10) for number in range(600, 1600)])
+    experience = store.experience("gpt-4o")
+    assert experience is not None
+    assert (experience.answers, experience.tokens_per_character) == (1000, 1.0)
+
+
+@pytest.mark.timeout(20)
+def test_an_answer_that_no_database_holds_is_an_error_and_no_endless_wait(url: str) -> None:
+    store = LabelStore(url)
+    store.add(stored(1, prompt_tokens=2**70))
+    with pytest.raises(StoreError) as caught:
+        store.flush()
+    assert "\n" not in str(caught.value)
+    with pytest.raises(StoreError):
+        store.close()
+
+
+OLD_SCHEMA = """
+CREATE TABLE teacher_answers (
+    request_key VARCHAR(64) NOT NULL,
+    teacher TEXT NOT NULL,
+    answer VARCHAR(1) NOT NULL,
+    distribution JSON,
+    raw TEXT NOT NULL,
+    prompt_tokens INTEGER NOT NULL,
+    completion_tokens INTEGER NOT NULL,
+    latency_ms FLOAT NOT NULL,
+    attempts INTEGER NOT NULL,
+    model_version TEXT NOT NULL,
+    created_at DATETIME NOT NULL,
+    PRIMARY KEY (request_key)
+);
+CREATE TABLE leases (
+    name VARCHAR(200) NOT NULL,
+    holder VARCHAR(64) NOT NULL,
+    run TEXT NOT NULL,
+    expires_at FLOAT NOT NULL,
+    PRIMARY KEY (name)
+);
+"""
+"""What there was before the schema had versions."""
+
+
+def make_old(path: Path, rows: int = 3) -> None:
+    with sqlite3.connect(path) as database:
+        database.executescript(OLD_SCHEMA)
+        for number in range(rows):
+            values = (f"{number:064x}", "gpt-4o", "B", '{"A": 0.25, "B": 0.75}', "B", 40, 1, 12.5, 1, "v1")
+            database.execute(f"INSERT INTO teacher_answers VALUES ({'?, ' * 10}'2025-11-03 10:00:00.000000')", values)
+        database.execute("INSERT INTO leases VALUES ('work', 'a', 'run-1', 2e10)")
+    database.close()
+
+
+def test_a_database_of_before_the_versions_is_upgraded_in_place(url: str, tmp_path: Path) -> None:
+    make_old(tmp_path / "labels.db")
+    with LabelStore(url) as store:
+        found = all_in(store)
+        assert found == {
+            key: StoredAnswer(key, "gpt-4o", "B", {"A": 0.25, "B": 0.75}, "B", 40, 1, 12.5, 1, "v1")
+            for key in (f"{number:064x}" for number in range(3))
+        }
+        filled(store, [stored(3, answer=None, reason="empty answer")])
+        assert store.summary() == [("gpt-4o", 4, 1, 0.00125)]
+        assert store.experience("gpt-4o") is not None
+    assert times_in(tmp_path / "labels.db")[0][1] == "2025-11-03 10:00:00.000000"
+    assert not Leases(url).acquire("work", "b", timeout=0), "the old lease holds"
+    with LabelStore(url) as again:
+        assert len(all_in(again)) == 4
+
+
+def test_a_migrated_schema_is_the_one_that_the_code_has(url: str, tmp_path: Path) -> None:
+    make_old(tmp_path / "old.db")
+    for database in (url, f"sqlite:///{tmp_path / 'old.db'}"):
+        LabelStore(database).close()
+        engine = create_engine(database)
+        with engine.connect() as connection:
+            context = MigrationContext.configure(
+                connection, opts={"version_table": VERSION_TABLE, "compare_type": True}
+            )
+            assert compare_metadata(context, METADATA) == []
+            assert context.get_current_revision() == SCHEMA
+        engine.dispose()
+
+
+def test_the_schema_is_the_newest_migration() -> None:
+    config = Config()
+    config.set_main_option("script_location", str(files("distillery") / "migrations"))
+    scripts = ScriptDirectory.from_config(config)
+    assert scripts.get_heads() == [SCHEMA]
+    assert [script.revision for script in scripts.walk_revisions()][-1] == "0001"
+
+
+def test_a_database_of_a_newer_version_is_left_alone(url: str, tmp_path: Path) -> None:
+    with LabelStore(url) as store:
+        filled(store)
+    with sqlite3.connect(tmp_path / "labels.db") as database:
+        database.execute(f"UPDATE {VERSION_TABLE} SET version_num = '9999'")
+    database.close()
+    with pytest.raises(StoreError, match="its schema 9999 is of a newer version of Distillery; install that") as caught:
+        LabelStore(url)
+    assert "\n" not in str(caught.value)
+    assert not isinstance(caught.value, StoreUnavailable)
+    assert len(times_in(tmp_path / "labels.db")) == 5
+
+
+def test_an_upgrade_that_fails_changes_nothing(url: str, tmp_path: Path) -> None:
+    """A table of another's making stands in the way, when the versions' table has been made already."""
+    make_old(tmp_path / "labels.db")
+    with sqlite3.connect(tmp_path / "labels.db") as database:
+        database.execute("CREATE TABLE _alembic_tmp_teacher_answers (mine TEXT)")
+    database.close()
+    with pytest.raises(StoreError) as caught:
+        LabelStore(url)
+    assert "\n" not in str(caught.value)
+    with sqlite3.connect(tmp_path / "labels.db") as database:
+        tables = {name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+        columns = [row[1] for row in database.execute("PRAGMA table_info(teacher_answers)")]
+        database.execute("DROP TABLE _alembic_tmp_teacher_answers")
+    database.close()
+    assert tables == {"teacher_answers", "leases", "_alembic_tmp_teacher_answers"}
+    assert len(columns) == 11
+    with LabelStore(url) as store:
+        assert len(all_in(store)) == 3
+
+
+OPENER = """
+import sys
+from distillery.errors import StoreError
+from distillery.label_store import LabelStore
+print("ready", flush=True)
+for line in sys.stdin:
+    try:
+        LabelStore(line.strip()).close()
+        print("opened", flush=True)
+    except StoreError as error:
+        print(error, flush=True)
+"""
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["fresh", "old"])
+def test_processes_that_open_a_database_at_once(tmp_path: Path, old: bool) -> None:
+    openers = [
+        subprocess.Popen([sys.executable, "-c", OPENER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    for opener in openers:
+        assert opener.stdout
+        assert opener.stdout.readline() == "ready\n"
+    said = []
+    for number in range(10):
+        if old:
+            make_old(tmp_path / f"{number}.db", rows=100)
+        for opener in openers:
+            assert opener.stdin
+            opener.stdin.write(f"sqlite:///{tmp_path / f'{number}.db'}\n")
+            opener.stdin.flush()
+        said += [opener.stdout.readline() for opener in openers if opener.stdout]
+        with LabelStore(f"sqlite:///{tmp_path / f'{number}.db'}") as store:
+            assert len(all_in(store)) == (100 if old else 0)
+    for opener in openers:
+        opener.communicate()
+        assert opener.returncode == 0
+    assert said == ["opened\n"] * 20
+
+
+def test_threads_that_open_a_fresh_database_at_once(tmp_path: Path) -> None:
+    failures: list[StoreError] = []
+
+    def make(url: str, ready: threading.Barrier) -> None:
+        ready.wait()
+        try:
+            LabelStore(url).close()
+        except StoreError as error:
+            failures.append(error)
+
+    for number in range(10):
+        ready = threading.Barrier(4)
+        arguments = (f"sqlite:///{tmp_path / f'{number}.db'}", ready)
+        threads = [threading.Thread(target=make, args=arguments) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert failures == []
+
+
+ROW = Example(example_id="1", question="What heals scurvy?", choices=("bank", "vitamin C", "a dog"))
+GOLDEN: dict[str, tuple[TeacherRecipe, str, Example, int, str]] = {
+    "letter": (TeacherRecipe(), "gpt-4o", ROW, 0, "7d232d0972b523230acf546e7685194700af1790778231ff1a4ece5963aca929"),
+    "json": (
+        TeacherRecipe(answers={"form": "json"}),
+        "gpt-4o",
+        ROW,
+        0,
+        "0712bdd288ebf99444df82d11abeabf27ebd24ac1e77db89ee9a20d8d099f398",
+    ),
+    "rationale": (
+        TeacherRecipe(max_tokens=300, answers={"form": "rationale"}),
+        "gpt-4o",
+        ROW,
+        0,
+        "6c4e23de8df0440e7377bfaeed52bd70fb6dd30fcd1e084625b28253cfc3cc87",
+    ),
+    "a later vote": (
+        TeacherRecipe(temperature=1.0, answers={"votes": 3}),
+        "gpt-4o",
+        ROW,
+        2,
+        "dfd69d0a895fc49b44d7a00dbd501a1088ec485108faed66554a84fbed9e58c8",
+    ),
+    "another order": (
+        TeacherRecipe(answers={"orders": 3}),
+        "gpt-4o",
+        ROW,
+        1,
+        "796eb8521308fb082dc713b784a49d25c937e032e1ede54c489343b9817a42c7",
+    ),
+    "soft labels": (
+        TeacherRecipe(soft_labels=True),
+        "gpt-4o",
+        ROW,
+        0,
+        "4030a9822d8145f851d460240919f926bc475c1b002e2e1b436d74d899a8ecec",
+    ),
+    "no temperature": (
+        TeacherRecipe(temperature=None),
+        "gpt-4o",
+        ROW,
+        0,
+        "31e6d48abfbeda98deaeb2e51a0f52222875e406fa4ba9434909c45040f9673b",
+    ),
+    "other scripts": (
+        TeacherRecipe(),
+        "gpt-4o",
+        ROW.model_copy(update={"question": "“é” 猫 \U0001f600?"}),
+        0,
+        "e12ba8fd3a366bad14ea4e32b3d9e0e41fa1a27f6a986bbd02d347292b9ac6a2",
+    ),
+    "more tokens": (
+        TeacherRecipe(max_tokens=64),
+        "gpt-4o",
+        ROW,
+        0,
+        "7093d6ed6230188fc9b9824bf5562545ca42693eb3b4d85d4d76db70930d6a18",
+    ),
+    "another teacher": (
+        TeacherRecipe(),
+        "sha256:4f2d",
+        ROW,
+        0,
+        "907fded24f9b823d4d3447d63cb2c53399dcfd2b2f49b617dc06f035d40ff1d1",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", GOLDEN)
+def test_the_keys_of_paid_answers_never_change(case: str) -> None:
+    """What was paid for is kept under these: a change here asks and pays for all of it again."""
+    recipe, identity, row, number, key = GOLDEN[case]
+    assert questions(row, PromptRecipe(), recipe, identity)[number].key == key
