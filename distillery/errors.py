@@ -40,7 +40,11 @@ class TeacherError(DistilleryError):
 
 
 class TeacherUnavailable(TeacherError):
-    pass
+    """`overloaded`: the endpoint is there, and refuses more than it can do (429)."""
+
+    def __init__(self, message: str, overloaded: bool = False) -> None:
+        super().__init__(message)
+        self.overloaded = overloaded
 
 
 class BudgetReached(TeacherError):

@@ -35,7 +35,7 @@ from distillery.pace import Pace, Spending, Stopped, cost_of
 from distillery.prompts import Message, render_messages
 from distillery.recipe import PromptRecipe, TeacherRecipe
 from distillery.records import Example, RejectedLabel, TeacherDrift, TeacherLabel, Usage, digest_of
-from distillery.teacher import Completion, Endpoint, Teacher
+from distillery.teacher import PROBE, Completion, Endpoint, Teacher
 
 LABELS_FILE = "labels.jsonl"
 REJECTED_FILE = "rejected.jsonl"
@@ -369,8 +369,11 @@ class _Labelling:
     async def _produce(self, examples: Iterator[Example]) -> None:
         while chunk := await asyncio.to_thread(lambda: list(islice(examples, _LOOKUP_ROWS))):
             asked = await asyncio.to_thread(self._questions, chunk)
-            keys = {one.key for several in asked for one in several} - self._outcomes.keys()
-            known = await asyncio.to_thread(self._store.get_many, keys)
+            keys = {one.key for several in asked for one in several}
+            # Their rows may be written, and they forgotten, while the others are looked up.
+            under_way = {key: self._outcomes[key] for key in keys & self._outcomes.keys()}
+            known = await asyncio.to_thread(self._store.get_many, keys - under_way.keys())
+            self._outcomes |= under_way
             for row, several in zip(chunk, asked, strict=True):
                 self._open(row, several, known)
             self._close()
@@ -431,8 +434,9 @@ class _Labelling:
         except TeacherUnavailable as error:
             if self._pace.silent_s >= self._recipe.outage_s:
                 raise
-            # Others were answered meanwhile: then it is this one that the endpoint fails on.
-            self._strikes[question.key] += self._pace.answered_at > started
+            # Where others are answered, it is this one that the endpoint fails on.
+            if not error.overloaded and (self._pace.answered_at > started or await _is_there(teacher)):
+                self._strikes[question.key] += 1
             if self._strikes[question.key] < _STRIKES:
                 self._queue.put_nowait(question)
                 return
@@ -475,6 +479,15 @@ class _Labelling:
     def _report(self) -> None:
         if self._progress:
             self._progress(self._files.tally.rows, max(self._total, self._files.tally.rows))
+
+
+async def _is_there(teacher: Asker) -> bool:
+    """Whether the teacher answers a plain question."""
+    try:
+        await teacher.ask(PROBE, ("A", "B"))
+    except TeacherUnavailable:
+        return False
+    return True
 
 
 def _stored(question: Question, completion: Completion, recipe: TeacherRecipe, identity: str) -> StoredAnswer:

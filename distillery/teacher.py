@@ -21,7 +21,6 @@ from tenacity import (
     AsyncRetrying,
     RetryCallState,
     retry_if_exception,
-    stop_after_attempt,
     wait_exponential,
     wait_random,
 )
@@ -44,7 +43,7 @@ BACKOFF = wait_exponential(multiplier=0.5, max=30) + wait_random(0, 0.5)
 
 _INFERENCE_HOSTS = (".inference.ai.azure.com", ".models.ai.azure.com")
 _AZURE_HOSTS = (*_INFERENCE_HOSTS, ".services.ai.azure.com", ".openai.azure.com", ".cognitiveservices.azure.com")
-_PROBE: list[Message] = [
+PROBE: list[Message] = [
     {"role": "system", "content": "Your output should only be one of the two choices: 'A' or 'B'."},
     {"role": "user", "content": "Question: Which is larger?\nAnswer Choices:\n(A) a mouse\n(B) a house"},
 ]
@@ -311,7 +310,7 @@ class _AzureClient:
                 raw_response_hook=lambda response: answered.append(response.http_response.headers),
             )
             payload: dict[str, Any] = completion.as_dict()
-        except (AzureError, ValueError, AttributeError) as error:
+        except (AzureError, ValueError, AttributeError, TypeError, RecursionError) as error:
             failure = self._failure(error)
         else:
             return payload, answered[-1] if answered else {}
@@ -320,6 +319,7 @@ class _AzureClient:
 
     def _failure(self, error: Exception) -> CallFailed:
         from azure.core.exceptions import (
+            AzureError,
             ClientAuthenticationError,
             HttpResponseError,
             IncompleteReadError,
@@ -332,7 +332,7 @@ class _AzureClient:
             return CallFailed(getattr(response, "status_code", None) or 401, "")
         if isinstance(error, HttpResponseError) and response is not None and not isinstance(error, IncompleteReadError):
             return CallFailed(response.status_code, _text_of(response), response.headers, redact=self._redact)
-        if isinstance(error, ValueError | AttributeError):
+        if not isinstance(error, AzureError):
             return CallFailed(MALFORMED, "no JSON of a chat completion")
         timed_out = isinstance(error, ServiceRequestTimeoutError | ServiceResponseTimeoutError)
         return CallFailed(None, str(error), redact=self._redact, timed_out=timed_out)
@@ -392,7 +392,7 @@ class _OpenAIClient:
         try:
             response = await chat.create(model=self._model, messages=messages, extra_body=body)
             payload = json.loads(response.content)
-        except (OpenAIError, AzureError, ValueError) as error:
+        except (OpenAIError, AzureError, ValueError, RecursionError) as error:
             failure = self._failure(error)
         else:
             if isinstance(payload, dict):
@@ -408,7 +408,7 @@ class _OpenAIClient:
             return CallFailed(401, "")
         if isinstance(error, APIStatusError):
             return CallFailed(error.status_code, error.response.text, error.response.headers, redact=self._redact)
-        if isinstance(error, ValueError):
+        if isinstance(error, ValueError | RecursionError):
             return CallFailed(MALFORMED, "no JSON of a chat completion")
         return CallFailed(
             None, str(error.__cause__ or error), redact=self._redact, timed_out=isinstance(error, APITimeoutError)
@@ -484,7 +484,7 @@ class Teacher:
         self, messages: list[Message], options: CallOptions, letters: Sequence[str]
     ) -> tuple[dict[str, Any], float, int]:
         retrying = AsyncRetrying(
-            stop=stop_after_attempt(self._recipe.attempts),
+            stop=self._gives_up,
             wait=_wait,
             retry=retry_if_exception(lambda error: isinstance(error, CallFailed) and error.is_worth_a_retry),
             reraise=True,
@@ -493,10 +493,16 @@ class Teacher:
         answer: tuple[dict[str, Any], float] = await retrying(self._send_once, messages, body)
         return *answer, int(retrying.statistics["attempt_number"])
 
+    def _gives_up(self, state: RetryCallState) -> bool:
+        return state.attempt_number >= self._recipe.attempts or self._pace.silent_s >= self._recipe.outage_s
+
     async def _send_once(self, messages: list[Message], body: dict[str, Any]) -> tuple[dict[str, Any], float]:
-        characters = sum(len(message["content"]) for message in messages)
+        text = "".join(message["content"] for message in messages)
+        # A byte-level tokenizer makes no more tokens than bytes; beyond ASCII it may come near that.
+        others = "" if text.isascii() else "".join(one for one in text if not one.isascii())
+        plain = len(text) - len(others)
         most = Usage(
-            prompt_tokens=math.ceil(characters * self._tokens_per_character) + 16,
+            prompt_tokens=math.ceil(plain * self._tokens_per_character) + len(others.encode()) + 16,
             completion_tokens=self._recipe.max_tokens,
         )
         tokens = most.prompt_tokens + most.completion_tokens
@@ -511,7 +517,8 @@ class Teacher:
                 used = _usage(payload)
                 self._pace.succeeded(headers)
                 self._gave_completions = True
-                self._learn(characters, tokens, used)
+                if used:
+                    self._learn(0 if others else plain, tokens, used)
                 return payload, latency_ms
             except CallFailed as failure:
                 # What came back as an error cost nothing; of what never came back whole nobody knows.
@@ -534,12 +541,12 @@ class Teacher:
             raise CallFailed(None, "timeout", timed_out=True) from None
 
     def _learn(self, characters: int, estimated: int, used: Usage) -> None:
-        """Takes the most tokens a character that were seen for what comes."""
-        if used.prompt_tokens:
-            seen = used.prompt_tokens / max(characters, 1)
+        """Takes the most tokens a character that were seen in plain text for what comes."""
+        if characters:
+            seen = used.prompt_tokens / characters
             self._tokens_per_character = max(seen, self._tokens_per_character) if self._counted else seen
             self._counted = True
-            self._pace.settle(used.prompt_tokens + used.completion_tokens - estimated)
+        self._pace.settle(used.prompt_tokens + used.completion_tokens - estimated)
 
     def _adapt(self, tried: CallOptions, failure: CallFailed) -> None:
         """Takes back what the endpoint refuses; raises the error that ends the run where that is not the matter."""
@@ -577,7 +584,8 @@ class Teacher:
                 f"TEACHER_MODEL_NAME {model}: not found at TEACHER_MODEL_ENDPOINT {url} ({failure.status}); check both"
             )
         if failure.is_worth_a_retry and failure.status != MALFORMED:
-            return TeacherUnavailable(f"TEACHER_MODEL_ENDPOINT {url}: {self._trouble(failure)}")
+            overloaded = failure.status == 429
+            return TeacherUnavailable(f"TEACHER_MODEL_ENDPOINT {url}: {self._trouble(failure)}", overloaded=overloaded)
         return TeacherError(
             f"TEACHER_MODEL_ENDPOINT {url}: gives no completion ({failure.status}: {failure.message[:200]}); "
             "check that it is a chat-completions endpoint and takes these teacher settings"
@@ -626,29 +634,41 @@ class Teacher:
     def _read(self, payload: dict[str, Any], letters: Sequence[str]) -> Completion:
         """The first choice of a chat-completions response; no choices is an answer without text."""
         choices = payload.get("choices")
-        choice = choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else {}
-        message = choice.get("message") or {}
+        choice = _mapping(choices[0]) if isinstance(choices, list) and choices else {}
+        message = _mapping(choice.get("message"))
         text = _storable(self._redact(str(message.get("content") or "")))
         last = self._recipe.answers.form == "rationale"
-        letter, pairs = _at_answer((choice.get("logprobs") or {}).get("content"), text, letters, last)
+        letter, pairs = _at_answer(_mapping(choice.get("logprobs")).get("content"), text, letters, last)
         return Completion(
             text=text,
             finish_reason=str(choice.get("finish_reason") or ""),
             top_logprobs=pairs,
             answer_letter=letter,
-            usage=_usage(payload),
+            usage=_usage(payload) or Usage(),
             model_version=_storable(str(payload.get("model") or "")),
         )
 
 
-def _usage(payload: dict[str, Any]) -> Usage:
-    usage = payload.get("usage") or {}
-    details = usage.get("prompt_tokens_details") or {}
+def _usage(payload: dict[str, Any]) -> Usage | None:
+    """What the endpoint counted; None where it counted nothing."""
+    usage = _mapping(payload.get("usage"))
+    prompt_tokens = _count(usage.get("prompt_tokens"))
+    cached = _count(_mapping(usage.get("prompt_tokens_details")).get("cached_tokens"))
+    if not prompt_tokens:
+        return None
     return Usage(
-        prompt_tokens=int(usage.get("prompt_tokens") or 0),
-        completion_tokens=int(usage.get("completion_tokens") or 0),
-        cached_tokens=int(details.get("cached_tokens") or 0),
+        prompt_tokens=prompt_tokens,
+        completion_tokens=_count(usage.get("completion_tokens")),
+        cached_tokens=min(cached, prompt_tokens),
     )
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _count(value: Any) -> int:
+    return value if isinstance(value, int) and 0 <= value < 2**31 else 0
 
 
 def _wait(state: RetryCallState) -> float:
@@ -664,7 +684,8 @@ def _at_answer(
 ) -> tuple[str | None, tuple[tuple[str, float], ...] | None]:
     """The letter and the alternatives at the first token that is a letter (or the last), after any thinking; without
     such a token (None, ()), and (None, None) where the response holds no log-probabilities at all."""
-    if not isinstance(tokens, list) or not any(token.get("top_logprobs") for token in tokens):
+    tokens = [token for token in tokens if isinstance(token, dict)] if isinstance(tokens, list) else []
+    if not any(token.get("top_logprobs") for token in tokens):
         return None, None
     passed = ""
     found: tuple[str | None, tuple[tuple[str, float], ...]] = (None, ())
@@ -673,7 +694,8 @@ def _at_answer(
         passed += str(token.get("token") or "")
         letter = letter_of(str(token.get("token") or ""))
         if letter in letters and not thinking:
-            pairs = [(str(one.get("token") or ""), one.get("logprob")) for one in token.get("top_logprobs") or ()]
+            listed = [one for one in token.get("top_logprobs") or () if isinstance(one, dict)]
+            pairs = [(str(one.get("token") or ""), one.get("logprob")) for one in listed]
             found = letter, tuple((name, float(value)) for name, value in pairs if isinstance(value, int | float))
             if not last:
                 break
@@ -689,7 +711,7 @@ async def probe(recipe: TeacherRecipe, endpoint: Endpoint) -> ProbeResult:
     """Asks one short question and says what came. Raises what `Teacher.ask` does, after two tries at most."""
     wanted = recipe.model_copy(update={"soft_labels": True, "attempts": min(recipe.attempts, 2)})
     async with Teacher(wanted, endpoint, demand_log_probabilities=False) as teacher:
-        completion = await teacher.ask(_PROBE, ("A", "B"))
+        completion = await teacher.ask(PROBE, ("A", "B"))
     return ProbeResult(
         answers=bool(completion.text.strip()),
         log_probabilities=completion.top_logprobs is not None,

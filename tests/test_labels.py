@@ -373,7 +373,7 @@ async def labelled(
 ) -> LabelCounts:
     with LabelStore(url) as store:
         examples = [example(number) for number in range(rows)]
-        asked = TeacherRecipe(**{"outage_s": 0, **recipe})
+        asked = TeacherRecipe(**{"outage_s": 0.5, **recipe})
         return await label(examples, PROMPT, asked, endpoint_of(server, sdk), store, out, progress)
 
 
