@@ -258,6 +258,9 @@ ODD_BESIDE = {
     "details a list": changed(completion("A"), "usage", "prompt_tokens_details", to=[1]),
     "logprobs a list": changed(completion("A"), "choices", 0, "logprobs", to=[1]),
     "tokens numbers": changed(completion("A"), "choices", 0, "logprobs", to={"content": [1, None]}),
+    "alternatives a number": changed(
+        completion("A"), "choices", 0, "logprobs", to={"content": [{"token": "A", "top_logprobs": 7}]}
+    ),
     "finish a number": changed(completion("A"), "choices", 0, "finish_reason", to=1),
     "model a list": changed(completion("A"), "model", to=[1]),
 }
@@ -364,6 +367,27 @@ async def test_an_outage_is_waited_out_with_few_requests(
     print(f"{len(during)} requests in 3 s of outage, the next {back:.1f} s after its start")
     assert len(during) <= 2 * concurrency + 20
     assert back < 3 + 3.2 * 1.25 + 1, "the pauses double: that it is back is seen within as long as it was away"
+
+
+@pytest.mark.parametrize("attempts", [1, 2])
+async def test_no_row_is_set_aside_for_an_outage(url: str, tmp_path: Path, attempts: int) -> None:
+    """It comes when few are left, so that each is tried several times in it."""
+    down: list[float] = []
+
+    def script(call: Call) -> Reply:
+        if call.number == 40:
+            down.append(call.at)
+        return Reply(drop=True) if down and call.at < down[0] + 1 else replace(good(call), delay=0.02)
+
+    with ChatEndpoint(script) as server:
+        counts = await labelled(server, url, tmp_path / "out", rows=44, attempts=attempts)
+    assert (counts.accepted, counts.rejected) == (44, 0)
+
+
+async def test_each_call_has_its_tries_where_no_outage_is_waited_for(sdk: Sdk, url: str, tmp_path: Path) -> None:
+    with ChatEndpoint(first_tries(refused(500, "oh no"), times=2)) as server:
+        counts = await labelled(server, url, tmp_path / "out", rows=3, sdk=sdk, attempts=3, outage_s=0, concurrency=1)
+    assert (counts.accepted, counts.asked) == (3, 3)
 
 
 @pytest.mark.parametrize("concurrency", [1, 8, 64])
@@ -495,20 +519,25 @@ async def test_an_endpoint_that_counts_no_tokens_does_not_pass_a_cap_on_them(
         assert len(server.calls) <= 3000 / (characters / 4)
 
 
-async def test_a_cap_holds_for_texts_that_take_more_tokens_than_those_before(url: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("sign", ["猫", "~"])
+async def test_a_cap_holds_for_texts_that_take_more_tokens_than_those_before(
+    url: str, tmp_path: Path, sign: str
+) -> None:
+    """Four characters of prose are a token, and so is each of these signs."""
+
     def in_tokens(call: Call) -> int:
         text = "".join(message["content"] for message in call.body["messages"])
-        return sum(4 if character.isascii() else 8 for character in text) // 16 + 2 * text.count("猫")
+        return len(text.replace(sign, "")) // 4 + text.count(sign)
 
     def script(call: Call) -> Reply:
         return Reply({**completion("A"), "usage": {"prompt_tokens": in_tokens(call), "completion_tokens": 1}})
 
-    cats = [example(number, question=f"What comes after {number}? {'猫' * 500}") for number in range(10, 20)]
+    texts = [f"What comes after {number}? {sign * 900 * (number >= 10)}" for number in range(20)]
+    rows = [example(number, question=text) for number, text in enumerate(texts)]
     with ChatEndpoint(script) as server:
-        rows = [*map(example, range(10)), *cats]
         with pytest.raises(BudgetReached):
-            await labelled(server, url, tmp_path / "out", rows=rows, budget={"tokens": 4000}, concurrency=4)
-        assert 2000 < sum(in_tokens(call) + 1 for call in server.calls) <= 4000
+            await labelled(server, url, tmp_path / "out", rows=rows, budget={"tokens": 3000}, concurrency=4)
+        assert 500 < sum(in_tokens(call) + 1 for call in server.calls) <= 3000
 
 
 async def test_a_cap_counts_what_never_came_back_at_its_most(url: str, tmp_path: Path) -> None:
