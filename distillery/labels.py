@@ -428,14 +428,14 @@ class _Labelling:
     async def _answer(self, question: Question, teacher: Asker) -> None:
         if self._error:
             raise Stopped
-        started = time.monotonic()
         try:
             completion = await teacher.ask(question.messages, question.letters)
         except TeacherUnavailable as error:
             if self._pace.silent_s >= self._recipe.outage_s:
                 raise
-            # Where others are answered, it is this one that the endpoint fails on.
-            if not error.overloaded and (self._pace.answered_at > started or await _is_there(teacher)):
+            # Where a plain question is answered next, it is this one that the endpoint fails on. What was answered
+            # before the failure tells nothing: the outage may have begun since.
+            if not error.overloaded and await self._is_there(teacher):
                 self._strikes[question.key] += 1
             if self._strikes[question.key] < _STRIKES:
                 self._queue.put_nowait(question)
@@ -453,6 +453,16 @@ class _Labelling:
             self._store.add(stored)
             self._outcomes[question.key].stored = stored
         self._close()
+
+    async def _is_there(self, teacher: Asker) -> bool:
+        """Whether the teacher answers a plain question, which is paid for too."""
+        try:
+            completion = await teacher.ask(PROBE, ("A", "B"))
+        except TeacherUnavailable:
+            return False
+        self.asked += 1
+        self.usage = self.usage + completion.usage
+        return True
 
     def _close(self) -> None:
         """Writes the rows at the window's start that are whole, and ends the workers after the last."""
@@ -479,15 +489,6 @@ class _Labelling:
     def _report(self) -> None:
         if self._progress:
             self._progress(self._files.tally.rows, max(self._total, self._files.tally.rows))
-
-
-async def _is_there(teacher: Asker) -> bool:
-    """Whether the teacher answers a plain question."""
-    try:
-        await teacher.ask(PROBE, ("A", "B"))
-    except TeacherUnavailable:
-        return False
-    return True
 
 
 def _stored(question: Question, completion: Completion, recipe: TeacherRecipe, identity: str) -> StoredAnswer:
@@ -646,7 +647,10 @@ class _Files:
                     self.tally.drop(label, reason)
                 else:
                     _write_line(labels, label.model_dump())
-        with self._file(f"{TRAIN_DATA_FILE}.kept") as train, (self._folder / TRAIN_DATA_FILE).open() as lines:
+        with (
+            self._file(f"{TRAIN_DATA_FILE}.kept") as train,
+            (self._folder / TRAIN_DATA_FILE).open(encoding="utf-8") as lines,
+        ):
             train.writelines(line for number, line in enumerate(lines) if number not in dropped)
         for name in (LABELS_FILE, TRAIN_DATA_FILE):
             (self._folder / f"{name}.kept").replace(self._folder / name)

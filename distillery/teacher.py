@@ -442,7 +442,7 @@ class Teacher:
             top_logprobs=MOST_LOGPROBS if recipe.asks_log_probabilities else 0,
             schema=recipe.answers.form == "json",
         )
-        # Until the first answer tells, more than any language's: a cap must not be passed by an estimate too low.
+        # Until the first answer tells, more than most languages'.
         self._tokens_per_character = 1.0
         self._counted = False
 
@@ -494,18 +494,15 @@ class Teacher:
         return *answer, int(retrying.statistics["attempt_number"])
 
     def _gives_up(self, state: RetryCallState) -> bool:
-        return state.attempt_number >= self._recipe.attempts or self._pace.silent_s >= self._recipe.outage_s
+        # In an outage, tries are rare and spread over all questions: none would come to its last for long.
+        is_away = self._pace.is_open and self._pace.silent_s >= self._recipe.outage_s
+        return is_away or state.attempt_number >= self._recipe.attempts
 
     async def _send_once(self, messages: list[Message], body: dict[str, Any]) -> tuple[dict[str, Any], float]:
         text = "".join(message["content"] for message in messages)
-        # A byte-level tokenizer makes no more tokens than bytes; beyond ASCII it may come near that.
-        others = "" if text.isascii() else "".join(one for one in text if not one.isascii())
-        plain = len(text) - len(others)
-        most = Usage(
-            prompt_tokens=math.ceil(plain * self._tokens_per_character) + len(others.encode()) + 16,
-            completion_tokens=self._recipe.max_tokens,
-        )
-        tokens = most.prompt_tokens + most.completion_tokens
+        # A cap must hold whatever the text: a byte-level tokenizer makes no more tokens than bytes. The pace may err.
+        most = Usage(prompt_tokens=len(text.encode()) + 16, completion_tokens=self._recipe.max_tokens)
+        tokens = math.ceil(len(text) * self._tokens_per_character) + 16 + self._recipe.max_tokens
         asked_at = await self._pace.turn(tokens)
         try:
             reserved = await self._spending.reserve(most)
@@ -518,7 +515,7 @@ class Teacher:
                 self._pace.succeeded(headers)
                 self._gave_completions = True
                 if used:
-                    self._learn(0 if others else plain, tokens, used)
+                    self._learn(len(text), tokens, used)
                 return payload, latency_ms
             except CallFailed as failure:
                 # What came back as an error cost nothing; of what never came back whole nobody knows.
@@ -541,7 +538,7 @@ class Teacher:
             raise CallFailed(None, "timeout", timed_out=True) from None
 
     def _learn(self, characters: int, estimated: int, used: Usage) -> None:
-        """Takes the most tokens a character that were seen in plain text for what comes."""
+        """Takes the most tokens a character that were seen for what comes."""
         if characters:
             seen = used.prompt_tokens / characters
             self._tokens_per_character = max(seen, self._tokens_per_character) if self._counted else seen
@@ -694,8 +691,9 @@ def _at_answer(
         passed += str(token.get("token") or "")
         letter = letter_of(str(token.get("token") or ""))
         if letter in letters and not thinking:
-            listed = [one for one in token.get("top_logprobs") or () if isinstance(one, dict)]
-            pairs = [(str(one.get("token") or ""), one.get("logprob")) for one in listed]
+            listed = token.get("top_logprobs")
+            alternatives = [one for one in listed if isinstance(one, dict)] if isinstance(listed, list) else []
+            pairs = [(str(one.get("token") or ""), one.get("logprob")) for one in alternatives]
             found = letter, tuple((name, float(value)) for name, value in pairs if isinstance(value, int | float))
             if not last:
                 break

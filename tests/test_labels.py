@@ -530,7 +530,7 @@ async def test_log_probabilities_of_another_letter_are_not_taken(url: str, tmp_p
 @pytest.mark.parametrize("concurrency", [1, 3, 150])
 async def test_calls_in_flight_are_bounded_and_used(sdk: Sdk, url: str, tmp_path: Path, concurrency: int) -> None:
     rows = min(concurrency * 4, 200)
-    with ChatEndpoint(lambda call: replace(good(call), delay=0.5 if concurrency > 100 else 0.05)) as server:
+    with ChatEndpoint(lambda call: replace(good(call), delay=1.5 if concurrency > 100 else 0.05)) as server:
         await labelled(server, url, tmp_path, rows=rows, sdk=sdk, concurrency=concurrency)
         assert server.most_in_flight == concurrency
 
