@@ -493,7 +493,8 @@ class _Labelling:
 
 def _stored(question: Question, completion: Completion, recipe: TeacherRecipe, identity: str) -> StoredAnswer:
     read = parse_json if recipe.answers.form == "json" else parse_answer
-    letter = None if completion.finish_reason == "content_filter" else read(completion.text, question.choices)
+    refused = completion.finish_reason in ("content_filter", "refusal")
+    letter = None if refused else read(completion.text, question.choices)
     # The alternatives at a letter that is not the one answered with say nothing of the answer.
     pairs = completion.top_logprobs if completion.answer_letter == letter else None
     return StoredAnswer(
@@ -527,6 +528,8 @@ def _accepted(
 def _reason(completion: Completion, question: Question, recipe: TeacherRecipe) -> str:
     if completion.finish_reason == "content_filter":
         return "refused by the endpoint's content filter"
+    if completion.finish_reason == "refusal":
+        return "refused by the teacher"
     if completion.finish_reason == "context_length_exceeded":
         return "prompt longer than the teacher's context"
     if completion.finish_reason == "length":

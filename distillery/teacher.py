@@ -633,12 +633,13 @@ class Teacher:
         choices = payload.get("choices")
         choice = _mapping(choices[0]) if isinstance(choices, list) and choices else {}
         message = _mapping(choice.get("message"))
-        text = _storable(self._redact(str(message.get("content") or "")))
+        refusal = message.get("refusal") if not message.get("content") else None
+        text = _storable(self._redact(str(refusal or message.get("content") or "")))
         last = self._recipe.answers.form == "rationale"
         letter, pairs = _at_answer(_mapping(choice.get("logprobs")).get("content"), text, letters, last)
         return Completion(
             text=text,
-            finish_reason=str(choice.get("finish_reason") or ""),
+            finish_reason="refusal" if refusal else str(choice.get("finish_reason") or ""),
             top_logprobs=pairs,
             answer_letter=letter,
             usage=_usage(payload) or Usage(),

@@ -299,6 +299,7 @@ async def test_refusals_and_answers_outside_the_options_are_set_aside(sdk: Sdk, 
         again = await labelled(server, url, tmp_path / "again", sdk=sdk)
     assert (counts.accepted, counts.rejected, again.asked) == (14, 6, 0)
     assert reasons_in(tmp_path / "out").keys() == {f"row-{number}" for number in odd}
+    assert reasons_in(tmp_path / "out")["row-3"] == "refused by the teacher"
     train = (tmp_path / "out" / "train_data.jsonl").read_text()
     assert "sorry" not in train
     assert "rate limit" not in train
