@@ -1,9 +1,13 @@
-"""How fast rows are labelled: `make bench-labels`, or `python -m benchmarks.labels [--soft]` (with log-probabilities).
+"""How fast rows are labelled: `make bench-labels`, or `python -m benchmarks.labels [--soft] [--spread]`.
+
+--soft asks for log-probabilities. --spread has the endpoint's latencies lie between half and one and a half of their
+mean: where all are the same, answers come in bunches, and waiting in a bunch is much of what is measured.
 
 2,000 multiple-choice rows, an endpoint of 64 places that takes 0.2 s a call (slow_endpoint.py, a process of its own),
-and 64 calls at a time. Each contestant is a fresh interpreter with its SDK imported; the clock runs from the first row
-to the last answer, and for ours until every answer is committed and every file written. Medians of three, the
-contestants in turn. The last line is JSON, in seconds where nothing else is said:
+and 64 calls at a time. Each contestant is a fresh interpreter that has asked for one row more beforehand, so that all
+is imported; the clock runs from the first row to the last answer, and for ours until every answer is committed and
+every file written. Medians of three, the contestants in turn. The last line is JSON, in seconds where nothing else is
+said:
 
 ideal_s               rows / places x latency
 ours_azure_s          distillery.labels.label with a fresh SQLite label store, through azure-ai-inference
@@ -28,9 +32,8 @@ import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
-from importlib import import_module
 from pathlib import Path
 from typing import Any, get_args
 from urllib.request import urlopen
@@ -47,7 +50,7 @@ from distillery.records import Example
 from distillery.teacher import MOST_LOGPROBS, CallOptions, Endpoint, Sdk
 
 ROWS, MANY_ROWS, SEQUENTIAL_ROWS = 2_000, 100_000, 100
-LATENCY_S, PLACES = 0.2, 64
+LATENCY_S, PLACES, SPREAD = 0.2, 64, 0.5
 ROUNDS = 3
 MODEL = "teacher"
 PROMPT = PromptRecipe()
@@ -90,7 +93,9 @@ labeller = Labeller(
         "max_tokens_per_minute": 1_000_000_000_000,
     },
 )
-dataset = Dataset.from_list(json.load(open(rows)))
+first, *everything = json.load(open(rows))
+labeller(Dataset.from_list([first]))
+dataset = Dataset.from_list(everything)
 started, cpu = time.perf_counter(), time.process_time()
 answers = labeller(dataset).dataset["answer"]
 figures = {"seconds": time.perf_counter() - started, "cpu_s": time.process_time() - cpu}
@@ -98,6 +103,8 @@ print(json.dumps(figures | {"answers": len([answer for answer in answers if answ
 """
 
 Figures = dict[str, float]
+Loop = Callable[[list[list[Message]]], list[str]]
+"""Asks for all of these and gives back the answers."""
 
 
 def synthetic_rows(count: int) -> list[Example]:
@@ -129,29 +136,19 @@ def timed(figures: Figures) -> Iterator[None]:
     figures |= {"seconds": time.perf_counter() - started, "cpu_s": time.process_time() - cpu}
 
 
-def import_sdk(sdk: Sdk) -> None:
-    """All that the first call would import, the parts that the SDKs load late included."""
-    late = {
-        "openai": ["openai.resources.chat.completions"],
-        "azure-ai-inference": ["azure.ai.inference.aio", "azure.core.pipeline.transport._aiohttp"],
-    }
-    for module in late[sdk]:
-        import_module(module)
-
-
 def ours(sdk: Sdk, url: str, folder: Path, rows: int, soft: bool) -> Figures:
     """`label` over the label store in `folder`, which is made where there is none."""
-    import_sdk(sdk)
-    examples = synthetic_rows(rows)
     endpoint = Endpoint(url, MODEL, SecretStr("none"), MODEL, sdk)
+    first, *examples = synthetic_rows(1 + rows)
     figures: Figures = {}
     opened = time.perf_counter()
     with LabelStore(store_url(folder)) as store:
         figures["open_s"] = time.perf_counter() - opened
+        asyncio.run(label([first], PROMPT, recipe(soft), endpoint, store, folder / "first"))
         with timed(figures):
             counts = asyncio.run(label(examples, PROMPT, recipe(soft), endpoint, store, folder / "labels"))
     assert counts.accepted == rows, counts
-    return figures | {"asked": counts.asked}
+    return figures
 
 
 def store_url(folder: Path) -> str:
@@ -159,10 +156,10 @@ def store_url(folder: Path) -> str:
 
 
 def fill(folder: Path, rows: int, soft: bool) -> Figures:
-    """Puts an answer to each row into a label store, as if it had been asked for."""
+    """Puts an answer to each row, the first included, into a label store, as if it had been asked for."""
     figures: Figures = {}
     with timed(figures), LabelStore(store_url(folder)) as store:
-        for row in synthetic_rows(rows):
+        for row in synthetic_rows(1 + rows):
             for question in questions(row, PROMPT, recipe(soft), MODEL):
                 store.add(
                     StoredAnswer(
@@ -187,34 +184,27 @@ def rendered(rows: int) -> list[list[Message]]:
     return [render_messages(row, PROMPT) for row in synthetic_rows(rows)]
 
 
-def bare_azure(url: str, rows: int, soft: bool) -> Figures:
-    import_sdk("azure-ai-inference")
+def bare_azure(url: str, soft: bool) -> Loop:
     from azure.ai.inference.aio import ChatCompletionsClient
     from azure.core.credentials import AzureKeyCredential
 
-    async def loop() -> list[str]:
+    async def loop(everything: list[list[Message]]) -> list[str]:
         # Its transport's own limit is 100 connections.
         async with ChatCompletionsClient(url, AzureKeyCredential("none"), retry_total=0) as client:
 
             async def ask(messages: list[Message]) -> str:
                 asked: Any = {"model": MODEL, "messages": messages, **body(soft)}
-                headers = {"extra-parameters": "pass-through"} if soft else {}
-                return str((await client.complete(asked, headers=headers)).choices[0].message.content)
+                return str((await client.complete(asked, headers=headers(soft))).choices[0].message.content)
 
             return await all_of(everything, ask)
 
-    everything, figures = rendered(rows), Figures()
-    with timed(figures):
-        answers = asyncio.run(loop())
-    check(answers, rows)
-    return figures
+    return lambda everything: asyncio.run(loop(everything))
 
 
-def bare_openai(url: str, rows: int, soft: bool) -> Figures:
-    import_sdk("openai")
+def bare_openai(url: str, soft: bool) -> Loop:
     from openai import AsyncOpenAI
 
-    async def loop() -> list[str]:
+    async def loop(everything: list[list[Message]]) -> list[str]:
         # Its own limit is 1,000 connections.
         async with AsyncOpenAI(base_url=url, api_key="none", max_retries=0) as client:
 
@@ -224,11 +214,7 @@ def bare_openai(url: str, rows: int, soft: bool) -> Figures:
 
             return await all_of(everything, ask)
 
-    everything, figures = rendered(rows), Figures()
-    with timed(figures):
-        answers = asyncio.run(loop())
-    check(answers, rows)
-    return figures
+    return lambda everything: asyncio.run(loop(everything))
 
 
 async def all_of(everything: list[list[Message]], ask: Callable[[list[Message]], Awaitable[str]]) -> list[str]:
@@ -244,25 +230,35 @@ async def all_of(everything: list[list[Message]], ask: Callable[[list[Message]],
     return answers
 
 
-def sequential(url: str, rows: int, soft: bool) -> Figures:
+def sequential(url: str, soft: bool) -> Loop:
     from azure.ai.inference import ChatCompletionsClient
     from azure.core.credentials import AzureKeyCredential
 
-    everything, figures = rendered(rows), Figures()
-    answers = []
-    headers = {"extra-parameters": "pass-through"} if soft else {}
-    with timed(figures), ChatCompletionsClient(url, AzureKeyCredential("none")) as client:
-        for messages in everything:
-            asked: Any = {"model": MODEL, "messages": messages, **body(soft)}
-            answers.append(str(client.complete(asked, headers=headers).choices[0].message.content))
-    check(answers, rows)
+    def loop(everything: list[list[Message]]) -> list[str]:
+        answers = []
+        with ChatCompletionsClient(url, AzureKeyCredential("none")) as client:
+            for messages in everything:
+                asked: Any = {"model": MODEL, "messages": messages, **body(soft)}
+                answers.append(str(client.complete(asked, headers=headers(soft)).choices[0].message.content))
+        return answers
+
+    return loop
+
+
+def headers(soft: bool) -> dict[str, str]:
+    """Without it, Azure takes no log-probabilities."""
+    return {"extra-parameters": "pass-through"} if soft else {}
+
+
+def bare(loop: Loop, rows: int) -> Figures:
+    first, *everything = rendered(1 + rows)
+    loop([first])
+    figures: Figures = {}
+    with timed(figures):
+        answers = Counter(loop(everything))
+    assert answers.total() == rows
+    assert set(answers) <= set(LETTERS), answers
     return figures
-
-
-def check(answers: Iterable[str], rows: int) -> None:
-    counts = Counter(answers)
-    assert counts.total() == rows
-    assert set(counts) <= set(LETTERS), counts
 
 
 def contestant(name: str, url: str, folder: Path, rows: int, soft: bool) -> Figures:
@@ -272,7 +268,7 @@ def contestant(name: str, url: str, folder: Path, rows: int, soft: bool) -> Figu
             return ours(sdk, url, folder, rows, soft)
     if name == "fill":
         return fill(folder, rows, soft)
-    return {"bare_azure": bare_azure, "bare_openai": bare_openai, "sequential": sequential}[name](url, rows, soft)
+    return bare({"bare_azure": bare_azure, "bare_openai": bare_openai, "sequential": sequential}[name](url, soft), rows)
 
 
 class Bench:
@@ -287,25 +283,26 @@ class Bench:
         }
 
     def run(self, name: str, rows: int, folder: str = "", calls: int | None = None) -> Figures:
-        """One run, which must make so many calls, by default one a row. `folder`: where its store is."""
+        """One run, which must make so many calls, by default one a row and one before. `folder`: where its store is."""
         place = self._scratch / (folder or f"{name}-{time.monotonic_ns()}")
         place.mkdir(exist_ok=True)
-        arguments = ["-m", "benchmarks.labels", name, self._url, str(place), str(rows), *["--soft"][: self._soft]]
-        return self._run(name, [sys.executable, *arguments], self._environment, rows, rows if calls is None else calls)
+        command = [sys.executable, "-m", "benchmarks.labels", name, self._url, str(place), str(rows)]
+        command += ["--soft"] if self._soft else []
+        return self._run(name, command, self._environment, rows, 1 + rows if calls is None else calls)
 
     def curator(self) -> Figures | None:
         """One run with its cache cold."""
         place = self._scratch / f"curator-{time.monotonic_ns()}"
         place.mkdir()
         (place / "script.py").write_text(CURATOR_SCRIPT)
-        (place / "rows.json").write_text(json.dumps([{"messages": messages} for messages in rendered(ROWS)]))
+        (place / "rows.json").write_text(json.dumps([{"messages": messages} for messages in rendered(1 + ROWS)]))
         command = [str(CURATOR_VENV / "bin" / "python"), str(place / "script.py"), self._url, str(place / "rows.json")]
         environment = self._environment | CURATOR_ENVIRONMENT
         # It also writes to the home folder and to that of Hugging Face.
         environment |= {"CURATOR_CACHE_DIR": str(place / "cache"), "HOME": str(place), "HF_HOME": str(place / "hf")}
         try:
-            # It sends one more, before the clock runs, to read the limits off its headers.
-            return self._run("curator", [*command, json.dumps(body(self._soft))], environment, ROWS, ROWS + 1)
+            # It sends another one before the clock runs, to read the limits off the headers.
+            return self._run("curator", [*command, json.dumps(body(self._soft))], environment, ROWS, 2 + ROWS)
         except (OSError, RuntimeError) as error:
             print(f"bespokelabs-curator can't be run: {' '.join(str(error).split())[-300:]}", flush=True)
             return None
@@ -331,8 +328,8 @@ class Bench:
 
 
 @contextmanager
-def endpoint() -> Iterator[str]:
-    command = [sys.executable, "-m", "benchmarks.slow_endpoint", str(LATENCY_S), str(PLACES)]
+def endpoint(spread: float = 0.0) -> Iterator[str]:
+    command = [sys.executable, "-m", "benchmarks.slow_endpoint", str(LATENCY_S), str(PLACES), str(spread)]
     with subprocess.Popen(command, cwd=PROJECT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin
         assert process.stdout
@@ -361,7 +358,7 @@ def install_curator() -> bool:
 
 def compare(bench: Bench, curator: bool) -> dict[str, list[Figures]]:
     """The figures of each contestant's runs; every other round the other way round."""
-    names = ["ours_azure", "bare_azure", "ours_openai", "bare_openai", "sequential", *["curator"][: int(curator)]]
+    names = ["ours_azure", "bare_azure", "ours_openai", "bare_openai", "sequential", *(["curator"] if curator else [])]
     found: dict[str, list[Figures]] = defaultdict(list)
     for number in range(ROUNDS):
         for name in names[:: -1 if number % 2 else 1]:
@@ -385,10 +382,11 @@ def second_runs(bench: Bench) -> dict[str, float]:
     }
 
 
-def main(soft: bool) -> None:
-    with tempfile.TemporaryDirectory() as scratch, endpoint() as url:
+def main(soft: bool, spread: float) -> None:
+    with tempfile.TemporaryDirectory() as scratch, endpoint(spread) as url:
         bench = Bench(url, Path(scratch), soft)
-        print(f"{ROWS} rows, {PLACES} places, {LATENCY_S} s a call, {'soft' if soft else 'hard'} labels", flush=True)
+        latency = f"{LATENCY_S} s a call, give or take {spread:.0%}"
+        print(f"{ROWS} rows, {PLACES} places, {latency}, {'soft' if soft else 'hard'} labels", flush=True)
         runs = compare(bench, install_curator())
         again = second_runs(bench)
         counted = bench.calls()
@@ -414,9 +412,9 @@ def main(soft: bool) -> None:
 
 
 if __name__ == "__main__":
-    arguments = [argument for argument in sys.argv[1:] if argument != "--soft"]
+    arguments = [argument for argument in sys.argv[1:] if argument not in ("--soft", "--spread")]
     if arguments:
         name, url, folder, rows = arguments
         print(json.dumps(contestant(name, url, Path(folder), int(rows), "--soft" in sys.argv)))
     else:
-        main("--soft" in sys.argv)
+        main("--soft" in sys.argv, SPREAD if "--spread" in sys.argv else 0.0)

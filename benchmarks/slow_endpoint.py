@@ -1,8 +1,9 @@
-"""A chat-completions endpoint that answers a fixed time after it was asked, for so many calls at a time:
-`python -m benchmarks.slow_endpoint [LATENCY_S PLACES]`, by default 0.2 and 64.
+"""A chat-completions endpoint that answers some time after it was asked, for so many calls at a time:
+`python -m benchmarks.slow_endpoint [LATENCY_S PLACES SPREAD]`, by default 0.2, 64 and 0. Latencies are evenly spread
+over LATENCY_S * (1 - SPREAD) to LATENCY_S * (1 + SPREAD).
 
 Its first line of output is its URL. A call that finds every place taken waits for one. GET /count tells how many calls
-came, and the CPU seconds that they took. It ends when its standard input does.
+came, and the CPU seconds that they took. It ends when its standard input, a pipe or a terminal, does.
 """
 
 import asyncio
@@ -13,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from functools import cache
+from random import Random
 from typing import Any
 from zlib import crc32
 
@@ -21,10 +23,11 @@ _ALTERNATIVES = 20
 
 
 class Places:
-    """Calls under way and calls that wait. An answer is sent `latency` seconds after its call got a place."""
+    """Calls under way and calls that wait. An answer is sent about `latency` seconds after its call got a place."""
 
-    def __init__(self, latency: float, places: int) -> None:
-        self._latency, self._free = latency, places
+    def __init__(self, latency: float, places: int, spread: float) -> None:
+        self._least, self._most, self._free = latency * (1 - spread), latency * (1 + spread), places
+        self._random = Random(0)
         self._waiting: deque[Callable[[], None]] = deque()
         self.calls = 0
 
@@ -37,7 +40,7 @@ class Places:
             self._waiting.append(answer)
 
     def _start(self, answer: Callable[[], None]) -> None:
-        asyncio.get_running_loop().call_later(self._latency, self._end, answer)
+        asyncio.get_running_loop().call_later(self._random.uniform(self._least, self._most), self._end, answer)
 
     def _end(self, answer: Callable[[], None]) -> None:
         answer()
@@ -125,15 +128,15 @@ def response(value: Any) -> bytes:
     return head.encode() + body
 
 
-async def serve(latency: float, places: int) -> None:
+async def serve(latency: float = 0.2, places: float = 64, spread: float = 0.0) -> None:
     loop = asyncio.get_running_loop()
-    ended = loop.create_future()
-    shared = Places(latency, places)
+    ended = asyncio.Event()
+    shared = Places(latency, int(places), spread)
     server = await loop.create_server(lambda: Connection(shared), "127.0.0.1", 0, backlog=1024)
     print(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1", flush=True)
-    loop.add_reader(sys.stdin, lambda: sys.stdin.buffer.read1() or ended.done() or ended.set_result(None))
-    await ended
+    loop.add_reader(sys.stdin, lambda: sys.stdin.buffer.read1() or ended.set())
+    await ended.wait()
 
 
 if __name__ == "__main__":
-    asyncio.run(serve(*([float(sys.argv[1]), int(sys.argv[2])] if len(sys.argv) > 2 else [0.2, 64])))
+    asyncio.run(serve(*map(float, sys.argv[1:])))

@@ -278,7 +278,9 @@ def wilson(correct: int, rows: int) -> Interval:
     centre = share + _Z**2 / (2 * rows)
     half = _Z * math.sqrt(share * (1 - share) / rows + _Z**2 / (4 * rows**2))
     scale = 1 + _Z**2 / rows
-    return Interval(low=max(0.0, (centre - half) / scale), high=min(1.0, (centre + half) / scale))
+    # Rounding must not leave the share itself outside: at 0 and at 1 it is an end of its interval.
+    low, high = min(max(0.0, (centre - half) / scale), share), max(min(1.0, (centre + half) / scale), share)
+    return Interval(low=low, high=high)
 
 
 def paired_interval(a_correct: Sequence[bool], b_correct: Sequence[bool]) -> Interval:

@@ -5,6 +5,7 @@ What was paid for is here and nowhere else, rejected answers too: none is asked 
 
 import json
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -69,6 +70,9 @@ _TABLE = Table(
 _ANSWER_COLUMNS = [column for column in _TABLE.columns if column.name != "created_at"]
 _LOOKUP_ROWS = 1000
 _COMMIT_ROWS = 500
+_GATHER_S = 0.02
+"""Between an answer and its commit, so that what comes close behind goes with it: each commit costs a wait for the disk
+and a millisecond of CPU time, which the calls under way need."""
 _EXPORT_ROWS = 10_000
 
 
@@ -261,6 +265,8 @@ class LabelStore:
     def _take(self) -> list[StoredAnswer | threading.Event | None]:
         """Waits for one item and takes what else is there."""
         batch = [self._arrived.get()]
+        if isinstance(batch[0], StoredAnswer):
+            time.sleep(_GATHER_S)
         while len(batch) < _COMMIT_ROWS:
             try:
                 batch.append(self._arrived.get_nowait())

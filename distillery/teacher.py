@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any, Literal, Protocol, Self
 from urllib.parse import urlsplit, urlunsplit
+from urllib.request import getproxies
 
 from pydantic import SecretStr
 from tenacity import (
@@ -292,7 +293,7 @@ class _AzureClient:
             credential_scopes=[token_scope(endpoint.url)],
             retry_total=0,
             permit_redirects=False,
-            transport=_transport(recipe.concurrency),
+            transport=_transport(recipe.concurrency, _has_proxy(endpoint.url)),
             connection_timeout=recipe.timeout_s,
             read_timeout=recipe.timeout_s,
         )
@@ -348,7 +349,13 @@ def _text_of(response: Any) -> str:
         return ""
 
 
-def _transport(connections: int) -> Any:
+def _has_proxy(url: str) -> bool:
+    """Whether a proxy of the environment may be on the way; it is for the world outside, not for this machine's own.
+    Where none is, aiohttp must not look for one: it does so in threads, twice a call, and the calls queue there."""
+    return not is_loopback(urlsplit(url).hostname or "") and bool(getproxies().keys() & {"http", "https"})
+
+
+def _transport(connections: int, environment: bool) -> Any:
     """aiohttp as azure-core sets it up, with a connection for each call at a time (its own limit is 100)."""
     import aiohttp
     from azure.core.pipeline.transport import AioHttpTransport
@@ -357,7 +364,7 @@ def _transport(connections: int) -> Any:
         connector=aiohttp.TCPConnector(limit=connections),
         cookie_jar=aiohttp.DummyCookieJar(),
         auto_decompress=False,
-        trust_env=True,
+        trust_env=environment,
     )
     return AioHttpTransport(session=session, session_owner=True)
 
@@ -390,7 +397,9 @@ class _OpenAIClient:
 
         chat: Any = self._client.chat.completions.with_raw_response
         try:
-            response = await chat.create(model=self._model, messages=messages, extra_body=body)
+            # In extra_body the messages go as they are; as an argument, the SDK walks through them by their types.
+            asked = {"messages": messages, **body}
+            response = await chat.create(model=self._model, messages=[], extra_body=asked)
             payload = json.loads(response.content)
         except (OpenAIError, AzureError, ValueError, RecursionError) as error:
             failure = self._failure(error)

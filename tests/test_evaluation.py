@@ -97,6 +97,13 @@ def test_paired_interval_gives_the_published_intervals(
     assert (swapped.low, swapped.high) == pytest.approx((-interval.high, -interval.low))
 
 
+@pytest.mark.parametrize("rows", [1, 3, 40, 97, 480])
+def test_a_share_is_within_its_interval(rows: int) -> None:
+    for correct in (0, rows // 2, rows):
+        interval = wilson(correct, rows)
+        assert 0 <= interval.low <= correct / rows <= interval.high <= 1
+
+
 def test_paired_interval_by_hand_where_phi_is_negative() -> None:
     """(a, b, c, d) = (0, 5, 5, 0): phi = -1, so the two half-widths add up; Wilson of 5 in 10 is 0.2366 to 0.7634."""
     interval = paired_interval(*pairs(0, 5, 5, 0))
