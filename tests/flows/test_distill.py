@@ -262,18 +262,18 @@ def test_labels_that_are_there_already_need_no_teacher(
     values["teacher"] = {"kind": "gold"}
     gold = workshop.distil(values)
     assert workshop.states(gold)[": gold labels"] == "Completed"
-    assert f"{ROWS['train']} accepted, 0 rejected, 0 calls" in gold.stages["label"]
+    assert f"{ROWS['train']} accepted, 0 rejected, 0 calls" in gold.out
 
     file = workshop.folder / "labels.jsonl"
     rows = [json.loads(line) for line in Path(workshop.files["train"][0]).read_text().splitlines()]
     file.write_text("".join(json.dumps({"example_id": row["id"], "answer": "B"}) + "\n" for row in rows[:40]))
     values["teacher"] = {"kind": "file", "files": [str(file)]}
     imported = workshop.distil(values)
-    assert "40 accepted, 20 rejected, 0 calls" in imported.stages["label"]
+    assert "40 accepted, 20 rejected, 0 calls" in imported.out
     assert workshop.states(imported)[": prepare dataset"] == "Cached"
     file.write_text(file.read_text().replace('"B"', '"A"'))
     changed = workshop.distil(values)
     assert {name for name, state in workshop.states(changed).items() if state == "Completed"} >= {
         ": labels from files",
-        ": train",
+        "student: train",
     }
