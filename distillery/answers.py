@@ -128,7 +128,6 @@ class Answer:
 
     letter: str
     distribution: dict[str, float] | None = None
-    raw: str = ""
 
 
 @dataclass(frozen=True)
@@ -158,7 +157,8 @@ def combined(answers: Sequence[Answer], letters: Sequence[str], soft: bool) -> C
         return Combined(only.letter, only.distribution, confidence)
     counts = Counter(answer.letter for answer in answers)
     own = [answer.distribution for answer in answers if answer.distribution]
-    if len(own) == len(answers):
+    all_have_one = len(own) == len(answers)
+    if all_have_one:
         distribution = {letter: sum(one[letter] for one in own) / len(own) for letter in letters}
     else:
         distribution = {letter: counts[letter] / len(answers) for letter in letters}
@@ -168,6 +168,4 @@ def combined(answers: Sequence[Answer], letters: Sequence[str], soft: bool) -> C
     best = max(tied, key=lambda letter: distribution[letter])
     if len(tied) > 1 and sum(math.isclose(distribution[letter], distribution[best]) for letter in tied) > 1:
         return None
-    return Combined(
-        best, distribution if (own and len(own) == len(answers)) or soft else None, counts[best] / len(answers)
-    )
+    return Combined(best, distribution if all_have_one or soft else None, counts[best] / len(answers))

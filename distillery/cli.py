@@ -120,7 +120,7 @@ def delete_labels(
     if not (row or rejected or any(containing)):
         raise typer.BadParameter("say which: --row, --containing or --rejected")
     with LabelStore() as answers:
-        count = answers.delete(row, [text for text in containing if text], rejected, dry_run)
+        count = answers.delete(row, containing, rejected, dry_run)
     print(f"{count} answers {'would be ' if dry_run else ''}deleted")
 
 

@@ -339,7 +339,9 @@ class _Labelling:
     async def work(self, examples: Iterable[Example], teacher: Asker) -> None:
         """Raises the first error of any worker, once the calls under way have come back: they are paid for."""
         self._report()
-        workers = [asyncio.create_task(self._worker(teacher)) for _ in range(self._recipe.concurrency)]
+        workers = [
+            asyncio.create_task(self._guarded(self._answer_questions(teacher))) for _ in range(self._recipe.concurrency)
+        ]
         producer = asyncio.create_task(self._guarded(self._produce(iter(examples))))
         tasks = {producer, *workers}
         try:
@@ -410,9 +412,6 @@ class _Labelling:
         except BaseException as error:
             self._error = self._error or error
             self._end()
-
-    async def _worker(self, teacher: Asker) -> None:
-        await self._guarded(self._answer_questions(teacher))
 
     async def _answer_questions(self, teacher: Asker) -> None:
         while (question := await self._queue.get()) is not None:

@@ -21,6 +21,18 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
+@pytest.fixture(params=["azure-ai-inference", "openai"])
+def sdk(request: pytest.FixtureRequest) -> str:
+    """Each of the two SDKs that ask a teacher, in turn."""
+    return request.param
+
+
+@pytest.fixture
+def url(tmp_path: Path) -> str:
+    """Of a label store of this test's own."""
+    return f"sqlite:///{tmp_path / 'labels.db'}"
+
+
 @pytest.fixture(scope="module")
 def registry_url(tmp_path_factory: pytest.TempPathFactory) -> str:
     return f"sqlite:///{tmp_path_factory.mktemp('registry') / 'registry.db'}"

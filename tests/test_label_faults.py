@@ -32,20 +32,10 @@ PROMPT = PromptRecipe()
 FILES = ("labels.jsonl", "rejected.jsonl", "train_data.jsonl")
 
 
-@pytest.fixture(params=["azure-ai-inference", "openai"])
-def sdk(request: pytest.FixtureRequest) -> Sdk:
-    return request.param
-
-
 @pytest.fixture(autouse=True)
 def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(teacher, "BACKOFF", wait_none())
     monkeypatch.setattr(pace, "FIRST_PAUSE_S", 0.02)
-
-
-@pytest.fixture
-def url(tmp_path: Path) -> str:
-    return f"sqlite:///{tmp_path / 'labels.db'}"
 
 
 def example(number: int, **values: Any) -> Example:

@@ -30,11 +30,6 @@ from distillery.records import Example
 
 
 @pytest.fixture
-def url(tmp_path: Path) -> str:
-    return f"sqlite:///{tmp_path / 'labels.db'}"
-
-
-@pytest.fixture
 def store(url: str) -> Iterator[LabelStore]:
     with LabelStore(url) as store:
         yield store

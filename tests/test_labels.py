@@ -37,19 +37,9 @@ PROMPT = PromptRecipe()
 FILES = ("labels.jsonl", "rejected.jsonl", "train_data.jsonl")
 
 
-@pytest.fixture(params=["azure-ai-inference", "openai"])
-def sdk(request: pytest.FixtureRequest) -> Sdk:
-    return request.param
-
-
 @pytest.fixture(autouse=True)
 def _no_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(teacher, "BACKOFF", wait_none())
-
-
-@pytest.fixture
-def url(tmp_path: Path) -> str:
-    return f"sqlite:///{tmp_path / 'labels.db'}"
 
 
 @pytest.fixture

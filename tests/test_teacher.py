@@ -24,11 +24,6 @@ MESSAGES = [{"role": "system", "content": "A or B or C"}, {"role": "user", "cont
 LETTERS = ("A", "B", "C")
 
 
-@pytest.fixture(params=["azure-ai-inference", "openai"])
-def sdk(request: pytest.FixtureRequest) -> Sdk:
-    return request.param
-
-
 @pytest.fixture(autouse=True)
 def _no_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(teacher, "BACKOFF", wait_none())
