@@ -18,12 +18,25 @@ def wait_for(what: str, found: Callable[[], T], seconds: float = 120) -> T:
     return value
 
 
+class Patient(httpx.HTTPTransport):
+    """Asks again, as Prefect's own client does, while SQLite is locked by another writer (503)."""
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        for _ in range(20):
+            response = super().handle_request(request)
+            if response.status_code != 503:
+                break
+            response.close()
+            time.sleep(0.5)
+        return response
+
+
 class PrefectApi:
     """A server at `url`, which ends in /api; `login` is 'user:password'."""
 
     def __init__(self, url: str, login: str | None = None) -> None:
         auth = httpx.BasicAuth(*login.split(":", 1)) if login else None
-        self.api = httpx.Client(base_url=url, timeout=60, trust_env=False, auth=auth)
+        self.api = httpx.Client(base_url=url, timeout=60, auth=auth, transport=Patient())
 
     def is_healthy(self) -> bool:
         try:
@@ -31,14 +44,5 @@ class PrefectApi:
         except httpx.TransportError:
             return False
 
-    def post(self, path: str, body: Any) -> httpx.Response:
-        """Asks again, as Prefect's own client does, while SQLite is locked by another writer (503)."""
-        for _ in range(20):
-            response = self.api.post(path, json=body)
-            if response.status_code != 503:
-                break
-            time.sleep(0.5)
-        return response
-
     def ask(self, path: str, **body: Any) -> Any:
-        return self.post(path, body).raise_for_status().json()
+        return self.api.post(path, json=body).raise_for_status().json()

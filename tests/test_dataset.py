@@ -219,7 +219,7 @@ def test_a_bad_row_is_named_by_file_line_and_field(tmp_path: Path, bad: dict[str
         ("open.csv", b'id,question,choices,answerKey\n1,"a,c,A\n', ":2: no valid CSV (unexpected end of data); "),
         ("twice.csv", b"id,question,id\n1,a,2\n", ":1: two columns of one name among id, question, id; "),
         ("rows.parquet", b"no parquet at all", ": can't be read as parquet (Parquet magic bytes not found"),
-        ("rows.xlsx", b"PK", ": dataset.files takes .jsonl, .csv, .parquet, not '.xlsx'"),
+        ("rows.xlsx", b"PK", ": dataset.files.train takes .jsonl, .csv, .parquet, not '.xlsx'"),
     ],
 )
 def test_a_bad_file_is_refused_in_one_line(tmp_path: Path, name: str, content: bytes | None, expected: str) -> None:

@@ -271,7 +271,7 @@ def test_whoever_starts_a_run_sets_neither_its_command_nor_its_environment(
     server: Server, variables: dict[str, Any]
 ) -> None:
     deployment = server.api.get("/deployments/name/distill/demo").json()
-    response = server.post(f"/deployments/{deployment['id']}/create_flow_run", {"job_variables": variables})
+    response = server.api.post(f"/deployments/{deployment['id']}/create_flow_run", json={"job_variables": variables})
     assert response.status_code == 422, response.text
     assert server.ask("/flow_runs/count") == 0
 
@@ -319,7 +319,7 @@ class Heart:
             "resource": {"prefect.resource.id": f"prefect.flow-run.{run}"},
             "related": [{"prefect.resource.id": "prefect.tag.distillery", "prefect.resource.role": "tag"}],
         }
-        self.server.post("/events", [event]).raise_for_status()
+        self.server.api.post("/events", json=[event]).raise_for_status()
 
     def states(self) -> list[str]:
         return [self.server.api.get(f"/flow_runs/{run}").json()["state_name"] for run in self.runs]

@@ -159,7 +159,7 @@ def test_bad_parameters_are_refused_before_a_run_exists(
 ) -> None:
     before = workshop.ask("/flow_runs/count")
     known = workshop.deployment(deployment)
-    response = workshop.post(f"/deployments/{known['id']}/create_flow_run", {"parameters": parameters})
+    response = workshop.api.post(f"/deployments/{known['id']}/create_flow_run", json={"parameters": parameters})
     assert response.status_code in (409, 422), response.text
     assert named in response.text
     assert workshop.ask("/flow_runs/count") == before
