@@ -41,7 +41,7 @@ _log = logging.getLogger(__name__)
 
 class ModelToScore(Record):
     """A line of the scoreboard to be: a Transformers folder (with a LoRA adapter or without) or an ONNX folder. `bytes`
-    is what the folder weighs, `parameters` what it has."""
+    is what the folder weighs, `parameters` what it has; `prompt` its own, where it is asked otherwise than the rest."""
 
     name: str
     kind: Literal["transformers", "onnx"]
@@ -50,6 +50,7 @@ class ModelToScore(Record):
     remote_code: bool = False
     parameters: int | None = None
     bytes: int | None = None
+    prompt: PromptRecipe | None = None
 
 
 class ScoringJob(Record):
@@ -66,8 +67,8 @@ class Scored(Record):
     """What it tells. Answers and probabilities (over the row's options) by row, None for a prompt over the budget;
     latencies in ms of the rows that were asked, one at a time; `peak_mib` is the process's, loading included.
 
-    ONNX Runtime computes what a prompt shares with the one before it only once; its latencies show that, as its users
-    would see it."""
+    What a prompt shares with the one before it is computed only once, by Transformers as by ONNX Runtime; the latencies
+    show that, as users would see it."""
 
     answers: tuple[str | None, ...]
     probabilities: tuple[tuple[float, ...] | None, ...]
@@ -93,7 +94,7 @@ def score_model(
     job = ScoringJob(
         model=model,
         examples=str(Path(examples_file).absolute()),
-        prompt=prompt,
+        prompt=model.prompt or prompt,
         threads=threads or cores(),
         precision=precision,
     )

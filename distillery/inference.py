@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 
 from distillery.dataset import to_example
 from distillery.errors import DataError, ModelError
-from distillery.prompts import GenAITokenizer, letter_ids, render_ids
+from distillery.prompts import GenAITokenizer, letter_ids, render_ids, text_ids
 from distillery.recipe import Columns, PromptRecipe
 from distillery.records import Example, Record
 
@@ -99,6 +100,21 @@ class OnnxStudent:
         probabilities: list[float] = np.exp(log_softmax(logits)).tolist()
         return probabilities
 
+    def text_probabilities(self, prompt_ids: Sequence[int], texts: Sequence[Sequence[int]]) -> list[float]:
+        """The softmax over the texts' scores, float64: a score is the mean log-probability of a text's tokens after the
+        prompt, which is computed once (likelihood.py)."""
+        first = log_softmax(self._prefill(prompt_ids, room=max(map(len, texts))))
+        scores = []
+        for text in texts:
+            logs = [first[text[0]]]
+            for token, following in pairwise(text):
+                logs.append(log_softmax(self._append([token]))[following])
+            scores.append(float(np.mean(logs)))
+            if len(text) > 1:
+                self._back_to(len(prompt_ids))
+        probabilities: list[float] = np.exp(log_softmax(np.array(scores))).tolist()
+        return probabilities
+
     def next_token_logprobs(self, prompt_ids: Sequence[int]) -> NDArray[np.float64]:
         """Natural log-probabilities of the next token, [vocabulary]."""
         return log_softmax(self._prefill(prompt_ids))
@@ -147,7 +163,10 @@ class OnnxStudent:
         limit = min(prompt.max_tokens, self.context_length)
         if ids is None or len(ids) > limit:
             raise DataError(f"{example.example_id}: the prompt is longer than {limit} tokens (prompt.max_tokens)")
-        probabilities = self.option_probabilities(ids, self.letter_ids(len(example.choices)))
+        if prompt.answer == "text":
+            probabilities = self.text_probabilities(ids, text_ids(example, self.tokenizer))
+        else:
+            probabilities = self.option_probabilities(ids, self.letter_ids(len(example.choices)))
         best = max(range(len(probabilities)), key=probabilities.__getitem__)
         by_letter = dict(zip(example.letters, probabilities, strict=True))
         return Answer(letter=example.letters[best], probabilities=by_letter)
@@ -209,6 +228,16 @@ class OnnxStudent:
             return None
         most = min(len(ids) - 2, self._prefilled)
         return next((i for i in range(most) if ids[i] != self._cached[i]), most)
+
+    def _back_to(self, tokens: int) -> None:
+        """Forgets all but the first `tokens` of the cache."""
+        kept = self._cached[:tokens]
+        if self._can_rewind and tokens > 1:
+            self._generator.rewind_to(tokens)
+            del self._cached[tokens:]
+        else:
+            self._start(self._capacity)
+            self._append(kept)
 
     def _start(self, tokens: int) -> None:
         og = _runtime()

@@ -1,5 +1,6 @@
 """Our two Olive passes, each thin over a function of student.py. Olive imports this module by name."""
 
+import json
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ from olive.passes.pytorch.common import inherit_hf_from_hf
 from safetensors.torch import load_file
 
 from distillery import student
-from distillery.recipe import TrainingRecipe
+from distillery.pruning import keep_layers
+from distillery.recipe import LayerChoice, TrainingRecipe
 from distillery.settings import LocalSettings
 
 progress: ContextVar[student.Progress | None] = ContextVar("progress", default=None)
@@ -27,13 +29,24 @@ class KeepLayers(Pass):
 
     @classmethod
     def _default_config(cls, accelerator_spec: AcceleratorSpec) -> dict[str, PassConfigParam]:
-        return {"layers": PassConfigParam(type_=list[int], required=True, description="Layers to keep, in order")}
+        return {
+            "layers": PassConfigParam(type_=list[int] | dict, default_value=None, description="Layers, or LayerChoice"),
+            "rows": PassConfigParam(type_=str, required=True, description="JSONL of TrainingRow"),
+            "kept": PassConfigParam(type_=str, required=True, description="Where chosen layers are listed, as JSON"),
+        }
 
     def _run_for_config(
         self, model: HfModelHandler, config: type[BasePassConfig], output_model_path: str
     ) -> HfModelHandler:
         network, tokenizer = student.load_model(Path(model.model_path), _adapter(model), _remote_code(model))
-        student.keep_layers(network, config.layers)
+        layers, kept = config.layers, Path(config.kept)
+        if isinstance(layers, dict):
+            choice, rows = LayerChoice.model_validate(layers), student.read_rows(Path(config.rows))
+            layers = student.resolved_layers(network, choice, rows, student.pad_id(tokenizer))
+            before = json.loads(kept.read_text()) if kept.exists() else []
+            kept.write_text(json.dumps([*before, layers]))
+        if layers is not None:
+            keep_layers(network, layers)
         network.save_pretrained(output_model_path)
         tokenizer.save_pretrained(output_model_path)
         return inherit_hf_from_hf(model, output_model_path, adapter_path=None)
@@ -50,6 +63,8 @@ class Distillation(Pass):
             "hidden": PassConfigParam(type_=str, default_value=None, description="The teacher's hidden states"),
             "recipe": PassConfigParam(type_=dict, required=True, description="TrainingRecipe"),
             "result": PassConfigParam(type_=str, required=True, description="Where the figures go, as JSON"),
+            "step": PassConfigParam(type_=str, default_value=None, description="Its checkpoints' name, of several"),
+            "keep_end": PassConfigParam(type_=bool, default_value=False, description="A checkpoint of the end too"),
         }
 
     def _run_for_config(
@@ -58,6 +73,7 @@ class Distillation(Pass):
         network, tokenizer = student.load_model(Path(model.model_path), _adapter(model), _remote_code(model))
         recipe = TrainingRecipe.model_validate(config.recipe)
         hidden = load_file(config.hidden)[student.HIDDEN] if config.hidden else None
+        kept = checkpoints.get()
         trained, result = student.train(
             network,
             student.read_rows(Path(config.rows)),
@@ -67,12 +83,13 @@ class Distillation(Pass):
             end_id=student.end_of_turn_id(tokenizer),
             progress=progress.get(),
             hidden=hidden,
-            checkpoints=checkpoints.get(),
+            checkpoints=kept.of(config.step) if kept and config.step else kept,
             checkpoint_every_s=LocalSettings().checkpoint_seconds,
+            keep_end=config.keep_end,
         )
         Path(config.result).write_text(result.model_dump_json())
         trained.save_pretrained(output_model_path)
-        if recipe.method == "lora":
+        if recipe.adapts:
             return inherit_hf_from_hf(model, model.model_path, adapter_path=output_model_path)
         tokenizer.save_pretrained(output_model_path)
         return inherit_hf_from_hf(model, output_model_path, adapter_path=None)

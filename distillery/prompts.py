@@ -8,7 +8,7 @@ import json
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from distillery.errors import RecipeError
+from distillery.errors import DataError, RecipeError
 from distillery.recipe import PromptRecipe
 from distillery.records import LETTERS, Example
 
@@ -103,7 +103,25 @@ def letter_ids(tokenizer: Tokenizer, count: int) -> list[int]:
     return [tokens[0] for tokens in ids]
 
 
-def render_ids(example: Example, prompt: PromptRecipe, tokenizer: Tokenizer) -> list[int] | None:
-    """The prompt's token ids, or None where they are more than prompt.max_tokens: the caller sets the row aside."""
-    ids = tokenizer.encode_chat(render_messages(example, prompt))
+def text_ids(example: Example, tokenizer: Tokenizer) -> list[list[int]]:
+    """The token ids of each option's text, as the assistant would say it.
+
+    Raises DataError where one has none."""
+    texts = [tokenizer.encode_text(text) for text in example.choices]
+    for letter, tokens in zip(example.letters, texts, strict=True):
+        if not tokens:
+            raise DataError(f"{example.example_id}: option {letter} has no token of the student's; give it a text")
+    return texts
+
+
+def render_ids(
+    example: Example, prompt: PromptRecipe, tokenizer: Tokenizer, instruction: str | None = None
+) -> list[int] | None:
+    """The prompt's token ids, or None where they are more than prompt.max_tokens: the caller sets the row aside.
+
+    `instruction` is asked for below it."""
+    messages = render_messages(example, prompt)
+    if instruction:
+        messages[-1]["content"] += f"\n\n{instruction}"
+    ids = tokenizer.encode_chat(messages)
     return ids if len(ids) <= prompt.max_tokens else None

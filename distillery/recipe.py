@@ -92,7 +92,9 @@ class DatasetRecipe(Slice):
 class PromptRecipe(Slice):
     """The chat prompt of every stage. `user` has the places {question} and {choices}; `choice` is one option.
 
-    The default text is that of the Build 2025 lab 329, notebook 01; {letters} in it becomes 'A', 'B', … or 'E'."""
+    The default text is that of the Build 2025 lab 329, notebook 01; {letters} in it becomes 'A', 'B', … or 'E'.
+    `answer` is what the assistant says: the option's letter, or its text, where the options' likelihoods are compared
+    and `user` may leave {choices} out. A teacher is asked for letters; student.prompt may ask otherwise."""
 
     system: str = "You are a helpful assistant. Your output should only be one of the {count} choices: {letters}."
     user: str = (
@@ -100,11 +102,12 @@ class PromptRecipe(Slice):
         "Question: {question}\nAnswer Choices:\n{choices}"
     )
     choice: str = "({letter}) {text}"
+    answer: Literal["letter", "text"] = "letter"
     max_tokens: int = Field(512, ge=8, description="Longer prompts, in the student's tokens, are set aside and listed")
 
     @model_validator(mode="after")
     def _has_places(self) -> Self:
-        if "{question}" not in self.user or "{choices}" not in self.user:
+        if "{question}" not in self.user or (self.answer == "letter" and "{choices}" not in self.user):
             raise ValueError("prompt.user needs the places {question} and {choices}")
         if "{letter}" not in self.choice or "{text}" not in self.choice:
             raise ValueError("prompt.choice needs the places {letter} and {text}")
@@ -132,11 +135,13 @@ class LoraRecipe(Slice):
 class TrainingRecipe(Slice):
     """How weights are trained: AdamW, linear warm-up and cosine decay to zero, loss on the answer alone.
 
-    The loss is (1 - soft_weight) x cross-entropy with the label + soft_weight x T^2 x KL(teacher_T || student_T), and
-    hidden_weight x (1 - cosine) of student's and teacher's last hidden states.
+    The loss is (1 - soft_weight) x cross-entropy with the label + soft_weight x T^2 x the divergence of teacher and
+    student at temperature T, hidden_weight x (1 - cosine) of their last hidden states, and rationale_weight x the
+    cross-entropy of the teacher's reasons: losses.py has the formulas. `method`: LoRA, DoRA (Liu et al., DoRA:
+    Weight-Decomposed Low-Rank Adaptation, 2024; with the same `lora` settings), or all weights.
     """
 
-    method: Literal["lora", "full"] = "lora"
+    method: Literal["lora", "dora", "full"] = "lora"
     lora: LoraRecipe = LoraRecipe()
     freeze_embeddings: bool = Field(
         False, description="Of full training: leave the embeddings, and a head tied to them, as they are"
@@ -144,18 +149,36 @@ class TrainingRecipe(Slice):
     epochs: float = Field(2.0, gt=0)
     max_steps: int | None = Field(None, ge=1)
     batch_size: int = Field(8, ge=1)
+    accumulation: int = Field(1, ge=1, description="Batches whose gradients one step sums")
+    patience: int | None = Field(
+        None, ge=1, description="Epochs without a lower validation loss that end training; the best epoch is kept"
+    )
     learning_rate: float = Field(3e-4, gt=0)
     warmup: float = Field(0.06, ge=0, lt=1, description="Share of the steps")
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
     soft_weight: float = Field(0.0, ge=0, le=1, description="Share of the soft-label loss; 0 trains on hard labels")
     temperature: float = Field(1.0, gt=0)
+    divergence: Literal["forward", "reverse"] = Field(
+        "forward", description="KL(teacher || student), or KL(student || teacher)"
+    )
     hidden_weight: float = Field(0.0, ge=0, description="Of matching a local teacher's last hidden state")
+    rationale_weight: float = Field(
+        0.0, ge=0, description="Of saying the teacher's reason as a second task; needs teacher.answers.form: rationale"
+    )
+    rationale_instruction: str = Field(
+        "Explain in one or two sentences which option is right.", description="What asks for it, below the prompt"
+    )
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="auto: bfloat16 where the hardware has it"
     )
     seed: int = 0
+
+    @property
+    def adapts(self) -> bool:
+        """Whether an adapter is trained, the base as it is."""
+        return self.method != "full"
 
 
 class ExportRecipe(Slice):
@@ -300,15 +323,44 @@ class TeacherRecipe(Slice):
         return self
 
 
+class LayerChoice(Slice):
+    """How many decoder layers to keep, and which: the early ones and the last, an even spacing with the first and the
+    last, or those of the greatest block influence on the training prompts (Men et al., ShortGPT, 2024)."""
+
+    keep: int = Field(ge=1)
+    by: Literal["early_and_last", "even", "block_influence"] = "early_and_last"
+
+
+Layers = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] | LayerChoice
+"""The layers themselves, in order, or how they are chosen."""
+
+
+class HealingRecipe(Slice):
+    """A step before the student's own training: it keeps `layers` of the model as the step before left it (None: all),
+    and trains it on the same rows, so that a deep cut is made in parts that each heal."""
+
+    layers: Layers | None = None
+    training: TrainingRecipe = TrainingRecipe(method="full")
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        if self.training.adapts:
+            raise ValueError("training.method of a healing step is full: an adapter does not outlive the next cut")
+        return self
+
+
 class StudentRecipe(Slice):
     """What is trained. `start`: the base model, or the local teacher's own checkpoint. `layers`: which of its decoder
-    layers to keep, in order; None keeps all. `gold`: whether the gold rows, with their own answers, are trained on
-    beside those that the teacher labelled."""
+    layers to keep, in order, or how they are chosen; None keeps all. `healing`: steps of cutting and training before
+    that. `gold`: whether the gold rows, with their own answers, are trained on beside those that the teacher labelled.
+    `prompt`: the student's own, where it is asked otherwise than the teacher."""
 
     start: Literal["base", "teacher"] = "base"
     base: BaseModelRecipe = BaseModelRecipe()
-    layers: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] | None = None
+    layers: Layers | None = None
+    healing: tuple[HealingRecipe, ...] = ()
     gold: bool = False
+    prompt: PromptRecipe | None = None
     training: TrainingRecipe = TrainingRecipe()
 
 
@@ -349,8 +401,15 @@ class Recipe(Slice):
             return _merged(_preset(values["preset"]), values, cls) | {"preset": None}
         return values
 
+    @property
+    def student_prompt(self) -> PromptRecipe:
+        """What the student is asked with."""
+        return self.student.prompt or self.prompt
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        if self.prompt.answer != "letter":
+            raise ValueError("prompt.answer: a teacher answers by letter; set student.prompt for the student's own")
         if self.student.start == "teacher" and self.teacher.kind != "local":
             raise ValueError("student.start is teacher, which needs teacher.kind: local")
         for key, needs in (
@@ -359,7 +418,10 @@ class Recipe(Slice):
         ):
             if needs and "gold" not in {*self.dataset.splits, *self.dataset.carve}:
                 raise ValueError(f"{key}, which needs a gold split in dataset.splits or dataset.carve")
-        if self.student.training.hidden_weight > 0 and self.student.start != "teacher":
+        if self.student.start == "teacher" and self.student.prompt:
+            raise ValueError("student.prompt: a student that starts from its teacher is asked as the teacher is")
+        trainings = [self.student.training, *(step.training for step in self.student.healing)]
+        if any(training.hidden_weight > 0 for training in trainings) and self.student.start != "teacher":
             raise ValueError("student.training.hidden_weight is above 0, which needs student.start: teacher")
         if self.teacher.preparation.training.hidden_weight > 0:
             raise ValueError("teacher.preparation.training.hidden_weight: its teacher are the gold rows; leave it out")
@@ -370,8 +432,13 @@ class Recipe(Slice):
             unfit = export.precision == "int8" or export.algorithm == "k_quant_high"
             if export.adapter_apart and (training.method != "lora" or unfit):
                 raise ValueError(f"{key}.adapter_apart needs training.method: lora, and neither int8 nor k_quant_high")
-        if self.student.training.soft_weight > 0 and not self.teacher.soft_labels:
+        if any(training.soft_weight > 0 for training in trainings) and not self.teacher.soft_labels:
             raise ValueError("student.training.soft_weight is above 0, which needs teacher.soft_labels: true")
+        with_reasons = self.teacher.answers.form == "rationale" or self.teacher.kind == "file"
+        if any(training.rationale_weight > 0 for training in trainings) and not with_reasons:
+            raise ValueError(
+                "student.training.rationale_weight is above 0, which needs teacher.answers.form: rationale"
+            )
         return self
 
 

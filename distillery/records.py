@@ -173,18 +173,20 @@ class TeacherDrift(Record):
 
 
 class CurvePoint(Record):
-    """`loss` is the mean since the last point; `validation_accuracy` (0 to 1) is there at an epoch's end."""
+    """`loss` is the mean since the last point; `validation_accuracy` (0 to 1) and `validation_loss` (nats) are there at
+    an epoch's end."""
 
     step: int
     loss: float
     validation_accuracy: float | None = None
+    validation_loss: float | None = None
 
 
 class StudentCheckpoint(StageRecord):
-    """Folders in the artifact: model/ (a whole model in safetensors: the trained one, or for LoRA the one that the
-    adapter is for, left out where that is the base model itself) and, for LoRA, adapter/."""
+    """Folders in the artifact: model/ (a whole model in safetensors: the trained one, or for LoRA and DoRA the one that
+    the adapter is for, left out where that is the base model itself) and, for these two, adapter/."""
 
-    method: Literal["full", "lora"]
+    method: Literal["full", "lora", "dora"]
     base: str
     base_revision: str | None = None
     parameters: int

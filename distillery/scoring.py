@@ -15,11 +15,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from distillery.batching import common_prefix, longest_shared
 from distillery.dataset import read_examples
 from distillery.errors import DistilleryError, ModelError
 from distillery.evaluation import Scored, ScoringJob
+from distillery.losses import TrainingRow
 from distillery.processes import end_with
-from distillery.prompts import Tokenizer, TransformersTokenizer, letter_ids, render_ids
+from distillery.prompts import Tokenizer, TransformersTokenizer, letter_ids, render_ids, text_ids
 from distillery.recipe import PromptRecipe
 from distillery.records import Example
 
@@ -89,7 +91,13 @@ def _onnx(job: ScoringJob) -> tuple[Ask, str]:
     from distillery.inference import OnnxStudent
 
     student = OnnxStudent(Path(job.model.folder), threads=job.threads)
-    return _asker(student.tokenizer, job.prompt, student.option_probabilities), "ONNX Runtime"
+
+    def probabilities(prompt: list[int], options: list[list[int]]) -> list[float]:
+        if job.prompt.answer == "text":
+            return student.text_probabilities(prompt, options)
+        return student.option_probabilities(prompt, [letter for (letter,) in options])
+
+    return _asker(student.tokenizer, job.prompt, probabilities), "ONNX Runtime"
 
 
 def _transformers(job: ScoringJob) -> tuple[Ask, str]:
@@ -108,11 +116,39 @@ def _transformers(job: ScoringJob) -> tuple[Ask, str]:
     if place.precision == "bfloat16":
         _cast_linear_layers(model)
 
-    def probabilities(prompt: list[int], letters: list[int]) -> list[float]:
-        row = student.TrainingRow(prompt=tuple(prompt), letters=tuple(letters), answer=0)
+    after = _prompt_after_prompt(model.eval(), place)
+
+    def probabilities(prompt: list[int], options: list[list[int]]) -> list[float]:
+        if job.prompt.answer == "letter":
+            scores = after(prompt)[[letter for (letter,) in options]]
+            return [float(p) for p in torch.softmax(scores, -1)]
+        row = TrainingRow(prompt=tuple(prompt), texts=tuple(map(tuple, options)), answer=0)
         return student.option_probabilities(model, [row], pad_id=pad_id, place=place)[0]
 
     return _asker(TransformersTokenizer(tokenizer), job.prompt, probabilities), f"{place.device} {place.precision}"
+
+
+def _prompt_after_prompt(model: Any, place: Any) -> Callable[[list[int]], Any]:
+    """The logits after a prompt, [vocabulary], where what it shares with the prompt before is not computed again, as
+    in `OnnxStudent`: all models of a scoreboard are asked alike."""
+    import torch
+    from transformers import DynamicCache
+
+    cache, before = DynamicCache(), list[int]()
+
+    def logits(ids: list[int]) -> Any:
+        kept = common_prefix([before, ids], 1) if before else 0
+        if max(len(ids), len(before)) > longest_shared(model):
+            kept = 0
+        if before:
+            cache.crop(kept)
+        before[:] = ids
+        with torch.inference_mode(), place.autocast():
+            tokens = torch.tensor([ids[kept:]], device=place.device)
+            output = model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return output.logits[0, -1].float()
+
+    return logits
 
 
 def _cast_linear_layers(model: Any) -> None:
@@ -126,13 +162,16 @@ def _cast_linear_layers(model: Any) -> None:
 
 
 def _asker(
-    tokenizer: Tokenizer, prompt: PromptRecipe, probabilities: Callable[[list[int], list[int]], list[float]]
+    tokenizer: Tokenizer, prompt: PromptRecipe, probabilities: Callable[[list[int], list[list[int]]], list[float]]
 ) -> Ask:
-    letters = cache(lambda count: letter_ids(tokenizer, count))
+    letters = cache(lambda count: [[token] for token in letter_ids(tokenizer, count)])
 
     def ask(example: Example) -> list[float] | None:
         ids = render_ids(example, prompt, tokenizer)
-        return None if ids is None else probabilities(ids, letters(len(example.choices)))
+        if ids is None:
+            return None
+        options = text_ids(example, tokenizer) if prompt.answer == "text" else letters(len(example.choices))
+        return probabilities(ids, options)
 
     return ask
 

@@ -1,4 +1,4 @@
-"""Training a student: base models, layer-pruned starts, and one `train` function for LoRA and full training alike.
+"""Training a student: one `train` function for LoRA, DoRA and full training alike, and the stage around it.
 
 `train` is plain PyTorch over token ids. distillery/olive_passes.py runs it as an Olive pass, so that fine-tuning is an
 Olive workflow; nothing in here knows of Olive.
@@ -15,9 +15,13 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from distillery.batching import batches, by_length, forward, padded_inputs
 from distillery.errors import StoreError, TrainingError
-from distillery.prompts import TransformersTokenizer, letter_ids, render_ids
-from distillery.recipe import LoraRecipe, PromptRecipe, TrainingRecipe
+from distillery.likelihood import forward_packed, label_likelihoods, option_scores
+from distillery.losses import TrainingRow, answer_loss, hidden_loss, rationale_loss, text_loss
+from distillery.prompts import Tokenizer, TransformersTokenizer, letter_ids, render_ids, text_ids
+from distillery.pruning import MOST_ROWS, block_influence, chosen_layers
+from distillery.recipe import HealingRecipe, LayerChoice, Layers, LoraRecipe, PromptRecipe, TrainingRecipe
 from distillery.records import CurvePoint, Example, Record, TeacherLabel, digest_of
 from distillery.store import working_folder
 
@@ -25,6 +29,7 @@ if TYPE_CHECKING:
     import torch
 
 STATE_FILE = "state.pt"
+LAYERS_FILE = "layers.json"
 HIDDEN = "hidden"
 _log = logging.getLogger(__name__)
 
@@ -54,21 +59,17 @@ class Checkpoints(Protocol):
     def load(self, into: Path) -> bool:
         """Writes what is kept into the folder `into`, byte for byte; False where there is nothing whole."""
 
-
-class TrainingRow(Record):
-    """A rendered row. `prompt`: token ids up to the assistant's first token. `letters`: the options' token ids.
-    `answer`: index of the label among them. `soft`: the teacher's probabilities over them, in the same order."""
-
-    prompt: tuple[int, ...]
-    letters: tuple[int, ...]
-    answer: int
-    soft: tuple[float, ...] | None = None
+    def of(self, step: str) -> "Checkpoints":
+        """A place of its own for one step of several."""
+        ...
 
 
 class TrainingResult(Record):
-    """`rows_per_second` is this process's; `resumed_at` the step of the checkpoint that it went on from, 0 for none."""
+    """`kept_step`: the step whose weights are kept, before `steps` where training.patience chose an earlier epoch's.
+    `rows_per_second` is this process's; `resumed_at` the step of the checkpoint that it went on from, 0 for none."""
 
     steps: int
+    kept_step: int
     parameters: int
     trained_parameters: int
     curve: tuple[CurvePoint, ...]
@@ -80,9 +81,16 @@ class TrainingResult(Record):
 
 
 def training_rows(
-    examples: Sequence[Example], labels: dict[str, TeacherLabel], prompt: PromptRecipe, tokenizer: Any
+    examples: Sequence[Example],
+    labels: dict[str, TeacherLabel],
+    prompt: PromptRecipe,
+    tokenizer: Any,
+    explain: str | None = None,
 ) -> tuple[list[TrainingRow], list[str]]:
-    """Renders the rows that have a label. Returns them, and the ids of those that are over prompt.max_tokens."""
+    """Renders the rows that have a label. Returns them, and the ids of those that are over prompt.max_tokens.
+
+    `explain`: what asks for the reasons that labels have, where they are trained on. Raises DataError for an option
+    whose text has no token, so that nothing would be learnt from it."""
     wrapped = TransformersTokenizer(tokenizer)
     rows, too_long = [], []
     for example in examples:
@@ -97,12 +105,31 @@ def training_rows(
         rows.append(
             TrainingRow(
                 prompt=tuple(ids),
-                letters=tuple(letter_ids(wrapped, len(example.choices))),
                 answer=example.letters.index(label.answer),
                 soft=soft or None,
+                **_what_may_follow(example, prompt, wrapped),
+                **_reason(example, label, prompt, wrapped, explain),
             )
         )
     return rows, too_long
+
+
+def _what_may_follow(example: Example, prompt: PromptRecipe, tokenizer: Tokenizer) -> dict[str, Any]:
+    if prompt.answer == "letter":
+        return {"letters": tuple(letter_ids(tokenizer, len(example.choices)))}
+    return {"texts": tuple(map(tuple, text_ids(example, tokenizer)))}
+
+
+def _reason(
+    example: Example, label: TeacherLabel, prompt: PromptRecipe, tokenizer: Tokenizer, explain: str | None
+) -> dict[str, Any]:
+    if not explain or not label.rationale:
+        return {}
+    asked = render_ids(example, prompt, tokenizer, explain)
+    reason = tokenizer.encode_text(label.rationale)
+    if asked is None or not reason:
+        return {}
+    return {"explain": tuple(asked), "rationale": tuple(reason)}
 
 
 def write_rows(rows: Sequence[TrainingRow], path: Path) -> None:
@@ -111,26 +138,6 @@ def write_rows(rows: Sequence[TrainingRow], path: Path) -> None:
 
 def read_rows(path: Path) -> list[TrainingRow]:
     return [TrainingRow.model_validate_json(line) for line in path.read_text().splitlines()]
-
-
-def keep_layers(model: Any, layers: Sequence[int]) -> None:
-    """Keeps the decoder layers `layers` of a causal language model, in that order, and drops the others in place.
-
-    Raises TrainingError where the model has no such layer."""
-    import torch
-
-    decoder = model.get_decoder()
-    count = len(decoder.layers)
-    wrong = [layer for layer in layers if layer >= count]
-    if wrong:
-        raise TrainingError(f"student.layers: {wrong[0]} is no layer of this model, which has layers 0 to {count - 1}")
-    kept = [decoder.layers[layer] for layer in layers]
-    for index, layer in enumerate(kept):
-        layer.self_attn.layer_idx = index
-    decoder.layers = torch.nn.ModuleList(kept)
-    model.config.num_hidden_layers = len(kept)
-    if getattr(model.config, "layer_types", None):
-        model.config.layer_types = [model.config.layer_types[layer] for layer in layers]
 
 
 def linear_modules(model: Any) -> list[str]:
@@ -150,8 +157,10 @@ def linear_modules(model: Any) -> list[str]:
     return sorted(names)
 
 
-def add_lora(model: Any, recipe: LoraRecipe) -> Any:
-    """`model` with a fresh LoRA adapter. Raises TrainingError where lora.target_modules names what the model lacks."""
+def add_lora(model: Any, recipe: LoraRecipe, dora: bool = False) -> Any:
+    """`model` with a fresh LoRA or DoRA adapter.
+
+    Raises TrainingError where lora.target_modules names what the model lacks."""
     import peft
 
     known = linear_modules(model)
@@ -166,86 +175,10 @@ def add_lora(model: Any, recipe: LoraRecipe) -> Any:
         lora_alpha=recipe.alpha,
         lora_dropout=recipe.dropout,
         target_modules=list(targets),
+        use_dora=dora,
         task_type="CAUSAL_LM",
     )
     return peft.get_peft_model(model, config)
-
-
-def answer_loss(
-    logits: "torch.Tensor", rows: Sequence[TrainingRow], recipe: TrainingRecipe, end_id: int
-) -> "torch.Tensor":
-    """The loss on the answer alone: its letter and the end of the turn, mean over the batch.
-
-    logits: [batch, 2, vocabulary] at the last prompt token and at the letter. For the letter, with weight w and
-    temperature T: (1 - w) CE(p, label) + w T^2 KL(q_T || p_T), where q is the teacher's distribution over the options
-    and p the student's, over its whole vocabulary at T = 1 and else over the options (Hinton et al., Distilling the
-    Knowledge in a Neural Network, 2015; the factor T^2 keeps the gradients' size). Rows without soft labels count
-    with w = 0. The end of the turn adds its cross-entropy.
-    """
-    import torch
-    import torch.nn.functional as F
-
-    logits = logits.float()
-    device = logits.device
-    targets = torch.tensor([row.letters[row.answer] for row in rows], device=device)
-    hard = F.cross_entropy(logits[:, 0], targets, reduction="none", label_smoothing=recipe.label_smoothing)
-    ends = torch.full_like(targets, end_id)
-    turn = F.cross_entropy(logits[:, 1], ends, reduction="none")
-    if recipe.soft_weight == 0:
-        return (hard + turn).mean()
-    letter = []
-    log_vocabulary = torch.log_softmax(logits[:, 0], dim=-1)
-    for index, row in enumerate(rows):
-        if row.soft is None:
-            letter.append(hard[index])
-            continue
-        columns = torch.tensor(row.letters, device=device)
-        teacher = torch.tensor(row.soft, device=device).clamp_min(1e-8)
-        if recipe.temperature == 1:
-            student = log_vocabulary[index, columns]
-        else:
-            teacher = torch.softmax(teacher.log() / recipe.temperature, dim=-1)
-            student = torch.log_softmax(logits[index, 0, columns] / recipe.temperature, dim=-1)
-        divergence = (teacher * (teacher.log() - student)).sum() * recipe.temperature**2
-        letter.append((1 - recipe.soft_weight) * hard[index] + recipe.soft_weight * divergence)
-    return (torch.stack(letter) + turn).mean()
-
-
-def hidden_loss(student: "torch.Tensor", teacher: "torch.Tensor") -> "torch.Tensor":
-    """1 - cosine of the two models' hidden states, [batch, hidden], mean over the batch: the cosine term of Sanh et
-    al., DistilBERT, 2019. The states are those that the head reads at the last prompt token, so that a student that
-    keeps its teacher's head learns all that the answer is made of, where a few options' probabilities tell little."""
-    import torch.nn.functional as F
-
-    return (1 - F.cosine_similarity(student.float(), teacher.float(), dim=-1)).mean()
-
-
-def batch_inputs(rows: Sequence[TrainingRow], pad_id: int, device: str, answers: bool = True) -> dict[str, Any]:
-    """Left-padded model inputs, [batch, longest]: each prompt and, with `answers`, its letter."""
-    import torch
-
-    ids = [list(row.prompt) + ([row.letters[row.answer]] if answers else []) for row in rows]
-    longest = max(map(len, ids))
-    tokens = torch.tensor([[pad_id] * (longest - len(row)) + row for row in ids], device=device)
-    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in ids], device=device)
-    positions = (mask.cumsum(-1) - 1).clamp_min(0)
-    return {"input_ids": tokens, "attention_mask": mask, "position_ids": positions, "use_cache": False}
-
-
-def batches(rows: Sequence[TrainingRow], size: int, seed: int, epoch: int) -> list[list[TrainingRow]]:
-    """An epoch in batches of like length: rows shuffled, sorted within windows of 16 batches, batches shuffled."""
-    import random
-
-    order = random.Random(f"{seed}/{epoch}")  # noqa: S311 - no secret, a reproducible order
-    shuffled = list(rows)
-    order.shuffle(shuffled)
-    window = size * 16
-    grouped: list[list[TrainingRow]] = []
-    for start in range(0, len(shuffled), window):
-        part = sorted(shuffled[start : start + window], key=lambda row: len(row.prompt))
-        grouped += [part[i : i + size] for i in range(0, len(part), size)]
-    order.shuffle(grouped)
-    return grouped
 
 
 @dataclass(frozen=True)
@@ -290,7 +223,8 @@ def contiguous_head(model: Any) -> None:
 @dataclass
 class _State:
     """What training goes on from. `fingerprint`: the digest of all that a checkpoint must have been made with;
-    `losses`: those since the curve's last point."""
+    `losses`: those since the curve's last point. `best_*`: of the epoch with the lowest validation loss, where
+    training.patience asks for it, and `waited` the epochs since."""
 
     fingerprint: str
     weights: "dict[str, torch.nn.Parameter]"
@@ -299,6 +233,29 @@ class _State:
     step: int = 0
     curve: list[CurvePoint] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
+    accuracy: float | None = None
+    best_loss: float = math.inf
+    best_accuracy: float | None = None
+    best_step: int = 0
+    best_weights: "dict[str, torch.Tensor] | None" = None
+    waited: int = 0
+
+    def compare(self, loss: float) -> None:
+        """Keeps the weights of the best epoch so far."""
+        self.waited += 1
+        if loss < self.best_loss:
+            self.best_loss, self.best_accuracy, self.best_step, self.waited = loss, self.accuracy, self.step, 0
+            self.best_weights = {name: weight.detach().cpu().clone() for name, weight in self.weights.items()}
+
+    def take_best(self) -> None:
+        import torch
+
+        if self.best_weights is None or self.best_step == self.step:
+            return
+        with torch.no_grad():
+            for name, weight in self.weights.items():
+                weight.copy_(self.best_weights[name])
+        self.accuracy = self.best_accuracy
 
     def keep(self, checkpoints: Checkpoints) -> None:
         """Saves a checkpoint. A store that is down or full does not end training, which needs it only if it dies."""
@@ -314,6 +271,7 @@ class _State:
             "step": self.step,
             "curve": [point.model_dump() for point in self.curve],
             "losses": self.losses,
+            "best": [self.best_loss, self.best_accuracy, self.best_step, self.best_weights, self.waited, self.accuracy],
             "random": torch.get_rng_state(),
             "cuda_random": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
         }
@@ -350,6 +308,7 @@ class _State:
         self.schedule.load_state_dict(kept["schedule"])
         self.step, self.losses = kept["step"], kept["losses"]
         self.curve = [CurvePoint.model_validate(point) for point in kept["curve"]]
+        self.best_loss, self.best_accuracy, self.best_step, self.best_weights, self.waited, self.accuracy = kept["best"]
         torch.set_rng_state(kept["random"])
         if kept["cuda_random"] is not None:
             torch.cuda.set_rng_state(kept["cuda_random"])
@@ -361,6 +320,59 @@ def _fingerprint(
 ) -> str:
     shapes = {name: list(weight.shape) for name, weight in weights.items()}
     return digest_of([[row.model_dump() for row in part] for part in (rows, validation)] + [settings, shapes])
+
+
+@dataclass
+class _Objective:
+    """The loss of a batch. `matched`: the teacher's hidden states by prompt, empty where they are not learnt."""
+
+    model: Any
+    recipe: TrainingRecipe
+    place: Placement
+    pad_id: int
+    end_id: int
+    matched: "dict[tuple[int, ...], torch.Tensor]"
+
+    def __call__(self, rows: Sequence[TrainingRow]) -> "torch.Tensor":
+        loss = self._by_text(rows) if rows[0].texts else self._by_letter(rows)
+        reasons = [row for row in rows if row.rationale] if self.recipe.rationale_weight else []
+        if reasons:
+            # A mean over the batch: rows without a reason add nothing to it.
+            loss = loss + self.recipe.rationale_weight * len(reasons) / len(rows) * self._reasons(reasons)
+        return loss
+
+    def _by_letter(self, rows: Sequence[TrainingRow]) -> "torch.Tensor":
+        ids = [(*row.prompt, row.letters[row.answer]) for row in rows]
+        with self._autocast() as states:
+            logits = forward(self.model, ids, 2, self.pad_id, self.place.device)
+        return answer_loss(logits, rows, self.recipe, self.end_id) + self._matching(rows, states[0])
+
+    def _by_text(self, rows: Sequence[TrainingRow]) -> "torch.Tensor":
+        with self._autocast() as states:
+            packed, logits = forward_packed(self.model, rows, self.pad_id, self.place.device)
+        scores, each = option_scores(packed, logits)
+        likelihoods = label_likelihoods(packed, logits, each, rows, self.end_id)
+        return text_loss(scores, likelihoods, rows, self.recipe) + self._matching(rows, states[0])
+
+    def _reasons(self, rows: Sequence[TrainingRow]) -> "torch.Tensor":
+        ids = [row.explain + row.rationale for row in rows]
+        kept = max(len(row.rationale) for row in rows) + 1
+        with self._autocast():
+            logits = forward(self.model, ids, kept, self.pad_id, self.place.device)
+        return rationale_loss(logits, rows, self.end_id)
+
+    @contextmanager
+    def _autocast(self) -> Iterator[list[Any]]:
+        with self.place.autocast(), _read_by_head(self.model) as states:
+            yield states
+
+    def _matching(self, rows: Sequence[TrainingRow], states: "torch.Tensor") -> "torch.Tensor | float":
+        import torch
+
+        if not self.matched:
+            return 0.0
+        targets = torch.stack([self.matched[row.prompt] for row in rows])
+        return self.recipe.hidden_weight * hidden_loss(states[:, 0], targets)
 
 
 def train(
@@ -375,29 +387,33 @@ def train(
     hidden: "torch.Tensor | None" = None,
     checkpoints: Checkpoints | None = None,
     checkpoint_every_s: float = 300,
+    keep_end: bool = False,
 ) -> tuple[Any, TrainingResult]:
     """Trains `model` (a causal language model in float32) on `rows`; returns it and the figures. `hidden`: the
     teacher's hidden states for these rows, [rows, hidden], which recipe.hidden_weight asks for.
 
     Goes on from the checkpoint, where there is one that fits, and saves one every `checkpoint_every_s` seconds, less
-    often where saving would take more than 2 % of the time. Deterministic on a CPU for equal inputs, seed and thread
-    count, however often it was killed. Raises TrainingError for no rows or a loss that is no number."""
+    often where saving would take more than 2 % of the time, and with `keep_end` one when it is done. Deterministic on a
+    CPU for equal inputs, seed and thread count, however often it was killed. Raises TrainingError for no rows or a loss
+    that is no number."""
     import torch
 
     if not rows:
         raise TrainingError("no row to train on: every label was rejected or every prompt is over prompt.max_tokens")
+    if recipe.patience and not validation:
+        raise TrainingError("student.training.patience needs validation rows: name a split for them or carve them")
     torch.manual_seed(recipe.seed)
     place = placement(recipe.precision)
-    if recipe.method == "lora":
+    if recipe.adapts:
         # The frozen base is cast once, not at every step; peft keeps the adapter itself in float32.
-        model = add_lora(model.to(getattr(torch, place.precision)), recipe.lora)
+        model = add_lora(model.to(getattr(torch, place.precision)), recipe.lora, recipe.method == "dora")
     elif recipe.freeze_embeddings:
         model.get_input_embeddings().requires_grad_(False)
     model.to(place.device).train()
     contiguous_head(model)
     weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     trained = list(weights.values())
-    per_epoch = math.ceil(len(rows) / recipe.batch_size)
+    per_epoch = math.ceil(math.ceil(len(rows) / recipe.batch_size) / recipe.accumulation)
     steps = recipe.max_steps or max(1, math.ceil(per_epoch * recipe.epochs))
     # Fused, on a CPU too: one pass over the weights in place of a dozen.
     optimiser = torch.optim.AdamW(trained, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True)
@@ -407,61 +423,72 @@ def train(
     if checkpoints:
         state.resume(checkpoints)
     matched = {} if hidden is None else dict(zip((row.prompt for row in rows), hidden.to(place.device), strict=True))
-    resumed_at, accuracy = state.step, None
+    objective = _Objective(model, recipe, place, pad_id, end_id, matched)
+    resumed_at = state.step
+    groups = islice(_endless(rows, recipe), resumed_at, None)
     began = time.perf_counter()
     trained_seconds, seen, due = 0.0, 0, began + checkpoint_every_s
-    for step, batch in enumerate(islice(_endless(rows, recipe), resumed_at, None), start=resumed_at + 1):
+    while state.step < steps and state.waited < (recipe.patience or math.inf):
         started = time.perf_counter()
-        with place.autocast(), _read_by_head(model) as states:
-            logits = model(**batch_inputs(batch, pad_id, place.device), logits_to_keep=2).logits
-        loss = answer_loss(logits, batch, recipe, end_id)
-        if matched:
-            targets = torch.stack([matched[row.prompt] for row in batch])
-            loss = loss + recipe.hidden_weight * hidden_loss(states[0][:, 0], targets)
-        loss.backward()  # type: ignore[no-untyped-call]
+        group = next(groups)
+        count = sum(map(len, group))
+        total = 0.0
+        for batch in group:
+            loss = objective(batch) * (len(batch) / count)
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += loss.item()
         torch.nn.utils.clip_grad_norm_(trained, recipe.max_grad_norm)
         optimiser.step()
         schedule.step()
         optimiser.zero_grad(set_to_none=True)
-        state.step = step
-        state.losses.append(loss.item())
+        state.step += 1
+        state.losses.append(total)
         trained_seconds += time.perf_counter() - started
-        seen += len(batch)
-        if not math.isfinite(state.losses[-1]):
-            raise TrainingError(f"the loss is {state.losses[-1]} at step {step}; lower student.training.learning_rate")
-        epoch_ends = step % per_epoch == 0 or step == steps
+        seen += count
+        if not math.isfinite(total):
+            raise TrainingError(f"the loss is {total} at step {state.step}; lower student.training.learning_rate")
+        epoch_ends = state.step % per_epoch == 0 or state.step == steps
+        checked = None
         if epoch_ends and validation:
-            accuracy = accuracy_of(model, validation, pad_id=pad_id, place=place)
+            state.accuracy, checked = validate(model, validation, pad_id=pad_id, place=place)
+            if recipe.patience:
+                state.compare(checked)
         if epoch_ends or len(state.losses) == 10:
             mean = sum(state.losses) / len(state.losses)
-            state.curve.append(CurvePoint(step=step, loss=mean, validation_accuracy=accuracy if epoch_ends else None))
+            point = CurvePoint(step=state.step, loss=mean, validation_loss=checked)
+            state.curve.append(point.model_copy(update={"validation_accuracy": state.accuracy if epoch_ends else None}))
             state.losses = []
             if progress:
-                left = (steps - step) * (time.perf_counter() - began) / (step - resumed_at)
-                progress(TrainingProgress(step, steps, mean, seen / trained_seconds, left))
-        if step == steps:
-            break
-        if checkpoints and (started := time.perf_counter()) >= due:
+                left = (steps - state.step) * (time.perf_counter() - began) / (state.step - resumed_at)
+                progress(TrainingProgress(state.step, steps, mean, seen / trained_seconds, left))
+        if checkpoints and state.step < steps and (started := time.perf_counter()) >= due:
             state.keep(checkpoints)
             due = time.perf_counter() + max(checkpoint_every_s, 50 * (time.perf_counter() - started))
+    if checkpoints and keep_end:
+        state.keep(checkpoints)
+    state.take_best()
     return model, TrainingResult(
-        steps=steps,
+        steps=state.step,
+        kept_step=state.best_step or state.step,
         # An adapter is merged in the end and adds none.
         parameters=sum(p.numel() for name, p in model.named_parameters() if ".lora_" not in name),
         trained_parameters=sum(p.numel() for p in trained),
         curve=tuple(state.curve),
-        validation_accuracy=accuracy,
+        validation_accuracy=state.accuracy,
         device=place.device,
         precision=place.precision,
-        rows_per_second=seen / trained_seconds,
+        rows_per_second=seen / trained_seconds if seen else 0.0,
         resumed_at=resumed_at,
     )
 
 
-def _endless(rows: Sequence[TrainingRow], recipe: TrainingRecipe) -> Iterator[list[TrainingRow]]:
+def _endless(rows: Sequence[TrainingRow], recipe: TrainingRecipe) -> Iterator[list[list[TrainingRow]]]:
+    """The batches of each step; no step takes of two epochs."""
     epoch = 0
     while True:
-        yield from batches(rows, recipe.batch_size, recipe.seed, epoch)
+        ordered = batches(rows, recipe.batch_size, recipe.seed, epoch)
+        for start in range(0, len(ordered), recipe.accumulation):
+            yield ordered[start : start + recipe.accumulation]
         epoch += 1
 
 
@@ -487,11 +514,8 @@ def _prefilled(
     """The prompts in batches of like length: the rows' indices, and the logits at their last tokens, [batch,
     vocabulary]."""
     contiguous_head(model)
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt))
-    for start in range(0, len(order), batch_size):
-        picked = order[start : start + batch_size]
-        inputs = batch_inputs([rows[i] for i in picked], pad_id, place.device, answers=False)
-        yield picked, model(**inputs, logits_to_keep=1).logits[:, -1]
+    for picked in by_length(rows, batch_size):
+        yield picked, forward(model, [rows[i].prompt for i in picked], 1, pad_id, place.device)[:, -1]
 
 
 def hidden_states(
@@ -511,25 +535,54 @@ def hidden_states(
 def option_probabilities(
     model: Any, rows: Sequence[TrainingRow], *, pad_id: int, place: Placement, batch_size: int = 16
 ) -> list[list[float]]:
-    """For each row the probabilities over its options: softmax over its letters' logits after one prefill."""
+    """For each row the probabilities over its options after one prefill: softmax over its letters' logits, or over the
+    scores of its options' texts (likelihood.py)."""
     import torch
 
     results: list[list[float]] = [[] for _ in rows]
     was_training = model.training
     model.eval()
     with torch.inference_mode(), place.autocast():
-        for picked, logits in _prefilled(model, rows, pad_id, place, batch_size):
-            for index, row_logits in zip(picked, logits.float(), strict=True):
-                results[index] = torch.softmax(row_logits[list(rows[index].letters)], dim=-1).tolist()
+        if rows and rows[0].texts:
+            found = _text_scores(model, rows, pad_id, place, batch_size)
+        else:
+            found = _letter_scores(model, rows, pad_id, place, batch_size)
+        for index, scores in found:
+            results[index] = torch.softmax(scores, dim=-1).tolist()
     model.train(was_training)
     return results
 
 
-def accuracy_of(model: Any, rows: Sequence[TrainingRow], *, pad_id: int, place: Placement) -> float:
-    """Share (0 to 1) of rows whose most probable option is the label."""
+def _letter_scores(
+    model: Any, rows: Sequence[TrainingRow], pad_id: int, place: Placement, batch_size: int
+) -> Iterator[tuple[int, "torch.Tensor"]]:
+    for picked, logits in _prefilled(model, rows, pad_id, place, batch_size):
+        for index, row_logits in zip(picked, logits.float(), strict=True):
+            yield index, row_logits[list(rows[index].letters)]
+
+
+def _text_scores(
+    model: Any, rows: Sequence[TrainingRow], pad_id: int, place: Placement, batch_size: int
+) -> Iterator[tuple[int, "torch.Tensor"]]:
+    contiguous_head(model)
+    for picked in by_length(rows, batch_size):
+        packed, logits = forward_packed(model, [rows[i] for i in picked], pad_id, place.device)
+        for index, scores in zip(picked, option_scores(packed, logits)[0], strict=True):
+            yield index, scores[: len(rows[index].texts)]
+
+
+def validate(model: Any, rows: Sequence[TrainingRow], *, pad_id: int, place: Placement) -> tuple[float, float]:
+    """(accuracy, loss): the share (0 to 1) of rows whose most probable option is the label, and the mean negative
+    log-probability of the label among the options, in nats."""
     probabilities = option_probabilities(model, rows, pad_id=pad_id, place=place)
     right = sum(p.index(max(p)) == row.answer for p, row in zip(probabilities, rows, strict=True))
-    return right / len(rows)
+    loss = -sum(math.log(max(p[row.answer], 1e-12)) for p, row in zip(probabilities, rows, strict=True))
+    return right / len(rows), loss / len(rows)
+
+
+def accuracy_of(model: Any, rows: Sequence[TrainingRow], *, pad_id: int, place: Placement) -> float:
+    """Share (0 to 1) of rows whose most probable option is the label."""
+    return validate(model, rows, pad_id=pad_id, place=place)[0]
 
 
 def end_of_turn_id(tokenizer: Any) -> int:
@@ -589,34 +642,46 @@ def fine_tune(
     recipe: TrainingRecipe,
     out: Path,
     *,
-    layers: Sequence[int] | None = None,
+    layers: Layers | None = None,
+    healing: Sequence[HealingRecipe] = (),
     remote_code: bool = False,
     progress: Progress | None = None,
     checkpoints: Checkpoints | None = None,
 ) -> TrainingResult:
-    """The fine-tuning stage: an Olive workflow over `base` (with `adapter` merged in) that keeps `layers` and trains.
+    """The fine-tuning stage: an Olive workflow over `base` (with `adapter` merged in) that goes through `healing`, each
+    a cut and a training, keeps `layers` and trains.
 
-    Writes out/model (LoRA: the model that the adapter is for) and, for LoRA, out/adapter; out/training.json."""
+    Writes out/model (LoRA: the model that the adapter is for) and, for LoRA, out/adapter; out/training.json, and
+    out/healing-1.json and so on; and where layers were chosen, out/layers.json: those kept, cut by cut."""
     from distillery import olive_passes
     from distillery.olive_workflow import run_workflow
 
     out.mkdir(parents=True, exist_ok=True)
-    rows_file, validation_file = out / "rows.jsonl", out / "validation.jsonl"
-    write_rows(rows, rows_file)
-    write_rows(validation, validation_file)
-    hidden_file = _teachers_states(base, adapter, rows, recipe, out, remote_code) if recipe.hidden_weight else None
+    inputs = {"rows": out / "rows.jsonl", "validation": out / "validation.jsonl"}
+    write_rows(rows, inputs["rows"])
+    write_rows(validation, inputs["validation"])
+    steps = [*((step.layers, step.training) for step in healing), (layers, recipe)]
+    if any(training.hidden_weight for _, training in steps):
+        inputs["hidden"] = _teachers_states(base, adapter, rows, recipe, out, remote_code)
+    files = {name: str(file) for name, file in inputs.items()}
     passes: dict[str, dict[str, Any]] = {}
-    if layers is not None or adapter is not None:
-        model_layers = layers if layers is not None else range(layer_count(base))
-        passes["keep_layers"] = {"type": "KeepLayers", "layers": list(model_layers)}
-    passes["distillation"] = {
-        "type": "Distillation",
-        "rows": str(rows_file),
-        "validation": str(validation_file),
-        "hidden": str(hidden_file) if hidden_file else None,
-        "recipe": recipe.model_dump(mode="json"),
-        "result": str(out / "training.json"),
-    }
+    for number, (cut, training) in enumerate(steps, 1):
+        last = number == len(steps)
+        if cut is not None or (number == 1 and adapter is not None):
+            passes[f"keep_layers_{number}"] = {
+                "type": "KeepLayers",
+                "layers": cut.model_dump() if isinstance(cut, LayerChoice) else cut and list(cut),
+                "rows": files["rows"],
+                "kept": str(out / LAYERS_FILE),
+            }
+        passes[f"distillation_{number}"] = {
+            "type": "Distillation",
+            **files,
+            "recipe": training.model_dump(mode="json"),
+            "result": str(out / ("training.json" if last else f"healing-{number}.json")),
+            "step": f"step-{number}" if healing else None,
+            "keep_end": not last,
+        }
     input_model = {
         "model_path": str(base),
         "adapter_path": str(adapter) if adapter else None,
@@ -624,16 +689,30 @@ def fine_tune(
     }
     set_progress, set_checkpoints = olive_passes.progress.set(progress), olive_passes.checkpoints.set(checkpoints)
     try:
-        only = recipe.method == "lora" and "keep_layers" not in passes
-        run_workflow(input_model, passes, out, adapter_only=only)
+        run_workflow(input_model, passes, out, adapter_only=recipe.adapts and len(passes) == 1)
     finally:
         olive_passes.progress.reset(set_progress)
         olive_passes.checkpoints.reset(set_checkpoints)
-        rows_file.unlink()
-        validation_file.unlink()
-        if hidden_file:
-            hidden_file.unlink()
+        for file in inputs.values():
+            file.unlink()
     return _tidied(out)
+
+
+def resolved_layers(
+    model: Any, layers: Sequence[int] | LayerChoice | None, rows: Sequence[TrainingRow], pad_id: int
+) -> list[int]:
+    """The decoder layers that `layers` names or chooses, in order; block influence is measured on some of `rows`."""
+    count = len(model.get_decoder().layers)
+    if not isinstance(layers, LayerChoice):
+        return list(range(count) if layers is None else layers)
+    if layers.by != "block_influence":
+        return chosen_layers(layers, count)
+    place = placement("float32")
+    model.to(place.device).eval()
+    picked = [rows[i * len(rows) // MOST_ROWS] for i in range(MOST_ROWS)] if len(rows) > MOST_ROWS else rows
+    prompts = [[picked[i].prompt for i in part] for part in by_length(picked, 8)]
+    inputs = [padded_inputs(part, pad_id, place.device) for part in prompts]
+    return chosen_layers(layers, count, block_influence(model, inputs))
 
 
 def _teachers_states(
@@ -650,9 +729,10 @@ def _teachers_states(
 
 def _tidied(out: Path) -> TrainingResult:
     """Takes from the files what differs between equal runs: speed, resumption, the base's path, the order of a set."""
-    figures, config = out / "training.json", out / "adapter" / "adapter_config.json"
-    result = TrainingResult.model_validate_json(figures.read_text())
-    figures.write_text(result.model_dump_json(exclude={"rows_per_second", "resumed_at"}))
+    config = out / "adapter" / "adapter_config.json"
+    for figures in [*out.glob("healing-*.json"), out / "training.json"]:
+        result = TrainingResult.model_validate_json(figures.read_text())
+        figures.write_text(result.model_dump_json(exclude={"rows_per_second", "resumed_at"}))
     if config.exists():
         values = json.loads(config.read_text())
         changed = {"base_model_name_or_path": None, "target_modules": sorted(values["target_modules"])}

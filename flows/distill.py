@@ -78,9 +78,10 @@ def distill(recipe: Recipe, training_deployment: str | None = None, refresh: tup
         base=base,
         start=local.checkpoint if local and student_recipe.start == "teacher" else None,
         layers=student_recipe.layers,
+        healing=student_recipe.healing,
         gold=data.rows("gold") if student_recipe.gold else None,
         training=student_recipe.training,
-        prompt=recipe.prompt,
+        prompt=recipe.student_prompt,
         rows=train_rows,
         labels=labels,
         validation=data.rows_if_any("validation"),
@@ -89,12 +90,15 @@ def distill(recipe: Recipe, training_deployment: str | None = None, refresh: tup
 
     teacher = served or judged_by(test_rows, recipe, identity)
     tfidf_rows = data.rows_if_any("gold") or train_rows
-    report = again("evaluate", evaluate)(test_rows, tfidf_rows, recipe.prompt, base, student, model, teacher, machine())
+    asked = recipe.student_prompt
+    report = again("evaluate", evaluate)(
+        test_rows, tfidf_rows, asked, base, student, model, teacher, machine(), recipe.prompt
+    )
     decision = judge(report, recipe.evaluation, recipe.registry)
 
     registered = delivered = None
     if decision.passed:
-        provenance = {"data": data, "prompt": recipe.prompt, "teacher": labels.teacher, "labels": labels}
+        provenance = {"data": data, "prompt": asked, "teacher": labels.teacher, "labels": labels}
         provenance |= {"student": student, "evaluation": report, "recipe": recipe}
         registered = again("register", register)(model, report, recipe.registry, provenance)
         promote(registered)

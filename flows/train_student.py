@@ -11,9 +11,10 @@ from prefect import flow
 from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Cancelled, State
+from pydantic_core import to_jsonable_python
 
 from distillery.errors import TrainingError
-from distillery.recipe import BaseModelRecipe, PromptRecipe, TrainingRecipe
+from distillery.recipe import BaseModelRecipe, HealingRecipe, Layers, PromptRecipe, TrainingRecipe
 from distillery.records import Rows, StudentCheckpoint, TeacherLabels
 from distillery.store import ArtifactStore
 from tasks.parent import ParentEnded, parent_watched
@@ -30,7 +31,8 @@ def train_student(
     labels: TeacherLabels,
     validation: Rows | None = None,
     start: StudentCheckpoint | None = None,
-    layers: tuple[int, ...] | None = None,
+    layers: Layers | None = None,
+    healing: tuple[HealingRecipe, ...] = (),
     gold: Rows | None = None,
     refresh: bool = False,
     hand_off: str | None = None,
@@ -45,7 +47,8 @@ def train_student(
         labels: Their labels.
         validation: Rows with gold answers, for the validation accuracy.
         start: A checkpoint to start from instead of the base model.
-        layers: The decoder layers to keep; all where not given.
+        layers: The decoder layers to keep, or how they are chosen; all where not given.
+        healing: Steps of cutting and training before.
         gold: Rows to train on as well, with their own answers.
         refresh: Train again though nothing has changed.
         hand_off: The name under which the caller finds the record in the artifact store.
@@ -54,7 +57,7 @@ def train_student(
     again = train.with_options(refresh_cache=refresh or None)
     try:
         with parent_watched():
-            checkpoint = again(base, training, prompt, rows, labels, validation, start, layers, gold)
+            checkpoint = again(base, training, prompt, rows, labels, validation, start, layers, healing, gold)
     except ParentEnded as ended:
         return Cancelled(message=str(ended))
     if hand_off:
@@ -71,10 +74,7 @@ def trained(deployment: str | None, what: str, refresh: bool, **parameters: Any)
         with own_tags():
             result: StudentCheckpoint = train_student.with_options(flow_run_name=name)(refresh=refresh, **parameters)
         return result
-    sent = {
-        key: value.model_dump(mode="json") if hasattr(value, "model_dump") else value
-        for key, value in parameters.items()
-    }
+    sent: dict[str, Any] = to_jsonable_python(parameters)
     sent["refresh"] = refresh
     sent["hand_off"] = f"train-{uuid4().hex}"
     try:

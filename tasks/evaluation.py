@@ -16,7 +16,7 @@ from tasks.stage import origin, stage
 CANDIDATE = "student int4"
 
 
-@stage("evaluate", version=1)
+@stage("evaluate", version=2)
 def evaluate(
     test: Rows,
     train: Rows,
@@ -26,8 +26,10 @@ def evaluate(
     candidate: OnnxModel,
     teacher: OnnxModel | TeacherLabels,
     machine: str,
+    teacher_prompt: PromptRecipe,
 ) -> EvaluationReport:
-    """Scores gold, baselines, teacher, base, student and int4 student on the same test rows; `train` is TF-IDF's."""
+    """Scores gold, baselines, teacher, base, student and int4 student on the same test rows; `train` is TF-IDF's.
+    `prompt` is the student's, and the base model's."""
     started = time.perf_counter()
     store = ArtifactStore()
     base_model = base_folder(base)
@@ -53,7 +55,7 @@ def evaluate(
         _onnx(CANDIDATE, candidate, store),
     ]
     if isinstance(teacher, OnnxModel):
-        models.insert(0, _onnx("teacher", teacher, store))
+        models.insert(0, _onnx("teacher", teacher, store).model_copy(update={"prompt": teacher_prompt}))
         answers: str | dict[str, str] = "teacher"
     else:
         answers = {key: label.answer for key, label in read_labels(store.fetch(teacher.artifact)).items()}

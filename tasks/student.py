@@ -12,7 +12,7 @@ from distillery.base_model import base_folder, remote_code_allowed
 from distillery.dataset import read_examples
 from distillery.errors import DistilleryError
 from distillery.labels import gold_labels, read_labels
-from distillery.recipe import BaseModelRecipe, PromptRecipe, TrainingRecipe
+from distillery.recipe import BaseModelRecipe, HealingRecipe, Layers, PromptRecipe, TrainingRecipe
 from distillery.records import Rows, StudentCheckpoint, TeacherLabels
 from distillery.store import ArtifactStore, working_folder
 from tasks.parent import check_parent
@@ -20,7 +20,7 @@ from tasks.progress import progress_artifact
 from tasks.stage import is_recorded, origin, own_key, stage
 
 
-@stage("train", version=2)
+@stage("train", version=3)
 def train(
     base: BaseModelRecipe,
     training: TrainingRecipe,
@@ -29,17 +29,21 @@ def train(
     labels: TeacherLabels,
     validation: Rows | None = None,
     start: StudentCheckpoint | None = None,
-    layers: tuple[int, ...] | None = None,
+    layers: Layers | None = None,
+    healing: tuple[HealingRecipe, ...] = (),
     gold: Rows | None = None,
 ) -> StudentCheckpoint:
-    """Fine-tunes `layers` of `base`, or of the checkpoint `start`, on the labelled rows; validates on gold answers."""
+    """Fine-tunes `layers` of `base`, or of the checkpoint `start`, on the labelled rows, after the steps of `healing`;
+    validates on gold answers."""
     started = time.perf_counter()
     store, logger = ArtifactStore(), get_run_logger()
     base_model = base_folder(base)
     model, adapter = domain.parts(store.fetch(start.artifact), base_model) if start else (base_model, None)
     tokenizer = domain.load_tokenizer(model, remote_code_allowed(base))
     examples = read_examples(store.fetch(rows.artifact) / rows.file)
-    ready, too_long = domain.training_rows(examples, read_labels(store.fetch(labels.artifact)), prompt, tokenizer)
+    explain = training.rationale_instruction if training.rationale_weight else None
+    found = read_labels(store.fetch(labels.artifact))
+    ready, too_long = domain.training_rows(examples, found, prompt, tokenizer, explain)
     answered, too_long_gold = _with_own_answers(gold, prompt, tokenizer)
     checks, too_long_checks = _with_own_answers(validation, prompt, tokenizer)
     ready += answered
@@ -70,6 +74,7 @@ def train(
             training,
             folder,
             layers=layers,
+            healing=healing,
             remote_code=remote_code_allowed(base),
             progress=progress,
             checkpoints=work,
@@ -132,3 +137,6 @@ class _Work:
 
     def load(self, into: Path) -> bool:
         return self.store.load_checkpoint(self.key, into)
+
+    def of(self, step: str) -> "_Work":
+        return _Work(self.store, f"{self.key}/{step}")

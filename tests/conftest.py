@@ -46,7 +46,7 @@ def one_registry(monkeypatch: pytest.MonkeyPatch, registry_url: str) -> None:
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """`tiny_model(arch)`: the folder of a random 2-layer model with a 512-token tokenizer; arch is llama or phi3."""
+    """`tiny_model(arch)`: the folder of a random 2-layer model with 512 tokens; arch is llama, phi3 or qwen3."""
 
     @cache
     def build(arch: str) -> Path:

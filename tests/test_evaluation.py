@@ -157,13 +157,14 @@ def test_torch_and_onnx_agree_on_every_row(arch: str, tiny_model: Build, tiny_on
 def test_bfloat16_gives_what_training_s_autocast_gives(tiny_model: Build, test_file: Path) -> None:
     """The linear layers are cast once; the numbers are those of autocast over float32 weights."""
     from distillery import student
+    from distillery.losses import TrainingRow
     from distillery.prompts import TransformersTokenizer, letter_ids, render_ids
 
     model, tokenizer = student.load_model(tiny_model("llama"))
     wrapped = TransformersTokenizer(tokenizer)
     letters = tuple(letter_ids(wrapped, 3))
     rows = [
-        student.TrainingRow(prompt=tuple(render_ids(example, PROMPT, wrapped) or ()), letters=letters, answer=0)
+        TrainingRow(prompt=tuple(render_ids(example, PROMPT, wrapped) or ()), letters=letters, answer=0)
         for example in read_examples(test_file)
     ]
     place = student.Placement("cpu", "bfloat16")

@@ -14,6 +14,7 @@ import pytest
 
 from distillery.errors import DataError, ModelError
 from distillery.inference import FailedRow, InputRow, OnnxStudent, Prediction, log_softmax, read_rows, score_file
+from distillery.prompts import render_messages
 from distillery.recipe import Columns, PromptRecipe
 from distillery.records import Example
 
@@ -55,6 +56,39 @@ def test_option_probabilities_are_those_of_torch(arch: str, tiny_model: Build, t
     assert sum(probabilities) == pytest.approx(1, abs=1e-12)
     assert max(probabilities) - min(probabilities) > 0.1
     np.testing.assert_allclose(student.next_token_logprobs(ids), expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("arch", ["llama", "phi3", "qwen3"])
+def test_text_probabilities_are_those_of_torch_whatever_was_asked_before(
+    arch: str, tiny_model: Build, tiny_onnx: Build
+) -> None:
+    from distillery import student as training
+    from distillery.losses import TrainingRow
+
+    model, tokenizer = training.load_model(tiny_model(arch))
+    student = OnnxStudent(tiny_onnx(arch), threads=1)
+    ids = tuple(_ids(student))
+    texts = ((7,), (8, 9, 10), (8, 4))
+    row = TrainingRow(prompt=ids, texts=texts, answer=0)
+    (expected,) = training.option_probabilities(
+        model, [row], pad_id=training.pad_id(tokenizer), place=training.placement("float32")
+    )
+    for _ in range(2):
+        assert student.text_probabilities(ids, texts) == pytest.approx(expected, abs=1e-3)
+        student.next_token_logprobs(ids[:-1])
+    student._can_rewind = False
+    assert student.text_probabilities(ids, texts) == pytest.approx(expected, abs=1e-3)
+
+
+def test_a_row_is_answered_by_the_likeliest_text(tiny_onnx: Build) -> None:
+    student = OnnxStudent(tiny_onnx("llama"), threads=1)
+    prompt = PromptRecipe(user="{question}", answer="text")
+    answer = student.answer(BAKER, prompt)
+    ids = student.tokenizer.encode_chat(render_messages(BAKER, prompt))
+    texts = [student.tokenizer.encode_text(text) for text in BAKER.choices]
+    expected = student.text_probabilities(ids, texts)
+    assert list(answer.probabilities.values()) == expected
+    assert answer.letter == "ABC"[expected.index(max(expected))]
 
 
 def test_a_pruned_head_gives_the_same_numbers(tiny_model: Build, tiny_onnx: Build, tmp_path: Path) -> None:

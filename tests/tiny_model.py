@@ -15,6 +15,7 @@ PHI = (
 SPECIAL_TOKENS = {
     "llama": ("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
     "phi3": ("<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"),
+    "qwen3": ("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
 }
 TEXT = (
     "You are a helpful assistant. Your output should only be one of the five choices.",
@@ -25,7 +26,7 @@ TEXT = (
 
 
 def build_tiny_model(arch: str, folder: Path) -> Path:
-    """Writes a model of 2 layers with a tokenizer of 512 tokens into `folder`; arch is llama or phi3."""
+    """Writes a model of 2 layers with a tokenizer of 512 tokens into `folder`; arch is llama, phi3 or qwen3."""
     _tiny_tokenizer(arch).save_pretrained(folder)
     _tiny_weights(arch).save_pretrained(folder)
     return folder
@@ -42,15 +43,15 @@ def _tiny_tokenizer(arch: str) -> Any:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=512, special_tokens=list(special), initial_alphabet=alphabet)
     tokenizer.train_from_iterator(TEXT, trainer)
-    end = "<|im_end|>" if arch == "llama" else "<|end|>"
+    end = special[-1]
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=end, pad_token="<|endoftext|>")
-    fast.chat_template = CHATML if arch == "llama" else PHI
+    fast.chat_template = PHI if arch == "phi3" else CHATML
     return fast
 
 
 def _tiny_weights(arch: str) -> Any:
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
     shape = {
         "vocab_size": 512,
@@ -69,4 +70,6 @@ def _tiny_weights(arch: str) -> Any:
     torch.manual_seed(0)
     if arch == "llama":
         return LlamaForCausalLM(LlamaConfig(**shape)).eval()
+    if arch == "qwen3":
+        return Qwen3ForCausalLM(Qwen3Config(head_dim=16, **shape)).eval()
     return Phi3ForCausalLM(Phi3Config(original_max_position_embeddings=1024, **shape)).eval()

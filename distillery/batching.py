@@ -1,0 +1,90 @@
+"""Rows as a model's batches: of like length, padded on the left, and what all prompts of a batch share computed once.
+
+Prompts of one task begin alike: the system message, the instruction, often the options. In a batch these tokens go
+through the model once, and each row attends to their keys and values, in training too, where gradients flow through
+them. The numbers are those of whole rows but for rounding."""
+
+import random
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from distillery.losses import TrainingRow
+
+if TYPE_CHECKING:
+    import torch
+
+LEAST_SAVED = 64
+"""Tokens that must be spared for a pass over the shared ones to pay."""
+LONGEST_SHARED = 4096
+"""Phi-3 and Phi-4-mini turn to other rotary factors beyond so many tokens, and sliding windows may be as short."""
+
+
+def batches(rows: Sequence[TrainingRow], size: int, seed: int, epoch: int) -> list[list[TrainingRow]]:
+    """An epoch in batches of like length: rows shuffled, sorted within windows of 16 batches, batches shuffled."""
+    order = random.Random(f"{seed}/{epoch}")  # noqa: S311 - no secret, a reproducible order
+    shuffled = list(rows)
+    order.shuffle(shuffled)
+    window = size * 16
+    grouped: list[list[TrainingRow]] = []
+    for start in range(0, len(shuffled), window):
+        part = sorted(shuffled[start : start + window], key=lambda row: len(row.prompt))
+        grouped += [part[i : i + size] for i in range(0, len(part), size)]
+    order.shuffle(grouped)
+    return grouped
+
+
+def by_length(rows: Sequence[TrainingRow], size: int) -> Iterator[list[int]]:
+    """The rows' indices in batches of like length."""
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt))
+    for start in range(0, len(order), size):
+        yield order[start : start + size]
+
+
+def padded_inputs(ids: Sequence[Sequence[int]], pad_id: int, device: str, shared: int = 0) -> dict[str, Any]:
+    """Left-padded model inputs, [batch, longest]; `shared` tokens that a cache holds come before them."""
+    import torch
+
+    longest = max(map(len, ids))
+    tokens = torch.tensor([[pad_id] * (longest - len(row)) + list(row) for row in ids], device=device)
+    mask = torch.tensor([[1] * shared + [0] * (longest - len(row)) + [1] * len(row) for row in ids], device=device)
+    positions = (mask.cumsum(-1) - 1).clamp_min(0)[:, shared:]
+    return {"input_ids": tokens, "attention_mask": mask, "position_ids": positions}
+
+
+def forward(model: Any, ids: Sequence[Sequence[int]], kept: int, pad_id: int, device: str) -> "torch.Tensor":
+    """The logits at each row's last `kept` tokens, [batch, kept, vocabulary]."""
+    shared, cache = prefilled(model, ids, kept, device)
+    inputs = padded_inputs([row[shared:] for row in ids], pad_id, device, shared)
+    logits: torch.Tensor = model(
+        **inputs, past_key_values=cache, use_cache=cache is not None, logits_to_keep=kept
+    ).logits
+    return logits
+
+
+def prefilled(model: Any, ids: Sequence[Sequence[int]], kept: int, device: str) -> tuple[int, Any]:
+    """(tokens, cache): how many first tokens the rows share, each row's last `kept` left out, and the cache that holds
+    them for every row; (0, None) where they are too few to pay."""
+    import torch
+    from transformers import DynamicCache
+
+    shared = common_prefix(ids, kept)
+    if shared * (len(ids) - 1) < LEAST_SAVED or max(map(len, ids)) > longest_shared(model):
+        return 0, None
+    cache = DynamicCache()
+    tokens = torch.tensor([list(ids[0][:shared])], device=device)
+    model.get_decoder()(input_ids=tokens, past_key_values=cache, use_cache=True)
+    cache.batch_repeat_interleave(len(ids))
+    return shared, cache
+
+
+def common_prefix(ids: Sequence[Sequence[int]], kept: int) -> int:
+    """How many first tokens all rows share, at least `kept` of each left out."""
+    # In the order of sequences the first and the last differ where any two do.
+    first, last = min(map(tuple, ids)), max(map(tuple, ids))
+    most = max(0, min(map(len, ids)) - kept)
+    return next((place for place in range(most) if first[place] != last[place]), most)
+
+
+def longest_shared(model: Any) -> int:
+    """The longest prompt, in tokens, whose first part may come from a cache."""
+    return min(LONGEST_SHARED, getattr(model.config, "sliding_window", None) or LONGEST_SHARED)

@@ -1,0 +1,79 @@
+"""What prompts share is computed once: how much that is, and that no number changes for it, nor any gradient."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from distillery import student
+from distillery.batching import common_prefix, forward, prefilled
+from distillery.likelihood import forward_packed, option_scores
+from distillery.losses import TrainingRow
+
+TinyModel = Callable[[str], Path]
+SHARED = tuple(range(20, 60))
+PROMPTS = [(*SHARED, 5, 9, 300, 41), (*SHARED, 6), (*SHARED, 5, 9, 7), (*SHARED, 6, 300)]
+
+
+@pytest.mark.parametrize(
+    ("ids", "kept", "expected"),
+    [
+        ([[1, 2, 3], [1, 2, 4]], 1, 2),
+        ([[1, 2, 3], [1, 2, 3]], 1, 2),
+        ([[1, 2, 3], [1, 2, 3]], 2, 1),
+        ([[1, 2, 3], [1, 2], [1, 2, 9]], 1, 1),
+        ([[1], [1, 2]], 2, 0),
+        ([[1, 2], [3, 4]], 1, 0),
+    ],
+)
+def test_what_rows_share(ids: list[list[int]], kept: int, expected: int) -> None:
+    assert common_prefix(ids, kept) == expected
+
+
+def alone(model: Any, ids: tuple[int, ...], kept: int) -> torch.Tensor:
+    logits: torch.Tensor = model(torch.tensor([ids])).logits[0, -kept:]
+    return logits
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("arch", ["llama", "phi3", "qwen3"])
+def test_a_batch_with_a_shared_beginning_has_the_numbers_of_its_rows(
+    tiny_model: TinyModel, arch: str, attention: str
+) -> None:
+    model, _ = student.load_model(tiny_model(arch))
+    model.set_attn_implementation(attention)
+    shared, cache = prefilled(model, PROMPTS, 1, "cpu")
+    assert (shared, cache.get_seq_length()) == (40, 40)
+    logits = forward(model, PROMPTS, 1, 0, "cpu")
+    for index, ids in enumerate(PROMPTS):
+        assert torch.allclose(logits[index], alone(model, ids, 1), atol=1e-4)
+    rows = [TrainingRow(prompt=ids, texts=((7,), (8, 9, 10)), answer=0) for ids in PROMPTS]
+    packed, logits = forward_packed(model, rows, 0, "cpu")
+    assert packed.inputs["input_ids"].shape[1] == 8
+    for index, row in enumerate(rows):
+        logs = torch.log_softmax(alone(model, (*row.prompt, 8, 9, 10), 4), -1)
+        expected = float(logs[0, 8] + logs[1, 9] + logs[2, 10]) / 3
+        assert float(option_scores(packed, logits)[0][index, 1]) == pytest.approx(expected, abs=1e-4)
+
+
+def test_gradients_flow_through_what_is_shared(tiny_model: TinyModel) -> None:
+    def gradients(run: Callable[[Any], torch.Tensor]) -> dict[str, torch.Tensor]:
+        model, _ = student.load_model(tiny_model("llama"))
+        run(model.train()).backward()  # type: ignore[no-untyped-call]
+        return {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+
+    together = gradients(lambda model: forward(model, PROMPTS, 1, 0, "cpu").logsumexp(-1).sum())
+    apart = gradients(lambda model: sum(alone(model, ids, 1).logsumexp(-1).sum() for ids in PROMPTS))
+    assert together.keys() == apart.keys()
+    for name, gradient in apart.items():
+        assert torch.allclose(together[name], gradient, atol=1e-3 * float(gradient.abs().max())), name
+
+
+def test_long_prompts_and_small_savings_are_computed_whole(tiny_model: TinyModel) -> None:
+    model, _ = student.load_model(tiny_model("llama"))
+    assert prefilled(model, PROMPTS[:1], 1, "cpu") == (0, None)
+    assert prefilled(model, [(1, 2, 3), (1, 2, 4)], 1, "cpu") == (0, None)
+    model.config.sliding_window = 42
+    assert prefilled(model, PROMPTS, 1, "cpu") == (0, None)

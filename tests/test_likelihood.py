@@ -1,0 +1,55 @@
+"""Options by the likelihood of their texts: packed in one pass they score as each does by itself."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from distillery import student
+from distillery.likelihood import label_likelihoods, option_scores, pack
+from distillery.losses import TrainingRow
+
+TinyModel = Callable[[str], Path]
+ROWS = [
+    TrainingRow(prompt=(5, 9, 300, 41), texts=((7,), (8, 9, 10), (8, 4)), answer=1),
+    TrainingRow(prompt=(6, 2), texts=((12, 13), (300,)), answer=0),
+]
+END = 3
+
+
+def alone(model: Any, prompt: tuple[int, ...], text: tuple[int, ...]) -> list[float]:
+    """The log-probability of each token of a text after its prompt, from a pass of their own."""
+    logs = torch.log_softmax(model(torch.tensor([[*prompt, *text]])).logits[0].double(), -1)
+    return [float(logs[len(prompt) + place - 1, token]) for place, token in enumerate(text)]
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("arch", ["llama", "phi3", "qwen3"])
+def test_packed_options_score_as_each_by_itself(tiny_model: TinyModel, arch: str, attention: str) -> None:
+    model, tokenizer = student.load_model(tiny_model(arch))
+    model.set_attn_implementation(attention)
+    with torch.inference_mode():
+        packed = pack(ROWS, student.pad_id(tokenizer), "cpu", attention)
+        logits = model(**packed.inputs, logits_to_keep=packed.kept).logits
+        scores, each = option_scores(packed, logits)
+        said = label_likelihoods(packed, logits, each, ROWS, END)
+        for index, row in enumerate(ROWS):
+            expected = [alone(model, row.prompt, text) for text in row.texts]
+            means = [sum(logs) / len(logs) for logs in expected]
+            assert scores[index, : len(means)].tolist() == pytest.approx(means, abs=1e-4)
+            whole = alone(model, row.prompt, (*row.texts[row.answer], END))
+            assert float(said[index]) == pytest.approx(sum(whole) / len(whole), abs=1e-4)
+    assert scores[1, 2] == -torch.inf
+
+
+def test_probabilities_over_texts_are_the_softmax_of_their_scores(tiny_model: TinyModel) -> None:
+    model, tokenizer = student.load_model(tiny_model("llama"))
+    place, pad = student.placement("float32"), student.pad_id(tokenizer)
+    found = student.option_probabilities(model, ROWS, pad_id=pad, place=place, batch_size=1)
+    with torch.inference_mode():
+        for row, probabilities in zip(ROWS, found, strict=True):
+            logs = [alone(model, row.prompt, text) for text in row.texts]
+            expected = torch.softmax(torch.tensor([sum(part) / len(part) for part in logs]), -1)
+            assert probabilities == pytest.approx(expected.tolist(), abs=1e-4)

@@ -1,0 +1,119 @@
+"""Each loss against a plain reference in float64."""
+
+import math
+
+import pytest
+import torch
+
+from distillery.losses import TrainingRow, answer_loss, choice_loss, hidden_loss, rationale_loss, text_loss
+from distillery.recipe import TrainingRecipe
+
+ROWS = [
+    TrainingRow(prompt=(1, 2), letters=(5, 6, 7), answer=0, soft=(0.7, 0.2, 0.1)),
+    TrainingRow(prompt=(1,), letters=(6, 5, 9), answer=2, soft=(0.1, 0.1, 0.8)),
+    TrainingRow(prompt=(1,), letters=(5, 6), answer=1),
+]
+
+
+def log_softmax(values: list[float], temperature: float = 1.0) -> list[float]:
+    scaled = [value / temperature for value in values]
+    norm = math.log(sum(math.exp(value) for value in scaled))
+    return [value - norm for value in scaled]
+
+
+def divergence(teacher: list[float], scores: list[float], recipe: TrainingRecipe) -> float:
+    """T^2 D of the teacher's probabilities and the student's scores, from their definitions."""
+    raised = [q ** (1 / recipe.temperature) for q in teacher]
+    q = [value / sum(raised) for value in raised]
+    p = [math.exp(value) for value in log_softmax(scores, recipe.temperature)]
+    of, against = (q, p) if recipe.divergence == "forward" else (p, q)
+    return recipe.temperature**2 * sum(a * math.log(a / b) for a, b in zip(of, against, strict=True))
+
+
+@pytest.mark.parametrize("divergence_of", ["forward", "reverse"])
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize("soft_weight", [0.0, 0.3, 1.0])
+def test_the_loss_on_a_letter(soft_weight: float, temperature: float, divergence_of: str) -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(3, 2, 50)
+    recipe = TrainingRecipe(soft_weight=soft_weight, temperature=temperature, divergence=divergence_of)
+    expected = 0.0
+    for row, (letter, turn) in zip(ROWS, logits.double().tolist(), strict=True):
+        logs = log_softmax(letter)
+        hard = loss = -logs[row.letters[row.answer]]
+        if row.soft and soft_weight:
+            said = math.log(sum(math.exp(logs[i]) for i in row.letters))
+            soft = divergence(list(row.soft), [letter[i] for i in row.letters], recipe) - said
+            loss = (1 - soft_weight) * hard + soft_weight * soft
+        expected += loss - log_softmax(turn)[3]
+    assert answer_loss(logits, ROWS, recipe, end_id=3).item() == pytest.approx(expected / 3, rel=1e-5)
+
+
+def test_forward_at_temperature_one_is_the_divergence_from_the_whole_vocabulary() -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(1, 2, 50)
+    letter, turn = logits[0].double().tolist()
+    p = [math.exp(value) for value in log_softmax(letter)]
+    expected = sum(q * math.log(q / p[i]) for q, i in zip(ROWS[0].soft or (), ROWS[0].letters, strict=True))
+    loss = answer_loss(logits, ROWS[:1], TrainingRecipe(soft_weight=1.0), end_id=3)
+    assert loss.item() == pytest.approx(expected - log_softmax(turn)[3], rel=1e-5)
+
+
+def test_label_smoothing_spreads_a_share_over_the_vocabulary() -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(3, 2, 50)
+    expected = 0.0
+    for row, (letter, turn) in zip(ROWS, logits.double().tolist(), strict=True):
+        logs = log_softmax(letter)
+        expected -= 0.9 * logs[row.letters[row.answer]] + 0.1 * sum(logs) / 50 + log_softmax(turn)[3]
+    assert answer_loss(logits, ROWS, TrainingRecipe(label_smoothing=0.1), 3).item() == pytest.approx(
+        expected / 3, rel=1e-5
+    )
+
+
+@pytest.mark.parametrize("divergence_of", ["forward", "reverse"])
+def test_soft_labels_that_are_certain_give_finite_gradients(divergence_of: str) -> None:
+    scores = torch.tensor([[4.0, -200.0, 1.0]], requires_grad=True)
+    row = TrainingRow(prompt=(1,), letters=(5, 6, 7), answer=0, soft=(1.0, 0.0, 0.0))
+    loss = choice_loss(scores, [row], TrainingRecipe(soft_weight=1.0, divergence=divergence_of))
+    loss.sum().backward()
+    assert torch.isfinite(loss).all()
+    assert scores.grad is not None
+    assert torch.isfinite(scores.grad).all()
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("soft_weight", [0.0, 0.3])
+def test_the_loss_on_a_text(soft_weight: float, smoothing: float) -> None:
+    torch.manual_seed(0)
+    scores, likelihoods = -3 * torch.rand(3, 3), -torch.rand(3)
+    scores[2, 2] = -torch.inf
+    recipe = TrainingRecipe(soft_weight=soft_weight, temperature=2.0, label_smoothing=smoothing)
+    expected = 0.0
+    for row, row_scores, said in zip(ROWS, scores.double().tolist(), likelihoods.double().tolist(), strict=True):
+        own = row_scores[: len(row.letters)]
+        logs = log_softmax(own)
+        loss = -(1 - smoothing) * logs[row.answer] - smoothing * sum(logs) / len(logs)
+        if row.soft:
+            loss = (1 - soft_weight) * loss + soft_weight * divergence(list(row.soft), own, recipe)
+        expected += loss - said
+    assert text_loss(scores, likelihoods, ROWS, recipe).item() == pytest.approx(expected / 3, rel=1e-5)
+
+
+def test_the_hidden_loss() -> None:
+    torch.manual_seed(0)
+    own, taught = torch.randn(3, 5, dtype=torch.float64), torch.randn(3, 5, dtype=torch.float64)
+    cosines = [float(a @ b) / math.sqrt(float(a @ a) * float(b @ b)) for a, b in zip(own, taught, strict=True)]
+    assert float(hidden_loss(own, taught)) == pytest.approx(1 - sum(cosines) / 3, abs=1e-6)
+
+
+def test_the_loss_on_a_reason() -> None:
+    torch.manual_seed(0)
+    rows = [ROWS[0].model_copy(update={"rationale": (4, 8)}), ROWS[1].model_copy(update={"rationale": (7,)})]
+    logits = torch.randn(2, 3, 50)
+    expected = 0.0
+    for row, places in zip(rows, logits.double().tolist(), strict=True):
+        tokens = [*row.rationale, 3]
+        own = places[len(places) - len(tokens) :]
+        expected -= sum(log_softmax(at)[token] for at, token in zip(own, tokens, strict=True)) / len(tokens)
+    assert rationale_loss(logits, rows, end_id=3).item() == pytest.approx(expected / 2, rel=1e-5)
