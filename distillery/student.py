@@ -428,42 +428,45 @@ def train(
     groups = islice(_endless(rows, recipe), resumed_at, None)
     began = time.perf_counter()
     trained_seconds, seen, due = 0.0, 0, began + checkpoint_every_s
-    while state.step < steps and state.waited < (recipe.patience or math.inf):
-        started = time.perf_counter()
-        group = next(groups)
-        count = sum(map(len, group))
-        total = 0.0
-        for batch in group:
-            loss = objective(batch) * (len(batch) / count)
-            loss.backward()  # type: ignore[no-untyped-call]
-            total += loss.item()
-        torch.nn.utils.clip_grad_norm_(trained, recipe.max_grad_norm)
-        optimiser.step()
-        schedule.step()
-        optimiser.zero_grad(set_to_none=True)
-        state.step += 1
-        state.losses.append(total)
-        trained_seconds += time.perf_counter() - started
-        seen += count
-        if not math.isfinite(total):
-            raise TrainingError(f"the loss is {total} at step {state.step}; lower student.training.learning_rate")
-        epoch_ends = state.step % per_epoch == 0 or state.step == steps
-        checked = None
-        if epoch_ends and validation:
-            state.accuracy, checked = validate(model, validation, pad_id=pad_id, place=place)
-            if recipe.patience:
-                state.compare(checked)
-        if epoch_ends or len(state.losses) == 10:
-            mean = sum(state.losses) / len(state.losses)
-            point = CurvePoint(step=state.step, loss=mean, validation_loss=checked)
-            state.curve.append(point.model_copy(update={"validation_accuracy": state.accuracy if epoch_ends else None}))
-            state.losses = []
-            if progress:
-                left = (steps - state.step) * (time.perf_counter() - began) / (state.step - resumed_at)
-                progress(TrainingProgress(state.step, steps, mean, seen / trained_seconds, left))
-        if checkpoints and state.step < steps and (started := time.perf_counter()) >= due:
-            state.keep(checkpoints)
-            due = time.perf_counter() + max(checkpoint_every_s, 50 * (time.perf_counter() - started))
+    with _head_cast_once(model, place):
+        while state.step < steps and state.waited < (recipe.patience or math.inf):
+            started = time.perf_counter()
+            group = next(groups)
+            count = sum(map(len, group))
+            total = 0.0
+            for batch in group:
+                loss = objective(batch) * (len(batch) / count)
+                loss.backward()  # type: ignore[no-untyped-call]
+                total += loss.item()
+            torch.nn.utils.clip_grad_norm_(trained, recipe.max_grad_norm)
+            optimiser.step()
+            schedule.step()
+            optimiser.zero_grad(set_to_none=True)
+            state.step += 1
+            state.losses.append(total)
+            trained_seconds += time.perf_counter() - started
+            seen += count
+            if not math.isfinite(total):
+                raise TrainingError(f"the loss is {total} at step {state.step}; lower student.training.learning_rate")
+            epoch_ends = state.step % per_epoch == 0 or state.step == steps
+            checked = None
+            if epoch_ends and validation:
+                state.accuracy, checked = validate(model, validation, pad_id=pad_id, place=place)
+                if recipe.patience:
+                    state.compare(checked)
+            if epoch_ends or len(state.losses) == 10:
+                mean = sum(state.losses) / len(state.losses)
+                point = CurvePoint(step=state.step, loss=mean, validation_loss=checked)
+                state.curve.append(
+                    point.model_copy(update={"validation_accuracy": state.accuracy if epoch_ends else None})
+                )
+                state.losses = []
+                if progress:
+                    left = (steps - state.step) * (time.perf_counter() - began) / (state.step - resumed_at)
+                    progress(TrainingProgress(state.step, steps, mean, seen / trained_seconds, left))
+            if checkpoints and state.step < steps and (started := time.perf_counter()) >= due:
+                state.keep(checkpoints)
+                due = time.perf_counter() + max(checkpoint_every_s, 50 * (time.perf_counter() - started))
     if checkpoints and keep_end:
         state.keep(checkpoints)
     state.take_best()
@@ -480,6 +483,21 @@ def train(
         rows_per_second=seen / trained_seconds if seen else 0.0,
         resumed_at=resumed_at,
     )
+
+
+@contextmanager
+def _head_cast_once(model: Any, place: Placement) -> Iterator[None]:
+    """Gives a head that is not trained a weight in bfloat16 meanwhile, where autocast would cast it at every step."""
+    import torch
+
+    head = model.get_output_embeddings()
+    weight = head.weight
+    if place.precision == "bfloat16" and not weight.requires_grad:
+        head.weight = torch.nn.Parameter(weight.to(torch.bfloat16), requires_grad=False)
+    try:
+        yield
+    finally:
+        head.weight = weight
 
 
 def _endless(rows: Sequence[TrainingRow], recipe: TrainingRecipe) -> Iterator[list[list[TrainingRow]]]:
