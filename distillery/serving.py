@@ -5,7 +5,8 @@
 POST /v1/chat/completions, GET /v1/models, GET /healthz; the same without /v1, for azure-ai-inference. The messages go
 through the model's own chat template just as they are. Requests are answered one at a time by one worker thread, and
 each takes only the passes it needs: one for max_tokens 1. Sampling is greedy where no temperature is given, and
-log-probabilities are those of temperature 1.
+log-probabilities are those of temperature 1. With vLLM's `structured_outputs: {"choice": [TEXT, ...]}` the answer is
+the likeliest of these texts, as a student with prompt.answer: text chooses it.
 """
 
 import argparse
@@ -69,6 +70,12 @@ class TextFormat(_Strict):
     type: Literal["text"]
 
 
+class StructuredOutputs(_Strict):
+    """vLLM's; of its forms, a choice among texts."""
+
+    choice: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=64)]
+
+
 class StreamOptions(BaseModel):
     include_usage: bool = False
 
@@ -94,6 +101,7 @@ class ChatRequest(_Strict):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     response_format: TextFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
     frequency_penalty: Literal[0] | None = None
     presence_penalty: Literal[0] | None = None
     user: Any = None
@@ -163,6 +171,9 @@ def complete(student: OnnxStudent, job: Job) -> Iterator[Piece]:
             code="context_length_exceeded",
             param="messages",
         )
+    if request.structured_outputs:
+        yield _chosen(student, job, prompt, request.structured_outputs.choice)
+        return
     steps = student.steps(
         prompt,
         min(request.limit or room, room),
@@ -190,6 +201,26 @@ def complete(student: OnnxStudent, job: Job) -> Iterator[Piece]:
     yield Piece(held, entries, reason)
 
 
+def _chosen(student: OnnxStudent, job: Job, prompt: list[int], choice: list[str]) -> Piece:
+    """The likeliest text as the whole answer. Its log-probabilities are those among the texts, an entry in all."""
+    texts = [student.tokenizer.encode_text(text) for text in choice]
+    if len(prompt) + max(map(len, texts)) > student.context_length:
+        raise ApiError(400, "The messages and a choice are longer than the context.", "context_length_exceeded")
+    probabilities = student.text_probabilities(prompt, texts)
+    order = sorted(range(len(choice)), key=lambda i: -probabilities[i])
+    job.completion_tokens = len(texts[order[0]])
+    entries = [
+        {
+            "token": choice[i],
+            "logprob": _number(math.log(probabilities[i] or math.nan)),
+            "bytes": list(choice[i].encode()),
+        }
+        for i in order
+    ]
+    top = entries[: job.request.top_logprobs or 0]
+    return Piece(choice[order[0]], [{**entries[0], "top_logprobs": top}] if job.request.logprobs else [], "stop")
+
+
 def _stop_at(text: str, stops: list[str]) -> tuple[int | None, int]:
     """Where the first stop text begins, if one is there; how many characters can't belong to one that is to come."""
     found = [at for at in (text.find(stop) for stop in stops) if at >= 0]
@@ -213,9 +244,12 @@ def _token_logprobs(student: OnnxStudent, token: int, logits: Logits, top: int) 
 def _named(student: OnnxStudent, token: int, logprob: float) -> dict[str, Any]:
     text = student.token_text(token)
     in_full = "\ufffd" not in text
-    # JSON knows no infinity; OpenAI writes -9999 for what is all but impossible.
-    number = logprob if math.isfinite(logprob) else -9999.0
-    return {"token": text, "logprob": number, "bytes": list(text.encode()) if in_full else None}
+    return {"token": text, "logprob": _number(logprob), "bytes": list(text.encode()) if in_full else None}
+
+
+def _number(logprob: float) -> float:
+    """JSON knows no infinity; OpenAI writes -9999 for what is all but impossible."""
+    return logprob if math.isfinite(logprob) else -9999.0
 
 
 class _Server:

@@ -74,6 +74,26 @@ def test_openai_gets_the_models_own_log_probabilities(client: Any, student: Onnx
     assert (usage.prompt_tokens, usage.completion_tokens, usage.total_tokens) == (len(prompt), 1, len(prompt) + 1)
 
 
+def test_a_choice_is_answered_with_the_likeliest_text(client: Any, student: OnnxStudent) -> None:
+    texts = ["oven", "a river bank", "cloud"]
+    answer = client.chat.completions.create(
+        model="tiny",
+        messages=MESSAGES,
+        logprobs=True,
+        top_logprobs=3,
+        extra_body={"structured_outputs": {"choice": texts}},
+    )
+    prompt = student.tokenizer.encode_chat(MESSAGES)
+    expected = student.text_probabilities(prompt, [student.tokenizer.encode_text(text) for text in texts])
+    best = texts[expected.index(max(expected))]
+    (entry,) = answer.choices[0].logprobs.content
+    assert (answer.choices[0].message.content, answer.choices[0].finish_reason) == (best, "stop")
+    assert entry.token == best
+    found = {one.token: np.exp(one.logprob) for one in entry.top_logprobs}
+    assert found == pytest.approx(dict(zip(texts, expected, strict=True)), abs=1e-6)
+    assert answer.usage.completion_tokens == len(student.tokenizer.encode_text(best))
+
+
 def test_openai_gets_the_models_greedy_text(client: Any, student: OnnxStudent) -> None:
     answer = client.chat.completions.create(model="tiny", messages=MESSAGES, max_completion_tokens=12)
     tokens, _ = student.generate(student.tokenizer.encode_chat(MESSAGES), 12)
@@ -219,6 +239,8 @@ def test_an_unknown_model_or_path_is_not_found(client: Any, server: Served) -> N
         ({"stop": ""}, "stop"),
         ({"presence_penalty": 0.5}, "presence_penalty"),
         ({"response_format": {"type": "json_object"}}, "response_format.type"),
+        ({"structured_outputs": {"choice": []}}, "structured_outputs.choice"),
+        ({"structured_outputs": {"regex": "a"}}, "structured_outputs"),
         ({"tools": []}, "tools"),
     ],
 )

@@ -277,3 +277,37 @@ def test_labels_that_are_there_already_need_no_teacher(
         ": labels from files",
         "student: train",
     }
+
+
+def test_a_student_that_is_cut_in_steps_and_answers_by_text(
+    tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[[str], Path]
+) -> None:
+    workshop = Workshop(tmp_path_factory.mktemp("steps"), tiny_model("qwen3"))
+    values = endpoint_recipe(workshop.files, workshop.base, "steps", soft_weight=0, epochs=12, learning_rate=0.01)
+    values["teacher"] = {"kind": "gold"}
+    step = {"layers": {"keep": 2, "by": "even"}, "training": {"method": "full", "max_steps": 3}}
+    values["student"] |= {
+        "healing": [step],
+        "layers": {"keep": 1, "by": "block_influence"},
+        "prompt": {"system": "", "user": "{question}", "answer": "text"},
+    }
+    run = workshop.distil(values)
+    assert run.counts["step"] == 3 + 12 * -(-ROWS["train"] // 8)
+    record = workshop.record(run, "train")
+    folder = workshop.home / "store" / record["artifact"]["sha256"] / "files"
+    cuts = json.loads((folder / "layers.json").read_text())
+    assert (cuts[0], len(cuts[1])) == ([0, 1], 1)
+    assert json.loads((folder / "healing-1.json").read_text())["steps"] == 3
+    accuracy = {name: float(value) for name, value in re.findall(r"(?m)^(\S.*?) +(\d\.\d{3}) \[", run.scoreboard)}
+    assert accuracy["student"] > 0.6, "chance is 0.33"
+    assert abs(accuracy["student"] - accuracy["student int4"]) <= 0.3
+
+    rows, out = workshop.folder / "rows.jsonl", workshop.folder / "answers"
+    rows.write_text(Path(workshop.files["test"][0]).read_text())
+    command = [sys.executable, "-m", "flows.batch_inference", "steps", str(rows), str(out)]
+    done = subprocess.run(command, cwd=PROJECT, env=workshop.environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    answers = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
+    gold = [json.loads(line)["answerKey"] for line in rows.read_text().splitlines()]
+    right = sum(answer["answer"] == key for answer, key in zip(answers, gold, strict=True)) / len(gold)
+    assert right == pytest.approx(accuracy["student int4"])
