@@ -46,7 +46,8 @@ class _Settings(BaseSettings):
 class LocalSettings(_Settings):
     """DISTILLERY_HOME holds all that this machine writes; the others default to places inside it. Training saves a
     checkpoint every DISTILLERY_CHECKPOINT_SECONDS. An outage of the store is waited out for DISTILLERY_STORE_WAIT
-    seconds; copies of what a remote store holds take DISTILLERY_CACHE_GB (10^9 bytes) at most."""
+    seconds; copies of what a remote store holds take DISTILLERY_CACHE_GB (10^9 bytes) at most. DISTILLERY_TRACKING is
+    an MLflow tracking URI for training's figures; without it none are sent."""
 
     model_config = SettingsConfigDict(env_prefix="DISTILLERY_")
 
@@ -56,6 +57,7 @@ class LocalSettings(_Settings):
     cache_gb: float = Field(50, ge=0)
     labels: str = ""
     registry: str = ""
+    tracking: str = ""
     remote_code: str = ""
     checkpoint_seconds: float = Field(300, gt=0)
     container: bool = False

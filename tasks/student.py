@@ -15,9 +15,10 @@ from distillery.labels import gold_labels, read_labels
 from distillery.recipe import BaseModelRecipe, HealingRecipe, Layers, PromptRecipe, TrainingRecipe
 from distillery.records import Rows, StudentCheckpoint, TeacherLabels
 from distillery.store import ArtifactStore, working_folder
+from distillery.tracking import tracked
 from tasks.parent import check_parent
 from tasks.progress import progress_artifact
-from tasks.stage import is_recorded, origin, own_key, stage
+from tasks.stage import is_recorded, origin, own_key, produced_by, stage
 
 
 @stage("train", version=3)
@@ -53,12 +54,14 @@ def train(
     with (
         working_folder("train") as folder,
         progress_artifact("training", "training steps") as show,
+        tracked(produced_by(), training.model_dump(mode="json")) as track,
     ):
 
         def progress(at: domain.TrainingProgress) -> None:
             check_parent()
             speed = f"{at.rows_per_second:.1f} rows/s, {at.seconds_left / 60:.0f} minutes left"
             show(at.step, at.steps, f"step {at.step} of {at.steps}, loss {at.loss:.3f}, {speed}")
+            track(at.step, {"loss": at.loss, "rows_per_second": at.rows_per_second})
             logger.debug("step %d of %d, loss %.3f", at.step, at.steps, at.loss)
 
         set_aside = {"train": too_long, "validation": too_long_checks}
@@ -79,6 +82,10 @@ def train(
             progress=progress,
             checkpoints=work,
         )
+        for point in result.curve:
+            if point.validation_loss is not None and point.validation_accuracy is not None:
+                checked = {"validation_loss": point.validation_loss, "validation_accuracy": point.validation_accuracy}
+                track(point.step, checked)
         artifact = store.put(folder)
     since = f" (from step {result.resumed_at} on)" if result.resumed_at else ""
     accuracy = "none" if result.validation_accuracy is None else f"{result.validation_accuracy:.3f}"

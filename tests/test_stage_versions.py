@@ -26,7 +26,7 @@ RECORD = Path(__file__).with_name("stage_versions.json")
 # are in the cache keys themselves.
 APART = {
     *("database", "errors", "leases", "processes", "readiness", "recipe", "records", "registry", "settings"),
-    *("storage", "store", "label_store", "pace", "quote"),
+    *("storage", "store", "label_store", "pace", "quote", "tracking"),
 }
 
 

@@ -1,0 +1,49 @@
+"""Training's figures in MLflow, and that a tracking server which fails costs no training."""
+
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from distillery.tracking import EXPERIMENT, tracked
+
+
+def test_settings_and_figures_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    url = f"sqlite:///{tmp_path / 'tracking.db'}"
+    monkeypatch.setenv("DISTILLERY_TRACKING", url)
+    for name in ("one", "two"):
+        with tracked(name, {"method": "lora"}) as log:
+            log(10, {"loss": 0.5, "rows_per_second": 7.0})
+            log(20, {"loss": 0.25, "rows_per_second": 8.0})
+    with pytest.raises(KeyboardInterrupt), tracked("three", {}):
+        raise KeyboardInterrupt
+    client = MlflowClient(url)
+    experiment = client.get_experiment_by_name(EXPERIMENT)
+    assert experiment is not None
+    runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+    assert {name: run.info.status for name, run in runs.items()} == {
+        "one": "FINISHED",
+        "two": "FINISHED",
+        "three": "FAILED",
+    }
+    assert runs["two"].data.params == {"method": "lora"}
+    history = client.get_metric_history(runs["two"].info.run_id, "loss")
+    assert [(metric.step, metric.value) for metric in history] == [(10, 0.5), (20, 0.25)]
+
+
+def test_without_a_setting_nothing_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DISTILLERY_TRACKING", raising=False)
+    with tracked("one", {"method": "lora"}) as log:
+        log(1, {"loss": 0.5})
+
+
+def test_a_server_that_is_down_is_one_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("DISTILLERY_TRACKING", "http://127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with tracked("one", {"method": "lora"}) as log:
+        log(1, {"loss": 0.5})
+    said = [record.getMessage() for record in caplog.records if "DISTILLERY_TRACKING" in record.getMessage()]
+    assert len(said) == 1
+    assert said[0].startswith("DISTILLERY_TRACKING: no figures are kept from here on (")
