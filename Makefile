@@ -4,6 +4,8 @@ SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+# Two at a time, a module's tests together, each with one thread: most wait for servers and processes of their own.
+TESTS := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 AZURITE := tests/azurite/node_modules/.installed
 
 export PREFECT_HOME ?= $(CURDIR)/.distillery/prefect
@@ -40,10 +42,10 @@ demo: $(INSTALLED) | $(PREFECT_HOME) ## the whole way on this machine: no accoun
 	@$(BIN)/python -m flows.distill demo
 
 test: $(INSTALLED) | $(PREFECT_HOME) ## the fast tests
-	@$(BIN)/pytest -m "not slow and not gpu and not azure_live"
+	@$(TESTS) -m "not slow and not gpu and not azure_live"
 
 test-all: $(INSTALLED) $(AZURITE) | $(PREFECT_HOME) ## all tests; needs Node.js, PostgreSQL and COMMONSENSE_QA_DIR
-	@$(BIN)/pytest --durations=12 -m "not gpu and not azure_live"
+	@$(TESTS) --durations=12 -m "not gpu and not azure_live"
 
 bench-overhead: $(INSTALLED) | $(PREFECT_HOME) ## what Prefect and the hand-offs cost beside the stages' work
 	@$(BIN)/python -m benchmarks.overhead

@@ -140,8 +140,8 @@ def _prompt_after_prompt(model: Any, place: Any) -> Callable[[list[int]], Any]:
         kept = common_prefix([before, ids], 1) if before else 0
         if max(len(ids), len(before)) > longest_shared(model):
             kept = 0
-        if before:
-            cache.crop(kept)
+        if kept < len(before):
+            cache.crop(kept - len(before))
         before[:] = ids
         with torch.inference_mode(), place.autocast():
             tokens = torch.tensor([ids[kept:]], device=place.device)

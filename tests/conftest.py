@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tenacity import wait_none
 from tiny_model import build_tiny_model
 
 os.environ["OLIVE_DISABLE_TELEMETRY"] = "1"
@@ -25,6 +26,12 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def sdk(request: pytest.FixtureRequest) -> str:
     """Each of the two SDKs that ask a teacher, in turn."""
     return request.param
+
+
+@pytest.fixture
+def no_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls that fail are tried again at once."""
+    monkeypatch.setattr("distillery.teacher.BACKOFF", wait_none())
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
-"""Answers in other forms than a letter, in other orders, and several of them for one row."""
+"""Reading answers: by letter and in other forms, in other orders, and several of them for one row."""
 
+import math
 from collections import Counter
 
 import pytest
@@ -8,6 +9,7 @@ from distillery.answers import (
     Answer,
     Combined,
     combined,
+    distribution,
     in_own_letters,
     parse_answer,
     parse_json,
@@ -17,6 +19,107 @@ from distillery.answers import (
 
 CHOICES = ("bank", "vitamin C", "A dog")
 LETTERS = ("A", "B", "C")
+FIVE = ("bank", "vitamin C", "A dog", "the answer", "New York.")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "B",
+        "(B)",
+        "[B]",
+        "B.",
+        "B)",
+        "b",
+        " B \n",
+        "**B**",
+        "`B`",
+        "B) vitamin C",
+        "(B) vitamin C",
+        "B. Because it heals scurvy",
+        "**B)** vitamin C",
+        "B - vitamin C",
+        "B\nIt heals scurvy.",
+        "vitamin C",
+        '"Vitamin  c."',
+        "Answer: B",
+        "Answer:\n\n(B)",
+        "**Answer:** B",
+        "The answer is B.",
+        "The correct answer is: (B) vitamin C",
+        "So, the best choice is B",
+        "Option B",
+        "Answer: vitamin C",
+        "It heals scurvy. A dog does not.\n\nFinal answer: **B**",
+        "<think>Perhaps A. No, (C).</think>\n\nB",
+        "<think>Answer: A</think>Answer: B",
+    ],
+)
+def test_an_answer_is_read(text: str) -> None:
+    assert parse_answer(text, FIVE) == "B"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "F",
+        "(F)",
+        "AB",
+        "A good choice is B",
+        "A or B",
+        "A, B",
+        "A. B",
+        "(A) or (B)",
+        "B) bank",
+        "B) or C)",
+        "Both A and B",
+        "Answer: A or B",
+        "Answer: A\nAnswer: B",
+        "Answer: unknown",
+        "I think it is a bank",
+        "I can't tell",
+        "<think>The answer is B",
+        "none of them",
+        "error: too many requests",
+    ],
+)
+def test_what_is_no_option_or_more_than_one_is_none(text: str) -> None:
+    assert parse_answer(text, FIVE) is None
+
+
+def test_an_options_text_may_start_with_a_letter_or_hold_one() -> None:
+    assert parse_answer("A dog", FIVE) == "C"
+    assert parse_answer("Answer: A dog", FIVE) == "C"
+    assert parse_answer("C) A dog", FIVE) == "C"
+    assert parse_answer("New York", FIVE) == "E"
+    assert parse_answer("The answer", FIVE) == "D"
+    assert parse_answer("A", ("B", "C")) == "A"
+    assert parse_answer("B", ("B", "C")) is None, "the letter says the second, the text the first"
+    assert parse_answer("same", ("same", "same")) is None
+
+
+def test_a_distribution_sums_spellings_and_normalises_over_the_letters() -> None:
+    listed = [("A", math.log(0.5)), (" A", math.log(0.1)), ("B", math.log(0.2)), ("The", math.log(0.2))]
+    found = distribution(listed, ("A", "B"))
+    assert found == pytest.approx({"A": 0.75, "B": 0.25})
+
+
+def test_a_letter_that_is_not_listed_gets_the_floor() -> None:
+    listed = [("A", math.log(0.9)), ("x", math.log(0.05))]
+    found = distribution(listed, ("A", "B", "C"))
+    assert found is not None
+    share = (1 - 0.95) / 2
+    assert found["B"] == found["C"] == pytest.approx(share / (0.9 + 2 * share))
+    tight = distribution([("A", math.log(0.6)), ("x", math.log(0.001))], ("A", "B"))
+    assert tight == pytest.approx({"A": 0.6 / 0.601, "B": 0.001 / 0.601})
+    assert sum(found.values()) == pytest.approx(1)
+
+
+def test_a_token_outside_the_list_is_no_probability() -> None:
+    assert distribution([("A", -0.1), ("B", -9999.0)], ("A", "B")) == distribution([("A", -0.1)], ("A", "B"))
+    assert distribution([("A", -9999.0), ("The", -0.1)], ("A", "B")) is None
+    assert distribution([], ("A", "B")) is None
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,7 @@
-"""Reading answers, the label store on real databases, and labelling through real HTTP."""
+"""The label store on real databases, and labelling through real HTTP."""
 
 import asyncio
 import json
-import math
 import sqlite3
 import subprocess
 import sys
@@ -19,10 +18,7 @@ import pytest
 from chat_endpoint import Call, ChatEndpoint, Reply, good, refused, replies, said
 from postgres_server import Postgres
 from pydantic import SecretStr
-from tenacity import wait_none
 
-from distillery import teacher
-from distillery.answers import distribution, parse_answer
 from distillery.errors import CredentialsError, StoreError, StoreUnavailable, TeacherError, TeacherUnavailable
 from distillery.label_store import LabelStore, StoredAnswer
 from distillery.labels import LabelCounts, label, request_key
@@ -32,120 +28,17 @@ from distillery.records import Example, TeacherLabel
 from distillery.teacher import Endpoint, Sdk
 
 KEY = "key-7f3a-very-secret"
-CHOICES = ("bank", "vitamin C", "A dog", "the answer", "New York.")
 PROMPT = PromptRecipe()
 FILES = ("labels.jsonl", "rejected.jsonl", "train_data.jsonl")
 
 
-@pytest.fixture(autouse=True)
-def _no_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(teacher, "BACKOFF", wait_none())
+pytestmark = pytest.mark.usefixtures("no_backoff")
 
 
 @pytest.fixture
 def postgres() -> Iterator[str]:
     with Postgres() as server:
         yield server.url()
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "B",
-        "(B)",
-        "[B]",
-        "B.",
-        "B)",
-        "b",
-        " B \n",
-        "**B**",
-        "`B`",
-        "B) vitamin C",
-        "(B) vitamin C",
-        "B. Because it heals scurvy",
-        "**B)** vitamin C",
-        "B - vitamin C",
-        "B\nIt heals scurvy.",
-        "vitamin C",
-        '"Vitamin  c."',
-        "Answer: B",
-        "Answer:\n\n(B)",
-        "**Answer:** B",
-        "The answer is B.",
-        "The correct answer is: (B) vitamin C",
-        "So, the best choice is B",
-        "Option B",
-        "Answer: vitamin C",
-        "It heals scurvy. A dog does not.\n\nFinal answer: **B**",
-        "<think>Perhaps A. No, (C).</think>\n\nB",
-        "<think>Answer: A</think>Answer: B",
-    ],
-)
-def test_an_answer_is_read(text: str) -> None:
-    assert parse_answer(text, CHOICES) == "B"
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "F",
-        "(F)",
-        "AB",
-        "A good choice is B",
-        "A or B",
-        "A, B",
-        "A. B",
-        "(A) or (B)",
-        "B) bank",
-        "B) or C)",
-        "Both A and B",
-        "Answer: A or B",
-        "Answer: A\nAnswer: B",
-        "Answer: unknown",
-        "I think it is a bank",
-        "I can't tell",
-        "<think>The answer is B",
-        "none of them",
-        "error: too many requests",
-    ],
-)
-def test_what_is_no_option_or_more_than_one_is_none(text: str) -> None:
-    assert parse_answer(text, CHOICES) is None
-
-
-def test_an_options_text_may_start_with_a_letter_or_hold_one() -> None:
-    assert parse_answer("A dog", CHOICES) == "C"
-    assert parse_answer("Answer: A dog", CHOICES) == "C"
-    assert parse_answer("C) A dog", CHOICES) == "C"
-    assert parse_answer("New York", CHOICES) == "E"
-    assert parse_answer("The answer", CHOICES) == "D"
-    assert parse_answer("A", ("B", "C")) == "A"
-    assert parse_answer("B", ("B", "C")) is None, "the letter says the second, the text the first"
-    assert parse_answer("same", ("same", "same")) is None
-
-
-def test_a_distribution_sums_spellings_and_normalises_over_the_letters() -> None:
-    listed = [("A", math.log(0.5)), (" A", math.log(0.1)), ("B", math.log(0.2)), ("The", math.log(0.2))]
-    found = distribution(listed, ("A", "B"))
-    assert found == pytest.approx({"A": 0.75, "B": 0.25})
-
-
-def test_a_letter_that_is_not_listed_gets_the_floor() -> None:
-    listed = [("A", math.log(0.9)), ("x", math.log(0.05))]
-    found = distribution(listed, ("A", "B", "C"))
-    assert found is not None
-    share = (1 - 0.95) / 2
-    assert found["B"] == found["C"] == pytest.approx(share / (0.9 + 2 * share))
-    tight = distribution([("A", math.log(0.6)), ("x", math.log(0.001))], ("A", "B"))
-    assert tight == pytest.approx({"A": 0.6 / 0.601, "B": 0.001 / 0.601})
-    assert sum(found.values()) == pytest.approx(1)
-
-
-def test_a_token_outside_the_list_is_no_probability() -> None:
-    assert distribution([("A", -0.1), ("B", -9999.0)], ("A", "B")) == distribution([("A", -0.1)], ("A", "B"))
-    assert distribution([("A", -9999.0), ("The", -0.1)], ("A", "B")) is None
-    assert distribution([], ("A", "B")) is None
 
 
 def test_a_key_covers_what_is_asked_of_whom() -> None:

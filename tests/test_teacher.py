@@ -10,7 +10,6 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 from chat_endpoint import Call, ChatEndpoint, Reply, Script, completion, good, refused, replies, said
 from pydantic import SecretStr
-from tenacity import wait_none
 
 from distillery import teacher
 from distillery.errors import CredentialsError, TeacherError, TeacherUnavailable
@@ -24,9 +23,7 @@ MESSAGES = [{"role": "system", "content": "A or B or C"}, {"role": "user", "cont
 LETTERS = ("A", "B", "C")
 
 
-@pytest.fixture(autouse=True)
-def _no_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(teacher, "BACKOFF", wait_none())
+pytestmark = pytest.mark.usefixtures("no_backoff")
 
 
 def endpoint_of(server: ChatEndpoint, sdk: Sdk, key: str | None = KEY) -> Endpoint:

@@ -17,6 +17,7 @@ from distillery.recipe import RegistryRecipe
 from distillery.registry import open_registry
 
 PROJECT = Path(__file__).resolve().parents[2]
+OF_TESTS = ("DISTILLERY_HOME", "PREFECT_HOME", "OMP_NUM_THREADS")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
@@ -36,7 +37,7 @@ class Demo:
 
 
 def make_demo() -> Demo:
-    environment = {name: value for name, value in os.environ.items() if name not in ("DISTILLERY_HOME", "PREFECT_HOME")}
+    environment = {name: value for name, value in os.environ.items() if name not in OF_TESTS}
     started = time.monotonic()
     done = subprocess.run(["make", "demo"], cwd=PROJECT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
