@@ -6,7 +6,6 @@ that it ends with. A process of its own, so that its peak memory is the model's,
 takes nothing else with it.
 """
 
-import json
 import math
 import sys
 import time
@@ -16,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from distillery.dataset import read_examples
-from distillery.errors import DistilleryError, ModelError
+from distillery.errors import ModelError
 from distillery.evaluation import Scored, ScoringJob
-from distillery.processes import end_with
+from distillery.processes import work_apart
 from distillery.prompts import Tokenizer, TransformersTokenizer, letter_ids, render_ids
 from distillery.recipe import PromptRecipe
 from distillery.records import Example
@@ -137,19 +136,5 @@ def _asker(
     return ask
 
 
-def main(job_file: str, result_file: str, parent: str) -> int:
-    end_with(int(parent))
-    try:
-        job = ScoringJob.model_validate_json(Path(job_file).read_text(encoding="utf-8"))
-        Path(result_file).write_text(score(job).model_dump_json(), encoding="utf-8")
-    except Exception as error:
-        # Whatever a runtime raises is the parent's to report, in one line.
-        text = " ".join(str(error).split())[:300]
-        reason = text if isinstance(error, DistilleryError) else f"{type(error).__name__}: {text}"
-        Path(result_file).write_text(json.dumps({"error": reason}), encoding="utf-8")
-        return 1
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    sys.exit(work_apart(sys.argv[1:], ScoringJob, score))

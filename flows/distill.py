@@ -26,7 +26,7 @@ from flows.train_student import trained
 from tasks.dataset import prepare_dataset
 from tasks.evaluation import evaluate
 from tasks.labels import canaries, judged_by, labelled
-from tasks.onnx import export
+from tasks.onnx import exported
 from tasks.registry import download, judge, promote, register
 from tasks.results import results_in_store
 from tasks.stage import RESULT, Stage, own_tags, produced_by, refreshing, tidy_logs
@@ -85,7 +85,7 @@ def distill(recipe: Recipe, training_deployment: str | None = None, refresh: tup
         labels=labels,
         validation=data.rows_if_any("validation"),
     )
-    model = again("export student", export)(student, base, recipe.export)
+    model = exported(student, base, recipe, data, again)
 
     teacher = served or judged_by(test_rows, recipe, identity)
     tfidf_rows = data.rows_if_any("gold") or train_rows
