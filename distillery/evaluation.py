@@ -10,9 +10,6 @@ import logging
 import math
 import os
 import platform
-import signal
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,9 +18,9 @@ from typing import Any, Literal
 
 from distillery.dataset import read_examples
 from distillery.errors import DataError, ModelError
+from distillery.processes import run_apart
 from distillery.recipe import EvaluationRecipe, PromptRecipe
-from distillery.records import Example, GateDecision, Interval, Record, ScoreRow
-from distillery.store import working_folder
+from distillery.records import Departure, Example, GateDecision, Interval, Record, ScoreRow
 
 GOLD, TEACHER = "gold", "teacher"
 MAJORITY, TFIDF = "majority class", "TF-IDF + logistic regression"
@@ -98,25 +95,10 @@ def score_model(
         threads=threads or cores(),
         precision=precision,
     )
-    with working_folder("scoring") as folder:
-        job_file, result_file = folder / "job.json", folder / "result.json"
-        job_file.write_text(job.model_dump_json(), encoding="utf-8")
-        command = [sys.executable, "-m", "distillery.scoring", str(job_file), str(result_file), str(os.getpid())]
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")  # noqa: S603
-        result = result_file.read_text(encoding="utf-8") if result_file.exists() else ""
-    if done.returncode != 0:
-        raise ModelError(f"{model.name}: {_failure(done.returncode, result, done.stderr)}")
-    return Scored.model_validate_json(result)
-
-
-def _failure(code: int, result: str, stderr: str) -> str:
-    if result:
-        return str(json.loads(result)["error"])
-    if code == -signal.SIGKILL:
-        return "its process was killed, as happens when memory runs out; free some and run again"
-    last = next((line.strip() for line in reversed(stderr.splitlines()) if line.strip()), "no word of why")
-    ended = f"by signal {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
-    return f"its process ended {ended} ({last[:200]})"
+    try:
+        return Scored.model_validate_json(run_apart("distillery.scoring", job))
+    except ModelError as error:
+        raise ModelError(f"{model.name}: {error}") from error
 
 
 def cores() -> int:
@@ -143,14 +125,16 @@ def evaluate(
     candidate: str,
     out: Path,
     *,
+    float_model: str | None = None,
     threads: int | None = None,
 ) -> tuple[ScoreRow, ...]:
     """Scores every model and the baselines on the rows of `test`, and writes the report into `out` (see the module).
 
     `teacher` is the name of one of `models`, or an endpoint's letters by example_id. `train` holds answered Examples,
-    from which the baselines learn; without it they are left out. `candidate` is the model that may be registered.
+    from which the baselines learn; without it they are left out. `candidate` is the model that may be registered, and
+    `float_model` the one that it was exported from: how far the two are apart is a figure of the report.
     Raises DataError for test rows that can't serve, ModelError for a model that can't be scored."""
-    examples, gold = _test_rows(test)
+    examples, gold = answered_rows(test)
     teacher_name = teacher if isinstance(teacher, str) else TEACHER
     baselines, notes = _baselines(examples, train)
     answers: dict[str, Answers] = {GOLD: gold, **baselines}
@@ -163,21 +147,37 @@ def evaluate(
         answers[model.name] = scored[model.name].answers
         _log.info("scored %s: %.1f rows a second", model.name, scored[model.name].rows_per_second)
     by_name = {model.name: model for model in models}
-    rows = tuple(_score_row(name, answers, teacher_name, by_name.get(name), scored.get(name)) for name in answers)
+    apart = {candidate: departure(scored[candidate], scored[float_model])} if float_model else {}
+    rows = tuple(
+        _score_row(name, answers, teacher_name, by_name.get(name), scored.get(name), apart.get(name))
+        for name in answers
+    )
     notes += _measuring_notes(scored, threads or cores())
     _write_report(out, rows, candidate, teacher_name, scored, notes)
     _write_answers(out / ANSWERS_FILE, examples, answers)
     return rows
 
 
-def _test_rows(path: Path) -> tuple[list[Example], list[str]]:
+def answered_rows(path: Path, role: str = "test") -> tuple[list[Example], list[str]]:
+    """The rows of a split that judges, and their gold letters. Raises DataError where there are none."""
     examples = read_examples(path)
     if not examples:
-        raise DataError(f"{path}: no test row; prepare the data set again")
+        raise DataError(f"{path}: no {role} row; prepare the data set again")
     for example in examples:
         if example.answer_key not in example.letters:
-            raise DataError(f"{path}: row {example.example_id} has no gold answer; test rows need one")
+            raise DataError(f"{path}: row {example.example_id} has no gold answer; {role} rows need one")
     return examples, [str(example.answer_key) for example in examples]
+
+
+def departure(exported: Scored, exact: Scored) -> Departure:
+    """How far `exported` is from `exact` on the same rows; a row that either was not asked is left out."""
+    import numpy as np
+
+    pairs = zip(exported.probabilities, exact.probabilities, strict=True)
+    apart = [abs(np.subtract(a, b)) for a, b in pairs if a is not None and b is not None]
+    each = np.concatenate(apart) if apart else np.zeros(1)
+    changed = sum(a != b for a, b in zip(exported.answers, exact.answers, strict=True))
+    return Departure(mean=float(each.mean()), largest=float(each.max()), changed=changed)
 
 
 def _check_names(names: list[str], teacher: str, candidate: str) -> None:
@@ -219,10 +219,15 @@ def _tfidf(learnt: Sequence[Example], keys: Sequence[str], examples: Sequence[Ex
 
 
 def _score_row(
-    name: str, answers: Mapping[str, Answers], teacher: str, model: ModelToScore | None, scored: Scored | None
+    name: str,
+    answers: Mapping[str, Answers],
+    teacher: str,
+    model: ModelToScore | None,
+    scored: Scored | None,
+    apart: Departure | None,
 ) -> ScoreRow:
     gold, own = answers[GOLD], answers[name]
-    right = _right(own, gold)
+    right = right_answers(own, gold)
     correct = sum(right)
     compared = name not in (GOLD, teacher)
     agreed = sum(a is not None and a == b for a, b in zip(own, answers[teacher], strict=True))
@@ -233,15 +238,16 @@ def _score_row(
         rows=len(gold),
         accuracy=correct / len(gold),
         interval=Interval(low=1, high=1) if name == GOLD else wilson(correct, len(gold)),
-        versus_teacher=paired_interval(right, _right(answers[teacher], gold)) if compared else None,
+        versus_teacher=paired_interval(right, right_answers(answers[teacher], gold)) if compared else None,
         agreement=agreed / len(gold) if compared else None,
         parameters=model.parameters if model else None,
         bytes=model.bytes if model else None,
+        departure=apart,
         **(_speeds(scored) if scored else {}),
     )
 
 
-def _right(answers: Answers, gold: Answers) -> list[bool]:
+def right_answers(answers: Answers, gold: Answers) -> list[bool]:
     return [a == b for a, b in zip(answers, gold, strict=True)]
 
 
@@ -368,8 +374,18 @@ def headline(rows: Sequence[ScoreRow], candidate: str, teacher: str = TEACHER) -
         text += " with " + ", ".join(facts)
     if ours.versus_teacher:
         lost = 100 * (ours.accuracy - theirs.accuracy)
-        text += f"; {lost:+.1f} points against the teacher, 95 % interval {_points(ours.versus_teacher)}"
+        text += f"; {lost:+.1f} points against the teacher, 95 % interval {points(ours.versus_teacher)}"
+    if ours.departure:
+        text += f"; {departed(ours.departure)}"
     return f"{text}."
+
+
+def departed(apart: Departure) -> str:
+    """A Departure in words."""
+    return (
+        f"its options' probabilities depart from the float student's by {apart.mean:.4f} on average and "
+        f"{apart.largest:.3f} at most, {apart.changed} answers change"
+    )
 
 
 def _named(rows: Sequence[ScoreRow], name: str) -> ScoreRow:
@@ -400,7 +416,7 @@ def _cells(row: ScoreRow) -> list[str]:
     return [
         row.name,
         f"{row.accuracy:.3f} [{row.interval.low:.3f}, {row.interval.high:.3f}]",
-        _points(row.versus_teacher) if row.versus_teacher else "",
+        points(row.versus_teacher) if row.versus_teacher else "",
         _percent(row.agreement) if row.agreement is not None else "",
         shown(row.parameters, "{:.1f} M", 1e6),
         shown(row.bytes, "{:.0f} MB", 1e6),
@@ -415,12 +431,18 @@ def _percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
-def _points(interval: Interval) -> str:
+def points(interval: Interval) -> str:
+    """In points of accuracy."""
     return f"[{100 * interval.low:+.1f}, {100 * interval.high:+.1f}]"
 
 
 def render_table(rows: Sequence[ScoreRow]) -> str:
     """The scoreboard for a terminal: plain text, 120 columns at most, the figures of scoreboard.md."""
+    return plain_table(_HEADER, [_cells(row) for row in rows])
+
+
+def plain_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table for a terminal, 120 columns at most; all but the first column stand to the right, on one line."""
     from io import StringIO
 
     from rich import box
@@ -428,10 +450,10 @@ def render_table(rows: Sequence[ScoreRow]) -> str:
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
-    for number, title in enumerate(_HEADER):
+    for number, title in enumerate(titles):
         table.add_column(title, justify="right" if number else "left", no_wrap=number > 0)
     for row in rows:
-        table.add_row(*_cells(row))
+        table.add_row(*row)
     text = StringIO()
     Console(file=text, width=120, color_system=None, markup=False).print(table)
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
@@ -519,14 +541,21 @@ def _against_champion(
             "only evaluation.maximum_loss: 1 lets such a candidate pass"
         )
     gold = [own[key][GOLD] for key in shared]
-    ours = _right([own[key][candidate] for key in shared], gold)
-    theirs = _right([other[key][column] for key in shared], gold)
+    ours = right_answers([own[key][candidate] for key in shared], gold)
+    theirs = right_answers([other[key][column] for key in shared], gold)
     allowed = 100 * recipe.maximum_loss
     gained = (sum(ours) - sum(theirs)) / len(shared)
     return gained >= -recipe.maximum_loss - 1e-9, (
         f"{100 * gained:+.1f} points against {champion} on {len(shared)} shared rows, 95 % interval "
-        f"{_points(paired_interval(ours, theirs))}; evaluation.maximum_loss allows to lose {allowed:.1f}"
+        f"{points(paired_interval(ours, theirs))}; evaluation.maximum_loss allows to lose {allowed:.1f}"
     )
+
+
+def candidate_of(answers: Path) -> str | None:
+    """The name of the candidate in an answers.jsonl, which is its last column; it tells the precision, in which a
+    champion may differ. None for a file without rows. Raises DataError for a file that can't be read."""
+    first = next(iter(_read_answers(answers).values()), {})
+    return next(reversed(first), None)
 
 
 def _read_answers(path: Path) -> dict[str, dict[str, str | None]]:

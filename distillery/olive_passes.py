@@ -1,10 +1,13 @@
-"""Our two Olive passes, each thin over a function of student.py. Olive imports this module by name."""
+"""Our two Olive passes, each thin over a function of student.py, and the prompts that Olive's Gptq pass looks at. Olive
+imports this module by name."""
 
 import json
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
+import torch
+from olive.data.registry import Registry
 from olive.hardware.accelerator import AcceleratorSpec
 from olive.model import HfModelHandler
 from olive.passes import Pass
@@ -22,6 +25,15 @@ progress: ContextVar[student.Progress | None] = ContextVar("progress", default=N
 
 checkpoints: ContextVar[student.Checkpoints | None] = ContextVar("checkpoints", default=None)
 """Where training keeps its checkpoints."""
+
+PROMPTS = "distillery_prompts"
+
+
+@Registry.register_dataset(PROMPTS)  # type: ignore[untyped-decorator]
+def prompts(path: str, **_others: Any) -> list[tuple[dict[str, torch.Tensor], int]]:
+    """The prompts of a file, one a line as a JSON list of token ids: (inputs, a label that nobody reads)."""
+    rows = [torch.tensor(json.loads(line)) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    return [({"input_ids": row, "attention_mask": torch.ones_like(row)}, 0) for row in rows]
 
 
 class KeepLayers(Pass):

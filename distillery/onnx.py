@@ -1,6 +1,6 @@
 """From a checkpoint to a folder that ONNX Runtime GenAI runs: Olive merges the adapter, quantises and builds.
 
-The lab's form, the adapter apart as adapter_weights.onnx_adapter, is `export.adapter_apart` in the recipe.
+The lab's form, the adapter apart as adapter_weights.onnx_adapter, is `export.adapter_apart` in the form.
 """
 
 import json
@@ -11,22 +11,30 @@ from typing import Any
 
 from distillery.errors import ExportError, ModelError
 from distillery.inference import ADAPTER_FILE, OnnxStudent
-from distillery.recipe import ExportRecipe
+from distillery.recipe import ExportForm
 from distillery.store import working_folder
 from distillery.student import layer_count, tensor_names
 
 TRIAL = [{"role": "user", "content": "Which comes first?\n(A) one\n(B) two"}]
 
 
-def export(model: Path, adapter: Path | None, recipe: ExportRecipe, out: Path, remote_code: bool = False) -> None:
+def export(
+    model: Path,
+    adapter: Path | None,
+    form: ExportForm,
+    out: Path,
+    remote_code: bool = False,
+    calibration: Path | None = None,
+) -> None:
     """Builds `model` (a Transformers folder, with a LoRA `adapter` or without) into `out` and asks it one question.
 
-    Raises ExportError where nothing was built, or where what was built doesn't load or answer."""
+    `calibration` is what gptq looks at: one prompt a line, as a JSON list of token ids. Raises ExportError where
+    nothing was built, or where what was built doesn't load or answer."""
     from distillery.olive_workflow import run_workflow
 
-    if recipe.adapter_apart and recipe.precision == "int8":
+    if form.adapter_apart and form.precision == "int8":
         raise ExportError("export.adapter_apart: an adapter apart goes with int4, fp16 or fp32, not with int8")
-    if recipe.adapter_apart and adapter is None:
+    if form.adapter_apart and adapter is None:
         raise ExportError(
             "export.adapter_apart is true, but full training leaves no adapter; use training.method: lora"
         )
@@ -36,41 +44,55 @@ def export(model: Path, adapter: Path | None, recipe: ExportRecipe, out: Path, r
         "load_kwargs": {"trust_remote_code": remote_code},
     }
     with working_folder("export") as built:
-        run_workflow(input_model, _passes(recipe, model, adapter is not None, remote_code), built)
+        run_workflow(input_model, _passes(form, model, adapter is not None, remote_code, calibration), built)
         if not (built / "model").is_dir():
             raise ExportError("Olive produced no model folder")
         # Olive's own record of the build names this machine's folders, and nothing reads it.
         shutil.copytree(built / "model", out, dirs_exist_ok=True, ignore=shutil.ignore_patterns("model_config.json"))
-    _check(out, recipe)
+    _check(out, form)
 
 
-def _passes(recipe: ExportRecipe, model: Path, has_adapter: bool, remote_code: bool) -> dict[str, dict[str, Any]]:
+def _passes(
+    form: ExportForm, model: Path, has_adapter: bool, remote_code: bool, calibration: Path | None
+) -> dict[str, dict[str, Any]]:
     # hf_remote is on by default in ModelBuilder: it would run code that comes with a model.
     options: dict[str, Any] = {"hf_remote": remote_code, "prune_lm_head": True}
-    build: dict[str, Any] = {"type": "ModelBuilder", "precision": recipe.precision, "extra_options": options}
-    if recipe.adapter_apart:
+    # For a processor, ModelBuilder has no float16, but Olive can make it of its float32.
+    half = {"half": {"type": "OnnxFloatToFloat16"}} if form.precision == "fp16" else {}
+    precision = "fp32" if half else form.precision
+    build: dict[str, Any] = {"type": "ModelBuilder", "precision": precision, "extra_options": options}
+    if form.adapter_apart:
         # The base is quantised by ModelBuilder itself: Olive's quantisers would take the adapter in.
-        if recipe.precision == "int4":
-            build |= {"int4_algo_config": recipe.algorithm, "int4_block_size": recipe.block_size}
-        return {"build": build, "adapter": {"type": "ExtractAdapters"}}
+        if form.precision == "int4":
+            build |= {"int4_algo_config": form.algorithm, "int4_block_size": form.block_size}
+        return {"build": build} | half | {"adapter": {"type": "ExtractAdapters"}}
     merge = {"merge": {"type": "MergeAdapterWeights"}} if has_adapter else {}
-    if recipe.precision in ("fp32", "fp16"):
-        return merge | {"build": build}
-    return merge | _quantise(recipe, model) | {"build": build | {"precision": "int4"}} | _tie(recipe)
+    if not form.quantised:
+        return merge | {"build": build} | half
+    return merge | _quantise(form, model, calibration) | {"build": build | {"precision": "int4"}} | _tie(form)
 
 
-def _quantise(recipe: ExportRecipe, model: Path) -> dict[str, dict[str, Any]]:
+def _quantise(form: ExportForm, model: Path, calibration: Path | None) -> dict[str, dict[str, Any]]:
     """Weights in groups with a scale and an offset each, embeddings and head included."""
-    quantise: dict[str, Any] = {
-        "type": "Rtn" if recipe.algorithm == "rtn" else "KQuant",
-        "bits": 8 if recipe.precision == "int8" else 4,
-        "group_size": recipe.block_size,
-        "lm_head": True,
-        "embeds": True,
-    }
-    if recipe.precision == "int4" and recipe.algorithm in ("k_quant_mixed", "k_quant_high"):
-        quantise["overrides"] = {name: {"bits": 8} for name in _sensitive(model, recipe.algorithm == "k_quant_high")}
+    groups = {"bits": 8 if form.precision == "int8" else 4, "group_size": form.block_size}
+    all_weights: dict[str, Any] = {**groups, "lm_head": True, "embeds": True}
+    if form.algorithm == "gptq":
+        # GPTQ knows the decoder's layers alone; what follows it quantises what it has left.
+        gptq = {"type": "Gptq", **groups, "data_config": _prompts(calibration)}
+        return {"quantise": gptq, "quantise_rest": {"type": "KQuant", **all_weights}}
+    quantise = {"type": "Rtn" if form.algorithm == "rtn" else "KQuant", **all_weights}
+    if form.precision == "int4" and form.algorithm in ("k_quant_mixed", "k_quant_high"):
+        quantise["overrides"] = {name: {"bits": 8} for name in _sensitive(model, form.algorithm == "k_quant_high")}
     return {"quantise": quantise}
+
+
+def _prompts(calibration: Path | None) -> dict[str, Any]:
+    """Olive's data configuration for the file of prompts."""
+    from distillery.olive_passes import PROMPTS
+
+    if calibration is None:
+        raise ExportError("export.algorithm: gptq needs the task's prompts; use it in export.ladder")
+    return {"name": PROMPTS, "load_dataset_config": {"type": PROMPTS, "params": {"path": str(calibration)}}}
 
 
 def _sensitive(model: Path, all_layers: bool) -> list[str]:
@@ -88,13 +110,13 @@ def _sensitive(model: Path, all_layers: bool) -> list[str]:
     return found
 
 
-def _tie(recipe: ExportRecipe) -> dict[str, dict[str, Any]]:
+def _tie(form: ExportForm) -> dict[str, dict[str, Any]]:
     tie = {"tie": {"type": "GraphSurgeries", "surgeries": [{"surgeon": "TieWordEmbeddings"}]}}
-    return tie if recipe.share_embeddings else {}
+    return tie if form.share_embeddings else {}
 
 
-def _check(out: Path, recipe: ExportRecipe) -> None:
-    for name in ("genai_config.json", "model.onnx", *([ADAPTER_FILE] if recipe.adapter_apart else [])):
+def _check(out: Path, form: ExportForm) -> None:
+    for name in ("genai_config.json", "model.onnx", *([ADAPTER_FILE] if form.adapter_apart else [])):
         if not (out / name).is_file():
             raise ExportError(f"Olive produced no {name}")
     json.loads((out / "genai_config.json").read_text())

@@ -181,22 +181,62 @@ class TrainingRecipe(Slice):
         return self.method != "full"
 
 
-class ExportRecipe(Slice):
+class ExportForm(Slice):
     """How a checkpoint becomes a folder for ONNX Runtime GenAI.
 
     `algorithm` quantises to int4 or int8: rtn (round to nearest); k_quant (scales searched as in llama.cpp);
     k_quant_mixed (the same, with the attention inputs and down projections of the layers that llama.cpp chooses in 8
-    bits); k_quant_high (with those of all layers). `adapter_apart` keeps a LoRA adapter apart, as
-    adapter_weights.onnx_adapter.
+    bits); k_quant_high (with those of all layers); gptq (errors made good in the weights still to come, by what the
+    task's own prompts make of them: Frantar et al., GPTQ, 2023; embeddings and head by k_quant), in a ladder alone.
+    `adapter_apart` keeps a LoRA adapter apart, as adapter_weights.onnx_adapter.
     """
 
     precision: Literal["int4", "int8", "fp16", "fp32"] = "int4"
-    algorithm: Literal["rtn", "k_quant", "k_quant_mixed", "k_quant_high"] = "k_quant_mixed"
+    algorithm: Literal["rtn", "k_quant", "k_quant_mixed", "k_quant_high", "gptq"] = "k_quant_mixed"
     block_size: Literal[16, 32, 64, 128] = Field(32, description="Weights that share a scale")
     share_embeddings: bool = Field(
         True, description="One quantised matrix for embeddings and head, where they are tied"
     )
     adapter_apart: bool = False
+
+    @property
+    def quantised(self) -> bool:
+        return self.precision in ("int4", "int8")
+
+    @property
+    def title(self) -> str:
+        """What tells this form from others, for people."""
+        how = f"{self.precision} {self.algorithm}/{self.block_size}" if self.quantised else self.precision
+        if self.adapter_apart:
+            return f"{how}, apart"
+        return how if self.share_embeddings or not self.quantised else f"{how}, own head"
+
+
+class ExportRecipe(ExportForm):
+    """One form, or with a `ladder` the smallest of several, which then stand in place of the one form: each is built
+    and asked the validation rows, and may lose `largest_loss` of accuracy (0.02: two points) against the float student,
+    as judged by ladder.keeps_to. Where none keeps to it, the run ends there."""
+
+    ladder: tuple[ExportForm, ...] = Field((), description="Such as [{algorithm: rtn}, {precision: int8}]")
+    largest_loss: float = Field(0.02, ge=0, le=1, description="Share of the validation rows")
+    rung_minutes: float = Field(60, gt=0, description="A rung that takes longer to build is left out, with the reason")
+
+    @property
+    def form(self) -> ExportForm:
+        """The one form, without the ladder's settings."""
+        return ExportForm(**self.model_dump(include=set(ExportForm.model_fields)))
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether a rung needs the training rows' prompts."""
+        return any(form.quantised and form.algorithm == "gptq" for form in self.ladder)
+
+    @model_validator(mode="after")
+    def _distinct(self) -> Self:
+        titles = [form.title for form in self.ladder]
+        if twice := next((title for title in titles if titles.count(title) > 1), None):
+            raise ValueError(f"ladder: two rungs are {twice}; remove one")
+        return self
 
 
 class TeacherPreparation(Slice):
@@ -204,7 +244,7 @@ class TeacherPreparation(Slice):
 
     base: BaseModelRecipe = BaseModelRecipe()
     training: TrainingRecipe = TrainingRecipe()
-    export: ExportRecipe = ExportRecipe()
+    export: ExportForm = ExportForm()
 
 
 class PriceRecipe(Slice):
@@ -372,6 +412,31 @@ class EvaluationRecipe(Slice):
     maximum_loss: float = Field(0.02, ge=0, le=1)
 
 
+class SearchRecipe(Slice):
+    """What a search tries: `rank` (with alpha twice that) and `keep`, how many layers, of a list; the others between
+    two bounds, learning rates by their logarithm. What is not given stays as the recipe has it."""
+
+    rank: tuple[Annotated[int, Field(ge=1)], ...] = ()
+    keep: tuple[Annotated[int, Field(ge=1)], ...] = ()
+    learning_rate: tuple[float, float] | None = Field(None, description="Such as [1e-5, 1e-3]")
+    soft_weight: tuple[float, float] | None = None
+    hidden_weight: tuple[float, float] | None = None
+    trials: int = Field(12, ge=1)
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _something(self) -> Self:
+        bounds = {name: getattr(self, name) for name in ("learning_rate", "soft_weight", "hidden_weight")}
+        if not (self.rank or self.keep or any(bounds.values())):
+            raise ValueError("nothing to try: give rank, keep, learning_rate, soft_weight or hidden_weight")
+        for name, given in bounds.items():
+            if given and not given[0] < given[1]:
+                raise ValueError(f"{name}: give the lower bound first, and a higher one")
+        if self.learning_rate and self.learning_rate[0] <= 0:
+            raise ValueError("learning_rate: bounds above 0")
+        return self
+
+
 class RegistryRecipe(Slice):
     kind: Literal["local", "azureml"] = "local"
     model_name: str = Field("distillery-student", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,254}$")
@@ -425,13 +490,14 @@ class Recipe(Slice):
             raise ValueError("student.training.hidden_weight is above 0, which needs student.start: teacher")
         if self.teacher.preparation.training.hidden_weight > 0:
             raise ValueError("teacher.preparation.training.hidden_weight: its teacher are the gold rows; leave it out")
-        for key, training, export in (
-            ("export", self.student.training, self.export),
-            ("teacher.preparation.export", self.teacher.preparation.training, self.teacher.preparation.export),
-        ):
-            unfit = export.precision == "int8" or export.algorithm == "k_quant_high"
-            if export.adapter_apart and (training.method != "lora" or unfit):
-                raise ValueError(f"{key}.adapter_apart needs training.method: lora, and neither int8 nor k_quant_high")
+        taught = self.teacher.preparation
+        self._check_form("teacher.preparation.export", taught.export, taught.training)
+        if not self.export.ladder:
+            self._check_form("export", self.export, self.student.training)
+        elif "validation" not in {*self.dataset.splits, *self.dataset.carve}:
+            raise ValueError("export.ladder needs a validation split in dataset.splits or dataset.carve")
+        for number, form in enumerate(self.export.ladder):
+            self._check_form(f"export.ladder.{number}", form, self.student.training, on_ladder=True)
         if any(training.soft_weight > 0 for training in trainings) and not self.teacher.soft_labels:
             raise ValueError("student.training.soft_weight is above 0, which needs teacher.soft_labels: true")
         with_reasons = self.teacher.answers.form == "rationale" or self.teacher.kind == "file"
@@ -440,6 +506,16 @@ class Recipe(Slice):
                 "student.training.rationale_weight is above 0, which needs teacher.answers.form: rationale"
             )
         return self
+
+    @staticmethod
+    def _check_form(key: str, form: ExportForm, training: TrainingRecipe, on_ladder: bool = False) -> None:
+        unfit = form.precision == "int8" or (form.quantised and form.algorithm in ("k_quant_high", "gptq"))
+        if form.adapter_apart and (training.method != "lora" or unfit):
+            raise ValueError(
+                f"{key}.adapter_apart needs training.method: lora, and neither int8 nor k_quant_high nor gptq"
+            )
+        if form.quantised and form.algorithm == "gptq" and not on_ladder:
+            raise ValueError(f"{key}.algorithm: gptq is for a rung, such as export.ladder: [{{algorithm: gptq}}]")
 
 
 def load_recipe(name_or_path: str) -> Recipe:

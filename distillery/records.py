@@ -11,6 +11,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from distillery.errors import DataError
+from distillery.recipe import ExportForm
 
 
 def digest_of(value: Any) -> str:
@@ -197,19 +198,6 @@ class StudentCheckpoint(StageRecord):
     remote_code: bool = False
 
 
-class OnnxModel(StageRecord):
-    """A folder that ONNX Runtime GenAI loads: genai_config.json at its top."""
-
-    precision: str
-    algorithm: str
-    parameters: int
-    adapter_apart: bool = False
-
-    @property
-    def bytes(self) -> int:
-        return self.artifact.bytes
-
-
 class Interval(Record):
     """A two-sided 95 % interval."""
 
@@ -217,8 +205,56 @@ class Interval(Record):
     high: float
 
 
+class Departure(Record):
+    """How far an exported model is from the float model that it was made of, on the same rows: mean and largest |dp|
+    over all options' probabilities (0 to 1), and the rows that it answers otherwise."""
+
+    mean: float
+    largest: float
+    changed: int
+
+
+class Rung(Record):
+    """A form of the student on the validation rows. `difference`: its accuracy less the float student's, with the
+    paired interval. Figures are None where it could not be built or asked. `note`: why it was picked, or why not."""
+
+    form: ExportForm
+    bytes: int | None = None
+    accuracy: float | None = None
+    difference: float | None = None
+    interval: Interval | None = None
+    departure: Departure | None = None
+    picked: bool = False
+    note: str = ""
+
+
+class Ladder(Record):
+    """All forms that a student was tried in. `accuracy`: the float student's, on the `rows` validation rows."""
+
+    rows: int
+    accuracy: float
+    largest_loss: float
+    rungs: tuple[Rung, ...]
+
+
+class OnnxModel(StageRecord):
+    """A folder that ONNX Runtime GenAI loads: genai_config.json at its top, and ladder.json where it was picked from a
+    ladder."""
+
+    precision: str
+    algorithm: str
+    parameters: int
+    adapter_apart: bool = False
+    ladder: Ladder | None = None
+
+    @property
+    def bytes(self) -> int:
+        return self.artifact.bytes
+
+
 class ScoreRow(Record):
-    """One line of the scoreboard: a predictor on the test rows. Latencies in ms, memory in MiB, bytes of its folder."""
+    """One line of the scoreboard: a predictor on the test rows. Latencies in ms, memory in MiB, bytes of its folder.
+    `departure`: of the candidate alone."""
 
     name: str
     kind: Literal["reference", "baseline", "model"]
@@ -234,6 +270,7 @@ class ScoreRow(Record):
     p50_ms: float | None = None
     p95_ms: float | None = None
     peak_mib: float | None = None
+    departure: Departure | None = None
 
 
 class EvaluationReport(StageRecord):
@@ -252,6 +289,30 @@ class EvaluationReport(StageRecord):
 
     def row(self, name: str) -> ScoreRow:
         return next(row for row in self.scoreboard if row.name == name)
+
+
+class Measured(Record):
+    """An exported student on the validation rows: the rows it gets right, its latency (ms, median of single rows) and
+    its folder's bytes."""
+
+    correct: int
+    rows: int
+    p50_ms: float
+    bytes: int
+
+    @property
+    def accuracy(self) -> float:
+        return self.correct / self.rows
+
+
+class Trial(Record):
+    """A student of a search. `settings`: what was tried, by name. `best`: no other is as good in accuracy, size and
+    latency and better in one of them (the Pareto front)."""
+
+    number: int
+    settings: dict[str, float]
+    measured: Measured
+    best: bool
 
 
 class GateDecision(Record):

@@ -6,7 +6,6 @@ that it ends with. A process of its own, so that its peak memory is the model's,
 takes nothing else with it.
 """
 
-import json
 import math
 import sys
 import time
@@ -17,10 +16,10 @@ from typing import Any
 
 from distillery.batching import common_prefix, longest_shared
 from distillery.dataset import read_examples
-from distillery.errors import DistilleryError, ModelError
+from distillery.errors import ModelError
 from distillery.evaluation import Scored, ScoringJob
 from distillery.losses import TrainingRow
-from distillery.processes import end_with
+from distillery.processes import work_apart
 from distillery.prompts import Tokenizer, TransformersTokenizer, letter_ids, render_ids, text_ids
 from distillery.recipe import PromptRecipe
 from distillery.records import Example
@@ -176,19 +175,5 @@ def _asker(
     return ask
 
 
-def main(job_file: str, result_file: str, parent: str) -> int:
-    end_with(int(parent))
-    try:
-        job = ScoringJob.model_validate_json(Path(job_file).read_text(encoding="utf-8"))
-        Path(result_file).write_text(score(job).model_dump_json(), encoding="utf-8")
-    except Exception as error:
-        # Whatever a runtime raises is the parent's to report, in one line.
-        text = " ".join(str(error).split())[:300]
-        reason = text if isinstance(error, DistilleryError) else f"{type(error).__name__}: {text}"
-        Path(result_file).write_text(json.dumps({"error": reason}), encoding="utf-8")
-        return 1
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    sys.exit(work_apart(sys.argv[1:], ScoringJob, score))

@@ -9,7 +9,7 @@ runs yours. On a server it is the deployments distill/demo and distill/lab.
 import sys
 from argparse import ArgumentParser
 from datetime import datetime
-from typing import get_args
+from typing import NamedTuple, get_args
 
 from prefect import flow, tags
 from prefect.runtime import flow_run
@@ -19,14 +19,14 @@ from distillery.dataset import source_identity
 from distillery.errors import DistilleryError
 from distillery.evaluation import machine
 from distillery.readiness import check_settings, teacher_identity
-from distillery.recipe import Recipe, load_recipe
-from distillery.records import Outcome
+from distillery.recipe import BaseModelRecipe, Recipe, load_recipe
+from distillery.records import Outcome, PreparedDataset, PreparedTeacher, StudentCheckpoint, TeacherLabels
 from flows.prepare_teacher import prepare_teacher
 from flows.train_student import trained
 from tasks.dataset import prepare_dataset
 from tasks.evaluation import evaluate
 from tasks.labels import canaries, judged_by, labelled
-from tasks.onnx import export
+from tasks.onnx import exported
 from tasks.registry import download, judge, promote, register
 from tasks.results import results_in_store
 from tasks.stage import RESULT, Stage, own_tags, produced_by, refreshing, tidy_logs
@@ -54,41 +54,14 @@ def distill(recipe: Recipe, training_deployment: str | None = None, refresh: tup
     tidy_logs()
     again = refreshing(refresh)
     check_settings(recipe)
-    student_recipe, preparation = recipe.student, recipe.teacher.preparation
-    base = pinned(preparation.base if student_recipe.start == "teacher" else student_recipe.base)
-    data = again("prepare dataset", prepare_dataset)(recipe.dataset, source_identity(recipe.dataset))
+    taught = labelled_rows(recipe, training_deployment, refresh)
+    data, local, labels = taught.data, taught.local, taught.labels
     train_rows, test_rows = data.rows("train"), data.rows("test")
+    base = student_base(recipe)
+    student = trained_student(recipe, taught, base, training_deployment, "student", "train student" in refresh)
+    model = exported(student, base, recipe, data, again)
 
-    local = None
-    if recipe.teacher.kind == "local":
-        named = prepare_teacher.with_options(flow_run_name=f"{produced_by()}, preparation")
-        taught = preparation.model_copy(update={"base": pinned(preparation.base)})
-        with own_tags():
-            local = named(taught, recipe.prompt, data, training_deployment, refresh)
-    served = local.model if local else None
-    identity = teacher_identity(recipe, served)
-    labels = labelled(train_rows, recipe, identity, served, again)
-    if recipe.teacher.canaries.rows:
-        canaries(train_rows, recipe.prompt, recipe.teacher, identity)
-
-    student = trained(
-        training_deployment,
-        "student",
-        refresh="train student" in refresh,
-        base=base,
-        start=local.checkpoint if local and student_recipe.start == "teacher" else None,
-        layers=student_recipe.layers,
-        healing=student_recipe.healing,
-        gold=data.rows("gold") if student_recipe.gold else None,
-        training=student_recipe.training,
-        prompt=recipe.student_prompt,
-        rows=train_rows,
-        labels=labels,
-        validation=data.rows_if_any("validation"),
-    )
-    model = again("export student", export)(student, base, recipe.export)
-
-    teacher = served or judged_by(test_rows, recipe, identity)
+    teacher = local.model if local else judged_by(test_rows, recipe, taught.identity)
     tfidf_rows = data.rows_if_any("gold") or train_rows
     asked = recipe.student_prompt
     report = again("evaluate", evaluate)(
@@ -116,6 +89,60 @@ def distill(recipe: Recipe, training_deployment: str | None = None, refresh: tup
             registered=registered,
             delivered=delivered,
         )
+    )
+
+
+class Taught(NamedTuple):
+    """The prepared rows, the local teacher if there is one, who the teacher is, and its labels."""
+
+    data: PreparedDataset
+    local: PreparedTeacher | None
+    identity: str
+    labels: TeacherLabels
+
+
+def labelled_rows(recipe: Recipe, training_deployment: str | None, refresh: tuple[Stage, ...]) -> Taught:
+    """The way as far as the labels."""
+    again, preparation = refreshing(refresh), recipe.teacher.preparation
+    data = again("prepare dataset", prepare_dataset)(recipe.dataset, source_identity(recipe.dataset))
+    train_rows, local = data.rows("train"), None
+    if recipe.teacher.kind == "local":
+        named = prepare_teacher.with_options(flow_run_name=f"{produced_by()}, preparation")
+        taught = preparation.model_copy(update={"base": pinned(preparation.base)})
+        with own_tags():
+            local = named(taught, recipe.prompt, data, training_deployment, refresh)
+    served = local.model if local else None
+    identity = teacher_identity(recipe, served)
+    labels = labelled(train_rows, recipe, identity, served, again)
+    if recipe.teacher.canaries.rows:
+        canaries(train_rows, recipe.prompt, recipe.teacher, identity)
+    return Taught(data, local, identity, labels)
+
+
+def student_base(recipe: Recipe) -> BaseModelRecipe:
+    """The student's base model, a hub model with its revision resolved."""
+    return pinned(recipe.teacher.preparation.base if recipe.student.start == "teacher" else recipe.student.base)
+
+
+def trained_student(
+    recipe: Recipe, taught: Taught, base: BaseModelRecipe, training_deployment: str | None, what: str, refresh: bool
+) -> StudentCheckpoint:
+    """The student that the recipe describes; `what` is its part of the run's name."""
+    student, data, local = recipe.student, taught.data, taught.local
+    return trained(
+        training_deployment,
+        what,
+        refresh=refresh,
+        base=base,
+        start=local.checkpoint if local and student.start == "teacher" else None,
+        layers=student.layers,
+        healing=student.healing,
+        gold=data.rows("gold") if student.gold else None,
+        training=student.training,
+        prompt=recipe.student_prompt,
+        rows=data.rows("train"),
+        labels=taught.labels,
+        validation=data.rows_if_any("validation"),
     )
 
 

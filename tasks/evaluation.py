@@ -13,7 +13,7 @@ from distillery.store import ArtifactStore, sha256_of, working_folder
 from distillery.student import parameter_count, parts
 from tasks.stage import origin, stage
 
-CANDIDATE = "student int4"
+FLOAT = "student"
 
 
 @stage("evaluate", version=2)
@@ -28,12 +28,12 @@ def evaluate(
     machine: str,
     teacher_prompt: PromptRecipe,
 ) -> EvaluationReport:
-    """Scores gold, baselines, teacher, base, student and int4 student on the same test rows; `train` is TF-IDF's.
+    """Scores gold, baselines, teacher, base, float and exported student on the same test rows; `train` is TF-IDF's.
     `prompt` is the student's, and the base model's."""
     started = time.perf_counter()
     store = ArtifactStore()
     base_model = base_folder(base)
-    model, adapter = parts(store.fetch(student.artifact), base_model)
+    name = f"student {candidate.precision}"
     models = [
         ModelToScore(
             name="base model",
@@ -43,16 +43,8 @@ def evaluate(
             parameters=parameter_count(base_model),
             bytes=_bytes(base_model),
         ),
-        ModelToScore(
-            name="student",
-            kind="transformers",
-            folder=str(model),
-            adapter=str(adapter) if adapter else None,
-            remote_code=remote_code_allowed(base),
-            parameters=student.parameters,
-            bytes=_bytes(model) + (_bytes(adapter) if adapter else 0),
-        ),
-        _onnx(CANDIDATE, candidate, store),
+        float_student(student, base, store),
+        _onnx(name, candidate, store),
     ]
     if isinstance(teacher, OnnxModel):
         models.insert(0, _onnx("teacher", teacher, store).model_copy(update={"prompt": teacher_prompt}))
@@ -66,19 +58,34 @@ def evaluate(
             store.fetch(test.artifact) / test.file,
             store.fetch(train.artifact) / train.file,
             prompt,
-            CANDIDATE,
+            name,
             folder,
+            float_model=FLOAT,
         )
         answers_sha256 = sha256_of(folder / "answers.jsonl")
         artifact = store.put(folder)
-    get_run_logger().info("%s", domain.headline(rows, CANDIDATE))
+    get_run_logger().info("%s", domain.headline(rows, name))
     return EvaluationReport(
         artifact=artifact,
         scoreboard=rows,
-        candidate=CANDIDATE,
+        candidate=name,
         answers_sha256=answers_sha256,
         machine=machine,
         **origin(started),
+    )
+
+
+def float_student(checkpoint: StudentCheckpoint, base: BaseModelRecipe, store: ArtifactStore) -> ModelToScore:
+    """What training left, as Transformers runs it."""
+    model, adapter = parts(store.fetch(checkpoint.artifact), base_folder(base))
+    return ModelToScore(
+        name=FLOAT,
+        kind="transformers",
+        folder=str(model),
+        adapter=str(adapter) if adapter else None,
+        remote_code=remote_code_allowed(base),
+        parameters=checkpoint.parameters,
+        bytes=_bytes(model) + (_bytes(adapter) if adapter else 0),
     )
 
 

@@ -1,18 +1,22 @@
 import time
+from collections.abc import Callable
+from typing import Any
 
 from prefect import get_run_logger
 
+from distillery import ladder as domain_ladder
 from distillery import onnx as domain
 from distillery.base_model import base_folder, remote_code_allowed
-from distillery.recipe import BaseModelRecipe, ExportRecipe
-from distillery.records import OnnxModel, StudentCheckpoint
+from distillery.recipe import BaseModelRecipe, ExportForm, ExportRecipe, PromptRecipe, Recipe
+from distillery.records import OnnxModel, PreparedDataset, Rows, StudentCheckpoint
 from distillery.store import ArtifactStore, working_folder
 from distillery.student import parts
-from tasks.stage import origin, stage
+from tasks.evaluation import float_student
+from tasks.stage import Stage, origin, stage
 
 
 @stage("export", version=1)
-def export(checkpoint: StudentCheckpoint, base: BaseModelRecipe, recipe: ExportRecipe) -> OnnxModel:
+def export(checkpoint: StudentCheckpoint, base: BaseModelRecipe, recipe: ExportForm) -> OnnxModel:
     """Merges, quantises and builds a checkpoint for ONNX Runtime GenAI."""
     started = time.perf_counter()
     store = ArtifactStore()
@@ -24,8 +28,60 @@ def export(checkpoint: StudentCheckpoint, base: BaseModelRecipe, recipe: ExportR
     return OnnxModel(
         artifact=artifact,
         precision=recipe.precision,
-        algorithm=recipe.algorithm if recipe.precision in ("int4", "int8") else "none",
+        algorithm=recipe.algorithm if recipe.quantised else "none",
         parameters=checkpoint.parameters,
         adapter_apart=recipe.adapter_apart,
         **origin(started),
+    )
+
+
+@stage("export ladder", version=1)
+def export_ladder(
+    checkpoint: StudentCheckpoint,
+    base: BaseModelRecipe,
+    recipe: ExportRecipe,
+    prompt: PromptRecipe,
+    validation: Rows,
+    train: Rows | None,
+) -> OnnxModel:
+    """Builds a checkpoint in every form of the ladder, asks each the validation rows, and keeps the one picked; gptq
+    looks at the prompts of `train`."""
+    started = time.perf_counter()
+    store = ArtifactStore()
+    with working_folder("onnx") as folder:
+        ladder = domain_ladder.climb(
+            float_student(checkpoint, base, store),
+            recipe,
+            prompt,
+            store.fetch(validation.artifact) / validation.file,
+            store.fetch(train.artifact) / train.file if train else None,
+            folder,
+        )
+        artifact = store.put(folder)
+    form = next(rung.form for rung in ladder.rungs if rung.picked)
+    get_run_logger().info("%s picked of %d rungs, %.1f MB", form.title, len(ladder.rungs), artifact.bytes / 1e6)
+    return OnnxModel(
+        artifact=artifact,
+        precision=form.precision,
+        algorithm=form.algorithm if form.quantised else "none",
+        parameters=checkpoint.parameters,
+        adapter_apart=form.adapter_apart,
+        ladder=ladder,
+        **origin(started),
+    )
+
+
+def exported(
+    checkpoint: StudentCheckpoint,
+    base: BaseModelRecipe,
+    recipe: Recipe,
+    data: PreparedDataset,
+    again: Callable[[Stage, Any], Any],
+) -> OnnxModel:
+    """The student in the recipe's form, or in the one that its ladder picks."""
+    if not recipe.export.ladder:
+        return again("export student", export)(checkpoint, base, recipe.export.form)
+    train = data.rows("train") if recipe.export.calibrated else None
+    return again("export student", export_ladder)(
+        checkpoint, base, recipe.export, recipe.student_prompt, data.rows("validation"), train
     )

@@ -68,13 +68,15 @@ def judge(report: EvaluationReport, gate: EvaluationRecipe, recipe: RegistryReci
     if champion is None:
         return evaluation.gate(report.scoreboard, report.candidate, recipe=gate, answers=answers)
     with working_folder("champion") as folder:
+        theirs = registry.download(champion, folder / "model") / ANSWERS
         return evaluation.gate(
             report.scoreboard,
             report.candidate,
             recipe=gate,
             answers=answers,
-            champion_answers=registry.download(champion, folder / "model") / ANSWERS,
+            champion_answers=theirs,
             champion=f"{champion.name} version {champion.version}",
+            champion_candidate=evaluation.candidate_of(theirs),
         )
 
 

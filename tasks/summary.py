@@ -12,6 +12,7 @@ from prefect.settings import PREFECT_UI_URL
 from distillery.evaluation import ANSWERS_FILE, GOLD, PLOT_FILE, TABLE_FILE, TEACHER, headline, render_table
 from distillery.label_report import LOOK_FILE, RELIABILITY_FILE, read_report
 from distillery.labels import REJECTED_FILE
+from distillery.ladder import render_ladder, table
 from distillery.records import OnnxModel, Outcome, StageRecord, StudentCheckpoint, TeacherLabels
 from distillery.store import RUNS, ArtifactStore
 from tasks.stage import produced_by
@@ -46,7 +47,8 @@ def _trained(record: StudentCheckpoint) -> str:
 
 
 def _built(record: OnnxModel) -> str:
-    return f"{record.precision} {record.algorithm}, {record.bytes / 1e6:.1f} MB"
+    picked = f", picked of {len(record.ladder.rungs)} forms" if record.ladder else ""
+    return f"{record.precision} {record.algorithm}, {record.bytes / 1e6:.1f} MB{picked}"
 
 
 def publish(outcome: Outcome) -> Outcome:
@@ -69,6 +71,8 @@ def publish(outcome: Outcome) -> Outcome:
     )
     _labelling(outcome.labels, store.fetch(outcome.labels.artifact))
     _table("rejected-labels", "Rows without a label", _rows(store.fetch(outcome.labels.artifact) / REJECTED_FILE))
+    if ladder := outcome.model.ladder:
+        _table("quantisation-ladder", f"The student's forms on {ladder.rows} validation rows", table(ladder))
     _table("student-and-teacher-differ", "Test rows with two answers", _differences(report, outcome.report.candidate))
     store.write_record(f"{RUNS}/{named.run}.json", named.model_dump_json(indent=1))
     get_run_logger().info("%s", verdict(named))
@@ -163,5 +167,6 @@ def render(outcome: Outcome) -> str:
         origin = f"{record.seconds:6.1f} s" if _is_own(outcome, record) else f"cached from {record.produced_by}"
         lines.append(f"{name:16} {figures:64} {origin}")
     board = outcome.report.scoreboard
+    lines += ["", render_ladder(outcome.model.ladder)] if outcome.model.ladder else []
     lines += ["", render_table(board), "", headline(board, outcome.report.candidate), verdict(outcome)]
     return "\n".join(lines)

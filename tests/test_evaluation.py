@@ -17,6 +17,7 @@ from distillery.errors import DataError, ModelError
 from distillery.evaluation import (
     ModelToScore,
     Scored,
+    candidate_of,
     evaluate,
     gate,
     headline,
@@ -26,7 +27,7 @@ from distillery.evaluation import (
     wilson,
 )
 from distillery.recipe import EvaluationRecipe, PromptRecipe
-from distillery.records import Example, Interval, ScoreRow
+from distillery.records import Departure, Example, Interval, ScoreRow
 
 Build = Callable[..., Path]
 
@@ -278,6 +279,23 @@ def test_evaluate_against_an_endpoint(student: ModelToScore, test_file: Path, tr
     assert len(picture) > 10_000
 
 
+def test_how_far_the_candidate_is_from_the_float_model_is_in_the_report(
+    student: ModelToScore, tiny_model: Build, tiny_onnx: Build, test_file: Path, tmp_path: Path
+) -> None:
+    exact = ModelToScore(name="student", kind="transformers", folder=str(tiny_model("llama")))
+    far = {}
+    for precision in ("fp32", "int4"):
+        candidate = student.model_copy(update={"folder": str(tiny_onnx("llama", precision))})
+        out = tmp_path / precision
+        rows = evaluate([exact, candidate], {}, test_file, None, PROMPT, student.name, out, float_model="student")
+        assert [row.name for row in rows if row.departure] == [student.name]
+        assert rows[-1].departure is not None
+        far[precision] = rows[-1].departure.mean
+        assert f"by {far[precision]:.4f} on average" in (out / "scoreboard.md").read_text()
+        assert candidate_of(out / "answers.jsonl") == student.name
+    assert far["fp32"] < 1e-4 < 0.01 < far["int4"] < 0.5
+
+
 def test_answers_are_the_same_bytes_for_equal_answers(student: ModelToScore, test_file: Path, tmp_path: Path) -> None:
     teacher = student.model_copy(update={"name": "teacher"})
     for name in ("one", "two"):
@@ -323,7 +341,7 @@ def test_evaluate_refuses_what_can_t_be_compared(student: ModelToScore, tmp_path
         evaluate([student.model_copy(update={"name": "teacher"})], {}, answered, None, PROMPT, "teacher", tmp_path)
 
 
-def score_row(name: str, correct: int, rows: int = 450, **figures: float | Interval) -> ScoreRow:
+def score_row(name: str, correct: int, rows: int = 450, **figures: float | Interval | Departure) -> ScoreRow:
     return ScoreRow(
         name=name,
         kind="model",
@@ -362,9 +380,21 @@ def test_the_headline_is_reckoned_from_the_rows() -> None:
     )
     bare = [score_row("teacher", 0), score_row("student", 3)]
     assert headline(bare, "student") == "student is right on 3 of 450 rows."
+    apart = Departure(mean=0.01234, largest=0.4567, changed=7)
+    assert headline([score_row("student", 3, departure=apart)], "student", "student") == (
+        "student is right on 3 of 450 rows; its options' probabilities depart from the float student's by 0.0123 on "
+        "average and 0.457 at most, 7 answers change."
+    )
 
 
 # The gate
+
+
+def test_the_candidate_is_the_last_column_of_its_answers(tmp_path: Path) -> None:
+    file = answers_file(tmp_path / "theirs.jsonl", "student fp16", [True])
+    assert candidate_of(file) == "student fp16"
+    file.write_text("")
+    assert candidate_of(file) is None
 
 
 def answers_file(path: Path, column: str, right: Sequence[bool], start: int = 0) -> Path:

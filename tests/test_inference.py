@@ -252,10 +252,10 @@ def _adapter(source: Path, folder: Path) -> Path:
 @pytest.mark.slow
 def test_an_adapter_apart_is_active_unless_left_aside(tiny_model: Build, tmp_path: Path) -> None:
     from distillery.onnx import export
-    from distillery.recipe import ExportRecipe
+    from distillery.recipe import ExportForm
 
     source, out = tiny_model("llama"), tmp_path / "onnx"
-    export(source, _adapter(source, tmp_path), ExportRecipe(precision="fp32", adapter_apart=True), out)
+    export(source, _adapter(source, tmp_path), ExportForm(precision="fp32", adapter_apart=True), out)
     student, base = OnnxStudent(out, threads=1), OnnxStudent(out, threads=1, adapter=False)
     ids = _ids(student)
     tuned, plain = _torch_logprobs(tmp_path / "merged", ids), _torch_logprobs(source, ids)

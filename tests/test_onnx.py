@@ -1,6 +1,7 @@
 """Export through Olive: what it refuses, and the lab's own command on the lab's own file."""
 
 import json
+import random
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,13 +11,14 @@ from types import SimpleNamespace
 import pytest
 
 from distillery.errors import ExportError, ModelError
+from distillery.inference import OnnxStudent
 from distillery.labels import TRAIN_DATA_FILE, gold_labels, label_from
-from distillery.onnx import ask_once, export
-from distillery.recipe import ExportRecipe, PromptRecipe, TeacherRecipe
+from distillery.onnx import TRIAL, ask_once, export
+from distillery.recipe import ExportForm, PromptRecipe, TeacherRecipe
 from distillery.records import Example
 
 TinyModel = Callable[[str], Path]
-FP32 = ExportRecipe(precision="fp32")
+FP32 = ExportForm(precision="fp32")
 
 
 def test_a_workflow_that_ends_without_a_model_is_an_error(
@@ -51,7 +53,45 @@ def test_a_model_that_does_not_load_does_not_count(tiny_onnx: Callable[..., Path
 
 def test_an_adapter_apart_needs_an_adapter(tiny_model: TinyModel, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=r"adapter_apart is true, but full training leaves no adapter"):
-        export(tiny_model("llama"), None, ExportRecipe(adapter_apart=True), tmp_path / "out")
+        export(tiny_model("llama"), None, ExportForm(adapter_apart=True), tmp_path / "out")
+
+
+def test_float16_is_built_for_a_processor_and_is_near(
+    tiny_model: TinyModel, tiny_onnx: Callable[..., Path], tmp_path: Path
+) -> None:
+    export(tiny_model("llama"), None, ExportForm(precision="fp16"), tmp_path)
+    half, exact = OnnxStudent(tmp_path, threads=1), OnnxStudent(tiny_onnx("llama"), threads=1)
+    ids = exact.tokenizer.encode_chat(TRIAL)
+    assert half.next_token_logprobs(ids) == pytest.approx(exact.next_token_logprobs(ids), abs=0.05)
+    size = {folder: sum(file.stat().st_size for file in folder.iterdir()) for folder in (tmp_path, tiny_onnx("llama"))}
+    assert size[tmp_path] < 0.8 * size[tiny_onnx("llama")]
+
+
+def test_gptq_is_calibrated_on_the_prompts_it_is_given(
+    tiny_model: TinyModel, tiny_onnx: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Its own prompts keep the model nearer to itself on them than others do; embeddings and head are quantised too."""
+    exact = OnnxStudent(tiny_onnx("llama"), threads=1)
+    asked = [{"role": "user", "content": f"Which comes first?\n(A) {n} (B) {n * 7}"} for n in range(24)]
+    own = [exact.tokenizer.encode_chat([message]) for message in asked]
+    other = [[random.Random(n).randrange(512) for n in range(40 * row, 40 * row + 40)] for row in range(24)]
+    apart, size = {}, {}
+    for name, prompts in (("own", own), ("other", other)):
+        file, out = tmp_path / f"{name}.jsonl", tmp_path / name
+        file.write_text("".join(f"{json.dumps(ids)}\n" for ids in prompts))
+        export(tiny_model("llama"), None, ExportForm(algorithm="gptq"), out, calibration=file)
+        found = OnnxStudent(out, threads=1)
+        errors = [abs(found.next_token_logprobs(ids) - exact.next_token_logprobs(ids)).mean() for ids in own]
+        apart[name] = sum(errors) / len(errors)
+        size[name] = sum(path.stat().st_size for path in out.glob("model.onnx*"))
+    assert apart["own"] < 0.9 * apart["other"]
+    exact_size = sum(path.stat().st_size for path in tiny_onnx("llama").glob("model.onnx*"))
+    assert size["own"] == size["other"] < 0.4 * exact_size
+
+
+def test_gptq_without_prompts_is_refused(tiny_model: TinyModel, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="gptq needs the task's prompts"):
+        export(tiny_model("llama"), None, ExportForm(algorithm="gptq"), tmp_path / "out")
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from distillery.errors import RecipeError
-from distillery.recipe import PRESETS, Recipe, load_recipe, parse_recipe
+from distillery.recipe import PRESETS, ExportForm, ExportRecipe, Recipe, load_recipe, parse_recipe
 
 
 def refusal(values: dict[str, Any]) -> str:
@@ -80,6 +80,25 @@ def test_null_of_a_plain_field_is_that_fields_value() -> None:
         ({"student": {"start": "teacher"}}, "student.start is teacher, which needs teacher.kind: local"),
         ({"student": {"training": {"soft_weight": 0.5}}}, "which needs teacher.soft_labels: true"),
         (
+            {"export": {"ladder": [{"algorithm": "rtn"}, {"algorithm": "rtn"}]}},
+            "export: ladder: two rungs are int4 rtn/32",
+        ),
+        ({"export": {"ladder": [{"precision": "int3"}]}}, "export.ladder.0.precision: "),
+        (
+            {"export": {"ladder": [{}, {"precision": "int8", "adapter_apart": True}]}},
+            "export.ladder.1.adapter_apart needs",
+        ),
+        (
+            {"export": {"ladder": [{}]}, "dataset": {"splits": {"train": "train", "test": "test"}}},
+            "export.ladder needs a validation split in dataset.splits or dataset.carve",
+        ),
+        ({"export": {"algorithm": "gptq"}}, "export.algorithm: gptq is for a rung, such as export.ladder: "),
+        (
+            {"teacher": {"preparation": {"export": {"algorithm": "gptq"}}}},
+            "teacher.preparation.export.algorithm: gptq is for a rung",
+        ),
+        ({"teacher": {"preparation": {"export": {"ladder": [{}]}}}}, "teacher.preparation.export.ladder: unknown key"),
+        (
             {"teacher": {"kind": "local"}, "dataset": {"splits": {"train": "train", "test": "test"}}},
             "which needs a gold split in dataset.splits or dataset.carve",
         ),
@@ -139,6 +158,28 @@ def test_the_schema_of_the_form_can_be_made() -> None:
     assert set(schema["properties"]) == set(Recipe.model_fields)
     assert schema["additionalProperties"] is False
     assert json.dumps(schema)
+
+
+def test_a_form_is_in_cache_keys_by_its_own_five_settings() -> None:
+    """One more, and every export of earlier runs would be made again."""
+    form = ExportRecipe(precision="int8", largest_loss=0.1, ladder=(ExportForm(algorithm="rtn"),)).form
+    assert form.model_dump() == {
+        "precision": "int8",
+        "algorithm": "k_quant_mixed",
+        "block_size": 32,
+        "share_embeddings": True,
+        "adapter_apart": False,
+    }
+    assert type(form) is ExportForm
+
+
+def test_a_ladder_says_whether_it_needs_prompts_and_each_form_has_a_title() -> None:
+    forms = (ExportForm(algorithm="gptq", share_embeddings=False), ExportForm(precision="fp16", algorithm="gptq"))
+    assert ExportRecipe(ladder=forms).calibrated
+    assert not ExportRecipe(ladder=forms[1:]).calibrated
+    assert [form.title for form in forms] == ["int4 gptq/32, own head", "fp16"]
+    apart = ExportForm(precision="fp32", adapter_apart=True, share_embeddings=False)
+    assert apart.title == "fp32, apart"
 
 
 def test_a_recipe_cannot_be_changed() -> None:

@@ -24,7 +24,7 @@ from distillery.onnx import ADAPTER_FILE, export
 from distillery.prompts import TransformersTokenizer, letter_ids, render_ids
 from distillery.recipe import (
     BaseModelRecipe,
-    ExportRecipe,
+    ExportForm,
     HealingRecipe,
     LayerChoice,
     LoraRecipe,
@@ -468,8 +468,8 @@ def test_train_export_and_score_through_olive(tiny_model: TinyModel, tmp_path: P
     model, adapter = student.parts(tmp_path / "trained", tiny_model(arch))
     assert (adapter is not None) == (method != "full")
     assert not list((tmp_path / "trained").glob("*.jsonl")), "training rows are no part of a checkpoint"
-    export(model, adapter, ExportRecipe(precision="fp32"), tmp_path / "fp32")
-    export(model, adapter, ExportRecipe(precision="int4", algorithm="k_quant_high"), tmp_path / "int4")
+    export(model, adapter, ExportForm(precision="fp32"), tmp_path / "fp32")
+    export(model, adapter, ExportForm(precision="int4", algorithm="k_quant_high"), tmp_path / "int4")
     assert result.steps == 6
 
     from distillery.inference import OnnxStudent
@@ -492,7 +492,7 @@ def test_the_labs_form_keeps_the_adapter_apart(tiny_model: TinyModel, tmp_path: 
     recipe = TrainingRecipe(method="lora", epochs=4, batch_size=4, learning_rate=2e-2)
     student.fine_tune(tiny_model("llama"), None, rows, [], recipe, tmp_path / "trained")
     model, adapter = student.parts(tmp_path / "trained", tiny_model("llama"))
-    export(model, adapter, ExportRecipe(precision="fp32", adapter_apart=True), tmp_path / "apart")
+    export(model, adapter, ExportForm(precision="fp32", adapter_apart=True), tmp_path / "apart")
     assert (tmp_path / "apart" / ADAPTER_FILE).stat().st_size > 0
 
     from distillery.inference import OnnxStudent

@@ -23,20 +23,22 @@ def test_the_deployments_are_the_documented_ones() -> None:
         "distill/demo": "cpu-pool",
         "distill/lab": "cpu-pool",
         "train-student/gpu": "gpu-pool",
+        "search/demo": "cpu-pool",
         "batch-inference/cpu": "cpu-pool",
     }
 
 
 def test_redistillation_is_weekly_once_switched_on_and_never_beside_another_run() -> None:
-    deployments = {one["name"]: one for one in DEPLOYMENTS}
-    (weekly,) = deployments["lab"]["schedules"]
+    deployments = {f"{flow_of(one).name}/{one['name']}": one for one in DEPLOYMENTS}
+    (weekly,) = deployments["distill/lab"]["schedules"]
     assert (weekly["cron"], weekly["timezone"], weekly["active"]) == ("0 5 * * 1", "UTC", False)
     limits = {name: one.get("concurrency_limit") for name, one in deployments.items()}
     alone = {"limit": 1, "collision_strategy": "CANCEL_NEW"}
-    assert limits == {"demo": alone, "lab": alone, "gpu": None, "cpu": None}
+    assert {name for name, limit in limits.items() if limit} == {"distill/demo", "distill/lab"}
+    assert limits["distill/demo"] == limits["distill/lab"] == alone
 
 
-@pytest.mark.parametrize("deployment", DEPLOYMENTS, ids=lambda one: one["name"])
+@pytest.mark.parametrize("deployment", DEPLOYMENTS, ids=lambda one: one["entrypoint"])
 def test_the_parameters_are_what_the_flow_takes(deployment: dict[str, Any]) -> None:
     flow = flow_of(deployment)
     parameters = deployment.get("parameters", {})
@@ -48,7 +50,7 @@ def test_the_parameters_are_what_the_flow_takes(deployment: dict[str, Any]) -> N
         assert parameters["training_deployment"] == "train-student/gpu"
 
 
-@pytest.mark.parametrize("deployment", DEPLOYMENTS, ids=lambda one: one["name"])
+@pytest.mark.parametrize("deployment", DEPLOYMENTS, ids=lambda one: one["entrypoint"])
 def test_the_ui_has_words_for_the_deployment_and_every_parameter(deployment: dict[str, Any]) -> None:
     flow = flow_of(deployment)
     assert len(deployment["description"].split()) >= 10
@@ -59,7 +61,7 @@ def test_the_ui_has_words_for_the_deployment_and_every_parameter(deployment: dic
     assert [name for name, schema in properties.items() if not schema.get("description")] == []
 
 
-@pytest.mark.parametrize("deployment", DEPLOYMENTS, ids=lambda one: one["name"])
+@pytest.mark.parametrize("deployment", DEPLOYMENTS, ids=lambda one: one["entrypoint"])
 def test_results_are_json(deployment: dict[str, Any]) -> None:
     flow = flow_of(deployment)
     assert flow.persist_result is True

@@ -117,6 +117,14 @@ class Workshop:
             rows = database.execute(query, {"name": run.name}).fetchall()
         return {f"{flow.removeprefix(run.name).strip(', ')}: {task}": state for flow, task, state in rows}
 
+    def artifact(self, key: str) -> Any:
+        """The data of the newest artifact of this key."""
+        query = "SELECT data FROM artifact WHERE key = ? ORDER BY created DESC LIMIT 1"
+        with closing(sqlite3.connect(f"file:{self.prefect}/prefect.db?mode=ro", uri=True)) as database:
+            data = database.execute(query, (key,)).fetchone()[0]
+        # A table is kept as the text of its JSON.
+        return json.loads(json.loads(data)) if data.startswith('"') else json.loads(data)
+
     def record(self, run: Run, stage: str, **known: Any) -> dict[str, Any]:
         """The record that a stage of the run left with Prefect and in which `known` stands."""
         for path in (self.home / "store" / "results").glob(f"{stage}-*"):
@@ -254,6 +262,40 @@ def test_what_an_answer_does_not_depend_on_asks_nothing_again(
         assert watched.counts["step"] == 0
 
 
+def test_a_ladder_shows_its_rungs_and_hands_on_the_smallest_that_keeps_to_the_loss(
+    tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[[str], Path]
+) -> None:
+    workshop = Workshop(tmp_path_factory.mktemp("ladder"), tiny_model("llama"))
+    values = endpoint_recipe(workshop.files, workshop.base, "rungs", method="lora", soft_weight=0)
+    values["teacher"] = {"kind": "gold"}
+    rungs = [{"algorithm": "gptq"}, {"precision": "fp16"}, {"precision": "fp32", "adapter_apart": True}]
+    values["export"] = {"ladder": rungs, "largest_loss": 1.0}
+    run = workshop.distil(values)
+    assert workshop.states(run)[": export ladder"] == "Completed"
+    assert re.search(r"export student +int4 gptq, [\d.]+ MB, picked of 3 forms", run.out)
+    shown = {title: re.search(rf"(?m)^{title} .*\[.*$", run.out) for title in ("int4 gptq/32", "fp16", "fp32, apart")}
+    assert all(shown.values()), run.out
+    assert "export.largest_loss allows 100.0 points on 20 validation rows" in run.out
+    assert "student int4 is right on" in run.out
+    assert "its options' probabilities depart from the float student's by 0." in run.out
+    tables = workshop.artifact("quantisation-ladder")
+    assert [row["form"] for row in tables] == ["float student", "int4 gptq/32", "fp16", "fp32, apart"]
+    assert [row["verdict"] for row in tables] == ["", "picked", "no smaller", "no smaller"]
+    downloaded = Path(run.log.partition("rungs version 1 verified in ")[2].splitlines()[0])
+    assert json.loads((downloaded / "ladder.json").read_text())["rows"] == ROWS["validation"]
+
+    again = workshop.distil(values)
+    assert set(workshop.states(again).values()) == {"Cached"}
+    assert "int4 gptq/32" in again.out
+
+    # Another precision is another column of the answers, and is compared with the champion's all the same.
+    values["export"] = {"precision": "fp16"}
+    half = workshop.distil(values)
+    assert {name for name, state in workshop.states(half).items() if state == "Completed"} >= {": export", ": evaluate"}
+    assert "student fp16 keeps" in half.gate
+    assert f"points against rungs version 1 on {ROWS['test']} shared rows" in half.gate
+
+
 def test_labels_that_are_there_already_need_no_teacher(
     tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[[str], Path]
 ) -> None:
@@ -311,3 +353,37 @@ def test_a_student_that_is_cut_in_steps_and_answers_by_text(
     gold = [json.loads(line)["answerKey"] for line in rows.read_text().splitlines()]
     right = sum(answer["answer"] == key for answer, key in zip(answers, gold, strict=True)) / len(gold)
     assert right == pytest.approx(accuracy["student int4"])
+
+
+def test_a_search_measures_its_trials_and_goes_on_from_what_is_cached(
+    tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[[str], Path]
+) -> None:
+    workshop = Workshop(tmp_path_factory.mktemp("search"), tiny_model("llama"))
+    values = endpoint_recipe(workshop.files, workshop.base, "searched", soft_weight=0, method="lora", max_steps=4)
+    values["teacher"] = {"kind": "gold"}
+    (workshop.folder / "recipe.yaml").write_text(yaml.safe_dump(values))
+
+    def search(trials: int) -> tuple[list[str], Counter[str]]:
+        counted = workshop.folder / "counted"
+        counted.write_text("")
+        space = workshop.folder / "space.yaml"
+        space.write_text(f"rank: [2, 4]\nlearning_rate: [0.001, 0.1]\ntrials: {trials}\n")
+        done = subprocess.run(
+            [sys.executable, "-m", "flows.search", str(workshop.folder / "recipe.yaml"), str(space)],
+            cwd=PROJECT,
+            env=workshop.environment | {"PYTHONPATH": str(COUNTING), "COUNT_FILE": str(counted)},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout.splitlines()[2:], Counter(counted.read_text().split())
+
+    first, counts = search(2)
+    assert counts["step"] == 2 * 4
+    assert len(first) == 2
+    assert any(line.startswith("| * |") for line in first)
+    more, counts = search(3)
+    assert counts["step"] == 4
+    assert {line.partition("|")[2].split("|", 1)[1] for line in first} <= {
+        line.partition("|")[2].split("|", 1)[1] for line in more
+    }

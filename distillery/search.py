@@ -1,0 +1,96 @@
+"""A search over a student's settings: which to try next, by Optuna, and which of those tried no other beats."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from distillery.errors import RecipeError
+from distillery.recipe import LayerChoice, Recipe, SearchRecipe, parse_recipe
+from distillery.records import Measured, Trial
+
+
+class Search:
+    """Trials one after another, in which accuracy is to be high, and size and latency low.
+
+    The sampler is Optuna's tree-structured Parzen estimator (Bergstra et al., Algorithms for Hyper-Parameter
+    Optimization, 2011; for several objectives, Ozaki et al., 2022). Equal seeds and results give equal trials: a search
+    that was cut off, or is to have more trials, goes on from the trainings that are cached."""
+
+    def __init__(self, recipe: Recipe, space: SearchRecipe) -> None:
+        import optuna
+
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        # Searches are small: fewer trials at random than Optuna's ten, before results decide.
+        sampler = optuna.samplers.TPESampler(seed=space.seed, n_startup_trials=4)
+        self._study = optuna.create_study(directions=["maximize", "minimize", "minimize"], sampler=sampler)
+        self._recipe, self._space = recipe, space
+        self._asked: list[Any] = []
+        self._told: list[Measured] = []
+
+    def ask(self) -> Recipe:
+        """The recipe of the next trial. Raises RecipeError where the space goes beyond what a recipe allows."""
+        trial, space = self._study.ask(), self._space
+        self._asked.append(trial)
+        training: dict[str, Any] = {}
+        student: dict[str, Any] = {"training": training}
+        if space.rank:
+            rank = trial.suggest_categorical("rank", space.rank)
+            training["lora"] = {"rank": rank, "alpha": 2 * rank}
+        if space.keep:
+            by = self._recipe.student.layers.by if isinstance(self._recipe.student.layers, LayerChoice) else None
+            keep = trial.suggest_categorical("keep", space.keep)
+            student["layers"] = {"keep": keep, "by": by or "early_and_last"}
+        if space.learning_rate:
+            training["learning_rate"] = trial.suggest_float("learning_rate", *space.learning_rate, log=True)
+        for name in ("soft_weight", "hidden_weight"):
+            if bounds := getattr(space, name):
+                training[name] = trial.suggest_float(name, *bounds)
+        return _with(self._recipe, student)
+
+    def tell(self, measured: Measured) -> None:
+        """What came of the recipe that was asked for last."""
+        self._study.tell(self._asked[-1], [measured.accuracy, float(measured.bytes), measured.p50_ms])
+        self._told.append(measured)
+
+    @property
+    def trials(self) -> tuple[Trial, ...]:
+        best = unbeaten(self._told)
+        return tuple(
+            Trial(number=number, settings=asked.params, measured=measured, best=number in best)
+            for number, (asked, measured) in enumerate(zip(self._asked, self._told, strict=False))
+        )
+
+
+def _with(recipe: Recipe, student: dict[str, Any]) -> Recipe:
+    values = recipe.model_dump(mode="json")
+    training = values["student"]["training"] | student["training"]
+    training["lora"] = values["student"]["training"]["lora"] | student["training"].get("lora", {})
+    values["student"] |= student | {"training": training}
+    try:
+        return parse_recipe(values, "search")
+    except RecipeError as error:
+        raise RecipeError(f"{error}; correct the search's space") from error
+
+
+def unbeaten(measured: Sequence[Measured]) -> set[int]:
+    """The indices of the Pareto front: where no other is as good in all three and better in one."""
+
+    def costs(one: Measured) -> tuple[float, float, float]:
+        return -one.accuracy, one.bytes, one.p50_ms
+
+    def beats(one: Measured, other: Measured) -> bool:
+        pairs = list(zip(costs(one), costs(other), strict=True))
+        return all(a <= b for a, b in pairs) and any(a < b for a, b in pairs)
+
+    return {i for i, one in enumerate(measured) if not any(beats(other, one) for other in measured)}
+
+
+def render_trials(trials: Sequence[Trial]) -> str:
+    """The trials as a Markdown table, the best in accuracy first; a star marks the Pareto front."""
+    names = list(dict.fromkeys(name for trial in trials for name in trial.settings))
+    lines = [["", "trial", *names, "accuracy", "MB", "p50 ms"], [":--", *["--:"] * (len(names) + 4)]]
+    for trial in sorted(trials, key=lambda trial: (-trial.measured.accuracy, trial.measured.bytes)):
+        settings = [f"{trial.settings[name]:.4g}" if name in trial.settings else "" for name in names]
+        measured = trial.measured
+        figures = [f"{measured.accuracy:.3f}", f"{measured.bytes / 1e6:.1f}", f"{measured.p50_ms:.1f}"]
+        lines.append(["*" if trial.best else "", str(trial.number), *settings, *figures])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)

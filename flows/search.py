@@ -1,0 +1,86 @@
+"""Which settings make the best student: a small sweep over rank, learning rate, loss weights and depth, on the
+validation rows. Nothing is registered; put what you choose into your recipe.
+
+`python -m flows.search RECIPE SPACE` runs it here, both YAML files; RECIPE may be a preset. On a server it is the
+deployment search/demo, whose trainings go to the GPU pool, each a flow run of its own.
+"""
+
+import sys
+from argparse import ArgumentParser
+from pathlib import Path
+
+import yaml
+from prefect import flow, tags
+from prefect.artifacts import create_markdown_artifact
+from pydantic import ValidationError
+
+from distillery.errors import DistilleryError, RecipeError
+from distillery.evaluation import machine
+from distillery.readiness import check_settings
+from distillery.recipe import Recipe, SearchRecipe, load_recipe
+from distillery.records import Trial
+from distillery.search import Search, render_trials
+from flows.distill import labelled_rows, student_base, trained_student
+from tasks.onnx import exported
+from tasks.results import results_in_store
+from tasks.search import measure
+from tasks.stage import RESULT, refreshing, tidy_logs
+
+
+@flow(name="search", description=__doc__, **RESULT)
+def search(recipe: Recipe, space: SearchRecipe, training_deployment: str | None = None) -> tuple[Trial, ...]:
+    """Trains, exports and measures a student for each trial.
+
+    Args:
+        recipe: What to start from.
+        space: What to try, and how often.
+        training_deployment: Where training runs, such as train-student/gpu; in this process where not given.
+    """
+    tidy_logs()
+    check_settings(recipe)
+    taught = labelled_rows(recipe, training_deployment, ())
+    validation, base = taught.data.rows("validation"), student_base(recipe)
+    found = Search(recipe, space)
+    for number in range(space.trials):
+        tried = found.ask()
+        student = trained_student(tried, taught, base, training_deployment, f"trial {number}", False)
+        model = exported(student, base, tried, taught.data, refreshing(()))
+        found.tell(measure(model, validation, tried.student_prompt, machine()))
+    create_markdown_artifact(key="search", markdown=render_trials(found.trials), description="Trials and Pareto front")
+    return found.trials
+
+
+def load_space(path: str) -> SearchRecipe:
+    """Raises RecipeError with one line for a file that is no search space."""
+    try:
+        return SearchRecipe.model_validate(yaml.safe_load(Path(path).read_text(encoding="utf-8")))
+    except OSError as error:
+        raise RecipeError(
+            f"{path}: can't be read ({error.strerror}); give a YAML file such as 'rank: [8, 16]'"
+        ) from error
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path}: no valid YAML: {' '.join(str(error).split())}") from error
+    except ValidationError as error:
+        detail = error.errors()[0]
+        key = ".".join(str(part) for part in detail["loc"]) or "space"
+        raise RecipeError(f"{path}: {key}: {detail['msg'].removeprefix('Value error, ')}") from error
+
+
+def main(arguments: list[str]) -> int:
+    """0 when the search ended, 1 with one line where the user has something to mend."""
+    parser = ArgumentParser("python -m flows.search", description="Tries settings of a student on this machine.")
+    parser.add_argument("recipe", help="demo, lab or a YAML file")
+    parser.add_argument("space", help="a YAML file, such as 'rank: [8, 16]'")
+    given = parser.parse_args(arguments)
+    try:
+        recipe, space = load_recipe(given.recipe), load_space(given.space)
+        with results_in_store(), tags("distillery", recipe.name):
+            print(render_trials(search(recipe, space)))
+    except DistilleryError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

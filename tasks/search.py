@@ -1,0 +1,29 @@
+from pathlib import Path
+
+from prefect import get_run_logger
+
+from distillery.evaluation import ModelToScore, answered_rows, right_answers, score_model
+from distillery.recipe import PromptRecipe
+from distillery.records import Measured, OnnxModel, Rows
+from distillery.store import ArtifactStore
+from tasks.stage import stage
+
+
+@stage("measure", version=1)
+def measure(model: OnnxModel, validation: Rows, prompt: PromptRecipe, machine: str) -> Measured:
+    """Asks an exported student the validation rows, one at a time."""
+    import numpy as np
+
+    store = ArtifactStore()
+    rows = Path(store.fetch(validation.artifact) / validation.file)
+    _examples, gold = answered_rows(rows, "validation")
+    folder = str(store.fetch(model.artifact))
+    scored = score_model(ModelToScore(name="student", kind="onnx", folder=folder), rows, prompt)
+    found = Measured(
+        correct=sum(right_answers(scored.answers, gold)),
+        rows=len(gold),
+        p50_ms=float(np.median(scored.latencies_ms)) if scored.latencies_ms else 0.0,
+        bytes=model.artifact.bytes,
+    )
+    get_run_logger().info("accuracy %.3f, %.1f ms a row, on %s", found.accuracy, found.p50_ms, machine)
+    return found

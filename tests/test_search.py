@@ -1,0 +1,101 @@
+"""A search: what it tries, that it repeats itself, and which trials no other beats."""
+
+from pathlib import Path
+
+import pytest
+
+from distillery.errors import RecipeError
+from distillery.recipe import Recipe, SearchRecipe
+from distillery.records import Measured, Trial
+from distillery.search import Search, render_trials, unbeaten
+from flows.search import load_space
+
+SPACE = SearchRecipe(rank=(4, 8), keep=(1, 2, 3), learning_rate=(1e-5, 1e-3), soft_weight=(0.2, 0.8), trials=8, seed=3)
+
+
+def measured(correct: int, size: int = 100, p50: float = 5.0) -> Measured:
+    return Measured(correct=correct, rows=100, bytes=size, p50_ms=p50)
+
+
+def recipe() -> Recipe:
+    return Recipe.model_validate({"preset": "demo"})
+
+
+def tried(count: int) -> list[Recipe]:
+    search, recipes = Search(recipe(), SPACE), []
+    for number in range(count):
+        recipes.append(search.ask())
+        search.tell(measured(50 + number, size=100 + number % 3))
+    return recipes
+
+
+def test_a_trial_changes_what_the_space_names_and_nothing_else() -> None:
+    for one in tried(4):
+        training = one.student.training
+        assert training.lora.rank in SPACE.rank
+        assert training.lora.alpha == 2 * training.lora.rank
+        assert one.student.layers is not None
+        assert one.student.layers.keep in SPACE.keep
+        assert 1e-5 <= training.learning_rate <= 1e-3
+        assert 0.2 <= training.soft_weight <= 0.8
+        same = {"learning_rate", "soft_weight", "lora"}
+        assert training.model_dump(exclude=same) == recipe().student.training.model_dump(exclude=same)
+        assert one.model_dump(exclude={"student"}) == recipe().model_dump(exclude={"student"})
+
+
+def test_equal_seeds_and_results_give_equal_trials() -> None:
+    assert tried(8) == tried(8)
+    assert len({one.model_dump_json() for one in tried(8)}) > 4
+
+
+def test_a_space_beyond_what_a_recipe_allows_is_one_line() -> None:
+    with pytest.raises(RecipeError, match=r"^search: student.training.soft_weight: .*less than or equal to 1; correct"):
+        Search(recipe(), SearchRecipe(soft_weight=(1.5, 2.0))).ask()
+
+
+@pytest.mark.parametrize(
+    ("results", "front"),
+    [
+        ([measured(90)], {0}),
+        ([measured(90), measured(80)], {0}),
+        ([measured(90), measured(80, size=50)], {0, 1}),
+        ([measured(90), measured(80, p50=4.0), measured(79, p50=4.0)], {0, 1}),
+        ([measured(90), measured(90)], {0, 1}),
+        ([measured(90, 100, 5), measured(91, 99, 4), measured(70, 98, 6)], {1, 2}),
+    ],
+)
+def test_the_front_is_what_no_other_beats(results: list[Measured], front: set[int]) -> None:
+    assert unbeaten(results) == front
+
+
+def test_the_table_has_the_best_first_and_a_star_for_the_front() -> None:
+    trials = [
+        Trial(number=0, settings={"rank": 8}, measured=measured(80, 2_000_000), best=False),
+        Trial(number=1, settings={"rank": 4, "keep": 2}, measured=measured(90, 1_500_000), best=True),
+    ]
+    assert render_trials(trials).splitlines() == [
+        "|  | trial | rank | keep | accuracy | MB | p50 ms |",
+        "| :-- | --: | --: | --: | --: | --: | --: |",
+        "| * | 1 | 4 | 2 | 0.900 | 1.5 | 5.0 |",
+        "|  | 0 | 8 |  | 0.800 | 2.0 | 5.0 |",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "space: Input should be"),
+        ("rank: [8", "no valid YAML"),
+        ("{}", "space: nothing to try: give rank, keep"),
+        ("depth: [8]", "depth: Extra inputs"),
+        ("learning_rate: [1.0e-3, 1.0e-5]", "space: learning_rate: give the lower bound first"),
+        ("learning_rate: [0, 1]", "space: learning_rate: bounds above 0"),
+        (None, r"can't be read \(No such file"),
+    ],
+)
+def test_a_bad_space_is_one_line(tmp_path: Path, text: str | None, said: str) -> None:
+    path = tmp_path / "space.yaml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(RecipeError, match=rf"^{path}: {said}"):
+        load_space(str(path))
