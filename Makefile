@@ -16,7 +16,7 @@ export OLIVE_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 export PYTHONWARNINGS ?= ignore::FutureWarning,ignore::DeprecationWarning
 
-.PHONY: help demo test test-all bench-overhead bench-labels lint format up down clean
+.PHONY: help demo test test-all bench-overhead bench-labels bench-distil bench-distil-full lint format up down clean
 help: ## what the targets do
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-14s %s\n", $$1, $$2}'
 
@@ -49,6 +49,12 @@ test-all: $(INSTALLED) $(AZURITE) | $(PREFECT_HOME) ## all tests; needs Node.js,
 
 bench-overhead: $(INSTALLED) | $(PREFECT_HOME) ## what Prefect and the hand-offs cost beside the stages' work
 	@$(BIN)/python -m benchmarks.overhead
+
+bench-distil: $(INSTALLED) ## what students learn from gold answers, hard and soft labels and hidden states; how small and fast
+	@$(BIN)/python -m benchmarks.distil
+
+bench-distil-full: $(INSTALLED) ## the same over four pools, three depths and five seeds; goes on where it was ended
+	@$(BIN)/python -m benchmarks.distil --full
 
 bench-labels: $(INSTALLED) ## how fast rows are labelled, beside a bare loop, the lab's and bespokelabs-curator
 	@$(BIN)/python -m benchmarks.labels

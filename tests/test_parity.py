@@ -1,0 +1,86 @@
+"""One student, asked in training's way, by Transformers in a process of its own, by ONNX Runtime and over HTTP: equal
+token ids, answers, and option probabilities within 1e-3 in fp32."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx
+import pytest
+
+from distillery import student
+from distillery.evaluation import ModelToScore, score_model
+from distillery.inference import OnnxStudent
+from distillery.labels import gold_labels
+from distillery.onnx import export
+from distillery.prompts import TransformersTokenizer, render_ids, render_messages
+from distillery.recipe import ExportForm, PromptRecipe, TrainingRecipe
+from distillery.records import Example
+from distillery.serving import served
+
+WORDS = ("bread", "river", "cloud")
+EXAMPLES = [
+    Example(
+        example_id=str(i),
+        question=f"{WORDS[i % 3]} no. {i}",
+        choices=("oven", "a bridge", "rain"),
+        answer_key="ABC"[i % 3],
+    )
+    for i in range(9)
+]
+FORMS = {
+    "letter": PromptRecipe(system="Pick.", user="{question}\n{choices}"),
+    "text": PromptRecipe(system="Pick.", user="{question}", answer="text"),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("arch", ["llama", "phi3", "qwen3"])
+def test_all_ways_of_asking_a_student_agree(
+    tiny_model: Callable[[str], Path], tmp_path: Path, arch: str, form: str
+) -> None:
+    prompt, base, tokenizer = FORMS[form], tiny_model(arch), student.load_tokenizer(tiny_model(arch))
+    rows, _ = student.training_rows(EXAMPLES, gold_labels(EXAMPLES), prompt, tokenizer)
+    recipe = TrainingRecipe(method="lora", epochs=4, batch_size=4, learning_rate=1e-2, precision="float32")
+    student.fine_tune(base, None, rows, [], recipe, tmp_path / "trained")
+    model, adapter = student.parts(tmp_path / "trained", base)
+
+    merged, _ = student.load_model(model, adapter)
+    place, pad = student.placement("float32"), student.pad_id(tokenizer)
+    expected = student.option_probabilities(merged, rows, pad_id=pad, place=place)
+
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(f"{example.model_dump_json()}\n" for example in EXAMPLES))
+    scored = score_model(
+        ModelToScore(name="student", kind="transformers", folder=str(model), adapter=str(adapter)), file, prompt
+    )
+    export(model, adapter, ExportForm(precision="fp32"), tmp_path / "onnx")
+    onnx = OnnxStudent(tmp_path / "onnx", threads=1)
+    with served(tmp_path / "onnx", "student", threads=1) as server:
+        headers = {"Authorization": f"Bearer {server.key.get_secret_value()}"}
+        for number, (example, row) in enumerate(zip(EXAMPLES, rows, strict=True)):
+            ids = render_ids(example, prompt, onnx.tokenizer)
+            assert ids == list(row.prompt) == render_ids(example, prompt, TransformersTokenizer(tokenizer))
+            options = example.letters if form == "letter" else example.choices
+            body = {
+                "messages": render_messages(example, prompt),
+                "logprobs": True,
+                "top_logprobs": 3,
+                "structured_outputs": {"choice": list(options)},
+            }
+            reply = httpx.post(f"{server.url}/chat/completions", json=body, headers=headers, trust_env=False).json()
+            over_http = {
+                entry["token"]: 2.718281828459045 ** entry["logprob"]
+                for entry in reply["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+            }
+            answer = onnx.answer(example, prompt)
+            by_all = [
+                scored.probabilities[number],
+                list(answer.probabilities.values()),
+                [over_http[option] for option in options],
+            ]
+            for probabilities in by_all:
+                assert probabilities == pytest.approx(expected[number], abs=1e-3), json.dumps(by_all)
+            letter = example.letters[expected[number].index(max(expected[number]))]
+            said = reply["choices"][0]["message"]["content"]
+            assert letter == answer.letter == scored.answers[number] == example.letters[list(options).index(said)]
