@@ -9,7 +9,12 @@ each token, found anew in each pass:
     x W = (max|x| / 127) (q - 128) Q (max|W| / 127)
 
 The sums are of whole numbers: a token's values are the same bit for bit however many tokens are computed beside it.
-The head stays as it is, and with it the last layer from its attention on is computed for the last token alone.
+
+Several prompts are computed in one pass, [rows, tokens] of ids, padded behind: it is a product over many tokens at a
+time that the processor is fast at. They share the past keys and values, of one row, and the attention mask, [1, past +
+tokens], all ones: a causal model doesn't look ahead at the padding. So attention goes row by row (Scan), each with the
+same past; the present keys and values have a dimension for the rows before all others. From the last attention on,
+each row's last token alone is computed, whose place is an input, `last`, [rows, 1]. The head stays as it is.
 """
 
 from collections.abc import Iterator
@@ -25,9 +30,9 @@ _MOST_WEIGHTS = 1_000_000_000
 
 
 def write_int8_graph(model: Path, folder: Path) -> Path | None:
-    """Writes the ONNX file `model` in the form above into `folder`; None for a graph that it is of no use to: one
-    without MatMulNBits, with inputs that are not known, or with more than a billion weights, which would take too much
-    memory beside the quantised ones."""
+    """Writes the ONNX file `model` in the form above into `folder`; None for a graph that it does not fit: one without
+    MatMulNBits, with inputs or a structure that are not known, or with more than a billion weights, which would take
+    too much memory beside the quantised ones."""
     import onnx
     from onnx.external_data_helper import load_external_data_for_tensor, uses_external_data
 
@@ -38,9 +43,10 @@ def write_int8_graph(model: Path, folder: Path) -> Path | None:
     known = all(value.name.startswith(_KNOWN_INPUTS) for value in graph.input)
     if not found or not known or sum(_attribute(node, "K") * _attribute(node, "N") for node in found) > _MOST_WEIGHTS:
         return None
+    if not (_keep_last_tokens(graph) and _attend_row_by_row(graph)):
+        return None
     with (folder / WEIGHTS).open("wb") as file:
-        _replace(graph, found, _Weights(model.parent, initializers, file))
-    _keep_last_token(graph)
+        _replace(graph, _Weights(model.parent, initializers, file))
     for tensor in graph.initializer:
         if uses_external_data(tensor) and tensor.name in initializers:
             load_external_data_for_tensor(tensor, str(model.parent))
@@ -76,12 +82,13 @@ class _Weights:
     """Reads a graph's tensors and writes the int8 ones to a file, one at a time."""
 
     def __init__(self, folder: Path, initializers: dict[str, Any], file: BinaryIO) -> None:
-        self._folder, self._initializers, self._file = folder, initializers, file
+        self.initializers = initializers
+        self._folder, self._file = folder, file
 
     def of(self, node: Any) -> NDArray[np.float32]:
         from onnx import numpy_helper
 
-        tensors = [self._initializers[name] for name in node.input[1:4] if name]
+        tensors = [self.initializers[name] for name in node.input[1:4] if name]
         return dequantised(node, [numpy_helper.to_array(tensor, str(self._folder)) for tensor in tensors])
 
     def add(self, name: str, values: NDArray[np.int8]) -> Any:
@@ -108,16 +115,16 @@ def _is_replaced(node: Any, initializers: dict[str, Any]) -> bool:
     )
 
 
-def _replace(graph: Any, found: list[Any], weights: _Weights) -> None:
+def _replace(graph: Any, weights: _Weights) -> None:
     from onnx import helper, numpy_helper
 
-    replaced, nodes, quantised = {node.output[0] for node in found}, [], set[str]()
+    nodes, quantised = [], set[str]()
     constants = {"one": np.float32(1), "zero": np.uint8(128), "last": np.array([-1]), "least": np.float32(1e-30)}
     constants |= {"most": np.float32(127), "step": np.float32(1 / 127)}
     added = [numpy_helper.from_array(np.asarray(value), f"int8.{name}") for name, value in constants.items()]
     unused = set[str]()
     for node in graph.node:
-        if not (node.output and node.output[0] in replaced):
+        if not _is_replaced(node, weights.initializers):
             nodes.append(node)
             continue
         source, target = node.input[0], node.output[0]
@@ -155,31 +162,66 @@ def _quantise(source: str) -> Iterator[Any]:
         yield helper.make_node(operator, inputs, [f"{source}.{output}"], **options)
 
 
-def _keep_last_token(graph: Any) -> None:
-    """Cuts off all tokens but the last behind the last attention, where that and the residual are all that goes on."""
-    from onnx import helper, numpy_helper
+def _keep_last_tokens(graph: Any) -> bool:
+    """Cuts off all tokens but each row's last behind the last attention; False where more goes on from there than the
+    attention and the residual."""
+    from onnx import TensorProto, helper, numpy_helper
 
     nodes = list(graph.node)
-    at = max((i for i, node in enumerate(nodes) if node.op_type == "GroupQueryAttention"), default=None)
-    if at is None:
-        return
-    after = _reached({nodes[at].output[0]}, nodes[at + 1 :])
+    at = max((i for i, node in enumerate(nodes) if node.op_type == "GroupQueryAttention"), default=0)
+    attention = nodes[at].output[0]
+    after = _reached({attention}, nodes[at + 1 :])
     behind = [node for node in nodes[at + 1 :] if node.output[0] in after]
     from_prompt = _reached({value.name for value in graph.input}, nodes)
-    cut = {name for node in behind for name in node.input if name in from_prompt and name not in after}
-    cut.add(nodes[at].output[0])
-    made = {name for node in nodes[: at + 1] for name in node.output}
-    if len(cut) != 2 or not cut <= made:
-        return
+    cut = {name for node in behind for name in node.input if name in from_prompt and name not in after} | {attention}
+    if len(cut) != 2 or not cut <= {name for node in nodes[: at + 1] for name in node.output}:
+        return False
     for node in behind:
         for place, name in enumerate(node.input):
             if name in cut:
                 node.input[place] = f"{name}.last"
-    ends = {"start": -1, "end": np.iinfo(np.int64).max, "axis": 1}
-    graph.initializer.extend(numpy_helper.from_array(np.array([value]), f"last.{name}") for name, value in ends.items())
-    places = ["last.start", "last.end", "last.axis"]
-    nodes[at + 1 : at + 1] = [helper.make_node("Slice", [name, *places], [f"{name}.last"]) for name in sorted(cut)]
+    cutting = []
+    for name in sorted(cut):
+        cutting.append(helper.make_node("GatherND", [name, "last"], [f"{name}.flat"], batch_dims=1))
+        cutting.append(helper.make_node("Unsqueeze", [f"{name}.flat", "last.axis"], [f"{name}.last"]))
+    nodes[at + 1 : at + 1] = cutting
     _set(graph.node, nodes)
+    graph.initializer.append(numpy_helper.from_array(np.array([1]), "last.axis"))
+    graph.input.append(helper.make_tensor_value_info("last", TensorProto.INT64, ["batch_size", 1]))
+    return True
+
+
+def _attend_row_by_row(graph: Any) -> bool:
+    """Puts each GroupQueryAttention, which takes a past for a single row alone, into a Scan over the rows; False where
+    one has more inputs than are known."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    def value(name: str, shape: list[int | str | None] | None = None) -> Any:
+        return helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
+
+    nodes = []
+    for node in graph.node:
+        if node.op_type != "GroupQueryAttention":
+            nodes.append(node)
+            continue
+        # Beyond these: positions and a bias, which would be those of each row.
+        if any(node.input[9:11]):
+            return False
+        rows, results = [name for name in node.input[:3] if name], list(node.output[:3])
+        body = [helper.make_node("Unsqueeze", [f"{name}.row", "row.axis"], [f"{name}.alone"]) for name in rows]
+        for place, name in enumerate(node.input[:3]):
+            node.input[place] = f"{name}.alone" if name else ""
+        node.output[0] = f"{results[0]}.alone"
+        node.output[1:3] = [f"{name}.row" for name in results[1:]]
+        body += [node, helper.make_node("Squeeze", [node.output[0], "row.axis"], [f"{results[0]}.row"])]
+        inside = [value(f"{name}.row", [None, None]) for name in rows]
+        graph_of_row = helper.make_graph(body, "row", inside, [value(f"{name}.row") for name in results])
+        nodes.append(helper.make_node("Scan", rows, results, num_scan_inputs=len(rows), body=graph_of_row))
+    _set(graph.node, nodes)
+    graph.initializer.append(numpy_helper.from_array(np.array([0]), "row.axis"))
+    presents = [value(output.name, [None] * 5) for output in graph.output if output.name != "logits"]
+    _set(graph.output, [output for output in graph.output if output.name == "logits"] + presents)
+    return True
 
 
 def _reached(names: set[str], nodes: list[Any]) -> set[str]:

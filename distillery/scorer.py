@@ -1,7 +1,7 @@
 """Next-token logits of many prompts, on a processor, by the int8 form of an exported int4 or int8 model.
 
-What all the prompts begin with is computed once. Then each thread of a pool takes a prompt of its own: over the few
-dozen tokens of a question, two threads at one prompt wait for each other more than they save.
+What all the prompts begin with is computed once. What is left goes into batches of prompts of like length, and each
+thread of a pool takes one after another: two threads at one batch would wait for each other more than they save.
 """
 
 from collections.abc import Sequence
@@ -18,6 +18,8 @@ from distillery.store import working_folder
 
 Ids = Sequence[int]
 Logits = NDArray[np.float32]
+Cache = dict[str, NDArray[np.float32]]
+_TOKENS_TOGETHER = 320
 
 
 class Scorer:
@@ -26,17 +28,17 @@ class Scorer:
     No number depends on what else is asked, before or beside it, nor on the count of threads."""
 
     def __init__(self, graph: Path, threads: int | None = None) -> None:
-        """`graph`: a file of `write_int8_graph`; `threads`: how many prompts at a time, None for one a core."""
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
+        """`graph`: a file of `write_int8_graph`; `threads`: how many batches at a time, None for one a core."""
+        runtime = _runtime()
+        options = runtime.SessionOptions()
         options.intra_op_num_threads = 1
         options.log_severity_level = 3
         # Without VNNI, a processor adds two products in 16 bits, where these would overflow; this has it use 32.
         options.add_session_config_entry("session.x64quantprecision", "1")
-        self._session = onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
+        self._session = runtime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
         self._past = {value.name: value for value in self._session.get_inputs() if value.name.startswith("past")}
-        self._pool = ThreadPoolExecutor(threads or cores(), "scorer")
+        self._threads = threads or cores()
+        self._pool = ThreadPoolExecutor(self._threads, "scorer")
         self._begun: list[int] = []
         """What self._cache, the graph's past keys and values of [1, heads, tokens, head size], was computed from."""
         self._cache = self._empty()
@@ -51,48 +53,72 @@ class Scorer:
     def logits(self, prompts: Sequence[Ids], reuse: bool = True) -> list[Logits]:
         """After each prompt, [vocabulary]. `reuse` False computes every one from its first token."""
         start = self._share(prompts) if reuse else 0
-        cache = self._cache if start else self._empty()
-        if len(prompts) > 1:
-            return list(self._pool.map(lambda ids: self._run(ids, start, cache)[0], prompts))
-        logits, self._cache = self._run(prompts[0], start, cache, keep=True)
-        self._begun = list(prompts[0])
-        return [logits]
+        cache = self._cache if reuse else self._empty()
+        if len(prompts) == 1:
+            (logits,), self._cache = self._run(prompts, start, cache, keep=True)
+            self._begun = list(prompts[0])
+            return [logits]
+        batches = _batches([len(ids) - start for ids in prompts], self._threads)
+        done = self._pool.map(lambda rows: self._run([prompts[row] for row in rows], start, cache)[0], batches)
+        found: dict[int, Logits] = {}
+        for rows, logits_of_rows in zip(batches, done, strict=True):
+            found |= zip(rows, logits_of_rows, strict=True)
+        return [found[row] for row in range(len(prompts))]
 
     def _share(self, prompts: Sequence[Ids]) -> int:
         """Has the cache hold what the prompts have in common, and gives its length.
 
-        Each prompt has two tokens left: a pass over a single one takes other kernels for attention."""
+        A pass over a single token takes other kernels for attention: two are left of each prompt, and two at a time are
+        added to the cache."""
         first, most = prompts[0], min(map(len, prompts)) - 2
         common = min(_common(first, ids, most) for ids in prompts)
         known = _common(first, self._begun, common)
-        if len(prompts) > 1 and known < common:
-            # One alone would make a pass of a single token.
-            self._cache = self._run(first[:common], 0, self._empty(), keep=True)[1] if common > 1 else self._empty()
-            known = common if common > 1 else 0
-            self._begun = list(first[:known])
-        elif known < len(self._begun):
+        if known < len(self._begun):
             self._cache = {name: values[:, :, :known].copy() for name, values in self._cache.items()}
-            self._begun = self._begun[:known]
+        if len(prompts) > 1 and common - known > 1:
+            self._cache = self._run([first[:common]], known, self._cache, keep=True)[1]
+            known = common
+        self._begun = list(first[:known])
         return known
 
-    def _empty(self) -> dict[str, NDArray[np.float32]]:
+    def _empty(self) -> Cache:
         return {
             name: np.zeros((1, value.shape[1], 0, value.shape[3]), np.float32) for name, value in self._past.items()
         }
 
-    def _run(
-        self, ids: Ids, start: int, cache: dict[str, NDArray[np.float32]], keep: bool = False
-    ) -> tuple[Logits, dict[str, NDArray[np.float32]]]:
-        """The logits after the prompt, of which `cache` holds the first `start` tokens; with `keep` the whole cache."""
-        feed: dict[str, Any] = {"input_ids": np.array([ids[start:]], np.int64), **cache}
-        feed["attention_mask"] = np.ones((1, len(ids)), np.int64)
+    def _run(self, prompts: Sequence[Ids], start: int, cache: Cache, keep: bool = False) -> tuple[list[Logits], Cache]:
+        """The logits after each prompt, of which `cache` holds the first `start` tokens; with `keep` the whole cache of
+        the first."""
+        left = [len(ids) - start for ids in prompts]
+        padded = np.zeros((len(prompts), max(left)), np.int64)
+        for row, ids in enumerate(prompts):
+            padded[row, : left[row]] = ids[start:]
+        feed: dict[str, Any] = {"input_ids": padded, "last": np.array(left, np.int64)[:, None] - 1, **cache}
+        feed["attention_mask"] = np.ones((1, start + max(left)), np.int64)
         names = [name.replace("past_key_values", "present") for name in cache] if keep else []
         try:
             logits, *present = self._session.run(["logits", *names], feed)
         except Exception as error:
             # What this runtime raises has no base of its own.
             raise RuntimeError(str(error)) from error
-        return logits.reshape(-1, logits.shape[-1])[-1], dict(zip(cache, present, strict=False))
+        return list(logits[:, 0]), {name: values[0] for name, values in zip(cache, present, strict=False)}
+
+
+def _runtime() -> Any:
+    import onnxruntime
+
+    return onnxruntime
+
+
+def _batches(lengths: Sequence[int], threads: int) -> list[list[int]]:
+    """The rows, the longest first, in batches of up to so many tokens, padding included, yet enough for all threads."""
+    most = min(_TOKENS_TOGETHER, sum(lengths) // threads)
+    batches: list[list[int]] = []
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > most:
+            batches.append([])
+        batches[-1].append(row)
+    return batches
 
 
 def _common(one: Ids, other: Ids, most: int) -> int:

@@ -14,7 +14,7 @@ from distillery.inference import OnnxStudent, log_softmax, score_file
 from distillery.int8_graph import dequantised, write_int8_graph
 from distillery.recipe import PromptRecipe
 from distillery.records import Example
-from distillery.scorer import Scorer
+from distillery.scorer import Scorer, _batches
 
 Build = Callable[..., Path]
 BEGIN = "Answer the following multiple-choice question by selecting the correct option. "
@@ -90,37 +90,44 @@ def test_numbers_are_those_of_a_row_alone(arch: str, threads: int, tiny_onnx: Bu
 def test_what_prompts_begin_with_is_computed_once(tiny_onnx: Build) -> None:
     student = OnnxStudent(tiny_onnx("llama", "int4"), threads=1)
     prompts = _prompts(student)
-    shared = len(student.tokenizer.encode_text(BEGIN)) - 1
     scorer = student._scorer
     assert scorer is not None
-    passes: list[int] = []
+    computed: list[int] = []
     run = scorer._run
-    scorer._run = lambda ids, start, *rest, **more: (  # type: ignore[method-assign]
-        passes.append(len(ids) - start),
-        run(ids, start, *rest, **more),
+    scorer._run = lambda some, start, *rest, **more: (  # type: ignore[method-assign]
+        computed.append(sum(map(len, some)) - start * len(some)),
+        run(some, start, *rest, **more),
     )[1]
+    common = next(i for i, ids in enumerate(zip(*prompts, strict=False)) if len(set(ids)) > 1)
+    assert common > 10
     scorer.logits(prompts)
-    whole = sum(map(len, prompts))
-    assert len(passes) == 5
-    assert sum(passes) <= whole - 3 * shared
-    passes.clear()
-    scorer.logits(prompts[2:])
+    assert sum(computed) == sum(map(len, prompts)) - 3 * common
+    computed.clear()
     scorer.logits(prompts[:1])
-    assert sum(passes) <= whole - len(prompts[1]) - 3 * shared
-    passes.clear()
+    assert computed == [len(prompts[0]) - common]
+    computed.clear()
+    scorer.logits([prompts[0], [*prompts[0], 7], [*prompts[0], 7, 8]])
+    assert sum(computed) == 2 + 3 + 4
+    computed.clear()
     scorer.logits(prompts[:1], reuse=False)
-    assert passes == [len(prompts[0])]
+    assert computed == [len(prompts[0])]
 
 
-def test_only_the_last_token_goes_through_the_last_layer(tiny_onnx: Build, tmp_path: Path) -> None:
+def test_only_the_last_tokens_go_through_the_last_layer(tiny_onnx: Build, tmp_path: Path) -> None:
     import onnx
 
     graph = write_int8_graph(tiny_onnx("llama", "int4") / "model.onnx", tmp_path)
     assert graph is not None
     nodes = onnx.load(str(graph), load_external_data=False).graph.node
-    last = max(i for i, node in enumerate(nodes) if node.op_type == "GroupQueryAttention")
-    assert [node.op_type for node in nodes[last + 1 : last + 3]] == ["Slice", "Slice"]
+    last = max(i for i, node in enumerate(nodes) if node.op_type == "Scan")
+    assert [node.op_type for node in nodes[last + 1 : last + 5]] == ["GatherND", "Unsqueeze"] * 2
     assert sum(node.op_type == "MatMulNBits" for node in nodes) == 1
+
+
+def test_batches_have_rows_of_like_length_and_enough_for_all_threads() -> None:
+    assert _batches([100, 300, 90, 400, 110], 1) == [[3], [1], [4, 0, 2]]
+    assert _batches([10] * 8, 4) == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert _batches([10, 10], 16) == [[0], [1]]
 
 
 def test_what_has_no_int8_form_is_asked_as_it_is(
