@@ -136,7 +136,7 @@ def test_the_table_shows_every_rung_and_fits_a_terminal() -> None:
     for figure in (
         "float student",
         "0.850",
-        "int4 k_quant_mixed/128, adapter apart",
+        "int4 k_quant_mixed/128, apart",
         "12345.6 MB",
         "66.1 MB",
         "picked",
