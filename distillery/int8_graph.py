@@ -150,7 +150,7 @@ def _quantise(source: str) -> Iterator[Any]:
     """`source`.uint8 and, for each token, `source`.scale. QuantizeLinear rounds and clips; its own scale is 1."""
     from onnx import helper
 
-    for operator, inputs, output, options in (
+    steps: list[tuple[str, list[str], str, dict[str, Any]]] = [
         ("Abs", [source], "abs", {}),
         ("ReduceMax", [f"{source}.abs", "int8.last"], "max", {"keepdims": 1}),
         ("Max", [f"{source}.max", "int8.least"], "most", {}),
@@ -158,7 +158,8 @@ def _quantise(source: str) -> Iterator[Any]:
         ("Mul", [source, f"{source}.inverse"], "scaled", {}),
         ("QuantizeLinear", [f"{source}.scaled", "int8.one", "int8.zero"], "uint8", {}),
         ("Mul", [f"{source}.most", "int8.step"], "scale", {}),
-    ):
+    ]
+    for operator, inputs, output, options in steps:
         yield helper.make_node(operator, inputs, [f"{source}.{output}"], **options)
 
 
