@@ -16,10 +16,9 @@ export OLIVE_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 export PYTHONWARNINGS ?= ignore::FutureWarning,ignore::DeprecationWarning
 
-.PHONY: help demo test test-all bench-overhead bench-labels bench-distil bench-distil-full bench-inference lint format up \
-	down clean
+.PHONY: help demo test test-all bench-overhead bench-labels bench-distil bench-distil-full lint format up down clean
 help: ## what the targets do
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-16s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-14s %s\n", $$1, $$2}'
 
 # The first line of a failed set-up must be readable: pip's own old versions fail on this set of packages.
 $(INSTALLED): constraints.txt pyproject.toml
@@ -59,9 +58,6 @@ bench-distil-full: $(INSTALLED) ## the same over four pools, three depths and fi
 
 bench-labels: $(INSTALLED) ## how fast rows are labelled, beside a bare loop, the lab's and bespokelabs-curator
 	@$(BIN)/python -m benchmarks.labels
-
-bench-inference: $(INSTALLED) ## how fast rows are scored on a CPU, beside llama.cpp and Transformers
-	@$(BIN)/python -m benchmarks.inference
 
 lint: $(INSTALLED) ## ruff and strict mypy
 	@$(BIN)/ruff check .

@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from itertools import islice, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +20,12 @@ from distillery.errors import DataError, ModelError
 from distillery.prompts import GenAITokenizer, letter_ids, render_ids, text_ids
 from distillery.recipe import Columns, PromptRecipe
 from distillery.records import Example, Record
-from distillery.scorer import Scorer
 
 ADAPTER_FILE = "adapter_weights.onnx_adapter"
 Logits = NDArray[np.float32]
 _SMALLEST_CACHE = 256
 # Phi-3 and Phi-4-mini turn to other rotary factors beyond 4,096 tokens, so a shorter prompt's cache does not fit there.
 _LONGEST_REUSE = 4096
-_ROWS_AT_ONCE = 64
 
 
 class Answer(Record):
@@ -70,18 +68,13 @@ class OnnxStudent:
 
     The key-value cache of the last prompt is kept on a CPU, and what the next prompt shares with it is not computed
     again. That changes no number: the logits are bit for bit those of a fresh cache, whatever was asked before.
-
-    Option probabilities of an int4 or int8 model on a CPU come from its int8 form (scorer.py), which reads a prompt in
-    half the time; it is made at the first of them. What the model writes is its own.
     """
 
     def __init__(self, folder: Path, threads: int | None = None, adapter: bool = True) -> None:
-        """Raises ModelError for a folder that can't be loaded. `threads` counts the cores for one operation, or for as
-        many prompts at a time where there are several (None: the runtime's choice); `adapter` False leaves an
-        adapter_weights.onnx_adapter in the folder aside."""
+        """Raises ModelError for a folder that can't be loaded. `threads` counts the cores for one operation (None: the
+        runtime's choice); `adapter` False leaves an adapter_weights.onnx_adapter in the folder aside."""
         og = _runtime()
         self.folder = folder
-        self._threads = threads
         decoder, self.context_length = _read_config(folder)
         with _model_errors(folder):
             config = og.Config(str(folder))
@@ -90,9 +83,7 @@ class OnnxStudent:
                 config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
             self._model = og.Model(config)
             self._tokenizer = og.Tokenizer(self._model)
-            self._file = str(decoder.get("filename", "model.onnx"))
-            self._on_cpu = self._model.device_type.lower() == "cpu"
-            self._can_rewind = self._on_cpu and "sliding_window" not in decoder
+            self._can_rewind = self._model.device_type.lower() == "cpu" and "sliding_window" not in decoder
             self._adapters = self._load_adapter() if adapter and (folder / ADAPTER_FILE).is_file() else None
         self.tokenizer = GenAITokenizer(self._tokenizer)
         self.end_ids = frozenset(int(token) for token in self._tokenizer.eos_token_ids)
@@ -105,17 +96,9 @@ class OnnxStudent:
 
     def option_probabilities(self, prompt_ids: Sequence[int], letter_ids: Sequence[int]) -> list[float]:
         """The softmax over the letters' logits at the assistant's first token, float64: one prefill, no decoding."""
-        return self.each_option_probabilities([(prompt_ids, letter_ids)])[0]
-
-    def each_option_probabilities(self, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[list[float]]:
-        """`option_probabilities` of several rows, each a prompt's ids and its letters'; as many at a time as there are
-        threads, where the model has an int8 form. The numbers are those of one row alone."""
-        prompts = [self._checked(prompt_ids) for prompt_ids, _ in rows]
-        found: Iterable[Logits] = map(self._prefill, prompts)
-        if rows and self._scorer:
-            with _model_errors(self.folder):
-                found = self._scorer.logits(prompts, reuse=max(map(len, prompts)) <= _LONGEST_REUSE)
-        return [_softmax(logits[list(letters)]) for logits, (_, letters) in zip(found, rows, strict=True)]
+        logits = self._prefill(prompt_ids)[list(letter_ids)]
+        probabilities: list[float] = np.exp(log_softmax(logits)).tolist()
+        return probabilities
 
     def text_probabilities(self, prompt_ids: Sequence[int], texts: Sequence[Sequence[int]]) -> list[float]:
         """The softmax over the texts' scores, float64: a score is the mean log-probability of a text's tokens after the
@@ -176,38 +159,17 @@ class OnnxStudent:
 
     def answer(self, example: Example, prompt: PromptRecipe) -> Answer:
         """Raises DataError where the prompt is longer than prompt.max_tokens or the model's context."""
-        (found,) = self.answers([example], prompt)
-        if isinstance(found, DataError):
-            raise found
-        return found
-
-    def answers(self, examples: Sequence[Example], prompt: PromptRecipe) -> list[Answer | DataError]:
-        """`answer` to several rows, with the DataError that a row would raise in its place."""
-        rendered = [render_ids(example, prompt, self.tokenizer) for example in examples]
+        ids = render_ids(example, prompt, self.tokenizer)
         limit = min(prompt.max_tokens, self.context_length)
-        found: Iterator[list[float] | DataError]
-        fitting = [
-            (example, ids)
-            for example, ids in zip(examples, rendered, strict=True)
-            if ids is not None and len(ids) <= limit
-        ]
+        if ids is None or len(ids) > limit:
+            raise DataError(f"{example.example_id}: the prompt is longer than {limit} tokens (prompt.max_tokens)")
         if prompt.answer == "text":
-            found = iter([self._by_text(row, ids) for row, ids in fitting])
+            probabilities = self.text_probabilities(ids, text_ids(example, self.tokenizer))
         else:
-            asked = [(ids, self.letter_ids(len(row.choices))) for row, ids in fitting]
-            found = iter(self.each_option_probabilities(asked))
-        return [
-            DataError(f"{example.example_id}: the prompt is longer than {limit} tokens (prompt.max_tokens)")
-            if ids is None or len(ids) > limit
-            else _answer(example, next(found))
-            for example, ids in zip(examples, rendered, strict=True)
-        ]
-
-    def _by_text(self, example: Example, prompt_ids: list[int]) -> list[float] | DataError:
-        try:
-            return self.text_probabilities(prompt_ids, text_ids(example, self.tokenizer))
-        except DataError as error:
-            return error
+            probabilities = self.option_probabilities(ids, self.letter_ids(len(example.choices)))
+        best = max(range(len(probabilities)), key=probabilities.__getitem__)
+        by_letter = dict(zip(example.letters, probabilities, strict=True))
+        return Answer(letter=example.letters[best], probabilities=by_letter)
 
     def letter_ids(self, count: int) -> list[int]:
         """`prompts.letter_ids` by this model's tokenizer."""
@@ -233,20 +195,6 @@ class OnnxStudent:
         added = json.loads((self.folder / "tokenizer.json").read_text(encoding="utf-8")).get("added_tokens", [])
         return {int(token["id"]): str(token["content"]) for token in added}
 
-    @cached_property
-    def _scorer(self) -> Scorer | None:
-        """None where the model has no int8 form, or runs elsewhere than on a CPU."""
-        if not self._on_cpu or self._adapters:
-            return None
-        with _model_errors(self.folder):
-            return Scorer.of(self.folder / self._file, self._threads)
-
-    def _checked(self, prompt_ids: Sequence[int]) -> list[int]:
-        ids = list(prompt_ids)
-        if not 1 <= len(ids) <= self.context_length:
-            raise ModelError(f"{self.folder}: a prompt of {len(ids)} tokens; it takes 1 to {self.context_length}")
-        return ids
-
     def _load_adapter(self) -> Any:
         adapters = _runtime().Adapters(self._model)
         adapters.load(str(self.folder / ADAPTER_FILE), "student")
@@ -254,7 +202,9 @@ class OnnxStudent:
 
     def _prefill(self, prompt_ids: Sequence[int], room: int = 0) -> Logits:
         """The logits after the prompt, [vocabulary]; a new cache has space for `room` tokens more (it grows later)."""
-        ids = self._checked(prompt_ids)
+        ids = list(prompt_ids)
+        if not 1 <= len(ids) <= self.context_length:
+            raise ModelError(f"{self.folder}: a prompt of {len(ids)} tokens; it takes 1 to {self.context_length}")
         needed = len(ids) + min(room, _SMALLEST_CACHE)
         kept = self._shared(ids) if self._fits(needed) else None
         if kept is None:
@@ -339,19 +289,18 @@ def score_file(
 ) -> ScoreCounts:
     """Answers every row into `out`/predictions.jsonl; a row that can't be asked goes to failed.jsonl and stops nothing.
 
-    Takes a few rows at a time and keeps none. Both files are in the order of the rows."""
+    Takes rows one by one and keeps none."""
     out.mkdir(parents=True, exist_ok=True)
     rows = failed = 0
-    waiting = iter(examples)
     with (out / "predictions.jsonl").open("w") as predictions, (out / "failed.jsonl").open("w") as failures:
-        while some := list(islice(waiting, _ROWS_AT_ONCE)):
-            for result in _score(student, some, prompt):
-                if isinstance(result, Prediction):
-                    predictions.write(result.model_dump_json() + "\n")
-                    rows += 1
-                else:
-                    failures.write(result.model_dump_json() + "\n")
-                    failed += 1
+        for example in examples:
+            result = example if isinstance(example, FailedRow) else _score(student, example, prompt)
+            if isinstance(result, Prediction):
+                predictions.write(result.model_dump_json() + "\n")
+                rows += 1
+            else:
+                failures.write(result.model_dump_json() + "\n")
+                failed += 1
     return ScoreCounts(rows=rows, failed=failed)
 
 
@@ -455,33 +404,14 @@ def _with_columns(names: Sequence[str], path: Path, columns: Columns) -> list[st
     return list(names)
 
 
-def _score(
-    student: OnnxStudent, rows: Sequence[Example | FailedRow], prompt: PromptRecipe
-) -> Iterator[Prediction | FailedRow]:
-    answers = iter(student.answers([row for row in rows if not isinstance(row, FailedRow)], prompt))
-    for row in rows:
-        yield row if isinstance(row, FailedRow) else _result(row, next(answers))
-
-
-def _result(example: Example, answer: Answer | DataError) -> Prediction | FailedRow:
-    if isinstance(answer, DataError):
+def _score(student: OnnxStudent, example: Example, prompt: PromptRecipe) -> Prediction | FailedRow:
+    try:
+        answer = student.answer(example, prompt)
+    except DataError as error:
         line = example.line if isinstance(example, InputRow) else None
-        reason = str(answer).removeprefix(f"{example.example_id}: ")
+        reason = str(error).removeprefix(f"{example.example_id}: ")
         return FailedRow(line=line, example_id=example.example_id, reason=reason)
     return Prediction(example_id=example.example_id, answer=answer.letter, probabilities=answer.probabilities)
-
-
-def _answer(example: Example, probabilities: list[float] | DataError) -> Answer | DataError:
-    if isinstance(probabilities, DataError):
-        return probabilities
-    best = max(range(len(probabilities)), key=probabilities.__getitem__)
-    by_letter = dict(zip(example.letters, probabilities, strict=True))
-    return Answer(letter=example.letters[best], probabilities=by_letter)
-
-
-def _softmax(logits: Logits) -> list[float]:
-    probabilities: list[float] = np.exp(log_softmax(logits)).tolist()
-    return probabilities
 
 
 def _sampler(temperature: float, top_p: float, seed: int | None) -> Callable[[Logits], int]:

@@ -14,7 +14,7 @@ from distillery.store import ArtifactStore, sha256_of, working_folder
 from tasks.stage import origin, stage
 
 
-@stage("score", version=2)
+@stage("score", version=1)
 def score(model: RegisteredModel, prompt: PromptRecipe, rows: InputFile, columns: Columns) -> Predictions:
     """Downloads and verifies `model` and answers every row of the file."""
     started = time.perf_counter()
