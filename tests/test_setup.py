@@ -204,7 +204,7 @@ def test_set_up_again_changes_nothing(server: Server) -> None:
     assert {kind: len(things) for kind, things in before.items()} == {
         "automations": 2,
         "blocks": len(SECRET) + 2,
-        "deployments": 4,
+        "deployments": 5,
         "pools": 2,
         "variables": len(PLAIN),
     }

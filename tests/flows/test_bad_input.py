@@ -120,7 +120,7 @@ def test_an_unknown_model(bench: Bench) -> None:
 
 def test_an_endpoint_that_is_down(bench: Bench) -> None:
     with ChatEndpoint(good) as server:
-        bench.ask(server.url)
+        bench.ask(server.url, outage_s=1)
     line = bench.refusal()
     assert f"TEACHER_MODEL_ENDPOINT {server.url}: can't be reached" in line
     assert "check the URL and that it runs" in line
