@@ -2,24 +2,29 @@
 
 The demo's teacher, fine-tuned on the gold rows, is cut to the demo's layers, and the student is trained on a part of
 the pool in four ways: on the pool's gold answers, on the teacher's letters (hard), on its probabilities (soft), and on
-these and its last hidden states (hidden). Three seeds each decide which rows and in which order. All are asked the same
-test rows, in PyTorch, beside the base model and the teacher. The students of the fourth way at the larger pool are
-exported as the demo exports its own, and asked the test rows one at a time: a prompt's shared beginning is computed
-once in every runtime. --full is a grid of four pools, three depths and five seeds.
+these and its last hidden states (hidden). Three seeds each decide which rows and in which order. At the smaller pool
+the third way is gone from other cuts too: an even spacing, the layers of the greatest block influence, and the demo's
+in two steps with half of the training between them. All are asked the same test rows, in PyTorch, beside the base model
+and the teacher. The students of the fourth way at the larger pool are exported as the demo exports its own, and asked
+test rows one at a time beside the teacher in the same form and in its float forms, medians of three in turn: a prompt's
+shared beginning is computed once in every runtime. --full is a grid of four pools, three depths and five seeds.
 
-Every result is kept in .distillery/bench/distil.jsonl as soon as it is there, so that a run that was ended goes on;
---afresh begins anew. The last line is JSON, means over the seeds:
+Every result is kept in .distillery/bench/distil-DIGEST, told by the recipe, as soon as it is there, so that a run that
+was ended goes on; --afresh begins anew. The last line is JSON, means over the seeds:
 
 kept                of the teacher's accuracy, by the int4 student
 fewer_parameters    share of the teacher's that the student does without
 share_of_bf16_bytes the int4 folder's bytes, of the teacher's in bfloat16
 speedup_same        rows a second, int4 student over the teacher in the same form of int4
 speedup_deployed    rows a second, int4 student over the teacher's fastest float form
+base, teacher       their accuracies
+WAY_ROWS            mean accuracy of the students of a way from so many rows
 """
 
 import argparse
 import json
 import random
+import shutil
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -36,9 +41,9 @@ from distillery.evaluation import ModelToScore, machine, score_model
 from distillery.labels import gold_labels
 from distillery.losses import TrainingRow
 from distillery.onnx import export
-from distillery.pruning import chosen_layers, keep_layers
+from distillery.pruning import keep_layers
 from distillery.recipe import Columns, ExportForm, LayerChoice, TrainingRecipe, load_recipe
-from distillery.records import Example
+from distillery.records import Example, digest_of
 from distillery.store import digest_of_files, list_files
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -51,6 +56,8 @@ WAYS: dict[str, dict[str, float]] = {
     "soft": {"soft_weight": 1.0, "hidden_weight": 0.0},
     "hidden": {"soft_weight": 1.0, "hidden_weight": DEMO.student.training.hidden_weight},
 }
+CUTS = ("even", "block_influence", "in two steps")
+SPEED_ROWS, ROUNDS = 160, 3
 T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
 """Student's t for the 95 % interval of a mean of so many."""
 
@@ -79,8 +86,8 @@ class Kept:
 
 
 class Bench:
-    def __init__(self, kept: Kept, epochs: float, steps: int | None) -> None:
-        self.kept, self.epochs, self.steps = kept, epochs, steps
+    def __init__(self, home: Path, epochs: float, steps: int | None) -> None:
+        self.home, self.kept, self.epochs, self.steps = home, Kept(home / "results.jsonl"), epochs, steps
         self.base = base_folder(DEMO.teacher.preparation.base)
         self.tokenizer = student.load_tokenizer(self.base)
         self.pad_id, self.end_id = student.pad_id(self.tokenizer), student.end_of_turn_id(self.tokenizer)
@@ -101,7 +108,7 @@ class Bench:
 
     def prepared_teacher(self) -> Path:
         recipe = DEMO.teacher.preparation.training.model_copy(update={"max_steps": self.steps})
-        folder = PLACE / f"teacher-{digest_of_files(list_files(self.base))[:8]}-{recipe.epochs}-{recipe.max_steps}"
+        folder = self.home / "teacher"
         if not (folder / "tokenizer.json").exists():
             model = self.train(student.load_model(self.base)[0], self.rendered(read("gold")), recipe)
             model.merge_and_unload().float().save_pretrained(folder)
@@ -116,19 +123,24 @@ class Bench:
             student.hidden_states(model, self.pool, **options),
         )
 
-    def start(self, depth: int) -> Any:
-        model = student.load_model(self.teacher)[0]
-        layers = len(model.get_decoder().layers)
-        keep_layers(model, chosen_layers(LayerChoice(keep=depth, by="early_and_last"), layers))
+    def cut(self, model: Any, depth: int, by: Any, rows: Sequence[TrainingRow]) -> Any:
+        choice = LayerChoice(keep=depth, by=by)
+        keep_layers(model, student.resolved_layers(model, choice, rows, self.pad_id))
         return model
 
-    def student(self, way: str, pool: int, depth: int, seed: int) -> Any:
+    def student(self, way: str, pool: int, depth: int, seed: int, cut: str) -> Any:
         picked = random.Random(seed).sample(range(len(self.pool)), pool)
         rows = [self._row(way, index) for index in picked]
         changed = {**WAYS[way], "seed": seed, "epochs": self.epochs, "max_steps": self.steps}
         recipe = DEMO.student.training.model_copy(update=changed)
         hidden = self.states[picked] if recipe.hidden_weight else None
-        return self.train(self.start(depth), rows, recipe, hidden)
+        model = student.load_model(self.teacher)[0]
+        by = "early_and_last" if cut == "in two steps" else cut
+        if cut == "in two steps":
+            recipe = recipe.model_copy(update={"epochs": self.epochs / 2})
+            layers = len(model.get_decoder().layers)
+            model = self.train(self.cut(model, (layers + depth) // 2, by, rows), rows, recipe, hidden)
+        return self.train(self.cut(model, depth, by, rows), rows, recipe, hidden)
 
     def _row(self, way: str, index: int) -> TrainingRow:
         row, soft = self.pool[index], self.soft[index]
@@ -136,47 +148,68 @@ class Bench:
             return row
         return row.model_copy(update={"answer": soft.index(max(soft)), "soft": tuple(soft)})
 
-    def result(self, way: str, pool: int, depth: int, seed: int) -> float:
+    def result(self, way: str, pool: int, depth: int, seed: int, cut: str = "early_and_last") -> float:
         def work() -> float:
-            model = self.student(way, pool, depth, seed)
+            model = self.student(way, pool, depth, seed, cut)
             if way == "hidden":
                 model.save_pretrained(self.folder(pool, depth, seed))
                 self.tokenizer.save_pretrained(self.folder(pool, depth, seed))
             return self.accuracy(model)
 
-        return float(self.kept.of(f"{way}, pool {pool}, {depth} layers, seed {seed}", work))
+        named = f"{way}, pool {pool}, {depth} layers, seed {seed}"
+        return float(self.kept.of(named if cut == "early_and_last" else f"{named}, {cut}", work))
 
     def folder(self, pool: int, depth: int, seed: int) -> Path:
-        return PLACE / f"student-{pool}-{depth}-{seed}-{self.steps}"
+        return self.home / f"student-{pool}-{depth}-{seed}"
 
-    def exported(self, pool: int, depth: int, seed: int) -> dict[str, float]:
-        def work() -> dict[str, float]:
-            folder = self.folder(pool, depth, seed)
-            return self.scored(folder, DEMO.export.form) | {"parameters": student.parameter_count(folder)}
-
-        return dict(self.kept.of(f"int4 student, pool {pool}, {depth} layers, seed {seed}", work))
-
-    def scored(self, folder: Path, form: ExportForm) -> dict[str, float]:
+    def exported(self, folder: Path, form: ExportForm = DEMO.export.form) -> Path:
         out = folder.with_name(f"{folder.name}-onnx-{form.precision}")
         if not (out / "genai_config.json").exists():
             export(folder, None, form, out)
-        scored = self._scored(ModelToScore(name=form.title, kind="onnx", folder=str(out)))
-        return scored | {"bytes": sum(file.stat().st_size for file in out.iterdir() if file.is_file())}
+        return out
 
-    def _scored(self, model: ModelToScore) -> dict[str, float]:
-        found = score_model(model, SAMPLE / "test.jsonl", DEMO.prompt)
-        gold = [example.answer_key for example in read("test")]
-        right = sum(a == b for a, b in zip(found.answers, gold, strict=True))
-        return {"accuracy": right / len(gold), "rows_per_second": found.rows_per_second}
+    def int4_student(self, pool: int, depth: int, seed: int) -> dict[str, float]:
+        def work() -> dict[str, float]:
+            folder = self.folder(pool, depth, seed)
+            out = self.exported(folder)
+            found = score_model(as_onnx(out), SAMPLE / "test.jsonl", DEMO.prompt)
+            gold = [example.answer_key for example in read("test")]
+            right = sum(a == b for a, b in zip(found.answers, gold, strict=True))
+            size = sum(file.stat().st_size for file in out.iterdir() if file.is_file())
+            return {"accuracy": right / len(gold), "bytes": size, "parameters": student.parameter_count(folder)}
 
-    def floats(self) -> dict[str, float]:
-        """The teacher's rows a second in each float form."""
-        transformers = ModelToScore(name="teacher", kind="transformers", folder=str(self.teacher))
-        fp32 = self.scored(self.teacher, ExportForm(precision="fp32"))
-        return {
-            "Transformers fp32": self._scored(transformers)["rows_per_second"],
-            "ONNX fp32": fp32["rows_per_second"],
-        }
+        return dict(self.kept.of(f"int4 student, pool {pool}, {depth} layers, seed {seed}", work))
+
+    def speeds(self, student_folder: Path) -> dict[str, float]:
+        """Rows a second of the student's int4 form and of the teacher's forms, medians of three in turn."""
+
+        def work() -> dict[str, float]:
+            rows = self.home / "speed.jsonl"
+            lines = (SAMPLE / "test.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+            rows.write_text("".join(lines[:SPEED_ROWS]), encoding="utf-8")
+            torch_teacher = ModelToScore(name="teacher", kind="transformers", folder=str(self.teacher))
+            forms: dict[str, tuple[ModelToScore, Any]] = {
+                "int4 student": (as_onnx(self.exported(student_folder)), "auto"),
+                "int4 teacher": (as_onnx(self.exported(self.teacher)), "auto"),
+                "fp32 teacher, ONNX Runtime": (
+                    as_onnx(self.exported(self.teacher, ExportForm(precision="fp32"))),
+                    "auto",
+                ),
+                "fp32 teacher, Transformers": (torch_teacher, "float32"),
+                "bf16 teacher, Transformers": (torch_teacher, "bfloat16"),
+            }
+            runs: dict[str, list[float]] = {name: [] for name in forms}
+            for number in range(ROUNDS):
+                for name in list(forms)[:: -1 if number % 2 else 1]:
+                    model, precision = forms[name]
+                    runs[name].append(score_model(model, rows, DEMO.prompt, precision=precision).rows_per_second)
+            return {name: statistics.median(found) for name, found in runs.items()}
+
+        return dict(self.kept.of("rows a second", work))
+
+
+def as_onnx(folder: Path) -> ModelToScore:
+    return ModelToScore(name=folder.name, kind="onnx", folder=str(folder))
 
 
 def shown(values: Sequence[float]) -> str:
@@ -198,18 +231,28 @@ def run(bench: Bench, pools: Sequence[int], depths: Sequence[int], seeds: Sequen
     for depth, pool in product(depths, pools):
         means = {way: shown([bench.result(way, pool, depth, seed) for seed in seeds]) for way in WAYS}
         print(f"{depth} layers, {pool} rows: " + ", ".join(f"{way} {mean}" for way, mean in means.items()))
-    depth, pool = depths[0], max(pools)
-    int4 = kept.of("int4 teacher", lambda: bench.scored(bench.teacher, DEMO.export.form))
-    floats = kept.of("float teacher", bench.floats)
-    made = [bench.exported(pool, depth, seed) for seed in seeds]
+    depth, small, pool = depths[0], min(pools), max(pools)
+    for seed, cut in product(seeds, CUTS):
+        bench.result("soft", small, depth, seed, cut)
+    means = {cut: shown([bench.result("soft", small, depth, seed, cut) for seed in seeds]) for cut in CUTS}
+    print(
+        f"{depth} layers, {small} rows, soft, other cuts: " + ", ".join(f"{cut} {mean}" for cut, mean in means.items())
+    )
+    made = [bench.int4_student(pool, depth, seed) for seed in seeds]
     parameters = student.parameter_count(bench.teacher)
-    speed = statistics.mean(one["rows_per_second"] for one in made)
+    speeds = bench.speeds(bench.folder(pool, depth, seeds[0]))
+    floats = [speed for name, speed in speeds.items() if name.startswith(("fp32", "bf16"))]
     return {
         "kept": statistics.mean(one["accuracy"] for one in made) / teacher,
         "fewer_parameters": 1 - made[0]["parameters"] / parameters,
         "share_of_bf16_bytes": statistics.mean(one["bytes"] for one in made) / (2 * parameters),
-        "speedup_same": speed / int4["rows_per_second"],
-        "speedup_deployed": speed / max(floats.values()),
+        "speedup_same": speeds["int4 student"] / speeds["int4 teacher"],
+        "speedup_deployed": speeds["int4 student"] / max(floats),
+        "base": base,
+        "teacher": teacher,
+    } | {
+        f"{way}_{rows}": statistics.mean(bench.result(way, rows, depth, seed) for seed in seeds)
+        for rows, way in product(pools, WAYS)
     }
 
 
@@ -219,13 +262,14 @@ def main() -> None:
     parser.add_argument("--afresh", action="store_true", help="leave earlier results aside")
     parser.add_argument("--steps", type=int, help="of each training at most, to see the benchmark work")
     given = parser.parse_args()
-    PLACE.mkdir(parents=True, exist_ok=True)
-    path = PLACE / f"distil{f'-{given.steps}-steps' if given.steps else ''}.jsonl"
+    base = digest_of_files(list_files(base_folder(DEMO.teacher.preparation.base)))
+    place = PLACE / f"distil-{digest_of([DEMO.model_dump(mode='json'), base, given.steps])[:12]}"
     if given.afresh:
-        path.unlink(missing_ok=True)
-    bench = Bench(Kept(path), DEMO.student.training.epochs, given.steps)
+        shutil.rmtree(place, ignore_errors=True)
+    place.mkdir(parents=True, exist_ok=True)
+    bench = Bench(place, DEMO.student.training.epochs, given.steps)
     depth = len(DEMO.student.layers) if isinstance(DEMO.student.layers, tuple) else 14
-    grid = ((100, 200, 500, 1000), (depth, 10, 18), range(5)) if given.full else ((200, 700), (depth,), range(3))
+    grid = ((100, 200, 500, 1000), (depth, 10, 18), range(5)) if given.full else ((150, 600), (depth,), range(3))
     print(json.dumps({name: round(value, 3) for name, value in run(bench, *grid).items()}))
 
 

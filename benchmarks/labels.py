@@ -58,7 +58,6 @@ PROJECT = Path(__file__).resolve().parents[1]
 SAMPLE = PROJECT / "distillery" / "sample_data"
 
 CURATOR = "bespokelabs-curator==0.1.31"
-CURATOR_LONG_S = 60.0
 CURATOR_VENV = PROJECT / ".distillery" / "bench" / "curator-venv"
 CURATOR_ENVIRONMENT = {
     "TELEMETRY_ENABLED": "false",
@@ -363,9 +362,8 @@ def compare(bench: Bench, curator: bool) -> dict[str, list[Figures]]:
     for number in range(ROUNDS):
         for name in names[:: -1 if number % 2 else 1]:
             if name == "curator":
-                known = found[name]
-                if (not number or (known and known[0]["seconds"] <= CURATOR_LONG_S)) and (run := bench.curator()):
-                    known.append(run)
+                if run := bench.curator():
+                    found[name].append(run)
             else:
                 found[name].append(bench.run(name, SEQUENTIAL_ROWS if name == "sequential" else ROWS))
     return found

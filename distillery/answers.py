@@ -92,8 +92,9 @@ def distribution(top_logprobs: Iterable[tuple[str, float]], letters: Sequence[st
 
 
 def letter_of(token: str) -> str:
-    """A token less the blanks around it, which some endpoints write as their tokenizer does, and less JSON's quotes."""
-    return token.strip(' \t\r\n▁ĠĊ"')
+    """A token less the blanks around it, which some endpoints write as their tokenizer does, and less what a letter is
+    written in: brackets, JSON's quotes and brace, the marks after it."""
+    return token.strip(' \t\r\n▁ĠĊ"()[]{}*.:,')
 
 
 def parse_json(text: str, choices: Sequence[str]) -> str | None:

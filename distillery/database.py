@@ -70,6 +70,12 @@ class Database:
 
         return (postgresql if self.backend == "postgresql" else sqlite).insert(table)
 
+    def forget_log(self) -> None:
+        """Has what was deleted leave SQLite's write-ahead log too."""
+        if self.backend == "sqlite":
+            with self._errors(), self._engine.connect() as connection:
+                connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
+
     def close(self) -> None:
         self._engine.dispose()
 
@@ -153,7 +159,8 @@ def _engine(url: URL) -> Engine:
 
 def _set_up_sqlite(connection: Any, _record: Any) -> None:
     cursor = connection.cursor()
-    for pragma in ("busy_timeout = 30000", "journal_mode = WAL", "synchronous = FULL"):
+    # secure_delete: what is deleted is overwritten, not left in the file.
+    for pragma in ("busy_timeout = 30000", "journal_mode = WAL", "synchronous = FULL", "secure_delete = ON"):
         cursor.execute(f"PRAGMA {pragma}")
     cursor.close()
 

@@ -25,13 +25,15 @@ class Bin(Record):
 
 
 class LabelReport(Record):
-    """`letters`: labels by letter. `gold_rows`: labels of rows with a gold answer, `right` of which it confirms.
-    `calibration_error`: the mean distance of confidence and accuracy over ten bins, by rows (the expected calibration
-    error of Guo et al., On Calibration of Modern Neural Networks, 2017); None where no label has a confidence."""
+    """`letters`: labels by letter; `soft` of them have probabilities. `gold_rows`: labels of rows with a gold answer,
+    `right` of which it confirms; labels that teacher.filters then left out are among them. `calibration_error`: the
+    mean distance of confidence and accuracy over ten bins, by rows (the expected calibration error of Guo et al., On
+    Calibration of Modern Neural Networks, 2017); None where no label has a confidence."""
 
     accepted: int
     rejected: dict[str, int]
     letters: dict[str, int]
+    soft: int = 0
     gold_rows: int
     right: int
     interval: Interval | None = None
@@ -50,14 +52,15 @@ class LabelReport(Record):
         right = "" if self.accuracy is None else f"; {self.accuracy:.1%} right of {self.gold_rows} with a gold answer"
         error = "" if self.calibration_error is None else f", calibration error {self.calibration_error:.3f}"
         letters = ", ".join(f"{letter} {count}" for letter, count in self.letters.items())
-        return f"{self.accepted} accepted ({letters}){rejected}{right}{error}"
+        soft = f", {self.soft} with probabilities" if 0 < self.soft < self.accepted else ""
+        return f"{self.accepted} accepted ({letters}){soft}{rejected}{right}{error}"
 
 
 class Tally:
     """Takes a run's labels one by one; its memory does not grow with them."""
 
     def __init__(self) -> None:
-        self.accepted = 0
+        self.accepted = self.soft = 0
         self.rejected: Counter[str] = Counter()
         self._letters: Counter[str] = Counter()
         self._gold_rows = self._right = 0
@@ -72,6 +75,7 @@ class Tally:
 
     def accept(self, row: Example, label: TeacherLabel) -> None:
         self.accepted += 1
+        self.soft += label.distribution is not None
         self._letters[label.answer] += 1
         confidence = 1.0 if label.confidence is None else label.confidence
         if row.answer_key:
@@ -94,6 +98,7 @@ class Tally:
     def drop(self, label: TeacherLabel, reason: str) -> None:
         """Takes back an accepted label; what it told of the teacher stands."""
         self.accepted -= 1
+        self.soft -= label.distribution is not None
         self._letters[label.answer] -= 1
         self.reject(reason)
 
@@ -120,7 +125,8 @@ class Tally:
         return LabelReport(
             accepted=self.accepted,
             rejected=dict(self.rejected.most_common()),
-            letters=dict(sorted(self._letters.items())),
+            letters=dict(sorted((+self._letters).items())),
+            soft=self.soft,
             gold_rows=self._gold_rows,
             right=self._right,
             interval=wilson(self._right, self._gold_rows) if self._gold_rows else None,

@@ -132,9 +132,14 @@ class LabelStore:
             found.update(self._database.run(methodcaller("execute", query)).scalars())
         return found
 
-    def experience(self, teacher: str) -> Experience | None:
-        """What is known of this teacher from its last 1,000 answers; None where it has given none."""
+    def experience(self, teacher: str, ends_with: str = "", ends_without: str = "") -> Experience | None:
+        """What is known of this teacher from its last 1,000 answers to prompts that end with, and without, these texts;
+        None where it has given none."""
         last = select(_TABLE).where(_TABLE.c.teacher == teacher, _TABLE.c.prompt != "", _TABLE.c.prompt_tokens > 0)
+        if ends_with:
+            last = last.where(_TABLE.c.prompt.endswith(ends_with, autoescape=True))
+        if ends_without:
+            last = last.where(not_(_TABLE.c.prompt.endswith(ends_without, autoescape=True)))
         some = last.order_by(_TABLE.c.created_at.desc()).limit(1000).subquery()
         characters = func.sum(func.length(some.c.prompt))
         wanted = (func.sum(some.c.prompt_tokens), characters, some.c.completion_tokens, some.c.latency_ms)
@@ -207,16 +212,20 @@ class LabelStore:
     def delete(
         self, rows: Iterable[str] = (), containing: Iterable[str] = (), rejected: bool = False, dry_run: bool = False
     ) -> int:
-        """Deletes the answers to the rows with these ids, those whose prompt or answer contains one of these texts,
-        and, if so told, all that are no label. Returns how many. Files that were made from them stay: see README."""
+        """Deletes the answers to the rows with these ids, those whose prompt or answer contains one of these texts in
+        whatever case, and, if so told, all that are no label. Returns how many. What was made from them stays: see
+        README."""
         wanted: list[Any] = [_TABLE.c.answer.is_(None)] if rejected else []
         for text in filter(None, containing):
-            wanted += [_TABLE.c.prompt.contains(text, autoescape=True), _TABLE.c.raw.contains(text, autoescape=True)]
+            wanted += [_TABLE.c.prompt.icontains(text, autoescape=True), _TABLE.c.raw.icontains(text, autoescape=True)]
         ids = iter(dict.fromkeys(filter(None, rows)))
         while chunk := list(islice(ids, _LOOKUP_ROWS)):
             wanted.append(_TABLE.c.example_id.in_(chunk))
         # One transaction for all of them; an answer that two wishes name is counted once.
-        return int(self._database.run(partial(_delete, wanted=wanted, dry_run=dry_run)))
+        count = int(self._database.run(partial(_delete, wanted=wanted, dry_run=dry_run)))
+        if count and not dry_run:
+            self._database.forget_log()
+        return count
 
     def summary(self) -> list[tuple[str, int, int, float]]:
         """(teacher, answers, those that are no label, cost) of each teacher."""

@@ -35,7 +35,7 @@ from distillery.pace import Pace, Spending, Stopped, cost_of
 from distillery.prompts import Message, render_messages
 from distillery.recipe import PromptRecipe, TeacherRecipe
 from distillery.records import Example, RejectedLabel, TeacherDrift, TeacherLabel, Usage, digest_of
-from distillery.teacher import PROBE, Completion, Endpoint, Teacher
+from distillery.teacher import PROBE, Completion, Endpoint, Teacher, storable
 
 LABELS_FILE = "labels.jsonl"
 REJECTED_FILE = "rejected.jsonl"
@@ -160,6 +160,7 @@ async def label(
     rows: int | None = None,
     teacher: Asker | None = None,
     slots: Slots = nullcontext,
+    spent: dict[str, float] | None = None,
 ) -> LabelCounts:
     """Labels `examples` and writes labels.jsonl (TeacherLabel), rejected.jsonl (RejectedLabel), train_data.jsonl
     ({"Question": the user message, "Answer": the letter}, as in the lab), each in the order of `examples`, and the
@@ -169,10 +170,10 @@ async def label(
     `rows` where `examples` has no length. Holds some thousand rows in memory at a time, however many there are. Equal
     answers give equal bytes. Whatever is raised, the answers that came are in the store: TeacherError where too few
     rows got a label, BudgetReached at a cap, what `Teacher.ask` and `LabelStore` raise. `teacher` is asked in place
-    of the endpoint's own.
+    of the endpoint's own. `spent`: see `pace.Spending`.
     """
     total = len(examples) if isinstance(examples, Sequence) else rows or 0
-    pace, spending = Pace(recipe), Spending(recipe.budget, recipe.prices)
+    pace, spending = Pace(recipe), Spending(recipe.budget, recipe.prices, spent)
     with _files_for(out, prompt, recipe) as files:
         run = _Labelling(prompt, recipe, endpoint.identity, store, files, pace, slots, progress, total)
         try:
@@ -263,33 +264,41 @@ def read_labels(folder: Path) -> dict[str, TeacherLabel]:
 
 
 async def ask_canaries(
-    examples: Iterable[Example], prompt: PromptRecipe, recipe: TeacherRecipe, endpoint: Endpoint, store: LabelStore
+    examples: Iterable[Example],
+    prompt: PromptRecipe,
+    recipe: TeacherRecipe,
+    endpoint: Endpoint,
+    store: LabelStore,
+    *,
+    slots: Slots = nullcontext,
+    spent: dict[str, float] | None = None,
 ) -> TeacherDrift:
-    """Asks teacher.canaries.rows of `examples` again and compares with what the store holds; nothing is stored. Which
-    rows is told by a hash of their ids, so that new rows move few. Raises what `Teacher.ask` does."""
+    """Asks those of teacher.canaries.rows of `examples` again that the store holds, and compares; nothing is stored.
+    Which rows is told by a hash of their ids, so that new rows move few. `slots` and `spent` as in `label`. Raises what
+    `Teacher.ask` does."""
     chosen = heapq.nsmallest(recipe.canaries.rows, examples, key=lambda row: sha256(row.example_id.encode()).digest())
     asked = [questions(row, prompt, recipe, endpoint.identity) for row in chosen]
     known = store.get_many(one.key for several in asked for one in several)
+    there = [(row, several) for row, several in zip(chosen, asked, strict=True) if all(q.key in known for q in several)]
     places = asyncio.Semaphore(recipe.concurrency)
-    async with Teacher(recipe, endpoint) as teacher:
+    spending = Spending(recipe.budget, recipe.prices, spent)
+    async with Teacher(recipe, endpoint, spending=spending) as teacher:
 
         async def again(question: Question) -> StoredAnswer:
-            async with places:
+            async with places, slots():
                 completion = await teacher.ask(question.messages, question.letters)
             return _stored(question, completion, recipe, endpoint.identity)
 
-        fresh = await asyncio.gather(*(again(one) for several in asked for one in several))
+        fresh = await asyncio.gather(*(again(one) for _, several in there for one in several))
     by_key = {answer.request_key: answer for answer in fresh}
-    changed, compared = [], 0
-    for row, several in zip(chosen, asked, strict=True):
-        if all(one.key in known for one in several):
-            compared += 1
-            before, after = (_whole(row, several, answers, recipe) for answers in (known, by_key))
-            if before != after:
-                changed.append(row.example_id)
+    changed = [
+        row.example_id
+        for row, several in there
+        if _whole(row, several, known, recipe) != _whole(row, several, by_key, recipe)
+    ]
     return TeacherDrift(
         asked=len(fresh),
-        compared=compared,
+        compared=len(there),
         changed=tuple(changed),
         before=tuple(sorted({answer.model_version for answer in known.values()})),
         after=tuple(sorted({answer.model_version for answer in fresh})),
@@ -493,7 +502,9 @@ class _Labelling:
 def _stored(question: Question, completion: Completion, recipe: TeacherRecipe, identity: str) -> StoredAnswer:
     read = parse_json if recipe.answers.form == "json" else parse_answer
     refused = completion.finish_reason in ("content_filter", "refusal")
-    letter = None if refused else read(completion.text, question.choices)
+    # A reason that was cut off has not come to its answer, whatever letters stand in it.
+    cut = completion.finish_reason == "length" and recipe.answers.form == "rationale"
+    letter = None if refused or cut else read(completion.text, question.choices)
     # The alternatives at a letter that is not the one answered with say nothing of the answer.
     pairs = completion.top_logprobs if completion.answer_letter == letter else None
     return StoredAnswer(
@@ -510,8 +521,8 @@ def _stored(question: Question, completion: Completion, recipe: TeacherRecipe, i
         attempts=completion.attempts,
         model_version=completion.model_version,
         reason="" if letter else _reason(completion, question, recipe),
-        example_id=question.row.example_id,
-        prompt=question.messages[-1]["content"],
+        example_id=storable(question.row.example_id),
+        prompt=storable(question.messages[-1]["content"]),
     )
 
 
@@ -585,30 +596,45 @@ class _Files:
         return self.take(done.row, label)
 
     def take(self, row: Example, label: TeacherLabel) -> None:
-        """A label, unless teacher.filters reject it."""
-        filters = self._recipe.filters
-        if label.confidence is not None and label.confidence < filters.confidence:
-            return self.reject(
-                row, f"confidence below teacher.filters.confidence ({filters.confidence:g})", label.answer
-            )
-        if filters.agreement_with_gold and row.answer_key and row.answer_key != label.answer:
-            return self.reject(row, "gold says otherwise", label.answer)
+        """A label, unless teacher.filters reject it; what it tells of the teacher counts either way."""
         self.tally.accept(row, label)
+        if reason := self._filtered(row, label):
+            self.tally.drop(label, reason)
+            return self._write_rejected(row, reason, label.answer)
         _write_line(self._labels, label.model_dump())
         question = render_messages(row, self._prompt)[-1]["content"]
         _write_line(self._train, {"Question": question, "Answer": label.answer})
         return self._refuse_too_few(final=False)
 
+    def _filtered(self, row: Example, label: TeacherLabel) -> str:
+        """Why teacher.filters reject a label, or nothing."""
+        filters = self._recipe.filters
+        if filters.confidence and label.confidence is None:
+            return "no confidence is known (teacher.filters.confidence)"
+        if label.confidence is not None and label.confidence < filters.confidence:
+            return f"confidence below teacher.filters.confidence ({filters.confidence:g})"
+        if filters.agreement_with_gold and row.answer_key and row.answer_key != label.answer:
+            return "gold says otherwise"
+        return ""
+
     def reject(self, row: Example, reason: str, raw: str = "") -> None:
         self.tally.reject(reason)
+        self._write_rejected(row, reason, raw)
+
+    def _write_rejected(self, row: Example, reason: str, raw: str) -> None:
         _write_line(self._rejected, RejectedLabel(example_id=row.example_id, reason=reason, raw=raw).model_dump())
         self._refuse_too_few(final=False)
 
     def finish(self) -> None:
-        """Raises TeacherError where there was no row, or too few got a label."""
+        """Raises TeacherError where there was no row, too few got a label, or none has the probabilities wanted."""
         if not self.tally.rows:
             raise TeacherError("dataset: no row to label; check dataset.splits and dataset.sample")
         self._refuse_too_few(final=True)
+        if self._recipe.soft_labels and self.tally.accepted and not self.tally.soft:
+            raise TeacherError(
+                f"teacher.soft_labels: none of {self.tally.accepted} labels has probabilities: those that came are not "
+                "at the answer's letter; set teacher.soft_labels: false"
+            )
         self.close()
         if self._recipe.filters.balance:
             self._balance(self._recipe.filters.balance)

@@ -193,12 +193,15 @@ def cost_of(usage: Usage, prices: PriceRecipe | None) -> float | None:
 
 class Spending:
     """What a run has spent, and the cap on it. A call is let through only if the cap holds with what the calls under
-    way will take at most; one that gave no usage is counted at that."""
+    way will take at most; one that gave no usage is counted at that. `spent`: what the run has spent in other stages,
+    by name; it is counted on in place."""
 
-    def __init__(self, budget: BudgetRecipe, prices: PriceRecipe | None) -> None:
+    def __init__(self, budget: BudgetRecipe, prices: PriceRecipe | None, spent: dict[str, float] | None = None) -> None:
         self._caps = {name: cap for name, cap in budget.model_dump().items() if cap is not None}
         self._prices = prices
-        self._spent = dict.fromkeys(("cost", "tokens", "calls"), 0.0)
+        self._spent = {} if spent is None else spent
+        for name in ("cost", "tokens", "calls"):
+            self._spent.setdefault(name, 0.0)
         self._reserved = dict.fromkeys(("cost", "tokens", "calls"), 0.0)
         self._change = asyncio.Event()
 

@@ -73,20 +73,23 @@ def quote(
     tokens: Tokens | None = None,
 ) -> Quote:
     """What `labels.label` would ask for `examples`. Counts each row's tokens by `tokens`, or estimates them from the
-    teacher's answers so far, or from the prompt's length. Holds some thousand rows in memory at a time."""
-    experience = store.experience(identity)
+    teacher's answers so far, or from the prompt's length. Holds some thousand rows in memory at a time: equal requests
+    are counted once where they are as close, and are few, since equal rows of a data set are dropped."""
+    reasons, asked_for = recipe.answers.form == "rationale", recipe.answers.instruction
+    # An answer with its reason is a hundred times as long as a letter.
+    experience = store.experience(identity, **{"ends_with" if reasons else "ends_without": asked_for})
     rows = known = calls = prompt_tokens = 0
-    seen: set[bytes] = set()
     wanted = iter(examples)
     while chunk := list(islice(wanted, _ROWS)):
+        seen: set[str] = set()
         asked = [questions(row, prompt, recipe, identity) for row in chunk]
         answered = store.answered(question.key for several in asked for question in several)
         for several in asked:
             rows += 1
-            open_ones = [one for one in several if one.key not in answered and bytes.fromhex(one.key) not in seen]
+            open_ones = [one for one in several if one.key not in answered and one.key not in seen]
             known += not open_ones
             for question in open_ones:
-                seen.add(bytes.fromhex(question.key))
+                seen.add(question.key)
                 calls += 1
                 prompt_tokens += tokens(question.messages) if tokens else _estimate(question, experience)
     each = experience.completion_tokens if experience else float(recipe.max_tokens)

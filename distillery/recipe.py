@@ -358,8 +358,10 @@ class TeacherRecipe(Slice):
             raise ValueError("budget.cost needs prices: {input: ..., output: ...} per million tokens")
         if self.kind == "file" and not self.files:
             raise ValueError("kind is file: set files, such as [labels.jsonl]")
-        if self.canaries.rows and self.kind in ("gold", "file"):
-            raise ValueError("canaries: a teacher of kind gold or file is not asked; leave them out")
+        if self.canaries.rows and self.kind != "endpoint":
+            raise ValueError(f"canaries: a teacher of kind {self.kind} does not change by itself; leave them out")
+        if self.soft_labels and self.kind == "gold":
+            raise ValueError("soft_labels: gold answers have no probabilities; leave it out")
         return self
 
 

@@ -7,6 +7,8 @@ from distillery.errors import RecipeError
 from distillery.recipe import LayerChoice, Recipe, SearchRecipe, parse_recipe
 from distillery.records import Measured, Trial
 
+_BETWEEN = ("learning_rate", "soft_weight", "hidden_weight")
+
 
 class Search:
     """Trials one after another, in which accuracy is to be high, and size and latency low.
@@ -25,6 +27,20 @@ class Search:
         self._recipe, self._space = recipe, space
         self._asked: list[Any] = []
         self._told: list[Measured] = []
+        self._check()
+
+    def _check(self) -> None:
+        """Raises RecipeError for what would only come out after the labels are paid for, or not at all."""
+        recipe, space = self._recipe, self._space
+        if "validation" not in {*recipe.dataset.splits, *recipe.dataset.carve}:
+            raise RecipeError("a search needs a validation split in dataset.splits or dataset.carve")
+        if space.rank and not recipe.student.training.adapts:
+            raise RecipeError("rank: full training has none; leave it out, or set student.training.method: lora")
+        for end in (0, -1):
+            tried = {name: bounds[end] for name in _BETWEEN if (bounds := getattr(space, name))}
+            ranks = {"lora": {"rank": sorted(space.rank)[end]}} if space.rank else {}
+            layers = {"layers": {"keep": sorted(space.keep)[end]}} if space.keep else {}
+            _with(recipe, {"training": tried | ranks, **layers})
 
     def ask(self) -> Recipe:
         """The recipe of the next trial. Raises RecipeError where the space goes beyond what a recipe allows."""
@@ -41,7 +57,7 @@ class Search:
             student["layers"] = {"keep": keep, "by": by or "early_and_last"}
         if space.learning_rate:
             training["learning_rate"] = trial.suggest_float("learning_rate", *space.learning_rate, log=True)
-        for name in ("soft_weight", "hidden_weight"):
+        for name in _BETWEEN[1:]:
             if bounds := getattr(space, name):
                 training[name] = trial.suggest_float(name, *bounds)
         return _with(self._recipe, student)

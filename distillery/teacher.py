@@ -469,8 +469,8 @@ class Teacher:
             await self._credential.close()
 
     async def ask(self, messages: list[Message], letters: Sequence[str]) -> Completion:
-        """The teacher's answer; one that its content filter refuses comes back without text, and so does one that is
-        malformed time and again, by an endpoint that has given completions.
+        """The teacher's answer; one that its content filter refuses comes back without text, and so does a malformed
+        one of an endpoint that has given completions.
 
         Raises CredentialsError (401, 403), TeacherUnavailable after teacher.attempts tries, BudgetReached, TeacherError
         for all else that no other question would fare better with, and Stopped when the pace is stopped."""
@@ -495,12 +495,17 @@ class Teacher:
         retrying = AsyncRetrying(
             stop=self._gives_up,
             wait=_wait,
-            retry=retry_if_exception(lambda error: isinstance(error, CallFailed) and error.is_worth_a_retry),
+            retry=retry_if_exception(self._is_worth_a_retry),
             reraise=True,
         )
         body = options.body(letters)
         answer: tuple[dict[str, Any], float] = await retrying(self._send_once, messages, body)
         return *answer, int(retrying.statistics["attempt_number"])
+
+    def _is_worth_a_retry(self, error: BaseException) -> bool:
+        # A whole answer that is no completion is paid for; until a completion has come it may be a gateway's.
+        paid = isinstance(error, CallFailed) and error.status == MALFORMED and self._gave_completions
+        return isinstance(error, CallFailed) and error.is_worth_a_retry and not paid
 
     def _gives_up(self, state: RetryCallState) -> bool:
         # In an outage, tries are rare and spread over all questions: none would come to its last for long.
@@ -527,8 +532,11 @@ class Teacher:
                     self._learn(len(text), tokens, used)
                 return payload, latency_ms
             except CallFailed as failure:
-                # What came back as an error cost nothing; of what never came back whole nobody knows.
-                used = None if failure.status in (None, MALFORMED) else Usage()
+                # Of what never came back whole nobody knows what it cost. A prompt that was read and refused may be
+                # billed (learn.microsoft.com/azure/ai-foundry/openai/how-to/manage-costs); another error is not.
+                read = failure.status == 408 or failure.of_this_call_alone
+                refused = Usage(prompt_tokens=tokens - self._recipe.max_tokens) if read else Usage()
+                used = None if failure.status in (None, MALFORMED) else refused
                 if failure.is_worth_a_retry:
                     self._pace.failed(asked_at, failure.retry_after, failure.headers)
                 else:
@@ -643,7 +651,7 @@ class Teacher:
         choice = _mapping(choices[0]) if isinstance(choices, list) and choices else {}
         message = _mapping(choice.get("message"))
         refusal = message.get("refusal") if not message.get("content") else None
-        text = _storable(self._redact(str(refusal or message.get("content") or "")))
+        text = storable(self._redact(str(refusal or message.get("content") or "")))
         last = self._recipe.answers.form == "rationale"
         letter, pairs = _at_answer(_mapping(choice.get("logprobs")).get("content"), text, letters, last)
         return Completion(
@@ -652,7 +660,7 @@ class Teacher:
             top_logprobs=pairs,
             answer_letter=letter,
             usage=_usage(payload) or Usage(),
-            model_version=_storable(str(payload.get("model") or "")),
+            model_version=storable(str(payload.get("model") or "")),
         )
 
 
@@ -710,7 +718,7 @@ def _at_answer(
     return found
 
 
-def _storable(text: str) -> str:
+def storable(text: str) -> str:
     """`text` without what UTF-8 or PostgreSQL can't hold: lone surrogates and NUL."""
     return text.encode("utf-8", "replace").decode().replace("\0", "\ufffd")
 

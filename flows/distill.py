@@ -113,9 +113,10 @@ def labelled_rows(recipe: Recipe, training_deployment: str | None, refresh: tupl
             local = named(taught, recipe.prompt, data, training_deployment, refresh)
     served = local.model if local else None
     identity = teacher_identity(recipe, served)
-    labels = labelled(train_rows, recipe, identity, served, again)
+    # Before anything is paid for: a teacher that has changed may end the run.
     if recipe.teacher.canaries.rows:
         canaries(train_rows, recipe.prompt, recipe.teacher, identity)
+    labels = labelled(train_rows, recipe, identity, served, again)
     return Taught(data, local, identity, labels)
 
 

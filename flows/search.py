@@ -38,9 +38,9 @@ def search(recipe: Recipe, space: SearchRecipe, training_deployment: str | None 
     """
     tidy_logs()
     check_settings(recipe)
+    found = Search(recipe, space)
     taught = labelled_rows(recipe, training_deployment, ())
     validation, base = taught.data.rows("validation"), student_base(recipe)
-    found = Search(recipe, space)
     for number in range(space.trials):
         tried = found.ask()
         student = trained_student(tried, taught, base, training_deployment, f"trial {number}", False)

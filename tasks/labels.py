@@ -10,6 +10,7 @@ from prefect import get_run_logger, task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.concurrency.asyncio import ConcurrencySlotAcquisitionError, concurrency
+from prefect.runtime import flow_run
 
 from distillery import labels as domain
 from distillery.dataset import each_example
@@ -28,9 +29,10 @@ from tasks.stage import RESULT, Stage, origin, stage
 
 AS_TOLD = TeacherRecipe(filters=FilterRecipe(minimum_accepted=0))
 """For labels that are taken as they are."""
+_SPENT: dict[str, dict[str, float]] = {}
 
 
-@stage("label", version=2)
+@stage("label", version=3)
 def label(
     rows: Rows, prompt: PromptRecipe, teacher: TeacherRecipe, identity: str, model: OnnxModel | None = None
 ) -> TeacherLabels:
@@ -49,9 +51,17 @@ def label(
         tokens = counted_by(tokenizer) if tokenizer else None
         logger.info("%s", quote(each_example(examples), prompt, teacher, identity, answers, tokens).line())
         with where as endpoint:
-            slots = partial(_slot, teacher.shared_limit) if teacher.shared_limit else nullcontext
             work = domain.label(
-                each_example(examples), prompt, teacher, endpoint, answers, folder, show, rows=rows.rows, slots=slots
+                each_example(examples),
+                prompt,
+                teacher,
+                endpoint,
+                answers,
+                folder,
+                show,
+                rows=rows.rows,
+                slots=_slots(teacher),
+                spent=_spent(),
             )
             counts = asyncio.run(work)
         report = read_report(folder)
@@ -66,6 +76,15 @@ def label(
         **origin(started),
         **vars(counts),
     )
+
+
+def _spent() -> dict[str, float]:
+    """What this flow run has spent so far: teacher.budget is for all of its stages and their retries together."""
+    return _SPENT.setdefault(str(flow_run.id), {})
+
+
+def _slots(teacher: TeacherRecipe) -> domain.Slots:
+    return partial(_slot, teacher.shared_limit) if teacher.shared_limit else nullcontext
 
 
 def _slot(name: str) -> Any:
@@ -154,7 +173,8 @@ def canaries(rows: Rows, prompt: PromptRecipe, teacher: TeacherRecipe, identity:
     examples = each_example(store.fetch(rows.artifact) / rows.file)
     endpoint, logger = resolve_endpoint(teacher), get_run_logger()
     with LabelStore() as answers:
-        drift = asyncio.run(domain.ask_canaries(examples, prompt, teacher, endpoint, answers))
+        asked = domain.ask_canaries(examples, prompt, teacher, endpoint, answers, slots=_slots(teacher), spent=_spent())
+        drift = asyncio.run(asked)
     logger.info("%s", drift.line())
     if drift.share > teacher.canaries.threshold:
         listed = "\n".join(f"- {row}" for row in drift.changed)

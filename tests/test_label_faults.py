@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 from chat_endpoint import Call, ChatEndpoint, Reply, Script, completion, good, refused, said
 from pydantic import SecretStr
@@ -240,6 +241,13 @@ async def test_a_malformed_answer_is_set_aside_and_ends_no_run(
         counts = await labelled(server, url, tmp_path / "out", rows=20, sdk=sdk, attempts=2)
     assert (counts.accepted, counts.rejected) == (19, 1)
     assert reasons_in(tmp_path / "out")["row-7"]
+
+
+async def test_a_malformed_answer_is_paid_for_once(sdk: Sdk, url: str, tmp_path: Path) -> None:
+    with ChatEndpoint(only_for(19, Reply("{}}"))) as server:
+        await labelled(server, url, tmp_path / "out", rows=20, sdk=sdk, concurrency=2)
+    assert sum(number_of(call) == 19 for call in server.calls) == 1
+    assert reasons_in(tmp_path / "out") == {"row-19": "malformed answer: no chat completion"}
 
 
 ODD_BESIDE = {
@@ -706,10 +714,12 @@ async def test_a_rationale_is_asked_for_and_kept_beside_the_label(sdk: Sdk, url:
 
 
 async def test_a_rationale_that_was_cut_off_is_set_aside(url: str, tmp_path: Path) -> None:
-    cut = said("A is too small, so", finish_reason="length")
-    with ChatEndpoint(only_for(3, cut, lambda call: said("It is.\nAnswer: C"))) as server:
-        await labelled(server, url, tmp_path / "out", max_tokens=40, answers={"form": "rationale"})
-    assert reasons_in(tmp_path / "out") == {"row-3": "no answer within teacher.max_tokens (40)"}
+    for text in ("A is too small, so", "Answer: A\nOr rather"):
+        cut = said(text, finish_reason="length")
+        with ChatEndpoint(only_for(3, cut, lambda call: said("It is.\nAnswer: C"))) as server:
+            out = tmp_path / str(len(text))
+            await labelled(server, f"{url}{len(text)}", out, max_tokens=40, answers={"form": "rationale"})
+        assert reasons_in(out) == {"row-3": "no answer within teacher.max_tokens (40)"}
 
 
 async def test_labels_below_the_confidence_are_set_aside(url: str, tmp_path: Path) -> None:
@@ -725,12 +735,50 @@ async def test_labels_below_the_confidence_are_set_aside(url: str, tmp_path: Pat
     assert labels_in(tmp_path / "out").keys() == {f"row-{number}" for number in range(5, 10)}
 
 
+async def test_a_label_without_a_confidence_is_below_any(url: str, tmp_path: Path) -> None:
+    with ChatEndpoint() as server, pytest.raises(TeacherError, match=r"no confidence is known \(teacher.filters.conf"):
+        await labelled(server, url, tmp_path / "out", filters={"confidence": 0.5}, rows=3)
+
+
+@pytest.mark.parametrize("token", ["(A", '"A"', 'A"}', " A.", "**A"])
+async def test_probabilities_at_a_letter_with_marks_around_it_are_taken(url: str, tmp_path: Path, token: str) -> None:
+    reply = in_tokens({token: {token: 0.7, "B": 0.2, "C": 0.1}})
+    reply.body["choices"][0]["message"]["content"] = "A"
+    with ChatEndpoint(lambda call: reply) as server:
+        await labelled(server, url, tmp_path / "out", rows=2, soft_labels=True)
+    for row in read(tmp_path / "out" / "labels.jsonl"):
+        assert row["distribution"] == pytest.approx({"A": 0.7, "B": 0.2, "C": 0.1})
+
+
+async def test_soft_labels_that_none_has_end_the_run(url: str, tmp_path: Path) -> None:
+    reply = in_tokens({"?": {"?": 0.9, "!": 0.1}})
+    reply.body["choices"][0]["message"]["content"] = "A"
+    with ChatEndpoint(lambda call: reply) as server, pytest.raises(TeacherError, match="none of 4 labels has prob"):
+        await labelled(server, url, tmp_path / "out", rows=4, soft_labels=True)
+    assert not (tmp_path / "out").exists()
+
+
+async def test_text_that_a_database_can_not_hold_loses_no_answer(url: str, tmp_path: Path) -> None:
+    rows = [example(number, example_id=f"row\0{number}", question=f"What comes after {number}?\0") for number in (1, 2)]
+    with ChatEndpoint() as server:
+        await labelled(server, url, tmp_path / "out", rows=rows)
+        again = await labelled(server, url, tmp_path / "2", rows=rows)
+    assert (again.accepted, again.asked) == (2, 0)
+    with LabelStore(url) as store:
+        store.export(tmp_path / "answers.parquet")
+    for answer in pq.read_table(tmp_path / "answers.parquet").to_pylist():
+        assert "\0" not in answer["prompt"] + answer["example_id"]
+
+
 async def test_labels_that_gold_contradicts_are_set_aside(url: str, tmp_path: Path) -> None:
     rows = [example(0), example(1, answer_key="B"), example(2, answer_key=None), example(3, answer_key="C")]
     with ChatEndpoint(lambda call: said("B")) as server:
         await labelled(server, url, tmp_path / "out", rows=rows, filters={"agreement_with_gold": True})
         await labelled(server, url, tmp_path / "all", rows=rows)
     assert reasons_in(tmp_path / "out") == {"row-0": "gold says otherwise", "row-3": "gold says otherwise"}
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert (report["gold_rows"], report["right"]) == (3, 1), "what was filtered tells of the teacher too"
+    assert report["letters"] == {"B": 2}
     assert len(labels_in(tmp_path / "all")) == 4
 
 
@@ -843,6 +891,7 @@ from pathlib import Path
 from pydantic import SecretStr
 from distillery.label_store import LabelStore
 from distillery.labels import label
+from distillery.quote import quote
 from distillery.recipe import PromptRecipe, TeacherRecipe
 from distillery.records import Example, Usage
 from distillery.teacher import Completion, Endpoint
@@ -851,15 +900,17 @@ class Stub:
     async def ask(self, messages, letters):
         await asyncio.sleep(0)
         return Completion("B", "stop", usage=Usage(prompt_tokens=100, completion_tokens=1))
-examples = (
-    Example(example_id=f"row-{n}", question=f"What comes after {n}?", choices=("one", "two", "three"), answer_key="B")
-    for n in range(rows)
-)
+def examples():
+    for n in range(rows):
+        question = f"What comes after {n}?"
+        yield Example(example_id=f"row-{n}", question=question, choices=("one", "two", "three"), answer_key="B")
 endpoint = Endpoint("http://127.0.0.1/v1", "stub", SecretStr("key"), "stub", "openai")
 started = time.perf_counter()
 with LabelStore(database) as store:
+    assert quote(examples(), PromptRecipe(), TeacherRecipe(), "stub", store).calls == rows
+    started = time.perf_counter()
     done = asyncio.run(
-        label(examples, PromptRecipe(), TeacherRecipe(), endpoint, store, out, rows=rows, teacher=Stub())
+        label(examples(), PromptRecipe(), TeacherRecipe(), endpoint, store, out, rows=rows, teacher=Stub())
     )
 assert done.accepted == rows
 # This program's own peak: ru_maxrss would be that of the process that forked it, where that is larger.

@@ -186,6 +186,7 @@ def test_as_many_rows_as_a_list_holds_are_deleted(store: LabelStore) -> None:
         ("%", {1, 2}),
         ("_", {1, 3}),
         ("Ada", {4, 5}),
+        ("ada love", {5}),
         ("O'Brien", {6}),
         ("nobody", set()),
         ("\\", {7}),
@@ -209,6 +210,14 @@ def test_answers_are_deleted_by_text_in_prompt_or_answer(store: LabelStore, text
     assert len(all_in(store)) == 8, "a dry run deletes nothing"
     assert store.delete(containing=[text]) == len(gone)
     assert {int(key, 16) for key in all_in(store)} == set(range(1, 9)) - gone
+
+
+def test_what_is_deleted_is_not_in_the_files_any_more(tmp_path: Path) -> None:
+    with LabelStore(f"sqlite:///{tmp_path / 'labels.db'}") as store:
+        filled(store, [stored(number, prompt=f"who is Ada Lovelace? {number}") for number in range(200)])
+        assert any(b"Lovelace" in file.read_bytes() for file in tmp_path.iterdir())
+        assert store.delete(containing=["Lovelace"]) == 200
+        assert [file.name for file in tmp_path.iterdir() if b"Lovelace" in file.read_bytes()] == []
 
 
 def test_answers_that_are_no_label_are_deleted(store: LabelStore) -> None:

@@ -9,7 +9,7 @@ import pytest
 from chat_endpoint import Call, ChatEndpoint, Reply, good, said
 from pydantic import SecretStr
 
-from distillery.errors import DataError, RecipeError, TeacherError
+from distillery.errors import BudgetReached, DataError, RecipeError, TeacherError
 from distillery.label_report import read_report
 from distillery.label_store import LabelStore
 from distillery.labels import ask_canaries, gold_labels, label, label_from, labels_in, read_labels
@@ -137,7 +137,31 @@ def test_canaries_tell_a_changed_teacher(store: LabelStore, tmp_path: Path) -> N
 def test_canaries_that_nobody_has_answered_tell_nothing(store: LabelStore) -> None:
     with ChatEndpoint() as server:
         drift = canaries(server, store, 3)
-    assert (drift.asked, drift.compared, drift.share) == (3, 0, 0.0)
+        assert server.calls == [], "they would be asked, and paid for, twice"
+    assert (drift.asked, drift.compared, drift.share) == (0, 0, 0.0)
+
+
+def test_a_budget_is_for_all_that_a_run_asks(store: LabelStore, tmp_path: Path) -> None:
+    spent: dict[str, float] = {}
+    teacher = TeacherRecipe.model_validate({"budget": {"calls": 25}, "canaries": {"rows": 3}, "concurrency": 2})
+    with ChatEndpoint() as server:
+        endpoint = endpoint_of(server)
+        asyncio.run(label(ROWS[:10], PROMPT, teacher, endpoint, store, tmp_path / "train", spent=spent))
+        asyncio.run(ask_canaries(ROWS[:10], PROMPT, teacher, endpoint, store, spent=spent))
+        with pytest.raises(BudgetReached, match=r"^teacher.budget.calls: 25 of 25 spent in this run"):
+            asyncio.run(label(ROWS, PROMPT, teacher, endpoint, store, tmp_path / "test", spent=spent))
+        assert len(server.calls) == 25
+        asyncio.run(label(ROWS, PROMPT, teacher, endpoint, store, tmp_path / "test", spent={}))
+    assert len({call.question for call in server.calls}) == 30
+
+
+def test_a_quote_for_reasons_does_not_go_by_letters(store: LabelStore, tmp_path: Path) -> None:
+    with ChatEndpoint() as server:
+        labelled(server, store, tmp_path / "out", ROWS)
+    assert "from its last 30 answers" in quoted(store, ROWS, max_tokens=20).basis
+    reasons = quoted(store, ROWS, max_tokens=200, answers={"form": "rationale"})
+    assert reasons.basis == "from lengths and teacher.max_tokens"
+    assert reasons.usage.completion_tokens == 30 * 200
 
 
 def test_gold_is_a_teacher_of_its_own_kind(tmp_path: Path) -> None:

@@ -79,6 +79,8 @@ def test_null_of_a_plain_field_is_that_fields_value() -> None:
         ({"prompt": {"choice": "{letter}"}}, "prompt.choice needs"),
         ({"student": {"start": "teacher"}}, "student.start is teacher, which needs teacher.kind: local"),
         ({"student": {"training": {"soft_weight": 0.5}}}, "which needs teacher.soft_labels: true"),
+        ({"teacher": {"kind": "gold", "soft_labels": True}}, "soft_labels: gold answers have no probabilities"),
+        ({"preset": "demo", "teacher": {"canaries": {"rows": 5}}}, "a teacher of kind local does not change by itself"),
         (
             {"export": {"ladder": [{"algorithm": "rtn"}, {"algorithm": "rtn"}]}},
             "export: ladder: two rungs are int4 rtn/32",

@@ -1,6 +1,7 @@
 """A search: what it tries, that it repeats itself, and which trials no other beats."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,7 +19,7 @@ def measured(correct: int, size: int = 100, p50: float = 5.0) -> Measured:
 
 
 def recipe() -> Recipe:
-    return Recipe.model_validate({"preset": "demo"})
+    return Recipe.model_validate({"preset": "demo", "student": {"training": {"method": "lora"}}})
 
 
 def tried(count: int) -> list[Recipe]:
@@ -48,9 +49,19 @@ def test_equal_seeds_and_results_give_equal_trials() -> None:
     assert len({one.model_dump_json() for one in tried(8)}) > 4
 
 
-def test_a_space_beyond_what_a_recipe_allows_is_one_line() -> None:
-    with pytest.raises(RecipeError, match=r"^search: student.training.soft_weight: .*less than or equal to 1; correct"):
-        Search(recipe(), SearchRecipe(soft_weight=(1.5, 2.0))).ask()
+@pytest.mark.parametrize(
+    ("space", "said"),
+    [
+        ({"soft_weight": (1.5, 2.0)}, "search: student.training.soft_weight: .*less than or equal to 1; correct"),
+        ({"soft_weight": (0.5, 2.0)}, "search: student.training.soft_weight: .*less than or equal to 1; correct"),
+        ({"rank": (4, 8)}, "rank: full training has none; leave it out"),
+    ],
+)
+def test_a_space_beyond_what_a_recipe_allows_is_one_line_before_anything_is_done(
+    space: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(RecipeError, match=f"^{said}"):
+        Search(Recipe.model_validate({"preset": "demo"}), SearchRecipe(**space))
 
 
 @pytest.mark.parametrize(

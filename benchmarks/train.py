@@ -1,0 +1,326 @@
+"""How fast a CPU trains: `make bench-train`, or `python -m benchmarks.train [STEPS]`.
+
+LoRA on the demo's base model, its rank, learning rate and batch of 8, over the sample's pool rows with their gold
+answers as the demo renders them; the loss is on the answer and the end of the turn. Each contestant gets the same token
+ids, in a process of its own:
+
+ours          distillery.student.train
+ours_shared   the same with what all prompts begin with computed once a batch, as it is by default; the others have
+              nothing like it, so this is no part of the ratios
+trl           TRL's SFTTrainer, given the tokenised rows with their labels
+olive         `olive finetune`: it joins the rows' texts to blocks, as many tokens a step as the others' rows have, and
+              learns the prompts too
+
+Each of the peers' settings is tried for a few steps and the fastest is kept. Then 24 steps each, medians of three, in
+turn and the order turned round every other time; and 120 steps each, which is 3 epochs, for the accuracy on the
+sample's test rows. The clock runs from the first step's start to the last one's end. The last line is JSON:
+
+ours_rows_s         rows a second; for Olive the tokens a second over the mean row's
+trl_rows_s
+olive_rows_s
+ratio_trl           ours / TRL
+ratio_olive         ours / Olive
+ours_rss_mb         the process's peak memory (MiB), its Python and libraries included
+trl_rss_mb
+olive_rss_mb
+ours_accuracy       on the test rows, after 120 steps; base_accuracy: before any
+trl_accuracy
+olive_accuracy
+ours_shared_rows_s, ours_shared_rss_mb
+"""
+
+import inspect
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from distillery.scoring import peak_mib
+
+PROJECT = Path(__file__).resolve().parents[1]
+PLACE = PROJECT / ".distillery" / "bench" / "train"
+SAMPLE = PROJECT / "distillery" / "sample_data"
+TRL = "trl==1.16.0"
+TRL_FOLDER = PROJECT / ".distillery" / "bench" / "trl"
+ROWS, BATCH, TRIAL_STEPS, STEPS, LONG_STEPS, ROUNDS = 320, 8, 4, 24, 120, 3
+
+Settings = dict[str, Any]
+Figures = dict[str, float]
+
+SETTINGS: dict[str, list[Settings]] = {
+    "ours": [{}],
+    "ours_shared": [{}],
+    "trl": [
+        {"dtype": dtype, "attention": attention, "options": {"bf16": autocast, **grouped}}
+        for dtype, autocast in (("bfloat16", False), ("float32", True), ("float32", False))
+        for attention in ("sdpa", "eager")
+        for grouped in ({"train_sampling_strategy": "group_by_length"},)
+    ],
+    "olive": [
+        {"dtype": dtype, "block": block, "batch": 1024 // block}
+        for dtype in ("bfloat16", "float32")
+        for block in (128, 256, 1024)
+    ],
+}
+
+
+def ours(settings: Settings, steps: int, rows: dict[str, Any], out: Path, shared: bool = False) -> Figures:
+    from distillery import batching, student
+    from distillery.recipe import load_recipe
+
+    if not shared:
+        batching.LEAST_SAVED = 10**9
+    recipe = load_recipe("demo").teacher.preparation.training.model_copy(update={"max_steps": steps})
+    model, tokenizer = student.load_model(Path(rows["base"]))
+    model, result = student.train(
+        model,
+        student.read_rows(Path(rows["rows"])),
+        [],
+        recipe,
+        pad_id=student.pad_id(tokenizer),
+        end_id=student.end_of_turn_id(tokenizer),
+    )
+    model.save_pretrained(out)
+    return {"rows_s": result.rows_per_second, "rss_mb": peak_mib()}
+
+
+def ours_shared(settings: Settings, steps: int, rows: dict[str, Any], out: Path) -> Figures:
+    return ours(settings, steps, rows, out, shared=True)
+
+
+def trl(settings: Settings, steps: int, rows: dict[str, Any], out: Path) -> Figures:
+    import peft
+    import torch
+    import transformers
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    torch.set_flush_denormal(True)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        rows["base"], dtype=settings["dtype"], attn_implementation=settings["attention"]
+    )
+    config = SFTConfig(
+        output_dir=str(out),
+        per_device_train_batch_size=BATCH,
+        max_steps=steps,
+        learning_rate=rows["learning_rate"],
+        weight_decay=rows["weight_decay"],
+        warmup_steps=max(1, round(rows["warmup"] * steps)),
+        lr_scheduler_type="cosine",
+        optim="adamw_torch_fused",
+        use_cpu=True,
+        gradient_checkpointing=False,
+        dataloader_pin_memory=False,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        max_length=None,
+        logging_steps=10**6,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        **settings["options"],
+    )
+    trainer = SFTTrainer(
+        model=model,
+        args=config,
+        train_dataset=Dataset.from_list(json.loads(Path(rows["tokens"]).read_text())),
+        processing_class=transformers.AutoTokenizer.from_pretrained(rows["base"]),
+        peft_config=peft.LoraConfig(**rows["lora"], task_type="CAUSAL_LM"),
+    )
+    clock = _clock()
+    trainer.add_callback(clock)
+    trainer.train()
+    trainer.save_model(str(out))
+    return {"rows_s": steps * BATCH / clock.seconds, "rss_mb": peak_mib()}
+
+
+def olive(settings: Settings, steps: int, rows: dict[str, Any], out: Path) -> Figures:
+    import transformers
+    from olive.cli.launcher import main as olive_command
+
+    # The command has no place for a callback of ours: every Trainer made in this process gets one.
+    clock = _clock()
+    transformers.trainer.DEFAULT_CALLBACKS.append(clock)
+    options = {
+        "model_name_or_path": rows["base"],
+        "method": "lora",
+        "lora_r": rows["lora"]["r"],
+        "lora_alpha": rows["lora"]["lora_alpha"],
+        "target_modules": ",".join(rows["lora"]["target_modules"]),
+        "torch_dtype": settings["dtype"],
+        "data_name": "json",
+        "data_files": rows["texts"],
+        "train_split": "train",
+        "text_field": "text",
+        "max_seq_len": settings["block"],
+        "max_samples": ROWS,
+        "output_path": out,
+        # What follows are transformers' own training arguments.
+        "per_device_train_batch_size": settings["batch"],
+        "gradient_accumulation_steps": 1,
+        "max_steps": steps,
+        "learning_rate": rows["learning_rate"],
+        "weight_decay": rows["weight_decay"],
+        "lr_scheduler_type": "cosine",
+        "optim": "adamw_torch_fused",
+        "use_cpu": "True",
+        "gradient_checkpointing": "False",
+        "dataloader_pin_memory": "False",
+        "logging_steps": 10**6,
+    }
+    olive_command(["finetune", *(word for name, value in options.items() for word in (f"--{name}", str(value)))])
+    tokens = steps * settings["batch"] * settings["block"]
+    return {"rows_s": tokens / rows["mean_tokens"] / clock.seconds, "rss_mb": peak_mib()}
+
+
+CONTESTANTS = {"ours": ours, "ours_shared": ours_shared, "trl": trl, "olive": olive}
+
+
+def _clock() -> Any:
+    import transformers
+
+    class Clock(transformers.TrainerCallback):  # type: ignore[misc]
+        started = seconds = 0.0
+
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            self.started = time.perf_counter()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            self.seconds = time.perf_counter() - self.started
+
+    return Clock()
+
+
+def prepare() -> dict[str, Any]:
+    """Files of the same rows for each contestant, and the settings that they share."""
+    from benchmarks.distil import read
+    from distillery import student
+    from distillery.base_model import base_folder
+    from distillery.labels import gold_labels
+    from distillery.recipe import load_recipe
+
+    demo = load_recipe("demo")
+    preparation = demo.teacher.preparation
+    base = base_folder(preparation.base)
+    model, tokenizer = student.load_model(base)
+    end = student.end_of_turn_id(tokenizer)
+    examples = read("pool")[:ROWS]
+    rows = student.training_rows(examples, gold_labels(examples), demo.prompt, tokenizer)[0]
+    assert len(rows) == ROWS
+    tokens = [[*row.prompt, row.letters[row.answer], end] for row in rows]
+    labels = [[-100] * len(row.prompt) + ids[-2:] for row, ids in zip(rows, tokens, strict=True)]
+    PLACE.mkdir(parents=True, exist_ok=True)
+    student.write_rows(rows, PLACE / "rows.jsonl")
+    pairs = [{"input_ids": ids, "labels": found} for ids, found in zip(tokens, labels, strict=True)]
+    (PLACE / "tokens.json").write_text(json.dumps(pairs))
+    texts = "".join(json.dumps({"text": tokenizer.decode(ids)}) + "\n" for ids in tokens)
+    (PLACE / "texts.jsonl").write_text(texts)
+    training = preparation.training
+    return {
+        "base": str(base),
+        "rows": str(PLACE / "rows.jsonl"),
+        "tokens": str(PLACE / "tokens.json"),
+        "texts": str(PLACE / "texts.jsonl"),
+        "mean_tokens": statistics.mean(map(len, tokens)),
+        "learning_rate": training.learning_rate,
+        "weight_decay": training.weight_decay,
+        "warmup": training.warmup,
+        "lora": {
+            "r": training.lora.rank,
+            "lora_alpha": training.lora.alpha,
+            "lora_dropout": training.lora.dropout,
+            "target_modules": student.linear_modules(model),
+        },
+    }
+
+
+def install_trl() -> None:
+    """TRL over this environment's torch, transformers and peft, so that all train with the same."""
+    if not TRL_FOLDER.exists():
+        beside = TRL_FOLDER.with_name(f"trl.{os.getpid()}")
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(beside), TRL]
+        subprocess.run(pip, check=True)
+        beside.rename(TRL_FOLDER)
+
+
+def run(name: str, settings: Settings, steps: int, out: Path) -> Figures:
+    command = [sys.executable, "-m", "benchmarks.train", name, json.dumps(settings), str(steps), str(out)]
+    environment = os.environ | {"PYTHONPATH": str(TRL_FOLDER), "HF_HUB_OFFLINE": "1", "OLIVE_DISABLE_TELEMETRY": "1"}
+    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        raise RuntimeError(f"{name}: {done.stderr[-3000:]}")
+    found: Figures = json.loads(done.stdout.strip().splitlines()[-1])
+    print(f"{name} {json.dumps(settings)}, {steps} steps: {found}", flush=True)
+    return found
+
+
+def fastest(name: str, scratch: Path) -> Settings:
+    """Of a contestant's settings, by one trial of each."""
+    if len(SETTINGS[name]) == 1:
+        return SETTINGS[name][0]
+    trials = [(run(name, one, TRIAL_STEPS, scratch / f"trial-{name}-{i}"), i) for i, one in enumerate(SETTINGS[name])]
+    return SETTINGS[name][max(trials, key=lambda trial: trial[0]["rows_s"])[1]]
+
+
+def accuracy(rows: dict[str, Any], adapter: Path | None) -> float:
+    from benchmarks.distil import read
+    from distillery import student
+    from distillery.labels import gold_labels
+    from distillery.recipe import load_recipe
+
+    if adapter is not None:
+        adapter = next(adapter.rglob("adapter_config.json")).parent
+    model, tokenizer = student.load_model(Path(rows["base"]), adapter)
+    test = read("test")
+    rendered = student.training_rows(test, gold_labels(test), load_recipe("demo").prompt, tokenizer)[0]
+    return student.accuracy_of(model, rendered, pad_id=student.pad_id(tokenizer), place=student.placement())
+
+
+def main(steps: int) -> None:
+    from distillery.evaluation import machine
+
+    install_trl()
+    rows = prepare()
+    (PLACE / "settings.json").write_text(json.dumps(rows))
+    print(f"{machine()}; {ROWS} rows of {rows['mean_tokens']:.1f} tokens in the mean, batches of {BATCH}; {TRL}")
+    print(json.dumps({key: rows[key] for key in ("lora", "learning_rate", "weight_decay", "warmup")}))
+    print("\n\n".join(inspect.getsource(script) for script in CONTESTANTS.values()), flush=True)
+    runs: dict[str, list[Figures]] = defaultdict(list)
+    with tempfile.TemporaryDirectory(dir=PLACE) as folder:
+        scratch = Path(folder)
+        chosen = {name: fastest(name, scratch) for name in CONTESTANTS}
+        for number in range(ROUNDS):
+            for name in list(CONTESTANTS)[:: -1 if number % 2 else 1]:
+                runs[name].append(run(name, chosen[name], steps, scratch / f"{name}-{number}"))
+        reached = {}
+        for name in ("ours", "trl", "olive"):
+            run(name, chosen[name], LONG_STEPS, scratch / name)
+            reached[name] = accuracy(rows, scratch / name)
+    figures = summary(runs) | {f"{name}_accuracy": value for name, value in reached.items()}
+    figures["base_accuracy"] = accuracy(rows, None)
+    print(json.dumps({name: round(value, 3) for name, value in figures.items()}))
+
+
+def summary(runs: dict[str, list[Figures]]) -> Figures:
+    def median(name: str, key: str) -> float:
+        return statistics.median(one[key] for one in runs[name])
+
+    speed = {name: median(name, "rows_s") for name in CONTESTANTS}
+    figures = {f"{name}_rows_s": speed[name] for name in ("ours", "trl", "olive")}
+    figures |= {f"ratio_{name}": speed["ours"] / speed[name] for name in ("trl", "olive")}
+    figures |= {f"{name}_rss_mb": median(name, "rss_mb") for name in CONTESTANTS}
+    return figures | {"ours_shared_rows_s": speed["ours_shared"]}
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 2:
+        name, settings, steps, out = sys.argv[1:]
+        rows = json.loads((PLACE / "settings.json").read_text())
+        print(json.dumps(CONTESTANTS[name](json.loads(settings), int(steps), rows, Path(out))), flush=True)
+    else:
+        main(int(sys.argv[1]) if len(sys.argv) == 2 else STEPS)
