@@ -44,7 +44,7 @@ demo: $(INSTALLED) | $(PREFECT_HOME) ## the whole way on this machine: no accoun
 test: $(INSTALLED) | $(PREFECT_HOME) ## the fast tests
 	@$(TESTS) -m "not slow and not gpu and not azure_live"
 
-test-all: $(INSTALLED) $(AZURITE) | $(PREFECT_HOME) ## all tests; needs Node.js, PostgreSQL and COMMONSENSE_QA_DIR
+test-all: $(INSTALLED) $(AZURITE) | $(PREFECT_HOME) ## all tests; needs Node.js, PostgreSQL, Chromium and COMMONSENSE_QA_DIR
 	@$(TESTS) --durations=12 -m "not gpu and not azure_live"
 
 bench-overhead: $(INSTALLED) | $(PREFECT_HOME) ## what Prefect and the hand-offs cost beside the stages' work

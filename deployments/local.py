@@ -38,7 +38,11 @@ def environment() -> dict[str, str]:
     api = f"http://127.0.0.1:{PORT}/api"
     ours = {"PREFECT_API_URL": api, "PREFECT_WORKER_QUERY_SECONDS": "1", "PYTHONUNBUFFERED": "1"}
     # A worker gives each run a working folder of its own, which no .env and no relative path leads to.
-    return settings() | ours | {"DISTILLERY_HOME": str(home())}
+    ours["DISTILLERY_HOME"] = str(home())
+    store = settings().get("DISTILLERY_STORE")
+    if store and "://" not in store:
+        ours["DISTILLERY_STORE"] = str(Path(store).expanduser().absolute())
+    return settings() | ours
 
 
 def set_up() -> None:

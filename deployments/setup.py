@@ -53,10 +53,11 @@ SECRETS = (
     "AZURE_STORAGE_SAS_TOKEN",
     "DISTILLERY_LABELS",
     "DISTILLERY_REGISTRY",
+    "DISTILLERY_TRACKING",
     "HF_TOKEN",
     "TEACHER_MODEL_KEY",
 )
-"""Secrets that all workers share; a database's URL holds a password."""
+"""Secrets that all workers share; the URL of a database or of MLflow may hold a password."""
 EACH_WORKERS_OWN = (
     "DISTILLERY_CACHE_GB",
     "DISTILLERY_CHECKPOINT_SECONDS",

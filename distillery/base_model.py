@@ -19,7 +19,7 @@ from distillery.recipe import BaseModelRecipe
 from distillery.settings import LocalSettings
 from distillery.store import digest_of_files, list_files, sha256_of
 
-HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
 
 
 def base_folder(base: BaseModelRecipe) -> Path:
@@ -34,7 +34,7 @@ def base_folder(base: BaseModelRecipe) -> Path:
     elif name.startswith((".", "/", "~")):
         raise RecipeError(f"student.base.model: {name}: no such folder")
     else:
-        folder = _from_hub(name, base.revision)
+        folder = _from_hub(base)
     check_loadable(folder, base)
     return folder
 
@@ -57,7 +57,7 @@ def local_copy(base: BaseModelRecipe) -> Path | None:
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
-        cached = snapshot_download(name, revision=base.revision, allow_patterns=HUB_FILES, local_files_only=True)
+        cached = snapshot_download(name, revision=base.revision, allow_patterns=_hub_files(base), local_files_only=True)
     except (HFValidationError, LocalEntryNotFoundError):
         return None
     return Path(cached)
@@ -164,13 +164,18 @@ def _from_gguf(file: Path) -> Path:
     return final
 
 
-def _from_hub(name: str, revision: str | None) -> Path:
+def _hub_files(base: BaseModelRecipe) -> list[str]:
+    """What of a hub model is downloaded: its own Python code only where it may run."""
+    return [*HUB_FILES, *(["*.py"] if remote_code_allowed(base) else [])]
+
+
+def _from_hub(base: BaseModelRecipe) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES))
+        return Path(snapshot_download(base.model, revision=base.revision, allow_patterns=_hub_files(base)))
     except Exception as error:
-        raise _no_hub(name, error) from error
+        raise _no_hub(base.model, error) from error
 
 
 def _no_hub(name: str, error: Exception) -> TrainingError:

@@ -35,6 +35,7 @@ import re
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.resources import files
@@ -55,6 +56,7 @@ _FITTED = ("gold", "train")
 _JUDGED = ("validation", "test")
 _LISTED = 20
 _SURROGATE = re.compile("[\ud800-\udfff]")
+_log = logging.getLogger(__name__)
 
 
 class PreparedCounts(Record):
@@ -107,9 +109,17 @@ def prepare(recipe: DatasetRecipe, out: Path) -> PreparedCounts:
 def source_identity(recipe: DatasetRecipe) -> str:
     """What stands for the source's content in a cache key: a digest of the files, or the hub's commit.
 
-    Raises DataError where a file can't be read or the hub doesn't answer."""
+    Where the hub doesn't answer, a revision stands for itself. Raises DataError where a file can't be read, or where
+    there is no revision either."""
     if recipe.source == "hub":
-        return f"{recipe.name}@{recipe.revision or _newest_commit(recipe.name)}"
+        try:
+            commit = _commit(recipe)
+        except DataError as error:
+            if not recipe.revision:
+                raise
+            _log.warning("%s; going on with what is here of revision %s", error, recipe.revision)
+            commit = recipe.revision
+        return f"{recipe.name}@{commit}"
     if recipe.source == "files":
         paths = [Path(file).expanduser() for split in sorted(recipe.files) for file in recipe.files[split]]
     else:
@@ -123,14 +133,17 @@ def source_identity(recipe: DatasetRecipe) -> str:
     return digest_of([splits, *(sha256_of(path) for path in paths)])
 
 
-def _newest_commit(name: str) -> str:
+def _commit(recipe: DatasetRecipe) -> str:
+    """The commit that dataset.revision names, which a branch does not for long; without one, the newest."""
+    if recipe.revision and re.fullmatch("[0-9a-f]{40}", recipe.revision):
+        return recipe.revision
     from huggingface_hub import HfApi
 
     try:
-        return str(HfApi().dataset_info(name).sha)
+        return str(HfApi().dataset_info(recipe.name, revision=recipe.revision).sha)
     except Exception as error:
         raise DataError(
-            f"dataset.name: the hub doesn't answer for {name} ({type(error).__name__}); check name and network, "
+            f"dataset.name: the hub doesn't answer for {recipe.name} ({type(error).__name__}); check name and network, "
             "or use local files (dataset.source: files)"
         ) from error
 
@@ -232,15 +245,19 @@ def _datasets() -> Any:
 
 
 def _hub(recipe: DatasetRecipe) -> dict[str, Any]:
-    """The splits of the hub's data set. Cached by name and revision: without a connection, `datasets` takes whichever
-    revision it finds in its cache."""
+    """The splits of the hub's data set, at the commit that dataset.revision names. Cached by name and revision: without
+    a connection, `datasets` takes whichever commit it finds in its cache."""
     import huggingface_hub.errors
 
     datasets, hub_errors = _datasets(), cast(Any, huggingface_hub.errors)
     asked = recipe.name + (f" at {recipe.revision}" if recipe.revision else "")
     cache = LocalSettings().folder / "datasets" / digest_of([recipe.name, recipe.revision])[:16]
+    revision = recipe.revision
+    with suppress(DataError):
+        # Else what is wrong is said below.
+        revision = _commit(recipe)
     try:
-        loaded: dict[str, Any] = datasets.load_dataset(recipe.name, revision=recipe.revision, cache_dir=str(cache))
+        loaded: dict[str, Any] = datasets.load_dataset(recipe.name, revision=revision, cache_dir=str(cache))
     except (datasets.exceptions.DatasetNotFoundError, hub_errors.RepositoryNotFoundError) as error:
         raise DataError(
             f"dataset.name: {asked} is not on the hub, or needs a login; "

@@ -8,7 +8,7 @@ import json
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from distillery.errors import DataError, RecipeError
+from distillery.errors import DataError, ModelError, RecipeError
 from distillery.recipe import PromptRecipe
 from distillery.records import LETTERS, Example
 
@@ -83,7 +83,14 @@ class GenAITokenizer:
         self._tokenizer = tokenizer
 
     def encode_chat(self, messages: list[Message]) -> list[int]:
-        text = self._tokenizer.apply_chat_template(json.dumps(_whole(messages)), add_generation_prompt=True)
+        """Raises ModelError where the template refuses the messages, such as a system message or an order of roles."""
+        try:
+            text = self._tokenizer.apply_chat_template(json.dumps(_whole(messages)), add_generation_prompt=True)
+        except RuntimeError as error:
+            cause = " ".join(str(error).split())[:200]
+            raise ModelError(
+                f"the model's chat template refuses the messages ({cause}); send other roles, or no system message"
+            ) from error
         return self.encode_text(text)
 
     def encode_text(self, text: str) -> list[int]:

@@ -26,9 +26,9 @@ GB = 1e9
 LEAST_DISK = 5 * GB
 DISK_FACTOR = 6
 """A run writes the base model, the teacher's and the student's weights and their exports, some of them twice."""
-MEMORY_FACTOR = {"full": 4, "lora": 2}
-"""In multiples of the float32 weights. full: weights, gradients and AdamW's two moments; lora: two copies of the
-weights, while one is cast or exported."""
+MEMORY_FACTOR = {"full": 4, "lora": 2, "dora": 2}
+"""In multiples of the float32 weights. full: weights, gradients and AdamW's two moments; lora and dora: two copies of
+the weights, while one is cast or exported."""
 GGUF_FACTOR = 6
 """float32 bytes for each byte of a GGUF file of 4 to 5 bits a weight."""
 LARGE = 4 * GB
@@ -268,9 +268,9 @@ def _memory(recipe: Recipe) -> list[Finding]:
 
 
 def _training_bytes(recipe: Recipe, weights: int) -> float:
-    methods = {recipe.student.training.method}
-    methods |= {recipe.teacher.preparation.training.method} if recipe.teacher.kind == "local" else set()
-    return GB + max(MEMORY_FACTOR[method] for method in methods) * weights
+    trainings = [recipe.student.training, *(step.training for step in recipe.student.healing)]
+    trainings += [recipe.teacher.preparation.training] if recipe.teacher.kind == "local" else []
+    return GB + max(MEMORY_FACTOR[training.method] for training in trainings) * weights
 
 
 def _training(recipe: Recipe) -> list[Finding]:

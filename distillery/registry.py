@@ -28,11 +28,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import ValidationError
 
-from distillery.errors import CredentialsError, RegistryError, RegistryUnavailable
+from distillery.errors import ArtifactDamaged, CredentialsError, RegistryError, RegistryUnavailable
 from distillery.recipe import RegistryRecipe
 from distillery.records import Artifact, Record, RegisteredModel
 from distillery.settings import AzureMLSettings, LocalSettings
-from distillery.store import FileEntry, digest_of_files, list_files, sha256_of, working_folder
+from distillery.store import ArtifactStore, FileEntry, digest_of_files, list_files, sha256_of, working_folder
 
 if TYPE_CHECKING:
     from azure.ai.ml import MLClient
@@ -187,7 +187,10 @@ class Registry(ABC):
 
 
 class LocalRegistry(Registry):
-    """Versions and aliases in MLflow's model registry at `url`, the folders in `artifacts`/name/manifest digest."""
+    """Versions and aliases in MLflow's model registry at `url`, the folders in `artifacts`/name/manifest digest.
+
+    A machine that shares the registry but has no such folder takes the files from the artifact store, where the stages
+    keep them under the same digest, and the manifest from manifests/DIGEST.json there."""
 
     kind = "local"
 
@@ -230,6 +233,7 @@ class LocalRegistry(Registry):
 
     def _put(self, content: Path, name: str, digest: str) -> str:
         final = self._artifacts / name / digest
+        ArtifactStore().write_object(_shared_manifest(digest), (content / MANIFEST).read_bytes())
         final.parent.mkdir(parents=True, exist_ok=True)
         beside = final.with_name(f".writing-{uuid.uuid4().hex[:8]}")
         try:
@@ -251,18 +255,35 @@ class LocalRegistry(Registry):
         return self._record(version.name, str(version.version), role, str(version.source), version.tags)
 
     def _fetch(self, model: RegisteredModel, folder: Path) -> None:
-        source = self._artifacts / model.name / model.manifest_sha256
-        if not source.is_dir():
-            raise RegistryError(
-                f"{source}: the folder of {model.name} version {model.version} is gone; register it again"
-            )
-        _copy(source, folder)
+        if (here := self._folder(model)).is_dir():
+            _copy(here, folder)
+            return
+        with self._elsewhere(model) as store:
+            _copy(store.fetch(model.artifact), folder)
+        (folder / MANIFEST).write_bytes(self._read_manifest(model))
 
     def _read_manifest(self, model: RegisteredModel) -> bytes:
-        path = self._artifacts / model.name / model.manifest_sha256 / MANIFEST
-        if not path.is_file():
+        if not (here := self._folder(model)).is_dir():
+            with self._elsewhere(model) as store:
+                return store.read_object(_shared_manifest(model.manifest_sha256))
+        if not (here / MANIFEST).is_file():
             raise _altered(model, MANIFEST)
-        return path.read_bytes()
+        return (here / MANIFEST).read_bytes()
+
+    def _folder(self, model: RegisteredModel) -> Path:
+        return self._artifacts / model.name / model.manifest_sha256
+
+    @contextmanager
+    def _elsewhere(self, model: RegisteredModel) -> Iterator[ArtifactStore]:
+        """The store, where this machine lacks the model's folder."""
+        store = ArtifactStore()
+        try:
+            yield store
+        except ArtifactDamaged as error:
+            raise RegistryError(
+                f"{self._folder(model)}: the folder of {model.name} version {model.version} is gone, and {store.url} "
+                "does not have it either; register it again"
+            ) from error
 
     @cached_property
     def _client(self) -> "MlflowClient":
@@ -528,6 +549,11 @@ def _create_once(client: "MlflowClient", name: str) -> None:
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
+
+
+def _shared_manifest(digest: str) -> str:
+    """Its name in the artifact store: no artifact and no record, so that no collection takes it."""
+    return f"manifests/{digest}.json"
 
 
 def _tags(version: "Model") -> dict[str, str]:

@@ -12,6 +12,7 @@ the likeliest of these texts, as a student with prompt.answer: text chooses it.
 import argparse
 import asyncio
 import json
+import logging
 import math
 import os
 import secrets
@@ -45,6 +46,7 @@ KEY_VARIABLE = "DISTILLERY_SERVER_KEY"
 LARGEST_BODY = 4 << 20
 _START_SECONDS = 300.0
 _STOP_SECONDS = 5.0
+_log = logging.getLogger(__name__)
 
 
 class _Strict(BaseModel):
@@ -328,7 +330,8 @@ class _Server:
                     loop.call_soon_threadsafe(queue.put_nowait, piece)
                     if job.cancelled.is_set():
                         return
-            except (DistilleryError, ApiError) as error:
+            except Exception as error:
+                # Whatever it is: the request waits for it.
                 loop.call_soon_threadsafe(queue.put_nowait, error)
 
         self.worker.submit(produce)
@@ -401,8 +404,9 @@ async def _events(first: Piece, rest: AsyncIterator[Piece], job: Job, head: dict
         if usage:
             yield event([], usage=job.usage)
         yield "data: [DONE]\n\n"
-    except DistilleryError as error:
-        yield f"data: {json.dumps(ApiError(500, str(error)).body)}\n\n"
+    except Exception as error:
+        _log.warning("an answer broke off", exc_info=error)
+        yield f"data: {json.dumps(_api_error(error).body)}\n\n"
     finally:
         job.cancelled.set()
 
@@ -425,6 +429,7 @@ def create_app(student: OnnxStudent, model_name: str, api_key: SecretStr | None)
     app.add_exception_handler(ApiError, _answer_error)
     app.add_exception_handler(DistilleryError, _answer_error)
     app.add_exception_handler(HTTPException, _answer_error)
+    app.add_exception_handler(Exception, _answer_error)
     return app
 
 
@@ -433,10 +438,18 @@ async def _healthy(_: Request) -> Response:
 
 
 async def _answer_error(_: Request, error: Exception) -> Response:
+    return _api_error(error).response
+
+
+def _api_error(error: Exception) -> ApiError:
     if isinstance(error, ApiError):
-        return error.response
-    status = error.status_code if isinstance(error, HTTPException) else 500
-    return ApiError(status, str(error.detail if isinstance(error, HTTPException) else error)).response
+        return error
+    if isinstance(error, HTTPException):
+        return ApiError(error.status_code, str(error.detail))
+    if isinstance(error, DistilleryError):
+        return ApiError(500, str(error))
+    # What a library says is for the server's log.
+    return ApiError(500, f"The server failed ({type(error).__name__}).")
 
 
 def serve(

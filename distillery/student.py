@@ -662,6 +662,7 @@ def fine_tune(
     *,
     layers: Layers | None = None,
     healing: Sequence[HealingRecipe] = (),
+    whole: bool = False,
     remote_code: bool = False,
     progress: Progress | None = None,
     checkpoints: Checkpoints | None = None,
@@ -670,7 +671,8 @@ def fine_tune(
     a cut and a training, keeps `layers` and trains.
 
     Writes out/model (LoRA: the model that the adapter is for) and, for LoRA, out/adapter; out/training.json, and
-    out/healing-1.json and so on; and where layers were chosen, out/layers.json: those kept, cut by cut."""
+    out/healing-1.json and so on; and where layers were chosen, out/layers.json: those kept, cut by cut. An adapter for
+    `base` as it is goes without it, unless `whole`: a reader of the checkpoint has no such `base` then."""
     from distillery import olive_passes
     from distillery.olive_workflow import run_workflow
 
@@ -707,7 +709,7 @@ def fine_tune(
     }
     set_progress, set_checkpoints = olive_passes.progress.set(progress), olive_passes.checkpoints.set(checkpoints)
     try:
-        run_workflow(input_model, passes, out, adapter_only=recipe.adapts and len(passes) == 1)
+        run_workflow(input_model, passes, out, adapter_only=recipe.adapts and len(passes) == 1 and not whole)
     finally:
         olive_passes.progress.reset(set_progress)
         olive_passes.checkpoints.reset(set_checkpoints)

@@ -1,3 +1,4 @@
+import logging
 import shutil
 import time
 from pathlib import Path
@@ -5,8 +6,10 @@ from typing import Any
 
 from prefect import get_run_logger
 from pydantic import BaseModel
+from tenacity import before_sleep_log, retry, retry_if_exception_type, stop_after_attempt, wait_chain, wait_fixed
 
 from distillery import __version__, evaluation
+from distillery.errors import RegistryUnavailable
 from distillery.recipe import EvaluationRecipe, RegistryRecipe
 from distillery.records import EvaluationReport, GateDecision, OnnxModel, RegisteredModel
 from distillery.registry import MANIFEST, open_registry
@@ -15,6 +18,15 @@ from distillery.store import ArtifactStore, digest_of_files, list_files, working
 from tasks.stage import origin, stage
 
 ANSWERS = "evaluation/answers.jsonl"
+
+# As a stage has it: a registry that is away for a moment ends no run after hours of training.
+patiently = retry(
+    retry=retry_if_exception_type(RegistryUnavailable),
+    stop=stop_after_attempt(3),
+    wait=wait_chain(wait_fixed(10), wait_fixed(60)),
+    before_sleep=before_sleep_log(logging.getLogger("distillery"), logging.WARNING),
+    reraise=True,
+)
 
 
 @stage("register", version=1)
@@ -33,11 +45,15 @@ def register(
         known = next((m for m in same if registry.is_whole(m)), None)
         tags = {"precision": model.precision, "accuracy": f"{report.row(report.candidate).accuracy:.4f}"}
         facts = {**_plain(provenance), "distillery": __version__}
+        if registry.kind == "local":
+            # Machines that share the registry share this store, and not the registry's own folder.
+            store.put(content)
         registered = known or registry.register(content, recipe.model_name, tags, facts)
     get_run_logger().info("%s version %s", registered.name, registered.version)
     return registered.model_copy(update=origin(started))
 
 
+@patiently
 def promote(model: RegisteredModel) -> None:
     """Makes it the champion, in every run: another run may have registered another in the meantime."""
     open_registry(RegistryRecipe(kind=model.registry, model_name=model.name)).promote(model)
@@ -58,6 +74,7 @@ def _with_answers(store: ArtifactStore, model: OnnxModel, report: EvaluationRepo
     return content
 
 
+@patiently
 def judge(report: EvaluationReport, gate: EvaluationRecipe, recipe: RegistryRecipe) -> GateDecision:
     """The gate: the candidate against the teacher, and against the champion on the rows that both have answered.
 

@@ -21,7 +21,7 @@ from tasks.progress import progress_artifact
 from tasks.stage import is_recorded, origin, own_key, produced_by, stage
 
 
-@stage("train", version=3)
+@stage("train", version=4)
 def train(
     base: BaseModelRecipe,
     training: TrainingRecipe,
@@ -78,6 +78,8 @@ def train(
             folder,
             layers=layers,
             healing=healing,
+            # Whoever reads an adapter alone puts it on the base model, and this one is for the start's weights.
+            whole=start is not None,
             remote_code=remote_code_allowed(base),
             progress=progress,
             checkpoints=work,

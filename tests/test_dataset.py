@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from distillery.dataset import PreparedCounts, prepare, read_examples
+from distillery.dataset import PreparedCounts, prepare, read_examples, source_identity
 from distillery.errors import DataError, RecipeError
 from distillery.recipe import Columns, DatasetRecipe
 from distillery.records import Example
@@ -631,7 +631,8 @@ def test_a_hub_data_set_by_name_and_revision(tmp_path: Path, hub: tuple[str, lis
     splits = {"train": "train", "test": "test"}
     lines = from_hub(tmp_path, url, {}, {"splits": splits}, {"revision": "v2"}, {"name": "tau/nothing"})
     assert lines[0] == '{"train": 20, "validation": 20}'
-    assert "/datasets/tau/commonsense_qa/resolve/v1/README.md" in asked
+    assert f"/datasets/tau/commonsense_qa/resolve/{_Hub.commit}/README.md" in asked
+    assert "/datasets/tau/commonsense_qa/resolve/v1/README.md" not in asked
     assert lines[1].startswith("dataset.splits.test: the source has no split 'test', only train, validation; ")
     assert lines[2].startswith("dataset.name: tau/commonsense_qa at v2 is not on the hub, or needs a login; ")
     assert lines[3].startswith("dataset.name: tau/nothing at v1 is not on the hub, or needs a login; ")
@@ -643,6 +644,29 @@ def test_a_hub_data_set_by_name_and_revision(tmp_path: Path, hub: tuple[str, lis
     assert offline[0] == lines[0], "what was had once is there without a connection"
     assert offline[1].startswith("dataset.name: tau/commonsense_qa at v3 could not be had from the hub (")
     assert offline[1].endswith("or set dataset.source to files and dataset.files to local copies")
+
+
+def test_a_branch_stands_for_its_commit(
+    hub: tuple[str, list[str]], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    url, asked = hub
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", url)
+
+    def identity(revision: str | None) -> str:
+        return source_identity(DatasetRecipe(source="hub", name="tau/commonsense_qa", revision=revision))
+
+    assert identity("v1") == f"tau/commonsense_qa@{'1' * 40}"
+    monkeypatch.setattr(_Hub, "commit", "3" * 40)
+    assert identity("v1") == f"tau/commonsense_qa@{'3' * 40}"
+    count = len(asked)
+    assert identity("2" * 40) == f"tau/commonsense_qa@{'2' * 40}"
+    assert len(asked) == count
+    assert not caplog.records
+    # Where the hub has no answer.
+    assert identity("v9") == "tau/commonsense_qa@v9"
+    assert "going on with what is here of revision v9" in caplog.text
+    with pytest.raises(DataError, match="the hub doesn't answer for tau/commonsense_qa"):
+        identity(None)
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from chat_endpoint import Call, ChatEndpoint, Reply, good, refused, said
@@ -12,7 +12,7 @@ from chat_endpoint import Call, ChatEndpoint, Reply, good, refused, said
 from distillery import readiness
 from distillery.base_model import local_copy
 from distillery.readiness import Finding, check
-from distillery.recipe import BaseModelRecipe, Recipe
+from distillery.recipe import BaseModelRecipe, Recipe, TrainingRecipe
 from distillery.registry import LocalRegistry
 
 TinyModel = Callable[[str], Path]
@@ -237,6 +237,20 @@ def test_too_little_disk_and_memory(tiny_model: TinyModel, monkeypatch: pytest.M
     monkeypatch.setattr(readiness, "DISK_FACTOR", 1e12)
     monkeypatch.setattr(readiness, "MEMORY_FACTOR", {"lora": 1e12, "full": 1e12})
     assert failed(local(tiny_model("llama"))) == {"disk", "memory"}
+
+
+def test_memory_is_known_for_every_method_and_steps_of_healing_count(tiny_model: TinyModel) -> None:
+    base = {"model": str(tiny_model("llama"))}
+
+    def needed(**student: Any) -> float:
+        asked = Recipe.model_validate({"student": {"base": base} | student})
+        return readiness._training_bytes(asked, 10**9)
+
+    methods = get_args(TrainingRecipe.model_fields["method"].annotation)
+    figures = {method: needed(training={"method": method}) for method in methods}
+    assert figures["dora"] == figures["lora"] < figures["full"]
+    healed = needed(training={"method": "lora"}, healing=[{"layers": [0]}])
+    assert healed == figures["full"]
 
 
 def test_a_home_that_cannot_be_written(tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

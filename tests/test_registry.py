@@ -10,13 +10,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from azure_ml_stand_in import CONTAINER, AzureMLStandIn, container_sas, make_certificate, resolve_localhost
 from azurite_server import ACCOUNT, ACCOUNT_KEY, Azurite, Certificate, free_port
+from tenacity import wait_none
 
+import tasks.registry
 from distillery.errors import CredentialsError, DistilleryError, RegistryError, RegistryUnavailable
 from distillery.recipe import RegistryRecipe
 from distillery.records import RegisteredModel
@@ -263,6 +267,31 @@ def test_a_moved_home_loses_nothing(home: Path, folder: Path, tmp_path: Path, mo
     assert (moved.download(model, tmp_path / "down") / "genai_config.json").exists()
 
 
+def test_another_machine_takes_what_it_lacks_from_the_store(
+    home: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DISTILLERY_REGISTRY", f"sqlite:///{tmp_path / 'registry.db'}")
+    monkeypatch.setenv("DISTILLERY_STORE", str(tmp_path / "store"))
+    model = LocalRegistry().register(folder, "student", {}, PROVENANCE)
+    monkeypatch.setenv("DISTILLERY_HOME", str(tmp_path / "elsewhere"))
+    other = LocalRegistry()
+    assert other.provenance(other.get("student"))["provenance"] == PROVENANCE
+    with pytest.raises(RegistryError, match=r"student version 1 is gone, and .*/store does not have it either; reg"):
+        other.download(model, tmp_path / "down")
+
+    stored = ArtifactStore().put(folder)
+    assert stored.sha256 == model.artifact.sha256
+    target = other.download(model, tmp_path / "down")
+    assert sha256_of(target / "manifest.json") == model.manifest_sha256
+    assert other.register(folder, "student", {}, PROVENANCE) == model
+    manifest = tmp_path / "store" / "manifests" / f"{model.manifest_sha256}.json"
+    manifest.write_bytes(flip_a_byte(manifest.read_bytes()))
+    with pytest.raises(RegistryError, match=r"student version 1: manifest\.json: "):
+        other.download(model, tmp_path / "again")
+    manifest.unlink()
+    assert not other.is_whole(model)
+
+
 def test_download_replaces_nothing_but_what_it_made(folder: Path, tmp_path: Path) -> None:
     registry = LocalRegistry()
     model = registry.register(folder, "student", {}, PROVENANCE)
@@ -465,3 +494,35 @@ def test_azurite_that_is_not_installed_is_an_error(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(RuntimeError, match="npm ci --prefix tests/azurite"):
         Azurite(tmp_path).start()
+
+
+@pytest.mark.parametrize(("failures", "tries"), [(2, 3), (3, 3)])
+def test_a_registry_that_is_away_for_a_moment_ends_no_run(
+    failures: int, tries: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def away(recipe: RegistryRecipe) -> Any:
+        asked.append(recipe)
+        if len(asked) <= failures:
+            raise RegistryUnavailable("the registry does not answer")
+        return SimpleNamespace(promote=lambda model: model)
+
+    monkeypatch.setattr(tasks.registry, "open_registry", away)
+    model = RegisteredModel.model_construct(name="student", version="1", registry="local")
+    with pytest.raises(RegistryUnavailable) if failures == 3 else nullcontext():
+        tasks.registry.promote.retry_with(wait=wait_none())(model)
+    assert len(asked) == tries
+
+
+def test_what_no_waiting_mends_is_asked_of_the_registry_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def refuses(recipe: RegistryRecipe) -> Any:
+        asked.append(recipe)
+        raise RegistryError("no such thing")
+
+    monkeypatch.setattr(tasks.registry, "open_registry", refuses)
+    with pytest.raises(RegistryError, match="no such thing"):
+        tasks.registry.judge(None, None, RegistryRecipe())
+    assert len(asked) == 1

@@ -3,6 +3,8 @@
 import json
 import math
 import os
+import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -467,3 +469,42 @@ def test_log_probabilities_are_json_even_where_the_model_gives_none(tiny_onnx: B
     (entry,) = json.loads(text, parse_constant=refuse)["choices"][0]["logprobs"]["content"]
     assert [one["logprob"] for one in entry["top_logprobs"]] == [0.0, -9999.0]
     assert math.isfinite(entry["logprob"])
+
+
+class Broken(OnnxStudent):
+    """A student that fails as no other code of ours does, before its first token or after some."""
+
+    def __init__(self, folder: Path, after: int) -> None:
+        super().__init__(folder, threads=1)
+        self.after = after
+
+    def steps(self, *arguments: Any, **settings: Any) -> Iterator[tuple[int, Logits]]:
+        for number, step in enumerate(super().steps(*arguments, **settings)):
+            if number == self.after:
+                raise ValueError("what a library says")
+            yield step
+
+
+@pytest.mark.parametrize(("stream", "after"), [(False, 0), (True, 0), (True, 3)])
+def test_whatever_goes_wrong_is_an_answer(stream: bool, after: int, tiny_onnx: Build) -> None:
+    with _in_this_process(Broken(tiny_onnx("llama"), after)) as url:
+        body = {"messages": MESSAGES, "max_tokens": 8, "stream": stream}
+        response = httpx.post(f"{url}/chat/completions", json=body, timeout=20)
+    assert response.status_code == (200 if after else 500)
+    last = response.text.strip().rpartition("\n")[2].removeprefix("data: ")
+    assert json.loads(last)["error"]["message"] == "The server failed (ValueError)."
+    assert "what a library says" not in response.text
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_template_that_refuses_the_roles_says_so(stream: bool, tiny_onnx: Build, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_onnx("llama"), folder)
+    refusing = "{{ raise_exception('System role not supported') }}"
+    (folder / "chat_template.jinja").write_text(f"{{% if messages[0]['role'] == 'system' %}}{refusing}{{% endif %}}?")
+    with _in_this_process(OnnxStudent(folder, threads=1)) as url:
+        body = {"messages": MESSAGES, "max_tokens": 1, "stream": stream}
+        refused = httpx.post(f"{url}/chat/completions", json=body, timeout=20)
+        answered = httpx.post(f"{url}/chat/completions", json=body | {"messages": MESSAGES[1:]}, timeout=20)
+    assert (refused.status_code, answered.status_code) == (500, 200)
+    assert re.match("the model's chat template refuses the messages .*", refused.json()["error"]["message"])

@@ -29,7 +29,7 @@ from prefect.workers.base import BaseJobConfiguration
 from prefect.workers.process import ProcessJobConfiguration
 from prefect_api import PrefectApi, wait_for
 
-from deployments import setup
+from deployments import local, setup
 
 PROJECT = Path(__file__).resolve().parents[1]
 FOLDER = PROJECT / "deployments"
@@ -370,6 +370,25 @@ def test_the_file_follows_its_published_schema(schema: str, file: str) -> None:
     assert done.returncode == 0, done.stdout
 
 
+def test_a_local_run_finds_home_and_store_from_its_own_working_folder(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DISTILLERY_HOME", "data")
+    for store, expected in (
+        ("data/store", str(tmp_path / "data" / "store")),
+        ("~/store", str(Path.home() / "store")),
+        ("/srv/store", "/srv/store"),
+        ("abfs://container/store", "abfs://container/store"),
+    ):
+        monkeypatch.setenv("DISTILLERY_STORE", store)
+        found = local.environment()
+        assert (found["DISTILLERY_HOME"], found["DISTILLERY_STORE"]) == (str(tmp_path / "data"), expected)
+    monkeypatch.delenv("DISTILLERY_STORE")
+    monkeypatch.setattr(local, "PROJECT", tmp_path)
+    assert "DISTILLERY_STORE" not in local.environment()
+
+
 COMPOSE: dict[str, Any] = yaml.safe_load((FOLDER / "compose.yaml").read_text())
 
 
@@ -420,6 +439,13 @@ def test_compose_takes_every_setting_from_a_documented_variable() -> None:
     environment = set(COMPOSE["services"]["setup"]["environment"])
     assert environment - {"PREFECT_API_URL", "PREFECT_API_AUTH_STRING"} == {*setup.VARIABLES, *setup.SECRETS}
     assert set(setup.EACH_WORKERS_OWN) <= set(COMPOSE["services"]["cpu-worker"]["environment"])
+
+
+def test_links_of_a_run_in_compose_lead_to_the_port_that_is_open() -> None:
+    (port,) = COMPOSE["services"]["server"]["ports"]
+    for name in ("cpu-worker", "gpu-worker"):
+        environment = COMPOSE["services"][name]["environment"]
+        assert environment["PREFECT_UI_URL"] == f"http://{port.rpartition(':')[0]}"
 
 
 def instructions() -> list[list[str]]:

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from distillery import student
-from distillery.base_model import base_folder, base_identity
+from distillery.base_model import base_folder, base_identity, local_copy
 from distillery.errors import DataError, RecipeError, StoreUnavailable, TrainingError
 from distillery.labels import gold_labels
 from distillery.losses import TrainingRow, hidden_loss
@@ -487,6 +487,27 @@ def test_train_export_and_score_through_olive(tiny_model: TinyModel, tmp_path: P
     assert sum(OnnxStudent(tmp_path / "int4", threads=1).option_probabilities(prompt, ids)) == pytest.approx(1)
 
 
+def test_an_adapter_for_a_taught_model_comes_with_that_model(tiny_model: TinyModel, tmp_path: Path) -> None:
+    base, place = tiny_model("llama"), student.placement("float32")
+    rows = rendered(base)
+    full = TrainingRecipe(method="full", epochs=4, batch_size=4, learning_rate=1e-2)
+    student.fine_tune(base, None, rows, [], full, tmp_path / "teacher")
+    taught, _ = student.parts(tmp_path / "teacher", base)
+    recipe = TrainingRecipe(method="lora", epochs=1, batch_size=4, learning_rate=1e-3)
+    student.fine_tune(taught, None, rows, [], recipe, tmp_path / "student", whole=True)
+    model, adapter = student.parts(tmp_path / "student", base)
+    assert adapter is not None
+
+    def answers(*folders: Path | None) -> torch.Tensor:
+        network, tokenizer = student.load_model(*folders)
+        pad = student.pad_id(tokenizer)
+        return torch.tensor(student.option_probabilities(network, rows, pad_id=pad, place=place))
+
+    expected = answers(taught, adapter)
+    assert torch.equal(answers(model, adapter), expected)
+    assert not torch.allclose(answers(base, adapter), expected, atol=0.01), "else this test would see nothing"
+
+
 def test_the_labs_form_keeps_the_adapter_apart(tiny_model: TinyModel, tmp_path: Path) -> None:
     rows = rendered(tiny_model("llama"))
     recipe = TrainingRecipe(method="lora", epochs=4, batch_size=4, learning_rate=2e-2)
@@ -545,6 +566,23 @@ def test_remote_code_needs_recipe_and_worker(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(TrainingError, match="needs Python code"):
         base_folder(BaseModelRecipe(model=name))
     assert base_folder(BaseModelRecipe(model=name, trust_remote_code=True)) == tmp_path
+
+
+def test_a_hub_models_own_code_is_downloaded_only_where_it_may_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[str]] = []
+
+    def snapshot_download(name: str, allow_patterns: list[str], **_options: object) -> str:
+        asked.append(allow_patterns)
+        return "/nowhere"
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    for listed, trusted in (("", True), ("org/model", False), ("org/model", True)):
+        monkeypatch.setenv("DISTILLERY_REMOTE_CODE", listed)
+        base = BaseModelRecipe(model="org/model", trust_remote_code=trusted)
+        with pytest.raises(TrainingError, match=r"no readable config\.json"):
+            base_folder(base)
+        assert local_copy(base) == Path("/nowhere")
+    assert ["*.py" in patterns for patterns in asked] == [False] * 4 + [True] * 2
 
 
 def test_a_changed_local_base_model_has_another_identity(tiny_model: TinyModel, tmp_path: Path) -> None:
