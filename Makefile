@@ -16,7 +16,7 @@ export OLIVE_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 export PYTHONWARNINGS ?= ignore::FutureWarning,ignore::DeprecationWarning
 
-.PHONY: help demo test test-all bench-overhead bench-labels bench-distil bench-distil-full lint format up down clean
+.PHONY: help demo test test-all bench-overhead bench-labels bench-train bench-distil bench-distil-full lint format up down clean
 help: ## what the targets do
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-14s %s\n", $$1, $$2}'
 
@@ -58,6 +58,9 @@ bench-distil-full: $(INSTALLED) ## the same over four pools, three depths and fi
 
 bench-labels: $(INSTALLED) ## how fast rows are labelled, beside a bare loop, the lab's and bespokelabs-curator
 	@$(BIN)/python -m benchmarks.labels
+
+bench-train: $(INSTALLED) ## how fast a CPU trains LoRA, beside TRL's SFTTrainer and olive finetune
+	@$(BIN)/python -m benchmarks.train
 
 lint: $(INSTALLED) ## ruff and strict mypy
 	@$(BIN)/ruff check .

@@ -180,6 +180,8 @@ def _registered(store: ArtifactStore, models: set[tuple[str, str]]) -> tuple[set
         registry = open_registry(RegistryRecipe.model_validate({"kind": kind, "model_name": name}))
         for model in registry.list(name):
             versions.add((kind, name, model.version))
+            # Other machines take a registered folder from the store.
+            named.add(model.artifact.sha256)
             named |= dict(_artifacts(registry.provenance(model)["provenance"])).keys()
     return versions, named
 

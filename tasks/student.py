@@ -42,7 +42,8 @@ def train(
     model, adapter = domain.parts(store.fetch(start.artifact), base_model) if start else (base_model, None)
     tokenizer = domain.load_tokenizer(model, remote_code_allowed(base))
     examples = read_examples(store.fetch(rows.artifact) / rows.file)
-    explain = training.rationale_instruction if training.rationale_weight else None
+    with_reasons = [one for one in (training, *(step.training for step in healing)) if one.rationale_weight]
+    explain = with_reasons[0].rationale_instruction if with_reasons else None
     found = read_labels(store.fetch(labels.artifact))
     ready, too_long = domain.training_rows(examples, found, prompt, tokenizer, explain)
     answered, too_long_gold = _with_own_answers(gold, prompt, tokenizer)
