@@ -16,7 +16,7 @@ export OLIVE_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 export PYTHONWARNINGS ?= ignore::FutureWarning,ignore::DeprecationWarning
 
-.PHONY: help demo test test-all bench-overhead bench-labels bench-train bench-distil bench-distil-full lint format up down clean
+.PHONY: help demo test test-all bench-overhead bench-labels bench-train bench-distil bench-distil-full bench-inference lint format up down clean
 help: ## what the targets do
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-14s %s\n", $$1, $$2}'
 
@@ -55,6 +55,9 @@ bench-distil: $(INSTALLED) ## what students learn from gold answers, hard and so
 
 bench-distil-full: $(INSTALLED) ## the same over four pools, three depths and five seeds; goes on where it was ended
 	@$(BIN)/python -m benchmarks.distil --full
+
+bench-inference: $(INSTALLED) ## how fast a CPU scores rows, beside llama.cpp and Transformers
+	@$(BIN)/python -m benchmarks.inference
 
 bench-labels: $(INSTALLED) ## how fast rows are labelled, beside a bare loop, the lab's and bespokelabs-curator
 	@$(BIN)/python -m benchmarks.labels

@@ -9,7 +9,7 @@ ours_shared   the same with what all prompts begin with computed once a batch, a
               nothing like it, so this is no part of the ratios
 trl           TRL's SFTTrainer, given the tokenised rows with their labels
 olive         `olive finetune`: it joins the rows' texts to blocks, as many tokens a step as the others' rows have, and
-              learns the prompts too
+              learns the prompts too; its dropout is 0.05, which no option changes
 
 Each of the peers' settings is tried for a few steps and the fastest is kept. Then 12 steps each, medians of three, in
 turn and the order turned round every other time; and 80 steps each, which is 2 epochs, for the accuracy on the
@@ -45,7 +45,6 @@ from distillery.scoring import peak_mib
 
 PROJECT = Path(__file__).resolve().parents[1]
 PLACE = PROJECT / ".distillery" / "bench" / "train"
-SAMPLE = PROJECT / "distillery" / "sample_data"
 TRL = "trl==1.16.0"
 TRL_FOLDER = PROJECT / ".distillery" / "bench" / "trl"
 ROWS, BATCH, TRIAL_STEPS, STEPS, LONG_STEPS, ROUNDS = 320, 8, 3, 12, 80, 3
@@ -166,6 +165,7 @@ def olive(settings: Settings, steps: int, rows: dict[str, Any], out: Path) -> Fi
         "max_steps": steps,
         "learning_rate": rows["learning_rate"],
         "weight_decay": rows["weight_decay"],
+        "warmup_steps": max(1, round(rows["warmup"] * steps)),
         "lr_scheduler_type": "cosine",
         "optim": "adamw_torch_fused",
         "use_cpu": "True",

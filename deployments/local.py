@@ -6,6 +6,7 @@ PREFECT_API_DATABASE_CONNECTION_URL says: SQLite in PREFECT_HOME where it is not
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,13 +16,15 @@ import httpx
 from dotenv import dotenv_values
 
 PROJECT = Path(__file__).resolve().parent.parent
-PORT = os.environ.get("DISTILLERY_PREFECT_PORT", "4200")
 POOLS = ("cpu-pool", "gpu-pool")
 
 
 def settings() -> dict[str, str]:
     """What .env and, before it, the environment say."""
     return {name: value for name, value in dotenv_values(PROJECT / ".env").items() if value} | os.environ
+
+
+PORT = settings().get("DISTILLERY_PREFECT_PORT") or "4200"
 
 
 def home() -> Path:
@@ -79,6 +82,10 @@ def wait_for_server(seconds: float = 120) -> None:
 def up() -> None:
     if any(_alive(name) for name in ("server", *POOLS)):
         sys.exit("error: already up; `make down` first")
+    # What answers there would be taken for ours, and set up.
+    with socket.socket() as probe:
+        if probe.connect_ex(("127.0.0.1", int(PORT))) == 0:
+            sys.exit(f"error: port {PORT} is taken; end what listens there, or set DISTILLERY_PREFECT_PORT")
     # A run whose heartbeat was due while the server was down is looked after when it is back (see setup.py).
     buffer = {"PREFECT_SERVER_EVENTS_EXPIRED_BUCKET_BUFFER": "P7D"}
     start("server", "server", "start", "--host", "127.0.0.1", "--port", PORT, **buffer)

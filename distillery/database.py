@@ -74,7 +74,12 @@ class Database:
         """Has what was deleted leave SQLite's write-ahead log too."""
         if self.backend == "sqlite":
             with self._errors(), self._engine.connect() as connection:
-                connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
+                blocked = connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)").scalar()
+            if blocked:
+                raise StoreUnavailable(
+                    f"DISTILLERY_LABELS {_shown(self.url)}: another run reads it, so that its log still holds what was "
+                    "deleted; run the same again when that run has ended"
+                )
 
     def close(self) -> None:
         self._engine.dispose()
@@ -163,6 +168,8 @@ def _set_up_sqlite(connection: Any, _record: Any) -> None:
     for pragma in ("busy_timeout = 30000", "journal_mode = WAL", "synchronous = FULL", "secure_delete = ON"):
         cursor.execute(f"PRAGMA {pragma}")
     cursor.close()
+    # SQLite's own knows the letters of ASCII alone.
+    connection.create_function("lower", 1, lambda text: text.lower() if isinstance(text, str) else text)
 
 
 def _store_error(url: URL, error: SQLAlchemyError) -> StoreError:

@@ -45,7 +45,7 @@ from typing import Any, NamedTuple, cast
 
 from pydantic import ValidationError
 
-from distillery.errors import DataError, RecipeError
+from distillery.errors import DataError, NoSuchRevision, RecipeError
 from distillery.recipe import Columns, DatasetRecipe
 from distillery.records import LETTERS, Example, Record, Split, digest_of
 from distillery.settings import LocalSettings
@@ -115,7 +115,7 @@ def source_identity(recipe: DatasetRecipe) -> str:
         try:
             commit = _commit(recipe)
         except DataError as error:
-            if not recipe.revision:
+            if not recipe.revision or isinstance(error, NoSuchRevision):
                 raise
             _log.warning("%s; going on with what is here of revision %s", error, recipe.revision)
             commit = recipe.revision
@@ -138,9 +138,15 @@ def _commit(recipe: DatasetRecipe) -> str:
     if recipe.revision and re.fullmatch("[0-9a-f]{40}", recipe.revision):
         return recipe.revision
     from huggingface_hub import HfApi
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
     try:
-        return str(HfApi().dataset_info(recipe.name, revision=recipe.revision).sha)
+        return str(HfApi().dataset_info(recipe.name, revision=recipe.revision, timeout=10).sha)
+    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+        at = f" with revision {recipe.revision}" if recipe.revision else ""
+        raise NoSuchRevision(
+            f"dataset.name: the hub has no {recipe.name}{at}, or HF_TOKEN may not read it; correct it"
+        ) from error
     except Exception as error:
         raise DataError(
             f"dataset.name: the hub doesn't answer for {recipe.name} ({type(error).__name__}); check name and network, "

@@ -31,6 +31,10 @@ class DataError(DistilleryError):
     pass
 
 
+class NoSuchRevision(DataError):
+    """The hub answers, and has no such data set or revision."""
+
+
 class CredentialsError(DistilleryError):
     pass
 

@@ -170,7 +170,8 @@ def answered_rows(path: Path, role: str = "test") -> tuple[list[Example], list[s
 
 
 def departure(exported: Scored, exact: Scored) -> Departure:
-    """How far `exported` is from `exact` on the same rows; a row that either was not asked is left out."""
+    """How far `exported` is from `exact` on the same rows; a row that either was not asked is left out, and where no
+    row is left there is no departure: 0."""
     import numpy as np
 
     pairs = zip(exported.probabilities, exact.probabilities, strict=True)
@@ -277,7 +278,7 @@ def _measuring_notes(scored: Mapping[str, Scored], threads: int) -> list[str]:
 
 
 def wilson(correct: int, rows: int) -> Interval:
-    """The 95 % score interval of a proportion, in [0, 1], without continuity correction.
+    """The 95 % score interval of a proportion of `rows` (1 or more), in [0, 1], without continuity correction.
 
     Wilson, Probable inference, the law of succession, and statistical inference, JASA 22 (1927); method 3 in Newcombe,
     Two-sided confidence intervals for the single proportion, Statistics in Medicine 17 (1998), 857-872."""
@@ -291,7 +292,7 @@ def wilson(correct: int, rows: int) -> Interval:
 
 
 def paired_interval(a_correct: Sequence[bool], b_correct: Sequence[bool]) -> Interval:
-    """The 95 % interval of a's accuracy less b's on the same rows, in [-1, 1].
+    """The 95 % interval of a's accuracy less b's on the same rows (1 or more), in [-1, 1].
 
     Newcombe, Improved confidence intervals for the difference between binomial proportions based on paired data,
     Statistics in Medicine 17 (1998), 2635-2650, method 10: both Wilson intervals, squared and added less twice their

@@ -223,7 +223,7 @@ class LabelStore:
             wanted.append(_TABLE.c.example_id.in_(chunk))
         # One transaction for all of them; an answer that two wishes name is counted once.
         count = int(self._database.run(partial(_delete, wanted=wanted, dry_run=dry_run)))
-        if count and not dry_run:
+        if not dry_run:
             self._database.forget_log()
         return count
 

@@ -212,7 +212,8 @@ def label_from(
 
 def labels_in(paths: Sequence[str], examples: Iterable[Example]) -> dict[str, TeacherLabel]:
     """The labels of files (JSONL, CSV, Parquet) for `examples`, by the columns example_id, answer (a letter) and, where
-    it is there, distribution (letter to probability, as a mapping or as JSON). Other rows of the files are left out.
+    they are there, distribution (letter to probability, as a mapping or as JSON) and rationale (the reason). Other rows
+    of the files are left out.
 
     Raises DataError with the file and row."""
     rows = {row.example_id: row for row in examples}
@@ -230,6 +231,7 @@ def labels_in(paths: Sequence[str], examples: Iterable[Example]) -> dict[str, Te
             answer=answer,
             distribution=probabilities,
             confidence=probabilities[answer] if probabilities else None,
+            rationale=str(values.get("rationale") or "").strip() or None,
         )
     return found
 
@@ -281,24 +283,37 @@ async def ask_canaries(
     known = store.get_many(one.key for several in asked for one in several)
     there = [(row, several) for row, several in zip(chosen, asked, strict=True) if all(q.key in known for q in several)]
     places = asyncio.Semaphore(recipe.concurrency)
-    spending = Spending(recipe.budget, recipe.prices, spent)
-    async with Teacher(recipe, endpoint, spending=spending) as teacher:
+    pace, spending = Pace(recipe), Spending(recipe.budget, recipe.prices, spent)
+    async with Teacher(recipe, endpoint, pace=pace, spending=spending) as teacher:
 
-        async def again(question: Question) -> StoredAnswer:
+        async def again(question: Question) -> StoredAnswer | None:
+            """None where no answer comes, which tells nothing of the teacher."""
+            started = time.monotonic()
             async with places, slots():
-                completion = await teacher.ask(question.messages, question.letters)
-            return _stored(question, completion, recipe, endpoint.identity)
+                while True:
+                    try:
+                        completion = await teacher.ask(question.messages, question.letters)
+                    except TeacherUnavailable:
+                        if time.monotonic() - started < recipe.outage_s:
+                            continue
+                        if pace.answered_at > started:
+                            return None
+                        raise
+                    malformed = completion.finish_reason == "malformed"
+                    return None if malformed else _stored(question, completion, recipe, endpoint.identity)
 
-        fresh = await asyncio.gather(*(again(one) for _, several in there for one in several))
+        answers = await asyncio.gather(*(again(one) for _, several in there for one in several))
+    fresh = [answer for answer in answers if answer]
     by_key = {answer.request_key: answer for answer in fresh}
+    compared = [(row, several) for row, several in there if all(one.key in by_key for one in several)]
     changed = [
         row.example_id
-        for row, several in there
+        for row, several in compared
         if _whole(row, several, known, recipe) != _whole(row, several, by_key, recipe)
     ]
     return TeacherDrift(
         asked=len(fresh),
-        compared=len(there),
+        compared=len(compared),
         changed=tuple(changed),
         before=tuple(sorted({answer.model_version for answer in known.values()})),
         after=tuple(sorted({answer.model_version for answer in fresh})),
@@ -451,7 +466,16 @@ class _Labelling:
             self._outcomes[question.key].failure = f"the endpoint fails on it, again and again ({error})"
         else:
             if completion.finish_reason == "malformed":
-                # Nothing that was said: the next run may ask again.
+                if self._pace.is_open:
+                    # Nothing else comes any more, so that it is not this question's doing.
+                    if self._pace.silent_s >= self._recipe.outage_s:
+                        raise TeacherUnavailable(
+                            f"TEACHER_MODEL_ENDPOINT: has given no chat completion for {self._recipe.outage_s:.0f} s; "
+                            "run again later: what was answered is kept"
+                        )
+                    self._queue.put_nowait(question)
+                    return
+                # Nothing that was said: whoever labels these rows again asks again.
                 self._outcomes[question.key].failure = "malformed answer: no chat completion"
                 return self._close()
             stored = _stored(question, completion, self._recipe, self._identity)
@@ -604,6 +628,7 @@ class _Files:
         _write_line(self._labels, label.model_dump())
         question = render_messages(row, self._prompt)[-1]["content"]
         _write_line(self._train, {"Question": question, "Answer": label.answer})
+        self._refuse_no_soft(final=False)
         return self._refuse_too_few(final=False)
 
     def _filtered(self, row: Example, label: TeacherLabel) -> str:
@@ -630,11 +655,7 @@ class _Files:
         if not self.tally.rows:
             raise TeacherError("dataset: no row to label; check dataset.splits and dataset.sample")
         self._refuse_too_few(final=True)
-        if self._recipe.soft_labels and self.tally.accepted and not self.tally.soft:
-            raise TeacherError(
-                f"teacher.soft_labels: none of {self.tally.accepted} labels has probabilities: those that came are not "
-                "at the answer's letter; set teacher.soft_labels: false"
-            )
+        self._refuse_no_soft(final=True)
         self.close()
         if self._recipe.filters.balance:
             self._balance(self._recipe.filters.balance)
@@ -650,6 +671,19 @@ class _Files:
             f"teacher: {tally.accepted} of {tally.rows} rows have a label, and teacher.filters.minimum_accepted asks "
             f"for {minimum:.0%}: {reasons}; check prompt.system, teacher.max_tokens and the model"
         )
+
+    def _refuse_no_soft(self, final: bool) -> None:
+        tally, recipe = self.tally, self._recipe
+        # With a minimum of nothing, labels are taken as they are.
+        if not recipe.soft_labels or tally.soft or not tally.accepted or not recipe.filters.minimum_accepted:
+            return
+        if not (final or tally.accepted >= _JUDGED_ROWS):
+            return
+        why = "those that came are not at the answer's letter"
+        mend = "set it to false, whereupon the rows are asked anew, or take answers.votes"
+        if recipe.kind == "file":
+            why, mend = "teacher.files have no column distribution", "add it, or set teacher.soft_labels: false"
+        raise TeacherError(f"teacher.soft_labels: none of {tally.accepted} labels has probabilities: {why}; {mend}")
 
     def _balance(self, most: float) -> None:
         """Takes the least sure labels of each letter that has more than `most` times the rarest's."""

@@ -100,7 +100,9 @@ def option_scores(packed: Packed, logits: "torch.Tensor") -> tuple["torch.Tensor
 def label_likelihoods(
     packed: Packed, logits: "torch.Tensor", each: "torch.Tensor", rows: Sequence[TrainingRow], end_id: int
 ) -> "torch.Tensor":
-    """[batch]: the mean log-probability of the label's tokens and of the end of the turn after them."""
+    """[batch]: the mean log-probability of the label's tokens and of the end of the turn after them.
+
+    logits: [batch, packed.kept, vocabulary]; each: as `option_scores` gives it."""
     import torch
 
     answers = torch.tensor([row.answer for row in rows], device=logits.device)

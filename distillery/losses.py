@@ -1,7 +1,7 @@
 """What a student's training minimises, each loss with its formula and its source.
 
-Logits come as [batch, positions, vocabulary]; every loss is a mean over the batch. Prompts carry no loss: only what the
-assistant says does.
+Logits come as [batch, positions, vocabulary], scores of options as [batch, options]; a loss is a mean over the batch
+where it does not say otherwise. Prompts carry no loss: only what the assistant says does.
 """
 
 from collections.abc import Sequence
@@ -45,7 +45,8 @@ def answer_loss(
     logits: [batch, 2, vocabulary] at the last prompt token and at the letter. With weight w the letter's is
     (1 - w) CE(p, label) + w (T^2 D(q_T, p_T) - log Z): see `choice_loss` for the divergence over the options; Z is the
     probability that the student, at temperature 1, says an option at all. For the forward divergence at T = 1 this is
-    KL(q || p) with p over the whole vocabulary. Rows without soft labels count with w = 0."""
+    KL(q || p) with p over the whole vocabulary. Rows without soft labels count with w = 0. Label smoothing spreads over
+    the whole vocabulary."""
     import torch
     import torch.nn.functional as F
 
@@ -73,7 +74,7 @@ def text_loss(
     p their softmax: the length-normalised likelihood by which GPT-3 is asked multiple-choice questions (Brown et al.,
     Language Models are Few-Shot Learners, 2020, section 2.4), here trained to rank. `likelihoods`: [batch], the mean
     log-probability of the label's text with the end of the turn; its negative, NLL, keeps the text itself likely, so
-    that the student also says it."""
+    that the student also says it. Label smoothing spreads over the row's options."""
     import torch
     import torch.nn.functional as F
 

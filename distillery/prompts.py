@@ -69,7 +69,13 @@ class TransformersTokenizer:
         self._tokenizer = tokenizer
 
     def encode_chat(self, messages: list[Message]) -> list[int]:
-        text = self._tokenizer.apply_chat_template(_whole(messages), add_generation_prompt=True, tokenize=False)
+        """Raises ModelError as `GenAITokenizer` does."""
+        from jinja2 import TemplateError
+
+        try:
+            text = self._tokenizer.apply_chat_template(_whole(messages), add_generation_prompt=True, tokenize=False)
+        except TemplateError as error:
+            raise _refused(error) from error
         return self.encode_text(text)
 
     def encode_text(self, text: str) -> list[int]:
@@ -87,14 +93,19 @@ class GenAITokenizer:
         try:
             text = self._tokenizer.apply_chat_template(json.dumps(_whole(messages)), add_generation_prompt=True)
         except RuntimeError as error:
-            cause = " ".join(str(error).split())[:200]
-            raise ModelError(
-                f"the model's chat template refuses the messages ({cause}); send other roles, or no system message"
-            ) from error
+            raise _refused(error) from error
         return self.encode_text(text)
 
     def encode_text(self, text: str) -> list[int]:
         return [int(token) for token in self._tokenizer.encode(text)]
+
+
+def _refused(error: Exception) -> ModelError:
+    cause = " ".join(str(error).split())[:200]
+    return ModelError(
+        f"the model's chat template refuses the messages ({cause}); send other roles, or no system message "
+        '(in a recipe, prompt.system: "")'
+    )
 
 
 def letter_ids(tokenizer: Tokenizer, count: int) -> list[int]:
@@ -104,9 +115,7 @@ def letter_ids(tokenizer: Tokenizer, count: int) -> list[int]:
     ids = [tokenizer.encode_text(letter) for letter in LETTERS[:count]]
     for letter, tokens in zip(LETTERS, ids, strict=False):
         if len(tokens) != 1:
-            raise RecipeError(
-                f"student.base: its tokenizer splits the option letter {letter} into {len(tokens)} tokens"
-            )
+            raise RecipeError(f"base model: its tokenizer splits the option letter {letter} into {len(tokens)} tokens")
     return [tokens[0] for tokens in ids]
 
 

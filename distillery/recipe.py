@@ -5,15 +5,18 @@ environment. Each stage takes its own slice, and that slice alone is in the stag
 """
 
 from importlib.resources import files
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from distillery.errors import RecipeError
 
 PRESETS = ("demo", "lab")
+_SHORTEST_RATIONALE = 48
+"""Tokens of an answer: two short sentences and the letter's line."""
 
 
 def _without_defaults(schema: dict[str, Any]) -> None:
@@ -84,6 +87,11 @@ class DatasetRecipe(Slice):
             raise ValueError("source is hub: set dataset.name, such as tau/commonsense_qa")
         if self.source == "files" and not self.files:
             raise ValueError("source is files: set dataset.files, such as {train: [rows.jsonl]}")
+        # Rows that nobody asked for would be trained on.
+        if self.source != "files" and self.files:
+            raise ValueError(f"files are given, but source is {self.source}: set dataset.source: files")
+        if self.source == "sample" and self.name:
+            raise ValueError("a name is given, but source is sample: set dataset.source: hub")
         if "train" not in self.splits:
             raise ValueError("dataset.splits names no train split")
         return self
@@ -169,7 +177,9 @@ class TrainingRecipe(Slice):
     rationale_instruction: str = Field(
         "Explain in one or two sentences which option is right.", description="What asks for it, below the prompt"
     )
-    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=1, description="Over the vocabulary where the answer is a letter, else over the row's options"
+    )
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="auto: bfloat16 where the hardware has it"
     )
@@ -258,7 +268,8 @@ class PriceRecipe(Slice):
 
 class BudgetRecipe(Slice):
     """Caps on what one run spends on its teacher: it stops before the call that would pass one. All answers are kept,
-    and the next run goes on from there. `calls` counts each try; `cost` needs teacher.prices."""
+    and the next run goes on from there. `calls` counts each try; `cost` needs teacher.prices. A run whose process is
+    started anew, as Kubernetes may, counts from nothing."""
 
     cost: float | None = Field(None, gt=0)
     tokens: int | None = Field(None, gt=0, description="Prompt and answer together")
@@ -312,7 +323,8 @@ class CanaryRecipe(Slice):
 class TeacherRecipe(Slice):
     """Who answers. `endpoint`: TEACHER_MODEL_ENDPOINT, TEACHER_MODEL_NAME and TEACHER_MODEL_KEY say where.
     `local`: the run prepares and serves its own teacher. `gold`: the rows' own answers. `file`: labels that are there
-    already, in `files` of JSONL, CSV or Parquet, with the columns example_id, answer and, if known, distribution.
+    already, in `files` of JSONL, CSV or Parquet, with the columns example_id, answer and, if known, distribution and
+    rationale.
 
     `identity` names the teacher in the label store; by default the model's name, or the local model's digest. It is
     never the URL or the SDK, so that a moved endpoint repeats nothing.
@@ -358,10 +370,20 @@ class TeacherRecipe(Slice):
             raise ValueError("budget.cost needs prices: {input: ..., output: ...} per million tokens")
         if self.kind == "file" and not self.files:
             raise ValueError("kind is file: set files, such as [labels.jsonl]")
+        if self.kind != "file" and self.files:
+            raise ValueError(f"files are given, but kind is {self.kind}: set teacher.kind: file")
         if self.canaries.rows and self.kind != "endpoint":
             raise ValueError(f"canaries: a teacher of kind {self.kind} does not change by itself; leave them out")
         if self.soft_labels and self.kind == "gold":
-            raise ValueError("soft_labels: gold answers have no probabilities; leave it out")
+            raise ValueError("soft_labels: gold answers have no probabilities; set it to false")
+        if self.kind == "endpoint" and self.answers.form == "rationale" and self.max_tokens < _SHORTEST_RATIONALE:
+            raise ValueError(f"answers.form: rationale needs max_tokens of some hundred; {self.max_tokens} cut it off")
+        unsure = not self.soft_labels and self.answers.votes == self.answers.orders == 1
+        if self.filters.confidence and self.kind != "file" and unsure:
+            raise ValueError("filters.confidence: one bare answer has none; set soft_labels, answers.votes or orders")
+        canary_calls = self.canaries.rows * self.answers.votes * self.answers.orders
+        if self.budget.calls is not None and self.budget.calls <= canary_calls:
+            raise ValueError(f"budget.calls: {self.budget.calls} leave nothing beside the {canary_calls} of canaries")
         return self
 
 
@@ -373,7 +395,15 @@ class LayerChoice(Slice):
     by: Literal["early_and_last", "even", "block_influence"] = "early_and_last"
 
 
-Layers = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] | LayerChoice
+def _in_order(layers: tuple[int, ...]) -> tuple[int, ...]:
+    if any(one >= next_one for one, next_one in pairwise(layers)):
+        raise ValueError("give each layer once, from the lowest to the highest")
+    return layers
+
+
+Layers = (
+    Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1), AfterValidator(_in_order)] | LayerChoice
+)
 """The layers themselves, in order, or how they are chosen."""
 
 
@@ -479,15 +509,20 @@ class Recipe(Slice):
             raise ValueError("prompt.answer: a teacher answers by letter; set student.prompt for the student's own")
         if self.student.start == "teacher" and self.teacher.kind != "local":
             raise ValueError("student.start is teacher, which needs teacher.kind: local")
+        roles = {*self.dataset.splits, *self.dataset.carve}
+        if "test" not in roles:
+            raise ValueError("evaluation and gate need a test split in dataset.splits or dataset.carve")
         for key, needs in (
             ("teacher.kind is local", self.teacher.kind == "local"),
             ("student.gold", self.student.gold),
         ):
-            if needs and "gold" not in {*self.dataset.splits, *self.dataset.carve}:
+            if needs and "gold" not in roles:
                 raise ValueError(f"{key}, which needs a gold split in dataset.splits or dataset.carve")
         if self.student.start == "teacher" and self.student.prompt:
             raise ValueError("student.prompt: a student that starts from its teacher is asked as the teacher is")
         trainings = [self.student.training, *(step.training for step in self.student.healing)]
+        if any(one.patience for one in (*trainings, self.teacher.preparation.training)) and "validation" not in roles:
+            raise ValueError("training.patience needs a validation split in dataset.splits or dataset.carve")
         if any(training.hidden_weight > 0 for training in trainings) and self.student.start != "teacher":
             raise ValueError("student.training.hidden_weight is above 0, which needs student.start: teacher")
         if self.teacher.preparation.training.hidden_weight > 0:
@@ -496,14 +531,17 @@ class Recipe(Slice):
         self._check_form("teacher.preparation.export", taught.export, taught.training)
         if not self.export.ladder:
             self._check_form("export", self.export, self.student.training)
-        elif "validation" not in {*self.dataset.splits, *self.dataset.carve}:
+        elif "validation" not in roles:
             raise ValueError("export.ladder needs a validation split in dataset.splits or dataset.carve")
         for number, form in enumerate(self.export.ladder):
             self._check_form(f"export.ladder.{number}", form, self.student.training, on_ladder=True)
         if any(training.soft_weight > 0 for training in trainings) and not self.teacher.soft_labels:
             raise ValueError("student.training.soft_weight is above 0, which needs teacher.soft_labels: true")
         with_reasons = self.teacher.answers.form == "rationale" or self.teacher.kind == "file"
-        if any(training.rationale_weight > 0 for training in trainings) and not with_reasons:
+        reasoned = [training for training in trainings if training.rationale_weight > 0]
+        if len({training.rationale_instruction for training in reasoned}) > 1:
+            raise ValueError("student: training and healing ask for reasons in several ways; give one instruction")
+        if reasoned and not with_reasons:
             raise ValueError(
                 "student.training.rationale_weight is above 0, which needs teacher.answers.form: rationale"
             )
@@ -542,14 +580,27 @@ def parse_recipe(values: dict[str, Any], place: str) -> Recipe:
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        raise RecipeError(f"{place}: " + "; ".join(_explain(detail) for detail in error.errors())) from error
+        raise RecipeError(f"{place}: {explained(error)}") from error
+
+
+_MENDS = {
+    "extra_forbidden": "unknown key; remove it or correct its spelling",
+    "tuple_type": "a list belongs here, such as [ITEM]",
+    "model_type": "settings belong here, such as {KEY: VALUE}; or leave the key out",
+    "dict_type": "settings belong here, such as {KEY: VALUE}; or leave the key out",
+}
+"""In YAML's words what Pydantic says in Python's."""
+
+
+def explained(error: ValidationError) -> str:
+    """One line: each wrong key and what is wrong with it."""
+    return "; ".join(_explain(detail) for detail in error.errors())
 
 
 def _explain(detail: Any) -> str:
-    key = ".".join(str(part) for part in detail["loc"])
-    if detail["type"] == "extra_forbidden":
-        return f"{key}: unknown key; remove it or correct its spelling"
-    message = detail["msg"].removeprefix("Value error, ")
+    # Of a key that takes this or that, Pydantic names the branch too.
+    key = ".".join(str(part) for part in detail["loc"] if "[" not in str(part) and part != LayerChoice.__name__)
+    message = _MENDS.get(detail["type"]) or detail["msg"].removeprefix("Value error, ")
     return f"{key}: {message}" if key else message
 
 

@@ -169,6 +169,8 @@ class TeacherDrift(Record):
 
     def line(self) -> str:
         """The result in one line."""
+        if not self.compared:
+            return "no canary row has an answer from before and one from now"
         versions = f"; {', '.join(self.before)} answered then, {', '.join(self.after)} now"
         return f"{len(self.changed)} of {self.compared} canary rows are answered otherwise ({self.share:.0%}){versions}"
 

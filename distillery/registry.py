@@ -233,7 +233,7 @@ class LocalRegistry(Registry):
 
     def _put(self, content: Path, name: str, digest: str) -> str:
         final = self._artifacts / name / digest
-        ArtifactStore().write_object(_shared_manifest(digest), (content / MANIFEST).read_bytes())
+        _share(content, digest)
         final.parent.mkdir(parents=True, exist_ok=True)
         beside = final.with_name(f".writing-{uuid.uuid4().hex[:8]}")
         try:
@@ -257,6 +257,8 @@ class LocalRegistry(Registry):
     def _fetch(self, model: RegisteredModel, folder: Path) -> None:
         if (here := self._folder(model)).is_dir():
             _copy(here, folder)
+            # The store may be another one by now.
+            _share(folder, model.manifest_sha256)
             return
         with self._elsewhere(model) as store:
             _copy(store.fetch(model.artifact), folder)
@@ -549,6 +551,13 @@ def _create_once(client: "MlflowClient", name: str) -> None:
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
+
+
+def _share(folder: Path, digest: str) -> None:
+    """Writes a folder's manifest, if it is whole, where the machines that share the store read it."""
+    manifest = folder / MANIFEST
+    if manifest.is_file() and sha256_of(manifest) == digest:
+        ArtifactStore().write_object(_shared_manifest(digest), manifest.read_bytes())
 
 
 def _shared_manifest(digest: str) -> str:

@@ -153,7 +153,7 @@ def linear_modules(model: Any) -> list[str]:
         if isinstance(module, torch.nn.Linear) and module is not head
     }
     if not names:
-        raise TrainingError("student.base: found no linear layers to adapt; use training.method: full")
+        raise TrainingError("base model: found no linear layers to adapt; use training.method: full")
     return sorted(names)
 
 
@@ -168,7 +168,7 @@ def add_lora(model: Any, recipe: LoraRecipe, dora: bool = False) -> Any:
     missing = [name for name in targets if not any(f".{n}".endswith(f".{name}") for n, _ in model.named_modules())]
     if missing:
         raise TrainingError(
-            f"student.training.lora.target_modules: this model has no {', '.join(missing)}; it has {', '.join(known)}"
+            f"training.lora.target_modules: this model has no {', '.join(missing)}; it has {', '.join(known)}"
         )
     config = peft.LoraConfig(
         r=recipe.rank,
@@ -401,7 +401,7 @@ def train(
     if not rows:
         raise TrainingError("no row to train on: every label was rejected or every prompt is over prompt.max_tokens")
     if recipe.patience and not validation:
-        raise TrainingError("student.training.patience needs validation rows: name a split for them or carve them")
+        raise TrainingError("training.patience needs validation rows: name a split for them or carve them")
     torch.manual_seed(recipe.seed)
     place = placement(recipe.precision)
     if recipe.adapts:
@@ -447,7 +447,7 @@ def train(
             trained_seconds += time.perf_counter() - started
             seen += count
             if not math.isfinite(total):
-                raise TrainingError(f"the loss is {total} at step {state.step}; lower student.training.learning_rate")
+                raise TrainingError(f"the loss is {total} at step {state.step}; lower its training.learning_rate")
             epoch_ends = state.step % per_epoch == 0 or state.step == steps
             checked = None
             if epoch_ends and validation:
@@ -626,9 +626,9 @@ def load_tokenizer(folder: Path, remote_code: bool = False) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=remote_code)
     except (OSError, ValueError) as error:
-        raise TrainingError(f"student.base: {folder.name} has no tokenizer that Transformers loads") from error
+        raise TrainingError(f"base model: {folder.name} has no tokenizer that Transformers loads") from error
     if not tokenizer.chat_template:
-        raise TrainingError(f"student.base: {folder.name} has no chat template; choose an instruction-tuned model")
+        raise TrainingError(f"base model: {folder.name} has no chat template; choose an instruction-tuned model")
     return tokenizer
 
 

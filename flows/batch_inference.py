@@ -5,8 +5,9 @@
 
 import shutil
 import sys
+from argparse import ArgumentParser
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from prefect import flow
 
@@ -19,6 +20,8 @@ from tasks.inference import fetch_input, score
 from tasks.results import results_in_store
 from tasks.stage import RESULT, tidy_logs
 
+RegistryKind = Literal["local", "azureml"]
+
 
 @flow(name="batch-inference", description="Scores a file of rows with a registered student.", **RESULT)
 def batch_inference(
@@ -26,8 +29,8 @@ def batch_inference(
     input_uri: str,
     output: str = "",
     version: str | None = None,
-    registry: Literal["local", "azureml"] = "local",
-    columns: Columns = Columns(),  # noqa: B008 - frozen, and Prefect shows it as the form's default
+    registry: RegistryKind = "local",
+    columns: Columns | None = None,
 ) -> Predictions:
     """Writes an answer with probabilities for each row; rows that can't be asked go to a file of their own.
 
@@ -37,13 +40,15 @@ def batch_inference(
         output: A folder for predictions.jsonl and failed.jsonl; they are in the artifact store in any case.
         version: The model's version; the champion where not given.
         registry: Where the model is registered.
-        columns: Which column of the file holds what.
+        columns: Which column of the file holds what; as in the recipe that the model was made by where not given.
     """
     tidy_logs()
     place = open_registry(RegistryRecipe(kind=registry, model_name=model_name))
     model = place.get(model_name, version)
     # The prompt comes with the model: it is asked as it was trained.
-    prompt = PromptRecipe.model_validate(place.provenance(model)["provenance"]["prompt"])
+    made = place.provenance(model)["provenance"]
+    prompt = PromptRecipe.model_validate(made["prompt"])
+    columns = columns or Columns.model_validate(made["recipe"]["dataset"]["columns"])
     with working_folder("input") as folder:
         digest = sha256_of(fetch_input(input_uri, folder))
     predictions = score(model, prompt, InputFile(uri=input_uri, sha256=digest), columns)
@@ -56,17 +61,23 @@ def batch_inference(
 
 
 def main(arguments: list[str]) -> int:
-    if len(arguments) != 3:
-        print("usage: python -m flows.batch_inference MODEL INPUT OUTPUT_FOLDER", file=sys.stderr)
-        return 2
+    """0 when the file is answered, 1 with one line where the user has something to mend."""
+    parser = ArgumentParser("python -m flows.batch_inference", description="Answers a file with a registered student.")
+    parser.add_argument("model", help="the registered model's name")
+    parser.add_argument("input", help="a JSONL, CSV or Parquet file: a path or an fsspec URL")
+    parser.add_argument("output", help="a folder for predictions.jsonl and failed.jsonl")
+    parser.add_argument("--version", help="the champion where not given")
+    parser.add_argument("--registry", choices=get_args(RegistryKind), default="local")
+    given = parser.parse_args(arguments)
+    rows = given.input if "://" in given.input else str(Path(given.input).absolute())
+    out = Path(given.output).absolute()
     try:
-        rows = arguments[1] if "://" in arguments[1] else str(Path(arguments[1]).absolute())
         with results_in_store():
-            done = batch_inference(arguments[0], rows, str(Path(arguments[2]).absolute()))
+            done = batch_inference(given.model, rows, str(out), given.version, given.registry)
     except DistilleryError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(f"{done.rows} rows answered in {arguments[2]}/predictions.jsonl, {done.failed} set aside in failed.jsonl")
+    print(f"{done.rows} rows answered in {given.output}/predictions.jsonl, {done.failed} set aside in failed.jsonl")
     return 0
 
 

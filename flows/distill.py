@@ -57,11 +57,12 @@ def distill(recipe: Recipe, training_deployment: str | None = None, refresh: tup
     taught = labelled_rows(recipe, training_deployment, refresh)
     data, local, labels = taught.data, taught.local, taught.labels
     train_rows, test_rows = data.rows("train"), data.rows("test")
+    # With the other labels, so that a budget that does not suffice ends the run before it trains.
+    teacher = local.model if local else judged_by(test_rows, recipe, taught.identity)
     base = student_base(recipe)
     student = trained_student(recipe, taught, base, training_deployment, "student", "train student" in refresh)
     model = exported(student, base, recipe, data, again)
 
-    teacher = local.model if local else judged_by(test_rows, recipe, taught.identity)
     tfidf_rows = data.rows_if_any("gold") or train_rows
     asked = recipe.student_prompt
     report = again("evaluate", evaluate)(
@@ -152,7 +153,8 @@ def main(arguments: list[str]) -> int:
     parser = ArgumentParser("python -m flows.distill", description="Runs a recipe on this machine.")
     parser.add_argument("recipe", help="demo, lab or a YAML file")
     again = {"action": "append", "default": [], "choices": get_args(Stage)}
-    parser.add_argument("--refresh", metavar="STAGE", help="do a stage again; may be given more than once", **again)
+    stages = f"do a stage again, of {', '.join(get_args(Stage))}; may be given more than once"
+    parser.add_argument("--refresh", metavar="STAGE", help=stages, **again)
     given = parser.parse_args(arguments)
     try:
         recipe = load_recipe(given.recipe)

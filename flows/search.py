@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from distillery.errors import DistilleryError, RecipeError
 from distillery.evaluation import machine
 from distillery.readiness import check_settings
-from distillery.recipe import Recipe, SearchRecipe, load_recipe
+from distillery.recipe import Recipe, SearchRecipe, explained, load_recipe
 from distillery.records import Trial
 from distillery.search import Search, render_trials
 from flows.distill import labelled_rows, student_base, trained_student
@@ -58,12 +58,10 @@ def load_space(path: str) -> SearchRecipe:
         raise RecipeError(
             f"{path}: can't be read ({error.strerror}); give a YAML file such as 'rank: [8, 16]'"
         ) from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: no valid YAML: {' '.join(str(error).split())}") from error
     except ValidationError as error:
-        detail = error.errors()[0]
-        key = ".".join(str(part) for part in detail["loc"]) or "space"
-        raise RecipeError(f"{path}: {key}: {detail['msg'].removeprefix('Value error, ')}") from error
+        raise RecipeError(f"{path}: {explained(error)}") from error
 
 
 def main(arguments: list[str]) -> int:

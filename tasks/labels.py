@@ -116,7 +116,7 @@ def _local_endpoint(folder: Path, identity: str) -> Iterator[Endpoint]:
         yield Endpoint(url=server.url, model="teacher", key=server.key, identity=identity, sdk="openai")
 
 
-@stage("gold labels", version=2)
+@stage("gold labels", version=3)
 def gold_labels(rows: Rows, prompt: PromptRecipe, teacher: TeacherRecipe = AS_TOLD) -> TeacherLabels:
     """The rows' own answers, in the shape of a teacher's."""
     started = time.perf_counter()
@@ -129,7 +129,7 @@ def gold_labels(rows: Rows, prompt: PromptRecipe, teacher: TeacherRecipe = AS_TO
     return TeacherLabels(artifact=artifact, teacher="gold", soft=False, **origin(started), **vars(counts))
 
 
-@stage("labels from files", version=1)
+@stage("labels from files", version=2)
 def labels_from_files(rows: Rows, prompt: PromptRecipe, teacher: TeacherRecipe, identity: str) -> TeacherLabels:
     """The labels that teacher.files hold for these rows; `identity` is the files' digest."""
     started = time.perf_counter()

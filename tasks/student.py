@@ -10,7 +10,7 @@ from prefect import get_run_logger
 from distillery import student as domain
 from distillery.base_model import base_folder, remote_code_allowed
 from distillery.dataset import read_examples
-from distillery.errors import DistilleryError
+from distillery.errors import DistilleryError, TrainingError
 from distillery.labels import gold_labels, read_labels
 from distillery.recipe import BaseModelRecipe, HealingRecipe, Layers, PromptRecipe, TrainingRecipe
 from distillery.records import Rows, StudentCheckpoint, TeacherLabels
@@ -46,6 +46,11 @@ def train(
     explain = with_reasons[0].rationale_instruction if with_reasons else None
     found = read_labels(store.fetch(labels.artifact))
     ready, too_long = domain.training_rows(examples, found, prompt, tokenizer, explain)
+    if explain and not any(row.rationale for row in ready):
+        raise TrainingError(
+            "training.rationale_weight is above 0, but no label has a reason: it takes an endpoint that is asked with "
+            "teacher.answers.form: rationale, or a column rationale in teacher.files"
+        )
     answered, too_long_gold = _with_own_answers(gold, prompt, tokenizer)
     checks, too_long_checks = _with_own_answers(validation, prompt, tokenizer)
     ready += answered

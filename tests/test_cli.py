@@ -17,6 +17,7 @@ import pytest
 import yaml
 
 from distillery import cli
+from distillery.registry import LocalRegistry
 from distillery.store import ArtifactStore
 
 TinyModel = Callable[[str], Path]
@@ -98,7 +99,7 @@ def test_what_can_be_mended_is_one_line(arguments: tuple[str, ...], said: str) -
 def test_a_wrong_call_explains_itself() -> None:
     assert run("serve", ".", "--port", "99999").returncode == 2
     assert run("store", "gc", "--older-than", "0d").returncode == 2
-    assert {"check", "serve", "base", "store"} <= set(run("--help").stdout.split())
+    assert {"check", "serve", "base", "models", "store"} <= set(run("--help").stdout.split())
     assert {"list", "show", "gc"} <= set(run("store", "--help").stdout.split())
 
 
@@ -140,6 +141,20 @@ def test_the_store_is_listed_shown_and_collected(tmp_path: Path) -> None:
     assert run("store", "gc").stdout.splitlines() == [line, "1 removed, 1.5 MB"]
     assert run("store", "gc").stdout.splitlines() == ["0 removed, 0.0 MB"]
     assert [path.name for path in Path(store.url).iterdir() if len(path.name) == 64] == [kept]
+
+
+def test_models_are_listed_promoted_and_downloaded(tmp_path: Path) -> None:
+    for content in ("one", "two"):
+        (tmp_path / content).mkdir()
+        (tmp_path / content / "weights.bin").write_text(content)
+        LocalRegistry().register(tmp_path / content, "mine", {}, {})
+    assert run("models", "promote", "mine", "1").stdout == "mine version 1 is the champion\n"
+    listed = [line.split()[:4] for line in run("models", "list").stdout.splitlines()]
+    assert listed == [["mine", "version", "2", "candidate"], ["mine", "version", "1", "champion"]]
+    target = tmp_path / "down"
+    assert run("models", "download", "mine", str(target)).stdout == f"mine version 1 in {target}\n"
+    assert (target / "weights.bin").read_text() == "one"
+    assert "mine: no version 3 in" in error_of(run("models", "promote", "mine", "3"))
 
 
 def get(url: str, key: str = "") -> bytes:

@@ -250,6 +250,22 @@ async def test_a_malformed_answer_is_paid_for_once(sdk: Sdk, url: str, tmp_path:
     assert reasons_in(tmp_path / "out") == {"row-19": "malformed answer: no chat completion"}
 
 
+async def test_pages_that_come_for_a_while_in_place_of_answers_cost_few_rows(url: str, tmp_path: Path) -> None:
+    """A gateway's, say: beyond the breaker's failures no row is set aside for them."""
+    page = Reply("<html>Maintenance</html>")
+    with ChatEndpoint(lambda call: page if 20 <= call.number < 45 else good(call)) as server:
+        counts = await labelled(server, url, tmp_path / "out", rows=60, concurrency=8)
+    assert counts.accepted + counts.rejected == 60
+    assert counts.rejected < 20
+
+
+async def test_nothing_but_pages_for_long_ends_the_run(url: str, tmp_path: Path) -> None:
+    page = Reply("<html>Maintenance</html>")
+    ended = pytest.raises(TeacherUnavailable, match="has given no chat completion for 1 s; run again later")
+    with ChatEndpoint(lambda call: page if call.number >= 20 else good(call)) as server, ended:
+        await labelled(server, url, tmp_path / "out", rows=60, concurrency=8, outage_s=1)
+
+
 ODD_BESIDE = {
     "usage null": changed(completion("A"), "usage", to=None),
     "usage a list": changed(completion("A"), "usage", to=[1]),
@@ -736,8 +752,11 @@ async def test_labels_below_the_confidence_are_set_aside(url: str, tmp_path: Pat
 
 
 async def test_a_label_without_a_confidence_is_below_any(url: str, tmp_path: Path) -> None:
-    with ChatEndpoint() as server, pytest.raises(TeacherError, match=r"no confidence is known \(teacher.filters.conf"):
-        await labelled(server, url, tmp_path / "out", filters={"confidence": 0.5}, rows=3)
+    reply = in_tokens({"?": {"?": 0.9, "!": 0.1}})
+    reply.body["choices"][0]["message"]["content"] = "A"
+    no_confidence = pytest.raises(TeacherError, match=r"no confidence is known \(teacher.filters.conf")
+    with ChatEndpoint(lambda call: reply) as server, no_confidence:
+        await labelled(server, url, tmp_path / "out", filters={"confidence": 0.5}, rows=3, soft_labels=True)
 
 
 @pytest.mark.parametrize("token", ["(A", '"A"', 'A"}', " A.", "**A"])
@@ -753,8 +772,12 @@ async def test_probabilities_at_a_letter_with_marks_around_it_are_taken(url: str
 async def test_soft_labels_that_none_has_end_the_run(url: str, tmp_path: Path) -> None:
     reply = in_tokens({"?": {"?": 0.9, "!": 0.1}})
     reply.body["choices"][0]["message"]["content"] = "A"
-    with ChatEndpoint(lambda call: reply) as server, pytest.raises(TeacherError, match="none of 4 labels has prob"):
-        await labelled(server, url, tmp_path / "out", rows=4, soft_labels=True)
+    with ChatEndpoint(lambda call: reply) as server:
+        with pytest.raises(TeacherError, match="none of 4 labels has prob"):
+            await labelled(server, url, tmp_path / "out", rows=4, soft_labels=True)
+        with pytest.raises(TeacherError, match="none of 100 labels has prob"):
+            await labelled(server, url, tmp_path / "out", rows=1000, soft_labels=True)
+        assert len(server.calls) < 200
     assert not (tmp_path / "out").exists()
 
 

@@ -189,6 +189,8 @@ def test_as_many_rows_as_a_list_holds_are_deleted(store: LabelStore) -> None:
         ("ada love", {5}),
         ("O'Brien", {6}),
         ("nobody", set()),
+        ("müller", {8}),
+        ("иван", {8}),
         ("\\", {7}),
     ],
 )
@@ -203,7 +205,7 @@ def test_answers_are_deleted_by_text_in_prompt_or_answer(store: LabelStore, text
             stored(5, raw="B) Ada Lovelace"),
             stored(6, prompt="who is O'Brien?"),
             stored(7, prompt="C:\\"),
-            stored(8),
+            stored(8, prompt="who are ИВАН and MÜLLER?"),
         ],
     )
     assert store.delete(containing=[text], dry_run=True) == len(gone)

@@ -5,8 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
-from distillery.errors import RecipeError
+from distillery.errors import ModelError, RecipeError
 from distillery.inference import OnnxStudent
 from distillery.prompts import Message, TransformersTokenizer, letter_ids, render_ids, render_messages
 from distillery.recipe import BaseModelRecipe, PromptRecipe
@@ -119,6 +120,13 @@ def test_a_prompt_over_the_limit_is_none(tiny_onnx: Callable[..., Path]) -> None
     at_limit = PromptRecipe(max_tokens=len(ids))
     assert render_ids(BAKER, at_limit, student.tokenizer) == ids
     assert render_ids(BAKER, PromptRecipe(max_tokens=len(ids) - 1), student.tokenizer) is None
+
+
+def test_a_template_that_refuses_the_system_message_says_so(tiny_model: Callable[[str], Path]) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model("llama"))
+    tokenizer.chat_template = "{{ raise_exception('System role not supported') }}"
+    with pytest.raises(ModelError, match=r'messages \(System role not supported\); .*prompt\.system: ""'):
+        render_ids(BAKER, PromptRecipe(), TransformersTokenizer(tokenizer))
 
 
 def test_a_letter_of_two_tokens_is_refused() -> None:

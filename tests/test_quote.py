@@ -9,7 +9,7 @@ import pytest
 from chat_endpoint import Call, ChatEndpoint, Reply, good, said
 from pydantic import SecretStr
 
-from distillery.errors import BudgetReached, DataError, RecipeError, TeacherError
+from distillery.errors import BudgetReached, DataError, RecipeError, TeacherError, TeacherUnavailable
 from distillery.label_report import read_report
 from distillery.label_store import LabelStore
 from distillery.labels import ask_canaries, gold_labels, label, label_from, labels_in, read_labels
@@ -139,6 +139,21 @@ def test_canaries_that_nobody_has_answered_tell_nothing(store: LabelStore) -> No
         drift = canaries(server, store, 3)
         assert server.calls == [], "they would be asked, and paid for, twice"
     assert (drift.asked, drift.compared, drift.share) == (0, 0, 0.0)
+    assert drift.line() == "no canary row has an answer from before and one from now"
+
+
+def test_what_is_no_answer_tells_nothing_of_the_teacher(store: LabelStore, tmp_path: Path) -> None:
+    with ChatEndpoint() as server:
+        labelled(server, store, tmp_path / "out", ROWS)
+        server.script = lambda call: Reply("{}}") if call.number == 32 else good(call)
+        drift = canaries(server, store, 5, concurrency=1)
+        assert (drift.asked, drift.compared, drift.changed) == (4, 4, ())
+        # Down for longer than one question's tries.
+        server.script = lambda call: Reply(status=503) if call.number < 43 else good(call)
+        assert canaries(server, store, 5, concurrency=1, attempts=2).compared == 5
+        server.script = lambda call: Reply(status=503)
+        with pytest.raises(TeacherUnavailable):
+            canaries(server, store, 5, attempts=2, outage_s=1)
 
 
 def test_a_budget_is_for_all_that_a_run_asks(store: LabelStore, tmp_path: Path) -> None:
@@ -179,6 +194,7 @@ def test_labels_that_are_there_already(tmp_path: Path, suffix: str) -> None:
     rows = [{"example_id": f"row-{n}", "answer": "ABC"[n % 3], "distribution": None} for n in range(4)]
     rows[0]["distribution"] = json.dumps({"A": 0.8, "B": 0.1, "C": 0.1})
     rows.append({"example_id": "elsewhere", "answer": "Z", "distribution": None})
+    rows = [row | {"rationale": "It comes first." if row["example_id"] == "row-3" else None} for row in rows]
     path = tmp_path / f"labels.{suffix}"
     if suffix == "jsonl":
         path.write_text("".join(json.dumps(one) + "\n" for one in rows))
@@ -190,6 +206,7 @@ def test_labels_that_are_there_already(tmp_path: Path, suffix: str) -> None:
     assert {key: one.answer for key, one in found.items()} == {"row-0": "A", "row-1": "B", "row-2": "C", "row-3": "A"}
     assert found["row-0"].distribution == {"A": 0.8, "B": 0.1, "C": 0.1}
     assert (found["row-0"].confidence, found["row-1"].confidence) == (0.8, None)
+    assert [one.rationale for one in found.values()] == [None, None, None, "It comes first."]
 
 
 @pytest.mark.parametrize(

@@ -156,7 +156,7 @@ def test_a_check_that_breaks_is_said_without_what_a_library_says(
 
 def test_files_that_are_not_there(tiny_model: TinyModel, tmp_path: Path) -> None:
     files = {"train": [str(tmp_path / "none.jsonl")]}
-    dataset = {"source": "files", "files": files, "splits": {"gold": "train", "train": "train"}}
+    dataset = {"source": "files", "files": files, "splits": {"gold": "train", "train": "train", "test": "train"}}
     asked = local(tiny_model("llama")).model_copy(update={"dataset": recipe("x", dataset=dataset).dataset})
     found = findings(asked)
     assert found["data"].level == "FAIL"
@@ -219,7 +219,7 @@ def test_a_base_model_in_the_hubs_cache(tiny_model: TinyModel, monkeypatch: pyte
 
 
 def test_a_data_set_on_the_hub(tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    splits = {"gold": "train", "train": "train"}
+    splits = {"gold": "train", "train": "train", "test": "train"}
     asked, pinned = (
         local(tiny_model("llama")).model_copy(
             update={"dataset": recipe("x", dataset={"source": "hub", "name": "a/d", "splits": splits, **more}).dataset}

@@ -104,6 +104,37 @@ def test_null_of_a_plain_field_is_that_fields_value() -> None:
             {"teacher": {"kind": "local"}, "dataset": {"splits": {"train": "train", "test": "test"}}},
             "which needs a gold split in dataset.splits or dataset.carve",
         ),
+        ({"dataset": {"files": {"train": ["a.jsonl"]}}}, "but source is sample: set dataset.source: files"),
+        ({"preset": "lab", "dataset": {"files": {"train": ["a.jsonl"]}}}, "but source is hub: set dataset.source"),
+        ({"dataset": {"name": "tau/commonsense_qa"}}, "set dataset.source: hub"),
+        ({"teacher": {"files": ["labels.jsonl"]}}, "but kind is endpoint: set teacher.kind: file"),
+        ({"dataset": {"splits": {"train": "train"}}}, "evaluation and gate need a test split"),
+        (
+            {"student": {"training": {"patience": 1}}, "dataset": {"splits": {"train": "a", "test": "b"}}},
+            "training.patience needs a validation split",
+        ),
+        ({"teacher": {"answers": {"form": "rationale"}}}, "needs max_tokens of some hundred; 16 cut it off"),
+        ({"teacher": {"filters": {"confidence": 0.5}}}, "filters.confidence: one bare answer has none"),
+        (
+            {"teacher": {"budget": {"calls": 20}, "canaries": {"rows": 10}, "answers": {"orders": 2}}},
+            "budget.calls: 20 leave nothing beside the 20 of canaries",
+        ),
+        ({"student": {"layers": [0, 2, 2]}}, "student.layers: give each layer once, from the lowest to the highest"),
+        ({"student": {"layers": 14}}, "student.layers: a list belongs here, such as [ITEM]"),
+        ({"dataset": {"source": "files", "files": {"train": "a.jsonl"}}}, "dataset.files.train: a list belongs here"),
+        ({"dataset": None}, "dataset: settings belong here, such as {KEY: VALUE}; or leave the key out"),
+        (
+            {
+                "teacher": {"answers": {"form": "rationale"}, "max_tokens": 200},
+                "student": {
+                    "healing": [
+                        {"training": {"method": "full", "rationale_weight": 1, "rationale_instruction": "Why?"}}
+                    ],
+                    "training": {"rationale_weight": 1},
+                },
+            },
+            "training and healing ask for reasons in several ways",
+        ),
     ],
 )
 def test_what_is_wrong_is_refused_in_one_line_that_names_the_key(values: dict[str, Any], said: str) -> None:

@@ -292,6 +292,18 @@ def test_another_machine_takes_what_it_lacks_from_the_store(
     assert not other.is_whole(model)
 
 
+def test_a_store_that_has_moved_gets_the_manifest_from_the_machine_that_has_it(
+    home: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DISTILLERY_REGISTRY", f"sqlite:///{tmp_path / 'registry.db'}")
+    monkeypatch.setenv("DISTILLERY_STORE", str(tmp_path / "store"))
+    model = LocalRegistry().register(folder, "student", {}, PROVENANCE)
+    monkeypatch.setenv("DISTILLERY_STORE", str(tmp_path / "new"))
+    ArtifactStore().put(LocalRegistry().download(model, tmp_path / "down"))
+    monkeypatch.setenv("DISTILLERY_HOME", str(tmp_path / "elsewhere"))
+    assert LocalRegistry().provenance(model)["provenance"] == PROVENANCE
+
+
 def test_download_replaces_nothing_but_what_it_made(folder: Path, tmp_path: Path) -> None:
     registry = LocalRegistry()
     model = registry.register(folder, "student", {}, PROVENANCE)

@@ -95,12 +95,12 @@ def test_the_table_has_the_best_first_and_a_star_for_the_front() -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("", "space: Input should be"),
+        ("", "settings belong here, such as {KEY: VALUE}"),
         ("rank: [8", "no valid YAML"),
-        ("{}", "space: nothing to try: give rank, keep"),
-        ("depth: [8]", "depth: Extra inputs"),
-        ("learning_rate: [1.0e-3, 1.0e-5]", "space: learning_rate: give the lower bound first"),
-        ("learning_rate: [0, 1]", "space: learning_rate: bounds above 0"),
+        ("{}", "nothing to try: give rank, keep"),
+        ("depth: [8]", "depth: unknown key; remove it"),
+        ("learning_rate: [1.0e-3, 1.0e-5]", "learning_rate: give the lower bound first"),
+        ("learning_rate: [0, 1]", "learning_rate: bounds above 0"),
         (None, r"can't be read \(No such file"),
     ],
 )

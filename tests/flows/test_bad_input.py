@@ -14,12 +14,13 @@ import yaml
 from chat_endpoint import Call, ChatEndpoint, Reply, good, refused, said
 from prefect.settings import PREFECT_API_URL
 from prefect.testing.utilities import prefect_test_harness
-from tiny_recipe import recipe, write_rows
+from tiny_recipe import ROWS, recipe, write_rows
 
-from distillery.recipe import PromptRecipe
+from distillery.recipe import PromptRecipe, Recipe
 from distillery.registry import LocalRegistry
 
 PROJECT = Path(__file__).resolve().parents[2]
+COUNTING = Path(__file__).parent / "counting"
 FULL_DISK = Path(__file__).parent / "full_disk"
 KEY = "the-right-key-of-the-test"
 LOG_LINE = re.compile(r"\d\d:\d\d:\d\d\.\d{3} \| (INFO|WARNING|ERROR) ")
@@ -135,6 +136,28 @@ def test_an_endpoint_without_log_probabilities(bench: Bench, script: Callable[[C
     assert "set teacher.soft_labels: false" in line
 
 
+def test_a_budget_that_does_not_reach_to_the_test_rows_ends_the_run_before_it_trains(bench: Bench) -> None:
+    counted = bench.folder / "counted"
+    counted.touch()
+    with ChatEndpoint() as server:
+        bench.ask(server.url, identity="capped", budget={"calls": ROWS["train"] + 1})
+        bench.prefect |= {"COUNT_FILE": str(counted)}
+        line = bench.refusal(path=str(COUNTING))
+        assert len(server.calls) == ROWS["train"] + 1
+    assert "teacher.budget.calls: 61 of 61 spent in this run, and the next call would pass it" in line
+    assert set(counted.read_text().split()) == {"request"}
+
+
+def test_reasons_that_no_label_has(bench: Bench) -> None:
+    bench.ask("")
+    labels = [{"example_id": f"train-{number}", "answer": "A"} for number in range(ROWS["train"])]
+    file = bench.folder / "labels.jsonl"
+    file.write_text("".join(json.dumps(label) + "\n" for label in labels))
+    bench.recipe["teacher"] = {"kind": "file", "files": [str(file)]}
+    bench.recipe["student"]["training"] = {"rationale_weight": 1.0}
+    assert "training.rationale_weight is above 0, but no label has a reason" in bench.refusal()
+
+
 def test_a_missing_column(bench: Bench) -> None:
     bench.recipe["dataset"]["columns"] = {"question": "text"}
     line = bench.refusal()
@@ -186,7 +209,8 @@ def test_a_registered_folder_that_was_tampered_with(bench: Bench, file: str) -> 
     folder = bench.folder / "model"
     folder.mkdir()
     (folder / "weights.bin").write_bytes(bytes(1000))
-    model = LocalRegistry().register(folder, "tiny-student", {}, {"prompt": PromptRecipe().model_dump()})
+    provenance = {"prompt": PromptRecipe().model_dump(), "recipe": Recipe().model_dump(mode="json")}
+    model = LocalRegistry().register(folder, "tiny-student", {}, provenance)
     stored = Path(model.artifact.uri) / file
     content = bytearray(stored.read_bytes())
     content[len(content) // 2] ^= 1
