@@ -253,7 +253,7 @@ async def test_a_malformed_answer_is_paid_for_once(sdk: Sdk, url: str, tmp_path:
 async def test_pages_that_come_for_a_while_in_place_of_answers_cost_few_rows(url: str, tmp_path: Path) -> None:
     """A gateway's, say: beyond the breaker's failures no row is set aside for them."""
     page = Reply("<html>Maintenance</html>")
-    with ChatEndpoint(lambda call: page if 20 <= call.number < 45 else good(call)) as server:
+    with ChatEndpoint(lambda call: page if 20 <= call.number < 32 else good(call)) as server:
         counts = await labelled(server, url, tmp_path / "out", rows=60, concurrency=8)
     assert counts.accepted + counts.rejected == 60
     assert counts.rejected < 20
@@ -734,8 +734,8 @@ async def test_a_rationale_that_was_cut_off_is_set_aside(url: str, tmp_path: Pat
         cut = said(text, finish_reason="length")
         with ChatEndpoint(only_for(3, cut, lambda call: said("It is.\nAnswer: C"))) as server:
             out = tmp_path / str(len(text))
-            await labelled(server, f"{url}{len(text)}", out, max_tokens=40, answers={"form": "rationale"})
-        assert reasons_in(out) == {"row-3": "no answer within teacher.max_tokens (40)"}
+            await labelled(server, f"{url}{len(text)}", out, max_tokens=60, answers={"form": "rationale"})
+        assert reasons_in(out) == {"row-3": "no answer within teacher.max_tokens (60)"}
 
 
 async def test_labels_below_the_confidence_are_set_aside(url: str, tmp_path: Path) -> None:
