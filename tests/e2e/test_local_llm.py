@@ -30,7 +30,7 @@ ROWS = int(os.environ.get("COMMONSENSE_QA_ROWS", "24"))
 Sdk = Literal["azure-ai-inference", "openai"]
 SDKS: tuple[Sdk, Sdk] = ("azure-ai-inference", "openai")
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600 + 8 * ROWS)]
 
 
 class Labelling:
