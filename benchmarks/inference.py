@@ -61,7 +61,7 @@ SETTINGS: dict[str, list[Settings]] = {
     "ours": [
         {"algorithm": "k_quant_high", "block_size": 32},
         {"algorithm": "rtn", "block_size": 32},
-        {"algorithm": "rtn", "block_size": 128},
+        {"algorithm": "rtn", "block_size": 64},
     ],
     "llama_cpp": [
         {"weights": "Q4_1", "slots": 1, "flash_attention": True},

@@ -142,6 +142,9 @@ def olive(settings: Settings, steps: int, rows: dict[str, Any], out: Path) -> Fi
     import transformers
     from olive.cli.launcher import main as olive_command
 
+    # Its cache is in the working folder, and what stands there is not trained again.
+    out.mkdir(parents=True, exist_ok=True)
+    os.chdir(out)
     # The command has no place for a callback of ours: every Trainer made in this process gets one.
     clock = _clock()
     transformers.trainer.DEFAULT_CALLBACKS.append(clock)
