@@ -18,7 +18,7 @@ from distillery.registry import open_registry
 from distillery.store import ArtifactStore, sha256_of, working_folder
 from tasks.inference import fetch_input, score
 from tasks.results import results_in_store
-from tasks.stage import RESULT, tidy_logs
+from tasks.stage import RESULT, begin
 
 RegistryKind = Literal["local", "azureml"]
 
@@ -42,7 +42,7 @@ def batch_inference(
         registry: Where the model is registered.
         columns: Which column of the file holds what; as in the recipe that the model was made by where not given.
     """
-    tidy_logs()
+    begin()
     place = open_registry(RegistryRecipe(kind=registry, model_name=model_name))
     model = place.get(model_name, version)
     # The prompt comes with the model: it is asked as it was trained.

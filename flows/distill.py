@@ -29,7 +29,7 @@ from tasks.labels import canaries, judged_by, labelled
 from tasks.onnx import exported
 from tasks.registry import download, judge, promote, register
 from tasks.results import results_in_store
-from tasks.stage import RESULT, Stage, own_tags, produced_by, refreshing, tidy_logs
+from tasks.stage import RESULT, Stage, begin, own_tags, produced_by, refreshing
 from tasks.summary import publish, render
 
 
@@ -51,7 +51,7 @@ def distill(recipe: Recipe, training_deployment: str | None = None, refresh: tup
         refresh: Stages to do again though nothing they depend on has changed. What the teacher has answered is kept:
             no answer is paid for twice.
     """
-    tidy_logs()
+    begin()
     again = refreshing(refresh)
     check_settings(recipe)
     taught = labelled_rows(recipe, training_deployment, refresh)

@@ -7,7 +7,7 @@ from distillery.records import PreparedDataset, PreparedTeacher
 from flows.train_student import trained
 from tasks.labels import gold_labels
 from tasks.onnx import export
-from tasks.stage import RESULT, Stage, refreshing, tidy_logs
+from tasks.stage import RESULT, Stage, begin, refreshing
 
 
 @flow(name="prepare-teacher", description="Fine-tunes a local teacher on gold labels and exports it.", **RESULT)
@@ -27,7 +27,7 @@ def prepare_teacher(
         training_deployment: The deployment that trains; in this process where not given.
         refresh: Stages to do again though nothing they depend on has changed.
     """
-    tidy_logs()
+    begin()
     gold = data.rows("gold")
     checkpoint = trained(
         training_deployment,

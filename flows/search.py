@@ -24,7 +24,7 @@ from flows.distill import labelled_rows, student_base, trained_student
 from tasks.onnx import exported
 from tasks.results import results_in_store
 from tasks.search import measure
-from tasks.stage import RESULT, refreshing, tidy_logs
+from tasks.stage import RESULT, begin, refreshing
 
 
 @flow(name="search", description=__doc__, **RESULT)
@@ -36,7 +36,7 @@ def search(recipe: Recipe, space: SearchRecipe, training_deployment: str | None 
         space: What to try, and how often.
         training_deployment: Where training runs, such as train-student/gpu; in this process where not given.
     """
-    tidy_logs()
+    begin()
     check_settings(recipe)
     found = Search(recipe, space)
     taught = labelled_rows(recipe, training_deployment, ())

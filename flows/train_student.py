@@ -18,7 +18,7 @@ from distillery.recipe import BaseModelRecipe, HealingRecipe, Layers, PromptReci
 from distillery.records import Rows, StudentCheckpoint, TeacherLabels
 from distillery.store import ArtifactStore
 from tasks.parent import ParentEnded, parent_watched
-from tasks.stage import RESULT, is_cached, own_tags, produced_by, tidy_logs
+from tasks.stage import RESULT, begin, is_cached, own_tags, produced_by
 from tasks.student import train
 
 
@@ -53,7 +53,7 @@ def train_student(
         refresh: Train again though nothing has changed.
         hand_off: The name under which the caller finds the record in the artifact store.
     """
-    tidy_logs()
+    begin()
     again = train.with_options(refresh_cache=refresh or None)
     try:
         with parent_watched():

@@ -13,7 +13,7 @@ from typing import Any, Literal, ParamSpec, TypeVar
 
 from prefect import Task, tags, task
 from prefect.cache_policies import CacheKeyFnPolicy
-from prefect.context import TaskRunContext
+from prefect.context import TagsContext, TaskRunContext
 from prefect.results import ResultRecord, ResultStore, get_result_store
 from prefect.runtime import flow_run
 from prefect.transactions import get_transaction
@@ -184,7 +184,14 @@ def origin(started: float) -> dict[str, Any]:
     }
 
 
-def tidy_logs() -> None:
+def begin() -> None:
+    """What each flow does first: its logs are tidied, and its tasks get none of its tags, for each task with tags asks
+    the server for places under their concurrency limits, which takes a good part of a cached run's time."""
+    TagsContext(current_tags=set()).__enter__()
+    _tidy_logs()
+
+
+def _tidy_logs() -> None:
     """Has Prefect log an error that the user can mend as its one line, and keeps progress bars, telemetry and
     the libraries' warnings to each other out."""
     os.environ |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false"}
