@@ -4,12 +4,14 @@ With no server it is an ordinary subflow of distill.py and prepare_teacher.py; o
 deployment train-student/gpu and take the record back through the store.
 """
 
+from contextlib import nullcontext
 from typing import Any
 from uuid import uuid4
 
 from prefect import flow
 from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound
+from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
 from prefect.states import Cancelled, State
 from pydantic_core import to_jsonable_python
 
@@ -69,9 +71,12 @@ def trained(deployment: str | None, what: str, refresh: bool, **parameters: Any)
     """train_student in this process, or on the work pool of `deployment`; a child that fails fails its parent, and one
     whose parent is gone ends (tasks/parent.py)."""
     name = f"{produced_by()}, {what}"
-    if deployment is None or (not refresh and is_cached(train, **parameters)):
-        # A worker of its own is for work: a record that is there already is read here.
-        with own_tags():
+    cached = not refresh and is_cached(train, **parameters)
+    if deployment is None or cached:
+        # A worker of its own is for work: a record that is there already is read here, and without a heartbeat, whose
+        # end alone takes Prefect up to a second.
+        beat = temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}) if cached else nullcontext()
+        with own_tags(), beat:
             result: StudentCheckpoint = train_student.with_options(flow_run_name=name)(refresh=refresh, **parameters)
         return result
     sent: dict[str, Any] = to_jsonable_python(parameters)
