@@ -5,14 +5,15 @@ the pool in four ways: on the pool's gold answers, on the teacher's letters (har
 these and its last hidden states (hidden). Three seeds each decide which rows and in which order. At the smaller pool
 the third way is gone from other cuts too: an even spacing, the layers of the greatest block influence, and the demo's
 in two steps with half of the training between them. All are asked the same test rows, in PyTorch, beside the base model
-and the teacher. The students of the fourth way at the larger pool are exported as the demo exports its own, and asked
-test rows one at a time beside the teacher in the same form and in its float forms, medians of three in turn: a prompt's
-shared beginning is computed once in every runtime. --full is a grid of four pools, three depths and five seeds.
+and the teacher. Then students as the demo has them, from the whole pool in the fourth way and the gold rows with their
+own answers, one a seed, are exported as the demo exports its own, and asked test rows one at a time beside the teacher
+in the same form and in its float forms, medians of three in turn: a prompt's shared beginning is computed once in every
+runtime. --full is a grid of four pools, three depths and five seeds.
 
 Every result is kept in .distillery/bench/distil-DIGEST, told by the recipe, as soon as it is there, so that a run that
 was ended goes on; --afresh begins anew. The last line is JSON, means over the seeds:
 
-kept                of the teacher's accuracy, by the int4 student
+kept                of the teacher's accuracy, by the demo's int4 students
 fewer_parameters    share of the teacher's that the student does without
 share_of_bf16_bytes the int4 folder's bytes, of the teacher's in bfloat16
 speedup_same        rows a second, int4 student over the teacher in the same form of int4
@@ -95,7 +96,7 @@ class Bench:
         self.test = self.rendered(read("test"))
         self.pool = self.rendered(read("pool"))
         self.teacher = self.prepared_teacher()
-        self.soft, self.states = self.teachers_word()
+        self.soft, self.states = self.teachers_word(self.pool)
 
     def rendered(self, examples: Sequence[Example]) -> list[TrainingRow]:
         return student.training_rows(examples, gold_labels(examples), DEMO.prompt, self.tokenizer)[0]
@@ -115,12 +116,12 @@ class Bench:
             self.tokenizer.save_pretrained(folder)
         return folder
 
-    def teachers_word(self) -> tuple[list[list[float]], torch.Tensor]:
-        """Its probabilities over the options of the pool's rows, and its last hidden states there."""
+    def teachers_word(self, rows: Sequence[TrainingRow]) -> tuple[list[list[float]], torch.Tensor]:
+        """Its probabilities over the rows' options, and its last hidden states there."""
         model, options = student.load_model(self.teacher)[0], {"pad_id": self.pad_id, "place": self.place}
         return (
-            student.option_probabilities(model, self.pool, **options),
-            student.hidden_states(model, self.pool, **options),
+            student.option_probabilities(model, rows, **options),
+            student.hidden_states(model, rows, **options),
         )
 
     def cut(self, model: Any, depth: int, by: Any, rows: Sequence[TrainingRow]) -> Any:
@@ -149,18 +150,23 @@ class Bench:
         return row.model_copy(update={"answer": soft.index(max(soft)), "soft": tuple(soft)})
 
     def result(self, way: str, pool: int, depth: int, seed: int, cut: str = "early_and_last") -> float:
-        def work() -> float:
-            model = self.student(way, pool, depth, seed, cut)
-            if way == "hidden":
-                model.save_pretrained(self.folder(pool, depth, seed))
-                self.tokenizer.save_pretrained(self.folder(pool, depth, seed))
-            return self.accuracy(model)
-
         named = f"{way}, pool {pool}, {depth} layers, seed {seed}"
-        return float(self.kept.of(named if cut == "early_and_last" else f"{named}, {cut}", work))
+        named = named if cut == "early_and_last" else f"{named}, {cut}"
+        return float(self.kept.of(named, lambda: self.accuracy(self.student(way, pool, depth, seed, cut))))
 
-    def folder(self, pool: int, depth: int, seed: int) -> Path:
-        return self.home / f"student-{pool}-{depth}-{seed}"
+    def demos_student(self, depth: int, seed: int) -> Path:
+        """The folder of a student like the demo's; its layers are the early ones and the last."""
+        folder = self.home / f"student-{depth}-{seed}"
+        if not (folder / "tokenizer.json").exists():
+            gold = self.rendered(read("gold"))
+            rows = [*(self._row("hidden", index) for index in range(len(self.pool))), *gold]
+            changed = {"seed": seed, "max_steps": self.steps}
+            hidden = torch.cat([self.states, self.teachers_word(gold)[1]])
+            model = self.cut(student.load_model(self.teacher)[0], depth, "early_and_last", rows)
+            model = self.train(model, rows, DEMO.student.training.model_copy(update=changed), hidden)
+            model.float().save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
+        return folder
 
     def exported(self, folder: Path, form: ExportForm = DEMO.export.form) -> Path:
         out = folder.with_name(f"{folder.name}-onnx-{form.precision}")
@@ -168,33 +174,35 @@ class Bench:
             export(folder, None, form, out)
         return out
 
-    def int4_student(self, pool: int, depth: int, seed: int) -> dict[str, float]:
+    def prepared(self, rows: int | None = None) -> Path:
+        """A file of the test rows, or the first of them, as score_model takes it."""
+        file = self.home / f"test-{rows}.jsonl"
+        file.write_text("".join(f"{example.model_dump_json()}\n" for example in read("test")[:rows]), encoding="utf-8")
+        return file
+
+    def int4_student(self, depth: int, seed: int) -> dict[str, float]:
         def work() -> dict[str, float]:
-            folder = self.folder(pool, depth, seed)
+            folder = self.demos_student(depth, seed)
             out = self.exported(folder)
-            found = score_model(as_onnx(out), SAMPLE / "test.jsonl", DEMO.prompt)
+            found = score_model(as_onnx(out), self.prepared(), DEMO.prompt)
             gold = [example.answer_key for example in read("test")]
             right = sum(a == b for a, b in zip(found.answers, gold, strict=True))
             size = sum(file.stat().st_size for file in out.iterdir() if file.is_file())
             return {"accuracy": right / len(gold), "bytes": size, "parameters": student.parameter_count(folder)}
 
-        return dict(self.kept.of(f"int4 student, pool {pool}, {depth} layers, seed {seed}", work))
+        return dict(self.kept.of(f"int4 student as the demo's, {depth} layers, seed {seed}", work))
 
     def speeds(self, student_folder: Path) -> dict[str, float]:
         """Rows a second of the student's int4 form and of the teacher's forms, medians of three in turn."""
 
         def work() -> dict[str, float]:
-            rows = self.home / "speed.jsonl"
-            lines = (SAMPLE / "test.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-            rows.write_text("".join(lines[:SPEED_ROWS]), encoding="utf-8")
+            rows = self.prepared(SPEED_ROWS)
             torch_teacher = ModelToScore(name="teacher", kind="transformers", folder=str(self.teacher))
+            fp32 = ExportForm(precision="fp32")
             forms: dict[str, tuple[ModelToScore, Any]] = {
                 "int4 student": (as_onnx(self.exported(student_folder)), "auto"),
                 "int4 teacher": (as_onnx(self.exported(self.teacher)), "auto"),
-                "fp32 teacher, ONNX Runtime": (
-                    as_onnx(self.exported(self.teacher, ExportForm(precision="fp32"))),
-                    "auto",
-                ),
+                "fp32 teacher, ONNX Runtime": (as_onnx(self.exported(self.teacher, fp32)), "auto"),
                 "fp32 teacher, Transformers": (torch_teacher, "float32"),
                 "bf16 teacher, Transformers": (torch_teacher, "bfloat16"),
             }
@@ -231,16 +239,16 @@ def run(bench: Bench, pools: Sequence[int], depths: Sequence[int], seeds: Sequen
     for depth, pool in product(depths, pools):
         means = {way: shown([bench.result(way, pool, depth, seed) for seed in seeds]) for way in WAYS}
         print(f"{depth} layers, {pool} rows: " + ", ".join(f"{way} {mean}" for way, mean in means.items()))
-    depth, small, pool = depths[0], min(pools), max(pools)
+    depth, small = depths[0], min(pools)
     for seed, cut in product(seeds, CUTS):
         bench.result("soft", small, depth, seed, cut)
     means = {cut: shown([bench.result("soft", small, depth, seed, cut) for seed in seeds]) for cut in CUTS}
     print(
         f"{depth} layers, {small} rows, soft, other cuts: " + ", ".join(f"{cut} {mean}" for cut, mean in means.items())
     )
-    made = [bench.int4_student(pool, depth, seed) for seed in seeds]
+    made = [bench.int4_student(depth, seed) for seed in seeds]
     parameters = student.parameter_count(bench.teacher)
-    speeds = bench.speeds(bench.folder(pool, depth, seeds[0]))
+    speeds = bench.speeds(bench.demos_student(depth, seeds[0]))
     floats = [speed for name, speed in speeds.items() if name.startswith(("fp32", "bf16"))]
     return {
         "kept": statistics.mean(one["accuracy"] for one in made) / teacher,
@@ -269,7 +277,7 @@ def main() -> None:
     place.mkdir(parents=True, exist_ok=True)
     bench = Bench(place, DEMO.student.training.epochs, given.steps)
     depth = len(DEMO.student.layers) if isinstance(DEMO.student.layers, tuple) else 14
-    grid = ((100, 200, 500, 1000), (depth, 10, 18), range(5)) if given.full else ((150, 600), (depth,), range(3))
+    grid = ((100, 200, 500, 1000), (depth, 10, 18), range(5)) if given.full else ((150, 400), (depth,), range(3))
     print(json.dumps({name: round(value, 3) for name, value in run(bench, *grid).items()}))
 
 
