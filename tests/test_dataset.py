@@ -662,9 +662,12 @@ def test_a_branch_stands_for_its_commit(
     assert identity("2" * 40) == f"tau/commonsense_qa@{'2' * 40}"
     assert len(asked) == count
     assert not caplog.records
+    with pytest.raises(DataError, match="the hub has no tau/commonsense_qa with revision v9"):
+        identity("v9")
     # Where the hub has no answer.
-    assert identity("v9") == "tau/commonsense_qa@v9"
-    assert "going on with what is here of revision v9" in caplog.text
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    assert identity("v1") == "tau/commonsense_qa@v1"
+    assert "going on with what is here of revision v1" in caplog.text
     with pytest.raises(DataError, match="the hub doesn't answer for tau/commonsense_qa"):
         identity(None)
 
