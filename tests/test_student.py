@@ -443,7 +443,7 @@ def test_no_rows_is_one_clear_line(tiny_model: TinyModel) -> None:
 def test_a_loss_that_is_no_number_stops_training(tiny_model: TinyModel) -> None:
     model, _ = student.load_model(tiny_model("llama"))
     recipe = TrainingRecipe(method="full", learning_rate=1e30, epochs=9, precision="float32")
-    with pytest.raises(TrainingError, match="lower its training.learning_rate"):
+    with pytest.raises(TrainingError, match=r"lower its training\.learning_rate"):
         student.train(model, rendered(tiny_model("llama")), [], recipe, pad_id=0, end_id=2)
 
 
