@@ -7,13 +7,13 @@ import re
 import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from pydantic import SecretStr
 
 from distillery.errors import DistilleryError, StoreError
-from distillery.recipe import parse_recipe
+from distillery.recipe import RegistryKind, RegistryRecipe, parse_recipe
 
 if TYPE_CHECKING:
     from distillery.registry import Registry
@@ -81,7 +81,7 @@ def base(name: Annotated[str, typer.Argument(help="As student.base.model in a re
     print(base_folder(recipe.student.base))
 
 
-Place = Annotated[Literal["local", "azureml"], typer.Option("--registry", help="As registry.kind in a recipe")]
+Place = Annotated[RegistryKind, typer.Option("--registry", help="As registry.kind in a recipe")]
 
 
 @models.command("list")
@@ -119,8 +119,7 @@ def download_model(
     print(f"{model.name} version {model.version} in {place.download(model, folder)}")
 
 
-def _registry(kind: Literal["local", "azureml"]) -> "Registry":
-    from distillery.recipe import RegistryRecipe
+def _registry(kind: RegistryKind) -> "Registry":
     from distillery.registry import open_registry
 
     return open_registry(RegistryRecipe(kind=kind))

@@ -469,8 +469,11 @@ class SearchRecipe(Slice):
         return self
 
 
+RegistryKind = Literal["local", "azureml"]
+
+
 class RegistryRecipe(Slice):
-    kind: Literal["local", "azureml"] = "local"
+    kind: RegistryKind = "local"
     model_name: str = Field("distillery-student", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,254}$")
 
 

@@ -24,12 +24,12 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
 from distillery.errors import ArtifactDamaged, CredentialsError, RegistryError, RegistryUnavailable
-from distillery.recipe import RegistryRecipe
+from distillery.recipe import RegistryKind, RegistryRecipe
 from distillery.records import Artifact, Record, RegisteredModel
 from distillery.settings import AzureMLSettings, LocalSettings
 from distillery.store import ArtifactStore, FileEntry, digest_of_files, list_files, sha256_of, working_folder
@@ -63,7 +63,7 @@ class Registry(ABC):
     """Every method raises RegistryError where what is asked can't be done, RegistryUnavailable where nothing answers
     (worth a retry), and CredentialsError where the login is refused."""
 
-    kind: Literal["local", "azureml"]
+    kind: RegistryKind
     place: str
 
     def register(

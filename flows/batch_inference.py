@@ -7,20 +7,18 @@ import shutil
 import sys
 from argparse import ArgumentParser
 from pathlib import Path
-from typing import Literal, get_args
+from typing import get_args
 
 from prefect import flow
 
 from distillery.errors import DataError, DistilleryError
-from distillery.recipe import Columns, PromptRecipe, RegistryRecipe
+from distillery.recipe import Columns, PromptRecipe, RegistryKind, RegistryRecipe
 from distillery.records import InputFile, Predictions
 from distillery.registry import open_registry
 from distillery.store import ArtifactStore, sha256_of, working_folder
 from tasks.inference import fetch_input, score
 from tasks.results import results_in_store
 from tasks.stage import RESULT, begin
-
-RegistryKind = Literal["local", "azureml"]
 
 
 @flow(name="batch-inference", description="Scores a file of rows with a registered student.", **RESULT)

@@ -267,12 +267,18 @@ def test_a_moved_home_loses_nothing(home: Path, folder: Path, tmp_path: Path, mo
     assert (moved.download(model, tmp_path / "down") / "genai_config.json").exists()
 
 
-def test_another_machine_takes_what_it_lacks_from_the_store(
-    home: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def shared(home: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RegisteredModel:
+    """A model in a registry and a store that lie outside of this machine's home."""
     monkeypatch.setenv("DISTILLERY_REGISTRY", f"sqlite:///{tmp_path / 'registry.db'}")
     monkeypatch.setenv("DISTILLERY_STORE", str(tmp_path / "store"))
-    model = LocalRegistry().register(folder, "student", {}, PROVENANCE)
+    return LocalRegistry().register(folder, "student", {}, PROVENANCE)
+
+
+def test_another_machine_takes_what_it_lacks_from_the_store(
+    shared: RegisteredModel, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = shared
     monkeypatch.setenv("DISTILLERY_HOME", str(tmp_path / "elsewhere"))
     other = LocalRegistry()
     assert other.provenance(other.get("student"))["provenance"] == PROVENANCE
@@ -293,15 +299,12 @@ def test_another_machine_takes_what_it_lacks_from_the_store(
 
 
 def test_a_store_that_has_moved_gets_the_manifest_from_the_machine_that_has_it(
-    home: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    shared: RegisteredModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("DISTILLERY_REGISTRY", f"sqlite:///{tmp_path / 'registry.db'}")
-    monkeypatch.setenv("DISTILLERY_STORE", str(tmp_path / "store"))
-    model = LocalRegistry().register(folder, "student", {}, PROVENANCE)
     monkeypatch.setenv("DISTILLERY_STORE", str(tmp_path / "new"))
-    ArtifactStore().put(LocalRegistry().download(model, tmp_path / "down"))
+    ArtifactStore().put(LocalRegistry().download(shared, tmp_path / "down"))
     monkeypatch.setenv("DISTILLERY_HOME", str(tmp_path / "elsewhere"))
-    assert LocalRegistry().provenance(model)["provenance"] == PROVENANCE
+    assert LocalRegistry().provenance(shared)["provenance"] == PROVENANCE
 
 
 def test_download_replaces_nothing_but_what_it_made(folder: Path, tmp_path: Path) -> None:
