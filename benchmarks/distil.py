@@ -1,4 +1,4 @@
-"""What distillation gains: `make bench-distil`, or `python -m benchmarks.distil [--full] [--afresh]`.
+"""What distillation gains: `make bench-distil`, or `python -m benchmarks.distil [--full] [--layers N] [--afresh]`.
 
 The demo's teacher, fine-tuned on the gold rows, is cut to the demo's layers, and the student is trained on a part of
 the pool in four ways: on the pool's gold answers, on the teacher's letters (hard), on its probabilities (soft), and on
@@ -268,6 +268,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--full", action="store_true", help="the larger grid, for hours")
     parser.add_argument("--afresh", action="store_true", help="leave earlier results aside")
+    parser.add_argument("--layers", type=int, help="that students keep, where not the demo's")
     parser.add_argument("--steps", type=int, help="of each training at most, to see the benchmark work")
     given = parser.parse_args()
     base = digest_of_files(list_files(base_folder(DEMO.teacher.preparation.base)))
@@ -276,7 +277,7 @@ def main() -> None:
         shutil.rmtree(place, ignore_errors=True)
     place.mkdir(parents=True, exist_ok=True)
     bench = Bench(place, DEMO.student.training.epochs, given.steps)
-    depth = len(DEMO.student.layers) if isinstance(DEMO.student.layers, tuple) else 14
+    depth = given.layers or (len(DEMO.student.layers) if isinstance(DEMO.student.layers, tuple) else 14)
     grid = ((100, 200, 500, 1000), (depth, 10, 18), range(5)) if given.full else ((150, 400), (depth,), range(3))
     print(json.dumps({name: round(value, 3) for name, value in run(bench, *grid).items()}))
 

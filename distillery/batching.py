@@ -13,9 +13,6 @@ from distillery.losses import TrainingRow
 if TYPE_CHECKING:
     import torch
 
-WINDOW = 4
-"""Batches that are sorted together. Few: rows of one length are often alike in more than that, of one pattern or one
-answer, and batches of such rows teach less; longer windows save hardly more padding."""
 LEAST_SAVED = 64
 """Tokens that must be spared for a pass over the shared ones to pay."""
 LONGEST_SHARED = 4096
@@ -23,11 +20,11 @@ LONGEST_SHARED = 4096
 
 
 def batches(rows: Sequence[TrainingRow], size: int, seed: int, epoch: int) -> list[list[TrainingRow]]:
-    """An epoch in batches of like length: rows shuffled, sorted within windows, batches shuffled."""
+    """An epoch in batches of like length: rows shuffled, sorted within windows of 16 batches, batches shuffled."""
     order = random.Random(f"{seed}/{epoch}")  # noqa: S311 - no secret, a reproducible order
     shuffled = list(rows)
     order.shuffle(shuffled)
-    window = size * WINDOW
+    window = size * 16
     grouped: list[list[TrainingRow]] = []
     for start in range(0, len(shuffled), window):
         part = sorted(shuffled[start : start + window], key=lambda row: len(row.prompt))
