@@ -213,7 +213,7 @@ class Bench:
                     runs[name].append(score_model(model, rows, DEMO.prompt, precision=precision).rows_per_second)
             return {name: statistics.median(found) for name, found in runs.items()}
 
-        return dict(self.kept.of("rows a second", work))
+        return dict(self.kept.of(f"rows a second, {student_folder.name}", work))
 
 
 def as_onnx(folder: Path) -> ModelToScore:
@@ -278,7 +278,8 @@ def main() -> None:
     place.mkdir(parents=True, exist_ok=True)
     bench = Bench(place, DEMO.student.training.epochs, given.steps)
     depth = given.layers or (len(DEMO.student.layers) if isinstance(DEMO.student.layers, tuple) else 14)
-    grid = ((100, 200, 500, 1000), (depth, 10, 18), range(5)) if given.full else ((150, 400), (depth,), range(3))
+    depths = tuple(dict.fromkeys((depth, 10, 18))) if given.full else (depth,)
+    grid = ((100, 200, 500, 1000), depths, range(5)) if given.full else ((150, 400), depths, range(3))
     print(json.dumps({name: round(value, 3) for name, value in run(bench, *grid).items()}))
 
 
