@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from distillery.errors import DataError
-from distillery.recipe import ExportForm
+from distillery.recipe import ExportForm, RegistryKind
 
 
 def digest_of(value: Any) -> str:
@@ -330,7 +330,7 @@ class RegisteredModel(StageRecord):
 
     name: str
     version: str
-    registry: Literal["local", "azureml"]
+    registry: RegistryKind
     role: str = "candidate"
     manifest_sha256: str = Field(min_length=64, max_length=64)
 

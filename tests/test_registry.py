@@ -278,24 +278,23 @@ def shared(home: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_another_machine_takes_what_it_lacks_from_the_store(
     shared: RegisteredModel, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = shared
     monkeypatch.setenv("DISTILLERY_HOME", str(tmp_path / "elsewhere"))
     other = LocalRegistry()
     assert other.provenance(other.get("student"))["provenance"] == PROVENANCE
     with pytest.raises(RegistryError, match=r"student version 1 is gone, and .*/store does not have it either; reg"):
-        other.download(model, tmp_path / "down")
+        other.download(shared, tmp_path / "down")
 
     stored = ArtifactStore().put(folder)
-    assert stored.sha256 == model.artifact.sha256
-    target = other.download(model, tmp_path / "down")
-    assert sha256_of(target / "manifest.json") == model.manifest_sha256
-    assert other.register(folder, "student", {}, PROVENANCE) == model
-    manifest = tmp_path / "store" / "manifests" / f"{model.manifest_sha256}.json"
+    assert stored.sha256 == shared.artifact.sha256
+    target = other.download(shared, tmp_path / "down")
+    assert sha256_of(target / "manifest.json") == shared.manifest_sha256
+    assert other.register(folder, "student", {}, PROVENANCE) == shared
+    manifest = tmp_path / "store" / "manifests" / f"{shared.manifest_sha256}.json"
     manifest.write_bytes(flip_a_byte(manifest.read_bytes()))
     with pytest.raises(RegistryError, match=r"student version 1: manifest\.json: "):
-        other.download(model, tmp_path / "again")
+        other.download(shared, tmp_path / "again")
     manifest.unlink()
-    assert not other.is_whole(model)
+    assert not other.is_whole(shared)
 
 
 def test_a_store_that_has_moved_gets_the_manifest_from_the_machine_that_has_it(
