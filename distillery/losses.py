@@ -91,7 +91,7 @@ def text_loss(
 
 
 def choice_loss(scores: "torch.Tensor", rows: Sequence[TrainingRow], recipe: TrainingRecipe) -> "torch.Tensor":
-    """T^2 D(q_T, p_T) for each row, [batch]; 0 for rows without soft labels.
+    """T^2 D(q_T, p_T) for each row, [batch]; of no meaning for rows without soft labels.
 
     scores: [batch, options], -inf where a row has fewer. p_T = softmax(scores / T) is the student's distribution over
     the row's options, q_T the teacher's, raised to 1 / T and normed. Forward: D = KL(q_T || p_T) (Hinton et al.,

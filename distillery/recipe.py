@@ -528,8 +528,11 @@ class Recipe(Slice):
             raise ValueError("training.patience needs a validation split in dataset.splits or dataset.carve")
         if any(training.hidden_weight > 0 for training in trainings) and self.student.start != "teacher":
             raise ValueError("student.training.hidden_weight is above 0, which needs student.start: teacher")
-        if self.teacher.preparation.training.hidden_weight > 0:
-            raise ValueError("teacher.preparation.training.hidden_weight: its teacher are the gold rows; leave it out")
+        for of_a_teacher in ("soft_weight", "hidden_weight", "rationale_weight"):
+            if getattr(self.teacher.preparation.training, of_a_teacher) > 0:
+                raise ValueError(
+                    f"teacher.preparation.training.{of_a_teacher}: its teacher are the gold rows; leave it out"
+                )
         taught = self.teacher.preparation
         self._check_form("teacher.preparation.export", taught.export, taught.training)
         if not self.export.ladder:

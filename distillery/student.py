@@ -216,8 +216,12 @@ def contiguous_head(model: Any) -> None:
     """Has the head see contiguous hidden states: for the strided slice that `logits_to_keep` makes, PyTorch's CPU
     kernels would copy the whole head once for each row of the batch."""
     head = model.get_output_embeddings()
-    if not head._forward_pre_hooks:
-        head.register_forward_pre_hook(lambda _module, inputs: (inputs[0].contiguous(),))
+    if _contiguous not in head._forward_pre_hooks.values():
+        head.register_forward_pre_hook(_contiguous)
+
+
+def _contiguous(_head: Any, inputs: "tuple[torch.Tensor, ...]") -> "tuple[torch.Tensor]":
+    return (inputs[0].contiguous(),)
 
 
 @dataclass
@@ -559,7 +563,7 @@ def option_probabilities(
 
     results: list[list[float]] = [[] for _ in rows]
     was_training = model.training
-    model.eval()
+    model.to(place.device).eval()
     with torch.inference_mode(), place.autocast():
         if rows and rows[0].texts:
             found = _text_scores(model, rows, pad_id, place, batch_size)

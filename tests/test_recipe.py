@@ -120,6 +120,13 @@ def test_null_of_a_plain_field_is_that_fields_value() -> None:
             "budget.calls: 20 leave nothing beside the 20 of canaries",
         ),
         ({"student": {"layers": [0, 2, 2]}}, "student.layers: give each layer once, from the lowest to the highest"),
+        *(
+            (
+                {"teacher": {"preparation": {"training": {weight: 0.5}}}},
+                f"teacher.preparation.training.{weight}: its teacher are the gold rows",
+            )
+            for weight in ("soft_weight", "hidden_weight", "rationale_weight")
+        ),
         ({"student": {"layers": 14}}, "student.layers: a list belongs here, such as [ITEM]"),
         ({"dataset": {"source": "files", "files": {"train": "a.jsonl"}}}, "dataset.files.train: a list belongs here"),
         ({"dataset": None}, "dataset: settings belong here, such as {KEY: VALUE}; or leave the key out"),

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -92,6 +93,17 @@ def test_a_cut_student_learns_its_teachers_hidden_states(tiny_model: TinyModel, 
         assert not (out / "hidden.safetensors").exists()
         figures[weight] = float(hidden_loss(states(out / "model"), taught))
     assert figures[5.0] < 0.75 * figures[0.0]
+
+
+@pytest.mark.parametrize("by", [student.hidden_states, student.option_probabilities])
+def test_the_head_reads_contiguous_states(tiny_model: TinyModel, by: Any) -> None:
+    """Of others PyTorch's CPU kernels copy the whole head once for each row."""
+    folder, seen = tiny_model("llama"), []
+    model, tokenizer = student.load_model(folder)
+    model.get_output_embeddings().register_forward_hook(lambda _head, inputs, _: seen.append(inputs[0].is_contiguous()))
+    by(model, rendered(folder), pad_id=student.pad_id(tokenizer), place=student.placement("float32"))
+    assert seen
+    assert all(seen)
 
 
 @pytest.mark.parametrize("frozen", [True, False])
