@@ -43,7 +43,7 @@ MINUTE = 60
 """Seconds that a store or a database is away."""
 EPOCH = -(-ROWS["train"] // 8)
 """Steps, in batches of 8."""
-EPOCHS = 8
+EPOCHS = 16
 ASKED = ROWS["train"] + ROWS["test"]
 """Rows that an endpoint answers: a run scores it on the test rows too."""
 
@@ -107,15 +107,18 @@ class LongTraining:
 
     def goes_on(self) -> tuple[Run, Run]:
         """A run and its child, which has gone on training and has just left a checkpoint."""
-        before = self.cloud.steps()
-        if self.runs:
-            self.lost = self.steps - self.cloud.kept_steps()
+        before, kept = self.cloud.steps(), self.cloud.kept_steps() if self.runs else 0
+        self.lost = self.steps - kept
         run = self.cloud.workshop.start_run(self.values)
         self.cloud.workshop.until(run, "training", lambda: self.cloud.steps() > before)
         if self.runs:
             recovered(self.fault, self.at)
         self.runs += 1
-        return run, self.cloud.until_checkpoint(run)
+        child = self.cloud.until_checkpoint(run)
+        if kept:
+            said = f"training goes on from its checkpoint at step {kept}"
+            self.cloud.workshop.until(run, said, lambda: said in self.cloud.workshop.log(child).splitlines())
+        return run, child
 
     def is_ended_by(self, fault: str) -> None:
         self.fault, self.at = fault, time.monotonic()
@@ -270,7 +273,7 @@ def test_a_training_outlives_its_server_and_then_its_store(cloud: Cloud, long: L
     recovered("a store away for a minute", started)
     assert workshop.ended(parent)["state_name"] == "Completed", workshop.log(parent)
     print(f"\n{long.steps} steps in {long.runs} runs for a training of {EPOCHS * EPOCH} steps")
-    # What a run did after its last whole checkpoint was done again, and nothing else.
+    # What the runs did after their last whole checkpoint was done again, and nothing else.
     assert long.steps == EPOCHS * EPOCH + long.lost
     # All rows were answered before the first fault.
     assert len(cloud.endpoint.calls) == asked
