@@ -1,8 +1,8 @@
 """What a student of 135 M parameters reaches on CommonsenseQA: `python -m benchmarks.commonsense_qa [--rows N]`.
 
 The rows are those of train.jsonl in COMMONSENSE_QA_DIR, in the schema of tau/commonsense_qa. 400, told by a hash
-of their content, are never trained on; half of the others are the gold rows and half the pool. SmolLM2-135M is asked by
-the letter and by the likelihood of the options' texts, before training and after an epoch of LoRA over the gold rows
+of their question, are never trained on; half of the others are the gold rows and half the pool. SmolLM2-135M is asked
+by the letter and by the likelihood of the options' texts, before training and after an epoch of LoRA over the gold rows
 and the pool with their own answers. Then the way of distillation is gone in the better form: a teacher is trained on
 the gold rows alone and labels the pool with its probabilities, and students learn from those: one that starts from the
 base model, and one that is cut to two thirds of the teacher's layers. All are asked the same held-out rows.
@@ -14,6 +14,7 @@ import argparse
 import hashlib
 import json
 import os
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -66,7 +67,12 @@ class Bench:
             f"  {len(rows)} rows, {result.steps} steps, {result.rows_per_second:.1f} rows/s on {result.device}",
             flush=True,
         )
-        return model.merge_and_unload() if recipe.adapts else model
+        if not recipe.adapts:
+            return model
+        # Training has made the base bfloat16; as in a run, the adapter is merged into the base as it was.
+        with tempfile.TemporaryDirectory() as adapter:
+            model.save_pretrained(adapter)
+            return student.load_model(self.base, Path(adapter))[0]
 
     def ask(self, name: str, model: Any, form: str) -> None:
         rows = self.rendered(self.held_out, form)

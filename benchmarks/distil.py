@@ -10,8 +10,8 @@ own answers, one a seed, are exported as the demo exports its own, and asked tes
 in the same form and in its float forms, medians of three in turn: a prompt's shared beginning is computed once in every
 runtime. --full is a grid of four pools, three depths and five seeds.
 
-Every result is kept in .distillery/bench/distil-DIGEST, told by the recipe, as soon as it is there, so that a run that
-was ended goes on; --afresh begins anew. The last line is JSON, means over the seeds:
+Every result is kept in .distillery/bench/distil-DIGEST, told by recipe and code, as soon as it is there, so that a run
+that was ended goes on; --afresh begins anew. The last line is JSON, means over the seeds:
 
 kept                of the teacher's accuracy, by the demo's int4 students
 fewer_parameters    share of the teacher's that the student does without
@@ -57,8 +57,10 @@ WAYS: dict[str, dict[str, float]] = {
     "soft": {"soft_weight": 1.0, "hidden_weight": 0.0},
     "hidden": {"soft_weight": 1.0, "hidden_weight": DEMO.student.training.hidden_weight},
 }
+WAYS_BATCH = 8
+"""Half the demo's: few rows make few steps."""
 CUTS = ("even", "block_influence", "in two steps")
-SPEED_ROWS, ROUNDS = 160, 3
+SPEED_ROWS, ROUNDS = 120, 3
 T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
 """Student's t for the 95 % interval of a mean of so many."""
 
@@ -87,8 +89,8 @@ class Kept:
 
 
 class Bench:
-    def __init__(self, home: Path, epochs: float, steps: int | None) -> None:
-        self.home, self.kept, self.epochs, self.steps = home, Kept(home / "results.jsonl"), epochs, steps
+    def __init__(self, home: Path, steps: int | None) -> None:
+        self.home, self.kept, self.steps = home, Kept(home / "results.jsonl"), steps
         self.base = base_folder(DEMO.teacher.preparation.base)
         self.tokenizer = student.load_tokenizer(self.base)
         self.pad_id, self.end_id = student.pad_id(self.tokenizer), student.end_of_turn_id(self.tokenizer)
@@ -112,7 +114,9 @@ class Bench:
         folder = self.home / "teacher"
         if not (folder / "tokenizer.json").exists():
             model = self.train(student.load_model(self.base)[0], self.rendered(read("gold")), recipe)
-            model.merge_and_unload().float().save_pretrained(folder)
+            # Training has made the base bfloat16; as in a run, the adapter is merged into the base as it was.
+            model.save_pretrained(self.home / "adapter")
+            student.load_model(self.base, self.home / "adapter")[0].save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
         return folder
 
@@ -132,13 +136,13 @@ class Bench:
     def student(self, way: str, pool: int, depth: int, seed: int, cut: str) -> Any:
         picked = random.Random(seed).sample(range(len(self.pool)), pool)
         rows = [self._row(way, index) for index in picked]
-        changed = {**WAYS[way], "seed": seed, "epochs": self.epochs, "max_steps": self.steps}
+        changed = {**WAYS[way], "batch_size": WAYS_BATCH, "seed": seed, "max_steps": self.steps}
         recipe = DEMO.student.training.model_copy(update=changed)
         hidden = self.states[picked] if recipe.hidden_weight else None
         model = student.load_model(self.teacher)[0]
         by = "early_and_last" if cut == "in two steps" else cut
         if cut == "in two steps":
-            recipe = recipe.model_copy(update={"epochs": self.epochs / 2})
+            recipe = recipe.model_copy(update={"epochs": recipe.epochs / 2})
             layers = len(model.get_decoder().layers)
             model = self.train(self.cut(model, (layers + depth) // 2, by, rows), rows, recipe, hidden)
         return self.train(self.cut(model, depth, by, rows), rows, recipe, hidden)
@@ -272,14 +276,16 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="of each training at most, to see the benchmark work")
     given = parser.parse_args()
     base = digest_of_files(list_files(base_folder(DEMO.teacher.preparation.base)))
-    place = PLACE / f"distil-{digest_of([DEMO.model_dump(mode='json'), base, given.steps])[:12]}"
+    code = [file.read_text(encoding="utf-8") for file in sorted((PROJECT / "distillery").glob("*.py"))]
+    place = PLACE / f"distil-{digest_of([DEMO.model_dump(mode='json'), base, code, given.steps])[:12]}"
     if given.afresh:
         shutil.rmtree(place, ignore_errors=True)
     place.mkdir(parents=True, exist_ok=True)
-    bench = Bench(place, DEMO.student.training.epochs, given.steps)
-    depth = given.layers or (len(DEMO.student.layers) if isinstance(DEMO.student.layers, tuple) else 14)
+    bench = Bench(place, given.steps)
+    assert isinstance(DEMO.student.layers, tuple)
+    depth = given.layers or len(DEMO.student.layers)
     depths = tuple(dict.fromkeys((depth, 10, 18))) if given.full else (depth,)
-    grid = ((100, 200, 500, 1000), depths, range(5)) if given.full else ((150, 400), depths, range(3))
+    grid = ((100, 200, 500, 1000), depths, range(5)) if given.full else ((100, 200), depths, range(3))
     print(json.dumps({name: round(value, 3) for name, value in run(bench, *grid).items()}))
 
 
