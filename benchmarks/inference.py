@@ -41,17 +41,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from distillery.dataset import to_example
 from distillery.evaluation import machine
 from distillery.prompts import render_ids
-from distillery.recipe import Columns, load_recipe
-from distillery.records import LETTERS, Example, digest_of
+from distillery.recipe import load_recipe
+from distillery.records import LETTERS, digest_of
 from distillery.scoring import peak_mib
 
 ROWS, TRIAL_ROWS, WARM_UP_ROWS, ROUNDS, THREADS = 240, 48, 16, 3, (1, 2)
 PROJECT = Path(__file__).resolve().parents[1]
 PLACE = PROJECT / ".distillery" / "bench" / "inference"
-SAMPLE = PROJECT / "distillery" / "sample_data" / "test.jsonl"
 
 Settings = dict[str, Any]
 Ask = Callable[[list[list[int]], list[list[int]]], list[list[float]]]
@@ -64,9 +62,9 @@ SETTINGS: dict[str, list[Settings]] = {
         {"algorithm": "rtn", "block_size": 64},
     ],
     "llama_cpp": [
-        {"weights": "Q4_1", "slots": 1, "flash_attention": True},
-        {"weights": "Q4_0", "slots": 1, "flash_attention": True},
-        {"weights": "Q4_0", "slots": 8, "flash_attention": True},
+        {"weights": "Q4_1", "slots": 1},
+        {"weights": "Q4_0", "slots": 1},
+        {"weights": "Q4_0", "slots": 8},
     ],
     "hf": [
         {"dtype": "float32", "attention": "sdpa", "batch": 16},
@@ -88,15 +86,12 @@ def ours(settings: Settings, threads: int, rows: dict[str, Any]) -> Ask:
 def llama_cpp(settings: Settings, threads: int, rows: dict[str, Any]) -> Ask:
     import xllamacpp
 
-    flash = xllamacpp.llama_flash_attn_type
     parameters = xllamacpp.CommonParams()
     parameters.model.path = rows[settings["weights"]]
     parameters.n_parallel = settings["slots"]
     parameters.n_ctx = 512 * settings["slots"]
     parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = threads
-    parameters.flash_attn_type = (
-        flash.LLAMA_FLASH_ATTN_TYPE_ENABLED if settings["flash_attention"] else flash.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    )
+    parameters.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_ENABLED
     parameters.cache_prompt = True
     parameters.verbosity = 0
     server = xllamacpp.Server(parameters)
@@ -200,6 +195,7 @@ def contestant(name: str, settings: Settings, threads: int, rows: dict[str, Any]
 
 def prepare(count: int) -> dict[str, Any]:
     """The prompts' ids and what the contestants load; exported and converted at the first run."""
+    from benchmarks.distil import read
     from distillery.base_model import base_folder
     from distillery.inference import OnnxStudent
     from distillery.onnx import export
@@ -215,7 +211,7 @@ def prepare(count: int) -> dict[str, Any]:
                 print(f"exporting {base.name} as {form.title}", flush=True)
                 export(base, None, form, beside)
     student = OnnxStudent(folder, threads=1)
-    examples = sample()[:count]
+    examples = read("test")[:count]
     prompts = [render_ids(example, demo.prompt, student.tokenizer) for example in examples]
     assert len(prompts) == count, f"the sample has {len(prompts)} test rows"
     shipped = gguf_file()
@@ -228,11 +224,6 @@ def prepare(count: int) -> dict[str, Any]:
         "letters": [student.letter_ids(len(example.choices)) for example in examples],
         "gold": [LETTERS.index(example.answer_key) for example in examples],
     }
-
-
-def sample() -> list[Example]:
-    lines = SAMPLE.read_text(encoding="utf-8").splitlines()
-    return [to_example(json.loads(line), Columns(), "sample") for line in lines]
 
 
 def gguf_file() -> Path:
@@ -291,17 +282,13 @@ def run(name: str, settings: Settings, threads: int, rows_file: Path, count: int
         raise RuntimeError(f"{name}: {done.stderr[-3000:]}")
     found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     shown = ", ".join(f"{key} {value:.2f}" for key, value in found.items() if key != "probabilities")
-    what = f"{name} {json.dumps(settings) if settings else ''}".strip()
-    print(
-        f"{threads} thread{'s' * (threads > 1)}, {count} rows: {what}: {shown} (load before it {load:.1f})", flush=True
-    )
+    what = f"{threads} thread{'s' * (threads > 1)}, {count} rows: {name} {json.dumps(settings)}"
+    print(f"{what}: {shown} (load before it {load:.1f})", flush=True)
     return found
 
 
 def fastest(name: str, threads: int, rows_file: Path) -> Settings:
     """Of a contestant's settings, by one trial of each."""
-    if len(SETTINGS[name]) == 1:
-        return SETTINGS[name][0]
     speed = [run(name, settings, threads, rows_file, TRIAL_ROWS)["rows_s"] for settings in SETTINGS[name]]
     return SETTINGS[name][speed.index(max(speed))]
 
