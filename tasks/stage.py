@@ -192,13 +192,15 @@ def begin() -> None:
 
 
 def _tidy_logs() -> None:
-    """Has Prefect log an error that the user can mend as its one line, and keeps progress bars, telemetry and
-    the libraries' warnings to each other out."""
+    """Has Prefect log what the domain says, and an error that the user can mend as its one line, and keeps progress
+    bars, telemetry and the libraries' warnings to each other out."""
     os.environ |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false"}
     os.environ |= {"OLIVE_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TRANSFORMERS_VERBOSITY": "error"}
     for category in (FutureWarning, DeprecationWarning):
         # Of one library to another: nobody who reads a run's log can do anything about them.
         warnings.simplefilter("ignore", category)
+    # Prefect gives a logger that it is told of its handler, but no level; the root's is WARNING.
+    logging.getLogger("distillery").setLevel(logging.INFO)
     for name in ("prefect.flow_runs", "prefect.task_runs", "prefect.engine"):
         logger = logging.getLogger(name)
         if _plainly not in logger.filters:
