@@ -14,12 +14,12 @@ import argparse
 import hashlib
 import json
 import os
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.distil import merged
 from distillery import student
 from distillery.base_model import base_folder
 from distillery.dataset import to_example
@@ -67,12 +67,7 @@ class Bench:
             f"  {len(rows)} rows, {result.steps} steps, {result.rows_per_second:.1f} rows/s on {result.device}",
             flush=True,
         )
-        if not recipe.adapts:
-            return model
-        # Training has made the base bfloat16; as in a run, the adapter is merged into the base as it was.
-        with tempfile.TemporaryDirectory() as adapter:
-            model.save_pretrained(adapter)
-            return student.load_model(self.base, Path(adapter))[0]
+        return merged(model, self.base) if recipe.adapts else model
 
     def ask(self, name: str, model: Any, form: str) -> None:
         rows = self.rendered(self.held_out, form)

@@ -27,6 +27,7 @@ import json
 import random
 import shutil
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from itertools import product
@@ -68,6 +69,13 @@ T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
 def read(split: str) -> list[Example]:
     lines = (SAMPLE / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
     return [to_example(json.loads(line), Columns(), f"{split}, line {n}") for n, line in enumerate(lines, 1)]
+
+
+def merged(trained: Any, base: Path) -> Any:
+    """`base` with the adapter merged in, as in a run: the base that it was trained on has become bfloat16."""
+    with tempfile.TemporaryDirectory() as adapter:
+        trained.save_pretrained(adapter)
+        return student.load_model(base, Path(adapter))[0]
 
 
 class Kept:
@@ -114,9 +122,7 @@ class Bench:
         folder = self.home / "teacher"
         if not (folder / "tokenizer.json").exists():
             model = self.train(student.load_model(self.base)[0], self.rendered(read("gold")), recipe)
-            # Training has made the base bfloat16; as in a run, the adapter is merged into the base as it was.
-            model.save_pretrained(self.home / "adapter")
-            student.load_model(self.base, self.home / "adapter")[0].save_pretrained(folder)
+            merged(model, self.base).save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
         return folder
 

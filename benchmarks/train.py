@@ -12,9 +12,9 @@ olive         `olive finetune`: it joins the rows' texts to blocks, 512 tokens a
               have, and learns the prompts too; its dropout is 0.05, which no option changes
 
 Each of the peers' settings is tried for a few steps and the fastest is kept. Then 12 steps each, medians of three, in
-turn and the order turned round every other time; and 120 steps each, 3 epochs, for the accuracy
-on the sample's test rows: means of three seeds, which differ by more than the contestants do, but for Olive's, which
-learns another thing, one. The clock runs from the first step's start to the last one's end. The last line is JSON:
+turn and the order turned round every other time; and 120 steps each, 3 epochs, for the accuracy on the sample's test
+rows: means of three seeds, but for Olive's, which learns another thing, one.
+The clock runs from the first step's start to the last one's end. The last line is JSON:
 
 ours_rows_s         rows a second; for Olive the tokens a second over the mean row's
 trl_rows_s
@@ -262,7 +262,7 @@ def install_trl() -> None:
 def run(name: str, settings: Settings, steps: int, out: Path) -> Figures:
     command = [sys.executable, "-m", "benchmarks.train", name, json.dumps(settings), str(steps), str(out)]
     environment = os.environ | {"PYTHONPATH": str(TRL_FOLDER), "HF_HUB_OFFLINE": "1", "OLIVE_DISABLE_TELEMETRY": "1"}
-    environment["CUDA_VISIBLE_DEVICES"] = ""
+    environment |= {"CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, env=environment)
     if done.returncode:
         raise RuntimeError(f"{name}: {done.stderr[-3000:]}")
