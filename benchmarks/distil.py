@@ -11,7 +11,8 @@ in the same form and in its float forms, medians of three in turn: a prompt's sh
 runtime. --full is a grid of four pools, three depths and five seeds.
 
 Every result is kept in .distillery/bench/distil-DIGEST, told by recipe and code, as soon as it is there, so that a run
-that was ended goes on; --afresh begins anew. The last line is JSON, means over the seeds:
+that was ended goes on; after a change of the recipe's export alone, the trained students serve again. --afresh begins
+anew. The last line is JSON, means over the seeds:
 
 kept                of the teacher's accuracy, by the demo's int4 students
 fewer_parameters    share of the teacher's that the student does without
@@ -61,7 +62,7 @@ WAYS: dict[str, dict[str, float]] = {
 WAYS_BATCH = 8
 """Half the demo's: few rows make few steps."""
 CUTS = ("even", "block_influence", "in two steps")
-SPEED_ROWS, ROUNDS = 120, 3
+SPEED_ROWS, ROUNDS = 80, 3
 T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
 """Student's t for the 95 % interval of a mean of so many."""
 
@@ -179,7 +180,7 @@ class Bench:
         return folder
 
     def exported(self, folder: Path, form: ExportForm = DEMO.export.form) -> Path:
-        out = folder.with_name(f"{folder.name}-onnx-{form.precision}")
+        out = folder.with_name(f"{folder.name}-{form.title.replace('/', '-').replace(' ', '-')}")
         if not (out / "genai_config.json").exists():
             export(folder, None, form, out)
         return out
@@ -200,7 +201,8 @@ class Bench:
             size = sum(file.stat().st_size for file in out.iterdir() if file.is_file())
             return {"accuracy": right / len(gold), "bytes": size, "parameters": student.parameter_count(folder)}
 
-        return dict(self.kept.of(f"int4 student as the demo's, {depth} layers, seed {seed}", work))
+        named = f"student as the demo's, {depth} layers, seed {seed}, {DEMO.export.form.title}"
+        return dict(self.kept.of(named, work))
 
     def speeds(self, student_folder: Path) -> dict[str, float]:
         """Rows a second of the student's int4 form and of the teacher's forms, medians of three in turn."""
@@ -223,7 +225,7 @@ class Bench:
                     runs[name].append(score_model(model, rows, DEMO.prompt, precision=precision).rows_per_second)
             return {name: statistics.median(found) for name, found in runs.items()}
 
-        return dict(self.kept.of(f"rows a second, {student_folder.name}", work))
+        return dict(self.kept.of(f"rows a second, {student_folder.name}, {DEMO.export.form.title}", work))
 
 
 def as_onnx(folder: Path) -> ModelToScore:
@@ -283,7 +285,8 @@ def main() -> None:
     given = parser.parse_args()
     base = digest_of_files(list_files(base_folder(DEMO.teacher.preparation.base)))
     code = [file.read_text(encoding="utf-8") for file in sorted((PROJECT / "distillery").glob("*.py"))]
-    place = PLACE / f"distil-{digest_of([DEMO.model_dump(mode='json'), base, code, given.steps])[:12]}"
+    recipe = DEMO.model_dump(mode="json", exclude={"export": True, "teacher": {"preparation": {"export"}}})
+    place = PLACE / f"distil-{digest_of([recipe, base, code, given.steps])[:12]}"
     if given.afresh:
         shutil.rmtree(place, ignore_errors=True)
     place.mkdir(parents=True, exist_ok=True)
