@@ -3,9 +3,10 @@
 The rows are those of train.jsonl in COMMONSENSE_QA_DIR, in the schema of tau/commonsense_qa. 400, told by a hash
 of their question, are never trained on; half of the others are the gold rows and half the pool. SmolLM2-135M is asked
 by the letter and by the likelihood of the options' texts, before training and after an epoch of LoRA over the gold rows
-and the pool with their own answers. Then the way of distillation is gone in the better form: a teacher is trained on
-the gold rows alone and labels the pool with its probabilities, and students learn from those: one that starts from the
-base model, and one that is cut to two thirds of the teacher's layers. All are asked the same held-out rows.
+and the pool with their own answers. Then the way of distillation is gone in the form that did better there: a teacher
+is trained on the gold rows alone and labels the pool with its probabilities, and students learn from those: one that
+starts from the base model, and one that is cut to two thirds of the teacher's layers. All are asked the same held-out
+rows.
 
 The last line is JSON: accuracies, 0 to 1, of each by name; `chance` is 0.2; `minutes` in all.
 """

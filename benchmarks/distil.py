@@ -10,9 +10,9 @@ own answers, one a seed, are exported as the demo exports its own, and asked tes
 in the same form and in its float forms, medians of three in turn: a prompt's shared beginning is computed once in every
 runtime. --full is a grid of four pools, three depths and five seeds.
 
-Every result is kept in .distillery/bench/distil-DIGEST, told by recipe and code, as soon as it is there, so that a run
-that was ended goes on; after a change of the recipe's export alone, the trained students serve again. --afresh begins
-anew. The last line is JSON, means over the seeds:
+Every result is kept in .distillery/bench/distil-DIGEST, told by recipe, rows and code, as soon as it is there, so that
+a run that was ended goes on; after a change of the recipe's export alone, the trained students serve again. --afresh
+begins anew. The last line is JSON, means over the seeds; the speeds are those of the first one's student:
 
 kept                of the teacher's accuracy, by the demo's int4 students
 fewer_parameters    share of the teacher's that the student does without
@@ -284,7 +284,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="of each training at most, to see the benchmark work")
     given = parser.parse_args()
     base = digest_of_files(list_files(base_folder(DEMO.teacher.preparation.base)))
-    code = [file.read_text(encoding="utf-8") for file in sorted((PROJECT / "distillery").glob("*.py"))]
+    files = [*sorted((PROJECT / "distillery").glob("*.py")), *sorted(SAMPLE.glob("*.jsonl")), Path(__file__)]
+    code = [file.read_text(encoding="utf-8") for file in files]
     recipe = DEMO.model_dump(mode="json", exclude={"export": True, "teacher": {"preparation": {"export"}}})
     place = PLACE / f"distil-{digest_of([recipe, base, code, given.steps])[:12]}"
     if given.afresh:

@@ -57,7 +57,7 @@ Ask = Callable[[list[list[int]], list[list[int]]], list[list[float]]]
 
 SETTINGS: dict[str, list[Settings]] = {
     "ours": [
-        {"algorithm": "k_quant_high", "block_size": 32},
+        {"algorithm": "k_quant_high", "block_size": 64},
         {"algorithm": "rtn", "block_size": 32},
         {"algorithm": "rtn", "block_size": 64},
     ],

@@ -158,13 +158,16 @@ class OnnxStudent:
         return tokens, logprobs
 
     def answer(self, example: Example, prompt: PromptRecipe) -> Answer:
-        """Raises DataError where the prompt is longer than prompt.max_tokens or the model's context."""
+        """Raises DataError where the prompt is longer than prompt.max_tokens or, with the longest option's text where
+        that is the answer, than the model's context."""
+        texts = text_ids(example, self.tokenizer) if prompt.answer == "text" else []
         ids = render_ids(example, prompt, self.tokenizer)
-        limit = min(prompt.max_tokens, self.context_length)
+        limit = min(prompt.max_tokens, self.context_length - max(map(len, texts), default=0))
         if ids is None or len(ids) > limit:
-            raise DataError(f"{example.example_id}: the prompt is longer than {limit} tokens (prompt.max_tokens)")
-        if prompt.answer == "text":
-            probabilities = self.text_probabilities(ids, text_ids(example, self.tokenizer))
+            whose = "prompt.max_tokens" if limit == prompt.max_tokens else "the model's context"
+            raise DataError(f"{example.example_id}: the prompt is longer than {limit} tokens ({whose})")
+        if texts:
+            probabilities = self.text_probabilities(ids, texts)
         else:
             probabilities = self.option_probabilities(ids, self.letter_ids(len(example.choices)))
         best = max(range(len(probabilities)), key=probabilities.__getitem__)

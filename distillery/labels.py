@@ -324,7 +324,7 @@ def _whole(
     row: Example, several: Sequence[Question], answers: Mapping[str, StoredAnswer], recipe: TeacherRecipe
 ) -> str | None:
     """The letter that a row's answers come to."""
-    found = [answer for answer, _ in _accepted(several, [answers[one.key] for one in several])]
+    found = _accepted(several, [answers[one.key] for one in several])
     whole = combined(found, row.letters, recipe.soft_labels) if found else None
     return whole.letter if whole else None
 
@@ -550,13 +550,13 @@ def _stored(question: Question, completion: Completion, recipe: TeacherRecipe, i
     )
 
 
-def _accepted(
-    several: Sequence[Question], answers: Sequence[StoredAnswer | None]
-) -> Iterator[tuple[Answer, StoredAnswer]]:
+def _accepted(several: Sequence[Question], answers: Sequence[StoredAnswer | None]) -> list[Answer]:
     """Those answers to a row that are labels, in the row's own letters."""
-    for question, stored in zip(several, answers, strict=True):
-        if stored and stored.answer:
-            yield in_own_letters(stored.answer, stored.distribution, question.order), stored
+    return [
+        in_own_letters(stored.answer, stored.distribution, question.order)
+        for question, stored in zip(several, answers, strict=True)
+        if stored and stored.answer
+    ]
 
 
 def _reason(completion: Completion, question: Question, recipe: TeacherRecipe) -> str:
@@ -593,22 +593,21 @@ class _Files:
     def write(self, done: _Open) -> None:
         """A row whose requests are all known; more than half of them must have come to a label."""
         stored = [outcome.stored for outcome in done.outcomes]
-        found = list(_accepted(done.questions, stored))
+        found = _accepted(done.questions, stored)
         if 2 * len(found) <= len(done.outcomes):
             first = next(o for o in done.outcomes if not (o.stored and o.stored.answer))
             raw = first.stored.raw if first.stored else ""
             return self.reject(done.row, first.stored.reason if first.stored else first.failure, raw)
-        whole = combined([answer for answer, _ in found], done.row.letters, self._recipe.soft_labels)
+        whole = combined(found, done.row.letters, self._recipe.soft_labels)
         if whole is None:
-            votes = ", ".join(answer.letter for answer, _ in found)
+            votes = ", ".join(answer.letter for answer in found)
             return self.reject(done.row, f"no majority among its {len(found)} answers", votes)
         answers = [answer for answer in stored if answer]
         usage = Usage(
             prompt_tokens=sum(answer.prompt_tokens for answer in answers),
             completion_tokens=sum(answer.completion_tokens for answer in answers),
         )
-        said = next(stored for answer, stored in found if answer.letter == whole.letter)
-        rationale = rationale_of(said.raw) if self._recipe.answers.form == "rationale" else None
+        rationale = self._rationale(done, whole.letter) if self._recipe.answers.form == "rationale" else None
         label = TeacherLabel(
             example_id=done.row.example_id,
             answer=whole.letter,
@@ -618,6 +617,15 @@ class _Files:
             usage=usage,
         )
         return self.take(done.row, label)
+
+    def _rationale(self, done: _Open, letter: str) -> str | None:
+        """The first reason for `letter` that was given in the row's own order: others name its options by other
+        letters."""
+        for question, outcome in zip(done.questions, done.outcomes, strict=True):
+            stored = outcome.stored
+            if stored and stored.answer == letter and question.order == sorted(question.order):
+                return rationale_of(stored.raw)
+        return None
 
     def take(self, row: Example, label: TeacherLabel) -> None:
         """A label, unless teacher.filters reject it; what it tells of the teacher counts either way."""

@@ -76,7 +76,7 @@ class Distillation(Pass):
             "recipe": PassConfigParam(type_=dict, required=True, description="TrainingRecipe"),
             "result": PassConfigParam(type_=str, required=True, description="Where the figures go, as JSON"),
             "step": PassConfigParam(type_=str, default_value=None, description="Its checkpoints' name, of several"),
-            "keep_end": PassConfigParam(type_=bool, default_value=False, description="A checkpoint of the end too"),
+            "healing": PassConfigParam(type_=int, default_value=None, description="Which step before the last it is"),
         }
 
     def _run_for_config(
@@ -85,7 +85,7 @@ class Distillation(Pass):
         network, tokenizer = student.load_model(Path(model.model_path), _adapter(model), _remote_code(model))
         recipe = TrainingRecipe.model_validate(config.recipe)
         hidden = load_file(config.hidden)[student.HIDDEN] if config.hidden else None
-        kept = checkpoints.get()
+        kept, report = checkpoints.get(), progress.get()
         trained, result = student.train(
             network,
             student.read_rows(Path(config.rows)),
@@ -93,11 +93,12 @@ class Distillation(Pass):
             recipe,
             pad_id=student.pad_id(tokenizer),
             end_id=student.end_of_turn_id(tokenizer),
-            progress=progress.get(),
+            progress=report and (lambda at: report(at._replace(healing=config.healing))),
             hidden=hidden,
             checkpoints=kept.of(config.step) if kept and config.step else kept,
             checkpoint_every_s=LocalSettings().checkpoint_seconds,
-            keep_end=config.keep_end,
+            # Of the end too: the steps that follow go on from there.
+            keep_end=config.healing is not None,
         )
         Path(config.result).write_text(result.model_dump_json())
         trained.save_pretrained(output_model_path)

@@ -96,8 +96,8 @@ def _prompts(calibration: Path | None) -> dict[str, Any]:
 
 
 def _sensitive(model: Path, all_layers: bool) -> list[str]:
-    """The attention inputs and down projections of all layers, or of those that llama.cpp's Q4_K_M keeps in more bits:
-    the first and last eighth and every third between (llama.cpp, src/llama-quant.cpp, use_more_bits)."""
+    """The attention inputs and down projections of all layers, or of the first and last eighth and every third between:
+    the choice of ONNX Runtime GenAI's ModelBuilder for k_quant_mixed, which is near that of llama.cpp's Q4_K_M."""
     count = layer_count(model)
     found = []
     for name in tensor_names(model):

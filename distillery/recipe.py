@@ -141,7 +141,8 @@ class LoraRecipe(Slice):
 
 
 class TrainingRecipe(Slice):
-    """How weights are trained: AdamW, linear warm-up and cosine decay to zero, loss on the answer alone.
+    """How weights are trained: AdamW, loss on the answer alone; the rate is the lower of a linear warm-up and a cosine
+    decay to zero, both from the first step on, so that a long warm-up does not reach learning_rate.
 
     The loss is (1 - soft_weight) x cross-entropy with the label + soft_weight x T^2 x the divergence of teacher and
     student at temperature T, hidden_weight x (1 - cosine) of their last hidden states, and rationale_weight x the
@@ -195,10 +196,12 @@ class ExportForm(Slice):
     """How a checkpoint becomes a folder for ONNX Runtime GenAI.
 
     `algorithm` quantises to int4 or int8: rtn (round to nearest); k_quant (scales searched as in llama.cpp);
-    k_quant_mixed (the same, with the attention inputs and down projections of the layers that llama.cpp chooses in 8
-    bits); k_quant_high (with those of all layers); gptq (errors made good in the weights still to come, by what the
-    task's own prompts make of them: Frantar et al., GPTQ, 2023; embeddings and head by k_quant), in a ladder alone.
-    `adapter_apart` keeps a LoRA adapter apart, as adapter_weights.onnx_adapter.
+    k_quant_mixed (the same, with the attention inputs and down projections of the layers that ModelBuilder chooses for
+    its form of that name in 8 bits); k_quant_high (with those of all layers); gptq (errors made good in the weights
+    still to come, by what the task's own prompts make of them: Frantar et al., GPTQ, 2023; embeddings and head by
+    k_quant), in a ladder alone.
+    `adapter_apart` keeps a LoRA adapter apart, as adapter_weights.onnx_adapter; int4 then leaves the embeddings as they
+    are.
     """
 
     precision: Literal["int4", "int8", "fp16", "fp32"] = "int4"

@@ -308,13 +308,15 @@ class Measured(Record):
 
 
 class Trial(Record):
-    """A student of a search. `settings`: what was tried, by name. `best`: no other is as good in accuracy, size and
-    latency and better in one of them (the Pareto front)."""
+    """A student of a search. `settings`: what was tried, by name. `measured`: what came of it, or None where no student
+    did, for `reason`. `best`: no other is as good in accuracy, size and latency and better in one of them (the Pareto
+    front)."""
 
     number: int
     settings: dict[str, float]
-    measured: Measured
+    measured: Measured | None
     best: bool
+    reason: str = ""
 
 
 class GateDecision(Record):

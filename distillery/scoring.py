@@ -27,7 +27,7 @@ from distillery.records import Example
 WARM_UP_ROWS = 3
 
 Ask = Callable[[Example], list[float] | None]
-"""The probabilities over a row's options; None where its prompt is over the budget."""
+"""The probabilities over a row's options; None where its prompt is over the budget or the model's context."""
 
 
 def score(job: ScoringJob) -> Scored:
@@ -96,7 +96,7 @@ def _onnx(job: ScoringJob) -> tuple[Ask, str]:
             return student.text_probabilities(prompt, options)
         return student.option_probabilities(prompt, [letter for (letter,) in options])
 
-    return _asker(student.tokenizer, job.prompt, probabilities), "ONNX Runtime"
+    return _asker(student.tokenizer, job.prompt, student.context_length, probabilities), "ONNX Runtime"
 
 
 def _transformers(job: ScoringJob) -> tuple[Ask, str]:
@@ -124,7 +124,8 @@ def _transformers(job: ScoringJob) -> tuple[Ask, str]:
         row = TrainingRow(prompt=tuple(prompt), texts=tuple(map(tuple, options)), answer=0)
         return student.option_probabilities(model, [row], pad_id=pad_id, place=place)[0]
 
-    return _asker(TransformersTokenizer(tokenizer), job.prompt, probabilities), f"{place.device} {place.precision}"
+    ask = _asker(TransformersTokenizer(tokenizer), job.prompt, model.config.max_position_embeddings, probabilities)
+    return ask, f"{place.device} {place.precision}"
 
 
 def _prompt_after_prompt(model: Any, place: Any) -> Callable[[list[int]], Any]:
@@ -161,7 +162,10 @@ def _cast_linear_layers(model: Any) -> None:
 
 
 def _asker(
-    tokenizer: Tokenizer, prompt: PromptRecipe, probabilities: Callable[[list[int], list[list[int]]], list[float]]
+    tokenizer: Tokenizer,
+    prompt: PromptRecipe,
+    context: int,
+    probabilities: Callable[[list[int], list[list[int]]], list[float]],
 ) -> Ask:
     letters = cache(lambda count: [[token] for token in letter_ids(tokenizer, count)])
 
@@ -169,7 +173,10 @@ def _asker(
         ids = render_ids(example, prompt, tokenizer)
         if ids is None:
             return None
-        options = text_ids(example, tokenizer) if prompt.answer == "text" else letters(len(example.choices))
+        by_text = prompt.answer == "text"
+        options = text_ids(example, tokenizer) if by_text else letters(len(example.choices))
+        if len(ids) + (max(map(len, options)) if by_text else 0) > context:
+            return None
         return probabilities(ids, options)
 
     return ask

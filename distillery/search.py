@@ -26,7 +26,7 @@ class Search:
         self._study = optuna.create_study(directions=["maximize", "minimize", "minimize"], sampler=sampler)
         self._recipe, self._space = recipe, space
         self._asked: list[Any] = []
-        self._told: list[Measured] = []
+        self._told: list[Measured | str] = []
         self._check()
 
     def _check(self) -> None:
@@ -67,12 +67,27 @@ class Search:
         self._study.tell(self._asked[-1], [measured.accuracy, float(measured.bytes), measured.p50_ms])
         self._told.append(measured)
 
+    def tell_failure(self, reason: str) -> None:
+        """That no student came of the recipe that was asked for last: what is asked for next is the search's own."""
+        from optuna.trial import TrialState
+
+        self._study.tell(self._asked[-1], state=TrialState.FAIL)
+        self._told.append(reason)
+
     @property
     def trials(self) -> tuple[Trial, ...]:
-        best = unbeaten(self._told)
+        measured = {number: told for number, told in enumerate(self._told) if isinstance(told, Measured)}
+        front = unbeaten(list(measured.values()))
+        best = {number for place, number in enumerate(measured) if place in front}
         return tuple(
-            Trial(number=number, settings=asked.params, measured=measured, best=number in best)
-            for number, (asked, measured) in enumerate(zip(self._asked, self._told, strict=False))
+            Trial(
+                number=number,
+                settings=self._asked[number].params,
+                measured=measured.get(number),
+                best=number in best,
+                reason=told if isinstance(told, str) else "",
+            )
+            for number, told in enumerate(self._told)
         )
 
 
@@ -101,12 +116,20 @@ def unbeaten(measured: Sequence[Measured]) -> set[int]:
 
 
 def render_trials(trials: Sequence[Trial]) -> str:
-    """The trials as a Markdown table, the best in accuracy first; a star marks the Pareto front."""
+    """The trials as a Markdown table, the best in accuracy first and those without a student, with the reason, last; a
+    star marks the Pareto front."""
     names = list(dict.fromkeys(name for trial in trials for name in trial.settings))
     lines = [["", "trial", *names, "accuracy", "MB", "p50 ms"], [":--", *["--:"] * (len(names) + 4)]]
-    for trial in sorted(trials, key=lambda trial: (-trial.measured.accuracy, trial.measured.bytes)):
+    for trial in sorted(trials, key=lambda trial: _place(trial.measured)):
         settings = [f"{trial.settings[name]:.4g}" if name in trial.settings else "" for name in names]
-        measured = trial.measured
-        figures = [f"{measured.accuracy:.3f}", f"{measured.bytes / 1e6:.1f}", f"{measured.p50_ms:.1f}"]
+        figures = ["failed", "", ""]
+        if measured := trial.measured:
+            figures = [f"{measured.accuracy:.3f}", f"{measured.bytes / 1e6:.1f}", f"{measured.p50_ms:.1f}"]
         lines.append(["*" if trial.best else "", str(trial.number), *settings, *figures])
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    table = [f"| {' | '.join(cells)} |" for cells in lines]
+    reasons = [f"Trial {trial.number} failed: {trial.reason}" for trial in trials if trial.measured is None]
+    return "\n".join([*table, *(line for reason in reasons for line in ("", reason))])
+
+
+def _place(measured: Measured | None) -> tuple[float, int]:
+    return (-measured.accuracy, measured.bytes) if measured else (1.0, 0)

@@ -36,13 +36,16 @@ _log = logging.getLogger(__name__)
 
 class TrainingProgress(NamedTuple):
     """How far training is. `loss`: mean since the last report. `rows_per_second`: this process's, while it trains.
-    `seconds_left`: by the clock, validation and checkpoints included."""
+    `seconds_left`: by the clock, validation and checkpoints included. `checked`: loss and accuracy on the validation
+    rows, at an epoch's end. `healing`: which step of student.healing this is, from 1; None for the last training."""
 
     step: int
     steps: int
     loss: float
     rows_per_second: float
     seconds_left: float
+    checked: tuple[float, float] | None = None
+    healing: int | None = None
 
 
 Progress = Callable[[TrainingProgress], None]
@@ -402,8 +405,7 @@ def train(
     that is no number."""
     import torch
 
-    if not rows:
-        raise TrainingError("no row to train on: every label was rejected or every prompt is over prompt.max_tokens")
+    _require(rows)
     if recipe.patience and not validation:
         raise TrainingError("training.patience needs validation rows: name a split for them or carve them")
     torch.manual_seed(recipe.seed)
@@ -455,19 +457,20 @@ def train(
             epoch_ends = state.step % per_epoch == 0 or state.step == steps
             checked = None
             if epoch_ends and validation:
-                state.accuracy, checked = validate(model, validation, pad_id=pad_id, place=place)
+                state.accuracy, loss_there = validate(model, validation, pad_id=pad_id, place=place)
+                checked = loss_there, state.accuracy
                 if recipe.patience:
-                    state.compare(checked)
+                    state.compare(loss_there)
             if epoch_ends or len(state.losses) == 10:
                 mean = sum(state.losses) / len(state.losses)
-                point = CurvePoint(step=state.step, loss=mean, validation_loss=checked)
+                point = CurvePoint(step=state.step, loss=mean, validation_loss=checked[0] if checked else None)
                 state.curve.append(
                     point.model_copy(update={"validation_accuracy": state.accuracy if epoch_ends else None})
                 )
                 state.losses = []
                 if progress:
                     left = (steps - state.step) * (time.perf_counter() - began) / (state.step - resumed_at)
-                    progress(TrainingProgress(state.step, steps, mean, seen / trained_seconds, left))
+                    progress(TrainingProgress(state.step, steps, mean, seen / trained_seconds, left, checked))
             if checkpoints and state.step < steps and (started := time.perf_counter()) >= due:
                 state.keep(checkpoints)
                 due = time.perf_counter() + max(checkpoint_every_s, 50 * (time.perf_counter() - started))
@@ -487,6 +490,11 @@ def train(
         rows_per_second=seen / trained_seconds if seen else 0.0,
         resumed_at=resumed_at,
     )
+
+
+def _require(rows: Sequence[TrainingRow]) -> None:
+    if not rows:
+        raise TrainingError("no row to train on: every label was rejected or every prompt is over prompt.max_tokens")
 
 
 @contextmanager
@@ -680,6 +688,7 @@ def fine_tune(
     from distillery import olive_passes
     from distillery.olive_workflow import run_workflow
 
+    _require(rows)
     out.mkdir(parents=True, exist_ok=True)
     inputs = {"rows": out / "rows.jsonl", "validation": out / "validation.jsonl"}
     write_rows(rows, inputs["rows"])
@@ -704,7 +713,7 @@ def fine_tune(
             "recipe": training.model_dump(mode="json"),
             "result": str(out / ("training.json" if last else f"healing-{number}.json")),
             "step": f"step-{number}" if healing else None,
-            "keep_end": not last,
+            "healing": None if last else number,
         }
     input_model = {
         "model_path": str(base),

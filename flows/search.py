@@ -10,11 +10,11 @@ from argparse import ArgumentParser
 from pathlib import Path
 
 import yaml
-from prefect import flow, tags
+from prefect import flow, get_run_logger, tags
 from prefect.artifacts import create_markdown_artifact
 from pydantic import ValidationError
 
-from distillery.errors import DistilleryError, RecipeError
+from distillery.errors import DistilleryError, ExportError, RecipeError, TrainingError
 from distillery.evaluation import machine
 from distillery.readiness import check_settings
 from distillery.recipe import Recipe, SearchRecipe, explained, load_recipe
@@ -25,6 +25,9 @@ from tasks.onnx import exported
 from tasks.results import results_in_store
 from tasks.search import measure
 from tasks.stage import RESULT, begin, refreshing
+
+NO_STUDENT = (TrainingError, ExportError)
+"""What a trial's own settings can bring about, such as a rate at which the loss diverges: the others go on."""
 
 
 @flow(name="search", description=__doc__, **RESULT)
@@ -43,9 +46,13 @@ def search(recipe: Recipe, space: SearchRecipe, training_deployment: str | None 
     validation, base = taught.data.rows("validation"), student_base(recipe)
     for number in range(space.trials):
         tried = found.ask()
-        student = trained_student(tried, taught, base, training_deployment, f"trial {number}", False)
-        model = exported(student, base, tried, taught.data, refreshing(()))
-        found.tell(measure(model, validation, tried.student_prompt, machine()))
+        try:
+            student = trained_student(tried, taught, base, training_deployment, f"trial {number}", False)
+            model = exported(student, base, tried, taught.data, refreshing(()))
+            found.tell(measure(model, validation, tried.student_prompt, machine()))
+        except NO_STUDENT as error:
+            get_run_logger().warning("trial %d failed: %s", number, error)
+            found.tell_failure(str(error))
     create_markdown_artifact(key="search", markdown=render_trials(found.trials), description="Trials and Pareto front")
     return found.trials
 

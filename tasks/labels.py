@@ -32,7 +32,7 @@ AS_TOLD = TeacherRecipe(filters=FilterRecipe(minimum_accepted=0))
 _SPENT: dict[str, dict[str, float]] = {}
 
 
-@stage("label", version=3)
+@stage("label", version=4)
 def label(
     rows: Rows, prompt: PromptRecipe, teacher: TeacherRecipe, identity: str, model: OnnxModel | None = None
 ) -> TeacherLabels:

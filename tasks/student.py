@@ -46,7 +46,7 @@ def train(
     explain = with_reasons[0].rationale_instruction if with_reasons else None
     found = read_labels(store.fetch(labels.artifact))
     ready, too_long = domain.training_rows(examples, found, prompt, tokenizer, explain)
-    if explain and not any(row.rationale for row in ready):
+    if explain and ready and not any(row.rationale for row in ready):
         raise TrainingError(
             "training.rationale_weight is above 0, but no label has a reason: it takes an endpoint that is asked with "
             "teacher.answers.form: rationale, or a column rationale in teacher.files"
@@ -66,9 +66,15 @@ def train(
         def progress(at: domain.TrainingProgress) -> None:
             check_parent()
             speed = f"{at.rows_per_second:.1f} rows/s, {at.seconds_left / 60:.0f} minutes left"
-            show(at.step, at.steps, f"step {at.step} of {at.steps}, loss {at.loss:.3f}, {speed}")
-            track(at.step, {"loss": at.loss, "rows_per_second": at.rows_per_second})
-            logger.debug("step %d of %d, loss %.3f", at.step, at.steps, at.loss)
+            part = f"healing {at.healing} of {len(healing)}, " if at.healing else ""
+            show(at.step, at.steps, f"{part}step {at.step} of {at.steps}, loss {at.loss:.3f}, {speed}")
+            figures = {"loss": at.loss, "rows_per_second": at.rows_per_second}
+            if at.checked:
+                figures["validation_loss"], figures["validation_accuracy"] = at.checked
+            # Each training counts its steps from 1: figures of its own, so that none lies over another's.
+            within = f"healing-{at.healing}/" if at.healing else ""
+            track(at.step, {within + name: value for name, value in figures.items()})
+            logger.debug("%sstep %d of %d, loss %.3f", part, at.step, at.steps, at.loss)
 
         set_aside = {"train": too_long, "validation": too_long_checks}
         (folder / "set_aside.json").write_text(json.dumps(set_aside, indent=1))
@@ -90,10 +96,6 @@ def train(
             progress=progress,
             checkpoints=work,
         )
-        for point in result.curve:
-            if point.validation_loss is not None and point.validation_accuracy is not None:
-                checked = {"validation_loss": point.validation_loss, "validation_accuracy": point.validation_accuracy}
-                track(point.step, checked)
         artifact = store.put(folder)
     since = f" (from step {result.resumed_at} on)" if result.resumed_at else ""
     accuracy = "none" if result.validation_accuracy is None else f"{result.validation_accuracy:.3f}"

@@ -53,7 +53,7 @@ def one_registry(monkeypatch: pytest.MonkeyPatch, registry_url: str) -> None:
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """`tiny_model(arch)`: the folder of a random 2-layer model with 512 tokens; arch is llama, phi3 or qwen3."""
+    """`tiny_model(arch)`: the folder of a random 2-layer model with 512 tokens; arch is of tiny_model.ARCHITECTURES."""
 
     @cache
     def build(arch: str) -> Path:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_model import ARCHITECTURES
 
 from distillery import student
 from distillery.batching import common_prefix, forward, prefilled
@@ -38,7 +39,7 @@ def alone(model: Any, ids: tuple[int, ...], kept: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("arch", ["llama", "phi3", "qwen3"])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_a_batch_with_a_shared_beginning_has_the_numbers_of_its_rows(
     tiny_model: TinyModel, arch: str, attention: str
 ) -> None:

@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 
 from distillery.errors import DataError, ModelError
+from distillery.evaluation import ModelToScore, ScoringJob
 from distillery.inference import FailedRow, InputRow, OnnxStudent, Prediction, log_softmax, read_rows, score_file
-from distillery.prompts import render_messages
+from distillery.prompts import render_ids, render_messages, text_ids
 from distillery.recipe import Columns, PromptRecipe
 from distillery.records import Example
+from distillery.scoring import score
 
 Build = Callable[..., Path]
 PROMPT = PromptRecipe()
@@ -202,6 +204,33 @@ def test_the_most_probable_letter_is_the_answer(tiny_onnx: Build) -> None:
     assert answer.probabilities[answer.letter] == max(answer.probabilities.values())
     with pytest.raises(DataError, match=r"^1: the prompt is longer than 9 tokens \(prompt.max_tokens\)$"):
         student.answer(BAKER, PromptRecipe(max_tokens=9))
+
+
+def test_a_prompt_and_its_longest_option_fit_into_the_context(tiny_onnx: Build, tmp_path: Path) -> None:
+    student = OnnxStudent(tiny_onnx("llama"), threads=1)
+    context = student.context_length
+    by_text = PromptRecipe(system="", user="{question}", answer="text", max_tokens=2 * context)
+    longest = max(map(len, text_ids(BAKER, student.tokenizer)))
+    words = next(n for n in range(context) if _length(student, "a" * n, by_text) == context - longest)
+    fits, over = (BAKER.model_copy(update={"question": "a" * n}) for n in (words, words + 1))
+    assert student.answer(fits, by_text).letter in "ABC"
+    said = rf"^1: the prompt is longer than {context - longest} tokens \(the model's context\)$"
+    with pytest.raises(DataError, match=said):
+        student.answer(over, by_text)
+    file = tmp_path / "rows.jsonl"
+    file.write_text(f"{fits.model_dump_json()}\n{over.model_dump_json()}\n")
+    job = ScoringJob(
+        model=ModelToScore(name="student", kind="onnx", folder=str(student.folder)),
+        examples=str(file),
+        prompt=by_text,
+        threads=1,
+    )
+    first, second = score(job).answers
+    assert (first is not None, second) == (True, None)
+
+
+def _length(student: OnnxStudent, question: str, prompt: PromptRecipe) -> int:
+    return len(render_ids(BAKER.model_copy(update={"question": question}), prompt, student.tokenizer) or [])
 
 
 @pytest.mark.parametrize(

@@ -729,6 +729,21 @@ async def test_a_rationale_is_asked_for_and_kept_beside_the_label(sdk: Sdk, url:
         assert row["Answer"] == "B"
 
 
+async def test_a_reason_names_the_options_by_the_rows_own_letters(url: str, tmp_path: Path) -> None:
+    def script(call: Call) -> Reply:
+        options = options_of(call)
+        letter = "ABC"[options.index("two")]
+        wrong_in_own_order = number_of(call) == 1 and options[0] == "one"
+        return said(f"{letter} it is.\nAnswer: {'C' if wrong_in_own_order else letter}")
+
+    with ChatEndpoint(script) as server:
+        answers = {"form": "rationale", "orders": 3}
+        await labelled(server, url, tmp_path / "out", rows=3, max_tokens=300, answers=answers)
+    labels = read(tmp_path / "out" / "labels.jsonl")
+    assert [row["answer"] for row in labels] == ["B", "B", "B"]
+    assert [row["rationale"] for row in labels] == ["B it is.", None, "B it is."]
+
+
 async def test_a_rationale_that_was_cut_off_is_set_aside(url: str, tmp_path: Path) -> None:
     for text in ("A is too small, so", "Answer: A\nOr rather"):
         cut = said(text, finish_reason="length")

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_model import ARCHITECTURES
 
 from distillery import student
 from distillery.likelihood import label_likelihoods, option_scores, pack
@@ -26,7 +27,7 @@ def alone(model: Any, prompt: tuple[int, ...], text: tuple[int, ...]) -> list[fl
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("arch", ["llama", "phi3", "qwen3"])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_packed_options_score_as_each_by_itself(tiny_model: TinyModel, arch: str, attention: str) -> None:
     model, tokenizer = student.load_model(tiny_model(arch))
     model.set_attn_implementation(attention)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from tiny_model import ARCHITECTURES
 
 from distillery import student
 from distillery.evaluation import ModelToScore, score_model
@@ -35,7 +36,7 @@ FORMS = {
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("arch", ["llama", "phi3", "qwen3"])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_all_ways_of_asking_a_student_agree(
     tiny_model: Callable[[str], Path], tmp_path: Path, arch: str, form: str
 ) -> None:

@@ -92,6 +92,24 @@ def test_the_table_has_the_best_first_and_a_star_for_the_front() -> None:
     ]
 
 
+def test_a_trial_without_a_student_is_shown_and_the_search_goes_on() -> None:
+    search, recipes = Search(recipe(), SPACE), []
+    for number in range(6):
+        recipes.append(search.ask())
+        if number in (0, 4):
+            search.tell_failure("the loss is nan at step 3")
+        else:
+            search.tell(measured(50 + number, size=100 + number))
+    assert len({one.model_dump_json() for one in recipes}) > 3
+    trials = search.trials
+    assert [trial.measured is None for trial in trials] == [True, False, False, False, True, False]
+    assert [trial.number for trial in trials if trial.best] == [1, 2, 3, 5]
+    lines = render_trials(trials).splitlines()
+    assert [line.split("|")[2].strip() for line in lines[2:8]] == ["5", "3", "2", "1", "0", "4"]
+    assert "| failed |  |  |" in lines[6]
+    assert lines[-1] == "Trial 4 failed: the loss is nan at step 3"
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [

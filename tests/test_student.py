@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_model import ARCHITECTURES
 
 from distillery import student
 from distillery.base_model import base_folder, base_identity, local_copy
@@ -34,7 +35,6 @@ from distillery.recipe import (
 )
 from distillery.records import Example, TeacherLabel
 
-ARCHITECTURES = ["llama", "phi3", "qwen3"]
 PROMPT = PromptRecipe(system="Pick.", user="{question}\n{choices}", choice="{letter}) {text}")
 TinyModel = Callable[[str], Path]
 
@@ -438,6 +438,15 @@ def test_progress_says_how_far_it_is_and_can_end_it(
     assert os.listdir(home / "work") == []
 
 
+def test_progress_tells_healing_from_the_last_training(tiny_model: TinyModel, tmp_path: Path) -> None:
+    reports: list[student.TrainingProgress] = []
+    result = long_training(tiny_model("llama"), "full", tmp_path / "out", None, reports.append)
+    assert [report.healing for report in reports] == [1] * (len(reports) - 60) + [None] * 60
+    assert [report.step for report in reports if report.healing is None] == list(range(3, 181, 3))
+    last = reports[-1].checked
+    assert last == (result.curve[-1].validation_loss, result.curve[-1].validation_accuracy)
+
+
 def test_progress_comes_every_ten_steps(tiny_model: TinyModel) -> None:
     model, _ = student.load_model(tiny_model("llama"))
     rows, recipe = rendered(tiny_model("llama"), 23), TrainingRecipe(epochs=2, batch_size=1)
@@ -446,10 +455,12 @@ def test_progress_comes_every_ten_steps(tiny_model: TinyModel) -> None:
     assert steps == [10, 20, 23, 33, 43, 46]
 
 
-def test_no_rows_is_one_clear_line(tiny_model: TinyModel) -> None:
+def test_no_rows_is_one_clear_line(tiny_model: TinyModel, tmp_path: Path) -> None:
     model, _ = student.load_model(tiny_model("llama"))
     with pytest.raises(TrainingError, match="no row to train on"):
         student.train(model, [], [], TrainingRecipe(), pad_id=0, end_id=0)
+    with pytest.raises(TrainingError, match="no row to train on"):
+        student.fine_tune(tiny_model("llama"), None, [], [], HEALING.training, tmp_path, healing=[HEALING])
 
 
 def test_a_loss_that_is_no_number_stops_training(tiny_model: TinyModel) -> None:

@@ -12,11 +12,11 @@ PHI = (
     "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% else %}{{ eos_token }}{% endif %}"
 )
-SPECIAL_TOKENS = {
-    "llama": ("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
-    "phi3": ("<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"),
-    "qwen3": ("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
-}
+PHI_TOKENS = ("<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
+CHATML_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+ARCHITECTURES = ("llama", "phi3", "phi4mini", "qwen2", "qwen3")
+"""phi4mini is phi3 with what sets Phi-4-mini apart: rotary embeddings of a part of each head, scaled by LongRoPE; qwen2
+has biases in its attention, qwen3 norms."""
 TEXT = (
     "You are a helpful assistant. Your output should only be one of the five choices.",
     "Answer the following multiple-choice question by selecting the correct option.",
@@ -26,7 +26,7 @@ TEXT = (
 
 
 def build_tiny_model(arch: str, folder: Path) -> Path:
-    """Writes a model of 2 layers with a tokenizer of 512 tokens into `folder`; arch is llama, phi3 or qwen3."""
+    """Writes a model of 2 layers with a tokenizer of 512 tokens into `folder`; arch is of ARCHITECTURES."""
     _tiny_tokenizer(arch).save_pretrained(folder)
     _tiny_weights(arch).save_pretrained(folder)
     return folder
@@ -36,7 +36,7 @@ def _tiny_tokenizer(arch: str) -> Any:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    special = SPECIAL_TOKENS[arch]
+    special = _special_tokens(arch)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -45,15 +45,28 @@ def _tiny_tokenizer(arch: str) -> Any:
     tokenizer.train_from_iterator(TEXT, trainer)
     end = special[-1]
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=end, pad_token="<|endoftext|>")
-    fast.chat_template = PHI if arch == "phi3" else CHATML
+    fast.chat_template = PHI if arch.startswith("phi") else CHATML
     return fast
+
+
+def _special_tokens(arch: str) -> tuple[str, ...]:
+    return PHI_TOKENS if arch.startswith("phi") else CHATML_TOKENS
 
 
 def _tiny_weights(arch: str) -> Any:
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+    from transformers import (
+        LlamaConfig,
+        LlamaForCausalLM,
+        Phi3Config,
+        Phi3ForCausalLM,
+        Qwen2Config,
+        Qwen2ForCausalLM,
+        Qwen3Config,
+        Qwen3ForCausalLM,
+    )
 
-    shape = {
+    shape: dict[str, Any] = {
         "vocab_size": 512,
         "hidden_size": 64,
         "intermediate_size": 128,
@@ -63,13 +76,28 @@ def _tiny_weights(arch: str) -> Any:
         "max_position_embeddings": 1024,
         "bos_token_id": 0,
         "pad_token_id": 0,
-        "eos_token_id": len(SPECIAL_TOKENS[arch]) - 1,
+        "eos_token_id": len(_special_tokens(arch)) - 1,
         "initializer_range": 0.2,
         "tie_word_embeddings": True,
     }
     torch.manual_seed(0)
     if arch == "llama":
         return LlamaForCausalLM(LlamaConfig(**shape)).eval()
+    if arch == "qwen2":
+        model = Qwen2ForCausalLM(Qwen2Config(**shape)).eval()
+        for layer in model.model.layers:
+            # They start at zero, where nobody would miss them.
+            for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj):
+                torch.nn.init.normal_(projection.bias, std=0.5)
+        return model
+    if arch == "phi4mini":
+        # The runtime asks for a multiple of 16 that is rotated: 48 of a head's 64.
+        shape |= {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1}
+        # As its own config.json says it.
+        shape |= {"original_max_position_embeddings": 512, "partial_rotary_factor": 0.75}
+        short, long = [1 + i / 16 for i in range(24)], [2 + i / 8 for i in range(24)]
+        rope = {"type": "longrope", "short_factor": short, "long_factor": long}
+        return Phi3ForCausalLM(Phi3Config(rope_scaling=rope, **shape)).eval()
     if arch == "qwen3":
         return Qwen3ForCausalLM(Qwen3Config(head_dim=16, **shape)).eval()
     return Phi3ForCausalLM(Phi3Config(original_max_position_embeddings=1024, **shape)).eval()

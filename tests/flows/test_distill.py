@@ -363,11 +363,11 @@ def test_a_search_measures_its_trials_and_goes_on_from_what_is_cached(
     values["teacher"] = {"kind": "gold"}
     (workshop.folder / "recipe.yaml").write_text(yaml.safe_dump(values))
 
-    def search(trials: int) -> tuple[list[str], Counter[str]]:
+    def search(trials: int, keep: str = "[2]") -> tuple[list[str], Counter[str]]:
         counted = workshop.folder / "counted"
         counted.write_text("")
         space = workshop.folder / "space.yaml"
-        space.write_text(f"rank: [2, 4]\nlearning_rate: [0.001, 0.1]\ntrials: {trials}\n")
+        space.write_text(f"rank: [2, 4]\nkeep: {keep}\nlearning_rate: [0.001, 0.1]\ntrials: {trials}\n")
         done = subprocess.run(
             [sys.executable, "-m", "flows.search", str(workshop.folder / "recipe.yaml"), str(space)],
             cwd=PROJECT,
@@ -387,3 +387,8 @@ def test_a_search_measures_its_trials_and_goes_on_from_what_is_cached(
     assert {line.partition("|")[2].split("|", 1)[1] for line in first} <= {
         line.partition("|")[2].split("|", 1)[1] for line in more
     }
+    deep, _ = search(4, keep="[2, 9]")
+    failed = [line.split("|")[2].strip() for line in deep if "| failed |" in line]
+    assert 0 < len(failed) < 4
+    said = "failed: student.layers.keep: 9, but this model has 2 layers; keep fewer"
+    assert [line for line in deep if "failed: " in line] == [f"Trial {number} {said}" for number in sorted(failed)]
