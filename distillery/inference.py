@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from distillery.dataset import to_example
 from distillery.errors import DataError, ModelError
-from distillery.prompts import GenAITokenizer, letter_ids, render_ids, text_ids
+from distillery.prompts import GenAITokenizer, letter_ids, longest_prompt, render_ids, text_ids
 from distillery.recipe import Columns, PromptRecipe
 from distillery.records import Example, Record
 
@@ -162,7 +162,7 @@ class OnnxStudent:
         that is the answer, than the model's context."""
         texts = text_ids(example, self.tokenizer) if prompt.answer == "text" else []
         ids = render_ids(example, prompt, self.tokenizer)
-        limit = min(prompt.max_tokens, self.context_length - max(map(len, texts), default=0))
+        limit = longest_prompt(prompt, self.context_length, texts)
         if ids is None or len(ids) > limit:
             whose = "prompt.max_tokens" if limit == prompt.max_tokens else "the model's context"
             raise DataError(f"{example.example_id}: the prompt is longer than {limit} tokens ({whose})")

@@ -130,6 +130,12 @@ def text_ids(example: Example, tokenizer: Tokenizer) -> list[list[int]]:
     return texts
 
 
+def longest_prompt(prompt: PromptRecipe, context: int, texts: Sequence[Sequence[int]] = ()) -> int:
+    """How many tokens a prompt may have: prompt.max_tokens, or what the model's `context` leaves for it beside the
+    longest of the `texts` that are scored after it."""
+    return min(prompt.max_tokens, context - max(map(len, texts), default=0))
+
+
 def render_ids(
     example: Example, prompt: PromptRecipe, tokenizer: Tokenizer, instruction: str | None = None
 ) -> list[int] | None:

@@ -20,7 +20,7 @@ from distillery.errors import ModelError
 from distillery.evaluation import Scored, ScoringJob
 from distillery.losses import TrainingRow
 from distillery.processes import work_apart
-from distillery.prompts import Tokenizer, TransformersTokenizer, letter_ids, render_ids, text_ids
+from distillery.prompts import Tokenizer, TransformersTokenizer, letter_ids, longest_prompt, render_ids, text_ids
 from distillery.recipe import PromptRecipe
 from distillery.records import Example
 
@@ -173,11 +173,10 @@ def _asker(
         ids = render_ids(example, prompt, tokenizer)
         if ids is None:
             return None
-        by_text = prompt.answer == "text"
-        options = text_ids(example, tokenizer) if by_text else letters(len(example.choices))
-        if len(ids) + (max(map(len, options)) if by_text else 0) > context:
+        texts = text_ids(example, tokenizer) if prompt.answer == "text" else []
+        if len(ids) > longest_prompt(prompt, context, texts):
             return None
-        return probabilities(ids, options)
+        return probabilities(ids, texts or letters(len(example.choices)))
 
     return ask
 

@@ -26,7 +26,7 @@ class Search:
         self._study = optuna.create_study(directions=["maximize", "minimize", "minimize"], sampler=sampler)
         self._recipe, self._space = recipe, space
         self._asked: list[Any] = []
-        self._told: list[Measured | str] = []
+        self._told: list[tuple[Measured | None, str]] = []
         self._check()
 
     def _check(self) -> None:
@@ -65,29 +65,21 @@ class Search:
     def tell(self, measured: Measured) -> None:
         """What came of the recipe that was asked for last."""
         self._study.tell(self._asked[-1], [measured.accuracy, float(measured.bytes), measured.p50_ms])
-        self._told.append(measured)
+        self._told.append((measured, ""))
 
     def tell_failure(self, reason: str) -> None:
         """That no student came of the recipe that was asked for last: what is asked for next is the search's own."""
         from optuna.trial import TrialState
 
         self._study.tell(self._asked[-1], state=TrialState.FAIL)
-        self._told.append(reason)
+        self._told.append((None, reason))
 
     @property
     def trials(self) -> tuple[Trial, ...]:
-        measured = {number: told for number, told in enumerate(self._told) if isinstance(told, Measured)}
-        front = unbeaten(list(measured.values()))
-        best = {number for place, number in enumerate(measured) if place in front}
+        best = unbeaten([measured for measured, _ in self._told])
         return tuple(
-            Trial(
-                number=number,
-                settings=self._asked[number].params,
-                measured=measured.get(number),
-                best=number in best,
-                reason=told if isinstance(told, str) else "",
-            )
-            for number, told in enumerate(self._told)
+            Trial(number=number, settings=asked.params, measured=measured, best=number in best, reason=reason)
+            for number, (asked, (measured, reason)) in enumerate(zip(self._asked, self._told, strict=False))
         )
 
 
@@ -102,8 +94,8 @@ def _with(recipe: Recipe, student: dict[str, Any]) -> Recipe:
         raise RecipeError(f"{error}; correct the search's space") from error
 
 
-def unbeaten(measured: Sequence[Measured]) -> set[int]:
-    """The indices of the Pareto front: where no other is as good in all three and better in one."""
+def unbeaten(measured: Sequence[Measured | None]) -> set[int]:
+    """The indices of the Pareto front: where no other is as good in all three and better in one. None is no student."""
 
     def costs(one: Measured) -> tuple[float, float, float]:
         return -one.accuracy, one.bytes, one.p50_ms
@@ -112,7 +104,8 @@ def unbeaten(measured: Sequence[Measured]) -> set[int]:
         pairs = list(zip(costs(one), costs(other), strict=True))
         return all(a <= b for a, b in pairs) and any(a < b for a, b in pairs)
 
-    return {i for i, one in enumerate(measured) if not any(beats(other, one) for other in measured)}
+    students = [(i, one) for i, one in enumerate(measured) if one]
+    return {i for i, one in students if not any(beats(other, one) for _, other in students)}
 
 
 def render_trials(trials: Sequence[Trial]) -> str:
@@ -126,9 +119,9 @@ def render_trials(trials: Sequence[Trial]) -> str:
         if measured := trial.measured:
             figures = [f"{measured.accuracy:.3f}", f"{measured.bytes / 1e6:.1f}", f"{measured.p50_ms:.1f}"]
         lines.append(["*" if trial.best else "", str(trial.number), *settings, *figures])
-    table = [f"| {' | '.join(cells)} |" for cells in lines]
+    table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
     reasons = [f"Trial {trial.number} failed: {trial.reason}" for trial in trials if trial.measured is None]
-    return "\n".join([*table, *(line for reason in reasons for line in ("", reason))])
+    return "\n\n".join([table, *reasons])
 
 
 def _place(measured: Measured | None) -> tuple[float, int]:

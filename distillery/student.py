@@ -35,17 +35,19 @@ _log = logging.getLogger(__name__)
 
 
 class TrainingProgress(NamedTuple):
-    """How far training is. `loss`: mean since the last report. `rows_per_second`: this process's, while it trains.
-    `seconds_left`: by the clock, validation and checkpoints included. `checked`: loss and accuracy on the validation
-    rows, at an epoch's end. `healing`: which step of student.healing this is, from 1; None for the last training."""
+    """How far training is: at `point`, of `steps` in all. `rows_per_second`: this process's, while it trains.
+    `seconds_left`: by the clock, validation and checkpoints included. `healing`: which step of student.healing this is,
+    from 1; None for the last training."""
 
-    step: int
+    point: CurvePoint
     steps: int
-    loss: float
     rows_per_second: float
     seconds_left: float
-    checked: tuple[float, float] | None = None
     healing: int | None = None
+
+    @property
+    def step(self) -> int:
+        return self.point.step
 
 
 Progress = Callable[[TrainingProgress], None]
@@ -455,22 +457,18 @@ def train(
             if not math.isfinite(total):
                 raise TrainingError(f"the loss is {total} at step {state.step}; lower its training.learning_rate")
             epoch_ends = state.step % per_epoch == 0 or state.step == steps
-            checked = None
+            point = CurvePoint(step=state.step, loss=sum(state.losses) / len(state.losses))
             if epoch_ends and validation:
-                state.accuracy, loss_there = validate(model, validation, pad_id=pad_id, place=place)
-                checked = loss_there, state.accuracy
+                state.accuracy, checked = validate(model, validation, pad_id=pad_id, place=place)
+                point = point.model_copy(update={"validation_loss": checked, "validation_accuracy": state.accuracy})
                 if recipe.patience:
-                    state.compare(loss_there)
+                    state.compare(checked)
             if epoch_ends or len(state.losses) == 10:
-                mean = sum(state.losses) / len(state.losses)
-                point = CurvePoint(step=state.step, loss=mean, validation_loss=checked[0] if checked else None)
-                state.curve.append(
-                    point.model_copy(update={"validation_accuracy": state.accuracy if epoch_ends else None})
-                )
+                state.curve.append(point)
                 state.losses = []
                 if progress:
                     left = (steps - state.step) * (time.perf_counter() - began) / (state.step - resumed_at)
-                    progress(TrainingProgress(state.step, steps, mean, seen / trained_seconds, left, checked))
+                    progress(TrainingProgress(point, steps, seen / trained_seconds, left))
             if checkpoints and state.step < steps and (started := time.perf_counter()) >= due:
                 state.keep(checkpoints)
                 due = time.perf_counter() + max(checkpoint_every_s, 50 * (time.perf_counter() - started))

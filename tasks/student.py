@@ -67,14 +67,12 @@ def train(
             check_parent()
             speed = f"{at.rows_per_second:.1f} rows/s, {at.seconds_left / 60:.0f} minutes left"
             part = f"healing {at.healing} of {len(healing)}, " if at.healing else ""
-            show(at.step, at.steps, f"{part}step {at.step} of {at.steps}, loss {at.loss:.3f}, {speed}")
-            figures = {"loss": at.loss, "rows_per_second": at.rows_per_second}
-            if at.checked:
-                figures["validation_loss"], figures["validation_accuracy"] = at.checked
+            show(at.step, at.steps, f"{part}step {at.step} of {at.steps}, loss {at.point.loss:.3f}, {speed}")
+            figures = {"rows_per_second": at.rows_per_second} | at.point.model_dump(exclude={"step"}, exclude_none=True)
             # Each training counts its steps from 1: figures of its own, so that none lies over another's.
             within = f"healing-{at.healing}/" if at.healing else ""
             track(at.step, {within + name: value for name, value in figures.items()})
-            logger.debug("%sstep %d of %d, loss %.3f", part, at.step, at.steps, at.loss)
+            logger.debug("%sstep %d of %d, loss %.3f", part, at.step, at.steps, at.point.loss)
 
         set_aside = {"train": too_long, "validation": too_long_checks}
         (folder / "set_aside.json").write_text(json.dumps(set_aside, indent=1))

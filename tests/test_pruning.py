@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_model import ARCHITECTURES
 
 from distillery import student
 from distillery.batching import padded_inputs
@@ -36,7 +37,7 @@ def test_more_layers_than_there_are_is_one_line() -> None:
         chosen_layers(LayerChoice(keep=11), 10)
 
 
-@pytest.mark.parametrize("arch", ["llama", "phi3", "qwen3"])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_kept_layers_are_the_named_ones(tiny_model: TinyModel, arch: str, tmp_path: Path) -> None:
     model, tokenizer = student.load_model(tiny_model(arch))
     second = model.get_decoder().layers[1].mlp.down_proj.weight.clone()

@@ -443,8 +443,9 @@ def test_progress_tells_healing_from_the_last_training(tiny_model: TinyModel, tm
     result = long_training(tiny_model("llama"), "full", tmp_path / "out", None, reports.append)
     assert [report.healing for report in reports] == [1] * (len(reports) - 60) + [None] * 60
     assert [report.step for report in reports if report.healing is None] == list(range(3, 181, 3))
-    last = reports[-1].checked
-    assert last == (result.curve[-1].validation_loss, result.curve[-1].validation_accuracy)
+    assert [report.point for report in reports if report.healing is None] == list(result.curve)
+    assert reports[-1].point.validation_loss is not None
+    assert reports[-1].point.validation_accuracy is not None
 
 
 def test_progress_comes_every_ten_steps(tiny_model: TinyModel) -> None:
