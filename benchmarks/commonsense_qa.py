@@ -2,11 +2,11 @@
 
 The rows are those of train.jsonl in COMMONSENSE_QA_DIR, in the schema of tau/commonsense_qa. 400, told by a hash
 of their question, are never trained on; half of the others are the gold rows and half the pool. SmolLM2-135M is asked
-by the letter and by the likelihood of the options' texts, before training and after an epoch of LoRA over the gold rows
-and the pool with their own answers. Then the way of distillation is gone in the form that did better there: a teacher
-is trained on the gold rows alone and labels the pool with its probabilities, and students learn from those: one that
-starts from the base model, and one that is cut to two thirds of the teacher's layers. All are asked the same held-out
-rows.
+by the letter and by the likelihood of the options' texts, before training and after three epochs of LoRA over the gold
+rows and the pool with their own answers. Then the way of distillation is gone in the form that did better there: a
+teacher is trained on the gold rows alone and labels the pool with its probabilities, and students learn from those and
+from the gold rows' own answers: one that starts from the base model, and one that is cut to two thirds of the teacher's
+layers. All are asked the same held-out rows.
 
 The last line is JSON: accuracies, 0 to 1, of each by name; `chance` is 0.2; `minutes` in all.
 """
@@ -36,8 +36,8 @@ FORMS = {
     "letter": PromptRecipe(system="Answer with one letter.", user="Question: {question}\nAnswer Choices:\n{choices}"),
     "text": PromptRecipe(system="Answer in a word or two.", user="{question}", answer="text"),
 }
-LORA = TrainingRecipe(method="lora", epochs=1, learning_rate=3e-4)
-FULL = TrainingRecipe(method="full", epochs=1, learning_rate=1e-4, freeze_embeddings=True)
+LORA = TrainingRecipe(method="lora", epochs=3, learning_rate=3e-4)
+FULL = TrainingRecipe(method="full", epochs=3, learning_rate=1e-4, freeze_embeddings=True)
 
 
 def read(folder: Path, rows: int) -> tuple[list[Example], list[Example], list[Example]]:
@@ -98,16 +98,16 @@ def run(folder: Path, count: int) -> dict[str, float]:
     teacher = bench.trained(bench.model(), bench.rendered(gold, form), LORA)
     bench.ask("teacher", teacher, form)
     rows = bench.rendered(pool, form)
-    labelled = [
+    learnt = bench.rendered(gold, form) + [
         row.model_copy(update={"soft": tuple(p), "answer": p.index(max(p))})
         for row, p in zip(rows, bench.probabilities(teacher, rows), strict=True)
     ]
     soft = LORA.model_copy(update={"soft_weight": 1.0})
-    bench.ask("by_teacher_from_base", bench.trained(bench.model(), labelled, soft), form)
+    bench.ask("by_teacher_from_base", bench.trained(bench.model(), learnt, soft), form)
     layers = len(teacher.get_decoder().layers)
     keep_layers(teacher, chosen_layers(LayerChoice(keep=2 * layers // 3), layers))
     healed = FULL.model_copy(update={"soft_weight": 1.0})
-    bench.ask("by_teacher_cut", bench.trained(teacher, labelled, healed), form)
+    bench.ask("by_teacher_cut", bench.trained(teacher, learnt, healed), form)
     gain = paired_interval(bench.right["all_gold_text"], bench.right["all_gold_letter"])
     print(f"text less letter, trained: 95 % interval [{100 * gain.low:+.1f}, {100 * gain.high:+.1f}] points")
     accuracies = {name: sum(right) / len(right) for name, right in bench.right.items()}

@@ -62,10 +62,15 @@ def _passes(
     precision = "fp32" if half else form.precision
     build: dict[str, Any] = {"type": "ModelBuilder", "precision": precision, "extra_options": options}
     if form.adapter_apart:
-        # The base is quantised by ModelBuilder itself: Olive's quantisers would take the adapter in.
+        embeddings = {}
         if form.precision == "int4":
+            # The base is quantised by ModelBuilder itself: Olive's quantisers would take the adapter in. The embeddings
+            # it leaves as they are, which in a small model is most of the folder.
             build |= {"int4_algo_config": form.algorithm, "int4_block_size": form.block_size}
-        return {"build": build} | half | {"adapter": {"type": "ExtractAdapters"}}
+            build["int4_nodes_to_exclude"] = _adapter_nodes(layer_count(model))
+            rtn = {"type": "OnnxBlockWiseRtnQuantization", "bits": 8, "block_size": form.block_size}
+            embeddings = {"embeddings": {**rtn, "nodes_to_include": ["/model/embed_tokens/Gather"]}}
+        return {"build": build} | embeddings | half | {"adapter": {"type": "ExtractAdapters"}}
     merge = {"merge": {"type": "MergeAdapterWeights"}} if has_adapter else {}
     if not form.quantised:
         return merge | {"build": build} | half
@@ -108,6 +113,14 @@ def _sensitive(model: Path, all_layers: bool) -> list[str]:
         if all_layers or layer < count / 8 or layer >= 7 * count / 8 or (layer - round(count / 8)) % 3 == 2:
             found.append(match[1])
     return found
+
+
+def _adapter_nodes(layers: int) -> list[str]:
+    """ModelBuilder's names of a LoRA adapter's MatMuls, for whatever of a layer it adapts: they stay in float, since an
+    adapter is small, and a matrix whose inputs are fewer than a block k_quant can't take at all."""
+    attention, mlp = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
+    inner = [f"attn/{name}" for name in attention] + [f"mlp/{name}" for name in mlp]
+    return [f"/model/layers.{n}/{name}/lora_{part}/MatMul" for n in range(layers) for name in inner for part in "AB"]
 
 
 def _tie(form: ExportForm) -> dict[str, dict[str, Any]]:

@@ -200,8 +200,8 @@ class ExportForm(Slice):
     its form of that name in 8 bits); k_quant_high (with those of all layers); gptq (errors made good in the weights
     still to come, by what the task's own prompts make of them: Frantar et al., GPTQ, 2023; embeddings and head by
     k_quant), in a ladder alone.
-    `adapter_apart` keeps a LoRA adapter apart, as adapter_weights.onnx_adapter; int4 then leaves the embeddings as they
-    are.
+    `adapter_apart` keeps a LoRA adapter apart, as adapter_weights.onnx_adapter, in float; int4 then has the embeddings
+    in 8 bits.
     """
 
     precision: Literal["int4", "int8", "fp16", "fp32"] = "int4"

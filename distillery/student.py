@@ -658,7 +658,8 @@ def load_model(folder: Path, adapter: Path | None = None, remote_code: bool = Fa
     if adapter is not None:
         import peft
 
-        model = peft.PeftModel.from_pretrained(model, adapter).merge_and_unload()
+        # peft freezes what an adapter is for; merged, it is a model like any other.
+        model = peft.PeftModel.from_pretrained(model, adapter).merge_and_unload().requires_grad_(True)
     return model, load_tokenizer(folder, remote_code)
 
 

@@ -15,7 +15,7 @@ from tasks.evaluation import float_student
 from tasks.stage import Stage, origin, stage
 
 
-@stage("export", version=1)
+@stage("export", version=2)
 def export(checkpoint: StudentCheckpoint, base: BaseModelRecipe, recipe: ExportForm) -> OnnxModel:
     """Merges, quantises and builds a checkpoint for ONNX Runtime GenAI."""
     started = time.perf_counter()
@@ -35,7 +35,7 @@ def export(checkpoint: StudentCheckpoint, base: BaseModelRecipe, recipe: ExportF
     )
 
 
-@stage("export ladder", version=1)
+@stage("export ladder", version=2)
 def export_ladder(
     checkpoint: StudentCheckpoint,
     base: BaseModelRecipe,

@@ -554,6 +554,34 @@ def test_the_labs_form_keeps_the_adapter_apart(tiny_model: TinyModel, tmp_path: 
     assert without == pytest.approx(student.option_probabilities(plain, rows[:1], pad_id=pad, place=place)[0], abs=1e-3)
 
 
+@pytest.mark.parametrize("arch", ["llama", "phi4mini"])
+@pytest.mark.parametrize("algorithm", ["rtn", "k_quant_mixed"])
+def test_int4_with_the_adapter_apart_quantises_all_but_the_adapter(
+    tiny_model: TinyModel, tmp_path: Path, arch: str, algorithm: Any
+) -> None:
+    import onnx
+
+    from distillery.inference import OnnxStudent
+
+    rows = rendered(tiny_model(arch))
+    recipe = TrainingRecipe(method="lora", epochs=4, batch_size=4, learning_rate=2e-2)
+    student.fine_tune(tiny_model(arch), None, rows, [], recipe, tmp_path / "trained")
+    model, adapter = student.parts(tmp_path / "trained", tiny_model(arch))
+
+    def answers(form: ExportForm, out: Path) -> torch.Tensor:
+        export(model, adapter, form, out)
+        asked = OnnxStudent(out)
+        return torch.tensor([asked.option_probabilities(list(row.prompt), list(row.letters)) for row in rows])
+
+    plain = answers(ExportForm(precision="fp32", adapter_apart=True), tmp_path / "fp32")
+    quantised = answers(ExportForm(algorithm=algorithm, adapter_apart=True), tmp_path / "int4")
+    assert (plain - quantised).abs().mean() < 0.08
+    nodes = onnx.load(str(tmp_path / "int4" / "model.onnx"), load_external_data=False).graph.node
+    assert {node.op_type for node in nodes if "/lora_" in node.name} == {"MatMul"}
+    assert [node.name for node in nodes if node.op_type == "MatMul" and "/lora_" not in node.name] == []
+    assert [node.op_type for node in nodes if "input_ids" in node.input] == ["GatherBlockQuantized"]
+
+
 def test_what_a_pass_refuses_comes_through_olive_as_one_line(
     tiny_model: TinyModel, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
