@@ -16,28 +16,45 @@ if TYPE_CHECKING:
 LEAST_SAVED = 64
 """Tokens that must be spared for a pass over the shared ones to pay."""
 LONGEST_SHARED = 4096
-"""Phi-3 and Phi-4-mini turn to other rotary factors beyond so many tokens, and sliding windows may be as short."""
+"""Sliding windows may be as short."""
 
 
-def batches(rows: Sequence[TrainingRow], size: int, seed: int, epoch: int) -> list[list[TrainingRow]]:
-    """An epoch in batches of like length: rows shuffled, sorted within windows of 16 batches, batches shuffled."""
+def turning_point(model: Any) -> int | None:
+    """How many tokens a sequence may have until the model turns to other rotary factors for the whole batch (LongRoPE,
+    as Phi-3 and Phi-4-mini have it); None for a model that never does."""
+    config = model.config
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    if rope.get("rope_type", rope.get("type")) != "longrope":
+        return None
+    found = getattr(config, "original_max_position_embeddings", None) or rope.get("original_max_position_embeddings")
+    return int(found) if found else None
+
+
+def batches(
+    rows: Sequence[TrainingRow], size: int, seed: int, epoch: int, turn: int | None = None
+) -> list[list[TrainingRow]]:
+    """An epoch in batches of like length: rows shuffled, sorted within windows of 16 batches, batches shuffled. None
+    has rows on both sides of `turn`."""
     order = random.Random(f"{seed}/{epoch}")  # noqa: S311 - no secret, a reproducible order
     shuffled = list(rows)
     order.shuffle(shuffled)
     window = size * 16
     grouped: list[list[TrainingRow]] = []
     for start in range(0, len(shuffled), window):
-        part = sorted(shuffled[start : start + window], key=lambda row: len(row.prompt))
-        grouped += [part[i : i + size] for i in range(0, len(part), size)]
+        part = shuffled[start : start + window]
+        grouped += [[part[i] for i in picked] for picked in by_length(part, size, turn)]
     order.shuffle(grouped)
     return grouped
 
 
-def by_length(rows: Sequence[TrainingRow], size: int) -> Iterator[list[int]]:
-    """The rows' indices in batches of like length."""
+def by_length(rows: Sequence[TrainingRow], size: int, turn: int | None = None) -> Iterator[list[int]]:
+    """The rows' indices in batches of like length, none with rows on both sides of `turn`."""
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt))
-    for start in range(0, len(order), size):
-        yield order[start : start + size]
+    beyond = [i for i in order if turn and len(rows[i].prompt) + max(map(len, rows[i].texts), default=0) > turn]
+    within = [i for i in order if i not in set(beyond)] if beyond else order
+    for part in (within, beyond):
+        for start in range(0, len(part), size):
+            yield part[start : start + size]
 
 
 def padded_inputs(ids: Sequence[Sequence[int]], pad_id: int, device: str, shared: int = 0) -> dict[str, Any]:
@@ -61,14 +78,14 @@ def forward(model: Any, ids: Sequence[Sequence[int]], kept: int, pad_id: int, de
     return logits
 
 
-def prefilled(model: Any, ids: Sequence[Sequence[int]], kept: int, device: str) -> tuple[int, Any]:
+def prefilled(model: Any, ids: Sequence[Sequence[int]], kept: int, device: str, following: int = 0) -> tuple[int, Any]:
     """(tokens, cache): how many first tokens the rows share, each row's last `kept` left out, and the cache that holds
-    them for every row; (0, None) where they are too few to pay."""
+    them for every row; (0, None) where they are too few to pay. `following`: tokens that are to come after the rows."""
     import torch
     from transformers import DynamicCache
 
     shared = common_prefix(ids, kept)
-    if shared * (len(ids) - 1) < LEAST_SAVED or max(map(len, ids)) > longest_shared(model):
+    if shared * (len(ids) - 1) < LEAST_SAVED or max(map(len, ids)) + following > longest_shared(model):
         return 0, None
     cache = DynamicCache()
     tokens = torch.tensor([list(ids[0][:shared])], device=device)
@@ -86,5 +103,10 @@ def common_prefix(ids: Sequence[Sequence[int]], kept: int) -> int:
 
 
 def longest_shared(model: Any) -> int:
-    """The longest prompt, in tokens, whose first part may come from a cache."""
-    return min(LONGEST_SHARED, getattr(model.config, "sliding_window", None) or LONGEST_SHARED)
+    """The longest sequence, in tokens, whose first part may come from a cache."""
+    return min(LONGEST_SHARED, sliding_window(model) or LONGEST_SHARED, turning_point(model) or LONGEST_SHARED)
+
+
+def sliding_window(model: Any) -> int | None:
+    """How many tokens back the model's attention looks, itself included; None for all."""
+    return getattr(model.config, "sliding_window", None)

@@ -67,7 +67,7 @@ class OnnxStudent:
     """A model folder in ONNX Runtime GenAI. Not thread-safe: one question at a time.
 
     The key-value cache of the last prompt is kept on a CPU, and what the next prompt shares with it is not computed
-    again. That changes no number: the logits are bit for bit those of a fresh cache, whatever was asked before.
+    again. The logits are those of a fresh cache but for rounding (1e-5), whatever was asked before.
     """
 
     def __init__(self, folder: Path, threads: int | None = None, adapter: bool = True) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from distillery.batching import prefilled
+from distillery.batching import prefilled, sliding_window
 from distillery.losses import TrainingRow
 
 if TYPE_CHECKING:
@@ -31,15 +31,24 @@ class Packed:
 
 def forward_packed(model: Any, rows: Sequence[TrainingRow], pad_id: int, device: str) -> tuple[Packed, "torch.Tensor"]:
     """Rows with texts in one pass: how they are packed, and the logits, [batch, packed.kept, vocabulary]."""
-    shared, cache = prefilled(model, [row.prompt for row in rows], 1, device)
-    packed = pack(rows, pad_id, device, model.config._attn_implementation, shared)
+    following = max(len(text) for row in rows for text in row.texts)
+    shared, cache = prefilled(model, [row.prompt for row in rows], 1, device, following)
+    packed = pack(rows, pad_id, device, model.config._attn_implementation, shared, sliding_window(model))
     output = model(**packed.inputs, past_key_values=cache, use_cache=cache is not None, logits_to_keep=packed.kept)
     return packed, output.logits
 
 
-def pack(rows: Sequence[TrainingRow], pad_id: int, device: str, attention: str, shared: int = 0) -> Packed:
+def pack(
+    rows: Sequence[TrainingRow],
+    pad_id: int,
+    device: str,
+    attention: str,
+    shared: int = 0,
+    window: int | None = None,
+) -> Packed:
     """Rows with texts as one batch, less the first `shared` tokens, which a cache holds. `attention`: the model's
-    implementation; sdpa takes the mask as truth values, eager adds it to the scores."""
+    implementation; sdpa takes the mask as truth values, eager adds it to the scores. `window`: the model's sliding
+    window, which it would not lay over a mask of ours; a shared beginning lies within it."""
     import torch
 
     prompts = max(len(row.prompt) for row in rows) - shared
@@ -66,6 +75,9 @@ def pack(rows: Sequence[TrainingRow], pad_id: int, device: str, attention: str, 
     places = torch.arange(prompts + width, device=device)
     seen = (group[:, None, :] == 0) | ((group[:, None, :] == group[:, :, None]) & (group[:, None, :] > 0))
     # A token of padding sees itself: with nothing at all to see its numbers would be none.
+    at = torch.tensor(positions, device=device)
+    if window:
+        seen &= at[:, :, None] - at[:, None, :] < window
     mask = (seen & (places[None, :] <= places[:, None])) | torch.eye(len(places), dtype=torch.bool, device=device)
     mask = torch.cat((torch.ones(len(rows), len(places), shared, dtype=torch.bool, device=device), mask), -1)[:, None]
     if attention == "eager":
@@ -73,7 +85,7 @@ def pack(rows: Sequence[TrainingRow], pad_id: int, device: str, attention: str, 
     inputs = {
         "input_ids": tokens,
         "attention_mask": mask,
-        "position_ids": torch.tensor(positions, device=device),
+        "position_ids": at,
     }
     return Packed(inputs, tokens[:, prompts:], group[:, prompts:] - 1, torch.tensor(before, device=device))
 

@@ -31,6 +31,7 @@ def run_workflow(
     as they are."""
     os.environ.setdefault("OLIVE_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from olive.exception import EXCEPTIONS_TO_RAISE
     from olive.telemetry.telemetry import Telemetry
     from olive.workflows import run
 
@@ -60,6 +61,9 @@ def run_workflow(
         try:
             with _caught_by_olive() as caught, redirect_stdout(log):
                 result = run(config, package_config=_package_config(), tempdir=str(work))
+        except EXCEPTIONS_TO_RAISE as error:
+            # What Olive takes for its user's fault, it neither logs nor goes on from.
+            raise _reason([error], log.getvalue(), ", ".join(passes)) from error
         finally:
             # Olive moves the temporary folder of the whole process into its own, which is about to go.
             tempfile.tempdir = temporary

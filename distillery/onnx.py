@@ -4,8 +4,10 @@ The lab's form, the adapter apart as adapter_weights.onnx_adapter, is `export.ad
 """
 
 import json
+import math
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,8 @@ from distillery.recipe import ExportForm
 from distillery.store import working_folder
 from distillery.student import layer_count, tensor_names
 
+BLOCK_SIZES = (16, 32, 64, 128)
+PLAIN = ("llama", "qwen2", "qwen3")
 TRIAL = [{"role": "user", "content": "Which comes first?\n(A) one\n(B) two"}]
 
 
@@ -38,10 +42,13 @@ def export(
         raise ExportError(
             "export.adapter_apart is true, but full training leaves no adapter; use training.method: lora"
         )
+    if complaint := misfit(form, json.loads((model / "config.json").read_text())):
+        raise ExportError(complaint)
     input_model = {
         "model_path": str(model),
         "adapter_path": str(adapter) if adapter else None,
-        "load_kwargs": {"trust_remote_code": remote_code},
+        # An adapter merged in bfloat16 would be rounded: another student than the one that was scored.
+        "load_kwargs": {"trust_remote_code": remote_code, "torch_dtype": "float32"},
     }
     with working_folder("export") as built:
         run_workflow(input_model, _passes(form, model, adapter is not None, remote_code, calibration), built)
@@ -50,6 +57,33 @@ def export(
         # Olive's own record of the build names this machine's folders, and nothing reads it.
         shutil.copytree(built / "model", out, dirs_exist_ok=True, ignore=shutil.ignore_patterns("model_config.json"))
     _check(out, form)
+
+
+def misfit(form: ExportForm, config: Mapping[str, Any]) -> str | None:
+    """Why a model of this config.json can't be built in `form`, with what to do; None where nothing speaks against it.
+
+    The rotary embeddings and layers refused here are those with which ModelBuilder (ONNX Runtime GenAI 0.14.1) gave
+    other probabilities than Transformers, by 0.4 and more."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if config.get("model_type") in PLAIN:
+        if rope.get("rope_type", rope.get("type")) == "yarn":
+            return "base model: ModelBuilder builds its rotary embeddings (yarn) wrongly; take a base without them"
+        if len(set(config.get("layer_types") or ())) > 1:
+            return "base model: ModelBuilder builds its mixture of layers (layer_types) wrongly; take another base"
+    if not form.quantised or _fits(form, form.block_size, config):
+        return None
+    fitting = [f"block_size: {size}" for size in BLOCK_SIZES if _fits(form, size, config)]
+    advice = " or ".join(fitting + (["algorithm: rtn"] if form.adapter_apart else [])) or "precision: fp16"
+    return f"export: {form.algorithm} in blocks of {form.block_size} does not fit the base model; use {advice}"
+
+
+def _fits(form: ExportForm, block: int, config: Mapping[str, Any]) -> bool:
+    """Olive's quantisers want whole blocks; ONNX Runtime's k_quant, for the adapter apart, an even number of them."""
+    hidden, heads = config.get("hidden_size", 0), config.get("num_attention_heads", 1)
+    inputs = [hidden, config.get("intermediate_size", 0), heads * (config.get("head_dim") or hidden // heads)]
+    if not form.adapter_apart:
+        return all(count % block == 0 for count in inputs)
+    return form.algorithm == "rtn" or all(math.ceil(count / block) % 2 == 0 for count in inputs)
 
 
 def _passes(

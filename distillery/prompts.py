@@ -58,8 +58,12 @@ class Tokenizer(Protocol):
 
 
 def _whole(messages: list[Message]) -> list[Message]:
-    """The messages with U+FFFD for NUL, at which ONNX Runtime GenAI would cut a text off."""
-    return [{name: text.replace("\0", "\ufffd") for name, text in message.items()} for message in messages]
+    return [{name: whole(text) for name, text in message.items()} for message in messages]
+
+
+def whole(text: str) -> str:
+    """The text with U+FFFD for NUL, at which ONNX Runtime GenAI would cut it off."""
+    return text.replace("\0", "\ufffd")
 
 
 class TransformersTokenizer:
@@ -123,7 +127,7 @@ def text_ids(example: Example, tokenizer: Tokenizer) -> list[list[int]]:
     """The token ids of each option's text, as the assistant would say it.
 
     Raises DataError where one has none."""
-    texts = [tokenizer.encode_text(text) for text in example.choices]
+    texts = [tokenizer.encode_text(whole(text)) for text in example.choices]
     for letter, tokens in zip(example.letters, texts, strict=True):
         if not tokens:
             raise DataError(f"{example.example_id}: option {letter} has no token of the student's; give it a text")

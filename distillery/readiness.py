@@ -1,6 +1,7 @@
 """What a run needs of machine and account, checked before it spends anything. `distillery check` prints all of it."""
 
 import asyncio
+import json
 import threading
 from collections.abc import Callable
 from functools import partial
@@ -10,6 +11,7 @@ from typing import Literal
 from distillery.base_model import check_loadable, local_copy
 from distillery.dataset import source_identity
 from distillery.errors import CredentialsError, DataError, DistilleryError, RecipeError, StoreError, TeacherError
+from distillery.onnx import misfit
 from distillery.recipe import BaseModelRecipe, Recipe
 from distillery.records import OnnxModel, Record, digest_of
 from distillery.registry import open_registry
@@ -55,6 +57,9 @@ def check_settings(recipe: Recipe) -> None:
         resolve_endpoint(recipe.teacher)
     if recipe.registry.kind == "azureml":
         AzureMLSettings().require()
+    for base in _bases(recipe):
+        if complaint := _misfit(base, recipe):
+            raise RecipeError(complaint)
 
 
 def teacher_identity(recipe: Recipe, model: OnnxModel | None) -> str:
@@ -184,7 +189,24 @@ def _bases(recipe: Recipe) -> tuple[BaseModelRecipe, ...]:
     return tuple(dict.fromkeys(teacher + student))
 
 
-def _base_model(base: BaseModelRecipe, _recipe: Recipe) -> list[Finding]:
+def _misfit(base: BaseModelRecipe, recipe: Recipe) -> str | None:
+    """Why `base`, where it is on this machine, can't be built in a form that the recipe has for what is made of it. A
+    ladder goes without the rungs that don't fit."""
+    preparation, forms = recipe.teacher.preparation, []
+    if recipe.teacher.kind == "local" and base == preparation.base:
+        forms.append(preparation.export)
+    if base == (preparation.base if recipe.student.start == "teacher" else recipe.student.base):
+        forms += [] if recipe.export.ladder else [recipe.export.form]
+    try:
+        place = local_copy(base)
+        config = json.loads((place / "config.json").read_text(encoding="utf-8")) if place else {}
+    except (DistilleryError, OSError, ValueError):
+        # Not here, or not right: the matter of the stage that loads it.
+        return None
+    return next(filter(None, (misfit(form, config) for form in forms)), None)
+
+
+def _base_model(base: BaseModelRecipe, recipe: Recipe) -> list[Finding]:
     item = f"base model {base.model}"
     place = local_copy(base)
     if place is None and base.model.startswith("azureml://"):
@@ -194,6 +216,8 @@ def _base_model(base: BaseModelRecipe, _recipe: Recipe) -> list[Finding]:
     if place.is_file():
         return _ok(item, f"{place.name}, converted at its first use")
     check_loadable(place, base)
+    if complaint := _misfit(base, recipe):
+        return [Finding(level="FAIL", item=item, text=complaint)]
     return _ok(item, f"{_float32_bytes(place) / 4e6:.1f} M parameters in {place}")
 
 

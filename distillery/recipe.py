@@ -26,7 +26,13 @@ def _without_defaults(schema: dict[str, Any]) -> None:
 
 
 class Slice(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), json_schema_extra=_without_defaults)
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        allow_inf_nan=False,
+        protected_namespaces=(),
+        json_schema_extra=_without_defaults,
+    )
 
 
 class Columns(Slice):
@@ -167,7 +173,7 @@ class TrainingRecipe(Slice):
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
     soft_weight: float = Field(0.0, ge=0, le=1, description="Share of the soft-label loss; 0 trains on hard labels")
-    temperature: float = Field(1.0, gt=0)
+    temperature: float = Field(1.0, gt=0, le=100)
     divergence: Literal["forward", "reverse"] = Field(
         "forward", description="KL(teacher || student), or KL(student || teacher)"
     )
@@ -184,7 +190,7 @@ class TrainingRecipe(Slice):
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="auto: bfloat16 where the hardware has it"
     )
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**32)
 
     @property
     def adapts(self) -> bool:
@@ -457,7 +463,7 @@ class SearchRecipe(Slice):
     soft_weight: tuple[float, float] | None = None
     hidden_weight: tuple[float, float] | None = None
     trials: int = Field(12, ge=1)
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**32)
 
     @model_validator(mode="after")
     def _something(self) -> Self:

@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from distillery.batching import batches, by_length, forward, padded_inputs
+from distillery.batching import batches, by_length, forward, padded_inputs, turning_point
 from distillery.errors import StoreError, TrainingError
 from distillery.likelihood import forward_packed, label_likelihoods, option_scores
 from distillery.losses import TrainingRow, answer_loss, hidden_loss, rationale_loss, text_loss
@@ -165,15 +165,18 @@ def linear_modules(model: Any) -> list[str]:
 def add_lora(model: Any, recipe: LoraRecipe, dora: bool = False) -> Any:
     """`model` with a fresh LoRA or DoRA adapter.
 
-    Raises TrainingError where lora.target_modules names what the model lacks."""
+    Raises TrainingError where lora.target_modules names what is no linear layer of the decoder."""
     import peft
 
     known = linear_modules(model)
     targets = recipe.target_modules or known
-    missing = [name for name in targets if not any(f".{n}".endswith(f".{name}") for n, _ in model.named_modules())]
+    # Nor embeddings and head: where they are tied, an adapter of the one, merged, would change the other.
+    layers = [f".{name}" for name, _ in model.named_modules() if name.rsplit(".", 1)[-1] in known]
+    missing = [name for name in targets if not any(layer.endswith(f".{name}") for layer in layers)]
     if missing:
         raise TrainingError(
-            f"training.lora.target_modules: this model has no {', '.join(missing)}; it has {', '.join(known)}"
+            f"training.lora.target_modules: this model has no linear layer {', '.join(missing)}; it has "
+            f"{', '.join(known)}"
         )
     config = peft.LoraConfig(
         r=recipe.rank,
@@ -421,7 +424,8 @@ def train(
     contiguous_head(model)
     weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     trained = list(weights.values())
-    per_epoch = math.ceil(math.ceil(len(rows) / recipe.batch_size) / recipe.accumulation)
+    turn = turning_point(model)
+    per_epoch = math.ceil(len(batches(rows, recipe.batch_size, recipe.seed, 0, turn)) / recipe.accumulation)
     steps = recipe.max_steps or max(1, math.ceil(per_epoch * recipe.epochs))
     # Fused, on a CPU too: one pass over the weights in place of a dozen.
     optimiser = torch.optim.AdamW(trained, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True)
@@ -433,7 +437,7 @@ def train(
     matched = {} if hidden is None else dict(zip((row.prompt for row in rows), hidden.to(place.device), strict=True))
     objective = _Objective(model, recipe, place, pad_id, end_id, matched)
     resumed_at = state.step
-    groups = islice(_endless(rows, recipe), resumed_at, None)
+    groups = islice(_endless(rows, recipe, turn), resumed_at, None)
     began = time.perf_counter()
     trained_seconds, seen, due = 0.0, 0, began + checkpoint_every_s
     with _head_cast_once(model, place):
@@ -460,6 +464,10 @@ def train(
             point = CurvePoint(step=state.step, loss=sum(state.losses) / len(state.losses))
             if epoch_ends and validation:
                 state.accuracy, checked = validate(model, validation, pad_id=pad_id, place=place)
+                if not math.isfinite(checked):
+                    raise TrainingError(
+                        f"the validation loss is {checked} at step {state.step}; lower its training.learning_rate"
+                    )
                 point = point.model_copy(update={"validation_loss": checked, "validation_accuracy": state.accuracy})
                 if recipe.patience:
                     state.compare(checked)
@@ -510,11 +518,13 @@ def _head_cast_once(model: Any, place: Placement) -> Iterator[None]:
         head.weight = weight
 
 
-def _endless(rows: Sequence[TrainingRow], recipe: TrainingRecipe) -> Iterator[list[list[TrainingRow]]]:
+def _endless(
+    rows: Sequence[TrainingRow], recipe: TrainingRecipe, turn: int | None
+) -> Iterator[list[list[TrainingRow]]]:
     """The batches of each step; no step takes of two epochs."""
     epoch = 0
     while True:
-        ordered = batches(rows, recipe.batch_size, recipe.seed, epoch)
+        ordered = batches(rows, recipe.batch_size, recipe.seed, epoch, turn)
         for start in range(0, len(ordered), recipe.accumulation):
             yield ordered[start : start + recipe.accumulation]
         epoch += 1
@@ -542,7 +552,7 @@ def _prefilled(
     """The prompts in batches of like length: the rows' indices, and the logits at their last tokens, [batch,
     vocabulary]."""
     contiguous_head(model)
-    for picked in by_length(rows, batch_size):
+    for picked in by_length(rows, batch_size, turning_point(model)):
         yield picked, forward(model, [rows[i].prompt for i in picked], 1, pad_id, place.device)[:, -1]
 
 
@@ -593,7 +603,7 @@ def _text_scores(
     model: Any, rows: Sequence[TrainingRow], pad_id: int, place: Placement, batch_size: int
 ) -> Iterator[tuple[int, "torch.Tensor"]]:
     contiguous_head(model)
-    for picked in by_length(rows, batch_size):
+    for picked in by_length(rows, batch_size, turning_point(model)):
         packed, logits = forward_packed(model, [rows[i] for i in picked], pad_id, place.device)
         for index, scores in zip(picked, option_scores(packed, logits)[0], strict=True):
             yield index, scores[: len(rows[index].texts)]
@@ -742,7 +752,7 @@ def resolved_layers(
     place = placement("float32")
     model.to(place.device).eval()
     picked = [rows[i * len(rows) // MOST_ROWS] for i in range(MOST_ROWS)] if len(rows) > MOST_ROWS else rows
-    prompts = [[picked[i].prompt for i in part] for part in by_length(picked, 8)]
+    prompts = [[picked[i].prompt for i in part] for part in by_length(picked, 8, turning_point(model))]
     inputs = [padded_inputs(part, pad_id, place.device) for part in prompts]
     return chosen_layers(layers, count, block_influence(model, inputs))
 

@@ -16,7 +16,7 @@ from tasks.stage import origin, stage
 FLOAT = "student"
 
 
-@stage("evaluate", version=2)
+@stage("evaluate", version=3)
 def evaluate(
     test: Rows,
     train: Rows,

@@ -21,7 +21,7 @@ from tasks.progress import progress_artifact
 from tasks.stage import is_recorded, origin, own_key, produced_by, stage
 
 
-@stage("train", version=4)
+@stage("train", version=5)
 def train(
     base: BaseModelRecipe,
     training: TrainingRecipe,

@@ -9,7 +9,7 @@ import torch
 from tiny_model import ARCHITECTURES
 
 from distillery import student
-from distillery.batching import common_prefix, forward, prefilled
+from distillery.batching import batches, common_prefix, forward, prefilled, turning_point
 from distillery.likelihood import forward_packed, option_scores
 from distillery.losses import TrainingRow
 
@@ -70,6 +70,25 @@ def test_gradients_flow_through_what_is_shared(tiny_model: TinyModel) -> None:
     assert together.keys() == apart.keys()
     for name, gradient in apart.items():
         assert torch.allclose(together[name], gradient, atol=1e-3 * float(gradient.abs().max())), name
+
+
+@pytest.mark.parametrize("form", ["letters", "texts"])
+def test_no_batch_lies_on_both_sides_of_where_the_rotary_factors_turn(tiny_model: TinyModel, form: str) -> None:
+    """The tiny phi4mini turns beyond 512 tokens, for all rows of a batch at once."""
+    model, _ = student.load_model(tiny_model("phi4mini"))
+    assert turning_point(model) == 512
+    options: dict[str, Any] = {"letters": (7, 8)} if form == "letters" else {"texts": ((7,), (8, 9))}
+    prompts = [tuple(5 + (place * 7 + length) % 400 for place in range(length)) for length in (490, 500, 520, 530)]
+    rows = [TrainingRow(prompt=prompt, answer=0, **options) for prompt in prompts]
+    place = student.placement("float32")
+    single, together = (
+        torch.tensor(student.option_probabilities(model, rows, pad_id=0, place=place, batch_size=size))
+        for size in (1, 4)
+    )
+    assert torch.allclose(single, together, atol=1e-4)
+    sides = [{len(row.prompt) > 512 for row in batch} for batch in batches(rows, 4, 0, 0, 512)]
+    assert sorted(map(str, sides)) == ["{False}", "{True}"]
+    assert len(batches(rows, 4, 0, 0)) == 1
 
 
 def test_long_prompts_and_small_savings_are_computed_whole(tiny_model: TinyModel) -> None:

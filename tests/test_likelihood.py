@@ -9,7 +9,7 @@ import torch
 from tiny_model import ARCHITECTURES
 
 from distillery import student
-from distillery.likelihood import label_likelihoods, option_scores, pack
+from distillery.likelihood import forward_packed, label_likelihoods, option_scores, pack
 from distillery.losses import TrainingRow
 
 TinyModel = Callable[[str], Path]
@@ -43,6 +43,25 @@ def test_packed_options_score_as_each_by_itself(tiny_model: TinyModel, arch: str
             whole = alone(model, row.prompt, (*row.texts[row.answer], END))
             assert float(said[index]) == pytest.approx(sum(whole) / len(whole), abs=1e-4)
     assert scores[1, 2] == -torch.inf
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_a_sliding_window_holds_for_packed_options_too(tiny_model: TinyModel, attention: str) -> None:
+    model, _ = student.load_model(tiny_model("phi3"))
+    model.set_attn_implementation(attention)
+    row = TrainingRow(prompt=tuple(range(20, 60)), texts=((7,), (8, 9, 10)), answer=1)
+
+    def score() -> tuple[float, float]:
+        with torch.inference_mode():
+            packed, logits = forward_packed(model, [row, ROWS[1]], 0, "cpu")
+            return float(option_scores(packed, logits)[0][0, 1]), sum(alone(model, row.prompt, row.texts[1])) / 3
+
+    whole = score()
+    model.config.sliding_window = 16
+    cut = score()
+    assert cut[0] == pytest.approx(cut[1], abs=1e-4)
+    assert whole[0] == pytest.approx(whole[1], abs=1e-4)
+    assert abs(whole[0] - cut[0]) > 0.01, "else this test would see nothing"
 
 
 def test_probabilities_over_texts_are_the_softmax_of_their_scores(tiny_model: TinyModel) -> None:

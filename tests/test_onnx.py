@@ -7,13 +7,14 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from distillery.errors import ExportError, ModelError
 from distillery.inference import OnnxStudent
 from distillery.labels import TRAIN_DATA_FILE, gold_labels, label_from
-from distillery.onnx import TRIAL, ask_once, export
+from distillery.onnx import TRIAL, ask_once, export, misfit
 from distillery.recipe import ExportForm, PromptRecipe, TeacherRecipe
 from distillery.records import Example
 
@@ -54,6 +55,43 @@ def test_a_model_that_does_not_load_does_not_count(tiny_onnx: Callable[..., Path
 def test_an_adapter_apart_needs_an_adapter(tiny_model: TinyModel, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=r"adapter_apart is true, but full training leaves no adapter"):
         export(tiny_model("llama"), None, ExportForm(adapter_apart=True), tmp_path / "out")
+
+
+SMOLLM2 = {"model_type": "llama", "hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9}
+
+
+@pytest.mark.parametrize(
+    ("form", "config", "advice"),
+    [
+        ({"block_size": 64}, SMOLLM2, None),
+        ({"block_size": 128}, SMOLLM2, "use block_size: 16 or block_size: 32 or block_size: 64"),
+        ({"precision": "int8", "algorithm": "rtn", "block_size": 128}, SMOLLM2, "rtn in blocks of 128 does not fit"),
+        ({"block_size": 32, "adapter_apart": True}, SMOLLM2, None),
+        ({"block_size": 64, "adapter_apart": True}, SMOLLM2, "use block_size: 16 or block_size: 32 or algorithm: rtn"),
+        ({"block_size": 64, "adapter_apart": True, "algorithm": "rtn"}, SMOLLM2, None),
+        ({"precision": "fp16", "block_size": 128}, SMOLLM2, None),
+        ({}, SMOLLM2 | {"hidden_size": 100}, "use precision: fp16"),
+        ({}, SMOLLM2 | {"head_dim": 16}, "use block_size: 16"),
+        ({"precision": "fp32"}, SMOLLM2 | {"rope_parameters": {"rope_type": "yarn"}}, "take a base without them"),
+        ({"precision": "fp32"}, SMOLLM2 | {"layer_types": ["full_attention", "sliding_attention"]}, "another base"),
+    ],
+)
+def test_a_form_that_does_not_fit_the_base_is_told_before_it_is_built(
+    form: dict[str, Any], config: dict[str, Any], advice: str | None
+) -> None:
+    found = misfit(ExportForm(**form), config)
+    assert found is None if advice is None else advice in str(found)
+
+
+@pytest.mark.parametrize("form", [{"block_size": 128}, {"block_size": 128, "precision": "int8", "algorithm": "rtn"}])
+def test_what_olive_itself_refuses_is_one_line(
+    tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: dict[str, Any]
+) -> None:
+    with pytest.raises(ExportError, match="in blocks of 128 does not fit"):
+        export(tiny_model("llama"), None, ExportForm(**form), tmp_path / "out")
+    monkeypatch.setattr("distillery.onnx.misfit", lambda *_: None)
+    with pytest.raises(ExportError, match=r"^Olive failed at .* \((ValueError|AssertionError): [^\n]*\)$"):
+        export(tiny_model("llama"), None, ExportForm(**form), tmp_path / "out")
 
 
 def test_float16_is_built_for_a_processor_and_is_near(

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 
 from distillery.errors import ModelError, RecipeError
 from distillery.inference import OnnxStudent
-from distillery.prompts import Message, TransformersTokenizer, letter_ids, render_ids, render_messages
+from distillery.prompts import Message, TransformersTokenizer, letter_ids, render_ids, render_messages, text_ids
 from distillery.recipe import BaseModelRecipe, PromptRecipe
 from distillery.records import Example
 
@@ -111,6 +111,8 @@ def test_nothing_after_a_nul_is_lost(tiny_onnx: Callable[..., Path]) -> None:
     student = OnnxStudent(tiny_onnx("llama"), threads=1)
     ids = student.tokenizer.encode_chat([{"role": "user", "content": "a\0b"}])
     assert "a\ufffdb" in student.decode(ids)
+    options = BAKER.model_copy(update={"choices": ("a\0b", "\0")})
+    assert [student.decode(ids) for ids in text_ids(options, student.tokenizer)] == ["a\ufffdb", "\ufffd"]
 
 
 def test_a_prompt_over_the_limit_is_none(tiny_onnx: Callable[..., Path]) -> None:

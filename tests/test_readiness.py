@@ -11,8 +11,9 @@ from chat_endpoint import Call, ChatEndpoint, Reply, good, refused, said
 
 from distillery import readiness
 from distillery.base_model import local_copy
-from distillery.readiness import Finding, check
-from distillery.recipe import BaseModelRecipe, Recipe, TrainingRecipe
+from distillery.errors import RecipeError
+from distillery.readiness import Finding, check, check_settings
+from distillery.recipe import BaseModelRecipe, ExportForm, ExportRecipe, Recipe, TrainingRecipe
 from distillery.registry import LocalRegistry
 
 TinyModel = Callable[[str], Path]
@@ -68,6 +69,17 @@ def test_a_machine_that_has_all(tiny_model: TinyModel) -> None:
     assert {finding.level for finding in found.values()} == {"ok"}
     assert "0.1 M parameters" in found[f"base model {base}"].text
     assert str(found["data"]) == "ok   data: the shipped sample"
+
+
+def test_an_export_that_does_not_fit_the_base(tiny_model: TinyModel) -> None:
+    base = tiny_model("llama")
+    wide = local(base).model_copy(update={"export": ExportRecipe(block_size=128)})
+    assert "in blocks of 128 does not fit" in findings(wide)[f"base model {base}"].text
+    assert failed(wide) == {f"base model {base}"}
+    with pytest.raises(RecipeError, match="in blocks of 128 does not fit"):
+        check_settings(wide)
+    rungs = ExportRecipe(ladder=(ExportForm(block_size=128), ExportForm(block_size=32)))
+    assert failed(local(base).model_copy(update={"export": rungs})) == set()
 
 
 def test_an_endpoint_that_does_all(tiny_model: TinyModel, point_to: Callable[[str], None]) -> None:

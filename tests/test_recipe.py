@@ -127,6 +127,9 @@ def test_null_of_a_plain_field_is_that_fields_value() -> None:
             )
             for weight in ("soft_weight", "hidden_weight", "rationale_weight")
         ),
+        ({"student": {"training": {"epochs": float("inf")}}}, "student.training.epochs: "),
+        ({"student": {"training": {"temperature": 1e30}}}, "student.training.temperature: "),
+        ({"student": {"training": {"seed": 2**64}}}, "student.training.seed: "),
         ({"student": {"layers": 14}}, "student.layers: a list belongs here, such as [ITEM]"),
         ({"dataset": {"source": "files", "files": {"train": "a.jsonl"}}}, "dataset.files.train: a list belongs here"),
         ({"dataset": None}, "dataset: settings belong here, such as {KEY: VALUE}; or leave the key out"),

@@ -144,10 +144,25 @@ def test_lora_adapts_what_the_architecture_calls_its_layers(tiny_model: TinyMode
     assert any(f"{expected}.lora_A" in name for name, _ in adapted.named_parameters())
 
 
-def test_target_modules_that_the_model_lacks_are_named(tiny_model: TinyModel) -> None:
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [(("q_proj", "v_proj"), ("o_proj",)), (("lm_head", "embed_tokens", "norm", "mlp"), ("mlp.down_proj",))],
+)
+def test_target_modules_that_are_no_linear_layers_of_the_model_are_named(
+    tiny_model: TinyModel, wrong: tuple[str, ...], right: tuple[str, ...]
+) -> None:
     model, _ = student.load_model(tiny_model("phi3"))
-    with pytest.raises(TrainingError, match=r"this model has no q_proj, v_proj; it has .*qkv_proj"):
-        student.add_lora(model, LoraRecipe(target_modules=("q_proj", "v_proj", "o_proj")))
+    with pytest.raises(TrainingError, match=rf"this model has no linear layer {', '.join(wrong)}; it has .*qkv_proj"):
+        student.add_lora(model, LoraRecipe(target_modules=wrong + right))
+    student.add_lora(model, LoraRecipe(target_modules=right))
+
+
+def test_a_merged_model_can_be_trained_on(tiny_model: TinyModel, tmp_path: Path) -> None:
+    student.add_lora(student.load_model(tiny_model("llama"))[0], LoraRecipe()).save_pretrained(tmp_path)
+    merged, _ = student.load_model(tiny_model("llama"), tmp_path)
+    rows = rendered(tiny_model("llama"))
+    _, result = student.train(merged, rows, [], TrainingRecipe(method="full", max_steps=2), pad_id=0, end_id=2)
+    assert result.steps == 2
 
 
 @pytest.mark.parametrize("method", ["lora", "dora", "full"])
@@ -580,6 +595,29 @@ def test_int4_with_the_adapter_apart_quantises_all_but_the_adapter(
     assert {node.op_type for node in nodes if "/lora_" in node.name} == {"MatMul"}
     assert [node.name for node in nodes if node.op_type == "MatMul" and "/lora_" not in node.name] == []
     assert [node.op_type for node in nodes if "input_ids" in node.input] == ["GatherBlockQuantized"]
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])
+def test_an_adapter_is_merged_in_float32_whatever_the_base_is_stored_in(
+    tiny_model: TinyModel, tmp_path: Path, stored: torch.dtype
+) -> None:
+    from distillery.inference import OnnxStudent
+
+    base = tmp_path / "base"
+    network, tokenizer = student.load_model(tiny_model("llama"))
+    network.to(stored).save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    rows = rendered(base)
+    recipe = TrainingRecipe(method="lora", epochs=4, batch_size=4, learning_rate=2e-2, precision="float32")
+    student.fine_tune(base, None, rows, [], recipe, tmp_path / "trained")
+    model, adapter = student.parts(tmp_path / "trained", base)
+    merged, _ = student.load_model(model, adapter)
+    export(model, adapter, ExportForm(precision="fp32"), tmp_path / "onnx")
+    for row in rows:
+        found = OnnxStudent(tmp_path / "onnx").next_token_logprobs(list(row.prompt))
+        with torch.inference_mode():
+            expected = torch.log_softmax(merged(torch.tensor([row.prompt])).logits[0, -1], -1)
+        assert torch.allclose(torch.tensor(found).float(), expected, atol=1e-3)
 
 
 def test_what_a_pass_refuses_comes_through_olive_as_one_line(
