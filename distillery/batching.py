@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 LEAST_SAVED = 64
 """Tokens that must be spared for a pass over the shared ones to pay."""
 LONGEST_SHARED = 4096
-"""Sliding windows may be as short."""
+"""For a model whose config tells of no limit of its own."""
 
 
 def turning_point(model: Any) -> int | None:
@@ -33,28 +33,35 @@ def turning_point(model: Any) -> int | None:
 def batches(
     rows: Sequence[TrainingRow], size: int, seed: int, epoch: int, turn: int | None = None
 ) -> list[list[TrainingRow]]:
-    """An epoch in batches of like length: rows shuffled, sorted within windows of 16 batches, batches shuffled. None
-    has rows on both sides of `turn`."""
+    """An epoch in batches of like length: rows shuffled, sorted within windows of 16 batches, batches shuffled. No
+    batch has rows on both sides of `turn`."""
     order = random.Random(f"{seed}/{epoch}")  # noqa: S311 - no secret, a reproducible order
     shuffled = list(rows)
     order.shuffle(shuffled)
     window = size * 16
     grouped: list[list[TrainingRow]] = []
-    for start in range(0, len(shuffled), window):
-        part = shuffled[start : start + window]
-        grouped += [[part[i] for i in picked] for picked in by_length(part, size, turn)]
+    # First by their side, so that every epoch has as many batches.
+    for side in _sides(shuffled, turn, 1):
+        for start in range(0, len(side), window):
+            part = [shuffled[i] for i in side[start : start + window]]
+            grouped += [[part[i] for i in picked] for picked in by_length(part, size)]
     order.shuffle(grouped)
     return grouped
 
 
+def _sides(rows: Sequence[TrainingRow], turn: int | None, letter: int) -> tuple[list[int], list[int]]:
+    """The indices of the rows that end by `turn`, with their longest text or with a letter of `letter` tokens, and of
+    those that go beyond."""
+    beyond = [turn is not None and len(row.prompt) + max(map(len, row.texts), default=letter) > turn for row in rows]
+    return [i for i, far in enumerate(beyond) if not far], [i for i, far in enumerate(beyond) if far]
+
+
 def by_length(rows: Sequence[TrainingRow], size: int, turn: int | None = None) -> Iterator[list[int]]:
-    """The rows' indices in batches of like length, none with rows on both sides of `turn`."""
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt))
-    beyond = [i for i in order if turn and len(rows[i].prompt) + max(map(len, rows[i].texts), default=0) > turn]
-    within = [i for i in order if i not in set(beyond)] if beyond else order
-    for part in (within, beyond):
-        for start in range(0, len(part), size):
-            yield part[start : start + size]
+    """The rows' indices in batches of like length, to be asked: no batch has rows on both sides of `turn`."""
+    for side in _sides(rows, turn, 0):
+        order = sorted(side, key=lambda i: len(rows[i].prompt))
+        for start in range(0, len(order), size):
+            yield order[start : start + size]
 
 
 def padded_inputs(ids: Sequence[Sequence[int]], pad_id: int, device: str, shared: int = 0) -> dict[str, Any]:
@@ -108,5 +115,13 @@ def longest_shared(model: Any) -> int:
 
 
 def sliding_window(model: Any) -> int | None:
-    """How many tokens back the model's attention looks, itself included; None for all."""
-    return getattr(model.config, "sliding_window", None)
+    """How many tokens, its own included, a token attends to in those of the model's layers that see the fewest; None
+    where all see all."""
+    kinds = attention_kinds(model)
+    return getattr(model.config, "sliding_window", None) if not kinds or "sliding_attention" in kinds else None
+
+
+def attention_kinds(model: Any) -> set[str]:
+    """Of "full_attention" and "sliding_attention" those that the model's config gives its layers; empty where it gives
+    them none by name."""
+    return set(getattr(model.config, "layer_types", None) or ())

@@ -5,11 +5,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from distillery.batching import prefilled, sliding_window
+from distillery.batching import attention_kinds, prefilled, sliding_window
 from distillery.losses import TrainingRow
 
 if TYPE_CHECKING:
     import torch
+
+
+MIXED = {"full_attention", "sliding_attention"}
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,8 @@ def forward_packed(model: Any, rows: Sequence[TrainingRow], pad_id: int, device:
     """Rows with texts in one pass: how they are packed, and the logits, [batch, packed.kept, vocabulary]."""
     following = max(len(text) for row in rows for text in row.texts)
     shared, cache = prefilled(model, [row.prompt for row in rows], 1, device, following)
-    packed = pack(rows, pad_id, device, model.config._attn_implementation, shared, sliding_window(model))
+    attention, mixed = model.config._attn_implementation, attention_kinds(model) == MIXED
+    packed = pack(rows, pad_id, device, attention, shared, sliding_window(model), mixed)
     output = model(**packed.inputs, past_key_values=cache, use_cache=cache is not None, logits_to_keep=packed.kept)
     return packed, output.logits
 
@@ -45,10 +49,12 @@ def pack(
     attention: str,
     shared: int = 0,
     window: int | None = None,
+    mixed: bool = False,
 ) -> Packed:
     """Rows with texts as one batch, less the first `shared` tokens, which a cache holds. `attention`: the model's
     implementation; sdpa takes the mask as truth values, eager adds it to the scores. `window`: the model's sliding
-    window, which it would not lay over a mask of ours; a shared beginning lies within it."""
+    window, which it would not lay over a mask of ours; a shared beginning lies within it. `mixed`: that it has layers
+    with the window and layers without, which take a mask each."""
     import torch
 
     prompts = max(len(row.prompt) for row in rows) - shared
@@ -74,19 +80,20 @@ def pack(
     tokens, group = torch.tensor(ids, device=device), torch.tensor(groups, device=device)
     places = torch.arange(prompts + width, device=device)
     seen = (group[:, None, :] == 0) | ((group[:, None, :] == group[:, :, None]) & (group[:, None, :] > 0))
-    # A token of padding sees itself: with nothing at all to see its numbers would be none.
     at = torch.tensor(positions, device=device)
-    if window:
-        seen &= at[:, :, None] - at[:, None, :] < window
-    mask = (seen & (places[None, :] <= places[:, None])) | torch.eye(len(places), dtype=torch.bool, device=device)
-    mask = torch.cat((torch.ones(len(rows), len(places), shared, dtype=torch.bool, device=device), mask), -1)[:, None]
-    if attention == "eager":
-        mask = torch.zeros(mask.shape, device=device).masked_fill(~mask, torch.finfo(torch.float32).min)
-    inputs = {
-        "input_ids": tokens,
-        "attention_mask": mask,
-        "position_ids": at,
-    }
+    near = at[:, :, None] - at[:, None, :] < (window or torch.inf)
+
+    def mask(seen: "torch.Tensor") -> "torch.Tensor":
+        # A token of padding sees itself: with nothing at all to see its numbers would be none.
+        own = (seen & (places[None, :] <= places[:, None])) | torch.eye(len(places), dtype=torch.bool, device=device)
+        before = torch.ones(len(rows), len(places), shared, dtype=torch.bool, device=device)
+        whole = torch.cat((before, own), -1)[:, None]
+        if attention == "eager":
+            return torch.zeros(whole.shape, device=device).masked_fill(~whole, torch.finfo(torch.float32).min)
+        return whole
+
+    masks = {"full_attention": mask(seen), "sliding_attention": mask(seen & near)} if mixed else mask(seen & near)
+    inputs = {"input_ids": tokens, "attention_mask": masks, "position_ids": at}
     return Packed(inputs, tokens[:, prompts:], group[:, prompts:] - 1, torch.tensor(before, device=device))
 
 

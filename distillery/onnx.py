@@ -18,7 +18,6 @@ from distillery.store import working_folder
 from distillery.student import layer_count, tensor_names
 
 BLOCK_SIZES = (16, 32, 64, 128)
-PLAIN = ("llama", "qwen2", "qwen3")
 TRIAL = [{"role": "user", "content": "Which comes first?\n(A) one\n(B) two"}]
 
 
@@ -59,28 +58,40 @@ def export(
     _check(out, form)
 
 
-def misfit(form: ExportForm, config: Mapping[str, Any]) -> str | None:
-    """Why a model of this config.json can't be built in `form`, with what to do; None where nothing speaks against it.
+def misfit(form: ExportForm, config: Mapping[str, Any], key: str = "export") -> str | None:
+    """Why a model of this config.json can't be built in `form`, the recipe's `key`, with what to do; None where nothing
+    speaks against it.
 
     The rotary embeddings and layers refused here are those with which ModelBuilder (ONNX Runtime GenAI 0.14.1) gave
-    other probabilities than Transformers, by 0.4 and more."""
+    other probabilities than Transformers, by 0.25 and more: yarn with Llama and Qwen2, whose code is that of all
+    models but gpt_oss; layers of which only some have a sliding window with Qwen2."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if config.get("model_type") in PLAIN:
-        if rope.get("rope_type", rope.get("type")) == "yarn":
-            return "base model: ModelBuilder builds its rotary embeddings (yarn) wrongly; take a base without them"
-        if len(set(config.get("layer_types") or ())) > 1:
-            return "base model: ModelBuilder builds its mixture of layers (layer_types) wrongly; take another base"
+    if rope.get("rope_type", rope.get("type")) == "yarn" and config.get("model_type") != "gpt_oss":
+        return "base model: ModelBuilder builds its rotary embeddings (yarn) wrongly; take a base without them"
+    if config.get("model_type") in ("qwen2", "qwen3") and _windows_differ(config):
+        return "base model: ModelBuilder gives all its layers one window, of which it has two; take another base"
     if not form.quantised or _fits(form, form.block_size, config):
         return None
     fitting = [f"block_size: {size}" for size in BLOCK_SIZES if _fits(form, size, config)]
     advice = " or ".join(fitting + (["algorithm: rtn"] if form.adapter_apart else [])) or "precision: fp16"
-    return f"export: {form.algorithm} in blocks of {form.block_size} does not fit the base model; use {advice}"
+    return f"{key}: {form.algorithm} in blocks of {form.block_size} does not fit the base model; use {advice}"
+
+
+def _windows_differ(config: Mapping[str, Any]) -> bool:
+    if types := config.get("layer_types"):
+        return len(set(types)) > 1
+    full, layers = config.get("max_window_layers") or 0, config.get("num_hidden_layers") or 0
+    return bool(config.get("use_sliding_window") and config.get("sliding_window")) and 0 < full < layers
 
 
 def _fits(form: ExportForm, block: int, config: Mapping[str, Any]) -> bool:
-    """Olive's quantisers want whole blocks; ONNX Runtime's k_quant, for the adapter apart, an even number of them."""
-    hidden, heads = config.get("hidden_size", 0), config.get("num_attention_heads", 1)
-    inputs = [hidden, config.get("intermediate_size", 0), heads * (config.get("head_dim") or hidden // heads)]
+    """Olive's quantisers want whole blocks; ONNX Runtime's k_quant, for the adapter apart, an even number of them. What
+    the config does not tell fits."""
+    hidden, inner, heads = (
+        value if isinstance(value := config.get(name), int) else 0
+        for name in ("hidden_size", "intermediate_size", "num_attention_heads")
+    )
+    inputs = [hidden, inner, heads * (config.get("head_dim") or hidden // max(heads, 1))]
     if not form.adapter_apart:
         return all(count % block == 0 for count in inputs)
     return form.algorithm == "rtn" or all(math.ceil(count / block) % 2 == 0 for count in inputs)

@@ -191,19 +191,21 @@ def _bases(recipe: Recipe) -> tuple[BaseModelRecipe, ...]:
 
 def _misfit(base: BaseModelRecipe, recipe: Recipe) -> str | None:
     """Why `base`, where it is on this machine, can't be built in a form that the recipe has for what is made of it. A
-    ladder goes without the rungs that don't fit."""
-    preparation, forms = recipe.teacher.preparation, []
-    if recipe.teacher.kind == "local" and base == preparation.base:
-        forms.append(preparation.export)
-    if base == (preparation.base if recipe.student.start == "teacher" else recipe.student.base):
-        forms += [] if recipe.export.ladder else [recipe.export.form]
+    ladder goes without the rungs that don't fit, as long as one does."""
+    preparation = recipe.teacher.preparation
     try:
         place = local_copy(base)
         config = json.loads((place / "config.json").read_text(encoding="utf-8")) if place else {}
     except (DistilleryError, OSError, ValueError):
         # Not here, or not right: the matter of the stage that loads it.
         return None
-    return next(filter(None, (misfit(form, config) for form in forms)), None)
+    found = []
+    if recipe.teacher.kind == "local" and base == preparation.base:
+        found.append(misfit(preparation.export, config, "teacher.preparation.export"))
+    if base == (preparation.base if recipe.student.start == "teacher" else recipe.student.base):
+        rungs = [misfit(form, config) for form in recipe.export.ladder or (recipe.export.form,)]
+        found.append(rungs[0] if all(rungs) else None)
+    return next(filter(None, found), None)
 
 
 def _base_model(base: BaseModelRecipe, recipe: Recipe) -> list[Finding]:

@@ -143,7 +143,9 @@ class LoraRecipe(Slice):
     rank: int = Field(16, ge=1)
     alpha: int = Field(32, ge=1)
     dropout: float = Field(0.0, ge=0, lt=1)
-    target_modules: tuple[str, ...] | None = Field(None, description="None: every linear layer but the head")
+    target_modules: tuple[str, ...] | None = Field(
+        None, description="Linear layers of the decoder; None: every one. Embeddings and head are left as they are"
+    )
 
 
 class TrainingRecipe(Slice):
@@ -171,7 +173,7 @@ class TrainingRecipe(Slice):
     learning_rate: float = Field(3e-4, gt=0)
     warmup: float = Field(0.06, ge=0, lt=1, description="Share of the steps")
     weight_decay: float = Field(0.0, ge=0)
-    max_grad_norm: float = Field(1.0, gt=0)
+    max_grad_norm: float = Field(1.0, gt=0, description="A large one, such as 1e9, clips nothing")
     soft_weight: float = Field(0.0, ge=0, le=1, description="Share of the soft-label loss; 0 trains on hard labels")
     temperature: float = Field(1.0, gt=0, le=100)
     divergence: Literal["forward", "reverse"] = Field(

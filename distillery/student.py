@@ -175,7 +175,7 @@ def add_lora(model: Any, recipe: LoraRecipe, dora: bool = False) -> Any:
     missing = [name for name in targets if not any(layer.endswith(f".{name}") for layer in layers)]
     if missing:
         raise TrainingError(
-            f"training.lora.target_modules: this model has no linear layer {', '.join(missing)}; it has "
+            f"training.lora.target_modules: {', '.join(missing)}: no linear layer of the decoder's; it has "
             f"{', '.join(known)}"
         )
     config = peft.LoraConfig(

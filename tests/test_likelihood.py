@@ -46,8 +46,19 @@ def test_packed_options_score_as_each_by_itself(tiny_model: TinyModel, arch: str
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_a_sliding_window_holds_for_packed_options_too(tiny_model: TinyModel, attention: str) -> None:
-    model, _ = student.load_model(tiny_model("phi3"))
+@pytest.mark.parametrize(
+    ("arch", "kinds"),
+    [
+        ("phi3", None),
+        ("qwen2", ["sliding_attention", "sliding_attention"]),
+        ("qwen2", ["full_attention", "sliding_attention"]),
+        ("qwen2", ["full_attention", "full_attention"]),
+    ],
+)
+def test_a_sliding_window_holds_for_packed_options_too(
+    tiny_model: TinyModel, arch: str, kinds: list[str] | None, attention: str
+) -> None:
+    model, _ = student.load_model(tiny_model(arch))
     model.set_attn_implementation(attention)
     row = TrainingRow(prompt=tuple(range(20, 60)), texts=((7,), (8, 9, 10)), answer=1)
 
@@ -58,10 +69,16 @@ def test_a_sliding_window_holds_for_packed_options_too(tiny_model: TinyModel, at
 
     whole = score()
     model.config.sliding_window = 16
+    if kinds:
+        model.config.layer_types = kinds
+        model.get_decoder().has_sliding_layers = "sliding_attention" in kinds
+        for layer, kind in zip(model.get_decoder().layers, kinds, strict=True):
+            layer.attention_type = layer.self_attn.layer_type = kind
+            layer.self_attn.sliding_window = 16 if kind == "sliding_attention" else None
     cut = score()
     assert cut[0] == pytest.approx(cut[1], abs=1e-4)
     assert whole[0] == pytest.approx(whole[1], abs=1e-4)
-    assert abs(whole[0] - cut[0]) > 0.01, "else this test would see nothing"
+    assert (abs(whole[0] - cut[0]) > 0.01) == (kinds is None or "sliding_attention" in kinds)
 
 
 def test_probabilities_over_texts_are_the_softmax_of_their_scores(tiny_model: TinyModel) -> None:

@@ -59,6 +59,8 @@ def test_an_adapter_apart_needs_an_adapter(tiny_model: TinyModel, tmp_path: Path
 
 SMOLLM2 = {"model_type": "llama", "hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9}
 
+QWEN2 = {"model_type": "qwen2", "num_hidden_layers": 24, "use_sliding_window": True, "sliding_window": 4096}
+
 
 @pytest.mark.parametrize(
     ("form", "config", "advice"),
@@ -73,7 +75,11 @@ SMOLLM2 = {"model_type": "llama", "hidden_size": 576, "intermediate_size": 1536,
         ({}, SMOLLM2 | {"hidden_size": 100}, "use precision: fp16"),
         ({}, SMOLLM2 | {"head_dim": 16}, "use block_size: 16"),
         ({"precision": "fp32"}, SMOLLM2 | {"rope_parameters": {"rope_type": "yarn"}}, "take a base without them"),
-        ({"precision": "fp32"}, SMOLLM2 | {"layer_types": ["full_attention", "sliding_attention"]}, "another base"),
+        ({"precision": "fp32"}, QWEN2 | {"layer_types": ["full_attention", "sliding_attention"]}, "another base"),
+        ({"precision": "fp32"}, QWEN2 | {"max_window_layers": 21}, "another base"),
+        ({"precision": "fp32"}, QWEN2 | {"max_window_layers": 24}, None),
+        ({"precision": "fp32"}, QWEN2 | {"max_window_layers": 21, "use_sliding_window": False}, None),
+        ({}, {"text_config": SMOLLM2}, None),
     ],
 )
 def test_a_form_that_does_not_fit_the_base_is_told_before_it_is_built(

@@ -78,8 +78,12 @@ def test_an_export_that_does_not_fit_the_base(tiny_model: TinyModel) -> None:
     assert failed(wide) == {f"base model {base}"}
     with pytest.raises(RecipeError, match="in blocks of 128 does not fit"):
         check_settings(wide)
-    rungs = ExportRecipe(ladder=(ExportForm(block_size=128), ExportForm(block_size=32)))
-    assert failed(local(base).model_copy(update={"export": rungs})) == set()
+    rungs = ExportForm(block_size=128), ExportForm(block_size=128, algorithm="rtn"), ExportForm(block_size=32)
+    assert failed(local(base).model_copy(update={"export": ExportRecipe(ladder=rungs)})) == set()
+    assert failed(local(base).model_copy(update={"export": ExportRecipe(ladder=rungs[:2])})) != set()
+    served = {"kind": "local", "preparation": {"base": {"model": str(base)}, "export": {"block_size": 128}}}
+    said = findings(recipe(base, teacher=served))[f"base model {base}"].text
+    assert said.startswith("teacher.preparation.export: k_quant_mixed in blocks of 128")
 
 
 def test_an_endpoint_that_does_all(tiny_model: TinyModel, point_to: Callable[[str], None]) -> None:

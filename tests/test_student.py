@@ -2,6 +2,7 @@
 Olive."""
 
 import json
+import math
 import os
 import resource
 import shutil
@@ -152,9 +153,19 @@ def test_target_modules_that_are_no_linear_layers_of_the_model_are_named(
     tiny_model: TinyModel, wrong: tuple[str, ...], right: tuple[str, ...]
 ) -> None:
     model, _ = student.load_model(tiny_model("phi3"))
-    with pytest.raises(TrainingError, match=rf"this model has no linear layer {', '.join(wrong)}; it has .*qkv_proj"):
+    with pytest.raises(TrainingError, match=rf"target_modules: {', '.join(wrong)}: no linear layer .*qkv_proj"):
         student.add_lora(model, LoraRecipe(target_modules=wrong + right))
     student.add_lora(model, LoraRecipe(target_modules=right))
+
+
+def test_a_validation_loss_that_is_no_number_ends_training(
+    tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, (network, _) = rendered(tiny_model("llama")), student.load_model(tiny_model("llama"))
+    monkeypatch.setattr(student, "option_probabilities", lambda _model, rows, **_: [[math.nan] * 3 for _ in rows])
+    recipe = TrainingRecipe(method="full", max_steps=1)
+    with pytest.raises(TrainingError, match=r"the validation loss is nan at step 1; lower its training\.learning_rate"):
+        student.train(network, rows, rows, recipe, pad_id=0, end_id=2)
 
 
 def test_a_merged_model_can_be_trained_on(tiny_model: TinyModel, tmp_path: Path) -> None:
