@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 LEAST_SAVED = 64
 """Tokens that must be spared for a pass over the shared ones to pay."""
 LONGEST_SHARED = 4096
-"""For a model whose config tells of no limit of its own."""
+"""Of any model; its own limits may be lower."""
 
 
 def turning_point(model: Any) -> int | None:

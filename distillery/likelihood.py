@@ -11,7 +11,6 @@ from distillery.losses import TrainingRow
 if TYPE_CHECKING:
     import torch
 
-
 MIXED = {"full_attention", "sliding_attention"}
 
 
@@ -81,7 +80,8 @@ def pack(
     places = torch.arange(prompts + width, device=device)
     seen = (group[:, None, :] == 0) | ((group[:, None, :] == group[:, :, None]) & (group[:, None, :] > 0))
     at = torch.tensor(positions, device=device)
-    near = at[:, :, None] - at[:, None, :] < (window or torch.inf)
+    # Not for models without a window: it would be the largest thing here.
+    near = seen & (at[:, :, None] - at[:, None, :] < window) if window else seen
 
     def mask(seen: "torch.Tensor") -> "torch.Tensor":
         # A token of padding sees itself: with nothing at all to see its numbers would be none.
@@ -92,7 +92,7 @@ def pack(
             return torch.zeros(whole.shape, device=device).masked_fill(~whole, torch.finfo(torch.float32).min)
         return whole
 
-    masks = {"full_attention": mask(seen), "sliding_attention": mask(seen & near)} if mixed else mask(seen & near)
+    masks = {"full_attention": mask(seen), "sliding_attention": mask(near)} if mixed else mask(near)
     inputs = {"input_ids": tokens, "attention_mask": masks, "position_ids": at}
     return Packed(inputs, tokens[:, prompts:], group[:, prompts:] - 1, torch.tensor(before, device=device))
 

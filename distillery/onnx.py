@@ -9,7 +9,7 @@ import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from distillery.errors import ExportError, ModelError
 from distillery.inference import ADAPTER_FILE, OnnxStudent
@@ -17,7 +17,7 @@ from distillery.recipe import ExportForm
 from distillery.store import working_folder
 from distillery.student import layer_count, tensor_names
 
-BLOCK_SIZES = (16, 32, 64, 128)
+BLOCK_SIZES: tuple[int, ...] = get_args(ExportForm.model_fields["block_size"].annotation)
 TRIAL = [{"role": "user", "content": "Which comes first?\n(A) one\n(B) two"}]
 
 
@@ -162,7 +162,7 @@ def _sensitive(model: Path, all_layers: bool) -> list[str]:
 
 def _adapter_nodes(layers: int) -> list[str]:
     """ModelBuilder's names of a LoRA adapter's MatMuls, for whatever of a layer it adapts: they stay in float, since an
-    adapter is small, and a matrix whose inputs are fewer than a block k_quant can't take at all."""
+    adapter is small, and where its rank is within one block k_quant can't take it (see `_fits`)."""
     attention, mlp = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
     inner = [f"attn/{name}" for name in attention] + [f"mlp/{name}" for name in mlp]
     return [f"/model/layers.{n}/{name}/lora_{part}/MatMul" for n in range(layers) for name in inner for part in "AB"]

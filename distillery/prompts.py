@@ -58,10 +58,10 @@ class Tokenizer(Protocol):
 
 
 def _whole(messages: list[Message]) -> list[Message]:
-    return [{name: whole(text) for name, text in message.items()} for message in messages]
+    return [{name: _whole_text(text) for name, text in message.items()} for message in messages]
 
 
-def whole(text: str) -> str:
+def _whole_text(text: str) -> str:
     """The text with U+FFFD for NUL, at which ONNX Runtime GenAI would cut it off."""
     return text.replace("\0", "\ufffd")
 
@@ -83,7 +83,7 @@ class TransformersTokenizer:
         return self.encode_text(text)
 
     def encode_text(self, text: str) -> list[int]:
-        return list(self._tokenizer.encode(text, add_special_tokens=False))
+        return list(self._tokenizer.encode(_whole_text(text), add_special_tokens=False))
 
 
 class GenAITokenizer:
@@ -101,7 +101,7 @@ class GenAITokenizer:
         return self.encode_text(text)
 
     def encode_text(self, text: str) -> list[int]:
-        return [int(token) for token in self._tokenizer.encode(text)]
+        return [int(token) for token in self._tokenizer.encode(_whole_text(text))]
 
 
 def _refused(error: Exception) -> ModelError:
@@ -127,7 +127,7 @@ def text_ids(example: Example, tokenizer: Tokenizer) -> list[list[int]]:
     """The token ids of each option's text, as the assistant would say it.
 
     Raises DataError where one has none."""
-    texts = [tokenizer.encode_text(whole(text)) for text in example.choices]
+    texts = [tokenizer.encode_text(text) for text in example.choices]
     for letter, tokens in zip(example.letters, texts, strict=True):
         if not tokens:
             raise DataError(f"{example.example_id}: option {letter} has no token of the student's; give it a text")

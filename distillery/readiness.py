@@ -192,17 +192,16 @@ def _bases(recipe: Recipe) -> tuple[BaseModelRecipe, ...]:
 def _misfit(base: BaseModelRecipe, recipe: Recipe) -> str | None:
     """Why `base`, where it is on this machine, can't be built in a form that the recipe has for what is made of it. A
     ladder goes without the rungs that don't fit, as long as one does."""
-    preparation = recipe.teacher.preparation
     try:
         place = local_copy(base)
         config = json.loads((place / "config.json").read_text(encoding="utf-8")) if place else {}
     except (DistilleryError, OSError, ValueError):
         # Not here, or not right: the matter of the stage that loads it.
         return None
-    found = []
+    found, preparation = [], recipe.teacher.preparation
     if recipe.teacher.kind == "local" and base == preparation.base:
         found.append(misfit(preparation.export, config, "teacher.preparation.export"))
-    if base == (preparation.base if recipe.student.start == "teacher" else recipe.student.base):
+    if base == recipe.student_base:
         rungs = [misfit(form, config) for form in recipe.export.ladder or (recipe.export.form,)]
         found.append(rungs[0] if all(rungs) else None)
     return next(filter(None, found), None)

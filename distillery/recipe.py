@@ -517,6 +517,11 @@ class Recipe(Slice):
         """What the student is asked with."""
         return self.student.prompt or self.prompt
 
+    @property
+    def student_base(self) -> BaseModelRecipe:
+        """The base model of the student, or of the local teacher that it starts from."""
+        return self.teacher.preparation.base if self.student.start == "teacher" else self.student.base
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.prompt.answer != "letter":

@@ -40,7 +40,6 @@ from starlette.exceptions import HTTPException
 from distillery.errors import CredentialsError, DistilleryError, ModelError
 from distillery.inference import Logits, OnnxStudent, log_softmax
 from distillery.processes import end_with
-from distillery.prompts import whole
 from distillery.settings import is_loopback, load_environment
 
 KEY_VARIABLE = "DISTILLERY_SERVER_KEY"
@@ -206,7 +205,7 @@ def complete(student: OnnxStudent, job: Job) -> Iterator[Piece]:
 
 def _chosen(student: OnnxStudent, job: Job, prompt: list[int], choice: list[str]) -> Piece:
     """The likeliest text as the whole answer. Its log-probabilities are those among the texts, an entry in all."""
-    texts = [student.tokenizer.encode_text(whole(text)) for text in choice]
+    texts = [student.tokenizer.encode_text(text) for text in choice]
     if len(prompt) + max(map(len, texts)) > student.context_length:
         raise ApiError(400, "The messages and a choice are longer than the context.", "context_length_exceeded")
     probabilities = student.text_probabilities(prompt, texts)

@@ -123,7 +123,7 @@ def labelled_rows(recipe: Recipe, training_deployment: str | None, refresh: tupl
 
 def student_base(recipe: Recipe) -> BaseModelRecipe:
     """The student's base model, a hub model with its revision resolved."""
-    return pinned(recipe.teacher.preparation.base if recipe.student.start == "teacher" else recipe.student.base)
+    return pinned(recipe.student_base)
 
 
 def trained_student(
