@@ -14,6 +14,7 @@ DistilleryError
 ├── TrainingError             training can't start or gave no usable student
 ├── ExportError               Olive or ONNX Runtime produced no usable model
 ├── ModelError                a model folder that can't be loaded or asked
+├── StageError                a stage has no cache key; a fault of Distillery's own
 └── RegistryError             a model can't be registered, found or downloaded
     └── RegistryUnavailable   does not answer (infrastructure: worth a retry)
 """
@@ -80,6 +81,10 @@ class ExportError(DistilleryError):
 
 
 class ModelError(DistilleryError):
+    pass
+
+
+class StageError(DistilleryError):
     pass
 
 

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from functools import wraps
 from types import SimpleNamespace
-from typing import Any, Literal, ParamSpec, TypeVar
+from typing import Any, Literal, ParamSpec, TypeVar, get_type_hints
 
 from prefect import Task, tags, task
 from prefect.cache_policies import CacheKeyFnPolicy
@@ -22,7 +22,7 @@ from pydantic import BaseModel
 
 import tasks.results  # noqa: F401 - Prefect finds the block that holds the records by its class
 from distillery.base_model import base_identity
-from distillery.errors import INFRASTRUCTURE_ERRORS, DistilleryError
+from distillery.errors import INFRASTRUCTURE_ERRORS, DistilleryError, StageError
 from distillery.recipe import BaseModelRecipe, RegistryRecipe
 from distillery.records import RegisteredModel, StageRecord, digest_of
 from distillery.store import ArtifactStore
@@ -46,6 +46,7 @@ Stage = Literal[
     "download",
 ]
 
+_log = logging.getLogger(__name__)
 _no_key: ContextVar[DistilleryError | None] = ContextVar("no_key", default=None)
 """Why the running stage has no cache key."""
 
@@ -53,8 +54,9 @@ _no_key: ContextVar[DistilleryError | None] = ContextVar("no_key", default=None)
 def stage(name: str, version: int) -> Callable[[Callable[P, R]], Task[P, R]]:
     """A Prefect task whose cache key is its name, its `version` and the content of its arguments.
 
-    Raise `version` when the stage's code changes what it returns. Of runs that come to the same key at once, one does
-    the work. Only named infrastructure errors are tried again."""
+    Raise `version` when the stage's code changes what it returns. A cached record is a hit only if it
+    is of the class that the function is annotated to return, and what it points to is whole. Of runs
+    that compute the same key at once, one does the work. Only named infrastructure errors are retried."""
 
     def decorate(function: Callable[P, R]) -> Task[P, R]:
         @wraps(function)
@@ -63,7 +65,8 @@ def stage(name: str, version: int) -> Callable[[Callable[P, R]], Task[P, R]]:
                 raise error
             return function(*args, **kwargs)
 
-        policy = CacheKeyFnPolicy(cache_key_fn=_cache_key(name, version))
+        returns = get_type_hints(function)["return"]
+        policy = CacheKeyFnPolicy(cache_key_fn=_cache_key(name, version, returns))
         return task(
             name=name,
             task_run_name=name,
@@ -82,23 +85,34 @@ def refreshing(stages: Collection[Stage]) -> Callable[[Stage, Task[P, R]], Task[
     return lambda name, task: task.with_options(refresh_cache=True) if name in stages else task
 
 
-def _cache_key(name: str, version: int) -> Callable[[TaskRunContext, dict[str, Any]], str | None]:
+def _cache_key(name: str, version: int, returns: type[Any]) -> Callable[[TaskRunContext, dict[str, Any]], str | None]:
     def key(context: TaskRunContext, parameters: dict[str, Any]) -> str | None:
+        # Prefect would log any error here and run the stage without a cache, so that unrelated runs
+        # would share its work area. The error is kept, and the stage raises it instead of working.
         _no_key.set(None)
         try:
             content = digest_of([name, version, {k: content_of(v) for k, v in parameters.items()}])
-            candidate = key_stem = f"{name.replace(' ', '-')}-{content[:32]}"
-            # A cached record whose artifact is gone or damaged is no hit: the next free key is used instead.
-            generation = 0
-            while (kept := _kept(context.result_store, candidate)) is not None and not _is_hit(kept):
-                generation += 1
-                candidate = f"{key_stem}-{generation}"
+            key_stem = f"{name.replace(' ', '-')}-{content[:32]}"
+            return _free_or_hit(context.result_store, key_stem, returns)
         except DistilleryError as error:
-            # Prefect would log it and go on without a cache; the stage itself raises it.
             _no_key.set(error)
-            return None
-        return candidate
+        except Exception as error:
+            _log.debug("stage %s: no cache key", name, exc_info=True)
+            cause = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            _no_key.set(StageError(f"stage {name}: its cache key can't be computed ({cause}); please report this"))
+        return None
 
+    return key
+
+
+def _free_or_hit(results: ResultStore, key_stem: str, returns: type[Any]) -> str:
+    """Return the first key of `key_stem`, `key_stem`-1 and so on that holds a hit or nothing.
+
+    A record that is no hit stays where it is: another version of the project may still read it."""
+    key, generation = key_stem, 0
+    while (kept := _kept(results, key)) is not None and not is_hit(kept, returns):
+        generation += 1
+        key = f"{key_stem}-{generation}"
     return key
 
 
@@ -111,13 +125,15 @@ def _kept(results: ResultStore, key: str) -> bytes | None:
         return None
 
 
-def _is_hit(kept: bytes) -> bool:
+def is_hit(kept: bytes, returns: type[Any]) -> bool:
+    """Return whether the file of a record holds one of class `returns` whose artifact is whole."""
     try:
         record = ResultRecord.deserialize(kept).result
-    except (ValueError, TypeError, OSError):
-        # Half-written, or a record of an earlier version of the project.
+    except Exception:
+        # Half-written, or a record of another version of the project: a decoder may raise anything.
         return False
-    return is_whole(record)
+    # A record whose class can't be imported is decoded as a plain dict.
+    return isinstance(record, returns) and is_whole(record)
 
 
 def is_cached(task: Task[..., Any], **arguments: Any) -> bool:
@@ -134,8 +150,11 @@ def is_recorded(task: Task[..., Any], key: str) -> bool:
 
 
 def own_key() -> str:
-    """The cache key of the stage that runs; its checkpoints are kept under it."""
-    return str(get_transaction().key)
+    """Return the cache key of the running stage; its checkpoints are kept under it."""
+    key = getattr(get_transaction(), "key", None)
+    if key is None:
+        raise StageError("this stage has no cache key, so that its checkpoints have no folder; please report this")
+    return str(key)
 
 
 def content_of(value: Any) -> Any:

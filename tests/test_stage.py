@@ -1,0 +1,128 @@
+"""Which cached records count as hits, and what a stage does when its cache key can't be computed."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prefect import flow
+from prefect.results import ResultRecord, ResultRecordMetadata
+from prefect.serializers import JSONSerializer
+from prefect.testing.utilities import prefect_test_harness
+
+from distillery.errors import StageError
+from distillery.records import Predictions, PreparedDataset
+from distillery.store import ArtifactStore
+from tasks import stage as stages
+from tasks.results import results_in_store
+from tasks.stage import is_hit, own_key, stage
+
+
+def kept(record: Any) -> bytes:
+    """The file in which Prefect keeps a result."""
+    metadata = ResultRecordMetadata(storage_key="k", serializer=JSONSerializer())
+    return ResultRecord(result=record, metadata=metadata).serialize()
+
+
+@pytest.fixture
+def record(tmp_path: Path) -> Predictions:
+    (tmp_path / "artifact").mkdir()
+    (tmp_path / "artifact" / "predictions.jsonl").write_text("{}\n")
+    return Predictions(artifact=ArtifactStore().put(tmp_path / "artifact"), rows=1, failed=0)
+
+
+def test_a_record_of_the_stages_own_class_is_a_hit(record: Predictions) -> None:
+    assert is_hit(kept(record), Predictions)
+
+
+def test_a_record_of_another_stage_is_a_miss(record: Predictions) -> None:
+    assert not is_hit(kept(record), PreparedDataset)
+
+
+@pytest.mark.parametrize("name", ["distillery.gone.Predictions", "distillery.records.Gone", "nowhere.Predictions"])
+def test_a_record_whose_class_is_gone_is_a_miss(record: Predictions, name: str) -> None:
+    file = kept(record).replace(b"distillery.records.Predictions", name.encode())
+    assert isinstance(ResultRecord.deserialize(file).result, dict), "Prefect hands back a plain dict"
+    assert not is_hit(file, Predictions)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda file: file[: len(file) // 2],
+        lambda file: b"",
+        lambda file: b"[]",
+        lambda file: b'{"metadata": 1}',
+        lambda file: file.replace(b"sha256", b"sha255"),
+        lambda file: json.dumps(json.loads(file) | {"result": 5}).encode(),
+    ],
+)
+def test_what_can_not_be_decoded_is_a_miss(record: Predictions, spoil: Any) -> None:
+    assert not is_hit(spoil(kept(record)), Predictions)
+
+
+def test_a_record_whose_artifact_is_gone_is_a_miss(record: Predictions) -> None:
+    store = ArtifactStore()
+    (Path(store.storage.root) / record.artifact.sha256 / "artifact.json").unlink()
+    assert not is_hit(kept(record), Predictions)
+
+
+@pytest.fixture(scope="module")
+def _server() -> Iterator[None]:
+    with prefect_test_harness(server_startup_timeout=120):
+        yield
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_server")
+def test_a_stage_finds_its_record_again_and_passes_over_one_that_is_none(record: Predictions) -> None:
+    done: list[str] = []
+
+    @stage("count", version=1)
+    def count(number: int) -> Predictions:
+        done.append(own_key())
+        return record
+
+    @flow
+    def counting() -> Predictions:
+        return count(1)
+
+    with results_in_store():
+        assert counting() == record
+        assert counting() == record
+        assert len(done) == 1
+        results = Path(ArtifactStore().storage.root) / "results"
+        file = results / done[0]
+        file.write_bytes(file.read_bytes().replace(b"distillery.records.Predictions", b"distillery.gone.Predictions"))
+        assert counting() == record
+        assert counting() == record
+    assert done == [done[0], f"{done[0]}-1"]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_server")
+def test_an_error_while_the_key_is_computed_ends_the_stage_in_one_line(
+    record: Predictions, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    worked: list[int] = []
+
+    @stage("fail", version=1)
+    def fail(number: int) -> Predictions:
+        worked.append(number)
+        return record
+
+    @flow
+    def failing() -> Predictions:
+        return fail(1)
+
+    def broken(value: Any) -> Any:
+        raise TypeError("no content\nof this")
+
+    monkeypatch.setattr(stages, "content_of", broken)
+    with results_in_store(), pytest.raises(StageError) as raised:
+        failing()
+    line = str(raised.value)
+    assert line == "stage fail: its cache key can't be computed (TypeError: no content of this); please report this"
+    assert worked == []
+    assert "Error encountered when computing cache key" not in caplog.text
