@@ -21,19 +21,25 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.distil import merged
-from distillery import student
-from distillery.base_model import base_folder
-from distillery.dataset import to_example
-from distillery.evaluation import paired_interval, wilson
-from distillery.labels import gold_labels
-from distillery.losses import TrainingRow
-from distillery.pruning import chosen_layers, keep_layers
+from distillery.data.rows import to_example
+from distillery.evaluation.statistics import paired_interval, wilson
+from distillery.labels.known import gold_labels
+from distillery.models.base import base_folder
+from distillery.models.load import end_of_turn_id, load_model, load_tokenizer, pad_id
+from distillery.models.placement import placement
 from distillery.recipe import BaseModelRecipe, Columns, LayerChoice, PromptRecipe, TrainingRecipe
 from distillery.records import Example
+from distillery.training.loop import train
+from distillery.training.losses import TrainingRow
+from distillery.training.pruning import chosen_layers, keep_layers
+from distillery.training.rows import training_rows
+from distillery.training.validation import option_probabilities
 
 HELD_OUT = 400
 FORMS = {
-    "letter": PromptRecipe(system="Answer with one letter.", user="Question: {question}\nAnswer Choices:\n{choices}"),
+    "letter": PromptRecipe(
+        system="Answer with one letter.", user="Question: {question}\nAnswer Choices:\n{choices}"
+    ),
     "text": PromptRecipe(system="Answer in a word or two.", user="{question}", answer="text"),
 }
 LORA = TrainingRecipe(method="lora", epochs=3, learning_rate=3e-4)
@@ -43,7 +49,10 @@ FULL = TrainingRecipe(method="full", epochs=3, learning_rate=1e-4, freeze_embedd
 def read(folder: Path, rows: int) -> tuple[list[Example], list[Example], list[Example]]:
     """(held out, gold, pool): by a hash of the question, so that more rows move none."""
     lines = (folder / "train.jsonl").read_text(encoding="utf-8").splitlines()
-    examples = [to_example(json.loads(line), Columns(), f"line {number}") for number, line in enumerate(lines, 1)]
+    examples = [
+        to_example(json.loads(line), Columns(), f"line {number}")
+        for number, line in enumerate(lines, 1)
+    ]
     examples.sort(key=lambda example: hashlib.sha256(example.question.encode()).hexdigest())
     learnt = examples[HELD_OUT : HELD_OUT + rows]
     return examples[:HELD_OUT], learnt[::2], learnt[1::2]
@@ -52,18 +61,18 @@ def read(folder: Path, rows: int) -> tuple[list[Example], list[Example], list[Ex
 class Bench:
     def __init__(self, base: Path, held_out: Sequence[Example]) -> None:
         self.base, self.held_out = base, held_out
-        self.tokenizer = student.load_tokenizer(base)
-        self.pad_id, self.end_id = student.pad_id(self.tokenizer), student.end_of_turn_id(self.tokenizer)
+        self.tokenizer = load_tokenizer(base)
+        self.pad_id, self.end_id = pad_id(self.tokenizer), end_of_turn_id(self.tokenizer)
         self.right: dict[str, list[bool]] = {}
 
     def rendered(self, examples: Sequence[Example], form: str) -> list[TrainingRow]:
-        return student.training_rows(examples, gold_labels(examples), FORMS[form], self.tokenizer)[0]
+        return training_rows(examples, gold_labels(examples), FORMS[form], self.tokenizer)[0]
 
     def model(self) -> Any:
-        return student.load_model(self.base)[0]
+        return load_model(self.base)[0]
 
     def trained(self, model: Any, rows: Sequence[TrainingRow], recipe: TrainingRecipe) -> Any:
-        model, result = student.train(model, rows, [], recipe, pad_id=self.pad_id, end_id=self.end_id)
+        model, result = train(model, rows, [], recipe, pad_id=self.pad_id, end_id=self.end_id)
         print(
             f"  {len(rows)} rows, {result.steps} steps, {result.rows_per_second:.1f} rows/s on {result.device}",
             flush=True,
@@ -73,14 +82,19 @@ class Bench:
     def ask(self, name: str, model: Any, form: str) -> None:
         rows = self.rendered(self.held_out, form)
         found = self.probabilities(model, rows)
-        self.right[name] = [p.index(max(p)) == row.answer for p, row in zip(found, rows, strict=True)]
+        self.right[name] = [
+            p.index(max(p)) == row.answer for p, row in zip(found, rows, strict=True)
+        ]
         right, count = sum(self.right[name]), len(rows)
         interval = wilson(right, count)
-        print(f"{name:28} {right / count:.3f} [{interval.low:.3f}, {interval.high:.3f}] of {count}", flush=True)
+        print(
+            f"{name:28} {right / count:.3f} [{interval.low:.3f}, {interval.high:.3f}] of {count}",
+            flush=True,
+        )
 
     def probabilities(self, model: Any, rows: Sequence[TrainingRow]) -> list[list[float]]:
-        return student.option_probabilities(
-            model.float(), rows, pad_id=self.pad_id, place=student.placement(), batch_size=16
+        return option_probabilities(
+            model.float(), rows, pad_id=self.pad_id, place=placement(), batch_size=16
         )
 
 
@@ -88,11 +102,17 @@ def run(folder: Path, count: int) -> dict[str, float]:
     started = time.perf_counter()
     held_out, gold, pool = read(folder, count)
     bench = Bench(base_folder(BaseModelRecipe()), held_out)
-    print(f"{len(held_out)} rows held out, {len(gold)} gold rows, {len(pool)} in the pool", flush=True)
+    print(
+        f"{len(held_out)} rows held out, {len(gold)} gold rows, {len(pool)} in the pool", flush=True
+    )
     for form in FORMS:
         bench.ask(f"untrained_{form}", bench.model(), form)
     for form in FORMS:
-        bench.ask(f"all_gold_{form}", bench.trained(bench.model(), bench.rendered([*gold, *pool], form), LORA), form)
+        bench.ask(
+            f"all_gold_{form}",
+            bench.trained(bench.model(), bench.rendered([*gold, *pool], form), LORA),
+            form,
+        )
     form = max(FORMS, key=lambda form: sum(bench.right[f"all_gold_{form}"]))
     print(f"the teacher and its students answer by {form}", flush=True)
     teacher = bench.trained(bench.model(), bench.rendered(gold, form), LORA)
@@ -109,19 +129,30 @@ def run(folder: Path, count: int) -> dict[str, float]:
     healed = FULL.model_copy(update={"soft_weight": 1.0})
     bench.ask("by_teacher_cut", bench.trained(teacher, learnt, healed), form)
     gain = paired_interval(bench.right["all_gold_text"], bench.right["all_gold_letter"])
-    print(f"text less letter, trained: 95 % interval [{100 * gain.low:+.1f}, {100 * gain.high:+.1f}] points")
+    print(
+        f"text less letter, trained: 95 % interval [{100 * gain.low:+.1f}, {100 * gain.high:+.1f}] points"
+    )
     accuracies = {name: sum(right) / len(right) for name, right in bench.right.items()}
-    return {"rows": len(gold) + len(pool), "held_out": len(held_out), "chance": 0.2, **accuracies} | {
-        "minutes": round((time.perf_counter() - started) / 60, 1)
-    }
+    return {
+        "rows": len(gold) + len(pool),
+        "held_out": len(held_out),
+        "chance": 0.2,
+        **accuracies,
+    } | {"minutes": round((time.perf_counter() - started) / 60, 1)}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=1600, help="to learn from, gold and pool together")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--rows", type=int, default=1600, help="to learn from, gold and pool together"
+    )
     folder = Path(os.environ.get("COMMONSENSE_QA_DIR", ""))
     if not (folder / "train.jsonl").is_file():
-        raise SystemExit("error: COMMONSENSE_QA_DIR: name a folder with CommonsenseQA's train.jsonl")
+        raise SystemExit(
+            "error: COMMONSENSE_QA_DIR: name a folder with CommonsenseQA's train.jsonl"
+        )
     print(json.dumps(run(folder, parser.parse_args().rows)))
 
 

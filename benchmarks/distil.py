@@ -37,20 +37,27 @@ from typing import Any
 
 import torch
 
-from distillery import student
-from distillery.base_model import base_folder
-from distillery.dataset import to_example
-from distillery.evaluation import ModelToScore, machine, score_model
-from distillery.labels import gold_labels
-from distillery.losses import TrainingRow
-from distillery.onnx import export
-from distillery.pruning import keep_layers
+from distillery.data.rows import to_example
+from distillery.evaluation.scoring import ModelToScore, score_model
+from distillery.export.build import export
+from distillery.labels.known import gold_labels
+from distillery.machine import machine
+from distillery.models.base import base_folder
+from distillery.models.inspect import parameter_count
+from distillery.models.load import end_of_turn_id, load_model, load_tokenizer, pad_id
+from distillery.models.placement import placement
 from distillery.recipe import Columns, ExportForm, LayerChoice, TrainingRecipe, load_recipe
 from distillery.records import Example, digest_of
-from distillery.store import digest_of_files, list_files
+from distillery.storage.digests import digest_of_files, list_files
+from distillery.training import loop
+from distillery.training.losses import TrainingRow
+from distillery.training.objective import hidden_states
+from distillery.training.pruning import keep_layers, resolved_layers
+from distillery.training.rows import training_rows
+from distillery.training.validation import accuracy_of, option_probabilities
 
 PROJECT = Path(__file__).resolve().parents[1]
-SAMPLE = PROJECT / "distillery" / "sample_data"
+SAMPLE = PROJECT / "distillery" / "data" / "sample"
 PLACE = PROJECT / ".distillery" / "bench"
 DEMO = load_recipe("demo")
 WAYS: dict[str, dict[str, float]] = {
@@ -69,14 +76,17 @@ T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
 
 def read(split: str) -> list[Example]:
     lines = (SAMPLE / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
-    return [to_example(json.loads(line), Columns(), f"{split}, line {n}") for n, line in enumerate(lines, 1)]
+    return [
+        to_example(json.loads(line), Columns(), f"{split}, line {n}")
+        for n, line in enumerate(lines, 1)
+    ]
 
 
 def merged(trained: Any, base: Path) -> Any:
     """`base` with the adapter merged in, as in a run: the base that it was trained on has become bfloat16."""
     with tempfile.TemporaryDirectory() as adapter:
         trained.save_pretrained(adapter)
-        return student.load_model(base, Path(adapter))[0]
+        return load_model(base, Path(adapter))[0]
 
 
 class Kept:
@@ -93,7 +103,9 @@ class Kept:
             self._known[name] = work()
             with self._path.open("a") as file:
                 file.write(json.dumps([name, self._known[name]]) + "\n")
-            print(f"{name}: {self._known[name]} ({time.perf_counter() - started:.0f} s)", flush=True)
+            print(
+                f"{name}: {self._known[name]} ({time.perf_counter() - started:.0f} s)", flush=True
+            )
         return self._known[name]
 
 
@@ -101,43 +113,47 @@ class Bench:
     def __init__(self, home: Path, steps: int | None) -> None:
         self.home, self.kept, self.steps = home, Kept(home / "results.jsonl"), steps
         self.base = base_folder(DEMO.teacher.preparation.base)
-        self.tokenizer = student.load_tokenizer(self.base)
-        self.pad_id, self.end_id = student.pad_id(self.tokenizer), student.end_of_turn_id(self.tokenizer)
-        self.place = student.placement()
+        self.tokenizer = load_tokenizer(self.base)
+        self.pad_id, self.end_id = pad_id(self.tokenizer), end_of_turn_id(self.tokenizer)
+        self.place = placement()
         self.test = self.rendered(read("test"))
         self.pool = self.rendered(read("pool"))
         self.teacher = self.prepared_teacher()
         self.soft, self.states = self.teachers_word(self.pool)
 
     def rendered(self, examples: Sequence[Example]) -> list[TrainingRow]:
-        return student.training_rows(examples, gold_labels(examples), DEMO.prompt, self.tokenizer)[0]
+        return training_rows(examples, gold_labels(examples), DEMO.prompt, self.tokenizer)[0]
 
-    def train(self, model: Any, rows: Sequence[TrainingRow], recipe: TrainingRecipe, hidden: Any = None) -> Any:
-        return student.train(model, rows, [], recipe, pad_id=self.pad_id, end_id=self.end_id, hidden=hidden)[0]
+    def train(
+        self, model: Any, rows: Sequence[TrainingRow], recipe: TrainingRecipe, hidden: Any = None
+    ) -> Any:
+        return loop.train(
+            model, rows, [], recipe, pad_id=self.pad_id, end_id=self.end_id, hidden=hidden
+        )[0]
 
     def accuracy(self, model: Any) -> float:
-        return student.accuracy_of(model.float(), self.test, pad_id=self.pad_id, place=self.place)
+        return accuracy_of(model.float(), self.test, pad_id=self.pad_id, place=self.place)
 
     def prepared_teacher(self) -> Path:
         recipe = DEMO.teacher.preparation.training.model_copy(update={"max_steps": self.steps})
         folder = self.home / "teacher"
         if not (folder / "tokenizer.json").exists():
-            model = self.train(student.load_model(self.base)[0], self.rendered(read("gold")), recipe)
+            model = self.train(load_model(self.base)[0], self.rendered(read("gold")), recipe)
             merged(model, self.base).save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
         return folder
 
     def teachers_word(self, rows: Sequence[TrainingRow]) -> tuple[list[list[float]], torch.Tensor]:
         """Its probabilities over the rows' options, and its last hidden states there."""
-        model, options = student.load_model(self.teacher)[0], {"pad_id": self.pad_id, "place": self.place}
+        model, options = load_model(self.teacher)[0], {"pad_id": self.pad_id, "place": self.place}
         return (
-            student.option_probabilities(model, rows, **options),
-            student.hidden_states(model, rows, **options),
+            option_probabilities(model, rows, **options),
+            hidden_states(model, rows, **options),
         )
 
     def cut(self, model: Any, depth: int, by: Any, rows: Sequence[TrainingRow]) -> Any:
         choice = LayerChoice(keep=depth, by=by)
-        keep_layers(model, student.resolved_layers(model, choice, rows, self.pad_id))
+        keep_layers(model, resolved_layers(model, choice, rows, self.pad_id))
         return model
 
     def student(self, way: str, pool: int, depth: int, seed: int, cut: str) -> Any:
@@ -146,12 +162,14 @@ class Bench:
         changed = {**WAYS[way], "batch_size": WAYS_BATCH, "seed": seed, "max_steps": self.steps}
         recipe = DEMO.student.training.model_copy(update=changed)
         hidden = self.states[picked] if recipe.hidden_weight else None
-        model = student.load_model(self.teacher)[0]
+        model = load_model(self.teacher)[0]
         by = "early_and_last" if cut == "in two steps" else cut
         if cut == "in two steps":
             recipe = recipe.model_copy(update={"epochs": recipe.epochs / 2})
             layers = len(model.get_decoder().layers)
-            model = self.train(self.cut(model, (layers + depth) // 2, by, rows), rows, recipe, hidden)
+            model = self.train(
+                self.cut(model, (layers + depth) // 2, by, rows), rows, recipe, hidden
+            )
         return self.train(self.cut(model, depth, by, rows), rows, recipe, hidden)
 
     def _row(self, way: str, index: int) -> TrainingRow:
@@ -160,10 +178,14 @@ class Bench:
             return row
         return row.model_copy(update={"answer": soft.index(max(soft)), "soft": tuple(soft)})
 
-    def result(self, way: str, pool: int, depth: int, seed: int, cut: str = "early_and_last") -> float:
+    def result(
+        self, way: str, pool: int, depth: int, seed: int, cut: str = "early_and_last"
+    ) -> float:
         named = f"{way}, pool {pool}, {depth} layers, seed {seed}"
         named = named if cut == "early_and_last" else f"{named}, {cut}"
-        return float(self.kept.of(named, lambda: self.accuracy(self.student(way, pool, depth, seed, cut))))
+        return float(
+            self.kept.of(named, lambda: self.accuracy(self.student(way, pool, depth, seed, cut)))
+        )
 
     def demos_student(self, depth: int, seed: int) -> Path:
         """The folder of a student like the demo's; its layers are the early ones and the last."""
@@ -173,8 +195,10 @@ class Bench:
             rows = [*(self._row("hidden", index) for index in range(len(self.pool))), *gold]
             changed = {"seed": seed, "max_steps": self.steps}
             hidden = torch.cat([self.states, self.teachers_word(gold)[1]])
-            model = self.cut(student.load_model(self.teacher)[0], depth, "early_and_last", rows)
-            model = self.train(model, rows, DEMO.student.training.model_copy(update=changed), hidden)
+            model = self.cut(load_model(self.teacher)[0], depth, "early_and_last", rows)
+            model = self.train(
+                model, rows, DEMO.student.training.model_copy(update=changed), hidden
+            )
             model.float().save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
         return folder
@@ -188,7 +212,10 @@ class Bench:
     def prepared(self, rows: int | None = None) -> Path:
         """A file of the test rows, or the first of them, as score_model takes it."""
         file = self.home / f"test-{rows}.jsonl"
-        file.write_text("".join(f"{example.model_dump_json()}\n" for example in read("test")[:rows]), encoding="utf-8")
+        file.write_text(
+            "".join(f"{example.model_dump_json()}\n" for example in read("test")[:rows]),
+            encoding="utf-8",
+        )
         return file
 
     def int4_student(self, depth: int, seed: int) -> dict[str, float]:
@@ -199,7 +226,11 @@ class Bench:
             gold = [example.answer_key for example in read("test")]
             right = sum(a == b for a, b in zip(found.answers, gold, strict=True))
             size = sum(file.stat().st_size for file in out.iterdir() if file.is_file())
-            return {"accuracy": right / len(gold), "bytes": size, "parameters": student.parameter_count(folder)}
+            return {
+                "accuracy": right / len(gold),
+                "bytes": size,
+                "parameters": parameter_count(folder),
+            }
 
         named = f"student as the demo's, {depth} layers, seed {seed}, {DEMO.export.form.title}"
         return dict(self.kept.of(named, work))
@@ -209,7 +240,9 @@ class Bench:
 
         def work() -> dict[str, float]:
             rows = self.prepared(SPEED_ROWS)
-            torch_teacher = ModelToScore(name="teacher", kind="transformers", folder=str(self.teacher))
+            torch_teacher = ModelToScore(
+                name="teacher", kind="transformers", folder=str(self.teacher)
+            )
             fp32 = ExportForm(precision="fp32")
             forms: dict[str, tuple[ModelToScore, Any]] = {
                 "int4 student": (as_onnx(self.exported(student_folder)), "auto"),
@@ -222,10 +255,14 @@ class Bench:
             for number in range(ROUNDS):
                 for name in list(forms)[:: -1 if number % 2 else 1]:
                     model, precision = forms[name]
-                    runs[name].append(score_model(model, rows, DEMO.prompt, precision=precision).rows_per_second)
+                    runs[name].append(
+                        score_model(model, rows, DEMO.prompt, precision=precision).rows_per_second
+                    )
             return {name: statistics.median(found) for name, found in runs.items()}
 
-        return dict(self.kept.of(f"rows a second, {student_folder.name}, {DEMO.export.form.title}", work))
+        return dict(
+            self.kept.of(f"rows a second, {student_folder.name}, {DEMO.export.form.title}", work)
+        )
 
 
 def as_onnx(folder: Path) -> ModelToScore:
@@ -240,26 +277,37 @@ def shown(values: Sequence[float]) -> str:
     return f"{mean:.3f} +/- {half:.3f}"
 
 
-def run(bench: Bench, pools: Sequence[int], depths: Sequence[int], seeds: Sequence[int]) -> dict[str, float]:
+def run(
+    bench: Bench, pools: Sequence[int], depths: Sequence[int], seeds: Sequence[int]
+) -> dict[str, float]:
     kept = bench.kept
-    base = kept.of("base model", lambda: bench.accuracy(student.load_model(bench.base)[0]))
-    teacher = kept.of("teacher", lambda: bench.accuracy(student.load_model(bench.teacher)[0]))
+    base = kept.of("base model", lambda: bench.accuracy(load_model(bench.base)[0]))
+    teacher = kept.of("teacher", lambda: bench.accuracy(load_model(bench.teacher)[0]))
     print(f"on {machine()}: base model {base:.3f}, teacher {teacher:.3f}", flush=True)
     # Seed by seed, so that a run that was ended has whole comparisons.
     for seed, depth, pool, way in product(seeds, depths, pools, WAYS):
         bench.result(way, pool, depth, seed)
     for depth, pool in product(depths, pools):
-        means = {way: shown([bench.result(way, pool, depth, seed) for seed in seeds]) for way in WAYS}
-        print(f"{depth} layers, {pool} rows: " + ", ".join(f"{way} {mean}" for way, mean in means.items()))
+        means = {
+            way: shown([bench.result(way, pool, depth, seed) for seed in seeds]) for way in WAYS
+        }
+        print(
+            f"{depth} layers, {pool} rows: "
+            + ", ".join(f"{way} {mean}" for way, mean in means.items())
+        )
     depth, small = depths[0], min(pools)
     for seed, cut in product(seeds, CUTS):
         bench.result("soft", small, depth, seed, cut)
-    means = {cut: shown([bench.result("soft", small, depth, seed, cut) for seed in seeds]) for cut in CUTS}
+    means = {
+        cut: shown([bench.result("soft", small, depth, seed, cut) for seed in seeds])
+        for cut in CUTS
+    }
     print(
-        f"{depth} layers, {small} rows, soft, other cuts: " + ", ".join(f"{cut} {mean}" for cut, mean in means.items())
+        f"{depth} layers, {small} rows, soft, other cuts: "
+        + ", ".join(f"{cut} {mean}" for cut, mean in means.items())
     )
     made = [bench.int4_student(depth, seed) for seed in seeds]
-    parameters = student.parameter_count(bench.teacher)
+    parameters = parameter_count(bench.teacher)
     speeds = bench.speeds(bench.demos_student(depth, seeds[0]))
     floats = [speed for name, speed in speeds.items() if name.startswith(("fp32", "bf16"))]
     return {
@@ -277,16 +325,26 @@ def run(bench: Bench, pools: Sequence[int], depths: Sequence[int], seeds: Sequen
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--full", action="store_true", help="the larger grid, for hours")
     parser.add_argument("--afresh", action="store_true", help="leave earlier results aside")
     parser.add_argument("--layers", type=int, help="that students keep, where not the demo's")
-    parser.add_argument("--steps", type=int, help="of each training at most, to see the benchmark work")
+    parser.add_argument(
+        "--steps", type=int, help="of each training at most, to see the benchmark work"
+    )
     given = parser.parse_args()
     base = digest_of_files(list_files(base_folder(DEMO.teacher.preparation.base)))
-    files = [*sorted((PROJECT / "distillery").glob("*.py")), *sorted(SAMPLE.glob("*.jsonl")), Path(__file__)]
+    files = [
+        *sorted((PROJECT / "distillery").glob("*.py")),
+        *sorted(SAMPLE.glob("*.jsonl")),
+        Path(__file__),
+    ]
     code = [file.read_text(encoding="utf-8") for file in files]
-    recipe = DEMO.model_dump(mode="json", exclude={"export": True, "teacher": {"preparation": {"export"}}})
+    recipe = DEMO.model_dump(
+        mode="json", exclude={"export": True, "teacher": {"preparation": {"export"}}}
+    )
     place = PLACE / f"distil-{digest_of([recipe, base, code, given.steps])[:12]}"
     if given.afresh:
         shutil.rmtree(place, ignore_errors=True)
@@ -295,7 +353,9 @@ def main() -> None:
     assert isinstance(DEMO.student.layers, tuple)
     depth = given.layers or len(DEMO.student.layers)
     depths = tuple(dict.fromkeys((depth, 10, 18))) if given.full else (depth,)
-    grid = ((100, 200, 500, 1000), depths, range(5)) if given.full else ((100, 200), depths, range(3))
+    grid = (
+        ((100, 200, 500, 1000), depths, range(5)) if given.full else ((100, 200), depths, range(3))
+    )
     print(json.dumps({name: round(value, 3) for name, value in run(bench, *grid).items()}))
 
 

@@ -41,11 +41,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from distillery.evaluation import machine
+from distillery.evaluation.scoring_process import peak_mib
+from distillery.machine import machine
 from distillery.prompts import render_ids
 from distillery.recipe import load_recipe
 from distillery.records import LETTERS, digest_of
-from distillery.scoring import peak_mib
 
 ROWS, TRIAL_ROWS, WARM_UP_ROWS, ROUNDS, THREADS = 240, 48, 16, 3, (1, 2)
 PROJECT = Path(__file__).resolve().parents[1]
@@ -77,7 +77,7 @@ REFERENCE = SETTINGS["hf"][0]
 
 
 def ours(settings: Settings, threads: int, rows: dict[str, Any]) -> Ask:
-    from distillery.inference import OnnxStudent
+    from distillery.inference.onnx_student import OnnxStudent
 
     student = OnnxStudent(Path(rows[form_name(settings)]), threads=threads)
     return lambda prompts, letters: list(map(student.option_probabilities, prompts, letters))
@@ -110,7 +110,9 @@ def llama_cpp(settings: Settings, threads: int, rows: dict[str, Any]) -> Ask:
             "post_sampling_probs": True,
         }
         found = []
-        for choice in sorted(server.handle_completions(body)["choices"], key=lambda choice: choice["index"]):
+        for choice in sorted(
+            server.handle_completions(body)["choices"], key=lambda choice: choice["index"]
+        ):
             shown = choice["logprobs"]["content"][0]["top_probs"]
             by_token = {one["id"]: one["prob"] for one in shown}
             found.append([by_token[letter] for letter in letters])
@@ -148,7 +150,9 @@ def hf(settings: Settings, threads: int, rows: dict[str, Any]) -> Ask:
             cache = DynamicCache()
             for number, layer in enumerate(begun.layers):
                 cache.update(
-                    layer.keys.expand(len(batch), -1, -1, -1), layer.values.expand(len(batch), -1, -1, -1), number
+                    layer.keys.expand(len(batch), -1, -1, -1),
+                    layer.values.expand(len(batch), -1, -1, -1),
+                    number,
                 )
             # Padded behind: what is asked for stands before it, and a causal model doesn't look ahead.
             padded = torch.tensor([ids + [0] * (longest - len(ids)) for ids in rest])
@@ -175,7 +179,9 @@ def common_start(prompts: list[list[int]]) -> int:
     return next((i for i in range(shortest) if len({ids[i] for ids in prompts}) > 1), shortest)
 
 
-def contestant(name: str, settings: Settings, threads: int, rows: dict[str, Any], count: int) -> dict[str, Any]:
+def contestant(
+    name: str, settings: Settings, threads: int, rows: dict[str, Any], count: int
+) -> dict[str, Any]:
     """What runs in a process of its own."""
     started = time.perf_counter()
     ask = CONTESTANTS[name](settings, threads, rows)
@@ -196,16 +202,18 @@ def contestant(name: str, settings: Settings, threads: int, rows: dict[str, Any]
 def prepare(count: int) -> dict[str, Any]:
     """The prompts' ids and what the contestants load; exported and converted at the first run."""
     from benchmarks.distil import read
-    from distillery.base_model import base_folder
-    from distillery.inference import OnnxStudent
-    from distillery.onnx import export
+    from distillery.export.build import export
+    from distillery.inference.onnx_student import OnnxStudent
+    from distillery.models.base import base_folder
 
     demo = load_recipe("demo")
     base = base_folder(demo.teacher.preparation.base)
     forms = {}
     for settings in SETTINGS["ours"]:
         form = demo.export.form.model_copy(update=settings)
-        forms[form_name(settings)] = folder = PLACE / digest_of([form.model_dump_json(), base.name])[:16]
+        forms[form_name(settings)] = folder = (
+            PLACE / digest_of([form.model_dump_json(), base.name])[:16]
+        )
         with made_whole(folder) as beside:
             if beside:
                 print(f"exporting {base.name} as {form.title}", flush=True)
@@ -247,7 +255,11 @@ def q4_0(shipped: Path) -> Path:
         writer = gguf.GGUFWriter(beside, architecture)
         for field in reader.fields.values():
             if field.name != "general.architecture" and not field.name.startswith("GGUF."):
-                value = field.contents() if field.name != "general.file_type" else gguf.LlamaFileType.MOSTLY_Q4_0.value
+                value = (
+                    field.contents()
+                    if field.name != "general.file_type"
+                    else gguf.LlamaFileType.MOSTLY_Q4_0.value
+                )
                 kind = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
                 writer.add_key_value(field.name, value, field.types[0], sub_type=kind)
         for tensor in reader.tensors:
@@ -275,13 +287,23 @@ def made_whole(final: Path) -> Iterator[Path | None]:
 
 
 def run(name: str, settings: Settings, threads: int, rows_file: Path, count: int) -> dict[str, Any]:
-    command = [sys.executable, "-m", "benchmarks.inference", name, json.dumps(settings), str(threads), str(rows_file)]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.inference",
+        name,
+        json.dumps(settings),
+        str(threads),
+        str(rows_file),
+    ]
     load = os.getloadavg()[0]
     done = subprocess.run([*command, str(count)], cwd=PROJECT, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{name}: {done.stderr[-3000:]}")
     found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    shown = ", ".join(f"{key} {value:.2f}" for key, value in found.items() if key != "probabilities")
+    shown = ", ".join(
+        f"{key} {value:.2f}" for key, value in found.items() if key != "probabilities"
+    )
     what = f"{threads} thread{'s' * (threads > 1)}, {count} rows: {name} {json.dumps(settings)}"
     print(f"{what}: {shown} (load before it {load:.1f})", flush=True)
     return found
@@ -289,13 +311,19 @@ def run(name: str, settings: Settings, threads: int, rows_file: Path, count: int
 
 def fastest(name: str, threads: int, rows_file: Path) -> Settings:
     """Of a contestant's settings, by one trial of each."""
-    speed = [run(name, settings, threads, rows_file, TRIAL_ROWS)["rows_s"] for settings in SETTINGS[name]]
+    speed = [
+        run(name, settings, threads, rows_file, TRIAL_ROWS)["rows_s"] for settings in SETTINGS[name]
+    ]
     return SETTINGS[name][speed.index(max(speed))]
 
 
 def agreement(found: list[list[float]], reference: list[list[float]], gold: list[int]) -> str:
     best, known = ([row.index(max(row)) for row in rows] for rows in (found, reference))
-    apart = [abs(a - b) for row, other in zip(found, reference, strict=True) for a, b in zip(row, other, strict=True)]
+    apart = [
+        abs(a - b)
+        for row, other in zip(found, reference, strict=True)
+        for a, b in zip(row, other, strict=True)
+    ]
     right = statistics.mean(a == b for a, b in zip(best, gold, strict=True))
     same = statistics.mean(a == b for a, b in zip(best, known, strict=True))
     return f"accuracy {right:.3f}, same letter as fp32 {same:.3f}, probabilities {statistics.mean(apart):.3f} apart"
@@ -304,8 +332,12 @@ def agreement(found: list[list[float]], reference: list[list[float]], gold: list
 def main(count: int) -> None:
     rows = prepare(count)
     lengths = [len(ids) for ids in rows["prompts"]]
-    print(f"{machine()}; {count} prompts of {statistics.mean(lengths):.1f} tokens, all of which begin with the same")
-    print(f"{common_start(rows['prompts'])}; the contestants' scripts, whose settings each run shows:\n")
+    print(
+        f"{machine()}; {count} prompts of {statistics.mean(lengths):.1f} tokens, all of which begin with the same"
+    )
+    print(
+        f"{common_start(rows['prompts'])}; the contestants' scripts, whose settings each run shows:\n"
+    )
     print("\n\n".join(inspect.getsource(script) for script in CONTESTANTS.values()), flush=True)
     rows_file = PLACE / "rows.json"
     rows_file.write_text(json.dumps(rows))
@@ -338,7 +370,10 @@ if __name__ == "__main__":
     if len(sys.argv) > 2:
         name, settings, threads, rows_file, count = sys.argv[1:]
         rows = json.loads(Path(rows_file).read_text())
-        print(json.dumps(contestant(name, json.loads(settings), int(threads), rows, int(count))), flush=True)
+        print(
+            json.dumps(contestant(name, json.loads(settings), int(threads), rows, int(count))),
+            flush=True,
+        )
         # llama.cpp's server has threads that go on.
         os._exit(0)
     main(int(sys.argv[1]) if len(sys.argv) == 2 else ROWS)

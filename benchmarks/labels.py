@@ -41,13 +41,16 @@ from urllib.request import urlopen
 from pydantic import SecretStr
 
 from benchmarks.slow_endpoint import LETTERS
-from distillery.dataset import to_example
-from distillery.label_store import LabelStore, StoredAnswer
-from distillery.labels import label, questions
+from distillery.data.rows import to_example
+from distillery.labels.labelling import label
+from distillery.labels.questions import questions
+from distillery.labels.store import LabelStore, StoredAnswer
 from distillery.prompts import Message, render_messages
 from distillery.recipe import Columns, PromptRecipe, TeacherRecipe
 from distillery.records import Example
-from distillery.teacher import MOST_LOGPROBS, CallOptions, Endpoint, Sdk
+from distillery.teacher.asking import MOST_LOGPROBS
+from distillery.teacher.clients import CallOptions
+from distillery.teacher.endpoint import Endpoint, Sdk
 
 ROWS, MANY_ROWS, SEQUENTIAL_ROWS = 2_000, 100_000, 100
 LATENCY_S, PLACES, SPREAD = 0.2, 64, 0.5
@@ -55,7 +58,7 @@ ROUNDS = 3
 MODEL = "teacher"
 PROMPT = PromptRecipe()
 PROJECT = Path(__file__).resolve().parents[1]
-SAMPLE = PROJECT / "distillery" / "sample_data"
+SAMPLE = PROJECT / "distillery" / "data" / "sample"
 
 CURATOR = "bespokelabs-curator==0.1.31"
 CURATOR_VENV = PROJECT / ".distillery" / "bench" / "curator-venv"
@@ -108,12 +111,20 @@ Loop = Callable[[list[list[Message]]], list[str]]
 
 def synthetic_rows(count: int) -> list[Example]:
     """Rows of the sample again and again, each with a number that makes it one of its own; without a gold answer."""
-    lines = [line for path in sorted(SAMPLE.glob("*.jsonl")) for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = [
+        line
+        for path in sorted(SAMPLE.glob("*.jsonl"))
+        for line in path.read_text(encoding="utf-8").splitlines()
+    ]
     sample = [to_example(json.loads(line), Columns(), "sample") for line in lines]
     rows = []
     for number in range(count):
         row = sample[number % len(sample)]
-        changes = {"example_id": str(number), "question": f"{row.question} ({number})", "answer_key": None}
+        changes = {
+            "example_id": str(number),
+            "question": f"{row.question} ({number})",
+            "answer_key": None,
+        }
         rows.append(row.model_copy(update=changes))
     return rows
 
@@ -125,7 +136,9 @@ def recipe(soft: bool) -> TeacherRecipe:
 def body(soft: bool) -> dict[str, Any]:
     """What `label` sends beside model and messages."""
     wanted = recipe(soft)
-    return CallOptions(wanted.max_tokens, wanted.temperature, MOST_LOGPROBS if soft else 0).body(LETTERS)
+    return CallOptions(wanted.max_tokens, wanted.temperature, MOST_LOGPROBS if soft else 0).body(
+        LETTERS
+    )
 
 
 @contextmanager
@@ -145,7 +158,9 @@ def ours(sdk: Sdk, url: str, folder: Path, rows: int, soft: bool) -> Figures:
         figures["open_s"] = time.perf_counter() - opened
         asyncio.run(label([first], PROMPT, recipe(soft), endpoint, store, folder / "first"))
         with timed(figures):
-            counts = asyncio.run(label(examples, PROMPT, recipe(soft), endpoint, store, folder / "labels"))
+            counts = asyncio.run(
+                label(examples, PROMPT, recipe(soft), endpoint, store, folder / "labels")
+            )
     assert counts.accepted == rows, counts
     return figures
 
@@ -193,7 +208,9 @@ def bare_azure(url: str, soft: bool) -> Loop:
 
             async def ask(messages: list[Message]) -> str:
                 asked: Any = {"model": MODEL, "messages": messages, **body(soft)}
-                return str((await client.complete(asked, headers=headers(soft))).choices[0].message.content)
+                return str(
+                    (await client.complete(asked, headers=headers(soft))).choices[0].message.content
+                )
 
             return await all_of(everything, ask)
 
@@ -209,14 +226,18 @@ def bare_openai(url: str, soft: bool) -> Loop:
 
             async def ask(messages: list[Message]) -> str:
                 asked: Any = {"model": MODEL, "messages": messages, **body(soft)}
-                return str((await client.chat.completions.create(**asked)).choices[0].message.content)
+                return str(
+                    (await client.chat.completions.create(**asked)).choices[0].message.content
+                )
 
             return await all_of(everything, ask)
 
     return lambda everything: asyncio.run(loop(everything))
 
 
-async def all_of(everything: list[list[Message]], ask: Callable[[list[Message]], Awaitable[str]]) -> list[str]:
+async def all_of(
+    everything: list[list[Message]], ask: Callable[[list[Message]], Awaitable[str]]
+) -> list[str]:
     waiting, answers = iter(everything), list[str]()
 
     async def worker() -> None:
@@ -238,7 +259,9 @@ def sequential(url: str, soft: bool) -> Loop:
         with ChatCompletionsClient(url, AzureKeyCredential("none")) as client:
             for messages in everything:
                 asked: Any = {"model": MODEL, "messages": messages, **body(soft)}
-                answers.append(str(client.complete(asked, headers=headers(soft)).choices[0].message.content))
+                answers.append(
+                    str(client.complete(asked, headers=headers(soft)).choices[0].message.content)
+                )
         return answers
 
     return loop
@@ -267,7 +290,12 @@ def contestant(name: str, url: str, folder: Path, rows: int, soft: bool) -> Figu
             return ours(sdk, url, folder, rows, soft)
     if name == "fill":
         return fill(folder, rows, soft)
-    return bare({"bare_azure": bare_azure, "bare_openai": bare_openai, "sequential": sequential}[name](url, soft), rows)
+    return bare(
+        {"bare_azure": bare_azure, "bare_openai": bare_openai, "sequential": sequential}[name](
+            url, soft
+        ),
+        rows,
+    )
 
 
 class Bench:
@@ -278,32 +306,59 @@ class Bench:
         self._environment = {
             name: value
             for name, value in os.environ.items()
-            if not name.startswith(("DISTILLERY_", "CURATOR_", "TEACHER_")) and not name.lower().endswith("_proxy")
+            if not name.startswith(("DISTILLERY_", "CURATOR_", "TEACHER_"))
+            and not name.lower().endswith("_proxy")
         }
 
     def run(self, name: str, rows: int, folder: str = "", calls: int | None = None) -> Figures:
         """One run, which must make so many calls, by default one a row and one before. `folder`: where its store is."""
         place = self._scratch / (folder or f"{name}-{time.monotonic_ns()}")
         place.mkdir(exist_ok=True)
-        command = [sys.executable, "-m", "benchmarks.labels", name, self._url, str(place), str(rows)]
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.labels",
+            name,
+            self._url,
+            str(place),
+            str(rows),
+        ]
         command += ["--soft"] if self._soft else []
-        return self._run(name, command, self._environment, rows, 1 + rows if calls is None else calls)
+        return self._run(
+            name, command, self._environment, rows, 1 + rows if calls is None else calls
+        )
 
     def curator(self) -> Figures | None:
         """One run with its cache cold."""
         place = self._scratch / f"curator-{time.monotonic_ns()}"
         place.mkdir()
         (place / "script.py").write_text(CURATOR_SCRIPT)
-        (place / "rows.json").write_text(json.dumps([{"messages": messages} for messages in rendered(1 + ROWS)]))
-        command = [str(CURATOR_VENV / "bin" / "python"), str(place / "script.py"), self._url, str(place / "rows.json")]
+        (place / "rows.json").write_text(
+            json.dumps([{"messages": messages} for messages in rendered(1 + ROWS)])
+        )
+        command = [
+            str(CURATOR_VENV / "bin" / "python"),
+            str(place / "script.py"),
+            self._url,
+            str(place / "rows.json"),
+        ]
         environment = self._environment | CURATOR_ENVIRONMENT
         # It also writes to the home folder and to that of Hugging Face.
-        environment |= {"CURATOR_CACHE_DIR": str(place / "cache"), "HOME": str(place), "HF_HOME": str(place / "hf")}
+        environment |= {
+            "CURATOR_CACHE_DIR": str(place / "cache"),
+            "HOME": str(place),
+            "HF_HOME": str(place / "hf"),
+        }
         try:
             # It sends another one before the clock runs, to read the limits off the headers.
-            return self._run("curator", [*command, json.dumps(body(self._soft))], environment, ROWS, 2 + ROWS)
+            return self._run(
+                "curator", [*command, json.dumps(body(self._soft))], environment, ROWS, 2 + ROWS
+            )
         except (OSError, RuntimeError) as error:
-            print(f"bespokelabs-curator can't be run: {' '.join(str(error).split())[-300:]}", flush=True)
+            print(
+                f"bespokelabs-curator can't be run: {' '.join(str(error).split())[-300:]}",
+                flush=True,
+            )
             return None
 
     def calls(self) -> Figures:
@@ -312,7 +367,9 @@ class Bench:
             counted: Figures = json.load(answer)
         return counted
 
-    def _run(self, name: str, command: list[str], environment: dict[str, str], rows: int, calls: int) -> Figures:
+    def _run(
+        self, name: str, command: list[str], environment: dict[str, str], rows: int, calls: int
+    ) -> Figures:
         before, load = self.calls()["calls"], os.getloadavg()[0]
         done = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True)
         if done.returncode:
@@ -322,14 +379,26 @@ class Bench:
         assert made == calls, f"{name}: {made} calls in place of {calls}"
         assert figures.get("answers", rows) == rows, f"{name}: {figures}"
         shown = ", ".join(f"{key} {value:.3f}" for key, value in figures.items())
-        print(f"{name:12} {rows:6} rows, {made:4.0f} calls: {shown} (load before it {load:.1f})", flush=True)
+        print(
+            f"{name:12} {rows:6} rows, {made:4.0f} calls: {shown} (load before it {load:.1f})",
+            flush=True,
+        )
         return figures
 
 
 @contextmanager
 def endpoint(spread: float = 0.0) -> Iterator[str]:
-    command = [sys.executable, "-m", "benchmarks.slow_endpoint", str(LATENCY_S), str(PLACES), str(spread)]
-    with subprocess.Popen(command, cwd=PROJECT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.slow_endpoint",
+        str(LATENCY_S),
+        str(PLACES),
+        str(spread),
+    ]
+    with subprocess.Popen(
+        command, cwd=PROJECT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
         assert process.stdin
         assert process.stdout
         try:
@@ -343,7 +412,13 @@ def install_curator() -> bool:
     mark = CURATOR_VENV / "installed"
     if not (mark.exists() and mark.read_text() == CURATOR):
         print(f"installing {CURATOR} into {CURATOR_VENV.relative_to(PROJECT)} (0.9 GB)", flush=True)
-        pip = [str(CURATOR_VENV / "bin" / "pip"), "install", "--quiet", "--disable-pip-version-check", CURATOR]
+        pip = [
+            str(CURATOR_VENV / "bin" / "pip"),
+            "install",
+            "--quiet",
+            "--disable-pip-version-check",
+            CURATOR,
+        ]
         for command in ([sys.executable, "-m", "venv", str(CURATOR_VENV)], pip):
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
@@ -351,13 +426,23 @@ def install_curator() -> bool:
                 print(f"bespokelabs-curator can't be installed: {said[-300:]}", flush=True)
                 return False
         mark.write_text(CURATOR)
-    print(f"{CURATOR} with {json.dumps(CURATOR_ENVIRONMENT)} and this script:\n{CURATOR_SCRIPT}", flush=True)
+    print(
+        f"{CURATOR} with {json.dumps(CURATOR_ENVIRONMENT)} and this script:\n{CURATOR_SCRIPT}",
+        flush=True,
+    )
     return True
 
 
 def compare(bench: Bench, curator: bool) -> dict[str, list[Figures]]:
     """The figures of each contestant's runs; every other round the other way round."""
-    names = ["ours_azure", "bare_azure", "ours_openai", "bare_openai", "sequential", *(["curator"] if curator else [])]
+    names = [
+        "ours_azure",
+        "bare_azure",
+        "ours_openai",
+        "bare_openai",
+        "sequential",
+        *(["curator"] if curator else []),
+    ]
     found: dict[str, list[Figures]] = defaultdict(list)
     for number in range(ROUNDS):
         for name in names[:: -1 if number % 2 else 1]:
@@ -365,7 +450,9 @@ def compare(bench: Bench, curator: bool) -> dict[str, list[Figures]]:
                 if run := bench.curator():
                     found[name].append(run)
             else:
-                found[name].append(bench.run(name, SEQUENTIAL_ROWS if name == "sequential" else ROWS))
+                found[name].append(
+                    bench.run(name, SEQUENTIAL_ROWS if name == "sequential" else ROWS)
+                )
     return found
 
 
@@ -375,7 +462,9 @@ def second_runs(bench: Bench) -> dict[str, float]:
     bench.run("fill", MANY_ROWS, "known_100k", calls=0)
     places = {"second_run_s": ("known", ROWS), "second_run_100k_s": ("known_100k", MANY_ROWS)}
     return {
-        name: statistics.median(bench.run("ours_openai", rows, place, calls=0)["seconds"] for _ in range(ROUNDS))
+        name: statistics.median(
+            bench.run("ours_openai", rows, place, calls=0)["seconds"] for _ in range(ROUNDS)
+        )
         for name, (place, rows) in places.items()
     }
 
@@ -384,12 +473,19 @@ def main(soft: bool, spread: float) -> None:
     with tempfile.TemporaryDirectory() as scratch, endpoint(spread) as url:
         bench = Bench(url, Path(scratch), soft)
         latency = f"{LATENCY_S} s a call, give or take {spread:.0%}"
-        print(f"{ROWS} rows, {PLACES} places, {latency}, {'soft' if soft else 'hard'} labels", flush=True)
+        print(
+            f"{ROWS} rows, {PLACES} places, {latency}, {'soft' if soft else 'hard'} labels",
+            flush=True,
+        )
         runs = compare(bench, install_curator())
         again = second_runs(bench)
         counted = bench.calls()
     print(f"the endpoint: {1000 * counted['cpu_s'] / counted['calls']:.2f} ms of CPU time a call")
-    median = {name: statistics.median(one["seconds"] for one in done) for name, done in runs.items() if done}
+    median = {
+        name: statistics.median(one["seconds"] for one in done)
+        for name, done in runs.items()
+        if done
+    }
     cpu = {
         name: statistics.median(1000 * one["cpu_s"] for one in done) / ROWS
         for name, done in runs.items()
@@ -398,7 +494,10 @@ def main(soft: bool, spread: float) -> None:
     print("CPU ms a call: " + ", ".join(f"{name} {value:.2f}" for name, value in cpu.items()))
     figures = {
         "ideal_s": ROWS / PLACES * LATENCY_S,
-        **{f"{name}_s": median[name] for name in ("ours_azure", "bare_azure", "ours_openai", "bare_openai")},
+        **{
+            f"{name}_s": median[name]
+            for name in ("ours_azure", "bare_azure", "ours_openai", "bare_openai")
+        },
         "sequential_s": median["sequential"] * ROWS / SEQUENTIAL_ROWS,
         "curator_s": median.get("curator"),
         "share_of_bare_azure": median["bare_azure"] / median["ours_azure"],
@@ -406,7 +505,11 @@ def main(soft: bool, spread: float) -> None:
         "cpu_ms_per_call": max(cpu["ours_azure"], cpu["ours_openai"]),
         **again,
     }
-    print(json.dumps({name: value if value is None else round(value, 3) for name, value in figures.items()}))
+    print(
+        json.dumps(
+            {name: value if value is None else round(value, 3) for name, value in figures.items()}
+        )
+    )
 
 
 if __name__ == "__main__":

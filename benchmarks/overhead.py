@@ -40,7 +40,9 @@ from distillery.records import Outcome  # noqa: E402
 def commanded(arguments: list[str], folder: Path) -> float:
     """Seconds that a Python command takes, start of the interpreter and of its temporary server included."""
     environment = {
-        name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "DISTILLERY_"))
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("PREFECT_", "DISTILLERY_"))
     }
     environment |= {
         "DISTILLERY_HOME": str(folder / "home"),
@@ -50,7 +52,9 @@ def commanded(arguments: list[str], folder: Path) -> float:
     }
     (folder / "prefect").mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
-    done = subprocess.run([sys.executable, *arguments], cwd=PROJECT, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=PROJECT, env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return time.perf_counter() - started
 
@@ -101,15 +105,23 @@ def main() -> None:
             cold = workshop.distil(values)
             cached = [seconds(workshop.distil(values)) for _ in range(3)]
             stage = work_of(
-                Outcome.model_validate_json((store / "records" / "runs" / f"{cold['name']}.json").read_text())
+                Outcome.model_validate_json(
+                    (store / "records" / "runs" / f"{cold['name']}.json").read_text()
+                )
             )
-            children = [run for run in workshop.family(cold).values() if run["work_pool_name"] == "gpu-pool"]
+            children = [
+                run for run in workshop.family(cold).values() if run["work_pool_name"] == "gpu-pool"
+            ]
             starts = [
-                (moment(run["start_time"]) - moment(run["expected_start_time"])).total_seconds() for run in children
+                (moment(run["start_time"]) - moment(run["expected_start_time"])).total_seconds()
+                for run in children
             ]
         finally:
             workshop.close()
-        print(f"on a server: empty flow {empty}, cached {cached}, children's starts {starts}", flush=True)
+        print(
+            f"on a server: empty flow {empty}, cached {cached}, children's starts {starts}",
+            flush=True,
+        )
         figures = {
             "stage_s": stage,
             "wall_s": seconds(cold),

@@ -40,7 +40,9 @@ class Places:
             self._waiting.append(answer)
 
     def _start(self, answer: Callable[[], None]) -> None:
-        asyncio.get_running_loop().call_later(self._random.uniform(self._least, self._most), self._end, answer)
+        asyncio.get_running_loop().call_later(
+            self._random.uniform(self._least, self._most), self._end, answer
+        )
 
     def _end(self, answer: Callable[[], None]) -> None:
         answer()
@@ -74,7 +76,9 @@ class Connection(asyncio.Protocol):
 
     def _heed(self, head: bytes, body: bytes) -> None:
         if head.startswith(b"get /count "):
-            self._transport.write(response({"calls": self._places.calls, "cpu_s": time.process_time()}))
+            self._transport.write(
+                response({"calls": self._places.calls, "cpu_s": time.process_time()})
+            )
         else:
             answer = completion(body)
             self._places.take(lambda: self._transport.write(answer))
@@ -85,7 +89,9 @@ def completion(body: bytes) -> bytes:
     asked = json.loads(body)
     messages = asked.get("messages")
     question = str(messages[-1]["content"]) if messages else ""
-    return _completion(LETTERS[crc32(question.encode()) % len(LETTERS)], bool(asked.get("logprobs")))
+    return _completion(
+        LETTERS[crc32(question.encode()) % len(LETTERS)], bool(asked.get("logprobs"))
+    )
 
 
 @cache
@@ -98,7 +104,11 @@ def _completion(letter: str, log_probabilities: bool) -> bytes:
     }
     if log_probabilities:
         others = [other for other in LETTERS if other != letter]
-        tokens = [letter, *others, *(f"t{number}" for number in range(_ALTERNATIVES - len(LETTERS)))]
+        tokens = [
+            letter,
+            *others,
+            *(f"t{number}" for number in range(_ALTERNATIVES - len(LETTERS))),
+        ]
         top = [_token(token, math.log(0.7) - 2.0 * place) for place, token in enumerate(tokens)]
         choice["logprobs"] = {"content": [top[0] | {"top_logprobs": top}], "refusal": None}
     return response(
@@ -124,7 +134,9 @@ def _token(token: str, logprob: float) -> dict[str, Any]:
 
 def response(value: Any) -> bytes:
     body = json.dumps(value).encode()
-    head = f"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    head = (
+        f"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
     return head.encode() + body
 
 

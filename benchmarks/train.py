@@ -4,7 +4,7 @@ LoRA on the demo's base model, its rank, learning rate and batch of 8, over the 
 answers as the demo renders them; the loss is on the answer and the end of the turn. Each contestant gets the same token
 ids, in a process of its own:
 
-ours          distillery.student.train
+ours          distillery.training.loop.train
 ours_shared   the same with what all prompts begin with computed once a batch, as it is by default; the others have
               nothing like it, so this is no part of the ratios
 trl           TRL's SFTTrainer, given the tokenised rows with their labels
@@ -42,7 +42,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from distillery.scoring import peak_mib
+from distillery.evaluation.scoring_process import peak_mib
 
 PROJECT = Path(__file__).resolve().parents[1]
 PLACE = PROJECT / ".distillery" / "bench" / "train"
@@ -70,22 +70,29 @@ SETTINGS: dict[str, list[Settings]] = {
 }
 
 
-def ours(settings: Settings, steps: int, rows: dict[str, Any], out: Path, shared: bool = False) -> Figures:
-    from distillery import batching, student
+def ours(
+    settings: Settings, steps: int, rows: dict[str, Any], out: Path, shared: bool = False
+) -> Figures:
+    from distillery.models.load import end_of_turn_id, load_model, pad_id
     from distillery.recipe import load_recipe
+    from distillery.training import batching
+    from distillery.training.loop import train
+    from distillery.training.rows import read_rows
 
     if not shared:
         batching.LEAST_SAVED = 10**9
     recipe = load_recipe("demo").teacher.preparation.training
-    recipe = recipe.model_copy(update={"max_steps": steps, "seed": settings.get("seed", recipe.seed)})
-    model, tokenizer = student.load_model(Path(rows["base"]))
-    model, result = student.train(
+    recipe = recipe.model_copy(
+        update={"max_steps": steps, "seed": settings.get("seed", recipe.seed)}
+    )
+    model, tokenizer = load_model(Path(rows["base"]))
+    model, result = train(
         model,
-        student.read_rows(Path(rows["rows"])),
+        read_rows(Path(rows["rows"])),
         [],
         recipe,
-        pad_id=student.pad_id(tokenizer),
-        end_id=student.end_of_turn_id(tokenizer),
+        pad_id=pad_id(tokenizer),
+        end_id=end_of_turn_id(tokenizer),
     )
     model.save_pretrained(out)
     return {"rows_s": result.rows_per_second, "rss_mb": peak_mib()}
@@ -184,7 +191,12 @@ def olive(settings: Settings, steps: int, rows: dict[str, Any], out: Path) -> Fi
         "dataloader_pin_memory": "False",
         "logging_steps": 10**6,
     }
-    olive_command(["finetune", *(word for name, value in options.items() for word in (f"--{name}", str(value)))])
+    olive_command(
+        [
+            "finetune",
+            *(word for name, value in options.items() for word in (f"--{name}", str(value))),
+        ]
+    )
     tokens = steps * settings["batch"] * settings["block"]
     return {"rows_s": tokens / rows["mean_tokens"] / clock.seconds, "rss_mb": peak_mib()}
 
@@ -210,23 +222,25 @@ def _clock() -> Any:
 def prepare() -> dict[str, Any]:
     """Files of the same rows for each contestant, and the settings that they share."""
     from benchmarks.distil import read
-    from distillery import student
-    from distillery.base_model import base_folder
-    from distillery.labels import gold_labels
+    from distillery.labels.known import gold_labels
+    from distillery.models.base import base_folder
+    from distillery.models.load import end_of_turn_id, load_model
     from distillery.recipe import load_recipe
+    from distillery.training.adapters import linear_modules
+    from distillery.training.rows import training_rows, write_rows
 
     demo = load_recipe("demo")
     preparation = demo.teacher.preparation
     base = base_folder(preparation.base)
-    model, tokenizer = student.load_model(base)
-    end = student.end_of_turn_id(tokenizer)
+    model, tokenizer = load_model(base)
+    end = end_of_turn_id(tokenizer)
     examples = read("pool")[:ROWS]
-    rows = student.training_rows(examples, gold_labels(examples), demo.prompt, tokenizer)[0]
+    rows = training_rows(examples, gold_labels(examples), demo.prompt, tokenizer)[0]
     assert len(rows) == ROWS
     tokens = [[*row.prompt, row.letters[row.answer], end] for row in rows]
     labels = [[-100] * len(row.prompt) + ids[-2:] for row, ids in zip(rows, tokens, strict=True)]
     PLACE.mkdir(parents=True, exist_ok=True)
-    student.write_rows(rows, PLACE / "rows.jsonl")
+    write_rows(rows, PLACE / "rows.jsonl")
     pairs = [{"input_ids": ids, "labels": found} for ids, found in zip(tokens, labels, strict=True)]
     (PLACE / "tokens.json").write_text(json.dumps(pairs))
     texts = "".join(json.dumps({"text": tokenizer.decode(ids)}) + "\n" for ids in tokens)
@@ -245,7 +259,7 @@ def prepare() -> dict[str, Any]:
             "r": training.lora.rank,
             "lora_alpha": training.lora.alpha,
             "lora_dropout": training.lora.dropout,
-            "target_modules": student.linear_modules(model),
+            "target_modules": linear_modules(model),
         },
     }
 
@@ -254,14 +268,36 @@ def install_trl() -> None:
     """TRL over this environment's torch, transformers and peft, so that all train with the same."""
     if not TRL_FOLDER.exists():
         beside = TRL_FOLDER.with_name(f"trl.{os.getpid()}")
-        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(beside), TRL]
+        pip = [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--no-deps",
+            "--target",
+            str(beside),
+            TRL,
+        ]
         subprocess.run(pip, check=True)
         beside.rename(TRL_FOLDER)
 
 
 def run(name: str, settings: Settings, steps: int, out: Path) -> Figures:
-    command = [sys.executable, "-m", "benchmarks.train", name, json.dumps(settings), str(steps), str(out)]
-    environment = os.environ | {"PYTHONPATH": str(TRL_FOLDER), "HF_HUB_OFFLINE": "1", "OLIVE_DISABLE_TELEMETRY": "1"}
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.train",
+        name,
+        json.dumps(settings),
+        str(steps),
+        str(out),
+    ]
+    environment = os.environ | {
+        "PYTHONPATH": str(TRL_FOLDER),
+        "HF_HUB_OFFLINE": "1",
+        "OLIVE_DISABLE_TELEMETRY": "1",
+    }
     environment |= {"CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, env=environment)
     if done.returncode:
@@ -275,32 +311,42 @@ def fastest(name: str, scratch: Path) -> Settings:
     """Of a contestant's settings, by one trial of each."""
     if len(SETTINGS[name]) == 1:
         return SETTINGS[name][0]
-    trials = [(run(name, one, TRIAL_STEPS, scratch / f"trial-{name}-{i}"), i) for i, one in enumerate(SETTINGS[name])]
+    trials = [
+        (run(name, one, TRIAL_STEPS, scratch / f"trial-{name}-{i}"), i)
+        for i, one in enumerate(SETTINGS[name])
+    ]
     return SETTINGS[name][max(trials, key=lambda trial: trial[0]["rows_s"])[1]]
 
 
 def accuracy(rows: dict[str, Any], adapter: Path | None) -> float:
     from benchmarks.distil import read
-    from distillery import student
-    from distillery.labels import gold_labels
+    from distillery.labels.known import gold_labels
+    from distillery.models.load import load_model, pad_id
+    from distillery.models.placement import placement
     from distillery.recipe import load_recipe
+    from distillery.training.rows import training_rows
+    from distillery.training.validation import accuracy_of
 
     if adapter is not None:
         adapter = next(adapter.rglob("adapter_config.json")).parent
-    model, tokenizer = student.load_model(Path(rows["base"]), adapter)
+    model, tokenizer = load_model(Path(rows["base"]), adapter)
     test = read("test")
-    rendered = student.training_rows(test, gold_labels(test), load_recipe("demo").prompt, tokenizer)[0]
-    return student.accuracy_of(model, rendered, pad_id=student.pad_id(tokenizer), place=student.placement())
+    rendered = training_rows(test, gold_labels(test), load_recipe("demo").prompt, tokenizer)[0]
+    return accuracy_of(model, rendered, pad_id=pad_id(tokenizer), place=placement())
 
 
 def main(steps: int) -> None:
-    from distillery.evaluation import machine
+    from distillery.machine import machine
 
     install_trl()
     rows = prepare()
     (PLACE / "settings.json").write_text(json.dumps(rows))
-    print(f"{machine()}; {ROWS} rows of {rows['mean_tokens']:.1f} tokens in the mean, batches of {BATCH}; {TRL}")
-    print(json.dumps({key: rows[key] for key in ("lora", "learning_rate", "weight_decay", "warmup")}))
+    print(
+        f"{machine()}; {ROWS} rows of {rows['mean_tokens']:.1f} tokens in the mean, batches of {BATCH}; {TRL}"
+    )
+    print(
+        json.dumps({key: rows[key] for key in ("lora", "learning_rate", "weight_decay", "warmup")})
+    )
     print("\n\n".join(inspect.getsource(script) for script in CONTESTANTS.values()), flush=True)
     runs: dict[str, list[Figures]] = defaultdict(list)
     with tempfile.TemporaryDirectory(dir=PLACE) as folder:
@@ -315,8 +361,13 @@ def main(steps: int) -> None:
                 out = scratch / f"{name}-seed-{seed}"
                 run(name, chosen[name] | ({"seed": seed} if seeds > 1 else {}), LONG_STEPS, out)
                 reached[name].append(accuracy(rows, out))
-            print(f"{name}, {LONG_STEPS} steps, by seed: {[round(value, 3) for value in reached[name]]}", flush=True)
-    figures = summary(runs) | {f"{name}_accuracy": statistics.mean(values) for name, values in reached.items()}
+            print(
+                f"{name}, {LONG_STEPS} steps, by seed: {[round(value, 3) for value in reached[name]]}",
+                flush=True,
+            )
+    figures = summary(runs) | {
+        f"{name}_accuracy": statistics.mean(values) for name, values in reached.items()
+    }
     figures["base_accuracy"] = accuracy(rows, None)
     print(json.dumps({name: round(value, 3) for name, value in figures.items()}))
 
@@ -336,6 +387,9 @@ if __name__ == "__main__":
     if len(sys.argv) > 2:
         name, settings, steps, out = sys.argv[1:]
         rows = json.loads((PLACE / "settings.json").read_text())
-        print(json.dumps(CONTESTANTS[name](json.loads(settings), int(steps), rows, Path(out))), flush=True)
+        print(
+            json.dumps(CONTESTANTS[name](json.loads(settings), int(steps), rows, Path(out))),
+            flush=True,
+        )
     else:
         main(int(sys.argv[1]) if len(sys.argv) == 2 else STEPS)

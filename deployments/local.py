@@ -21,14 +21,18 @@ POOLS = ("cpu-pool", "gpu-pool")
 
 def settings() -> dict[str, str]:
     """What .env and, before it, the environment say."""
-    return {name: value for name, value in dotenv_values(PROJECT / ".env").items() if value} | os.environ
+    return {
+        name: value for name, value in dotenv_values(PROJECT / ".env").items() if value
+    } | os.environ
 
 
 PORT = settings().get("DISTILLERY_PREFECT_PORT") or "4200"
 
 
 def home() -> Path:
-    return Path(settings().get("DISTILLERY_HOME") or PROJECT / ".distillery").expanduser().absolute()
+    return (
+        Path(settings().get("DISTILLERY_HOME") or PROJECT / ".distillery").expanduser().absolute()
+    )
 
 
 def run_folder() -> Path:
@@ -51,7 +55,9 @@ def environment() -> dict[str, str]:
 def set_up() -> None:
     command = [sys.executable, "-m", "deployments.setup"]
     if subprocess.run(command, env=environment(), cwd=PROJECT).returncode:  # noqa: S603 - our own interpreter
-        sys.exit("error: the server is not set up; `make down`, mend what is said above, then `make up`")
+        sys.exit(
+            "error: the server is not set up; `make down`, mend what is said above, then `make up`"
+        )
 
 
 def start(name: str, *arguments: str, **extra: str) -> None:
@@ -76,7 +82,9 @@ def wait_for_server(seconds: float = 120) -> None:
         except httpx.HTTPError:
             pass
         time.sleep(0.5)
-    sys.exit(f"error: the Prefect server did not start in {seconds:.0f} s; see {run_folder()}/server.log")
+    sys.exit(
+        f"error: the Prefect server did not start in {seconds:.0f} s; see {run_folder()}/server.log"
+    )
 
 
 def up() -> None:
@@ -85,7 +93,9 @@ def up() -> None:
     # What answers there would be taken for ours, and set up.
     with socket.socket() as probe:
         if probe.connect_ex(("127.0.0.1", int(PORT))) == 0:
-            sys.exit(f"error: port {PORT} is taken; end what listens there, or set DISTILLERY_PREFECT_PORT")
+            sys.exit(
+                f"error: port {PORT} is taken; end what listens there, or set DISTILLERY_PREFECT_PORT"
+            )
     # A run whose heartbeat was due while the server was down is looked after when it is back (see setup.py).
     buffer = {"PREFECT_SERVER_EVENTS_EXPIRED_BUCKET_BUFFER": "P7D"}
     start("server", "server", "start", "--host", "127.0.0.1", "--port", PORT, **buffer)

@@ -113,9 +113,13 @@ def save_settings(workers: str) -> dict[str, str | None]:
     return environment
 
 
-def base_job_template(workers: str, pool: str, environment: dict[str, str | None]) -> dict[str, Any]:
+def base_job_template(
+    workers: str, pool: str, environment: dict[str, str | None]
+) -> dict[str, Any]:
     """The pool's job configuration from pools.yaml, the runs' environment, and no variable that a run may change."""
-    configuration = yaml.safe_load((PROJECT / "deployments" / "pools.yaml").read_text())[workers][pool]
+    configuration = yaml.safe_load((PROJECT / "deployments" / "pools.yaml").read_text())[workers][
+        pool
+    ]
     # Prefect takes references to variables and blocks only in a variable's default.
     env = {"type": "object", "default": environment, "const": environment}
     return {
@@ -124,19 +128,27 @@ def base_job_template(workers: str, pool: str, environment: dict[str, str | None
     }
 
 
-def save_pool(client: SyncPrefectClient, name: str, workers: str, template: dict[str, Any], limit: int | None) -> None:
+def save_pool(
+    client: SyncPrefectClient, name: str, workers: str, template: dict[str, Any], limit: int | None
+) -> None:
     try:
         known = client.read_work_pool(name)
     except ObjectNotFound:
-        wanted = WorkPoolCreate(name=name, type=workers, base_job_template=template, concurrency_limit=limit)
+        wanted = WorkPoolCreate(
+            name=name, type=workers, base_job_template=template, concurrency_limit=limit
+        )
         client.create_work_pool(wanted)
         tell("work pool", name, None, False)
         return
     if known.type != workers:
-        sys.exit(f"error: {name} is a pool of {known.type} workers; `prefect work-pool delete {name}` first")
+        sys.exit(
+            f"error: {name} is a pool of {known.type} workers; `prefect work-pool delete {name}` first"
+        )
     same = (known.base_job_template, known.concurrency_limit) == (template, limit)
     if not same:
-        client.update_work_pool(name, WorkPoolUpdate(base_job_template=template, concurrency_limit=limit))
+        client.update_work_pool(
+            name, WorkPoolUpdate(base_job_template=template, concurrency_limit=limit)
+        )
     tell("work pool", name, known, same)
 
 
@@ -145,7 +157,9 @@ def save_events_webhook() -> UUID:
     api = get_current_settings().api
     headers = {"Content-Type": "application/json"}
     if api.auth_string:
-        headers["Authorization"] = f"Basic {b64encode(api.auth_string.get_secret_value().encode()).decode()}"
+        headers["Authorization"] = (
+            f"Basic {b64encode(api.auth_string.get_secret_value().encode()).decode()}"
+        )
     return save(Webhook(url=f"{api.url}/events", headers=headers), "distillery-events")
 
 
@@ -236,19 +250,33 @@ def tell(kind: str, name: str, known: object, same: bool) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m deployments.setup", description="Sets up a Prefect server.")
-    parser.add_argument("workers", nargs="?", default="process", choices=("process", "docker", "kubernetes"))
-    parser.add_argument("--gpus", type=int, default=1, help="how many trainings may run at once on gpu-pool")
+    parser = argparse.ArgumentParser(
+        prog="python -m deployments.setup", description="Sets up a Prefect server."
+    )
+    parser.add_argument(
+        "workers", nargs="?", default="process", choices=("process", "docker", "kubernetes")
+    )
+    parser.add_argument(
+        "--gpus", type=int, default=1, help="how many trainings may run at once on gpu-pool"
+    )
     options = parser.parse_args()
     load_environment()
     url = get_current_settings().api.url
     if not url:
-        sys.exit("error: PREFECT_API_URL: not set; it names the Prefect server, such as http://127.0.0.1:4200/api")
+        sys.exit(
+            "error: PREFECT_API_URL: not set; it names the Prefect server, such as http://127.0.0.1:4200/api"
+        )
     try:
         set_up(options.workers, options.gpus)
     except PrefectHTTPStatusError as error:
-        hint = "; is PREFECT_API_AUTH_STRING the server's?" if error.response.status_code == 401 else ""
-        sys.exit(f"error: {url} refuses: {error.response.status_code} {error.response.text[:300]}{hint}")
+        hint = (
+            "; is PREFECT_API_AUTH_STRING the server's?"
+            if error.response.status_code == 401
+            else ""
+        )
+        sys.exit(
+            f"error: {url} refuses: {error.response.status_code} {error.response.text[:300]}{hint}"
+        )
     except httpx.TransportError as error:
         sys.exit(f"error: PREFECT_API_URL: no Prefect server answers at {url}: {error}")
 

@@ -12,17 +12,25 @@ from pathlib import Path
 from typing import Any
 
 from distillery.errors import DistilleryError, ExportError
-from distillery.store import working_folder
+from distillery.storage.working import working_folder
 
 OUR_PASSES = {
-    "KeepLayers": "distillery.olive_passes.KeepLayers",
-    "Distillation": "distillery.olive_passes.Distillation",
+    "KeepLayers": "distillery.training.olive_passes.KeepLayers",
+    "Distillation": "distillery.training.olive_passes.Distillation",
 }
-_ANY = {"supported_providers": ["*"], "supported_accelerators": ["*"], "supported_precisions": ["*"]}
+_ANY = {
+    "supported_providers": ["*"],
+    "supported_accelerators": ["*"],
+    "supported_precisions": ["*"],
+}
 
 
 def run_workflow(
-    input_model: dict[str, Any], passes: dict[str, dict[str, Any]], out: Path, *, adapter_only: bool = False
+    input_model: dict[str, Any],
+    passes: dict[str, dict[str, Any]],
+    out: Path,
+    *,
+    adapter_only: bool = False,
 ) -> None:
     """Runs `passes` in order over `input_model` (an Olive HfModel config).
 
@@ -44,7 +52,9 @@ def run_workflow(
             "systems": {
                 "here": {
                     "type": "LocalSystem",
-                    "accelerators": [{"device": "cpu", "execution_providers": ["CPUExecutionProvider"]}],
+                    "accelerators": [
+                        {"device": "cpu", "execution_providers": ["CPUExecutionProvider"]}
+                    ],
                 }
             },
             "host": "here",
@@ -105,7 +115,11 @@ def _reason(caught: list[BaseException], said: str, passes: str) -> Exception:
 
 
 def _copy_output(model: dict[str, Any], out: Path, adapter_only: bool) -> None:
-    names = {"adapter_path": "adapter"} if adapter_only else {"model_path": "model", "adapter_path": "adapter"}
+    names = (
+        {"adapter_path": "adapter"}
+        if adapter_only
+        else {"model_path": "model", "adapter_path": "adapter"}
+    )
     for key, name in names.items():
         if source := model.get(key):
             folder = Path(source).parent if Path(source).is_file() else Path(source)
@@ -118,6 +132,8 @@ def _copy_output(model: dict[str, Any], out: Path, adapter_only: bool) -> None:
 def _package_config() -> dict[str, Any]:
     from olive.package_config import OlivePackageConfig
 
-    config: dict[str, Any] = json.loads(Path(OlivePackageConfig.get_default_config_path()).read_text())
+    config: dict[str, Any] = json.loads(
+        Path(OlivePackageConfig.get_default_config_path()).read_text()
+    )
     config["passes"] |= {name: {"module_path": path, **_ANY} for name, path in OUR_PASSES.items()}
     return config

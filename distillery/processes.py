@@ -15,7 +15,7 @@ from typing import TypeVar
 from pydantic import BaseModel
 
 from distillery.errors import DistilleryError, ModelError
-from distillery.store import working_folder
+from distillery.storage.working import working_folder
 
 Job = TypeVar("Job", bound=BaseModel)
 
@@ -64,7 +64,9 @@ def _failure(code: int, result: str, stderr: str) -> str:
         return str(json.loads(result)["error"])
     if code == -signal.SIGKILL:
         return "its process was killed, as happens when memory runs out; free some and run again"
-    last = next((line.strip() for line in reversed(stderr.splitlines()) if line.strip()), "no word of why")
+    last = next(
+        (line.strip() for line in reversed(stderr.splitlines()) if line.strip()), "no word of why"
+    )
     ended = f"by signal {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
     return f"its process ended {ended} ({last[:200]})"
 

@@ -24,7 +24,9 @@ def render_messages(example: Example, prompt: PromptRecipe) -> list[Message]:
     )
     user = _fill(prompt.user, question=example.question, choices=choices)
     count = len(example.choices)
-    system = _fill(prompt.system, count=NUMBERS.get(count, str(count)), letters=_listed(example.letters))
+    system = _fill(
+        prompt.system, count=NUMBERS.get(count, str(count)), letters=_listed(example.letters)
+    )
     messages = [{"role": "system", "content": system}] if system else []
     return [*messages, {"role": "user", "content": user}]
 
@@ -77,7 +79,9 @@ class TransformersTokenizer:
         from jinja2 import TemplateError
 
         try:
-            text = self._tokenizer.apply_chat_template(_whole(messages), add_generation_prompt=True, tokenize=False)
+            text = self._tokenizer.apply_chat_template(
+                _whole(messages), add_generation_prompt=True, tokenize=False
+            )
         except TemplateError as error:
             raise _refused(error) from error
         return self.encode_text(text)
@@ -95,7 +99,9 @@ class GenAITokenizer:
     def encode_chat(self, messages: list[Message]) -> list[int]:
         """Raises ModelError where the template refuses the messages, such as a system message or an order of roles."""
         try:
-            text = self._tokenizer.apply_chat_template(json.dumps(_whole(messages)), add_generation_prompt=True)
+            text = self._tokenizer.apply_chat_template(
+                json.dumps(_whole(messages)), add_generation_prompt=True
+            )
         except RuntimeError as error:
             raise _refused(error) from error
         return self.encode_text(text)
@@ -119,7 +125,9 @@ def letter_ids(tokenizer: Tokenizer, count: int) -> list[int]:
     ids = [tokenizer.encode_text(letter) for letter in LETTERS[:count]]
     for letter, tokens in zip(LETTERS, ids, strict=False):
         if len(tokens) != 1:
-            raise RecipeError(f"base model: its tokenizer splits the option letter {letter} into {len(tokens)} tokens")
+            raise RecipeError(
+                f"base model: its tokenizer splits the option letter {letter} into {len(tokens)} tokens"
+            )
     return [tokens[0] for tokens in ids]
 
 
@@ -130,7 +138,9 @@ def text_ids(example: Example, tokenizer: Tokenizer) -> list[list[int]]:
     texts = [tokenizer.encode_text(text) for text in example.choices]
     for letter, tokens in zip(example.letters, texts, strict=True):
         if not tokens:
-            raise DataError(f"{example.example_id}: option {letter} has no token of the student's; give it a text")
+            raise DataError(
+                f"{example.example_id}: option {letter} has no token of the student's; give it a text"
+            )
     return texts
 
 

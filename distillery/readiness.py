@@ -8,31 +8,49 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from distillery.base_model import check_loadable, local_copy
-from distillery.dataset import source_identity
-from distillery.errors import CredentialsError, DataError, DistilleryError, RecipeError, StoreError, TeacherError
-from distillery.onnx import misfit
+from distillery.data.prepare import source_identity
+from distillery.errors import (
+    CredentialsError,
+    DataError,
+    DistilleryError,
+    RecipeError,
+    StoreError,
+    TeacherError,
+)
+from distillery.export.build import misfit
+from distillery.models.base import check_loadable, local_copy
 from distillery.recipe import BaseModelRecipe, Recipe
-from distillery.records import OnnxModel, Record, digest_of
-from distillery.registry import open_registry
-from distillery.settings import AzureMLSettings, LocalSettings, TeacherSettings
-from distillery.store import ArtifactStore, sha256_of, working_folder
-from distillery.teacher import probe, resolve_endpoint
+from distillery.records import Record
+from distillery.registry.open import open_registry
+from distillery.settings import AzureMLSettings, LocalSettings
+from distillery.storage.artifacts import ArtifactStore
+from distillery.storage.working import working_folder
+from distillery.teacher.asking import probe
+from distillery.teacher.endpoint import resolve_endpoint
+from distillery.teacher.identity import teacher_identity
 
 LIMIT_S = 60.0
+
 _WAIT_S = 5.0
 """For a store or a database that is away: whoever checks wants to know it now."""
+
 PROBE_S = 25.0
 """For each of the probe's two tries, so that both fit into the limit."""
+
 GB = 1e9
+
 LEAST_DISK = 5 * GB
+
 DISK_FACTOR = 6
 """A run writes the base model, the teacher's and the student's weights and their exports, some of them twice."""
+
 MEMORY_FACTOR = {"full": 4, "lora": 2, "dora": 2}
 """In multiples of the float32 weights. full: weights, gradients and AdamW's two moments; lora and dora: two copies of
 the weights, while one is cast or exported."""
+
 GGUF_FACTOR = 6
 """float32 bytes for each byte of a GGUF file of 4 to 5 bits a weight."""
+
 LARGE = 4 * GB
 """Bytes of float32 weights (a billion parameters) above which a CPU trains for days."""
 
@@ -62,28 +80,6 @@ def check_settings(recipe: Recipe) -> None:
             raise RecipeError(complaint)
 
 
-def teacher_identity(recipe: Recipe, model: OnnxModel | None) -> str:
-    """Who answers, as the label store knows it: the recipe's name for the teacher, a local model's digest, the digest
-    of label files, or the endpoint's model name; never a URL or an SDK."""
-    if model is not None:
-        return f"local:{model.content_id}"
-    if recipe.teacher.kind == "gold":
-        return "gold"
-    if recipe.teacher.kind == "file":
-        return f"file:{digest_of([_digest_of_file(path) for path in recipe.teacher.files])}"
-    identity = recipe.teacher.identity or TeacherSettings().model
-    if not identity:
-        raise RecipeError("teacher.identity: not set, and neither is TEACHER_MODEL_NAME; set one of them")
-    return identity
-
-
-def _digest_of_file(path: str) -> str:
-    try:
-        return sha256_of(Path(path).expanduser())
-    except OSError as error:
-        raise DataError(f"{path}: can't be read ({error.strerror}); correct teacher.files") from None
-
-
 def check(recipe: Recipe, limit_s: float = LIMIT_S) -> list[Finding]:
     """Looks at all that a run of `recipe` on this machine needs, each for `limit_s` seconds at most. Raises nothing,
     downloads nothing, and spends one question to the teacher's endpoint."""
@@ -98,7 +94,9 @@ def check(recipe: Recipe, limit_s: float = LIMIT_S) -> list[Finding]:
         "label store": _label_store,
         "registry": _registry,
     }
-    return [finding for item, look in checks.items() for finding in _within(limit_s, item, look, recipe)]
+    return [
+        finding for item, look in checks.items() for finding in _within(limit_s, item, look, recipe)
+    ]
 
 
 def _within(limit_s: float, item: str, look: Check, recipe: Recipe) -> list[Finding]:
@@ -111,7 +109,11 @@ def _within(limit_s: float, item: str, look: Check, recipe: Recipe) -> list[Find
             found.append(Finding(level="FAIL", item=item, text=str(error)))
         except Exception as error:
             # Its text is left out: what a library says may hold a secret.
-            found.append(Finding(level="FAIL", item=item, text=f"could not be checked ({type(error).__name__})"))
+            found.append(
+                Finding(
+                    level="FAIL", item=item, text=f"could not be checked ({type(error).__name__})"
+                )
+            )
 
     # A thread that hangs is left behind; as a daemon it keeps no process alive.
     thread = threading.Thread(target=run, daemon=True, name=f"check {item}")
@@ -119,7 +121,11 @@ def _within(limit_s: float, item: str, look: Check, recipe: Recipe) -> list[Find
     thread.join(limit_s)
     if thread.is_alive():
         return [
-            Finding(level="FAIL", item=item, text=f"no answer within {limit_s:g} s; see that it is up and reachable")
+            Finding(
+                level="FAIL",
+                item=item,
+                text=f"no answer within {limit_s:g} s; see that it is up and reachable",
+            )
         ]
     return found
 
@@ -135,7 +141,10 @@ def _warn(item: str, text: str) -> list[Finding]:
 def _teacher(recipe: Recipe) -> list[Finding]:
     teacher = recipe.teacher
     if teacher.kind == "local":
-        return _ok("teacher", f"the run prepares it from {teacher.preparation.base.model} and serves it itself")
+        return _ok(
+            "teacher",
+            f"the run prepares it from {teacher.preparation.base.model} and serves it itself",
+        )
     if teacher.kind in ("gold", "file"):
         return _ok("teacher", f"none is asked: {teacher_identity(recipe, None)}")
     try:
@@ -170,7 +179,10 @@ def _data(recipe: Recipe) -> list[Finding]:
     if dataset.source != "hub":
         source_identity(dataset)
         return _ok(
-            "data", "the shipped sample" if dataset.source == "sample" else "every file of dataset.files is there"
+            "data",
+            "the shipped sample"
+            if dataset.source == "sample"
+            else "every file of dataset.files is there",
         )
     try:
         # Without a revision the hub is really asked.
@@ -178,7 +190,9 @@ def _data(recipe: Recipe) -> list[Finding]:
     except DataError as error:
         if not dataset.revision:
             raise
-        return _warn("data", f"{error}; a copy of revision {dataset.revision} on this machine would do")
+        return _warn(
+            "data", f"{error}; a copy of revision {dataset.revision} on this machine would do"
+        )
     return _ok("data", f"the hub has {newest}")
 
 
@@ -211,9 +225,14 @@ def _base_model(base: BaseModelRecipe, recipe: Recipe) -> list[Finding]:
     item = f"base model {base.model}"
     place = local_copy(base)
     if place is None and base.model.startswith("azureml://"):
-        return _warn(item, "not on this machine; the run downloads it with the Azure login (`az login`)")
+        return _warn(
+            item, "not on this machine; the run downloads it with the Azure login (`az login`)"
+        )
     if place is None:
-        return _warn(item, f"not on this machine; the run downloads {_hub_bytes(base) / GB:.1f} GB from the hub")
+        return _warn(
+            item,
+            f"not on this machine; the run downloads {_hub_bytes(base) / GB:.1f} GB from the hub",
+        )
     if place.is_file():
         return _ok(item, f"{place.name}, converted at its first use")
     check_loadable(place, base)
@@ -227,17 +246,21 @@ def _hub_bytes(base: BaseModelRecipe) -> int:
     from huggingface_hub import HfApi
 
     try:
-        info = HfApi().model_info(base.model, revision=base.revision, files_metadata=True, timeout=10)
+        info = HfApi().model_info(
+            base.model, revision=base.revision, files_metadata=True, timeout=10
+        )
     except Exception as error:
         raise RecipeError(
             f"not on this machine, and the hub doesn't answer for it ({type(error).__name__}); correct the "
             "model's name, set HF_TOKEN where it needs a login, or give a local folder"
         ) from error
-    return sum(file.size or 0 for file in info.siblings or () if file.rfilename.endswith(".safetensors"))
+    return sum(
+        file.size or 0 for file in info.siblings or () if file.rfilename.endswith(".safetensors")
+    )
 
 
 def _float32_bytes(place: Path) -> int:
-    from distillery.student import parameter_count
+    from distillery.models.inspect import parameter_count
 
     return place.stat().st_size * GGUF_FACTOR if place.is_file() else parameter_count(place) * 4
 
@@ -272,7 +295,10 @@ def _disk(recipe: Recipe) -> list[Finding]:
             "DISTILLERY_HOME elsewhere"
         )
     if weights is None:
-        return _warn("disk", f"{free / GB:.1f} GB free; a run takes about {DISK_FACTOR} times the base model's size")
+        return _warn(
+            "disk",
+            f"{free / GB:.1f} GB free; a run takes about {DISK_FACTOR} times the base model's size",
+        )
     return _ok("disk", f"{free / GB:.1f} GB free, and a run takes about {need / GB:.0f} GB")
 
 
@@ -282,7 +308,10 @@ def _memory(recipe: Recipe) -> list[Finding]:
     free = psutil.virtual_memory().available
     weights = _weights(recipe)
     if weights is None:
-        return _warn("memory", f"{free / GB:.1f} GB free; what a run takes is known once the base model is here")
+        return _warn(
+            "memory",
+            f"{free / GB:.1f} GB free; what a run takes is known once the base model is here",
+        )
     need = _training_bytes(recipe, weights)
     if free < need:
         raise StoreError(
@@ -301,7 +330,7 @@ def _training_bytes(recipe: Recipe, weights: int) -> float:
 def _training(recipe: Recipe) -> list[Finding]:
     import torch
 
-    from distillery.student import placement
+    from distillery.models.placement import placement
 
     place = placement(recipe.student.training.precision)
     weights = _weights(recipe)
@@ -309,7 +338,11 @@ def _training(recipe: Recipe) -> list[Finding]:
         free, name = torch.cuda.mem_get_info()[0], torch.cuda.get_device_name()
         said = f"on {name} in {place.precision}, {free / GB:.1f} GB of its memory free"
         short = weights is not None and free < _training_bytes(recipe, weights)
-        return _warn("training", f"{said}, which may be too little") if short else _ok("training", said)
+        return (
+            _warn("training", f"{said}, which may be too little")
+            if short
+            else _ok("training", said)
+        )
     if weights is None or weights > LARGE:
         return _warn(
             "training",
@@ -325,7 +358,7 @@ def _artifact_store(_recipe: Recipe) -> list[Finding]:
 
 
 def _label_store(_recipe: Recipe) -> list[Finding]:
-    from distillery.label_store import LabelStore
+    from distillery.labels.store import LabelStore
 
     with LabelStore(wait_s=_WAIT_S) as answers:
         answers.get_many([])
@@ -335,4 +368,6 @@ def _label_store(_recipe: Recipe) -> list[Finding]:
 def _registry(recipe: Recipe) -> list[Finding]:
     registry = open_registry(recipe.registry)
     count = len(registry.list(recipe.registry.model_name))
-    return _ok("registry", f"{registry.place} answers; versions of {recipe.registry.model_name}: {count}")
+    return _ok(
+        "registry", f"{registry.place} answers; versions of {recipe.registry.model_name}: {count}"
+    )

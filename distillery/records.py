@@ -119,7 +119,9 @@ class PreparedDataset(StageRecord):
     def rows(self, role: str) -> "Rows":
         """The rows of a role: gold, train, validation or test. Raises DataError where the data set has none."""
         if role not in self.splits:
-            raise DataError(f"dataset.splits: the recipe needs {role} rows; name a split for them or carve them")
+            raise DataError(
+                f"dataset.splits: the recipe needs {role} rows; name a split for them or carve them"
+            )
         return Rows(artifact=self.artifact, **self.splits[role].model_dump())
 
     def rows_if_any(self, role: str) -> "Rows | None":

@@ -31,7 +31,9 @@ def is_loopback(host: str) -> bool:
 
 class _Settings(BaseSettings):
     # Each class below needs an env_prefix: without one, pydantic would read a field `home` from HOME as well.
-    model_config = SettingsConfigDict(frozen=True, extra="ignore", populate_by_name=True, env_ignore_empty=True)
+    model_config = SettingsConfigDict(
+        frozen=True, extra="ignore", populate_by_name=True, env_ignore_empty=True
+    )
 
     def __init__(self, **values: Any) -> None:
         load_environment()
@@ -40,7 +42,9 @@ class _Settings(BaseSettings):
         except ValidationError as error:
             first = error.errors(include_input=False)[0]
             name = f"{self.model_config['env_prefix']}{first['loc'][0]}".upper()
-            raise DistilleryError(f"{name}: {first['msg']}; correct it in the environment or in .env") from None
+            raise DistilleryError(
+                f"{name}: {first['msg']}; correct it in the environment or in .env"
+            ) from None
 
 
 class LocalSettings(_Settings):
@@ -104,7 +108,9 @@ class AzureMLSettings(_Settings):
 
     subscription_id: str = ""
     resource_group: str = ""
-    workspace: str = Field(default="", validation_alias=AliasChoices("AZUREML_WS_NAME", "AZUREML_WORKSPACE_NAME"))
+    workspace: str = Field(
+        default="", validation_alias=AliasChoices("AZUREML_WS_NAME", "AZUREML_WORKSPACE_NAME")
+    )
 
     def require(self) -> None:
         """Raises CredentialsError with the names that are not set."""

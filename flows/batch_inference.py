@@ -14,14 +14,18 @@ from prefect import flow
 from distillery.errors import DataError, DistilleryError
 from distillery.recipe import Columns, PromptRecipe, RegistryKind, RegistryRecipe
 from distillery.records import InputFile, Predictions
-from distillery.registry import open_registry
-from distillery.store import ArtifactStore, sha256_of, working_folder
+from distillery.registry.open import open_registry
+from distillery.storage.artifacts import ArtifactStore
+from distillery.storage.digests import sha256_of
+from distillery.storage.working import working_folder
 from tasks.inference import fetch_input, score
 from tasks.results import results_in_store
 from tasks.stage import RESULT, begin
 
 
-@flow(name="batch-inference", description="Scores a file of rows with a registered student.", **RESULT)
+@flow(
+    name="batch-inference", description="Scores a file of rows with a registered student.", **RESULT
+)
 def batch_inference(
     model_name: str,
     input_uri: str,
@@ -54,13 +58,17 @@ def batch_inference(
         try:
             shutil.copytree(ArtifactStore().fetch(predictions.artifact), output, dirs_exist_ok=True)
         except (OSError, shutil.Error) as error:
-            raise DataError(f"output {output}: can't be written; the answers are in the artifact store") from error
+            raise DataError(
+                f"output {output}: can't be written; the answers are in the artifact store"
+            ) from error
     return predictions
 
 
 def main(arguments: list[str]) -> int:
     """0 when the file is answered, 1 with one line where the user has something to mend."""
-    parser = ArgumentParser("python -m flows.batch_inference", description="Answers a file with a registered student.")
+    parser = ArgumentParser(
+        "python -m flows.batch_inference", description="Answers a file with a registered student."
+    )
     parser.add_argument("model", help="the registered model's name")
     parser.add_argument("input", help="a JSONL, CSV or Parquet file: a path or an fsspec URL")
     parser.add_argument("output", help="a folder for predictions.jsonl and failed.jsonl")
@@ -75,7 +83,9 @@ def main(arguments: list[str]) -> int:
     except DistilleryError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(f"{done.rows} rows answered in {given.output}/predictions.jsonl, {done.failed} set aside in failed.jsonl")
+    print(
+        f"{done.rows} rows answered in {given.output}/predictions.jsonl, {done.failed} set aside in failed.jsonl"
+    )
     return 0
 
 

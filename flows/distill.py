@@ -14,13 +14,20 @@ from typing import NamedTuple, get_args
 from prefect import flow, tags
 from prefect.runtime import flow_run
 
-from distillery.base_model import pinned
-from distillery.dataset import source_identity
+from distillery.data.prepare import source_identity
 from distillery.errors import DistilleryError
-from distillery.evaluation import machine
-from distillery.readiness import check_settings, teacher_identity
+from distillery.machine import machine
+from distillery.models.base import pinned
+from distillery.readiness import check_settings
 from distillery.recipe import BaseModelRecipe, Recipe, load_recipe
-from distillery.records import Outcome, PreparedDataset, PreparedTeacher, StudentCheckpoint, TeacherLabels
+from distillery.records import (
+    Outcome,
+    PreparedDataset,
+    PreparedTeacher,
+    StudentCheckpoint,
+    TeacherLabels,
+)
+from distillery.teacher.identity import teacher_identity
 from flows.prepare_teacher import prepare_teacher
 from flows.train_student import trained
 from tasks.dataset import prepare_dataset
@@ -42,7 +49,9 @@ def _run_name() -> str:
 
 
 @flow(name="distill", flow_run_name=_run_name, description=__doc__, **RESULT)
-def distill(recipe: Recipe, training_deployment: str | None = None, refresh: tuple[Stage, ...] = ()) -> Outcome:
+def distill(
+    recipe: Recipe, training_deployment: str | None = None, refresh: tuple[Stage, ...] = ()
+) -> Outcome:
     """Distils a student as the recipe says and registers it if it passes the gate.
 
     Args:
@@ -60,7 +69,9 @@ def distill(recipe: Recipe, training_deployment: str | None = None, refresh: tup
     # With the other labels, so that a budget that does not suffice ends the run before it trains.
     teacher = local.model if local else judged_by(test_rows, recipe, taught.identity)
     base = student_base(recipe)
-    student = trained_student(recipe, taught, base, training_deployment, "student", "train student" in refresh)
+    student = trained_student(
+        recipe, taught, base, training_deployment, "student", "train student" in refresh
+    )
     model = exported(student, base, recipe, data, again)
 
     tfidf_rows = data.rows_if_any("gold") or train_rows
@@ -102,10 +113,14 @@ class Taught(NamedTuple):
     labels: TeacherLabels
 
 
-def labelled_rows(recipe: Recipe, training_deployment: str | None, refresh: tuple[Stage, ...]) -> Taught:
+def labelled_rows(
+    recipe: Recipe, training_deployment: str | None, refresh: tuple[Stage, ...]
+) -> Taught:
     """The way as far as the labels."""
     again, preparation = refreshing(refresh), recipe.teacher.preparation
-    data = again("prepare dataset", prepare_dataset)(recipe.dataset, source_identity(recipe.dataset))
+    data = again("prepare dataset", prepare_dataset)(
+        recipe.dataset, source_identity(recipe.dataset)
+    )
     train_rows, local = data.rows("train"), None
     if recipe.teacher.kind == "local":
         named = prepare_teacher.with_options(flow_run_name=f"{produced_by()}, preparation")
@@ -127,7 +142,12 @@ def student_base(recipe: Recipe) -> BaseModelRecipe:
 
 
 def trained_student(
-    recipe: Recipe, taught: Taught, base: BaseModelRecipe, training_deployment: str | None, what: str, refresh: bool
+    recipe: Recipe,
+    taught: Taught,
+    base: BaseModelRecipe,
+    training_deployment: str | None,
+    what: str,
+    refresh: bool,
 ) -> StudentCheckpoint:
     """The student that the recipe describes; `what` is its part of the run's name."""
     student, data, local = recipe.student, taught.data, taught.local

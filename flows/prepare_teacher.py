@@ -10,7 +10,11 @@ from tasks.onnx import export
 from tasks.stage import RESULT, Stage, begin, refreshing
 
 
-@flow(name="prepare-teacher", description="Fine-tunes a local teacher on gold labels and exports it.", **RESULT)
+@flow(
+    name="prepare-teacher",
+    description="Fine-tunes a local teacher on gold labels and exports it.",
+    **RESULT,
+)
 def prepare_teacher(
     preparation: TeacherPreparation,
     prompt: PromptRecipe,
@@ -40,5 +44,7 @@ def prepare_teacher(
         labels=gold_labels(gold, prompt),
         validation=data.rows_if_any("validation"),
     )
-    model = refreshing(refresh)("export teacher", export)(checkpoint, preparation.base, preparation.export)
+    model = refreshing(refresh)("export teacher", export)(
+        checkpoint, preparation.base, preparation.export
+    )
     return PreparedTeacher(checkpoint=checkpoint, model=model)

@@ -15,11 +15,11 @@ from prefect.artifacts import create_markdown_artifact
 from pydantic import ValidationError
 
 from distillery.errors import DistilleryError, ExportError, RecipeError, TrainingError
-from distillery.evaluation import machine
+from distillery.machine import machine
 from distillery.readiness import check_settings
 from distillery.recipe import Recipe, SearchRecipe, explained, load_recipe
 from distillery.records import Trial
-from distillery.search import Search, render_trials
+from distillery.training.search import Search, render_trials
 from flows.distill import labelled_rows, student_base, trained_student
 from tasks.onnx import exported
 from tasks.results import results_in_store
@@ -31,7 +31,9 @@ NO_STUDENT = (TrainingError, ExportError)
 
 
 @flow(name="search", description=__doc__, **RESULT)
-def search(recipe: Recipe, space: SearchRecipe, training_deployment: str | None = None) -> tuple[Trial, ...]:
+def search(
+    recipe: Recipe, space: SearchRecipe, training_deployment: str | None = None
+) -> tuple[Trial, ...]:
     """Trains, exports and measures a student for each trial.
 
     Args:
@@ -47,13 +49,17 @@ def search(recipe: Recipe, space: SearchRecipe, training_deployment: str | None 
     for number in range(space.trials):
         tried = found.ask()
         try:
-            student = trained_student(tried, taught, base, training_deployment, f"trial {number}", False)
+            student = trained_student(
+                tried, taught, base, training_deployment, f"trial {number}", False
+            )
             model = exported(student, base, tried, taught.data, refreshing(()))
             found.tell(measure(model, validation, tried.student_prompt, machine()))
         except NO_STUDENT as error:
             get_run_logger().warning("trial %d failed: %s", number, error)
             found.tell_failure(str(error))
-    create_markdown_artifact(key="search", markdown=render_trials(found.trials), description="Trials and Pareto front")
+    create_markdown_artifact(
+        key="search", markdown=render_trials(found.trials), description="Trials and Pareto front"
+    )
     return found.trials
 
 
@@ -73,7 +79,9 @@ def load_space(path: str) -> SearchRecipe:
 
 def main(arguments: list[str]) -> int:
     """0 when the search ended, 1 with one line where the user has something to mend."""
-    parser = ArgumentParser("python -m flows.search", description="Tries settings of a student on this machine.")
+    parser = ArgumentParser(
+        "python -m flows.search", description="Tries settings of a student on this machine."
+    )
     parser.add_argument("recipe", help="demo, lab or a YAML file")
     parser.add_argument("space", help="a YAML file, such as 'rank: [8, 16]'")
     given = parser.parse_args(arguments)

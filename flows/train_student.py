@@ -18,7 +18,7 @@ from pydantic_core import to_jsonable_python
 from distillery.errors import TrainingError
 from distillery.recipe import BaseModelRecipe, HealingRecipe, Layers, PromptRecipe, TrainingRecipe
 from distillery.records import Rows, StudentCheckpoint, TeacherLabels
-from distillery.store import ArtifactStore
+from distillery.storage.artifacts import ArtifactStore
 from tasks.parent import ParentEnded, parent_watched
 from tasks.stage import RESULT, begin, is_cached, own_tags, produced_by
 from tasks.student import train
@@ -59,7 +59,9 @@ def train_student(
     again = train.with_options(refresh_cache=refresh or None)
     try:
         with parent_watched():
-            checkpoint = again(base, training, prompt, rows, labels, validation, start, layers, healing, gold)
+            checkpoint = again(
+                base, training, prompt, rows, labels, validation, start, layers, healing, gold
+            )
     except ParentEnded as ended:
         return Cancelled(message=str(ended))
     if hand_off:
@@ -67,7 +69,9 @@ def train_student(
     return checkpoint
 
 
-def trained(deployment: str | None, what: str, refresh: bool, **parameters: Any) -> StudentCheckpoint:
+def trained(
+    deployment: str | None, what: str, refresh: bool, **parameters: Any
+) -> StudentCheckpoint:
     """train_student in this process, or on the work pool of `deployment`; a child that fails fails its parent, and one
     whose parent is gone ends (tasks/parent.py)."""
     name = f"{produced_by()}, {what}"
@@ -75,17 +79,29 @@ def trained(deployment: str | None, what: str, refresh: bool, **parameters: Any)
     if deployment is None or cached:
         # A worker of its own is for work: a record that is there already is read here, and without a heartbeat, whose
         # end alone takes Prefect up to a second.
-        beat = temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}) if cached else nullcontext()
+        beat = (
+            temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None})
+            if cached
+            else nullcontext()
+        )
         with own_tags(), beat:
-            result: StudentCheckpoint = train_student.with_options(flow_run_name=name)(refresh=refresh, **parameters)
+            result: StudentCheckpoint = train_student.with_options(flow_run_name=name)(
+                refresh=refresh, **parameters
+            )
         return result
     sent: dict[str, Any] = to_jsonable_python(parameters)
     sent["refresh"] = refresh
     sent["hand_off"] = f"train-{uuid4().hex}"
     try:
-        child: Any = run_deployment(deployment, parameters=sent, flow_run_name=name, poll_interval=0.5)
+        child: Any = run_deployment(
+            deployment, parameters=sent, flow_run_name=name, poll_interval=0.5
+        )
     except ObjectNotFound as error:
-        raise TrainingError(f"training_deployment: no deployment {deployment} here; `prefect deploy --all`") from error
+        raise TrainingError(
+            f"training_deployment: no deployment {deployment} here; `prefect deploy --all`"
+        ) from error
     if not child.state.is_completed():
-        raise TrainingError(f"{deployment}: the run '{name}' ended as {child.state.name}: {child.state.message}")
+        raise TrainingError(
+            f"{deployment}: the run '{name}' ended as {child.state.name}: {child.state.message}"
+        )
     return StudentCheckpoint.model_validate_json(ArtifactStore().read_record(sent["hand_off"]))

@@ -2,10 +2,11 @@ import time
 
 from prefect import get_run_logger
 
-from distillery import dataset
+from distillery.data.prepare import prepare
 from distillery.recipe import DatasetRecipe
 from distillery.records import PreparedDataset
-from distillery.store import ArtifactStore, working_folder
+from distillery.storage.artifacts import ArtifactStore
+from distillery.storage.working import working_folder
 from tasks.stage import origin, stage
 
 
@@ -14,7 +15,7 @@ def prepare_dataset(recipe: DatasetRecipe, source: str) -> PreparedDataset:
     """Loads, validates, de-duplicates and splits the rows; `source` stands for their content in the cache key."""
     started = time.perf_counter()
     with working_folder("dataset") as folder:
-        counts = dataset.prepare(recipe, folder)
+        counts = prepare(recipe, folder)
         artifact = ArtifactStore().put(folder)
     rows = ", ".join(f"{split.rows} {name}" for name, split in counts.splits.items())
     dropped = counts.duplicates_dropped + counts.near_duplicates_dropped

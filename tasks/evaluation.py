@@ -3,14 +3,17 @@ from pathlib import Path
 
 from prefect import get_run_logger
 
-from distillery import evaluation as domain
-from distillery.base_model import base_folder, remote_code_allowed
-from distillery.evaluation import ModelToScore
-from distillery.labels import read_labels
+from distillery.evaluation import evaluate as domain
+from distillery.evaluation.scoreboard import headline
+from distillery.evaluation.scoring import ModelToScore
+from distillery.labels.files import read_labels
+from distillery.models.base import base_folder, remote_code_allowed
+from distillery.models.inspect import parameter_count, parts
 from distillery.recipe import BaseModelRecipe, PromptRecipe
 from distillery.records import EvaluationReport, OnnxModel, Rows, StudentCheckpoint, TeacherLabels
-from distillery.store import ArtifactStore, sha256_of, working_folder
-from distillery.student import parameter_count, parts
+from distillery.storage.artifacts import ArtifactStore
+from distillery.storage.digests import sha256_of
+from distillery.storage.working import working_folder
 from tasks.stage import origin, stage
 
 FLOAT = "student"
@@ -47,10 +50,14 @@ def evaluate(
         _onnx(name, candidate, store),
     ]
     if isinstance(teacher, OnnxModel):
-        models.insert(0, _onnx("teacher", teacher, store).model_copy(update={"prompt": teacher_prompt}))
+        models.insert(
+            0, _onnx("teacher", teacher, store).model_copy(update={"prompt": teacher_prompt})
+        )
         answers: str | dict[str, str] = "teacher"
     else:
-        answers = {key: label.answer for key, label in read_labels(store.fetch(teacher.artifact)).items()}
+        answers = {
+            key: label.answer for key, label in read_labels(store.fetch(teacher.artifact)).items()
+        }
     with working_folder("evaluation") as folder:
         rows = domain.evaluate(
             models,
@@ -64,7 +71,7 @@ def evaluate(
         )
         answers_sha256 = sha256_of(folder / "answers.jsonl")
         artifact = store.put(folder)
-    get_run_logger().info("%s", domain.headline(rows, name))
+    get_run_logger().info("%s", headline(rows, name))
     return EvaluationReport(
         artifact=artifact,
         scoreboard=rows,
@@ -75,7 +82,9 @@ def evaluate(
     )
 
 
-def float_student(checkpoint: StudentCheckpoint, base: BaseModelRecipe, store: ArtifactStore) -> ModelToScore:
+def float_student(
+    checkpoint: StudentCheckpoint, base: BaseModelRecipe, store: ArtifactStore
+) -> ModelToScore:
     """What training left, as Transformers runs it."""
     model, adapter = parts(store.fetch(checkpoint.artifact), base_folder(base))
     return ModelToScore(
@@ -96,5 +105,9 @@ def _bytes(folder: Path) -> int:
 def _onnx(name: str, model: OnnxModel, store: ArtifactStore) -> ModelToScore:
     folder = store.fetch(model.artifact)
     return ModelToScore(
-        name=name, kind="onnx", folder=str(folder), parameters=model.parameters, bytes=model.artifact.bytes
+        name=name,
+        kind="onnx",
+        folder=str(folder),
+        parameters=model.parameters,
+        bytes=model.artifact.bytes,
     )

@@ -6,16 +6,21 @@ import fsspec
 from prefect import get_run_logger
 
 from distillery.errors import DataError
-from distillery.inference import OnnxStudent, read_rows, score_file
+from distillery.inference.batch import read_rows, score_file
+from distillery.inference.onnx_student import OnnxStudent
 from distillery.recipe import Columns, PromptRecipe, RegistryRecipe
 from distillery.records import InputFile, Predictions, RegisteredModel
-from distillery.registry import open_registry
-from distillery.store import ArtifactStore, sha256_of, working_folder
+from distillery.registry.open import open_registry
+from distillery.storage.artifacts import ArtifactStore
+from distillery.storage.digests import sha256_of
+from distillery.storage.working import working_folder
 from tasks.stage import origin, stage
 
 
 @stage("score", version=1)
-def score(model: RegisteredModel, prompt: PromptRecipe, rows: InputFile, columns: Columns) -> Predictions:
+def score(
+    model: RegisteredModel, prompt: PromptRecipe, rows: InputFile, columns: Columns
+) -> Predictions:
     """Downloads and verifies `model` and answers every row of the file."""
     started = time.perf_counter()
     registry = open_registry(RegistryRecipe(kind=model.registry, model_name=model.name))
@@ -27,7 +32,9 @@ def score(model: RegisteredModel, prompt: PromptRecipe, rows: InputFile, columns
         counts = score_file(student, read_rows(file, columns), prompt, folder / "out")
         artifact = ArtifactStore().put(folder / "out")
     predictions = Predictions(artifact=artifact, **origin(started), **dict(counts))
-    get_run_logger().info("%d rows answered, %d set aside, in %.1f s", counts.rows, counts.failed, predictions.seconds)
+    get_run_logger().info(
+        "%d rows answered, %d set aside, in %.1f s", counts.rows, counts.failed, predictions.seconds
+    )
     return predictions
 
 
@@ -39,5 +46,7 @@ def fetch_input(uri: str, folder: Path) -> Path:
             shutil.copyfileobj(source, copy)
     except (OSError, ValueError, ImportError) as error:
         reason = getattr(error, "strerror", None) or type(error).__name__
-        raise DataError(f"input_uri {target.name}: can't be read ({reason}); correct input_uri") from error
+        raise DataError(
+            f"input_uri {target.name}: can't be read ({reason}); correct input_uri"
+        ) from error
     return target

@@ -8,8 +8,8 @@ from functools import cache
 from prefect import get_run_logger
 from prefect.runtime import flow_run, task_run
 
-from distillery.leases import Leases
 from distillery.settings import LocalSettings
+from distillery.storage.leases import Leases
 from tasks.parent import check_parent
 
 _held: dict[tuple[str, str], str] = {}
@@ -21,7 +21,11 @@ class StageLocks:
     other waits, finds the record and is Cached. Leases expire by themselves, so nothing has a `hold_timeout`."""
 
     def acquire_lock(
-        self, key: str, holder: str, acquire_timeout: float | None = None, hold_timeout: float | None = None
+        self,
+        key: str,
+        holder: str,
+        acquire_timeout: float | None = None,
+        hold_timeout: float | None = None,
     ) -> bool:
         mine = key, str(task_run.id)
         if before := _held.pop(mine, None):
@@ -52,9 +56,15 @@ class StageLocks:
         return True
 
     async def aacquire_lock(
-        self, key: str, holder: str, acquire_timeout: float | None = None, hold_timeout: float | None = None
+        self,
+        key: str,
+        holder: str,
+        acquire_timeout: float | None = None,
+        hold_timeout: float | None = None,
     ) -> bool:
-        return await asyncio.to_thread(self.acquire_lock, key, holder, acquire_timeout, hold_timeout)
+        return await asyncio.to_thread(
+            self.acquire_lock, key, holder, acquire_timeout, hold_timeout
+        )
 
     async def await_for_lock(self, key: str, timeout: float | None = None) -> bool:
         return await asyncio.to_thread(self.wait_for_lock, key, timeout)

@@ -4,13 +4,14 @@ from typing import Any
 
 from prefect import get_run_logger
 
-from distillery import ladder as domain_ladder
-from distillery import onnx as domain
-from distillery.base_model import base_folder, remote_code_allowed
+from distillery.export import build
+from distillery.export.ladder import climb
+from distillery.models.base import base_folder, remote_code_allowed
+from distillery.models.inspect import parts
 from distillery.recipe import BaseModelRecipe, ExportForm, ExportRecipe, PromptRecipe, Recipe
 from distillery.records import OnnxModel, PreparedDataset, Rows, StudentCheckpoint
-from distillery.store import ArtifactStore, working_folder
-from distillery.student import parts
+from distillery.storage.artifacts import ArtifactStore
+from distillery.storage.working import working_folder
 from tasks.evaluation import float_student
 from tasks.stage import Stage, origin, stage
 
@@ -22,7 +23,7 @@ def export(checkpoint: StudentCheckpoint, base: BaseModelRecipe, recipe: ExportF
     store = ArtifactStore()
     model, adapter = parts(store.fetch(checkpoint.artifact), base_folder(base))
     with working_folder("onnx") as folder:
-        domain.export(model, adapter, recipe, folder, remote_code_allowed(base))
+        build.export(model, adapter, recipe, folder, remote_code_allowed(base))
         artifact = store.put(folder)
     get_run_logger().info("%s model of %.1f MB", recipe.precision, artifact.bytes / 1e6)
     return OnnxModel(
@@ -49,7 +50,7 @@ def export_ladder(
     started = time.perf_counter()
     store = ArtifactStore()
     with working_folder("onnx") as folder:
-        ladder = domain_ladder.climb(
+        ladder = climb(
             float_student(checkpoint, base, store),
             recipe,
             prompt,
@@ -59,7 +60,9 @@ def export_ladder(
         )
         artifact = store.put(folder)
     form = next(rung.form for rung in ladder.rungs if rung.picked)
-    get_run_logger().info("%s picked of %d rungs, %.1f MB", form.title, len(ladder.rungs), artifact.bytes / 1e6)
+    get_run_logger().info(
+        "%s picked of %d rungs, %.1f MB", form.title, len(ladder.rungs), artifact.bytes / 1e6
+    )
     return OnnxModel(
         artifact=artifact,
         precision=form.precision,

@@ -25,7 +25,11 @@ def parent_watched() -> Iterator[None]:
     """Has `check_parent` know, meanwhile, whether the runs that wait for this one still run: its parent, and the run at
     the root of them all, whose process the parent may share. A thread of its own asks the server; while that does not
     answer, they count as alive."""
-    waiting = {flow_run.parent_flow_run_id, flow_run.root_flow_run_id} if flow_run.parent_flow_run_id else set()
+    waiting = (
+        {flow_run.parent_flow_run_id, flow_run.root_flow_run_id}
+        if flow_run.parent_flow_run_id
+        else set()
+    )
     found: list[str] = []
     done = threading.Event()
 
@@ -39,12 +43,18 @@ def parent_watched() -> Iterator[None]:
                 except Exception:  # noqa: S112 - whatever the server's trouble is, it is not the parent's end
                     continue
                 else:
-                    ends = [run for run in runs if run.state and (run.state.is_final() or run.state.is_cancelling())]
+                    ends = [
+                        run
+                        for run in runs
+                        if run.state and (run.state.is_final() or run.state.is_cancelling())
+                    ]
                     found.extend(f"{run.name}: {run.state.name}" for run in ends)
 
     token = _ended.set(found)
     if waiting:
-        threading.Thread(target=copy_context().run, args=(watch,), name="parent", daemon=True).start()
+        threading.Thread(
+            target=copy_context().run, args=(watch,), name="parent", daemon=True
+        ).start()
     try:
         yield
     finally:

@@ -27,7 +27,9 @@ def progress_artifact(key: str, description: str) -> Iterator[Callable[..., None
             last = ended.wait(_SECONDS)
             try:
                 if artifact is None:
-                    artifact = create_progress_artifact(latest[0][0], key=key, description=latest[0][1])
+                    artifact = create_progress_artifact(
+                        latest[0][0], key=key, description=latest[0][1]
+                    )
                 elif latest[0] != shown:
                     update_progress_artifact(artifact, *latest[0])
                 shown = latest[0]
@@ -36,7 +38,9 @@ def progress_artifact(key: str, description: str) -> Iterator[Callable[..., None
             if last:
                 return
 
-    thread = threading.Thread(target=copy_context().run, args=(publish,), name="progress", daemon=True)
+    thread = threading.Thread(
+        target=copy_context().run, args=(publish,), name="progress", daemon=True
+    )
     thread.start()
     try:
         yield show

@@ -6,15 +6,27 @@ from typing import Any
 
 from prefect import get_run_logger
 from pydantic import BaseModel
-from tenacity import before_sleep_log, retry, retry_if_exception_type, stop_after_attempt, wait_chain, wait_fixed
+from tenacity import (
+    before_sleep_log,
+    retry,
+    retry_if_exception_type,
+    stop_after_attempt,
+    wait_chain,
+    wait_fixed,
+)
 
-from distillery import __version__, evaluation
+from distillery import __version__
 from distillery.errors import RegistryUnavailable
+from distillery.evaluation import gate as domain
+from distillery.evaluation.gate import candidate_of
 from distillery.recipe import EvaluationRecipe, RegistryRecipe
 from distillery.records import EvaluationReport, GateDecision, OnnxModel, RegisteredModel
-from distillery.registry import MANIFEST, open_registry
+from distillery.registry.manifest import MANIFEST
+from distillery.registry.open import open_registry
 from distillery.settings import LocalSettings
-from distillery.store import ArtifactStore, digest_of_files, list_files, working_folder
+from distillery.storage.artifacts import ArtifactStore
+from distillery.storage.digests import digest_of_files, list_files
+from distillery.storage.working import working_folder
 from tasks.stage import origin, stage
 
 ANSWERS = "evaluation/answers.jsonl"
@@ -43,7 +55,10 @@ def register(
         # The same model is the same version, though another run's figures of time stand beside it.
         same = (m for m in registry.list(recipe.model_name) if m.artifact.sha256 == digest)
         known = next((m for m in same if registry.is_whole(m)), None)
-        tags = {"precision": model.precision, "accuracy": f"{report.row(report.candidate).accuracy:.4f}"}
+        tags = {
+            "precision": model.precision,
+            "accuracy": f"{report.row(report.candidate).accuracy:.4f}",
+        }
         facts = {**_plain(provenance), "distillery": __version__}
         if registry.kind == "local":
             # Machines that share the registry share this store, and not the registry's own folder.
@@ -61,11 +76,14 @@ def promote(model: RegisteredModel) -> None:
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:
     return {
-        key: value.model_dump(mode="json") if isinstance(value, BaseModel) else value for key, value in values.items()
+        key: value.model_dump(mode="json") if isinstance(value, BaseModel) else value
+        for key, value in values.items()
     }
 
 
-def _with_answers(store: ArtifactStore, model: OnnxModel, report: EvaluationReport, folder: Path) -> Path:
+def _with_answers(
+    store: ArtifactStore, model: OnnxModel, report: EvaluationReport, folder: Path
+) -> Path:
     """The model's folder, with the candidate's answers beside it: the next candidate is compared with them."""
     content = folder / "model"
     shutil.copytree(store.fetch(model.artifact), content)
@@ -83,17 +101,17 @@ def judge(report: EvaluationReport, gate: EvaluationRecipe, recipe: RegistryReci
     answers = ArtifactStore().fetch(report.artifact) / "answers.jsonl"
     champion = next((m for m in registry.list(recipe.model_name) if m.role == "champion"), None)
     if champion is None:
-        return evaluation.gate(report.scoreboard, report.candidate, recipe=gate, answers=answers)
+        return domain.gate(report.scoreboard, report.candidate, recipe=gate, answers=answers)
     with working_folder("champion") as folder:
         theirs = registry.download(champion, folder / "model") / ANSWERS
-        return evaluation.gate(
+        return domain.gate(
             report.scoreboard,
             report.candidate,
             recipe=gate,
             answers=answers,
             champion_answers=theirs,
             champion=f"{champion.name} version {champion.version}",
-            champion_candidate=evaluation.candidate_of(theirs),
+            champion_candidate=candidate_of(theirs),
         )
 
 
@@ -101,11 +119,16 @@ def judge(report: EvaluationReport, gate: EvaluationRecipe, recipe: RegistryReci
 def download(model: RegisteredModel, described: OnnxModel) -> OnnxModel:
     """Fetches a registered model as anyone would, checks every file's sha256 and asks it one question; `described` is
     what was registered."""
-    from distillery.onnx import ask_once
+    from distillery.export.build import ask_once
 
     started = time.perf_counter()
     registry = open_registry(RegistryRecipe(kind=model.registry, model_name=model.name))
-    target = LocalSettings().folder / "downloads" / model.name / f"{model.version}-{model.manifest_sha256[:12]}"
+    target = (
+        LocalSettings().folder
+        / "downloads"
+        / model.name
+        / f"{model.version}-{model.manifest_sha256[:12]}"
+    )
     folder = registry.download(model, target)
     ask_once(folder)
     get_run_logger().info("%s version %s verified in %s", model.name, model.version, folder)

@@ -9,7 +9,7 @@ from prefect.filesystems import WritableFileSystem
 from prefect.settings import PREFECT_RESULTS_DEFAULT_STORAGE_BLOCK, temporary_settings
 
 from distillery.errors import ArtifactDamaged
-from distillery.store import RESULTS, ArtifactStore
+from distillery.storage.artifacts import RESULTS, ArtifactStore
 
 
 class DistilleryStore(WritableFileSystem):

@@ -2,10 +2,10 @@ from pathlib import Path
 
 from prefect import get_run_logger
 
-from distillery.evaluation import ModelToScore, answered_rows, right_answers, score_model
+from distillery.evaluation.scoring import ModelToScore, answered_rows, right_answers, score_model
 from distillery.recipe import PromptRecipe
 from distillery.records import Measured, OnnxModel, Rows
-from distillery.store import ArtifactStore
+from distillery.storage.artifacts import ArtifactStore
 from tasks.stage import stage
 
 
@@ -25,5 +25,7 @@ def measure(model: OnnxModel, validation: Rows, prompt: PromptRecipe, machine: s
         p50_ms=float(np.median(scored.latencies_ms)) if scored.latencies_ms else 0.0,
         bytes=model.artifact.bytes,
     )
-    get_run_logger().info("accuracy %.3f, %.1f ms a row, on %s", found.accuracy, found.p50_ms, machine)
+    get_run_logger().info(
+        "accuracy %.3f, %.1f ms a row, on %s", found.accuracy, found.p50_ms, machine
+    )
     return found

@@ -21,11 +21,11 @@ from prefect.utilities.callables import get_call_parameters
 from pydantic import BaseModel
 
 import tasks.results  # noqa: F401 - Prefect finds the block that holds the records by its class
-from distillery.base_model import base_identity
 from distillery.errors import INFRASTRUCTURE_ERRORS, DistilleryError, StageError
+from distillery.models.base import base_identity
 from distillery.recipe import BaseModelRecipe, RegistryRecipe
 from distillery.records import RegisteredModel, StageRecord, digest_of
-from distillery.store import ArtifactStore
+from distillery.storage.artifacts import ArtifactStore
 from tasks.locks import StageLocks
 
 P = ParamSpec("P")
@@ -70,7 +70,9 @@ def stage(name: str, version: int) -> Callable[[Callable[P, R]], Task[P, R]]:
         return task(
             name=name,
             task_run_name=name,
-            cache_policy=policy.configure(isolation_level="SERIALIZABLE", lock_manager=StageLocks()),
+            cache_policy=policy.configure(
+                isolation_level="SERIALIZABLE", lock_manager=StageLocks()
+            ),
             retries=2,
             retry_delay_seconds=[10, 60],
             retry_condition_fn=_is_infrastructure,
@@ -85,7 +87,9 @@ def refreshing(stages: Collection[Stage]) -> Callable[[Stage, Task[P, R]], Task[
     return lambda name, task: task.with_options(refresh_cache=True) if name in stages else task
 
 
-def _cache_key(name: str, version: int, returns: type[Any]) -> Callable[[TaskRunContext, dict[str, Any]], str | None]:
+def _cache_key(
+    name: str, version: int, returns: type[Any]
+) -> Callable[[TaskRunContext, dict[str, Any]], str | None]:
     def key(context: TaskRunContext, parameters: dict[str, Any]) -> str | None:
         # Prefect would log any error here and run the stage without a cache, so that unrelated runs
         # would share its work area. The error is kept, and the stage raises it instead of working.
@@ -99,7 +103,11 @@ def _cache_key(name: str, version: int, returns: type[Any]) -> Callable[[TaskRun
         except Exception as error:
             _log.debug("stage %s: no cache key", name, exc_info=True)
             cause = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-            _no_key.set(StageError(f"stage {name}: its cache key can't be computed ({cause}); please report this"))
+            _no_key.set(
+                StageError(
+                    f"stage {name}: its cache key can't be computed ({cause}); please report this"
+                )
+            )
         return None
 
     return key
@@ -153,7 +161,9 @@ def own_key() -> str:
     """Return the cache key of the running stage; its checkpoints are kept under it."""
     key = getattr(get_transaction(), "key", None)
     if key is None:
-        raise StageError("this stage has no cache key, so that its checkpoints have no folder; please report this")
+        raise StageError(
+            "this stage has no cache key, so that its checkpoints have no folder; please report this"
+        )
     return str(key)
 
 
@@ -175,7 +185,7 @@ def content_of(value: Any) -> Any:
 def is_whole(record: Any) -> bool:
     """Whether what a record points to is still there, unaltered."""
     if isinstance(record, RegisteredModel):
-        from distillery.registry import open_registry
+        from distillery.registry.open import open_registry
 
         registry = open_registry(RegistryRecipe(kind=record.registry, model_name=record.name))
         known = any(model.content_id == record.content_id for model in registry.list(record.name))
@@ -213,8 +223,16 @@ def begin() -> None:
 def _tidy_logs() -> None:
     """Has Prefect log what the domain says, and an error that the user can mend as its one line, and keeps progress
     bars, telemetry and the libraries' warnings to each other out."""
-    os.environ |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    os.environ |= {"OLIVE_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    os.environ |= {
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TQDM_DISABLE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    os.environ |= {
+        "OLIVE_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+    }
     for category in (FutureWarning, DeprecationWarning):
         # Of one library to another: nobody who reads a run's log can do anything about them.
         warnings.simplefilter("ignore", category)

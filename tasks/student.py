@@ -7,15 +7,22 @@ from typing import Any
 
 from prefect import get_run_logger
 
-from distillery import student as domain
-from distillery.base_model import base_folder, remote_code_allowed
-from distillery.dataset import read_examples
+from distillery.data.examples import read_examples
 from distillery.errors import DistilleryError, TrainingError
-from distillery.labels import gold_labels, read_labels
+from distillery.labels.files import read_labels
+from distillery.labels.known import gold_labels
+from distillery.models.base import base_folder, remote_code_allowed
+from distillery.models.inspect import parts
+from distillery.models.load import load_tokenizer
 from distillery.recipe import BaseModelRecipe, HealingRecipe, Layers, PromptRecipe, TrainingRecipe
 from distillery.records import Rows, StudentCheckpoint, TeacherLabels
-from distillery.store import ArtifactStore, working_folder
-from distillery.tracking import tracked
+from distillery.storage.artifacts import ArtifactStore
+from distillery.storage.working import working_folder
+from distillery.training.fine_tune import fine_tune
+from distillery.training.loop import TrainingProgress
+from distillery.training.losses import TrainingRow
+from distillery.training.rows import training_rows
+from distillery.training.tracking import tracked
 from tasks.parent import check_parent
 from tasks.progress import progress_artifact
 from tasks.stage import is_recorded, origin, own_key, produced_by, stage
@@ -39,13 +46,15 @@ def train(
     started = time.perf_counter()
     store, logger = ArtifactStore(), get_run_logger()
     base_model = base_folder(base)
-    model, adapter = domain.parts(store.fetch(start.artifact), base_model) if start else (base_model, None)
-    tokenizer = domain.load_tokenizer(model, remote_code_allowed(base))
+    model, adapter = parts(store.fetch(start.artifact), base_model) if start else (base_model, None)
+    tokenizer = load_tokenizer(model, remote_code_allowed(base))
     examples = read_examples(store.fetch(rows.artifact) / rows.file)
-    with_reasons = [one for one in (training, *(step.training for step in healing)) if one.rationale_weight]
+    with_reasons = [
+        one for one in (training, *(step.training for step in healing)) if one.rationale_weight
+    ]
     explain = with_reasons[0].rationale_instruction if with_reasons else None
     found = read_labels(store.fetch(labels.artifact))
-    ready, too_long = domain.training_rows(examples, found, prompt, tokenizer, explain)
+    ready, too_long = training_rows(examples, found, prompt, tokenizer, explain)
     if explain and ready and not any(row.rationale for row in ready):
         raise TrainingError(
             "training.rationale_weight is above 0, but no label has a reason: it takes an endpoint that is asked with "
@@ -63,12 +72,18 @@ def train(
         tracked(produced_by(), training.model_dump(mode="json")) as track,
     ):
 
-        def progress(at: domain.TrainingProgress) -> None:
+        def progress(at: TrainingProgress) -> None:
             check_parent()
             speed = f"{at.rows_per_second:.1f} rows/s, {at.seconds_left / 60:.0f} minutes left"
             part = f"healing {at.healing} of {len(healing)}, " if at.healing else ""
-            show(at.step, at.steps, f"{part}step {at.step} of {at.steps}, loss {at.point.loss:.3f}, {speed}")
-            figures = {"rows_per_second": at.rows_per_second} | at.point.model_dump(exclude={"step"}, exclude_none=True)
+            show(
+                at.step,
+                at.steps,
+                f"{part}step {at.step} of {at.steps}, loss {at.point.loss:.3f}, {speed}",
+            )
+            figures = {"rows_per_second": at.rows_per_second} | at.point.model_dump(
+                exclude={"step"}, exclude_none=True
+            )
             # Each training counts its steps from 1: figures of its own, so that none lies over another's.
             within = f"healing-{at.healing}/" if at.healing else ""
             track(at.step, {within + name: value for name, value in figures.items()})
@@ -78,8 +93,10 @@ def train(
         (folder / "set_aside.json").write_text(json.dumps(set_aside, indent=1))
         if too_long or too_long_checks:
             count = len(too_long) + len(too_long_checks)
-            logger.warning("%d rows over prompt.max_tokens are set aside and listed in set_aside.json", count)
-        result = domain.fine_tune(
+            logger.warning(
+                "%d rows over prompt.max_tokens are set aside and listed in set_aside.json", count
+            )
+        result = fine_tune(
             model,
             adapter,
             ready,
@@ -134,9 +151,9 @@ def _drop_checkpoint(_task: Any, _run: Any, state: Any) -> None:
 
 def _with_own_answers(
     rows: Rows | None, prompt: PromptRecipe, tokenizer: Any
-) -> tuple[list[domain.TrainingRow], list[str]]:
+) -> tuple[list[TrainingRow], list[str]]:
     examples = read_examples(ArtifactStore().fetch(rows.artifact) / rows.file) if rows else []
-    return domain.training_rows(examples, gold_labels(examples), prompt, tokenizer)
+    return training_rows(examples, gold_labels(examples), prompt, tokenizer)
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,20 @@ from prefect import get_run_logger
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.settings import PREFECT_UI_URL
 
-from distillery.evaluation import ANSWERS_FILE, GOLD, PLOT_FILE, TABLE_FILE, TEACHER, headline, render_table
-from distillery.label_report import LOOK_FILE, RELIABILITY_FILE, read_report
-from distillery.labels import REJECTED_FILE
-from distillery.ladder import render_ladder, table
+from distillery.evaluation.scoreboard import (
+    ANSWERS_FILE,
+    GOLD,
+    PLOT_FILE,
+    TABLE_FILE,
+    TEACHER,
+    headline,
+    render_table,
+)
+from distillery.export.ladder import render_ladder, table
+from distillery.labels.files import REJECTED_FILE
+from distillery.labels.report import LOOK_FILE, RELIABILITY_FILE, read_report
 from distillery.records import OnnxModel, Outcome, StageRecord, StudentCheckpoint, TeacherLabels
-from distillery.store import RUNS, ArtifactStore
+from distillery.storage.artifacts import RUNS, ArtifactStore
 from tasks.stage import produced_by
 
 _ROWS = 200
@@ -26,23 +34,37 @@ def _stages(outcome: Outcome) -> list[tuple[str, StageRecord, str]]:
     rows = ", ".join(f"{split.rows} {name}" for name, split in data.splits.items())
     stages: list[tuple[str, StageRecord, str]] = [("prepare dataset", data, rows)]
     if outcome.teacher:
-        stages.append(("train teacher", outcome.teacher.checkpoint, _trained(outcome.teacher.checkpoint)))
+        stages.append(
+            ("train teacher", outcome.teacher.checkpoint, _trained(outcome.teacher.checkpoint))
+        )
         stages.append(("export teacher", outcome.teacher.model, _built(outcome.teacher.model)))
     asked = f"{labels.accepted} accepted, {labels.rejected} rejected, {labels.asked} calls"
     stages.append(("label", labels, asked))
     stages.append(("train student", outcome.student, _trained(outcome.student)))
     stages.append(("export student", outcome.model, _built(outcome.model)))
-    stages.append(("evaluate", report, f"{report.scoreboard[0].rows} test rows, each model in a process of its own"))
+    stages.append(
+        (
+            "evaluate",
+            report,
+            f"{report.scoreboard[0].rows} test rows, each model in a process of its own",
+        )
+    )
     if outcome.registered:
         model = outcome.registered
-        stages.append(("register", model, f"{model.name} version {model.version} ({model.registry})"))
+        stages.append(
+            ("register", model, f"{model.name} version {model.version} ({model.registry})")
+        )
     if outcome.delivered:
         stages.append(("download", outcome.delivered, "every file's sha256 checked"))
     return stages
 
 
 def _trained(record: StudentCheckpoint) -> str:
-    accuracy = "" if record.validation_accuracy is None else f", validation accuracy {record.validation_accuracy:.2f}"
+    accuracy = (
+        ""
+        if record.validation_accuracy is None
+        else f", validation accuracy {record.validation_accuracy:.2f}"
+    )
     return f"{record.parameters / 1e6:.1f} M parameters, {record.method}, {record.steps} steps{accuracy}"
 
 
@@ -59,21 +81,41 @@ def publish(outcome: Outcome) -> Outcome:
     lines = ["| stage | figures | seconds | from run | record |", "|---|---|---|---|---|"]
     for name, record, figures in _stages(named):
         key = f"record-{name.replace(' ', '-')}"
-        kept = create_markdown_artifact(key=key, markdown=_as_json(record), description=f"{name}: {figures}")
+        kept = create_markdown_artifact(
+            key=key, markdown=_as_json(record), description=f"{name}: {figures}"
+        )
         run = f"[{record.produced_by}]({_link('runs/flow-run', record.run_id)})"
         digest = f"[{record.artifact.sha256[:12]}]({_link('artifacts/artifact', kept)})"
         lines.append(f"| {name} | {figures} | {record.seconds:.0f} | {run} | {digest} |")
     report = store.fetch(outcome.report.artifact)
     parts = [f"# {named.run}", "\n".join(lines), (report / TABLE_FILE).read_text()]
-    parts += [_picture("scoreboard", report / PLOT_FILE), f"**Teacher:** {_paid(outcome)}", f"**{verdict(named)}**"]
+    parts += [
+        _picture("scoreboard", report / PLOT_FILE),
+        f"**Teacher:** {_paid(outcome)}",
+        f"**{verdict(named)}**",
+    ]
     create_markdown_artifact(
-        key="distillation", markdown="\n\n".join(parts), description="The way, the scoreboard and the gate"
+        key="distillation",
+        markdown="\n\n".join(parts),
+        description="The way, the scoreboard and the gate",
     )
     _labelling(outcome.labels, store.fetch(outcome.labels.artifact))
-    _table("rejected-labels", "Rows without a label", _rows(store.fetch(outcome.labels.artifact) / REJECTED_FILE))
+    _table(
+        "rejected-labels",
+        "Rows without a label",
+        _rows(store.fetch(outcome.labels.artifact) / REJECTED_FILE),
+    )
     if ladder := outcome.model.ladder:
-        _table("quantisation-ladder", f"The student's forms on {ladder.rows} validation rows", table(ladder))
-    _table("student-and-teacher-differ", "Test rows with two answers", _differences(report, outcome.report.candidate))
+        _table(
+            "quantisation-ladder",
+            f"The student's forms on {ladder.rows} validation rows",
+            table(ladder),
+        )
+    _table(
+        "student-and-teacher-differ",
+        "Test rows with two answers",
+        _differences(report, outcome.report.candidate),
+    )
     store.write_record(f"{RUNS}/{named.run}.json", named.model_dump_json(indent=1))
     get_run_logger().info("%s", verdict(named))
     return named
@@ -86,9 +128,7 @@ def verdict(outcome: Outcome) -> str:
     if model is None:
         return f"gate: refused: {reason}; nothing is registered"
     if not _is_own(outcome, model):
-        return (
-            f"gate: passed: {reason}; nothing new: {model.name} version {model.version} of {model.produced_by} stands"
-        )
+        return f"gate: passed: {reason}; nothing new: {model.name} version {model.version} of {model.produced_by} stands"
     return f"gate: passed: {reason}; registered as {model.name} version {model.version}"
 
 
@@ -101,10 +141,15 @@ def _labelling(labels: TeacherLabels, folder: Path) -> None:
     report = read_report(folder)
     lines = ["| | |", "|---|---|", f"| accepted | {report.accepted:,} |"]
     lines += [f"| rejected: {reason} | {count:,} |" for reason, count in report.rejected.items()]
-    lines += [f"| answer {letter} | {count / report.accepted:.1%} |" for letter, count in report.letters.items()]
+    lines += [
+        f"| answer {letter} | {count / report.accepted:.1%} |"
+        for letter, count in report.letters.items()
+    ]
     if report.interval and report.accuracy is not None:
         interval = f"[{report.interval.low:.3f}, {report.interval.high:.3f}]"
-        lines.append(f"| right, of {report.gold_rows:,} with a gold answer | {report.accuracy:.3f} {interval} |")
+        lines.append(
+            f"| right, of {report.gold_rows:,} with a gold answer | {report.accuracy:.3f} {interval} |"
+        )
     if report.calibration_error is not None:
         lines.append(f"| expected calibration error | {report.calibration_error:.3f} |")
     usage = labels.usage
@@ -119,8 +164,14 @@ def _labelling(labels: TeacherLabels, folder: Path) -> None:
     parts = [f"# Labels of {labels.teacher}", "\n".join(lines)]
     if (folder / RELIABILITY_FILE).exists():
         parts.append(_picture("reliability", folder / RELIABILITY_FILE))
-    create_markdown_artifact(key="labelling-report", markdown="\n\n".join(parts), description=report.line())
-    _table("labels-worth-a-look", "Sure labels that gold contradicts, and unsure ones", _rows(folder / LOOK_FILE))
+    create_markdown_artifact(
+        key="labelling-report", markdown="\n\n".join(parts), description=report.line()
+    )
+    _table(
+        "labels-worth-a-look",
+        "Sure labels that gold contradicts, and unsure ones",
+        _rows(folder / LOOK_FILE),
+    )
 
 
 def _picture(name: str, file: Path) -> str:
@@ -131,7 +182,9 @@ def _paid(outcome: Outcome) -> str:
     labels = outcome.labels
     tokens = f"{labels.usage.prompt_tokens:,} tokens in, {labels.usage.completion_tokens:,} out"
     cost = "" if labels.cost is None else f", {labels.cost:.2f} {labels.currency}"
-    when = "in this run" if _is_own(outcome, labels) else f"in {labels.produced_by}; none in this run"
+    when = (
+        "in this run" if _is_own(outcome, labels) else f"in {labels.produced_by}; none in this run"
+    )
     return f"{labels.teacher}: {labels.asked:,} calls, {tokens}{cost}, {when}"
 
 
@@ -164,9 +217,19 @@ def render(outcome: Outcome) -> str:
     """The terminal's summary: each stage with the run it came from, the scoreboard, the gate."""
     lines = []
     for name, record, figures in _stages(outcome):
-        origin = f"{record.seconds:6.1f} s" if _is_own(outcome, record) else f"cached from {record.produced_by}"
+        origin = (
+            f"{record.seconds:6.1f} s"
+            if _is_own(outcome, record)
+            else f"cached from {record.produced_by}"
+        )
         lines.append(f"{name:16} {figures:64} {origin}")
     board = outcome.report.scoreboard
     lines += ["", render_ladder(outcome.model.ladder)] if outcome.model.ladder else []
-    lines += ["", render_table(board), "", headline(board, outcome.report.candidate), verdict(outcome)]
+    lines += [
+        "",
+        render_table(board),
+        "",
+        headline(board, outcome.report.candidate),
+        verdict(outcome),
+    ]
     return "\n".join(lines)

@@ -47,14 +47,21 @@ def make_certificate(folder: Path) -> Certificate:
         .serial_number(x509.random_serial_number())
         .not_valid_before(now - datetime.timedelta(hours=1))
         .not_valid_after(now + datetime.timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName([*hosts, x509.IPAddress(ip_address("127.0.0.1"))]), critical=False)
+        .add_extension(
+            x509.SubjectAlternativeName([*hosts, x509.IPAddress(ip_address("127.0.0.1"))]),
+            critical=False,
+        )
         .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
         .sign(key, hashes.SHA256())
     )
     made = Certificate(folder / "cert.pem", folder / "key.pem")
     made.cert.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
     made.key.write_bytes(
-        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+        key.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
+        )
     )
     return made
 
@@ -131,7 +138,9 @@ class AzureMLStandIn:
         if request.headers.get("authorization") != f"Bearer {self.access_token}":
             raise ArmError(401, "InvalidAuthenticationToken", "The access token is invalid.")
         if request.path_params["ws"] != self.workspace:
-            raise ArmError(404, "ResourceNotFound", f"The workspace {request.path_params['ws']} was not found.")
+            raise ArmError(
+                404, "ResourceNotFound", f"The workspace {request.path_params['ws']} was not found."
+            )
 
     def clouds(self) -> list[dict[str, Any]]:
         return [
@@ -148,7 +157,12 @@ class AzureMLStandIn:
         if request.headers.get("x-identity-header") != IDENTITY_HEADER:
             raise ArmError(401, "Unauthorized", "wrong identity header")
         expires = str(int(time.time()) + 3600)
-        return {"access_token": self.access_token, "expires_on": expires, "resource": resource, "token_type": "Bearer"}
+        return {
+            "access_token": self.access_token,
+            "expires_on": expires,
+            "resource": resource,
+            "token_type": "Bearer",
+        }
 
     def list_models(self, request: Request) -> dict[str, Any]:
         return {"value": [self._container(request.url.path, name) for name in self.versions]}
@@ -160,8 +174,17 @@ class AzureMLStandIn:
 
     def _container(self, models: str, name: str) -> dict[str, Any]:
         newest = max(int(version) for version in self.versions[name])
-        properties = {"latestVersion": str(newest), "nextVersion": str(newest + 1), "isArchived": False}
-        return {"id": f"{models}/{name}", "name": name, "properties": properties, "systemData": _system_data()}
+        properties = {
+            "latestVersion": str(newest),
+            "nextVersion": str(newest + 1),
+            "isArchived": False,
+        }
+        return {
+            "id": f"{models}/{name}",
+            "name": name,
+            "properties": properties,
+            "systemData": _system_data(),
+        }
 
     def list_versions(self, name: str) -> dict[str, Any]:
         if name not in self.versions:
@@ -178,8 +201,18 @@ class AzureMLStandIn:
         old = self.versions.get(name, {}).get(version)
         if old and old["properties"]["modelUri"] != body["properties"]["modelUri"]:
             raise ArmError(409, "UserError", "A model with this name and version already exists.")
-        body |= {"id": request.url.path, "name": version, "systemData": (old or {}).get("systemData", _system_data())}
-        body["properties"] = {"tags": {}, "properties": {}, "flavors": {}, **body["properties"], "isArchived": False}
+        body |= {
+            "id": request.url.path,
+            "name": version,
+            "systemData": (old or {}).get("systemData", _system_data()),
+        }
+        body["properties"] = {
+            "tags": {},
+            "properties": {},
+            "flavors": {},
+            **body["properties"],
+            "isArchived": False,
+        }
         self.versions.setdefault(name, {})[version] = body
         return body
 
@@ -212,7 +245,9 @@ class AzureMLStandIn:
             self.port = listener.getsockname()[1]
             tls = {"ssl_certfile": str(certificate.cert), "ssl_keyfile": str(certificate.key)}
             # Clients keep their connections open; the server doesn't wait for them to hang up.
-            config = uvicorn.Config(self.app(), log_level="critical", timeout_graceful_shutdown=1, **tls)
+            config = uvicorn.Config(
+                self.app(), log_level="critical", timeout_graceful_shutdown=1, **tls
+            )
             server = uvicorn.Server(config)
             thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
             thread.start()
@@ -249,7 +284,9 @@ def storage_token() -> str:
         "ver": "1.0",
     }
     parts = ({"alg": "RS256", "typ": "JWT"}, claims, {})
-    return ".".join(base64.urlsafe_b64encode(json.dumps(part).encode()).decode().rstrip("=") for part in parts)
+    return ".".join(
+        base64.urlsafe_b64encode(json.dumps(part).encode()).decode().rstrip("=") for part in parts
+    )
 
 
 _seconds = itertools.count()
@@ -263,4 +300,6 @@ def _system_data() -> dict[str, str]:
 
 def _arm_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, ArmError)
-    return JSONResponse({"error": {"code": error.code, "message": error.message}}, status_code=error.status)
+    return JSONResponse(
+        {"error": {"code": error.code, "message": error.message}}, status_code=error.status
+    )

@@ -12,7 +12,9 @@ from typing import Self
 AZURITE = Path(__file__).parent / "azurite"
 ACCOUNT = "devstoreaccount1"
 # Azurite's published key of its one built-in account.
-ACCOUNT_KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
+ACCOUNT_KEY = (
+    "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
+)
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,9 @@ class Azurite:
     It speaks HTTP and takes the key; with a certificate it speaks TLS and takes logins as well. Raises RuntimeError
     where Node or Azurite is missing."""
 
-    def __init__(self, folder: Path, certificate: Certificate | None = None, port: int | None = None) -> None:
+    def __init__(
+        self, folder: Path, certificate: Certificate | None = None, port: int | None = None
+    ) -> None:
         self.folder, self.certificate, self.port = folder, certificate, port or free_port()
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -54,11 +58,27 @@ class Azurite:
         node = shutil.which("node")
         main = AZURITE / "node_modules" / "azurite" / "dist" / "src" / "blob" / "main.js"
         if node is None or not main.exists():
-            raise RuntimeError("Azurite is missing: install Node 20 or newer, then run npm ci --prefix tests/azurite")
-        options = ["--blobHost", "127.0.0.1", "--blobPort", str(self.port), "--location", str(self.folder)]
+            raise RuntimeError(
+                "Azurite is missing: install Node 20 or newer, then run npm ci --prefix tests/azurite"
+            )
+        options = [
+            "--blobHost",
+            "127.0.0.1",
+            "--blobPort",
+            str(self.port),
+            "--location",
+            str(self.folder),
+        ]
         options += ["--silent", "--skipApiVersionCheck", "--disableTelemetry"]
         if self.certificate:
-            options += ["--cert", str(self.certificate.cert), "--key", str(self.certificate.key), "--oauth", "basic"]
+            options += [
+                "--cert",
+                str(self.certificate.cert),
+                "--key",
+                str(self.certificate.key),
+                "--oauth",
+                "basic",
+            ]
         with self._log.open("ab") as log:
             self._process = subprocess.Popen([node, str(main), *options], stdout=log, stderr=log)
         self._wait(self._process)

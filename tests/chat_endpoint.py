@@ -15,7 +15,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
-REASONS = {200: "OK", 400: "Bad Request", 401: "Unauthorized", 404: "Not Found", 429: "Too Many Requests"}
+REASONS = {
+    200: "OK",
+    400: "Bad Request",
+    401: "Unauthorized",
+    404: "Not Found",
+    429: "Too Many Requests",
+}
 
 
 @dataclass(frozen=True)
@@ -56,7 +62,9 @@ class Reply:
 Script = Callable[[Call], Reply]
 
 
-def completion(text: str, *, top: dict[str, float] | None = None, finish_reason: str = "stop") -> dict[str, Any]:
+def completion(
+    text: str, *, top: dict[str, float] | None = None, finish_reason: str = "stop"
+) -> dict[str, Any]:
     """A completion's JSON. `top` holds probabilities: with them, each token of `text` (cut at blanks) lists them."""
     choice: dict[str, Any] = {
         "index": 0,
@@ -64,11 +72,16 @@ def completion(text: str, *, top: dict[str, float] | None = None, finish_reason:
         "finish_reason": finish_reason,
     }
     if top is not None:
-        pairs = [{"token": token, "logprob": math.log(p), "bytes": None} for token, p in top.items()]
+        pairs = [
+            {"token": token, "logprob": math.log(p), "bytes": None} for token, p in top.items()
+        ]
         words = text.split(" ")
         tokens = [word if at == 0 else f" {word}" for at, word in enumerate(words)]
         choice["logprobs"] = {
-            "content": [{"token": token, "logprob": -0.1, "bytes": None, "top_logprobs": pairs} for token in tokens]
+            "content": [
+                {"token": token, "logprob": -0.1, "bytes": None, "top_logprobs": pairs}
+                for token in tokens
+            ]
         }
     return {
         "id": "chatcmpl-1",
@@ -87,7 +100,12 @@ def said(text: str, **settings: Any) -> Reply:
 def refused(status: int, message: str, *, code: str = "", param: str = "", **headers: str) -> Reply:
     """An error in OpenAI's form; `headers` with underscores for dashes."""
     body = {
-        "error": {"message": message, "type": "invalid_request_error", "code": code or None, "param": param or None}
+        "error": {
+            "message": message,
+            "type": "invalid_request_error",
+            "code": code or None,
+            "param": param or None,
+        }
     }
     return Reply(body, status, {name.replace("_", "-"): value for name, value in headers.items()})
 
@@ -159,9 +177,18 @@ class ChatEndpoint:
     async def _read(self, reader: asyncio.StreamReader) -> Call:
         head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
         request, *lines = head.strip().split("\r\n")
-        headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+        headers = {
+            name.lower(): value.strip()
+            for name, _, value in (line.partition(":") for line in lines)
+        }
         body = await reader.readexactly(int(headers.get("content-length", 0)))
-        call = Call(len(self.calls), request.split()[1], headers, json.loads(body or b"{}"), time.monotonic())
+        call = Call(
+            len(self.calls),
+            request.split()[1],
+            headers,
+            json.loads(body or b"{}"),
+            time.monotonic(),
+        )
         self.calls.append(call)
         return call
 
@@ -170,7 +197,9 @@ class ChatEndpoint:
         await asyncio.sleep(reply.delay)
         if reply.reset:
             # Closed with time 0 to linger: TCP sends RST, not FIN.
-            writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            writer.get_extra_info("socket").setsockopt(
+                socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
+            )
             writer.transport.abort()
         if reply.drop or reply.reset:
             return False

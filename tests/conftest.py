@@ -31,7 +31,7 @@ def sdk(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def no_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
     """Calls that fail are tried again at once."""
-    monkeypatch.setattr("distillery.teacher.BACKOFF", wait_none())
+    monkeypatch.setattr("distillery.teacher.asking.BACKOFF", wait_none())
 
 
 @pytest.fixture
@@ -63,7 +63,9 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 
 
 @pytest.fixture(scope="session")
-def tiny_onnx(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+def tiny_onnx(
+    tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Path]:
     """`tiny_onnx(arch, precision="fp32")`: the tiny model for ONNX Runtime GenAI; precision is fp32 or int4."""
 
     @cache

@@ -26,7 +26,16 @@ class Postgres:
         self._folder = Path(tempfile.mkdtemp(prefix="pg-", dir="/tmp"))
         if self._user:
             shutil.chown(self._folder, self._user)
-        options = ["-D", self._folder / "data", "-U", "owner", "--auth=trust", "--no-sync", "-E", "UTF8"]
+        options = [
+            "-D",
+            self._folder / "data",
+            "-U",
+            "owner",
+            "--auth=trust",
+            "--no-sync",
+            "-E",
+            "UTF8",
+        ]
         self._run("initdb", *options)
 
     def url(self, driver: str = "postgresql", password: str = "any") -> str:
@@ -36,7 +45,9 @@ class Postgres:
         """Starts it on the same data; returns once it answers."""
         server = [self._programs / "postgres", "-D", self._folder / "data", "-k", self._folder]
         server += ["-c", "listen_addresses=", "-c", "fsync=off"]
-        self._process = subprocess.Popen(server, user=self._user, stderr=subprocess.DEVNULL, cwd=self._folder)
+        self._process = subprocess.Popen(
+            server, user=self._user, stderr=subprocess.DEVNULL, cwd=self._folder
+        )
         ready = [self._programs / "pg_isready", "-h", self._folder, "-U", "owner", "-q"]
         while subprocess.run(ready, check=False).returncode:
             assert self._process.poll() is None
@@ -49,7 +60,9 @@ class Postgres:
 
     def ask(self, query: str) -> str:
         """What psql prints: a row a line, columns apart by |."""
-        return self._run("psql", "-h", self._folder, "-U", "owner", "-Atc", query, "postgres").strip()
+        return self._run(
+            "psql", "-h", self._folder, "-U", "owner", "-Atc", query, "postgres"
+        ).strip()
 
     def dump(self) -> str:
         """All that the database holds, as SQL."""
@@ -57,7 +70,9 @@ class Postgres:
 
     def _run(self, program: str, *arguments: str | Path) -> str:
         command = [self._programs / program, *arguments]
-        done = subprocess.run(command, user=self._user, cwd=self._folder, capture_output=True, text=True)
+        done = subprocess.run(
+            command, user=self._user, cwd=self._folder, capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stderr
         return done.stdout
 

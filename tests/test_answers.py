@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from distillery.answers import (
+from distillery.teacher.answers import (
     Answer,
     Combined,
     combined,
@@ -100,7 +100,12 @@ def test_an_options_text_may_start_with_a_letter_or_hold_one() -> None:
 
 
 def test_a_distribution_sums_spellings_and_normalises_over_the_letters() -> None:
-    listed = [("A", math.log(0.5)), (" A", math.log(0.1)), ("B", math.log(0.2)), ("The", math.log(0.2))]
+    listed = [
+        ("A", math.log(0.5)),
+        (" A", math.log(0.1)),
+        ("B", math.log(0.2)),
+        ("The", math.log(0.2)),
+    ]
     found = distribution(listed, ("A", "B"))
     assert found == pytest.approx({"A": 0.75, "B": 0.25})
 
@@ -117,7 +122,9 @@ def test_a_letter_that_is_not_listed_gets_the_floor() -> None:
 
 
 def test_a_token_outside_the_list_is_no_probability() -> None:
-    assert distribution([("A", -0.1), ("B", -9999.0)], ("A", "B")) == distribution([("A", -0.1)], ("A", "B"))
+    assert distribution([("A", -0.1), ("B", -9999.0)], ("A", "B")) == distribution(
+        [("A", -0.1)], ("A", "B")
+    )
     assert distribution([("A", -9999.0), ("The", -0.1)], ("A", "B")) is None
     assert distribution([], ("A", "B")) is None
 
@@ -165,10 +172,18 @@ def test_json_without_one_of_the_letters_is_none(text: str) -> None:
 
 
 def test_the_rationale_is_what_stands_before_the_answers_line() -> None:
-    assert rationale_of("It heals scurvy.\nA dog does not.\n\nAnswer: B") == "It heals scurvy.\nA dog does not."
+    assert (
+        rationale_of("It heals scurvy.\nA dog does not.\n\nAnswer: B")
+        == "It heals scurvy.\nA dog does not."
+    )
     assert rationale_of("It heals scurvy.\n**Answer:** B") == "It heals scurvy."
-    assert rationale_of("<think>Well.\nAnswer: A</think>\nIt heals.\nThe answer is B.") == "It heals."
-    assert rationale_of("First: Answer it.\nAnswer: A\nNo.\nAnswer: B") == "First: Answer it.\nAnswer: A\nNo."
+    assert (
+        rationale_of("<think>Well.\nAnswer: A</think>\nIt heals.\nThe answer is B.") == "It heals."
+    )
+    assert (
+        rationale_of("First: Answer it.\nAnswer: A\nNo.\nAnswer: B")
+        == "First: Answer it.\nAnswer: A\nNo."
+    )
     assert rationale_of("Answer: B") == ""
     assert rationale_of("B") == ""
     assert rationale_of("") == ""
@@ -183,9 +198,9 @@ def test_with_as_many_orders_as_options_each_stands_at_each_place_once(count: in
     orders = [turned(count, number) for number in range(count)]
     assert orders[0] == list(range(count))
     assert all(sorted(order) == list(range(count)) for order in orders)
-    assert Counter((place, option) for order in orders for place, option in enumerate(order)) == Counter(
-        (place, option) for place in range(count) for option in range(count)
-    )
+    assert Counter(
+        (place, option) for order in orders for place, option in enumerate(order)
+    ) == Counter((place, option) for place in range(count) for option in range(count))
 
 
 def test_a_letter_comes_back_as_the_option_that_stood_there() -> None:
@@ -218,7 +233,9 @@ def test_the_majority_is_the_label_and_its_share_the_confidence() -> None:
 def test_shares_of_votes_are_the_distribution_where_soft_labels_are_wanted() -> None:
     found = combined(votes("BBBAC"), LETTERS, soft=True)
     assert found == Combined("B", {"A": 0.2, "B": 0.6, "C": 0.2}, 0.6)
-    assert combined(votes("BB"), LETTERS, soft=True) == Combined("B", {"A": 0.0, "B": 1.0, "C": 0.0}, 1.0)
+    assert combined(votes("BB"), LETTERS, soft=True) == Combined(
+        "B", {"A": 0.0, "B": 1.0, "C": 0.0}, 1.0
+    )
 
 
 @pytest.mark.parametrize("soft", [False, True])
@@ -238,12 +255,17 @@ def test_a_tie_goes_to_the_more_probable() -> None:
 
 
 def test_a_tie_of_equal_probabilities_is_no_label() -> None:
-    one, two = Answer("A", {"A": 0.6, "B": 0.4, "C": 0.0}), Answer("B", {"A": 0.4, "B": 0.6, "C": 0.0})
+    one, two = (
+        Answer("A", {"A": 0.6, "B": 0.4, "C": 0.0}),
+        Answer("B", {"A": 0.4, "B": 0.6, "C": 0.0}),
+    )
     assert combined([one, two], LETTERS, soft=True) is None
 
 
 def test_the_majority_stands_whatever_the_probabilities() -> None:
-    answers = [Answer("A", {"A": 0.4, "B": 0.35, "C": 0.25})] * 2 + [Answer("B", {"A": 0.0, "B": 1.0, "C": 0.0})]
+    answers = [Answer("A", {"A": 0.4, "B": 0.35, "C": 0.25})] * 2 + [
+        Answer("B", {"A": 0.0, "B": 1.0, "C": 0.0})
+    ]
     found = combined(answers, LETTERS, soft=True)
     assert found is not None
     assert (found.letter, found.confidence) == ("A", pytest.approx(2 / 3))
@@ -255,4 +277,6 @@ def test_probabilities_that_some_answers_lack_are_not_averaged() -> None:
     shares = {"A": pytest.approx(1 / 3), "B": pytest.approx(2 / 3), "C": 0.0}
     assert combined(some, LETTERS, soft=True) == Combined("B", shares, pytest.approx(2 / 3))
     assert combined(some, LETTERS, soft=False) == Combined("B", None, pytest.approx(2 / 3))
-    assert combined([some[0], some[2]], LETTERS, soft=True) is None, "one sure answer breaks no tie of votes"
+    assert combined([some[0], some[2]], LETTERS, soft=True) is None, (
+        "one sure answer breaks no tie of votes"
+    )

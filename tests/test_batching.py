@@ -8,10 +8,12 @@ import pytest
 import torch
 from tiny_model import ARCHITECTURES
 
-from distillery import student
-from distillery.batching import batches, common_prefix, forward, prefilled, turning_point
-from distillery.likelihood import forward_packed, option_scores
-from distillery.losses import TrainingRow
+from distillery.models.load import load_model
+from distillery.models.placement import placement
+from distillery.training.batching import batches, common_prefix, forward, prefilled, turning_point
+from distillery.training.likelihood import forward_packed, option_scores
+from distillery.training.losses import TrainingRow
+from distillery.training.validation import option_probabilities
 
 TinyModel = Callable[[str], Path]
 SHARED = tuple(range(20, 60))
@@ -43,7 +45,7 @@ def alone(model: Any, ids: tuple[int, ...], kept: int) -> torch.Tensor:
 def test_a_batch_with_a_shared_beginning_has_the_numbers_of_its_rows(
     tiny_model: TinyModel, arch: str, attention: str
 ) -> None:
-    model, _ = student.load_model(tiny_model(arch))
+    model, _ = load_model(tiny_model(arch))
     model.set_attn_implementation(attention)
     shared, cache = prefilled(model, PROMPTS, 1, "cpu")
     assert (shared, cache.get_seq_length()) == (40, 40)
@@ -56,44 +58,63 @@ def test_a_batch_with_a_shared_beginning_has_the_numbers_of_its_rows(
     for index, row in enumerate(rows):
         logs = torch.log_softmax(alone(model, (*row.prompt, 8, 9, 10), 4), -1)
         expected = float(logs[0, 8] + logs[1, 9] + logs[2, 10]) / 3
-        assert float(option_scores(packed, logits)[0][index, 1]) == pytest.approx(expected, abs=1e-4)
+        assert float(option_scores(packed, logits)[0][index, 1]) == pytest.approx(
+            expected, abs=1e-4
+        )
 
 
 def test_gradients_flow_through_what_is_shared(tiny_model: TinyModel) -> None:
     def gradients(run: Callable[[Any], torch.Tensor]) -> dict[str, torch.Tensor]:
-        model, _ = student.load_model(tiny_model("llama"))
+        model, _ = load_model(tiny_model("llama"))
         run(model.train()).backward()  # type: ignore[no-untyped-call]
-        return {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+        return {
+            name: weight.grad
+            for name, weight in model.named_parameters()
+            if weight.grad is not None
+        }
 
     together = gradients(lambda model: forward(model, PROMPTS, 1, 0, "cpu").logsumexp(-1).sum())
-    apart = gradients(lambda model: sum(alone(model, ids, 1).logsumexp(-1).sum() for ids in PROMPTS))
+    apart = gradients(
+        lambda model: sum(alone(model, ids, 1).logsumexp(-1).sum() for ids in PROMPTS)
+    )
     assert together.keys() == apart.keys()
     for name, gradient in apart.items():
-        assert torch.allclose(together[name], gradient, atol=1e-3 * float(gradient.abs().max())), name
+        assert torch.allclose(together[name], gradient, atol=1e-3 * float(gradient.abs().max())), (
+            name
+        )
 
 
 @pytest.mark.parametrize("form", ["letters", "texts"])
-def test_no_batch_lies_on_both_sides_of_where_the_rotary_factors_turn(tiny_model: TinyModel, form: str) -> None:
+def test_no_batch_lies_on_both_sides_of_where_the_rotary_factors_turn(
+    tiny_model: TinyModel, form: str
+) -> None:
     """The tiny phi4mini turns beyond 512 tokens, for all rows of a batch at once."""
-    model, _ = student.load_model(tiny_model("phi4mini"))
+    model, _ = load_model(tiny_model("phi4mini"))
     assert turning_point(model) == 512
-    options: dict[str, Any] = {"letters": (7, 8)} if form == "letters" else {"texts": ((7,), (8, 9))}
-    prompts = [tuple(5 + (place * 7 + length) % 400 for place in range(length)) for length in (490, 512, 520, 530)]
+    options: dict[str, Any] = (
+        {"letters": (7, 8)} if form == "letters" else {"texts": ((7,), (8, 9))}
+    )
+    prompts = [
+        tuple(5 + (place * 7 + length) % 400 for place in range(length))
+        for length in (490, 512, 520, 530)
+    ]
     rows = [TrainingRow(prompt=prompt, answer=0, **options) for prompt in prompts]
-    place = student.placement("float32")
+    place = placement("float32")
     single, together = (
-        torch.tensor(student.option_probabilities(model, rows, pad_id=0, place=place, batch_size=size))
+        torch.tensor(option_probabilities(model, rows, pad_id=0, place=place, batch_size=size))
         for size in (1, 4)
     )
     assert torch.allclose(single, together, atol=1e-4)
     groups = [sorted(len(row.prompt) for row in batch) for batch in batches(rows, 4, 0, 0, 512)]
-    assert sorted(groups) == [[490], [512, 520, 530]], "trained on, an option comes after the prompt"
+    assert sorted(groups) == [[490], [512, 520, 530]], (
+        "trained on, an option comes after the prompt"
+    )
     assert len(batches(rows, 4, 0, 0)) == 1
     assert {len(batches(rows * 40, 8, 0, epoch, 512)) for epoch in range(8)} == {20}
 
 
 def test_long_prompts_and_small_savings_are_computed_whole(tiny_model: TinyModel) -> None:
-    model, _ = student.load_model(tiny_model("llama"))
+    model, _ = load_model(tiny_model("llama"))
     assert prefilled(model, PROMPTS[:1], 1, "cpu") == (0, None)
     assert prefilled(model, [(1, 2, 3), (1, 2, 4)], 1, "cpu") == (0, None)
     model.config.sliding_window = 42

@@ -17,8 +17,8 @@ import pytest
 import yaml
 
 from distillery import cli
-from distillery.registry import LocalRegistry
-from distillery.store import ArtifactStore
+from distillery.registry.local import LocalRegistry
+from distillery.storage.artifacts import ArtifactStore
 
 TinyModel = Callable[[str], Path]
 KEY = "a-key-of-the-test"
@@ -29,7 +29,10 @@ pytestmark = pytest.mark.usefixtures("one_registry")
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "distillery.cli", *arguments], capture_output=True, text=True, timeout=120
+        [sys.executable, "-m", "distillery.cli", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
 
 
@@ -45,7 +48,9 @@ def recipe_file(tiny_model: TinyModel, tmp_path: Path) -> Path:
     base = {"model": str(tiny_model("llama"))}
     file = tmp_path / "mine.yaml"
     file.write_text(
-        yaml.safe_dump({"teacher": {"kind": "local", "preparation": {"base": base}}, "student": {"base": base}})
+        yaml.safe_dump(
+            {"teacher": {"kind": "local", "preparation": {"base": base}}, "student": {"base": base}}
+        )
     )
     return file
 
@@ -75,7 +80,10 @@ def test_check_exits_1_where_something_is_missing(
     file.write_text(f"{recipe_file.read_text()}\n".replace("kind: local", "kind: endpoint"))
     done = run("check", str(file))
     assert done.returncode == 1
-    assert "FAIL teacher credentials: TEACHER_MODEL_NAME, TEACHER_MODEL_ENDPOINT: not set" in done.stdout
+    assert (
+        "FAIL teacher credentials: TEACHER_MODEL_NAME, TEACHER_MODEL_ENDPOINT: not set"
+        in done.stdout
+    )
     assert "ok   registry: " in done.stdout
     assert KEY not in done.stdout + done.stderr
 
@@ -89,7 +97,10 @@ def test_check_exits_1_where_something_is_missing(
         (("base", ""), "student.base.model: "),
         (("store", "show", "abc"), "0 artifacts begin with abc; see distillery store list"),
         (("serve", "/no/such/folder"), "/no/such/folder"),
-        (("serve", "/no/such/folder", "--host", "0.0.0.0"), "set DISTILLERY_SERVER_KEY, or use 127.0.0.1"),
+        (
+            ("serve", "/no/such/folder", "--host", "0.0.0.0"),
+            "set DISTILLERY_SERVER_KEY, or use 127.0.0.1",
+        ),
     ],
 )
 def test_what_can_be_mended_is_one_line(arguments: tuple[str, ...], said: str) -> None:
@@ -117,7 +128,10 @@ def test_the_store_is_listed_shown_and_collected(tmp_path: Path) -> None:
     kept, gone = digests
     artifact = {"uri": f"elsewhere/{kept}", "sha256": kept, "bytes": 1}
     for name in ("demo-1", "demo-2"):
-        store.write_record(f"runs/{name}.json", json.dumps({"recipe": "demo", "registered": None, "model": artifact}))
+        store.write_record(
+            f"runs/{name}.json",
+            json.dumps({"recipe": "demo", "registered": None, "model": artifact}),
+        )
     for digest, days in ((kept, 40), (gone, 41)):
         os.utime(Path(store.url) / digest / "artifact.json", (time.time() - days * 86400,) * 2)
 
@@ -137,7 +151,10 @@ def test_the_store_is_listed_shown_and_collected(tmp_path: Path) -> None:
     assert re.fullmatch(r"[0-9a-f]{12} +1500000  file\.txt", shown[4])
 
     line = f"artifact             1.5 MB    41d  {gone}"
-    assert run("store", "gc", "--dry-run").stdout.splitlines() == [line, "1 would be removed, 1.5 MB"]
+    assert run("store", "gc", "--dry-run").stdout.splitlines() == [
+        line,
+        "1 would be removed, 1.5 MB",
+    ]
     assert run("store", "gc").stdout.splitlines() == [line, "1 removed, 1.5 MB"]
     assert run("store", "gc").stdout.splitlines() == ["0 removed, 0.0 MB"]
     assert [path.name for path in Path(store.url).iterdir() if len(path.name) == 64] == [kept]
@@ -178,7 +195,10 @@ def test_serve_answers_until_it_is_ended(tiny_onnx: Callable[..., Path]) -> None
         "0",
     ]
     with subprocess.Popen(
-        command, env=os.environ | {"DISTILLERY_SERVER_KEY": KEY}, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        command,
+        env=os.environ | {"DISTILLERY_SERVER_KEY": KEY},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     ) as server:
         assert server.stdout is not None
         assert server.stderr is not None

@@ -19,7 +19,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from distillery.dataset import PreparedCounts, prepare, read_examples, source_identity
+from distillery.data.examples import read_examples
+from distillery.data.prepare import PreparedCounts, prepare, source_identity
 from distillery.errors import DataError, RecipeError
 from distillery.recipe import Columns, DatasetRecipe
 from distillery.records import Example
@@ -49,7 +50,13 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def row(key: Any, question: Any, answer: Any = "A", choices: Any = None) -> dict[str, Any]:
     choices = choices or {"label": ["A", "B", "C"], "text": MOODS}
-    return {"id": key, "question": question, "question_concept": "mood", "choices": choices, "answerKey": answer}
+    return {
+        "id": key,
+        "question": question,
+        "question_concept": "mood",
+        "choices": choices,
+        "answerKey": answer,
+    }
 
 
 def message(seed: int, words: int = 12) -> str:
@@ -68,10 +75,17 @@ def jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
 def recipe(train: Path, test: Path | None = None, **more: Any) -> DatasetRecipe:
     files = {"train": (str(train),)} | ({"test": (str(test),)} if test else {})
     splits = {name: name for name in files}
-    return DatasetRecipe.model_validate({"source": "files", "files": files, "splits": splits} | more)
+    return DatasetRecipe.model_validate(
+        {"source": "files", "files": files, "splits": splits} | more
+    )
 
 
-def run(tmp_path: Path, rows: list[dict[str, Any]], test: list[dict[str, Any]] | None = None, **more: Any) -> "Result":
+def run(
+    tmp_path: Path,
+    rows: list[dict[str, Any]],
+    test: list[dict[str, Any]] | None = None,
+    **more: Any,
+) -> "Result":
     train = jsonl(tmp_path / "train.jsonl", rows)
     held = jsonl(tmp_path / "test.jsonl", test) if test is not None else None
     return Result(prepare(recipe(train, held, **more), tmp_path / "out"), tmp_path / "out")
@@ -80,9 +94,13 @@ def run(tmp_path: Path, rows: list[dict[str, Any]], test: list[dict[str, Any]] |
 class Result:
     def __init__(self, counts: PreparedCounts, out: Path) -> None:
         self.counts = counts
-        self.bytes = {role: (out / split.file).read_bytes() for role, split in counts.splits.items()}
+        self.bytes = {
+            role: (out / split.file).read_bytes() for role, split in counts.splits.items()
+        }
         self.rows = {role: read_examples(out / split.file) for role, split in counts.splits.items()}
-        self.ids = {role: {example.example_id for example in rows} for role, rows in self.rows.items()}
+        self.ids = {
+            role: {example.example_id for example in rows} for role, rows in self.rows.items()
+        }
 
 
 def refusal(config: DatasetRecipe, out: Path) -> str:
@@ -111,27 +129,44 @@ def test_jsonl_csv_and_parquet_give_the_same_bytes(tmp_path: Path) -> None:
         assert (tmp_path / name[6:] / "train.jsonl").read_bytes() == expected.bytes["train"]
         assert counts == expected.counts
     assert expected.counts.splits["train"].rows == 30
-    assert expected.counts.splits["train"].sha256 == hashlib.sha256(expected.bytes["train"]).hexdigest()
+    assert (
+        expected.counts.splits["train"].sha256
+        == hashlib.sha256(expected.bytes["train"]).hexdigest()
+    )
 
 
 def test_csv_values_stay_text_and_rows_over_two_lines_keep_their_line(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     head = "\ufeffid,question,choices,answerKey\r\n"
-    path.write_text(head + '007,NA,"[""null"", ""1.0""]",A\r\n\r\n2,"two\r\nlines","[""a"", ""b""]",B\r\n')
+    path.write_text(
+        head + '007,NA,"[""null"", ""1.0""]",A\r\n\r\n2,"two\r\nlines","[""a"", ""b""]",B\r\n'
+    )
     prepare(recipe(path), tmp_path / "out")
-    found = {example.example_id: example for example in read_examples(tmp_path / "out" / "train.jsonl")}
-    assert found["007"] == Example(example_id="007", question="NA", choices=("null", "1.0"), answer_key="A")
+    found = {
+        example.example_id: example for example in read_examples(tmp_path / "out" / "train.jsonl")
+    }
+    assert found["007"] == Example(
+        example_id="007", question="NA", choices=("null", "1.0"), answer_key="A"
+    )
     assert found["2"].question.split() == ["two", "lines"]
     path.write_text(path.read_text() + '3,three,"[""a"", ""b""]",C\r\n')
-    assert refusal(recipe(path), tmp_path / "no").startswith(f"{path}:6: answerKey: 'C' is no option; ")
+    assert refusal(recipe(path), tmp_path / "no").startswith(
+        f"{path}:6: answerKey: 'C' is no option; "
+    )
 
 
 def test_dates_numbers_and_line_separators_in_jsonl_stay_what_they_are(tmp_path: Path) -> None:
     path = tmp_path / "odd [1]*.jsonl"
     rows = [row("2024-01-01", "2024-05-06"), row(7, "a\u2028b")]
-    path.write_text("\ufeff" + "\n\n".join(json.dumps(values, ensure_ascii=False) for values in rows), encoding="utf-8")
+    path.write_text(
+        "\ufeff" + "\n\n".join(json.dumps(values, ensure_ascii=False) for values in rows),
+        encoding="utf-8",
+    )
     prepare(recipe(path), tmp_path / "out")
-    found = {example.example_id: example.question for example in read_examples(tmp_path / "out" / "train.jsonl")}
+    found = {
+        example.example_id: example.question
+        for example in read_examples(tmp_path / "out" / "train.jsonl")
+    }
     assert found == {"2024-01-01": "2024-05-06", "7": "a\u2028b"}
 
 
@@ -150,7 +185,9 @@ def test_dates_numbers_and_line_separators_in_jsonl_stay_what_they_are(tmp_path:
         (["x", "y", "x"], "C", "C"),
     ],
 )
-def test_labels_become_letters_by_position(tmp_path: Path, choices: Any, answer: Any, expected: str | None) -> None:
+def test_labels_become_letters_by_position(
+    tmp_path: Path, choices: Any, answer: Any, expected: str | None
+) -> None:
     (example,) = run(tmp_path, [row("a", " Which? ", answer, choices)]).rows["train"]
     assert example.answer_key == expected
     assert example.question == "Which?"
@@ -158,7 +195,10 @@ def test_labels_become_letters_by_position(tmp_path: Path, choices: Any, answer:
 
 
 def test_columns_under_other_names(tmp_path: Path) -> None:
-    path = jsonl(tmp_path / "r.jsonl", [{"text": "Why?", "options": ["x", "y"], "gold": "B", "answerKey": "nonsense"}])
+    path = jsonl(
+        tmp_path / "r.jsonl",
+        [{"text": "Why?", "options": ["x", "y"], "gold": "B", "answerKey": "nonsense"}],
+    )
     columns = Columns(id=None, question="text", concept=None, choices="options", answer="gold")
     prepare(recipe(path, columns=columns), tmp_path / "out")
     (example,) = read_examples(tmp_path / "out" / "train.jsonl")
@@ -192,22 +232,36 @@ def test_columns_under_other_names(tmp_path: Path) -> None:
         ({"choices": ["x", 1.5]}, "choices: option 2: float where text belongs; "),
         ({"choices": "x or y"}, "choices: no JSON (Expecting value"),
         ({"choices": {"label": ["A", "B"]}}, "choices: neither "),
-        ({"choices": {"label": ["A"], "text": ["x", "y"]}}, "choices: the labels are not as many as the 2 texts; "),
-        ({"choices": {"label": ["A", "A"], "text": ["x", "y"]}}, "choices: two options of one label among A, A; "),
+        (
+            {"choices": {"label": ["A"], "text": ["x", "y"]}},
+            "choices: the labels are not as many as the 2 texts; ",
+        ),
+        (
+            {"choices": {"label": ["A", "A"], "text": ["x", "y"]}},
+            "choices: two options of one label among A, A; ",
+        ),
         ({"answerKey": "D"}, "answerKey: 'D' is no option; the options are A, B, C"),
         ({"answerKey": "a"}, "answerKey: 'a' is no option; the options are A, B, C"),
         ({"answerKey": ["A"]}, "answerKey: list where text belongs; "),
     ],
 )
-def test_a_bad_row_is_named_by_file_line_and_field(tmp_path: Path, bad: dict[str, Any], expected: str) -> None:
-    path = jsonl(tmp_path / "train.jsonl", [row("a", "One?"), row("b", "Two?") | bad, row("c", "Three?")])
+def test_a_bad_row_is_named_by_file_line_and_field(
+    tmp_path: Path, bad: dict[str, Any], expected: str
+) -> None:
+    path = jsonl(
+        tmp_path / "train.jsonl", [row("a", "One?"), row("b", "Two?") | bad, row("c", "Three?")]
+    )
     assert refusal(recipe(path), tmp_path / "out").startswith(f"{path}:2: {expected}")
 
 
 @pytest.mark.parametrize(
     ("name", "content", "expected"),
     [
-        ("none.jsonl", None, ": can't be read (No such file or directory); correct dataset.files.train"),
+        (
+            "none.jsonl",
+            None,
+            ": can't be read (No such file or directory); correct dataset.files.train",
+        ),
         ("empty.jsonl", b"", ": empty, without a single row; correct dataset.files.train"),
         ("blank.jsonl", b"\n \n", ": empty, without a single row; correct dataset.files.train"),
         ("head.csv", b"id,question,choices,answerKey\n", ": empty, without a single row; "),
@@ -215,27 +269,51 @@ def test_a_bad_row_is_named_by_file_line_and_field(tmp_path: Path, bad: dict[str
         ("list.jsonl", b"\n[1, 2]\n", ":2: no JSON object but list; "),
         ("latin.jsonl", b'{"id": "a"}\n{"id": "\xe9"}\n', ":2: not UTF-8; "),
         ("latin.csv", b"id,question,choices,answerKey\n1,caf\xe9,x,A\n", ":2: not UTF-8; "),
-        ("ragged.csv", b'id,question,choices,answerKey\n1,"a\nb",c,A\n2,Yes, or no?,c,A\n', ":4: 5 values under 4 col"),
-        ("open.csv", b'id,question,choices,answerKey\n1,"a,c,A\n', ":2: no valid CSV (unexpected end of data); "),
-        ("twice.csv", b"id,question,id\n1,a,2\n", ":1: two columns of one name among id, question, id; "),
-        ("rows.parquet", b"no parquet at all", ": can't be read as parquet (Parquet magic bytes not found"),
+        (
+            "ragged.csv",
+            b'id,question,choices,answerKey\n1,"a\nb",c,A\n2,Yes, or no?,c,A\n',
+            ":4: 5 values under 4 col",
+        ),
+        (
+            "open.csv",
+            b'id,question,choices,answerKey\n1,"a,c,A\n',
+            ":2: no valid CSV (unexpected end of data); ",
+        ),
+        (
+            "twice.csv",
+            b"id,question,id\n1,a,2\n",
+            ":1: two columns of one name among id, question, id; ",
+        ),
+        (
+            "rows.parquet",
+            b"no parquet at all",
+            ": can't be read as parquet (Parquet magic bytes not found",
+        ),
         ("rows.xlsx", b"PK", ": dataset.files.train takes .jsonl, .csv, .parquet, not '.xlsx'"),
     ],
 )
-def test_a_bad_file_is_refused_in_one_line(tmp_path: Path, name: str, content: bytes | None, expected: str) -> None:
+def test_a_bad_file_is_refused_in_one_line(
+    tmp_path: Path, name: str, content: bytes | None, expected: str
+) -> None:
     if content is not None:
         (tmp_path / name).write_bytes(content)
-    assert refusal(recipe(tmp_path / name), tmp_path / "out").startswith(f"{tmp_path / name}{expected}")
+    assert refusal(recipe(tmp_path / name), tmp_path / "out").startswith(
+        f"{tmp_path / name}{expected}"
+    )
 
 
-def test_a_refused_file_prints_nothing_besides_the_error(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_refused_file_prints_nothing_besides_the_error(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "rows.parquet").write_bytes(b"no parquet at all")
     refusal(recipe(tmp_path / "rows.parquet"), tmp_path / "out")
     run(tmp_path, many(5))
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_missing_column_is_named_with_its_setting_and_those_that_are_there(tmp_path: Path) -> None:
+def test_a_missing_column_is_named_with_its_setting_and_those_that_are_there(
+    tmp_path: Path,
+) -> None:
     path = jsonl(tmp_path / "train.jsonl", [{"id": "a", "text": "Why?", "choices": ["x", "y"]}])
     assert refusal(recipe(path), tmp_path / "out") == (
         f"{path}: no column 'question', only 'id', 'text', 'choices'; "
@@ -248,15 +326,21 @@ def test_train_needs_no_answers_but_test_does(tmp_path: Path) -> None:
     assert run(tmp_path, bare).rows["train"][0].answer_key is None
     path = jsonl(tmp_path / "test.jsonl", bare)
     config = recipe(jsonl(tmp_path / "train.jsonl", many(3)), path)
-    assert refusal(config, tmp_path / "no").startswith(f"{path}: no column 'answerKey', only 'id', 'question', ")
+    assert refusal(config, tmp_path / "no").startswith(
+        f"{path}: no column 'answerKey', only 'id', 'question', "
+    )
     jsonl(path, [row("y", "Yes?"), row("z", "Why?", "")])
-    assert refusal(config, tmp_path / "no").startswith(f"{path}:2: answerKey: empty, but rows of test need an answer; ")
+    assert refusal(config, tmp_path / "no").startswith(
+        f"{path}:2: answerKey: empty, but rows of test need an answer; "
+    )
 
 
 def test_a_carved_row_without_an_answer_is_refused(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "train.jsonl", [values | {"answerKey": ""} for values in many(40)])
     text = refusal(recipe(path, carve={"validation": 0.5}), tmp_path / "out")
-    assert re.search(r"train.jsonl:\d+: answerKey: empty, but rows of validation need an answer", text)
+    assert re.search(
+        r"train.jsonl:\d+: answerKey: empty, but rows of validation need an answer", text
+    )
 
 
 def test_an_unknown_split_lists_those_that_exist(tmp_path: Path) -> None:
@@ -269,7 +353,10 @@ def test_an_unknown_split_lists_those_that_exist(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("more", "expected"),
     [
-        ({"carve": {"test": 0.1}}, "dataset.carve.test: dataset.splits.test names a split already; "),
+        (
+            {"carve": {"test": 0.1}},
+            "dataset.carve.test: dataset.splits.test names a split already; ",
+        ),
         ({"sample": {"gold": 3}}, "dataset.sample.gold: no such split; "),
         ({"carve": {"gold": 0.6, "validation": 0.5}}, "dataset.carve: the shares add up to 1.1; "),
     ],
@@ -281,7 +368,9 @@ def test_settings_at_odds_are_refused(tmp_path: Path, more: dict[str, Any], expe
 
 def test_a_share_that_leaves_a_split_empty_is_refused(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "train.jsonl", many(3))
-    assert "no row is left for test" in refusal(recipe(path, carve={"test": 0.0001}), tmp_path / "out")
+    assert "no row is left for test" in refusal(
+        recipe(path, carve={"test": 0.0001}), tmp_path / "out"
+    )
 
 
 # Places
@@ -293,7 +382,11 @@ CARVE = {"gold": 0.2, "validation": 0.1, "test": 0.3}
 def test_carving_takes_shares_and_loses_no_row(tmp_path: Path) -> None:
     result = run(tmp_path, many(1000), carve=CARVE, near_duplicate=1)
     assert result.counts.near_duplicates_dropped == 0
-    assert sum(len(ids) for ids in result.ids.values()) == len(set().union(*result.ids.values())) == 1000
+    assert (
+        sum(len(ids) for ids in result.ids.values())
+        == len(set().union(*result.ids.values()))
+        == 1000
+    )
     for role, share in (CARVE | {"train": 0.4}).items():
         assert abs(len(result.ids[role]) / 1000 - share) < 0.05
 
@@ -310,9 +403,14 @@ def test_carving_and_sampling_follow_the_stated_hash(tmp_path: Path) -> None:
         places = [place(example) for example in rows]
         assert places == sorted(places)
         assert bounds[role][0] <= places[0] <= places[-1] < bounds[role][1]
-    everything = [place(Example(example_id="", question=r["question"], choices=tuple(MOODS))) for r in many(400)]
+    everything = [
+        place(Example(example_id="", question=r["question"], choices=tuple(MOODS)))
+        for r in many(400)
+    ]
     assert [place(e) for e in result.rows["gold"]] == sorted(everything)[:10]
-    assert [place(e) for e in result.rows["train"]] == sorted(p for p in everything if p >= 0.6)[:50]
+    assert [place(e) for e in result.rows["train"]] == sorted(p for p in everything if p >= 0.6)[
+        :50
+    ]
 
 
 def test_adding_rows_moves_none(tmp_path: Path) -> None:
@@ -324,7 +422,10 @@ def test_adding_rows_moves_none(tmp_path: Path) -> None:
 
 def test_a_corrected_answer_or_another_spelling_moves_no_row(tmp_path: Path) -> None:
     before = run(tmp_path, many(300), carve=CARVE)
-    changed = [r | {"answerKey": "B", "question": f"  {r['question'].upper()} ".replace(" ", "  ")} for r in many(300)]
+    changed = [
+        r | {"answerKey": "B", "question": f"  {r['question'].upper()} ".replace(" ", "  ")}
+        for r in many(300)
+    ]
     assert run(tmp_path, changed, carve=CARVE).ids == before.ids
 
 
@@ -341,7 +442,9 @@ def test_the_order_of_the_rows_changes_no_byte(tmp_path: Path) -> None:
 
 
 def test_another_seed_gives_another_test_split(tmp_path: Path) -> None:
-    one, other = (run(tmp_path, many(200), carve={"test": 0.3}, seed=seed).ids["test"] for seed in (0, 1))
+    one, other = (
+        run(tmp_path, many(200), carve={"test": 0.3}, seed=seed).ids["test"] for seed in (0, 1)
+    )
     assert len(one & other) < 0.6 * len(one)
 
 
@@ -371,7 +474,12 @@ def test_copies_within_train_are_dropped_and_counted(tmp_path: Path) -> None:
 
 def test_near_copies_within_train_are_dropped_and_counted(tmp_path: Path) -> None:
     text = message(1, 30)
-    rows = [row("a", text), row("b", f"{text} again"), row("c", text + "!"), row("d", message(2, 30))]
+    rows = [
+        row("a", text),
+        row("b", f"{text} again"),
+        row("c", text + "!"),
+        row("d", message(2, 30)),
+    ]
     result = run(tmp_path, rows)
     assert (result.counts.duplicates_dropped, result.counts.near_duplicates_dropped) == (0, 2)
     assert "d" in result.ids["train"]
@@ -380,13 +488,21 @@ def test_near_copies_within_train_are_dropped_and_counted(tmp_path: Path) -> Non
 
 def test_short_or_wordless_questions_and_other_options_are_no_near_copies(tmp_path: Path) -> None:
     text = message(1, 30)
-    rows = [row("a", "Well done"), row("b", "Well then"), row("c", "??"), row("d", "!!"), row("e", text)]
+    rows = [
+        row("a", "Well done"),
+        row("b", "Well then"),
+        row("c", "??"),
+        row("d", "!!"),
+        row("e", text),
+    ]
     rows += [row("f", text + "!", "A", ["x", "y", "z"])]
     assert run(tmp_path, rows).counts.near_duplicates_dropped == 0
 
 
 @pytest.mark.parametrize("threshold", [0.2, 0.5, 0.8])
-def test_near_copies_are_those_that_comparing_every_pair_finds(tmp_path: Path, threshold: float) -> None:
+def test_near_copies_are_those_that_comparing_every_pair_finds(
+    tmp_path: Path, threshold: float
+) -> None:
     generator = random.Random(5)
     rows = []
     for n in range(300):
@@ -399,7 +515,10 @@ def test_near_copies_are_those_that_comparing_every_pair_finds(tmp_path: Path, t
         return {" ".join(words[i : i + 3]) for i in range(len(words) - 2)}
 
     def alike(one: Example, other: Example) -> bool:
-        pairs = ((triples(one.question), triples(other.question)), (set(one.choices), set(other.choices)))
+        pairs = (
+            (triples(one.question), triples(other.question)),
+            (set(one.choices), set(other.choices)),
+        )
         return all(len(a & b) / len(a | b) >= threshold for a, b in pairs)
 
     kept: list[Example] = []
@@ -415,7 +534,9 @@ def _in_order(rows: list[dict[str, Any]]) -> list[Example]:
     placed: dict[str, Example] = {}
     for values in sorted(rows, key=lambda values: str(values["id"])):
         content = json.dumps([values["question"], sorted(values["choices"])], separators=(",", ":"))
-        place = hashlib.sha256(f"0:{hashlib.sha256(content.encode()).hexdigest()}".encode()).hexdigest()
+        place = hashlib.sha256(
+            f"0:{hashlib.sha256(content.encode()).hexdigest()}".encode()
+        ).hexdigest()
         example = Example(
             example_id=values["id"],
             question=values["question"],
@@ -428,16 +549,23 @@ def _in_order(rows: list[dict[str, Any]]) -> list[Example]:
 
 
 def test_a_row_of_train_that_stands_in_test_stops_the_run_with_both_ids(tmp_path: Path) -> None:
-    train = jsonl(tmp_path / "train.jsonl", [row("a", "One?"), row("b", "TWO?", "B"), row("c", "Three?")])
+    train = jsonl(
+        tmp_path / "train.jsonl", [row("a", "One?"), row("b", "TWO?", "B"), row("c", "Three?")]
+    )
     test = jsonl(tmp_path / "test.jsonl", [row("x", "two?"), row("c", "Three?"), row("y", "Four?")])
     text = refusal(recipe(train, test), tmp_path / "out")
-    assert re.match(rf"{re.escape(str(train))}:[23]: 2 rows of train also stand in validation or test: ", text)
+    assert re.match(
+        rf"{re.escape(str(train))}:[23]: 2 rows of train also stand in validation or test: ", text
+    )
     assert "b (= test x)" in text
     assert "c (= test c)" in text
 
 
 def test_a_gold_row_that_stands_in_test_stops_the_run(tmp_path: Path) -> None:
-    paths = {name: (str(jsonl(tmp_path / f"{name}.jsonl", many(3, n))),) for name, n in [("train", 9), ("same", 0)]}
+    paths = {
+        name: (str(jsonl(tmp_path / f"{name}.jsonl", many(3, n))),)
+        for name, n in [("train", 9), ("same", 0)]
+    }
     splits = {"train": "train", "gold": "same", "test": "same"}
     config = DatasetRecipe.model_validate({"source": "files", "files": paths, "splits": splits})
     assert "3 rows of gold also stand in validation or test: " in refusal(config, tmp_path / "out")
@@ -459,7 +587,11 @@ def test_a_row_of_train_alike_to_a_test_row_is_dropped_and_counted(tmp_path: Pat
 
 
 def test_neighbours_across_carved_splits_leave_train_and_no_test_row_goes(tmp_path: Path) -> None:
-    rows = [row(f"{kind}{n}", f"{message(n, 30)}{end}") for n in range(100) for kind, end in (("a", ""), ("b", " so"))]
+    rows = [
+        row(f"{kind}{n}", f"{message(n, 30)}{end}")
+        for n in range(100)
+        for kind, end in (("a", ""), ("b", " so"))
+    ]
     test = run(tmp_path, rows, carve={"test": 0.3}, near_duplicate=1).ids["test"]
     result = run(tmp_path, rows, carve={"test": 0.3})
     assert result.ids["test"] == test
@@ -485,7 +617,9 @@ def test_an_id_in_two_files_is_refused_and_null_mends_it(tmp_path: Path) -> None
     assert set(prepare(config, tmp_path / "out").splits) == {"train", "test"}
 
 
-def test_without_ids_rows_are_named_by_content_and_copies_in_test_stay_apart(tmp_path: Path) -> None:
+def test_without_ids_rows_are_named_by_content_and_copies_in_test_stay_apart(
+    tmp_path: Path,
+) -> None:
     bare = [{key: value for key, value in values.items() if key != "id"} for values in many(4)]
     result = run(tmp_path, bare[:3], [bare[3], bare[3]])
     again = run(tmp_path, bare[2::-1], [bare[3], bare[3]])
@@ -521,7 +655,9 @@ def test_local_files_touch_no_network(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     pq.write_table(pa.Table.from_pylist(many(3)), tmp_path / "test.parquet")
     train = jsonl(tmp_path / "train.jsonl", many(5, 50))
-    assert prepare(recipe(train, tmp_path / "test.parquet"), tmp_path / "out").splits["test"].rows == 3
+    assert (
+        prepare(recipe(train, tmp_path / "test.parquet"), tmp_path / "out").splits["test"].rows == 3
+    )
 
 
 class _Hub(http.server.BaseHTTPRequestHandler):
@@ -553,18 +689,27 @@ class _Hub(http.server.BaseHTTPRequestHandler):
         if not folder:
             return [{"type": "directory", "path": "data", "oid": "2" * 40, "size": 0}]
         return [
-            {"type": "file", "path": path, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+            {
+                "type": "file",
+                "path": path,
+                "size": len(content),
+                "oid": hashlib.sha1(content).hexdigest(),
+            }
             for path, content in self.files.items()
         ]
 
     def file(self, path: str) -> None:
         if path not in self.files:
-            return self.reply(404, None, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": self.commit})
+            return self.reply(
+                404, None, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": self.commit}
+            )
         tag = hashlib.sha1(self.files[path]).hexdigest()
         return self.reply(200, self.files[path], {"ETag": f'"{tag}"', "X-Repo-Commit": self.commit})
 
     def reply(self, status: int, body: Any, headers: dict[str, str] | None = None) -> None:
-        content = body if isinstance(body, bytes) else b"" if body is None else json.dumps(body).encode()
+        content = (
+            body if isinstance(body, bytes) else b"" if body is None else json.dumps(body).encode()
+        )
         self.send_response(status)
         for name, value in {"Content-Length": str(len(content)), **(headers or {})}.items():
             self.send_header(name, value)
@@ -597,7 +742,7 @@ def hub() -> Iterator[tuple[str, list[str]]]:
 SCRIPT = """
 import sys, json
 from pathlib import Path
-from distillery.dataset import prepare
+from distillery.data.prepare import prepare
 from distillery.errors import DataError
 from distillery.recipe import DatasetRecipe
 for text in sys.argv[2:]:
@@ -616,7 +761,9 @@ def from_hub(tmp_path: Path, url: str, *changes: dict[str, Any], **environment: 
     recipes = [json.dumps(base | change) for change in changes]
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, str(tmp_path / "out"), *recipes],
-        env=os.environ | {"HF_ENDPOINT": url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0"} | environment,
+        env=os.environ
+        | {"HF_ENDPOINT": url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0"}
+        | environment,
         cwd=Path(__file__).parent.parent,
         capture_output=True,
         text=True,
@@ -629,20 +776,30 @@ def from_hub(tmp_path: Path, url: str, *changes: dict[str, Any], **environment: 
 def test_a_hub_data_set_by_name_and_revision(tmp_path: Path, hub: tuple[str, list[str]]) -> None:
     url, asked = hub
     splits = {"train": "train", "test": "test"}
-    lines = from_hub(tmp_path, url, {}, {"splits": splits}, {"revision": "v2"}, {"name": "tau/nothing"})
+    lines = from_hub(
+        tmp_path, url, {}, {"splits": splits}, {"revision": "v2"}, {"name": "tau/nothing"}
+    )
     assert lines[0] == '{"train": 20, "validation": 20}'
     assert f"/datasets/tau/commonsense_qa/resolve/{_Hub.commit}/README.md" in asked
     assert "/datasets/tau/commonsense_qa/resolve/v1/README.md" not in asked
-    assert lines[1].startswith("dataset.splits.test: the source has no split 'test', only train, validation; ")
-    assert lines[2].startswith("dataset.name: tau/commonsense_qa at v2 is not on the hub, or needs a login; ")
-    assert lines[3].startswith("dataset.name: tau/nothing at v1 is not on the hub, or needs a login; ")
+    assert lines[1].startswith(
+        "dataset.splits.test: the source has no split 'test', only train, validation; "
+    )
+    assert lines[2].startswith(
+        "dataset.name: tau/commonsense_qa at v2 is not on the hub, or needs a login; "
+    )
+    assert lines[3].startswith(
+        "dataset.name: tau/nothing at v1 is not on the hub, or needs a login; "
+    )
     assert {example.example_id for example in read_examples(tmp_path / "out" / "train.jsonl")} == {
         f"m{n}" for n in range(20)
     }
 
     offline = from_hub(tmp_path, url, {}, {"revision": "v3"}, HF_HUB_OFFLINE="1")
     assert offline[0] == lines[0], "what was had once is there without a connection"
-    assert offline[1].startswith("dataset.name: tau/commonsense_qa at v3 could not be had from the hub (")
+    assert offline[1].startswith(
+        "dataset.name: tau/commonsense_qa at v3 could not be had from the hub ("
+    )
     assert offline[1].endswith("or set dataset.source to files and dataset.files to local copies")
 
 
@@ -653,7 +810,9 @@ def test_a_branch_stands_for_its_commit(
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", url)
 
     def identity(revision: str | None) -> str:
-        return source_identity(DatasetRecipe(source="hub", name="tau/commonsense_qa", revision=revision))
+        return source_identity(
+            DatasetRecipe(source="hub", name="tau/commonsense_qa", revision=revision)
+        )
 
     assert identity("v1") == f"tau/commonsense_qa@{'1' * 40}"
     monkeypatch.setattr(_Hub, "commit", "3" * 40)
@@ -687,11 +846,18 @@ def test_a_hub_that_does_not_answer(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_real_rows_of_commonsense_qa(tmp_path: Path) -> None:
     folder = os.environ.get("COMMONSENSE_QA_DIR")
-    assert folder, "set COMMONSENSE_QA_DIR to a folder with train.jsonl in the schema of tau/commonsense_qa"
+    assert folder, (
+        "set COMMONSENSE_QA_DIR to a folder with train.jsonl in the schema of tau/commonsense_qa"
+    )
     path = Path(folder) / "train.jsonl"
-    source = {values["id"]: values for values in map(json.loads, path.read_text(encoding="utf-8").splitlines())}
+    source = {
+        values["id"]: values
+        for values in map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    }
     counts = prepare(recipe(path, carve={"validation": 0.1, "test": 0.2}), tmp_path / "out")
-    rows = {role: read_examples(tmp_path / "out" / split.file) for role, split in counts.splits.items()}
+    rows = {
+        role: read_examples(tmp_path / "out" / split.file) for role, split in counts.splits.items()
+    }
     dropped = counts.duplicates_dropped + counts.near_duplicates_dropped
     assert sum(len(examples) for examples in rows.values()) + dropped == len(source) >= 1000
     assert dropped < 0.02 * len(source)

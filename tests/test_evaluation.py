@@ -12,20 +12,13 @@ from typing import Any
 import psutil
 import pytest
 
-from distillery.dataset import read_examples
+from distillery.data.examples import read_examples
 from distillery.errors import DataError, ModelError
-from distillery.evaluation import (
-    ModelToScore,
-    Scored,
-    candidate_of,
-    evaluate,
-    gate,
-    headline,
-    paired_interval,
-    render_table,
-    score_model,
-    wilson,
-)
+from distillery.evaluation.evaluate import evaluate
+from distillery.evaluation.gate import candidate_of, gate
+from distillery.evaluation.scoreboard import headline, render_table
+from distillery.evaluation.scoring import ModelToScore, Scored, score_model
+from distillery.evaluation.statistics import paired_interval, wilson
 from distillery.recipe import EvaluationRecipe, PromptRecipe
 from distillery.records import Departure, Example, Interval, ScoreRow
 
@@ -33,9 +26,24 @@ Build = Callable[..., Path]
 
 PROMPT = PromptRecipe(system="", user="{question}\n{choices}", max_tokens=128)
 MOODS = ("pleased", "displeased", "neither")
-GLAD = ("Lovely service, thank you", "Thank you, great speed", "Great help, lovely people", "So happy, great line")
-CROSS = ("Awful outage again", "Dead line, awful support", "The outage is back", "Awful, dead and slow")
-PLAIN = ("When is the visit due", "Where do I find the form", "When do I pay", "Where is the socket")
+GLAD = (
+    "Lovely service, thank you",
+    "Thank you, great speed",
+    "Great help, lovely people",
+    "So happy, great line",
+)
+CROSS = (
+    "Awful outage again",
+    "Dead line, awful support",
+    "The outage is back",
+    "Awful, dead and slow",
+)
+PLAIN = (
+    "When is the visit due",
+    "Where do I find the form",
+    "When do I pay",
+    "Where is the socket",
+)
 
 
 def write_examples(path: Path, examples: Sequence[Example]) -> Path:
@@ -45,9 +53,15 @@ def write_examples(path: Path, examples: Sequence[Example]) -> Path:
 
 @pytest.fixture
 def test_file(tmp_path: Path) -> Path:
-    texts = [(text, letter) for group, letter in ((GLAD, "A"), (CROSS, "B"), (PLAIN, "C")) for text in group]
+    texts = [
+        (text, letter)
+        for group, letter in ((GLAD, "A"), (CROSS, "B"), (PLAIN, "C"))
+        for text in group
+    ]
     rows = [
-        Example(example_id=f"t{number}", question=f"{text}, friends.", choices=MOODS, answer_key=letter)
+        Example(
+            example_id=f"t{number}", question=f"{text}, friends.", choices=MOODS, answer_key=letter
+        )
         for number, (text, letter) in enumerate(texts)
     ]
     return write_examples(tmp_path / "test.jsonl", rows)
@@ -56,7 +70,11 @@ def test_file(tmp_path: Path) -> Path:
 @pytest.fixture
 def train_file(tmp_path: Path) -> Path:
     """More displeased rows than others, in the words of the test rows."""
-    texts = [(text, letter) for group, letter in ((GLAD, "A"), (CROSS * 2, "B"), (PLAIN, "C")) for text in group]
+    texts = [
+        (text, letter)
+        for group, letter in ((GLAD, "A"), (CROSS * 2, "B"), (PLAIN, "C"))
+        for text in group
+    ]
     rows = [
         Example(example_id=f"g{number}", question=text, choices=MOODS, answer_key=letter)
         for number, (text, letter) in enumerate(texts)
@@ -69,16 +87,28 @@ def train_file(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize(
     ("correct", "rows", "low", "high"),
-    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
+    [
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ],
 )
-def test_wilson_gives_the_published_intervals(correct: int, rows: int, low: float, high: float) -> None:
+def test_wilson_gives_the_published_intervals(
+    correct: int, rows: int, low: float, high: float
+) -> None:
     """Newcombe, Statistics in Medicine 17 (1998), 857-872, table I, method 3."""
     interval = wilson(correct, rows)
     assert (round(interval.low, 4), round(interval.high, 4)) == (low, high)
 
 
 def pairs(both: int, first: int, second: int, neither: int) -> tuple[list[bool], list[bool]]:
-    cells = [(True, True)] * both + [(True, False)] * first + [(False, True)] * second + [(False, False)] * neither
+    cells = (
+        [(True, True)] * both
+        + [(True, False)] * first
+        + [(False, True)] * second
+        + [(False, False)] * neither
+    )
     return [a for a, _ in cells], [b for _, b in cells]
 
 
@@ -112,7 +142,9 @@ def test_paired_interval_by_hand_where_phi_is_negative() -> None:
 
 
 @pytest.mark.parametrize("cells", [(80, 0, 0, 20), (100, 0, 0, 0), (0, 0, 0, 100), (1, 0, 0, 0)])
-def test_paired_interval_without_discordant_pairs_is_narrow_and_holds_zero(cells: tuple[int, int, int, int]) -> None:
+def test_paired_interval_without_discordant_pairs_is_narrow_and_holds_zero(
+    cells: tuple[int, int, int, int],
+) -> None:
     interval = paired_interval(*pairs(*cells))
     assert -1 <= interval.low < 0 < interval.high <= 1
     one = wilson(cells[0], sum(cells))
@@ -130,9 +162,15 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("no_gpu")
 @pytest.mark.parametrize("arch", ["llama", "phi3"])
-def test_torch_and_onnx_agree_on_every_row(arch: str, tiny_model: Build, tiny_onnx: Build, tmp_path: Path) -> None:
+def test_torch_and_onnx_agree_on_every_row(
+    arch: str, tiny_model: Build, tiny_onnx: Build, tmp_path: Path
+) -> None:
     rows = [
-        Example(example_id=f"r{n}", question=f"{text}?", choices=tuple(f"option {i}" for i in range(2 + 2 * n)))
+        Example(
+            example_id=f"r{n}",
+            question=f"{text}?",
+            choices=tuple(f"option {i}" for i in range(2 + 2 * n)),
+        )
         for n, text in enumerate(GLAD + CROSS + PLAIN)
     ]
     test_file = write_examples(tmp_path / "rows.jsonl", rows)
@@ -151,25 +189,33 @@ def test_torch_and_onnx_agree_on_every_row(arch: str, tiny_model: Build, tiny_on
     assert by_torch.ran_on == "cpu float32"
     assert_measured(by_torch)
     assert_measured(by_onnx)
-    assert by_onnx.peak_mib < 350 < len(ballast) >> 20, "the peak is the child's own, not this process's"
+    assert by_onnx.peak_mib < 350 < len(ballast) >> 20, (
+        "the peak is the child's own, not this process's"
+    )
 
 
 @pytest.mark.usefixtures("no_gpu")
 def test_bfloat16_gives_what_training_s_autocast_gives(tiny_model: Build, test_file: Path) -> None:
     """The linear layers are cast once; the numbers are those of autocast over float32 weights."""
-    from distillery import student
-    from distillery.losses import TrainingRow
+    from distillery.models.load import load_model, pad_id
+    from distillery.models.placement import Placement
     from distillery.prompts import TransformersTokenizer, letter_ids, render_ids
+    from distillery.training.losses import TrainingRow
+    from distillery.training.validation import option_probabilities
 
-    model, tokenizer = student.load_model(tiny_model("llama"))
+    model, tokenizer = load_model(tiny_model("llama"))
     wrapped = TransformersTokenizer(tokenizer)
     letters = tuple(letter_ids(wrapped, 3))
     rows = [
-        TrainingRow(prompt=tuple(render_ids(example, PROMPT, wrapped) or ()), letters=letters, answer=0)
+        TrainingRow(
+            prompt=tuple(render_ids(example, PROMPT, wrapped) or ()), letters=letters, answer=0
+        )
         for example in read_examples(test_file)
     ]
-    place = student.Placement("cpu", "bfloat16")
-    expected = student.option_probabilities(model, rows, pad_id=student.pad_id(tokenizer), place=place, batch_size=1)
+    place = Placement("cpu", "bfloat16")
+    expected = option_probabilities(
+        model, rows, pad_id=pad_id(tokenizer), place=place, batch_size=1
+    )
     scored = score_model(
         ModelToScore(name="torch", kind="transformers", folder=str(tiny_model("llama"))),
         test_file,
@@ -177,7 +223,9 @@ def test_bfloat16_gives_what_training_s_autocast_gives(tiny_model: Build, test_f
         threads=1,
         precision="bfloat16",
     )
-    assert [list(row or ()) for row in scored.probabilities] == [pytest.approx(row, abs=1e-6) for row in expected]
+    assert [list(row or ()) for row in scored.probabilities] == [
+        pytest.approx(row, abs=1e-6) for row in expected
+    ]
 
 
 def assert_measured(scored: Scored) -> None:
@@ -206,7 +254,9 @@ def test_a_child_that_fails_gives_its_reason_in_one_line(tmp_path: Path, test_fi
     folder.mkdir()
     (folder / "genai_config.json").write_text("{}")
     with pytest.raises(ModelError, match=r"^student int4: .*half") as raised:
-        score_model(ModelToScore(name="student int4", kind="onnx", folder=str(folder)), test_file, PROMPT)
+        score_model(
+            ModelToScore(name="student int4", kind="onnx", folder=str(folder)), test_file, PROMPT
+        )
     assert "\n" not in str(raised.value)
     gone = ModelToScore(name="student", kind="transformers", folder=str(tmp_path / "gone"))
     with pytest.raises(ModelError, match=r"^student: .*/gone: no such folder$"):
@@ -229,7 +279,9 @@ def test_a_child_that_dies_is_reported(
     python.chmod(0o700)
     monkeypatch.setattr(sys, "executable", str(python))
     with pytest.raises(ModelError, match=f"^student: its process .*{reason}"):
-        score_model(ModelToScore(name="student", kind="onnx", folder=str(tmp_path)), test_file, PROMPT)
+        score_model(
+            ModelToScore(name="student", kind="onnx", folder=str(tmp_path)), test_file, PROMPT
+        )
 
 
 # The report
@@ -238,23 +290,40 @@ def test_a_child_that_dies_is_reported(
 @pytest.fixture
 def student(tiny_onnx: Build) -> ModelToScore:
     folder = tiny_onnx("llama")
-    return ModelToScore(name="student int4", kind="onnx", folder=str(folder), parameters=150_000, bytes=500_000)
+    return ModelToScore(
+        name="student int4", kind="onnx", folder=str(folder), parameters=150_000, bytes=500_000
+    )
 
 
-def test_evaluate_against_an_endpoint(student: ModelToScore, test_file: Path, train_file: Path, tmp_path: Path) -> None:
+def test_evaluate_against_an_endpoint(
+    student: ModelToScore, test_file: Path, train_file: Path, tmp_path: Path
+) -> None:
     gold = {example.example_id: str(example.answer_key) for example in read_examples(test_file)}
     labels = {key: letter for key, letter in gold.items() if key != "t0"} | {"t1": "C"}
     out = tmp_path / "report"
-    rows = evaluate([student], labels, test_file, train_file, PROMPT, "student int4", out, threads=1)
+    rows = evaluate(
+        [student], labels, test_file, train_file, PROMPT, "student int4", out, threads=1
+    )
     by_name = {row.name: row for row in rows}
-    assert list(by_name) == ["gold", "majority class", "TF-IDF + logistic regression", "teacher", "student int4"]
+    assert list(by_name) == [
+        "gold",
+        "majority class",
+        "TF-IDF + logistic regression",
+        "teacher",
+        "student int4",
+    ]
     assert [row.kind for row in rows] == ["reference", "baseline", "baseline", "model", "model"]
     assert by_name["gold"].accuracy == 1
     assert by_name["majority class"].correct == 4
     assert by_name["TF-IDF + logistic regression"].correct == 12
     # t0 has no accepted label and t1 a wrong one.
     teacher = by_name["teacher"]
-    assert (teacher.correct, teacher.rows, teacher.versus_teacher, teacher.p50_ms) == (10, 12, None, None)
+    assert (teacher.correct, teacher.rows, teacher.versus_teacher, teacher.p50_ms) == (
+        10,
+        12,
+        None,
+        None,
+    )
     assert by_name["majority class"].agreement == pytest.approx(4 / 12)
     ours = by_name["student int4"]
     assert ours.versus_teacher is not None
@@ -287,7 +356,16 @@ def test_how_far_the_candidate_is_from_the_float_model_is_in_the_report(
     for precision in ("fp32", "int4"):
         candidate = student.model_copy(update={"folder": str(tiny_onnx("llama", precision))})
         out = tmp_path / precision
-        rows = evaluate([exact, candidate], {}, test_file, None, PROMPT, student.name, out, float_model="student")
+        rows = evaluate(
+            [exact, candidate],
+            {},
+            test_file,
+            None,
+            PROMPT,
+            student.name,
+            out,
+            float_model="student",
+        )
         assert [row.name for row in rows if row.departure] == [student.name]
         assert rows[-1].departure is not None
         far[precision] = rows[-1].departure.mean
@@ -296,11 +374,17 @@ def test_how_far_the_candidate_is_from_the_float_model_is_in_the_report(
     assert far["fp32"] < 1e-4 < 0.01 < far["int4"] < 0.5
 
 
-def test_answers_are_the_same_bytes_for_equal_answers(student: ModelToScore, test_file: Path, tmp_path: Path) -> None:
+def test_answers_are_the_same_bytes_for_equal_answers(
+    student: ModelToScore, test_file: Path, tmp_path: Path
+) -> None:
     teacher = student.model_copy(update={"name": "teacher"})
     for name in ("one", "two"):
-        rows = evaluate([teacher, student], "teacher", test_file, None, PROMPT, "student int4", tmp_path / name)
-    assert (tmp_path / "one/answers.jsonl").read_bytes() == (tmp_path / "two/answers.jsonl").read_bytes()
+        rows = evaluate(
+            [teacher, student], "teacher", test_file, None, PROMPT, "student int4", tmp_path / name
+        )
+    assert (tmp_path / "one/answers.jsonl").read_bytes() == (
+        tmp_path / "two/answers.jsonl"
+    ).read_bytes()
     assert [row.name for row in rows] == ["gold", "teacher", "student int4"]
     assert rows[2].agreement == 1
     assert "left out: there is no answered row" in (tmp_path / "one/scoreboard.md").read_text()
@@ -309,15 +393,21 @@ def test_answers_are_the_same_bytes_for_equal_answers(student: ModelToScore, tes
 def test_tfidf_is_left_out_where_the_options_differ(
     student: ModelToScore, test_file: Path, train_file: Path, tmp_path: Path
 ) -> None:
-    other = Example(example_id="x", question="Which?", choices=("neither", "pleased"), answer_key="A")
+    other = Example(
+        example_id="x", question="Which?", choices=("neither", "pleased"), answer_key="A"
+    )
     write_examples(train_file, [*read_examples(train_file), other])
     rows = evaluate([student], {}, test_file, train_file, PROMPT, "student int4", tmp_path / "out")
     assert [row.name for row in rows] == ["gold", "majority class", "teacher", "student int4"]
     assert rows[2].correct == 0
-    assert "TF-IDF + logistic regression is left out" in (tmp_path / "out/scoreboard.md").read_text()
+    assert (
+        "TF-IDF + logistic regression is left out" in (tmp_path / "out/scoreboard.md").read_text()
+    )
 
 
-def test_two_that_give_no_answer_do_not_agree(student: ModelToScore, test_file: Path, tmp_path: Path) -> None:
+def test_two_that_give_no_answer_do_not_agree(
+    student: ModelToScore, test_file: Path, tmp_path: Path
+) -> None:
     short = PROMPT.model_copy(update={"max_tokens": 8})
     rows = evaluate([student], {}, test_file, None, short, "student int4", tmp_path / "out")
     assert (rows[2].correct, rows[2].agreement) == (0, 0)
@@ -327,9 +417,12 @@ def test_two_that_give_no_answer_do_not_agree(student: ModelToScore, test_file: 
 
 def test_evaluate_refuses_what_can_t_be_compared(student: ModelToScore, tmp_path: Path) -> None:
     empty = write_examples(tmp_path / "empty.jsonl", [])
-    unanswered = write_examples(tmp_path / "no.jsonl", [Example(example_id="u", question="?", choices=MOODS)])
+    unanswered = write_examples(
+        tmp_path / "no.jsonl", [Example(example_id="u", question="?", choices=MOODS)]
+    )
     answered = write_examples(
-        tmp_path / "yes.jsonl", [Example(example_id="u", question="?", choices=MOODS, answer_key="A")]
+        tmp_path / "yes.jsonl",
+        [Example(example_id="u", question="?", choices=MOODS, answer_key="A")],
     )
     with pytest.raises(DataError, match="no test row"):
         evaluate([student], {}, empty, None, PROMPT, "student int4", tmp_path)
@@ -338,10 +431,20 @@ def test_evaluate_refuses_what_can_t_be_compared(student: ModelToScore, tmp_path
     with pytest.raises(ModelError, match="no model to score is named 'student'"):
         evaluate([student], {}, answered, None, PROMPT, "student", tmp_path)
     with pytest.raises(ModelError, match="two lines of the scoreboard are named 'teacher'"):
-        evaluate([student.model_copy(update={"name": "teacher"})], {}, answered, None, PROMPT, "teacher", tmp_path)
+        evaluate(
+            [student.model_copy(update={"name": "teacher"})],
+            {},
+            answered,
+            None,
+            PROMPT,
+            "teacher",
+            tmp_path,
+        )
 
 
-def score_row(name: str, correct: int, rows: int = 450, **figures: float | Interval | Departure) -> ScoreRow:
+def score_row(
+    name: str, correct: int, rows: int = 450, **figures: float | Interval | Departure
+) -> ScoreRow:
     return ScoreRow(
         name=name,
         kind="model",
@@ -359,7 +462,13 @@ def wide_rows() -> list[ScoreRow]:
     speeds = {"rows_per_second": 139.2, "p50_ms": 628.3, "p95_ms": 1441.3, "peak_mib": 12480.0}
     return [
         score_row("TF-IDF + logistic regression", 260, **worst),
-        score_row("teacher", 400, parameters=134_000_000, bytes=269_000_000, **{**speeds, "rows_per_second": 34.8}),
+        score_row(
+            "teacher",
+            400,
+            parameters=134_000_000,
+            bytes=269_000_000,
+            **{**speeds, "rows_per_second": 34.8},
+        ),
         score_row("student int4", 380, parameters=67_000_000, bytes=53_600_000, **worst, **speeds),
     ]
 
@@ -368,7 +477,16 @@ def test_the_terminal_table_fits_and_cuts_nothing() -> None:
     text = render_table(wide_rows())
     assert max(map(len, text.splitlines())) <= 120
     assert "…" not in text
-    for figure in ("0.844 [0.808, 0.875]", "[-14.9, +10.1]", "95.6 %", "67.0 M", "54 MB", "139.2", "1441.3", "12480"):
+    for figure in (
+        "0.844 [0.808, 0.875]",
+        "[-14.9, +10.1]",
+        "95.6 %",
+        "67.0 M",
+        "54 MB",
+        "139.2",
+        "1441.3",
+        "12480",
+    ):
         assert figure in text, figure
 
 
@@ -482,9 +600,11 @@ def test_the_gate_refuses_unreadable_answers(tmp_path: Path) -> None:
 
 
 def test_a_killed_parent_leaves_no_scorer(student: ModelToScore, tmp_path: Path) -> None:
-    rows = [Example(example_id=f"r{n}", question="Where is it?", choices=MOODS) for n in range(50_000)]
+    rows = [
+        Example(example_id=f"r{n}", question="Where is it?", choices=MOODS) for n in range(50_000)
+    ]
     script = (
-        "import sys\nfrom pathlib import Path\nfrom distillery.evaluation import ModelToScore, score_model\n"
+        "import sys\nfrom pathlib import Path\nfrom distillery.evaluation.scoring import ModelToScore\nfrom distillery.evaluation.scoring import score_model\n"
         "from distillery.recipe import PromptRecipe\n"
         "score_model(ModelToScore.model_validate_json(sys.argv[1]), Path(sys.argv[2]),"
         " PromptRecipe.model_validate_json(sys.argv[3]), threads=1)"

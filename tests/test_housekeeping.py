@@ -12,7 +12,6 @@ import pytest
 from azurite_server import Azurite, free_port
 
 from distillery.errors import RegistryUnavailable, StoreError
-from distillery.housekeeping import Inventory, Waste
 from distillery.records import (
     Artifact,
     EvaluationReport,
@@ -28,8 +27,9 @@ from distillery.records import (
     StudentCheckpoint,
     TeacherLabels,
 )
-from distillery.registry import LocalRegistry
-from distillery.store import ArtifactStore
+from distillery.registry.local import LocalRegistry
+from distillery.storage.artifacts import ArtifactStore
+from distillery.storage.housekeeping import Inventory, Waste
 
 MONTH = timedelta(days=30)
 OLD = 40 * 86400
@@ -55,18 +55,31 @@ def put_into(store: ArtifactStore, tmp_path: Path, content: str) -> Artifact:
     return store.put(folder)
 
 
-def outcome(recipe: str, data: Artifact, model: Artifact, registered: RegisteredModel | None = None) -> str:
+def outcome(
+    recipe: str, data: Artifact, model: Artifact, registered: RegisteredModel | None = None
+) -> str:
     """A run's record. Labels and student are what the data and the model are."""
     digest = "d" * 64
-    row = ScoreRow(name="student", kind="model", correct=1, rows=1, accuracy=1.0, interval=Interval(low=0.0, high=1.0))
+    row = ScoreRow(
+        name="student",
+        kind="model",
+        correct=1,
+        rows=1,
+        accuracy=1.0,
+        interval=Interval(low=0.0, high=1.0),
+    )
     record: Record = Outcome(
         recipe=recipe,
-        data=PreparedDataset(artifact=data, splits={"train": Split(file="train.jsonl", rows=1, sha256=digest)}),
+        data=PreparedDataset(
+            artifact=data, splits={"train": Split(file="train.jsonl", rows=1, sha256=digest)}
+        ),
         teacher=None,
         labels=TeacherLabels(artifact=data, teacher="t", accepted=1, rejected=0, soft=False),
         student=StudentCheckpoint(artifact=model, method="full", base="b", parameters=1, steps=1),
         model=OnnxModel(artifact=model, precision="int4", algorithm="rtn", parameters=1),
-        report=EvaluationReport(artifact=model, scoreboard=(row,), candidate="student", answers_sha256=digest),
+        report=EvaluationReport(
+            artifact=model, scoreboard=(row,), candidate="student", answers_sha256=digest
+        ),
         decision=GateDecision(passed=True, reason="good"),
         registered=registered,
         delivered=None,
@@ -84,7 +97,9 @@ def age(store: ArtifactStore, *prefixes: str, seconds: float = OLD) -> None:
 
 def collect(store: ArtifactStore, keep_runs: int = 3, **options: Any) -> list[Waste]:
     inventory = Inventory(store)
-    return [waste for waste in inventory.waste(MONTH, keep_runs, **options) if inventory.remove(waste)]
+    return [
+        waste for waste in inventory.waste(MONTH, keep_runs, **options) if inventory.remove(waste)
+    ]
 
 
 def names(found: list[Waste], kind: str) -> set[str]:
@@ -106,7 +121,9 @@ def test_the_newest_runs_of_each_recipe_keep_what_they_name(
     assert names(removed, "artifact") == {nobodys.sha256, models[0].sha256, models[1].sha256}
     assert names(removed, "run") == {"records/runs/demo-0.json", "records/runs/demo-1.json"}
     assert len(removed) == 5
-    assert {a.digest for a in Inventory(store).artifacts()} == {a.sha256 for a in (data, other, *models[2:])}
+    assert {a.digest for a in Inventory(store).artifacts()} == {
+        a.sha256 for a in (data, other, *models[2:])
+    }
     assert all(store.holds(artifact) for artifact in (data, other, *models[2:]))
     assert not Path(store.storage.root, nobodys.sha256).exists()
     age(store)
@@ -137,8 +154,14 @@ def test_nothing_is_removed_that_is_used_meanwhile(
     put("put")
     store.fetch(artifacts["fetch"])
     assert store.holds(artifacts["holds"])
-    assert [waste.name for waste in found if inventory.remove(waste)] == [artifacts["nothing"].sha256]
-    assert [use for use, artifact in artifacts.items() if store.holds(artifact)] == ["put", "fetch", "holds"]
+    assert [waste.name for waste in found if inventory.remove(waste)] == [
+        artifacts["nothing"].sha256
+    ]
+    assert [use for use, artifact in artifacts.items() if store.holds(artifact)] == [
+        "put",
+        "fetch",
+        "holds",
+    ]
 
 
 @pytest.fixture
@@ -148,11 +171,16 @@ def registered(tmp_path: Path, put: Callable[[str], Artifact]) -> RegisteredMode
     folder.mkdir()
     (folder / "model.onnx").write_text("weights")
     labels = TeacherLabels(artifact=put("labels"), teacher="t", accepted=1, rejected=0, soft=False)
-    return LocalRegistry().register(folder, tmp_path.name, {}, {"labels": labels.model_dump(mode="json")})
+    return LocalRegistry().register(
+        folder, tmp_path.name, {}, {"labels": labels.model_dump(mode="json")}
+    )
 
 
 def test_a_registered_model_keeps_what_it_came_from_until_it_is_deleted(
-    store: ArtifactStore, put: Callable[[str], Artifact], registered: RegisteredModel, registry_url: str
+    store: ArtifactStore,
+    put: Callable[[str], Artifact],
+    registered: RegisteredModel,
+    registry_url: str,
 ) -> None:
     from mlflow import MlflowClient
 
@@ -160,14 +188,19 @@ def test_a_registered_model_keeps_what_it_came_from_until_it_is_deleted(
     store.write_record("runs/demo-0.json", outcome("demo", data, data, registered))
     age(store)
     assert collect(store, keep_runs=0) == []
-    MlflowClient(registry_url, registry_url).delete_model_version(registered.name, registered.version)
+    MlflowClient(registry_url, registry_url).delete_model_version(
+        registered.name, registered.version
+    )
     removed = collect(store, keep_runs=0)
     assert names(removed, "artifact") == {data.sha256, labels.sha256}
     assert names(removed, "run") == {"records/runs/demo-0.json"}
 
 
 def test_a_registry_that_does_not_answer_leaves_all_as_it_is(
-    store: ArtifactStore, put: Callable[[str], Artifact], registered: RegisteredModel, monkeypatch: pytest.MonkeyPatch
+    store: ArtifactStore,
+    put: Callable[[str], Artifact],
+    registered: RegisteredModel,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     put("nobody's")
     store.write_record("runs/demo-0.json", outcome("demo", put("data"), put("data"), registered))
@@ -180,12 +213,16 @@ def test_a_registry_that_does_not_answer_leaves_all_as_it_is(
     assert store.storage.find() == before
 
 
-def test_a_record_that_is_none_leaves_all_as_it_is(store: ArtifactStore, put: Callable[[str], Artifact]) -> None:
+def test_a_record_that_is_none_leaves_all_as_it_is(
+    store: ArtifactStore, put: Callable[[str], Artifact]
+) -> None:
     put("nobody's")
     for content in ("{", "[]", '{"recipe": "demo"}'):
         store.write_record("runs/demo-0.json", content)
         age(store)
-        with pytest.raises(StoreError, match=r"records/runs/demo-0\.json: no record of a run .*; remove the file"):
+        with pytest.raises(
+            StoreError, match=r"records/runs/demo-0\.json: no record of a run .*; remove the file"
+        ):
             Inventory(store)
 
 
@@ -197,7 +234,12 @@ def test_what_was_never_finished_goes_when_it_is_old(
     (root / half.sha256 / "artifact.json").unlink()
     store.write_record("train-abc.json", "{}")
     store.save_checkpoint("train-1", tmp_path / "sources" / "whole")
-    for name in (".writing-1/files/file", f"{whole.sha256}.damaged-1/files/file", "results/.writing-2", "mine/file"):
+    for name in (
+        ".writing-1/files/file",
+        f"{whole.sha256}.damaged-1/files/file",
+        "results/.writing-2",
+        "mine/file",
+    ):
         store.write_object(name, b"content")
     assert collect(store) == []
     age(store)
@@ -209,7 +251,11 @@ def test_what_was_never_finished_goes_when_it_is_old(
         ("checkpoint", "work/train-1"),
         ("record", "records/train-abc.json"),
     }
-    assert {file.name.partition("/")[0] for file in store.storage.find()} == {whole.sha256, "records", "mine"}
+    assert {file.name.partition("/")[0] for file in store.storage.find()} == {
+        whole.sha256,
+        "records",
+        "mine",
+    }
     assert store.holds(whole)
 
 
@@ -242,7 +288,8 @@ def test_results_go_with_their_artifacts(
     store.write_object("results/young", as_prefect_keeps_it(results["gone"]))
     assert names(collect(store), "result") == {"results/gone", "results/half run"}
     assert {file.name for file in store.storage.find("results")} == {
-        f"results/{name}" for name in ("kept", "whole run", "registered", "nothing", "no JSON", "young")
+        f"results/{name}"
+        for name in ("kept", "whole run", "registered", "nothing", "no JSON", "young")
     }
 
 
@@ -270,23 +317,34 @@ def test_the_same_on_azure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     with Azurite(tmp_path / "azurite") as azurite:
         for name, value in azurite.environment.items():
             monkeypatch.setenv(name, value)
-        with ContainerClient.from_connection_string(azurite.connection_string, "distillery") as container:
+        with ContainerClient.from_connection_string(
+            azurite.connection_string, "distillery"
+        ) as container:
             container.create_container()
         store = ArtifactStore("abfs://distillery/store")
-        kept, gone, used, half = (put_into(store, tmp_path, name) for name in ("kept", "gone", "used", "half"))
+        kept, gone, used, half = (
+            put_into(store, tmp_path, name) for name in ("kept", "gone", "used", "half")
+        )
         store.write_record("runs/demo-0.json", outcome("demo", kept, kept))
         store.write_object(
             "results/gone",
             as_prefect_keeps_it(
                 OnnxModel.model_validate_json(
                     json.dumps(
-                        {"artifact": gone.model_dump(), "precision": "int4", "algorithm": "rtn", "parameters": 1}
+                        {
+                            "artifact": gone.model_dump(),
+                            "precision": "int4",
+                            "algorithm": "rtn",
+                            "parameters": 1,
+                        }
                     )
                 )
             ),
         )
         store.save_checkpoint("train-1", tmp_path / "sources" / "kept")
-        (manifest,) = (file for file in store.storage.find(half.sha256) if file.name.endswith("artifact.json"))
+        (manifest,) = (
+            file for file in store.storage.find(half.sha256) if file.name.endswith("artifact.json")
+        )
         assert store.storage.remove(manifest)
 
         inventory, later = Inventory(store), datetime.now(UTC) + timedelta(days=40)
@@ -301,8 +359,15 @@ def test_the_same_on_azure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         # A run counts on one, another is being written anew.
         store.storage.touch(f"{used.sha256}/artifact.json")
         put_into(store, tmp_path, "half")
-        assert names([waste for waste in found if not inventory.remove(waste)], "artifact") == {used.sha256}
-        assert [store.holds(artifact) for artifact in (kept, gone, used, half)] == [True, False, True, True]
+        assert names([waste for waste in found if not inventory.remove(waste)], "artifact") == {
+            used.sha256
+        }
+        assert [store.holds(artifact) for artifact in (kept, gone, used, half)] == [
+            True,
+            False,
+            True,
+            True,
+        ]
         assert {file.name.partition("/")[0] for file in store.storage.find()} == {
             kept.sha256,
             used.sha256,

@@ -13,16 +13,19 @@ import numpy as np
 import pytest
 
 from distillery.errors import DataError, ModelError
-from distillery.evaluation import ModelToScore, ScoringJob
-from distillery.inference import FailedRow, InputRow, OnnxStudent, Prediction, log_softmax, read_rows, score_file
+from distillery.evaluation.scoring import ModelToScore, ScoringJob
+from distillery.evaluation.scoring_process import score
+from distillery.inference.batch import FailedRow, InputRow, Prediction, read_rows, score_file
+from distillery.inference.onnx_student import OnnxStudent, log_softmax
 from distillery.prompts import render_ids, render_messages, text_ids
 from distillery.recipe import Columns, PromptRecipe
 from distillery.records import Example
-from distillery.scoring import score
 
 Build = Callable[..., Path]
 PROMPT = PromptRecipe()
-BAKER = Example(example_id="1", question="Where is the bread warm?", choices=("oven", "river", "cloud"))
+BAKER = Example(
+    example_id="1", question="Where is the bread warm?", choices=("oven", "river", "cloud")
+)
 
 
 def _ids(student: OnnxStudent, text: str = "Where does the baker keep the bread?") -> list[int]:
@@ -48,7 +51,9 @@ def _with_end(folder: Path, end: int, out: Path) -> OnnxStudent:
 
 
 @pytest.mark.parametrize("arch", ["llama", "phi3"])
-def test_option_probabilities_are_those_of_torch(arch: str, tiny_model: Build, tiny_onnx: Build) -> None:
+def test_option_probabilities_are_those_of_torch(
+    arch: str, tiny_model: Build, tiny_onnx: Build
+) -> None:
     student = OnnxStudent(tiny_onnx(arch), threads=1)
     ids, letters = _ids(student), student.letter_ids(5)
     expected = _torch_logprobs(tiny_model(arch), ids)
@@ -64,16 +69,18 @@ def test_option_probabilities_are_those_of_torch(arch: str, tiny_model: Build, t
 def test_text_probabilities_are_those_of_torch_whatever_was_asked_before(
     arch: str, tiny_model: Build, tiny_onnx: Build
 ) -> None:
-    from distillery import student as training
-    from distillery.losses import TrainingRow
+    from distillery.models.load import load_model, pad_id
+    from distillery.models.placement import placement
+    from distillery.training.losses import TrainingRow
+    from distillery.training.validation import option_probabilities
 
-    model, tokenizer = training.load_model(tiny_model(arch))
+    model, tokenizer = load_model(tiny_model(arch))
     student = OnnxStudent(tiny_onnx(arch), threads=1)
     ids = tuple(_ids(student))
     texts = ((7,), (8, 9, 10), (8, 4))
     row = TrainingRow(prompt=ids, texts=texts, answer=0)
-    (expected,) = training.option_probabilities(
-        model, [row], pad_id=training.pad_id(tokenizer), place=training.placement("float32")
+    (expected,) = option_probabilities(
+        model, [row], pad_id=pad_id(tokenizer), place=placement("float32")
     )
     for _ in range(2):
         assert student.text_probabilities(ids, texts) == pytest.approx(expected, abs=1e-3)
@@ -93,7 +100,9 @@ def test_a_row_is_answered_by_the_likeliest_text(tiny_onnx: Build) -> None:
     assert answer.letter == "ABC"[expected.index(max(expected))]
 
 
-def test_a_pruned_head_gives_the_same_numbers(tiny_model: Build, tiny_onnx: Build, tmp_path: Path) -> None:
+def test_a_pruned_head_gives_the_same_numbers(
+    tiny_model: Build, tiny_onnx: Build, tmp_path: Path
+) -> None:
     from onnxruntime_genai.models.builder import create_model
 
     source = str(tiny_model("llama"))
@@ -101,13 +110,17 @@ def test_a_pruned_head_gives_the_same_numbers(tiny_model: Build, tiny_onnx: Buil
     create_model("pruned", source, out, "fp32", "cpu", scratch, hf_remote=False, prune_lm_head=True)
     student, pruned = OnnxStudent(tiny_onnx("llama"), threads=1), OnnxStudent(Path(out), threads=1)
     ids = _ids(student)
-    np.testing.assert_allclose(pruned.next_token_logprobs(ids), student.next_token_logprobs(ids), atol=1e-4)
+    np.testing.assert_allclose(
+        pruned.next_token_logprobs(ids), student.next_token_logprobs(ids), atol=1e-4
+    )
     assert pruned.generate(ids, 8)[0] == student.generate(ids, 8)[0]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int4"])
 @pytest.mark.parametrize("arch", ["llama", "phi3"])
-def test_what_was_asked_before_changes_no_number(arch: str, precision: str, tiny_onnx: Build) -> None:
+def test_what_was_asked_before_changes_no_number(
+    arch: str, precision: str, tiny_onnx: Build
+) -> None:
     folder = tiny_onnx(arch, precision)
     student = OnnxStudent(folder, threads=1)
     first = _ids(student)
@@ -123,12 +136,14 @@ def test_what_was_asked_before_changes_no_number(arch: str, precision: str, tiny
     ]
     for ids in prompts:
         np.testing.assert_array_equal(
-            student.next_token_logprobs(ids), OnnxStudent(folder, threads=1).next_token_logprobs(ids)
+            student.next_token_logprobs(ids),
+            OnnxStudent(folder, threads=1).next_token_logprobs(ids),
         )
     assert student.generate(first, 30)[0] == answer
     # A prompt that goes on with an answer that was decoded token by token.
     np.testing.assert_array_equal(
-        student.next_token_logprobs(first + answer), OnnxStudent(folder, threads=1).next_token_logprobs(first + answer)
+        student.next_token_logprobs(first + answer),
+        OnnxStudent(folder, threads=1).next_token_logprobs(first + answer),
     )
 
 
@@ -143,7 +158,9 @@ def test_shared_beginnings_are_computed_once(tiny_onnx: Build) -> None:
     assert passes == [len(ids), 3]
 
 
-def test_greedy_text_is_that_of_torch_also_when_the_cache_has_grown(tiny_model: Build, tiny_onnx: Build) -> None:
+def test_greedy_text_is_that_of_torch_also_when_the_cache_has_grown(
+    tiny_model: Build, tiny_onnx: Build
+) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -159,7 +176,9 @@ def test_greedy_text_is_that_of_torch_also_when_the_cache_has_grown(tiny_model: 
     np.testing.assert_allclose(logprobs, expected.numpy(), atol=1e-3)
 
 
-def test_generation_stops_at_an_end_token_and_where_the_context_is_full(tiny_onnx: Build, tmp_path: Path) -> None:
+def test_generation_stops_at_an_end_token_and_where_the_context_is_full(
+    tiny_onnx: Build, tmp_path: Path
+) -> None:
     student = OnnxStudent(tiny_onnx("llama"), threads=1)
     ids = _ids(student)
     tokens = student.generate(ids, 20)[0]
@@ -184,12 +203,16 @@ def test_one_token_takes_one_pass(tiny_onnx: Build) -> None:
 def test_sampling_follows_seed_temperature_and_top_p(tiny_onnx: Build) -> None:
     student = OnnxStudent(tiny_onnx("llama"), threads=1)
     ids = _ids(student)
-    one, again, other = (student.generate(ids, 20, temperature=1.0, seed=seed)[0] for seed in (1, 1, 2))
+    one, again, other = (
+        student.generate(ids, 20, temperature=1.0, seed=seed)[0] for seed in (1, 1, 2)
+    )
     assert one == again != other
     greedy = student.generate(ids, 20)[0]
     assert student.generate(ids, 20, temperature=1.0, top_p=1e-9, seed=1)[0] == greedy
     assert student.generate(ids, 20, temperature=1e-12, seed=1)[0] == greedy
-    drawn = Counter(next(student.steps(ids, 1, temperature=2.0, seed=seed))[0] for seed in range(1500))
+    drawn = Counter(
+        next(student.steps(ids, 1, temperature=2.0, seed=seed))[0] for seed in range(1500)
+    )
     expected = np.exp(log_softmax(student.next_token_logprobs(ids) / 2))
     for token in np.argsort(-expected)[:3].tolist():
         # Three standard errors of a share of 1,500 draws.
@@ -202,16 +225,22 @@ def test_the_most_probable_letter_is_the_answer(tiny_onnx: Build) -> None:
     answer = student.answer(BAKER, PROMPT)
     assert list(answer.probabilities) == ["A", "B", "C"]
     assert answer.probabilities[answer.letter] == max(answer.probabilities.values())
-    with pytest.raises(DataError, match=r"^1: the prompt is longer than 9 tokens \(prompt.max_tokens\)$"):
+    with pytest.raises(
+        DataError, match=r"^1: the prompt is longer than 9 tokens \(prompt.max_tokens\)$"
+    ):
         student.answer(BAKER, PromptRecipe(max_tokens=9))
 
 
-def test_a_prompt_and_its_longest_option_fit_into_the_context(tiny_onnx: Build, tmp_path: Path) -> None:
+def test_a_prompt_and_its_longest_option_fit_into_the_context(
+    tiny_onnx: Build, tmp_path: Path
+) -> None:
     student = OnnxStudent(tiny_onnx("llama"), threads=1)
     context = student.context_length
     by_text = PromptRecipe(system="", user="{question}", answer="text", max_tokens=2 * context)
     longest = max(map(len, text_ids(BAKER, student.tokenizer)))
-    words = next(n for n in range(context) if _length(student, "a" * n, by_text) == context - longest)
+    words = next(
+        n for n in range(context) if _length(student, "a" * n, by_text) == context - longest
+    )
     fits, over = (BAKER.model_copy(update={"question": "a" * n}) for n in (words, words + 1))
     assert student.answer(fits, by_text).letter in "ABC"
     said = rf"^1: the prompt is longer than {context - longest} tokens \(the model's context\)$"
@@ -230,7 +259,9 @@ def test_a_prompt_and_its_longest_option_fit_into_the_context(tiny_onnx: Build, 
 
 
 def _length(student: OnnxStudent, question: str, prompt: PromptRecipe) -> int:
-    return len(render_ids(BAKER.model_copy(update={"question": question}), prompt, student.tokenizer) or [])
+    return len(
+        render_ids(BAKER.model_copy(update={"question": question}), prompt, student.tokenizer) or []
+    )
 
 
 @pytest.mark.parametrize(
@@ -268,7 +299,9 @@ def _adapter(source: Path, folder: Path) -> Path:
 
     torch.manual_seed(1)
     model = AutoModelForCausalLM.from_pretrained(source)
-    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+    config = peft.LoraConfig(
+        r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"
+    )
     wrapped = peft.get_peft_model(model, config)
     for name, parameter in wrapped.named_parameters():
         if "lora_B" in name:
@@ -280,11 +313,13 @@ def _adapter(source: Path, folder: Path) -> Path:
 
 @pytest.mark.slow
 def test_an_adapter_apart_is_active_unless_left_aside(tiny_model: Build, tmp_path: Path) -> None:
-    from distillery.onnx import export
+    from distillery.export.build import export
     from distillery.recipe import ExportForm
 
     source, out = tiny_model("llama"), tmp_path / "onnx"
-    export(source, _adapter(source, tmp_path), ExportForm(precision="fp32", adapter_apart=True), out)
+    export(
+        source, _adapter(source, tmp_path), ExportForm(precision="fp32", adapter_apart=True), out
+    )
     student, base = OnnxStudent(out, threads=1), OnnxStudent(out, threads=1, adapter=False)
     ids = _ids(student)
     tuned, plain = _torch_logprobs(tmp_path / "merged", ids), _torch_logprobs(source, ids)
@@ -325,7 +360,11 @@ def _write_parquet(path: Path, rows: list[dict[str, Any]]) -> None:
 
 @pytest.mark.parametrize(
     ("name", "write", "first_line"),
-    [("rows.jsonl", _write_jsonl, 1), ("rows.csv", _write_csv, 2), ("rows.parquet", _write_parquet, 1)],
+    [
+        ("rows.jsonl", _write_jsonl, 1),
+        ("rows.csv", _write_csv, 2),
+        ("rows.parquet", _write_parquet, 1),
+    ],
 )
 def test_rows_of_every_format_are_the_same(
     name: str, write: Callable[[Path, list[dict[str, Any]]], None], first_line: int, tmp_path: Path
@@ -357,7 +396,13 @@ def test_rows_need_no_answer_concept_or_id(tmp_path: Path) -> None:
 
 def test_malformed_jsonl_rows_are_set_aside_with_their_line(tmp_path: Path) -> None:
     good = json.dumps(ROWS[0]).encode()
-    bad = [b"{", b"[1]", b'{"id": "x1", "question": ""}', good.replace(b"baker", b"\xff"), b"{" * 100_000]
+    bad = [
+        b"{",
+        b"[1]",
+        b'{"id": "x1", "question": ""}',
+        good.replace(b"baker", b"\xff"),
+        b"{" * 100_000,
+    ]
     lines = [b"\xef\xbb\xbf" + good, b"", *bad, good]
     (tmp_path / "rows.jsonl").write_bytes(b"\n".join(lines))
     rows = list(read_rows(tmp_path / "rows.jsonl", Columns()))
@@ -431,16 +476,28 @@ def test_memory_stays_flat_however_long_the_file(suffix: str, tmp_path: Path) ->
 def test_a_file_is_scored_row_by_row(tiny_onnx: Build, tmp_path: Path) -> None:
     student = OnnxStudent(tiny_onnx("llama"), threads=1)
     long = {**ROWS[0], "id": "long", "question": "word " * 600}
-    _write_jsonl(tmp_path / "rows.jsonl", [ROWS[0], long, {**ROWS[0], "id": "one", "choices": ["x"]}, ROWS[2]])
-    counts = score_file(student, read_rows(tmp_path / "rows.jsonl", Columns()), PROMPT, tmp_path / "out")
+    _write_jsonl(
+        tmp_path / "rows.jsonl",
+        [ROWS[0], long, {**ROWS[0], "id": "one", "choices": ["x"]}, ROWS[2]],
+    )
+    counts = score_file(
+        student, read_rows(tmp_path / "rows.jsonl", Columns()), PROMPT, tmp_path / "out"
+    )
     assert (counts.rows, counts.failed) == (2, 2)
     lines = (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()
     predictions = [Prediction.model_validate_json(line) for line in lines]
     assert [one.example_id for one in predictions] == ["r0", "r2"]
-    rows = [row for row in read_rows(tmp_path / "rows.jsonl", Columns()) if isinstance(row, InputRow)]
+    rows = [
+        row for row in read_rows(tmp_path / "rows.jsonl", Columns()) if isinstance(row, InputRow)
+    ]
     expected = OnnxStudent(tiny_onnx("llama"), threads=1).answer(rows[0], PROMPT)
-    assert (predictions[0].answer, predictions[0].probabilities) == (expected.letter, expected.probabilities)
-    failed = [FailedRow.model_validate_json(line) for line in (tmp_path / "out" / "failed.jsonl").open()]
+    assert (predictions[0].answer, predictions[0].probabilities) == (
+        expected.letter,
+        expected.probabilities,
+    )
+    failed = [
+        FailedRow.model_validate_json(line) for line in (tmp_path / "out" / "failed.jsonl").open()
+    ]
     assert [(row.line, row.example_id) for row in failed] == [(2, "long"), (3, "one")]
     assert failed[0].reason == "the prompt is longer than 512 tokens (prompt.max_tokens)"
     assert failed[1].reason == "choices: 1 options; there must be 2 to 26"

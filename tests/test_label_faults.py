@@ -20,14 +20,15 @@ from chat_endpoint import Call, ChatEndpoint, Reply, Script, completion, good, r
 from pydantic import SecretStr
 from tenacity import wait_none
 
-from distillery import labels, pace, teacher
 from distillery.errors import BudgetReached, CredentialsError, TeacherError, TeacherUnavailable
-from distillery.label_store import LabelStore
-from distillery.labels import LabelCounts, label, request_key
+from distillery.labels.files import LabelCounts
+from distillery.labels.labelling import label
+from distillery.labels.questions import request_key
+from distillery.labels.store import LabelStore
 from distillery.prompts import render_messages
 from distillery.recipe import PromptRecipe, TeacherRecipe
 from distillery.records import Example
-from distillery.teacher import Endpoint, Sdk
+from distillery.teacher.endpoint import Endpoint, Sdk
 
 PROMPT = PromptRecipe()
 FILES = ("labels.jsonl", "rejected.jsonl", "train_data.jsonl")
@@ -35,8 +36,8 @@ FILES = ("labels.jsonl", "rejected.jsonl", "train_data.jsonl")
 
 @pytest.fixture(autouse=True)
 def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(teacher, "BACKOFF", wait_none())
-    monkeypatch.setattr(pace, "FIRST_PAUSE_S", 0.02)
+    monkeypatch.setattr("distillery.teacher.asking.BACKOFF", wait_none())
+    monkeypatch.setattr("distillery.teacher.pace.FIRST_PAUSE_S", 0.02)
 
 
 def example(number: int, **values: Any) -> Example:
@@ -70,7 +71,9 @@ async def labelled(
     endpoint = Endpoint(server.url, "gpt-test", SecretStr("key-7f3a-very-secret"), "gpt-test", sdk)
     examples = [example(number) for number in range(rows)] if isinstance(rows, int) else rows
     with LabelStore(url) as store:
-        return await label(examples, PROMPT, TeacherRecipe(**{"outage_s": 30} | recipe), endpoint, store, out)
+        return await label(
+            examples, PROMPT, TeacherRecipe(**{"outage_s": 30} | recipe), endpoint, store, out
+        )
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -126,7 +129,9 @@ def only_for(row: int, reply: Reply, others: Script = good) -> Script:
     ],
     ids=["500", "503", "408", "502 page", "dropped", "reset", "half a body", "drip", "silence"],
 )
-async def test_trouble_that_passes_costs_no_row(sdk: Sdk, url: str, tmp_path: Path, trouble: Reply) -> None:
+async def test_trouble_that_passes_costs_no_row(
+    sdk: Sdk, url: str, tmp_path: Path, trouble: Reply
+) -> None:
     with ChatEndpoint() as server:
         await labelled(server, f"{url}.calm", tmp_path / "calm")
         server.script = first_tries(trouble)
@@ -158,7 +163,9 @@ class Storms:
         return replace(good(call), delay=0.01)
 
 
-async def test_a_storm_of_429_that_says_how_long_is_waited_out_in_silence(sdk: Sdk, url: str, tmp_path: Path) -> None:
+async def test_a_storm_of_429_that_says_how_long_is_waited_out_in_silence(
+    sdk: Sdk, url: str, tmp_path: Path
+) -> None:
     storms = Storms(1.0, retry_after="1")
     with ChatEndpoint(storms) as server:
         counts = await labelled(server, url, tmp_path / "out", rows=50, sdk=sdk)
@@ -169,7 +176,9 @@ async def test_a_storm_of_429_that_says_how_long_is_waited_out_in_silence(sdk: S
         assert refusals[-1] - refusals[0] < 0.3
 
 
-async def test_a_storm_of_429_that_says_nothing_costs_no_row(sdk: Sdk, url: str, tmp_path: Path) -> None:
+async def test_a_storm_of_429_that_says_nothing_costs_no_row(
+    sdk: Sdk, url: str, tmp_path: Path
+) -> None:
     storms = Storms(0.5)
     with ChatEndpoint(storms) as server:
         counts = await labelled(server, url, tmp_path / "out", rows=50, sdk=sdk)
@@ -190,7 +199,9 @@ async def test_a_key_that_is_refused_half_way_ends_the_run_at_once(
     sdk: Sdk, url: str, tmp_path: Path, concurrency: int
 ) -> None:
     refusal = refused(401, "Incorrect API key provided")
-    with ChatEndpoint(lambda call: replace(good(call), delay=0.02) if call.number < 60 else refusal) as server:
+    with ChatEndpoint(
+        lambda call: replace(good(call), delay=0.02) if call.number < 60 else refusal
+    ) as server:
         with pytest.raises(CredentialsError, match="TEACHER_MODEL_KEY: refused by") as caught:
             await labelled(server, url, tmp_path / "1", rows=150, sdk=sdk, concurrency=concurrency)
         assert "\n" not in str(caught.value)
@@ -250,7 +261,9 @@ async def test_a_malformed_answer_is_paid_for_once(sdk: Sdk, url: str, tmp_path:
     assert reasons_in(tmp_path / "out") == {"row-19": "malformed answer: no chat completion"}
 
 
-async def test_pages_that_come_for_a_while_in_place_of_answers_cost_few_rows(url: str, tmp_path: Path) -> None:
+async def test_pages_that_come_for_a_while_in_place_of_answers_cost_few_rows(
+    url: str, tmp_path: Path
+) -> None:
     """A gateway's, say: beyond the breaker's failures no row is set aside for them."""
     page = Reply("<html>Maintenance</html>")
     with ChatEndpoint(lambda call: page if 20 <= call.number < 32 else good(call)) as server:
@@ -261,7 +274,9 @@ async def test_pages_that_come_for_a_while_in_place_of_answers_cost_few_rows(url
 
 async def test_nothing_but_pages_for_long_ends_the_run(url: str, tmp_path: Path) -> None:
     page = Reply("<html>Maintenance</html>")
-    ended = pytest.raises(TeacherUnavailable, match="has given no chat completion for 1 s; run again later")
+    ended = pytest.raises(
+        TeacherUnavailable, match="has given no chat completion for 1 s; run again later"
+    )
     with ChatEndpoint(lambda call: page if call.number >= 20 else good(call)) as server, ended:
         await labelled(server, url, tmp_path / "out", rows=60, concurrency=8, outage_s=1)
 
@@ -274,7 +289,11 @@ ODD_BESIDE = {
     "logprobs a list": changed(completion("A"), "choices", 0, "logprobs", to=[1]),
     "tokens numbers": changed(completion("A"), "choices", 0, "logprobs", to={"content": [1, None]}),
     "alternatives a number": changed(
-        completion("A"), "choices", 0, "logprobs", to={"content": [{"token": "A", "top_logprobs": 7}]}
+        completion("A"),
+        "choices",
+        0,
+        "logprobs",
+        to={"content": [{"token": "A", "top_logprobs": 7}]},
     ),
     "finish a number": changed(completion("A"), "choices", 0, "finish_reason", to=1),
     "model a list": changed(completion("A"), "model", to=[1]),
@@ -282,27 +301,37 @@ ODD_BESIDE = {
 
 
 @pytest.mark.parametrize("reply", ODD_BESIDE.values(), ids=ODD_BESIDE)
-async def test_oddities_beside_the_answer_cost_it_not(sdk: Sdk, url: str, tmp_path: Path, reply: Reply) -> None:
+async def test_oddities_beside_the_answer_cost_it_not(
+    sdk: Sdk, url: str, tmp_path: Path, reply: Reply
+) -> None:
     with ChatEndpoint(only_for(7, reply)) as server:
         counts = await labelled(server, url, tmp_path / "out", rows=20, sdk=sdk, attempts=2)
     assert (counts.accepted, counts.rejected) == (20, 0)
     assert labels_in(tmp_path / "out")["row-7"]["answer"] == "A"
 
 
-async def test_a_page_in_place_of_every_answer_ends_the_run_at_once(sdk: Sdk, url: str, tmp_path: Path) -> None:
+async def test_a_page_in_place_of_every_answer_ends_the_run_at_once(
+    sdk: Sdk, url: str, tmp_path: Path
+) -> None:
     with ChatEndpoint(lambda call: Reply("<html>Sign in to the hotel's network</html>")) as server:
         started = time.monotonic()
-        with pytest.raises(TeacherError, match="check that it is a chat-completions endpoint") as caught:
+        with pytest.raises(
+            TeacherError, match="check that it is a chat-completions endpoint"
+        ) as caught:
             await labelled(server, url, tmp_path / "out", sdk=sdk)
         assert "\n" not in str(caught.value)
         assert time.monotonic() - started < 5
     assert not (tmp_path / "out").exists()
 
 
-async def test_refusals_and_answers_outside_the_options_are_set_aside(sdk: Sdk, url: str, tmp_path: Path) -> None:
+async def test_refusals_and_answers_outside_the_options_are_set_aside(
+    sdk: Sdk, url: str, tmp_path: Path
+) -> None:
     odd = {
         2: said("I'm sorry, but I can't help with that."),
-        3: changed(completion(""), "choices", 0, "message", to={"content": None, "refusal": "I can't."}),
+        3: changed(
+            completion(""), "choices", 0, "message", to={"content": None, "refusal": "I can't."}
+        ),
         5: said("D"),
         8: said("(D) four"),
         11: said("A and C"),
@@ -325,13 +354,18 @@ async def test_options_of_one_text_are_told_apart_by_letter_alone(url: str, tmp_
     texts = ["B", "same", "B) same"]
     with ChatEndpoint(lambda call: said(texts[number_of(call)])) as server:
         await labelled(server, url, tmp_path / "out", rows=rows)
-    assert {name: row["answer"] for name, row in labels_in(tmp_path / "out").items()} == {"row-0": "B", "row-2": "B"}
+    assert {name: row["answer"] for name, row in labels_in(tmp_path / "out").items()} == {
+        "row-0": "B",
+        "row-2": "B",
+    }
     assert reasons_in(tmp_path / "out") == {"row-1": "no option, or more than one, of A to C"}
 
 
 async def test_one_request_for_orders_that_look_alike(url: str, tmp_path: Path) -> None:
     rows = [example(0, choices=("same", "same")), example(1)]
-    with ChatEndpoint(lambda call: said("ABC"[options_of(call).index("two")] if number_of(call) else "A")) as server:
+    with ChatEndpoint(
+        lambda call: said("ABC"[options_of(call).index("two")] if number_of(call) else "A")
+    ) as server:
         counts = await labelled(server, url, tmp_path / "out", rows=rows, answers={"orders": 3})
         assert len(server.calls) == counts.asked == 1 + 3
     assert labels_in(tmp_path / "out").keys() == {"row-1"}
@@ -340,12 +374,16 @@ async def test_one_request_for_orders_that_look_alike(url: str, tmp_path: Path) 
 
 @pytest.mark.parametrize("concurrency", [1, 8])
 @pytest.mark.parametrize("row", [20, 59], ids=["within", "last"])
-@pytest.mark.parametrize("trouble", [refused(500, "oh no"), Reply(drop=True)], ids=["500", "dropped"])
+@pytest.mark.parametrize(
+    "trouble", [refused(500, "oh no"), Reply(drop=True)], ids=["500", "dropped"]
+)
 async def test_a_row_on_which_the_endpoint_always_fails_is_set_aside(
     url: str, tmp_path: Path, concurrency: int, row: int, trouble: Reply
 ) -> None:
     with ChatEndpoint(only_for(row, trouble)) as server:
-        counts = await labelled(server, url, tmp_path / "out", rows=60, concurrency=concurrency, attempts=3, outage_s=2)
+        counts = await labelled(
+            server, url, tmp_path / "out", rows=60, concurrency=concurrency, attempts=3, outage_s=2
+        )
         assert (counts.accepted, counts.rejected) == (59, 1)
         assert "fails on it" in reasons_in(tmp_path / "out")[f"row-{row}"]
         assert answers_in(tmp_path) == 59, "what never came is not kept"
@@ -361,12 +399,14 @@ async def test_a_run_of_which_only_the_failing_row_is_left_ends(url: str, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("concurrency", "trouble"), [(8, refused(503, "maintenance")), (64, Reply(drop=True))], ids=["503", "dropped"]
+    ("concurrency", "trouble"),
+    [(8, refused(503, "maintenance")), (64, Reply(drop=True))],
+    ids=["503", "dropped"],
 )
 async def test_an_outage_is_waited_out_with_few_requests(
     url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, concurrency: int, trouble: Reply
 ) -> None:
-    monkeypatch.setattr(pace, "FIRST_PAUSE_S", 0.1)
+    monkeypatch.setattr("distillery.teacher.pace.FIRST_PAUSE_S", 0.1)
     down: list[float] = []
 
     def script(call: Call) -> Reply:
@@ -382,7 +422,9 @@ async def test_an_outage_is_waited_out_with_few_requests(
         back = min(call.at for call in server.calls if call.at >= down[0] + 3) - down[0]
     print(f"{len(during)} requests in 3 s of outage, the next {back:.1f} s after its start")
     assert len(during) <= 2 * concurrency + 20
-    assert back < 3 + 3.2 * 1.25 + 1, "the pauses double: that it is back is seen within as long as it was away"
+    assert back < 3 + 3.2 * 1.25 + 1, (
+        "the pauses double: that it is back is seen within as long as it was away"
+    )
 
 
 @pytest.mark.parametrize("attempts", [1, 2])
@@ -393,16 +435,22 @@ async def test_no_row_is_set_aside_for_an_outage(url: str, tmp_path: Path, attem
     def script(call: Call) -> Reply:
         if call.number == 40:
             down.append(call.at)
-        return Reply(drop=True) if down and call.at < down[0] + 1 else replace(good(call), delay=0.02)
+        return (
+            Reply(drop=True) if down and call.at < down[0] + 1 else replace(good(call), delay=0.02)
+        )
 
     with ChatEndpoint(script) as server:
         counts = await labelled(server, url, tmp_path / "out", rows=44, attempts=attempts)
     assert (counts.accepted, counts.rejected) == (44, 0)
 
 
-async def test_each_call_has_its_tries_where_no_outage_is_waited_for(sdk: Sdk, url: str, tmp_path: Path) -> None:
+async def test_each_call_has_its_tries_where_no_outage_is_waited_for(
+    sdk: Sdk, url: str, tmp_path: Path
+) -> None:
     with ChatEndpoint(first_tries(refused(500, "oh no"), times=2)) as server:
-        counts = await labelled(server, url, tmp_path / "out", rows=3, sdk=sdk, attempts=3, outage_s=0, concurrency=1)
+        counts = await labelled(
+            server, url, tmp_path / "out", rows=3, sdk=sdk, attempts=3, outage_s=0, concurrency=1
+        )
     assert (counts.accepted, counts.asked) == (3, 3)
 
 
@@ -414,7 +462,15 @@ async def test_an_endpoint_that_stays_away_ends_the_run_after_its_outage_s(
     script = lambda call: replace(good(call), delay=0.02) if call.number < 70 else Reply(drop=True)  # noqa: E731
     with ChatEndpoint(script) as server:
         with pytest.raises(TeacherUnavailable, match="can't be reached"):
-            await labelled(server, url, tmp_path / "out", rows=200, sdk=sdk, outage_s=1, concurrency=concurrency)
+            await labelled(
+                server,
+                url,
+                tmp_path / "out",
+                rows=200,
+                sdk=sdk,
+                outage_s=1,
+                concurrency=concurrency,
+            )
         ended = time.monotonic()
         down_at = server.calls[70].at
     assert 1 <= ended - down_at < 5
@@ -441,7 +497,7 @@ async def test_a_copy_of_a_row_that_is_under_way_is_not_asked_again(
     url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The copy is looked up while the row is asked, and opened when its answer has come and the row is written."""
-    monkeypatch.setattr(labels, "_LOOKUP_ROWS", 100)
+    monkeypatch.setattr("distillery.labels.labelling._LOOKUP_ROWS", 100)
     looked_up = LabelStore.get_many
     rows = [example(number % 100, example_id=f"row-{number}") for number in range(110)]
 
@@ -462,7 +518,9 @@ def counted(call: Call) -> Reply:
     """A good answer that took as many tokens as its characters suggest."""
     body = completion("ABC"[number_of(call) % 3])
     characters = sum(len(message["content"]) for message in call.body["messages"])
-    return Reply({**body, "usage": {"prompt_tokens": characters // 4, "completion_tokens": 1}}, delay=0.01)
+    return Reply(
+        {**body, "usage": {"prompt_tokens": characters // 4, "completion_tokens": 1}}, delay=0.01
+    )
 
 
 async def until_done(
@@ -483,10 +541,14 @@ async def until_done(
 
 
 @pytest.mark.parametrize("concurrency", [1, 8, 64])
-async def test_a_cap_on_calls_is_kept_by_the_endpoints_own_count(url: str, tmp_path: Path, concurrency: int) -> None:
+async def test_a_cap_on_calls_is_kept_by_the_endpoints_own_count(
+    url: str, tmp_path: Path, concurrency: int
+) -> None:
     """Tries that fail count too; what was answered is kept, and the next run goes on from there."""
     flaky = first_tries(refused(500, "oh no"))
-    with ChatEndpoint(lambda call: flaky(call) if number_of(call) % 10 == 0 else counted(call)) as server:
+    with ChatEndpoint(
+        lambda call: flaky(call) if number_of(call) % 10 == 0 else counted(call)
+    ) as server:
         settings = {"concurrency": concurrency, "budget": {"calls": 30}}
 
         async def run(number: int) -> LabelCounts:
@@ -498,7 +560,10 @@ async def test_a_cap_on_calls_is_kept_by_the_endpoints_own_count(url: str, tmp_p
         counts, calls, ends = await until_done(run, server)
     assert [len(run) for run in calls] == [30, 30, 30, 20]
     assert all(end.startswith("teacher.budget.calls: 30 of 30 spent in this run") for end in ends)
-    assert (counts.accepted, set(Counter(question for question, _ in server.answered).values())) == (100, {1})
+    assert (
+        counts.accepted,
+        set(Counter(question for question, _ in server.answered).values()),
+    ) == (100, {1})
     assert not (tmp_path / "0").exists()
 
 
@@ -530,7 +595,9 @@ async def test_an_endpoint_that_counts_no_tokens_does_not_pass_a_cap_on_them(
 ) -> None:
     with ChatEndpoint(lambda call: changed(completion("A"), "usage", to=None)) as server:
         with pytest.raises(BudgetReached, match=r"teacher\.budget\.tokens"):
-            await labelled(server, url, tmp_path / "out", rows=100, sdk=sdk, budget={"tokens": 3000})
+            await labelled(
+                server, url, tmp_path / "out", rows=100, sdk=sdk, budget={"tokens": 3000}
+            )
         characters = sum(len(message["content"]) for message in server.calls[0].body["messages"])
         assert len(server.calls) <= 3000 / (characters / 4)
 
@@ -546,13 +613,17 @@ async def test_a_cap_holds_for_texts_that_take_more_tokens_than_those_before(
         return len(text.replace(sign, "")) // 4 + text.count(sign)
 
     def script(call: Call) -> Reply:
-        return Reply({**completion("A"), "usage": {"prompt_tokens": in_tokens(call), "completion_tokens": 1}})
+        return Reply(
+            {**completion("A"), "usage": {"prompt_tokens": in_tokens(call), "completion_tokens": 1}}
+        )
 
     texts = [f"What comes after {number}? {sign * 900 * (number >= 10)}" for number in range(20)]
     rows = [example(number, question=text) for number, text in enumerate(texts)]
     with ChatEndpoint(script) as server:
         with pytest.raises(BudgetReached):
-            await labelled(server, url, tmp_path / "out", rows=rows, budget={"tokens": 3000}, concurrency=4)
+            await labelled(
+                server, url, tmp_path / "out", rows=rows, budget={"tokens": 3000}, concurrency=4
+            )
         assert 500 < sum(in_tokens(call) + 1 for call in server.calls) <= 3000
 
 
@@ -570,14 +641,20 @@ async def test_votes_are_asked_one_by_one_and_their_shares_are_the_distribution(
 
     def script(call: Call) -> Reply:
         drawn[call.question] += 1
-        return said("BBBAC"[drawn[call.question] - 1] if number_of(call) else "AABBC"[drawn[call.question] - 1])
+        return said(
+            "BBBAC"[drawn[call.question] - 1]
+            if number_of(call)
+            else "AABBC"[drawn[call.question] - 1]
+        )
 
     settings = {"temperature": 1.0, "answers": {"votes": 5}, "soft_labels": True, "sdk": sdk}
     with ChatEndpoint(script) as server:
         counts = await labelled(server, url, tmp_path / "1", rows=10, **settings)
         again = await labelled(server, url, tmp_path / "2", rows=10, **settings)
         assert set(drawn.values()) == {5}
-        assert all(call.body["temperature"] == 1.0 and "logprobs" not in call.body for call in server.calls)
+        assert all(
+            call.body["temperature"] == 1.0 and "logprobs" not in call.body for call in server.calls
+        )
         assert (counts.asked, again.asked) == (50, 0)
         # Which replies are the first three's is a matter of timing: some rows may have no majority among them.
         fewer = settings | {"answers": {"votes": 3}, "filters": {"minimum_accepted": 0}}
@@ -591,7 +668,9 @@ async def test_votes_are_asked_one_by_one_and_their_shares_are_the_distribution(
     assert read_all(tmp_path / "1") == read_all(tmp_path / "2")
 
 
-async def test_hard_labels_of_votes_have_a_confidence_and_no_distribution(url: str, tmp_path: Path) -> None:
+async def test_hard_labels_of_votes_have_a_confidence_and_no_distribution(
+    url: str, tmp_path: Path
+) -> None:
     drawn = Counter[str]()
 
     def script(call: Call) -> Reply:
@@ -610,7 +689,9 @@ async def test_a_majority_of_votes_must_be_answers(url: str, tmp_path: Path) -> 
 
     def script(call: Call) -> Reply:
         drawn[call.question] += 1
-        return said((["B", "well", "hm"] if number_of(call) else ["B", "B", "hm"])[drawn[call.question] - 1])
+        return said(
+            (["B", "well", "hm"] if number_of(call) else ["B", "B", "hm"])[drawn[call.question] - 1]
+        )
 
     with ChatEndpoint(script) as server:
         await labelled(server, url, tmp_path / "out", rows=2, temperature=0.7, answers={"votes": 3})
@@ -618,14 +699,18 @@ async def test_a_majority_of_votes_must_be_answers(url: str, tmp_path: Path) -> 
     assert reasons_in(tmp_path / "out") == {"row-1": "no option, or more than one, of A to C"}
 
 
-async def test_in_every_order_the_answer_is_the_same_option(sdk: Sdk, url: str, tmp_path: Path) -> None:
+async def test_in_every_order_the_answer_is_the_same_option(
+    sdk: Sdk, url: str, tmp_path: Path
+) -> None:
     def script(call: Call) -> Reply:
         letter = "ABC"[options_of(call).index("two")]
         top = {letter: 0.8, **{other: 0.1 for other in "ABC" if other != letter}}
         return said(letter, top=top)
 
     with ChatEndpoint(script) as server:
-        counts = await labelled(server, url, tmp_path / "out", rows=4, sdk=sdk, soft_labels=True, answers={"orders": 3})
+        counts = await labelled(
+            server, url, tmp_path / "out", rows=4, sdk=sdk, soft_labels=True, answers={"orders": 3}
+        )
         shown = {tuple(options_of(call)) for call in server.calls}
     assert counts.asked == 12
     assert shown == {("one", "two", "three"), ("two", "three", "one"), ("three", "one", "two")}
@@ -637,10 +722,14 @@ async def test_in_every_order_the_answer_is_the_same_option(sdk: Sdk, url: str, 
 
 
 @pytest.mark.parametrize("soft", [False, True])
-async def test_a_teacher_that_leans_to_a_place_gives_no_majority(url: str, tmp_path: Path, soft: bool) -> None:
+async def test_a_teacher_that_leans_to_a_place_gives_no_majority(
+    url: str, tmp_path: Path, soft: bool
+) -> None:
     always = said("A", top={"A": 0.9, "B": 0.06, "C": 0.04} if soft else None)
     with ChatEndpoint(lambda call: always) as server, pytest.raises(TeacherError) as caught:
-        await labelled(server, url, tmp_path / "out", rows=5, soft_labels=soft, answers={"orders": 3})
+        await labelled(
+            server, url, tmp_path / "out", rows=5, soft_labels=soft, answers={"orders": 3}
+        )
     assert "no majority among its 3 answers (5 rows)" in str(caught.value)
 
 
@@ -669,21 +758,35 @@ def in_tokens(tokens: dict[str, dict[str, float] | None]) -> Reply:
     blank = body["choices"][0]["logprobs"]["content"][0] | {"top_logprobs": []}
     listed = []
     for token, top in tokens.items():
-        pairs = completion("x", top=top or {token: 1.0})["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+        pairs = completion("x", top=top or {token: 1.0})["choices"][0]["logprobs"]["content"][0][
+            "top_logprobs"
+        ]
         listed.append(blank | {"token": token, "top_logprobs": pairs})
     body["choices"][0]["logprobs"]["content"] = listed
     return Reply(body)
 
 
 async def test_json_is_asked_for_by_schema_and_read(sdk: Sdk, url: str, tmp_path: Path) -> None:
-    answer = in_tokens({'{"': None, "answer": None, '":"': None, "B": {"B": 0.7, '"B': 0.1, "A": 0.2}, '"}': None})
+    answer = in_tokens(
+        {'{"': None, "answer": None, '":"': None, "B": {"B": 0.7, '"B': 0.1, "A": 0.2}, '"}': None}
+    )
     with ChatEndpoint(lambda call: answer) as server:
-        await labelled(server, url, tmp_path / "out", rows=3, sdk=sdk, soft_labels=True, answers={"form": "json"})
+        await labelled(
+            server,
+            url,
+            tmp_path / "out",
+            rows=3,
+            sdk=sdk,
+            soft_labels=True,
+            answers={"form": "json"},
+        )
         (form,) = {json.dumps(call.body["response_format"]) for call in server.calls}
     schema = json.loads(form)
     assert schema["type"] == "json_schema"
     assert schema["json_schema"]["strict"] is True
-    assert schema["json_schema"]["schema"]["properties"] == {"answer": {"type": "string", "enum": ["A", "B", "C"]}}
+    assert schema["json_schema"]["schema"]["properties"] == {
+        "answer": {"type": "string", "enum": ["A", "B", "C"]}
+    }
     for row in read(tmp_path / "out" / "labels.jsonl"):
         assert row["answer"] == "B"
         assert row["distribution"]["B"] == pytest.approx(0.8, abs=0.01)
@@ -703,12 +806,16 @@ async def test_an_endpoint_that_takes_no_schema_is_asked_without(
 ) -> None:
     script = lambda call: refusal if "response_format" in call.body else good(call)  # noqa: E731
     with ChatEndpoint(script) as server:
-        counts = await labelled(server, url, tmp_path / "out", rows=40, sdk=sdk, answers={"form": "json"})
+        counts = await labelled(
+            server, url, tmp_path / "out", rows=40, sdk=sdk, answers={"form": "json"}
+        )
         assert sum("response_format" in call.body for call in server.calls) <= 8
     assert (counts.accepted, counts.asked) == (40, 40)
 
 
-async def test_a_rationale_is_asked_for_and_kept_beside_the_label(sdk: Sdk, url: str, tmp_path: Path) -> None:
+async def test_a_rationale_is_asked_for_and_kept_beside_the_label(
+    sdk: Sdk, url: str, tmp_path: Path
+) -> None:
     reply = in_tokens(
         {
             "A": {"A": 0.99, "B": 0.01},
@@ -718,7 +825,12 @@ async def test_a_rationale_is_asked_for_and_kept_beside_the_label(sdk: Sdk, url:
         }
     )
     with ChatEndpoint(lambda call: reply) as server:
-        settings = {"soft_labels": True, "max_tokens": 300, "answers": {"form": "rationale"}, "sdk": sdk}
+        settings = {
+            "soft_labels": True,
+            "max_tokens": 300,
+            "answers": {"form": "rationale"},
+            "sdk": sdk,
+        }
         await labelled(server, url, tmp_path / "out", rows=3, **settings)
         asked = server.calls[0].question
     question = render_messages(example(number_of(server.calls[0])), PROMPT)[-1]["content"]
@@ -751,7 +863,9 @@ async def test_a_rationale_that_was_cut_off_is_set_aside(url: str, tmp_path: Pat
         cut = said(text, finish_reason="length")
         with ChatEndpoint(only_for(3, cut, lambda call: said("It is.\nAnswer: C"))) as server:
             out = tmp_path / str(len(text))
-            await labelled(server, f"{url}{len(text)}", out, max_tokens=60, answers={"form": "rationale"})
+            await labelled(
+                server, f"{url}{len(text)}", out, max_tokens=60, answers={"form": "rationale"}
+            )
         assert reasons_in(out) == {"row-3": "no answer within teacher.max_tokens (60)"}
 
 
@@ -761,23 +875,35 @@ async def test_labels_below_the_confidence_are_set_aside(url: str, tmp_path: Pat
         return said("A", top={"A": sure, "B": (1 - sure) * 0.6, "C": (1 - sure) * 0.4})
 
     with ChatEndpoint(script) as server:
-        counts = await labelled(server, url, tmp_path / "out", rows=10, soft_labels=True, filters={"confidence": 0.72})
-        again = await labelled(server, url, tmp_path / "2", rows=10, soft_labels=True, filters={"confidence": 0.52})
+        counts = await labelled(
+            server, url, tmp_path / "out", rows=10, soft_labels=True, filters={"confidence": 0.72}
+        )
+        again = await labelled(
+            server, url, tmp_path / "2", rows=10, soft_labels=True, filters={"confidence": 0.52}
+        )
     assert (counts.accepted, counts.rejected, again.accepted, again.asked) == (5, 5, 9, 0)
-    assert set(reasons_in(tmp_path / "out").values()) == {"confidence below teacher.filters.confidence (0.72)"}
+    assert set(reasons_in(tmp_path / "out").values()) == {
+        "confidence below teacher.filters.confidence (0.72)"
+    }
     assert labels_in(tmp_path / "out").keys() == {f"row-{number}" for number in range(5, 10)}
 
 
 async def test_a_label_without_a_confidence_is_below_any(url: str, tmp_path: Path) -> None:
     reply = in_tokens({"?": {"?": 0.9, "!": 0.1}})
     reply.body["choices"][0]["message"]["content"] = "A"
-    no_confidence = pytest.raises(TeacherError, match=r"no confidence is known \(teacher.filters.conf")
+    no_confidence = pytest.raises(
+        TeacherError, match=r"no confidence is known \(teacher.filters.conf"
+    )
     with ChatEndpoint(lambda call: reply) as server, no_confidence:
-        await labelled(server, url, tmp_path / "out", filters={"confidence": 0.5}, rows=3, soft_labels=True)
+        await labelled(
+            server, url, tmp_path / "out", filters={"confidence": 0.5}, rows=3, soft_labels=True
+        )
 
 
 @pytest.mark.parametrize("token", ["(A", '"A"', 'A"}', " A.", "**A"])
-async def test_probabilities_at_a_letter_with_marks_around_it_are_taken(url: str, tmp_path: Path, token: str) -> None:
+async def test_probabilities_at_a_letter_with_marks_around_it_are_taken(
+    url: str, tmp_path: Path, token: str
+) -> None:
     reply = in_tokens({token: {token: 0.7, "B": 0.2, "C": 0.1}})
     reply.body["choices"][0]["message"]["content"] = "A"
     with ChatEndpoint(lambda call: reply) as server:
@@ -799,7 +925,10 @@ async def test_soft_labels_that_none_has_end_the_run(url: str, tmp_path: Path) -
 
 
 async def test_text_that_a_database_can_not_hold_loses_no_answer(url: str, tmp_path: Path) -> None:
-    rows = [example(number, example_id=f"row\0{number}", question=f"What comes after {number}?\0") for number in (1, 2)]
+    rows = [
+        example(number, example_id=f"row\0{number}", question=f"What comes after {number}?\0")
+        for number in (1, 2)
+    ]
     with ChatEndpoint() as server:
         await labelled(server, url, tmp_path / "out", rows=rows)
         again = await labelled(server, url, tmp_path / "2", rows=rows)
@@ -811,13 +940,25 @@ async def test_text_that_a_database_can_not_hold_loses_no_answer(url: str, tmp_p
 
 
 async def test_labels_that_gold_contradicts_are_set_aside(url: str, tmp_path: Path) -> None:
-    rows = [example(0), example(1, answer_key="B"), example(2, answer_key=None), example(3, answer_key="C")]
+    rows = [
+        example(0),
+        example(1, answer_key="B"),
+        example(2, answer_key=None),
+        example(3, answer_key="C"),
+    ]
     with ChatEndpoint(lambda call: said("B")) as server:
-        await labelled(server, url, tmp_path / "out", rows=rows, filters={"agreement_with_gold": True})
+        await labelled(
+            server, url, tmp_path / "out", rows=rows, filters={"agreement_with_gold": True}
+        )
         await labelled(server, url, tmp_path / "all", rows=rows)
-    assert reasons_in(tmp_path / "out") == {"row-0": "gold says otherwise", "row-3": "gold says otherwise"}
+    assert reasons_in(tmp_path / "out") == {
+        "row-0": "gold says otherwise",
+        "row-3": "gold says otherwise",
+    }
     report = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert (report["gold_rows"], report["right"]) == (3, 1), "what was filtered tells of the teacher too"
+    assert (report["gold_rows"], report["right"]) == (3, 1), (
+        "what was filtered tells of the teacher too"
+    )
     assert report["letters"] == {"B": 2}
     assert len(labels_in(tmp_path / "all")) == 4
 
@@ -830,10 +971,14 @@ async def test_balance_keeps_the_surest_of_each_letter(url: str, tmp_path: Path)
         letter = "A" if number < 10 else "BC"[number % 2]
         sure = 0.5 + number * 0.03
         others = [other for other in "ABC" if other != letter]
-        return said(letter, top={letter: sure, others[0]: (1 - sure) * 0.6, others[1]: (1 - sure) * 0.4})
+        return said(
+            letter, top={letter: sure, others[0]: (1 - sure) * 0.6, others[1]: (1 - sure) * 0.4}
+        )
 
     with ChatEndpoint(script) as server:
-        counts = await labelled(server, url, tmp_path / "out", rows=16, soft_labels=True, filters={"balance": 1.5})
+        counts = await labelled(
+            server, url, tmp_path / "out", rows=16, soft_labels=True, filters={"balance": 1.5}
+        )
     kept = labels_in(tmp_path / "out")
     assert Counter(row["answer"] for row in kept.values()) == {"A": 4, "B": 3, "C": 3}
     assert list(kept) == [f"row-{number}" for number in range(6, 16)]
@@ -847,9 +992,16 @@ async def test_balance_keeps_the_surest_of_each_letter(url: str, tmp_path: Path)
 
 
 async def test_a_run_that_yields_too_few_labels_is_stopped_early(url: str, tmp_path: Path) -> None:
-    with ChatEndpoint(lambda call: said("as an AI") if number_of(call) % 3 else good(call)) as server:
-        with pytest.raises(TeacherError, match=r"of 1\d\d rows have a label, and teacher\.filters\.minimum_accepted"):
-            await labelled(server, url, tmp_path / "1", rows=1000, filters={"minimum_accepted": 0.5})
+    with ChatEndpoint(
+        lambda call: said("as an AI") if number_of(call) % 3 else good(call)
+    ) as server:
+        with pytest.raises(
+            TeacherError,
+            match=r"of 1\d\d rows have a label, and teacher\.filters\.minimum_accepted",
+        ):
+            await labelled(
+                server, url, tmp_path / "1", rows=1000, filters={"minimum_accepted": 0.5}
+            )
         assert len(server.calls) < 150
         counts = await labelled(
             server, url, tmp_path / "2", rows=300, filters={"minimum_accepted": 0.3}, concurrency=32
@@ -862,11 +1014,11 @@ RUN = """
 import asyncio, sys
 from pathlib import Path
 from pydantic import SecretStr
-from distillery.label_store import LabelStore
-from distillery.labels import label
+from distillery.labels.store import LabelStore
+from distillery.labels.labelling import label
 from distillery.recipe import PromptRecipe, TeacherRecipe
 from distillery.records import Example
-from distillery.teacher import Endpoint
+from distillery.teacher.endpoint import Endpoint
 server, database, rows, out = sys.argv[1:]
 with open(rows) as lines:
     examples = [Example.model_validate_json(line) for line in lines]
@@ -879,7 +1031,9 @@ with LabelStore(database) as store:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_run_that_is_killed_twenty_times_asks_nothing_twice_that_was_stored(url: str, tmp_path: Path) -> None:
+def test_a_run_that_is_killed_twenty_times_asks_nothing_twice_that_was_stored(
+    url: str, tmp_path: Path
+) -> None:
     rows, chance = 2000, random.Random(11)
     examples = [example(number) for number in range(rows)]
     (tmp_path / "rows").write_text("".join(row.model_dump_json() + "\n" for row in examples))
@@ -897,7 +1051,9 @@ def test_a_run_that_is_killed_twenty_times_asks_nothing_twice_that_was_stored(ur
 
         for stop in stops:
             with started("out") as process:
-                while len(kept_by) + len(server.answered) - before < stop and process.poll() is None:
+                while (
+                    len(kept_by) + len(server.answered) - before < stop and process.poll() is None
+                ):
                     time.sleep(chance.uniform(0, 0.01))
                 assert process.poll() is None
                 process.kill()
@@ -906,14 +1062,18 @@ def test_a_run_that_is_killed_twenty_times_asks_nothing_twice_that_was_stored(ur
             with LabelStore(url) as store:
                 kept = store.get_many(keys.values()).keys()
             # 100 ms is the promise; as much again for the way from this process to that one on a busy machine.
-            due = {keys[question] for question, at in server.answered[before:] if at < killed_at - 0.2}
+            due = {
+                keys[question] for question, at in server.answered[before:] if at < killed_at - 0.2
+            }
             assert due <= kept
             assert kept >= kept_by.keys()
             kept_by |= {key: time.monotonic() for key in kept - kept_by.keys()}
             before = len(server.answered)
         with started("out") as process:
             assert process.wait() == 0
-        asked_again = [call for call in server.calls if call.at > kept_by.get(keys[call.question], call.at)]
+        asked_again = [
+            call for call in server.calls if call.at > kept_by.get(keys[call.question], call.at)
+        ]
         assert asked_again == []
         assert {keys[call.question] for call in server.calls} == set(keys.values())
         print(f"{len(server.calls)} requests for {rows} rows in {len(stops) + 1} runs")
@@ -929,12 +1089,13 @@ MANY = """
 import asyncio, re, sys, time
 from pathlib import Path
 from pydantic import SecretStr
-from distillery.label_store import LabelStore
-from distillery.labels import label
-from distillery.quote import quote
+from distillery.labels.store import LabelStore
+from distillery.labels.labelling import label
+from distillery.labels.quote import quote
 from distillery.recipe import PromptRecipe, TeacherRecipe
 from distillery.records import Example, Usage
-from distillery.teacher import Completion, Endpoint
+from distillery.teacher.reply import Completion
+from distillery.teacher.endpoint import Endpoint
 database, out, rows = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
 class Stub:
     async def ask(self, messages, letters):
@@ -967,7 +1128,9 @@ def test_memory_does_not_grow_with_the_rows(tmp_path: Path) -> None:
     peaks = {}
     for rows in (most // 10, most):
         arguments = [f"sqlite:///{tmp_path / f'{rows}.db'}", str(tmp_path / f"{rows}"), str(rows)]
-        done = subprocess.run([sys.executable, "-c", MANY, *arguments], capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, "-c", MANY, *arguments], capture_output=True, text=True, check=True
+        )
         rate, peaks[rows] = map(float, done.stdout.split())
         print(f"{rows} rows: {rate:.0f} rows a second, {peaks[rows]:.0f} MiB at most")
     assert peaks[most] <= 1.2 * peaks[most // 10]

@@ -19,14 +19,13 @@ from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import create_engine
 
-from distillery import label_store
-from distillery.database import METADATA, SCHEMA, VERSION_TABLE
 from distillery.errors import DataError, StoreError, StoreUnavailable
-from distillery.label_store import Experience, LabelStore, StoredAnswer
-from distillery.labels import questions
-from distillery.leases import Leases
+from distillery.labels.questions import questions
+from distillery.labels.store import Experience, LabelStore, StoredAnswer
 from distillery.recipe import PromptRecipe, TeacherRecipe
 from distillery.records import Example
+from distillery.storage.database import METADATA, SCHEMA, VERSION_TABLE
+from distillery.storage.leases import Leases
 
 
 @pytest.fixture
@@ -77,7 +76,9 @@ def all_in(store: LabelStore) -> dict[str, StoredAnswer]:
 
 def times_in(path: Path) -> list[tuple[str, str]]:
     with sqlite3.connect(path) as database:
-        found = database.execute("SELECT request_key, created_at FROM teacher_answers ORDER BY 1").fetchall()
+        found = database.execute(
+            "SELECT request_key, created_at FROM teacher_answers ORDER BY 1"
+        ).fetchall()
     database.close()
     return found
 
@@ -106,7 +107,10 @@ def test_a_loaded_answer_changes_none_that_is_there(store: LabelStore, tmp_path:
 def test_one_teachers_answers_are_exported_alone(store: LabelStore, tmp_path: Path) -> None:
     assert filled(store).export(tmp_path / "answers.parquet", teacher="sha256:1") == 1
     (row,) = pq.read_table(tmp_path / "answers.parquet").to_pylist()
-    assert (row["teacher"], row["distribution"]) == ("sha256:1", '{"A": 0.30000000000000004, "B": 0.7}')
+    assert (row["teacher"], row["distribution"]) == (
+        "sha256:1",
+        '{"A": 0.30000000000000004, "B": 0.7}',
+    )
     assert store.export(tmp_path / "none.parquet", teacher="nobody") == 0
 
 
@@ -115,8 +119,10 @@ def test_no_answers_are_exported_and_loaded_too(store: LabelStore, tmp_path: Pat
     assert store.load(tmp_path / "answers.parquet") == 0
 
 
-def test_more_answers_than_a_page(store: LabelStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(label_store, "_EXPORT_ROWS", 7)
+def test_more_answers_than_a_page(
+    store: LabelStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("distillery.labels.store._EXPORT_ROWS", 7)
     filled(store, [stored(number) for number in range(50)])
     assert store.export(tmp_path / "answers.parquet") == 50
     with LabelStore(f"sqlite:///{tmp_path / 'other.db'}") as other:
@@ -129,7 +135,10 @@ def test_an_export_that_fails_leaves_the_old_file(
 ) -> None:
     file = tmp_path / "answers.parquet"
     file.write_text("old")
-    monkeypatch.setattr(label_store, "_with_distribution", lambda row, how: {**row, "prompt_tokens": "many"})
+    monkeypatch.setattr(
+        "distillery.labels.store._with_distribution",
+        lambda row, how: {**row, "prompt_tokens": "many"},
+    )
     with pytest.raises(pa.ArrowException):
         filled(store).export(file)
     assert file.read_text() == "old"
@@ -194,7 +203,9 @@ def test_as_many_rows_as_a_list_holds_are_deleted(store: LabelStore) -> None:
         ("\\", {7}),
     ],
 )
-def test_answers_are_deleted_by_text_in_prompt_or_answer(store: LabelStore, text: str, gone: set[int]) -> None:
+def test_answers_are_deleted_by_text_in_prompt_or_answer(
+    store: LabelStore, text: str, gone: set[int]
+) -> None:
     filled(
         store,
         [
@@ -216,7 +227,10 @@ def test_answers_are_deleted_by_text_in_prompt_or_answer(store: LabelStore, text
 
 def test_what_is_deleted_is_not_in_the_files_any_more(tmp_path: Path) -> None:
     with LabelStore(f"sqlite:///{tmp_path / 'labels.db'}") as store:
-        filled(store, [stored(number, prompt=f"who is Ada Lovelace? {number}") for number in range(200)])
+        filled(
+            store,
+            [stored(number, prompt=f"who is Ada Lovelace? {number}") for number in range(200)],
+        )
         assert any(b"Lovelace" in file.read_bytes() for file in tmp_path.iterdir())
         assert store.delete(containing=["Lovelace"]) == 200
         assert [file.name for file in tmp_path.iterdir() if b"Lovelace" in file.read_bytes()] == []
@@ -234,7 +248,9 @@ def test_several_wishes_at_once_delete_what_any_names(store: LabelStore) -> None
     assert [answer.example_id for answer in all_in(store).values()] == ["row-2"]
 
 
-@pytest.mark.parametrize("wish", [{}, {"rows": []}, {"containing": []}, {"containing": [""]}, {"rows": [""]}])
+@pytest.mark.parametrize(
+    "wish", [{}, {"rows": []}, {"containing": []}, {"containing": [""]}, {"rows": [""]}]
+)
 def test_no_wish_deletes_nothing(store: LabelStore, wish: dict[str, Any]) -> None:
     filled(store, [stored(1), stored(2)])
     assert store.delete(**wish) == 0
@@ -265,7 +281,9 @@ def test_what_a_teachers_answers_tell_of_the_next(store: LabelStore) -> None:
 
 def test_the_last_thousand_answers_tell(store: LabelStore) -> None:
     filled(store, [stored(number, prompt="x" * 10, prompt_tokens=100) for number in range(600)])
-    filled(store, [stored(number, prompt="x" * 10, prompt_tokens=10) for number in range(600, 1600)])
+    filled(
+        store, [stored(number, prompt="x" * 10, prompt_tokens=10) for number in range(600, 1600)]
+    )
     experience = store.experience("gpt-4o")
     assert experience is not None
     assert (experience.answers, experience.tokens_per_character) == (1000, 1.0)
@@ -312,8 +330,22 @@ def make_old(path: Path, rows: int = 3) -> None:
     with sqlite3.connect(path) as database:
         database.executescript(OLD_SCHEMA)
         for number in range(rows):
-            values = (f"{number:064x}", "gpt-4o", "B", '{"A": 0.25, "B": 0.75}', "B", 40, 1, 12.5, 1, "v1")
-            database.execute(f"INSERT INTO teacher_answers VALUES ({'?, ' * 10}'2025-11-03 10:00:00.000000')", values)
+            values = (
+                f"{number:064x}",
+                "gpt-4o",
+                "B",
+                '{"A": 0.25, "B": 0.75}',
+                "B",
+                40,
+                1,
+                12.5,
+                1,
+                "v1",
+            )
+            database.execute(
+                f"INSERT INTO teacher_answers VALUES ({'?, ' * 10}'2025-11-03 10:00:00.000000')",
+                values,
+            )
         database.execute("INSERT INTO leases VALUES ('work', 'a', 'run-1', 2e10)")
     database.close()
 
@@ -351,7 +383,7 @@ def test_a_migrated_schema_is_the_one_that_the_code_has(url: str, tmp_path: Path
 
 def test_the_schema_is_the_newest_migration() -> None:
     config = Config()
-    config.set_main_option("script_location", str(files("distillery") / "migrations"))
+    config.set_main_option("script_location", str(files("distillery.storage") / "migrations"))
     scripts = ScriptDirectory.from_config(config)
     assert scripts.get_heads() == [SCHEMA]
     assert [script.revision for script in scripts.walk_revisions()][-1] == "0001"
@@ -363,7 +395,9 @@ def test_a_database_of_a_newer_version_is_left_alone(url: str, tmp_path: Path) -
     with sqlite3.connect(tmp_path / "labels.db") as database:
         database.execute(f"UPDATE {VERSION_TABLE} SET version_num = '9999'")
     database.close()
-    with pytest.raises(StoreError, match="its schema 9999 is of a newer version of Distillery; install that") as caught:
+    with pytest.raises(
+        StoreError, match="its schema 9999 is of a newer version of Distillery; install that"
+    ) as caught:
         LabelStore(url)
     assert "\n" not in str(caught.value)
     assert not isinstance(caught.value, StoreUnavailable)
@@ -380,7 +414,10 @@ def test_an_upgrade_that_fails_changes_nothing(url: str, tmp_path: Path) -> None
         LabelStore(url)
     assert "\n" not in str(caught.value)
     with sqlite3.connect(tmp_path / "labels.db") as database:
-        tables = {name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+        tables = {
+            name
+            for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")
+        }
         columns = [row[1] for row in database.execute("PRAGMA table_info(teacher_answers)")]
         database.execute("DROP TABLE _alembic_tmp_teacher_answers")
     database.close()
@@ -393,7 +430,7 @@ def test_an_upgrade_that_fails_changes_nothing(url: str, tmp_path: Path) -> None
 OPENER = """
 import sys
 from distillery.errors import StoreError
-from distillery.label_store import LabelStore
+from distillery.labels.store import LabelStore
 print("ready", flush=True)
 for line in sys.stdin:
     try:
@@ -407,7 +444,9 @@ for line in sys.stdin:
 @pytest.mark.parametrize("old", [False, True], ids=["fresh", "old"])
 def test_processes_that_open_a_database_at_once(tmp_path: Path, old: bool) -> None:
     openers = [
-        subprocess.Popen([sys.executable, "-c", OPENER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [sys.executable, "-c", OPENER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
         for _ in range(2)
     ]
     for opener in openers:
@@ -453,7 +492,13 @@ def test_threads_that_open_a_fresh_database_at_once(tmp_path: Path) -> None:
 
 ROW = Example(example_id="1", question="What heals scurvy?", choices=("bank", "vitamin C", "a dog"))
 GOLDEN: dict[str, tuple[TeacherRecipe, str, Example, int, str]] = {
-    "letter": (TeacherRecipe(), "gpt-4o", ROW, 0, "7d232d0972b523230acf546e7685194700af1790778231ff1a4ece5963aca929"),
+    "letter": (
+        TeacherRecipe(),
+        "gpt-4o",
+        ROW,
+        0,
+        "7d232d0972b523230acf546e7685194700af1790778231ff1a4ece5963aca929",
+    ),
     "json": (
         TeacherRecipe(answers={"form": "json"}),
         "gpt-4o",

@@ -19,13 +19,21 @@ from chat_endpoint import Call, ChatEndpoint, Reply, good, refused, replies, sai
 from postgres_server import Postgres
 from pydantic import SecretStr
 
-from distillery.errors import CredentialsError, StoreError, StoreUnavailable, TeacherError, TeacherUnavailable
-from distillery.label_store import LabelStore, StoredAnswer
-from distillery.labels import LabelCounts, label, request_key
+from distillery.errors import (
+    CredentialsError,
+    StoreError,
+    StoreUnavailable,
+    TeacherError,
+    TeacherUnavailable,
+)
+from distillery.labels.files import LabelCounts
+from distillery.labels.labelling import label
+from distillery.labels.questions import request_key
+from distillery.labels.store import LabelStore, StoredAnswer
 from distillery.prompts import render_messages
 from distillery.recipe import PromptRecipe, TeacherRecipe
 from distillery.records import Example, TeacherLabel
-from distillery.teacher import Endpoint, Sdk
+from distillery.teacher.endpoint import Endpoint, Sdk
 
 KEY = "key-7f3a-very-secret"
 PROMPT = PromptRecipe()
@@ -45,7 +53,9 @@ def test_a_key_covers_what_is_asked_of_whom() -> None:
     recipe = TeacherRecipe()
     messages = render_messages(example(1), PROMPT)
     key = request_key("gpt-4o", messages, recipe)
-    assert key == request_key("gpt-4o", messages, TeacherRecipe(sdk="openai", concurrency=2, attempts=1, timeout_s=5))
+    assert key == request_key(
+        "gpt-4o", messages, TeacherRecipe(sdk="openai", concurrency=2, attempts=1, timeout_s=5)
+    )
     others = [
         request_key("gpt-4o-mini", messages, recipe),
         request_key("gpt-4o", render_messages(example(2), PROMPT), recipe),
@@ -59,13 +69,17 @@ def test_a_key_covers_what_is_asked_of_whom() -> None:
 
 
 def stored(number: int, **values: Any) -> StoredAnswer:
-    answer = StoredAnswer(f"{number:064x}", "gpt-4o", "A", {"A": 0.1 + 0.2, "B": 0.7}, "A", 40, 1, 12.5, 1, "v1")
+    answer = StoredAnswer(
+        f"{number:064x}", "gpt-4o", "A", {"A": 0.1 + 0.2, "B": 0.7}, "A", 40, 1, 12.5, 1, "v1"
+    )
     return replace(answer, **values)
 
 
 def check_store(url: str) -> None:
     """What holds on every database."""
-    answers = [stored(number, distribution=None if number % 2 else {"A": 1 / 3}) for number in range(2500)]
+    answers = [
+        stored(number, distribution=None if number % 2 else {"A": 1 / 3}) for number in range(2500)
+    ]
     with LabelStore(url) as store:
         for answer in answers:
             store.add(answer)
@@ -75,7 +89,9 @@ def check_store(url: str) -> None:
     with LabelStore(url) as store:
         found = store.get_many([answer.request_key for answer in answers])
         assert found == {answer.request_key: answer for answer in answers}, "the first answer stays"
-        assert store.get_many([f"{9999:064x}", "0" * 63 + "x"]) == {f"{9999:064x}": stored(9999, raw="“ü” 猫")}
+        assert store.get_many([f"{9999:064x}", "0" * 63 + "x"]) == {
+            f"{9999:064x}": stored(9999, raw="“ü” 猫")
+        }
         assert store.get_many([]) == {}
 
 
@@ -155,9 +171,18 @@ def test_two_stores_write_to_one_database(url: str) -> None:
     ("wrong", "line"),
     [
         ("labels.db", "DISTILLERY_LABELS: no SQLAlchemy URL"),
-        ("mysql://u:hidden@host/db", "DISTILLERY_LABELS: mysql is not supported; give a sqlite or postgresql URL"),
-        ("sqlite:////proc/nowhere/labels.db", "DISTILLERY_LABELS /proc/nowhere/labels.db: its folder can't be made"),
-        ("sqlite:////proc", "DISTILLERY_LABELS sqlite:////proc: can't be used (unable to open database file)"),
+        (
+            "mysql://u:hidden@host/db",
+            "DISTILLERY_LABELS: mysql is not supported; give a sqlite or postgresql URL",
+        ),
+        (
+            "sqlite:////proc/nowhere/labels.db",
+            "DISTILLERY_LABELS /proc/nowhere/labels.db: its folder can't be made",
+        ),
+        (
+            "sqlite:////proc",
+            "DISTILLERY_LABELS sqlite:////proc: can't be used (unable to open database file)",
+        ),
     ],
 )
 def test_a_store_that_can_not_be(wrong: str, line: str) -> None:
@@ -167,7 +192,9 @@ def test_a_store_that_can_not_be(wrong: str, line: str) -> None:
     assert "hidden" not in str(caught.value)
 
 
-def test_a_postgresql_that_is_down_is_worth_a_retry_and_shows_no_password(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_postgresql_that_is_down_is_worth_a_retry_and_shows_no_password(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("DISTILLERY_STORE_WAIT", "0")
     with pytest.raises(StoreUnavailable) as caught:
         LabelStore("postgresql://labels:hidden@127.0.0.1:1/db?sslpassword=hidden")
@@ -203,9 +230,13 @@ def test_answers_outlive_an_outage_of_the_database() -> None:
         assert store.get_many(keys).keys() == keys
 
 
-def test_a_container_keeps_no_answers_in_a_file_of_its_own(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_container_keeps_no_answers_in_a_file_of_its_own(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("DISTILLERY_CONTAINER", "1")
-    with pytest.raises(StoreError, match="DISTILLERY_LABELS: a container's SQLite file goes with the container"):
+    with pytest.raises(
+        StoreError, match="DISTILLERY_LABELS: a container's SQLite file goes with the container"
+    ):
         LabelStore(url)
 
 
@@ -272,11 +303,18 @@ def letter_for(number: int) -> str:
     return "ABC"[sum(render_messages(example(number), PROMPT)[-1]["content"].encode()) % 3]
 
 
-async def test_rows_are_labelled_in_their_order_with_the_labs_rows_beside(sdk: Sdk, url: str, tmp_path: Path) -> None:
+async def test_rows_are_labelled_in_their_order_with_the_labs_rows_beside(
+    sdk: Sdk, url: str, tmp_path: Path
+) -> None:
     steps: list[tuple[int, int]] = []
     with ChatEndpoint() as server:
         counts = await labelled(
-            server, url, tmp_path / "out", sdk=sdk, soft_labels=True, progress=lambda *step: steps.append(step)
+            server,
+            url,
+            tmp_path / "out",
+            sdk=sdk,
+            soft_labels=True,
+            progress=lambda *step: steps.append(step),
         )
     assert (counts.accepted, counts.rejected, counts.asked) == (20, 0, 20)
     assert (counts.usage.prompt_tokens, counts.usage.completion_tokens) == (800, 20)
@@ -303,7 +341,9 @@ async def test_labelling_ends_when_all_is_committed(url: str, tmp_path: Path) ->
     with ChatEndpoint() as server, LabelStore(url) as store:
         commit = store._commit
         store._commit = lambda rows: (time.sleep(0.2), commit(rows))[1]  # type: ignore[method-assign]
-        await label([example(1), example(2)], PROMPT, TeacherRecipe(), endpoint_of(server), store, tmp_path)
+        await label(
+            [example(1), example(2)], PROMPT, TeacherRecipe(), endpoint_of(server), store, tmp_path
+        )
         with sqlite3.connect(tmp_path / "labels.db") as other:
             assert other.execute("SELECT count(*) FROM teacher_answers").fetchone() == (2,)
         other.close()
@@ -316,11 +356,17 @@ async def test_both_sdks_and_a_second_run_give_the_same_bytes(tmp_path: Path) ->
                 url = f"sqlite:///{tmp_path / sdk}.db"
                 await labelled(server, url, tmp_path / f"{sdk}-{run}", sdk=sdk, soft_labels=True)
         assert len(server.calls) == 40, "the second run of each asks nothing"
-    outputs = [read_all(tmp_path / f"{sdk}-{run}") for sdk in ("openai", "azure-ai-inference") for run in ("1", "2")]
+    outputs = [
+        read_all(tmp_path / f"{sdk}-{run}")
+        for sdk in ("openai", "azure-ai-inference")
+        for run in ("1", "2")
+    ]
     assert all(output == outputs[0] for output in outputs)
 
 
-async def test_the_other_sdk_and_a_moved_endpoint_ask_nothing_again(url: str, tmp_path: Path) -> None:
+async def test_the_other_sdk_and_a_moved_endpoint_ask_nothing_again(
+    url: str, tmp_path: Path
+) -> None:
     with ChatEndpoint() as server:
         await labelled(server, url, tmp_path / "1", sdk="openai")
     with ChatEndpoint() as moved:
@@ -341,24 +387,39 @@ async def test_equal_requests_are_asked_once(url: str, tmp_path: Path) -> None:
         counts = await label(rows, PROMPT, TeacherRecipe(), endpoint_of(server), store, tmp_path)
         assert len(server.calls) == 2
     assert (counts.accepted, counts.asked) == (3, 2)
-    assert [row["example_id"] for row in read(tmp_path / "labels.jsonl")] == ["row-1", "row-2", "again"]
+    assert [row["example_id"] for row in read(tmp_path / "labels.jsonl")] == [
+        "row-1",
+        "row-2",
+        "again",
+    ]
 
 
 async def test_another_teacher_never_answers_for_this_one(url: str, tmp_path: Path) -> None:
     with ChatEndpoint() as server, LabelStore(url) as store:
         for identity in ("sha256:old", "sha256:new"):
-            await label([example(1)], PROMPT, TeacherRecipe(), endpoint_of(server, identity=identity), store, tmp_path)
+            await label(
+                [example(1)],
+                PROMPT,
+                TeacherRecipe(),
+                endpoint_of(server, identity=identity),
+                store,
+                tmp_path,
+            )
         assert len(server.calls) == 2
 
 
-async def test_rejected_rows_are_kept_apart_with_their_reason(sdk: Sdk, url: str, tmp_path: Path) -> None:
+async def test_rejected_rows_are_kept_apart_with_their_reason(
+    sdk: Sdk, url: str, tmp_path: Path
+) -> None:
     odd = {
         1: said("A good choice is B"),
         3: refused(400, "filtered", code="content_filter"),
         4: said("A", finish_reason="content_filter"),
         6: Reply({"choices": []}),
         7: said("", finish_reason="length"),
-        8: refused(400, "This model's maximum context length is 10", code="context_length_exceeded"),
+        8: refused(
+            400, "This model's maximum context length is 10", code="context_length_exceeded"
+        ),
     }
 
     def script(call: Call) -> Reply:
@@ -387,13 +448,17 @@ async def test_rejected_rows_are_kept_apart_with_their_reason(sdk: Sdk, url: str
     assert read_all(tmp_path / "out") == read_all(tmp_path / "again")
 
 
-async def test_nothing_accepted_is_an_error_that_counts_the_reasons(url: str, tmp_path: Path) -> None:
+async def test_nothing_accepted_is_an_error_that_counts_the_reasons(
+    url: str, tmp_path: Path
+) -> None:
     with (
         ChatEndpoint(replies([said("")], lambda call: said("as an AI"))) as server,
         pytest.raises(TeacherError) as caught,
     ):
         await labelled(server, url, tmp_path, rows=5, concurrency=1)
-    assert "no option, or more than one, of A to C (4 rows); empty answer (1 rows)" in str(caught.value)
+    assert "no option, or more than one, of A to C (4 rows); empty answer (1 rows)" in str(
+        caught.value
+    )
 
 
 async def test_no_rows_at_all(url: str, tmp_path: Path) -> None:
@@ -411,9 +476,13 @@ async def test_log_probabilities_of_another_letter_are_not_taken(url: str, tmp_p
 
 
 @pytest.mark.parametrize("concurrency", [1, 3, 150])
-async def test_calls_in_flight_are_bounded_and_used(sdk: Sdk, url: str, tmp_path: Path, concurrency: int) -> None:
+async def test_calls_in_flight_are_bounded_and_used(
+    sdk: Sdk, url: str, tmp_path: Path, concurrency: int
+) -> None:
     rows = min(concurrency * 4, 200)
-    with ChatEndpoint(lambda call: replace(good(call), delay=1.5 if concurrency > 100 else 0.05)) as server:
+    with ChatEndpoint(
+        lambda call: replace(good(call), delay=1.5 if concurrency > 100 else 0.05)
+    ) as server:
         await labelled(server, url, tmp_path, rows=rows, sdk=sdk, concurrency=concurrency)
         assert server.most_in_flight == concurrency
 
@@ -449,11 +518,11 @@ KILLED = """
 import asyncio, sys
 from pathlib import Path
 from pydantic import SecretStr
-from distillery.label_store import LabelStore
-from distillery.labels import label
+from distillery.labels.store import LabelStore
+from distillery.labels.labelling import label
 from distillery.recipe import PromptRecipe, TeacherRecipe
 from distillery.records import Example
-from distillery.teacher import Endpoint
+from distillery.teacher.endpoint import Endpoint
 server, database, out = sys.argv[1:]
 rows = [Example.model_validate_json(line) for line in sys.stdin]
 endpoint = Endpoint(server, "gpt-test", SecretStr("key"), "gpt-test", "openai")
@@ -476,7 +545,10 @@ async def test_after_kill_9_no_stored_row_is_asked_again(url: str, tmp_path: Pat
             process.kill()
             killed_at = time.monotonic()
         messages = {row.example_id: render_messages(row, PROMPT) for row in examples}
-        keys = {asked[-1]["content"]: request_key("gpt-test", asked, TeacherRecipe()) for asked in messages.values()}
+        keys = {
+            asked[-1]["content"]: request_key("gpt-test", asked, TeacherRecipe())
+            for asked in messages.values()
+        }
         with LabelStore(url) as store:
             kept = store.get_many(keys.values())
         # 100 ms is the promise; as much again for the way from this process to that one on a busy machine.

@@ -9,16 +9,29 @@ import pytest
 from pydantic import BaseModel
 from tiny_recipe import row
 
-from distillery import ladder, student
-from distillery.building import BuildingJob, Built
 from distillery.errors import DataError, ExportError, ModelError
-from distillery.evaluation import ModelToScore, Scored, departure, paired_interval
-from distillery.labels import gold_labels
-from distillery.ladder import LADDER_FILE, climb, keeps_to, measured, pick, render_ladder, table
-from distillery.onnx import ask_once
+from distillery.evaluation.scoring import ModelToScore, Scored, departure
+from distillery.evaluation.statistics import paired_interval
+from distillery.export.build import ask_once
+from distillery.export.ladder import (
+    CALIBRATION_PROMPTS,
+    LADDER_FILE,
+    climb,
+    keeps_to,
+    measured,
+    pick,
+    render_ladder,
+    table,
+)
+from distillery.export.rung_process import BuildingJob, Built
+from distillery.labels.known import gold_labels
+from distillery.models.inspect import parts
+from distillery.models.load import load_tokenizer
 from distillery.prompts import TransformersTokenizer, render_ids
 from distillery.recipe import ExportForm, ExportRecipe, PromptRecipe, TrainingRecipe
 from distillery.records import Departure, Example, Interval, Ladder, Rung
+from distillery.training.fine_tune import fine_tune
+from distillery.training.rows import training_rows
 
 TinyModel = Callable[[str], Path]
 PROMPT = PromptRecipe(system="Pick.", user="{question}\n{choices}", choice="{letter}) {text}")
@@ -30,14 +43,22 @@ FORMS = {
 }
 
 
-def rung(lost: int, gained: int, rows: int, size: int = 1, right: float = 0.85, **changes: Any) -> Rung:
+def rung(
+    lost: int, gained: int, rows: int, size: int = 1, right: float = 0.85, **changes: Any
+) -> Rung:
     """A rung that is wrong on `lost` of `rows` where the float student is right, and right on `gained` others."""
     both = round(right * rows) - lost
     own = [True] * both + [False] * lost + [True] * gained + [False] * (rows - both - lost - gained)
     floats = [True] * (both + lost) + [False] * (rows - both - lost)
     figures = {"difference": (gained - lost) / rows, "interval": paired_interval(own, floats)}
     nearly = Departure(mean=0.0123, largest=0.456, changed=lost + gained)
-    fields = {"form": FORMS["rtn"], "bytes": size, "accuracy": sum(own) / rows, "departure": nearly, **figures}
+    fields = {
+        "form": FORMS["rtn"],
+        "bytes": size,
+        "accuracy": sum(own) / rows,
+        "departure": nearly,
+        **figures,
+    }
     return Rung(**(fields | changes))
 
 
@@ -66,14 +87,27 @@ def test_what_keeps_to_two_points(lost: int, gained: int, rows: int, keeps: bool
 
 
 def test_the_limit_itself_is_allowed() -> None:
-    assert keeps_to(Rung(form=FORMS["rtn"], difference=-0.29 + 0.27, interval=Interval(low=-0.1, high=0.1)), 0.02)
-    assert keeps_to(Rung(form=FORMS["rtn"], difference=-0.01, interval=Interval(low=-0.02, high=-0.001)), 0.02)
-    assert not keeps_to(Rung(form=FORMS["rtn"], difference=-0.021, interval=Interval(low=-0.1, high=0.1)), 0.02)
-    assert not keeps_to(Rung(form=FORMS["rtn"], difference=-0.01, interval=Interval(low=-0.021, high=-0.001)), 0.02)
+    assert keeps_to(
+        Rung(form=FORMS["rtn"], difference=-0.29 + 0.27, interval=Interval(low=-0.1, high=0.1)),
+        0.02,
+    )
+    assert keeps_to(
+        Rung(form=FORMS["rtn"], difference=-0.01, interval=Interval(low=-0.02, high=-0.001)), 0.02
+    )
+    assert not keeps_to(
+        Rung(form=FORMS["rtn"], difference=-0.021, interval=Interval(low=-0.1, high=0.1)), 0.02
+    )
+    assert not keeps_to(
+        Rung(form=FORMS["rtn"], difference=-0.01, interval=Interval(low=-0.021, high=-0.001)), 0.02
+    )
 
 
 def test_of_those_that_keep_to_it_the_smallest_is_picked() -> None:
-    too_lossy, large, small = rung(9, 0, 100, size=1), rung(0, 0, 100, size=3), rung(1, 0, 100, size=2)
+    too_lossy, large, small = (
+        rung(9, 0, 100, size=1),
+        rung(0, 0, 100, size=3),
+        rung(1, 0, 100, size=2),
+    )
     not_built = Rung(form=FORMS["gptq"], note="left out: no time")
     assert pick([too_lossy, large, not_built, small], 0.02) == 3
     assert pick([too_lossy, large, not_built, small], 0.5) == 0
@@ -82,13 +116,17 @@ def test_of_those_that_keep_to_it_the_smallest_is_picked() -> None:
 
 
 def test_of_two_as_small_the_one_that_loses_less_is_picked() -> None:
-    assert pick([rung(1, 0, 100, size=2), rung(0, 0, 100, size=2), rung(0, 0, 100, size=2)], 0.02) == 1
+    assert (
+        pick([rung(1, 0, 100, size=2), rung(0, 0, 100, size=2), rung(0, 0, 100, size=2)], 0.02) == 1
+    )
 
 
 def scored(answers: str, probabilities: Sequence[tuple[float, ...] | None] = ()) -> Scored:
     """What a scoring process tells; '-' for a row that was not asked."""
     letters = tuple(None if letter == "-" else letter for letter in answers)
-    given = tuple(probabilities) or tuple(None if letter is None else (0.5, 0.5) for letter in letters)
+    given = tuple(probabilities) or tuple(
+        None if letter is None else (0.5, 0.5) for letter in letters
+    )
     return Scored(
         answers=letters,
         probabilities=given,
@@ -113,7 +151,10 @@ def test_a_rung_is_measured_beside_the_float_student() -> None:
 
 
 def test_rows_of_different_options_count_option_by_option() -> None:
-    own, exact = scored("AA", [(0.6, 0.4), (0.6, 0.2, 0.2)]), scored("AA", [(0.9, 0.1), (0.6, 0.2, 0.2)])
+    own, exact = (
+        scored("AA", [(0.6, 0.4), (0.6, 0.2, 0.2)]),
+        scored("AA", [(0.9, 0.1), (0.6, 0.2, 0.2)]),
+    )
     assert departure(own, exact).mean == pytest.approx(0.6 / 5)
     assert departure(scored("-"), scored("-")) == Departure(mean=0, largest=0, changed=0)
 
@@ -124,7 +165,9 @@ def ladder_of(*rungs: Rung) -> Ladder:
 
 def test_the_table_shows_every_rung_and_fits_a_terminal() -> None:
     wide = ExportForm(algorithm="k_quant_mixed", block_size=128, adapter_apart=True)
-    reason = "left out: its process was killed, as happens when memory runs out; free some and run again"
+    reason = (
+        "left out: its process was killed, as happens when memory runs out; free some and run again"
+    )
     shown = ladder_of(
         rung(40, 2, 100, size=12_345_600_000, form=wide, note="may lose more"),
         rung(1, 0, 100, size=66_100_000, note="picked", picked=True),
@@ -144,16 +187,28 @@ def test_the_table_shows_every_rung_and_fits_a_terminal() -> None:
         assert figure in text, figure
     assert f"int4 gptq/32: {reason}" in text.splitlines()
     rows = table(shown)
-    assert [line["form"] for line in rows] == ["float student", wide.title, "int4 rtn/32", "int4 gptq/32"]
+    assert [line["form"] for line in rows] == [
+        "float student",
+        wide.title,
+        "int4 rtn/32",
+        "int4 gptq/32",
+    ]
     assert rows[2]["points vs float [95 %]"].startswith("-1.0 [-")
-    assert (rows[2]["mean |dp|"], rows[2]["largest |dp|"], rows[2]["answers changed"]) == ("0.0123", "0.456", "1")
+    assert (rows[2]["mean |dp|"], rows[2]["largest |dp|"], rows[2]["answers changed"]) == (
+        "0.0123",
+        "0.456",
+        "1",
+    )
     assert rows[3]["verdict"] == reason
 
 
 # The climb itself, without models
 
 
-VALIDATION = [Example(example_id=f"v{n}", question=f"no {n}?", choices=("a", "b"), answer_key="A") for n in range(20)]
+VALIDATION = [
+    Example(example_id=f"v{n}", question=f"no {n}?", choices=("a", "b"), answer_key="A")
+    for n in range(20)
+]
 
 
 @pytest.fixture
@@ -161,7 +216,9 @@ def files(tmp_path: Path) -> tuple[Path, Path]:
     """Validation and train rows."""
     validation, train = tmp_path / "validation.jsonl", tmp_path / "train.jsonl"
     validation.write_text("".join(f"{example.model_dump_json()}\n" for example in VALIDATION))
-    unanswered = [Example(example_id=f"t{n}", question=f"row {n}", choices=("a", "b")) for n in range(200)]
+    unanswered = [
+        Example(example_id=f"t{n}", question=f"row {n}", choices=("a", "b")) for n in range(200)
+    ]
     train.write_text("".join(f"{example.model_dump_json()}\n" for example in unanswered))
     return validation, train
 
@@ -185,17 +242,26 @@ def built(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[int, str]]:
         return Built(bytes=forms[job.form.title][0]).model_dump_json()
 
     def score_model(model: ModelToScore, *_rest: Any) -> Scored:
-        assert model.kind == "transformers" or (Path(model.folder) / "form.txt").read_text() == model.name
-        left = [folder for folder in Path(model.folder).parent.iterdir() if (folder / "form.txt").exists()]
+        assert (
+            model.kind == "transformers"
+            or (Path(model.folder) / "form.txt").read_text() == model.name
+        )
+        left = [
+            folder
+            for folder in Path(model.folder).parent.iterdir()
+            if (folder / "form.txt").exists()
+        ]
         assert len(left) <= 2, "a folder that can't be picked any more is removed at once"
         return scored("A" * 20 if model.kind == "transformers" else forms[model.name][1])
 
-    monkeypatch.setattr(ladder, "run_apart", run_apart)
-    monkeypatch.setattr(ladder, "score_model", score_model)
+    monkeypatch.setattr("distillery.export.ladder.run_apart", run_apart)
+    monkeypatch.setattr("distillery.export.ladder.score_model", score_model)
     return forms
 
 
-def climbed(files: tuple[Path, Path], base: Path, out: Path, *forms: str, loss: float = 0.02) -> Ladder:
+def climbed(
+    files: tuple[Path, Path], base: Path, out: Path, *forms: str, loss: float = 0.02
+) -> Ladder:
     recipe = ExportRecipe(ladder=tuple(FORMS[form] for form in forms), largest_loss=loss)
     float_student = ModelToScore(name="student", kind="transformers", folder=str(base))
     return climb(float_student, recipe, PROMPT, *files, out)
@@ -223,7 +289,10 @@ def test_the_picked_folder_goes_on_and_the_table_beside_it(
 
 
 def test_a_rung_that_can_not_be_built_is_shown_with_the_reason(
-    files: tuple[Path, Path], built: dict[str, tuple[int, str]], tmp_path: Path, tiny_model: TinyModel
+    files: tuple[Path, Path],
+    built: dict[str, tuple[int, str]],
+    tmp_path: Path,
+    tiny_model: TinyModel,
 ) -> None:
     built["int8 rtn/32"] = (20, "A" * 20)
     found = climbed(files, tiny_model("llama"), tmp_path / "out", "gptq", "int8")
@@ -232,13 +301,18 @@ def test_a_rung_that_can_not_be_built_is_shown_with_the_reason(
 
 
 def test_gptq_looks_at_the_training_rows_own_prompts(
-    files: tuple[Path, Path], built: dict[str, tuple[int, str]], tmp_path: Path, tiny_model: TinyModel
+    files: tuple[Path, Path],
+    built: dict[str, tuple[int, str]],
+    tmp_path: Path,
+    tiny_model: TinyModel,
 ) -> None:
     built["int4 gptq/32"] = (10, "A" * 20)
     climbed(files, tiny_model("llama"), tmp_path / "out", "gptq")
-    prompts = [json.loads(line) for line in (tmp_path / "out" / "prompts.jsonl").read_text().splitlines()]
-    assert len(prompts) == ladder.CALIBRATION_PROMPTS
-    tokenizer = TransformersTokenizer(student.load_tokenizer(tiny_model("llama")))
+    prompts = [
+        json.loads(line) for line in (tmp_path / "out" / "prompts.jsonl").read_text().splitlines()
+    ]
+    assert len(prompts) == CALIBRATION_PROMPTS
+    tokenizer = TransformersTokenizer(load_tokenizer(tiny_model("llama")))
     first = Example.model_validate_json(files[1].read_text().splitlines()[0])
     assert prompts[0] == render_ids(first, PROMPT, tokenizer)
 
@@ -250,7 +324,9 @@ def test_a_ladder_of_which_no_rung_keeps_to_the_loss_ends_the_run(
     with pytest.raises(ExportError) as caught:
         climbed(files, tmp_path, tmp_path / "out", "rtn", "int8")
     text = str(caught.value)
-    assert text.startswith("export.largest_loss: no rung keeps to 2.0 points on 20 validation rows; the least loss is")
+    assert text.startswith(
+        "export.largest_loss: no rung keeps to 2.0 points on 20 validation rows; the least loss is"
+    )
     assert "int8 rtn/32: 0.0 MB, -10.0 points [" in text
     assert not (tmp_path / "out").exists()
 
@@ -258,7 +334,9 @@ def test_a_ladder_of_which_no_rung_keeps_to_the_loss_ends_the_run(
 def test_a_ladder_of_which_no_rung_can_be_built_gives_the_reason(
     files: tuple[Path, Path], built: dict[str, tuple[int, str]], tmp_path: Path
 ) -> None:
-    with pytest.raises(ExportError, match=r"no rung could be built; int4 rtn/32: left out: no time"):
+    with pytest.raises(
+        ExportError, match=r"no rung could be built; int4 rtn/32: left out: no time"
+    ):
         climbed(files, tmp_path, tmp_path / "out", "rtn", "int8")
 
 
@@ -290,17 +368,26 @@ def rows(split: str, count: int) -> list[Example]:
 @pytest.mark.parametrize("arch", ["llama", "phi3"])
 def test_a_real_ladder_merged_and_apart(tiny_model: TinyModel, tmp_path: Path, arch: str) -> None:
     base = tiny_model(arch)
-    tokenizer = student.load_tokenizer(base)
-    trained, _ = student.training_rows(rows("train", 120), gold_labels(rows("train", 120)), PROMPT, tokenizer)
+    tokenizer = load_tokenizer(base)
+    trained, _ = training_rows(
+        rows("train", 120), gold_labels(rows("train", 120)), PROMPT, tokenizer
+    )
     recipe = TrainingRecipe(method="lora", epochs=8, learning_rate=5e-3)
-    student.fine_tune(base, None, trained, [], recipe, tmp_path / "trained")
-    model, adapter = student.parts(tmp_path / "trained", base)
+    fine_tune(base, None, trained, [], recipe, tmp_path / "trained")
+    model, adapter = parts(tmp_path / "trained", base)
     for split in ("validation", "train"):
-        (tmp_path / f"{split}.jsonl").write_text("".join(f"{one.model_dump_json()}\n" for one in rows(split, 60)))
+        (tmp_path / f"{split}.jsonl").write_text(
+            "".join(f"{one.model_dump_json()}\n" for one in rows(split, 60))
+        )
 
     forms = [ExportForm(algorithm=algorithm) for algorithm in ("rtn", "k_quant_mixed", "gptq")]
-    forms += [ExportForm(precision=precision, algorithm="rtn") for precision in ("int8", "fp16", "fp32")]
-    forms += [ExportForm(precision=precision, algorithm="rtn", adapter_apart=True) for precision in ("int4", "fp16")]
+    forms += [
+        ExportForm(precision=precision, algorithm="rtn") for precision in ("int8", "fp16", "fp32")
+    ]
+    forms += [
+        ExportForm(precision=precision, algorithm="rtn", adapter_apart=True)
+        for precision in ("int4", "fp16")
+    ]
     forms.append(ExportForm(algorithm="rtn", block_size=64, share_embeddings=False))
     found = climb(
         ModelToScore(name="student", kind="transformers", folder=str(model), adapter=str(adapter)),
@@ -329,7 +416,9 @@ def test_a_real_ladder_merged_and_apart(tiny_model: TinyModel, tmp_path: Path, a
 
 
 @pytest.mark.slow
-def test_a_rung_that_takes_too_long_is_left_out(tiny_model: TinyModel, tmp_path: Path, home: Path) -> None:
+def test_a_rung_that_takes_too_long_is_left_out(
+    tiny_model: TinyModel, tmp_path: Path, home: Path
+) -> None:
     (tmp_path / "validation.jsonl").write_text(VALIDATION[0].model_dump_json() + "\n")
     recipe = ExportRecipe(ladder=(FORMS["rtn"],), rung_minutes=0.02)
     base = ModelToScore(name="student", kind="transformers", folder=str(tiny_model("llama")))

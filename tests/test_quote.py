@@ -9,14 +9,23 @@ import pytest
 from chat_endpoint import Call, ChatEndpoint, Reply, good, said
 from pydantic import SecretStr
 
-from distillery.errors import BudgetReached, DataError, RecipeError, TeacherError, TeacherUnavailable
-from distillery.label_report import read_report
-from distillery.label_store import LabelStore
-from distillery.labels import ask_canaries, gold_labels, label, label_from, labels_in, read_labels
-from distillery.quote import Quote, duration, quote, quote_recipe
+from distillery.errors import (
+    BudgetReached,
+    DataError,
+    RecipeError,
+    TeacherError,
+    TeacherUnavailable,
+)
+from distillery.labels.canaries import ask_canaries
+from distillery.labels.files import read_labels
+from distillery.labels.known import gold_labels, label_from, labels_in
+from distillery.labels.labelling import label
+from distillery.labels.quote import Quote, duration, quote, quote_recipe
+from distillery.labels.report import read_report
+from distillery.labels.store import LabelStore
 from distillery.recipe import PromptRecipe, Recipe, TeacherRecipe
 from distillery.records import Example, TeacherDrift
-from distillery.teacher import Endpoint
+from distillery.teacher.endpoint import Endpoint
 
 PROMPT = PromptRecipe()
 PRICES = {"input": 2.0, "cached_input": 1.0, "output": 8.0, "currency": "EUR"}
@@ -24,7 +33,10 @@ PRICES = {"input": 2.0, "cached_input": 1.0, "output": 8.0, "currency": "EUR"}
 
 def example(number: int) -> Example:
     return Example(
-        example_id=f"row-{number}", question=f"What comes after {number:03}?", choices=("x", "y", "z"), answer_key="A"
+        example_id=f"row-{number}",
+        question=f"What comes after {number:03}?",
+        choices=("x", "y", "z"),
+        answer_key="A",
     )
 
 
@@ -41,7 +53,9 @@ def endpoint_of(server: ChatEndpoint) -> Endpoint:
     return Endpoint(server.url, "gpt-test", SecretStr("key"), "gpt-test", "openai")
 
 
-def labelled(server: ChatEndpoint, store: LabelStore, out: Path, rows: list[Example], **recipe: Any) -> None:
+def labelled(
+    server: ChatEndpoint, store: LabelStore, out: Path, rows: list[Example], **recipe: Any
+) -> None:
     teacher = TeacherRecipe.model_validate({"outage_s": 0, **recipe})
     asyncio.run(label(rows, PROMPT, teacher, endpoint_of(server), store, out))
 
@@ -63,26 +77,36 @@ def test_a_quote_before_any_answer_says_that_it_is_an_estimate(store: LabelStore
     assert "no price table" in quoted(store).line()
 
 
-def test_a_quote_learns_from_answers_and_counts_what_is_new(store: LabelStore, tmp_path: Path) -> None:
+def test_a_quote_learns_from_answers_and_counts_what_is_new(
+    store: LabelStore, tmp_path: Path
+) -> None:
     with ChatEndpoint() as server:
         labelled(server, store, tmp_path / "out", ROWS[:20])
         found = quoted(store, prices=PRICES)
         assert (found.known, found.calls) == (20, 10)
-        assert found.usage.prompt_tokens == pytest.approx(400, abs=10), "40 a row, as the endpoint counts them"
+        assert found.usage.prompt_tokens == pytest.approx(400, abs=10), (
+            "40 a row, as the endpoint counts them"
+        )
         assert found.usage.completion_tokens == 10
         assert "from its last 20 answers" in found.line()
         labelled(server, store, tmp_path / "out", ROWS)
         assert len(server.calls) == 30
-        assert quoted(store).line() == "30 rows to label, all known: nothing to ask and nothing to pay"
+        assert (
+            quoted(store).line() == "30 rows to label, all known: nothing to ask and nothing to pay"
+        )
 
 
 def test_votes_and_orders_are_calls_of_their_own(store: LabelStore) -> None:
     answers = {"votes": 3, "orders": 5}
-    assert quoted(store, temperature=1.0, answers=answers).calls == 30 * 3 * 3, "three options have three orders"
+    assert quoted(store, temperature=1.0, answers=answers).calls == 30 * 3 * 3, (
+        "three options have three orders"
+    )
 
 
 def test_a_tokenizer_counts(store: LabelStore) -> None:
-    found = quote(ROWS, PROMPT, TeacherRecipe(), "gpt-test", store, lambda messages: 7 * len(messages))
+    found = quote(
+        ROWS, PROMPT, TeacherRecipe(), "gpt-test", store, lambda messages: 7 * len(messages)
+    )
     assert found.counted
     assert found.usage.prompt_tokens == 30 * 14
     assert "(counted)" in found.line()
@@ -91,7 +115,9 @@ def test_a_tokenizer_counts(store: LabelStore) -> None:
 def test_the_slowest_limit_sets_the_time(store: LabelStore) -> None:
     assert quoted(store, requests_per_minute=6).seconds == pytest.approx(300)
     found = quoted(store, tokens_per_minute=100)
-    assert found.seconds == pytest.approx(0.6 * (found.usage.prompt_tokens + found.usage.completion_tokens))
+    assert found.seconds == pytest.approx(
+        0.6 * (found.usage.prompt_tokens + found.usage.completion_tokens)
+    )
     assert [duration(seconds) for seconds in (12, 180, 9000)] == ["12 s", "3 min", "2.5 h"]
 
 
@@ -120,7 +146,9 @@ def test_canaries_tell_a_changed_teacher(store: LabelStore, tmp_path: Path) -> N
 
         def otherwise(call: Call) -> Reply:
             letter = str(good(call).body["choices"][0]["message"]["content"])
-            reply = said({"A": "B", "B": "C", "C": "A"}[letter] if "00" in call.question else letter)
+            reply = said(
+                {"A": "B", "B": "C", "C": "A"}[letter] if "00" in call.question else letter
+            )
             return Reply(reply.body | {"model": "teacher-2026-06-01"})
 
         server.script = otherwise
@@ -158,13 +186,21 @@ def test_what_is_no_answer_tells_nothing_of_the_teacher(store: LabelStore, tmp_p
 
 def test_a_budget_is_for_all_that_a_run_asks(store: LabelStore, tmp_path: Path) -> None:
     spent: dict[str, float] = {}
-    teacher = TeacherRecipe.model_validate({"budget": {"calls": 25}, "canaries": {"rows": 3}, "concurrency": 2})
+    teacher = TeacherRecipe.model_validate(
+        {"budget": {"calls": 25}, "canaries": {"rows": 3}, "concurrency": 2}
+    )
     with ChatEndpoint() as server:
         endpoint = endpoint_of(server)
-        asyncio.run(label(ROWS[:10], PROMPT, teacher, endpoint, store, tmp_path / "train", spent=spent))
+        asyncio.run(
+            label(ROWS[:10], PROMPT, teacher, endpoint, store, tmp_path / "train", spent=spent)
+        )
         asyncio.run(ask_canaries(ROWS[:10], PROMPT, teacher, endpoint, store, spent=spent))
-        with pytest.raises(BudgetReached, match=r"^teacher.budget.calls: 25 of 25 spent in this run"):
-            asyncio.run(label(ROWS, PROMPT, teacher, endpoint, store, tmp_path / "test", spent=spent))
+        with pytest.raises(
+            BudgetReached, match=r"^teacher.budget.calls: 25 of 25 spent in this run"
+        ):
+            asyncio.run(
+                label(ROWS, PROMPT, teacher, endpoint, store, tmp_path / "test", spent=spent)
+            )
         assert len(server.calls) == 25
         asyncio.run(label(ROWS, PROMPT, teacher, endpoint, store, tmp_path / "test", spent={}))
     assert len({call.question for call in server.calls}) == 30
@@ -181,7 +217,9 @@ def test_a_quote_for_reasons_does_not_go_by_letters(store: LabelStore, tmp_path:
 
 def test_gold_is_a_teacher_of_its_own_kind(tmp_path: Path) -> None:
     rows = [*ROWS[:3], ROWS[3].model_copy(update={"answer_key": None})]
-    counts = label_from(rows, gold_labels(rows), PROMPT, TeacherRecipe(kind="gold"), tmp_path / "out")
+    counts = label_from(
+        rows, gold_labels(rows), PROMPT, TeacherRecipe(kind="gold"), tmp_path / "out"
+    )
     assert (counts.accepted, counts.rejected, counts.asked) == (3, 1, 0)
     assert [one.answer for one in read_labels(tmp_path / "out").values()] == ["A", "A", "A"]
     assert read_report(tmp_path / "out").rejected == {"no label for it": 1}
@@ -191,10 +229,15 @@ def test_gold_is_a_teacher_of_its_own_kind(tmp_path: Path) -> None:
 def test_labels_that_are_there_already(tmp_path: Path, suffix: str) -> None:
     import pandas
 
-    rows = [{"example_id": f"row-{n}", "answer": "ABC"[n % 3], "distribution": None} for n in range(4)]
+    rows = [
+        {"example_id": f"row-{n}", "answer": "ABC"[n % 3], "distribution": None} for n in range(4)
+    ]
     rows[0]["distribution"] = json.dumps({"A": 0.8, "B": 0.1, "C": 0.1})
     rows.append({"example_id": "elsewhere", "answer": "Z", "distribution": None})
-    rows = [row | {"rationale": "It comes first." if row["example_id"] == "row-3" else None} for row in rows]
+    rows = [
+        row | {"rationale": "It comes first." if row["example_id"] == "row-3" else None}
+        for row in rows
+    ]
     path = tmp_path / f"labels.{suffix}"
     if suffix == "jsonl":
         path.write_text("".join(json.dumps(one) + "\n" for one in rows))
@@ -203,7 +246,12 @@ def test_labels_that_are_there_already(tmp_path: Path, suffix: str) -> None:
     else:
         pandas.DataFrame(rows).to_parquet(path)
     found = labels_in([str(path)], ROWS)
-    assert {key: one.answer for key, one in found.items()} == {"row-0": "A", "row-1": "B", "row-2": "C", "row-3": "A"}
+    assert {key: one.answer for key, one in found.items()} == {
+        "row-0": "A",
+        "row-1": "B",
+        "row-2": "C",
+        "row-3": "A",
+    }
     assert found["row-0"].distribution == {"A": 0.8, "B": 0.1, "C": 0.1}
     assert (found["row-0"].confidence, found["row-1"].confidence) == (0.8, None)
     assert [one.rationale for one in found.values()] == [None, None, None, "It comes first."]
@@ -214,12 +262,18 @@ def test_labels_that_are_there_already(tmp_path: Path, suffix: str) -> None:
     [
         ({"example_id": "row-1", "answer": "D"}, "labels.jsonl:1: answer: 'D' is none of A to C"),
         ({"example_id": "row-1"}, "labels.jsonl:1: answer: missing; it is the teacher's letter"),
-        ({"answer": "A"}, "labels.jsonl:1: example_id: missing; it is the row's id in the data set"),
+        (
+            {"answer": "A"},
+            "labels.jsonl:1: example_id: missing; it is the row's id in the data set",
+        ),
         (
             {"example_id": "row-1", "answer": "A", "distribution": {"A": 1.0}},
             "distribution: no probabilities of A to C",
         ),
-        ({"example_id": "row-1", "answer": "A", "distribution": "half"}, "distribution: no probabilities of A to C"),
+        (
+            {"example_id": "row-1", "answer": "A", "distribution": "half"},
+            "distribution: no probabilities of A to C",
+        ),
     ],
 )
 def test_a_label_file_that_can_not_be_meant(tmp_path: Path, row: dict[str, Any], line: str) -> None:
@@ -230,5 +284,9 @@ def test_a_label_file_that_can_not_be_meant(tmp_path: Path, row: dict[str, Any],
 
 
 def test_too_few_labels_in_a_file_end_the_run(tmp_path: Path) -> None:
-    with pytest.raises(TeacherError, match=r"1 of 30 rows have a label.*no label for it \(29 rows\)"):
-        label_from(ROWS, gold_labels(ROWS[:1]), PROMPT, TeacherRecipe(kind="gold"), tmp_path / "out")
+    with pytest.raises(
+        TeacherError, match=r"1 of 30 rows have a label.*no label for it \(29 rows\)"
+    ):
+        label_from(
+            ROWS, gold_labels(ROWS[:1]), PROMPT, TeacherRecipe(kind="gold"), tmp_path / "out"
+        )

@@ -9,12 +9,11 @@ from typing import Any, get_args
 import pytest
 from chat_endpoint import Call, ChatEndpoint, Reply, good, refused, said
 
-from distillery import readiness
-from distillery.base_model import local_copy
 from distillery.errors import RecipeError
-from distillery.readiness import Finding, check, check_settings
+from distillery.models.base import local_copy
+from distillery.readiness import Finding, _training_bytes, check, check_settings
 from distillery.recipe import BaseModelRecipe, ExportForm, ExportRecipe, Recipe, TrainingRecipe
-from distillery.registry import LocalRegistry
+from distillery.registry.local import LocalRegistry
 
 TinyModel = Callable[[str], Path]
 KEY = "a-key-of-the-test"
@@ -25,7 +24,7 @@ ITEMS = {"data", "disk", "memory", "training", "artifact store", "label store", 
 def machine(monkeypatch: pytest.MonkeyPatch, one_registry: None) -> None:
     """A machine without GPU and without accounts."""
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    monkeypatch.setattr(readiness, "LEAST_DISK", 1e6)
+    monkeypatch.setattr("distillery.readiness.LEAST_DISK", 1e6)
     for name in ("SUBSCRIPTION_ID", "RESOURCE_GROUP", "WS_NAME", "WORKSPACE_NAME"):
         monkeypatch.delenv(f"AZUREML_{name}", raising=False)
     for name in ("NAME", "ENDPOINT", "KEY"):
@@ -43,7 +42,9 @@ def point_to(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
 
 
 def recipe(base: Path | str, **slices: Any) -> Recipe:
-    return Recipe.model_validate({"student": {"base": {"model": str(base)}}, "name": "tiny"} | slices)
+    return Recipe.model_validate(
+        {"student": {"base": {"model": str(base)}}, "name": "tiny"} | slices
+    )
 
 
 def local(base: Path | str) -> Recipe:
@@ -78,10 +79,19 @@ def test_an_export_that_does_not_fit_the_base(tiny_model: TinyModel) -> None:
     assert failed(wide) == {f"base model {base}"}
     with pytest.raises(RecipeError, match="in blocks of 128 does not fit"):
         check_settings(wide)
-    rungs = ExportForm(block_size=128), ExportForm(block_size=128, algorithm="rtn"), ExportForm(block_size=32)
+    rungs = (
+        ExportForm(block_size=128),
+        ExportForm(block_size=128, algorithm="rtn"),
+        ExportForm(block_size=32),
+    )
     assert failed(local(base).model_copy(update={"export": ExportRecipe(ladder=rungs)})) == set()
-    assert failed(local(base).model_copy(update={"export": ExportRecipe(ladder=rungs[:2])})) != set()
-    served = {"kind": "local", "preparation": {"base": {"model": str(base)}, "export": {"block_size": 128}}}
+    assert (
+        failed(local(base).model_copy(update={"export": ExportRecipe(ladder=rungs[:2])})) != set()
+    )
+    served = {
+        "kind": "local",
+        "preparation": {"base": {"model": str(base)}, "export": {"block_size": 128}},
+    }
     said = findings(recipe(base, teacher=served))[f"base model {base}"].text
     assert said.startswith("teacher.preparation.export: k_quant_mixed in blocks of 128")
 
@@ -103,8 +113,16 @@ def without_log_probabilities(call: Call) -> Reply:
 @pytest.mark.parametrize(
     ("script", "item", "text"),
     [
-        (lambda _call: refused(401, f"bad key {KEY}"), "teacher endpoint", "TEACHER_MODEL_KEY: refused"),
-        (lambda _call: refused(404, "no such model"), "teacher endpoint", "TEACHER_MODEL_NAME m: not found"),
+        (
+            lambda _call: refused(401, f"bad key {KEY}"),
+            "teacher endpoint",
+            "TEACHER_MODEL_KEY: refused",
+        ),
+        (
+            lambda _call: refused(404, "no such model"),
+            "teacher endpoint",
+            "TEACHER_MODEL_NAME m: not found",
+        ),
         (lambda _call: said(""), "teacher endpoint", "raise teacher.max_tokens"),
         (without_log_probabilities, "log-probabilities", "set teacher.soft_labels: false"),
     ],
@@ -145,11 +163,16 @@ def test_an_endpoint_that_is_down(tiny_model: TinyModel, point_to: Callable[[str
 
 def test_no_credentials(tiny_model: TinyModel) -> None:
     found = findings(recipe(tiny_model("llama")))
-    assert "TEACHER_MODEL_NAME, TEACHER_MODEL_ENDPOINT, TEACHER_MODEL_KEY: not set" in found["teacher credentials"].text
+    assert (
+        "TEACHER_MODEL_NAME, TEACHER_MODEL_ENDPOINT, TEACHER_MODEL_KEY: not set"
+        in found["teacher credentials"].text
+    )
     assert found["teacher endpoint"].level == "warn"
 
 
-def test_no_check_takes_longer_than_its_limit(tiny_model: TinyModel, point_to: Callable[[str], None]) -> None:
+def test_no_check_takes_longer_than_its_limit(
+    tiny_model: TinyModel, point_to: Callable[[str], None]
+) -> None:
     with ChatEndpoint(lambda call: Reply(good(call).body, delay=30)) as server:
         point_to(server.url)
         started = time.monotonic()
@@ -172,8 +195,14 @@ def test_a_check_that_breaks_is_said_without_what_a_library_says(
 
 def test_files_that_are_not_there(tiny_model: TinyModel, tmp_path: Path) -> None:
     files = {"train": [str(tmp_path / "none.jsonl")]}
-    dataset = {"source": "files", "files": files, "splits": {"gold": "train", "train": "train", "test": "train"}}
-    asked = local(tiny_model("llama")).model_copy(update={"dataset": recipe("x", dataset=dataset).dataset})
+    dataset = {
+        "source": "files",
+        "files": files,
+        "splits": {"gold": "train", "train": "train", "test": "train"},
+    }
+    asked = local(tiny_model("llama")).model_copy(
+        update={"dataset": recipe("x", dataset=dataset).dataset}
+    )
     found = findings(asked)
     assert found["data"].level == "FAIL"
     assert "none.jsonl: no such file; correct dataset.files" in found["data"].text
@@ -198,7 +227,9 @@ def test_a_base_model_that_needs_code_of_its_own(tiny_model: TinyModel, tmp_path
     for file in tiny_model("llama").iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "mine", "auto_map": {}}))
+    (tmp_path / "config.json").write_text(
+        json.dumps(config | {"model_type": "mine", "auto_map": {}})
+    )
     found = findings(local(tmp_path))
     assert "needs Python code of its own" in found[f"base model {tmp_path}"].text
 
@@ -210,7 +241,10 @@ def test_a_base_model_in_azures_registry_is_downloaded_later() -> None:
 
 def test_a_base_model_on_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    files = [{"rfilename": "model.safetensors", "size": 3_000_000_000}, {"rfilename": "a.bin", "size": 10**12}]
+    files = [
+        {"rfilename": "model.safetensors", "size": 3_000_000_000},
+        {"rfilename": "a.bin", "size": 10**12},
+    ]
     with ChatEndpoint(lambda _call: Reply({"id": "a/b", "siblings": files})) as hub:
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
         found = findings(local("a/b"))
@@ -223,7 +257,9 @@ def test_a_base_model_on_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     assert "the hub doesn't answer for it" in found["base model a/b"].text
 
 
-def test_a_base_model_in_the_hubs_cache(tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_base_model_in_the_hubs_cache(
+    tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     cached = tmp_path / "models--a--b"
     (cached / "refs").mkdir(parents=True)
     (cached / "refs" / "main").write_text("c" * 40)
@@ -238,7 +274,11 @@ def test_a_data_set_on_the_hub(tiny_model: TinyModel, monkeypatch: pytest.Monkey
     splits = {"gold": "train", "train": "train", "test": "train"}
     asked, pinned = (
         local(tiny_model("llama")).model_copy(
-            update={"dataset": recipe("x", dataset={"source": "hub", "name": "a/d", "splits": splits, **more}).dataset}
+            update={
+                "dataset": recipe(
+                    "x", dataset={"source": "hub", "name": "a/d", "splits": splits, **more}
+                ).dataset
+            }
         )
         for more in ({}, {"revision": "v1"})
     )
@@ -250,8 +290,8 @@ def test_a_data_set_on_the_hub(tiny_model: TinyModel, monkeypatch: pytest.Monkey
 
 
 def test_too_little_disk_and_memory(tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readiness, "DISK_FACTOR", 1e12)
-    monkeypatch.setattr(readiness, "MEMORY_FACTOR", {"lora": 1e12, "full": 1e12})
+    monkeypatch.setattr("distillery.readiness.DISK_FACTOR", 1e12)
+    monkeypatch.setattr("distillery.readiness.MEMORY_FACTOR", {"lora": 1e12, "full": 1e12})
     assert failed(local(tiny_model("llama"))) == {"disk", "memory"}
 
 
@@ -260,7 +300,7 @@ def test_memory_is_known_for_every_method_and_steps_of_healing_count(tiny_model:
 
     def needed(**student: Any) -> float:
         asked = Recipe.model_validate({"student": {"base": base} | student})
-        return readiness._training_bytes(asked, 10**9)
+        return _training_bytes(asked, 10**9)
 
     methods = get_args(TrainingRecipe.model_fields["method"].annotation)
     figures = {method: needed(training={"method": method}) for method in methods}
@@ -269,7 +309,9 @@ def test_memory_is_known_for_every_method_and_steps_of_healing_count(tiny_model:
     assert healed == figures["full"]
 
 
-def test_a_home_that_cannot_be_written(tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_home_that_cannot_be_written(
+    tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("DISTILLERY_HOME", str(tmp_path / "file" / "home"))
     found = findings(local(tiny_model("llama")))
@@ -279,8 +321,10 @@ def test_a_home_that_cannot_be_written(tiny_model: TinyModel, tmp_path: Path, mo
     assert found["registry"].level == "FAIL"
 
 
-def test_a_large_model_without_a_gpu(tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readiness, "LARGE", 1)
+def test_a_large_model_without_a_gpu(
+    tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("distillery.readiness.LARGE", 1)
     found = findings(local(tiny_model("llama")))
     assert found["training"].level == "warn"
     assert "no GPU: on the CPU in" in found["training"].text
@@ -305,7 +349,9 @@ def test_azure_without_its_names(tiny_model: TinyModel) -> None:
     )
     found = findings(asked)
     assert found["registry"].level == "FAIL"
-    assert "AZUREML_SUBSCRIPTION_ID, AZUREML_RESOURCE_GROUP, AZUREML_WS_NAME" in found["registry"].text
+    assert (
+        "AZUREML_SUBSCRIPTION_ID, AZUREML_RESOURCE_GROUP, AZUREML_WS_NAME" in found["registry"].text
+    )
 
 
 def test_stores_that_do_not_open(tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:

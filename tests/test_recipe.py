@@ -29,8 +29,16 @@ def test_a_preset_loads_and_stands_on_its_own(name: str) -> None:
 
 def test_the_presets_ask_for_what_they_say() -> None:
     demo, lab = load_recipe("demo"), load_recipe("lab")
-    assert (demo.teacher.kind, demo.student.start, demo.registry.kind) == ("local", "teacher", "local")
-    assert (lab.dataset.name, lab.teacher.kind, lab.registry.kind) == ("tau/commonsense_qa", "endpoint", "azureml")
+    assert (demo.teacher.kind, demo.student.start, demo.registry.kind) == (
+        "local",
+        "teacher",
+        "local",
+    )
+    assert (lab.dataset.name, lab.teacher.kind, lab.registry.kind) == (
+        "tau/commonsense_qa",
+        "endpoint",
+        "azureml",
+    )
     assert lab.student.training.method == "lora"
 
 
@@ -42,13 +50,19 @@ def test_keys_given_win_and_their_neighbours_stay(tmp_path: Path) -> None:
     recipe, demo = load_recipe(str(file)), load_recipe("demo")
     assert recipe.name == "mine"
     assert recipe.student.layers == (0, 1)
-    assert recipe.teacher.preparation.training == demo.teacher.preparation.training.model_copy(update={"epochs": 1.0})
+    assert recipe.teacher.preparation.training == demo.teacher.preparation.training.model_copy(
+        update={"epochs": 1.0}
+    )
     assert recipe.student.training == demo.student.training
     assert recipe.dataset == demo.dataset
 
 
 def test_null_takes_a_presets_key_out_of_a_mapping() -> None:
-    own_test = {"splits": {"test": "test"}, "carve": {"test": None}, "sample": {"test": None, "train": 50}}
+    own_test = {
+        "splits": {"test": "test"},
+        "carve": {"test": None},
+        "sample": {"test": None, "train": 50},
+    }
     recipe = Recipe.model_validate({"preset": "lab", "dataset": own_test})
     assert recipe.dataset.splits == {"train": "train", "validation": "validation", "test": "test"}
     assert recipe.dataset.carve == {}
@@ -56,7 +70,9 @@ def test_null_takes_a_presets_key_out_of_a_mapping() -> None:
 
 
 def test_null_of_a_plain_field_is_that_fields_value() -> None:
-    recipe = Recipe.model_validate({"preset": "demo", "student": {"layers": None}, "teacher": {"temperature": None}})
+    recipe = Recipe.model_validate(
+        {"preset": "demo", "student": {"layers": None}, "teacher": {"temperature": None}}
+    )
     assert recipe.student.layers is None
     assert recipe.teacher.temperature is None
 
@@ -65,22 +81,40 @@ def test_null_of_a_plain_field_is_that_fields_value() -> None:
     ("values", "said"),
     [
         ({"teecher": {}}, "teecher: unknown key; remove it or correct its spelling"),
-        ({"preset": "demo", "student": {"training": {"epoch": 1}}}, "student.training.epoch: unknown key"),
+        (
+            {"preset": "demo", "student": {"training": {"epoch": 1}}},
+            "student.training.epoch: unknown key",
+        ),
         ({"preset": "lap"}, "preset: "),
         ({"student": {"training": {"epochs": "many"}}}, "student.training.epochs: "),
         ({"preset": "demo", "dataset": 5}, "dataset: "),
         ({"export": {"precision": "int3"}}, "export.precision: "),
         ({"registry": {"model_name": "my model"}}, "registry.model_name: "),
         ({"dataset": {"carve": {"test": 1.5}}}, "dataset.carve.test: "),
-        ({"preset": "lab", "dataset": {"splits": {"train": None}}}, "dataset.splits names no train split"),
+        (
+            {"preset": "lab", "dataset": {"splits": {"train": None}}},
+            "dataset.splits names no train split",
+        ),
         ({"dataset": {"source": "hub"}}, "set dataset.name"),
         ({"dataset": {"source": "files"}}, "set dataset.files"),
-        ({"prompt": {"user": "{question}"}}, "prompt.user needs the places {question} and {choices}"),
+        (
+            {"prompt": {"user": "{question}"}},
+            "prompt.user needs the places {question} and {choices}",
+        ),
         ({"prompt": {"choice": "{letter}"}}, "prompt.choice needs"),
-        ({"student": {"start": "teacher"}}, "student.start is teacher, which needs teacher.kind: local"),
+        (
+            {"student": {"start": "teacher"}},
+            "student.start is teacher, which needs teacher.kind: local",
+        ),
         ({"student": {"training": {"soft_weight": 0.5}}}, "which needs teacher.soft_labels: true"),
-        ({"teacher": {"kind": "gold", "soft_labels": True}}, "soft_labels: gold answers have no probabilities"),
-        ({"preset": "demo", "teacher": {"canaries": {"rows": 5}}}, "a teacher of kind local does not change by itself"),
+        (
+            {"teacher": {"kind": "gold", "soft_labels": True}},
+            "soft_labels: gold answers have no probabilities",
+        ),
+        (
+            {"preset": "demo", "teacher": {"canaries": {"rows": 5}}},
+            "a teacher of kind local does not change by itself",
+        ),
         (
             {"export": {"ladder": [{"algorithm": "rtn"}, {"algorithm": "rtn"}]}},
             "export: ladder: two rungs are int4 rtn/32",
@@ -94,32 +128,65 @@ def test_null_of_a_plain_field_is_that_fields_value() -> None:
             {"export": {"ladder": [{}]}, "dataset": {"splits": {"train": "train", "test": "test"}}},
             "export.ladder needs a validation split in dataset.splits or dataset.carve",
         ),
-        ({"export": {"algorithm": "gptq"}}, "export.algorithm: gptq is for a rung, such as export.ladder: "),
+        (
+            {"export": {"algorithm": "gptq"}},
+            "export.algorithm: gptq is for a rung, such as export.ladder: ",
+        ),
         (
             {"teacher": {"preparation": {"export": {"algorithm": "gptq"}}}},
             "teacher.preparation.export.algorithm: gptq is for a rung",
         ),
-        ({"teacher": {"preparation": {"export": {"ladder": [{}]}}}}, "teacher.preparation.export.ladder: unknown key"),
         (
-            {"teacher": {"kind": "local"}, "dataset": {"splits": {"train": "train", "test": "test"}}},
+            {"teacher": {"preparation": {"export": {"ladder": [{}]}}}},
+            "teacher.preparation.export.ladder: unknown key",
+        ),
+        (
+            {
+                "teacher": {"kind": "local"},
+                "dataset": {"splits": {"train": "train", "test": "test"}},
+            },
             "which needs a gold split in dataset.splits or dataset.carve",
         ),
-        ({"dataset": {"files": {"train": ["a.jsonl"]}}}, "but source is sample: set dataset.source: files"),
-        ({"preset": "lab", "dataset": {"files": {"train": ["a.jsonl"]}}}, "but source is hub: set dataset.source"),
+        (
+            {"dataset": {"files": {"train": ["a.jsonl"]}}},
+            "but source is sample: set dataset.source: files",
+        ),
+        (
+            {"preset": "lab", "dataset": {"files": {"train": ["a.jsonl"]}}},
+            "but source is hub: set dataset.source",
+        ),
         ({"dataset": {"name": "tau/commonsense_qa"}}, "set dataset.source: hub"),
         ({"teacher": {"files": ["labels.jsonl"]}}, "but kind is endpoint: set teacher.kind: file"),
         ({"dataset": {"splits": {"train": "train"}}}, "evaluation and gate need a test split"),
         (
-            {"student": {"training": {"patience": 1}}, "dataset": {"splits": {"train": "a", "test": "b"}}},
+            {
+                "student": {"training": {"patience": 1}},
+                "dataset": {"splits": {"train": "a", "test": "b"}},
+            },
             "training.patience needs a validation split",
         ),
-        ({"teacher": {"answers": {"form": "rationale"}}}, "needs max_tokens of some hundred; 16 cut it off"),
-        ({"teacher": {"filters": {"confidence": 0.5}}}, "filters.confidence: one bare answer has none"),
         (
-            {"teacher": {"budget": {"calls": 20}, "canaries": {"rows": 10}, "answers": {"orders": 2}}},
+            {"teacher": {"answers": {"form": "rationale"}}},
+            "needs max_tokens of some hundred; 16 cut it off",
+        ),
+        (
+            {"teacher": {"filters": {"confidence": 0.5}}},
+            "filters.confidence: one bare answer has none",
+        ),
+        (
+            {
+                "teacher": {
+                    "budget": {"calls": 20},
+                    "canaries": {"rows": 10},
+                    "answers": {"orders": 2},
+                }
+            },
             "budget.calls: 20 leave nothing beside the 20 of canaries",
         ),
-        ({"student": {"layers": [0, 2, 2]}}, "student.layers: give each layer once, from the lowest to the highest"),
+        (
+            {"student": {"layers": [0, 2, 2]}},
+            "student.layers: give each layer once, from the lowest to the highest",
+        ),
         *(
             (
                 {"teacher": {"preparation": {"training": {weight: 0.5}}}},
@@ -131,14 +198,26 @@ def test_null_of_a_plain_field_is_that_fields_value() -> None:
         ({"student": {"training": {"temperature": 1e30}}}, "student.training.temperature: "),
         ({"student": {"training": {"seed": 2**64}}}, "student.training.seed: "),
         ({"student": {"layers": 14}}, "student.layers: a list belongs here, such as [ITEM]"),
-        ({"dataset": {"source": "files", "files": {"train": "a.jsonl"}}}, "dataset.files.train: a list belongs here"),
-        ({"dataset": None}, "dataset: settings belong here, such as {KEY: VALUE}; or leave the key out"),
+        (
+            {"dataset": {"source": "files", "files": {"train": "a.jsonl"}}},
+            "dataset.files.train: a list belongs here",
+        ),
+        (
+            {"dataset": None},
+            "dataset: settings belong here, such as {KEY: VALUE}; or leave the key out",
+        ),
         (
             {
                 "teacher": {"answers": {"form": "rationale"}, "max_tokens": 200},
                 "student": {
                     "healing": [
-                        {"training": {"method": "full", "rationale_weight": 1, "rationale_instruction": "Why?"}}
+                        {
+                            "training": {
+                                "method": "full",
+                                "rationale_weight": 1,
+                                "rationale_instruction": "Why?",
+                            }
+                        }
                     ],
                     "training": {"rationale_weight": 1},
                 },
@@ -147,7 +226,9 @@ def test_null_of_a_plain_field_is_that_fields_value() -> None:
         ),
     ],
 )
-def test_what_is_wrong_is_refused_in_one_line_that_names_the_key(values: dict[str, Any], said: str) -> None:
+def test_what_is_wrong_is_refused_in_one_line_that_names_the_key(
+    values: dict[str, Any], said: str
+) -> None:
     assert said in refusal(values)
 
 
@@ -205,7 +286,9 @@ def test_the_schema_of_the_form_can_be_made() -> None:
 
 def test_a_form_is_in_cache_keys_by_its_own_five_settings() -> None:
     """One more, and every export of earlier runs would be made again."""
-    form = ExportRecipe(precision="int8", largest_loss=0.1, ladder=(ExportForm(algorithm="rtn"),)).form
+    form = ExportRecipe(
+        precision="int8", largest_loss=0.1, ladder=(ExportForm(algorithm="rtn"),)
+    ).form
     assert form.model_dump() == {
         "precision": "int8",
         "algorithm": "k_quant_mixed",
@@ -217,7 +300,10 @@ def test_a_form_is_in_cache_keys_by_its_own_five_settings() -> None:
 
 
 def test_a_ladder_says_whether_it_needs_prompts_and_each_form_has_a_title() -> None:
-    forms = (ExportForm(algorithm="gptq", share_embeddings=False), ExportForm(precision="fp16", algorithm="gptq"))
+    forms = (
+        ExportForm(algorithm="gptq", share_embeddings=False),
+        ExportForm(precision="fp16", algorithm="gptq"),
+    )
     assert ExportRecipe(ladder=forms).calibrated
     assert not ExportRecipe(ladder=forms[1:]).calibrated
     assert [form.title for form in forms] == ["int4 gptq/32, own head", "fp16"]

@@ -16,7 +16,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from azure_ml_stand_in import CONTAINER, AzureMLStandIn, container_sas, make_certificate, resolve_localhost
+from azure_ml_stand_in import (
+    CONTAINER,
+    AzureMLStandIn,
+    container_sas,
+    make_certificate,
+    resolve_localhost,
+)
 from azurite_server import ACCOUNT, ACCOUNT_KEY, Azurite, Certificate, free_port
 from tenacity import wait_none
 
@@ -24,11 +30,20 @@ import tasks.registry
 from distillery.errors import CredentialsError, DistilleryError, RegistryError, RegistryUnavailable
 from distillery.recipe import RegistryRecipe
 from distillery.records import RegisteredModel
-from distillery.registry import AZURE_DEADLINE, AzureRegistry, LocalRegistry, Registry, open_registry
-from distillery.store import ArtifactStore, digest_of_files, list_files, sha256_of
+from distillery.registry.azureml import AZURE_DEADLINE, AzureRegistry
+from distillery.registry.base import Registry
+from distillery.registry.local import LocalRegistry
+from distillery.registry.open import open_registry
+from distillery.storage.artifacts import ArtifactStore
+from distillery.storage.digests import digest_of_files, list_files, sha256_of
 
 PROVENANCE = {"data": "d" * 64, "teacher": {"identity": "t"}, "evaluation": {"accuracy": 0.875}}
-AZURE_NAMES = ("AZUREML_SUBSCRIPTION_ID", "AZUREML_RESOURCE_GROUP", "AZUREML_WS_NAME", "AZUREML_WORKSPACE_NAME")
+AZURE_NAMES = (
+    "AZUREML_SUBSCRIPTION_ID",
+    "AZUREML_RESOURCE_GROUP",
+    "AZUREML_WS_NAME",
+    "AZUREML_WORKSPACE_NAME",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -63,7 +78,9 @@ class Place:
     """A registry and the way into its storage, past its own interface: `damage(model, file, change)` rewrites a stored
     file by `change`, where None stands for no file."""
 
-    def __init__(self, registry: Registry, damage: Callable[[RegisteredModel, str, Any], None]) -> None:
+    def __init__(
+        self, registry: Registry, damage: Callable[[RegisteredModel, str, Any], None]
+    ) -> None:
         self.registry, self.damage = registry, damage
 
 
@@ -110,7 +127,9 @@ def azure(stand_in: AzureMLStandIn, blob_port: int, certificate: Certificate) ->
 
     stand_in.blob_port = blob_port
     url = f"https://{ACCOUNT}.blob.localhost:{blob_port}"
-    with ContainerClient(url, CONTAINER, credential={"account_name": ACCOUNT, "account_key": ACCOUNT_KEY}) as container:
+    with ContainerClient(
+        url, CONTAINER, credential={"account_name": ACCOUNT, "account_key": ACCOUNT_KEY}
+    ) as container:
         container.create_container()
 
         def damage(model: RegisteredModel, file: str, change: Any) -> None:
@@ -142,10 +161,17 @@ def place(kind: str, request: pytest.FixtureRequest) -> Place:
 @BOTH
 def test_the_full_circle(place: Place, folder: Path, tmp_path: Path) -> None:
     registry = place.registry
-    model = registry.register(folder, "student", {"produced_by": "run-7", "task": "tone"}, PROVENANCE)
+    model = registry.register(
+        folder, "student", {"produced_by": "run-7", "task": "tone"}, PROVENANCE
+    )
 
     files = list_files(folder)
-    assert (model.name, model.version, model.role, model.registry) == ("student", "1", "candidate", registry.kind)
+    assert (model.name, model.version, model.role, model.registry) == (
+        "student",
+        "1",
+        "candidate",
+        registry.kind,
+    )
     assert model.produced_by == "run-7"
     assert model.artifact.sha256 == digest_of_files(files)
     assert model.artifact.bytes == sum(file.bytes for file in files)
@@ -155,7 +181,9 @@ def test_the_full_circle(place: Place, folder: Path, tmp_path: Path) -> None:
     manifest = registry.provenance(model)
     assert manifest["model"] == "student"
     assert manifest["provenance"] == PROVENANCE
-    assert {file["path"]: file["sha256"] for file in manifest["files"]} == {file.path: file.sha256 for file in files}
+    assert {file["path"]: file["sha256"] for file in manifest["files"]} == {
+        file.path: file.sha256 for file in files
+    }
 
     target = registry.download(model, tmp_path / "deep" / "down")
     assert sha256_of(target / "manifest.json") == model.manifest_sha256
@@ -183,7 +211,9 @@ def test_the_same_content_is_registered_once(place: Place, folder: Path, tmp_pat
 def test_one_version_is_the_champion(place: Place, folder: Path, tmp_path: Path) -> None:
     registry = place.registry
     first = registry.register(folder, "student", {"task": "tone"}, PROVENANCE)
-    second = registry.register(model_folder(tmp_path / "second", b"better"), "student", {}, PROVENANCE)
+    second = registry.register(
+        model_folder(tmp_path / "second", b"better"), "student", {}, PROVENANCE
+    )
     assert registry.get("student") == second
 
     assert registry.promote(first).role == "champion"
@@ -258,7 +288,9 @@ def test_a_folder_of_the_artifact_store_keeps_its_digest(folder: Path) -> None:
     assert store.holds(artifact)
 
 
-def test_a_moved_home_loses_nothing(home: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_moved_home_loses_nothing(
+    home: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = LocalRegistry().register(folder, "student", {}, PROVENANCE)
     home.rename(tmp_path / "moved")
     monkeypatch.setenv("DISTILLERY_HOME", str(tmp_path / "moved"))
@@ -268,7 +300,9 @@ def test_a_moved_home_loses_nothing(home: Path, folder: Path, tmp_path: Path, mo
 
 
 @pytest.fixture
-def shared(home: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RegisteredModel:
+def shared(
+    home: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> RegisteredModel:
     """A model in a registry and a store that lie outside of this machine's home."""
     monkeypatch.setenv("DISTILLERY_REGISTRY", f"sqlite:///{tmp_path / 'registry.db'}")
     monkeypatch.setenv("DISTILLERY_STORE", str(tmp_path / "store"))
@@ -281,7 +315,9 @@ def test_another_machine_takes_what_it_lacks_from_the_store(
     monkeypatch.setenv("DISTILLERY_HOME", str(tmp_path / "elsewhere"))
     other = LocalRegistry()
     assert other.provenance(other.get("student"))["provenance"] == PROVENANCE
-    with pytest.raises(RegistryError, match=r"student version 1 is gone, and .*/store does not have it either; reg"):
+    with pytest.raises(
+        RegistryError, match=r"student version 1 is gone, and .*/store does not have it either; reg"
+    ):
         other.download(shared, tmp_path / "down")
 
     stored = ArtifactStore().put(folder)
@@ -317,7 +353,9 @@ def test_download_replaces_nothing_but_what_it_made(folder: Path, tmp_path: Path
     assert (target / "mine.txt").exists()
 
 
-def test_more_versions_than_one_page_of_mlflow(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_versions_than_one_page_of_mlflow(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from mlflow import MlflowClient
 
     registry = LocalRegistry()
@@ -340,28 +378,36 @@ def test_versions_of_others_are_left_out(folder: Path) -> None:
     registry = LocalRegistry()
     registry.register(folder, "student", {}, PROVENANCE)
     url = f"sqlite:///{Path(registry.get('student').artifact.uri).parents[2] / 'registry.db'}"
-    MlflowClient(tracking_uri=url, registry_uri=url).create_model_version("student", source=str(folder))
+    MlflowClient(tracking_uri=url, registry_uri=url).create_model_version(
+        "student", source=str(folder)
+    )
     assert [model.version for model in registry.list("student")] == ["1"]
 
 
 REGISTER = """
 import sys
 from pathlib import Path
-from distillery.registry import LocalRegistry
+from distillery.registry.local import LocalRegistry
 print(LocalRegistry().register(Path(sys.argv[1]), "student", {}, {"process": sys.argv[2]}).version)
 """
 
 
 def test_two_processes_open_a_new_registry_at_once(folder: Path) -> None:
     command = [sys.executable, "-c", REGISTER, str(folder)]
-    started = [subprocess.Popen([*command, name], stdout=subprocess.PIPE, text=True) for name in ("one", "two")]
+    started = [
+        subprocess.Popen([*command, name], stdout=subprocess.PIPE, text=True)
+        for name in ("one", "two")
+    ]
     answers = [process.communicate(timeout=120)[0].strip() for process in started]
     assert sorted(answers) == ["1", "2"]
 
 
 def test_nothing_to_register(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    for folder, words in ((tmp_path / "none", "no such folder"), (tmp_path / "empty", "empty folder")):
+    for folder, words in (
+        (tmp_path / "none", "no such folder"),
+        (tmp_path / "empty", "empty folder"),
+    ):
         with pytest.raises(RegistryError, match=words):
             LocalRegistry().register(folder, "student", {}, PROVENANCE)
 
@@ -374,7 +420,9 @@ def test_a_manifest_of_the_models_own_is_not_overwritten(folder: Path) -> None:
 
 def test_a_registry_that_is_no_database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    (tmp_path / "notes.txt").write_text("not a database, and longer than a header of SQLite would be" * 10)
+    (tmp_path / "notes.txt").write_text(
+        "not a database, and longer than a header of SQLite would be" * 10
+    )
     for url, kind in (
         (f"sqlite:///{tmp_path / 'notes.txt'}", RegistryError),
         (f"sqlite:///{tmp_path / 'notes.txt' / 'registry.db'}", RegistryError),
@@ -400,11 +448,15 @@ def test_open_registry_follows_the_recipe(monkeypatch: pytest.MonkeyPatch, tmp_p
 
 
 @pytest.mark.slow
-def test_azure_gets_the_version_that_the_lab_registers(azure: Place, stand_in: AzureMLStandIn, folder: Path) -> None:
+def test_azure_gets_the_version_that_the_lab_registers(
+    azure: Place, stand_in: AzureMLStandIn, folder: Path
+) -> None:
     model = azure.registry.register(folder, "student", {"task": "tone"}, PROVENANCE)
     properties = stand_in.versions["student"]["1"]["properties"]
     assert properties["modelType"] == "custom_model"
-    assert properties["modelUri"].endswith(f"/workspaceblobstore/paths/distillery/student/{model.manifest_sha256}/")
+    assert properties["modelUri"].endswith(
+        f"/workspaceblobstore/paths/distillery/student/{model.manifest_sha256}/"
+    )
     assert properties["tags"] == {
         "task": "tone",
         "role": "candidate",
@@ -416,9 +468,15 @@ def test_azure_gets_the_version_that_the_lab_registers(azure: Place, stand_in: A
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("secrets", [{"secretsType": "AccountKey", "key": ACCOUNT_KEY}, None], ids=["key", "login"])
+@pytest.mark.parametrize(
+    "secrets", [{"secretsType": "AccountKey", "key": ACCOUNT_KEY}, None], ids=["key", "login"]
+)
 def test_azure_storage_by_key_or_by_login(
-    azure: Place, stand_in: AzureMLStandIn, folder: Path, tmp_path: Path, secrets: dict[str, str] | None
+    azure: Place,
+    stand_in: AzureMLStandIn,
+    folder: Path,
+    tmp_path: Path,
+    secrets: dict[str, str] | None,
 ) -> None:
     stand_in.secrets = secrets
     model = azure.registry.register(folder, "student", {}, PROVENANCE)
@@ -427,7 +485,7 @@ def test_azure_storage_by_key_or_by_login(
 
 ASK = """
 from distillery.errors import DistilleryError
-from distillery.registry import AzureRegistry
+from distillery.registry.azureml import AzureRegistry
 try:
     AzureRegistry().list()
 except DistilleryError as error:
@@ -462,7 +520,9 @@ def test_azure_without_a_login_says_one_line_and_no_more(
         (503, RegistryUnavailable, "does not answer"),
     ],
 )
-def test_azure_refuses(stand_in: AzureMLStandIn, status: int, kind: type[DistilleryError], words: str) -> None:
+def test_azure_refuses(
+    stand_in: AzureMLStandIn, status: int, kind: type[DistilleryError], words: str
+) -> None:
     stand_in.status = status
     with pytest.raises(kind, match=words) as caught:
         AzureRegistry().list("student")
@@ -470,7 +530,9 @@ def test_azure_refuses(stand_in: AzureMLStandIn, status: int, kind: type[Distill
 
 
 @pytest.mark.slow
-def test_azure_workspace_that_does_not_exist(stand_in: AzureMLStandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_azure_workspace_that_does_not_exist(
+    stand_in: AzureMLStandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("AZUREML_WS_NAME", "typo")
     with pytest.raises(RegistryError, match="workspace typo") as caught:
         AzureRegistry().get("student")
@@ -484,7 +546,9 @@ def test_azure_with_its_storage_down(stand_in: AzureMLStandIn, folder: Path, ans
         if answer == "silent":
             stand_in.blob_port = listener.getsockname()[1]
         start = time.monotonic()
-        with pytest.raises(RegistryUnavailable, match=f"storage {ACCOUNT} does not answer") as caught:
+        with pytest.raises(
+            RegistryUnavailable, match=f"storage {ACCOUNT} does not answer"
+        ) as caught:
             AzureRegistry().register(folder, "student", {}, PROVENANCE)
         assert time.monotonic() - start < AZURE_DEADLINE
     assert "sig=" not in one_line(caught.value)
@@ -504,7 +568,9 @@ def test_azure_that_is_down(stand_in: AzureMLStandIn, answer: str) -> None:
         assert time.monotonic() - start < AZURE_DEADLINE
 
 
-def test_azurite_that_is_not_installed_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_azurite_that_is_not_installed_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(RuntimeError, match="npm ci --prefix tests/azurite"):
         Azurite(tmp_path).start()
@@ -529,7 +595,9 @@ def test_a_registry_that_is_away_for_a_moment_ends_no_run(
     assert len(asked) == tries
 
 
-def test_what_no_waiting_mends_is_asked_of_the_registry_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_no_waiting_mends_is_asked_of_the_registry_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     asked = []
 
     def refuses(recipe: RegistryRecipe) -> Any:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from distillery.dataset import PreparedCounts, prepare, read_examples
+from distillery.data.examples import read_examples
+from distillery.data.prepare import PreparedCounts, prepare
 from distillery.recipe import DatasetRecipe
 from distillery.records import Example
 
@@ -16,12 +17,16 @@ ALIKE = 0.3
 
 
 @pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[PreparedCounts, dict[str, list[Example]]]:
+def prepared(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[PreparedCounts, dict[str, list[Example]]]:
     out = tmp_path_factory.mktemp("sample")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DISTILLERY_HOME", str(out / "home"))
         counts = prepare(DatasetRecipe(), out)
-    return counts, {role: read_examples(Path(out) / split.file) for role, split in counts.splits.items()}
+    return counts, {
+        role: read_examples(Path(out) / split.file) for role, split in counts.splits.items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +64,9 @@ def test_ids_are_unique(messages: list[tuple[str, Example]]) -> None:
     assert len({example.example_id for _, example in messages}) == len(messages)
 
 
-def test_every_row_has_the_same_options_in_the_same_order(messages: list[tuple[str, Example]]) -> None:
+def test_every_row_has_the_same_options_in_the_same_order(
+    messages: list[tuple[str, Example]],
+) -> None:
     assert len({example.choices for _, example in messages}) == 1
 
 
@@ -71,8 +78,14 @@ def test_every_answer_has_a_quarter_of_each_split(splits: dict[str, list[Example
 
 
 def test_no_six_words_in_a_row_are_common(messages: list[tuple[str, Example]]) -> None:
-    counts = Counter(sequence for _, example in messages for sequence in sequences(example.question, 6))
-    common = {" ".join(sequence): count for sequence, count in counts.items() if count > 0.01 * len(messages)}
+    counts = Counter(
+        sequence for _, example in messages for sequence in sequences(example.question, 6)
+    )
+    common = {
+        " ".join(sequence): count
+        for sequence, count in counts.items()
+        if count > 0.01 * len(messages)
+    }
     assert not common
 
 
@@ -103,9 +116,14 @@ def test_counting_words_does_not_solve_it(splits: dict[str, list[Example]]) -> N
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
 
-    model = make_pipeline(TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True), LogisticRegression(max_iter=1000))
+    model = make_pipeline(
+        TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True), LogisticRegression(max_iter=1000)
+    )
     (gold, gold_answers), (test, test_answers) = (
-        ([example.question for example in splits[role]], [example.answer_key for example in splits[role]])
+        (
+            [example.question for example in splits[role]],
+            [example.answer_key for example in splits[role]],
+        )
         for role in ("gold", "test")
     )
     accuracy = model.fit(gold, gold_answers).score(test, test_answers)

@@ -8,10 +8,17 @@ import pytest
 from distillery.errors import RecipeError
 from distillery.recipe import Recipe, SearchRecipe
 from distillery.records import Measured, Trial
-from distillery.search import Search, render_trials, unbeaten
+from distillery.training.search import Search, render_trials, unbeaten
 from flows.search import load_space
 
-SPACE = SearchRecipe(rank=(4, 8), keep=(1, 2, 3), learning_rate=(1e-5, 1e-3), soft_weight=(0.2, 0.8), trials=8, seed=3)
+SPACE = SearchRecipe(
+    rank=(4, 8),
+    keep=(1, 2, 3),
+    learning_rate=(1e-5, 1e-3),
+    soft_weight=(0.2, 0.8),
+    trials=8,
+    seed=3,
+)
 
 
 def measured(correct: int, size: int = 100, p50: float = 5.0) -> Measured:
@@ -40,7 +47,9 @@ def test_a_trial_changes_what_the_space_names_and_nothing_else() -> None:
         assert 1e-5 <= training.learning_rate <= 1e-3
         assert 0.2 <= training.soft_weight <= 0.8
         same = {"learning_rate", "soft_weight", "lora"}
-        assert training.model_dump(exclude=same) == recipe().student.training.model_dump(exclude=same)
+        assert training.model_dump(exclude=same) == recipe().student.training.model_dump(
+            exclude=same
+        )
         assert one.model_dump(exclude={"student"}) == recipe().model_dump(exclude={"student"})
 
 
@@ -52,8 +61,14 @@ def test_equal_seeds_and_results_give_equal_trials() -> None:
 @pytest.mark.parametrize(
     ("space", "said"),
     [
-        ({"soft_weight": (1.5, 2.0)}, "search: student.training.soft_weight: .*less than or equal to 1; correct"),
-        ({"soft_weight": (0.5, 2.0)}, "search: student.training.soft_weight: .*less than or equal to 1; correct"),
+        (
+            {"soft_weight": (1.5, 2.0)},
+            "search: student.training.soft_weight: .*less than or equal to 1; correct",
+        ),
+        (
+            {"soft_weight": (0.5, 2.0)},
+            "search: student.training.soft_weight: .*less than or equal to 1; correct",
+        ),
         ({"rank": (4, 8)}, "rank: full training has none; leave it out"),
     ],
 )
@@ -82,7 +97,9 @@ def test_the_front_is_what_no_other_beats(results: list[Measured], front: set[in
 def test_the_table_has_the_best_first_and_a_star_for_the_front() -> None:
     trials = [
         Trial(number=0, settings={"rank": 8}, measured=measured(80, 2_000_000), best=False),
-        Trial(number=1, settings={"rank": 4, "keep": 2}, measured=measured(90, 1_500_000), best=True),
+        Trial(
+            number=1, settings={"rank": 4, "keep": 2}, measured=measured(90, 1_500_000), best=True
+        ),
     ]
     assert render_trials(trials).splitlines() == [
         "|  | trial | rank | keep | accuracy | MB | p50 ms |",

@@ -22,8 +22,9 @@ import pytest
 from pydantic import SecretStr
 
 from distillery.errors import CredentialsError, ModelError
-from distillery.inference import Logits, OnnxStudent
-from distillery.serving import KEY_VARIABLE, Served, create_app, serve, served
+from distillery.inference.onnx_student import Logits, OnnxStudent
+from distillery.serving.app import create_app
+from distillery.serving.server import KEY_VARIABLE, Served, serve, served
 
 Build = Callable[..., Path]
 MESSAGES = [
@@ -67,13 +68,24 @@ def test_openai_gets_the_models_own_log_probabilities(client: Any, student: Onnx
     expected = student.next_token_logprobs(prompt)
     best = np.argsort(-expected, kind="stable")[:20].tolist()
     (entry,) = answer.choices[0].logprobs.content
-    assert [one.token for one in entry.top_logprobs] == [student.token_text(token) for token in best]
-    assert [one.logprob for one in entry.top_logprobs] == pytest.approx(expected[best].tolist(), abs=1e-9)
-    assert (entry.token, entry.logprob) == (entry.top_logprobs[0].token, entry.top_logprobs[0].logprob)
+    assert [one.token for one in entry.top_logprobs] == [
+        student.token_text(token) for token in best
+    ]
+    assert [one.logprob for one in entry.top_logprobs] == pytest.approx(
+        expected[best].tolist(), abs=1e-9
+    )
+    assert (entry.token, entry.logprob) == (
+        entry.top_logprobs[0].token,
+        entry.top_logprobs[0].logprob,
+    )
     assert bytes(entry.bytes).decode() == entry.token == answer.choices[0].message.content
     assert answer.choices[0].finish_reason == "length"
     usage = answer.usage
-    assert (usage.prompt_tokens, usage.completion_tokens, usage.total_tokens) == (len(prompt), 1, len(prompt) + 1)
+    assert (usage.prompt_tokens, usage.completion_tokens, usage.total_tokens) == (
+        len(prompt),
+        1,
+        len(prompt) + 1,
+    )
 
 
 def test_a_choice_is_answered_with_the_likeliest_text(client: Any, student: OnnxStudent) -> None:
@@ -86,7 +98,9 @@ def test_a_choice_is_answered_with_the_likeliest_text(client: Any, student: Onnx
         extra_body={"structured_outputs": {"choice": texts}},
     )
     prompt = student.tokenizer.encode_chat(MESSAGES)
-    expected = student.text_probabilities(prompt, [student.tokenizer.encode_text(text) for text in texts])
+    expected = student.text_probabilities(
+        prompt, [student.tokenizer.encode_text(text) for text in texts]
+    )
     best = texts[expected.index(max(expected))]
     (entry,) = answer.choices[0].logprobs.content
     assert (answer.choices[0].message.content, answer.choices[0].finish_reason) == (best, "stop")
@@ -97,7 +111,9 @@ def test_a_choice_is_answered_with_the_likeliest_text(client: Any, student: Onnx
 
 
 def test_openai_gets_the_models_greedy_text(client: Any, student: OnnxStudent) -> None:
-    answer = client.chat.completions.create(model="tiny", messages=MESSAGES, max_completion_tokens=12)
+    answer = client.chat.completions.create(
+        model="tiny", messages=MESSAGES, max_completion_tokens=12
+    )
     tokens, _ = student.generate(student.tokenizer.encode_chat(MESSAGES), 12)
     stream = student.text_stream()
     assert answer.choices[0].message.content == "".join(stream.decode(token) for token in tokens)
@@ -108,18 +124,35 @@ def test_openai_gets_the_models_greedy_text(client: Any, student: OnnxStudent) -
 
 def test_the_messages_reach_the_template_unchanged(server: Served, student: OnnxStudent) -> None:
     parts = [{"type": "text", "text": "Where "}, {"type": "text", "text": "is it?"}]
-    chat = [{"role": "user", "content": parts}, {"role": "assistant", "content": "A"}, {"role": "user", "content": "?"}]
+    chat = [
+        {"role": "user", "content": parts},
+        {"role": "assistant", "content": "A"},
+        {"role": "user", "content": "?"},
+    ]
     body = _post(server, messages=chat).json()
     plain = [{"role": "user", "content": "Where is it?"}, *chat[1:]]
     assert body["usage"]["prompt_tokens"] == len(student.tokenizer.encode_chat(plain))  # type: ignore[arg-type]
 
 
 def test_openai_streams_the_same_text_and_log_probabilities(client: Any) -> None:
-    settings = {"model": "tiny", "messages": MESSAGES, "max_tokens": 12, "logprobs": True, "top_logprobs": 2}
+    settings = {
+        "model": "tiny",
+        "messages": MESSAGES,
+        "max_tokens": 12,
+        "logprobs": True,
+        "top_logprobs": 2,
+    }
     whole = client.chat.completions.create(**settings)
-    chunks = list(client.chat.completions.create(**settings, stream=True, stream_options={"include_usage": True}))
+    chunks = list(
+        client.chat.completions.create(
+            **settings, stream=True, stream_options={"include_usage": True}
+        )
+    )
     choices = [chunk.choices[0] for chunk in chunks if chunk.choices]
-    assert "".join(choice.delta.content or "" for choice in choices) == whole.choices[0].message.content
+    assert (
+        "".join(choice.delta.content or "" for choice in choices)
+        == whole.choices[0].message.content
+    )
     entries = [entry for choice in choices if choice.logprobs for entry in choice.logprobs.content]
     assert entries == whole.choices[0].logprobs.content
     assert choices[0].delta.role == "assistant"
@@ -130,13 +163,25 @@ def test_openai_streams_the_same_text_and_log_probabilities(client: Any) -> None
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_stop_text_ends_the_answer_before_it(stream: bool, client: Any) -> None:
-    text = client.chat.completions.create(model="tiny", messages=MESSAGES, max_tokens=30).choices[0].message.content
+    text = (
+        client.chat.completions.create(model="tiny", messages=MESSAGES, max_tokens=30)
+        .choices[0]
+        .message.content
+    )
     stop = text[4:7]
-    settings = {"model": "tiny", "messages": MESSAGES, "max_tokens": 30, "stop": ["never there", stop]}
+    settings = {
+        "model": "tiny",
+        "messages": MESSAGES,
+        "max_tokens": 30,
+        "stop": ["never there", stop],
+    }
     answer = client.chat.completions.create(**settings, stream=stream)
     if stream:
         choices = [chunk.choices[0] for chunk in answer]
-        said, reason = "".join(choice.delta.content or "" for choice in choices), choices[-1].finish_reason
+        said, reason = (
+            "".join(choice.delta.content or "" for choice in choices),
+            choices[-1].finish_reason,
+        )
     else:
         said, reason = answer.choices[0].message.content, answer.choices[0].finish_reason
     assert said == text[: text.index(stop)]
@@ -154,17 +199,23 @@ def test_seed_and_temperature_are_heeded(client: Any) -> None:
     assert ask(1, 0) == ask(2, 0)
 
 
-def test_azure_ai_inference_gets_the_same_with_and_without_v1(server: Served, student: OnnxStudent) -> None:
+def test_azure_ai_inference_gets_the_same_with_and_without_v1(
+    server: Served, student: OnnxStudent
+) -> None:
     from azure.ai.inference import ChatCompletionsClient
     from azure.core.credentials import AzureKeyCredential
 
     tokens, logprobs = student.generate(student.tokenizer.encode_chat(MESSAGES), 5)
     for url in (server.url, server.url.removesuffix("/v1")):
-        with ChatCompletionsClient(url, AzureKeyCredential(server.key.get_secret_value()), retry_total=0) as client:
+        with ChatCompletionsClient(
+            url, AzureKeyCredential(server.key.get_secret_value()), retry_total=0
+        ) as client:
             answer = client.complete(
                 messages=MESSAGES, max_tokens=5, model_extras={"logprobs": True, "top_logprobs": 5}
             )
-            chunks = list(client.complete(messages=MESSAGES, model="tiny", max_tokens=5, stream=True))
+            chunks = list(
+                client.complete(messages=MESSAGES, model="tiny", max_tokens=5, stream=True)
+            )
         entries = answer.choices[0]["logprobs"]["content"]
         assert [entry["logprob"] for entry in entries] == pytest.approx(logprobs, abs=1e-9)
         assert answer.usage.completion_tokens == len(tokens)
@@ -176,7 +227,8 @@ def test_azure_ai_inference_gets_the_same_with_and_without_v1(server: Served, st
 @pytest.mark.parametrize("sdk", ["openai", "azure-ai-inference"])
 async def test_our_teacher_client_finds_log_probabilities(sdk: Any, server: Served) -> None:
     from distillery.recipe import TeacherRecipe
-    from distillery.teacher import Endpoint, probe
+    from distillery.teacher.asking import probe
+    from distillery.teacher.endpoint import Endpoint
 
     endpoint = Endpoint(server.url, "tiny", server.key, "tiny", sdk)
     result = await probe(TeacherRecipe(sdk=sdk), endpoint)
@@ -205,7 +257,9 @@ def test_the_wrong_key_is_refused_by_both_sdks(server: Served) -> None:
         azure.complete(messages=MESSAGES)
     for path in ("/models", "/models/tiny"):
         assert httpx.get(server.url + path, trust_env=False).status_code == 401
-    assert httpx.get(server.url.removesuffix("/v1") + "/healthz", trust_env=False).json() == {"status": "ok"}
+    assert httpx.get(server.url.removesuffix("/v1") + "/healthz", trust_env=False).json() == {
+        "status": "ok"
+    }
 
 
 def test_the_models_are_listed(client: Any) -> None:
@@ -246,7 +300,9 @@ def test_an_unknown_model_or_path_is_not_found(client: Any, server: Served) -> N
         ({"tools": []}, "tools"),
     ],
 )
-def test_a_bad_request_is_refused_by_the_fields_name(body: dict[str, Any], param: str, server: Served) -> None:
+def test_a_bad_request_is_refused_by_the_fields_name(
+    body: dict[str, Any], param: str, server: Served
+) -> None:
     response = _post(server, **body)
     error = response.json()["error"]
     assert response.status_code == 400
@@ -272,7 +328,9 @@ def test_a_body_that_is_no_json_or_too_large_is_refused(server: Served) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_prompt_over_the_context_is_refused_and_the_next_one_answered(stream: bool, client: Any) -> None:
+def test_a_prompt_over_the_context_is_refused_and_the_next_one_answered(
+    stream: bool, client: Any
+) -> None:
     import openai
 
     long = [{"role": "user", "content": "river " * 2000}]
@@ -280,7 +338,12 @@ def test_a_prompt_over_the_context_is_refused_and_the_next_one_answered(stream: 
         client.chat.completions.create(model="tiny", messages=long, max_tokens=1, stream=stream)
     assert refused.value.code == "context_length_exceeded"
     assert "maximum context length is 1024 tokens" in str(refused.value)
-    assert client.chat.completions.create(model="tiny", messages=MESSAGES, max_tokens=1).usage.completion_tokens == 1
+    assert (
+        client.chat.completions.create(
+            model="tiny", messages=MESSAGES, max_tokens=1
+        ).usage.completion_tokens
+        == 1
+    )
 
 
 def test_an_answer_ends_where_the_context_is_full(server: Served, student: OnnxStudent) -> None:
@@ -307,12 +370,20 @@ def test_many_at_once_get_their_own_answers(server: Served, student: OnnxStudent
 
 def test_the_server_adds_little_to_the_models_time(server: Served, student: OnnxStudent) -> None:
     headers = {"Authorization": f"Bearer {server.key.get_secret_value()}"}
-    body = {"model": "tiny", "messages": MESSAGES, "max_tokens": 1, "logprobs": True, "top_logprobs": 20}
+    body = {
+        "model": "tiny",
+        "messages": MESSAGES,
+        "max_tokens": 1,
+        "logprobs": True,
+        "top_logprobs": 20,
+    }
     times = []
     with httpx.Client(trust_env=False) as http:
         for _ in range(200):
             started = time.perf_counter()
-            http.post(f"{server.url}/chat/completions", json=body, headers=headers).raise_for_status()
+            http.post(
+                f"{server.url}/chat/completions", json=body, headers=headers
+            ).raise_for_status()
             times.append(time.perf_counter() - started)
     # 1.7 ms with client and model on a quiet machine; a packet that waits for the client's delayed ACK costs 40 ms.
     assert sorted(times)[50] < 0.015
@@ -339,7 +410,9 @@ def _in_this_process(student: OnnxStudent) -> Iterator[str]:
     import uvicorn
 
     with socket.create_server(("127.0.0.1", 0)) as bound:
-        config = uvicorn.Config(create_app(student, "tiny", None), log_level="warning", timeout_graceful_shutdown=1)
+        config = uvicorn.Config(
+            create_app(student, "tiny", None), log_level="warning", timeout_graceful_shutdown=1
+        )
         running = uvicorn.Server(config)
         thread = threading.Thread(target=running.run, kwargs={"sockets": [bound]})
         thread.start()
@@ -363,7 +436,9 @@ def test_the_server_answers_while_the_model_computes(tiny_onnx: Build) -> None:
         answers: list[int] = []
         body = {"messages": MESSAGES, "max_tokens": 1}
         asking = threading.Thread(
-            target=lambda: answers.append(httpx.post(f"{url}/chat/completions", json=body, timeout=60).status_code)
+            target=lambda: answers.append(
+                httpx.post(f"{url}/chat/completions", json=body, timeout=60).status_code
+            )
         )
         asking.start()
         assert _until(lambda: student.asked == 1)
@@ -400,7 +475,10 @@ def test_the_key_is_in_no_command_line_and_the_process_is_gone_afterwards(tiny_o
     def interrupted() -> None:
         with served(tiny_onnx("phi3"), "tiny", threads=1) as running:
             seen.append(running)
-            assert running.key.get_secret_value() not in Path(f"/proc/{running.process.pid}/cmdline").read_text()
+            assert (
+                running.key.get_secret_value()
+                not in Path(f"/proc/{running.process.pid}/cmdline").read_text()
+            )
             assert running.key.get_secret_value() not in repr(running)
             assert _post(running).status_code == 200
             raise KeyboardInterrupt
@@ -414,7 +492,7 @@ def test_the_key_is_in_no_command_line_and_the_process_is_gone_afterwards(tiny_o
 
 def test_a_killed_parent_leaves_no_server(tiny_onnx: Build) -> None:
     script = (
-        "import sys, time\nfrom pathlib import Path\nfrom distillery.serving import served\n"
+        "import sys, time\nfrom pathlib import Path\nfrom distillery.serving.server import served\n"
         "with served(Path(sys.argv[1]), 'tiny', threads=1) as running:\n"
         "    print(running.process.pid, flush=True)\n    time.sleep(60)\n"
     )
@@ -497,14 +575,22 @@ def test_whatever_goes_wrong_is_an_answer(stream: bool, after: int, tiny_onnx: B
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_template_that_refuses_the_roles_says_so(stream: bool, tiny_onnx: Build, tmp_path: Path) -> None:
+def test_a_template_that_refuses_the_roles_says_so(
+    stream: bool, tiny_onnx: Build, tmp_path: Path
+) -> None:
     folder = tmp_path / "model"
     shutil.copytree(tiny_onnx("llama"), folder)
     refusing = "{{ raise_exception('System role not supported') }}"
-    (folder / "chat_template.jinja").write_text(f"{{% if messages[0]['role'] == 'system' %}}{refusing}{{% endif %}}?")
+    (folder / "chat_template.jinja").write_text(
+        f"{{% if messages[0]['role'] == 'system' %}}{refusing}{{% endif %}}?"
+    )
     with _in_this_process(OnnxStudent(folder, threads=1)) as url:
         body = {"messages": MESSAGES, "max_tokens": 1, "stream": stream}
         refused = httpx.post(f"{url}/chat/completions", json=body, timeout=20)
-        answered = httpx.post(f"{url}/chat/completions", json=body | {"messages": MESSAGES[1:]}, timeout=20)
+        answered = httpx.post(
+            f"{url}/chat/completions", json=body | {"messages": MESSAGES[1:]}, timeout=20
+        )
     assert (refused.status_code, answered.status_code) == (500, 200)
-    assert re.match("the model's chat template refuses the messages .*", refused.json()["error"]["message"])
+    assert re.match(
+        "the model's chat template refuses the messages .*", refused.json()["error"]["message"]
+    )

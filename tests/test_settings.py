@@ -8,7 +8,9 @@ from distillery.errors import CredentialsError
 from distillery.settings import AzureMLSettings, LocalSettings, TeacherSettings
 
 
-def test_a_field_is_not_read_from_a_variable_of_its_bare_name(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_field_is_not_read_from_a_variable_of_its_bare_name(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     for name in ("DISTILLERY_HOME", "TEACHER_MODEL_NAME", "TEACHER_MODEL_KEY"):
         monkeypatch.delenv(name, raising=False)
     for name in ("HOME", "STORE", "LABELS", "REGISTRY", "MODEL", "KEY", "WORKSPACE"):
@@ -30,10 +32,17 @@ def test_the_labs_names(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_azures_missing_names_are_listed(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("AZUREML_SUBSCRIPTION_ID", "AZUREML_RESOURCE_GROUP", "AZUREML_WS_NAME", "AZUREML_WORKSPACE_NAME"):
+    for name in (
+        "AZUREML_SUBSCRIPTION_ID",
+        "AZUREML_RESOURCE_GROUP",
+        "AZUREML_WS_NAME",
+        "AZUREML_WORKSPACE_NAME",
+    ):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("AZUREML_RESOURCE_GROUP", "group")
-    with pytest.raises(CredentialsError, match=r"^AZUREML_SUBSCRIPTION_ID, AZUREML_WS_NAME: not set"):
+    with pytest.raises(
+        CredentialsError, match=r"^AZUREML_SUBSCRIPTION_ID, AZUREML_WS_NAME: not set"
+    ):
         AzureMLSettings().require()
     monkeypatch.setenv("AZUREML_SUBSCRIPTION_ID", "id")
     monkeypatch.setenv("AZUREML_WORKSPACE_NAME", "space")

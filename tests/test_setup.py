@@ -54,8 +54,12 @@ def configured(workers: str, pool: str, environment: dict[str, str | None] | Non
     """The pool's job as a worker makes it for a flow run."""
     template = setup.base_job_template(workers, pool, environment or {})
     # No server is asked: without references there is nothing to resolve.
-    with temporary_settings({PREFECT_API_URL: "http://server/api", PREFECT_API_AUTH_STRING: "admin:planted-api"}):
-        configuration = asyncio.run(configuration_class(workers).from_template_and_values(template, {}))
+    with temporary_settings(
+        {PREFECT_API_URL: "http://server/api", PREFECT_API_AUTH_STRING: "admin:planted-api"}
+    ):
+        configuration = asyncio.run(
+            configuration_class(workers).from_template_and_values(template, {})
+        )
         configuration.prepare_for_flow_run(FlowRun(flow_id=uuid4(), name="a-run"))
     return configuration
 
@@ -65,7 +69,12 @@ def container(pool: str) -> dict[str, Any]:
     from docker.models.containers import _create_container_args
 
     job = configured("docker", pool)
-    arguments = {"version": "1.41", "image": job.image, "command": job.command, "volumes": job.volumes}
+    arguments = {
+        "version": "1.41",
+        "image": job.image,
+        "command": job.command,
+        "volumes": job.volumes,
+    }
     return dict(_create_container_args(arguments | (job.container_create_kwargs or {})))
 
 
@@ -85,11 +94,18 @@ def test_a_docker_run_gets_its_image_and_the_gpu_pool_alone_a_gpu() -> None:
 
 def test_a_kubernetes_run_gets_its_image_and_the_gpu_pool_alone_a_gpu_node() -> None:
     cpu, gpu = pod("cpu-pool"), pod("gpu-pool")
-    assert [one["containers"][0]["image"] for one in (cpu, gpu)] == ["distillery:cpu", "distillery:cuda"]
-    assert all(one["containers"][0]["args"] == ["prefect", "flow-run", "execute"] for one in (cpu, gpu))
+    assert [one["containers"][0]["image"] for one in (cpu, gpu)] == [
+        "distillery:cpu",
+        "distillery:cuda",
+    ]
+    assert all(
+        one["containers"][0]["args"] == ["prefect", "flow-run", "execute"] for one in (cpu, gpu)
+    )
     assert gpu["containers"][0]["resources"]["limits"] == {"nvidia.com/gpu": "1"}
     assert gpu["nodeSelector"]["nvidia.com/gpu.present"] == "true"
-    assert gpu["tolerations"] == [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
+    assert gpu["tolerations"] == [
+        {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}
+    ]
     assert "gpu" not in json.dumps(cpu)
 
 
@@ -99,7 +115,10 @@ def test_the_kubernetes_job_is_one_by_the_clients_own_models(pool: str) -> None:
 
     manifest = configured("kubernetes", pool).job_manifest
     # These two are Prefect's, and in no schema of a pod.
-    del manifest["spec"]["template"]["spec"]["parallelism"], manifest["spec"]["template"]["spec"]["completions"]
+    del (
+        manifest["spec"]["template"]["spec"]["parallelism"],
+        manifest["spec"]["template"]["spec"]["completions"],
+    )
 
     async def round_trip() -> Any:
         async with ApiClient() as client:
@@ -111,7 +130,9 @@ def test_the_kubernetes_job_is_one_by_the_clients_own_models(pool: str) -> None:
 
 
 @pytest.mark.parametrize("pool", POOLS)
-def test_a_kubernetes_job_holds_no_secret_and_reads_all_from_one(pool: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kubernetes_job_holds_no_secret_and_reads_all_from_one(
+    pool: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name, value in SECRET.items():
         monkeypatch.setenv(name, value)
     for name in PLAIN:
@@ -134,8 +155,22 @@ class Server(PrefectApi):
         self.folder, self.password = folder, "admin:planted-api-password"
         port = free_port()
         self.url = f"http://127.0.0.1:{port}/api"
-        self.command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", *SECRET, *PLAIN))}
+        self.command = [
+            sys.executable,
+            "-m",
+            "prefect",
+            "server",
+            "start",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(port),
+        ]
+        kept = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("PREFECT_", *SECRET, *PLAIN))
+        }
         self.environment = kept | {
             "PREFECT_API_AUTH_STRING": self.password,
             "PREFECT_API_URL": self.url,
@@ -148,7 +183,9 @@ class Server(PrefectApi):
 
     def start(self) -> None:
         with (self.folder / "server.log").open("ab") as log:
-            self.process = subprocess.Popen(self.command, env=self.environment, stdout=log, stderr=log)
+            self.process = subprocess.Popen(
+                self.command, env=self.environment, stdout=log, stderr=log
+            )
         wait_for("the server's start", self.is_healthy)
 
     def is_healthy(self) -> bool:
@@ -162,21 +199,30 @@ class Server(PrefectApi):
     def set_up(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "deployments.setup", *arguments]
         environment = self.environment | environment
-        return subprocess.run(command, env=environment, cwd=PROJECT, capture_output=True, text=True, timeout=120)
+        return subprocess.run(
+            command, env=environment, cwd=PROJECT, capture_output=True, text=True, timeout=120
+        )
 
     def state(self) -> dict[str, Any]:
         """All that the set-up command is there for, as the API reports it, with ids and times of the last change."""
         deployments = self.ask("/deployments/filter", sort="NAME_ASC")
         for deployment in deployments:
             # Prefect writes a deployment anew each time; what it says must be the same.
-            for entry in (deployment, *deployment["schedules"], deployment["global_concurrency_limit"] or {}):
+            for entry in (
+                deployment,
+                *deployment["schedules"],
+                deployment["global_concurrency_limit"] or {},
+            ):
                 entry.pop("updated", None)
             for schedule in deployment["schedules"]:
                 del schedule["id"], schedule["created"]
         blocks = self.ask("/block_documents/filter", include_secrets=True, sort="NAME_ASC")
         return {
             "automations": self.ask("/automations/filter", sort="NAME_ASC"),
-            "blocks": [{"name": one["name"], "data": one["data"], "updated": one["updated"]} for one in blocks],
+            "blocks": [
+                {"name": one["name"], "data": one["data"], "updated": one["updated"]}
+                for one in blocks
+            ],
             "deployments": deployments,
             "pools": [self.api.get(f"/work_pools/{name}").json() for name in POOLS],
             "variables": self.ask("/variables/filter", sort="NAME_ASC"),
@@ -226,22 +272,31 @@ def test_set_up_takes_over_what_has_changed(server: Server) -> None:
             "deployments of prefect.yaml: deployed",
         ]
         assert server.api.get("/work_pools/gpu-pool").json()["concurrency_limit"] == 3
-        assert server.api.get("/variables/name/distillery_store").json()["value"] == "abfs://elsewhere/store"
+        assert (
+            server.api.get("/variables/name/distillery_store").json()["value"]
+            == "abfs://elsewhere/store"
+        )
     finally:
         server.set_up(**SECRET, **PLAIN)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("pool", POOLS)
-def test_a_worker_resolves_every_setting_and_secret(server: Server, pool: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_resolves_every_setting_and_secret(
+    server: Server, pool: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     own = dict.fromkeys(setup.EACH_WORKERS_OWN, "") | {"DISTILLERY_REMOTE_CODE": "trusted/model"}
     for name, value in own.items():
         monkeypatch.setenv(name, value)
     known = server.api.get(f"/work_pools/{pool}").json()
     assert known["concurrency_limit"] == {"cpu-pool": None, "gpu-pool": 1}[pool]
     assert "planted" not in json.dumps(known)
-    with temporary_settings({PREFECT_API_URL: server.url, PREFECT_API_AUTH_STRING: server.password}):
-        job = asyncio.run(ProcessJobConfiguration.from_template_and_values(known["base_job_template"], {}))
+    with temporary_settings(
+        {PREFECT_API_URL: server.url, PREFECT_API_AUTH_STRING: server.password}
+    ):
+        job = asyncio.run(
+            ProcessJobConfiguration.from_template_and_values(known["base_job_template"], {})
+        )
     fixed = {
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
         "PREFECT_LOGGING_EXTRA_LOGGERS": "distillery",
@@ -264,14 +319,20 @@ def test_a_server_takes_the_template(server: Server, workers: str, pool: str) ->
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "variables",
-    [{"command": "id"}, {"env": {"PYTHONPATH": "/tmp"}}, {"env.DISTILLERY_REMOTE_CODE": "any/model"}],
+    [
+        {"command": "id"},
+        {"env": {"PYTHONPATH": "/tmp"}},
+        {"env.DISTILLERY_REMOTE_CODE": "any/model"},
+    ],
     ids=str,
 )
 def test_whoever_starts_a_run_sets_neither_its_command_nor_its_environment(
     server: Server, variables: dict[str, Any]
 ) -> None:
     deployment = server.api.get("/deployments/name/distill/demo").json()
-    response = server.api.post(f"/deployments/{deployment['id']}/create_flow_run", json={"job_variables": variables})
+    response = server.api.post(
+        f"/deployments/{deployment['id']}/create_flow_run", json={"job_variables": variables}
+    )
     assert response.status_code == 422, response.text
     assert server.ask("/flow_runs/count") == 0
 
@@ -280,7 +341,10 @@ def test_whoever_starts_a_run_sets_neither_its_command_nor_its_environment(
 def test_a_server_that_refuses_or_does_not_answer_is_one_line(server: Server) -> None:
     for environment, expected in (
         ({"PREFECT_API_AUTH_STRING": "admin:wrong"}, "is PREFECT_API_AUTH_STRING the server's?"),
-        ({"PREFECT_API_URL": f"http://127.0.0.1:{free_port()}/api"}, "PREFECT_API_URL: no Prefect server answers at"),
+        (
+            {"PREFECT_API_URL": f"http://127.0.0.1:{free_port()}/api"},
+            "PREFECT_API_URL: no Prefect server answers at",
+        ),
         ({"PREFECT_API_URL": ""}, "PREFECT_API_URL: not set"),
     ):
         done = server.set_up(**environment)
@@ -317,7 +381,9 @@ class Heart:
             "occurred": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "event": "prefect.flow-run.heartbeat",
             "resource": {"prefect.resource.id": f"prefect.flow-run.{run}"},
-            "related": [{"prefect.resource.id": "prefect.tag.distillery", "prefect.resource.role": "tag"}],
+            "related": [
+                {"prefect.resource.id": "prefect.tag.distillery", "prefect.resource.role": "tag"}
+            ],
         }
         self.server.api.post("/events", json=[event]).raise_for_status()
 
@@ -333,7 +399,9 @@ def test_an_outage_of_the_server_crashes_no_healthy_run_and_hides_no_dead_one(
     within = 10
     monkeypatch.setattr(setup, "SILENT_AFTER", within)
     monkeypatch.setattr(setup, "DEAD_AFTER", within)
-    with temporary_settings({PREFECT_API_URL: server.url, PREFECT_API_AUTH_STRING: server.password}):
+    with temporary_settings(
+        {PREFECT_API_URL: server.url, PREFECT_API_AUTH_STRING: server.password}
+    ):
         webhook = setup.save_events_webhook()
         with setup.get_client(sync_client=True) as client:
             for automation in setup.automations(webhook):
@@ -362,10 +430,19 @@ def test_an_outage_of_the_server_crashes_no_healthy_run_and_hides_no_dead_one(
 
 
 @pytest.mark.parametrize(
-    ("schema", "file"), [("compose-spec", "compose.yaml"), ("github-workflows", "github-actions.yml")], ids=str
+    ("schema", "file"),
+    [("compose-spec", "compose.yaml"), ("github-workflows", "github-actions.yml")],
+    ids=str,
 )
 def test_the_file_follows_its_published_schema(schema: str, file: str) -> None:
-    command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", f"vendor.{schema}", str(FOLDER / file)]
+    command = [
+        sys.executable,
+        "-m",
+        "check_jsonschema",
+        "--builtin-schema",
+        f"vendor.{schema}",
+        str(FOLDER / file),
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
@@ -383,7 +460,10 @@ def test_a_local_run_finds_home_and_store_from_its_own_working_folder(
     ):
         monkeypatch.setenv("DISTILLERY_STORE", store)
         found = local.environment()
-        assert (found["DISTILLERY_HOME"], found["DISTILLERY_STORE"]) == (str(tmp_path / "data"), expected)
+        assert (found["DISTILLERY_HOME"], found["DISTILLERY_STORE"]) == (
+            str(tmp_path / "data"),
+            expected,
+        )
     monkeypatch.delenv("DISTILLERY_STORE")
     monkeypatch.setattr(local, "PROJECT", tmp_path)
     assert "DISTILLERY_STORE" not in local.environment()
@@ -397,8 +477,12 @@ def test_compose_names_only_what_it_has() -> None:
     assert set(services) == {"postgres", "server", "setup", "cpu-worker", "gpu-worker"}
     for service in services.values():
         assert set(service.get("depends_on", {})) <= set(services)
-        assert {volume.partition(":")[0] for volume in service.get("volumes", [])} <= set(COMPOSE["volumes"])
-        assert {config["source"] for config in service.get("configs", [])} <= set(COMPOSE["configs"])
+        assert {volume.partition(":")[0] for volume in service.get("volumes", [])} <= set(
+            COMPOSE["volumes"]
+        )
+        assert {config["source"] for config in service.get("configs", [])} <= set(
+            COMPOSE["configs"]
+        )
         # A service that others wait for has a way to say that it is well.
         for name, condition in service.get("depends_on", {}).items():
             assert condition["condition"] != "service_healthy" or "healthcheck" in services[name]
@@ -433,11 +517,16 @@ def test_compose_takes_every_setting_from_a_documented_variable() -> None:
     text = (FOLDER / "compose.yaml").read_text()
     found = re.findall(r"\$\{?(\w+)(:[-?])?", text)
     assert {name for name, kind in found if not kind} == set(), "neither a default nor required"
-    documented = re.findall(r"^#? ?([A-Z][A-Z0-9_]+)=", (PROJECT / "sample.env").read_text(), re.MULTILINE)
+    documented = re.findall(
+        r"^#? ?([A-Z][A-Z0-9_]+)=", (PROJECT / "sample.env").read_text(), re.MULTILINE
+    )
     assert {name for name, _ in found} <= set(documented)
     # What the set-up command passes on to the runs, under a name that it knows.
     environment = set(COMPOSE["services"]["setup"]["environment"])
-    assert environment - {"PREFECT_API_URL", "PREFECT_API_AUTH_STRING"} == {*setup.VARIABLES, *setup.SECRETS}
+    assert environment - {"PREFECT_API_URL", "PREFECT_API_AUTH_STRING"} == {
+        *setup.VARIABLES,
+        *setup.SECRETS,
+    }
     assert set(setup.EACH_WORKERS_OWN) <= set(COMPOSE["services"]["cpu-worker"]["environment"])
 
 
@@ -481,14 +570,20 @@ def test_the_image_runs_a_worker_as_no_root_and_knows_that_it_is_a_container() -
     assert "ENTRYPOINT" not in last
     # The shell's words of a JSON list.
     assert [word.strip("[],") for word in last["CMD"]][:3] == ["prefect", "worker", "start"]
-    settings = dict(word.split("=", 1) for one in instructions() if one[0] == "ENV" for word in one[1:])
+    settings = dict(
+        word.split("=", 1) for one in instructions() if one[0] == "ENV" for word in one[1:]
+    )
     assert settings["DISTILLERY_CONTAINER"] == "1"
     # What is mounted elsewhere lies where the image keeps its data.
     home = settings["DISTILLERY_HOME"]
     assert last["VOLUME"] == [home]
     mounted = {volume.partition(":")[2] for volume in COMPOSE["services"]["cpu-worker"]["volumes"]}
-    mounted |= {one["mountPath"] for pool in POOLS for one in pod(pool)["containers"][0]["volumeMounts"]}
-    mounted |= {volume.partition(":")[2] for pool in POOLS for volume in configured("docker", pool).volumes}
+    mounted |= {
+        one["mountPath"] for pool in POOLS for one in pod(pool)["containers"][0]["volumeMounts"]
+    }
+    mounted |= {
+        volume.partition(":")[2] for pool in POOLS for volume in configured("docker", pool).volumes
+    }
     assert mounted == {home}
 
 
@@ -499,7 +594,9 @@ def test_the_github_example_deploys_and_then_watches_the_run() -> None:
     assert {"workflow_dispatch", "push"} == set(workflow[True])
     job = workflow["jobs"]["distil"]
     assert all(value.startswith("${{ secrets.") for value in job["env"].values())
-    commands = [shlex.split(line) for step in job["steps"] for line in step.get("run", "").splitlines()]
+    commands = [
+        shlex.split(line) for step in job["steps"] for line in step.get("run", "").splitlines()
+    ]
     assert [command[:3] for command in commands] == [
         ["pip", "install", "--index-url"],
         ["pip", "install", "--constraint"],
@@ -509,6 +606,8 @@ def test_the_github_example_deploys_and_then_watches_the_run() -> None:
     assert {"distill/demo", "--watch"} < set(commands[-1])
     # Prefect itself takes these words.
     environment = os.environ | {"PREFECT_API_URL": f"http://127.0.0.1:{free_port()}/api"}
-    refused = subprocess.run([sys.executable, "-m", *commands[-1]], env=environment, capture_output=True, text=True)
+    refused = subprocess.run(
+        [sys.executable, "-m", *commands[-1]], env=environment, capture_output=True, text=True
+    )
     assert refused.returncode == 1
     assert "All connection attempts failed" in refused.stdout + refused.stderr

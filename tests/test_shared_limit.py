@@ -13,11 +13,12 @@ from prefect.testing.utilities import prefect_test_harness
 from pydantic import SecretStr
 
 from distillery.errors import TeacherError
-from distillery.label_store import LabelStore
-from distillery.labels import LabelCounts, label
+from distillery.labels.files import LabelCounts
+from distillery.labels.labelling import label
+from distillery.labels.store import LabelStore
 from distillery.recipe import PromptRecipe, TeacherRecipe
 from distillery.records import Example
-from distillery.teacher import Endpoint
+from distillery.teacher.endpoint import Endpoint
 from tasks.labels import _slot
 
 pytestmark = [pytest.mark.slow]
@@ -30,18 +31,27 @@ def _server() -> object:
 
 
 async def run(server: ChatEndpoint, out: Path, name: str, limit: str) -> LabelCounts:
-    rows = [Example(example_id=f"{name}-{n}", question=f"{name} {n}?", choices=("x", "y", "z")) for n in range(30)]
+    rows = [
+        Example(example_id=f"{name}-{n}", question=f"{name} {n}?", choices=("x", "y", "z"))
+        for n in range(30)
+    ]
     endpoint = Endpoint(server.url, "m", SecretStr("k"), name, "openai")
     with LabelStore(f"sqlite:///{out / name}.db") as store:
         recipe = TeacherRecipe(concurrency=8)
-        return await label(rows, PromptRecipe(), recipe, endpoint, store, out / name, slots=partial(_slot, limit))
+        return await label(
+            rows, PromptRecipe(), recipe, endpoint, store, out / name, slots=partial(_slot, limit)
+        )
 
 
 def test_two_runs_together_keep_to_one_limit(tmp_path: Path) -> None:
     async def both(server: ChatEndpoint) -> list[LabelCounts]:
         async with get_client() as client:
-            await client.create_global_concurrency_limit(GlobalConcurrencyLimitCreate(name="teacher", limit=3))
-        return await asyncio.gather(*(run(server, tmp_path, name, "teacher") for name in ("one", "two")))
+            await client.create_global_concurrency_limit(
+                GlobalConcurrencyLimitCreate(name="teacher", limit=3)
+            )
+        return await asyncio.gather(
+            *(run(server, tmp_path, name, "teacher") for name in ("one", "two"))
+        )
 
     with ChatEndpoint(lambda call: replace(good(call), delay=0.05)) as server:
         counts = asyncio.run(both(server))
@@ -50,6 +60,9 @@ def test_two_runs_together_keep_to_one_limit(tmp_path: Path) -> None:
 
 
 def test_a_limit_that_is_not_there_is_said_in_one_line(tmp_path: Path) -> None:
-    with ChatEndpoint() as server, pytest.raises(TeacherError, match="prefect gcl create nowhere --limit CALLS"):
+    with (
+        ChatEndpoint() as server,
+        pytest.raises(TeacherError, match="prefect gcl create nowhere --limit CALLS"),
+    ):
         asyncio.run(run(server, tmp_path, "one", "nowhere"))
     assert server.calls == []

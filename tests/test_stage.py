@@ -13,7 +13,7 @@ from prefect.testing.utilities import prefect_test_harness
 
 from distillery.errors import StageError
 from distillery.records import Predictions, PreparedDataset
-from distillery.store import ArtifactStore
+from distillery.storage.artifacts import ArtifactStore
 from tasks import stage as stages
 from tasks.results import results_in_store
 from tasks.stage import is_hit, own_key, stage
@@ -40,10 +40,14 @@ def test_a_record_of_another_stage_is_a_miss(record: Predictions) -> None:
     assert not is_hit(kept(record), PreparedDataset)
 
 
-@pytest.mark.parametrize("name", ["distillery.gone.Predictions", "distillery.records.Gone", "nowhere.Predictions"])
+@pytest.mark.parametrize(
+    "name", ["distillery.gone.Predictions", "distillery.records.Gone", "nowhere.Predictions"]
+)
 def test_a_record_whose_class_is_gone_is_a_miss(record: Predictions, name: str) -> None:
     file = kept(record).replace(b"distillery.records.Predictions", name.encode())
-    assert isinstance(ResultRecord.deserialize(file).result, dict), "Prefect hands back a plain dict"
+    assert isinstance(ResultRecord.deserialize(file).result, dict), (
+        "Prefect hands back a plain dict"
+    )
     assert not is_hit(file, Predictions)
 
 
@@ -76,7 +80,9 @@ def _server() -> Iterator[None]:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("_server")
-def test_a_stage_finds_its_record_again_and_passes_over_one_that_is_none(record: Predictions) -> None:
+def test_a_stage_finds_its_record_again_and_passes_over_one_that_is_none(
+    record: Predictions,
+) -> None:
     done: list[str] = []
 
     @stage("count", version=1)
@@ -94,7 +100,11 @@ def test_a_stage_finds_its_record_again_and_passes_over_one_that_is_none(record:
         assert len(done) == 1
         results = Path(ArtifactStore().storage.root) / "results"
         file = results / done[0]
-        file.write_bytes(file.read_bytes().replace(b"distillery.records.Predictions", b"distillery.gone.Predictions"))
+        file.write_bytes(
+            file.read_bytes().replace(
+                b"distillery.records.Predictions", b"distillery.gone.Predictions"
+            )
+        )
         assert counting() == record
         assert counting() == record
     assert done == [done[0], f"{done[0]}-1"]
@@ -123,6 +133,9 @@ def test_an_error_while_the_key_is_computed_ends_the_stage_in_one_line(
     with results_in_store(), pytest.raises(StageError) as raised:
         failing()
     line = str(raised.value)
-    assert line == "stage fail: its cache key can't be computed (TypeError: no content of this); please report this"
+    assert (
+        line
+        == "stage fail: its cache key can't be computed (TypeError: no content of this); please report this"
+    )
     assert worked == []
     assert "Error encountered when computing cache key" not in caplog.text

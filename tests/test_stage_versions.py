@@ -13,8 +13,10 @@ import ast
 import hashlib
 import io
 import json
+import re
 import sys
 import tokenize
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +24,14 @@ import pytest
 
 PROJECT = Path(__file__).resolve().parents[1]
 RECORD = Path(__file__).with_name("stage_versions.json")
-# Where things lie, who waits for whom and how errors read: none of it is in what a stage returns. Recipes and records
-# are in the cache keys themselves.
-APART = {
-    *("database", "errors", "leases", "processes", "readiness", "recipe", "records", "registry", "settings"),
-    *("storage", "store", "label_store", "pace", "quote", "tracking"),
-}
+# Storage, locks, retries, payment and error texts: none of it is in what a stage returns. Recipes and
+# records are in the cache keys themselves.
+APART = (
+    *("errors.py", "machine.py", "processes.py", "readiness.py", "records.py", "settings.py"),
+    *("recipe/", "registry/", "storage/", "__init__.py"),
+    *("labels/quote.py", "labels/store.py", "teacher/budget.py", "teacher/pace.py"),
+    "training/tracking.py",
+)
 
 
 def stages() -> dict[str, tuple[int, Path]]:
@@ -35,28 +39,60 @@ def stages() -> dict[str, tuple[int, Path]]:
     found = {}
     for file in sorted((PROJECT / "tasks").glob("*.py")):
         for node in ast.walk(ast.parse(file.read_text())):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "stage":
-                (version,) = (keyword.value for keyword in node.keywords if keyword.arg == "version")
+            if (
+                isinstance(node, ast.Call)
+                and isinstance(node.func, ast.Name)
+                and node.func.id == "stage"
+            ):
+                (version,) = (
+                    keyword.value for keyword in node.keywords if keyword.arg == "version"
+                )
                 found[ast.literal_eval(node.args[0])] = (ast.literal_eval(version), file)
     return found
 
 
+def imported(file: Path) -> set[Path]:
+    """Return the modules of distillery/ that `file` imports, at the top or inside a function, or
+    names in a string that `python -m` or Olive imports."""
+    found: set[Path] = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, (
+                f"{file}:{node.lineno}: a relative import; this test follows none"
+            )
+            if node.module and node.module.split(".")[0] == "distillery":
+                for alias in node.names:
+                    found.add(module_file(node.module, alias.name, f"{file}:{node.lineno}"))
+        elif isinstance(node, ast.Import):
+            for alias in node.names:
+                assert not alias.name.startswith("distillery"), f"{file}: write from ... import"
+        elif isinstance(node, ast.Constant) and re.fullmatch(
+            r"distillery(\.\w+)+", str(node.value)
+        ):
+            found.add(module_file(*str(node.value).rsplit(".", 1), f"{file}:{node.lineno}"))
+    return found
+
+
+def module_file(module: str, name: str, where: str) -> Path:
+    """Return the file of `from module import name`; a name in a package's own face leads to that."""
+    folder = PROJECT / module.replace(".", "/")
+    for path in (folder / f"{name}.py", folder / name / "__main__.py", folder.with_suffix(".py")):
+        if path.is_file():
+            return path
+    assert (folder / "__init__.py").is_file(), f"{where}: {module}.{name} leads to no file"
+    return folder / "__init__.py"
+
+
 def modules(file: Path) -> set[Path]:
-    """`file` and what of distillery/ it imports, directly and through others, at the top or inside a function."""
-    seen, left = set(), [file]
+    """Return `file` and what of distillery/ it imports, directly or through others."""
+    seen: set[Path] = set()
+    left = {file}
     while left:
         file = left.pop()
         seen.add(file)
-        for node in ast.walk(ast.parse(file.read_text())):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "distillery":
-                names = {node.module.partition(".")[2], *(alias.name for alias in node.names)}
-            elif isinstance(node, ast.Constant) and str(node.value).startswith("distillery."):
-                # Run as a process of its own.
-                names = {str(node.value).removeprefix("distillery.")}
-            else:
-                continue
-            left += {PROJECT / "distillery" / f"{name}.py" for name in names - APART} - seen
-        left = [path for path in left if path.is_file()]
+        for path in imported(file) - seen:
+            if not path.relative_to(PROJECT / "distillery").as_posix().startswith(APART):
+                left.add(path)
     return seen
 
 
@@ -76,16 +112,19 @@ def code(file: Path) -> str:
                 and isinstance(first.value, ast.Constant)
                 and isinstance(first.value.value, str)
             ):
-                lines[first.lineno - 1 : first.end_lineno] = [""] * (first.end_lineno - first.lineno + 1)
+                lines[first.lineno - 1 : first.end_lineno] = [""] * (
+                    first.end_lineno - first.lineno + 1
+                )
     return "\n".join(line.rstrip() for line in lines if line.strip())
 
 
+@cache
 def now() -> dict[str, dict[str, Any]]:
     found = {}
     for name, (version, file) in stages().items():
         hasher = hashlib.sha256()
         for path in sorted(modules(file)):
-            hasher.update(f"{path.name}\0{code(path)}\0".encode())
+            hasher.update(f"{path.relative_to(PROJECT)}\0{code(path)}\0".encode())
         found[name] = {"version": version, "fingerprint": hasher.hexdigest()[:16]}
     return found
 
@@ -106,6 +145,38 @@ def test_a_change_of_a_stages_code_is_decided_upon(name: str) -> None:
 
 def test_the_record_names_no_stage_that_is_gone() -> None:
     assert recorded().keys() == stages().keys()
+
+
+def test_the_watch_reaches_every_stages_domain() -> None:
+    """A move of modules must not let the code of a stage drop out of its watch."""
+    reached = {
+        name: {str(path.relative_to(PROJECT)) for path in modules(file)}
+        for name, (_, file) in stages().items()
+    }
+    assert {
+        "distillery/training/loop.py",
+        "distillery/training/losses.py",
+        "distillery/training/olive_passes.py",
+    } <= reached["train"]
+    assert "distillery/data/near_duplicates.py" in reached["prepare dataset"]
+    assert {"distillery/labels/labelling.py", "distillery/teacher/answers.py"} <= reached["label"]
+    assert "distillery/inference/onnx_student.py" in reached["score"]
+    assert {
+        "distillery/evaluation/scoring_process.py",
+        "distillery/evaluation/baselines.py",
+    } <= reached["evaluate"]
+    assert "distillery/export/rung_process.py" in reached["export ladder"]
+    assert "distillery/export/build.py" in reached["export"]
+
+
+def test_an_import_that_leads_nowhere_fails_loudly(tmp_path: Path) -> None:
+    file = tmp_path / "module.py"
+    file.write_text("from distillery.gone import it\n")
+    with pytest.raises(AssertionError, match=r"distillery\.gone\.it leads to no file"):
+        imported(file)
+    file.write_text("from . import it\n")
+    with pytest.raises(AssertionError, match="a relative import"):
+        imported(file)
 
 
 def test_comments_and_docstrings_are_no_change_and_code_is(tmp_path: Path) -> None:

@@ -17,11 +17,20 @@ from pathlib import Path
 import pytest
 from azurite_server import ACCOUNT, ACCOUNT_KEY, Azurite, free_port
 
-from distillery.errors import ArtifactDamaged, CredentialsError, DistilleryError, StoreError, StoreUnavailable
+from distillery.errors import (
+    ArtifactDamaged,
+    CredentialsError,
+    DistilleryError,
+    StoreError,
+    StoreUnavailable,
+)
 from distillery.records import Artifact
 from distillery.settings import LocalSettings
-from distillery.storage import Storage
-from distillery.store import MANIFEST, ArtifactStore, _Cache, working_folder
+from distillery.storage.artifacts import ArtifactStore
+from distillery.storage.cache import Cache as _Cache
+from distillery.storage.files import Storage
+from distillery.storage.manifest import MANIFEST
+from distillery.storage.working import working_folder
 
 TESTS = Path(__file__).parent
 MIB = 1 << 20
@@ -55,7 +64,9 @@ def lead_to(azurite: Azurite, monkeypatch: pytest.MonkeyPatch) -> None:
 def with_container(azurite: Azurite) -> Azurite:
     from azure.storage.blob import ContainerClient
 
-    with ContainerClient.from_connection_string(azurite.connection_string, "distillery") as container:
+    with ContainerClient.from_connection_string(
+        azurite.connection_string, "distillery"
+    ) as container:
         container.create_container()
     return azurite
 
@@ -128,10 +139,16 @@ def test_what_goes_in_comes_out(store: ArtifactStore, folder: Path) -> None:
     assert artifact.bytes == 3 + 3 * MIB
     assert sorted(p.name for p in content.rglob("*") if p.is_file()) == ["a.txt", "b.bin", "empty"]
     assert store.fetch(artifact) == content
-    assert [entry.path for entry in store.files(artifact.sha256)] == ["a.txt", "deep/b.bin", "empty"]
+    assert [entry.path for entry in store.files(artifact.sha256)] == [
+        "a.txt",
+        "deep/b.bin",
+        "empty",
+    ]
 
 
-def test_equal_content_has_one_digest_and_is_written_once(store: ArtifactStore, folder: Path) -> None:
+def test_equal_content_has_one_digest_and_is_written_once(
+    store: ArtifactStore, folder: Path
+) -> None:
     first = store.put(folder)
     before = store.storage.find()
     assert store.put(folder) == first
@@ -152,7 +169,9 @@ def remove(storage: Storage, name: str) -> None:
     assert storage.remove(file)
 
 
-@pytest.mark.parametrize("damage", ["flip", "cut", "remove", "no manifest", "other manifest", "half manifest"])
+@pytest.mark.parametrize(
+    "damage", ["flip", "cut", "remove", "no manifest", "other manifest", "half manifest"]
+)
 def test_damage_is_noticed_and_mended_by_storing_again(
     store: ArtifactStore, folder: Path, tmp_path: Path, damage: str
 ) -> None:
@@ -198,8 +217,9 @@ def test_a_manifest_can_not_name_a_file_outside(store: ArtifactStore, folder: Pa
 KILLED = """
 import os, sys, signal
 from pathlib import Path
-from distillery.storage import Storage
-from distillery.store import ArtifactStore, MANIFEST
+from distillery.storage.files import Storage
+from distillery.storage.artifacts import ArtifactStore
+from distillery.storage.manifest import MANIFEST
 
 when, url, folder, checkpoint = sys.argv[1:]
 upload, uploads = Storage.upload, []
@@ -232,11 +252,15 @@ WHEN = pytest.mark.parametrize("when", ["in the middle", "before the manifest"])
 
 
 @WHEN
-def test_a_writer_killed_leaves_nothing_that_counts(durable_url: str, folder: Path, tmp_path: Path, when: str) -> None:
+def test_a_writer_killed_leaves_nothing_that_counts(
+    durable_url: str, folder: Path, tmp_path: Path, when: str
+) -> None:
     kill_a_writer(when, durable_url, folder)
     store = ArtifactStore(durable_url)
     half = store.storage.find()
-    assert len([file for file in half if "/files/" in file.name]) == (1 if when == "in the middle" else 3)
+    assert len([file for file in half if "/files/" in file.name]) == (
+        1 if when == "in the middle" else 3
+    )
     artifact = ArtifactStore(str(tmp_path / "another")).put(folder)
     assert not store.holds(artifact)
     with pytest.raises(ArtifactDamaged):
@@ -258,7 +282,9 @@ def test_a_kill_while_saving_leaves_the_checkpoint_before(
     (folder / "a.txt").write_text("three")
     store.save_checkpoint("train-1", folder)
     assert loaded(store, "train-1", tmp_path / "second") == "three"
-    assert {file.name.split("/")[2][:6] for file in store.storage.find("work/train-1")} == {"000003"}
+    assert {file.name.split("/")[2][:6] for file in store.storage.find("work/train-1")} == {
+        "000003"
+    }
 
 
 def loaded(store: ArtifactStore, key: str, into: Path) -> str | None:
@@ -285,7 +311,9 @@ def test_checkpoints(store: ArtifactStore, folder: Path, tmp_path: Path) -> None
     assert {file.name.split("/")[1] for file in store.storage.find("work")} == {"train-10"}
 
 
-def test_of_two_checkpoints_the_newest_whole_one_counts(store: ArtifactStore, folder: Path, tmp_path: Path) -> None:
+def test_of_two_checkpoints_the_newest_whole_one_counts(
+    store: ArtifactStore, folder: Path, tmp_path: Path
+) -> None:
     store.save_checkpoint("train-1", folder)
     (old,) = {file.name.split("/")[2] for file in store.storage.find("work")}
     for file in store.storage.find(f"work/train-1/{old}"):
@@ -299,8 +327,15 @@ def test_small_objects(store: ArtifactStore) -> None:
     store.write_object("results/deep/key", b"\x00two")
     assert store.read_object("results/deep/key") == b"\x00two"
     store.write_record("runs/demo-1.json", "{}")
-    assert store.read_record("runs/demo-1.json") == store.read_object("records/runs/demo-1.json").decode() == "{}"
-    assert [file.name for file in store.storage.find()] == ["records/runs/demo-1.json", "results/deep/key"]
+    assert (
+        store.read_record("runs/demo-1.json")
+        == store.read_object("records/runs/demo-1.json").decode()
+        == "{}"
+    )
+    assert [file.name for file in store.storage.find()] == [
+        "records/runs/demo-1.json",
+        "results/deep/key",
+    ]
     with pytest.raises(ArtifactDamaged, match="none: not in the store; do both sides use one"):
         store.read_object("results/none")
     for name in ("../outside", "records/../../outside", "/outside"):
@@ -333,7 +368,9 @@ def test_use_makes_an_old_artifact_new(folder: Path, tmp_path: Path, use: str) -
     manifest = tmp_path / "store" / artifact.sha256 / MANIFEST
     os.utime(manifest, (0, 0))
     getattr(store, use)(folder if use == "put" else artifact)
-    assert datetime.now(UTC) - store.storage.modified(f"{artifact.sha256}/{MANIFEST}") < timedelta(minutes=1)
+    assert datetime.now(UTC) - store.storage.modified(f"{artifact.sha256}/{MANIFEST}") < timedelta(
+        minutes=1
+    )
 
 
 # --- two writers, large files -------------------------------------------------------------------------------------
@@ -341,7 +378,7 @@ def test_use_makes_an_old_artifact_new(folder: Path, tmp_path: Path, use: str) -
 PUT = """
 import sys
 from pathlib import Path
-from distillery.store import ArtifactStore
+from distillery.storage.artifacts import ArtifactStore
 store = ArtifactStore(sys.argv[1])
 sys.stdin.readline()
 artifact = store.put(Path(sys.argv[2]))
@@ -357,7 +394,9 @@ def test_two_writers_at_once_make_one_whole_artifact(durable_url: str, tmp_path:
     (source / "config").write_text("{}")
     command = [sys.executable, "-c", PUT, durable_url, str(source)]
     pipe = subprocess.PIPE
-    writers = [subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True) for _ in range(2)]
+    writers = [
+        subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True) for _ in range(2)
+    ]
     time.sleep(2)
     for writer in writers:
         assert writer.stdin is not None
@@ -368,14 +407,16 @@ def test_two_writers_at_once_make_one_whole_artifact(durable_url: str, tmp_path:
     assert [answer for answer, _ in answers] == [f"{artifact.sha256} True\n"] * 2, answers
     store = ArtifactStore(durable_url)
     names = [file.name for file in store.storage.find()]
-    assert names == [f"{artifact.sha256}/{name}" for name in (MANIFEST, "files/config", "files/weights")]
+    assert names == [
+        f"{artifact.sha256}/{name}" for name in (MANIFEST, "files/config", "files/weights")
+    ]
     assert (store.fetch(artifact) / "weights").read_bytes() == (source / "weights").read_bytes()
 
 
 MEMORY = """
 import sys
 from pathlib import Path
-from distillery.store import ArtifactStore
+from distillery.storage.artifacts import ArtifactStore
 
 def peak():
     # Of this program alone; ru_maxrss would begin at what the process that started it had.
@@ -394,14 +435,23 @@ print(before, up - before, peak() - before)
 
 
 @pytest.mark.slow
-def test_memory_stays_flat_however_large_a_file_is(azurite: Azurite, folder: Path, tmp_path: Path) -> None:
+def test_memory_stays_flat_however_large_a_file_is(
+    azurite: Azurite, folder: Path, tmp_path: Path
+) -> None:
     large = tmp_path / "large"
     large.mkdir()
     for name, blocks in (("weights", 75), ("what one request could take", 15)):
         with (large / name).open("wb") as file:
             for _ in range(blocks):
                 file.write(os.urandom(4 * MIB))
-    command = [sys.executable, "-c", MEMORY, f"abfs://distillery/{tmp_path.name}", str(folder), str(large)]
+    command = [
+        sys.executable,
+        "-c",
+        MEMORY,
+        f"abfs://distillery/{tmp_path.name}",
+        str(folder),
+        str(large),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     before, up, down = map(float, done.stdout.split())
     print(f"360 MiB: {up:.0f} MiB more than {before:.0f} up, {down:.0f} down")
@@ -554,8 +604,14 @@ def test_a_wrong_key_is_one_clear_line(azurite: Azurite, monkeypatch: pytest.Mon
     ("settings", "said"),
     [
         ({}, "; name the account in the URL, or correct AZURE_STORAGE_CONNECTION_STRING"),
-        ({"AZURE_STORAGE_CONNECTION_STRING": "AccountKey=hidden"}, "; name the account in the URL, or correct AZURE_"),
-        ({"AZURE_STORAGE_ACCOUNT_NAME": ACCOUNT}, "no key and no Azure login; run `az login`, or set AZURE_STORAGE_"),
+        (
+            {"AZURE_STORAGE_CONNECTION_STRING": "AccountKey=hidden"},
+            "; name the account in the URL, or correct AZURE_",
+        ),
+        (
+            {"AZURE_STORAGE_ACCOUNT_NAME": ACCOUNT},
+            "no key and no Azure login; run `az login`, or set AZURE_STORAGE_",
+        ),
     ],
 )
 def test_missing_credentials_are_one_clear_line(
@@ -577,7 +633,7 @@ import socket, sys
 from pathlib import Path
 from azure_ml_stand_in import resolve_localhost
 socket.getaddrinfo = resolve_localhost(socket.getaddrinfo)
-from distillery.store import ArtifactStore
+from distillery.storage.artifacts import ArtifactStore
 store = ArtifactStore(sys.argv[1])
 print(len(list(store.fetch(store.put(Path(sys.argv[2]))).iterdir())))
 """
@@ -598,8 +654,15 @@ def test_without_a_key_the_azure_login_is_taken(folder: Path, tmp_path: Path) ->
         ) as container:
             container.create_container()
         url = f"abfs://distillery@{ACCOUNT}.blob.localhost:{azurite.port}/store"
-        environment = os.environ | {"SSL_CERT_FILE": str(certificate.cert), "PYTHONPATH": str(TESTS)}
-        environment |= {name: value for name, value in login.environment(certificate).items() if "IDENTITY" in name}
+        environment = os.environ | {
+            "SSL_CERT_FILE": str(certificate.cert),
+            "PYTHONPATH": str(TESTS),
+        }
+        environment |= {
+            name: value
+            for name, value in login.environment(certificate).items()
+            if "IDENTITY" in name
+        }
         command = [sys.executable, "-c", LOGIN, url, str(folder)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert (done.stdout, done.stderr) == ("3\n", "")
@@ -612,7 +675,10 @@ def test_an_unknown_protocol_is_one_clear_line() -> None:
 
 def test_settings_that_are_no_numbers_are_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DISTILLERY_CACHE_GB", "much")
-    with pytest.raises(DistilleryError, match=r"^DISTILLERY_CACHE_GB: .*valid number.*; correct it in the environment"):
+    with pytest.raises(
+        DistilleryError,
+        match=r"^DISTILLERY_CACHE_GB: .*valid number.*; correct it in the environment",
+    ):
         LocalSettings()
 
 
@@ -621,7 +687,7 @@ def test_settings_that_are_no_numbers_are_one_clear_line(monkeypatch: pytest.Mon
 HOLD = """
 import sys, time
 from pathlib import Path
-from distillery.store import _Cache
+from distillery.storage.cache import Cache as _Cache
 _Cache(Path(sys.argv[1]), 0).hold(sys.argv[2])
 print("held", flush=True)
 time.sleep(600)
@@ -667,7 +733,7 @@ def test_what_a_killed_reader_left_is_evicted_too(tmp_path: Path) -> None:
 FETCH = """
 import sys
 from distillery.records import Artifact
-from distillery.store import ArtifactStore
+from distillery.storage.artifacts import ArtifactStore
 store = ArtifactStore(sys.argv[1])
 for digest in sys.argv[2:]:
     store.fetch(Artifact(uri="", sha256=digest, bytes=0))
@@ -688,7 +754,9 @@ def test_the_cache_of_a_remote_store_keeps_to_its_limit(
     monkeypatch.setenv("DISTILLERY_CACHE_GB", "0.0025")
 
     def cached_after(*numbers: int) -> list[int]:
-        subprocess.run([sys.executable, "-c", FETCH, url, *(digests[number] for number in numbers)], check=True)
+        subprocess.run(
+            [sys.executable, "-c", FETCH, url, *(digests[number] for number in numbers)], check=True
+        )
         return [number for number in range(4) if (home / "cache" / digests[number]).exists()]
 
     assert cached_after(0) == [0]
@@ -708,11 +776,13 @@ def test_a_damaged_copy_in_the_cache_is_fetched_anew(folder: Path, tmp_path: Pat
 # --- disks --------------------------------------------------------------------------------------------------------
 
 
-def test_a_full_disk_is_one_clear_line(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_one_clear_line(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*_args: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("distillery.store.shutil.copyfile", full)
+    monkeypatch.setattr("distillery.storage.working.shutil.copyfile", full)
     with pytest.raises(StoreError, match="the disk is full; free some space"):
         ArtifactStore(str(tmp_path / "store")).put(folder)
 
@@ -733,13 +803,17 @@ def save(target: Path) -> None:
 
 
 @pytest.mark.parametrize("fill", [write, copy, save])
-def test_a_working_folder_says_in_one_line_that_the_disk_is_full(fill: Callable[[Path], None], home: Path) -> None:
+def test_a_working_folder_says_in_one_line_that_the_disk_is_full(
+    fill: Callable[[Path], None], home: Path
+) -> None:
     def fill_it() -> None:
         with working_folder("test") as folder:
             (folder / "file").symlink_to("/dev/full")
             fill(folder / "file")
 
-    with pytest.raises(StoreError, match=r"the disk is full .*; free some space or move DISTILLERY_HOME") as caught:
+    with pytest.raises(
+        StoreError, match=r"the disk is full .*; free some space or move DISTILLERY_HOME"
+    ) as caught:
         fill_it()
     assert str(caught.value).startswith(f"{home / 'work'}: ")
     assert list((home / "work").iterdir()) == []

@@ -18,12 +18,14 @@ import pytest
 import torch
 from tiny_model import ARCHITECTURES
 
-from distillery import student
-from distillery.base_model import base_folder, base_identity, local_copy
 from distillery.errors import DataError, RecipeError, StoreUnavailable, TrainingError
-from distillery.labels import gold_labels
-from distillery.losses import TrainingRow, hidden_loss
-from distillery.onnx import ADAPTER_FILE, export
+from distillery.export.build import export
+from distillery.inference.onnx_student import ADAPTER_FILE
+from distillery.labels.known import gold_labels
+from distillery.models.base import base_folder, base_identity, local_copy
+from distillery.models.inspect import parts
+from distillery.models.load import end_of_turn_id, load_model, load_tokenizer, pad_id
+from distillery.models.placement import placement
 from distillery.prompts import TransformersTokenizer, letter_ids, render_ids
 from distillery.recipe import (
     BaseModelRecipe,
@@ -35,6 +37,14 @@ from distillery.recipe import (
     TrainingRecipe,
 )
 from distillery.records import Example, TeacherLabel
+from distillery.training.adapters import add_lora, linear_modules
+from distillery.training.checkpoint import STATE_FILE, Checkpoints
+from distillery.training.fine_tune import fine_tune
+from distillery.training.loop import Progress, TrainingProgress, TrainingResult, train
+from distillery.training.losses import TrainingRow, hidden_loss
+from distillery.training.objective import hidden_states
+from distillery.training.rows import training_rows
+from distillery.training.validation import option_probabilities, validate
 
 PROMPT = PromptRecipe(system="Pick.", user="{question}\n{choices}", choice="{letter}) {text}")
 TinyModel = Callable[[str], Path]
@@ -67,123 +77,156 @@ def soft_labels(rows: list[Example]) -> dict[str, TeacherLabel]:
 
 
 def rendered(folder: Path, count: int = 12) -> list[TrainingRow]:
-    rows, _ = student.training_rows(
-        examples(count), soft_labels(examples(count)), PROMPT, student.load_tokenizer(folder)
+    rows, _ = training_rows(
+        examples(count), soft_labels(examples(count)), PROMPT, load_tokenizer(folder)
     )
     return rows
 
 
-def test_a_cut_student_learns_its_teachers_hidden_states(tiny_model: TinyModel, tmp_path: Path) -> None:
-    folder, place = tiny_model("llama"), student.placement("float32")
+def test_a_cut_student_learns_its_teachers_hidden_states(
+    tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    folder, place = tiny_model("llama"), placement("float32")
     rows = rendered(folder)
 
     def states(of: Path) -> torch.Tensor:
-        model, tokenizer = student.load_model(of)
-        return student.hidden_states(model, rows, pad_id=student.pad_id(tokenizer), place=place, batch_size=5)
+        model, tokenizer = load_model(of)
+        return hidden_states(model, rows, pad_id=pad_id(tokenizer), place=place, batch_size=5)
 
     taught = states(folder)
     for index in (0, 7):
-        model, _ = student.load_model(folder)
-        alone = model(torch.tensor([rows[index].prompt]), output_hidden_states=True).hidden_states[-1][0, -1]
+        model, _ = load_model(folder)
+        alone = model(torch.tensor([rows[index].prompt]), output_hidden_states=True).hidden_states[
+            -1
+        ][0, -1]
         assert torch.allclose(taught[index], alone, atol=1e-5)
     figures = {}
     for weight in (0.0, 5.0):
-        recipe = TrainingRecipe(method="full", epochs=10, learning_rate=1e-3, hidden_weight=weight, precision="float32")
+        recipe = TrainingRecipe(
+            method="full", epochs=10, learning_rate=1e-3, hidden_weight=weight, precision="float32"
+        )
         out = tmp_path / str(weight)
-        student.fine_tune(folder, None, rows, [], recipe, out, layers=[1])
+        fine_tune(folder, None, rows, [], recipe, out, layers=[1])
         assert not (out / "hidden.safetensors").exists()
         figures[weight] = float(hidden_loss(states(out / "model"), taught))
     assert figures[5.0] < 0.75 * figures[0.0]
 
 
-@pytest.mark.parametrize("by", [student.hidden_states, student.option_probabilities])
+@pytest.mark.parametrize("by", [hidden_states, option_probabilities])
 def test_the_head_reads_contiguous_states(tiny_model: TinyModel, by: Any) -> None:
     """Of others PyTorch's CPU kernels copy the whole head once for each row."""
     folder, seen = tiny_model("llama"), []
-    model, tokenizer = student.load_model(folder)
-    model.get_output_embeddings().register_forward_hook(lambda _head, inputs, _: seen.append(inputs[0].is_contiguous()))
-    by(model, rendered(folder), pad_id=student.pad_id(tokenizer), place=student.placement("float32"))
+    model, tokenizer = load_model(folder)
+    model.get_output_embeddings().register_forward_hook(
+        lambda _head, inputs, _: seen.append(inputs[0].is_contiguous())
+    )
+    by(model, rendered(folder), pad_id=pad_id(tokenizer), place=placement("float32"))
     assert seen
     assert all(seen)
 
 
 @pytest.mark.parametrize("frozen", [True, False])
 def test_frozen_embeddings_stay_as_they_are(tiny_model: TinyModel, frozen: bool) -> None:
-    model, tokenizer = student.load_model(tiny_model("llama"))
+    model, tokenizer = load_model(tiny_model("llama"))
     before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
-    recipe = TrainingRecipe(method="full", max_steps=2, freeze_embeddings=frozen, precision="float32")
-    _, result = student.train(
+    recipe = TrainingRecipe(
+        method="full", max_steps=2, freeze_embeddings=frozen, precision="float32"
+    )
+    _, result = train(
         model,
         rendered(tiny_model("llama")),
         [],
         recipe,
-        pad_id=student.pad_id(tokenizer),
-        end_id=student.end_of_turn_id(tokenizer),
+        pad_id=pad_id(tokenizer),
+        end_id=end_of_turn_id(tokenizer),
     )
     same = {name for name, weight in model.named_parameters() if torch.equal(weight, before[name])}
     assert same == ({"model.embed_tokens.weight"} if frozen else set())
-    assert result.parameters - result.trained_parameters == sum(before[name].numel() for name in same)
+    assert result.parameters - result.trained_parameters == sum(
+        before[name].numel() for name in same
+    )
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_left_padding_changes_no_probability(tiny_model: TinyModel, arch: str) -> None:
-    model, tokenizer = student.load_model(tiny_model(arch))
+    model, tokenizer = load_model(tiny_model(arch))
     rows = rendered(tiny_model(arch), 4)
     rows[1] = rows[1].model_copy(update={"prompt": rows[1].prompt[:-4]})
-    place, pad = student.placement("float32"), student.pad_id(tokenizer)
-    together = student.option_probabilities(model, rows, pad_id=pad, place=place, batch_size=4)
-    alone = student.option_probabilities(model, rows, pad_id=pad, place=place, batch_size=1)
+    place, pad = placement("float32"), pad_id(tokenizer)
+    together = option_probabilities(model, rows, pad_id=pad, place=place, batch_size=4)
+    alone = option_probabilities(model, rows, pad_id=pad, place=place, batch_size=1)
     assert torch.allclose(torch.tensor(together), torch.tensor(alone), atol=1e-5)
 
 
-@pytest.mark.parametrize(("arch", "expected"), [("llama", "q_proj"), ("phi3", "qkv_proj"), ("qwen3", "q_proj")])
-def test_lora_adapts_what_the_architecture_calls_its_layers(tiny_model: TinyModel, arch: str, expected: str) -> None:
-    model, _ = student.load_model(tiny_model(arch))
-    assert expected in student.linear_modules(model)
-    assert "lm_head" not in student.linear_modules(model)
-    adapted = student.add_lora(model, LoraRecipe(rank=2))
+@pytest.mark.parametrize(
+    ("arch", "expected"), [("llama", "q_proj"), ("phi3", "qkv_proj"), ("qwen3", "q_proj")]
+)
+def test_lora_adapts_what_the_architecture_calls_its_layers(
+    tiny_model: TinyModel, arch: str, expected: str
+) -> None:
+    model, _ = load_model(tiny_model(arch))
+    assert expected in linear_modules(model)
+    assert "lm_head" not in linear_modules(model)
+    adapted = add_lora(model, LoraRecipe(rank=2))
     assert any(f"{expected}.lora_A" in name for name, _ in adapted.named_parameters())
 
 
 @pytest.mark.parametrize(
     ("wrong", "right"),
-    [(("q_proj", "v_proj"), ("o_proj",)), (("lm_head", "embed_tokens", "norm", "mlp"), ("mlp.down_proj",))],
+    [
+        (("q_proj", "v_proj"), ("o_proj",)),
+        (("lm_head", "embed_tokens", "norm", "mlp"), ("mlp.down_proj",)),
+    ],
 )
 def test_target_modules_that_are_no_linear_layers_of_the_model_are_named(
     tiny_model: TinyModel, wrong: tuple[str, ...], right: tuple[str, ...]
 ) -> None:
-    model, _ = student.load_model(tiny_model("phi3"))
-    with pytest.raises(TrainingError, match=rf"target_modules: {', '.join(wrong)}: no linear layer .*qkv_proj"):
-        student.add_lora(model, LoraRecipe(target_modules=wrong + right))
-    student.add_lora(model, LoraRecipe(target_modules=right))
+    model, _ = load_model(tiny_model("phi3"))
+    with pytest.raises(
+        TrainingError, match=rf"target_modules: {', '.join(wrong)}: no linear layer .*qkv_proj"
+    ):
+        add_lora(model, LoraRecipe(target_modules=wrong + right))
+    add_lora(model, LoraRecipe(target_modules=right))
 
 
 def test_a_validation_loss_that_is_no_number_ends_training(
     tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows, (network, _) = rendered(tiny_model("llama")), student.load_model(tiny_model("llama"))
-    monkeypatch.setattr(student, "option_probabilities", lambda _model, rows, **_: [[math.nan] * 3 for _ in rows])
+    rows, (network, _) = rendered(tiny_model("llama")), load_model(tiny_model("llama"))
+    monkeypatch.setattr(
+        "distillery.training.validation.option_probabilities",
+        lambda _model, rows, **_: [[math.nan] * 3 for _ in rows],
+    )
     recipe = TrainingRecipe(method="full", max_steps=1)
-    with pytest.raises(TrainingError, match=r"the validation loss is nan at step 1; lower its training\.learning_rate"):
-        student.train(network, rows, rows, recipe, pad_id=0, end_id=2)
+    with pytest.raises(
+        TrainingError,
+        match=r"the validation loss is nan at step 1; lower its training\.learning_rate",
+    ):
+        train(network, rows, rows, recipe, pad_id=0, end_id=2)
 
 
 def test_a_merged_model_can_be_trained_on(tiny_model: TinyModel, tmp_path: Path) -> None:
-    student.add_lora(student.load_model(tiny_model("llama"))[0], LoraRecipe()).save_pretrained(tmp_path)
-    merged, _ = student.load_model(tiny_model("llama"), tmp_path)
+    add_lora(load_model(tiny_model("llama"))[0], LoraRecipe()).save_pretrained(tmp_path)
+    merged, _ = load_model(tiny_model("llama"), tmp_path)
     rows = rendered(tiny_model("llama"))
-    _, result = student.train(merged, rows, [], TrainingRecipe(method="full", max_steps=2), pad_id=0, end_id=2)
+    _, result = train(
+        merged, rows, [], TrainingRecipe(method="full", max_steps=2), pad_id=0, end_id=2
+    )
     assert result.steps == 2
 
 
 @pytest.mark.parametrize("method", ["lora", "dora", "full"])
-def test_training_learns_counts_its_steps_and_repeats_itself(tiny_model: TinyModel, method: str) -> None:
+def test_training_learns_counts_its_steps_and_repeats_itself(
+    tiny_model: TinyModel, method: str
+) -> None:
     rows = rendered(tiny_model("llama"))
-    recipe = TrainingRecipe(method=method, epochs=8, batch_size=4, learning_rate=1e-2, soft_weight=0.5, seed=3)
+    recipe = TrainingRecipe(
+        method=method, epochs=8, batch_size=4, learning_rate=1e-2, soft_weight=0.5, seed=3
+    )
     outcomes = []
     for _ in range(2):
-        model, tokenizer = student.load_model(tiny_model("llama"))
-        trained, result = student.train(model, rows, rows, recipe, pad_id=student.pad_id(tokenizer), end_id=2)
+        model, tokenizer = load_model(tiny_model("llama"))
+        trained, result = train(model, rows, rows, recipe, pad_id=pad_id(tokenizer), end_id=2)
         outcomes.append((result, [p.detach().clone() for p in trained.parameters()]))
     (first, weights), (second, again) = outcomes
     assert first.steps == 24
@@ -194,9 +237,11 @@ def test_training_learns_counts_its_steps_and_repeats_itself(tiny_model: TinyMod
     assert all(torch.equal(a, b) for a, b in zip(weights, again, strict=True))
 
 
-def trained(folder: Path, recipe: TrainingRecipe, rows: list[TrainingRow]) -> tuple[student.TrainingResult, object]:
-    model, tokenizer = student.load_model(folder)
-    model, result = student.train(model, rows, rows[:6], recipe, pad_id=student.pad_id(tokenizer), end_id=2)
+def trained(
+    folder: Path, recipe: TrainingRecipe, rows: list[TrainingRow]
+) -> tuple[TrainingResult, object]:
+    model, tokenizer = load_model(folder)
+    model, result = train(model, rows, rows[:6], recipe, pad_id=pad_id(tokenizer), end_id=2)
     return result, model
 
 
@@ -204,27 +249,43 @@ def test_a_step_of_several_batches_is_one_of_their_sum(tiny_model: TinyModel) ->
     rows = rendered(tiny_model("llama"), 10)
     shape = {"method": "full", "max_steps": 1, "precision": "float32", "learning_rate": 1e-3}
     whole, one = trained(tiny_model("llama"), TrainingRecipe(batch_size=10, **shape), rows)
-    parts, several = trained(tiny_model("llama"), TrainingRecipe(batch_size=4, accumulation=3, **shape), rows)
+    parts, several = trained(
+        tiny_model("llama"), TrainingRecipe(batch_size=4, accumulation=3, **shape), rows
+    )
     assert parts.curve[0].loss == pytest.approx(whole.curve[0].loss, rel=1e-5)
     pairs = list(zip(one.parameters(), several.parameters(), strict=True))
     apart = sum(int(((a - b).abs() > 1e-4).sum()) for a, b in pairs)
     # Adam's first step is as long for a gradient of all but nothing, whose sign is a matter of rounding.
     assert apart < 1e-3 * sum(a.numel() for a, _ in pairs)
-    counted, _ = trained(tiny_model("llama"), TrainingRecipe(batch_size=2, accumulation=2, epochs=2), rows)
+    counted, _ = trained(
+        tiny_model("llama"), TrainingRecipe(batch_size=2, accumulation=2, epochs=2), rows
+    )
     assert counted.steps == 6, "five batches are three steps an epoch"
 
 
 def test_patience_ends_training_and_keeps_the_best_epoch(tiny_model: TinyModel) -> None:
     rows = rendered(tiny_model("llama"))
-    shape = {"method": "full", "epochs": 40, "batch_size": 4, "learning_rate": 0.05, "precision": "float32"}
+    shape = {
+        "method": "full",
+        "epochs": 40,
+        "batch_size": 4,
+        "learning_rate": 0.05,
+        "precision": "float32",
+    }
     result, model = trained(tiny_model("llama"), TrainingRecipe(patience=2, **shape), rows)
-    losses = {point.step: point.validation_loss for point in result.curve if point.validation_loss is not None}
+    losses = {
+        point.step: point.validation_loss
+        for point in result.curve
+        if point.validation_loss is not None
+    }
     assert min(losses, key=lambda step: losses[step]) == result.kept_step
-    assert result.steps == result.kept_step + 2 * 3 < 120, "it ends two epochs of three steps after the best"
-    accuracy, loss = student.validate(model, rows[:6], pad_id=0, place=student.placement("float32"))
+    assert result.steps == result.kept_step + 2 * 3 < 120, (
+        "it ends two epochs of three steps after the best"
+    )
+    accuracy, loss = validate(model, rows[:6], pad_id=0, place=placement("float32"))
     assert (accuracy, loss) == (result.validation_accuracy, pytest.approx(losses[result.kept_step]))
     with pytest.raises(TrainingError, match="patience needs validation rows"):
-        student.train(model, rows, [], TrainingRecipe(patience=1), pad_id=0, end_id=2)
+        train(model, rows, [], TrainingRecipe(patience=1), pad_id=0, end_id=2)
 
 
 def reasons(rows: list[Example]) -> dict[str, TeacherLabel]:
@@ -236,22 +297,29 @@ def reasons(rows: list[Example]) -> dict[str, TeacherLabel]:
 
 
 def test_reasons_are_learnt_as_a_task_beside(tiny_model: TinyModel) -> None:
-    tokenizer = student.load_tokenizer(tiny_model("llama"))
+    tokenizer = load_tokenizer(tiny_model("llama"))
     ask = "Why?"
-    rows, _ = student.training_rows(examples(), reasons(examples()), PROMPT, tokenizer, ask)
+    rows, _ = training_rows(examples(), reasons(examples()), PROMPT, tokenizer, ask)
     assert [bool(row.rationale) for row in rows] == [False, True] * 6
     asked = tokenizer.decode(rows[1].explain)
     assert "\n\nWhy?" in asked
     assert asked.replace("\n\nWhy?", "") == tokenizer.decode(rows[1].prompt)
     assert tokenizer.decode(rows[1].rationale) == "It says 1."
-    plain, _ = student.training_rows(examples(), reasons(examples()), PROMPT, tokenizer)
+    plain, _ = training_rows(examples(), reasons(examples()), PROMPT, tokenizer)
     assert not any(row.rationale for row in plain)
 
     def surprise(weight: float) -> float:
-        recipe = TrainingRecipe(method="full", epochs=6, batch_size=4, learning_rate=1e-2, rationale_weight=weight)
+        recipe = TrainingRecipe(
+            method="full", epochs=6, batch_size=4, learning_rate=1e-2, rationale_weight=weight
+        )
         _, model = trained(tiny_model("llama"), recipe, rows)
         ids = torch.tensor([rows[1].explain + rows[1].rationale])
-        return float(model(ids, labels=torch.where(torch.arange(ids.shape[1]) < len(rows[1].explain), -100, ids)).loss)
+        return float(
+            model(
+                ids,
+                labels=torch.where(torch.arange(ids.shape[1]) < len(rows[1].explain), -100, ids),
+            ).loss
+        )
 
     assert surprise(1.0) < surprise(0.0) - 0.5
 
@@ -260,22 +328,28 @@ TEXT_PROMPT = PromptRecipe(system="Pick.", user="{question}", answer="text")
 
 
 def test_answers_by_text_are_learnt_ranked_and_said(tiny_model: TinyModel) -> None:
-    tokenizer = student.load_tokenizer(tiny_model("llama"))
-    rows, _ = student.training_rows(examples(), soft_labels(examples()), TEXT_PROMPT, tokenizer)
+    tokenizer = load_tokenizer(tiny_model("llama"))
+    rows, _ = training_rows(examples(), soft_labels(examples()), TEXT_PROMPT, tokenizer)
     assert not rows[0].letters
     assert [tokenizer.decode(text) for text in rows[0].texts] == ["oven", "bridge", "rain"]
-    recipe = TrainingRecipe(method="full", epochs=20, batch_size=4, learning_rate=1e-2, soft_weight=0.5)
+    recipe = TrainingRecipe(
+        method="full", epochs=20, batch_size=4, learning_rate=1e-2, soft_weight=0.5
+    )
     result, model = trained(tiny_model("llama"), recipe, rows)
     assert result.validation_accuracy == 1.0
-    said = model.generate(torch.tensor([rows[1].prompt]), max_new_tokens=8, do_sample=False)[0][len(rows[1].prompt) :]
+    said = model.generate(torch.tensor([rows[1].prompt]), max_new_tokens=8, do_sample=False)[0][
+        len(rows[1].prompt) :
+    ]
     assert tokenizer.decode(said) == "bridge<|im_end|>"
 
 
 def test_an_option_without_a_token_is_one_line(tiny_model: TinyModel) -> None:
     example = examples(1)[0].model_copy(update={"choices": ("oven", "", "rain")})
-    with pytest.raises(DataError, match=r"^0: option B has no token of the student's; give it a text$"):
-        student.training_rows(
-            [example], gold_labels([example]), TEXT_PROMPT, student.load_tokenizer(tiny_model("llama"))
+    with pytest.raises(
+        DataError, match=r"^0: option B has no token of the student's; give it a text$"
+    ):
+        training_rows(
+            [example], gold_labels([example]), TEXT_PROMPT, load_tokenizer(tiny_model("llama"))
         )
 
 
@@ -291,12 +365,12 @@ class OneFile:
         time.sleep(self.seconds)
         self.saves += 1
         beside = self.path.with_suffix(".new")
-        shutil.copyfile(folder / student.STATE_FILE, beside)
+        shutil.copyfile(folder / STATE_FILE, beside)
         os.replace(beside, self.path)
 
     def load(self, into: Path) -> bool:
         if self.path.exists():
-            shutil.copyfile(self.path, into / student.STATE_FILE)
+            shutil.copyfile(self.path, into / STATE_FILE)
         return self.path.exists()
 
     def of(self, step: str) -> "OneFile":
@@ -310,13 +384,23 @@ HEALING = HealingRecipe(
 
 
 def long_training(
-    base: Path, method: str, out: Path, checkpoints: OneFile | None, progress: student.Progress | None = None
-) -> student.TrainingResult:
-    shape = {"lora": LoraRecipe(rank=4, dropout=0.2)} if method == "lora" else {"hidden_weight": 0.5}
-    recipe = TrainingRecipe(method=method, epochs=60, batch_size=4, soft_weight=0.5, warmup=0.3, seed=3, **shape)
+    base: Path,
+    method: str,
+    out: Path,
+    checkpoints: OneFile | None,
+    progress: Progress | None = None,
+) -> TrainingResult:
+    shape = (
+        {"lora": LoraRecipe(rank=4, dropout=0.2)} if method == "lora" else {"hidden_weight": 0.5}
+    )
+    recipe = TrainingRecipe(
+        method=method, epochs=60, batch_size=4, soft_weight=0.5, warmup=0.3, seed=3, **shape
+    )
     cut = {} if method == "lora" else {"layers": [0], "healing": [HEALING]}
     rows = rendered(base)
-    return student.fine_tune(base, None, rows, rows[:5], recipe, out, progress=progress, checkpoints=checkpoints, **cut)
+    return fine_tune(
+        base, None, rows, rows[:5], recipe, out, progress=progress, checkpoints=checkpoints, **cut
+    )
 
 
 CHILD = """
@@ -335,8 +419,18 @@ def test_training_that_was_killed_goes_on_to_the_very_same_student(
 ) -> None:
     monkeypatch.setenv("DISTILLERY_CHECKPOINT_SECONDS", "0.2")
     base, checkpoints = tiny_model("llama"), OneFile(tmp_path / "kept")
-    command = [sys.executable, "-c", CHILD, method, str(base), str(tmp_path / "killed"), str(checkpoints.path)]
-    with subprocess.Popen(command, cwd=Path(__file__).parent, stdout=subprocess.PIPE, text=True) as child:
+    command = [
+        sys.executable,
+        "-c",
+        CHILD,
+        method,
+        str(base),
+        str(tmp_path / "killed"),
+        str(checkpoints.path),
+    ]
+    with subprocess.Popen(
+        command, cwd=Path(__file__).parent, stdout=subprocess.PIPE, text=True
+    ) as child:
         assert child.stdout is not None
         last = checkpoints if method == "lora" else checkpoints.of("step-2")
         for _ in child.stdout:
@@ -357,22 +451,33 @@ def test_training_that_was_killed_goes_on_to_the_very_same_student(
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    files = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    files = {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
     assert any(name.endswith(".safetensors") for name in files)
     return files
 
 
 def short_training(
-    base: Path, seed: int = 0, *, checkpoints: student.Checkpoints | None = None, every_s: float = 0.0, epochs: int = 2
-) -> tuple[student.TrainingResult, list[torch.Tensor]]:
-    model, tokenizer = student.load_model(base)
-    recipe = TrainingRecipe(method="full", epochs=epochs, batch_size=4, precision="float32", seed=seed)
-    trained, result = student.train(
+    base: Path,
+    seed: int = 0,
+    *,
+    checkpoints: Checkpoints | None = None,
+    every_s: float = 0.0,
+    epochs: int = 2,
+) -> tuple[TrainingResult, list[torch.Tensor]]:
+    model, tokenizer = load_model(base)
+    recipe = TrainingRecipe(
+        method="full", epochs=epochs, batch_size=4, precision="float32", seed=seed
+    )
+    trained, result = train(
         model,
         rendered(base),
         [],
         recipe,
-        pad_id=student.pad_id(tokenizer),
+        pad_id=pad_id(tokenizer),
         end_id=2,
         checkpoints=checkpoints,
         checkpoint_every_s=every_s,
@@ -384,7 +489,10 @@ def short_training(
     ("harm", "said"),
     [
         (lambda file: None, "is of other rows, settings, weights or hardware"),
-        (lambda file: file.write_bytes(file.read_bytes()[: file.stat().st_size // 2]), "can't be read (RuntimeError)"),
+        (
+            lambda file: file.write_bytes(file.read_bytes()[: file.stat().st_size // 2]),
+            "can't be read (RuntimeError)",
+        ),
         (lambda file: file.write_bytes(b"no checkpoint"), "can't be read (UnpicklingError)"),
         (lambda file: torch.save({"step": 1}, file), "can't be read (KeyError)"),
         (lambda file: torch.save([Path()], file), "can't be read (UnpicklingError)"),
@@ -409,7 +517,9 @@ def test_a_checkpoint_that_does_not_fit_or_is_damaged_is_left_aside(
     assert all(torch.equal(a, b) for a, b in zip(weights, expected, strict=True))
 
 
-def test_checkpoints_take_two_percent_of_the_time_at_most(tiny_model: TinyModel, tmp_path: Path) -> None:
+def test_checkpoints_take_two_percent_of_the_time_at_most(
+    tiny_model: TinyModel, tmp_path: Path
+) -> None:
     slow, rare = OneFile(tmp_path / "slow", seconds=1.0), OneFile(tmp_path / "rare")
     started = time.perf_counter()
     short_training(tiny_model("llama"), checkpoints=slow, epochs=4)
@@ -449,9 +559,9 @@ class Cancelled(BaseException):
 def test_progress_says_how_far_it_is_and_can_end_it(
     reason: BaseException, tiny_model: TinyModel, tmp_path: Path, home: Path
 ) -> None:
-    reports: list[student.TrainingProgress] = []
+    reports: list[TrainingProgress] = []
 
-    def progress(report: student.TrainingProgress) -> None:
+    def progress(report: TrainingProgress) -> None:
         reports.append(report)
         if report.step >= 24:
             raise reason
@@ -464,8 +574,10 @@ def test_progress_says_how_far_it_is_and_can_end_it(
     assert os.listdir(home / "work") == []
 
 
-def test_progress_tells_healing_from_the_last_training(tiny_model: TinyModel, tmp_path: Path) -> None:
-    reports: list[student.TrainingProgress] = []
+def test_progress_tells_healing_from_the_last_training(
+    tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    reports: list[TrainingProgress] = []
     result = long_training(tiny_model("llama"), "full", tmp_path / "out", None, reports.append)
     assert [report.healing for report in reports] == [1] * (len(reports) - 60) + [None] * 60
     assert [report.step for report in reports if report.healing is None] == list(range(3, 181, 3))
@@ -475,109 +587,141 @@ def test_progress_tells_healing_from_the_last_training(tiny_model: TinyModel, tm
 
 
 def test_progress_comes_every_ten_steps(tiny_model: TinyModel) -> None:
-    model, _ = student.load_model(tiny_model("llama"))
+    model, _ = load_model(tiny_model("llama"))
     rows, recipe = rendered(tiny_model("llama"), 23), TrainingRecipe(epochs=2, batch_size=1)
     steps: list[int] = []
-    student.train(model, rows, [], recipe, pad_id=0, end_id=2, progress=lambda report: steps.append(report.step))
+    train(
+        model,
+        rows,
+        [],
+        recipe,
+        pad_id=0,
+        end_id=2,
+        progress=lambda report: steps.append(report.step),
+    )
     assert steps == [10, 20, 23, 33, 43, 46]
 
 
 def test_no_rows_is_one_clear_line(tiny_model: TinyModel, tmp_path: Path) -> None:
-    model, _ = student.load_model(tiny_model("llama"))
+    model, _ = load_model(tiny_model("llama"))
     with pytest.raises(TrainingError, match="no row to train on"):
-        student.train(model, [], [], TrainingRecipe(), pad_id=0, end_id=0)
+        train(model, [], [], TrainingRecipe(), pad_id=0, end_id=0)
     with pytest.raises(TrainingError, match="no row to train on"):
-        student.fine_tune(tiny_model("llama"), None, [], [], HEALING.training, tmp_path, healing=[HEALING])
+        fine_tune(tiny_model("llama"), None, [], [], HEALING.training, tmp_path, healing=[HEALING])
 
 
 def test_a_loss_that_is_no_number_stops_training(tiny_model: TinyModel) -> None:
-    model, _ = student.load_model(tiny_model("llama"))
+    model, _ = load_model(tiny_model("llama"))
     recipe = TrainingRecipe(method="full", learning_rate=1e30, epochs=9, precision="float32")
     with pytest.raises(TrainingError, match=r"lower its training\.learning_rate"):
-        student.train(model, rendered(tiny_model("llama")), [], recipe, pad_id=0, end_id=2)
+        train(model, rendered(tiny_model("llama")), [], recipe, pad_id=0, end_id=2)
 
 
 def test_prompts_over_the_budget_are_set_aside_and_listed(tiny_model: TinyModel) -> None:
     long = Example(example_id="long", question="word " * 400, choices=("a", "b"), answer_key="A")
-    rows, too_long = student.training_rows(
+    rows, too_long = training_rows(
         [*examples(2), long],
         gold_labels([*examples(2), long]),
         PROMPT,
-        student.load_tokenizer(tiny_model("llama")),
+        load_tokenizer(tiny_model("llama")),
     )
     assert (len(rows), too_long) == (2, ["long"])
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("method", ["lora", "dora", "full"])
-def test_train_export_and_score_through_olive(tiny_model: TinyModel, tmp_path: Path, arch: str, method: str) -> None:
+def test_train_export_and_score_through_olive(
+    tiny_model: TinyModel, tmp_path: Path, arch: str, method: str
+) -> None:
     rows = rendered(tiny_model(arch))
-    recipe = TrainingRecipe(method=method, epochs=2, batch_size=4, learning_rate=1e-2, soft_weight=1.0)
+    recipe = TrainingRecipe(
+        method=method, epochs=2, batch_size=4, learning_rate=1e-2, soft_weight=1.0
+    )
     layers = [0] if method == "full" else None
-    result = student.fine_tune(tiny_model(arch), None, rows, rows[:3], recipe, tmp_path / "trained", layers=layers)
-    model, adapter = student.parts(tmp_path / "trained", tiny_model(arch))
+    result = fine_tune(
+        tiny_model(arch), None, rows, rows[:3], recipe, tmp_path / "trained", layers=layers
+    )
+    model, adapter = parts(tmp_path / "trained", tiny_model(arch))
     assert (adapter is not None) == (method != "full")
-    assert not list((tmp_path / "trained").glob("*.jsonl")), "training rows are no part of a checkpoint"
+    assert not list((tmp_path / "trained").glob("*.jsonl")), (
+        "training rows are no part of a checkpoint"
+    )
     export(model, adapter, ExportForm(precision="fp32"), tmp_path / "fp32")
-    export(model, adapter, ExportForm(precision="int4", algorithm="k_quant_high"), tmp_path / "int4")
+    export(
+        model, adapter, ExportForm(precision="int4", algorithm="k_quant_high"), tmp_path / "int4"
+    )
     assert result.steps == 6
 
-    from distillery.inference import OnnxStudent
+    from distillery.inference.onnx_student import OnnxStudent
 
-    network, tokenizer = student.load_model(model, adapter)
-    exact = student.option_probabilities(
-        network, rows, pad_id=student.pad_id(tokenizer), place=student.placement("float32")
+    network, tokenizer = load_model(model, adapter)
+    exact = option_probabilities(
+        network, rows, pad_id=pad_id(tokenizer), place=placement("float32")
     )
     onnx = OnnxStudent(tmp_path / "fp32", threads=1)
     ids = letter_ids(onnx.tokenizer, 3)
     for example, row, expected in zip(examples(), rows, exact, strict=True):
         prompt = render_ids(example, PROMPT, onnx.tokenizer)
-        assert prompt == list(row.prompt) == render_ids(example, PROMPT, TransformersTokenizer(tokenizer))
+        assert (
+            prompt
+            == list(row.prompt)
+            == render_ids(example, PROMPT, TransformersTokenizer(tokenizer))
+        )
         assert onnx.option_probabilities(prompt, ids) == pytest.approx(expected, abs=1e-3)
-    assert sum(OnnxStudent(tmp_path / "int4", threads=1).option_probabilities(prompt, ids)) == pytest.approx(1)
+    assert sum(
+        OnnxStudent(tmp_path / "int4", threads=1).option_probabilities(prompt, ids)
+    ) == pytest.approx(1)
 
 
-def test_an_adapter_for_a_taught_model_comes_with_that_model(tiny_model: TinyModel, tmp_path: Path) -> None:
-    base, place = tiny_model("llama"), student.placement("float32")
+def test_an_adapter_for_a_taught_model_comes_with_that_model(
+    tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    base, place = tiny_model("llama"), placement("float32")
     rows = rendered(base)
     full = TrainingRecipe(method="full", epochs=4, batch_size=4, learning_rate=1e-2)
-    student.fine_tune(base, None, rows, [], full, tmp_path / "teacher")
-    taught, _ = student.parts(tmp_path / "teacher", base)
+    fine_tune(base, None, rows, [], full, tmp_path / "teacher")
+    taught, _ = parts(tmp_path / "teacher", base)
     recipe = TrainingRecipe(method="lora", epochs=1, batch_size=4, learning_rate=1e-3)
-    student.fine_tune(taught, None, rows, [], recipe, tmp_path / "student", whole=True)
-    model, adapter = student.parts(tmp_path / "student", base)
+    fine_tune(taught, None, rows, [], recipe, tmp_path / "student", whole=True)
+    model, adapter = parts(tmp_path / "student", base)
     assert adapter is not None
 
     def answers(*folders: Path | None) -> torch.Tensor:
-        network, tokenizer = student.load_model(*folders)
-        pad = student.pad_id(tokenizer)
-        return torch.tensor(student.option_probabilities(network, rows, pad_id=pad, place=place))
+        network, tokenizer = load_model(*folders)
+        pad = pad_id(tokenizer)
+        return torch.tensor(option_probabilities(network, rows, pad_id=pad, place=place))
 
     expected = answers(taught, adapter)
     assert torch.equal(answers(model, adapter), expected)
-    assert not torch.allclose(answers(base, adapter), expected, atol=0.01), "else this test would see nothing"
+    assert not torch.allclose(answers(base, adapter), expected, atol=0.01), (
+        "else this test would see nothing"
+    )
 
 
 def test_the_labs_form_keeps_the_adapter_apart(tiny_model: TinyModel, tmp_path: Path) -> None:
     rows = rendered(tiny_model("llama"))
     recipe = TrainingRecipe(method="lora", epochs=4, batch_size=4, learning_rate=2e-2)
-    student.fine_tune(tiny_model("llama"), None, rows, [], recipe, tmp_path / "trained")
-    model, adapter = student.parts(tmp_path / "trained", tiny_model("llama"))
+    fine_tune(tiny_model("llama"), None, rows, [], recipe, tmp_path / "trained")
+    model, adapter = parts(tmp_path / "trained", tiny_model("llama"))
     export(model, adapter, ExportForm(precision="fp32", adapter_apart=True), tmp_path / "apart")
     assert (tmp_path / "apart" / ADAPTER_FILE).stat().st_size > 0
 
-    from distillery.inference import OnnxStudent
+    from distillery.inference.onnx_student import OnnxStudent
 
     ids = list(rows[0].letters)
     with_adapter = OnnxStudent(tmp_path / "apart").option_probabilities(list(rows[0].prompt), ids)
-    without = OnnxStudent(tmp_path / "apart", adapter=False).option_probabilities(list(rows[0].prompt), ids)
-    merged, tokenizer = student.load_model(model, adapter)
-    plain, _ = student.load_model(model)
-    place, pad = student.placement("float32"), student.pad_id(tokenizer)
-    assert with_adapter == pytest.approx(
-        student.option_probabilities(merged, rows[:1], pad_id=pad, place=place)[0], abs=1e-3
+    without = OnnxStudent(tmp_path / "apart", adapter=False).option_probabilities(
+        list(rows[0].prompt), ids
     )
-    assert without == pytest.approx(student.option_probabilities(plain, rows[:1], pad_id=pad, place=place)[0], abs=1e-3)
+    merged, tokenizer = load_model(model, adapter)
+    plain, _ = load_model(model)
+    place, pad = placement("float32"), pad_id(tokenizer)
+    assert with_adapter == pytest.approx(
+        option_probabilities(merged, rows[:1], pad_id=pad, place=place)[0], abs=1e-3
+    )
+    assert without == pytest.approx(
+        option_probabilities(plain, rows[:1], pad_id=pad, place=place)[0], abs=1e-3
+    )
 
 
 @pytest.mark.parametrize("arch", ["llama", "phi4mini"])
@@ -587,24 +731,28 @@ def test_int4_with_the_adapter_apart_quantises_all_but_the_adapter(
 ) -> None:
     import onnx
 
-    from distillery.inference import OnnxStudent
+    from distillery.inference.onnx_student import OnnxStudent
 
     rows = rendered(tiny_model(arch))
     recipe = TrainingRecipe(method="lora", epochs=4, batch_size=4, learning_rate=2e-2)
-    student.fine_tune(tiny_model(arch), None, rows, [], recipe, tmp_path / "trained")
-    model, adapter = student.parts(tmp_path / "trained", tiny_model(arch))
+    fine_tune(tiny_model(arch), None, rows, [], recipe, tmp_path / "trained")
+    model, adapter = parts(tmp_path / "trained", tiny_model(arch))
 
     def answers(form: ExportForm, out: Path) -> torch.Tensor:
         export(model, adapter, form, out)
         asked = OnnxStudent(out)
-        return torch.tensor([asked.option_probabilities(list(row.prompt), list(row.letters)) for row in rows])
+        return torch.tensor(
+            [asked.option_probabilities(list(row.prompt), list(row.letters)) for row in rows]
+        )
 
     plain = answers(ExportForm(precision="fp32", adapter_apart=True), tmp_path / "fp32")
     quantised = answers(ExportForm(algorithm=algorithm, adapter_apart=True), tmp_path / "int4")
     assert (plain - quantised).abs().mean() < 0.08
     nodes = onnx.load(str(tmp_path / "int4" / "model.onnx"), load_external_data=False).graph.node
     assert {node.op_type for node in nodes if "/lora_" in node.name} == {"MatMul"}
-    assert [node.name for node in nodes if node.op_type == "MatMul" and "/lora_" not in node.name] == []
+    assert [
+        node.name for node in nodes if node.op_type == "MatMul" and "/lora_" not in node.name
+    ] == []
     assert [node.op_type for node in nodes if "input_ids" in node.input] == ["GatherBlockQuantized"]
 
 
@@ -612,17 +760,19 @@ def test_int4_with_the_adapter_apart_quantises_all_but_the_adapter(
 def test_an_adapter_is_merged_in_float32_whatever_the_base_is_stored_in(
     tiny_model: TinyModel, tmp_path: Path, stored: torch.dtype
 ) -> None:
-    from distillery.inference import OnnxStudent
+    from distillery.inference.onnx_student import OnnxStudent
 
     base = tmp_path / "base"
-    network, tokenizer = student.load_model(tiny_model("llama"))
+    network, tokenizer = load_model(tiny_model("llama"))
     network.to(stored).save_pretrained(base)
     tokenizer.save_pretrained(base)
     rows = rendered(base)
-    recipe = TrainingRecipe(method="lora", epochs=4, batch_size=4, learning_rate=2e-2, precision="float32")
-    student.fine_tune(base, None, rows, [], recipe, tmp_path / "trained")
-    model, adapter = student.parts(tmp_path / "trained", base)
-    merged, _ = student.load_model(model, adapter)
+    recipe = TrainingRecipe(
+        method="lora", epochs=4, batch_size=4, learning_rate=2e-2, precision="float32"
+    )
+    fine_tune(base, None, rows, [], recipe, tmp_path / "trained")
+    model, adapter = parts(tmp_path / "trained", base)
+    merged, _ = load_model(model, adapter)
     export(model, adapter, ExportForm(precision="fp32"), tmp_path / "onnx")
     for row in rows:
         found = OnnxStudent(tmp_path / "onnx").next_token_logprobs(list(row.prompt))
@@ -636,11 +786,15 @@ def test_what_a_pass_refuses_comes_through_olive_as_one_line(
 ) -> None:
     rows = [TrainingRow(prompt=(5, 6, 7), letters=(8, 9), answer=0)]
     with pytest.raises(TrainingError, match="layers: 7 is no layer"):
-        student.fine_tune(tiny_model("llama"), None, rows, [], TrainingRecipe(), tmp_path / "out", layers=[7])
+        fine_tune(
+            tiny_model("llama"), None, rows, [], TrainingRecipe(), tmp_path / "out", layers=[7]
+        )
     assert "Traceback" not in "".join(capfd.readouterr())
 
 
-def test_base_models_that_can_not_be_used_are_one_line(tmp_path: Path, tiny_model: TinyModel) -> None:
+def test_base_models_that_can_not_be_used_are_one_line(
+    tmp_path: Path, tiny_model: TinyModel
+) -> None:
     with pytest.raises(RecipeError, match="no such folder"):
         base_folder(BaseModelRecipe(model="./nowhere"))
     with pytest.raises(RecipeError, match=r"no such file"):
@@ -655,8 +809,12 @@ def test_base_models_that_can_not_be_used_are_one_line(tmp_path: Path, tiny_mode
     assert base_folder(BaseModelRecipe(model=str(tiny_model("llama")))) == tiny_model("llama")
 
 
-def test_remote_code_needs_recipe_and_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}}))
+def test_remote_code_needs_recipe_and_worker(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}})
+    )
     (tmp_path / "model.safetensors").write_bytes(b"")
     name = str(tmp_path)
     with pytest.raises(TrainingError, match="needs Python code of its own"):
@@ -669,7 +827,9 @@ def test_remote_code_needs_recipe_and_worker(tmp_path: Path, monkeypatch: pytest
     assert base_folder(BaseModelRecipe(model=name, trust_remote_code=True)) == tmp_path
 
 
-def test_a_hub_models_own_code_is_downloaded_only_where_it_may_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_models_own_code_is_downloaded_only_where_it_may_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     asked: list[list[str]] = []
 
     def snapshot_download(name: str, allow_patterns: list[str], **_options: object) -> str:
@@ -686,7 +846,9 @@ def test_a_hub_models_own_code_is_downloaded_only_where_it_may_run(monkeypatch: 
     assert ["*.py" in patterns for patterns in asked] == [False] * 4 + [True] * 2
 
 
-def test_a_changed_local_base_model_has_another_identity(tiny_model: TinyModel, tmp_path: Path) -> None:
+def test_a_changed_local_base_model_has_another_identity(
+    tiny_model: TinyModel, tmp_path: Path
+) -> None:
     (tmp_path / "config.json").write_text("{}")
     before = base_identity(BaseModelRecipe(model=str(tmp_path)))
     (tmp_path / "config.json").write_text('{"a": 1}')

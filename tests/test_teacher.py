@@ -8,18 +8,33 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
-from chat_endpoint import Call, ChatEndpoint, Reply, Script, completion, good, refused, replies, said
+from chat_endpoint import (
+    Call,
+    ChatEndpoint,
+    Reply,
+    Script,
+    completion,
+    good,
+    refused,
+    replies,
+    said,
+)
 from pydantic import SecretStr
 
-from distillery import teacher
 from distillery.errors import CredentialsError, TeacherError, TeacherUnavailable
-from distillery.pace import LONGEST_WAIT_S, Pace
 from distillery.recipe import TeacherRecipe
 from distillery.settings import TeacherSettings
-from distillery.teacher import Completion, Endpoint, Sdk, Teacher, infer_sdk, probe, resolve_endpoint, token_scope
+from distillery.teacher.asking import Teacher, probe
+from distillery.teacher.endpoint import Endpoint, Sdk, infer_sdk, resolve_endpoint, token_scope
+from distillery.teacher.failures import CallFailed
+from distillery.teacher.pace import LONGEST_WAIT_S, Pace
+from distillery.teacher.reply import Completion
 
 KEY = "key-7f3a-very-secret"
-MESSAGES = [{"role": "system", "content": "A or B or C"}, {"role": "user", "content": "Which temperature?"}]
+MESSAGES = [
+    {"role": "system", "content": "A or B or C"},
+    {"role": "user", "content": "Which temperature?"},
+]
 LETTERS = ("A", "B", "C")
 
 
@@ -30,7 +45,9 @@ def endpoint_of(server: ChatEndpoint, sdk: Sdk, key: str | None = KEY) -> Endpoi
     return Endpoint(server.url, "gpt-test", SecretStr(key) if key else None, "gpt-test", sdk)
 
 
-async def ask(script: Script, sdk: Sdk, times: int = 1, **recipe: Any) -> tuple[list[Completion], list[Call]]:
+async def ask(
+    script: Script, sdk: Sdk, times: int = 1, **recipe: Any
+) -> tuple[list[Completion], list[Call]]:
     with ChatEndpoint(script) as server:
         async with Teacher(TeacherRecipe(**recipe), endpoint_of(server, sdk)) as asked:
             return [await asked.ask(MESSAGES, LETTERS) for _ in range(times)], server.calls
@@ -66,7 +83,9 @@ async def test_asks_for_what_the_recipe_says_and_reads_the_answer(sdk: Sdk) -> N
     assert answer.latency_ms > 0
 
 
-async def test_asks_for_no_log_probabilities_and_no_temperature_where_the_recipe_has_none(sdk: Sdk) -> None:
+async def test_asks_for_no_log_probabilities_and_no_temperature_where_the_recipe_has_none(
+    sdk: Sdk,
+) -> None:
     _, (call,) = await ask(good, sdk, soft_labels=False, temperature=None)
     assert set(call.body) == {"model", "messages", "max_tokens"}
 
@@ -83,9 +102,15 @@ async def test_log_probabilities_are_those_at_the_answer_and_not_in_the_thinking
 async def test_takes_back_what_the_endpoint_refuses_once_for_the_whole_run(sdk: Sdk) -> None:
     def script(call: Call) -> Reply:
         if "max_tokens" in call.body:
-            return refused(400, "'max_tokens' is not supported, use 'max_completion_tokens'", param="max_tokens")
+            return refused(
+                400,
+                "'max_tokens' is not supported, use 'max_completion_tokens'",
+                param="max_tokens",
+            )
         if "temperature" in call.body:
-            return refused(400, "Unsupported value: 'temperature' does not support 0 with this model", code="x")
+            return refused(
+                400, "Unsupported value: 'temperature' does not support 0 with this model", code="x"
+            )
         if call.body.get("top_logprobs", 0) > 5:
             return refused(422, "top_logprobs: Input should be less than or equal to 5")
         return good(call)
@@ -93,13 +118,21 @@ async def test_takes_back_what_the_endpoint_refuses_once_for_the_whole_run(sdk: 
     answers, calls = await ask(script, sdk, times=3, soft_labels=True)
     assert len(answers) == 3
     assert len(calls) == 3 + 3
-    assert set(calls[-1].body) == {"model", "messages", "max_completion_tokens", "logprobs", "top_logprobs"}
+    assert set(calls[-1].body) == {
+        "model",
+        "messages",
+        "max_completion_tokens",
+        "logprobs",
+        "top_logprobs",
+    }
     assert calls[-1].body["max_completion_tokens"] == 16
     assert calls[-1].body["top_logprobs"] == 5
 
 
 async def test_a_refusal_of_another_parameter_takes_nothing_back(sdk: Sdk) -> None:
-    error, calls = await fails(lambda call: refused(400, "temperature or so", param="messages"), sdk)
+    error, calls = await fails(
+        lambda call: refused(400, "temperature or so", param="messages"), sdk
+    )
     assert len(calls) == 1
     assert "400: temperature or so" in str(error)
 
@@ -108,12 +141,17 @@ async def test_a_refusal_of_another_parameter_takes_nothing_back(sdk: Sdk) -> No
     "reply",
     [
         refused(400, "'logprobs' is not supported with this model", param="logprobs"),
-        Reply({"detail": [{"type": "extra_forbidden", "loc": ["body", "logprobs"], "input": True}]}, 422),
+        Reply(
+            {"detail": [{"type": "extra_forbidden", "loc": ["body", "logprobs"], "input": True}]},
+            422,
+        ),
         said("A"),
     ],
     ids=["refused", "refused by FastAPI", "left out"],
 )
-async def test_soft_labels_from_an_endpoint_without_log_probabilities(sdk: Sdk, reply: Reply) -> None:
+async def test_soft_labels_from_an_endpoint_without_log_probabilities(
+    sdk: Sdk, reply: Reply
+) -> None:
     error, calls = await fails(lambda call: reply, sdk, soft_labels=True)
     assert type(error) is TeacherError
     assert "set teacher.soft_labels: false" in str(error)
@@ -122,7 +160,9 @@ async def test_soft_labels_from_an_endpoint_without_log_probabilities(sdk: Sdk, 
 
 @pytest.mark.parametrize("status", [401, 403])
 async def test_a_wrong_key_is_named_and_never_shown(sdk: Sdk, status: int) -> None:
-    error, calls = await fails(lambda call: refused(status, f"Incorrect API key provided: {call.key}"), sdk)
+    error, calls = await fails(
+        lambda call: refused(status, f"Incorrect API key provided: {call.key}"), sdk
+    )
     assert type(error) is CredentialsError
     assert str(error).startswith("TEACHER_MODEL_KEY: refused by http://127.0.0.1")
     assert len(calls) == 1
@@ -131,7 +171,9 @@ async def test_a_wrong_key_is_named_and_never_shown(sdk: Sdk, status: int) -> No
 
 @pytest.mark.parametrize("status", [400, 404, 429, 500])
 async def test_no_error_shows_a_key_that_the_endpoint_echoes(sdk: Sdk, status: int) -> None:
-    error, _ = await fails(lambda call: refused(status, f"odd: {call.key}", code=call.key), sdk, attempts=1)
+    error, _ = await fails(
+        lambda call: refused(status, f"odd: {call.key}", code=call.key), sdk, attempts=1
+    )
     assert KEY not in everything_in(error)
 
 
@@ -144,12 +186,19 @@ def everything_in(error: BaseException | None) -> str:
     """What any handler could print of an exception and of those behind it."""
     texts = []
     while error:
-        texts += [str(error), repr(error), repr(vars(error)), "".join(traceback.format_exception(error))]
+        texts += [
+            str(error),
+            repr(error),
+            repr(vars(error)),
+            "".join(traceback.format_exception(error)),
+        ]
         error = error.__cause__ or error.__context__
     return "\n".join(texts)
 
 
-@pytest.mark.parametrize("reply", [refused(404, "no such route"), refused(400, "Unknown model", code="unknown_model")])
+@pytest.mark.parametrize(
+    "reply", [refused(404, "no such route"), refused(400, "Unknown model", code="unknown_model")]
+)
 async def test_an_unknown_model_names_both_settings(sdk: Sdk, reply: Reply) -> None:
     error, calls = await fails(lambda call: reply, sdk)
     assert type(error) is TeacherError
@@ -163,7 +212,9 @@ async def test_an_unknown_model_names_both_settings(sdk: Sdk, reply: Reply) -> N
     [*(refused(status, "later") for status in (408, 409, 429, 500, 503)), Reply(drop=True)],
     ids=["408", "409", "429", "500", "503", "dropped"],
 )
-async def test_passing_trouble_is_tried_again_and_no_more_often_than_the_recipe_says(sdk: Sdk, trouble: Reply) -> None:
+async def test_passing_trouble_is_tried_again_and_no_more_often_than_the_recipe_says(
+    sdk: Sdk, trouble: Reply
+) -> None:
     (answer,), calls = await ask(replies([trouble, trouble]), sdk, attempts=3)
     assert answer.text in LETTERS
     assert answer.attempts == 3
@@ -184,7 +235,9 @@ async def test_an_endpoint_that_is_down(sdk: Sdk) -> None:
     with ChatEndpoint() as server:
         endpoint = endpoint_of(server, sdk)
     async with Teacher(TeacherRecipe(attempts=2), endpoint) as asked:
-        with pytest.raises(TeacherUnavailable, match=r"TEACHER_MODEL_ENDPOINT .* can't be reached after 2 tries"):
+        with pytest.raises(
+            TeacherUnavailable, match=r"TEACHER_MODEL_ENDPOINT .* can't be reached after 2 tries"
+        ):
             await asked.ask(MESSAGES, LETTERS)
 
 
@@ -206,7 +259,7 @@ async def test_retry_after_is_honoured(sdk: Sdk, form: str) -> None:
 
 
 def test_a_long_retry_after_is_cut() -> None:
-    failure = teacher.CallFailed(429, "", {"retry-after": "86400"})
+    failure = CallFailed(429, "", {"retry-after": "86400"})
     assert failure.retry_after == 86400
     pace = Pace(TeacherRecipe())
     pace.failed(time.monotonic(), failure.retry_after, failure.headers)
@@ -215,19 +268,25 @@ def test_a_long_retry_after_is_cut() -> None:
 
 @pytest.mark.parametrize("value", ["soon", "nan", "inf", ""])
 def test_a_senseless_retry_after_is_none(value: str) -> None:
-    assert teacher.CallFailed(429, "", {"retry-after": value}).retry_after is None
+    assert CallFailed(429, "", {"retry-after": value}).retry_after is None
 
 
 async def test_a_content_filter_concerns_one_question(sdk: Sdk) -> None:
-    blocked = refused(400, "The response was filtered (temperature)", code="content_filter", param="prompt")
+    blocked = refused(
+        400, "The response was filtered (temperature)", code="content_filter", param="prompt"
+    )
     answers, calls = await ask(replies([blocked]), sdk, times=2)
     assert [answer.finish_reason for answer in answers] == ["content_filter", "stop"]
     assert answers[0].text == ""
     assert len(calls) == 2
 
 
-@pytest.mark.parametrize("body", [{**completion("A"), "choices": []}, {}], ids=["no choices", "empty object"])
-async def test_a_response_without_choices_is_an_empty_answer(sdk: Sdk, body: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "body", [{**completion("A"), "choices": []}, {}], ids=["no choices", "empty object"]
+)
+async def test_a_response_without_choices_is_an_empty_answer(
+    sdk: Sdk, body: dict[str, Any]
+) -> None:
     (answer,), _ = await ask(lambda call: Reply(body), sdk)
     assert answer.text == ""
 
@@ -241,7 +300,9 @@ async def test_what_is_no_completion_names_the_endpoint(sdk: Sdk, reply: Reply) 
 
 async def test_a_server_on_this_machine_may_ask_for_no_key(sdk: Sdk) -> None:
     with ChatEndpoint() as server:
-        settings = TeacherSettings(model="m", endpoint=f"{server.url}/chat/completions", key=SecretStr(""))
+        settings = TeacherSettings(
+            model="m", endpoint=f"{server.url}/chat/completions", key=SecretStr("")
+        )
         endpoint = resolve_endpoint(TeacherRecipe(sdk=sdk), settings)
         assert endpoint == Endpoint(server.url, "m", None, "m", sdk)
         async with Teacher(TeacherRecipe(), endpoint) as asked:
@@ -254,8 +315,12 @@ async def test_probe_says_what_the_endpoint_gives(sdk: Sdk) -> None:
         assert (found.answers, found.log_probabilities) == (True, True)
         assert found.model_version == "teacher-2026-01-01"
         server.script = lambda call: said("B")
-        assert not (await probe(TeacherRecipe(soft_labels=True), endpoint_of(server, sdk))).log_probabilities
-        server.script = lambda call: refused(400, "no", param="logprobs") if "logprobs" in call.body else said("")
+        assert not (
+            await probe(TeacherRecipe(soft_labels=True), endpoint_of(server, sdk))
+        ).log_probabilities
+        server.script = lambda call: (
+            refused(400, "no", param="logprobs") if "logprobs" in call.body else said("")
+        )
         found = await probe(TeacherRecipe(), endpoint_of(server, sdk))
         assert (found.answers, found.log_probabilities) == (False, False)
 
@@ -289,11 +354,18 @@ def test_the_sdk_comes_from_the_url(url: str, expected: str) -> None:
     ],
 )  # fmt: skip
 def test_the_url_as_portals_show_it(given: str, url: str) -> None:
-    assert resolve_endpoint(TeacherRecipe(), TeacherSettings(model="m", endpoint=given, key=SecretStr(KEY))).url == url
+    assert (
+        resolve_endpoint(
+            TeacherRecipe(), TeacherSettings(model="m", endpoint=given, key=SecretStr(KEY))
+        ).url
+        == url
+    )
 
 
 def test_the_identity_is_the_models_name_or_the_recipes() -> None:
-    settings = TeacherSettings(model="gpt-4o", endpoint="https://api.openai.com/v1", key=SecretStr(KEY))
+    settings = TeacherSettings(
+        model="gpt-4o", endpoint="https://api.openai.com/v1", key=SecretStr(KEY)
+    )
     assert resolve_endpoint(TeacherRecipe(), settings).identity == "gpt-4o"
     assert resolve_endpoint(TeacherRecipe(identity="sha256:1"), settings).identity == "sha256:1"
 
@@ -303,10 +375,25 @@ def test_the_identity_is_the_models_name_or_the_recipes() -> None:
     [
         ("", "", "", "TEACHER_MODEL_NAME, TEACHER_MODEL_ENDPOINT, TEACHER_MODEL_KEY: not set"),
         ("m", "", KEY, "TEACHER_MODEL_ENDPOINT: not set"),
-        ("m", "https://api.openai.com/v1", "", "TEACHER_MODEL_KEY: not set, and api.openai.com is no Azure host"),
+        (
+            "m",
+            "https://api.openai.com/v1",
+            "",
+            "TEACHER_MODEL_KEY: not set, and api.openai.com is no Azure host",
+        ),
         ("m", "api.openai.com", KEY, "TEACHER_MODEL_ENDPOINT: no URL"),
-        ("m", f"https://u:{KEY}@api.openai.com/v1", "", "TEACHER_MODEL_ENDPOINT: holds a user name"),
-        ("m", "https://api.openai.com/v1", f"{KEY}\u201d", "TEACHER_MODEL_KEY: has characters that no key has"),
+        (
+            "m",
+            f"https://u:{KEY}@api.openai.com/v1",
+            "",
+            "TEACHER_MODEL_ENDPOINT: holds a user name",
+        ),
+        (
+            "m",
+            "https://api.openai.com/v1",
+            f"{KEY}\u201d",
+            "TEACHER_MODEL_KEY: has characters that no key has",
+        ),
     ],
 )
 def test_missing_or_wrong_credentials_are_named(model: str, url: str, key: str, named: str) -> None:
@@ -318,19 +405,35 @@ def test_missing_or_wrong_credentials_are_named(model: str, url: str, key: str, 
 
 
 async def test_azure_without_key_and_login(sdk: Sdk, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("AZURE_CLIENT_ID", "AZURE_TENANT_ID", "AZURE_CLIENT_SECRET", "IDENTITY_ENDPOINT", "MSI_ENDPOINT"):
+    for name in (
+        "AZURE_CLIENT_ID",
+        "AZURE_TENANT_ID",
+        "AZURE_CLIENT_SECRET",
+        "IDENTITY_ENDPOINT",
+        "MSI_ENDPOINT",
+    ):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("AZURE_TOKEN_CREDENTIALS", "EnvironmentCredential")
-    settings = TeacherSettings(model="m", endpoint="https://lab.openai.azure.com", key=SecretStr(""))
+    settings = TeacherSettings(
+        model="m", endpoint="https://lab.openai.azure.com", key=SecretStr("")
+    )
     endpoint = replace(resolve_endpoint(TeacherRecipe(), settings), sdk=sdk)
-    with pytest.raises(CredentialsError, match=r"TEACHER_MODEL_KEY: not set, and azure-identity finds no login"):
+    with pytest.raises(
+        CredentialsError, match=r"TEACHER_MODEL_KEY: not set, and azure-identity finds no login"
+    ):
         async with Teacher(TeacherRecipe(), endpoint):
             pass
 
 
 def test_the_scope_of_a_token() -> None:
-    assert token_scope("https://lab.services.ai.azure.com/models") == "https://cognitiveservices.azure.com/.default"
-    assert token_scope("https://lab.openai.azure.com/openai/v1") == "https://cognitiveservices.azure.com/.default"
+    assert (
+        token_scope("https://lab.services.ai.azure.com/models")
+        == "https://cognitiveservices.azure.com/.default"
+    )
+    assert (
+        token_scope("https://lab.openai.azure.com/openai/v1")
+        == "https://cognitiveservices.azure.com/.default"
+    )
     assert token_scope("https://phi.eastus2.models.ai.azure.com") == "https://ml.azure.com/.default"
 
 
@@ -339,9 +442,18 @@ def test_a_key_is_not_in_what_an_endpoint_prints() -> None:
     assert KEY not in repr(endpoint) + str(endpoint)
 
 
-async def test_azure_without_key_takes_the_login_of_azure_identity(sdk: Sdk, monkeypatch: pytest.MonkeyPatch) -> None:
-    token = {"access_token": "token", "expires_on": "9999999999", "token_type": "Bearer", "resource": "r"}
-    settings = TeacherSettings(model="m", endpoint="https://lab.openai.azure.com", key=SecretStr(""))
+async def test_azure_without_key_takes_the_login_of_azure_identity(
+    sdk: Sdk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    token = {
+        "access_token": "token",
+        "expires_on": "9999999999",
+        "token_type": "Bearer",
+        "resource": "r",
+    }
+    settings = TeacherSettings(
+        model="m", endpoint="https://lab.openai.azure.com", key=SecretStr("")
+    )
     endpoint = replace(resolve_endpoint(TeacherRecipe(), settings), sdk=sdk)
     with ChatEndpoint(lambda call: Reply(token)) as server:
         # App Service's managed identity, which azure-identity asks at this address.
@@ -351,4 +463,6 @@ async def test_azure_without_key_takes_the_login_of_azure_identity(sdk: Sdk, mon
         async with Teacher(TeacherRecipe(), endpoint):
             pass
         (call,) = server.calls
-        assert parse_qs(urlsplit(call.path).query)["resource"] == ["https://cognitiveservices.azure.com"]
+        assert parse_qs(urlsplit(call.path).query)["resource"] == [
+            "https://cognitiveservices.azure.com"
+        ]

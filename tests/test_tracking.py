@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from distillery.tracking import EXPERIMENT, tracked
+from distillery.training.tracking import EXPERIMENT, tracked
 
 
 def test_settings_and_figures_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,6 +44,10 @@ def test_a_server_that_is_down_is_one_warning(
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     with tracked("one", {"method": "lora"}) as log:
         log(1, {"loss": 0.5})
-    said = [record.getMessage() for record in caplog.records if "DISTILLERY_TRACKING" in record.getMessage()]
+    said = [
+        record.getMessage()
+        for record in caplog.records
+        if "DISTILLERY_TRACKING" in record.getMessage()
+    ]
     assert len(said) == 1
     assert said[0].startswith("DISTILLERY_TRACKING: no figures are kept from here on (")

@@ -41,10 +41,14 @@ def _tiny_tokenizer(arch: str) -> Any:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=512, special_tokens=list(special), initial_alphabet=alphabet)
+    trainer = trainers.BpeTrainer(
+        vocab_size=512, special_tokens=list(special), initial_alphabet=alphabet
+    )
     tokenizer.train_from_iterator(TEXT, trainer)
     end = special[-1]
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=end, pad_token="<|endoftext|>")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=end, pad_token="<|endoftext|>"
+    )
     fast.chat_template = PHI if arch.startswith("phi") else CHATML
     return fast
 
@@ -87,7 +91,11 @@ def _tiny_weights(arch: str) -> Any:
         model = Qwen2ForCausalLM(Qwen2Config(**shape)).eval()
         for layer in model.model.layers:
             # They start at zero, where nobody would miss them.
-            for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj):
+            for projection in (
+                layer.self_attn.q_proj,
+                layer.self_attn.k_proj,
+                layer.self_attn.v_proj,
+            ):
                 torch.nn.init.normal_(projection.bias, std=0.5)
         return model
     if arch == "phi4mini":

@@ -41,7 +41,11 @@ def recipe(files: dict[str, list[str]], base: Path, **evaluation: float) -> dict
     return {
         "name": "tiny",
         "dataset": {"source": "files", "files": files, "splits": {split: split for split in ROWS}},
-        "prompt": {"system": "Pick.", "user": "{question}\n{choices}", "choice": "{letter}) {text}"},
+        "prompt": {
+            "system": "Pick.",
+            "user": "{question}\n{choices}",
+            "choice": "{letter}) {text}",
+        },
         "teacher": {
             "kind": "local",
             "soft_labels": True,
@@ -68,7 +72,9 @@ def recipe(files: dict[str, list[str]], base: Path, **evaluation: float) -> dict
     }
 
 
-def endpoint_recipe(files: dict[str, list[str]], base: Path, name: str, **training: Any) -> dict[str, Any]:
+def endpoint_recipe(
+    files: dict[str, list[str]], base: Path, name: str, **training: Any
+) -> dict[str, Any]:
     """The same rows, answered by the endpoint that the environment names, whose model is `name`; a student of the whole
     base model. Another name has all rows labelled anew."""
     values = recipe(files, base)

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from distillery.evaluation import paired_interval
+from distillery.evaluation.statistics import paired_interval
 from distillery.recipe import RegistryRecipe
-from distillery.registry import open_registry
+from distillery.registry.open import open_registry
 
 PROJECT = Path(__file__).resolve().parents[2]
 OF_TESTS = ("DISTILLERY_HOME", "PREFECT_HOME", "OMP_NUM_THREADS")
@@ -39,7 +39,9 @@ class Demo:
 def make_demo() -> Demo:
     environment = {name: value for name, value in os.environ.items() if name not in OF_TESTS}
     started = time.monotonic()
-    done = subprocess.run(["make", "demo"], cwd=PROJECT, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        ["make", "demo"], cwd=PROJECT, env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     # make's own lines of setting up come before the summary.
     return Demo(done.stdout[done.stdout.index("prepare dataset") :], time.monotonic() - started)
@@ -61,12 +63,17 @@ def evaluation(
     registry = open_registry(RegistryRecipe(kind="local", model_name="support-mood"))
     model = registry.get("support-mood")
     folder = registry.download(model, tmp_path / "model")
-    answers = [json.loads(line) for line in (folder / "evaluation" / "answers.jsonl").read_text().splitlines()]
+    answers = [
+        json.loads(line)
+        for line in (folder / "evaluation" / "answers.jsonl").read_text().splitlines()
+    ]
     scoreboard = registry.provenance(model)["provenance"]["evaluation"]["scoreboard"]
     return {row["name"]: row for row in scoreboard}, answers
 
 
-def test_the_table_shows_what_the_demo_promises(evaluation: tuple[dict[str, Any], list[dict[str, str]]]) -> None:
+def test_the_table_shows_what_the_demo_promises(
+    evaluation: tuple[dict[str, Any], list[dict[str, str]]],
+) -> None:
     rows, answers = evaluation
     teacher, student, int4 = rows["teacher"], rows["student"], rows["student int4"]
     assert len(answers) == teacher["rows"] >= 400

@@ -24,8 +24,8 @@ from prefect_api import wait_for
 from tiny_recipe import ROWS, endpoint_recipe, recipe
 from workshop import ENDED, POOLS, Run, Workshop
 
-from distillery.store import FILES, MANIFEST
-from distillery.student import STATE_FILE
+from distillery.storage.manifest import FILES, MANIFEST
+from distillery.training.checkpoint import STATE_FILE
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -69,7 +69,9 @@ class Cloud:
 
     def answers(self, teacher: str) -> int:
         """Rows in the label store."""
-        return int(self.labels.ask(f"SELECT count(*) FROM teacher_answers WHERE teacher LIKE '{teacher}'"))
+        return int(
+            self.labels.ask(f"SELECT count(*) FROM teacher_answers WHERE teacher LIKE '{teacher}'")
+        )
 
     def steps(self) -> int:
         return self.workshop.counts()["step"]
@@ -78,7 +80,9 @@ class Cloud:
         """The folders of the whole checkpoints in the store; a checkpoint's list of files is written last."""
         with self.container() as container:
             names = [blob.name for blob in container.list_blobs("store/work/")]
-        return {name.removesuffix(f"/{MANIFEST}") for name in names if name.endswith(f"/{MANIFEST}")}
+        return {
+            name.removesuffix(f"/{MANIFEST}") for name in names if name.endswith(f"/{MANIFEST}")
+        }
 
     def kept_steps(self) -> int:
         """The steps in the newest whole checkpoint."""
@@ -117,7 +121,9 @@ class LongTraining:
         child = self.cloud.until_checkpoint(run)
         if kept:
             said = f"training goes on from its checkpoint at step {kept}"
-            self.cloud.workshop.until(run, said, lambda: said in self.cloud.workshop.log(child).splitlines())
+            self.cloud.workshop.until(
+                run, said, lambda: said in self.cloud.workshop.log(child).splitlines()
+            )
         return run, child
 
     def is_ended_by(self, fault: str) -> None:
@@ -129,10 +135,14 @@ class LongTraining:
 
 
 @pytest.fixture(scope="module")
-def cloud(tmp_path_factory: pytest.TempPathFactory, files: dict[str, list[str]], tiny: Path) -> Iterator[Cloud]:
+def cloud(
+    tmp_path_factory: pytest.TempPathFactory, files: dict[str, list[str]], tiny: Path
+) -> Iterator[Cloud]:
     azurite = Azurite(tmp_path_factory.mktemp("azurite"))
     with azurite, Postgres() as prefect, Postgres() as labels, ChatEndpoint() as endpoint:
-        with ContainerClient.from_connection_string(azurite.connection_string, CONTAINER) as container:
+        with ContainerClient.from_connection_string(
+            azurite.connection_string, CONTAINER
+        ) as container:
             container.create_container()
         shared = {
             **azurite.environment,
@@ -145,7 +155,9 @@ def cloud(tmp_path_factory: pytest.TempPathFactory, files: dict[str, list[str]],
         }
         name = "PREFECT_API_DATABASE_CONNECTION_URL"
         server = {name: prefect.url("postgresql+asyncpg", PLANTED[name])}
-        workshop = Workshop(tmp_path_factory.mktemp("cloud"), shared, server, PLANTED["PREFECT_API_AUTH_STRING"])
+        workshop = Workshop(
+            tmp_path_factory.mktemp("cloud"), shared, server, PLANTED["PREFECT_API_AUTH_STRING"]
+        )
         try:
             workshop.start()
             yield Cloud(workshop, azurite, prefect, labels, endpoint, files, tiny)
@@ -174,14 +186,26 @@ def lost(cloud: Cloud, first: Run) -> dict[str, tuple[Run, float]]:
     """Two runs that a worker took with it, in the midst of labelling, and when (time.time()). Nobody reports these."""
     workshop = cloud.workshop
     demo = workshop.deployment("distill/demo")
-    kept = ("flow_id", "entrypoint", "parameter_openapi_schema", "pull_steps", "tags", "work_pool_name")
+    kept = (
+        "flow_id",
+        "entrypoint",
+        "parameter_openapi_schema",
+        "pull_steps",
+        "tags",
+        "work_pool_name",
+    )
     workshop.ask("/deployments/", name="spare", **{name: demo[name] for name in kept})
     lost = {}
-    for name, deployment, by in (("twins", "distill/lab", SIGTERM), ("zombie", "distill/spare", SIGKILL)):
+    for name, deployment, by in (
+        ("twins", "distill/lab", SIGTERM),
+        ("zombie", "distill/spare", SIGKILL),
+    ):
         enough = len(cloud.endpoint.calls) + ROWS["train"] // 2
         with workshop.slower(request=1):
             run = workshop.start_run(cloud.recipe(name), deployment)
-            workshop.until(run, "labelling", lambda enough=enough: len(cloud.endpoint.calls) > enough)
+            workshop.until(
+                run, "labelling", lambda enough=enough: len(cloud.endpoint.calls) > enough
+            )
             engine = workshop.engine(run)
             workshop.stop("cpu-pool", by)
             if by == SIGKILL:
@@ -203,12 +227,16 @@ def long(training: LongTraining) -> Iterator[LongTraining]:
         yield training
 
 
-def test_the_whole_way_on_azure_and_postgresql_and_again_from_the_cache(cloud: Cloud, first: Run) -> None:
+def test_the_whole_way_on_azure_and_postgresql_and_again_from_the_cache(
+    cloud: Cloud, first: Run
+) -> None:
     workshop = cloud.workshop
     assert set(workshop.states(first).values()) == {"Completed"}
     assert cloud.answers("local:%") == ROWS["train"]
     for pool in POOLS:
-        assert not {"store", "labels.db"} & {path.name for path in (workshop.folder / pool / "home").iterdir()}
+        assert not {"store", "labels.db"} & {
+            path.name for path in (workshop.folder / pool / "home").iterdir()
+        }
     before = workshop.counts()
     again = workshop.distil(recipe(cloud.files, cloud.tiny))
     assert workshop.states(again) == dict.fromkeys(workshop.states(first), "Cached")
@@ -226,16 +254,23 @@ def test_a_child_that_is_killed_fails_its_parent(cloud: Cloud, long: LongTrainin
     ended = cloud.workshop.ended(parent, 30)
     assert cloud.workshop.run(child)["state_name"] == "Crashed"
     assert ended["state_name"] == "Failed"
-    assert f"train-student/gpu: the run '{child['name']}' ended as Crashed" in ended["state"]["message"]
+    assert (
+        f"train-student/gpu: the run '{child['name']}' ended as Crashed"
+        in ended["state"]["message"]
+    )
     assert "\n" not in ended["state"]["message"]
 
 
-def test_a_parent_that_is_killed_leaves_no_training_behind(cloud: Cloud, long: LongTraining) -> None:
+def test_a_parent_that_is_killed_leaves_no_training_behind(
+    cloud: Cloud, long: LongTraining
+) -> None:
     parent, child = long.goes_on()
     cloud.workshop.engine(parent).kill()
     long.is_ended_by("kill -9 of the parent")
     wait_for("the end of its training", lambda: not cloud.workshop.processes(child), 30)
-    print(f"\nkill -9 of the parent: its training has ended {time.monotonic() - long.at:.1f} s later")
+    print(
+        f"\nkill -9 of the parent: its training has ended {time.monotonic() - long.at:.1f} s later"
+    )
     assert cloud.workshop.ended(parent, 30)["state_name"] == "Crashed"
     assert cloud.workshop.ended(child, 10)["state_name"] == "Cancelled"
 
@@ -244,13 +279,19 @@ def test_cancelling_the_parent_stops_its_training(cloud: Cloud, long: LongTraini
     parent, child = long.goes_on()
     cloud.workshop.cancel(parent)
     long.is_ended_by("cancelling")
-    wait_for("the end of both", lambda: not cloud.workshop.processes(parent) + cloud.workshop.processes(child), 60)
+    wait_for(
+        "the end of both",
+        lambda: not cloud.workshop.processes(parent) + cloud.workshop.processes(child),
+        60,
+    )
     print(f"\ncancelling: both runs' processes have ended {time.monotonic() - long.at:.1f} s later")
     assert cloud.workshop.ended(parent, 10)["state_name"] == "Cancelled"
     assert cloud.workshop.ended(child, 10)["state_name"] == "Cancelled"
 
 
-def test_a_training_outlives_its_server_and_then_its_store(cloud: Cloud, long: LongTraining) -> None:
+def test_a_training_outlives_its_server_and_then_its_store(
+    cloud: Cloud, long: LongTraining
+) -> None:
     workshop, azurite = cloud.workshop, cloud.azurite
     parent, child = long.goes_on()
     asked = len(cloud.endpoint.calls)
@@ -262,7 +303,11 @@ def test_a_training_outlives_its_server_and_then_its_store(cloud: Cloud, long: L
         workshop.start_server()
         started = time.monotonic()
         shown = workshop.artifacts(child)["training"]
-        workshop.until(child, "progress", lambda: workshop.artifacts(child)["training"]["data"] != shown["data"])
+        workshop.until(
+            child,
+            "progress",
+            lambda: workshop.artifacts(child)["training"]["data"] != shown["data"],
+        )
         recovered("a server away for 20 s", started)
         cloud.until_checkpoint(parent)
         azurite.stop()
@@ -302,7 +347,9 @@ def test_two_runs_of_one_recipe_at_once_do_each_piece_of_work_once(
     before, calls, known = cloud.steps(), len(cloud.endpoint.calls), cloud.answers("twins")
     # What the run before them got before its worker was ended is kept.
     assert known > 0
-    twins = [workshop.start_run(values, deployment) for deployment in ("distill/demo", "distill/lab")]
+    twins = [
+        workshop.start_run(values, deployment) for deployment in ("distill/demo", "distill/lab")
+    ]
     ended = [workshop.ended(run) for run in twins]
     assert [run["state_name"] for run in ended] == ["Completed", "Completed"]
     assert cloud.steps() - before == 2 * EPOCH
@@ -361,7 +408,9 @@ def test_a_store_that_stays_away_fails_the_run_in_one_line(cloud: Cloud, first: 
         workshop.start_worker("cpu-pool")
     print(f"\na store that stays away: failed {time.monotonic() - stopped:.1f} s later")
     assert ended["state_name"] == "Failed"
-    assert "abfs://distillery/store: the store has not answered for 2 s" in ended["state"]["message"]
+    assert (
+        "abfs://distillery/store: the store has not answered for 2 s" in ended["state"]["message"]
+    )
     assert "\n" not in ended["state"]["message"]
     assert "Traceback" not in workshop.log(run)
     # What was paid for is kept.

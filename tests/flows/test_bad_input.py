@@ -17,7 +17,7 @@ from prefect.testing.utilities import prefect_test_harness
 from tiny_recipe import ROWS, recipe, write_rows
 
 from distillery.recipe import PromptRecipe, Recipe
-from distillery.registry import LocalRegistry
+from distillery.registry.local import LocalRegistry
 
 PROJECT = Path(__file__).resolve().parents[2]
 COUNTING = Path(__file__).parent / "counting"
@@ -88,7 +88,10 @@ class Bench:
 
 @pytest.fixture
 def bench(
-    tmp_path: Path, tiny_model: Callable[[str], Path], prefect: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    tiny_model: Callable[[str], Path],
+    prefect: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> Bench:
     for name in ("NAME", "ENDPOINT", "KEY"):
         monkeypatch.delenv(f"TEACHER_MODEL_{name}", raising=False)
@@ -99,12 +102,19 @@ def test_no_credentials(bench: Bench) -> None:
     bench.ask("")
     for name in ("NAME", "ENDPOINT", "KEY"):
         del bench.prefect[f"TEACHER_MODEL_{name}"]
-    assert "TEACHER_MODEL_NAME, TEACHER_MODEL_ENDPOINT, TEACHER_MODEL_KEY: not set; set them" in bench.refusal()
+    assert (
+        "TEACHER_MODEL_NAME, TEACHER_MODEL_ENDPOINT, TEACHER_MODEL_KEY: not set; set them"
+        in bench.refusal()
+    )
 
 
 def test_a_wrong_key(bench: Bench) -> None:
     def script(call: Call) -> Reply:
-        return good(call) if call.key == KEY else refused(401, f"Incorrect API key provided: {call.key}")
+        return (
+            good(call)
+            if call.key == KEY
+            else refused(401, f"Incorrect API key provided: {call.key}")
+        )
 
     with ChatEndpoint(script) as server:
         bench.ask(server.url, key="the-wrong-key-of-the-test")
@@ -114,9 +124,14 @@ def test_a_wrong_key(bench: Bench) -> None:
 
 
 def test_an_unknown_model(bench: Bench) -> None:
-    with ChatEndpoint(lambda _call: refused(404, "The model does not exist", code="model_not_found")) as server:
+    with ChatEndpoint(
+        lambda _call: refused(404, "The model does not exist", code="model_not_found")
+    ) as server:
         bench.ask(server.url)
-        assert f"TEACHER_MODEL_NAME m: not found at TEACHER_MODEL_ENDPOINT {server.url}" in bench.refusal()
+        assert (
+            f"TEACHER_MODEL_NAME m: not found at TEACHER_MODEL_ENDPOINT {server.url}"
+            in bench.refusal()
+        )
 
 
 def test_an_endpoint_that_is_down(bench: Bench) -> None:
@@ -127,8 +142,12 @@ def test_an_endpoint_that_is_down(bench: Bench) -> None:
     assert "check the URL and that it runs" in line
 
 
-@pytest.mark.parametrize("script", [lambda _call: said("A"), lambda _call: refused(400, "logprobs is not supported")])
-def test_an_endpoint_without_log_probabilities(bench: Bench, script: Callable[[Call], Reply]) -> None:
+@pytest.mark.parametrize(
+    "script", [lambda _call: said("A"), lambda _call: refused(400, "logprobs is not supported")]
+)
+def test_an_endpoint_without_log_probabilities(
+    bench: Bench, script: Callable[[Call], Reply]
+) -> None:
     with ChatEndpoint(script) as server:
         bench.ask(server.url, soft_labels=True)
         line = bench.refusal()
@@ -136,7 +155,9 @@ def test_an_endpoint_without_log_probabilities(bench: Bench, script: Callable[[C
     assert "set teacher.soft_labels: false" in line
 
 
-def test_a_budget_that_does_not_reach_to_the_test_rows_ends_the_run_before_it_trains(bench: Bench) -> None:
+def test_a_budget_that_does_not_reach_to_the_test_rows_ends_the_run_before_it_trains(
+    bench: Bench,
+) -> None:
     counted = bench.folder / "counted"
     counted.touch()
     with ChatEndpoint() as server:
@@ -144,7 +165,9 @@ def test_a_budget_that_does_not_reach_to_the_test_rows_ends_the_run_before_it_tr
         bench.prefect |= {"COUNT_FILE": str(counted)}
         line = bench.refusal(path=str(COUNTING))
         assert len(server.calls) == ROWS["train"] + 1
-    assert "teacher.budget.calls: 61 of 61 spent in this run, and the next call would pass it" in line
+    assert (
+        "teacher.budget.calls: 61 of 61 spent in this run, and the next call would pass it" in line
+    )
     assert set(counted.read_text().split()) == {"request"}
 
 
@@ -174,21 +197,33 @@ def test_an_answer_key_that_is_no_option(bench: Bench) -> None:
 
 def test_an_empty_file(bench: Bench) -> None:
     Path(bench.files["gold"][0]).write_text("")
-    assert f"{bench.files['gold'][0]}: empty, without a single row; correct dataset.files.gold" in bench.refusal()
+    assert (
+        f"{bench.files['gold'][0]}: empty, without a single row; correct dataset.files.gold"
+        in bench.refusal()
+    )
 
 
 def test_an_unknown_recipe_key(bench: Bench) -> None:
     bench.recipe["student"]["layer"] = 1
-    assert "bad.yaml: student.layer: unknown key; remove it or correct its spelling" in bench.refusal()
+    assert (
+        "bad.yaml: student.layer: unknown key; remove it or correct its spelling" in bench.refusal()
+    )
 
 
-def test_a_base_model_that_needs_code_of_its_own(bench: Bench, tiny_model: Callable[[str], Path]) -> None:
+def test_a_base_model_that_needs_code_of_its_own(
+    bench: Bench, tiny_model: Callable[[str], Path]
+) -> None:
     base = bench.folder / "base"
     base.mkdir()
     for file in tiny_model("llama").iterdir():
         (base / file.name).write_bytes(file.read_bytes())
-    own = {"model_type": "mine", "auto_map": {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}}
-    (base / "config.json").write_text(json.dumps(json.loads((base / "config.json").read_text()) | own))
+    own = {
+        "model_type": "mine",
+        "auto_map": {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"},
+    }
+    (base / "config.json").write_text(
+        json.dumps(json.loads((base / "config.json").read_text()) | own)
+    )
     (base / "code.py").write_text(f"open({str(base / 'ran')!r}, 'w').close()\n")
     bench.recipe["teacher"]["preparation"]["base"]["model"] = str(base)
     line = bench.refusal()
@@ -200,7 +235,10 @@ def test_a_base_model_that_needs_code_of_its_own(bench: Bench, tiny_model: Calla
 
 def test_a_disk_that_is_full_while_exporting(bench: Bench, home: Path) -> None:
     line = bench.refusal(path=str(FULL_DISK))
-    assert f"{home / 'work'}: the disk is full (File too large); free some space or move DISTILLERY_HOME" in line
+    assert (
+        f"{home / 'work'}: the disk is full (File too large); free some space or move DISTILLERY_HOME"
+        in line
+    )
     assert list((home / "work").iterdir()) == []
 
 
@@ -217,5 +255,7 @@ def test_a_registered_folder_that_was_tampered_with(bench: Bench, file: str) -> 
     stored.write_bytes(content)
     out = bench.folder / "answers"
     line = bench.line_of("flows.batch_inference", "tiny-student", bench.files["test"][0], str(out))
-    assert f"tiny-student version 1: {file}: missing, added or altered since it was registered" in line
+    assert (
+        f"tiny-student version 1: {file}: missing, added or altered since it was registered" in line
+    )
     assert not out.exists()

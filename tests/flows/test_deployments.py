@@ -10,7 +10,9 @@ from prefect.flows import load_flow_from_entrypoint
 from prefect.utilities.schema_tools import validate
 
 PROJECT = Path(__file__).resolve().parents[2]
-DEPLOYMENTS: list[dict[str, Any]] = yaml.safe_load((PROJECT / "prefect.yaml").read_text())["deployments"]
+DEPLOYMENTS: list[dict[str, Any]] = yaml.safe_load((PROJECT / "prefect.yaml").read_text())[
+    "deployments"
+]
 
 
 def flow_of(deployment: dict[str, Any]) -> Flow[..., Any]:
@@ -51,7 +53,9 @@ def test_the_parameters_are_what_the_flow_takes(deployment: dict[str, Any]) -> N
 
 
 @pytest.mark.parametrize("deployment", DEPLOYMENTS, ids=lambda one: one["entrypoint"])
-def test_the_ui_has_words_for_the_deployment_and_every_parameter(deployment: dict[str, Any]) -> None:
+def test_the_ui_has_words_for_the_deployment_and_every_parameter(
+    deployment: dict[str, Any],
+) -> None:
     flow = flow_of(deployment)
     assert len(deployment["description"].split()) >= 10
     assert flow.description

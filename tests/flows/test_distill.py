@@ -21,7 +21,7 @@ from chat_endpoint import ChatEndpoint
 from tiny_recipe import ROWS, endpoint_recipe, recipe, write_rows
 
 from distillery.records import Artifact
-from distillery.store import ArtifactStore
+from distillery.storage.artifacts import ArtifactStore
 
 PROJECT = Path(__file__).resolve().parents[2]
 COUNTING = Path(__file__).parent / "counting"
@@ -36,7 +36,15 @@ STAGES = (
     "register",
     "download",
 )
-PREDICTORS = ("gold", "majority class", "TF-IDF + logistic", "teacher", "base model", "student", "student int4")
+PREDICTORS = (
+    "gold",
+    "majority class",
+    "TF-IDF + logistic",
+    "teacher",
+    "base model",
+    "student",
+    "student int4",
+)
 STUDENT_STEPS = 2 * -(-(ROWS["train"] + ROWS["gold"]) // 8)
 """Two epochs of labelled and gold rows in batches of 8."""
 PAID_STEPS = 2 * -(-ROWS["train"] // 8)
@@ -56,7 +64,12 @@ class Run:
     @property
     def stages(self) -> dict[str, str]:
         """Each stage's line of the summary."""
-        known = {stage: line for line in self.out.splitlines() for stage in STAGES if line.startswith(f"{stage} ")}
+        known = {
+            stage: line
+            for line in self.out.splitlines()
+            for stage in STAGES
+            if line.startswith(f"{stage} ")
+        }
         assert tuple(known) == STAGES, self.out
         return known
 
@@ -87,7 +100,8 @@ class Workshop:
         done = subprocess.run(
             [sys.executable, "-m", "flows.distill", str(path), *arguments],
             cwd=PROJECT,
-            env=self.environment | {"PYTHONPATH": str(COUNTING), "COUNT_FILE": str(counted), **environment},
+            env=self.environment
+            | {"PYTHONPATH": str(COUNTING), "COUNT_FILE": str(counted), **environment},
             capture_output=True,
             text=True,
         )
@@ -97,7 +111,9 @@ class Workshop:
 
     @property
     def environment(self) -> dict[str, str]:
-        kept = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+        kept = {
+            name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")
+        }
         return kept | {
             "DISTILLERY_HOME": str(self.home),
             "PREFECT_HOME": str(self.prefect),
@@ -113,14 +129,21 @@ class Workshop:
             WHERE (flow_run.name = :name OR flow_run.name LIKE :name || ',%')
             AND task_run.id NOT IN (SELECT parent_task_run_id FROM flow_run WHERE parent_task_run_id IS NOT NULL)
         """
-        with closing(sqlite3.connect(f"file:{self.prefect}/prefect.db?mode=ro", uri=True)) as database:
+        with closing(
+            sqlite3.connect(f"file:{self.prefect}/prefect.db?mode=ro", uri=True)
+        ) as database:
             rows = database.execute(query, {"name": run.name}).fetchall()
-        return {f"{flow.removeprefix(run.name).strip(', ')}: {task}": state for flow, task, state in rows}
+        return {
+            f"{flow.removeprefix(run.name).strip(', ')}: {task}": state
+            for flow, task, state in rows
+        }
 
     def artifact(self, key: str) -> Any:
         """The data of the newest artifact of this key."""
         query = "SELECT data FROM artifact WHERE key = ? ORDER BY created DESC LIMIT 1"
-        with closing(sqlite3.connect(f"file:{self.prefect}/prefect.db?mode=ro", uri=True)) as database:
+        with closing(
+            sqlite3.connect(f"file:{self.prefect}/prefect.db?mode=ro", uri=True)
+        ) as database:
             data = database.execute(query, (key,)).fetchone()[0]
         # A table is kept as the text of its JSON.
         return json.loads(json.loads(data)) if data.startswith('"') else json.loads(data)
@@ -135,7 +158,9 @@ class Workshop:
 
 
 @pytest.fixture(scope="module")
-def workshop(tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[[str], Path]) -> Workshop:
+def workshop(
+    tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[[str], Path]
+) -> Workshop:
     return Workshop(tmp_path_factory.mktemp("workshop"), tiny_model("llama"))
 
 
@@ -146,7 +171,10 @@ def first(workshop: Workshop) -> Run:
 
 def test_the_first_run_goes_the_whole_way(workshop: Workshop, first: Run) -> None:
     # A name may go on in the next line.
-    names = [name.removesuffix(" regression") for name in re.findall(r"(?m)^(\S.*?) +\d\.\d{3} \[", first.scoreboard)]
+    names = [
+        name.removesuffix(" regression")
+        for name in re.findall(r"(?m)^(\S.*?) +\d\.\d{3} \[", first.scoreboard)
+    ]
     assert tuple(names) == PREDICTORS
     assert not any("cached" in line for line in first.stages.values())
     assert set(workshop.states(first).values()) == {"Completed"}
@@ -161,7 +189,9 @@ def test_the_first_run_goes_the_whole_way(workshop: Workshop, first: Run) -> Non
     assert "tiny-student version 1 (local)" in first.stages["register"]
 
 
-def test_the_same_run_again_computes_nothing_and_prints_the_same(workshop: Workshop, first: Run) -> None:
+def test_the_same_run_again_computes_nothing_and_prints_the_same(
+    workshop: Workshop, first: Run
+) -> None:
     again = workshop.run()
     assert again.scoreboard == first.scoreboard
     for stage, line in again.stages.items():
@@ -180,7 +210,11 @@ def test_one_more_row_costs_one_request_and_a_training(workshop: Workshop, first
     ran = {task for task, state in workshop.states(more).items() if state == "Completed"}
     # The teacher learnt from the gold rows, which are what they were.
     assert ran >= {": prepare dataset", ": label", "student: train", ": export", ": evaluate"}
-    assert not ran & {"preparation: gold labels", "preparation, teacher: train", "preparation: export"}
+    assert not ran & {
+        "preparation: gold labels",
+        "preparation, teacher: train",
+        "preparation: export",
+    }
 
 
 def test_another_limit_of_the_gate_runs_no_work_again(workshop: Workshop, first: Run) -> None:
@@ -227,7 +261,11 @@ def test_what_an_answer_does_not_depend_on_asks_nothing_again(
     workshop = Workshop(tmp_path_factory.mktemp("endpoint"), tiny_model("llama"))
     values = endpoint_recipe(workshop.files, workshop.base, "paid", method="lora")
     with ChatEndpoint() as endpoint, ChatEndpoint() as elsewhere:
-        teacher = {"TEACHER_MODEL_ENDPOINT": endpoint.url, "TEACHER_MODEL_NAME": "m", "TEACHER_MODEL_KEY": "k"}
+        teacher = {
+            "TEACHER_MODEL_ENDPOINT": endpoint.url,
+            "TEACHER_MODEL_NAME": "m",
+            "TEACHER_MODEL_KEY": "k",
+        }
         first = workshop.distil(values, **teacher)
         assert len(endpoint.calls) == ROWS["train"] + ROWS["test"]
         assert set(workshop.states(first).values()) == {"Completed"}
@@ -241,15 +279,23 @@ def test_what_an_answer_does_not_depend_on_asks_nothing_again(
         moved = workshop.folder / "moved"
         (workshop.home / "store").rename(moved)
         values["teacher"]["sdk"] = "azure-ai-inference"
-        elsewhere_now = teacher | {"TEACHER_MODEL_ENDPOINT": elsewhere.url, "DISTILLERY_STORE": str(moved)}
+        elsewhere_now = teacher | {
+            "TEACHER_MODEL_ENDPOINT": elsewhere.url,
+            "DISTILLERY_STORE": str(moved),
+        }
         again = workshop.distil(values, **elsewhere_now)
         states = workshop.states(again)
         # The registered model carries its recipe, so that the entry, not the model, is looked at again.
-        assert {name for name, state in states.items() if state != "Cached"} <= {": register", ": download"}
+        assert {name for name, state in states.items() if state != "Cached"} <= {
+            ": register",
+            ": download",
+        }
         assert again.scoreboard == ranked.scoreboard
         assert "nothing new: paid version 2 of " in again.gate or "paid version 2" in again.gate
 
-        afresh = workshop.distil(values, "--refresh", "train student", "--refresh", "export student", **elsewhere_now)
+        afresh = workshop.distil(
+            values, "--refresh", "train student", "--refresh", "export student", **elsewhere_now
+        )
         assert afresh.counts["step"] == PAID_STEPS
         done = {name for name, state in workshop.states(afresh).items() if state != "Cached"}
         assert done == {": export", "student: train"}
@@ -268,18 +314,30 @@ def test_a_ladder_shows_its_rungs_and_hands_on_the_smallest_that_keeps_to_the_lo
     workshop = Workshop(tmp_path_factory.mktemp("ladder"), tiny_model("llama"))
     values = endpoint_recipe(workshop.files, workshop.base, "rungs", method="lora", soft_weight=0)
     values["teacher"] = {"kind": "gold"}
-    rungs = [{"algorithm": "gptq"}, {"precision": "fp16"}, {"precision": "fp32", "adapter_apart": True}]
+    rungs = [
+        {"algorithm": "gptq"},
+        {"precision": "fp16"},
+        {"precision": "fp32", "adapter_apart": True},
+    ]
     values["export"] = {"ladder": rungs, "largest_loss": 1.0}
     run = workshop.distil(values)
     assert workshop.states(run)[": export ladder"] == "Completed"
     assert re.search(r"export student +int4 gptq, [\d.]+ MB, picked of 3 forms", run.out)
-    shown = {title: re.search(rf"(?m)^{title} .*\[.*$", run.out) for title in ("int4 gptq/32", "fp16", "fp32, apart")}
+    shown = {
+        title: re.search(rf"(?m)^{title} .*\[.*$", run.out)
+        for title in ("int4 gptq/32", "fp16", "fp32, apart")
+    }
     assert all(shown.values()), run.out
     assert "export.largest_loss allows 100.0 points on 20 validation rows" in run.out
     assert "student int4 is right on" in run.out
     assert "its options' probabilities depart from the float student's by 0." in run.out
     tables = workshop.artifact("quantisation-ladder")
-    assert [row["form"] for row in tables] == ["float student", "int4 gptq/32", "fp16", "fp32, apart"]
+    assert [row["form"] for row in tables] == [
+        "float student",
+        "int4 gptq/32",
+        "fp16",
+        "fp32, apart",
+    ]
     assert [row["verdict"] for row in tables] == ["", "picked", "no smaller", "no smaller"]
     downloaded = Path(run.log.partition("rungs version 1 verified in ")[2].splitlines()[0])
     assert json.loads((downloaded / "ladder.json").read_text())["rows"] == ROWS["validation"]
@@ -291,7 +349,10 @@ def test_a_ladder_shows_its_rungs_and_hands_on_the_smallest_that_keeps_to_the_lo
     # Another precision is another column of the answers, and is compared with the champion's all the same.
     values["export"] = {"precision": "fp16"}
     half = workshop.distil(values)
-    assert {name for name, state in workshop.states(half).items() if state == "Completed"} >= {": export", ": evaluate"}
+    assert {name for name, state in workshop.states(half).items() if state == "Completed"} >= {
+        ": export",
+        ": evaluate",
+    }
     assert "student fp16 keeps" in half.gate
     assert f"points against rungs version 1 on {ROWS['test']} shared rows" in half.gate
 
@@ -308,7 +369,9 @@ def test_labels_that_are_there_already_need_no_teacher(
 
     file = workshop.folder / "labels.jsonl"
     rows = [json.loads(line) for line in Path(workshop.files["train"][0]).read_text().splitlines()]
-    file.write_text("".join(json.dumps({"example_id": row["id"], "answer": "B"}) + "\n" for row in rows[:40]))
+    file.write_text(
+        "".join(json.dumps({"example_id": row["id"], "answer": "B"}) + "\n" for row in rows[:40])
+    )
     values["teacher"] = {"kind": "file", "files": [str(file)]}
     imported = workshop.distil(values)
     assert "40 accepted, 20 rejected, 0 calls" in imported.out
@@ -325,7 +388,9 @@ def test_a_student_that_is_cut_in_steps_and_answers_by_text(
     tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[[str], Path]
 ) -> None:
     workshop = Workshop(tmp_path_factory.mktemp("steps"), tiny_model("qwen3"))
-    values = endpoint_recipe(workshop.files, workshop.base, "steps", soft_weight=0, epochs=12, learning_rate=0.01)
+    values = endpoint_recipe(
+        workshop.files, workshop.base, "steps", soft_weight=0, epochs=12, learning_rate=0.01
+    )
     values["teacher"] = {"kind": "gold"}
     step = {"layers": {"keep": 2, "by": "even"}, "training": {"method": "full", "max_steps": 3}}
     values["student"] |= {
@@ -340,18 +405,25 @@ def test_a_student_that_is_cut_in_steps_and_answers_by_text(
     cuts = json.loads((folder / "layers.json").read_text())
     assert (cuts[0], len(cuts[1])) == ([0, 1], 1)
     assert json.loads((folder / "healing-1.json").read_text())["steps"] == 3
-    accuracy = {name: float(value) for name, value in re.findall(r"(?m)^(\S.*?) +(\d\.\d{3}) \[", run.scoreboard)}
+    accuracy = {
+        name: float(value)
+        for name, value in re.findall(r"(?m)^(\S.*?) +(\d\.\d{3}) \[", run.scoreboard)
+    }
     assert accuracy["student"] > 0.6, "chance is 0.33"
     assert abs(accuracy["student"] - accuracy["student int4"]) <= 0.3
 
     rows, out = workshop.folder / "rows.jsonl", workshop.folder / "answers"
     rows.write_text(Path(workshop.files["test"][0]).read_text())
     command = [sys.executable, "-m", "flows.batch_inference", "steps", str(rows), str(out)]
-    done = subprocess.run(command, cwd=PROJECT, env=workshop.environment, capture_output=True, text=True)
+    done = subprocess.run(
+        command, cwd=PROJECT, env=workshop.environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     answers = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
     gold = [json.loads(line)["answerKey"] for line in rows.read_text().splitlines()]
-    right = sum(answer["answer"] == key for answer, key in zip(answers, gold, strict=True)) / len(gold)
+    right = sum(answer["answer"] == key for answer, key in zip(answers, gold, strict=True)) / len(
+        gold
+    )
     assert right == pytest.approx(accuracy["student int4"])
 
 
@@ -359,7 +431,9 @@ def test_a_search_measures_its_trials_and_goes_on_from_what_is_cached(
     tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[[str], Path]
 ) -> None:
     workshop = Workshop(tmp_path_factory.mktemp("search"), tiny_model("llama"))
-    values = endpoint_recipe(workshop.files, workshop.base, "searched", soft_weight=0, method="lora", max_steps=4)
+    values = endpoint_recipe(
+        workshop.files, workshop.base, "searched", soft_weight=0, method="lora", max_steps=4
+    )
     values["teacher"] = {"kind": "gold"}
     (workshop.folder / "recipe.yaml").write_text(yaml.safe_dump(values))
 
@@ -367,9 +441,17 @@ def test_a_search_measures_its_trials_and_goes_on_from_what_is_cached(
         counted = workshop.folder / "counted"
         counted.write_text("")
         space = workshop.folder / "space.yaml"
-        space.write_text(f"rank: [2, 4]\nkeep: {keep}\nlearning_rate: [0.001, 0.1]\ntrials: {trials}\n")
+        space.write_text(
+            f"rank: [2, 4]\nkeep: {keep}\nlearning_rate: [0.001, 0.1]\ntrials: {trials}\n"
+        )
         done = subprocess.run(
-            [sys.executable, "-m", "flows.search", str(workshop.folder / "recipe.yaml"), str(space)],
+            [
+                sys.executable,
+                "-m",
+                "flows.search",
+                str(workshop.folder / "recipe.yaml"),
+                str(space),
+            ],
             cwd=PROJECT,
             env=workshop.environment | {"PYTHONPATH": str(COUNTING), "COUNT_FILE": str(counted)},
             capture_output=True,
@@ -391,4 +473,6 @@ def test_a_search_measures_its_trials_and_goes_on_from_what_is_cached(
     failed = [line.split("|")[2].strip() for line in deep if "| failed |" in line]
     assert 0 < len(failed) < 4
     said = "failed: student.layers.keep: 9, but this model has 2 layers; keep fewer"
-    assert [line for line in deep if "failed: " in line] == [f"Trial {number} {said}" for number in sorted(failed)]
+    assert [line for line in deep if "failed: " in line] == [
+        f"Trial {number} {said}" for number in sorted(failed)
+    ]

@@ -8,7 +8,19 @@ from pathlib import Path
 import pytest
 
 PROJECT = Path(__file__).resolve().parents[2]
-MADE = (".safetensors", ".onnx", ".data", ".db", ".sqlite", ".gguf", ".bin", ".pt", ".onnx_adapter", ".npy", ".pkl")
+MADE = (
+    ".safetensors",
+    ".onnx",
+    ".data",
+    ".db",
+    ".sqlite",
+    ".gguf",
+    ".bin",
+    ".pt",
+    ".onnx_adapter",
+    ".npy",
+    ".pkl",
+)
 MOST_BYTES = 1_000_000
 
 
@@ -27,7 +39,11 @@ def test_the_wheel_holds_distillery_alone(wheel: list[zipfile.ZipInfo]) -> None:
     tops = {entry.filename.split("/")[0] for entry in wheel}
     assert tops - {"distillery"} == {top for top in tops if top.endswith(".dist-info")}
     names = {entry.filename for entry in wheel}
-    assert {"distillery/presets/demo.yaml", "distillery/sample_data/gold.jsonl", "distillery/py.typed"} <= names
+    assert {
+        "distillery/recipe/presets/demo.yaml",
+        "distillery/data/sample/gold.jsonl",
+        "distillery/py.typed",
+    } <= names
     assert not [name for name in names if "__pycache__" in name]
 
 
@@ -37,11 +53,21 @@ def test_the_wheel_holds_nothing_that_a_run_makes(wheel: list[zipfile.ZipInfo]) 
 
 
 def test_the_repository_holds_nothing_that_a_run_makes() -> None:
-    listed = subprocess.run(["git", "ls-files", "-z"], cwd=PROJECT, capture_output=True, text=True, check=True).stdout
+    listed = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=PROJECT, capture_output=True, text=True, check=True
+    ).stdout
     files = [PROJECT / name for name in listed.split("\0") if name]
-    assert PROJECT / "distillery" / "recipe.py" in files
+    assert PROJECT / "distillery" / "recipe" / "recipe.py" in files
     assert [str(file) for file in files if file.name.endswith(MADE)] == []
-    assert [str(file) for file in files if file.is_file() and file.stat().st_size > MOST_BYTES] == []
-    data = PROJECT / "distillery" / "sample_data"
+    assert [
+        str(file) for file in files if file.is_file() and file.stat().st_size > MOST_BYTES
+    ] == []
+    data = PROJECT / "distillery" / "data" / "sample"
     rows = {file.name for file in files if file.suffix == ".jsonl" and data not in file.parents}
-    assert not rows & {"labels.jsonl", "rejected.jsonl", "train_data.jsonl", "answers.jsonl", "predictions.jsonl"}
+    assert not rows & {
+        "labels.jsonl",
+        "rejected.jsonl",
+        "train_data.jsonl",
+        "answers.jsonl",
+        "predictions.jsonl",
+    }

@@ -1,0 +1,40 @@
+"""The process that builds one rung of a ladder: `python -m distillery.export.rung_process JOB RESULT PARENT`, started by
+`ladder.climb`. A process of its own, so that a form which takes more memory or time than there is stops nothing else.
+"""
+
+import sys
+from pathlib import Path
+
+from distillery.export.build import export
+from distillery.processes import work_apart
+from distillery.recipe import ExportForm
+from distillery.records import Record
+
+
+class BuildingJob(Record):
+    """What the process is told: a Transformers folder, with an adapter or without, and where its form goes."""
+
+    model: str
+    adapter: str | None
+    remote_code: bool
+    form: ExportForm
+    calibration: str | None
+    out: str
+
+
+class Built(Record):
+    """`bytes` of all files of the folder."""
+
+    bytes: int
+
+
+def build(job: BuildingJob) -> Built:
+    out = Path(job.out)
+    adapter = Path(job.adapter) if job.adapter else None
+    calibration = Path(job.calibration) if job.calibration else None
+    export(Path(job.model), adapter, job.form, out, job.remote_code, calibration)
+    return Built(bytes=sum(path.stat().st_size for path in out.rglob("*") if path.is_file()))
+
+
+if __name__ == "__main__":
+    sys.exit(work_apart(sys.argv[1:], BuildingJob, build))

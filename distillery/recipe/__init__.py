@@ -1,0 +1,59 @@
+"""The recipe: the frozen, typed configuration of a run, one module per slice.
+
+In: a preset's name, a YAML file or a mapping. Out: a checked `Recipe`. May import: errors.
+"""
+
+from distillery.recipe.base import Slice
+from distillery.recipe.base_model import BaseModelRecipe
+from distillery.recipe.dataset import Columns, DatasetRecipe
+from distillery.recipe.evaluation import EvaluationRecipe
+from distillery.recipe.export import ExportForm, ExportRecipe
+from distillery.recipe.load import explained, load_recipe, parse_recipe
+from distillery.recipe.preset import PRESETS
+from distillery.recipe.prompt import PromptRecipe
+from distillery.recipe.recipe import Recipe
+from distillery.recipe.registry import RegistryKind, RegistryRecipe
+from distillery.recipe.search import SearchRecipe
+from distillery.recipe.student import HealingRecipe, LayerChoice, Layers, StudentRecipe
+from distillery.recipe.teacher import (
+    AnswerRecipe,
+    BudgetRecipe,
+    CanaryRecipe,
+    FilterRecipe,
+    PriceRecipe,
+    TeacherPreparation,
+    TeacherRecipe,
+)
+from distillery.recipe.training import LoraRecipe, TrainingRecipe
+
+__all__ = [
+    "PRESETS",
+    "AnswerRecipe",
+    "BaseModelRecipe",
+    "BudgetRecipe",
+    "CanaryRecipe",
+    "Columns",
+    "DatasetRecipe",
+    "EvaluationRecipe",
+    "ExportForm",
+    "ExportRecipe",
+    "FilterRecipe",
+    "HealingRecipe",
+    "LayerChoice",
+    "Layers",
+    "LoraRecipe",
+    "PriceRecipe",
+    "PromptRecipe",
+    "Recipe",
+    "RegistryKind",
+    "RegistryRecipe",
+    "SearchRecipe",
+    "Slice",
+    "StudentRecipe",
+    "TeacherPreparation",
+    "TeacherRecipe",
+    "TrainingRecipe",
+    "explained",
+    "load_recipe",
+    "parse_recipe",
+]
