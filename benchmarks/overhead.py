@@ -28,7 +28,7 @@ from typing import Any
 import yaml
 
 PROJECT = Path(__file__).resolve().parents[1]
-sys.path += [str(PROJECT / "tests"), str(PROJECT / "tests" / "e2e")]
+sys.path.append(str(PROJECT / "tests" / "support"))
 
 from tiny_model import build_tiny_model  # noqa: E402 - the tests' own tiny model, rows and server
 from tiny_recipe import recipe, write_rows  # noqa: E402

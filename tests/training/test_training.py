@@ -403,10 +403,12 @@ def long_training(
     )
 
 
+HERE = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1] / "support")])
 CHILD = """
 import os, sys
 from pathlib import Path
-from test_student import OneFile, long_training
+sys.path += os.environ["TEST_PATH"].split(os.pathsep)
+from test_training import OneFile, long_training
 
 method, base, out, kept = sys.argv[1], *map(Path, sys.argv[2:])
 long_training(base, method, out, OneFile(kept), lambda report: os.write(1, f"{report.step}\\n".encode()))
@@ -429,7 +431,7 @@ def test_training_that_was_killed_goes_on_to_the_very_same_student(
         str(checkpoints.path),
     ]
     with subprocess.Popen(
-        command, cwd=Path(__file__).parent, stdout=subprocess.PIPE, text=True
+        command, env=os.environ | {"TEST_PATH": HERE}, stdout=subprocess.PIPE, text=True
     ) as child:
         assert child.stdout is not None
         last = checkpoints if method == "lora" else checkpoints.of("step-2")

@@ -4,7 +4,7 @@ stage_versions.json holds for each stage its version, a fingerprint of the code 
 last decision. After a change, either raise the version in tasks/ (what is cached is made again) or, where the stage
 returns what it did, keep it; then record which:
 
-    .venv/bin/python tests/test_stage_versions.py "export: no change in behaviour, the error text alone"
+    .venv/bin/python tests/tasks/test_stage_versions.py "export: no change in behaviour, the error text alone"
 
 ("all: …" for a change that concerns several in the same way).
 """
@@ -22,7 +22,7 @@ from typing import Any
 
 import pytest
 
-PROJECT = Path(__file__).resolve().parents[1]
+PROJECT = Path(__file__).resolve().parents[2]
 RECORD = Path(__file__).with_name("stage_versions.json")
 # Storage, locks, retries, payment and error texts: none of it is in what a stage returns. Recipes and
 # records are in the cache keys themselves.

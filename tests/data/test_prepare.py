@@ -764,7 +764,7 @@ def from_hub(tmp_path: Path, url: str, *changes: dict[str, Any], **environment: 
         env=os.environ
         | {"HF_ENDPOINT": url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0"}
         | environment,
-        cwd=Path(__file__).parent.parent,
+        cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
         timeout=120,

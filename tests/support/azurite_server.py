@@ -59,7 +59,7 @@ class Azurite:
         main = AZURITE / "node_modules" / "azurite" / "dist" / "src" / "blob" / "main.js"
         if node is None or not main.exists():
             raise RuntimeError(
-                "Azurite is missing: install Node 20 or newer, then run npm ci --prefix tests/azurite"
+                "Azurite is missing: install Node 20 or newer, then run npm ci --prefix tests/support/azurite"
             )
         options = [
             "--blobHost",

@@ -31,7 +31,7 @@ from prefect_api import PrefectApi, wait_for
 
 from deployments import local, setup
 
-PROJECT = Path(__file__).resolve().parents[1]
+PROJECT = Path(__file__).resolve().parents[2]
 FOLDER = PROJECT / "deployments"
 POOLS = ("cpu-pool", "gpu-pool")
 WORKERS = ("process", "docker", "kubernetes")
