@@ -1,20 +1,22 @@
-"""Every error that a user can meet, as one tree. Each text is one line: the setting, file or row, and what to do.
+"""Every error that a user can meet, as a tree. Each message is one line: the setting, file or row
+that is wrong, and what to do.
 
 DistilleryError
-├── RecipeError               a recipe that can't be read, or asks for what can't be
-├── DataError                 a row, file or column of the data set
-├── CredentialsError          a key, endpoint name or login that is missing or refused
+├── RecipeError               a recipe that can't be read or asks for something impossible
+├── DataError                 a wrong row, file or column of the data set
+│   └── NoSuchRevision        the hub has no such data set or revision
+├── CredentialsError          a key, an endpoint name or a login is missing or refused
 ├── TeacherError              the teacher can't do what the recipe asks of it
 │   ├── TeacherUnavailable    the endpoint does not answer, after all tries of a call
-│   ├── BudgetReached         a cap of teacher.budget; what was answered is kept
-│   └── TeacherChanged        the canary rows are answered otherwise than before
-├── StoreError                the artifact store
+│   ├── BudgetReached         a limit of teacher.budget; the answers so far are kept
+│   └── TeacherChanged        the teacher answers the canary rows differently than before
+├── StoreError                the artifact store or the shared database
 │   ├── StoreUnavailable      does not answer (infrastructure: worth a retry)
 │   └── ArtifactDamaged       a folder that is missing, half-written or does not match its digest
-├── TrainingError             training can't start or gave no usable student
+├── TrainingError             training can't start or produced no usable student
 ├── ExportError               Olive or ONNX Runtime produced no usable model
 ├── ModelError                a model folder that can't be loaded or asked
-├── StageError                a stage has no cache key; a fault of Distillery's own
+├── StageError                a stage has no cache key: a defect of Distillery itself
 └── RegistryError             a model can't be registered, found or downloaded
     └── RegistryUnavailable   does not answer (infrastructure: worth a retry)
 """
@@ -33,7 +35,7 @@ class DataError(DistilleryError):
 
 
 class NoSuchRevision(DataError):
-    """The hub answers, and has no such data set or revision."""
+    pass
 
 
 class CredentialsError(DistilleryError):
@@ -45,7 +47,7 @@ class TeacherError(DistilleryError):
 
 
 class TeacherUnavailable(TeacherError):
-    """`overloaded`: the endpoint is there, and refuses more than it can do (429)."""
+    """`overloaded`: the endpoint answers, but refuses because it has too much to do (429)."""
 
     def __init__(self, message: str, overloaded: bool = False) -> None:
         super().__init__(message)
@@ -97,4 +99,4 @@ class RegistryUnavailable(RegistryError):
 
 
 INFRASTRUCTURE_ERRORS = (StoreUnavailable, RegistryUnavailable)
-"""The only errors for which a stage is tried again as a whole; calls of a teacher have had their own tries."""
+"""The only errors after which a whole stage is retried; a teacher's calls have their own retries."""

@@ -1,6 +1,6 @@
-"""What belongs to the machine or the account, not to the recipe: read from the environment or a .env file.
+"""Settings of this machine or account, which no recipe holds: read from the environment or .env.
 
-None of it is part of any cache key: moving the store or changing a key repeats nothing.
+No setting is part of a cache key: moving the store or changing a key repeats no work.
 """
 
 import ipaddress
@@ -17,20 +17,23 @@ from distillery.errors import CredentialsError, DistilleryError
 
 @cache
 def load_environment() -> None:
-    """Reads .env in the working folder or above it; what the environment already says wins."""
+    """Read .env from the working folder or above; variables that are set already win over it."""
     load_dotenv(find_dotenv(usecwd=True))
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a host name or address is this machine's own, which no other machine reaches."""
+    """Return whether `host`, a name or an address, is reachable from this machine alone."""
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
 
 
-class _Settings(BaseSettings):
-    # Each class below needs an env_prefix: without one, pydantic would read a field `home` from HOME as well.
+class EnvironmentSettings(BaseSettings):
+    """Base of the settings below: an invalid value raises DistilleryError with its variable's name.
+
+    Subclasses need an env_prefix: without one, pydantic would read a field `home` from HOME too."""
+
     model_config = SettingsConfigDict(
         frozen=True, extra="ignore", populate_by_name=True, env_ignore_empty=True
     )
@@ -47,27 +50,61 @@ class _Settings(BaseSettings):
             ) from None
 
 
-class LocalSettings(_Settings):
-    """DISTILLERY_HOME holds all that this machine writes; the others default to places inside it. Training saves a
-    checkpoint every DISTILLERY_CHECKPOINT_SECONDS. An outage of the store is waited out for DISTILLERY_STORE_WAIT
-    seconds; copies of what a remote store holds take DISTILLERY_CACHE_GB (10^9 bytes) at most. DISTILLERY_TRACKING is
-    an MLflow tracking URI for training's figures; without it none are sent."""
+class LocalSettings(EnvironmentSettings):
+    """Where this machine keeps what it makes, and how it works: DISTILLERY_*."""
 
     model_config = SettingsConfigDict(env_prefix="DISTILLERY_")
 
-    home: Path = Path(".distillery")
-    store: str = ""
-    store_wait: float = Field(90, ge=0)
-    cache_gb: float = Field(50, ge=0)
-    labels: str = ""
-    registry: str = ""
-    tracking: str = ""
-    remote_code: str = ""
-    checkpoint_seconds: float = Field(300, gt=0)
-    container: bool = False
+    home: Path = Field(
+        Path(".distillery"),
+        description="The folder for everything that this machine writes; an absolute path for "
+        "workers, which give each run a working folder of its own",
+    )
+    store: str = Field(
+        "",
+        description="The artifact store: an absolute folder or an fsspec URL such as "
+        "abfs://container@account.dfs.core.windows.net/path; by default store/ in the home",
+    )
+    store_wait: float = Field(
+        90, ge=0, description="Seconds to wait while the store or the database does not answer"
+    )
+    cache_gb: float = Field(
+        50,
+        ge=0,
+        description="The most that copies from a remote store may take, in 10^9 bytes",
+    )
+    labels: str = Field(
+        "",
+        description="The label database: an SQLAlchemy URL of SQLite or PostgreSQL; by default "
+        "labels.db in the home",
+    )
+    registry: str = Field(
+        "",
+        description="The local registry: an MLflow tracking URI; by default registry.db in the "
+        "home",
+    )
+    tracking: str = Field(
+        "",
+        description="An MLflow tracking URI that training sends its losses and speed to; by "
+        "default none",
+    )
+    remote_code: str = Field(
+        "",
+        description="Models whose own Python code may run on this machine, comma-separated; the "
+        "recipe must allow it too",
+    )
+    checkpoint_seconds: float = Field(
+        300, gt=0, description="Seconds between the checkpoints that training saves"
+    )
+    container: bool = Field(
+        False,
+        description="Whether this is a container whose files vanish with it: a label database in "
+        "SQLite is then refused",
+    )
 
     @property
     def folder(self) -> Path:
+        """The home as an absolute path."""
         return self.home.expanduser().absolute()
 
     @property
@@ -87,33 +124,37 @@ class LocalSettings(_Settings):
 
     @property
     def remote_code_models(self) -> frozenset[str]:
-        """Models whose own Python code may run on this machine, comma-separated in DISTILLERY_REMOTE_CODE."""
-        return frozenset(name.strip() for name in self.remote_code.split(",") if name.strip())
+        """The names in `remote_code`."""
+        return frozenset(map(str.strip, self.remote_code.split(","))) - {""}
 
 
-class TeacherSettings(_Settings):
-    """The teacher's endpoint, under the lab's names."""
+class TeacherSettings(EnvironmentSettings):
+    """The teacher's endpoint, under the lab's names: TEACHER_MODEL_*."""
 
     model_config = SettingsConfigDict(env_prefix="TEACHER_MODEL_")
 
-    model: str = Field(default="", validation_alias="TEACHER_MODEL_NAME")
-    endpoint: str = ""
-    key: SecretStr = SecretStr("")
+    model: str = Field(
+        "", validation_alias="TEACHER_MODEL_NAME", description="The model's name in requests"
+    )
+    endpoint: str = Field("", description="The endpoint's URL")
+    key: SecretStr = Field(
+        SecretStr(""), description="The endpoint's key; without it Azure is asked with your login"
+    )
 
 
-class AzureMLSettings(_Settings):
-    """The Azure ML workspace, under the lab's names."""
+class AzureMLSettings(EnvironmentSettings):
+    """The Azure ML workspace, under the lab's names: AZUREML_*."""
 
     model_config = SettingsConfigDict(env_prefix="AZUREML_")
 
     subscription_id: str = ""
     resource_group: str = ""
     workspace: str = Field(
-        default="", validation_alias=AliasChoices("AZUREML_WS_NAME", "AZUREML_WORKSPACE_NAME")
+        "", validation_alias=AliasChoices("AZUREML_WS_NAME", "AZUREML_WORKSPACE_NAME")
     )
 
     def require(self) -> None:
-        """Raises CredentialsError with the names that are not set."""
+        """Raise CredentialsError with the names of the variables that are not set."""
         names = {
             "AZUREML_SUBSCRIPTION_ID": self.subscription_id,
             "AZUREML_RESOURCE_GROUP": self.resource_group,
@@ -122,5 +163,6 @@ class AzureMLSettings(_Settings):
         missing = [name for name, value in names.items() if not value]
         if missing:
             raise CredentialsError(
-                f"{', '.join(missing)}: not set; set them in the environment or in .env (see sample.env)"
+                f"{', '.join(missing)}: not set; set them in the environment or in .env "
+                "(see sample.env)"
             )
