@@ -14,7 +14,7 @@ from distillery.labels.questions import Question, questions
 from distillery.labels.store import LabelStore, StoredAnswer
 from distillery.recipe import PromptRecipe, TeacherRecipe
 from distillery.records import Example, TeacherDrift
-from distillery.teacher.answers import combined
+from distillery.teacher.answers import combine_answers
 from distillery.teacher.asking import Teacher
 from distillery.teacher.budget import Spending
 from distillery.teacher.endpoint import Endpoint
@@ -96,5 +96,5 @@ def _whole(
 ) -> str | None:
     """The letter that a row's answers come to."""
     found = accepted_answers(several, [answers[one.key] for one in several])
-    whole = combined(found, row.letters, recipe.soft_labels) if found else None
+    whole = combine_answers(found, row.letters, recipe.soft_labels) if found else None
     return whole.letter if whole else None

@@ -16,7 +16,7 @@ from distillery.labels.window import OpenRow
 from distillery.prompts import render_messages
 from distillery.recipe import PromptRecipe, TeacherRecipe
 from distillery.records import Example, RejectedLabel, TeacherLabel, Usage
-from distillery.teacher.answers import combined, rationale_of
+from distillery.teacher.answers import combine_answers, rationale_of
 
 LABELS_FILE = "labels.jsonl"
 
@@ -75,7 +75,7 @@ class LabelFiles:
             return self.reject(
                 done.row, first.stored.reason if first.stored else first.failure, raw
             )
-        whole = combined(found, done.row.letters, self._recipe.soft_labels)
+        whole = combine_answers(found, done.row.letters, self._recipe.soft_labels)
         if whole is None:
             votes = ", ".join(answer.letter for answer in found)
             return self.reject(done.row, f"no majority among its {len(found)} answers", votes)

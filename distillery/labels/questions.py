@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from distillery.prompts import Message, render_messages
 from distillery.recipe import PromptRecipe, TeacherRecipe
 from distillery.records import Example, digest_of
-from distillery.teacher.answers import turned
+from distillery.teacher.answers import rotated_order
 
 
 def request_key(
@@ -51,7 +51,7 @@ def questions(
     """What is asked for a row: in each order of its options, each vote."""
     asked = []
     for number in range(min(recipe.answers.orders, len(row.choices))):
-        order = turned(len(row.choices), number)
+        order = rotated_order(len(row.choices), number)
         shown = (
             row.model_copy(update={"choices": tuple(row.choices[option] for option in order)})
             if number

@@ -139,7 +139,7 @@ def rationale_of(text: str) -> str:
     return "\n".join(lines[: marked[-1]]).strip() if marked else ""
 
 
-def turned(count: int, order: int) -> list[int]:
+def rotated_order(count: int, order: int) -> list[int]:
     """The `order`-th order of `count` options: each place's option, all turned by `order` places. With as many orders
     as options each option stands at each place once."""
     return [(place + order) % count for place in range(count)]
@@ -154,7 +154,7 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Combined:
+class CombinedAnswer:
     letter: str
     distribution: dict[str, float] | None
     confidence: float | None
@@ -171,7 +171,7 @@ def in_own_letters(
     return Answer(own[letter], {name: known[name] for name in sorted(known)})
 
 
-def combined(answers: Sequence[Answer], letters: Sequence[str], soft: bool) -> Combined | None:
+def combine_answers(answers: Sequence[Answer], letters: Sequence[str], soft: bool) -> CombinedAnswer | None:
     """One label of a row's answers: the majority's letter; None where two letters share the first place.
 
     Its confidence is the share of answers that agree, or, of a single one, its letter's probability. Its distribution
@@ -179,7 +179,7 @@ def combined(answers: Sequence[Answer], letters: Sequence[str], soft: bool) -> C
     if len(answers) == 1:
         (only,) = answers
         confidence = only.distribution[only.letter] if only.distribution else None
-        return Combined(only.letter, only.distribution, confidence)
+        return CombinedAnswer(only.letter, only.distribution, confidence)
     counts = Counter(answer.letter for answer in answers)
     own = [answer.distribution for answer in answers if answer.distribution]
     all_have_one = len(own) == len(answers)
@@ -196,6 +196,6 @@ def combined(answers: Sequence[Answer], letters: Sequence[str], soft: bool) -> C
         and sum(math.isclose(distribution[letter], distribution[best]) for letter in tied) > 1
     ):
         return None
-    return Combined(
+    return CombinedAnswer(
         best, distribution if all_have_one or soft else None, counts[best] / len(answers)
     )

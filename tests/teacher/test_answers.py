@@ -7,14 +7,14 @@ import pytest
 
 from distillery.teacher.answers import (
     Answer,
-    Combined,
-    combined,
+    CombinedAnswer,
+    combine_answers,
     distribution,
     in_own_letters,
     parse_answer,
     parse_json,
     rationale_of,
-    turned,
+    rotated_order,
 )
 
 CHOICES = ("bank", "vitamin C", "A dog")
@@ -195,7 +195,7 @@ def test_a_rationales_answer_is_its_marked_line() -> None:
 
 @pytest.mark.parametrize("count", [2, 3, 5, 26])
 def test_with_as_many_orders_as_options_each_stands_at_each_place_once(count: int) -> None:
-    orders = [turned(count, number) for number in range(count)]
+    orders = [rotated_order(count, number) for number in range(count)]
     assert orders[0] == list(range(count))
     assert all(sorted(order) == list(range(count)) for order in orders)
     assert Counter(
@@ -204,7 +204,7 @@ def test_with_as_many_orders_as_options_each_stands_at_each_place_once(count: in
 
 
 def test_a_letter_comes_back_as_the_option_that_stood_there() -> None:
-    order = turned(3, 1)
+    order = rotated_order(3, 1)
     assert [CHOICES[option] for option in order] == ["vitamin C", "A dog", "bank"]
     assert in_own_letters("A", None, order) == Answer("B")
     assert in_own_letters("C", None, order) == Answer("A")
@@ -212,13 +212,13 @@ def test_a_letter_comes_back_as_the_option_that_stood_there() -> None:
     found = in_own_letters("A", shown, order)
     assert found == Answer("B", {"A": 0.1, "B": 0.7, "C": 0.2})
     assert list(found.distribution or {}) == ["A", "B", "C"]
-    assert in_own_letters("A", shown, turned(3, 0)) == Answer("A", shown)
+    assert in_own_letters("A", shown, rotated_order(3, 0)) == Answer("A", shown)
 
 
 def test_one_answer_is_the_label_and_its_probability_the_confidence() -> None:
     own = {"A": 0.2, "B": 0.7, "C": 0.1}
-    assert combined([Answer("B", own)], LETTERS, soft=True) == Combined("B", own, 0.7)
-    assert combined([Answer("B")], LETTERS, soft=True) == Combined("B", None, None)
+    assert combine_answers([Answer("B", own)], LETTERS, soft=True) == CombinedAnswer("B", own, 0.7)
+    assert combine_answers([Answer("B")], LETTERS, soft=True) == CombinedAnswer("B", None, None)
 
 
 def votes(letters: str) -> list[Answer]:
@@ -226,29 +226,29 @@ def votes(letters: str) -> list[Answer]:
 
 
 def test_the_majority_is_the_label_and_its_share_the_confidence() -> None:
-    assert combined(votes("BBA"), LETTERS, soft=False) == Combined("B", None, pytest.approx(2 / 3))
-    assert combined(votes("CABAC" + "C"), LETTERS, soft=False) == Combined("C", None, 0.5)
+    assert combine_answers(votes("BBA"), LETTERS, soft=False) == CombinedAnswer("B", None, pytest.approx(2 / 3))
+    assert combine_answers(votes("CABAC" + "C"), LETTERS, soft=False) == CombinedAnswer("C", None, 0.5)
 
 
 def test_shares_of_votes_are_the_distribution_where_soft_labels_are_wanted() -> None:
-    found = combined(votes("BBBAC"), LETTERS, soft=True)
-    assert found == Combined("B", {"A": 0.2, "B": 0.6, "C": 0.2}, 0.6)
-    assert combined(votes("BB"), LETTERS, soft=True) == Combined(
+    found = combine_answers(votes("BBBAC"), LETTERS, soft=True)
+    assert found == CombinedAnswer("B", {"A": 0.2, "B": 0.6, "C": 0.2}, 0.6)
+    assert combine_answers(votes("BB"), LETTERS, soft=True) == CombinedAnswer(
         "B", {"A": 0.0, "B": 1.0, "C": 0.0}, 1.0
     )
 
 
 @pytest.mark.parametrize("soft", [False, True])
 def test_a_tie_of_votes_is_no_label(soft: bool) -> None:
-    assert combined(votes("AB"), LETTERS, soft) is None
-    assert combined(votes("ABC"), LETTERS, soft) is None
-    assert combined(votes("ABCAB"), LETTERS, soft) is None
+    assert combine_answers(votes("AB"), LETTERS, soft) is None
+    assert combine_answers(votes("ABC"), LETTERS, soft) is None
+    assert combine_answers(votes("ABCAB"), LETTERS, soft) is None
 
 
 def test_a_tie_goes_to_the_more_probable() -> None:
     sure = Answer("B", {"A": 0.1, "B": 0.9, "C": 0.0})
     unsure = Answer("A", {"A": 0.5, "B": 0.4, "C": 0.1})
-    found = combined([unsure, sure], LETTERS, soft=False)
+    found = combine_answers([unsure, sure], LETTERS, soft=False)
     assert found is not None
     assert (found.letter, found.confidence) == ("B", 0.5)
     assert found.distribution == pytest.approx({"A": 0.3, "B": 0.65, "C": 0.05})
@@ -259,14 +259,14 @@ def test_a_tie_of_equal_probabilities_is_no_label() -> None:
         Answer("A", {"A": 0.6, "B": 0.4, "C": 0.0}),
         Answer("B", {"A": 0.4, "B": 0.6, "C": 0.0}),
     )
-    assert combined([one, two], LETTERS, soft=True) is None
+    assert combine_answers([one, two], LETTERS, soft=True) is None
 
 
 def test_the_majority_stands_whatever_the_probabilities() -> None:
     answers = [Answer("A", {"A": 0.4, "B": 0.35, "C": 0.25})] * 2 + [
         Answer("B", {"A": 0.0, "B": 1.0, "C": 0.0})
     ]
-    found = combined(answers, LETTERS, soft=True)
+    found = combine_answers(answers, LETTERS, soft=True)
     assert found is not None
     assert (found.letter, found.confidence) == ("A", pytest.approx(2 / 3))
     assert found.distribution == pytest.approx({"A": 0.8 / 3, "B": 1.7 / 3, "C": 0.5 / 3})
@@ -275,8 +275,8 @@ def test_the_majority_stands_whatever_the_probabilities() -> None:
 def test_probabilities_that_some_answers_lack_are_not_averaged() -> None:
     some = [Answer("B", {"A": 0.0, "B": 1.0, "C": 0.0}), Answer("B"), Answer("A")]
     shares = {"A": pytest.approx(1 / 3), "B": pytest.approx(2 / 3), "C": 0.0}
-    assert combined(some, LETTERS, soft=True) == Combined("B", shares, pytest.approx(2 / 3))
-    assert combined(some, LETTERS, soft=False) == Combined("B", None, pytest.approx(2 / 3))
-    assert combined([some[0], some[2]], LETTERS, soft=True) is None, (
+    assert combine_answers(some, LETTERS, soft=True) == CombinedAnswer("B", shares, pytest.approx(2 / 3))
+    assert combine_answers(some, LETTERS, soft=False) == CombinedAnswer("B", None, pytest.approx(2 / 3))
+    assert combine_answers([some[0], some[2]], LETTERS, soft=True) is None, (
         "one sure answer breaks no tie of votes"
     )
