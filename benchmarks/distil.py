@@ -41,7 +41,7 @@ from distillery.data.rows import to_example
 from distillery.evaluation.scoring import ModelToScore, score_model
 from distillery.export.build import export
 from distillery.labels.known import gold_labels
-from distillery.machine import machine
+from distillery.machine import machine_name
 from distillery.models.base import base_folder
 from distillery.models.inspect import parameter_count
 from distillery.models.load import end_of_turn_id, load_model, load_tokenizer, pad_id
@@ -283,7 +283,7 @@ def run(
     kept = bench.kept
     base = kept.of("base model", lambda: bench.accuracy(load_model(bench.base)[0]))
     teacher = kept.of("teacher", lambda: bench.accuracy(load_model(bench.teacher)[0]))
-    print(f"on {machine()}: base model {base:.3f}, teacher {teacher:.3f}", flush=True)
+    print(f"on {machine_name()}: base model {base:.3f}, teacher {teacher:.3f}", flush=True)
     # Seed by seed, so that a run that was ended has whole comparisons.
     for seed, depth, pool, way in product(seeds, depths, pools, WAYS):
         bench.result(way, pool, depth, seed)

@@ -42,7 +42,7 @@ from pathlib import Path
 from typing import Any
 
 from distillery.evaluation.scoring_process import peak_mib
-from distillery.machine import machine
+from distillery.machine import machine_name
 from distillery.prompts import render_ids
 from distillery.recipe import load_recipe
 from distillery.records import LETTERS, digest_of
@@ -333,7 +333,7 @@ def main(count: int) -> None:
     rows = prepare(count)
     lengths = [len(ids) for ids in rows["prompts"]]
     print(
-        f"{machine()}; {count} prompts of {statistics.mean(lengths):.1f} tokens, all of which begin with the same"
+        f"{machine_name()}; {count} prompts of {statistics.mean(lengths):.1f} tokens, all of which begin with the same"
     )
     print(
         f"{common_start(rows['prompts'])}; the contestants' scripts, whose settings each run shows:\n"

@@ -336,13 +336,13 @@ def accuracy(rows: dict[str, Any], adapter: Path | None) -> float:
 
 
 def main(steps: int) -> None:
-    from distillery.machine import machine
+    from distillery.machine import machine_name
 
     install_trl()
     rows = prepare()
     (PLACE / "settings.json").write_text(json.dumps(rows))
     print(
-        f"{machine()}; {ROWS} rows of {rows['mean_tokens']:.1f} tokens in the mean, batches of {BATCH}; {TRL}"
+        f"{machine_name()}; {ROWS} rows of {rows['mean_tokens']:.1f} tokens in the mean, batches of {BATCH}; {TRL}"
     )
     print(
         json.dumps({key: rows[key] for key in ("lora", "learning_rate", "weight_decay", "warmup")})

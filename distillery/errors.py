@@ -99,4 +99,4 @@ class RegistryUnavailable(RegistryError):
 
 
 INFRASTRUCTURE_ERRORS = (StoreUnavailable, RegistryUnavailable)
-"""The only errors after which a whole stage is retried; a teacher's calls have their own retries."""
+"""The only errors after which a whole stage is retried; calls of a teacher have their own."""

@@ -1,22 +1,28 @@
-"""machine"""
+"""What can be told of this machine: the processor's name and the cores."""
 
-import os
 import platform
 from pathlib import Path
 
-
-def cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+import psutil
 
 
-def machine() -> str:
-    """The processor's name and the cores that this process may use: speeds compare only within one of these."""
+def usable_cores() -> int:
+    """Return the number of cores that this process may use."""
+    process = psutil.Process()
+    # macOS does not limit a process to some of the cores, and psutil has no such method there.
+    if hasattr(process, "cpu_affinity"):
+        return len(process.cpu_affinity())
+    return psutil.cpu_count() or 1
+
+
+def machine_name() -> str:
+    """Return the processor's name and the usable cores: speeds compare only where both agree."""
     name = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        lines = info.read_text().splitlines()
-        name = next(
-            (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name
-        )
-    return f"{name}, {cores()} cores"
+    # psutil does not tell the name, and on Linux `platform` tells no more than x86_64.
+    information = Path("/proc/cpuinfo")
+    if information.exists():
+        for line in information.read_text().splitlines():
+            if line.startswith("model name"):
+                name = line.partition(":")[2].strip()
+                break
+    return f"{name}, {usable_cores()} cores"

@@ -1,5 +1,5 @@
-"""Child processes that never outlive their parent, and work that is done in one: it may crash, or take more memory or
-time than there is, and takes nothing else with it."""
+"""Child processes that end with their parent, and jobs that run in a child process: a job that
+crashes, or runs out of memory or time, takes nothing else with it."""
 
 import json
 import os
@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+import psutil
 from pydantic import BaseModel
 
 from distillery.errors import DistilleryError, ModelError
@@ -19,25 +20,34 @@ from distillery.storage.working import working_folder
 
 Job = TypeVar("Job", bound=BaseModel)
 
+SIGKILL = 9
+"""A number, because Windows' `signal` lacks the name."""
 
-def end_with(parent: int) -> None:
-    """Has this process end within half a second of its no longer being the child of the process id `parent`, however
-    that ended and whatever is under way here. Call it first of all."""
+
+def exit_with_parent(parent: int) -> None:
+    """Make this process exit within half a second of the end of `parent`, a process id, whatever
+    is under way here. Call it first of all."""
 
     def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
+        try:
+            process = psutil.Process(parent)
+            # A parent that was killed is a zombie until its own parent asks for its exit code.
+            while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+                time.sleep(0.5)
+        except psutil.NoSuchProcess:
+            pass
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
 
 
-def run_apart(module: str, job: BaseModel, limit_s: float | None = None) -> str:
-    """The result (JSON) of `python -m MODULE JOB RESULT PARENT`, which has `limit_s` seconds.
+def run_in_process(module: str, job: BaseModel, limit_s: float | None = None) -> str:
+    """Run `python -m MODULE JOB RESULT PARENT` for at most `limit_s` seconds; return its result
+    as JSON. See `process_main` for the other side.
 
-    What it writes to DISTILLERY_HOME goes when it ends. Raises ModelError with the reason that it gives, or that can be
-    told from how it ended."""
-    with working_folder("apart") as folder:
+    What the process writes to DISTILLERY_HOME is removed when it ends. Raises ModelError with the
+    reason that the process gives, or that its exit code tells."""
+    with working_folder("process") as folder:
         job_file, result_file = folder / "job.json", folder / "result.json"
         job_file.write_text(job.model_dump_json(), encoding="utf-8")
         command = [sys.executable, "-m", module, str(job_file), str(result_file), str(os.getpid())]
@@ -52,37 +62,47 @@ def run_apart(module: str, job: BaseModel, limit_s: float | None = None) -> str:
                 env=os.environ | {"DISTILLERY_HOME": str(folder)},
             )
         except subprocess.TimeoutExpired as error:
-            raise ModelError(f"it was not done after {error.timeout / 60:g} minutes") from None
-        result = result_file.read_text(encoding="utf-8") if result_file.exists() else ""
-    if done.returncode != 0:
-        raise ModelError(_failure(done.returncode, result, done.stderr))
-    return result
-
-
-def _failure(code: int, result: str, stderr: str) -> str:
+            minutes = error.timeout / 60
+            raise ModelError(f"it did not finish within {minutes:g} minutes") from None
+        result = ""
+        if result_file.exists():
+            result = result_file.read_text(encoding="utf-8")
+    if done.returncode == 0:
+        return result
     if result:
-        return str(json.loads(result)["error"])
-    if code == -signal.SIGKILL:
-        return "its process was killed, as happens when memory runs out; free some and run again"
-    last = next(
-        (line.strip() for line in reversed(stderr.splitlines()) if line.strip()), "no word of why"
-    )
-    ended = f"by signal {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
-    return f"its process ended {ended} ({last[:200]})"
+        raise ModelError(json.loads(result)["error"])
+    raise ModelError(exit_reason(done.returncode, done.stderr))
 
 
-def work_apart(arguments: Sequence[str], kind: type[Job], work: Callable[[Job], BaseModel]) -> int:
-    """The other side of `run_apart`: reads a job of `kind` and writes what `work` makes of it, or {"error": "one
-    line"}. Returns the process's exit code."""
+def exit_reason(code: int, stderr: str) -> str:
+    """Return one line on why a process ended: from its exit code (negative: a signal) and the last
+    line that it wrote to stderr."""
+    if code == -SIGKILL:
+        return "its process was killed, as happens when memory runs out; free memory and run again"
+    ended = f"with exit code {code}"
+    if code < 0:
+        ended = f"by signal {signal.Signals(-code).name}"
+    lines = stderr.strip().splitlines() or ["no reason given"]
+    return f"its process ended {ended} ({lines[-1].strip()[:200]})"
+
+
+def process_main(
+    arguments: Sequence[str], kind: type[Job], work: Callable[[Job], BaseModel]
+) -> int:
+    """Do the job that `run_in_process` started this process for; return the exit code.
+
+    `arguments` are JOB, RESULT and PARENT: a file that holds a `kind` as JSON, the file that the
+    result of `work` or {"error": "one line"} is written to, and the process id to end with."""
     job_file, result_file, parent = arguments
-    end_with(int(parent))
+    exit_with_parent(int(parent))
     try:
         job = kind.model_validate_json(Path(job_file).read_text(encoding="utf-8"))
         Path(result_file).write_text(work(job).model_dump_json(), encoding="utf-8")
     except Exception as error:
-        # Whatever a runtime raises is the parent's to report, in one line.
-        text = " ".join(str(error).split())[:300]
-        reason = text if isinstance(error, DistilleryError) else f"{type(error).__name__}: {text}"
+        # A runtime may raise anything; the parent reports it in one line.
+        reason = " ".join(str(error).split())[:300]
+        if not isinstance(error, DistilleryError):
+            reason = f"{type(error).__name__}: {reason}"
         Path(result_file).write_text(json.dumps({"error": reason}), encoding="utf-8")
         return 1
     return 0

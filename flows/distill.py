@@ -16,7 +16,7 @@ from prefect.runtime import flow_run
 
 from distillery.data.prepare import source_identity
 from distillery.errors import DistilleryError
-from distillery.machine import machine
+from distillery.machine import machine_name
 from distillery.models.base import pinned
 from distillery.readiness import check_settings
 from distillery.recipe import BaseModelRecipe, Recipe, load_recipe
@@ -77,7 +77,7 @@ def distill(
     tfidf_rows = data.rows_if_any("gold") or train_rows
     asked = recipe.student_prompt
     report = again("evaluate", evaluate)(
-        test_rows, tfidf_rows, asked, base, student, model, teacher, machine(), recipe.prompt
+        test_rows, tfidf_rows, asked, base, student, model, teacher, machine_name(), recipe.prompt
     )
     decision = judge(report, recipe.evaluation, recipe.registry)
 

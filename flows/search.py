@@ -15,9 +15,9 @@ from prefect.artifacts import create_markdown_artifact
 from pydantic import ValidationError
 
 from distillery.errors import DistilleryError, ExportError, RecipeError, TrainingError
-from distillery.machine import machine
+from distillery.machine import machine_name
 from distillery.readiness import check_settings
-from distillery.recipe import Recipe, SearchRecipe, explained, load_recipe
+from distillery.recipe import Recipe, SearchRecipe, explain_validation_error, load_recipe
 from distillery.records import Trial
 from distillery.training.search import Search, render_trials
 from flows.distill import labelled_rows, student_base, trained_student
@@ -53,7 +53,7 @@ def search(
                 tried, taught, base, training_deployment, f"trial {number}", False
             )
             model = exported(student, base, tried, taught.data, refreshing(()))
-            found.tell(measure(model, validation, tried.student_prompt, machine()))
+            found.tell(measure(model, validation, tried.student_prompt, machine_name()))
         except NO_STUDENT as error:
             get_run_logger().warning("trial %d failed: %s", number, error)
             found.tell_failure(str(error))
@@ -74,7 +74,7 @@ def load_space(path: str) -> SearchRecipe:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: no valid YAML: {' '.join(str(error).split())}") from error
     except ValidationError as error:
-        raise RecipeError(f"{path}: {explained(error)}") from error
+        raise RecipeError(f"{path}: {explain_validation_error(error)}") from error
 
 
 def main(arguments: list[str]) -> int:

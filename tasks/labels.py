@@ -21,7 +21,7 @@ from distillery.labels.labelling import Slots
 from distillery.labels.quote import counted_by, quote
 from distillery.labels.report import read_report
 from distillery.labels.store import LabelStore
-from distillery.machine import cores
+from distillery.machine import usable_cores
 from distillery.recipe import FilterRecipe, PromptRecipe, Recipe, TeacherRecipe
 from distillery.records import OnnxModel, Rows, TeacherDrift, TeacherLabels
 from distillery.serving.server import served
@@ -126,7 +126,7 @@ class _Slot:
 @contextmanager
 def _local_endpoint(folder: Path, identity: str) -> Iterator[Endpoint]:
     """The exported teacher behind HTTP on the loopback interface, for the very client that asks a paid endpoint."""
-    with served(folder, "teacher", threads=cores()) as server:
+    with served(folder, "teacher", threads=usable_cores()) as server:
         yield Endpoint(
             url=server.url, model="teacher", key=server.key, identity=identity, sdk="openai"
         )

@@ -35,7 +35,7 @@ from distillery.evaluation.scoring import (
     score_model,
 )
 from distillery.evaluation.statistics import paired_interval, wilson
-from distillery.machine import cores, machine
+from distillery.machine import machine_name, usable_cores
 from distillery.recipe import PromptRecipe
 from distillery.records import Departure, Example, Interval, ScoreRow
 
@@ -80,7 +80,7 @@ def evaluate(
         )
         for name in answers
     )
-    notes += _measuring_notes(scored, threads or cores())
+    notes += _measuring_notes(scored, threads or usable_cores())
     _write_report(out, rows, candidate, teacher_name, scored, notes)
     _write_answers(out / ANSWERS_FILE, examples, answers)
     return rows
@@ -145,7 +145,7 @@ def _speeds(scored: Scored) -> dict[str, float | None]:
 def _measuring_notes(scored: Mapping[str, Scored], threads: int) -> list[str]:
     where = "; ".join(f"{name}: {result.ran_on}" for name, result in scored.items())
     notes = (
-        [f"Measured one row at a time on {machine()}, {threads} threads ({where})."]
+        [f"Measured one row at a time on {machine_name()}, {threads} threads ({where})."]
         if scored
         else []
     )
@@ -173,7 +173,7 @@ def _write_report(
     report: dict[str, Any] = {
         "candidate": candidate,
         "teacher": teacher,
-        "machine": machine(),
+        "machine": machine_name(),
         "ran_on": {name: result.ran_on for name, result in scored.items()},
         "load_s": {name: result.load_s for name, result in scored.items()},
         "headline": headline(rows, candidate, teacher),

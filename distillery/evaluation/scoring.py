@@ -6,8 +6,8 @@ from typing import Literal
 
 from distillery.data.examples import read_examples
 from distillery.errors import DataError, ModelError
-from distillery.machine import cores
-from distillery.processes import run_apart
+from distillery.machine import usable_cores
+from distillery.processes import run_in_process
 from distillery.recipe import PromptRecipe
 from distillery.records import Departure, Example, Record
 
@@ -73,11 +73,11 @@ def score_model(
         model=model,
         examples=str(Path(examples_file).absolute()),
         prompt=model.prompt or prompt,
-        threads=threads or cores(),
+        threads=threads or usable_cores(),
         precision=precision,
     )
     try:
-        return Scored.model_validate_json(run_apart("distillery.evaluation.scoring_process", job))
+        return Scored.model_validate_json(run_in_process("distillery.evaluation.scoring_process", job))
     except ModelError as error:
         raise ModelError(f"{model.name}: {error}") from error
 

@@ -17,7 +17,7 @@ from typing import Any
 from distillery.data.examples import read_examples
 from distillery.errors import ModelError
 from distillery.evaluation.scoring import Scored, ScoringJob
-from distillery.processes import work_apart
+from distillery.processes import process_main
 from distillery.prompts import (
     Tokenizer,
     TransformersTokenizer,
@@ -75,14 +75,18 @@ def score(job: ScoringJob) -> Scored:
 
 
 def peak_mib() -> float:
-    """The most memory that this process has held so far, resident, in MiB (a GPU's own memory is not in it).
+    """Return the most resident memory that this process has held so far, in MiB (without a GPU's).
 
-    VmHWM where there is /proc, for Linux hands getrusage's ru_maxrss on through exec: a small child of a large parent
-    would report the parent's."""
+    On Linux it is VmHWM: getrusage's ru_maxrss outlives exec there, so that a small child of a
+    large parent would report the parent's."""
     status = Path("/proc/self/status")
     if status.exists():
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
         return int(line.split()[1]) / 1024
+    if sys.platform == "win32":
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset / 2**20
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -204,4 +208,4 @@ def _asker(
 
 
 if __name__ == "__main__":
-    sys.exit(work_apart(sys.argv[1:], ScoringJob, score))
+    sys.exit(process_main(sys.argv[1:], ScoringJob, score))

@@ -25,7 +25,7 @@ from distillery.evaluation.scoring import (
 )
 from distillery.evaluation.statistics import paired_interval
 from distillery.export.rung_process import BuildingJob, Built
-from distillery.processes import run_apart
+from distillery.processes import run_in_process
 from distillery.prompts import TransformersTokenizer, render_ids
 from distillery.recipe import ExportForm, ExportRecipe, PromptRecipe
 from distillery.records import Ladder, Rung
@@ -67,7 +67,7 @@ def climb(
             try:
                 job = _job(student, form, calibration, work / str(number))
                 built = Built.model_validate_json(
-                    run_apart("distillery.export.rung_process", job, 60 * recipe.rung_minutes)
+                    run_in_process("distillery.export.rung_process", job, 60 * recipe.rung_minutes)
                 )
                 exported = ModelToScore(name=form.title, kind="onnx", folder=job.out)
                 scored = score_model(exported, validation, prompt, threads)

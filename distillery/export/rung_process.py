@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from distillery.export.build import export
-from distillery.processes import work_apart
+from distillery.processes import process_main
 from distillery.recipe import ExportForm
 from distillery.records import Record
 
@@ -37,4 +37,4 @@ def build(job: BuildingJob) -> Built:
 
 
 if __name__ == "__main__":
-    sys.exit(work_apart(sys.argv[1:], BuildingJob, build))
+    sys.exit(process_main(sys.argv[1:], BuildingJob, build))

@@ -29,7 +29,7 @@ from pydantic import SecretStr
 
 from distillery.errors import CredentialsError, DistilleryError, ModelError
 from distillery.inference.onnx_student import OnnxStudent
-from distillery.processes import end_with
+from distillery.processes import exit_with_parent
 from distillery.serving.app import create_app
 from distillery.settings import is_loopback, load_environment
 
@@ -63,7 +63,7 @@ def serve(
             f"--host {host}: other machines reach it, so set {KEY_VARIABLE}, or use 127.0.0.1"
         )
     if parent is not None:
-        end_with(parent)
+        exit_with_parent(parent)
     app = create_app(OnnxStudent(folder, threads), model_name, api_key)
     with _bound(host, port) as bound:
         address, taken = bound.getsockname()[:2]

@@ -166,7 +166,7 @@ def ladder_of(*rungs: Rung) -> Ladder:
 def test_the_table_shows_every_rung_and_fits_a_terminal() -> None:
     wide = ExportForm(algorithm="k_quant_mixed", block_size=128, adapter_apart=True)
     reason = (
-        "left out: its process was killed, as happens when memory runs out; free some and run again"
+        "left out: its process was killed, as happens when memory runs out; free memory and run again"
     )
     shown = ladder_of(
         rung(40, 2, 100, size=12_345_600_000, form=wide, note="may lose more"),
@@ -229,7 +229,7 @@ def built(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[int, str]]:
     not can't be built. The float student is right on all rows."""
     forms: dict[str, tuple[int, str]] = {}
 
-    def run_apart(_module: str, job: BaseModel, limit_s: float) -> str:
+    def run_in_process(_module: str, job: BaseModel, limit_s: float) -> str:
         assert isinstance(job, BuildingJob)
         assert limit_s == 60 * 60
         if job.form.title not in forms:
@@ -254,7 +254,7 @@ def built(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[int, str]]:
         assert len(left) <= 2, "a folder that can't be picked any more is removed at once"
         return scored("A" * 20 if model.kind == "transformers" else forms[model.name][1])
 
-    monkeypatch.setattr("distillery.export.ladder.run_apart", run_apart)
+    monkeypatch.setattr("distillery.export.ladder.run_in_process", run_in_process)
     monkeypatch.setattr("distillery.export.ladder.score_model", score_model)
     return forms
 
@@ -422,6 +422,6 @@ def test_a_rung_that_takes_too_long_is_left_out(
     (tmp_path / "validation.jsonl").write_text(VALIDATION[0].model_dump_json() + "\n")
     recipe = ExportRecipe(ladder=(FORMS["rtn"],), rung_minutes=0.02)
     base = ModelToScore(name="student", kind="transformers", folder=str(tiny_model("llama")))
-    with pytest.raises(ExportError, match=r"left out: it was not done after 0\.02 minutes"):
+    with pytest.raises(ExportError, match=r"left out: it did not finish within 0\.02 minutes"):
         climb(base, recipe, PROMPT, tmp_path / "validation.jsonl", None, tmp_path / "out")
     assert list((home / "work").iterdir()) == []
