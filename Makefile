@@ -16,7 +16,7 @@ export OLIVE_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 export PYTHONWARNINGS ?= ignore::FutureWarning,ignore::DeprecationWarning
 
-.PHONY: help demo test test-all bench-overhead bench-labels bench-train bench-distil bench-distil-full bench-inference lint format up down clean
+.PHONY: help demo test test-all bench-overhead bench-labels bench-train bench-distil bench-distil-full bench-inference docs lint format up down clean
 help: ## what the targets do
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-14s %s\n", $$1, $$2}'
 
@@ -65,10 +65,13 @@ bench-labels: $(INSTALLED) ## how fast rows are labelled, beside a bare loop, th
 bench-train: $(INSTALLED) ## how fast a CPU trains LoRA, beside TRL's SFTTrainer and olive finetune
 	@$(BIN)/python -m benchmarks.train
 
-lint: $(INSTALLED) ## ruff and strict mypy
+lint: $(INSTALLED) docs ## ruff and strict mypy
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy distillery
+
+docs: $(INSTALLED) | $(PREFECT_HOME) ## build the documentation into site/, every link and anchor checked
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
 
 format: $(INSTALLED) ## put the code in shape
 	@$(BIN)/ruff check --fix .
@@ -81,4 +84,4 @@ down: $(INSTALLED) ## stop what `make up` started
 	@$(BIN)/python deployments/local.py down
 
 clean: ## remove the environment and all that runs wrote here
-	@rm -rf .venv .distillery tests/support/azurite/node_modules
+	@rm -rf .venv .distillery site tests/support/azurite/node_modules
