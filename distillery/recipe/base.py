@@ -1,21 +1,30 @@
-"""recipe/base"""
+"""The base class of every slice of a recipe."""
 
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
 
-def _without_defaults(schema: dict[str, Any]) -> None:
-    """A form made from the schema sends every default that it is told, and what is given wins over the preset."""
+def remove_defaults(schema: dict[str, Any]) -> None:
+    """Remove the defaults from a slice's schema.
+
+    UI forms submit the defaults of the schema, and these would override the preset.
+    """
     for field in schema["properties"].values():
         field.pop("default", None)
 
 
 class Slice(BaseModel):
+    """A frozen part of a recipe. It refuses unknown keys, infinity and NaN.
+
+    The docstring below a field is the field's description in schema, form and reference.
+    """
+
     model_config = ConfigDict(
         frozen=True,
         extra="forbid",
         allow_inf_nan=False,
         protected_namespaces=(),
-        json_schema_extra=_without_defaults,
+        use_attribute_docstrings=True,
+        json_schema_extra=remove_defaults,
     )

@@ -1,4 +1,4 @@
-"""recipe/dataset"""
+"""The dataset slice: where rows come from, and which of them train, validate and test."""
 
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -7,72 +7,108 @@ from pydantic import Field, model_validator
 
 from distillery.recipe.base import Slice
 
+Role = Literal["gold", "train", "validation", "test"]
+
+Share = Annotated[float, Field(gt=0, lt=1)]
+
 
 class Columns(Slice):
-    """Which column of the source holds what; the defaults are those of tau/commonsense_qa."""
+    """The source's column for each field of a row. The defaults are those of tau/commonsense_qa."""
 
     id: str | None = "id"
+    """Column of the row's id, which is unique within a split. null, or a column that the source
+    lacks: ids are made from the rows' content."""
+
     question: str = "question"
+    """Column of the question's text."""
+
     concept: str | None = "question_concept"
+    """Column of the question's topic. Optional: the source may lack it."""
+
     choices: str = "choices"
+    """Column of the 2 to 26 options: {"label": [...], "text": [...]}, or a list of texts. In CSV,
+    either as a JSON string."""
+
     answer: str = "answerKey"
+    """Column of the right option's label. It may be empty in rows of train that only the teacher
+    labels; rows of gold, validation and test need it."""
 
 
 class DatasetRecipe(Slice):
-    """Where rows come from and which split serves for what.
+    """Where rows come from, and which split serves for what.
 
-    `splits` maps a role (gold, train, validation, test) to a split of the source. A role that is not there may
-    be carved out of train by `carve` (share of rows). `sample` caps a role's rows. Carving and sampling go by a hash of
-    `seed` and the row's content, so that adding rows moves none.
+    A split has one of four roles. gold: labelled rows that a local teacher learns from. train:
+    rows that the teacher labels for the student. validation: rows that choose epochs, forms and
+    settings. test: rows that the scoreboard and the gate go by.
     """
 
-    source: Literal["sample", "hub", "files"] = Field(
-        "sample", description="The shipped sample, a hub data set or files"
-    )
-    name: str = Field("", description="Hub name, such as tau/commonsense_qa")
-    revision: str | None = Field(None, description="Hub revision: a commit, tag or branch")
-    files: dict[str, tuple[str, ...]] = Field(
-        {}, description="Split name to JSONL, CSV or Parquet files"
-    )
-    splits: dict[Literal["gold", "train", "validation", "test"], str] = Field(
+    source: Literal["sample", "hub", "files"] = "sample"
+    """sample: the data set that is shipped. hub: the Hugging Face data set `name`. files:
+    `files`."""
+
+    name: str = ""
+    """With source: hub, the data set's hub id, such as tau/commonsense_qa."""
+
+    revision: str | None = None
+    """With source: hub, a commit, tag or branch. By default the newest commit."""
+
+    files: dict[str, tuple[str, ...]] = Field({})
+    """With source: files, the JSONL, CSV or Parquet files of each split, by the split's name.
+    Relative paths start at the folder that the run starts in."""
+
+    splits: dict[Role, str] = Field(
         {"gold": "gold", "train": "pool", "validation": "validation", "test": "test"}
     )
+    """The source's split for each role: gold, train, validation, test. The defaults are the splits
+    of the shipped sample. train and test are required; test may be carved instead."""
+
     columns: Columns = Columns()
-    carve: dict[Literal["gold", "validation", "test"], Annotated[float, Field(gt=0, lt=1)]] = Field(
-        {}
-    )
-    sample: dict[Literal["gold", "train", "validation", "test"], Annotated[int, Field(gt=0)]] = (
-        Field({})
-    )
+    """The source's column names."""
+
+    carve: dict[Literal["gold", "validation", "test"], Share] = Field({})
+    """Share (0 to 1) of train that becomes gold, validation or test, for a source without that
+    split. A hash of `seed` and the row decides, so that rows added later move none."""
+
+    sample: dict[Role, Annotated[int, Field(gt=0)]] = Field({})
+    """The most rows that a role takes. A hash of `seed` and the row decides which. By default
+    all."""
+
     seed: int = 0
-    near_duplicate: float = Field(
-        0.8,
-        gt=0,
-        le=1,
-        description="Jaccard of word triples: rows of train this alike count as one",
-    )
+    """Decides which rows `carve` and `sample` take."""
+
+    near_duplicate: float = Field(0.8, gt=0, le=1)
+    """Similarity (Jaccard, of the questions' word triples and of the options) from which two rows
+    count as copies. Of copies within train one is kept; copies of validation or test rows are
+    dropped from train and gold. 1: only where both sets are equal."""
+
+    @property
+    def roles(self) -> frozenset[str]:
+        """The roles that have rows: those that `splits` or `carve` name."""
+        return frozenset({*self.splits, *self.carve})
 
     @property
     def title(self) -> str:
-        """A short name of the data for people: sample, the hub data set's last part, or the train file's stem."""
+        """A short name for people: sample, the last part of the hub id, or a train file's stem."""
         if self.source == "hub":
             return self.name.rpartition("/")[2]
         if self.source == "files":
-            return Path(next(iter(self.files.get(self.splits["train"], ())), "files")).stem
+            train_files = self.files.get(self.splits["train"], ())
+            return Path(next(iter(train_files), "files")).stem
         return self.source
 
     @property
     def content_id(self) -> str:
-        """What of this slice is in cache keys: files count by their content, not by their paths."""
+        """The part of this slice in cache keys: files count by their content, not by their
+        paths."""
         return self.model_dump_json(exclude={"files"})
 
     @model_validator(mode="after")
-    def _complete(self) -> Self:
+    def check_source(self) -> Self:
         if self.source == "hub" and not self.name:
             raise ValueError("source is hub: set dataset.name, such as tau/commonsense_qa")
         if self.source == "files" and not self.files:
             raise ValueError("source is files: set dataset.files, such as {train: [rows.jsonl]}")
-        # Rows that nobody asked for would be trained on.
+        # Without this check the run would train on the sample's rows instead.
         if self.source != "files" and self.files:
             raise ValueError(
                 f"files are given, but source is {self.source}: set dataset.source: files"
@@ -80,5 +116,5 @@ class DatasetRecipe(Slice):
         if self.source == "sample" and self.name:
             raise ValueError("a name is given, but source is sample: set dataset.source: hub")
         if "train" not in self.splits:
-            raise ValueError("dataset.splits names no train split")
+            raise ValueError("dataset.splits names no train split; add one, such as train: train")
         return self

@@ -1,4 +1,4 @@
-"""recipe/evaluation"""
+"""The evaluation slice: what the gate asks of a student before it is registered."""
 
 from pydantic import Field
 
@@ -6,8 +6,13 @@ from distillery.recipe.base import Slice
 
 
 class EvaluationRecipe(Slice):
-    """`minimum_kept`: the gate refuses a candidate below this share of the teacher's accuracy on the test rows.
-    `maximum_loss`: and one that is worse than the champion by more than this (points of accuracy, paired)."""
+    """The gate's two limits. Both go by the accuracy on the test rows."""
 
     minimum_kept: float = Field(0.0, ge=0, le=1)
+    """Share of the teacher's accuracy that the student must reach. 0.95: 95 %. 0 asks for
+    nothing."""
+
     maximum_loss: float = Field(0.02, ge=0, le=1)
+    """Accuracy that the student may lose against the champion, on the test rows that both
+    answered. 0.02: two points. 1 lets every student pass, even one that shares no test row with
+    the champion."""

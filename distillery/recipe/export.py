@@ -1,4 +1,4 @@
-"""recipe/export"""
+"""The export slice: the precision and the quantisation of the model that is delivered."""
 
 from typing import Literal, Self
 
@@ -8,24 +8,28 @@ from distillery.recipe.base import Slice
 
 
 class ExportForm(Slice):
-    """How a checkpoint becomes a folder for ONNX Runtime GenAI.
-
-    `algorithm` quantises to int4 or int8: rtn (round to nearest); k_quant (scales searched as in llama.cpp);
-    k_quant_mixed (the same, with the attention inputs and down projections of the layers that ModelBuilder chooses for
-    its form of that name in 8 bits); k_quant_high (with those of all layers); gptq (errors made good in the weights
-    still to come, by what the task's own prompts make of them: Frantar et al., GPTQ, 2023; embeddings and head by
-    k_quant), in a ladder alone.
-    `adapter_apart` keeps a LoRA adapter apart, as adapter_weights.onnx_adapter, in float; int4 then has the embeddings
-    in 8 bits.
-    """
+    """How a checkpoint becomes a folder that ONNX Runtime GenAI loads."""
 
     precision: Literal["int4", "int8", "fp16", "fp32"] = "int4"
+    """Number format of the weights. int4 and int8 are quantised; fp16 and fp32 are floats."""
+
     algorithm: Literal["rtn", "k_quant", "k_quant_mixed", "k_quant_high", "gptq"] = "k_quant_mixed"
-    block_size: Literal[16, 32, 64, 128] = Field(32, description="Weights that share a scale")
-    share_embeddings: bool = Field(
-        True, description="One quantised matrix for embeddings and head, where they are tied"
-    )
+    """How int4 and int8 are quantised. rtn: round to nearest. k_quant: scales searched as in
+    llama.cpp. k_quant_mixed: k_quant, with the attention inputs and down projections of the layers
+    that ModelBuilder selects in 8 bits. k_quant_high: the same in all layers. gptq (Frantar et al.,
+    GPTQ, 2023): rounding errors are compensated in the weights still to be rounded, calibrated on
+    the training prompts; embeddings and head by k_quant; only in a ladder."""
+
+    block_size: Literal[16, 32, 64, 128] = 32
+    """Weights that share a scale. Larger blocks give a smaller and faster, but less exact model."""
+
+    share_embeddings: bool = True
+    """Where the model ties embeddings and head: one quantised matrix for both."""
+
     adapter_apart: bool = False
+    """Keep a LoRA adapter beside the model, in float, as adapter_weights.onnx_adapter, instead of
+    merging it. int4 then has the embeddings in 8 bits. Needs training.method: lora; not with int8,
+    k_quant_high or gptq."""
 
     @property
     def quantised(self) -> bool:
@@ -33,29 +37,34 @@ class ExportForm(Slice):
 
     @property
     def title(self) -> str:
-        """What tells this form from others, for people."""
-        how = (
-            f"{self.precision} {self.algorithm}/{self.block_size}"
-            if self.quantised
-            else self.precision
-        )
+        """A short name for people that tells this form from others."""
+        name: str = self.precision
+        if self.quantised:
+            name = f"{name} {self.algorithm}/{self.block_size}"
         if self.adapter_apart:
-            return f"{how}, apart"
-        return how if self.share_embeddings or not self.quantised else f"{how}, own head"
+            return f"{name}, apart"
+        if self.quantised and not self.share_embeddings:
+            return f"{name}, own head"
+        return name
 
 
 class ExportRecipe(ExportForm):
-    """One form, or with a `ladder` the smallest of several, which then stand in place of the one form: each is built
-    and asked the validation rows, and may lose `largest_loss` of accuracy (0.02: two points) against the float student,
-    as judged by ladder.keeps_to. Where none keeps to it, the run ends there."""
+    """One form, or a `ladder` of forms.
 
-    ladder: tuple[ExportForm, ...] = Field(
-        (), description="Such as [{algorithm: rtn}, {precision: int8}]"
-    )
-    largest_loss: float = Field(0.02, ge=0, le=1, description="Share of the validation rows")
-    rung_minutes: float = Field(
-        60, gt=0, description="A rung that takes longer to build is left out, with the reason"
-    )
+    Each form of a ladder is built and answers the validation rows. The smallest that loses no more
+    than `largest_loss` is delivered; if none does, the run ends there.
+    """
+
+    ladder: tuple[ExportForm, ...] = ()
+    """Forms to try, such as [{algorithm: rtn}, {precision: int8}]. They replace the one form."""
+
+    largest_loss: float = Field(0.02, ge=0, le=1)
+    """Accuracy on the validation rows that a form of the ladder may lose against the float student.
+    0.02: two points."""
+
+    rung_minutes: float = Field(60, gt=0)
+    """Minutes that one form of the ladder may take to build. A form that takes longer is left out,
+    with the reason."""
 
     @property
     def form(self) -> ExportForm:
@@ -64,12 +73,13 @@ class ExportRecipe(ExportForm):
 
     @property
     def calibrated(self) -> bool:
-        """Whether a rung needs the training rows' prompts."""
+        """Whether a form of the ladder is calibrated on the training rows' prompts."""
         return any(form.quantised and form.algorithm == "gptq" for form in self.ladder)
 
     @model_validator(mode="after")
-    def _distinct(self) -> Self:
+    def check_forms_differ(self) -> Self:
         titles = [form.title for form in self.ladder]
-        if twice := next((title for title in titles if titles.count(title) > 1), None):
-            raise ValueError(f"ladder: two rungs are {twice}; remove one")
+        for title in titles:
+            if titles.count(title) > 1:
+                raise ValueError(f"ladder: two rungs are {title}; remove one")
         return self

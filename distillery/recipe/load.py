@@ -1,4 +1,4 @@
-"""recipe/load"""
+"""Load a recipe by a preset's name or from a YAML file; say in one line what is wrong with it."""
 
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,20 @@ from distillery.recipe.preset import PRESETS
 from distillery.recipe.recipe import Recipe
 from distillery.recipe.student import LayerChoice
 
+MESSAGES = {
+    "extra_forbidden": "unknown key; remove it or correct its spelling",
+    "tuple_type": "a list belongs here, such as [ITEM]",
+    "model_type": "settings belong here, such as {KEY: VALUE}; or leave the key out",
+    "dict_type": "settings belong here, such as {KEY: VALUE}; or leave the key out",
+}
+"""Messages in the words of YAML, by Pydantic's error type; Pydantic's own name Python's types."""
+
 
 def load_recipe(name_or_path: str) -> Recipe:
-    """A preset by name, or a YAML file. Raises RecipeError with one line per wrong key, joined by '; '."""
+    """Return the recipe of a preset's name or of a YAML file.
+
+    Raises RecipeError, in one line: each wrong key and what is wrong with it, joined by '; '.
+    """
     if name_or_path in PRESETS:
         return parse_recipe({"preset": name_or_path}, f"preset {name_or_path}")
     path = Path(name_or_path)
@@ -24,37 +35,30 @@ def load_recipe(name_or_path: str) -> Recipe:
             f"{path}: can't be read ({error.strerror}); give a file or one of: {', '.join(PRESETS)}"
         ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: no valid YAML: {' '.join(str(error).split())}") from error
+        raise RecipeError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise RecipeError(f"{path}: a recipe is a mapping of keys, such as 'name: my-task'")
     return parse_recipe(values, str(path))
 
 
-def parse_recipe(values: dict[str, Any], place: str) -> Recipe:
+def parse_recipe(values: dict[str, Any], source: str) -> Recipe:
+    """Return the recipe of a mapping. Raises RecipeError, which starts with `source`."""
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        raise RecipeError(f"{place}: {explained(error)}") from error
+        raise RecipeError(f"{source}: {explain_validation_error(error)}") from error
 
 
-_MENDS = {
-    "extra_forbidden": "unknown key; remove it or correct its spelling",
-    "tuple_type": "a list belongs here, such as [ITEM]",
-    "model_type": "settings belong here, such as {KEY: VALUE}; or leave the key out",
-    "dict_type": "settings belong here, such as {KEY: VALUE}; or leave the key out",
-}
-"""In YAML's words what Pydantic says in Python's."""
-
-
-def explained(error: ValidationError) -> str:
-    """One line: each wrong key and what is wrong with it."""
-    return "; ".join(_explain(detail) for detail in error.errors())
-
-
-def _explain(detail: Any) -> str:
-    # Of a key that takes this or that, Pydantic names the branch too.
-    key = ".".join(
-        str(part) for part in detail["loc"] if "[" not in str(part) and part != LayerChoice.__name__
-    )
-    message = _MENDS.get(detail["type"]) or detail["msg"].removeprefix("Value error, ")
-    return f"{key}: {message}" if key else message
+def explain_validation_error(error: ValidationError) -> str:
+    """Return one line: each wrong key and what is wrong with it, joined by '; '."""
+    lines = []
+    for detail in error.errors():
+        parts = []
+        for part in detail["loc"]:
+            # Where a key takes one of two types, Pydantic names the type that was tried, too.
+            if "[" not in str(part) and part != LayerChoice.__name__:
+                parts.append(str(part))
+        key = ".".join(parts)
+        message = MESSAGES.get(detail["type"], detail["msg"].removeprefix("Value error, "))
+        lines.append(f"{key}: {message}" if key else message)
+    return "; ".join(lines)

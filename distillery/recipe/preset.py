@@ -1,4 +1,4 @@
-"""recipe/preset"""
+"""Presets: the recipes that are shipped, and how a user's keys are laid over one of them."""
 
 from importlib.resources import files
 from typing import Any
@@ -10,21 +10,26 @@ PRESETS = ("demo", "lab")
 
 
 def preset_values(name: str) -> dict[str, Any]:
+    """Return the mapping in presets/NAME.yaml."""
     text = (files("distillery.recipe") / "presets").joinpath(f"{name}.yaml").read_text()
     values: dict[str, Any] = yaml.safe_load(text)
     return values
 
 
-def merged(base: dict[str, Any], over: dict[str, Any], model: type[BaseModel]) -> dict[str, Any]:
-    """`over` upon `base`, slice by slice of `model`; a slice's mapping takes single keys, of which null removes one."""
+def merge(base: dict[str, Any], over: dict[str, Any], model: type[BaseModel]) -> dict[str, Any]:
+    """Return `base` with the keys of `over` replaced, slice by slice of `model`.
+
+    A field that is a mapping, such as dataset.carve, is merged key by key; null removes a key.
+    """
     result = dict(base)
     for key, value in over.items():
         kind = model.model_fields[key].annotation if key in model.model_fields else None
-        if not isinstance(value, dict) or not isinstance(base.get(key, {}), dict):
+        below = base.get(key, {})
+        if not isinstance(value, dict) or not isinstance(below, dict):
             result[key] = value
         elif isinstance(kind, type) and issubclass(kind, BaseModel):
-            result[key] = merged(base.get(key, {}), value, kind)
+            result[key] = merge(below, value, kind)
         else:
-            both = base.get(key, {}) | value
+            both = {**below, **value}
             result[key] = {name: item for name, item in both.items() if item is not None}
     return result

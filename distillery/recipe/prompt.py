@@ -1,4 +1,4 @@
-"""recipe/prompt"""
+"""The prompt slice: the texts with which teacher and student are asked."""
 
 from typing import Literal, Self
 
@@ -8,29 +8,39 @@ from distillery.recipe.base import Slice
 
 
 class PromptRecipe(Slice):
-    """The chat prompt of every stage. `user` has the places {question} and {choices}; `choice` is one option.
+    """The chat prompt of every stage. The default texts are those of the Build 2025 lab 329."""
 
-    The default text is that of the Build 2025 lab 329, notebook 01; {letters} in it becomes 'A', 'B', … or 'E'.
-    `answer` is what the assistant says: the option's letter, or its text, where the options' likelihoods are compared
-    and `user` may leave {choices} out. A teacher is asked for letters; student.prompt may ask otherwise."""
+    system: str = (
+        "You are a helpful assistant. "
+        "Your output should only be one of the {count} choices: {letters}."
+    )
+    """The system message; empty leaves it out. {count} becomes the number of options in words,
+    {letters} their letters: 'A', 'B' or 'C'."""
 
-    system: str = "You are a helpful assistant. Your output should only be one of the {count} choices: {letters}."
     user: str = (
         "Answer the following multiple-choice question by selecting the correct option.\n\n"
         "Question: {question}\nAnswer Choices:\n{choices}"
     )
+    """The user message. {question} becomes the question, {choices} the options, one a line. What
+    all prompts begin with is computed once, so put what never changes first."""
+
     choice: str = "({letter}) {text}"
+    """One line of {choices}: {letter} becomes the option's letter, {text} its text."""
+
     answer: Literal["letter", "text"] = "letter"
-    max_tokens: int = Field(
-        512, ge=8, description="Longer prompts, in the student's tokens, are set aside and listed"
-    )
+    """What the assistant says. letter: the option's letter. text: the option's text; the student
+    chooses the likeliest, and `user` may leave {choices} out. Teachers answer by letter, so text is
+    for student.prompt only."""
+
+    max_tokens: int = Field(512, ge=8)
+    """Tokens of the student's tokenizer that a prompt may have. Rows with longer prompts are set
+    aside and listed in training, and count as wrong in evaluation."""
 
     @model_validator(mode="after")
-    def _has_places(self) -> Self:
-        if "{question}" not in self.user or (
-            self.answer == "letter" and "{choices}" not in self.user
-        ):
-            raise ValueError("prompt.user needs the places {question} and {choices}")
+    def check_placeholders(self) -> Self:
+        choices_missing = self.answer == "letter" and "{choices}" not in self.user
+        if "{question}" not in self.user or choices_missing:
+            raise ValueError("user needs the placeholders {question} and {choices}")
         if "{letter}" not in self.choice or "{text}" not in self.choice:
-            raise ValueError("prompt.choice needs the places {letter} and {text}")
+            raise ValueError("choice needs the placeholders {letter} and {text}")
         return self

@@ -1,7 +1,8 @@
-"""The recipe: the frozen, typed configuration of a run. presets/*.yaml are recipes; a user's file has the same keys.
+"""The whole recipe: one slice for each stage, and the checks that go across slices.
 
-A recipe says what is made, never where it runs nor with which key: those are flow parameters, Prefect variables and the
-environment. Each stage takes its own slice, and that slice alone is in the stage's cache key.
+A recipe says what is made, never where it runs nor with which key: those are flow parameters,
+Prefect variables and the environment. Each stage takes its own slice, and only that slice is in the
+stage's cache key.
 """
 
 from typing import Any, Literal, Self
@@ -13,7 +14,7 @@ from distillery.recipe.base_model import BaseModelRecipe
 from distillery.recipe.dataset import DatasetRecipe
 from distillery.recipe.evaluation import EvaluationRecipe
 from distillery.recipe.export import ExportForm, ExportRecipe
-from distillery.recipe.preset import PRESETS, merged, preset_values
+from distillery.recipe.preset import PRESETS, merge, preset_values
 from distillery.recipe.prompt import PromptRecipe
 from distillery.recipe.registry import RegistryRecipe
 from distillery.recipe.student import StudentRecipe
@@ -22,126 +23,154 @@ from distillery.recipe.training import TrainingRecipe
 
 
 class Recipe(Slice):
-    """A whole run. `preset` fills in whatever is not given here, after which it is None: the recipe stands on its own.
+    """A whole run.
 
-    In dataset.files, splits, carve and sample, `KEY: null` takes the preset's KEY away: a data set with a test split of
-    its own has `splits: {test: test}` and `carve: {test: null}` beside `preset: lab`.
+    In dataset.files, splits, carve and sample, `KEY: null` removes the preset's KEY. For instance,
+    a data set with a test split of its own has `splits: {test: test}` and `carve: {test: null}`
+    beside `preset: lab`.
     """
 
-    preset: Literal["demo", "lab"] | None = Field(
-        None, description="A shipped recipe; keys given here win"
-    )
+    preset: Literal["demo", "lab"] | None = None
+    """A shipped recipe that fills in what is not given here. It is null once the recipe is
+    loaded."""
+
     name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """The recipe's name, which its runs bear: letters, digits, '.', '_' and '-'."""
+
     dataset: DatasetRecipe = DatasetRecipe()
+    """Where the rows come from."""
+
     prompt: PromptRecipe = PromptRecipe()
+    """With which texts teacher and student are asked."""
+
     teacher: TeacherRecipe = TeacherRecipe()
+    """Who labels the rows."""
+
     student: StudentRecipe = StudentRecipe()
+    """What is trained on the labels."""
+
     export: ExportRecipe = ExportRecipe()
+    """The form in which the student is delivered."""
+
     evaluation: EvaluationRecipe = EvaluationRecipe()
+    """What the gate asks of the student."""
+
     registry: RegistryRecipe = RegistryRecipe()
+    """Where the student is registered."""
 
     @model_validator(mode="before")
     @classmethod
-    def _start_from_preset(cls, values: Any) -> Any:
+    def start_from_preset(cls, values: Any) -> Any:
         if isinstance(values, dict) and values.get("preset") in PRESETS:
-            return merged(preset_values(values["preset"]), values, cls) | {"preset": None}
+            return {**merge(preset_values(values["preset"]), values, cls), "preset": None}
         return values
 
     @property
     def student_prompt(self) -> PromptRecipe:
-        """What the student is asked with."""
+        """The prompt that the student is asked with."""
         return self.student.prompt or self.prompt
 
     @property
     def student_base(self) -> BaseModelRecipe:
         """The base model of the student, or of the local teacher that it starts from."""
-        return (
-            self.teacher.preparation.base if self.student.start == "teacher" else self.student.base
-        )
+        if self.student.start == "teacher":
+            return self.teacher.preparation.base
+        return self.student.base
 
     @model_validator(mode="after")
-    def _consistent(self) -> Self:
+    def check_prompts(self) -> Self:
         if self.prompt.answer != "letter":
             raise ValueError(
-                "prompt.answer: a teacher answers by letter; set student.prompt for the student's own"
+                "prompt.answer: teachers answer by letter; set student.prompt for the student's own"
             )
-        if self.student.start == "teacher" and self.teacher.kind != "local":
-            raise ValueError("student.start is teacher, which needs teacher.kind: local")
-        roles = {*self.dataset.splits, *self.dataset.carve}
-        if "test" not in roles:
-            raise ValueError(
-                "evaluation and gate need a test split in dataset.splits or dataset.carve"
-            )
-        for key, needs in (
-            ("teacher.kind is local", self.teacher.kind == "local"),
-            ("student.gold", self.student.gold),
-        ):
-            if needs and "gold" not in roles:
-                raise ValueError(
-                    f"{key}, which needs a gold split in dataset.splits or dataset.carve"
-                )
         if self.student.start == "teacher" and self.student.prompt:
             raise ValueError(
-                "student.prompt: a student that starts from its teacher is asked as the teacher is"
-            )
-        trainings = [self.student.training, *(step.training for step in self.student.healing)]
-        if (
-            any(one.patience for one in (*trainings, self.teacher.preparation.training))
-            and "validation" not in roles
-        ):
-            raise ValueError(
-                "training.patience needs a validation split in dataset.splits or dataset.carve"
-            )
-        if (
-            any(training.hidden_weight > 0 for training in trainings)
-            and self.student.start != "teacher"
-        ):
-            raise ValueError(
-                "student.training.hidden_weight is above 0, which needs student.start: teacher"
-            )
-        for of_a_teacher in ("soft_weight", "hidden_weight", "rationale_weight"):
-            if getattr(self.teacher.preparation.training, of_a_teacher) > 0:
-                raise ValueError(
-                    f"teacher.preparation.training.{of_a_teacher}: its teacher are the gold rows; leave it out"
-                )
-        taught = self.teacher.preparation
-        self._check_form("teacher.preparation.export", taught.export, taught.training)
-        if not self.export.ladder:
-            self._check_form("export", self.export, self.student.training)
-        elif "validation" not in roles:
-            raise ValueError(
-                "export.ladder needs a validation split in dataset.splits or dataset.carve"
-            )
-        for number, form in enumerate(self.export.ladder):
-            self._check_form(f"export.ladder.{number}", form, self.student.training, on_ladder=True)
-        if any(training.soft_weight > 0 for training in trainings) and not self.teacher.soft_labels:
-            raise ValueError(
-                "student.training.soft_weight is above 0, which needs teacher.soft_labels: true"
-            )
-        with_reasons = self.teacher.answers.form == "rationale" or self.teacher.kind == "file"
-        reasoned = [training for training in trainings if training.rationale_weight > 0]
-        if len({training.rationale_instruction for training in reasoned}) > 1:
-            raise ValueError(
-                "student: training and healing ask for reasons in several ways; give one instruction"
-            )
-        if reasoned and not with_reasons:
-            raise ValueError(
-                "student.training.rationale_weight is above 0, which needs teacher.answers.form: rationale"
+                "student.prompt: a student that starts from its teacher is asked as the teacher "
+                "is; remove this setting"
             )
         return self
 
-    @staticmethod
-    def _check_form(
-        key: str, form: ExportForm, training: TrainingRecipe, on_ladder: bool = False
-    ) -> None:
-        unfit = form.precision == "int8" or (
-            form.quantised and form.algorithm in ("k_quant_high", "gptq")
+    @model_validator(mode="after")
+    def check_splits(self) -> Self:
+        trainings = (self.teacher.preparation.training, *self.student.trainings)
+        patient = any(training.patience for training in trainings)
+        needs = (
+            ("test", "the evaluation", True),
+            ("gold", "teacher.kind: local", self.teacher.kind == "local"),
+            ("gold", "student.gold", self.student.gold),
+            ("validation", "training.patience", patient),
+            ("validation", "export.ladder", bool(self.export.ladder)),
         )
-        if form.adapter_apart and (training.method != "lora" or unfit):
+        for role, setting, applies in needs:
+            if applies and role not in self.dataset.roles:
+                raise ValueError(
+                    f"{setting} needs a {role} split in dataset.splits or dataset.carve"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def check_student(self) -> Self:
+        starts_from_teacher = self.student.start == "teacher"
+        if starts_from_teacher and self.teacher.kind != "local":
+            raise ValueError("student.start: teacher needs teacher.kind: local")
+        instructions = set()
+        for training in self.student.trainings:
+            if training.hidden_weight > 0 and not starts_from_teacher:
+                raise ValueError(
+                    "student.training.hidden_weight above 0 needs student.start: teacher"
+                )
+            if training.soft_weight > 0 and not self.teacher.soft_labels:
+                raise ValueError(
+                    "student.training.soft_weight above 0 needs teacher.soft_labels: true"
+                )
+            if training.rationale_weight > 0:
+                instructions.add(training.rationale_instruction)
+        if len(instructions) > 1:
             raise ValueError(
-                f"{key}.adapter_apart needs training.method: lora, and neither int8 nor k_quant_high nor gptq"
+                "student: training and healing ask for reasons with different "
+                "rationale_instruction; give all of them the same"
             )
-        if form.quantised and form.algorithm == "gptq" and not on_ladder:
+        gives_reasons = self.teacher.answers.form == "rationale" or self.teacher.kind == "file"
+        if instructions and not gives_reasons:
             raise ValueError(
-                f"{key}.algorithm: gptq is for a rung, such as export.ladder: [{{algorithm: gptq}}]"
+                "student.training.rationale_weight above 0 needs teacher.answers.form: rationale"
             )
+        return self
+
+    @model_validator(mode="after")
+    def check_teacher_preparation(self) -> Self:
+        for weight in ("soft_weight", "hidden_weight", "rationale_weight"):
+            if getattr(self.teacher.preparation.training, weight) > 0:
+                raise ValueError(
+                    f"teacher.preparation.training.{weight}: this model learns from gold labels "
+                    "and has no teacher; remove this setting"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def check_export_forms(self) -> Self:
+        preparation = self.teacher.preparation
+        check_form("teacher.preparation.export", preparation.export, preparation.training)
+        if not self.export.ladder:
+            check_form("export", self.export, self.student.training)
+        for number, form in enumerate(self.export.ladder):
+            check_form(f"export.ladder.{number}", form, self.student.training, on_ladder=True)
+        return self
+
+
+def check_form(
+    key: str, form: ExportForm, training: TrainingRecipe, on_ladder: bool = False
+) -> None:
+    """Raise ValueError if a model that is trained like this can't be exported in `form`."""
+    calibrated = form.quantised and form.algorithm == "gptq"
+    whole = form.precision == "int8" or (form.quantised and form.algorithm == "k_quant_high")
+    if form.adapter_apart and (training.method != "lora" or whole or calibrated):
+        raise ValueError(
+            f"{key}.adapter_apart needs training.method: lora, "
+            "and excludes int8, k_quant_high and gptq"
+        )
+    if calibrated and not on_ladder:
+        raise ValueError(
+            f"{key}.algorithm: gptq works only in a ladder, such as "
+            "export.ladder: [{algorithm: gptq}]"
+        )

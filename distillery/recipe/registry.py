@@ -1,4 +1,4 @@
-"""recipe/registry"""
+"""The registry slice: where a student that the gate accepts is registered."""
 
 from typing import Literal
 
@@ -10,5 +10,11 @@ RegistryKind = Literal["local", "azureml"]
 
 
 class RegistryRecipe(Slice):
+    """The registry, and the model's name in it."""
+
     kind: RegistryKind = "local"
+    """local: MLflow at DISTILLERY_REGISTRY, by default a SQLite file on this machine. azureml: the
+    Azure ML workspace that AZUREML_* name."""
+
     model_name: str = Field("distillery-student", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,254}$")
+    """The name under which students are registered as versions. The champion is one of them."""

@@ -1,4 +1,4 @@
-"""recipe/student"""
+"""The student slice: what the student starts from, which layers it keeps and how it is trained."""
 
 from itertools import pairwise
 from typing import Annotated, Literal, Self
@@ -12,54 +12,84 @@ from distillery.recipe.training import TrainingRecipe
 
 
 class LayerChoice(Slice):
-    """How many decoder layers to keep, and which: the early ones and the last, an even spacing with the first and the
-    last, or those of the greatest block influence on the training prompts (Men et al., ShortGPT, 2024)."""
+    """How many decoder layers to keep, and by which rule they are chosen."""
 
     keep: int = Field(ge=1)
+    """Number of decoder layers to keep."""
+
     by: Literal["early_and_last", "even", "block_influence"] = "early_and_last"
+    """early_and_last: the first ones and the very last. even: evenly spaced, with the first and the
+    last. block_influence: those that change the hidden states of the training prompts most (Men et
+    al., ShortGPT, 2024)."""
 
 
-def _in_order(layers: tuple[int, ...]) -> tuple[int, ...]:
-    if any(one >= next_one for one, next_one in pairwise(layers)):
+def check_ascending(layers: tuple[int, ...]) -> tuple[int, ...]:
+    """Return `layers`. Raises ValueError unless each is higher than the one before."""
+    if any(layer >= next_layer for layer, next_layer in pairwise(layers)):
         raise ValueError("give each layer once, from the lowest to the highest")
     return layers
 
 
+LayerNumber = Annotated[int, Field(ge=0)]
+
 Layers = (
-    Annotated[
-        tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1), AfterValidator(_in_order)
-    ]
+    Annotated[tuple[LayerNumber, ...], Field(min_length=1), AfterValidator(check_ascending)]
     | LayerChoice
 )
-"""The layers themselves, in order, or how they are chosen."""
+"""Decoder layers by number, from 0 and in ascending order, or the rule by which they are chosen."""
 
 
 class HealingRecipe(Slice):
-    """A step before the student's own training: it keeps `layers` of the model as the step before left it (None: all),
-    and trains it on the same rows, so that a deep cut is made in parts that each heal."""
+    """A step of cutting and training before the student's own, on the same rows.
+
+    A deep cut does less harm if it is made in parts, with a training after each.
+    """
 
     layers: Layers | None = None
+    """Layers to keep of the model that the step before left: numbers from 0 in ascending order, or
+    {keep: N, by: RULE}. null keeps all."""
+
     training: TrainingRecipe = TrainingRecipe(method="full")
+    """How this step trains. Its method is full: an adapter does not survive the next cut."""
 
     @model_validator(mode="after")
-    def _whole(self) -> Self:
+    def check_method(self) -> Self:
         if self.training.adapts:
             raise ValueError(
-                "training.method of a healing step is full: an adapter does not outlive the next cut"
+                "a healing step needs training.method: full; "
+                "an adapter does not survive the next cut"
             )
         return self
 
 
 class StudentRecipe(Slice):
-    """What is trained. `start`: the base model, or the local teacher's own checkpoint. `layers`: which of its decoder
-    layers to keep, in order, or how they are chosen; None keeps all. `healing`: steps of cutting and training before
-    that. `gold`: whether the gold rows, with their own answers, are trained on beside those that the teacher labelled.
-    `prompt`: the student's own, where it is asked otherwise than the teacher."""
+    """What the student is made from, and how it is trained."""
 
     start: Literal["base", "teacher"] = "base"
+    """base: the weights of `base`. teacher: the checkpoint of the local teacher, which needs
+    teacher.kind: local."""
+
     base: BaseModelRecipe = BaseModelRecipe()
+    """The base model, with start: base."""
+
     layers: Layers | None = None
+    """Decoder layers to keep: numbers from 0 in ascending order, such as [0, 1, 2, 29], or
+    {keep: N, by: RULE}. null keeps all."""
+
     healing: tuple[HealingRecipe, ...] = ()
+    """Steps of cutting and training before the student's own."""
+
     gold: bool = False
+    """Train on the gold rows with their own answers, too, beside the rows that the teacher
+    labelled."""
+
     prompt: PromptRecipe | None = None
+    """A prompt for the student alone, with start: base. null: the same prompt as the teacher's."""
+
     training: TrainingRecipe = TrainingRecipe()
+    """How the student is trained, after the healing steps."""
+
+    @property
+    def trainings(self) -> tuple[TrainingRecipe, ...]:
+        """The trainings of the healing steps and the student's own, in order."""
+        return (*(step.training for step in self.healing), self.training)

@@ -1,4 +1,4 @@
-"""recipe/teacher"""
+"""The teacher slice: who labels the rows, how it is asked, and which answers become labels."""
 
 from typing import Literal, Self
 
@@ -9,183 +9,244 @@ from distillery.recipe.base_model import BaseModelRecipe
 from distillery.recipe.export import ExportForm
 from distillery.recipe.training import TrainingRecipe
 
-_SHORTEST_RATIONALE = 48
-"""Tokens of an answer: two short sentences and the letter's line."""
+SHORTEST_RATIONALE = 48
+"""Tokens of an answer of two short sentences and the line with the letter."""
 
 
 class TeacherPreparation(Slice):
-    """A local teacher: a base model fine-tuned on the gold split, exported, and served over HTTP while it labels."""
+    """A local teacher: fine-tuned on the gold rows, exported, and served while it labels."""
 
     base: BaseModelRecipe = BaseModelRecipe()
+    """The base model that becomes the teacher."""
+
     training: TrainingRecipe = TrainingRecipe()
+    """How the teacher is trained on the gold rows."""
+
     export: ExportForm = ExportForm()
+    """The form in which the teacher is served."""
 
 
 class PriceRecipe(Slice):
-    """What the teacher costs, in `currency` per million tokens; `cached_input` is as `input` where it is not given."""
+    """What the teacher costs, per million tokens."""
 
     input: float = Field(ge=0)
+    """Price of a million prompt tokens."""
+
     cached_input: float | None = Field(None, ge=0)
+    """Price of a million prompt tokens that the endpoint reports as cached. null: as `input`."""
+
     output: float = Field(ge=0)
+    """Price of a million tokens of answers."""
+
     currency: str = "USD"
+    """Currency of the prices and of budget.cost."""
 
 
 class BudgetRecipe(Slice):
-    """Caps on what one run spends on its teacher: it stops before the call that would pass one. All answers are kept,
-    and the next run goes on from there. `calls` counts each try; `cost` needs teacher.prices. A run whose process is
-    started anew, as Kubernetes may, counts from nothing."""
+    """Caps on what one run spends on its teacher.
+
+    The run stops before the call that would exceed a cap. All answers are kept, and the next run
+    goes on from there. A run that is restarted in a new process, as Kubernetes may do, counts from
+    zero.
+    """
 
     cost: float | None = Field(None, gt=0)
-    tokens: int | None = Field(None, gt=0, description="Prompt and answer together")
+    """Cap on the cost, in prices.currency. Needs teacher.prices. null: no cap."""
+
+    tokens: int | None = Field(None, gt=0)
+    """Cap on the tokens of prompts and answers together. null: no cap."""
+
     calls: int | None = Field(None, gt=0)
+    """Cap on the calls; every attempt counts. null: no cap."""
 
 
 class AnswerRecipe(Slice):
-    """How the teacher is asked for an answer. `letter`: as the prompt says. `json`: held to {"answer": LETTER} by a
-    JSON schema, where the endpoint takes one. `rationale`: a short reason first (Hsieh et al., Distilling
-    Step-by-Step, 2023); needs teacher.max_tokens of some hundred.
+    """How the teacher answers, and how often it is asked for a row.
 
-    `votes` answers are drawn for a row (Wang et al., Self-Consistency, 2023), which needs a temperature above 0; with
-    soft_labels their shares are the distribution. `orders` asks with the options in so many orders, each the one before
-    turned by one place, since models lean to places (Zheng et al., Large Language Models Are Not Robust Multiple Choice
-    Selectors, 2024). Of several answers the majority's is the label, and its share the confidence.
+    A row is asked `votes` times in each of `orders` orders. If there are several answers, the label
+    is the majority's, and its share of the answers is the confidence.
     """
 
     form: Literal["letter", "json", "rationale"] = "letter"
-    instruction: str = Field(
-        "First give your reason in one or two sentences. Then write the answer alone on a last line: Answer: LETTER",
-        description="What a rationale is asked for with, below the prompt",
+    """letter: as the prompt says. json: held to {"answer": LETTER} by a JSON schema if the endpoint
+    takes one. rationale: a short reason first, then the letter (Hsieh et al., Distilling
+    Step-by-Step, 2023); needs teacher.max_tokens of a few hundred."""
+
+    instruction: str = (
+        "First give your reason in one or two sentences. "
+        "Then write the answer alone on a last line: Answer: LETTER"
     )
+    """With form: rationale, the text below the prompt that asks for the reason."""
+
     votes: int = Field(1, ge=1, le=64)
+    """Answers drawn for each row (Wang et al., Self-Consistency, 2023). Above 1 it needs a
+    temperature above 0; with soft_labels, the shares of the votes are the probabilities."""
+
     orders: int = Field(1, ge=1, le=26)
+    """Orders of the options in which each row is asked, each rotated by one option, since models
+    prefer positions (Zheng et al., Large Language Models Are Not Robust Multiple Choice Selectors,
+    2024)."""
 
 
 class FilterRecipe(Slice):
-    """Which labels are good enough to train on; the others are rejected with the reason."""
+    """Which labels are good enough to train on. The others are rejected, with the reason."""
 
-    confidence: float = Field(0.0, ge=0, le=1, description="Labels below this are rejected")
-    agreement_with_gold: bool = Field(
-        False, description="Reject labels that the row's gold answer contradicts"
-    )
-    balance: float | None = Field(
-        None,
-        ge=1,
-        description="At most so many times the rarest letter's rows for any letter; the surest are kept",
-    )
-    minimum_accepted: float = Field(
-        0.5,
-        ge=0,
-        le=1,
-        description="Share of rows with a label below which the run stops, after 100 rows or at the end",
-    )
+    confidence: float = Field(0.0, ge=0, le=1)
+    """Reject labels with a lower confidence: the letter's probability, or the share of several
+    answers that agree. 0 rejects none."""
+
+    agreement_with_gold: bool = False
+    """Reject labels that differ from the row's own answer, if it has one."""
+
+    balance: float | None = Field(None, ge=1)
+    """Keep at most this many times the rarest letter's labels of any letter, the surest first.
+    null: keep all."""
+
+    minimum_accepted: float = Field(0.5, ge=0, le=1)
+    """Share of rows that must get a label. The run stops if it is lower after 100 rows or at the
+    end. 0 accepts any."""
 
 
 class CanaryRecipe(Slice):
-    """A fixed set of training rows that every run asks afresh, to see whether the teacher still answers as it did."""
+    """Training rows that every run asks again, to detect whether the teacher has changed."""
 
-    rows: int = Field(0, ge=0, description="0 asks none")
-    threshold: float = Field(
-        0.1, ge=0, le=1, description="Share of changed answers above which it is reported"
-    )
-    stop: bool = Field(False, description="And ends the run")
+    rows: int = Field(0, ge=0)
+    """Number of canary rows; 0 asks none. Needs teacher.kind: endpoint."""
+
+    threshold: float = Field(0.1, ge=0, le=1)
+    """Share of changed answers above which the change is reported."""
+
+    stop: bool = False
+    """End the run if the threshold is exceeded."""
 
 
 class TeacherRecipe(Slice):
-    """Who answers. `endpoint`: TEACHER_MODEL_ENDPOINT, TEACHER_MODEL_NAME and TEACHER_MODEL_KEY say where.
-    `local`: the run prepares and serves its own teacher. `gold`: the rows' own answers. `file`: labels that are there
-    already, in `files` of JSONL, CSV or Parquet, with the columns example_id, answer and, if known, distribution and
-    rationale.
-
-    `identity` names the teacher in the label store; by default the model's name, or the local model's digest. It is
-    never the URL or the SDK, so that a moved endpoint repeats nothing.
-    """
+    """Who labels the rows, and how."""
 
     kind: Literal["endpoint", "local", "gold", "file"] = "endpoint"
+    """endpoint: the chat-completions endpoint that TEACHER_MODEL_ENDPOINT, TEACHER_MODEL_NAME and
+    TEACHER_MODEL_KEY name. local: a model that the run prepares and serves itself. gold: the rows'
+    own answers. file: labels that exist already, in `files`."""
+
     identity: str | None = None
+    """The teacher's name in the label store. null: the endpoint's model name. It is never a URL, so
+    an endpoint that moves is not asked again."""
+
     files: tuple[str, ...] = ()
-    sdk: Literal["auto", "azure-ai-inference", "openai"] = Field(
-        "auto", description="auto: by the endpoint's URL"
-    )
-    soft_labels: bool = Field(
-        False, description="Ask for log-probabilities and keep the distribution over the options"
-    )
+    """With kind: file, JSONL, CSV or Parquet files with the columns example_id and answer, and
+    optionally distribution and rationale."""
+
+    sdk: Literal["auto", "azure-ai-inference", "openai"] = "auto"
+    """The client for the endpoint. auto: chosen by the endpoint's URL."""
+
+    soft_labels: bool = False
+    """Keep the teacher's probabilities of the options beside its answer: from log-probabilities, or
+    from votes if answers.votes is above 1."""
+
     temperature: float | None = Field(0.0, ge=0, le=2)
-    max_tokens: int = Field(16, ge=1, description="Of the answer; reasoning teachers need more")
+    """Sampling temperature. null: sends none, for models that take none."""
+
+    max_tokens: int = Field(16, ge=1)
+    """Tokens that an answer may have. Reasoning models need thousands."""
+
     answers: AnswerRecipe = AnswerRecipe()
+    """How the teacher answers."""
+
     filters: FilterRecipe = FilterRecipe()
-    concurrency: int = Field(
-        8, ge=1, le=1024, description="Calls at a time, at most; fewer while it is overloaded"
-    )
-    requests_per_minute: int | None = Field(
-        None, gt=0, description="Where the endpoint's headers tell no limit"
-    )
-    tokens_per_minute: int | None = Field(
-        None, gt=0, description="Where the endpoint's headers tell no limit"
-    )
-    shared_limit: str | None = Field(
-        None, description="A Prefect concurrency limit that runs take their calls from"
-    )
+    """Which of its labels are rejected."""
+
+    concurrency: int = Field(8, ge=1, le=1024)
+    """The most calls at a time; fewer while the endpoint is overloaded."""
+
+    requests_per_minute: int | None = Field(None, gt=0)
+    """The endpoint's limit on requests, if its headers do not tell it. null: no limit of our
+    own."""
+
+    tokens_per_minute: int | None = Field(None, gt=0)
+    """The endpoint's limit on tokens, if its headers do not tell it. null: no limit of our own."""
+
+    shared_limit: str | None = None
+    """A Prefect concurrency limit that this run's calls share with other runs. null: none."""
+
     timeout_s: float = Field(60.0, gt=0)
-    attempts: int = Field(
-        5, ge=1, description="Tries of one call on 408, 409, 429, 5xx and dropped connections"
-    )
-    outage_s: float = Field(
-        300.0, ge=0, description="How long an endpoint that gives only failures is waited for"
-    )
+    """Seconds that one attempt of a call may take."""
+
+    attempts: int = Field(5, ge=1)
+    """Attempts of one call after 408, 409, 429, 5xx or a dropped connection."""
+
+    outage_s: float = Field(300.0, ge=0)
+    """Seconds that the run waits for an endpoint that answers with nothing but failures."""
+
     prices: PriceRecipe | None = None
+    """The teacher's prices. null: costs are not reported."""
+
     budget: BudgetRecipe = BudgetRecipe()
-    tokenizer: str | None = Field(
-        None, description="The teacher's, as a model folder or hub id, to count tokens with"
-    )
+    """Caps on what one run spends."""
+
+    tokenizer: str | None = None
+    """The teacher's tokenizer, as a model folder or hub id, with which `distillery quote` counts
+    tokens. null: tokens are estimated."""
+
     canaries: CanaryRecipe = CanaryRecipe()
+    """Rows that detect whether the teacher has changed."""
+
     preparation: TeacherPreparation = TeacherPreparation()
+    """With kind: local, how the teacher is made."""
 
     @property
     def content_id(self) -> str:
-        """What the answers depend on, besides teacher and prompt: the part of this slice that is in cache keys."""
+        """The part of this slice in cache keys: what the answers depend on besides the prompt."""
         return self.model_dump_json(
             include={"soft_labels", "temperature", "max_tokens", "answers", "filters"}
         )
 
     @property
     def asks_log_probabilities(self) -> bool:
-        """Soft labels come from log-probabilities, or from votes where there are several."""
+        """Whether soft labels come from log-probabilities: several votes give their own shares."""
         return self.soft_labels and self.answers.votes == 1
 
     @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        if self.answers.votes > 1 and self.temperature == 0:
-            raise ValueError("answers.votes is above 1, which needs a temperature above 0")
-        if self.budget.cost is not None and self.prices is None:
-            raise ValueError(
-                "budget.cost needs prices: {input: ..., output: ...} per million tokens"
-            )
+    def check_kind(self) -> Self:
         if self.kind == "file" and not self.files:
-            raise ValueError("kind is file: set files, such as [labels.jsonl]")
+            raise ValueError("kind is file: set teacher.files, such as [labels.jsonl]")
         if self.kind != "file" and self.files:
             raise ValueError(f"files are given, but kind is {self.kind}: set teacher.kind: file")
         if self.canaries.rows and self.kind != "endpoint":
             raise ValueError(
-                f"canaries: a teacher of kind {self.kind} does not change by itself; leave them out"
+                f"canaries: a teacher of kind {self.kind} cannot change; remove this setting"
             )
         if self.soft_labels and self.kind == "gold":
             raise ValueError("soft_labels: gold answers have no probabilities; set it to false")
-        if (
-            self.kind == "endpoint"
-            and self.answers.form == "rationale"
-            and self.max_tokens < _SHORTEST_RATIONALE
-        ):
+        return self
+
+    @model_validator(mode="after")
+    def check_answers(self) -> Self:
+        if self.answers.votes > 1 and self.temperature == 0:
+            raise ValueError("answers.votes is above 1, which needs a temperature above 0")
+        asks_reasons = self.kind == "endpoint" and self.answers.form == "rationale"
+        if asks_reasons and self.max_tokens < SHORTEST_RATIONALE:
             raise ValueError(
-                f"answers.form: rationale needs max_tokens of some hundred; {self.max_tokens} cut it off"
+                "answers.form: rationale needs max_tokens of a few hundred; "
+                f"{self.max_tokens} would cut the answer off"
             )
-        unsure = not self.soft_labels and self.answers.votes == self.answers.orders == 1
-        if self.filters.confidence and self.kind != "file" and unsure:
+        single_bare_answer = not self.soft_labels and self.answers.votes * self.answers.orders == 1
+        if self.filters.confidence and self.kind != "file" and single_bare_answer:
             raise ValueError(
-                "filters.confidence: one bare answer has none; set soft_labels, answers.votes or orders"
+                "filters.confidence: a single answer without probabilities has no confidence; "
+                "set soft_labels, answers.votes or answers.orders"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def check_budget(self) -> Self:
+        if self.budget.cost is not None and self.prices is None:
+            raise ValueError(
+                "budget.cost needs prices: {input: ..., output: ...} per million tokens"
             )
         canary_calls = self.canaries.rows * self.answers.votes * self.answers.orders
         if self.budget.calls is not None and self.budget.calls <= canary_calls:
             raise ValueError(
-                f"budget.calls: {self.budget.calls} leave nothing beside the {canary_calls} of canaries"
+                f"budget.calls: the canaries take {canary_calls} of {self.budget.calls} calls, "
+                "which leaves none for the rows; raise it"
             )
         return self

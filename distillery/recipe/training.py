@@ -1,4 +1,4 @@
-"""recipe/training"""
+"""How weights are trained: the student's, those of its healing steps and a local teacher's."""
 
 from typing import Literal
 
@@ -8,75 +8,107 @@ from distillery.recipe.base import Slice
 
 
 class LoraRecipe(Slice):
+    """The adapter of LoRA (Hu et al., LoRA, 2021) and DoRA."""
+
     rank: int = Field(16, ge=1)
+    """Rank of the low-rank update of each weight matrix."""
+
     alpha: int = Field(32, ge=1)
+    """Scale: the update is multiplied by alpha / rank."""
+
     dropout: float = Field(0.0, ge=0, lt=1)
-    target_modules: tuple[str, ...] | None = Field(
-        None,
-        description="Linear layers of the decoder; None: every one. Embeddings and head are left as they are",
-    )
+    """Share of the adapter's inputs that are dropped at random in training."""
+
+    target_modules: tuple[str, ...] | None = None
+    """Names of the decoder's linear layers that get an adapter. null: all of them. Embeddings and
+    head never get one."""
 
 
 class TrainingRecipe(Slice):
-    """How weights are trained: AdamW, loss on the answer alone; the rate is the lower of a linear warm-up and a cosine
-    decay to zero, both from the first step on, so that a long warm-up does not reach learning_rate.
+    """How weights are trained: by AdamW, with the loss on the answer alone.
 
-    The loss is (1 - soft_weight) x cross-entropy with the label + soft_weight x T^2 x the divergence of teacher and
-    student at temperature T, hidden_weight x (1 - cosine) of their last hidden states, and rationale_weight x the
-    cross-entropy of the teacher's reasons: losses.py has the formulas. `method`: LoRA, DoRA (Liu et al., DoRA:
-    Weight-Decomposed Low-Rank Adaptation, 2024; with the same `lora` settings), or all weights.
+    The loss is (1 - soft_weight) x cross-entropy with the label + soft_weight x T^2 x divergence
+    of teacher and student at temperature T + hidden_weight x (1 - cosine of their last hidden
+    states) + rationale_weight x cross-entropy of the teacher's reasons. training/losses.py has the
+    formulas.
+
+    The learning rate is the lower of two curves that both start at the first step: a linear warm-up
+    and a cosine decay to zero. So a long warm-up does not reach learning_rate.
     """
 
     method: Literal["lora", "dora", "full"] = "lora"
+    """lora, dora: train an adapter (dora: Liu et al., DoRA: Weight-Decomposed Low-Rank Adaptation,
+    2024). full: train all weights."""
+
     lora: LoraRecipe = LoraRecipe()
-    freeze_embeddings: bool = Field(
-        False,
-        description="Of full training: leave the embeddings, and a head tied to them, as they are",
-    )
+    """The adapter, with method: lora or dora."""
+
+    freeze_embeddings: bool = False
+    """With method: full, leave the embeddings, and a head tied to them, as they are."""
+
     epochs: float = Field(2.0, gt=0)
+    """Passes through the training rows; fractions are allowed."""
+
     max_steps: int | None = Field(None, ge=1)
+    """Optimiser steps; replaces epochs."""
+
     batch_size: int = Field(8, ge=1)
-    accumulation: int = Field(1, ge=1, description="Batches whose gradients one step sums")
-    patience: int | None = Field(
-        None,
-        ge=1,
-        description="Epochs without a lower validation loss that end training; the best epoch is kept",
-    )
+    """Rows in a batch."""
+
+    accumulation: int = Field(1, ge=1)
+    """Batches whose gradients are summed for one optimiser step."""
+
+    patience: int | None = Field(None, ge=1)
+    """Epochs in a row without a lower validation loss after which training ends; the best epoch is
+    kept. Needs validation rows. null: train to the end and keep the last weights."""
+
     learning_rate: float = Field(3e-4, gt=0)
-    warmup: float = Field(0.06, ge=0, lt=1, description="Share of the steps")
+    """The highest learning rate."""
+
+    warmup: float = Field(0.06, ge=0, lt=1)
+    """Share of the steps in which the learning rate rises."""
+
     weight_decay: float = Field(0.0, ge=0)
-    max_grad_norm: float = Field(1.0, gt=0, description="A large one, such as 1e9, clips nothing")
-    soft_weight: float = Field(
-        0.0, ge=0, le=1, description="Share of the soft-label loss; 0 trains on hard labels"
-    )
+    """AdamW's decoupled weight decay; 0 applies none."""
+
+    max_grad_norm: float = Field(1.0, gt=0)
+    """Norm to which gradients are clipped. A large value, such as 1e9, clips nothing."""
+
+    soft_weight: float = Field(0.0, ge=0, le=1)
+    """Share of the loss against the teacher's probabilities; the rest is against its labels. 0:
+    labels alone. Above 0 it needs teacher.soft_labels: true."""
+
     temperature: float = Field(1.0, gt=0, le=100)
-    divergence: Literal["forward", "reverse"] = Field(
-        "forward", description="KL(teacher || student), or KL(student || teacher)"
-    )
-    hidden_weight: float = Field(
-        0.0, ge=0, description="Of matching a local teacher's last hidden state"
-    )
-    rationale_weight: float = Field(
-        0.0,
-        ge=0,
-        description="Of saying the teacher's reason as a second task; needs teacher.answers.form: rationale",
-    )
-    rationale_instruction: str = Field(
-        "Explain in one or two sentences which option is right.",
-        description="What asks for it, below the prompt",
-    )
-    label_smoothing: float = Field(
-        0.0,
-        ge=0,
-        lt=1,
-        description="Over the vocabulary where the answer is a letter, else over the row's options",
-    )
-    precision: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="auto: bfloat16 where the hardware has it"
-    )
+    """Temperature T at which the probabilities of teacher and student are compared, with
+    soft_weight above 0. Values above 1 give unlikely options more weight."""
+
+    divergence: Literal["forward", "reverse"] = "forward"
+    """With soft_weight above 0. forward: KL(teacher || student). reverse: KL(student ||
+    teacher)."""
+
+    hidden_weight: float = Field(0.0, ge=0)
+    """Weight of matching a local teacher's last hidden states; 0 does not. Needs student.start:
+    teacher."""
+
+    rationale_weight: float = Field(0.0, ge=0)
+    """Weight of giving the teacher's reason as a second task; 0 does not. Needs
+    teacher.answers.form: rationale, or teacher.kind: file with a column rationale."""
+
+    rationale_instruction: str = "Explain in one or two sentences which option is right."
+    """With rationale_weight above 0, the text below the prompt that asks for the reason."""
+
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    """Share of the label's probability that is spread evenly: over the vocabulary if the answer is
+    a letter, over the row's options if it is a text."""
+
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Number format of the computation. auto: bfloat16 if the hardware multiplies in it, else
+    float32. Weights are kept in float32 either way, save those below an adapter."""
+
     seed: int = Field(0, ge=0, lt=2**32)
+    """Seed of the order of rows, of dropout and of the adapter's first weights."""
 
     @property
     def adapts(self) -> bool:
-        """Whether an adapter is trained, the base as it is."""
+        """Whether an adapter is trained, and the base is left as it is."""
         return self.method != "full"

@@ -1,4 +1,4 @@
-"""Recipes: presets, what a user writes upon them, and what is refused in one line that names the key."""
+"""Recipes: presets, keys laid over them, and wrong ones, refused in a line that names the key."""
 
 import json
 from pathlib import Path
@@ -7,11 +7,20 @@ from typing import Any
 import pytest
 
 from distillery.errors import RecipeError
-from distillery.recipe import PRESETS, ExportForm, ExportRecipe, Recipe, load_recipe, parse_recipe
+from distillery.recipe import (
+    PRESETS,
+    ExportForm,
+    ExportRecipe,
+    Recipe,
+    SearchRecipe,
+    Slice,
+    load_recipe,
+    parse_recipe,
+)
 
 
 def refusal(values: dict[str, Any]) -> str:
-    """The one line with which a recipe is refused."""
+    """Return the one line with which a recipe is refused."""
     with pytest.raises(RecipeError) as caught:
         parse_recipe(values, "mine.yaml")
     text = str(caught.value)
@@ -42,10 +51,11 @@ def test_the_presets_ask_for_what_they_say() -> None:
     assert lab.student.training.method == "lora"
 
 
-def test_keys_given_win_and_their_neighbours_stay(tmp_path: Path) -> None:
+def test_given_keys_override_the_preset_and_the_others_stay(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text(
-        "preset: demo\nname: mine\nteacher: {preparation: {training: {epochs: 1}}}\nstudent: {layers: [0, 1]}"
+        "preset: demo\nname: mine\nteacher: {preparation: {training: {epochs: 1}}}\n"
+        "student: {layers: [0, 1]}"
     )
     recipe, demo = load_recipe(str(file)), load_recipe("demo")
     assert recipe.name == "mine"
@@ -57,7 +67,7 @@ def test_keys_given_win_and_their_neighbours_stay(tmp_path: Path) -> None:
     assert recipe.dataset == demo.dataset
 
 
-def test_null_takes_a_presets_key_out_of_a_mapping() -> None:
+def test_null_removes_a_presets_key_from_a_mapping() -> None:
     own_test = {
         "splits": {"test": "test"},
         "carve": {"test": None},
@@ -93,27 +103,33 @@ def test_null_of_a_plain_field_is_that_fields_value() -> None:
         ({"dataset": {"carve": {"test": 1.5}}}, "dataset.carve.test: "),
         (
             {"preset": "lab", "dataset": {"splits": {"train": None}}},
-            "dataset.splits names no train split",
+            "dataset.splits names no train split; add one",
         ),
         ({"dataset": {"source": "hub"}}, "set dataset.name"),
         ({"dataset": {"source": "files"}}, "set dataset.files"),
         (
             {"prompt": {"user": "{question}"}},
-            "prompt.user needs the places {question} and {choices}",
+            "prompt: user needs the placeholders {question} and {choices}",
         ),
-        ({"prompt": {"choice": "{letter}"}}, "prompt.choice needs"),
+        (
+            {"prompt": {"choice": "{letter}"}},
+            "prompt: choice needs the placeholders {letter} and {text}",
+        ),
         (
             {"student": {"start": "teacher"}},
-            "student.start is teacher, which needs teacher.kind: local",
+            "student.start: teacher needs teacher.kind: local",
         ),
-        ({"student": {"training": {"soft_weight": 0.5}}}, "which needs teacher.soft_labels: true"),
+        (
+            {"student": {"training": {"soft_weight": 0.5}}},
+            "student.training.soft_weight above 0 needs teacher.soft_labels: true",
+        ),
         (
             {"teacher": {"kind": "gold", "soft_labels": True}},
             "soft_labels: gold answers have no probabilities",
         ),
         (
             {"preset": "demo", "teacher": {"canaries": {"rows": 5}}},
-            "a teacher of kind local does not change by itself",
+            "teacher: canaries: a teacher of kind local cannot change",
         ),
         (
             {"export": {"ladder": [{"algorithm": "rtn"}, {"algorithm": "rtn"}]}},
@@ -130,11 +146,11 @@ def test_null_of_a_plain_field_is_that_fields_value() -> None:
         ),
         (
             {"export": {"algorithm": "gptq"}},
-            "export.algorithm: gptq is for a rung, such as export.ladder: ",
+            "export.algorithm: gptq works only in a ladder, such as export.ladder: ",
         ),
         (
             {"teacher": {"preparation": {"export": {"algorithm": "gptq"}}}},
-            "teacher.preparation.export.algorithm: gptq is for a rung",
+            "teacher.preparation.export.algorithm: gptq works only in a ladder",
         ),
         (
             {"teacher": {"preparation": {"export": {"ladder": [{}]}}}},
@@ -145,7 +161,7 @@ def test_null_of_a_plain_field_is_that_fields_value() -> None:
                 "teacher": {"kind": "local"},
                 "dataset": {"splits": {"train": "train", "test": "test"}},
             },
-            "which needs a gold split in dataset.splits or dataset.carve",
+            "teacher.kind: local needs a gold split in dataset.splits or dataset.carve",
         ),
         (
             {"dataset": {"files": {"train": ["a.jsonl"]}}},
@@ -157,21 +173,24 @@ def test_null_of_a_plain_field_is_that_fields_value() -> None:
         ),
         ({"dataset": {"name": "tau/commonsense_qa"}}, "set dataset.source: hub"),
         ({"teacher": {"files": ["labels.jsonl"]}}, "but kind is endpoint: set teacher.kind: file"),
-        ({"dataset": {"splits": {"train": "train"}}}, "evaluation and gate need a test split"),
+        (
+            {"dataset": {"splits": {"train": "train"}}},
+            "the evaluation needs a test split in dataset.splits or dataset.carve",
+        ),
         (
             {
                 "student": {"training": {"patience": 1}},
                 "dataset": {"splits": {"train": "a", "test": "b"}},
             },
-            "training.patience needs a validation split",
+            "training.patience needs a validation split in dataset.splits or dataset.carve",
         ),
         (
             {"teacher": {"answers": {"form": "rationale"}}},
-            "needs max_tokens of some hundred; 16 cut it off",
+            "needs max_tokens of a few hundred; 16 would cut the answer off",
         ),
         (
             {"teacher": {"filters": {"confidence": 0.5}}},
-            "filters.confidence: one bare answer has none",
+            "filters.confidence: a single answer without probabilities has no confidence",
         ),
         (
             {
@@ -181,7 +200,7 @@ def test_null_of_a_plain_field_is_that_fields_value() -> None:
                     "answers": {"orders": 2},
                 }
             },
-            "budget.calls: 20 leave nothing beside the 20 of canaries",
+            "budget.calls: the canaries take 20 of 20 calls, which leaves none for the rows",
         ),
         (
             {"student": {"layers": [0, 2, 2]}},
@@ -190,7 +209,8 @@ def test_null_of_a_plain_field_is_that_fields_value() -> None:
         *(
             (
                 {"teacher": {"preparation": {"training": {weight: 0.5}}}},
-                f"teacher.preparation.training.{weight}: its teacher are the gold rows",
+                f"teacher.preparation.training.{weight}: this model learns from gold labels and "
+                "has no teacher; remove this setting",
             )
             for weight in ("soft_weight", "hidden_weight", "rationale_weight")
         ),
@@ -222,7 +242,7 @@ def test_null_of_a_plain_field_is_that_fields_value() -> None:
                     "training": {"rationale_weight": 1},
                 },
             },
-            "training and healing ask for reasons in several ways",
+            "training and healing ask for reasons with different rationale_instruction",
         ),
     ],
 )
@@ -243,8 +263,8 @@ def test_every_wrong_key_is_named_at_once() -> None:
     [
         (b"- demo", "a recipe is a mapping of keys"),
         (b"", "a recipe is a mapping of keys"),
-        (b"name: [a", "no valid YAML"),
-        (b"name: \xff\xfe", "no valid YAML"),
+        (b"name: [a", "not valid YAML"),
+        (b"name: \xff\xfe", "not valid YAML"),
     ],
 )
 def test_a_file_that_holds_no_recipe(tmp_path: Path, content: bytes, said: str) -> None:
@@ -277,11 +297,20 @@ def test_a_recipe_survives_the_way_through_json(values: dict[str, Any]) -> None:
     assert Recipe.model_validate(recipe.model_dump(exclude_defaults=True)) == recipe
 
 
-def test_the_schema_of_the_form_can_be_made() -> None:
-    schema = Recipe.model_json_schema()
-    assert set(schema["properties"]) == set(Recipe.model_fields)
-    assert schema["additionalProperties"] is False
-    assert json.dumps(schema)
+@pytest.mark.parametrize("model", [Recipe, SearchRecipe])
+def test_the_schema_of_the_form_describes_each_key_and_submits_no_default(
+    model: type[Slice],
+) -> None:
+    schema = model.model_json_schema()
+    assert json.loads(json.dumps(schema)) == schema
+    assert set(schema["properties"]) == set(model.model_fields)
+    slices = {model.__name__: schema, **schema.get("$defs", {})}
+    for name, definition in slices.items():
+        assert definition["additionalProperties"] is False
+        assert definition["description"], name
+        for key, field in definition["properties"].items():
+            assert field["description"], f"{name}.{key}"
+            assert "default" not in field, f"{name}.{key}"
 
 
 def test_a_form_is_in_cache_keys_by_its_own_five_settings() -> None:

@@ -135,7 +135,7 @@ def test_a_trial_without_a_student_is_shown_and_the_search_goes_on() -> None:
         ("{}", "nothing to try: give rank, keep"),
         ("depth: [8]", "depth: unknown key; remove it"),
         ("learning_rate: [1.0e-3, 1.0e-5]", "learning_rate: give the lower bound first"),
-        ("learning_rate: [0, 1]", "learning_rate: bounds above 0"),
+        ("learning_rate: [0, 1]", "learning_rate: both bounds must be above 0"),
         (None, r"can't be read \(No such file"),
     ],
 )
