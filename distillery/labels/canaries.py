@@ -45,7 +45,8 @@ async def ask_canaries(
         if all(q.key in known for q in several)
     ]
     places = asyncio.Semaphore(recipe.concurrency)
-    pace, spending = Pace(recipe), Spending(recipe.budget, recipe.prices, spent)
+    pace = Pace(recipe.concurrency, recipe.requests_per_minute, recipe.tokens_per_minute)
+    spending = Spending(recipe.budget, recipe.prices, spent)
     async with Teacher(recipe, endpoint, pace=pace, spending=spending) as teacher:
 
         async def again(question: Question) -> StoredAnswer | None:

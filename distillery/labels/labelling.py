@@ -75,7 +75,8 @@ async def label(
     of the endpoint's own. `spent`: see `pace.Spending`.
     """
     total = len(examples) if isinstance(examples, Sequence) else rows or 0
-    pace, spending = Pace(recipe), Spending(recipe.budget, recipe.prices, spent)
+    pace = Pace(recipe.concurrency, recipe.requests_per_minute, recipe.tokens_per_minute)
+    spending = Spending(recipe.budget, recipe.prices, spent)
     with label_files(out, prompt, recipe) as files:
         run = _Labelling(
             prompt, recipe, endpoint.identity, store, files, pace, slots, progress, total

@@ -171,7 +171,9 @@ def in_own_letters(
     return Answer(own[letter], {name: known[name] for name in sorted(known)})
 
 
-def combine_answers(answers: Sequence[Answer], letters: Sequence[str], soft: bool) -> CombinedAnswer | None:
+def combine_answers(
+    answers: Sequence[Answer], letters: Sequence[str], soft: bool
+) -> CombinedAnswer | None:
     """One label of a row's answers: the majority's letter; None where two letters share the first place.
 
     Its confidence is the share of answers that agree, or, of a single one, its letter's probability. Its distribution

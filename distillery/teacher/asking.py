@@ -73,7 +73,9 @@ class Teacher:
     ) -> None:
         self._recipe = recipe
         self._endpoint = endpoint
-        self._pace = pace or Pace(recipe)
+        self._pace = pace or Pace(
+            recipe.concurrency, recipe.requests_per_minute, recipe.tokens_per_minute
+        )
         self._spending = spending or Spending(recipe.budget, recipe.prices)
         self._demands = demand_log_probabilities
         self._gave_completions = self._gave_log_probabilities = False

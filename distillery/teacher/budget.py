@@ -1,4 +1,4 @@
-"""teacher/budget"""
+"""What the teacher costs, and the caps on what one run spends on it (teacher.budget)."""
 
 import asyncio
 
@@ -8,22 +8,33 @@ from distillery.records import Usage
 
 
 def cost_of(usage: Usage, prices: PriceRecipe | None) -> float | None:
-    """In the price table's currency; None without a table."""
+    """Return the cost of `usage` in the currency of `prices`; None without prices."""
     if prices is None:
         return None
-    cached = prices.input if prices.cached_input is None else prices.cached_input
-    fresh = usage.prompt_tokens - usage.cached_tokens
+    cached_price = prices.input
+    if prices.cached_input is not None:
+        cached_price = prices.cached_input
+    fresh_tokens = usage.prompt_tokens - usage.cached_tokens
     return (
-        fresh * prices.input
-        + usage.cached_tokens * cached
+        fresh_tokens * prices.input
+        + usage.cached_tokens * cached_price
         + usage.completion_tokens * prices.output
     ) / 1e6
 
 
 class Spending:
-    """What a run has spent, and the cap on it. A call is let through only if the cap holds with what the calls under
-    way will take at most; one that gave no usage is counted at that. `spent`: what the run has spent in other stages,
-    by name; it is counted on in place."""
+    """What a run has spent on its teacher, and the caps on it: cost, tokens and calls.
+
+    Each call reserves the most that it can take, and settles for what it took. Invariants:
+
+    - What is spent and what is reserved are together within every cap, as long as no call takes
+      more than it reserved.
+    - A call of which the endpoint gave no count is counted at what it reserved.
+    - A call that does not fit waits as long as other calls are under way: they may settle for less.
+      If none is, the cap itself is reached.
+
+    `spent` is what the run has spent in other stages, by name; this object adds to it.
+    """
 
     def __init__(
         self,
@@ -31,50 +42,57 @@ class Spending:
         prices: PriceRecipe | None,
         spent: dict[str, float] | None = None,
     ) -> None:
-        self._caps = {name: cap for name, cap in budget.model_dump().items() if cap is not None}
+        self._caps: dict[str, float] = budget.model_dump(exclude_none=True)
         self._prices = prices
         self._spent = {} if spent is None else spent
         for name in ("cost", "tokens", "calls"):
             self._spent.setdefault(name, 0.0)
-        self._reserved = dict.fromkeys(("cost", "tokens", "calls"), 0.0)
-        self._change = asyncio.Event()
+        self._reserved = {"cost": 0.0, "tokens": 0.0, "calls": 0.0}
+        self._settled = asyncio.Event()
 
     async def reserve(self, most: Usage) -> dict[str, float]:
-        """Sets aside what a call may take at most; `settle` must follow. Waits where only the calls under way stand
-        between it and the cap; raises BudgetReached where the cap itself does."""
+        """Reserve the most that a call can take; pass the result to `settle`. Waits for calls under
+        way where they may leave enough. Raises BudgetReached where a cap is reached."""
         wanted = self._amounts(most)
-        while over := next(
-            (n for n, cap in self._caps.items() if self._total(n) + wanted[n] > cap), None
-        ):
+        while True:
+            name = self._cap_exceeded_by(wanted)
+            if name is None:
+                break
             if not self._reserved["calls"]:
                 raise BudgetReached(
-                    f"teacher.budget.{over}: {self._spent[over]:g} of {self._caps[over]:g} spent in this run, and the "
-                    "next call would pass it; what was answered is kept: run again to go on, or raise the cap"
+                    f"teacher.budget.{name}: {self._spent[name]:g} of {self._caps[name]:g} spent "
+                    "in this run, and the next call could exceed it; all answers are kept: run "
+                    "again to continue, or raise the cap"
                 )
-            self._change.clear()
-            await self._change.wait()
+            self._settled.clear()
+            await self._settled.wait()
         for name, amount in wanted.items():
             self._reserved[name] += amount
         return wanted
 
     def settle(self, reserved: dict[str, float], used: Usage | None) -> None:
-        """`used`: what the endpoint counted; None where it gave no count, nothing where it refused to answer."""
-        spent = reserved if used is None else self._amounts(used)
+        """Replace what a call reserved by what it took: `used`, as the endpoint counted it, or all
+        of `reserved` if `used` is None."""
+        taken = reserved
+        if used is not None:
+            taken = self._amounts(used)
         for name, amount in reserved.items():
             self._reserved[name] = max(self._reserved[name] - amount, 0.0)
-            self._spent[name] += spent[name]
-        # Sums of floats leave dust; with nothing under way there is nothing reserved.
+            self._spent[name] += taken[name]
+        # Differences of floats leave a remainder; without calls under way nothing is reserved.
         if not round(self._reserved["calls"]):
             self._reserved = dict.fromkeys(self._reserved, 0.0)
-        self._change.set()
+        self._settled.set()
 
-    def _total(self, name: str) -> float:
-        return self._spent[name] + self._reserved[name]
+    def _cap_exceeded_by(self, wanted: dict[str, float]) -> str | None:
+        for name, cap in self._caps.items():
+            if self._spent[name] + self._reserved[name] + wanted[name] > cap:
+                return name
+        return None
 
     def _amounts(self, usage: Usage) -> dict[str, float]:
-        cost = cost_of(usage, self._prices) or 0.0
         return {
-            "cost": cost,
+            "cost": cost_of(usage, self._prices) or 0.0,
             "tokens": float(usage.prompt_tokens + usage.completion_tokens),
             "calls": 1.0,
         }

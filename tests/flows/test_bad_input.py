@@ -166,7 +166,7 @@ def test_a_budget_that_does_not_reach_to_the_test_rows_ends_the_run_before_it_tr
         line = bench.refusal(path=str(COUNTING))
         assert len(server.calls) == ROWS["train"] + 1
     assert (
-        "teacher.budget.calls: 61 of 61 spent in this run, and the next call would pass it" in line
+        "teacher.budget.calls: 61 of 61 spent in this run, and the next call could exceed it" in line
     )
     assert set(counted.read_text().split()) == {"request"}
 

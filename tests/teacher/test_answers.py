@@ -226,8 +226,12 @@ def votes(letters: str) -> list[Answer]:
 
 
 def test_the_majority_is_the_label_and_its_share_the_confidence() -> None:
-    assert combine_answers(votes("BBA"), LETTERS, soft=False) == CombinedAnswer("B", None, pytest.approx(2 / 3))
-    assert combine_answers(votes("CABAC" + "C"), LETTERS, soft=False) == CombinedAnswer("C", None, 0.5)
+    assert combine_answers(votes("BBA"), LETTERS, soft=False) == CombinedAnswer(
+        "B", None, pytest.approx(2 / 3)
+    )
+    assert combine_answers(votes("CABAC" + "C"), LETTERS, soft=False) == CombinedAnswer(
+        "C", None, 0.5
+    )
 
 
 def test_shares_of_votes_are_the_distribution_where_soft_labels_are_wanted() -> None:
@@ -275,8 +279,12 @@ def test_the_majority_stands_whatever_the_probabilities() -> None:
 def test_probabilities_that_some_answers_lack_are_not_averaged() -> None:
     some = [Answer("B", {"A": 0.0, "B": 1.0, "C": 0.0}), Answer("B"), Answer("A")]
     shares = {"A": pytest.approx(1 / 3), "B": pytest.approx(2 / 3), "C": 0.0}
-    assert combine_answers(some, LETTERS, soft=True) == CombinedAnswer("B", shares, pytest.approx(2 / 3))
-    assert combine_answers(some, LETTERS, soft=False) == CombinedAnswer("B", None, pytest.approx(2 / 3))
+    assert combine_answers(some, LETTERS, soft=True) == CombinedAnswer(
+        "B", shares, pytest.approx(2 / 3)
+    )
+    assert combine_answers(some, LETTERS, soft=False) == CombinedAnswer(
+        "B", None, pytest.approx(2 / 3)
+    )
     assert combine_answers([some[0], some[2]], LETTERS, soft=True) is None, (
         "one sure answer breaks no tie of votes"
     )

@@ -54,7 +54,8 @@ def run(work: Coroutine[Any, Any, Any]) -> Any:
 
 
 def paced(**recipe: Any) -> Pace:
-    return Pace(TeacherRecipe(**recipe))
+    recipe = TeacherRecipe(**recipe)
+    return Pace(recipe.concurrency, recipe.requests_per_minute, recipe.tokens_per_minute)
 
 
 class Worker:
