@@ -1,7 +1,8 @@
-"""The hand-off records between stages: frozen, JSON both ways; URIs, digests and counts, never a payload or a secret.
+"""The records that stages hand on: frozen, to JSON and back.
 
-Each record has a `content_id`: a digest of what later stages depend on. Two equal runs give equal content_ids, wherever
-and whenever they ran: URIs, times, costs and the producing run's name are no part of it.
+They hold URIs, digests and counts, never file contents or secrets. Each stage's record has a
+`content_id`: a digest of what later stages depend on. Two equal runs have equal content_ids,
+wherever and whenever they ran, because URIs, times, costs and the run's name are not part of it.
 """
 
 import hashlib
@@ -15,17 +16,20 @@ from distillery.recipe import ExportForm, RegistryKind
 
 
 def digest_of(value: Any) -> str:
-    """SHA-256 (hex) of a JSON-able value in canonical form: sorted keys, no spaces, UTF-8."""
+    """Return the SHA-256 (hex) of a value's canonical JSON: sorted keys, no spaces, UTF-8."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 class Record(BaseModel):
+    """Base of all records: frozen, and refuses unknown fields."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class Example(Record):
-    """One multiple-choice row: `choices` are the option texts in order; `answer_key` is the gold letter, if known."""
+    """A multiple-choice row: `choices` are the options' texts in order, `answer_key` is the gold
+    letter, if known."""
 
     example_id: str
     question: str
@@ -42,8 +46,8 @@ LETTERS = tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
 
 
 class Usage(Record):
-    """Tokens of one call or of many, as the endpoint counts them; `cached_tokens` are those of the prompt that it had
-    at hand."""
+    """Tokens of one call or of many, as the endpoint counts them. `cached_tokens` are the part of
+    the prompt tokens that it had cached."""
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
@@ -58,9 +62,12 @@ class Usage(Record):
 
 
 class TeacherLabel(Record):
-    """A teacher's accepted answer to one row: a letter and, from log-probabilities or votes, the distribution over the
-    row's letters (sums to 1). `confidence` (0 to 1): the share of its several answers that agree, else the letter's
-    probability; None where there is one answer without probabilities. `rationale`: its reason, in its words."""
+    """A teacher's accepted answer to a row.
+
+    `distribution`: probability of each of the row's letters, from log-probabilities or votes; sums
+    to 1. `confidence` (0 to 1): the share of several answers that agree, or else the letter's
+    probability; None for a single answer without probabilities. `rationale`: the teacher's reason.
+    """
 
     example_id: str
     answer: str
@@ -71,7 +78,7 @@ class TeacherLabel(Record):
 
 
 class RejectedLabel(Record):
-    """A row whose answer is no option or never came: kept with its reason and never trained on."""
+    """A row without a usable answer: kept with the reason, and never trained on."""
 
     example_id: str
     reason: str
@@ -79,7 +86,10 @@ class RejectedLabel(Record):
 
 
 class Artifact(Record):
-    """A folder in the artifact store. `sha256` covers all paths and contents; `uri` may change when a store moves."""
+    """A folder in the artifact store.
+
+    `sha256` covers all paths and contents. `uri` may change when a store moves.
+    """
 
     uri: str
     sha256: str
@@ -91,7 +101,10 @@ class Artifact(Record):
 
 
 class StageRecord(Record):
-    """What a stage returns: an artifact and its counts. `produced_by` and `run_id` name the run that did the work."""
+    """What a stage returns: an artifact and its figures.
+
+    `produced_by` and `run_id` name the run that did the work, which took `seconds`.
+    """
 
     artifact: Artifact
     produced_by: str = ""
@@ -104,7 +117,7 @@ class StageRecord(Record):
 
 
 class Split(Record):
-    """A split of the prepared data: `file` in the artifact's folder, one Example a line (JSONL)."""
+    """A split of the prepared data: a JSONL `file` in the artifact's folder, one Example a line."""
 
     file: str
     rows: int
@@ -112,15 +125,21 @@ class Split(Record):
 
 
 class PreparedDataset(StageRecord):
+    """The prepared data: its splits by role, and the rows of train and gold that were dropped."""
+
     splits: dict[str, Split]
     duplicates_dropped: int = 0
     near_duplicates_dropped: int = 0
 
     def rows(self, role: str) -> "Rows":
-        """The rows of a role: gold, train, validation or test. Raises DataError where the data set has none."""
+        """Return the rows of a role: gold, train, validation or test.
+
+        Raises DataError if the data set has none.
+        """
         if role not in self.splits:
             raise DataError(
-                f"dataset.splits: the recipe needs {role} rows; name a split for them or carve them"
+                f"dataset: the recipe needs {role} rows; name a split for them in dataset.splits, "
+                "or take a share of train by dataset.carve"
             )
         return Rows(artifact=self.artifact, **self.splits[role].model_dump())
 
@@ -129,7 +148,7 @@ class PreparedDataset(StageRecord):
 
 
 class Rows(Split):
-    """One split on its way to a stage; its content_id is the split's own, whatever else the data set holds."""
+    """A split as a stage takes it. Its content_id does not depend on the other splits."""
 
     artifact: Artifact
 
@@ -139,9 +158,13 @@ class Rows(Split):
 
 
 class TeacherLabels(StageRecord):
-    """Files in the folder: labels.jsonl (TeacherLabel), rejected.jsonl (RejectedLabel), train_data.jsonl (the lab's
-    Question/Answer rows), report.json (LabelReport) and, where gold answers are known, reliability.png and
-    look.jsonl, the rows worth a look. `asked`, `usage` and `cost`: the calls of the run that did the work."""
+    """The labels of the train rows.
+
+    Files in the folder: labels.jsonl (TeacherLabel), rejected.jsonl (RejectedLabel),
+    train_data.jsonl (the lab's Question/Answer rows), report.json (LabelReport) and, if gold
+    answers are known, reliability.png and look.jsonl, the rows worth a look. `asked`, `usage`,
+    `cost` and `calls_per_second` describe the calls of the run that did the work.
+    """
 
     teacher: str
     accepted: int
@@ -155,8 +178,12 @@ class TeacherLabels(StageRecord):
 
 
 class TeacherDrift(Record):
-    """How the canary rows were answered afresh: `changed` names those of the `compared` rows whose label is another
-    one now. `before`, `after`: the model versions that the endpoint reported."""
+    """How the teacher answered the canary rows when it was asked again.
+
+    `asked`: answers received. `compared`: rows that have labels from before and from now.
+    `changed`: ids of those whose label differs. `before`, `after`: model versions that the
+    endpoint reported.
+    """
 
     asked: int
     compared: int
@@ -166,20 +193,28 @@ class TeacherDrift(Record):
 
     @property
     def share(self) -> float:
-        """Of the compared rows, those that changed (0 to 1)."""
-        return len(self.changed) / self.compared if self.compared else 0.0
+        """The share (0 to 1) of the compared rows that changed."""
+        if not self.compared:
+            return 0.0
+        return len(self.changed) / self.compared
 
     def line(self) -> str:
-        """The result in one line."""
+        """Return the result as a sentence."""
         if not self.compared:
             return "no canary row has an answer from before and one from now"
-        versions = f"; {', '.join(self.before)} answered then, {', '.join(self.after)} now"
-        return f"{len(self.changed)} of {self.compared} canary rows are answered otherwise ({self.share:.0%}){versions}"
+        before, after = ", ".join(self.before), ", ".join(self.after)
+        return (
+            f"{len(self.changed)} of {self.compared} canary rows are answered otherwise "
+            f"({self.share:.0%}); {before} answered then, {after} now"
+        )
 
 
 class CurvePoint(Record):
-    """`loss` is the mean since the last point; `validation_accuracy` (0 to 1) and `validation_loss` (nats) are there at
-    an epoch's end."""
+    """A point of the training curve.
+
+    `loss`: mean since the point before. `validation_accuracy` (0 to 1) and `validation_loss` (nats)
+    are known at the end of an epoch.
+    """
 
     step: int
     loss: float
@@ -188,8 +223,12 @@ class CurvePoint(Record):
 
 
 class StudentCheckpoint(StageRecord):
-    """Folders in the artifact: model/ (a whole model in safetensors: the trained one, or for LoRA and DoRA the one that
-    the adapter is for, left out where that is the base model itself) and, for these two, adapter/."""
+    """A trained student.
+
+    Folders in the artifact: model/, a whole model in safetensors, and for LoRA and DoRA adapter/.
+    With an adapter, model/ is the model that the adapter belongs to; it is left out if that is the
+    base model itself.
+    """
 
     method: Literal["full", "lora", "dora"]
     base: str
@@ -210,8 +249,11 @@ class Interval(Record):
 
 
 class Departure(Record):
-    """How far an exported model is from the float model that it was made of, on the same rows: mean and largest |dp|
-    over all options' probabilities (0 to 1), and the rows that it answers otherwise."""
+    """How far an exported model's answers are from those of its float model, on the same rows.
+
+    `mean`, `largest`: absolute difference of the options' probabilities (0 to 1). `changed`:
+    number of rows that are answered otherwise.
+    """
 
     mean: float
     largest: float
@@ -219,8 +261,11 @@ class Departure(Record):
 
 
 class Rung(Record):
-    """A form of the student on the validation rows. `difference`: its accuracy less the float student's, with the
-    paired interval. Figures are None where it could not be built or asked. `note`: why it was picked, or why not."""
+    """A form of the student on the validation rows.
+
+    `difference`: its accuracy minus the float student's, with the paired interval. The figures are
+    None if it could not be built or scored. `note`: why it was picked, or why not.
+    """
 
     form: ExportForm
     bytes: int | None = None
@@ -233,7 +278,8 @@ class Rung(Record):
 
 
 class Ladder(Record):
-    """All forms that a student was tried in. `accuracy`: the float student's, on the `rows` validation rows."""
+    """The forms that a student was tried in. `accuracy`: the float student's on the validation
+    rows, of which there are `rows`."""
 
     rows: int
     accuracy: float
@@ -242,8 +288,10 @@ class Ladder(Record):
 
 
 class OnnxModel(StageRecord):
-    """A folder that ONNX Runtime GenAI loads: genai_config.json at its top, and ladder.json where it was picked from a
-    ladder."""
+    """A folder that ONNX Runtime GenAI loads.
+
+    It has genai_config.json at its top, and ladder.json if it was picked from a ladder.
+    """
 
     precision: str
     algorithm: str
@@ -257,8 +305,12 @@ class OnnxModel(StageRecord):
 
 
 class ScoreRow(Record):
-    """One line of the scoreboard: a predictor on the test rows. Latencies in ms, memory in MiB, bytes of its folder.
-    `departure`: of the candidate alone."""
+    """A row of the scoreboard: a predictor on the test rows.
+
+    `versus_teacher`: accuracy minus the teacher's (paired interval). `agreement`: share of rows (0
+    to 1) answered as the teacher does. Latencies in milliseconds, `peak_mib` in MiB of memory,
+    `bytes` of the model's folder. `departure`: only the candidate has one.
+    """
 
     name: str
     kind: Literal["reference", "baseline", "model"]
@@ -278,8 +330,11 @@ class ScoreRow(Record):
 
 
 class EvaluationReport(StageRecord):
-    """Files in the folder: report.json, answers.jsonl (one test row a line: each predictor's answer), scoreboard.md,
-    scoreboard.png."""
+    """The scoreboard of a run.
+
+    Files in the folder: report.json, answers.jsonl (one test row a line, with the answer of each
+    predictor), scoreboard.md and scoreboard.png. `candidate`: the student's name on the scoreboard.
+    """
 
     scoreboard: tuple[ScoreRow, ...]
     candidate: str
@@ -288,16 +343,20 @@ class EvaluationReport(StageRecord):
 
     @property
     def content_id(self) -> str:
-        """The answers alone: speeds differ between equal runs."""
+        """The digest of the answers: speeds differ between equal runs."""
         return self.answers_sha256
 
     def row(self, name: str) -> ScoreRow:
+        """Return the row of a predictor that is on the scoreboard."""
         return next(row for row in self.scoreboard if row.name == name)
 
 
 class Measured(Record):
-    """An exported student on the validation rows: the rows it gets right, its latency (ms, median of single rows) and
-    its folder's bytes."""
+    """An exported student on the validation rows.
+
+    `correct` of `rows` are answered right. `p50_ms`: median latency of single rows, in
+    milliseconds. `bytes`: size of the folder.
+    """
 
     correct: int
     rows: int
@@ -310,9 +369,12 @@ class Measured(Record):
 
 
 class Trial(Record):
-    """A student of a search. `settings`: what was tried, by name. `measured`: what came of it, or None where no student
-    did, for `reason`. `best`: no other is as good in accuracy, size and latency and better in one of them (the Pareto
-    front)."""
+    """A trial of a search.
+
+    `settings`: what was tried, by name. `measured`: the student's figures, or None if there is no
+    student, for `reason`. `best`: on the Pareto front of accuracy, size and latency: no other
+    trial is at least as good in all three and better in one.
+    """
 
     number: int
     settings: dict[str, float]
@@ -322,7 +384,8 @@ class Trial(Record):
 
 
 class GateDecision(Record):
-    """`passed`: the candidate may be registered. `reason` is one line for people."""
+    """The gate's verdict. `passed`: the candidate may be registered. `reason`: one line for
+    people."""
 
     passed: bool
     reason: str
@@ -330,7 +393,11 @@ class GateDecision(Record):
 
 
 class RegisteredModel(StageRecord):
-    """`manifest_sha256` is that of manifest.json inside the registered folder, which lists every file's sha256."""
+    """A version of a model in a registry.
+
+    `manifest_sha256` is the digest of manifest.json in the registered folder, which lists the
+    sha256 of every file.
+    """
 
     name: str
     version: str
@@ -340,12 +407,13 @@ class RegisteredModel(StageRecord):
 
     @property
     def content_id(self) -> str:
-        """A registration, not its content alone: the same model in two registries is downloaded from each."""
+        """The digest of the registration: the same model in two registries is downloaded from
+        each."""
         return digest_of([self.registry, self.name, self.version, self.manifest_sha256])
 
 
 class InputFile(Record):
-    """A file of rows to score; its content_id is its content's, wherever it lies."""
+    """A file of rows to score. Its content_id is that of its content, whatever its path."""
 
     uri: str
     sha256: str
@@ -356,22 +424,26 @@ class InputFile(Record):
 
 
 class Predictions(StageRecord):
-    """Files in the folder: predictions.jsonl (example_id, answer, probabilities), failed.jsonl (line, example_id,
-    reason)."""
+    """A student's answers to a file of rows.
+
+    Files in the folder: predictions.jsonl (example_id, answer, probabilities) and failed.jsonl
+    (line, example_id, reason).
+    """
 
     rows: int
     failed: int
 
 
 class PreparedTeacher(Record):
-    """A local teacher: as weights, from which a student may start, and as the model that is served while it labels."""
+    """A local teacher: its weights, from which a student may start, and the model that is served
+    while it labels."""
 
     checkpoint: StudentCheckpoint
     model: OnnxModel
 
 
 class Outcome(Record):
-    """All records of a run; what the gate refused is not registered."""
+    """All records of a run. `registered` is None if the gate refused the student."""
 
     recipe: str
     data: PreparedDataset
