@@ -1,5 +1,5 @@
-"""How a teacher's answer is read: its letter, the probabilities of all letters, its reason; and how several of one row
-become one label."""
+"""Reading the teacher's answers: the letter, the probabilities of all letters, the rationale; and
+one label from several answers to a row."""
 
 import json
 import math
@@ -15,6 +15,7 @@ _MARK = re.compile(
     r"(?:answer|option|choice)\b(?:\s+(?:is|would\s+be)\b)?\s*[:=-]?\s*",
     re.IGNORECASE,
 )
+"""What marks an answer at the start of a line: "Answer:", "So, the best choice is"."""
 
 _MARK_ALONE = re.compile(r"((?:answer|option|choice)(?:\s+is)?\s*:)\s*\n\s*", re.IGNORECASE)
 
@@ -28,121 +29,156 @@ _OTHER_LETTER = re.compile(r"(?<![\w'])([A-Z])(?![\w'])(?!(?<=[AI])\s+[a-z])")
 
 
 def parse_answer(text: str, choices: Sequence[str]) -> str | None:
-    """The letter that `text` answers with, out of those of `choices` (the option texts), or None where it is none or
-    more than one.
+    """Return the letter that `text` answers with, or None if it names no option or several.
 
-    Read are a letter alone ("B", "(B)", "B.", "**B**"), a letter before other text ("B) some text"), an option's exact
-    text, and each of these after "Answer:", "The answer is" and the like at the start of a line. A letter within a
-    sentence is not read: "A good choice is B" is None. What stands before </think> is not looked at.
+    `choices` are the texts of the options as they were shown. Accepted are a letter alone ("B",
+    "(B)", "B.", "**B**"), a letter before other text ("B) some text"), the exact text of an option,
+    and each of these after "Answer:", "The answer is" and the like at the start of a line. A letter
+    inside a sentence is not accepted: "A good choice is B" gives None. Everything up to </think> is
+    ignored.
     """
-    body = re.sub(r"[*`]", "", text.rpartition("</think>")[2]).strip()
+    body = without_emphasis(after_thinking(text)).strip()
     body = _MARK_ALONE.sub(r"\1 ", body)
     if body.startswith("<think>"):
         return None
-    marked = [body_after for line in body.splitlines() if (body_after := _after_mark(line))]
-    letters = {_read(rest, choices) for rest in marked or [body]}
-    return letters.pop() if len(letters) == 1 else None
-
-
-def _after_mark(line: str) -> str:
-    found = _MARK.match(line)
-    return line[found.end() :].strip() if found else ""
-
-
-def _read(body: str, choices: Sequence[str]) -> str | None:
-    """The letter of a text that starts with its answer: by letter and by option text, which must not disagree."""
-    letters = LETTERS[: len(choices)]
-    named = {
-        letter
-        for letter, choice in zip(letters, choices, strict=True)
-        if body and _plain(body) == _plain(choice)
-    }
-    if (alone := _LETTER_ALONE.fullmatch(body)) and alone[1].upper() in letters:
-        named.add(alone[1].upper())
-    elif (first := _LETTER_FIRST.match(body)) and (letter := first[1] or first[2]) in letters:
-        named |= {letter} | _letters_named(body[first.end() :], letter, choices)
-    return named.pop() if len(named) == 1 else None
-
-
-def _letters_named(rest: str, letter: str, choices: Sequence[str]) -> set[str]:
-    """The options that the text after a leading letter speaks of; its own text counts as nothing else."""
-    letters = LETTERS[: len(choices)]
-    if _plain(rest) == _plain(choices[letters.index(letter)]):
-        return set()
-    by_text = {
-        other
-        for other, choice in zip(letters, choices, strict=True)
-        if _plain(rest) == _plain(choice)
-    }
-    return by_text | {found for found in _OTHER_LETTER.findall(rest) if found in letters}
-
-
-def _plain(text: str) -> str:
-    return " ".join(re.sub(r"[*`]", "", text).split()).strip(" \"'“”.").casefold()
-
-
-def distribution(
-    top_logprobs: Iterable[tuple[str, float]], letters: Sequence[str]
-) -> dict[str, float] | None:
-    """The teacher's probabilities of `letters` (they sum to 1) from the alternatives at the answer's token, or None
-    where no letter is among them.
-
-    Spellings of a letter with blanks around it (" A", "A") are summed, and the letters are normalised among themselves.
-    A letter that is not listed gets the least listed probability, which it can't have exceeded, or, where that is
-    smaller, an equal share with the other missing letters of what all listed tokens leave. -9999 stands for a token
-    outside the list, of 20 at most (OpenAI's API reference, chat completions, logprobs and top_logprobs).
-    """
-    listed = [
-        (token, math.exp(min(value, 0.0))) for token, value in top_logprobs if value > -9999.0
-    ]
-    found: dict[str, float] = {}
-    for token, probability in listed:
-        if (letter := letter_of(token)) in letters:
-            found[letter] = found.get(letter, 0.0) + probability
-    if not sum(found.values()):
+    answers = []
+    for line in body.splitlines():
+        marked = text_after_mark(line)
+        if marked:
+            answers.append(marked)
+    if not answers:
+        answers.append(body)
+    letters = {parse_marked_answer(answer, choices) for answer in answers}
+    if len(letters) != 1:
         return None
-    missing = [letter for letter in letters if letter not in found]
-    if missing:
-        left = max(1.0 - sum(p for _, p in listed), 0.0) / len(missing)
-        found |= dict.fromkeys(missing, min(left, min(p for _, p in listed)))
-    total = sum(found.values())
-    return {letter: found[letter] / total for letter in letters}
+    return letters.pop()
 
 
-def letter_of(token: str) -> str:
-    """A token less the blanks around it, which some endpoints write as their tokenizer does, and less what a letter is
-    written in: brackets, JSON's quotes and brace, the marks after it."""
-    return token.strip(' \t\r\n▁ĠĊ"()[]{}*.:,')
+def parse_marked_answer(text: str, choices: Sequence[str]) -> str | None:
+    """Return the letter that `text` starts with or whose option it is; None if these disagree, or
+    if the text after the letter names another option."""
+    letters = LETTERS[: len(choices)]
+    named = letters_of_text(text, choices)
+    alone = _LETTER_ALONE.fullmatch(text)
+    first = _LETTER_FIRST.match(text)
+    if alone and alone[1].upper() in letters:
+        named.add(alone[1].upper())
+    elif first:
+        letter = first[1] or first[2]
+        rest = text[first.end() :]
+        if letter in letters:
+            named.add(letter)
+            # The option's own text may contain another letter or be another option's as well.
+            if normalized(rest) != normalized(choices[letters.index(letter)]):
+                named |= letters_of_text(rest, choices)
+                named |= set(_OTHER_LETTER.findall(rest)) & set(letters)
+    if len(named) != 1:
+        return None
+    return named.pop()
+
+
+def letters_of_text(text: str, choices: Sequence[str]) -> set[str]:
+    """Return the letters of the options whose text is `text`."""
+    letters: set[str] = set()
+    if not text:
+        return letters
+    for letter, choice in zip(LETTERS, choices, strict=False):
+        if normalized(text) == normalized(choice):
+            letters.add(letter)
+    return letters
+
+
+def text_after_mark(line: str) -> str:
+    """Return what follows "Answer:" or the like at the start of a line; "" without such a mark."""
+    found = _MARK.match(line)
+    if not found:
+        return ""
+    return line[found.end() :].strip()
+
+
+def after_thinking(text: str) -> str:
+    """Return what follows the last </think>, or all of `text`."""
+    return text.rpartition("</think>")[2]
+
+
+def without_emphasis(text: str) -> str:
+    """Return `text` without Markdown's * and `."""
+    return re.sub(r"[*`]", "", text)
+
+
+def normalized(text: str) -> str:
+    """Return `text` as options are compared: without emphasis, quotes, case and extra spaces."""
+    return " ".join(without_emphasis(text).split()).strip(" \"'“”.").casefold()
 
 
 def parse_json(text: str, choices: Sequence[str]) -> str | None:
-    """The letter of {"answer": LETTER}, after any thinking; of an endpoint that takes no JSON schema, whatever
-    `parse_answer` reads."""
+    """Return the letter of {"answer": LETTER}, after any thinking. Text that is not JSON, which an
+    endpoint without JSON schemas may send, is read by `parse_answer`."""
     try:
-        value = json.loads(text.rpartition("</think>")[2])
+        value = json.loads(after_thinking(text))
     except ValueError:
         return parse_answer(text, choices)
     except RecursionError:
         return None
     answer = value.get("answer") if isinstance(value, dict) else None
-    return answer if isinstance(answer, str) and answer in LETTERS[: len(choices)] else None
+    if isinstance(answer, str) and answer in LETTERS[: len(choices)]:
+        return answer
+    return None
 
 
 def rationale_of(text: str) -> str:
-    """What stands before the line with the answer, after any thinking."""
-    lines = text.rpartition("</think>")[2].strip().splitlines()
-    marked = [
-        number
-        for number, line in enumerate(lines)
-        if _after_mark(re.sub(r"[*`]", "", line).strip())
-    ]
-    return "\n".join(lines[: marked[-1]]).strip() if marked else ""
+    """Return what precedes the last line with an answer, without any thinking."""
+    lines = after_thinking(text).strip().splitlines()
+    for number in reversed(range(len(lines))):
+        if text_after_mark(without_emphasis(lines[number]).strip()):
+            return "\n".join(lines[:number]).strip()
+    return ""
+
+
+def letter_of(token: str) -> str:
+    """Return a token without what may surround its letter: blanks, also as some tokenizers write
+    them, brackets, the quotes and braces of JSON, and punctuation."""
+    return token.strip(' \t\r\n▁ĠĊ"()[]{}*.:,')
+
+
+def distribution(
+    top_logprobs: Iterable[tuple[str, float]], letters: Sequence[str]
+) -> dict[str, float] | None:
+    """Return the teacher's probabilities of `letters`, which sum to 1, from the (token, log
+    probability) pairs at the token of the answer; None if none of these tokens is a letter.
+
+    The probabilities of the spellings of a letter (" A", "A") are added, and the letters are
+    normalised among themselves. A letter that is not listed gets the lowest listed probability,
+    which its own cannot exceed, or its equal share of what the listed tokens leave, whichever is
+    lower. -9999 stands for a token outside the list of at most 20 (OpenAI's API reference, chat
+    completions, logprobs and top_logprobs).
+    """
+    listed: list[float] = []
+    found: dict[str, float] = {}
+    for token, log_probability in top_logprobs:
+        if log_probability <= -9999.0:
+            continue
+        probability = math.exp(min(log_probability, 0.0))
+        listed.append(probability)
+        letter = letter_of(token)
+        if letter in letters:
+            found[letter] = found.get(letter, 0.0) + probability
+    if not sum(found.values()):
+        return None
+    missing = [letter for letter in letters if letter not in found]
+    if missing:
+        share = max(1.0 - sum(listed), 0.0) / len(missing)
+        for letter in missing:
+            found[letter] = min(share, min(listed))
+    total = sum(found.values())
+    return {letter: found[letter] / total for letter in letters}
 
 
 def rotated_order(count: int, order: int) -> list[int]:
-    """The `order`-th order of `count` options: each place's option, all turned by `order` places. With as many orders
-    as options each option stands at each place once."""
-    return [(place + order) % count for place in range(count)]
+    """Return the `order`-th order of `count` options: the option shown at each position. Each
+    order is the one before rotated by one position, so that over `count` orders each option is
+    shown once at each position."""
+    return [(position + order) % count for position in range(count)]
 
 
 @dataclass(frozen=True)
@@ -155,6 +191,9 @@ class Answer:
 
 @dataclass(frozen=True)
 class CombinedAnswer:
+    """The label that a row's answers give. `confidence`: the share of answers that agree, or the
+    probability of a single answer's letter."""
+
     letter: str
     distribution: dict[str, float] | None
     confidence: float | None
@@ -163,41 +202,43 @@ class CombinedAnswer:
 def in_own_letters(
     letter: str, distribution: dict[str, float] | None, order: Sequence[int]
 ) -> Answer:
-    """An answer to the options as they were shown, as one to the row; `order` holds the row's option at each place."""
-    own = {LETTERS[place]: LETTERS[option] for place, option in enumerate(order)}
+    """Translate an answer from the letters that were shown into the row's own; `order` holds the
+    option of the row at each position shown."""
+    own = {}
+    for position, option in enumerate(order):
+        own[LETTERS[position]] = LETTERS[option]
     if distribution is None:
         return Answer(own[letter])
-    known = {own[shown]: p for shown, p in distribution.items()}
-    return Answer(own[letter], {name: known[name] for name in sorted(known)})
+    translated = {own[shown]: probability for shown, probability in distribution.items()}
+    return Answer(own[letter], dict(sorted(translated.items())))
 
 
 def combine_answers(
     answers: Sequence[Answer], letters: Sequence[str], soft: bool
 ) -> CombinedAnswer | None:
-    """One label of a row's answers: the majority's letter; None where two letters share the first place.
+    """Return the label that a row's `answers` (at least one) give: the letter of the majority.
 
-    Its confidence is the share of answers that agree, or, of a single one, its letter's probability. Its distribution
-    is the mean of the answers' own, where all have one, else, if `soft` is set and there are several, their shares."""
+    If all answers have a distribution, the label's is their mean, and decides a tie of votes.
+    Otherwise it is the shares of the votes if `soft` is set, or None. Returns None if a tie is not
+    decided.
+    """
     if len(answers) == 1:
-        (only,) = answers
-        confidence = only.distribution[only.letter] if only.distribution else None
-        return CombinedAnswer(only.letter, only.distribution, confidence)
+        answer = answers[0]
+        confidence = answer.distribution[answer.letter] if answer.distribution else None
+        return CombinedAnswer(answer.letter, answer.distribution, confidence)
     counts = Counter(answer.letter for answer in answers)
-    own = [answer.distribution for answer in answers if answer.distribution]
-    all_have_one = len(own) == len(answers)
-    if all_have_one:
-        distribution = {letter: sum(one[letter] for one in own) / len(own) for letter in letters}
-    else:
-        distribution = {letter: counts[letter] / len(answers) for letter in letters}
-    (first, most), *others = counts.most_common()
-    tied = [first] + [letter for letter, count in others if count == most]
-    # A tie of votes alone tells nothing; the probabilities behind them may.
-    best = max(tied, key=lambda letter: distribution[letter])
-    if (
-        len(tied) > 1
-        and sum(math.isclose(distribution[letter], distribution[best]) for letter in tied) > 1
-    ):
-        return None
-    return CombinedAnswer(
-        best, distribution if all_have_one or soft else None, counts[best] / len(answers)
-    )
+    distributions = [answer.distribution for answer in answers if answer.distribution]
+    all_have_one = len(distributions) == len(answers)
+    combined = {}
+    for letter in letters:
+        if all_have_one:
+            combined[letter] = sum(known[letter] for known in distributions) / len(answers)
+        else:
+            combined[letter] = counts[letter] / len(answers)
+    most = max(counts.values())
+    tied = [letter for letter, count in counts.items() if count == most]
+    best = max(tied, key=lambda letter: combined[letter])
+    for letter in tied:
+        if letter != best and math.isclose(combined[letter], combined[best]):
+            return None
+    return CombinedAnswer(best, combined if all_have_one or soft else None, most / len(answers))
