@@ -1,6 +1,5 @@
 """registry/local"""
 
-import fcntl
 import logging
 import os
 import shutil
@@ -10,6 +9,8 @@ from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from filelock import FileLock
 
 from distillery.errors import ArtifactDamaged, RegistryError, RegistryUnavailable
 from distillery.records import RegisteredModel
@@ -139,8 +140,7 @@ class LocalRegistry(Registry):
             logging.getLogger(noisy).setLevel(logging.WARNING)
         self._artifacts.mkdir(parents=True, exist_ok=True)
         # The first to come makes MLflow's tables; two that make them at once break each other.
-        with (self._artifacts / ".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with FileLock(self._artifacts / ".lock"):
             client = MlflowClient(tracking_uri=self._url, registry_uri=self._url)
             client.search_registered_models(max_results=1)
         return client

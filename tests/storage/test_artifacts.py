@@ -27,7 +27,7 @@ from distillery.errors import (
 from distillery.records import Artifact
 from distillery.settings import LocalSettings
 from distillery.storage.artifacts import ArtifactStore
-from distillery.storage.cache import Cache as _Cache
+from distillery.storage.cache import Cache
 from distillery.storage.files import Storage
 from distillery.storage.manifest import MANIFEST
 from distillery.storage.working import working_folder
@@ -687,8 +687,8 @@ def test_settings_that_are_no_numbers_are_one_clear_line(monkeypatch: pytest.Mon
 HOLD = """
 import sys, time
 from pathlib import Path
-from distillery.storage.cache import Cache as _Cache
-_Cache(Path(sys.argv[1]), 0).hold(sys.argv[2])
+from distillery.storage.cache import Cache
+Cache(Path(sys.argv[1]), 0).hold(sys.argv[2])
 print("held", flush=True)
 time.sleep(600)
 """
@@ -712,21 +712,50 @@ def test_the_least_recently_used_goes_first_but_none_in_use(tmp_path: Path) -> N
             assert user.stdout.readline() == "held\n"
             # It has become the newest, and stays in use when it is the oldest again.
             os.utime(oldest, (1, 1))
-            _Cache(cache, 3000).make_room(0)
+            Cache(cache, 3000).make_room(0)
             assert (oldest.exists(), old.exists(), new.exists()) == (True, True, True)
-            _Cache(cache, 3000).make_room(1)
+            Cache(cache, 3000).make_room(1)
             assert (oldest.exists(), old.exists(), new.exists()) == (True, False, True)
-            _Cache(cache, 0).make_room(0)
+            Cache(cache, 0).make_room(0)
             assert (oldest.exists(), new.exists()) == (True, False)
         finally:
             user.kill()
-    _Cache(cache, 0).make_room(0)
+    Cache(cache, 0).make_room(0)
     assert not oldest.exists()
+
+
+def test_a_process_does_not_evict_what_it_holds_itself(tmp_path: Path) -> None:
+    held, free = entry(tmp_path, "a", 1), entry(tmp_path, "b", 2)
+    Cache(tmp_path, 0).hold(held.name)
+    Cache(tmp_path, 0).make_room(0)
+    assert (held.exists(), free.exists()) == (True, False)
+
+
+def test_a_copy_stays_until_the_last_of_its_users_is_gone(tmp_path: Path) -> None:
+    folder = entry(tmp_path, "a", 1)
+    command = [sys.executable, "-c", HOLD, str(tmp_path), folder.name]
+    users = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    try:
+        for user in users:
+            assert user.stdout is not None
+            assert user.stdout.readline() == "held\n"
+        users[0].kill()
+        users[0].wait()
+        Cache(tmp_path, 0).make_room(0)
+        assert folder.exists()
+    finally:
+        for user in users:
+            user.kill()
+            with user:
+                user.wait()
+    Cache(tmp_path, 0).make_room(0)
+    assert not folder.exists()
+    assert list((tmp_path / "locks").glob("*.use-*")) == [], "killed users' files are removed"
 
 
 def test_what_a_killed_reader_left_is_evicted_too(tmp_path: Path) -> None:
     left = entry(tmp_path, "a", 1).rename(tmp_path / f"{'a' * 64}.reading-x")
-    _Cache(tmp_path, 0).make_room(0)
+    Cache(tmp_path, 0).make_room(0)
     assert not left.exists()
 
 
