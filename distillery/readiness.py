@@ -146,7 +146,7 @@ def _teacher(recipe: Recipe) -> list[Finding]:
             f"the run prepares it from {teacher.preparation.base.model} and serves it itself",
         )
     if teacher.kind in ("gold", "file"):
-        return _ok("teacher", f"none is asked: {teacher_identity(recipe, None)}")
+        return _ok("teacher", f"none is asked: {teacher_identity(recipe.teacher, None)}")
     try:
         endpoint = resolve_endpoint(teacher)
     except CredentialsError as error:

@@ -128,7 +128,7 @@ def labelled_rows(
         with own_tags():
             local = named(taught, recipe.prompt, data, training_deployment, refresh)
     served = local.model if local else None
-    identity = teacher_identity(recipe, served)
+    identity = teacher_identity(recipe.teacher, served)
     # Before anything is paid for: a teacher that has changed may end the run.
     if recipe.teacher.canaries.rows:
         canaries(train_rows, recipe.prompt, recipe.teacher, identity)

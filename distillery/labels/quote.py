@@ -158,7 +158,7 @@ def quote_recipe(recipe: Recipe) -> dict[str, Quote]:
     if teacher.kind in ("gold", "file"):
         raise RecipeError(f"teacher.kind is {teacher.kind}: nobody is asked, and nothing is paid")
     identity = (
-        teacher_identity(recipe, None)
+        teacher_identity(recipe.teacher, None)
         if teacher.kind == "endpoint"
         else "a teacher that is yet to be trained"
     )

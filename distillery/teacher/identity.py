@@ -1,24 +1,26 @@
-"""teacher/identity"""
+"""Who the teacher is, as the label store and the cache keys know it."""
 
 from pathlib import Path
 
 from distillery.errors import DataError, RecipeError
-from distillery.recipe import Recipe
+from distillery.recipe import TeacherRecipe
 from distillery.records import OnnxModel, digest_of
 from distillery.settings import TeacherSettings
 from distillery.storage.digests import sha256_of
 
 
-def teacher_identity(recipe: Recipe, model: OnnxModel | None) -> str:
-    """Who answers, as the label store knows it: the recipe's name for the teacher, a local model's digest, the digest
-    of label files, or the endpoint's model name; never a URL or an SDK."""
+def teacher_identity(teacher: TeacherRecipe, model: OnnxModel | None) -> str:
+    """Return the name under which the teacher's answers are kept, never a URL or an SDK: for a
+    local `model` its digest, for label files theirs, for gold labels "gold", and for an endpoint
+    teacher.identity or the model's name. Raises RecipeError if an endpoint has no name, DataError
+    if a file cannot be read."""
     if model is not None:
         return f"local:{model.content_id}"
-    if recipe.teacher.kind == "gold":
+    if teacher.kind == "gold":
         return "gold"
-    if recipe.teacher.kind == "file":
-        return f"file:{digest_of([_digest_of_file(path) for path in recipe.teacher.files])}"
-    identity = recipe.teacher.identity or TeacherSettings().model
+    if teacher.kind == "file":
+        return f"file:{digest_of([digest_of_file(path) for path in teacher.files])}"
+    identity = teacher.identity or TeacherSettings().model
     if not identity:
         raise RecipeError(
             "teacher.identity: not set, and neither is TEACHER_MODEL_NAME; set one of them"
@@ -26,7 +28,8 @@ def teacher_identity(recipe: Recipe, model: OnnxModel | None) -> str:
     return identity
 
 
-def _digest_of_file(path: str) -> str:
+def digest_of_file(path: str) -> str:
+    """Return the SHA-256 (hex) of a file of teacher.files."""
     try:
         return sha256_of(Path(path).expanduser())
     except OSError as error:
