@@ -5,7 +5,6 @@ PREFECT_API_DATABASE_CONNECTION_URL says: SQLite in PREFECT_HOME where it is not
 """
 
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -13,6 +12,7 @@ import time
 from pathlib import Path
 
 import httpx
+import psutil
 from dotenv import dotenv_values
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -88,7 +88,7 @@ def wait_for_server(seconds: float = 120) -> None:
 
 
 def up() -> None:
-    if any(_alive(name) for name in ("server", *POOLS)):
+    if any(running_process(name) for name in ("server", *POOLS)):
         sys.exit("error: already up; `make down` first")
     # What answers there would be taken for ours, and set up.
     with socket.socket() as probe:
@@ -109,29 +109,25 @@ def up() -> None:
 
 def down() -> None:
     for name in (*POOLS, "server"):
-        if (pid := _alive(name)) is not None:
-            os.kill(pid, signal.SIGTERM)
-            _wait_until_gone(name, pid)
+        process = running_process(name)
+        if process is not None:
+            process.terminate()
+            try:
+                process.wait(30)
+            except psutil.TimeoutExpired:
+                process.kill()
         (run_folder() / f"{name}.pid").unlink(missing_ok=True)
 
 
-def _alive(name: str) -> int | None:
-    """The id of our process `name`, if it still runs: an id that another program has by now is not ours."""
+def running_process(name: str) -> psutil.Process | None:
+    """Return our process `name` if it still runs, and not another program that has its id now."""
     try:
-        pid = int((run_folder() / f"{name}.pid").read_text())
-        command = Path(f"/proc/{pid}/cmdline").read_bytes()
-    except (OSError, ValueError):
-        return None
-    return pid if b"prefect" in command else None
-
-
-def _wait_until_gone(name: str, pid: int, seconds: float = 30) -> None:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if _alive(name) is None:
-            return
-        time.sleep(0.2)
-    os.kill(pid, signal.SIGKILL)
+        process = psutil.Process(int((run_folder() / f"{name}.pid").read_text()))
+        if any("prefect" in argument for argument in process.cmdline()):
+            return process
+    except (OSError, ValueError, psutil.Error):
+        pass
+    return None
 
 
 if __name__ == "__main__":
