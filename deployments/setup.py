@@ -228,13 +228,15 @@ def save_automation(client: SyncPrefectClient, wanted: AutomationCore) -> None:
 
 
 def save(block: Block, name: str) -> UUID:
+    known: Any
     try:
         known = type(block).load(name)
     except ValueError:
         known = None
     same = known is not None and dict(known) == dict(block)
     tell(f"{block.get_block_type_slug()} block", name, known, same)
-    return known._block_document_id if same else block.save(name, overwrite=True)
+    identity: Any = known._block_document_id if same else block.save(name, overwrite=True)
+    return UUID(str(identity))
 
 
 def deploy() -> None:

@@ -1,1 +1,5 @@
-"""Composition only, one flow a file. Start with distill.py."""
+"""Composition only, one flow per file. Start with distill.py."""
+
+from tasks.environment import set_defaults
+
+set_defaults()

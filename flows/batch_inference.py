@@ -1,6 +1,7 @@
 """Answer a file of rows with a registered student: the flow that a CPU pool runs.
 
-`python -m flows.batch_inference support-mood rows.jsonl answers` writes answers/predictions.jsonl and failed.jsonl.
+`python -m flows.batch_inference support-mood rows.jsonl answers` writes the answers to
+answers/predictions.jsonl and the rows that can't be asked to answers/failed.jsonl.
 """
 
 import shutil
@@ -21,6 +22,7 @@ from distillery.storage.working import working_folder
 from tasks.inference import fetch_input, score
 from tasks.results import results_in_store
 from tasks.stage import RESULT, begin
+from tasks.terminal import PlannedStage, shown_in_terminal
 
 
 @flow(
@@ -34,21 +36,22 @@ def batch_inference(
     registry: RegistryKind = "local",
     columns: Columns | None = None,
 ) -> Predictions:
-    """Writes an answer with probabilities for each row; rows that can't be asked go to a file of their own.
+    """Write an answer with probabilities for each row, and the rows that can't be asked to another
+    file.
 
     Args:
         model_name: The registered model.
         input_uri: A JSONL, CSV or Parquet file: a path or an fsspec URL.
-        output: A folder for predictions.jsonl and failed.jsonl; they are in the artifact store in any case.
-        version: The model's version; the champion where not given.
+        output: A folder for predictions.jsonl and failed.jsonl, which the artifact store keeps too.
+        version: The model's version; by default the champion.
         registry: Where the model is registered.
-        columns: Which column of the file holds what; as in the recipe that the model was made by where not given.
+        columns: Which column of the file holds what; by default as in the model's own recipe.
     """
     begin()
-    place = open_registry(RegistryRecipe(kind=registry, model_name=model_name))
-    model = place.get(model_name, version)
+    source = open_registry(RegistryRecipe(kind=registry, model_name=model_name))
+    model = source.get(model_name, version)
     # The prompt comes with the model: it is asked as it was trained.
-    made = place.provenance(model)["provenance"]
+    made = source.provenance(model)["provenance"]
     prompt = PromptRecipe.model_validate(made["prompt"])
     columns = columns or Columns.model_validate(made["recipe"]["dataset"]["columns"])
     with working_folder("input") as folder:
@@ -65,26 +68,28 @@ def batch_inference(
 
 
 def main(arguments: list[str]) -> int:
-    """0 when the file is answered, 1 with one line where the user has something to mend."""
+    """Answer a file here; return 0 when it is answered, 1 after one line on what the user can
+    mend."""
     parser = ArgumentParser(
         "python -m flows.batch_inference", description="Answers a file with a registered student."
     )
     parser.add_argument("model", help="the registered model's name")
     parser.add_argument("input", help="a JSONL, CSV or Parquet file: a path or an fsspec URL")
     parser.add_argument("output", help="a folder for predictions.jsonl and failed.jsonl")
-    parser.add_argument("--version", help="the champion where not given")
+    parser.add_argument("--version", help="by default the champion")
     parser.add_argument("--registry", choices=get_args(RegistryKind), default="local")
     given = parser.parse_args(arguments)
     rows = given.input if "://" in given.input else str(Path(given.input).absolute())
     out = Path(given.output).absolute()
     try:
-        with results_in_store():
+        with results_in_store(), shown_in_terminal([PlannedStage("score", "score")]):
             done = batch_inference(given.model, rows, str(out), given.version, given.registry)
     except DistilleryError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(
-        f"{done.rows} rows answered in {given.output}/predictions.jsonl, {done.failed} set aside in failed.jsonl"
+        f"{done.rows} rows answered in {given.output}/predictions.jsonl, "
+        f"{done.failed} set aside in failed.jsonl"
     )
     return 0
 

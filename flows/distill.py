@@ -2,8 +2,9 @@
 
     dataset -> teacher labels -> student -> ONNX int4 -> evaluation -> gate -> registry -> download
 
-`python -m flows.distill demo` runs it here, with no server and no account; `python -m flows.distill my-recipe.yaml`
-runs yours. On a server it is the deployments distill/demo and distill/lab.
+`python -m flows.distill demo` runs it here, with no server and no account, and
+`python -m flows.distill my-recipe.yaml` runs yours. On a server the same flow is the deployments
+distill/demo and distill/lab.
 """
 
 import sys
@@ -14,7 +15,7 @@ from typing import NamedTuple, get_args
 from prefect import flow, tags
 from prefect.runtime import flow_run
 
-from distillery.data.prepare import source_identity
+from distillery.data.source import source_identity
 from distillery.errors import DistilleryError
 from distillery.machine import machine_name
 from distillery.models.base import pinned
@@ -38,27 +39,31 @@ from tasks.registry import download, judge, promote, register
 from tasks.results import results_in_store
 from tasks.stage import RESULT, Stage, begin, own_tags, produced_by, refreshing
 from tasks.summary import publish, render
+from tasks.terminal import PlannedStage, shown_in_terminal
 
 
 def _run_name() -> str:
-    """Recipe, data and time: what people look for in a list of runs."""
-    given = flow_run.parameters["recipe"]
-    recipe = given if isinstance(given, Recipe) else Recipe.model_validate(given)
+    """Name a run by recipe, data and time: what people look for in a list of runs."""
+    recipe = flow_run.parameters["recipe"]
+    if not isinstance(recipe, Recipe):
+        recipe = Recipe.model_validate(recipe)
     # Two runs may start in one second.
-    return f"{recipe.name}-{recipe.dataset.title}-{datetime.now():%Y%m%d-%H%M%S}-{str(flow_run.id)[:4]}"
+    suffix = str(flow_run.id)[:4]
+    return f"{recipe.name}-{recipe.dataset.title}-{datetime.now():%Y%m%d-%H%M%S}-{suffix}"
 
 
 @flow(name="distill", flow_run_name=_run_name, description=__doc__, **RESULT)
 def distill(
     recipe: Recipe, training_deployment: str | None = None, refresh: tuple[Stage, ...] = ()
 ) -> Outcome:
-    """Distils a student as the recipe says and registers it if it passes the gate.
+    """Distil a student as the recipe says, and register it if it passes the gate.
 
     Args:
-        recipe: What to make. `preset` fills in whatever is not given.
-        training_deployment: Where training runs, such as train-student/gpu; in this process where not given.
-        refresh: Stages to do again though nothing they depend on has changed. What the teacher has answered is kept:
-            no answer is paid for twice.
+        recipe: What to make. `preset` fills in what is not given.
+        training_deployment: Where training runs, such as train-student/gpu; by default this
+            process.
+        refresh: Stages to do again although nothing that they depend on has changed. The teacher's
+            answers are kept: no answer is paid for twice.
     """
     begin()
     again = refreshing(refresh)
@@ -66,7 +71,8 @@ def distill(
     taught = labelled_rows(recipe, training_deployment, refresh)
     data, local, labels = taught.data, taught.local, taught.labels
     train_rows, test_rows = data.rows("train"), data.rows("test")
-    # With the other labels, so that a budget that does not suffice ends the run before it trains.
+    # The test rows are labelled now, so that a budget that is too small ends the run before
+    # training.
     teacher = local.model if local else judged_by(test_rows, recipe, taught.identity)
     base = student_base(recipe)
     student = trained_student(
@@ -105,7 +111,8 @@ def distill(
 
 
 class Taught(NamedTuple):
-    """The prepared rows, the local teacher if there is one, who the teacher is, and its labels."""
+    """The prepared rows, the local teacher if there is one, the teacher's identity and its
+    labels."""
 
     data: PreparedDataset
     local: PreparedTeacher | None
@@ -116,18 +123,18 @@ class Taught(NamedTuple):
 def labelled_rows(
     recipe: Recipe, training_deployment: str | None, refresh: tuple[Stage, ...]
 ) -> Taught:
-    """The way as far as the labels."""
+    """Run the stages up to the labels."""
     again, preparation = refreshing(refresh), recipe.teacher.preparation
     data = again("prepare dataset", prepare_dataset)(
         recipe.dataset, source_identity(recipe.dataset)
     )
-    train_rows, local = data.rows("train"), None
+    train_rows, local, served = data.rows("train"), None, None
     if recipe.teacher.kind == "local":
         named = prepare_teacher.with_options(flow_run_name=f"{produced_by()}, preparation")
-        taught = preparation.model_copy(update={"base": pinned(preparation.base)})
+        preparation = preparation.model_copy(update={"base": pinned(preparation.base)})
         with own_tags():
-            local = named(taught, recipe.prompt, data, training_deployment, refresh)
-    served = local.model if local else None
+            local = named(preparation, recipe.prompt, data, training_deployment, refresh)
+        served = local.model
     identity = teacher_identity(recipe.teacher, served)
     # Before anything is paid for: a teacher that has changed may end the run.
     if recipe.teacher.canaries.rows:
@@ -137,7 +144,7 @@ def labelled_rows(
 
 
 def student_base(recipe: Recipe) -> BaseModelRecipe:
-    """The student's base model, a hub model with its revision resolved."""
+    """Return the student's base model; for a hub model, with its revision resolved."""
     return pinned(recipe.student_base)
 
 
@@ -149,7 +156,7 @@ def trained_student(
     what: str,
     refresh: bool,
 ) -> StudentCheckpoint:
-    """The student that the recipe describes; `what` is its part of the run's name."""
+    """Train the student that the recipe describes; `what` is its part of the run's name."""
     student, data, local = recipe.student, taught.data, taught.local
     return trained(
         training_deployment,
@@ -168,21 +175,54 @@ def trained_student(
     )
 
 
+def planned(recipe: Recipe) -> list[PlannedStage]:
+    """List the stages that a run of the recipe comes to, for the terminal's display."""
+    stages = [PlannedStage("prepare dataset", "prepare dataset")]
+    if recipe.teacher.kind == "local":
+        stages.append(PlannedStage("gold labels", "gold labels"))
+        stages.append(PlannedStage("train teacher", "train"))
+        stages.append(PlannedStage("export teacher", "export"))
+    if recipe.teacher.canaries.rows:
+        stages.append(PlannedStage("canaries", "canaries"))
+    label = {"gold": "gold labels", "file": "labels from files"}.get(recipe.teacher.kind, "label")
+    stages.append(PlannedStage("label", label))
+    if recipe.teacher.kind != "local":
+        test_label = "label" if recipe.teacher.kind == "endpoint" else "gold labels"
+        stages.append(PlannedStage("label test rows", test_label))
+    stages.append(PlannedStage("train student", "train"))
+    export = "export ladder" if recipe.export.ladder else "export"
+    stages.append(PlannedStage("export student", export))
+    for name in ("evaluate", "register", "download"):
+        stages.append(PlannedStage(name, name))
+    return stages
+
+
 def main(arguments: list[str]) -> int:
-    """`python -m flows.distill RECIPE`: 0 when the run ended, 1 with one line where the user has something to mend."""
+    """Run a recipe here; return 0 when the run ended, 1 after one line on what the user can
+    mend."""
     parser = ArgumentParser("python -m flows.distill", description="Runs a recipe on this machine.")
     parser.add_argument("recipe", help="demo, lab or a YAML file")
-    again = {"action": "append", "default": [], "choices": get_args(Stage)}
-    stages = f"do a stage again, of {', '.join(get_args(Stage))}; may be given more than once"
-    parser.add_argument("--refresh", metavar="STAGE", help=stages, **again)
+    parser.add_argument(
+        "--refresh",
+        metavar="STAGE",
+        action="append",
+        default=[],
+        choices=get_args(Stage),
+        help=f"do a stage again, one of {', '.join(get_args(Stage))}; may be given more than once",
+    )
     given = parser.parse_args(arguments)
     try:
         recipe = load_recipe(given.recipe)
-        with results_in_store(), tags(recipe.name, recipe.dataset.title):
-            print(render(distill(recipe, refresh=tuple(given.refresh))))
+        with (
+            results_in_store(),
+            tags(recipe.name, recipe.dataset.title),
+            shown_in_terminal(planned(recipe)),
+        ):
+            outcome = distill(recipe, refresh=tuple(given.refresh))
     except DistilleryError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    print(render(outcome))
     return 0
 
 

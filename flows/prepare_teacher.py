@@ -1,4 +1,5 @@
-"""Prepare a local teacher, for those without an endpoint: fine-tune a base model on the gold rows and export it."""
+"""Prepare a local teacher, for those without an endpoint: fine-tune it on gold rows and export
+it."""
 
 from prefect import flow
 
@@ -22,14 +23,14 @@ def prepare_teacher(
     training_deployment: str | None = None,
     refresh: tuple[Stage, ...] = (),
 ) -> PreparedTeacher:
-    """Fine-tunes a local teacher on the gold rows and exports it.
+    """Fine-tune a local teacher on the gold rows and export it.
 
     Args:
-        preparation: The base model, how it is trained and exported.
+        preparation: The base model, and how it is trained and exported.
         prompt: The chat prompt.
         data: The prepared rows.
-        training_deployment: The deployment that trains; in this process where not given.
-        refresh: Stages to do again though nothing they depend on has changed.
+        training_deployment: The deployment that trains; by default this process.
+        refresh: Stages to do again although nothing has changed.
     """
     begin()
     gold = data.rows("gold")
@@ -44,7 +45,6 @@ def prepare_teacher(
         labels=gold_labels(gold, prompt),
         validation=data.rows_if_any("validation"),
     )
-    model = refreshing(refresh)("export teacher", export)(
-        checkpoint, preparation.base, preparation.export
-    )
+    again = refreshing(refresh)
+    model = again("export teacher", export)(checkpoint, preparation.base, preparation.export)
     return PreparedTeacher(checkpoint=checkpoint, model=model)

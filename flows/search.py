@@ -1,8 +1,9 @@
-"""Which settings make the best student: a small sweep over rank, learning rate, loss weights and depth, on the
-validation rows. Nothing is registered; put what you choose into your recipe.
+"""Find the settings that make the best student, on the validation rows: a small search over rank,
+learning rate, loss weights and depth. Nothing is registered; put what you choose into your recipe.
 
-`python -m flows.search RECIPE SPACE` runs it here, both YAML files; RECIPE may be a preset. On a server it is the
-deployment search/demo, whose trainings go to the GPU pool, each a flow run of its own.
+`python -m flows.search RECIPE SPACE` runs it here. Both are YAML files; RECIPE may be a preset. On
+a server it is the deployment search/demo, whose trainings go to the GPU pool, each as its own flow
+run.
 """
 
 import sys
@@ -25,21 +26,23 @@ from tasks.onnx import exported
 from tasks.results import results_in_store
 from tasks.search import measure
 from tasks.stage import RESULT, begin, refreshing
+from tasks.terminal import PlannedStage, shown_in_terminal
 
 NO_STUDENT = (TrainingError, ExportError)
-"""What a trial's own settings can bring about, such as a rate at which the loss diverges: the others go on."""
+"""What a trial's own settings can cause, such as a loss that diverges: the search goes on."""
 
 
 @flow(name="search", description=__doc__, **RESULT)
 def search(
     recipe: Recipe, space: SearchRecipe, training_deployment: str | None = None
 ) -> tuple[Trial, ...]:
-    """Trains, exports and measures a student for each trial.
+    """Train, export and measure a student for each trial.
 
     Args:
         recipe: What to start from.
         space: What to try, and how often.
-        training_deployment: Where training runs, such as train-student/gpu; in this process where not given.
+        training_deployment: Where training runs, such as train-student/gpu; by default this
+            process.
     """
     begin()
     check_settings(recipe)
@@ -64,7 +67,8 @@ def search(
 
 
 def load_space(path: str) -> SearchRecipe:
-    """Raises RecipeError with one line for a file that is no search space."""
+    """Return the search space of a YAML file. Raises RecipeError, in one line, for any other
+    file."""
     try:
         return SearchRecipe.model_validate(yaml.safe_load(Path(path).read_text(encoding="utf-8")))
     except OSError as error:
@@ -78,7 +82,7 @@ def load_space(path: str) -> SearchRecipe:
 
 
 def main(arguments: list[str]) -> int:
-    """0 when the search ended, 1 with one line where the user has something to mend."""
+    """Search here; return 0 when the search ended, 1 after one line on what the user can mend."""
     parser = ArgumentParser(
         "python -m flows.search", description="Tries settings of a student on this machine."
     )
@@ -87,11 +91,16 @@ def main(arguments: list[str]) -> int:
     given = parser.parse_args(arguments)
     try:
         recipe, space = load_recipe(given.recipe), load_space(given.space)
-        with results_in_store(), tags("distillery", recipe.name):
-            print(render_trials(search(recipe, space)))
+        with (
+            results_in_store(),
+            tags("distillery", recipe.name),
+            shown_in_terminal([PlannedStage("prepare dataset", "prepare dataset")]),
+        ):
+            trials = search(recipe, space)
     except DistilleryError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    print(render_trials(trials))
     return 0
 
 

@@ -1,18 +1,19 @@
 """Train one model: the flow that a GPU pool runs.
 
-With no server it is an ordinary subflow of distill.py and prepare_teacher.py; on a server these send it to the
-deployment train-student/gpu and take the record back through the store.
+Without a server it is an ordinary subflow of distill.py and prepare_teacher.py. On a server these
+two send it to the deployment train-student/gpu, and read its record from the artifact store.
 """
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 from uuid import uuid4
 
 from prefect import flow
+from prefect.client.schemas.objects import State
 from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound
 from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
-from prefect.states import Cancelled, State
+from prefect.states import Cancelled
 from pydantic_core import to_jsonable_python
 
 from distillery.errors import TrainingError
@@ -39,7 +40,7 @@ def train_student(
     refresh: bool = False,
     hand_off: str | None = None,
 ) -> StudentCheckpoint | State:
-    """Trains `base`, or `start`, on the labelled rows.
+    """Train `base`, or `start`, on the labelled rows.
 
     Args:
         base: The base model.
@@ -49,14 +50,14 @@ def train_student(
         labels: Their labels.
         validation: Rows with gold answers, for the validation accuracy.
         start: A checkpoint to start from instead of the base model.
-        layers: The decoder layers to keep, or how they are chosen; all where not given.
+        layers: The decoder layers to keep, or how to choose them; by default all.
         healing: Steps of cutting and training before.
         gold: Rows to train on as well, with their own answers.
-        refresh: Train again though nothing has changed.
+        refresh: Train again although nothing has changed.
         hand_off: The name under which the caller finds the record in the artifact store.
     """
     begin()
-    again = train.with_options(refresh_cache=refresh or None)
+    again = train.with_options(refresh_cache=True) if refresh else train
     try:
         with parent_watched():
             checkpoint = again(
@@ -72,18 +73,17 @@ def train_student(
 def trained(
     deployment: str | None, what: str, refresh: bool, **parameters: Any
 ) -> StudentCheckpoint:
-    """train_student in this process, or on the work pool of `deployment`; a child that fails fails its parent, and one
-    whose parent is gone ends (tasks/parent.py)."""
+    """Run train_student in this process, or on the work pool of `deployment`.
+
+    A child that fails fails its parent, and one whose parent is gone ends (tasks/parent.py)."""
     name = f"{produced_by()}, {what}"
     cached = not refresh and is_cached(train, **parameters)
     if deployment is None or cached:
-        # A worker of its own is for work: a record that is there already is read here, and without a heartbeat, whose
-        # end alone takes Prefect up to a second.
-        beat = (
-            temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None})
-            if cached
-            else nullcontext()
-        )
+        # Only work needs a worker of its own: a cached record is read here. Without a heartbeat,
+        # since ending one takes Prefect up to a second.
+        beat: AbstractContextManager[Any] = nullcontext()
+        if cached:
+            beat = temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None})
         with own_tags(), beat:
             result: StudentCheckpoint = train_student.with_options(flow_run_name=name)(
                 refresh=refresh, **parameters

@@ -1,8 +1,6 @@
 import time
 from pathlib import Path
 
-from prefect import get_run_logger
-
 from distillery.evaluation import evaluate as domain
 from distillery.evaluation.scoreboard import headline
 from distillery.evaluation.scoring import ModelToScore
@@ -14,6 +12,7 @@ from distillery.records import EvaluationReport, OnnxModel, Rows, StudentCheckpo
 from distillery.storage.artifacts import ArtifactStore
 from distillery.storage.digests import sha256_of
 from distillery.storage.working import working_folder
+from tasks.progress import conclude
 from tasks.stage import origin, stage
 
 FLOAT = "student"
@@ -31,8 +30,9 @@ def evaluate(
     machine: str,
     teacher_prompt: PromptRecipe,
 ) -> EvaluationReport:
-    """Scores gold, baselines, teacher, base, float and exported student on the same test rows; `train` is TF-IDF's.
-    `prompt` is the student's, and the base model's."""
+    """Score baselines, teacher, base model, float and exported student on the same test rows.
+
+    TF-IDF learns from `train`; `prompt` is the student's and the base model's."""
     started = time.perf_counter()
     store = ArtifactStore()
     base_model = base_folder(base)
@@ -71,7 +71,7 @@ def evaluate(
         )
         answers_sha256 = sha256_of(folder / "answers.jsonl")
         artifact = store.put(folder)
-    get_run_logger().info("%s", headline(rows, name))
+    conclude(headline(rows, name))
     return EvaluationReport(
         artifact=artifact,
         scoreboard=rows,
@@ -85,7 +85,7 @@ def evaluate(
 def float_student(
     checkpoint: StudentCheckpoint, base: BaseModelRecipe, store: ArtifactStore
 ) -> ModelToScore:
-    """What training left, as Transformers runs it."""
+    """Return the student as training left it, which Transformers runs."""
     model, adapter = parts(store.fetch(checkpoint.artifact), base_folder(base))
     return ModelToScore(
         name=FLOAT,

@@ -3,7 +3,6 @@ import time
 from pathlib import Path
 
 import fsspec
-from prefect import get_run_logger
 
 from distillery.errors import DataError
 from distillery.inference.batch import read_rows, score_file
@@ -14,6 +13,7 @@ from distillery.registry.open import open_registry
 from distillery.storage.artifacts import ArtifactStore
 from distillery.storage.digests import sha256_of
 from distillery.storage.working import working_folder
+from tasks.progress import conclude
 from tasks.stage import origin, stage
 
 
@@ -21,7 +21,7 @@ from tasks.stage import origin, stage
 def score(
     model: RegisteredModel, prompt: PromptRecipe, rows: InputFile, columns: Columns
 ) -> Predictions:
-    """Downloads and verifies `model` and answers every row of the file."""
+    """Download and verify `model`, and answer every row of the file."""
     started = time.perf_counter()
     registry = open_registry(RegistryRecipe(kind=model.registry, model_name=model.name))
     with working_folder("score") as folder:
@@ -32,14 +32,16 @@ def score(
         counts = score_file(student, read_rows(file, columns), prompt, folder / "out")
         artifact = ArtifactStore().put(folder / "out")
     predictions = Predictions(artifact=artifact, **origin(started), **dict(counts))
-    get_run_logger().info(
-        "%d rows answered, %d set aside, in %.1f s", counts.rows, counts.failed, predictions.seconds
+    conclude(
+        f"{counts.rows} rows answered, {counts.failed} set aside, in {predictions.seconds:.1f} s"
     )
     return predictions
 
 
 def fetch_input(uri: str, folder: Path) -> Path:
-    """A local copy of the file at a path or fsspec URL, without a query's signature in its name. Raises DataError."""
+    """Copy the file at a path or fsspec URL into `folder` and return its path.
+
+    Its name has nothing of a URL's query, which may hold a signature. Raises DataError."""
     target = folder / Path(uri.split("?")[0]).name
     try:
         with fsspec.open(uri, "rb") as source, target.open("wb") as copy:

@@ -1,7 +1,7 @@
 import asyncio
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,9 @@ from distillery.data.examples import each_example
 from distillery.errors import TeacherChanged, TeacherError
 from distillery.labels import known, labelling
 from distillery.labels.canaries import ask_canaries
-from distillery.labels.known import label_from, labels_in
+from distillery.labels.known import read_label_files, write_known_labels
 from distillery.labels.labelling import Slots
-from distillery.labels.quote import counted_by, quote
+from distillery.labels.quote import quote, token_counter
 from distillery.labels.report import read_report
 from distillery.labels.store import LabelStore
 from distillery.machine import usable_cores
@@ -28,11 +28,11 @@ from distillery.serving.server import served
 from distillery.storage.artifacts import ArtifactStore
 from distillery.storage.working import working_folder
 from distillery.teacher.endpoint import Endpoint, resolve_endpoint
-from tasks.progress import progress_artifact
+from tasks.progress import conclude, show
 from tasks.stage import RESULT, Stage, origin, stage
 
 AS_TOLD = TeacherRecipe(filters=FilterRecipe(minimum_accepted=0))
-"""For labels that are taken as they are."""
+"""A teacher's settings for labels that are taken as they are."""
 _SPENT: dict[str, dict[str, float]] = {}
 
 
@@ -44,7 +44,9 @@ def label(
     identity: str,
     model: OnnxModel | None = None,
 ) -> TeacherLabels:
-    """Asks the teacher `identity` what the label store doesn't know; a local teacher's `model` is served meanwhile."""
+    """Ask the teacher `identity` what the label store does not know yet.
+
+    A local teacher's `model` is served for that time."""
     started = time.perf_counter()
     store, logger = ArtifactStore(), get_run_logger()
     examples = store.fetch(rows.artifact) / rows.file
@@ -55,12 +57,8 @@ def label(
         if folder_of_model
         else nullcontext(resolve_endpoint(teacher))
     )
-    with (
-        working_folder("labels") as folder,
-        LabelStore() as answers,
-        progress_artifact("labelling", f"rows that {identity} has answered") as show,
-    ):
-        tokens = counted_by(tokenizer) if tokenizer else None
+    with working_folder("labels") as folder, LabelStore() as answers:
+        tokens = token_counter(tokenizer) if tokenizer else None
         logger.info(
             "%s", quote(each_example(examples), prompt, teacher, identity, answers, tokens).line()
         )
@@ -72,7 +70,7 @@ def label(
                 endpoint,
                 answers,
                 folder,
-                show,
+                _show_rows,
                 rows=rows.rows,
                 slots=_slots(teacher),
                 spent=_spent(),
@@ -82,7 +80,7 @@ def label(
         artifact = store.put(folder)
     used = counts.usage.prompt_tokens + counts.usage.completion_tokens
     cost = "" if counts.cost is None else f", {counts.cost:.2f} {counts.currency}"
-    logger.info("%s; %d calls, %d tokens%s", report.line(), counts.asked, used, cost)
+    conclude(f"{report.line()}; {counts.asked} calls, {used} tokens{cost}")
     return TeacherLabels(
         artifact=artifact,
         teacher=identity,
@@ -93,39 +91,45 @@ def label(
 
 
 def _spent() -> dict[str, float]:
-    """What this flow run has spent so far: teacher.budget is for all of its stages and their retries together."""
+    """Return what this flow run has spent so far.
+
+    teacher.budget covers all of the run's stages and their retries together."""
     return _SPENT.setdefault(str(flow_run.id), {})
 
 
+def _show_rows(done: int, of: int) -> None:
+    show(done, of, "rows")
+
+
 def _slots(teacher: TeacherRecipe) -> Slots:
-    return partial(_slot, teacher.shared_limit) if teacher.shared_limit else nullcontext
+    if teacher.shared_limit is None:
+        return nullcontext
+    return partial(shared_slot, teacher.shared_limit)
 
 
-def _slot(name: str) -> Any:
-    """A place in the Prefect concurrency limit `name`, which all runs of this teacher share."""
-    return _Slot(concurrency(name, occupy=1, strict=True), name)
+@asynccontextmanager
+async def shared_slot(limit: str) -> AsyncIterator[None]:
+    """Hold a slot of the Prefect concurrency limit that all runs of this teacher share.
 
-
-class _Slot:
-    def __init__(self, place: Any, name: str) -> None:
-        self._place, self._name = place, name
-
-    async def __aenter__(self) -> None:
-        try:
-            await self._place.__aenter__()
-        except ConcurrencySlotAcquisitionError:
-            raise TeacherError(
-                f"teacher.shared_limit: the Prefect server has no concurrency limit {self._name}; create it with "
-                f"prefect gcl create {self._name} --limit CALLS"
-            ) from None
-
-    async def __aexit__(self, *error: Any) -> Any:
-        return await self._place.__aexit__(*error)
+    Raises TeacherError where the server has no such limit."""
+    slot = concurrency(limit, occupy=1, strict=True)
+    try:
+        await slot.__aenter__()
+    except ConcurrencySlotAcquisitionError:
+        raise TeacherError(
+            f"teacher.shared_limit: the Prefect server has no concurrency limit {limit}; create it "
+            f"with prefect gcl create {limit} --limit CALLS"
+        ) from None
+    try:
+        yield
+    finally:
+        await slot.__aexit__(None, None, None)
 
 
 @contextmanager
 def _local_endpoint(folder: Path, identity: str) -> Iterator[Endpoint]:
-    """The exported teacher behind HTTP on the loopback interface, for the very client that asks a paid endpoint."""
+    """Serve the exported teacher over HTTP on the loopback interface, for the client of paid
+    endpoints."""
     with served(folder, "teacher", threads=usable_cores()) as server:
         yield Endpoint(
             url=server.url, model="teacher", key=server.key, identity=identity, sdk="openai"
@@ -136,13 +140,13 @@ def _local_endpoint(folder: Path, identity: str) -> Iterator[Endpoint]:
 def gold_labels(
     rows: Rows, prompt: PromptRecipe, teacher: TeacherRecipe = AS_TOLD
 ) -> TeacherLabels:
-    """The rows' own answers, in the shape of a teacher's."""
+    """Return the rows' own answers in the shape of a teacher's labels."""
     started = time.perf_counter()
     store = ArtifactStore()
     file = store.fetch(rows.artifact) / rows.file
     labels = known.gold_labels(each_example(file))
     with working_folder("gold") as folder:
-        counts = label_from(each_example(file), labels, prompt, teacher, folder)
+        counts = write_known_labels(each_example(file), labels, prompt, teacher, folder)
         artifact = store.put(folder)
     return TeacherLabels(
         artifact=artifact, teacher="gold", soft=False, **origin(started), **vars(counts)
@@ -153,16 +157,16 @@ def gold_labels(
 def labels_from_files(
     rows: Rows, prompt: PromptRecipe, teacher: TeacherRecipe, identity: str
 ) -> TeacherLabels:
-    """The labels that teacher.files hold for these rows; `identity` is the files' digest."""
+    """Return the labels that teacher.files hold for these rows; `identity` is the files' digest."""
     started = time.perf_counter()
     store = ArtifactStore()
     file = store.fetch(rows.artifact) / rows.file
-    labels = labels_in(teacher.files, each_example(file))
+    labels = read_label_files(teacher.files, each_example(file))
     with working_folder("files") as folder:
-        counts = label_from(each_example(file), labels, prompt, teacher, folder)
+        counts = write_known_labels(each_example(file), labels, prompt, teacher, folder)
         report = read_report(folder)
         artifact = store.put(folder)
-    get_run_logger().info("%s", report.line())
+    conclude(report.line())
     soft = all(one.distribution for one in labels.values())
     return TeacherLabels(
         artifact=artifact, teacher=identity, soft=soft, **origin(started), **vars(counts)
@@ -176,17 +180,22 @@ def labelled(
     model: OnnxModel | None,
     again: Callable[[Stage, Any], Any],
 ) -> TeacherLabels:
-    """The labels to train on, from whichever kind of teacher the recipe names."""
+    """Return the labels to train on, from the kind of teacher that the recipe names."""
+    labels: TeacherLabels
     if recipe.teacher.kind == "gold":
-        return again("label", gold_labels)(rows, recipe.prompt, recipe.teacher)
-    if recipe.teacher.kind == "file":
-        return again("label", labels_from_files)(rows, recipe.prompt, recipe.teacher, identity)
-    return again("label", label)(rows, recipe.prompt, recipe.teacher, identity, model)
+        labels = again("label", gold_labels)(rows, recipe.prompt, recipe.teacher)
+    elif recipe.teacher.kind == "file":
+        labels = again("label", labels_from_files)(rows, recipe.prompt, recipe.teacher, identity)
+    else:
+        labels = again("label", label)(rows, recipe.prompt, recipe.teacher, identity, model)
+    return labels
 
 
 def judged_by(rows: Rows, recipe: Recipe, identity: str) -> TeacherLabels:
-    """What the student is measured against on the test rows: its teacher's answers, unfiltered; the gold answers where
-    that teacher can't be asked about them."""
+    """Return what the student is measured against on the test rows: its teacher's unfiltered
+    answers.
+
+    Where that teacher can't be asked about them, these are the gold answers."""
     if recipe.teacher.kind in ("gold", "file"):
         return gold_labels(rows, recipe.prompt)
     unfiltered = recipe.teacher.model_copy(update={"filters": AS_TOLD.filters})
@@ -197,8 +206,10 @@ def judged_by(rows: Rows, recipe: Recipe, identity: str) -> TeacherLabels:
 def canaries(
     rows: Rows, prompt: PromptRecipe, teacher: TeacherRecipe, identity: str
 ) -> TeacherDrift:
-    """Asks the canary rows afresh and says how many are answered otherwise than before; more than
-    teacher.canaries.threshold is reported, and ends the run where teacher.canaries.stop says so."""
+    """Ask the canary rows again and report how many are answered differently than before.
+
+    A share above teacher.canaries.threshold is a warning, or ends the run if teacher.canaries.stop
+    is true."""
     store = ArtifactStore()
     examples = each_example(store.fetch(rows.artifact) / rows.file)
     endpoint, logger = resolve_endpoint(teacher), get_run_logger()
@@ -215,10 +226,14 @@ def canaries(
             markdown=f"# {drift.line()}\n\n{listed}",
             description=f"{identity} has changed",
         )
-        told = f"{identity}: {drift.line()}, more than teacher.canaries.threshold ({teacher.canaries.threshold:.0%})"
+        told = (
+            f"{identity}: {drift.line()}, more than teacher.canaries.threshold "
+            f"({teacher.canaries.threshold:.0%})"
+        )
         if teacher.canaries.stop:
             raise TeacherChanged(
-                f"{told}; give the new teacher another teacher.identity, or set canaries.stop: false"
+                f"{told}; give the new teacher another teacher.identity, or set "
+                "canaries.stop: false"
             )
         logger.warning("%s", told)
     return drift

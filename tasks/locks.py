@@ -1,4 +1,7 @@
-"""Prefect's lock on a cache key, as a lease in the shared SQL database: Prefect's own locks do not leave a machine."""
+"""Prefect's lock on a cache key, as a lease in the shared SQL database.
+
+Prefect's own locks hold on one machine only.
+"""
 
 import asyncio
 import time
@@ -13,12 +16,14 @@ from distillery.storage.leases import Leases
 from tasks.parent import check_parent
 
 _held: dict[tuple[str, str], str] = {}
-"""Who holds a key, by the key and the task run that took it."""
+"""The holder of a key, by the key and the task run that took it."""
 
 
 class StageLocks:
-    """A Prefect LockManager (prefect.locking.protocol). Two runs that come to the same work at once: one does it, the
-    other waits, finds the record and is Cached. Leases expire by themselves, so nothing has a `hold_timeout`."""
+    """A Prefect LockManager (prefect.locking.protocol).
+
+    Invariant: of two runs that come to the same work at once, one does it; the other waits, finds
+    the record and is Cached. Leases expire by themselves, so `hold_timeout` is not used."""
 
     def acquire_lock(
         self,
@@ -28,8 +33,10 @@ class StageLocks:
         hold_timeout: float | None = None,
     ) -> bool:
         mine = key, str(task_run.id)
-        if before := _held.pop(mine, None):
-            # Prefect does not release it where a hit can't be read: the next try would wait for itself.
+        before = _held.pop(mine, None)
+        if before is not None:
+            # Prefect does not release a lock when a hit can't be read: the retry would wait for
+            # itself.
             _leases().release(key, before)
         run = str(flow_run.name or "a run without a name")
         taken = _leases().acquire(key, holder, run=run, timeout=acquire_timeout, waiting=_waiting())
@@ -80,13 +87,16 @@ def _open(url: str) -> Leases:
 
 
 def _waiting() -> Callable[[str], None]:
-    """Says once for whom this run waits, and waits no longer when nobody waits for it."""
+    """Return what is called at each look: it logs once which run is waited for, and raises
+    ParentEnded once nobody waits for this run."""
     said: list[str] = []
 
     def look(run: str) -> None:
         check_parent()
         if not said:
-            get_run_logger().info("%s: %s is at it; waiting for its result", task_run.name, run)
+            get_run_logger().info(
+                "%s: %s does this work already; waiting for its result", task_run.name, run
+            )
             said.append(run)
 
     return look

@@ -2,8 +2,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from prefect import get_run_logger
-
 from distillery.export import build
 from distillery.export.ladder import climb
 from distillery.models.base import base_folder, remote_code_allowed
@@ -13,19 +11,20 @@ from distillery.records import OnnxModel, PreparedDataset, Rows, StudentCheckpoi
 from distillery.storage.artifacts import ArtifactStore
 from distillery.storage.working import working_folder
 from tasks.evaluation import float_student
+from tasks.progress import conclude
 from tasks.stage import Stage, origin, stage
 
 
 @stage("export", version=2)
 def export(checkpoint: StudentCheckpoint, base: BaseModelRecipe, recipe: ExportForm) -> OnnxModel:
-    """Merges, quantises and builds a checkpoint for ONNX Runtime GenAI."""
+    """Merge, quantise and build a checkpoint for ONNX Runtime GenAI."""
     started = time.perf_counter()
     store = ArtifactStore()
     model, adapter = parts(store.fetch(checkpoint.artifact), base_folder(base))
     with working_folder("onnx") as folder:
         build.export(model, adapter, recipe, folder, remote_code_allowed(base))
         artifact = store.put(folder)
-    get_run_logger().info("%s model of %.1f MB", recipe.precision, artifact.bytes / 1e6)
+    conclude(f"{recipe.precision} model of {artifact.bytes / 1e6:.1f} MB")
     return OnnxModel(
         artifact=artifact,
         precision=recipe.precision,
@@ -45,8 +44,10 @@ def export_ladder(
     validation: Rows,
     train: Rows | None,
 ) -> OnnxModel:
-    """Builds a checkpoint in every form of the ladder, asks each the validation rows, and keeps the one picked; gptq
-    looks at the prompts of `train`."""
+    """Build a checkpoint in every form of the ladder, ask each the validation rows and keep the
+    best.
+
+    gptq is calibrated on the prompts of `train`."""
     started = time.perf_counter()
     store = ArtifactStore()
     with working_folder("onnx") as folder:
@@ -60,9 +61,7 @@ def export_ladder(
         )
         artifact = store.put(folder)
     form = next(rung.form for rung in ladder.rungs if rung.picked)
-    get_run_logger().info(
-        "%s picked of %d rungs, %.1f MB", form.title, len(ladder.rungs), artifact.bytes / 1e6
-    )
+    conclude(f"{form.title} picked of {len(ladder.rungs)} forms, {artifact.bytes / 1e6:.1f} MB")
     return OnnxModel(
         artifact=artifact,
         precision=form.precision,
@@ -81,10 +80,13 @@ def exported(
     data: PreparedDataset,
     again: Callable[[Stage, Any], Any],
 ) -> OnnxModel:
-    """The student in the recipe's form, or in the one that its ladder picks."""
+    """Export the student in the recipe's form, or in the form that its ladder picks."""
+    model: OnnxModel
     if not recipe.export.ladder:
-        return again("export student", export)(checkpoint, base, recipe.export.form)
+        model = again("export student", export)(checkpoint, base, recipe.export.form)
+        return model
     train = data.rows("train") if recipe.export.calibrated else None
-    return again("export student", export_ladder)(
+    model = again("export student", export_ladder)(
         checkpoint, base, recipe.export, recipe.student_prompt, data.rows("validation"), train
     )
+    return model

@@ -1,9 +1,10 @@
-"""A run that another one waits for ends when that one has: nothing trains on a GPU for nobody."""
+"""End a run when the run that waits for it has ended: nothing trains on a GPU for nobody."""
 
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar, copy_context
+from typing import Any
 
 from prefect import get_client
 from prefect.exceptions import ObjectNotFound
@@ -13,7 +14,7 @@ from distillery.errors import DistilleryError
 
 _SECONDS = 3.0
 _ended: ContextVar[list[str] | None] = ContextVar("ended", default=None)
-"""What is known of the ends of the runs that wait for this one."""
+"""How the runs that wait for this one have ended; empty while they run."""
 
 
 class ParentEnded(DistilleryError):
@@ -22,14 +23,13 @@ class ParentEnded(DistilleryError):
 
 @contextmanager
 def parent_watched() -> Iterator[None]:
-    """Has `check_parent` know, meanwhile, whether the runs that wait for this one still run: its parent, and the run at
-    the root of them all, whose process the parent may share. A thread of its own asks the server; while that does not
-    answer, they count as alive."""
-    waiting = (
-        {flow_run.parent_flow_run_id, flow_run.root_flow_run_id}
-        if flow_run.parent_flow_run_id
-        else set()
-    )
+    """Let `check_parent` know whether the runs that wait for this one still run.
+
+    They are its parent and the run at the root, whose process the parent may share. A thread asks
+    the server; while the server does not answer, they count as alive."""
+    waiting: set[Any] = set()
+    if flow_run.parent_flow_run_id:
+        waiting = {flow_run.parent_flow_run_id, flow_run.root_flow_run_id}
     found: list[str] = []
     done = threading.Event()
 
@@ -42,13 +42,10 @@ def parent_watched() -> Iterator[None]:
                     found.append("a run that was deleted")
                 except Exception:  # noqa: S112 - whatever the server's trouble is, it is not the parent's end
                     continue
-                else:
-                    ends = [
-                        run
-                        for run in runs
-                        if run.state and (run.state.is_final() or run.state.is_cancelling())
-                    ]
-                    found.extend(f"{run.name}: {run.state.name}" for run in ends)
+                for run in runs:
+                    state = run.state
+                    if state and (state.is_final() or state.is_cancelling()):
+                        found.append(f"{run.name}: {state.name}")
 
     token = _ended.set(found)
     if waiting:
@@ -63,8 +60,10 @@ def parent_watched() -> Iterator[None]:
 
 
 def check_parent() -> None:
-    """Raises ParentEnded once a watched run has ended."""
-    if found := _ended.get():
+    """Raise ParentEnded once a watched run has ended."""
+    found = _ended.get()
+    if found:
         raise ParentEnded(
-            f"{found[0]}: it asked for this training and is gone; a new run goes on from the last checkpoint, if any"
+            f"{found[0]}: it asked for this training and is gone; a new run goes on from the last "
+            "checkpoint, if there is one"
         )

@@ -4,7 +4,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from prefect import get_run_logger
 from pydantic import BaseModel
 from tenacity import (
     before_sleep_log,
@@ -27,6 +26,7 @@ from distillery.settings import LocalSettings
 from distillery.storage.artifacts import ArtifactStore
 from distillery.storage.digests import digest_of_files, list_files
 from distillery.storage.working import working_folder
+from tasks.progress import conclude
 from tasks.stage import origin, stage
 
 ANSWERS = "evaluation/answers.jsonl"
@@ -45,7 +45,7 @@ patiently = retry(
 def register(
     model: OnnxModel, report: EvaluationReport, recipe: RegistryRecipe, provenance: dict[str, Any]
 ) -> RegisteredModel:
-    """Registers the model with its record of how it came to be."""
+    """Register the model with the record of how it came to be."""
     started = time.perf_counter()
     store = ArtifactStore()
     registry = open_registry(recipe)
@@ -64,13 +64,13 @@ def register(
             # Machines that share the registry share this store, and not the registry's own folder.
             store.put(content)
         registered = known or registry.register(content, recipe.model_name, tags, facts)
-    get_run_logger().info("%s version %s", registered.name, registered.version)
+    conclude(f"{registered.name} version {registered.version}")
     return registered.model_copy(update=origin(started))
 
 
 @patiently
 def promote(model: RegisteredModel) -> None:
-    """Makes it the champion, in every run: another run may have registered another in the meantime."""
+    """Make the model the champion. Not cached: another run may have promoted another one since."""
     open_registry(RegistryRecipe(kind=model.registry, model_name=model.name)).promote(model)
 
 
@@ -84,7 +84,8 @@ def _plain(values: dict[str, Any]) -> dict[str, Any]:
 def _with_answers(
     store: ArtifactStore, model: OnnxModel, report: EvaluationReport, folder: Path
 ) -> Path:
-    """The model's folder, with the candidate's answers beside it: the next candidate is compared with them."""
+    """Return a copy of the model's folder with the candidate's answers, for the next gate's
+    comparison."""
     content = folder / "model"
     shutil.copytree(store.fetch(model.artifact), content)
     (content / ANSWERS).parent.mkdir()
@@ -94,9 +95,9 @@ def _with_answers(
 
 @patiently
 def judge(report: EvaluationReport, gate: EvaluationRecipe, recipe: RegistryRecipe) -> GateDecision:
-    """The gate: the candidate against the teacher, and against the champion on the rows that both have answered.
+    """Apply the gate: the candidate against the teacher, and against the champion on shared rows.
 
-    It is no cached stage, since the registry may have changed since the last run."""
+    Not cached: the registry may have changed since the last run."""
     registry = open_registry(recipe)
     answers = ArtifactStore().fetch(report.artifact) / "answers.jsonl"
     champion = next((m for m in registry.list(recipe.model_name) if m.role == "champion"), None)
@@ -117,23 +118,20 @@ def judge(report: EvaluationReport, gate: EvaluationRecipe, recipe: RegistryReci
 
 @stage("download", version=1)
 def download(model: RegisteredModel, described: OnnxModel) -> OnnxModel:
-    """Fetches a registered model as anyone would, checks every file's sha256 and asks it one question; `described` is
-    what was registered."""
+    """Download a registered model, verify every file's sha256 and ask it one question.
+
+    `described` is what was registered."""
     from distillery.export.build import ask_once
 
     started = time.perf_counter()
     registry = open_registry(RegistryRecipe(kind=model.registry, model_name=model.name))
-    target = (
-        LocalSettings().folder
-        / "downloads"
-        / model.name
-        / f"{model.version}-{model.manifest_sha256[:12]}"
-    )
+    downloads = LocalSettings().folder / "downloads" / model.name
+    target = downloads / f"{model.version}-{model.manifest_sha256[:12]}"
     folder = registry.download(model, target)
     ask_once(folder)
-    get_run_logger().info("%s version %s verified in %s", model.name, model.version, folder)
+    conclude(f"{model.name} version {model.version} verified in {folder}")
     with working_folder("download") as copy:
-        # The registry's own manifest stays out: what is delivered has the digest of what was registered.
-        shutil.copytree(folder, copy, dirs_exist_ok=True, ignore=lambda _place, _names: [MANIFEST])
+        # Without the registry's manifest, what is delivered has the digest of what was registered.
+        shutil.copytree(folder, copy, dirs_exist_ok=True, ignore=lambda _folder, _names: [MANIFEST])
         artifact = ArtifactStore().put(copy)
     return described.model_copy(update={"artifact": artifact, **origin(started)})

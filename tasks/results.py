@@ -1,4 +1,5 @@
-"""Prefect keeps the stages' records in the artifact store, so that one setting, DISTILLERY_STORE, places both."""
+"""Prefect's storage of the stages' records: the artifact store, so that DISTILLERY_STORE sets
+both."""
 
 import asyncio
 from collections.abc import Iterator
@@ -13,19 +14,24 @@ from distillery.storage.artifacts import RESULTS, ArtifactStore
 
 
 class DistilleryStore(WritableFileSystem):
-    """Files under results/ in the worker's own DISTILLERY_STORE: the block itself holds nothing, so that a moved store
-    changes nothing in Prefect and no key of it is in Prefect's database."""
+    """Files under results/ in the worker's own DISTILLERY_STORE.
+
+    The block itself holds nothing, so that moving the store changes nothing in Prefect, and no key
+    to it is in Prefect's database."""
 
     _block_type_name = "Distillery Store"
     _block_type_slug = "distillery-store"
 
-    def read_path(self, path: str, _sync: bool = True) -> bytes:
+    # Prefect's base class is asynchronous, yet calls these two with _sync where it runs no loop.
+    def read_path(self, path: str, _sync: bool = True) -> bytes:  # type: ignore[override]
         try:
             return ArtifactStore().read_object(f"{RESULTS}/{path}")
         except ArtifactDamaged as error:
             raise ValueError(f"{path}: no such record") from error
 
-    def write_path(self, path: str, content: bytes, _sync: bool = True) -> None:
+    def write_path(  # type: ignore[override]
+        self, path: str, content: bytes, _sync: bool = True
+    ) -> None:
         ArtifactStore().write_object(f"{RESULTS}/{path}", content)
 
     async def aread_path(self, path: str) -> bytes:
@@ -39,7 +45,7 @@ BLOCK = f"{DistilleryStore._block_type_slug}/{RESULTS}"
 
 
 def save_block() -> None:
-    """Makes the block known to the Prefect server in use, where it isn't yet."""
+    """Make the block known to the Prefect server in use, where it isn't yet."""
     try:
         DistilleryStore.load(RESULTS)
     except (ValueError, ObjectNotFound):
@@ -48,7 +54,9 @@ def save_block() -> None:
 
 @contextmanager
 def results_in_store() -> Iterator[None]:
-    """Has the flows that are called within keep their results there; workers have it from their pool's template."""
+    """Have the flows that are called within keep their results there.
+
+    Workers have the same setting from their pool's template."""
     save_block()
     with temporary_settings({PREFECT_RESULTS_DEFAULT_STORAGE_BLOCK: BLOCK}):
         yield

@@ -1,17 +1,16 @@
 from pathlib import Path
 
-from prefect import get_run_logger
-
 from distillery.evaluation.scoring import ModelToScore, answered_rows, right_answers, score_model
 from distillery.recipe import PromptRecipe
 from distillery.records import Measured, OnnxModel, Rows
 from distillery.storage.artifacts import ArtifactStore
+from tasks.progress import conclude
 from tasks.stage import stage
 
 
 @stage("measure", version=1)
 def measure(model: OnnxModel, validation: Rows, prompt: PromptRecipe, machine: str) -> Measured:
-    """Asks an exported student the validation rows, one at a time."""
+    """Ask an exported student the validation rows, one at a time."""
     import numpy as np
 
     store = ArtifactStore()
@@ -25,7 +24,5 @@ def measure(model: OnnxModel, validation: Rows, prompt: PromptRecipe, machine: s
         p50_ms=float(np.median(scored.latencies_ms)) if scored.latencies_ms else 0.0,
         bytes=model.artifact.bytes,
     )
-    get_run_logger().info(
-        "accuracy %.3f, %.1f ms a row, on %s", found.accuracy, found.p50_ms, machine
-    )
+    conclude(f"accuracy {found.accuracy:.3f}, {found.p50_ms:.1f} ms per row, on {machine}")
     return found

@@ -1,9 +1,7 @@
 """What all stages share: the `stage` decorator, cache keys from content, and errors of one line."""
 
 import logging
-import os
 import time
-import warnings
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
@@ -12,9 +10,10 @@ from types import SimpleNamespace
 from typing import Any, Literal, ParamSpec, TypeVar, get_type_hints
 
 from prefect import Task, tags, task
+from prefect import results as prefect_results
 from prefect.cache_policies import CacheKeyFnPolicy
 from prefect.context import TagsContext, TaskRunContext
-from prefect.results import ResultRecord, ResultStore, get_result_store
+from prefect.results import ResultStore, get_result_store
 from prefect.runtime import flow_run
 from prefect.transactions import get_transaction
 from prefect.utilities.callables import get_call_parameters
@@ -26,7 +25,9 @@ from distillery.models.base import base_identity
 from distillery.recipe import BaseModelRecipe, RegistryRecipe
 from distillery.records import RegisteredModel, StageRecord, digest_of
 from distillery.storage.artifacts import ArtifactStore
+from tasks.environment import set_defaults
 from tasks.locks import StageLocks
+from tasks.progress import live_display, progress_of
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -52,18 +53,21 @@ _no_key: ContextVar[DistilleryError | None] = ContextVar("no_key", default=None)
 
 
 def stage(name: str, version: int) -> Callable[[Callable[P, R]], Task[P, R]]:
-    """A Prefect task whose cache key is its name, its `version` and the content of its arguments.
+    """Make a Prefect task whose cache key is its name, its `version` and its arguments' content.
 
-    Raise `version` when the stage's code changes what it returns. A cached record is a hit only if it
-    is of the class that the function is annotated to return, and what it points to is whole. Of runs
-    that compute the same key at once, one does the work. Only named infrastructure errors are retried."""
+    Raise `version` when the stage's code changes what it returns. A cached record is a hit only if
+    it is of the class that the function is annotated to return, and what it points to is whole. Of
+    runs that compute the same key at once, one does the work. Only named infrastructure errors are
+    retried."""
 
     def decorate(function: Callable[P, R]) -> Task[P, R]:
         @wraps(function)
         def work(*args: P.args, **kwargs: P.kwargs) -> R:
-            if error := _no_key.get():
+            error = _no_key.get()
+            if error is not None:
                 raise error
-            return function(*args, **kwargs)
+            with progress_of(name):
+                return function(*args, **kwargs)
 
         returns = get_type_hints(function)["return"]
         policy = CacheKeyFnPolicy(cache_key_fn=_cache_key(name, version, returns))
@@ -76,6 +80,9 @@ def stage(name: str, version: int) -> Callable[[Callable[P, R]], Task[P, R]]:
             retries=2,
             retry_delay_seconds=[10, 60],
             retry_condition_fn=_is_infrastructure,
+            on_running=[_begins],
+            on_completion=[_ends],
+            on_failure=[_ends],
             **RESULT,
         )(work)
 
@@ -83,8 +90,15 @@ def stage(name: str, version: int) -> Callable[[Callable[P, R]], Task[P, R]]:
 
 
 def refreshing(stages: Collection[Stage]) -> Callable[[Stage, Task[P, R]], Task[P, R]]:
-    """`again(name, task)`: the task, which does its work anew where `stages` names it, whatever is cached."""
-    return lambda name, task: task.with_options(refresh_cache=True) if name in stages else task
+    """Return `again(name, task)`, which gives back the task; where `stages` names it, with its
+    cache set aside, so that it does its work anew."""
+
+    def again(name: Stage, task: Task[P, R]) -> Task[P, R]:
+        if name in stages:
+            return task.with_options(refresh_cache=True)
+        return task
+
+    return again
 
 
 def _cache_key(
@@ -125,18 +139,30 @@ def _free_or_hit(results: ResultStore, key_stem: str, returns: type[Any]) -> str
 
 
 def _kept(results: ResultStore, key: str) -> bytes | None:
-    """The file of a record, if there is one. Unlike ResultStore.exists, it takes no outage for a record that is not
-    there; nor does it wait for who holds the key's lock."""
+    """Return the file of a record; None where there is none.
+
+    Unlike ResultStore.exists it does not mistake an outage for a missing record, and it does not
+    wait for the holder of the key's lock."""
+    storage: Any = results.result_storage
     try:
-        return results.result_storage.read_path(key, _sync=True)
+        content: bytes = storage.read_path(key, _sync=True)
     except ValueError:
         return None
+    return content
+
+
+def results_of(task: Task[..., Any]) -> ResultStore:
+    """Return where the results of a stage are kept."""
+    # Prefect's own annotations leave out that the call is synchronous with _sync.
+    store: Any = get_result_store()
+    found: ResultStore = store.update_for_task(task, _sync=True)
+    return found
 
 
 def is_hit(kept: bytes, returns: type[Any]) -> bool:
     """Return whether the file of a record holds one of class `returns` whose artifact is whole."""
     try:
-        record = ResultRecord.deserialize(kept).result
+        record: Any = prefect_results.ResultRecord.deserialize(kept).result  # type: ignore[attr-defined]
     except Exception:
         # Half-written, or a record of another version of the project: a decoder may raise anything.
         return False
@@ -145,16 +171,17 @@ def is_hit(kept: bytes, returns: type[Any]) -> bool:
 
 
 def is_cached(task: Task[..., Any], **arguments: Any) -> bool:
-    """Whether a stage that is called with `arguments` here and now will be Cached."""
-    results = get_result_store().update_for_task(task, _sync=True)
+    """Return whether a stage that is called with `arguments` here and now will be Cached."""
+    results = results_of(task)
     parameters = get_call_parameters(task.fn, (), arguments)
-    key = task.cache_policy.cache_key_fn(SimpleNamespace(result_store=results), parameters)
+    policy: Any = task.cache_policy
+    key = policy.cache_key_fn(SimpleNamespace(result_store=results), parameters)
     return key is not None and _kept(results, key) is not None
 
 
 def is_recorded(task: Task[..., Any], key: str) -> bool:
-    """Whether there is a record under this cache key of the stage."""
-    return _kept(get_result_store().update_for_task(task, _sync=True), key) is not None
+    """Return whether there is a record under this cache key of the stage."""
+    return _kept(results_of(task), key) is not None
 
 
 def own_key() -> str:
@@ -162,13 +189,14 @@ def own_key() -> str:
     key = getattr(get_transaction(), "key", None)
     if key is None:
         raise StageError(
-            "this stage has no cache key, so that its checkpoints have no folder; please report this"
+            "this stage has no cache key, and so no folder for its checkpoints; please report this"
         )
     return str(key)
 
 
 def content_of(value: Any) -> Any:
-    """What of an argument goes into a cache key: its content_id, a base model's own digest, else its JSON."""
+    """Return what of an argument goes into a cache key: its content_id, a base model's digest, or
+    its JSON."""
     if isinstance(value, BaseModelRecipe):
         return base_identity(value)
     if hasattr(value, "content_id"):
@@ -183,7 +211,7 @@ def content_of(value: Any) -> Any:
 
 
 def is_whole(record: Any) -> bool:
-    """Whether what a record points to is still there, unaltered."""
+    """Return whether what a record points to is still there, unaltered."""
     if isinstance(record, RegisteredModel):
         from distillery.registry.open import open_registry
 
@@ -194,18 +222,19 @@ def is_whole(record: Any) -> bool:
 
 
 def produced_by() -> str:
-    """The name of the run that does the work, for the record."""
+    """Return the name of the run that does the work, for the record."""
     return str(flow_run.name or "a run without a name")
 
 
 def own_tags() -> AbstractContextManager[set[str]]:
-    """Gives the runs that are started within the tags of this one: a subflow has none of its own, and without them no
-    automation finds it dead."""
+    """Give the runs that are started within the tags of this one.
+
+    A subflow has none of its own, and the automations look for dead runs by their tags."""
     return tags(*flow_run.tags)
 
 
 def origin(started: float) -> dict[str, Any]:
-    """What a record says of where it came from; `started` is time.perf_counter() at the stage's start."""
+    """Return what a record says of where it came from; `started` is time.perf_counter() then."""
     return {
         "produced_by": produced_by(),
         "run_id": str(flow_run.id or ""),
@@ -214,28 +243,19 @@ def origin(started: float) -> dict[str, Any]:
 
 
 def begin() -> None:
-    """What each flow does first: its logs are tidied, and its tasks get none of its tags, for each task with tags asks
-    the server for places under their concurrency limits, which takes a good part of a cached run's time."""
+    """Prepare a flow run: tidy its logs, and give its tasks none of its tags.
+
+    For each task with tags Prefect asks the server for slots under their concurrency limits, which
+    takes a good part of a cached run's time."""
     TagsContext(current_tags=set()).__enter__()
+    # A worker may have started Prefect without them; libraries that are read later heed them still.
+    set_defaults()
     _tidy_logs()
 
 
 def _tidy_logs() -> None:
-    """Has Prefect log what the domain says, and an error that the user can mend as its one line, and keeps progress
-    bars, telemetry and the libraries' warnings to each other out."""
-    os.environ |= {
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "TQDM_DISABLE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
-    os.environ |= {
-        "OLIVE_DISABLE_TELEMETRY": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "TRANSFORMERS_VERBOSITY": "error",
-    }
-    for category in (FutureWarning, DeprecationWarning):
-        # Of one library to another: nobody who reads a run's log can do anything about them.
-        warnings.simplefilter("ignore", category)
+    """Have Prefect log what the domain says, and an error that the user can mend as its one
+    line."""
     # Prefect gives a logger that it is told of its handler, but no level; the root's is WARNING.
     logging.getLogger("distillery").setLevel(logging.INFO)
     for name in ("prefect.flow_runs", "prefect.task_runs", "prefect.engine"):
@@ -254,3 +274,15 @@ def _plainly(record: logging.LogRecord) -> bool:
 
 def _is_infrastructure(_task: Any, _run: Any, state: Any) -> bool:
     return isinstance(state.result(raise_on_failure=False), INFRASTRUCTURE_ERRORS)
+
+
+def _begins(stage: Any, _run: Any, _state: Any) -> None:
+    display = live_display()
+    if display is not None:
+        display.stage_begins(stage.name)
+
+
+def _ends(_stage: Any, _run: Any, state: Any) -> None:
+    display = live_display()
+    if display is not None:
+        display.stage_ends(state.name, state.is_completed())

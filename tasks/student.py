@@ -1,16 +1,16 @@
+"""Training as a stage: one domain call, its checkpoints in the store, its progress shown."""
+
 import json
 import time
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from prefect import get_run_logger
 
-from distillery.data.examples import read_examples
-from distillery.errors import DistilleryError, TrainingError
-from distillery.labels.files import read_labels
-from distillery.labels.known import gold_labels
+from distillery.errors import DistilleryError
 from distillery.models.base import base_folder, remote_code_allowed
 from distillery.models.inspect import parts
 from distillery.models.load import load_tokenizer
@@ -19,12 +19,11 @@ from distillery.records import Rows, StudentCheckpoint, TeacherLabels
 from distillery.storage.artifacts import ArtifactStore
 from distillery.storage.working import working_folder
 from distillery.training.fine_tune import fine_tune
-from distillery.training.loop import TrainingProgress
-from distillery.training.losses import TrainingRow
-from distillery.training.rows import training_rows
-from distillery.training.tracking import tracked
+from distillery.training.inputs import rationale_instruction, read_training_inputs
+from distillery.training.loop import TrainingProgress, TrainingResult
+from distillery.training.tracking import Log, tracked
 from tasks.parent import check_parent
-from tasks.progress import progress_artifact
+from tasks.progress import conclude, show
 from tasks.stage import is_recorded, origin, own_key, produced_by, stage
 
 
@@ -41,89 +40,53 @@ def train(
     healing: tuple[HealingRecipe, ...] = (),
     gold: Rows | None = None,
 ) -> StudentCheckpoint:
-    """Fine-tunes `layers` of `base`, or of the checkpoint `start`, on the labelled rows, after the steps of `healing`;
-    validates on gold answers."""
+    """Fine-tune `layers` of `base`, or of the checkpoint `start`, on the labelled rows.
+
+    The steps of `healing` come before; validation is on gold answers."""
     started = time.perf_counter()
-    store, logger = ArtifactStore(), get_run_logger()
-    base_model = base_folder(base)
-    model, adapter = parts(store.fetch(start.artifact), base_model) if start else (base_model, None)
-    tokenizer = load_tokenizer(model, remote_code_allowed(base))
-    examples = read_examples(store.fetch(rows.artifact) / rows.file)
-    with_reasons = [
-        one for one in (training, *(step.training for step in healing)) if one.rationale_weight
-    ]
-    explain = with_reasons[0].rationale_instruction if with_reasons else None
-    found = read_labels(store.fetch(labels.artifact))
-    ready, too_long = training_rows(examples, found, prompt, tokenizer, explain)
-    if explain and ready and not any(row.rationale for row in ready):
-        raise TrainingError(
-            "training.rationale_weight is above 0, but no label has a reason: it takes an endpoint that is asked with "
-            "teacher.answers.form: rationale, or a column rationale in teacher.files"
-        )
-    answered, too_long_gold = _with_own_answers(gold, prompt, tokenizer)
-    checks, too_long_checks = _with_own_answers(validation, prompt, tokenizer)
-    ready += answered
-    too_long += too_long_gold
-    work = _Work(store, own_key())
+    store = ArtifactStore()
+    remote_code = remote_code_allowed(base)
+    model, adapter = base_folder(base), None
+    if start is not None:
+        model, adapter = parts(store.fetch(start.artifact), model)
+    inputs = read_training_inputs(
+        load_tokenizer(model, remote_code),
+        prompt,
+        store.fetch(rows.artifact) / rows.file,
+        store.fetch(labels.artifact),
+        gold=_file_of(gold, store),
+        validation=_file_of(validation, store),
+        explain=rationale_instruction((training, *(step.training for step in healing))),
+    )
     check_parent()
     with (
         working_folder("train") as folder,
-        progress_artifact("training", "training steps") as show,
         tracked(produced_by(), training.model_dump(mode="json")) as track,
     ):
-
-        def progress(at: TrainingProgress) -> None:
-            check_parent()
-            speed = f"{at.rows_per_second:.1f} rows/s, {at.seconds_left / 60:.0f} minutes left"
-            part = f"healing {at.healing} of {len(healing)}, " if at.healing else ""
-            show(
-                at.step,
-                at.steps,
-                f"{part}step {at.step} of {at.steps}, loss {at.point.loss:.3f}, {speed}",
-            )
-            figures = {"rows_per_second": at.rows_per_second} | at.point.model_dump(
-                exclude={"step"}, exclude_none=True
-            )
-            # Each training counts its steps from 1: figures of its own, so that none lies over another's.
-            within = f"healing-{at.healing}/" if at.healing else ""
-            track(at.step, {within + name: value for name, value in figures.items()})
-            logger.debug("%sstep %d of %d, loss %.3f", part, at.step, at.steps, at.point.loss)
-
-        set_aside = {"train": too_long, "validation": too_long_checks}
-        (folder / "set_aside.json").write_text(json.dumps(set_aside, indent=1))
-        if too_long or too_long_checks:
-            count = len(too_long) + len(too_long_checks)
-            logger.warning(
-                "%d rows over prompt.max_tokens are set aside and listed in set_aside.json", count
+        (folder / "set_aside.json").write_text(json.dumps(inputs.set_aside, indent=1))
+        if inputs.set_aside_count:
+            get_run_logger().warning(
+                "%d rows are over prompt.max_tokens: set aside, and listed in set_aside.json",
+                inputs.set_aside_count,
             )
         result = fine_tune(
             model,
             adapter,
-            ready,
-            checks,
+            inputs.rows,
+            inputs.validation,
             training,
             folder,
             layers=layers,
             healing=healing,
-            # Whoever reads an adapter alone puts it on the base model, and this one is for the start's weights.
+            # An adapter alone would be put on the base model, and this one is for the start's
+            # weights.
             whole=start is not None,
-            remote_code=remote_code_allowed(base),
-            progress=progress,
-            checkpoints=work,
+            remote_code=remote_code,
+            progress=partial(_report, track, len(healing)),
+            checkpoints=StageCheckpoints(store, own_key()),
         )
         artifact = store.put(folder)
-    since = f" (from step {result.resumed_at} on)" if result.resumed_at else ""
-    accuracy = "none" if result.validation_accuracy is None else f"{result.validation_accuracy:.3f}"
-    logger.info(
-        "%d rows, %d steps%s, %.1f rows/s on %s, loss %.3f, validation accuracy %s",
-        len(ready),
-        result.steps,
-        since,
-        result.rows_per_second,
-        result.device,
-        result.curve[-1].loss,
-        accuracy,
-    )
+    conclude(_summary(len(inputs.rows), result))
     return StudentCheckpoint(
         artifact=artifact,
         method=training.method,
@@ -134,14 +97,51 @@ def train(
         curve=result.curve,
         validation_accuracy=result.validation_accuracy,
         device=result.device,
-        remote_code=remote_code_allowed(base),
+        remote_code=remote_code,
         **origin(started),
+    )
+
+
+def _file_of(rows: Rows | None, store: ArtifactStore) -> Path | None:
+    if rows is None:
+        return None
+    return store.fetch(rows.artifact) / rows.file
+
+
+def _report(track: Log, healing_steps: int, at: TrainingProgress) -> None:
+    """Tell the display, MLflow and the debug log how far training is; end it with its parent
+    run."""
+    check_parent()
+    part = f"healing {at.healing} of {healing_steps}, " if at.healing else ""
+    show(
+        at.step,
+        at.steps,
+        "steps",
+        f"{part}loss {at.point.loss:.3f}, {at.rows_per_second:.1f} rows/s",
+        seconds_left=at.seconds_left,
+    )
+    figures = {"rows_per_second": at.rows_per_second}
+    figures |= at.point.model_dump(exclude={"step"}, exclude_none=True)
+    # Each training counts its steps from 1: a prefix keeps the curves apart.
+    prefix = f"healing-{at.healing}/" if at.healing else ""
+    track(at.step, {prefix + name: value for name, value in figures.items()})
+
+
+def _summary(rows: int, result: TrainingResult) -> str:
+    since = f" (from step {result.resumed_at} on)" if result.resumed_at else ""
+    accuracy = "none"
+    if result.validation_accuracy is not None:
+        accuracy = f"{result.validation_accuracy:.3f}"
+    return (
+        f"{rows} rows, {result.steps} steps{since}, {result.rows_per_second:.1f} rows/s on "
+        f"{result.device}, loss {result.curve[-1].loss:.3f}, validation accuracy {accuracy}"
     )
 
 
 @train.on_completion
 def _drop_checkpoint(_task: Any, _run: Any, state: Any) -> None:
-    """Only once the record is kept: until then a checkpoint is all that a killed run would leave."""
+    """Only once the record is kept: until then a checkpoint is all that a killed run would
+    leave."""
     key = Path(state.data.metadata.storage_key).name
     # What can't be dropped now is collected later: see housekeeping.py.
     with suppress(DistilleryError):
@@ -149,17 +149,12 @@ def _drop_checkpoint(_task: Any, _run: Any, state: Any) -> None:
             ArtifactStore().drop_checkpoint(key)
 
 
-def _with_own_answers(
-    rows: Rows | None, prompt: PromptRecipe, tokenizer: Any
-) -> tuple[list[TrainingRow], list[str]]:
-    examples = read_examples(ArtifactStore().fetch(rows.artifact) / rows.file) if rows else []
-    return training_rows(examples, gold_labels(examples), prompt, tokenizer)
-
-
 @dataclass(frozen=True)
-class _Work:
-    """Where this training's checkpoints lie: in the store, so that any machine's next run goes on from there. The lease
-    on `key`, which the stage holds, keeps another run from writing there."""
+class StageCheckpoints:
+    """A training's checkpoints in the artifact store, so that the next run on any machine goes on
+    from there.
+
+    The stage holds the lease on `key`, so that no other run writes under it."""
 
     store: ArtifactStore
     key: str
@@ -170,5 +165,5 @@ class _Work:
     def load(self, into: Path) -> bool:
         return self.store.load_checkpoint(self.key, into)
 
-    def of(self, step: str) -> "_Work":
-        return _Work(self.store, f"{self.key}/{step}")
+    def of(self, step: str) -> "StageCheckpoints":
+        return StageCheckpoints(self.store, f"{self.key}/{step}")

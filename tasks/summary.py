@@ -1,4 +1,4 @@
-"""What people see of a run: artifacts in the UI, and the same in the terminal."""
+"""What people see of a finished run: artifacts in the UI, and the same in the terminal."""
 
 import json
 from base64 import b64encode
@@ -29,7 +29,7 @@ _ROWS = 200
 
 
 def _stages(outcome: Outcome) -> list[tuple[str, StageRecord, str]]:
-    """(stage, its record, its figures) in the order of the way."""
+    """Return (stage, its record, its figures) in the order of the run."""
     data, labels, report = outcome.data, outcome.labels, outcome.report
     rows = ", ".join(f"{split.rows} {name}" for name, split in data.splits.items())
     stages: list[tuple[str, StageRecord, str]] = [("prepare dataset", data, rows)]
@@ -65,7 +65,8 @@ def _trained(record: StudentCheckpoint) -> str:
         if record.validation_accuracy is None
         else f", validation accuracy {record.validation_accuracy:.2f}"
     )
-    return f"{record.parameters / 1e6:.1f} M parameters, {record.method}, {record.steps} steps{accuracy}"
+    size = f"{record.parameters / 1e6:.1f} M parameters"
+    return f"{size}, {record.method}, {record.steps} steps{accuracy}"
 
 
 def _built(record: OnnxModel) -> str:
@@ -74,8 +75,10 @@ def _built(record: OnnxModel) -> str:
 
 
 def publish(outcome: Outcome) -> Outcome:
-    """Leaves what people look at: the run's summary, each stage's record, the rejected labels and the rows on which
-    student and teacher differ. Keeps the run in the store; returns the outcome with the run's name."""
+    """Leave the artifacts that people look at, and keep the run in the store.
+
+    These are the run's summary, each stage's record, the rejected labels and the rows on which
+    student and teacher differ. Return the outcome with the run's name."""
     named = outcome.model_copy(update={"run": produced_by()})
     store = ArtifactStore()
     lines = ["| stage | figures | seconds | from run | record |", "|---|---|---|---|---|"]
@@ -122,13 +125,16 @@ def publish(outcome: Outcome) -> Outcome:
 
 
 def verdict(outcome: Outcome) -> str:
-    """The gate's decision in one line, and whether anything new came of it."""
+    """Return the gate's decision in one line, with what was registered."""
     decision, model = outcome.decision, outcome.registered
     reason = decision.reason.partition(": ")[2]
     if model is None:
         return f"gate: refused: {reason}; nothing is registered"
     if not _is_own(outcome, model):
-        return f"gate: passed: {reason}; nothing new: {model.name} version {model.version} of {model.produced_by} stands"
+        return (
+            f"gate: passed: {reason}; nothing new: {model.name} version {model.version} of "
+            f"{model.produced_by} stands"
+        )
     return f"gate: passed: {reason}; registered as {model.name} version {model.version}"
 
 
@@ -137,7 +143,8 @@ def _is_own(outcome: Outcome, record: StageRecord) -> bool:
 
 
 def _labelling(labels: TeacherLabels, folder: Path) -> None:
-    """What came of the teacher's answers: figures, reliability, what it cost, and the rows worth a look."""
+    """Leave an artifact on the teacher's answers: figures, reliability, cost, and rows worth a
+    look."""
     report = read_report(folder)
     lines = ["| | |", "|---|---|", f"| accepted | {report.accepted:,} |"]
     lines += [f"| rejected: {reason} | {count:,} |" for reason, count in report.rejected.items()]
@@ -148,7 +155,8 @@ def _labelling(labels: TeacherLabels, folder: Path) -> None:
     if report.interval and report.accuracy is not None:
         interval = f"[{report.interval.low:.3f}, {report.interval.high:.3f}]"
         lines.append(
-            f"| right, of {report.gold_rows:,} with a gold answer | {report.accuracy:.3f} {interval} |"
+            f"| right, of {report.gold_rows:,} with a gold answer | "
+            f"{report.accuracy:.3f} {interval} |"
         )
     if report.calibration_error is not None:
         lines.append(f"| expected calibration error | {report.calibration_error:.3f} |")
@@ -193,7 +201,7 @@ def _as_json(record: StageRecord) -> str:
 
 
 def _link(place: str, identity: object) -> str:
-    """A page of the UI; without a server that has one, of whatever UI shows the artifact."""
+    """Return a page's address in the UI, relative where no server with a UI is set."""
     return f"{PREFECT_UI_URL.value() or ''}/v2/{place}/{identity}"
 
 
@@ -203,7 +211,7 @@ def _table(key: str, description: str, rows: list[dict[str, Any]]) -> None:
 
 
 def _rows(file: Path) -> list[dict[str, Any]]:
-    # Not splitlines: a teacher's answer may hold a line separator of Unicode's, which JSON leaves as it is.
+    # Not splitlines: JSON leaves Unicode's line separators in a teacher's answer as they are.
     return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
 
 
@@ -214,7 +222,8 @@ def _differences(folder: Path, candidate: str) -> list[dict[str, Any]]:
 
 
 def render(outcome: Outcome) -> str:
-    """The terminal's summary: each stage with the run it came from, the scoreboard, the gate."""
+    """Return the terminal's summary: each stage with the run it came from, the scoreboard, the
+    gate."""
     lines = []
     for name, record, figures in _stages(outcome):
         origin = (

@@ -19,7 +19,7 @@ from distillery.labels.store import LabelStore
 from distillery.recipe import PromptRecipe, TeacherRecipe
 from distillery.records import Example
 from distillery.teacher.endpoint import Endpoint
-from tasks.labels import _slot
+from tasks.labels import shared_slot
 
 pytestmark = [pytest.mark.slow]
 
@@ -39,7 +39,13 @@ async def run(server: ChatEndpoint, out: Path, name: str, limit: str) -> LabelCo
     with LabelStore(f"sqlite:///{out / name}.db") as store:
         recipe = TeacherRecipe(concurrency=8)
         return await label(
-            rows, PromptRecipe(), recipe, endpoint, store, out / name, slots=partial(_slot, limit)
+            rows,
+            PromptRecipe(),
+            recipe,
+            endpoint,
+            store,
+            out / name,
+            slots=partial(shared_slot, limit),
         )
 
 

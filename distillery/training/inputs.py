@@ -1,0 +1,79 @@
+"""What a training learns from, rendered to token ids: labelled rows, gold rows and validation rows.
+
+In: files of Examples, a folder of labels, a prompt and the student's tokenizer. Out: TrainingRows, and
+the ids of the rows that are over prompt.max_tokens.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from distillery.data.examples import read_examples
+from distillery.errors import TrainingError
+from distillery.labels.files import read_labels
+from distillery.labels.known import gold_labels
+from distillery.recipe import PromptRecipe, TrainingRecipe
+from distillery.training.losses import TrainingRow
+from distillery.training.rows import training_rows
+
+
+@dataclass(frozen=True)
+class TrainingInputs:
+    """The rows to train on and to validate on. `set_aside`: by split, the ids of rows that are over
+    prompt.max_tokens."""
+
+    rows: list[TrainingRow]
+    validation: list[TrainingRow]
+    set_aside: dict[str, list[str]]
+
+    @property
+    def set_aside_count(self) -> int:
+        """How many rows are set aside in all."""
+        return sum(len(ids) for ids in self.set_aside.values())
+
+
+def read_training_inputs(
+    tokenizer: Any,
+    prompt: PromptRecipe,
+    labelled: Path,
+    labels: Path,
+    gold: Path | None = None,
+    validation: Path | None = None,
+    explain: str | None = None,
+) -> TrainingInputs:
+    """Render the rows of `labelled` that have a label in the folder `labels`, and after them the
+    `gold` rows with their own answers; `validation` rows too carry their own answers.
+
+    `explain` asks for the reasons that labels have. Raises TrainingError where it is given and no
+    label has a reason."""
+    found = read_labels(labels)
+    rows, too_long = training_rows(read_examples(labelled), found, prompt, tokenizer, explain)
+    if explain and rows and not any(row.rationale for row in rows):
+        raise TrainingError(
+            "training.rationale_weight is above 0, but no label has a reason: use an endpoint with "
+            "teacher.answers.form: rationale, or files with a column rationale in teacher.files"
+        )
+    gold_rows, gold_too_long = _with_own_answers(gold, prompt, tokenizer)
+    checks, checks_too_long = _with_own_answers(validation, prompt, tokenizer)
+    set_aside = {"train": too_long + gold_too_long, "validation": checks_too_long}
+    return TrainingInputs(rows + gold_rows, checks, set_aside)
+
+
+def rationale_instruction(trainings: Sequence[TrainingRecipe]) -> str | None:
+    """Return what asks for reasons in the trainings of one student; None where none learns them.
+
+    A recipe whose trainings ask in several ways is refused when it is read."""
+    for training in trainings:
+        if training.rationale_weight:
+            return training.rationale_instruction
+    return None
+
+
+def _with_own_answers(
+    file: Path | None, prompt: PromptRecipe, tokenizer: Any
+) -> tuple[list[TrainingRow], list[str]]:
+    if file is None:
+        return [], []
+    examples = read_examples(file)
+    return training_rows(examples, gold_labels(examples), prompt, tokenizer)
