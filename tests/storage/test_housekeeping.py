@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
 
 import pytest
 from azurite_server import Azurite, free_port
@@ -28,6 +27,7 @@ from distillery.records import (
     TeacherLabels,
 )
 from distillery.registry.local import LocalRegistry
+from distillery.registry.references import find_registered
 from distillery.storage.artifacts import ArtifactStore
 from distillery.storage.housekeeping import Inventory, Waste
 
@@ -95,11 +95,17 @@ def age(store: ArtifactStore, *prefixes: str, seconds: float = OLD) -> None:
             os.utime(Path(store.storage.root) / file.name, (moment, moment))
 
 
-def collect(store: ArtifactStore, keep_runs: int = 3, **options: Any) -> list[Waste]:
+def find_waste(
+    store: ArtifactStore, inventory: Inventory, keep_runs: int, now: datetime | None = None
+) -> list[Waste]:
+    """As `distillery store gc` finds it, which asks the registries."""
+    registered = find_registered(inventory.registered_models(), store.storage.is_local)
+    return inventory.waste(registered, MONTH, keep_runs, now)
+
+
+def collect(store: ArtifactStore, keep_runs: int = 3) -> list[Waste]:
     inventory = Inventory(store)
-    return [
-        waste for waste in inventory.waste(MONTH, keep_runs, **options) if inventory.remove(waste)
-    ]
+    return [waste for waste in find_waste(store, inventory, keep_runs) if inventory.remove(waste)]
 
 
 def names(found: list[Waste], kind: str) -> set[str]:
@@ -149,7 +155,7 @@ def test_nothing_is_removed_that_is_used_meanwhile(
     artifacts = {use: put(use) for use in ("put", "fetch", "holds", "nothing")}
     age(store)
     inventory = Inventory(store)
-    found = inventory.waste(MONTH, 0)
+    found = find_waste(store, inventory, 0)
     assert len(found) == 4
     put("put")
     store.fetch(artifacts["fetch"])
@@ -221,7 +227,8 @@ def test_a_record_that_is_none_leaves_all_as_it_is(
         store.write_record("runs/demo-0.json", content)
         age(store)
         with pytest.raises(
-            StoreError, match=r"records/runs/demo-0\.json: no record of a run .*; remove the file"
+            StoreError,
+            match=r"records/runs/demo-0\.json: not the record of a run .*; remove the file",
         ):
             Inventory(store)
 
@@ -348,7 +355,7 @@ def test_the_same_on_azure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         assert store.storage.remove(manifest)
 
         inventory, later = Inventory(store), datetime.now(UTC) + timedelta(days=40)
-        found = inventory.waste(MONTH, 1, now=later)
+        found = find_waste(store, inventory, 1, later)
         assert {(waste.kind, waste.name) for waste in found} == {
             ("artifact", gone.sha256),
             ("artifact", used.sha256),
