@@ -1,4 +1,4 @@
-"""data/examples"""
+"""Read back the JSONL files that `prepare` wrote, one records.Example a line."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,27 +11,28 @@ from distillery.records import Example
 
 
 def read_examples(path: Path) -> list[Example]:
-    """The rows of a file that `prepare` wrote. Raises DataError with the file and line."""
+    """Return the rows of a file. Raises DataError with the file and line."""
     return list(each_example(path))
 
 
 def each_example(path: Path) -> Iterator[Example]:
-    """The same, one at a time."""
+    """Yield the rows of a file one by one. Raises DataError with the file and line."""
     try:
         with path.open(encoding="utf-8", newline="\n") as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
-                    yield _example(line, f"{path}:{number}")
+                    yield parse_example(line, f"{path}:{number}")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
             f"{path}: can't be read ({cause_of(error)}); prepare the data set again"
         ) from error
 
 
-def _example(line: str, where: str) -> Example:
+def parse_example(line: str, where: str) -> Example:
+    """Return a line as an Example. Raises DataError, whose text starts with `where`."""
     try:
         return Example.model_validate_json(line)
     except ValidationError as error:
         detail = error.errors()[0]
-        field = ".".join(str(part) for part in detail["loc"]) or "line"
+        field = ".".join(map(str, detail["loc"])) or "line"
         raise DataError(f"{where}: {field}: {detail['msg']}; prepare the data set again") from error

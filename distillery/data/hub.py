@@ -1,58 +1,67 @@
-"""data/hub"""
+"""Load data sets from the Hugging Face hub by `datasets`, which keeps them on this machine."""
 
+import logging
 import re
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any, cast
 
-from distillery.data.readers import Table, cause_of, quiet_datasets
+from distillery.data.readers import Table, cause_of
 from distillery.errors import DataError, NoSuchRevision
-from distillery.recipe import DatasetRecipe
 from distillery.records import digest_of
 from distillery.settings import LocalSettings
 
 
-def hub_commit(recipe: DatasetRecipe) -> str:
-    """The commit that dataset.revision names, which a branch does not for long; without one, the newest."""
-    if recipe.revision and re.fullmatch("[0-9a-f]{40}", recipe.revision):
-        return recipe.revision
+def hub_commit(name: str, revision: str | None) -> str:
+    """Return the commit that a revision names today, or the newest one without a revision.
+
+    Raises NoSuchRevision if the hub has no such data set or revision, and DataError if it does
+    not answer.
+    """
+    if revision and re.fullmatch("[0-9a-f]{40}", revision):
+        return revision
     from huggingface_hub import HfApi
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
     try:
-        return str(HfApi().dataset_info(recipe.name, revision=recipe.revision, timeout=10).sha)
+        return str(HfApi().dataset_info(name, revision=revision, timeout=10).sha)
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
-        at = f" with revision {recipe.revision}" if recipe.revision else ""
+        wanted = name
+        if revision:
+            wanted += f" with revision {revision}"
         raise NoSuchRevision(
-            f"dataset.name: the hub has no {recipe.name}{at}, or HF_TOKEN may not read it; correct it"
+            f"dataset.name: the hub has no {wanted}, or HF_TOKEN may not read it; correct it"
         ) from error
     except Exception as error:
         raise DataError(
-            f"dataset.name: the hub doesn't answer for {recipe.name} ({type(error).__name__}); check name and network, "
-            "or use local files (dataset.source: files)"
+            f"dataset.name: the hub doesn't answer for {name} ({type(error).__name__}); check the "
+            "name and the network, or use local files (dataset.source: files)"
         ) from error
 
 
-def load_from_hub(recipe: DatasetRecipe) -> dict[str, Any]:
-    """The splits of the hub's data set, at the commit that dataset.revision names. Cached by name and revision: without
-    a connection, `datasets` takes whichever commit it finds in its cache."""
+def load_from_hub(name: str, revision: str | None) -> dict[str, Any]:
+    """Return the splits of a data set at a revision. Raises DataError.
+
+    Each name and revision has a cache folder of its own: without a connection, `datasets` takes
+    any commit that it finds in its cache.
+    """
     import huggingface_hub.errors
 
     datasets, hub_errors = quiet_datasets(), cast(Any, huggingface_hub.errors)
-    asked = recipe.name + (f" at {recipe.revision}" if recipe.revision else "")
-    cache = LocalSettings().folder / "datasets" / digest_of([recipe.name, recipe.revision])[:16]
-    revision = recipe.revision
+    wanted = name
+    if revision:
+        wanted += f" at {revision}"
+    cache = LocalSettings().folder / "datasets" / digest_of([name, revision])[:16]
+    commit = revision
     with suppress(DataError):
-        # Else what is wrong is said below.
-        revision = hub_commit(recipe)
+        # What is wrong is said below, unless a copy on this machine serves.
+        commit = hub_commit(name, revision)
     try:
-        loaded: dict[str, Any] = datasets.load_dataset(
-            recipe.name, revision=revision, cache_dir=str(cache)
-        )
+        splits: dict[str, Any] = datasets.load_dataset(name, revision=commit, cache_dir=str(cache))
     except (datasets.exceptions.DatasetNotFoundError, hub_errors.RepositoryNotFoundError) as error:
         raise DataError(
-            f"dataset.name: {asked} is not on the hub, or needs a login; "
-            f"correct dataset.name or dataset.revision, or set HF_TOKEN"
+            f"dataset.name: {wanted} is not on the hub, or needs a login; "
+            "correct dataset.name or dataset.revision, or set HF_TOKEN"
         ) from error
     except (
         OSError,
@@ -62,14 +71,30 @@ def load_from_hub(recipe: DatasetRecipe) -> dict[str, Any]:
         datasets.exceptions.DatasetsError,
     ) as error:
         raise DataError(
-            f"dataset.name: {asked} could not be had from the hub ({cause_of(error)}); "
-            f"check the name and the connection, or set dataset.source to files and dataset.files to local copies"
+            f"dataset.name: {wanted} could not be loaded from the hub ({cause_of(error)}); check "
+            "the name and the connection, or set dataset.source to files and dataset.files to "
+            "local copies"
         ) from error
-    return loaded
+    return splits
 
 
-def hub_table(name: str, split: str, rows: Any) -> Iterator[Table]:
+def hub_tables(name: str, split: str, rows: Any) -> Iterator[Table]:
+    """Yield a split, a datasets.Dataset, as the only Table."""
     title = f"{name} ({split})"
-    yield Table(
-        title, rows.column_names, [(f"{title}:{n}", row) for n, row in enumerate(rows.to_list(), 1)]
-    )
+    numbered = [(f"{title}:{number}", row) for number, row in enumerate(rows.to_list(), 1)]
+    yield Table(title, rows.column_names, numbered)
+
+
+def quiet_datasets() -> Any:
+    """Return the package `datasets`, which then neither draws bars nor logs what it raises."""
+    import datasets
+    from datasets.utils.logging import set_verbosity
+    from datasets.utils.tqdm import disable_progress_bars as disable_datasets_bars
+    from huggingface_hub.utils.logging import set_verbosity as set_hub_verbosity
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
+    disable_progress_bars()
+    disable_datasets_bars()
+    set_verbosity(logging.CRITICAL)
+    set_hub_verbosity(logging.ERROR)
+    return datasets

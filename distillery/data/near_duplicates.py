@@ -1,83 +1,119 @@
-"""data/near_duplicates"""
+"""Drop rows of train and gold that nearly repeat a row which must stay.
+
+Two rows are similar if the sets of word triples of their questions, and the sets of their
+options, both have a Jaccard similarity of dataset.near_duplicate or more. A question of fewer
+than three words, or in a script without spaces, is similar to its equals only.
+
+Rows of train or gold that are similar to a validation or test row are dropped, also if they come
+from the same source; so are rows of train that are similar to an earlier row of train. Similar
+rows within gold, validation and test stay, so that adding rows removes none. All of this comes
+before sampling: a test row that is not sampled today trains no student either.
+"""
 
 import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable
+from typing import NamedTuple
 
-from distillery.data.rows import FITTED, JUDGED, Row, Splits, normalised
+from distillery.data.rows import normalised
+from distillery.data.splits import FITTED, JUDGED, Splits
 from distillery.records import Example
+
+ROUNDING = 1e-9
+"""Keeps a similarity that equals the threshold from falling short of it by rounding."""
 
 
 def drop_near_duplicates(splits: Splits, threshold: float) -> tuple[Splits, int]:
-    alike = _Alike(threshold, (row for rows in splits.values() for row in rows))
-    for row in (row for role in JUDGED for row in splits.get(role, [])):
-        alike.add(alike.sets(row))
-    kept = dict(splits)
-    for role in (role for role in FITTED if role in splits):
+    """Return the splits without near duplicates, and how many rows were dropped."""
+    index = SimilarRows(threshold, (row.example for rows in splits.values() for row in rows))
+    for role in JUDGED:
+        for row in splits.get(role, []):
+            index.add(index.token_sets(row.example))
+    kept, dropped = dict(splits), 0
+    for role in FITTED:
+        if role not in splits:
+            continue
         kept[role] = []
         for row in splits[role]:
-            sets = alike.sets(row)
-            if not alike.knows(sets):
-                kept[role].append(row)
-                if role == "train":
-                    alike.add(sets)
-    return kept, sum(len(splits[role]) - len(kept[role]) for role in splits)
+            token_sets = index.token_sets(row.example)
+            if index.has_similar(token_sets):
+                dropped += 1
+                continue
+            kept[role].append(row)
+            if role == "train":
+                index.add(token_sets)
+    return kept, dropped
 
 
-_Sets = tuple[frozenset[int], frozenset[int]]
+class TokenSets(NamedTuple):
+    """The tokens of a row by their ranks, 0 being the rarest among all rows."""
+
+    question: frozenset[int]
+    options: frozenset[int]
 
 
-class _Alike:
-    """Finds rows that are alike (see the module's text) exactly, by prefix filtering.
+class SimilarRows:
+    """Finds similar rows exactly, by prefix filtering.
 
-    Sets of similarity t share one of the n - ceil(t n) + 1 rarest tokens of each (n tokens): Bayardo, Ma, Srikant:
-    Scaling up all pairs similarity search, WWW 2007. The index holds these tokens only. Where questions and options
-    each have similarity t, so has their union, on which the filter works.
+    Two sets of similarity t share one of the n - ceil(t n) + 1 rarest tokens of each, n being the
+    number of its tokens: Bayardo, Ma, Srikant: Scaling up all pairs similarity search, WWW 2007.
+    So the index holds these tokens only. If questions and options each have similarity t, so has
+    their union, to which the filter is applied.
     """
 
-    def __init__(self, threshold: float, rows: Iterable[Row]) -> None:
-        self._threshold = threshold
-        counts = Counter(token for row in rows for part in _tokens(row.example) for token in part)
-        self._rank = {
-            token: rank for rank, token in enumerate(sorted(counts, key=counts.__getitem__))
-        }
-        self._index: defaultdict[int, list[_Sets]] = defaultdict(list)
+    def __init__(self, threshold: float, examples: Iterable[Example]) -> None:
+        """`examples` are all rows that will be added or looked up."""
+        self.threshold = threshold
+        counts: Counter[str] = Counter()
+        for example in examples:
+            counts.update(question_tokens(example))
+            counts.update(option_tokens(example))
+        by_rarity = sorted(counts, key=counts.__getitem__)
+        self._ranks = {token: rank for rank, token in enumerate(by_rarity)}
+        self._index: defaultdict[int, list[TokenSets]] = defaultdict(list)
 
-    def sets(self, row: Row) -> _Sets:
-        """The tokens of question and options by rank, the rarest being 0."""
-        question, options = _tokens(row.example)
-        return frozenset(map(self._rank.__getitem__, question)), frozenset(
-            map(self._rank.__getitem__, options)
+    def token_sets(self, example: Example) -> TokenSets:
+        """Return the tokens of a row as this index compares them."""
+        return TokenSets(
+            frozenset(map(self._ranks.__getitem__, question_tokens(example))),
+            frozenset(map(self._ranks.__getitem__, option_tokens(example))),
         )
 
-    def add(self, sets: _Sets) -> None:
-        for rank in self._rarest(sets):
-            self._index[rank].append(sets)
+    def add(self, token_sets: TokenSets) -> None:
+        """Add a row."""
+        for rank in self.rarest(token_sets):
+            self._index[rank].append(token_sets)
 
-    def knows(self, sets: _Sets) -> bool:
-        """Whether a row alike was added."""
-        return any(
-            self._similar(sets, other)
-            for rank in self._rarest(sets)
-            for other in self._index.get(rank, ())
-        )
+    def has_similar(self, token_sets: TokenSets) -> bool:
+        """Return whether a similar row was added."""
+        for rank in self.rarest(token_sets):
+            for other in self._index.get(rank, ()):
+                if self.are_similar(token_sets, other):
+                    return True
+        return False
 
-    def _rarest(self, sets: _Sets) -> list[int]:
-        ranks = sorted(sets[0] | sets[1])
-        return ranks[: len(ranks) - math.ceil(self._threshold * len(ranks) - 1e-9) + 1]
+    def rarest(self, token_sets: TokenSets) -> list[int]:
+        """Return the tokens of which a similar row must have one."""
+        ranks = sorted(token_sets.question | token_sets.options)
+        return ranks[: len(ranks) - math.ceil(self.threshold * len(ranks) - ROUNDING) + 1]
 
-    def _similar(self, one: _Sets, other: _Sets) -> bool:
-        for a, b in zip(one, other, strict=True):
+    def are_similar(self, first: TokenSets, second: TokenSets) -> bool:
+        """Return whether questions and options both reach the threshold."""
+        for a, b in zip(first, second, strict=True):
             common = len(a & b)
-            if common < self._threshold * (len(a) + len(b) - common) - 1e-9:
+            if common < self.threshold * (len(a) + len(b) - common) - ROUNDING:
                 return False
         return True
 
 
-def _tokens(example: Example) -> tuple[set[str], set[str]]:
-    """The word triples of the question and the options, marked apart."""
+def question_tokens(example: Example) -> set[str]:
+    """Return the word triples of the question."""
     text = normalised(example.question)
     words = re.findall(r"\w+", text) or [text]
-    triples = {" ".join(words[i : i + 3]) for i in range(max(1, len(words) - 2))}
-    return triples, {f"\n{normalised(choice)}" for choice in example.choices}
+    return {" ".join(words[i : i + 3]) for i in range(max(1, len(words) - 2))}
+
+
+def option_tokens(example: Example) -> set[str]:
+    """Return the options, with a line break ahead that no word triple has."""
+    return {f"\n{normalised(choice)}" for choice in example.choices}

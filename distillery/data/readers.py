@@ -1,20 +1,59 @@
-"""data/readers"""
+"""Read JSONL, CSV and Parquet files row by row: the only reader of tables in this project.
+
+The name's ending tells the format. Text is UTF-8, with or without a byte order mark.
+  .jsonl     one JSON object a line; blank lines are skipped
+  .csv       the first row names the columns; each value is text, so that 'NA', 'null' and '007'
+             stay as they are; a quoted value may span lines
+  .parquet   each value as PyArrow converts it to Python
+`open_table` streams rows in the file's order and marks those that are malformed: batch inference
+sets these aside. `read_files` loads whole files and raises at the first malformed row: data
+preparation and label files use it.
+"""
 
 import csv
-import glob
 import json
-import logging
+import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 from distillery.errors import DataError
-from distillery.storage.working import working_folder
+
+NOT_UTF8 = "not UTF-8; save the file in that encoding"
+
+PARQUET_BATCH_ROWS = 256
+"""Rows in memory at a time."""
+
+_SURROGATES = re.compile("[\ud800-\udfff]")
+
+
+class TableRow(NamedTuple):
+    """A row as read. `line` is the line that it starts on, from 1; in Parquet, its row.
+
+    A malformed row has a `fault`: what is wrong and what to do. Its `values` are empty if they
+    can't be read. A CSV row that is not UTF-8 has a fault and values: the bad bytes may stand in
+    a column that nobody needs.
+    """
+
+    line: int
+    values: dict[str, Any]
+    fault: str = ""
+
+
+class OpenTable(NamedTuple):
+    """A file that is being read. `columns` is None if no header names them: in JSONL each row has
+    keys of its own, and an empty CSV file has no first row."""
+
+    columns: Sequence[str] | None
+    rows: Iterator[TableRow]
 
 
 class Table(NamedTuple):
-    """One file, or one split of a hub data set, as read: (where, values) a row; where is FILE:LINE, or for Parquet and
-    the hub FILE:ROW, both from 1."""
+    """A whole file, or a whole split of a hub data set.
+
+    `rows` are (where, values) pairs; where is FILE:LINE, or FILE:ROW for Parquet and the hub.
+    """
 
     name: str
     columns: Sequence[str]
@@ -24,8 +63,11 @@ class Table(NamedTuple):
 def read_columns(
     paths: Sequence[str], wanted: Mapping[str, str]
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(where, values) of each row of JSONL, CSV or Parquet files that have the columns in `wanted`, which says of each
-    what it is. Raises DataError with the file and column."""
+    """Yield (where, values) for each row of the files in teacher.files.
+
+    `wanted` maps the columns that every row must fill to their meanings. Raises DataError with
+    the file, line and column.
+    """
     for table in read_files("teacher.files", paths):
         for where, values in table.rows:
             for name, meaning in wanted.items():
@@ -34,152 +76,170 @@ def read_columns(
             yield where, values
 
 
-def quiet_datasets() -> Any:
-    """Hugging Face `datasets`, kept from drawing bars and from logging what it raises as well."""
-    import datasets
-    from datasets.utils.logging import set_verbosity
-    from datasets.utils.tqdm import disable_progress_bars as disable_datasets_bars
-    from huggingface_hub.utils.logging import set_verbosity as set_hub_verbosity
-    from huggingface_hub.utils.tqdm import disable_progress_bars
-
-    disable_progress_bars()
-    disable_datasets_bars()
-    set_verbosity(logging.CRITICAL)
-    set_hub_verbosity(logging.ERROR)
-    return datasets
-
-
 def read_files(setting: str, paths: Sequence[str]) -> Iterator[Table]:
-    readers = {".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}
-    for path in (Path(path).expanduser() for path in paths):
-        if path.suffix.lower() not in readers:
-            raise DataError(
-                f"{path}: {setting} takes {', '.join(readers)}, not {path.suffix or 'a bare name'!r}"
-            )
-        try:
-            with path.open("rb") as file:
-                empty = not file.read(1)
-        except OSError as error:
-            raise DataError(
-                f"{path}: can't be read ({error.strerror}); correct {setting}"
-            ) from error
-        table = None if empty else readers[path.suffix.lower()](path)
-        if not table or not table.rows:
-            raise DataError(f"{path}: empty, without a single row; correct {setting}")
-        yield table
+    """Yield each file as a whole.
+
+    Raises DataError for a file that can't be read or has no row, and for a malformed row.
+    `setting` is the recipe's key that names the files.
+    """
+    for path in paths:
+        yield read_file(setting, Path(path).expanduser())
 
 
-def _jsonl(path: Path) -> Table:
-    # Read as text and parsed here: `datasets` would guess types by column (dates, numbers) and lose the lines.
+def read_file(setting: str, path: Path) -> Table:
+    """Return a file as a whole; see `read_files`."""
     rows = []
-    for number, row in enumerate(_from_file("from_text", path, encoding="utf-8-sig"), 1):
-        if row["text"].strip():
-            rows.append((f"{path}:{number}", _json_object(row["text"], f"{path}:{number}")))
-    return Table(str(path), list(dict.fromkeys(key for _, values in rows for key in values)), rows)
-
-
-def _json_object(text: str, where: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise DataError(f"{where}: no JSON object ({error}); write one row a line") from error
-    if not isinstance(value, dict):
-        raise DataError(f"{where}: no JSON object but {type(value).__name__}; write one row a line")
-    return value
-
-
-def _csv(path: Path) -> Table:
-    header, lines = _csv_lines(path)
-    if not lines:
-        return Table(str(path), header, [])
-    # Every column as text, nothing taken for a missing value: 'NA', 'null' and '007' stay what they are.
-    datasets = quiet_datasets()
-    features = datasets.Features({name: datasets.Value("string") for name in header})
-    rows = _from_file("from_csv", path, encoding="utf-8-sig", features=features, na_filter=False)
-    if len(rows) != len(lines):
-        raise DataError(
-            f"{path}: {len(lines)} rows by its quotes but {len(rows)} read; check the quotes"
-        )
-    return Table(
-        str(path), header, [(f"{path}:{line}", row) for line, row in zip(lines, rows, strict=True)]
-    )
-
-
-def _csv_lines(path: Path) -> tuple[list[str], list[int]]:
-    """The header and the line (from 1) that each row starts on; rows may span lines."""
-    lines: list[int] = []
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file, strict=True)
-        try:
-            header = next((values for values in reader if values), [])
-            if len(set(header)) != len(header):
-                raise DataError(
-                    f"{path}:1: two columns of one name among {', '.join(header)}; rename one"
-                )
-            start = reader.line_num + 1
-            for values in reader:
-                if values and len(values) != len(header):
-                    raise DataError(
-                        f"{path}:{start}: {len(values)} values under {len(header)} columns; quote a value with a comma"
-                    )
-                lines += [start] if values else []
-                start = reader.line_num + 1
-        except csv.Error as error:
+    with open_table(setting, path) as (columns, streamed):
+        if columns is not None and len(set(columns)) < len(columns):
             raise DataError(
-                f"{path}:{reader.line_num}: no valid CSV ({error}); check the quotes"
-            ) from error
-        except UnicodeDecodeError as error:
-            raise _not_utf8(path) from error
-    return header, lines
-
-
-def _parquet(path: Path) -> Table:
-    rows = _from_file("from_parquet", path)
-    columns = list(rows[0]) if rows else []
-    return Table(
-        str(path), columns, [(f"{path}:{number}", row) for number, row in enumerate(rows, 1)]
-    )
-
-
-def _from_file(method: str, path: Path, **options: Any) -> list[dict[str, Any]]:
-    """Rows of a file through `datasets`. Its cache lives and dies with the call, so that no changed file is missed."""
-    datasets = quiet_datasets()
-    with working_folder("dataset") as scratch:
-        try:
-            read = getattr(datasets.Dataset, method)
-            table = read(
-                glob.escape(str(path)), cache_dir=str(scratch), keep_in_memory=True, **options
+                f"{path}:1: two columns of one name among {', '.join(columns)}; rename one"
             )
-            rows: list[dict[str, Any]] = table.to_list()
-        except (
-            OSError,
-            ValueError,
-            RuntimeError,
-            NotImplementedError,
-            datasets.exceptions.DatasetsError,
-        ) as error:
-            if isinstance(error.__cause__, UnicodeDecodeError) or isinstance(
-                error, UnicodeDecodeError
-            ):
-                raise _not_utf8(path) from error
+        for line, values, fault in streamed:
+            if fault:
+                raise DataError(f"{path}:{line}: {fault}")
+            rows.append((f"{path}:{line}", values))
+    if not rows:
+        raise DataError(f"{path}: empty, without a single row; correct {setting}")
+    if columns is None:
+        keys: dict[str, None] = {}
+        for _, values in rows:
+            keys.update(dict.fromkeys(values))
+        columns = list(keys)
+    return Table(str(path), columns, rows)
+
+
+@contextmanager
+def open_table(setting: str, path: Path) -> Iterator[OpenTable]:
+    """Open a file whose rows are read one by one as the caller asks for them.
+
+    Raises DataError for a file that can't be read or is in another format. `setting` names the
+    recipe's key or the parameter that holds the path.
+    """
+    suffix = path.suffix.lower()
+    try:
+        # Bytes that are not UTF-8 become lone surrogates, so that they spoil one row, not the file.
+        if suffix == ".jsonl":
+            with path.open(encoding="utf-8", errors="surrogateescape") as file:
+                yield OpenTable(None, jsonl_rows(file))
+        elif suffix == ".csv":
+            with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+                yield open_csv(file, path)
+        elif suffix == ".parquet":
+            with open_parquet(path) as table:
+                yield table
+        else:
             raise DataError(
-                f"{path}: can't be read as {path.suffix[1:].lower()} ({cause_of(error)})"
-            ) from error
-    return rows
+                f"{path}: {setting} takes .jsonl, .csv, .parquet, not {path.suffix!r}; convert it"
+            )
+    except OSError as error:
+        raise DataError(
+            f"{path}: can't be read ({error.strerror or cause_of(error)}); correct {setting}"
+        ) from error
 
 
-def _not_utf8(path: Path) -> DataError:
-    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+def jsonl_rows(file: TextIO) -> Iterator[TableRow]:
+    """Yield the rows of a JSONL file."""
+    for number, line in enumerate(file, 1):
+        text = line.removeprefix("\ufeff").rstrip("\n")
+        if has_surrogates(text):
+            yield TableRow(number, {}, NOT_UTF8)
+        elif text.strip():
+            yield jsonl_row(number, text)
+
+
+def jsonl_row(number: int, text: str) -> TableRow:
+    """Return a line of a JSONL file as a row."""
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        return TableRow(number, {}, f"no JSON object ({error}); write one row a line")
+    if not isinstance(values, dict):
+        found = type(values).__name__
+        return TableRow(number, {}, f"no JSON object but {found}; write one row a line")
+    return TableRow(number, values)
+
+
+def open_csv(file: TextIO, path: Path) -> OpenTable:
+    """Read the header of a CSV file. Raises DataError if it is malformed."""
+    cells = csv_cells(file)
+    line, header, fault = next(cells, (1, [], ""))
+    if fault:
+        raise DataError(f"{path}:{line}: {fault}")
+    return OpenTable(header or None, csv_rows(header, cells))
+
+
+def csv_cells(file: TextIO) -> Iterator[tuple[int, list[str], str]]:
+    """Yield the line that a row starts on, its cells and its fault; blank lines are skipped."""
+    reader = csv.reader(file, strict=True)
+    while True:
+        line = reader.line_num + 1
         try:
-            line.decode()
-        except UnicodeDecodeError:
-            return DataError(f"{path}:{number}: not UTF-8; save the file in that encoding")
-    return DataError(f"{path}: not UTF-8; save the file in that encoding")
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield line, [], f"no valid CSV ({error}); check the quotes"
+        else:
+            if cells:
+                yield line, cells, ""
+
+
+def csv_rows(
+    header: Sequence[str], rows: Iterator[tuple[int, list[str], str]]
+) -> Iterator[TableRow]:
+    """Yield the rows of a CSV file from what `csv_cells` yields after the header."""
+    for line, cells, fault in rows:
+        if fault:
+            yield TableRow(line, {}, fault)
+        elif len(cells) != len(header):
+            counts = f"{len(cells)} values under {len(header)} columns"
+            yield TableRow(line, {}, f"{counts}; quote a value with a comma")
+        else:
+            values = dict(zip(header, cells, strict=True))
+            if has_surrogates("".join(cells)):
+                fault = NOT_UTF8
+            yield TableRow(line, values, fault)
+
+
+@contextmanager
+def open_parquet(path: Path) -> Iterator[OpenTable]:
+    """Open a Parquet file. Raises DataError if it is none, and OSError if it can't be read."""
+    import pyarrow  # type: ignore[import-untyped]
+    import pyarrow.parquet  # type: ignore[import-untyped]
+
+    try:
+        with path.open("rb") as file, pyarrow.parquet.ParquetFile(file) as parquet:
+            yield OpenTable(parquet.schema_arrow.names, parquet_rows(parquet))
+    except pyarrow.ArrowException as error:
+        raise DataError(
+            f"{path}: can't be read as parquet ({cause_of(error)}); write the file anew"
+        ) from error
+
+
+def parquet_rows(parquet: Any) -> Iterator[TableRow]:
+    """Yield the rows of a pyarrow.parquet.ParquetFile."""
+    number = 0
+    for batch in parquet.iter_batches(batch_size=PARQUET_BATCH_ROWS):
+        for index in range(batch.num_rows):
+            number += 1
+            try:
+                (values,) = batch.slice(index, 1).to_pylist()
+            except UnicodeDecodeError:
+                yield TableRow(number, {}, NOT_UTF8)
+            else:
+                yield TableRow(number, values)
+
+
+def has_surrogates(text: str) -> bool:
+    """Return whether the text has half of a surrogate pair, which UTF-8 can't express."""
+    return _SURROGATES.search(text) is not None
 
 
 def cause_of(error: BaseException) -> str:
-    """The innermost reason in one short line."""
+    """Return the innermost cause in a line of at most 200 characters."""
     while error.__cause__:
         error = error.__cause__
     text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else text[:199] + "…"
+    if len(text) > 200:
+        text = text[:199] + "…"
+    return text

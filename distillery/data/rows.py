@@ -1,186 +1,179 @@
-"""data/rows"""
+"""Turn a row as read into a valid Example, or say what is wrong with it.
+
+Columns in, named in dataset.columns; the defaults are those of tau/commonsense_qa:
+  id                 text or a whole number; rows without this column are named by their content
+  question           text
+  question_concept   text, optional
+  choices            {"label": [...], "text": [...]} or a list of texts, 2 to 26; also either of
+                     them as a JSON string (CSV). Texts may repeat, as in one row of 75 of
+                     CommonsenseQA: the teacher is asked for the letter
+  answerKey          one of the labels; empty or missing if unknown
+Labels become letters by position.
+"""
 
 import hashlib
 import json
-import re
 import unicodedata
-from collections import Counter
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from distillery.data.readers import Table
+from distillery.data.readers import Table, has_surrogates
 from distillery.errors import DataError
-from distillery.recipe import Columns, DatasetRecipe
+from distillery.recipe import Columns
 from distillery.records import LETTERS, Example, digest_of
-
-JUDGED = ("validation", "test")
-
-MOST_LISTED = 20
-
-_SURROGATE = re.compile("[\ud800-\udfff]")
-
-ROLES = ("gold", "train", "validation", "test")
-
-FITTED = ("gold", "train")
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
+    """A valid row on its way through preparation.
+
+    `where` is FILE:LINE. `content` is a digest of the question and the options, whatever their
+    order, without regard to case, width of characters and white space. `position` in [0, 1)
+    decides the row's split; see `position_of`.
+    """
+
     where: str
     example: Example
     content: str
-    place: float
+    position: float
 
 
-Splits = dict[str, list[Row]]
-
-
-def to_example(values: dict[str, Any], columns: Columns, where: str) -> Example:
-    """One row, as `prepare` reads it; the answer may be missing. Raises DataError, which starts with `where`."""
-    identified = columns.id is not None and columns.id in values
-    return _row(where, values, columns, 0, identified).example
-
-
-# Validating
-
-
-def validated_rows(table: Table, recipe: DatasetRecipe, role: str) -> list[Row]:
-    columns = recipe.columns
+def validated_rows(table: Table, columns: Columns, role: str, seed: int) -> list[Row]:
+    """Return the rows of a table, which will serve in `role`. Raises DataError."""
     needed = {"question": columns.question, "choices": columns.choices}
     if role != "train":
         needed["answer"] = columns.answer
-    for setting, column in needed.items():
-        if column not in table.columns:
-            raise DataError(
-                f"{table.name}: no column {column!r}, only {', '.join(map(repr, table.columns))}; "
-                f"set dataset.columns.{setting} to the one that is meant"
-            )
-    identified = columns.id is not None and columns.id in table.columns
-    rows = [_row(where, values, columns, recipe.seed, identified) for where, values in table.rows]
+    refuse_missing_columns(table.name, table.columns, needed)
+    has_ids = columns.id in table.columns
+    rows = []
+    for where, values in table.rows:
+        example = to_example(values, columns, where, needs_id=has_ids)
+        content = content_of(example.question, example.choices)
+        rows.append(Row(where, example, content, position_of(content, seed)))
     for row in rows:
         refuse_unanswered(row, columns.answer, role)
     return rows
 
 
-def _row(where: str, values: dict[str, Any], columns: Columns, seed: int, identified: bool) -> Row:
-    question = _text(values.get(columns.question), where, columns.question)
-    labels, choices = _options(values.get(columns.choices), where, columns.choices)
-    concept = values.get(columns.concept) if columns.concept else None
-    content = digest_of([normalised(question), sorted(normalised(choice) for choice in choices)])
-    example = Example(
-        example_id=_text(values.get(str(columns.id)), where, str(columns.id))
-        if identified
-        else content,
-        question=question,
-        concept="" if concept in (None, "") else _text(concept, where, str(columns.concept)),
-        choices=choices,
-        answer_key=_answer(values.get(columns.answer), labels, where, columns.answer),
-    )
-    return Row(where, example, content, _place(seed, content))
-
-
-def _text(value: Any, where: str, field: str) -> str:
-    """The text without white space around it; a whole number counts as text."""
-    if value is None:
-        raise DataError(f"{where}: {field}: missing; fill it in or remove the row")
-    if isinstance(value, bool) or not isinstance(value, str | int):
-        raise DataError(
-            f"{where}: {field}: {type(value).__name__} where text belongs; correct the row"
-        )
-    text = str(value).strip()
-    if not text:
-        raise DataError(f"{where}: {field}: empty; fill it in or remove the row")
-    if _SURROGATE.search(text):
-        raise DataError(
-            f"{where}: {field}: half of a surrogate pair, which is no character; correct the row"
-        )
-    return text
-
-
-def _options(value: Any, where: str, field: str) -> tuple[list[str], tuple[str, ...]]:
-    """The labels and the texts of a row's options."""
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except ValueError as error:
+def refuse_missing_columns(table: str, present: Sequence[str], needed: Mapping[str, str]) -> None:
+    """Raise DataError if a column is not there. `needed` maps settings to columns."""
+    for setting, column in needed.items():
+        if column not in present:
             raise DataError(
-                f'{where}: {field}: no JSON ({error}); write {{"label": [...], "text": [...]}} or a list of texts'
-            ) from error
-    labels, texts = (
-        (value.get("label"), value.get("text")) if isinstance(value, dict) else (None, value)
-    )
-    if not isinstance(texts, list):
-        raise DataError(
-            f'{where}: {field}: neither {{"label": [...], "text": [...]}} nor a list of texts'
-        )
-    if not 2 <= len(texts) <= len(LETTERS):
-        raise DataError(
-            f"{where}: {field}: {len(texts)} options; there must be 2 to {len(LETTERS)}"
-        )
-    choices = tuple(_text(text, where, f"{field}: option {n}") for n, text in enumerate(texts, 1))
-    return _labels(labels, len(choices), where, field), choices
+                f"{table}: no column {column!r}, only {', '.join(map(repr, present))}; "
+                f"set dataset.columns.{setting} to the one that is meant"
+            )
 
 
-def _labels(labels: Any, count: int, where: str, field: str) -> list[str]:
-    if labels is None:
-        return list(LETTERS[:count])
-    if not isinstance(labels, list) or len(labels) != count:
-        raise DataError(
-            f"{where}: {field}: the labels are not as many as the {count} texts; correct the row"
-        )
-    texts = [_text(label, where, f"{field}: label {n}") for n, label in enumerate(labels, 1)]
-    if len(set(texts)) < count:
-        raise DataError(
-            f"{where}: {field}: two options of one label among {', '.join(texts)}; correct the row"
-        )
-    return texts
-
-
-def _answer(value: Any, labels: list[str], where: str, field: str) -> str | None:
-    """The letter of the label that `value` names; None where it is empty."""
-    if value is None or (isinstance(value, str) and not value.strip()):
-        return None
-    label = _text(value, where, field)
-    if label not in labels:
-        raise DataError(
-            f"{where}: {field}: {label!r} is no option; the options are {', '.join(labels)}"
-        )
-    return LETTERS[labels.index(label)]
-
-
-def refuse_unanswered(row: Row, field: str, role: str) -> None:
+def refuse_unanswered(row: Row, column: str, role: str) -> None:
+    """Raise DataError if the role needs an answer and the row has none."""
     if role != "train" and row.example.answer_key is None:
         raise DataError(
-            f"{row.where}: {field}: empty, but rows of {role} need an answer; "
+            f"{row.where}: {column}: empty, but rows of {role} need an answer; "
             f"fill it in, or set dataset.splits.{role} to a split with answers"
         )
 
 
+def to_example(
+    values: Mapping[str, Any], columns: Columns, where: str, needs_id: bool = False
+) -> Example:
+    """Return a row as an Example; its answer may be missing.
+
+    A row without an id is named by its content, unless `needs_id`. Raises DataError, whose text
+    starts with `where`.
+    """
+    question = to_text(values.get(columns.question), f"{where}: {columns.question}")
+    labels, choices = to_options(values.get(columns.choices), f"{where}: {columns.choices}")
+    concept = ""
+    if columns.concept and values.get(columns.concept) not in (None, ""):
+        concept = to_text(values[columns.concept], f"{where}: {columns.concept}")
+    if columns.id is not None and (needs_id or columns.id in values):
+        example_id = to_text(values.get(columns.id), f"{where}: {columns.id}")
+    else:
+        example_id = content_of(question, choices)
+    return Example(
+        example_id=example_id,
+        question=question,
+        concept=concept,
+        choices=choices,
+        answer_key=to_letter(values.get(columns.answer), labels, f"{where}: {columns.answer}"),
+    )
+
+
+def to_text(value: Any, where: str) -> str:
+    """Return the text without white space around it; a whole number counts as text."""
+    if value is None:
+        raise DataError(f"{where}: missing; fill it in or remove the row")
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise DataError(f"{where}: {type(value).__name__} where text belongs; correct the row")
+    text = str(value).strip()
+    if not text:
+        raise DataError(f"{where}: empty; fill it in or remove the row")
+    if has_surrogates(text):
+        raise DataError(
+            f"{where}: half of a surrogate pair, which is no character; correct the row"
+        )
+    return text
+
+
+def to_options(value: Any, where: str) -> tuple[list[str], tuple[str, ...]]:
+    """Return the labels and the texts of a row's options."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise DataError(
+                f"{where}: no JSON ({error}); "
+                'write {"label": [...], "text": [...]} or a list of texts'
+            ) from error
+    labels = None
+    if isinstance(value, dict):
+        labels, value = value.get("label"), value.get("text")
+    if not isinstance(value, list):
+        raise DataError(f'{where}: neither {{"label": [...], "text": [...]}} nor a list of texts')
+    if not 2 <= len(value) <= len(LETTERS):
+        raise DataError(f"{where}: {len(value)} options; there must be 2 to {len(LETTERS)}")
+    texts = tuple(to_text(text, f"{where}: option {n}") for n, text in enumerate(value, 1))
+    return to_labels(labels, len(texts), where), texts
+
+
+def to_labels(value: Any, count: int, where: str) -> list[str]:
+    """Return the labels of `count` options; without any, the letters."""
+    if value is None:
+        return list(LETTERS[:count])
+    if not isinstance(value, list) or len(value) != count:
+        raise DataError(
+            f"{where}: the labels are not as many as the {count} texts; correct the row"
+        )
+    labels = [to_text(label, f"{where}: label {n}") for n, label in enumerate(value, 1)]
+    if len(set(labels)) < count:
+        raise DataError(
+            f"{where}: two options of one label among {', '.join(labels)}; correct the row"
+        )
+    return labels
+
+
+def to_letter(value: Any, labels: Sequence[str], where: str) -> str | None:
+    """Return the letter of the option whose label is `value`, or None if it is empty."""
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return None
+    label = to_text(value, where)
+    if label not in labels:
+        raise DataError(f"{where}: {label!r} is no option; the options are {', '.join(labels)}")
+    return LETTERS[labels.index(label)]
+
+
+def content_of(question: str, choices: Sequence[str]) -> str:
+    """Return the digest that rows of equal content share; see `Row`."""
+    return digest_of([normalised(question), sorted(map(normalised, choices))])
+
+
 def normalised(text: str) -> str:
+    """Return the text in NFKC and lower case, with single spaces between words."""
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
-def _place(seed: int, content: str) -> float:
-    """A number in [0, 1): SHA-256 of seed and content, divided by 2^256."""
+def position_of(content: str, seed: int) -> float:
+    """Return a number in [0, 1): SHA-256 of the seed and the content, divided by 2^256."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{content}".encode()).digest()) / 2**256
-
-
-def by_position(row: Row) -> tuple[float, bool, str]:
-    """By place; of equal content, the row with an answer first."""
-    return row.place, row.example.answer_key is None, row.example.model_dump_json()
-
-
-def with_ids(rows: list[Row]) -> list[Row]:
-    """Ids that are content hashes made unique: a second row of equal content gets -2, and so on."""
-    seen: Counter[str] = Counter()
-    named = []
-    for row in rows:
-        if row.example.example_id == row.content:
-            seen[row.content] += 1
-            if seen[row.content] > 1:
-                example = row.example.model_copy(
-                    update={"example_id": f"{row.content}-{seen[row.content]}"}
-                )
-                row = replace(row, example=example)
-        named.append(row)
-    return named

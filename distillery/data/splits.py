@@ -1,50 +1,106 @@
-"""data/splits"""
+"""Decide which row serves for what: order, carving, leaks, copies and ids.
 
-from itertools import accumulate
+A row's position in [0, 1) is a hash of the recipe's seed and the row's content (`rows.Row`), so
+rows of equal content share a position, and neither other rows nor a corrected answer move a row.
+  Order      Rows are sorted by position: the order in the source changes nothing.
+  Carving    Consecutive intervals of positions go to gold, validation and test, in this order,
+             and the rest to train. The caller samples by keeping the lowest positions.
+  Leaks      Rows of train or gold with the content of a validation or test row stop the run.
+             Among rows carved from the same source there are none: they share a position.
+  Copies     Of train rows with equal content the first stays: the one with an answer, if any.
+             Copies within gold, validation and test stay, so that adding rows removes none.
+"""
 
-from distillery.data.rows import FITTED, JUDGED, MOST_LISTED, ROLES, Row, Splits, refuse_unanswered
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from distillery.data.rows import Row, refuse_unanswered
 from distillery.errors import DataError
-from distillery.recipe import DatasetRecipe
 
-# Splitting
+ROLES = ("gold", "train", "validation", "test")
+FITTED = ("gold", "train")
+"""Roles whose rows train a model."""
+
+JUDGED = ("validation", "test")
+"""Roles whose rows judge a model."""
+
+MOST_LISTED = 20
+"""Leaks that an error names."""
+
+Splits = dict[str, list[Row]]
+"""Rows by role."""
 
 
-def carve(recipe: DatasetRecipe, splits: Splits) -> Splits:
-    shares: dict[str, float] = dict(recipe.carve.items())
+def in_order(rows: Sequence[Row]) -> list[Row]:
+    """Return the rows by position, and give copies that are named by their content ids of their
+    own: a second row of equal content gets the suffix -2, and so on."""
+    counts: Counter[str] = Counter()
+    ordered = []
+    for row in sorted(rows, key=sort_key):
+        if row.example.example_id == row.content:
+            counts[row.content] += 1
+            if counts[row.content] > 1:
+                example_id = f"{row.content}-{counts[row.content]}"
+                example = row.example.model_copy(update={"example_id": example_id})
+                row = replace(row, example=example)
+        ordered.append(row)
+    return ordered
+
+
+def sort_key(row: Row) -> tuple[float, bool, str]:
+    """Sort by position; of equal content, the row with an answer comes first."""
+    return row.position, row.example.answer_key is None, row.example.model_dump_json()
+
+
+def carve(splits: Splits, shares: Mapping[str, float], answer_column: str) -> Splits:
+    """Move shares (0 to 1) of the train rows to other roles.
+
+    Raises DataError if a row without an answer falls to a role that needs it.
+    """
     carved: Splits = {role: [] for role in ROLES if role in shares}
-    edges = list(zip(accumulate(shares[role] for role in carved), carved, strict=True))
-    train: list[Row] = []
+    carved["train"] = []
     for row in splits["train"]:
-        role = next((role for edge, role in edges if row.place < edge), "train")
-        refuse_unanswered(row, recipe.columns.answer, role)
-        (train if role == "train" else carved[role]).append(row)
-    return {**splits, **carved, "train": train}
+        edge = 0.0
+        for role in carved:
+            edge += shares.get(role, 1.0)  # train, the last, takes the rest
+            if row.position < edge:
+                break
+        refuse_unanswered(row, answer_column, role)
+        carved[role].append(row)
+    return {**splits, **carved}
 
 
 def refuse_leaks(splits: Splits) -> None:
-    judged = {row.content: (role, row) for role in JUDGED for row in splits.get(role, [])}
+    """Raise DataError if a row of train or gold also stands in validation or test."""
+    judged = {}
+    for role in JUDGED:
+        for row in splits.get(role, []):
+            judged[row.content] = f"{role} {row.example.example_id}"
     for role in FITTED:
         leaks = [row for row in splits.get(role, []) if row.content in judged]
         if leaks:
-            pairs = [_pair(row, *judged[row.content]) for row in leaks[:MOST_LISTED]]
-            more = f" and {len(leaks) - MOST_LISTED} more" if len(leaks) > MOST_LISTED else ""
+            listed = ", ".join(
+                f"{row.example.example_id} (= {judged[row.content]})" for row in leaks[:MOST_LISTED]
+            )
+            if len(leaks) > MOST_LISTED:
+                listed += f" and {len(leaks) - MOST_LISTED} more"
             raise DataError(
                 f"{leaks[0].where}: {len(leaks)} rows of {role} also stand in validation or test: "
-                f"{', '.join(pairs)}{more}; remove them from one of the two"
+                f"{listed}; remove them from one of the two"
             )
 
 
-def _pair(row: Row, role: str, twin: Row) -> str:
-    return f"{row.example.example_id} (= {role} {twin.example.example_id})"
-
-
-def drop_copies(splits: Splits) -> tuple[Splits, int]:
-    train = list({row.content: row for row in reversed(splits["train"])}.values())[::-1]
-    return {**splits, "train": train}, len(splits["train"]) - len(train)
+def drop_copies(rows: Sequence[Row]) -> list[Row]:
+    """Return the rows without those whose content an earlier row has."""
+    first: dict[str, Row] = {}
+    for row in rows:
+        first.setdefault(row.content, row)
+    return list(first.values())
 
 
 def refuse_shared_ids(splits: Splits) -> None:
-    """An id stands for one row: once in a split, and in two splits only for the same content."""
+    """Raise DataError if an id names two rows of a split, or rows of different content."""
     first: dict[str, Row] = {}
     for role, rows in splits.items():
         own: dict[str, Row] = {}
@@ -52,24 +108,27 @@ def refuse_shared_ids(splits: Splits) -> None:
             key = row.example.example_id
             other = own.get(key) or first.get(key, row)
             if key in own or other.content != row.content:
-                where, again = sorted((other.where, row.where), key=_natural)
+                earlier, later = sorted((other.where, row.where), key=file_and_line)
                 raise DataError(
-                    f"{again}: id: {key!r} of {role} is that of {where} too; make ids unique, "
-                    f"or set dataset.columns.id to null to name rows by their content"
+                    f"{later}: id: {key!r} of {role} is that of {earlier} too; make ids unique, "
+                    "or set dataset.columns.id to null to name rows by their content"
                 )
             own[key] = row
         first |= own
 
 
-def _natural(where: str) -> tuple[str, int]:
+def file_and_line(where: str) -> tuple[str, int]:
+    """Split FILE:LINE, so that line 9 is sorted before line 10."""
     name, _, line = where.rpartition(":")
     return name, int(line)
 
 
 def refuse_empty(splits: Splits) -> None:
+    """Raise DataError for a role without rows."""
     for role, rows in splits.items():
         if not rows:
             raise DataError(
-                f"dataset: no row is left for {role} after carving and dropping rows alike to those of another split; "
-                f"add rows, or change dataset.carve or dataset.near_duplicate"
+                f"dataset: no row is left for {role} after carving and dropping rows similar to "
+                "those of another split; add rows, or change dataset.carve or "
+                "dataset.near_duplicate"
             )

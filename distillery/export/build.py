@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, get_args
 
 from distillery.errors import ExportError, ModelError
-from distillery.inference.onnx_student import ADAPTER_FILE, OnnxStudent
+from distillery.inference.decoder import ADAPTER_FILE
+from distillery.inference.onnx_student import OnnxStudent
 from distillery.models.inspect import layer_count, tensor_names
 from distillery.recipe import ExportForm
 from distillery.storage.working import working_folder

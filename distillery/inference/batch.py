@@ -1,12 +1,16 @@
-"""inference/batch"""
+"""Answer the rows of a file with a student.
 
-import csv
-import json
-from collections.abc import Iterable, Iterator, Sequence
+Rows in: a JSONL, CSV or Parquet file (data/readers.py) in the columns that data/rows.py lists.
+Files out: predictions.jsonl, one `Prediction` a line, and failed.jsonl, one `FailedRow` a line. A
+row that is malformed or can't be asked is set aside there and stops nothing.
+Rows are read, answered and written one by one, so memory stays flat however long the file is.
+"""
+
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
-from distillery.data.rows import to_example
+from distillery.data.readers import TableRow, has_surrogates, open_table
+from distillery.data.rows import refuse_missing_columns, to_example
 from distillery.errors import DataError
 from distillery.inference.onnx_student import OnnxStudent
 from distillery.recipe import Columns, PromptRecipe
@@ -14,7 +18,7 @@ from distillery.records import Example, Record
 
 
 class Prediction(Record):
-    """One line of predictions.jsonl."""
+    """One line of predictions.jsonl: the letter, and the probability of each letter."""
 
     example_id: str
     answer: str
@@ -22,14 +26,17 @@ class Prediction(Record):
 
 
 class InputRow(Example):
-    """An Example that knows its line in the file, from 1 (in Parquet, its row)."""
+    """An Example that knows its line in the file, from 1; in Parquet, its row."""
 
     line: int
 
 
 class FailedRow(Record):
-    """A row that was set aside. `example_id` is empty where the row has none that can be read, `line` is None for rows
-    that come from no file."""
+    """One line of failed.jsonl: a row that was set aside, and why.
+
+    `example_id` is empty if the row has none that can be read. `line` is None for rows that come
+    from no file.
+    """
 
     line: int | None
     example_id: str
@@ -37,6 +44,8 @@ class FailedRow(Record):
 
 
 class ScoreCounts(Record):
+    """How many rows were answered, and how many were set aside."""
+
     rows: int
     failed: int
 
@@ -44,9 +53,7 @@ class ScoreCounts(Record):
 def score_file(
     student: OnnxStudent, examples: Iterable[Example | FailedRow], prompt: PromptRecipe, out: Path
 ) -> ScoreCounts:
-    """Answers every row into `out`/predictions.jsonl; a row that can't be asked goes to failed.jsonl and stops nothing.
-
-    Takes rows one by one and keeps none."""
+    """Answer every row into `out`/predictions.jsonl; set aside the others in `out`/failed.jsonl."""
     out.mkdir(parents=True, exist_ok=True)
     rows = failed = 0
     with (
@@ -54,7 +61,7 @@ def score_file(
         (out / "failed.jsonl").open("w") as failures,
     ):
         for example in examples:
-            result = example if isinstance(example, FailedRow) else _score(student, example, prompt)
+            result = example if isinstance(example, FailedRow) else answer(student, example, prompt)
             if isinstance(result, Prediction):
                 predictions.write(result.model_dump_json() + "\n")
                 rows += 1
@@ -64,119 +71,43 @@ def score_file(
     return ScoreCounts(rows=rows, failed=failed)
 
 
-def read_rows(path: Path, columns: Columns) -> Iterator[InputRow | FailedRow]:
-    """The rows of a JSONL, CSV or Parquet file in the columns that dataset.py describes, answers optional, one by one.
-
-    A malformed row comes as a FailedRow. Raises DataError for a file that can't be read or that lacks the column of the
-    questions or the choices."""
-    readers = {".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}
-    reader = readers.get(path.suffix.lower())
-    if reader is None:
-        raise DataError(
-            f"{path}: a file to score ends in {', '.join(readers)}, not {path.suffix or 'a bare name'!r}"
-        )
+def answer(student: OnnxStudent, example: Example, prompt: PromptRecipe) -> Prediction | FailedRow:
+    """Return the student's answer, or why it can't be asked."""
     try:
-        for line, values in reader(path, columns):
-            yield _row(line, values, columns)
-    except OSError as error:
-        raise DataError(
-            f"{path}: can't be read ({error.strerror or error}); correct the path"
-        ) from error
-
-
-_Values = dict[str, Any] | str
-"""A row as read, or why it can't be."""
-
-
-def _row(line: int, values: _Values, columns: Columns) -> InputRow | FailedRow:
-    if isinstance(values, str):
-        return FailedRow(line=line, example_id="", reason=values)
-    place = f"line {line}"
-    try:
-        example = to_example(values, columns, place)
+        found = student.answer(example, prompt)
     except DataError as error:
-        name = values.get(columns.id) if columns.id else None
-        known = str(name) if isinstance(name, str | int) else ""
-        return FailedRow(line=line, example_id=known, reason=str(error).removeprefix(f"{place}: "))
-    return InputRow(line=line, **example.model_dump())
-
-
-def _jsonl(path: Path, columns: Columns) -> Iterator[tuple[int, _Values]]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                yield number, _json_object(line)
-
-
-def _json_object(line: bytes) -> _Values:
-    try:
-        values = json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError:
-        return "not UTF-8"
-    except (ValueError, RecursionError) as error:
-        return f"no JSON object ({error})"
-    return values if isinstance(values, dict) else f"no JSON object but {type(values).__name__}"
-
-
-def _csv(path: Path, columns: Columns) -> Iterator[tuple[int, _Values]]:
-    # What is no UTF-8 becomes surrogates here, which the check of the row then refuses: one row, not the file.
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        reader = csv.reader(file, strict=True)
-        header: list[str] | None = None
-        while True:
-            start = reader.line_num + 1
-            try:
-                cells = next(reader, None)
-            except csv.Error as error:
-                yield start, f"no valid CSV ({error})"
-                continue
-            if cells is None:
-                return
-            if not cells:
-                continue
-            if header is None:
-                header = _with_columns(cells, path, columns)
-            elif len(cells) != len(header):
-                yield start, f"{len(cells)} values under {len(header)} columns"
-            else:
-                yield start, dict(zip(header, cells, strict=True))
-
-
-def _parquet(path: Path, columns: Columns) -> Iterator[tuple[int, _Values]]:
-    import pyarrow  # type: ignore[import-untyped]
-    import pyarrow.parquet  # type: ignore[import-untyped]
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            _with_columns(file.schema_arrow.names, path, columns)
-            number = 0
-            for batch in file.iter_batches(batch_size=256):
-                for values in batch.to_pylist():
-                    number += 1
-                    yield number, values
-    except pyarrow.ArrowException as error:
-        raise DataError(
-            f"{path}: no valid Parquet file ({' '.join(str(error).split())[:200]})"
-        ) from error
-
-
-def _with_columns(names: Sequence[str], path: Path, columns: Columns) -> list[str]:
-    for setting, column in (("question", columns.question), ("choices", columns.choices)):
-        if column not in names:
-            raise DataError(
-                f"{path}: no column {column!r}, only {', '.join(map(repr, names))}; "
-                f"set dataset.columns.{setting} to the one that is meant"
-            )
-    return list(names)
-
-
-def _score(student: OnnxStudent, example: Example, prompt: PromptRecipe) -> Prediction | FailedRow:
-    try:
-        answer = student.answer(example, prompt)
-    except DataError as error:
-        line = example.line if isinstance(example, InputRow) else None
+        line = None
+        if isinstance(example, InputRow):
+            line = example.line
         reason = str(error).removeprefix(f"{example.example_id}: ")
         return FailedRow(line=line, example_id=example.example_id, reason=reason)
     return Prediction(
-        example_id=example.example_id, answer=answer.letter, probabilities=answer.probabilities
+        example_id=example.example_id, answer=found.letter, probabilities=found.probabilities
     )
+
+
+def read_rows(path: Path, columns: Columns) -> Iterator[InputRow | FailedRow]:
+    """Yield the rows of a file one by one, a malformed one as a FailedRow. Answers are optional.
+
+    Raises DataError if the file can't be read, or lacks the column of the questions or choices.
+    """
+    needed = {"question": columns.question, "choices": columns.choices}
+    with open_table("input_uri", path) as table:
+        if table.columns is not None:
+            refuse_missing_columns(str(path), table.columns, needed)
+        for row in table.rows:
+            yield input_row(row, columns)
+
+
+def input_row(row: TableRow, columns: Columns) -> InputRow | FailedRow:
+    """Return a row as an Example, or why it is none."""
+    try:
+        example = to_example(row.values, columns, "row")
+    except DataError as error:
+        found = row.values.get(columns.id) if columns.id else None
+        example_id = ""
+        if isinstance(found, str | int) and not has_surrogates(str(found)):
+            example_id = str(found)
+        reason = row.fault or str(error).removeprefix("row: ")
+        return FailedRow(line=row.line, example_id=example_id, reason=reason)
+    return InputRow(line=row.line, **example.model_dump())

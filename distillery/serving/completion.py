@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from distillery.inference.onnx_student import Logits, OnnxStudent, log_softmax
+from distillery.inference.logits import Logits, log_softmax
+from distillery.inference.onnx_student import OnnxStudent
 from distillery.serving.requests import ApiError, ChatRequest
 
 

@@ -1,3 +1,5 @@
+"""Preparation: what is read, refused, split and dropped, and what of it is written."""
+
 import csv
 import hashlib
 import http.server
@@ -20,7 +22,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from distillery.data.examples import read_examples
-from distillery.data.prepare import PreparedCounts, prepare, source_identity
+from distillery.data.prepare import PreparedCounts, check_rows, prepare
+from distillery.data.source import source_identity
 from distillery.errors import DataError, RecipeError
 from distillery.recipe import Columns, DatasetRecipe
 from distillery.records import Example
@@ -268,7 +271,9 @@ def test_a_bad_row_is_named_by_file_line_and_field(
         ("cut.jsonl", b'{"id": "a", "ques\n', ":1: no JSON object (Unterminated string"),
         ("list.jsonl", b"\n[1, 2]\n", ":2: no JSON object but list; "),
         ("latin.jsonl", b'{"id": "a"}\n{"id": "\xe9"}\n', ":2: not UTF-8; "),
+        ("deep.jsonl", b'{"id": ' + b"[" * 100_000, ":1: no JSON object (maximum recursion depth "),
         ("latin.csv", b"id,question,choices,answerKey\n1,caf\xe9,x,A\n", ":2: not UTF-8; "),
+        ("unread.csv", b"id,question,choices,note\n1,why,x,caf\xe9\n", ":2: not UTF-8; "),
         (
             "ragged.csv",
             b'id,question,choices,answerKey\n1,"a\nb",c,A\n2,Yes, or no?,c,A\n',
@@ -373,7 +378,7 @@ def test_a_share_that_leaves_a_split_empty_is_refused(tmp_path: Path) -> None:
     )
 
 
-# Places
+# Positions
 
 
 CARVE = {"gold": 0.2, "validation": 0.1, "test": 0.3}
@@ -392,7 +397,7 @@ def test_carving_takes_shares_and_loses_no_row(tmp_path: Path) -> None:
 
 
 def test_carving_and_sampling_follow_the_stated_hash(tmp_path: Path) -> None:
-    def place(example: Example) -> float:
+    def position(example: Example) -> float:
         content = json.dumps([example.question, sorted(example.choices)], separators=(",", ":"))
         digest = hashlib.sha256(content.encode()).hexdigest()
         return int(hashlib.sha256(f"7:{digest}".encode()).hexdigest(), 16) / 2**256
@@ -400,15 +405,15 @@ def test_carving_and_sampling_follow_the_stated_hash(tmp_path: Path) -> None:
     result = run(tmp_path, many(400), carve=CARVE, sample={"train": 50, "gold": 10}, seed=7)
     bounds = {"gold": (0, 0.2), "validation": (0.2, 0.3), "test": (0.3, 0.6), "train": (0.6, 1)}
     for role, rows in result.rows.items():
-        places = [place(example) for example in rows]
-        assert places == sorted(places)
-        assert bounds[role][0] <= places[0] <= places[-1] < bounds[role][1]
+        positions = [position(example) for example in rows]
+        assert positions == sorted(positions)
+        assert bounds[role][0] <= positions[0] <= positions[-1] < bounds[role][1]
     everything = [
-        place(Example(example_id="", question=r["question"], choices=tuple(MOODS)))
+        position(Example(example_id="", question=r["question"], choices=tuple(MOODS)))
         for r in many(400)
     ]
-    assert [place(e) for e in result.rows["gold"]] == sorted(everything)[:10]
-    assert [place(e) for e in result.rows["train"]] == sorted(p for p in everything if p >= 0.6)[
+    assert [position(e) for e in result.rows["gold"]] == sorted(everything)[:10]
+    assert [position(e) for e in result.rows["train"]] == sorted(p for p in everything if p >= 0.6)[
         :50
     ]
 
@@ -433,19 +438,18 @@ def test_the_order_of_the_rows_changes_no_byte(tmp_path: Path) -> None:
     rows = many(100) + [row(f"copy{n}", message(n)) for n in range(20)]
     rows += [row(f"near{n}", f"{message(n, 40)} {NOUNS[n]}") for n in range(10)]
     rows += [row(f"alike{n}", message(n, 40)) for n in range(10)]
-    one = run(tmp_path, rows, carve={"test": 0.2})
-    other = run(tmp_path, random.Random(3).sample(rows, len(rows)), carve={"test": 0.2})
-    assert one.bytes == other.bytes
-    assert one.counts == other.counts
-    assert one.counts.duplicates_dropped > 0
-    assert one.counts.near_duplicates_dropped > 0
+    result = run(tmp_path, rows, carve={"test": 0.2})
+    shuffled = run(tmp_path, random.Random(3).sample(rows, len(rows)), carve={"test": 0.2})
+    assert result.bytes == shuffled.bytes
+    assert result.counts == shuffled.counts
+    assert result.counts.duplicates_dropped > 0
+    assert result.counts.near_duplicates_dropped > 0
 
 
 def test_another_seed_gives_another_test_split(tmp_path: Path) -> None:
-    one, other = (
-        run(tmp_path, many(200), carve={"test": 0.3}, seed=seed).ids["test"] for seed in (0, 1)
-    )
-    assert len(one & other) < 0.6 * len(one)
+    first = run(tmp_path, many(200), carve={"test": 0.3}, seed=0).ids["test"]
+    second = run(tmp_path, many(200), carve={"test": 0.3}, seed=1).ids["test"]
+    assert len(first & second) < 0.6 * len(first)
 
 
 def test_a_changed_file_of_the_same_size_and_time_is_noticed(tmp_path: Path) -> None:
@@ -456,7 +460,7 @@ def test_a_changed_file_of_the_same_size_and_time_is_noticed(tmp_path: Path) -> 
     os.utime(path, ns=times)
     prepare(recipe(path), tmp_path / "out")
     assert read_examples(tmp_path / "out" / "train.jsonl")[0].question == "Two?"
-    assert not list((tmp_path / "home" / "work").iterdir())
+    assert not list((tmp_path / "home").rglob("*"))
 
 
 # Copies and leaks
@@ -514,27 +518,27 @@ def test_near_copies_are_those_that_comparing_every_pair_finds(
         words = text.split()
         return {" ".join(words[i : i + 3]) for i in range(len(words) - 2)}
 
-    def alike(one: Example, other: Example) -> bool:
+    def similar(first: Example, second: Example) -> bool:
         pairs = (
-            (triples(one.question), triples(other.question)),
-            (set(one.choices), set(other.choices)),
+            (triples(first.question), triples(second.question)),
+            (set(first.choices), set(second.choices)),
         )
         return all(len(a & b) / len(a | b) >= threshold for a, b in pairs)
 
     kept: list[Example] = []
     for example in _in_order(rows):
-        if not any(alike(example, other) for other in kept):
+        if not any(similar(example, other) for other in kept):
             kept.append(example)
     assert run(tmp_path, rows, near_duplicate=threshold).rows["train"] == kept
     assert 10 < len(kept) < 300
 
 
 def _in_order(rows: list[dict[str, Any]]) -> list[Example]:
-    """Distinct rows by the place that the module's text states, for seed 0."""
-    placed: dict[str, Example] = {}
+    """Return distinct rows by the position that splits.py states, for seed 0."""
+    by_position: dict[str, Example] = {}
     for values in sorted(rows, key=lambda values: str(values["id"])):
         content = json.dumps([values["question"], sorted(values["choices"])], separators=(",", ":"))
-        place = hashlib.sha256(
+        position = hashlib.sha256(
             f"0:{hashlib.sha256(content.encode()).hexdigest()}".encode()
         ).hexdigest()
         example = Example(
@@ -544,8 +548,8 @@ def _in_order(rows: list[dict[str, Any]]) -> list[Example]:
             choices=tuple(values["choices"]),
             answer_key="A",
         )
-        placed.setdefault(place, example)
-    return [placed[place] for place in sorted(placed)]
+        by_position.setdefault(position, example)
+    return [by_position[position] for position in sorted(by_position)]
 
 
 def test_a_row_of_train_that_stands_in_test_stops_the_run_with_both_ids(tmp_path: Path) -> None:
@@ -579,7 +583,7 @@ def test_many_leaks_are_listed_in_part_and_counted_whole(tmp_path: Path) -> None
     assert " and 30 more; " in text
 
 
-def test_a_row_of_train_alike_to_a_test_row_is_dropped_and_counted(tmp_path: Path) -> None:
+def test_a_row_of_train_similar_to_a_test_row_is_dropped_and_counted(tmp_path: Path) -> None:
     text = message(1, 30)
     result = run(tmp_path, [row("a", f"{text} again"), *many(5, 100)], [row("x", text)])
     assert result.counts.near_duplicates_dropped == 1
@@ -603,7 +607,7 @@ def test_neighbours_across_carved_splits_leave_train_and_no_test_row_goes(tmp_pa
 # Ids
 
 
-def test_an_id_of_two_rows_is_refused_with_both_places(tmp_path: Path) -> None:
+def test_an_id_of_two_rows_is_refused_with_both_lines(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "train.jsonl", [row("a", "One?"), row("b", "Two?"), row("a", "Three?")])
     text = refusal(recipe(path), tmp_path / "out")
     assert text.startswith(f"{path}:3: id: 'a' of train is that of {path}:1 too; make ids unique, ")
@@ -642,6 +646,23 @@ def test_read_examples_names_the_file_and_line(tmp_path: Path) -> None:
         read_examples(path)
     with pytest.raises(DataError, match="can't be read"):
         read_examples(tmp_path / "none.jsonl")
+
+
+# Checking without writing
+
+
+def test_check_rows_counts_what_prepare_writes_and_writes_nothing(tmp_path: Path) -> None:
+    train = jsonl(tmp_path / "train.jsonl", many(300))
+    config = recipe(train, carve={"test": 0.3}, sample={"train": 50})
+    before = sorted(tmp_path.rglob("*"))
+    counts = check_rows(config)
+    assert sorted(tmp_path.rglob("*")) == before
+    written = prepare(config, tmp_path / "out").splits
+    assert counts == {role: split.rows for role, split in written.items()}
+    assert counts["train"] == 50
+    jsonl(train, [row("a", "One?"), row("b", "")])
+    with pytest.raises(DataError, match=rf"^{re.escape(str(train))}:2: question: empty; "):
+        check_rows(config)
 
 
 # Network
@@ -755,7 +776,8 @@ for text in sys.argv[2:]:
 
 
 def from_hub(tmp_path: Path, url: str, *changes: dict[str, Any], **environment: str) -> list[str]:
-    """What is printed for each recipe, one line each, in a process of its own: the hub's address is read on import."""
+    """Return the line printed for each recipe by a process of its own: the hub's address is read on
+    import."""
     base = {"source": "hub", "name": "tau/commonsense_qa", "revision": "v1"}
     base |= {"splits": {"train": "train", "validation": "validation"}}
     recipes = [json.dumps(base | change) for change in changes]
@@ -796,9 +818,9 @@ def test_a_hub_data_set_by_name_and_revision(tmp_path: Path, hub: tuple[str, lis
     }
 
     offline = from_hub(tmp_path, url, {}, {"revision": "v3"}, HF_HUB_OFFLINE="1")
-    assert offline[0] == lines[0], "what was had once is there without a connection"
+    assert offline[0] == lines[0], "what was loaded once is there without a connection"
     assert offline[1].startswith(
-        "dataset.name: tau/commonsense_qa at v3 could not be had from the hub ("
+        "dataset.name: tau/commonsense_qa at v3 could not be loaded from the hub ("
     )
     assert offline[1].endswith("or set dataset.source to files and dataset.files to local copies")
 
@@ -826,7 +848,7 @@ def test_a_branch_stands_for_its_commit(
     # Where the hub has no answer.
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     assert identity("v1") == "tau/commonsense_qa@v1"
-    assert "going on with what is here of revision v1" in caplog.text
+    assert "using the copy of revision v1 on this machine" in caplog.text
     with pytest.raises(DataError, match="the hub doesn't answer for tau/commonsense_qa"):
         identity(None)
 
@@ -836,7 +858,9 @@ def test_a_hub_that_does_not_answer(tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         (line,) = from_hub(tmp_path, f"http://127.0.0.1:{taken.getsockname()[1]}", {})
-    assert line.startswith("dataset.name: tau/commonsense_qa at v1 could not be had from the hub (")
+    assert line.startswith(
+        "dataset.name: tau/commonsense_qa at v1 could not be loaded from the hub ("
+    )
     assert "Couldn't reach 'tau/commonsense_qa'" in line
 
 

@@ -1,4 +1,4 @@
-"""The shipped sample: what its data card promises. No row is read here other than as a user's run reads it."""
+"""The shipped sample keeps what its data card promises; rows are read as a user's run reads them."""
 
 import re
 from collections import Counter, defaultdict
@@ -12,8 +12,8 @@ from distillery.data.prepare import PreparedCounts, prepare
 from distillery.recipe import DatasetRecipe
 from distillery.records import Example
 
-ALIKE = 0.3
-"""Jaccard similarity of word triples from which two messages of different splits count as near-duplicates."""
+SIMILAR = 0.3
+"""Jaccard similarity of word triples that makes messages of different splits near duplicates."""
 
 
 @pytest.fixture(scope="module")
@@ -101,17 +101,17 @@ def test_no_near_duplicates_across_splits(messages: list[tuple[str, Example]]) -
         for triple in found:
             holders[triple].append(number)
     pairs = {pair for numbers in holders.values() for pair in combinations(numbers, 2)}
-    alike = [
-        (messages[one][1].question, messages[other][1].question)
-        for one, other in pairs
-        if messages[one][0] != messages[other][0]
-        and len(triples[one] & triples[other]) >= ALIKE * len(triples[one] | triples[other])
+    similar = [
+        (messages[first][1].question, messages[second][1].question)
+        for first, second in pairs
+        if messages[first][0] != messages[second][0]
+        and len(triples[first] & triples[second]) >= SIMILAR * len(triples[first] | triples[second])
     ]
-    assert not alike
+    assert not similar
 
 
 def test_counting_words_does_not_solve_it(splits: dict[str, list[Example]]) -> None:
-    """TF-IDF with logistic regression, trained on the gold rows: the demo's table holds it against the teacher."""
+    """TF-IDF with logistic regression, trained on the gold rows, stands in the demo's table."""
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline

@@ -1,4 +1,5 @@
-"""Asking ONNX models: numbers equal to PyTorch's, whatever was asked before, and files scored row by row."""
+"""Asking ONNX models: numbers equal to PyTorch's, whatever was asked before, and files answered row
+by row."""
 
 import csv
 import json
@@ -16,7 +17,8 @@ from distillery.errors import DataError, ModelError
 from distillery.evaluation.scoring import ModelToScore, ScoringJob
 from distillery.evaluation.scoring_process import score
 from distillery.inference.batch import FailedRow, InputRow, Prediction, read_rows, score_file
-from distillery.inference.onnx_student import OnnxStudent, log_softmax
+from distillery.inference.logits import Logits, log_softmax
+from distillery.inference.onnx_student import OnnxStudent
 from distillery.prompts import render_ids, render_messages, text_ids
 from distillery.recipe import Columns, PromptRecipe
 from distillery.records import Example
@@ -48,6 +50,19 @@ def _with_end(folder: Path, end: int, out: Path) -> OnnxStudent:
     config["model"]["eos_token_id"] = [end]
     (out / "genai_config.json").write_text(json.dumps(config))
     return OnnxStudent(out, threads=1)
+
+
+def count_passes(student: OnnxStudent) -> list[int]:
+    """Return a list that grows by the number of tokens of each pass through the model."""
+    passes: list[int] = []
+    append = student.decoder.append
+
+    def counting(tokens: list[int]) -> Logits:
+        passes.append(len(tokens))
+        return append(tokens)
+
+    student.decoder.append = counting  # type: ignore[method-assign]
+    return passes
 
 
 @pytest.mark.parametrize("arch", ["llama", "phi3"])
@@ -85,7 +100,7 @@ def test_text_probabilities_are_those_of_torch_whatever_was_asked_before(
     for _ in range(2):
         assert student.text_probabilities(ids, texts) == pytest.approx(expected, abs=1e-3)
         student.next_token_logprobs(ids[:-1])
-    student._can_rewind = False
+    student.decoder.can_rewind = False
     assert student.text_probabilities(ids, texts) == pytest.approx(expected, abs=1e-3)
 
 
@@ -149,9 +164,7 @@ def test_what_was_asked_before_changes_no_number(
 
 def test_shared_beginnings_are_computed_once(tiny_onnx: Build) -> None:
     student = OnnxStudent(tiny_onnx("llama"), threads=1)
-    passes: list[int] = []
-    append = student._append
-    student._append = lambda tokens: (passes.append(len(tokens)), append(tokens))[1]  # type: ignore[method-assign]
+    passes = count_passes(student)
     ids = _ids(student)
     for tokens in (ids, [*ids[:-3], 7, 8, 9]):
         student.next_token_logprobs(tokens)
@@ -193,9 +206,7 @@ def test_generation_stops_at_an_end_token_and_where_the_context_is_full(
 
 def test_one_token_takes_one_pass(tiny_onnx: Build) -> None:
     student = OnnxStudent(tiny_onnx("llama"), threads=1)
-    passes: list[int] = []
-    append = student._append
-    student._append = lambda tokens: (passes.append(len(tokens)), append(tokens))[1]  # type: ignore[method-assign]
+    passes = count_passes(student)
     student.generate(_ids(student), 1)
     assert len(passes) == 1
 
@@ -203,10 +214,10 @@ def test_one_token_takes_one_pass(tiny_onnx: Build) -> None:
 def test_sampling_follows_seed_temperature_and_top_p(tiny_onnx: Build) -> None:
     student = OnnxStudent(tiny_onnx("llama"), threads=1)
     ids = _ids(student)
-    one, again, other = (
+    first, again, other = (
         student.generate(ids, 20, temperature=1.0, seed=seed)[0] for seed in (1, 1, 2)
     )
-    assert one == again != other
+    assert first == again != other
     greedy = student.generate(ids, 20)[0]
     assert student.generate(ids, 20, temperature=1.0, top_p=1e-9, seed=1)[0] == greedy
     assert student.generate(ids, 20, temperature=1e-12, seed=1)[0] == greedy
@@ -396,51 +407,88 @@ def test_rows_need_no_answer_concept_or_id(tmp_path: Path) -> None:
 
 def test_malformed_jsonl_rows_are_set_aside_with_their_line(tmp_path: Path) -> None:
     good = json.dumps(ROWS[0]).encode()
+    deep = b"[" * 100_000
     bad = [
-        b"{",
-        b"[1]",
-        b'{"id": "x1", "question": ""}',
-        good.replace(b"baker", b"\xff"),
-        b"{" * 100_000,
+        (b"{", "", "no JSON object (Expecting property name"),
+        (b"[1]", "", "no JSON object but list; "),
+        (b'{"id": "x1", "question": ""}', "x1", "question: empty; fill it in or remove the row"),
+        (good.replace(b"baker", b"\xff"), "", "not UTF-8; "),
+        (
+            b'{"id": "x2", "question": ' + deep,
+            "",
+            "no JSON object (maximum recursion depth exceeded",
+        ),
+        (
+            b'{"id": "x3", "question": "?", "choices": "' + deep + b'"}',
+            "x3",
+            "choices: no JSON (maximum recursion depth exceeded",
+        ),
+        (
+            b'{"id": "half \\ud83d", "question": "?", "choices": ["x", "y"]}',
+            "",
+            "id: half of a surrog",
+        ),
     ]
-    lines = [b"\xef\xbb\xbf" + good, b"", *bad, good]
+    lines = [b"\xef\xbb\xbf" + good, b"", *(line for line, _, _ in bad), b"\xef\xbb\xbf" + good]
     (tmp_path / "rows.jsonl").write_bytes(b"\n".join(lines))
     rows = list(read_rows(tmp_path / "rows.jsonl", Columns()))
-    failed = [(row.line, row.example_id) for row in rows if isinstance(row, FailedRow)]
-    assert failed == [(3, ""), (4, ""), (5, "x1"), (6, ""), (7, "")]
-    assert [row.line for row in rows if isinstance(row, InputRow)] == [1, 8]
-    assert isinstance(rows[3], FailedRow)
-    assert rows[3].reason == "question: empty; fill it in or remove the row"
+    assert [row.line for row in rows] == [1, *range(3, 11)]
+    assert isinstance(rows[0], InputRow)
+    assert isinstance(rows[8], InputRow)
+    for row, (_, example_id, reason) in zip(rows[1:8], bad, strict=True):
+        assert isinstance(row, FailedRow)
+        assert row.example_id == example_id
+        assert row.reason.startswith(reason)
 
 
 def test_malformed_csv_rows_are_set_aside_with_their_line(tmp_path: Path) -> None:
     choices = '"[""here"", ""there""]"'
     lines = [
-        "id,question,choices",
-        f'a,"two\nlines",{choices}',
+        "id,question,choices,note",
+        f'a,"two\nlines",{choices},',
         "b,too few",
-        f"c,na\udcffve,{choices}",
-        f'd,"quote"x,{choices}',
-        f"e,fine,{choices}",
+        f"c,na\udcffve,{choices},",
+        f'd,"quote"x,{choices},',
+        f"na\udcffve,e,{choices},",
+        f"f,a bad byte where nobody reads it,{choices},na\udcffve",
     ]
     (tmp_path / "rows.csv").write_bytes("\n".join(lines).encode("utf-8", "surrogateescape"))
     rows = list(read_rows(tmp_path / "rows.csv", Columns()))
-    assert [(row.line, type(row)) for row in rows] == [
-        (2, InputRow),
-        (4, FailedRow),
-        (5, FailedRow),
-        (6, FailedRow),
-        (7, InputRow),
+    assert [row.line for row in rows] == [2, 4, 5, 6, 7, 8]
+    assert [row.line for row in rows if isinstance(row, InputRow)] == [2, 8]
+    failed = [(row.example_id, row.reason) for row in rows if isinstance(row, FailedRow)]
+    assert [(example_id, reason.split("; ")[0]) for example_id, reason in failed] == [
+        ("", "2 values under 4 columns"),
+        ("c", "not UTF-8"),
+        ("", "no valid CSV (',' expected after '\"')"),
+        ("", "not UTF-8"),
     ]
+
+
+def test_a_parquet_row_that_is_not_utf8_is_set_aside(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    raw = pyarrow.array([b"Where?", b"\xff", b"When?"])
+    questions = pyarrow.Array.from_buffers(pyarrow.string(), len(raw), raw.buffers())
+    choices = pyarrow.array([["here", "there"]] * 3)
+    table = pyarrow.table({"question": questions, "choices": choices})
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+    first, second, third = read_rows(tmp_path / "rows.parquet", Columns())
+    assert isinstance(first, InputRow)
+    assert isinstance(second, FailedRow)
+    assert isinstance(third, InputRow)
+    assert (first.line, second.line, third.line) == (1, 2, 3)
+    assert second.reason == "not UTF-8; save the file in that encoding"
 
 
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
-        ("rows.txt", b"", "ends in .jsonl, .csv, .parquet"),
-        ("missing.jsonl", None, "can't be read"),
+        ("rows.txt", b"", "input_uri takes .jsonl, .csv, .parquet, not '.txt'"),
+        ("missing.jsonl", None, "can't be read (No such file or directory); correct input_uri"),
         ("rows.csv", b"id,frage,choices\n", "no column 'question', only 'id', 'frage', 'choices'"),
-        ("rows.parquet", b"nothing", "no valid Parquet file"),
+        ("rows.parquet", b"nothing at all", "can't be read as parquet (Parquet magic bytes not found"),
     ],
 )
 def test_a_file_that_cannot_be_read_is_named_in_one_line(
@@ -486,7 +534,7 @@ def test_a_file_is_scored_row_by_row(tiny_onnx: Build, tmp_path: Path) -> None:
     assert (counts.rows, counts.failed) == (2, 2)
     lines = (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()
     predictions = [Prediction.model_validate_json(line) for line in lines]
-    assert [one.example_id for one in predictions] == ["r0", "r2"]
+    assert [prediction.example_id for prediction in predictions] == ["r0", "r2"]
     rows = [
         row for row in read_rows(tmp_path / "rows.jsonl", Columns()) if isinstance(row, InputRow)
     ]

@@ -22,7 +22,8 @@ import pytest
 from pydantic import SecretStr
 
 from distillery.errors import CredentialsError, ModelError
-from distillery.inference.onnx_student import Logits, OnnxStudent
+from distillery.inference.logits import Logits
+from distillery.inference.onnx_student import OnnxStudent
 from distillery.serving.app import create_app
 from distillery.serving.server import KEY_VARIABLE, Served, serve, served
 

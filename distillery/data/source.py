@@ -1,0 +1,75 @@
+"""Where a recipe's rows come from: the hub, local files or the shipped sample."""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from importlib.resources import files
+from pathlib import Path
+
+from distillery.data.hub import hub_commit, hub_tables, load_from_hub
+from distillery.data.readers import Table, read_files
+from distillery.errors import DataError, NoSuchRevision
+from distillery.recipe import DatasetRecipe
+from distillery.records import digest_of
+from distillery.storage.digests import sha256_of
+
+_log = logging.getLogger(__name__)
+
+SAMPLE_SPLITS = ("gold", "pool", "validation", "test")
+
+
+def open_source(recipe: DatasetRecipe) -> dict[str, Callable[[], Iterator[Table]]]:
+    """Return a function for each split of the source that reads its tables.
+
+    Raises DataError, as the functions do. A hub data set is downloaded at once.
+    """
+    readers: dict[str, Callable[[], Iterator[Table]]] = {}
+    if recipe.source == "hub":
+        for split, rows in load_from_hub(recipe.name, recipe.revision).items():
+            readers[split] = partial(hub_tables, recipe.name, split, rows)
+    else:
+        for split, paths in source_files(recipe).items():
+            readers[split] = partial(read_files, f"dataset.files.{split}", paths)
+    return readers
+
+
+def source_identity(recipe: DatasetRecipe) -> str:
+    """Return what stands for the source's content in a cache key.
+
+    For files and the sample it is a digest of the contents, and for the hub NAME@COMMIT. If the
+    hub does not answer, the recipe's revision stands for the commit. Raises DataError if there is
+    no revision either, or if a file is missing.
+    """
+    if recipe.source == "hub":
+        return f"{recipe.name}@{commit_or_revision(recipe.name, recipe.revision)}"
+    by_split = source_files(recipe)
+    digests = []
+    for split in sorted(by_split):
+        for path in by_split[split]:
+            file = Path(path).expanduser()
+            if not file.is_file():
+                raise DataError(f"{file}: no such file; correct dataset.files")
+            digests.append(sha256_of(file))
+    counts = {split: len(paths) for split, paths in recipe.files.items()}
+    return digest_of([counts, *digests])
+
+
+def commit_or_revision(name: str, revision: str | None) -> str:
+    """Return the commit that a revision names, or the revision if the hub does not answer."""
+    try:
+        return hub_commit(name, revision)
+    except NoSuchRevision:
+        raise
+    except DataError as error:
+        if not revision:
+            raise
+        _log.warning("%s; using the copy of revision %s on this machine", error, revision)
+        return revision
+
+
+def source_files(recipe: DatasetRecipe) -> Mapping[str, tuple[str, ...]]:
+    """Return the paths by split; of the shipped sample, those in this package."""
+    if recipe.source == "files":
+        return recipe.files
+    sample = files("distillery.data") / "sample"
+    return {split: (str(sample / f"{split}.jsonl"),) for split in SAMPLE_SPLITS}

@@ -1,0 +1,181 @@
+"""Run an ONNX model token by token, and compute once what a prompt shares with the one before."""
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from distillery.errors import ModelError
+from distillery.inference.logits import Logits
+
+ADAPTER_FILE = "adapter_weights.onnx_adapter"
+
+SMALLEST_CAPACITY = 256
+"""Tokens. A cache is twice as large, or four times, and so on, as a prompt needs it."""
+
+LARGEST_WASTE = 8
+"""A cache this many times larger than needed is replaced, which frees its memory."""
+
+LONGEST_REUSE = 4096
+"""Tokens. Phi-3 and Phi-4-mini change to other rotary factors beyond this length, so the cache of
+a shorter prompt does not fit a longer one."""
+
+
+class Decoder:
+    """A model folder in ONNX Runtime GenAI, and the key-value cache of its last prompt.
+
+    Not thread-safe. The cache is kept on a CPU. Logits are those of a fresh cache but for rounding
+    (1e-5), whatever was computed before. Invariants between calls:
+      - `tokens` are those in the generator's cache, in order.
+      - The first `prefilled` of them were computed in passes of several tokens, the others one by
+        one. A pass over a single token takes other kernels, whose sums differ, in int4 by much.
+        So only prefilled tokens serve another prompt.
+      - A generator that has raised is not used again: it is None until the next prompt.
+    """
+
+    def __init__(self, folder: Path, threads: int | None = None, adapter: bool = True) -> None:
+        """Load the model. Raises ModelError for a folder that can't be loaded.
+
+        `threads` counts the cores for one operation; None leaves it to the runtime. With
+        `adapter` False, an adapter_weights.onnx_adapter in the folder is not used.
+        """
+        import onnxruntime_genai
+
+        og: Any = onnxruntime_genai
+        self._runtime = og
+        self.folder = folder
+        decoder, self.context_length = read_config(folder)
+        with model_errors(folder):
+            config = og.Config(str(folder))
+            if threads is not None:
+                options = {"intra_op_num_threads": threads}
+                config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
+            self._model = og.Model(config)
+            self.tokenizer = og.Tokenizer(self._model)
+            on_cpu = self._model.device_type.lower() == "cpu"
+            self.can_rewind = on_cpu and "sliding_window" not in decoder
+            self._adapters = None
+            if adapter and (folder / ADAPTER_FILE).is_file():
+                self._adapters = og.Adapters(self._model)
+                self._adapters.load(str(folder / ADAPTER_FILE), "student")
+        self._generator: Any = None
+        self.capacity = 0
+        self.tokens: list[int] = []
+        self.prefilled = 0
+
+    def prefill(self, prompt_ids: Sequence[int], room: int = 0) -> Logits:
+        """Return the logits after the prompt.
+
+        A new cache has space for `room` tokens more; it grows later if that is too little.
+        """
+        ids = list(prompt_ids)
+        if not 1 <= len(ids) <= self.context_length:
+            raise ModelError(
+                f"{self.folder}: a prompt of {len(ids)} tokens; it takes 1 to {self.context_length}"
+            )
+        needed = len(ids) + min(room, SMALLEST_CAPACITY)
+        if not self.can_serve(ids, needed):
+            self.start(needed)
+            return self.append(ids)
+        shared = self.shared_tokens(ids)
+        self._generator.rewind_to(shared)
+        self.prefilled = shared
+        del self.tokens[shared:]
+        return self.append(ids[shared:])
+
+    def can_serve(self, ids: Sequence[int], needed: int) -> bool:
+        """Return whether the cache can go on with a prompt that needs space for `needed` tokens."""
+        if self._generator is None or not self.can_rewind or len(ids) < 2:
+            return False
+        if not needed <= self.capacity <= LARGEST_WASTE * max(needed, SMALLEST_CAPACITY):
+            return False
+        return max(len(ids), len(self.tokens)) <= LONGEST_REUSE
+
+    def shared_tokens(self, ids: Sequence[int]) -> int:
+        """Return how many tokens of the cache serve a prompt; at least two are left to compute."""
+        most = min(len(ids) - 2, self.prefilled)
+        for index in range(most):
+            if ids[index] != self.tokens[index]:
+                return index
+        return most
+
+    def append(self, tokens: list[int]) -> Logits:
+        """Compute the tokens in one pass and return the logits after the last one."""
+        if len(self.tokens) + len(tokens) > self.capacity:
+            self.grow(len(self.tokens) + len(tokens))
+        generator, self._generator = self._generator, None
+        with model_errors(self.folder):
+            generator.append_tokens(np.array(tokens, dtype=np.int32))
+            logits = np.asarray(generator.get_logits(), dtype=np.float32)
+        self._generator = generator
+        if self.prefilled == len(self.tokens) and len(tokens) > 1:
+            self.prefilled += len(tokens)
+        self.tokens += tokens
+        # [1, tokens or 1, vocabulary]: a head pruned by ModelBuilder gives the last position alone.
+        last: Logits = logits.reshape(-1, logits.shape[-1])[-1].copy()
+        return last
+
+    def rewind(self, count: int) -> None:
+        """Forget all but the first `count` tokens."""
+        if self.can_rewind and count > 1:
+            self._generator.rewind_to(count)
+            del self.tokens[count:]
+        else:
+            kept = self.tokens[:count]
+            self.start(self.capacity)
+            self.append(kept)
+
+    def start(self, needed: int) -> None:
+        """Start an empty cache with space for `needed` tokens."""
+        capacity = SMALLEST_CAPACITY
+        while capacity < needed:
+            capacity *= 2
+        self.capacity = min(capacity, self.context_length)
+        # The old cache is freed before the new one is made.
+        self._generator, self.tokens, self.prefilled = None, [], 0
+        with model_errors(self.folder):
+            params = self._runtime.GeneratorParams(self._model)
+            params.set_search_options(max_length=self.capacity)
+            self._generator = self._runtime.Generator(self._model, params)
+            if self._adapters:
+                self._generator.set_active_adapter(self._adapters, "student")
+
+    def grow(self, needed: int) -> None:
+        """Start a larger cache and compute the same tokens again, in passes of the same kind."""
+        prompt, answer = self.tokens[: self.prefilled], self.tokens[self.prefilled :]
+        self.start(needed)
+        if prompt:
+            self.append(prompt)
+        for token in answer:
+            self.append([token])
+
+
+def read_config(folder: Path) -> tuple[dict[str, Any], int]:
+    """Return the decoder's part of genai_config.json, and the context's length in tokens."""
+    path = folder / "genai_config.json"
+    try:
+        model = json.loads(path.read_text(encoding="utf-8"))["model"]
+        return dict(model["decoder"]), int(model["context_length"])
+    except OSError as error:
+        raise ModelError(
+            f"{path}: can't be read ({error.strerror}); name a folder that export made"
+        ) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"{path}: no valid configuration ({type(error).__name__}); export the model again"
+        ) from error
+
+
+@contextmanager
+def model_errors(folder: Path) -> Iterator[None]:
+    """Turn what ONNX Runtime GenAI raises into a ModelError of one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        cause = " ".join(str(error).split()).replace(str(folder.absolute()) + "/", "")
+        raise ModelError(
+            f"{folder}: ONNX Runtime GenAI fails ({cause[:200]}); export the model again"
+        ) from error

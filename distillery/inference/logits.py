@@ -1,0 +1,46 @@
+"""Probabilities and tokens from logits."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Logits = NDArray[np.float32]
+"""One logit for each token of the vocabulary, [vocabulary]."""
+
+
+def log_softmax(logits: NDArray[Any]) -> NDArray[np.float64]:
+    """Return natural log-probabilities in float64 for logits of one dimension."""
+    shifted = logits.astype(np.float64) - float(logits.max())
+    result: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum())
+    return result
+
+
+def softmax(logits: NDArray[Any]) -> list[float]:
+    """Return probabilities, computed in float64, for logits of one dimension."""
+    probabilities: list[float] = np.exp(log_softmax(logits)).tolist()
+    return probabilities
+
+
+def token_sampler(temperature: float, top_p: float, seed: int | None) -> Callable[[Logits], int]:
+    """Return a function that takes a token from logits.
+
+    At temperature 0 it is the most probable one; else it is drawn from the smallest set of tokens
+    that holds `top_p` of the probability (Holtzman et al., The Curious Case of Neural Text
+    Degeneration, 2020).
+    """
+    if temperature == 0:
+        return lambda logits: int(logits.argmax())
+    generator = np.random.default_rng(seed)
+
+    def draw(logits: Logits) -> int:
+        shifted = logits.astype(np.float64) - logits.max()
+        probabilities = np.exp(log_softmax(shifted / temperature))
+        order = np.argsort(-probabilities, kind="stable")
+        total = np.cumsum(probabilities[order])
+        kept = order[: int(np.searchsorted(total, min(top_p, total[-1]))) + 1]
+        share = probabilities[kept] / probabilities[kept].sum()
+        return int(generator.choice(kept, p=share))
+
+    return draw
