@@ -9,12 +9,6 @@ TESTS := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 AZURITE := tests/support/azurite/node_modules/.installed
 
 export PREFECT_HOME ?= $(CURDIR)/.distillery/prefect
-export PREFECT_SERVER_ANALYTICS_ENABLED ?= false
-export PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS ?= 120
-export PREFECT_LOGGING_EXTRA_LOGGERS ?= distillery
-export OLIVE_DISABLE_TELEMETRY := 1
-export TOKENIZERS_PARALLELISM := false
-export PYTHONWARNINGS ?= ignore::FutureWarning,ignore::DeprecationWarning
 
 .PHONY: help demo test test-all bench-overhead bench-labels bench-train bench-distil bench-distil-full bench-inference docs lint format up down clean
 help: ## what the targets do
@@ -65,10 +59,11 @@ bench-labels: $(INSTALLED) ## how fast rows are labelled, beside a bare loop, th
 bench-train: $(INSTALLED) ## how fast a CPU trains LoRA, beside TRL's SFTTrainer and olive finetune
 	@$(BIN)/python -m benchmarks.train
 
-lint: $(INSTALLED) docs ## ruff and strict mypy
+lint: $(INSTALLED) docs ## ruff, the import contracts, strict mypy and the documentation
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
-	@$(BIN)/mypy distillery
+	@$(BIN)/lint-imports --no-cache
+	@$(BIN)/mypy
 
 docs: $(INSTALLED) | $(PREFECT_HOME) ## build the documentation into site/, every link and anchor checked
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
