@@ -1,7 +1,8 @@
-"""A Prefect server and two workers on this machine: `python deployments/local.py up | down` (`make up`, `make down`).
+"""Start and stop a Prefect server and two workers on this machine.
 
-The processes' ids and logs are in DISTILLERY_HOME/run. Everything binds to loopback. The server keeps its data where
-PREFECT_API_DATABASE_CONNECTION_URL says: SQLite in PREFECT_HOME where it is not set.
+`python deployments/local.py up | down` is `make up` and `make down`. The processes' ids and logs
+are in DISTILLERY_HOME/run. Everything binds to the loopback interface. The server keeps its data
+where PREFECT_API_DATABASE_CONNECTION_URL says; by default in SQLite in PREFECT_HOME.
 """
 
 import os
@@ -15,12 +16,14 @@ import httpx
 import psutil
 from dotenv import dotenv_values
 
+from tasks.environment import set_defaults
+
 PROJECT = Path(__file__).resolve().parent.parent
 POOLS = ("cpu-pool", "gpu-pool")
 
 
 def settings() -> dict[str, str]:
-    """What .env and, before it, the environment say."""
+    """Return what the environment says, and after it .env."""
     return {
         name: value for name, value in dotenv_values(PROJECT / ".env").items() if value
     } | os.environ
@@ -44,7 +47,8 @@ def run_folder() -> Path:
 def environment() -> dict[str, str]:
     api = f"http://127.0.0.1:{PORT}/api"
     ours = {"PREFECT_API_URL": api, "PREFECT_WORKER_QUERY_SECONDS": "1", "PYTHONUNBUFFERED": "1"}
-    # A worker gives each run a working folder of its own, which no .env and no relative path leads to.
+    # A worker gives each run a working folder of its own, which no .env and no relative path leads
+    # to.
     ours["DISTILLERY_HOME"] = str(home())
     store = settings().get("DISTILLERY_STORE")
     if store and "://" not in store:
@@ -94,9 +98,11 @@ def up() -> None:
     with socket.socket() as probe:
         if probe.connect_ex(("127.0.0.1", int(PORT))) == 0:
             sys.exit(
-                f"error: port {PORT} is taken; end what listens there, or set DISTILLERY_PREFECT_PORT"
+                f"error: port {PORT} is taken; end what listens there, or set "
+                "DISTILLERY_PREFECT_PORT"
             )
-    # A run whose heartbeat was due while the server was down is looked after when it is back (see setup.py).
+    # A run whose heartbeat was due while the server was down is looked after when it is back (see
+    # setup.py).
     buffer = {"PREFECT_SERVER_EVENTS_EXPIRED_BUCKET_BUFFER": "P7D"}
     start("server", "server", "start", "--host", "127.0.0.1", "--port", PORT, **buffer)
     wait_for_server()
@@ -131,6 +137,7 @@ def running_process(name: str) -> psutil.Process | None:
 
 
 if __name__ == "__main__":
+    set_defaults()
     commands = {"up": up, "down": down}
     if len(sys.argv) != 2 or sys.argv[1] not in commands:
         sys.exit("usage: python deployments/local.py up | down")

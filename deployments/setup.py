@@ -1,8 +1,9 @@
-"""Gives a Prefect server all that Distillery needs: `python -m deployments.setup [process | docker | kubernetes]`.
+"""Give a Prefect server all that Distillery needs.
 
-Variables, Secret blocks, the two work pools with their concurrency limits, the automations that find dead runs, and the
-deployments of prefect.yaml. It prints a line a thing and may run as often as you like: what is as it should be is left
-alone. PREFECT_API_URL names the server; what the workers need is taken from the environment or .env.
+`python -m deployments.setup [process | docker | kubernetes]` makes the variables, the Secret
+blocks, the two work pools with their concurrency limits, the automations that find dead runs, and
+the deployments of prefect.yaml. It prints one line per object and is idempotent. PREFECT_API_URL
+names the server; what the workers need is taken from the environment or .env.
 """
 
 import argparse
@@ -45,7 +46,7 @@ VARIABLES = (
     "TEACHER_MODEL_ENDPOINT",
     "TEACHER_MODEL_NAME",
 )
-"""Settings that all workers share and that are no secret."""
+"""Settings that all workers share and that are not secret."""
 SECRETS = (
     "AZURE_CLIENT_SECRET",
     "AZURE_STORAGE_ACCOUNT_KEY",
@@ -64,20 +65,23 @@ EACH_WORKERS_OWN = (
     "DISTILLERY_REMOTE_CODE",
     "DISTILLERY_STORE_WAIT",
 )
-"""Settings that a run has from the worker that starts it; which models may bring code of their own is such a one."""
+"""Settings that a run takes from its worker, such as which models may run their own code."""
 
 HEARTBEAT = 30
-"""Seconds between two signs of life of a run, the least that Prefect allows."""
+"""Seconds between two heartbeats of a run, the least that Prefect allows."""
 SILENT_AFTER = 60
-"""Seconds without a sign of life after which a run is suspected to be dead."""
+"""Seconds without a heartbeat after which a run is suspected to be dead."""
 DEAD_AFTER = 60
-"""Seconds that a suspected run has left to give one: twice what a run needs to reach a server that is back."""
+"""Seconds that a suspected run has left to send one: twice what it needs to reach a server that is
+back."""
 SILENT = "distillery.flow-run.silent"
 
 
 def set_up(workers: str, gpus: int) -> None:
-    """Brings the server to the state described above. `workers` is the pools' type; `gpus` is how many trainings may
-    run at once. Raises httpx's and Prefect's errors."""
+    """Bring the server to the state that the module describes.
+
+    `workers` is the pools' type; `gpus` is how many trainings may run at once. Raises httpx's and
+    Prefect's errors."""
     with get_client(sync_client=True) as client:
         environment = save_settings(workers)
         for pool, limit in (("cpu-pool", None), ("gpu-pool", gpus)):
@@ -89,10 +93,12 @@ def set_up(workers: str, gpus: int) -> None:
 
 
 def save_settings(workers: str) -> dict[str, str | None]:
-    """Keeps what is set of VARIABLES and SECRETS on the server. Returns the environment of each run, by reference."""
+    """Save what is set of VARIABLES and SECRETS on the server.
+
+    Return the environment of each run, which refers to them."""
     environment: dict[str, str | None] = {
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT),
-        # What the domain says of an outage or a checkpoint belongs into the run's log.
+        # What the domain says of an outage or a checkpoint belongs in the run's log.
         "PREFECT_LOGGING_EXTRA_LOGGERS": "distillery",
         "PREFECT_RESULTS_DEFAULT_STORAGE_BLOCK": BLOCK,
     }
@@ -104,7 +110,7 @@ def save_settings(workers: str) -> dict[str, str | None]:
         tell("variable", name.lower(), known, known == os.environ[name])
         environment[name] = f"{{{{ prefect.variables.{name.lower()} }}}}"
     if workers == "kubernetes":
-        # A job's manifest can be read by many in a cluster: secrets, the API's too, come from one of its own Secrets.
+        # Many can read a job's manifest in a cluster: all secrets come from a Secret of Kubernetes.
         return environment | {"PREFECT_API_AUTH_STRING": None, "PREFECT_API_KEY": None}
     for name in filter(os.environ.get, SECRETS):
         slug = name.lower().replace("_", "-")
@@ -116,10 +122,11 @@ def save_settings(workers: str) -> dict[str, str | None]:
 def base_job_template(
     workers: str, pool: str, environment: dict[str, str | None]
 ) -> dict[str, Any]:
-    """The pool's job configuration from pools.yaml, the runs' environment, and no variable that a run may change."""
-    configuration = yaml.safe_load((PROJECT / "deployments" / "pools.yaml").read_text())[workers][
-        pool
-    ]
+    """Return the pool's job configuration from pools.yaml with the runs' environment.
+
+    It has no variable that a run may change."""
+    pools = yaml.safe_load((PROJECT / "deployments" / "pools.yaml").read_text())
+    configuration = pools[workers][pool]
     # Prefect takes references to variables and blocks only in a variable's default.
     env = {"type": "object", "default": environment, "const": environment}
     return {
@@ -142,7 +149,8 @@ def save_pool(
         return
     if known.type != workers:
         sys.exit(
-            f"error: {name} is a pool of {known.type} workers; `prefect work-pool delete {name}` first"
+            f"error: {name} is a pool of {known.type} workers; "
+            f"run `prefect work-pool delete {name}` first"
         )
     same = (known.base_job_template, known.concurrency_limit) == (template, limit)
     if not same:
@@ -153,22 +161,21 @@ def save_pool(
 
 
 def save_events_webhook() -> UUID:
-    """A block by which the server sends an event to itself."""
+    """Save a block by which the server sends an event to itself."""
     api = get_current_settings().api
     headers = {"Content-Type": "application/json"}
     if api.auth_string:
-        headers["Authorization"] = (
-            f"Basic {b64encode(api.auth_string.get_secret_value().encode()).decode()}"
-        )
+        login = b64encode(api.auth_string.get_secret_value().encode()).decode()
+        headers["Authorization"] = f"Basic {login}"
     return save(Webhook(url=f"{api.url}/events", headers=headers), "distillery-events")
 
 
 def automations(webhook: UUID) -> list[AutomationCore]:
-    """Two steps from the last heartbeat to Crashed.
+    """Return the two automations that take a run from its last heartbeat to Crashed.
 
-    When a server comes back after an outage, it sees at once that no heartbeat came meanwhile, and only then the runs'
-    next ones. So silence alone crashes nothing: it makes an event, and the time that decides begins with that event,
-    when the server is up to hear the run."""
+    A server that comes back after an outage sees at once that no heartbeat came meanwhile, and only
+    after that the runs' next ones. So silence alone crashes nothing: it makes an event. The time
+    that decides begins with that event, when the server is up and hears the run."""
     event = (
         '[{"id": "{{ firing.id }}", "occurred": "{{ firing.triggered }}", "event": "%s",'
         ' "resource": {"prefect.resource.id": "{{ labels.prefect.resource.id }}"}}]'
@@ -176,8 +183,8 @@ def automations(webhook: UUID) -> list[AutomationCore]:
     return [
         AutomationCore(
             name="distillery: silent run",
-            description=f"A run of Distillery that gives no sign of life for {SILENT_AFTER} s is suspected to be dead.",
-            # Only runs of our deployments, which have the tag, are sure to have a heartbeat as often as this expects.
+            description=f"Suspects a run that sends no heartbeat for {SILENT_AFTER} s to be dead.",
+            # Only runs of our deployments, which have the tag, have a heartbeat as often as this.
             trigger=silence(
                 {"prefect.flow-run.Running", "prefect.flow-run.heartbeat"},
                 SILENT_AFTER,
@@ -187,14 +194,15 @@ def automations(webhook: UUID) -> list[AutomationCore]:
         ),
         AutomationCore(
             name="distillery: dead run",
-            description=f"A suspected run that gives no sign of life for another {DEAD_AFTER} s is Crashed.",
+            description=f"Crashes a suspect that sends no heartbeat for another {DEAD_AFTER} s.",
             trigger=silence({SILENT}, DEAD_AFTER),
             actions=[
                 ChangeFlowRunState(
                     state=StateType.CRASHED,
-                    message=f"No sign of life for {SILENT_AFTER + DEAD_AFTER} s: the worker or its machine is gone, or "
-                    "cut off. See to the worker, then start the run again: what was finished comes from the cache, and "
-                    "training goes on from its last checkpoint.",
+                    message=f"No sign of life for {SILENT_AFTER + DEAD_AFTER} s: the worker or its "
+                    "machine is gone, or cut off. Check the worker, then start the run again: what "
+                    "was finished comes from the cache, and training goes on from its last "
+                    "checkpoint.",
                 )
             ],
         ),
@@ -202,12 +210,13 @@ def automations(webhook: UUID) -> list[AutomationCore]:
 
 
 def silence(after: set[str], seconds: int, **more: Any) -> EventTrigger:
-    """Fires for each flow run that gives no sign of life, heartbeat or change of state, for `seconds` from one of the
-    events `after`, the newest of them."""
+    """Return a trigger that fires for each flow run that is silent for `seconds`.
+
+    Silent is neither a heartbeat nor a change of state since the newest of the events `after`."""
     return EventTrigger(
         match={"prefect.resource.id": "prefect.flow-run.*"},
         after=after,
-        # An event that is expected as well begins the time anew.
+        # An event that is in both sets restarts the time.
         expect={"prefect.flow-run.*", *after},
         for_each={"prefect.resource.id"},
         posture=Posture.Proactive,
@@ -248,7 +257,13 @@ def deploy() -> None:
 
 
 def tell(kind: str, name: str, known: object, same: bool) -> None:
-    print(f"{kind} {name}: {'unchanged' if same else 'updated' if known else 'created'}")
+    """Print what was done to an object: it was `known` before or not, and the `same` or not."""
+    done = "created"
+    if same:
+        done = "unchanged"
+    elif known:
+        done = "updated"
+    print(f"{kind} {name}: {done}")
 
 
 def main() -> None:
@@ -266,16 +281,15 @@ def main() -> None:
     url = get_current_settings().api.url
     if not url:
         sys.exit(
-            "error: PREFECT_API_URL: not set; it names the Prefect server, such as http://127.0.0.1:4200/api"
+            "error: PREFECT_API_URL: not set; set it to the Prefect server, such as "
+            "http://127.0.0.1:4200/api"
         )
     try:
         set_up(options.workers, options.gpus)
     except PrefectHTTPStatusError as error:
-        hint = (
-            "; is PREFECT_API_AUTH_STRING the server's?"
-            if error.response.status_code == 401
-            else ""
-        )
+        hint = ""
+        if error.response.status_code == 401:
+            hint = "; is PREFECT_API_AUTH_STRING the server's?"
         sys.exit(
             f"error: {url} refuses: {error.response.status_code} {error.response.text[:300]}{hint}"
         )
