@@ -1,4 +1,4 @@
-"""labels/acceptance"""
+"""Which answers are labels: what a completion says, and the reason for which it is rejected."""
 
 from collections.abc import Sequence
 
@@ -19,20 +19,23 @@ from distillery.teacher.reply import Completion, storable
 def stored_answer(
     question: Question, completion: Completion, recipe: TeacherRecipe, identity: str
 ) -> StoredAnswer:
-    read = parse_json if recipe.answers.form == "json" else parse_answer
-    refused = completion.finish_reason in ("content_filter", "refusal")
-    # A reason that was cut off has not come to its answer, whatever letters stand in it.
-    cut = completion.finish_reason == "length" and recipe.answers.form == "rationale"
-    letter = None if refused or cut else read(completion.text, question.choices)
-    # The alternatives at a letter that is not the one answered with say nothing of the answer.
-    pairs = completion.top_logprobs if completion.answer_letter == letter else None
+    """Return the answer as the label store keeps it, rejected answers with their reason."""
+    letter = answered_letter(question, completion, recipe.answers.form)
+    reason = ""
+    if letter is None:
+        reason = rejection_reason(question, completion, recipe.max_tokens)
+    pairs = None
+    # The alternatives at another letter than the one answered say nothing about the answer.
+    if completion.answer_letter == letter:
+        pairs = completion.top_logprobs
+    probabilities = None
+    if pairs and recipe.asks_log_probabilities:
+        probabilities = distribution(pairs, question.letters)
     return StoredAnswer(
         request_key=question.key,
         teacher=identity,
         answer=letter,
-        distribution=distribution(pairs, question.letters)
-        if pairs and recipe.asks_log_probabilities
-        else None,
+        distribution=probabilities,
         raw=completion.text,
         prompt_tokens=completion.usage.prompt_tokens,
         completion_tokens=completion.usage.completion_tokens,
@@ -41,24 +44,29 @@ def stored_answer(
         latency_ms=completion.latency_ms,
         attempts=completion.attempts,
         model_version=completion.model_version,
-        reason="" if letter else rejection_reason(completion, question, recipe),
+        reason=reason,
         example_id=storable(question.row.example_id),
         prompt=storable(question.messages[-1]["content"]),
     )
 
 
-def accepted_answers(
-    several: Sequence[Question], answers: Sequence[StoredAnswer | None]
-) -> list[Answer]:
-    """Those answers to a row that are labels, in the row's own letters."""
-    return [
-        in_own_letters(stored.answer, stored.distribution, question.order)
-        for question, stored in zip(several, answers, strict=True)
-        if stored and stored.answer
-    ]
+def answered_letter(question: Question, completion: Completion, form: str) -> str | None:
+    """Return the letter that a completion answers with, in the order shown, or None.
+
+    `form` is teacher.answers.form: letter, json or rationale.
+    """
+    if completion.finish_reason in ("content_filter", "refusal"):
+        return None
+    # A rationale that was cut off has not reached its answer, whatever letters it mentions.
+    if form == "rationale" and completion.finish_reason == "length":
+        return None
+    if form == "json":
+        return parse_json(completion.text, question.choices)
+    return parse_answer(completion.text, question.choices)
 
 
-def rejection_reason(completion: Completion, question: Question, recipe: TeacherRecipe) -> str:
+def rejection_reason(question: Question, completion: Completion, max_tokens: int) -> str:
+    """Return why a completion without a letter is no label, as rejected.jsonl says it."""
     if completion.finish_reason == "content_filter":
         return "refused by the endpoint's content filter"
     if completion.finish_reason == "refusal":
@@ -66,7 +74,18 @@ def rejection_reason(completion: Completion, question: Question, recipe: Teacher
     if completion.finish_reason == "context_length_exceeded":
         return "prompt longer than the teacher's context"
     if completion.finish_reason == "length":
-        return f"no answer within teacher.max_tokens ({recipe.max_tokens})"
+        return f"no answer within teacher.max_tokens ({max_tokens})"
     if not completion.text.strip():
         return "empty answer"
     return f"no option, or more than one, of {question.letters[0]} to {question.letters[-1]}"
+
+
+def accepted_answers(
+    questions: Sequence[Question], answers: Sequence[StoredAnswer | None]
+) -> list[Answer]:
+    """Return those answers to a row's questions that have a letter, in the row's own letters."""
+    accepted = []
+    for question, stored in zip(questions, answers, strict=True):
+        if stored and stored.answer:
+            accepted.append(in_own_letters(stored.answer, stored.distribution, question.order))
+    return accepted

@@ -1,4 +1,4 @@
-"""labels/canaries"""
+"""Canary rows: rows that every run asks again, to detect whether the teacher has changed."""
 
 import asyncio
 import heapq
@@ -31,71 +31,105 @@ async def ask_canaries(
     slots: Slots = nullcontext,
     spent: dict[str, float] | None = None,
 ) -> TeacherDrift:
-    """Asks those of teacher.canaries.rows of `examples` again that the store holds, and compares; nothing is stored.
-    Which rows is told by a hash of their ids, so that new rows move few. `slots` and `spent` as in `label`. Raises what
-    `Teacher.ask` does."""
-    chosen = heapq.nsmallest(
-        recipe.canaries.rows, examples, key=lambda row: sha256(row.example_id.encode()).digest()
-    )
-    asked = [questions(row, prompt, recipe, endpoint.identity) for row in chosen]
-    known = store.get_many(one.key for several in asked for one in several)
-    there = [
-        (row, several)
-        for row, several in zip(chosen, asked, strict=True)
-        if all(q.key in known for q in several)
-    ]
-    places = asyncio.Semaphore(recipe.concurrency)
-    pace = Pace(recipe.concurrency, recipe.requests_per_minute, recipe.tokens_per_minute)
-    spending = Spending(recipe.budget, recipe.prices, spent)
-    async with Teacher(recipe, endpoint, pace=pace, spending=spending) as teacher:
+    """Ask the canary rows among `examples` again and return how many get another label than the
+    stored answers give. Nothing is stored.
 
-        async def again(question: Question) -> StoredAnswer | None:
-            """None where no answer comes, which tells nothing of the teacher."""
-            started = time.monotonic()
-            async with places, slots():
-                while True:
-                    try:
-                        completion = await teacher.ask(question.messages, question.letters)
-                    except TeacherUnavailable:
-                        if time.monotonic() - started < recipe.outage_s:
-                            continue
-                        if pace.answered_at > started:
-                            return None
-                        raise
-                    malformed = completion.finish_reason == "malformed"
-                    return (
-                        None
-                        if malformed
-                        else stored_answer(question, completion, recipe, endpoint.identity)
-                    )
-
-        answers = await asyncio.gather(*(again(one) for _, several in there for one in several))
-    fresh = [answer for answer in answers if answer]
-    by_key = {answer.request_key: answer for answer in fresh}
-    compared = [
-        (row, several) for row, several in there if all(one.key in by_key for one in several)
-    ]
-    changed = [
-        row.example_id
-        for row, several in compared
-        if _whole(row, several, known, recipe) != _whole(row, several, by_key, recipe)
-    ]
+    Rows that the store has no answers for are left out. `slots` and `spent` are as in `label`.
+    Raises what `Teacher.ask` raises.
+    """
+    asked = []
+    for row in canary_rows(examples, recipe.canaries.rows):
+        asked.append(questions(row, prompt, recipe, endpoint.identity))
+    before = store.get_many(question.key for row_questions in asked for question in row_questions)
+    answered_before = [row_questions for row_questions in asked if all_in(row_questions, before)]
+    fresh = await ask_again(answered_before, recipe, endpoint, slots, spent)
+    after = {answer.request_key: answer for answer in fresh}
+    compared = [row_questions for row_questions in answered_before if all_in(row_questions, after)]
+    changed = []
+    for row_questions in compared:
+        old = letter_of_row(row_questions, before, recipe.soft_labels)
+        new = letter_of_row(row_questions, after, recipe.soft_labels)
+        if old != new:
+            changed.append(row_questions[0].row.example_id)
     return TeacherDrift(
         asked=len(fresh),
         compared=len(compared),
         changed=tuple(changed),
-        before=tuple(sorted({answer.model_version for answer in known.values()})),
-        after=tuple(sorted({answer.model_version for answer in fresh})),
+        before=model_versions(before.values()),
+        after=model_versions(fresh),
     )
 
 
-def _whole(
-    row: Example,
-    several: Sequence[Question],
-    answers: Mapping[str, StoredAnswer],
+def canary_rows(examples: Iterable[Example], count: int) -> list[Example]:
+    """Return `count` rows, chosen by a hash of their ids so that new rows replace few of them."""
+    return heapq.nsmallest(
+        count, examples, key=lambda row: sha256(row.example_id.encode()).digest()
+    )
+
+
+async def ask_again(
+    asked: Sequence[Sequence[Question]],
     recipe: TeacherRecipe,
+    endpoint: Endpoint,
+    slots: Slots,
+    spent: dict[str, float] | None,
+) -> list[StoredAnswer]:
+    """Ask all questions of these rows and return the answers that come."""
+    calls_at_a_time = asyncio.Semaphore(recipe.concurrency)
+    pace = Pace(recipe.concurrency, recipe.requests_per_minute, recipe.tokens_per_minute)
+    spending = Spending(recipe.budget, recipe.prices, spent)
+    async with Teacher(recipe, endpoint, pace=pace, spending=spending) as teacher:
+
+        async def ask(question: Question) -> StoredAnswer | None:
+            async with calls_at_a_time, slots():
+                return await ask_patiently(question, teacher, recipe, endpoint.identity, pace)
+
+        calls = [ask(question) for row_questions in asked for question in row_questions]
+        answers = await asyncio.gather(*calls)
+    return [answer for answer in answers if answer]
+
+
+async def ask_patiently(
+    question: Question, teacher: Teacher, recipe: TeacherRecipe, identity: str, pace: Pace
+) -> StoredAnswer | None:
+    """Ask until an answer comes or teacher.outage_s is over.
+
+    Return None if the answer is malformed, or if the endpoint has answered other questions
+    meanwhile: neither tells whether the teacher has changed. Raises TeacherUnavailable otherwise.
+    """
+    started = time.monotonic()
+    while True:
+        try:
+            completion = await teacher.ask(question.messages, question.letters)
+        except TeacherUnavailable:
+            if time.monotonic() - started < recipe.outage_s:
+                continue
+            if pace.answered_at > started:
+                return None
+            raise
+        if completion.finish_reason == "malformed":
+            return None
+        return stored_answer(question, completion, recipe, identity)
+
+
+def all_in(row_questions: Sequence[Question], answers: Mapping[str, StoredAnswer]) -> bool:
+    """Return whether all questions of a row are answered."""
+    return all(question.key in answers for question in row_questions)
+
+
+def letter_of_row(
+    row_questions: Sequence[Question], answers: Mapping[str, StoredAnswer], soft_labels: bool
 ) -> str | None:
-    """The letter that a row's answers come to."""
-    found = accepted_answers(several, [answers[one.key] for one in several])
-    whole = combine_answers(found, row.letters, recipe.soft_labels) if found else None
-    return whole.letter if whole else None
+    """Return the letter of the label that a row's answers give, or None if they give none."""
+    accepted = accepted_answers(
+        row_questions, [answers[question.key] for question in row_questions]
+    )
+    if not accepted:
+        return None
+    label = combine_answers(accepted, row_questions[0].letters, soft_labels)
+    return label.letter if label else None
+
+
+def model_versions(answers: Iterable[StoredAnswer]) -> tuple[str, ...]:
+    """Return the versions of the model that gave these answers, sorted."""
+    return tuple(sorted({answer.model_version for answer in answers}))

@@ -1,13 +1,19 @@
-"""labels/files"""
+"""The files of a labelling, written row by row as rows are done, in the order of the rows.
+
+- labels.jsonl: a TeacherLabel for each accepted row
+- rejected.jsonl: a RejectedLabel for each other row
+- train_data.jsonl: {"Question": the user message, "Answer": the letter} for each accepted row
+- those of report.py: report.json, look.jsonl, reliability.png
+"""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, TextIO
+from typing import IO, Any
 
 from distillery.errors import TeacherError
 from distillery.labels.acceptance import accepted_answers
@@ -24,14 +30,14 @@ REJECTED_FILE = "rejected.jsonl"
 
 TRAIN_DATA_FILE = "train_data.jsonl"
 
-_JUDGED_ROWS = 100
-"""Rows after which the share of labels is taken seriously."""
+JUDGED_ROWS = 100
+"""Rows from which on a share of labels that is too low ends the run early."""
 
 
 @dataclass(frozen=True)
 class LabelCounts:
-    """Rows accepted and rejected; the calls `asked` in this run, their `usage` and `cost`: what this run paid for.
-    `calls_per_second`: over the run, in equal slices of its time."""
+    """Rows accepted and rejected, and what this run paid for: `asked` calls, their `usage` and
+    `cost`. `calls_per_second` is given for equal slices of the run."""
 
     accepted: int
     rejected: int
@@ -42,197 +48,9 @@ class LabelCounts:
     calls_per_second: tuple[float, ...] = ()
 
 
-def read_labels(folder: Path) -> dict[str, TeacherLabel]:
-    """The labels of an artifact's folder by example_id."""
-    with (folder / LABELS_FILE).open(encoding="utf-8") as lines:
-        return {label.example_id: label for label in map(TeacherLabel.model_validate_json, lines)}
-
-
-class LabelFiles:
-    """The files of a labelling, written row by row as rows are done."""
-
-    def __init__(self, folder: Path, prompt: PromptRecipe, recipe: TeacherRecipe) -> None:
-        self._folder, self._prompt, self._recipe = folder, prompt, recipe
-        self.tally = Tally()
-        self._labels = self._file(LABELS_FILE)
-        self._rejected = self._file(REJECTED_FILE)
-        self._train = self._file(TRAIN_DATA_FILE)
-
-    def _file(self, name: str) -> TextIO:
-        return (self._folder / name).open("w", encoding="utf-8", newline="\n")
-
-    def close(self) -> None:
-        for file in (self._labels, self._rejected, self._train):
-            file.close()
-
-    def write(self, done: OpenRow) -> None:
-        """A row whose requests are all known; more than half of them must have come to a label."""
-        stored = [outcome.stored for outcome in done.outcomes]
-        found = accepted_answers(done.questions, stored)
-        if 2 * len(found) <= len(done.outcomes):
-            first = next(o for o in done.outcomes if not (o.stored and o.stored.answer))
-            raw = first.stored.raw if first.stored else ""
-            return self.reject(
-                done.row, first.stored.reason if first.stored else first.failure, raw
-            )
-        whole = combine_answers(found, done.row.letters, self._recipe.soft_labels)
-        if whole is None:
-            votes = ", ".join(answer.letter for answer in found)
-            return self.reject(done.row, f"no majority among its {len(found)} answers", votes)
-        answers = [answer for answer in stored if answer]
-        usage = Usage(
-            prompt_tokens=sum(answer.prompt_tokens for answer in answers),
-            completion_tokens=sum(answer.completion_tokens for answer in answers),
-        )
-        rationale = (
-            self._rationale(done, whole.letter)
-            if self._recipe.answers.form == "rationale"
-            else None
-        )
-        label = TeacherLabel(
-            example_id=done.row.example_id,
-            answer=whole.letter,
-            distribution=whole.distribution,
-            confidence=whole.confidence,
-            rationale=rationale or None,
-            usage=usage,
-        )
-        return self.take(done.row, label)
-
-    def _rationale(self, done: OpenRow, letter: str) -> str | None:
-        """The first reason for `letter` that was given in the row's own order: others name its options by other
-        letters."""
-        for question, outcome in zip(done.questions, done.outcomes, strict=True):
-            stored = outcome.stored
-            if stored and stored.answer == letter and question.order == sorted(question.order):
-                return rationale_of(stored.raw)
-        return None
-
-    def take(self, row: Example, label: TeacherLabel) -> None:
-        """A label, unless teacher.filters reject it; what it tells of the teacher counts either way."""
-        self.tally.accept(row, label)
-        if reason := self._filtered(row, label):
-            self.tally.drop(label, reason)
-            return self._write_rejected(row, reason, label.answer)
-        _write_line(self._labels, label.model_dump())
-        question = render_messages(row, self._prompt)[-1]["content"]
-        _write_line(self._train, {"Question": question, "Answer": label.answer})
-        self._refuse_no_soft(final=False)
-        return self._refuse_too_few(final=False)
-
-    def _filtered(self, row: Example, label: TeacherLabel) -> str:
-        """Why teacher.filters reject a label, or nothing."""
-        filters = self._recipe.filters
-        if filters.confidence and label.confidence is None:
-            return "no confidence is known (teacher.filters.confidence)"
-        if label.confidence is not None and label.confidence < filters.confidence:
-            return f"confidence below teacher.filters.confidence ({filters.confidence:g})"
-        if filters.agreement_with_gold and row.answer_key and row.answer_key != label.answer:
-            return "gold says otherwise"
-        return ""
-
-    def reject(self, row: Example, reason: str, raw: str = "") -> None:
-        self.tally.reject(reason)
-        self._write_rejected(row, reason, raw)
-
-    def _write_rejected(self, row: Example, reason: str, raw: str) -> None:
-        _write_line(
-            self._rejected,
-            RejectedLabel(example_id=row.example_id, reason=reason, raw=raw).model_dump(),
-        )
-        self._refuse_too_few(final=False)
-
-    def finish(self) -> None:
-        """Raises TeacherError where there was no row, too few got a label, or none has the probabilities wanted."""
-        if not self.tally.rows:
-            raise TeacherError("dataset: no row to label; check dataset.splits and dataset.sample")
-        self._refuse_too_few(final=True)
-        self._refuse_no_soft(final=True)
-        self.close()
-        if self._recipe.filters.balance:
-            self._balance(self._recipe.filters.balance)
-        self.tally.write(self._folder)
-
-    def _refuse_too_few(self, final: bool) -> None:
-        tally, minimum = self.tally, self._recipe.filters.minimum_accepted
-        enough = tally.accepted >= minimum * tally.rows and tally.accepted
-        if enough or not (final or tally.rows >= _JUDGED_ROWS):
-            return
-        reasons = "; ".join(
-            f"{reason} ({count} rows)" for reason, count in tally.rejected.most_common()
-        )
-        raise TeacherError(
-            f"teacher: {tally.accepted} of {tally.rows} rows have a label, and teacher.filters.minimum_accepted asks "
-            f"for {minimum:.0%}: {reasons}; check prompt.system, teacher.max_tokens and the model"
-        )
-
-    def _refuse_no_soft(self, final: bool) -> None:
-        tally, recipe = self.tally, self._recipe
-        # With a minimum of nothing, labels are taken as they are.
-        if (
-            not recipe.soft_labels
-            or tally.soft
-            or not tally.accepted
-            or not recipe.filters.minimum_accepted
-        ):
-            return
-        if not (final or tally.accepted >= _JUDGED_ROWS):
-            return
-        why = "those that came are not at the answer's letter"
-        mend = "set it to false, whereupon the rows are asked anew, or take answers.votes"
-        if recipe.kind == "file":
-            why, mend = (
-                "teacher.files have no column distribution",
-                "add it, or set teacher.soft_labels: false",
-            )
-        raise TeacherError(
-            f"teacher.soft_labels: none of {tally.accepted} labels has probabilities: {why}; {mend}"
-        )
-
-    def _balance(self, most: float) -> None:
-        """Takes the least sure labels of each letter that has more than `most` times the rarest's."""
-        ranked: dict[str, list[tuple[float, str, int]]] = {}
-        for number, label in enumerate(self._written()):
-            # Of equally sure ones, whichever the hash says: not the first or last of the file.
-            place = sha256(label.example_id.encode()).hexdigest()[:16]
-            confidence = 1.0 if label.confidence is None else label.confidence
-            ranked.setdefault(label.answer, []).append((-confidence, place, number))
-        limit = int(most * min(map(len, ranked.values())))
-        dropped = {number for rows in ranked.values() for _, _, number in sorted(rows)[limit:]}
-        if not dropped:
-            return
-        reason = (
-            f"its letter has more than {most:g} times the rarest's labels (teacher.filters.balance)"
-        )
-        with (
-            self._file(f"{LABELS_FILE}.kept") as labels,
-            (self._folder / REJECTED_FILE).open("a", encoding="utf-8") as out,
-        ):
-            for number, label in enumerate(self._written()):
-                if number in dropped:
-                    rejected = RejectedLabel(
-                        example_id=label.example_id, reason=reason, raw=label.answer
-                    )
-                    _write_line(out, rejected.model_dump())
-                    self.tally.drop(label, reason)
-                else:
-                    _write_line(labels, label.model_dump())
-        with (
-            self._file(f"{TRAIN_DATA_FILE}.kept") as train,
-            (self._folder / TRAIN_DATA_FILE).open(encoding="utf-8") as lines,
-        ):
-            train.writelines(line for number, line in enumerate(lines) if number not in dropped)
-        for name in (LABELS_FILE, TRAIN_DATA_FILE):
-            (self._folder / f"{name}.kept").replace(self._folder / name)
-
-    def _written(self) -> Iterator[TeacherLabel]:
-        with (self._folder / LABELS_FILE).open(encoding="utf-8") as lines:
-            yield from map(TeacherLabel.model_validate_json, lines)
-
-
 @contextmanager
-def label_files(out: Path, prompt: PromptRecipe, recipe: TeacherRecipe) -> Iterator[LabelFiles]:
-    """Files that come to `out` when all of them are whole, and not at all after an error."""
+def label_files(out: Path, prompt: PromptRecipe, recipe: TeacherRecipe) -> Iterator["LabelFiles"]:
+    """Yield files to write to. They are moved to `out` at the end, and deleted after an error."""
     out.parent.mkdir(parents=True, exist_ok=True)
     with (
         TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as folder,
@@ -244,5 +62,230 @@ def label_files(out: Path, prompt: PromptRecipe, recipe: TeacherRecipe) -> Itera
             file.replace(out / file.name)
 
 
-def _write_line(file: TextIO, value: dict[str, Any]) -> None:
+class LabelFiles:
+    """The open files in `folder`, and the tally of what was written to them."""
+
+    def __init__(self, folder: Path, prompt: PromptRecipe, recipe: TeacherRecipe) -> None:
+        self._folder, self._prompt, self._recipe = folder, prompt, recipe
+        self.tally = Tally()
+        self._labels = open_lines(folder / LABELS_FILE, "w")
+        self._rejected = open_lines(folder / REJECTED_FILE, "w")
+        self._train = open_lines(folder / TRAIN_DATA_FILE, "w")
+
+    def close(self) -> None:
+        """Close the files."""
+        for file in (self._labels, self._rejected, self._train):
+            file.close()
+
+    def write(self, done: OpenRow) -> None:
+        """Write a complete row: its label if more than half of its answers have a letter and these
+        have a majority, otherwise its rejection."""
+        stored = [state.stored for state in done.states]
+        accepted = accepted_answers(done.questions, stored)
+        if 2 * len(accepted) <= len(stored):
+            self._reject_for_first_failure(done)
+            return
+        label = combine_answers(accepted, done.row.letters, self._recipe.soft_labels)
+        if label is None:
+            votes = ", ".join(answer.letter for answer in accepted)
+            self.reject(done.row, f"no majority among its {len(accepted)} answers", votes)
+            return
+        rationale = None
+        if self._recipe.answers.form == "rationale":
+            rationale = rationale_for(label.letter, done)
+        usage = Usage()
+        for answer in stored:
+            if answer:
+                usage = usage + Usage(
+                    prompt_tokens=answer.prompt_tokens, completion_tokens=answer.completion_tokens
+                )
+        self.accept(
+            done.row,
+            TeacherLabel(
+                example_id=done.row.example_id,
+                answer=label.letter,
+                distribution=label.distribution,
+                confidence=label.confidence,
+                rationale=rationale,
+                usage=usage,
+            ),
+        )
+
+    def _reject_for_first_failure(self, done: OpenRow) -> None:
+        for state in done.states:
+            if state.stored is None:
+                self.reject(done.row, state.failure)
+                return
+            if not state.stored.answer:
+                self.reject(done.row, state.stored.reason, state.stored.raw)
+                return
+
+    def accept(self, row: Example, label: TeacherLabel) -> None:
+        """Write a label, or its rejection if teacher.filters reject it. What it tells about the
+        teacher is counted in either case.
+
+        Raises TeacherError as soon as enough rows show that the labels are not good enough.
+        """
+        self.tally.accept(row, label)
+        reason = self._filtered(row, label)
+        if reason:
+            self.tally.drop(label, reason)
+            self._write_rejected(row, reason, label.answer)
+            return
+        write_line(self._labels, label.model_dump())
+        question = render_messages(row, self._prompt)[-1]["content"]
+        write_line(self._train, {"Question": question, "Answer": label.answer})
+        self._check_soft(final=False)
+        self._check_share(final=False)
+
+    def reject(self, row: Example, reason: str, raw: str = "") -> None:
+        """Write a row without a label. Raises TeacherError as `accept` does."""
+        self.tally.reject(reason)
+        self._write_rejected(row, reason, raw)
+
+    def finish(self) -> None:
+        """Close the files, balance the labels and write the report.
+
+        Raises TeacherError if there was no row, if too few rows have a label, or if soft labels
+        are wanted and none has probabilities.
+        """
+        if not self.tally.rows:
+            raise TeacherError("dataset: no row to label; check dataset.splits and dataset.sample")
+        self._check_share(final=True)
+        self._check_soft(final=True)
+        self.close()
+        if self._recipe.filters.balance:
+            self._balance(self._recipe.filters.balance)
+        self.tally.write(self._folder)
+
+    def _filtered(self, row: Example, label: TeacherLabel) -> str:
+        """Return why teacher.filters reject a label, or nothing."""
+        filters = self._recipe.filters
+        if filters.confidence and label.confidence is None:
+            return "no confidence is known (teacher.filters.confidence)"
+        if label.confidence is not None and label.confidence < filters.confidence:
+            return f"confidence below teacher.filters.confidence ({filters.confidence:g})"
+        if filters.agreement_with_gold and row.answer_key and row.answer_key != label.answer:
+            return "gold says otherwise"
+        return ""
+
+    def _write_rejected(self, row: Example, reason: str, raw: str) -> None:
+        rejected = RejectedLabel(example_id=row.example_id, reason=reason, raw=raw)
+        write_line(self._rejected, rejected.model_dump())
+        self._check_share(final=False)
+
+    def _check_share(self, final: bool) -> None:
+        """Raise TeacherError if too few rows have a label, in the end or after JUDGED_ROWS."""
+        tally, minimum = self.tally, self._recipe.filters.minimum_accepted
+        if not final and tally.rows < JUDGED_ROWS:
+            return
+        if tally.accepted and tally.accepted >= minimum * tally.rows:
+            return
+        reasons = "; ".join(
+            f"{reason} ({count} rows)" for reason, count in tally.rejected.most_common()
+        )
+        raise TeacherError(
+            f"teacher: {tally.accepted} of {tally.rows} rows have a label, and "
+            f"teacher.filters.minimum_accepted asks for {minimum:.0%}: {reasons}; "
+            "check prompt.system, teacher.max_tokens and the model"
+        )
+
+    def _check_soft(self, final: bool) -> None:
+        """Raise TeacherError if no label has the probabilities that teacher.soft_labels wants."""
+        tally, recipe = self.tally, self._recipe
+        if not recipe.soft_labels or tally.soft or not tally.accepted:
+            return
+        # A minimum of 0 says that labels are taken as they are.
+        if not recipe.filters.minimum_accepted:
+            return
+        if not final and tally.accepted < JUDGED_ROWS:
+            return
+        why = "those that came are not at the answer's letter"
+        remedy = "set it to false, which asks for all rows again, or use answers.votes"
+        if recipe.kind == "file":
+            why = "teacher.files have no column distribution"
+            remedy = "add it, or set teacher.soft_labels: false"
+        raise TeacherError(
+            f"teacher.soft_labels: none of {tally.accepted} labels has probabilities: "
+            f"{why}; {remedy}"
+        )
+
+    def _balance(self, most: float) -> None:
+        """Move the labels that teacher.filters.balance rejects from the written files to the
+        rejected ones."""
+        with open_lines(self._folder / LABELS_FILE) as lines:
+            surplus = surplus_labels(map(TeacherLabel.model_validate_json, lines), most)
+        if not surplus:
+            return
+        reason = (
+            f"its letter has more than {most:g} times the rarest's labels (teacher.filters.balance)"
+        )
+        kept_labels, kept_train = self._folder / "labels.kept", self._folder / "train.kept"
+        with (
+            open_lines(self._folder / LABELS_FILE) as labels,
+            open_lines(self._folder / TRAIN_DATA_FILE) as train,
+            open_lines(self._folder / REJECTED_FILE, "a") as rejected_file,
+            open_lines(kept_labels, "w") as labels_out,
+            open_lines(kept_train, "w") as train_out,
+        ):
+            for number, (line, train_line) in enumerate(zip(labels, train, strict=True)):
+                if number not in surplus:
+                    labels_out.write(line)
+                    train_out.write(train_line)
+                    continue
+                label = TeacherLabel.model_validate_json(line)
+                rejected = RejectedLabel(
+                    example_id=label.example_id, reason=reason, raw=label.answer
+                )
+                write_line(rejected_file, rejected.model_dump())
+                self.tally.drop(label, reason)
+        kept_labels.replace(self._folder / LABELS_FILE)
+        kept_train.replace(self._folder / TRAIN_DATA_FILE)
+
+
+def read_labels(folder: Path) -> dict[str, TeacherLabel]:
+    """Return the labels in an artifact's folder by example_id."""
+    labels = {}
+    with open_lines(folder / LABELS_FILE) as lines:
+        for line in lines:
+            label = TeacherLabel.model_validate_json(line)
+            labels[label.example_id] = label
+    return labels
+
+
+def rationale_for(letter: str, done: OpenRow) -> str | None:
+    """Return the first rationale for `letter` that was given in the row's own order of options:
+    in another order, a rationale refers to the options by other letters."""
+    for question, state in zip(done.questions, done.states, strict=True):
+        in_own_order = question.order == sorted(question.order)
+        if in_own_order and state.stored and state.stored.answer == letter:
+            return rationale_of(state.stored.raw) or None
+    return None
+
+
+def surplus_labels(labels: Iterable[TeacherLabel], most: float) -> set[int]:
+    """Return the positions (from 0) of the labels by which a letter has more than `most` times the
+    labels of the rarest letter: the least confident ones.
+
+    A hash of the id decides between equally confident labels, not their order in the file.
+    """
+    by_letter: dict[str, list[tuple[float, str, int]]] = {}
+    for number, label in enumerate(labels):
+        confidence = 1.0 if label.confidence is None else label.confidence
+        id_hash = sha256(label.example_id.encode()).hexdigest()[:16]
+        by_letter.setdefault(label.answer, []).append((-confidence, id_hash, number))
+    limit = int(most * min(map(len, by_letter.values())))
+    surplus: set[int] = set()
+    for ranked in by_letter.values():
+        surplus.update(number for _, _, number in sorted(ranked)[limit:])
+    return surplus
+
+
+def open_lines(path: Path, mode: str = "r") -> IO[str]:
+    """Open a file of JSON lines: UTF-8, with the same line ends on every system."""
+    return path.open(mode, encoding="utf-8", newline="\n")
+
+
+def write_line(file: IO[str], value: dict[str, Any]) -> None:
+    """Write a value as one line of JSON."""
     file.write(json.dumps(value, ensure_ascii=False) + "\n")

@@ -1,4 +1,4 @@
-"""labels/known"""
+"""Labels that exist already: in files of the user's, or as the gold answers of the rows."""
 
 import json
 import math
@@ -12,71 +12,85 @@ from distillery.labels.files import LabelCounts, label_files
 from distillery.recipe import PromptRecipe, TeacherRecipe
 from distillery.records import Example, TeacherLabel
 
+COLUMNS = {"example_id": "the row's id in the data set", "answer": "the teacher's letter"}
+"""The columns that a file of labels must have, and what they are."""
 
-def label_from(
+
+def write_known_labels(
     examples: Iterable[Example],
     labels: dict[str, TeacherLabel],
     prompt: PromptRecipe,
     recipe: TeacherRecipe,
     out: Path,
 ) -> LabelCounts:
-    """The same files from labels that are there already; a row without one is rejected."""
+    """Write the files of a labelling from `labels` (by example_id); reject rows without one."""
     with label_files(out, prompt, recipe) as files:
         for row in examples:
-            if known := labels.get(row.example_id):
-                files.take(row, known)
+            label = labels.get(row.example_id)
+            if label:
+                files.accept(row, label)
             else:
                 files.reject(row, "no label for it")
         files.finish()
     return LabelCounts(accepted=files.tally.accepted, rejected=files.tally.rejected.total())
 
 
-def labels_in(paths: Sequence[str], examples: Iterable[Example]) -> dict[str, TeacherLabel]:
-    """The labels of files (JSONL, CSV, Parquet) for `examples`, by the columns example_id, answer (a letter) and, where
-    they are there, distribution (letter to probability, as a mapping or as JSON) and rationale (the reason). Other rows
-    of the files are left out.
+def read_label_files(paths: Sequence[str], examples: Iterable[Example]) -> dict[str, TeacherLabel]:
+    """Return the labels for `examples` in JSONL, CSV or Parquet files, by example_id.
 
-    Raises DataError with the file and row."""
+    Columns: example_id; answer, a letter; optionally distribution, the probability of each letter
+    as a mapping or as JSON; optionally rationale, a text. Rows that are not in `examples` are left
+    out. Raises DataError with the file and the row.
+    """
     rows = {row.example_id: row for row in examples}
-    meaning = {"example_id": "the row's id in the data set", "answer": "the teacher's letter"}
-    found: dict[str, TeacherLabel] = {}
-    for where, values in read_columns(paths, meaning):
-        row, answer = rows.get(str(values["example_id"])), str(values["answer"]).strip()
+    labels: dict[str, TeacherLabel] = {}
+    for where, values in read_columns(paths, COLUMNS):
+        row = rows.get(str(values["example_id"]))
         if row is None:
             continue
+        answer = str(values["answer"]).strip()
         if answer not in row.letters:
             raise DataError(
                 f"{where}: answer: {answer!r} is none of {row.letters[0]} to {row.letters[-1]}"
             )
-        probabilities = _probabilities(values.get("distribution"), row, where)
-        found[row.example_id] = TeacherLabel(
+        probabilities = read_probabilities(values.get("distribution"), row.letters, where)
+        labels[row.example_id] = TeacherLabel(
             example_id=row.example_id,
             answer=answer,
             distribution=probabilities,
             confidence=probabilities[answer] if probabilities else None,
             rationale=str(values.get("rationale") or "").strip() or None,
         )
-    return found
+    return labels
 
 
-def _probabilities(value: Any, row: Example, where: str) -> dict[str, float] | None:
+def read_probabilities(value: Any, letters: Sequence[str], where: str) -> dict[str, float] | None:
+    """Return the probability of each letter from a mapping or its JSON; None if there is nothing.
+
+    Raises DataError, with `where`, for anything else than probabilities that sum to 1.
+    """
     try:
-        given = json.loads(value) if isinstance(value, str) and value else value
-        if not given:
+        if isinstance(value, str) and value:
+            value = json.loads(value)
+        if not value:
             return None
-        found = {letter: float(given[letter]) for letter in row.letters}
+        probabilities = {letter: float(value[letter]) for letter in letters}
     except (ValueError, KeyError, TypeError):
-        found = {}
-    if not math.isclose(sum(found.values()), 1, abs_tol=1e-3) or min(found.values()) < 0:
-        letters = f"{row.letters[0]} to {row.letters[-1]}"
-        raise DataError(f"{where}: distribution: no probabilities of {letters} that sum to 1")
-    return found
+        probabilities = {}
+    if not math.isclose(sum(probabilities.values()), 1, abs_tol=1e-3) or (
+        min(probabilities.values()) < 0
+    ):
+        raise DataError(
+            f"{where}: distribution: must be probabilities of {letters[0]} to {letters[-1]} "
+            "that sum to 1"
+        )
+    return probabilities
 
 
 def gold_labels(examples: Iterable[Example]) -> dict[str, TeacherLabel]:
-    """The gold answers as labels, for the rows that have one."""
-    return {
-        row.example_id: TeacherLabel(example_id=row.example_id, answer=row.answer_key)
-        for row in examples
-        if row.answer_key
-    }
+    """Return the gold answers as labels, by example_id, for the rows that have one."""
+    labels = {}
+    for row in examples:
+        if row.answer_key:
+            labels[row.example_id] = TeacherLabel(example_id=row.example_id, answer=row.answer_key)
+    return labels

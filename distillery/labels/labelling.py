@@ -1,23 +1,25 @@
-"""Labelling: rows become requests, requests become answers that are paid for once, and a row's answers become its
-label, or a rejection with its reason: never a guess.
+"""Labelling: rows become requests, the teacher answers each of them once, and the answers to a row
+become its label or its rejection.
+
+Equal requests are asked once, and those that the label store has answers for are not asked at all.
 """
 
 import asyncio
+import math
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext, suppress
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from distillery.errors import TeacherUnavailable
 from distillery.labels.acceptance import stored_answer
 from distillery.labels.files import LabelCounts, LabelFiles, label_files
 from distillery.labels.questions import Question, questions
-from distillery.labels.store import LabelStore, StoredAnswer
-from distillery.labels.window import OpenRow, RequestState
-from distillery.prompts import Message
+from distillery.labels.store import LabelStore
+from distillery.labels.window import Window
 from distillery.recipe import PromptRecipe, TeacherRecipe
 from distillery.records import Example, Usage
 from distillery.teacher.asking import PROBE, Teacher
@@ -26,28 +28,28 @@ from distillery.teacher.endpoint import Endpoint
 from distillery.teacher.pace import Pace, Stopped
 from distillery.teacher.reply import Completion
 
-_LOOKUP_ROWS = 1000
+LOOKUP_ROWS = 1000
+"""Rows that are read, looked up in the store and opened at a time."""
 
-_WINDOW_ROWS = 4000
-"""Rows that are in memory at a time: enough for the fast ones not to wait for a slow one before them."""
+WINDOW_ROWS = 4000
+"""Open rows above which no more are read: enough that fast answers don't wait for a slow one."""
 
-_STRIKES = 2
+MOST_UNCOMMITTED = 10_000
+"""Answers on their way to the store above which no more rows are read."""
 
-_UNCOMMITTED = 10_000
+STRIKES = 2
+"""A request fails for good after so many failures while the endpoint answers another question."""
 
-_SLOT_S = 30.0
+SLOT_S = 30.0
+"""Seconds after which a worker gives its slot back, so that other runs get theirs."""
 
-_SLICES = 20
+RATE_SLICES = 20
 
-
-class Asker(Protocol):
-    """Who answers: a `Teacher`."""
-
-    async def ask(self, messages: list[Message], letters: Sequence[str]) -> Completion: ...
-
+Progress = Callable[[int, int], None]
+"""Takes the rows done and the rows in all."""
 
 Slots = Callable[[], AbstractAsyncContextManager[Any]]
-"""A place among all runs that share a limit; each worker holds one for some seconds of its work at a time."""
+"""Returns a context manager that holds one slot of a limit which several runs share."""
 
 
 async def label(
@@ -57,28 +59,29 @@ async def label(
     endpoint: Endpoint,
     store: LabelStore,
     out: Path,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
     *,
     rows: int | None = None,
-    teacher: Asker | None = None,
+    teacher: Teacher | None = None,
     slots: Slots = nullcontext,
     spent: dict[str, float] | None = None,
 ) -> LabelCounts:
-    """Labels `examples` and writes labels.jsonl (TeacherLabel), rejected.jsonl (RejectedLabel), train_data.jsonl
-    ({"Question": the user message, "Answer": the letter}, as in the lab), each in the order of `examples`, and the
-    files of label_report.py.
+    """Label `examples`, write the files of files.py and report.py to `out`, return the counts.
 
-    Asks what the store doesn't hold, equal requests once; `progress` gets (rows done, rows in all), the latter from
-    `rows` where `examples` has no length. Holds some thousand rows in memory at a time, however many there are. Equal
-    answers give equal bytes. Whatever is raised, the answers that came are in the store: TeacherError where too few
-    rows got a label, BudgetReached at a cap, what `Teacher.ask` and `LabelStore` raise. `teacher` is asked in place
-    of the endpoint's own. `spent`: see `pace.Spending`.
+    Requests without an answer in the store are asked of the endpoint, or of `teacher` if given.
+    `rows` is the number of examples if they have no length; only `progress` needs it. `spent` is
+    what the run has spent in other stages (see `Spending`). Some thousand rows are in memory at a
+    time. Equal answers give equal bytes in the files. Raises TeacherError if too few rows get a
+    label, BudgetReached at a cap, and what `Teacher.ask` and `LabelStore` raise; the answers so
+    far are in the store then.
     """
-    total = len(examples) if isinstance(examples, Sequence) else rows or 0
+    total = rows or 0
+    if isinstance(examples, Sequence):
+        total = len(examples)
     pace = Pace(recipe.concurrency, recipe.requests_per_minute, recipe.tokens_per_minute)
     spending = Spending(recipe.budget, recipe.prices, spent)
     with label_files(out, prompt, recipe) as files:
-        run = _Labelling(
+        run = LabellingRun(
             prompt, recipe, endpoint.identity, store, files, pace, slots, progress, total
         )
         try:
@@ -97,13 +100,29 @@ async def label(
         usage=run.usage,
         cost=cost_of(run.usage, recipe.prices),
         currency=recipe.prices.currency if recipe.prices else "",
-        calls_per_second=run.rate(),
+        calls_per_second=run.calls_per_second(),
     )
 
 
-class _Labelling:
-    """One run over the rows. A producer looks rows up and opens them, in chunks; workers ask what is missing; whoever
-    makes the window's first row whole closes it, and those behind it that are."""
+class LabellingRun:
+    """One run over the rows: a producer, teacher.concurrency workers, and the window between them.
+
+    The producer reads rows in chunks, looks their requests up in the store, opens the rows in the
+    window and queues the requests without an answer. Each worker takes one request at a time from
+    the queue and asks the teacher.
+
+    Invariants. All tasks run on one event loop, so that what happens between two awaits is atomic:
+    - The worker that completes the oldest row flushes it and every complete row behind it. The
+      producer flushes too, since no worker touches a row whose answers are all known already.
+    - A request is in the queue, or with one worker, or known; never two of these at a time.
+    - An answer is handed to the store before it counts as known, so that a label in the files
+      always has its answers in the store.
+    - At most WINDOW_ROWS + LOOKUP_ROWS rows are open: the producer opens a chunk only while there
+      are fewer than WINDOW_ROWS, and waits likewise for the store to commit.
+    - The first error of a task ends the run. No call starts after it; the calls under way may come
+      back within teacher.timeout_s and are stored, since they are paid for.
+    - When the last row is flushed, every worker gets a None from the queue and ends.
+    """
 
     def __init__(
         self,
@@ -111,36 +130,33 @@ class _Labelling:
         recipe: TeacherRecipe,
         identity: str,
         store: LabelStore,
-        files: "LabelFiles",
+        files: LabelFiles,
         pace: Pace,
         slots: Slots,
-        progress: Callable[[int, int], None] | None,
+        progress: Progress | None,
         total: int,
     ) -> None:
         self._prompt, self._recipe, self._identity = prompt, recipe, identity
         self._store, self._files, self._pace, self._slots = store, files, pace, slots
         self._progress, self._total = progress, total
-        self._window: deque[OpenRow] = deque()
-        self._room = asyncio.Event()
-        self._outcomes: dict[str, RequestState] = {}
+        self._window = Window()
+        self._has_room = asyncio.Event()
         self._queue: asyncio.Queue[Question | None] = asyncio.Queue()
         self._strikes: Counter[str] = Counter()
-        self._produced = False
+        self._all_opened = False
         self._error: BaseException | None = None
         self._started = time.monotonic()
-        self._seconds: Counter[int] = Counter()
+        self._answers_by_second: Counter[int] = Counter()
         self.asked = 0
         self.usage = Usage()
 
-    async def work(self, examples: Iterable[Example], teacher: Asker) -> None:
-        """Raises the first error of any worker, once the calls under way have come back: they are paid for."""
+    async def work(self, examples: Iterable[Example], teacher: Teacher) -> None:
+        """Label all rows. Raises the first error of a task, after the calls under way are over."""
         self._report()
-        workers = [
-            asyncio.create_task(self._guarded(self._answer_questions(teacher)))
-            for _ in range(self._recipe.concurrency)
-        ]
-        producer = asyncio.create_task(self._guarded(self._produce(iter(examples))))
-        tasks = {producer, *workers}
+        producer = asyncio.create_task(self._until_error(self.produce(iter(examples))))
+        tasks = {producer}
+        for _ in range(self._recipe.concurrency):
+            tasks.add(asyncio.create_task(self._until_error(self.ask_queued(teacher))))
         try:
             while tasks and not self._error:
                 _, tasks = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -154,74 +170,77 @@ class _Labelling:
         if self._error:
             raise self._error
 
-    def rate(self) -> tuple[float, ...]:
-        """Answers a second over the run, in equal slices of at least a second."""
-        if not self._seconds:
+    def calls_per_second(self) -> tuple[float, ...]:
+        """Return the answers per second, in up to 20 slices of the run of equal whole seconds."""
+        if not self._answers_by_second:
             return ()
-        last = max(self._seconds) + 1
-        width = -(-last // _SLICES)
-        slices = Counter[int]()
-        for second, count in self._seconds.items():
-            slices[second // width] += count
-        return tuple(slices[at] / width for at in range(-(-last // width)))
+        seconds = max(self._answers_by_second) + 1
+        width = math.ceil(seconds / RATE_SLICES)
+        answers = [0] * math.ceil(seconds / width)
+        for second, count in self._answers_by_second.items():
+            answers[second // width] += count
+        return tuple(count / width for count in answers)
 
-    async def _produce(self, examples: Iterator[Example]) -> None:
-        while chunk := await asyncio.to_thread(lambda: list(islice(examples, _LOOKUP_ROWS))):
-            asked = await asyncio.to_thread(self._questions, chunk)
-            keys = {one.key for several in asked for one in several}
-            # Their rows may be written, and they forgotten, while the others are looked up.
-            under_way = {key: self._outcomes[key] for key in keys & self._outcomes.keys()}
-            known = await asyncio.to_thread(self._store.get_many, keys - under_way.keys())
-            self._outcomes |= under_way
-            for row, several in zip(chunk, asked, strict=True):
-                self._open(row, several, known)
-            self._close()
-            while len(self._window) >= _WINDOW_ROWS or self._store.waiting > _UNCOMMITTED:
-                self._room.clear()
-                with suppress(TimeoutError):
-                    await asyncio.wait_for(self._room.wait(), 0.1)
-        self._produced = True
-        self._close()
-
-    def _questions(self, chunk: list[Example]) -> list[list[Question]]:
-        return [questions(row, self._prompt, self._recipe, self._identity) for row in chunk]
-
-    def _open(self, row: Example, several: list[Question], known: dict[str, StoredAnswer]) -> None:
-        outcomes = []
-        for question in several:
-            outcome = self._outcomes.get(question.key)
-            if outcome is None:
-                outcome = self._outcomes[question.key] = RequestState(known.get(question.key))
-                if not outcome.is_known:
-                    self._queue.put_nowait(question)
-            outcome.rows += 1
-            outcomes.append(outcome)
-        self._window.append(OpenRow(row, several, outcomes))
-
-    async def _guarded(self, work: Any) -> None:
-        """`work`, whose first error ends the run."""
+    async def _until_error(self, task: Coroutine[Any, Any, None]) -> None:
+        """Run one of the run's tasks; its error, if it is the first, ends the run."""
         try:
-            await work
+            await task
         except Stopped:
             return
         except asyncio.CancelledError:
             raise
         except BaseException as error:
-            self._error = self._error or error
-            self._end()
+            if self._error is None:
+                self._error = error
+            self.end()
 
-    async def _answer_questions(self, teacher: Asker) -> None:
-        while (question := await self._queue.get()) is not None:
+    async def produce(self, examples: Iterator[Example]) -> None:
+        """Open all rows, chunk by chunk, as the window has room for them."""
+        while True:
+            chunk = await asyncio.to_thread(lambda: list(islice(examples, LOOKUP_ROWS)))
+            if not chunk:
+                break
+            await self.open_rows(chunk)
+            self.flush()
+            while len(self._window) >= WINDOW_ROWS or self._store.waiting > MOST_UNCOMMITTED:
+                self._has_room.clear()
+                # Nothing tells when the store has committed, so look again after a while.
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self._has_room.wait(), 0.1)
+        self._all_opened = True
+        self.flush()
+
+    async def open_rows(self, chunk: list[Example]) -> None:
+        """Look the chunk's requests up, open its rows and queue what has to be asked."""
+        asked = await asyncio.to_thread(
+            lambda: [questions(row, self._prompt, self._recipe, self._identity) for row in chunk]
+        )
+        keys = {question.key for row_questions in asked for question in row_questions}
+        # The rows that wait for these may be flushed, and the states lost, during the look-up.
+        under_way = self._window.states_of(keys)
+        known = await asyncio.to_thread(self._store.get_many, keys - under_way.keys())
+        for row, row_questions in zip(chunk, asked, strict=True):
+            for question in self._window.open(row, row_questions, known, under_way):
+                self._queue.put_nowait(question)
+
+    async def ask_queued(self, teacher: Teacher) -> None:
+        """Ask what is in the queue, one request at a time, until a None comes."""
+        while True:
+            question = await self._queue.get()
+            if question is None:
+                return
             async with self._slots():
-                until = time.monotonic() + _SLOT_S
-                await self._answer(question, teacher)
-                # A slot is taken for some seconds of work at a time: taking it costs a call of Prefect's API.
+                # A slot is held for several requests: to take one is a call of Prefect's API.
+                until = time.monotonic() + SLOT_S
+                await self.ask(question, teacher)
                 while time.monotonic() < until and not self._queue.empty():
-                    if (question := self._queue.get_nowait()) is None:
+                    question = self._queue.get_nowait()
+                    if question is None:
                         return
-                    await self._answer(question, teacher)
+                    await self.ask(question, teacher)
 
-    async def _answer(self, question: Question, teacher: Asker) -> None:
+    async def ask(self, question: Question, teacher: Teacher) -> None:
+        """Ask once; afterwards the request is known, or in the queue again."""
         if self._error:
             raise Stopped
         try:
@@ -229,70 +248,83 @@ class _Labelling:
         except TeacherUnavailable as error:
             if self._pace.silent_s >= self._recipe.outage_s:
                 raise
-            # Where a plain question is answered next, it is this one that the endpoint fails on. What was answered
-            # before the failure tells nothing: the outage may have begun since.
-            if not error.overloaded and await self._is_there(teacher):
-                self._strikes[question.key] += 1
-            if self._strikes[question.key] < _STRIKES:
-                self._queue.put_nowait(question)
-                return
-            self._outcomes[
-                question.key
-            ].failure = f"the endpoint fails on it, again and again ({error})"
+            await self._judge_failure(question, error, teacher)
         else:
             if completion.finish_reason == "malformed":
-                if self._pace.is_open:
-                    # Nothing else comes any more, so that it is not this question's doing.
-                    if self._pace.silent_s >= self._recipe.outage_s:
-                        raise TeacherUnavailable(
-                            f"TEACHER_MODEL_ENDPOINT: has given no chat completion for {self._recipe.outage_s:.0f} s; "
-                            "run again later: what was answered is kept"
-                        )
-                    self._queue.put_nowait(question)
-                    return
-                # Nothing that was said: whoever labels these rows again asks again.
-                self._outcomes[question.key].failure = "malformed answer: no chat completion"
-                return self._close()
-            stored = stored_answer(question, completion, self._recipe, self._identity)
-            self.asked += 1
-            self.usage = self.usage + completion.usage
-            self._seconds[int(time.monotonic() - self._started)] += 1
-            self._store.add(stored)
-            self._outcomes[question.key].stored = stored
-        self._close()
+                self._judge_malformed(question)
+            else:
+                self.take(question, completion)
+        self.flush()
 
-    async def _is_there(self, teacher: Asker) -> bool:
-        """Whether the teacher answers a plain question, which is paid for too."""
-        try:
-            completion = await teacher.ask(PROBE, ("A", "B"))
-        except TeacherUnavailable:
-            return False
+    def take(self, question: Question, completion: Completion) -> None:
+        """Store an answer; it is known from now on."""
+        answer = stored_answer(question, completion, self._recipe, self._identity)
+        self._count(completion)
+        self._answers_by_second[int(time.monotonic() - self._started)] += 1
+        self._store.add(answer)
+        self._window.state(question.key).stored = answer
+
+    def _count(self, completion: Completion) -> None:
         self.asked += 1
         self.usage = self.usage + completion.usage
+
+    async def _judge_failure(
+        self, question: Question, error: TeacherUnavailable, teacher: Teacher
+    ) -> None:
+        """Queue a request again that the endpoint failed on, or have it fail for good.
+
+        It is the request's own fault if the endpoint answers a simple question right after the
+        failure. An answer from before it proves nothing: an outage may have begun since.
+        """
+        if not error.overloaded and await self._answers_probe(teacher):
+            self._strikes[question.key] += 1
+        if self._strikes[question.key] < STRIKES:
+            self._queue.put_nowait(question)
+        else:
+            failure = f"the endpoint fails on it, again and again ({error})"
+            self._window.state(question.key).failure = failure
+
+    async def _answers_probe(self, teacher: Teacher) -> bool:
+        """Return whether the teacher answers a simple question, which is paid for too."""
+        try:
+            self._count(await teacher.ask(PROBE, ("A", "B")))
+        except TeacherUnavailable:
+            return False
         return True
 
-    def _close(self) -> None:
-        """Writes the rows at the window's start that are whole, and ends the workers after the last."""
-        closed = False
-        while self._window and all(outcome.is_known for outcome in self._window[0].outcomes):
-            done = self._window.popleft()
-            self._files.write(done)
-            for question, outcome in zip(done.questions, done.outcomes, strict=True):
-                outcome.rows -= 1
-                if not outcome.rows:
-                    del self._outcomes[question.key]
-            closed = True
-            self._report()
-        if closed and len(self._window) < _WINDOW_ROWS:
-            self._room.set()
-        if self._produced and not self._window:
-            self._end()
+    def _judge_malformed(self, question: Question) -> None:
+        """Have a request fail whose answer was no chat completion.
 
-    def _end(self) -> None:
+        It is queued again if no other request gets an answer either; after teacher.outage_s that
+        ends the run. The failure is not stored, so that a later run asks again.
+        """
+        if not self._pace.is_open:
+            self._window.state(question.key).failure = "malformed answer: no chat completion"
+        elif self._pace.silent_s < self._recipe.outage_s:
+            self._queue.put_nowait(question)
+        else:
+            raise TeacherUnavailable(
+                "TEACHER_MODEL_ENDPOINT: has given no chat completion for "
+                f"{self._recipe.outage_s:.0f} s; run again later: all answers so far are kept"
+            )
+
+    def flush(self) -> None:
+        """Write the complete rows at the start of the window; end the workers after the last."""
+        for row in self._window.take_complete():
+            self._files.write(row)
+            self._report()
+            if len(self._window) < WINDOW_ROWS:
+                self._has_room.set()
+        if self._all_opened and not len(self._window):
+            self.end()
+
+    def end(self) -> None:
+        """Have all workers end: those that wait for their turn and those that wait for requests."""
         self._pace.stop()
         for _ in range(self._recipe.concurrency):
             self._queue.put_nowait(None)
 
     def _report(self) -> None:
         if self._progress:
-            self._progress(self._files.tally.rows, max(self._total, self._files.tally.rows))
+            done = self._files.tally.rows
+            self._progress(done, max(self._total, done))

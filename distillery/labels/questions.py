@@ -1,4 +1,4 @@
-"""labels/questions"""
+"""The requests for a row: its prompt in each order of its options, each with its key."""
 
 from dataclasses import dataclass
 
@@ -11,9 +11,13 @@ from distillery.teacher.answers import rotated_order
 def request_key(
     identity: str, messages: list[Message], settings: TeacherRecipe, vote: int = 0
 ) -> str:
-    """SHA-256 (hex) of what is asked of whom: the teacher's identity, the messages, the temperature, the token limit,
-    whether log-probabilities are wanted, whether JSON is, and which of several votes it is. Not the URL, the SDK, the
-    key or the row's place."""
+    """Return the key that the label store keeps the answer under, a SHA-256 in hex.
+
+    It covers what is asked of whom: the teacher's identity, the messages, the temperature, the
+    token limit, whether log-probabilities or JSON are wanted, and the number of the vote. It covers
+    neither the URL, the SDK and the API key nor the position of the row: if these change, nothing
+    is asked again.
+    """
     asked = {
         "teacher": identity,
         "messages": messages,
@@ -21,15 +25,17 @@ def request_key(
         "max_tokens": settings.max_tokens,
         "soft_labels": settings.asks_log_probabilities,
     }
-    # Left out where they ask for nothing, so that what was asked before they were there is still known.
-    asked |= {"form": "json"} if settings.answers.form == "json" else {}
-    asked |= {"vote": vote} if vote else {}
+    # Added only where they are used, so that answers from before these settings existed are found.
+    if settings.answers.form == "json":
+        asked["form"] = "json"
+    if vote:
+        asked["vote"] = vote
     return digest_of(asked)
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One request for a row: `order` holds the row's option at each place that was shown."""
+    """One request for a row. `order[i]` is the index of the i-th option shown in row.choices."""
 
     key: str
     messages: list[Message]
@@ -38,34 +44,32 @@ class Question:
 
     @property
     def letters(self) -> tuple[str, ...]:
+        """Return the letters of the options, from A."""
         return self.row.letters
 
     @property
     def choices(self) -> list[str]:
+        """Return the texts of the options in the order shown."""
         return [self.row.choices[option] for option in self.order]
 
 
 def questions(
     row: Example, prompt: PromptRecipe, recipe: TeacherRecipe, identity: str
 ) -> list[Question]:
-    """What is asked for a row: in each order of its options, each vote."""
+    """Return the requests for a row: for each of answers.orders, each of answers.votes."""
     asked = []
     for number in range(min(recipe.answers.orders, len(row.choices))):
         order = rotated_order(len(row.choices), number)
-        shown = (
-            row.model_copy(update={"choices": tuple(row.choices[option] for option in order)})
-            if number
-            else row
-        )
+        shown = row
+        if number:
+            choices = tuple(row.choices[option] for option in order)
+            shown = row.model_copy(update={"choices": choices})
         messages = render_messages(shown, prompt)
         if recipe.answers.form == "rationale":
-            last = messages[-1]
-            messages = [
-                *messages[:-1],
-                last | {"content": f"{last['content']}\n\n{recipe.answers.instruction}"},
-            ]
+            user = messages[-1]
+            content = f"{user['content']}\n\n{recipe.answers.instruction}"
+            messages = [*messages[:-1], {**user, "content": content}]
         for vote in range(recipe.answers.votes):
-            asked.append(
-                Question(request_key(identity, messages, recipe, vote), messages, order, row)
-            )
+            key = request_key(identity, messages, recipe, vote)
+            asked.append(Question(key, messages, order, row))
     return asked

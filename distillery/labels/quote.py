@@ -1,6 +1,6 @@
 """What labelling will cost and how long it will take, before the first call."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 
@@ -17,36 +17,47 @@ from distillery.teacher.budget import cost_of
 from distillery.teacher.identity import teacher_identity
 
 TOKENS_PER_CHARACTER = 0.25
-"""Of English text, and of most tokenizers (OpenAI's help centre, What are tokens and how to count them); where nothing
-better is known."""
+"""In English text and for most tokenizers (OpenAI's help centre, What are tokens and how to count
+them); used while the teacher's own answers don't tell."""
 
 TOKENS_PER_MESSAGE = 4
+"""Tokens of a chat template around each message, used likewise."""
 
 LATENCY_S = 1.0
+"""Seconds of a call, used likewise."""
 
-_ROWS = 1000
+CHUNK_ROWS = 1000
+"""Rows that are in memory at a time."""
 
-Tokens = Callable[[list[Message]], int]
-"""The tokens of a prompt's messages, as the teacher's own tokenizer counts them."""
+TokenCounter = Callable[[list[Message]], int]
+"""Returns the tokens of a prompt's messages as the teacher's own tokenizer counts them."""
 
 
-def counted_by(tokenizer: str) -> Tokens:
-    """The count by a tokenizer that Transformers loads from a folder or from the hub. Raises RecipeError without it."""
+def token_counter(tokenizer: str) -> TokenCounter:
+    """Return a counter that uses a tokenizer from a folder or from the hub.
+
+    Raises RecipeError if Transformers can't load it.
+    """
     from transformers import AutoTokenizer
 
     try:
-        own = TransformersTokenizer(AutoTokenizer.from_pretrained(tokenizer))
+        loaded = TransformersTokenizer(AutoTokenizer.from_pretrained(tokenizer))
     except (OSError, ValueError) as error:
         raise RecipeError(
-            f"teacher.tokenizer {tokenizer}: no tokenizer that Transformers loads"
+            f"teacher.tokenizer {tokenizer}: Transformers can't load a tokenizer from it; "
+            "correct the name, or remove the setting to have tokens estimated"
         ) from error
-    return lambda messages: len(own.encode_chat(messages))
+    return lambda messages: len(loaded.encode_chat(messages))
 
 
 @dataclass(frozen=True)
 class Quote:
-    """`rows` in all, of which `known` need no call; `calls` for the others. `usage` is estimated but for the prompt's
-    tokens where `counted`; `basis` says from what. `cost` in the price table's currency, None without one."""
+    """What labelling `rows` will take.
+
+    `known` rows need no call; the others need `calls`. `usage` is estimated, from what `basis`
+    says; the prompts' tokens are exact if `counted`. `cost` is in `currency`, and None without a
+    price table.
+    """
 
     rows: int
     known: int
@@ -59,16 +70,18 @@ class Quote:
     seconds: float
 
     def line(self) -> str:
-        """The quote in one line."""
+        """Return the quote in one line."""
         if not self.calls:
             return f"{self.rows} rows to label, all known: nothing to ask and nothing to pay"
-        cost = "no price table" if self.cost is None else f"about {self.cost:.2f} {self.currency}"
-        tokens = (
-            f"{self.usage.prompt_tokens:,} tokens in ({'counted' if self.counted else 'estimated'})"
-        )
+        cost = "no price table"
+        if self.cost is not None:
+            cost = f"about {self.cost:.2f} {self.currency}"
+        certainty = "counted" if self.counted else "estimated"
         return (
-            f"{self.rows} rows to label, {self.known} known: {self.calls} calls, {tokens}, about "
-            f"{self.usage.completion_tokens:,} out ({self.basis}); {cost}, about {duration(self.seconds)}"
+            f"{self.rows} rows to label, {self.known} known: {self.calls} calls, "
+            f"{self.usage.prompt_tokens:,} tokens in ({certainty}), "
+            f"about {self.usage.completion_tokens:,} out ({self.basis}); "
+            f"{cost}, about {duration(self.seconds)}"
         )
 
 
@@ -78,102 +91,129 @@ def quote(
     recipe: TeacherRecipe,
     identity: str,
     store: LabelStore,
-    tokens: Tokens | None = None,
+    tokens: TokenCounter | None = None,
 ) -> Quote:
-    """What `labels.label` would ask for `examples`. Counts each row's tokens by `tokens`, or estimates them from the
-    teacher's answers so far, or from the prompt's length. Holds some thousand rows in memory at a time: equal requests
-    are counted once where they are as close, and are few, since equal rows of a data set are dropped."""
-    reasons, asked_for = recipe.answers.form == "rationale", recipe.answers.instruction
-    # An answer with its reason is a hundred times as long as a letter.
-    experience = store.experience(
-        identity, **{"ends_with" if reasons else "ends_without": asked_for}
-    )
+    """Return what `label` would ask for `examples`.
+
+    The tokens of each prompt are counted by `tokens`; without it they are estimated, from the
+    teacher's answers so far or from the prompt's length. Equal requests within CHUNK_ROWS are
+    counted once; others are few, because data preparation drops equal rows.
+    """
+    experience = experience_of(store, identity, recipe)
     rows = known = calls = prompt_tokens = 0
-    wanted = iter(examples)
-    while chunk := list(islice(wanted, _ROWS)):
-        seen: set[str] = set()
-        asked = [questions(row, prompt, recipe, identity) for row in chunk]
-        answered = store.answered(question.key for several in asked for question in several)
-        for several in asked:
-            rows += 1
-            open_ones = [one for one in several if one.key not in answered and one.key not in seen]
-            known += not open_ones
-            for question in open_ones:
-                seen.add(question.key)
-                calls += 1
-                prompt_tokens += (
-                    tokens(question.messages) if tokens else _estimate(question, experience)
-                )
-    each = experience.completion_tokens if experience else float(recipe.max_tokens)
-    usage = Usage(prompt_tokens=prompt_tokens, completion_tokens=round(calls * each))
-    cost = cost_of(usage, recipe.prices)
+    for new in new_questions(examples, prompt, recipe, identity, store):
+        rows += 1
+        known += not new
+        calls += len(new)
+        for question in new:
+            if tokens:
+                prompt_tokens += tokens(question.messages)
+            else:
+                prompt_tokens += estimated_tokens(question, experience)
+    tokens_per_answer, basis = float(recipe.max_tokens), "from lengths and teacher.max_tokens"
+    if experience:
+        tokens_per_answer = experience.completion_tokens
+        basis = f"from its last {experience.answers:,} answers"
+    usage = Usage(prompt_tokens=prompt_tokens, completion_tokens=round(calls * tokens_per_answer))
     return Quote(
         rows=rows,
         known=known,
         calls=calls,
         usage=usage,
         counted=tokens is not None,
-        basis=f"from its last {experience.answers:,} answers"
-        if experience
-        else "from lengths and teacher.max_tokens",
-        cost=cost,
+        basis=basis,
+        cost=cost_of(usage, recipe.prices),
         currency=recipe.prices.currency if recipe.prices else "",
-        seconds=_seconds(calls, usage, recipe, experience),
+        seconds=estimated_seconds(calls, usage, recipe, experience),
     )
 
 
-def _estimate(question: Question, experience: Experience | None) -> int:
+def new_questions(
+    examples: Iterable[Example],
+    prompt: PromptRecipe,
+    recipe: TeacherRecipe,
+    identity: str,
+    store: LabelStore,
+) -> Iterator[list[Question]]:
+    """Yield for each row its questions without a stored answer, equal ones in a chunk only once."""
+    remaining = iter(examples)
+    while True:
+        chunk = list(islice(remaining, CHUNK_ROWS))
+        if not chunk:
+            return
+        asked = [questions(row, prompt, recipe, identity) for row in chunk]
+        seen = store.answered(question.key for row_questions in asked for question in row_questions)
+        for row_questions in asked:
+            new = []
+            for question in row_questions:
+                if question.key not in seen:
+                    seen.add(question.key)
+                    new.append(question)
+            yield new
+
+
+def experience_of(store: LabelStore, identity: str, recipe: TeacherRecipe) -> Experience | None:
+    """Return what the teacher's answers of the wanted form so far tell about the next ones.
+
+    A rationale is a hundred times as long as a letter; its prompts end with answers.instruction.
+    """
+    if recipe.answers.form == "rationale":
+        return store.experience(identity, ends_with=recipe.answers.instruction)
+    return store.experience(identity, ends_without=recipe.answers.instruction)
+
+
+def estimated_tokens(question: Question, experience: Experience | None) -> int:
+    """Return about how many tokens a prompt has."""
     if experience:
         return round(len(question.messages[-1]["content"]) * experience.tokens_per_character)
     lengths = [len(message["content"]) for message in question.messages]
     return round(sum(lengths) * TOKENS_PER_CHARACTER) + TOKENS_PER_MESSAGE * len(lengths)
 
 
-def _seconds(
+def estimated_seconds(
     calls: int, usage: Usage, recipe: TeacherRecipe, experience: Experience | None
 ) -> float:
-    """By the calls at a time and by the recipe's limits a minute, whichever is slower."""
+    """Return about how long the calls take: by their number at a time or by the recipe's limits a
+    minute, whichever takes longer."""
     latency = experience.latency_ms / 1000 if experience else LATENCY_S
     times = [calls * latency / recipe.concurrency]
     if recipe.requests_per_minute:
         times.append(60.0 * calls / recipe.requests_per_minute)
     if recipe.tokens_per_minute:
-        times.append(
-            60.0 * (usage.prompt_tokens + usage.completion_tokens) / recipe.tokens_per_minute
-        )
+        tokens = usage.prompt_tokens + usage.completion_tokens
+        times.append(60.0 * tokens / recipe.tokens_per_minute)
     return max(times)
 
 
 def duration(seconds: float) -> str:
-    """12 s, 3 min, 2.5 h."""
+    """Return a duration for people: 12 s, 3 min, 2.5 h."""
     if seconds < 90:
         return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
 
 
 def quote_recipe(recipe: Recipe) -> dict[str, Quote]:
-    """The quotes for the splits that a run of `recipe` has labelled: train and, by an endpoint, test. Of a local
-    teacher that is yet to be trained no answer is known."""
+    """Return the quotes for the splits that a run of `recipe` has labelled: train and, if the
+    teacher is an endpoint, test.
+
+    A local teacher that is still to be trained has no answers in the store. Raises RecipeError if
+    the labels come from files or from gold.
+    """
     teacher = recipe.teacher
     if teacher.kind in ("gold", "file"):
-        raise RecipeError(f"teacher.kind is {teacher.kind}: nobody is asked, and nothing is paid")
-    identity = (
-        teacher_identity(recipe.teacher, None)
-        if teacher.kind == "endpoint"
-        else "a teacher that is yet to be trained"
-    )
-    tokens = counted_by(teacher.tokenizer) if teacher.tokenizer else None
+        raise RecipeError(
+            f"teacher.kind is {teacher.kind}: no teacher is asked, so there is nothing to pay"
+        )
+    splits, identity = ["train"], "a teacher that is yet to be trained"
+    if teacher.kind == "endpoint":
+        splits, identity = ["train", "test"], teacher_identity(recipe.teacher, None)
+    tokens = token_counter(teacher.tokenizer) if teacher.tokenizer else None
+    quotes = {}
     with working_folder("quote") as folder, LabelStore() as store:
         prepare(recipe.dataset, folder)
-        splits = ("train", "test") if teacher.kind == "endpoint" else ("train",)
-        return {
-            split: quote(
-                each_example(folder / f"{split}.jsonl"),
-                recipe.prompt,
-                teacher,
-                identity,
-                store,
-                tokens,
-            )
-            for split in splits
-        }
+        for split in splits:
+            rows = each_example(folder / f"{split}.jsonl")
+            quotes[split] = quote(rows, recipe.prompt, teacher, identity, store, tokens)
+    return quotes

@@ -1,23 +1,33 @@
-"""What is worth knowing of a set of labels: how many, of which letters, how often right and how well calibrated where
-gold answers are known, and which rows are worth a look."""
+"""The report on a set of labels: how many there are, of which letters, how often gold confirms
+them, how well their confidence is calibrated, and which rows are worth a look.
+
+- report.json: a LabelReport
+- look.jsonl: the most confident labels that gold contradicts, then the least confident labels;
+  example_id, why, question, teacher (letter), gold (letter or null), confidence (0 to 1 or null)
+- reliability.png: confidence against accuracy, if both are known of any label
+"""
 
 import heapq
 import json
 from collections import Counter
 from pathlib import Path
 
-from distillery.evaluation.statistics import wilson
 from distillery.records import Example, Interval, Record, TeacherLabel
 
 REPORT_FILE, LOOK_FILE, RELIABILITY_FILE = "report.json", "look.jsonl", "reliability.png"
 
-_BINS = 10
+BINS = 10
 
-_LOOK_ROWS = 50
+LOOK_ROWS = 50
+"""Rows of either kind in look.jsonl."""
+
+LookRow = tuple[float, str, dict[str, str | float | None]]
+"""The weight of a row (the highest are kept), its id, and its line in look.jsonl."""
 
 
 class Bin(Record):
-    """Labels whose confidence lies between `low` and `high`: its mean, and the share of them that gold confirms."""
+    """The labels with a confidence from `low` to below `high`: their mean confidence, and the share
+    of them that gold confirms."""
 
     low: float
     high: float
@@ -27,10 +37,14 @@ class Bin(Record):
 
 
 class LabelReport(Record):
-    """`letters`: labels by letter; `soft` of them have probabilities. `gold_rows`: labels of rows with a gold answer,
-    `right` of which it confirms; labels that teacher.filters then left out are among them. `calibration_error`: the
-    mean distance of confidence and accuracy over ten bins, by rows (the expected calibration error of Guo et al., On
-    Calibration of Modern Neural Networks, 2017); None where no label has a confidence."""
+    """Counts of labels, and how far they can be trusted.
+
+    letters: labels by letter; `soft` of them have probabilities. gold_rows: labels of rows with a
+    gold answer, which confirms `right` of them; labels that teacher.filters reject are among these.
+    interval: the 95 % interval of right / gold_rows. calibration_error: the mean distance between
+    confidence and accuracy over ten bins, weighted by rows (the expected calibration error of Guo
+    et al., On Calibration of Modern Neural Networks, 2017); None if no label has a confidence.
+    """
 
     accepted: int
     rejected: dict[str, int]
@@ -44,46 +58,45 @@ class LabelReport(Record):
 
     @property
     def accuracy(self) -> float | None:
-        """Of the labels against gold (0 to 1); None where no gold answer is known."""
+        """Return the share of labels that gold confirms (0 to 1); None if no gold is known."""
         return self.right / self.gold_rows if self.gold_rows else None
 
     def line(self) -> str:
-        """The report in one line."""
-        parts = [f"{reason} ({count})" for reason, count in self.rejected.items()]
-        rejected = f"; rejected: {', '.join(parts)}" if parts else ""
-        right = (
-            ""
-            if self.accuracy is None
-            else f"; {self.accuracy:.1%} right of {self.gold_rows} with a gold answer"
-        )
-        error = (
-            ""
-            if self.calibration_error is None
-            else f", calibration error {self.calibration_error:.3f}"
-        )
+        """Return the report in one line."""
         letters = ", ".join(f"{letter} {count}" for letter, count in self.letters.items())
-        soft = f", {self.soft} with probabilities" if 0 < self.soft < self.accepted else ""
-        return f"{self.accepted} accepted ({letters}){soft}{rejected}{right}{error}"
+        line = f"{self.accepted} accepted ({letters})"
+        if 0 < self.soft < self.accepted:
+            line += f", {self.soft} with probabilities"
+        if self.rejected:
+            reasons = ", ".join(f"{reason} ({count})" for reason, count in self.rejected.items())
+            line += f"; rejected: {reasons}"
+        if self.accuracy is not None:
+            line += f"; {self.accuracy:.1%} right of {self.gold_rows} with a gold answer"
+        if self.calibration_error is not None:
+            line += f", calibration error {self.calibration_error:.3f}"
+        return line
 
 
 class Tally:
-    """Takes a run's labels one by one; its memory does not grow with them."""
+    """Counts a run's labels one by one; its memory does not grow with them."""
 
     def __init__(self) -> None:
         self.accepted = self.soft = 0
         self.rejected: Counter[str] = Counter()
         self._letters: Counter[str] = Counter()
         self._gold_rows = self._right = 0
-        # Of each bin: rows, sum of confidences, rows that are right.
-        self._bins = [[0, 0.0, 0] for _ in range(_BINS)]
-        self._wrong: list[tuple[float, str, dict[str, str | float | None]]] = []
-        self._unsure: list[tuple[float, str, dict[str, str | float | None]]] = []
+        # For each bin of confidence: rows, the sum of their confidences, rows that are right.
+        self._bins = [[0, 0.0, 0] for _ in range(BINS)]
+        self._wrong: list[LookRow] = []
+        self._unsure: list[LookRow] = []
 
     @property
     def rows(self) -> int:
+        """The rows so far, accepted and rejected."""
         return self.accepted + self.rejected.total()
 
     def accept(self, row: Example, label: TeacherLabel) -> None:
+        """Count a label, and what it tells about the teacher."""
         self.accepted += 1
         self.soft += label.distribution is not None
         self._letters[label.answer] += 1
@@ -93,64 +106,46 @@ class Tally:
             self._gold_rows += 1
             self._right += right
             if label.confidence is not None:
-                found = self._bins[min(int(confidence * _BINS), _BINS - 1)]
-                found[0] += 1
-                found[1] += confidence
-                found[2] += right
+                counts = self._bins[min(int(confidence * BINS), BINS - 1)]
+                counts[0] += 1
+                counts[1] += confidence
+                counts[2] += right
             if not right:
-                self._keep(self._wrong, confidence, row, label, "sure, and gold says otherwise")
-        if label.confidence is not None and confidence < 1:
-            self._keep(self._unsure, -confidence, row, label, "unsure")
+                keep_highest(self._wrong, confidence, row, label, "sure, and gold says otherwise")
+        if confidence < 1:
+            keep_highest(self._unsure, -confidence, row, label, "unsure")
 
     def reject(self, reason: str) -> None:
+        """Count a row without a label."""
         self.rejected[reason] += 1
 
     def drop(self, label: TeacherLabel, reason: str) -> None:
-        """Takes back an accepted label; what it told of the teacher stands."""
+        """Count an accepted label as rejected; what it told about the teacher stands."""
         self.accepted -= 1
         self.soft -= label.distribution is not None
         self._letters[label.answer] -= 1
         self.reject(reason)
 
-    def _keep(
-        self,
-        heap: list[tuple[float, str, dict[str, str | float | None]]],
-        weight: float,
-        row: Example,
-        label: TeacherLabel,
-        why: str,
-    ) -> None:
-        values = {
-            "example_id": row.example_id,
-            "why": why,
-            "question": row.question,
-            "teacher": label.answer,
-        }
-        entry = (
-            weight,
-            row.example_id,
-            values | {"gold": row.answer_key, "confidence": label.confidence},
-        )
-        (heapq.heappushpop if len(heap) == _LOOK_ROWS else heapq.heappush)(heap, entry)
-
     def report(self) -> LabelReport:
-        bins = tuple(
-            Bin(
-                low=at / _BINS,
-                high=(at + 1) / _BINS,
-                rows=rows,
-                confidence=total / rows,
-                accuracy=right / rows,
-            )
-            for at, (rows, total, right) in enumerate(self._bins)
-            if rows
-        )
-        judged = sum(one.rows for one in bins)
-        error = (
-            sum(one.rows * abs(one.confidence - one.accuracy) for one in bins) / judged
-            if judged
-            else None
-        )
+        """Return the report on what was counted."""
+        bins = []
+        for number, (rows, confidence, right) in enumerate(self._bins):
+            if rows:
+                group = Bin(
+                    low=number / BINS,
+                    high=(number + 1) / BINS,
+                    rows=int(rows),
+                    confidence=confidence / rows,
+                    accuracy=right / rows,
+                )
+                bins.append(group)
+        interval = None
+        if self._gold_rows:
+            interval = wilson_interval(self._right, self._gold_rows)
+        calibration_error = None
+        if bins:
+            distance = sum(group.rows * abs(group.confidence - group.accuracy) for group in bins)
+            calibration_error = distance / sum(group.rows for group in bins)
         return LabelReport(
             accepted=self.accepted,
             rejected=dict(self.rejected.most_common()),
@@ -158,47 +153,75 @@ class Tally:
             soft=self.soft,
             gold_rows=self._gold_rows,
             right=self._right,
-            interval=wilson(self._right, self._gold_rows) if self._gold_rows else None,
-            calibration=bins,
-            calibration_error=error,
+            interval=interval,
+            calibration=tuple(bins),
+            calibration_error=calibration_error,
         )
 
     def write(self, out: Path) -> None:
-        """report.json, look.jsonl (the surest wrong labels, then the least sure) and, where there is what to plot,
-        reliability.png. Equal labels give equal bytes."""
+        """Write report.json, look.jsonl and, if there are bins to plot, reliability.png to `out`.
+        Equal labels give equal bytes."""
         report = self.report()
-        (out / REPORT_FILE).write_text(report.model_dump_json(indent=1))
+        (out / REPORT_FILE).write_text(report.model_dump_json(indent=1), "utf-8", newline="\n")
         with (out / LOOK_FILE).open("w", encoding="utf-8", newline="\n") as file:
-            for heap in (self._wrong, self._unsure):
-                for _, _, values in sorted(heap, key=lambda entry: entry[:2], reverse=True):
-                    file.write(json.dumps(values, ensure_ascii=False) + "\n")
+            for kept in (self._wrong, self._unsure):
+                for _, _, line in sorted(kept, key=lambda entry: entry[:2], reverse=True):
+                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
         if report.calibration:
-            _plot(report.calibration, out / RELIABILITY_FILE)
+            plot_reliability(report.calibration, out / RELIABILITY_FILE)
+
+
+def keep_highest(
+    kept: list[LookRow], weight: float, row: Example, label: TeacherLabel, why: str
+) -> None:
+    """Add a row to the heap `kept`, which holds the LOOK_ROWS of the highest weight."""
+    line = {
+        "example_id": row.example_id,
+        "why": why,
+        "question": row.question,
+        "teacher": label.answer,
+        "gold": row.answer_key,
+        "confidence": label.confidence,
+    }
+    entry = (weight, row.example_id, line)
+    if len(kept) < LOOK_ROWS:
+        heapq.heappush(kept, entry)
+    else:
+        heapq.heappushpop(kept, entry)
+
+
+def wilson_interval(right: int, rows: int) -> Interval:
+    """Return the 95 % score interval of a share of `rows` (1 or more), in [0, 1] (Wilson, Probable
+    inference, the law of succession, and statistical inference, JASA 22, 1927)."""
+    from scipy.stats import binomtest
+
+    interval = binomtest(right, rows).proportion_ci(method="wilson")
+    return Interval(low=float(interval.low), high=float(interval.high))
 
 
 def read_report(folder: Path) -> LabelReport:
-    return LabelReport.model_validate_json((folder / REPORT_FILE).read_text())
+    """Read the report in the folder of a labelling."""
+    return LabelReport.model_validate_json((folder / REPORT_FILE).read_text("utf-8"))
 
 
-def _plot(bins: tuple[Bin, ...], path: Path) -> None:
-    """A reliability diagram: confidence against accuracy, each point as large as its share of the rows."""
+def plot_reliability(bins: tuple[Bin, ...], path: Path) -> None:
+    """Draw a reliability diagram: the larger a bin's share of the rows, the larger its point."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4.5, 4.5), layout="constrained")
     axes = figure.subplots()
     axes.plot([0, 1], [0, 1], color="0.7", linewidth=1)
-    largest = max(one.rows for one in bins)
-    sizes = [20 + 180 * one.rows / largest for one in bins]
-    axes.scatter(
-        [one.confidence for one in bins], [one.accuracy for one in bins], s=sizes, zorder=3
-    )
-    for one in bins:
+    confidences, accuracies, sizes = [], [], []
+    largest = max(group.rows for group in bins)
+    for group in bins:
+        confidences.append(group.confidence)
+        accuracies.append(group.accuracy)
+        sizes.append(20 + 180 * group.rows / largest)
+    axes.scatter(confidences, accuracies, s=sizes, zorder=3)
+    for group in bins:
+        point = (group.confidence, group.accuracy)
         axes.annotate(
-            str(one.rows),
-            (one.confidence, one.accuracy),
-            xytext=(8, -4),
-            textcoords="offset points",
-            fontsize=8,
+            str(group.rows), point, xytext=(8, -4), textcoords="offset points", fontsize=8
         )
     axes.set(
         xlabel="confidence of the label",

@@ -1,19 +1,19 @@
-"""The label store: every answer that a teacher gave, under what was asked of whom, in the database that runs share.
+"""The label store: every answer that a teacher gave, by what was asked of whom.
 
-What was paid for is here and nowhere else, rejected answers too: none is asked for twice.
+It is the table teacher_answers in the database that runs share (DISTILLERY_LABELS). It holds all
+that was paid for, rejected answers too, so that nothing is asked for twice.
 """
 
 import json
 import threading
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import partial
 from itertools import islice
-from operator import methodcaller
 from pathlib import Path
 from queue import Empty, SimpleQueue
+from time import sleep
 from types import TracebackType
 from typing import Any, Self
 
@@ -39,9 +39,12 @@ from distillery.storage.database import METADATA, Database
 
 @dataclass(frozen=True, slots=True)
 class StoredAnswer:
-    """An answer as it stands in the table teacher_answers. `answer`: a letter in the order that was shown; None where
-    it is no label, for `reason`. `latency_ms`: of the call that succeeded. `example_id` and `prompt`: the row that
-    first asked for it, and the user message."""
+    """A row of the table teacher_answers.
+
+    answer: a letter in the order shown; None if the answer is no label, for `reason`. latency_ms:
+    of the call that succeeded. example_id and prompt: the row that first asked for the answer, and
+    its user message.
+    """
 
     request_key: str
     teacher: str
@@ -60,7 +63,7 @@ class StoredAnswer:
     prompt: str = ""
 
 
-_TABLE = Table(
+TABLE = Table(
     "teacher_answers",
     METADATA,
     Column("request_key", String(64), primary_key=True),
@@ -81,23 +84,28 @@ _TABLE = Table(
     Column("prompt", Text, nullable=False, server_default=""),
 )
 
-_ANSWER_COLUMNS = [column for column in _TABLE.columns if column.name != "created_at"]
+ANSWER_COLUMNS = [column for column in TABLE.columns if column.name != "created_at"]
 
-_LOOKUP_ROWS = 1000
+KEYS_PER_QUERY = 1000
 
-_COMMIT_ROWS = 500
+MOST_PER_COMMIT = 500
 
-_GATHER_S = 0.02
-"""Between an answer and its commit, so that what comes close behind goes with it: each commit costs a wait for the disk
-and a millisecond of CPU time, which the calls under way need."""
+GATHER_S = 0.02
+"""Pause between an answer and its commit, so that the answers right behind it go with it: a commit
+waits for the disk and takes a millisecond of CPU time, which the calls under way need."""
 
-_EXPORT_ROWS = 10_000
+EXPORT_ROWS = 10_000
+"""Rows of an export that are in memory at a time."""
+
+EXPERIENCE_ROWS = 1000
 
 
 @dataclass(frozen=True)
 class Experience:
-    """What a teacher's answers so far tell of the next ones: means over `answers` of them. `tokens_per_character`: of
-    the prompt's tokens to the user message's characters."""
+    """What a teacher's last answers tell about the next: their number, and means over them.
+
+    tokens_per_character: of the prompt's tokens to the characters of the user message.
+    """
 
     answers: int
     tokens_per_character: float
@@ -106,11 +114,21 @@ class Experience:
 
 
 class LabelStore:
-    """Teacher answers by request key, in SQLite or PostgreSQL (`url` as SQLAlchemy writes it; DISTILLERY_LABELS).
+    """Teacher answers by request key, in SQLite or PostgreSQL.
 
-    One thread writes: it commits whatever has arrived while its last commit ran, at once, so that an answer is on disk
-    some milliseconds after `add`. An answer that is there already stays as it is. An outage of the database is waited
-    out (database.py); then StoreUnavailable, and StoreError for what waiting does not mend.
+    `url` is SQLAlchemy's, by default DISTILLERY_LABELS. `wait_s` is how long an outage of the
+    database is waited out, by default DISTILLERY_STORE_WAIT; then StoreUnavailable is raised, and
+    StoreError at once for what waiting does not mend.
+
+    Any thread adds answers; one thread of the store's own writes them. Invariants:
+    - Answers are committed in the order of `add`, without a call of `flush`: the writer pauses for
+      GATHER_S, then commits what has arrived, up to MOST_PER_COMMIT at a time.
+    - An answer that is stored already never changes: the first one under a key stays.
+    - `flush` puts an event into the writer's queue and returns when the writer sets it, which is
+      after the commit of all answers before it.
+    - The first failure is final: nothing is written after it, and every later `add`, `flush`,
+      `get_many` and `close` raises it.
+    - A None in the queue ends the writer. `close` sends it after the last answer.
     """
 
     def __init__(self, url: str | None = None, wait_s: float | None = None) -> None:
@@ -134,115 +152,121 @@ class LabelStore:
             self._raise_failure()
 
     def get_many(self, keys: Iterable[str]) -> dict[str, StoredAnswer]:
-        """The stored answers among `keys`, those that were just added included."""
+        """Return the answers stored under `keys`, by key, including those just added."""
         self.flush()
-        found: dict[str, StoredAnswer] = {}
-        wanted = iter(keys)
-        while chunk := list(islice(wanted, _LOOKUP_ROWS)):
-            query = select(*_ANSWER_COLUMNS).where(_TABLE.c.request_key.in_(chunk))
-            rows = self._database.run(methodcaller("execute", query)).all()
-            found |= {row.request_key: StoredAnswer(*row) for row in rows}
+        found = {}
+        for chunk in chunks(keys):
+            query = select(*ANSWER_COLUMNS).where(TABLE.c.request_key.in_(chunk))
+            for row in self._rows(query):
+                found[row.request_key] = StoredAnswer(*row)
         return found
 
     def answered(self, keys: Iterable[str]) -> set[str]:
-        """Those of `keys` that have an answer."""
+        """Return those of `keys` that an answer is stored under."""
         found: set[str] = set()
-        wanted = iter(keys)
-        while chunk := list(islice(wanted, _LOOKUP_ROWS)):
-            query = select(_TABLE.c.request_key).where(_TABLE.c.request_key.in_(chunk))
-            found.update(self._database.run(methodcaller("execute", query)).scalars())
+        for chunk in chunks(keys):
+            query = select(TABLE.c.request_key).where(TABLE.c.request_key.in_(chunk))
+            found.update(row.request_key for row in self._rows(query))
         return found
 
     def experience(
         self, teacher: str, ends_with: str = "", ends_without: str = ""
     ) -> Experience | None:
-        """What is known of this teacher from its last 1,000 answers to prompts that end with, and without, these texts;
-        None where it has given none."""
-        last = select(_TABLE).where(
-            _TABLE.c.teacher == teacher, _TABLE.c.prompt != "", _TABLE.c.prompt_tokens > 0
+        """Return what this teacher's last EXPERIENCE_ROWS answers tell; None if there are none.
+
+        `ends_with` and `ends_without` choose answers by the end of their prompts.
+        """
+        prompt = TABLE.c.prompt
+        last = select(TABLE).where(
+            TABLE.c.teacher == teacher, prompt != "", TABLE.c.prompt_tokens > 0
         )
         if ends_with:
-            last = last.where(_TABLE.c.prompt.endswith(ends_with, autoescape=True))
+            last = last.where(prompt.endswith(ends_with, autoescape=True))
         if ends_without:
-            last = last.where(not_(_TABLE.c.prompt.endswith(ends_without, autoescape=True)))
-        some = last.order_by(_TABLE.c.created_at.desc()).limit(1000).subquery()
-        characters = func.sum(func.length(some.c.prompt))
-        wanted = (
-            func.sum(some.c.prompt_tokens),
-            characters,
-            some.c.completion_tokens,
-            some.c.latency_ms,
+            last = last.where(not_(prompt.endswith(ends_without, autoescape=True)))
+        answers = last.order_by(TABLE.c.created_at.desc()).limit(EXPERIENCE_ROWS).subquery()
+        query = select(
+            func.count(),
+            func.sum(answers.c.prompt_tokens),
+            func.sum(func.length(answers.c.prompt)),
+            func.avg(answers.c.completion_tokens),
+            func.avg(answers.c.latency_ms),
         )
-        query = select(func.count(), wanted[0], wanted[1], func.avg(wanted[2]), func.avg(wanted[3]))
-        count, tokens, length, completion, latency = self._database.run(
-            methodcaller("execute", query)
-        ).one()
-        return (
-            Experience(count, tokens / length, float(completion), float(latency)) if count else None
-        )
+        ((count, tokens, characters, completion_tokens, latency_ms),) = self._rows(query)
+        if not count:
+            return None
+        return Experience(count, tokens / characters, float(completion_tokens), float(latency_ms))
 
     def add(self, answer: StoredAnswer) -> None:
-        """Hands an answer to the writer, without waiting; raises what a former write failed with."""
+        """Hand an answer to the writer, without waiting. Raises the writer's failure."""
         self._raise_failure()
         self._arrived.put(answer)
 
     @property
     def waiting(self) -> int:
-        """How many answers have been added and are not yet on their way to the database."""
+        """Return how many answers the writer has not taken yet."""
         return self._arrived.qsize()
 
     def flush(self) -> None:
-        """Waits until all that was added is committed."""
+        """Wait until all that was added is committed. Raises the writer's failure."""
         if self._writer.is_alive():
-            done = threading.Event()
-            self._arrived.put(done)
-            done.wait()
+            committed = threading.Event()
+            self._arrived.put(committed)
+            committed.wait()
         self._raise_failure()
 
     def close(self) -> None:
-        """Commits what has arrived and lets go of the database."""
+        """Commit what was added and disconnect. Raises the writer's failure."""
         self._stop()
         self._raise_failure()
 
     def export(self, path: Path, teacher: str | None = None) -> int:
-        """Writes the answers, of one teacher or of all, as a Parquet file, and returns their number."""
+        """Write the answers, of one teacher or of all, to a Parquet file; return their number.
+
+        Its columns are the table's, with the distribution as JSON. Raises DataError if the file
+        can't be written; an older file at `path` stays then.
+        """
         import pyarrow as pa  # type: ignore[import-untyped]
         import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
-        count, last = 0, ""
-        beside = path.with_name(f".{path.name}.partial")
+        schema, count = parquet_schema(), 0
+        unfinished = path.with_name(f".{path.name}.partial")
         try:
-            with pq.ParquetWriter(beside, _parquet_schema()) as file:
-                while rows := self._page(last, teacher):
-                    flat = [_with_distribution(row, json.dumps) for row in rows]
-                    file.write_table(pa.Table.from_pylist(flat, schema=_parquet_schema()))
-                    count, last = count + len(rows), rows[-1]["request_key"]
-            beside.replace(path)
+            with pq.ParquetWriter(unfinished, schema) as file:
+                for page in self._pages(teacher):
+                    file.write_table(pa.Table.from_pylist(page, schema=schema))
+                    count += len(page)
+            unfinished.replace(path)
         except OSError as error:
-            beside.unlink(missing_ok=True)
             raise DataError(
                 f"{path}: can't be written ({error.strerror or 'no such folder'})"
             ) from None
+        finally:
+            unfinished.unlink(missing_ok=True)
         return count
 
     def load(self, path: Path) -> int:
-        """Adds the answers of a file that `export` wrote; those that are here already stay. Returns how many were new.
+        """Add the answers of a file that `export` wrote, and return how many are new.
 
-        Raises DataError where the file is none of those."""
+        Answers that are stored already stay as they are. Raises DataError for any other file.
+        """
         import pyarrow as pa
         import pyarrow.parquet as pq
 
+        insert = self._database.insert(TABLE).on_conflict_do_nothing()
         try:
             file = pq.ParquetFile(path)
-            if not file.schema_arrow.equals(_parquet_schema()):
+            if not file.schema_arrow.equals(parquet_schema()):
                 raise DataError(
                     f"{path}: its columns are not those that distillery labels export writes"
                 )
             before = self._count()
-            for batch in file.iter_batches(_EXPORT_ROWS):
-                rows = [_with_distribution(row, json.loads) for row in batch.to_pylist()]
-                insert = self._database.insert(_TABLE).on_conflict_do_nothing()
-                self._database.run(methodcaller("execute", insert, rows))
+            for batch in file.iter_batches(EXPORT_ROWS):
+                rows = batch.to_pylist()
+                for row in rows:
+                    if row["distribution"] is not None:
+                        row["distribution"] = json.loads(row["distribution"])
+                self._database.run(partial(execute, statement=insert, values=rows))
         except (OSError, pa.ArrowInvalid) as error:
             raise DataError(
                 f"{path}: can't be read as Parquet ({' '.join(str(error).split())[:200]})"
@@ -256,48 +280,65 @@ class LabelStore:
         rejected: bool = False,
         dry_run: bool = False,
     ) -> int:
-        """Deletes the answers to the rows with these ids, those whose prompt or answer contains one of these texts in
-        whatever case, and, if so told, all that are no label. Returns how many. What was made from them stays: see
-        README."""
-        wanted: list[Any] = [_TABLE.c.answer.is_(None)] if rejected else []
+        """Delete answers and return how many; in a dry run, return how many it would be.
+
+        Deleted are the answers to the rows with the ids `rows`, those whose prompt or answer
+        contains one of the texts `containing` (in any case), and if `rejected`, those that are no
+        label. What was made of them before stays where it is: see docs/how-to/labels.md.
+        """
+        conditions: list[Any] = []
+        if rejected:
+            conditions.append(TABLE.c.answer.is_(None))
         for text in filter(None, containing):
-            wanted += [
-                _TABLE.c.prompt.icontains(text, autoescape=True),
-                _TABLE.c.raw.icontains(text, autoescape=True),
-            ]
-        ids = iter(dict.fromkeys(filter(None, rows)))
-        while chunk := list(islice(ids, _LOOKUP_ROWS)):
-            wanted.append(_TABLE.c.example_id.in_(chunk))
-        # One transaction for all of them; an answer that two wishes name is counted once.
-        count = int(self._database.run(partial(_delete, wanted=wanted, dry_run=dry_run)))
+            conditions.append(TABLE.c.prompt.icontains(text, autoescape=True))
+            conditions.append(TABLE.c.raw.icontains(text, autoescape=True))
+        for chunk in chunks(dict.fromkeys(filter(None, rows))):
+            conditions.append(TABLE.c.example_id.in_(chunk))
+        # All in one transaction.
+        count = self._database.run(partial(delete_answers, conditions=conditions, dry_run=dry_run))
         if not dry_run:
             self._database.forget_log()
         return count
 
     def summary(self) -> list[tuple[str, int, int, float]]:
-        """(teacher, answers, those that are no label, cost) of each teacher."""
-        rejected = func.count().filter(_TABLE.c.answer.is_(None))
-        cost = func.coalesce(func.sum(_TABLE.c.cost), 0.0)
-        query = select(_TABLE.c.teacher, func.count(), rejected, cost).group_by(_TABLE.c.teacher)
-        rows = self._database.run(methodcaller("execute", query.order_by(_TABLE.c.teacher))).all()
-        return [(row[0], row[1], row[2], row[3]) for row in rows]
+        """Return (teacher, answers, rejected answers, cost) for each teacher, by name."""
+        rejected = func.count().filter(TABLE.c.answer.is_(None))
+        cost = func.coalesce(func.sum(TABLE.c.cost), 0.0)
+        query = select(TABLE.c.teacher, func.count(), rejected, cost)
+        found = self._rows(query.group_by(TABLE.c.teacher).order_by(TABLE.c.teacher))
+        return [(row[0], row[1], row[2], row[3]) for row in found]
+
+    def commit(self, answers: Sequence[StoredAnswer]) -> None:
+        """Write answers in one transaction. Only the writer calls it."""
+        now = datetime.now(UTC)
+        rows = [{**asdict(answer), "created_at": now} for answer in answers]
+        insert = self._database.insert(TABLE).on_conflict_do_nothing()
+        self._database.run(partial(execute, statement=insert, values=rows))
+
+    def _rows(self, query: Any) -> Sequence[Any]:
+        return self._database.run(lambda connection: connection.execute(query).all())
 
     def _count(self) -> int:
-        return int(
-            self._database.run(methodcaller("scalar", select(func.count()).select_from(_TABLE)))
-        )
+        ((count,),) = self._rows(select(func.count()).select_from(TABLE))
+        return int(count)
 
-    def _page(self, after: str, teacher: str | None) -> list[dict[str, Any]]:
-        query = (
-            select(_TABLE)
-            .where(_TABLE.c.request_key > after)
-            .order_by(_TABLE.c.request_key)
-            .limit(_EXPORT_ROWS)
-        )
-        query = query if teacher is None else query.where(_TABLE.c.teacher == teacher)
-        return [
-            dict(row._mapping) for row in self._database.run(methodcaller("execute", query)).all()
-        ]
+    def _pages(self, teacher: str | None) -> Iterator[list[dict[str, Any]]]:
+        """Yield the table by EXPORT_ROWS rows in the order of their keys, distributions as JSON."""
+        query = select(TABLE).order_by(TABLE.c.request_key).limit(EXPORT_ROWS)
+        if teacher is not None:
+            query = query.where(TABLE.c.teacher == teacher)
+        last_key = ""
+        while True:
+            page = []
+            for found in self._rows(query.where(TABLE.c.request_key > last_key)):
+                row = dict(found._mapping)
+                if row["distribution"] is not None:
+                    row["distribution"] = json.dumps(row["distribution"])
+                page.append(row)
+            if not page:
+                return
+            yield page
+            last_key = page[-1]["request_key"]
 
     def _stop(self) -> None:
         if self._writer.is_alive():
@@ -310,16 +351,17 @@ class LabelStore:
             raise self._failure
 
     def _write(self) -> None:
+        """Commit what arrives until a None does. Runs in the writer's thread."""
         while True:
-            batch = self._take()
+            batch = self._take_batch()
             answers = [item for item in batch if isinstance(item, StoredAnswer)]
             if answers and not self._failure:
                 try:
-                    self._commit(answers)
+                    self.commit(answers)
                 except StoreError as error:
                     self._failure = error
                 except Exception as error:
-                    # Whoever waits must hear of it, whatever it is.
+                    # Those who wait for a flush must hear of any failure.
                     self._failure = StoreError(
                         f"an answer can't be stored ({' '.join(str(error).split())[:200]})"
                     )
@@ -329,50 +371,55 @@ class LabelStore:
             if None in batch:
                 return
 
-    def _take(self) -> list[StoredAnswer | threading.Event | None]:
-        """Waits for one item and takes what else is there."""
+    def _take_batch(self) -> list[StoredAnswer | threading.Event | None]:
+        """Wait for one item and take what else has arrived, after a pause if it is an answer."""
         batch = [self._arrived.get()]
         if isinstance(batch[0], StoredAnswer):
-            time.sleep(_GATHER_S)
-        while len(batch) < _COMMIT_ROWS:
+            sleep(GATHER_S)
+        while len(batch) < MOST_PER_COMMIT:
             try:
                 batch.append(self._arrived.get_nowait())
             except Empty:
                 break
         return batch
 
-    def _commit(self, answers: list[StoredAnswer]) -> None:
-        now = datetime.now(UTC)
-        rows = [{**asdict(answer), "created_at": now} for answer in answers]
-        insert = self._database.insert(_TABLE).on_conflict_do_nothing()
-        self._database.run(lambda connection: connection.execute(insert, rows))
+
+def chunks(items: Iterable[str]) -> Iterator[list[str]]:
+    """Yield `items` by KEYS_PER_QUERY, since a query takes only so many parameters."""
+    remaining = iter(items)
+    while True:
+        chunk = list(islice(remaining, KEYS_PER_QUERY))
+        if not chunk:
+            return
+        yield chunk
 
 
-def _delete(connection: Any, wanted: list[Any], dry_run: bool) -> int:
-    """How many answers any of `wanted` describes; they are deleted, but not in a dry run."""
+def execute(connection: Any, statement: Any, values: list[dict[str, Any]]) -> None:
+    """Execute an SQL statement once for all of `values`."""
+    connection.execute(statement, values)
+
+
+def delete_answers(connection: Any, conditions: Sequence[Any], dry_run: bool) -> int:
+    """Delete the answers that meet any of the conditions, and return how many; in a dry run, count
+    them only. An answer that meets several conditions counts once."""
     count = 0
-    for number, one in enumerate(wanted):
+    for number, condition in enumerate(conditions):
         if dry_run:
-            # What a wish before this one would have deleted is not there any more.
-            one = and_(one, *(not_(earlier) for earlier in wanted[:number]))
-            count += connection.scalar(select(func.count()).select_from(_TABLE).where(one))
+            # In earnest, an earlier condition would have deleted what it shares with this one.
+            condition = and_(condition, *(not_(earlier) for earlier in conditions[:number]))
+            count += connection.scalar(select(func.count()).select_from(TABLE).where(condition))
         else:
-            count += connection.execute(delete(_TABLE).where(one)).rowcount
+            count += connection.execute(delete(TABLE).where(condition)).rowcount
     return count
 
 
-def _parquet_schema() -> Any:
+def parquet_schema() -> Any:
+    """Return the Arrow schema of an export: the table's columns, texts and JSON as strings."""
     import pyarrow as pa
 
-    kinds = {Integer: pa.int64(), Float: pa.float64(), DateTime: pa.timestamp("us", tz="UTC")}
-    fields: Iterator[Any] = (
-        pa.field(
-            column.name, kinds.get(type(column.type), pa.string()), nullable=bool(column.nullable)
-        )
-        for column in _TABLE.columns
-    )
+    types = {Integer: pa.int64(), Float: pa.float64(), DateTime: pa.timestamp("us", tz="UTC")}
+    fields = []
+    for column in TABLE.columns:
+        arrow_type = types.get(type(column.type), pa.string())
+        fields.append(pa.field(column.name, arrow_type, nullable=bool(column.nullable)))
     return pa.schema(fields)
-
-
-def _with_distribution(row: dict[str, Any], how: Callable[[Any], Any]) -> dict[str, Any]:
-    return row | {"distribution": None if row["distribution"] is None else how(row["distribution"])}

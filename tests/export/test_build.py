@@ -15,7 +15,7 @@ from distillery.errors import ExportError, ModelError
 from distillery.export.build import TRIAL, ask_once, export, misfit
 from distillery.inference.onnx_student import OnnxStudent
 from distillery.labels.files import TRAIN_DATA_FILE
-from distillery.labels.known import gold_labels, label_from
+from distillery.labels.known import gold_labels, write_known_labels
 from distillery.recipe import ExportForm, PromptRecipe, TeacherRecipe
 from distillery.records import Example
 
@@ -201,7 +201,9 @@ def test_olive_finetune_takes_the_training_rows_as_they_are(
         )
         for i in range(40)
     ]
-    label_from(rows, gold_labels(rows), PromptRecipe(), TeacherRecipe(kind="gold"), tmp_path)
+    write_known_labels(
+        rows, gold_labels(rows), PromptRecipe(), TeacherRecipe(kind="gold"), tmp_path
+    )
     first = json.loads((tmp_path / TRAIN_DATA_FILE).read_text().splitlines()[0])
     assert list(first) == ["Question", "Answer"]
     command = [

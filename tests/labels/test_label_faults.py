@@ -497,7 +497,7 @@ async def test_a_copy_of_a_row_that_is_under_way_is_not_asked_again(
     url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The copy is looked up while the row is asked, and opened when its answer has come and the row is written."""
-    monkeypatch.setattr("distillery.labels.labelling._LOOKUP_ROWS", 100)
+    monkeypatch.setattr("distillery.labels.labelling.LOOKUP_ROWS", 100)
     looked_up = LabelStore.get_many
     rows = [example(number % 100, example_id=f"row-{number}") for number in range(110)]
 

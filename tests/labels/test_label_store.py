@@ -21,7 +21,7 @@ from sqlalchemy import create_engine
 
 from distillery.errors import DataError, StoreError, StoreUnavailable
 from distillery.labels.questions import questions
-from distillery.labels.store import Experience, LabelStore, StoredAnswer
+from distillery.labels.store import Experience, LabelStore, StoredAnswer, parquet_schema
 from distillery.recipe import PromptRecipe, TeacherRecipe
 from distillery.records import Example
 from distillery.storage.database import METADATA, SCHEMA, VERSION_TABLE
@@ -122,7 +122,7 @@ def test_no_answers_are_exported_and_loaded_too(store: LabelStore, tmp_path: Pat
 def test_more_answers_than_a_page(
     store: LabelStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("distillery.labels.store._EXPORT_ROWS", 7)
+    monkeypatch.setattr("distillery.labels.store.EXPORT_ROWS", 7)
     filled(store, [stored(number) for number in range(50)])
     assert store.export(tmp_path / "answers.parquet") == 50
     with LabelStore(f"sqlite:///{tmp_path / 'other.db'}") as other:
@@ -135,13 +135,13 @@ def test_an_export_that_fails_leaves_the_old_file(
 ) -> None:
     file = tmp_path / "answers.parquet"
     file.write_text("old")
-    monkeypatch.setattr(
-        "distillery.labels.store._with_distribution",
-        lambda row, how: {**row, "prompt_tokens": "many"},
-    )
+    schema = parquet_schema()
+    raw_as_number = schema.set(schema.get_field_index("raw"), pa.field("raw", pa.int64()))
+    monkeypatch.setattr("distillery.labels.store.parquet_schema", lambda: raw_as_number)
     with pytest.raises(pa.ArrowException):
         filled(store).export(file)
     assert file.read_text() == "old"
+    assert not [other for other in tmp_path.iterdir() if "partial" in other.name]
 
 
 def test_a_folder_that_is_not_there_is_named(store: LabelStore, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -146,11 +146,18 @@ def test_an_answer_is_committed_within_100_ms(url: str, tmp_path: Path) -> None:
     assert sorted(waits)[15] < 0.1, waits
 
 
-def test_answers_that_arrive_together_are_committed_together(url: str) -> None:
+def test_answers_that_arrive_together_are_committed_together(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with LabelStore(url) as store:
         commits: list[int] = []
-        commit = store._commit
-        store._commit = lambda rows: (commits.append(len(rows)), commit(rows))[1]  # type: ignore[method-assign]
+        commit = store.commit
+
+        def counted(answers: Sequence[StoredAnswer]) -> None:
+            commits.append(len(answers))
+            commit(answers)
+
+        monkeypatch.setattr(store, "commit", counted)
         for number in range(2000):
             store.add(stored(number))
         store.flush()
@@ -249,18 +256,19 @@ def test_a_file_that_is_no_database(tmp_path: Path) -> None:
 
 
 async def test_a_write_that_fails_stops_the_run_in_one_line(url: str, tmp_path: Path) -> None:
-    with LabelStore(url) as store, sqlite3.connect(tmp_path / "labels.db") as other:
+    store = LabelStore(url)
+    with sqlite3.connect(tmp_path / "labels.db") as other:
         other.execute("DROP TABLE teacher_answers")
-        other.commit()
-        store.add(stored(1, raw="not to be shown"))
-        with pytest.raises(StoreError, match="no such table") as caught:
-            store.flush()
-        assert "not to be shown" not in str(caught.value)
-        assert "not to be shown" not in "".join(traceback.format_exception(caught.value))
-        with pytest.raises(StoreError):
-            store.add(stored(2))
-        store._failure = None
     other.close()
+    store.add(stored(1, raw="not to be shown"))
+    with pytest.raises(StoreError, match="no such table") as caught:
+        store.flush()
+    assert "not to be shown" not in str(caught.value)
+    assert "not to be shown" not in "".join(traceback.format_exception(caught.value))
+    with pytest.raises(StoreError):
+        store.add(stored(2))
+    with pytest.raises(StoreError):
+        store.close()
 
 
 def example(number: int) -> Example:
@@ -337,10 +345,17 @@ async def test_rows_are_labelled_in_their_order_with_the_labs_rows_beside(
     assert (tmp_path / "out" / "rejected.jsonl").read_text() == ""
 
 
-async def test_labelling_ends_when_all_is_committed(url: str, tmp_path: Path) -> None:
+async def test_labelling_ends_when_all_is_committed(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with ChatEndpoint() as server, LabelStore(url) as store:
-        commit = store._commit
-        store._commit = lambda rows: (time.sleep(0.2), commit(rows))[1]  # type: ignore[method-assign]
+        commit = store.commit
+
+        def slowly(answers: Sequence[StoredAnswer]) -> None:
+            time.sleep(0.2)
+            commit(answers)
+
+        monkeypatch.setattr(store, "commit", slowly)
         await label(
             [example(1), example(2)], PROMPT, TeacherRecipe(), endpoint_of(server), store, tmp_path
         )

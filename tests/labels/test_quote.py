@@ -18,7 +18,7 @@ from distillery.errors import (
 )
 from distillery.labels.canaries import ask_canaries
 from distillery.labels.files import read_labels
-from distillery.labels.known import gold_labels, label_from, labels_in
+from distillery.labels.known import gold_labels, read_label_files, write_known_labels
 from distillery.labels.labelling import label
 from distillery.labels.quote import Quote, duration, quote, quote_recipe
 from distillery.labels.report import read_report
@@ -127,7 +127,7 @@ def test_a_recipe_is_quoted_by_split(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     found = quote_recipe(Recipe.model_validate({"dataset": {"sample": {"train": 100, "test": 50}}}))
     assert {split: one.calls for split, one in found.items()} == {"train": 100, "test": 50}
     assert quote_recipe(Recipe.model_validate({"preset": "demo"}))["train"].calls == 1001
-    with pytest.raises(RecipeError, match="nobody is asked"):
+    with pytest.raises(RecipeError, match="no teacher is asked, so there is nothing to pay"):
         quote_recipe(Recipe.model_validate({"teacher": {"kind": "gold"}}))
 
 
@@ -217,7 +217,7 @@ def test_a_quote_for_reasons_does_not_go_by_letters(store: LabelStore, tmp_path:
 
 def test_gold_is_a_teacher_of_its_own_kind(tmp_path: Path) -> None:
     rows = [*ROWS[:3], ROWS[3].model_copy(update={"answer_key": None})]
-    counts = label_from(
+    counts = write_known_labels(
         rows, gold_labels(rows), PROMPT, TeacherRecipe(kind="gold"), tmp_path / "out"
     )
     assert (counts.accepted, counts.rejected, counts.asked) == (3, 1, 0)
@@ -245,7 +245,7 @@ def test_labels_that_are_there_already(tmp_path: Path, suffix: str) -> None:
         pandas.DataFrame(rows).to_csv(path, index=False)
     else:
         pandas.DataFrame(rows).to_parquet(path)
-    found = labels_in([str(path)], ROWS)
+    found = read_label_files([str(path)], ROWS)
     assert {key: one.answer for key, one in found.items()} == {
         "row-0": "A",
         "row-1": "B",
@@ -268,11 +268,11 @@ def test_labels_that_are_there_already(tmp_path: Path, suffix: str) -> None:
         ),
         (
             {"example_id": "row-1", "answer": "A", "distribution": {"A": 1.0}},
-            "distribution: no probabilities of A to C",
+            "distribution: must be probabilities of A to C that sum to 1",
         ),
         (
             {"example_id": "row-1", "answer": "A", "distribution": "half"},
-            "distribution: no probabilities of A to C",
+            "distribution: must be probabilities of A to C that sum to 1",
         ),
     ],
 )
@@ -280,13 +280,13 @@ def test_a_label_file_that_can_not_be_meant(tmp_path: Path, row: dict[str, Any],
     path = tmp_path / "labels.jsonl"
     path.write_text(json.dumps(row) + "\n")
     with pytest.raises(DataError, match=line.replace("'", ".")):
-        labels_in([str(path)], ROWS)
+        read_label_files([str(path)], ROWS)
 
 
 def test_too_few_labels_in_a_file_end_the_run(tmp_path: Path) -> None:
     with pytest.raises(
         TeacherError, match=r"1 of 30 rows have a label.*no label for it \(29 rows\)"
     ):
-        label_from(
+        write_known_labels(
             ROWS, gold_labels(ROWS[:1]), PROMPT, TeacherRecipe(kind="gold"), tmp_path / "out"
         )
