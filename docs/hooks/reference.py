@@ -227,8 +227,12 @@ def code(value: str) -> str:
 
 def cell(value: str) -> str:
     """Return a text as one line of a table; what stands in braces or brackets becomes code."""
-    line = " ".join(value.split()).replace("|", "\\|").replace("<", "&lt;")
-    return re.sub(BRACKETED, r"`\1`", line)
+    line = " ".join(value.split()).replace("|", "\\|")
+    line = re.sub(BRACKETED, r"`\1`", line)
+    parts = line.split("`")
+    # The even parts are outside of code, where < would begin a tag.
+    parts[::2] = [part.replace("<", "&lt;") for part in parts[::2]]
+    return "`".join(parts)
 
 
 # The command line
@@ -431,13 +435,23 @@ def in_order(found: dict[str, set[str]]) -> list[str]:
 
 
 def rooms_table() -> str:
-    """Return the table of rooms: what each is for and which others it imports today."""
+    """Return the table of rooms: what each takes and gives, and which others it imports today."""
     found = rooms()
+    order = in_order(found)
     lines = ["| room | what it is for | imports |", "|---|---|---|"]
-    for name in in_order(found):
-        package = PROJECT / "distillery" / name / "__init__.py"
-        file = package if package.exists() else package.parent.with_suffix(".py")
-        first = (ast.get_docstring(ast.parse(file.read_text())) or "").split("\n\n")[0]
-        needs = ", ".join(other for other in in_order(found) if other in found[name])
-        lines.append(f"| `{name}` | {cell(first)} | {needs} |")
+    for name in order:
+        file = PROJECT / "distillery" / name / "__init__.py"
+        if not file.exists():
+            file = PROJECT / "distillery" / f"{name}.py"
+        needs = ", ".join(other for other in order if other in found[name])
+        lines.append(f"| `{name}` | {cell(purpose(file))} | {needs} |")
     return "\n".join(lines)
+
+
+def purpose(file: Path) -> str:
+    """Return a package's docstring without its last line, which says what it may import; of a
+    module the first paragraph."""
+    docstring = ast.get_docstring(ast.parse(file.read_text())) or ""
+    if file.stem == "__init__":
+        return docstring.partition("May import:")[0]
+    return docstring.partition("\n\n")[0]
