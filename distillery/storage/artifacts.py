@@ -23,13 +23,13 @@ from distillery.records import Artifact
 from distillery.settings import LocalSettings
 from distillery.storage.cache import Cache
 from distillery.storage.digests import FileEntry, digest_of_files, list_files
-from distillery.storage.files import ASIDE, Storage
+from distillery.storage.files import UNFINISHED, Storage
 from distillery.storage.manifest import (
     FILES,
     MANIFEST,
     manifest_text,
     read_manifest,
-    take_name,
+    rename_into_place,
     verify_files,
     verify_folder,
 )
@@ -125,7 +125,7 @@ class ArtifactStore:
     def load_checkpoint(self, key: str, into: Path) -> bool:
         """Writes the newest whole state of the work `key` into the empty folder `into`; False where there is none."""
         for snapshot in reversed(self._snapshots(key)):
-            beside = Path(tempfile.mkdtemp(prefix=ASIDE, dir=into.parent))
+            beside = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=into.parent))
             try:
                 self._read_folder(snapshot, beside)
                 os.rename(beside / FILES, into)
@@ -172,14 +172,14 @@ class ArtifactStore:
             self.storage.touch(manifest)
 
     def _put_local(self, folder: Path, digest: str, files: tuple[FileEntry, ...]) -> None:
-        beside = f"{ASIDE}{uuid.uuid4().hex[:8]}"
+        beside = f"{UNFINISHED}{uuid.uuid4().hex[:8]}"
         path, final = Path(self.storage.root) / beside, Path(self.storage.root) / digest
         try:
             self._write_folder(folder, beside, files)
             if final.exists() and not self._is_whole(digest):
                 # What was damaged after it was written moves aside, so that the good copy can take its place.
                 os.replace(final, final.with_name(f"{digest}.damaged-{uuid.uuid4().hex[:8]}"))
-            take_name(path, final)
+            rename_into_place(path, final)
         finally:
             shutil.rmtree(path, ignore_errors=True)
 
@@ -235,7 +235,7 @@ class ArtifactStore:
         try:
             self._read_folder(digest, beside)
             verify_folder(beside, digest)
-            take_name(beside, entry)
+            rename_into_place(beside, entry)
         except ArtifactDamaged:
             # Where sizes are right only reading shows the damage. Without its manifest the artifact counts as missing.
             self.storage.remove(listed[f"{digest}/{MANIFEST}"])

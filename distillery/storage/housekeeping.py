@@ -21,7 +21,7 @@ from typing import Any, Literal, NamedTuple
 from distillery.errors import ArtifactDamaged, StoreError
 from distillery.recipe import RegistryKind
 from distillery.storage.artifacts import RECORDS, RESULTS, RUNS, WORK, ArtifactStore
-from distillery.storage.files import ASIDE, StoredFile
+from distillery.storage.files import UNFINISHED, StoredFile
 from distillery.storage.manifest import MANIFEST
 
 RUN_RECORDS = f"{RECORDS}/{RUNS}/"
@@ -87,7 +87,7 @@ class Inventory:
         self._folders: dict[str, list[StoredFile]] = defaultdict(list)
         for file in self.files:
             self._folders[file.name.partition("/")[0]].append(file)
-            if file.name.startswith(RUN_RECORDS) and ASIDE not in file.name:
+            if file.name.startswith(RUN_RECORDS) and UNFINISHED not in file.name:
                 self.runs.append(read_run(store, file))
         self.runs.sort(key=lambda run: run.finished, reverse=True)
 
@@ -136,7 +136,7 @@ class Inventory:
                 remaining.add(digest)
         waste += [leftover for leftover in self._leftovers() if leftover.used < limit]
         for file in self.files:
-            if file.modified >= limit or ASIDE in file.name:
+            if file.modified >= limit or UNFINISHED in file.name:
                 continue
             if file.name.startswith(f"{RESULTS}/"):
                 if not self._named_by_result(file) <= remaining:
@@ -157,10 +157,10 @@ class Inventory:
         """Yield what was never finished, what was damaged, and the state of abandoned work."""
         for name, files in self._folders.items():
             unfinished = DIGEST.fullmatch(name) and find_manifest(name, files) is None
-            if unfinished or name.startswith(ASIDE) or ".damaged-" in name:
+            if unfinished or name.startswith(UNFINISHED) or ".damaged-" in name:
                 yield folder_waste("half-written", name, files)
         for file in self.files:
-            if ASIDE in file.name and not file.name.startswith((ASIDE, WORK)):
+            if UNFINISHED in file.name and not file.name.startswith((UNFINISHED, WORK)):
                 yield file_waste("half-written", file)
         checkpoints: dict[str, list[StoredFile]] = defaultdict(list)
         for file in self._folders.get(WORK, []):

@@ -1,9 +1,9 @@
-"""storage/manifest"""
+"""An artifact as a folder: files/ holds its content, artifact.json lists path, size and sha256 of
+each file. artifact.json is written last: a folder without it was not written completely."""
 
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 from pydantic import ValidationError
 
@@ -16,6 +16,7 @@ FILES = "files"
 
 
 def verify_folder(folder: Path, digest: str) -> None:
+    """Raise ArtifactDamaged unless `folder` is the whole artifact `digest`, byte for byte."""
     manifest = folder / MANIFEST
     if not manifest.exists():
         raise ArtifactDamaged(
@@ -30,39 +31,40 @@ def verify_folder(folder: Path, digest: str) -> None:
 
 
 def verify_files(folder: Path, files: tuple[FileEntry, ...]) -> None:
+    """Raise ArtifactDamaged for the first of `files` that is missing or altered in `folder`."""
     for entry in files:
         path = folder / FILES / entry.path
-        if (
-            not path.is_file()
-            or path.stat().st_size != entry.bytes
-            or sha256_of(path) != entry.sha256
-        ):
+        right_size = path.is_file() and path.stat().st_size == entry.bytes
+        if not right_size or sha256_of(path) != entry.sha256:
             raise ArtifactDamaged(
                 f"{path}: missing or altered since it was written; run its stage again"
             )
 
 
 def manifest_text(files: tuple[FileEntry, ...]) -> bytes:
+    """Return what artifact.json holds."""
     return json.dumps({"files": [entry.model_dump() for entry in files]}, indent=1).encode()
 
 
-def read_manifest(text: bytes, place: str) -> tuple[FileEntry, ...]:
+def read_manifest(text: bytes, folder: str) -> tuple[FileEntry, ...]:
+    """Return the files that the artifact.json of `folder` lists. Raises ArtifactDamaged."""
     try:
-        payload: dict[str, Any] = json.loads(text)
-        files = tuple(FileEntry(**entry) for entry in payload["files"])
+        files = tuple(FileEntry(**entry) for entry in json.loads(text)["files"])
     except (ValueError, KeyError, TypeError, ValidationError) as error:
         raise ArtifactDamaged(
-            f"{place}/{MANIFEST}: can't be read ({type(error).__name__}); run its stage again"
+            f"{folder}/{MANIFEST}: can't be read ({type(error).__name__}); run its stage again"
         ) from error
-    if any(Path(entry.path).is_absolute() or ".." in Path(entry.path).parts for entry in files):
-        raise ArtifactDamaged(f"{place}/{MANIFEST}: names a file outside the folder")
+    for entry in files:
+        path = Path(entry.path)
+        if path.is_absolute() or ".." in path.parts:
+            raise ArtifactDamaged(f"{folder}/{MANIFEST}: names a file outside the folder")
     return files
 
 
-def take_name(beside: Path, final: Path) -> None:
-    """Renames; where another run has written the same content in the meantime, its folder stands."""
+def rename_into_place(folder: Path, final: Path) -> None:
+    """Rename `folder` to `final`, unless another run has written the same content there since."""
     try:
-        os.rename(beside, final)
+        os.rename(folder, final)
     except OSError:
         if not (final / MANIFEST).exists():
             raise

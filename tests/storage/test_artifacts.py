@@ -571,7 +571,7 @@ def test_waiting_has_an_end(monkeypatch: pytest.MonkeyPatch, silence: str) -> No
         lead_to(Azurite(Path(), port=port), monkeypatch)
         store = ArtifactStore("abfs://distillery/store", wait_s=1)
         # In place of half a minute.
-        store.storage._fs.service_client._pipeline._transport.connection_config.read_timeout = 1
+        store.storage.filesystem.service_client._pipeline._transport.connection_config.read_timeout = 1
         start = time.monotonic()
         with pytest.raises(StoreUnavailable, match="has not answered for 1 s"):
             store.holds(NOWHERE)
