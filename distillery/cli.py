@@ -346,7 +346,7 @@ def gc(
         bool, typer.Option("--dry-run", help="List what would be removed, but remove nothing.")
     ] = False,
 ) -> None:
-    """Remove what no kept run and no registered model names and what has not been used for a while."""
+    """Remove what no kept run and no registered model names and nobody has used for a while."""
     from distillery.registry.references import find_registered
     from distillery.storage.artifacts import ArtifactStore
     from distillery.storage.housekeeping import Inventory

@@ -1,25 +1,24 @@
-"""What a run needs of machine and account, checked before it spends anything. `distillery check` prints all of it."""
+"""Check what a run needs of the machine and of accounts, before it spends anything.
+
+`check` looks at everything, for `distillery check`. `check_settings` is the part that every run
+starts with: it is fast, asks no service and raises what it finds.
+"""
 
 import asyncio
 import json
+import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from distillery.data.prepare import source_identity
-from distillery.errors import (
-    CredentialsError,
-    DataError,
-    DistilleryError,
-    RecipeError,
-    StoreError,
-    TeacherError,
-)
+from distillery.data.prepare import check_rows
+from distillery.data.source import source_identity
+from distillery.errors import CredentialsError, DataError, DistilleryError, RecipeError
 from distillery.export.build import misfit
 from distillery.models.base import check_loadable, local_copy
-from distillery.recipe import BaseModelRecipe, Recipe
+from distillery.recipe import BaseModelRecipe, DatasetRecipe, ExportForm, Recipe, TeacherRecipe
 from distillery.records import Record
 from distillery.registry.open import open_registry
 from distillery.settings import AzureMLSettings, LocalSettings
@@ -30,33 +29,35 @@ from distillery.teacher.endpoint import resolve_endpoint
 from distillery.teacher.identity import teacher_identity
 
 LIMIT_S = 60.0
+"""Seconds that each check may take."""
 
-_WAIT_S = 5.0
-"""For a store or a database that is away: whoever checks wants to know it now."""
+STORE_WAIT_S = 5.0
+"""Seconds to wait for a store or a database that does not answer: shorter than a run waits."""
 
 PROBE_S = 25.0
-"""For each of the probe's two tries, so that both fit into the limit."""
+"""Seconds for each of the probe's two attempts, so that both fit into LIMIT_S."""
 
 GB = 1e9
 
 LEAST_DISK = 5 * GB
 
 DISK_FACTOR = 6
-"""A run writes the base model, the teacher's and the student's weights and their exports, some of them twice."""
+"""A run writes the weights of base model, teacher and student and their exports, some of them
+twice."""
 
 MEMORY_FACTOR = {"full": 4, "lora": 2, "dora": 2}
-"""In multiples of the float32 weights. full: weights, gradients and AdamW's two moments; lora and dora: two copies of
-the weights, while one is cast or exported."""
+"""Memory of a training in multiples of the float32 weights. full: weights, gradients and AdamW's
+two moments. lora and dora: two copies of the weights, while one is cast or exported."""
 
 GGUF_FACTOR = 6
-"""float32 bytes for each byte of a GGUF file of 4 to 5 bits a weight."""
+"""Bytes in float32 for each byte of a GGUF file with 4 to 5 bits a weight."""
 
 LARGE = 4 * GB
-"""Bytes of float32 weights (a billion parameters) above which a CPU trains for days."""
+"""Bytes of float32 weights (a billion parameters) above which training on a CPU takes days."""
 
 
 class Finding(Record):
-    """What a check found. `item` is what was looked at; `text` says what to do where the level is FAIL."""
+    """The result of a check. `item`: what was looked at. `text`: for FAIL, with what to do."""
 
     level: Literal["ok", "warn", "FAIL"]
     item: str
@@ -66,183 +67,207 @@ class Finding(Record):
         return f"{self.level:4} {self.item}: {self.text}"
 
 
-Check = Callable[[Recipe], list[Finding]]
+def ok(item: str, text: str) -> Finding:
+    return Finding(level="ok", item=item, text=text)
+
+
+def warn(item: str, text: str) -> Finding:
+    return Finding(level="warn", item=item, text=text)
+
+
+def fail(item: str, text: str) -> Finding:
+    return Finding(level="FAIL", item=item, text=text)
+
+
+Check = Callable[[Recipe], Iterable[Finding]]
+"""Yields findings. A DistilleryError that it raises becomes a finding too."""
 
 
 def check_settings(recipe: Recipe) -> None:
-    """Raises at once what would otherwise stop a run after its paid or slow stages. Asks no service."""
+    """Raise what would otherwise stop a run after its paid or slow stages. Asks no service."""
     if recipe.teacher.kind == "endpoint":
         resolve_endpoint(recipe.teacher)
     if recipe.registry.kind == "azureml":
         AzureMLSettings().require()
-    for base in _bases(recipe):
-        if complaint := _misfit(base, recipe):
+    for base in base_models(recipe):
+        complaint = export_misfit(base, recipe)
+        if complaint:
             raise RecipeError(complaint)
 
 
 def check(recipe: Recipe, limit_s: float = LIMIT_S) -> list[Finding]:
-    """Looks at all that a run of `recipe` on this machine needs, each for `limit_s` seconds at most. Raises nothing,
-    downloads nothing, and spends one question to the teacher's endpoint."""
-    checks: dict[str, Check] = {
-        "teacher": _teacher,
-        "data": _data,
-        **{f"base model {base.model}": partial(_base_model, base) for base in _bases(recipe)},
-        "disk": _disk,
-        "memory": _memory,
-        "training": _training,
-        "artifact store": _artifact_store,
-        "label store": _label_store,
-        "registry": _registry,
-    }
-    return [
-        finding for item, look in checks.items() for finding in _within(limit_s, item, look, recipe)
-    ]
+    """Return what was found about everything that a run of `recipe` needs on this machine.
+
+    Each check takes `limit_s` seconds at most. Raises nothing, downloads nothing, and spends one
+    question to the teacher's endpoint.
+    """
+    checks: dict[str, Check] = {"teacher": check_teacher, "data": check_data}
+    for base in base_models(recipe):
+        checks[f"base model {base.model}"] = partial(check_base_model, base)
+    checks["disk"] = check_disk
+    checks["memory"] = check_memory
+    checks["training"] = check_training
+    checks["artifact store"] = check_artifact_store
+    checks["label store"] = check_label_store
+    checks["registry"] = check_registry
+    findings = []
+    for item, run_check in checks.items():
+        findings += run_within(limit_s, item, run_check, recipe)
+    return findings
 
 
-def _within(limit_s: float, item: str, look: Check, recipe: Recipe) -> list[Finding]:
-    found: list[Finding] = []
+def run_within(limit_s: float, item: str, run_check: Check, recipe: Recipe) -> list[Finding]:
+    """Return the findings of a check, or one that says why it could not be finished."""
+    findings: list[Finding] = []
 
     def run() -> None:
         try:
-            found.extend(look(recipe))
+            findings.extend(run_check(recipe))
         except DistilleryError as error:
-            found.append(Finding(level="FAIL", item=item, text=str(error)))
+            findings.append(fail(item, str(error)))
         except Exception as error:
-            # Its text is left out: what a library says may hold a secret.
-            found.append(
-                Finding(
-                    level="FAIL", item=item, text=f"could not be checked ({type(error).__name__})"
-                )
-            )
+            # The text of a library's error is left out: it may hold a secret.
+            findings.append(fail(item, f"could not be checked ({type(error).__name__})"))
 
-    # A thread that hangs is left behind; as a daemon it keeps no process alive.
+    # A check that hangs is left behind; a daemon thread does not keep the process alive.
     thread = threading.Thread(target=run, daemon=True, name=f"check {item}")
     thread.start()
     thread.join(limit_s)
-    if thread.is_alive():
-        return [
-            Finding(
-                level="FAIL",
-                item=item,
-                text=f"no answer within {limit_s:g} s; see that it is up and reachable",
-            )
-        ]
-    return found
+    if not thread.is_alive():
+        return findings
+    if item == "data" and recipe.dataset.source != "hub":
+        return [warn(item, f"not read within {limit_s:g} s; the run reads its rows when it starts")]
+    return [fail(item, f"no answer within {limit_s:g} s; see that it is up and reachable")]
 
 
-def _ok(item: str, text: str) -> list[Finding]:
-    return [Finding(level="ok", item=item, text=text)]
-
-
-def _warn(item: str, text: str) -> list[Finding]:
-    return [Finding(level="warn", item=item, text=text)]
-
-
-def _teacher(recipe: Recipe) -> list[Finding]:
+def check_teacher(recipe: Recipe) -> Iterator[Finding]:
     teacher = recipe.teacher
-    if teacher.kind == "local":
-        return _ok(
-            "teacher",
-            f"the run prepares it from {teacher.preparation.base.model} and serves it itself",
-        )
-    if teacher.kind in ("gold", "file"):
-        return _ok("teacher", f"none is asked: {teacher_identity(recipe.teacher, None)}")
+    if teacher.kind == "endpoint":
+        yield from check_endpoint(teacher)
+    elif teacher.kind == "local":
+        base = teacher.preparation.base.model
+        yield ok("teacher", f"the run prepares it from {base} and serves it itself")
+    else:
+        yield ok("teacher", f"none is asked: {teacher_identity(teacher, None)}")
+
+
+def check_endpoint(teacher: TeacherRecipe) -> Iterator[Finding]:
+    """Check the endpoint's credentials, and ask it one question."""
     try:
         endpoint = resolve_endpoint(teacher)
     except CredentialsError as error:
-        missing = Finding(level="FAIL", item="teacher credentials", text=str(error))
-        return [missing, *_warn("teacher endpoint", "not asked, for want of credentials")]
-    findings = _ok("teacher credentials", f"set for {endpoint.url}, through {endpoint.sdk}")
+        yield fail("teacher credentials", str(error))
+        yield warn("teacher endpoint", "not asked, because its credentials are missing")
+        return
+    yield ok("teacher credentials", f"set for {endpoint.url}, through {endpoint.sdk}")
+    timeout_s = min(teacher.timeout_s, PROBE_S)
     try:
-        return findings + _endpoint(recipe)
+        result = asyncio.run(probe(teacher.model_copy(update={"timeout_s": timeout_s}), endpoint))
     except DistilleryError as error:
-        return [*findings, Finding(level="FAIL", item="teacher endpoint", text=str(error))]
-
-
-def _endpoint(recipe: Recipe) -> list[Finding]:
-    asked = recipe.teacher.model_copy(update={"timeout_s": min(recipe.teacher.timeout_s, PROBE_S)})
-    endpoint = resolve_endpoint(asked)
-    result = asyncio.run(probe(asked, endpoint))
+        yield fail("teacher endpoint", str(error))
+        return
     if not result.answers:
-        raise TeacherError(f"{endpoint.model} answers without text; raise teacher.max_tokens")
-    findings = _ok("teacher endpoint", f"{endpoint.model} answers in {result.latency_ms:.0f} ms")
-    if not recipe.teacher.asks_log_probabilities:
-        return findings
+        text = f"{endpoint.model} answers without text; raise teacher.max_tokens"
+        yield fail("teacher endpoint", text)
+        return
+    yield ok("teacher endpoint", f"{endpoint.model} answers in {result.latency_ms:.0f} ms")
+    if not teacher.asks_log_probabilities:
+        return
     if result.log_probabilities:
-        return findings + _ok("log-probabilities", "given, as teacher.soft_labels needs them")
-    text = f"{endpoint.url} gives none; set teacher.soft_labels: false, or take a teacher that gives them"
-    return [*findings, Finding(level="FAIL", item="log-probabilities", text=text)]
-
-
-def _data(recipe: Recipe) -> list[Finding]:
-    dataset = recipe.dataset
-    if dataset.source != "hub":
-        source_identity(dataset)
-        return _ok(
-            "data",
-            "the shipped sample"
-            if dataset.source == "sample"
-            else "every file of dataset.files is there",
+        yield ok("log-probabilities", "given, as teacher.soft_labels needs them")
+    else:
+        yield fail(
+            "log-probabilities",
+            f"{endpoint.url} gives none; set teacher.soft_labels: false, or choose a teacher that "
+            "gives them",
         )
+
+
+def check_data(recipe: Recipe) -> Iterator[Finding]:
+    """Read and check every row, save those of a hub data set, which the check does not download."""
+    dataset = recipe.dataset
+    if dataset.source == "hub":
+        yield check_hub(dataset)
+        return
+    counts = check_rows(dataset)
+    rows = ", ".join(f"{count:,} {role}" for role, count in counts.items())
+    source = "the shipped sample" if dataset.source == "sample" else "every file is read"
+    yield ok("data", f"{source}; rows: {rows}")
+
+
+def check_hub(dataset: DatasetRecipe) -> Finding:
+    """Ask the hub for the data set's newest commit, even if the recipe names a revision."""
     try:
-        # Without a revision the hub is really asked.
         newest = source_identity(dataset.model_copy(update={"revision": None}))
     except DataError as error:
         if not dataset.revision:
             raise
-        return _warn(
-            "data", f"{error}; a copy of revision {dataset.revision} on this machine would do"
+        return warn(
+            "data",
+            f"{error}; the run needs a copy of revision {dataset.revision} on this machine",
         )
-    return _ok("data", f"the hub has {newest}")
+    return ok("data", f"the hub has {newest}; its rows are read when the run starts")
 
 
-def _bases(recipe: Recipe) -> tuple[BaseModelRecipe, ...]:
-    """The base models that the run loads, each once."""
-    teacher = [recipe.teacher.preparation.base] if recipe.teacher.kind == "local" else []
-    student = [recipe.student.base] if recipe.student.start == "base" else []
-    return tuple(dict.fromkeys(teacher + student))
+def base_models(recipe: Recipe) -> tuple[BaseModelRecipe, ...]:
+    """Return the base models that the run loads, each once."""
+    bases = []
+    if recipe.teacher.kind == "local":
+        bases.append(recipe.teacher.preparation.base)
+    if recipe.student.start == "base":
+        bases.append(recipe.student.base)
+    return tuple(dict.fromkeys(bases))
 
 
-def _misfit(base: BaseModelRecipe, recipe: Recipe) -> str | None:
-    """Why `base`, where it is on this machine, can't be built in a form that the recipe has for what is made of it. A
-    ladder goes without the rungs that don't fit, as long as one does."""
+def export_misfit(base: BaseModelRecipe, recipe: Recipe) -> str | None:
+    """Return why a model made from `base` can't be exported in the recipe's forms; None if it can.
+
+    Rungs of a ladder that don't fit are left out by the run, so one that fits is enough. A base
+    model that is missing or broken is not judged: the stage that loads it says so.
+    """
     try:
-        place = local_copy(base)
-        config = json.loads((place / "config.json").read_text(encoding="utf-8")) if place else {}
+        local = local_copy(base)
+        if local is None:
+            return None
+        config = json.loads((local / "config.json").read_text(encoding="utf-8"))
     except (DistilleryError, OSError, ValueError):
-        # Not here, or not right: the matter of the stage that loads it.
         return None
-    found, preparation = [], recipe.teacher.preparation
+    preparation = recipe.teacher.preparation
     if recipe.teacher.kind == "local" and base == preparation.base:
-        found.append(misfit(preparation.export, config, "teacher.preparation.export"))
-    if base == recipe.student_base:
-        rungs = [misfit(form, config) for form in recipe.export.ladder or (recipe.export.form,)]
-        found.append(rungs[0] if all(rungs) else None)
-    return next(filter(None, found), None)
+        complaint = misfit(preparation.export, config, "teacher.preparation.export")
+        if complaint:
+            return complaint
+    if base != recipe.student_base:
+        return None
+    forms: tuple[ExportForm, ...] = recipe.export.ladder or (recipe.export.form,)
+    complaints = [misfit(form, config) for form in forms]
+    if all(complaints):
+        return complaints[0]
+    return None
 
 
-def _base_model(base: BaseModelRecipe, recipe: Recipe) -> list[Finding]:
+def check_base_model(base: BaseModelRecipe, recipe: Recipe) -> Iterator[Finding]:
     item = f"base model {base.model}"
-    place = local_copy(base)
-    if place is None and base.model.startswith("azureml://"):
-        return _warn(
-            item, "not on this machine; the run downloads it with the Azure login (`az login`)"
-        )
-    if place is None:
-        return _warn(
-            item,
-            f"not on this machine; the run downloads {_hub_bytes(base) / GB:.1f} GB from the hub",
-        )
-    if place.is_file():
-        return _ok(item, f"{place.name}, converted at its first use")
-    check_loadable(place, base)
-    if complaint := _misfit(base, recipe):
-        return [Finding(level="FAIL", item=item, text=complaint)]
-    return _ok(item, f"{_float32_bytes(place) / 4e6:.1f} M parameters in {place}")
+    local = local_copy(base)
+    if local is None and base.model.startswith("azureml://"):
+        text = "not on this machine; the run downloads it with the Azure login (`az login`)"
+        yield warn(item, text)
+    elif local is None:
+        size = hub_bytes(base) / GB
+        yield warn(item, f"not on this machine; the run downloads {size:.1f} GB from the hub")
+    elif local.is_file():
+        yield ok(item, f"{local.name}, converted at its first use")
+    else:
+        check_loadable(local, base)
+        complaint = export_misfit(base, recipe)
+        if complaint:
+            yield fail(item, complaint)
+        else:
+            yield ok(item, f"{float32_bytes(local) / 4e6:.1f} M parameters in {local}")
 
 
-def _hub_bytes(base: BaseModelRecipe) -> int:
-    """Bytes of safetensors that the hub holds for `base`. Raises RecipeError where it doesn't answer or has none."""
+def hub_bytes(base: BaseModelRecipe) -> int:
+    """Return the bytes of safetensors that the hub holds. Raises RecipeError if it has none."""
     from huggingface_hub import HfApi
 
     try:
@@ -251,123 +276,125 @@ def _hub_bytes(base: BaseModelRecipe) -> int:
         )
     except Exception as error:
         raise RecipeError(
-            f"not on this machine, and the hub doesn't answer for it ({type(error).__name__}); correct the "
-            "model's name, set HF_TOKEN where it needs a login, or give a local folder"
+            f"not on this machine, and the hub doesn't answer for it ({type(error).__name__}); "
+            "correct the model's name, set HF_TOKEN if it needs a login, or give a local folder"
         ) from error
-    return sum(
-        file.size or 0 for file in info.siblings or () if file.rfilename.endswith(".safetensors")
-    )
+    files = info.siblings or ()
+    return sum(file.size or 0 for file in files if file.rfilename.endswith(".safetensors"))
 
 
-def _float32_bytes(place: Path) -> int:
+def float32_bytes(local: Path) -> int:
+    """Return the bytes of a model's weights in float32; an estimate for a GGUF file."""
     from distillery.models.inspect import parameter_count
 
-    return place.stat().st_size * GGUF_FACTOR if place.is_file() else parameter_count(place) * 4
+    if local.is_file():
+        return local.stat().st_size * GGUF_FACTOR
+    return parameter_count(local) * 4
 
 
-def _weights(recipe: Recipe) -> int | None:
-    """Bytes of the largest base model in float32; None where one of them isn't on this machine, or can't be."""
+def largest_base_bytes(recipe: Recipe) -> int | None:
+    """Return the bytes of the largest base model in float32; None if one is not on this machine."""
     sizes = []
-    for base in _bases(recipe):
+    for base in base_models(recipe):
         try:
-            place = local_copy(base)
+            local = local_copy(base)
         except DistilleryError:
-            # Said by the base model's own line.
+            # The check of this base model reports it.
             return None
-        if place is None:
+        if local is None:
             return None
-        sizes.append(_float32_bytes(place))
+        sizes.append(float32_bytes(local))
     return max(sizes)
 
 
-def _disk(recipe: Recipe) -> list[Finding]:
-    import shutil
-
+def check_disk(recipe: Recipe) -> Iterator[Finding]:
     home = LocalSettings().folder
     with working_folder("check") as folder:
         (folder / "written").write_bytes(b"1")
         free = shutil.disk_usage(folder).free
-    weights = _weights(recipe)
+    weights = largest_base_bytes(recipe)
     need = max(LEAST_DISK, DISK_FACTOR * (weights or 0))
     if free < need:
-        raise StoreError(
-            f"{free / GB:.1f} GB free at {home}, and a run takes about {need / GB:.0f} GB; free some space, or set "
-            "DISTILLERY_HOME elsewhere"
-        )
-    if weights is None:
-        return _warn(
+        yield fail(
             "disk",
-            f"{free / GB:.1f} GB free; a run takes about {DISK_FACTOR} times the base model's size",
+            f"{free / GB:.1f} GB free at {home}, and a run takes about {need / GB:.0f} GB; "
+            "free some space, or set DISTILLERY_HOME to another disk",
         )
-    return _ok("disk", f"{free / GB:.1f} GB free, and a run takes about {need / GB:.0f} GB")
+    elif weights is None:
+        text = f"a run takes about {DISK_FACTOR} times the base model's size"
+        yield warn("disk", f"{free / GB:.1f} GB free; {text}")
+    else:
+        text = f"a run takes about {need / GB:.0f} GB"
+        yield ok("disk", f"{free / GB:.1f} GB free, and {text}")
 
 
-def _memory(recipe: Recipe) -> list[Finding]:
+def check_memory(recipe: Recipe) -> Iterator[Finding]:
     import psutil
 
     free = psutil.virtual_memory().available
-    weights = _weights(recipe)
+    weights = largest_base_bytes(recipe)
     if weights is None:
-        return _warn(
-            "memory",
-            f"{free / GB:.1f} GB free; what a run takes is known once the base model is here",
-        )
-    need = _training_bytes(recipe, weights)
+        text = "what a run takes is known once the base model is on this machine"
+        yield warn("memory", f"{free / GB:.1f} GB free; {text}")
+        return
+    need = training_bytes(recipe, weights)
+    text = f"{free / GB:.1f} GB free, and a run takes about {need / GB:.1f} GB"
     if free < need:
-        raise StoreError(
-            f"{free / GB:.1f} GB free, and a run takes about {need / GB:.1f} GB; end other programs, or choose a "
-            "smaller base model or training.method: lora"
-        )
-    return _ok("memory", f"{free / GB:.1f} GB free, and a run takes about {need / GB:.1f} GB")
+        advice = "end other programs, or choose a smaller base model or training.method: lora"
+        yield fail("memory", f"{text}; {advice}")
+    else:
+        yield ok("memory", text)
 
 
-def _training_bytes(recipe: Recipe, weights: int) -> float:
-    trainings = [recipe.student.training, *(step.training for step in recipe.student.healing)]
-    trainings += [recipe.teacher.preparation.training] if recipe.teacher.kind == "local" else []
+def training_bytes(recipe: Recipe, weights: int) -> float:
+    """Return the memory that training a model of `weights` bytes (float32) takes, in bytes."""
+    trainings = list(recipe.student.trainings)
+    if recipe.teacher.kind == "local":
+        trainings.append(recipe.teacher.preparation.training)
     return GB + max(MEMORY_FACTOR[training.method] for training in trainings) * weights
 
 
-def _training(recipe: Recipe) -> list[Finding]:
+def check_training(recipe: Recipe) -> Iterator[Finding]:
     import torch
 
-    from distillery.models.placement import placement
+    from distillery.models.device import choose_device
 
-    place = placement(recipe.student.training.precision)
-    weights = _weights(recipe)
-    if place.device == "cuda":
-        free, name = torch.cuda.mem_get_info()[0], torch.cuda.get_device_name()
-        said = f"on {name} in {place.precision}, {free / GB:.1f} GB of its memory free"
-        short = weights is not None and free < _training_bytes(recipe, weights)
-        return (
-            _warn("training", f"{said}, which may be too little")
-            if short
-            else _ok("training", said)
-        )
-    if weights is None or weights > LARGE:
-        return _warn(
+    device = choose_device(recipe.student.training.precision)
+    weights = largest_base_bytes(recipe)
+    if device.name == "cuda":
+        free = torch.cuda.mem_get_info()[0]
+        text = f"on {torch.cuda.get_device_name()} in {device.precision}"
+        text = f"{text}, {free / GB:.1f} GB of its memory free"
+        if weights is not None and free < training_bytes(recipe, weights):
+            yield warn("training", f"{text}, which may be too little")
+        else:
+            yield ok("training", text)
+    elif weights is None or weights > LARGE:
+        yield warn(
             "training",
-            f"no GPU: on the CPU in {place.precision}, which takes days where the base model has billions of "
-            "parameters; use a machine with CUDA, or send training there by training_deployment",
+            f"no GPU: on the CPU in {device.precision}, which takes days if the base model has "
+            "billions of parameters; use a machine with CUDA, or send training there by "
+            "training_deployment",
         )
-    return _ok("training", f"on the CPU in {place.precision}")
+    else:
+        yield ok("training", f"on the CPU in {device.precision}")
 
 
-def _artifact_store(_recipe: Recipe) -> list[Finding]:
-    ArtifactStore(wait_s=_WAIT_S).write_record("check", "")
-    return _ok("artifact store", "answers")
+def check_artifact_store(_recipe: Recipe) -> Iterator[Finding]:
+    ArtifactStore(wait_s=STORE_WAIT_S).write_record("check", "")
+    yield ok("artifact store", "answers")
 
 
-def _label_store(_recipe: Recipe) -> list[Finding]:
+def check_label_store(_recipe: Recipe) -> Iterator[Finding]:
     from distillery.labels.store import LabelStore
 
-    with LabelStore(wait_s=_WAIT_S) as answers:
+    with LabelStore(wait_s=STORE_WAIT_S) as answers:
         answers.get_many([])
-    return _ok("label store", "answers")
+    yield ok("label store", "answers")
 
 
-def _registry(recipe: Recipe) -> list[Finding]:
+def check_registry(recipe: Recipe) -> Iterator[Finding]:
     registry = open_registry(recipe.registry)
-    count = len(registry.list(recipe.registry.model_name))
-    return _ok(
-        "registry", f"{registry.place} answers; versions of {recipe.registry.model_name}: {count}"
-    )
+    name = recipe.registry.model_name
+    count = len(registry.list(name))
+    yield ok("registry", f"{registry.place} answers; versions of {name}: {count}")

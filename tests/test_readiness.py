@@ -1,6 +1,8 @@
-"""What `check` says of a machine that has all, and of one that lacks something: one finding an item, whatever fails."""
+"""`check` on a machine that has everything, and on machines that lack something: always one finding
+for each item."""
 
 import json
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -8,10 +10,11 @@ from typing import Any, get_args
 
 import pytest
 from chat_endpoint import Call, ChatEndpoint, Reply, good, refused, said
+from tiny_recipe import write_rows
 
 from distillery.errors import RecipeError
 from distillery.models.base import local_copy
-from distillery.readiness import Finding, _training_bytes, check, check_settings
+from distillery.readiness import Finding, check, check_settings, training_bytes
 from distillery.recipe import BaseModelRecipe, ExportForm, ExportRecipe, Recipe, TrainingRecipe
 from distillery.registry.local import LocalRegistry
 
@@ -47,12 +50,13 @@ def recipe(base: Path | str, **slices: Any) -> Recipe:
     )
 
 
-def local(base: Path | str) -> Recipe:
-    return recipe(base, teacher={"kind": "local", "preparation": {"base": {"model": str(base)}}})
+def local(base: Path | str, **slices: Any) -> Recipe:
+    teacher = {"kind": "local", "preparation": {"base": {"model": str(base)}}}
+    return recipe(base, teacher=teacher, **slices)
 
 
 def findings(of: Recipe) -> dict[str, Finding]:
-    """By item, each once, each in one line."""
+    """Return the findings by item: each item once, each finding in one line."""
     found = check(of)
     assert len({finding.item for finding in found}) == len(found)
     assert all("\n" not in str(finding) for finding in found)
@@ -69,7 +73,9 @@ def test_a_machine_that_has_all(tiny_model: TinyModel) -> None:
     found = findings(local(base))
     assert {finding.level for finding in found.values()} == {"ok"}
     assert "0.1 M parameters" in found[f"base model {base}"].text
-    assert str(found["data"]) == "ok   data: the shipped sample"
+    assert str(found["data"]) == (
+        "ok   data: the shipped sample; rows: 300 gold, 1,001 train, 100 validation, 480 test"
+    )
 
 
 def test_an_export_that_does_not_fit_the_base(tiny_model: TinyModel) -> None:
@@ -200,12 +206,41 @@ def test_files_that_are_not_there(tiny_model: TinyModel, tmp_path: Path) -> None
         "files": files,
         "splits": {"gold": "train", "train": "train", "test": "train"},
     }
-    asked = local(tiny_model("llama")).model_copy(
-        update={"dataset": recipe("x", dataset=dataset).dataset}
-    )
-    found = findings(asked)
+    found = findings(local(tiny_model("llama"), dataset=dataset))
     assert found["data"].level == "FAIL"
-    assert "none.jsonl: no such file; correct dataset.files" in found["data"].text
+    assert (
+        "none.jsonl: can't be read (No such file or directory); correct dataset.files.train"
+        in found["data"].text
+    )
+
+
+def test_rows_are_read_and_a_bad_first_row_is_named(tiny_model: TinyModel, tmp_path: Path) -> None:
+    files = write_rows(tmp_path)
+    dataset = {"source": "files", "files": files, "splits": {split: split for split in files}}
+    asked = local(tiny_model("llama"), dataset=dataset)
+    assert findings(asked)["data"].text == (
+        "every file is read; rows: 40 gold, 60 train, 20 validation, 40 test"
+    )
+    train = Path(files["train"][0])
+    first, rest = train.read_text().split("\n", 1)
+    values = json.loads(first)
+    del values["question"]
+    train.write_text(f"{json.dumps(values)}\n{rest}")
+    found = findings(asked)["data"]
+    assert found.level == "FAIL"
+    assert found.text.startswith(f"{train}:1: question: missing; fill it in")
+
+
+def test_rows_that_take_long_to_read_are_no_failure(
+    tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forever = threading.Event()
+    monkeypatch.setattr("distillery.readiness.check_rows", lambda _dataset: forever.wait())
+    found = {finding.item: finding for finding in check(local(tiny_model("llama")), limit_s=0.5)}
+    forever.set()
+    assert str(found["data"]) == (
+        "warn data: not read within 0.5 s; the run reads its rows when it starts"
+    )
 
 
 @pytest.mark.parametrize(
@@ -272,19 +307,14 @@ def test_a_base_model_in_the_hubs_cache(
 
 def test_a_data_set_on_the_hub(tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
     splits = {"gold": "train", "train": "train", "test": "train"}
-    asked, pinned = (
-        local(tiny_model("llama")).model_copy(
-            update={
-                "dataset": recipe(
-                    "x", dataset={"source": "hub", "name": "a/d", "splits": splits, **more}
-                ).dataset
-            }
-        )
-        for more in ({}, {"revision": "v1"})
-    )
+    dataset = {"source": "hub", "name": "a/d", "splits": splits}
+    asked = local(tiny_model("llama"), dataset=dataset)
+    pinned = local(tiny_model("llama"), dataset=dataset | {"revision": "v1"})
     with ChatEndpoint(lambda _call: Reply({"id": "a/d", "sha": "e" * 40})) as hub:
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
-        assert findings(asked)["data"].text == f"the hub has a/d@{'e' * 40}"
+        assert findings(asked)["data"].text == (
+            f"the hub has a/d@{'e' * 40}; its rows are read when the run starts"
+        )
     assert findings(asked)["data"].level == "FAIL"
     assert findings(pinned)["data"].level == "warn"
 
@@ -300,7 +330,7 @@ def test_memory_is_known_for_every_method_and_steps_of_healing_count(tiny_model:
 
     def needed(**student: Any) -> float:
         asked = Recipe.model_validate({"student": {"base": base} | student})
-        return _training_bytes(asked, 10**9)
+        return training_bytes(asked, 10**9)
 
     methods = get_args(TrainingRecipe.model_fields["method"].annotation)
     figures = {method: needed(training={"method": method}) for method in methods}
@@ -344,10 +374,7 @@ def test_a_gpu_is_named(tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_azure_without_its_names(tiny_model: TinyModel) -> None:
-    asked = local(tiny_model("llama")).model_copy(
-        update={"registry": recipe("x", registry={"kind": "azureml"}).registry}
-    )
-    found = findings(asked)
+    found = findings(local(tiny_model("llama"), registry={"kind": "azureml"}))
     assert found["registry"].level == "FAIL"
     assert (
         "AZUREML_SUBSCRIPTION_ID, AZUREML_RESOURCE_GROUP, AZUREML_WS_NAME" in found["registry"].text
