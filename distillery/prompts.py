@@ -1,7 +1,7 @@
-"""The one prompt renderer: from row to chat messages, and to the student's token ids by its own chat template.
+"""The only prompt renderer: from a row to chat messages, and to the student's token ids.
 
-Training, evaluation, the ONNX runtime and the server all call these functions, so that what a student was trained on is
-what it is asked.
+Training, evaluation, the ONNX runtime and the server all call these functions, so a student is
+asked exactly what it was trained on. The student's own chat template makes one text of messages.
 """
 
 import json
@@ -13,59 +13,62 @@ from distillery.recipe import PromptRecipe
 from distillery.records import LETTERS, Example
 
 Message = dict[str, str]
+NUL, REPLACEMENT = "\0", "\ufffd"
 NUMBERS = {2: "two", 3: "three", 4: "four", 5: "five", 6: "six", 7: "seven", 8: "eight", 9: "nine"}
 
 
 def render_messages(example: Example, prompt: PromptRecipe) -> list[Message]:
-    """The system and user message that ask `example`'s question; an empty system text leaves that message out."""
-    choices = "\n".join(
-        _fill(prompt.choice, letter=letter, text=text)
-        for letter, text in zip(example.letters, example.choices, strict=True)
-    )
-    user = _fill(prompt.user, question=example.question, choices=choices)
+    """Return the system and user messages that ask a row's question.
+
+    An empty system text leaves that message out.
+    """
+    lines = []
+    for letter, text in zip(example.letters, example.choices, strict=True):
+        lines.append(fill_template(prompt.choice, letter=letter, text=text))
     count = len(example.choices)
-    system = _fill(
-        prompt.system, count=NUMBERS.get(count, str(count)), letters=_listed(example.letters)
-    )
-    messages = [{"role": "system", "content": system}] if system else []
-    return [*messages, {"role": "user", "content": user}]
+    number = NUMBERS.get(count, str(count))
+    system = fill_template(prompt.system, count=number, letters=list_letters(example.letters))
+    user = fill_template(prompt.user, question=example.question, choices="\n".join(lines))
+    messages = []
+    if system:
+        messages.append({"role": "system", "content": system})
+    messages.append({"role": "user", "content": user})
+    return messages
 
 
-def _fill(template: str, **places: str) -> str:
-    """Fills {places} and leaves all other braces alone; what is filled in is not looked at again."""
-    parts = template.split("{")
-    filled = [parts[0]]
-    for part in parts[1:]:
+def fill_template(template: str, **values: str) -> str:
+    """Replace each {name} by its value; all other braces stay, those in a value too."""
+    first, *parts = template.split("{")
+    filled = [first]
+    for part in parts:
         name, brace, rest = part.partition("}")
-        filled.append(places[name] + rest if brace and name in places else "{" + part)
+        if brace and name in values:
+            filled.append(values[name] + rest)
+        else:
+            filled.append("{" + part)
     return "".join(filled)
 
 
-def _listed(letters: Sequence[str]) -> str:
+def list_letters(letters: Sequence[str]) -> str:
+    """Return the letters in quotes, as an enumeration with "or"."""
     quoted = [f"'{letter}'" for letter in letters]
-    comma = "," if len(quoted) > 2 else ""
-    return ", ".join(quoted[:-1]) + f"{comma} or {quoted[-1]}"
+    start = ", ".join(quoted[:-1])
+    if len(quoted) > 2:
+        start += ","
+    return f"{start} or {quoted[-1]}"
 
 
 class Tokenizer(Protocol):
-    """The part of a tokenizer that this project uses: Transformers' own, or `GenAITokenizer`."""
+    """What this project needs of a tokenizer: that of Transformers or ONNX Runtime GenAI."""
 
     def encode_chat(self, messages: list[Message]) -> list[int]:
-        """The ids of the messages in the model's chat template, ready for the assistant's first token."""
+        """Return the ids of the messages in the model's chat template, up to the assistant's first
+        token. Raises ModelError if the template refuses them."""
         ...
 
     def encode_text(self, text: str) -> list[int]:
-        """The ids of `text` alone, with no special tokens."""
+        """Return the ids of the text alone, with no special tokens."""
         ...
-
-
-def _whole(messages: list[Message]) -> list[Message]:
-    return [{name: _whole_text(text) for name, text in message.items()} for message in messages]
-
-
-def _whole_text(text: str) -> str:
-    """The text with U+FFFD for NUL, at which ONNX Runtime GenAI would cut it off."""
-    return text.replace("\0", "\ufffd")
 
 
 class TransformersTokenizer:
@@ -75,19 +78,20 @@ class TransformersTokenizer:
         self._tokenizer = tokenizer
 
     def encode_chat(self, messages: list[Message]) -> list[int]:
-        """Raises ModelError as `GenAITokenizer` does."""
         from jinja2 import TemplateError
 
         try:
             text = self._tokenizer.apply_chat_template(
-                _whole(messages), add_generation_prompt=True, tokenize=False
+                replace_nul(messages), add_generation_prompt=True, tokenize=False
             )
         except TemplateError as error:
-            raise _refused(error) from error
+            raise template_error(error) from error
         return self.encode_text(text)
 
     def encode_text(self, text: str) -> list[int]:
-        return list(self._tokenizer.encode(_whole_text(text), add_special_tokens=False))
+        return list(
+            self._tokenizer.encode(text.replace(NUL, REPLACEMENT), add_special_tokens=False)
+        )
 
 
 class GenAITokenizer:
@@ -97,67 +101,92 @@ class GenAITokenizer:
         self._tokenizer = tokenizer
 
     def encode_chat(self, messages: list[Message]) -> list[int]:
-        """Raises ModelError where the template refuses the messages, such as a system message or an order of roles."""
         try:
             text = self._tokenizer.apply_chat_template(
-                json.dumps(_whole(messages)), add_generation_prompt=True
+                json.dumps(replace_nul(messages)), add_generation_prompt=True
             )
         except RuntimeError as error:
-            raise _refused(error) from error
+            raise template_error(error) from error
         return self.encode_text(text)
 
     def encode_text(self, text: str) -> list[int]:
-        return [int(token) for token in self._tokenizer.encode(_whole_text(text))]
+        return list(map(int, self._tokenizer.encode(text.replace(NUL, REPLACEMENT))))
 
 
-def _refused(error: Exception) -> ModelError:
+def replace_nul(messages: list[Message]) -> list[Message]:
+    """Return the messages without NUL, at which ONNX Runtime GenAI would cut off a text."""
+    replaced = []
+    for message in messages:
+        content = message["content"].replace(NUL, REPLACEMENT)
+        replaced.append({**message, "content": content})
+    return replaced
+
+
+def template_error(error: Exception) -> ModelError:
+    """Return the error for messages that a chat template refuses, such as a system message or an
+    order of roles."""
     cause = " ".join(str(error).split())[:200]
     return ModelError(
-        f"the model's chat template refuses the messages ({cause}); send other roles, or no system message "
-        '(in a recipe, prompt.system: "")'
+        f"the model's chat template refuses the messages ({cause}); send other roles, or no "
+        'system message (in a recipe, prompt.system: "")'
     )
-
-
-def letter_ids(tokenizer: Tokenizer, count: int) -> list[int]:
-    """The token id of each of the first `count` option letters, as the assistant's first token.
-
-    Raises RecipeError where a letter is not one token of this tokenizer."""
-    ids = [tokenizer.encode_text(letter) for letter in LETTERS[:count]]
-    for letter, tokens in zip(LETTERS, ids, strict=False):
-        if len(tokens) != 1:
-            raise RecipeError(
-                f"base model: its tokenizer splits the option letter {letter} into {len(tokens)} tokens"
-            )
-    return [tokens[0] for tokens in ids]
-
-
-def text_ids(example: Example, tokenizer: Tokenizer) -> list[list[int]]:
-    """The token ids of each option's text, as the assistant would say it.
-
-    Raises DataError where one has none."""
-    texts = [tokenizer.encode_text(text) for text in example.choices]
-    for letter, tokens in zip(example.letters, texts, strict=True):
-        if not tokens:
-            raise DataError(
-                f"{example.example_id}: option {letter} has no token of the student's; give it a text"
-            )
-    return texts
-
-
-def longest_prompt(prompt: PromptRecipe, context: int, texts: Sequence[Sequence[int]] = ()) -> int:
-    """How many tokens a prompt may have: prompt.max_tokens, or what the model's `context` leaves for it beside the
-    longest of the `texts` that are scored after it."""
-    return min(prompt.max_tokens, context - max(map(len, texts), default=0))
 
 
 def render_ids(
     example: Example, prompt: PromptRecipe, tokenizer: Tokenizer, instruction: str | None = None
 ) -> list[int] | None:
-    """The prompt's token ids, or None where they are more than prompt.max_tokens: the caller sets the row aside.
+    """Return the prompt's token ids, or None if they are more than prompt.max_tokens.
 
-    `instruction` is asked for below it."""
+    The caller sets such a row aside. `instruction` is added below the question.
+    """
     messages = render_messages(example, prompt)
     if instruction:
         messages[-1]["content"] += f"\n\n{instruction}"
     ids = tokenizer.encode_chat(messages)
-    return ids if len(ids) <= prompt.max_tokens else None
+    if len(ids) > prompt.max_tokens:
+        return None
+    return ids
+
+
+def letter_ids(tokenizer: Tokenizer, count: int) -> list[int]:
+    """Return the token id of each of the first `count` letters as the assistant's first token.
+
+    Raises RecipeError if a letter is not one token of this tokenizer.
+    """
+    ids = []
+    for letter in LETTERS[:count]:
+        tokens = tokenizer.encode_text(letter)
+        if len(tokens) != 1:
+            raise RecipeError(
+                f"base model: its tokenizer splits the option letter {letter} into "
+                f"{len(tokens)} tokens; choose another base model, or set "
+                "student.prompt.answer: text"
+            )
+        ids += tokens
+    return ids
+
+
+def text_ids(example: Example, tokenizer: Tokenizer) -> list[list[int]]:
+    """Return the token ids of each option's text as the assistant would say it.
+
+    Raises DataError if an option has no token.
+    """
+    ids = []
+    for letter, text in zip(example.letters, example.choices, strict=True):
+        tokens = tokenizer.encode_text(text)
+        if not tokens:
+            raise DataError(
+                f"{example.example_id}: option {letter} has no token of the student's; "
+                "give it a text"
+            )
+        ids.append(tokens)
+    return ids
+
+
+def longest_prompt(prompt: PromptRecipe, context: int, texts: Sequence[Sequence[int]] = ()) -> int:
+    """Return how many tokens a prompt may have.
+
+    That is prompt.max_tokens, or what the model's `context` (tokens) leaves beside the longest of
+    the `texts` that are scored after the prompt.
+    """
+    return min(prompt.max_tokens, context - max(map(len, texts), default=0))

@@ -26,7 +26,10 @@ BAKER = Example(
     question="Where does a baker keep bread warm?",
     choices=("oven", "river", "cloud", "desk", "well"),
 )
-SYSTEM = "You are a helpful assistant. Your output should only be one of the five choices: 'A', 'B', 'C', 'D', or 'E'."
+SYSTEM = (
+    "You are a helpful assistant. Your output should only be one of the five choices: "
+    "'A', 'B', 'C', 'D', or 'E'."
+)
 USER = (
     "Answer the following multiple-choice question by selecting the correct option.\n\n"
     "Question: Where does a baker keep bread warm?\nAnswer Choices:\n"
@@ -165,7 +168,9 @@ def test_a_letter_of_two_tokens_is_refused() -> None:
             return [1, 2] if text == "C" else [ord(text)]
 
     assert letter_ids(Splitting(), 2) == [65, 66]
-    with pytest.raises(RecipeError, match="option letter C into 2 tokens"):
+    with pytest.raises(
+        RecipeError, match=r"option letter C into 2 tokens; .*student\.prompt\.answer: text"
+    ):
         letter_ids(Splitting(), 3)
 
 
@@ -182,7 +187,7 @@ def test_smollm2s_own_tokenizer_gives_the_same_ids_in_both_runtimes(
         shutil.copy(base / name, onnx / name)
     transformers, student = _tokenizers(base, onnx)
     for text in AWKWARD:
-        # Without a system message SmolLM2's template writes one of its own: the same in both runtimes.
+        # Without a system message SmolLM2's template writes its own, the same in both runtimes.
         messages = [{"role": "user", "content": text}]
         assert student.tokenizer.encode_chat(messages) == transformers.encode_chat(messages), text
     messages = render_messages(BAKER, PromptRecipe())

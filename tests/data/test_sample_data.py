@@ -1,4 +1,4 @@
-"""The shipped sample keeps what its data card promises; rows are read as a user's run reads them."""
+"""The shipped sample keeps what its data card promises; it is read as a user's run reads it."""
 
 import re
 from collections import Counter, defaultdict

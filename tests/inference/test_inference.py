@@ -488,7 +488,7 @@ def test_a_parquet_row_that_is_not_utf8_is_set_aside(tmp_path: Path) -> None:
         ("rows.txt", b"", "input_uri takes .jsonl, .csv, .parquet, not '.txt'"),
         ("missing.jsonl", None, "can't be read (No such file or directory); correct input_uri"),
         ("rows.csv", b"id,frage,choices\n", "no column 'question', only 'id', 'frage', 'choices'"),
-        ("rows.parquet", b"nothing at all", "can't be read as parquet (Parquet magic bytes not found"),
+        ("rows.parquet", b"no parquet", "can't be read as parquet (Parquet magic bytes not found"),
     ],
 )
 def test_a_file_that_cannot_be_read_is_named_in_one_line(
