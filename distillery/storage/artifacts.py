@@ -1,13 +1,15 @@
-"""The artifact store: content-addressed folders under an fsspec URL, all that workers on different machines share.
+"""The artifact store: folders by digest under an fsspec URL, shared by workers on all machines.
 
-DIGEST/files/ holds an artifact, DIGEST/artifact.json lists path, size and sha256 of each of its files; the digest is
-that of the list, so it covers all of them. artifact.json is written last: without it the folder is not there. A local
-store writes beside and renames; object storage is written straight to the digest's prefix, and artifact.json only if it
-is absent. Whatever is read is verified against the list, and the list against the digest. What a remote store hands out
-is kept in a local cache.
+DIGEST/files/ holds an artifact, DIGEST/artifact.json the list of its files with their sizes and
+sha256; the digest is that of the list and so covers all files. artifact.json is written last:
+without it the artifact does not count. A local store writes under another name and renames; on
+object storage the files are written to their final names, and artifact.json only if it is absent.
+What is read is verified against the list, and the list against the digest. Copies of what a remote
+store hands out stay in a local cache.
 
-Beside the artifacts: records/ and results/, small objects by name, and work/KEY/, the state of a stage under way. The
-time of artifact.json says when an artifact was last used: see housekeeping.py.
+Besides artifacts the store holds small objects by name in records/ and results/, and in work/KEY/
+the state of a stage under way. The time of artifact.json tells when an artifact was last used: see
+housekeeping.py.
 """
 
 import os
@@ -42,61 +44,67 @@ RESULTS = "results"
 
 RUNS = "runs"
 
-_STILL_NEW = timedelta(hours=1)
+STILL_NEW = timedelta(hours=1)
+"""An artifact that was used since is not touched again."""
 
 
 class ArtifactStore:
-    """Folders by digest under `url`. Raises StoreUnavailable where the storage does not answer for `wait_s` seconds (by
-    default the settings'), ArtifactDamaged where a folder is missing, half-written or altered, CredentialsError where
-    access is refused, StoreError for what else keeps it from being read or written."""
+    """Folders by digest under `url`, by default DISTILLERY_STORE.
+
+    Raises StoreUnavailable where the storage does not answer for `wait_s` seconds (by default
+    DISTILLERY_STORE_WAIT), ArtifactDamaged where a folder is missing, half-written or altered,
+    CredentialsError where access is refused, and StoreError for other errors."""
 
     def __init__(
         self, url: str | None = None, cache: Path | None = None, wait_s: float | None = None
     ) -> None:
         settings = LocalSettings()
-        self.storage = Storage(
-            url or settings.store_url, settings.store_wait if wait_s is None else wait_s
-        )
+        if wait_s is None:
+            wait_s = settings.store_wait
+        self.storage = Storage(url or settings.store_url, wait_s)
         self.url = self.storage.url
         self._cache = Cache(cache or settings.folder / "cache", settings.cache_gb * 1e9)
 
     def put(self, folder: Path) -> Artifact:
-        """Stores the content of `folder`; storing the same content twice writes once."""
+        """Store the content of `folder`; storing the same content twice writes it once."""
         files = list_files(folder)
         if not files:
             raise StoreError(f"{folder}: an empty folder is no artifact")
         digest = digest_of_files(files)
         if not self._is_whole(digest):
-            (self._put_local if self.storage.is_local else self._put_remote)(folder, digest, files)
-        return Artifact(
-            uri=f"{self.url}/{digest}", sha256=digest, bytes=sum(f.bytes for f in files)
-        )
+            if self.storage.is_local:
+                self._put_local(folder, digest, files)
+            else:
+                self._put_remote(folder, digest, files)
+        size = sum(file.bytes for file in files)
+        return Artifact(uri=f"{self.url}/{digest}", sha256=digest, bytes=size)
 
     def fetch(self, artifact: Artifact) -> Path:
-        """A local folder with the artifact's verified content. Treat it as read-only."""
+        """Return a local folder with the artifact's verified content. Treat it as read-only."""
         digest = artifact.sha256
         if not self.storage.is_local:
             return self._fetch_remote(digest) / FILES
         with suppress(FileNotFoundError):
-            self._use(digest)
+            self._mark_used(digest)
         folder = Path(self.storage.root) / digest
         verify_folder(folder, digest)
         return folder / FILES
 
     def holds(self, artifact: Artifact) -> bool:
-        """Whether the store has the artifact whole: every byte of a local one, every file's size of a remote one."""
+        """Return whether the store has the whole artifact: every byte is checked in a local store,
+        the files' sizes in a remote one."""
         return self._is_whole(artifact.sha256)
 
     def files(self, digest: str) -> tuple[FileEntry, ...]:
-        """What an artifact's list says is in it. Raises ArtifactDamaged where it can't be read."""
+        """Return the list of an artifact's files. Raises ArtifactDamaged where it can't be read."""
         return read_manifest(self.read_object(f"{digest}/{MANIFEST}"), f"{self.url}/{digest}")
 
     def write_object(self, name: str, content: bytes) -> None:
-        """Keeps a small object under `name`, whole or not at all, in place of what was there."""
+        """Keep a small object under `name`, whole or not at all, in place of what was there."""
         self.storage.write(name, content)
 
     def read_object(self, name: str) -> bytes:
-        """Raises ArtifactDamaged where nothing is kept under `name`."""
+        """Return the object `name`. Raises ArtifactDamaged where there is none."""
         try:
             return self.storage.read(name)
         except FileNotFoundError as error:
@@ -105,90 +113,95 @@ class ArtifactStore:
             ) from error
 
     def write_record(self, name: str, text: str) -> None:
-        """Keeps a record that one worker hands to another, or that outlives its run, under `name`."""
+        """Keep a record that one worker hands to another, or that outlives its run."""
         self.write_object(f"{RECORDS}/{name}", text.encode())
 
     def read_record(self, name: str) -> str:
-        """Raises ArtifactDamaged where nothing is kept under `name`."""
+        """Return the record `name`. Raises ArtifactDamaged where there is none."""
         return self.read_object(f"{RECORDS}/{name}").decode()
 
     def save_checkpoint(self, key: str, folder: Path) -> None:
-        """Keeps the content of `folder` as the state of the work `key`; once it is whole, the state before goes."""
+        """Keep the content of `folder` as the state of the work `key`; once it is written
+        completely, earlier states are removed."""
         before = self._snapshots(key)
-        number = int(before[-1].rpartition("/")[2].partition("-")[0]) + 1 if before else 1
-        # Two that take each other for dead would write the same number.
+        number = 1
+        if before:
+            number += int(before[-1].rpartition("/")[2].partition("-")[0])
+        # Two processes that each think the other dead may choose the same number.
         snapshot = f"{WORK}/{key}/{number:06d}-{uuid.uuid4().hex[:8]}"
         self._write_folder(folder, snapshot, list_files(folder))
         for old in before:
             self.storage.remove_folder(old, self.storage.find(old))
 
     def load_checkpoint(self, key: str, into: Path) -> bool:
-        """Writes the newest whole state of the work `key` into the empty folder `into`; False where there is none."""
+        """Write the newest whole state of the work `key` into the empty folder `into`; return
+        whether there was one."""
         for snapshot in reversed(self._snapshots(key)):
-            beside = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=into.parent))
+            unfinished = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=into.parent))
             try:
-                self._read_folder(snapshot, beside)
-                os.rename(beside / FILES, into)
+                self._read_folder(snapshot, unfinished)
+                # Windows renames onto no folder, not even an empty one.
+                into.rmdir()
+                os.rename(unfinished / FILES, into)
                 return True
             except (ArtifactDamaged, FileNotFoundError):
                 continue
             finally:
-                shutil.rmtree(beside, ignore_errors=True)
+                shutil.rmtree(unfinished, ignore_errors=True)
         return False
 
     def drop_checkpoint(self, key: str) -> None:
-        """Removes all states of the work `key`."""
+        """Remove all states of the work `key`."""
         self.storage.remove_folder(f"{WORK}/{key}", self.storage.find(f"{WORK}/{key}"))
 
     def _snapshots(self, key: str) -> list[str]:
-        """The oldest first, half-written ones among them."""
+        """Return the names of the states of the work `key`, half-written ones too, oldest first."""
         depth = f"{WORK}/{key}/".count("/")
-        names = {
-            "/".join(file.name.split("/")[: depth + 1])
-            for file in self.storage.find(f"{WORK}/{key}")
-        }
+        names = set()
+        for file in self.storage.find(f"{WORK}/{key}"):
+            names.add("/".join(file.name.split("/")[: depth + 1]))
         return sorted(names)
 
     def _is_whole(self, digest: str) -> bool:
         try:
-            self._use(digest)
+            self._mark_used(digest)
             if self.storage.is_local:
                 verify_folder(Path(self.storage.root) / digest, digest)
                 return True
             files = read_manifest(self.storage.read(f"{digest}/{MANIFEST}"), f"{self.url}/{digest}")
-            sizes = {file.name: file.bytes for file in self.storage.find(digest)}
-            listed = all(
-                sizes.get(f"{digest}/{FILES}/{entry.path}") == entry.bytes for entry in files
-            )
-            return listed and digest_of_files(files) == digest
         except (ArtifactDamaged, FileNotFoundError):
             return False
+        sizes = {file.name: file.bytes for file in self.storage.find(digest)}
+        for entry in files:
+            if sizes.get(f"{digest}/{FILES}/{entry.path}") != entry.bytes:
+                return False
+        return digest_of_files(files) == digest
 
-    def _use(self, digest: str) -> None:
-        """Makes the artifact new again, before it is looked at, so that none is collected while a run counts on it.
-        Raises FileNotFoundError where it is not there."""
+    def _mark_used(self, digest: str) -> None:
+        """Make the artifact new again. Called before it is checked, so that it is not collected
+        while a run counts on it. Raises FileNotFoundError."""
         manifest = f"{digest}/{MANIFEST}"
-        if datetime.now(UTC) - self.storage.modified(manifest) > _STILL_NEW:
+        if datetime.now(UTC) - self.storage.modified(manifest) > STILL_NEW:
             self.storage.touch(manifest)
 
     def _put_local(self, folder: Path, digest: str, files: tuple[FileEntry, ...]) -> None:
-        beside = f"{UNFINISHED}{uuid.uuid4().hex[:8]}"
-        path, final = Path(self.storage.root) / beside, Path(self.storage.root) / digest
+        root = Path(self.storage.root)
+        unfinished = f"{UNFINISHED}{uuid.uuid4().hex[:8]}"
         try:
-            self._write_folder(folder, beside, files)
-            if final.exists() and not self._is_whole(digest):
-                # What was damaged after it was written moves aside, so that the good copy can take its place.
-                os.replace(final, final.with_name(f"{digest}.damaged-{uuid.uuid4().hex[:8]}"))
-            rename_into_place(path, final)
+            self._write_folder(folder, unfinished, files)
+            if (root / digest).exists() and not self._is_whole(digest):
+                # It was damaged after it was written: it makes way for the good copy.
+                os.replace(root / digest, root / f"{digest}.damaged-{uuid.uuid4().hex[:8]}")
+            rename_into_place(root / unfinished, root / digest)
         finally:
-            shutil.rmtree(path, ignore_errors=True)
+            shutil.rmtree(root / unfinished, ignore_errors=True)
 
     def _put_remote(self, folder: Path, digest: str, files: tuple[FileEntry, ...]) -> None:
         for entry in files:
             self.storage.upload(folder / entry.path, f"{digest}/{FILES}/{entry.path}")
         manifest, text = f"{digest}/{MANIFEST}", manifest_text(files)
         if not self.storage.create(manifest, text) and not self._is_whole(digest):
-            # It is not another writer's but damaged.
+            # The manifest that is there is damaged, and not another writer's of the same content.
             self.storage.write(manifest, text)
 
     def _write_folder(self, folder: Path, name: str, files: tuple[FileEntry, ...]) -> None:
@@ -197,7 +210,8 @@ class ArtifactStore:
         self.storage.write(f"{name}/{MANIFEST}", manifest_text(files))
 
     def _read_folder(self, name: str, target: Path) -> None:
-        """Raises FileNotFoundError for a missing file, ArtifactDamaged for one that does not match the list."""
+        """Download a folder with its manifest into `target`. Raises FileNotFoundError for a
+        missing file, ArtifactDamaged for one that does not match the list."""
         manifest = self.storage.read(f"{name}/{MANIFEST}")
         files = read_manifest(manifest, f"{self.url}/{name}")
         for entry in files:
@@ -208,17 +222,19 @@ class ArtifactStore:
     def _fetch_remote(self, digest: str) -> Path:
         try:
             entry = self._cache.hold(digest)
-            # One at a time: what another process has just put there in place of a damaged copy stays.
+            # One process at a time: another one may just have replaced a damaged copy.
             with self._cache.writing(digest):
-                with suppress(ArtifactDamaged):
+                try:
                     verify_folder(entry, digest)
+                except ArtifactDamaged:
+                    self._download(digest, entry)
+                else:
                     with suppress(FileNotFoundError):
-                        self._use(digest)
-                    return entry
-                self._download(digest, entry)
+                        self._mark_used(digest)
         except FileNotFoundError as error:
             raise ArtifactDamaged(
-                f"{self.url}/{digest}: not in the store, or not completely written; run its stage again"
+                f"{self.url}/{digest}: not in the store, or not completely written; "
+                "run its stage again"
             ) from error
         except OSError as error:
             raise StoreError(
@@ -228,17 +244,18 @@ class ArtifactStore:
 
     def _download(self, digest: str, entry: Path) -> None:
         shutil.rmtree(entry, ignore_errors=True)
-        self._use(digest)
+        self._mark_used(digest)
         listed = {file.name: file for file in self.storage.find(digest)}
         self._cache.make_room(sum(file.bytes for file in listed.values()))
-        beside = Path(tempfile.mkdtemp(prefix=f"{digest}.reading-", dir=self._cache.folder))
+        unfinished = Path(tempfile.mkdtemp(prefix=f"{digest}.reading-", dir=self._cache.folder))
         try:
-            self._read_folder(digest, beside)
-            verify_folder(beside, digest)
-            rename_into_place(beside, entry)
+            self._read_folder(digest, unfinished)
+            verify_folder(unfinished, digest)
+            rename_into_place(unfinished, entry)
         except ArtifactDamaged:
-            # Where sizes are right only reading shows the damage. Without its manifest the artifact counts as missing.
+            # Where the sizes are right, only reading shows the damage. Without its manifest the
+            # artifact counts as missing, so that its stage makes it again.
             self.storage.remove(listed[f"{digest}/{MANIFEST}"])
             raise
         finally:
-            shutil.rmtree(beside, ignore_errors=True)
+            shutil.rmtree(unfinished, ignore_errors=True)
