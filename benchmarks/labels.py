@@ -48,9 +48,8 @@ from distillery.labels.store import LabelStore, StoredAnswer
 from distillery.prompts import Message, render_messages
 from distillery.recipe import Columns, PromptRecipe, TeacherRecipe
 from distillery.records import Example
-from distillery.teacher.asking import MOST_LOGPROBS
-from distillery.teacher.clients import CallOptions
 from distillery.teacher.endpoint import Endpoint, Sdk
+from distillery.teacher.options import MOST_LOGPROBS, CallOptions
 
 ROWS, MANY_ROWS, SEQUENTIAL_ROWS = 2_000, 100_000, 100
 LATENCY_S, PLACES, SPREAD = 0.2, 64, 0.5

@@ -1,7 +1,7 @@
-"""teacher/endpoint"""
+"""Where the teacher is asked, through which SDK, and with which key or login."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 from urllib.parse import urlsplit, urlunsplit
 
 from pydantic import SecretStr
@@ -10,22 +10,28 @@ from distillery.errors import CredentialsError
 from distillery.recipe import TeacherRecipe
 from distillery.settings import TeacherSettings, is_loopback
 
+if TYPE_CHECKING:
+    from azure.core.credentials_async import AsyncTokenCredential
+
 Sdk = Literal["azure-ai-inference", "openai"]
 
-_INFERENCE_HOSTS = (".inference.ai.azure.com", ".models.ai.azure.com")
+INFERENCE_HOSTS = (".inference.ai.azure.com", ".models.ai.azure.com")
 
-_AZURE_HOSTS = (
-    *_INFERENCE_HOSTS,
+AZURE_HOSTS = (
+    *INFERENCE_HOSTS,
     ".services.ai.azure.com",
     ".openai.azure.com",
     ".cognitiveservices.azure.com",
 )
 
+SHORTEST_SECRET = 8
+"""A key of fewer characters is a word such as "none", which may well appear in an answer."""
+
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where the teacher answers. `identity` names it in the label store; `key` is None where azure-identity logs in,
-    or where a server on this machine asks for none."""
+    """Where the teacher answers. `identity` names it in the label store. `key` is None if
+    azure-identity logs in, or if a server on this machine needs no key."""
 
     url: str
     model: str
@@ -33,76 +39,127 @@ class Endpoint:
     identity: str
     sdk: Sdk
 
+    @property
+    def is_local(self) -> bool:
+        """Whether the endpoint is a server on this machine."""
+        return is_loopback(host_of(self.url))
+
+    def redact(self, text: str) -> str:
+        """Return `text` without the key."""
+        key = self.key.get_secret_value() if self.key else ""
+        if len(key) < SHORTEST_SECRET:
+            return text
+        return text.replace(key, "***")
+
 
 def resolve_endpoint(recipe: TeacherRecipe, settings: TeacherSettings | None = None) -> Endpoint:
-    """The endpoint that TEACHER_MODEL_* name. Raises CredentialsError with the names that are missing or wrong."""
+    """Return the endpoint that TEACHER_MODEL_* name. Raises CredentialsError with the names of
+    those that are missing or wrong."""
     settings = settings or TeacherSettings()
-    names = {
-        "TEACHER_MODEL_NAME": settings.model.strip(),
-        "TEACHER_MODEL_ENDPOINT": settings.endpoint.strip(),
-    }
+    model = settings.model.strip()
+    address = settings.endpoint.strip()
     key = settings.key.get_secret_value().strip()
-    missing = [name for name, value in names.items() if not value]
+    missing = []
+    if not model:
+        missing.append("TEACHER_MODEL_NAME")
+    if not address:
+        missing.append("TEACHER_MODEL_ENDPOINT")
+    if missing and not key:
+        missing.append("TEACHER_MODEL_KEY")
     if missing:
-        missing += [] if key else ["TEACHER_MODEL_KEY"]
         raise CredentialsError(
-            f"{', '.join(missing)}: not set; set them in the environment or in .env (see sample.env)"
+            f"{', '.join(missing)}: not set; set them in the environment or in .env "
+            "(see sample.env)"
         )
-    url = _base_url(names["TEACHER_MODEL_ENDPOINT"])
-    _check_key(key, url)
-    model = names["TEACHER_MODEL_NAME"]
-    sdk = infer_sdk(url) if recipe.sdk == "auto" else recipe.sdk
-    return Endpoint(url, model, SecretStr(key) if key else None, recipe.identity or model, sdk)
+    url = base_url_of(address)
+    check_key(key, url)
+    return Endpoint(
+        url=url,
+        model=model,
+        key=SecretStr(key) if key else None,
+        identity=recipe.identity or model,
+        sdk=infer_sdk(url) if recipe.sdk == "auto" else recipe.sdk,
+    )
 
 
 def infer_sdk(url: str) -> Sdk:
-    """azure-ai-inference for hosts of Azure's model inference API; openai for Azure's v1 endpoint and all others."""
-    parts = urlsplit(url)
-    host = parts.hostname or ""
-    foundry = host.endswith(".services.ai.azure.com") and parts.path.startswith("/models")
-    return "azure-ai-inference" if foundry or host.endswith(_INFERENCE_HOSTS) else "openai"
+    """Return azure-ai-inference for hosts of Azure's model inference API, and openai for Azure's
+    v1 endpoint and all others."""
+    host = host_of(url)
+    is_foundry = host.endswith(".services.ai.azure.com")
+    if is_foundry and urlsplit(url).path.startswith("/models"):
+        return "azure-ai-inference"
+    if host.endswith(INFERENCE_HOSTS):
+        return "azure-ai-inference"
+    return "openai"
 
 
-def _base_url(text: str) -> str:
-    """The URL before /chat/completions, as both SDKs want it; a bare Azure OpenAI host gets its v1 path."""
+def base_url_of(address: str) -> str:
+    """Return the URL up to /chat/completions, as both SDKs need it. A bare Azure OpenAI host gets
+    the path of its v1 endpoint. Raises CredentialsError if `address` is not a usable URL."""
     try:
-        parts = urlsplit(text)
+        parts = urlsplit(address)
         valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
     except ValueError:
         valid = False
     if not valid:
         raise CredentialsError(
-            "TEACHER_MODEL_ENDPOINT: no URL; it starts with https:// and names a host"
+            "TEACHER_MODEL_ENDPOINT: not a valid URL; it must start with https:// and name a host"
         )
     if "@" in parts.netloc:
         raise CredentialsError(
-            "TEACHER_MODEL_ENDPOINT: holds a user name; put the key in TEACHER_MODEL_KEY"
+            "TEACHER_MODEL_ENDPOINT: contains a user name; put the key in TEACHER_MODEL_KEY"
         )
     path = parts.path.rstrip("/").removesuffix("/chat/completions")
-    if not path and (parts.hostname or "").endswith(
-        (".openai.azure.com", ".services.ai.azure.com")
-    ):
+    is_bare = not path
+    if is_bare and host_of(address).endswith((".openai.azure.com", ".services.ai.azure.com")):
         path = "/openai/v1"
     return urlunsplit((parts.scheme, parts.netloc, path, "", ""))
 
 
-def _check_key(key: str, url: str) -> None:
-    host = urlsplit(url).hostname or ""
-    if not key and not is_loopback(host) and not host.endswith(_AZURE_HOSTS):
+def check_key(key: str, url: str) -> None:
+    """Raise CredentialsError if the key cannot be one, or is missing where one is needed."""
+    host = host_of(url)
+    if not key and not is_loopback(host) and not host.endswith(AZURE_HOSTS):
         raise CredentialsError(
-            f"TEACHER_MODEL_KEY: not set, and {host} is no Azure host that azure-identity could log in to; "
-            "set the key (any word where the server asks for none)"
+            f"TEACHER_MODEL_KEY: not set, and {host} is not an Azure host that azure-identity can "
+            "log in to; set the key (any word if the server needs none)"
         )
     if key and not (key.isascii() and key.isprintable()):
-        raise CredentialsError("TEACHER_MODEL_KEY: has characters that no key has; copy it again")
+        raise CredentialsError(
+            "TEACHER_MODEL_KEY: contains characters that no key has; copy it again"
+        )
+
+
+async def log_in(endpoint: Endpoint) -> "AsyncTokenCredential | None":
+    """Return azure-identity's credential, which has given a token, for an Azure endpoint without a
+    key; None for any other endpoint. Raises CredentialsError if there is no login."""
+    if endpoint.key or endpoint.is_local:
+        return None
+    from azure.core.exceptions import ClientAuthenticationError
+    from azure.identity.aio import DefaultAzureCredential
+
+    credential = DefaultAzureCredential()
+    try:
+        await credential.get_token(token_scope(endpoint.url))
+    except ClientAuthenticationError:
+        await credential.close()
+        raise CredentialsError(
+            "TEACHER_MODEL_KEY: not set, and azure-identity finds no login; set the key, or run "
+            "'az login'"
+        ) from None
+    return credential
 
 
 def token_scope(url: str) -> str:
-    """The Entra ID scope: that of Azure AI services, or Azure ML's for its serverless endpoints (the SDK's default).
-    Sources: learn.microsoft.com/azure/developer/ai/how-to/switching-endpoints; the README of azure-ai-inference."""
-    serverless = (urlsplit(url).hostname or "").endswith(_INFERENCE_HOSTS)
-    return (
-        "https://ml.azure.com/.default"
-        if serverless
-        else "https://cognitiveservices.azure.com/.default"
-    )
+    """Return the Entra ID scope: that of Azure AI services, or that of Azure ML for its serverless
+    endpoints (the SDK's default). Sources: the README of azure-ai-inference;
+    learn.microsoft.com/azure/developer/ai/how-to/switching-endpoints."""
+    if host_of(url).endswith(INFERENCE_HOSTS):
+        return "https://ml.azure.com/.default"
+    return "https://cognitiveservices.azure.com/.default"
+
+
+def host_of(url: str) -> str:
+    """Return the name or address of a URL's host."""
+    return urlsplit(url).hostname or ""

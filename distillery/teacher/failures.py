@@ -1,4 +1,5 @@
-"""teacher/failures"""
+"""A call that gave no completion: what the endpoint said, whether to try again, and the error that
+the user sees."""
 
 import email.utils
 import json
@@ -7,89 +8,161 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-Redact = Callable[[str], str]
+from distillery.errors import CredentialsError, DistilleryError, TeacherError, TeacherUnavailable
+from distillery.records import Usage
+from distillery.teacher.endpoint import Endpoint
 
 MALFORMED = 200
-"""The status of a response that is no chat completion."""
+"""The status of a response that is not a chat completion."""
+
+UNKNOWN_MODEL_CODES = ("unknown_model", "model_not_found", "deploymentnotfound")
+
+CONTENT_FILTER_WORDS = ("content_filter", "responsibleaipolicy", "content management policy")
+
+CONTEXT_LENGTH_WORDS = ("context_length", "context length")
 
 
 class CallFailed(Exception):
-    """One call that gave no completion. `status` is None where no response came; `message` holds no key."""
+    """One try that gave no completion. `status` is the HTTP status, MALFORMED, or None if no whole
+    response came. `code`, `param` and `message` are what the error's body says, passed through
+    `redact`, so that they do not contain the key. `retry_after` is in seconds."""
 
     def __init__(
         self,
         status: int | None,
-        message: str,
+        body: str,
         headers: Mapping[str, str] | None = None,
         *,
-        redact: Redact = str,
+        redact: Callable[[str], str] = str,
         timed_out: bool = False,
     ) -> None:
+        code, param, message = error_details(body)
         self.status = status
+        self.code = redact(code)
+        self.param = redact(param)
+        self.message = redact(message)
         self.timed_out = timed_out
         self.headers = headers or {}
-        self.retry_after = _retry_after(self.headers)
-        self.code, self.param, self.message = (redact(part) for part in _details(message))
+        self.retry_after = parse_retry_after(self.headers)
         super().__init__(f"status {status}: {self.message[:200]}")
 
     @property
     def is_worth_a_retry(self) -> bool:
-        return (
-            self.status is None or self.status in (MALFORMED, 408, 409, 429) or self.status >= 500
-        )
+        """Whether the same call may succeed later."""
+        if self.status is None:
+            return True
+        return self.status in (MALFORMED, 408, 409, 429) or self.status >= 500
 
     @property
-    def of_this_call_alone(self) -> str:
-        """Why this one question is refused and others need not be, or nothing."""
+    def question_refusal(self) -> str:
+        """Why the endpoint refuses this question, though it may answer others: content_filter or
+        context_length_exceeded, as a completion's finish_reason; "" if that is not the case."""
         if self.status not in (400, 413, 422):
             return ""
         text = f"{self.code} {self.message}".lower()
-        if (
-            "content_filter" in text
-            or "responsibleaipolicy" in text
-            or "content management policy" in text
-        ):
+        if any(word in text for word in CONTENT_FILTER_WORDS):
             return "content_filter"
-        return (
-            "context_length_exceeded"
-            if "context_length" in text or "context length" in text
-            else ""
-        )
+        if any(word in text for word in CONTEXT_LENGTH_WORDS):
+            return "context_length_exceeded"
+        return ""
+
+    def billed_usage(self, prompt_tokens: int) -> Usage | None:
+        """Return what the call may be billed for; None if nobody knows, since no whole completion
+        came back. A prompt that was read and refused may be billed, another error is not
+        (learn.microsoft.com/azure/ai-foundry/openai/how-to/manage-costs)."""
+        if self.status in (None, MALFORMED):
+            return None
+        if self.status == 408 or self.question_refusal:
+            return Usage(prompt_tokens=prompt_tokens)
+        return Usage()
 
 
-def _details(body: str) -> tuple[str, str, str]:
-    """(code, param, message) of an error body: {"error": ...} as OpenAI and Azure write it, {"detail": ...} or text."""
+def error_details(body: str) -> tuple[str, str, str]:
+    """Return (code, param, message) of an error's body: {"error": ...} as OpenAI and Azure write
+    it, {"detail": ...} as FastAPI does, or plain text."""
     try:
         parsed = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         parsed = body
     error = parsed.get("error", parsed) if isinstance(parsed, dict) else parsed
     if not isinstance(error, dict):
         return "", "", " ".join(str(error).split())
-    message = " ".join(str(error.get("message") or body).split())
-    return (
-        str(error.get("code") or ""),
-        str(error.get("param") or _place(parsed.get("detail"))),
-        message,
+    code = error.get("code") or ""
+    param = error.get("param") or refused_field(parsed.get("detail"))
+    message = error.get("message") or body
+    return str(code), str(param), " ".join(str(message).split())
+
+
+def refused_field(detail: Any) -> str:
+    """Return the path of the first field that FastAPI refuses, such as body.logprobs, or ""."""
+    if isinstance(detail, list) and detail:
+        detail = detail[0]
+    path = detail.get("loc") if isinstance(detail, dict) else None
+    if not isinstance(path, list):
+        return ""
+    return ".".join(map(str, path))
+
+
+def parse_retry_after(headers: Mapping[str, str]) -> float | None:
+    """Return the seconds to wait by Azure's retry-after-ms or HTTP's Retry-After (seconds or a
+    date), at least 0; None if there is no such header or no sense in it."""
+    milliseconds = headers.get("retry-after-ms", "")
+    value = headers.get("retry-after", "")
+    if not milliseconds and not value:
+        return None
+    try:
+        seconds = float(milliseconds) / 1000 if milliseconds else float(value)
+    except ValueError:
+        try:
+            seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
+        except ValueError:
+            return None
+    return max(seconds, 0.0) if math.isfinite(seconds) else None
+
+
+def final_error(
+    failure: CallFailed, endpoint: Endpoint, attempts: int, timeout_s: float
+) -> DistilleryError:
+    """Return the error that ends a call after its last try, with the settings to look at."""
+    status, url = failure.status, endpoint.url
+    if status in (401, 403):
+        if endpoint.key or endpoint.is_local:
+            return CredentialsError(
+                f"TEACHER_MODEL_KEY: refused by {url} ({status}); check that it is the key of "
+                "TEACHER_MODEL_ENDPOINT"
+            )
+        return CredentialsError(
+            f"azure-identity's login: refused by {url} ({status}); give it the role Cognitive "
+            "Services User on that resource, or set TEACHER_MODEL_KEY"
+        )
+    if status == 404 or failure.code.lower() in UNKNOWN_MODEL_CODES:
+        return TeacherError(
+            f"TEACHER_MODEL_NAME {endpoint.model}: not found at TEACHER_MODEL_ENDPOINT {url} "
+            f"({status}); check both"
+        )
+    if failure.is_worth_a_retry and status != MALFORMED:
+        trouble = describe_trouble(failure, attempts, timeout_s)
+        return TeacherUnavailable(
+            f"TEACHER_MODEL_ENDPOINT {url}: {trouble}", overloaded=status == 429
+        )
+    return TeacherError(
+        f"TEACHER_MODEL_ENDPOINT {url}: returned no chat completion ({status}: "
+        f"{failure.message[:200]}); check that it is a chat-completions endpoint and accepts these "
+        "teacher settings"
     )
 
 
-def _place(detail: Any) -> str:
-    first = detail[0] if isinstance(detail, list) and detail else detail
-    return ".".join(str(part) for part in first.get("loc", ())) if isinstance(first, dict) else ""
-
-
-def _retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds to wait, from Azure's retry-after-ms or HTTP's Retry-After (seconds or a date), or None."""
-    milliseconds, value = headers.get("retry-after-ms", ""), headers.get("retry-after", "")
-    try:
-        if milliseconds or value:
-            seconds = float(milliseconds) / 1000 if milliseconds else float(value)
-            return max(seconds, 0.0) if math.isfinite(seconds) else None
-        return None
-    except ValueError:
-        pass
-    try:
-        return max(email.utils.parsedate_to_datetime(value).timestamp() - time.time(), 0.0)
-    except ValueError:
-        return None
+def describe_trouble(failure: CallFailed, attempts: int, timeout_s: float) -> str:
+    """Return what went wrong in all tries of a call, and what to do about it."""
+    tries = "after 1 try" if attempts == 1 else f"after {attempts} tries"
+    if failure.status == 429:
+        return (
+            f"too many requests (429) {tries}; lower teacher.concurrency or raise teacher.attempts"
+        )
+    if failure.status is not None:
+        return f"fails with {failure.status} {tries}; try again later"
+    if failure.timed_out:
+        return (
+            f"no answer within {timeout_s:g} s {tries}; raise teacher.timeout_s or try again later"
+        )
+    return f"can't be reached {tries} ({failure.message[:200]}); check the URL and that it runs"

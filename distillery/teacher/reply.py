@@ -1,22 +1,27 @@
-"""teacher/reply"""
+"""Reading the JSON of a chat completion. An endpoint may send anything, so that each part is
+checked for its type and replaced by its default if it is of another."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from distillery.records import Usage
 from distillery.teacher.answers import letter_of
 
+Pairs = tuple[tuple[str, float], ...]
+"""The alternatives at a token: (token, natural logarithm of its probability)."""
+
 
 @dataclass(frozen=True)
 class Completion:
-    """One answer. `top_logprobs` are the (token, log-probability) pairs at the first token that is one of the letters
-    (after a rationale: the last), `answer_letter`; both None where the endpoint gave none. `latency_ms` is that of the
-    call that succeeded."""
+    """One answer. `top_logprobs` are the alternatives at the first token that is one of the
+    letters (after a rationale: the last), and `answer_letter` is that letter. Without such a token
+    they are () and None; if the endpoint sent no log-probabilities, both are None. `latency_ms` is
+    the duration of the successful try of `attempts` tries."""
 
     text: str
     finish_reason: str
-    top_logprobs: tuple[tuple[str, float], ...] | None = None
+    top_logprobs: Pairs | None = None
     answer_letter: str | None = None
     usage: Usage = field(default_factory=Usage)
     model_version: str = ""
@@ -24,61 +29,96 @@ class Completion:
     attempts: int = 1
 
 
-def usage_of(payload: dict[str, Any]) -> Usage | None:
-    """What the endpoint counted; None where it counted nothing."""
-    usage = mapping_of(payload.get("usage"))
-    prompt_tokens = _count(usage.get("prompt_tokens"))
-    cached = _count(mapping_of(usage.get("prompt_tokens_details")).get("cached_tokens"))
-    if not prompt_tokens:
-        return None
-    return Usage(
-        prompt_tokens=prompt_tokens,
-        completion_tokens=_count(usage.get("completion_tokens")),
-        cached_tokens=min(cached, prompt_tokens),
+def read_completion(
+    payload: dict[str, Any], letters: Sequence[str], last: bool, redact: Callable[[str], str]
+) -> Completion:
+    """Return the first choice of a chat completion; without choices, an answer without text.
+    `letters` and `last` as in `letter_at_answer`. The text is passed through `redact`."""
+    choices = list_of(payload.get("choices"))
+    choice = mapping_of(choices[0]) if choices else {}
+    message = mapping_of(choice.get("message"))
+    text = message.get("content")
+    finish_reason = choice.get("finish_reason")
+    if not text and message.get("refusal"):
+        text = message["refusal"]
+        finish_reason = "refusal"
+    text = storable(redact(str(text or "")))
+    tokens = list_of(mapping_of(choice.get("logprobs")).get("content"))
+    letter, pairs = letter_at_answer([mapping_of(token) for token in tokens], text, letters, last)
+    return Completion(
+        text=text,
+        finish_reason=str(finish_reason or ""),
+        top_logprobs=pairs,
+        answer_letter=letter,
+        usage=usage_of(payload) or Usage(),
+        model_version=storable(str(payload.get("model") or "")),
     )
-
-
-def mapping_of(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
-
-
-def _count(value: Any) -> int:
-    return value if isinstance(value, int) and 0 <= value < 2**31 else 0
 
 
 def letter_at_answer(
-    tokens: Any, text: str, letters: Sequence[str], last: bool = False
-) -> tuple[str | None, tuple[tuple[str, float], ...] | None]:
-    """The letter and the alternatives at the first token that is a letter (or the last), after any thinking; without
-    such a token (None, ()), and (None, None) where the response holds no log-probabilities at all."""
-    tokens = (
-        [token for token in tokens if isinstance(token, dict)] if isinstance(tokens, list) else []
-    )
+    tokens: list[dict[str, Any]], text: str, letters: Sequence[str], last: bool
+) -> tuple[str | None, Pairs | None]:
+    """Return the letter and the alternatives at the first token (`last`: the last) that is one of
+    `letters` and comes after any thinking; (None, ()) if no token is, and (None, None) if no token
+    lists alternatives. `tokens` are the entries of logprobs.content, `text` is all that they say.
+    """
     if not any(token.get("top_logprobs") for token in tokens):
         return None, None
+    thinking = "</think>" in text
     passed = ""
-    found: tuple[str | None, tuple[tuple[str, float], ...]] = (None, ())
+    found: tuple[str | None, Pairs] = None, ()
     for token in tokens:
-        thinking = "</think>" in text and "</think>" not in passed
-        passed += str(token.get("token") or "")
-        letter = letter_of(str(token.get("token") or ""))
-        if letter in letters and not thinking:
-            listed = token.get("top_logprobs")
-            alternatives = (
-                [one for one in listed if isinstance(one, dict)] if isinstance(listed, list) else []
-            )
-            pairs = [(str(one.get("token") or ""), one.get("logprob")) for one in alternatives]
-            found = (
-                letter,
-                tuple(
-                    (name, float(value)) for name, value in pairs if isinstance(value, int | float)
-                ),
-            )
+        written = str(token.get("token") or "")
+        letter = letter_of(written)
+        if thinking:
+            passed += written
+            thinking = "</think>" not in passed
+        elif letter in letters:
+            found = letter, alternatives_of(token)
             if not last:
                 break
     return found
 
 
+def alternatives_of(token: dict[str, Any]) -> Pairs:
+    """Return the alternatives that a token lists, without those that have no number."""
+    pairs = []
+    for alternative in map(mapping_of, list_of(token.get("top_logprobs"))):
+        value = alternative.get("logprob")
+        if isinstance(value, int | float):
+            pairs.append((str(alternative.get("token") or ""), float(value)))
+    return tuple(pairs)
+
+
+def usage_of(payload: dict[str, Any]) -> Usage | None:
+    """Return the tokens that the endpoint counted; None if it counted none."""
+    usage = mapping_of(payload.get("usage"))
+    prompt_tokens = count_of(usage.get("prompt_tokens"))
+    if not prompt_tokens:
+        return None
+    cached = count_of(mapping_of(usage.get("prompt_tokens_details")).get("cached_tokens"))
+    return Usage(
+        prompt_tokens=prompt_tokens,
+        completion_tokens=count_of(usage.get("completion_tokens")),
+        cached_tokens=min(cached, prompt_tokens),
+    )
+
+
+def mapping_of(value: Any) -> dict[str, Any]:
+    """Return `value` if it is a JSON object, else an empty one."""
+    return value if isinstance(value, dict) else {}
+
+
+def list_of(value: Any) -> list[Any]:
+    """Return `value` if it is a JSON array, else an empty one."""
+    return value if isinstance(value, list) else []
+
+
+def count_of(value: Any) -> int:
+    """Return `value` if it is a number of tokens, else 0."""
+    return value if isinstance(value, int) and 0 <= value < 2**31 else 0
+
+
 def storable(text: str) -> str:
-    """`text` without what UTF-8 or PostgreSQL can't hold: lone surrogates and NUL."""
+    """Return `text` with what UTF-8 or PostgreSQL cannot store (lone surrogates, NUL) replaced."""
     return text.encode("utf-8", "replace").decode().replace("\0", "\ufffd")
