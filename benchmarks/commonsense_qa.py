@@ -26,13 +26,12 @@ from distillery.evaluation.statistics import paired_interval, wilson
 from distillery.labels.known import gold_labels
 from distillery.models.base import base_folder
 from distillery.models.load import end_of_turn_id, load_model, load_tokenizer, pad_id
-from distillery.models.placement import placement
+from distillery.models.device import choose_device
 from distillery.recipe import BaseModelRecipe, Columns, LayerChoice, PromptRecipe, TrainingRecipe
 from distillery.records import Example
 from distillery.training.loop import train
-from distillery.training.losses import TrainingRow
 from distillery.training.pruning import chosen_layers, keep_layers
-from distillery.training.rows import training_rows
+from distillery.training.rows import TrainingRow, training_rows
 from distillery.training.validation import option_probabilities
 
 HELD_OUT = 400
@@ -94,7 +93,7 @@ class Bench:
 
     def probabilities(self, model: Any, rows: Sequence[TrainingRow]) -> list[list[float]]:
         return option_probabilities(
-            model.float(), rows, pad_id=self.pad_id, place=placement(), batch_size=16
+            model.float(), rows, pad_id=self.pad_id, device=choose_device(), batch_size=16
         )
 
 

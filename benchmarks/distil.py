@@ -45,15 +45,14 @@ from distillery.machine import machine_name
 from distillery.models.base import base_folder
 from distillery.models.inspect import parameter_count
 from distillery.models.load import end_of_turn_id, load_model, load_tokenizer, pad_id
-from distillery.models.placement import placement
+from distillery.models.device import choose_device
 from distillery.recipe import Columns, ExportForm, LayerChoice, TrainingRecipe, load_recipe
 from distillery.records import Example, digest_of
 from distillery.storage.digests import digest_of_files, list_files
 from distillery.training import loop
-from distillery.training.losses import TrainingRow
-from distillery.training.objective import hidden_states
+from distillery.training.hidden_states import hidden_states
 from distillery.training.pruning import keep_layers, resolved_layers
-from distillery.training.rows import training_rows
+from distillery.training.rows import TrainingRow, training_rows
 from distillery.training.validation import accuracy_of, option_probabilities
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -115,7 +114,7 @@ class Bench:
         self.base = base_folder(DEMO.teacher.preparation.base)
         self.tokenizer = load_tokenizer(self.base)
         self.pad_id, self.end_id = pad_id(self.tokenizer), end_of_turn_id(self.tokenizer)
-        self.place = placement()
+        self.device = choose_device()
         self.test = self.rendered(read("test"))
         self.pool = self.rendered(read("pool"))
         self.teacher = self.prepared_teacher()
@@ -132,7 +131,7 @@ class Bench:
         )[0]
 
     def accuracy(self, model: Any) -> float:
-        return accuracy_of(model.float(), self.test, pad_id=self.pad_id, place=self.place)
+        return accuracy_of(model.float(), self.test, pad_id=self.pad_id, device=self.device)
 
     def prepared_teacher(self) -> Path:
         recipe = DEMO.teacher.preparation.training.model_copy(update={"max_steps": self.steps})
@@ -145,7 +144,7 @@ class Bench:
 
     def teachers_word(self, rows: Sequence[TrainingRow]) -> tuple[list[list[float]], torch.Tensor]:
         """Its probabilities over the rows' options, and its last hidden states there."""
-        model, options = load_model(self.teacher)[0], {"pad_id": self.pad_id, "place": self.place}
+        model, options = load_model(self.teacher)[0], {"pad_id": self.pad_id, "device": self.device}
         return (
             option_probabilities(model, rows, **options),
             hidden_states(model, rows, **options),

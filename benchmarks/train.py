@@ -322,7 +322,7 @@ def accuracy(rows: dict[str, Any], adapter: Path | None) -> float:
     from benchmarks.distil import read
     from distillery.labels.known import gold_labels
     from distillery.models.load import load_model, pad_id
-    from distillery.models.placement import placement
+    from distillery.models.device import choose_device
     from distillery.recipe import load_recipe
     from distillery.training.rows import training_rows
     from distillery.training.validation import accuracy_of
@@ -332,7 +332,7 @@ def accuracy(rows: dict[str, Any], adapter: Path | None) -> float:
     model, tokenizer = load_model(Path(rows["base"]), adapter)
     test = read("test")
     rendered = training_rows(test, gold_labels(test), load_recipe("demo").prompt, tokenizer)[0]
-    return accuracy_of(model, rendered, pad_id=pad_id(tokenizer), place=placement())
+    return accuracy_of(model, rendered, pad_id=pad_id(tokenizer), device=choose_device())
 
 
 def main(steps: int) -> None:

@@ -1,4 +1,8 @@
-"""Runs one Olive workflow in this process: our passes, a fresh cache, and an error where no model came out."""
+"""Run one Olive workflow in this process: with our own passes, a new cache, and an error where no
+model came out.
+
+In: a model's folder and the passes' settings. Out: folders with the model and its adapter.
+"""
 
 import io
 import json
@@ -6,7 +10,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -14,126 +18,138 @@ from typing import Any
 from distillery.errors import DistilleryError, ExportError
 from distillery.storage.working import working_folder
 
-OUR_PASSES = {
-    "KeepLayers": "distillery.training.olive_passes.KeepLayers",
-    "Distillation": "distillery.training.olive_passes.Distillation",
-}
-_ANY = {
-    "supported_providers": ["*"],
-    "supported_accelerators": ["*"],
-    "supported_precisions": ["*"],
-}
-
 
 def run_workflow(
     input_model: dict[str, Any],
     passes: dict[str, dict[str, Any]],
     out: Path,
     *,
+    own_passes: Mapping[str, str] | None = None,
     adapter_only: bool = False,
 ) -> None:
-    """Runs `passes` in order over `input_model` (an Olive HfModel config).
+    """Run `passes` in order over `input_model` (the settings of an Olive HfModel).
 
-    What the last one made goes to out/model and its adapter to out/adapter; with `adapter_only`, the adapter alone.
-    Raises ExportError where Olive ended without a model, which it reports as success; our passes' own errors come out
-    as they are."""
+    `own_passes`: pass classes that are not Olive's, by their type's name, as import paths. Writes
+    the last pass's model to out/model and its adapter to out/adapter; with `adapter_only`, the
+    adapter alone. Raises ExportError where Olive ends without a model, which Olive itself reports
+    as success; a DistilleryError of a pass is raised as it is."""
     os.environ.setdefault("OLIVE_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from olive.exception import EXCEPTIONS_TO_RAISE
     from olive.telemetry.telemetry import Telemetry
     from olive.workflows import run
 
-    # OLIVE_DISABLE_TELEMETRY still lets one heartbeat out; on what Olive takes for a CI machine none is sent.
+    # OLIVE_DISABLE_TELEMETRY still lets one heartbeat out; none is sent from what Olive takes for a
+    # CI machine.
     Telemetry._is_ci_environment = staticmethod(lambda: True)  # type: ignore[method-assign]
 
+    names, said = ", ".join(passes), io.StringIO()
     with working_folder("olive") as work:
-        config = {
-            "input_model": {"type": "HfModel", **input_model},
-            "systems": {
-                "here": {
-                    "type": "LocalSystem",
-                    "accelerators": [
-                        {"device": "cpu", "execution_providers": ["CPUExecutionProvider"]}
-                    ],
-                }
-            },
-            "host": "here",
-            "target": "here",
-            "passes": passes,
-            "evaluate_input_model": False,
-            "no_artifacts": True,
-            "cache_dir": str(work / "cache"),
-            "output_dir": str(work / "output"),
-            "log_severity_level": 3,
-        }
-        log = io.StringIO()
+        config = workflow_config(input_model, passes, work)
+        package_config = config_of_passes(own_passes or {})
         temporary = tempfile.tempdir
         try:
-            with _caught_by_olive() as caught, redirect_stdout(log):
-                result = run(config, package_config=_package_config(), tempdir=str(work))
+            with errors_logged_by_olive() as logged, redirect_stdout(said):
+                result = run(config, package_config=package_config, tempdir=str(work))
         except EXCEPTIONS_TO_RAISE as error:
-            # What Olive takes for its user's fault, it neither logs nor goes on from.
-            raise _reason([error], log.getvalue(), ", ".join(passes)) from error
+            # Olive does not log the errors that it takes for its user's fault, but raises them.
+            raise workflow_error([error], said.getvalue(), names) from error
         finally:
-            # Olive moves the temporary folder of the whole process into its own, which is about to go.
+            # Olive moves the whole process's temporary folder into `work`, which is removed here.
             tempfile.tempdir = temporary
         if result is None or not result.has_output_model():
-            raise _reason(caught, log.getvalue(), ", ".join(passes))
-        _copy_output(result.get_best_candidate().model_config, out, adapter_only)
+            raise workflow_error(logged, said.getvalue(), names)
+        copy_output(result.get_best_candidate().model_config, out, adapter_only)
+
+
+def workflow_config(
+    input_model: dict[str, Any], passes: dict[str, dict[str, Any]], work: Path
+) -> dict[str, Any]:
+    """Return the settings of an Olive workflow on this machine's CPU, with its files in `work`."""
+    accelerator = {"device": "cpu", "execution_providers": ["CPUExecutionProvider"]}
+    return {
+        "input_model": {"type": "HfModel", **input_model},
+        "systems": {"here": {"type": "LocalSystem", "accelerators": [accelerator]}},
+        "host": "here",
+        "target": "here",
+        "passes": passes,
+        "evaluate_input_model": False,
+        "no_artifacts": True,
+        "cache_dir": str(work / "cache"),
+        "output_dir": str(work / "output"),
+        "log_severity_level": 3,
+    }
+
+
+def config_of_passes(own_passes: Mapping[str, str]) -> dict[str, Any]:
+    """Return Olive's list of its passes with `own_passes` added, for every provider, accelerator
+    and precision."""
+    from olive.package_config import OlivePackageConfig
+
+    default = Path(OlivePackageConfig.get_default_config_path())
+    config: dict[str, Any] = json.loads(default.read_text())
+    for name, path in own_passes.items():
+        config["passes"][name] = {
+            "module_path": path,
+            "supported_providers": ["*"],
+            "supported_accelerators": ["*"],
+            "supported_precisions": ["*"],
+        }
+    return config
 
 
 @contextmanager
-def _caught_by_olive() -> Iterator[list[BaseException]]:
-    """The errors that Olive logs, with tracebacks of many lines, and goes on from."""
-    caught: list[BaseException] = []
+def errors_logged_by_olive() -> Iterator[list[BaseException]]:
+    """Collect the errors that Olive logs and continues after, in place of their tracebacks."""
+    logged: list[BaseException] = []
 
     class Collector(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
             if record.exc_info and record.exc_info[1]:
-                caught.append(record.exc_info[1])
+                logged.append(record.exc_info[1])
 
     logger = logging.getLogger("olive")
     before, logger.handlers = logger.handlers, [Collector()]
     try:
-        yield caught
+        yield logged
     finally:
         logger.handlers = before
 
 
-def _reason(caught: list[BaseException], said: str, passes: str) -> Exception:
-    if not caught:
+def workflow_error(logged: Sequence[BaseException], said: str, names: str) -> Exception:
+    """Return what to raise for a workflow of the passes `names` that ended without a model.
+
+    That is the first error that Olive has logged, in one line; else the end of what it `said`."""
+    if not logged:
         return ExportError(
-            f"Olive ended without a model after {passes}; the last that it said: {' '.join(said.split())[-300:]}"
+            f"Olive ended without a model after {names}; the last output was: "
+            f"{' '.join(said.split())[-300:]}"
         )
-    if isinstance(caught[0], DistilleryError):
-        return caught[0]
-    error = ExportError(
-        f"Olive failed at {passes} ({type(caught[0]).__name__}: {' '.join(str(caught[0]).split())[:200]})"
-    )
-    error.__cause__ = caught[0]
+    cause = logged[0]
+    if isinstance(cause, DistilleryError):
+        return cause
+    reason = " ".join(str(cause).split())[:200]
+    error = ExportError(f"Olive failed at {names} ({type(cause).__name__}: {reason})")
+    error.__cause__ = cause
     return error
 
 
-def _copy_output(model: dict[str, Any], out: Path, adapter_only: bool) -> None:
-    names = (
-        {"adapter_path": "adapter"}
-        if adapter_only
-        else {"model_path": "model", "adapter_path": "adapter"}
-    )
-    for key, name in names.items():
-        if source := model.get(key):
-            folder = Path(source).parent if Path(source).is_file() else Path(source)
-            shutil.copytree(folder, out / name, dirs_exist_ok=True)
-    for file in map(Path, (model.get("model_attributes") or {}).get("additional_files") or []):
-        if (out / "model").is_dir() and file.is_file() and not (out / "model" / file.name).exists():
-            shutil.copyfile(file, out / "model" / file.name)
+def copy_output(model: dict[str, Any], out: Path, adapter_only: bool) -> None:
+    """Copy the files of an Olive model's settings to out/model and out/adapter."""
+    if model.get("adapter_path"):
+        copy_folder(Path(model["adapter_path"]), out / "adapter")
+    if adapter_only:
+        return
+    if model.get("model_path"):
+        copy_folder(Path(model["model_path"]), out / "model")
+    attributes = model.get("model_attributes") or {}
+    for name in attributes.get("additional_files") or []:
+        source, target = Path(name), out / "model" / Path(name).name
+        if target.parent.is_dir() and source.is_file() and not target.exists():
+            shutil.copyfile(source, target)
 
 
-def _package_config() -> dict[str, Any]:
-    from olive.package_config import OlivePackageConfig
-
-    config: dict[str, Any] = json.loads(
-        Path(OlivePackageConfig.get_default_config_path()).read_text()
-    )
-    config["passes"] |= {name: {"module_path": path, **_ANY} for name, path in OUR_PASSES.items()}
-    return config
+def copy_folder(source: Path, target: Path) -> None:
+    """Copy a folder, or the folder of a file, into `target`."""
+    folder = source.parent if source.is_file() else source
+    shutil.copytree(folder, target, dirs_exist_ok=True)

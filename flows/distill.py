@@ -18,7 +18,7 @@ from prefect.runtime import flow_run
 from distillery.data.source import source_identity
 from distillery.errors import DistilleryError
 from distillery.machine import machine_name
-from distillery.models.base import pinned
+from distillery.models.base import pin_revision
 from distillery.readiness import check_settings
 from distillery.recipe import BaseModelRecipe, Recipe, load_recipe
 from distillery.records import (
@@ -131,7 +131,7 @@ def labelled_rows(
     train_rows, local, served = data.rows("train"), None, None
     if recipe.teacher.kind == "local":
         named = prepare_teacher.with_options(flow_run_name=f"{produced_by()}, preparation")
-        preparation = preparation.model_copy(update={"base": pinned(preparation.base)})
+        preparation = preparation.model_copy(update={"base": pin_revision(preparation.base)})
         with own_tags():
             local = named(preparation, recipe.prompt, data, training_deployment, refresh)
         served = local.model
@@ -145,7 +145,7 @@ def labelled_rows(
 
 def student_base(recipe: Recipe) -> BaseModelRecipe:
     """Return the student's base model; for a hub model, with its revision resolved."""
-    return pinned(recipe.student_base)
+    return pin_revision(recipe.student_base)
 
 
 def trained_student(

@@ -6,7 +6,7 @@ from distillery.evaluation.scoreboard import headline
 from distillery.evaluation.scoring import ModelToScore
 from distillery.labels.files import read_labels
 from distillery.models.base import base_folder, remote_code_allowed
-from distillery.models.inspect import parameter_count, parts
+from distillery.models.inspect import model_and_adapter, parameter_count
 from distillery.recipe import BaseModelRecipe, PromptRecipe
 from distillery.records import EvaluationReport, OnnxModel, Rows, StudentCheckpoint, TeacherLabels
 from distillery.storage.artifacts import ArtifactStore
@@ -86,7 +86,7 @@ def float_student(
     checkpoint: StudentCheckpoint, base: BaseModelRecipe, store: ArtifactStore
 ) -> ModelToScore:
     """Return the student as training left it, which Transformers runs."""
-    model, adapter = parts(store.fetch(checkpoint.artifact), base_folder(base))
+    model, adapter = model_and_adapter(store.fetch(checkpoint.artifact), base_folder(base))
     return ModelToScore(
         name=FLOAT,
         kind="transformers",

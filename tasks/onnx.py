@@ -5,7 +5,7 @@ from typing import Any
 from distillery.export import build
 from distillery.export.ladder import climb
 from distillery.models.base import base_folder, remote_code_allowed
-from distillery.models.inspect import parts
+from distillery.models.inspect import model_and_adapter
 from distillery.recipe import BaseModelRecipe, ExportForm, ExportRecipe, PromptRecipe, Recipe
 from distillery.records import OnnxModel, PreparedDataset, Rows, StudentCheckpoint
 from distillery.storage.artifacts import ArtifactStore
@@ -20,7 +20,7 @@ def export(checkpoint: StudentCheckpoint, base: BaseModelRecipe, recipe: ExportF
     """Merge, quantise and build a checkpoint for ONNX Runtime GenAI."""
     started = time.perf_counter()
     store = ArtifactStore()
-    model, adapter = parts(store.fetch(checkpoint.artifact), base_folder(base))
+    model, adapter = model_and_adapter(store.fetch(checkpoint.artifact), base_folder(base))
     with working_folder("onnx") as folder:
         build.export(model, adapter, recipe, folder, remote_code_allowed(base))
         artifact = store.put(folder)

@@ -12,7 +12,7 @@ from prefect import get_run_logger
 
 from distillery.errors import DistilleryError
 from distillery.models.base import base_folder, remote_code_allowed
-from distillery.models.inspect import parts
+from distillery.models.inspect import model_and_adapter
 from distillery.models.load import load_tokenizer
 from distillery.recipe import BaseModelRecipe, HealingRecipe, Layers, PromptRecipe, TrainingRecipe
 from distillery.records import Rows, StudentCheckpoint, TeacherLabels
@@ -48,7 +48,7 @@ def train(
     remote_code = remote_code_allowed(base)
     model, adapter = base_folder(base), None
     if start is not None:
-        model, adapter = parts(store.fetch(start.artifact), model)
+        model, adapter = model_and_adapter(store.fetch(start.artifact), model)
     inputs = read_training_inputs(
         load_tokenizer(model, remote_code),
         prompt,

@@ -29,7 +29,7 @@ from distillery.prompts import (
 from distillery.recipe import PromptRecipe
 from distillery.records import Example
 from distillery.training.batching import common_prefix, longest_shared
-from distillery.training.losses import TrainingRow
+from distillery.training.rows import TrainingRow
 
 WARM_UP_ROWS = 3
 
@@ -118,28 +118,28 @@ def _transformers(job: ScoringJob) -> tuple[Ask, str]:
     import torch
 
     from distillery.models.load import load_model, pad_id
-    from distillery.models.placement import placement
+    from distillery.models.device import choose_device
     from distillery.training.validation import option_probabilities
 
     torch.set_num_threads(job.threads)
     # For one row at a time, bfloat16 is the slower of the two on a processor: it repacks the weights for each row.
     on_processor = job.precision == "auto" and not torch.cuda.is_available()
-    place = placement("float32" if on_processor else job.precision)
+    device = choose_device("float32" if on_processor else job.precision)
     adapter = Path(job.model.adapter) if job.model.adapter else None
     model, tokenizer = load_model(Path(job.model.folder), adapter, job.model.remote_code)
-    model.to(place.device)
+    model.to(device.name)
     padding = pad_id(tokenizer)
-    if place.precision == "bfloat16":
+    if device.precision == "bfloat16":
         _cast_linear_layers(model)
 
-    after = _prompt_after_prompt(model.eval(), place)
+    after = _prompt_after_prompt(model.eval(), device)
 
     def probabilities(prompt: list[int], options: list[list[int]]) -> list[float]:
         if job.prompt.answer == "letter":
             scores = after(prompt)[[letter for (letter,) in options]]
             return [float(p) for p in torch.softmax(scores, -1)]
         row = TrainingRow(prompt=tuple(prompt), texts=tuple(map(tuple, options)), answer=0)
-        return option_probabilities(model, [row], pad_id=padding, place=place)[0]
+        return option_probabilities(model, [row], pad_id=padding, device=device)[0]
 
     ask = _asker(
         TransformersTokenizer(tokenizer),
@@ -147,10 +147,10 @@ def _transformers(job: ScoringJob) -> tuple[Ask, str]:
         model.config.max_position_embeddings,
         probabilities,
     )
-    return ask, f"{place.device} {place.precision}"
+    return ask, f"{device.name} {device.precision}"
 
 
-def _prompt_after_prompt(model: Any, place: Any) -> Callable[[list[int]], Any]:
+def _prompt_after_prompt(model: Any, device: Any) -> Callable[[list[int]], Any]:
     """The logits after a prompt, [vocabulary], where what it shares with the prompt before is not computed again, as
     in `OnnxStudent`: all models of a scoreboard are asked alike."""
     import torch
@@ -165,8 +165,8 @@ def _prompt_after_prompt(model: Any, place: Any) -> Callable[[list[int]], Any]:
         if kept < len(before):
             cache.crop(kept - len(before))
         before[:] = ids
-        with torch.inference_mode(), place.autocast():
-            tokens = torch.tensor([ids[kept:]], device=place.device)
+        with torch.inference_mode(), device.autocast():
+            tokens = torch.tensor([ids[kept:]], device=device.name)
             output = model(
                 input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1
             )

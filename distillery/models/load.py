@@ -1,4 +1,4 @@
-"""models/load"""
+"""Load a causal language model and its tokenizer from a folder of safetensors."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,36 +9,35 @@ if TYPE_CHECKING:
     import torch
 
 
-def contiguous_head(model: Any) -> None:
-    """Has the head see contiguous hidden states: for the strided slice that `logits_to_keep` makes, PyTorch's CPU
-    kernels would copy the whole head once for each row of the batch."""
-    head = model.get_output_embeddings()
-    if _contiguous not in head._forward_pre_hooks.values():
-        head.register_forward_pre_hook(_contiguous)
+def load_model(
+    folder: Path, adapter: Path | None = None, remote_code: bool = False
+) -> tuple[Any, Any]:
+    """Return (model, tokenizer) of a folder of safetensors, in float32, an adapter merged in."""
+    import torch
+    from transformers import AutoModelForCausalLM
 
+    model = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype="float32",
+        # On a CPU, PyTorch's fused attention is slower than plain products for prompts of some
+        # hundred tokens.
+        attn_implementation="sdpa" if torch.cuda.is_available() else "eager",
+        use_safetensors=True,
+        trust_remote_code=remote_code,
+    )
+    if adapter is not None:
+        import peft
 
-def _contiguous(_head: Any, inputs: "tuple[torch.Tensor, ...]") -> "tuple[torch.Tensor]":
-    return (inputs[0].contiguous(),)
-
-
-def end_of_turn_id(tokenizer: Any) -> int:
-    """The id of the token that ends the assistant's turn: what the chat template writes after an answer."""
-    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "A"}]
-    asked = tokenizer.apply_chat_template(messages[:1], add_generation_prompt=True, tokenize=False)
-    answered = tokenizer.apply_chat_template(messages, tokenize=False)
-    if answered.startswith(asked + "A"):
-        ids = tokenizer.encode(answered[len(asked) + 1 :], add_special_tokens=False)
-        if ids:
-            return int(ids[0])
-    return int(tokenizer.eos_token_id)
-
-
-def pad_id(tokenizer: Any) -> int:
-    """The padding token's id; the end token's where there is none (padding is masked, so any id serves)."""
-    return int(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
+        model = peft.PeftModel.from_pretrained(model, adapter).merge_and_unload()
+        # peft has frozen the base; once merged, the model is trained like any other.
+        model = model.requires_grad_(True)
+    return model, load_tokenizer(folder, remote_code)
 
 
 def load_tokenizer(folder: Path, remote_code: bool = False) -> Any:
+    """Return the tokenizer of a folder.
+
+    Raises TrainingError where it can't be loaded or has no chat template."""
     from transformers import AutoTokenizer
 
     try:
@@ -54,26 +53,35 @@ def load_tokenizer(folder: Path, remote_code: bool = False) -> Any:
     return tokenizer
 
 
-def load_model(
-    folder: Path, adapter: Path | None = None, remote_code: bool = False
-) -> tuple[Any, Any]:
-    """(model, tokenizer) of a folder of safetensors, in float32, an adapter merged in."""
-    import torch
-    from transformers import AutoModelForCausalLM
+def end_of_turn_id(tokenizer: Any) -> int:
+    """Return the token that ends the assistant's turn: what the chat template writes after an
+    answer, or the end-of-text token."""
+    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "A"}]
+    asked = tokenizer.apply_chat_template(messages[:1], add_generation_prompt=True, tokenize=False)
+    answered = tokenizer.apply_chat_template(messages, tokenize=False)
+    if answered.startswith(asked + "A"):
+        ids = tokenizer.encode(answered[len(asked) + 1 :], add_special_tokens=False)
+        if ids:
+            return int(ids[0])
+    return int(tokenizer.eos_token_id)
 
-    model = AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype="float32",
-        # On a CPU, PyTorch's fused attention is slower than plain products for prompts of some hundred tokens.
-        attn_implementation="sdpa" if torch.cuda.is_available() else "eager",
-        use_safetensors=True,
-        trust_remote_code=remote_code,
-    )
-    if adapter is not None:
-        import peft
 
-        # peft freezes what an adapter is for; merged, it is a model like any other.
-        model = (
-            peft.PeftModel.from_pretrained(model, adapter).merge_and_unload().requires_grad_(True)
-        )
-    return model, load_tokenizer(folder, remote_code)
+def pad_id(tokenizer: Any) -> int:
+    """Return the padding token, or the end-of-text token where there is none: padding is masked, so
+    that any token serves."""
+    if tokenizer.pad_token_id is None:
+        return int(tokenizer.eos_token_id)
+    return int(tokenizer.pad_token_id)
+
+
+def contiguous_head(model: Any) -> None:
+    """Make the head read contiguous hidden states: for the strided slice of `logits_to_keep`,
+    PyTorch's CPU kernels would copy the whole head once for each row of the batch."""
+    head = model.get_output_embeddings()
+    if make_contiguous not in head._forward_pre_hooks.values():
+        head.register_forward_pre_hook(make_contiguous)
+
+
+def make_contiguous(_head: Any, inputs: "tuple[torch.Tensor, ...]") -> "tuple[torch.Tensor]":
+    """Return a layer's first input as contiguous memory (a forward pre-hook)."""
+    return (inputs[0].contiguous(),)

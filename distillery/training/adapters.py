@@ -1,55 +1,58 @@
-"""training/adapters"""
+"""LoRA and DoRA adapters: which layers of a model they adapt, and a model with a new one."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from distillery.errors import TrainingError
 from distillery.recipe import LoraRecipe
 
-if TYPE_CHECKING:
-    pass
-
-
-def linear_modules(model: Any) -> list[str]:
-    """The names of all linear layers but the head: qkv_proj and others in Phi-4-mini, q_proj and others in Llama.
-
-    After the recommendation to adapt every linear layer (Dettmers et al., QLoRA, 2023)."""
-    import torch
-
-    head = model.get_output_embeddings()
-    names = {
-        name.rsplit(".", 1)[-1]
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and module is not head
-    }
-    if not names:
-        raise TrainingError(
-            "base model: found no linear layers to adapt; use training.method: full"
-        )
-    return sorted(names)
-
 
 def add_lora(model: Any, recipe: LoraRecipe, dora: bool = False) -> Any:
-    """`model` with a fresh LoRA or DoRA adapter.
+    """Return `model` with a new LoRA or DoRA adapter (Hu et al., LoRA, 2021; Liu et al., DoRA,
+    2024).
 
     Raises TrainingError where lora.target_modules names what is no linear layer of the decoder."""
     import peft
 
     known = linear_modules(model)
-    targets = recipe.target_modules or known
-    # Nor embeddings and head: where they are tied, an adapter of the one, merged, would change the other.
+    targets = list(recipe.target_modules or known)
+    # Embeddings and head are excluded: if they are tied, merging an adapter into one changes the
+    # other.
     layers = [f".{name}" for name, _ in model.named_modules() if name.rsplit(".", 1)[-1] in known]
-    missing = [name for name in targets if not any(layer.endswith(f".{name}") for layer in layers)]
+    missing = []
+    for target in targets:
+        if not any(layer.endswith(f".{target}") for layer in layers):
+            missing.append(target)
     if missing:
         raise TrainingError(
-            f"training.lora.target_modules: {', '.join(missing)}: no linear layer of the decoder's; it has "
-            f"{', '.join(known)}"
+            f"training.lora.target_modules: {', '.join(missing)}: no linear layer of the decoder; "
+            f"choose from {', '.join(known)}"
         )
     config = peft.LoraConfig(
         r=recipe.rank,
         lora_alpha=recipe.alpha,
         lora_dropout=recipe.dropout,
-        target_modules=list(targets),
+        target_modules=targets,
         use_dora=dora,
         task_type="CAUSAL_LM",
     )
     return peft.get_peft_model(model, config)
+
+
+def linear_modules(model: Any) -> list[str]:
+    """Return the names of all linear layers except the head: qkv_proj and others in Phi-4-mini,
+    q_proj and others in Llama.
+
+    Adapting every linear layer is the recommendation of Dettmers et al., QLoRA, 2023. Raises
+    TrainingError where there is none."""
+    import torch
+
+    head = model.get_output_embeddings()
+    names: set[str] = set()
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and module is not head:
+            names.add(name.rsplit(".", 1)[-1])
+    if not names:
+        raise TrainingError(
+            "base model: found no linear layers to adapt; use training.method: full"
+        )
+    return sorted(names)

@@ -1,7 +1,12 @@
-"""training/checkpoint"""
+"""Checkpoints: the state that training goes on from after its process has died.
+
+A checkpoint is one file, state.pt, written by torch.save and read as weights only, so that reading
+it runs no code.
+"""
 
 import logging
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from distillery.errors import StoreError
 from distillery.records import CurvePoint, digest_of
 from distillery.storage.working import working_folder
-from distillery.training.losses import TrainingRow
+from distillery.training.rows import TrainingRow
 
 if TYPE_CHECKING:
     import torch
@@ -21,25 +26,28 @@ STATE_FILE = "state.pt"
 
 
 class Checkpoints(Protocol):
-    """Where training keeps what it can go on from after its process has died."""
+    """Where training keeps its last checkpoint."""
 
     def save(self, folder: Path) -> None:
-        """Keeps the files of `folder`, all or none, in place of what was kept before. Training goes on after a
-        StoreError; whatever else is raised ends it."""
+        """Keep the files of `folder`, all or none, and replace what was kept before. Training goes
+        on after a StoreError; any other error ends it."""
 
     def load(self, into: Path) -> bool:
-        """Writes what is kept into the folder `into`, byte for byte; False where there is nothing whole."""
+        """Write what is kept into the folder `into`, byte for byte; return False where nothing
+        complete is kept."""
 
     def of(self, step: str) -> "Checkpoints":
-        """A place of its own for one step of several."""
+        """Return separate checkpoints for one training of several."""
         ...
 
 
 @dataclass
 class TrainingState:
-    """What training goes on from. `fingerprint`: the digest of all that a checkpoint must have been made with;
-    `losses`: those since the curve's last point. `best_*`: of the epoch with the lowest validation loss, where
-    training.patience asks for it, and `waited` the epochs since."""
+    """What training goes on from.
+
+    `fingerprint`: the digest of all that a checkpoint must have been made with. `losses`: those of
+    the steps since the curve's last point. `best_*`: the epoch with the lowest validation loss,
+    kept where training.patience is set, and `waited`, the number of epochs since."""
 
     fingerprint: str
     weights: "dict[str, torch.nn.Parameter]"
@@ -55,36 +63,30 @@ class TrainingState:
     best_weights: "dict[str, torch.Tensor] | None" = None
     waited: int = 0
 
-    def compare(self, loss: float) -> None:
-        """Keeps the weights of the best epoch so far."""
+    def keep_if_best(self, loss: float) -> None:
+        """Keep the weights where `loss`, an epoch's validation loss, is the lowest so far."""
         self.waited += 1
-        if loss < self.best_loss:
-            self.best_loss, self.best_accuracy, self.best_step, self.waited = (
-                loss,
-                self.accuracy,
-                self.step,
-                0,
-            )
-            self.best_weights = {
-                name: weight.detach().cpu().clone() for name, weight in self.weights.items()
-            }
+        if loss >= self.best_loss:
+            return
+        self.best_loss, self.best_accuracy = loss, self.accuracy
+        self.best_step, self.waited = self.step, 0
+        self.best_weights = {
+            name: weight.detach().cpu().clone() for name, weight in self.weights.items()
+        }
 
-    def take_best(self) -> None:
-        import torch
-
+    def restore_best(self) -> None:
+        """Go back to the weights and the accuracy of the best epoch, where one is kept."""
         if self.best_weights is None or self.best_step == self.step:
             return
-        with torch.no_grad():
-            for name, weight in self.weights.items():
-                weight.copy_(self.best_weights[name])
+        copy_weights(self.best_weights, self.weights)
         self.accuracy = self.best_accuracy
 
-    def keep(self, checkpoints: Checkpoints) -> None:
-        """Saves a checkpoint. A store that is down or full does not end training, which needs it only if it dies."""
+    def save(self, checkpoints: Checkpoints) -> None:
+        """Save a checkpoint. A store that is down or full is logged and does not end training,
+        which needs the checkpoint only if its process dies."""
         import torch
 
-        # torch.save writes tensor by tensor, where safetensors would copy them all first; loaded as weights only, its
-        # files run no code either.
+        # torch.save writes tensor by tensor; safetensors would copy them all first.
         values = {
             "fingerprint": self.fingerprint,
             "weights": {name: weight.detach() for name, weight in self.weights.items()},
@@ -106,7 +108,7 @@ class TrainingState:
         }
         try:
             with working_folder("checkpoint") as folder:
-                # A file of Python's, since torch's own does not tell a full disk from other errors.
+                # A file opened by Python: torch's own does not tell a full disk from other errors.
                 with (folder / STATE_FILE).open("wb") as file:
                     torch.save(values, file)
                 checkpoints.save(folder)
@@ -114,46 +116,80 @@ class TrainingState:
             _log.warning("no checkpoint at step %d: %s", self.step, error)
 
     def resume(self, checkpoints: Checkpoints) -> None:
-        """Takes over the checkpoint; where it can't be read or does not fit, says so and changes nothing."""
+        """Take over the checkpoint, if there is one. Where it can't be read or does not fit, log a
+        warning and change nothing."""
+        import torch
+
+        values = self.read_fitting(checkpoints)
+        if values is None:
+            return
+        copy_weights(values["weights"], self.weights)
+        self.optimiser.load_state_dict(values["optimiser"])
+        self.schedule.load_state_dict(values["schedule"])
+        self.step, self.losses = values["step"], values["losses"]
+        self.curve = [CurvePoint.model_validate(point) for point in values["curve"]]
+        self.best_loss, self.best_accuracy, self.best_step = values["best"][:3]
+        self.best_weights, self.waited, self.accuracy = values["best"][3:]
+        torch.set_rng_state(values["random"])
+        if values["cuda_random"] is not None:
+            torch.cuda.set_rng_state(values["cuda_random"])
+        _log.info("training goes on from its checkpoint at step %d", self.step)
+
+    def read_fitting(self, checkpoints: Checkpoints) -> dict[str, Any] | None:
+        """Return the values of the checkpoint; None where there is none, it can't be read or its
+        fingerprint is another."""
         import torch
 
         with working_folder("checkpoint") as folder:
             if not checkpoints.load(folder):
-                return
+                return None
             try:
-                kept = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
-                fits = kept["fingerprint"] == self.fingerprint
+                values: dict[str, Any] = torch.load(
+                    folder / STATE_FILE, map_location="cpu", weights_only=True
+                )
+                fits = values["fingerprint"] == self.fingerprint
             except Exception as error:
-                # The reader raises almost anything at a damaged file.
+                # torch.load raises almost any error for a damaged file.
                 _log.warning(
                     "training starts afresh: its checkpoint can't be read (%s)",
                     type(error).__name__,
                 )
-                return
-        if not fits:
-            _log.warning(
-                "training starts afresh: its checkpoint is of other rows, settings, weights or hardware"
-            )
+                return None
+        if fits:
+            return values
+        _log.warning(
+            "training starts afresh: its checkpoint is of other rows, settings, weights or hardware"
+        )
+        return None
+
+
+class CheckpointTimer:
+    """Saves a checkpoint every `every_s` seconds at most, and less often where saving would take
+    more than 2 % of the time."""
+
+    def __init__(self, checkpoints: Checkpoints, every_s: float) -> None:
+        self.checkpoints, self.every_s = checkpoints, every_s
+        self.due = time.perf_counter() + every_s
+
+    def save_if_due(self, state: TrainingState) -> None:
+        """Save a checkpoint of `state` if the time for the next one has come."""
+        started = time.perf_counter()
+        if started < self.due:
             return
-        with torch.no_grad():
-            for name, weight in self.weights.items():
-                weight.copy_(kept["weights"][name])
-        self.optimiser.load_state_dict(kept["optimiser"])
-        self.schedule.load_state_dict(kept["schedule"])
-        self.step, self.losses = kept["step"], kept["losses"]
-        self.curve = [CurvePoint.model_validate(point) for point in kept["curve"]]
-        (
-            self.best_loss,
-            self.best_accuracy,
-            self.best_step,
-            self.best_weights,
-            self.waited,
-            self.accuracy,
-        ) = kept["best"]
-        torch.set_rng_state(kept["random"])
-        if kept["cuda_random"] is not None:
-            torch.cuda.set_rng_state(kept["cuda_random"])
-        _log.info("training goes on from its checkpoint at step %d", self.step)
+        state.save(self.checkpoints)
+        ended = time.perf_counter()
+        self.due = ended + max(self.every_s, 50 * (ended - started))
+
+
+def copy_weights(
+    source: "dict[str, torch.Tensor]", target: "dict[str, torch.nn.Parameter]"
+) -> None:
+    """Copy the values of `source` into the parameters of the same names."""
+    import torch
+
+    with torch.no_grad():
+        for name, weight in target.items():
+            weight.copy_(source[name])
 
 
 def fingerprint_of(
@@ -162,7 +198,7 @@ def fingerprint_of(
     settings: list[Any],
     weights: dict[str, Any],
 ) -> str:
+    """Return a digest of what a training starts from: rows, settings and the weights' shapes."""
     shapes = {name: list(weight.shape) for name, weight in weights.items()}
-    return digest_of(
-        [[row.model_dump() for row in part] for part in (rows, validation)] + [settings, shapes]
-    )
+    dumped = [[row.model_dump() for row in rows], [row.model_dump() for row in validation]]
+    return digest_of([*dumped, settings, shapes])

@@ -1,20 +1,28 @@
-"""training/fine_tune"""
+"""Fine-tuning as an Olive workflow: cuts of layers and trainings, one pass each, in order.
+
+In: a model's folder and rendered rows. Out: a checkpoint's folder, as `fine_tune` says.
+"""
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from distillery.models.device import choose_device
 from distillery.models.load import load_model, pad_id
-from distillery.models.placement import placement
+from distillery.olive_workflow import run_workflow
 from distillery.recipe import HealingRecipe, LayerChoice, Layers, TrainingRecipe
 from distillery.training.checkpoint import Checkpoints
+from distillery.training.hidden_states import hidden_states, write_hidden_states
 from distillery.training.loop import Progress, TrainingResult
-from distillery.training.losses import TrainingRow
-from distillery.training.objective import HIDDEN, hidden_states
-from distillery.training.rows import require_rows, write_rows
+from distillery.training.rows import TrainingRow, require_rows, write_rows
 
 LAYERS_FILE = "layers.json"
+FIGURES_FILE = "training.json"
+OWN_PASSES = {
+    "KeepLayers": "distillery.training.olive_passes.KeepLayers",
+    "Distillation": "distillery.training.olive_passes.Distillation",
+}
 
 
 def fine_tune(
@@ -32,31 +40,69 @@ def fine_tune(
     progress: Progress | None = None,
     checkpoints: Checkpoints | None = None,
 ) -> TrainingResult:
-    """The fine-tuning stage: an Olive workflow over `base` (with `adapter` merged in) that goes through `healing`, each
-    a cut and a training, keeps `layers` and trains.
+    """Start from `base` with `adapter` merged in; go through the steps of `healing`, each a cut and
+    a training; then keep `layers` and train by `recipe`. Return the figures of the last training.
 
-    Writes out/model (LoRA: the model that the adapter is for) and, for LoRA, out/adapter; out/training.json, and
-    out/healing-1.json and so on; and where layers were chosen, out/layers.json: those kept, cut by cut. An adapter for
-    `base` as it is goes without it, unless `whole`: a reader of the checkpoint has no such `base` then."""
-    from distillery.olive_workflow import run_workflow
-    from distillery.training import olive_passes
+    Writes out/model (for LoRA, the model that the adapter is for) and, for LoRA, out/adapter;
+    out/training.json, and out/healing-1.json and so on for the steps of healing; out/layers.json
+    where layers were chosen: a list of those kept for each cut. An adapter for `base` as it is goes
+    without out/model unless `whole`, for readers of the checkpoint that have no such `base`."""
+    from distillery.training.olive_passes import reporting
 
     require_rows(rows)
     out.mkdir(parents=True, exist_ok=True)
+    steps: list[tuple[Layers | None, TrainingRecipe]] = []
+    for step in healing:
+        steps.append((step.layers, step.training))
+    steps.append((layers, recipe))
     inputs = {"rows": out / "rows.jsonl", "validation": out / "validation.jsonl"}
     write_rows(rows, inputs["rows"])
     write_rows(validation, inputs["validation"])
-    steps = [*((step.layers, step.training) for step in healing), (layers, recipe)]
     if any(training.hidden_weight for _, training in steps):
-        inputs["hidden"] = _teachers_states(base, adapter, rows, recipe, out, remote_code)
+        inputs["hidden"] = out / "hidden.safetensors"
+        teacher, tokenizer = load_model(base, adapter, remote_code)
+        device = choose_device(recipe.precision)
+        states = hidden_states(teacher, rows, pad_id=pad_id(tokenizer), device=device)
+        write_hidden_states(states, inputs["hidden"])
+    passes = workflow_passes(steps, inputs, out, merge_first=adapter is not None)
+    input_model = {
+        "model_path": str(base),
+        "adapter_path": str(adapter) if adapter else None,
+        "load_kwargs": {"trust_remote_code": remote_code},
+    }
+    adapter_only = recipe.adapts and len(passes) == 1 and not whole
+    try:
+        with reporting(progress, checkpoints):
+            run_workflow(input_model, passes, out, own_passes=OWN_PASSES, adapter_only=adapter_only)
+    finally:
+        for file in inputs.values():
+            file.unlink()
+    return read_result_and_tidy(out)
+
+
+def workflow_passes(
+    steps: Sequence[tuple[Layers | None, TrainingRecipe]],
+    inputs: dict[str, Path],
+    out: Path,
+    *,
+    merge_first: bool,
+) -> dict[str, dict[str, Any]]:
+    """Return the Olive passes, by name, for `steps`: pairs of the layers to keep (None for all) and
+    the training after it. With `merge_first` the first cut merges an adapter even where it keeps
+    all layers. `inputs`: the files that each training reads, by the pass's parameter."""
     files = {name: str(file) for name, file in inputs.items()}
     passes: dict[str, dict[str, Any]] = {}
-    for number, (cut, training) in enumerate(steps, 1):
-        last = number == len(steps)
-        if cut is not None or (number == 1 and adapter is not None):
+    for number, (layers, training) in enumerate(steps, 1):
+        healing = number if number < len(steps) else None
+        if layers is not None or (merge_first and number == 1):
+            kept: Any = layers
+            if isinstance(layers, LayerChoice):
+                kept = layers.model_dump()
+            elif layers is not None:
+                kept = list(layers)
             passes[f"keep_layers_{number}"] = {
                 "type": "KeepLayers",
-                "layers": cut.model_dump() if isinstance(cut, LayerChoice) else cut and list(cut),
+                "layers": kept,
                 "rows": files["rows"],
                 "kept": str(out / LAYERS_FILE),
             }
@@ -64,61 +110,24 @@ def fine_tune(
             "type": "Distillation",
             **files,
             "recipe": training.model_dump(mode="json"),
-            "result": str(out / ("training.json" if last else f"healing-{number}.json")),
-            "step": f"step-{number}" if healing else None,
-            "healing": None if last else number,
+            "result": str(out / (f"healing-{healing}.json" if healing else FIGURES_FILE)),
+            "step": f"step-{number}" if len(steps) > 1 else None,
+            "healing": healing,
         }
-    input_model = {
-        "model_path": str(base),
-        "adapter_path": str(adapter) if adapter else None,
-        "load_kwargs": {"trust_remote_code": remote_code},
-    }
-    set_progress, set_checkpoints = (
-        olive_passes.progress.set(progress),
-        olive_passes.checkpoints.set(checkpoints),
-    )
-    try:
-        run_workflow(
-            input_model, passes, out, adapter_only=recipe.adapts and len(passes) == 1 and not whole
-        )
-    finally:
-        olive_passes.progress.reset(set_progress)
-        olive_passes.checkpoints.reset(set_checkpoints)
-        for file in inputs.values():
-            file.unlink()
-    return _tidied(out)
+    return passes
 
 
-def _teachers_states(
-    base: Path,
-    adapter: Path | None,
-    rows: Sequence[TrainingRow],
-    recipe: TrainingRecipe,
-    out: Path,
-    remote_code: bool,
-) -> Path:
-    """A file with the hidden states of the whole start model, which is the teacher, in the rows' order."""
-    from safetensors.torch import save_file
-
-    teacher, tokenizer = load_model(base, adapter, remote_code)
-    states = hidden_states(
-        teacher, rows, pad_id=pad_id(tokenizer), place=placement(recipe.precision)
-    )
-    save_file({HIDDEN: states}, out / "hidden.safetensors")
-    return out / "hidden.safetensors"
-
-
-def _tidied(out: Path) -> TrainingResult:
-    """Takes from the files what differs between equal runs: speed, resumption, the base's path, the order of a set."""
+def read_result_and_tidy(out: Path) -> TrainingResult:
+    """Return the figures of the last training. Remove from the files what differs between equal
+    trainings: speed, resumption, the base's path and the order of a set."""
+    result = TrainingResult.model_validate_json((out / FIGURES_FILE).read_text())
+    for file in [*out.glob("healing-*.json"), out / FIGURES_FILE]:
+        figures = TrainingResult.model_validate_json(file.read_text())
+        file.write_text(figures.model_dump_json(exclude={"rows_per_second", "resumed_at"}))
     config = out / "adapter" / "adapter_config.json"
-    for figures in [*out.glob("healing-*.json"), out / "training.json"]:
-        result = TrainingResult.model_validate_json(figures.read_text())
-        figures.write_text(result.model_dump_json(exclude={"rows_per_second", "resumed_at"}))
     if config.exists():
         values = json.loads(config.read_text())
-        changed = {
-            "base_model_name_or_path": None,
-            "target_modules": sorted(values["target_modules"]),
-        }
-        config.write_text(json.dumps(values | changed, indent=2))
+        values["base_model_name_or_path"] = None
+        values["target_modules"] = sorted(values["target_modules"])
+        config.write_text(json.dumps(values, indent=2))
     return result

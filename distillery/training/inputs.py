@@ -14,8 +14,7 @@ from distillery.errors import TrainingError
 from distillery.labels.files import read_labels
 from distillery.labels.known import gold_labels
 from distillery.recipe import PromptRecipe, TrainingRecipe
-from distillery.training.losses import TrainingRow
-from distillery.training.rows import training_rows
+from distillery.training.rows import TrainingRow, training_rows
 
 
 @dataclass(frozen=True)

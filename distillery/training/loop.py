@@ -1,39 +1,46 @@
-"""Training a student: one `train` function for LoRA, DoRA and full training alike, and the stage around it.
+"""The training loop: one `train` function for LoRA, DoRA and full training.
 
-`train` is plain PyTorch over token ids. distillery/olive_passes.py runs it as an Olive pass, so that fine-tuning is an
-Olive workflow; nothing in here knows of Olive.
+In: a model in PyTorch, rows of token ids and a recipe. Out: the trained model and the figures. It
+is plain PyTorch; training/olive_passes.py runs it as a pass of an Olive workflow.
 """
 
-import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from distillery.errors import TrainingError
+from distillery.models.device import Device, choose_device
 from distillery.models.load import contiguous_head
-from distillery.models.placement import placement
 from distillery.recipe import TrainingRecipe
 from distillery.records import CurvePoint, Record
 from distillery.training.adapters import add_lora
 from distillery.training.batching import batches, turning_point
-from distillery.training.checkpoint import Checkpoints, TrainingState, fingerprint_of
-from distillery.training.losses import TrainingRow
+from distillery.training.checkpoint import (
+    Checkpoints,
+    CheckpointTimer,
+    TrainingState,
+    fingerprint_of,
+)
 from distillery.training.objective import Objective, head_cast_once
-from distillery.training.rows import require_rows
+from distillery.training.rows import TrainingRow, require_rows
 from distillery.training.validation import validate
 
 if TYPE_CHECKING:
     import torch
 
-_log = logging.getLogger(__name__)
+STEPS_PER_POINT = 10
+"""After how many steps the curve gets a point, if no epoch ends before."""
 
 
 class TrainingProgress(NamedTuple):
-    """How far training is: at `point`, of `steps` in all. `rows_per_second`: this process's, while it trains.
-    `seconds_left`: by the clock, validation and checkpoints included. `healing`: which step of student.healing this is,
-    from 1; None for the last training."""
+    """How far training is: at `point`, of `steps` in all.
+
+    `rows_per_second`: of this process, while it takes steps. `seconds_left`: by the clock, with
+    validation and checkpoints. `healing`: which step of student.healing this is, from 1; None for
+    the last training."""
 
     point: CurvePoint
     steps: int
@@ -47,12 +54,13 @@ class TrainingProgress(NamedTuple):
 
 
 Progress = Callable[[TrainingProgress], None]
-"""Called every 10 steps and at each epoch's end; what it raises ends the training there."""
+"""Called every 10 steps and at each epoch's end; an error that it raises ends the training."""
 
 
 class TrainingResult(Record):
-    """`kept_step`: the step whose weights are kept, before `steps` where training.patience chose an earlier epoch's.
-    `rows_per_second` is this process's; `resumed_at` the step of the checkpoint that it went on from, 0 for none."""
+    """The figures of a training. `kept_step`: the step whose weights are kept, before `steps` where
+    training.patience chose an earlier epoch. `rows_per_second`: of this process. `resumed_at`: the
+    step of the checkpoint that it went on from, 0 for none."""
 
     steps: int
     kept_step: int
@@ -80,13 +88,159 @@ def train(
     checkpoint_every_s: float = 300,
     keep_end: bool = False,
 ) -> tuple[Any, TrainingResult]:
-    """Trains `model` (a causal language model in float32) on `rows`; returns it and the figures. `hidden`: the
-    teacher's hidden states for these rows, [rows, hidden], which recipe.hidden_weight asks for.
+    """Train `model` (a causal language model in float32) on `rows`; return it and the figures.
 
-    Goes on from the checkpoint, where there is one that fits, and saves one every `checkpoint_every_s` seconds, less
-    often where saving would take more than 2 % of the time, and with `keep_end` one when it is done. Deterministic on a
-    CPU for equal inputs, seed and thread count, however often it was killed. Raises TrainingError for no rows or a loss
-    that is no number."""
+    `hidden`: the teacher's hidden states for these rows, [rows, hidden], which recipe.hidden_weight
+    needs. Training goes on from the checkpoint where there is one that fits. It saves one every
+    `checkpoint_every_s` seconds, less often where saving would take more than 2 % of the time, and
+    with `keep_end` another one when it is done. Deterministic on a CPU for equal inputs, seed and
+    number of threads, however often it was killed. Raises TrainingError for no rows or for a loss
+    that is NaN or infinite."""
+    training = set_up(model, rows, validation, recipe, hidden, pad_id, end_id)
+    timer = None
+    if checkpoints:
+        training.resume(checkpoints)
+        timer = CheckpointTimer(checkpoints, checkpoint_every_s)
+    with head_cast_once(training.model, training.device):
+        for group in training.remaining_steps(rows):
+            training.take_step(group)
+            if training.epoch_ends or len(training.state.losses) == STEPS_PER_POINT:
+                training.add_point(validation)
+                if progress:
+                    progress(training.progress())
+            if timer and training.state.step < training.steps:
+                timer.save_if_due(training.state)
+    if checkpoints and keep_end:
+        training.state.save(checkpoints)
+    training.state.restore_best()
+    return training.model, training.result()
+
+
+@dataclass
+class Training:
+    """A training under way: its state, what each step needs, and the clocks of this process.
+
+    `steps` in all, of which `steps_per_epoch` are an epoch; a step never spans two epochs."""
+
+    model: Any
+    recipe: TrainingRecipe
+    device: Device
+    objective: Objective
+    state: TrainingState
+    steps: int
+    steps_per_epoch: int
+    resumed_at: int = 0
+    rows_seen: int = 0
+    seconds_in_steps: float = 0.0
+    began: float = field(default_factory=time.perf_counter)
+
+    def resume(self, checkpoints: Checkpoints) -> None:
+        """Go on from the checkpoint, where there is one that fits."""
+        self.state.resume(checkpoints)
+        self.resumed_at = self.state.step
+        self.began = time.perf_counter()
+
+    def remaining_steps(self, rows: Sequence[TrainingRow]) -> Iterator[list[list[TrainingRow]]]:
+        """Give the batches of each step that is left, until the last one or until training.patience
+        epochs bring no better validation loss."""
+        recipe = self.recipe
+        groups = endless_steps(
+            rows, recipe.batch_size, recipe.accumulation, recipe.seed, turning_point(self.model)
+        )
+        for group in islice(groups, self.state.step, self.steps):
+            if recipe.patience and self.state.waited >= recipe.patience:
+                return
+            yield group
+
+    def take_step(self, group: Sequence[Sequence[TrainingRow]]) -> None:
+        """Change the weights once, by the mean loss over all rows of the batches in `group`.
+
+        Raises TrainingError where the loss is NaN or infinite."""
+        import torch
+
+        started = time.perf_counter()
+        count, total = sum(map(len, group)), 0.0
+        for batch in group:
+            loss = self.objective(batch) * (len(batch) / count)
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += loss.item()
+        torch.nn.utils.clip_grad_norm_(self.state.weights.values(), self.recipe.max_grad_norm)
+        self.state.optimiser.step()
+        self.state.schedule.step()
+        self.state.optimiser.zero_grad(set_to_none=True)
+        self.state.step += 1
+        self.state.losses.append(total)
+        self.seconds_in_steps += time.perf_counter() - started
+        self.rows_seen += count
+        require_finite(total, "loss", self.state.step)
+
+    @property
+    def epoch_ends(self) -> bool:
+        """Whether the last step taken ends an epoch or the whole training."""
+        return self.state.step % self.steps_per_epoch == 0 or self.state.step == self.steps
+
+    def add_point(self, validation: Sequence[TrainingRow]) -> None:
+        """Add the mean loss since the last point to the curve, and at the end of an epoch the
+        figures on `validation`, by which the best epoch is kept."""
+        state = self.state
+        point = CurvePoint(step=state.step, loss=sum(state.losses) / len(state.losses))
+        if self.epoch_ends and validation:
+            pad_id = self.objective.pad_id
+            state.accuracy, loss = validate(
+                self.model, validation, pad_id=pad_id, device=self.device
+            )
+            require_finite(loss, "validation loss", state.step)
+            figures = {"validation_loss": loss, "validation_accuracy": state.accuracy}
+            point = point.model_copy(update=figures)
+            if self.recipe.patience:
+                state.keep_if_best(loss)
+        state.curve.append(point)
+        state.losses = []
+
+    @property
+    def rows_per_second(self) -> float:
+        """Of this process, while it takes steps; 0 before the first one."""
+        return self.rows_seen / self.seconds_in_steps if self.rows_seen else 0.0
+
+    def progress(self) -> TrainingProgress:
+        """Return how far training is, at the curve's last point."""
+        seconds = time.perf_counter() - self.began
+        left = (self.steps - self.state.step) * seconds / (self.state.step - self.resumed_at)
+        return TrainingProgress(self.state.curve[-1], self.steps, self.rows_per_second, left)
+
+    def result(self) -> TrainingResult:
+        """Return the figures of the whole training."""
+        state = self.state
+        parameters = 0
+        for name, weight in self.model.named_parameters():
+            # An adapter is merged in the end and adds no parameters.
+            if ".lora_" not in name:
+                parameters += weight.numel()
+        return TrainingResult(
+            steps=state.step,
+            kept_step=state.best_step or state.step,
+            parameters=parameters,
+            trained_parameters=sum(weight.numel() for weight in state.weights.values()),
+            curve=tuple(state.curve),
+            validation_accuracy=state.accuracy,
+            device=self.device.name,
+            precision=self.device.precision,
+            rows_per_second=self.rows_per_second,
+            resumed_at=self.resumed_at,
+        )
+
+
+def set_up(
+    model: Any,
+    rows: Sequence[TrainingRow],
+    validation: Sequence[TrainingRow],
+    recipe: TrainingRecipe,
+    hidden: "torch.Tensor | None",
+    pad_id: int,
+    end_id: int,
+) -> Training:
+    """Return a training at step 0: the model on its device with the weights to train, and the
+    optimiser, the schedule and the objective. The parameters are those of `train`."""
     import torch
 
     require_rows(rows)
@@ -95,124 +249,72 @@ def train(
             "training.patience needs validation rows: name a split for them or carve them"
         )
     torch.manual_seed(recipe.seed)
-    place = placement(recipe.precision)
+    device = choose_device(recipe.precision)
+    model = trainable_model(model, recipe, device)
+    weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    first_epoch = batches(rows, recipe.batch_size, recipe.seed, 0, turning_point(model))
+    steps_per_epoch = math.ceil(len(first_epoch) / recipe.accumulation)
+    steps = recipe.max_steps or max(1, math.ceil(steps_per_epoch * recipe.epochs))
+    optimiser = torch.optim.AdamW(
+        list(weights.values()),
+        lr=recipe.learning_rate,
+        weight_decay=recipe.weight_decay,
+        # One pass over the weights instead of a dozen, on a CPU too.
+        fused=True,
+    )
+    factor = warmup_cosine(steps, recipe.warmup)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
+    settings = [recipe.model_dump(mode="json"), device.name, device.precision, pad_id, end_id]
+    fingerprint = fingerprint_of(rows, validation, settings, weights)
+    teacher_states: dict[tuple[int, ...], torch.Tensor] = {}
+    if hidden is not None:
+        prompts = [row.prompt for row in rows]
+        teacher_states = dict(zip(prompts, hidden.to(device.name), strict=True))
+    objective = Objective(model, recipe, device, pad_id, end_id, teacher_states)
+    state = TrainingState(fingerprint, weights, optimiser, schedule)
+    return Training(model, recipe, device, objective, state, steps, steps_per_epoch)
+
+
+def trainable_model(model: Any, recipe: TrainingRecipe, device: Device) -> Any:
+    """Return `model` on its device, in training mode, with the weights frozen that the recipe does
+    not train, or with a new adapter."""
+    import torch
+
     if recipe.adapts:
-        # The frozen base is cast once, not at every step; peft keeps the adapter itself in float32.
-        model = add_lora(
-            model.to(getattr(torch, place.precision)), recipe.lora, recipe.method == "dora"
-        )
+        # The frozen base is cast once, not at every step; peft keeps the adapter in float32.
+        model = model.to(getattr(torch, device.precision))
+        model = add_lora(model, recipe.lora, dora=recipe.method == "dora")
     elif recipe.freeze_embeddings:
         model.get_input_embeddings().requires_grad_(False)
-    model.to(place.device).train()
+    model.to(device.name).train()
     contiguous_head(model)
-    weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-    trained = list(weights.values())
-    turn = turning_point(model)
-    per_epoch = math.ceil(
-        len(batches(rows, recipe.batch_size, recipe.seed, 0, turn)) / recipe.accumulation
-    )
-    steps = recipe.max_steps or max(1, math.ceil(per_epoch * recipe.epochs))
-    # Fused, on a CPU too: one pass over the weights in place of a dozen.
-    optimiser = torch.optim.AdamW(
-        trained, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True
-    )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, _warmup_cosine(steps, recipe.warmup))
-    settings = [recipe.model_dump(mode="json"), place.device, place.precision, pad_id, end_id]
-    state = TrainingState(
-        fingerprint_of(rows, validation, settings, weights), weights, optimiser, schedule
-    )
-    if checkpoints:
-        state.resume(checkpoints)
-    matched = (
-        {}
-        if hidden is None
-        else dict(zip((row.prompt for row in rows), hidden.to(place.device), strict=True))
-    )
-    objective = Objective(model, recipe, place, pad_id, end_id, matched)
-    resumed_at = state.step
-    groups = islice(_endless(rows, recipe, turn), resumed_at, None)
-    began = time.perf_counter()
-    trained_seconds, seen, due = 0.0, 0, began + checkpoint_every_s
-    with head_cast_once(model, place):
-        while state.step < steps and state.waited < (recipe.patience or math.inf):
-            started = time.perf_counter()
-            group = next(groups)
-            count = sum(map(len, group))
-            total = 0.0
-            for batch in group:
-                loss = objective(batch) * (len(batch) / count)
-                loss.backward()  # type: ignore[no-untyped-call]
-                total += loss.item()
-            torch.nn.utils.clip_grad_norm_(trained, recipe.max_grad_norm)
-            optimiser.step()
-            schedule.step()
-            optimiser.zero_grad(set_to_none=True)
-            state.step += 1
-            state.losses.append(total)
-            trained_seconds += time.perf_counter() - started
-            seen += count
-            if not math.isfinite(total):
-                raise TrainingError(
-                    f"the loss is {total} at step {state.step}; lower its training.learning_rate"
-                )
-            epoch_ends = state.step % per_epoch == 0 or state.step == steps
-            point = CurvePoint(step=state.step, loss=sum(state.losses) / len(state.losses))
-            if epoch_ends and validation:
-                state.accuracy, checked = validate(model, validation, pad_id=pad_id, place=place)
-                if not math.isfinite(checked):
-                    raise TrainingError(
-                        f"the validation loss is {checked} at step {state.step}; lower its training.learning_rate"
-                    )
-                point = point.model_copy(
-                    update={"validation_loss": checked, "validation_accuracy": state.accuracy}
-                )
-                if recipe.patience:
-                    state.compare(checked)
-            if epoch_ends or len(state.losses) == 10:
-                state.curve.append(point)
-                state.losses = []
-                if progress:
-                    left = (
-                        (steps - state.step)
-                        * (time.perf_counter() - began)
-                        / (state.step - resumed_at)
-                    )
-                    progress(TrainingProgress(point, steps, seen / trained_seconds, left))
-            if checkpoints and state.step < steps and (started := time.perf_counter()) >= due:
-                state.keep(checkpoints)
-                due = time.perf_counter() + max(
-                    checkpoint_every_s, 50 * (time.perf_counter() - started)
-                )
-    if checkpoints and keep_end:
-        state.keep(checkpoints)
-    state.take_best()
-    return model, TrainingResult(
-        steps=state.step,
-        kept_step=state.best_step or state.step,
-        # An adapter is merged in the end and adds none.
-        parameters=sum(p.numel() for name, p in model.named_parameters() if ".lora_" not in name),
-        trained_parameters=sum(p.numel() for p in trained),
-        curve=tuple(state.curve),
-        validation_accuracy=state.accuracy,
-        device=place.device,
-        precision=place.precision,
-        rows_per_second=seen / trained_seconds if seen else 0.0,
-        resumed_at=resumed_at,
-    )
+    return model
 
 
-def _endless(
-    rows: Sequence[TrainingRow], recipe: TrainingRecipe, turn: int | None
+def endless_steps(
+    rows: Sequence[TrainingRow], batch_size: int, accumulation: int, seed: int, turn: int | None
 ) -> Iterator[list[list[TrainingRow]]]:
-    """The batches of each step; no step takes of two epochs."""
+    """Give the batches of each step, epoch after epoch; a step never spans two epochs."""
     epoch = 0
     while True:
-        ordered = batches(rows, recipe.batch_size, recipe.seed, epoch, turn)
-        for start in range(0, len(ordered), recipe.accumulation):
-            yield ordered[start : start + recipe.accumulation]
+        ordered = batches(rows, batch_size, seed, epoch, turn)
+        for start in range(0, len(ordered), accumulation):
+            yield ordered[start : start + accumulation]
         epoch += 1
 
 
-def _warmup_cosine(steps: int, warmup: float) -> Callable[[int], float]:
+def warmup_cosine(steps: int, warmup: float) -> Callable[[int], float]:
+    """Return the factor of the learning rate by steps done: a linear rise over the share `warmup`
+    of `steps`, and a cosine that falls to 0 at the end (Loshchilov and Hutter, SGDR, 2017)."""
     rise = max(1, round(steps * warmup))
-    return lambda done: min((done + 1) / rise, 0.5 * (1 + math.cos(math.pi * done / steps)))
+
+    def factor(done: int) -> float:
+        return min((done + 1) / rise, 0.5 * (1 + math.cos(math.pi * done / steps)))
+
+    return factor
+
+
+def require_finite(value: float, name: str, step: int) -> None:
+    """Raise TrainingError where `value`, the loss that `name` says, is NaN or infinite."""
+    if not math.isfinite(value):
+        raise TrainingError(f"the {name} is {value} at step {step}; lower training.learning_rate")

@@ -1,7 +1,11 @@
-"""Our two Olive passes, each thin over a function of student.py, and the prompts that Olive's Gptq pass looks at. Olive
-imports this module by name."""
+"""Our two Olive passes, a cut and a training, and the data set of prompts for Olive's Gptq pass.
+
+Olive imports this module by its name and reads each pass's settings as JSON.
+"""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
@@ -13,38 +17,48 @@ from olive.model import HfModelHandler
 from olive.passes import Pass
 from olive.passes.pass_config import BasePassConfig, PassConfigParam
 from olive.passes.pytorch.common import inherit_hf_from_hf
-from safetensors.torch import load_file
 
 from distillery.models.load import end_of_turn_id, load_model, pad_id
 from distillery.recipe import LayerChoice, TrainingRecipe
 from distillery.settings import LocalSettings
 from distillery.training.checkpoint import Checkpoints
-from distillery.training.loop import Progress, train
-from distillery.training.objective import HIDDEN
+from distillery.training.hidden_states import read_hidden_states
+from distillery.training.loop import Progress, TrainingProgress, train
 from distillery.training.pruning import keep_layers, resolved_layers
 from distillery.training.rows import read_rows
 
-progress: ContextVar[Progress | None] = ContextVar("progress", default=None)
-"""Who is told how far training is: a pass's own config is JSON and can't carry a function."""
-
-checkpoints: ContextVar[Checkpoints | None] = ContextVar("checkpoints", default=None)
-"""Where training keeps its checkpoints."""
-
 PROMPTS = "distillery_prompts"
+"""The name of the data set in Olive's registry."""
+
+_progress: ContextVar[Progress | None] = ContextVar("progress", default=None)
+_checkpoints: ContextVar[Checkpoints | None] = ContextVar("checkpoints", default=None)
+
+
+@contextmanager
+def reporting(progress: Progress | None, checkpoints: Checkpoints | None) -> Iterator[None]:
+    """Tell `progress` how far the trainings within are, and keep their checkpoints in
+    `checkpoints`: a pass's settings are JSON and can't carry them."""
+    progress_token, checkpoints_token = _progress.set(progress), _checkpoints.set(checkpoints)
+    try:
+        yield
+    finally:
+        _progress.reset(progress_token)
+        _checkpoints.reset(checkpoints_token)
 
 
 @Registry.register_dataset(PROMPTS)  # type: ignore[untyped-decorator]
 def prompts(path: str, **_others: Any) -> list[tuple[dict[str, torch.Tensor], int]]:
-    """The prompts of a file, one a line as a JSON list of token ids: (inputs, a label that nobody reads)."""
-    rows = [
-        torch.tensor(json.loads(line))
-        for line in Path(path).read_text(encoding="utf-8").splitlines()
-    ]
-    return [({"input_ids": row, "attention_mask": torch.ones_like(row)}, 0) for row in rows]
+    """Return the prompts of a file, one a line as a JSON list of token ids: pairs of the model's
+    inputs and a label that is not used."""
+    pairs = []
+    for line in Path(path).read_text(encoding="utf-8").splitlines():
+        ids = torch.tensor(json.loads(line))
+        pairs.append(({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, 0))
+    return pairs
 
 
 class KeepLayers(Pass):
-    """Keeps some decoder layers of a model, an adapter merged in before."""
+    """Keeps some decoder layers of a model, after its adapter is merged in."""
 
     @classmethod
     def _default_config(cls, accelerator_spec: AcceleratorSpec) -> dict[str, PassConfigParam]:
@@ -61,9 +75,7 @@ class KeepLayers(Pass):
     def _run_for_config(
         self, model: HfModelHandler, config: type[BasePassConfig], output_model_path: str
     ) -> HfModelHandler:
-        network, tokenizer = load_model(
-            Path(model.model_path), _adapter(model), _remote_code(model)
-        )
+        network, tokenizer = load_handled(model)
         layers, kept = config.layers, Path(config.kept)
         if isinstance(layers, dict):
             choice, rows = LayerChoice.model_validate(layers), read_rows(Path(config.rows))
@@ -78,7 +90,7 @@ class KeepLayers(Pass):
 
 
 class Distillation(Pass):
-    """Trains on the rows of a file with student.train: hard and soft labels, LoRA or full."""
+    """Trains a model on the rows of a file with `loop.train`."""
 
     @classmethod
     def _default_config(cls, accelerator_spec: AcceleratorSpec) -> dict[str, PassConfigParam]:
@@ -95,22 +107,25 @@ class Distillation(Pass):
                 type_=str, required=True, description="Where the figures go, as JSON"
             ),
             "step": PassConfigParam(
-                type_=str, default_value=None, description="Its checkpoints' name, of several"
+                type_=str,
+                default_value=None,
+                description="The name of its checkpoints, if there are several trainings",
             ),
             "healing": PassConfigParam(
-                type_=int, default_value=None, description="Which step before the last it is"
+                type_=int,
+                default_value=None,
+                description="Which step of healing this is; None for the last training",
             ),
         }
 
     def _run_for_config(
         self, model: HfModelHandler, config: type[BasePassConfig], output_model_path: str
     ) -> HfModelHandler:
-        network, tokenizer = load_model(
-            Path(model.model_path), _adapter(model), _remote_code(model)
-        )
+        network, tokenizer = load_handled(model)
         recipe = TrainingRecipe.model_validate(config.recipe)
-        hidden = load_file(config.hidden)[HIDDEN] if config.hidden else None
-        kept, report = checkpoints.get(), progress.get()
+        checkpoints = _checkpoints.get()
+        if checkpoints and config.step:
+            checkpoints = checkpoints.of(config.step)
         trained, result = train(
             network,
             read_rows(Path(config.rows)),
@@ -118,11 +133,11 @@ class Distillation(Pass):
             recipe,
             pad_id=pad_id(tokenizer),
             end_id=end_of_turn_id(tokenizer),
-            progress=report and (lambda at: report(at._replace(healing=config.healing))),
-            hidden=hidden,
-            checkpoints=kept.of(config.step) if kept and config.step else kept,
+            progress=progress_of(config.healing),
+            hidden=read_hidden_states(Path(config.hidden)) if config.hidden else None,
+            checkpoints=checkpoints,
             checkpoint_every_s=LocalSettings().checkpoint_seconds,
-            # Of the end too: the steps that follow go on from there.
+            # The steps that follow go on from the end of this one.
             keep_end=config.healing is not None,
         )
         Path(config.result).write_text(result.model_dump_json())
@@ -133,10 +148,21 @@ class Distillation(Pass):
         return inherit_hf_from_hf(model, output_model_path, adapter_path=None)
 
 
-def _adapter(model: HfModelHandler) -> Path | None:
-    return Path(model.adapter_path) if model.adapter_path else None
+def progress_of(healing: int | None) -> Progress | None:
+    """Return what to call with the progress of this step of healing; None where nobody is told."""
+    report = _progress.get()
+    if report is None:
+        return None
+
+    def with_healing(progress: TrainingProgress) -> None:
+        report(progress._replace(healing=healing))
+
+    return with_healing
 
 
-def _remote_code(model: HfModelHandler) -> bool:
+def load_handled(model: HfModelHandler) -> tuple[Any, Any]:
+    """Return (model, tokenizer) of a model that Olive handles, its adapter merged in."""
+    adapter = Path(model.adapter_path) if model.adapter_path else None
     load_kwargs: Any = model.get_load_kwargs()
-    return bool(load_kwargs.get("trust_remote_code"))
+    remote_code = bool(load_kwargs.get("trust_remote_code"))
+    return load_model(Path(model.model_path), adapter, remote_code)

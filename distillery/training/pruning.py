@@ -4,44 +4,48 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from distillery.errors import TrainingError
-from distillery.models.placement import placement
+from distillery.models.device import choose_device
 from distillery.recipe import LayerChoice
 from distillery.training.batching import by_length, padded_inputs, turning_point
-from distillery.training.losses import TrainingRow
+from distillery.training.rows import TrainingRow
 
 if TYPE_CHECKING:
     import torch
 
 MOST_ROWS = 64
-"""Of the training prompts, so many tell a layer's influence."""
+"""How many of the training prompts, at most, block influence is measured on."""
 
 
-def keep_layers(model: Any, layers: Sequence[int]) -> None:
-    """Keeps the decoder layers `layers` of a causal language model, in that order, and drops the others in place.
+def resolved_layers(
+    model: Any, layers: Sequence[int] | LayerChoice | None, rows: Sequence[TrainingRow], pad_id: int
+) -> list[int]:
+    """Return the decoder layers that `layers` names or chooses, in order; None means all of them.
+    Block influence is measured on some of `rows`.
 
-    Raises TrainingError where the model has no such layer."""
-    import torch
-
-    decoder = model.get_decoder()
-    count = len(decoder.layers)
-    wrong = [layer for layer in layers if layer >= count]
-    if wrong:
-        raise TrainingError(
-            f"student.layers: {wrong[0]} is no layer of this model, which has layers 0 to {count - 1}"
-        )
-    kept = [decoder.layers[layer] for layer in layers]
-    for index, layer in enumerate(kept):
-        layer.self_attn.layer_idx = index
-    decoder.layers = torch.nn.ModuleList(kept)
-    model.config.num_hidden_layers = len(kept)
-    if getattr(model.config, "layer_types", None):
-        model.config.layer_types = [model.config.layer_types[layer] for layer in layers]
+    Raises TrainingError for more layers than there are."""
+    count = len(model.get_decoder().layers)
+    if layers is None:
+        return list(range(count))
+    if not isinstance(layers, LayerChoice):
+        return list(layers)
+    if layers.by != "block_influence":
+        return chosen_layers(layers, count)
+    if len(rows) > MOST_ROWS:
+        rows = [rows[index * len(rows) // MOST_ROWS] for index in range(MOST_ROWS)]
+    device = choose_device("float32")
+    model.to(device.name).eval()
+    inputs = []
+    for picked in by_length(rows, 8, turning_point(model)):
+        prompts = [rows[index].prompt for index in picked]
+        inputs.append(padded_inputs(prompts, pad_id, model.device))
+    return chosen_layers(layers, count, block_influence(model, inputs))
 
 
 def chosen_layers(
     choice: LayerChoice, count: int, influence: Sequence[float] | None = None
 ) -> list[int]:
-    """The layers that `choice` keeps of `count`, in order. `influence`: each layer's, for choice.by block_influence.
+    """Return the layers that `choice` keeps of `count`, in order. `influence`: one number for each
+    layer, needed for choice.by block_influence.
 
     Raises TrainingError for more layers than there are."""
     if choice.keep > count:
@@ -55,25 +59,29 @@ def chosen_layers(
             return [count - 1]
         return [round(index * (count - 1) / (choice.keep - 1)) for index in range(choice.keep)]
     if influence is None:
-        raise ValueError("block_influence needs each layer's influence")
-    return sorted(sorted(range(count), key=lambda layer: -influence[layer])[: choice.keep])
+        raise ValueError("block_influence needs the influence of each layer")
+    ranked = sorted(range(count), key=lambda layer: -influence[layer])
+    return sorted(ranked[: choice.keep])
 
 
 def block_influence(model: Any, batches: Sequence[dict[str, "torch.Tensor"]]) -> list[float]:
-    """How much each decoder layer changes what passes through it: 1 - the mean cosine, over all tokens that are no
-    padding, of a layer's input and its output (Men et al., ShortGPT, 2024). `batches`: the model's inputs."""
+    """Return how much each decoder layer changes its input: 1 - the mean cosine of a layer's input
+    and output over all tokens that are not padding (Men et al., ShortGPT, 2024).
+
+    `batches`: inputs of the model, as `padded_inputs` returns them."""
     import torch
 
     layers = model.get_decoder().layers
     sums, tokens, mask = [0.0] * len(layers), 0, torch.empty(0)
 
     def watch(index: int) -> Any:
-        def hook(_layer: Any, inputs: Any, output: Any) -> None:
-            before, after = inputs[0], output[0] if isinstance(output, tuple) else output
+        def add_cosines(_layer: Any, inputs: Any, output: Any) -> None:
+            before = inputs[0]
+            after = output[0] if isinstance(output, tuple) else output
             cosine = torch.nn.functional.cosine_similarity(before.float(), after.float(), dim=-1)
             sums[index] += float((cosine * mask).sum())
 
-        return hook
+        return add_cosines
 
     hooks = [layer.register_forward_hook(watch(index)) for index, layer in enumerate(layers)]
     try:
@@ -88,24 +96,25 @@ def block_influence(model: Any, batches: Sequence[dict[str, "torch.Tensor"]]) ->
     return [1 - total / tokens for total in sums]
 
 
-def resolved_layers(
-    model: Any, layers: Sequence[int] | LayerChoice | None, rows: Sequence[TrainingRow], pad_id: int
-) -> list[int]:
-    """The decoder layers that `layers` names or chooses, in order; block influence is measured on some of `rows`."""
-    count = len(model.get_decoder().layers)
-    if not isinstance(layers, LayerChoice):
-        return list(range(count) if layers is None else layers)
-    if layers.by != "block_influence":
-        return chosen_layers(layers, count)
-    place = placement("float32")
-    model.to(place.device).eval()
-    picked = (
-        [rows[i * len(rows) // MOST_ROWS] for i in range(MOST_ROWS)]
-        if len(rows) > MOST_ROWS
-        else rows
-    )
-    prompts = [
-        [picked[i].prompt for i in part] for part in by_length(picked, 8, turning_point(model))
-    ]
-    inputs = [padded_inputs(part, pad_id, place.device) for part in prompts]
-    return chosen_layers(layers, count, block_influence(model, inputs))
+def keep_layers(model: Any, layers: Sequence[int]) -> None:
+    """Keep the decoder layers `layers` of a causal language model, in that order, and drop the
+    others; changes the model itself.
+
+    Raises TrainingError where the model has no such layer."""
+    import torch
+
+    decoder = model.get_decoder()
+    count = len(decoder.layers)
+    for layer in layers:
+        if layer >= count:
+            raise TrainingError(
+                f"student.layers: {layer} is no layer of this model, which has layers 0 to "
+                f"{count - 1}"
+            )
+    kept = [decoder.layers[layer] for layer in layers]
+    for index, module in enumerate(kept):
+        module.self_attn.layer_idx = index
+    decoder.layers = torch.nn.ModuleList(kept)
+    model.config.num_hidden_layers = len(kept)
+    if getattr(model.config, "layer_types", None):
+        model.config.layer_types = [model.config.layer_types[layer] for layer in layers]

@@ -1,4 +1,8 @@
-"""training/rows"""
+"""Rows rendered to token ids, which training, validation and scoring read.
+
+In: Examples with their labels, a prompt and a tokenizer. Out: TrainingRows; their file is JSONL,
+one row a line.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,8 +11,23 @@ from typing import Any
 from distillery.errors import TrainingError
 from distillery.prompts import Tokenizer, TransformersTokenizer, letter_ids, render_ids, text_ids
 from distillery.recipe import PromptRecipe
-from distillery.records import Example, TeacherLabel
-from distillery.training.losses import TrainingRow
+from distillery.records import Example, Record, TeacherLabel
+
+
+class TrainingRow(Record):
+    """A rendered row. `prompt`: token ids up to the assistant's first token. What may follow is
+    given by `letters`, the options' letters as one token each, or by `texts`, the options' token
+    ids. `answer`: index of the label among the options. `soft`: the teacher's probabilities over
+    the options, in the same order. `explain` and `rationale`: the prompt that asks for a reason,
+    and the teacher's reason, where the label has one."""
+
+    prompt: tuple[int, ...]
+    letters: tuple[int, ...] = ()
+    texts: tuple[tuple[int, ...], ...] = ()
+    answer: int
+    soft: tuple[float, ...] | None = None
+    explain: tuple[int, ...] = ()
+    rationale: tuple[int, ...] = ()
 
 
 def training_rows(
@@ -18,12 +37,14 @@ def training_rows(
     tokenizer: Any,
     explain: str | None = None,
 ) -> tuple[list[TrainingRow], list[str]]:
-    """Renders the rows that have a label. Returns them, and the ids of those that are over prompt.max_tokens.
+    """Render the examples that have a label. Return the rows, and the ids of those that are over
+    prompt.max_tokens.
 
-    `explain`: what asks for the reasons that labels have, where they are trained on. Raises DataError for an option
-    whose text has no token, so that nothing would be learnt from it."""
+    `explain`: the instruction that asks for the labels' reasons; None leaves the reasons out.
+    Raises DataError for an option whose text has no token, as nothing would be learnt from it."""
     wrapped = TransformersTokenizer(tokenizer)
-    rows, too_long = [], []
+    rows: list[TrainingRow] = []
+    too_long: list[str] = []
     for example in examples:
         label = labels.get(example.example_id)
         if label is None:
@@ -32,54 +53,43 @@ def training_rows(
         if ids is None:
             too_long.append(example.example_id)
             continue
-        soft = label.distribution and tuple(
-            label.distribution[letter] for letter in example.letters
-        )
-        rows.append(
-            TrainingRow(
-                prompt=tuple(ids),
-                answer=example.letters.index(label.answer),
-                soft=soft or None,
-                **_what_may_follow(example, prompt, wrapped),
-                **_reason(example, label, prompt, wrapped, explain),
-            )
-        )
+        fields: dict[str, Any] = {"prompt": ids, "answer": example.letters.index(label.answer)}
+        if prompt.answer == "letter":
+            fields["letters"] = letter_ids(wrapped, len(example.choices))
+        else:
+            fields["texts"] = text_ids(example, wrapped)
+        if label.distribution:
+            fields["soft"] = [label.distribution[letter] for letter in example.letters]
+        if explain and label.rationale:
+            fields |= reason_fields(example, label.rationale, prompt, wrapped, explain)
+        rows.append(TrainingRow(**fields))
     return rows, too_long
 
 
-def _what_may_follow(
-    example: Example, prompt: PromptRecipe, tokenizer: Tokenizer
-) -> dict[str, Any]:
-    if prompt.answer == "letter":
-        return {"letters": tuple(letter_ids(tokenizer, len(example.choices)))}
-    return {"texts": tuple(map(tuple, text_ids(example, tokenizer)))}
-
-
-def _reason(
-    example: Example,
-    label: TeacherLabel,
-    prompt: PromptRecipe,
-    tokenizer: Tokenizer,
-    explain: str | None,
-) -> dict[str, Any]:
-    if not explain or not label.rationale:
-        return {}
+def reason_fields(
+    example: Example, reason: str, prompt: PromptRecipe, tokenizer: Tokenizer, explain: str
+) -> dict[str, list[int]]:
+    """Return the fields `explain` and `rationale` of a row; none where the prompt that asks for the
+    reason is too long or the reason has no token."""
     asked = render_ids(example, prompt, tokenizer, explain)
-    reason = tokenizer.encode_text(label.rationale)
-    if asked is None or not reason:
+    rationale = tokenizer.encode_text(reason)
+    if asked is None or not rationale:
         return {}
-    return {"explain": tuple(asked), "rationale": tuple(reason)}
+    return {"explain": asked, "rationale": rationale}
 
 
 def write_rows(rows: Sequence[TrainingRow], path: Path) -> None:
+    """Write rows as JSONL."""
     path.write_text("".join(row.model_dump_json() + "\n" for row in rows))
 
 
 def read_rows(path: Path) -> list[TrainingRow]:
+    """Return the rows of a file of `write_rows`."""
     return [TrainingRow.model_validate_json(line) for line in path.read_text().splitlines()]
 
 
 def require_rows(rows: Sequence[TrainingRow]) -> None:
+    """Raise TrainingError where there is no row."""
     if not rows:
         raise TrainingError(
             "no row to train on: every label was rejected or every prompt is over prompt.max_tokens"

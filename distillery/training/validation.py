@@ -1,72 +1,74 @@
-"""training/validation"""
+"""How well a model in training answers rows whose labels are known."""
 
 import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from distillery.models.device import Device
 from distillery.models.load import contiguous_head
-from distillery.models.placement import Placement
-from distillery.training.batching import by_length, turning_point
+from distillery.training.batching import by_length, prompt_logits, turning_point
 from distillery.training.likelihood import forward_packed, option_scores
-from distillery.training.losses import TrainingRow
-from distillery.training.objective import prefilled_states
+from distillery.training.rows import TrainingRow
 
 if TYPE_CHECKING:
     import torch
 
 
+def validate(
+    model: Any, rows: Sequence[TrainingRow], *, pad_id: int, device: Device
+) -> tuple[float, float]:
+    """Return (accuracy, loss): the share (0 to 1) of rows whose most probable option is the label,
+    and the mean negative log-probability of the label among the options, in nats."""
+    right, logs = 0, []
+    found = option_probabilities(model, rows, pad_id=pad_id, device=device)
+    for probabilities, row in zip(found, rows, strict=True):
+        right += probabilities.index(max(probabilities)) == row.answer
+        logs.append(math.log(max(probabilities[row.answer], 1e-12)))
+    return right / len(rows), -sum(logs) / len(rows)
+
+
+def accuracy_of(model: Any, rows: Sequence[TrainingRow], *, pad_id: int, device: Device) -> float:
+    """Return the share (0 to 1) of rows whose most probable option is the label."""
+    return validate(model, rows, pad_id=pad_id, device=device)[0]
+
+
 def option_probabilities(
-    model: Any, rows: Sequence[TrainingRow], *, pad_id: int, place: Placement, batch_size: int = 16
+    model: Any, rows: Sequence[TrainingRow], *, pad_id: int, device: Device, batch_size: int = 16
 ) -> list[list[float]]:
-    """For each row the probabilities over its options after one prefill: softmax over its letters' logits, or over the
-    scores of its options' texts (likelihood.py)."""
+    """Return for each row the probabilities over its options after one forward pass of its prompt:
+    softmax over its letters' logits, or over the scores of its options' texts (likelihood.py)."""
     import torch
 
     results: list[list[float]] = [[] for _ in rows]
     was_training = model.training
-    model.to(place.device).eval()
-    with torch.inference_mode(), place.autocast():
+    model.to(device.name).eval()
+    with torch.inference_mode(), device.autocast():
         if rows and rows[0].texts:
-            found = _text_scores(model, rows, pad_id, place, batch_size)
+            found = text_scores(model, rows, pad_id, batch_size)
         else:
-            found = _letter_scores(model, rows, pad_id, place, batch_size)
+            found = letter_scores(model, rows, pad_id, batch_size)
         for index, scores in found:
             results[index] = torch.softmax(scores, dim=-1).tolist()
     model.train(was_training)
     return results
 
 
-def _letter_scores(
-    model: Any, rows: Sequence[TrainingRow], pad_id: int, place: Placement, batch_size: int
+def letter_scores(
+    model: Any, rows: Sequence[TrainingRow], pad_id: int, batch_size: int
 ) -> Iterator[tuple[int, "torch.Tensor"]]:
-    for picked, logits in prefilled_states(model, rows, pad_id, place, batch_size):
+    """Give each row's index and the logits of its letters, [options]."""
+    for picked, logits in prompt_logits(model, rows, pad_id, batch_size):
         for index, row_logits in zip(picked, logits.float(), strict=True):
             yield index, row_logits[list(rows[index].letters)]
 
 
-def _text_scores(
-    model: Any, rows: Sequence[TrainingRow], pad_id: int, place: Placement, batch_size: int
+def text_scores(
+    model: Any, rows: Sequence[TrainingRow], pad_id: int, batch_size: int
 ) -> Iterator[tuple[int, "torch.Tensor"]]:
+    """Give each row's index and the scores of its options' texts, [options]."""
     contiguous_head(model)
     for picked in by_length(rows, batch_size, turning_point(model)):
-        packed, logits = forward_packed(model, [rows[i] for i in picked], pad_id, place.device)
-        for index, scores in zip(picked, option_scores(packed, logits)[0], strict=True):
-            yield index, scores[: len(rows[index].texts)]
-
-
-def validate(
-    model: Any, rows: Sequence[TrainingRow], *, pad_id: int, place: Placement
-) -> tuple[float, float]:
-    """(accuracy, loss): the share (0 to 1) of rows whose most probable option is the label, and the mean negative
-    log-probability of the label among the options, in nats."""
-    probabilities = option_probabilities(model, rows, pad_id=pad_id, place=place)
-    right = sum(p.index(max(p)) == row.answer for p, row in zip(probabilities, rows, strict=True))
-    loss = -sum(
-        math.log(max(p[row.answer], 1e-12)) for p, row in zip(probabilities, rows, strict=True)
-    )
-    return right / len(rows), loss / len(rows)
-
-
-def accuracy_of(model: Any, rows: Sequence[TrainingRow], *, pad_id: int, place: Placement) -> float:
-    """Share (0 to 1) of rows whose most probable option is the label."""
-    return validate(model, rows, pad_id=pad_id, place=place)[0]
+        packed, logits = forward_packed(model, [rows[index] for index in picked], pad_id)
+        scores, _ = option_scores(packed, logits)
+        for index, row_scores in zip(picked, scores, strict=True):
+            yield index, row_scores[: len(rows[index].texts)]

@@ -198,9 +198,9 @@ def test_torch_and_onnx_agree_on_every_row(
 def test_bfloat16_gives_what_training_s_autocast_gives(tiny_model: Build, test_file: Path) -> None:
     """The linear layers are cast once; the numbers are those of autocast over float32 weights."""
     from distillery.models.load import load_model, pad_id
-    from distillery.models.placement import Placement
+    from distillery.models.device import Device
     from distillery.prompts import TransformersTokenizer, letter_ids, render_ids
-    from distillery.training.losses import TrainingRow
+    from distillery.training.rows import TrainingRow
     from distillery.training.validation import option_probabilities
 
     model, tokenizer = load_model(tiny_model("llama"))
@@ -212,9 +212,9 @@ def test_bfloat16_gives_what_training_s_autocast_gives(tiny_model: Build, test_f
         )
         for example in read_examples(test_file)
     ]
-    place = Placement("cpu", "bfloat16")
+    device = Device("cpu", "bfloat16")
     expected = option_probabilities(
-        model, rows, pad_id=pad_id(tokenizer), place=place, batch_size=1
+        model, rows, pad_id=pad_id(tokenizer), device=device, batch_size=1
     )
     scored = score_model(
         ModelToScore(name="torch", kind="transformers", folder=str(tiny_model("llama"))),

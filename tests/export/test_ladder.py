@@ -25,7 +25,7 @@ from distillery.export.ladder import (
 )
 from distillery.export.rung_process import BuildingJob, Built
 from distillery.labels.known import gold_labels
-from distillery.models.inspect import parts
+from distillery.models.inspect import model_and_adapter
 from distillery.models.load import load_tokenizer
 from distillery.prompts import TransformersTokenizer, render_ids
 from distillery.recipe import ExportForm, ExportRecipe, PromptRecipe, TrainingRecipe
@@ -374,7 +374,7 @@ def test_a_real_ladder_merged_and_apart(tiny_model: TinyModel, tmp_path: Path, a
     )
     recipe = TrainingRecipe(method="lora", epochs=8, learning_rate=5e-3)
     fine_tune(base, None, trained, [], recipe, tmp_path / "trained")
-    model, adapter = parts(tmp_path / "trained", base)
+    model, adapter = model_and_adapter(tmp_path / "trained", base)
     for split in ("validation", "train"):
         (tmp_path / f"{split}.jsonl").write_text(
             "".join(f"{one.model_dump_json()}\n" for one in rows(split, 60))

@@ -85,8 +85,8 @@ def test_text_probabilities_are_those_of_torch_whatever_was_asked_before(
     arch: str, tiny_model: Build, tiny_onnx: Build
 ) -> None:
     from distillery.models.load import load_model, pad_id
-    from distillery.models.placement import placement
-    from distillery.training.losses import TrainingRow
+    from distillery.models.device import choose_device
+    from distillery.training.rows import TrainingRow
     from distillery.training.validation import option_probabilities
 
     model, tokenizer = load_model(tiny_model(arch))
@@ -95,7 +95,7 @@ def test_text_probabilities_are_those_of_torch_whatever_was_asked_before(
     texts = ((7,), (8, 9, 10), (8, 4))
     row = TrainingRow(prompt=ids, texts=texts, answer=0)
     (expected,) = option_probabilities(
-        model, [row], pad_id=pad_id(tokenizer), place=placement("float32")
+        model, [row], pad_id=pad_id(tokenizer), device=choose_device("float32")
     )
     for _ in range(2):
         assert student.text_probabilities(ids, texts) == pytest.approx(expected, abs=1e-3)

@@ -13,9 +13,9 @@ from distillery.evaluation.scoring import ModelToScore, score_model
 from distillery.export.build import export
 from distillery.inference.onnx_student import OnnxStudent
 from distillery.labels.known import gold_labels
-from distillery.models.inspect import parts
+from distillery.models.inspect import model_and_adapter
 from distillery.models.load import load_model, load_tokenizer, pad_id
-from distillery.models.placement import placement
+from distillery.models.device import choose_device
 from distillery.prompts import TransformersTokenizer, render_ids, render_messages
 from distillery.recipe import ExportForm, PromptRecipe, TrainingRecipe
 from distillery.records import Example
@@ -51,11 +51,11 @@ def test_all_ways_of_asking_a_student_agree(
         method="lora", epochs=4, batch_size=4, learning_rate=1e-2, precision="float32"
     )
     fine_tune(base, None, rows, [], recipe, tmp_path / "trained")
-    model, adapter = parts(tmp_path / "trained", base)
+    model, adapter = model_and_adapter(tmp_path / "trained", base)
 
     merged, _ = load_model(model, adapter)
-    place, pad = placement("float32"), pad_id(tokenizer)
-    expected = option_probabilities(merged, rows, pad_id=pad, place=place)
+    device, pad = choose_device("float32"), pad_id(tokenizer)
+    expected = option_probabilities(merged, rows, pad_id=pad, device=device)
 
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(f"{example.model_dump_json()}\n" for example in EXAMPLES))

@@ -1,4 +1,4 @@
-"""What prompts share is computed once: how much that is, and that no number changes for it, nor any gradient."""
+"""What prompts share is computed once: how much they share, and that numbers and gradients stay."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,11 +8,17 @@ import pytest
 import torch
 from tiny_model import ARCHITECTURES
 
+from distillery.models.device import choose_device
 from distillery.models.load import load_model
-from distillery.models.placement import placement
-from distillery.training.batching import batches, common_prefix, forward, prefilled, turning_point
+from distillery.training.batching import (
+    batches,
+    common_prefix,
+    forward,
+    prefill_shared,
+    turning_point,
+)
 from distillery.training.likelihood import forward_packed, option_scores
-from distillery.training.losses import TrainingRow
+from distillery.training.rows import TrainingRow
 from distillery.training.validation import option_probabilities
 
 TinyModel = Callable[[str], Path]
@@ -47,13 +53,13 @@ def test_a_batch_with_a_shared_beginning_has_the_numbers_of_its_rows(
 ) -> None:
     model, _ = load_model(tiny_model(arch))
     model.set_attn_implementation(attention)
-    shared, cache = prefilled(model, PROMPTS, 1, "cpu")
+    shared, cache = prefill_shared(model, PROMPTS, 1)
     assert (shared, cache.get_seq_length()) == (40, 40)
-    logits = forward(model, PROMPTS, 1, 0, "cpu")
+    logits = forward(model, PROMPTS, 1, 0)
     for index, ids in enumerate(PROMPTS):
         assert torch.allclose(logits[index], alone(model, ids, 1), atol=1e-4)
     rows = [TrainingRow(prompt=ids, texts=((7,), (8, 9, 10)), answer=0) for ids in PROMPTS]
-    packed, logits = forward_packed(model, rows, 0, "cpu")
+    packed, logits = forward_packed(model, rows, 0)
     assert packed.inputs["input_ids"].shape[1] == 8
     for index, row in enumerate(rows):
         logs = torch.log_softmax(alone(model, (*row.prompt, 8, 9, 10), 4), -1)
@@ -73,7 +79,7 @@ def test_gradients_flow_through_what_is_shared(tiny_model: TinyModel) -> None:
             if weight.grad is not None
         }
 
-    together = gradients(lambda model: forward(model, PROMPTS, 1, 0, "cpu").logsumexp(-1).sum())
+    together = gradients(lambda model: forward(model, PROMPTS, 1, 0).logsumexp(-1).sum())
     apart = gradients(
         lambda model: sum(alone(model, ids, 1).logsumexp(-1).sum() for ids in PROMPTS)
     )
@@ -95,13 +101,13 @@ def test_no_batch_lies_on_both_sides_of_where_the_rotary_factors_turn(
         {"letters": (7, 8)} if form == "letters" else {"texts": ((7,), (8, 9))}
     )
     prompts = [
-        tuple(5 + (place * 7 + length) % 400 for place in range(length))
+        tuple(5 + (position * 7 + length) % 400 for position in range(length))
         for length in (490, 512, 520, 530)
     ]
     rows = [TrainingRow(prompt=prompt, answer=0, **options) for prompt in prompts]
-    place = placement("float32")
+    device = choose_device("float32")
     single, together = (
-        torch.tensor(option_probabilities(model, rows, pad_id=0, place=place, batch_size=size))
+        torch.tensor(option_probabilities(model, rows, pad_id=0, device=device, batch_size=size))
         for size in (1, 4)
     )
     assert torch.allclose(single, together, atol=1e-4)
@@ -115,7 +121,7 @@ def test_no_batch_lies_on_both_sides_of_where_the_rotary_factors_turn(
 
 def test_long_prompts_and_small_savings_are_computed_whole(tiny_model: TinyModel) -> None:
     model, _ = load_model(tiny_model("llama"))
-    assert prefilled(model, PROMPTS[:1], 1, "cpu") == (0, None)
-    assert prefilled(model, [(1, 2, 3), (1, 2, 4)], 1, "cpu") == (0, None)
+    assert prefill_shared(model, PROMPTS[:1], 1) == (0, None)
+    assert prefill_shared(model, [(1, 2, 3), (1, 2, 4)], 1) == (0, None)
     model.config.sliding_window = 42
-    assert prefilled(model, PROMPTS, 1, "cpu") == (0, None)
+    assert prefill_shared(model, PROMPTS, 1) == (0, None)

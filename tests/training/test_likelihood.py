@@ -1,4 +1,4 @@
-"""Options by the likelihood of their texts: packed in one pass they score as each does by itself."""
+"""Options by the likelihood of their texts: packed in one pass, they score as each does alone."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,10 +8,10 @@ import pytest
 import torch
 from tiny_model import ARCHITECTURES
 
+from distillery.models.device import choose_device
 from distillery.models.load import load_model, pad_id
-from distillery.models.placement import placement
 from distillery.training.likelihood import forward_packed, label_likelihoods, option_scores, pack
-from distillery.training.losses import TrainingRow
+from distillery.training.rows import TrainingRow
 from distillery.training.validation import option_probabilities
 
 TinyModel = Callable[[str], Path]
@@ -25,7 +25,7 @@ END = 3
 def alone(model: Any, prompt: tuple[int, ...], text: tuple[int, ...]) -> list[float]:
     """The log-probability of each token of a text after its prompt, from a pass of their own."""
     logs = torch.log_softmax(model(torch.tensor([[*prompt, *text]])).logits[0].double(), -1)
-    return [float(logs[len(prompt) + place - 1, token]) for place, token in enumerate(text)]
+    return [float(logs[len(prompt) + index - 1, token]) for index, token in enumerate(text)]
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -36,7 +36,7 @@ def test_packed_options_score_as_each_by_itself(
     model, tokenizer = load_model(tiny_model(arch))
     model.set_attn_implementation(attention)
     with torch.inference_mode():
-        packed = pack(ROWS, pad_id(tokenizer), "cpu", attention)
+        packed = pack(ROWS, pad_id(tokenizer), torch.device("cpu"), attention)
         logits = model(**packed.inputs, logits_to_keep=packed.kept).logits
         scores, each = option_scores(packed, logits)
         said = label_likelihoods(packed, logits, each, ROWS, END)
@@ -68,7 +68,7 @@ def test_a_sliding_window_holds_for_packed_options_too(
 
     def score() -> tuple[float, float]:
         with torch.inference_mode():
-            packed, logits = forward_packed(model, [row, ROWS[1]], 0, "cpu")
+            packed, logits = forward_packed(model, [row, ROWS[1]], 0)
             return float(option_scores(packed, logits)[0][0, 1]), sum(
                 alone(model, row.prompt, row.texts[1])
             ) / 3
@@ -89,8 +89,8 @@ def test_a_sliding_window_holds_for_packed_options_too(
 
 def test_probabilities_over_texts_are_the_softmax_of_their_scores(tiny_model: TinyModel) -> None:
     model, tokenizer = load_model(tiny_model("llama"))
-    place, pad = placement("float32"), pad_id(tokenizer)
-    found = option_probabilities(model, ROWS, pad_id=pad, place=place, batch_size=1)
+    device, pad = choose_device("float32"), pad_id(tokenizer)
+    found = option_probabilities(model, ROWS, pad_id=pad, device=device, batch_size=1)
     with torch.inference_mode():
         for row, probabilities in zip(ROWS, found, strict=True):
             logs = [alone(model, row.prompt, text) for text in row.texts]

@@ -7,13 +7,13 @@ import torch
 
 from distillery.recipe import TrainingRecipe
 from distillery.training.losses import (
-    TrainingRow,
     answer_loss,
     choice_loss,
     hidden_loss,
     rationale_loss,
     text_loss,
 )
+from distillery.training.rows import TrainingRow
 
 ROWS = [
     TrainingRow(prompt=(1, 2), letters=(5, 6, 7), answer=0, soft=(0.7, 0.2, 0.1)),
@@ -92,7 +92,7 @@ def test_label_smoothing_spreads_a_share_over_the_vocabulary() -> None:
 def test_soft_labels_that_are_certain_give_finite_gradients(divergence_of: str) -> None:
     scores = torch.tensor([[4.0, -200.0, 1.0]], requires_grad=True)
     row = TrainingRow(prompt=(1,), letters=(5, 6, 7), answer=0, soft=(1.0, 0.0, 0.0))
-    loss = choice_loss(scores, [row], TrainingRecipe(soft_weight=1.0, divergence=divergence_of))
+    loss = choice_loss(scores, [row], 1.0, divergence_of)
     loss.sum().backward()
     assert torch.isfinite(loss).all()
     assert scores.grad is not None

@@ -56,10 +56,10 @@ def test_kept_layers_are_the_named_ones(tiny_model: TinyModel, arch: str, tmp_pa
 def test_block_influence_is_one_less_the_mean_cosine_over_tokens(tiny_model: TinyModel) -> None:
     model, tokenizer = load_model(tiny_model("llama"))
     prompts = [[5, 9, 300, 41], [7, 8]]
-    batches = [padded_inputs(prompts, pad_id(tokenizer), "cpu")]
+    batches = [padded_inputs(prompts, pad_id(tokenizer), model.device)]
     sums, tokens = [0.0, 0.0], 0
     for prompt in prompts:
-        # The last of the hidden states is normed, so the second layer's own output is caught on its way out.
+        # The last hidden state is normalised; the second layer's own output is caught before that.
         caught = []
         hook = model.model.norm.register_forward_pre_hook(
             lambda _norm, inputs, caught=caught: caught.append(inputs[0])

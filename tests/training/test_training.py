@@ -1,5 +1,5 @@
-"""Training: LoRA targets, determinism, early stopping, steps of healing, checkpoints and a kill, and each method by
-Olive."""
+"""Training: LoRA targets, determinism, early stopping, healing, checkpoints and a kill, and each
+method through Olive."""
 
 import json
 import math
@@ -20,12 +20,12 @@ from tiny_model import ARCHITECTURES
 
 from distillery.errors import DataError, RecipeError, StoreUnavailable, TrainingError
 from distillery.export.build import export
-from distillery.inference.onnx_student import ADAPTER_FILE
+from distillery.inference.decoder import ADAPTER_FILE
 from distillery.labels.known import gold_labels
 from distillery.models.base import base_folder, base_identity, local_copy
-from distillery.models.inspect import parts
+from distillery.models.device import choose_device
+from distillery.models.inspect import model_and_adapter
 from distillery.models.load import end_of_turn_id, load_model, load_tokenizer, pad_id
-from distillery.models.placement import placement
 from distillery.prompts import TransformersTokenizer, letter_ids, render_ids
 from distillery.recipe import (
     BaseModelRecipe,
@@ -40,10 +40,10 @@ from distillery.records import Example, TeacherLabel
 from distillery.training.adapters import add_lora, linear_modules
 from distillery.training.checkpoint import STATE_FILE, Checkpoints
 from distillery.training.fine_tune import fine_tune
+from distillery.training.hidden_states import hidden_states
 from distillery.training.loop import Progress, TrainingProgress, TrainingResult, train
-from distillery.training.losses import TrainingRow, hidden_loss
-from distillery.training.objective import hidden_states
-from distillery.training.rows import training_rows
+from distillery.training.losses import hidden_loss
+from distillery.training.rows import TrainingRow, training_rows
 from distillery.training.validation import option_probabilities, validate
 
 PROMPT = PromptRecipe(system="Pick.", user="{question}\n{choices}", choice="{letter}) {text}")
@@ -86,12 +86,12 @@ def rendered(folder: Path, count: int = 12) -> list[TrainingRow]:
 def test_a_cut_student_learns_its_teachers_hidden_states(
     tiny_model: TinyModel, tmp_path: Path
 ) -> None:
-    folder, place = tiny_model("llama"), placement("float32")
+    folder, device = tiny_model("llama"), choose_device("float32")
     rows = rendered(folder)
 
     def states(of: Path) -> torch.Tensor:
         model, tokenizer = load_model(of)
-        return hidden_states(model, rows, pad_id=pad_id(tokenizer), place=place, batch_size=5)
+        return hidden_states(model, rows, pad_id=pad_id(tokenizer), device=device, batch_size=5)
 
     taught = states(folder)
     for index in (0, 7):
@@ -120,7 +120,7 @@ def test_the_head_reads_contiguous_states(tiny_model: TinyModel, by: Any) -> Non
     model.get_output_embeddings().register_forward_hook(
         lambda _head, inputs, _: seen.append(inputs[0].is_contiguous())
     )
-    by(model, rendered(folder), pad_id=pad_id(tokenizer), place=placement("float32"))
+    by(model, rendered(folder), pad_id=pad_id(tokenizer), device=choose_device("float32"))
     assert seen
     assert all(seen)
 
@@ -152,9 +152,9 @@ def test_left_padding_changes_no_probability(tiny_model: TinyModel, arch: str) -
     model, tokenizer = load_model(tiny_model(arch))
     rows = rendered(tiny_model(arch), 4)
     rows[1] = rows[1].model_copy(update={"prompt": rows[1].prompt[:-4]})
-    place, pad = placement("float32"), pad_id(tokenizer)
-    together = option_probabilities(model, rows, pad_id=pad, place=place, batch_size=4)
-    alone = option_probabilities(model, rows, pad_id=pad, place=place, batch_size=1)
+    device, pad = choose_device("float32"), pad_id(tokenizer)
+    together = option_probabilities(model, rows, pad_id=pad, device=device, batch_size=4)
+    alone = option_probabilities(model, rows, pad_id=pad, device=device, batch_size=1)
     assert torch.allclose(torch.tensor(together), torch.tensor(alone), atol=1e-5)
 
 
@@ -200,7 +200,7 @@ def test_a_validation_loss_that_is_no_number_ends_training(
     recipe = TrainingRecipe(method="full", max_steps=1)
     with pytest.raises(
         TrainingError,
-        match=r"the validation loss is nan at step 1; lower its training\.learning_rate",
+        match=r"the validation loss is nan at step 1; lower training\.learning_rate",
     ):
         train(network, rows, rows, recipe, pad_id=0, end_id=2)
 
@@ -255,7 +255,7 @@ def test_a_step_of_several_batches_is_one_of_their_sum(tiny_model: TinyModel) ->
     assert parts.curve[0].loss == pytest.approx(whole.curve[0].loss, rel=1e-5)
     pairs = list(zip(one.parameters(), several.parameters(), strict=True))
     apart = sum(int(((a - b).abs() > 1e-4).sum()) for a, b in pairs)
-    # Adam's first step is as long for a gradient of all but nothing, whose sign is a matter of rounding.
+    # Adam's first step is as long for a gradient of almost 0, whose sign is a matter of rounding.
     assert apart < 1e-3 * sum(a.numel() for a, _ in pairs)
     counted, _ = trained(
         tiny_model("llama"), TrainingRecipe(batch_size=2, accumulation=2, epochs=2), rows
@@ -282,7 +282,7 @@ def test_patience_ends_training_and_keeps_the_best_epoch(tiny_model: TinyModel) 
     assert result.steps == result.kept_step + 2 * 3 < 120, (
         "it ends two epochs of three steps after the best"
     )
-    accuracy, loss = validate(model, rows[:6], pad_id=0, place=placement("float32"))
+    accuracy, loss = validate(model, rows[:6], pad_id=0, device=choose_device("float32"))
     assert (accuracy, loss) == (result.validation_accuracy, pytest.approx(losses[result.kept_step]))
     with pytest.raises(TrainingError, match="patience needs validation rows"):
         train(model, rows, [], TrainingRecipe(patience=1), pad_id=0, end_id=2)
@@ -411,7 +411,8 @@ sys.path += os.environ["TEST_PATH"].split(os.pathsep)
 from test_training import OneFile, long_training
 
 method, base, out, kept = sys.argv[1], *map(Path, sys.argv[2:])
-long_training(base, method, out, OneFile(kept), lambda report: os.write(1, f"{report.step}\\n".encode()))
+tell = lambda report: os.write(1, f"{report.step}\\n".encode())
+long_training(base, method, out, OneFile(kept), tell)
 """
 
 
@@ -615,7 +616,7 @@ def test_no_rows_is_one_clear_line(tiny_model: TinyModel, tmp_path: Path) -> Non
 def test_a_loss_that_is_no_number_stops_training(tiny_model: TinyModel) -> None:
     model, _ = load_model(tiny_model("llama"))
     recipe = TrainingRecipe(method="full", learning_rate=1e30, epochs=9, precision="float32")
-    with pytest.raises(TrainingError, match=r"lower its training\.learning_rate"):
+    with pytest.raises(TrainingError, match=r"lower training\.learning_rate"):
         train(model, rendered(tiny_model("llama")), [], recipe, pad_id=0, end_id=2)
 
 
@@ -643,7 +644,7 @@ def test_train_export_and_score_through_olive(
     result = fine_tune(
         tiny_model(arch), None, rows, rows[:3], recipe, tmp_path / "trained", layers=layers
     )
-    model, adapter = parts(tmp_path / "trained", tiny_model(arch))
+    model, adapter = model_and_adapter(tmp_path / "trained", tiny_model(arch))
     assert (adapter is not None) == (method != "full")
     assert not list((tmp_path / "trained").glob("*.jsonl")), (
         "training rows are no part of a checkpoint"
@@ -658,7 +659,7 @@ def test_train_export_and_score_through_olive(
 
     network, tokenizer = load_model(model, adapter)
     exact = option_probabilities(
-        network, rows, pad_id=pad_id(tokenizer), place=placement("float32")
+        network, rows, pad_id=pad_id(tokenizer), device=choose_device("float32")
     )
     onnx = OnnxStudent(tmp_path / "fp32", threads=1)
     ids = letter_ids(onnx.tokenizer, 3)
@@ -678,20 +679,20 @@ def test_train_export_and_score_through_olive(
 def test_an_adapter_for_a_taught_model_comes_with_that_model(
     tiny_model: TinyModel, tmp_path: Path
 ) -> None:
-    base, place = tiny_model("llama"), placement("float32")
+    base, device = tiny_model("llama"), choose_device("float32")
     rows = rendered(base)
     full = TrainingRecipe(method="full", epochs=4, batch_size=4, learning_rate=1e-2)
     fine_tune(base, None, rows, [], full, tmp_path / "teacher")
-    taught, _ = parts(tmp_path / "teacher", base)
+    taught, _ = model_and_adapter(tmp_path / "teacher", base)
     recipe = TrainingRecipe(method="lora", epochs=1, batch_size=4, learning_rate=1e-3)
     fine_tune(taught, None, rows, [], recipe, tmp_path / "student", whole=True)
-    model, adapter = parts(tmp_path / "student", base)
+    model, adapter = model_and_adapter(tmp_path / "student", base)
     assert adapter is not None
 
     def answers(*folders: Path | None) -> torch.Tensor:
         network, tokenizer = load_model(*folders)
         pad = pad_id(tokenizer)
-        return torch.tensor(option_probabilities(network, rows, pad_id=pad, place=place))
+        return torch.tensor(option_probabilities(network, rows, pad_id=pad, device=device))
 
     expected = answers(taught, adapter)
     assert torch.equal(answers(model, adapter), expected)
@@ -704,7 +705,7 @@ def test_the_labs_form_keeps_the_adapter_apart(tiny_model: TinyModel, tmp_path: 
     rows = rendered(tiny_model("llama"))
     recipe = TrainingRecipe(method="lora", epochs=4, batch_size=4, learning_rate=2e-2)
     fine_tune(tiny_model("llama"), None, rows, [], recipe, tmp_path / "trained")
-    model, adapter = parts(tmp_path / "trained", tiny_model("llama"))
+    model, adapter = model_and_adapter(tmp_path / "trained", tiny_model("llama"))
     export(model, adapter, ExportForm(precision="fp32", adapter_apart=True), tmp_path / "apart")
     assert (tmp_path / "apart" / ADAPTER_FILE).stat().st_size > 0
 
@@ -717,12 +718,12 @@ def test_the_labs_form_keeps_the_adapter_apart(tiny_model: TinyModel, tmp_path: 
     )
     merged, tokenizer = load_model(model, adapter)
     plain, _ = load_model(model)
-    place, pad = placement("float32"), pad_id(tokenizer)
+    device, pad = choose_device("float32"), pad_id(tokenizer)
     assert with_adapter == pytest.approx(
-        option_probabilities(merged, rows[:1], pad_id=pad, place=place)[0], abs=1e-3
+        option_probabilities(merged, rows[:1], pad_id=pad, device=device)[0], abs=1e-3
     )
     assert without == pytest.approx(
-        option_probabilities(plain, rows[:1], pad_id=pad, place=place)[0], abs=1e-3
+        option_probabilities(plain, rows[:1], pad_id=pad, device=device)[0], abs=1e-3
     )
 
 
@@ -738,7 +739,7 @@ def test_int4_with_the_adapter_apart_quantises_all_but_the_adapter(
     rows = rendered(tiny_model(arch))
     recipe = TrainingRecipe(method="lora", epochs=4, batch_size=4, learning_rate=2e-2)
     fine_tune(tiny_model(arch), None, rows, [], recipe, tmp_path / "trained")
-    model, adapter = parts(tmp_path / "trained", tiny_model(arch))
+    model, adapter = model_and_adapter(tmp_path / "trained", tiny_model(arch))
 
     def answers(form: ExportForm, out: Path) -> torch.Tensor:
         export(model, adapter, form, out)
@@ -773,7 +774,7 @@ def test_an_adapter_is_merged_in_float32_whatever_the_base_is_stored_in(
         method="lora", epochs=4, batch_size=4, learning_rate=2e-2, precision="float32"
     )
     fine_tune(base, None, rows, [], recipe, tmp_path / "trained")
-    model, adapter = parts(tmp_path / "trained", base)
+    model, adapter = model_and_adapter(tmp_path / "trained", base)
     merged, _ = load_model(model, adapter)
     export(model, adapter, ExportForm(precision="fp32"), tmp_path / "onnx")
     for row in rows:
