@@ -397,4 +397,4 @@ def check_registry(recipe: Recipe) -> Iterator[Finding]:
     registry = open_registry(recipe.registry)
     name = recipe.registry.model_name
     count = len(registry.list(name))
-    yield ok("registry", f"{registry.place} answers; versions of {name}: {count}")
+    yield ok("registry", f"{registry.location} answers; versions of {name}: {count}")

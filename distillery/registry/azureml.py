@@ -1,4 +1,10 @@
-"""registry/azureml"""
+"""The registry in Azure ML: versions are workspace models, files are blobs of the workspace.
+
+Azure ML's own upload drops files that a .gitignore in the folder names, trusts that an earlier
+upload is complete, and waits 90 s for storage that is down. So azure-storage-blob writes the
+folder to the workspace's blob store, below its digest, and the version that MLClient registers (a
+CUSTOM_MODEL) points there.
+"""
 
 import logging
 from collections.abc import Iterator
@@ -11,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from distillery.errors import CredentialsError, RegistryError, RegistryUnavailable
 from distillery.records import RegisteredModel
 from distillery.registry.base import CANDIDATE, CHAMPION, Models, Registry
-from distillery.registry.manifest import MANIFEST, altered, first_line, tags_of
+from distillery.registry.manifest import MANIFEST, altered_error, first_line
 from distillery.settings import AzureMLSettings
 
 if TYPE_CHECKING:
@@ -22,133 +28,127 @@ if TYPE_CHECKING:
 AZURE_DATASTORE = "workspaceblobstore"
 
 AZURE_DEADLINE = 30.0
-"""Seconds after which Azure or its storage counts as down: three tries of a request, waits included."""
+"""Seconds after which Azure or its storage counts as down: three attempts with their waits."""
 
 
 class AzureRegistry(Registry):
-    """Models of an Azure ML workspace. Azure has no aliases: the champion carries the tag role=champion."""
+    """Models of an Azure ML workspace.
+
+    Azure ML has no aliases: the champion is the version with the tag role=champion. Promoting tags
+    the new champion before it untags the old one, so there is never none; while there are two, the
+    one that was promoted later counts.
+    """
 
     kind = "azureml"
 
-    def __init__(self, settings: AzureMLSettings | None = None) -> None:
-        self._settings = settings or AzureMLSettings()
-        needed = {
-            "AZUREML_SUBSCRIPTION_ID": self._settings.subscription_id,
-            "AZUREML_RESOURCE_GROUP": self._settings.resource_group,
-            "AZUREML_WS_NAME": self._settings.workspace,
-        }
-        missing = [key for key, value in needed.items() if not value]
-        if missing:
-            raise CredentialsError(
-                f"Azure ML: not set: {', '.join(missing)}; put them into the environment or .env"
-            )
-        self.place = f"Azure ML workspace {self._settings.workspace}"
+    def __init__(self) -> None:
+        self._settings = AzureMLSettings()
+        self._settings.require()
+        self.location = f"Azure ML workspace {self._settings.workspace}"
 
     def promote(self, model: RegisteredModel) -> RegisteredModel:
-        with _azure_errors(self.place):
+        new_tags = {"role": CHAMPION, "promoted_at": datetime.now(UTC).isoformat()}
+        with azure_errors(self.location):
             versions = list(self._client.models.list(name=model.name))
-            # The new champion first: in between there are two rather than none, and the one promoted later counts.
             for version in versions:
                 if version.version == model.version:
-                    self._retag(
-                        version, {"role": CHAMPION, "promoted_at": datetime.now(UTC).isoformat()}
-                    )
+                    self.add_tags(version, new_tags)
             for version in versions:
                 if version.version != model.version and tags_of(version).get("role") == CHAMPION:
-                    self._retag(version, {"role": CANDIDATE})
-        if model.version not in {version.version for version in versions}:
+                    self.add_tags(version, {"role": CANDIDATE})
+        if model.version not in [version.version for version in versions]:
             raise RegistryError(
-                f"{model.name}: no version {model.version} in {self.place} that could be promoted"
+                f"{model.name}: no version {model.version} in {self.location} that could be "
+                "promoted"
             )
         return model.model_copy(update={"role": CHAMPION})
 
-    def _retag(self, version: "Model", tags: dict[str, str]) -> None:
+    def add_tags(self, version: "Model", tags: dict[str, str]) -> None:
         version.tags = {**tags_of(version), **tags}
         self._client.models.create_or_update(version)
 
-    def _names(self) -> tuple[str, ...]:
-        with _azure_errors(self.place):
+    def names(self) -> tuple[str, ...]:
+        with azure_errors(self.location):
             found = [str(model.name) for model in self._client.models.list()]
-        return tuple(name for name in found if self._versions(name))
+        return tuple(name for name in found if self.versions(name))
 
-    def _versions(self, name: str) -> Models:
+    def versions(self, name: str) -> Models:
         from azure.core.exceptions import ResourceNotFoundError
 
-        with _azure_errors(self.place):
+        with azure_errors(self.location):
             try:
-                found = [
-                    model
-                    for model in self._client.models.list(name=name)
-                    if "manifest_sha256" in tags_of(model)
-                ]
+                found = list(self._client.models.list(name=name))
             except ResourceNotFoundError:
-                # The service says the same of an unknown model and an unknown workspace; only the latter fails here.
+                # Azure's answer for an unknown model is that for an unknown workspace. Listing
+                # fails for the workspace only.
                 list(self._client.models.list())
                 return []
-        found.sort(key=lambda model: model.creation_context.created_at, reverse=True)
-        champions = [model for model in found if tags_of(model).get("role") == CHAMPION]
-        champion = max(
-            champions, key=lambda model: tags_of(model).get("promoted_at", ""), default=None
-        )
-        return [self._from_azure(model, model is champion) for model in found]
+        ours = [model for model in found if "manifest_sha256" in tags_of(model)]
+        ours.sort(key=lambda model: model.creation_context.created_at, reverse=True)
+        champions = [model for model in ours if tags_of(model).get("role") == CHAMPION]
+        champions.sort(key=lambda model: tags_of(model).get("promoted_at", ""), reverse=True)
+        champion = champions[0] if champions else None
+        return [self.record_of(model, model is champion) for model in ours]
 
-    def _put(self, content: Path, name: str, digest: str) -> str:
+    def store_folder(self, content: Path, name: str, digest: str) -> str:
         files = sorted(path for path in content.rglob("*") if path.is_file())
-        # The manifest last: where it stands, all is there.
+        # The manifest is last: if it is there, all files are.
         files.sort(key=lambda path: path == content / MANIFEST)
-        with self._container() as container:
+        prefix = blob_prefix(name, digest)
+        with self.container() as container:
             for path in files:
+                blob = f"{prefix}{path.relative_to(content).as_posix()}"
                 with path.open("rb") as file:
-                    blob = f"{_prefix(name, digest)}{path.relative_to(content).as_posix()}"
                     container.upload_blob(blob, file, overwrite=True)
-        return f"azureml://datastores/{AZURE_DATASTORE}/paths/{_prefix(name, digest)}"
+        return f"azureml://datastores/{AZURE_DATASTORE}/paths/{prefix}"
 
-    def _add(self, name: str, uri: str, tags: dict[str, str]) -> RegisteredModel:
+    def add_version(self, name: str, uri: str, tags: dict[str, str]) -> RegisteredModel:
         from azure.ai.ml.constants import AssetTypes
         from azure.ai.ml.entities import Model
 
-        with _azure_errors(self.place):
+        with azure_errors(self.location):
             model = Model(
                 name=name, path=uri, type=AssetTypes.CUSTOM_MODEL, tags={**tags, "role": CANDIDATE}
             )
-            return self._from_azure(self._client.models.create_or_update(model), False)
+            added = self._client.models.create_or_update(model)
+            return self.record_of(added, is_champion=False)
 
-    def _from_azure(self, model: "Model", champion: bool) -> RegisteredModel:
-        role = CHAMPION if champion else CANDIDATE
-        return self._record(
-            str(model.name), str(model.version), role, str(model.path), tags_of(model)
-        )
+    def record_of(self, model: "Model", is_champion: bool) -> RegisteredModel:
+        name, version, uri = str(model.name), str(model.version), str(model.path)
+        return self.record(name, version, is_champion, uri, tags_of(model))
 
-    def _fetch(self, model: RegisteredModel, folder: Path) -> None:
-        prefix = _prefix(model.name, model.manifest_sha256)
-        with self._container() as container:
+    def fetch_files(self, model: RegisteredModel, folder: Path) -> None:
+        prefix = blob_prefix(model.name, model.manifest_sha256)
+        with self.container() as container:
             for blob in container.list_blobs(name_starts_with=prefix, include=["metadata"]):
-                target = folder / blob.name.removeprefix(prefix)
                 if (blob.metadata or {}).get("hdi_isfolder"):
                     continue
+                target = folder / blob.name.removeprefix(prefix)
+                # A blob's name may hold "..", which must not lead out of the folder.
                 if not target.resolve().is_relative_to(folder.resolve()):
-                    raise altered(model, blob.name)
+                    raise altered_error(model, blob.name)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 with target.open("wb") as file:
                     container.download_blob(blob.name).readinto(file)
 
-    def _read_manifest(self, model: RegisteredModel) -> bytes:
+    def read_manifest(self, model: RegisteredModel) -> bytes:
         from azure.core.exceptions import ResourceNotFoundError
 
-        with self._container() as container:
+        blob = f"{blob_prefix(model.name, model.manifest_sha256)}{MANIFEST}"
+        with self.container() as container:
             try:
-                blob = f"{_prefix(model.name, model.manifest_sha256)}{MANIFEST}"
                 content: bytes = container.download_blob(blob).readall()
             except ResourceNotFoundError as error:
-                raise altered(model, MANIFEST) from error
+                raise altered_error(model, MANIFEST) from error
             return content
 
     @cached_property
     def _credential(self) -> Any:
         from azure.identity import DefaultAzureCredential
 
-        # Both log every failure, over several lines, beside raising it.
-        for noisy in map(logging.getLogger, ("azure.identity", "azure.ai.ml")):
+        # Both log every failure, over several lines, and raise it too.
+        for name in ("azure.identity", "azure.ai.ml"):
+            noisy = logging.getLogger(name)
             noisy.propagate = False
             noisy.addHandler(logging.NullHandler())
         return DefaultAzureCredential()
@@ -172,16 +172,20 @@ class AzureRegistry(Registry):
         )
 
     @contextmanager
-    def _container(self) -> "Iterator[ContainerClient]":
-        """The workspace's blob container, by the short-lived key that the workspace hands out, else by the login."""
+    def container(self) -> "Iterator[ContainerClient]":
+        """Give the workspace's blob container.
+
+        It is opened with the short-lived key that the workspace hands out, else with the login.
+        """
         from azure.storage.blob import ContainerClient, ExponentialRetry
 
-        with _azure_errors(self.place):
+        with azure_errors(self.location):
             store = self._client.datastores.get(AZURE_DATASTORE, include_secrets=True)
+        account_key = getattr(store.credentials, "account_key", None)
         secret = getattr(store.credentials, "sas_token", None)
-        if key := getattr(store.credentials, "account_key", None):
-            secret = {"account_name": store.account_name, "account_key": key}
-        with _azure_errors(f"{self.place}: its storage {store.account_name}"):
+        if account_key:
+            secret = {"account_name": store.account_name, "account_key": account_key}
+        with azure_errors(f"{self.location}: its storage {store.account_name}"):
             yield ContainerClient(
                 f"{store.protocol}://{store.account_name}.blob.{store.endpoint}",
                 store.container_name,
@@ -192,54 +196,67 @@ class AzureRegistry(Registry):
             )
 
 
-def _prefix(name: str, digest: str) -> str:
-    """Where a model's blobs stand in the workspace's container."""
+def tags_of(model: "Model") -> dict[str, str]:
+    return model.tags or {}
+
+
+def blob_prefix(name: str, digest: str) -> str:
+    """Return what the names of a model's blobs begin with."""
     return f"distillery/{name}/{digest}/"
 
 
 @contextmanager
-def _azure_errors(place: str) -> Iterator[None]:
-    """Turns what the Azure SDKs raise into one line. The SDKs' own texts of failed connections may hold a URL with its
-    signature, so that these are neither shown nor chained."""
+def azure_errors(location: str) -> Iterator[None]:
+    """Raise the errors of the Azure SDKs as ours, in one line that names `location`.
+
+    The SDKs' texts of failed connections may hold a URL with its signature, so they are neither
+    shown nor chained.
+    """
     from azure.ai.ml.exceptions import MlException
     from azure.core.exceptions import AzureError, ClientAuthenticationError, HttpResponseError
 
     try:
         yield
     except ClientAuthenticationError as error:
-        raise _login_error(place, error.status_code) from None
+        raise login_error(location, error.status_code) from None
     except HttpResponseError as error:
-        raise _answer_error(place, error) from None
+        raise response_error(location, error) from None
     except MlException as error:
-        raise RegistryError(f"{place}: {first_line(error)}") from error
+        raise RegistryError(f"{location}: {first_line(error)}") from error
     except AzureError as error:
         raise RegistryUnavailable(
-            f"{place} does not answer within {AZURE_DEADLINE:.0f} s ({type(error).__name__}); try again later"
+            f"{location} does not answer within {AZURE_DEADLINE:.0f} s "
+            f"({type(error).__name__}); try again later"
         ) from None
 
 
-def _login_error(place: str, status: int | None) -> CredentialsError:
+def login_error(location: str, status: int | None) -> CredentialsError:
+    """Return the error for a login that does not exist (no `status`) or is refused."""
     if status is None:
         return CredentialsError(
-            "no Azure login: run `az login`, or set AZURE_CLIENT_ID, AZURE_TENANT_ID and AZURE_CLIENT_SECRET"
+            "no Azure login: run `az login`, or set AZURE_CLIENT_ID, AZURE_TENANT_ID and "
+            "AZURE_CLIENT_SECRET"
         )
     return CredentialsError(
-        f"{place} refuses the login ({status}): run `az login` again, or correct AZURE_CLIENT_SECRET"
+        f"{location} refuses the login ({status}): run `az login` again, or correct "
+        "AZURE_CLIENT_SECRET"
     )
 
 
-def _answer_error(place: str, error: Any) -> Exception:
+def response_error(location: str, error: Any) -> Exception:
+    """Return the error for an HTTP response, by its status."""
     status = error.status_code or 0
     if status in (401, 403):
         return CredentialsError(
-            f"{place} refuses access ({status}): give the login the role AzureML Data Scientist there"
+            f"{location} refuses access ({status}): give the login the role AzureML Data "
+            "Scientist there"
         )
     if status in (408, 429) or status >= 500:
-        return RegistryUnavailable(f"{place} does not answer ({status}); try again later")
+        return RegistryUnavailable(f"{location} does not answer ({status}); try again later")
     if status in (409, 412):
         return RegistryUnavailable(
-            f"{place}: another run changed the same model at the same time; try again"
+            f"{location}: another run changed the same model at the same time; try again"
         )
     return RegistryError(
-        f"{place}: {first_line(error)} ({status}); correct AZUREML_* or the model's name"
+        f"{location}: {first_line(error)} ({status}); correct AZUREML_* or the model's name"
     )

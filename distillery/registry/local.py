@@ -1,4 +1,4 @@
-"""registry/local"""
+"""The local registry: MLflow's model registry for versions, a folder on this machine for files."""
 
 import logging
 import os
@@ -14,8 +14,14 @@ from filelock import FileLock
 
 from distillery.errors import ArtifactDamaged, RegistryError, RegistryUnavailable
 from distillery.records import RegisteredModel
-from distillery.registry.base import CANDIDATE, CHAMPION, Models, Registry
-from distillery.registry.manifest import MANIFEST, altered, copy_folder, first_line, masked
+from distillery.registry.base import CHAMPION, Models, Registry
+from distillery.registry.manifest import (
+    MANIFEST,
+    altered_error,
+    copy_folder,
+    first_line,
+    mask_credentials,
+)
 from distillery.settings import LocalSettings
 from distillery.storage.artifacts import ArtifactStore
 from distillery.storage.digests import sha256_of
@@ -26,55 +32,57 @@ if TYPE_CHECKING:
 
 
 class LocalRegistry(Registry):
-    """Versions and aliases in MLflow's model registry at `url`, the folders in `artifacts`/name/manifest digest.
+    """Versions and aliases are in MLflow at `url`, files in DISTILLERY_HOME/models/NAME/DIGEST.
 
-    A machine that shares the registry but has no such folder takes the files from the artifact store, where the stages
-    keep them under the same digest, and the manifest from manifests/DIGEST.json there."""
+    DIGEST is that of the manifest. A machine that shares the registry, but lacks this folder, takes
+    the files from the artifact store, where the stages keep them under their own digest, and the
+    manifest from manifests/DIGEST.json there.
+    """
 
     kind = "local"
 
-    def __init__(self, url: str | None = None, artifacts: Path | None = None) -> None:
+    def __init__(self, url: str | None = None) -> None:
         settings = LocalSettings()
         self._url = url or settings.registry_url
-        self._artifacts = artifacts or settings.folder / "models"
-        self.place = masked(self._url)
-        # Read when MLflow is imported. By default it asks a server that is down for minutes.
+        self._models = settings.folder / "models"
+        self.location = mask_credentials(self._url)
+        # MLflow reads these when it is imported. By default it retries a dead server for minutes.
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
 
     def promote(self, model: RegisteredModel) -> RegisteredModel:
-        with self._mlflow() as client:
+        with self.mlflow() as client:
             client.set_registered_model_alias(model.name, CHAMPION, model.version)
         return model.model_copy(update={"role": CHAMPION})
 
-    def _names(self) -> tuple[str, ...]:
-        names: tuple[str, ...] = ()
-        page = None
-        with self._mlflow() as client:
-            while page != "":
-                found = client.search_registered_models(page_token=page)
-                names += tuple(model.name for model in found)
-                page = found.token or ""
-        return names
+    def names(self) -> tuple[str, ...]:
+        names = []
+        with self.mlflow() as client:
+            page = client.search_registered_models()
+            names += [model.name for model in page]
+            while page.token:
+                page = client.search_registered_models(page_token=page.token)
+                names += [model.name for model in page]
+        return tuple(names)
 
-    def _versions(self, name: str) -> Models:
-        found: list[ModelVersion] = []
-        page = None
-        with self._mlflow() as client:
-            while page != "":
-                some = client.search_model_versions(f"name = '{name}'", page_token=page)
-                found += some
-                page = some.token or ""
-            champion = client.get_registered_model(name).aliases.get(CHAMPION) if found else None
+    def versions(self, name: str) -> Models:
+        query = f"name = '{name}'"
+        champion = None
+        with self.mlflow() as client:
+            page = client.search_model_versions(query)
+            found = list(page)
+            while page.token:
+                page = client.search_model_versions(query, page_token=page.token)
+                found += page
+            if found:
+                champion = client.get_registered_model(name).aliases.get(CHAMPION)
         ours = [version for version in found if "manifest_sha256" in version.tags]
         ours.sort(key=lambda version: int(version.version), reverse=True)
-        return [
-            self._from_mlflow(version, str(version.version) == str(champion)) for version in ours
-        ]
+        return [self.record_of(version, str(version.version) == str(champion)) for version in ours]
 
-    def _put(self, content: Path, name: str, digest: str) -> str:
-        final = self._artifacts / name / digest
-        _share(content, digest)
+    def store_folder(self, content: Path, name: str, digest: str) -> str:
+        final = self._models / name / digest
+        share_manifest(content, digest)
         final.parent.mkdir(parents=True, exist_ok=True)
         beside = final.with_name(f".writing-{uuid.uuid4().hex[:8]}")
         try:
@@ -85,51 +93,56 @@ class LocalRegistry(Registry):
             shutil.rmtree(beside, ignore_errors=True)
         return str(final)
 
-    def _add(self, name: str, uri: str, tags: dict[str, str]) -> RegisteredModel:
-        with self._mlflow() as client:
-            _create_once(client, name)
-            # register_model wants an MLflow model; create_model_version takes any folder.
-            return self._from_mlflow(
-                client.create_model_version(name, source=uri, tags=tags), False
-            )
+    def add_version(self, name: str, uri: str, tags: dict[str, str]) -> RegisteredModel:
+        from mlflow.exceptions import MlflowException
 
-    def _from_mlflow(self, version: "ModelVersion", champion: bool) -> RegisteredModel:
-        role = CHAMPION if champion else CANDIDATE
-        return self._record(
-            version.name, str(version.version), role, str(version.source), version.tags
-        )
+        with self.mlflow() as client:
+            try:
+                client.create_registered_model(name)
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                    raise
+            # mlflow.register_model wants an MLflow model; create_model_version takes any folder.
+            version = client.create_model_version(name, source=uri, tags=tags)
+            return self.record_of(version, is_champion=False)
 
-    def _fetch(self, model: RegisteredModel, folder: Path) -> None:
-        if (here := self._folder(model)).is_dir():
-            copy_folder(here, folder)
-            # The store may be another one by now.
-            _share(folder, model.manifest_sha256)
+    def record_of(self, version: "ModelVersion", is_champion: bool) -> RegisteredModel:
+        number, uri = str(version.version), str(version.source)
+        return self.record(version.name, number, is_champion, uri, version.tags)
+
+    def fetch_files(self, model: RegisteredModel, folder: Path) -> None:
+        local = self.local_folder(model)
+        if local.is_dir():
+            copy_folder(local, folder)
+            # DISTILLERY_STORE may name another store by now, which lacks the manifest.
+            share_manifest(folder, model.manifest_sha256)
             return
-        with self._elsewhere(model) as store:
+        with self.store_of_missing(model) as store:
             copy_folder(store.fetch(model.artifact), folder)
-        (folder / MANIFEST).write_bytes(self._read_manifest(model))
+        (folder / MANIFEST).write_bytes(self.read_manifest(model))
 
-    def _read_manifest(self, model: RegisteredModel) -> bytes:
-        if not (here := self._folder(model)).is_dir():
-            with self._elsewhere(model) as store:
-                return store.read_object(_shared_manifest(model.manifest_sha256))
-        if not (here / MANIFEST).is_file():
-            raise altered(model, MANIFEST)
-        return (here / MANIFEST).read_bytes()
+    def read_manifest(self, model: RegisteredModel) -> bytes:
+        local = self.local_folder(model)
+        if not local.is_dir():
+            with self.store_of_missing(model) as store:
+                return store.read_object(shared_manifest_name(model.manifest_sha256))
+        if not (local / MANIFEST).is_file():
+            raise altered_error(model, MANIFEST)
+        return (local / MANIFEST).read_bytes()
 
-    def _folder(self, model: RegisteredModel) -> Path:
-        return self._artifacts / model.name / model.manifest_sha256
+    def local_folder(self, model: RegisteredModel) -> Path:
+        return self._models / model.name / model.manifest_sha256
 
     @contextmanager
-    def _elsewhere(self, model: RegisteredModel) -> Iterator[ArtifactStore]:
-        """The store, where this machine lacks the model's folder."""
+    def store_of_missing(self, model: RegisteredModel) -> Iterator[ArtifactStore]:
+        """Give the artifact store, for a model whose folder this machine lacks."""
         store = ArtifactStore()
         try:
             yield store
         except ArtifactDamaged as error:
             raise RegistryError(
-                f"{self._folder(model)}: the folder of {model.name} version {model.version} is gone, and {store.url} "
-                "does not have it either; register it again"
+                f"{self.local_folder(model)}: the folder of {model.name} version {model.version} "
+                f"is gone, and {store.url} does not have it either; register it again"
             ) from error
 
     @cached_property
@@ -138,52 +151,47 @@ class LocalRegistry(Registry):
 
         for noisy in ("mlflow.store.db.utils", "alembic"):
             logging.getLogger(noisy).setLevel(logging.WARNING)
-        self._artifacts.mkdir(parents=True, exist_ok=True)
-        # The first to come makes MLflow's tables; two that make them at once break each other.
-        with FileLock(self._artifacts / ".lock"):
+        self._models.mkdir(parents=True, exist_ok=True)
+        # The first client creates MLflow's tables; two that do so at once break each other.
+        with FileLock(self._models / ".lock"):
             client = MlflowClient(tracking_uri=self._url, registry_uri=self._url)
             client.search_registered_models(max_results=1)
         return client
 
     @contextmanager
-    def _mlflow(self) -> "Iterator[MlflowClient]":
+    def mlflow(self) -> "Iterator[MlflowClient]":
+        """Give MLflow's client, and raise its errors as RegistryError in one line."""
         from mlflow.exceptions import MlflowException
         from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
         try:
             yield self._client
         except (OperationalError, MlflowException) as error:
-            # MLflow's own texts hold the URL with its password, so that they are masked and not chained.
-            text = masked(first_line(error))
+            # The texts hold the URL with its password, so they are masked and not chained.
+            text = mask_credentials(first_line(error))
             code = getattr(error, "error_code", "TEMPORARILY_UNAVAILABLE")
             if code in ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE"):
                 raise RegistryUnavailable(
-                    f"{self.place}: the registry does not answer ({text})"
+                    f"{self.location}: the registry does not answer ({text})"
                 ) from None
-            raise RegistryError(f"{self.place}: {text}") from None
+            raise RegistryError(f"{self.location}: {text}") from None
         except (SQLAlchemyError, OSError) as error:
             raise RegistryError(
-                f"{self.place}: not a registry that can be opened ({first_line(error)}); set DISTILLERY_REGISTRY"
+                f"{self.location}: can't be opened as a registry ({first_line(error)}); "
+                "correct DISTILLERY_REGISTRY"
             ) from error
 
 
-def _create_once(client: "MlflowClient", name: str) -> None:
-    from mlflow.exceptions import MlflowException
-
-    try:
-        client.create_registered_model(name)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":
-            raise
-
-
-def _share(folder: Path, digest: str) -> None:
-    """Writes a folder's manifest, if it is whole, where the machines that share the store read it."""
+def share_manifest(folder: Path, digest: str) -> None:
+    """Write the folder's manifest, if it is unaltered, to the store that other machines share."""
     manifest = folder / MANIFEST
     if manifest.is_file() and sha256_of(manifest) == digest:
-        ArtifactStore().write_object(_shared_manifest(digest), manifest.read_bytes())
+        ArtifactStore().write_object(shared_manifest_name(digest), manifest.read_bytes())
 
 
-def _shared_manifest(digest: str) -> str:
-    """Its name in the artifact store: no artifact and no record, so that no collection takes it."""
+def shared_manifest_name(digest: str) -> str:
+    """Return the manifest's name in the artifact store.
+
+    It is neither an artifact nor a record, so `distillery store gc` does not remove it.
+    """
     return f"manifests/{digest}.json"

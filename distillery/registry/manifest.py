@@ -1,4 +1,7 @@
-"""registry/manifest"""
+"""manifest.json in a registered folder: provenance, and the sha256 and size of every other file.
+
+The provenance is what the caller gives: data, prompts, teacher, labels, code and evaluation.
+"""
 
 import json
 import re
@@ -6,7 +9,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -14,14 +17,11 @@ from distillery.errors import RegistryError
 from distillery.records import Record, RegisteredModel
 from distillery.storage.digests import FileEntry, digest_of_files, list_files, sha256_of
 
-if TYPE_CHECKING:
-    from azure.ai.ml.entities import Model
-
 MANIFEST = "manifest.json"
 
 
 class Manifest(Record):
-    """manifest.json: `files` are all others in the folder; the manifest can't hold its own digest."""
+    """The content of manifest.json. `files`: all other files, as it can't hold its own digest."""
 
     model: str
     provenance: dict[str, Any]
@@ -29,6 +29,7 @@ class Manifest(Record):
 
 
 def copy_folder(source: Path, target: Path) -> None:
+    """Copy the files below `source` to the same paths below `target`."""
     for path in source.rglob("*"):
         if path.is_file():
             copy = target / path.relative_to(source)
@@ -39,13 +40,16 @@ def copy_folder(source: Path, target: Path) -> None:
 def copy_with_manifest(
     folder: Path, content: Path, name: str, provenance: Mapping[str, Any]
 ) -> Manifest:
+    """Copy `folder` to `content`, write manifest.json there and return it."""
     if not folder.is_dir():
         raise RegistryError(f"{folder}: no such folder; register the folder of an exported model")
     copy_folder(folder, content)
-    _remove_old_manifest(content, folder)
+    if (content / MANIFEST).exists():
+        refuse_other_manifest(folder / MANIFEST)
+        (content / MANIFEST).unlink()
     files = list_files(content)
     if not files:
-        raise RegistryError(f"{folder}: an empty folder is no model")
+        raise RegistryError(f"{folder}: the folder is empty; register the folder of a model")
     manifest = Manifest(model=name, provenance=dict(provenance), files=files)
     text = json.dumps(
         manifest.model_dump(mode="json"), sort_keys=True, indent=1, ensure_ascii=False
@@ -54,20 +58,18 @@ def copy_with_manifest(
     return manifest
 
 
-def _remove_old_manifest(content: Path, folder: Path) -> None:
+def refuse_other_manifest(path: Path) -> None:
+    """Raise RegistryError unless the file is a manifest that a download left."""
     try:
-        Manifest.model_validate_json((content / MANIFEST).read_bytes())
-    except FileNotFoundError:
-        return
+        Manifest.model_validate_json(path.read_bytes())
     except ValidationError as error:
         raise RegistryError(
-            f"{folder / MANIFEST}: the registry writes a file of this name; rename yours"
+            f"{path}: the registry writes a file of this name; rename yours"
         ) from error
-    (content / MANIFEST).unlink()
 
 
-def searchable_facts(manifest: Manifest, digest: str) -> dict[str, str]:
-    """The tags from which a record is read back."""
+def manifest_tags(manifest: Manifest, digest: str) -> dict[str, str]:
+    """Return the tags of a version from which its record is read back."""
     return {
         "manifest_sha256": digest,
         "files_sha256": digest_of_files(manifest.files),
@@ -76,47 +78,51 @@ def searchable_facts(manifest: Manifest, digest: str) -> dict[str, str]:
 
 
 def verify_files(folder: Path, model: RegisteredModel) -> None:
-    """Raises RegistryError naming the first file that is missing, altered or not in the manifest."""
+    """Raise RegistryError with the first file that is missing, altered or not in the manifest."""
     path = folder / MANIFEST
     if not path.is_file() or sha256_of(path) != model.manifest_sha256:
-        raise altered(model, MANIFEST)
+        raise altered_error(model, MANIFEST)
     try:
         manifest = Manifest.model_validate_json(path.read_bytes())
     except ValidationError as error:
-        raise altered(model, MANIFEST) from error
+        raise altered_error(model, MANIFEST) from error
     listed = {entry.path: entry for entry in manifest.files}
-    found = {entry.path: entry for entry in list_files(folder) if entry.path != MANIFEST}
+    found = {entry.path: entry for entry in list_files(folder)}
+    found.pop(MANIFEST)
     for file in sorted(listed.keys() | found.keys()):
         if listed.get(file) != found.get(file):
-            raise altered(model, file)
+            raise altered_error(model, file)
     if digest_of_files(manifest.files) != model.artifact.sha256:
-        raise altered(model, MANIFEST)
+        raise altered_error(model, MANIFEST)
 
 
-def altered(model: RegisteredModel, file: str) -> RegistryError:
+def altered_error(model: RegisteredModel, file: str) -> RegistryError:
     return RegistryError(
-        f"{model.name} version {model.version}: {file}: missing, added or altered since it was registered; "
-        "register the model again to mend it"
+        f"{model.name} version {model.version}: {file}: missing, added or altered since it was "
+        "registered; register the model again to repair it"
     )
 
 
-def tags_of(version: "Model") -> dict[str, str]:
-    return version.tags or {}
-
-
-def masked(text: str) -> str:
+def mask_credentials(text: str) -> str:
+    """Return the text with *** for the user and password of each URL in it."""
     return re.sub(r"://\S*@", "://***@", text)
 
 
 def first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+    """Return the first line of an error's text, or its type's name if it has none."""
+    lines = str(error).strip().splitlines()
+    if not lines:
+        return type(error).__name__
+    return lines[0][:300]
 
 
 @contextmanager
-def disk_errors(place: str) -> Iterator[None]:
+def disk_errors(location: str) -> Iterator[None]:
+    """Raise OSError as RegistryError, which names the file or `location`."""
     try:
         yield
     except OSError as error:
         raise RegistryError(
-            f"{error.filename or place}: {error.strerror or error}; free some space, or set DISTILLERY_HOME elsewhere"
+            f"{error.filename or location}: {error.strerror or error}; "
+            "free some space, or set DISTILLERY_HOME to another disk"
         ) from error

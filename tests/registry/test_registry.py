@@ -1,7 +1,8 @@
-"""Both registries: the full circle, tampering, doubles, champions, and what each says of what is missing or down.
+"""Both registries: register and download, tampering, duplicates, champions, and the message for
+whatever is missing or down.
 
-The local one is real MLflow on real SQLite. Azure's is the real MLClient, DefaultAzureCredential and azure-storage-blob
-against azure_ml_stand_in.py and real Azurite.
+The local registry is real MLflow on real SQLite. Azure's is the real MLClient,
+DefaultAzureCredential and azure-storage-blob against azure_ml_stand_in.py and real Azurite.
 """
 
 import json
@@ -58,7 +59,8 @@ def folder(tmp_path: Path) -> Path:
 
 
 def model_folder(folder: Path, weights: bytes = b"\x00\x01weights" * 1000) -> Path:
-    """Shaped like an exported model, with what Azure's own upload would drop: a .gitignore and what it names."""
+    """Return a folder like an exported model's, with files that Azure ML's own upload would drop: a
+    .gitignore and what it names."""
     (folder / "tokenizer").mkdir(parents=True)
     (folder / "genai_config.json").write_text("{}")
     (folder / "model.onnx.data").write_bytes(weights)
@@ -74,9 +76,9 @@ def one_line(error: DistilleryError) -> str:
     return text
 
 
-class Place:
-    """A registry and the way into its storage, past its own interface: `damage(model, file, change)` rewrites a stored
-    file by `change`, where None stands for no file."""
+class RegistryCase:
+    """A registry and access to its storage: `damage(model, file, change)` replaces the content of a
+    stored file by `change(content)`. None stands for a file that does not exist."""
 
     def __init__(
         self, registry: Registry, damage: Callable[[RegisteredModel, str, Any], None]
@@ -85,7 +87,7 @@ class Place:
 
 
 @pytest.fixture
-def local(home: Path) -> Place:
+def local(home: Path) -> RegistryCase:
     def damage(model: RegisteredModel, file: str, change: Any) -> None:
         path = Path(model.artifact.uri) / file
         content = change(path.read_bytes() if path.exists() else None)
@@ -94,7 +96,7 @@ def local(home: Path) -> Place:
         else:
             path.write_bytes(content)
 
-    return Place(LocalRegistry(), damage)
+    return RegistryCase(LocalRegistry(), damage)
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +124,9 @@ def stand_in(certificate: Certificate, monkeypatch: pytest.MonkeyPatch) -> Itera
 
 
 @pytest.fixture
-def azure(stand_in: AzureMLStandIn, blob_port: int, certificate: Certificate) -> Iterator[Place]:
+def azure(
+    stand_in: AzureMLStandIn, blob_port: int, certificate: Certificate
+) -> Iterator[RegistryCase]:
     from azure.storage.blob import ContainerClient
 
     stand_in.blob_port = blob_port
@@ -140,7 +144,7 @@ def azure(stand_in: AzureMLStandIn, blob_port: int, certificate: Certificate) ->
             else:
                 blob.upload_blob(content, overwrite=True)
 
-        yield Place(AzureRegistry(), damage)
+        yield RegistryCase(AzureRegistry(), damage)
         container.delete_container()
 
 
@@ -153,14 +157,16 @@ BOTH = pytest.mark.parametrize("kind", ["local", pytest.param("azure", marks=pyt
 
 
 @pytest.fixture
-def place(kind: str, request: pytest.FixtureRequest) -> Place:
-    found: Place = request.getfixturevalue(kind)
+def case(kind: str, request: pytest.FixtureRequest) -> RegistryCase:
+    found: RegistryCase = request.getfixturevalue(kind)
     return found
 
 
 @BOTH
-def test_the_full_circle(place: Place, folder: Path, tmp_path: Path) -> None:
-    registry = place.registry
+def test_what_is_registered_is_downloaded_unchanged(
+    case: RegistryCase, folder: Path, tmp_path: Path
+) -> None:
+    registry = case.registry
     model = registry.register(
         folder, "student", {"produced_by": "run-7", "task": "tone"}, PROVENANCE
     )
@@ -193,8 +199,10 @@ def test_the_full_circle(place: Place, folder: Path, tmp_path: Path) -> None:
 
 
 @BOTH
-def test_the_same_content_is_registered_once(place: Place, folder: Path, tmp_path: Path) -> None:
-    registry = place.registry
+def test_the_same_content_is_registered_once(
+    case: RegistryCase, folder: Path, tmp_path: Path
+) -> None:
+    registry = case.registry
     first = registry.register(folder, "student", {}, PROVENANCE)
     assert registry.register(folder, "student", {}, PROVENANCE) == first
     downloaded = registry.download(first, tmp_path / "down")
@@ -208,8 +216,8 @@ def test_the_same_content_is_registered_once(place: Place, folder: Path, tmp_pat
 
 
 @BOTH
-def test_one_version_is_the_champion(place: Place, folder: Path, tmp_path: Path) -> None:
-    registry = place.registry
+def test_one_version_is_the_champion(case: RegistryCase, folder: Path, tmp_path: Path) -> None:
+    registry = case.registry
     first = registry.register(folder, "student", {"task": "tone"}, PROVENANCE)
     second = registry.register(
         model_folder(tmp_path / "second", b"better"), "student", {}, PROVENANCE
@@ -239,11 +247,11 @@ def test_one_version_is_the_champion(place: Place, folder: Path, tmp_path: Path)
     ids=["flipped byte", "missing file", "edited manifest", "missing manifest", "added file"],
 )
 def test_a_tampered_folder_is_refused(
-    place: Place, folder: Path, tmp_path: Path, file: str, change: Callable[[Any], Any]
+    case: RegistryCase, folder: Path, tmp_path: Path, file: str, change: Callable[[Any], Any]
 ) -> None:
-    registry = place.registry
+    registry = case.registry
     model = registry.register(folder, "student", {}, PROVENANCE)
-    place.damage(model, file, change)
+    case.damage(model, file, change)
 
     with pytest.raises(RegistryError) as caught:
         registry.download(model, tmp_path / "down")
@@ -256,10 +264,12 @@ def test_a_tampered_folder_is_refused(
 
 
 @BOTH
-def test_registering_again_mends_a_damaged_copy(place: Place, folder: Path, tmp_path: Path) -> None:
-    registry = place.registry
+def test_registering_again_mends_a_damaged_copy(
+    case: RegistryCase, folder: Path, tmp_path: Path
+) -> None:
+    registry = case.registry
     model = registry.register(folder, "student", {}, PROVENANCE)
-    place.damage(model, "model.onnx.data", flip_a_byte)
+    case.damage(model, "model.onnx.data", flip_a_byte)
     assert registry.register(folder, "student", {}, PROVENANCE) == model
     assert registry.list("student") == [model]
     assert (registry.download(model, tmp_path / "down") / "model.onnx.data").read_bytes() == (
@@ -268,8 +278,8 @@ def test_registering_again_mends_a_damaged_copy(place: Place, folder: Path, tmp_
 
 
 @BOTH
-def test_what_is_not_there(place: Place, folder: Path) -> None:
-    registry = place.registry
+def test_what_is_not_there(case: RegistryCase, folder: Path) -> None:
+    registry = case.registry
     assert registry.list() == registry.list("nobody") == []
     with pytest.raises(RegistryError, match=r"nobody: no such model in .*; it holds: none"):
         registry.get("nobody")
@@ -406,7 +416,7 @@ def test_nothing_to_register(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for folder, words in (
         (tmp_path / "none", "no such folder"),
-        (tmp_path / "empty", "empty folder"),
+        (tmp_path / "empty", "the folder is empty"),
     ):
         with pytest.raises(RegistryError, match=words):
             LocalRegistry().register(folder, "student", {}, PROVENANCE)
@@ -440,7 +450,8 @@ def test_open_registry_follows_the_recipe(monkeypatch: pytest.MonkeyPatch, tmp_p
     with pytest.raises(CredentialsError) as caught:
         open_registry(RegistryRecipe(kind="azureml"))
     assert one_line(caught.value) == (
-        "Azure ML: not set: AZUREML_SUBSCRIPTION_ID, AZUREML_RESOURCE_GROUP; put them into the environment or .env"
+        "AZUREML_SUBSCRIPTION_ID, AZUREML_RESOURCE_GROUP: not set; set them in the environment or "
+        "in .env (see sample.env)"
     )
     for name in AZURE_NAMES[:3]:
         monkeypatch.setenv(name, "x")
@@ -449,7 +460,7 @@ def test_open_registry_follows_the_recipe(monkeypatch: pytest.MonkeyPatch, tmp_p
 
 @pytest.mark.slow
 def test_azure_gets_the_version_that_the_lab_registers(
-    azure: Place, stand_in: AzureMLStandIn, folder: Path
+    azure: RegistryCase, stand_in: AzureMLStandIn, folder: Path
 ) -> None:
     model = azure.registry.register(folder, "student", {"task": "tone"}, PROVENANCE)
     properties = stand_in.versions["student"]["1"]["properties"]
@@ -472,7 +483,7 @@ def test_azure_gets_the_version_that_the_lab_registers(
     "secrets", [{"secretsType": "AccountKey", "key": ACCOUNT_KEY}, None], ids=["key", "login"]
 )
 def test_azure_storage_by_key_or_by_login(
-    azure: Place,
+    azure: RegistryCase,
     stand_in: AzureMLStandIn,
     folder: Path,
     tmp_path: Path,
@@ -504,8 +515,8 @@ def test_azure_without_a_login_says_one_line_and_no_more(
     monkeypatch.setenv("HOME", str(tmp_path))
     answer = subprocess.run([sys.executable, "-c", ASK], capture_output=True, text=True, timeout=60)
     assert answer.stdout == (
-        "CredentialsError no Azure login: run `az login`, or set AZURE_CLIENT_ID, AZURE_TENANT_ID and "
-        "AZURE_CLIENT_SECRET\n"
+        "CredentialsError no Azure login: run `az login`, or set AZURE_CLIENT_ID, AZURE_TENANT_ID "
+        "and AZURE_CLIENT_SECRET\n"
     )
     assert answer.stderr == ""
 
