@@ -20,13 +20,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from distillery.models.device import choose_device
+
 from benchmarks.distil import merged
 from distillery.data.rows import to_example
-from distillery.evaluation.statistics import paired_interval, wilson
+from distillery.evaluation.statistics import paired_interval, wilson_interval
 from distillery.labels.known import gold_labels
 from distillery.models.base import base_folder
 from distillery.models.load import end_of_turn_id, load_model, load_tokenizer, pad_id
-from distillery.models.device import choose_device
 from distillery.recipe import BaseModelRecipe, Columns, LayerChoice, PromptRecipe, TrainingRecipe
 from distillery.records import Example
 from distillery.training.loop import train
@@ -85,7 +86,7 @@ class Bench:
             p.index(max(p)) == row.answer for p, row in zip(found, rows, strict=True)
         ]
         right, count = sum(self.right[name]), len(rows)
-        interval = wilson(right, count)
+        interval = wilson_interval(right, count)
         print(
             f"{name:28} {right / count:.3f} [{interval.low:.3f}, {interval.high:.3f}] of {count}",
             flush=True,

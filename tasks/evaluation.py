@@ -2,6 +2,7 @@ import time
 from pathlib import Path
 
 from distillery.evaluation import evaluate as domain
+from distillery.evaluation.report import ANSWERS_FILE
 from distillery.evaluation.scoreboard import headline
 from distillery.evaluation.scoring import ModelToScore
 from distillery.labels.files import read_labels
@@ -18,7 +19,7 @@ from tasks.stage import origin, stage
 FLOAT = "student"
 
 
-@stage("evaluate", version=3)
+@stage("evaluate", version=4)
 def evaluate(
     test: Rows,
     train: Rows,
@@ -69,7 +70,7 @@ def evaluate(
             folder,
             float_model=FLOAT,
         )
-        answers_sha256 = sha256_of(folder / "answers.jsonl")
+        answers_sha256 = sha256_of(folder / ANSWERS_FILE)
         artifact = store.put(folder)
     conclude(headline(rows, name))
     return EvaluationReport(

@@ -17,7 +17,7 @@ from tenacity import (
 from distillery import __version__
 from distillery.errors import RegistryUnavailable
 from distillery.evaluation import gate as domain
-from distillery.evaluation.gate import candidate_of
+from distillery.evaluation.report import ANSWERS_FILE, candidate_of
 from distillery.recipe import EvaluationRecipe, RegistryRecipe
 from distillery.records import EvaluationReport, GateDecision, OnnxModel, RegisteredModel
 from distillery.registry.manifest import MANIFEST
@@ -29,7 +29,7 @@ from distillery.storage.working import working_folder
 from tasks.progress import conclude
 from tasks.stage import origin, stage
 
-ANSWERS = "evaluation/answers.jsonl"
+ANSWERS = f"evaluation/{ANSWERS_FILE}"
 
 # As a stage has it: a registry that is away for a moment ends no run after hours of training.
 patiently = retry(
@@ -89,7 +89,7 @@ def _with_answers(
     content = folder / "model"
     shutil.copytree(store.fetch(model.artifact), content)
     (content / ANSWERS).parent.mkdir()
-    shutil.copyfile(store.fetch(report.artifact) / "answers.jsonl", content / ANSWERS)
+    shutil.copyfile(store.fetch(report.artifact) / ANSWERS_FILE, content / ANSWERS)
     return content
 
 
@@ -99,7 +99,7 @@ def judge(report: EvaluationReport, gate: EvaluationRecipe, recipe: RegistryReci
 
     Not cached: the registry may have changed since the last run."""
     registry = open_registry(recipe)
-    answers = ArtifactStore().fetch(report.artifact) / "answers.jsonl"
+    answers = ArtifactStore().fetch(report.artifact) / ANSWERS_FILE
     champion = next((m for m in registry.list(recipe.model_name) if m.role == "champion"), None)
     if champion is None:
         return domain.gate(report.scoreboard, report.candidate, recipe=gate, answers=answers)

@@ -9,15 +9,8 @@ from prefect import get_run_logger
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.settings import PREFECT_UI_URL
 
-from distillery.evaluation.scoreboard import (
-    ANSWERS_FILE,
-    GOLD,
-    PLOT_FILE,
-    TABLE_FILE,
-    TEACHER,
-    headline,
-    render_table,
-)
+from distillery.evaluation.report import ANSWERS_FILE, PLOT_FILE, TABLE_FILE
+from distillery.evaluation.scoreboard import GOLD, TEACHER, headline, render_table
 from distillery.export.ladder import render_ladder, table
 from distillery.labels.files import REJECTED_FILE
 from distillery.labels.report import LOOK_FILE, RELIABILITY_FILE, read_report

@@ -1,30 +1,15 @@
-"""Evaluation: all predictors on the same test rows, the scoreboard in four forms, and the gate before the registry.
+"""Ask all predictors the same test rows, and write down how they compare (see report.py)."""
 
-Files out of `evaluate`: report.json (the scoreboard and what was measured where), answers.jsonl (a test row a line:
-example_id, gold and each predictor's letter or null), scoreboard.md, scoreboard.png. answers.jsonl is the same byte for
-byte for equal answers; the other three hold measured speeds.
-"""
-
-import json
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 from distillery.errors import ModelError
 from distillery.evaluation.baselines import MAJORITY, TFIDF, score_baselines
-from distillery.evaluation.scoreboard import (
-    ANSWERS_FILE,
-    GOLD,
-    PLOT_FILE,
-    REPORT_FILE,
-    TABLE_FILE,
-    TEACHER,
-    headline,
-    plot_scoreboard,
-    render_markdown,
-)
+from distillery.evaluation.report import write_answers, write_report
+from distillery.evaluation.scoreboard import GOLD, TEACHER
 from distillery.evaluation.scoring import (
     Answers,
     ModelToScore,
@@ -34,10 +19,10 @@ from distillery.evaluation.scoring import (
     right_answers,
     score_model,
 )
-from distillery.evaluation.statistics import paired_interval, wilson
+from distillery.evaluation.statistics import paired_interval, wilson_interval
 from distillery.machine import machine_name, usable_cores
 from distillery.recipe import PromptRecipe
-from distillery.records import Departure, Example, Interval, ScoreRow
+from distillery.records import Interval, ScoreRow
 
 _log = logging.getLogger(__name__)
 
@@ -54,39 +39,47 @@ def evaluate(
     float_model: str | None = None,
     threads: int | None = None,
 ) -> tuple[ScoreRow, ...]:
-    """Scores every model and the baselines on the rows of `test`, and writes the report into `out` (see the module).
+    """Score every model and the baselines on the rows of `test`; write the report's files to `out`.
 
-    `teacher` is the name of one of `models`, or an endpoint's letters by example_id. `train` holds answered Examples,
-    from which the baselines learn; without it they are left out. `candidate` is the model that may be registered, and
-    `float_model` the one that it was exported from: how far the two are apart is a figure of the report.
-    Raises DataError for test rows that can't serve, ModelError for a model that can't be scored."""
+    `teacher` is the name of one of `models`, or an endpoint's letters by example_id. The baselines
+    learn from the answered Examples of `train`, and are left out without it. `candidate` is the
+    model that may be registered, and `float_model` the one that it was exported from: the report
+    tells how far the two depart from each other. Raises DataError for test rows without gold
+    answers, and ModelError for a model that can't be scored."""
     examples, gold = answered_rows(test)
-    teacher_name = teacher if isinstance(teacher, str) else TEACHER
     baselines, notes = score_baselines(examples, train)
     answers: dict[str, Answers] = {GOLD: gold, **baselines}
-    if not isinstance(teacher, str):
+    teacher_name = TEACHER
+    if isinstance(teacher, str):
+        teacher_name = teacher
+    else:
         answers[TEACHER] = [teacher.get(example.example_id) for example in examples]
-    _check_names([*answers, *(model.name for model in models)], teacher_name, candidate)
+    names = [*answers, *(model.name for model in models)]
+    check_names(names, teacher_name, candidate)
     scored: dict[str, Scored] = {}
+    figures: dict[str, dict[str, float | None]] = {}
     for model in models:
-        scored[model.name] = score_model(model, test, prompt, threads)
-        answers[model.name] = scored[model.name].answers
-        _log.info("scored %s: %.1f rows a second", model.name, scored[model.name].rows_per_second)
-    by_name = {model.name: model for model in models}
-    apart = {candidate: departure(scored[candidate], scored[float_model])} if float_model else {}
-    rows = tuple(
-        _score_row(
-            name, answers, teacher_name, by_name.get(name), scored.get(name), apart.get(name)
-        )
-        for name in answers
-    )
-    notes += _measuring_notes(scored, threads or usable_cores())
-    _write_report(out, rows, candidate, teacher_name, scored, notes)
-    _write_answers(out / ANSWERS_FILE, examples, answers)
-    return rows
+        found = score_model(model, test, prompt, threads)
+        _log.info("scored %s: %.1f rows a second", model.name, found.rows_per_second)
+        scored[model.name] = found
+        answers[model.name] = found.answers
+        figures[model.name] = {"parameters": model.parameters, "bytes": model.bytes}
+        figures[model.name] |= measured_figures(found)
+    rows = []
+    for name in answers:
+        row = judge(name, answers, teacher_name).model_copy(update=figures.get(name))
+        if name == candidate and float_model:
+            departed = departure(scored[candidate], scored[float_model])
+            row = row.model_copy(update={"departure": departed})
+        rows.append(row)
+    notes += measuring_notes(scored, threads or usable_cores())
+    write_report(out, rows, candidate, teacher_name, scored, notes)
+    write_answers(out, examples, answers)
+    return tuple(rows)
 
 
-def _check_names(names: list[str], teacher: str, candidate: str) -> None:
+def check_names(names: Sequence[str], teacher: str, candidate: str) -> None:
+    """Raise ModelError for a name that two rows of the scoreboard have, or that none has."""
     for name, count in Counter(names).items():
         if count > 1:
             raise ModelError(f"two lines of the scoreboard are named {name!r}; rename one")
@@ -95,109 +88,64 @@ def _check_names(names: list[str], teacher: str, candidate: str) -> None:
             raise ModelError(f"no model to score is named {name!r}, only {', '.join(names)}")
 
 
-def _score_row(
-    name: str,
-    answers: Mapping[str, Answers],
-    teacher: str,
-    model: ModelToScore | None,
-    scored: Scored | None,
-    apart: Departure | None,
-) -> ScoreRow:
+def judge(name: str, answers: Mapping[str, Answers], teacher: str) -> ScoreRow:
+    """Return a predictor's row of the scoreboard, with what follows from its answers alone."""
     gold, own = answers[GOLD], answers[name]
     right = right_answers(own, gold)
     correct = sum(right)
-    compared = name not in (GOLD, teacher)
-    agreed = sum(a is not None and a == b for a, b in zip(own, answers[teacher], strict=True))
+    kind: Literal["reference", "baseline", "model"] = "model"
+    interval = wilson_interval(correct, len(gold))
+    if name == GOLD:
+        kind, interval = "reference", Interval(low=1, high=1)
+    elif name in (MAJORITY, TFIDF):
+        kind = "baseline"
+    versus_teacher = agreement = None
+    if name not in (GOLD, teacher):
+        theirs = answers[teacher]
+        versus_teacher = paired_interval(right, right_answers(theirs, gold))
+        agreed = 0
+        for letter, their_letter in zip(own, theirs, strict=True):
+            agreed += letter is not None and letter == their_letter
+        agreement = agreed / len(gold)
     return ScoreRow(
         name=name,
-        kind="reference" if name == GOLD else "baseline" if name in (MAJORITY, TFIDF) else "model",
+        kind=kind,
         correct=correct,
         rows=len(gold),
         accuracy=correct / len(gold),
-        interval=Interval(low=1, high=1) if name == GOLD else wilson(correct, len(gold)),
-        versus_teacher=paired_interval(right, right_answers(answers[teacher], gold))
-        if compared
-        else None,
-        agreement=agreed / len(gold) if compared else None,
-        parameters=model.parameters if model else None,
-        bytes=model.bytes if model else None,
-        departure=apart,
-        **(_speeds(scored) if scored else {}),
+        interval=interval,
+        versus_teacher=versus_teacher,
+        agreement=agreement,
     )
 
 
-def _speeds(scored: Scored) -> dict[str, float | None]:
+def measured_figures(scored: Scored) -> dict[str, float | None]:
+    """Return a model's speed, latency and memory, by their names in a ScoreRow."""
     import numpy as np
 
-    p50, p95 = (
-        np.percentile(scored.latencies_ms, (50, 95)).tolist()
-        if scored.latencies_ms
-        else (None, None)
-    )
-    return {
-        "rows_per_second": scored.rows_per_second or None,
-        "p50_ms": p50,
-        "p95_ms": p95,
-        "peak_mib": scored.peak_mib,
-    }
+    figures: dict[str, float | None] = {"peak_mib": scored.peak_mib}
+    if scored.latencies_ms:
+        figures["rows_per_second"] = scored.rows_per_second
+        figures["p50_ms"], figures["p95_ms"] = np.percentile(scored.latencies_ms, (50, 95)).tolist()
+    return figures
 
 
-def _measuring_notes(scored: Mapping[str, Scored], threads: int) -> list[str]:
+def measuring_notes(scored: Mapping[str, Scored], threads: int) -> list[str]:
+    """Return notes on where and how the models were measured, and on prompts that are too long."""
+    if not scored:
+        return []
     where = "; ".join(f"{name}: {result.ran_on}" for name, result in scored.items())
-    notes = (
-        [f"Measured one row at a time on {machine_name()}, {threads} threads ({where})."]
-        if scored
-        else []
-    )
+    notes = [f"Measured one row at a time on {machine_name()}, {threads} threads ({where})."]
     for name, result in scored.items():
         unasked = result.answers.count(None)
+        timed = len(result.latencies_ms)
+        if timed + unasked < len(result.answers):
+            notes.append(
+                f"{name}: speed and latency are of the first {timed} rows; the others were asked "
+                "in batches, which give the same answers."
+            )
         if unasked:
             notes.append(
                 f"{name}: {unasked} prompts are over prompt.max_tokens and count as wrong."
             )
     return notes
-
-
-# The report's forms
-
-
-def _write_report(
-    out: Path,
-    rows: Sequence[ScoreRow],
-    candidate: str,
-    teacher: str,
-    scored: Mapping[str, Scored],
-    notes: Sequence[str],
-) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    report: dict[str, Any] = {
-        "candidate": candidate,
-        "teacher": teacher,
-        "machine": machine_name(),
-        "ran_on": {name: result.ran_on for name, result in scored.items()},
-        "load_s": {name: result.load_s for name, result in scored.items()},
-        "headline": headline(rows, candidate, teacher),
-        "notes": list(notes),
-        "scoreboard": [row.model_dump() for row in rows],
-    }
-    _write(out / REPORT_FILE, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
-    _write(
-        out / TABLE_FILE, "\n\n".join([render_markdown(rows), report["headline"], *notes]) + "\n"
-    )
-    plot_scoreboard(rows, teacher, out / PLOT_FILE)
-
-
-def _write_answers(path: Path, examples: Sequence[Example], answers: Mapping[str, Answers]) -> None:
-    columns = zip(*answers.values(), strict=True)
-    lines = [
-        json.dumps(
-            {"example_id": example.example_id, **dict(zip(answers, letters, strict=True))},
-            ensure_ascii=False,
-        )
-        for example, letters in zip(examples, columns, strict=True)
-    ]
-    _write(path, "".join(f"{line}\n" for line in lines))
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8", newline="\n")

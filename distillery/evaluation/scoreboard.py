@@ -1,64 +1,20 @@
-"""evaluation/scoreboard"""
+"""The scoreboard for people: a headline, a table for the terminal and one in Markdown, a plot."""
 
 from collections.abc import Sequence
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 from distillery.errors import ModelError
 from distillery.records import Departure, Interval, ScoreRow
 
-GOLD, TEACHER = "gold", "teacher"
+GOLD = "gold"
+"""The row of the gold answers, and their column in answers.jsonl."""
 
-REPORT_FILE, ANSWERS_FILE = "report.json", "answers.jsonl"
+TEACHER = "teacher"
+"""The teacher's row, save where `evaluate` is given another name."""
 
-TABLE_FILE, PLOT_FILE = "scoreboard.md", "scoreboard.png"
-
-
-def headline(rows: Sequence[ScoreRow], candidate: str, teacher: str = TEACHER) -> str:
-    """One paragraph on the candidate beside the teacher, with what is known of both."""
-    ours, theirs = row_named(rows, candidate), row_named(rows, teacher)
-    text = f"{candidate} is right on {ours.correct} of {ours.rows} rows"
-    if theirs.correct and ours is not theirs:
-        text += f" and keeps {percent(ours.correct / theirs.correct)} of the teacher's accuracy"
-    facts = []
-    if ours.parameters and theirs.parameters:
-        facts.append(f"{percent(ours.parameters / theirs.parameters)} of its parameters")
-    if ours.bytes and theirs.parameters:
-        facts.append(
-            f"{percent(ours.bytes / (2 * theirs.parameters))} of its bfloat16 bytes (two a parameter)"
-        )
-    if ours.rows_per_second and theirs.rows_per_second:
-        facts.append(f"{ours.rows_per_second / theirs.rows_per_second:.1f} times its rows a second")
-    if facts and ours is not theirs:
-        text += " with " + ", ".join(facts)
-    if ours.versus_teacher:
-        lost = 100 * (ours.accuracy - theirs.accuracy)
-        text += (
-            f"; {lost:+.1f} points against the teacher, 95 % interval {points(ours.versus_teacher)}"
-        )
-    if ours.departure:
-        text += f"; {departed(ours.departure)}"
-    return f"{text}."
-
-
-def departed(apart: Departure) -> str:
-    """A Departure in words."""
-    return (
-        f"its options' probabilities depart from the float student's by {apart.mean:.4f} on average and "
-        f"{apart.largest:.3f} at most, {apart.changed} answers change"
-    )
-
-
-def row_named(rows: Sequence[ScoreRow], name: str) -> ScoreRow:
-    for row in rows:
-        if row.name == name:
-            return row
-    raise ModelError(
-        f"the scoreboard has no line {name!r}, only {', '.join(row.name for row in rows)}"
-    )
-
-
-_HEADER = (
+COLUMNS = (
     "predictor",
     "accuracy\n[95 %]",
     "points vs\nteacher [95 %]",
@@ -72,49 +28,111 @@ _HEADER = (
 )
 
 
-def _cells(row: ScoreRow) -> list[str]:
-    def shown(value: float | None, form: str, scale: float = 1) -> str:
-        return "" if value is None else form.format(value / scale)
+def headline(rows: Sequence[ScoreRow], candidate: str, teacher: str = TEACHER) -> str:
+    """Return a sentence that compares the candidate with the teacher, in all that is known of
+    both."""
+    ours, theirs = row_named(rows, candidate), row_named(rows, teacher)
+    text = f"{candidate} is right on {ours.correct} of {ours.rows} rows"
+    if ours is not theirs:
+        if theirs.correct:
+            text += f" and keeps {percent(ours.correct / theirs.correct)} of the teacher's accuracy"
+        facts = compared_costs(ours, theirs)
+        if facts:
+            text += " with " + ", ".join(facts)
+    if ours.versus_teacher:
+        difference = 100 * (ours.accuracy - theirs.accuracy)
+        interval = points(ours.versus_teacher)
+        text += f"; {difference:+.1f} points against the teacher, 95 % interval {interval}"
+    if ours.departure:
+        text += f"; {describe_departure(ours.departure)}"
+    return f"{text}."
 
-    return [
-        row.name,
-        f"{row.accuracy:.3f} [{row.interval.low:.3f}, {row.interval.high:.3f}]",
-        points(row.versus_teacher) if row.versus_teacher else "",
-        percent(row.agreement) if row.agreement is not None else "",
-        shown(row.parameters, "{:.1f} M", 1e6),
-        shown(row.bytes, "{:.0f} MB", 1e6),
-        shown(row.rows_per_second, "{:.1f}"),
-        shown(row.p50_ms, "{:.1f}"),
-        shown(row.p95_ms, "{:.1f}"),
-        shown(row.peak_mib, "{:.0f}"),
-    ]
+
+def compared_costs(ours: ScoreRow, theirs: ScoreRow) -> list[str]:
+    """Return phrases that compare parameters, bytes and speed, where they are known."""
+    phrases = []
+    if theirs.parameters:
+        if ours.parameters:
+            phrases.append(f"{percent(ours.parameters / theirs.parameters)} of its parameters")
+        if ours.bytes:
+            share = percent(ours.bytes / (2 * theirs.parameters))
+            phrases.append(f"{share} of its bfloat16 bytes (two a parameter)")
+    if ours.rows_per_second and theirs.rows_per_second:
+        times = ours.rows_per_second / theirs.rows_per_second
+        phrases.append(f"{times:.1f} times its rows a second")
+    return phrases
+
+
+def describe_departure(departure: Departure) -> str:
+    """Return in words how far an exported student departs from the float student."""
+    return (
+        f"its options' probabilities depart from the float student's by {departure.mean:.4f} on "
+        f"average and {departure.largest:.3f} at most, {departure.changed} answers change"
+    )
+
+
+def row_named(rows: Sequence[ScoreRow], name: str) -> ScoreRow:
+    """Return the row of a predictor. Raises ModelError where there is none."""
+    for row in rows:
+        if row.name == name:
+            return row
+    names = ", ".join(row.name for row in rows)
+    raise ModelError(f"the scoreboard has no line {name!r}, only {names}")
 
 
 def percent(share: float) -> str:
+    """Return a share (0 to 1) in percent."""
     return f"{100 * share:.1f} %"
 
 
 def points(interval: Interval) -> str:
-    """In points of accuracy."""
+    """Return an interval of shares in percentage points."""
     return f"[{100 * interval.low:+.1f}, {100 * interval.high:+.1f}]"
 
 
+def table_cells(row: ScoreRow) -> list[str]:
+    """Return a row's cells, one for each of COLUMNS; a figure that the row lacks is empty."""
+    versus_teacher = agreement = ""
+    if row.versus_teacher is not None:
+        versus_teacher = points(row.versus_teacher)
+    if row.agreement is not None:
+        agreement = percent(row.agreement)
+
+    def figure(value: float | None, template: str, divisor: float = 1) -> str:
+        if value is None:
+            return ""
+        return template.format(value / divisor)
+
+    return [
+        row.name,
+        f"{row.accuracy:.3f} [{row.interval.low:.3f}, {row.interval.high:.3f}]",
+        versus_teacher,
+        agreement,
+        figure(row.parameters, "{:.1f} M", 1e6),
+        figure(row.bytes, "{:.0f} MB", 1e6),
+        figure(row.rows_per_second, "{:.1f}"),
+        figure(row.p50_ms, "{:.1f}"),
+        figure(row.p95_ms, "{:.1f}"),
+        figure(row.peak_mib, "{:.0f}"),
+    ]
+
+
 def render_table(rows: Sequence[ScoreRow]) -> str:
-    """The scoreboard for a terminal: plain text, 120 columns at most, the figures of scoreboard.md."""
-    return plain_table(_HEADER, [_cells(row) for row in rows])
+    """Return the scoreboard for a terminal, at most 120 columns wide."""
+    return plain_table(COLUMNS, list(map(table_cells, rows)))
 
 
 def plain_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table for a terminal, 120 columns at most; all but the first column stand to the right, on one line."""
-    from io import StringIO
-
+    """Return a table for a terminal, at most 120 columns wide. All columns but the first are
+    aligned to the right and never wrapped."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
-    for number, title in enumerate(titles):
-        table.add_column(title, justify="right" if number else "left", no_wrap=number > 0)
+    table.add_column(titles[0])
+    for title in titles[1:]:
+        table.add_column(title, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(*row)
     text = StringIO()
@@ -123,38 +141,46 @@ def plain_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def render_markdown(rows: Sequence[ScoreRow]) -> str:
-    titles = [title.replace("-\n", "").replace("\n", " ") for title in _HEADER]
-    lines = [titles, [":--", *["--:"] * (len(_HEADER) - 1)], *map(_cells, rows)]
+    """Return the scoreboard as a table in Markdown."""
+    titles = [title.replace("-\n", "").replace("\n", " ") for title in COLUMNS]
+    alignment = [":--", *["--:"] * (len(COLUMNS) - 1)]
+    lines = [titles, alignment, *map(table_cells, rows)]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def plot_scoreboard(rows: Sequence[ScoreRow], teacher: str, path: Path) -> None:
-    """Accuracy with its interval, and beside it the folder's size and the rows a second."""
+    """Write a picture of accuracy with its interval, the folder's size and the rows a second."""
     from matplotlib.figure import Figure
 
-    shown = [row for row in rows if row.name != GOLD][::-1]
-    colours = ["#1f5fa8" if row.kind == "model" else "#9a9a9a" for row in shown]
+    shown = [row for row in reversed(rows) if row.name != GOLD]
     figure = Figure(figsize=(12, 1.4 + 0.45 * len(shown)), layout="constrained")
     left, middle, right = figure.subplots(1, 3, sharey=True, width_ratios=(2, 1, 1))
-    for place, (row, colour) in enumerate(zip(shown, colours, strict=True)):
-        width = [[row.accuracy - row.interval.low], [row.interval.high - row.accuracy]]
-        left.errorbar(row.accuracy, place, xerr=width, fmt="o", color=colour, capsize=4)
+    colours, megabytes, speeds = [], [], []
+    for position, row in enumerate(shown):
+        colour = "#9a9a9a"
+        if row.kind == "model":
+            colour = "#1f5fa8"
+        error = [[row.accuracy - row.interval.low], [row.interval.high - row.accuracy]]
+        left.errorbar(row.accuracy, position, xerr=error, fmt="o", color=colour, capsize=4)
+        colours.append(colour)
+        megabytes.append((row.bytes or 0) / 1e6)
+        speeds.append(row.rows_per_second or 0)
     left.axvline(row_named(rows, teacher).accuracy, color="#1f5fa8", linestyle=":", linewidth=1)
     left.set_yticks(range(len(shown)), [row.name for row in shown])
     left.set_xlabel("accuracy, 95 % interval (dotted: the teacher)")
-    _bars(middle, [row.bytes and row.bytes / 1e6 for row in shown], colours, "folder, MB")
-    _bars(right, [row.rows_per_second for row in shown], colours, "rows a second, one at a time")
+    plot_bars(middle, megabytes, colours, "folder, MB")
+    plot_bars(right, speeds, colours, "rows a second, one at a time")
     for axes in (left, middle, right):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="x", alpha=0.25)
     figure.savefig(path, dpi=120)
 
 
-def _bars(axes: Any, values: Sequence[float | None], colours: Sequence[str], title: str) -> None:
-    bars = axes.barh(
-        range(len(values)), [value or 0 for value in values], color=colours, height=0.55
-    )
-    axes.bar_label(bars, [f"{value:.3g}" if value else "" for value in values], padding=3)
+def plot_bars(axes: Any, values: Sequence[float], colours: Sequence[str], title: str) -> None:
+    """Plot horizontal bars with their values; 0 stands for a value that is not known."""
+    labels = [f"{value:.3g}" if value else "" for value in values]
+    bars = axes.barh(range(len(values)), values, color=colours, height=0.55)
+    axes.bar_label(bars, labels, padding=3)
     axes.margins(x=0.2)
     axes.set_xlim(left=0)
     axes.set_xlabel(title)

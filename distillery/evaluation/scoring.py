@@ -1,4 +1,4 @@
-"""evaluation/scoring"""
+"""Score a model on rows: what is asked of the process that does it, and what it answers."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,14 +12,18 @@ from distillery.recipe import PromptRecipe
 from distillery.records import Departure, Example, Record
 
 Answers = Sequence[str | None]
-"""A letter for each row, in the rows' order; None where there is no answer, which counts as wrong."""
+"""One letter a row, in the rows' order; None where there is no answer, which counts as wrong."""
 
 Precision = Literal["auto", "float32", "bfloat16"]
 
+TIMED_ROWS = 60
+"""Rows that a model which takes batches is asked one by one, to time it."""
+
 
 class ModelToScore(Record):
-    """A line of the scoreboard to be: a Transformers folder (with a LoRA adapter or without) or an ONNX folder. `bytes`
-    is what the folder weighs, `parameters` what it has; `prompt` its own, where it is asked otherwise than the rest."""
+    """A model for the scoreboard: a Transformers folder, with a LoRA adapter or without, or an ONNX
+    folder. `parameters` and `bytes` (of the folder) are shown as they are given. `prompt` is the
+    model's own, where it is not asked as the others are."""
 
     name: str
     kind: Literal["transformers", "onnx"]
@@ -32,7 +36,7 @@ class ModelToScore(Record):
 
 
 class ScoringJob(Record):
-    """What the process that scores a model is told."""
+    """What the process that scores a model is given."""
 
     model: ModelToScore
     examples: str
@@ -42,11 +46,17 @@ class ScoringJob(Record):
 
 
 class Scored(Record):
-    """What it tells. Answers and probabilities (over the row's options) by row, None for a prompt over the budget;
-    latencies in ms of the rows that were asked, one at a time; `peak_mib` is the process's, loading included.
+    """What the process returns. `answers`, and `probabilities` over the row's options, are in the
+    rows' order; None for a row whose prompt is too long to be asked.
 
-    What a prompt shares with the one before it is computed only once, by Transformers as by ONNX Runtime; the latencies
-    show that, as users would see it. Where the answer is an option's text, ONNX Runtime alone has this."""
+    `latencies_ms` and `rows_per_second` are of single rows, asked one after another: of all rows of
+    an ONNX model, but of a Transformers model in float32 only of the first TIMED_ROWS, because the
+    others are asked in batches, which give the same answers sooner. `peak_mib` is the process's
+    memory with single rows, the longest included, and with loading.
+
+    What a prompt shares with the one before it is not computed again, neither by Transformers nor
+    by ONNX Runtime, and the latencies show that, as they do for users. Where an option's text is
+    the answer, this holds for ONNX Runtime alone."""
 
     answers: tuple[str | None, ...]
     probabilities: tuple[tuple[float, ...] | None, ...]
@@ -64,11 +74,11 @@ def score_model(
     threads: int | None = None,
     precision: Precision = "auto",
 ) -> Scored:
-    """Scores `model` on the rows of `examples_file` in a process of its own, which ends with this one; `threads`
-    defaults to the cores.
+    """Score `model` on the rows of `examples_file`, in a process that ends with this one.
 
-    `precision` is that of a Transformers model; auto is bfloat16 on a GPU that has it, else float32. Raises ModelError
-    with the reason that the process gives."""
+    `threads` defaults to the usable cores. `precision` is a Transformers model's: "auto" is
+    bfloat16 on a GPU that multiplies in it, else float32. Raises ModelError with the reason that
+    the process gives."""
     job = ScoringJob(
         model=model,
         examples=str(Path(examples_file).absolute()),
@@ -77,35 +87,46 @@ def score_model(
         precision=precision,
     )
     try:
-        return Scored.model_validate_json(run_in_process("distillery.evaluation.scoring_process", job))
+        result = run_in_process("distillery.evaluation.scoring_process", job)
     except ModelError as error:
         raise ModelError(f"{model.name}: {error}") from error
+    return Scored.model_validate_json(result)
 
 
 def answered_rows(path: Path, role: str = "test") -> tuple[list[Example], list[str]]:
-    """The rows of a split that judges, and their gold letters. Raises DataError where there are none."""
+    """Return the rows of a split that judges models, and their gold letters.
+
+    Raises DataError where there is no row, or one without a gold answer."""
     examples = read_examples(path)
     if not examples:
         raise DataError(f"{path}: no {role} row; prepare the data set again")
+    gold = []
     for example in examples:
         if example.answer_key not in example.letters:
             raise DataError(
                 f"{path}: row {example.example_id} has no gold answer; {role} rows need one"
             )
-    return examples, [str(example.answer_key) for example in examples]
+        gold.append(str(example.answer_key))
+    return examples, gold
 
 
 def departure(exported: Scored, exact: Scored) -> Departure:
-    """How far `exported` is from `exact` on the same rows; a row that either was not asked is left out, and where no
-    row is left there is no departure: 0."""
+    """Return how far `exported` departs from `exact` on the same rows.
+
+    A row that one of them was not asked is left out; where no row is left, the departure is 0."""
     import numpy as np
 
-    pairs = zip(exported.probabilities, exact.probabilities, strict=True)
-    apart = [abs(np.subtract(a, b)) for a, b in pairs if a is not None and b is not None]
-    each = np.concatenate(apart) if apart else np.zeros(1)
+    differences = [np.zeros(0)]
+    for own, theirs in zip(exported.probabilities, exact.probabilities, strict=True):
+        if own is not None and theirs is not None:
+            differences.append(abs(np.subtract(own, theirs)))
+    each = np.concatenate(differences)
+    if not len(each):
+        each = np.zeros(1)
     changed = sum(a != b for a, b in zip(exported.answers, exact.answers, strict=True))
     return Departure(mean=float(each.mean()), largest=float(each.max()), changed=changed)
 
 
 def right_answers(answers: Answers, gold: Answers) -> list[bool]:
-    return [a == b for a, b in zip(answers, gold, strict=True)]
+    """Return row by row whether the answer is the gold one."""
+    return [answer == right for answer, right in zip(answers, gold, strict=True)]

@@ -1,77 +1,128 @@
-"""The process that scores one model: `python -m distillery.evaluation.scoring_process JOB RESULT PARENT`, started by
-`evaluation.score_model`.
+"""The process that scores one model, `python -m distillery.evaluation.scoring_process JOB RESULT
+PARENT`; `scoring.score_model` starts it.
 
-JOB holds a ScoringJob; into RESULT goes a Scored, or {"error": "one line"} and exit code 1; PARENT is the process id
-that it ends with. A process of its own, so that its peak memory is the model's, and so that a runtime which crashes
-takes nothing else with it.
+JOB holds a ScoringJob. Into RESULT goes a Scored, or {"error": "one line"} with exit code 1. PARENT
+is the process id that it ends with. The process is the model's own, so that its peak memory is the
+model's, and a runtime that crashes takes nothing else with it.
 """
 
 import math
 import sys
 import time
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from distillery.data.examples import read_examples
 from distillery.errors import ModelError
-from distillery.evaluation.scoring import Scored, ScoringJob
+from distillery.evaluation.predictors import Predictor, load_predictor
+from distillery.evaluation.scoring import TIMED_ROWS, Scored, ScoringJob
 from distillery.processes import process_main
-from distillery.prompts import (
-    Tokenizer,
-    TransformersTokenizer,
-    letter_ids,
-    longest_prompt,
-    render_ids,
-    text_ids,
-)
-from distillery.recipe import PromptRecipe
 from distillery.records import Example
-from distillery.training.batching import common_prefix, longest_shared
 from distillery.training.rows import TrainingRow
 
 WARM_UP_ROWS = 3
 
-Ask = Callable[[Example], list[float] | None]
-"""The probabilities over a row's options; None where its prompt is over the budget or the model's context."""
+Probabilities = tuple[float, ...] | None
+"""Over a row's options; None where the row's prompt is too long to be asked."""
 
 
 def score(job: ScoringJob) -> Scored:
-    """Asks every row, one at a time: a latency spans rendering, tokenising and one prefill."""
+    """Ask the model every row, one by one and timed, or in batches; see `Scored`."""
     examples = read_examples(Path(job.examples))
     started = time.perf_counter()
-    ask, ran_on = _load(job)
+    predictor = load_predictor(job)
     load_s = time.perf_counter() - started
+    probabilities, latencies = ask_single_rows(predictor, examples)
+    rest = [predictor.render(example) for example in examples[len(probabilities) :]]
+    # The longest row takes the most memory. It is asked here, untimed, for batches take more.
+    ask(predictor, max(rest, key=token_count, default=None))
+    peak = peak_mib()
+    if predictor.ask_batches:
+        probabilities += ask_in_batches(predictor.ask_batches, rest)
+    rows_per_second = 0.0
+    if latencies:
+        rows_per_second = 1000 * len(latencies) / sum(latencies)
+    return Scored(
+        answers=tuple(most_probable(examples, probabilities)),
+        probabilities=tuple(probabilities),
+        latencies_ms=tuple(latencies),
+        rows_per_second=rows_per_second,
+        peak_mib=peak,
+        load_s=load_s,
+        ran_on=predictor.ran_on,
+    )
+
+
+def ask_single_rows(
+    predictor: Predictor, examples: Sequence[Example]
+) -> tuple[list[Probabilities], list[float]]:
+    """Ask row after row: all of them, or, where the model takes batches, the first ones until
+    TIMED_ROWS are timed. A few are asked before, to warm up.
+
+    Returns the probabilities of these rows, and the latencies in ms of those that could be asked. A
+    latency spans rendering, tokenising and one prefill."""
     for example in examples[:WARM_UP_ROWS]:
-        ask(example)
-    answers: list[str | None] = []
-    probabilities: list[tuple[float, ...] | None] = []
+        ask(predictor, predictor.render(example))
+    probabilities: list[Probabilities] = []
     latencies: list[float] = []
     for example in examples:
+        if predictor.ask_batches and len(latencies) == TIMED_ROWS:
+            break
         started = time.perf_counter()
-        asked = ask(example)
+        asked = ask(predictor, predictor.render(example))
         elapsed = time.perf_counter() - started
-        if asked is None:
-            answers.append(None)
+        probabilities.append(asked)
+        if asked is not None:
+            latencies.append(1000 * elapsed)
+    return probabilities, latencies
+
+
+def ask(predictor: Predictor, row: TrainingRow | None) -> Probabilities:
+    """Return the probabilities over a rendered row's options."""
+    if row is None:
+        return None
+    return tuple(predictor.ask(row))
+
+
+def token_count(row: TrainingRow | None) -> int:
+    """Return the tokens of a row's prompt and of the texts that are scored after it."""
+    if row is None:
+        return 0
+    return len(row.prompt) + sum(map(len, row.texts))
+
+
+def ask_in_batches(
+    ask_batches: Callable[[Sequence[TrainingRow]], list[list[float]]],
+    rendered: Sequence[TrainingRow | None],
+) -> list[Probabilities]:
+    """Return the probabilities over the options of each rendered row."""
+    answered = iter(ask_batches([row for row in rendered if row is not None]))
+    probabilities: list[Probabilities] = []
+    for row in rendered:
+        if row is None:
             probabilities.append(None)
-            continue
-        if not all(map(math.isfinite, asked)):
+        else:
+            probabilities.append(tuple(next(answered)))
+    return probabilities
+
+
+def most_probable(
+    examples: Sequence[Example], probabilities: Sequence[Probabilities]
+) -> list[str | None]:
+    """Return the letter of each row's most probable option, the first of equals.
+
+    Raises ModelError where a probability is not a finite number."""
+    letters: list[str | None] = []
+    for example, row in zip(examples, probabilities, strict=True):
+        if row is None:
+            letters.append(None)
+        elif all(map(math.isfinite, row)):
+            letters.append(example.letters[row.index(max(row))])
+        else:
             raise ModelError(
                 f"its probabilities for row {example.example_id} are no finite numbers"
             )
-        answers.append(example.letters[asked.index(max(asked))])
-        probabilities.append(tuple(asked))
-        latencies.append(1000 * elapsed)
-    return Scored(
-        answers=tuple(answers),
-        probabilities=tuple(probabilities),
-        latencies_ms=tuple(latencies),
-        rows_per_second=1000 * len(latencies) / sum(latencies) if latencies else 0.0,
-        peak_mib=peak_mib(),
-        load_s=load_s,
-        ran_on=ran_on,
-    )
+    return letters
 
 
 def peak_mib() -> float:
@@ -81,8 +132,8 @@ def peak_mib() -> float:
     large parent would report the parent's."""
     status = Path("/proc/self/status")
     if status.exists():
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(line.split()[1]) / 1024
+        _, _, after = status.read_text().partition("VmHWM:")
+        return int(after.split()[0]) / 1024
     if sys.platform == "win32":
         import psutil
 
@@ -90,121 +141,9 @@ def peak_mib() -> float:
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform == "darwin" else peak / 1024
-
-
-def _load(job: ScoringJob) -> tuple[Ask, str]:
-    if not Path(job.model.folder).is_dir():
-        raise ModelError(f"{job.model.folder}: no such folder")
-    return _onnx(job) if job.model.kind == "onnx" else _transformers(job)
-
-
-def _onnx(job: ScoringJob) -> tuple[Ask, str]:
-    from distillery.inference.onnx_student import OnnxStudent
-
-    student = OnnxStudent(Path(job.model.folder), threads=job.threads)
-
-    def probabilities(prompt: list[int], options: list[list[int]]) -> list[float]:
-        if job.prompt.answer == "text":
-            return student.text_probabilities(prompt, options)
-        return student.option_probabilities(prompt, [letter for (letter,) in options])
-
-    return _asker(
-        student.tokenizer, job.prompt, student.context_length, probabilities
-    ), "ONNX Runtime"
-
-
-def _transformers(job: ScoringJob) -> tuple[Ask, str]:
-    import torch
-
-    from distillery.models.load import load_model, pad_id
-    from distillery.models.device import choose_device
-    from distillery.training.validation import option_probabilities
-
-    torch.set_num_threads(job.threads)
-    # For one row at a time, bfloat16 is the slower of the two on a processor: it repacks the weights for each row.
-    on_processor = job.precision == "auto" and not torch.cuda.is_available()
-    device = choose_device("float32" if on_processor else job.precision)
-    adapter = Path(job.model.adapter) if job.model.adapter else None
-    model, tokenizer = load_model(Path(job.model.folder), adapter, job.model.remote_code)
-    model.to(device.name)
-    padding = pad_id(tokenizer)
-    if device.precision == "bfloat16":
-        _cast_linear_layers(model)
-
-    after = _prompt_after_prompt(model.eval(), device)
-
-    def probabilities(prompt: list[int], options: list[list[int]]) -> list[float]:
-        if job.prompt.answer == "letter":
-            scores = after(prompt)[[letter for (letter,) in options]]
-            return [float(p) for p in torch.softmax(scores, -1)]
-        row = TrainingRow(prompt=tuple(prompt), texts=tuple(map(tuple, options)), answer=0)
-        return option_probabilities(model, [row], pad_id=padding, device=device)[0]
-
-    ask = _asker(
-        TransformersTokenizer(tokenizer),
-        job.prompt,
-        model.config.max_position_embeddings,
-        probabilities,
-    )
-    return ask, f"{device.name} {device.precision}"
-
-
-def _prompt_after_prompt(model: Any, device: Any) -> Callable[[list[int]], Any]:
-    """The logits after a prompt, [vocabulary], where what it shares with the prompt before is not computed again, as
-    in `OnnxStudent`: all models of a scoreboard are asked alike."""
-    import torch
-    from transformers import DynamicCache
-
-    cache, before = DynamicCache(), list[int]()
-
-    def logits(ids: list[int]) -> Any:
-        kept = common_prefix([before, ids], 1) if before else 0
-        if max(len(ids), len(before)) > longest_shared(model):
-            kept = 0
-        if kept < len(before):
-            cache.crop(kept - len(before))
-        before[:] = ids
-        with torch.inference_mode(), device.autocast():
-            tokens = torch.tensor([ids[kept:]], device=device.name)
-            output = model(
-                input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1
-            )
-        return output.logits[0, -1].float()
-
-    return logits
-
-
-def _cast_linear_layers(model: Any) -> None:
-    """Casts what autocast would cast, once: the numbers stay the same, and a row no longer waits for its weights."""
-    import torch
-
-    for module in model.modules():
-        if isinstance(module, torch.nn.Linear):
-            # A parameter of its own: a tied embedding, which autocast leaves in float32, stays as it is.
-            module.weight = torch.nn.Parameter(
-                module.weight.to(torch.bfloat16), requires_grad=False
-            )
-
-
-def _asker(
-    tokenizer: Tokenizer,
-    prompt: PromptRecipe,
-    context: int,
-    probabilities: Callable[[list[int], list[list[int]]], list[float]],
-) -> Ask:
-    letters = cache(lambda count: [[token] for token in letter_ids(tokenizer, count)])
-
-    def ask(example: Example) -> list[float] | None:
-        ids = render_ids(example, prompt, tokenizer)
-        if ids is None:
-            return None
-        texts = text_ids(example, tokenizer) if prompt.answer == "text" else []
-        if len(ids) > longest_prompt(prompt, context, texts):
-            return None
-        return probabilities(ids, texts or letters(len(example.choices)))
-
-    return ask
+    if sys.platform == "darwin":
+        return peak / 2**20
+    return peak / 1024
 
 
 if __name__ == "__main__":

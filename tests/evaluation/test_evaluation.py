@@ -1,4 +1,5 @@
-"""Statistics against published values; scoring in real processes on tiny models; the report's files; the gate."""
+"""Statistics against published values, scoring in real processes on tiny models, the report's
+files, and the gate."""
 
 import json
 import os
@@ -7,18 +8,26 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 import pytest
 
 from distillery.data.examples import read_examples
 from distillery.errors import DataError, ModelError
-from distillery.evaluation.evaluate import evaluate
-from distillery.evaluation.gate import candidate_of, gate
+from distillery.evaluation.evaluate import evaluate, measuring_notes
+from distillery.evaluation.gate import gate
+from distillery.evaluation.report import candidate_of
 from distillery.evaluation.scoreboard import headline, render_table
-from distillery.evaluation.scoring import ModelToScore, Scored, score_model
-from distillery.evaluation.statistics import paired_interval, wilson
+from distillery.evaluation.scoring import (
+    TIMED_ROWS,
+    ModelToScore,
+    Scored,
+    ScoringJob,
+    score_model,
+)
+from distillery.evaluation.scoring_process import score
+from distillery.evaluation.statistics import paired_interval, wilson_interval
 from distillery.recipe import EvaluationRecipe, PromptRecipe
 from distillery.records import Departure, Example, Interval, ScoreRow
 
@@ -98,7 +107,7 @@ def test_wilson_gives_the_published_intervals(
     correct: int, rows: int, low: float, high: float
 ) -> None:
     """Newcombe, Statistics in Medicine 17 (1998), 857-872, table I, method 3."""
-    interval = wilson(correct, rows)
+    interval = wilson_interval(correct, rows)
     assert (round(interval.low, 4), round(interval.high, 4)) == (low, high)
 
 
@@ -119,8 +128,9 @@ def pairs(both: int, first: int, second: int, neither: int) -> tuple[list[bool],
 def test_paired_interval_gives_the_published_intervals(
     cells: tuple[int, int, int, int], low: float, high: float
 ) -> None:
-    """The data of Bentur (2009) and Cavo (2012) by Newcombe's method in Fagerland, Lydersen, Laake, Recommended tests
-    and confidence intervals for paired binomial proportions, Statistics in Medicine 33 (2014), 2850-2875."""
+    """The data of Bentur (2009) and Cavo (2012) by Newcombe's method in Fagerland, Lydersen, Laake,
+    Recommended tests and confidence intervals for paired binomial proportions, Statistics in
+    Medicine 33 (2014), 2850-2875."""
     first, second = pairs(*cells)
     interval = paired_interval(first, second)
     assert (round(interval.low, 3), round(interval.high, 3)) == (low, high)
@@ -131,12 +141,13 @@ def test_paired_interval_gives_the_published_intervals(
 @pytest.mark.parametrize("rows", [1, 3, 40, 97, 480])
 def test_a_share_is_within_its_interval(rows: int) -> None:
     for correct in (0, rows // 2, rows):
-        interval = wilson(correct, rows)
+        interval = wilson_interval(correct, rows)
         assert 0 <= interval.low <= correct / rows <= interval.high <= 1
 
 
 def test_paired_interval_by_hand_where_phi_is_negative() -> None:
-    """(a, b, c, d) = (0, 5, 5, 0): phi = -1, so the two half-widths add up; Wilson of 5 in 10 is 0.2366 to 0.7634."""
+    """(a, b, c, d) = (0, 5, 5, 0): phi = -1, so that the two half-widths add up; Wilson's interval
+    of 5 in 10 is 0.2366 to 0.7634."""
     interval = paired_interval(*pairs(0, 5, 5, 0))
     assert (interval.low, interval.high) == pytest.approx((-0.5268, 0.5268), abs=1e-4)
 
@@ -147,8 +158,8 @@ def test_paired_interval_without_discordant_pairs_is_narrow_and_holds_zero(
 ) -> None:
     interval = paired_interval(*pairs(*cells))
     assert -1 <= interval.low < 0 < interval.high <= 1
-    one = wilson(cells[0], sum(cells))
-    assert interval.high - interval.low <= 2 * (one.high - one.low)
+    single = wilson_interval(cells[0], sum(cells))
+    assert interval.high - interval.low <= 2 * (single.high - single.low)
 
 
 # Scoring in a process of its own
@@ -165,14 +176,8 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_torch_and_onnx_agree_on_every_row(
     arch: str, tiny_model: Build, tiny_onnx: Build, tmp_path: Path
 ) -> None:
-    rows = [
-        Example(
-            example_id=f"r{n}",
-            question=f"{text}?",
-            choices=tuple(f"option {i}" for i in range(2 + 2 * n)),
-        )
-        for n, text in enumerate(GLAD + CROSS + PLAIN)
-    ]
+    """Whether asked one by one or in batches."""
+    rows = rows_of_many_options(TIMED_ROWS + 24)
     test_file = write_examples(tmp_path / "rows.jsonl", rows)
     prompt = PROMPT.model_copy(update={"max_tokens": 512})
     torch_model = ModelToScore(name="torch", kind="transformers", folder=str(tiny_model(arch)))
@@ -181,14 +186,14 @@ def test_torch_and_onnx_agree_on_every_row(
     by_torch = score_model(torch_model, test_file, prompt, threads=1)
     by_onnx = score_model(onnx_model, test_file, prompt, threads=1)
     assert by_torch.answers == by_onnx.answers
-    assert len(by_onnx.answers) == 12
+    assert len(by_onnx.answers) == len(rows)
     assert len(set(by_onnx.answers)) > 1
-    for one, other in zip(by_torch.probabilities, by_onnx.probabilities, strict=True):
-        assert one == pytest.approx(other, abs=1e-4)
-        assert sum(other or ()) == pytest.approx(1)
+    for own, theirs in zip(by_torch.probabilities, by_onnx.probabilities, strict=True):
+        assert own == pytest.approx(theirs, abs=1e-4)
+        assert sum(theirs or ()) == pytest.approx(1)
     assert by_torch.ran_on == "cpu float32"
-    assert_measured(by_torch)
-    assert_measured(by_onnx)
+    assert_measured(by_torch, TIMED_ROWS)
+    assert_measured(by_onnx, len(rows))
     assert by_onnx.peak_mib < 350 < len(ballast) >> 20, (
         "the peak is the child's own, not this process's"
     )
@@ -197,8 +202,8 @@ def test_torch_and_onnx_agree_on_every_row(
 @pytest.mark.usefixtures("no_gpu")
 def test_bfloat16_gives_what_training_s_autocast_gives(tiny_model: Build, test_file: Path) -> None:
     """The linear layers are cast once; the numbers are those of autocast over float32 weights."""
-    from distillery.models.load import load_model, pad_id
     from distillery.models.device import Device
+    from distillery.models.load import load_model, pad_id
     from distillery.prompts import TransformersTokenizer, letter_ids, render_ids
     from distillery.training.rows import TrainingRow
     from distillery.training.validation import option_probabilities
@@ -228,10 +233,68 @@ def test_bfloat16_gives_what_training_s_autocast_gives(tiny_model: Build, test_f
     ]
 
 
-def assert_measured(scored: Scored) -> None:
-    assert len(scored.latencies_ms) == 12
+def rows_of_many_options(count: int) -> list[Example]:
+    """Rows of 2 to 24 options."""
+    rows = []
+    for number in range(count):
+        text = (GLAD + CROSS + PLAIN)[number % 12]
+        choices = tuple(f"option {i}" for i in range(2 + 2 * (number % 12)))
+        question = f"{text}? {'So it is. ' * (number // 12)}"
+        rows.append(Example(example_id=f"r{number}", question=question, choices=choices))
+    return rows
+
+
+@pytest.mark.usefixtures("no_gpu")
+@pytest.mark.parametrize("answer", ["letter", "text"])
+@pytest.mark.parametrize("arch", ["llama", "phi4mini", "qwen2"])
+def test_batches_give_what_single_rows_give(
+    arch: str,
+    answer: Literal["letter", "text"],
+    tiny_model: Build,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Rows that are too long get no answer, in batches too."""
+    rows = rows_of_many_options(48)
+    job = ScoringJob(
+        model=ModelToScore(name="torch", kind="transformers", folder=str(tiny_model(arch))),
+        examples=str(write_examples(tmp_path / "rows.jsonl", rows)),
+        prompt=PROMPT.model_copy(update={"max_tokens": 200, "answer": answer}),
+        threads=1,
+        precision="float32",
+    )
+    asked = {}
+    for timed in (7, 48):
+        monkeypatch.setattr("distillery.evaluation.scoring_process.TIMED_ROWS", timed)
+        asked[timed] = score(job)
+    single, batched = asked[48], asked[7]
+    assert len(batched.latencies_ms) == 7
+    assert len(single.latencies_ms) == 48 - single.answers.count(None)
+    assert 0 < single.answers[7:].count(None) < 20
+    assert batched.answers == single.answers
+    for own, theirs in zip(batched.probabilities, single.probabilities, strict=True):
+        assert own == pytest.approx(theirs, abs=1e-5)
+
+
+def test_the_notes_tell_what_was_timed() -> None:
+    """Nothing where every row was; a row that is too long is not timed either."""
+    figures = {"rows_per_second": 1.0, "peak_mib": 1.0, "load_s": 1.0, "ran_on": "here"}
+    answers, probabilities = ("A", "B", None), ((1.0,), (1.0,), None)
+    for timed, expected in ((1, 1), (2, 0)):
+        scored = Scored(
+            answers=answers, probabilities=probabilities, latencies_ms=(1.0,) * timed, **figures
+        )
+        notes = measuring_notes({"student": scored}, 2)
+        batched = "student: speed and latency are of the first 1 rows; the others were asked in "
+        assert sum(note.startswith(batched) for note in notes) == expected
+        assert notes[0].startswith("Measured one row at a time on ")
+        assert notes[-1] == "student: 1 prompts are over prompt.max_tokens and count as wrong."
+
+
+def assert_measured(scored: Scored, rows: int) -> None:
+    assert len(scored.latencies_ms) == rows
     assert all(latency > 0 for latency in scored.latencies_ms)
-    assert scored.rows_per_second == pytest.approx(12_000 / sum(scored.latencies_ms))
+    assert scored.rows_per_second == pytest.approx(1000 * rows / sum(scored.latencies_ms))
     assert scored.peak_mib > 20
     assert scored.load_s > 0
 
@@ -451,7 +514,7 @@ def score_row(
         correct=correct,
         rows=rows,
         accuracy=correct / rows,
-        interval=wilson(correct, rows),
+        interval=wilson_interval(correct, rows),
         **figures,
     )
 
@@ -492,16 +555,16 @@ def test_the_terminal_table_fits_and_cuts_nothing() -> None:
 
 def test_the_headline_is_reckoned_from_the_rows() -> None:
     assert headline(wide_rows(), "student int4") == (
-        "student int4 is right on 380 of 450 rows and keeps 95.0 % of the teacher's accuracy with 50.0 % of its "
-        "parameters, 20.0 % of its bfloat16 bytes (two a parameter), 4.0 times its rows a second; -4.4 points against "
-        "the teacher, 95 % interval [-14.9, +10.1]."
+        "student int4 is right on 380 of 450 rows and keeps 95.0 % of the teacher's accuracy with "
+        "50.0 % of its parameters, 20.0 % of its bfloat16 bytes (two a parameter), 4.0 times its "
+        "rows a second; -4.4 points against the teacher, 95 % interval [-14.9, +10.1]."
     )
     bare = [score_row("teacher", 0), score_row("student", 3)]
     assert headline(bare, "student") == "student is right on 3 of 450 rows."
     apart = Departure(mean=0.01234, largest=0.4567, changed=7)
     assert headline([score_row("student", 3, departure=apart)], "student", "student") == (
-        "student is right on 3 of 450 rows; its options' probabilities depart from the float student's by 0.0123 on "
-        "average and 0.457 at most, 7 answers change."
+        "student is right on 3 of 450 rows; its options' probabilities depart from the float "
+        "student's by 0.0123 on average and 0.457 at most, 7 answers change."
     )
 
 
@@ -527,7 +590,8 @@ def answers_file(path: Path, column: str, right: Sequence[bool], start: int = 0)
 def decide(
     tmp_path: Path, ours: int, champion: int | None, recipe: EvaluationRecipe, start: int = 0
 ) -> tuple[bool, str]:
-    """100 rows, the teacher right on 80; `champion` right on the first so many of 100 from row `start` on."""
+    """100 rows, the teacher right on 80, the champion on the first `champion` of the 100 rows from
+    row `start` on."""
     own = answers_file(tmp_path / "ours.jsonl", "student int4", [n < ours for n in range(100)])
     other = champion is not None and answers_file(
         tmp_path / "theirs.jsonl", "student int4", [n < champion for n in range(100)], start
@@ -563,7 +627,8 @@ def test_the_gate_holds_the_champion_s_place(champion: int, passed: bool, tmp_pa
 
 
 def test_the_gate_compares_shared_rows_alone(tmp_path: Path) -> None:
-    """Rows 50 to 99 are shared: ours is right on 50-75 (26), the champion, 40 right from row 50 on, on 50-89 (40)."""
+    """Rows 50 to 99 are shared. Ours is right on 50 to 75 (26 rows), the champion, which is right
+    on 40 from row 50 on, on 50 to 89 (40 rows)."""
     passed, reason = decide(tmp_path, 76, 40, EvaluationRecipe(maximum_loss=0.02), start=50)
     assert not passed
     assert "-28.0 points against student:3 on 50 shared rows" in reason
@@ -600,11 +665,13 @@ def test_the_gate_refuses_unreadable_answers(tmp_path: Path) -> None:
 
 
 def test_a_killed_parent_leaves_no_scorer(student: ModelToScore, tmp_path: Path) -> None:
+    """The scorer ends because its parent does, not because it is done: it leaves no result."""
     rows = [
         Example(example_id=f"r{n}", question="Where is it?", choices=MOODS) for n in range(50_000)
     ]
     script = (
-        "import sys\nfrom pathlib import Path\nfrom distillery.evaluation.scoring import ModelToScore\nfrom distillery.evaluation.scoring import score_model\n"
+        "import sys\nfrom pathlib import Path\n"
+        "from distillery.evaluation.scoring import ModelToScore, score_model\n"
         "from distillery.recipe import PromptRecipe\n"
         "score_model(ModelToScore.model_validate_json(sys.argv[1]), Path(sys.argv[2]),"
         " PromptRecipe.model_validate_json(sys.argv[3]), threads=1)"
@@ -612,11 +679,17 @@ def test_a_killed_parent_leaves_no_scorer(student: ModelToScore, tmp_path: Path)
     rows_file = write_examples(tmp_path / "rows.jsonl", rows)
     arguments = [student.model_dump_json(), str(rows_file), PROMPT.model_dump_json()]
     with subprocess.Popen([sys.executable, "-c", script, *arguments]) as parent:
-        scorer = wait_for(lambda: next(iter(psutil.Process(parent.pid).children()), None), 30)
-        maps = Path(f"/proc/{scorer.pid}/maps")
-        wait_for(lambda: "onnxruntime_genai" in maps.read_text(), 30)
+        scorer = wait_for(lambda: next(iter(psutil.Process(parent.pid).children()), None))
+        wait_for(lambda: has_loaded(scorer, "onnxruntime_genai"))
+        _job, result, _parent = scorer.cmdline()[-3:]
         parent.kill()
-    wait_for(lambda: ended(scorer), 2)
+    wait_for(lambda: ended(scorer))
+    assert Path(result).parent.is_dir()
+    assert not Path(result).exists()
+
+
+def has_loaded(process: psutil.Process, library: str) -> bool:
+    return any(library in mapped.path for mapped in process.memory_maps())
 
 
 def ended(process: psutil.Process) -> bool:
@@ -626,8 +699,9 @@ def ended(process: psutil.Process) -> bool:
         return True
 
 
-def wait_for(found: Callable[[], Any], seconds: float) -> Any:
-    deadline = time.monotonic() + seconds
+def wait_for(found: Callable[[], Any]) -> Any:
+    """Return what `found` returns once that is true; two minutes mean that it never will be."""
+    deadline = time.monotonic() + 120
     while not (value := found()):
         assert time.monotonic() < deadline
         time.sleep(0.05)

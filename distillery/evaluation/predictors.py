@@ -1,0 +1,167 @@
+"""Load the model of a scoring job, and ask it for the probabilities of a row's options."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from distillery.errors import ModelError
+from distillery.evaluation.scoring import ScoringJob
+from distillery.prompts import (
+    Tokenizer,
+    TransformersTokenizer,
+    letter_ids,
+    longest_prompt,
+    render_ids,
+    text_ids,
+)
+from distillery.recipe import PromptRecipe
+from distillery.records import Example
+from distillery.training.batching import common_prefix, longest_shared
+from distillery.training.rows import TrainingRow
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """A loaded model. `render` gives a row's prompt and options, or None where the prompt is over
+    the budget or the model's context; `ask` the probabilities over its options. `ask_batches` gives
+    them for many rows at once; it is None where batches would not give what single rows give."""
+
+    ran_on: str
+    render: Callable[[Example], TrainingRow | None]
+    ask: Callable[[TrainingRow], list[float]]
+    ask_batches: Callable[[Sequence[TrainingRow]], list[list[float]]] | None = None
+
+
+def load_predictor(job: ScoringJob) -> Predictor:
+    """Load the job's model. Raises ModelError where its folder can't be loaded."""
+    if not Path(job.model.folder).is_dir():
+        raise ModelError(f"{job.model.folder}: no such folder")
+    if job.model.kind == "onnx":
+        return load_onnx(job)
+    return load_transformers(job)
+
+
+def load_onnx(job: ScoringJob) -> Predictor:
+    """Load a folder that ONNX Runtime GenAI runs."""
+    from distillery.inference.onnx_student import OnnxStudent
+
+    student = OnnxStudent(Path(job.model.folder), threads=job.threads)
+
+    def ask(row: TrainingRow) -> list[float]:
+        if row.texts:
+            return student.text_probabilities(row.prompt, row.texts)
+        return student.option_probabilities(row.prompt, row.letters)
+
+    render = row_renderer(student.tokenizer, job.prompt, student.context_length)
+    return Predictor(ran_on="ONNX Runtime", render=render, ask=ask)
+
+
+def load_transformers(job: ScoringJob) -> Predictor:
+    """Load a folder that Transformers runs, in the job's precision."""
+    import torch
+
+    from distillery.models.device import choose_device
+    from distillery.models.load import load_model, pad_id
+    from distillery.training.validation import option_probabilities
+
+    torch.set_num_threads(job.threads)
+    precision = job.precision
+    if precision == "auto" and not torch.cuda.is_available():
+        # With single rows bfloat16 is the slower of the two on a processor, which repacks the
+        # weights for each row; in batches it would give other probabilities than single rows do.
+        precision = "float32"
+    device = choose_device(precision)
+    adapter = None
+    if job.model.adapter:
+        adapter = Path(job.model.adapter)
+    model, tokenizer = load_model(Path(job.model.folder), adapter, job.model.remote_code)
+    model.to(device.name)
+    padding = pad_id(tokenizer)
+    if device.precision == "bfloat16":
+        cast_linear_layers(model)
+    next_logits = logits_after_prompt(model.eval(), device)
+
+    def ask(row: TrainingRow) -> list[float]:
+        if row.texts:
+            return ask_batches([row])[0]
+        probabilities: list[float] = next_logits(row.prompt)[list(row.letters)].softmax(-1).tolist()
+        return probabilities
+
+    def ask_batches(rows: Sequence[TrainingRow]) -> list[list[float]]:
+        return option_probabilities(model, rows, pad_id=padding, device=device)
+
+    return Predictor(
+        ran_on=f"{device.name} {device.precision}",
+        render=row_renderer(
+            TransformersTokenizer(tokenizer), job.prompt, model.config.max_position_embeddings
+        ),
+        ask=ask,
+        # Float32 differs by rounding alone (1e-5); bfloat16 by enough to change an answer.
+        ask_batches=ask_batches if device.precision == "float32" else None,
+    )
+
+
+def row_renderer(
+    tokenizer: Tokenizer, prompt: PromptRecipe, context: int
+) -> Callable[[Example], TrainingRow | None]:
+    """Return a function that renders a row for a model of `context` tokens; see `Predictor`."""
+    letters = cache(lambda count: tuple(letter_ids(tokenizer, count)))
+
+    def render(example: Example) -> TrainingRow | None:
+        ids = render_ids(example, prompt, tokenizer)
+        if ids is None:
+            return None
+        texts = []
+        if prompt.answer == "text":
+            texts = text_ids(example, tokenizer)
+        if len(ids) > longest_prompt(prompt, context, texts):
+            return None
+        # `answer`, the label in training, plays no part here.
+        if texts:
+            return TrainingRow(prompt=tuple(ids), texts=tuple(map(tuple, texts)), answer=0)
+        return TrainingRow(prompt=tuple(ids), letters=letters(len(example.choices)), answer=0)
+
+    return render
+
+
+def logits_after_prompt(model: Any, device: Any) -> Callable[[Sequence[int]], Any]:
+    """Return a function that gives the logits after a prompt, [vocabulary], in float32.
+
+    What a prompt shares with the one before it is not computed again, as in `OnnxStudent`, so that
+    all models of a scoreboard are timed alike."""
+    import torch
+    from transformers import DynamicCache
+
+    cached = DynamicCache()
+    before: list[int] = []
+
+    def logits(prompt: Sequence[int]) -> Any:
+        ids = list(prompt)
+        kept = 0
+        if before and max(len(ids), len(before)) <= longest_shared(model):
+            kept = common_prefix([before, ids], 1)
+        if kept < len(before):
+            cached.crop(kept - len(before))
+        before[:] = ids
+        with torch.inference_mode(), device.autocast():
+            tokens = torch.tensor([ids[kept:]], device=device.name)
+            output = model(
+                input_ids=tokens, past_key_values=cached, use_cache=True, logits_to_keep=1
+            )
+        return output.logits[0, -1].float()
+
+    return logits
+
+
+def cast_linear_layers(model: Any) -> None:
+    """Cast once what autocast would cast for each row: the numbers are the same, and sooner."""
+    import torch
+
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            # A parameter of its own: a tied embedding, which autocast leaves in float32, stays so.
+            module.weight = torch.nn.Parameter(
+                module.weight.to(torch.bfloat16), requires_grad=False
+            )

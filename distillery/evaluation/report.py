@@ -1,0 +1,93 @@
+"""The files that an evaluation leaves.
+
+answers.jsonl: one test row a line, with its example_id, the gold letter and each predictor's letter
+or null; the candidate is the last column. Equal answers give equal bytes. report.json: the
+scoreboard, and what was measured where. scoreboard.md and scoreboard.png: the same for people.
+These three hold measured speeds, which differ from run to run.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from distillery.errors import DataError
+from distillery.evaluation.scoreboard import headline, plot_scoreboard, render_markdown
+from distillery.evaluation.scoring import Answers, Scored
+from distillery.machine import machine_name
+from distillery.records import Example, ScoreRow
+
+ANSWERS_FILE = "answers.jsonl"
+REPORT_FILE = "report.json"
+TABLE_FILE = "scoreboard.md"
+PLOT_FILE = "scoreboard.png"
+
+
+def write_report(
+    out: Path,
+    rows: Sequence[ScoreRow],
+    candidate: str,
+    teacher: str,
+    scored: Mapping[str, Scored],
+    notes: Sequence[str],
+) -> None:
+    """Write the scoreboard into the folder `out` in its three forms."""
+    out.mkdir(parents=True, exist_ok=True)
+    summary = headline(rows, candidate, teacher)
+    report: dict[str, Any] = {
+        "candidate": candidate,
+        "teacher": teacher,
+        "machine": machine_name(),
+        "ran_on": {name: result.ran_on for name, result in scored.items()},
+        "load_s": {name: result.load_s for name, result in scored.items()},
+        "headline": summary,
+        "notes": list(notes),
+        "scoreboard": [row.model_dump() for row in rows],
+    }
+    write_text(out / REPORT_FILE, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    paragraphs = [render_markdown(rows), summary, *notes]
+    write_text(out / TABLE_FILE, "\n\n".join(paragraphs) + "\n")
+    plot_scoreboard(rows, teacher, out / PLOT_FILE)
+
+
+def write_answers(out: Path, examples: Sequence[Example], answers: Mapping[str, Answers]) -> None:
+    """Write each predictor's answers, by its name, into the folder `out`."""
+    lines = []
+    for number, example in enumerate(examples):
+        line: dict[str, str | None] = {"example_id": example.example_id}
+        for name, letters in answers.items():
+            line[name] = letters[number]
+        lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+    write_text(out / ANSWERS_FILE, "".join(lines))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 with the same bytes on every system."""
+    path.write_text(text, encoding="utf-8", newline="\n")
+
+
+def read_answers(path: Path) -> dict[str, dict[str, str | None]]:
+    """Return the lines of an answers.jsonl by example_id.
+
+    Raises DataError where the file can't be read as such."""
+    try:
+        answers = {}
+        for line in path.read_text(encoding="utf-8").split("\n"):
+            if line:
+                row = json.loads(line)
+                answers[row["example_id"]] = row
+        return answers
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{path}: can't be read as answers ({type(error).__name__}); evaluate again"
+        ) from error
+
+
+def candidate_of(path: Path) -> str | None:
+    """Return the candidate's name in an answers.jsonl, which tells its precision: that of a
+    champion may be another. None for a file without rows.
+
+    Raises DataError where the file can't be read."""
+    for row in read_answers(path).values():
+        return list(row)[-1]
+    return None
