@@ -20,13 +20,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from distillery.models.device import choose_device
-
 from benchmarks.distil import merged
 from distillery.data.rows import to_example
 from distillery.evaluation.statistics import paired_interval, wilson_interval
 from distillery.labels.known import gold_labels
 from distillery.models.base import base_folder
+from distillery.models.device import choose_device
 from distillery.models.load import end_of_turn_id, load_model, load_tokenizer, pad_id
 from distillery.recipe import BaseModelRecipe, Columns, LayerChoice, PromptRecipe, TrainingRecipe
 from distillery.records import Example
