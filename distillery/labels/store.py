@@ -297,7 +297,7 @@ class LabelStore:
         # All in one transaction.
         count = self._database.run(partial(delete_answers, conditions=conditions, dry_run=dry_run))
         if not dry_run:
-            self._database.forget_log()
+            self._database.truncate_log()
         return count
 
     def summary(self) -> list[tuple[str, int, int, float]]:

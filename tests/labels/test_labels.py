@@ -177,7 +177,7 @@ def test_two_stores_write_to_one_database(url: str) -> None:
 @pytest.mark.parametrize(
     ("wrong", "line"),
     [
-        ("labels.db", "DISTILLERY_LABELS: no SQLAlchemy URL"),
+        ("labels.db", "DISTILLERY_LABELS: not an SQLAlchemy URL; give one such as sqlite:"),
         (
             "mysql://u:hidden@host/db",
             "DISTILLERY_LABELS: mysql is not supported; give a sqlite or postgresql URL",
@@ -242,7 +242,7 @@ def test_a_container_keeps_no_answers_in_a_file_of_its_own(
 ) -> None:
     monkeypatch.setenv("DISTILLERY_CONTAINER", "1")
     with pytest.raises(
-        StoreError, match="DISTILLERY_LABELS: a container's SQLite file goes with the container"
+        StoreError, match="DISTILLERY_LABELS: an SQLite file in a container vanishes with the container"
     ):
         LabelStore(url)
 
