@@ -22,7 +22,7 @@ from pydantic import BaseModel
 import tasks.results  # noqa: F401 - Prefect finds the block that holds the records by its class
 from distillery.errors import INFRASTRUCTURE_ERRORS, DistilleryError, StageError
 from distillery.models.base import base_identity
-from distillery.recipe import BaseModelRecipe, RegistryRecipe
+from distillery.recipe import BaseModelRecipe, RegistryRecipe, Slice
 from distillery.records import RegisteredModel, StageRecord, digest_of
 from distillery.storage.artifacts import ArtifactStore
 from tasks.environment import set_defaults
@@ -202,12 +202,23 @@ def content_of(value: Any) -> Any:
     if hasattr(value, "content_id"):
         return value.content_id
     if isinstance(value, BaseModel):
-        return {name: content_of(getattr(value, name)) for name in type(value).model_fields}
+        return {name: content_of(getattr(value, name)) for name in fields_in_keys(value)}
     if isinstance(value, dict):
         return {str(key): content_of(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [content_of(item) for item in value]
     return value
+
+
+def fields_in_keys(value: BaseModel) -> list[str]:
+    """Return the fields of a recipe or record that go into a cache key: all but those that a later
+    version of the recipe added and that are at their default."""
+    added_later = value.added_later if isinstance(value, Slice) else frozenset[str]()
+    names = []
+    for name, field in type(value).model_fields.items():
+        if name not in added_later or getattr(value, name) != field.default:
+            names.append(name)
+    return names
 
 
 def is_whole(record: Any) -> bool:

@@ -1,6 +1,6 @@
 """The base class of every slice of a recipe."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
 
@@ -19,6 +19,10 @@ class Slice(BaseModel):
 
     The docstring below a field is the field's description in schema, form and reference.
     """
+
+    added_later: ClassVar[frozenset[str]] = frozenset()
+    """Fields that a later version added. At their default they are left out of cache keys, so that
+    what was cached before they existed is found again."""
 
     model_config = ConfigDict(
         frozen=True,

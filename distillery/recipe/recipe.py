@@ -169,6 +169,10 @@ def check_form(
             f"{key}.adapter_apart needs training.method: lora, "
             "and excludes int8, k_quant_high and gptq"
         )
+    if form.adapter_apart and training.first_layer:
+        raise ValueError(
+            f"{key}.adapter_apart needs an adapter in all layers; remove training.first_layer"
+        )
     if calibrated and not on_ladder:
         raise ValueError(
             f"{key}.algorithm: gptq works only in a ladder, such as "

@@ -1,6 +1,6 @@
 """How weights are trained: the student's, those of its healing steps and a local teacher's."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -36,6 +36,8 @@ class TrainingRecipe(Slice):
     and a cosine decay to zero. So a long warm-up does not reach learning_rate.
     """
 
+    added_later: ClassVar[frozenset[str]] = frozenset({"first_layer"})
+
     method: Literal["lora", "dora", "full"] = "lora"
     """lora, dora: train an adapter (dora: Liu et al., DoRA: Weight-Decomposed Low-Rank Adaptation,
     2024). full: train all weights."""
@@ -45,6 +47,11 @@ class TrainingRecipe(Slice):
 
     freeze_embeddings: bool = False
     """With method: full, leave the embeddings, and a head tied to them, as they are."""
+
+    first_layer: int = Field(0, ge=0)
+    """The first decoder layer that is trained, counted from 0 in the model after `layers` has cut
+    it. The layers below it and the embeddings stay as they are, which makes each step faster. 0:
+    all layers are trained."""
 
     epochs: float = Field(2.0, gt=0)
     """Passes through the training rows; fractions are allowed."""

@@ -6,9 +6,9 @@ from distillery.errors import TrainingError
 from distillery.recipe import LoraRecipe
 
 
-def add_lora(model: Any, recipe: LoraRecipe, dora: bool = False) -> Any:
+def add_lora(model: Any, recipe: LoraRecipe, dora: bool = False, first_layer: int = 0) -> Any:
     """Return `model` with a new LoRA or DoRA adapter (Hu et al., LoRA, 2021; Liu et al., DoRA,
-    2024).
+    2024) in the decoder layers from `first_layer` on.
 
     Raises TrainingError where lora.target_modules names what is no linear layer of the decoder."""
     import peft
@@ -27,11 +27,16 @@ def add_lora(model: Any, recipe: LoraRecipe, dora: bool = False) -> Any:
             f"training.lora.target_modules: {', '.join(missing)}: no linear layer of the decoder; "
             f"choose from {', '.join(known)}"
         )
+    # None adapts all layers.
+    adapted = None
+    if first_layer:
+        adapted = list(range(first_layer, len(model.get_decoder().layers)))
     config = peft.LoraConfig(
         r=recipe.rank,
         lora_alpha=recipe.alpha,
         lora_dropout=recipe.dropout,
         target_modules=targets,
+        layers_to_transform=adapted,
         use_dora=dora,
         task_type="CAUSAL_LM",
     )

@@ -277,15 +277,26 @@ def set_up(
 
 def trainable_model(model: Any, recipe: TrainingRecipe, device: Device) -> Any:
     """Return `model` on its device, in training mode, with the weights frozen that the recipe does
-    not train, or with a new adapter."""
+    not train, or with a new adapter.
+
+    Raises TrainingError where the model has no layer recipe.first_layer."""
     import torch
 
+    layers = model.get_decoder().layers
+    if recipe.first_layer >= len(layers):
+        raise TrainingError(
+            f"training.first_layer: {recipe.first_layer}, but this model has layers 0 to "
+            f"{len(layers) - 1}; choose one of these"
+        )
     if recipe.adapts:
         # The frozen base is cast once, not at every step; peft keeps the adapter in float32.
         model = model.to(getattr(torch, device.precision))
-        model = add_lora(model, recipe.lora, dora=recipe.method == "dora")
-    elif recipe.freeze_embeddings:
-        model.get_input_embeddings().requires_grad_(False)
+        model = add_lora(model, recipe.lora, recipe.method == "dora", recipe.first_layer)
+    else:
+        if recipe.freeze_embeddings or recipe.first_layer:
+            model.get_input_embeddings().requires_grad_(False)
+        for layer in layers[: recipe.first_layer]:
+            layer.requires_grad_(False)
     model.to(device.name).train()
     contiguous_head(model)
     return model

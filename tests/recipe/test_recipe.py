@@ -124,6 +124,13 @@ def test_null_of_a_plain_field_is_that_fields_value() -> None:
             "student.training.soft_weight above 0 needs teacher.soft_labels: true",
         ),
         (
+            {
+                "student": {"training": {"first_layer": 1}},
+                "export": {"adapter_apart": True, "algorithm": "rtn"},
+            },
+            "export.adapter_apart needs an adapter in all layers; remove training.first_layer",
+        ),
+        (
             {"teacher": {"kind": "gold", "soft_labels": True}},
             "soft_labels: gold answers have no probabilities",
         ),

@@ -12,11 +12,12 @@ from prefect.serializers import JSONSerializer
 from prefect.testing.utilities import prefect_test_harness
 
 from distillery.errors import StageError
+from distillery.recipe import TrainingRecipe
 from distillery.records import Predictions, PreparedDataset
 from distillery.storage.artifacts import ArtifactStore
 from tasks import stage as stages
 from tasks.results import results_in_store
-from tasks.stage import is_hit, own_key, stage
+from tasks.stage import content_of, is_hit, own_key, stage
 
 
 def kept(record: Any) -> bytes:
@@ -70,6 +71,15 @@ def test_a_record_whose_artifact_is_gone_is_a_miss(record: Predictions) -> None:
     store = ArtifactStore()
     (Path(store.storage.root) / record.artifact.sha256 / "artifact.json").unlink()
     assert not is_hit(kept(record), Predictions)
+
+
+def test_a_setting_that_was_added_later_changes_no_key_at_its_default() -> None:
+    """What earlier versions cached must be found again."""
+    before = content_of(TrainingRecipe())
+    assert "first_layer" not in before
+    assert before == content_of(TrainingRecipe(first_layer=0))
+    assert content_of(TrainingRecipe(first_layer=3)) == before | {"first_layer": 3}
+    assert before.keys() | {"first_layer"} == TrainingRecipe.model_fields.keys()
 
 
 @pytest.fixture(scope="module")

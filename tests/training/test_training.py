@@ -147,6 +147,47 @@ def test_frozen_embeddings_stay_as_they_are(tiny_model: TinyModel, frozen: bool)
     )
 
 
+@pytest.mark.parametrize("method", ["lora", "dora", "full"])
+def test_layers_below_the_first_that_is_trained_stay_as_they_are(
+    tiny_model: TinyModel, method: Any
+) -> None:
+    rows, (model, tokenizer) = rendered(tiny_model("llama")), load_model(tiny_model("llama"))
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    recipe = TrainingRecipe(method=method, first_layer=1, max_steps=3, learning_rate=0.01)
+    model, result = train(
+        model, rows, [], recipe, pad_id=pad_id(tokenizer), end_id=end_of_turn_id(tokenizer)
+    )
+    if recipe.adapts:
+        model = model.merge_and_unload()
+    changed = set()
+    for name, weight in model.state_dict().items():
+        if not torch.allclose(weight.float(), before[name], atol=1e-2 if recipe.adapts else 0):
+            changed.add(name)
+    assert changed
+    assert not [name for name in changed if ".layers.0." in name or "embed" in name]
+    assert all(".layers.1." in name or "norm" in name for name in changed)
+    whole = TrainingRecipe(method=method, max_steps=1)
+    model, tokenizer = load_model(tiny_model("llama"))
+    _, trained_whole = train(
+        model, rows, [], whole, pad_id=pad_id(tokenizer), end_id=end_of_turn_id(tokenizer)
+    )
+    assert result.trained_parameters < trained_whole.trained_parameters
+
+
+def test_a_first_layer_that_the_model_has_not_is_one_line(tiny_model: TinyModel) -> None:
+    model, _ = load_model(tiny_model("llama"))
+    said = r"^training\.first_layer: 2, but this model has layers 0 to 1; choose one of these$"
+    with pytest.raises(TrainingError, match=said):
+        train(
+            model,
+            rendered(tiny_model("llama")),
+            [],
+            TrainingRecipe(first_layer=2),
+            pad_id=0,
+            end_id=0,
+        )
+
+
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_left_padding_changes_no_probability(tiny_model: TinyModel, arch: str) -> None:
     model, tokenizer = load_model(tiny_model(arch))
