@@ -1,12 +1,14 @@
-"""What a student of 135 M parameters reaches on CommonsenseQA: `python -m benchmarks.commonsense_qa [--rows N]`.
+"""What a student of 135 M parameters reaches on CommonsenseQA: `python -m benchmarks.commonsense_qa
+[--rows N]`.
 
-The rows are those of train.jsonl in COMMONSENSE_QA_DIR, in the schema of tau/commonsense_qa. 400, told by a hash
-of their question, are never trained on; half of the others are the gold rows and half the pool. SmolLM2-135M is asked
-by the letter and by the likelihood of the options' texts, before training and after three epochs of LoRA over the gold
-rows and the pool with their own answers. Then the way of distillation is gone in the form that did better there: a
-teacher is trained on the gold rows alone and labels the pool with its probabilities, and students learn from those and
-from the gold rows' own answers: one that starts from the base model, and one that is cut to two thirds of the teacher's
-layers. All are asked the same held-out rows.
+The rows are those of train.jsonl in COMMONSENSE_QA_DIR, in the schema of tau/commonsense_qa. 400,
+told by a hash of their question, are never trained on; half of the others are the gold rows and
+half the pool. SmolLM2-135M is asked by the letter and by the likelihood of the options' texts,
+before training and after three epochs of LoRA over the gold rows and the pool with their own
+answers. Then the way of distillation is gone in the form that did better there: a teacher is
+trained on the gold rows alone and labels the pool with its probabilities, and students learn from
+those and from the gold rows' own answers: one that starts from the base model, and one that is cut
+to two thirds of the teacher's layers. All are asked the same held-out rows.
 
 The last line is JSON: accuracies, 0 to 1, of each by name; `chance` is 0.2; `minutes` in all.
 """
@@ -73,7 +75,8 @@ class Bench:
     def trained(self, model: Any, rows: Sequence[TrainingRow], recipe: TrainingRecipe) -> Any:
         model, result = train(model, rows, [], recipe, pad_id=self.pad_id, end_id=self.end_id)
         print(
-            f"  {len(rows)} rows, {result.steps} steps, {result.rows_per_second:.1f} rows/s on {result.device}",
+            f"  {len(rows)} rows, {result.steps} steps, {result.rows_per_second:.1f} rows/s "
+            f"on {result.device}",
             flush=True,
         )
         return merged(model, self.base) if recipe.adapts else model
@@ -129,7 +132,8 @@ def run(folder: Path, count: int) -> dict[str, float]:
     bench.ask("by_teacher_cut", bench.trained(teacher, learnt, healed), form)
     gain = paired_interval(bench.right["all_gold_text"], bench.right["all_gold_letter"])
     print(
-        f"text less letter, trained: 95 % interval [{100 * gain.low:+.1f}, {100 * gain.high:+.1f}] points"
+        "text less letter, trained: 95 % interval "
+        f"[{100 * gain.low:+.1f}, {100 * gain.high:+.1f}] points"
     )
     accuracies = {name: sum(right) / len(right) for name, right in bench.right.items()}
     return {

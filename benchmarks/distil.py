@@ -1,18 +1,22 @@
-"""What distillation gains: `make bench-distil`, or `python -m benchmarks.distil [--full] [--layers N] [--afresh]`.
+"""What distillation gains: `make bench-distil`, or `python -m benchmarks.distil [--full] [--layers
+N] [--afresh]`.
 
-The demo's teacher, fine-tuned on the gold rows, is cut to the demo's layers, and the student is trained on a part of
-the pool in four ways: on the pool's gold answers, on the teacher's letters (hard), on its probabilities (soft), and on
-these and its last hidden states (hidden). Three seeds each decide which rows and in which order. At the smaller pool
-the third way is gone from other cuts too: an even spacing, the layers of the greatest block influence, and the demo's
-in two steps with half of the training between them. All are asked the same test rows, in PyTorch, beside the base model
-and the teacher. Then students as the demo has them, from the whole pool in the fourth way and the gold rows with their
-own answers, one a seed, are exported as the demo exports its own, and asked test rows one at a time beside the teacher
-in the same form and in its float forms, medians of three in turn: a prompt's shared beginning is computed once in every
-runtime. --full is a grid of four pools, three depths and five seeds.
+The demo's teacher, fine-tuned on the gold rows, is cut to the demo's layers, and the student is
+trained on a part of the pool in four ways: on the pool's gold answers, on the teacher's letters
+(hard), on its probabilities (soft), and on these and its last hidden states (hidden). Three seeds
+each decide which rows and in which order. At the smaller pool the third way is gone from other cuts
+too: an even spacing, the layers of the greatest block influence, and the demo's in two steps with
+half of the training between them. All are asked the same test rows, in PyTorch, beside the base
+model and the teacher. Then students as the demo has them, from the whole pool in the fourth way and
+the gold rows with their own answers, one a seed, are exported as the demo exports its own, and
+asked test rows one at a time beside the teacher in the same form and in its float forms, medians of
+three in turn: a prompt's shared beginning is computed once in every runtime. --full is a grid of
+four pools, three depths and five seeds.
 
-Every result is kept in .distillery/bench/distil-DIGEST, told by recipe, rows and code, as soon as it is there, so that
-a run that was ended goes on; after a change of the recipe's export alone, the trained students serve again. --afresh
-begins anew. The last line is JSON, means over the seeds; the speeds are those of the first one's student:
+Every result is kept in .distillery/bench/distil-DIGEST, told by recipe, rows and code, as soon as
+it is there, so that a run that was ended goes on; after a change of the recipe's export alone, the
+trained students serve again. --afresh begins anew. The last line is JSON, means over the seeds; the
+speeds are those of the first one's student:
 
 kept                of the teacher's accuracy, by the demo's int4 students
 fewer_parameters    share of the teacher's that the student does without
@@ -43,9 +47,9 @@ from distillery.export.build import export
 from distillery.labels.known import gold_labels
 from distillery.machine import machine_name
 from distillery.models.base import base_folder
+from distillery.models.device import choose_device
 from distillery.models.inspect import parameter_count
 from distillery.models.load import end_of_turn_id, load_model, load_tokenizer, pad_id
-from distillery.models.device import choose_device
 from distillery.recipe import Columns, ExportForm, LayerChoice, TrainingRecipe, load_recipe
 from distillery.records import Example, digest_of
 from distillery.storage.digests import digest_of_files, list_files
@@ -82,7 +86,8 @@ def read(split: str) -> list[Example]:
 
 
 def merged(trained: Any, base: Path) -> Any:
-    """`base` with the adapter merged in, as in a run: the base that it was trained on has become bfloat16."""
+    """`base` with the adapter merged in, as in a run: the base that it was trained on has become
+    bfloat16."""
     with tempfile.TemporaryDirectory() as adapter:
         trained.save_pretrained(adapter)
         return load_model(base, Path(adapter))[0]
@@ -235,7 +240,8 @@ class Bench:
         return dict(self.kept.of(named, work))
 
     def speeds(self, student_folder: Path) -> dict[str, float]:
-        """Rows a second of the student's int4 form and of the teacher's forms, medians of three in turn."""
+        """Rows a second of the student's int4 form and of the teacher's forms, medians of three in
+        turn."""
 
         def work() -> dict[str, float]:
             rows = self.prepared(SPEED_ROWS)

@@ -1,19 +1,22 @@
 """How fast a CPU scores rows: `make bench-inference`, or `python -m benchmarks.inference [ROWS]`.
 
-The base model and the demo's prompts over the sample's test rows, 240 of them unless told otherwise. Each contestant
-gets the same token ids and gives for each row the probabilities over its option letters at the assistant's first token:
+The base model and the demo's prompts over the sample's test rows, 240 of them unless told
+otherwise. Each contestant gets the same token ids and gives for each row the probabilities over its
+option letters at the assistant's first token:
 
-ours       OnnxStudent.option_probabilities row after row, as score_file and the server ask; the int4 export by the
-           demo's recipe, or by plain rounding to int4
-llama_cpp  xllamacpp in this process, no HTTP: the letters' logits lifted so that nothing else is sampled, one token;
-           the wheel's own file (Q4_1), or Q4_0 made from it, which llama.cpp has faster kernels for
+ours       OnnxStudent.option_probabilities row after row, as score_file and the server ask; the
+           int4 export by the demo's recipe, or by plain rounding to int4
+llama_cpp  xllamacpp in this process, no HTTP: the letters' logits lifted so that nothing else is
+           sampled, one token; the wheel's own file (Q4_1), or Q4_0 made from it, for which
+           llama.cpp has faster kernels
 hf         Transformers, rows of like length padded to one batch, the head for the letters alone
 
-What all prompts begin with is computed once by each: that is in llama.cpp's cache_prompt and, for Transformers, past
-keys and values that each batch starts from. Each contestant's settings are tried on 48 rows, at one thread and at two,
-and the fastest are kept. Then medians of three, each a fresh process that has scored 16 rows beforehand, the order
-turned round every other time. Accuracy, and how the answers agree with Transformers' in fp32, stand beside: the base
-model knows nothing of the task, so that its accuracy is about chance, and many of its letters nearly tie.
+What all prompts begin with is computed once by each: that is in llama.cpp's cache_prompt and, for
+Transformers, past keys and values that each batch starts from. Each contestant's settings are tried
+on 48 rows, at one thread and at two, and the fastest are kept. Then medians of three, each a fresh
+process that has scored 16 rows beforehand, the order turned round every other time. Accuracy, and
+how the answers agree with Transformers' in fp32, stand beside: the base model knows nothing of the
+task, so that its accuracy is about chance, and many of its letters nearly tie.
 
 The last line is JSON, at one thread; the same with two threads under names that end in _2:
 
@@ -101,7 +104,8 @@ def llama_cpp(settings: Settings, threads: int, rows: dict[str, Any]) -> Ask:
             "prompt": prompts if len(prompts) > 1 else prompts[0],
             "n_predict": 1,
             "cache_prompt": True,
-            # The letters alone are left to the sampler, whose probabilities are then the softmax over them.
+            # The letters alone are left to the sampler, whose probabilities are then the softmax
+            # over them.
             "logit_bias": [[letter, 100] for letter in letters],
             "samplers": ["top_k"],
             "top_k": len(letters),
@@ -154,7 +158,8 @@ def hf(settings: Settings, threads: int, rows: dict[str, Any]) -> Ask:
                     layer.values.expand(len(batch), -1, -1, -1),
                     number,
                 )
-            # Padded behind: what is asked for stands before it, and a causal model doesn't look ahead.
+            # Padded behind: what is asked for stands before it, and a causal model doesn't look
+            # ahead.
             padded = torch.tensor([ids + [0] * (longest - len(ids)) for ids in rest])
             hidden = model.model(padded, past_key_values=cache, use_cache=True).last_hidden_state
             for place, row in enumerate(batch):
@@ -276,7 +281,8 @@ def q4_0(shipped: Path) -> Path:
 
 @contextmanager
 def made_whole(final: Path) -> Iterator[Path | None]:
-    """A path beside `final` that takes its name once it is complete; None where `final` is there."""
+    """A path beside `final` that takes its name once it is complete; None where `final` is
+    there."""
     if final.exists():
         yield None
         return
@@ -326,17 +332,23 @@ def agreement(found: list[list[float]], reference: list[list[float]], gold: list
     ]
     right = statistics.mean(a == b for a, b in zip(best, gold, strict=True))
     same = statistics.mean(a == b for a, b in zip(best, known, strict=True))
-    return f"accuracy {right:.3f}, same letter as fp32 {same:.3f}, probabilities {statistics.mean(apart):.3f} apart"
+    mean_apart = statistics.mean(apart)
+    return (
+        f"accuracy {right:.3f}, same letter as fp32 {same:.3f}, "
+        f"probabilities {mean_apart:.3f} apart"
+    )
 
 
 def main(count: int) -> None:
     rows = prepare(count)
     lengths = [len(ids) for ids in rows["prompts"]]
     print(
-        f"{machine_name()}; {count} prompts of {statistics.mean(lengths):.1f} tokens, all of which begin with the same"
+        f"{machine_name()}; {count} prompts of {statistics.mean(lengths):.1f} tokens, "
+        "all of which begin with the same"
     )
     print(
-        f"{common_start(rows['prompts'])}; the contestants' scripts, whose settings each run shows:\n"
+        f"{common_start(rows['prompts'])}; the contestants' scripts, whose settings each run "
+        "shows:\n"
     )
     print("\n\n".join(inspect.getsource(script) for script in CONTESTANTS.values()), flush=True)
     rows_file = PLACE / "rows.json"

@@ -1,21 +1,23 @@
-"""How fast rows are labelled: `make bench-labels`, or `python -m benchmarks.labels [--soft] [--spread]`.
+"""How fast rows are labelled: `make bench-labels`, or `python -m benchmarks.labels [--soft]
+[--spread]`.
 
---soft asks for log-probabilities. --spread has the endpoint's latencies lie between half and one and a half of their
-mean: where all are the same, answers come in bunches, and waiting in a bunch is much of what is measured.
+--soft asks for log-probabilities. --spread has the endpoint's latencies lie between half and one
+and a half of their mean: where all are the same, answers come in bunches, and waiting in a bunch is
+much of what is measured.
 
-2,000 multiple-choice rows, an endpoint of 64 places that takes 0.2 s a call (slow_endpoint.py, a process of its own),
-and 64 calls at a time. Each contestant is a fresh interpreter that has asked for one row more beforehand, so that all
-is imported; the clock runs from the first row to the last answer, and for ours until every answer is committed and
-every file written. Medians of three, the contestants in turn. The last line is JSON, in seconds where nothing else is
-said:
+2,000 multiple-choice rows, an endpoint of 64 places that takes 0.2 s a call (slow_endpoint.py, a
+process of its own), and 64 calls at a time. Each contestant is a fresh interpreter that has asked
+for one row more beforehand, so that all is imported; the clock runs from the first row to the last
+answer, and for ours until every answer is committed and every file written. Medians of three, the
+contestants in turn. The last line is JSON, in seconds where nothing else is said:
 
 ideal_s               rows / places x latency
-ours_azure_s          distillery.labels.label with a fresh SQLite label store, through azure-ai-inference
-bare_azure_s          64 tasks of a bare asyncio loop around the same SDK and the same bodies: nothing stored or written
+ours_azure_s          distillery.labels.label with a fresh SQLite label store, by azure-ai-inference
+bare_azure_s          64 tasks of a bare asyncio loop, same SDK and bodies: nothing is stored
 ours_openai_s         the same two through the openai SDK
 bare_openai_s
 sequential_s          the lab's loop, azure-ai-inference call after call: 100 rows, times 20
-curator_s             bespokelabs-curator with its cache cold, in an environment of its own; null where it can't run
+curator_s             bespokelabs-curator, cold cache, its own environment; null if it fails
 share_of_bare_azure   bare / ours
 share_of_bare_openai
 cpu_ms_per_call       CPU time of our process, through the SDK that takes more of it
@@ -70,7 +72,8 @@ CURATOR_ENVIRONMENT = {
 }
 CURATOR_SCRIPT = """
 import json, sys, time
-import litellm.litellm_core_utils.default_encoding  # has tiktoken read the vocabulary that litellm ships
+# Has tiktoken read the vocabulary that litellm ships.
+import litellm.litellm_core_utils.default_encoding
 from bespokelabs import curator
 from datasets import Dataset
 
@@ -100,7 +103,8 @@ dataset = Dataset.from_list(everything)
 started, cpu = time.perf_counter(), time.process_time()
 answers = labeller(dataset).dataset["answer"]
 figures = {"seconds": time.perf_counter() - started, "cpu_s": time.process_time() - cpu}
-print(json.dumps(figures | {"answers": len([answer for answer in answers if answer in list("ABC")])}))
+known = [answer for answer in answers if answer in list("ABC")]
+print(json.dumps(figures | {"answers": len(known)}))
 """
 
 Figures = dict[str, float]
@@ -109,7 +113,8 @@ Loop = Callable[[list[list[Message]]], list[str]]
 
 
 def synthetic_rows(count: int) -> list[Example]:
-    """Rows of the sample again and again, each with a number that makes it one of its own; without a gold answer."""
+    """Rows of the sample again and again, each with a number that makes it one of its own; without
+    a gold answer."""
     lines = [
         line
         for path in sorted(SAMPLE.glob("*.jsonl"))
@@ -169,7 +174,8 @@ def store_url(folder: Path) -> str:
 
 
 def fill(folder: Path, rows: int, soft: bool) -> Figures:
-    """Puts an answer to each row, the first included, into a label store, as if it had been asked for."""
+    """Puts an answer to each row, the first included, into a label store, as if it had been asked
+    for."""
     figures: Figures = {}
     with timed(figures), LabelStore(store_url(folder)) as store:
         for row in synthetic_rows(1 + rows):
@@ -310,7 +316,8 @@ class Bench:
         }
 
     def run(self, name: str, rows: int, folder: str = "", calls: int | None = None) -> Figures:
-        """One run, which must make so many calls, by default one a row and one before. `folder`: where its store is."""
+        """One run, which must make so many calls, by default one a row and one before. `folder`:
+        where its store is."""
         place = self._scratch / (folder or f"{name}-{time.monotonic_ns()}")
         place.mkdir(exist_ok=True)
         command = [

@@ -1,15 +1,15 @@
 """What Prefect and the hand-offs cost beside the stages' own work: `make bench-overhead`.
 
-The demo's way on a tiny random model, four times: without a server (the temporary one that a run starts for itself) and
-on a server with two workers, cold and fully cached, each beside an empty flow of as many tasks run in the same way. The
-last line is JSON, all in seconds:
+The demo's way on a tiny random model, four times: without a server (the temporary one that a run
+starts for itself) and on a server with two workers, cold and fully cached, each beside an empty
+flow of as many tasks run in the same way. The last line is JSON, all in seconds:
 
 stage_s         the stages' own time, cold, on the server
 wall_s          the run's time from start to end, cold, on the server, as Prefect reports it
 overhead_s      wall_s - stage_s: flows, children and hand-offs
 cached_rerun_s  the same run again, all stages cached
 empty_flow_s    an empty flow of as many tasks and subflows on the same worker
-child_start_s   from asking for a child run to its first line of code, the median of the run's children
+child_start_s   from asking for a child run to its first line of code, median of the children
 
 The lines before it give the same without a server, as wall time of the whole command.
 """
@@ -38,7 +38,8 @@ from distillery.records import Outcome  # noqa: E402
 
 
 def commanded(arguments: list[str], folder: Path) -> float:
-    """Seconds that a Python command takes, start of the interpreter and of its temporary server included."""
+    """Seconds that a Python command takes, start of the interpreter and of its temporary server
+    included."""
     environment = {
         name: value
         for name, value in os.environ.items()

@@ -1,9 +1,10 @@
-"""A chat-completions endpoint that answers some time after it was asked, for so many calls at a time:
-`python -m benchmarks.slow_endpoint [LATENCY_S PLACES SPREAD]`, by default 0.2, 64 and 0. Latencies are evenly spread
-over LATENCY_S * (1 - SPREAD) to LATENCY_S * (1 + SPREAD).
+"""A chat-completions endpoint that answers some time after it was asked, for so many calls at a
+time: `python -m benchmarks.slow_endpoint [LATENCY_S PLACES SPREAD]`, by default 0.2, 64 and 0.
+Latencies are evenly spread over LATENCY_S * (1 - SPREAD) to LATENCY_S * (1 + SPREAD).
 
-Its first line of output is its URL. A call that finds every place taken waits for one. GET /count tells how many calls
-came, and the CPU seconds that they took. It ends when its standard input, a pipe or a terminal, does.
+Its first line of output is its URL. A call that finds every place taken waits for one. GET /count
+tells how many calls came, and the CPU seconds that they took. It ends when its standard input, a
+pipe or a terminal, does.
 """
 
 import asyncio
@@ -23,7 +24,8 @@ _ALTERNATIVES = 20
 
 
 class Places:
-    """Calls under way and calls that wait. An answer is sent about `latency` seconds after its call got a place."""
+    """Calls under way and calls that wait. An answer is sent about `latency` seconds after its call
+    got a place."""
 
     def __init__(self, latency: float, places: int, spread: float) -> None:
         self._least, self._most, self._free = latency * (1 - spread), latency * (1 + spread), places
@@ -53,8 +55,8 @@ class Places:
 
 
 class Connection(asyncio.Protocol):
-    """HTTP/1.1 as the SDKs speak it: kept alive, with Content-Length. No framework, whose CPU time the contestants on a
-    small machine would share."""
+    """HTTP/1.1 as the SDKs speak it: kept alive, with Content-Length. No framework, whose CPU time
+    the contestants on a small machine would share."""
 
     def __init__(self, places: Places) -> None:
         self._places = places

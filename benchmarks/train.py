@@ -1,20 +1,22 @@
 """How fast a CPU trains: `make bench-train`, or `python -m benchmarks.train [STEPS]`.
 
-LoRA on the demo's base model, its rank, learning rate and batch of 8, over the sample's pool rows with their gold
-answers as the demo renders them; the loss is on the answer and the end of the turn. Each contestant gets the same token
-ids, in a process of its own:
+LoRA on the demo's base model, its rank, learning rate and batch of 8, over the sample's pool rows
+with their gold answers as the demo renders them; the loss is on the answer and the end of the turn.
+Each contestant gets the same token ids, in a process of its own:
 
 ours          distillery.training.loop.train
-ours_shared   the same with what all prompts begin with computed once a batch, as it is by default; the others have
-              nothing like it, so this is no part of the ratios
+ours_shared   the same with what all prompts begin with computed once per batch, the default; the
+              others have nothing like it, so this is no part of the ratios
 trl           TRL's SFTTrainer, given the tokenised rows with their labels
-olive         `olive finetune`: it joins the rows' texts to blocks, 512 tokens a step, about as many as the others' rows
-              have, and learns the prompts too; its dropout is 0.05, which no option changes
+olive         `olive finetune`: it joins the rows' texts to blocks, 512 tokens per step, about as
+              many as the others' rows have, and learns the prompts too; its dropout is 0.05,
+              which no option changes
 
-Each of the peers' settings is tried for a few steps and the fastest is kept. Then 12 steps each, medians of three, in
-turn and the order turned round every other time; and 120 steps each, 3 epochs, for the accuracy on the sample's test
-rows: means of three seeds, but for Olive's, which learns another thing, one.
-The clock runs from the first step's start to the last one's end. The last line is JSON:
+Each of the peers' settings is tried for a few steps and the fastest is kept. Then 12 steps each,
+medians of three, in turn and the order turned round every other time; and 120 steps each, 3 epochs,
+for the accuracy on the sample's test rows: means of three seeds, but for Olive's, which learns
+another thing, one. The clock runs from the first step's start to the last one's end. The last line
+is JSON:
 
 ours_rows_s         rows a second; for Olive the tokens a second over the mean row's
 trl_rows_s
@@ -321,8 +323,8 @@ def fastest(name: str, scratch: Path) -> Settings:
 def accuracy(rows: dict[str, Any], adapter: Path | None) -> float:
     from benchmarks.distil import read
     from distillery.labels.known import gold_labels
-    from distillery.models.load import load_model, pad_id
     from distillery.models.device import choose_device
+    from distillery.models.load import load_model, pad_id
     from distillery.recipe import load_recipe
     from distillery.training.rows import training_rows
     from distillery.training.validation import accuracy_of
@@ -342,7 +344,8 @@ def main(steps: int) -> None:
     rows = prepare()
     (PLACE / "settings.json").write_text(json.dumps(rows))
     print(
-        f"{machine_name()}; {ROWS} rows of {rows['mean_tokens']:.1f} tokens in the mean, batches of {BATCH}; {TRL}"
+        f"{machine_name()}; {ROWS} rows of {rows['mean_tokens']:.1f} tokens in the mean, "
+        f"batches of {BATCH}; {TRL}"
     )
     print(
         json.dumps({key: rows[key] for key in ("lora", "learning_rate", "weight_decay", "warmup")})
@@ -362,7 +365,8 @@ def main(steps: int) -> None:
                 run(name, chosen[name] | ({"seed": seed} if seeds > 1 else {}), LONG_STEPS, out)
                 reached[name].append(accuracy(rows, out))
             print(
-                f"{name}, {LONG_STEPS} steps, by seed: {[round(value, 3) for value in reached[name]]}",
+                f"{name}, {LONG_STEPS} steps, by seed: "
+                f"{[round(value, 3) for value in reached[name]]}",
                 flush=True,
             )
     figures = summary(runs) | {

@@ -1,4 +1,5 @@
-"""Fixtures for all tests: a home for each test, and tiny random models that pass the whole chain in seconds."""
+"""Fixtures for all tests: a home for each test, and tiny random models that pass the whole chain in
+seconds."""
 
 import os
 from collections.abc import Callable
@@ -53,7 +54,8 @@ def one_registry(monkeypatch: pytest.MonkeyPatch, registry_url: str) -> None:
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """`tiny_model(arch)`: the folder of a random 2-layer model with 512 tokens; arch is of tiny_model.ARCHITECTURES."""
+    """`tiny_model(arch)`: the folder of a random 2-layer model with 512 tokens; arch is of
+    tiny_model.ARCHITECTURES."""
 
     @cache
     def build(arch: str) -> Path:
@@ -66,7 +68,8 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 def tiny_onnx(
     tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., Path]:
-    """`tiny_onnx(arch, precision="fp32")`: the tiny model for ONNX Runtime GenAI; precision is fp32 or int4."""
+    """`tiny_onnx(arch, precision="fp32")`: the tiny model for ONNX Runtime GenAI; precision is fp32
+    or int4."""
 
     @cache
     def export(arch: str, precision: str = "fp32") -> Path:
@@ -83,10 +86,12 @@ def tiny_onnx(
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Any:
-    """In CI, a test that was skipped or failed as expected has failed, unless it needs a GPU or an Azure account."""
+    """In CI, a test that was skipped or failed as expected has failed, unless it needs a GPU or an
+    Azure account."""
     outcome = yield
     report = outcome.get_result()
     exempt = item.get_closest_marker("gpu") or item.get_closest_marker("azure_live")
     if os.environ.get("CI") and report.skipped and not exempt:
         report.outcome = "failed"
-        report.longrepr = f"{item.nodeid}: skipped or expected to fail, which is an error in CI: {report.longrepr}"
+        told = "skipped or expected to fail, which is an error in CI"
+        report.longrepr = f"{item.nodeid}: {told}: {report.longrepr}"

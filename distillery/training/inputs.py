@@ -1,7 +1,7 @@
 """What a training learns from, rendered to token ids: labelled rows, gold rows and validation rows.
 
-In: files of Examples, a folder of labels, a prompt and the student's tokenizer. Out: TrainingRows, and
-the ids of the rows that are over prompt.max_tokens.
+In: files of Examples, a folder of labels, a prompt and the student's tokenizer. Out: TrainingRows,
+and the ids of the rows that are over prompt.max_tokens.
 """
 
 from collections.abc import Sequence

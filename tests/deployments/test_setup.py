@@ -1,6 +1,8 @@
-"""What deployments/ puts on a Prefect server, checked by Prefect's own code and a real server, and its container files.
+"""What deployments/ puts on a Prefect server, checked by Prefect's own code and a real server, and
+its container files.
 
-There is no container engine here: the images, compose.yaml and the Kubernetes job are checked by their structure alone.
+There is no container engine here: the images, compose.yaml and the Kubernetes job are checked by
+their structure alone.
 """
 
 import asyncio
@@ -204,7 +206,8 @@ class Server(PrefectApi):
         )
 
     def state(self) -> dict[str, Any]:
-        """All that the set-up command is there for, as the API reports it, with ids and times of the last change."""
+        """All that the set-up command is there for, as the API reports it, with ids and times of
+        the last change."""
         deployments = self.ask("/deployments/filter", sort="NAME_ASC")
         for deployment in deployments:
             # Prefect writes a deployment anew each time; what it says must be the same.
@@ -353,12 +356,14 @@ def test_a_server_that_refuses_or_does_not_answer_is_one_line(server: Server) ->
         assert len(done.stderr.strip().splitlines()) == 1
     other_type = server.set_up("docker")
     assert other_type.stderr.strip() == (
-        "error: cpu-pool is a pool of process workers; run `prefect work-pool delete cpu-pool` first"
+        "error: cpu-pool is a pool of process workers; "
+        "run `prefect work-pool delete cpu-pool` first"
     )
 
 
 class Heart:
-    """Three runs of a deployment as the server sees them: Running, and with a heartbeat whenever `beat` is called.
+    """Three runs of a deployment as the server sees them: Running, and with a heartbeat whenever
+    `beat` is called.
 
     Real runs beat every 30 s, the least that Prefect allows: a test of them would take minutes."""
 

@@ -1,6 +1,8 @@
-"""`make demo` on its real model and rows: what its table must show, and that a second run does nothing again.
+"""`make demo` on its real model and rows: what its table must show, and that a second run does
+nothing again.
 
-The runs write to the project's own .distillery, as a newcomer's do; where the demo has run before, it is cached."""
+The runs write to the project's own .distillery, as a newcomer's do; where the demo has run before,
+it is cached."""
 
 import json
 import os
@@ -29,7 +31,8 @@ class Demo:
 
     @property
     def table(self) -> str:
-        """The scoreboard; the gate's line after it names the champion, which the first run has yet to make."""
+        """The scoreboard; the gate's line after it names the champion, which the first run has yet
+        to make."""
         return self.out.partition("predictor ")[2].partition("\ngate:")[0]
 
     @property
@@ -61,7 +64,8 @@ def evaluation(
 ) -> tuple[dict[str, Any], list[dict[str, str]]]:
     """The scoreboard by name of the model that this demo registered, and its test rows' answers.
 
-    Where the gate refused the demo's student there is none: an older champion would not tell of it."""
+    Where the gate refused the demo's student there is none: an older champion would not tell of
+    it."""
     assert "\ngate: passed: " in demo.out, demo.out
     version = re.findall(r"support-mood version (\d+)", demo.out.partition("\ngate: ")[2])[-1]
     monkeypatch.setenv("DISTILLERY_HOME", str(PROJECT / ".distillery"))

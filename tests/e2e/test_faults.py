@@ -1,7 +1,8 @@
-"""What dies in the night: two workers that share Azurite, PostgreSQL and the Prefect API alone, and real kill -9,
-SIGTERM and stopped services. Nothing is lost, nothing is repeated that was finished.
+"""What dies in the night: two workers that share Azurite, PostgreSQL and the Prefect API alone, and
+real kill -9, SIGTERM and stopped services. Nothing is lost, nothing is repeated that was finished.
 
-The tests that take `long` follow each other: each ends its run in another way, and the next run trains on from there.
+The tests that take `long` follow each other: each ends its run in another way, and the next run
+trains on from there.
 """
 
 import base64
@@ -77,7 +78,8 @@ class Cloud:
         return self.workshop.counts()["step"]
 
     def checkpoints(self) -> set[str]:
-        """The folders of the whole checkpoints in the store; a checkpoint's list of files is written last."""
+        """The folders of the whole checkpoints in the store; a checkpoint's list of files is
+        written last."""
         with self.container() as container:
             names = [blob.name for blob in container.list_blobs("store/work/")]
         return {
@@ -167,7 +169,8 @@ def cloud(
 
 @pytest.fixture(autouse=True)
 def no_run_left(cloud: Cloud) -> Iterator[None]:
-    """The run of a test that has failed takes the next one's place in the pool and the deployment."""
+    """The run of a test that has failed takes the next one's place in the pool and the
+    deployment."""
     yield
     running = {"state": {"type": {"not_any_": list(ENDED)}}, "deployment_id": {"is_null_": False}}
     demo = {"name": {"any_": ["demo"]}}
@@ -183,7 +186,8 @@ def first(cloud: Cloud) -> Run:
 
 @pytest.fixture(scope="module")
 def lost(cloud: Cloud, first: Run) -> dict[str, tuple[Run, float]]:
-    """Two runs that a worker took with it, in the midst of labelling, and when (time.time()). Nobody reports these."""
+    """Two runs that a worker took with it, in the midst of labelling, and when (time.time()).
+    Nobody reports these."""
     workshop = cloud.workshop
     demo = workshop.deployment("distill/demo")
     kept = (

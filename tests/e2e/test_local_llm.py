@@ -1,7 +1,7 @@
 """Rows of CommonsenseQA, labelled by a real LLM over HTTP through each of the two SDKs.
 
-The rows come from the folder that COMMONSENSE_QA_DIR names, COMMONSENSE_QA_ROWS of them (24); the model is the demo's
-SmolLM2, served by llama.cpp."""
+The rows come from the folder that COMMONSENSE_QA_DIR names, COMMONSENSE_QA_ROWS of them (24); the
+model is the demo's SmolLM2, served by llama.cpp."""
 
 import asyncio
 import importlib.util
@@ -126,7 +126,8 @@ def test_every_row_has_a_label_or_a_reason(labelling: Labelling, sdk: Sdk) -> No
             assert known.distribution is not None
             assert tuple(known.distribution) == row.letters
             assert sum(known.distribution.values()) == pytest.approx(1, abs=1e-6)
-            # The model was asked for its most probable tokens, so its answer is its most probable letter.
+            # The model was asked for its most probable tokens, so its answer is its most probable
+            # letter.
             assert known.distribution[known.answer] == max(known.distribution.values())
 
 

@@ -1,5 +1,5 @@
-"""A Prefect server on SQLite and two workers that share folders: where things run, what is cached, what fails, and what
-people see of it in a browser."""
+"""A Prefect server on SQLite and two workers that share folders: where things run, what is cached,
+what fails, and what people see of it in a browser."""
 
 import json
 import os
@@ -43,7 +43,8 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workshop]:
 
 @pytest.fixture(scope="module")
 def distilled(workshop: Workshop, files: dict[str, list[str]], tiny: Path) -> Run:
-    """distill/demo with a tiny recipe, training sent to the GPU pool, as the deployment's own parameters say."""
+    """distill/demo with a tiny recipe, training sent to the GPU pool, as the deployment's own
+    parameters say."""
     done = workshop.deployment_run("distill/demo", {"recipe": recipe(files, tiny)})
     run = workshop.newest_run("distill")
     assert done.returncode == 0, done.stdout + done.stderr + workshop.log(run)

@@ -1,4 +1,5 @@
-"""Bad input ends a run with exit 1 and one clear line: each flow as a process of its own, on a real Prefect server."""
+"""Bad input ends a run with exit 1 and one clear line: each flow as a process of its own, on a real
+Prefect server."""
 
 import json
 import os
@@ -40,7 +41,8 @@ def prefect(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
 
 
 class Bench:
-    """A recipe and rows that are good, to be spoilt in one way, and the run that must then end with one line."""
+    """A recipe and rows that are good, to be spoilt in one way, and the run that must then end with
+    one line."""
 
     def __init__(self, folder: Path, base: Path, prefect: dict[str, str]) -> None:
         self.folder, self.prefect = folder, prefect
@@ -166,7 +168,8 @@ def test_a_budget_that_does_not_reach_to_the_test_rows_ends_the_run_before_it_tr
         line = bench.refusal(path=str(COUNTING))
         assert len(server.calls) == ROWS["train"] + 1
     assert (
-        "teacher.budget.calls: 61 of 61 spent in this run, and the next call could exceed it" in line
+        "teacher.budget.calls: 61 of 61 spent in this run, and the next call could exceed it"
+        in line
     )
     assert set(counted.read_text().split()) == {"request"}
 
@@ -236,8 +239,8 @@ def test_a_base_model_that_needs_code_of_its_own(
 def test_a_disk_that_is_full_while_exporting(bench: Bench, home: Path) -> None:
     line = bench.refusal(path=str(FULL_DISK))
     assert (
-        f"{home / 'work'}: the disk is full (File too large); free some space or move DISTILLERY_HOME"
-        in line
+        f"{home / 'work'}: the disk is full (File too large); "
+        "free some space or move DISTILLERY_HOME" in line
     )
     assert list((home / "work").iterdir()) == []
 

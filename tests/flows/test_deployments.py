@@ -1,4 +1,5 @@
-"""prefect.yaml: every entrypoint loads, its parameters are what the flow takes, and the UI has words for all of it."""
+"""prefect.yaml: every entrypoint loads, its parameters are what the flow takes, and the UI has
+words for all of it."""
 
 from pathlib import Path
 from typing import Any

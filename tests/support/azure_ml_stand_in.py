@@ -1,8 +1,10 @@
-"""Azure on this machine, as far as the registry needs it: ARM's and Azure ML's routes for models and datastores, the
-login endpoint of a managed identity, and real Azurite for the blobs. All speak TLS with a certificate made on the spot.
+"""Azure on this machine, as far as the registry needs it: ARM's and Azure ML's routes for models
+and datastores, the login endpoint of a managed identity, and real Azurite for the blobs. All speak
+TLS with a certificate made on the spot.
 
-The real SDKs are led here by their own settings alone (ARM_CLOUD_METADATA_URL, IDENTITY_ENDPOINT, REQUESTS_CA_BUNDLE).
-`*.localhost` names, which Azurite needs to tell accounts apart, must resolve to 127.0.0.1: see `resolve_localhost`.
+The real SDKs are led here by their own settings alone (ARM_CLOUD_METADATA_URL, IDENTITY_ENDPOINT,
+REQUESTS_CA_BUNDLE). `*.localhost` names, which Azurite needs to tell accounts apart, must resolve
+to 127.0.0.1: see `resolve_localhost`.
 """
 
 import base64
@@ -30,11 +32,15 @@ from fastapi.responses import JSONResponse
 
 CONTAINER = "azureml-blobstore"
 IDENTITY_HEADER = "stand-in-identity-header"
-WORKSPACE = "/subscriptions/{sub}/resourceGroups/{rg}/providers/Microsoft.MachineLearningServices/workspaces/{ws}"
+WORKSPACE = (
+    "/subscriptions/{sub}/resourceGroups/{rg}"
+    "/providers/Microsoft.MachineLearningServices/workspaces/{ws}"
+)
 
 
 def make_certificate(folder: Path) -> Certificate:
-    """A self-signed certificate for localhost, Azurite's account name and 127.0.0.1, valid for a day."""
+    """A self-signed certificate for localhost, Azurite's account name and 127.0.0.1, valid for a
+    day."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
     hosts = [x509.DNSName("localhost"), x509.DNSName(f"{ACCOUNT}.blob.localhost")]
@@ -67,7 +73,8 @@ def make_certificate(folder: Path) -> Certificate:
 
 
 def resolve_localhost(real: Callable[..., Any]) -> Callable[..., Any]:
-    """`real` (socket.getaddrinfo) with every *.localhost at 127.0.0.1 (RFC 6761), which not every resolver knows."""
+    """`real` (socket.getaddrinfo) with every *.localhost at 127.0.0.1 (RFC 6761), which not every
+    resolver knows."""
 
     def getaddrinfo(host: Any, *args: Any, **kwargs: Any) -> Any:
         name = host.decode() if isinstance(host, bytes) else host
@@ -84,7 +91,8 @@ class ArmError(Exception):
 
 @dataclass
 class AzureMLStandIn:
-    """One workspace. `versions[name][version]` holds a version's REST body; `status` overrides every answer.
+    """One workspace. `versions[name][version]` holds a version's REST body; `status` overrides
+    every answer.
 
     Without `secrets` the datastore hands out none, and the storage takes the login itself.
     """
@@ -273,7 +281,8 @@ def container_sas() -> dict[str, str]:
 
 
 def storage_token() -> str:
-    """A token as Microsoft Entra ID gives it out, but unsigned: Azurite's basic OAuth reads its claims alone."""
+    """A token as Microsoft Entra ID gives it out, but unsigned: Azurite's basic OAuth reads its
+    claims alone."""
     now = int(time.time())
     claims = {
         "iss": "https://sts.windows.net/00000000-0000-0000-0000-000000000000/",
@@ -293,7 +302,8 @@ _seconds = itertools.count()
 
 
 def _system_data() -> dict[str, str]:
-    """Creation times one second apart, so that the order of two versions never hangs on the clock."""
+    """Creation times one second apart, so that the order of two versions never hangs on the
+    clock."""
     now = datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=next(_seconds))
     return {"createdAt": now.isoformat(), "createdBy": "stand-in", "createdByType": "User"}
 

@@ -1,4 +1,5 @@
-"""Azure's blob storage on this machine: real Azurite on 127.0.0.1, which can be stopped and started again."""
+"""Azure's blob storage on this machine: real Azurite on 127.0.0.1, which can be stopped and started
+again."""
 
 import shutil
 import socket
@@ -33,8 +34,8 @@ def free_port() -> int:
 class Azurite:
     """The blob service with its data in `folder`, started by `with` or start().
 
-    It speaks HTTP and takes the key; with a certificate it speaks TLS and takes logins as well. Raises RuntimeError
-    where Node or Azurite is missing."""
+    It speaks HTTP and takes the key; with a certificate it speaks TLS and takes logins as well.
+    Raises RuntimeError where Node or Azurite is missing."""
 
     def __init__(
         self, folder: Path, certificate: Certificate | None = None, port: int | None = None
@@ -59,7 +60,8 @@ class Azurite:
         main = AZURITE / "node_modules" / "azurite" / "dist" / "src" / "blob" / "main.js"
         if node is None or not main.exists():
             raise RuntimeError(
-                "Azurite is missing: install Node 20 or newer, then run npm ci --prefix tests/support/azurite"
+                "Azurite is missing: install Node 20 or newer, then run "
+                "npm ci --prefix tests/support/azurite"
             )
         options = [
             "--blobHost",

@@ -1,4 +1,5 @@
-"""A real LLM on 127.0.0.1: `python llm_server.py MODEL.gguf` prints its URL and serves until it is ended."""
+"""A real LLM on 127.0.0.1: `python llm_server.py MODEL.gguf` prints its URL and serves until it is
+ended."""
 
 import signal
 import sys

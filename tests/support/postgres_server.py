@@ -1,4 +1,5 @@
-"""PostgreSQL on this machine: a real server on a Unix socket, which can be stopped and started again."""
+"""PostgreSQL on this machine: a real server on a Unix socket, which can be stopped and started
+again."""
 
 import os
 import shutil
@@ -13,7 +14,8 @@ from typing import Self
 class Postgres:
     """A server with data of its own, started by `with` or start(). Any password opens it.
 
-    It is run by 'nobody' where the tests run as root. Raises RuntimeError where its programs are missing."""
+    It is run by 'nobody' where the tests run as root. Raises RuntimeError where its programs are
+    missing."""
 
     def __init__(self) -> None:
         config = shutil.which("pg_config")

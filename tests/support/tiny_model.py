@@ -5,28 +5,32 @@ from typing import Any
 
 CHATML = (
     "{% for message in messages %}"
-    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
+    "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 PHI = (
-    "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endfor %}"
+    "{% for message in messages %}"
+    "{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% else %}{{ eos_token }}{% endif %}"
 )
 PHI_TOKENS = ("<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 CHATML_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 ARCHITECTURES = ("llama", "phi3", "phi4mini", "qwen2", "qwen3")
-"""phi4mini is phi3 with what sets Phi-4-mini apart: rotary embeddings of a part of each head, scaled by LongRoPE; qwen2
-has biases in its attention, qwen3 norms."""
+"""phi4mini is phi3 with what sets Phi-4-mini apart: rotary embeddings of a part of each head,
+scaled by LongRoPE; qwen2 has biases in its attention, qwen3 norms."""
 TEXT = (
     "You are a helpful assistant. Your output should only be one of the five choices.",
     "Answer the following multiple-choice question by selecting the correct option.",
-    "Question: Where does the baker keep the bread warm?\nAnswer Choices:\n(A) oven\n(B) river\n(C) cloud",
+    "Question: Where does the baker keep the bread warm?\nAnswer Choices:\n"
+    "(A) oven\n(B) river\n(C) cloud",
     "A person who is tired after work would like to rest in a quiet room, wouldn't they?",
 )
 
 
 def build_tiny_model(arch: str, folder: Path) -> Path:
-    """Writes a model of 2 layers with a tokenizer of 512 tokens into `folder`; arch is of ARCHITECTURES."""
+    """Writes a model of 2 layers with a tokenizer of 512 tokens into `folder`; arch is of
+    ARCHITECTURES."""
     _tiny_tokenizer(arch).save_pretrained(folder)
     _tiny_weights(arch).save_pretrained(folder)
     return folder

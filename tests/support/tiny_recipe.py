@@ -1,4 +1,5 @@
-"""A recipe shaped like the demo's, over rows of one easy rule and a tiny random model: the whole way in seconds."""
+"""A recipe shaped like the demo's, over rows of one easy rule and a tiny random model: the whole
+way in seconds."""
 
 import json
 import random
@@ -6,13 +7,17 @@ from pathlib import Path
 from typing import Any
 
 RULE = {"bread": "A", "river": "B", "cloud": "C"}
-WORDS = "the a quiet room after work tired person would like rest keep warm one of where does choice option"
+WORDS = (
+    "the a quiet room after work tired person would like rest keep warm one of where does choice "
+    "option"
+)
 FILLER = WORDS.split(" ")
 ROWS = {"gold": 40, "train": 60, "validation": 20, "test": 40}
 
 
 def row(split: str, number: int) -> dict[str, Any]:
-    """A row in the schema of tau/commonsense_qa; which of three words stands in the question decides its answer."""
+    """A row in the schema of tau/commonsense_qa; which of three words stands in the question
+    decides its answer."""
     order = random.Random(f"{split}/{number}")
     key = list(RULE)[number % 3]
     words = order.choices(FILLER, k=9)
@@ -75,8 +80,8 @@ def recipe(files: dict[str, list[str]], base: Path, **evaluation: float) -> dict
 def endpoint_recipe(
     files: dict[str, list[str]], base: Path, name: str, **training: Any
 ) -> dict[str, Any]:
-    """The same rows, answered by the endpoint that the environment names, whose model is `name`; a student of the whole
-    base model. Another name has all rows labelled anew."""
+    """The same rows, answered by the endpoint that the environment names, whose model is `name`; a
+    student of the whole base model. Another name has all rows labelled anew."""
     values = recipe(files, base)
     values["name"] = name
     values["teacher"] = {"kind": "endpoint", "sdk": "openai", "identity": name, "soft_labels": True}

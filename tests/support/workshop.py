@@ -1,7 +1,8 @@
-"""A Prefect server and two workers, each as on a machine of its own, and what they did as Prefect's API reports it.
+"""A Prefect server and two workers, each as on a machine of its own, and what they did as Prefect's
+API reports it.
 
-Each worker has a working folder, a DISTILLERY_HOME and a PREFECT_HOME of its own; all that they share is what `shared`
-names: the store, the label database and the registry.
+Each worker has a working folder, a DISTILLERY_HOME and a PREFECT_HOME of its own; all that they
+share is what `shared` names: the store, the label database and the registry.
 """
 
 import json
@@ -31,7 +32,8 @@ Run = dict[str, Any]
 
 
 class Workshop(PrefectApi):
-    """`shared` is the environment of all processes, `server` the server's alone; `password` protects the API."""
+    """`shared` is the environment of all processes, `server` the server's alone; `password`
+    protects the API."""
 
     def __init__(
         self,
@@ -146,7 +148,8 @@ class Workshop(PrefectApi):
         return found
 
     def start_run(self, recipe: dict[str, Any], deployment: str = "distill/demo") -> Run:
-        """A run of `recipe` on the two workers. A deployment has one run at a time: a second one takes another."""
+        """A run of `recipe` on the two workers. A deployment has one run at a time: a second one
+        takes another."""
         parameters = {"recipe": recipe, "training_deployment": "train-student/gpu"}
         path = f"/deployments/{self.deployment(deployment)['id']}/create_flow_run"
         run: Run = self.ask(path, parameters=parameters)
@@ -170,7 +173,8 @@ class Workshop(PrefectApi):
         return found
 
     def until(self, run: Run, what: str, found: Callable[[], T], seconds: float = 120) -> T:
-        """What `found` returns as soon as that is true, in the midst of the run; fails where the run ends before."""
+        """What `found` returns as soon as that is true, in the midst of the run; fails where the
+        run ends before."""
 
         def look() -> T:
             value, now = found(), self.run(run)
@@ -204,7 +208,8 @@ class Workshop(PrefectApi):
         return bool(self.ask("/flow_runs/count", flows={"name": {"any_": [flow]}}, flow_runs=state))
 
     def family(self, run: Run) -> dict[str, Run]:
-        """The run ("") and all that it started ("student", "preparation, teacher"), by the names that distill gives."""
+        """The run ("") and all that it started ("student", "preparation, teacher"), by the names
+        that distill gives."""
         top = self.run(run)
         family, parents = {"": top}, [top["id"]]
         while parents:
@@ -259,7 +264,8 @@ class Workshop(PrefectApi):
 
     @contextmanager
     def slower(self, **seconds: float) -> Iterator[None]:
-        """Each step (`step=0.5`) or each `request` takes this much longer meanwhile, in runs under way too."""
+        """Each step (`step=0.5`) or each `request` takes this much longer meanwhile, in runs under
+        way too."""
         for what, delay in seconds.items():
             beside = self.folder / f"delay.{what}"
             beside.write_text(str(delay))
@@ -275,7 +281,8 @@ class Workshop(PrefectApi):
         return [pool for pool in POOLS if run["id"] in self.log_of(pool).read_text()]
 
     def processes(self, run: Run | None = None) -> list[psutil.Process]:
-        """All that was started from this workshop and still runs, or what of it belongs to `run`."""
+        """All that was started from this workshop and still runs, or what of it belongs to
+        `run`."""
         wanted = ("PREFECT__FLOW_RUN_ID", run["id"]) if run else ("WORKSHOP", str(self.folder))
         found = []
         for process in psutil.process_iter():

@@ -1,4 +1,5 @@
-"""Which cached records count as hits, and what a stage does when its cache key can't be computed."""
+"""Which cached records count as hits, and what a stage does when its cache key can't be
+computed."""
 
 import json
 from collections.abc import Iterator
@@ -144,8 +145,8 @@ def test_an_error_while_the_key_is_computed_ends_the_stage_in_one_line(
         failing()
     line = str(raised.value)
     assert (
-        line
-        == "stage fail: its cache key can't be computed (TypeError: no content of this); please report this"
+        line == "stage fail: its cache key can't be computed (TypeError: no content of this); "
+        "please report this"
     )
     assert worked == []
     assert "Error encountered when computing cache key" not in caplog.text

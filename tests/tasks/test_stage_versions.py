@@ -1,10 +1,12 @@
-"""A stage's cached records stand for its code: a change of the code is decided upon, never overlooked.
+"""A stage's cached records stand for its code: a change of the code is decided upon, never
+overlooked.
 
-stage_versions.json holds for each stage its version, a fingerprint of the code that decides what it returns, and the
-last decision. After a change, either raise the version in tasks/ (what is cached is made again) or, where the stage
-returns what it did, keep it; then record which:
+stage_versions.json holds for each stage its version, a fingerprint of the code that decides what it
+returns, and the last decision. After a change, either raise the version in tasks/ (what is cached
+is made again) or, where the stage returns what it did, keep it; then record which:
 
-    .venv/bin/python tests/tasks/test_stage_versions.py "export: no change in behaviour, the error text alone"
+    .venv/bin/python tests/tasks/test_stage_versions.py "export: no change in behaviour, the error
+    text alone"
 
 ("all: …" for a change that concerns several in the same way).
 """
@@ -24,8 +26,8 @@ import pytest
 
 PROJECT = Path(__file__).resolve().parents[2]
 RECORD = Path(__file__).with_name("stage_versions.json")
-# Storage, locks, retries, payment and error texts: none of it is in what a stage returns. Recipes and
-# records are in the cache keys themselves.
+# Storage, locks, retries, payment and error texts: none of it is in what a stage returns. Recipes
+# and records are in the cache keys themselves.
 APART = (
     *("errors.py", "machine.py", "processes.py", "readiness.py", "records.py", "settings.py"),
     *("recipe/", "registry/", "storage/", "__init__.py"),
@@ -74,7 +76,8 @@ def imported(file: Path) -> set[Path]:
 
 
 def module_file(module: str, name: str, where: str) -> Path:
-    """Return the file of `from module import name`; a name in a package's own face leads to that."""
+    """Return the file of `from module import name`; a name in a package's own face leads to
+    that."""
     folder = PROJECT / module.replace(".", "/")
     for path in (folder / f"{name}.py", folder / name / "__main__.py", folder.with_suffix(".py")):
         if path.is_file():
@@ -138,7 +141,7 @@ def recorded() -> dict[str, dict[str, Any]]:
 def test_a_change_of_a_stages_code_is_decided_upon(name: str) -> None:
     known = recorded().get(name, {})
     decided = {key: known.get(key) for key in ("version", "fingerprint")}
-    advice = "raise its version in tasks/ or leave it, then record the decision as this file's docstring says"
+    advice = "raise its version in tasks/ or keep it, then record which, as this file says"
     assert decided == now()[name], f"the code behind the stage '{name}' has changed: {advice}"
     assert known["decision"]
 

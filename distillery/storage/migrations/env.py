@@ -1,4 +1,5 @@
-"""What alembic runs to bring the shared database to this version's schema; database.py gives it the connection."""
+"""What alembic runs to bring the shared database to this version's schema; database.py gives it the
+connection."""
 
 from alembic import context
 

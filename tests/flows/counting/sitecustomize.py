@@ -1,9 +1,11 @@
-"""Counts what a run really does, in all of its processes: Python imports it when this folder is on PYTHONPATH.
+"""Counts what a run really does, in all of its processes: Python imports it when this folder is on
+PYTHONPATH.
 
-Into the file that COUNT_FILE names goes one line for each optimiser step ("step", by PyTorch's own hook for all
-optimisers), each chat completion that is asked for over HTTP ("request", where the openai SDK's httpx2 sends it) and
-each process that serves a model ("serve", by the audit event of subprocess.Popen). Lines this short are appended whole.
-Files COUNT_FILE.step and COUNT_FILE.request hold seconds that each of these takes longer, while they are there.
+Into the file that COUNT_FILE names goes one line for each optimiser step ("step", by PyTorch's own
+hook for all optimisers), each chat completion that is asked for over HTTP ("request", where the
+openai SDK's httpx2 sends it) and each process that serves a model ("serve", by the audit event of
+subprocess.Popen). Lines this short are appended whole. Files COUNT_FILE.step and COUNT_FILE.request
+hold seconds that each of these takes longer, while they are there.
 """
 
 import asyncio
@@ -21,7 +23,8 @@ def count(what: str) -> None:
 
 
 def watch(event: str, arguments: tuple[Any, ...]) -> None:
-    """An audit hook: Python calls it for every event, so the modules are hooked as soon as they are there."""
+    """An audit hook: Python calls it for every event, so the modules are hooked as soon as they are
+    there."""
     if event == "subprocess.Popen" and "distillery.serving" in map(str, arguments[1]):
         count("serve")
     elif event == "import":

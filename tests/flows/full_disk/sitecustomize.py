@@ -1,8 +1,9 @@
-"""A disk that is full from the first export on: with this folder on PYTHONPATH, Python imports it at its start.
+"""A disk that is full from the first export on: with this folder on PYTHONPATH, Python imports it
+at its start.
 
-When an export makes its working folder, the process sets itself the system's limit on a file's size. From then on every
-write beyond it, by whichever library, fails in the kernel: with EFBIG, since ENOSPC would take a file system of its own
-and root.
+When an export makes its working folder, the process sets itself the system's limit on a file's
+size. From then on every write beyond it, by whichever library, fails in the kernel: with EFBIG,
+since ENOSPC would take a file system of its own and root.
 """
 
 import resource

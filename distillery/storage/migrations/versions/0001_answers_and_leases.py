@@ -1,4 +1,5 @@
-"""The teacher's accepted answers, and the leases on work. Databases older than migrations have these tables already."""
+"""The teacher's accepted answers, and the leases on work. Databases older than migrations have
+these tables already."""
 
 import sqlalchemy as sa
 from alembic import op

@@ -1,4 +1,5 @@
-"""Answers that are no label are kept with their reason, and what each answer was asked for and cost."""
+"""Answers that are no label are kept with their reason, and what each answer was asked for and
+cost."""
 
 import sqlalchemy as sa
 from alembic import op
