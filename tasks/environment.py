@@ -34,6 +34,8 @@ def set_defaults() -> None:
     if "PREFECT_HOME" not in os.environ and not _has_own_prefect():
         home = Path(os.environ.get("DISTILLERY_HOME") or ".distillery").expanduser().absolute()
         os.environ["PREFECT_HOME"] = str(home / "prefect")
+        # Prefect makes this folder, but not those above it.
+        home.mkdir(parents=True, exist_ok=True)
     for category in (FutureWarning, DeprecationWarning):
         warnings.simplefilter("ignore", category)
 
