@@ -1,11 +1,4 @@
-"""Leases: who is at which piece of work, so that runs on any machines do each piece once.
-
-A lease is a row with an expiry in the shared SQL database. Its holder renews it while it works; the lease of one who
-died expires by itself. Times are the database's own, so that machines' clocks need not agree. While the database is
-away nobody can renew: so whoever waits takes an expired lease only after having seen, for two renewals' time with the
-database there, that nobody renews it. A holder that was held up for longer may find that another has begun the same
-work: that costs the work twice and harms nothing, since what is made is named by its content.
-"""
+"""Leases: which run is at which piece of work, so that runs on any machines do each piece once."""
 
 import threading
 import time
@@ -19,16 +12,17 @@ from sqlalchemy.sql.elements import TextClause
 from distillery.errors import StoreError
 from distillery.storage.database import METADATA, Database
 
-SECONDS = 30.0
+LENGTH_S = 30.0
 
-_RENEWALS = 6
+RENEWALS = 6
+"""How often a lease is renewed within its length."""
 
-_POLL = 1.0
+POLL_S = 1.0
 
-_OUTAGE = 3.0
+OUTAGE_S = 3.0
 """Seconds without an answer after which the database counts as having been away."""
 
-_LEASES = Table(
+LEASES = Table(
     "leases",
     METADATA,
     Column("name", String(200), primary_key=True),
@@ -37,19 +31,32 @@ _LEASES = Table(
     Column("expires_at", Float, nullable=False),
 )
 
-_NOW = {
+NOW = {
     "postgresql": text("extract(epoch from clock_timestamp())"),
     "sqlite": text("(julianday('now') - 2440587.5) * 86400.0"),
 }
+"""The database's own time, in seconds since the epoch."""
 
 
 class Leases:
-    """The leases in the shared database. A holder is any unique text; `run` is what people call it."""
+    """The leases in the shared database: rows with an expiry, which a holder renews while it works.
 
-    def __init__(self, url: str | None = None, seconds: float = SECONDS) -> None:
+    Invariants:
+    - A lease has one holder at a time: it is taken by one SQL statement that checks who has it.
+    - Expiry is set and compared by the database's time, so machines' clocks need not agree.
+    - A dead holder's lease expires by itself. It is taken only from the expiry that the waiting
+      process has seen unchanged for the time of two renewals while the database answered: during
+      an outage nobody can renew.
+    - A holder that was suspended for longer may find that another process has begun the same work.
+      That does the work twice and harms nothing: results are named by their content.
+
+    A holder is any unique text; `run` is its name for people."""
+
+    def __init__(self, url: str | None = None, seconds: float = LENGTH_S) -> None:
         self._database = Database(url)
-        self._now: TextClause = _NOW[self._database.backend]
-        self._seconds = seconds
+        self._now: TextClause = NOW[self._database.backend]
+        self._until = text(f"{self._now.text} + {seconds}")
+        self._renewal_s = seconds / RENEWALS
         self._renewals: dict[tuple[str, str], threading.Event] = {}
 
     def acquire(
@@ -60,29 +67,32 @@ class Leases:
         timeout: float | None = None,
         waiting: Callable[[str], None] | None = None,
     ) -> bool:
-        """Takes the lease as soon as it is free, and renews it until `release` or the end of this process.
+        """Take the lease as soon as it is free, and renew it until `release` or the end of this
+        process. Return whether it was taken.
 
-        Waits for at most `timeout` seconds, without end by default; returns whether it was taken. `waiting` is told at
-        each look which run holds it; what it raises ends the wait."""
+        Waits at most `timeout` seconds, by default without end. At each look `waiting` is told
+        which run holds the lease; an error that it raises ends the wait."""
         deadline = None if timeout is None else time.monotonic() + timeout
-        seen: float | None = None
-        since = asked = time.monotonic()
+        seen_expiry = None
+        unchanged_since = asked_at = time.monotonic()
         while True:
-            held = self._database.run(lambda connection: self._read(connection, name))
+            held = self._database.run(partial(self._read, name=name))
             now = time.monotonic()
-            if held is None or held.expires_at != seen or now - asked > _OUTAGE:
-                seen, since = held.expires_at if held else None, now
-            left = seen if now - since >= 2 * self._seconds / _RENEWALS else None
-            if self._database.run(
-                partial(self._take, name=name, holder=holder, run=run, left=left)
-            ):
+            expiry = None if held is None else held.expires_at
+            if expiry is None or expiry != seen_expiry or now - asked_at > OUTAGE_S:
+                seen_expiry, unchanged_since = expiry, now
+            abandoned = None
+            if now - unchanged_since >= 2 * self._renewal_s:
+                abandoned = seen_expiry
+            take = partial(self._take, name=name, holder=holder, run=run, abandoned=abandoned)
+            if self._database.run(take):
                 break
             if deadline is not None and now >= deadline:
                 return False
             if held and waiting:
                 waiting(held.run or "another run")
-            time.sleep(_POLL)
-            asked = time.monotonic()
+            time.sleep(POLL_S)
+            asked_at = time.monotonic()
         stop = self._renewals[name, holder] = threading.Event()
         threading.Thread(
             target=self._renew, args=(name, holder, stop), name="lease", daemon=True
@@ -90,55 +100,55 @@ class Leases:
         return True
 
     def release(self, name: str, holder: str) -> None:
-        """Lets go of the lease; one that can't be released now expires."""
-        if stop := self._renewals.pop((name, holder), None):
-            stop.set()
-            owned = delete(_LEASES).where(_LEASES.c.name == name, _LEASES.c.holder == holder)
-            try:
-                self._database.run_once(lambda connection: connection.execute(owned))
-            except StoreError:
-                return
+        """Give the lease back. Where the database does not answer, it expires instead."""
+        stop = self._renewals.pop((name, holder), None)
+        if stop is None:
+            return
+        stop.set()
+        owned = delete(LEASES).where(LEASES.c.name == name, LEASES.c.holder == holder)
+        try:
+            self._database.run_once(lambda connection: connection.execute(owned))
+        except StoreError:
+            return
 
     def is_held(self, name: str) -> bool:
-        """Whether anybody holds it."""
-        held = self._database.run(lambda connection: self._read(connection, name))
+        """Return whether anybody holds the lease."""
+        held = self._database.run(partial(self._read, name=name))
         return held is not None and not held.expired
 
     def holds(self, name: str, holder: str) -> bool:
-        """Whether this process is at that work as `holder`, as far as it knows: what it has made it may keep."""
+        """Return whether this process took the lease as `holder` and has not released it, even if
+        it has expired since: what this process has made may still be kept."""
         return (name, holder) in self._renewals
 
     def _read(self, connection: Any, name: str) -> Any:
-        expired = (_LEASES.c.expires_at <= self._now).label("expired")
-        return connection.execute(select(_LEASES, expired).where(_LEASES.c.name == name)).first()
+        """Return the lease's row, with `expired`; None where there is none."""
+        expired = (LEASES.c.expires_at <= self._now).label("expired")
+        return connection.execute(select(LEASES, expired).where(LEASES.c.name == name)).first()
 
-    def _take(self, connection: Any, name: str, holder: str, run: str, left: float | None) -> bool:
-        """Takes a lease that nobody has, that `holder` has, or that expired at `left`."""
-        until = self._until()
-        insert = self._database.insert(_LEASES).values(
-            name=name, holder=holder, run=run, expires_at=until
-        )
-        free = (
-            (_LEASES.c.expires_at <= self._now) & (_LEASES.c.expires_at == left)
-            if left is not None
-            else false()
+    def _take(
+        self, connection: Any, name: str, holder: str, run: str, abandoned: float | None
+    ) -> bool:
+        """Take a lease that does not exist, that `holder` has, or that expired at `abandoned`."""
+        free: Any = false()
+        if abandoned is not None:
+            free = (LEASES.c.expires_at <= self._now) & (LEASES.c.expires_at == abandoned)
+        insert = self._database.insert(LEASES).values(
+            name=name, holder=holder, run=run, expires_at=self._until
         )
         taken = insert.on_conflict_do_update(
-            index_elements=[_LEASES.c.name],
-            set_={"holder": holder, "run": run, "expires_at": until},
-            where=free | (_LEASES.c.holder == holder),
+            index_elements=[LEASES.c.name],
+            set_={"holder": holder, "run": run, "expires_at": self._until},
+            where=free | (LEASES.c.holder == holder),
         )
-        return connection.execute(taken.returning(_LEASES.c.name)).first() is not None
+        return connection.execute(taken.returning(LEASES.c.name)).first() is not None
 
     def _renew(self, name: str, holder: str, stop: threading.Event) -> None:
-        owned = update(_LEASES).where(_LEASES.c.name == name, _LEASES.c.holder == holder)
-        renewed = owned.values(expires_at=self._until())
-        while not stop.wait(self._seconds / _RENEWALS):
+        owned = update(LEASES).where(LEASES.c.name == name, LEASES.c.holder == holder)
+        renewed = owned.values(expires_at=self._until)
+        while not stop.wait(self._renewal_s):
             try:
                 self._database.run_once(lambda connection: connection.execute(renewed))
             except StoreError:
-                # The next try comes soon; should all of them fail, the lease expires, which is what it is for.
+                # The next try comes soon. If all of them fail, the lease expires, as it should.
                 continue
-
-    def _until(self) -> TextClause:
-        return text(f"{self._now.text} + {self._seconds}")
