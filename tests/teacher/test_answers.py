@@ -1,7 +1,6 @@
-"""Reading answers: by letter and in other forms, in other orders, and several of them for one row."""
+"""Reading answers: in each form, in other orders of the options, and several of them for a row."""
 
 import math
-from collections import Counter
 
 import pytest
 
@@ -84,7 +83,7 @@ def test_an_answer_is_read(text: str) -> None:
         "error: too many requests",
     ],
 )
-def test_what_is_no_option_or_more_than_one_is_none(text: str) -> None:
+def test_text_that_names_no_option_or_several_is_none(text: str) -> None:
     assert parse_answer(text, FIVE) is None
 
 
@@ -171,22 +170,23 @@ def test_json_without_one_of_the_letters_is_none(text: str) -> None:
     assert parse_json(text, CHOICES) is None
 
 
-def test_the_rationale_is_what_stands_before_the_answers_line() -> None:
-    assert (
-        rationale_of("It heals scurvy.\nA dog does not.\n\nAnswer: B")
-        == "It heals scurvy.\nA dog does not."
-    )
-    assert rationale_of("It heals scurvy.\n**Answer:** B") == "It heals scurvy."
-    assert (
-        rationale_of("<think>Well.\nAnswer: A</think>\nIt heals.\nThe answer is B.") == "It heals."
-    )
-    assert (
-        rationale_of("First: Answer it.\nAnswer: A\nNo.\nAnswer: B")
-        == "First: Answer it.\nAnswer: A\nNo."
-    )
-    assert rationale_of("Answer: B") == ""
-    assert rationale_of("B") == ""
-    assert rationale_of("") == ""
+@pytest.mark.parametrize(
+    ("text", "rationale"),
+    [
+        ("It heals.\nA dog does not.\n\nAnswer: B", "It heals.\nA dog does not."),
+        ("It heals.\n**Answer:** B", "It heals."),
+        ("<think>Well.\nAnswer: A</think>\nIt heals.\nThe answer is B.", "It heals."),
+        (
+            "First: Answer it.\nAnswer: A\nNo.\nAnswer: B",
+            "First: Answer it.\nAnswer: A\nNo.",
+        ),
+        ("Answer: B", ""),
+        ("B", ""),
+        ("", ""),
+    ],
+)
+def test_the_rationale_is_what_precedes_the_line_with_the_answer(text: str, rationale: str) -> None:
+    assert rationale_of(text) == rationale
 
 
 def test_a_rationales_answer_is_its_marked_line() -> None:
@@ -194,16 +194,17 @@ def test_a_rationales_answer_is_its_marked_line() -> None:
 
 
 @pytest.mark.parametrize("count", [2, 3, 5, 26])
-def test_with_as_many_orders_as_options_each_stands_at_each_place_once(count: int) -> None:
+def test_over_all_orders_each_option_is_shown_at_each_position_once(count: int) -> None:
+    options = list(range(count))
     orders = [rotated_order(count, number) for number in range(count)]
-    assert orders[0] == list(range(count))
-    assert all(sorted(order) == list(range(count)) for order in orders)
-    assert Counter(
-        (place, option) for order in orders for place, option in enumerate(order)
-    ) == Counter((place, option) for place in range(count) for option in range(count))
+    assert orders[0] == options
+    for order in orders:
+        assert sorted(order) == options
+    for shown_at_one_position in zip(*orders, strict=True):
+        assert sorted(shown_at_one_position) == options
 
 
-def test_a_letter_comes_back_as_the_option_that_stood_there() -> None:
+def test_a_letter_comes_back_as_that_of_the_option_shown() -> None:
     order = rotated_order(3, 1)
     assert [CHOICES[option] for option in order] == ["vitamin C", "A dog", "bank"]
     assert in_own_letters("A", None, order) == Answer("B")
@@ -259,11 +260,11 @@ def test_a_tie_goes_to_the_more_probable() -> None:
 
 
 def test_a_tie_of_equal_probabilities_is_no_label() -> None:
-    one, two = (
+    answers = [
         Answer("A", {"A": 0.6, "B": 0.4, "C": 0.0}),
         Answer("B", {"A": 0.4, "B": 0.6, "C": 0.0}),
-    )
-    assert combine_answers([one, two], LETTERS, soft=True) is None
+    ]
+    assert combine_answers(answers, LETTERS, soft=True) is None
 
 
 def test_the_majority_stands_whatever_the_probabilities() -> None:

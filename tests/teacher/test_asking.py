@@ -1,11 +1,8 @@
-"""The teacher's client: both SDKs against a real HTTP endpoint."""
+"""Asking the teacher: both SDKs against a real HTTP endpoint."""
 
 import email.utils
-import time
-import traceback
-from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
 
 import pytest
 from chat_endpoint import (
@@ -19,15 +16,19 @@ from chat_endpoint import (
     replies,
     said,
 )
+from exception_text import exception_text
+from leaping_loop import leaping, now
 from pydantic import SecretStr
 
 from distillery.errors import CredentialsError, TeacherError, TeacherUnavailable
+from distillery.prompts import Message
 from distillery.recipe import TeacherRecipe
 from distillery.settings import TeacherSettings
 from distillery.teacher.asking import Teacher, probe
-from distillery.teacher.endpoint import Endpoint, Sdk, infer_sdk, resolve_endpoint, token_scope
+from distillery.teacher.clients import Response
+from distillery.teacher.endpoint import Endpoint, Sdk, resolve_endpoint
 from distillery.teacher.failures import CallFailed
-from distillery.teacher.pace import LONGEST_WAIT_S, Pace
+from distillery.teacher.pace import Pace
 from distillery.teacher.reply import Completion
 
 KEY = "key-7f3a-very-secret"
@@ -48,23 +49,27 @@ def endpoint_of(server: ChatEndpoint, sdk: Sdk, key: str | None = KEY) -> Endpoi
 async def ask(
     script: Script, sdk: Sdk, times: int = 1, **recipe: Any
 ) -> tuple[list[Completion], list[Call]]:
+    """Ask one question so many times; return the answers and the calls that the endpoint got."""
     with ChatEndpoint(script) as server:
-        async with Teacher(TeacherRecipe(**recipe), endpoint_of(server, sdk)) as asked:
-            return [await asked.ask(MESSAGES, LETTERS) for _ in range(times)], server.calls
+        async with Teacher(TeacherRecipe(**recipe), endpoint_of(server, sdk)) as teacher:
+            return [await teacher.ask(MESSAGES, LETTERS) for _ in range(times)], server.calls
 
 
 async def fails(script: Script, sdk: Sdk, **recipe: Any) -> tuple[Exception, list[Call]]:
+    """Ask a question that ends in an error; return it and the calls that the endpoint got."""
     with ChatEndpoint(script) as server:
-        async with Teacher(TeacherRecipe(**recipe), endpoint_of(server, sdk)) as asked:
+        async with Teacher(TeacherRecipe(**recipe), endpoint_of(server, sdk)) as teacher:
             with pytest.raises((TeacherError, CredentialsError)) as caught:
-                await asked.ask(MESSAGES, LETTERS)
+                await teacher.ask(MESSAGES, LETTERS)
         assert "\n" not in str(caught.value)
         return caught.value, server.calls
 
 
 async def test_asks_for_what_the_recipe_says_and_reads_the_answer(sdk: Sdk) -> None:
-    script = lambda call: said("B", top={"B": 0.8, " B": 0.1, "A": 0.05})  # noqa: E731
-    (answer,), (call,) = await ask(script, sdk, soft_labels=True, max_tokens=7, temperature=0.5)
+    reply = said("B", top={"B": 0.8, " B": 0.1, "A": 0.05})
+    (answer,), (call,) = await ask(
+        lambda call: reply, sdk, soft_labels=True, max_tokens=7, temperature=0.5
+    )
     assert call.path.split("?")[0] == "/v1/chat/completions"
     assert call.key == KEY
     assert call.body == {
@@ -166,7 +171,7 @@ async def test_a_wrong_key_is_named_and_never_shown(sdk: Sdk, status: int) -> No
     assert type(error) is CredentialsError
     assert str(error).startswith("TEACHER_MODEL_KEY: refused by http://127.0.0.1")
     assert len(calls) == 1
-    assert KEY not in everything_in(error)
+    assert KEY not in exception_text(error)
 
 
 @pytest.mark.parametrize("status", [400, 404, 429, 500])
@@ -174,26 +179,12 @@ async def test_no_error_shows_a_key_that_the_endpoint_echoes(sdk: Sdk, status: i
     error, _ = await fails(
         lambda call: refused(status, f"odd: {call.key}", code=call.key), sdk, attempts=1
     )
-    assert KEY not in everything_in(error)
+    assert KEY not in exception_text(error)
 
 
 async def test_an_answer_that_echoes_the_key_is_kept_without_it(sdk: Sdk) -> None:
     (answer,), _ = await ask(lambda call: said(f"Your key is {call.key}"), sdk)
     assert answer.text == "Your key is ***"
-
-
-def everything_in(error: BaseException | None) -> str:
-    """What any handler could print of an exception and of those behind it."""
-    texts = []
-    while error:
-        texts += [
-            str(error),
-            repr(error),
-            repr(vars(error)),
-            "".join(traceback.format_exception(error)),
-        ]
-        error = error.__cause__ or error.__context__
-    return "\n".join(texts)
 
 
 @pytest.mark.parametrize(
@@ -234,41 +225,76 @@ async def test_a_slow_answer_is_given_up(sdk: Sdk) -> None:
 async def test_an_endpoint_that_is_down(sdk: Sdk) -> None:
     with ChatEndpoint() as server:
         endpoint = endpoint_of(server, sdk)
-    async with Teacher(TeacherRecipe(attempts=2), endpoint) as asked:
+    async with Teacher(TeacherRecipe(attempts=2), endpoint) as teacher:
         with pytest.raises(
             TeacherUnavailable, match=r"TEACHER_MODEL_ENDPOINT .* can't be reached after 2 tries"
         ):
-            await asked.ask(MESSAGES, LETTERS)
+            await teacher.ask(MESSAGES, LETTERS)
 
 
-@pytest.mark.parametrize("form", ["seconds", "date", "milliseconds"])
-async def test_retry_after_is_honoured(sdk: Sdk, form: str) -> None:
-    def script(call: Call) -> Reply:
-        if call.number:
-            return good(call)
-        in_two_seconds = email.utils.formatdate(time.time() + 2, usegmt=True)
-        headers = {
-            "seconds": {"retry_after": "1"},
-            "date": {"retry_after": in_two_seconds},
-            "milliseconds": {"retry_after_ms": "1000"},
-        }
-        return refused(429, "slow down", **headers[form])
+class ImpatientPace(Pace):
+    """Keeps what the endpoint said of when to come back, and does not wait for it."""
 
-    _, (first, second) = await ask(script, sdk)
-    assert 0.95 <= second.at - first.at <= 3.5
+    def __init__(self) -> None:
+        super().__init__(8)
+        self.told: list[float | None] = []
+
+    def failed(self, asked_at: float, retry_after: float | None, headers: Any) -> None:
+        self.told.append(retry_after)
 
 
-def test_a_long_retry_after_is_cut() -> None:
-    failure = CallFailed(429, "", {"retry-after": "86400"})
-    assert failure.retry_after == 86400
-    pace = Pace(8)
-    pace.failed(time.monotonic(), failure.retry_after, failure.headers)
-    assert LONGEST_WAIT_S - 1 < pace._hold_until - time.monotonic() <= LONGEST_WAIT_S
+@pytest.mark.parametrize(
+    ("headers", "seconds"),
+    [
+        ({"retry_after": "1"}, 1),
+        ({"retry_after": email.utils.formatdate(1.7e9 + 2, usegmt=True)}, 2),
+        ({"retry_after_ms": "1000"}, 1),
+    ],
+    ids=["seconds", "date", "milliseconds"],
+)
+async def test_retry_after_reaches_the_pace(
+    sdk: Sdk, headers: dict[str, str], seconds: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = SimpleNamespace(time=lambda: 1.7e9)
+    monkeypatch.setattr("distillery.teacher.failures.time", clock)
+    pace = ImpatientPace()
+    with ChatEndpoint(replies([refused(429, "slow down", **headers)])) as server:
+        async with Teacher(TeacherRecipe(), endpoint_of(server, sdk), pace=pace) as teacher:
+            answer = await teacher.ask(MESSAGES, LETTERS)
+    assert answer.attempts == len(server.calls) == 2
+    assert pace.told == [seconds]
 
 
-@pytest.mark.parametrize("value", ["soon", "nan", "inf", ""])
-def test_a_senseless_retry_after_is_none(value: str) -> None:
-    assert CallFailed(429, "", {"retry-after": value}).retry_after is None
+class BusyClient:
+    """Refuses the first call for `seconds`, and answers the others; `asked` is when each came."""
+
+    def __init__(self, seconds: float) -> None:
+        self._headers = {"retry-after": str(seconds)}
+        self.asked: list[float] = []
+
+    async def complete(self, messages: list[Message], body: dict[str, Any]) -> Response:
+        self.asked.append(now())
+        if len(self.asked) == 1:
+            raise CallFailed(429, "", self._headers)
+        return Response(completion("A"), {})
+
+    async def close(self) -> None:
+        pass
+
+
+@leaping
+async def test_the_next_try_comes_when_retry_after_is_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    client = BusyClient(seconds=30)
+    monkeypatch.setattr("distillery.teacher.pace.time", SimpleNamespace(monotonic=now))
+    monkeypatch.setattr("distillery.teacher.asking.open_client", lambda *_: client)
+    endpoint = Endpoint("http://127.0.0.1/v1", "m", SecretStr(KEY), "m", "openai")
+    async with Teacher(TeacherRecipe(), endpoint) as teacher:
+        answer = await teacher.ask(MESSAGES, LETTERS)
+    first, second = client.asked
+    assert answer.text == "A"
+    assert second - first == pytest.approx(30, abs=0.3)
 
 
 async def test_a_content_filter_concerns_one_question(sdk: Sdk) -> None:
@@ -305,8 +331,8 @@ async def test_a_server_on_this_machine_may_ask_for_no_key(sdk: Sdk) -> None:
         )
         endpoint = resolve_endpoint(TeacherRecipe(sdk=sdk), settings)
         assert endpoint == Endpoint(server.url, "m", None, "m", sdk)
-        async with Teacher(TeacherRecipe(), endpoint) as asked:
-            assert (await asked.ask(MESSAGES, LETTERS)).text in LETTERS
+        async with Teacher(TeacherRecipe(), endpoint) as teacher:
+            assert (await teacher.ask(MESSAGES, LETTERS)).text in LETTERS
 
 
 async def test_probe_says_what_the_endpoint_gives(sdk: Sdk) -> None:
@@ -323,146 +349,3 @@ async def test_probe_says_what_the_endpoint_gives(sdk: Sdk) -> None:
         )
         found = await probe(TeacherRecipe(), endpoint_of(server, sdk))
         assert (found.answers, found.log_probabilities) == (False, False)
-
-
-@pytest.mark.parametrize(
-    ("url", "expected"),
-    [
-        ("https://lab.services.ai.azure.com/models", "azure-ai-inference"),
-        ("https://phi.eastus2.inference.ai.azure.com", "azure-ai-inference"),
-        ("https://phi.eastus2.models.ai.azure.com", "azure-ai-inference"),
-        ("https://lab.openai.azure.com/openai/v1", "openai"),
-        ("https://lab.services.ai.azure.com/openai/v1", "openai"),
-        ("https://api.openai.com/v1", "openai"),
-        ("http://127.0.0.1:8000/v1", "openai"),
-        ("https://models.ai.azure.com.example.org/models", "openai"),
-    ],
-)
-def test_the_sdk_comes_from_the_url(url: str, expected: str) -> None:
-    assert infer_sdk(url) == expected
-    settings = TeacherSettings(model="m", endpoint=url, key=SecretStr(KEY))
-    assert resolve_endpoint(TeacherRecipe(), settings).sdk == expected
-    assert resolve_endpoint(TeacherRecipe(sdk="openai"), settings).sdk == "openai"
-
-
-@pytest.mark.parametrize(
-    ("given", "url"),
-    [
-        ("https://lab.services.ai.azure.com/models/chat/completions?api-version=1", "https://lab.services.ai.azure.com/models"),
-        ("https://lab.openai.azure.com/", "https://lab.openai.azure.com/openai/v1"),
-        ("https://api.openai.com/v1/", "https://api.openai.com/v1"),
-    ],
-)  # fmt: skip
-def test_the_url_as_portals_show_it(given: str, url: str) -> None:
-    assert (
-        resolve_endpoint(
-            TeacherRecipe(), TeacherSettings(model="m", endpoint=given, key=SecretStr(KEY))
-        ).url
-        == url
-    )
-
-
-def test_the_identity_is_the_models_name_or_the_recipes() -> None:
-    settings = TeacherSettings(
-        model="gpt-4o", endpoint="https://api.openai.com/v1", key=SecretStr(KEY)
-    )
-    assert resolve_endpoint(TeacherRecipe(), settings).identity == "gpt-4o"
-    assert resolve_endpoint(TeacherRecipe(identity="sha256:1"), settings).identity == "sha256:1"
-
-
-@pytest.mark.parametrize(
-    ("model", "url", "key", "named"),
-    [
-        ("", "", "", "TEACHER_MODEL_NAME, TEACHER_MODEL_ENDPOINT, TEACHER_MODEL_KEY: not set"),
-        ("m", "", KEY, "TEACHER_MODEL_ENDPOINT: not set"),
-        (
-            "m",
-            "https://api.openai.com/v1",
-            "",
-            "TEACHER_MODEL_KEY: not set, and api.openai.com is not an Azure host",
-        ),
-        ("m", "api.openai.com", KEY, "TEACHER_MODEL_ENDPOINT: not a valid URL"),
-        (
-            "m",
-            f"https://u:{KEY}@api.openai.com/v1",
-            "",
-            "TEACHER_MODEL_ENDPOINT: contains a user name",
-        ),
-        (
-            "m",
-            "https://api.openai.com/v1",
-            f"{KEY}\u201d",
-            "TEACHER_MODEL_KEY: contains characters that no key has",
-        ),
-    ],
-)
-def test_missing_or_wrong_credentials_are_named(model: str, url: str, key: str, named: str) -> None:
-    settings = TeacherSettings(model=model, endpoint=url, key=SecretStr(key))
-    with pytest.raises(CredentialsError) as caught:
-        resolve_endpoint(TeacherRecipe(), settings)
-    assert str(caught.value).startswith(named)
-    assert KEY not in everything_in(caught.value)
-
-
-async def test_azure_without_key_and_login(sdk: Sdk, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (
-        "AZURE_CLIENT_ID",
-        "AZURE_TENANT_ID",
-        "AZURE_CLIENT_SECRET",
-        "IDENTITY_ENDPOINT",
-        "MSI_ENDPOINT",
-    ):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("AZURE_TOKEN_CREDENTIALS", "EnvironmentCredential")
-    settings = TeacherSettings(
-        model="m", endpoint="https://lab.openai.azure.com", key=SecretStr("")
-    )
-    endpoint = replace(resolve_endpoint(TeacherRecipe(), settings), sdk=sdk)
-    with pytest.raises(
-        CredentialsError, match=r"TEACHER_MODEL_KEY: not set, and azure-identity finds no login"
-    ):
-        async with Teacher(TeacherRecipe(), endpoint):
-            pass
-
-
-def test_the_scope_of_a_token() -> None:
-    assert (
-        token_scope("https://lab.services.ai.azure.com/models")
-        == "https://cognitiveservices.azure.com/.default"
-    )
-    assert (
-        token_scope("https://lab.openai.azure.com/openai/v1")
-        == "https://cognitiveservices.azure.com/.default"
-    )
-    assert token_scope("https://phi.eastus2.models.ai.azure.com") == "https://ml.azure.com/.default"
-
-
-def test_a_key_is_not_in_what_an_endpoint_prints() -> None:
-    endpoint = Endpoint("https://api.openai.com/v1", "m", SecretStr(KEY), "m", "openai")
-    assert KEY not in repr(endpoint) + str(endpoint)
-
-
-async def test_azure_without_key_takes_the_login_of_azure_identity(
-    sdk: Sdk, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    token = {
-        "access_token": "token",
-        "expires_on": "9999999999",
-        "token_type": "Bearer",
-        "resource": "r",
-    }
-    settings = TeacherSettings(
-        model="m", endpoint="https://lab.openai.azure.com", key=SecretStr("")
-    )
-    endpoint = replace(resolve_endpoint(TeacherRecipe(), settings), sdk=sdk)
-    with ChatEndpoint(lambda call: Reply(token)) as server:
-        # App Service's managed identity, which azure-identity asks at this address.
-        monkeypatch.setenv("AZURE_TOKEN_CREDENTIALS", "ManagedIdentityCredential")
-        monkeypatch.setenv("IDENTITY_ENDPOINT", f"{server.url}/token")
-        monkeypatch.setenv("IDENTITY_HEADER", "header")
-        async with Teacher(TeacherRecipe(), endpoint):
-            pass
-        (call,) = server.calls
-        assert parse_qs(urlsplit(call.path).query)["resource"] == [
-            "https://cognitiveservices.azure.com"
-        ]
