@@ -1,4 +1,4 @@
-"""A search: what it tries, that it repeats itself, and which trials no other beats."""
+"""A search: what it tries, that it repeats itself, and which trials are on the Pareto front."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ import pytest
 from distillery.errors import RecipeError
 from distillery.recipe import Recipe, SearchRecipe
 from distillery.records import Measured, Trial
-from distillery.training.search import Search, render_trials, unbeaten
+from distillery.training.search import Search, render_trials
 from flows.search import load_space
 
 SPACE = SearchRecipe(
@@ -38,24 +38,26 @@ def tried(count: int) -> list[Recipe]:
 
 
 def test_a_trial_changes_what_the_space_names_and_nothing_else() -> None:
-    for one in tried(4):
-        training = one.student.training
+    for trial_recipe in tried(4):
+        training = trial_recipe.student.training
         assert training.lora.rank in SPACE.rank
         assert training.lora.alpha == 2 * training.lora.rank
-        assert one.student.layers is not None
-        assert one.student.layers.keep in SPACE.keep
+        assert trial_recipe.student.layers is not None
+        assert trial_recipe.student.layers.keep in SPACE.keep
         assert 1e-5 <= training.learning_rate <= 1e-3
         assert 0.2 <= training.soft_weight <= 0.8
         same = {"learning_rate", "soft_weight", "lora"}
         assert training.model_dump(exclude=same) == recipe().student.training.model_dump(
             exclude=same
         )
-        assert one.model_dump(exclude={"student"}) == recipe().model_dump(exclude={"student"})
+        assert trial_recipe.model_dump(exclude={"student"}) == recipe().model_dump(
+            exclude={"student"}
+        )
 
 
 def test_equal_seeds_and_results_give_equal_trials() -> None:
     assert tried(8) == tried(8)
-    assert len({one.model_dump_json() for one in tried(8)}) > 4
+    assert len({trial_recipe.model_dump_json() for trial_recipe in tried(8)}) > 4
 
 
 @pytest.mark.parametrize(
@@ -87,11 +89,24 @@ def test_a_space_beyond_what_a_recipe_allows_is_one_line_before_anything_is_done
         ([measured(90), measured(80, size=50)], {0, 1}),
         ([measured(90), measured(80, p50=4.0), measured(79, p50=4.0)], {0, 1}),
         ([measured(90), measured(90)], {0, 1}),
+        ([measured(90), measured(90), measured(90, p50=4.0), measured(90, p50=4.0)], {2, 3}),
         ([measured(90, 100, 5), measured(91, 99, 4), measured(70, 98, 6)], {1, 2}),
+        ([None, measured(90), None, measured(95, size=200)], {1, 3}),
+        ([None], set()),
     ],
 )
-def test_the_front_is_what_no_other_beats(results: list[Measured], front: set[int]) -> None:
-    assert unbeaten(results) == front
+def test_the_front_is_what_no_other_beats(results: list[Measured | None], front: set[int]) -> None:
+    search = Search(recipe(), SPACE)
+    for result in results:
+        search.ask()
+        if result is None:
+            search.tell_failure("no student")
+        else:
+            search.tell(result)
+    search.ask()
+    trials = search.trials
+    assert [trial.measured for trial in trials] == results
+    assert {trial.number for trial in trials if trial.best} == front
 
 
 def test_the_table_has_the_best_first_and_a_star_for_the_front() -> None:
@@ -117,7 +132,7 @@ def test_a_trial_without_a_student_is_shown_and_the_search_goes_on() -> None:
             search.tell_failure("the loss is nan at step 3")
         else:
             search.tell(measured(50 + number, size=100 + number))
-    assert len({one.model_dump_json() for one in recipes}) > 3
+    assert len({trial_recipe.model_dump_json() for trial_recipe in recipes}) > 3
     trials = search.trials
     assert [trial.measured is None for trial in trials] == [True, False, False, False, True, False]
     assert [trial.number for trial in trials if trial.best] == [1, 2, 3, 5]

@@ -1,6 +1,9 @@
 """Training's figures in MLflow, and that a tracking server which fails costs no training."""
 
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import pytest
 from mlflow import MlflowClient
@@ -31,10 +34,54 @@ def test_settings_and_figures_are_kept(tmp_path: Path, monkeypatch: pytest.Monke
     assert [(metric.step, metric.value) for metric in history] == [(10, 0.5), (20, 0.25)]
 
 
-def test_without_a_setting_nothing_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("DISTILLERY_TRACKING", raising=False)
-    with tracked("one", {"method": "lora"}) as log:
-        log(1, {"loss": 0.5})
+@pytest.fixture
+def tracking_server() -> Iterator[tuple[str, list[str]]]:
+    """The URL of an HTTP server on this machine, and the requests that have reached it."""
+    requests: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def answer(self) -> None:
+            requests.append(f"{self.command} {self.path}")
+            self.send_error(404)
+
+        do_GET = do_POST = do_PUT = do_PATCH = answer
+
+        def log_message(self, *_args: object) -> None:
+            """Print nothing."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}", requests
+        server.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize("setting", [None, ""])
+def test_without_a_setting_nothing_is_sent(
+    setting: str | None,
+    tracking_server: tuple[str, list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Not even where MLflow's own variable names a server, which any client of its would ask."""
+    url, requests = tracking_server
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", url)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+
+    def train() -> None:
+        with tracked("one", {"method": "lora"}) as log:
+            log(1, {"loss": 0.5})
+
+    monkeypatch.setenv("DISTILLERY_TRACKING", url)
+    train()
+    assert requests, "else this test would see nothing"
+    requests.clear()
+    if setting is None:
+        monkeypatch.delenv("DISTILLERY_TRACKING")
+    else:
+        monkeypatch.setenv("DISTILLERY_TRACKING", setting)
+    train()
+    assert requests == []
 
 
 def test_a_server_that_is_down_is_one_warning(
