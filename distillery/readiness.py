@@ -16,7 +16,7 @@ from typing import Literal
 from distillery.data.prepare import check_rows
 from distillery.data.source import source_identity
 from distillery.errors import CredentialsError, DataError, DistilleryError, RecipeError
-from distillery.export.build import misfit
+from distillery.export.fit import misfit
 from distillery.models.base import check_loadable, local_copy
 from distillery.recipe import BaseModelRecipe, DatasetRecipe, ExportForm, Recipe, TeacherRecipe
 from distillery.records import Record

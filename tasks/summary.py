@@ -11,7 +11,7 @@ from prefect.settings import PREFECT_UI_URL
 
 from distillery.evaluation.report import ANSWERS_FILE, PLOT_FILE, TABLE_FILE
 from distillery.evaluation.scoreboard import GOLD, TEACHER, headline, render_table
-from distillery.export.ladder import render_ladder, table
+from distillery.export.ladder_table import render_ladder, table
 from distillery.labels.files import REJECTED_FILE
 from distillery.labels.report import LOOK_FILE, RELIABILITY_FILE, read_report
 from distillery.records import OnnxModel, Outcome, StageRecord, StudentCheckpoint, TeacherLabels

@@ -1,5 +1,8 @@
-"""The process that builds one rung of a ladder: `python -m distillery.export.rung_process JOB RESULT PARENT`, started by
-`ladder.climb`. A process of its own, so that a form which takes more memory or time than there is stops nothing else.
+"""The process that builds one rung of a ladder, `python -m distillery.export.rung_process JOB
+RESULT PARENT`; `ladder.climb` starts it.
+
+JOB holds a BuildingJob, RESULT a Built. The process is the rung's own, so that a form which takes
+more memory or time than there is stops nothing else.
 """
 
 import sys
@@ -12,7 +15,7 @@ from distillery.records import Record
 
 
 class BuildingJob(Record):
-    """What the process is told: a Transformers folder, with an adapter or without, and where its form goes."""
+    """A Transformers folder, with an adapter or without, and the folder that its form goes to."""
 
     model: str
     adapter: str | None
@@ -23,12 +26,13 @@ class BuildingJob(Record):
 
 
 class Built(Record):
-    """`bytes` of all files of the folder."""
+    """`bytes` of all files in the folder."""
 
     bytes: int
 
 
 def build(job: BuildingJob) -> Built:
+    """Build the form and return its size."""
     out = Path(job.out)
     adapter = Path(job.adapter) if job.adapter else None
     calibration = Path(job.calibration) if job.calibration else None

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from distillery.errors import ExportError, ModelError
-from distillery.export.build import TRIAL, ask_once, export, misfit
+from distillery.export.build import TRIAL, ask_once, export
+from distillery.export.fit import misfit
 from distillery.inference.onnx_student import OnnxStudent
 from distillery.labels.files import TRAIN_DATA_FILE
 from distillery.labels.known import gold_labels, write_known_labels
@@ -100,14 +101,14 @@ QWEN2 = {
         (
             {"precision": "fp32"},
             SMOLLM2 | {"rope_parameters": {"rope_type": "yarn"}},
-            "take a base without them",
+            "choose a base model without them",
         ),
         (
             {"precision": "fp32"},
             QWEN2 | {"layer_types": ["full_attention", "sliding_attention"]},
-            "another base",
+            "choose another base model",
         ),
-        ({"precision": "fp32"}, QWEN2 | {"max_window_layers": 21}, "another base"),
+        ({"precision": "fp32"}, QWEN2 | {"max_window_layers": 21}, "choose another base model"),
         ({"precision": "fp32"}, QWEN2 | {"max_window_layers": 24}, None),
         (
             {"precision": "fp32"},
@@ -156,7 +157,8 @@ def test_float16_is_built_for_a_processor_and_is_near(
 def test_gptq_is_calibrated_on_the_prompts_it_is_given(
     tiny_model: TinyModel, tiny_onnx: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """Its own prompts keep the model nearer to itself on them than others do; embeddings and head are quantised too."""
+    """Its own prompts keep the model nearer to itself on them than others do; embeddings and head
+    are quantised too."""
     exact = OnnxStudent(tiny_onnx("llama"), threads=1)
     asked = [
         {"role": "user", "content": f"Which comes first?\n(A) {n} (B) {n * 7}"} for n in range(24)

@@ -1,4 +1,5 @@
-"""The ladder: what keeps to the loss, what is picked, what is shown; and real ladders on a tiny model."""
+"""The ladder: what keeps to the loss, what is picked, what is shown; and real ladders on a tiny
+model."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -20,9 +21,8 @@ from distillery.export.ladder import (
     keeps_to,
     measured,
     pick,
-    render_ladder,
-    table,
 )
+from distillery.export.ladder_table import render_ladder, table
 from distillery.export.rung_process import BuildingJob, Built
 from distillery.labels.known import gold_labels
 from distillery.models.inspect import model_and_adapter
@@ -46,7 +46,8 @@ FORMS = {
 def rung(
     lost: int, gained: int, rows: int, size: int = 1, right: float = 0.85, **changes: Any
 ) -> Rung:
-    """A rung that is wrong on `lost` of `rows` where the float student is right, and right on `gained` others."""
+    """A rung that is wrong on `lost` of `rows` where the float student is right, and right on
+    `gained` others."""
     both = round(right * rows) - lost
     own = [True] * both + [False] * lost + [True] * gained + [False] * (rows - both - lost - gained)
     floats = [True] * (both + lost) + [False] * (rows - both - lost)
@@ -166,7 +167,8 @@ def ladder_of(*rungs: Rung) -> Ladder:
 def test_the_table_shows_every_rung_and_fits_a_terminal() -> None:
     wide = ExportForm(algorithm="k_quant_mixed", block_size=128, adapter_apart=True)
     reason = (
-        "left out: its process was killed, as happens when memory runs out; free memory and run again"
+        "left out: its process was killed, as happens when memory runs out; "
+        "free memory and run again"
     )
     shown = ladder_of(
         rung(40, 2, 100, size=12_345_600_000, form=wide, note="may lose more"),
@@ -225,8 +227,8 @@ def files(tmp_path: Path) -> tuple[Path, Path]:
 
 @pytest.fixture
 def built(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[int, str]]:
-    """Stands for building and scoring: what is in here by a form's title is its size and its 20 answers; a form that is
-    not can't be built. The float student is right on all rows."""
+    """Stands for building and scoring: what is in here by a form's title is its size and its 20
+    answers; a form that is not can't be built. The float student is right on all rows."""
     forms: dict[str, tuple[int, str]] = {}
 
     def run_in_process(_module: str, job: BaseModel, limit_s: float) -> str:

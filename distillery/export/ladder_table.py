@@ -1,0 +1,73 @@
+"""A ladder for people: rows of a table, and the same as text for a terminal."""
+
+from distillery.evaluation.scoreboard import plain_table, points
+from distillery.records import Ladder, Rung
+
+COLUMNS = (
+    "form",
+    "folder",
+    "accuracy",
+    "points vs\nfloat [95 %]",
+    "mean\n|dp|",
+    "largest\n|dp|",
+    "answers\nchanged",
+    "verdict",
+)
+
+
+def table(ladder: Ladder) -> list[dict[str, str]]:
+    """Return a row for the float student and one for each rung, by the columns' titles."""
+    titles = [title.replace("\n", " ") for title in COLUMNS]
+    rows = [float_cells(ladder), *map(rung_cells, ladder.rungs)]
+    return [dict(zip(titles, row, strict=True)) for row in rows]
+
+
+def render_ladder(ladder: Ladder) -> str:
+    """Return the table for a terminal, at most 120 columns wide. Rungs that were left out have a
+    line each below it, with the reason."""
+    rows = [float_cells(ladder)]
+    left_out = []
+    for rung in ladder.rungs:
+        if rung.bytes is None:
+            left_out.append(describe_rung(rung))
+        else:
+            rows.append(rung_cells(rung))
+    allowed = (
+        f"export.largest_loss allows {100 * ladder.largest_loss:.1f} points on {ladder.rows} "
+        "validation rows"
+    )
+    return "\n".join([plain_table(COLUMNS, rows), *left_out, allowed])
+
+
+def describe_rung(rung: Rung) -> str:
+    """Return a rung's size and loss, or why it was left out, in one line."""
+    if rung.bytes is None or rung.difference is None or rung.interval is None:
+        return f"{rung.form.title}: {rung.note}"
+    difference = f"{100 * rung.difference:+.1f} points {points(rung.interval)}"
+    return f"{rung.form.title}: {rung.bytes / 1e6:.1f} MB, {difference}"
+
+
+def float_cells(ladder: Ladder) -> list[str]:
+    """Return the cells of the float student, one for each of COLUMNS."""
+    return ["float student", "", f"{ladder.accuracy:.3f}", "", "", "", "", ""]
+
+
+def rung_cells(rung: Rung) -> list[str]:
+    """Return the cells of a rung, one for each of COLUMNS; of one left out, the reason alone."""
+    if (
+        rung.bytes is None
+        or rung.difference is None
+        or rung.interval is None
+        or rung.departure is None
+    ):
+        return [rung.form.title, *[""] * (len(COLUMNS) - 2), rung.note]
+    return [
+        rung.form.title,
+        f"{rung.bytes / 1e6:.1f} MB",
+        f"{rung.accuracy:.3f}",
+        f"{100 * rung.difference:+.1f} {points(rung.interval)}",
+        f"{rung.departure.mean:.4f}",
+        f"{rung.departure.largest:.3f}",
+        str(rung.departure.changed),
+        rung.note,
+    ]
