@@ -134,7 +134,8 @@ def schema_version(connection: Any) -> str | None:
     """Return the database's revision; None where it has no tables of Distillery's."""
     if not inspect(connection).has_table(VERSION_TABLE):
         return None
-    version: str | None = connection.scalar(text(f"SELECT version_num FROM {VERSION_TABLE}"))  # noqa: S608 - a constant
+    query = text(f"SELECT version_num FROM {VERSION_TABLE}")  # noqa: S608 - a constant
+    version: str | None = connection.scalar(query)
     return version
 
 

@@ -1,5 +1,5 @@
-"""The artifact store: content-addressed, whole or not there, verified on the way out, and through outages. On a local
-folder, on fsspec's memory and on real Azurite."""
+"""The artifact store: content-addressed, whole or not there, verified on the way out, and through
+outages. On a local folder, on fsspec's memory and on real Azurite."""
 
 import http.server
 import os
@@ -189,7 +189,8 @@ def test_damage_is_noticed_and_mended_by_storing_again(
         store.storage.write(manifest, b'{"files": []}')
     else:
         store.storage.write(manifest, store.storage.read(manifest)[:40])
-    # Of object storage only reading shows what has the right size; the reader sees to it that no other one is misled.
+    # Of object storage only reading shows what has the right size; the reader sees to it that no
+    # other one is misled.
     only_reading_shows = damage == "flip" and not store.storage.is_local
     assert store.holds(artifact) == only_reading_shows
     with pytest.raises(ArtifactDamaged, match="run its stage again"):
@@ -373,13 +374,15 @@ def test_use_makes_an_old_artifact_new(folder: Path, tmp_path: Path, use: str) -
     )
 
 
-# --- two writers, large files -------------------------------------------------------------------------------------
+# --- two writers, large files
+# ------------------------------------------------------------------------------------------------
 
 PUT = """
 import sys
 from pathlib import Path
 from distillery.storage.artifacts import ArtifactStore
 store = ArtifactStore(sys.argv[1])
+print("ready", flush=True)
 sys.stdin.readline()
 artifact = store.put(Path(sys.argv[2]))
 print(artifact.sha256, store.holds(artifact))
@@ -397,7 +400,9 @@ def test_two_writers_at_once_make_one_whole_artifact(durable_url: str, tmp_path:
     writers = [
         subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True) for _ in range(2)
     ]
-    time.sleep(2)
+    for writer in writers:
+        assert writer.stdout is not None
+        assert writer.stdout.readline() == "ready\n"
     for writer in writers:
         assert writer.stdin is not None
         writer.stdin.write("go\n")
@@ -420,7 +425,8 @@ from distillery.storage.artifacts import ArtifactStore
 
 def peak():
     # Of this program alone; ru_maxrss would begin at what the process that started it had.
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    status = Path("/proc/self/status").read_text().splitlines()
+    (line,) = (line for line in status if line.startswith("VmHWM"))
     return int(line.split()[1]) / 1024
 
 small, large = Path(sys.argv[2]), Path(sys.argv[3])
@@ -458,7 +464,8 @@ def test_memory_stays_flat_however_large_a_file_is(
     assert max(up, down) < 150
 
 
-# --- outages ------------------------------------------------------------------------------------------------------
+# --- outages
+# ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -504,7 +511,8 @@ def test_a_longer_outage_is_one_clear_line(
         with pytest.raises(StoreUnavailable) as caught:
             operation()
         assert one_line(caught.value) == (
-            "abfs://distillery/store: the store has not answered for 3 s (Connection refused); try again later"
+            "abfs://distillery/store: the store has not answered for 3 s (Connection refused); "
+            "try again later"
         )
         assert 1 < time.monotonic() - start < 8
 
@@ -571,7 +579,8 @@ def test_waiting_has_an_end(monkeypatch: pytest.MonkeyPatch, silence: str) -> No
         lead_to(Azurite(Path(), port=port), monkeypatch)
         store = ArtifactStore("abfs://distillery/store", wait_s=1)
         # In place of half a minute.
-        store.storage.filesystem.service_client._pipeline._transport.connection_config.read_timeout = 1
+        transport = store.storage.filesystem.service_client._pipeline._transport
+        transport.connection_config.read_timeout = 1
         start = time.monotonic()
         with pytest.raises(StoreUnavailable, match="has not answered for 1 s"):
             store.holds(NOWHERE)
@@ -682,7 +691,8 @@ def test_settings_that_are_no_numbers_are_one_clear_line(monkeypatch: pytest.Mon
         LocalSettings()
 
 
-# --- the cache ----------------------------------------------------------------------------------------------------
+# --- the cache
+# ------------------------------------------------------------------------------------------------
 
 HOLD = """
 import sys, time
@@ -802,7 +812,8 @@ def test_a_damaged_copy_in_the_cache_is_fetched_anew(folder: Path, tmp_path: Pat
     assert (store.fetch(artifact) / "a.txt").read_text() == "one"
 
 
-# --- disks --------------------------------------------------------------------------------------------------------
+# --- disks
+# ------------------------------------------------------------------------------------------------
 
 
 def test_a_full_disk_is_one_clear_line(

@@ -1,4 +1,5 @@
-"""What the store's garbage collection keeps and what it takes, on real folders, a real registry and real Azurite."""
+"""What the store's garbage collection keeps and what it takes, on real folders, a real registry and
+real Azurite."""
 
 import json
 import os
@@ -116,7 +117,7 @@ def test_the_newest_runs_of_each_recipe_keep_what_they_name(
     store: ArtifactStore, put: Callable[[str], Artifact]
 ) -> None:
     data, models = put("data"), [put(f"model {number}") for number in range(5)]
-    nobodys, other = put("nobody's"), put("another recipe's")
+    unnamed, other = put("unnamed"), put("another recipe's")
     for number, model in enumerate(models):
         store.write_record(f"runs/demo-{number}.json", outcome("demo", data, model))
     store.write_record("runs/lab-0.json", outcome("lab", data, other))
@@ -124,14 +125,14 @@ def test_the_newest_runs_of_each_recipe_keep_what_they_name(
     for number in range(5):
         age(store, f"records/runs/demo-{number}", seconds=OLD - number)
     removed = collect(store)
-    assert names(removed, "artifact") == {nobodys.sha256, models[0].sha256, models[1].sha256}
+    assert names(removed, "artifact") == {unnamed.sha256, models[0].sha256, models[1].sha256}
     assert names(removed, "run") == {"records/runs/demo-0.json", "records/runs/demo-1.json"}
     assert len(removed) == 5
     assert {a.digest for a in Inventory(store).artifacts()} == {
         a.sha256 for a in (data, other, *models[2:])
     }
     assert all(store.holds(artifact) for artifact in (data, other, *models[2:]))
-    assert not Path(store.storage.root, nobodys.sha256).exists()
+    assert not Path(store.storage.root, unnamed.sha256).exists()
     age(store)
     assert collect(store) == []
 
@@ -208,7 +209,7 @@ def test_a_registry_that_does_not_answer_leaves_all_as_it_is(
     registered: RegisteredModel,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    put("nobody's")
+    put("unnamed")
     store.write_record("runs/demo-0.json", outcome("demo", put("data"), put("data"), registered))
     age(store)
     before = store.storage.find()
@@ -222,7 +223,7 @@ def test_a_registry_that_does_not_answer_leaves_all_as_it_is(
 def test_a_record_that_is_none_leaves_all_as_it_is(
     store: ArtifactStore, put: Callable[[str], Artifact]
 ) -> None:
-    put("nobody's")
+    put("unnamed")
     for content in ("{", "[]", '{"recipe": "demo"}'):
         store.write_record("runs/demo-0.json", content)
         age(store)
@@ -301,17 +302,17 @@ def test_results_go_with_their_artifacts(
 
 
 def test_who_names_what(store: ArtifactStore, put: Callable[[str], Artifact]) -> None:
-    data, model, nobodys = put("data"), put("model"), put("nobody's")
+    data, model, unnamed = put("data"), put("model"), put("unnamed")
     store.write_record("runs/demo-0.json", outcome("demo", data, model))
-    time.sleep(0.02)
     store.write_record("runs/demo-1.json", outcome("demo", data, data))
-    age(store, nobodys.sha256, seconds=90)
+    age(store, "records/runs/demo-0", seconds=1)
+    age(store, unnamed.sha256, seconds=90)
     found = {artifact.digest: artifact for artifact in Inventory(store).artifacts()}
     assert found[data.sha256].named_by == ("data of demo-1", "data of demo-0")
     assert found[model.sha256].named_by == ("student of demo-0",)
-    assert found[nobodys.sha256].named_by == ()
-    assert [artifact.bytes for artifact in found.values()][-1] == len("nobody's") == nobodys.bytes
-    assert datetime.now(UTC) - found[nobodys.sha256].used >= timedelta(seconds=90)
+    assert found[unnamed.sha256].named_by == ()
+    assert [artifact.bytes for artifact in found.values()][-1] == len("unnamed") == unnamed.bytes
+    assert datetime.now(UTC) - found[unnamed.sha256].used >= timedelta(seconds=90)
 
 
 @pytest.mark.slow

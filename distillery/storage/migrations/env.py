@@ -1,5 +1,4 @@
-"""What alembic runs to bring the shared database to this version's schema; database.py gives it the
-connection."""
+"""Alembic's entry: migrates the shared database over the connection that database.py gives."""
 
 from alembic import context
 

@@ -1,5 +1,4 @@
-"""The teacher's accepted answers, and the leases on work. Databases older than migrations have
-these tables already."""
+"""Create the tables of accepted answers and leases. Databases older than migrations have them."""
 
 import sqlalchemy as sa
 from alembic import op

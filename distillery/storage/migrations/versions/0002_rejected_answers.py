@@ -1,5 +1,4 @@
-"""Answers that are no label are kept with their reason, and what each answer was asked for and
-cost."""
+"""Keep rejected answers with their reason, and for every answer what was asked and what it cost."""
 
 import sqlalchemy as sa
 from alembic import op
