@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from pydantic import SecretStr
 
 from distillery.errors import DistilleryError, StoreError
 from distillery.recipe import RegistryKind, RegistryRecipe, parse_recipe
@@ -109,12 +108,8 @@ def serve(
     Clients must send the key in DISTILLERY_SERVER_KEY, if it is set.
     """
     from distillery.serving import server
-    from distillery.serving.server import KEY_VARIABLE
-    from distillery.settings import load_environment
 
-    load_environment()
-    key = os.environ.get(KEY_VARIABLE, "")
-    server.serve(folder, name, host, port, SecretStr(key) if key else None, threads=threads)
+    server.serve(folder, name, host, port, server.key_from_environment(), threads=threads)
 
 
 @app.command()

@@ -24,7 +24,7 @@ from distillery.labels.store import LabelStore
 from distillery.machine import usable_cores
 from distillery.recipe import FilterRecipe, PromptRecipe, Recipe, TeacherRecipe
 from distillery.records import OnnxModel, Rows, TeacherDrift, TeacherLabels
-from distillery.serving.server import served
+from distillery.serving.process import served
 from distillery.storage.artifacts import ArtifactStore
 from distillery.storage.working import working_folder
 from distillery.teacher.endpoint import Endpoint, resolve_endpoint

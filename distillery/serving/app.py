@@ -1,4 +1,8 @@
-"""serving/app"""
+"""The server's routes: POST /v1/chat/completions, GET /v1/models and GET /healthz.
+
+All of them are there without /v1 too, for azure-ai-inference. Answers are built from the openai
+package's own types.
+"""
 
 import asyncio
 import json
@@ -9,180 +13,224 @@ import uuid
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
-from pydantic import SecretStr
+from openai.types import Model
+from openai.types.chat import (
+    ChatCompletion,
+    ChatCompletionChunk,
+    ChatCompletionMessage,
+    ChatCompletionTokenLogprob,
+)
+from openai.types.chat.chat_completion import Choice, ChoiceLogprobs
+from openai.types.chat.chat_completion_chunk import Choice as ChunkChoice
+from openai.types.chat.chat_completion_chunk import ChoiceDelta
+from openai.types.chat.chat_completion_chunk import ChoiceLogprobs as ChunkLogprobs
+from pydantic import BaseModel, SecretStr
 from starlette.exceptions import HTTPException
 
 from distillery.errors import DistilleryError
 from distillery.inference.onnx_student import OnnxStudent
-from distillery.serving.completion import Job, Piece, complete
+from distillery.serving.completion import Job, Piece, answer_pieces
 from distillery.serving.requests import ApiError, parse_request, read_body
 
 _log = logging.getLogger(__name__)
 
 
-class _ModelWorker:
-    """The routes' state: the student, its one worker thread, the name and the key."""
+class ModelServer:
+    """The routes and what they share: the student, the model's name and the key.
+
+    The student is not thread-safe: only the one thread of `worker` uses it, so requests are
+    answered one at a time. The event loop stays free for everything else.
+    """
 
     def __init__(self, student: OnnxStudent, model_name: str, api_key: SecretStr | None) -> None:
         self.student = student
         self.name = model_name
         self.key = api_key.get_secret_value().encode() if api_key else b""
-        self.created = int(time.time())
+        self.model = Model(
+            id=model_name, object="model", created=int(time.time()), owned_by="distillery"
+        )
         self.worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="student")
 
-    def authorise(self, request: Request) -> None:
-        given = request.headers.get("api-key") or request.headers.get(
-            "authorization", ""
-        ).removeprefix("Bearer ")
+    async def list_models(self, request: Request) -> Response:
+        self.check_key(request)
+        return JSONResponse({"object": "list", "data": [as_json(self.model)]})
+
+    async def show_model(self, request: Request) -> Response:
+        self.check_key(request)
+        self.check_model(request.path_params["name"])
+        return JSONResponse(as_json(self.model))
+
+    async def chat(self, request: Request) -> Response:
+        self.check_key(request)
+        chat = parse_request(await read_body(request))
+        self.check_model(chat.model)
+        job = Job(chat)
+        answer = AnswerBuilder(job, self.name)
+        if chat.stream:
+            pieces = self.stream(job)
+            # The first piece is awaited here, so that an error still has its status code.
+            first = await anext(pieces)
+            return StreamingResponse(
+                answer_events(first, pieces, answer), media_type="text/event-stream"
+            )
+        return JSONResponse(as_json(answer.completion(await self.collect(job, request))))
+
+    def check_key(self, request: Request) -> None:
+        given = request.headers.get("api-key")
+        if not given:
+            given = request.headers.get("authorization", "").removeprefix("Bearer ")
         if self.key and not secrets.compare_digest(given.encode(), self.key):
             raise ApiError(401, "Incorrect API key provided.", code="invalid_api_key")
-
-    async def models(self, request: Request) -> Response:
-        self.authorise(request)
-        return JSONResponse({"object": "list", "data": [self.model]})
-
-    async def one_model(self, request: Request) -> Response:
-        self.authorise(request)
-        self.check_model(request.path_params["name"])
-        return JSONResponse(self.model)
-
-    @property
-    def model(self) -> dict[str, Any]:
-        return {
-            "id": self.name,
-            "object": "model",
-            "created": self.created,
-            "owned_by": "distillery",
-        }
 
     def check_model(self, name: str | None) -> None:
         if name not in (None, self.name):
             message = f"The model {name!r} does not exist; this server has {self.name!r}."
             raise ApiError(404, message, code="model_not_found", param="model")
 
-    async def chat(self, request: Request) -> Response:
-        self.authorise(request)
-        chat = parse_request(await read_body(request))
-        self.check_model(chat.model)
-        job = Job(chat)
-        head = {
-            "id": f"chatcmpl-{uuid.uuid4().hex}",
-            "created": int(time.time()),
-            "model": self.name,
-        }
-        if chat.stream:
-            pieces = self.stream(job)
-            # The first piece is awaited here, so that an error still has its status code.
-            first = await anext(pieces)
-            return StreamingResponse(
-                _events(first, pieces, job, head), media_type="text/event-stream"
-            )
-        return JSONResponse(_completion(await self.collect(job, request), job, head))
-
     async def collect(self, job: Job, request: Request) -> list[Piece]:
-        """The whole answer; given up between two tokens when the client has gone."""
-        done = asyncio.get_running_loop().run_in_executor(self.worker, self.work, job)
+        """Return the whole answer. It is given up between two tokens if the client has gone."""
+
+        def work() -> list[Piece]:
+            return list(answer_pieces(self.student, job))
+
+        answer = asyncio.get_running_loop().run_in_executor(self.worker, work)
         try:
-            while not (await asyncio.wait([done], timeout=1.0))[0]:
+            while True:
+                done, _ = await asyncio.wait([answer], timeout=1.0)
+                if done:
+                    return await answer
                 if await request.is_disconnected():
                     job.cancelled.set()
-            return await done
         finally:
             job.cancelled.set()
 
-    def work(self, job: Job) -> list[Piece]:
-        pieces = []
-        for piece in complete(self.student, job) if not job.cancelled.is_set() else ():
-            pieces.append(piece)
-            if job.cancelled.is_set():
-                break
-        return pieces
-
     async def stream(self, job: Job) -> AsyncIterator[Piece]:
-        """The answer's pieces as the worker thread makes them."""
+        """Yield the answer's pieces as the worker thread makes them."""
         loop = asyncio.get_running_loop()
-        queue: asyncio.Queue[Piece | BaseException] = asyncio.Queue()
+        queue: asyncio.Queue[Piece | Exception] = asyncio.Queue()
 
-        def produce() -> None:
+        def work() -> None:
             try:
-                for piece in complete(self.student, job) if not job.cancelled.is_set() else ():
+                for piece in answer_pieces(self.student, job):
                     loop.call_soon_threadsafe(queue.put_nowait, piece)
-                    if job.cancelled.is_set():
-                        return
             except Exception as error:
-                # Whatever it is: the request waits for it.
+                # Any error has to reach the request, which waits for the queue.
                 loop.call_soon_threadsafe(queue.put_nowait, error)
 
-        self.worker.submit(produce)
+        self.worker.submit(work)
         while True:
             piece = await queue.get()
-            if isinstance(piece, BaseException):
+            if isinstance(piece, Exception):
                 raise piece
             yield piece
             if piece.finish_reason:
                 return
 
 
-def _completion(pieces: list[Piece], job: Job, head: dict[str, Any]) -> dict[str, Any]:
-    choice = {
-        "index": 0,
-        "message": {
-            "role": "assistant",
-            "content": "".join(piece.text for piece in pieces),
-            "refusal": None,
-        },
-        "logprobs": _logprobs(job, [entry for piece in pieces for entry in piece.logprobs]),
-        "finish_reason": pieces[-1].finish_reason if pieces else "stop",
-    }
-    return {**head, "object": "chat.completion", "choices": [choice], "usage": job.usage}
+class AnswerBuilder:
+    """Builds the response to one job, whole or as chunks that share an id."""
 
+    def __init__(self, job: Job, model_name: str) -> None:
+        self.job = job
+        self.id = f"chatcmpl-{uuid.uuid4().hex}"
+        self.created = int(time.time())
+        self.model = model_name
 
-def _logprobs(job: Job, entries: list[dict[str, Any]]) -> dict[str, Any] | None:
-    return {"content": entries, "refusal": None} if job.request.logprobs else None
-
-
-async def _events(
-    first: Piece, rest: AsyncIterator[Piece], job: Job, head: dict[str, Any]
-) -> AsyncIterator[str]:
-    """The answer as server-sent events."""
-    usage = bool(job.request.stream_options and job.request.stream_options.include_usage)
-
-    def event(choices: list[dict[str, Any]], **more: Any) -> str:
-        chunk = {**head, "object": "chat.completion.chunk", "choices": choices, **more}
-        return f"data: {json.dumps(chunk, separators=(',', ':'))}\n\n"
-
-    def delta(content: dict[str, Any], reason: str | None = None, logprobs: Any = None) -> str:
-        return event(
-            [{"index": 0, "delta": content, "logprobs": logprobs, "finish_reason": reason}]
+    def completion(self, pieces: list[Piece]) -> ChatCompletion:
+        """Return the whole answer; a cancelled one has no pieces."""
+        entries: list[ChatCompletionTokenLogprob] = []
+        for piece in pieces:
+            entries += piece.logprobs
+        logprobs = None
+        if self.job.request.logprobs:
+            logprobs = ChoiceLogprobs(content=entries, refusal=None)
+        text = "".join(piece.text for piece in pieces)
+        reason = pieces[-1].finish_reason if pieces else None
+        choice = Choice(
+            index=0,
+            message=ChatCompletionMessage(role="assistant", content=text, refusal=None),
+            logprobs=logprobs,
+            finish_reason=reason or "stop",
+        )
+        return ChatCompletion(
+            id=self.id,
+            object="chat.completion",
+            created=self.created,
+            model=self.model,
+            choices=[choice],
+            usage=self.job.usage,
         )
 
+    def chunk(
+        self,
+        delta: ChoiceDelta,
+        entries: list[ChatCompletionTokenLogprob] | None = None,
+        finish_reason: Literal["stop", "length"] | None = None,
+    ) -> ChatCompletionChunk:
+        logprobs = None
+        if self.job.request.logprobs and entries is not None:
+            logprobs = ChunkLogprobs(content=entries, refusal=None)
+        choice = ChunkChoice(index=0, delta=delta, logprobs=logprobs, finish_reason=finish_reason)
+        return self.chunk_of([choice])
+
+    def usage_chunk(self) -> ChatCompletionChunk:
+        chunk = self.chunk_of([])
+        chunk.usage = self.job.usage
+        return chunk
+
+    def chunk_of(self, choices: list[ChunkChoice]) -> ChatCompletionChunk:
+        return ChatCompletionChunk(
+            id=self.id,
+            object="chat.completion.chunk",
+            created=self.created,
+            model=self.model,
+            choices=choices,
+        )
+
+
+async def answer_events(
+    piece: Piece, pieces: AsyncIterator[Piece], answer: AnswerBuilder
+) -> AsyncIterator[str]:
+    """Yield the answer as server-sent events: the first `piece`, then the other `pieces`."""
+    job = answer.job
+    options = job.request.stream_options
     try:
-        yield delta({"role": "assistant", "content": ""})
-        piece = first
+        yield event(answer.chunk(ChoiceDelta(role="assistant", content="")))
         while True:
             if piece.text or piece.logprobs:
-                yield delta({"content": piece.text}, logprobs=_logprobs(job, piece.logprobs))
+                delta = ChoiceDelta(content=piece.text)
+                yield event(answer.chunk(delta, piece.logprobs))
             if piece.finish_reason:
                 break
-            piece = await anext(rest)
-        yield delta({}, piece.finish_reason)
-        if usage:
-            yield event([], usage=job.usage)
+            piece = await anext(pieces)
+        yield event(answer.chunk(ChoiceDelta(), finish_reason=piece.finish_reason))
+        if options and options.include_usage:
+            yield event(answer.usage_chunk())
         yield "data: [DONE]\n\n"
     except Exception as error:
         _log.warning("an answer broke off", exc_info=error)
-        yield f"data: {json.dumps(_api_error(error).body)}\n\n"
+        yield f"data: {json.dumps(to_api_error(error).body)}\n\n"
     finally:
         job.cancelled.set()
 
 
+def event(chunk: ChatCompletionChunk) -> str:
+    # In ASCII: some clients split lines at U+2028 and the like, which would cut a chunk in two.
+    return f"data: {json.dumps(as_json(chunk), separators=(',', ':'))}\n\n"
+
+
+def as_json(answer: BaseModel) -> dict[str, Any]:
+    """Return an answer without the fields that this server does not set."""
+    return answer.model_dump(mode="json", exclude_unset=True)
+
+
 def create_app(student: OnnxStudent, model_name: str, api_key: SecretStr | None) -> FastAPI:
-    """The server's application; without a key it answers anyone who reaches it."""
-    server = _ModelWorker(student, model_name, api_key)
+    """Return the server's application. Without a key it answers anyone who reaches it."""
+    server = ModelServer(student, model_name, api_key)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -192,30 +240,28 @@ def create_app(student: OnnxStudent, model_name: str, api_key: SecretStr | None)
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
     for prefix in ("", "/v1"):
         app.add_route(f"{prefix}/chat/completions", server.chat, methods=["POST"])
-        app.add_route(f"{prefix}/models", server.models, methods=["GET"])
-        app.add_route(f"{prefix}/models/{{name:path}}", server.one_model, methods=["GET"])
-    app.add_route("/healthz", _healthy, methods=["GET"])
-    app.add_exception_handler(ApiError, _answer_error)
-    app.add_exception_handler(DistilleryError, _answer_error)
-    app.add_exception_handler(HTTPException, _answer_error)
-    app.add_exception_handler(Exception, _answer_error)
+        app.add_route(f"{prefix}/models", server.list_models, methods=["GET"])
+        app.add_route(f"{prefix}/models/{{name:path}}", server.show_model, methods=["GET"])
+    app.add_route("/healthz", answer_healthy, methods=["GET"])
+    for kind in (ApiError, DistilleryError, HTTPException, Exception):
+        app.add_exception_handler(kind, answer_error)
     return app
 
 
-async def _healthy(_: Request) -> Response:
+async def answer_healthy(_: Request) -> Response:
     return JSONResponse({"status": "ok"})
 
 
-async def _answer_error(_: Request, error: Exception) -> Response:
-    return _api_error(error).response
+async def answer_error(_: Request, error: Exception) -> Response:
+    return to_api_error(error).response
 
 
-def _api_error(error: Exception) -> ApiError:
+def to_api_error(error: Exception) -> ApiError:
     if isinstance(error, ApiError):
         return error
     if isinstance(error, HTTPException):
         return ApiError(error.status_code, str(error.detail))
     if isinstance(error, DistilleryError):
         return ApiError(500, str(error))
-    # What a library says is for the server's log.
+    # The text of a library's error is for the server's log only.
     return ApiError(500, f"The server failed ({type(error).__name__}).")

@@ -1,30 +1,43 @@
-"""serving/completion"""
+"""From a chat request to the student's answer, piece by piece, with its log-probabilities."""
 
 import math
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Literal
 
 import numpy as np
+from openai.types import CompletionUsage
+from openai.types.chat import ChatCompletionTokenLogprob
+from openai.types.chat.chat_completion_token_logprob import TopLogprob
 
 from distillery.inference.logits import Logits, log_softmax
 from distillery.inference.onnx_student import OnnxStudent
 from distillery.serving.requests import ApiError, ChatRequest
 
+IMPOSSIBLE = -9999.0
+"""The log-probability that OpenAI writes for what is all but impossible: JSON has no infinity."""
+
 
 @dataclass
 class Piece:
-    """A part of an answer: text that is settled, and the log-probabilities of the tokens taken since the last part."""
+    """A part of an answer: text that is final, and the log-probabilities of its tokens.
+
+    The last piece of an answer has the `finish_reason`.
+    """
 
     text: str
-    logprobs: list[dict[str, Any]]
-    finish_reason: str | None = None
+    logprobs: list[ChatCompletionTokenLogprob]
+    finish_reason: Literal["stop", "length"] | None = None
 
 
 @dataclass
 class Job:
-    """One request on its way through the worker thread. `cancelled`: the client has gone."""
+    """A request on its way through the worker thread, which counts the tokens here.
+
+    `cancelled` is set by the event loop if the client has gone or the answer is complete; the
+    worker reads it between two tokens.
+    """
 
     request: ChatRequest
     prompt_tokens: int = 0
@@ -32,34 +45,44 @@ class Job:
     cancelled: threading.Event = field(default_factory=threading.Event)
 
     @property
-    def usage(self) -> dict[str, int]:
-        prompt, completion = self.prompt_tokens, self.completion_tokens
-        return {
-            "prompt_tokens": prompt,
-            "completion_tokens": completion,
-            "total_tokens": prompt + completion,
-        }
+    def usage(self) -> CompletionUsage:
+        return CompletionUsage(
+            prompt_tokens=self.prompt_tokens,
+            completion_tokens=self.completion_tokens,
+            total_tokens=self.prompt_tokens + self.completion_tokens,
+        )
+
+
+def answer_pieces(student: OnnxStudent, job: Job) -> Iterator[Piece]:
+    """Yield the answer's pieces until it is complete or the job is cancelled."""
+    if job.cancelled.is_set():
+        return
+    for piece in complete(student, job):
+        yield piece
+        if job.cancelled.is_set():
+            return
 
 
 def complete(student: OnnxStudent, job: Job) -> Iterator[Piece]:
-    """The answer in pieces; the last one has the finish reason. Text that may be the start of a stop text is held back.
+    """Yield the whole answer in pieces. Text that may begin a stop text is held back.
 
-    Raises ApiError where the messages leave no room in the context."""
+    Raises ApiError if the messages leave no room in the context.
+    """
     request = job.request
-    prompt = student.tokenizer.encode_chat(
-        [{"role": m.role, "content": m.text} for m in request.messages]
-    )
+    messages = [{"role": message.role, "content": message.text} for message in request.messages]
+    prompt = student.tokenizer.encode_chat(messages)
     job.prompt_tokens = len(prompt)
     room = student.context_length - len(prompt)
     if room < 1:
         raise ApiError(
             400,
-            f"This model's maximum context length is {student.context_length} tokens; the messages have {len(prompt)}.",
+            f"This model's maximum context length is {student.context_length} tokens; "
+            f"the messages have {len(prompt)}.",
             code="context_length_exceeded",
             param="messages",
         )
     if request.structured_outputs:
-        yield _chosen(student, job, prompt, request.structured_outputs.choice)
+        yield choose_text(student, job, prompt, request.structured_outputs.choice)
         return
     steps = student.steps(
         prompt,
@@ -69,81 +92,99 @@ def complete(student: OnnxStudent, job: Job) -> Iterator[Piece]:
         seed=request.seed,
     )
     stream = student.text_stream()
-    held, entries, reason = "", [], "length"
+    held = ""
+    entries = []
     for token, logits in steps:
         if token in student.end_ids:
-            reason = "stop"
-            break
+            yield Piece(held, entries, "stop")
+            return
         job.completion_tokens += 1
         held += stream.decode(token)
         if request.logprobs:
-            entries.append(_token_logprobs(student, token, logits, request.top_logprobs or 0))
-        end, settled = _stop_at(held, request.stops)
+            entries.append(token_logprobs(student, token, logits, request.top_logprobs or 0))
+        end = find_stop(held, request.stops)
         if end is not None:
-            held, reason = held[:end], "stop"
-            break
-        if settled:
-            yield Piece(held[:settled], entries)
-            held, entries = held[settled:], []
-    yield Piece(held, entries, reason)
+            yield Piece(held[:end], entries, "stop")
+            return
+        final = final_length(held, request.stops)
+        if final:
+            yield Piece(held[:final], entries)
+            held = held[final:]
+            entries = []
+    yield Piece(held, entries, "length")
 
 
-def _chosen(student: OnnxStudent, job: Job, prompt: list[int], choice: list[str]) -> Piece:
-    """The likeliest text as the whole answer. Its log-probabilities are those among the texts, an entry in all."""
+def choose_text(student: OnnxStudent, job: Job, prompt: list[int], choice: list[str]) -> Piece:
+    """Return the likeliest text as the whole answer.
+
+    Each text counts as one token in the log-probabilities, which are those among the texts.
+    """
     texts = [student.tokenizer.encode_text(text) for text in choice]
     if len(prompt) + max(map(len, texts)) > student.context_length:
         raise ApiError(
             400, "The messages and a choice are longer than the context.", "context_length_exceeded"
         )
     probabilities = student.text_probabilities(prompt, texts)
-    order = sorted(range(len(choice)), key=lambda i: -probabilities[i])
-    job.completion_tokens = len(texts[order[0]])
-    entries = [
-        {
-            "token": choice[i],
-            "logprob": _number(math.log(probabilities[i] or math.nan)),
-            "bytes": list(choice[i].encode()),
-        }
-        for i in order
-    ]
-    top = entries[: job.request.top_logprobs or 0]
-    return Piece(
-        choice[order[0]],
-        [{**entries[0], "top_logprobs": top}] if job.request.logprobs else [],
-        "stop",
-    )
+    order = sorted(range(len(choice)), key=lambda index: -probabilities[index])
+    best = order[0]
+    job.completion_tokens = len(texts[best])
+    if not job.request.logprobs:
+        return Piece(choice[best], [], "stop")
+    ranked = []
+    for index in order:
+        logprob = IMPOSSIBLE
+        if probabilities[index] > 0:
+            logprob = math.log(probabilities[index])
+        encoded = list(choice[index].encode())
+        ranked.append(TopLogprob(token=choice[index], logprob=logprob, bytes=encoded))
+    entry = with_alternatives(ranked[0], ranked[: job.request.top_logprobs or 0])
+    return Piece(choice[best], [entry], "stop")
 
 
-def _stop_at(text: str, stops: list[str]) -> tuple[int | None, int]:
-    """Where the first stop text begins, if one is there; how many characters can't belong to one that is to come."""
-    found = [at for at in (text.find(stop) for stop in stops) if at >= 0]
-    partial = [n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])]
-    return min(found, default=None), len(text) - max(partial, default=0)
+def find_stop(text: str, stops: list[str]) -> int | None:
+    """Return where the first stop text begins, or None."""
+    positions = [text.find(stop) for stop in stops if stop in text]
+    return min(positions, default=None)
 
 
-def _token_logprobs(student: OnnxStudent, token: int, logits: Logits, top: int) -> dict[str, Any]:
-    """One entry of choices[].logprobs.content."""
+def final_length(text: str, stops: list[str]) -> int:
+    """Return how many characters can't belong to a stop text that is still to come."""
+    longest = 0
+    for stop in stops:
+        for length in range(1, len(stop)):
+            if text.endswith(stop[:length]):
+                longest = max(longest, length)
+    return len(text) - longest
+
+
+def token_logprobs(
+    student: OnnxStudent, token: int, logits: Logits, count: int
+) -> ChatCompletionTokenLogprob:
+    """Return the log-probability of a token, and those of the `count` likeliest tokens."""
     logprobs = log_softmax(logits)
-    best: list[int] = []
-    if top:
-        some = np.argpartition(-logprobs, min(top, len(logprobs) - 1))[:top]
-        best = some[np.argsort(-logprobs[some], kind="stable")].tolist()
-    return {
-        **_named(student, token, float(logprobs[token])),
-        "top_logprobs": [_named(student, other, float(logprobs[other])) for other in best],
-    }
+    likeliest: list[int] = []
+    if count:
+        some = np.argpartition(-logprobs, min(count, len(logprobs) - 1))[:count]
+        likeliest = some[np.argsort(-logprobs[some], kind="stable")].tolist()
+    alternatives = [name_token(student, other, float(logprobs[other])) for other in likeliest]
+    return with_alternatives(name_token(student, token, float(logprobs[token])), alternatives)
 
 
-def _named(student: OnnxStudent, token: int, logprob: float) -> dict[str, Any]:
+def name_token(student: OnnxStudent, token: int, logprob: float) -> TopLogprob:
+    """Return a token's text, bytes and log-probability.
+
+    A token that is a part of a character has no bytes: its text is U+FFFD.
+    """
     text = student.token_text(token)
-    in_full = "\ufffd" not in text
-    return {
-        "token": text,
-        "logprob": _number(logprob),
-        "bytes": list(text.encode()) if in_full else None,
-    }
+    encoded = None if "\ufffd" in text else list(text.encode())
+    if not math.isfinite(logprob):
+        logprob = IMPOSSIBLE
+    return TopLogprob(token=text, logprob=logprob, bytes=encoded)
 
 
-def _number(logprob: float) -> float:
-    """JSON knows no infinity; OpenAI writes -9999 for what is all but impossible."""
-    return logprob if math.isfinite(logprob) else -9999.0
+def with_alternatives(
+    token: TopLogprob, alternatives: list[TopLogprob]
+) -> ChatCompletionTokenLogprob:
+    return ChatCompletionTokenLogprob(
+        token=token.token, logprob=token.logprob, bytes=token.bytes, top_logprobs=alternatives
+    )

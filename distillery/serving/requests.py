@@ -1,43 +1,43 @@
-"""serving/requests"""
+"""The requests that the server takes, and the errors that it answers with, in OpenAI's form."""
 
 from typing import Annotated, Any, Literal
 
 from fastapi import Request
 from fastapi.responses import JSONResponse
+from openai.types.shared import ErrorObject
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 LARGEST_BODY = 4 << 20
+"""Bytes of the largest request."""
 
 
-class _Strict(BaseModel):
+class StrictModel(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
-class TextPart(_Strict):
+class TextPart(StrictModel):
     type: Literal["text"]
     text: str
 
 
-class ChatMessage(_Strict):
+class ChatMessage(StrictModel):
     role: Literal["system", "user", "assistant"]
     content: str | list[TextPart]
     name: str | None = None
 
     @property
     def text(self) -> str:
-        return (
-            self.content
-            if isinstance(self.content, str)
-            else "".join(part.text for part in self.content)
-        )
+        if isinstance(self.content, str):
+            return self.content
+        return "".join(part.text for part in self.content)
 
 
-class TextFormat(_Strict):
+class TextFormat(StrictModel):
     type: Literal["text"]
 
 
-class StructuredOutputs(_Strict):
-    """vLLM's; of its forms, a choice among texts."""
+class StructuredOutputs(StrictModel):
+    """An extension of vLLM's. Of its forms this server takes `choice`: one of several texts."""
 
     choice: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=64)]
 
@@ -46,12 +46,15 @@ class StreamOptions(BaseModel):
     include_usage: bool = False
 
 
-_Stop = Annotated[str, Field(min_length=1)]
+StopText = Annotated[str, Field(min_length=1)]
 
 
-class ChatRequest(_Strict):
-    """What this server understands of OpenAI's request; anything else is refused by name rather than passed over.
-    Fields that only describe the caller are taken and not used."""
+class ChatRequest(StrictModel):
+    """The part of OpenAI's request that this server supports.
+
+    Any other field is refused by name rather than ignored. Fields that only describe the caller
+    (user, metadata, store) are accepted and not used.
+    """
 
     messages: list[ChatMessage] = Field(min_length=1)
     model: str | None = None
@@ -60,7 +63,7 @@ class ChatRequest(_Strict):
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     seed: int | None = Field(None, ge=0)
-    stop: _Stop | Annotated[list[_Stop], Field(max_length=4)] | None = None
+    stop: StopText | Annotated[list[StopText], Field(max_length=4)] | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
     n: Literal[1] | None = None
@@ -76,15 +79,18 @@ class ChatRequest(_Strict):
 
     @property
     def limit(self) -> int | None:
+        """The most tokens that the answer may have, if the request says."""
         return self.max_completion_tokens or self.max_tokens
 
     @property
     def stops(self) -> list[str]:
-        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+        if isinstance(self.stop, str):
+            return [self.stop]
+        return self.stop or []
 
 
 class ApiError(Exception):
-    """An error in OpenAI's form."""
+    """An error that is answered with `status`, in OpenAI's form."""
 
     def __init__(
         self, status: int, message: str, code: str | None = None, param: str | None = None
@@ -92,7 +98,11 @@ class ApiError(Exception):
         super().__init__(message)
         self.status = status
         kind = "server_error" if status >= 500 else "invalid_request_error"
-        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+        self.error = ErrorObject(message=message, type=kind, param=param, code=code)
+
+    @property
+    def body(self) -> dict[str, Any]:
+        return {"error": self.error.model_dump(exclude_unset=True)}
 
     @property
     def response(self) -> JSONResponse:
@@ -101,6 +111,7 @@ class ApiError(Exception):
 
 
 async def read_body(request: Request) -> bytes:
+    """Return the request's body. Raises ApiError if it is larger than LARGEST_BODY."""
     body = bytearray()
     async for part in request.stream():
         body += part
@@ -112,14 +123,15 @@ async def read_body(request: Request) -> bytes:
 
 
 def parse_request(body: bytes) -> ChatRequest:
+    """Return the request of a JSON body. Raises ApiError with the first wrong field's name."""
     try:
         request = ChatRequest.model_validate_json(body)
     except ValidationError as error:
         detail = error.errors(include_url=False, include_input=False)[0]
         param = ".".join(str(part) for part in detail["loc"]) or None
-        message = (
-            "not supported by this server" if detail["type"] == "extra_forbidden" else detail["msg"]
-        )
+        message = detail["msg"]
+        if detail["type"] == "extra_forbidden":
+            message = "not supported by this server"
         raise ApiError(400, f"{param or 'body'}: {message}", param=param) from error
     if request.top_logprobs is not None and not request.logprobs:
         raise ApiError(400, "top_logprobs: needs logprobs: true", param="top_logprobs")

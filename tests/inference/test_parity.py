@@ -13,13 +13,13 @@ from distillery.evaluation.scoring import ModelToScore, score_model
 from distillery.export.build import export
 from distillery.inference.onnx_student import OnnxStudent
 from distillery.labels.known import gold_labels
+from distillery.models.device import choose_device
 from distillery.models.inspect import model_and_adapter
 from distillery.models.load import load_model, load_tokenizer, pad_id
-from distillery.models.device import choose_device
 from distillery.prompts import TransformersTokenizer, render_ids, render_messages
 from distillery.recipe import ExportForm, PromptRecipe, TrainingRecipe
 from distillery.records import Example
-from distillery.serving.server import served
+from distillery.serving.process import served
 from distillery.training.fine_tune import fine_tune
 from distillery.training.rows import training_rows
 from distillery.training.validation import option_probabilities
