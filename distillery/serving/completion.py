@@ -93,7 +93,7 @@ def complete(student: OnnxStudent, job: Job) -> Iterator[Piece]:
     )
     stream = student.text_stream()
     held = ""
-    entries = []
+    entries: list[ChatCompletionTokenLogprob] = []
     for token, logits in steps:
         if token in student.end_ids:
             yield Piece(held, entries, "stop")
