@@ -1,4 +1,4 @@
-"""The label store's files, its schema through the versions, and the keys under which paid answers are kept."""
+"""The label store: its files, its schema through the versions, and the keys of paid answers."""
 
 import sqlite3
 import subprocess
@@ -10,8 +10,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
+import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.config import Config
@@ -405,7 +405,7 @@ def test_a_database_of_a_newer_version_is_left_alone(url: str, tmp_path: Path) -
 
 
 def test_an_upgrade_that_fails_changes_nothing(url: str, tmp_path: Path) -> None:
-    """A table of another's making stands in the way, when the versions' table has been made already."""
+    """A foreign table stands in the way once the table of versions has been made."""
     make_old(tmp_path / "labels.db")
     with sqlite3.connect(tmp_path / "labels.db") as database:
         database.execute("CREATE TABLE _alembic_tmp_teacher_answers (mine TEXT)")

@@ -1,4 +1,4 @@
-"""What labelling will cost, said before the first call; the canary rows; labels that are there already."""
+"""What labelling will cost, told before the first call; canary rows; labels that exist already."""
 
 import asyncio
 import json
@@ -227,7 +227,7 @@ def test_gold_is_a_teacher_of_its_own_kind(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
 def test_labels_that_are_there_already(tmp_path: Path, suffix: str) -> None:
-    import pandas
+    import pandas  # type: ignore[import-untyped]
 
     rows = [
         {"example_id": f"row-{n}", "answer": "ABC"[n % 3], "distribution": None} for n in range(4)

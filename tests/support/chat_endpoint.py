@@ -45,14 +45,19 @@ class Call:
 
 @dataclass(frozen=True)
 class Reply:
-    """What to answer: a JSON body (or raw text), after `delay` seconds; `drop` closes the connection instead, `reset`
-    so that the other side gets an error. `half` breaks off in the middle of the body; `drip` sends it over so many
-    seconds."""
+    """What to answer: a JSON body (or raw text), once the event `wait` is set, if there is one, and
+    `delay` seconds have passed.
+
+    `drop` closes the connection instead, `reset` so that the other side gets an error. `half` breaks
+    off in the middle of the body; `drip` sends it over so many seconds. `wait` is set by the script,
+    which runs in the endpoint's own loop, or never.
+    """
 
     body: Any = None
     status: int = 200
     headers: dict[str, str] = field(default_factory=dict)
     delay: float = 0.0
+    wait: asyncio.Event | None = None
     drop: bool = False
     reset: bool = False
     half: bool = False
@@ -194,6 +199,8 @@ class ChatEndpoint:
 
     async def _answer(self, call: Call, writer: asyncio.StreamWriter) -> bool:
         reply = self.script(call)
+        if reply.wait:
+            await reply.wait.wait()
         await asyncio.sleep(reply.delay)
         if reply.reset:
             # Closed with time 0 to linger: TCP sends RST, not FIN.
