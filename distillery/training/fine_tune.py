@@ -51,18 +51,16 @@ def fine_tune(
 
     require_rows(rows)
     out.mkdir(parents=True, exist_ok=True)
-    steps: list[tuple[Layers | None, TrainingRecipe]] = []
-    for step in healing:
-        steps.append((step.layers, step.training))
-    steps.append((layers, recipe))
+    steps = [*((step.layers, step.training) for step in healing), (layers, recipe)]
     inputs = {"rows": out / "rows.jsonl", "validation": out / "validation.jsonl"}
     write_rows(rows, inputs["rows"])
     write_rows(validation, inputs["validation"])
     if any(training.hidden_weight for _, training in steps):
         inputs["hidden"] = out / "hidden.safetensors"
         teacher, tokenizer = load_model(base, adapter, remote_code)
-        device = choose_device(recipe.precision)
-        states = hidden_states(teacher, rows, pad_id=pad_id(tokenizer), device=device)
+        states = hidden_states(
+            teacher, rows, pad_id=pad_id(tokenizer), device=choose_device(recipe.precision)
+        )
         write_hidden_states(states, inputs["hidden"])
     passes = workflow_passes(steps, inputs, out, merge_first=adapter is not None)
     input_model = {
@@ -70,10 +68,10 @@ def fine_tune(
         "adapter_path": str(adapter) if adapter else None,
         "load_kwargs": {"trust_remote_code": remote_code},
     }
-    adapter_only = recipe.adapts and len(passes) == 1 and not whole
+    alone = recipe.adapts and len(passes) == 1 and not whole
     try:
         with reporting(progress, checkpoints):
-            run_workflow(input_model, passes, out, own_passes=OWN_PASSES, adapter_only=adapter_only)
+            run_workflow(input_model, passes, out, own_passes=OWN_PASSES, adapter_only=alone)
     finally:
         for file in inputs.values():
             file.unlink()

@@ -83,9 +83,8 @@ def pack(
     prompts = max(len(row.prompt) for row in rows) - shared
     width = prompts + max(sum(map(len, row.texts)) for row in rows)
     packed = [pack_row(row, pad_id, shared, prompts, width) for row in rows]
-    tokens, group, position, before = (
-        torch.tensor(column, device=device) for column in zip(*packed, strict=True)
-    )
+    columns = zip(*packed, strict=True)
+    tokens, group, position, before = [torch.tensor(part, device=device) for part in columns]
     own, others = group[:, :, None], group[:, None, :]
     # A token sees the prompt (group 0) and its own option.
     seen = (others == 0) | ((others == own) & (others > 0))

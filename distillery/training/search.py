@@ -86,14 +86,19 @@ class Search:
         trials = []
         # A trial that was asked for and not told yet, the last one, is left out.
         for trial, result in zip(self._study.trials, self._results, strict=False):
-            failed = isinstance(result, str)
+            measured: Measured | None = None
+            reason = ""
+            if isinstance(result, str):
+                reason = result
+            else:
+                measured = result
             trials.append(
                 Trial(
                     number=trial.number,
                     settings=trial.params,
-                    measured=None if failed else result,
+                    measured=measured,
                     best=trial.number in front,
-                    reason=result if failed else "",
+                    reason=reason,
                 )
             )
         return tuple(trials)

@@ -84,8 +84,8 @@ def test_option_probabilities_are_those_of_torch(
 def test_text_probabilities_are_those_of_torch_whatever_was_asked_before(
     arch: str, tiny_model: Build, tiny_onnx: Build
 ) -> None:
-    from distillery.models.load import load_model, pad_id
     from distillery.models.device import choose_device
+    from distillery.models.load import load_model, pad_id
     from distillery.training.rows import TrainingRow
     from distillery.training.validation import option_probabilities
 

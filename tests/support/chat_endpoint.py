@@ -1,6 +1,7 @@
-"""A chat-completions endpoint for tests: real HTTP/1.1 on 127.0.0.1, answering each request by a script.
+"""A chat-completions endpoint for tests: real HTTP/1.1 on 127.0.0.1, answering each request by a
+script.
 
-with ChatEndpoint(good) as server:          # or a function Call -> Reply, or replies() for a list of them
+with ChatEndpoint(good) as server:      # or a function Call -> Reply, or replies() for a list
     ... server.url, server.calls, server.most_in_flight
 """
 
@@ -48,9 +49,9 @@ class Reply:
     """What to answer: a JSON body (or raw text), once the event `wait` is set, if there is one, and
     `delay` seconds have passed.
 
-    `drop` closes the connection instead, `reset` so that the other side gets an error. `half` breaks
-    off in the middle of the body; `drip` sends it over so many seconds. `wait` is set by the script,
-    which runs in the endpoint's own loop, or never.
+    `drop` closes the connection instead, `reset` so that the other side gets an error. `half`
+    breaks off in the middle of the body; `drip` sends it over so many seconds. `wait` is set by the
+    script, which runs in the endpoint's own loop, or never.
     """
 
     body: Any = None
@@ -70,7 +71,8 @@ Script = Callable[[Call], Reply]
 def completion(
     text: str, *, top: dict[str, float] | None = None, finish_reason: str = "stop"
 ) -> dict[str, Any]:
-    """A completion's JSON. `top` holds probabilities: with them, each token of `text` (cut at blanks) lists them."""
+    """A completion's JSON. `top` holds probabilities: with them, each token of `text` (cut at
+    blanks) lists them."""
     choice: dict[str, Any] = {
         "index": 0,
         "message": {"role": "assistant", "content": text},
@@ -116,7 +118,8 @@ def refused(status: int, message: str, *, code: str = "", param: str = "", **hea
 
 
 def good(call: Call) -> Reply:
-    """A letter that depends on the question alone, with log-probabilities where they are asked for."""
+    """A letter that depends on the question alone, with log-probabilities where they are asked
+    for."""
     letter = "ABC"[sum(call.question.encode()) % 3]
     top = {letter: 0.7, f" {letter}": 0.1, **{other: 0.08 for other in "ABC" if other != letter}}
     return said(letter, top=top if call.body.get("logprobs") else None)
@@ -128,7 +131,8 @@ def replies(first: Sequence[Reply], then: Script = good) -> Script:
 
 
 class ChatEndpoint:
-    """`calls` are all requests so far, `answered` the (question, time.monotonic()) of those answered in full."""
+    """`calls` are all requests so far, `answered` the (question, time.monotonic()) of those
+    answered in full."""
 
     def __init__(self, script: Script = good) -> None:
         self.script = script

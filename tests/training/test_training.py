@@ -8,27 +8,25 @@ import resource
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from tiny_model import ARCHITECTURES
 
-from distillery.errors import DataError, RecipeError, StoreUnavailable, TrainingError
+from distillery.errors import DataError, StoreUnavailable, TrainingError
 from distillery.export.build import export
 from distillery.inference.decoder import ADAPTER_FILE
 from distillery.labels.known import gold_labels
-from distillery.models.base import base_folder, base_identity, local_copy
 from distillery.models.device import choose_device
 from distillery.models.inspect import model_and_adapter
 from distillery.models.load import end_of_turn_id, load_model, load_tokenizer, pad_id
 from distillery.prompts import TransformersTokenizer, letter_ids, render_ids
 from distillery.recipe import (
-    BaseModelRecipe,
     ExportForm,
     HealingRecipe,
     LayerChoice,
@@ -38,7 +36,7 @@ from distillery.recipe import (
 )
 from distillery.records import Example, TeacherLabel
 from distillery.training.adapters import add_lora, linear_modules
-from distillery.training.checkpoint import STATE_FILE, Checkpoints
+from distillery.training.checkpoint import STATE_FILE, Checkpoints, CheckpointTimer
 from distillery.training.fine_tune import fine_tune
 from distillery.training.hidden_states import hidden_states
 from distillery.training.loop import Progress, TrainingProgress, TrainingResult, train
@@ -396,14 +394,12 @@ def test_an_option_without_a_token_is_one_line(tiny_model: TinyModel) -> None:
 
 @dataclass
 class OneFile:
-    """Checkpoints as one file; each save takes `seconds` longer."""
+    """Checkpoints as one file. `saves` counts how often it was written."""
 
     path: Path
-    seconds: float = 0.0
     saves: int = 0
 
     def save(self, folder: Path) -> None:
-        time.sleep(self.seconds)
         self.saves += 1
         beside = self.path.with_suffix(".new")
         shutil.copyfile(folder / STATE_FILE, beside)
@@ -561,15 +557,48 @@ def test_a_checkpoint_that_does_not_fit_or_is_damaged_is_left_aside(
     assert all(torch.equal(a, b) for a, b in zip(weights, expected, strict=True))
 
 
+@dataclass
+class Clock:
+    """A clock that stands still until it is set."""
+
+    now: float = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+@dataclass
+class SlowFile(OneFile):
+    """Each save takes a second of `clock`."""
+
+    clock: Clock = field(default_factory=Clock)
+
+    def save(self, folder: Path) -> None:
+        super().save(folder)
+        self.clock.now += 1.0
+
+
 def test_checkpoints_take_two_percent_of_the_time_at_most(
-    tiny_model: TinyModel, tmp_path: Path
+    tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    slow, rare = OneFile(tmp_path / "slow", seconds=1.0), OneFile(tmp_path / "rare")
-    started = time.perf_counter()
+    slow, rare = SlowFile(tmp_path / "slow"), OneFile(tmp_path / "rare")
+    clock = slow.clock
+    monkeypatch.setattr("distillery.training.checkpoint.time", clock)
     short_training(tiny_model("llama"), checkpoints=slow, epochs=4)
-    assert time.perf_counter() - started < 50, "else the machine is too slow for this test"
     short_training(tiny_model("llama"), checkpoints=rare, every_s=3600)
     assert (slow.saves, rare.saves) == (1, 0)
+
+    def save(checkpoints: Checkpoints) -> None:
+        saved.append(clock.now)
+        clock.now += 1.0
+
+    saved: list[float] = []
+    clock.now = 0.0
+    timer = CheckpointTimer(slow, every_s=0.0)
+    while clock.now < 160:
+        timer.save_if_due(SimpleNamespace(save=save))  # type: ignore[arg-type]
+        clock.now += 0.5
+    assert saved == [0.0, 51.0, 102.0, 153.0]
 
 
 class Down(OneFile):
@@ -834,67 +863,3 @@ def test_what_a_pass_refuses_comes_through_olive_as_one_line(
             tiny_model("llama"), None, rows, [], TrainingRecipe(), tmp_path / "out", layers=[7]
         )
     assert "Traceback" not in "".join(capfd.readouterr())
-
-
-def test_base_models_that_can_not_be_used_are_one_line(
-    tmp_path: Path, tiny_model: TinyModel
-) -> None:
-    with pytest.raises(RecipeError, match="no such folder"):
-        base_folder(BaseModelRecipe(model="./nowhere"))
-    with pytest.raises(RecipeError, match=r"no such file"):
-        base_folder(BaseModelRecipe(model="nothing.gguf"))
-    with pytest.raises(RecipeError, match="is not installed"):
-        base_folder(BaseModelRecipe(model="package:no_such_package"))
-    with pytest.raises(RecipeError, match="azureml://registries/REGISTRY"):
-        base_folder(BaseModelRecipe(model="azureml://models/Phi"))
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    with pytest.raises(TrainingError, match=r"no \.safetensors"):
-        base_folder(BaseModelRecipe(model=str(tmp_path)))
-    assert base_folder(BaseModelRecipe(model=str(tiny_model("llama")))) == tiny_model("llama")
-
-
-def test_remote_code_needs_recipe_and_worker(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "config.json").write_text(
-        json.dumps({"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}})
-    )
-    (tmp_path / "model.safetensors").write_bytes(b"")
-    name = str(tmp_path)
-    with pytest.raises(TrainingError, match="needs Python code of its own"):
-        base_folder(BaseModelRecipe(model=name))
-    with pytest.raises(TrainingError, match="DISTILLERY_REMOTE_CODE"):
-        base_folder(BaseModelRecipe(model=name, trust_remote_code=True))
-    monkeypatch.setenv("DISTILLERY_REMOTE_CODE", f"other, {name}")
-    with pytest.raises(TrainingError, match="needs Python code"):
-        base_folder(BaseModelRecipe(model=name))
-    assert base_folder(BaseModelRecipe(model=name, trust_remote_code=True)) == tmp_path
-
-
-def test_a_hub_models_own_code_is_downloaded_only_where_it_may_run(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    asked: list[list[str]] = []
-
-    def snapshot_download(name: str, allow_patterns: list[str], **_options: object) -> str:
-        asked.append(allow_patterns)
-        return "/nowhere"
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    for listed, trusted in (("", True), ("org/model", False), ("org/model", True)):
-        monkeypatch.setenv("DISTILLERY_REMOTE_CODE", listed)
-        base = BaseModelRecipe(model="org/model", trust_remote_code=trusted)
-        with pytest.raises(TrainingError, match=r"no readable config\.json"):
-            base_folder(base)
-        assert local_copy(base) == Path("/nowhere")
-    assert ["*.py" in patterns for patterns in asked] == [False] * 4 + [True] * 2
-
-
-def test_a_changed_local_base_model_has_another_identity(
-    tiny_model: TinyModel, tmp_path: Path
-) -> None:
-    (tmp_path / "config.json").write_text("{}")
-    before = base_identity(BaseModelRecipe(model=str(tmp_path)))
-    (tmp_path / "config.json").write_text('{"a": 1}')
-    assert base_identity(BaseModelRecipe(model=str(tmp_path))) != before
-    assert base_identity(BaseModelRecipe(model="org/model", revision="abc")) == "org/model@abc"
