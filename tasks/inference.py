@@ -17,7 +17,7 @@ from tasks.progress import conclude
 from tasks.stage import origin, stage
 
 
-@stage("score", version=1)
+@stage("score", version=2)
 def score(
     model: RegisteredModel, prompt: PromptRecipe, rows: InputFile, columns: Columns
 ) -> Predictions:
