@@ -170,17 +170,19 @@ def _publish(progress: StageProgress, ended: threading.Event, log: bool) -> None
     artifact: Any = None
     logged_at = 0.0
     shown = ""
-    while not ended.wait(PUBLISH_S):
+    last = False
+    while not last:
+        last = ended.wait(PUBLISH_S)
         line = progress.line()
         seconds = progress.seconds
-        if log and seconds - logged_at >= (LOG_S if seconds < LATER_AFTER_S else LATER_LOG_S):
+        due = logged_at + (LOG_S if seconds < LATER_AFTER_S else LATER_LOG_S)
+        if log and not last and seconds >= due:
             logged_at = seconds
             get_run_logger().info("%s: %s", progress.title, line or f"at work for {clock(seconds)}")
         share = progress.share
-        if share is None or line == shown:
-            continue
-        shown = line
-        artifact = _publish_artifact(artifact, progress.title, 100 * share, line)
+        if share is not None and line != shown:
+            shown = line
+            artifact = _publish_artifact(artifact, progress.title, 100 * share, line)
 
 
 def _publish_artifact(artifact: Any, title: str, percent: float, line: str) -> Any:

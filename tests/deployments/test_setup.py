@@ -416,7 +416,8 @@ def test_an_outage_of_the_server_crashes_no_healthy_run_and_hides_no_dead_one(
 ) -> None:
     """Two runs are silent while the server is down, for longer than the automations wait; one of
     them is alive."""
-    silent_after, dead_after = 5, 20
+    # Ten seconds are the least that Prefect allows.
+    silent_after, dead_after = 10, 20
     monkeypatch.setattr(setup, "SILENT_AFTER", silent_after)
     monkeypatch.setattr(setup, "DEAD_AFTER", dead_after)
     with temporary_settings(

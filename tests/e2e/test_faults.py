@@ -246,7 +246,7 @@ def test_the_whole_way_on_azure_and_postgresql_and_again_from_the_cache(
     assert workshop.states(again) == dict.fromkeys(workshop.states(first), "Cached")
     assert workshop.scoreboard(again) == workshop.scoreboard(first)
     # Only what was under way has progress to show.
-    assert workshop.artifacts(again).keys() == workshop.artifacts(first).keys() - {"labelling"}
+    assert workshop.artifacts(again).keys() == workshop.artifacts(first).keys() - {"label"}
     assert workshop.counts() == before
     assert cloud.answers("local:%") == ROWS["train"]
 
@@ -306,11 +306,11 @@ def test_a_training_outlives_its_server_and_then_its_store(
         assert workshop.processes(child)
         workshop.start_server()
         started = time.monotonic()
-        shown = workshop.artifacts(child)["training"]
+        shown = workshop.artifacts(child)["train"]
         workshop.until(
             child,
             "progress",
-            lambda: workshop.artifacts(child)["training"]["data"] != shown["data"],
+            lambda: workshop.artifacts(child)["train"]["data"] != shown["data"],
         )
         recovered("a server away for 20 s", started)
         cloud.until_checkpoint(parent)
