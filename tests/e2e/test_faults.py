@@ -306,6 +306,8 @@ def test_a_training_outlives_its_server_and_then_its_store(
         assert workshop.processes(child)
         workshop.start_server()
         started = time.monotonic()
+        # The server may have gone before it was told of any progress.
+        workshop.until(child, "first progress", lambda: "train" in workshop.artifacts(child))
         shown = workshop.artifacts(child)["train"]
         workshop.until(
             child,
