@@ -1,4 +1,4 @@
-"""The teacher: a chat-completions endpoint that is asked one question at a time.
+"""The teacher: a chat-completions endpoint, and how it is asked.
 
 In: the messages of a prompt and the teacher's settings (`TeacherRecipe`, TEACHER_MODEL_*).
 Out: the completion and what it says, within the limits of the endpoint and of the budget.

@@ -111,8 +111,7 @@ def base_url_of(address: str) -> str:
             "TEACHER_MODEL_ENDPOINT: contains a user name; put the key in TEACHER_MODEL_KEY"
         )
     path = parts.path.rstrip("/").removesuffix("/chat/completions")
-    is_bare = not path
-    if is_bare and host_of(address).endswith((".openai.azure.com", ".services.ai.azure.com")):
+    if not path and host_of(address).endswith((".openai.azure.com", ".services.ai.azure.com")):
         path = "/openai/v1"
     return urlunsplit((parts.scheme, parts.netloc, path, "", ""))
 
