@@ -382,3 +382,15 @@ def test_the_same_on_azure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
             half.sha256,
             "records",
         }
+
+
+def test_a_shared_store_is_not_judged_by_a_registry_of_this_machine_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("DISTILLERY_REGISTRY")
+    line = r"DISTILLERY_REGISTRY: not set, .*; set it to the registry of the runs"
+    with pytest.raises(StoreError, match=line):
+        find_registered({("local", "student")}, store_is_local=False)
+    nothing = find_registered(set(), store_is_local=False)
+    assert not nothing.versions
+    assert not nothing.artifacts
