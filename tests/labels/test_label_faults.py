@@ -1166,4 +1166,5 @@ def test_memory_does_not_grow_with_the_rows(tmp_path: Path) -> None:
         )
         rate, peaks[rows] = map(float, done.stdout.split())
         print(f"{rows} rows: {rate:.0f} rows a second, {peaks[rows]:.0f} MiB at most")
-    assert peaks[most] <= 1.2 * peaks[most // 10]
+    # Half of either peak is libraries.
+    assert peaks[most] <= 1.1 * peaks[most // 10]
