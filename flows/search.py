@@ -8,17 +8,14 @@ run.
 
 import sys
 from argparse import ArgumentParser
-from pathlib import Path
 
-import yaml
 from prefect import flow, get_run_logger, tags
 from prefect.artifacts import create_markdown_artifact
-from pydantic import ValidationError
 
-from distillery.errors import DistilleryError, ExportError, RecipeError, TrainingError
+from distillery.errors import DistilleryError, ExportError, TrainingError
 from distillery.machine import machine_name
 from distillery.readiness import check_settings
-from distillery.recipe import Recipe, SearchRecipe, explain_validation_error, load_recipe
+from distillery.recipe import Recipe, SearchRecipe, load_recipe, load_space
 from distillery.records import Trial
 from distillery.training.search import Search, render_trials
 from flows.distill import labelled_rows, student_base, trained_student
@@ -66,21 +63,6 @@ def search(
     return found.trials
 
 
-def load_space(path: str) -> SearchRecipe:
-    """Return the search space of a YAML file. Raises RecipeError, in one line, for any other
-    file."""
-    try:
-        return SearchRecipe.model_validate(yaml.safe_load(Path(path).read_text(encoding="utf-8")))
-    except OSError as error:
-        raise RecipeError(
-            f"{path}: can't be read ({error.strerror}); give a YAML file such as 'rank: [8, 16]'"
-        ) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: no valid YAML: {' '.join(str(error).split())}") from error
-    except ValidationError as error:
-        raise RecipeError(f"{path}: {explain_validation_error(error)}") from error
-
-
 def main(arguments: list[str]) -> int:
     """Search here; return 0 when the search ended, 1 after one line on what the user can mend."""
     parser = ArgumentParser(
@@ -92,9 +74,9 @@ def main(arguments: list[str]) -> int:
     try:
         recipe, space = load_recipe(given.recipe), load_space(given.space)
         with (
+            shown_in_terminal([PlannedStage("prepare dataset", "prepare dataset")]),
             results_in_store(),
             tags("distillery", recipe.name),
-            shown_in_terminal([PlannedStage("prepare dataset", "prepare dataset")]),
         ):
             trials = search(recipe, space)
     except DistilleryError as error:

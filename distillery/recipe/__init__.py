@@ -8,7 +8,7 @@ from distillery.recipe.base_model import BaseModelRecipe
 from distillery.recipe.dataset import Columns, DatasetRecipe
 from distillery.recipe.evaluation import EvaluationRecipe
 from distillery.recipe.export import ExportForm, ExportRecipe
-from distillery.recipe.load import explain_validation_error, load_recipe, parse_recipe
+from distillery.recipe.load import load_recipe, load_space, parse_recipe
 from distillery.recipe.preset import PRESETS
 from distillery.recipe.prompt import PromptRecipe
 from distillery.recipe.recipe import Recipe
@@ -53,7 +53,7 @@ __all__ = [
     "TeacherPreparation",
     "TeacherRecipe",
     "TrainingRecipe",
-    "explain_validation_error",
     "load_recipe",
+    "load_space",
     "parse_recipe",
 ]

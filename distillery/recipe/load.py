@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from distillery.errors import RecipeError
 from distillery.recipe.preset import PRESETS
 from distillery.recipe.recipe import Recipe
+from distillery.recipe.search import SearchRecipe
 from distillery.recipe.student import LayerChoice
 
 MESSAGES = {
@@ -27,18 +28,31 @@ def load_recipe(name_or_path: str) -> Recipe:
     """
     if name_or_path in PRESETS:
         return parse_recipe({"preset": name_or_path}, f"preset {name_or_path}")
-    path = Path(name_or_path)
+    values = read_yaml(name_or_path, f"give a file or one of: {', '.join(PRESETS)}")
+    if not isinstance(values, dict):
+        raise RecipeError(f"{name_or_path}: a recipe is a mapping of keys, such as 'name: my-task'")
+    return parse_recipe(values, name_or_path)
+
+
+def load_space(path: str) -> SearchRecipe:
+    """Return the search space of a YAML file. Raises RecipeError, in one line, for any other
+    file."""
+    values = read_yaml(path, "give a YAML file such as 'rank: [8, 16]'")
     try:
-        values = yaml.safe_load(path.read_text())
+        return SearchRecipe.model_validate(values)
+    except ValidationError as error:
+        raise RecipeError(f"{path}: {explain_validation_error(error)}") from error
+
+
+def read_yaml(path: str, advice: str) -> Any:
+    """Return what a YAML file holds. Raises RecipeError, in one line; for a file that can't be read
+    with `advice`."""
+    try:
+        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise RecipeError(
-            f"{path}: can't be read ({error.strerror}); give a file or one of: {', '.join(PRESETS)}"
-        ) from error
+        raise RecipeError(f"{path}: can't be read ({error.strerror}); {advice}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise RecipeError(f"{path}: a recipe is a mapping of keys, such as 'name: my-task'")
-    return parse_recipe(values, str(path))
 
 
 def parse_recipe(values: dict[str, Any], source: str) -> Recipe:

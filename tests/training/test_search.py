@@ -6,10 +6,9 @@ from typing import Any
 import pytest
 
 from distillery.errors import RecipeError
-from distillery.recipe import Recipe, SearchRecipe
+from distillery.recipe import Recipe, SearchRecipe, load_space
 from distillery.records import Measured, Trial
 from distillery.training.search import Search, render_trials
-from flows.search import load_space
 
 SPACE = SearchRecipe(
     rank=(4, 8),
@@ -146,7 +145,7 @@ def test_a_trial_without_a_student_is_shown_and_the_search_goes_on() -> None:
     ("text", "said"),
     [
         ("", "settings belong here, such as {KEY: VALUE}"),
-        ("rank: [8", "no valid YAML"),
+        ("rank: [8", "not valid YAML"),
         ("{}", "nothing to try: give rank, keep"),
         ("depth: [8]", "depth: unknown key; remove it"),
         ("learning_rate: [1.0e-3, 1.0e-5]", "learning_rate: give the lower bound first"),
