@@ -82,7 +82,7 @@ def main(arguments: list[str]) -> int:
     rows = given.input if "://" in given.input else str(Path(given.input).absolute())
     out = Path(given.output).absolute()
     try:
-        with results_in_store(), shown_in_terminal([PlannedStage("score", "score")]):
+        with shown_in_terminal([PlannedStage("score", "score")]), results_in_store():
             done = batch_inference(given.model, rows, str(out), given.version, given.registry)
     except DistilleryError as error:
         print(f"error: {error}", file=sys.stderr)

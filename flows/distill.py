@@ -182,8 +182,6 @@ def planned(recipe: Recipe) -> list[PlannedStage]:
         stages.append(PlannedStage("gold labels", "gold labels"))
         stages.append(PlannedStage("train teacher", "train"))
         stages.append(PlannedStage("export teacher", "export"))
-    if recipe.teacher.canaries.rows:
-        stages.append(PlannedStage("canaries", "canaries"))
     label = {"gold": "gold labels", "file": "labels from files"}.get(recipe.teacher.kind, "label")
     stages.append(PlannedStage("label", label))
     if recipe.teacher.kind != "local":
@@ -214,9 +212,9 @@ def main(arguments: list[str]) -> int:
     try:
         recipe = load_recipe(given.recipe)
         with (
+            shown_in_terminal(planned(recipe)),
             results_in_store(),
             tags(recipe.name, recipe.dataset.title),
-            shown_in_terminal(planned(recipe)),
         ):
             outcome = distill(recipe, refresh=tuple(given.refresh))
     except DistilleryError as error:

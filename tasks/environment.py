@@ -13,6 +13,8 @@ DEFAULTS = {
     # Prefect's own telemetry writes to its database while the first run starts: "database is
     # locked".
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    # Else Prefect prints a notice on telemetry in a terminal.
+    "DO_NOT_TRACK": "1",
     # On a busy machine the temporary server of a first run takes longer than Prefect's 20 s.
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
     "PREFECT_LOGGING_EXTRA_LOGGERS": "distillery",

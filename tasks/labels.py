@@ -1,7 +1,7 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager, nullcontext
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -102,7 +102,7 @@ def _show_rows(done: int, of: int) -> None:
 
 
 def _slots(teacher: TeacherRecipe) -> Slots:
-    if teacher.shared_limit is None:
+    if not teacher.shared_limit:
         return nullcontext
     return partial(shared_slot, teacher.shared_limit)
 
@@ -112,18 +112,15 @@ async def shared_slot(limit: str) -> AsyncIterator[None]:
     """Hold a slot of the Prefect concurrency limit that all runs of this teacher share.
 
     Raises TeacherError where the server has no such limit."""
-    slot = concurrency(limit, occupy=1, strict=True)
-    try:
-        await slot.__aenter__()
-    except ConcurrencySlotAcquisitionError:
-        raise TeacherError(
-            f"teacher.shared_limit: the Prefect server has no concurrency limit {limit}; create it "
-            f"with prefect gcl create {limit} --limit CALLS"
-        ) from None
-    try:
+    async with AsyncExitStack() as held:
+        try:
+            await held.enter_async_context(concurrency(limit, occupy=1, strict=True))
+        except ConcurrencySlotAcquisitionError:
+            raise TeacherError(
+                f"teacher.shared_limit: the Prefect server has no concurrency limit {limit}; "
+                f"create it with prefect gcl create {limit} --limit CALLS"
+            ) from None
         yield
-    finally:
-        await slot.__aexit__(None, None, None)
 
 
 @contextmanager

@@ -30,7 +30,9 @@ class StageProgress:
         self.started = time.monotonic()
         self.done, self.of, self.unit, self.text = 0.0, 0.0, "", ""
         self._first_done, self._first_at = 0.0, 0.0
+        # Where the stage knows its time left, it says its own rate in the text.
         self._seconds_left: float | None = None
+        self.conclusion = ""
 
     def show(
         self, done: float, of: float, unit: str, text: str = "", seconds_left: float | None = None
@@ -79,7 +81,7 @@ class StageProgress:
             parts.append(f"{self.done:g} of {self.of:g} {self.unit}")
         if self.text:
             parts.append(self.text)
-        if self.unit and self.rate > 0 and "/s" not in self.text:
+        if self.unit and self.rate > 0 and self._seconds_left is None:
             parts.append(f"{self.rate:.1f} {self.unit}/s")
         if self.seconds_left is not None:
             parts.append(f"{clock(self.seconds_left)} left")
@@ -108,7 +110,7 @@ def conclude(text: str) -> None:
     get_run_logger().info("%s", text)
     progress = _running.get()
     if progress is not None:
-        progress.text = text
+        progress.conclusion = text
 
 
 class Display(Protocol):

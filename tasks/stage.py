@@ -25,7 +25,6 @@ from distillery.models.base import base_identity
 from distillery.recipe import BaseModelRecipe, RegistryRecipe, Slice
 from distillery.records import RegisteredModel, StageRecord, digest_of
 from distillery.storage.artifacts import ArtifactStore
-from tasks.environment import set_defaults
 from tasks.locks import StageLocks
 from tasks.progress import live_display, progress_of
 
@@ -259,8 +258,6 @@ def begin() -> None:
     For each task with tags Prefect asks the server for slots under their concurrency limits, which
     takes a good part of a cached run's time."""
     TagsContext(current_tags=set()).__enter__()
-    # A worker may have started Prefect without them; libraries that are read later heed them still.
-    set_defaults()
     _tidy_logs()
 
 

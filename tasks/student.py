@@ -109,8 +109,7 @@ def _file_of(rows: Rows | None, store: ArtifactStore) -> Path | None:
 
 
 def _report(track: Log, healing_steps: int, at: TrainingProgress) -> None:
-    """Tell the display, MLflow and the debug log how far training is; end it with its parent
-    run."""
+    """Tell the display and MLflow how far training is; end it with its parent run."""
     check_parent()
     part = f"healing {at.healing} of {healing_steps}, " if at.healing else ""
     show(

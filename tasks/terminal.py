@@ -53,7 +53,12 @@ class LiveDisplay:
         self._spinner = Spinner("dots")
 
     def stage_begins(self, task: str) -> None:
-        """Mark the first stage to come of this task as running; an unplanned one is added."""
+        """Mark the first stage to come of this task as running; an unplanned one is added.
+
+        A stage that is tried again begins again, and is the same line."""
+        running = self._running_stage()
+        if running is not None and running.task == task:
+            return
         for stage in self.stages:
             if stage.task == task and stage.state == "to come":
                 stage.state = "running"
@@ -124,7 +129,7 @@ def _figures(stage: ShownStage) -> Text:
         return Text("")
     if stage.state == "running":
         return Text(stage.progress.line())
-    return Text(stage.progress.text)
+    return Text(stage.progress.conclusion)
 
 
 def _time(stage: ShownStage) -> Text:

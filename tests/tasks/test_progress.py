@@ -86,7 +86,7 @@ def test_the_display_shows_what_is_done_running_and_to_come(still: Clock) -> Non
     assert lines[0] == "✓ train teacher cached"
     assert lines[1].endswith("train student 2 of 8 steps, loss 0.1, 0.5 steps/s, 0:12 left 0:04")
     assert lines[3:] == ["· export student", "· evaluate student"]
-    work.text = "16 rows"
+    work.conclusion = "16 rows"
     display.stage_ends("Completed", completed=True)
     display.stage_begins("export")
     display.stage_ends("Failed", completed=False)
@@ -96,6 +96,15 @@ def test_the_display_shows_what_is_done_running_and_to_come(still: Clock) -> Non
     assert lines[2].startswith("✗ export student")
     assert lines[3] == "· evaluate student"
     assert lines[4].endswith("unplanned")
+
+
+def test_a_stage_that_is_tried_again_is_one_line() -> None:
+    display = LiveDisplay(
+        [PlannedStage("train teacher", "train"), PlannedStage("train student", "train")]
+    )
+    display.stage_begins("train")
+    display.stage_begins("train")
+    assert [stage.state for stage in display.stages] == ["running", "to come"]
 
 
 @pytest.fixture(scope="module")
@@ -154,4 +163,4 @@ def test_a_display_takes_the_place_of_the_log(
         worked(1)
     assert not [record for record in caplog.records if record.message.startswith("slow work: ")]
     assert display.stages[0].progress is not None
-    assert display.stages[0].progress.text == "5 rows, all of them"
+    assert display.stages[0].progress.conclusion == "5 rows, all of them"
