@@ -11,6 +11,8 @@ import pytest
 from tenacity import wait_none
 from tiny_model import build_tiny_model
 
+from distillery.teacher.endpoint import Sdk
+
 os.environ["OLIVE_DISABLE_TELEMETRY"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
@@ -24,9 +26,10 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture(params=["azure-ai-inference", "openai"])
-def sdk(request: pytest.FixtureRequest) -> str:
+def sdk(request: pytest.FixtureRequest) -> Sdk:
     """Each of the two SDKs that ask a teacher, in turn."""
-    return request.param
+    name: Sdk = request.param
+    return name
 
 
 @pytest.fixture
@@ -78,7 +81,10 @@ def tiny_onnx(
         folder = tmp_path_factory.mktemp(f"tiny-{arch}-{precision}")
         scratch = tmp_path_factory.mktemp("builder-cache")
         source = str(tiny_model(arch))
-        create_model(arch, source, str(folder), precision, "cpu", str(scratch), hf_remote=False)
+        # Its decorator, torch.no_grad, hides its signature.
+        create_model(  # type: ignore[call-arg, type-var]
+            arch, source, str(folder), precision, "cpu", str(scratch), hf_remote=False
+        )
         return folder
 
     return export

@@ -14,7 +14,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from ipaddress import ip_address
@@ -251,10 +251,13 @@ class AzureMLStandIn:
         """Serves from a thread on 127.0.0.1; the port is in `port` once it does."""
         with socket.create_server(("127.0.0.1", 0)) as listener:
             self.port = listener.getsockname()[1]
-            tls = {"ssl_certfile": str(certificate.cert), "ssl_keyfile": str(certificate.key)}
             # Clients keep their connections open; the server doesn't wait for them to hang up.
             config = uvicorn.Config(
-                self.app(), log_level="critical", timeout_graceful_shutdown=1, **tls
+                self.app(),
+                log_level="critical",
+                timeout_graceful_shutdown=1,
+                ssl_certfile=str(certificate.cert),
+                ssl_keyfile=str(certificate.key),
             )
             server = uvicorn.Server(config)
             thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
@@ -292,7 +295,7 @@ def storage_token() -> str:
         "exp": now + 3600,
         "ver": "1.0",
     }
-    parts = ({"alg": "RS256", "typ": "JWT"}, claims, {})
+    parts: tuple[Mapping[str, object], ...] = ({"alg": "RS256", "typ": "JWT"}, claims, {})
     return ".".join(
         base64.urlsafe_b64encode(json.dumps(part).encode()).decode().rstrip("=") for part in parts
     )

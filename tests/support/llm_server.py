@@ -4,11 +4,11 @@ ended."""
 import signal
 import sys
 
-import xllamacpp
+from xllamacpp import CommonParams, Server  # type: ignore[attr-defined]
 
 
 def serve(file: str) -> None:
-    parameters = xllamacpp.CommonParams()
+    parameters = CommonParams()
     parameters.model.path = file
     parameters.hostnames = ["127.0.0.1"]
     parameters.port = 0
@@ -20,7 +20,7 @@ def serve(file: str) -> None:
     # An answer must not depend on what was asked before it.
     parameters.cache_prompt = False
     parameters.verbosity = 0
-    server = xllamacpp.Server(parameters)
+    server = Server(parameters)
     print(server.listening_address, flush=True)
     signal.pause()
 

@@ -28,7 +28,7 @@ class Postgres:
         self._folder = Path(tempfile.mkdtemp(prefix="pg-", dir="/tmp"))
         if self._user:
             shutil.chown(self._folder, self._user)
-        options = [
+        options: list[str | Path] = [
             "-D",
             self._folder / "data",
             "-U",
@@ -45,12 +45,14 @@ class Postgres:
 
     def start(self) -> None:
         """Starts it on the same data; returns once it answers."""
-        server = [self._programs / "postgres", "-D", self._folder / "data", "-k", self._folder]
+        data = self._folder / "data"
+        server: list[str | Path] = [self._programs / "postgres", "-D", data, "-k", self._folder]
         server += ["-c", "listen_addresses=", "-c", "fsync=off"]
         self._process = subprocess.Popen(
             server, user=self._user, stderr=subprocess.DEVNULL, cwd=self._folder
         )
-        ready = [self._programs / "pg_isready", "-h", self._folder, "-U", "owner", "-q"]
+        isready = self._programs / "pg_isready"
+        ready: list[str | Path] = [isready, "-h", self._folder, "-U", "owner", "-q"]
         while subprocess.run(ready, check=False).returncode:
             assert self._process.poll() is None
             time.sleep(0.05)

@@ -9,7 +9,7 @@ import httpx
 T = TypeVar("T")
 
 
-def wait_for(what: str, found: Callable[[], T], seconds: float = 120) -> T:
+def wait_for(what: str, found: Callable[[], T | None], seconds: float = 120) -> T:
     """What `found` returns as soon as that is true; fails with `what` after `seconds`."""
     deadline = time.monotonic() + seconds
     while not (value := found()):

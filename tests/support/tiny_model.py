@@ -50,7 +50,7 @@ def _tiny_tokenizer(arch: str) -> Any:
     )
     tokenizer.train_from_iterator(TEXT, trainer)
     end = special[-1]
-    fast = PreTrainedTokenizerFast(
+    fast = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer, eos_token=end, pad_token="<|endoftext|>"
     )
     fast.chat_template = PHI if arch.startswith("phi") else CHATML
@@ -90,9 +90,9 @@ def _tiny_weights(arch: str) -> Any:
     }
     torch.manual_seed(0)
     if arch == "llama":
-        return LlamaForCausalLM(LlamaConfig(**shape)).eval()
+        return LlamaForCausalLM(LlamaConfig(**shape))
     if arch == "qwen2":
-        model = Qwen2ForCausalLM(Qwen2Config(**shape)).eval()
+        model = Qwen2ForCausalLM(Qwen2Config(**shape))
         for layer in model.model.layers:
             # They start at zero, where nobody would miss them.
             for projection in (
@@ -109,7 +109,8 @@ def _tiny_weights(arch: str) -> Any:
         shape |= {"original_max_position_embeddings": 512, "partial_rotary_factor": 0.75}
         short, long = [1 + i / 16 for i in range(24)], [2 + i / 8 for i in range(24)]
         rope = {"type": "longrope", "short_factor": short, "long_factor": long}
-        return Phi3ForCausalLM(Phi3Config(rope_scaling=rope, **shape)).eval()
+        shape |= {"rope_scaling": rope}
+        return Phi3ForCausalLM(Phi3Config(**shape))
     if arch == "qwen3":
-        return Qwen3ForCausalLM(Qwen3Config(head_dim=16, **shape)).eval()
-    return Phi3ForCausalLM(Phi3Config(original_max_position_embeddings=1024, **shape)).eval()
+        return Qwen3ForCausalLM(Qwen3Config(head_dim=16, **shape))
+    return Phi3ForCausalLM(Phi3Config(original_max_position_embeddings=1024, **shape))
