@@ -1,6 +1,7 @@
 """Each loss against a plain reference in float64."""
 
 import math
+from typing import Literal
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ def log_softmax(values: list[float], temperature: float = 1.0) -> list[float]:
 
 def divergence(teacher: list[float], scores: list[float], recipe: TrainingRecipe) -> float:
     """T^2 D of the teacher's probabilities and the student's scores, from their definitions."""
-    raised = [q ** (1 / recipe.temperature) for q in teacher]
+    raised: list[float] = [q ** (1 / recipe.temperature) for q in teacher]
     q = [value / sum(raised) for value in raised]
     p = [math.exp(value) for value in log_softmax(scores, recipe.temperature)]
     of, against = (q, p) if recipe.divergence == "forward" else (p, q)
@@ -89,11 +90,13 @@ def test_label_smoothing_spreads_a_share_over_the_vocabulary() -> None:
 
 
 @pytest.mark.parametrize("divergence_of", ["forward", "reverse"])
-def test_soft_labels_that_are_certain_give_finite_gradients(divergence_of: str) -> None:
+def test_soft_labels_that_are_certain_give_finite_gradients(
+    divergence_of: Literal["forward", "reverse"],
+) -> None:
     scores = torch.tensor([[4.0, -200.0, 1.0]], requires_grad=True)
     row = TrainingRow(prompt=(1,), letters=(5, 6, 7), answer=0, soft=(1.0, 0.0, 0.0))
     loss = choice_loss(scores, [row], 1.0, divergence_of)
-    loss.sum().backward()
+    loss.sum().backward()  # type: ignore[no-untyped-call]
     assert torch.isfinite(loss).all()
     assert scores.grad is not None
     assert torch.isfinite(scores.grad).all()

@@ -60,7 +60,7 @@ def test_block_influence_is_one_less_the_mean_cosine_over_tokens(tiny_model: Tin
     sums, tokens = [0.0, 0.0], 0
     for prompt in prompts:
         # The last hidden state is normalised; the second layer's own output is caught before that.
-        caught = []
+        caught: list[torch.Tensor] = []
         hook = model.model.norm.register_forward_pre_hook(
             lambda _norm, inputs, caught=caught: caught.append(inputs[0])
         )

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from distillery.errors import RecipeError
-from distillery.recipe import Recipe, SearchRecipe, load_space
+from distillery.recipe import LayerChoice, Recipe, SearchRecipe, load_space
 from distillery.records import Measured, Trial
 from distillery.training.search import Search, render_trials
 
@@ -41,7 +41,7 @@ def test_a_trial_changes_what_the_space_names_and_nothing_else() -> None:
         training = trial_recipe.student.training
         assert training.lora.rank in SPACE.rank
         assert training.lora.alpha == 2 * training.lora.rank
-        assert trial_recipe.student.layers is not None
+        assert isinstance(trial_recipe.student.layers, LayerChoice)
         assert trial_recipe.student.layers.keep in SPACE.keep
         assert 1e-5 <= training.learning_rate <= 1e-3
         assert 0.2 <= training.soft_weight <= 0.8

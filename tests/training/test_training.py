@@ -104,7 +104,7 @@ def test_a_cut_student_learns_its_teachers_hidden_states(
             method="full", epochs=10, learning_rate=1e-3, hidden_weight=weight, precision="float32"
         )
         out = tmp_path / str(weight)
-        fine_tune(folder, None, rows, [], recipe, out, layers=[1])
+        fine_tune(folder, None, rows, [], recipe, out, layers=(1,))
         assert not (out / "hidden.safetensors").exists()
         figures[weight] = float(hidden_loss(states(out / "model"), taught))
     assert figures[5.0] < 0.75 * figures[0.0]
@@ -278,7 +278,7 @@ def test_training_learns_counts_its_steps_and_repeats_itself(
 
 def trained(
     folder: Path, recipe: TrainingRecipe, rows: list[TrainingRow]
-) -> tuple[TrainingResult, object]:
+) -> tuple[TrainingResult, Any]:
     model, tokenizer = load_model(folder)
     model, result = train(model, rows, rows[:6], recipe, pad_id=pad_id(tokenizer), end_id=2)
     return result, model
@@ -322,7 +322,8 @@ def test_patience_ends_training_and_keeps_the_best_epoch(tiny_model: TinyModel) 
         "it ends two epochs of three steps after the best"
     )
     accuracy, loss = validate(model, rows[:6], pad_id=0, device=choose_device("float32"))
-    assert (accuracy, loss) == (result.validation_accuracy, pytest.approx(losses[result.kept_step]))
+    assert accuracy == result.validation_accuracy
+    assert loss == pytest.approx(losses[result.kept_step])
     with pytest.raises(TrainingError, match="patience needs validation rows"):
         train(model, rows, [], TrainingRecipe(patience=1), pad_id=0, end_id=2)
 
@@ -433,10 +434,18 @@ def long_training(
     recipe = TrainingRecipe(
         method=method, epochs=60, batch_size=4, soft_weight=0.5, warmup=0.3, seed=3, **shape
     )
-    cut = {} if method == "lora" else {"layers": [0], "healing": [HEALING]}
     rows = rendered(base)
     return fine_tune(
-        base, None, rows, rows[:5], recipe, out, progress=progress, checkpoints=checkpoints, **cut
+        base,
+        None,
+        rows,
+        rows[:5],
+        recipe,
+        out,
+        layers=None if method == "lora" else (0,),
+        healing=() if method == "lora" else (HEALING,),
+        progress=progress,
+        checkpoints=checkpoints,
     )
 
 
@@ -710,7 +719,7 @@ def test_train_export_and_score_through_olive(
     recipe = TrainingRecipe(
         method=method, epochs=2, batch_size=4, learning_rate=1e-2, soft_weight=1.0
     )
-    layers = [0] if method == "full" else None
+    layers = (0,) if method == "full" else None
     result = fine_tune(
         tiny_model(arch), None, rows, rows[:3], recipe, tmp_path / "trained", layers=layers
     )
@@ -741,6 +750,7 @@ def test_train_export_and_score_through_olive(
             == render_ids(example, PROMPT, TransformersTokenizer(tokenizer))
         )
         assert onnx.option_probabilities(prompt, ids) == pytest.approx(expected, abs=1e-3)
+    assert prompt is not None
     assert sum(
         OnnxStudent(tmp_path / "int4", threads=1).option_probabilities(prompt, ids)
     ) == pytest.approx(1)
@@ -759,8 +769,8 @@ def test_an_adapter_for_a_taught_model_comes_with_that_model(
     model, adapter = model_and_adapter(tmp_path / "student", base)
     assert adapter is not None
 
-    def answers(*folders: Path | None) -> torch.Tensor:
-        network, tokenizer = load_model(*folders)
+    def answers(folder: Path, adapter: Path | None) -> torch.Tensor:
+        network, tokenizer = load_model(folder, adapter)
         pad = pad_id(tokenizer)
         return torch.tensor(option_probabilities(network, rows, pad_id=pad, device=device))
 
@@ -860,6 +870,6 @@ def test_what_a_pass_refuses_comes_through_olive_as_one_line(
     rows = [TrainingRow(prompt=(5, 6, 7), letters=(8, 9), answer=0)]
     with pytest.raises(TrainingError, match="layers: 7 is no layer"):
         fine_tune(
-            tiny_model("llama"), None, rows, [], TrainingRecipe(), tmp_path / "out", layers=[7]
+            tiny_model("llama"), None, rows, [], TrainingRecipe(), tmp_path / "out", layers=(7,)
         )
     assert "Traceback" not in "".join(capfd.readouterr())
