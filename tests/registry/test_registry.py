@@ -29,8 +29,8 @@ from tenacity import wait_none
 
 import tasks.registry
 from distillery.errors import CredentialsError, DistilleryError, RegistryError, RegistryUnavailable
-from distillery.recipe import RegistryRecipe
-from distillery.records import RegisteredModel
+from distillery.recipe import EvaluationRecipe, RegistryRecipe
+from distillery.records import Artifact, EvaluationReport, RegisteredModel
 from distillery.registry.azureml import AZURE_DEADLINE, AzureRegistry
 from distillery.registry.base import Registry
 from distillery.registry.local import LocalRegistry
@@ -39,6 +39,7 @@ from distillery.storage.artifacts import ArtifactStore
 from distillery.storage.digests import digest_of_files, list_files, sha256_of
 
 PROVENANCE = {"data": "d" * 64, "teacher": {"identity": "t"}, "evaluation": {"accuracy": 0.875}}
+ARTIFACT = Artifact(uri="file:///model", sha256="d" * 64, bytes=1)
 AZURE_NAMES = (
     "AZUREML_SUBSCRIPTION_ID",
     "AZUREML_RESOURCE_GROUP",
@@ -600,7 +601,9 @@ def test_a_registry_that_is_away_for_a_moment_ends_no_run(
         return SimpleNamespace(promote=lambda model: model)
 
     monkeypatch.setattr(tasks.registry, "open_registry", away)
-    model = RegisteredModel.model_construct(name="student", version="1", registry="local")
+    model = RegisteredModel(
+        artifact=ARTIFACT, name="student", version="1", registry="local", manifest_sha256="d" * 64
+    )
     with pytest.raises(RegistryUnavailable) if failures == 3 else nullcontext():
         tasks.registry.promote.retry_with(wait=wait_none())(model)
     assert len(asked) == tries
@@ -616,6 +619,9 @@ def test_what_no_waiting_mends_is_asked_of_the_registry_once(
         raise RegistryError("no such thing")
 
     monkeypatch.setattr(tasks.registry, "open_registry", refuses)
+    report = EvaluationReport(
+        artifact=ARTIFACT, scoreboard=(), candidate="student", answers_sha256="d" * 64
+    )
     with pytest.raises(RegistryError, match="no such thing"):
-        tasks.registry.judge(None, None, RegistryRecipe())
+        tasks.registry.judge(report, EvaluationRecipe(), RegistryRecipe())
     assert len(asked) == 1
