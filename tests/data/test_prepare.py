@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-import pyarrow as pa
-import pyarrow.parquet as pq
+import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import pytest
 
 from distillery.data.examples import read_examples
@@ -778,8 +778,12 @@ for text in sys.argv[2:]:
 def from_hub(tmp_path: Path, url: str, *changes: dict[str, Any], **environment: str) -> list[str]:
     """Return the line printed for each recipe by a process of its own: the hub's address is read on
     import."""
-    base = {"source": "hub", "name": "tau/commonsense_qa", "revision": "v1"}
-    base |= {"splits": {"train": "train", "validation": "validation"}}
+    base: dict[str, object] = {
+        "source": "hub",
+        "name": "tau/commonsense_qa",
+        "revision": "v1",
+        "splits": {"train": "train", "validation": "validation"},
+    }
     recipes = [json.dumps(base | change) for change in changes]
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, str(tmp_path / "out"), *recipes],

@@ -116,9 +116,9 @@ def test_counting_words_does_not_solve_it(splits: dict[str, list[Example]]) -> N
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
 
-    model = make_pipeline(
-        TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True), LogisticRegression(max_iter=1000)
-    )
+    words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True)  # type: ignore[no-untyped-call]
+    classifier = LogisticRegression(max_iter=1000)  # type: ignore[no-untyped-call]
+    model = make_pipeline(words, classifier)  # type: ignore[no-untyped-call]
     (gold, gold_answers), (test, test_answers) = (
         (
             [example.question for example in splits[role]],

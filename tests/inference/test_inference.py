@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow  # type: ignore[import-untyped]
+import pyarrow.parquet  # type: ignore[import-untyped]
 import pytest
 
 from distillery.errors import DataError, ModelError
@@ -38,7 +40,7 @@ def _torch_logprobs(folder: Path, ids: list[int]) -> np.ndarray:
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder)
     with torch.inference_mode():
         return torch.log_softmax(model(torch.tensor([ids])).logits[0, -1].double(), -1).numpy()
 
@@ -122,7 +124,10 @@ def test_a_pruned_head_gives_the_same_numbers(
 
     source = str(tiny_model("llama"))
     out, scratch = str(tmp_path / "pruned"), str(tmp_path / "scratch")
-    create_model("pruned", source, out, "fp32", "cpu", scratch, hf_remote=False, prune_lm_head=True)
+    # Its decorator, torch.no_grad, hides its signature.
+    create_model(  # type: ignore[call-arg, type-var]
+        "pruned", source, out, "fp32", "cpu", scratch, hf_remote=False, prune_lm_head=True
+    )
     student, pruned = OnnxStudent(tiny_onnx("llama"), threads=1), OnnxStudent(Path(out), threads=1)
     ids = _ids(student)
     np.testing.assert_allclose(
@@ -181,7 +186,7 @@ def test_greedy_text_is_that_of_torch_also_when_the_cache_has_grown(
     ids = _ids(student)
     tokens, logprobs = student.generate(ids, 600)
     assert len(tokens) == 600
-    model = AutoModelForCausalLM.from_pretrained(tiny_model("llama")).eval()
+    model = AutoModelForCausalLM.from_pretrained(tiny_model("llama"))
     with torch.inference_mode():
         logits = model(torch.tensor([ids + tokens])).logits[0, len(ids) - 1 : -1]
     assert tokens == logits.argmax(-1).tolist()
@@ -313,7 +318,7 @@ def _adapter(source: Path, folder: Path) -> Path:
     config = peft.LoraConfig(
         r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"
     )
-    wrapped = peft.get_peft_model(model, config)
+    wrapped: Any = peft.get_peft_model(model, config)
     for name, parameter in wrapped.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.3)
@@ -363,9 +368,6 @@ def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def _write_parquet(path: Path, rows: list[dict[str, Any]]) -> None:
-    import pyarrow
-    import pyarrow.parquet
-
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
 
 
@@ -466,9 +468,6 @@ def test_malformed_csv_rows_are_set_aside_with_their_line(tmp_path: Path) -> Non
 
 
 def test_a_parquet_row_that_is_not_utf8_is_set_aside(tmp_path: Path) -> None:
-    import pyarrow
-    import pyarrow.parquet
-
     raw = pyarrow.array([b"Where?", b"\xff", b"When?"])
     questions = pyarrow.Array.from_buffers(pyarrow.string(), len(raw), raw.buffers())
     choices = pyarrow.array([["here", "there"]] * 3)

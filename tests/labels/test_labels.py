@@ -419,7 +419,7 @@ async def test_rejected_rows_are_kept_apart_with_their_reason(
         return odd.get(number, good(call))
 
     with ChatEndpoint(script) as server:
-        few = {"filters": {"minimum_accepted": 0.4}}
+        few: dict[str, Any] = {"filters": {"minimum_accepted": 0.4}}
         counts = await labelled(server, url, tmp_path / "out", rows=10, sdk=sdk, **few)
         again = await labelled(server, url, tmp_path / "again", rows=10, sdk=sdk, **few)
     assert (counts.accepted, counts.rejected) == (4, 6)
