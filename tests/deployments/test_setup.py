@@ -25,6 +25,7 @@ from uuid import uuid4
 import pytest
 import yaml
 from azurite_server import free_port
+from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import FlowRun
 from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 from prefect.workers.base import BaseJobConfiguration
@@ -42,14 +43,15 @@ PLAIN = {name: f"value-of-{name.lower()}" for name in setup.VARIABLES}
 
 
 def configuration_class(workers: str) -> type[BaseJobConfiguration]:
-    from prefect_docker.worker import DockerWorkerJobConfiguration
-    from prefect_kubernetes.worker import KubernetesWorkerJobConfiguration
+    from prefect_docker import worker as docker_worker  # type: ignore[import-untyped]
+    from prefect_kubernetes import worker as kubernetes_worker  # type: ignore[import-untyped]
 
-    return {
+    classes: dict[str, type[BaseJobConfiguration]] = {
         "process": ProcessJobConfiguration,
-        "docker": DockerWorkerJobConfiguration,
-        "kubernetes": KubernetesWorkerJobConfiguration,
-    }[workers]
+        "docker": docker_worker.DockerWorkerJobConfiguration,
+        "kubernetes": kubernetes_worker.KubernetesWorkerJobConfiguration,
+    }
+    return classes[workers]
 
 
 def configured(workers: str, pool: str, environment: dict[str, str | None] | None = None) -> Any:
@@ -59,7 +61,7 @@ def configured(workers: str, pool: str, environment: dict[str, str | None] | Non
     with temporary_settings(
         {PREFECT_API_URL: "http://server/api", PREFECT_API_AUTH_STRING: "admin:planted-api"}
     ):
-        configuration = asyncio.run(
+        configuration: BaseJobConfiguration = asyncio.run(
             configuration_class(workers).from_template_and_values(template, {})
         )
         configuration.prepare_for_flow_run(FlowRun(flow_id=uuid4(), name="a-run"))
@@ -68,7 +70,7 @@ def configured(workers: str, pool: str, environment: dict[str, str | None] | Non
 
 def container(pool: str) -> dict[str, Any]:
     """What the Docker worker asks of the engine, in the form of the engine's own API."""
-    from docker.models.containers import _create_container_args
+    from docker.models.containers import _create_container_args  # type: ignore[import-untyped]
 
     job = configured("docker", pool)
     arguments = {
@@ -297,7 +299,7 @@ def test_a_worker_resolves_every_setting_and_secret(
     with temporary_settings(
         {PREFECT_API_URL: server.url, PREFECT_API_AUTH_STRING: server.password}
     ):
-        job = asyncio.run(
+        job: ProcessJobConfiguration = asyncio.run(
             ProcessJobConfiguration.from_template_and_values(known["base_job_template"], {})
         )
     fixed = {
@@ -312,8 +314,8 @@ def test_a_worker_resolves_every_setting_and_secret(
 @pytest.mark.parametrize("workers", WORKERS)
 @pytest.mark.parametrize("pool", POOLS)
 def test_a_server_takes_the_template(server: Server, workers: str, pool: str) -> None:
-    environment = {"TEACHER_MODEL_KEY": "{{ prefect.blocks.secret.teacher-model-key }}"}
-    template = setup.base_job_template(workers, pool, environment)
+    key = "{{ prefect.blocks.secret.teacher-model-key }}"
+    template = setup.base_job_template(workers, pool, {"TEACHER_MODEL_KEY": key})
     name = f"{workers}-{pool}"
     made = server.ask("/work_pools/", name=name, type=workers, base_job_template=template)
     assert made["base_job_template"] == template
@@ -424,7 +426,7 @@ def test_an_outage_of_the_server_crashes_no_healthy_run_and_hides_no_dead_one(
         {PREFECT_API_URL: server.url, PREFECT_API_AUTH_STRING: server.password}
     ):
         webhook = setup.save_events_webhook()
-        with setup.get_client(sync_client=True) as client:
+        with get_client(sync_client=True) as client:
             for automation in setup.automations(webhook):
                 setup.save_automation(client, automation)
     heart = Heart(server)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from io import BytesIO
 from pathlib import Path
-from signal import SIGKILL, SIGTERM
+from signal import SIGKILL, SIGTERM, Signals
 from typing import Any
 
 import pytest
@@ -199,25 +199,25 @@ def lost(cloud: Cloud, first: Run) -> dict[str, tuple[Run, float]]:
         "work_pool_name",
     )
     workshop.ask("/deployments/", name="spare", **{name: demo[name] for name in kept})
-    lost = {}
-    for name, deployment, by in (
-        ("twins", "distill/lab", SIGTERM),
-        ("zombie", "distill/spare", SIGKILL),
-    ):
+
+    def lose(name: str, deployment: str, by: Signals) -> tuple[Run, float]:
         enough = len(cloud.endpoint.calls) + ROWS["train"] // 2
         with workshop.slower(request=1):
             run = workshop.start_run(cloud.recipe(name), deployment)
-            workshop.until(
-                run, "labelling", lambda enough=enough: len(cloud.endpoint.calls) > enough
-            )
+            workshop.until(run, "labelling", lambda: len(cloud.endpoint.calls) > enough)
             engine = workshop.engine(run)
             workshop.stop("cpu-pool", by)
             if by == SIGKILL:
                 engine.kill()
-            wait_for("its end", lambda run=run: not workshop.processes(run), 10)
-            lost[name] = run, time.time()
+            wait_for("its end", lambda: not workshop.processes(run), 10)
+            ended = time.time()
         workshop.start_worker("cpu-pool")
-    return lost
+        return run, ended
+
+    return {
+        "twins": lose("twins", "distill/lab", SIGTERM),
+        "zombie": lose("zombie", "distill/spare", SIGKILL),
+    }
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-import pandas
+import pandas  # type: ignore[import-untyped]
 import pytest
 from pydantic import SecretStr
 

@@ -268,7 +268,7 @@ def test_what_was_never_finished_goes_when_it_is_old(
 
 
 def as_prefect_keeps_it(record: Record | None) -> bytes:
-    from prefect.results import ResultRecord, ResultRecordMetadata
+    from prefect.results import ResultRecord, ResultRecordMetadata  # type: ignore[attr-defined]
     from prefect.serializers import JSONSerializer
 
     metadata = ResultRecordMetadata(serializer=JSONSerializer(), storage_key="key")
@@ -317,7 +317,7 @@ def test_who_names_what(store: ArtifactStore, put: Callable[[str], Artifact]) ->
 
 @pytest.mark.slow
 def test_the_same_on_azure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from adlfs import AzureBlobFileSystem
+    from adlfs import AzureBlobFileSystem  # type: ignore[import-untyped]
     from azure.storage.blob import ContainerClient
 
     AzureBlobFileSystem.clear_instance_cache()

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from prefect import flow
-from prefect.results import ResultRecord, ResultRecordMetadata
+from prefect.results import ResultRecord, ResultRecordMetadata  # type: ignore[attr-defined]
 from prefect.serializers import JSONSerializer
 from prefect.testing.utilities import prefect_test_harness
 

@@ -71,7 +71,8 @@ def imported(file: Path) -> set[Path]:
         elif isinstance(node, ast.Constant) and re.fullmatch(
             r"distillery(\.\w+)+", str(node.value)
         ):
-            found.add(module_file(*str(node.value).rsplit(".", 1), f"{file}:{node.lineno}"))
+            module, name = str(node.value).rsplit(".", 1)
+            found.add(module_file(module, name, f"{file}:{node.lineno}"))
     return found
 
 
@@ -115,6 +116,7 @@ def code(file: Path) -> str:
                 and isinstance(first.value, ast.Constant)
                 and isinstance(first.value.value, str)
             ):
+                assert first.end_lineno is not None
                 lines[first.lineno - 1 : first.end_lineno] = [""] * (
                     first.end_lineno - first.lineno + 1
                 )
