@@ -1,5 +1,7 @@
 """The device that a model computes on, and the precision that it multiplies in."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,3 +35,27 @@ def choose_device(precision: str = "auto") -> Device:
     if precision == "auto":
         precision = "bfloat16" if fast else "float32"
     return Device(name, precision)
+
+
+@contextmanager
+def linear_layers_cast(model: Any, device: Device, *, frozen_only: bool = False) -> Iterator[None]:
+    """Give the linear layers of `model` bfloat16 weights meanwhile, where `device` multiplies in
+    bfloat16: autocast would cast them for each batch. With `frozen_only`, those alone that are not
+    trained, since an optimiser changes the weights in float32."""
+    import torch
+
+    held = []
+    for module in model.modules():
+        if device.precision != "bfloat16" or not isinstance(module, torch.nn.Linear):
+            continue
+        if frozen_only and module.weight.requires_grad:
+            continue
+        held.append((module, module.weight))
+        # A parameter of its own: a tied embedding, which autocast leaves in float32, stays so.
+        cast = module.weight.detach().to(torch.bfloat16)
+        module.weight = torch.nn.Parameter(cast, requires_grad=False)
+    try:
+        yield
+    finally:
+        for module, weight in held:
+            module.weight = weight

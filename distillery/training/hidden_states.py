@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distillery.models.device import Device
+from distillery.models.device import Device, linear_layers_cast
 from distillery.training.batching import prompt_logits
 from distillery.training.rows import TrainingRow
 
@@ -27,7 +27,12 @@ def hidden_states(
 
     found: list[Any] = [None] * len(rows)
     model.to(device.name).eval()
-    with torch.inference_mode(), device.autocast(), states_read_by_head(model) as states:
+    with (
+        torch.inference_mode(),
+        device.autocast(),
+        linear_layers_cast(model, device),
+        states_read_by_head(model) as states,
+    ):
         for picked, _ in prompt_logits(model, rows, pad_id, batch_size):
             batch = states.pop()[:, -1].float().cpu()
             for index, state in zip(picked, batch, strict=True):

@@ -12,7 +12,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from distillery.errors import TrainingError
-from distillery.models.device import Device, choose_device
+from distillery.models.device import Device, choose_device, linear_layers_cast
 from distillery.models.load import contiguous_head
 from distillery.recipe import TrainingRecipe
 from distillery.records import CurvePoint, Record
@@ -24,7 +24,7 @@ from distillery.training.checkpoint import (
     TrainingState,
     fingerprint_of,
 )
-from distillery.training.objective import Objective, head_cast_once
+from distillery.training.objective import Objective
 from distillery.training.rows import TrainingRow, require_rows
 from distillery.training.validation import validate
 
@@ -101,7 +101,7 @@ def train(
     if checkpoints:
         training.resume(checkpoints)
         timer = CheckpointTimer(checkpoints, checkpoint_every_s)
-    with head_cast_once(training.model, training.device):
+    with linear_layers_cast(training.model, training.device, frozen_only=True):
         for group in training.remaining_steps(rows):
             training.take_step(group)
             if training.epoch_ends or len(training.state.losses) == STEPS_PER_POINT:

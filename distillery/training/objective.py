@@ -1,7 +1,6 @@
 """The loss of a batch: one forward pass of its rows, and the losses that the recipe weighs."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -72,19 +71,3 @@ class Objective:
         with self.device.autocast():
             logits = forward(self.model, ids, kept, self.pad_id)
         return rationale_loss(logits, rows, self.end_id)
-
-
-@contextmanager
-def head_cast_once(model: Any, device: Device) -> Iterator[None]:
-    """Give a head that is not trained a bfloat16 weight meanwhile: autocast would cast it at every
-    step."""
-    import torch
-
-    head = model.get_output_embeddings()
-    weight = head.weight
-    if device.precision == "bfloat16" and not weight.requires_grad:
-        head.weight = torch.nn.Parameter(weight.to(torch.bfloat16), requires_grad=False)
-    try:
-        yield
-    finally:
-        head.weight = weight
