@@ -200,6 +200,13 @@ class TeacherRecipe(Slice):
             include={"soft_labels", "temperature", "max_tokens", "answers", "filters"}
         )
 
+    def for_own_model(self) -> Self:
+        """Return these settings for a model that the run has trained to answer with the letter: it
+        is one token, and the end of the turn after it would take a decoding step of its own."""
+        if self.answers.form != "letter":
+            return self
+        return self.model_copy(update={"max_tokens": 1})
+
     @property
     def asks_log_probabilities(self) -> bool:
         """Whether soft labels come from log-probabilities: several votes give their own shares."""
