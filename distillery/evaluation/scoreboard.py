@@ -21,7 +21,7 @@ COLUMNS = (
     "agrees\nwith it",
     "param-\neters",
     "folder",
-    "rows\na second",
+    "rows/s",
     "p50\nms",
     "p95\nms",
     "peak\nMiB",
@@ -129,7 +129,7 @@ def plain_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=0)
     table.add_column(titles[0])
     for title in titles[1:]:
         table.add_column(title, justify="right", no_wrap=True)
