@@ -8,6 +8,7 @@ import io
 import json
 import logging
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from distillery.errors import DistilleryError, ExportError
+from distillery.progress import ShowProgress, show_nothing
 from distillery.storage.working import working_folder
+
+ENGINE = "olive.engine.engine"
+PASS_BEGINS = re.compile(r"Running pass (\w+):")
+"""What Olive's engine logs when it begins a pass: its name, and then its type."""
 
 
 def run_workflow(
@@ -26,13 +32,16 @@ def run_workflow(
     *,
     own_passes: Mapping[str, str] | None = None,
     adapter_only: bool = False,
+    progress: ShowProgress = show_nothing,
 ) -> None:
     """Run `passes` in order over `input_model` (the settings of an Olive HfModel).
 
     `own_passes`: pass classes that are not Olive's, by their type's name, as import paths. Writes
     the last pass's model to out/model and its adapter to out/adapter; with `adapter_only`, the
-    adapter alone. Raises ExportError where Olive ends without a model, which Olive itself reports
-    as success; a DistilleryError of a pass is raised as it is."""
+    adapter alone. `progress` is shown the passes that are done. Raises ExportError where Olive ends
+    without a model, which Olive itself reports as success; a DistilleryError of a pass is raised as
+    it is."""
+    progress(0, len(passes), "loading Olive")
     os.environ.setdefault("OLIVE_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from olive.exception import EXCEPTIONS_TO_RAISE
@@ -49,7 +58,7 @@ def run_workflow(
         package_config = config_of_passes(own_passes or {})
         temporary = tempfile.tempdir
         try:
-            with errors_logged_by_olive() as logged, redirect_stdout(said):
+            with listening_to_olive(list(passes), progress) as logged, redirect_stdout(said):
                 result = run(config, package_config=package_config, tempdir=str(work))
         except EXCEPTIONS_TO_RAISE as error:
             # Olive does not log the errors that it takes for its user's fault, but raises them.
@@ -99,21 +108,31 @@ def config_of_passes(own_passes: Mapping[str, str]) -> dict[str, Any]:
 
 
 @contextmanager
-def errors_logged_by_olive() -> Iterator[list[BaseException]]:
-    """Collect the errors that Olive logs and continues after, in place of their tracebacks."""
+def listening_to_olive(
+    passes: Sequence[str], progress: ShowProgress
+) -> Iterator[list[BaseException]]:
+    """Collect the errors that Olive logs and continues after, in place of their tracebacks, and
+    show `progress` which of `passes` begins."""
     logged: list[BaseException] = []
 
-    class Collector(logging.Handler):
+    class Listener(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            if record.exc_info and record.exc_info[1]:
+            begins = PASS_BEGINS.match(record.getMessage())
+            if begins and begins[1] in passes:
+                done, of, name = passes.index(begins[1]), len(passes), begins[1].replace("_", " ")
+                progress(done, of, f"pass {done + 1} of {of}, {name}")
+            elif record.levelno >= logging.ERROR and record.exc_info and record.exc_info[1]:
                 logged.append(record.exc_info[1])
 
-    logger = logging.getLogger("olive")
-    before, logger.handlers = logger.handlers, [Collector()]
+    logger, engine = logging.getLogger("olive"), logging.getLogger(ENGINE)
+    before, logger.handlers = logger.handlers, [Listener()]
+    # The workflow's own log level, which is ERROR, holds for the other modules.
+    engine.setLevel(logging.INFO)
     try:
         yield logged
     finally:
         logger.handlers = before
+        engine.setLevel(logging.NOTSET)
 
 
 def workflow_error(logged: Sequence[BaseException], said: str, names: str) -> Exception:

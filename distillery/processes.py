@@ -3,12 +3,14 @@ crashes, or runs out of memory or time, takes nothing else with it."""
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -16,12 +18,16 @@ import psutil
 from pydantic import BaseModel
 
 from distillery.errors import DistilleryError, ModelError
+from distillery.progress import ShowProgress, show_nothing
 from distillery.storage.working import working_folder
 
 Job = TypeVar("Job", bound=BaseModel)
 
 SIGKILL = 9
 """A number, because Windows' `signal` lacks the name."""
+
+PROGRESS_LINE = re.compile(r"progress (\d+) of (\d+): (.*)\n")
+"""What a process writes to stdout to tell its parent how far it is."""
 
 
 def exit_with_parent(parent: int) -> None:
@@ -41,37 +47,77 @@ def exit_with_parent(parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def run_in_process(module: str, job: BaseModel, limit_s: float | None = None) -> str:
+def run_in_process(
+    module: str,
+    job: BaseModel,
+    limit_s: float = threading.TIMEOUT_MAX,
+    progress: ShowProgress = show_nothing,
+) -> str:
     """Run `python -m MODULE JOB RESULT PARENT` for at most `limit_s` seconds; return its result
-    as JSON. See `process_main` for the other side.
+    as JSON. See `process_main` for the other side, which says what `progress` shows.
 
     What the process writes to DISTILLERY_HOME is removed when it ends. Raises ModelError with the
     reason that the process gives, or that its exit code tells."""
     with working_folder("process") as folder:
         job_file, result_file = folder / "job.json", folder / "result.json"
+        stderr_file = folder / "stderr.txt"
         job_file.write_text(job.model_dump_json(), encoding="utf-8")
         command = [sys.executable, "-m", module, str(job_file), str(result_file), str(os.getpid())]
-        try:
-            done = subprocess.run(  # noqa: S603 - our own interpreter and module
+        with (
+            stderr_file.open("wb") as stderr,
+            subprocess.Popen(  # noqa: S603 - our own interpreter and module
                 command,
                 stdin=subprocess.DEVNULL,
-                capture_output=True,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
                 text=True,
                 errors="replace",
-                timeout=limit_s,
                 env=os.environ | {"DISTILLERY_HOME": str(folder)},
-            )
-        except subprocess.TimeoutExpired as error:
-            minutes = error.timeout / 60
-            raise ModelError(f"it did not finish within {minutes:g} minutes") from None
+            ) as process,
+        ):
+            code = wait_for(process, limit_s, progress)
         result = ""
         if result_file.exists():
             result = result_file.read_text(encoding="utf-8")
-    if done.returncode == 0:
-        return result
-    if result:
-        raise ModelError(json.loads(result)["error"])
-    raise ModelError(exit_reason(done.returncode, done.stderr))
+        if code == 0:
+            return result
+        if result:
+            raise ModelError(json.loads(result)["error"])
+        raise ModelError(exit_reason(code, stderr_file.read_text(errors="replace")))
+
+
+def wait_for(process: "subprocess.Popen[str]", limit_s: float, progress: ShowProgress) -> int:
+    """Show what the process tells of its progress until it ends; return its exit code.
+
+    Kills it after `limit_s` seconds and raises ModelError; kills it too if `progress` raises."""
+    expired = threading.Event()
+
+    def end() -> None:
+        expired.set()
+        process.kill()
+
+    timer = threading.Timer(limit_s, end)
+    timer.start()
+    try:
+        for line in process.stdout or ():
+            told = PROGRESS_LINE.fullmatch(line)
+            if told:
+                progress(int(told[1]), int(told[2]), told[3])
+        code = process.wait()
+    finally:
+        timer.cancel()
+        process.kill()
+    if expired.is_set():
+        raise ModelError(f"it did not finish within {limit_s / 60:g} minutes")
+    return code
+
+
+def tell_parent(done: int, of: int, text: str) -> None:
+    """Tell `run_in_process`, which started this process, how far the job is."""
+    # If the parent is gone, `exit_with_parent` ends this process.
+    with suppress(BrokenPipeError):
+        # Not sys.stdout: a job may redirect what libraries print.
+        print(f"progress {done} of {of}: {text}", file=sys.__stdout__, flush=True)
 
 
 def exit_reason(code: int, stderr: str) -> str:
@@ -87,17 +133,19 @@ def exit_reason(code: int, stderr: str) -> str:
 
 
 def process_main(
-    arguments: Sequence[str], kind: type[Job], work: Callable[[Job], BaseModel]
+    arguments: Sequence[str], kind: type[Job], work: Callable[[Job, ShowProgress], BaseModel]
 ) -> int:
     """Do the job that `run_in_process` started this process for; return the exit code.
 
     `arguments` are JOB, RESULT and PARENT: a file that holds a `kind` as JSON, the file that the
-    result of `work` or {"error": "one line"} is written to, and the process id to end with."""
+    result of `work` or {"error": "one line"} is written to, and the process id to end with. `work`
+    is given the job and what shows its progress."""
     job_file, result_file, parent = arguments
     exit_with_parent(int(parent))
     try:
         job = kind.model_validate_json(Path(job_file).read_text(encoding="utf-8"))
-        Path(result_file).write_text(work(job).model_dump_json(), encoding="utf-8")
+        result = work(job, tell_parent).model_dump_json()
+        Path(result_file).write_text(result, encoding="utf-8")
     except Exception as error:
         # A runtime may raise anything; the parent reports it in one line.
         reason = " ".join(str(error).split())[:300]

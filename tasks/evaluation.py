@@ -13,7 +13,7 @@ from distillery.records import EvaluationReport, OnnxModel, Rows, StudentCheckpo
 from distillery.storage.artifacts import ArtifactStore
 from distillery.storage.digests import sha256_of
 from distillery.storage.working import working_folder
-from tasks.progress import conclude
+from tasks.progress import conclude, show_rows
 from tasks.stage import origin, stage
 
 FLOAT = "student"
@@ -69,6 +69,7 @@ def evaluate(
             name,
             folder,
             float_model=FLOAT,
+            progress=show_rows,
         )
         answers_sha256 = sha256_of(folder / ANSWERS_FILE)
         artifact = store.put(folder)

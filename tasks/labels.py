@@ -28,7 +28,7 @@ from distillery.serving.process import served
 from distillery.storage.artifacts import ArtifactStore
 from distillery.storage.working import working_folder
 from distillery.teacher.endpoint import Endpoint, resolve_endpoint
-from tasks.progress import conclude, show
+from tasks.progress import conclude, show_rows
 from tasks.stage import RESULT, Stage, origin, stage
 
 AS_TOLD = TeacherRecipe(filters=FilterRecipe(minimum_accepted=0))
@@ -51,6 +51,8 @@ def label(
     store, logger = ArtifactStore(), get_run_logger()
     examples = store.fetch(rows.artifact) / rows.file
     folder_of_model = store.fetch(model.artifact) if model else None
+    if model:
+        teacher = teacher.for_own_model()
     tokenizer = teacher.tokenizer or (str(folder_of_model) if folder_of_model else None)
     where = (
         _local_endpoint(folder_of_model, identity)
@@ -70,7 +72,7 @@ def label(
                 endpoint,
                 answers,
                 folder,
-                _show_rows,
+                show_rows,
                 rows=rows.rows,
                 slots=_slots(teacher),
                 spent=_spent(),
@@ -95,10 +97,6 @@ def _spent() -> dict[str, float]:
 
     teacher.budget covers all of the run's stages and their retries together."""
     return _SPENT.setdefault(str(flow_run.id), {})
-
-
-def _show_rows(done: int, of: int) -> None:
-    show(done, of, "rows")
 
 
 def _slots(teacher: TeacherRecipe) -> Slots:

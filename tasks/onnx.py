@@ -11,7 +11,7 @@ from distillery.records import OnnxModel, PreparedDataset, Rows, StudentCheckpoi
 from distillery.storage.artifacts import ArtifactStore
 from distillery.storage.working import working_folder
 from tasks.evaluation import float_student
-from tasks.progress import conclude
+from tasks.progress import conclude, show_parts
 from tasks.stage import Stage, origin, stage
 
 
@@ -22,7 +22,7 @@ def export(checkpoint: StudentCheckpoint, base: BaseModelRecipe, recipe: ExportF
     store = ArtifactStore()
     model, adapter = model_and_adapter(store.fetch(checkpoint.artifact), base_folder(base))
     with working_folder("onnx") as folder:
-        build.export(model, adapter, recipe, folder, remote_code_allowed(base))
+        build.export(model, adapter, recipe, folder, remote_code_allowed(base), progress=show_parts)
         artifact = store.put(folder)
     conclude(f"{recipe.precision} model of {artifact.bytes / 1e6:.1f} MB")
     return OnnxModel(
@@ -58,6 +58,7 @@ def export_ladder(
             store.fetch(validation.artifact) / validation.file,
             store.fetch(train.artifact) / train.file if train else None,
             folder,
+            progress=show_parts,
         )
         artifact = store.put(folder)
     form = next(rung.form for rung in ladder.rungs if rung.picked)

@@ -37,9 +37,12 @@ class StageProgress:
     def show(
         self, done: float, of: float, unit: str, text: str = "", seconds_left: float | None = None
     ) -> None:
-        """Record that `done` of `of` units are done. The rate is measured from the first call on,
-        and so is the time left where the stage does not know it better."""
-        if not self.unit:
+        """Record that `done` of `of` units are done. The rate, and with it the time left where the
+        stage does not know it better, is measured from the last call on before any unit is done.
+
+        Without a unit, the line is the text alone: there is no rate of parts that take unequal
+        times."""
+        if not self.unit or done == self._first_done:
             self._first_done, self._first_at = done, time.monotonic()
         self.done, self.of, self.unit, self.text = done, of, unit, text
         self._seconds_left = seconds_left
@@ -87,6 +90,13 @@ class StageProgress:
             parts.append(f"{clock(self.seconds_left)} left")
         return ", ".join(parts)
 
+    def log_line(self) -> str:
+        """Return the line, and how long the stage has run where the time left can't be told."""
+        parts = [self.line()] if self.line() else []
+        if self.seconds_left is None:
+            parts.append(f"at work for {clock(self.seconds)}")
+        return ", ".join(parts)
+
 
 def clock(seconds: float) -> str:
     """Return a duration as minutes:seconds or hours:minutes:seconds."""
@@ -102,6 +112,16 @@ def show(
     progress = _running.get()
     if progress is not None:
         progress.show(done, of, unit, text, seconds_left)
+
+
+def show_rows(done: int, of: int, text: str = "") -> None:
+    """Say how many rows the running stage has done."""
+    show(done, of, "rows", text)
+
+
+def show_parts(done: int, of: int, text: str) -> None:
+    """Say which part of the running stage is under way; parts take unequal times."""
+    show(done, of, "", text)
 
 
 def conclude(text: str) -> None:
@@ -180,7 +200,7 @@ def _publish(progress: StageProgress, ended: threading.Event, log: bool) -> None
         due = logged_at + (LOG_S if seconds < LATER_AFTER_S else LATER_LOG_S)
         if log and not last and seconds >= due:
             logged_at = seconds
-            get_run_logger().info("%s: %s", progress.title, line or f"at work for {clock(seconds)}")
+            get_run_logger().info("%s: %s", progress.title, progress.log_line())
         share = progress.share
         if share is not None and line != shown:
             shown = line

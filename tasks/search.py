@@ -4,7 +4,7 @@ from distillery.evaluation.scoring import ModelToScore, answered_rows, right_ans
 from distillery.recipe import PromptRecipe
 from distillery.records import Measured, OnnxModel, Rows
 from distillery.storage.artifacts import ArtifactStore
-from tasks.progress import conclude
+from tasks.progress import conclude, show_rows
 from tasks.stage import stage
 
 
@@ -17,7 +17,12 @@ def measure(model: OnnxModel, validation: Rows, prompt: PromptRecipe, machine: s
     rows = Path(store.fetch(validation.artifact) / validation.file)
     _examples, gold = answered_rows(rows, "validation")
     folder = str(store.fetch(model.artifact))
-    scored = score_model(ModelToScore(name="student", kind="onnx", folder=folder), rows, prompt)
+    scored = score_model(
+        ModelToScore(name="student", kind="onnx", folder=folder),
+        rows,
+        prompt,
+        progress=lambda done, of, _text: show_rows(done, of),
+    )
     found = Measured(
         correct=sum(right_answers(scored.answers, gold)),
         rows=len(gold),

@@ -5,13 +5,17 @@ import os
 import signal
 import subprocess
 import sys
+import textwrap
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
+from pydantic import BaseModel
 
+from distillery.errors import ModelError
 from distillery.machine import machine_name, usable_cores
-from distillery.processes import exit_reason
+from distillery.processes import exit_reason, run_in_process
 
 PROJECT = Path(__file__).resolve().parents[1]
 
@@ -28,6 +32,23 @@ time.sleep(600)
 PARENT = """
 import subprocess, sys
 subprocess.run([sys.executable, "-c", sys.argv[1]])
+"""
+
+JOB = """
+import io, os, sys, time
+from contextlib import redirect_stdout
+from pathlib import Path
+from pydantic import BaseModel
+from distillery.processes import process_main
+
+class Job(BaseModel):
+    go: str
+
+def work(job, progress):
+WORK
+    return job
+
+sys.exit(process_main(sys.argv[1:], Job, work))
 """
 
 # What Windows or macOS lacks: modules that our own code may not import, and names of others.
@@ -66,6 +87,92 @@ def test_a_child_ends_with_its_parent_even_before_that_is_reaped() -> None:
         # Until `with` ends, the parent is a zombie.
         child.wait(60)
         assert psutil.Process(parent.pid).status() == psutil.STATUS_ZOMBIE
+
+
+class Job(BaseModel):
+    go: str
+
+
+@pytest.fixture
+def job_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
+    """`job_module(work)`: the name of a module whose process does a Job by the statements
+    `work`."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(PROJECT)]))
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
+
+    def write(work: str) -> str:
+        lines = textwrap.indent(textwrap.dedent(work), "    ")
+        (tmp_path / "job_of_a_test.py").write_text(JOB.replace("WORK", lines))
+        return "job_of_a_test"
+
+    return write
+
+
+def test_progress_is_shown_while_the_process_runs(
+    job_module: Callable[[str], str], tmp_path: Path
+) -> None:
+    """What else it prints is no progress, and is not in the way."""
+    module = job_module("""
+        print("progress is slow")
+        with redirect_stdout(io.StringIO()):
+            progress(1, 3, "one: two")
+        while not Path(job.go).exists():
+            time.sleep(0.01)
+        print("no line's end", end="")
+        progress(2, 3, "lost")
+        progress(3, 3, "")
+    """)
+    go = tmp_path / "go"
+    shown = []
+
+    def show(done: int, of: int, text: str) -> None:
+        shown.append((done, of, text))
+        go.touch()
+
+    result = run_in_process(module, Job(go=str(go)), 60, show)
+    assert shown == [(1, 3, "one: two"), (3, 3, "")]
+    assert Job.model_validate_json(result) == Job(go=str(go))
+
+
+def test_a_process_that_never_stops_telling_is_killed_at_its_limit(
+    job_module: Callable[[str], str],
+) -> None:
+    module = job_module("""
+        while True:
+            progress(0, 1, "")
+    """)
+    with pytest.raises(ModelError, match=r"^it did not finish within 0\.02 minutes$"):
+        run_in_process(module, Job(go=""), 1.2)
+    commands = [child.cmdline() for child in psutil.Process().children()]
+    assert not [command for command in commands if module in command]
+
+
+def test_a_process_whose_progress_can_not_be_shown_is_killed(
+    job_module: Callable[[str], str],
+) -> None:
+    module = job_module("""
+        progress(os.getpid(), 1, "")
+        time.sleep(600)
+    """)
+
+    def show(done: int, _of: int, _text: str) -> None:
+        raise RuntimeError(done)
+
+    with pytest.raises(RuntimeError) as raised:
+        run_in_process(module, Job(go=""), progress=show)
+    assert not psutil.pid_exists(raised.value.args[0])
+
+
+def test_the_last_line_of_stderr_is_the_reason(job_module: Callable[[str], str]) -> None:
+    """However much is written there and to stdout."""
+    module = job_module("""
+        for stream in (sys.stdout, sys.stderr):
+            stream.write("noise " * 100_000)
+        print("\\nout of luck", file=sys.stderr)
+        os._exit(3)
+    """)
+    with pytest.raises(ModelError, match=r"^its process ended with exit code 3 \(out of luck\)$"):
+        run_in_process(module, Job(go=""))
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -21,6 +22,7 @@ from distillery.evaluation.scoring import (
 )
 from distillery.evaluation.statistics import paired_interval, wilson_interval
 from distillery.machine import machine_name, usable_cores
+from distillery.progress import ShowProgress, show_nothing
 from distillery.recipe import PromptRecipe
 from distillery.records import Interval, ScoreRow
 
@@ -38,14 +40,16 @@ def evaluate(
     *,
     float_model: str | None = None,
     threads: int | None = None,
+    progress: ShowProgress = show_nothing,
 ) -> tuple[ScoreRow, ...]:
     """Score every model and the baselines on the rows of `test`; write the report's files to `out`.
 
     `teacher` is the name of one of `models`, or an endpoint's letters by example_id. The baselines
     learn from the answered Examples of `train`, and are left out without it. `candidate` is the
     model that may be registered, and `float_model` the one that it was exported from: the report
-    tells how far the two depart from each other. Raises DataError for test rows without gold
-    answers, and ModelError for a model that can't be scored."""
+    tells how far the two depart from each other. `progress` is shown the rows done of all models
+    together. Raises DataError for test rows without gold answers, and ModelError for a model that
+    can't be scored."""
     examples, gold = answered_rows(test)
     baselines, notes = score_baselines(examples, train)
     answers: dict[str, Answers] = {GOLD: gold, **baselines}
@@ -58,13 +62,18 @@ def evaluate(
     check_names(names, teacher_name, candidate)
     scored: dict[str, Scored] = {}
     figures: dict[str, dict[str, float | None]] = {}
-    for model in models:
-        found = score_model(model, test, prompt, threads)
+    total = len(models) * len(examples)
+    for index, model in enumerate(models):
+        before = index * len(examples)
+        progress(before, total, f"loading {model.name}")
+        show_asking = partial(show_rows_of_all, progress, f"asking {model.name}", before, total)
+        found = score_model(model, test, prompt, threads, progress=show_asking)
         _log.info("scored %s: %.1f rows a second", model.name, found.rows_per_second)
         scored[model.name] = found
         answers[model.name] = found.answers
         figures[model.name] = {"parameters": model.parameters, "bytes": model.bytes}
         figures[model.name] |= measured_figures(found)
+    progress(total, total, "writing the report")
     rows = []
     for name in answers:
         row = judge(name, answers, teacher_name).model_copy(update=figures.get(name))
@@ -76,6 +85,13 @@ def evaluate(
     write_report(out, rows, candidate, teacher_name, scored, notes)
     write_answers(out, examples, answers)
     return tuple(rows)
+
+
+def show_rows_of_all(
+    progress: ShowProgress, text: str, before: int, total: int, done: int, _of: int, _text: str
+) -> None:
+    """Show the rows that one model has done as rows of all models together."""
+    progress(before + done, total, text)
 
 
 def check_names(names: Sequence[str], teacher: str, candidate: str) -> None:

@@ -21,17 +21,20 @@ from distillery.records import Example
 from distillery.training.batching import common_prefix, longest_shared
 from distillery.training.rows import TrainingRow
 
+AskBatches = Callable[[Sequence[TrainingRow], Callable[[int], None]], list[list[float]]]
+
 
 @dataclass(frozen=True)
 class Predictor:
     """A loaded model. `render` gives a row's prompt and options, or None where the prompt is over
     the budget or the model's context; `ask` the probabilities over its options. `ask_batches` gives
-    them for many rows at once; it is None where batches would not give what single rows give."""
+    them for many rows at once, and tells after each batch how many rows it had; it is None where
+    batches would not give what single rows give."""
 
     ran_on: str
     render: Callable[[Example], TrainingRow | None]
     ask: Callable[[TrainingRow], list[float]]
-    ask_batches: Callable[[Sequence[TrainingRow]], list[list[float]]] | None = None
+    ask_batches: AskBatches | None = None
 
 
 def load_predictor(job: ScoringJob) -> Predictor:
@@ -89,8 +92,12 @@ def load_transformers(job: ScoringJob) -> Predictor:
         probabilities: list[float] = next_logits(row.prompt)[list(row.letters)].softmax(-1).tolist()
         return probabilities
 
-    def ask_batches(rows: Sequence[TrainingRow]) -> list[list[float]]:
-        return option_probabilities(model, rows, pad_id=padding, device=device)
+    def ask_batches(
+        rows: Sequence[TrainingRow], batch_done: Callable[[int], None] | None = None
+    ) -> list[list[float]]:
+        return option_probabilities(
+            model, rows, pad_id=padding, device=device, batch_done=batch_done
+        )
 
     return Predictor(
         ran_on=f"{device.name} {device.precision}",

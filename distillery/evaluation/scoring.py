@@ -8,6 +8,7 @@ from distillery.data.examples import read_examples
 from distillery.errors import DataError, ModelError
 from distillery.machine import usable_cores
 from distillery.processes import run_in_process
+from distillery.progress import ShowProgress, show_nothing
 from distillery.recipe import PromptRecipe
 from distillery.records import Departure, Example, Record
 
@@ -73,8 +74,10 @@ def score_model(
     prompt: PromptRecipe,
     threads: int | None = None,
     precision: Precision = "auto",
+    progress: ShowProgress = show_nothing,
 ) -> Scored:
     """Score `model` on the rows of `examples_file`, in a process that ends with this one.
+    `progress` is shown the rows that are done.
 
     `threads` defaults to the usable cores. `precision` is a Transformers model's: "auto" is
     bfloat16 on a GPU that multiplies in it, else float32. Raises ModelError with the reason that
@@ -87,7 +90,7 @@ def score_model(
         precision=precision,
     )
     try:
-        result = run_in_process("distillery.evaluation.scoring_process", job)
+        result = run_in_process("distillery.evaluation.scoring_process", job, progress=progress)
     except ModelError as error:
         raise ModelError(f"{model.name}: {error}") from error
     return Scored.model_validate_json(result)

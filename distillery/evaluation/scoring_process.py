@@ -14,31 +14,53 @@ from pathlib import Path
 
 from distillery.data.examples import read_examples
 from distillery.errors import ModelError
-from distillery.evaluation.predictors import Predictor, load_predictor
+from distillery.evaluation.predictors import AskBatches, Predictor, load_predictor
 from distillery.evaluation.scoring import TIMED_ROWS, Scored, ScoringJob
 from distillery.processes import process_main
+from distillery.progress import ShowProgress, show_nothing
 from distillery.records import Example
 from distillery.training.rows import TrainingRow
 
 WARM_UP_ROWS = 3
 
+SHOW_S = 0.5
+"""The fewest seconds between two reports of progress: rows are timed meanwhile."""
+
 Probabilities = tuple[float, ...] | None
 """Over a row's options; None where the row's prompt is too long to be asked."""
 
 
-def score(job: ScoringJob) -> Scored:
+class RowCounter:
+    """Counts the rows that are done, and shows it at most every SHOW_S seconds."""
+
+    def __init__(self, of: int, progress: ShowProgress) -> None:
+        self.done, self.of, self.progress = 0, of, progress
+        self._shown_at = -math.inf
+
+    def add(self, rows: int) -> None:
+        """Count `rows` more as done."""
+        self.done += rows
+        now = time.monotonic()
+        if now >= self._shown_at + SHOW_S:
+            self._shown_at = now
+            self.progress(self.done, self.of, f"{self.done} of {self.of} rows")
+
+
+def score(job: ScoringJob, progress: ShowProgress = show_nothing) -> Scored:
     """Ask the model every row, one by one and timed, or in batches; see `Scored`."""
     examples = read_examples(Path(job.examples))
     started = time.perf_counter()
     predictor = load_predictor(job)
     load_s = time.perf_counter() - started
-    probabilities, latencies = ask_single_rows(predictor, examples)
+    counter = RowCounter(len(examples), progress)
+    counter.add(0)
+    probabilities, latencies = ask_single_rows(predictor, examples, counter.add)
     rest = [predictor.render(example) for example in examples[len(probabilities) :]]
     # The longest row takes the most memory. It is asked here, untimed, for batches take more.
     ask(predictor, max(rest, key=token_count, default=None))
     peak = peak_mib()
     if predictor.ask_batches:
-        probabilities += ask_in_batches(predictor.ask_batches, rest)
+        probabilities += ask_in_batches(predictor.ask_batches, rest, counter.add)
     rows_per_second = 0.0
     if latencies:
         rows_per_second = 1000 * len(latencies) / sum(latencies)
@@ -54,7 +76,7 @@ def score(job: ScoringJob) -> Scored:
 
 
 def ask_single_rows(
-    predictor: Predictor, examples: Sequence[Example]
+    predictor: Predictor, examples: Sequence[Example], rows_done: Callable[[int], None]
 ) -> tuple[list[Probabilities], list[float]]:
     """Ask row after row: all of them, or, where the model takes batches, the first ones until
     TIMED_ROWS are timed. A few are asked before, to warm up.
@@ -74,6 +96,7 @@ def ask_single_rows(
         probabilities.append(asked)
         if asked is not None:
             latencies.append(1000 * elapsed)
+        rows_done(1)
     return probabilities, latencies
 
 
@@ -92,11 +115,13 @@ def token_count(row: TrainingRow | None) -> int:
 
 
 def ask_in_batches(
-    ask_batches: Callable[[Sequence[TrainingRow]], list[list[float]]],
+    ask_batches: AskBatches,
     rendered: Sequence[TrainingRow | None],
+    rows_done: Callable[[int], None],
 ) -> list[Probabilities]:
     """Return the probabilities over the options of each rendered row."""
-    answered = iter(ask_batches([row for row in rendered if row is not None]))
+    rows_done(rendered.count(None))
+    answered = iter(ask_batches([row for row in rendered if row is not None], rows_done))
     probabilities: list[Probabilities] = []
     for row in rendered:
         if row is None:

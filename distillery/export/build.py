@@ -15,6 +15,7 @@ from distillery.export.fit import misfit
 from distillery.export.passes import export_passes
 from distillery.inference.decoder import ADAPTER_FILE
 from distillery.inference.onnx_student import OnnxStudent
+from distillery.progress import ShowProgress, show_nothing
 from distillery.recipe import ExportForm
 from distillery.storage.working import working_folder
 
@@ -28,12 +29,13 @@ def export(
     out: Path,
     remote_code: bool = False,
     calibration: Path | None = None,
+    progress: ShowProgress = show_nothing,
 ) -> None:
     """Build `model`, with a LoRA `adapter` or without, into `out`, and ask it one question.
 
-    `calibration` is a file of prompts for gptq, each line a JSON list of token ids. Raises
-    ExportError where the form does not fit, nothing was built, or what was built does not load or
-    answer."""
+    `calibration` is a file of prompts for gptq, each line a JSON list of token ids. `progress` is
+    shown the passes that are done. Raises ExportError where the form does not fit, nothing was
+    built, or what was built does not load or answer."""
     from distillery.olive_workflow import run_workflow
 
     if form.adapter_apart and form.precision == "int8":
@@ -54,12 +56,13 @@ def export(
     }
     passes = export_passes(form, model, adapter is not None, remote_code, calibration)
     with working_folder("export") as built:
-        run_workflow(input_model, passes, built)
+        run_workflow(input_model, passes, built, progress=progress)
         if not (built / "model").is_dir():
             raise ExportError("Olive produced no model folder")
         # Olive's own record of the build names this machine's folders, and nothing reads it.
         without_record = shutil.ignore_patterns("model_config.json")
         shutil.copytree(built / "model", out, dirs_exist_ok=True, ignore=without_record)
+    progress(len(passes), len(passes), "asking one question")
     check_built(out, form)
 
 

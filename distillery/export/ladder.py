@@ -10,6 +10,7 @@ import logging
 import shutil
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from distillery.data.examples import read_examples
@@ -28,6 +29,7 @@ from distillery.export.ladder_table import describe_rung
 from distillery.export.rung_process import BuildingJob, Built
 from distillery.models.load import load_tokenizer
 from distillery.processes import run_in_process
+from distillery.progress import ShowProgress, show_nothing
 from distillery.prompts import TransformersTokenizer, render_ids
 from distillery.recipe import ExportForm, ExportRecipe, PromptRecipe
 from distillery.records import Ladder, Rung
@@ -53,15 +55,18 @@ def climb(
     out: Path,
     *,
     threads: int | None = None,
+    progress: ShowProgress = show_nothing,
 ) -> Ladder:
     """Build and measure each rung of `recipe` for the float `student`, and copy the picked one to
     `out`.
 
-    `validation` holds answered Examples, `train` those whose prompts gptq is calibrated on. A rung
+    `validation` holds answered Examples, `train` those whose prompts gptq is calibrated on.
+    `progress` is shown the rungs that are done, and the passes or rows of the one under way. A rung
     that can't be built or asked is shown with the reason. Raises ExportError where no rung keeps to
     export.largest_loss."""
     _examples, gold = answered_rows(validation, "validation")
-    exact = score_model(student, validation, prompt, threads, "float32")
+    show_float = partial(show_part, progress, 0, len(recipe.ladder), "float student")
+    exact = score_model(student, validation, prompt, threads, "float32", progress=show_float)
     rungs: list[Rung] = []
     with working_folder("ladder") as work:
         calibration = None
@@ -71,10 +76,14 @@ def climb(
         for index, form in enumerate(recipe.ladder):
             started = time.perf_counter()
             folder = work / str(index)
+            title = f"rung {index + 1} of {len(recipe.ladder)}, {form.title}"
+            show_rung = partial(show_part, progress, index, len(recipe.ladder), title)
             try:
-                size = build_rung(student, form, calibration, folder, recipe.rung_minutes)
+                size = build_rung(
+                    student, form, calibration, folder, recipe.rung_minutes, show_rung
+                )
                 exported = ModelToScore(name=form.title, kind="onnx", folder=str(folder))
-                scored = score_model(exported, validation, prompt, threads)
+                scored = score_model(exported, validation, prompt, threads, progress=show_rung)
                 rungs.append(measured(form, size, scored, exact, gold))
             except ModelError as error:
                 # Without what the reader knows already, or will not find any more.
@@ -90,6 +99,13 @@ def climb(
         shutil.copytree(work / str(best), out, dirs_exist_ok=True)
     rungs = with_verdicts(rungs, best, recipe.largest_loss)
     return write_ladder(rungs, recipe.largest_loss, exact, gold, out / LADDER_FILE)
+
+
+def show_part(
+    progress: ShowProgress, done: int, of: int, title: str, _done: int, _of: int, text: str
+) -> None:
+    """Show how far one part of the ladder is as a text, with the rungs that are done."""
+    progress(done, of, f"{title}: {text}")
 
 
 def write_ladder(
@@ -123,7 +139,12 @@ def write_prompts(
 
 
 def build_rung(
-    student: ModelToScore, form: ExportForm, calibration: Path | None, out: Path, minutes: float
+    student: ModelToScore,
+    form: ExportForm,
+    calibration: Path | None,
+    out: Path,
+    minutes: float,
+    progress: ShowProgress,
 ) -> int:
     """Build a form of the student into `out`, in a process of its own; return its size in bytes.
 
@@ -136,7 +157,7 @@ def build_rung(
         calibration=str(calibration) if calibration else None,
         out=str(out),
     )
-    result = run_in_process("distillery.export.rung_process", job, 60 * minutes)
+    result = run_in_process("distillery.export.rung_process", job, 60 * minutes, progress)
     return Built.model_validate_json(result).bytes
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from distillery.export.build import export
 from distillery.processes import process_main
+from distillery.progress import ShowProgress
 from distillery.recipe import ExportForm
 from distillery.records import Record
 
@@ -31,12 +32,12 @@ class Built(Record):
     bytes: int
 
 
-def build(job: BuildingJob) -> Built:
+def build(job: BuildingJob, progress: ShowProgress) -> Built:
     """Build the form and return its size."""
     out = Path(job.out)
     adapter = Path(job.adapter) if job.adapter else None
     calibration = Path(job.calibration) if job.calibration else None
-    export(Path(job.model), adapter, job.form, out, job.remote_code, calibration)
+    export(Path(job.model), adapter, job.form, out, job.remote_code, calibration, progress)
     return Built(bytes=sum(path.stat().st_size for path in out.rglob("*") if path.is_file()))
 
 

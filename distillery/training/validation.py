@@ -1,7 +1,7 @@
 """How well a model in training answers rows whose labels are known."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from distillery.models.device import Device
@@ -33,10 +33,18 @@ def accuracy_of(model: Any, rows: Sequence[TrainingRow], *, pad_id: int, device:
 
 
 def option_probabilities(
-    model: Any, rows: Sequence[TrainingRow], *, pad_id: int, device: Device, batch_size: int = 16
+    model: Any,
+    rows: Sequence[TrainingRow],
+    *,
+    pad_id: int,
+    device: Device,
+    batch_size: int = 16,
+    batch_done: Callable[[int], None] | None = None,
 ) -> list[list[float]]:
     """Return for each row the probabilities over its options after one forward pass of its prompt:
-    softmax over its letters' logits, or over the scores of its options' texts (likelihood.py)."""
+    softmax over its letters' logits, or over the scores of its options' texts (likelihood.py).
+
+    `batch_done` is told after each batch how many rows it had."""
     import torch
 
     results: list[list[float]] = [[] for _ in rows]
@@ -47,28 +55,36 @@ def option_probabilities(
             found = text_scores(model, rows, pad_id, batch_size)
         else:
             found = letter_scores(model, rows, pad_id, batch_size)
-        for index, scores in found:
-            results[index] = torch.softmax(scores, dim=-1).tolist()
+        for picked, scores in found:
+            for index, row_scores in zip(picked, scores, strict=True):
+                results[index] = torch.softmax(row_scores, dim=-1).tolist()
+            if batch_done:
+                batch_done(len(picked))
     model.train(was_training)
     return results
 
 
 def letter_scores(
     model: Any, rows: Sequence[TrainingRow], pad_id: int, batch_size: int
-) -> Iterator[tuple[int, "torch.Tensor"]]:
-    """Give each row's index and the logits of its letters, [options]."""
+) -> Iterator[tuple[list[int], list["torch.Tensor"]]]:
+    """Give each batch's row indices, and for each row the logits of its letters, [options]."""
     for picked, logits in prompt_logits(model, rows, pad_id, batch_size):
+        scores = []
         for index, row_logits in zip(picked, logits.float(), strict=True):
-            yield index, row_logits[list(rows[index].letters)]
+            scores.append(row_logits[list(rows[index].letters)])
+        yield picked, scores
 
 
 def text_scores(
     model: Any, rows: Sequence[TrainingRow], pad_id: int, batch_size: int
-) -> Iterator[tuple[int, "torch.Tensor"]]:
-    """Give each row's index and the scores of its options' texts, [options]."""
+) -> Iterator[tuple[list[int], list["torch.Tensor"]]]:
+    """Give each batch's row indices, and for each row the scores of its options' texts,
+    [options]."""
     contiguous_head(model)
     for picked in by_length(rows, batch_size, turning_point(model)):
         packed, logits = forward_packed(model, [rows[index] for index in picked], pad_id)
-        scores, _ = option_scores(packed, logits)
-        for index, row_scores in zip(picked, scores, strict=True):
-            yield index, row_scores[: len(rows[index].texts)]
+        padded, _ = option_scores(packed, logits)
+        scores = []
+        for index, row_scores in zip(picked, padded, strict=True):
+            scores.append(row_scores[: len(rows[index].texts)])
+        yield picked, scores

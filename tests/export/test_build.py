@@ -17,6 +17,7 @@ from distillery.export.fit import misfit
 from distillery.inference.onnx_student import OnnxStudent
 from distillery.labels.files import TRAIN_DATA_FILE
 from distillery.labels.known import gold_labels, write_known_labels
+from distillery.progress import ShowProgress
 from distillery.recipe import ExportForm, PromptRecipe, TeacherRecipe
 from distillery.records import Example
 
@@ -36,7 +37,7 @@ def test_a_workflow_that_ends_without_a_model_is_an_error(
 def test_a_build_that_lacks_a_file_is_an_error(
     tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def without_config(_input: object, _passes: object, out: Path) -> None:
+    def without_config(_input: object, _passes: object, out: Path, progress: ShowProgress) -> None:
         (out / "model").mkdir()
         (out / "model" / "model.onnx").write_bytes(b"x")
 
@@ -143,7 +144,15 @@ def test_what_olive_itself_refuses_is_one_line(
 def test_float16_is_built_for_a_processor_and_is_near(
     tiny_model: TinyModel, tiny_onnx: Callable[..., Path], tmp_path: Path
 ) -> None:
-    export(tiny_model("llama"), None, ExportForm(precision="fp16"), tmp_path)
+    shown = []
+    form = ExportForm(precision="fp16")
+    export(tiny_model("llama"), None, form, tmp_path, progress=lambda *told: shown.append(told))
+    assert shown == [
+        (0, 2, "loading Olive"),
+        (0, 2, "pass 1 of 2, build"),
+        (1, 2, "pass 2 of 2, half"),
+        (2, 2, "asking one question"),
+    ]
     half, exact = OnnxStudent(tmp_path, threads=1), OnnxStudent(tiny_onnx("llama"), threads=1)
     ids = exact.tokenizer.encode_chat(TRIAL)
     assert half.next_token_logprobs(ids) == pytest.approx(exact.next_token_logprobs(ids), abs=0.05)

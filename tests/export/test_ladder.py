@@ -27,6 +27,7 @@ from distillery.export.rung_process import BuildingJob, Built
 from distillery.labels.known import gold_labels
 from distillery.models.inspect import model_and_adapter
 from distillery.models.load import load_tokenizer
+from distillery.progress import ShowProgress, show_nothing
 from distillery.prompts import TransformersTokenizer, render_ids
 from distillery.recipe import ExportForm, ExportRecipe, PromptRecipe, TrainingRecipe
 from distillery.records import Departure, Example, Interval, Ladder, Rung
@@ -231,7 +232,8 @@ def built(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[int, str]]:
     answers; a form that is not can't be built. The float student is right on all rows."""
     forms: dict[str, tuple[int, str]] = {}
 
-    def run_in_process(_module: str, job: BaseModel, limit_s: float) -> str:
+    def run_in_process(_module: str, job: BaseModel, limit_s: float, progress: ShowProgress) -> str:
+        progress(1, 2, "pass 2 of 2, build")
         assert isinstance(job, BuildingJob)
         assert limit_s == 60 * 60
         if job.form.title not in forms:
@@ -243,7 +245,10 @@ def built(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[int, str]]:
             (Path(job.out) / "prompts.jsonl").write_text(Path(job.calibration).read_text())
         return Built(bytes=forms[job.form.title][0]).model_dump_json()
 
-    def score_model(model: ModelToScore, *_rest: Any) -> Scored:
+    def score_model(
+        model: ModelToScore, *_rest: Any, progress: ShowProgress = show_nothing
+    ) -> Scored:
+        progress(7, 20, "7 of 20 rows")
         assert (
             model.kind == "transformers"
             or (Path(model.folder) / "form.txt").read_text() == model.name
@@ -262,11 +267,16 @@ def built(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[int, str]]:
 
 
 def climbed(
-    files: tuple[Path, Path], base: Path, out: Path, *forms: str, loss: float = 0.02
+    files: tuple[Path, Path],
+    base: Path,
+    out: Path,
+    *forms: str,
+    loss: float = 0.02,
+    progress: ShowProgress = show_nothing,
 ) -> Ladder:
     recipe = ExportRecipe(ladder=tuple(FORMS[form] for form in forms), largest_loss=loss)
     float_student = ModelToScore(name="student", kind="transformers", folder=str(base))
-    return climb(float_student, recipe, PROMPT, *files, out)
+    return climb(float_student, recipe, PROMPT, *files, out, progress=progress)
 
 
 def test_the_picked_folder_goes_on_and_the_table_beside_it(
@@ -300,6 +310,21 @@ def test_a_rung_that_can_not_be_built_is_shown_with_the_reason(
     found = climbed(files, tiny_model("llama"), tmp_path / "out", "gptq", "int8")
     assert found.rungs[0] == Rung(form=FORMS["gptq"], note="left out: no time")
     assert found.rungs[1].picked
+
+
+def test_the_rung_under_way_is_shown_with_its_pass_or_its_rows(
+    files: tuple[Path, Path], built: dict[str, tuple[int, str]], tmp_path: Path
+) -> None:
+    built["int8 rtn/32"] = (20, "A" * 20)
+    shown = []
+    out = tmp_path / "out"
+    climbed(files, tmp_path, out, "rtn", "int8", progress=lambda *told: shown.append(told))
+    assert shown == [
+        (0, 2, "float student: 7 of 20 rows"),
+        (0, 2, "rung 1 of 2, int4 rtn/32: pass 2 of 2, build"),
+        (1, 2, "rung 2 of 2, int8 rtn/32: pass 2 of 2, build"),
+        (1, 2, "rung 2 of 2, int8 rtn/32: 7 of 20 rows"),
+    ]
 
 
 def test_gptq_looks_at_the_training_rows_own_prompts(

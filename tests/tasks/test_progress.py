@@ -59,11 +59,37 @@ def test_a_line_has_what_is_done_the_rate_and_the_time_left(still: Clock) -> Non
     assert progress.share == pytest.approx(400 / 1001)
 
 
+def test_the_rate_is_measured_from_when_the_first_unit_is_begun(still: Clock) -> None:
+    progress = StageProgress("evaluate")
+    progress.show(0, 90, "rows", "loading base model")
+    still.now += 20
+    assert progress.log_line() == "0 of 90 rows, loading base model, at work for 0:20"
+    progress.show(0, 90, "rows", "asking base model")
+    still.now += 10
+    progress.show(30, 90, "rows", "asking base model")
+    assert progress.line() == "30 of 90 rows, asking base model, 3.0 rows/s, 0:20 left"
+    assert progress.log_line() == progress.line()
+    progress.show(30, 90, "rows", "loading student")
+    still.now += 10
+    assert progress.line() == "30 of 90 rows, loading student, 1.5 rows/s, 0:40 left"
+
+
 def test_what_the_stage_knows_of_its_speed_is_not_reckoned_again(still: Clock) -> None:
     progress = StageProgress("train")
     progress.show(10, 100, "steps", "loss 0.5, 7.0 rows/s", seconds_left=61)
     still.now += 10
     assert progress.line() == "10 of 100 steps, loss 0.5, 7.0 rows/s, 1:01 left"
+
+
+def test_parts_that_take_unequal_times_have_no_rate_and_no_time_left(still: Clock) -> None:
+    progress = StageProgress("export")
+    progress.show(0, 3, "", "pass 1 of 3, merge")
+    still.now += 10
+    progress.show(1, 3, "", "pass 2 of 3, quantise")
+    still.now += 10
+    assert progress.line() == "pass 2 of 3, quantise"
+    assert progress.log_line() == "pass 2 of 3, quantise, at work for 0:20"
+    assert progress.share == pytest.approx(1 / 3)
 
 
 def test_outside_a_stage_nothing_is_shown() -> None:

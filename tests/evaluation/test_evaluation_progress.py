@@ -1,0 +1,156 @@
+"""What evaluation shows of its progress, and that showing it is not in the measured times."""
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from distillery.evaluation import scoring_process
+from distillery.evaluation.evaluate import evaluate
+from distillery.evaluation.predictors import Predictor
+from distillery.evaluation.scoring import ModelToScore, Scored, ScoringJob
+from distillery.evaluation.scoring_process import RowCounter, ask_single_rows, score
+from distillery.progress import ShowProgress
+from distillery.recipe import PromptRecipe
+from distillery.records import Example
+from distillery.training.rows import TrainingRow
+
+PROMPT = PromptRecipe(system="", user="{question}\n{choices}", max_tokens=128)
+Shown = list[tuple[int, int, str]]
+
+
+class Clock:
+    """A clock that stands still until it is set."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def read(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def still(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    times = SimpleNamespace(perf_counter=clock.read, monotonic=clock.read)
+    monkeypatch.setattr(scoring_process, "time", times)
+    return clock
+
+
+@pytest.fixture
+def shown() -> Shown:
+    return []
+
+
+@pytest.fixture
+def progress(shown: Shown) -> ShowProgress:
+    return lambda *told: shown.append(told)
+
+
+def examples(count: int, words: int = 0) -> list[Example]:
+    """Answered rows; each third one has `words` words more than the others."""
+    rows = []
+    for number in range(count):
+        question = "Where? " + "word " * (words if number % 3 == 2 else 0)
+        rows.append(
+            Example(example_id=f"r{number}", question=question, choices=("a", "b"), answer_key="A")
+        )
+    return rows
+
+
+def write_examples(path: Path, rows: list[Example]) -> Path:
+    path.write_text("".join(f"{row.model_dump_json()}\n" for row in rows))
+    return path
+
+
+def test_rows_are_shown_at_most_every_half_second(
+    still: Clock, shown: Shown, progress: ShowProgress
+) -> None:
+    counter = RowCounter(100, progress)
+    counter.add(0)
+    for _ in range(30):
+        still.now += 0.25
+        counter.add(2)
+    assert [done for done, _, _ in shown] == list(range(0, 61, 4))
+    assert shown[-1] == (60, 100, "60 of 100 rows")
+
+
+def test_what_is_shown_is_not_in_a_row_s_latency(still: Clock) -> None:
+    """Asking a row takes 2 s here, and to show it 50 s."""
+
+    def ask(_row: TrainingRow) -> list[float]:
+        still.now += 2
+        return [0.5, 0.5]
+
+    def rows_done(count: int) -> None:
+        done.append(count)
+        still.now += 50
+
+    done: list[int] = []
+    row = TrainingRow(prompt=(1,), letters=(2, 3), answer=0)
+    predictor = Predictor("here", lambda example: None if example.example_id == "r1" else row, ask)
+    probabilities, latencies = ask_single_rows(predictor, examples(4), rows_done)
+    assert latencies == [2000.0] * 3
+    assert probabilities[1] is None
+    assert done == [1] * 4
+
+
+@pytest.mark.parametrize("arch", ["llama", "phi4mini"])
+def test_single_rows_and_batches_are_counted_once_each(
+    arch: str,
+    tiny_model: Callable[..., Path],
+    tmp_path: Path,
+    shown: Shown,
+    progress: ShowProgress,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """8 of the 24 rows are too long to be asked: 2 of the first 7, which are asked one by one."""
+    monkeypatch.setattr(scoring_process, "SHOW_S", 0.0)
+    monkeypatch.setattr(scoring_process, "TIMED_ROWS", 5)
+    job = ScoringJob(
+        model=ModelToScore(name="torch", kind="transformers", folder=str(tiny_model(arch))),
+        examples=str(write_examples(tmp_path / "rows.jsonl", examples(24, words=200))),
+        prompt=PROMPT,
+        threads=1,
+        precision="float32",
+    )
+    assert score(job, progress).answers.count(None) == 8
+    assert {of for _, of, _ in shown} == {24}
+    # 6 of the 17 rows that are left are too long; the others are a batch.
+    assert [done for done, _, _ in shown] == [0, 1, 2, 3, 4, 5, 6, 7, 13, 24]
+
+
+def test_the_rows_of_all_models_are_shown_together(
+    tmp_path: Path, shown: Shown, progress: ShowProgress, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def score_model(model: ModelToScore, *_: object, progress: ShowProgress) -> Scored:
+        for done in (0, 2):
+            progress(done, 3, f"{done} of 3 rows")
+        return Scored(
+            answers=("A",) * 3,
+            probabilities=((1.0, 0.0),) * 3,
+            latencies_ms=(1.0,) * 3,
+            rows_per_second=1000.0,
+            peak_mib=1.0,
+            load_s=1.0,
+            ran_on="here",
+        )
+
+    monkeypatch.setattr("distillery.evaluation.evaluate.score_model", score_model)
+    models = [
+        ModelToScore(name=name, kind="onnx", folder=str(tmp_path)) for name in ("teacher", "ours")
+    ]
+    test_file = write_examples(tmp_path / "rows.jsonl", examples(3))
+    evaluate(
+        models, "teacher", test_file, None, PROMPT, "ours", tmp_path / "out", progress=progress
+    )
+    assert shown == [
+        (0, 6, "loading teacher"),
+        (0, 6, "asking teacher"),
+        (2, 6, "asking teacher"),
+        (3, 6, "loading ours"),
+        (3, 6, "asking ours"),
+        (5, 6, "asking ours"),
+        (6, 6, "writing the report"),
+    ]
