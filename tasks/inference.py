@@ -5,7 +5,7 @@ from pathlib import Path
 import fsspec
 
 from distillery.errors import DataError
-from distillery.inference.batch import read_rows, score_file
+from distillery.inference.batch import count_rows, read_rows, score_file
 from distillery.inference.onnx_student import OnnxStudent
 from distillery.recipe import Columns, PromptRecipe, RegistryRecipe
 from distillery.records import InputFile, Predictions, RegisteredModel
@@ -13,7 +13,7 @@ from distillery.registry.open import open_registry
 from distillery.storage.artifacts import ArtifactStore
 from distillery.storage.digests import sha256_of
 from distillery.storage.working import working_folder
-from tasks.progress import conclude
+from tasks.progress import conclude, show_rows
 from tasks.stage import origin, stage
 
 
@@ -29,7 +29,14 @@ def score(
         file = fetch_input(rows.uri, folder)
         if sha256_of(file) != rows.sha256:
             raise DataError(f"{file.name}: changed while the run was under way; run it again")
-        counts = score_file(student, read_rows(file, columns), prompt, folder / "out")
+        of = count_rows(file)
+        counts = score_file(
+            student,
+            read_rows(file, columns),
+            prompt,
+            folder / "out",
+            lambda done: show_rows(done, of),
+        )
         artifact = ArtifactStore().put(folder / "out")
     predictions = Predictions(artifact=artifact, **origin(started), **dict(counts))
     conclude(

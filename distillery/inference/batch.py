@@ -6,7 +6,7 @@ row that is malformed or can't be asked is set aside there and stops nothing.
 Rows are read, answered and written one by one, so memory stays flat however long the file is.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from distillery.data.readers import TableRow, has_surrogates, open_table
@@ -51,9 +51,14 @@ class ScoreCounts(Record):
 
 
 def score_file(
-    student: OnnxStudent, examples: Iterable[Example | FailedRow], prompt: PromptRecipe, out: Path
+    student: OnnxStudent,
+    examples: Iterable[Example | FailedRow],
+    prompt: PromptRecipe,
+    out: Path,
+    progress: Callable[[int], None] | None = None,
 ) -> ScoreCounts:
-    """Answer every row into `out`/predictions.jsonl; set aside the others in `out`/failed.jsonl."""
+    """Answer every row into `out`/predictions.jsonl; set aside the others in `out`/failed.jsonl.
+    `progress` is told after each row how many are done."""
     out.mkdir(parents=True, exist_ok=True)
     rows = failed = 0
     with (
@@ -68,6 +73,8 @@ def score_file(
             else:
                 failures.write(result.model_dump_json() + "\n")
                 failed += 1
+            if progress:
+                progress(rows + failed)
     return ScoreCounts(rows=rows, failed=failed)
 
 
@@ -97,6 +104,12 @@ def read_rows(path: Path, columns: Columns) -> Iterator[InputRow | FailedRow]:
             refuse_missing_columns(str(path), table.columns, needed)
         for row in table.rows:
             yield input_row(row, columns)
+
+
+def count_rows(path: Path) -> int:
+    """Return how many rows a file holds, malformed ones included. Raises DataError."""
+    with open_table("input_uri", path) as table:
+        return sum(1 for _ in table.rows)
 
 
 def input_row(row: TableRow, columns: Columns) -> InputRow | FailedRow:

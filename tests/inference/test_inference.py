@@ -18,7 +18,14 @@ import pytest
 from distillery.errors import DataError, ModelError
 from distillery.evaluation.scoring import ModelToScore, ScoringJob
 from distillery.evaluation.scoring_process import score
-from distillery.inference.batch import FailedRow, InputRow, Prediction, read_rows, score_file
+from distillery.inference.batch import (
+    FailedRow,
+    InputRow,
+    Prediction,
+    count_rows,
+    read_rows,
+    score_file,
+)
 from distillery.inference.logits import Logits, log_softmax
 from distillery.inference.onnx_student import OnnxStudent
 from distillery.prompts import render_ids, render_messages, text_ids
@@ -527,10 +534,16 @@ def test_a_file_is_scored_row_by_row(tiny_onnx: Build, tmp_path: Path) -> None:
         tmp_path / "rows.jsonl",
         [ROWS[0], long, {**ROWS[0], "id": "one", "choices": ["x"]}, ROWS[2]],
     )
+    done: list[int] = []
     counts = score_file(
-        student, read_rows(tmp_path / "rows.jsonl", Columns()), PROMPT, tmp_path / "out"
+        student,
+        read_rows(tmp_path / "rows.jsonl", Columns()),
+        PROMPT,
+        tmp_path / "out",
+        done.append,
     )
     assert (counts.rows, counts.failed) == (2, 2)
+    assert done == [1, 2, 3, count_rows(tmp_path / "rows.jsonl")]
     lines = (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()
     predictions = [Prediction.model_validate_json(line) for line in lines]
     assert [prediction.example_id for prediction in predictions] == ["r0", "r2"]
