@@ -65,7 +65,7 @@ def load_transformers(job: ScoringJob) -> Predictor:
     """Load a folder that Transformers runs, in the job's precision."""
     import torch
 
-    from distillery.models.device import choose_device
+    from distillery.models.device import cast_linear_layers, choose_device
     from distillery.models.load import load_model, pad_id
     from distillery.training.validation import option_probabilities
 
@@ -160,15 +160,3 @@ def logits_after_prompt(model: Any, device: Any) -> Callable[[Sequence[int]], An
         return output.logits[0, -1].float()
 
     return logits
-
-
-def cast_linear_layers(model: Any) -> None:
-    """Cast once what autocast would cast for each row: the numbers are the same, and sooner."""
-    import torch
-
-    for module in model.modules():
-        if isinstance(module, torch.nn.Linear):
-            # A parameter of its own: a tied embedding, which autocast leaves in float32, stays so.
-            module.weight = torch.nn.Parameter(
-                module.weight.to(torch.bfloat16), requires_grad=False
-            )

@@ -37,25 +37,35 @@ def choose_device(precision: str = "auto") -> Device:
     return Device(name, precision)
 
 
-@contextmanager
-def linear_layers_cast(model: Any, device: Device, *, frozen_only: bool = False) -> Iterator[None]:
-    """Give the linear layers of `model` bfloat16 weights meanwhile, where `device` multiplies in
-    bfloat16: autocast would cast them for each batch. With `frozen_only`, those alone that are not
-    trained, since an optimiser changes the weights in float32."""
+def cast_linear_layers(model: Any, *, frozen_only: bool = False) -> list[tuple[Any, Any]]:
+    """Give the linear layers of `model` bfloat16 weights, which autocast would make for each batch
+    anew. Return the layers with the weights that they had. With `frozen_only`, layers that are
+    trained keep theirs, since an optimiser changes the weights in float32."""
     import torch
 
-    held = []
+    changed = []
     for module in model.modules():
-        if device.precision != "bfloat16" or not isinstance(module, torch.nn.Linear):
+        if not isinstance(module, torch.nn.Linear):
             continue
-        if frozen_only and module.weight.requires_grad:
+        weight = module.weight
+        if frozen_only and weight.requires_grad:
             continue
-        held.append((module, module.weight))
+        changed.append((module, weight))
         # A parameter of its own: a tied embedding, which autocast leaves in float32, stays so.
-        cast = module.weight.detach().to(torch.bfloat16)
+        cast = weight.detach().to(torch.bfloat16)
         module.weight = torch.nn.Parameter(cast, requires_grad=False)
+    return changed
+
+
+@contextmanager
+def linear_layers_cast(model: Any, device: Device, *, frozen_only: bool = False) -> Iterator[None]:
+    """Cast the linear layers within, as `cast_linear_layers` does, where `device` multiplies in
+    bfloat16."""
+    changed = []
+    if device.precision == "bfloat16":
+        changed = cast_linear_layers(model, frozen_only=frozen_only)
     try:
         yield
     finally:
-        for module, weight in held:
+        for module, weight in changed:
             module.weight = weight
