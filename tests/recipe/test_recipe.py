@@ -9,11 +9,13 @@ import pytest
 from distillery.errors import RecipeError
 from distillery.recipe import (
     PRESETS,
+    AnswerRecipe,
     ExportForm,
     ExportRecipe,
     Recipe,
     SearchRecipe,
     Slice,
+    TeacherRecipe,
     load_recipe,
     parse_recipe,
 )
@@ -34,6 +36,12 @@ def test_a_preset_loads_and_stands_on_its_own(name: str) -> None:
     recipe = load_recipe(name)
     assert recipe.name == name
     assert recipe.preset is None
+
+
+def test_an_own_teacher_is_asked_for_the_letter_alone() -> None:
+    assert TeacherRecipe(kind="local").for_own_model().max_tokens == 1
+    in_json = TeacherRecipe(kind="local", answers=AnswerRecipe(form="json"))
+    assert in_json.for_own_model() == in_json
 
 
 def test_the_presets_ask_for_what_they_say() -> None:

@@ -1,0 +1,41 @@
+"""Weights that are cast once: which layers, to what, and that they come back."""
+
+import torch
+
+from distillery.models.device import Device, linear_layers_cast
+
+
+class Model(torch.nn.Module):
+    """A trained and a frozen layer, and a head tied to the embedding, all frozen but the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = torch.nn.Embedding(5, 4)
+        self.trained, self.frozen = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+        self.head = torch.nn.Linear(4, 5, bias=False)
+        self.head.weight = self.embedding.weight
+        self.requires_grad_(False)
+        self.trained.requires_grad_(True)
+
+
+def test_frozen_layers_are_cast_and_come_back() -> None:
+    model = Model()
+    trained, frozen, tied = model.trained.weight, model.frozen.weight, model.embedding.weight
+    with linear_layers_cast(model, Device("cpu", "bfloat16"), frozen_only=True):
+        assert model.trained.weight is trained
+        assert model.frozen.weight.dtype == model.head.weight.dtype == torch.bfloat16
+        # Autocast leaves embeddings in float32, so a tied one stays as it is.
+        assert model.embedding.weight is tied
+        assert torch.equal(model.frozen.weight, frozen.to(torch.bfloat16))
+    assert model.frozen.weight is frozen
+    assert model.head.weight is model.embedding.weight is tied
+
+
+def test_all_layers_are_cast_where_nothing_is_trained_and_none_in_float32() -> None:
+    model = Model()
+    trained = model.trained.weight
+    with linear_layers_cast(model, Device("cpu", "bfloat16")):
+        assert model.trained.weight.dtype == torch.bfloat16
+    assert model.trained.weight is trained
+    with linear_layers_cast(model, Device("cpu", "float32")):
+        assert model.frozen.weight.dtype == torch.float32
