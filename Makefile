@@ -14,7 +14,7 @@ AZURITE := tests/support/azurite/node_modules/.installed
 
 export PREFECT_HOME ?= $(CURDIR)/.distillery/prefect
 
-.PHONY: help demo test test-all bench-overhead bench-labels bench-train bench-distil bench-distil-full bench-inference docs lint format up down clean
+.PHONY: help setup demo test test-all bench-overhead bench-labels bench-train bench-distil bench-distil-full bench-inference docs lint format up down clean
 help: ## what the targets do
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-14s %s\n", $$1, $$2}'
 
@@ -35,6 +35,8 @@ $(AZURITE): tests/support/azurite/package-lock.json
 
 $(PREFECT_HOME):
 	@mkdir -p $@
+
+setup: $(INSTALLED) ## only what the other targets need first: the environment in .venv
 
 demo: $(INSTALLED) | $(PREFECT_HOME) ## the whole way on this machine: no account, no server to start
 	@$(BIN)/python -m flows.distill demo

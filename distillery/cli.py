@@ -139,7 +139,10 @@ def list_models(
 
     The role is champion or candidate.
     """
-    for model in open_registry_of_kind(registry).list(name):
+    listed = open_registry_of_kind(registry).list(name)
+    if not listed:
+        print("no model is registered" + (f" as {name}" if name else ""))
+    for model in listed:
         print(
             f"{model.name}  version {model.version}  {model.role:9}  {model.artifact.sha256[:12]}"
         )

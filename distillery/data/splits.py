@@ -76,18 +76,18 @@ def refuse_leaks(splits: Splits) -> None:
     judged = {}
     for role in JUDGED:
         for row in splits.get(role, []):
-            judged[row.content] = f"{role} {row.example.example_id}"
+            judged[row.content] = row.where
     for role in FITTED:
         leaks = [row for row in splits.get(role, []) if row.content in judged]
         if leaks:
             listed = ", ".join(
-                f"{row.example.example_id} (= {judged[row.content]})" for row in leaks[:MOST_LISTED]
+                f"{row.where} = {judged[row.content]}" for row in leaks[:MOST_LISTED]
             )
             if len(leaks) > MOST_LISTED:
                 listed += f" and {len(leaks) - MOST_LISTED} more"
             raise DataError(
-                f"{leaks[0].where}: {len(leaks)} rows of {role} also stand in validation or test: "
-                f"{listed}; remove them from one of the two"
+                f"{leaks[0].where}: a row of {role} may not stand in validation or test too; "
+                f"found {len(leaks)}: {listed}; remove them from one of the two"
             )
 
 

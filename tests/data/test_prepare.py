@@ -552,17 +552,19 @@ def _in_order(rows: list[dict[str, Any]]) -> list[Example]:
     return [by_position[position] for position in sorted(by_position)]
 
 
-def test_a_row_of_train_that_stands_in_test_stops_the_run_with_both_ids(tmp_path: Path) -> None:
+def test_a_row_of_train_that_stands_in_test_stops_the_run_with_both_places(tmp_path: Path) -> None:
     train = jsonl(
         tmp_path / "train.jsonl", [row("a", "One?"), row("b", "TWO?", "B"), row("c", "Three?")]
     )
     test = jsonl(tmp_path / "test.jsonl", [row("x", "two?"), row("c", "Three?"), row("y", "Four?")])
     text = refusal(recipe(train, test), tmp_path / "out")
     assert re.match(
-        rf"{re.escape(str(train))}:[23]: 2 rows of train also stand in validation or test: ", text
+        rf"{re.escape(str(train))}:[23]: a row of train may not stand in validation or test too; "
+        "found 2: ",
+        text,
     )
-    assert "b (= test x)" in text
-    assert "c (= test c)" in text
+    assert f"{train}:2 = {test}:1" in text
+    assert f"{train}:3 = {test}:2" in text
 
 
 def test_a_gold_row_that_stands_in_test_stops_the_run(tmp_path: Path) -> None:
@@ -572,14 +574,16 @@ def test_a_gold_row_that_stands_in_test_stops_the_run(tmp_path: Path) -> None:
     }
     splits = {"train": "train", "gold": "same", "test": "same"}
     config = DatasetRecipe.model_validate({"source": "files", "files": paths, "splits": splits})
-    assert "3 rows of gold also stand in validation or test: " in refusal(config, tmp_path / "out")
+    assert "a row of gold may not stand in validation or test too; found 3: " in refusal(
+        config, tmp_path / "out"
+    )
 
 
 def test_many_leaks_are_listed_in_part_and_counted_whole(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "rows.jsonl", many(50))
     text = refusal(recipe(path, path), tmp_path / "out")
-    assert "50 rows of train also stand" in text
-    assert text.count("(= test m") == 20
+    assert "; found 50: " in text
+    assert text.count(f" = {path}:") == 20
     assert " and 30 more; " in text
 
 
