@@ -2,9 +2,9 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
+from still_clock import StillClock
 
 from distillery.evaluation import scoring_process
 from distillery.evaluation.evaluate import evaluate
@@ -20,21 +20,10 @@ PROMPT = PromptRecipe(system="", user="{question}\n{choices}", max_tokens=128)
 Shown = list[tuple[int, int, str]]
 
 
-class Clock:
-    """A clock that stands still until it is set."""
-
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def read(self) -> float:
-        return self.now
-
-
 @pytest.fixture
-def still(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    clock = Clock()
-    times = SimpleNamespace(perf_counter=clock.read, monotonic=clock.read)
-    monkeypatch.setattr(scoring_process, "time", times)
+def still(monkeypatch: pytest.MonkeyPatch) -> StillClock:
+    clock = StillClock()
+    monkeypatch.setattr(scoring_process, "time", clock)
     return clock
 
 
@@ -65,7 +54,7 @@ def write_examples(path: Path, rows: list[Example]) -> Path:
 
 
 def test_rows_are_shown_at_most_every_half_second(
-    still: Clock, shown: Shown, progress: ShowProgress
+    still: StillClock, shown: Shown, progress: ShowProgress
 ) -> None:
     counter = RowCounter(100, progress)
     counter.add(0)
@@ -76,7 +65,7 @@ def test_rows_are_shown_at_most_every_half_second(
     assert shown[-1] == (60, 100, "60 of 100 rows")
 
 
-def test_what_is_shown_is_not_in_a_row_s_latency(still: Clock) -> None:
+def test_what_is_shown_is_not_in_a_row_s_latency(still: StillClock) -> None:
     """Asking a row takes 2 s here, and to show it 50 s."""
 
     def ask(_row: TrainingRow) -> list[float]:

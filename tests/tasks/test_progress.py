@@ -3,33 +3,23 @@
 import io
 import time
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from prefect import flow, task
 from prefect.testing.utilities import prefect_test_harness
 from rich.console import Console
+from still_clock import StillClock
 
 from tasks import progress as progress_module
 from tasks.progress import StageProgress, clock, conclude, displayed_by, progress_of, show
 from tasks.terminal import LiveDisplay, PlannedStage
 
 
-class Clock:
-    """A clock that stands still until it is set."""
-
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def monotonic(self) -> float:
-        return self.now
-
-
 @pytest.fixture
-def still(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    clock = Clock()
-    monkeypatch.setattr(progress_module, "time", SimpleNamespace(monotonic=clock.monotonic))
+def still(monkeypatch: pytest.MonkeyPatch) -> StillClock:
+    clock = StillClock()
+    monkeypatch.setattr(progress_module, "time", clock)
     return clock
 
 
@@ -48,7 +38,7 @@ def test_a_duration_as_a_clock_shows_it(seconds: float, shown: str) -> None:
     assert clock(seconds) == shown
 
 
-def test_a_line_has_what_is_done_the_rate_and_the_time_left(still: Clock) -> None:
+def test_a_line_has_what_is_done_the_rate_and_the_time_left(still: StillClock) -> None:
     progress = StageProgress("label")
     assert (progress.line(), progress.share) == ("", None)
     progress.show(100, 1001, "rows")
@@ -59,7 +49,7 @@ def test_a_line_has_what_is_done_the_rate_and_the_time_left(still: Clock) -> Non
     assert progress.share == pytest.approx(400 / 1001)
 
 
-def test_the_rate_is_measured_from_when_the_first_unit_is_begun(still: Clock) -> None:
+def test_the_rate_is_measured_from_when_the_first_unit_is_begun(still: StillClock) -> None:
     progress = StageProgress("evaluate")
     progress.show(0, 90, "rows", "loading base model")
     still.now += 20
@@ -74,14 +64,14 @@ def test_the_rate_is_measured_from_when_the_first_unit_is_begun(still: Clock) ->
     assert progress.line() == "30 of 90 rows, loading student, 1.5 rows/s, 0:40 left"
 
 
-def test_what_the_stage_knows_of_its_speed_is_not_reckoned_again(still: Clock) -> None:
+def test_what_the_stage_knows_of_its_speed_is_not_reckoned_again(still: StillClock) -> None:
     progress = StageProgress("train")
     progress.show(10, 100, "steps", "loss 0.5, 7.0 rows/s", seconds_left=61)
     still.now += 10
     assert progress.line() == "10 of 100 steps, loss 0.5, 7.0 rows/s, 1:01 left"
 
 
-def test_parts_that_take_unequal_times_have_no_rate_and_no_time_left(still: Clock) -> None:
+def test_parts_that_take_unequal_times_have_no_rate_and_no_time_left(still: StillClock) -> None:
     progress = StageProgress("export")
     progress.show(0, 3, "", "pass 1 of 3, merge")
     still.now += 10
@@ -96,7 +86,7 @@ def test_outside_a_stage_nothing_is_shown() -> None:
     show(1, 2, "rows")
 
 
-def test_the_display_shows_what_is_done_running_and_to_come(still: Clock) -> None:
+def test_the_display_shows_what_is_done_running_and_to_come(still: StillClock) -> None:
     planned = [PlannedStage(f"{part} student", part) for part in ("train", "export", "evaluate")]
     display = LiveDisplay([PlannedStage("train teacher", "train"), *planned])
     assert "starting a Prefect server" in drawn(display)[-1]

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from still_clock import StillClock
 from tiny_model import ARCHITECTURES
 
 from distillery.errors import DataError, StoreUnavailable, TrainingError
@@ -567,20 +568,10 @@ def test_a_checkpoint_that_does_not_fit_or_is_damaged_is_left_aside(
 
 
 @dataclass
-class Clock:
-    """A clock that stands still until it is set."""
-
-    now: float = 0.0
-
-    def perf_counter(self) -> float:
-        return self.now
-
-
-@dataclass
 class SlowFile(OneFile):
     """Each save takes a second of `clock`."""
 
-    clock: Clock = field(default_factory=Clock)
+    clock: StillClock = field(default_factory=StillClock)
 
     def save(self, folder: Path) -> None:
         super().save(folder)
