@@ -36,7 +36,7 @@ class TrainingRecipe(Slice):
     and a cosine decay to zero. So a long warm-up does not reach learning_rate.
     """
 
-    added_later: ClassVar[frozenset[str]] = frozenset({"first_layer"})
+    added_later: ClassVar[frozenset[str]] = frozenset({"first_layer", "minimum_steps"})
 
     method: Literal["lora", "dora", "full"] = "lora"
     """lora, dora: train an adapter (dora: Liu et al., DoRA: Weight-Decomposed Low-Rank Adaptation,
@@ -56,8 +56,12 @@ class TrainingRecipe(Slice):
     epochs: float = Field(2.0, gt=0)
     """Passes through the training rows; fractions are allowed."""
 
+    minimum_steps: int = Field(0, ge=0)
+    """Optimiser steps that training has at least: where the epochs are fewer, because there are few
+    rows, it goes on for more epochs. 0: the epochs alone count."""
+
     max_steps: int | None = Field(None, ge=1)
-    """Optimiser steps; replaces epochs."""
+    """Optimiser steps; replaces epochs and minimum_steps."""
 
     batch_size: int = Field(8, ge=1)
     """Rows in a batch."""

@@ -4,6 +4,7 @@ In: a model in PyTorch, rows of token ids and a recipe. Out: the trained model a
 is plain PyTorch; training/olive_passes.py runs it as a pass of an Olive workflow.
 """
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -30,6 +31,8 @@ from distillery.training.validation import validate
 
 if TYPE_CHECKING:
     import torch
+
+_log = logging.getLogger(__name__)
 
 STEPS_PER_POINT = 10
 """After how many steps the curve gets a point, if no epoch ends before."""
@@ -254,7 +257,7 @@ def set_up(
     weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     first_epoch = batches(rows, recipe.batch_size, recipe.seed, 0, turning_point(model))
     steps_per_epoch = math.ceil(len(first_epoch) / recipe.accumulation)
-    steps = recipe.max_steps or max(1, math.ceil(steps_per_epoch * recipe.epochs))
+    steps = steps_to_train(recipe, steps_per_epoch)
     optimiser = torch.optim.AdamW(
         list(weights.values()),
         lr=recipe.learning_rate,
@@ -273,6 +276,23 @@ def set_up(
     objective = Objective(model, recipe, device, pad_id, end_id, teacher_states)
     state = TrainingState(fingerprint, weights, optimiser, schedule)
     return Training(model, recipe, device, objective, state, steps, steps_per_epoch)
+
+
+def steps_to_train(recipe: TrainingRecipe, steps_per_epoch: int) -> int:
+    """Return the optimiser steps of the whole training."""
+    if recipe.max_steps:
+        return recipe.max_steps
+    steps = max(1, math.ceil(steps_per_epoch * recipe.epochs))
+    if steps < recipe.minimum_steps:
+        _log.info(
+            "training for %.1f epochs: %g would be %d steps, and training.minimum_steps is %d",
+            recipe.minimum_steps / steps_per_epoch,
+            recipe.epochs,
+            steps,
+            recipe.minimum_steps,
+        )
+        return recipe.minimum_steps
+    return steps
 
 
 def trainable_model(model: Any, recipe: TrainingRecipe, device: Device) -> Any:

@@ -277,6 +277,21 @@ def test_training_learns_counts_its_steps_and_repeats_itself(
     assert all(torch.equal(a, b) for a, b in zip(weights, again, strict=True))
 
 
+def test_few_rows_are_passed_through_more_often(
+    tiny_model: TinyModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="distillery")
+    rows = rendered(tiny_model("llama"))
+    few = TrainingRecipe(method="full", epochs=2, batch_size=4, minimum_steps=9)
+    assert trained(tiny_model("llama"), few, rows)[0].steps == 9
+    said = "training for 3.0 epochs: 2 would be 6 steps, and training.minimum_steps is 9"
+    assert caplog.messages == [said]
+    enough = few.model_copy(update={"minimum_steps": 6})
+    assert trained(tiny_model("llama"), enough, rows)[0].steps == 6
+    by_number = few.model_copy(update={"max_steps": 3})
+    assert trained(tiny_model("llama"), by_number, rows)[0].steps == 3
+
+
 def trained(
     folder: Path, recipe: TrainingRecipe, rows: list[TrainingRow]
 ) -> tuple[TrainingResult, Any]:
