@@ -1,57 +1,175 @@
-"""95 % intervals of an accuracy, and of the difference of two accuracies on the same rows."""
+"""Intervals of an accuracy, and comparisons of two predictors on the same rows."""
 
 import math
 from collections import Counter
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from distillery.records import Interval
 
+POWER = 0.8
+"""The chance to decide, with the number of rows that `rows_needed` gives."""
 
-def wilson_interval(correct: int, rows: int) -> Interval:
-    """Return the 95 % score interval of a share of `rows` (1 or more), in [0, 1].
+
+def wilson_interval(correct: int, rows: int, confidence: float = 0.95) -> Interval:
+    """Return the score interval of a share of `rows` (1 or more), in [0, 1].
 
     Wilson, Probable inference, the law of succession, and statistical inference, JASA 22 (1927);
     method 3 in Newcombe, Two-sided confidence intervals for the single proportion, Statistics in
     Medicine 17 (1998), 857-872."""
     from scipy.stats import binomtest
 
-    interval = binomtest(correct, rows).proportion_ci(method="wilson")
+    interval = binomtest(correct, rows).proportion_ci(confidence_level=confidence, method="wilson")
     return Interval(low=float(interval.low), high=float(interval.high))
 
 
-def paired_interval(first: Sequence[bool], second: Sequence[bool]) -> Interval:
-    """Return the 95 % interval of the first's accuracy minus the second's, in [-1, 1].
+class Pairs(NamedTuple):
+    """Two predictors on the same rows: how many rows both answered right, only the first, only the
+    second, and neither."""
 
-    Both tell row by row, for the same rows (1 or more), whether the answer is right.
+    both: int
+    first: int
+    second: int
+    neither: int
+
+    @property
+    def rows(self) -> int:
+        return sum(self)
+
+    @property
+    def difference(self) -> float:
+        """The first's accuracy minus the second's."""
+        return (self.first - self.second) / self.rows
+
+
+def count_pairs(first: Sequence[bool], second: Sequence[bool]) -> Pairs:
+    """Count the rows that two predictors answered right; both sequences go row by row."""
+    cells = Counter(zip(first, second, strict=True))
+    return Pairs(cells[True, True], cells[True, False], cells[False, True], cells[False, False])
+
+
+class Margins(NamedTuple):
+    """Accuracy of two predictors with their Wilson intervals, and the correlation of their
+    answers' being right."""
+
+    first: float
+    second: float
+    first_interval: Interval
+    second_interval: Interval
+    phi: float
+
+
+def margins_of(pairs: Pairs, confidence: float) -> Margins:
+    """Return what Newcombe's method 10 combines.
+
+    Where the numerator of phi is positive, it is brought n/2 nearer to 0."""
+    rows = pairs.rows
+    first, second = pairs.both + pairs.first, pairs.both + pairs.second
+    covariance = float(pairs.both * pairs.neither - pairs.first * pairs.second)
+    if covariance > 0:
+        covariance = max(covariance - rows / 2, 0)
+    spread = math.sqrt(first * (rows - first) * second * (rows - second))
+    return Margins(
+        first=first / rows,
+        second=second / rows,
+        first_interval=wilson_interval(first, rows, confidence),
+        second_interval=wilson_interval(second, rows, confidence),
+        phi=covariance / spread if spread else 0.0,
+    )
+
+
+def paired_interval(
+    first: Sequence[bool], second: Sequence[bool], confidence: float = 0.95
+) -> Interval:
+    """Return the interval of the first's accuracy minus the second's, in [-1, 1].
+
+    Both tell row by row, for the same rows (1 or more), whether the answer is right."""
+    return difference_interval(count_pairs(first, second), confidence)
+
+
+def difference_interval(pairs: Pairs, confidence: float = 0.95) -> Interval:
+    """Return the interval of the first's accuracy minus the second's, in [-1, 1].
 
     Newcombe, Improved confidence intervals for the difference between binomial proportions based
     on paired data, Statistics in Medicine 17 (1998), 2635-2650, method 10: the distances to both
-    Wilson bounds are squared and added, less twice their product times the correlation phi. Where
-    the numerator of phi is positive, it is brought n/2 nearer to 0. The interval keeps a width
-    where the two are right on the same rows."""
-    rows = len(first)
-    pairs = Counter(zip(first, second, strict=True))
-    first_right, second_right = sum(first), sum(second)
-    covariance = float(
-        pairs[True, True] * pairs[False, False] - pairs[True, False] * pairs[False, True]
-    )
-    if covariance > 0:
-        covariance = max(covariance - rows / 2, 0)
-    spread = math.sqrt(first_right * (rows - first_right) * second_right * (rows - second_right))
-    phi = 0.0
-    if spread > 0:
-        phi = covariance / spread
+    Wilson bounds are squared and added, less twice their product times the correlation phi. The
+    interval keeps a width where the two are right on the same rows."""
+    first, second, first_interval, second_interval, phi = margins_of(pairs, confidence)
 
     def half_width(a: float, b: float) -> float:
         return math.sqrt(max(0.0, a**2 - 2 * phi * a * b + b**2))
 
-    first_interval = wilson_interval(first_right, rows)
-    second_interval = wilson_interval(second_right, rows)
-    first_share, second_share = first_right / rows, second_right / rows
-    difference = (first_right - second_right) / rows
     return Interval(
-        low=difference
-        - half_width(first_share - first_interval.low, second_interval.high - second_share),
-        high=difference
-        + half_width(first_interval.high - first_share, second_share - second_interval.low),
+        low=pairs.difference
+        - half_width(first - first_interval.low, second_interval.high - second),
+        high=pairs.difference
+        + half_width(first_interval.high - first, second - second_interval.low),
     )
+
+
+def ratio_interval(pairs: Pairs, confidence: float = 0.95) -> Interval:
+    """Return the interval of the first's accuracy divided by the second's, which must be above 0.
+
+    Tang, Li, Tang, Confidence interval construction for proportion ratio in paired studies based
+    on hybrid method, Statistical Methods in Medical Research 21 (2012), 361-378, with Wilson's
+    bounds and the phi of Newcombe's method 10. A bound is the ratio r at which the interval of
+    `first - r * second`, by the same squaring and adding, begins or ends at 0."""
+    first, second, first_interval, second_interval, phi = margins_of(pairs, confidence)
+
+    def root(a: float, b: float) -> float:
+        product = first * second - phi * a * b
+        return product + math.sqrt(max(0.0, product**2 - (first**2 - a**2) * (second**2 - b**2)))
+
+    a, b = first - first_interval.low, second_interval.high - second
+    low = 0.0
+    if first > a:
+        low = (first**2 - a**2) / root(a, b)
+    a, b = first_interval.high - first, second - second_interval.low
+    return Interval(low=low, high=root(a, b) / (second**2 - b**2))
+
+
+def one_sided(confidence: float) -> float:
+    """Return the confidence of the two-sided interval whose bounds each hold at `confidence`."""
+    return 2 * confidence - 1
+
+
+def mcnemar_p(pairs: Pairs) -> float:
+    """Return the two-sided p value of the exact McNemar test: how likely at least such a difference
+    is between two predictors that are equally accurate.
+
+    McNemar, Note on the sampling error of the difference between correlated proportions or
+    percentages, Psychometrika 12 (1947), 153-157. Exact: of the rows that one predictor alone got
+    right, the first's are binomial with probability 1/2."""
+    from scipy.stats import binomtest
+
+    discordant = pairs.first + pairs.second
+    if not discordant:
+        return 1.0
+    return float(binomtest(pairs.first, discordant, 0.5).pvalue)
+
+
+def rows_needed(
+    pairs: Pairs, limit: float, confidence: float, weight: float = 1.0, power: float = POWER
+) -> int | None:
+    """Return about how many rows decide whether the first's accuracy minus `weight` times the
+    second's is above `limit`, one-sided at `confidence`, with probability `power`, if the shares
+    are as observed. None where the observed difference is at the limit, so that no number does.
+
+    The sample size of the Wald-type test in Liu, Hsueh, Hsieh, Chen, Tests for equivalence or
+    non-inferiority for paired binary data, Statistics in Medicine 21 (2002), 231-245: the variance
+    of a row's difference times the square of (z of confidence + z of power) / (difference - limit).
+    For the variance, 1/2 is added to each cell: Agresti, Min, Simple improved confidence intervals
+    for comparing matched proportions, Statistics in Medicine 24 (2005), 729-740. Otherwise
+    predictors that differ on no row would need none."""
+    from scipy.stats import norm
+
+    shares = [(cell + 0.5) / (pairs.rows + 2) for cell in pairs]
+    values = (1 - weight, 1.0, -weight, 0.0)
+    mean = sum(share * value for share, value in zip(shares, values, strict=True))
+    square = sum(share * value**2 for share, value in zip(shares, values, strict=True))
+    observed = sum(cell * value for cell, value in zip(pairs, values, strict=True)) / pairs.rows
+    distance = abs(observed - limit)
+    if distance < 1e-9:
+        return None
+    quantiles = float(norm.ppf(confidence) + norm.ppf(power))
+    return math.ceil((square - mean**2) * (quantiles / distance) ** 2)
