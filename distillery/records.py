@@ -12,7 +12,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from distillery.errors import DataError
-from distillery.recipe import ExportForm, RegistryKind
+from distillery.recipe import ExportForm, GateRule, RegistryKind
 
 
 def digest_of(value: Any) -> str:
@@ -383,13 +383,40 @@ class Trial(Record):
     reason: str = ""
 
 
+class RuleVerdict(Record):
+    """What the gate says of a rule.
+
+    `figure`: the candidate's, None if there is none. For the rules better and not_worse it is a
+    difference of accuracies (-1 to 1), for keeps the share of the teacher's accuracy. `interval`:
+    its lower and upper one-sided bound, each at the rule's confidence. `p_value`: of the exact
+    McNemar test that both predictors are equally accurate. `undecided`: too few rows to decide;
+    about `rows_needed` would do. `note`: one line for people.
+    """
+
+    rule: GateRule
+    verdict: Literal["passed", "refused", "undecided"]
+    figure: float | None = None
+    interval: Interval | None = None
+    p_value: float | None = None
+    rows_needed: int | None = None
+    note: str = ""
+
+    @property
+    def passes(self) -> bool:
+        """Whether the candidate passes this rule."""
+        if self.verdict == "undecided":
+            return self.rule.undecided == "passed"
+        return self.verdict == "passed"
+
+
 class GateDecision(Record):
-    """The gate's verdict. `passed`: the candidate may be registered. `reason`: one line for
-    people."""
+    """The gate's decision. `passed`: the candidate may be registered. `reason`: one line for
+    people. `verdicts`: one for each rule; decisions of earlier versions have none."""
 
     passed: bool
     reason: str
     champion: str | None = None
+    verdicts: tuple[RuleVerdict, ...] = ()
 
 
 class RegisteredModel(StageRecord):

@@ -85,7 +85,7 @@ def distill(
     report = again("evaluate", evaluate)(
         test_rows, tfidf_rows, asked, base, student, model, teacher, machine_name(), recipe.prompt
     )
-    decision = judge(report, recipe.evaluation, recipe.registry)
+    decision = judge(report, recipe.gate_rules, recipe.registry)
 
     registered = delivered = None
     if decision.passed:

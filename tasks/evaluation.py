@@ -3,7 +3,7 @@ from pathlib import Path
 
 from distillery.evaluation import evaluate as domain
 from distillery.evaluation.report import ANSWERS_FILE
-from distillery.evaluation.scoreboard import headline
+from distillery.evaluation.scoreboard import BASE, headline
 from distillery.evaluation.scoring import ModelToScore
 from distillery.labels.files import read_labels
 from distillery.models.base import base_folder, remote_code_allowed
@@ -40,7 +40,7 @@ def evaluate(
     name = f"student {candidate.precision}"
     models = [
         ModelToScore(
-            name="base model",
+            name=BASE,
             kind="transformers",
             folder=str(base_model),
             remote_code=remote_code_allowed(base),

@@ -1,6 +1,7 @@
 import logging
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from distillery import __version__
 from distillery.errors import RegistryUnavailable
 from distillery.evaluation import gate as domain
 from distillery.evaluation.report import ANSWERS_FILE, candidate_of
-from distillery.recipe import EvaluationRecipe, RegistryRecipe
+from distillery.recipe import GateRule, RegistryRecipe
 from distillery.records import EvaluationReport, GateDecision, OnnxModel, RegisteredModel
 from distillery.registry.manifest import MANIFEST
 from distillery.registry.open import open_registry
@@ -94,21 +95,24 @@ def _with_answers(
 
 
 @patiently
-def judge(report: EvaluationReport, gate: EvaluationRecipe, recipe: RegistryRecipe) -> GateDecision:
-    """Apply the gate: the candidate against the teacher, and against the champion on shared rows.
+def judge(
+    report: EvaluationReport, rules: Sequence[GateRule], recipe: RegistryRecipe
+) -> GateDecision:
+    """Apply the gate's rules: to the candidate's figures and answers, and to the champion's answers
+    on shared rows.
 
     Not cached: the registry may have changed since the last run."""
     registry = open_registry(recipe)
     answers = ArtifactStore().fetch(report.artifact) / ANSWERS_FILE
     champion = next((m for m in registry.list(recipe.model_name) if m.role == "champion"), None)
     if champion is None:
-        return domain.gate(report.scoreboard, report.candidate, recipe=gate, answers=answers)
+        return domain.gate(report.scoreboard, report.candidate, rules=rules, answers=answers)
     with working_folder("champion") as folder:
         theirs = registry.download(champion, folder / "model") / ANSWERS
         return domain.gate(
             report.scoreboard,
             report.candidate,
-            recipe=gate,
+            rules=rules,
             answers=answers,
             champion_answers=theirs,
             champion=f"{champion.name} version {champion.version}",

@@ -11,6 +11,7 @@ from prefect.settings import PREFECT_UI_URL
 
 from distillery.evaluation.report import ANSWERS_FILE, PLOT_FILE, TABLE_FILE
 from distillery.evaluation.scoreboard import GOLD, TEACHER, headline, render_table
+from distillery.evaluation.verdicts import render_verdicts, render_verdicts_markdown
 from distillery.export.ladder_table import render_ladder, table
 from distillery.labels.files import REJECTED_FILE
 from distillery.labels.report import LOOK_FILE, RELIABILITY_FILE, read_report
@@ -88,8 +89,10 @@ def publish(outcome: Outcome) -> Outcome:
     parts += [
         _picture("scoreboard", report / PLOT_FILE),
         f"**Teacher:** {_paid(outcome)}",
-        f"**{verdict(named)}**",
     ]
+    if outcome.decision.verdicts:
+        parts.append(render_verdicts_markdown(outcome.decision.verdicts))
+    parts.append(f"**{verdict(named)}**")
     create_markdown_artifact(
         key="distillation",
         markdown="\n\n".join(parts),
@@ -232,6 +235,8 @@ def render(outcome: Outcome) -> str:
         render_table(board),
         "",
         headline(board, outcome.report.candidate),
-        verdict(outcome),
     ]
+    if outcome.decision.verdicts:
+        lines += ["", render_verdicts(outcome.decision.verdicts), ""]
+    lines.append(verdict(outcome))
     return "\n".join(lines)

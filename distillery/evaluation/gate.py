@@ -1,16 +1,80 @@
-"""The gate: whether a candidate may be registered."""
+"""The gate: whether a candidate may be registered, rule by rule (see recipe/rules.py)."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
+from distillery.evaluation.baselines import MAJORITY
 from distillery.evaluation.report import read_answers
-from distillery.evaluation.scoreboard import GOLD, TEACHER, percent, points, row_named
-from distillery.evaluation.statistics import paired_interval
-from distillery.recipe import EvaluationRecipe
-from distillery.records import GateDecision, ScoreRow
+from distillery.evaluation.scoreboard import GOLD, TEACHER, row_named
+from distillery.evaluation.statistics import (
+    Pairs,
+    count_pairs,
+    difference_interval,
+    mcnemar_p,
+    one_sided,
+    ratio_interval,
+    rows_needed,
+)
+from distillery.evaluation.verdicts import reason_of
+from distillery.recipe import (
+    BetterRule,
+    GateRule,
+    KeepsRule,
+    LimitRule,
+    NotWorseRule,
+    RowsRule,
+)
+from distillery.records import GateDecision, Interval, RuleVerdict, ScoreRow
 
 ROUNDING = 1e-9
 """A candidate that is at a limit, but for rounding, passes."""
+
+Verdict = Literal["passed", "refused", "undecided"]
+
+AnswerRows = Mapping[str, Mapping[str, str | None]]
+"""The lines of an answers.jsonl by example_id; each has a letter for each predictor."""
+
+
+@dataclass(frozen=True)
+class Champion:
+    """The champion on the test rows that the candidate answered, too. `pairs`: the candidate first.
+    `is_candidate`: the champion's evaluation has the same answers of all predictors to the same
+    rows."""
+
+    name: str
+    pairs: Pairs
+    is_candidate: bool
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What the rules look at: the candidate's row of the scoreboard, the answers of all predictors
+    to the test rows, and the champion, if there is one."""
+
+    row: ScoreRow
+    teacher: str
+    answers: AnswerRows
+    champion: Champion | None
+
+    def against(self, predictor: str) -> Pairs | None:
+        """Compare the candidate with another predictor; None if that has no answers."""
+        ours, theirs = [], []
+        for answer in self.answers.values():
+            if predictor not in answer:
+                return None
+            ours.append(answer[self.row.name] == answer[GOLD])
+            theirs.append(answer[predictor] == answer[GOLD])
+        return count_pairs(ours, theirs)
+
+    def against_most_frequent(self) -> Pairs:
+        """Compare the candidate with the most frequent gold answer of the test rows."""
+        gold = [answer[GOLD] for answer in self.answers.values()]
+        letter = Counter(gold).most_common(1)[0][0]
+        ours = [answer[self.row.name] == answer[GOLD] for answer in self.answers.values()]
+        return count_pairs(ours, [right == letter for right in gold])
 
 
 def gate(
@@ -18,57 +82,39 @@ def gate(
     candidate: str,
     teacher: str = TEACHER,
     *,
-    recipe: EvaluationRecipe,
+    rules: Sequence[GateRule],
     answers: Path,
     champion_answers: Path | None = None,
     champion: str | None = None,
     champion_candidate: str | None = None,
 ) -> GateDecision:
-    """Decide whether the candidate may be registered: it must keep evaluation.minimum_kept of the
-    teacher's accuracy, and lose no more than evaluation.maximum_loss against the champion, on the
-    test rows that both answered.
+    """Decide whether the candidate may be registered: it must pass each of `rules`.
 
     `answers` and `champion_answers` are the two evaluations' answers.jsonl. `champion` names the
     champion for people; its column is `champion_candidate`, which defaults to the candidate's name.
-    A champion without a shared row can't be compared: it stops the candidate, unless maximum_loss
-    is 1. Raises DataError for a file that can't be read."""
-    ours, theirs = row_named(report_rows, candidate), row_named(report_rows, teacher)
-    kept = 1.0
-    if theirs.correct:
-        kept = ours.correct / theirs.correct
-    passed = ours.correct >= recipe.minimum_kept * theirs.correct - ROUNDING
-    reason = (
-        f"{candidate} keeps {percent(kept)} of the teacher's accuracy "
-        f"({ours.accuracy:.3f} of {theirs.accuracy:.3f}); "
-        f"evaluation.minimum_kept asks for {percent(recipe.minimum_kept)}"
-    )
-    if passed and champion_answers is not None:
-        passed, comparison = compare_with_champion(
-            read_answers(answers),
-            candidate,
-            read_answers(champion_answers),
-            champion_candidate or candidate,
-            champion or "the champion",
-            recipe.maximum_loss,
+    Raises DataError for a file that can't be read."""
+    own = read_answers(answers)
+    compared = None
+    if champion_answers is not None:
+        compared = Champion(
+            name=champion or "the champion",
+            pairs=shared_pairs(
+                own, candidate, read_answers(champion_answers), champion_candidate or candidate
+            ),
+            is_candidate=answers.read_bytes() == champion_answers.read_bytes(),
         )
-        reason += f"; {comparison}"
-    verdict = "passed" if passed else "refused"
-    return GateDecision(passed=passed, reason=f"{verdict}: {reason}", champion=champion)
+    evidence = Evidence(row_named(report_rows, candidate), teacher, own, compared)
+    verdicts = tuple(judge_rule(rule, evidence) for rule in rules)
+    return GateDecision(
+        passed=all(verdict.passes for verdict in verdicts),
+        reason=reason_of(candidate, verdicts),
+        champion=champion,
+        verdicts=verdicts,
+    )
 
 
-def compare_with_champion(
-    own: dict[str, dict[str, str | None]],
-    candidate: str,
-    other: dict[str, dict[str, str | None]],
-    column: str,
-    champion: str,
-    maximum_loss: float,
-) -> tuple[bool, str]:
-    """Return whether the candidate loses no more than `maximum_loss` (0 to 1) of accuracy against
-    the champion, and the comparison in words.
-
-    `own` and `other` are the rows of the two answers.jsonl, `candidate` and `column` the columns
-    that are compared."""
+def shared_pairs(own: AnswerRows, candidate: str, other: AnswerRows, column: str) -> Pairs:
+    """Compare the candidate with the column `column` of another evaluation, on the rows of both."""
     ours: list[bool] = []
     theirs: list[bool] = []
     for example_id, row in own.items():
@@ -76,14 +122,123 @@ def compare_with_champion(
         if column in other_row:
             ours.append(row[candidate] == row[GOLD])
             theirs.append(other_row[column] == row[GOLD])
-    if not ours:
-        return maximum_loss >= 1, (
-            f"no test row is shared with {champion}, so the two can't be compared; "
-            "only evaluation.maximum_loss: 1 lets such a candidate pass"
-        )
-    gained = (sum(ours) - sum(theirs)) / len(ours)
-    return gained >= -maximum_loss - ROUNDING, (
-        f"{100 * gained:+.1f} points against {champion} on {len(ours)} shared rows, "
-        f"95 % interval {points(paired_interval(ours, theirs))}; "
-        f"evaluation.maximum_loss allows to lose {100 * maximum_loss:.1f}"
+    return count_pairs(ours, theirs)
+
+
+def judge_rule(rule: GateRule, evidence: Evidence) -> RuleVerdict:
+    """Apply one rule."""
+    match rule:
+        case BetterRule():
+            return judge_better(rule, evidence)
+        case KeepsRule():
+            return judge_keeps(rule, evidence)
+        case NotWorseRule():
+            return judge_not_worse(rule, evidence.champion)
+        case LimitRule():
+            return judge_limit(rule, evidence.row)
+        case RowsRule():
+            return judge_rows(rule, evidence.row)
+
+
+def judge_better(rule: BetterRule, evidence: Evidence) -> RuleVerdict:
+    """Apply a rule `better`. Undecided where the scoreboard lacks the predictor."""
+    pairs, note = evidence.against(rule.than), ""
+    if pairs is None and rule.than == MAJORITY:
+        pairs, note = evidence.against_most_frequent(), "the test rows' most frequent answer"
+    if pairs is None:
+        return RuleVerdict(rule=rule, verdict="undecided", note="it is not on the scoreboard")
+    return judge_difference(rule, pairs, 0.0, note)
+
+
+def judge_not_worse(rule: NotWorseRule, champion: Champion | None) -> RuleVerdict:
+    """Apply a rule `not_worse`. Undecided where no test row is shared with the champion."""
+    if champion is None:
+        return RuleVerdict(rule=rule, verdict="passed", note="no champion yet")
+    if not champion.pairs.rows:
+        note = f"no test row is shared with {champion.name}"
+        return RuleVerdict(rule=rule, verdict="undecided", note=note)
+    if champion.is_candidate:
+        note = f"the answers are those of {champion.name}"
+        return RuleVerdict(rule=rule, verdict="passed", note=note)
+    note = f"against {champion.name} on {champion.pairs.rows:,} shared rows"
+    return judge_difference(rule, champion.pairs, -rule.margin, note)
+
+
+def judge_difference(
+    rule: BetterRule | NotWorseRule, pairs: Pairs, limit: float, note: str
+) -> RuleVerdict:
+    """Ask the difference of two accuracies to be above `limit`."""
+    interval = needed = None
+    if rule.confidence is not None:
+        interval = difference_interval(pairs, one_sided(rule.confidence))
+        needed = rows_needed(pairs, limit, rule.confidence)
+    verdict = decide(pairs.difference, interval, limit)
+    return RuleVerdict(
+        rule=rule,
+        verdict=verdict,
+        figure=pairs.difference,
+        interval=interval,
+        p_value=mcnemar_p(pairs),
+        rows_needed=more_than(pairs.rows, needed) if verdict == "undecided" else None,
+        note=note,
     )
+
+
+def judge_keeps(rule: KeepsRule, evidence: Evidence) -> RuleVerdict:
+    """Apply a rule `keeps`."""
+    pairs = evidence.against(evidence.teacher)
+    if pairs is None:
+        return RuleVerdict(rule=rule, verdict="undecided", note="the teacher has no answers")
+    ours, theirs = pairs.both + pairs.first, pairs.both + pairs.second
+    if not theirs:
+        return RuleVerdict(rule=rule, verdict="passed", note="the teacher has no right answer")
+    interval = needed = None
+    if rule.confidence is not None:
+        interval = ratio_interval(pairs, one_sided(rule.confidence))
+        needed = rows_needed(pairs, 0.0, rule.confidence, weight=rule.share)
+    verdict = decide(ours / theirs, interval, rule.share)
+    return RuleVerdict(
+        rule=rule,
+        verdict=verdict,
+        figure=ours / theirs,
+        interval=interval,
+        rows_needed=more_than(pairs.rows, needed) if verdict == "undecided" else None,
+        note=f"{ours / pairs.rows:.3f} of {theirs / pairs.rows:.3f}",
+    )
+
+
+def judge_limit(rule: LimitRule, row: ScoreRow) -> RuleVerdict:
+    """Apply a rule `limit`. Undecided where the figure was not measured."""
+    figure: float | None = getattr(row, rule.figure)
+    if figure is None:
+        return RuleVerdict(rule=rule, verdict="undecided", note="it was not measured")
+    too_low = rule.minimum is not None and figure < rule.minimum - ROUNDING
+    too_high = rule.maximum is not None and figure > rule.maximum + ROUNDING
+    verdict: Verdict = "refused" if too_low or too_high else "passed"
+    return RuleVerdict(rule=rule, verdict=verdict, figure=figure)
+
+
+def judge_rows(rule: RowsRule, row: ScoreRow) -> RuleVerdict:
+    """Apply a rule `rows`."""
+    if row.rows >= rule.minimum:
+        return RuleVerdict(rule=rule, verdict="passed", figure=row.rows)
+    return RuleVerdict(rule=rule, verdict="undecided", figure=row.rows, rows_needed=rule.minimum)
+
+
+def decide(figure: float, interval: Interval | None, limit: float) -> Verdict:
+    """Return whether the figure is proven to be above the limit, or below it, or neither; without
+    an interval, whether it reaches the limit."""
+    if interval is None:
+        return "passed" if figure >= limit - ROUNDING else "refused"
+    if interval.low > limit:
+        return "passed"
+    if interval.high < limit:
+        return "refused"
+    return "undecided"
+
+
+def more_than(rows: int, needed: int | None) -> int | None:
+    """Return `needed`, but more than `rows`, which were too few."""
+    if needed is None:
+        return None
+    return max(needed, rows + 1)

@@ -14,6 +14,9 @@ GOLD = "gold"
 TEACHER = "teacher"
 """The teacher's row, save where `evaluate` is given another name."""
 
+BASE = "base model"
+"""The row of the student's base model before any training."""
+
 COLUMNS = (
     "predictor",
     "accuracy\n[95 %]",

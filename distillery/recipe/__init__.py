@@ -13,6 +13,14 @@ from distillery.recipe.preset import PRESETS
 from distillery.recipe.prompt import PromptRecipe
 from distillery.recipe.recipe import Recipe
 from distillery.recipe.registry import RegistryKind, RegistryRecipe
+from distillery.recipe.rules import (
+    BetterRule,
+    GateRule,
+    KeepsRule,
+    LimitRule,
+    NotWorseRule,
+    RowsRule,
+)
 from distillery.recipe.search import SearchRecipe
 from distillery.recipe.student import HealingRecipe, LayerChoice, Layers, StudentRecipe
 from distillery.recipe.teacher import (
@@ -30,6 +38,7 @@ __all__ = [
     "PRESETS",
     "AnswerRecipe",
     "BaseModelRecipe",
+    "BetterRule",
     "BudgetRecipe",
     "CanaryRecipe",
     "Columns",
@@ -38,15 +47,20 @@ __all__ = [
     "ExportForm",
     "ExportRecipe",
     "FilterRecipe",
+    "GateRule",
     "HealingRecipe",
+    "KeepsRule",
     "LayerChoice",
     "Layers",
+    "LimitRule",
     "LoraRecipe",
+    "NotWorseRule",
     "PriceRecipe",
     "PromptRecipe",
     "Recipe",
     "RegistryKind",
     "RegistryRecipe",
+    "RowsRule",
     "SearchRecipe",
     "Slice",
     "StudentRecipe",

@@ -1,18 +1,68 @@
 """The evaluation slice: what the gate asks of a student before it is registered."""
 
-from pydantic import Field
+from typing import ClassVar, Self
+
+from pydantic import Field, model_validator
 
 from distillery.recipe.base import Slice
+from distillery.recipe.rules import BetterRule, GateRule, KeepsRule, NotWorseRule
+
+DEFAULT_RULES: tuple[GateRule, ...] = (
+    BetterRule(kind="better", than="majority class"),
+    BetterRule(kind="better", than="base model"),
+    KeepsRule(kind="keeps", share=0.8),
+    NotWorseRule(kind="not_worse"),
+)
+"""The rules of a recipe that gives none. The second is for students that start from the base
+model."""
 
 
 class EvaluationRecipe(Slice):
-    """The gate's two limits. Both go by the accuracy on the test rows."""
+    """The gate's rules. All go by the test rows, and the student must pass each of them.
 
-    minimum_kept: float = Field(0.0, ge=0, le=1)
-    """Share of the teacher's accuracy that the student must reach. 0.95: 95 %. 0 asks for
-    nothing."""
+    `minimum_kept` and `maximum_loss` are older settings, by point estimates. Each takes the place
+    of the rules of its kind, given or default, and leaves the other rules as they are.
+    """
 
-    maximum_loss: float = Field(0.02, ge=0, le=1)
-    """Accuracy that the student may lose against the champion, on the test rows that both
-    answered. 0.02: two points. 1 lets every student pass, even one that shares no test row with
-    the champion."""
+    added_later: ClassVar[frozenset[str]] = frozenset({"rules"})
+
+    rules: tuple[GateRule, ...] | None = None
+    """What the student must show, such as [{kind: better, than: majority class}]. []: nothing.
+    null: it is better than the majority class, and than the base model if it starts from that, both
+    at 95 % confidence; it keeps 80 % of the teacher's accuracy; it is not worse than the champion
+    by 2 points, at 95 % confidence."""
+
+    minimum_kept: float | None = Field(None, ge=0, le=1)
+    """Short for the rule {kind: keeps, share: MINIMUM_KEPT}. 0: no such rule. null: as in
+    `rules`."""
+
+    maximum_loss: float | None = Field(None, ge=0, le=1)
+    """Short for the rule {kind: not_worse, margin: MAXIMUM_LOSS, confidence: null}. 1: no such
+    rule, so that a student passes even if it shares no test row with the champion. null: as in
+    `rules`."""
+
+    def gate_rules(self, starts_from_base: bool) -> tuple[GateRule, ...]:
+        """Return the rules that hold; `starts_from_base` tells whether the student starts from the
+        base model."""
+        rules = self.rules
+        if rules is None:
+            rules = DEFAULT_RULES if starts_from_base else (DEFAULT_RULES[0], *DEFAULT_RULES[2:])
+        if self.minimum_kept is not None:
+            rules = tuple(rule for rule in rules if rule.kind != "keeps")
+            if self.minimum_kept > 0:
+                rules += (KeepsRule(kind="keeps", share=self.minimum_kept),)
+        if self.maximum_loss is not None:
+            rules = tuple(rule for rule in rules if rule.kind != "not_worse")
+            if self.maximum_loss < 1:
+                rules += (
+                    NotWorseRule(kind="not_worse", margin=self.maximum_loss, confidence=None),
+                )
+        return rules
+
+    @model_validator(mode="after")
+    def check_names_differ(self) -> Self:
+        titles = [rule.title for rule in self.rules or ()]
+        for title in titles:
+            if titles.count(title) > 1:
+                raise ValueError(f"rules: two are named {title!r}; remove one or give it a name")
+        return self

@@ -16,6 +16,7 @@ MESSAGES = {
     "extra_forbidden": "unknown key; remove it or correct its spelling",
     "tuple_type": "a list belongs here, such as [ITEM]",
     "model_type": "settings belong here, such as {KEY: VALUE}; or leave the key out",
+    "union_tag_not_found": "name its kind, such as {kind: better, than: majority class}",
     "dict_type": "settings belong here, such as {KEY: VALUE}; or leave the key out",
 }
 """Messages in the words of YAML, by Pydantic's error type; Pydantic's own name Python's types."""

@@ -17,6 +17,7 @@ from distillery.recipe.export import ExportForm, ExportRecipe
 from distillery.recipe.preset import PRESETS, merge, preset_values
 from distillery.recipe.prompt import PromptRecipe
 from distillery.recipe.registry import RegistryRecipe
+from distillery.recipe.rules import GateRule
 from distillery.recipe.student import StudentRecipe
 from distillery.recipe.teacher import TeacherRecipe
 from distillery.recipe.training import TrainingRecipe
@@ -76,6 +77,11 @@ class Recipe(Slice):
         if self.student.start == "teacher":
             return self.teacher.preparation.base
         return self.student.base
+
+    @property
+    def gate_rules(self) -> tuple[GateRule, ...]:
+        """The rules that the gate applies."""
+        return self.evaluation.gate_rules(starts_from_base=self.student.start == "base")
 
     @model_validator(mode="after")
     def check_prompts(self) -> Self:

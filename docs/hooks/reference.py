@@ -110,14 +110,15 @@ def place_in(model: type[BaseModel], path: str) -> tuple[int, ...]:
     if not path:
         return ()
     name, _, rest = path.partition(".")
-    field = name.removesuffix("[]")
+    field = name.partition("[")[0]
     position = list(model.model_fields).index(field)
     inner, _ = next(inner_models(model.model_fields[field].annotation))
     return (position, *place_in(inner, rest))
 
 
 def inner_models(annotation: Any) -> Iterator[tuple[type[BaseModel], str]]:
-    """Yield the models in an annotation; the suffix is [] for models in a list."""
+    """Yield the models in an annotation; the suffix is [] for models in a list, and [KIND] for
+    those that their kind tells apart."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation, ""
         return
@@ -125,7 +126,14 @@ def inner_models(annotation: Any) -> Iterator[tuple[type[BaseModel], str]]:
     listed = getattr(annotation, "__origin__", None) is tuple
     for argument in arguments:
         for inner, suffix in inner_models(argument):
-            yield inner, "[]" if listed else suffix
+            yield inner, f"[{kind_of(inner)}]" if listed else suffix
+
+
+def kind_of(model: type[BaseModel]) -> str:
+    """Return the only kind that a model's `kind` can be; '' for a model without."""
+    kind = model.model_fields.get("kind")
+    kinds = getattr(kind.annotation, "__args__", ()) if kind else ()
+    return str(kinds[0]) if len(kinds) == 1 else ""
 
 
 def section(model: type[BaseModel], paths: list[str], models: dict[Any, list[str]]) -> str:
@@ -141,7 +149,7 @@ def section(model: type[BaseModel], paths: list[str], models: dict[Any, list[str
 
 def anchor(path: str) -> str:
     """Return the id of a model's heading."""
-    return path.replace(".", "-").replace("[]", "") or "recipe"
+    return re.sub(r"\W+", "-", path).strip("-") or "recipe"
 
 
 def text(model: type[BaseModel]) -> str:
@@ -194,6 +202,8 @@ def spelled(key: dict[str, Any], definitions: dict[str, Any]) -> str:
         return "settings"
     if "allOf" in key:
         return spelled(key["allOf"][0], definitions)
+    if "oneOf" in key:
+        return "settings"
     if "anyOf" in key:
         return " or ".join(spelled(option, definitions) for option in key["anyOf"])
     if "enum" in key:

@@ -31,9 +31,9 @@ class Demo:
 
     @property
     def table(self) -> str:
-        """The scoreboard; the gate's line after it names the champion, which the first run has yet
-        to make."""
-        return self.out.partition("predictor ")[2].partition("\ngate:")[0]
+        """The scoreboard; the gate's verdicts after it name the champion, which the first run has
+        yet to make."""
+        return self.out.partition("predictor ")[2].partition("\nrule ")[0]
 
     @property
     def stages(self) -> list[str]:

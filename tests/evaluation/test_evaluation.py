@@ -16,7 +16,6 @@ import pytest
 from distillery.data.examples import read_examples
 from distillery.errors import DataError, ModelError
 from distillery.evaluation.evaluate import evaluate, measuring_notes
-from distillery.evaluation.gate import gate
 from distillery.evaluation.report import candidate_of
 from distillery.evaluation.scoreboard import headline, render_table
 from distillery.evaluation.scoring import (
@@ -28,7 +27,7 @@ from distillery.evaluation.scoring import (
 )
 from distillery.evaluation.scoring_process import score
 from distillery.evaluation.statistics import paired_interval, wilson_interval
-from distillery.recipe import EvaluationRecipe, PromptRecipe
+from distillery.recipe import PromptRecipe
 from distillery.records import Departure, Example, Interval, ScoreRow
 
 Build = Callable[..., Path]
@@ -572,102 +571,6 @@ def test_the_headline_is_reckoned_from_the_rows() -> None:
         "student is right on 3 of 450 rows; its options' probabilities depart from the float "
         "student's by 0.0123 on average and 0.457 at most, 7 answers change."
     )
-
-
-# The gate
-
-
-def test_the_candidate_is_the_last_column_of_its_answers(tmp_path: Path) -> None:
-    file = answers_file(tmp_path / "theirs.jsonl", "student fp16", [True])
-    assert candidate_of(file) == "student fp16"
-    file.write_text("")
-    assert candidate_of(file) is None
-
-
-def answers_file(path: Path, column: str, right: Sequence[bool], start: int = 0) -> Path:
-    lines = [
-        json.dumps({"example_id": f"r{start + n}", "gold": "A", column: "A" if good else None})
-        for n, good in enumerate(right)
-    ]
-    path.write_text("".join(f"{line}\n" for line in lines))
-    return path
-
-
-def decide(
-    tmp_path: Path, ours: int, champion: int | None, recipe: EvaluationRecipe, start: int = 0
-) -> tuple[bool, str]:
-    """100 rows, the teacher right on 80, the champion on the first `champion` of the 100 rows from
-    row `start` on."""
-    own = answers_file(tmp_path / "ours.jsonl", "student int4", [n < ours for n in range(100)])
-    other = champion is not None and answers_file(
-        tmp_path / "theirs.jsonl", "student int4", [n < champion for n in range(100)], start
-    )
-    decision = gate(
-        [score_row("teacher", 80, 100), score_row("student int4", ours, 100)],
-        "student int4",
-        recipe=recipe,
-        answers=own,
-        champion_answers=other or None,
-        champion="student:3" if other else None,
-    )
-    assert "\n" not in decision.reason
-    assert decision.reason.startswith("passed: " if decision.passed else "refused: ")
-    assert decision.champion == ("student:3" if other else None)
-    return decision.passed, decision.reason
-
-
-@pytest.mark.parametrize(("ours", "passed"), [(75, False), (76, True), (90, True)])
-def test_the_gate_asks_for_a_share_of_the_teacher(ours: int, passed: bool, tmp_path: Path) -> None:
-    verdict, reason = decide(tmp_path, ours, None, EvaluationRecipe(minimum_kept=0.95))
-    assert verdict is passed
-    assert f"{100 * ours / 80:.1f} % of the teacher's accuracy (0.{ours}0 of 0.800)" in reason
-    assert "minimum_kept asks for 95.0 %" in reason
-
-
-@pytest.mark.parametrize(("champion", "passed"), [(70, True), (76, True), (78, True), (79, False)])
-def test_the_gate_holds_the_champion_s_place(champion: int, passed: bool, tmp_path: Path) -> None:
-    verdict, reason = decide(tmp_path, 76, champion, EvaluationRecipe(maximum_loss=0.02))
-    assert verdict is passed
-    assert f"{76 - champion:+.1f} points against student:3 on 100 shared rows" in reason
-    assert "maximum_loss allows to lose 2.0" in reason
-
-
-def test_the_gate_compares_shared_rows_alone(tmp_path: Path) -> None:
-    """Rows 50 to 99 are shared. Ours is right on 50 to 75 (26 rows), the champion, which is right
-    on 40 from row 50 on, on 50 to 89 (40 rows)."""
-    passed, reason = decide(tmp_path, 76, 40, EvaluationRecipe(maximum_loss=0.02), start=50)
-    assert not passed
-    assert "-28.0 points against student:3 on 50 shared rows" in reason
-
-
-def test_the_gate_without_shared_rows(tmp_path: Path) -> None:
-    passed, reason = decide(tmp_path, 76, 40, EvaluationRecipe(maximum_loss=0.02), start=1000)
-    assert not passed
-    assert "no test row is shared with student:3" in reason
-    assert decide(tmp_path, 76, 40, EvaluationRecipe(maximum_loss=1), start=1000)[0]
-
-
-def test_the_gate_reads_the_champion_s_own_column(tmp_path: Path) -> None:
-    decision = gate(
-        [score_row("teacher", 2, 2), score_row("student int4", 1, 2)],
-        "student int4",
-        recipe=EvaluationRecipe(),
-        answers=answers_file(tmp_path / "ours.jsonl", "student int4", [True, False]),
-        champion_answers=answers_file(tmp_path / "theirs.jsonl", "student fp16", [True, True]),
-        champion="student:1",
-        champion_candidate="student fp16",
-    )
-    assert not decision.passed
-    assert "-50.0 points" in decision.reason
-
-
-def test_the_gate_refuses_unreadable_answers(tmp_path: Path) -> None:
-    broken = tmp_path / "broken.jsonl"
-    broken.write_text('{"example_id": "r0"\n')
-    own = answers_file(tmp_path / "ours.jsonl", "student int4", [True])
-    rows = [score_row("teacher", 1, 1), score_row("student int4", 1, 1)]
-    with pytest.raises(DataError, match=r"broken\.jsonl: can't be read as answers"):
-        gate(rows, "student int4", recipe=EvaluationRecipe(), answers=own, champion_answers=broken)
 
 
 def test_a_killed_parent_leaves_no_scorer(student: ModelToScore, tmp_path: Path) -> None:

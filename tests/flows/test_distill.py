@@ -227,7 +227,7 @@ def test_another_limit_of_the_gate_runs_no_work_again(workshop: Workshop, first:
     # The registered model carries its recipe, so that the entry, not the model, is looked at again.
     assert ran <= {": register", ": download"}
     assert other.counts == Counter()
-    assert "allows to lose 50.0" in other.gate
+    assert "passes 1 rule: not worse than the champion by 50 points" in other.gate
     assert "tiny-student version 1 " in other.stages["register"]
 
 
@@ -349,13 +349,14 @@ def test_a_ladder_shows_its_rungs_and_hands_on_the_smallest_that_keeps_to_the_lo
     # Another precision is another column of the answers, and is compared with the champion's all
     # the same.
     values["export"] = {"precision": "fp16"}
+    values["evaluation"]["maximum_loss"] = 0.9
     half = workshop.distil(values)
     assert {name for name, state in workshop.states(half).items() if state == "Completed"} >= {
         ": export",
         ": evaluate",
     }
-    assert "student fp16 keeps" in half.gate
-    assert f"points against rungs version 1 on {ROWS['test']} shared rows" in half.gate
+    assert "passed: student fp16 passes 1 rule" in half.gate
+    assert f"against rungs version 1 on {ROWS['test']} shared rows" in half.gate
 
 
 def test_labels_that_are_there_already_need_no_teacher(

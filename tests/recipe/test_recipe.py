@@ -12,6 +12,7 @@ from distillery.recipe import (
     AnswerRecipe,
     ExportForm,
     ExportRecipe,
+    NotWorseRule,
     Recipe,
     SearchRecipe,
     Slice,
@@ -229,6 +230,38 @@ def test_null_of_a_plain_field_is_that_fields_value() -> None:
             )
             for weight in ("soft_weight", "hidden_weight", "rationale_weight")
         ),
+        (
+            {"evaluation": {"rules": [{"than": "majority class"}]}},
+            "evaluation.rules.0: name its kind, such as {kind: better, than: majority class}",
+        ),
+        (
+            {"evaluation": {"rules": [{"kind": "better", "than": "chance"}]}},
+            "evaluation.rules.0.better.than: Input should be 'majority class', 'TF-IDF + logistic",
+        ),
+        (
+            {"evaluation": {"rules": [{"kind": "keeps", "share": 0.9, "confidence": 0.5}]}},
+            "evaluation.rules.0.keeps.confidence: ",
+        ),
+        (
+            {"evaluation": {"rules": [{"kind": "limit", "figure": "bytes"}]}},
+            "evaluation.rules.0.limit: a limit needs minimum, maximum or both",
+        ),
+        (
+            {
+                "evaluation": {
+                    "rules": [{"kind": "limit", "figure": "bytes", "minimum": 2, "maximum": 1}]
+                }
+            },
+            "minimum is above maximum, so that no figure can pass",
+        ),
+        (
+            {
+                "evaluation": {
+                    "rules": [{"kind": "rows", "minimum": 9}, {"kind": "rows", "minimum": 9}]
+                }
+            },
+            "evaluation: rules: two are named 'at least 9 test rows'; remove one or give it a name",
+        ),
         ({"student": {"training": {"epochs": float("inf")}}}, "student.training.epochs: "),
         ({"student": {"training": {"temperature": 1e30}}}, "student.training.temperature: "),
         ({"student": {"training": {"seed": 2**64}}}, "student.training.seed: "),
@@ -303,6 +336,7 @@ def test_a_file_that_is_not_there_and_a_folder(tmp_path: Path) -> None:
         {"preset": "demo"},
         {"preset": "lab", "dataset": {"splits": {"test": "test"}, "carve": {"test": None}}},
         {"preset": "demo", "student": {"layers": None, "training": {"soft_weight": 0}}},
+        {"evaluation": {"rules": [], "maximum_loss": 0.1}},
     ],
 )
 def test_a_recipe_survives_the_way_through_json(values: dict[str, Any]) -> None:
@@ -353,6 +387,64 @@ def test_a_ladder_says_whether_it_needs_prompts_and_each_form_has_a_title() -> N
     assert [form.title for form in forms] == ["int4 gptq/32, own head", "fp16"]
     apart = ExportForm(precision="fp32", adapter_apart=True, share_embeddings=False)
     assert apart.title == "fp32, apart"
+
+
+def rules_of(**values: Any) -> list[str]:
+    return [rule.title for rule in Recipe.model_validate(values).gate_rules]
+
+
+def test_a_recipe_that_says_nothing_has_the_default_rules() -> None:
+    common = ["keeps 80 % of the teacher's accuracy", "not worse than the champion by 2 points"]
+    assert rules_of() == ["better than majority class", "better than base model", *common]
+    local = {"teacher": {"kind": "local"}, "student": {"start": "teacher"}}
+    assert rules_of(**local) == ["better than majority class", *common]
+    assert rules_of(evaluation={"rules": []}) == []
+
+
+def test_the_presets_say_their_rules() -> None:
+    assert rules_of(preset="demo") == [
+        "better than majority class",
+        "better than base model",
+        "keeps 95 % of the teacher's accuracy",
+        "not worse than the champion by 5 points",
+    ]
+    assert load_recipe("lab").evaluation.rules is not None
+
+
+def test_the_older_settings_take_the_place_of_the_rules_of_their_kind() -> None:
+    kept = {"minimum_kept": 0.9}
+    better = ["better than majority class", "better than base model"]
+    assert rules_of(evaluation=kept) == [
+        *better,
+        "not worse than the champion by 2 points",
+        "keeps 90 % of the teacher's accuracy",
+    ]
+    assert "keeps 90 % of the teacher's accuracy" in rules_of(preset="demo", evaluation=kept)
+    assert "keeps 95 % of the teacher's accuracy" not in rules_of(preset="demo", evaluation=kept)
+    open_gate = {"minimum_kept": 0, "maximum_loss": 1}
+    assert rules_of(evaluation=open_gate) == better
+    assert rules_of(evaluation={"rules": [], **kept, "maximum_loss": 0.03}) == [
+        "keeps 90 % of the teacher's accuracy",
+        "not worse than the champion by 3 points",
+    ]
+    by_estimate = Recipe.model_validate({"evaluation": {"maximum_loss": 0.03}}).gate_rules[-1]
+    assert isinstance(by_estimate, NotWorseRule)
+    assert by_estimate.confidence is None
+
+
+def test_a_rule_is_named_by_its_content_if_it_has_no_name() -> None:
+    titles = {
+        "accuracy at least 0.8": {"kind": "limit", "figure": "accuracy", "minimum": 0.8},
+        "bytes at least 1 and at most 55,000,000": {
+            "kind": "limit",
+            "figure": "bytes",
+            "minimum": 1,
+            "maximum": 55_000_000,
+        },
+        "fast": {"kind": "limit", "figure": "p95_ms", "maximum": 50, "name": "fast"},
+        "at least 1,200 test rows": {"kind": "rows", "minimum": 1200},
+    }
+    assert rules_of(evaluation={"rules": list(titles.values())}) == list(titles)
 
 
 def test_a_recipe_cannot_be_changed() -> None:

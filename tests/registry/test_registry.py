@@ -29,7 +29,7 @@ from tenacity import wait_none
 
 import tasks.registry
 from distillery.errors import CredentialsError, DistilleryError, RegistryError, RegistryUnavailable
-from distillery.recipe import EvaluationRecipe, RegistryRecipe
+from distillery.recipe import RegistryRecipe
 from distillery.records import Artifact, EvaluationReport, RegisteredModel
 from distillery.registry.azureml import AZURE_DEADLINE, AzureRegistry
 from distillery.registry.base import Registry
@@ -623,5 +623,5 @@ def test_what_no_waiting_mends_is_asked_of_the_registry_once(
         artifact=ARTIFACT, scoreboard=(), candidate="student", answers_sha256="d" * 64
     )
     with pytest.raises(RegistryError, match="no such thing"):
-        tasks.registry.judge(report, EvaluationRecipe(), RegistryRecipe())
+        tasks.registry.judge(report, (), RegistryRecipe())
     assert len(asked) == 1

@@ -72,7 +72,7 @@ def recipe(files: dict[str, list[str]], base: Path, **evaluation: float) -> dict
                 "hidden_weight": 1.0,
             },
         },
-        "evaluation": {"minimum_kept": 0, "maximum_loss": 1, **evaluation},
+        "evaluation": {"rules": [], **evaluation},
         "registry": {"kind": "local", "model_name": "tiny-student"},
     }
 

@@ -1,0 +1,156 @@
+"""The gate's rules as data: what a student must show before it is registered."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from distillery.recipe.base import Slice
+
+Confidence = Annotated[float, Field(gt=0.5, lt=1)]
+"""Confidence of a one-sided bound."""
+
+Baseline = Literal["majority class", "TF-IDF + logistic regression", "base model"]
+"""Predictors of the scoreboard that a student can be asked to beat, by their names there."""
+
+
+class Rule(Slice):
+    """What all rules have."""
+
+    name: str | None = Field(None, pattern=r"^[^\n|]+$")
+    """The rule's name in the gate's verdicts. null: a name made from its settings."""
+
+    undecided: Literal["refused", "passed"] = "refused"
+    """What the verdict undecided counts as."""
+
+    @property
+    def content(self) -> str:
+        """What the rule asks for, in words."""
+        raise NotImplementedError
+
+    @property
+    def title(self) -> str:
+        return self.name or self.content
+
+
+class BetterRule(Rule):
+    """The student is more accurate than another predictor of the scoreboard, on the same test
+    rows.
+
+    Where no row with an answer was there to learn the majority class from, it is the most frequent
+    answer of the test rows.
+    """
+
+    kind: Literal["better"]
+    """The kind of the rule."""
+
+    than: Baseline
+    """The predictor to beat."""
+
+    confidence: Confidence = 0.95
+    """Confidence of the one-sided bound of the difference, which must be above 0."""
+
+    @property
+    def content(self) -> str:
+        return f"better than {self.than}"
+
+
+class KeepsRule(Rule):
+    """The student keeps a share of the teacher's accuracy on the test rows."""
+
+    kind: Literal["keeps"]
+    """The kind of the rule."""
+
+    share: float = Field(ge=0, le=1)
+    """Share of the teacher's accuracy. 0.95: 95 %."""
+
+    confidence: Confidence | None = None
+    """Confidence of the share's one-sided bound. null: the share itself counts, without a bound."""
+
+    @property
+    def content(self) -> str:
+        return f"keeps {100 * self.share:g} % of the teacher's accuracy"
+
+
+class NotWorseRule(Rule):
+    """The student is not worse than the champion, but for a margin, on the test rows that both
+    answered.
+
+    Without a champion the rule is passed, and so it is by the champion itself.
+    """
+
+    kind: Literal["not_worse"]
+    """The kind of the rule."""
+
+    margin: float = Field(0.02, ge=0, le=1)
+    """Accuracy that the student may lose. 0.02: two points."""
+
+    confidence: Confidence | None = 0.95
+    """Confidence of the one-sided bound of the difference. null: the difference itself counts,
+    without a bound."""
+
+    @property
+    def content(self) -> str:
+        return f"not worse than the champion by {100 * self.margin:g} points"
+
+
+class LimitRule(Rule):
+    """A figure of the student on the scoreboard is within limits."""
+
+    kind: Literal["limit"]
+    """The kind of the rule."""
+
+    figure: Literal[
+        "accuracy",
+        "agreement",
+        "p50_ms",
+        "p95_ms",
+        "peak_mib",
+        "bytes",
+        "parameters",
+        "rows_per_second",
+    ]
+    """The figure: accuracy and agreement with the teacher from 0 to 1, latencies in milliseconds,
+    peak memory in MiB, the folder's bytes, parameters, rows a second."""
+
+    minimum: float | None = None
+    """The lowest value that passes. null: any."""
+
+    maximum: float | None = None
+    """The highest value that passes. null: any."""
+
+    @property
+    def content(self) -> str:
+        parts = []
+        if self.minimum is not None:
+            parts.append(f"at least {self.minimum:,.10g}")
+        if self.maximum is not None:
+            parts.append(f"at most {self.maximum:,.10g}")
+        return f"{self.figure} {' and '.join(parts)}"
+
+    @model_validator(mode="after")
+    def check_limits(self) -> Self:
+        low, high = self.minimum, self.maximum
+        if low is None and high is None:
+            raise ValueError("a limit needs minimum, maximum or both")
+        if low is not None and high is not None and low > high:
+            raise ValueError("minimum is above maximum, so that no figure can pass")
+        return self
+
+
+class RowsRule(Rule):
+    """The student has answered enough test rows; with fewer, the rule is undecided."""
+
+    kind: Literal["rows"]
+    """The kind of the rule."""
+
+    minimum: int = Field(ge=1)
+    """The smallest number of test rows."""
+
+    @property
+    def content(self) -> str:
+        return f"at least {self.minimum:,} test rows"
+
+
+GateRule = Annotated[
+    BetterRule | KeepsRule | NotWorseRule | LimitRule | RowsRule, Field(discriminator="kind")
+]
