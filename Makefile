@@ -14,7 +14,7 @@ AZURITE := tests/support/azurite/node_modules/.installed
 
 export PREFECT_HOME ?= $(CURDIR)/.distillery/prefect
 
-.PHONY: help setup demo test test-all bench-overhead bench-labels bench-train bench-distil bench-distil-full bench-inference docs lint format up down clean
+.PHONY: help setup demo test test-all bench-overhead bench-labels bench-train bench-distil bench-distil-full bench-inference simulate-gate docs lint format up down clean
 help: ## what the targets do
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-14s %s\n", $$1, $$2}'
 
@@ -64,6 +64,9 @@ bench-labels: $(INSTALLED) ## how fast rows are labelled, beside a bare loop, th
 
 bench-train: $(INSTALLED) ## how fast a CPU trains LoRA, beside TRL's SFTTrainer and olive finetune
 	@$(BIN)/python -m benchmarks.train
+
+simulate-gate: $(INSTALLED) ## how often the gate promotes a worse student or refuses an equal one, by simulation
+	@$(BIN)/python -m benchmarks.simulate_gate
 
 lint: $(INSTALLED) docs ## ruff, the import contracts, strict mypy and the documentation
 	@$(BIN)/ruff check .

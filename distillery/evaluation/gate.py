@@ -171,15 +171,16 @@ def judge_difference(
     interval = needed = None
     if rule.confidence is not None:
         interval = difference_interval(pairs, one_sided(rule.confidence))
-        needed = rows_needed(pairs, limit, rule.confidence)
     verdict = decide(pairs.difference, interval, limit)
+    if verdict == "undecided" and rule.confidence is not None:
+        needed = more_than(pairs.rows, rows_needed(pairs, limit, rule.confidence))
     return RuleVerdict(
         rule=rule,
         verdict=verdict,
         figure=pairs.difference,
         interval=interval,
         p_value=mcnemar_p(pairs),
-        rows_needed=more_than(pairs.rows, needed) if verdict == "undecided" else None,
+        rows_needed=needed,
         note=note,
     )
 
@@ -195,14 +196,16 @@ def judge_keeps(rule: KeepsRule, evidence: Evidence) -> RuleVerdict:
     interval = needed = None
     if rule.confidence is not None:
         interval = ratio_interval(pairs, one_sided(rule.confidence))
-        needed = rows_needed(pairs, 0.0, rule.confidence, weight=rule.share)
     verdict = decide(ours / theirs, interval, rule.share)
+    if verdict == "undecided" and rule.confidence is not None:
+        needed = rows_needed(pairs, 0.0, rule.confidence, weight=rule.share)
+        needed = more_than(pairs.rows, needed)
     return RuleVerdict(
         rule=rule,
         verdict=verdict,
         figure=ours / theirs,
         interval=interval,
-        rows_needed=more_than(pairs.rows, needed) if verdict == "undecided" else None,
+        rows_needed=needed,
         note=f"{ours / pairs.rows:.3f} of {theirs / pairs.rows:.3f}",
     )
 
