@@ -112,8 +112,9 @@ def ratio_interval(pairs: Pairs, confidence: float = 0.95) -> Interval:
 
     Tang, Li, Tang, Confidence interval construction for proportion ratio in paired studies based
     on hybrid method, Statistical Methods in Medical Research 21 (2012), 361-378, with Wilson's
-    bounds and the phi of Newcombe's method 10. A bound is the ratio r at which the interval of
-    `first - r * second`, by the same squaring and adding, begins or ends at 0."""
+    bounds. Unlike theirs, phi is corrected as in Newcombe's method 10, so that this interval, too,
+    keeps a width where the two are right on the same rows. A bound is the ratio r at which the
+    interval of `first - r * second`, by the same squaring and adding, begins or ends at 0."""
     first, second, first_interval, second_interval, phi = margins_of(pairs, confidence)
 
     def root(a: float, b: float) -> float:

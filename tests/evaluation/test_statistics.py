@@ -8,6 +8,7 @@ import pytest
 from scipy.optimize import brentq
 from scipy.stats import norm
 
+from distillery.evaluation import statistics
 from distillery.evaluation.statistics import (
     Pairs,
     count_pairs,
@@ -115,6 +116,24 @@ def test_a_bound_of_the_ratio_is_where_the_weighted_difference_may_be_zero(
         assert found.low <= (pairs.both + pairs.first) / (pairs.both + pairs.second) <= found.high
 
 
+def test_another_implementation_gives_the_same_ratio_interval_but_for_the_corrected_phi(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The MOVER Wilson score interval for the ratio of paired probabilities in the R package
+    contingencytables, for the data of Cavo (2012). It takes the plain phi."""
+    cavo = Pairs(59, 6, 16, 80)
+    ours = ratio_interval(cavo)
+    assert (round(ours.low, 4), round(ours.high, 4)) == (0.757, 0.9895)
+    plain = (59 * 80 - 6 * 16) / math.sqrt(65 * 96 * 75 * 86)
+    monkeypatch.setattr(
+        statistics,
+        "margins_of",
+        lambda pairs, confidence: margins_of(pairs, confidence)._replace(phi=plain),
+    )
+    theirs = ratio_interval(cavo)
+    assert (round(theirs.low, 4), round(theirs.high, 4)) == (0.7592, 0.9866)
+
+
 def exact_mcnemar(pairs: Pairs) -> float:
     """Add the probabilities of all splits of the discordant rows that are no likelier."""
     discordant = pairs.first + pairs.second
@@ -126,6 +145,8 @@ def test_mcnemar_p_adds_up_the_binomial() -> None:
     for pairs in SMALL:
         assert mcnemar_p(pairs) == pytest.approx(exact_mcnemar(pairs)), pairs
     assert mcnemar_p(Pairs(50, 0, 0, 50)) == 1
+    # The data of Cavo (2012) in the R package contingencytables.
+    assert round(mcnemar_p(Pairs(59, 6, 16, 80)), 6) == 0.052479
     assert mcnemar_p(Pairs(5, 10, 0, 5)) == pytest.approx(2 / 2**10)
 
 
