@@ -242,7 +242,7 @@ class StudentCheckpoint(StageRecord):
 
 
 class Interval(Record):
-    """A two-sided 95 % interval."""
+    """A two-sided interval; of 95 % where nothing else is said."""
 
     low: float
     high: float
@@ -388,9 +388,9 @@ class RuleVerdict(Record):
 
     `figure`: the candidate's, None if there is none. For the rules better and not_worse it is a
     difference of accuracies (-1 to 1), for keeps the share of the teacher's accuracy. `interval`:
-    its lower and upper one-sided bound, each at the rule's confidence. `p_value`: of the exact
+    its lower and upper one-sided bounds, each at the rule's confidence. `p_value`: of the exact
     McNemar test that both predictors are equally accurate. `undecided`: too few rows to decide;
-    about `rows_needed` would do. `note`: one line for people.
+    about `rows_needed` are needed. `note`: one line for people.
     """
 
     rule: GateRule

@@ -61,7 +61,8 @@ class Evidence:
 
     def against(self, predictor: str) -> Pairs | None:
         """Compare the candidate with another predictor; None if that has no answers."""
-        ours, theirs = [], []
+        ours: list[bool] = []
+        theirs: list[bool] = []
         for answer in self.answers.values():
             if predictor not in answer:
                 return None
@@ -146,7 +147,7 @@ def judge_better(rule: BetterRule, evidence: Evidence) -> RuleVerdict:
     if pairs is None and rule.than == MAJORITY:
         pairs, note = evidence.against_most_frequent(), "the test rows' most frequent answer"
     if pairs is None:
-        return RuleVerdict(rule=rule, verdict="undecided", note="it is not on the scoreboard")
+        return RuleVerdict(rule=rule, verdict="undecided", note="not on the scoreboard")
     return judge_difference(rule, pairs, 0.0, note)
 
 
@@ -155,10 +156,10 @@ def judge_not_worse(rule: NotWorseRule, champion: Champion | None) -> RuleVerdic
     if champion is None:
         return RuleVerdict(rule=rule, verdict="passed", note="no champion yet")
     if not champion.pairs.rows:
-        note = f"no test row is shared with {champion.name}"
+        note = "no test row is shared with the champion"
         return RuleVerdict(rule=rule, verdict="undecided", note=note)
     if champion.is_candidate:
-        note = f"the answers are those of {champion.name}"
+        note = "the answers are the champion's own"
         return RuleVerdict(rule=rule, verdict="passed", note=note)
     note = f"against {champion.name} on {champion.pairs.rows:,} shared rows"
     return judge_difference(rule, champion.pairs, -rule.margin, note)
@@ -206,7 +207,7 @@ def judge_keeps(rule: KeepsRule, evidence: Evidence) -> RuleVerdict:
         figure=ours / theirs,
         interval=interval,
         rows_needed=needed,
-        note=f"{ours / pairs.rows:.3f} of {theirs / pairs.rows:.3f}",
+        note=f"accuracy {ours / pairs.rows:.3f}, the teacher's {theirs / pairs.rows:.3f}",
     )
 
 
@@ -214,7 +215,7 @@ def judge_limit(rule: LimitRule, row: ScoreRow) -> RuleVerdict:
     """Apply a rule `limit`. Undecided where the figure was not measured."""
     figure: float | None = getattr(row, rule.figure)
     if figure is None:
-        return RuleVerdict(rule=rule, verdict="undecided", note="it was not measured")
+        return RuleVerdict(rule=rule, verdict="undecided", note="not measured")
     too_low = rule.minimum is not None and figure < rule.minimum - ROUNDING
     too_high = rule.maximum is not None and figure > rule.maximum + ROUNDING
     verdict: Verdict = "refused" if too_low or too_high else "passed"

@@ -11,31 +11,26 @@ TITLES = ("rule", "figure", "bound", "McNemar p", "verdict")
 
 def reason_of(candidate: str, verdicts: Sequence[RuleVerdict]) -> str:
     """Return the decision and why, in one line: the rules that the candidate fails, or else all."""
+    if not verdicts:
+        return "passed: the recipe has no rules for the gate"
     failed = [verdict for verdict in verdicts if not verdict.passes]
     if failed:
-        text = f"refused: {candidate} fails {len(failed)} of {count_rules(len(verdicts))}"
-    elif verdicts:
-        text = f"passed: {candidate} passes {count_rules(len(verdicts))}"
-    else:
-        return "passed: the recipe has no rules for the gate"
-    return f"{text}: {'; '.join(map(describe_verdict, failed or verdicts))}"
-
-
-def count_rules(number: int) -> str:
-    """Return such as '2 rules'."""
-    return "1 rule" if number == 1 else f"{number} rules"
+        return f"refused: {candidate} does not pass: {'; '.join(map(describe_verdict, failed))}"
+    return f"passed: {candidate} passes all rules: {'; '.join(map(describe_verdict, verdicts))}"
 
 
 def describe_verdict(verdict: RuleVerdict) -> str:
-    """Return a rule, its figure and its bound, and what is worth a note, in words."""
+    """Return a rule, and in brackets its figure, what it should be, and the note."""
     parts = []
     if verdict.figure is not None:
-        parts.append(f"{figure_cell(verdict)} must be {bound_cell(verdict)}")
+        parts.append(figure_cell(verdict))
+        if not verdict.passes:
+            parts.append(f"must be {bound_cell(verdict)}")
     if verdict.note:
         parts.append(verdict.note)
     if verdict.verdict == "undecided":
         parts.append(undecided_cell(verdict))
-    return f"{verdict.rule.title}: {', '.join(parts)}"
+    return f"{verdict.rule.title} ({', '.join(parts)})"
 
 
 def table_cells(verdict: RuleVerdict) -> list[str]:
@@ -55,9 +50,9 @@ def undecided_cell(verdict: RuleVerdict) -> str:
     """Return what an undecided rule counts as, and how many rows would decide it."""
     text = "undecided"
     if verdict.passes:
-        text += ", passes"
+        text += ", counts as passed"
     if verdict.rows_needed:
-        text += f": {verdict.rows_needed:,} rows would do"
+        text += f", needs {verdict.rows_needed:,} rows"
     return text
 
 
@@ -81,11 +76,12 @@ def bound_cell(verdict: RuleVerdict) -> str:
     """Return what the rule asks of the figure."""
     rule = verdict.rule
     if isinstance(rule, BetterRule):
-        return above("0.0", rule.confidence)
+        return above("0", rule.confidence)
     if isinstance(rule, NotWorseRule):
-        return above(f"{-100 * rule.margin:.1f}", rule.confidence)
+        # Not -100 * margin, which is -0 for a margin of 0.
+        return above(f"{0 - 100 * rule.margin:g}", rule.confidence)
     if isinstance(rule, KeepsRule):
-        return above(percent(rule.share), rule.confidence)
+        return above(f"{100 * rule.share:g} %", rule.confidence)
     parts = []
     if rule.minimum is not None:
         parts.append(f"≥ {number(rule.minimum)}")

@@ -72,10 +72,9 @@ class KeepsRule(Rule):
 
 
 class NotWorseRule(Rule):
-    """The student is not worse than the champion, but for a margin, on the test rows that both
-    answered.
+    """The student is at most `margin` worse than the champion, on the test rows that both answered.
 
-    Without a champion the rule is passed, and so it is by the champion itself.
+    The rule is passed if there is no champion, or if the student is the champion.
     """
 
     kind: Literal["not_worse"]
@@ -90,7 +89,7 @@ class NotWorseRule(Rule):
 
     @property
     def content(self) -> str:
-        return f"not worse than the champion by {100 * self.margin:g} points"
+        return f"at most {100 * self.margin:g} points worse than the champion"
 
 
 class LimitRule(Rule):

@@ -394,7 +394,7 @@ def rules_of(**values: Any) -> list[str]:
 
 
 def test_a_recipe_that_says_nothing_has_the_default_rules() -> None:
-    common = ["keeps 80 % of the teacher's accuracy", "not worse than the champion by 2 points"]
+    common = ["keeps 80 % of the teacher's accuracy", "at most 2 points worse than the champion"]
     assert rules_of() == ["better than majority class", "better than base model", *common]
     local = {"teacher": {"kind": "local"}, "student": {"start": "teacher"}}
     assert rules_of(**local) == ["better than majority class", *common]
@@ -406,7 +406,7 @@ def test_the_presets_say_their_rules() -> None:
         "better than majority class",
         "better than base model",
         "keeps 95 % of the teacher's accuracy",
-        "not worse than the champion by 5 points",
+        "at most 5 points worse than the champion",
     ]
     assert load_recipe("lab").evaluation.rules is not None
 
@@ -416,7 +416,7 @@ def test_the_older_settings_take_the_place_of_the_rules_of_their_kind() -> None:
     better = ["better than majority class", "better than base model"]
     assert rules_of(evaluation=kept) == [
         *better,
-        "not worse than the champion by 2 points",
+        "at most 2 points worse than the champion",
         "keeps 90 % of the teacher's accuracy",
     ]
     assert "keeps 90 % of the teacher's accuracy" in rules_of(preset="demo", evaluation=kept)
@@ -425,7 +425,7 @@ def test_the_older_settings_take_the_place_of_the_rules_of_their_kind() -> None:
     assert rules_of(evaluation=open_gate) == better
     assert rules_of(evaluation={"rules": [], **kept, "maximum_loss": 0.03}) == [
         "keeps 90 % of the teacher's accuracy",
-        "not worse than the champion by 3 points",
+        "at most 3 points worse than the champion",
     ]
     by_estimate = Recipe.model_validate({"evaluation": {"maximum_loss": 0.03}}).gate_rules[-1]
     assert isinstance(by_estimate, NotWorseRule)
