@@ -143,12 +143,14 @@ def judge_rule(rule: GateRule, evidence: Evidence) -> RuleVerdict:
 
 def judge_better(rule: BetterRule, evidence: Evidence) -> RuleVerdict:
     """Apply a rule `better`. Undecided where the scoreboard lacks the predictor."""
-    pairs, note = evidence.against(rule.than), ""
-    if pairs is None and rule.than == MAJORITY:
-        pairs, note = evidence.against_most_frequent(), "the test rows' most frequent answer"
+    if rule.than == MAJORITY:
+        note = "against the most frequent answer of the test rows"
+        return judge_difference(rule, evidence.against_most_frequent(), 0.0, note)
+    pairs = evidence.against(rule.than)
     if pairs is None:
-        return RuleVerdict(rule=rule, verdict="undecided", note="not on the scoreboard")
-    return judge_difference(rule, pairs, 0.0, note)
+        note = "not on the scoreboard"
+        return RuleVerdict(rule=rule, verdict="undecided", note=note)
+    return judge_difference(rule, pairs, 0.0, note="")
 
 
 def judge_not_worse(rule: NotWorseRule, champion: Champion | None) -> RuleVerdict:

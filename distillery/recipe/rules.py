@@ -36,8 +36,9 @@ class BetterRule(Rule):
     """The student is more accurate than another predictor of the scoreboard, on the same test
     rows.
 
-    Where no row with an answer was there to learn the majority class from, it is the most frequent
-    answer of the test rows.
+    For this rule the majority class is the most frequent answer of the test rows, so that no
+    student that always gives the same answer passes. The scoreboard's majority class is the most
+    frequent answer of the training rows, which can be rare in the test rows.
     """
 
     kind: Literal["better"]

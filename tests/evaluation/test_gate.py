@@ -90,16 +90,20 @@ def test_better_goes_by_the_bound_of_the_paired_difference(
     assert found.rows_needed is None or found.rows_needed > 100
 
 
-def test_the_most_frequent_answer_stands_for_a_majority_class_that_nothing_taught(
-    tmp_path: Path,
+@pytest.mark.parametrize("learned", [{}, {MAJORITY: [number % 3 == 2 for number in range(90)]}])
+def test_a_student_that_always_gives_one_answer_is_not_better_than_the_majority_class(
+    learned: Rights, tmp_path: Path
 ) -> None:
-    """Gold is A, A, B: A alone is right on two thirds. A student that says A is not better."""
+    """Gold is A, A, B: A alone is right on two thirds. The scoreboard's majority class is missing,
+    or is B, which training rows had most often."""
     asks = [rule(kind="better", than=MAJORITY)]
     says_a = [number % 3 != 2 for number in range(90)]
-    at_chance = only(decide(tmp_path, asks, says_a, gold="AAB"))
-    assert (at_chance.figure, at_chance.passes) == (0, False)
-    assert at_chance.note == "the test rows' most frequent answer"
-    assert only(decide(tmp_path, asks, [True] * 90, gold="AAB")).passes
+    constant = only(decide(tmp_path, asks, says_a, learned, gold="AAB"))
+    assert (constant.figure, constant.passes) == (0, False)
+    assert constant.note == "against the most frequent answer of the test rows"
+    found = only(decide(tmp_path, asks, first(89, 90), learned, gold="AAB"))
+    assert found.interval == difference_interval(Pairs(60, 29, 0, 1), 0.9)
+    assert found.passes
 
 
 def test_a_predictor_that_is_not_on_the_scoreboard_leaves_a_rule_undecided(tmp_path: Path) -> None:
