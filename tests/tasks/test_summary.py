@@ -1,0 +1,134 @@
+"""The gate's verdicts as people see them: in the artifact that a run leaves and in the terminal."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prefect import flow
+from prefect.artifacts import Artifact as PrefectArtifact
+from prefect.testing.utilities import prefect_test_harness
+from student_answers import answers_file, first, score_row
+
+from distillery.evaluation.gate import gate
+from distillery.evaluation.report import ANSWERS_FILE, write_report
+from distillery.evaluation.scoreboard import BASE
+from distillery.labels.files import REJECTED_FILE
+from distillery.labels.report import Tally
+from distillery.recipe import BetterRule, GateRule, KeepsRule, LimitRule, NotWorseRule
+from distillery.records import (
+    EvaluationReport,
+    OnnxModel,
+    Outcome,
+    PreparedDataset,
+    RegisteredModel,
+    Split,
+    StudentCheckpoint,
+    TeacherLabels,
+)
+from distillery.storage.artifacts import ArtifactStore
+from tasks.summary import publish, render
+
+CANDIDATE = "student int4"
+RULES = (
+    BetterRule(kind="better", than="base model"),
+    KeepsRule(kind="keeps", share=0.95, name="as good as the teacher"),
+    NotWorseRule(kind="not_worse"),
+    LimitRule(kind="limit", figure="peak_mib", maximum=500),
+)
+VERDICTS = [
+    "| rule | figure | bound | McNemar p | verdict |",
+    "| :-- | --: | --: | --: | --: |",
+    "| better than base model | +2.0 points [-1.0, +5.1] | > 0 at 95 % | 0.500 "
+    "| undecided, needs 449 rows |",
+    "| as good as the teacher | 93.8 % | ≥ 95 % |  | refused |",
+    "| at most 2 points worse than the champion |  | > -2 at 95 % |  | passed: no champion yet |",
+    "| peak_mib at most 500 |  | ≤ 500 |  | undecided: not measured |",
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def prefect_server() -> Iterator[None]:
+    with prefect_test_harness(server_startup_timeout=120):
+        yield
+
+
+def outcome_of(folder: Path, rules: tuple[GateRule, ...]) -> Outcome:
+    """A run whose student is right on 75 of 100 rows, the teacher on 80 and the base model on
+    73."""
+    store = ArtifactStore()
+    model, labels, report = folder / "model", folder / "labels", folder / "report"
+    for path in (model, labels, report):
+        path.mkdir()
+    (model / "genai_config.json").write_text("{}")
+    Tally().write(labels)
+    (labels / REJECTED_FILE).write_text("")
+    right = {"teacher": 80, BASE: 73, CANDIDATE: 75}
+    rows = tuple(score_row(name, count, 100) for name, count in right.items())
+    write_report(report, rows, CANDIDATE, "teacher", {}, [])
+    answers = {name: first(count) for name, count in right.items()}
+    answers_file(report / ANSWERS_FILE, answers)
+    kept = store.put(model)
+    decision = gate(rows, CANDIDATE, rules=rules, answers=report / ANSWERS_FILE)
+    registered = None
+    if decision.passed:
+        registered = RegisteredModel(
+            artifact=kept, name="shop", version="1", registry="local", manifest_sha256="d" * 64
+        )
+    return Outcome(
+        recipe="test",
+        data=PreparedDataset(
+            artifact=kept, splits={"test": Split(file="test.jsonl", rows=100, sha256="d" * 64)}
+        ),
+        teacher=None,
+        labels=TeacherLabels(
+            artifact=store.put(labels), teacher="t", accepted=0, rejected=0, soft=False
+        ),
+        student=StudentCheckpoint(artifact=kept, method="full", base="b", parameters=1, steps=1),
+        model=OnnxModel(artifact=kept, precision="int4", algorithm="rtn", parameters=1),
+        report=EvaluationReport(
+            artifact=store.put(report),
+            scoreboard=rows,
+            candidate=CANDIDATE,
+            answers_sha256="d" * 64,
+        ),
+        decision=decision,
+        registered=registered,
+        delivered=None,
+    )
+
+
+def published(outcome: Outcome) -> list[str]:
+    """Publish the outcome in a run; return the lines of the artifact `distillation`."""
+
+    @flow(persist_result=False)
+    def run() -> None:
+        publish(outcome)
+
+    run()
+    artifact: Any = PrefectArtifact.get("distillation")
+    markdown: str = artifact.data
+    return markdown.splitlines()
+
+
+def test_the_artifact_shows_every_rule_s_verdict_before_the_decision(tmp_path: Path) -> None:
+    outcome = outcome_of(tmp_path, RULES)
+    lines = published(outcome)
+    start = lines.index(VERDICTS[0])
+    assert lines[start : start + len(VERDICTS)] == VERDICTS
+    assert lines[-1].startswith("**gate: refused: student int4 does not pass: better than base")
+    assert lines[-1].endswith("; nothing is registered**")
+
+
+def test_the_terminal_shows_the_same_verdicts(tmp_path: Path) -> None:
+    lines = [" ".join(line.split()) for line in render(outcome_of(tmp_path, RULES)).splitlines()]
+    start = lines.index("rule figure bound McNemar p verdict")
+    shown = lines[start + 2 : start + 2 + len(RULES)]
+    assert shown == [" ".join(line.replace("|", " ").split()) for line in VERDICTS[2:]]
+    assert lines[-1].startswith("gate: refused: ")
+
+
+def test_a_recipe_without_rules_has_no_table(tmp_path: Path) -> None:
+    lines = published(outcome_of(tmp_path, ()))
+    assert VERDICTS[0] not in lines
+    assert lines[-1].startswith("**gate: passed: the recipe has no rules for the gate; ")
