@@ -125,7 +125,8 @@ class Split(Record):
 
 
 class PreparedDataset(StageRecord):
-    """The prepared data: its splits by role, and the rows of train and gold that were dropped."""
+    """The prepared data: its splits by role, and how many rows of train, gold and validation were
+    dropped as copies."""
 
     splits: dict[str, Split]
     duplicates_dropped: int = 0

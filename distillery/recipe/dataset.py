@@ -79,7 +79,8 @@ class DatasetRecipe(Slice):
     near_duplicate: float = Field(0.8, gt=0, le=1)
     """Similarity (Jaccard, of the questions' word triples and of the options) from which two rows
     count as copies. Of copies within train one is kept; copies of validation or test rows are
-    dropped from train and gold. 1: only where both sets are equal."""
+    dropped from train and gold, and copies of test rows from validation. 1: only where both sets
+    are equal."""
 
     @property
     def roles(self) -> frozenset[str]:

@@ -579,6 +579,64 @@ def test_a_gold_row_that_stands_in_test_stops_the_run(tmp_path: Path) -> None:
     )
 
 
+def three_files(tmp_path: Path, **rows: list[dict[str, Any]]) -> DatasetRecipe:
+    paths = {name: (str(jsonl(tmp_path / f"{name}.jsonl", rows[name])),) for name in rows}
+    return DatasetRecipe.model_validate(
+        {"source": "files", "files": paths, "splits": {name: name for name in rows}}
+    )
+
+
+def test_a_validation_row_that_stands_in_test_stops_the_run_with_both_places(
+    tmp_path: Path,
+) -> None:
+    other_spelling = [row("v", "Is  it GOOD?", "B"), *many(2, 50)]
+    config = three_files(
+        tmp_path, train=many(9), validation=other_spelling, test=[row("t", "Is it good?")]
+    )
+    text = refusal(config, tmp_path / "out")
+    place = re.escape(str(tmp_path))
+    assert re.fullmatch(
+        rf"{place}/validation.jsonl:1: a row of validation may not stand in test too; found 1: "
+        rf"{place}/validation.jsonl:1 = {place}/test.jsonl:1; remove them from one of the two, or "
+        "take one of them from train by dataset.carve",
+        text,
+    )
+
+
+def test_a_carved_test_row_that_stands_in_a_validation_file_stops_the_run(tmp_path: Path) -> None:
+    config = three_files(tmp_path, train=many(40), validation=many(40))
+    config = config.model_copy(update={"carve": {"test": 0.999}})
+    assert "a row of validation may not stand in test too; found 40: " in refusal(
+        config, tmp_path / "out"
+    )
+
+
+def test_copies_among_carved_rows_share_a_role(tmp_path: Path) -> None:
+    rows = many(60) + [row(f"copy{n}", f" {message(n).upper()}", "ABC"[n % 3]) for n in range(60)]
+    result = run(tmp_path, rows, carve={"validation": 0.3, "test": 0.3})
+    numbers = {role: {re.sub(r"\D+", "", key) for key in ids} for role, ids in result.ids.items()}
+    assert not numbers["validation"] & numbers["test"]
+    assert len(result.ids["test"]) == 2 * len(numbers["test"]) > 0
+
+
+def test_a_validation_row_similar_to_a_test_row_is_dropped_and_those_alike_within_it_stay(
+    tmp_path: Path,
+) -> None:
+    text, other = message(1, 30), message(2, 30)
+    validation = [row("a", f"{text} again"), row("b", other), row("c", f"{other} again")]
+    config = three_files(
+        tmp_path,
+        train=[row("d", f"{other} so"), *many(5, 100)],
+        validation=validation,
+        test=[row("x", text)],
+    )
+    result = Result(prepare(config, tmp_path / "out"), tmp_path / "out")
+    assert result.ids["validation"] == {"b", "c"}
+    assert result.ids["test"] == {"x"}
+    assert result.ids["train"] == {f"m{n}" for n in range(100, 105)}
+    assert result.counts.near_duplicates_dropped == 2
+
+
 def test_many_leaks_are_listed_in_part_and_counted_whole(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "rows.jsonl", many(50))
     text = refusal(recipe(path, path), tmp_path / "out")
