@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from filelock import FileLock
 
-from distillery.errors import ArtifactDamaged, RegistryError, RegistryUnavailable
+from distillery.errors import ArtifactDamaged, ModelGone, RegistryError, RegistryUnavailable
 from distillery.records import RegisteredModel
 from distillery.registry.base import CHAMPION, Models, Registry
 from distillery.registry.manifest import (
@@ -140,7 +140,7 @@ class LocalRegistry(Registry):
         try:
             yield store
         except ArtifactDamaged as error:
-            raise RegistryError(
+            raise ModelGone(
                 f"{self.local_folder(model)}: the folder of {model.name} version {model.version} "
                 f"is gone, and {store.url} does not have it either; register it again"
             ) from error
