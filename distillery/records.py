@@ -266,6 +266,7 @@ class Rung(Record):
 
     `difference`: its accuracy minus the float student's, with the paired interval. The figures are
     None if it could not be built or scored. `note`: why it was picked, or why not.
+    `out_of_resources`: it was left out because memory, disk or time ran out.
     """
 
     form: ExportForm
@@ -276,6 +277,7 @@ class Rung(Record):
     departure: Departure | None = None
     picked: bool = False
     note: str = ""
+    out_of_resources: bool = False
 
 
 class Ladder(Record):
@@ -286,6 +288,11 @@ class Ladder(Record):
     accuracy: float
     largest_loss: float
     rungs: tuple[Rung, ...]
+
+    @property
+    def is_final(self) -> bool:
+        """Whether no rung was left out for a lack of memory, disk or time."""
+        return not any(rung.out_of_resources for rung in self.rungs)
 
 
 class OnnxModel(StageRecord):
@@ -440,6 +447,23 @@ class RegisteredModel(StageRecord):
         return digest_of([self.registry, self.name, self.version, self.manifest_sha256])
 
 
+class JudgedVersions(Record):
+    """The registered `versions` of the model `name` that a run's test rows, of which there are
+    `rows`, have judged before; the newest first."""
+
+    name: str
+    rows: int
+    versions: tuple[str, ...]
+
+    def line(self) -> str:
+        """Return it as a sentence."""
+        count = len(self.versions)
+        return (
+            f"these {self.rows:,} test rows have judged {count} version{'s' if count != 1 else ''} "
+            f"of {self.name}; dataset.rotation brings fresh ones"
+        )
+
+
 class InputFile(Record):
     """A file of rows to score. Its content_id is that of its content, whatever its path."""
 
@@ -471,7 +495,8 @@ class PreparedTeacher(Record):
 
 
 class Outcome(Record):
-    """All records of a run. `registered` is None if the gate refused the student."""
+    """All records of a run. `registered` is None if the gate refused the student. `judged`: what
+    the test rows have judged before; None in records of earlier versions."""
 
     recipe: str
     data: PreparedDataset
@@ -484,3 +509,4 @@ class Outcome(Record):
     registered: RegisteredModel | None
     delivered: OnnxModel | None
     run: str = ""
+    judged: JudgedVersions | None = None

@@ -92,7 +92,7 @@ def score_model(
     try:
         result = run_in_process("distillery.evaluation.scoring_process", job, progress=progress)
     except ModelError as error:
-        raise ModelError(f"{model.name}: {error}") from error
+        raise type(error)(f"{model.name}: {error}") from error
     return Scored.model_validate_json(result)
 
 
@@ -120,13 +120,16 @@ def departure(exported: Scored, exact: Scored) -> Departure:
     import numpy as np
 
     differences = [np.zeros(0)]
-    for own, theirs in zip(exported.probabilities, exact.probabilities, strict=True):
+    changed = 0
+    for number, (own, theirs) in enumerate(
+        zip(exported.probabilities, exact.probabilities, strict=True)
+    ):
         if own is not None and theirs is not None:
             differences.append(abs(np.subtract(own, theirs)))
+            changed += exported.answers[number] != exact.answers[number]
     each = np.concatenate(differences)
     if not len(each):
         each = np.zeros(1)
-    changed = sum(a != b for a, b in zip(exported.answers, exact.answers, strict=True))
     return Departure(mean=float(each.mean()), largest=float(each.max()), changed=changed)
 
 
