@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from distillery.errors import ModelError
-from distillery.evaluation.baselines import MAJORITY, TFIDF, score_baselines
+from distillery.evaluation.baselines import BASELINES, score_baselines
 from distillery.evaluation.report import write_answers, write_report
 from distillery.evaluation.scoreboard import GOLD, TEACHER
 from distillery.evaluation.scoring import (
@@ -24,7 +24,7 @@ from distillery.evaluation.statistics import paired_interval, wilson_interval
 from distillery.machine import machine_name, usable_cores
 from distillery.progress import ShowProgress, show_nothing
 from distillery.recipe import PromptRecipe
-from distillery.records import Interval, ScoreRow
+from distillery.records import Example, Interval, ScoreRow
 
 _log = logging.getLogger(__name__)
 
@@ -33,11 +33,12 @@ def evaluate(
     models: Sequence[ModelToScore],
     teacher: str | Mapping[str, str],
     test: Path,
-    train: Path | None,
+    learnt: Sequence[Example],
     prompt: PromptRecipe,
     candidate: str,
     out: Path,
     *,
+    gold: Sequence[Example] = (),
     float_model: str | None = None,
     threads: int | None = None,
     progress: ShowProgress = show_nothing,
@@ -45,14 +46,14 @@ def evaluate(
     """Score every model and the baselines on the rows of `test`; write the report's files to `out`.
 
     `teacher` is the name of one of `models`, or an endpoint's letters by example_id. The baselines
-    learn from the answered Examples of `train`, and are left out without it. `candidate` is the
-    model that may be registered, and `float_model` the one that it was exported from: the report
-    tells how far the two depart from each other. `progress` is shown the rows done of all models
-    together. Raises DataError for test rows without gold answers, and ModelError for a model that
-    can't be scored."""
-    examples, gold = answered_rows(test)
-    baselines, notes = score_baselines(examples, train)
-    answers: dict[str, Answers] = {GOLD: gold, **baselines}
+    learn from `learnt` and `gold` (see baselines.py). `candidate` is the model that may be
+    registered, and `float_model` the one that it was exported from: the report tells how far the
+    two depart from each other. `progress` is shown the rows done of all models together. Raises
+    DataError for test rows without gold answers, and ModelError for a model that can't be
+    scored."""
+    examples, letters = answered_rows(test)
+    baselines, notes = score_baselines(examples, learnt, gold)
+    answers: dict[str, Answers] = {GOLD: letters, **baselines}
     teacher_name = TEACHER
     if isinstance(teacher, str):
         teacher_name = teacher
@@ -113,7 +114,7 @@ def judge(name: str, answers: Mapping[str, Answers], teacher: str) -> ScoreRow:
     interval = wilson_interval(correct, len(gold))
     if name == GOLD:
         kind, interval = "reference", Interval(low=1, high=1)
-    elif name in (MAJORITY, TFIDF):
+    elif name in BASELINES:
         kind = "baseline"
     versus_teacher = agreement = None
     if name not in (GOLD, teacher):

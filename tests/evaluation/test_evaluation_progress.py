@@ -131,9 +131,7 @@ def test_the_rows_of_all_models_are_shown_together(
         ModelToScore(name=name, kind="onnx", folder=str(tmp_path)) for name in ("teacher", "ours")
     ]
     test_file = write_examples(tmp_path / "rows.jsonl", examples(3))
-    evaluate(
-        models, "teacher", test_file, None, PROMPT, "ours", tmp_path / "out", progress=progress
-    )
+    evaluate(models, "teacher", test_file, [], PROMPT, "ours", tmp_path / "out", progress=progress)
     assert shown == [
         (0, 6, "loading teacher"),
         (0, 6, "asking teacher"),
