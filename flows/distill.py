@@ -33,6 +33,7 @@ from flows.prepare_teacher import prepare_teacher
 from flows.train_student import trained
 from tasks.dataset import prepare_dataset
 from tasks.evaluation import evaluate
+from tasks.judged import judged_before
 from tasks.labels import canaries, judged_by, labelled
 from tasks.onnx import exported
 from tasks.registry import download, judge, promote, register
@@ -68,9 +69,11 @@ def distill(
     begin()
     again = refreshing(refresh)
     check_settings(recipe)
-    taught = labelled_rows(recipe, training_deployment, refresh)
-    data, local, labels = taught.data, taught.local, taught.labels
-    train_rows, test_rows = data.rows("train"), data.rows("test")
+    data = prepared(recipe, refresh)
+    judged = judged_before(data, recipe)
+    taught = labelled_rows(recipe, data, training_deployment, refresh)
+    local, labels = taught.local, taught.labels
+    test_rows = data.rows("test")
     # The test rows are labelled now, so that a budget that is too small ends the run before
     # training.
     teacher = local.model if local else judged_by(test_rows, recipe, taught.identity)
@@ -80,12 +83,22 @@ def distill(
     )
     model = exported(student, base, recipe, data, again)
 
-    tfidf_rows = data.rows_if_any("gold") or train_rows
     asked = recipe.student_prompt
     report = again("evaluate", evaluate)(
-        test_rows, tfidf_rows, asked, base, student, model, teacher, machine_name(), recipe.prompt
+        test=test_rows,
+        train=data.rows("train"),
+        labels=labels,
+        gold=data.rows_if_any("gold"),
+        learns_from_gold=recipe.student.learns_from_gold,
+        prompt=asked,
+        base=base,
+        student=student,
+        candidate=model,
+        teacher=teacher,
+        machine=machine_name(),
+        teacher_prompt=recipe.prompt,
     )
-    decision = judge(report, recipe.gate_rules, recipe.registry)
+    decision = judge(report, recipe.gate_rules, recipe.registry, test_rows)
 
     registered = delivered = None
     if decision.passed:
@@ -106,6 +119,7 @@ def distill(
             decision=decision,
             registered=registered,
             delivered=delivered,
+            judged=judged,
         )
     )
 
@@ -120,14 +134,22 @@ class Taught(NamedTuple):
     labels: TeacherLabels
 
 
-def labelled_rows(
-    recipe: Recipe, training_deployment: str | None, refresh: tuple[Stage, ...]
-) -> Taught:
-    """Run the stages up to the labels."""
-    again, preparation = refreshing(refresh), recipe.teacher.preparation
-    data = again("prepare dataset", prepare_dataset)(
+def prepared(recipe: Recipe, refresh: tuple[Stage, ...]) -> PreparedDataset:
+    """Prepare the data set."""
+    data: PreparedDataset = refreshing(refresh)("prepare dataset", prepare_dataset)(
         recipe.dataset, source_identity(recipe.dataset)
     )
+    return data
+
+
+def labelled_rows(
+    recipe: Recipe,
+    data: PreparedDataset,
+    training_deployment: str | None,
+    refresh: tuple[Stage, ...],
+) -> Taught:
+    """Run the stages from the data set to the labels."""
+    again, preparation = refreshing(refresh), recipe.teacher.preparation
     train_rows, local, served = data.rows("train"), None, None
     if recipe.teacher.kind == "local":
         named = prepare_teacher.with_options(flow_run_name=f"{produced_by()}, preparation")

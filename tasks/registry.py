@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from prefect import get_run_logger
 from pydantic import BaseModel
 from tenacity import (
     before_sleep_log,
@@ -18,9 +19,12 @@ from tenacity import (
 from distillery import __version__
 from distillery.errors import RegistryUnavailable
 from distillery.evaluation import gate as domain
-from distillery.evaluation.report import ANSWERS_FILE, candidate_of
-from distillery.recipe import GateRule, RegistryRecipe
-from distillery.records import EvaluationReport, GateDecision, OnnxModel, RegisteredModel
+from distillery.evaluation.report import ANSWERS_FILE, candidate_of, read_answers, write_answers
+from distillery.evaluation.scoreboard import GOLD
+from distillery.evaluation.scoring import ModelToScore, answered_rows, score_model
+from distillery.recipe import GateRule, PromptRecipe, RegistryRecipe
+from distillery.records import EvaluationReport, GateDecision, OnnxModel, RegisteredModel, Rows
+from distillery.registry.base import Registry
 from distillery.registry.manifest import MANIFEST
 from distillery.registry.open import open_registry
 from distillery.settings import LocalSettings
@@ -96,10 +100,11 @@ def _with_answers(
 
 @patiently
 def judge(
-    report: EvaluationReport, rules: Sequence[GateRule], recipe: RegistryRecipe
+    report: EvaluationReport, rules: Sequence[GateRule], recipe: RegistryRecipe, test: Rows
 ) -> GateDecision:
     """Apply the gate's rules: to the candidate's figures and answers, and to the champion's answers
-    on shared rows.
+    on shared rows. A champion that has answered none of the `test` rows, because they are fresh, is
+    asked them.
 
     Not cached: the registry may have changed since the last run."""
     registry = open_registry(recipe)
@@ -108,7 +113,10 @@ def judge(
     if champion is None:
         return domain.gate(report.scoreboard, report.candidate, rules=rules, answers=answers)
     with working_folder("champion") as folder:
-        theirs = registry.download(champion, folder / "model") / ANSWERS
+        model = registry.download(champion, folder / "model")
+        theirs = model / ANSWERS
+        if not read_answers(answers).keys() & read_answers(theirs).keys():
+            theirs = _asked(registry, champion, model, test, folder / "fresh") or theirs
         return domain.gate(
             report.scoreboard,
             report.candidate,
@@ -118,6 +126,32 @@ def judge(
             champion=f"{champion.name} version {champion.version}",
             champion_candidate=candidate_of(theirs),
         )
+
+
+def _asked(
+    registry: Registry, champion: RegisteredModel, model: Path, test: Rows, out: Path
+) -> Path | None:
+    """Return a file with the answers of a registered folder to the test rows; None where the
+    manifest does not tell with which prompt it is asked."""
+    prompt = registry.provenance(champion)["provenance"].get("prompt")
+    if not prompt:
+        return None
+    get_run_logger().info(
+        "%s version %s has answered none of these test rows and is asked them",
+        champion.name,
+        champion.version,
+    )
+    rows = ArtifactStore().fetch(test.artifact) / test.file
+    examples, gold = answered_rows(rows)
+    name = "champion"
+    scored = score_model(
+        ModelToScore(name=name, kind="onnx", folder=str(model)),
+        rows,
+        PromptRecipe.model_validate(prompt),
+    )
+    out.mkdir()
+    write_answers(out, examples, {GOLD: gold, name: scored.answers})
+    return out / ANSWERS_FILE
 
 
 @stage("download", version=1)

@@ -4,7 +4,9 @@ A row's position in [0, 1) is a hash of the recipe's seed and the row's content 
 rows of equal content share a position, and neither other rows nor a corrected answer move a row.
   Order      Rows are sorted by position: the order in the source changes nothing.
   Carving    Consecutive intervals of positions go to gold, validation and test, in this order,
-             and the rest to train. The caller samples by keeping the lowest positions.
+             and the rest to train. The caller samples by keeping the lowest positions. With
+             dataset.rotation, as many intervals for test as it has rounds follow each other, of
+             which the caller keeps one.
   Leaks      Rows of train or gold with the content of a validation or test row stop the run,
              and so do validation rows with that of a test row: validation rows choose, and test
              rows judge the choice. Among rows carved from the same source there are none: they
@@ -71,6 +73,13 @@ def carve(splits: Splits, shares: Mapping[str, float], answer_column: str) -> Sp
         refuse_unanswered(row, answer_column, role)
         carved[role].append(row)
     return {**splits, **carved}
+
+
+def test_interval(shares: Mapping[str, float], number: int) -> tuple[float, float]:
+    """Return the lowest position of the test rows of round `number`, from 0, and the position after
+    the highest. `shares` are those of dataset.carve."""
+    before = shares.get("gold", 0.0) + shares.get("validation", 0.0)
+    return before + number * shares["test"], before + (number + 1) * shares["test"]
 
 
 def refuse_leaks(splits: Splits) -> None:

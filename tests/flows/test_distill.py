@@ -41,6 +41,7 @@ PREDICTORS = (
     "gold",
     "majority class",
     "TF-IDF + logistic",
+    "TF-IDF on gold rows",
     "teacher",
     "base model",
     "student",
@@ -219,6 +220,48 @@ def test_one_more_row_costs_one_request_and_a_training(workshop: Workshop, first
         "preparation, teacher: train",
         "preparation: export",
     }
+
+
+def test_fresh_test_rows_judge_a_champion_that_has_not_seen_them(
+    tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[[str], Path]
+) -> None:
+    workshop = Workshop(tmp_path_factory.mktemp("rotation"), tiny_model("llama"))
+    values = endpoint_recipe(workshop.files, workshop.base, "rounds", method="lora", soft_weight=0)
+    values["teacher"] = {"kind": "gold"}
+    values["dataset"] |= {"splits": {"train": "train"}, "carve": {"test": 0.2}}
+    values["dataset"]["rotation"] = {"rounds": 2, "round": 0}
+    values["evaluation"] = {"rules": [{"kind": "not_worse", "margin": 0.9}]}
+    first = workshop.distil(values)
+    assert "have judged" not in first.out + first.log
+    again = workshop.distil(values)
+    said = re.compile(r"these \d+ test rows have judged 1 version of rounds; dataset.rotation")
+    assert said.search(again.out)
+    assert said.search(again.log)
+    assert said.search(workshop.artifact("distillation"))
+
+    values["dataset"]["rotation"] = {"rounds": 2, "round": 1}
+    fresh = workshop.distil(values)
+    assert "have judged" not in fresh.out
+    assert fresh.counts["step"] == 0, "the train rows are the same"
+    assert "rounds version 1 has answered none of these test rows and is asked them" in fresh.log
+    assert re.search(r"0\.0 points .* against rounds version 1 on \d+ shared rows", fresh.out)
+
+    # Rows that have trained the champion.
+    values["dataset"]["rotation"] = {"rounds": 3, "round": 2}
+    (workshop.folder / "bad.yaml").write_text(yaml.safe_dump(values))
+    refused = subprocess.run(
+        [sys.executable, "-m", "flows.distill", str(workshop.folder / "bad.yaml")],
+        cwd=PROJECT,
+        env=workshop.environment,
+        capture_output=True,
+        text=True,
+    )
+    assert refused.returncode == 1
+    assert re.search(
+        r"^error: dataset: (\d+) of \1 test rows have trained rounds version \d, the champion, "
+        r"such as row train-\d+, and can't judge its successor; leave dataset\.seed",
+        refused.stderr.splitlines()[-1],
+    )
 
 
 def test_another_limit_of_the_gate_runs_no_work_again(workshop: Workshop, first: Run) -> None:

@@ -30,7 +30,7 @@ from tenacity import wait_none
 import tasks.registry
 from distillery.errors import CredentialsError, DistilleryError, RegistryError, RegistryUnavailable
 from distillery.recipe import RegistryRecipe
-from distillery.records import Artifact, EvaluationReport, RegisteredModel
+from distillery.records import Artifact, EvaluationReport, RegisteredModel, Rows
 from distillery.registry.azureml import AZURE_DEADLINE, AzureRegistry
 from distillery.registry.base import Registry
 from distillery.registry.local import LocalRegistry
@@ -622,6 +622,7 @@ def test_what_no_waiting_mends_is_asked_of_the_registry_once(
     report = EvaluationReport(
         artifact=ARTIFACT, scoreboard=(), candidate="student", answers_sha256="d" * 64
     )
+    rows = Rows(artifact=ARTIFACT, file="test.jsonl", rows=1, sha256="d" * 64)
     with pytest.raises(RegistryError, match="no such thing"):
-        tasks.registry.judge(report, (), RegistryRecipe())
+        tasks.registry.judge(report, (), RegistryRecipe(), rows)
     assert len(asked) == 1
