@@ -17,7 +17,7 @@ DistilleryError
 │   └── TrainingUnavailable   the machine that trains is not there or died; says nothing of settings
 ├── ExportError               Olive or ONNX Runtime produced no usable model
 ├── ModelError                a model folder that can't be loaded or asked
-│   └── OutOfResources        a process ran out of memory, disk or time: elsewhere it may succeed
+│   └── OutOfResources        a process ran out of memory or time: elsewhere it may succeed
 ├── StageError                a stage has no cache key: a defect of Distillery itself
 └── RegistryError             a model can't be registered, found or downloaded
     ├── ModelGone             its files are neither on this machine nor in the store

@@ -27,9 +27,9 @@ SIGKILL = 9
 """A number, because Windows' `signal` lacks the name."""
 
 RESOURCES = re.compile(
-    r"out ?of ?memory|memory ?error|bad[ _]alloc|allocate .*memory|no space left", re.IGNORECASE
+    r"out ?of ?memory|memory ?error|bad[ _]alloc|allocate .*memory", re.IGNORECASE
 )
-"""How Python, PyTorch, ONNX Runtime and the system say that memory or disk is used up."""
+"""How Python, PyTorch, ONNX Runtime and the system say that memory is used up."""
 
 PROGRESS_LINE = re.compile(r"progress (\d+) of (\d+): (.*)\n")
 """What a process writes to stdout to tell its parent how far it is."""

@@ -266,7 +266,7 @@ class Rung(Record):
 
     `difference`: its accuracy minus the float student's, with the paired interval. The figures are
     None if it could not be built or scored. `note`: why it was picked, or why not.
-    `out_of_resources`: it was left out because memory, disk or time ran out.
+    `out_of_resources`: it was left out because memory or time ran out.
     """
 
     form: ExportForm
@@ -291,7 +291,7 @@ class Ladder(Record):
 
     @property
     def is_final(self) -> bool:
-        """Whether no rung was left out for a lack of memory, disk or time."""
+        """Whether no rung was left out for a lack of memory or time."""
         return not any(rung.out_of_resources for rung in self.rungs)
 
 

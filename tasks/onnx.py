@@ -41,7 +41,7 @@ def export(checkpoint: StudentCheckpoint, base: BaseModelRecipe, recipe: ExportF
 def is_final(model: OnnxModel) -> bool:
     """Return whether a later run may take this result of a ladder from the cache.
 
-    It may not if a rung was left out because memory, disk or time ran out: on another machine, or
+    It may not if a rung was left out because memory or time ran out: on another machine, or
     here tomorrow, it may fit."""
     return model.ladder is None or model.ladder.is_final
 
