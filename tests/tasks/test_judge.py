@@ -6,7 +6,7 @@ import pytest
 from student_answers import answers_file, first, score_row
 
 from distillery.recipe import GateRule, LimitRule, NotWorseRule, RegistryRecipe
-from distillery.records import EvaluationReport, GateDecision
+from distillery.records import EvaluationReport, GateDecision, Rows
 from distillery.registry.local import LocalRegistry
 from distillery.storage.artifacts import ArtifactStore
 from distillery.storage.digests import sha256_of
@@ -36,13 +36,16 @@ def judged(folder: Path, name: str, right: int, rows: int, *rules: GateRule) -> 
     report = folder / "report"
     report.mkdir()
     file = answers_file(report / "answers.jsonl", answers)
+    artifact = ArtifactStore().put(report)
     evaluation = EvaluationReport(
-        artifact=ArtifactStore().put(report),
+        artifact=artifact,
         scoreboard=(score_row("teacher", rows, rows), score_row(CANDIDATE, right, rows)),
         candidate=CANDIDATE,
         answers_sha256=sha256_of(file),
     )
-    return judge(evaluation, rules, RegistryRecipe(kind="local", model_name=name))
+    # Only a champion that was registered with its prompt is asked them.
+    test = Rows(artifact=artifact, file="test.jsonl", rows=rows, sha256="d" * 64)
+    return judge(evaluation, rules, RegistryRecipe(kind="local", model_name=name), test)
 
 
 def test_without_a_champion(tmp_path: Path) -> None:
