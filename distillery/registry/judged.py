@@ -10,7 +10,7 @@ from typing import Any
 from distillery.data.examples import read_examples
 from distillery.data.rows import content_of
 from distillery.errors import ArtifactDamaged, ModelGone
-from distillery.records import Artifact, JudgedVersions, PreparedDataset
+from distillery.records import Artifact, JudgedVersions, PreparedDataset, RegisteredModel
 from distillery.registry.base import CHAMPION, Registry
 from distillery.storage.artifacts import ArtifactStore
 
@@ -61,7 +61,7 @@ def trained_by_test_rows(
     return champion.version, found
 
 
-def recorded_data(registry: Registry, model: Any) -> dict[str, Any]:
+def recorded_data(registry: Registry, model: RegisteredModel) -> dict[str, Any]:
     """Return the record of the data that a version was made from; empty where there is none."""
     try:
         data: Any = registry.provenance(model)["provenance"].get("data")
