@@ -362,8 +362,8 @@ def test_the_schema_of_the_form_describes_each_key_and_submits_no_default(
             assert "default" not in field, f"{name}.{key}"
 
 
-def test_a_form_is_in_cache_keys_by_its_own_five_settings() -> None:
-    """One more, and every export of earlier runs would be made again."""
+def test_a_form_is_in_cache_keys_by_its_own_settings() -> None:
+    """One more that is not added later, and every export of earlier runs would be made again."""
     form = ExportRecipe(
         precision="int8", largest_loss=0.1, ladder=(ExportForm(algorithm="rtn"),)
     ).form
@@ -373,7 +373,9 @@ def test_a_form_is_in_cache_keys_by_its_own_five_settings() -> None:
         "block_size": 32,
         "share_embeddings": True,
         "adapter_apart": False,
+        "all_logits": False,
     }
+    assert ExportForm.added_later == ExportRecipe.added_later == {"all_logits"}
     assert type(form) is ExportForm
 
 
@@ -387,6 +389,7 @@ def test_a_ladder_says_whether_it_needs_prompts_and_each_form_has_a_title() -> N
     assert [form.title for form in forms] == ["int4 gptq/32, own head", "fp16"]
     apart = ExportForm(precision="fp32", adapter_apart=True, share_embeddings=False)
     assert apart.title == "fp32, apart"
+    assert ExportForm(all_logits=True).title == "int4 k_quant_mixed/32, all logits"
 
 
 def rules_of(**values: Any) -> list[str]:
