@@ -312,12 +312,98 @@ class OnnxModel(StageRecord):
         return self.artifact.bytes
 
 
+class Estimate(Record):
+    """A figure of the test rows, with its two-sided 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+class ClassFigures(Record):
+    """How well a predictor tells one class: `rows` with that gold answer (1 or more); precision,
+    recall and F1 (0 to 1); the recall's 95 % interval."""
+
+    label: str
+    rows: int
+    precision: float
+    recall: float
+    f1: float
+    recall_low: float
+    recall_high: float
+
+
+class Confusion(Record):
+    """How often each gold answer (row) was given each answer (column). `counts` are [labels,
+    labels + 1]; the last column counts the rows without an answer."""
+
+    labels: tuple[str, ...]
+    counts: tuple[tuple[int, ...], ...]
+
+
+class Bin(Record):
+    """The answers with a confidence from `low` to below `high`: how many `rows`, their mean
+    confidence, and the share of them that gold confirms."""
+
+    low: float
+    high: float
+    rows: int
+    confidence: float
+    accuracy: float
+
+
+class Calibration(Record):
+    """The expected calibration error with its 95 % interval, and the bins that it is the mean
+    of."""
+
+    error: float
+    low: float
+    high: float
+    bins: tuple[Bin, ...]
+
+
+class OrderRobustness(Record):
+    """A model that was asked again with the options in another order: it gave the same option on
+    `alike` of `rows`, a share of `value` with its 95 % interval. Asking took `seconds`."""
+
+    rows: int
+    alike: int
+    value: float
+    low: float
+    high: float
+    seconds: float
+
+
+class Figures(Record):
+    """Further figures of a predictor on the test rows.
+
+    `macro_f1`: mean F1 of the classes that are a gold answer. `kl_from_teacher`: mean
+    Kullback-Leibler divergence of its probabilities from the teacher's, in nats. `first_token_ms`:
+    median time to the first token of a prompt that shares nothing with the one before, rendering
+    included. p50, p95 and p99: latency of single rows, in milliseconds. `load_s`: seconds to load
+    the model. None where a predictor has no such figure.
+    """
+
+    macro_f1: Estimate
+    classes: tuple[ClassFigures, ...]
+    confusion: Confusion
+    calibration: Calibration | None = None
+    kl_from_teacher: Estimate | None = None
+    order_robustness: OrderRobustness | None = None
+    first_token_ms: float | None = None
+    p50_ms: float | None = None
+    p95_ms: float | None = None
+    p99_ms: float | None = None
+    load_s: float | None = None
+
+
 class ScoreRow(Record):
     """A row of the scoreboard: a predictor on the test rows.
 
     `versus_teacher`: accuracy minus the teacher's (paired interval). `agreement`: share of rows (0
     to 1) answered as the teacher does. Latencies in milliseconds, `peak_mib` in MiB of memory,
-    `bytes` of the model's folder. `departure`: only the candidate has one.
+    `bytes` of the model's folder. `departure` and `figures`: only the candidate has them; the
+    figures of the others are in the evaluation's report.json.
     """
 
     name: str
@@ -335,13 +421,15 @@ class ScoreRow(Record):
     p95_ms: float | None = None
     peak_mib: float | None = None
     departure: Departure | None = None
+    figures: Figures | None = None
 
 
 class EvaluationReport(StageRecord):
     """The scoreboard of a run.
 
     Files in the folder: report.json, answers.jsonl (one test row a line, with the answer of each
-    predictor), scoreboard.md and scoreboard.png. `candidate`: the student's name on the scoreboard.
+    predictor), rows.jsonl (the same with question, options and probabilities), scoreboard.md and
+    scoreboard.png. `candidate`: the student's name on the scoreboard.
     """
 
     scoreboard: tuple[ScoreRow, ...]

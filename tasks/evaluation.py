@@ -68,9 +68,12 @@ def evaluate(
             0, _onnx("teacher", teacher, store).model_copy(update={"prompt": teacher_prompt})
         )
         answers: str | dict[str, str] = "teacher"
+        probabilities = {}
     else:
-        answers = {
-            key: label.answer for key, label in read_labels(store.fetch(teacher.artifact)).items()
+        own = read_labels(store.fetch(teacher.artifact))
+        answers = {key: label.answer for key, label in own.items()}
+        probabilities = {
+            key: label.distribution for key, label in own.items() if label.distribution
         }
     letters = {
         key: label.answer for key, label in read_labels(store.fetch(labels.artifact)).items()
@@ -89,6 +92,7 @@ def evaluate(
             name,
             folder,
             gold=gold_rows,
+            teacher_probabilities=probabilities,
             float_model=FLOAT,
             progress=show_rows,
         )

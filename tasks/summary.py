@@ -11,6 +11,7 @@ from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.exceptions import PrefectException
 from prefect.settings import PREFECT_UI_URL
 
+from distillery.evaluation.figures_table import render_figures
 from distillery.evaluation.report import ANSWERS_FILE, PLOT_FILE, TABLE_FILE
 from distillery.evaluation.scoreboard import GOLD, TEACHER, headline, render_table
 from distillery.evaluation.verdicts import render_verdicts, render_verdicts_markdown
@@ -258,6 +259,9 @@ def render(outcome: Outcome) -> str:
         render_table(board),
         "",
         headline(board, outcome.report.candidate),
+        "",
+        render_figures(board),
+        "",
     ]
     if outcome.decision.verdicts:
         lines += ["", render_verdicts(outcome.decision.verdicts), ""]

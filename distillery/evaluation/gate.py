@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from distillery.evaluation.baselines import MAJORITY
+from distillery.evaluation.limits import limited_figure, missing_class
 from distillery.evaluation.report import read_answers
 from distillery.evaluation.scoreboard import GOLD, TEACHER, row_named
 from distillery.evaluation.statistics import (
@@ -17,6 +18,7 @@ from distillery.evaluation.statistics import (
     one_sided,
     ratio_interval,
     rows_needed,
+    rows_needed_for_limit,
 )
 from distillery.evaluation.verdicts import reason_of
 from distillery.recipe import (
@@ -215,13 +217,32 @@ def judge_keeps(rule: KeepsRule, evidence: Evidence) -> RuleVerdict:
 
 def judge_limit(rule: LimitRule, row: ScoreRow) -> RuleVerdict:
     """Apply a rule `limit`. Undecided where the figure was not measured."""
-    figure: float | None = getattr(row, rule.figure)
+    figure, interval = limited_figure(row, rule)
     if figure is None:
-        return RuleVerdict(rule=rule, verdict="undecided", note="not measured")
-    too_low = rule.minimum is not None and figure < rule.minimum - ROUNDING
-    too_high = rule.maximum is not None and figure > rule.maximum + ROUNDING
-    verdict: Verdict = "refused" if too_low or too_high else "passed"
-    return RuleVerdict(rule=rule, verdict=verdict, figure=figure)
+        note = missing_class(row, rule) or "not measured"
+        return RuleVerdict(rule=rule, verdict="undecided", note=note)
+    sides: list[tuple[float, Verdict]] = []
+    if rule.minimum is not None:
+        sides.append((rule.minimum, decide(figure, interval, rule.minimum)))
+    if rule.maximum is not None:
+        mirrored = interval and Interval(low=-interval.high, high=-interval.low)
+        sides.append((rule.maximum, decide(-figure, mirrored, -rule.maximum)))
+    verdict: Verdict = "passed"
+    needed = None
+    if any(side == "refused" for _, side in sides):
+        verdict = "refused"
+    elif any(side == "undecided" for _, side in sides):
+        verdict = "undecided"
+        limit = next(limit for limit, side in sides if side == "undecided")
+        if interval is not None and rule.confidence is not None:
+            needed = rows_needed_for_limit(row.rows, figure, interval, limit, rule.confidence)
+    return RuleVerdict(
+        rule=rule,
+        verdict=verdict,
+        figure=figure,
+        interval=interval,
+        rows_needed=more_than(row.rows, needed),
+    )
 
 
 def judge_rows(rule: RowsRule, row: ScoreRow) -> RuleVerdict:

@@ -1,9 +1,15 @@
 """The files that an evaluation leaves.
 
 answers.jsonl: one test row a line, with its example_id, the gold letter and each predictor's letter
-or null; the candidate is the last column. Equal answers give equal bytes. report.json: the
-scoreboard, and what was measured where. scoreboard.md and scoreboard.png: the same for people.
-These three hold measured speeds, which differ from run to run.
+or null; the candidate is the last column. Equal answers give equal bytes. rows.jsonl: one test row
+a line, to look at:
+  example_id, question, choices, gold
+  content         digest that rows of equal content share; see data/rows.py
+  answers         letter or null by predictor
+  probabilities   of each choice in order, or null, by predictor; only those that give them
+report.json: the scoreboard, each predictor's records.Figures, and what was measured where.
+scoreboard.md and scoreboard.png: the same for people. These three hold measured speeds, which
+differ from run to run.
 """
 
 import json
@@ -11,13 +17,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from distillery.data.rows import content_of
 from distillery.errors import DataError
-from distillery.evaluation.scoreboard import headline, plot_scoreboard, render_markdown
-from distillery.evaluation.scoring import Answers, Scored
+from distillery.evaluation.figures_table import render_figures_markdown
+from distillery.evaluation.scoreboard import GOLD, headline, plot_scoreboard, render_markdown
+from distillery.evaluation.scoring import Answers, Probabilities, Scored
 from distillery.machine import machine_name
-from distillery.records import Example, ScoreRow
+from distillery.records import Example, Figures, ScoreRow
 
 ANSWERS_FILE = "answers.jsonl"
+ROWS_FILE = "rows.jsonl"
 REPORT_FILE = "report.json"
 TABLE_FILE = "scoreboard.md"
 PLOT_FILE = "scoreboard.png"
@@ -30,8 +39,10 @@ def write_report(
     teacher: str,
     scored: Mapping[str, Scored],
     notes: Sequence[str],
+    figures: Mapping[str, Figures],
 ) -> None:
-    """Write the scoreboard into the folder `out` in its three forms."""
+    """Write the scoreboard into the folder `out` in its three forms, with the `figures` of each
+    predictor."""
     out.mkdir(parents=True, exist_ok=True)
     summary = headline(rows, candidate, teacher)
     report: dict[str, Any] = {
@@ -42,10 +53,12 @@ def write_report(
         "load_s": {name: result.load_s for name, result in scored.items()},
         "headline": summary,
         "notes": list(notes),
-        "scoreboard": [row.model_dump() for row in rows],
+        "scoreboard": [row.model_dump(exclude={"figures"}) for row in rows],
+        "figures": {name: found.model_dump() for name, found in figures.items()},
     }
     write_text(out / REPORT_FILE, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
-    paragraphs = [render_markdown(rows), summary, *notes]
+    further = render_figures_markdown(figures, candidate)
+    paragraphs = [render_markdown(rows), summary, further, *notes]
     write_text(out / TABLE_FILE, "\n\n".join(paragraphs) + "\n")
     plot_scoreboard(rows, teacher, out / PLOT_FILE)
 
@@ -59,6 +72,34 @@ def write_answers(out: Path, examples: Sequence[Example], answers: Mapping[str, 
             line[name] = letters[number]
         lines.append(json.dumps(line, ensure_ascii=False) + "\n")
     write_text(out / ANSWERS_FILE, "".join(lines))
+
+
+def write_rows(
+    out: Path,
+    examples: Sequence[Example],
+    answers: Mapping[str, Answers],
+    probabilities: Mapping[str, Sequence[Probabilities]],
+) -> None:
+    """Write the rows with each predictor's answers and probabilities, by its name, into the folder
+    `out`. Probabilities are rounded to six digits."""
+    lines = []
+    for number, example in enumerate(examples):
+        given = {name: letters[number] for name, letters in answers.items() if name != GOLD}
+        shares: dict[str, list[float] | None] = {}
+        for name, each in probabilities.items():
+            row = each[number]
+            shares[name] = None if row is None else [round(share, 6) for share in row]
+        line = {
+            "example_id": example.example_id,
+            "content": content_of(example.question, example.choices),
+            "question": example.question,
+            "choices": example.choices,
+            "gold": answers[GOLD][number],
+            "answers": given,
+            "probabilities": shares,
+        }
+        lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+    write_text(out / ROWS_FILE, "".join(lines))
 
 
 def write_text(path: Path, text: str) -> None:
