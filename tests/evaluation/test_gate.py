@@ -10,6 +10,7 @@ from student_answers import Rights, answers_file, first, last, score_row
 
 from distillery.errors import DataError
 from distillery.evaluation.baselines import MAJORITY, TFIDF
+from distillery.evaluation.figures import figures_of
 from distillery.evaluation.gate import gate
 from distillery.evaluation.report import candidate_of
 from distillery.evaluation.scoreboard import BASE
@@ -17,7 +18,14 @@ from distillery.evaluation.statistics import Pairs, difference_interval
 from distillery.evaluation.verdicts import render_verdicts, render_verdicts_markdown
 from distillery.recipe import EvaluationRecipe, GateRule, LimitRule
 from distillery.recipe.rules import Baseline
-from distillery.records import GateDecision, RuleVerdict, ScoreRow
+from distillery.records import (
+    Example,
+    Figures,
+    GateDecision,
+    OrderRobustness,
+    RuleVerdict,
+    ScoreRow,
+)
 
 RULE: TypeAdapter[GateRule] = TypeAdapter(GateRule)
 CANDIDATE = "student int4"
@@ -34,7 +42,7 @@ def decide(
     others: Rights | None = None,
     champion: Path | None = None,
     gold: str = "A",
-    **figures: float,
+    **figures: float | Figures,
 ) -> GateDecision:
     """Judge a student; a teacher is right on the first 80 % of the rows."""
     rows = len(ours)
@@ -219,6 +227,75 @@ def test_a_limit_on_a_figure(settings: dict[str, Any], verdict: str, tmp_path: P
     asks = [rule(kind="limit", **settings)]
     decision = decide(tmp_path, asks, first(76), p95_ms=40.0, bytes=55_000_000)
     assert only(decision).verdict == verdict
+
+
+def further_figures(**update: Any) -> Figures:
+    """Of the class yes, 45 of 50 rows are recalled, of no 31 of 50."""
+    rows = [
+        Example(example_id=str(n), question=str(n), choices=("yes", "no"), answer_key="AB"[n // 50])
+        for n in range(100)
+    ]
+    given = ["A"] * 45 + ["B"] * 5 + ["B"] * 31 + ["A"] * 19
+    probabilities = [(0.8, 0.2) if letter == "A" else (0.2, 0.8) for letter in given]
+    found = figures_of(rows, given, probabilities, [(0.9, 0.1)] * 100, None)
+    return found.model_copy(update={"p99_ms": 55.0, "load_s": 2.0, "first_token_ms": 30.0} | update)
+
+
+@pytest.mark.parametrize(
+    ("settings", "verdict"),
+    [
+        ({"figure": "macro_f1", "minimum": 0.75}, "passed"),
+        ({"figure": "macro_f1", "minimum": 0.75, "confidence": 0.95}, "undecided"),
+        ({"figure": "macro_f1", "minimum": 0.66, "confidence": 0.95}, "passed"),
+        ({"figure": "macro_f1", "minimum": 0.9, "confidence": 0.95}, "refused"),
+        ({"figure": "recall", "class": "yes", "minimum": 0.9}, "passed"),
+        ({"figure": "recall", "class": "yes", "minimum": 0.9, "confidence": 0.95}, "undecided"),
+        ({"figure": "recall", "class": "no", "minimum": 0.75, "confidence": 0.95}, "refused"),
+        ({"figure": "recall", "class": "maybe", "minimum": 0.5}, "undecided"),
+        ({"figure": "calibration_error", "maximum": 0.1}, "passed"),
+        ({"figure": "calibration_error", "maximum": 0.1, "confidence": 0.95}, "undecided"),
+        ({"figure": "calibration_error", "maximum": 0.3, "confidence": 0.95}, "passed"),
+        ({"figure": "kl_from_teacher", "maximum": 0.1, "confidence": 0.95}, "refused"),
+        ({"figure": "kl_from_teacher", "maximum": 1, "confidence": 0.95}, "passed"),
+        ({"figure": "order_robustness", "minimum": 0.8}, "undecided"),
+        ({"figure": "p99_ms", "maximum": 55}, "passed"),
+        ({"figure": "first_token_ms", "maximum": 29}, "refused"),
+        ({"figure": "load_s", "maximum": 2}, "passed"),
+        ({"figure": "accuracy", "minimum": 0.7, "confidence": 0.95}, "undecided"),
+        ({"figure": "accuracy", "minimum": 0.65, "confidence": 0.95}, "passed"),
+        ({"figure": "accuracy", "minimum": 0.5, "maximum": 0.7, "confidence": 0.95}, "undecided"),
+    ],
+)
+def test_a_limit_on_a_further_figure(
+    settings: dict[str, Any], verdict: str, tmp_path: Path
+) -> None:
+    asks = rule(kind="limit", **settings)
+    decision = decide(tmp_path, [asks], first(76), figures=further_figures())
+    found = only(decision)
+    assert found.verdict == verdict
+    assert (found.interval is not None) == ("confidence" in settings)
+    if found.interval and found.verdict == "undecided":
+        assert found.rows_needed is not None
+        assert found.rows_needed > 100
+    if settings.get("class") == "maybe":
+        assert found.note == "no test row has the answer 'maybe', only yes, no"
+
+
+def test_a_limit_on_the_order_of_options(tmp_path: Path) -> None:
+    order = OrderRobustness(rows=50, alike=45, value=0.9, low=0.78, high=0.96, seconds=1.0)
+    asks = [rule(kind="limit", figure="order_robustness", minimum=0.8, confidence=0.95)]
+    decision = decide(tmp_path, asks, first(76), figures=further_figures(order_robustness=order))
+    assert only(decision).interval == wilson_interval(45, 50, 0.9)
+    assert decision.reason == (
+        "passed: student int4 passes 1 rule: order_robustness at least 0.8: 0.9 [0.8084, 0.9505] "
+        "must be ≥ 0.8 at 95 %"
+    )
+
+
+def test_a_rule_with_a_class_goes_to_json_and_back() -> None:
+    asks = rule(kind="limit", figure="recall", minimum=0.5, **{"class": "yes"})
+    assert RULE.validate_json(RULE.dump_json(asks)) == asks
+    assert asks.title == "recall of yes at least 0.5"
 
 
 @pytest.mark.parametrize(("minimum", "passed"), [(100, True), (101, False)])

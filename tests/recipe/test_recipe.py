@@ -450,6 +450,20 @@ def test_a_rule_is_named_by_its_content_if_it_has_no_name() -> None:
     assert rules_of(evaluation={"rules": list(titles.values())}) == list(titles)
 
 
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"figure": "recall"}, "a limit on recall needs class"),
+        ({"figure": "macro_f1", "class": "yes"}, "class belongs to the figure recall; remove it"),
+        ({"figure": "p99_ms", "confidence": 0.95}, "p99_ms has no interval, only accuracy, "),
+    ],
+)
+def test_a_limit_that_makes_no_sense_is_refused(settings: dict[str, Any], reason: str) -> None:
+    rule = {"kind": "limit", "minimum": 0.5} | settings
+    with pytest.raises(ValueError, match=reason):
+        Recipe.model_validate({"evaluation": {"rules": [rule]}})
+
+
 def test_a_recipe_cannot_be_changed() -> None:
     with pytest.raises(ValueError, match="frozen"):
         load_recipe("demo").name = "other"  # type: ignore[misc]
