@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from distillery.evaluation.scoreboard import plain_table
+from distillery.evaluation.scoreboard import markdown_table, plain_table
 from distillery.records import Figures, ScoreRow
 
 COLUMNS = (
@@ -128,9 +128,3 @@ def interval_cell(low: float, high: float) -> str:
 def as_cell(text: str) -> str:
     """Return a text as it can stand in a table of Markdown."""
     return " ".join(text.split()).replace("|", "\\|")
-
-
-def markdown_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a table in Markdown, all columns but the first aligned to the right."""
-    lines = [titles, [":--", *["--:"] * (len(titles) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)

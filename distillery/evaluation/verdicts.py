@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from distillery.evaluation.scoreboard import percent, plain_table, points
+from distillery.evaluation.scoreboard import markdown_table, percent, plain_table, points
 from distillery.recipe import BetterRule, KeepsRule, LimitRule, NotWorseRule
 from distillery.records import RuleVerdict
 
@@ -114,5 +114,4 @@ def render_verdicts(verdicts: Sequence[RuleVerdict]) -> str:
 
 def render_verdicts_markdown(verdicts: Sequence[RuleVerdict]) -> str:
     """Return the table in Markdown."""
-    lines = [TITLES, [":--", *["--:"] * (len(TITLES) - 1)], *map(table_cells, verdicts)]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return markdown_table(TITLES, list(map(table_cells, verdicts)))
