@@ -335,7 +335,7 @@ def test_an_evaluation_leaves_rows_and_figures(
     }
     del soft["r0"]
     rows = evaluate(
-        [student], gold, test_file, None, PROMPT, student.name, out, teacher_probabilities=soft
+        [student], gold, test_file, [], PROMPT, student.name, out, teacher_probabilities=soft
     )
     ours = rows[-1].figures
     assert ours is not None

@@ -14,7 +14,7 @@ from distillery.evaluation.figures import figures_of
 from distillery.evaluation.gate import gate
 from distillery.evaluation.report import candidate_of
 from distillery.evaluation.scoreboard import BASE
-from distillery.evaluation.statistics import Pairs, difference_interval
+from distillery.evaluation.statistics import Pairs, difference_interval, wilson_interval
 from distillery.evaluation.verdicts import render_verdicts, render_verdicts_markdown
 from distillery.recipe import EvaluationRecipe, GateRule, LimitRule
 from distillery.recipe.rules import Baseline
