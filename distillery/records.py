@@ -507,26 +507,34 @@ class RuleVerdict(Record):
 
 class GateDecision(Record):
     """The gate's decision. `passed`: the candidate may be registered. `reason`: one line for
-    people. `verdicts`: one for each rule; decisions of earlier versions have none."""
+    people. `champion`: the name for people of the champion that the candidate was compared with,
+    and `champion_version` its version; None if there was none. `verdicts`: one for each rule.
+    Decisions of earlier versions have neither verdicts nor `champion_version`."""
 
     passed: bool
     reason: str
     champion: str | None = None
+    champion_version: str | None = None
     verdicts: tuple[RuleVerdict, ...] = ()
 
 
 class RegisteredModel(StageRecord):
     """A version of a model in a registry.
 
-    `manifest_sha256` is the digest of manifest.json in the registered folder, which lists the
-    sha256 of every file.
+    `role`: champion; challenger, which is not promoted (records of earlier versions say candidate);
+    archived, a former champion; or rejected, a student that the gate refused. `manifest_sha256` is
+    the digest of manifest.json in the registered folder, which lists the sha256 of every file.
+    `model_sha256`, the digest of the exported model, and `rows_sha256`, that of the test rows that
+    it has answered, say which student it is; "" in registrations of earlier versions.
     """
 
     name: str
     version: str
     registry: RegistryKind
-    role: str = "candidate"
+    role: str = "challenger"
     manifest_sha256: str = Field(min_length=64, max_length=64)
+    model_sha256: str = ""
+    rows_sha256: str = ""
 
     @property
     def content_id(self) -> str:
@@ -550,6 +558,20 @@ class JudgedVersions(Record):
             f"these {self.rows:,} test rows have judged {count} version{'s' if count != 1 else ''} "
             f"of {self.name}; dataset.rotation brings fresh ones"
         )
+
+
+class Promotion(Record):
+    """What became of a version that passed the gate.
+
+    `result`: promoted; stands, if it was the champion already; outpaced, if the champion is no
+    longer the one that it was compared with; or barred, if a user has pinned the champion and the
+    version is not newer than the pin. `champion`: the champion's version now. `reason`: one line
+    for people.
+    """
+
+    result: Literal["promoted", "stands", "outpaced", "barred"]
+    champion: str | None
+    reason: str
 
 
 class InputFile(Record):
@@ -583,8 +605,13 @@ class PreparedTeacher(Record):
 
 
 class Outcome(Record):
-    """All records of a run. `registered` is None if the gate refused the student. `judged`: what
-    the test rows have judged before; None in records of earlier versions."""
+    """All records of a run.
+
+    `registered` is None if the gate refused the student. It is set beside a decision that refuses
+    if another run promoted a champion meanwhile: then `decision` is the one against that champion.
+    `promotion` is what became of it. `rejected`: the refused student, if the recipe keeps it.
+    `judged`: what the test rows have judged before; None in records of earlier versions.
+    """
 
     recipe: str
     data: PreparedDataset
@@ -596,5 +623,7 @@ class Outcome(Record):
     decision: GateDecision
     registered: RegisteredModel | None
     delivered: OnnxModel | None
+    promotion: Promotion | None = None
+    rejected: RegisteredModel | None = None
     run: str = ""
     judged: JudgedVersions | None = None

@@ -42,6 +42,9 @@ from tasks.stage import RESULT, Stage, begin, own_tags, produced_by, refreshing
 from tasks.summary import publish, render
 from tasks.terminal import PlannedStage, shown_in_terminal
 
+JUDGED_AGAIN = 3
+"""How often a student is judged again because another run has promoted its own meanwhile."""
+
 
 def _run_name() -> str:
     """Name a run by recipe, data and time: what people look for in a list of runs."""
@@ -98,15 +101,29 @@ def distill(
         machine=machine_name(),
         teacher_prompt=recipe.prompt,
     )
-    decision = judge(report, recipe.gate_rules, recipe.registry, test_rows)
+    decision = judge(report, model, test_rows, recipe.gate_rules, recipe.registry)
 
-    registered = delivered = None
+    provenance = {"data": data, "prompt": asked, "teacher": labels.teacher, "labels": labels}
+    provenance |= {"student": student, "evaluation": report, "recipe": recipe}
+    registered = promotion = rejected = delivered = None
     if decision.passed:
-        provenance = {"data": data, "prompt": asked, "teacher": labels.teacher, "labels": labels}
-        provenance |= {"student": student, "evaluation": report, "recipe": recipe}
-        registered = again("register", register)(model, report, recipe.registry, provenance)
-        promote(registered)
+        registered = again("register", register)(
+            model, report, test_rows, recipe.registry, provenance
+        )
+        promotion = promote(registered, decision)
+        for _ in range(JUDGED_AGAIN):
+            if promotion.result != "outpaced":
+                break
+            # Another run has promoted its student since.
+            decision = judge(report, model, test_rows, recipe.gate_rules, recipe.registry)
+            if not decision.passed:
+                break
+            promotion = promote(registered, decision)
         delivered = again("download", download)(registered, model)
+    elif recipe.registry.keep_refused:
+        rejected = again("register", register)(
+            model, report, test_rows, recipe.registry, provenance, decision.reason
+        )
     return publish(
         Outcome(
             recipe=recipe.name,
@@ -120,6 +137,8 @@ def distill(
             registered=registered,
             delivered=delivered,
             judged=judged,
+            promotion=promotion,
+            rejected=rejected,
         )
     )
 
@@ -212,7 +231,7 @@ def planned(recipe: Recipe) -> list[PlannedStage]:
     stages.append(PlannedStage("train student", "train"))
     export = "export ladder" if recipe.export.ladder else "export"
     stages.append(PlannedStage("export student", export))
-    for name in ("evaluate", "register", "download"):
+    for name in ("evaluate", "judge", "register", "promote", "download"):
         stages.append(PlannedStage(name, name))
     return stages
 

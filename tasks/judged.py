@@ -8,14 +8,14 @@ from distillery.records import JudgedVersions, PreparedDataset
 from distillery.registry import judged as domain
 from distillery.registry.open import open_registry
 from distillery.storage.artifacts import ArtifactStore
-from tasks.registry import patiently
+from tasks.stage import uncached
 
 
-@patiently
+@uncached("judged before")
 def judged_before(data: PreparedDataset, recipe: Recipe) -> JudgedVersions:
     """Return the registered versions that the test rows have judged, and tell of them in the log.
 
-    Not cached: the registry may have changed since the last run. Raises DataError if the recipe
+    Raises DataError if the recipe
     rotates test rows and one of them has trained the champion; other recipes get a warning."""
     registry, name = open_registry(recipe.registry), recipe.registry.model_name
     judged = domain.find_judged(registry, name, data)

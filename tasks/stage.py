@@ -11,7 +11,7 @@ from typing import Any, Literal, ParamSpec, TypeVar, get_type_hints
 
 from prefect import Task, tags, task
 from prefect import results as prefect_results
-from prefect.cache_policies import CacheKeyFnPolicy
+from prefect.cache_policies import NO_CACHE, CacheKeyFnPolicy
 from prefect.context import TagsContext, TaskRunContext
 from prefect.results import ResultStore, get_result_store
 from prefect.runtime import flow_run
@@ -51,6 +51,18 @@ _no_key: ContextVar[DistilleryError | None] = ContextVar("no_key", default=None)
 """Why the running stage has no cache key."""
 
 
+def _is_infrastructure(_task: Any, _run: Any, state: Any) -> bool:
+    return isinstance(state.result(raise_on_failure=False), INFRASTRUCTURE_ERRORS)
+
+
+RETRIES: dict[str, Any] = {
+    "retries": 2,
+    "retry_delay_seconds": [10, 60],
+    "retry_condition_fn": _is_infrastructure,
+}
+"""A registry or store that is away for a moment ends no run after hours of training."""
+
+
 def always(_record: Any) -> bool:
     """Return that a record may be used again."""
     return True
@@ -84,14 +96,31 @@ def stage(
             cache_policy=policy.configure(
                 isolation_level="SERIALIZABLE", lock_manager=StageLocks()
             ),
-            retries=2,
-            retry_delay_seconds=[10, 60],
-            retry_condition_fn=_is_infrastructure,
+            **RETRIES,
             on_running=[_begins],
             on_completion=[_ends],
             on_failure=[_ends],
             **RESULT,
         )(work)
+
+    return decorate
+
+
+def uncached(name: str) -> Callable[[Callable[P, R]], Task[P, R]]:
+    """Make a Prefect task that is tried again as a stage is, and never cached: what it looks at
+    may have changed since the last run."""
+
+    def decorate(function: Callable[P, R]) -> Task[P, R]:
+        return task(
+            name=name,
+            task_run_name=name,
+            cache_policy=NO_CACHE,
+            **RETRIES,
+            on_running=[_begins],
+            on_completion=[_ends],
+            on_failure=[_ends],
+            **RESULT,
+        )(function)
 
     return decorate
 
@@ -289,10 +318,6 @@ def _plainly(record: logging.LogRecord) -> bool:
         record.exc_info, record.args, record.msg = None, None, str(error).replace("%", "%%")
     # Prefect announces our own hooks, twice each.
     return not str(record.msg).startswith(("Running hook", "Hook "))
-
-
-def _is_infrastructure(_task: Any, _run: Any, state: Any) -> bool:
-    return isinstance(state.result(raise_on_failure=False), INFRASTRUCTURE_ERRORS)
 
 
 def _begins(stage: Any, _run: Any, _state: Any) -> None:

@@ -147,13 +147,19 @@ def verdict(outcome: Outcome) -> str:
     decision, model = outcome.decision, outcome.registered
     reason = decision.reason.partition(": ")[2]
     if model is None:
-        return f"gate: refused: {reason}; nothing is registered"
+        kept = "nothing is registered"
+        if outcome.rejected and outcome.rejected.role == "rejected":
+            kept = f"kept as {outcome.rejected.name} version {outcome.rejected.version}"
+        return f"gate: refused: {reason}; {kept}"
+    version = f"{model.name} version {model.version}"
     if not _is_own(outcome, model):
-        return (
-            f"gate: passed: {reason}; nothing new: {model.name} version {model.version} of "
-            f"{model.produced_by} stands"
-        )
-    return f"gate: passed: {reason}; registered as {model.name} version {model.version}"
+        text = f"nothing new: {version} of {model.produced_by} stands"
+    else:
+        text = f"registered as {version}"
+    promotion = outcome.promotion
+    if promotion and promotion.result in ("outpaced", "barred"):
+        text += f", not promoted: {promotion.reason}"
+    return f"gate: {'passed' if decision.passed else 'refused'}: {reason}; {text}"
 
 
 def _is_own(outcome: Outcome, record: StageRecord) -> bool:

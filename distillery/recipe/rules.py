@@ -73,13 +73,22 @@ class KeepsRule(Rule):
 
 
 class NotWorseRule(Rule):
-    """The student is at most `margin` worse than the champion, on the test rows that both answered.
+    """The student is at most `margin` worse than an earlier version, on the test rows that both
+    answered.
 
-    The rule is passed if there is no champion, or if the student is the champion.
+    The rule is passed if there is no earlier version, or if the student is that version.
     """
+
+    added_later: ClassVar[frozenset[str]] = frozenset({"than"})
 
     kind: Literal["not_worse"]
     """The kind of the rule."""
+
+    than: str = Field("champion", pattern=r"^(champion|best|[0-9]+)$")
+    """The version to compare with: champion; best, the one that is furthest ahead of the student on
+    shared rows; or the number of a version. As an anchor, the latter two keep small losses from
+    adding up over many runs. The best is chosen among the versions that share at least half of the
+    test rows; versions that were rejected or rolled back are left out."""
 
     margin: float = Field(0.02, ge=0, le=1)
     """Accuracy that the student may lose. 0.02: two points."""
@@ -90,7 +99,9 @@ class NotWorseRule(Rule):
 
     @property
     def content(self) -> str:
-        return f"at most {100 * self.margin:g} points worse than the champion"
+        versions = {"champion": "the champion", "best": "the best version"}
+        than = versions.get(self.than, f"version {self.than}")
+        return f"at most {100 * self.margin:g} points worse than {than}"
 
 
 Estimated = Literal[

@@ -124,8 +124,16 @@ class Workshop:
         }
 
     def states(self, run: Run) -> dict[str, str]:
-        """Each task run of the run and its subflows, as 'FLOW: TASK', with its state's name in
-        Prefect's database."""
+        """Each stage of the run and its subflows, as 'FLOW: TASK', with its state's name in
+        Prefect's database. Judging and promoting are no stages."""
+        return {
+            name: state
+            for name, state in self.tasks(run).items()
+            if name not in (": judge", ": promote")
+        }
+
+    def tasks(self, run: Run) -> dict[str, str]:
+        """Each task run of the run and its subflows, likewise."""
         query = """
             SELECT flow_run.name, task_run.name, task_run.state_name
             FROM task_run JOIN flow_run ON task_run.flow_run_id = flow_run.id
@@ -183,6 +191,7 @@ def test_the_first_run_goes_the_whole_way(workshop: Workshop, first: Run) -> Non
     assert tuple(names) == PREDICTORS
     assert not any("cached" in line for line in first.stages.values())
     assert set(workshop.states(first).values()) == {"Completed"}
+    assert {": judge", ": promote"} <= workshop.tasks(first).keys()
     assert first.counts["request"] == ROWS["train"]
     assert f"{ROWS['train']} accepted, 0 rejected, {ROWS['train']} calls" in first.stages["label"]
     assert first.counts["serve"] == 1
@@ -203,6 +212,10 @@ def test_the_same_run_again_computes_nothing_and_prints_the_same(
         assert f"cached from {first.name}" in line, stage
     assert workshop.states(again) == dict.fromkeys(workshop.states(first), "Cached")
     assert again.counts == Counter()
+    assert (workshop.tasks(again)[": judge"], workshop.tasks(again)[": promote"]) == (
+        "Completed",
+        "Completed",
+    )
 
 
 def test_one_more_row_costs_one_request_and_a_training(workshop: Workshop, first: Run) -> None:

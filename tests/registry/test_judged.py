@@ -10,6 +10,7 @@ import pytest
 from distillery.data.prepare import prepare
 from distillery.recipe import DatasetRecipe
 from distillery.records import JudgedVersions, Outcome, PreparedDataset, RegisteredModel
+from distillery.registry.history import Actor
 from distillery.registry.judged import find_judged, trained_by_test_rows
 from distillery.registry.local import LocalRegistry
 from distillery.storage.artifacts import ArtifactStore
@@ -17,6 +18,7 @@ from distillery.storage.artifacts import ArtifactStore
 pytestmark = pytest.mark.usefixtures("one_registry")
 
 OPTIONS = ["good", "bad"]
+ACTOR = Actor("a run")
 
 
 def prepared(tmp_path: Path, name: str, **settings: Any) -> PreparedDataset:
@@ -74,7 +76,8 @@ def test_test_rows_that_have_trained_the_champion_are_found(tmp_path: Path) -> N
     registry, store, name = LocalRegistry(), ArtifactStore(), tmp_path.name
     before = prepared(tmp_path, "before")
     assert trained_by_test_rows(registry, name, before, store) == ("", [])
-    champion = registry.promote(registered(tmp_path, 1, before))
+    champion = registered(tmp_path, 1, before)
+    registry.promote(champion, None, ACTOR)
     assert trained_by_test_rows(registry, name, before, store) == (champion.version, [])
     # Rounds that were not held back when the champion was trained.
     later = prepared(tmp_path, "later", rotation={"rounds": 2, "round": 1})
@@ -82,7 +85,8 @@ def test_test_rows_that_have_trained_the_champion_are_found(tmp_path: Path) -> N
     assert (version, len(rows)) == (champion.version, later.splits["test"].rows)
     # Rounds that were.
     held_back = prepared(tmp_path, "held back", rotation={"rounds": 2, "round": 0})
-    champion = registry.promote(registered(tmp_path, 2, held_back))
+    earlier, champion = champion.version, registered(tmp_path, 2, held_back)
+    registry.promote(champion, earlier, ACTOR)
     assert trained_by_test_rows(registry, name, later, store) == (champion.version, [])
 
 

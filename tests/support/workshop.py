@@ -223,12 +223,14 @@ class Workshop(PrefectApi):
         return family
 
     def tasks(self, run: Run) -> dict[str, str]:
-        """The run's tasks and their states; its subflows are left out."""
+        """The run's stages and their states. Its subflows are left out, and the tasks that look
+        into the registry, which are no stages."""
         tasks = self.ask("/task_runs/filter", flow_runs={"id": {"any_": [run["id"]]}})
         return {
             task["name"]: task["state_name"]
             for task in tasks
             if not task["state"]["state_details"]["child_flow_run_id"]
+            and task["name"] not in ("judged before", "judge", "promote")
         }
 
     def states(self, run: Run) -> dict[str, str]:
