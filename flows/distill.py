@@ -9,7 +9,9 @@ distill/demo and distill/lab.
 
 import sys
 from argparse import ArgumentParser
+from collections.abc import Callable
 from datetime import datetime
+from functools import partial
 from typing import NamedTuple, get_args
 
 from prefect import flow, tags
@@ -22,9 +24,12 @@ from distillery.models.base import pin_revision
 from distillery.readiness import check_settings
 from distillery.recipe import BaseModelRecipe, Recipe, load_recipe
 from distillery.records import (
+    GateDecision,
     Outcome,
     PreparedDataset,
     PreparedTeacher,
+    Promotion,
+    RegisteredModel,
     StudentCheckpoint,
     TeacherLabels,
 )
@@ -101,7 +106,8 @@ def distill(
         machine=machine_name(),
         teacher_prompt=recipe.prompt,
     )
-    decision = judge(report, model, test_rows, recipe.gate_rules, recipe.registry)
+    judge_now = partial(judge, report, model, test_rows, recipe.gate_rules, recipe.registry)
+    decision = judge_now()
 
     provenance = {"data": data, "prompt": asked, "teacher": labels.teacher, "labels": labels}
     provenance |= {"student": student, "evaluation": report, "recipe": recipe}
@@ -110,15 +116,7 @@ def distill(
         registered = again("register", register)(
             model, report, test_rows, recipe.registry, provenance
         )
-        promotion = promote(registered, decision)
-        for _ in range(JUDGED_AGAIN):
-            if promotion.result != "outpaced":
-                break
-            # Another run has promoted its student since.
-            decision = judge(report, model, test_rows, recipe.gate_rules, recipe.registry)
-            if not decision.passed:
-                break
-            promotion = promote(registered, decision)
+        decision, promotion = promoted(registered, decision, judge_now)
         delivered = again("download", download)(registered, model)
     elif recipe.registry.keep_refused:
         rejected = again("register", register)(
@@ -214,6 +212,22 @@ def trained_student(
         labels=taught.labels,
         validation=data.rows_if_any("validation"),
     )
+
+
+def promoted(
+    registered: RegisteredModel, decision: GateDecision, judged: Callable[[], GateDecision]
+) -> tuple[GateDecision, Promotion]:
+    """Promote a registered student. If another run has promoted its own meanwhile, judge the
+    student again, against that champion, and promote it only if it passes."""
+    promotion = promote(registered, decision)
+    for _ in range(JUDGED_AGAIN):
+        if promotion.result != "outpaced":
+            break
+        decision = judged()
+        if not decision.passed:
+            break
+        promotion = promote(registered, decision)
+    return decision, promotion
 
 
 def planned(recipe: Recipe) -> list[PlannedStage]:

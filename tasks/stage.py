@@ -119,7 +119,7 @@ def uncached(name: str) -> Callable[[Callable[P, R]], Task[P, R]]:
             on_running=[_begins],
             on_completion=[_ends],
             on_failure=[_ends],
-            **RESULT,
+            persist_result=False,
         )(function)
 
     return decorate

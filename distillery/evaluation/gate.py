@@ -232,7 +232,7 @@ def judge_not_worse(rule: NotWorseRule, evidence: Evidence) -> RuleVerdict:
             return RuleVerdict(rule=rule, verdict="passed", note="no champion yet")
         if rule.than == "best":
             if not any(comparison.earlier.may_be_best for comparison in evidence.comparisons):
-                return RuleVerdict(rule=rule, verdict="passed", note="no earlier version")
+                return RuleVerdict(rule=rule, verdict="passed", note="no version yet")
             note = "no earlier version shares half of the test rows"
         else:
             note = f"no version {rule.than} is registered"

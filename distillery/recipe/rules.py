@@ -99,7 +99,7 @@ class NotWorseRule(Rule):
 
     @property
     def content(self) -> str:
-        versions = {"champion": "the champion", "best": "the best version"}
+        versions = {"champion": "the champion", "best": "the best"}
         than = versions.get(self.than, f"version {self.than}")
         return f"at most {100 * self.margin:g} points worse than {than}"
 

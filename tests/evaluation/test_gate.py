@@ -265,9 +265,9 @@ def test_not_worse_names_the_version_to_compare_with(
 def test_an_anchor_that_is_not_there(tmp_path: Path) -> None:
     best = [rule(kind="not_worse", than="best")]
     found = only(decide(tmp_path, best, first(80)))
-    assert (found.passes, found.note) == (True, "no earlier version")
+    assert (found.passes, found.note) == (True, "no version yet")
     down = [three_versions(tmp_path)[2]]
-    assert only(decide(tmp_path, best, first(80), earlier=down)).note == "no earlier version"
+    assert only(decide(tmp_path, best, first(80), earlier=down)).note == "no version yet"
     elsewhere = answers_file(tmp_path / "elsewhere.jsonl", {CANDIDATE: first(80)}, start=51)
     found = only(decide(tmp_path, best, first(80), earlier=[version("2", elsewhere)]))
     assert (found.verdict, found.note) == (

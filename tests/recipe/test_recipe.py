@@ -400,7 +400,7 @@ def test_a_recipe_that_says_nothing_has_the_default_rules() -> None:
     common = [
         "keeps 80 % of the teacher's accuracy",
         "at most 2 points worse than the champion",
-        "at most 2 points worse than the best version",
+        "at most 2 points worse than the best",
     ]
     assert rules_of() == ["better than majority class", "better than base model", *common]
     local = {"teacher": {"kind": "local"}, "student": {"start": "teacher"}}
@@ -414,7 +414,7 @@ def test_the_presets_say_their_rules() -> None:
         "better than base model",
         "keeps 95 % of the teacher's accuracy",
         "at most 5 points worse than the champion",
-        "at most 5 points worse than the best version",
+        "at most 5 points worse than the best",
     ]
     assert load_recipe("lab").evaluation.rules is not None
 
@@ -425,7 +425,7 @@ def test_the_older_settings_take_the_place_of_the_rules_of_their_kind() -> None:
     assert rules_of(evaluation=kept) == [
         *better,
         "at most 2 points worse than the champion",
-        "at most 2 points worse than the best version",
+        "at most 2 points worse than the best",
         "keeps 90 % of the teacher's accuracy",
     ]
     assert "keeps 90 % of the teacher's accuracy" in rules_of(preset="demo", evaluation=kept)
