@@ -265,11 +265,12 @@ def render(outcome: Outcome) -> str:
         render_table(board),
         "",
         headline(board, outcome.report.candidate),
-        "",
-        render_figures(board),
-        "",
     ]
+    tables = [render_figures(board)]
     if outcome.decision.verdicts:
-        lines += ["", render_verdicts(outcome.decision.verdicts), ""]
-    lines.append(verdict(outcome))
+        tables.append(render_verdicts(outcome.decision.verdicts))
+    # What earlier versions evaluated has no figures.
+    for text in filter(None, tables):
+        lines += ["", text]
+    lines += ["", verdict(outcome)]
     return "\n".join(lines)

@@ -6,11 +6,10 @@ from typing import Any, get_args
 
 import pytest
 from pydantic import TypeAdapter
-from student_answers import Rights, answers_file, first, last, score_row
+from student_answers import Rights, answers_file, first, further_figures, last, score_row
 
 from distillery.errors import DataError
 from distillery.evaluation.baselines import MAJORITY, TFIDF
-from distillery.evaluation.figures import figures_of
 from distillery.evaluation.gate import EarlierVersion, gate
 from distillery.evaluation.report import (
     RowContent,
@@ -26,7 +25,6 @@ from distillery.evaluation.verdicts import render_verdicts, render_verdicts_mark
 from distillery.recipe import EvaluationRecipe, GateRule, LimitRule
 from distillery.recipe.rules import Baseline
 from distillery.records import (
-    Example,
     Figures,
     GateDecision,
     OrderRobustness,
@@ -361,18 +359,6 @@ def test_a_limit_on_a_figure(settings: dict[str, Any], verdict: str, tmp_path: P
     assert only(decision).verdict == verdict
 
 
-def further_figures(**update: Any) -> Figures:
-    """Of the class yes, 45 of 50 rows are recalled, of no 31 of 50."""
-    rows = [
-        Example(example_id=str(n), question=str(n), choices=("yes", "no"), answer_key="AB"[n // 50])
-        for n in range(100)
-    ]
-    given = ["A"] * 45 + ["B"] * 5 + ["B"] * 31 + ["A"] * 19
-    probabilities = [(0.8, 0.2) if letter == "A" else (0.2, 0.8) for letter in given]
-    found = figures_of(rows, given, probabilities, [(0.9, 0.1)] * 100, None)
-    return found.model_copy(update={"p99_ms": 55.0, "load_s": 2.0, "first_token_ms": 30.0} | update)
-
-
 @pytest.mark.parametrize(
     ("settings", "verdict"),
     [
@@ -419,8 +405,8 @@ def test_a_limit_on_the_order_of_options(tmp_path: Path) -> None:
     decision = decide(tmp_path, asks, first(76), figures=further_figures(order_robustness=order))
     assert only(decision).interval == wilson_interval(45, 50, 0.9)
     assert decision.reason == (
-        "passed: student int4 passes 1 rule: order_robustness at least 0.8: 0.9 [0.8084, 0.9505] "
-        "must be ≥ 0.8 at 95 %"
+        "passed: student int4 passes all rules: order_robustness at least 0.8 "
+        "(0.9 [0.8084, 0.9505], must be ≥ 0.8 at 95 %)"
     )
 
 

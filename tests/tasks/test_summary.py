@@ -8,7 +8,7 @@ import pytest
 from prefect import flow
 from prefect.artifacts import Artifact as PrefectArtifact
 from prefect.testing.utilities import prefect_test_harness
-from student_answers import answers_file, first, score_row
+from student_answers import answers_file, first, further_figures, score_row
 
 from distillery.evaluation.gate import gate
 from distillery.evaluation.report import ANSWERS_FILE, write_report
@@ -64,8 +64,13 @@ def outcome_of(folder: Path, rules: tuple[GateRule, ...]) -> Outcome:
     Tally().write(labels)
     (labels / REJECTED_FILE).write_text("")
     right = {"teacher": 80, BASE: 73, CANDIDATE: 75}
-    rows = tuple(score_row(name, count, 100) for name, count in right.items())
-    write_report(report, rows, CANDIDATE, "teacher", {}, [], {})
+    figures = further_figures()
+    rows = (
+        score_row("teacher", 80, 100),
+        score_row(BASE, 73, 100),
+        score_row(CANDIDATE, 75, 100, figures=figures),
+    )
+    write_report(report, rows, CANDIDATE, "teacher", {}, [], {CANDIDATE: figures})
     answers = {name: first(count) for name, count in right.items()}
     answers_file(report / ANSWERS_FILE, answers)
     kept = store.put(model)
@@ -126,6 +131,8 @@ def test_the_terminal_shows_the_same_verdicts(tmp_path: Path) -> None:
     shown = lines[start + 2 : start + 2 + len(RULES)]
     assert shown == [" ".join(line.replace("|", " ").split()) for line in VERDICTS[2:]]
     assert lines[-1].startswith("gate: refused: ")
+    figures = lines.index("student int4 figure 95 %")
+    assert lines[figures + 2].startswith("macro-F1 0.755 [0.670, 0.841]")
 
 
 def test_a_recipe_without_rules_has_no_table(tmp_path: Path) -> None:
