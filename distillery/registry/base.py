@@ -209,8 +209,9 @@ class Registry(ABC):
             pin = pin_of(history)
             if pin is None:
                 raise RegistryError(f"{name}: no champion is pinned in {self.location}")
-            model = self.get(name, pin.version)
-            self.add_event(model, new_event(history, "unpinned", pin.version, actor, reason))
+            self.add_event(
+                self.get(name), new_event(history, "unpinned", pin.version, actor, reason)
+            )
 
     def list(self, name: str | None = None) -> Models:
         """Return the versions of one model, or of all models that Distillery registered.

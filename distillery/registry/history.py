@@ -130,7 +130,8 @@ def champions_in(history: Iterable[Event]) -> list[str]:
     for event in history:
         if event.action not in ("promoted", "rolled back"):
             continue
-        if not champions and event.before:
+        # An earlier release, which writes no history, may have promoted in between.
+        if event.before and event.before not in champions:
             champions.append(event.before)
         if event.action == "rolled back" and event.version in champions:
             del champions[champions.index(event.version) + 1 :]

@@ -33,7 +33,15 @@ from distillery.recipe import RegistryRecipe
 from distillery.records import Artifact, GateDecision, RegisteredModel
 from distillery.registry.azureml import AZURE_DEADLINE, AzureRegistry
 from distillery.registry.base import Registry
-from distillery.registry.history import Actor, Event, event_tag, new_event, pin_of, taken_down
+from distillery.registry.history import (
+    Actor,
+    Event,
+    champions_in,
+    event_tag,
+    new_event,
+    pin_of,
+    taken_down,
+)
 from distillery.registry.local import LocalRegistry
 from distillery.registry.open import open_registry
 from distillery.storage.artifacts import ArtifactStore
@@ -308,6 +316,22 @@ def test_a_rollback_pins_and_only_a_new_version_is_promoted_over_it(
     with pytest.raises(RegistryError, match="student: no champion is pinned in"):
         registry.unpin("student", user)
     assert [event.action for event in registry.history("student")[-2:]] == ["unpinned", "promoted"]
+
+
+def test_the_champions_before_this_one() -> None:
+    """An earlier release, which writes no history, promoted 3 after 2."""
+    history: list[Event] = []
+    acts: tuple[tuple[Any, str, str | None], ...] = (
+        ("promoted", "2", "1"),
+        ("registered", "4", None),
+        ("promoted", "4", "3"),
+    )
+    for action, version, before in acts:
+        history.append(new_event(history, action, version, ME, before=before))
+    assert champions_in(history) == ["1", "2", "3", "4"]
+    history.append(new_event(history, "rolled back", "2", ME, before="4"))
+    assert champions_in(history) == ["1", "2"]
+    assert champions_in([]) == []
 
 
 def test_there_is_nothing_to_roll_back_to(local: RegistryCase, tmp_path: Path) -> None:
