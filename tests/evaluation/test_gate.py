@@ -25,6 +25,7 @@ from distillery.evaluation.verdicts import render_verdicts, render_verdicts_mark
 from distillery.recipe import EvaluationRecipe, GateRule, LimitRule
 from distillery.recipe.rules import Baseline
 from distillery.records import (
+    Example,
     Figures,
     GateDecision,
     OrderRobustness,
