@@ -253,6 +253,26 @@ def download_model(
     print(f"{model.name} version {model.version} in {opened.download(model, folder)}")
 
 
+@models.command("sign")
+def sign_model(
+    name: NameArgument,
+    version: Annotated[
+        str | None,
+        typer.Argument(
+            help="The version; by default the champion, else the newest.", metavar="VERSION"
+        ),
+    ] = None,
+    registry: RegistryOption = "local",
+) -> None:
+    """Sign a registered version with the key in DISTILLERY_SIGNING_KEY.
+
+    If that key is set while a run registers a model, the model is signed already.
+    """
+    opened = open_registry_of_kind(registry)
+    model = opened.sign(opened.get(name, version))
+    print(f"{model.name} version {model.version} is signed")
+
+
 def open_registry_of_kind(kind: RegistryKind) -> "Registry":
     from distillery.registry.open import open_registry
 

@@ -228,12 +228,13 @@ class StudentCheckpoint(StageRecord):
 
     Folders in the artifact: model/, a whole model in safetensors, and for LoRA and DoRA adapter/.
     With an adapter, model/ is the model that the adapter belongs to; it is left out if that is the
-    base model itself.
+    base model itself. `base_license`: as the base model names it; None if it names none.
     """
 
     method: Literal["full", "lora", "dora"]
     base: str
     base_revision: str | None = None
+    base_license: str | None = None
     parameters: int
     steps: int
     curve: tuple[CurvePoint, ...] = ()
@@ -517,6 +518,11 @@ class GateDecision(Record):
     champion_version: str | None = None
     verdicts: tuple[RuleVerdict, ...] = ()
 
+    @property
+    def content_id(self) -> str:
+        """The digest of `passed`: the rest differs between equal runs, as the champion does."""
+        return digest_of(self.passed)
+
 
 class RegisteredModel(StageRecord):
     """A version of a model in a registry.
@@ -524,8 +530,9 @@ class RegisteredModel(StageRecord):
     `role`: champion; challenger, which is not promoted (records of earlier versions say candidate);
     archived, a former champion; or rejected, a student that the gate refused. `manifest_sha256` is
     the digest of manifest.json in the registered folder, which lists the sha256 of every file.
-    `model_sha256`, the digest of the exported model, and `rows_sha256`, that of the test rows that
-    it has answered, say which student it is; "" in registrations of earlier versions.
+    `signature`: of manifest.json, in base64; "" if it is not signed. `model_sha256`, the digest of
+    the exported model, and `rows_sha256`, that of the test rows that it has answered, say which
+    student it is; "" in registrations of earlier versions.
     """
 
     name: str
@@ -535,6 +542,7 @@ class RegisteredModel(StageRecord):
     manifest_sha256: str = Field(min_length=64, max_length=64)
     model_sha256: str = ""
     rows_sha256: str = ""
+    signature: str = ""
 
     @property
     def content_id(self) -> str:

@@ -96,6 +96,16 @@ class LocalSettings(EnvironmentSettings):
     checkpoint_seconds: float = Field(
         300, gt=0, description="Seconds between the checkpoints that training saves"
     )
+    signing_key: SecretStr = Field(
+        SecretStr(""),
+        description="An Ed25519 private key, as PEM or the path of a PEM file, that signs the "
+        "manifests of the models that this machine registers",
+    )
+    verify_key: str = Field(
+        "",
+        description="An Ed25519 public key, as PEM or the path of a PEM file: models that its "
+        "private key has not signed are neither downloaded nor served",
+    )
     container: bool = Field(
         False,
         description="Whether this is a container whose files vanish with it: a label database in "

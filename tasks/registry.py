@@ -38,6 +38,7 @@ from distillery.registry.base import CHAMPION, REJECTED, Registry
 from distillery.registry.history import Actor, taken_down
 from distillery.registry.manifest import MANIFEST
 from distillery.registry.open import open_registry
+from distillery.registry.signing import SIGNATURE
 from distillery.settings import LocalSettings
 from distillery.storage.artifacts import ArtifactStore
 from distillery.storage.working import working_folder
@@ -229,7 +230,9 @@ def download(model: RegisteredModel, described: OnnxModel) -> OnnxModel:
     ask_once(folder)
     conclude(f"{model.name} version {model.version} verified in {folder}")
     with working_folder("download") as copy:
-        # Without the registry's manifest, what is delivered has the digest of what was registered.
-        shutil.copytree(folder, copy, dirs_exist_ok=True, ignore=lambda _folder, _names: [MANIFEST])
+        # Without the registry's own files, what is delivered has the digest of what was registered.
+        shutil.copytree(folder, copy, dirs_exist_ok=True)
+        (copy / MANIFEST).unlink()
+        (copy / SIGNATURE).unlink(missing_ok=True)
         artifact = ArtifactStore().put(copy)
     return described.model_copy(update={"artifact": artifact, **origin(started)})

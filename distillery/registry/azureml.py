@@ -76,6 +76,10 @@ class AzureRegistry(Registry):
             tags |= tags_of(model)
         return events_in(tags, f"{self.location}: {name}")
 
+    def set_tag(self, model: RegisteredModel, name: str, value: str) -> None:
+        with azure_errors(self.location):
+            self.add_tags(self._client.models.get(model.name, version=model.version), {name: value})
+
     def add_tags(self, version: "Model", tags: dict[str, str]) -> None:
         version.tags = {**tags_of(version), **tags}
         self._client.models.create_or_update(version)

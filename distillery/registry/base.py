@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-from distillery.errors import RegistryError, RegistryUnavailable
+from distillery.errors import CredentialsError, RegistryError, RegistryUnavailable
 from distillery.recipe import RegistryKind
 from distillery.records import Artifact, Promotion, RegisteredModel
 from distillery.registry.history import Actor, Event, champions_in, new_event, pin_of
@@ -29,6 +29,7 @@ from distillery.registry.manifest import (
     manifest_tags,
     verify_files,
 )
+from distillery.registry.signing import SIGNATURE, SIGNATURE_TAG, sign
 from distillery.storage.digests import sha256_of
 from distillery.storage.working import working_folder
 
@@ -254,11 +255,28 @@ class Registry(ABC):
     def provenance(self, model: RegisteredModel) -> dict[str, Any]:
         """Return the manifest: keys model, provenance and files. Reads and verifies only this
         file."""
+        content: dict[str, Any] = json.loads(self.verified_manifest(model))
+        return content
+
+    def verified_manifest(self, model: RegisteredModel) -> bytes:
+        """Return manifest.json. Reads and verifies only this file."""
         raw = self.read_file(model, MANIFEST)
         if hashlib.sha256(raw).hexdigest() != model.manifest_sha256:
             raise altered_error(model, MANIFEST)
-        content: dict[str, Any] = json.loads(raw)
-        return content
+        return raw
+
+    def sign(self, model: RegisteredModel) -> RegisteredModel:
+        """Sign a version that is registered, in place of a signature that it has.
+
+        Raises CredentialsError if DISTILLERY_SIGNING_KEY is not set.
+        """
+        signature = sign(self.verified_manifest(model))
+        if not signature:
+            raise CredentialsError(
+                "DISTILLERY_SIGNING_KEY: not set; set it to a PEM file (see sample.env)"
+            )
+        self.set_tag(model, SIGNATURE_TAG, signature)
+        return model.model_copy(update={"signature": signature})
 
     def read_verified(self, model: RegisteredModel, file: str) -> bytes | None:
         """Return one file of the registered folder, verified against the manifest; None if the
@@ -278,6 +296,9 @@ class Registry(ABC):
         """
         if target.exists() and not (target.is_dir() and not any(target.iterdir())):
             refuse_other_content(target, model)
+            # It may have been signed since it was downloaded.
+            with disk_errors(str(target)):
+                write_signature(target, model)
             return target
         with disk_errors(str(target)):
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -285,6 +306,7 @@ class Registry(ABC):
             try:
                 self.fetch_files(model, beside)
                 verify_files(beside, model)
+                write_signature(beside, model)
                 os.rename(beside, target)
             finally:
                 shutil.rmtree(beside, ignore_errors=True)
@@ -319,6 +341,10 @@ class Registry(ABC):
     @abstractmethod
     def history(self, name: str) -> Events:
         """Return the events of a model, the oldest first; [] for an unknown name."""
+
+    @abstractmethod
+    def set_tag(self, model: RegisteredModel, name: str, value: str) -> None:
+        """Set a tag of a version."""
 
     @abstractmethod
     def names(self) -> tuple[str, ...]:
@@ -364,6 +390,7 @@ class Registry(ABC):
             manifest_sha256=tags["manifest_sha256"],
             model_sha256=tags.get("model_sha256", ""),
             rows_sha256=tags.get("rows_sha256", ""),
+            signature=tags.get(SIGNATURE_TAG, ""),
         )
 
 
@@ -382,6 +409,12 @@ def refuse_rejected(model: RegisteredModel) -> None:
             f"{model.name} version {model.version} is rejected: the gate refused it; promote "
             "another version"
         )
+
+
+def write_signature(folder: Path, model: RegisteredModel) -> None:
+    """Write the model's signature, if it has one, to manifest.sig in its folder."""
+    if model.signature:
+        (folder / SIGNATURE).write_text(model.signature, encoding="ascii")
 
 
 def refuse_other_content(target: Path, model: RegisteredModel) -> None:

@@ -146,6 +146,10 @@ class LocalRegistry(Registry):
                 return []
         return events_in(tags, f"{self.location}: {name}")
 
+    def set_tag(self, model: RegisteredModel, name: str, value: str) -> None:
+        with self.mlflow() as client:
+            client.set_model_version_tag(model.name, model.version, name, value)
+
     def names(self) -> tuple[str, ...]:
         names = []
         with self.mlflow() as client:

@@ -15,6 +15,13 @@ from pydantic import ValidationError
 
 from distillery.errors import RegistryError
 from distillery.records import Record, RegisteredModel
+from distillery.registry.signing import (
+    SIGNATURE,
+    SIGNATURE_TAG,
+    must_be_signed,
+    sign,
+    verify_signature,
+)
 from distillery.storage.digests import FileEntry, digest_of_files, list_files, sha256_of
 
 MANIFEST = "manifest.json"
@@ -47,15 +54,19 @@ def copy_with_manifest(
     if (content / MANIFEST).exists():
         refuse_other_manifest(folder / MANIFEST)
         (content / MANIFEST).unlink()
+    (content / SIGNATURE).unlink(missing_ok=True)
     files = list_files(content)
     if not files:
         raise RegistryError(f"{folder}: the folder is empty; register the folder of a model")
     manifest = Manifest(model=name, provenance=dict(provenance), files=files)
-    text = json.dumps(
-        manifest.model_dump(mode="json"), sort_keys=True, indent=1, ensure_ascii=False
-    )
-    (content / MANIFEST).write_text(text, encoding="utf-8")
+    (content / MANIFEST).write_bytes(manifest_text(manifest))
     return manifest
+
+
+def manifest_text(manifest: Manifest) -> bytes:
+    """Return what manifest.json holds."""
+    values = manifest.model_dump(mode="json")
+    return json.dumps(values, sort_keys=True, indent=1, ensure_ascii=False).encode()
 
 
 def refuse_other_manifest(path: Path) -> None:
@@ -69,16 +80,22 @@ def refuse_other_manifest(path: Path) -> None:
 
 
 def manifest_tags(manifest: Manifest, digest: str) -> dict[str, str]:
-    """Return the tags of a version from which its record is read back."""
-    return {
+    """Return the tags of a version from which its record is read back, with the signature if
+    DISTILLERY_SIGNING_KEY is set."""
+    tags = {
         "manifest_sha256": digest,
         "files_sha256": digest_of_files(manifest.files),
         "bytes": str(sum(entry.bytes for entry in manifest.files)),
     }
+    signature = sign(manifest_text(manifest))
+    if signature:
+        tags[SIGNATURE_TAG] = signature
+    return tags
 
 
 def verify_files(folder: Path, model: RegisteredModel) -> None:
-    """Raise RegistryError with the first file that is missing, altered or not in the manifest."""
+    """Raise RegistryError with the first file that is missing, altered or not in the manifest, or
+    if the registry has no signature that DISTILLERY_VERIFY_KEY asks for."""
     path = folder / MANIFEST
     if not path.is_file() or sha256_of(path) != model.manifest_sha256:
         raise altered_error(model, MANIFEST)
@@ -86,14 +103,57 @@ def verify_files(folder: Path, model: RegisteredModel) -> None:
         manifest = Manifest.model_validate_json(path.read_bytes())
     except ValidationError as error:
         raise altered_error(model, MANIFEST) from error
+    file = first_difference(folder, manifest)
+    if file is not None:
+        raise altered_error(model, file)
+    if manifest.model != model.name or digest_of_files(manifest.files) != model.artifact.sha256:
+        raise altered_error(model, MANIFEST)
+    verify_signature(path.read_bytes(), model.signature, f"{model.name} version {model.version}")
+
+
+def verify_before_loading(folder: Path) -> None:
+    """Raise RegistryError if a downloaded folder is not what its manifest.json lists, or is not
+    signed as DISTILLERY_VERIFY_KEY asks for.
+
+    A folder without manifest.json was exported but not registered. It is refused only if
+    DISTILLERY_VERIFY_KEY is set, which nothing but a registered model can satisfy.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        if must_be_signed():
+            raise RegistryError(
+                f"{folder}: no {MANIFEST}, and DISTILLERY_VERIFY_KEY asks for a signed model; get "
+                "one with `distillery models download`"
+            )
+        return
+    content = path.read_bytes()
+    signature = ""
+    if (folder / SIGNATURE).is_file():
+        signature = (folder / SIGNATURE).read_text(encoding="ascii", errors="replace")
+    verify_signature(content, signature, str(folder))
+    try:
+        manifest = Manifest.model_validate_json(content)
+    except ValidationError:
+        file: str | None = MANIFEST
+    else:
+        file = first_difference(folder, manifest)
+    if file is not None:
+        raise RegistryError(
+            f"{folder}: {file}: missing, added or altered since the model was registered; "
+            "download it again"
+        )
+
+
+def first_difference(folder: Path, manifest: Manifest) -> str | None:
+    """Return the first file of a folder that is not as the manifest lists it; None if all are."""
     listed = {entry.path: entry for entry in manifest.files}
     found = {entry.path: entry for entry in list_files(folder)}
-    found.pop(MANIFEST)
+    for own in (MANIFEST, SIGNATURE):
+        found.pop(own, None)
     for file in sorted(listed.keys() | found.keys()):
         if listed.get(file) != found.get(file):
-            raise altered_error(model, file)
-    if digest_of_files(manifest.files) != model.artifact.sha256:
-        raise altered_error(model, MANIFEST)
+            return file
+    return None
 
 
 def altered_error(model: RegisteredModel, file: str) -> RegistryError:

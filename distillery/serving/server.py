@@ -21,6 +21,7 @@ from pydantic import SecretStr
 from distillery.errors import CredentialsError, DistilleryError, ModelError
 from distillery.inference.onnx_student import OnnxStudent
 from distillery.processes import exit_with_parent
+from distillery.registry.manifest import verify_before_loading
 from distillery.serving.app import create_app
 from distillery.serving.process import KEY_VARIABLE
 from distillery.settings import is_loopback, load_environment
@@ -39,8 +40,9 @@ def serve(
     """Serve until a signal ends it. Prints the URL as one line of JSON first.
 
     Port 0 takes a free one. With `parent`, a process id, the server ends when that process does.
-    Raises CredentialsError for an address that other machines reach without a key, and ModelError
-    for a bad folder or port.
+    Raises CredentialsError for an address that other machines reach without a key, ModelError for a
+    bad folder or port, and RegistryError for a registered model that was altered or is not signed
+    as DISTILLERY_VERIFY_KEY asks for.
     """
     import uvicorn
 
@@ -50,6 +52,7 @@ def serve(
         )
     if parent is not None:
         exit_with_parent(parent)
+    verify_before_loading(folder)
     app = create_app(OnnxStudent(folder, threads), model_name, api_key)
     with listen(host, port) as listener:
         address, free_port = listener.getsockname()[:2]

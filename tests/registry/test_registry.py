@@ -5,6 +5,7 @@ The local registry is real MLflow on real SQLite. Azure's is the real MLClient,
 DefaultAzureCredential and azure-storage-blob against azure_ml_stand_in.py and real Azurite.
 """
 
+import base64
 import json
 import socket
 import subprocess
@@ -23,6 +24,8 @@ from azure_ml_stand_in import (
     resolve_localhost,
 )
 from azurite_server import ACCOUNT, ACCOUNT_KEY, Azurite, Certificate, free_port
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from postgres_server import Postgres
 from prefect import flow
 from prefect.testing.utilities import prefect_test_harness
@@ -226,6 +229,24 @@ def test_the_same_content_is_registered_once(
 
 
 ME = Actor("run-7", "id-7")
+
+
+@BOTH
+def test_a_signature_is_kept_with_its_version(
+    case: RegistryCase, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = case.registry
+    model = registry.register(folder, "student", {"task": "tone"}, PROVENANCE)
+    key = Ed25519PrivateKey.generate()
+    pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    monkeypatch.setenv("DISTILLERY_SIGNING_KEY", pem.decode())
+    registry.promote(model, None, ME)
+    signed = registry.sign(registry.get("student"))
+    assert registry.list("student") == [signed]
+    assert (signed.role, signed.content_id) == ("champion", model.content_id)
+    target = registry.download(signed, tmp_path / "down")
+    signature = base64.b64decode((target / "manifest.sig").read_bytes())
+    key.public_key().verify(signature, (target / "manifest.json").read_bytes())
 
 
 def versions(case: RegistryCase, folder: Path, count: int) -> list[RegisteredModel]:
