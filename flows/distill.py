@@ -12,7 +12,7 @@ from argparse import ArgumentParser
 from collections.abc import Callable
 from datetime import datetime
 from functools import partial
-from typing import NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 from prefect import flow, tags
 from prefect.runtime import flow_run
@@ -24,7 +24,9 @@ from distillery.models.base import pin_revision
 from distillery.readiness import check_settings
 from distillery.recipe import BaseModelRecipe, Recipe, load_recipe
 from distillery.records import (
+    EvaluationReport,
     GateDecision,
+    OnnxModel,
     Outcome,
     PreparedDataset,
     PreparedTeacher,
@@ -77,11 +79,74 @@ def distill(
     begin()
     again = refreshing(refresh)
     check_settings(recipe)
-    data = prepared(recipe, refresh)
+    source = source_identity(recipe.dataset)
+    data = prepared(recipe, source, refresh)
     judged = judged_before(data, recipe)
+    made = made_student(recipe, data, training_deployment, refresh)
+    model, report, test_rows = made.model, made.report, data.rows("test")
+    judge_now = partial(judge, report, model, test_rows, recipe.gate_rules, recipe.registry)
+    decision = judge_now()
+
+    registered = promotion = rejected = delivered = None
+    origins = provenance(recipe, source, made, decision)
+    if decision.passed:
+        registered = again("register", register)(model, report, test_rows, recipe.registry, origins)
+        decision, promotion = promoted(registered, decision, judge_now)
+        delivered = again("download", download)(registered, model)
+    elif recipe.registry.keep_refused:
+        rejected = again("register", register)(
+            model, report, test_rows, recipe.registry, origins, decision.reason
+        )
+    return publish(
+        Outcome(
+            recipe=recipe.name,
+            data=data,
+            teacher=made.taught.local,
+            labels=made.taught.labels,
+            student=made.student,
+            model=model,
+            report=report,
+            decision=decision,
+            registered=registered,
+            delivered=delivered,
+            judged=judged,
+            promotion=promotion,
+            rejected=rejected,
+        )
+    )
+
+
+class Taught(NamedTuple):
+    """The prepared rows, the local teacher if there is one, the teacher's identity and its
+    labels."""
+
+    data: PreparedDataset
+    local: PreparedTeacher | None
+    identity: str
+    labels: TeacherLabels
+
+
+class Made(NamedTuple):
+    """What a run makes before the gate. `teacher`: a local one's model, or else its labels of the
+    test rows."""
+
+    taught: Taught
+    teacher: OnnxModel | TeacherLabels
+    student: StudentCheckpoint
+    model: OnnxModel
+    report: EvaluationReport
+
+
+def made_student(
+    recipe: Recipe,
+    data: PreparedDataset,
+    training_deployment: str | None,
+    refresh: tuple[Stage, ...],
+) -> Made:
+    """Run the stages from the data set to the evaluation."""
+    again = refreshing(refresh)
     taught = labelled_rows(recipe, data, training_deployment, refresh)
-    local, labels = taught.local, taught.labels
-    test_rows = data.rows("test")
+    local, labels, test_rows = taught.local, taught.labels, data.rows("test")
     # The test rows are labelled now, so that a budget that is too small ends the run before
     # training.
     teacher = local.model if local else judged_by(test_rows, recipe, taught.identity)
@@ -106,55 +171,34 @@ def distill(
         machine=machine_name(),
         teacher_prompt=recipe.prompt,
     )
-    judge_now = partial(judge, report, model, test_rows, recipe.gate_rules, recipe.registry)
-    decision = judge_now()
-
-    provenance = {"data": data, "prompt": asked, "teacher": labels.teacher, "labels": labels}
-    provenance |= {"student": student, "evaluation": report, "recipe": recipe}
-    registered = promotion = rejected = delivered = None
-    if decision.passed:
-        registered = again("register", register)(
-            model, report, test_rows, recipe.registry, provenance
-        )
-        decision, promotion = promoted(registered, decision, judge_now)
-        delivered = again("download", download)(registered, model)
-    elif recipe.registry.keep_refused:
-        rejected = again("register", register)(
-            model, report, test_rows, recipe.registry, provenance, decision.reason
-        )
-    return publish(
-        Outcome(
-            recipe=recipe.name,
-            data=data,
-            teacher=local,
-            labels=labels,
-            student=student,
-            model=model,
-            report=report,
-            decision=decision,
-            registered=registered,
-            delivered=delivered,
-            judged=judged,
-            promotion=promotion,
-            rejected=rejected,
-        )
-    )
+    return Made(taught, teacher, student, model, report)
 
 
-class Taught(NamedTuple):
-    """The prepared rows, the local teacher if there is one, the teacher's identity and its
-    labels."""
+def provenance(recipe: Recipe, source: str, made: Made, decision: GateDecision) -> dict[str, Any]:
+    """Return what the manifest of the registered folder tells of how the student came to be."""
+    taught = made.taught
+    return {
+        "recipe": recipe,
+        # Apart, because no answer depends on them: the recipe's own key leaves them out.
+        "terms": recipe.teacher.terms,
+        "source": source,
+        "data": taught.data,
+        "prompt": recipe.student_prompt,
+        "teacher": taught.labels.teacher,
+        "local_teacher": taught.local,
+        "labels": taught.labels,
+        "test_labels": made.teacher if isinstance(made.teacher, TeacherLabels) else None,
+        "student": made.student,
+        "model": made.model,
+        "evaluation": made.report,
+        "decision": decision,
+    }
 
-    data: PreparedDataset
-    local: PreparedTeacher | None
-    identity: str
-    labels: TeacherLabels
 
-
-def prepared(recipe: Recipe, refresh: tuple[Stage, ...]) -> PreparedDataset:
-    """Prepare the data set."""
+def prepared(recipe: Recipe, source: str, refresh: tuple[Stage, ...]) -> PreparedDataset:
+    """Prepare the data set; `source` is its source's identity."""
     data: PreparedDataset = refreshing(refresh)("prepare dataset", prepare_dataset)(
-        recipe.dataset, source_identity(recipe.dataset)
+        recipe.dataset, source
     )
     return data
 

@@ -12,6 +12,7 @@ from argparse import ArgumentParser
 from prefect import flow, get_run_logger, tags
 from prefect.artifacts import create_markdown_artifact
 
+from distillery.data.source import source_identity
 from distillery.errors import DistilleryError, ExportError, TrainingError, TrainingUnavailable
 from distillery.machine import machine_name
 from distillery.models.base import base_folder
@@ -51,7 +52,9 @@ def search(
     check_deployment(training_deployment)
     base = student_base(recipe)
     base_folder(base)
-    taught = labelled_rows(recipe, prepared(recipe, ()), training_deployment, ())
+    taught = labelled_rows(
+        recipe, prepared(recipe, source_identity(recipe.dataset), ()), training_deployment, ()
+    )
     validation = taught.data.rows("validation")
     for number in range(space.trials):
         tried = found.ask()

@@ -9,7 +9,6 @@ from typing import Any
 from prefect.runtime import flow_run
 from pydantic import BaseModel
 
-from distillery import __version__
 from distillery.data.examples import read_examples
 from distillery.errors import RegistryError, RegistryUnavailable
 from distillery.evaluation import gate as domain
@@ -35,8 +34,9 @@ from distillery.records import (
     Rows,
 )
 from distillery.registry.base import CHAMPION, REJECTED, Registry
+from distillery.registry.card import write_card
 from distillery.registry.history import Actor, taken_down
-from distillery.registry.manifest import MANIFEST
+from distillery.registry.manifest import MANIFEST, environment
 from distillery.registry.open import open_registry
 from distillery.registry.signing import SIGNATURE
 from distillery.settings import LocalSettings
@@ -74,6 +74,8 @@ def register(
         (content / ANSWERS).parent.mkdir()
         answers = store.fetch(report.artifact) / ANSWERS_FILE
         write_own_answers(answers, report.candidate, examples, content / ANSWERS)
+        facts = {**_plain(provenance), **environment(), "run": produced_by()}
+        write_card(content, recipe.model_name, facts)
         if registry.kind == "local":
             # Machines that share the registry share this store, and not the registry's own folder.
             store.put(content)
@@ -82,7 +84,7 @@ def register(
             content,
             recipe.model_name,
             {"precision": model.precision, "accuracy": f"{accuracy:.4f}"},
-            {**_plain(provenance), "distillery": __version__},
+            facts,
             actor=_actor(),
             reason=refused or f"accuracy {accuracy:.4f} on {len(examples):,} test rows",
             rejected=refused is not None,

@@ -11,7 +11,7 @@ from typing import Any
 from prefect import get_run_logger
 
 from distillery.errors import DistilleryError
-from distillery.models.base import base_folder, remote_code_allowed
+from distillery.models.base import base_folder, license_of, remote_code_allowed
 from distillery.models.inspect import model_and_adapter
 from distillery.models.load import load_tokenizer
 from distillery.recipe import BaseModelRecipe, HealingRecipe, Layers, PromptRecipe, TrainingRecipe
@@ -47,6 +47,7 @@ def train(
     store = ArtifactStore()
     remote_code = remote_code_allowed(base)
     model, adapter = base_folder(base), None
+    base_license = license_of(base, model)
     if start is not None:
         model, adapter = model_and_adapter(store.fetch(start.artifact), model)
     inputs = read_training_inputs(
@@ -92,6 +93,7 @@ def train(
         method=training.method,
         base=base.model,
         base_revision=base.revision,
+        base_license=base_license,
         parameters=result.parameters,
         steps=result.steps,
         curve=result.curve,

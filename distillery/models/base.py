@@ -17,12 +17,14 @@ from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any, NamedTuple
 
+from yaml import YAMLError
+
 from distillery.errors import CredentialsError, RecipeError, TrainingError, TrainingUnavailable
 from distillery.recipe import BaseModelRecipe
 from distillery.settings import LocalSettings
 from distillery.storage.digests import digest_of_files, list_files, sha256_of
 
-HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
+HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "README.md")
 
 
 def base_folder(base: BaseModelRecipe) -> Path:
@@ -118,6 +120,25 @@ def check_loadable(folder: Path, base: BaseModelRecipe) -> None:
             f"base.model: {base.model} needs Python code of its own to load; if you trust it, set "
             "trust_remote_code: true beside it and name it in the worker's DISTILLERY_REMOTE_CODE"
         )
+
+
+def license_of(base: BaseModelRecipe, folder: Path) -> str | None:
+    """Return the licence that a base model names: a GGUF file as general.license, a `folder` in
+    the front matter of its README.md. None if it names none."""
+    source = local_source(base.model)
+    if source is not None and source.is_file():
+        from gguf import GGUFReader
+
+        field = GGUFReader(source).get_field("general.license")
+        return str(field.contents()) if field else None
+    from huggingface_hub import metadata_load
+
+    try:
+        card = metadata_load(folder / "README.md") or {}
+    except (OSError, ValueError, YAMLError):
+        return None
+    named = card.get("license_name") or card.get("license")
+    return str(named) if named else None
 
 
 def remote_code_allowed(base: BaseModelRecipe) -> bool:

@@ -1,6 +1,6 @@
 """The teacher slice: who labels the rows, how it is asked, and which answers become labels."""
 
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -123,6 +123,8 @@ class CanaryRecipe(Slice):
 class TeacherRecipe(Slice):
     """Who labels the rows, and how."""
 
+    added_later: ClassVar[frozenset[str]] = frozenset({"terms"})
+
     kind: Literal["endpoint", "local", "gold", "file"] = "endpoint"
     """endpoint: the chat-completions endpoint that TEACHER_MODEL_ENDPOINT, TEACHER_MODEL_NAME and
     TEACHER_MODEL_KEY name. local: a model that the run prepares and serves itself. gold: the rows'
@@ -192,6 +194,10 @@ class TeacherRecipe(Slice):
 
     preparation: TeacherPreparation = TeacherPreparation()
     """With kind: local, how the teacher is made."""
+
+    terms: str | None = Field(None, min_length=1)
+    """The teacher's terms of use, as a text or a URL, for the model card of the student. null: the
+    card says that they are not stated."""
 
     @property
     def content_id(self) -> str:

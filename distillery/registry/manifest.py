@@ -1,18 +1,22 @@
 """manifest.json in a registered folder: provenance, and the sha256 and size of every other file.
 
-The provenance is what the caller gives: data, prompts, teacher, labels, code and evaluation.
+The provenance is what the caller gives: flows/distill.py the records of a run, `environment` the
+code and the packages.
 """
 
 import json
+import platform
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
+import distillery
 from distillery.errors import RegistryError
 from distillery.records import Record, RegisteredModel
 from distillery.registry.signing import (
@@ -26,6 +30,13 @@ from distillery.storage.digests import FileEntry, digest_of_files, list_files, s
 
 MANIFEST = "manifest.json"
 
+PACKAGES = (
+    *("torch", "transformers", "peft", "accelerate", "safetensors", "datasets", "huggingface-hub"),
+    *("olive-ai", "onnxruntime", "onnxruntime-genai", "numpy", "scikit-learn"),
+    *("prefect", "openai", "azure-ai-inference", "mlflow-skinny", "azure-ai-ml"),
+)
+"""The packages that rows, labels, weights and figures depend on."""
+
 
 class Manifest(Record):
     """The content of manifest.json. `files`: all other files, as it can't hold its own digest."""
@@ -33,6 +44,23 @@ class Manifest(Record):
     model: str
     provenance: dict[str, Any]
     files: tuple[FileEntry, ...]
+
+
+def environment() -> dict[str, Any]:
+    """Return what the manifest tells of the code: the version and the digest of Distillery's
+    modules, Python's version, and that of each of PACKAGES which is installed."""
+    package = Path(distillery.__file__).parent
+    modules = tuple(entry for entry in list_files(package) if entry.path.endswith(".py"))
+    versions = {}
+    for name in PACKAGES:
+        with suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    return {
+        "distillery": distillery.__version__,
+        "code_sha256": digest_of_files(modules),
+        "python": platform.python_version(),
+        "packages": versions,
+    }
 
 
 def copy_folder(source: Path, target: Path) -> None:

@@ -4,10 +4,12 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+from gguf import GGUFWriter
 
 from distillery.errors import RecipeError, TrainingError
-from distillery.models.base import base_folder, base_identity, local_copy
+from distillery.models.base import base_folder, base_identity, license_of, local_copy
 from distillery.models.inspect import model_and_adapter
 from distillery.recipe import BaseModelRecipe
 
@@ -99,3 +101,29 @@ def test_a_base_model_in_a_registry_is_found_where_it_was_downloaded(home: Path)
         local_copy(base)
     (folder / "artifacts" / "config.json").write_text("{}")
     assert local_copy(base) == folder / "artifacts"
+
+
+def test_the_licence_is_that_which_the_model_names(tmp_path: Path) -> None:
+    base, card = BaseModelRecipe(model=str(tmp_path)), tmp_path / "README.md"
+    assert license_of(base, tmp_path) is None
+    for front_matter, licence in {
+        "---\nlicense: mit\n---\n": "mit",
+        "---\nlicense: other\nlicense_name: own-terms\n---\n": "own-terms",
+        "---\nlicense: [mit\n---\n": None,
+        "---\nlanguage: en\n---\n": None,
+        "no front matter\n": None,
+    }.items():
+        card.write_text(front_matter)
+        assert license_of(base, tmp_path) == licence
+
+
+def test_the_licence_in_a_gguf_file(tmp_path: Path) -> None:
+    file = tmp_path / "small.gguf"
+    writer = GGUFWriter(file, "llama")
+    writer.add_license("apache-2.0")
+    writer.add_tensor("weights", np.zeros(4, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert license_of(BaseModelRecipe(model=str(file)), tmp_path) == "apache-2.0"

@@ -1,0 +1,109 @@
+"""The model card in Hugging Face's format: README.md in a registered folder.
+
+The front matter (licence, base model, data set, accuracy as a model-index) follows
+https://huggingface.co/docs/hub/model-cards. A card says what the student is and how it was made,
+but nothing that differs between equal runs, such as times and costs: these are in manifest.json.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path, PurePath
+from typing import Any
+
+from distillery.recipe import Recipe
+from distillery.records import EvaluationReport, OnnxModel, StudentCheckpoint, TeacherLabels
+
+CARD = "README.md"
+
+
+def write_card(folder: Path, name: str, provenance: Mapping[str, Any]) -> None:
+    """Write the card of the model `name` into the folder that is to be registered."""
+    text = model_card(name, provenance)
+    (folder / CARD).write_text(text, encoding="utf-8", newline="\n")
+
+
+def model_card(name: str, provenance: Mapping[str, Any]) -> str:
+    """Return the card of a student.
+
+    Of `provenance`, as the manifest holds it, the keys recipe, labels, student, model and
+    evaluation are read.
+    """
+    from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+    recipe = Recipe.model_validate(provenance["recipe"])
+    labels = TeacherLabels.model_validate(provenance["labels"])
+    student = StudentCheckpoint.model_validate(provenance["student"])
+    model = OnnxModel.model_validate(provenance["model"])
+    report = EvaluationReport.model_validate(provenance["evaluation"])
+    row = report.row(report.candidate)
+    dataset = recipe.dataset.name or recipe.dataset.title
+    base = base_title(student.base)
+    score = EvalResult(
+        task_type="multiple-choice",
+        task_name="Multiple choice",
+        dataset_type=dataset,
+        dataset_name=recipe.dataset.title,
+        dataset_split=recipe.dataset.splits.get("test", "test"),
+        metric_type="accuracy",
+        metric_name="Accuracy",
+        metric_value=round(row.accuracy, 4),
+    )
+    data = ModelCardData(
+        model_name=name,
+        license=student.base_license,
+        base_model=base,
+        datasets=[dataset],
+        metrics=["accuracy"],
+        eval_results=[score],
+        library_name="onnxruntime-genai",
+        pipeline_tag="text-generation",
+        tags=["distillery", "knowledge-distillation", "onnx"],
+    )
+    interval = f"[{row.interval.low:.3f}, {row.interval.high:.3f}]"
+    facts = {
+        "Base model": base,
+        "Licence of the base model": student.base_license or "not stated",
+        "Parameters": f"{model.parameters:,}",
+        "Form": f"{model.precision} {model.algorithm}, for ONNX Runtime GenAI",
+        "Teacher": labels.teacher,
+        "The teacher's terms of use": recipe.teacher.terms or "not stated",
+        "Data set": dataset,
+        "Rows that the teacher labelled": f"{labels.accepted:,}",
+        "Training": student.method,
+        f"Accuracy on {row.rows:,} test rows": f"{row.accuracy:.3f} {interval}",
+    }
+    lines = [f"# {name}", "", "A student that Distillery distilled from a larger model.", ""]
+    lines += ["| | |", "|---|---|"]
+    for title, value in facts.items():
+        lines.append(f"| {title} | {cell(value)} |")
+    lines += [
+        "",
+        "The interval has 95 % confidence. It answers multiple-choice rows that are put to it with "
+        "the prompt in `manifest.json`,",
+        "where the whole record of its making is, with the SHA-256 of each file.",
+        "",
+        "```bash",
+        "distillery serve FOLDER    # /v1/chat/completions on this CPU",
+        "```",
+    ]
+    text = "\n".join(lines)
+    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n"))
+
+
+def base_title(base: str) -> str:
+    """Return a base model's name as a card may show it: a hub id as it is, a package's name, or
+    the last part of a path or URL, which may tell of the machine."""
+    if base.startswith("azureml://"):
+        return base.split("/")[-3]
+    if base.startswith("package:"):
+        return base.removeprefix("package:")
+    path = PurePath(base)
+    if path.suffix == ".gguf":
+        return path.stem
+    if base.startswith((".", "/", "~")) or len(path.parts) != 2:
+        return path.name
+    return base
+
+
+def cell(text: str) -> str:
+    """Return a text as a cell of a Markdown table."""
+    return " ".join(text.split()).replace("|", "\\|")

