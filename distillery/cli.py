@@ -135,6 +135,44 @@ def base(
     print(base_folder(recipe.student.base))
 
 
+@app.command()
+def trace(
+    name: Annotated[
+        str | None,
+        typer.Argument(help="The model's name. With --row, all models by default.", metavar="NAME"),
+    ] = None,
+    version: Annotated[
+        str | None,
+        typer.Argument(
+            help="The version; by default the champion, else the newest.", metavar="VERSION"
+        ),
+    ] = None,
+    row: Annotated[
+        str | None,
+        typer.Option(help="List what the versions did with the row of this id.", metavar="ID"),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
+    registry: RegistryOption = "local",
+) -> None:
+    """Show where a registered version comes from: rows, labels, cost, runs and files.
+
+    With --row, go from a row to the versions that it trained. `python -m flows.reproduce` makes a
+    version again.
+    """
+    from distillery.registry import trace as lineage
+
+    opened = open_registry_of_kind(registry)
+    if row is not None and version is None:
+        uses = lineage.trace_row(opened, row, name)
+        listed = json.dumps([use.model_dump() for use in uses], indent=1)
+        print(listed if as_json else lineage.render_row(row, uses))
+        return
+    if row is not None or name is None:
+        raise typer.BadParameter("give NAME [VERSION], or --row ID [NAME]")
+    found = lineage.trace(opened, opened.get(name, version))
+    print(found.model_dump_json(indent=1) if as_json else lineage.render_trace(found))
+
+
 @models.command("list")
 def list_models(
     name: Annotated[str | None, typer.Argument(help="List this model's versions only.")] = None,
