@@ -288,9 +288,9 @@ def test_every_key_of_a_recipe_has_a_type_and_a_meaning(reference: ModuleType) -
 
 def test_every_command_and_flow_is_in_the_reference(reference: ModuleType) -> None:
     page = reference.command_line_page()
-    for name in ("check", "quote", "serve", "models promote", "labels delete", "store gc"):
+    for name in ("check", "quote", "serve", "trace", "models sign", "labels delete", "store gc"):
         assert f"### distillery {name} " in page
-    for flow in ("distill", "search", "batch_inference"):
+    for flow in ("distill", "search", "batch_inference", "reproduce"):
         assert f"usage: python -m flows.{flow} " in page
     assert "| `make demo` |" in page
     assert "`--refresh`" in page or "--refresh STAGE" in page

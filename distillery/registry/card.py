@@ -10,7 +10,13 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from distillery.recipe import Recipe
-from distillery.records import EvaluationReport, OnnxModel, StudentCheckpoint, TeacherLabels
+from distillery.records import (
+    EvaluationReport,
+    OnnxModel,
+    PreparedDataset,
+    StudentCheckpoint,
+    TeacherLabels,
+)
 
 CARD = "README.md"
 
@@ -24,7 +30,7 @@ def write_card(folder: Path, name: str, provenance: Mapping[str, Any]) -> None:
 def model_card(name: str, provenance: Mapping[str, Any]) -> str:
     """Return the card of a student.
 
-    Of `provenance`, as the manifest holds it, the keys recipe, labels, student, model and
+    Of `provenance`, as the manifest holds it, the keys recipe, data, labels, student, model and
     evaluation are read.
     """
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -35,14 +41,14 @@ def model_card(name: str, provenance: Mapping[str, Any]) -> str:
     model = OnnxModel.model_validate(provenance["model"])
     report = EvaluationReport.model_validate(provenance["evaluation"])
     row = report.row(report.candidate)
-    dataset = recipe.dataset.name or recipe.dataset.title
+    dataset = dataset_title(recipe, PreparedDataset.model_validate(provenance["data"]))
     base = base_title(student.base)
     score = EvalResult(
         task_type="multiple-choice",
         task_name="Multiple choice",
         dataset_type=dataset,
-        dataset_name=recipe.dataset.title,
-        dataset_split=recipe.dataset.splits.get("test", "test"),
+        dataset_name=dataset,
+        dataset_split="test",
         metric_type="accuracy",
         metric_name="Accuracy",
         metric_value=round(row.accuracy, 4),
@@ -87,6 +93,14 @@ def model_card(name: str, provenance: Mapping[str, Any]) -> str:
     ]
     text = "\n".join(lines)
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n"))
+
+
+def dataset_title(recipe: Recipe, data: PreparedDataset) -> str:
+    """Return a data set's hub id, "sample", or for files the digest of the train rows: a file that
+    is renamed makes no other student."""
+    if recipe.dataset.source == "files":
+        return f"files-{data.splits['train'].sha256[:12]}"
+    return recipe.dataset.name or recipe.dataset.source
 
 
 def base_title(base: str) -> str:

@@ -28,7 +28,7 @@ ROOMS = "<!-- rooms -->"
 BRACKETED = r"(?<![`\w])([\[{][^`\[\]{}]*(?:[\[{][^`\[\]{}]*[\]}][^`\[\]{}]*)*[\]}])"
 """Such as {KEY: [A, B]}, outside of code; two levels deep."""
 
-FLOWS = ("distill", "search", "batch_inference")
+FLOWS = ("distill", "search", "batch_inference", "reproduce")
 
 # Flows, unlike the package distillery, are not installed.
 if str(PROJECT) not in sys.path:

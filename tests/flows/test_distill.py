@@ -111,6 +111,25 @@ class Workshop:
         name = done.stderr.partition("Beginning flow run '")[2].partition("'")[0]
         return Run(name, done.stdout, done.stderr, Counter(counted.read_text().split()))
 
+    def reproduce(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "flows.reproduce", *arguments],
+            cwd=PROJECT,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+        )
+
+    def trace(self, *arguments: str) -> Any:
+        done = subprocess.run(
+            [sys.executable, "-m", "distillery.cli", "trace", *arguments, "--json"],
+            env=self.environment,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
     @property
     def environment(self) -> dict[str, str]:
         kept = {
@@ -284,6 +303,53 @@ def test_another_limit_of_the_gate_runs_no_work_again(workshop: Workshop, first:
     assert other.counts == Counter()
     assert "passes all rules: at most 50 points worse than the champion" in other.gate
     assert "tiny-student version 1 " in other.stages["register"]
+
+
+def test_a_registered_student_is_traced_and_made_again(workshop: Workshop, first: Run) -> None:
+    found = workshop.trace("tiny-student", "1")
+    assert found["run"] == first.name
+    assert [work["stage"] for work in found["work"]] == [
+        stage for stage in STAGES if stage not in ("register", "download")
+    ]
+    assert {split: rows["rows"] for split, rows in found["splits"].items()} == ROWS
+    assert found["verdict"].endswith("the recipe asks for nothing")
+    assert "README.md" in [file["path"] for file in found["files"]]
+    (use,) = workshop.trace("--row", "train-0", "tiny-student")[-1:]
+    assert (use["version"], use["used"]) == ("1", "trained")
+
+    kept = {path: path.stat().st_mtime_ns for path in (workshop.home / "store").rglob("*.json")}
+    done = workshop.reproduce("tiny-student", "1", "--json")
+    assert done.returncode == 0, done.stdout + done.stderr[-4000:]
+    compared = {each["what"]: each for each in json.loads(done.stdout)["compared"]}
+    sizes = {f"{split} rows": rows for split, rows in ROWS.items()}
+    sizes |= {"labels": ROWS["train"], "probabilities": ROWS["train"], "answers": ROWS["test"]}
+    assert {what: compared[what]["of"] for what in sizes} == sizes
+    assert {what: compared[what]["different"] for what in sizes} == dict.fromkeys(sizes, 0)
+    print(compared["files"])
+    now = {path: path.stat().st_mtime_ns for path in (workshop.home / "store").rglob("*.json")}
+    assert {path for path in kept if now.get(path) != kept[path]} == set()
+    assert not list((workshop.home / "work").iterdir())
+
+
+def test_reproducing_pays_no_teacher(
+    tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[[str], Path]
+) -> None:
+    workshop = Workshop(tmp_path_factory.mktemp("reproduced"), tiny_model("llama"))
+    values = endpoint_recipe(workshop.files, workshop.base, "reproduced", method="lora")
+    with ChatEndpoint() as endpoint:
+        teacher = {"TEACHER_MODEL_ENDPOINT": endpoint.url, "TEACHER_MODEL_NAME": "m"}
+        workshop.distil(values, **teacher, TEACHER_MODEL_KEY="k")
+        calls = len(endpoint.calls)
+        done = workshop.reproduce("reproduced")
+        assert done.returncode == 0, done.stdout + done.stderr[-4000:]
+        assert done.stdout.endswith("version 1: rows, labels and answers are the same\n")
+
+        # Another row in the source: it has no answer.
+        write_rows(workshop.folder / "rows", train=1)
+        done = workshop.reproduce("reproduced")
+        assert (done.returncode, done.stdout) == (1, "")
+        assert "the label database lacks 1 answers of reproduced, which is not asked" in done.stderr
+        assert len(endpoint.calls) == calls
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,17 @@ def test_equal_students_have_equal_cards(made: dict[str, Any]) -> None:
     assert model_card("mine", later) == model_card("mine", made)
 
 
+def test_files_are_named_by_their_rows(tmp_path: Path) -> None:
+    cards = []
+    for file in ("pool.csv", "renamed.csv"):
+        dataset = {"source": "files", "files": {"train": [file]}, "splits": {"train": "train"}}
+        made = provenance(tmp_path / file, dataset=dataset)
+        cards.append(model_card("mine", made))
+    assert cards[0] == cards[1]
+    train = made["data"]["splits"]["train"]["sha256"]
+    assert f"| Data set | files-{train[:12]} |" in cards[0]
+
+
 @pytest.mark.parametrize(
     ("base", "title"),
     [
