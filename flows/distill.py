@@ -35,6 +35,7 @@ from distillery.records import (
     StudentCheckpoint,
     TeacherLabels,
 )
+from distillery.registry.signing import check_keys
 from distillery.teacher.identity import teacher_identity
 from flows.prepare_teacher import prepare_teacher
 from flows.train_student import trained
@@ -79,6 +80,7 @@ def distill(
     begin()
     again = refreshing(refresh)
     check_settings(recipe)
+    check_keys()
     source = source_identity(recipe.dataset)
     data = prepared(recipe, source, refresh)
     judged = judged_before(data, recipe)

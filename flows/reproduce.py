@@ -11,6 +11,7 @@ from typing import get_args
 
 from prefect import flow, tags
 
+from distillery.data.source import source_identity
 from distillery.errors import DistilleryError, TeacherError
 from distillery.labels.quote import quote_recipe
 from distillery.recipe import Recipe, RegistryKind, RegistryRecipe
@@ -26,7 +27,7 @@ from distillery.registry.reproduction import (
 )
 from distillery.storage.artifacts import ArtifactStore
 from distillery.storage.working import working_folder
-from flows.distill import made_student, planned
+from flows.distill import made_student, planned, prepared
 from tasks.results import results_in_store
 from tasks.stage import RESULT, begin
 from tasks.terminal import shown_in_terminal
@@ -53,7 +54,8 @@ def reproduce(
     with working_folder("reproduce") as folder:
         original = source.download(model, folder / "original")
         with apart(folder, recipe):
-            again = made_student(recipe, None, ())
+            data = prepared(recipe, source_identity(recipe.dataset), ())
+            again = made_student(recipe, data, None, ())
             remade = Remade(again.taught.data, again.taught.labels, again.model, again.report)
             return compare(model, original, made, remade, store, ArtifactStore())
 

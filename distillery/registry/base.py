@@ -29,7 +29,7 @@ from distillery.registry.manifest import (
     manifest_tags,
     verify_files,
 )
-from distillery.registry.signing import SIGNATURE, SIGNATURE_TAG, sign
+from distillery.registry.signing import SIGNATURE, SIGNATURE_TAG, sign, verify_signature
 from distillery.storage.digests import sha256_of
 from distillery.storage.working import working_folder
 
@@ -298,7 +298,7 @@ class Registry(ABC):
             refuse_other_content(target, model)
             # It may have been signed since it was downloaded.
             with disk_errors(str(target)):
-                write_signature(target, model)
+                keep_signature(target, model)
             return target
         with disk_errors(str(target)):
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -306,7 +306,7 @@ class Registry(ABC):
             try:
                 self.fetch_files(model, beside)
                 verify_files(beside, model)
-                write_signature(beside, model)
+                keep_signature(beside, model)
                 os.rename(beside, target)
             finally:
                 shutil.rmtree(beside, ignore_errors=True)
@@ -411,8 +411,13 @@ def refuse_rejected(model: RegisteredModel) -> None:
         )
 
 
-def write_signature(folder: Path, model: RegisteredModel) -> None:
-    """Write the model's signature, if it has one, to manifest.sig in its folder."""
+def keep_signature(folder: Path, model: RegisteredModel) -> None:
+    """Verify the signature of a folder's manifest, and write it to manifest.sig.
+
+    Raises RegistryError if DISTILLERY_VERIFY_KEY asks for another one.
+    """
+    content = (folder / MANIFEST).read_bytes()
+    verify_signature(content, model.signature, f"{model.name} version {model.version}")
     if model.signature:
         (folder / SIGNATURE).write_text(model.signature, encoding="ascii")
 

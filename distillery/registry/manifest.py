@@ -122,8 +122,7 @@ def manifest_tags(manifest: Manifest, digest: str) -> dict[str, str]:
 
 
 def verify_files(folder: Path, model: RegisteredModel) -> None:
-    """Raise RegistryError with the first file that is missing, altered or not in the manifest, or
-    if the registry has no signature that DISTILLERY_VERIFY_KEY asks for."""
+    """Raise RegistryError with the first file that is missing, altered or not in the manifest."""
     path = folder / MANIFEST
     if not path.is_file() or sha256_of(path) != model.manifest_sha256:
         raise altered_error(model, MANIFEST)
@@ -136,7 +135,6 @@ def verify_files(folder: Path, model: RegisteredModel) -> None:
         raise altered_error(model, file)
     if manifest.model != model.name or digest_of_files(manifest.files) != model.artifact.sha256:
         raise altered_error(model, MANIFEST)
-    verify_signature(path.read_bytes(), model.signature, f"{model.name} version {model.version}")
 
 
 def verify_before_loading(folder: Path) -> None:
@@ -144,14 +142,15 @@ def verify_before_loading(folder: Path) -> None:
     signed as DISTILLERY_VERIFY_KEY asks for.
 
     A folder without manifest.json was exported but not registered. It is refused only if
-    DISTILLERY_VERIFY_KEY is set, which nothing but a registered model can satisfy.
+    DISTILLERY_VERIFY_KEY is set, which nothing but a registered model can satisfy, or if it has a
+    signature.
     """
     path = folder / MANIFEST
     if not path.is_file():
-        if must_be_signed():
+        if must_be_signed() or (folder / SIGNATURE).is_file():
             raise RegistryError(
-                f"{folder}: no {MANIFEST}, and DISTILLERY_VERIFY_KEY asks for a signed model; get "
-                "one with `distillery models download`"
+                f"{folder}: {MANIFEST}: missing, while {SIGNATURE} or DISTILLERY_VERIFY_KEY asks "
+                "for it; get the model with `distillery models download`"
             )
         return
     content = path.read_bytes()

@@ -23,7 +23,7 @@ from distillery.errors import CredentialsError, RegistryError
 from distillery.records import RegisteredModel
 from distillery.registry.local import LocalRegistry
 from distillery.registry.manifest import verify_before_loading
-from distillery.registry.signing import sign, verify_signature
+from distillery.registry.signing import check_keys, sign, verify_signature
 from distillery.serving import server
 from distillery.storage.digests import sha256_of
 
@@ -245,6 +245,7 @@ def test_a_folder_that_was_downloaded_before_it_was_signed(
     signed = registry.sign(model)
     monkeypatch.setenv("DISTILLERY_VERIFY_KEY", public_pem(PRIVATE))
     refused(lambda: verify_before_loading(folder))
+    assert "not signed" in refused(lambda: registry.download(model, folder))
     registry.download(signed, folder)
     verify_before_loading(folder)
 
@@ -256,7 +257,11 @@ def test_an_exported_folder_is_served_unless_a_key_asks_for_signed_models(
     with pytest.raises(LoadedError):
         server.serve(tmp_path, "student")
     monkeypatch.setenv("DISTILLERY_VERIFY_KEY", public_pem(PRIVATE))
-    assert "no manifest.json" in refused(lambda: server.serve(tmp_path, "student"))
+    said = refused(lambda: server.serve(tmp_path, "student"))
+    assert "manifest.json: missing" in said
+    monkeypatch.delenv("DISTILLERY_VERIFY_KEY")
+    tmp_path.joinpath("manifest.sig").write_text("of what was here")
+    assert refused(lambda: server.serve(tmp_path, "student")) == said
 
 
 def test_the_server_s_process_says_one_line(tmp_path: Path, signing: None, verifying: None) -> None:
@@ -278,6 +283,20 @@ def test_keys_may_be_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     signature = sign(b"content")
     verify_signature(b"content", signature, "it")
     refused(lambda: verify_signature(b"other", signature, "it"))
+
+
+def test_a_run_that_could_not_download_its_own_model_does_not_start(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    check_keys()
+    monkeypatch.setenv("DISTILLERY_VERIFY_KEY", public_pem(PRIVATE))
+    with pytest.raises(CredentialsError, match="DISTILLERY_SIGNING_KEY: not set, while"):
+        check_keys()
+    monkeypatch.setenv("DISTILLERY_SIGNING_KEY", private_pem(STRANGER, NoEncryption()))
+    with pytest.raises(CredentialsError, match="not the public key of DISTILLERY_SIGNING_KEY"):
+        check_keys()
+    monkeypatch.setenv("DISTILLERY_SIGNING_KEY", private_pem(PRIVATE, NoEncryption()))
+    check_keys()
 
 
 EC = generate_private_key(SECP256R1())
