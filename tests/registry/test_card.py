@@ -62,7 +62,9 @@ def test_equal_students_have_equal_cards(made: dict[str, Any]) -> None:
 def test_files_are_named_by_their_rows(tmp_path: Path) -> None:
     cards = []
     for file in ("pool.csv", "renamed.csv"):
-        dataset = {"source": "files", "files": {"train": [file]}, "splits": {"train": "train"}}
+        splits = {"train": "train", "test": "test"}
+        files = {split: [file] for split in splits}
+        dataset = {"source": "files", "files": files, "splits": splits}
         made = provenance(tmp_path / file, dataset=dataset)
         cards.append(model_card("mine", made))
     assert cards[0] == cards[1]

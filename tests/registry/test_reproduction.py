@@ -56,6 +56,7 @@ def remade(
     (folder / "genai_config.json").write_text("{}")
     (folder / "model.onnx").write_text(weights or str(folder.parent / "first"))
     exported = made["model"] | {"artifact": store.put(folder)}
+    (folder / "report").mkdir()
     tested = [example(each) for each in ROWS["test"]]
     write_answers(folder / "report", tested, {"gold": ["A", "A"], "student int4": list(answers)})
     report = made["evaluation"] | {"artifact": store.put(folder / "report")}
