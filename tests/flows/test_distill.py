@@ -312,7 +312,7 @@ def test_a_registered_student_is_traced_and_made_again(workshop: Workshop, first
         stage for stage in STAGES if stage not in ("register", "download")
     ]
     assert {split: rows["rows"] for split, rows in found["splits"].items()} == ROWS
-    assert found["verdict"].endswith("the recipe asks for nothing")
+    assert found["verdict"] == "passed: the recipe has no rules for the gate"
     assert "README.md" in [file["path"] for file in found["files"]]
     (use,) = workshop.trace("--row", "train-0", "tiny-student")[-1:]
     assert (use["version"], use["used"]) == ("1", "trained")

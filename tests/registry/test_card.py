@@ -62,7 +62,7 @@ def test_equal_students_have_equal_cards(made: dict[str, Any]) -> None:
 def test_files_are_named_by_their_rows(tmp_path: Path) -> None:
     cards = []
     for file in ("pool.csv", "renamed.csv"):
-        splits = {"train": "train", "test": "test"}
+        splits = {"gold": "gold", "train": "train", "test": "test"}
         files = {split: [file] for split in splits}
         dataset = {"source": "files", "files": files, "splits": splits}
         made = provenance(tmp_path / file, dataset=dataset)

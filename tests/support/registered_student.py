@@ -113,7 +113,8 @@ def provenance(folder: Path, **recipe: Any) -> dict[str, Any]:
         "decision": GateDecision(passed=True, reason="passes 1 rule: keeps 80 %"),
     }
     made: dict[str, Any] = {key: each.model_dump(mode="json") for key, each in records.items()}
-    return {**made, "source": "sample-digest", "run": "mine-run-1", **environment()}
+    made |= {"teacher": "a-large-model", "source": "sample-digest", "run": "mine-run-1"}
+    return made | environment()
 
 
 def register(folder: Path, name: str, made: dict[str, Any]) -> RegisteredModel:
