@@ -63,9 +63,12 @@ EACH_WORKERS_OWN = (
     "DISTILLERY_CACHE_GB",
     "DISTILLERY_CHECKPOINT_SECONDS",
     "DISTILLERY_REMOTE_CODE",
+    "DISTILLERY_SIGNING_KEY",
     "DISTILLERY_STORE_WAIT",
+    "DISTILLERY_VERIFY_KEY",
 )
-"""Settings that a run takes from its worker, such as which models may run their own code."""
+"""Settings that a run takes from its worker, such as which models may run their own code, and which
+signatures count."""
 
 HEARTBEAT = 30
 """Seconds between two heartbeats of a run, the least that Prefect allows."""
