@@ -411,12 +411,14 @@ class RuleVerdict(Record):
 
 class GateDecision(Record):
     """The gate's decision. `passed`: the candidate may be registered. `reason`: one line for
-    people. `verdicts`: one for each rule; decisions of earlier versions have none."""
+    people. `verdicts`: one for each rule; decisions of earlier versions have none.
+    `champion_answers`: a folder with the answers.jsonl of the champion that was compared."""
 
     passed: bool
     reason: str
     champion: str | None = None
     verdicts: tuple[RuleVerdict, ...] = ()
+    champion_answers: Artifact | None = None
 
 
 class RegisteredModel(StageRecord):
@@ -470,7 +472,8 @@ class PreparedTeacher(Record):
 
 
 class Outcome(Record):
-    """All records of a run. `registered` is None if the gate refused the student."""
+    """All records of a run. `registered` is None if the gate refused the student. `page`: a folder
+    with report.html; runs of earlier versions have none."""
 
     recipe: str
     data: PreparedDataset
@@ -483,3 +486,4 @@ class Outcome(Record):
     registered: RegisteredModel | None
     delivered: OnnxModel | None
     run: str = ""
+    page: Artifact | None = None

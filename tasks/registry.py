@@ -109,7 +109,7 @@ def judge(
         return domain.gate(report.scoreboard, report.candidate, rules=rules, answers=answers)
     with working_folder("champion") as folder:
         theirs = registry.download(champion, folder / "model") / ANSWERS
-        return domain.gate(
+        decision = domain.gate(
             report.scoreboard,
             report.candidate,
             rules=rules,
@@ -118,6 +118,11 @@ def judge(
             champion=f"{champion.name} version {champion.version}",
             champion_candidate=candidate_of(theirs),
         )
+        # The run's page shows what has changed since the champion.
+        (folder / "answers").mkdir()
+        shutil.copyfile(theirs, folder / "answers" / ANSWERS_FILE)
+        kept = ArtifactStore().put(folder / "answers")
+        return decision.model_copy(update={"champion_answers": kept})
 
 
 @stage("download", version=1)

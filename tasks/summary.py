@@ -15,8 +15,18 @@ from distillery.evaluation.verdicts import render_verdicts, render_verdicts_mark
 from distillery.export.ladder_table import render_ladder, table
 from distillery.labels.files import REJECTED_FILE
 from distillery.labels.report import LOOK_FILE, RELIABILITY_FILE, read_report
-from distillery.records import OnnxModel, Outcome, StageRecord, StudentCheckpoint, TeacherLabels
+from distillery.records import (
+    Artifact,
+    OnnxModel,
+    Outcome,
+    StageRecord,
+    StudentCheckpoint,
+    TeacherLabels,
+)
+from distillery.report.facts import labelling_facts
+from distillery.report.page import PAGE_FILE, StageLine
 from distillery.storage.artifacts import RUNS, ArtifactStore
+from tasks.report import report_page
 from tasks.stage import produced_by
 
 _ROWS = 200
@@ -71,10 +81,15 @@ def _built(record: OnnxModel) -> str:
 def publish(outcome: Outcome) -> Outcome:
     """Leave the artifacts that people look at, and keep the run in the store.
 
-    These are the run's summary, each stage's record, the rejected labels and the rows on which
-    student and teacher differ. Return the outcome with the run's name."""
+    These are the run's page and summary, each stage's record, the rejected labels and the rows on
+    which student and teacher differ. Return the outcome with the run's name and page."""
     named = outcome.model_copy(update={"run": produced_by()})
     store = ArtifactStore()
+    stages = []
+    for name, record, figures in _stages(named):
+        stages.append(StageLine(name, figures, record.seconds, record.produced_by))
+    page = report_page(named, verdict(named), stages)
+    named = named.model_copy(update={"page": page})
     lines = ["| stage | figures | seconds | from run | record |", "|---|---|---|---|---|"]
     for name, record, figures in _stages(named):
         key = f"record-{name.replace(' ', '-')}"
@@ -93,6 +108,7 @@ def publish(outcome: Outcome) -> Outcome:
     if outcome.decision.verdicts:
         parts.append(render_verdicts_markdown(outcome.decision.verdicts))
     parts.append(f"**{verdict(named)}**")
+    parts.append(f"**Report:** [{PAGE_FILE}]({page_path(page).as_uri()}), `{page_path(page)}`")
     create_markdown_artifact(
         key="distillation",
         markdown="\n\n".join(parts),
@@ -134,6 +150,11 @@ def verdict(outcome: Outcome) -> str:
     return f"gate: passed: {reason}; registered as {model.name} version {model.version}"
 
 
+def page_path(page: Artifact) -> Path:
+    """Return where the page of a run is on this machine; it is fetched if the store is remote."""
+    return ArtifactStore().fetch(page) / PAGE_FILE
+
+
 def _is_own(outcome: Outcome, record: StageRecord) -> bool:
     return record.produced_by.startswith(outcome.run)
 
@@ -142,29 +163,8 @@ def _labelling(labels: TeacherLabels, folder: Path) -> None:
     """Leave an artifact on the teacher's answers: figures, reliability, cost, and rows worth a
     look."""
     report = read_report(folder)
-    lines = ["| | |", "|---|---|", f"| accepted | {report.accepted:,} |"]
-    lines += [f"| rejected: {reason} | {count:,} |" for reason, count in report.rejected.items()]
-    lines += [
-        f"| answer {letter} | {count / report.accepted:.1%} |"
-        for letter, count in report.letters.items()
-    ]
-    if report.interval and report.accuracy is not None:
-        interval = f"[{report.interval.low:.3f}, {report.interval.high:.3f}]"
-        lines.append(
-            f"| right, of {report.gold_rows:,} with a gold answer | "
-            f"{report.accuracy:.3f} {interval} |"
-        )
-    if report.calibration_error is not None:
-        lines.append(f"| expected calibration error | {report.calibration_error:.3f} |")
-    usage = labels.usage
-    lines += [f"| calls | {labels.asked:,} |", f"| tokens in | {usage.prompt_tokens:,} |"]
-    lines += [f"| of these cached | {usage.cached_tokens:,} |"] if usage.cached_tokens else []
-    lines.append(f"| tokens out | {usage.completion_tokens:,} |")
-    if labels.cost is not None:
-        lines.append(f"| cost | {labels.cost:.2f} {labels.currency} |")
-    if labels.calls_per_second:
-        rates = ", ".join(f"{rate:.0f}" for rate in labels.calls_per_second)
-        lines.append(f"| calls a second, over the run | {rates} |")
+    lines = ["| | |", "|---|---|"]
+    lines += [f"| {name} | {figure} |" for name, figure in labelling_facts(labels, report)]
     parts = [f"# Labels of {labels.teacher}", "\n".join(lines)]
     if (folder / RELIABILITY_FILE).exists():
         parts.append(_picture("reliability", folder / RELIABILITY_FILE))
@@ -239,4 +239,6 @@ def render(outcome: Outcome) -> str:
     if outcome.decision.verdicts:
         lines += ["", render_verdicts(outcome.decision.verdicts), ""]
     lines.append(verdict(outcome))
+    if outcome.page:
+        lines.append(f"report: {page_path(outcome.page)}")
     return "\n".join(lines)

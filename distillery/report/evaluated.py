@@ -1,0 +1,162 @@
+"""What the page of a run reads from the folder of an evaluation: its test rows and its figures.
+
+rows.jsonl: a test row a line, with each predictor's answer and, where it gives them, its
+probabilities. report.json: under `figures`, what is known of each predictor beyond the scoreboard.
+Evaluations of earlier versions have neither.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from distillery.errors import DataError
+from distillery.evaluation.report import REPORT_FILE, read_answers
+from distillery.evaluation.scoreboard import TEACHER
+from distillery.labels.report import Bin
+from distillery.records import LETTERS
+
+ROWS_FILE = "rows.jsonl"
+
+
+class Read(BaseModel):
+    """Base of what is read here: what another version of the project adds is left out."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class Estimate(Read):
+    """A figure with its 95 % interval, where it has one."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+
+class ClassFigures(Read):
+    """A class: its test rows, and its figures from 0 to 1; None where they are not defined."""
+
+    label: str
+    rows: int
+    precision: float | None = None
+    recall: float | None = None
+    f1: float | None = None
+    recall_low: float | None = None
+    recall_high: float | None = None
+
+
+class Confusion(Read):
+    """`counts`: a line for each gold label, a column for each label answered, and one for rows
+    without an answer."""
+
+    labels: tuple[str, ...]
+    counts: tuple[tuple[int, ...], ...]
+
+
+class Calibration(Read):
+    """The expected calibration error (0 to 1) with its interval, and its bins."""
+
+    error: float
+    low: float | None = None
+    high: float | None = None
+    bins: tuple[Bin, ...] = ()
+
+
+class Figures(Read):
+    """A predictor's figures: latencies in milliseconds, `load_s` in seconds, the divergence from
+    the teacher in nats. What is not known of it is None."""
+
+    macro_f1: Estimate | None = None
+    classes: tuple[ClassFigures, ...] = ()
+    confusion: Confusion | None = None
+    calibration: Calibration | None = None
+    kl_from_teacher: Estimate | None = None
+    order_robustness: dict[str, Any] | None = None
+    first_token_ms: float | None = None
+    p50_ms: float | None = None
+    p95_ms: float | None = None
+    p99_ms: float | None = None
+    load_s: float | None = None
+
+
+class AnsweredRow(Read):
+    """A test row. `gold` and `answers` are letters; `probabilities` go in the options' order."""
+
+    example_id: str
+    content: str
+    question: str
+    choices: tuple[str, ...]
+    gold: str
+    answers: dict[str, str | None]
+    probabilities: dict[str, tuple[float, ...] | None] = {}
+
+    def confidence(self, predictor: str) -> float | None:
+        """Return the probability that a predictor gives its answer; None where it gives none."""
+        answer = self.answers.get(predictor)
+        probabilities = self.probabilities.get(predictor)
+        if answer is None or probabilities is None:
+            return None
+        return probabilities[LETTERS.index(answer)]
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What is read of an evaluation. `teacher`: its name on the scoreboard. `rows` and `figures`
+    are empty for an evaluation of an earlier version."""
+
+    teacher: str
+    notes: tuple[str, ...]
+    rows: tuple[AnsweredRow, ...]
+    figures: Mapping[str, Figures]
+
+    @property
+    def has_details(self) -> bool:
+        """Return whether there is more to show than the scoreboard."""
+        return bool(self.rows and self.figures)
+
+    @property
+    def shared_choices(self) -> tuple[str, ...] | None:
+        """Return the options where all rows have the same ones in the same order."""
+        choices = {row.choices for row in self.rows}
+        return choices.pop() if len(choices) == 1 else None
+
+
+def read_evaluation(folder: Path) -> Evaluated:
+    """Read the folder of an evaluation. Raises DataError for a file that can't be read."""
+    path = folder / REPORT_FILE
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+        figures = {}
+        for name, values in report.get("figures", {}).items():
+            figures[name] = Figures.model_validate(values)
+        path = folder / ROWS_FILE
+        rows = []
+        if path.exists():
+            for line in path.read_text(encoding="utf-8").split("\n"):
+                if line:
+                    rows.append(AnsweredRow.model_validate_json(line))
+    except (OSError, ValueError, ValidationError) as error:
+        raise DataError(
+            f"{path}: can't be read as part of an evaluation ({type(error).__name__}); "
+            "evaluate again with --refresh evaluate"
+        ) from error
+    return Evaluated(
+        teacher=report.get("teacher", TEACHER),
+        notes=tuple(report.get("notes", ())),
+        rows=tuple(rows),
+        figures=figures,
+    )
+
+
+def champion_letters(path: Path, candidate: str) -> dict[str, str | None]:
+    """Return the letters of a champion's answers.jsonl by the row's content, where the file has
+    it, and by example_id. `candidate` is its own column.
+
+    Raises DataError for a file that can't be read."""
+    letters: dict[str, str | None] = {}
+    for example_id, row in read_answers(path).items():
+        letters[row.get("content") or example_id] = row.get(candidate)
+    return letters
