@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from distillery.registry.base import Registry
 
 app = typer.Typer(
-    help="Check, quote and serve, and manage models, labels and the artifact store.",
+    help="Check, quote, report and serve, and manage models, labels and the artifact store.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -128,6 +128,23 @@ def base(
 
     recipe = parse_recipe({"student": {"base": {"model": name}}}, "distillery base")
     print(base_folder(recipe.student.base))
+
+
+@app.command()
+def report(
+    run: Annotated[
+        str | None,
+        typer.Argument(help="The run's name; by default that of the last run.", metavar="[RUN]"),
+    ] = None,
+) -> None:
+    """Print where the page of a run is: a file for any browser.
+
+    It is fetched from the store that DISTILLERY_STORE names.
+    """
+    from distillery.report.kept import page_of_run
+    from distillery.storage.artifacts import ArtifactStore
+
+    print(page_of_run(ArtifactStore(), run))
 
 
 @models.command("list")

@@ -16,7 +16,6 @@ from distillery.export.ladder_table import render_ladder, table
 from distillery.labels.files import REJECTED_FILE
 from distillery.labels.report import LOOK_FILE, RELIABILITY_FILE, read_report
 from distillery.records import (
-    Artifact,
     OnnxModel,
     Outcome,
     StageRecord,
@@ -24,7 +23,8 @@ from distillery.records import (
     TeacherLabels,
 )
 from distillery.report.facts import labelling_facts
-from distillery.report.page import PAGE_FILE, StageLine
+from distillery.report.kept import page_path
+from distillery.report.page import StageLine
 from distillery.storage.artifacts import RUNS, ArtifactStore
 from tasks.report import report_page
 from tasks.stage import produced_by
@@ -108,7 +108,11 @@ def publish(outcome: Outcome) -> Outcome:
     if outcome.decision.verdicts:
         parts.append(render_verdicts_markdown(outcome.decision.verdicts))
     parts.append(f"**{verdict(named)}**")
-    parts.append(f"**Report:** [{PAGE_FILE}]({page_path(page).as_uri()}), `{page_path(page)}`")
+    # No link: a browser follows none from a server's page to a file.
+    parts.append(
+        f"**Report:** `{page_path(store, page)}`, or on another machine: "
+        f"`distillery report {named.run}`"
+    )
     create_markdown_artifact(
         key="distillation",
         markdown="\n\n".join(parts),
@@ -148,11 +152,6 @@ def verdict(outcome: Outcome) -> str:
             f"{model.produced_by} stands"
         )
     return f"gate: passed: {reason}; registered as {model.name} version {model.version}"
-
-
-def page_path(page: Artifact) -> Path:
-    """Return where the page of a run is on this machine; it is fetched if the store is remote."""
-    return ArtifactStore().fetch(page) / PAGE_FILE
 
 
 def _is_own(outcome: Outcome, record: StageRecord) -> bool:
@@ -240,5 +239,5 @@ def render(outcome: Outcome) -> str:
         lines += ["", render_verdicts(outcome.decision.verdicts), ""]
     lines.append(verdict(outcome))
     if outcome.page:
-        lines.append(f"report: {page_path(outcome.page)}")
+        lines.append(f"report: {page_path(ArtifactStore(), outcome.page)}")
     return "\n".join(lines)

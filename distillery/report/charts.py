@@ -32,13 +32,15 @@ VARIABLES = {INK: "var(--ink)", LINE: "var(--line)"} | {
 STYLE: Any = {
     "svg.fonttype": "none",
     "text.parse_math": False,
-    "font.size": 9,
+    "font.size": 11,
+    "legend.fontsize": 10,
     "text.color": INK,
     "axes.edgecolor": LINE,
     "axes.labelcolor": INK,
     "xtick.color": INK,
     "ytick.color": INK,
     "grid.color": LINE,
+    "grid.linewidth": 0.5,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
@@ -78,11 +80,14 @@ def plot_accuracy(
 ) -> str | None:
     """Return accuracy against a figure of the predictors, on a logarithmic axis; None where no
     predictor has the figure. Predictors without the figure are horizontal lines."""
-    shown = [row for row in rows if row.kind != "reference"]
+    # The student is the last on the scoreboard, and has the first colour here.
+    shown = [row for row in reversed(rows) if row.kind != "reference"]
     if not any(map(figure_of, shown)):
         return None
 
     def draw(figure: Any) -> None:
+        from matplotlib.ticker import LogLocator, NullLocator
+
         axes = figure.subplots()
         for number, row in enumerate(shown):
             colour, value = SERIES[number % len(SERIES)], figure_of(row)
@@ -95,13 +100,14 @@ def plot_accuracy(
             else:
                 axes.axhline(row.accuracy, color=colour, linestyle="--", label=row.name)
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter("{x:g}")
-        axes.xaxis.set_minor_formatter("")
+        axes.xaxis.set_minor_locator(NullLocator())
         axes.margins(x=0.15)
         axes.set(xlabel=label, ylabel="accuracy, 95 % interval")
         add_legend(figure)
 
-    return to_svg(draw, title, 3.6)
+    return to_svg(draw, title, 4.0)
 
 
 def plot_reliability(bins: Mapping[str, Sequence[Bin]], title: str) -> str:
@@ -124,7 +130,7 @@ def plot_reliability(bins: Mapping[str, Sequence[Bin]], title: str) -> str:
         axes.set(xlabel="confidence", ylabel="share of right answers", ylim=(-0.03, 1.03))
         add_legend(figure)
 
-    return to_svg(draw, title, 3.6)
+    return to_svg(draw, title, 4.0)
 
 
 def plot_curve(curve: Sequence[CurvePoint], title: str) -> str:
@@ -193,7 +199,7 @@ def plot_latency(latencies: Mapping[str, Figures], title: str) -> str:
         axes.set(xlabel="milliseconds a row")
         add_legend(figure)
 
-    return to_svg(draw, title, 1.4 + 0.35 * len(latencies))
+    return to_svg(draw, title, 1.7 + 0.4 * len(latencies))
 
 
 PERCENTILES = {"p50_ms": "median", "p95_ms": "95th percentile", "p99_ms": "99th percentile"}
@@ -201,4 +207,4 @@ PERCENTILES = {"p50_ms": "median", "p95_ms": "95th percentile", "p99_ms": "99th 
 
 def add_legend(figure: Any) -> None:
     """Put the legend below the chart, where it hides no point."""
-    figure.legend(loc="outside lower center", ncols=2, fontsize=8)
+    figure.legend(loc="outside lower center", ncols=2)

@@ -66,7 +66,7 @@ def test_training_runs_in_the_gpu_worker_and_the_rest_in_the_cpu_worker(
     # A subflow without a deployment has no pool of its own: it runs in its parent's process.
     assert runs["preparation"]["work_pool_name"] is None
     assert workshop.worker_that_ran(runs["preparation"]) == ["cpu-pool"]
-    here = {"prepare dataset", "label", "export", "evaluate", "register", "download"}
+    here = {"prepare dataset", "label", "export", "evaluate", "register", "download", "report"}
     assert workshop.tasks(distilled) == dict.fromkeys(here, "Completed")
     assert workshop.tasks(runs["preparation"]) == {
         "gold labels": "Completed",
@@ -277,6 +277,7 @@ def test_the_summary_shows_the_way_the_scoreboard_and_the_plot(
     expect(plot).to_be_visible()
     assert plot.evaluate("image => image.complete && image.naturalWidth") > 100
     expect(page.get_by_text("gate: passed")).to_be_visible()
+    expect(page.get_by_text("report.html")).to_be_visible()
     screenshot(page, "summary")
     screenshot(scoreboard, "scoreboard")
     # A link leads to the record of its stage.

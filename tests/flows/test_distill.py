@@ -79,6 +79,10 @@ class Run:
         return self.out.partition("predictor ")[2].partition("\ngate:")[0]
 
     @property
+    def page(self) -> Path:
+        return Path(self.out.rpartition("\nreport: ")[2].strip())
+
+    @property
     def gate(self) -> str:
         return self.out.partition("\ngate:")[2]
 
@@ -123,13 +127,13 @@ class Workshop:
         }
 
     def states(self, run: Run) -> dict[str, str]:
-        """Each task run of the run and its subflows, as 'FLOW: TASK', with its state's name in
-        Prefect's database."""
+        """Each stage of the run and its subflows, as 'FLOW: TASK', with its state's name in
+        Prefect's database. The run's page, which is made anew each time, is left out."""
         query = """
             SELECT flow_run.name, task_run.name, task_run.state_name
             FROM task_run JOIN flow_run ON task_run.flow_run_id = flow_run.id
             WHERE (flow_run.name = :name OR flow_run.name LIKE :name || ',%')
-            AND task_run.id NOT IN (
+            AND task_run.name != 'report' AND task_run.id NOT IN (
                 SELECT parent_task_run_id FROM flow_run WHERE parent_task_run_id IS NOT NULL
             )
         """
@@ -191,6 +195,10 @@ def test_the_first_run_goes_the_whole_way(workshop: Workshop, first: Run) -> Non
     assert (downloaded / "genai_config.json").is_file()
     assert (downloaded / "manifest.json").is_file()
     assert "tiny-student version 1 (local)" in first.stages["register"]
+    page = first.page.read_text()
+    assert f"<h1>{first.name}</h1>" in page
+    assert first.page.is_relative_to(workshop.home / "store")
+    assert "registered as tiny-student version 1" in page
 
 
 def test_the_same_run_again_computes_nothing_and_prints_the_same(
@@ -202,6 +210,11 @@ def test_the_same_run_again_computes_nothing_and_prints_the_same(
         assert f"cached from {first.name}" in line, stage
     assert workshop.states(again) == dict.fromkeys(workshop.states(first), "Cached")
     assert again.counts == Counter()
+    assert f"<h1>{again.name}</h1>" in again.page.read_text()
+    # The champion's answers are kept for the page.
+    kept = workshop.home / "store" / "records" / "runs" / f"{again.name}.json"
+    answers = json.loads(kept.read_text())["decision"]["champion_answers"]
+    assert ArtifactStore(str(workshop.home / "store")).holds(Artifact.model_validate(answers))
 
 
 def test_one_more_row_costs_one_request_and_a_training(workshop: Workshop, first: Run) -> None:

@@ -232,12 +232,14 @@ class Workshop(PrefectApi):
         }
 
     def states(self, run: Run) -> dict[str, str]:
-        """Each task of the run and of all that it started, as 'FLOW: TASK', and its state."""
+        """Each stage of the run and of all that it started, as 'FLOW: TASK', and its state. The
+        run's page, which is made anew each time, is left out."""
         family = self.family(run)
         return {
             f"{name}: {task}": state
             for name, one in family.items()
             for task, state in self.tasks(one).items()
+            if task != "report"
         }
 
     def log(self, run: Run) -> str:
