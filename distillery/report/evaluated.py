@@ -9,13 +9,12 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from distillery.errors import DataError
 from distillery.evaluation.report import REPORT_FILE, read_answers
-from distillery.evaluation.scoreboard import TEACHER
+from distillery.evaluation.scoreboard import GOLD, TEACHER
 from distillery.labels.report import Bin
 from distillery.records import LETTERS
 
@@ -67,14 +66,15 @@ class Calibration(Read):
 
 class Figures(Read):
     """A predictor's figures: latencies in milliseconds, `load_s` in seconds, the divergence from
-    the teacher in nats. What is not known of it is None."""
+    the teacher in nats, the share (0 to 1) of rows that are answered alike with the options in
+    another order. What is not known of it is None."""
 
     macro_f1: Estimate | None = None
     classes: tuple[ClassFigures, ...] = ()
     confusion: Confusion | None = None
     calibration: Calibration | None = None
     kl_from_teacher: Estimate | None = None
-    order_robustness: dict[str, Any] | None = None
+    order_robustness: Estimate | None = None
     first_token_ms: float | None = None
     p50_ms: float | None = None
     p95_ms: float | None = None
@@ -151,12 +151,26 @@ def read_evaluation(folder: Path) -> Evaluated:
     )
 
 
-def champion_letters(path: Path, candidate: str) -> dict[str, str | None]:
-    """Return the letters of a champion's answers.jsonl by the row's content, where the file has
-    it, and by example_id. `candidate` is its own column.
+class ChampionAnswers:
+    """A champion's answers.jsonl, whose last column is its own.
 
     Raises DataError for a file that can't be read."""
-    letters: dict[str, str | None] = {}
-    for example_id, row in read_answers(path).items():
-        letters[row.get("content") or example_id] = row.get(candidate)
-    return letters
+
+    def __init__(self, path: Path) -> None:
+        self.rows: dict[str | None, dict[str, str | None]] = {}
+        for example_id, row in read_answers(path).items():
+            self.rows[row.get("content") or example_id] = row
+
+    def knows(self, row: AnsweredRow) -> bool:
+        """Return whether the champion was asked this row. A row is known by its content, or by its
+        id where the file has no content; another gold letter tells another order of options."""
+        theirs = self.find(row)
+        return theirs is not None and theirs.get(GOLD, row.gold) == row.gold
+
+    def answer(self, row: AnsweredRow) -> str | None:
+        """Return the champion's letter, None where it gave none."""
+        theirs = self.find(row)
+        return None if theirs is None else theirs[list(theirs)[-1]]
+
+    def find(self, row: AnsweredRow) -> dict[str, str | None] | None:
+        return self.rows.get(row.content, self.rows.get(row.example_id))

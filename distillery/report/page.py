@@ -11,7 +11,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from distillery.evaluation import scoreboard, verdicts
-from distillery.evaluation.report import candidate_of, write_text
+from distillery.evaluation.report import write_text
 from distillery.labels.report import LabelReport
 from distillery.records import LETTERS, Outcome, ScoreRow
 from distillery.report.charts import (
@@ -23,11 +23,11 @@ from distillery.report.charts import (
 )
 from distillery.report.evaluated import (
     AnsweredRow,
+    ChampionAnswers,
     Confusion,
     Estimate,
     Evaluated,
     Figures,
-    champion_letters,
     read_evaluation,
 )
 from distillery.report.facts import labelling_facts
@@ -114,9 +114,7 @@ def write_page(
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     evaluated = read_evaluation(evaluation)
-    champion: dict[str, str | None] = {}
-    if champion_answers is not None:
-        champion = champion_letters(champion_answers, candidate_of(champion_answers) or "")
+    champion = ChampionAnswers(champion_answers) if champion_answers else None
     board, candidate = outcome.report.scoreboard, outcome.report.candidate
     browsed = browsed_rows(evaluated, candidate, champion)
     letters = answered_letters(evaluated)
@@ -154,7 +152,7 @@ def write_page(
         ),
         browsed=browsed[:SHOWN_ROWS],
         rows=len(browsed),
-        champion=bool(champion),
+        champion=champion is not None,
         letters=letters,
         texts={**dict(letters), NONE: "no answer"},
         no_answer=NONE,
@@ -240,22 +238,23 @@ def measures(evaluated: Evaluated) -> Table:
     """Return each predictor's figures beyond the scoreboard."""
     rows = []
     for name, figures in evaluated.figures.items():
-        calibration, robustness = figures.calibration, figures.order_robustness
-        error = None
+        calibration, error = figures.calibration, None
         if calibration:
             error = Estimate(value=calibration.error, low=calibration.low, high=calibration.high)
-        alike = ""
-        if robustness:
-            alike = ", ".join(f"{key} {short(value)}" for key, value in robustness.items())
-        cells = [estimate(figures.macro_f1), estimate(error), estimate(figures.kl_from_teacher)]
-        if any([*cells, alike]):
-            rows.append([name, *cells, alike])
+        cells = [
+            estimate(figures.macro_f1),
+            estimate(error),
+            estimate(figures.kl_from_teacher),
+            estimate(figures.order_robustness),
+        ]
+        if any(cells):
+            rows.append([name, *cells])
     titles = (
         "predictor",
         "macro-F1",
         "calibration error",
         "divergence from the teacher, nats",
-        "options in another order",
+        "answered alike in another order",
     )
     return Table("Figures with their 95 % intervals", titles, rows)
 
@@ -329,19 +328,21 @@ def latency(board: Sequence[ScoreRow], figures: Mapping[str, Figures]) -> Chart 
 
 
 def browsed_rows(
-    evaluated: Evaluated, candidate: str, champion: Mapping[str, str | None]
+    evaluated: Evaluated, candidate: str, champion: ChampionAnswers | None
 ) -> list[BrowsedRow]:
     """Return the test rows in their order; of more than SHOWN_ROWS, those first that student,
     teacher or champion answers otherwise than gold."""
     browsed = []
     for row in evaluated.rows:
-        letters = champion.get(row.content, champion.get(row.example_id, ""))
+        theirs = None
+        if champion and champion.knows(row):
+            theirs = champion.answer(row) or NONE
         browsed.append(
             BrowsedRow(
                 row=row,
                 teacher=row.answers.get(evaluated.teacher) or NONE,
                 student=row.answers.get(candidate) or NONE,
-                champion=None if letters == "" else letters or NONE,
+                champion=theirs,
                 confidence=row.confidence(candidate),
             )
         )
@@ -376,8 +377,3 @@ def estimate(figure: Estimate | None) -> str:
     if figure.low is None or figure.high is None:
         return f"{figure.value:.3f}"
     return f"{figure.value:.3f} [{figure.low:.3f}, {figure.high:.3f}]"
-
-
-def short(value: object) -> str:
-    """Return a value as text, a fraction with three digits."""
-    return f"{value:.3f}" if isinstance(value, float) else str(value)

@@ -62,7 +62,7 @@ def test_the_verdict_comes_first_and_every_rule_has_its_own(tmp_path: Path) -> N
         "undecided",
         "90.9 %",
         "0.830 [0.600, 0.970]",
-        "share 0.900, rows 10",
+        "0.900 [0.600, 0.980]",
         "1.25 EUR",
         "12,345",
         "Measured one row at a time.",
@@ -150,6 +150,14 @@ def test_a_champions_row_is_found_by_its_content_where_that_is_known(tmp_path: P
     written = page_of(tmp_path, finished_run(), evaluation(tmp_path / "evaluation"), answers)
     rows = Parsed(written.read_text()).rows()
     assert {row["data-champion"] for row in rows} == {"B"}
+    # With another gold letter, its letters stand for other options.
+    answers.write_text(
+        "".join(line.replace('"content"', '"gold": "A", "content"') for line in lines)
+    )
+    rows = Parsed(
+        page_of(tmp_path, finished_run(), evaluation(tmp_path / "evaluation"), answers).read_text()
+    ).rows()
+    assert [row["data-champion"] for row in rows] == ["B", "", ""] * 4
 
 
 @pytest.mark.parametrize("spoil", ["rows", "figures", "both"])
