@@ -105,14 +105,14 @@ def publish(outcome: Outcome) -> Outcome:
         _picture("scoreboard", report / PLOT_FILE),
         f"**Teacher:** {_paid(outcome)}",
     ]
-    if outcome.decision.verdicts:
-        parts.append(render_verdicts_markdown(outcome.decision.verdicts))
-    parts.append(f"**{verdict(named)}**")
     # No link: a browser follows none from a server's page to a file.
     parts.append(
         f"**Report:** `{page_path(store, page)}`, or on another machine: "
         f"`distillery report {named.run}`"
     )
+    if outcome.decision.verdicts:
+        parts.append(render_verdicts_markdown(outcome.decision.verdicts))
+    parts.append(f"**{verdict(named)}**")
     create_markdown_artifact(
         key="distillation",
         markdown="\n\n".join(parts),

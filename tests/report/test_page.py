@@ -58,7 +58,7 @@ def test_the_verdict_comes_first_and_every_rule_has_its_own(tmp_path: Path) -> N
         "gate: refused: too few rows; nothing is registered",
         "better than majority class",
         "+50.0 points [+20.0, +70.0]",
-        "> 0.0 at 95 %",
+        "> 0 at 95 %",
         "undecided",
         "90.9 %",
         "0.830 [0.600, 0.970]",

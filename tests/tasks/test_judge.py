@@ -72,6 +72,11 @@ def test_against_a_champion_that_is_right_on_four_rows_of_five(
     assert found.verdict == verdict
     assert decision.passed is (verdict == "passed")
     assert found.figure == pytest.approx(right / rows - 0.8)
+    # The run's page shows what has changed since the champion.
+    assert decision.champion_answers
+    kept = ArtifactStore().fetch(decision.champion_answers) / "answers.jsonl"
+    registered = tmp_path / f"right-on-{rows * 4 // 5}" / ANSWERS
+    assert kept.read_bytes() == registered.read_bytes()
     if verdict == "undecided":
         assert found.rows_needed is not None
         assert found.rows_needed > rows
