@@ -8,6 +8,7 @@ Evaluations of earlier versions have neither.
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -117,7 +118,7 @@ class Evaluated:
         """Return whether there is more to show than the scoreboard."""
         return bool(self.rows and self.figures)
 
-    @property
+    @cached_property
     def shared_choices(self) -> tuple[str, ...] | None:
         """Return the options where all rows have the same ones in the same order."""
         choices = {row.choices for row in self.rows}
