@@ -69,7 +69,7 @@ def to_svg(draw: Callable[[Any], None], title: str, height: float) -> str:
     opening, _, body = body.partition(">")
     (box,) = re.findall(r'viewBox="[^"]*"', opening)
     body = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", body, flags=re.DOTALL)
-    body = re.sub(r'<g id="[^"]*">', "<g>", body)
+    body = re.sub(r'<g id="[^"]*"', "<g", body)
     for colour, variable in VARIABLES.items():
         body = body.replace(colour, variable)
     return f'<svg role="img" aria-label="{escape(title)}" {box}>{body}</svg>'
