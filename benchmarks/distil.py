@@ -149,10 +149,10 @@ class Bench:
 
     def teachers_word(self, rows: Sequence[TrainingRow]) -> tuple[list[list[float]], torch.Tensor]:
         """Its probabilities over the rows' options, and its last hidden states there."""
-        model, options = load_model(self.teacher)[0], {"pad_id": self.pad_id, "device": self.device}
+        model = load_model(self.teacher)[0]
         return (
-            option_probabilities(model, rows, **options),
-            hidden_states(model, rows, **options),
+            option_probabilities(model, rows, pad_id=self.pad_id, device=self.device),
+            hidden_states(model, rows, pad_id=self.pad_id, device=self.device),
         )
 
     def cut(self, model: Any, depth: int, by: Any, rows: Sequence[TrainingRow]) -> Any:

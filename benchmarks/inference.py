@@ -89,15 +89,17 @@ def ours(settings: Settings, threads: int, rows: dict[str, Any]) -> Ask:
 def llama_cpp(settings: Settings, threads: int, rows: dict[str, Any]) -> Ask:
     import xllamacpp
 
-    parameters = xllamacpp.CommonParams()
+    # Its module gets its names when it is imported.
+    runtime: Any = xllamacpp
+    parameters = runtime.CommonParams()
     parameters.model.path = rows[settings["weights"]]
     parameters.n_parallel = settings["slots"]
     parameters.n_ctx = 512 * settings["slots"]
     parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = threads
-    parameters.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_ENABLED
+    parameters.flash_attn_type = runtime.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_ENABLED
     parameters.cache_prompt = True
     parameters.verbosity = 0
-    server = xllamacpp.Server(parameters)
+    server = runtime.Server(parameters)
 
     def some(prompts: list[list[int]], letters: list[int]) -> list[list[float]]:
         body = {
@@ -138,7 +140,8 @@ def hf(settings: Settings, threads: int, rows: dict[str, Any]) -> Ask:
     torch.set_num_threads(threads)
     torch.set_flush_denormal(True)
     options = {"dtype": settings["dtype"], "attn_implementation": settings["attention"]}
-    model = AutoModelForCausalLM.from_pretrained(rows["base"], **options).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(rows["base"], **options)
+    model.eval()
     head = model.lm_head.weight
 
     @torch.inference_mode()
@@ -265,8 +268,8 @@ def q4_0(shipped: Path) -> Path:
                     if field.name != "general.file_type"
                     else gguf.LlamaFileType.MOSTLY_Q4_0.value
                 )
-                kind = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
-                writer.add_key_value(field.name, value, field.types[0], sub_type=kind)
+                sub_type = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
+                writer.add_key_value(field.name, value, field.types[0], sub_type=sub_type)
         for tensor in reader.tensors:
             data, kind = tensor.data, tensor.tensor_type
             if kind == q4_1:
@@ -369,7 +372,7 @@ def main(count: int) -> None:
 
 def summary(runs: dict[str, list[dict[str, Any]]], suffix: str) -> dict[str, float]:
     def median(name: str, key: str) -> float:
-        return statistics.median(one[key] for one in runs[name])
+        return float(statistics.median(one[key] for one in runs[name]))
 
     speed = {name: median(name, "rows_s") for name in COMPARED}
     figures = {f"{name}_rows_s": value for name, value in speed.items()}

@@ -213,9 +213,8 @@ def bare_azure(url: str, soft: bool) -> Loop:
 
             async def ask(messages: list[Message]) -> str:
                 asked: Any = {"model": MODEL, "messages": messages, **body(soft)}
-                return str(
-                    (await client.complete(asked, headers=headers(soft))).choices[0].message.content
-                )
+                found: Any = await client.complete(asked, headers=headers(soft))
+                return str(found.choices[0].message.content)
 
             return await all_of(everything, ask)
 
@@ -264,9 +263,8 @@ def sequential(url: str, soft: bool) -> Loop:
         with ChatCompletionsClient(url, AzureKeyCredential("none")) as client:
             for messages in everything:
                 asked: Any = {"model": MODEL, "messages": messages, **body(soft)}
-                answers.append(
-                    str(client.complete(asked, headers=headers(soft)).choices[0].message.content)
-                )
+                found: Any = client.complete(asked, headers=headers(soft))
+                answers.append(str(found.choices[0].message.content))
         return answers
 
     return loop

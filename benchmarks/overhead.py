@@ -34,7 +34,7 @@ from tiny_model import build_tiny_model  # noqa: E402 - the tests' own tiny mode
 from tiny_recipe import recipe, write_rows  # noqa: E402
 from workshop import Workshop  # noqa: E402
 
-from distillery.records import Outcome  # noqa: E402
+from distillery.records import Outcome, StageRecord  # noqa: E402
 
 
 def commanded(arguments: list[str], folder: Path) -> float:
@@ -70,7 +70,8 @@ def moment(text: str) -> datetime:
 
 def work_of(outcome: Outcome) -> float:
     """Seconds in the stages themselves."""
-    records = [outcome.data, outcome.labels, outcome.student, outcome.model, outcome.report]
+    records: list[StageRecord | None] = [outcome.data, outcome.labels, outcome.student]
+    records += [outcome.model, outcome.report]
     records += [outcome.registered, outcome.delivered]
     records += [outcome.teacher.checkpoint, outcome.teacher.model] if outcome.teacher else []
     return sum(record.seconds for record in records if record)

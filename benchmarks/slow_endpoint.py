@@ -10,6 +10,7 @@ pipe or a terminal, does.
 import asyncio
 import json
 import math
+import os
 import sys
 import time
 from collections import deque
@@ -148,7 +149,12 @@ async def serve(latency: float = 0.2, places: float = 64, spread: float = 0.0) -
     shared = Places(latency, int(places), spread)
     server = await loop.create_server(lambda: Connection(shared), "127.0.0.1", 0, backlog=1024)
     print(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1", flush=True)
-    loop.add_reader(sys.stdin, lambda: sys.stdin.buffer.read1() or ended.set())
+
+    def read_stdin() -> None:
+        if not os.read(sys.stdin.fileno(), 65536):
+            ended.set()
+
+    loop.add_reader(sys.stdin, read_stdin)
     await ended.wait()
 
 

@@ -108,7 +108,7 @@ def trl(settings: Settings, steps: int, rows: dict[str, Any], out: Path) -> Figu
     import peft
     import torch
     import transformers
-    from datasets import Dataset
+    from datasets.arrow_dataset import Dataset
     from trl import SFTConfig, SFTTrainer
 
     torch.set_flush_denormal(True)
@@ -209,7 +209,7 @@ CONTESTANTS = {"ours": ours, "ours_shared": ours_shared, "trl": trl, "olive": ol
 def _clock() -> Any:
     import transformers
 
-    class Clock(transformers.TrainerCallback):  # type: ignore[misc]
+    class Clock(transformers.TrainerCallback):
         started = seconds = 0.0
 
         def on_train_begin(self, *_: Any, **__: Any) -> None:

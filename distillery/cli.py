@@ -5,6 +5,7 @@ Help texts and docstrings of commands are what `--help` and the reference show. 
 imported inside the commands, so that `--help` answers at once.
 """
 
+import getpass
 import json
 import os
 import re
@@ -20,6 +21,7 @@ from distillery.recipe import RegistryKind, RegistryRecipe, parse_recipe
 
 if TYPE_CHECKING:
     from distillery.registry.base import Registry
+    from distillery.registry.history import Actor
 
 app = typer.Typer(
     help="Check, quote, report and serve, and manage models, labels and the artifact store.",
@@ -32,7 +34,9 @@ store = typer.Typer(
     no_args_is_help=True,
 )
 app.add_typer(store, name="store")
-models = typer.Typer(help="List, promote and download registered models.", no_args_is_help=True)
+models = typer.Typer(
+    help="List, promote, roll back and download registered models.", no_args_is_help=True
+)
 app.add_typer(models, name="models")
 labels = typer.Typer(
     help="List, export, import and delete the teacher's answers, which are kept in the database "
@@ -49,6 +53,7 @@ RegistryOption = Annotated[
     RegistryKind,
     typer.Option("--registry", help="The registry to use: registry.kind of the recipe."),
 ]
+ReasonOption = Annotated[str, typer.Option(help="Why, for the history.")]
 
 
 @app.command()
@@ -154,15 +159,22 @@ def list_models(
 ) -> None:
     """List the registered models: name, version, role, and the digest of the files.
 
-    The role is champion or candidate.
+    The role is champion, challenger, archived (a former champion) or rejected. A champion is
+    "pinned" after `models promote` or `models rollback`, until `models unpin`.
     """
-    listed = open_registry_of_kind(registry).list(name)
+    from distillery.registry.history import pin_of
+
+    opened = open_registry_of_kind(registry)
+    listed = opened.list(name)
     if not listed:
         print("no model is registered" + (f" as {name}" if name else ""))
     for model in listed:
-        print(
-            f"{model.name}  version {model.version}  {model.role:9}  {model.artifact.sha256[:12]}"
-        )
+        role = model.role
+        if role == "champion":
+            pin = pin_of(opened.history(model.name))
+            if pin is not None and pin.version == model.version:
+                role = "champion, pinned"
+        print(f"{model.name}  version {model.version}  {role:16}  {model.artifact.sha256[:12]}")
 
 
 @models.command("promote")
@@ -174,15 +186,68 @@ def promote_model(
             help="The version, as `distillery models list` shows it.", metavar="VERSION"
         ),
     ],
+    reason: ReasonOption = "",
     registry: RegistryOption = "local",
 ) -> None:
-    """Make VERSION of the model NAME the champion, for instance to go back to an earlier version.
+    """Make VERSION of the model NAME the champion, and pin it.
 
-    Batch inference uses the champion, and new candidates are compared with it.
+    Batch inference uses the champion, and new students are compared with it. While it is pinned, a
+    run promotes only a version that is registered after the pin and passes the gate against it.
     """
-    opened = open_registry_of_kind(registry)
-    champion = opened.promote(opened.get(name, version))
-    print(f"{champion.name} version {champion.version} is the champion")
+    champion = open_registry_of_kind(registry).pin(name, version, user(), reason)
+    print(f"{champion.name} version {champion.version} is the champion and pinned")
+
+
+@models.command("rollback")
+def rollback_model(
+    name: NameArgument,
+    version: Annotated[
+        str | None,
+        typer.Argument(
+            help="The version to go back to; by default the champion before this one.",
+            metavar="[VERSION]",
+        ),
+    ] = None,
+    reason: ReasonOption = "",
+    registry: RegistryOption = "local",
+) -> None:
+    """Go back to an earlier champion of the model NAME, and pin it.
+
+    Runs promote none of the versions that are registered now, also if they find them again.
+    """
+    champion = open_registry_of_kind(registry).pin(name, version, user(), reason, "rolled back")
+    print(f"{champion.name} version {champion.version} is the champion and pinned")
+
+
+@models.command("unpin")
+def unpin_model(
+    name: NameArgument, reason: ReasonOption = "", registry: RegistryOption = "local"
+) -> None:
+    """Let runs promote any version of the model NAME again that passes the gate."""
+    open_registry_of_kind(registry).unpin(name, user(), reason)
+    print(f"{name}: no champion is pinned")
+
+
+@models.command("history")
+def show_history(
+    name: NameArgument,
+    registry: RegistryOption = "local",
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON array, for programs.")
+    ] = False,
+) -> None:
+    """Tell what became of the versions of the model NAME: when, by whom and why, oldest first.
+
+    Times are UTC. What earlier releases of Distillery did is not in it.
+    """
+    events = open_registry_of_kind(registry).history(name)
+    if as_json:
+        print(json.dumps([event.model_dump(mode="json") for event in events]))
+        return
+    if not events:
+        print(f"{name}: no history")
+    for event in events:
+        print(event.line)
 
 
 @models.command("download")
@@ -209,6 +274,17 @@ def open_registry_of_kind(kind: RegistryKind) -> "Registry":
     from distillery.registry.open import open_registry
 
     return open_registry(RegistryRecipe(kind=kind))
+
+
+def user() -> "Actor":
+    """Return who runs this command, for the history."""
+    from distillery.registry.history import Actor
+
+    try:
+        return Actor(getpass.getuser())
+    except (KeyError, OSError):
+        # A container's user may have no name.
+        return Actor("unknown user")
 
 
 @labels.command("list")

@@ -14,10 +14,13 @@ DistilleryError
 │   ├── StoreUnavailable      does not answer (infrastructure: worth a retry)
 │   └── ArtifactDamaged       a folder that is missing, half-written or does not match its digest
 ├── TrainingError             training can't start or produced no usable student
+│   └── TrainingUnavailable   the machine that trains is not there or died; says nothing of settings
 ├── ExportError               Olive or ONNX Runtime produced no usable model
 ├── ModelError                a model folder that can't be loaded or asked
+│   └── OutOfResources        a process ran out of memory or time: elsewhere it may succeed
 ├── StageError                a stage has no cache key: a defect of Distillery itself
 └── RegistryError             a model can't be registered, found or downloaded
+    ├── ModelGone             its files are neither on this machine nor in the store
     └── RegistryUnavailable   does not answer (infrastructure: worth a retry)
 """
 
@@ -78,6 +81,10 @@ class TrainingError(DistilleryError):
     pass
 
 
+class TrainingUnavailable(TrainingError):
+    pass
+
+
 class ExportError(DistilleryError):
     pass
 
@@ -86,11 +93,19 @@ class ModelError(DistilleryError):
     pass
 
 
+class OutOfResources(ModelError):
+    pass
+
+
 class StageError(DistilleryError):
     pass
 
 
 class RegistryError(DistilleryError):
+    pass
+
+
+class ModelGone(RegistryError):
     pass
 
 

@@ -17,7 +17,7 @@ from typing import TypeVar
 import psutil
 from pydantic import BaseModel
 
-from distillery.errors import DistilleryError, ModelError
+from distillery.errors import DistilleryError, ModelError, OutOfResources
 from distillery.progress import ShowProgress, show_nothing
 from distillery.storage.working import working_folder
 
@@ -25,6 +25,11 @@ Job = TypeVar("Job", bound=BaseModel)
 
 SIGKILL = 9
 """A number, because Windows' `signal` lacks the name."""
+
+RESOURCES = re.compile(
+    r"out ?of ?memory|memory ?error|bad[ _]alloc|allocate .*memory", re.IGNORECASE
+)
+"""How Python, PyTorch, ONNX Runtime and the system say that memory is used up."""
 
 PROGRESS_LINE = re.compile(r"progress (\d+) of (\d+): (.*)\n")
 """What a process writes to stdout to tell its parent how far it is."""
@@ -57,7 +62,8 @@ def run_in_process(
     as JSON. See `process_main` for the other side, which says what `progress` shows.
 
     What the process writes to DISTILLERY_HOME is removed when it ends. Raises ModelError with the
-    reason that the process gives, or that its exit code tells."""
+    reason that the process gives, or that its exit code tells; OutOfResources if memory, disk or
+    time ran out."""
     with working_folder("process") as folder:
         job_file, result_file = folder / "job.json", folder / "result.json"
         stderr_file = folder / "stderr.txt"
@@ -82,14 +88,19 @@ def run_in_process(
         if code == 0:
             return result
         if result:
-            raise ModelError(json.loads(result)["error"])
-        raise ModelError(exit_reason(code, stderr_file.read_text(errors="replace")))
+            reason = json.loads(result)["error"]
+        else:
+            reason = exit_reason(code, stderr_file.read_text(errors="replace"))
+        if code == -SIGKILL or RESOURCES.search(reason):
+            raise OutOfResources(reason)
+        raise ModelError(reason)
 
 
 def wait_for(process: "subprocess.Popen[str]", limit_s: float, progress: ShowProgress) -> int:
     """Show what the process tells of its progress until it ends; return its exit code.
 
-    Kills it after `limit_s` seconds and raises ModelError; kills it too if `progress` raises."""
+    Kills it after `limit_s` seconds and raises OutOfResources; kills it too if `progress`
+    raises."""
     expired = threading.Event()
 
     def end() -> None:
@@ -108,7 +119,7 @@ def wait_for(process: "subprocess.Popen[str]", limit_s: float, progress: ShowPro
         timer.cancel()
         process.kill()
     if expired.is_set():
-        raise ModelError(f"it did not finish within {limit_s / 60:g} minutes")
+        raise OutOfResources(f"it did not finish within {limit_s / 60:g} minutes")
     return code
 
 

@@ -77,7 +77,8 @@ class TransformersTokenizer:
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
 
-    def encode_chat(self, messages: list[Message]) -> list[int]:
+    def chat_text(self, messages: list[Message]) -> str:
+        """Return the text whose ids `encode_chat` returns, and raise the same error."""
         from jinja2 import TemplateError
 
         try:
@@ -86,7 +87,10 @@ class TransformersTokenizer:
             )
         except TemplateError as error:
             raise template_error(error) from error
-        return self.encode_text(text)
+        return str(text)
+
+    def encode_chat(self, messages: list[Message]) -> list[int]:
+        return self.encode_text(self.chat_text(messages))
 
     def encode_text(self, text: str) -> list[int]:
         return list(

@@ -125,7 +125,8 @@ class Split(Record):
 
 
 class PreparedDataset(StageRecord):
-    """The prepared data: its splits by role, and the rows of train and gold that were dropped."""
+    """The prepared data: its splits by role, and how many rows of train, gold and validation were
+    dropped as copies."""
 
     splits: dict[str, Split]
     duplicates_dropped: int = 0
@@ -265,6 +266,7 @@ class Rung(Record):
 
     `difference`: its accuracy minus the float student's, with the paired interval. The figures are
     None if it could not be built or scored. `note`: why it was picked, or why not.
+    `out_of_resources`: it was left out because memory or time ran out.
     """
 
     form: ExportForm
@@ -275,6 +277,7 @@ class Rung(Record):
     departure: Departure | None = None
     picked: bool = False
     note: str = ""
+    out_of_resources: bool = False
 
 
 class Ladder(Record):
@@ -285,6 +288,11 @@ class Ladder(Record):
     accuracy: float
     largest_loss: float
     rungs: tuple[Rung, ...]
+
+    @property
+    def is_final(self) -> bool:
+        """Whether no rung was left out for a lack of memory or time."""
+        return not any(rung.out_of_resources for rung in self.rungs)
 
 
 class OnnxModel(StageRecord):
@@ -304,12 +312,98 @@ class OnnxModel(StageRecord):
         return self.artifact.bytes
 
 
+class Estimate(Record):
+    """A figure of the test rows, with its two-sided 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+class ClassFigures(Record):
+    """How well a predictor tells one class: `rows` with that gold answer (1 or more); precision,
+    recall and F1 (0 to 1); the recall's 95 % interval."""
+
+    label: str
+    rows: int
+    precision: float
+    recall: float
+    f1: float
+    recall_low: float
+    recall_high: float
+
+
+class Confusion(Record):
+    """How often each gold answer (row) was given each answer (column). `counts` are [labels,
+    labels + 1]; the last column counts the rows without an answer."""
+
+    labels: tuple[str, ...]
+    counts: tuple[tuple[int, ...], ...]
+
+
+class Bin(Record):
+    """The answers with a confidence from `low` to below `high`: how many `rows`, their mean
+    confidence, and the share of them that gold confirms."""
+
+    low: float
+    high: float
+    rows: int
+    confidence: float
+    accuracy: float
+
+
+class Calibration(Record):
+    """The expected calibration error with its 95 % interval, and the bins that it is the mean
+    of."""
+
+    error: float
+    low: float
+    high: float
+    bins: tuple[Bin, ...]
+
+
+class OrderRobustness(Record):
+    """A model that was asked again with the options in another order: it gave the same option on
+    `alike` of `rows`, a share of `value` with its 95 % interval. Asking took `seconds`."""
+
+    rows: int
+    alike: int
+    value: float
+    low: float
+    high: float
+    seconds: float
+
+
+class Figures(Record):
+    """Further figures of a predictor on the test rows.
+
+    `macro_f1`: mean F1 of the classes that are a gold answer. `kl_from_teacher`: mean
+    Kullback-Leibler divergence of its probabilities from the teacher's, in nats. `first_token_ms`:
+    median time to the first token of a prompt that shares nothing with the one before, rendering
+    included. p50, p95 and p99: latency of single rows, in milliseconds. `load_s`: seconds to load
+    the model. None where a predictor has no such figure.
+    """
+
+    macro_f1: Estimate
+    classes: tuple[ClassFigures, ...]
+    confusion: Confusion
+    calibration: Calibration | None = None
+    kl_from_teacher: Estimate | None = None
+    order_robustness: OrderRobustness | None = None
+    first_token_ms: float | None = None
+    p50_ms: float | None = None
+    p95_ms: float | None = None
+    p99_ms: float | None = None
+    load_s: float | None = None
+
+
 class ScoreRow(Record):
     """A row of the scoreboard: a predictor on the test rows.
 
     `versus_teacher`: accuracy minus the teacher's (paired interval). `agreement`: share of rows (0
     to 1) answered as the teacher does. Latencies in milliseconds, `peak_mib` in MiB of memory,
-    `bytes` of the model's folder. `departure`: only the candidate has one.
+    `bytes` of the model's folder. `departure` and `figures`: only the candidate has them; the
+    figures of the others are in the evaluation's report.json.
     """
 
     name: str
@@ -327,13 +421,15 @@ class ScoreRow(Record):
     p95_ms: float | None = None
     peak_mib: float | None = None
     departure: Departure | None = None
+    figures: Figures | None = None
 
 
 class EvaluationReport(StageRecord):
     """The scoreboard of a run.
 
     Files in the folder: report.json, answers.jsonl (one test row a line, with the answer of each
-    predictor), scoreboard.md and scoreboard.png. `candidate`: the student's name on the scoreboard.
+    predictor), rows.jsonl (the same with question, options and probabilities), scoreboard.md and
+    scoreboard.png. `candidate`: the student's name on the scoreboard.
     """
 
     scoreboard: tuple[ScoreRow, ...]
@@ -411,12 +507,15 @@ class RuleVerdict(Record):
 
 class GateDecision(Record):
     """The gate's decision. `passed`: the candidate may be registered. `reason`: one line for
-    people. `verdicts`: one for each rule; decisions of earlier versions have none.
-    `champion_answers`: a folder with the answers.jsonl of the champion that was compared."""
+    people. `champion`: the name for people of the champion that the candidate was compared with,
+    and `champion_version` its version; None if there was none. `verdicts`: one for each rule.
+    `champion_answers`: a folder with its answers.jsonl. Decisions of earlier versions have neither
+    verdicts nor `champion_version` nor `champion_answers`."""
 
     passed: bool
     reason: str
     champion: str | None = None
+    champion_version: str | None = None
     verdicts: tuple[RuleVerdict, ...] = ()
     champion_answers: Artifact | None = None
 
@@ -424,21 +523,57 @@ class GateDecision(Record):
 class RegisteredModel(StageRecord):
     """A version of a model in a registry.
 
-    `manifest_sha256` is the digest of manifest.json in the registered folder, which lists the
-    sha256 of every file.
+    `role`: champion; challenger, which is not promoted (records of earlier versions say candidate);
+    archived, a former champion; or rejected, a student that the gate refused. `manifest_sha256` is
+    the digest of manifest.json in the registered folder, which lists the sha256 of every file.
+    `model_sha256`, the digest of the exported model, and `rows_sha256`, that of the test rows that
+    it has answered, say which student it is; "" in registrations of earlier versions.
     """
 
     name: str
     version: str
     registry: RegistryKind
-    role: str = "candidate"
+    role: str = "challenger"
     manifest_sha256: str = Field(min_length=64, max_length=64)
+    model_sha256: str = ""
+    rows_sha256: str = ""
 
     @property
     def content_id(self) -> str:
         """The digest of the registration: the same model in two registries is downloaded from
         each."""
         return digest_of([self.registry, self.name, self.version, self.manifest_sha256])
+
+
+class JudgedVersions(Record):
+    """The registered `versions` of the model `name` that a run's test rows, of which there are
+    `rows`, have judged before; the newest first."""
+
+    name: str
+    rows: int
+    versions: tuple[str, ...]
+
+    def line(self) -> str:
+        """Return it as a sentence."""
+        count = len(self.versions)
+        return (
+            f"these {self.rows:,} test rows have judged {count} version{'s' if count != 1 else ''} "
+            f"of {self.name}; dataset.rotation brings fresh ones"
+        )
+
+
+class Promotion(Record):
+    """What became of a version that passed the gate.
+
+    `result`: promoted; stands, if it was the champion already; outpaced, if the champion is no
+    longer the one that it was compared with; or barred, if a user has pinned the champion and the
+    version is not newer than the pin. `champion`: the champion's version now. `reason`: one line
+    for people.
+    """
+
+    result: Literal["promoted", "stands", "outpaced", "barred"]
+    champion: str | None
+    reason: str
 
 
 class InputFile(Record):
@@ -472,8 +607,14 @@ class PreparedTeacher(Record):
 
 
 class Outcome(Record):
-    """All records of a run. `registered` is None if the gate refused the student. `page`: a folder
-    with report.html; runs of earlier versions have none."""
+    """All records of a run.
+
+    `registered` is None if the gate refused the student. It is set beside a decision that refuses
+    if another run promoted a champion meanwhile: then `decision` is the one against that champion.
+    `promotion` is what became of it. `rejected`: the refused student, if the recipe keeps it.
+    `judged`: what the test rows have judged before; None in records of earlier versions. `page`: a
+    folder with report.html; None in records of earlier versions, too.
+    """
 
     recipe: str
     data: PreparedDataset
@@ -485,5 +626,8 @@ class Outcome(Record):
     decision: GateDecision
     registered: RegisteredModel | None
     delivered: OnnxModel | None
+    promotion: Promotion | None = None
+    rejected: RegisteredModel | None = None
     run: str = ""
+    judged: JudgedVersions | None = None
     page: Artifact | None = None

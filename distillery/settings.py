@@ -153,6 +153,11 @@ class AzureMLSettings(EnvironmentSettings):
         "", validation_alias=AliasChoices("AZUREML_WS_NAME", "AZUREML_WORKSPACE_NAME")
     )
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether a workspace is named."""
+        return bool(self.subscription_id and self.resource_group and self.workspace)
+
     def require(self) -> None:
         """Raise CredentialsError with the names of the variables that are not set."""
         names = {

@@ -9,7 +9,9 @@ distill/demo and distill/lab.
 
 import sys
 from argparse import ArgumentParser
+from collections.abc import Callable
 from datetime import datetime
+from functools import partial
 from typing import NamedTuple, get_args
 
 from prefect import flow, tags
@@ -22,9 +24,12 @@ from distillery.models.base import pin_revision
 from distillery.readiness import check_settings
 from distillery.recipe import BaseModelRecipe, Recipe, load_recipe
 from distillery.records import (
+    GateDecision,
     Outcome,
     PreparedDataset,
     PreparedTeacher,
+    Promotion,
+    RegisteredModel,
     StudentCheckpoint,
     TeacherLabels,
 )
@@ -33,6 +38,7 @@ from flows.prepare_teacher import prepare_teacher
 from flows.train_student import trained
 from tasks.dataset import prepare_dataset
 from tasks.evaluation import evaluate
+from tasks.judged import judged_before
 from tasks.labels import canaries, judged_by, labelled
 from tasks.onnx import exported
 from tasks.registry import download, judge, promote, register
@@ -40,6 +46,9 @@ from tasks.results import results_in_store
 from tasks.stage import RESULT, Stage, begin, own_tags, produced_by, refreshing
 from tasks.summary import publish, render
 from tasks.terminal import PlannedStage, shown_in_terminal
+
+JUDGED_AGAIN = 3
+"""How often a student is judged again because another run has promoted its own meanwhile."""
 
 
 def _run_name() -> str:
@@ -68,9 +77,11 @@ def distill(
     begin()
     again = refreshing(refresh)
     check_settings(recipe)
-    taught = labelled_rows(recipe, training_deployment, refresh)
-    data, local, labels = taught.data, taught.local, taught.labels
-    train_rows, test_rows = data.rows("train"), data.rows("test")
+    data = prepared(recipe, refresh)
+    judged = judged_before(data, recipe)
+    taught = labelled_rows(recipe, data, training_deployment, refresh)
+    local, labels = taught.local, taught.labels
+    test_rows = data.rows("test")
     # The test rows are labelled now, so that a budget that is too small ends the run before
     # training.
     teacher = local.model if local else judged_by(test_rows, recipe, taught.identity)
@@ -80,20 +91,37 @@ def distill(
     )
     model = exported(student, base, recipe, data, again)
 
-    tfidf_rows = data.rows_if_any("gold") or train_rows
     asked = recipe.student_prompt
     report = again("evaluate", evaluate)(
-        test_rows, tfidf_rows, asked, base, student, model, teacher, machine_name(), recipe.prompt
+        test=test_rows,
+        train=data.rows("train"),
+        labels=labels,
+        gold=data.rows_if_any("gold"),
+        learns_from_gold=recipe.student.learns_from_gold,
+        prompt=asked,
+        base=base,
+        student=student,
+        candidate=model,
+        teacher=teacher,
+        machine=machine_name(),
+        teacher_prompt=recipe.prompt,
     )
-    decision = judge(report, recipe.gate_rules, recipe.registry)
+    judge_now = partial(judge, report, model, test_rows, recipe.gate_rules, recipe.registry)
+    decision = judge_now()
 
-    registered = delivered = None
+    provenance = {"data": data, "prompt": asked, "teacher": labels.teacher, "labels": labels}
+    provenance |= {"student": student, "evaluation": report, "recipe": recipe}
+    registered = promotion = rejected = delivered = None
     if decision.passed:
-        provenance = {"data": data, "prompt": asked, "teacher": labels.teacher, "labels": labels}
-        provenance |= {"student": student, "evaluation": report, "recipe": recipe}
-        registered = again("register", register)(model, report, recipe.registry, provenance)
-        promote(registered)
+        registered = again("register", register)(
+            model, report, test_rows, recipe.registry, provenance
+        )
+        decision, promotion = promoted(registered, decision, judge_now)
         delivered = again("download", download)(registered, model)
+    elif recipe.registry.keep_refused:
+        rejected = again("register", register)(
+            model, report, test_rows, recipe.registry, provenance, decision.reason
+        )
     return publish(
         Outcome(
             recipe=recipe.name,
@@ -106,6 +134,9 @@ def distill(
             decision=decision,
             registered=registered,
             delivered=delivered,
+            judged=judged,
+            promotion=promotion,
+            rejected=rejected,
         )
     )
 
@@ -120,14 +151,22 @@ class Taught(NamedTuple):
     labels: TeacherLabels
 
 
-def labelled_rows(
-    recipe: Recipe, training_deployment: str | None, refresh: tuple[Stage, ...]
-) -> Taught:
-    """Run the stages up to the labels."""
-    again, preparation = refreshing(refresh), recipe.teacher.preparation
-    data = again("prepare dataset", prepare_dataset)(
+def prepared(recipe: Recipe, refresh: tuple[Stage, ...]) -> PreparedDataset:
+    """Prepare the data set."""
+    data: PreparedDataset = refreshing(refresh)("prepare dataset", prepare_dataset)(
         recipe.dataset, source_identity(recipe.dataset)
     )
+    return data
+
+
+def labelled_rows(
+    recipe: Recipe,
+    data: PreparedDataset,
+    training_deployment: str | None,
+    refresh: tuple[Stage, ...],
+) -> Taught:
+    """Run the stages from the data set to the labels."""
+    again, preparation = refreshing(refresh), recipe.teacher.preparation
     train_rows, local, served = data.rows("train"), None, None
     if recipe.teacher.kind == "local":
         named = prepare_teacher.with_options(flow_run_name=f"{produced_by()}, preparation")
@@ -175,6 +214,22 @@ def trained_student(
     )
 
 
+def promoted(
+    registered: RegisteredModel, decision: GateDecision, judged: Callable[[], GateDecision]
+) -> tuple[GateDecision, Promotion]:
+    """Promote a registered student. If another run has promoted its own meanwhile, judge the
+    student again, against that champion, and promote it only if it passes."""
+    promotion = promote(registered, decision)
+    for _ in range(JUDGED_AGAIN):
+        if promotion.result != "outpaced":
+            break
+        decision = judged()
+        if not decision.passed:
+            break
+        promotion = promote(registered, decision)
+    return decision, promotion
+
+
 def planned(recipe: Recipe) -> list[PlannedStage]:
     """List the stages that a run of the recipe comes to, for the terminal's display."""
     stages = [PlannedStage("prepare dataset", "prepare dataset")]
@@ -190,7 +245,7 @@ def planned(recipe: Recipe) -> list[PlannedStage]:
     stages.append(PlannedStage("train student", "train"))
     export = "export ladder" if recipe.export.ladder else "export"
     stages.append(PlannedStage("export student", export))
-    for name in ("evaluate", "register", "download"):
+    for name in ("evaluate", "judge", "register", "promote", "download", "report"):
         stages.append(PlannedStage(name, name))
     return stages
 

@@ -12,13 +12,15 @@ from argparse import ArgumentParser
 from prefect import flow, get_run_logger, tags
 from prefect.artifacts import create_markdown_artifact
 
-from distillery.errors import DistilleryError, ExportError, TrainingError
+from distillery.errors import DistilleryError, ExportError, TrainingError, TrainingUnavailable
 from distillery.machine import machine_name
+from distillery.models.base import base_folder
 from distillery.readiness import check_settings
 from distillery.recipe import Recipe, SearchRecipe, load_recipe, load_space
 from distillery.records import Trial
 from distillery.training.search import Search, render_trials
-from flows.distill import labelled_rows, student_base, trained_student
+from flows.distill import labelled_rows, prepared, student_base, trained_student
+from flows.train_student import check_deployment
 from tasks.onnx import exported
 from tasks.results import results_in_store
 from tasks.search import measure
@@ -26,7 +28,8 @@ from tasks.stage import RESULT, begin, refreshing
 from tasks.terminal import PlannedStage, shown_in_terminal
 
 NO_STUDENT = (TrainingError, ExportError)
-"""What a trial's own settings can cause, such as a loss that diverges: the search goes on."""
+"""What a trial's own settings can cause, such as a loss that diverges: the search goes on.
+TrainingUnavailable, of which that can't be said, ends it."""
 
 
 @flow(name="search", description=__doc__, **RESULT)
@@ -44,8 +47,12 @@ def search(
     begin()
     check_settings(recipe)
     found = Search(recipe, space)
-    taught = labelled_rows(recipe, training_deployment, ())
-    validation, base = taught.data.rows("validation"), student_base(recipe)
+    # Before labels are paid for: what would fail in every trial ends the search now.
+    check_deployment(training_deployment)
+    base = student_base(recipe)
+    base_folder(base)
+    taught = labelled_rows(recipe, prepared(recipe, ()), training_deployment, ())
+    validation = taught.data.rows("validation")
     for number in range(space.trials):
         tried = found.ask()
         try:
@@ -54,6 +61,8 @@ def search(
             )
             model = exported(student, base, tried, taught.data, refreshing(()))
             found.tell(measure(model, validation, tried.student_prompt, machine_name()))
+        except TrainingUnavailable:
+            raise
         except NO_STUDENT as error:
             get_run_logger().warning("trial %d failed: %s", number, error)
             found.tell_failure(str(error))

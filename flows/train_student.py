@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 from uuid import uuid4
 
-from prefect import flow
+from prefect import flow, get_client
 from prefect.client.schemas.objects import State
 from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound
@@ -16,7 +16,7 @@ from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settin
 from prefect.states import Cancelled
 from pydantic_core import to_jsonable_python
 
-from distillery.errors import TrainingError
+from distillery.errors import TrainingError, TrainingUnavailable
 from distillery.recipe import BaseModelRecipe, HealingRecipe, Layers, PromptRecipe, TrainingRecipe
 from distillery.records import Rows, StudentCheckpoint, TeacherLabels
 from distillery.storage.artifacts import ArtifactStore
@@ -97,11 +97,36 @@ def trained(
             deployment, parameters=sent, flow_run_name=name, poll_interval=0.5
         )
     except ObjectNotFound as error:
-        raise TrainingError(
-            f"training_deployment: no deployment {deployment} here; `prefect deploy --all`"
-        ) from error
+        raise no_deployment(deployment) from error
     if not child.state.is_completed():
-        raise TrainingError(
-            f"{deployment}: the run '{name}' ended as {child.state.name}: {child.state.message}"
-        )
+        raise failure_of(child.state, f"{deployment}: the run '{name}'")
     return StudentCheckpoint.model_validate_json(ArtifactStore().read_record(sent["hand_off"]))
+
+
+def failure_of(state: State, run: str) -> TrainingError:
+    """Return the error of a training that `run` names and that ended in `state`.
+
+    It is a TrainingError if the training itself refused its settings or diverged, which Prefect
+    tells in the state's message, and TrainingUnavailable for anything else."""
+    message = f"{run} ended as {state.name}: {state.message}"
+    if state.is_failed() and f" {TrainingError.__name__}: " in message:
+        return TrainingError(message)
+    return TrainingUnavailable(message)
+
+
+def check_deployment(deployment: str | None) -> None:
+    """Raise TrainingUnavailable if there is no such deployment, before anything is paid for."""
+    if deployment is None:
+        return
+    with get_client(sync_client=True) as client:
+        try:
+            client.read_deployment_by_name(deployment)
+        except ObjectNotFound as error:
+            raise no_deployment(deployment) from error
+
+
+def no_deployment(deployment: str) -> TrainingUnavailable:
+    """Return the error of a deployment that is not there."""
+    return TrainingUnavailable(
+        f"training_deployment: no deployment {deployment} here; `prefect deploy --all`"
+    )

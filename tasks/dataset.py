@@ -9,7 +9,7 @@ from tasks.progress import conclude
 from tasks.stage import origin, stage
 
 
-@stage("prepare dataset", version=2)
+@stage("prepare dataset", version=3)
 def prepare_dataset(recipe: DatasetRecipe, source: str) -> PreparedDataset:
     """Load, validate, de-duplicate and split the rows.
 

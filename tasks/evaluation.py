@@ -1,7 +1,9 @@
 import time
 from pathlib import Path
 
+from distillery.data.examples import read_examples
 from distillery.evaluation import evaluate as domain
+from distillery.evaluation.baselines import with_letters
 from distillery.evaluation.report import ANSWERS_FILE
 from distillery.evaluation.scoreboard import BASE, headline
 from distillery.evaluation.scoring import ModelToScore
@@ -9,7 +11,14 @@ from distillery.labels.files import read_labels
 from distillery.models.base import base_folder, remote_code_allowed
 from distillery.models.inspect import model_and_adapter, parameter_count
 from distillery.recipe import BaseModelRecipe, PromptRecipe
-from distillery.records import EvaluationReport, OnnxModel, Rows, StudentCheckpoint, TeacherLabels
+from distillery.records import (
+    EvaluationReport,
+    Example,
+    OnnxModel,
+    Rows,
+    StudentCheckpoint,
+    TeacherLabels,
+)
 from distillery.storage.artifacts import ArtifactStore
 from distillery.storage.digests import sha256_of
 from distillery.storage.working import working_folder
@@ -19,10 +28,13 @@ from tasks.stage import origin, stage
 FLOAT = "student"
 
 
-@stage("evaluate", version=4)
+@stage("evaluate", version=5)
 def evaluate(
     test: Rows,
     train: Rows,
+    labels: TeacherLabels,
+    gold: Rows | None,
+    learns_from_gold: bool,
     prompt: PromptRecipe,
     base: BaseModelRecipe,
     student: StudentCheckpoint,
@@ -33,7 +45,8 @@ def evaluate(
 ) -> EvaluationReport:
     """Score baselines, teacher, base model, float and exported student on the same test rows.
 
-    TF-IDF learns from `train`; `prompt` is the student's and the base model's."""
+    TF-IDF learns from the labels of `train`, as the student does, and from `gold` too if the
+    student has; `prompt` is the student's and the base model's."""
     started = time.perf_counter()
     store = ArtifactStore()
     base_model = base_folder(base)
@@ -55,19 +68,31 @@ def evaluate(
             0, _onnx("teacher", teacher, store).model_copy(update={"prompt": teacher_prompt})
         )
         answers: str | dict[str, str] = "teacher"
+        probabilities = {}
     else:
-        answers = {
-            key: label.answer for key, label in read_labels(store.fetch(teacher.artifact)).items()
+        own = read_labels(store.fetch(teacher.artifact))
+        answers = {key: label.answer for key, label in own.items()}
+        probabilities = {
+            key: label.distribution for key, label in own.items() if label.distribution
         }
+    letters = {
+        key: label.answer for key, label in read_labels(store.fetch(labels.artifact)).items()
+    }
+    learnt = with_letters(_examples(train, store), letters)
+    gold_rows = _examples(gold, store) if gold else []
+    if learns_from_gold:
+        learnt += gold_rows
     with working_folder("evaluation") as folder:
         rows = domain.evaluate(
             models,
             answers,
             store.fetch(test.artifact) / test.file,
-            store.fetch(train.artifact) / train.file,
+            learnt,
             prompt,
             name,
             folder,
+            gold=gold_rows,
+            teacher_probabilities=probabilities,
             float_model=FLOAT,
             progress=show_rows,
         )
@@ -98,6 +123,10 @@ def float_student(
         parameters=checkpoint.parameters,
         bytes=_bytes(model) + (_bytes(adapter) if adapter else 0),
     )
+
+
+def _examples(rows: Rows, store: ArtifactStore) -> list[Example]:
+    return read_examples(store.fetch(rows.artifact) / rows.file)
 
 
 def _bytes(folder: Path) -> int:

@@ -2,8 +2,11 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from prefect import get_run_logger
+
 from distillery.export import build
 from distillery.export.ladder import climb
+from distillery.export.ladder_table import describe_rung
 from distillery.models.base import base_folder, remote_code_allowed
 from distillery.models.inspect import model_and_adapter
 from distillery.recipe import BaseModelRecipe, ExportForm, ExportRecipe, PromptRecipe, Recipe
@@ -35,7 +38,15 @@ def export(checkpoint: StudentCheckpoint, base: BaseModelRecipe, recipe: ExportF
     )
 
 
-@stage("export ladder", version=2)
+def is_final(model: OnnxModel) -> bool:
+    """Return whether a later run may take this result of a ladder from the cache.
+
+    It may not if a rung was left out because memory or time ran out: on another machine, or
+    here tomorrow, it may fit."""
+    return model.ladder is None or model.ladder.is_final
+
+
+@stage("export ladder", version=3, reusable=is_final)
 def export_ladder(
     checkpoint: StudentCheckpoint,
     base: BaseModelRecipe,
@@ -61,6 +72,13 @@ def export_ladder(
             progress=show_parts,
         )
         artifact = store.put(folder)
+    for rung in ladder.rungs:
+        if rung.out_of_resources:
+            get_run_logger().warning(
+                "%s; the next run builds the ladder again, on this or another machine; if the rung "
+                "never fits, remove it from export.ladder",
+                describe_rung(rung),
+            )
     form = next(rung.form for rung in ladder.rungs if rung.picked)
     conclude(f"{form.title} picked of {len(ladder.rungs)} forms, {artifact.bytes / 1e6:.1f} MB")
     return OnnxModel(

@@ -1,78 +1,226 @@
+import json
 import logging
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from prefect.runtime import flow_run
 from pydantic import BaseModel
-from tenacity import (
-    before_sleep_log,
-    retry,
-    retry_if_exception_type,
-    stop_after_attempt,
-    wait_chain,
-    wait_fixed,
-)
 
 from distillery import __version__
-from distillery.errors import RegistryUnavailable
+from distillery.data.examples import read_examples
+from distillery.errors import RegistryError, RegistryUnavailable
 from distillery.evaluation import gate as domain
-from distillery.evaluation.report import ANSWERS_FILE, candidate_of
-from distillery.recipe import GateRule, RegistryRecipe
-from distillery.records import EvaluationReport, GateDecision, OnnxModel, RegisteredModel
+from distillery.evaluation.gate import EarlierVersion, share_rows
+from distillery.evaluation.report import (
+    ANSWERS_FILE,
+    RowContent,
+    parse_answers,
+    row_contents,
+    rows_digest,
+    write_own_answers,
+    write_text,
+)
+from distillery.evaluation.scoreboard import GOLD
+from distillery.evaluation.scoring import ModelToScore, score_model
+from distillery.recipe import GateRule, PromptRecipe, RegistryRecipe
+from distillery.records import (
+    Artifact,
+    EvaluationReport,
+    Example,
+    GateDecision,
+    OnnxModel,
+    Promotion,
+    RegisteredModel,
+    Rows,
+)
+from distillery.registry.base import CHAMPION, REJECTED, Registry
+from distillery.registry.history import Actor, taken_down
 from distillery.registry.manifest import MANIFEST
 from distillery.registry.open import open_registry
 from distillery.settings import LocalSettings
 from distillery.storage.artifacts import ArtifactStore
-from distillery.storage.digests import digest_of_files, list_files
 from distillery.storage.working import working_folder
 from tasks.progress import conclude
-from tasks.stage import origin, stage
+from tasks.stage import origin, produced_by, stage, uncached
 
 ANSWERS = f"evaluation/{ANSWERS_FILE}"
 
-# As a stage has it: a registry that is away for a moment ends no run after hours of training.
-patiently = retry(
-    retry=retry_if_exception_type(RegistryUnavailable),
-    stop=stop_after_attempt(3),
-    wait=wait_chain(wait_fixed(10), wait_fixed(60)),
-    before_sleep=before_sleep_log(logging.getLogger("distillery"), logging.WARNING),
-    reraise=True,
-)
+_log = logging.getLogger("distillery.registry")
 
 
-@stage("register", version=1)
+@stage("register", version=2)
 def register(
-    model: OnnxModel, report: EvaluationReport, recipe: RegistryRecipe, provenance: dict[str, Any]
+    model: OnnxModel,
+    report: EvaluationReport,
+    test: Rows,
+    recipe: RegistryRecipe,
+    provenance: dict[str, Any],
+    refused: str | None = None,
 ) -> RegisteredModel:
-    """Register the model with the record of how it came to be."""
+    """Register the model with the record of how it came to be.
+
+    `refused`: why the gate refuses it; it is registered as rejected then. What is registered holds
+    the student's own answers to `test`, and nothing that the machine decides, so that the same
+    student is the same version."""
     started = time.perf_counter()
     store = ArtifactStore()
     registry = open_registry(recipe)
+    examples = _examples(store, test)
     with working_folder("register") as folder:
-        content = _with_answers(store, model, report, folder)
-        digest = digest_of_files(list_files(content))
-        # The same model is the same version, though another run's figures of time stand beside it.
-        same = (m for m in registry.list(recipe.model_name) if m.artifact.sha256 == digest)
-        known = next((m for m in same if registry.is_whole(m)), None)
-        tags = {
-            "precision": model.precision,
-            "accuracy": f"{report.row(report.candidate).accuracy:.4f}",
-        }
-        facts = {**_plain(provenance), "distillery": __version__}
+        content = folder / "model"
+        shutil.copytree(store.fetch(model.artifact), content)
+        (content / ANSWERS).parent.mkdir()
+        answers = store.fetch(report.artifact) / ANSWERS_FILE
+        write_own_answers(answers, report.candidate, examples, content / ANSWERS)
         if registry.kind == "local":
             # Machines that share the registry share this store, and not the registry's own folder.
             store.put(content)
-        registered = known or registry.register(content, recipe.model_name, tags, facts)
+        accuracy = report.row(report.candidate).accuracy
+        registered = registry.register(
+            content,
+            recipe.model_name,
+            {"precision": model.precision, "accuracy": f"{accuracy:.4f}"},
+            {**_plain(provenance), "distillery": __version__},
+            actor=_actor(),
+            reason=refused or f"accuracy {accuracy:.4f} on {len(examples):,} test rows",
+            rejected=refused is not None,
+            model_sha256=model.artifact.sha256,
+            rows_sha256=rows_digest(examples),
+        )
     conclude(f"{registered.name} version {registered.version}")
     return registered.model_copy(update=origin(started))
 
 
-@patiently
-def promote(model: RegisteredModel) -> None:
-    """Make the model the champion. Not cached: another run may have promoted another one since."""
-    open_registry(RegistryRecipe(kind=model.registry, model_name=model.name)).promote(model)
+@uncached("judge")
+def judge(
+    report: EvaluationReport,
+    model: OnnxModel,
+    test: Rows,
+    rules: Sequence[GateRule],
+    recipe: RegistryRecipe,
+) -> GateDecision:
+    """Apply the gate's rules: to the candidate's figures and answers, and to the answers of the
+    champion and of the versions that the rules name, on shared rows.
+
+    A champion that has answered none of the `test` rows, because they are fresh, is asked them."""
+    registry = open_registry(recipe)
+    store = ArtifactStore()
+    rows = store.fetch(test.artifact) / test.file
+    contents = row_contents(read_examples(rows))
+    earlier = []
+    for version in earlier_versions(registry, recipe.model_name, rules, model):
+        if version.is_champion and not share_rows(version.answers, contents):
+            version = asked(registry, version, recipe.model_name, rows, contents)
+        earlier.append(version)
+    decision = domain.gate(
+        report.scoreboard,
+        report.candidate,
+        rules=rules,
+        answers=store.fetch(report.artifact) / ANSWERS_FILE,
+        contents=contents,
+        earlier=earlier,
+    )
+    for version in earlier:
+        if version.is_champion:
+            # The run's page shows what has changed since the champion.
+            kept = _kept_answers(store, version)
+            decision = decision.model_copy(update={"champion_answers": kept})
+    return decision
+
+
+@uncached("promote")
+def promote(model: RegisteredModel, decision: GateDecision) -> Promotion:
+    """Make the version the champion, unless the champion is no longer the one that `decision`
+    compares it with, or a user has pinned the champion."""
+    registry = open_registry(RegistryRecipe(kind=model.registry, model_name=model.name))
+    promotion = registry.promote(model, decision.champion_version, _actor(), decision.reason)
+    conclude(f"{model.name} version {model.version}: {promotion.result}: {promotion.reason}")
+    return promotion
+
+
+def earlier_versions(
+    registry: Registry, name: str, rules: Sequence[GateRule], model: OnnxModel
+) -> list[EarlierVersion]:
+    """Return the champion, and the versions that `rules` need beside it. `model` is the candidate.
+
+    A damaged version is left out with a warning, unless it is the champion or named by a rule."""
+    named = {rule.than for rule in rules if rule.kind == "not_worse"}
+    down = taken_down(registry.history(name)) if "best" in named else set()
+    found = []
+    for version in registry.list(name):
+        if version.role == REJECTED:
+            continue
+        may_be_best = version.version not in down
+        is_champion = version.role == CHAMPION
+        needed = is_champion or version.version in named
+        if not needed and not ("best" in named and may_be_best):
+            continue
+        try:
+            content = registry.read_verified(version, ANSWERS) or b""
+        except RegistryUnavailable:
+            raise
+        except RegistryError as error:
+            if needed:
+                raise
+            _log.warning("the gate leaves out a version: %s", error)
+            continue
+        title = f"{version.name} version {version.version}"
+        found.append(
+            EarlierVersion(
+                version=version.version,
+                title=title,
+                answers=parse_answers(content, f"{title}: {ANSWERS}"),
+                is_champion=is_champion,
+                may_be_best=may_be_best,
+                is_candidate=version.model_sha256 == model.artifact.sha256,
+            )
+        )
+    return found
+
+
+def asked(
+    registry: Registry,
+    earlier: EarlierVersion,
+    name: str,
+    rows: Path,
+    contents: Mapping[str, RowContent],
+) -> EarlierVersion:
+    """Return a version with its answers to `rows`, which it is asked now; as it is, where its
+    manifest does not tell with which prompt it is asked."""
+    version = registry.get(name, earlier.version)
+    prompt = registry.provenance(version)["provenance"].get("prompt")
+    if not prompt:
+        return earlier
+    _log.info("%s has answered none of these test rows and is asked them", earlier.title)
+    with working_folder("champion") as folder:
+        model = ModelToScore(
+            name=CHAMPION, kind="onnx", folder=str(registry.download(version, folder / "model"))
+        )
+        scored = score_model(model, rows, PromptRecipe.model_validate(prompt))
+    answers: dict[str, dict[str, str | None]] = {}
+    for example, letter in zip(read_examples(rows), scored.answers, strict=True):
+        known = contents[example.example_id]._asdict()
+        answers[example.example_id] = {**known, GOLD: example.answer_key, CHAMPION: letter}
+    return replace(earlier, answers=answers)
+
+
+def _kept_answers(store: ArtifactStore, version: EarlierVersion) -> Artifact:
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in version.answers.values()]
+    with working_folder("answers") as folder:
+        write_text(folder / ANSWERS_FILE, "".join(lines))
+        return store.put(folder)
+
+
+def _examples(store: ArtifactStore, rows: Rows) -> list[Example]:
+    return read_examples(store.fetch(rows.artifact) / rows.file)
+
+
+def _actor() -> Actor:
+    return Actor(produced_by(), str(flow_run.id or ""))
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:
@@ -80,49 +228,6 @@ def _plain(values: dict[str, Any]) -> dict[str, Any]:
         key: value.model_dump(mode="json") if isinstance(value, BaseModel) else value
         for key, value in values.items()
     }
-
-
-def _with_answers(
-    store: ArtifactStore, model: OnnxModel, report: EvaluationReport, folder: Path
-) -> Path:
-    """Return a copy of the model's folder with the candidate's answers, for the next gate's
-    comparison."""
-    content = folder / "model"
-    shutil.copytree(store.fetch(model.artifact), content)
-    (content / ANSWERS).parent.mkdir()
-    shutil.copyfile(store.fetch(report.artifact) / ANSWERS_FILE, content / ANSWERS)
-    return content
-
-
-@patiently
-def judge(
-    report: EvaluationReport, rules: Sequence[GateRule], recipe: RegistryRecipe
-) -> GateDecision:
-    """Apply the gate's rules: to the candidate's figures and answers, and to the champion's answers
-    on shared rows.
-
-    Not cached: the registry may have changed since the last run."""
-    registry = open_registry(recipe)
-    answers = ArtifactStore().fetch(report.artifact) / ANSWERS_FILE
-    champion = next((m for m in registry.list(recipe.model_name) if m.role == "champion"), None)
-    if champion is None:
-        return domain.gate(report.scoreboard, report.candidate, rules=rules, answers=answers)
-    with working_folder("champion") as folder:
-        theirs = registry.download(champion, folder / "model") / ANSWERS
-        decision = domain.gate(
-            report.scoreboard,
-            report.candidate,
-            rules=rules,
-            answers=answers,
-            champion_answers=theirs,
-            champion=f"{champion.name} version {champion.version}",
-            champion_candidate=candidate_of(theirs),
-        )
-        # The run's page shows what has changed since the champion.
-        (folder / "answers").mkdir()
-        shutil.copyfile(theirs, folder / "answers" / ANSWERS_FILE)
-        kept = ArtifactStore().put(folder / "answers")
-        return decision.model_copy(update={"champion_answers": kept})
 
 
 @stage("download", version=1)

@@ -1,21 +1,17 @@
 from collections.abc import Sequence
 
-from prefect import task
-from prefect.cache_policies import NO_CACHE
-
 from distillery.evaluation.report import ANSWERS_FILE
 from distillery.labels.report import read_report
 from distillery.records import Artifact, Outcome
 from distillery.report.page import StageLine, write_page
 from distillery.storage.artifacts import ArtifactStore
 from distillery.storage.working import working_folder
+from tasks.stage import uncached
 
 
-@task(name="report", task_run_name="report", cache_policy=NO_CACHE, persist_result=False)
+@uncached("report")
 def report_page(outcome: Outcome, verdict: str, stages: Sequence[StageLine]) -> Artifact:
-    """Write the run's page and keep it in the store.
-
-    Not cached: it names its own run and the champion of the day."""
+    """Write the run's page and keep it in the store."""
     store = ArtifactStore()
     champion_answers = None
     if outcome.decision.champion_answers:

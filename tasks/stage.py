@@ -11,7 +11,7 @@ from typing import Any, Literal, ParamSpec, TypeVar, get_type_hints
 
 from prefect import Task, tags, task
 from prefect import results as prefect_results
-from prefect.cache_policies import CacheKeyFnPolicy
+from prefect.cache_policies import NO_CACHE, CacheKeyFnPolicy
 from prefect.context import TagsContext, TaskRunContext
 from prefect.results import ResultStore, get_result_store
 from prefect.runtime import flow_run
@@ -51,11 +51,31 @@ _no_key: ContextVar[DistilleryError | None] = ContextVar("no_key", default=None)
 """Why the running stage has no cache key."""
 
 
-def stage(name: str, version: int) -> Callable[[Callable[P, R]], Task[P, R]]:
+def _is_infrastructure(_task: Any, _run: Any, state: Any) -> bool:
+    return isinstance(state.result(raise_on_failure=False), INFRASTRUCTURE_ERRORS)
+
+
+RETRIES: dict[str, Any] = {
+    "retries": 2,
+    "retry_delay_seconds": [10, 60],
+    "retry_condition_fn": _is_infrastructure,
+}
+"""A registry or store that is away for a moment ends no run after hours of training."""
+
+
+def always(_record: Any) -> bool:
+    """Return that a record may be used again."""
+    return True
+
+
+def stage(
+    name: str, version: int, reusable: Callable[[Any], bool] = always
+) -> Callable[[Callable[P, R]], Task[P, R]]:
     """Make a Prefect task whose cache key is its name, its `version` and its arguments' content.
 
     Raise `version` when the stage's code changes what it returns. A cached record is a hit only if
-    it is of the class that the function is annotated to return, and what it points to is whole. Of
+    it is of the class that the function is annotated to return, `reusable` says so, and what it
+    points to is whole. Of
     runs that compute the same key at once, one does the work. Only named infrastructure errors are
     retried."""
 
@@ -69,21 +89,38 @@ def stage(name: str, version: int) -> Callable[[Callable[P, R]], Task[P, R]]:
                 return function(*args, **kwargs)
 
         returns = get_type_hints(function)["return"]
-        policy = CacheKeyFnPolicy(cache_key_fn=_cache_key(name, version, returns))
+        policy = CacheKeyFnPolicy(cache_key_fn=_cache_key(name, version, returns, reusable))
         return task(
             name=name,
             task_run_name=name,
             cache_policy=policy.configure(
                 isolation_level="SERIALIZABLE", lock_manager=StageLocks()
             ),
-            retries=2,
-            retry_delay_seconds=[10, 60],
-            retry_condition_fn=_is_infrastructure,
+            **RETRIES,
             on_running=[_begins],
             on_completion=[_ends],
             on_failure=[_ends],
             **RESULT,
         )(work)
+
+    return decorate
+
+
+def uncached(name: str) -> Callable[[Callable[P, R]], Task[P, R]]:
+    """Make a Prefect task that is tried again as a stage is, and never cached: what it looks at
+    may have changed since the last run."""
+
+    def decorate(function: Callable[P, R]) -> Task[P, R]:
+        return task(
+            name=name,
+            task_run_name=name,
+            cache_policy=NO_CACHE,
+            **RETRIES,
+            on_running=[_begins],
+            on_completion=[_ends],
+            on_failure=[_ends],
+            persist_result=False,
+        )(function)
 
     return decorate
 
@@ -101,7 +138,7 @@ def refreshing(stages: Collection[Stage]) -> Callable[[Stage, Task[P, R]], Task[
 
 
 def _cache_key(
-    name: str, version: int, returns: type[Any]
+    name: str, version: int, returns: type[Any], reusable: Callable[[Any], bool]
 ) -> Callable[[TaskRunContext, dict[str, Any]], str | None]:
     def key(context: TaskRunContext, parameters: dict[str, Any]) -> str | None:
         # Prefect would log any error here and run the stage without a cache, so that unrelated runs
@@ -110,7 +147,7 @@ def _cache_key(
         try:
             content = digest_of([name, version, {k: content_of(v) for k, v in parameters.items()}])
             key_stem = f"{name.replace(' ', '-')}-{content[:32]}"
-            return _free_or_hit(context.result_store, key_stem, returns)
+            return _free_or_hit(context.result_store, key_stem, returns, reusable)
         except DistilleryError as error:
             _no_key.set(error)
         except Exception as error:
@@ -126,12 +163,14 @@ def _cache_key(
     return key
 
 
-def _free_or_hit(results: ResultStore, key_stem: str, returns: type[Any]) -> str:
+def _free_or_hit(
+    results: ResultStore, key_stem: str, returns: type[Any], reusable: Callable[[Any], bool]
+) -> str:
     """Return the first key of `key_stem`, `key_stem`-1 and so on that holds a hit or nothing.
 
     A record that is no hit stays where it is: another version of the project may still read it."""
     key, generation = key_stem, 0
-    while (kept := _kept(results, key)) is not None and not is_hit(kept, returns):
+    while (kept := _kept(results, key)) is not None and not is_hit(kept, returns, reusable):
         generation += 1
         key = f"{key_stem}-{generation}"
     return key
@@ -158,15 +197,16 @@ def results_of(task: Task[..., Any]) -> ResultStore:
     return found
 
 
-def is_hit(kept: bytes, returns: type[Any]) -> bool:
-    """Return whether the file of a record holds one of class `returns` whose artifact is whole."""
+def is_hit(kept: bytes, returns: type[Any], reusable: Callable[[Any], bool] = always) -> bool:
+    """Return whether the file of a record holds one of class `returns` that is `reusable` and whose
+    artifact is whole."""
     try:
         record: Any = prefect_results.ResultRecord.deserialize(kept).result  # type: ignore[attr-defined]
     except Exception:
         # Half-written, or a record of another version of the project: a decoder may raise anything.
         return False
     # A record whose class can't be imported is decoded as a plain dict.
-    return isinstance(record, returns) and is_whole(record)
+    return isinstance(record, returns) and reusable(record) and is_whole(record)
 
 
 def is_cached(task: Task[..., Any], **arguments: Any) -> bool:
@@ -278,10 +318,6 @@ def _plainly(record: logging.LogRecord) -> bool:
         record.exc_info, record.args, record.msg = None, None, str(error).replace("%", "%%")
     # Prefect announces our own hooks, twice each.
     return not str(record.msg).startswith(("Running hook", "Hook "))
-
-
-def _is_infrastructure(_task: Any, _run: Any, state: Any) -> bool:
-    return isinstance(state.result(raise_on_failure=False), INFRASTRUCTURE_ERRORS)
 
 
 def _begins(stage: Any, _run: Any, _state: Any) -> None:

@@ -5,10 +5,13 @@ from base64 import b64encode
 from pathlib import Path
 from typing import Any
 
+from httpx import HTTPError
 from prefect import get_run_logger
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
+from prefect.exceptions import PrefectException
 from prefect.settings import PREFECT_UI_URL
 
+from distillery.evaluation.figures_table import render_figures
 from distillery.evaluation.report import ANSWERS_FILE, PLOT_FILE, TABLE_FILE
 from distillery.evaluation.scoreboard import GOLD, TEACHER, headline, render_table
 from distillery.evaluation.verdicts import render_verdicts, render_verdicts_markdown
@@ -79,19 +82,40 @@ def _built(record: OnnxModel) -> str:
 
 
 def publish(outcome: Outcome) -> Outcome:
-    """Leave the artifacts that people look at, and keep the run in the store.
+    """Keep the run in the store, and leave the artifacts that people look at. Return the outcome
+    with the run's name.
 
-    These are the run's page and summary, each stage's record, the rejected labels and the rows on
-    which student and teacher differ. Return the outcome with the run's name and page."""
+    The record comes first: all work is done and perhaps paid for, so that a Prefect API that takes
+    no artifacts is a warning in the log."""
     named = outcome.model_copy(update={"run": produced_by()})
     store = ArtifactStore()
-    stages = []
-    for name, record, figures in _stages(named):
-        stages.append(StageLine(name, figures, record.seconds, record.produced_by))
-    page = report_page(named, verdict(named), stages)
-    named = named.model_copy(update={"page": page})
+    store.write_record(f"{RUNS}/{named.run}.json", named.model_dump_json(indent=1))
+    try:
+        stages = []
+        for name, record, figures in _stages(named):
+            stages.append(StageLine(name, figures, record.seconds, record.produced_by))
+        page = report_page(named, verdict(named), stages)
+        named = named.model_copy(update={"page": page})
+        store.write_record(f"{RUNS}/{named.run}.json", named.model_dump_json(indent=1))
+        create_artifacts(named, store)
+    except (HTTPError, PrefectException) as error:
+        cause = " ".join(str(error).split())[:300] or type(error).__name__
+        get_run_logger().warning(
+            "the run is done and kept as %s/%s.json, but Prefect's API took no artifacts (%s); "
+            "run the recipe again to get them",
+            RUNS,
+            named.run,
+            cause,
+        )
+    get_run_logger().info("%s", verdict(named))
+    return named
+
+
+def create_artifacts(outcome: Outcome, store: ArtifactStore) -> None:
+    """Create a run's artifacts in Prefect: its summary, each stage's record, the rejected labels
+    and the rows on which student and teacher differ."""
     lines = ["| stage | figures | seconds | from run | record |", "|---|---|---|---|---|"]
-    for name, record, figures in _stages(named):
+    for name, record, figures in _stages(outcome):
         key = f"record-{name.replace(' ', '-')}"
         kept = create_markdown_artifact(
             key=key, markdown=_as_json(record), description=f"{name}: {figures}"
@@ -100,19 +124,22 @@ def publish(outcome: Outcome) -> Outcome:
         digest = f"[{record.artifact.sha256[:12]}]({_link('artifacts/artifact', kept)})"
         lines.append(f"| {name} | {figures} | {record.seconds:.0f} | {run} | {digest} |")
     report = store.fetch(outcome.report.artifact)
-    parts = [f"# {named.run}", "\n".join(lines), (report / TABLE_FILE).read_text()]
+    parts = [f"# {outcome.run}", "\n".join(lines), (report / TABLE_FILE).read_text()]
     parts += [
         _picture("scoreboard", report / PLOT_FILE),
         f"**Teacher:** {_paid(outcome)}",
     ]
-    # No link: a browser follows none from a server's page to a file.
-    parts.append(
-        f"**Report:** `{page_path(store, page)}`, or on another machine: "
-        f"`distillery report {named.run}`"
-    )
+    if outcome.page:
+        # No link: a browser follows none from a server's page to a file.
+        parts.append(
+            f"**Report:** `{page_path(store, outcome.page)}`, or on another machine: "
+            f"`distillery report {outcome.run}`"
+        )
     if outcome.decision.verdicts:
         parts.append(render_verdicts_markdown(outcome.decision.verdicts))
-    parts.append(f"**{verdict(named)}**")
+    if outcome.judged and outcome.judged.versions:
+        parts.append(f"**Test rows:** {outcome.judged.line()}")
+    parts.append(f"**{verdict(outcome)}**")
     create_markdown_artifact(
         key="distillation",
         markdown="\n\n".join(parts),
@@ -135,9 +162,6 @@ def publish(outcome: Outcome) -> Outcome:
         "Test rows with two answers",
         _differences(report, outcome.report.candidate),
     )
-    store.write_record(f"{RUNS}/{named.run}.json", named.model_dump_json(indent=1))
-    get_run_logger().info("%s", verdict(named))
-    return named
 
 
 def verdict(outcome: Outcome) -> str:
@@ -145,13 +169,19 @@ def verdict(outcome: Outcome) -> str:
     decision, model = outcome.decision, outcome.registered
     reason = decision.reason.partition(": ")[2]
     if model is None:
-        return f"gate: refused: {reason}; nothing is registered"
+        kept = "nothing is registered"
+        if outcome.rejected and outcome.rejected.role == "rejected":
+            kept = f"kept as {outcome.rejected.name} version {outcome.rejected.version}"
+        return f"gate: refused: {reason}; {kept}"
+    version = f"{model.name} version {model.version}"
     if not _is_own(outcome, model):
-        return (
-            f"gate: passed: {reason}; nothing new: {model.name} version {model.version} of "
-            f"{model.produced_by} stands"
-        )
-    return f"gate: passed: {reason}; registered as {model.name} version {model.version}"
+        text = f"nothing new: {version} of {model.produced_by} stands"
+    else:
+        text = f"registered as {version}"
+    promotion = outcome.promotion
+    if promotion and promotion.result in ("outpaced", "barred"):
+        text += f", not promoted: {promotion.reason}"
+    return f"gate: {'passed' if decision.passed else 'refused'}: {reason}; {text}"
 
 
 def _is_own(outcome: Outcome, record: StageRecord) -> bool:
@@ -227,6 +257,8 @@ def render(outcome: Outcome) -> str:
             else f"cached from {record.produced_by}"
         )
         lines.append(f"{name:16} {figures:64} {origin}")
+    if outcome.judged and outcome.judged.versions:
+        lines += ["", outcome.judged.line()]
     board = outcome.report.scoreboard
     lines += ["", render_ladder(outcome.model.ladder)] if outcome.model.ladder else []
     lines += [
@@ -234,6 +266,9 @@ def render(outcome: Outcome) -> str:
         render_table(board),
         "",
         headline(board, outcome.report.candidate),
+        "",
+        render_figures(board),
+        "",
     ]
     if outcome.decision.verdicts:
         lines += ["", render_verdicts(outcome.decision.verdicts), ""]

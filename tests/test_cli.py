@@ -1,5 +1,6 @@
 """The command line, mostly as a process of its own: what it prints where, and how it exits."""
 
+import getpass
 import json
 import os
 import re
@@ -17,6 +18,7 @@ import pytest
 import yaml
 
 from distillery import cli
+from distillery.registry.history import Actor
 from distillery.registry.local import LocalRegistry
 from distillery.storage.artifacts import ArtifactStore
 
@@ -160,18 +162,47 @@ def test_the_store_is_listed_shown_and_collected(tmp_path: Path) -> None:
     assert [path.name for path in Path(store.url).iterdir() if len(path.name) == 64] == [kept]
 
 
-def test_models_are_listed_promoted_and_downloaded(tmp_path: Path) -> None:
+def roles() -> dict[str, str]:
+    """Return the roles of the versions as `models list` shows them."""
+    lines = run("models", "list", "mine").stdout.splitlines()
+    return {line.split("  ")[1]: line.split("  ")[2].strip() for line in lines}
+
+
+def test_models_are_listed_promoted_rolled_back_and_downloaded(tmp_path: Path) -> None:
     for content in ("one", "two"):
         (tmp_path / content).mkdir()
         (tmp_path / content / "weights.bin").write_text(content)
-        LocalRegistry().register(tmp_path / content, "mine", {}, {})
-    assert run("models", "promote", "mine", "1").stdout == "mine version 1 is the champion\n"
-    listed = [line.split()[:4] for line in run("models", "list").stdout.splitlines()]
-    assert listed == [["mine", "version", "2", "candidate"], ["mine", "version", "1", "champion"]]
+        LocalRegistry().register(tmp_path / content, "mine", {}, {}, actor=Actor("run-7"))
+    done = run("models", "promote", "mine", "1").stdout
+    assert done == "mine version 1 is the champion and pinned\n"
+    assert roles() == {"version 2": "challenger", "version 1": "champion, pinned"}
     target = tmp_path / "down"
     assert run("models", "download", "mine", str(target)).stdout == f"mine version 1 in {target}\n"
     assert (target / "weights.bin").read_text() == "one"
     assert "mine: no version 3 in" in error_of(run("models", "promote", "mine", "3"))
+
+    assert run("models", "unpin", "mine").stdout == "mine: no champion is pinned\n"
+    assert roles() == {"version 2": "challenger", "version 1": "champion"}
+    assert "mine: no champion is pinned" in error_of(run("models", "unpin", "mine"))
+    run("models", "promote", "mine", "2")
+    done = run("models", "rollback", "mine", "--reason", "complaints").stdout
+    assert done == "mine version 1 is the champion and pinned\n"
+    assert roles() == {"version 2": "archived", "version 1": "champion, pinned"}
+
+    told = [
+        line.partition("Z  ")[2] for line in run("models", "history", "mine").stdout.split("\n")
+    ]
+    user = getpass.getuser()
+    assert told[0] == "version 1 registered  by run-7"
+    assert told[-1] == (
+        f"version 1 rolled back in place of version 2, pinned  by {user}: complaints"
+    )
+    listed = json.loads(run("models", "history", "mine", "--json").stdout)
+    assert [event["action"] for event in listed] == [
+        *("registered", "registered", "promoted", "unpinned", "promoted", "rolled back"),
+    ]
+    assert listed[-1]["before"] == "2"
+    assert run("models", "history", "nobody").stdout == "nobody: no history\n"
 
 
 def get(url: str, key: str = "") -> bytes:

@@ -13,7 +13,7 @@ import psutil
 import pytest
 from pydantic import BaseModel
 
-from distillery.errors import ModelError
+from distillery.errors import ModelError, OutOfResources
 from distillery.machine import machine_name, usable_cores
 from distillery.processes import exit_reason, run_in_process
 
@@ -141,7 +141,7 @@ def test_a_process_that_never_stops_telling_is_killed_at_its_limit(
         while True:
             progress(0, 1, "")
     """)
-    with pytest.raises(ModelError, match=r"^it did not finish within 0\.02 minutes$"):
+    with pytest.raises(OutOfResources, match=r"^it did not finish within 0\.02 minutes$"):
         run_in_process(module, Job(go=""), 1.2)
     commands = [child.cmdline() for child in psutil.Process().children()]
     assert not [command for command in commands if module in command]
@@ -171,8 +171,27 @@ def test_the_last_line_of_stderr_is_the_reason(job_module: Callable[[str], str])
         print("\\nout of luck", file=sys.stderr)
         os._exit(3)
     """)
-    with pytest.raises(ModelError, match=r"^its process ended with exit code 3 \(out of luck\)$"):
+    with pytest.raises(
+        ModelError, match=r"^its process ended with exit code 3 \(out of luck\)$"
+    ) as raised:
         run_in_process(module, Job(go=""))
+    assert not isinstance(raised.value, OutOfResources)
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        "raise MemoryError",
+        "raise RuntimeError('DefaultCPUAllocator: not able to allocate 9 bytes of memory')",
+        "raise RuntimeError('std::bad_alloc')",
+        "os.kill(os.getpid(), 9)",
+    ],
+)
+def test_a_lack_of_memory_or_disk_is_told_from_other_reasons(
+    job_module: Callable[[str], str], work: str
+) -> None:
+    with pytest.raises(OutOfResources):
+        run_in_process(job_module(work), Job(go=""))
 
 
 @pytest.mark.parametrize(

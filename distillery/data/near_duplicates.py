@@ -1,13 +1,14 @@
-"""Drop rows of train and gold that nearly repeat a row which must stay.
+"""Drop rows of train, gold and validation that nearly repeat a row which must stay.
 
 Two rows are similar if the sets of word triples of their questions, and the sets of their
 options, both have a Jaccard similarity of dataset.near_duplicate or more. A question of fewer
 than three words, or in a script without spaces, is similar to its equals only.
 
 Rows of train or gold that are similar to a validation or test row are dropped, also if they come
-from the same source; so are rows of train that are similar to an earlier row of train. Similar
-rows within gold, validation and test stay, so that adding rows removes none. All of this comes
-before sampling: a test row that is not sampled today trains no student either.
+from the same source, and so are validation rows that are similar to a test row, and rows of train
+that are similar to an earlier row of train. Similar rows within gold, validation and test stay, so
+that adding rows to one of them removes none of it. All of this comes before sampling: a test row
+that is not sampled today trains no student either.
 """
 
 import math
@@ -17,7 +18,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from distillery.data.rows import normalised
-from distillery.data.splits import FITTED, JUDGED, Splits
+from distillery.data.splits import FITTED, Splits
 from distillery.records import Example
 
 ROUNDING = 1e-9
@@ -27,10 +28,19 @@ ROUNDING = 1e-9
 def drop_near_duplicates(splits: Splits, threshold: float) -> tuple[Splits, int]:
     """Return the splits without near duplicates, and how many rows were dropped."""
     index = SimilarRows(threshold, (row.example for rows in splits.values() for row in rows))
-    for role in JUDGED:
-        for row in splits.get(role, []):
-            index.add(index.token_sets(row.example))
-    kept, dropped = dict(splits), 0
+    kept = dict(splits)
+    for row in splits.get("test", []):
+        index.add(index.token_sets(row.example))
+    validation = []
+    for row in splits.get("validation", []):
+        token_sets = index.token_sets(row.example)
+        if not index.has_similar(token_sets):
+            validation.append((row, token_sets))
+    # Only now, because similar rows within validation stay.
+    for _, token_sets in validation:
+        index.add(token_sets)
+    if "validation" in splits:
+        kept["validation"] = [row for row, _ in validation]
     for role in FITTED:
         if role not in splits:
             continue
@@ -38,11 +48,11 @@ def drop_near_duplicates(splits: Splits, threshold: float) -> tuple[Splits, int]
         for row in splits[role]:
             token_sets = index.token_sets(row.example)
             if index.has_similar(token_sets):
-                dropped += 1
                 continue
             kept[role].append(row)
             if role == "train":
                 index.add(token_sets)
+    dropped = sum(len(splits[role]) - len(kept[role]) for role in splits)
     return kept, dropped
 
 

@@ -24,6 +24,7 @@ from distillery.data.splits import (
     refuse_empty,
     refuse_leaks,
     refuse_shared_ids,
+    test_interval,
 )
 from distillery.errors import DataError, RecipeError
 from distillery.recipe import DatasetRecipe
@@ -79,13 +80,17 @@ def check_rows(recipe: DatasetRecipe) -> dict[str, int]:
 def select_rows(recipe: DatasetRecipe) -> SelectedRows:
     """Read, validate, split and filter the rows; raises as `prepare` does."""
     check_roles(recipe)
-    splits = carve(load_splits(recipe), dict(recipe.carve.items()), recipe.columns.answer)
+    # Test rows of other rounds count as test rows until all that resembles them is dropped.
+    splits = carve(load_splits(recipe), shares_of(recipe), recipe.columns.answer)
     refuse_leaks(splits)
     rows = splits["train"]
     splits["train"] = drop_copies(rows)
     duplicates = len(rows) - len(splits["train"])
     refuse_shared_ids(splits)
     splits, near_duplicates = drop_near_duplicates(splits, recipe.near_duplicate)
+    if recipe.rotation:
+        low, high = test_interval(dict(recipe.carve.items()), recipe.rotation.round)
+        splits["test"] = [row for row in splits["test"] if low <= row.position < high]
     for role, limit in recipe.sample.items():
         splits[role] = splits[role][:limit]
     refuse_empty(splits)
@@ -106,9 +111,20 @@ def check_roles(recipe: DatasetRecipe) -> None:
                 f"dataset.sample.{sampled}: no such split; "
                 "name it in dataset.splits or dataset.carve"
             )
-    total = sum(recipe.carve.values())
+    total = sum(shares_of(recipe).values())
     if total >= 1:
-        raise RecipeError(f"dataset.carve: the shares add up to {total:g}; leave some for train")
+        counted = ", test once for each of dataset.rotation.rounds," if recipe.rotation else ""
+        raise RecipeError(
+            f"dataset.carve: the shares{counted} add up to {total:g}; leave some for train"
+        )
+
+
+def shares_of(recipe: DatasetRecipe) -> dict[str, float]:
+    """Return the share (0 to 1) of train that each role takes; for test, that of all rounds."""
+    shares: dict[str, float] = dict(recipe.carve.items())
+    if recipe.rotation:
+        shares["test"] *= recipe.rotation.rounds
+    return shares
 
 
 def load_splits(recipe: DatasetRecipe) -> Splits:

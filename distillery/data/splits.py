@@ -4,9 +4,13 @@ A row's position in [0, 1) is a hash of the recipe's seed and the row's content 
 rows of equal content share a position, and neither other rows nor a corrected answer move a row.
   Order      Rows are sorted by position: the order in the source changes nothing.
   Carving    Consecutive intervals of positions go to gold, validation and test, in this order,
-             and the rest to train. The caller samples by keeping the lowest positions.
-  Leaks      Rows of train or gold with the content of a validation or test row stop the run.
-             Among rows carved from the same source there are none: they share a position.
+             and the rest to train. The caller samples by keeping the lowest positions. With
+             dataset.rotation, as many intervals for test as it has rounds follow each other, of
+             which the caller keeps one.
+  Leaks      Rows of train or gold with the content of a validation or test row stop the run,
+             and so do validation rows with that of a test row: validation rows choose, and test
+             rows judge the choice. Among rows carved from the same source there are none: they
+             share a position.
   Copies     Of train rows with equal content the first stays: the one with an answer, if any.
              Copies within gold, validation and test stay, so that adding rows removes none.
 """
@@ -71,24 +75,35 @@ def carve(splits: Splits, shares: Mapping[str, float], answer_column: str) -> Sp
     return {**splits, **carved}
 
 
+def test_interval(shares: Mapping[str, float], number: int) -> tuple[float, float]:
+    """Return the lowest position of the test rows of round `number`, from 0, and the position after
+    the highest. `shares` are those of dataset.carve."""
+    before = shares.get("gold", 0.0) + shares.get("validation", 0.0)
+    return before + number * shares["test"], before + (number + 1) * shares["test"]
+
+
 def refuse_leaks(splits: Splits) -> None:
-    """Raise DataError if a row of train or gold also stands in validation or test."""
-    judged = {}
-    for role in JUDGED:
-        for row in splits.get(role, []):
-            judged[row.content] = row.where
-    for role in FITTED:
-        leaks = [row for row in splits.get(role, []) if row.content in judged]
+    """Raise DataError if a row of train or gold also stands in validation or test, or a row of
+    validation in test."""
+    judged: dict[str, str] = {}
+    for role in reversed(ROLES):
+        rows = splits.get(role, [])
+        leaks = [row for row in rows if row.content in judged]
         if leaks:
             listed = ", ".join(
                 f"{row.where} = {judged[row.content]}" for row in leaks[:MOST_LISTED]
             )
             if len(leaks) > MOST_LISTED:
                 listed += f" and {len(leaks) - MOST_LISTED} more"
+            others = "test" if role == "validation" else "validation or test"
             raise DataError(
-                f"{leaks[0].where}: a row of {role} may not stand in validation or test too; "
-                f"found {len(leaks)}: {listed}; remove them from one of the two"
+                f"{leaks[0].where}: a row of {role} may not stand in {others} too; "
+                f"found {len(leaks)}: {listed}; remove them from one of the two, or take one of "
+                "them from train by dataset.carve"
             )
+        if role in JUDGED:
+            for row in rows:
+                judged[row.content] = row.where
 
 
 def drop_copies(rows: Sequence[Row]) -> list[Row]:

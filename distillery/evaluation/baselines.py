@@ -1,48 +1,78 @@
-"""What a model must beat: the most frequent answer, and a classifier of words."""
+"""What a model must beat: the most frequent answer, and classifiers of words.
+
+TFIDF learns from all that the student has learnt from: the teacher's letters of the train rows, and
+the gold rows if the student learns from these too. So a student that is better owes it to its
+weights, not to more rows. TFIDF_ON_GOLD learns from the gold rows alone: what could be had without
+a teacher.
+"""
 
 from collections import Counter
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 
-from distillery.data.examples import read_examples
 from distillery.evaluation.scoring import Answers
 from distillery.records import Example
 
 MAJORITY = "majority class"
 TFIDF = "TF-IDF + logistic regression"
+TFIDF_ON_GOLD = "TF-IDF on gold rows"
+BASELINES = (MAJORITY, TFIDF, TFIDF_ON_GOLD)
+
+
+def with_letters(examples: Sequence[Example], letters: Mapping[str, str]) -> list[Example]:
+    """Return the rows that `letters` has a label for, by example_id, with it as their answer."""
+    labelled = []
+    for example in examples:
+        letter = letters.get(example.example_id)
+        if letter is not None:
+            labelled.append(example.model_copy(update={"answer_key": letter}))
+    return labelled
 
 
 def score_baselines(
-    examples: Sequence[Example], train: Path | None
+    examples: Sequence[Example], learnt: Sequence[Example], gold: Sequence[Example] = ()
 ) -> tuple[dict[str, Answers], list[str]]:
     """Return the baselines' answers to `examples` by name, and a note on each that is left out.
 
-    They learn from the answered rows of the file `train`."""
-    questions, keys = [], []
-    choices = {example.choices for example in examples}
-    to_learn_from: list[Example] = []
-    if train:
-        to_learn_from = read_examples(train)
-    for example in to_learn_from:
-        if example.answer_key:
-            questions.append(example.question)
-            keys.append(example.answer_key)
-            choices.add(example.choices)
-    if not keys:
-        return {}, [f"{MAJORITY} and {TFIDF} are left out: there is no answered row to learn from."]
-    most_frequent = Counter(keys).most_common(1)[0][0]
-    answers: dict[str, Answers] = {MAJORITY: [most_frequent] * len(examples)}
-    if len(choices) > 1:
-        reason = "the options differ from row to row, so that letters are no classes"
-        return answers, [f"{TFIDF} is left out: {reason}."]
-    if len(set(keys)) == 1:
-        return answers, [f"{TFIDF} is left out: all rows to learn from have one answer."]
-    answers[TFIDF] = classify_words(questions, keys, [example.question for example in examples])
-    return answers, []
+    `learnt` are all rows that the student has learnt from, with the letters that it has learnt, and
+    `gold` the gold rows. Rows without an answer are passed over."""
+    answers: dict[str, Answers] = {}
+    notes = []
+    learnt_rows = answered(learnt)
+    gold_rows = answered(gold)
+    if learnt_rows:
+        letters = Counter(example.answer_key for example in learnt_rows)
+        answers[MAJORITY] = [letters.most_common(1)[0][0]] * len(examples)
+    else:
+        notes.append(f"{MAJORITY} is left out: there is no answered row to learn from.")
+    for name, rows in ((TFIDF, learnt_rows), (TFIDF_ON_GOLD, gold_rows)):
+        if name == TFIDF_ON_GOLD and not rows:
+            continue
+        reason = hindrance(rows, examples)
+        if reason:
+            notes.append(f"{name} is left out: {reason}.")
+        else:
+            answers[name] = classify_words(rows, [example.question for example in examples])
+    return answers, notes
 
 
-def classify_words(texts: Sequence[str], letters: Sequence[str], asked: Sequence[str]) -> list[str]:
-    """Learn the texts' letters and return a letter for each text that is asked.
+def answered(examples: Sequence[Example]) -> list[Example]:
+    """Return the rows that have an answer."""
+    return [example for example in examples if example.answer_key]
+
+
+def hindrance(rows: Sequence[Example], asked: Sequence[Example]) -> str | None:
+    """Return why letters can't be learnt from the texts of `rows`, or None."""
+    if not rows:
+        return "there is no answered row to learn from"
+    if len({example.choices for example in (*rows, *asked)}) > 1:
+        return "the options differ from row to row, so that letters are no classes"
+    if len({example.answer_key for example in rows}) == 1:
+        return "all rows to learn from have one answer"
+    return None
+
+
+def classify_words(rows: Sequence[Example], asked: Sequence[str]) -> list[str]:
+    """Learn the letters of the rows' questions and return a letter for each text that is asked.
 
     Logistic regression (C = 10) over words and pairs of words, with sublinear term frequencies."""
     from sklearn.feature_extraction.text import TfidfVectorizer
@@ -52,5 +82,5 @@ def classify_words(texts: Sequence[str], letters: Sequence[str], asked: Sequence
     words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True)  # type: ignore[no-untyped-call]
     classifier = LogisticRegression(C=10, max_iter=1000)  # type: ignore[no-untyped-call]
     pipeline = make_pipeline(words, classifier)  # type: ignore[no-untyped-call]
-    pipeline.fit(texts, letters)
+    pipeline.fit([row.question for row in rows], [row.answer_key for row in rows])
     return list(map(str, pipeline.predict(asked)))

@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Literal
 
 from distillery.errors import ModelError
-from distillery.evaluation.baselines import MAJORITY, TFIDF, score_baselines
-from distillery.evaluation.report import write_answers, write_report
+from distillery.evaluation.baselines import BASELINES, score_baselines
+from distillery.evaluation.figures import figures_of
+from distillery.evaluation.option_order import ORDER_ROWS
+from distillery.evaluation.report import write_answers, write_report, write_rows
 from distillery.evaluation.scoreboard import GOLD, TEACHER
 from distillery.evaluation.scoring import (
     Answers,
     ModelToScore,
+    Probabilities,
     Scored,
     answered_rows,
     departure,
@@ -24,7 +27,7 @@ from distillery.evaluation.statistics import paired_interval, wilson_interval
 from distillery.machine import machine_name, usable_cores
 from distillery.progress import ShowProgress, show_nothing
 from distillery.recipe import PromptRecipe
-from distillery.records import Interval, ScoreRow
+from distillery.records import Example, Interval, ScoreRow
 
 _log = logging.getLogger(__name__)
 
@@ -33,58 +36,94 @@ def evaluate(
     models: Sequence[ModelToScore],
     teacher: str | Mapping[str, str],
     test: Path,
-    train: Path | None,
+    learnt: Sequence[Example],
     prompt: PromptRecipe,
     candidate: str,
     out: Path,
     *,
+    gold: Sequence[Example] = (),
+    teacher_probabilities: Mapping[str, Mapping[str, float]] | None = None,
     float_model: str | None = None,
     threads: int | None = None,
     progress: ShowProgress = show_nothing,
 ) -> tuple[ScoreRow, ...]:
     """Score every model and the baselines on the rows of `test`; write the report's files to `out`.
 
-    `teacher` is the name of one of `models`, or an endpoint's letters by example_id. The baselines
-    learn from the answered Examples of `train`, and are left out without it. `candidate` is the
-    model that may be registered, and `float_model` the one that it was exported from: the report
-    tells how far the two depart from each other. `progress` is shown the rows done of all models
-    together. Raises DataError for test rows without gold answers, and ModelError for a model that
-    can't be scored."""
-    examples, gold = answered_rows(test)
-    baselines, notes = score_baselines(examples, train)
-    answers: dict[str, Answers] = {GOLD: gold, **baselines}
+    `teacher` is the name of one of `models`, or an endpoint's letters by example_id, to which
+    `teacher_probabilities` of the letters may belong, for some rows or all. The baselines learn
+    from `learnt` and `gold` (see baselines.py). `candidate` is the model that may be registered,
+    and `float_model` the one that it was exported from: the report tells how far the two depart
+    from each other. The candidate is also asked up to ORDER_ROWS rows in another order of options.
+    `progress` is shown the rows done of all models together. Raises DataError for test rows without
+    gold answers, and ModelError for a model that can't be scored."""
+    examples, letters = answered_rows(test)
+    baselines, notes = score_baselines(examples, learnt, gold)
+    answers: dict[str, Answers] = {GOLD: letters, **baselines}
+    probabilities: dict[str, Sequence[Probabilities]] = {}
     teacher_name = TEACHER
     if isinstance(teacher, str):
         teacher_name = teacher
     else:
         answers[TEACHER] = [teacher.get(example.example_id) for example in examples]
+        if teacher_probabilities:
+            probabilities[TEACHER] = in_order(examples, teacher_probabilities)
     names = [*answers, *(model.name for model in models)]
     check_names(names, teacher_name, candidate)
     scored: dict[str, Scored] = {}
-    figures: dict[str, dict[str, float | None]] = {}
-    total = len(models) * len(examples)
-    for index, model in enumerate(models):
-        before = index * len(examples)
+    columns: dict[str, dict[str, float | None]] = {}
+    total = len(models) * len(examples) + min(len(examples), ORDER_ROWS)
+    before = 0
+    for model in models:
         progress(before, total, f"loading {model.name}")
         show_asking = partial(show_rows_of_all, progress, f"asking {model.name}", before, total)
-        found = score_model(model, test, prompt, threads, progress=show_asking)
+        reorder = model.name == candidate
+        found = score_model(model, test, prompt, threads, progress=show_asking, reorder=reorder)
         _log.info("scored %s: %.1f rows a second", model.name, found.rows_per_second)
         scored[model.name] = found
         answers[model.name] = found.answers
-        figures[model.name] = {"parameters": model.parameters, "bytes": model.bytes}
-        figures[model.name] |= measured_figures(found)
+        probabilities[model.name] = found.probabilities
+        columns[model.name] = {"parameters": model.parameters, "bytes": model.bytes}
+        columns[model.name] |= measured_figures(found)
+        before += len(examples)
+        if reorder:
+            before += min(len(examples), ORDER_ROWS)
     progress(total, total, "writing the report")
+    figures = {}
+    for name in answers:
+        if name != GOLD:
+            theirs = None if name == teacher_name else probabilities.get(teacher_name)
+            figures[name] = figures_of(
+                examples, answers[name], probabilities.get(name), theirs, scored.get(name)
+            )
     rows = []
     for name in answers:
-        row = judge(name, answers, teacher_name).model_copy(update=figures.get(name))
-        if name == candidate and float_model:
-            departed = departure(scored[candidate], scored[float_model])
-            row = row.model_copy(update={"departure": departed})
+        row = judge(name, answers, teacher_name).model_copy(update=columns.get(name))
+        if name == candidate:
+            row = row.model_copy(update={"figures": figures[name]})
+            if float_model:
+                departed = departure(scored[candidate], scored[float_model])
+                row = row.model_copy(update={"departure": departed})
         rows.append(row)
     notes += measuring_notes(scored, threads or usable_cores())
-    write_report(out, rows, candidate, teacher_name, scored, notes)
+    write_report(out, rows, candidate, teacher_name, scored, notes, figures)
     write_answers(out, examples, answers)
+    write_rows(out, examples, answers, probabilities)
     return tuple(rows)
+
+
+def in_order(
+    examples: Sequence[Example], distributions: Mapping[str, Mapping[str, float]]
+) -> list[Probabilities]:
+    """Return the probabilities over each row's options from those of letters by example_id. A
+    letter that is not there has 0."""
+    found: list[Probabilities] = []
+    for example in examples:
+        letters = distributions.get(example.example_id)
+        if letters is None:
+            found.append(None)
+        else:
+            found.append(tuple(letters.get(letter, 0.0) for letter in example.letters))
+    return found
 
 
 def show_rows_of_all(
@@ -113,7 +152,7 @@ def judge(name: str, answers: Mapping[str, Answers], teacher: str) -> ScoreRow:
     interval = wilson_interval(correct, len(gold))
     if name == GOLD:
         kind, interval = "reference", Interval(low=1, high=1)
-    elif name in (MAJORITY, TFIDF):
+    elif name in BASELINES:
         kind = "baseline"
     versus_teacher = agreement = None
     if name not in (GOLD, teacher):
@@ -163,5 +202,11 @@ def measuring_notes(scored: Mapping[str, Scored], threads: int) -> list[str]:
         if unasked:
             notes.append(
                 f"{name}: {unasked} prompts are over prompt.max_tokens and count as wrong."
+            )
+        robustness = result.order_robustness
+        if robustness:
+            notes.append(
+                f"{name}: {robustness.rows} rows were asked again with their options in another "
+                f"order, which took {robustness.seconds:.1f} s."
             )
     return notes

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Literal
 
 from distillery.evaluation.baselines import MAJORITY
-from distillery.evaluation.report import read_answers
+from distillery.evaluation.limits import limited_figure, missing_class
+from distillery.evaluation.report import RowContent, read_answers
 from distillery.evaluation.scoreboard import GOLD, TEACHER, row_named
 from distillery.evaluation.statistics import (
     Pairs,
@@ -17,6 +18,7 @@ from distillery.evaluation.statistics import (
     one_sided,
     ratio_interval,
     rows_needed,
+    rows_needed_for_limit,
 )
 from distillery.evaluation.verdicts import reason_of
 from distillery.recipe import (
@@ -39,25 +41,51 @@ AnswerRows = Mapping[str, Mapping[str, str | None]]
 
 
 @dataclass(frozen=True)
-class Champion:
-    """The champion on the test rows that the candidate answered, too. `pairs`: the candidate first.
-    `is_candidate`: the champion's evaluation has the same answers of all predictors to the same
-    rows."""
+class EarlierVersion:
+    """A registered version. `answers`: its own answers.jsonl, as registered: the last column is the
+    version's. `may_be_best`: it was neither rejected nor rolled back. `is_candidate`: its student
+    is the candidate's."""
 
-    name: str
+    version: str
+    title: str
+    answers: AnswerRows
+    is_champion: bool = False
+    may_be_best: bool = True
+    is_candidate: bool = False
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The candidate beside an earlier version, on the rows of both. `pairs`: the candidate first.
+    `note` says which rows these are, for people."""
+
+    earlier: EarlierVersion
     pairs: Pairs
-    is_candidate: bool
+    note: str
 
 
 @dataclass(frozen=True)
 class Evidence:
     """What the rules look at: the candidate's row of the scoreboard, the answers of all predictors
-    to the test rows, and the champion, if there is one."""
+    to the test rows, and the comparisons with earlier versions."""
 
     row: ScoreRow
     teacher: str
     answers: AnswerRows
-    champion: Champion | None
+    comparisons: Sequence[Comparison]
+
+    def compared_with(self, than: str) -> Comparison | None:
+        """Return the comparison that a rule `not_worse` asks for; None if there is none."""
+        best = None
+        for comparison in self.comparisons:
+            earlier, pairs = comparison.earlier, comparison.pairs
+            if earlier.version == than or (than == "champion" and earlier.is_champion):
+                return comparison
+            if than != "best" or not earlier.may_be_best or 2 * pairs.rows < len(self.answers):
+                continue
+            if best is None or pairs.difference < best.pairs.difference:
+                best = comparison
+        return best
 
     def against(self, predictor: str) -> Pairs | None:
         """Compare the candidate with another predictor; None if that has no answers."""
@@ -85,45 +113,83 @@ def gate(
     *,
     rules: Sequence[GateRule],
     answers: Path,
-    champion_answers: Path | None = None,
-    champion: str | None = None,
-    champion_candidate: str | None = None,
+    contents: Mapping[str, RowContent] | None = None,
+    earlier: Sequence[EarlierVersion] = (),
 ) -> GateDecision:
     """Decide whether the candidate may be registered: it must pass each of `rules`.
 
-    `answers` and `champion_answers` are the two evaluations' answers.jsonl. `champion` names the
-    champion for people; its column is `champion_candidate`, which defaults to the candidate's name.
-    Raises DataError for a file that can't be read."""
+    `answers` is the evaluation's answers.jsonl, and `contents` tells by example_id what its rows
+    are; without it, rows are known by their ids. `earlier` are registered versions, the champion
+    among them if there is one. Raises DataError for a file that can't be read."""
     own = read_answers(answers)
-    compared = None
-    if champion_answers is not None:
-        compared = Champion(
-            name=champion or "the champion",
-            pairs=shared_pairs(
-                own, candidate, read_answers(champion_answers), champion_candidate or candidate
-            ),
-            is_candidate=answers.read_bytes() == champion_answers.read_bytes(),
-        )
-    evidence = Evidence(row_named(report_rows, candidate), teacher, own, compared)
+    comparisons = [compare(own, candidate, contents or {}, version) for version in earlier]
+    evidence = Evidence(row_named(report_rows, candidate), teacher, own, comparisons)
     verdicts = tuple(judge_rule(rule, evidence) for rule in rules)
+    champion = next((version for version in earlier if version.is_champion), None)
     return GateDecision(
         passed=all(verdict.passes for verdict in verdicts),
         reason=reason_of(candidate, verdicts),
-        champion=champion,
+        champion=champion.title if champion else None,
+        champion_version=champion.version if champion else None,
         verdicts=verdicts,
     )
 
 
-def shared_pairs(own: AnswerRows, candidate: str, other: AnswerRows, column: str) -> Pairs:
-    """Compare the candidate with the column `column` of another evaluation, on the rows of both."""
-    ours: list[bool] = []
-    theirs: list[bool] = []
+def compare(
+    own: AnswerRows, candidate: str, contents: Mapping[str, RowContent], earlier: EarlierVersion
+) -> Comparison:
+    """Compare the candidate with an earlier version on the rows that both were asked.
+
+    A row is known by exactly what was asked: the same options in another order are another row,
+    since a model's answer may depend on the order. In answers that earlier releases registered,
+    rows are known by their ids alone."""
+    by_id = known_by_id(earlier.answers, contents)
+    theirs: dict[str | None, Mapping[str, str | None]] = {}
+    for example_id, row in earlier.answers.items():
+        theirs[example_id if by_id else row["asked"]] = row
+    known_contents = {row.get("content") for row in earlier.answers.values()}
+    our_rights: list[bool] = []
+    their_rights: list[bool] = []
+    reordered = reused = 0
     for example_id, row in own.items():
-        other_row = other.get(example_id, {})
-        if column in other_row:
-            ours.append(row[candidate] == row[GOLD])
-            theirs.append(other_row[column] == row[GOLD])
-    return count_pairs(ours, theirs)
+        other = theirs.get(example_id if by_id else contents[example_id].asked)
+        if other is not None:
+            our_rights.append(row[candidate] == row[GOLD])
+            their_rights.append(other[list(other)[-1]] == row[GOLD])
+        elif not by_id and contents[example_id].content in known_contents:
+            reordered += 1
+        elif not by_id and example_id in earlier.answers:
+            reused += 1
+    pairs = count_pairs(our_rights, their_rights)
+    notes = [f"against {earlier.title} on {count_shared(pairs.rows, len(own))}"]
+    if not pairs.rows:
+        notes = [f"no test row is shared with {earlier.title}"]
+    if by_id and pairs.rows and contents:
+        notes.append("known by their ids alone, since its answers are of an earlier release")
+    if reordered:
+        notes.append(f"left out, options in another order or spelling: {reordered:,}")
+    if reused:
+        notes.append(f"left out, id used for other content: {reused:,}")
+    return Comparison(earlier, pairs, "; ".join(notes))
+
+
+def known_by_id(answers: AnswerRows, contents: Mapping[str, RowContent]) -> bool:
+    """Return whether rows are known by their ids alone, because the contents are not there."""
+    return not contents or not all("asked" in row for row in answers.values())
+
+
+def share_rows(answers: AnswerRows, contents: Mapping[str, RowContent]) -> bool:
+    """Return whether answers are to one of the rows of `contents` at least."""
+    if known_by_id(answers, contents):
+        return bool(answers.keys() & contents.keys())
+    asked = {content.asked for content in contents.values()}
+    return any(row["asked"] in asked for row in answers.values())
+
+
+def count_shared(shared: int, rows: int) -> str:
+    """Return such as '40 shared rows', or '38 shared rows of 40'."""
+    text = f"{shared:,} shared rows"
+    return text if shared == rows else f"{text} of {rows:,}"
 
 
 def judge_rule(rule: GateRule, evidence: Evidence) -> RuleVerdict:
@@ -134,7 +200,7 @@ def judge_rule(rule: GateRule, evidence: Evidence) -> RuleVerdict:
         case KeepsRule():
             return judge_keeps(rule, evidence)
         case NotWorseRule():
-            return judge_not_worse(rule, evidence.champion)
+            return judge_not_worse(rule, evidence)
         case LimitRule():
             return judge_limit(rule, evidence.row)
         case RowsRule():
@@ -153,18 +219,30 @@ def judge_better(rule: BetterRule, evidence: Evidence) -> RuleVerdict:
     return judge_difference(rule, pairs, 0.0, note="")
 
 
-def judge_not_worse(rule: NotWorseRule, champion: Champion | None) -> RuleVerdict:
-    """Apply a rule `not_worse`. Undecided where no test row is shared with the champion."""
-    if champion is None:
-        return RuleVerdict(rule=rule, verdict="passed", note="no champion yet")
-    if not champion.pairs.rows:
-        note = "no test row is shared with the champion"
+def judge_not_worse(rule: NotWorseRule, evidence: Evidence) -> RuleVerdict:
+    """Apply a rule `not_worse`. Undecided where too few test rows are shared, or where the version
+    that the rule names does not exist."""
+    for comparison in evidence.comparisons:
+        if comparison.earlier.is_champion and comparison.earlier.is_candidate:
+            note = f"the student is that of {comparison.earlier.title}, the champion"
+            return RuleVerdict(rule=rule, verdict="passed", note=note)
+    compared = evidence.compared_with(rule.than)
+    if compared is None:
+        if rule.than == "champion":
+            return RuleVerdict(rule=rule, verdict="passed", note="no champion yet")
+        if rule.than == "best":
+            if not any(comparison.earlier.may_be_best for comparison in evidence.comparisons):
+                return RuleVerdict(rule=rule, verdict="passed", note="no version yet")
+            note = "no earlier version shares half of the test rows"
+        else:
+            note = f"no version {rule.than} is registered"
         return RuleVerdict(rule=rule, verdict="undecided", note=note)
-    if champion.is_candidate:
-        note = "the answers are the champion's own"
+    if not compared.pairs.rows:
+        return RuleVerdict(rule=rule, verdict="undecided", note=compared.note)
+    if compared.earlier.is_candidate:
+        note = f"the student is that of {compared.earlier.title}"
         return RuleVerdict(rule=rule, verdict="passed", note=note)
-    note = f"against {champion.name} on {champion.pairs.rows:,} shared rows"
-    return judge_difference(rule, champion.pairs, -rule.margin, note)
+    return judge_difference(rule, compared.pairs, -rule.margin, compared.note)
 
 
 def judge_difference(
@@ -215,13 +293,32 @@ def judge_keeps(rule: KeepsRule, evidence: Evidence) -> RuleVerdict:
 
 def judge_limit(rule: LimitRule, row: ScoreRow) -> RuleVerdict:
     """Apply a rule `limit`. Undecided where the figure was not measured."""
-    figure: float | None = getattr(row, rule.figure)
+    figure, interval = limited_figure(row, rule)
     if figure is None:
-        return RuleVerdict(rule=rule, verdict="undecided", note="not measured")
-    too_low = rule.minimum is not None and figure < rule.minimum - ROUNDING
-    too_high = rule.maximum is not None and figure > rule.maximum + ROUNDING
-    verdict: Verdict = "refused" if too_low or too_high else "passed"
-    return RuleVerdict(rule=rule, verdict=verdict, figure=figure)
+        note = missing_class(row, rule) or "not measured"
+        return RuleVerdict(rule=rule, verdict="undecided", note=note)
+    sides: list[tuple[float, Verdict]] = []
+    if rule.minimum is not None:
+        sides.append((rule.minimum, decide(figure, interval, rule.minimum)))
+    if rule.maximum is not None:
+        mirrored = interval and Interval(low=-interval.high, high=-interval.low)
+        sides.append((rule.maximum, decide(-figure, mirrored, -rule.maximum)))
+    verdict: Verdict = "passed"
+    needed = None
+    if any(side == "refused" for _, side in sides):
+        verdict = "refused"
+    elif any(side == "undecided" for _, side in sides):
+        verdict = "undecided"
+        limit = next(limit for limit, side in sides if side == "undecided")
+        if interval is not None and rule.confidence is not None:
+            needed = rows_needed_for_limit(row.rows, figure, interval, limit, rule.confidence)
+    return RuleVerdict(
+        rule=rule,
+        verdict=verdict,
+        figure=figure,
+        interval=interval,
+        rows_needed=more_than(row.rows, needed),
+    )
 
 
 def judge_rows(rule: RowsRule, row: ScoreRow) -> RuleVerdict:

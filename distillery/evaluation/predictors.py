@@ -29,12 +29,14 @@ class Predictor:
     """A loaded model. `render` gives a row's prompt and options, or None where the prompt is over
     the budget or the model's context; `ask` the probabilities over its options. `ask_batches` gives
     them for many rows at once, and tells after each batch how many rows it had; it is None where
-    batches would not give what single rows give."""
+    batches would not give what single rows give. `first_token` computes a prompt and
+    returns the most probable token after it."""
 
     ran_on: str
     render: Callable[[Example], TrainingRow | None]
     ask: Callable[[TrainingRow], list[float]]
     ask_batches: AskBatches | None = None
+    first_token: Callable[[Sequence[int]], int] | None = None
 
 
 def load_predictor(job: ScoringJob) -> Predictor:
@@ -57,8 +59,11 @@ def load_onnx(job: ScoringJob) -> Predictor:
             return student.text_probabilities(row.prompt, row.texts)
         return student.option_probabilities(row.prompt, row.letters)
 
+    def first_token(prompt: Sequence[int]) -> int:
+        return int(student.decoder.prefill(prompt).argmax())
+
     render = row_renderer(student.tokenizer, job.prompt, student.context_length)
-    return Predictor(ran_on="ONNX Runtime", render=render, ask=ask)
+    return Predictor(ran_on="ONNX Runtime", render=render, ask=ask, first_token=first_token)
 
 
 def load_transformers(job: ScoringJob) -> Predictor:
@@ -107,6 +112,7 @@ def load_transformers(job: ScoringJob) -> Predictor:
         ask=ask,
         # Float32 differs by rounding alone (1e-5); bfloat16 by enough to change an answer.
         ask_batches=ask_batches if device.precision == "float32" else None,
+        first_token=lambda prompt: int(next_logits(prompt).argmax()),
     )
 
 

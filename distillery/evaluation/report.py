@@ -1,23 +1,33 @@
 """The files that an evaluation leaves.
 
 answers.jsonl: one test row a line, with its example_id, the gold letter and each predictor's letter
-or null; the candidate is the last column. Equal answers give equal bytes. report.json: the
-scoreboard, and what was measured where. scoreboard.md and scoreboard.png: the same for people.
-These three hold measured speeds, which differ from run to run.
+or null; the candidate is the last column. Equal answers give equal bytes. A registered model has an
+answers.jsonl with the candidate's column alone (see write_own_answers). rows.jsonl: one test row a
+line, to look at:
+  example_id, question, choices, gold
+  content         digest that rows of equal content share; see data/rows.py
+  answers         letter or null by predictor
+  probabilities   of each choice in order, or null, by predictor; only those that give them
+report.json: the scoreboard, each predictor's records.Figures, and what was measured where.
+scoreboard.md and scoreboard.png: the same for people. These three hold measured speeds, which
+differ from run to run.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from distillery.data.rows import content_of
 from distillery.errors import DataError
-from distillery.evaluation.scoreboard import headline, plot_scoreboard, render_markdown
-from distillery.evaluation.scoring import Answers, Scored
+from distillery.evaluation.figures_table import render_figures_markdown
+from distillery.evaluation.scoreboard import GOLD, headline, plot_scoreboard, render_markdown
+from distillery.evaluation.scoring import Answers, Probabilities, Scored
 from distillery.machine import machine_name
-from distillery.records import Example, ScoreRow
+from distillery.records import Example, Figures, ScoreRow, digest_of
 
 ANSWERS_FILE = "answers.jsonl"
+ROWS_FILE = "rows.jsonl"
 REPORT_FILE = "report.json"
 TABLE_FILE = "scoreboard.md"
 PLOT_FILE = "scoreboard.png"
@@ -30,8 +40,10 @@ def write_report(
     teacher: str,
     scored: Mapping[str, Scored],
     notes: Sequence[str],
+    figures: Mapping[str, Figures],
 ) -> None:
-    """Write the scoreboard into the folder `out` in its three forms."""
+    """Write the scoreboard into the folder `out` in its three forms, with the `figures` of each
+    predictor."""
     out.mkdir(parents=True, exist_ok=True)
     summary = headline(rows, candidate, teacher)
     report: dict[str, Any] = {
@@ -42,10 +54,12 @@ def write_report(
         "load_s": {name: result.load_s for name, result in scored.items()},
         "headline": summary,
         "notes": list(notes),
-        "scoreboard": [row.model_dump() for row in rows],
+        "scoreboard": [row.model_dump(exclude={"figures"}) for row in rows],
+        "figures": {name: found.model_dump() for name, found in figures.items()},
     }
     write_text(out / REPORT_FILE, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
-    paragraphs = [render_markdown(rows), summary, *notes]
+    further = render_figures_markdown(figures, candidate)
+    paragraphs = [render_markdown(rows), summary, further, *notes]
     write_text(out / TABLE_FILE, "\n\n".join(paragraphs) + "\n")
     plot_scoreboard(rows, teacher, out / PLOT_FILE)
 
@@ -61,6 +75,80 @@ def write_answers(out: Path, examples: Sequence[Example], answers: Mapping[str, 
     write_text(out / ANSWERS_FILE, "".join(lines))
 
 
+def write_rows(
+    out: Path,
+    examples: Sequence[Example],
+    answers: Mapping[str, Answers],
+    probabilities: Mapping[str, Sequence[Probabilities]],
+) -> None:
+    """Write the rows with each predictor's answers and probabilities, by its name, into the folder
+    `out`. Probabilities are rounded to six digits."""
+    lines = []
+    for number, example in enumerate(examples):
+        given = {name: letters[number] for name, letters in answers.items() if name != GOLD}
+        shares: dict[str, list[float] | None] = {}
+        for name, each in probabilities.items():
+            row = each[number]
+            shares[name] = None if row is None else [round(share, 6) for share in row]
+        line = {
+            "example_id": example.example_id,
+            "content": content_of(example.question, example.choices),
+            "question": example.question,
+            "choices": example.choices,
+            "gold": answers[GOLD][number],
+            "answers": given,
+            "probabilities": shares,
+        }
+        lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+    write_text(out / ROWS_FILE, "".join(lines))
+
+
+class RowContent(NamedTuple):
+    """What tells a test row from others, whatever its id.
+
+    `asked`: digest of exactly what a model is asked: question, concept, and options in their order.
+    `content`: digest of question and options whatever the options' order (data/rows.py).
+    """
+
+    asked: str
+    content: str
+
+
+def row_contents(examples: Iterable[Example]) -> dict[str, RowContent]:
+    """Return the contents of rows by example_id."""
+    contents = {}
+    for example in examples:
+        asked = digest_of([example.question, example.concept, example.choices])
+        content = content_of(example.question, example.choices)
+        contents[example.example_id] = RowContent(asked, content)
+    return contents
+
+
+def rows_digest(examples: Iterable[Example]) -> str:
+    """Return the digest of test rows with their gold answers, whatever their ids and order."""
+    rows = []
+    for example, content in zip(examples, row_contents(examples).values(), strict=True):
+        rows.append([content.asked, example.answer_key])
+    return digest_of(sorted(rows))
+
+
+def write_own_answers(
+    answers: Path, candidate: str, examples: Iterable[Example], out: Path
+) -> None:
+    """Write the candidate's column of `answers`, an answers.jsonl, to the file `out`.
+
+    A line has example_id, asked and content (see RowContent), gold, and the candidate's letter or
+    null under its name, which comes last. It holds nothing of other models and nothing measured.
+    """
+    contents = row_contents(examples)
+    lines = []
+    for example_id, row in read_answers(answers).items():
+        line = {"example_id": example_id, **contents[example_id]._asdict()}
+        line |= {GOLD: row[GOLD], candidate: row[candidate]}
+        lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+    write_text(out, "".join(lines))
+
+
 def write_text(path: Path, text: str) -> None:
     """Write UTF-8 with the same bytes on every system."""
     path.write_text(text, encoding="utf-8", newline="\n")
@@ -71,15 +159,27 @@ def read_answers(path: Path) -> dict[str, dict[str, str | None]]:
 
     Raises DataError where the file can't be read as such."""
     try:
+        return parse_answers(path.read_bytes(), str(path))
+    except OSError as error:
+        raise DataError(
+            f"{path}: can't be read as answers ({type(error).__name__}); evaluate again"
+        ) from error
+
+
+def parse_answers(content: bytes, name: str) -> dict[str, dict[str, str | None]]:
+    """Return the lines of an answers.jsonl by example_id. `name` names it in messages.
+
+    Raises DataError where the content can't be read as such."""
+    try:
         answers = {}
-        for line in path.read_text(encoding="utf-8").split("\n"):
+        for line in content.decode("utf-8").split("\n"):
             if line:
                 row = json.loads(line)
                 answers[row["example_id"]] = row
         return answers
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise DataError(
-            f"{path}: can't be read as answers ({type(error).__name__}); evaluate again"
+            f"{name}: can't be read as answers ({type(error).__name__}); evaluate again"
         ) from error
 
 

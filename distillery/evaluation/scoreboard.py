@@ -146,8 +146,12 @@ def plain_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def render_markdown(rows: Sequence[ScoreRow]) -> str:
     """Return the scoreboard as a table in Markdown."""
     titles = [title.replace("-\n", "").replace("\n", " ") for title in COLUMNS]
-    alignment = [":--", *["--:"] * (len(COLUMNS) - 1)]
-    lines = [titles, alignment, *map(table_cells, rows)]
+    return markdown_table(titles, list(map(table_cells, rows)))
+
+
+def markdown_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table in Markdown, all columns but the first aligned to the right."""
+    lines = [titles, [":--", *["--:"] * (len(titles) - 1)], *rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 

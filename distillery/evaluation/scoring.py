@@ -10,10 +10,13 @@ from distillery.machine import usable_cores
 from distillery.processes import run_in_process
 from distillery.progress import ShowProgress, show_nothing
 from distillery.recipe import PromptRecipe
-from distillery.records import Departure, Example, Record
+from distillery.records import Departure, Example, OrderRobustness, Record
 
 Answers = Sequence[str | None]
 """One letter a row, in the rows' order; None where there is no answer, which counts as wrong."""
+
+Probabilities = tuple[float, ...] | None
+"""Over a row's options; None where the row's prompt is too long to be asked."""
 
 Precision = Literal["auto", "float32", "bfloat16"]
 
@@ -37,13 +40,15 @@ class ModelToScore(Record):
 
 
 class ScoringJob(Record):
-    """What the process that scores a model is given."""
+    """What the process that scores a model is given. `reorder`: some rows are asked again with
+    their options in another order."""
 
     model: ModelToScore
     examples: str
     prompt: PromptRecipe
     threads: int
     precision: Precision = "auto"
+    reorder: bool = False
 
 
 class Scored(Record):
@@ -57,15 +62,18 @@ class Scored(Record):
 
     What a prompt shares with the one before it is not computed again, neither by Transformers nor
     by ONNX Runtime, and the latencies show that, as they do for users. Where an option's text is
-    the answer, this holds for ONNX Runtime alone."""
+    the answer, this holds for ONNX Runtime alone. `order_robustness` and `first_token_ms` (see
+    records.Figures) are of the job that asks for another order; they are measured last."""
 
     answers: tuple[str | None, ...]
-    probabilities: tuple[tuple[float, ...] | None, ...]
+    probabilities: tuple[Probabilities, ...]
     latencies_ms: tuple[float, ...]
     rows_per_second: float
     peak_mib: float
     load_s: float
     ran_on: str
+    order_robustness: OrderRobustness | None = None
+    first_token_ms: float | None = None
 
 
 def score_model(
@@ -75,9 +83,11 @@ def score_model(
     threads: int | None = None,
     precision: Precision = "auto",
     progress: ShowProgress = show_nothing,
+    reorder: bool = False,
 ) -> Scored:
     """Score `model` on the rows of `examples_file`, in a process that ends with this one.
-    `progress` is shown the rows that are done.
+    `progress` is shown the rows that are done. With `reorder`, some are asked again at the end with
+    their options in another order.
 
     `threads` defaults to the usable cores. `precision` is a Transformers model's: "auto" is
     bfloat16 on a GPU that multiplies in it, else float32. Raises ModelError with the reason that
@@ -88,11 +98,12 @@ def score_model(
         prompt=model.prompt or prompt,
         threads=threads or usable_cores(),
         precision=precision,
+        reorder=reorder,
     )
     try:
         result = run_in_process("distillery.evaluation.scoring_process", job, progress=progress)
     except ModelError as error:
-        raise ModelError(f"{model.name}: {error}") from error
+        raise type(error)(f"{model.name}: {error}") from error
     return Scored.model_validate_json(result)
 
 
@@ -120,13 +131,16 @@ def departure(exported: Scored, exact: Scored) -> Departure:
     import numpy as np
 
     differences = [np.zeros(0)]
-    for own, theirs in zip(exported.probabilities, exact.probabilities, strict=True):
+    changed = 0
+    for number, (own, theirs) in enumerate(
+        zip(exported.probabilities, exact.probabilities, strict=True)
+    ):
         if own is not None and theirs is not None:
             differences.append(abs(np.subtract(own, theirs)))
+            changed += exported.answers[number] != exact.answers[number]
     each = np.concatenate(differences)
     if not len(each):
         each = np.zeros(1)
-    changed = sum(a != b for a, b in zip(exported.answers, exact.answers, strict=True))
     return Departure(mean=float(each.mean()), largest=float(each.max()), changed=changed)
 
 

@@ -11,23 +11,25 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import median
 
 from distillery.data.examples import read_examples
 from distillery.errors import ModelError
+from distillery.evaluation.option_order import ORDER_ROWS, order_robustness, reordered_rows
 from distillery.evaluation.predictors import AskBatches, Predictor, load_predictor
-from distillery.evaluation.scoring import TIMED_ROWS, Scored, ScoringJob
+from distillery.evaluation.scoring import TIMED_ROWS, Probabilities, Scored, ScoringJob
 from distillery.processes import process_main
 from distillery.progress import ShowProgress, show_nothing
-from distillery.records import Example
+from distillery.records import Example, OrderRobustness
 from distillery.training.rows import TrainingRow
 
 WARM_UP_ROWS = 3
 
+FIRST_TOKEN_ROWS = 10
+"""Rows on which the time to the first token is measured."""
+
 SHOW_S = 0.5
 """The fewest seconds between two reports of progress: rows are timed meanwhile."""
-
-Probabilities = tuple[float, ...] | None
-"""Over a row's options; None where the row's prompt is too long to be asked."""
 
 
 class RowCounter:
@@ -52,7 +54,8 @@ def score(job: ScoringJob, progress: ShowProgress = show_nothing) -> Scored:
     started = time.perf_counter()
     predictor = load_predictor(job)
     load_s = time.perf_counter() - started
-    counter = RowCounter(len(examples), progress)
+    further = min(len(examples), ORDER_ROWS) if job.reorder else 0
+    counter = RowCounter(len(examples) + further, progress)
     counter.add(0)
     probabilities, latencies = ask_single_rows(predictor, examples, counter.add)
     rest = [predictor.render(example) for example in examples[len(probabilities) :]]
@@ -64,15 +67,51 @@ def score(job: ScoringJob, progress: ShowProgress = show_nothing) -> Scored:
     rows_per_second = 0.0
     if latencies:
         rows_per_second = 1000 * len(latencies) / sum(latencies)
+    answers = most_probable(examples, probabilities)
+    robustness = first_token_ms = None
+    if job.reorder:
+        robustness, first_token_ms = ask_in_other_order(predictor, examples, answers, counter.add)
     return Scored(
-        answers=tuple(most_probable(examples, probabilities)),
+        answers=tuple(answers),
         probabilities=tuple(probabilities),
         latencies_ms=tuple(latencies),
         rows_per_second=rows_per_second,
         peak_mib=peak,
         load_s=load_s,
         ran_on=predictor.ran_on,
+        order_robustness=robustness,
+        first_token_ms=first_token_ms,
     )
+
+
+def ask_in_other_order(
+    predictor: Predictor,
+    examples: Sequence[Example],
+    answers: Sequence[str | None],
+    rows_done: Callable[[int], None],
+) -> tuple[OrderRobustness | None, float | None]:
+    """Ask some rows again, their options in another order, and compare with `answers`.
+
+    Returns the comparison, and the median ms to the first token of the first of these rows."""
+    reordered = reordered_rows(examples, answers)
+    probabilities: list[Probabilities] = []
+    first_tokens: list[float] = []
+    started = time.perf_counter()
+    for _, example in reordered:
+        row = predictor.render(example)
+        if row is not None and predictor.first_token and len(first_tokens) < FIRST_TOKEN_ROWS:
+            # What this leaves in the cache is of no use to the prompt.
+            predictor.first_token(row.prompt[-2:])
+            asked_at = time.perf_counter()
+            predictor.render(example)
+            predictor.first_token(row.prompt)
+            first_tokens.append(1000 * (time.perf_counter() - asked_at))
+        probabilities.append(ask(predictor, row))
+        rows_done(1)
+    seconds = time.perf_counter() - started
+    letters = most_probable([example for _, example in reordered], probabilities)
+    found = order_robustness(examples, answers, reordered, letters, seconds)
+    return found, median(first_tokens) if first_tokens else None
 
 
 def ask_single_rows(

@@ -1,11 +1,11 @@
-"""Intervals of an accuracy, and comparisons of two predictors on the same rows."""
+"""Intervals of figures, and comparisons of two predictors on the same rows."""
 
 import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from distillery.records import Interval
+from distillery.records import Estimate, Interval
 
 POWER = 0.8
 """The chance to decide, with the number of rows that `rows_needed` gives."""
@@ -21,6 +21,88 @@ def wilson_interval(correct: int, rows: int, confidence: float = 0.95) -> Interv
 
     interval = binomtest(correct, rows).proportion_ci(confidence_level=confidence, method="wilson")
     return Interval(low=float(interval.low), high=float(interval.high))
+
+
+def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
+    """Return the interval of the mean of two or more rows: the mean plus and minus z standard
+    errors, by the central limit theorem."""
+    import numpy as np
+    from scipy.stats import norm
+
+    mean = float(np.mean(values))
+    error = float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    width = float(norm.ppf((1 + confidence) / 2)) * error
+    return Interval(low=mean - width, high=mean + width)
+
+
+def macro_f1_interval(counts: Sequence[Sequence[int]], confidence: float = 0.95) -> Interval:
+    """Return the interval, in [0, 1], of the mean F1 of the classes with a gold row. `counts` are
+    [gold labels, given labels], with one or more columns for other answers after the labels'.
+
+    By the multivariate delta method for a multinomial table: Takahashi, Yamamoto, Kuchiba, Koyama,
+    Confidence interval for micro-averaged F1 and macro-averaged F1 scores, Applied Intelligence 52
+    (2022), 4961-4972. For the variance, two rows are added, spread evenly over the cells, so that
+    an interval keeps a width where every row is right (after Agresti, Coull, Approximate is better
+    than "exact" for interval estimation of binomial proportions, American Statistician 52 (1998),
+    119-126). Simulated, it covers 95 % where the rarest class has 10 rows or more, and between 84 %
+    and 92 % where it has 2 to 4."""
+    import numpy as np
+    from scipy.stats import norm
+
+    table = np.array(counts, dtype=float)
+    shares = table + 2 / table.size
+    shares /= shares.sum()
+    gradient = np.zeros_like(shares)
+    f1 = []
+    for label in np.flatnonzero(table.sum(axis=1)):
+        right = table[label, label]
+        f1.append(2 * right / (table[label].sum() + table[:, label].sum()))
+        # F1 is 2 * shares[label, label] / total.
+        total = shares[label].sum() + shares[:, label].sum()
+        slope = 2 * shares[label, label] / total**2
+        gradient[label] -= slope
+        gradient[:, label] -= slope
+        gradient[label, label] += 2 / total
+    gradient /= len(f1)
+    variance = (shares * gradient**2).sum() - (shares * gradient).sum() ** 2
+    width = float(norm.ppf((1 + confidence) / 2)) * math.sqrt(variance / table.sum())
+    mean = float(np.mean(f1))
+    return Interval(low=max(0.0, mean - width), high=min(1.0, mean + width))
+
+
+RESAMPLES = 1000
+
+SEED = 0
+
+
+def calibration_interval(bins: Sequence[int], gaps: Sequence[float]) -> Interval:
+    """Return the 95 % interval, in [0, 1], of an expected calibration error: the sum over bins of
+    the absolute value of the mean over all rows of `gaps`, each row's confidence minus 1 if it is
+    right. `bins` has each row's bin, from 0.
+
+    By a bootstrap of rows with a fixed seed (Efron, Bootstrap methods: another look at the
+    jackknife, Annals of Statistics 7 (1979), 1-26). The error has a bias upwards, because a bin's
+    chance deviation counts whatever its sign, so that the percentile interval of a calibrated
+    model would not reach 0. The lower bound is therefore the error less the 97.5 % quantile of the
+    sum of the bins' absolute deviations from the observed ones: by the triangle inequality the
+    error is no further from the true one than that sum. The upper bound is the resamples' 97.5 %
+    quantile; the bias makes it high rather than low. Simulated, either bound fails in at most
+    2.5 % of cases from 500 rows on, and in 6 % with 100 rows of a calibrated model."""
+    import numpy as np
+
+    generator = np.random.default_rng(SEED)
+    numbers, values, rows = np.array(bins), np.array(gaps), len(bins)
+    observed = np.bincount(numbers, values) / rows
+    errors, deviations = [], []
+    for _ in range(RESAMPLES):
+        drawn = generator.integers(0, rows, rows)
+        found = np.bincount(numbers[drawn], values[drawn], minlength=len(observed)) / rows
+        errors.append(np.abs(found).sum())
+        deviations.append(np.abs(found - observed).sum())
+    error = float(np.abs(observed).sum())
+    low = error - float(np.quantile(deviations, 0.975))
+    high = max(error, float(np.quantile(errors, 0.975)))
+    return Interval(low=max(0.0, low), high=min(1.0, high))
 
 
 class Pairs(NamedTuple):
@@ -174,3 +256,40 @@ def rows_needed(
         return None
     quantiles = float(norm.ppf(confidence) + norm.ppf(power))
     return math.ceil((square - mean**2) * (quantiles / distance) ** 2)
+
+
+def scaled_interval(estimate: Estimate, confidence: float) -> Interval:
+    """Return the interval of an estimate that is 0 or more at another confidence than its own 95 %:
+    each side is scaled as a normal distribution's."""
+    from scipy.stats import norm
+
+    scale = float(norm.ppf((1 + confidence) / 2) / norm.ppf(0.975))
+    return Interval(
+        low=max(0.0, estimate.value - scale * (estimate.value - estimate.low)),
+        high=estimate.value + scale * (estimate.high - estimate.value),
+    )
+
+
+def rows_needed_for_limit(
+    rows: int,
+    figure: float,
+    interval: Interval,
+    limit: float,
+    confidence: float,
+    power: float = POWER,
+) -> int | None:
+    """Return about how many rows decide on which side of `limit` a figure is, with probability
+    `power`, if it is as observed on `rows`. Each bound of the interval holds at `confidence`; its
+    distance from the figure falls with the square root of the rows. None where the figure is at
+    the limit, so that no number does."""
+    from scipy.stats import norm
+
+    distance = abs(figure - limit)
+    if distance < 1e-9:
+        return None
+    width = interval.high - figure
+    if limit < figure:
+        width = figure - interval.low
+    quantile = float(norm.ppf(confidence))
+    times = width / distance * (quantile + float(norm.ppf(power))) / quantile
+    return math.ceil(rows * times**2)

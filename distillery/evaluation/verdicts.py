@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from distillery.evaluation.scoreboard import percent, plain_table, points
+from distillery.evaluation.scoreboard import markdown_table, percent, plain_table, points
 from distillery.recipe import BetterRule, KeepsRule, LimitRule, NotWorseRule
 from distillery.records import RuleVerdict
 
@@ -69,6 +69,8 @@ def figure_cell(verdict: RuleVerdict) -> str:
         if interval:
             text += f" [{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
         return text
+    if interval:
+        return f"{number(figure)} [{number(interval.low)}, {number(interval.high)}]"
     return number(figure)
 
 
@@ -87,7 +89,10 @@ def bound_cell(verdict: RuleVerdict) -> str:
         parts.append(f"≥ {number(rule.minimum)}")
     if isinstance(rule, LimitRule) and rule.maximum is not None:
         parts.append(f"≤ {number(rule.maximum)}")
-    return ", ".join(parts)
+    text = ", ".join(parts)
+    if isinstance(rule, LimitRule) and rule.confidence is not None:
+        text += f" at {100 * rule.confidence:g} %"
+    return text
 
 
 def above(limit: str, confidence: float | None) -> str:
@@ -109,5 +114,4 @@ def render_verdicts(verdicts: Sequence[RuleVerdict]) -> str:
 
 def render_verdicts_markdown(verdicts: Sequence[RuleVerdict]) -> str:
     """Return the table in Markdown."""
-    lines = [TITLES, [":--", *["--:"] * (len(TITLES) - 1)], *map(table_cells, verdicts)]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return markdown_table(TITLES, list(map(table_cells, verdicts)))

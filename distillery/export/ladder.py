@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from distillery.data.examples import read_examples
-from distillery.errors import ExportError, ModelError
+from distillery.errors import ExportError, ModelError, OutOfResources
 from distillery.evaluation.scoring import (
     Answers,
     ModelToScore,
@@ -88,7 +88,8 @@ def climb(
             except ModelError as error:
                 # Without what the reader knows already, or will not find any more.
                 reason = str(error).removeprefix(f"{form.title}: ").replace(f"{folder}: ", "")
-                rungs.append(Rung(form=form, note=f"left out: {reason}"))
+                short = isinstance(error, OutOfResources)
+                rungs.append(Rung(form=form, note=f"left out: {reason}", out_of_resources=short))
             _log.info("rung %s (%.0f s)", describe_rung(rungs[-1]), time.perf_counter() - started)
             best = pick(rungs, recipe.largest_loss)
             for other in range(index + 1):

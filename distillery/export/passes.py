@@ -28,7 +28,7 @@ def export_passes(
     if form.quantised:
         passes |= quantising_passes(form, model, calibration)
         # ModelBuilder takes over the weights as they are quantised, int8 ones too.
-        passes["build"] = build_pass("int4", remote_code)
+        passes["build"] = build_pass("int4", form, remote_code)
         if form.share_embeddings:
             surgeries = [{"surgeon": "TieWordEmbeddings"}]
             passes["tie"] = {"type": "GraphSurgeries", "surgeries": surgeries}
@@ -62,16 +62,17 @@ def passes_with_adapter_apart(form: ExportForm, model: Path, remote_code: bool) 
 def float_passes(form: ExportForm, remote_code: bool) -> Passes:
     """Return the passes that build a model in the form's own precision."""
     if form.precision != "fp16":
-        return {"build": build_pass(form.precision, remote_code)}
+        return {"build": build_pass(form.precision, form, remote_code)}
     # ModelBuilder has no float16 for a CPU, but Olive converts its float32.
     half = {"type": "OnnxFloatToFloat16"}
-    return {"build": build_pass("fp32", remote_code), "half": half}
+    return {"build": build_pass("fp32", form, remote_code), "half": half}
 
 
-def build_pass(precision: str, remote_code: bool) -> dict[str, Any]:
-    """Return the pass that builds the ONNX model."""
+def build_pass(precision: str, form: ExportForm, remote_code: bool) -> dict[str, Any]:
+    """Return the pass that builds the ONNX model in ModelBuilder's `precision`, which need not be
+    the form's."""
     # ModelBuilder's hf_remote is on by default: it would run code that comes with a model.
-    options = {"hf_remote": remote_code, "prune_lm_head": True}
+    options = {"hf_remote": remote_code, "prune_lm_head": not form.all_logits}
     return {"type": "ModelBuilder", "precision": precision, "extra_options": options}
 
 

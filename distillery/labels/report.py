@@ -12,7 +12,7 @@ import json
 from collections import Counter
 from pathlib import Path
 
-from distillery.records import Example, Interval, Record, TeacherLabel
+from distillery.records import Bin, Example, Interval, Record, TeacherLabel
 
 REPORT_FILE, LOOK_FILE, RELIABILITY_FILE = "report.json", "look.jsonl", "reliability.png"
 
@@ -23,17 +23,6 @@ LOOK_ROWS = 50
 
 LookRow = tuple[float, str, dict[str, str | float | None]]
 """The weight of a row (the highest are kept), its id, and its line in look.jsonl."""
-
-
-class Bin(Record):
-    """The labels with a confidence from `low` to below `high`: their mean confidence, and the share
-    of them that gold confirms."""
-
-    low: float
-    high: float
-    rows: int
-    confidence: float
-    accuracy: float
 
 
 class LabelReport(Record):

@@ -17,7 +17,7 @@ from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any, NamedTuple
 
-from distillery.errors import CredentialsError, RecipeError, TrainingError
+from distillery.errors import CredentialsError, RecipeError, TrainingError, TrainingUnavailable
 from distillery.recipe import BaseModelRecipe
 from distillery.settings import LocalSettings
 from distillery.storage.digests import digest_of_files, list_files, sha256_of
@@ -222,10 +222,10 @@ def download_from_hub(base: BaseModelRecipe) -> Path:
     return Path(folder)
 
 
-def hub_error(name: str, error: Exception) -> TrainingError:
+def hub_error(name: str, error: Exception) -> TrainingUnavailable:
     """Return what is raised where the hub does not give the model `name`, in one line."""
     reason = " ".join(str(error).split())[:160]
-    return TrainingError(
+    return TrainingUnavailable(
         f"base.model: can't get {name} from the Hugging Face hub ({type(error).__name__}: "
         f"{reason}); check the name, or give a local folder"
     )

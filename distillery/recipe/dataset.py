@@ -1,7 +1,7 @@
 """The dataset slice: where rows come from, and which of them train, validate and test."""
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -34,6 +34,34 @@ class Columns(Slice):
     labels; rows of gold, validation and test need it."""
 
 
+class Rotation(Slice):
+    """Test rows that are held back, so that fresh ones can take the place of those that have judged
+    many versions.
+
+    `rounds` intervals of the size carve.test follow each other where the test rows are carved. Rows
+    of one of them are the test rows, and rows of the others serve for nothing until it is their
+    turn. So no row of a later round has trained a student before it judges one.
+    """
+
+    rounds: int = Field(ge=2, le=100)
+    """Intervals that are held back. carve.test: 0.05 with rounds: 4 keeps a fifth of the rows from
+    training. It may be raised later; then a new round's rows have trained earlier versions, and
+    cannot judge as long as one of these is the champion."""
+
+    round: int = Field(0, ge=0)
+    """The interval whose rows are the test rows, from 0. The next number brings fresh rows."""
+
+    @model_validator(mode="after")
+    def check_round(self) -> Self:
+        if self.round >= self.rounds:
+            raise ValueError(
+                f"round: {self.round}, but with rounds: {self.rounds} the last is "
+                f"{self.rounds - 1}; all rows that were held back have judged; carve others by "
+                "another dataset.seed and registry.model_name, or raise rounds"
+            )
+        return self
+
+
 class DatasetRecipe(Slice):
     """Where rows come from, and which split serves for what.
 
@@ -41,6 +69,8 @@ class DatasetRecipe(Slice):
     rows that the teacher labels for the student. validation: rows that choose epochs, forms and
     settings. test: rows that the scoreboard and the gate go by.
     """
+
+    added_later: ClassVar[frozenset[str]] = frozenset({"rotation"})
 
     source: Literal["sample", "hub", "files"] = "sample"
     """sample: the data set that is shipped. hub: the Hugging Face data set `name`. files:
@@ -69,6 +99,10 @@ class DatasetRecipe(Slice):
     """Share (0 to 1) of train that becomes gold, validation or test, for a source without that
     split. A hash of `seed` and the row decides, so that rows added later move none."""
 
+    rotation: Rotation | None = None
+    """With carve.test: more test rows that are held back for later, such as {rounds: 4, round: 0}.
+    null: none are."""
+
     sample: dict[Role, Annotated[int, Field(gt=0)]] = Field({})
     """The most rows that a role takes. A hash of `seed` and the row decides which. By default
     all."""
@@ -79,7 +113,8 @@ class DatasetRecipe(Slice):
     near_duplicate: float = Field(0.8, gt=0, le=1)
     """Similarity (Jaccard, of the questions' word triples and of the options) from which two rows
     count as copies. Of copies within train one is kept; copies of validation or test rows are
-    dropped from train and gold. 1: only where both sets are equal."""
+    dropped from train and gold, and copies of test rows from validation. 1: only where both sets
+    are equal."""
 
     @property
     def roles(self) -> frozenset[str]:
@@ -100,7 +135,10 @@ class DatasetRecipe(Slice):
     def content_id(self) -> str:
         """The part of this slice in cache keys: files count by their content, not by their
         paths."""
-        return self.model_dump_json(exclude={"files"})
+        left_out = {"files"}
+        if self.rotation is None:
+            left_out.add("rotation")
+        return self.model_dump_json(exclude=left_out)
 
     @model_validator(mode="after")
     def check_source(self) -> Self:
@@ -115,6 +153,8 @@ class DatasetRecipe(Slice):
             )
         if self.source == "sample" and self.name:
             raise ValueError("a name is given, but source is sample: set dataset.source: hub")
+        if self.rotation and "test" not in self.carve:
+            raise ValueError("rotation needs a test split in dataset.carve, such as {test: 0.05}")
         if "train" not in self.splits:
             raise ValueError("dataset.splits names no train split; add one, such as train: train")
         return self

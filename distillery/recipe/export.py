@@ -1,6 +1,6 @@
 """The export slice: the precision and the quantisation of the model that is delivered."""
 
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -9,6 +9,8 @@ from distillery.recipe.base import Slice
 
 class ExportForm(Slice):
     """How a checkpoint becomes a folder that ONNX Runtime GenAI loads."""
+
+    added_later: ClassVar[frozenset[str]] = frozenset({"all_logits"})
 
     precision: Literal["int4", "int8", "fp16", "fp32"] = "int4"
     """Number format of the weights. int4 and int8 are quantised; fp16 and fp32 are floats."""
@@ -31,6 +33,11 @@ class ExportForm(Slice):
     merging it. int4 then has the embeddings in 8 bits. Needs training.method: lora; not with int8,
     k_quant_high or gptq."""
 
+    all_logits: bool = False
+    """Let the model give the logits of all tokens of a prompt, which other programs may need, such
+    as lm-evaluation-harness. By default it gives those after the last token only, which is all that
+    Distillery needs and takes less time and memory."""
+
     @property
     def quantised(self) -> bool:
         return self.precision in ("int4", "int8")
@@ -42,9 +49,11 @@ class ExportForm(Slice):
         if self.quantised:
             name = f"{name} {self.algorithm}/{self.block_size}"
         if self.adapter_apart:
-            return f"{name}, apart"
-        if self.quantised and not self.share_embeddings:
-            return f"{name}, own head"
+            name += ", apart"
+        elif self.quantised and not self.share_embeddings:
+            name += ", own head"
+        if self.all_logits:
+            name += ", all logits"
         return name
 
 

@@ -1,8 +1,8 @@
 """The gate's rules as data: what a student must show before it is registered."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self, get_args
 
-from pydantic import Field, model_validator
+from pydantic import AliasChoices, Field, model_validator
 
 from distillery.recipe.base import Slice
 
@@ -73,13 +73,22 @@ class KeepsRule(Rule):
 
 
 class NotWorseRule(Rule):
-    """The student is at most `margin` worse than the champion, on the test rows that both answered.
+    """The student is at most `margin` worse than an earlier version, on the test rows that both
+    answered.
 
-    The rule is passed if there is no champion, or if the student is the champion.
+    The rule is passed if there is no earlier version, or if the student is that version.
     """
+
+    added_later: ClassVar[frozenset[str]] = frozenset({"than"})
 
     kind: Literal["not_worse"]
     """The kind of the rule."""
+
+    than: str = Field("champion", pattern=r"^(champion|best|[0-9]+)$")
+    """The version to compare with: champion; best, the one that is furthest ahead of the student on
+    shared rows; or the number of a version. As an anchor, the latter two keep small losses from
+    adding up over many runs. The best is chosen among the versions that share at least half of the
+    test rows; versions that were rejected or rolled back are left out."""
 
     margin: float = Field(0.02, ge=0, le=1)
     """Accuracy that the student may lose. 0.02: two points."""
@@ -90,33 +99,67 @@ class NotWorseRule(Rule):
 
     @property
     def content(self) -> str:
-        return f"at most {100 * self.margin:g} points worse than the champion"
+        versions = {"champion": "the champion", "best": "the best"}
+        than = versions.get(self.than, f"version {self.than}")
+        return f"at most {100 * self.margin:g} points worse than {than}"
+
+
+Estimated = Literal[
+    "accuracy",
+    "agreement",
+    "macro_f1",
+    "recall",
+    "calibration_error",
+    "kl_from_teacher",
+    "order_robustness",
+]
+"""Figures that are estimates from the test rows, so that they have intervals."""
+
+Measured = Literal[
+    "p50_ms",
+    "p95_ms",
+    "p99_ms",
+    "first_token_ms",
+    "load_s",
+    "peak_mib",
+    "bytes",
+    "parameters",
+    "rows_per_second",
+]
+"""Figures without an interval."""
 
 
 class LimitRule(Rule):
     """A figure of the student on the scoreboard is within limits."""
 
+    added_later: ClassVar[frozenset[str]] = frozenset({"of_class", "confidence"})
+
     kind: Literal["limit"]
     """The kind of the rule."""
 
-    figure: Literal[
-        "accuracy",
-        "agreement",
-        "p50_ms",
-        "p95_ms",
-        "peak_mib",
-        "bytes",
-        "parameters",
-        "rows_per_second",
-    ]
-    """The figure: accuracy and agreement with the teacher from 0 to 1, latencies in milliseconds,
-    peak memory in MiB, the folder's bytes, parameters, rows a second."""
+    figure: Estimated | Measured
+    """The figure. From 0 to 1: accuracy, agreement with the teacher, macro_f1, the recall of a
+    class, the expected calibration_error, and order_robustness, the share of rows answered alike in
+    another order of options. kl_from_teacher in nats. Latencies and first_token_ms, the time to the
+    first token, in milliseconds, load_s in seconds, peak_mib in MiB, the folder's bytes,
+    parameters, rows a second."""
+
+    of_class: str | None = Field(
+        None, pattern=r"^[^\n|]+$", validation_alias=AliasChoices("class", "of_class")
+    )
+    """For recall, the class: the option's text where all rows have the same options, otherwise its
+    letter."""
 
     minimum: float | None = None
     """The lowest value that passes. null: any."""
 
     maximum: float | None = None
     """The highest value that passes. null: any."""
+
+    confidence: Confidence | None = None
+    """Confidence of the figure's one-sided bound, which must be within the limits. Only accuracy,
+    agreement, macro_f1, recall, calibration_error, kl_from_teacher and order_robustness have one.
+    null: the figure itself counts, without a bound."""
 
     @property
     def content(self) -> str:
@@ -125,7 +168,8 @@ class LimitRule(Rule):
             parts.append(f"at least {self.minimum:,.10g}")
         if self.maximum is not None:
             parts.append(f"at most {self.maximum:,.10g}")
-        return f"{self.figure} {' and '.join(parts)}"
+        figure = f"recall of {self.of_class}" if self.of_class else self.figure
+        return f"{figure} {' and '.join(parts)}"
 
     @model_validator(mode="after")
     def check_limits(self) -> Self:
@@ -134,6 +178,19 @@ class LimitRule(Rule):
             raise ValueError("a limit needs minimum, maximum or both")
         if low is not None and high is not None and low > high:
             raise ValueError("minimum is above maximum, so that no figure can pass")
+        return self
+
+    @model_validator(mode="after")
+    def check_figure(self) -> Self:
+        if self.figure == "recall" and self.of_class is None:
+            raise ValueError("a limit on recall needs class: the option whose recall is meant")
+        if self.figure != "recall" and self.of_class is not None:
+            raise ValueError(f"class belongs to the figure recall; remove it from {self.figure}")
+        if self.confidence is not None and self.figure not in get_args(Estimated):
+            estimated = ", ".join(get_args(Estimated))
+            raise ValueError(
+                f"{self.figure} has no interval, only {estimated} have one; remove confidence"
+            )
         return self
 
 

@@ -90,6 +90,12 @@ class StudentRecipe(Slice):
     """How the student is trained, after the healing steps."""
 
     @property
+    def learns_from_gold(self) -> bool:
+        """Whether the student has learnt from the gold rows, itself or as the teacher whose
+        weights it starts from."""
+        return self.gold or self.start == "teacher"
+
+    @property
     def trainings(self) -> tuple[TrainingRecipe, ...]:
         """The trainings of the healing steps and the student's own, in order."""
         return (*(step.training for step in self.healing), self.training)

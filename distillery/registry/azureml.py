@@ -9,14 +9,14 @@ CUSTOM_MODEL) points there.
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distillery.errors import CredentialsError, RegistryError, RegistryUnavailable
 from distillery.records import RegisteredModel
-from distillery.registry.base import CANDIDATE, CHAMPION, Models, Registry
+from distillery.registry.base import ARCHIVED, CHALLENGER, CHAMPION, Events, Models, Registry
+from distillery.registry.history import Event, event_tag, events_in
 from distillery.registry.manifest import MANIFEST, altered_error, first_line
 from distillery.settings import AzureMLSettings
 
@@ -36,7 +36,13 @@ class AzureRegistry(Registry):
 
     Azure ML has no aliases: the champion is the version with the tag role=champion. Promoting tags
     the new champion before it untags the old one, so there is never none; while there are two, the
-    one that was promoted later counts.
+    one that was promoted later counts. An event of the history is a tag of its version.
+
+    Azure ML has neither locks nor conditional writes for versions. The champion is read before the
+    write and after it. So a run whose promotion is overwritten mostly learns it, but two runs that
+    promote within the same seconds may both report theirs, and then the later one counts although
+    it was judged against an older champion. A version's tags are written as a whole: an event can
+    be lost if two processes tag the same version at once.
     """
 
     kind = "azureml"
@@ -46,22 +52,29 @@ class AzureRegistry(Registry):
         self._settings.require()
         self.location = f"Azure ML workspace {self._settings.workspace}"
 
-    def promote(self, model: RegisteredModel) -> RegisteredModel:
-        new_tags = {"role": CHAMPION, "promoted_at": datetime.now(UTC).isoformat()}
+    def set_champion(
+        self, model: RegisteredModel, before: RegisteredModel | None, event: Event
+    ) -> None:
+        name, value = event_tag(event)
         with azure_errors(self.location):
             versions = list(self._client.models.list(name=model.name))
             for version in versions:
                 if version.version == model.version:
-                    self.add_tags(version, new_tags)
+                    self.add_tags(version, {"role": CHAMPION, "promoted_at": event.at, name: value})
             for version in versions:
                 if version.version != model.version and tags_of(version).get("role") == CHAMPION:
-                    self.add_tags(version, {"role": CANDIDATE})
-        if model.version not in [version.version for version in versions]:
-            raise RegistryError(
-                f"{model.name}: no version {model.version} in {self.location} that could be "
-                "promoted"
-            )
-        return model.model_copy(update={"role": CHAMPION})
+                    self.add_tags(version, {"role": ARCHIVED})
+
+    def add_event(self, model: RegisteredModel, event: Event) -> None:
+        name, value = event_tag(event)
+        with azure_errors(self.location):
+            self.add_tags(self._client.models.get(model.name, model.version), {name: value})
+
+    def history(self, name: str) -> Events:
+        tags: dict[str, str] = {}
+        for model in self.found(name):
+            tags |= tags_of(model)
+        return events_in(tags, f"{self.location}: {name}")
 
     def add_tags(self, version: "Model", tags: dict[str, str]) -> None:
         version.tags = {**tags_of(version), **tags}
@@ -72,18 +85,21 @@ class AzureRegistry(Registry):
             found = [str(model.name) for model in self._client.models.list()]
         return tuple(name for name in found if self.versions(name))
 
-    def versions(self, name: str) -> Models:
+    def found(self, name: str) -> list[Any]:
+        """Return all versions of a model, those of others too; [] for an unknown name."""
         from azure.core.exceptions import ResourceNotFoundError
 
         with azure_errors(self.location):
             try:
-                found = list(self._client.models.list(name=name))
+                return list(self._client.models.list(name=name))
             except ResourceNotFoundError:
                 # Azure's answer for an unknown model is that for an unknown workspace. Listing
                 # fails for the workspace only.
                 list(self._client.models.list())
                 return []
-        ours = [model for model in found if "manifest_sha256" in tags_of(model)]
+
+    def versions(self, name: str) -> Models:
+        ours = [model for model in self.found(name) if "manifest_sha256" in tags_of(model)]
         ours.sort(key=lambda model: model.creation_context.created_at, reverse=True)
         champions = [model for model in ours if tags_of(model).get("role") == CHAMPION]
         champions.sort(key=lambda model: tags_of(model).get("promoted_at", ""), reverse=True)
@@ -108,7 +124,7 @@ class AzureRegistry(Registry):
 
         with azure_errors(self.location):
             model = Model(
-                name=name, path=uri, type=AssetTypes.CUSTOM_MODEL, tags={**tags, "role": CANDIDATE}
+                name=name, path=uri, type=AssetTypes.CUSTOM_MODEL, tags={"role": CHALLENGER, **tags}
             )
             added = self._client.models.create_or_update(model)
             return self.record_of(added, is_champion=False)
@@ -131,15 +147,15 @@ class AzureRegistry(Registry):
                 with target.open("wb") as file:
                     container.download_blob(blob.name).readinto(file)
 
-    def read_manifest(self, model: RegisteredModel) -> bytes:
+    def read_file(self, model: RegisteredModel, file: str) -> bytes:
         from azure.core.exceptions import ResourceNotFoundError
 
-        blob = f"{blob_prefix(model.name, model.manifest_sha256)}{MANIFEST}"
+        blob = f"{blob_prefix(model.name, model.manifest_sha256)}{file}"
         with self.container() as container:
             try:
                 content: bytes = container.download_blob(blob).readall()
             except ResourceNotFoundError as error:
-                raise altered_error(model, MANIFEST) from error
+                raise altered_error(model, file) from error
             return content
 
     @cached_property

@@ -12,13 +12,15 @@ import shutil
 import tempfile
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from distillery.errors import RegistryError, RegistryUnavailable
 from distillery.recipe import RegistryKind
-from distillery.records import Artifact, RegisteredModel
+from distillery.records import Artifact, Promotion, RegisteredModel
+from distillery.registry.history import Actor, Event, champions_in, new_event, pin_of
 from distillery.registry.manifest import (
     MANIFEST,
     altered_error,
@@ -32,10 +34,17 @@ from distillery.storage.working import working_folder
 
 CHAMPION = "champion"
 
-CANDIDATE = "candidate"
+CHALLENGER = "challenger"
+
+ARCHIVED = "archived"
+
+REJECTED = "rejected"
 
 Models = list[RegisteredModel]
-"""Such a name is needed because `Registry.list` hides the builtin within the class."""
+Events = list[Event]
+"""Such names are needed because `Registry.list` hides the builtin within the class."""
+
+UNKNOWN = Actor("unknown")
 
 
 class Registry(ABC):
@@ -49,20 +58,43 @@ class Registry(ABC):
     location: str
 
     def register(
-        self, folder: Path, name: str, tags: Mapping[str, str], provenance: Mapping[str, Any]
+        self,
+        folder: Path,
+        name: str,
+        tags: Mapping[str, str],
+        provenance: Mapping[str, Any],
+        *,
+        actor: Actor = UNKNOWN,
+        reason: str = "",
+        rejected: bool = False,
+        model_sha256: str = "",
+        rows_sha256: str = "",
     ) -> RegisteredModel:
-        """Add the folder's content as the next version of `name`, as a candidate.
+        """Add the folder's content as the next version of `name`: a challenger, or `rejected`.
 
-        If a version has the same content and provenance, it is returned instead, and its stored
-        copy is written again if it was damaged. A manifest that an earlier download left in the
-        folder is replaced. `tags` are for people; the tag `produced_by` becomes the record's.
+        If a version is the same student, it is returned instead. That is one with the same
+        `model_sha256` and `rows_sha256` whose stored copy is whole, or one with the same content
+        and provenance, whose stored copy is written again if it was damaged. A rejected version
+        stays rejected: if its student passes the gate later, that is a version of its own.
+
+        A manifest that an earlier download left in the folder is replaced. `tags` are for people;
+        the tag `produced_by` becomes the record's. `actor` and `reason` go into the history.
         """
         with disk_errors(self.location), working_folder("register") as scratch:
+            same = []
+            for model in self.versions(name):
+                # What was refused and is registered as good is nothing to reject.
+                if rejected or model.role != REJECTED:
+                    same.append(model)
+            for model in same:
+                known = (model.model_sha256, model.rows_sha256)
+                if model_sha256 and known == (model_sha256, rows_sha256) and self.is_whole(model):
+                    return model
             content = scratch / f"model-{uuid.uuid4().hex[:8]}"
             manifest = copy_with_manifest(folder, content, name, provenance)
             digest = sha256_of(content / MANIFEST)
             existing = None
-            for model in self.versions(name):
+            for model in same:
                 if model.manifest_sha256 == digest:
                     existing = model
                     break
@@ -71,7 +103,114 @@ class Registry(ABC):
             uri = self.store_folder(content, name, digest)
         if existing:
             return existing
-        return self.add_version(name, uri, {**tags, **manifest_tags(manifest, digest)})
+        own_tags = manifest_tags(manifest, digest)
+        if model_sha256:
+            own_tags |= {"model_sha256": model_sha256, "rows_sha256": rows_sha256}
+        if rejected:
+            own_tags["role"] = REJECTED
+        history = self.history(name)
+        added = self.add_version(name, uri, {**tags, **own_tags})
+        action: Literal["rejected", "registered"] = "rejected" if rejected else "registered"
+        self.add_event(added, new_event(history, action, added.version, actor, reason))
+        return added
+
+    def promote(
+        self, model: RegisteredModel, judged_against: str | None, actor: Actor, reason: str = ""
+    ) -> Promotion:
+        """Make a version the champion, if the champion still is the version `judged_against` (None:
+        none), and if a pin does not bar it.
+
+        The docstring of each registry tells how far this holds where two runs promote at once.
+        """
+        with self.locked(model.name):
+            versions = self.versions(model.name)
+            version = self.find(versions, model.name, model.version)
+            champion = champion_of(versions)
+            if champion == version:
+                return Promotion(
+                    result="stands", champion=model.version, reason="it is the champion already"
+                )
+            if champion is not None:
+                before, held = champion.version, f"version {champion.version}"
+            else:
+                before, held = None, "none"
+            if before != judged_against:
+                return Promotion(
+                    result="outpaced",
+                    champion=before,
+                    reason=f"the champion is {held}, no longer "
+                    f"{f'version {judged_against}' if judged_against else 'none'}",
+                )
+            refuse_rejected(version)
+            history = self.history(model.name)
+            pin = pin_of(history)
+            if pin and pin.pinned_above and int(model.version) <= int(pin.pinned_above):
+                return Promotion(
+                    result="barred",
+                    champion=before,
+                    reason=f"{pin.by} has pinned version {pin.version}: runs promote only versions "
+                    f"above {pin.pinned_above} until `distillery models unpin {model.name}`",
+                )
+            event = new_event(history, "promoted", model.version, actor, reason, before)
+            self.set_champion(version, champion, event)
+            now = champion_of(self.versions(model.name))
+        if now is None or now.version != model.version:
+            return Promotion(
+                result="outpaced",
+                champion=now.version if now else None,
+                reason="another run promoted at the same time",
+            )
+        return Promotion(
+            result="promoted",
+            champion=model.version,
+            reason=f"in place of {held}" if before else "the first champion",
+        )
+
+    def pin(
+        self,
+        name: str,
+        version: str | None,
+        actor: Actor,
+        reason: str = "",
+        action: Literal["promoted", "rolled back"] = "promoted",
+    ) -> RegisteredModel:
+        """Make a version the champion and pin it: runs promote only versions that are registered
+        from now on. Without `version`: the champion before the present one."""
+        with self.locked(name):
+            versions = self.versions(name)
+            champion = champion_of(versions)
+            history = self.history(name)
+            if version is None:
+                earlier = champions_in(history)[:-1]
+                if not earlier:
+                    raise RegistryError(
+                        f"{name}: the history names no champion before this one; name the version, "
+                        f"as `distillery models list {name}` shows it"
+                    )
+                version = earlier[-1]
+            model = self.find(versions, name, version)
+            refuse_rejected(model)
+            before = None
+            if champion is not None and champion.version != version:
+                before = champion.version
+            elif champion is not None and action == "rolled back":
+                raise RegistryError(
+                    f"{name} version {version} is the champion already; "
+                    f"`distillery models promote {name} {version}` pins it"
+                )
+            event = new_event(history, action, version, actor, reason, before, versions[0].version)
+            self.set_champion(model, champion if before else None, event)
+        return model.model_copy(update={"role": CHAMPION})
+
+    def unpin(self, name: str, actor: Actor, reason: str = "") -> None:
+        """Let runs promote any version again."""
+        with self.locked(name):
+            history = self.history(name)
+            pin = pin_of(history)
+            if pin is None:
+                raise RegistryError(f"{name}: no champion is pinned in {self.location}")
+            model = self.get(name, pin.version)
+            self.add_event(model, new_event(history, "unpinned", pin.version, actor, reason))
 
     def list(self, name: str | None = None) -> Models:
         """Return the versions of one model, or of all models that Distillery registered.
@@ -85,27 +224,51 @@ class Registry(ABC):
         return models
 
     def get(self, name: str, version: str | None = None) -> RegisteredModel:
-        """Return a version of a model; without `version` the champion, else the newest."""
+        """Return a version of a model; without `version` the champion, else the newest that is not
+        rejected."""
         models = self.versions(name)
         if not models:
             held = ", ".join(sorted(self.names())) or "none"
             raise RegistryError(f"{name}: no such model in {self.location}; it holds: {held}")
+        champion = champion_of(models)
+        if version is None and champion is not None:
+            return champion
+        if version is not None:
+            return self.find(models, name, version)
         for model in models:
-            if model.version == version or (version is None and model.role == CHAMPION):
+            if model.role != REJECTED:
                 return model
-        if version is None:
-            return models[0]
-        held = ", ".join(model.version for model in models)
+        raise RegistryError(
+            f"{name}: {self.location} holds rejected versions alone; name one to have it"
+        )
+
+    def find(self, models: Models, name: str, version: str) -> RegisteredModel:
+        """Return the version among all of `name`. Raises RegistryError if it is not there."""
+        for model in models:
+            if model.version == version:
+                return model
+        held = ", ".join(model.version for model in models) or "none"
         raise RegistryError(f"{name}: no version {version} in {self.location}; it holds: {held}")
 
     def provenance(self, model: RegisteredModel) -> dict[str, Any]:
         """Return the manifest: keys model, provenance and files. Reads and verifies only this
         file."""
-        raw = self.read_manifest(model)
+        raw = self.read_file(model, MANIFEST)
         if hashlib.sha256(raw).hexdigest() != model.manifest_sha256:
             raise altered_error(model, MANIFEST)
         content: dict[str, Any] = json.loads(raw)
         return content
+
+    def read_verified(self, model: RegisteredModel, file: str) -> bytes | None:
+        """Return one file of the registered folder, verified against the manifest; None if the
+        manifest does not list it."""
+        for entry in self.provenance(model)["files"]:
+            if entry["path"] == file:
+                content = self.read_file(model, file)
+                if hashlib.sha256(content).hexdigest() != entry["sha256"]:
+                    raise altered_error(model, file)
+                return content
+        return None
 
     def download(self, model: RegisteredModel, target: Path) -> Path:
         """Copy the registered folder to `target`, which appears only when every file is verified.
@@ -137,9 +300,24 @@ class Registry(ABC):
                 return False
         return True
 
+    @contextmanager
+    def locked(self, name: str) -> Iterator[None]:
+        """Keep others from changing the champion of `name` meanwhile, where the registry can."""
+        yield
+
     @abstractmethod
-    def promote(self, model: RegisteredModel) -> RegisteredModel:
-        """Make this version the only champion of its name; the one before is a candidate again."""
+    def set_champion(
+        self, model: RegisteredModel, before: RegisteredModel | None, event: Event
+    ) -> None:
+        """Add the event, make `model` the only champion, and archive the one `before`."""
+
+    @abstractmethod
+    def add_event(self, model: RegisteredModel, event: Event) -> None:
+        """Add an event, of this version, to the history."""
+
+    @abstractmethod
+    def history(self, name: str) -> Events:
+        """Return the events of a model, the oldest first; [] for an unknown name."""
 
     @abstractmethod
     def names(self) -> tuple[str, ...]:
@@ -165,21 +343,43 @@ class Registry(ABC):
         """Copy the stored files into `folder`, without verifying them."""
 
     @abstractmethod
-    def read_manifest(self, model: RegisteredModel) -> bytes:
-        """Return the stored manifest.json, without verifying it."""
+    def read_file(self, model: RegisteredModel, file: str) -> bytes:
+        """Return a file of the stored folder, without verifying it."""
 
     def record(
         self, name: str, version: str, is_champion: bool, uri: str, tags: Mapping[str, str]
     ) -> RegisteredModel:
         """Return the record of a version, from the tags that `register` gave it."""
+        role = CHAMPION if is_champion else tags.get("role", CHALLENGER)
+        if not is_champion and role not in (ARCHIVED, REJECTED):
+            role = CHALLENGER
         return RegisteredModel(
             artifact=Artifact(uri=uri, sha256=tags["files_sha256"], bytes=int(tags["bytes"])),
             produced_by=tags.get("produced_by", ""),
             name=name,
             version=version,
             registry=self.kind,
-            role=CHAMPION if is_champion else CANDIDATE,
+            role=role,
             manifest_sha256=tags["manifest_sha256"],
+            model_sha256=tags.get("model_sha256", ""),
+            rows_sha256=tags.get("rows_sha256", ""),
+        )
+
+
+def champion_of(models: Models) -> RegisteredModel | None:
+    """Return the champion among the versions of a model, if there is one."""
+    for model in models:
+        if model.role == CHAMPION:
+            return model
+    return None
+
+
+def refuse_rejected(model: RegisteredModel) -> None:
+    """Raise RegistryError for a version that the gate refused."""
+    if model.role == REJECTED:
+        raise RegistryError(
+            f"{model.name} version {model.version} is rejected: the gate refused it; promote "
+            "another version"
         )
 
 

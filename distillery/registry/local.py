@@ -5,16 +5,17 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
-from distillery.errors import ArtifactDamaged, RegistryError, RegistryUnavailable
+from distillery.errors import ArtifactDamaged, ModelGone, RegistryError, RegistryUnavailable
 from distillery.records import RegisteredModel
-from distillery.registry.base import CHAMPION, Models, Registry
+from distillery.registry.base import ARCHIVED, CHAMPION, Events, Models, Registry
+from distillery.registry.history import Event, event_tag, events_in
 from distillery.registry.manifest import (
     MANIFEST,
     altered_error,
@@ -29,6 +30,10 @@ from distillery.storage.digests import sha256_of
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
+    from sqlalchemy import URL
+
+LOCK_S = 60
+"""Seconds to wait for another process's promotion, which takes less than one."""
 
 
 class LocalRegistry(Registry):
@@ -37,6 +42,15 @@ class LocalRegistry(Registry):
     DIGEST is that of the manifest. A machine that shares the registry, but lacks this folder, takes
     the files from the artifact store, where the stages keep them under their own digest, and the
     manifest from manifests/DIGEST.json there.
+
+    The champion is MLflow's alias `champion`; a former champion has the tag role=archived, and a
+    rejected version role=rejected. The history is in tags of the registered model.
+
+    Promotions exclude each other: on SQLite by a lock file beside the database, which holds for the
+    processes that share that disk; on PostgreSQL by an advisory lock, which holds for all machines.
+    So of two runs that promote at once, the second finds the first one's champion. Behind MLflow's
+    own server or on another database there is no lock: the champion is read before the write and
+    after it, and a promotion by another run between the first read and the write is overwritten.
     """
 
     kind = "local"
@@ -50,10 +64,87 @@ class LocalRegistry(Registry):
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
 
-    def promote(self, model: RegisteredModel) -> RegisteredModel:
+    @contextmanager
+    def locked(self, name: str) -> Iterator[None]:
+        url = self.database_url()
+        if url is not None and url.drivername.startswith("sqlite") and url.database:
+            with self.file_lock(f"{url.database}.lock"):
+                yield
+        elif url is not None and url.drivername.startswith("postgresql"):
+            with self.postgres_lock(url, name):
+                yield
+        else:
+            yield
+
+    def database_url(self) -> "URL | None":
+        """Return the database that MLflow uses; None for one behind MLflow's server."""
+        from sqlalchemy import make_url
+        from sqlalchemy.exc import ArgumentError
+
+        try:
+            return make_url(self._url)
+        except ArgumentError:
+            return None
+
+    @contextmanager
+    def file_lock(self, path: str) -> Iterator[None]:
+        """Hold the lock beside a SQLite file."""
+        lock = FileLock(path, timeout=LOCK_S)
+        try:
+            lock.acquire()
+        except Timeout as error:
+            raise RegistryUnavailable(
+                f"{path}: another process holds this lock for more than {LOCK_S} s; try again later"
+            ) from error
+        except OSError as error:
+            raise RegistryError(
+                f"{path}: can't be written ({first_line(error)}); correct DISTILLERY_REGISTRY"
+            ) from error
+        try:
+            yield
+        finally:
+            lock.release()
+
+    @contextmanager
+    def postgres_lock(self, url: "URL", name: str) -> Iterator[None]:
+        """Hold PostgreSQL's advisory lock of this model's name, until the transaction ends."""
+        from sqlalchemy import create_engine, text
+        from sqlalchemy.pool import NullPool
+
+        key = {"key": f"distillery/{name}"}
+        with ExitStack() as stack:
+            with self.mlflow():
+                connection = stack.enter_context(create_engine(url, poolclass=NullPool).begin())
+                connection.execute(text(f"SET LOCAL lock_timeout = '{LOCK_S}s'"))
+                connection.execute(
+                    text("SELECT pg_advisory_xact_lock(hashtextextended(:key, 0))"), key
+                )
+            yield
+
+    def set_champion(
+        self, model: RegisteredModel, before: RegisteredModel | None, event: Event
+    ) -> None:
+        self.add_event(model, event)
         with self.mlflow() as client:
             client.set_registered_model_alias(model.name, CHAMPION, model.version)
-        return model.model_copy(update={"role": CHAMPION})
+            if before is not None:
+                client.set_model_version_tag(before.name, before.version, "role", ARCHIVED)
+
+    def add_event(self, model: RegisteredModel, event: Event) -> None:
+        with self.mlflow() as client:
+            client.set_registered_model_tag(model.name, *event_tag(event))
+
+    def history(self, name: str) -> Events:
+        from mlflow.exceptions import MlflowException
+
+        with self.mlflow() as client:
+            try:
+                tags = client.get_registered_model(name).tags
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                    raise
+                return []
+        return events_in(tags, f"{self.location}: {name}")
 
     def names(self) -> tuple[str, ...]:
         names = []
@@ -119,16 +210,18 @@ class LocalRegistry(Registry):
             return
         with self.store_of_missing(model) as store:
             copy_folder(store.fetch(model.artifact), folder)
-        (folder / MANIFEST).write_bytes(self.read_manifest(model))
+        (folder / MANIFEST).write_bytes(self.read_file(model, MANIFEST))
 
-    def read_manifest(self, model: RegisteredModel) -> bytes:
-        local = self.local_folder(model)
-        if not local.is_dir():
+    def read_file(self, model: RegisteredModel, file: str) -> bytes:
+        folder = self.local_folder(model)
+        if not folder.is_dir():
             with self.store_of_missing(model) as store:
-                return store.read_object(shared_manifest_name(model.manifest_sha256))
-        if not (local / MANIFEST).is_file():
-            raise altered_error(model, MANIFEST)
-        return (local / MANIFEST).read_bytes()
+                if file == MANIFEST:
+                    return store.read_object(shared_manifest_name(model.manifest_sha256))
+                folder = store.fetch(model.artifact)
+        if not (folder / file).is_file():
+            raise altered_error(model, file)
+        return (folder / file).read_bytes()
 
     def local_folder(self, model: RegisteredModel) -> Path:
         return self._models / model.name / model.manifest_sha256
@@ -140,7 +233,7 @@ class LocalRegistry(Registry):
         try:
             yield store
         except ArtifactDamaged as error:
-            raise RegistryError(
+            raise ModelGone(
                 f"{self.local_folder(model)}: the folder of {model.name} version {model.version} "
                 f"is gone, and {store.url} does not have it either; register it again"
             ) from error

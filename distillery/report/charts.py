@@ -15,8 +15,7 @@ from html import escape
 from io import StringIO
 from typing import Any
 
-from distillery.labels.report import Bin
-from distillery.records import CurvePoint, ScoreRow
+from distillery.records import Bin, CurvePoint, ScoreRow
 from distillery.report.evaluated import Figures
 
 INK, LINE = "#010100", "#010101"

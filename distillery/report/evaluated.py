@@ -14,12 +14,9 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from distillery.errors import DataError
-from distillery.evaluation.report import REPORT_FILE, read_answers
+from distillery.evaluation.report import REPORT_FILE, ROWS_FILE, read_answers
 from distillery.evaluation.scoreboard import GOLD, TEACHER
-from distillery.labels.report import Bin
-from distillery.records import LETTERS
-
-ROWS_FILE = "rows.jsonl"
+from distillery.records import LETTERS, Bin
 
 
 class Read(BaseModel):

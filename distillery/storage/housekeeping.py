@@ -119,8 +119,8 @@ class Inventory:
         keep_runs: int,
         now: datetime | None = None,
     ) -> list[Waste]:
-        """Return what can be removed, as the module says. `registered`: what the registries hold
-        of `registered_models()`; `keep_runs`: how many of each recipe's newest runs are kept."""
+        """Return what can be removed, as the module says. `registered`: what the registries hold;
+        `keep_runs`: how many of each recipe's newest runs are kept."""
         limit = (now or datetime.now(UTC)) - older_than
         kept = self._kept_runs(registered.versions, limit, keep_runs)
         needed = set(registered.artifacts)

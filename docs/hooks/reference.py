@@ -19,7 +19,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
+from pydantic import AliasChoices, BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined, to_jsonable_python
 
@@ -161,7 +161,10 @@ def table(model: type[BaseModel], path: str, models: dict[Any, list[str]]) -> st
     """Return the table of a model's keys."""
     schema = model.model_json_schema()
     lines = ["| key | type | default | meaning |", "|---|---|---|---|"]
-    for name, field in model.model_fields.items():
+    for attribute, field in model.model_fields.items():
+        name = attribute
+        if isinstance(field.validation_alias, AliasChoices):
+            name = str(field.validation_alias.choices[0])
         key = schema["properties"][name]
         inner = next(inner_models(field.annotation), None)
         kind = spelled(key, schema.get("$defs", {}))

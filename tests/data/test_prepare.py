@@ -418,6 +418,71 @@ def test_carving_and_sampling_follow_the_stated_hash(tmp_path: Path) -> None:
     ]
 
 
+def rounds(tmp_path: Path, rows: list[dict[str, Any]], count: int = 3, **more: Any) -> list[Result]:
+    """The data in each round of a rotation."""
+    return [
+        run(
+            tmp_path,
+            rows,
+            carve={"gold": 0.1, "validation": 0.1, "test": 0.15},
+            rotation={"rounds": count, "round": number},
+            **more,
+        )
+        for number in range(count)
+    ]
+
+
+def test_each_round_has_test_rows_that_no_round_trains_on(tmp_path: Path) -> None:
+    found = rounds(tmp_path, many(600))
+    without = run(tmp_path, many(600), carve={"gold": 0.1, "validation": 0.1, "test": 0.15})
+    assert found[0].ids["test"] == without.ids["test"]
+    for role in ("gold", "validation", "train"):
+        assert found[0].bytes[role] == found[1].bytes[role] == found[2].bytes[role]
+    tests = [result.ids["test"] for result in found]
+    assert all(60 < len(ids) < 130 for ids in tests)
+    assert len(set().union(*tests)) == sum(map(len, tests))
+    assert not set().union(*tests) & (found[0].ids["train"] | found[0].ids["gold"])
+    more = rounds(tmp_path, many(600), count=5)
+    assert [result.ids["test"] for result in more[:3]] == tests
+    assert more[0].ids["train"] < found[0].ids["train"]
+
+
+def test_what_resembles_a_test_row_of_a_later_round_trains_no_student(tmp_path: Path) -> None:
+    rows = [
+        row(f"{kind}{n}", f"{message(n, 30)}{end}")
+        for n in range(100)
+        for kind, end in (("a", ""), ("b", " so"))
+    ]
+    found = rounds(tmp_path, rows)
+    later = {key[1:] for result in found for key in result.ids["test"]}
+    assert not later & {key[1:] for key in found[0].ids["train"] | found[0].ids["gold"]}
+
+
+def test_rounds_that_leave_nothing_for_train_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"test once for each of dataset\.rotation\.rounds,"):
+        rounds(tmp_path, many(5), count=6)
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"rotation": {"rounds": 3, "round": 3}, "carve": {"test": 0.1}}, "the last is 2; "),
+        ({"rotation": {"rounds": 3}}, r"rotation needs a test split in dataset\.carve"),
+    ],
+)
+def test_a_rotation_without_rows_is_refused(more: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        DatasetRecipe.model_validate(more)
+
+
+def test_a_recipe_without_a_rotation_has_the_cache_key_of_earlier_versions() -> None:
+    assert "rotation" not in DatasetRecipe().content_id
+    rotated = DatasetRecipe.model_validate(
+        {"splits": {"train": "pool"}, "carve": {"test": 0.1}, "rotation": {"rounds": 2}}
+    )
+    assert '"rotation":{"rounds":2,"round":0}' in rotated.content_id
+
+
 def test_adding_rows_moves_none(tmp_path: Path) -> None:
     before = run(tmp_path, many(300), carve=CARVE)
     after = run(tmp_path, many(200, 1000) + many(300) + many(200, 2000), carve=CARVE)
@@ -577,6 +642,64 @@ def test_a_gold_row_that_stands_in_test_stops_the_run(tmp_path: Path) -> None:
     assert "a row of gold may not stand in validation or test too; found 3: " in refusal(
         config, tmp_path / "out"
     )
+
+
+def three_files(tmp_path: Path, **rows: list[dict[str, Any]]) -> DatasetRecipe:
+    paths = {name: (str(jsonl(tmp_path / f"{name}.jsonl", rows[name])),) for name in rows}
+    return DatasetRecipe.model_validate(
+        {"source": "files", "files": paths, "splits": {name: name for name in rows}}
+    )
+
+
+def test_a_validation_row_that_stands_in_test_stops_the_run_with_both_places(
+    tmp_path: Path,
+) -> None:
+    other_spelling = [row("v", "Is  it GOOD?", "B"), *many(2, 50)]
+    config = three_files(
+        tmp_path, train=many(9), validation=other_spelling, test=[row("t", "Is it good?")]
+    )
+    text = refusal(config, tmp_path / "out")
+    place = re.escape(str(tmp_path))
+    assert re.fullmatch(
+        rf"{place}/validation.jsonl:1: a row of validation may not stand in test too; found 1: "
+        rf"{place}/validation.jsonl:1 = {place}/test.jsonl:1; remove them from one of the two, or "
+        "take one of them from train by dataset.carve",
+        text,
+    )
+
+
+def test_a_carved_test_row_that_stands_in_a_validation_file_stops_the_run(tmp_path: Path) -> None:
+    config = three_files(tmp_path, train=many(40), validation=many(40))
+    config = config.model_copy(update={"carve": {"test": 0.999}})
+    assert "a row of validation may not stand in test too; found 40: " in refusal(
+        config, tmp_path / "out"
+    )
+
+
+def test_copies_among_carved_rows_share_a_role(tmp_path: Path) -> None:
+    rows = many(60) + [row(f"copy{n}", f" {message(n).upper()}", "ABC"[n % 3]) for n in range(60)]
+    result = run(tmp_path, rows, carve={"validation": 0.3, "test": 0.3})
+    numbers = {role: {re.sub(r"\D+", "", key) for key in ids} for role, ids in result.ids.items()}
+    assert not numbers["validation"] & numbers["test"]
+    assert len(result.ids["test"]) == 2 * len(numbers["test"]) > 0
+
+
+def test_a_validation_row_similar_to_a_test_row_is_dropped_and_those_alike_within_it_stay(
+    tmp_path: Path,
+) -> None:
+    text, other = message(1, 30), message(2, 30)
+    validation = [row("a", f"{text} again"), row("b", other), row("c", f"{other} again")]
+    config = three_files(
+        tmp_path,
+        train=[row("d", f"{other} so"), *many(5, 100)],
+        validation=validation,
+        test=[row("x", text)],
+    )
+    result = Result(prepare(config, tmp_path / "out"), tmp_path / "out")
+    assert result.ids["validation"] == {"b", "c"}
+    assert result.ids["test"] == {"x"}
+    assert result.ids["train"] == {f"m{n}" for n in range(100, 105)}
+    assert result.counts.near_duplicates_dropped == 2
 
 
 def test_many_leaks_are_listed_in_part_and_counted_whole(tmp_path: Path) -> None:

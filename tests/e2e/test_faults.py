@@ -247,9 +247,7 @@ def test_the_whole_way_on_azure_and_postgresql_and_again_from_the_cache(
     assert workshop.scoreboard(again) == workshop.scoreboard(first)
     # Only what was under way has progress to show.
     assert workshop.artifacts(again).keys() == {
-        key
-        for key, artifact in workshop.artifacts(first).items()
-        if artifact["type"] != "progress"
+        key for key, artifact in workshop.artifacts(first).items() if artifact["type"] != "progress"
     }
     assert workshop.counts() == before
     assert cloud.answers("local:%") == ROWS["train"]

@@ -15,6 +15,13 @@ import pytest
 
 from distillery.data.examples import read_examples
 from distillery.errors import DataError, ModelError
+from distillery.evaluation.baselines import (
+    MAJORITY,
+    TFIDF,
+    TFIDF_ON_GOLD,
+    score_baselines,
+    with_letters,
+)
 from distillery.evaluation.evaluate import evaluate, measuring_notes
 from distillery.evaluation.report import candidate_of
 from distillery.evaluation.scoreboard import headline, render_table
@@ -364,7 +371,14 @@ def test_evaluate_against_an_endpoint(
     labels = {key: letter for key, letter in gold.items() if key != "t0"} | {"t1": "C"}
     out = tmp_path / "report"
     rows = evaluate(
-        [student], labels, test_file, train_file, PROMPT, "student int4", out, threads=1
+        [student],
+        labels,
+        test_file,
+        read_examples(train_file),
+        PROMPT,
+        "student int4",
+        out,
+        threads=1,
     )
     by_name = {row.name: row for row in rows}
     assert list(by_name) == [
@@ -397,7 +411,9 @@ def test_evaluate_against_an_endpoint(
     assert (lines[0]["example_id"], lines[0]["teacher"], lines[1]["teacher"]) == ("t0", None, "C")
     assert sum(line["student int4"] == line["gold"] for line in lines) == ours.correct
     report = json.loads((out / "report.json").read_text())
-    assert [ScoreRow.model_validate(row) for row in report["scoreboard"]] == list(rows)
+    assert [ScoreRow.model_validate(row) for row in report["scoreboard"]] == [
+        row.model_copy(update={"figures": None}) for row in rows
+    ]
     assert report["ran_on"] == {"student int4": "ONNX Runtime"}
     markdown = (out / "scoreboard.md").read_text()
     assert report["headline"] in markdown
@@ -422,7 +438,7 @@ def test_how_far_the_candidate_is_from_the_float_model_is_in_the_report(
             [exact, candidate],
             {},
             test_file,
-            None,
+            [],
             PROMPT,
             student.name,
             out,
@@ -442,7 +458,7 @@ def test_answers_are_the_same_bytes_for_equal_answers(
     teacher = student.model_copy(update={"name": "teacher"})
     for name in ("one", "two"):
         rows = evaluate(
-            [teacher, student], "teacher", test_file, None, PROMPT, "student int4", tmp_path / name
+            [teacher, student], "teacher", test_file, [], PROMPT, "student int4", tmp_path / name
         )
     assert (tmp_path / "one/answers.jsonl").read_bytes() == (
         tmp_path / "two/answers.jsonl"
@@ -458,8 +474,8 @@ def test_tfidf_is_left_out_where_the_options_differ(
     other = Example(
         example_id="x", question="Which?", choices=("neither", "pleased"), answer_key="A"
     )
-    write_examples(train_file, [*read_examples(train_file), other])
-    rows = evaluate([student], {}, test_file, train_file, PROMPT, "student int4", tmp_path / "out")
+    learnt = [*read_examples(train_file), other]
+    rows = evaluate([student], {}, test_file, learnt, PROMPT, "student int4", tmp_path / "out")
     assert [row.name for row in rows] == ["gold", "majority class", "teacher", "student int4"]
     assert rows[2].correct == 0
     assert (
@@ -467,11 +483,39 @@ def test_tfidf_is_left_out_where_the_options_differ(
     )
 
 
+def of_mood(key: str, words: str, letter: str | None) -> Example:
+    return Example(example_id=key, question=words, choices=MOODS, answer_key=letter)
+
+
+def test_tfidf_learns_what_the_student_learns_and_beside_it_stands_one_on_gold_alone() -> None:
+    """The gold rows say nothing of vans; of these only the teacher's labels tell."""
+    gold = [of_mood("g1", "good router", "A"), of_mood("g2", "bad router", "B")]
+    train = [
+        of_mood("t1", "late van", None),
+        of_mood("t2", "the teacher has no label", None),
+        of_mood("t3", "late grey van", "A"),
+    ]
+    labelled = with_letters(train, {"t1": "B", "t3": "B", "elsewhere": "A"})
+    assert [(row.example_id, row.answer_key) for row in labelled] == [("t1", "B"), ("t3", "B")]
+    asked = [of_mood("x", "van", "B"), of_mood("y", "good", "A")]
+    answers, notes = score_baselines(asked, [*labelled, *gold], gold)
+    assert list(answers) == ["majority class", "TF-IDF + logistic regression", TFIDF_ON_GOLD]
+    assert answers[TFIDF] == ["B", "A"]
+    assert answers[TFIDF_ON_GOLD][1] == "A"
+    assert answers[MAJORITY] == ["B", "B"]
+    assert notes == []
+    longer, _ = score_baselines([of_mood("z", "late grey van", "B")], [*gold], gold)
+    assert longer[TFIDF] == longer[TFIDF_ON_GOLD], "without labels there is nothing else to learn"
+    answers, notes = score_baselines(asked, labelled)
+    assert list(answers) == ["majority class"]
+    assert notes == [f"{TFIDF} is left out: all rows to learn from have one answer."]
+
+
 def test_two_that_give_no_answer_do_not_agree(
     student: ModelToScore, test_file: Path, tmp_path: Path
 ) -> None:
     short = PROMPT.model_copy(update={"max_tokens": 8})
-    rows = evaluate([student], {}, test_file, None, short, "student int4", tmp_path / "out")
+    rows = evaluate([student], {}, test_file, [], short, "student int4", tmp_path / "out")
     assert (rows[2].correct, rows[2].agreement) == (0, 0)
     assert (rows[2].rows_per_second, rows[2].p50_ms) == (None, None)
     assert "12 prompts are over prompt.max_tokens" in (tmp_path / "out/scoreboard.md").read_text()
@@ -487,17 +531,17 @@ def test_evaluate_refuses_what_can_t_be_compared(student: ModelToScore, tmp_path
         [Example(example_id="u", question="?", choices=MOODS, answer_key="A")],
     )
     with pytest.raises(DataError, match="no test row"):
-        evaluate([student], {}, empty, None, PROMPT, "student int4", tmp_path)
+        evaluate([student], {}, empty, [], PROMPT, "student int4", tmp_path)
     with pytest.raises(DataError, match="row u has no gold answer"):
-        evaluate([student], {}, unanswered, None, PROMPT, "student int4", tmp_path)
+        evaluate([student], {}, unanswered, [], PROMPT, "student int4", tmp_path)
     with pytest.raises(ModelError, match="no model to score is named 'student'"):
-        evaluate([student], {}, answered, None, PROMPT, "student", tmp_path)
+        evaluate([student], {}, answered, [], PROMPT, "student", tmp_path)
     with pytest.raises(ModelError, match="two lines of the scoreboard are named 'teacher'"):
         evaluate(
             [student.model_copy(update={"name": "teacher"})],
             {},
             answered,
-            None,
+            [],
             PROMPT,
             "teacher",
             tmp_path,

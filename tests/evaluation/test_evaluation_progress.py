@@ -113,8 +113,11 @@ def test_single_rows_and_batches_are_counted_once_each(
 def test_the_rows_of_all_models_are_shown_together(
     tmp_path: Path, shown: Shown, progress: ShowProgress, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def score_model(model: ModelToScore, *_: object, progress: ShowProgress) -> Scored:
-        for done in (0, 2):
+    def score_model(
+        model: ModelToScore, *_: object, progress: ShowProgress, reorder: bool
+    ) -> Scored:
+        assert reorder == (model.name == "ours")
+        for done in (0, 5 if reorder else 2):
             progress(done, 3, f"{done} of 3 rows")
         return Scored(
             answers=("A",) * 3,
@@ -131,15 +134,13 @@ def test_the_rows_of_all_models_are_shown_together(
         ModelToScore(name=name, kind="onnx", folder=str(tmp_path)) for name in ("teacher", "ours")
     ]
     test_file = write_examples(tmp_path / "rows.jsonl", examples(3))
-    evaluate(
-        models, "teacher", test_file, None, PROMPT, "ours", tmp_path / "out", progress=progress
-    )
+    evaluate(models, "teacher", test_file, [], PROMPT, "ours", tmp_path / "out", progress=progress)
     assert shown == [
-        (0, 6, "loading teacher"),
-        (0, 6, "asking teacher"),
-        (2, 6, "asking teacher"),
-        (3, 6, "loading ours"),
-        (3, 6, "asking ours"),
-        (5, 6, "asking ours"),
-        (6, 6, "writing the report"),
+        (0, 9, "loading teacher"),
+        (0, 9, "asking teacher"),
+        (2, 9, "asking teacher"),
+        (3, 9, "loading ours"),
+        (3, 9, "asking ours"),
+        (8, 9, "asking ours"),
+        (9, 9, "writing the report"),
     ]

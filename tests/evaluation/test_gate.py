@@ -1,6 +1,6 @@
 """The gate: each kind of rule and its verdicts, the reason, the tables, and records of before."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -10,14 +10,29 @@ from student_answers import Rights, answers_file, first, last, score_row
 
 from distillery.errors import DataError
 from distillery.evaluation.baselines import MAJORITY, TFIDF
-from distillery.evaluation.gate import gate
-from distillery.evaluation.report import candidate_of
+from distillery.evaluation.figures import figures_of
+from distillery.evaluation.gate import EarlierVersion, gate
+from distillery.evaluation.report import (
+    RowContent,
+    candidate_of,
+    read_answers,
+    row_contents,
+    rows_digest,
+    write_own_answers,
+)
 from distillery.evaluation.scoreboard import BASE
-from distillery.evaluation.statistics import Pairs, difference_interval
+from distillery.evaluation.statistics import Pairs, difference_interval, wilson_interval
 from distillery.evaluation.verdicts import render_verdicts, render_verdicts_markdown
 from distillery.recipe import EvaluationRecipe, GateRule, LimitRule
 from distillery.recipe.rules import Baseline
-from distillery.records import GateDecision, RuleVerdict, ScoreRow
+from distillery.records import (
+    Example,
+    Figures,
+    GateDecision,
+    OrderRobustness,
+    RuleVerdict,
+    ScoreRow,
+)
 
 RULE: TypeAdapter[GateRule] = TypeAdapter(GateRule)
 CANDIDATE = "student int4"
@@ -34,7 +49,9 @@ def decide(
     others: Rights | None = None,
     champion: Path | None = None,
     gold: str = "A",
-    **figures: float,
+    earlier: Sequence[EarlierVersion] = (),
+    contents: Mapping[str, RowContent] | None = None,
+    **figures: float | Figures,
 ) -> GateDecision:
     """Judge a student; a teacher is right on the first 80 % of the rows."""
     rows = len(ours)
@@ -44,17 +61,22 @@ def decide(
         CANDIDATE,
         rules=rules,
         answers=answers_file(folder / "ours.jsonl", rights, gold=gold),
-        champion_answers=champion,
-        champion="student:3" if champion else None,
-        champion_candidate=candidate_of(champion) if champion else None,
+        contents=contents,
+        earlier=[*earlier, *([version("3", champion, is_champion=True)] if champion else [])],
     )
     assert "\n" not in decision.reason
     assert decision.reason.startswith("passed: " if decision.passed else "refused: ")
-    assert decision.champion == ("student:3" if champion else None)
+    if not earlier:
+        assert decision.champion == ("student:3" if champion else None)
+        assert decision.champion_version == ("3" if champion else None)
     assert GateDecision.model_validate_json(decision.model_dump_json()) == decision
     for line in render_verdicts(decision.verdicts).splitlines():
         assert len(line) <= 120
     return decision
+
+
+def version(number: str, answers: Path, **settings: bool) -> EarlierVersion:
+    return EarlierVersion(number, f"student:{number}", read_answers(answers), **settings)
 
 
 def only(decision: GateDecision) -> RuleVerdict:
@@ -179,7 +201,10 @@ def test_the_champion_is_compared_on_shared_rows_alone(tmp_path: Path) -> None:
     champion = answers_file(tmp_path / "theirs.jsonl", {"student fp16": first(40)}, start=50)
     asks = [rule(kind="not_worse", confidence=None)]
     decision = decide(tmp_path, asks, first(76), champion=champion)
-    assert "(-28.0 points, must be ≥ -2, against student:3 on 50 shared rows)" in decision.reason
+    assert (
+        "(-28.0 points, must be ≥ -2, against student:3 on 50 shared rows of 100)"
+        in decision.reason
+    )
 
 
 def test_a_margin_of_zero_is_shown_without_a_sign(tmp_path: Path) -> None:
@@ -199,9 +224,124 @@ def test_a_champion_without_a_shared_row_leaves_the_rule_undecided(tmp_path: Pat
 
 def test_the_champion_itself_passes_on_however_few_rows(tmp_path: Path) -> None:
     rights: Rights = {"teacher": first(4, 5), CANDIDATE: first(3, 5)}
-    champion = answers_file(tmp_path / "theirs.jsonl", rights)
-    found = only(decide(tmp_path, [rule(kind="not_worse")], first(3, 5), champion=champion))
-    assert (found.passes, found.note) == (True, "the answers are the champion's own")
+    file = answers_file(tmp_path / "theirs.jsonl", rights)
+    itself = version("3", file, is_champion=True, is_candidate=True)
+    better = version("2", answers_file(tmp_path / "better.jsonl", {CANDIDATE: first(5, 5)}))
+    for than in ("champion", "best", "2"):
+        asks = [rule(kind="not_worse", than=than)]
+        found = only(decide(tmp_path, asks, first(3, 5), earlier=[itself, better]))
+        assert (found.passes, found.note) == (
+            True,
+            "the student is that of student:3, the champion",
+        )
+
+
+def three_versions(folder: Path) -> list[EarlierVersion]:
+    """Right on 80, 90 and 95 of 100 rows. The last was rolled back, the first is the champion."""
+    files = {}
+    for right in (80, 90, 95):
+        files[right] = answers_file(folder / f"{right}.jsonl", {CANDIDATE: first(right)})
+    return [
+        version("1", files[80], is_champion=True),
+        version("2", files[90]),
+        version("3", files[95], may_be_best=False),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("than", "figure", "against"),
+    [("champion", 0, "student:1"), ("best", -0.1, "student:2"), ("3", -0.15, "student:3")],
+)
+def test_not_worse_names_the_version_to_compare_with(
+    than: str, figure: float, against: str, tmp_path: Path
+) -> None:
+    asks = [rule(kind="not_worse", than=than, confidence=None)]
+    found = only(decide(tmp_path, asks, first(80), earlier=three_versions(tmp_path)))
+    assert found.figure == pytest.approx(figure)
+    assert found.note == f"against {against} on 100 shared rows"
+    assert found.passes is (than == "champion")
+
+
+def test_an_anchor_that_is_not_there(tmp_path: Path) -> None:
+    best = [rule(kind="not_worse", than="best")]
+    found = only(decide(tmp_path, best, first(80)))
+    assert (found.passes, found.note) == (True, "no version yet")
+    down = [three_versions(tmp_path)[2]]
+    assert only(decide(tmp_path, best, first(80), earlier=down)).note == "no version yet"
+    elsewhere = answers_file(tmp_path / "elsewhere.jsonl", {CANDIDATE: first(80)}, start=51)
+    found = only(decide(tmp_path, best, first(80), earlier=[version("2", elsewhere)]))
+    assert (found.verdict, found.note) == (
+        "undecided",
+        "no earlier version shares half of the test rows",
+    )
+    named = [rule(kind="not_worse", than="9")]
+    found = only(decide(tmp_path, named, first(80), earlier=three_versions(tmp_path)))
+    assert (found.verdict, found.note) == ("undecided", "no version 9 is registered")
+
+
+def example(number: int, question: str = "", order: int = 1) -> Example:
+    """A row whose gold answer is A."""
+    choices = ("oven", "bridge", "rain")[::order]
+    return Example(
+        example_id=f"r{number}",
+        question=question or f"question {number}",
+        choices=choices,
+        answer_key="A",
+    )
+
+
+def registered(folder: Path, rows: Sequence[Example], right: int) -> EarlierVersion:
+    """The champion, as it is registered with its answers to `rows`."""
+    own = answers_file(
+        folder / "whole.jsonl", {"teacher": first(9, 10), CANDIDATE: first(right, 10)}
+    )
+    write_own_answers(own, CANDIDATE, rows, folder / "own.jsonl")
+    return version("3", folder / "own.jsonl", is_champion=True)
+
+
+def test_rows_are_known_by_their_content(tmp_path: Path) -> None:
+    """Of ten rows, one has its options in another order now, two ids have another question, and one
+    row has another id."""
+    champion = registered(tmp_path, [example(number) for number in range(10)], 10)
+    assert list(next(iter(champion.answers.values()))) == [
+        *("example_id", "asked", "content", "gold", CANDIDATE)
+    ]
+    now = [example(number) for number in range(10)]
+    now[0] = example(0, order=-1)
+    now[1] = example(1, question="another question")
+    now[2] = example(2, question="a new one")
+    contents = row_contents(now)
+    # The row of the id r9 was registered with the id r3, and the other way round.
+    contents["r3"], contents["r9"] = contents["r9"], contents["r3"]
+    asks = [rule(kind="not_worse", confidence=None)]
+    found = only(decide(tmp_path, asks, first(10, 10), earlier=[champion], contents=contents))
+    assert found.figure == 0
+    assert found.note == (
+        "against student:3 on 7 shared rows of 10; left out, options in another order or spelling: "
+        "1; left out, id used for other content: 2"
+    )
+
+
+def test_answers_of_earlier_releases_are_compared_by_id_and_it_is_said(tmp_path: Path) -> None:
+    file = answers_file(tmp_path / "old.jsonl", {"teacher": first(8, 10), CANDIDATE: first(8, 10)})
+    contents = row_contents([example(number) for number in range(10)])
+    champion = version("3", file, is_champion=True)
+    asks = [rule(kind="not_worse", confidence=None)]
+    found = only(decide(tmp_path, asks, first(8, 10), earlier=[champion], contents=contents))
+    assert found.note == (
+        "against student:3 on 10 shared rows; known by their ids alone, since its answers are of "
+        "an earlier release"
+    )
+
+
+def test_the_digest_of_rows_is_that_of_contents_and_gold() -> None:
+    rows = [example(number) for number in range(3)]
+    renamed = [row.model_copy(update={"example_id": f"x{row.example_id}"}) for row in rows]
+    assert rows_digest(rows) == rows_digest(renamed[::-1])
+    assert rows_digest(rows) != rows_digest(rows[:2])
+    assert rows_digest(rows) != rows_digest([example(0, order=-1), *rows[1:]])
+    corrected = rows[0].model_copy(update={"answer_key": "B"})
+    assert rows_digest(rows) != rows_digest([corrected, *rows[1:]])
 
 
 @pytest.mark.parametrize(
@@ -219,6 +359,75 @@ def test_a_limit_on_a_figure(settings: dict[str, Any], verdict: str, tmp_path: P
     asks = [rule(kind="limit", **settings)]
     decision = decide(tmp_path, asks, first(76), p95_ms=40.0, bytes=55_000_000)
     assert only(decision).verdict == verdict
+
+
+def further_figures(**update: Any) -> Figures:
+    """Of the class yes, 45 of 50 rows are recalled, of no 31 of 50."""
+    rows = [
+        Example(example_id=str(n), question=str(n), choices=("yes", "no"), answer_key="AB"[n // 50])
+        for n in range(100)
+    ]
+    given = ["A"] * 45 + ["B"] * 5 + ["B"] * 31 + ["A"] * 19
+    probabilities = [(0.8, 0.2) if letter == "A" else (0.2, 0.8) for letter in given]
+    found = figures_of(rows, given, probabilities, [(0.9, 0.1)] * 100, None)
+    return found.model_copy(update={"p99_ms": 55.0, "load_s": 2.0, "first_token_ms": 30.0} | update)
+
+
+@pytest.mark.parametrize(
+    ("settings", "verdict"),
+    [
+        ({"figure": "macro_f1", "minimum": 0.75}, "passed"),
+        ({"figure": "macro_f1", "minimum": 0.75, "confidence": 0.95}, "undecided"),
+        ({"figure": "macro_f1", "minimum": 0.66, "confidence": 0.95}, "passed"),
+        ({"figure": "macro_f1", "minimum": 0.9, "confidence": 0.95}, "refused"),
+        ({"figure": "recall", "class": "yes", "minimum": 0.9}, "passed"),
+        ({"figure": "recall", "class": "yes", "minimum": 0.9, "confidence": 0.95}, "undecided"),
+        ({"figure": "recall", "class": "no", "minimum": 0.75, "confidence": 0.95}, "refused"),
+        ({"figure": "recall", "class": "maybe", "minimum": 0.5}, "undecided"),
+        ({"figure": "calibration_error", "maximum": 0.1}, "passed"),
+        ({"figure": "calibration_error", "maximum": 0.1, "confidence": 0.95}, "undecided"),
+        ({"figure": "calibration_error", "maximum": 0.3, "confidence": 0.95}, "passed"),
+        ({"figure": "kl_from_teacher", "maximum": 0.1, "confidence": 0.95}, "refused"),
+        ({"figure": "kl_from_teacher", "maximum": 1, "confidence": 0.95}, "passed"),
+        ({"figure": "order_robustness", "minimum": 0.8}, "undecided"),
+        ({"figure": "p99_ms", "maximum": 55}, "passed"),
+        ({"figure": "first_token_ms", "maximum": 29}, "refused"),
+        ({"figure": "load_s", "maximum": 2}, "passed"),
+        ({"figure": "accuracy", "minimum": 0.7, "confidence": 0.95}, "undecided"),
+        ({"figure": "accuracy", "minimum": 0.65, "confidence": 0.95}, "passed"),
+        ({"figure": "accuracy", "minimum": 0.5, "maximum": 0.7, "confidence": 0.95}, "undecided"),
+    ],
+)
+def test_a_limit_on_a_further_figure(
+    settings: dict[str, Any], verdict: str, tmp_path: Path
+) -> None:
+    asks = rule(kind="limit", **settings)
+    decision = decide(tmp_path, [asks], first(76), figures=further_figures())
+    found = only(decision)
+    assert found.verdict == verdict
+    assert (found.interval is not None) == ("confidence" in settings)
+    if found.interval and found.verdict == "undecided":
+        assert found.rows_needed is not None
+        assert found.rows_needed > 100
+    if settings.get("class") == "maybe":
+        assert found.note == "no test row has the answer 'maybe', only yes, no"
+
+
+def test_a_limit_on_the_order_of_options(tmp_path: Path) -> None:
+    order = OrderRobustness(rows=50, alike=45, value=0.9, low=0.78, high=0.96, seconds=1.0)
+    asks = [rule(kind="limit", figure="order_robustness", minimum=0.8, confidence=0.95)]
+    decision = decide(tmp_path, asks, first(76), figures=further_figures(order_robustness=order))
+    assert only(decision).interval == wilson_interval(45, 50, 0.9)
+    assert decision.reason == (
+        "passed: student int4 passes 1 rule: order_robustness at least 0.8: 0.9 [0.8084, 0.9505] "
+        "must be ≥ 0.8 at 95 %"
+    )
+
+
+def test_a_rule_with_a_class_goes_to_json_and_back() -> None:
+    asks = rule(kind="limit", figure="recall", minimum=0.5, **{"class": "yes"})
+    assert RULE.validate_json(RULE.dump_json(asks)) == asks
+    assert asks.title == "recall of yes at least 0.5"
 
 
 @pytest.mark.parametrize(("minimum", "passed"), [(100, True), (101, False)])
@@ -273,7 +482,7 @@ def test_a_good_student_passes_the_default_rules(tmp_path: Path) -> None:
     asks = EvaluationRecipe().gate_rules(starts_from_base=True)
     decision = decide(tmp_path, asks, first(75), {BASE: last(30)}, gold="ABC")
     assert decision.passed
-    assert len(decision.verdicts) == 4
+    assert len(decision.verdicts) == 5
 
 
 def test_decisions_of_earlier_versions_still_load() -> None:
@@ -291,8 +500,5 @@ def test_the_candidate_is_the_last_column_of_its_answers(tmp_path: Path) -> None
 def test_the_gate_refuses_unreadable_answers(tmp_path: Path) -> None:
     broken = tmp_path / "broken.jsonl"
     broken.write_text('{"example_id": "r0"\n')
-    own = answers_file(tmp_path / "ours.jsonl", {CANDIDATE: [True]})
     with pytest.raises(DataError, match=r"broken\.jsonl: can't be read as answers"):
-        gate(
-            [score_row(CANDIDATE, 1, 1)], CANDIDATE, rules=(), answers=own, champion_answers=broken
-        )
+        gate([score_row(CANDIDATE, 1, 1)], CANDIDATE, rules=(), answers=broken)

@@ -163,6 +163,37 @@ def test_float16_is_built_for_a_processor_and_is_near(
     assert size[tmp_path] < 0.8 * size[tiny_onnx("llama")]
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [{"precision": "fp32"}, {"precision": "fp16"}, {"algorithm": "rtn", "share_embeddings": True}],
+)
+def test_all_logits_are_those_of_every_token_of_the_prompt(
+    tiny_model: TinyModel, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    """The other forms give those after the last token alone; the student's answers are the same."""
+    ids = list(range(3, 23))
+    found = {}
+    for all_logits, positions in ((False, 1), (True, len(ids))):
+        folder = tmp_path / str(all_logits)
+        form = ExportForm(all_logits=all_logits, **settings)
+        export(tiny_model("llama"), None, form, folder)
+        assert logits_of(folder, ids).shape == (1, positions, 512)
+        found[all_logits] = OnnxStudent(folder, threads=1).next_token_logprobs(ids)
+    assert found[True] == pytest.approx(found[False], abs=1e-3)
+
+
+def logits_of(folder: Path, ids: list[int]) -> Any:
+    """Return what the model itself gives for a prompt, as lm-evaluation-harness reads it."""
+    import numpy as np
+    import onnxruntime_genai
+
+    og: Any = onnxruntime_genai
+    model = og.Model(str(folder))
+    generator = og.Generator(model, og.GeneratorParams(model))
+    generator.append_tokens(np.array(ids, dtype=np.int32))
+    return generator.get_output("logits")
+
+
 def test_gptq_is_calibrated_on_the_prompts_it_is_given(
     tiny_model: TinyModel, tiny_onnx: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -10,7 +10,7 @@ import pytest
 from pydantic import BaseModel
 from tiny_recipe import row
 
-from distillery.errors import DataError, ExportError, ModelError
+from distillery.errors import DataError, ExportError, OutOfResources
 from distillery.evaluation.scoring import ModelToScore, Scored, departure
 from distillery.evaluation.statistics import paired_interval
 from distillery.export.build import ask_once
@@ -161,6 +161,11 @@ def test_rows_of_different_options_count_option_by_option() -> None:
     assert departure(scored("-"), scored("-")) == Departure(mean=0, largest=0, changed=0)
 
 
+def test_a_row_that_one_of_them_was_not_asked_is_no_changed_answer() -> None:
+    assert departure(scored("A-B"), scored("ABA")).changed == 1
+    assert departure(scored("AB"), scored("A-")).changed == 0
+
+
 def ladder_of(*rungs: Rung) -> Ladder:
     return Ladder(rows=100, accuracy=0.85, largest_loss=0.02, rungs=rungs)
 
@@ -237,7 +242,7 @@ def built(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[int, str]]:
         assert isinstance(job, BuildingJob)
         assert limit_s == 60 * 60
         if job.form.title not in forms:
-            raise ModelError("no time")
+            raise OutOfResources("no time")
         Path(job.out).mkdir()
         (Path(job.out) / "form.txt").write_text(job.form.title)
         if job.form.algorithm == "gptq":
@@ -308,8 +313,12 @@ def test_a_rung_that_can_not_be_built_is_shown_with_the_reason(
 ) -> None:
     built["int8 rtn/32"] = (20, "A" * 20)
     found = climbed(files, tiny_model("llama"), tmp_path / "out", "gptq", "int8")
-    assert found.rungs[0] == Rung(form=FORMS["gptq"], note="left out: no time")
+    assert found.rungs[0] == Rung(
+        form=FORMS["gptq"], note="left out: no time", out_of_resources=True
+    )
     assert found.rungs[1].picked
+    assert not found.is_final
+    assert climbed(files, tmp_path, tmp_path / "again", "int8").is_final
 
 
 def test_the_rung_under_way_is_shown_with_its_pass_or_its_rows(

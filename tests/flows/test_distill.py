@@ -41,6 +41,7 @@ PREDICTORS = (
     "gold",
     "majority class",
     "TF-IDF + logistic",
+    "TF-IDF on gold rows",
     "teacher",
     "base model",
     "student",
@@ -128,12 +129,20 @@ class Workshop:
 
     def states(self, run: Run) -> dict[str, str]:
         """Each stage of the run and its subflows, as 'FLOW: TASK', with its state's name in
-        Prefect's database. The run's page, which is made anew each time, is left out."""
+        Prefect's database. Judging, promoting and the report are no stages."""
+        return {
+            name: state
+            for name, state in self.tasks(run).items()
+            if name not in (": judge", ": promote", ": report")
+        }
+
+    def tasks(self, run: Run) -> dict[str, str]:
+        """Each task run of the run and its subflows, likewise."""
         query = """
             SELECT flow_run.name, task_run.name, task_run.state_name
             FROM task_run JOIN flow_run ON task_run.flow_run_id = flow_run.id
             WHERE (flow_run.name = :name OR flow_run.name LIKE :name || ',%')
-            AND task_run.name != 'report' AND task_run.id NOT IN (
+            AND task_run.id NOT IN (
                 SELECT parent_task_run_id FROM flow_run WHERE parent_task_run_id IS NOT NULL
             )
         """
@@ -186,6 +195,7 @@ def test_the_first_run_goes_the_whole_way(workshop: Workshop, first: Run) -> Non
     assert tuple(names) == PREDICTORS
     assert not any("cached" in line for line in first.stages.values())
     assert set(workshop.states(first).values()) == {"Completed"}
+    assert {": judge", ": promote"} <= workshop.tasks(first).keys()
     assert first.counts["request"] == ROWS["train"]
     assert f"{ROWS['train']} accepted, 0 rejected, {ROWS['train']} calls" in first.stages["label"]
     assert first.counts["serve"] == 1
@@ -210,6 +220,10 @@ def test_the_same_run_again_computes_nothing_and_prints_the_same(
         assert f"cached from {first.name}" in line, stage
     assert workshop.states(again) == dict.fromkeys(workshop.states(first), "Cached")
     assert again.counts == Counter()
+    assert (workshop.tasks(again)[": judge"], workshop.tasks(again)[": promote"]) == (
+        "Completed",
+        "Completed",
+    )
     assert f"<h1>{again.name}</h1>" in again.page.read_text()
     # The champion's answers are kept for the page.
     kept = workshop.home / "store" / "records" / "runs" / f"{again.name}.json"
@@ -232,6 +246,47 @@ def test_one_more_row_costs_one_request_and_a_training(workshop: Workshop, first
         "preparation, teacher: train",
         "preparation: export",
     }
+
+
+def test_fresh_test_rows_judge_a_champion_that_has_not_seen_them(
+    tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[[str], Path]
+) -> None:
+    workshop = Workshop(tmp_path_factory.mktemp("rotation"), tiny_model("llama"))
+    values = endpoint_recipe(workshop.files, workshop.base, "rounds", method="lora", soft_weight=0)
+    values["teacher"] = {"kind": "gold"}
+    values["dataset"] |= {"splits": {"train": "train"}, "carve": {"test": 0.2}}
+    values["dataset"]["rotation"] = {"rounds": 2, "round": 0}
+    values["evaluation"] = {"rules": [{"kind": "not_worse", "margin": 0.9}]}
+    first = workshop.distil(values)
+    assert "have judged" not in first.out + first.log
+    again = workshop.distil(values)
+    said = re.compile(r"these \d+ test rows have judged 1 version of rounds; dataset.rotation")
+    assert said.search(again.out)
+    assert said.search(again.log)
+
+    values["dataset"]["rotation"] = {"rounds": 2, "round": 1}
+    fresh = workshop.distil(values)
+    assert "have judged" not in fresh.out
+    assert fresh.counts["step"] == 0, "the train rows are the same"
+    assert "rounds version 1 has answered none of these test rows and is asked them" in fresh.log
+    assert re.search(r"0\.0 points .* against rounds version 1 on \d+ shared rows", fresh.out)
+
+    # Rows that have trained the champion.
+    values["dataset"]["rotation"] = {"rounds": 3, "round": 2}
+    (workshop.folder / "bad.yaml").write_text(yaml.safe_dump(values))
+    refused = subprocess.run(
+        [sys.executable, "-m", "flows.distill", str(workshop.folder / "bad.yaml")],
+        cwd=PROJECT,
+        env=workshop.environment,
+        capture_output=True,
+        text=True,
+    )
+    assert refused.returncode == 1
+    assert re.search(
+        r"^error: dataset: (\d+) of \1 test rows have trained rounds version \d, the champion, "
+        r"such as row train-\d+, and can't judge its successor; leave dataset\.seed",
+        refused.stderr.splitlines()[-1],
+    )
 
 
 def test_another_limit_of_the_gate_runs_no_work_again(workshop: Workshop, first: Run) -> None:

@@ -362,8 +362,8 @@ def test_the_schema_of_the_form_describes_each_key_and_submits_no_default(
             assert "default" not in field, f"{name}.{key}"
 
 
-def test_a_form_is_in_cache_keys_by_its_own_five_settings() -> None:
-    """One more, and every export of earlier runs would be made again."""
+def test_a_form_is_in_cache_keys_by_its_own_settings() -> None:
+    """One more that is not added later, and every export of earlier runs would be made again."""
     form = ExportRecipe(
         precision="int8", largest_loss=0.1, ladder=(ExportForm(algorithm="rtn"),)
     ).form
@@ -373,7 +373,9 @@ def test_a_form_is_in_cache_keys_by_its_own_five_settings() -> None:
         "block_size": 32,
         "share_embeddings": True,
         "adapter_apart": False,
+        "all_logits": False,
     }
+    assert ExportForm.added_later == ExportRecipe.added_later == {"all_logits"}
     assert type(form) is ExportForm
 
 
@@ -387,6 +389,7 @@ def test_a_ladder_says_whether_it_needs_prompts_and_each_form_has_a_title() -> N
     assert [form.title for form in forms] == ["int4 gptq/32, own head", "fp16"]
     apart = ExportForm(precision="fp32", adapter_apart=True, share_embeddings=False)
     assert apart.title == "fp32, apart"
+    assert ExportForm(all_logits=True).title == "int4 k_quant_mixed/32, all logits"
 
 
 def rules_of(**values: Any) -> list[str]:
@@ -394,7 +397,11 @@ def rules_of(**values: Any) -> list[str]:
 
 
 def test_a_recipe_that_says_nothing_has_the_default_rules() -> None:
-    common = ["keeps 80 % of the teacher's accuracy", "at most 2 points worse than the champion"]
+    common = [
+        "keeps 80 % of the teacher's accuracy",
+        "at most 2 points worse than the champion",
+        "at most 2 points worse than the best",
+    ]
     assert rules_of() == ["better than majority class", "better than base model", *common]
     local = {"teacher": {"kind": "local"}, "student": {"start": "teacher"}}
     assert rules_of(**local) == ["better than majority class", *common]
@@ -407,6 +414,7 @@ def test_the_presets_say_their_rules() -> None:
         "better than base model",
         "keeps 95 % of the teacher's accuracy",
         "at most 5 points worse than the champion",
+        "at most 5 points worse than the best",
     ]
     assert load_recipe("lab").evaluation.rules is not None
 
@@ -417,6 +425,7 @@ def test_the_older_settings_take_the_place_of_the_rules_of_their_kind() -> None:
     assert rules_of(evaluation=kept) == [
         *better,
         "at most 2 points worse than the champion",
+        "at most 2 points worse than the best",
         "keeps 90 % of the teacher's accuracy",
     ]
     assert "keeps 90 % of the teacher's accuracy" in rules_of(preset="demo", evaluation=kept)
@@ -445,6 +454,20 @@ def test_a_rule_is_named_by_its_content_if_it_has_no_name() -> None:
         "at least 1,200 test rows": {"kind": "rows", "minimum": 1200},
     }
     assert rules_of(evaluation={"rules": list(titles.values())}) == list(titles)
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"figure": "recall"}, "a limit on recall needs class"),
+        ({"figure": "macro_f1", "class": "yes"}, "class belongs to the figure recall; remove it"),
+        ({"figure": "p99_ms", "confidence": 0.95}, "p99_ms has no interval, only accuracy, "),
+    ],
+)
+def test_a_limit_that_makes_no_sense_is_refused(settings: dict[str, Any], reason: str) -> None:
+    rule = {"kind": "limit", "minimum": 0.5} | settings
+    with pytest.raises(ValueError, match=reason):
+        Recipe.model_validate({"evaluation": {"rules": [rule]}})
 
 
 def test_a_recipe_cannot_be_changed() -> None:

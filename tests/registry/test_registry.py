@@ -11,9 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,14 +23,17 @@ from azure_ml_stand_in import (
     resolve_localhost,
 )
 from azurite_server import ACCOUNT, ACCOUNT_KEY, Azurite, Certificate, free_port
-from tenacity import wait_none
+from postgres_server import Postgres
+from prefect import flow
+from prefect.testing.utilities import prefect_test_harness
 
 import tasks.registry
 from distillery.errors import CredentialsError, DistilleryError, RegistryError, RegistryUnavailable
 from distillery.recipe import RegistryRecipe
-from distillery.records import Artifact, EvaluationReport, RegisteredModel
+from distillery.records import Artifact, GateDecision, RegisteredModel
 from distillery.registry.azureml import AZURE_DEADLINE, AzureRegistry
 from distillery.registry.base import Registry
+from distillery.registry.history import Actor, Event, event_tag, new_event, pin_of, taken_down
 from distillery.registry.local import LocalRegistry
 from distillery.registry.open import open_registry
 from distillery.storage.artifacts import ArtifactStore
@@ -176,7 +177,7 @@ def test_what_is_registered_is_downloaded_unchanged(
     assert (model.name, model.version, model.role, model.registry) == (
         "student",
         "1",
-        "candidate",
+        "challenger",
         registry.kind,
     )
     assert model.produced_by == "run-7"
@@ -216,23 +217,263 @@ def test_the_same_content_is_registered_once(
     assert registry.list() == [other, second, first]
 
 
-@BOTH
-def test_one_version_is_the_champion(case: RegistryCase, folder: Path, tmp_path: Path) -> None:
-    registry = case.registry
-    first = registry.register(folder, "student", {"task": "tone"}, PROVENANCE)
-    second = registry.register(
-        model_folder(tmp_path / "second", b"better"), "student", {}, PROVENANCE
-    )
-    assert registry.get("student") == second
+ME = Actor("run-7", "id-7")
 
-    assert registry.promote(first).role == "champion"
+
+def versions(case: RegistryCase, folder: Path, count: int) -> list[RegisteredModel]:
+    """Register `count` versions of one model."""
+    registered = []
+    for number in range(1, count + 1):
+        content = model_folder(folder / f"version-{number}", b"%d" % number)
+        registered.append(case.registry.register(content, "student", {}, PROVENANCE, actor=ME))
+    return registered
+
+
+def roles(registry: Registry) -> dict[str, str]:
+    return {model.version: model.role for model in registry.list("student")}
+
+
+def told(registry: Registry) -> list[tuple[str, str, str | None]]:
+    """Return the history's actions, versions and the champions before."""
+    history = registry.history("student")
+    return [(event.action, event.version, event.before) for event in history]
+
+
+@BOTH
+def test_a_run_promotes_only_over_the_champion_that_it_has_judged(
+    case: RegistryCase, tmp_path: Path
+) -> None:
+    registry = case.registry
+    first, second, third = versions(case, tmp_path, 3)
+    assert registry.get("student") == third
+
+    promoted = registry.promote(first, None, ME, "it passes")
+    assert (promoted.result, promoted.champion) == ("promoted", "1")
     assert registry.get("student") == first.model_copy(update={"role": "champion"})
-    assert registry.promote(registry.get("student", "2")).role == "champion"
-    roles = {model.version: model.role for model in registry.list("student")}
-    assert roles == {"2": "champion", "1": "candidate"}
+    outpaced = registry.promote(second, None, ME)
+    assert (outpaced.result, outpaced.champion) == ("outpaced", "1")
+    assert outpaced.reason == "the champion is version 1, no longer none"
+    assert registry.promote(second, "3", ME).result == "outpaced"
+    assert roles(registry) == {"1": "champion", "2": "challenger", "3": "challenger"}
+
+    assert registry.promote(second, "1", ME).result == "promoted"
+    assert registry.promote(second, "1", ME).result == "stands"
+    assert roles(registry) == {"1": "archived", "2": "champion", "3": "challenger"}
     assert registry.get("student").content_id == second.content_id
-    with pytest.raises(RegistryError, match="7"):
-        registry.promote(first.model_copy(update={"version": "7"}))
+    with pytest.raises(RegistryError, match="no version 7"):
+        registry.promote(first.model_copy(update={"version": "7"}), "2", ME)
+
+    registered: list[tuple[str, str, str | None]] = []
+    registered += [("registered", number, None) for number in ("1", "2", "3")]
+    assert told(registry) == [*registered, ("promoted", "1", None), ("promoted", "2", "1")]
+    event = registry.history("student")[3]
+    assert (event.by, event.run_id, event.reason) == ("run-7", "id-7", "it passes")
+    assert event.line.endswith("version 1 promoted  by run-7 (run id-7): it passes")
+    assert registry.history("nobody") == []
+
+
+@BOTH
+def test_a_rollback_pins_and_only_a_new_version_is_promoted_over_it(
+    case: RegistryCase, tmp_path: Path
+) -> None:
+    registry = case.registry
+    first, second, third = versions(case, tmp_path, 3)
+    for model, before in ((first, None), (second, "1"), (third, "2")):
+        registry.promote(model, before, ME)
+    user = Actor("somebody")
+    back = registry.pin("student", None, user, "complaints", "rolled back")
+    assert (back.version, back.role) == ("2", "champion")
+    assert roles(registry) == {"1": "archived", "2": "champion", "3": "archived"}
+    assert told(registry)[-1] == ("rolled back", "2", "3")
+
+    for model in (first, third):
+        barred = registry.promote(model, "2", ME)
+        assert (barred.result, barred.champion) == ("barred", "2")
+        assert barred.reason == (
+            "somebody has pinned version 2: runs promote only versions above 3 until "
+            "`distillery models unpin student`"
+        )
+    assert registry.promote(second, "2", ME).result == "stands"
+    # Once more, it goes back further, not forth again.
+    assert registry.pin("student", None, user, "", "rolled back").version == "1"
+    fourth = registry.register(
+        model_folder(tmp_path / "fourth", b"4"), "student", {}, PROVENANCE, actor=ME
+    )
+    assert registry.promote(fourth, "1", ME).result == "promoted"
+    # The pin still bars what was there before it.
+    assert registry.promote(third, "4", ME).result == "barred"
+    assert taken_down(registry.history("student")) == {"2", "3"}
+    registry.unpin("student", user)
+    assert registry.promote(third, "4", ME).result == "promoted"
+    with pytest.raises(RegistryError, match="student: no champion is pinned in"):
+        registry.unpin("student", user)
+    assert [event.action for event in registry.history("student")[-2:]] == ["unpinned", "promoted"]
+
+
+def test_there_is_nothing_to_roll_back_to(local: RegistryCase, tmp_path: Path) -> None:
+    registry = local.registry
+    (first,) = versions(local, tmp_path, 1)
+    registry.promote(first, None, ME)
+    with pytest.raises(RegistryError, match="the history names no champion before this one"):
+        registry.pin("student", None, ME, "", "rolled back")
+    with pytest.raises(RegistryError, match="version 1 is the champion already"):
+        registry.pin("student", "1", ME, "", "rolled back")
+    assert registry.pin("student", "1", ME).version == "1"
+    assert pin_of(registry.history("student")) is not None
+
+
+@BOTH
+def test_a_refused_student_is_kept_as_rejected_and_never_promoted(
+    case: RegistryCase, folder: Path, tmp_path: Path
+) -> None:
+    registry = case.registry
+    student: Any = {"model_sha256": "a" * 64, "rows_sha256": "b" * 64}
+    bad = registry.register(
+        folder, "student", {}, PROVENANCE, actor=ME, reason="worse", rejected=True, **student
+    )
+    assert (bad.version, bad.role) == ("1", "rejected")
+    assert registry.register(folder, "student", {}, {}, rejected=True, **student) == bad
+    assert registry.history("student")[0].reason == "worse"
+    with pytest.raises(RegistryError, match="holds rejected versions alone"):
+        registry.get("student")
+    assert registry.get("student", "1") == bad
+    for act in (
+        lambda: registry.promote(bad, None, ME),
+        lambda: registry.pin("student", "1", ME),
+    ):
+        with pytest.raises(RegistryError, match="student version 1 is rejected: the gate refused"):
+            act()
+    # Under other rules it passes: that is another version, and is not rejected any more.
+    good = registry.register(folder, "student", {}, PROVENANCE, actor=ME, **student)
+    assert (good.version, good.role) == ("2", "challenger")
+    assert registry.register(folder, "student", {}, {}, rejected=True, **student) == good
+
+
+@BOTH
+def test_a_version_is_what_the_student_is(case: RegistryCase, folder: Path, tmp_path: Path) -> None:
+    """The same model and the same test rows: whatever the provenance says of times and speeds."""
+    registry = case.registry
+    student: Any = {"model_sha256": "a" * 64, "rows_sha256": "b" * 64}
+    first = registry.register(folder, "student", {}, {"seconds": 1}, **student)
+    other_answers = model_folder(tmp_path / "other", b"the same but for an answer")
+    assert registry.register(other_answers, "student", {}, {"seconds": 2}, **student) == first
+    other_rows = student | {"rows_sha256": "c" * 64}
+    assert registry.register(other_answers, "student", {}, {}, **other_rows).version == "2"
+    case.damage(first, "model.onnx.data", flip_a_byte)
+    assert registry.register(other_answers, "student", {}, {"seconds": 2}, **student).version == "3"
+
+
+@BOTH
+def test_one_file_is_read_and_verified(case: RegistryCase, folder: Path) -> None:
+    registry = case.registry
+    model = registry.register(folder, "student", {}, PROVENANCE)
+    assert registry.read_verified(model, "genai_config.json") == b"{}"
+    assert registry.read_verified(model, "evaluation/answers.jsonl") is None
+    case.damage(model, "genai_config.json", lambda content: b"[]")
+    with pytest.raises(RegistryError, match=r"student version 1: genai_config\.json: "):
+        registry.read_verified(model, "genai_config.json")
+
+
+def test_an_entry_of_the_history_that_can_not_be_read_is_named(
+    local: RegistryCase, folder: Path
+) -> None:
+    registry = local.registry
+    registry.register(folder, "student", {}, PROVENANCE)
+    assert isinstance(registry, LocalRegistry)
+    with registry.mlflow() as client:
+        client.set_registered_model_tag("student", "history_0", "mine")
+    with pytest.raises(RegistryError, match="student: tag history_0: can't be read"):
+        registry.history("student")
+
+
+def test_a_clock_that_is_behind_and_a_long_reason(local: RegistryCase, folder: Path) -> None:
+    late = Event(at="2999-01-01T00:00:00.000000+00:00", action="registered", version="1", by="x")
+    event = new_event([late], "promoted", "1", ME, "why \n" * 1000)
+    assert event.at == "2999-01-01T00:00:00.000001+00:00"
+    assert len(event_tag(event)[1]) < 1000
+    assert "\n" not in event.line
+
+
+PROMOTE = """
+import sys, time
+from pathlib import Path
+from distillery.registry.history import Actor
+from distillery.registry.local import LocalRegistry
+folder, version = Path(sys.argv[1]), sys.argv[2]
+registry = LocalRegistry()
+model = registry.get("student", version)
+(folder / f"ready-{version}").touch()
+while len(list(folder.glob("ready-*"))) < 2:
+    time.sleep(0.001)
+print(registry.promote(model, None, Actor(f"run {version}")).result)
+"""
+
+
+def promote_at_once(folder: Path) -> list[str]:
+    """Have two processes promote versions 1 and 2 at once; return what each of them tells."""
+    command = [sys.executable, "-c", PROMOTE, str(folder)]
+    started = [
+        subprocess.Popen([*command, version], stdout=subprocess.PIPE, text=True)
+        for version in ("1", "2")
+    ]
+    return [process.communicate(timeout=120)[0].strip() for process in started]
+
+
+def test_two_processes_that_promote_at_once_leave_one_champion_and_tell_it(
+    local: RegistryCase, tmp_path: Path
+) -> None:
+    versions(local, tmp_path, 2)
+    results = promote_at_once(tmp_path)
+    assert sorted(results) == ["outpaced", "promoted"]
+    champion = local.registry.get("student")
+    assert results[int(champion.version) - 1] == "promoted"
+    assert [event.action for event in local.registry.history("student")] == [
+        "registered",
+        "registered",
+        "promoted",
+    ]
+
+
+@pytest.mark.slow
+def test_two_processes_that_promote_at_once_on_postgresql(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Postgres() as server:
+        monkeypatch.setenv("DISTILLERY_REGISTRY", server.url("postgresql+psycopg"))
+        case = RegistryCase(LocalRegistry(), lambda model, file, change: None)
+        versions(case, tmp_path, 2)
+        assert sorted(promote_at_once(tmp_path)) == ["outpaced", "promoted"]
+        actions = [event.action for event in case.registry.history("student")]
+        assert actions == ["registered", "registered", "promoted"]
+
+
+def test_a_promotion_that_another_run_overwrites_is_told(
+    local: RegistryCase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As behind MLflow's own server, where nothing is locked."""
+    registry = local.registry
+    first, second = versions(local, tmp_path, 2)
+    own = registry.set_champion
+
+    def overwritten(model: RegisteredModel, before: RegisteredModel | None, event: Event) -> None:
+        own(model, before, event)
+        own(second, None, event)
+
+    monkeypatch.setattr(registry, "set_champion", overwritten)
+    told = registry.promote(first, None, ME)
+    assert (told.result, told.champion) == ("outpaced", "2")
+    assert told.reason == "another run promoted at the same time"
+
+
+@pytest.mark.slow
+def test_azure_versions_of_earlier_releases_have_roles(
+    azure: RegistryCase, stand_in: AzureMLStandIn, folder: Path
+) -> None:
+    registry = azure.registry
+    model = registry.register(folder, "student", {}, PROVENANCE)
+    stand_in.versions["student"]["1"]["properties"]["tags"]["role"] = "candidate"
+    assert registry.get("student").role == "challenger"
+    assert registry.promote(model, None, ME).result == "promoted"
 
 
 @BOTH
@@ -469,9 +710,12 @@ def test_azure_gets_the_version_that_the_lab_registers(
     assert properties["modelUri"].endswith(
         f"/workspaceblobstore/paths/distillery/student/{model.manifest_sha256}/"
     )
-    assert properties["tags"] == {
+    tags = dict(properties["tags"])
+    (event,) = [tags.pop(name) for name in list(tags) if name.startswith("history_")]
+    assert json.loads(event)["action"] == "registered"
+    assert tags == {
         "task": "tone",
-        "role": "candidate",
+        "role": "challenger",
         "manifest_sha256": model.manifest_sha256,
         "files_sha256": model.artifact.sha256,
         "bytes": str(model.artifact.bytes),
@@ -588,40 +832,29 @@ def test_azurite_that_is_not_installed_is_an_error(
         Azurite(tmp_path).start()
 
 
-@pytest.mark.parametrize(("failures", "tries"), [(2, 3), (3, 3)])
-def test_a_registry_that_is_away_for_a_moment_ends_no_run(
-    failures: int, tries: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("away", [True, False])
+def test_judging_and_promoting_are_tried_again_when_the_registry_is_away(
+    away: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    kind = RegistryUnavailable if away else RegistryError
     asked = []
 
-    def away(recipe: RegistryRecipe) -> Any:
+    def fails(recipe: RegistryRecipe) -> Any:
         asked.append(recipe)
-        if len(asked) <= failures:
-            raise RegistryUnavailable("the registry does not answer")
-        return SimpleNamespace(promote=lambda model: model)
+        raise kind("the registry does not answer")
 
-    monkeypatch.setattr(tasks.registry, "open_registry", away)
+    monkeypatch.setattr(tasks.registry, "open_registry", fails)
+    monkeypatch.setattr(tasks.registry, "produced_by", lambda: "run-7")
     model = RegisteredModel(
         artifact=ARTIFACT, name="student", version="1", registry="local", manifest_sha256="d" * 64
     )
-    with pytest.raises(RegistryUnavailable) if failures == 3 else nullcontext():
-        tasks.registry.promote.retry_with(wait=wait_none())(model)
-    assert len(asked) == tries
 
+    @flow
+    def promoting() -> None:
+        decision = GateDecision(passed=True, reason="passed: all well")
+        tasks.registry.promote.with_options(retry_delay_seconds=0)(model, decision)
 
-def test_what_no_waiting_mends_is_asked_of_the_registry_once(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    asked = []
-
-    def refuses(recipe: RegistryRecipe) -> Any:
-        asked.append(recipe)
-        raise RegistryError("no such thing")
-
-    monkeypatch.setattr(tasks.registry, "open_registry", refuses)
-    report = EvaluationReport(
-        artifact=ARTIFACT, scoreboard=(), candidate="student", answers_sha256="d" * 64
-    )
-    with pytest.raises(RegistryError, match="no such thing"):
-        tasks.registry.judge(report, (), RegistryRecipe())
-    assert len(asked) == 1
+    with prefect_test_harness(), pytest.raises(kind, match="does not answer"):
+        promoting()
+    assert len(asked) == (3 if away else 1)
+    assert tasks.registry.judge.retries == tasks.registry.promote.retries == 2

@@ -22,9 +22,10 @@ from finished_run import (
 )
 
 from distillery.errors import DataError
+from distillery.evaluation.report import ROWS_FILE
 from distillery.records import GateDecision, Outcome
 from distillery.report import page
-from distillery.report.evaluated import ROWS_FILE, read_evaluation
+from distillery.report.evaluated import read_evaluation
 
 
 class Parsed(HTMLParser):

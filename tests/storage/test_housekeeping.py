@@ -203,6 +203,17 @@ def test_a_registered_model_keeps_what_it_came_from_until_it_is_deleted(
     assert names(removed, "run") == {"records/runs/demo-0.json"}
 
 
+def test_a_registered_model_that_no_run_names_keeps_what_it_came_from(
+    store: ArtifactStore, put: Callable[[str], Artifact], registered: RegisteredModel
+) -> None:
+    """Its run ended before it kept its record, or the record was removed."""
+    assert registered.version
+    labels, unnamed = put("labels"), put("other")
+    age(store)
+    assert names(collect(store, keep_runs=0), "artifact") == {unnamed.sha256}
+    assert store.holds(labels)
+
+
 def test_a_registry_that_does_not_answer_leaves_all_as_it_is(
     store: ArtifactStore,
     put: Callable[[str], Artifact],

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from distillery.evaluation.report import ANSWERS_FILE, REPORT_FILE
+from distillery.evaluation.report import ANSWERS_FILE, REPORT_FILE, ROWS_FILE
 from distillery.evaluation.statistics import wilson_interval
 from distillery.labels.report import LabelReport
 from distillery.recipe import BetterRule, RowsRule
@@ -24,7 +24,6 @@ from distillery.records import (
     TeacherLabels,
     Usage,
 )
-from distillery.report.evaluated import ROWS_FILE
 from distillery.report.page import PAGE_FILE, StageLine, write_page
 
 STUDENT = "student int4"

@@ -5,13 +5,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from distillery.evaluation.statistics import wilson_interval
-from distillery.records import ScoreRow
+from distillery.records import Figures, ScoreRow
 
 Rights = Mapping[str, Sequence[bool]]
 """By predictor, whether it is right, row by row."""
 
 
-def score_row(name: str, correct: int, rows: int = 450, **figures: float) -> ScoreRow:
+def score_row(name: str, correct: int, rows: int = 450, **figures: float | Figures) -> ScoreRow:
     return ScoreRow(
         name=name,
         kind="model",

@@ -223,23 +223,23 @@ class Workshop(PrefectApi):
         return family
 
     def tasks(self, run: Run) -> dict[str, str]:
-        """The run's tasks and their states; its subflows are left out."""
+        """The run's stages and their states. Its subflows are left out, and the tasks that look
+        into the registry, which are no stages."""
         tasks = self.ask("/task_runs/filter", flow_runs={"id": {"any_": [run["id"]]}})
         return {
             task["name"]: task["state_name"]
             for task in tasks
             if not task["state"]["state_details"]["child_flow_run_id"]
+            and task["name"] not in ("judged before", "judge", "promote", "report")
         }
 
     def states(self, run: Run) -> dict[str, str]:
-        """Each stage of the run and of all that it started, as 'FLOW: TASK', and its state. The
-        run's page, which is made anew each time, is left out."""
+        """Each stage of the run and of all that it started, as 'FLOW: TASK', and its state."""
         family = self.family(run)
         return {
             f"{name}: {task}": state
             for name, one in family.items()
             for task, state in self.tasks(one).items()
-            if task != "report"
         }
 
     def log(self, run: Run) -> str:

@@ -13,10 +13,11 @@ from prefect.serializers import JSONSerializer
 from prefect.testing.utilities import prefect_test_harness
 
 from distillery.errors import StageError
-from distillery.recipe import TrainingRecipe
-from distillery.records import Predictions, PreparedDataset
+from distillery.recipe import ExportForm, TrainingRecipe
+from distillery.records import Ladder, OnnxModel, Predictions, PreparedDataset, Rung
 from distillery.storage.artifacts import ArtifactStore
 from tasks import stage as stages
+from tasks.onnx import is_final
 from tasks.results import results_in_store
 from tasks.stage import content_of, is_hit, own_key, stage
 
@@ -68,6 +69,28 @@ def test_what_can_not_be_decoded_is_a_miss(record: Predictions, spoil: Any) -> N
     assert not is_hit(spoil(kept(record)), Predictions)
 
 
+def test_a_record_that_is_not_to_be_used_again_is_a_miss(record: Predictions) -> None:
+    assert not is_hit(kept(record), Predictions, lambda record: record.rows > 1)
+    assert is_hit(kept(record), Predictions, lambda record: record.rows == 1)
+
+
+@pytest.mark.parametrize("short", [True, False])
+def test_a_ladder_is_used_again_unless_a_rung_ran_out_of_resources(
+    record: Predictions, short: bool
+) -> None:
+    rungs = (Rung(form=ExportForm(), note="left out: why", out_of_resources=short),)
+    ladder = Ladder(rows=1, accuracy=1, largest_loss=0, rungs=rungs)
+    model = OnnxModel(
+        artifact=record.artifact, precision="int4", algorithm="rtn", parameters=1, ladder=ladder
+    )
+    assert is_hit(kept(model), OnnxModel, is_final) is not short
+
+
+def test_a_ladder_of_earlier_versions_is_read(record: Predictions) -> None:
+    rung = Rung(form=ExportForm()).model_dump(exclude={"out_of_resources"})
+    assert not Rung.model_validate(rung).out_of_resources
+
+
 def test_a_record_whose_artifact_is_gone_is_a_miss(record: Predictions) -> None:
     store = ArtifactStore()
     (Path(store.storage.root) / record.artifact.sha256 / "artifact.json").unlink()
@@ -81,6 +104,8 @@ def test_a_setting_that_was_added_later_changes_no_key_at_its_default() -> None:
     assert before == content_of(TrainingRecipe(first_layer=0))
     assert content_of(TrainingRecipe(first_layer=3)) == before | {"first_layer": 3}
     assert before.keys() | {"first_layer"} == TrainingRecipe.model_fields.keys()
+    assert "all_logits" not in content_of(ExportForm())
+    assert content_of(ExportForm(all_logits=True))["all_logits"]
 
 
 @pytest.fixture(scope="module")

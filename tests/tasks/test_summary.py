@@ -65,7 +65,7 @@ def outcome_of(folder: Path, rules: tuple[GateRule, ...]) -> Outcome:
     (labels / REJECTED_FILE).write_text("")
     right = {"teacher": 80, BASE: 73, CANDIDATE: 75}
     rows = tuple(score_row(name, count, 100) for name, count in right.items())
-    write_report(report, rows, CANDIDATE, "teacher", {}, [])
+    write_report(report, rows, CANDIDATE, "teacher", {}, [], {})
     answers = {name: first(count) for name, count in right.items()}
     answers_file(report / ANSWERS_FILE, answers)
     kept = store.put(model)

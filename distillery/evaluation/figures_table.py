@@ -1,0 +1,130 @@
+"""The further figures for people: a table for the terminal, and tables in Markdown."""
+
+from collections.abc import Mapping, Sequence
+
+from distillery.evaluation.scoreboard import markdown_table, plain_table
+from distillery.records import Figures, ScoreRow
+
+COLUMNS = (
+    "predictor",
+    "macro-F1 [95 %]",
+    "calibration error [95 %]",
+    "nats from teacher [95 %]",
+    "p99 ms",
+    "load s",
+)
+
+CLASS_COLUMNS = ("class", "rows", "precision", "recall [95 %]", "F1")
+
+
+def render_figures(rows: Sequence[ScoreRow]) -> str:
+    """Return the figures of the rows that have some for a terminal, at most 110 columns wide."""
+    tables = []
+    for row in rows:
+        if row.figures:
+            titles = (row.name, "figure", "95 %")
+            tables.append(plain_table(titles, candidate_cells(row.figures, 40)))
+    return "\n\n".join(tables)
+
+
+def render_figures_markdown(figures: Mapping[str, Figures], candidate: str) -> str:
+    """Return tables in Markdown: the figures of all predictors, and of the `candidate` also those
+    that it alone has, its classes and its confusion."""
+    own = figures[candidate]
+    labels = [as_cell(label) for label in own.confusion.labels]
+    confusion = []
+    for label, counts in zip(labels, own.confusion.counts, strict=True):
+        confusion.append([label, *map(str, counts)])
+    tables = [
+        markdown_table(COLUMNS, predictor_cells(figures)),
+        markdown_table((candidate, "figure", "95 %"), candidate_cells(own)),
+        markdown_table(CLASS_COLUMNS, class_cells(own)),
+        markdown_table((f"gold, and what {candidate} says", *labels, "no answer"), confusion),
+    ]
+    return "\n\n".join(tables)
+
+
+def predictor_cells(figures: Mapping[str, Figures]) -> list[list[str]]:
+    """Return the cells of each predictor, one for each of COLUMNS."""
+    lines = []
+    for name, found in figures.items():
+        calibration = divergence = ""
+        if found.calibration:
+            bounds = interval_cell(found.calibration.low, found.calibration.high)
+            calibration = f"{found.calibration.error:.3f} {bounds}"
+        if found.kl_from_teacher:
+            bounds = interval_cell(found.kl_from_teacher.low, found.kl_from_teacher.high)
+            divergence = f"{found.kl_from_teacher.value:.3f} {bounds}"
+        macro_f1 = found.macro_f1
+        lines.append(
+            [
+                name,
+                f"{macro_f1.value:.3f} {interval_cell(macro_f1.low, macro_f1.high)}",
+                calibration,
+                divergence,
+                "" if found.p99_ms is None else f"{found.p99_ms:.1f}",
+                "" if found.load_s is None else f"{found.load_s:.1f}",
+            ]
+        )
+    return lines
+
+
+def candidate_cells(figures: Figures, widest: int = 1000) -> list[list[str]]:
+    """Return a line for each figure: title, value and interval. A class's label is cut to `widest`
+    characters."""
+    lines = []
+
+    def estimate(title: str, value: float, low: float, high: float) -> None:
+        lines.append([title, f"{value:.3f}", interval_cell(low, high)])
+
+    def measurement(title: str, value: float | None) -> None:
+        if value is not None:
+            lines.append([title, f"{value:.1f}", ""])
+
+    macro_f1 = figures.macro_f1
+    estimate("macro-F1", macro_f1.value, macro_f1.low, macro_f1.high)
+    lowest = min(figures.classes, key=lambda found: found.recall)
+    title = f"lowest recall: {as_cell(lowest.label)[:widest]}, {lowest.rows} rows"
+    estimate(title, lowest.recall, lowest.recall_low, lowest.recall_high)
+    if figures.calibration:
+        calibration = figures.calibration
+        title = "expected calibration error"
+        estimate(title, calibration.error, calibration.low, calibration.high)
+    if figures.kl_from_teacher:
+        divergence = figures.kl_from_teacher
+        title = "Kullback-Leibler divergence from the teacher, nats"
+        estimate(title, divergence.value, divergence.low, divergence.high)
+    if figures.order_robustness:
+        order = figures.order_robustness
+        title = f"same option in another order of options, {order.rows} rows"
+        estimate(title, order.value, order.low, order.high)
+    measurement("time to first token, ms", figures.first_token_ms)
+    measurement("p99, ms", figures.p99_ms)
+    measurement("time to load, s", figures.load_s)
+    return lines
+
+
+def class_cells(figures: Figures) -> list[list[str]]:
+    """Return the cells of each class, one for each of CLASS_COLUMNS."""
+    lines = []
+    for found in figures.classes:
+        lines.append(
+            [
+                as_cell(found.label),
+                str(found.rows),
+                f"{found.precision:.3f}",
+                f"{found.recall:.3f} {interval_cell(found.recall_low, found.recall_high)}",
+                f"{found.f1:.3f}",
+            ]
+        )
+    return lines
+
+
+def interval_cell(low: float, high: float) -> str:
+    """Return an interval."""
+    return f"[{low:.3f}, {high:.3f}]"
+
+
+def as_cell(text: str) -> str:
+    """Return a text as it can stand in a table of Markdown."""
+    return " ".join(text.split()).replace("|", "\\|")

@@ -1,0 +1,116 @@
+"""Trainings on another machine: what says something of their settings, and what does not; and a
+search that ends on the latter."""
+
+import asyncio
+from collections.abc import Callable
+from contextvars import copy_context
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from prefect.client.schemas.objects import State
+from prefect.states import Cancelled, Crashed, Failed, exception_to_failed_state
+from prefect.testing.utilities import prefect_test_harness
+
+import flows.search as module
+from distillery.errors import StoreUnavailable, TrainingError, TrainingUnavailable
+from distillery.recipe import Recipe, SearchRecipe
+from flows.train_student import check_deployment, failure_of
+
+
+def failed_by(error: Exception) -> State:
+    """The state as Prefect itself makes it of a flow that raises `error`."""
+    return asyncio.run(
+        exception_to_failed_state(error, message="Flow run encountered an exception:")
+    )
+
+
+def test_a_training_that_refuses_its_settings_is_told_from_a_machine_that_died() -> None:
+    diverged = failure_of(failed_by(TrainingError("the loss is nan at step 3")), "gpu: the run 'x'")
+    assert type(diverged) is TrainingError
+    assert str(diverged) == (
+        "gpu: the run 'x' ended as Failed: Flow run encountered an exception: "
+        "TrainingError: the loss is nan at step 3"
+    )
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        Crashed(message="Flow run infrastructure exited with non-zero status code 137."),
+        Cancelled(message="by a person"),
+        Failed(message="Worker failed to submit flow run"),
+        failed_by(StoreUnavailable("the store does not answer")),
+        failed_by(TrainingUnavailable("base.model: can't get it")),
+        failed_by(RuntimeError("CUDA error")),
+    ],
+)
+def test_all_else_says_nothing_of_the_settings(state: State) -> None:
+    assert isinstance(failure_of(state, "gpu: the run 'x'"), TrainingUnavailable)
+
+
+@pytest.mark.slow
+def test_a_deployment_that_is_not_there_is_one_line() -> None:
+    with (
+        prefect_test_harness(server_startup_timeout=120),
+        pytest.raises(TrainingUnavailable, match="no deployment train-student/gone here; `prefect"),
+    ):
+        check_deployment("train-student/gone")
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What a search has called, of the calls that stand in for its stages here."""
+    called: list[str] = []
+
+    def stand_in(name: str, result: Any = None) -> Callable[..., Any]:
+        def call(*_arguments: Any) -> Any:
+            called.append(name)
+            return result
+
+        return call
+
+    data = SimpleNamespace(rows=lambda role: role)
+    monkeypatch.setattr(module, "check_deployment", stand_in("check deployment"))
+    monkeypatch.setattr(module, "base_folder", stand_in("base folder"))
+    monkeypatch.setattr(module, "prepared", stand_in("prepared", data))
+    monkeypatch.setattr(module, "labelled_rows", stand_in("labels", SimpleNamespace(data=data)))
+    return called
+
+
+def run_search(deployment: str | None) -> None:
+    recipe = Recipe.model_validate({"preset": "demo"})
+    space = SearchRecipe(learning_rate=(1e-5, 1e-3), trials=3)
+    # In a context of its own, because a flow changes the tags of all that follows.
+    copy_context().run(module.search.fn, recipe, space, deployment)
+
+
+def failing(error: Exception, trials: list[int]) -> Callable[..., Any]:
+    def train(*_arguments: Any) -> Any:
+        trials.append(1)
+        raise error
+
+    return train
+
+
+def test_a_search_ends_on_a_machine_that_died(
+    steps: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trials: list[int] = []
+    monkeypatch.setattr(
+        module, "trained_student", failing(TrainingUnavailable("the worker is gone"), trials)
+    )
+    with pytest.raises(TrainingUnavailable, match="the worker is gone"):
+        run_search("train-student/gpu")
+    assert len(trials) == 1
+    assert steps == ["check deployment", "base folder", "prepared", "labels"]
+
+
+@pytest.mark.parametrize("missing", ["check_deployment", "base_folder"])
+def test_what_is_not_there_ends_a_search_before_labels_are_paid_for(
+    steps: list[str], monkeypatch: pytest.MonkeyPatch, missing: str
+) -> None:
+    monkeypatch.setattr(module, missing, failing(TrainingUnavailable("not there"), []))
+    with pytest.raises(TrainingUnavailable, match="not there"):
+        run_search("train-student/gone")
+    assert "labels" not in steps
