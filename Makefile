@@ -16,6 +16,7 @@ NEUTRAL := .venv-neutral/.installed
 MODEL ?= support-mood
 VERSION ?=
 AZURITE := tests/support/azurite/node_modules/.installed
+AXE := tests/support/axe/node_modules/.installed
 
 export PREFECT_HOME ?= $(CURDIR)/.distillery/prefect
 
@@ -40,9 +41,9 @@ $(NEUTRAL): constraints-neutral.txt
 	@.venv-neutral/bin/pip install --quiet --disable-pip-version-check --constraint constraints-neutral.txt 'lm-eval[hf,onnxruntime-genai]' 'torch>=2.9,<=2.13'
 	@touch $@
 
-$(AZURITE): tests/support/azurite/package-lock.json
-	@command -v npm >/dev/null || { echo "error: the slow tests need Node.js and npm (for Azurite)"; exit 1; }
-	@npm ci --silent --no-fund --no-audit --prefix tests/support/azurite
+$(AZURITE) $(AXE): tests/support/%/node_modules/.installed: tests/support/%/package-lock.json
+	@command -v npm >/dev/null || { echo "error: the slow tests need Node.js and npm (for Azurite and axe)"; exit 1; }
+	@npm ci --silent --no-fund --no-audit --prefix tests/support/$*
 	@touch $@
 
 $(PREFECT_HOME):
@@ -56,7 +57,7 @@ demo: $(INSTALLED) | $(PREFECT_HOME) ## the whole way on this machine: no accoun
 test: $(INSTALLED) | $(PREFECT_HOME) ## the fast tests
 	@$(TESTS) -m "not slow and not gpu and not azure_live"
 
-test-all: $(INSTALLED) $(AZURITE) | $(PREFECT_HOME) ## all tests; needs Node.js, PostgreSQL, Chromium and COMMONSENSE_QA_DIR
+test-all: $(INSTALLED) $(AZURITE) $(AXE) | $(PREFECT_HOME) ## all tests; needs Node.js, PostgreSQL, Chromium and COMMONSENSE_QA_DIR
 	@$(TESTS) --durations=$(DURATIONS) -m "not gpu and not azure_live"
 
 bench-overhead: $(INSTALLED) | $(PREFECT_HOME) ## what Prefect and the hand-offs cost beside the stages' work
@@ -103,4 +104,4 @@ down: $(INSTALLED) ## stop what `make up` started
 	@$(BIN)/python deployments/local.py down
 
 clean: ## remove the environment and all that runs wrote here
-	@rm -rf .venv .venv-* .distillery site tests/support/azurite/node_modules
+	@rm -rf .venv .venv-* .distillery site tests/support/*/node_modules

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from distillery.registry.history import Actor
 
 app = typer.Typer(
-    help="Check, quote and serve, and manage models, labels and the artifact store.",
+    help="Check, quote, report and serve, and manage models, labels and the artifact store.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -171,6 +171,23 @@ def trace(
         raise typer.BadParameter("give NAME [VERSION], or --row ID [NAME]")
     found = lineage.trace(opened, opened.get(name, version))
     print(found.model_dump_json(indent=1) if as_json else lineage.render_trace(found))
+
+
+@app.command()
+def report(
+    run: Annotated[
+        str | None,
+        typer.Argument(help="The run's name; by default that of the last run.", metavar="[RUN]"),
+    ] = None,
+) -> None:
+    """Print where the page of a run is: a file for any browser.
+
+    It is fetched from the store that DISTILLERY_STORE names.
+    """
+    from distillery.report.kept import page_of_run
+    from distillery.storage.artifacts import ArtifactStore
+
+    print(page_of_run(ArtifactStore(), run))
 
 
 @models.command("list")

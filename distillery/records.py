@@ -510,13 +510,15 @@ class GateDecision(Record):
     """The gate's decision. `passed`: the candidate may be registered. `reason`: one line for
     people. `champion`: the name for people of the champion that the candidate was compared with,
     and `champion_version` its version; None if there was none. `verdicts`: one for each rule.
-    Decisions of earlier versions have neither verdicts nor `champion_version`."""
+    `champion_answers`: a folder with its answers.jsonl. Decisions of earlier versions have neither
+    verdicts nor `champion_version` nor `champion_answers`."""
 
     passed: bool
     reason: str
     champion: str | None = None
     champion_version: str | None = None
     verdicts: tuple[RuleVerdict, ...] = ()
+    champion_answers: Artifact | None = None
 
     @property
     def content_id(self) -> str:
@@ -618,7 +620,8 @@ class Outcome(Record):
     `registered` is None if the gate refused the student. It is set beside a decision that refuses
     if another run promoted a champion meanwhile: then `decision` is the one against that champion.
     `promotion` is what became of it. `rejected`: the refused student, if the recipe keeps it.
-    `judged`: what the test rows have judged before; None in records of earlier versions.
+    `judged`: what the test rows have judged before; None in records of earlier versions. `page`: a
+    folder with report.html; None in records of earlier versions, too.
     """
 
     recipe: str
@@ -635,3 +638,4 @@ class Outcome(Record):
     rejected: RegisteredModel | None = None
     run: str = ""
     judged: JudgedVersions | None = None
+    page: Artifact | None = None

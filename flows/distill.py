@@ -291,7 +291,7 @@ def planned(recipe: Recipe) -> list[PlannedStage]:
     stages.append(PlannedStage("train student", "train"))
     export = "export ladder" if recipe.export.ladder else "export"
     stages.append(PlannedStage("export student", export))
-    for name in ("evaluate", "judge", "register", "promote", "download"):
+    for name in ("evaluate", "judge", "register", "promote", "download", "report"):
         stages.append(PlannedStage(name, name))
     return stages
 

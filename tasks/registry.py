@@ -1,3 +1,4 @@
+import json
 import logging
 import shutil
 import time
@@ -20,11 +21,13 @@ from distillery.evaluation.report import (
     row_contents,
     rows_digest,
     write_own_answers,
+    write_text,
 )
 from distillery.evaluation.scoreboard import GOLD
 from distillery.evaluation.scoring import ModelToScore, score_model
 from distillery.recipe import GateRule, PromptRecipe, RegistryRecipe
 from distillery.records import (
+    Artifact,
     EvaluationReport,
     Example,
     GateDecision,
@@ -116,7 +119,7 @@ def judge(
         if version.is_champion and not share_rows(version.answers, contents):
             version = asked(registry, version, recipe.model_name, rows, contents)
         earlier.append(version)
-    return domain.gate(
+    decision = domain.gate(
         report.scoreboard,
         report.candidate,
         rules=rules,
@@ -124,6 +127,12 @@ def judge(
         contents=contents,
         earlier=earlier,
     )
+    for version in earlier:
+        if version.is_champion:
+            # The run's page shows what has changed since the champion.
+            kept = _kept_answers(store, version)
+            decision = decision.model_copy(update={"champion_answers": kept})
+    return decision
 
 
 @uncached("promote")
@@ -200,6 +209,13 @@ def asked(
         known = contents[example.example_id]._asdict()
         answers[example.example_id] = {**known, GOLD: example.answer_key, CHAMPION: letter}
     return replace(earlier, answers=answers)
+
+
+def _kept_answers(store: ArtifactStore, version: EarlierVersion) -> Artifact:
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in version.answers.values()]
+    with working_folder("answers") as folder:
+        write_text(folder / ANSWERS_FILE, "".join(lines))
+        return store.put(folder)
 
 
 def _examples(store: ArtifactStore, rows: Rows) -> list[Example]:

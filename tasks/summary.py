@@ -18,8 +18,18 @@ from distillery.evaluation.verdicts import render_verdicts, render_verdicts_mark
 from distillery.export.ladder_table import render_ladder, table
 from distillery.labels.files import REJECTED_FILE
 from distillery.labels.report import LOOK_FILE, RELIABILITY_FILE, read_report
-from distillery.records import OnnxModel, Outcome, StageRecord, StudentCheckpoint, TeacherLabels
+from distillery.records import (
+    OnnxModel,
+    Outcome,
+    StageRecord,
+    StudentCheckpoint,
+    TeacherLabels,
+)
+from distillery.report.facts import labelling_facts
+from distillery.report.kept import page_path
+from distillery.report.page import StageLine
 from distillery.storage.artifacts import RUNS, ArtifactStore
+from tasks.report import report_page
 from tasks.stage import produced_by
 
 _ROWS = 200
@@ -81,6 +91,12 @@ def publish(outcome: Outcome) -> Outcome:
     store = ArtifactStore()
     store.write_record(f"{RUNS}/{named.run}.json", named.model_dump_json(indent=1))
     try:
+        stages = []
+        for name, record, figures in _stages(named):
+            stages.append(StageLine(name, figures, record.seconds, record.produced_by))
+        page = report_page(named, verdict(named), stages)
+        named = named.model_copy(update={"page": page})
+        store.write_record(f"{RUNS}/{named.run}.json", named.model_dump_json(indent=1))
         create_artifacts(named, store)
     except (HTTPError, PrefectException) as error:
         cause = " ".join(str(error).split())[:300] or type(error).__name__
@@ -113,6 +129,12 @@ def create_artifacts(outcome: Outcome, store: ArtifactStore) -> None:
         _picture("scoreboard", report / PLOT_FILE),
         f"**Teacher:** {_paid(outcome)}",
     ]
+    if outcome.page:
+        # No link: a browser follows none from a server's page to a file.
+        parts.append(
+            f"**Report:** `{page_path(store, outcome.page)}`, or on another machine: "
+            f"`distillery report {outcome.run}`"
+        )
     if outcome.decision.verdicts:
         parts.append(render_verdicts_markdown(outcome.decision.verdicts))
     if outcome.judged and outcome.judged.versions:
@@ -170,29 +192,8 @@ def _labelling(labels: TeacherLabels, folder: Path) -> None:
     """Leave an artifact on the teacher's answers: figures, reliability, cost, and rows worth a
     look."""
     report = read_report(folder)
-    lines = ["| | |", "|---|---|", f"| accepted | {report.accepted:,} |"]
-    lines += [f"| rejected: {reason} | {count:,} |" for reason, count in report.rejected.items()]
-    lines += [
-        f"| answer {letter} | {count / report.accepted:.1%} |"
-        for letter, count in report.letters.items()
-    ]
-    if report.interval and report.accuracy is not None:
-        interval = f"[{report.interval.low:.3f}, {report.interval.high:.3f}]"
-        lines.append(
-            f"| right, of {report.gold_rows:,} with a gold answer | "
-            f"{report.accuracy:.3f} {interval} |"
-        )
-    if report.calibration_error is not None:
-        lines.append(f"| expected calibration error | {report.calibration_error:.3f} |")
-    usage = labels.usage
-    lines += [f"| calls | {labels.asked:,} |", f"| tokens in | {usage.prompt_tokens:,} |"]
-    lines += [f"| of these cached | {usage.cached_tokens:,} |"] if usage.cached_tokens else []
-    lines.append(f"| tokens out | {usage.completion_tokens:,} |")
-    if labels.cost is not None:
-        lines.append(f"| cost | {labels.cost:.2f} {labels.currency} |")
-    if labels.calls_per_second:
-        rates = ", ".join(f"{rate:.0f}" for rate in labels.calls_per_second)
-        lines.append(f"| calls a second, over the run | {rates} |")
+    lines = ["| | |", "|---|---|"]
+    lines += [f"| {name} | {figure} |" for name, figure in labelling_facts(labels, report)]
     parts = [f"# Labels of {labels.teacher}", "\n".join(lines)]
     if (folder / RELIABILITY_FILE).exists():
         parts.append(_picture("reliability", folder / RELIABILITY_FILE))
@@ -273,4 +274,6 @@ def render(outcome: Outcome) -> str:
     for text in filter(None, tables):
         lines += ["", text]
     lines += ["", verdict(outcome)]
+    if outcome.page:
+        lines.append(f"report: {page_path(ArtifactStore(), outcome.page)}")
     return "\n".join(lines)

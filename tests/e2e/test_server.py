@@ -277,6 +277,7 @@ def test_the_summary_shows_the_way_the_scoreboard_and_the_plot(
     expect(plot).to_be_visible()
     assert plot.evaluate("image => image.complete && image.naturalWidth") > 100
     expect(page.get_by_text("gate: passed")).to_be_visible()
+    expect(page.get_by_text("report.html")).to_be_visible()
     screenshot(page, "summary")
     screenshot(scoreboard, "scoreboard")
     # A link leads to the record of its stage.

@@ -80,6 +80,10 @@ class Run:
         return self.out.partition("predictor ")[2].partition("\ngate:")[0]
 
     @property
+    def page(self) -> Path:
+        return Path(self.out.rpartition("\nreport: ")[2].strip())
+
+    @property
     def gate(self) -> str:
         return self.out.partition("\ngate:")[2]
 
@@ -144,11 +148,11 @@ class Workshop:
 
     def states(self, run: Run) -> dict[str, str]:
         """Each stage of the run and its subflows, as 'FLOW: TASK', with its state's name in
-        Prefect's database. Judging and promoting are no stages."""
+        Prefect's database. Judging, promoting and the report are no stages."""
         return {
             name: state
             for name, state in self.tasks(run).items()
-            if name not in (": judge", ": promote")
+            if name not in (": judge", ": promote", ": report")
         }
 
     def tasks(self, run: Run) -> dict[str, str]:
@@ -220,6 +224,10 @@ def test_the_first_run_goes_the_whole_way(workshop: Workshop, first: Run) -> Non
     assert (downloaded / "genai_config.json").is_file()
     assert (downloaded / "manifest.json").is_file()
     assert "tiny-student version 1 (local)" in first.stages["register"]
+    page = first.page.read_text()
+    assert f"<h1>{first.name}</h1>" in page
+    assert first.page.is_relative_to(workshop.home / "store")
+    assert "registered as tiny-student version 1" in page
 
 
 def test_the_same_run_again_computes_nothing_and_prints_the_same(
@@ -235,6 +243,11 @@ def test_the_same_run_again_computes_nothing_and_prints_the_same(
         "Completed",
         "Completed",
     )
+    assert f"<h1>{again.name}</h1>" in again.page.read_text()
+    # The champion's answers are kept for the page.
+    kept = workshop.home / "store" / "records" / "runs" / f"{again.name}.json"
+    answers = json.loads(kept.read_text())["decision"]["champion_answers"]
+    assert ArtifactStore(str(workshop.home / "store")).holds(Artifact.model_validate(answers))
 
 
 def test_one_more_row_costs_one_request_and_a_training(workshop: Workshop, first: Run) -> None:

@@ -230,11 +230,11 @@ class Workshop(PrefectApi):
             task["name"]: task["state_name"]
             for task in tasks
             if not task["state"]["state_details"]["child_flow_run_id"]
-            and task["name"] not in ("judged before", "judge", "promote")
+            and task["name"] not in ("judged before", "judge", "promote", "report")
         }
 
     def states(self, run: Run) -> dict[str, str]:
-        """Each task of the run and of all that it started, as 'FLOW: TASK', and its state."""
+        """Each stage of the run and of all that it started, as 'FLOW: TASK', and its state."""
         family = self.family(run)
         return {
             f"{name}: {task}": state

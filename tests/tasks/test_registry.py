@@ -159,6 +159,15 @@ def test_the_same_student_on_another_processor_is_the_same_version(
     assert make(30, start=5).registered().version == "3"
 
 
+def test_the_champions_answers_are_kept_for_the_page(make: Callable[..., Made]) -> None:
+    assert make(30).judged().champion_answers is None
+    make(30).run()
+    kept = make(31).judged().champion_answers
+    assert kept is not None
+    lines = (ArtifactStore().fetch(kept) / "answers.jsonl").read_text().splitlines()
+    assert [json.loads(line)[NAME] for line in lines] == ["A"] * 30 + ["B"] * 10
+
+
 def test_a_cached_run_does_not_undo_a_rollback(make: Callable[..., Made]) -> None:
     assert (make(30).run(), make(31).run()) == ("promoted", "promoted")
     assert make(31).run() == "stands"

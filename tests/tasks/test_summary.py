@@ -139,3 +139,13 @@ def test_a_recipe_without_rules_has_no_table(tmp_path: Path) -> None:
     lines = published(outcome_of(tmp_path, ()))
     assert VERDICTS[0] not in lines
     assert lines[-1].startswith("**gate: passed: the recipe has no rules for the gate; ")
+
+
+def test_the_artifact_names_the_page(tmp_path: Path) -> None:
+    lines = published(outcome_of(tmp_path, RULES))
+    (line,) = [line for line in lines if line.startswith("**Report:** ")]
+    _, path, _, command, _ = line.split("`")
+    page = Path(path).read_text()
+    assert "<strong>Refused</strong>" in page
+    assert "This evaluation is from an earlier version" in page
+    assert command.startswith("distillery report ")

@@ -1,0 +1,209 @@
+"""The charts of a run's page, as SVG that stands inside the page.
+
+They are drawn by Matplotlib, which the project has anyway: a chart is 5 to 20 KB, needs no
+JavaScript, and is the same in any browser and on paper. Plotly's script would add 4.5 MB to each
+page, and Vega-Lite's converter a new package of 30 MB. Nothing here needs a pointer: each chart has
+a table with the same figures behind it.
+
+Colours are names of CSS variables, so that a chart follows the page from light to dark. Text stays
+text, in the page's own font. Series differ in their markers, too.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from html import escape
+from io import StringIO
+from typing import Any
+
+from distillery.records import Bin, CurvePoint, ScoreRow
+from distillery.report.evaluated import Figures
+
+INK, LINE = "#010100", "#010101"
+SERIES = ("#010102", "#010103", "#010104", "#010105", "#010106", "#010107")
+"""Stand-ins for colours, which `to_svg` replaces by CSS variables."""
+
+MARKERS = ("o", "s", "^", "D", "v", "P")
+
+VARIABLES = {INK: "var(--ink)", LINE: "var(--line)"} | {
+    colour: f"var(--series-{number})" for number, colour in enumerate(SERIES, 1)
+}
+
+STYLE: Any = {
+    "svg.fonttype": "none",
+    "text.parse_math": False,
+    "font.size": 11,
+    "legend.fontsize": 10,
+    "text.color": INK,
+    "axes.edgecolor": LINE,
+    "axes.labelcolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "grid.color": LINE,
+    "grid.linewidth": 0.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "legend.frameon": False,
+    "figure.constrained_layout.use": True,
+}
+
+WIDTH = 4.6
+"""Inches: at 72 points an inch about the width of a phone, so that text is nowhere too small."""
+
+
+def to_svg(draw: Callable[[Any], None], title: str, height: float) -> str:
+    """Return a chart of `height` inches that `draw` draws on a Matplotlib figure; `title` is its
+    text for those who don't see it."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    # The salt names what a chart defines: two charts in a page must not share names.
+    with rc_context({**STYLE, "svg.hashsalt": title}):
+        figure = Figure(figsize=(WIDTH, height))
+        draw(figure)
+        written = StringIO()
+        figure.savefig(written, format="svg", transparent=True, metadata={"Date": None})
+    drawing = written.getvalue()
+    body = drawing[drawing.index("<svg") : drawing.rindex("</svg>")]
+    opening, _, body = body.partition(">")
+    (box,) = re.findall(r'viewBox="[^"]*"', opening)
+    body = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", body, flags=re.DOTALL)
+    body = re.sub(r'<g id="[^"]*"', "<g", body)
+    for colour, variable in VARIABLES.items():
+        body = body.replace(colour, variable)
+    return f'<svg role="img" aria-label="{escape(title)}" {box}>{body}</svg>'
+
+
+def plot_accuracy(
+    rows: Sequence[ScoreRow], figure_of: Callable[[ScoreRow], float | None], label: str, title: str
+) -> str | None:
+    """Return accuracy against a figure of the predictors, on a logarithmic axis; None where no
+    predictor has the figure. Predictors without the figure are horizontal lines."""
+    # The student is the last on the scoreboard, and has the first colour here.
+    shown = [row for row in reversed(rows) if row.kind != "reference"]
+    if not any(map(figure_of, shown)):
+        return None
+
+    def draw(figure: Any) -> None:
+        from matplotlib.ticker import LogLocator, NullLocator
+
+        axes = figure.subplots()
+        for number, row in enumerate(shown):
+            colour, value = SERIES[number % len(SERIES)], figure_of(row)
+            if value:
+                error = [[row.accuracy - row.interval.low], [row.interval.high - row.accuracy]]
+                marker = MARKERS[number % len(MARKERS)]
+                axes.errorbar(
+                    value, row.accuracy, error, fmt=marker, color=colour, capsize=3, label=row.name
+                )
+            else:
+                axes.axhline(row.accuracy, color=colour, linestyle="--", label=row.name)
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.margins(x=0.15)
+        axes.set(xlabel=label, ylabel="accuracy, 95 % interval")
+        add_legend(figure)
+
+    return to_svg(draw, title, 4.0)
+
+
+def plot_reliability(bins: Mapping[str, Sequence[Bin]], title: str) -> str:
+    """Return confidence against accuracy of some predictors. The larger a bin's share of the rows,
+    the larger its point."""
+
+    def draw(figure: Any) -> None:
+        axes = figure.subplots()
+        axes.plot([0, 1], [0, 1], color=LINE, linewidth=1)
+        for number, (name, groups) in enumerate(bins.items()):
+            colour, marker = SERIES[number % len(SERIES)], MARKERS[number % len(MARKERS)]
+            confidences = [group.confidence for group in groups]
+            accuracies = [group.accuracy for group in groups]
+            largest = max(group.rows for group in groups)
+            sizes = [15 + 100 * group.rows / largest for group in groups]
+            axes.plot(confidences, accuracies, color=colour, linewidth=1)
+            axes.scatter(
+                confidences, accuracies, s=sizes, color=colour, marker=marker, label=name, zorder=3
+            )
+        axes.set(xlabel="confidence", ylabel="share of right answers", ylim=(-0.03, 1.03))
+        add_legend(figure)
+
+    return to_svg(draw, title, 4.0)
+
+
+def plot_curve(curve: Sequence[CurvePoint], title: str) -> str:
+    """Return the loss over the steps of a training and, below it, the accuracy on the validation
+    rows where it is known."""
+    losses = [point for point in curve if point.validation_loss is not None]
+    accuracies = [point for point in curve if point.validation_accuracy is not None]
+
+    def draw(figure: Any) -> None:
+        panels = 2 if accuracies else 1
+        grid = figure.subplots(panels, 1, sharex=True, squeeze=False)
+        axes = grid[0, 0]
+        steps = [point.step for point in curve]
+        axes.plot(steps, [point.loss for point in curve], color=SERIES[0], label="training loss")
+        if losses:
+            axes.plot(
+                [point.step for point in losses],
+                [point.validation_loss for point in losses],
+                color=SERIES[1],
+                marker=MARKERS[1],
+                label="validation loss",
+            )
+        axes.set(ylabel="loss")
+        if accuracies:
+            below = grid[1, 0]
+            below.plot(
+                [point.step for point in accuracies],
+                [point.validation_accuracy for point in accuracies],
+                color=SERIES[2],
+                marker=MARKERS[2],
+                label="validation accuracy",
+            )
+            below.set(ylabel="accuracy")
+        grid[-1, 0].set(xlabel="step")
+        add_legend(figure)
+
+    return to_svg(draw, title, 4.2 if accuracies else 3.0)
+
+
+def plot_latency(latencies: Mapping[str, Figures], title: str) -> str:
+    """Return the median, the 95th and the 99th percentile of each predictor's latency."""
+
+    def draw(figure: Any) -> None:
+        axes = figure.subplots()
+        # The first predictor is at the top.
+        names = list(reversed(list(latencies)))
+        for number, (field, label) in enumerate(PERCENTILES.items()):
+            values, positions = [], []
+            for position, name in enumerate(names):
+                value = getattr(latencies[name], field)
+                if value is not None:
+                    values.append(value)
+                    positions.append(position)
+            if values:
+                axes.plot(
+                    values,
+                    positions,
+                    color=SERIES[number],
+                    marker=MARKERS[number],
+                    linestyle="",
+                    label=label,
+                )
+        axes.set_yticks(range(len(names)), names)
+        axes.set_ylim(-0.6, len(names) - 0.4)
+        axes.set_xlim(left=0)
+        axes.set(xlabel="milliseconds a row")
+        add_legend(figure)
+
+    return to_svg(draw, title, 1.7 + 0.4 * len(latencies))
+
+
+PERCENTILES = {"p50_ms": "median", "p95_ms": "95th percentile", "p99_ms": "99th percentile"}
+
+
+def add_legend(figure: Any) -> None:
+    """Put the legend below the chart, where it hides no point."""
+    figure.legend(loc="outside lower center", ncols=2)

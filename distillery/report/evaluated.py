@@ -1,0 +1,174 @@
+"""What the page of a run reads from the folder of an evaluation: its test rows and its figures.
+
+rows.jsonl: a test row a line, with each predictor's answer and, where it gives them, its
+probabilities. report.json: under `figures`, what is known of each predictor beyond the scoreboard.
+Evaluations of earlier versions have neither.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from distillery.errors import DataError
+from distillery.evaluation.report import REPORT_FILE, ROWS_FILE, read_answers
+from distillery.evaluation.scoreboard import GOLD, TEACHER
+from distillery.records import LETTERS, Bin
+
+
+class Read(BaseModel):
+    """Base of what is read here: what another version of the project adds is left out."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class Estimate(Read):
+    """A figure with its 95 % interval, where it has one."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+
+class ClassFigures(Read):
+    """A class: its test rows, and its figures from 0 to 1; None where they are not defined."""
+
+    label: str
+    rows: int
+    precision: float | None = None
+    recall: float | None = None
+    f1: float | None = None
+    recall_low: float | None = None
+    recall_high: float | None = None
+
+
+class Confusion(Read):
+    """`counts`: a line for each gold label, a column for each label answered, and one for rows
+    without an answer."""
+
+    labels: tuple[str, ...]
+    counts: tuple[tuple[int, ...], ...]
+
+
+class Calibration(Read):
+    """The expected calibration error (0 to 1) with its interval, and its bins."""
+
+    error: float
+    low: float | None = None
+    high: float | None = None
+    bins: tuple[Bin, ...] = ()
+
+
+class Figures(Read):
+    """A predictor's figures: latencies in milliseconds, `load_s` in seconds, the divergence from
+    the teacher in nats, the share (0 to 1) of rows that are answered alike with the options in
+    another order. What is not known of it is None."""
+
+    macro_f1: Estimate | None = None
+    classes: tuple[ClassFigures, ...] = ()
+    confusion: Confusion | None = None
+    calibration: Calibration | None = None
+    kl_from_teacher: Estimate | None = None
+    order_robustness: Estimate | None = None
+    first_token_ms: float | None = None
+    p50_ms: float | None = None
+    p95_ms: float | None = None
+    p99_ms: float | None = None
+    load_s: float | None = None
+
+
+class AnsweredRow(Read):
+    """A test row. `gold` and `answers` are letters; `probabilities` go in the options' order."""
+
+    example_id: str
+    content: str
+    question: str
+    choices: tuple[str, ...]
+    gold: str
+    answers: dict[str, str | None]
+    probabilities: dict[str, tuple[float, ...] | None] = {}
+
+    def confidence(self, predictor: str) -> float | None:
+        """Return the probability that a predictor gives its answer; None where it gives none."""
+        answer = self.answers.get(predictor)
+        probabilities = self.probabilities.get(predictor)
+        if answer is None or probabilities is None:
+            return None
+        return probabilities[LETTERS.index(answer)]
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What is read of an evaluation. `teacher`: its name on the scoreboard. `rows` and `figures`
+    are empty for an evaluation of an earlier version."""
+
+    teacher: str
+    notes: tuple[str, ...]
+    rows: tuple[AnsweredRow, ...]
+    figures: Mapping[str, Figures]
+
+    @property
+    def has_details(self) -> bool:
+        """Return whether there is more to show than the scoreboard."""
+        return bool(self.rows and self.figures)
+
+    @cached_property
+    def shared_choices(self) -> tuple[str, ...] | None:
+        """Return the options where all rows have the same ones in the same order."""
+        choices = {row.choices for row in self.rows}
+        return choices.pop() if len(choices) == 1 else None
+
+
+def read_evaluation(folder: Path) -> Evaluated:
+    """Read the folder of an evaluation. Raises DataError for a file that can't be read."""
+    path = folder / REPORT_FILE
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+        figures = {}
+        for name, values in report.get("figures", {}).items():
+            figures[name] = Figures.model_validate(values)
+        path = folder / ROWS_FILE
+        rows = []
+        if path.exists():
+            for line in path.read_text(encoding="utf-8").split("\n"):
+                if line:
+                    rows.append(AnsweredRow.model_validate_json(line))
+    except (OSError, ValueError, ValidationError) as error:
+        raise DataError(
+            f"{path}: can't be read as part of an evaluation ({type(error).__name__}); "
+            "evaluate again with --refresh evaluate"
+        ) from error
+    return Evaluated(
+        teacher=report.get("teacher", TEACHER),
+        notes=tuple(report.get("notes", ())),
+        rows=tuple(rows),
+        figures=figures,
+    )
+
+
+class ChampionAnswers:
+    """A champion's answers.jsonl, whose last column is its own.
+
+    Raises DataError for a file that can't be read."""
+
+    def __init__(self, path: Path) -> None:
+        self.rows: dict[str | None, dict[str, str | None]] = {}
+        for example_id, row in read_answers(path).items():
+            self.rows[row.get("content") or example_id] = row
+
+    def knows(self, row: AnsweredRow) -> bool:
+        """Return whether the champion was asked this row. A row is known by its content, or by its
+        id where the file has no content; another gold letter tells another order of options."""
+        theirs = self.find(row)
+        return theirs is not None and theirs.get(GOLD, row.gold) == row.gold
+
+    def answer(self, row: AnsweredRow) -> str | None:
+        """Return the champion's letter, None where it gave none."""
+        theirs = self.find(row)
+        return None if theirs is None else theirs[list(theirs)[-1]]
+
+    def find(self, row: AnsweredRow) -> dict[str, str | None] | None:
+        return self.rows.get(row.content, self.rows.get(row.example_id))

@@ -1,0 +1,379 @@
+"""Write the page of a run: one HTML file that opens offline and asks for nothing.
+
+Every text is escaped by Jinja, and the page's own policy lets no other script run than the one that
+is written into it, nor any request be made.
+"""
+
+from base64 import b64encode
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+
+from distillery.evaluation import scoreboard, verdicts
+from distillery.evaluation.report import write_text
+from distillery.labels.report import LabelReport
+from distillery.records import LETTERS, Outcome, ScoreRow
+from distillery.report.charts import (
+    PERCENTILES,
+    plot_accuracy,
+    plot_curve,
+    plot_latency,
+    plot_reliability,
+)
+from distillery.report.evaluated import (
+    AnsweredRow,
+    ChampionAnswers,
+    Confusion,
+    Estimate,
+    Evaluated,
+    Figures,
+    read_evaluation,
+)
+from distillery.report.facts import labelling_facts
+
+PAGE_FILE = "report.html"
+
+SHOWN_ROWS = 2000
+"""Rows in the page. Of more rows, those that somebody answers otherwise than gold come first."""
+
+NONE = "none"
+"""Stands for a row without an answer in the page's filters."""
+
+HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class StageLine:
+    """A stage of the run: its figures in words, the seconds that its work took, and the run that
+    did it."""
+
+    name: str
+    figures: str
+    seconds: float
+    produced_by: str
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of texts. The first cell of a row names the row."""
+
+    caption: str
+    titles: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A chart, or None where there is nothing to draw, and the table with its figures."""
+
+    title: str
+    svg: str | None
+    table: Table | None
+
+
+@dataclass(frozen=True)
+class BrowsedRow:
+    """A row of the error browser. `champion`: its letter, or None if it was not asked."""
+
+    row: AnsweredRow
+    teacher: str
+    student: str
+    champion: str | None
+    confidence: float | None
+
+    @property
+    def is_wrong(self) -> bool:
+        return self.student != self.row.gold
+
+    @property
+    def differs(self) -> bool:
+        """Whether student and teacher differ."""
+        return self.student != self.teacher
+
+    @property
+    def has_changed(self) -> bool:
+        """Whether the champion answers otherwise."""
+        return self.champion not in (None, self.student)
+
+
+def write_page(
+    out: Path,
+    outcome: Outcome,
+    evaluation: Path,
+    labels: LabelReport,
+    verdict: str,
+    stages: Sequence[StageLine],
+    champion_answers: Path | None = None,
+) -> None:
+    """Write report.html into the folder `out`.
+
+    `evaluation` is the folder of the outcome's evaluation. `verdict` is the gate's decision in one
+    line. `champion_answers`: the answers.jsonl of the champion that the gate compared with.
+    Raises DataError for a file that can't be read."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    evaluated = read_evaluation(evaluation)
+    champion = ChampionAnswers(champion_answers) if champion_answers else None
+    board, candidate = outcome.report.scoreboard, outcome.report.candidate
+    browsed = browsed_rows(evaluated, candidate, champion)
+    letters = answered_letters(evaluated)
+    script = (HERE / "filters.js").read_text(encoding="utf-8")
+    environment = Environment(
+        loader=FileSystemLoader(HERE),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    text = environment.get_template("page.html").render(
+        outcome=outcome,
+        verdict=verdict,
+        headline=scoreboard.headline(board, candidate, evaluated.teacher),
+        key_figures=key_figures(board, candidate, evaluated.teacher),
+        rules=Table(
+            "What the gate asked, and what it found",
+            verdicts.TITLES,
+            list(map(verdicts.table_cells, outcome.decision.verdicts)),
+        ),
+        scoreboard=scoreboard_table(board),
+        trade_offs=trade_offs(board),
+        evaluated=evaluated,
+        reliability=reliability(evaluated, candidate),
+        measures=measures(evaluated),
+        classes=class_table(evaluated, candidate),
+        confusion=confusion_of(evaluated, candidate),
+        curve=training_curve(outcome),
+        latency=latency(board, evaluated.figures),
+        teacher=Table(
+            f"Labels of {outcome.labels.teacher}",
+            ("of the labels", "figure"),
+            labelling_facts(outcome.labels, labels),
+        ),
+        browsed=browsed[:SHOWN_ROWS],
+        rows=len(browsed),
+        champion=champion is not None,
+        letters=letters,
+        texts={**dict(letters), NONE: "no answer"},
+        no_answer=NONE,
+        stages=stages,
+        script=script,
+        script_digest=b64encode(sha256(script.encode()).digest()).decode(),
+        style=(HERE / "page.css").read_text(encoding="utf-8"),
+    )
+    write_text(out / PAGE_FILE, text)
+
+
+def key_figures(
+    board: Sequence[ScoreRow], candidate: str, teacher: str
+) -> list[tuple[str, str, str]]:
+    """Return the candidate's accuracy, size and speed: name, figure, and what it compares with."""
+    ours = scoreboard.row_named(board, candidate)
+    theirs = scoreboard.row_named(board, teacher)
+    interval = f"95 % interval {ours.interval.low:.3f} to {ours.interval.high:.3f}"
+    figures = [("accuracy", f"{ours.accuracy:.3f}", interval)]
+    if theirs.correct:
+        share = scoreboard.percent(ours.correct / theirs.correct)
+        figures.append(("of the teacher's accuracy", share, f"teacher {theirs.accuracy:.3f}"))
+    if ours.bytes:
+        than = f"teacher {theirs.bytes / 1e6:.0f} MB" if theirs.bytes else ""
+        figures.append(("size", f"{ours.bytes / 1e6:.0f} MB", than))
+    if ours.rows_per_second:
+        than = f"teacher {theirs.rows_per_second:.1f}" if theirs.rows_per_second else ""
+        figures.append(("rows a second", f"{ours.rows_per_second:.1f}", than))
+    return figures
+
+
+def scoreboard_table(board: Sequence[ScoreRow]) -> Table:
+    """Return the scoreboard, whose columns are those of the terminal."""
+    titles = [title.replace("-\n", "").replace("\n", " ") for title in scoreboard.COLUMNS]
+    return Table("The scoreboard", titles, list(map(scoreboard.table_cells, board)))
+
+
+def trade_offs(board: Sequence[ScoreRow]) -> list[Chart]:
+    """Return accuracy against size and against speed. Their table is the scoreboard."""
+    charts = []
+    for label, title in (("MB", "Accuracy and size"), ("rows a second", "Accuracy and speed")):
+        figure_of = megabytes if label == "MB" else rows_per_second
+        charts.append(Chart(title, plot_accuracy(board, figure_of, label, title), None))
+    return charts
+
+
+def megabytes(row: ScoreRow) -> float | None:
+    """Return the size of a predictor's folder in MB."""
+    return row.bytes / 1e6 if row.bytes else None
+
+
+def rows_per_second(row: ScoreRow) -> float | None:
+    """Return how many rows a predictor answers in a second."""
+    return row.rows_per_second
+
+
+def reliability(evaluated: Evaluated, candidate: str) -> Chart | None:
+    """Return the confidence of the student and the teacher against their accuracy."""
+    bins, rows = {}, []
+    for name in (candidate, evaluated.teacher):
+        calibration = evaluated.figures.get(name, Figures()).calibration
+        if calibration is None or not calibration.bins:
+            continue
+        bins[name] = calibration.bins
+        for group in calibration.bins:
+            rows.append(
+                [
+                    name,
+                    f"{group.low:.2f} to {group.high:.2f}",
+                    f"{group.rows:,}",
+                    f"{group.confidence:.3f}",
+                    f"{group.accuracy:.3f}",
+                ]
+            )
+    if not bins:
+        return None
+    title = "Confidence and accuracy"
+    titles = ("predictor", "bin", "rows", "mean confidence", "accuracy")
+    return Chart(title, plot_reliability(bins, title), Table(title, titles, rows))
+
+
+def measures(evaluated: Evaluated) -> Table:
+    """Return each predictor's figures beyond the scoreboard."""
+    rows = []
+    for name, figures in evaluated.figures.items():
+        calibration, error = figures.calibration, None
+        if calibration:
+            error = Estimate(value=calibration.error, low=calibration.low, high=calibration.high)
+        cells = [
+            estimate(figures.macro_f1),
+            estimate(error),
+            estimate(figures.kl_from_teacher),
+            estimate(figures.order_robustness),
+        ]
+        if any(cells):
+            rows.append([name, *cells])
+    titles = (
+        "predictor",
+        "macro-F1",
+        "calibration error",
+        "divergence from the teacher, nats",
+        "answered alike in another order",
+    )
+    return Table("Figures with their 95 % intervals", titles, rows)
+
+
+def class_table(evaluated: Evaluated, candidate: str) -> Table:
+    """Return the student's figures of each class."""
+    rows = []
+    for each in evaluated.figures.get(candidate, Figures()).classes:
+        recall = None
+        if each.recall is not None:
+            recall = Estimate(value=each.recall, low=each.recall_low, high=each.recall_high)
+        rows.append(
+            [each.label, f"{each.rows:,}", share(each.precision), estimate(recall), share(each.f1)]
+        )
+    titles = ("class", "rows", "precision", "recall [95 %]", "F1")
+    return Table("The student's figures of each class", titles, rows)
+
+
+def confusion_of(evaluated: Evaluated, candidate: str) -> Confusion | None:
+    """Return the student's answers by gold answer."""
+    return evaluated.figures.get(candidate, Figures()).confusion
+
+
+def training_curve(outcome: Outcome) -> Chart | None:
+    """Return the loss of the student's training; None for a student without a curve."""
+    curve, title = outcome.student.curve, "The student's training"
+    if not curve:
+        return None
+    rows = []
+    for point in curve:
+        rows.append(
+            [
+                f"{point.step:,}",
+                f"{point.loss:.4f}",
+                share(point.validation_loss),
+                share(point.validation_accuracy),
+            ]
+        )
+    titles = ("step", "training loss", "validation loss", "validation accuracy")
+    return Chart(title, plot_curve(curve, title), Table(title, titles, rows))
+
+
+def latency(board: Sequence[ScoreRow], figures: Mapping[str, Figures]) -> Chart | None:
+    """Return the models' latencies; None where none was measured."""
+    latencies, rows = {}, []
+    for row in board:
+        known = figures.get(row.name, Figures())
+        if row.p50_ms is None and known.p50_ms is None:
+            continue
+        known = known.model_copy(
+            update={
+                "p50_ms": row.p50_ms if known.p50_ms is None else known.p50_ms,
+                "p95_ms": row.p95_ms if known.p95_ms is None else known.p95_ms,
+            }
+        )
+        latencies[row.name] = known
+        values = [known.p50_ms, known.p95_ms, known.p99_ms, known.first_token_ms]
+        cells = ["" if value is None else f"{value:.1f}" for value in values]
+        load = "" if known.load_s is None else f"{known.load_s:.2f}"
+        rows.append([row.name, *cells, load])
+    if not latencies:
+        return None
+    title = "Latency of single rows"
+    titles = (
+        "predictor",
+        *(f"{name}, ms" for name in PERCENTILES.values()),
+        "first token, ms",
+        "load, s",
+    )
+    return Chart(title, plot_latency(latencies, title), Table(title, titles, rows))
+
+
+def browsed_rows(
+    evaluated: Evaluated, candidate: str, champion: ChampionAnswers | None
+) -> list[BrowsedRow]:
+    """Return the test rows in their order; of more than SHOWN_ROWS, those first that student,
+    teacher or champion answers otherwise than gold."""
+    browsed = []
+    for row in evaluated.rows:
+        theirs = None
+        if champion and champion.knows(row):
+            theirs = champion.answer(row) or NONE
+        browsed.append(
+            BrowsedRow(
+                row=row,
+                teacher=row.answers.get(evaluated.teacher) or NONE,
+                student=row.answers.get(candidate) or NONE,
+                champion=theirs,
+                confidence=row.confidence(candidate),
+            )
+        )
+    if len(browsed) > SHOWN_ROWS:
+        browsed.sort(key=is_answered_alike)
+    return browsed
+
+
+def is_answered_alike(browsed: BrowsedRow) -> bool:
+    """Return whether all answers to a row are right."""
+    return {browsed.teacher, browsed.student, browsed.champion} <= {browsed.row.gold, None}
+
+
+def answered_letters(evaluated: Evaluated) -> list[tuple[str, str]]:
+    """Return each letter of the test rows and what it is called: the option's text where all rows
+    have the same options."""
+    if evaluated.shared_choices:
+        return list(zip(LETTERS, evaluated.shared_choices, strict=False))
+    most = max((len(row.choices) for row in evaluated.rows), default=0)
+    return [(letter, letter) for letter in LETTERS[:most]]
+
+
+def share(value: float | None) -> str:
+    """Return a figure with three digits; '' where there is none."""
+    return "" if value is None else f"{value:.3f}"
+
+
+def estimate(figure: Estimate | None) -> str:
+    """Return a figure with its interval; '' where there is none."""
+    if figure is None:
+        return ""
+    if figure.low is None or figure.high is None:
+        return f"{figure.value:.3f}"
+    return f"{figure.value:.3f} [{figure.low:.3f}, {figure.high:.3f}]"

@@ -1,0 +1,237 @@
+"""The page of a run: what it says, and that nothing in a row becomes part of the page."""
+
+import json
+import re
+from base64 import b64encode
+from hashlib import sha256
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from finished_run import (
+    ARTIFACT,
+    HOSTILE,
+    OPTIONS,
+    STUDENT,
+    champion_answers,
+    evaluation,
+    finished_run,
+    older_evaluation,
+    page_of,
+)
+
+from distillery.errors import DataError
+from distillery.evaluation.report import ROWS_FILE
+from distillery.records import GateDecision, Outcome
+from distillery.report import page
+from distillery.report.evaluated import read_evaluation
+
+
+class Parsed(HTMLParser):
+    """The page's elements and visible text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+
+    def rows(self) -> list[dict[str, str | None]]:
+        """The attributes of the rows of the error browser."""
+        return [values for tag, values in self.elements if tag == "tr" and "data-gold" in values]
+
+
+def test_the_verdict_comes_first_and_every_rule_has_its_own(tmp_path: Path) -> None:
+    text = page_of(tmp_path, finished_run(), evaluation(tmp_path / "evaluation")).read_text()
+    sections = re.findall(r'<h2 id="(\w+)">', text)
+    expected = ["verdict", "scoreboard", "reliability", "confusion", "errors"]
+    assert sections == [*expected, "training", "teacher", "stages"]
+    words = " ".join(Parsed(text).texts)
+    for said in (
+        "Refused",
+        "gate: refused: too few rows; nothing is registered",
+        "better than majority class",
+        "+50.0 points [+20.0, +70.0]",
+        "> 0 at 95 %",
+        "undecided",
+        "90.9 %",
+        "0.830 [0.600, 0.970]",
+        "0.900 [0.600, 0.980]",
+        "1.25 EUR",
+        "12,345",
+        "Measured one row at a time.",
+    ):
+        assert said in words
+
+
+def test_each_chart_has_a_text_and_a_table_with_its_figures(tmp_path: Path) -> None:
+    text = page_of(tmp_path, finished_run(), evaluation(tmp_path / "evaluation")).read_text()
+    charts = [values for tag, values in Parsed(text).elements if tag == "svg"]
+    assert [chart["aria-label"] for chart in charts] == [
+        "Accuracy and size",
+        "Accuracy and speed",
+        "Latency of single rows",
+        "Confidence and accuracy",
+        "The student's training",
+    ]
+    # The scoreboard is the table of the first two.
+    assert re.findall(r"<summary>(.*): the figures", text) == [
+        "Latency of single rows",
+        "Scoreboard",
+        "Confidence and accuracy",
+        "The student&#39;s training",
+    ]
+    # A colour that is not the page's own would stay as it is in the dark.
+    assert not re.search(r"(fill|stroke): #", text.partition("<main>")[2])
+    identities = re.findall(r' id="([^"]+)"', text)
+    assert len(identities) == len(set(identities))
+
+
+def test_what_stands_in_a_row_is_text(tmp_path: Path) -> None:
+    run = finished_run(recipe=HOSTILE, run=HOSTILE)
+    text = page_of(tmp_path, run, evaluation(tmp_path / "evaluation")).read_text()
+    parsed = Parsed(text)
+    tags = [tag for tag, _ in parsed.elements]
+    assert (tags.count("script"), tags.count("img")) == (1, 0)
+    assert HOSTILE in "".join(parsed.texts)
+
+
+def test_only_the_pages_own_script_may_run_and_nothing_is_requested(tmp_path: Path) -> None:
+    text = page_of(tmp_path, finished_run(), evaluation(tmp_path / "evaluation")).read_text()
+    (script,) = re.findall(r"<script>(.*?)</script>", text, re.DOTALL)
+    digest = b64encode(sha256(script.encode()).digest()).decode()
+    assert (
+        "default-src 'none'; img-src data:; style-src 'unsafe-inline'; "
+        f"script-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'" in text
+    )
+    for _, values in Parsed(text).elements:
+        for name in ("src", "href", "xlink:href", "action"):
+            assert (values.get(name) or "#").startswith(("#", "data:"))
+
+
+def test_rows_are_marked_wrong_different_and_changed(tmp_path: Path) -> None:
+    champion = GateDecision(
+        passed=True, reason="passed: x", champion="desk version 1", champion_answers=ARTIFACT
+    )
+    written = page_of(
+        tmp_path,
+        finished_run(decision=champion),
+        evaluation(tmp_path / "evaluation"),
+        champion_answers(tmp_path),
+    )
+    rows = Parsed(written.read_text()).rows()
+
+    def marked(name: str) -> list[int]:
+        return [number for number, row in enumerate(rows) if name in row]
+
+    assert marked("data-wrong") == [2, 3]
+    assert marked("data-differs") == [2, 3, 4]
+    # Row 6 is none of the champion's, and so has not changed.
+    assert marked("data-changed") == [2, 3, 5]
+    assert rows[3]["data-student"] == "none"
+    assert rows[3]["data-confidence"] == ""
+    assert rows[0]["data-confidence"] == "0.5000"
+    assert rows[6]["data-champion"] == ""
+
+
+def test_a_champions_row_is_found_by_its_content_where_that_is_known(tmp_path: Path) -> None:
+    answers = tmp_path / "answers.jsonl"
+    lines = []
+    for number in range(12):
+        line = {"example_id": f"other-{number}", "content": f"content-{number}", STUDENT: "B"}
+        lines.append(json.dumps(line) + "\n")
+    answers.write_text("".join(lines))
+    written = page_of(tmp_path, finished_run(), evaluation(tmp_path / "evaluation"), answers)
+    rows = Parsed(written.read_text()).rows()
+    assert {row["data-champion"] for row in rows} == {"B"}
+    # With another gold letter, its letters stand for other options.
+    answers.write_text(
+        "".join(line.replace('"content"', '"gold": "A", "content"') for line in lines)
+    )
+    rows = Parsed(
+        page_of(tmp_path, finished_run(), evaluation(tmp_path / "evaluation"), answers).read_text()
+    ).rows()
+    assert [row["data-champion"] for row in rows] == ["B", "", ""] * 4
+
+
+@pytest.mark.parametrize("spoil", ["rows", "figures", "both"])
+def test_an_evaluation_of_an_earlier_version_is_said_and_left_out(
+    tmp_path: Path, spoil: str
+) -> None:
+    folder = tmp_path / "evaluation"
+    if spoil == "both":
+        older_evaluation(folder)
+    elif spoil == "rows":
+        evaluation(folder)
+        (folder / ROWS_FILE).unlink()
+    else:
+        rows = (evaluation(tmp_path / "whole") / ROWS_FILE).read_text()
+        older_evaluation(folder)
+        (folder / ROWS_FILE).write_text(rows)
+    text = page_of(tmp_path, finished_run(), folder).read_text()
+    assert "This evaluation is from an earlier version" in text
+    assert 'id="errors"' not in text
+    assert 'id="scoreboard"' in text
+
+
+def test_records_of_earlier_runs_have_no_verdicts_and_no_curve(tmp_path: Path) -> None:
+    run = finished_run(decision=GateDecision(passed=True, reason="passed: x"))
+    run = run.model_copy(update={"student": run.student.model_copy(update={"curve": ()})})
+    kept = json.loads(run.model_dump_json())
+    del kept["page"], kept["decision"]["champion_answers"]
+    text = page_of(
+        tmp_path, Outcome.model_validate(kept), older_evaluation(tmp_path / "evaluation")
+    ).read_text()
+    assert "The gate applied no rules" in text
+    assert "The training left no curve" in text
+
+
+def test_options_that_differ_from_row_to_row_are_listed(tmp_path: Path) -> None:
+    folder = evaluation(tmp_path / "evaluation")
+    lines = (folder / ROWS_FILE).read_text().splitlines()
+    row = json.loads(lines[0]) | {"choices": ["oven", "bridge", "rain", "cloud"]}
+    (folder / ROWS_FILE).write_text("\n".join([json.dumps(row), *lines[1:]]) + "\n")
+    text = page_of(tmp_path, finished_run(), folder).read_text()
+    assert "<li>bridge</li>" in text
+    assert '<option value="D">D</option>' in text
+    assert f'<option value="A">{OPTIONS[0]}</option>' not in text
+
+
+def test_of_too_many_rows_the_errors_are_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(page, "SHOWN_ROWS", 5)
+    text = page_of(tmp_path, finished_run(), evaluation(tmp_path / "evaluation")).read_text()
+    assert "The page holds 5 of 12 test rows" in text
+    shown = re.findall(r'<div class="id">([^<]+)</div>', text)
+    assert shown == ["row-2", "row-3", "row-4", "row-0", "row-1"]
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("report.json", "{"),
+        ("report.json", '{"figures": {"student": {"macro_f1": {"value": "x"}}}}'),
+        (ROWS_FILE, '{"example_id": "1"}\n'),
+    ],
+)
+def test_a_file_that_cant_be_read_is_named(tmp_path: Path, file: str, content: str) -> None:
+    folder = evaluation(tmp_path / "evaluation")
+    (folder / file).write_text(content)
+    with pytest.raises(DataError, match=rf"{file}: can't be read .*; evaluate again"):
+        read_evaluation(folder)
+
+
+def test_what_a_later_version_adds_to_an_evaluation_is_left_out(tmp_path: Path) -> None:
+    folder = evaluation(tmp_path / "evaluation", later="x")
+    report: dict[str, Any] = json.loads((folder / "report.json").read_text())
+    report["figures"][STUDENT]["later"] = {"value": 1}
+    (folder / "report.json").write_text(json.dumps(report))
+    assert read_evaluation(folder).has_details
