@@ -16,7 +16,6 @@ from io import StringIO
 from typing import Any
 
 from distillery.records import Bin, CurvePoint, ScoreRow
-from distillery.report.evaluated import Figures
 
 INK, LINE = "#010100", "#010101"
 SERIES = ("#010102", "#010103", "#010104", "#010105", "#010106", "#010107")
@@ -169,17 +168,17 @@ def plot_curve(curve: Sequence[CurvePoint], title: str) -> str:
     return to_svg(draw, title, 4.2 if accuracies else 3.0)
 
 
-def plot_latency(latencies: Mapping[str, Figures], title: str) -> str:
-    """Return the median, the 95th and the 99th percentile of each predictor's latency."""
+def plot_latency(latencies: Mapping[str, Sequence[float | None]], title: str) -> str:
+    """Return each predictor's latencies in milliseconds, one for each of PERCENTILES."""
 
     def draw(figure: Any) -> None:
         axes = figure.subplots()
         # The first predictor is at the top.
         names = list(reversed(list(latencies)))
-        for number, (field, label) in enumerate(PERCENTILES.items()):
+        for number, label in enumerate(PERCENTILES):
             values, positions = [], []
             for position, name in enumerate(names):
-                value = getattr(latencies[name], field)
+                value = latencies[name][number]
                 if value is not None:
                     values.append(value)
                     positions.append(position)
@@ -201,7 +200,7 @@ def plot_latency(latencies: Mapping[str, Figures], title: str) -> str:
     return to_svg(draw, title, 1.7 + 0.4 * len(latencies))
 
 
-PERCENTILES = {"p50_ms": "median", "p95_ms": "95th percentile", "p99_ms": "99th percentile"}
+PERCENTILES = ("median", "95th percentile", "99th percentile")
 
 
 def add_legend(figure: Any) -> None:

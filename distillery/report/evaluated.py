@@ -1,8 +1,5 @@
-"""What the page of a run reads from the folder of an evaluation: its test rows and its figures.
-
-rows.jsonl: a test row a line, with each predictor's answer and, where it gives them, its
-probabilities. report.json: under `figures`, what is known of each predictor beyond the scoreboard.
-Evaluations of earlier versions have neither.
+"""What the page of a run reads from the folder of an evaluation: its test rows and its figures
+(see evaluation/report.py). Evaluations of earlier versions have neither.
 """
 
 import json
@@ -11,77 +8,17 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from distillery.errors import DataError
 from distillery.evaluation.report import REPORT_FILE, ROWS_FILE, read_answers
 from distillery.evaluation.scoreboard import GOLD, TEACHER
-from distillery.records import LETTERS, Bin
+from distillery.records import LETTERS, Figures, Record
 
 
-class Read(BaseModel):
-    """Base of what is read here: what another version of the project adds is left out."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore")
-
-
-class Estimate(Read):
-    """A figure with its 95 % interval, where it has one."""
-
-    value: float
-    low: float | None = None
-    high: float | None = None
-
-
-class ClassFigures(Read):
-    """A class: its test rows, and its figures from 0 to 1; None where they are not defined."""
-
-    label: str
-    rows: int
-    precision: float | None = None
-    recall: float | None = None
-    f1: float | None = None
-    recall_low: float | None = None
-    recall_high: float | None = None
-
-
-class Confusion(Read):
-    """`counts`: a line for each gold label, a column for each label answered, and one for rows
-    without an answer."""
-
-    labels: tuple[str, ...]
-    counts: tuple[tuple[int, ...], ...]
-
-
-class Calibration(Read):
-    """The expected calibration error (0 to 1) with its interval, and its bins."""
-
-    error: float
-    low: float | None = None
-    high: float | None = None
-    bins: tuple[Bin, ...] = ()
-
-
-class Figures(Read):
-    """A predictor's figures: latencies in milliseconds, `load_s` in seconds, the divergence from
-    the teacher in nats, the share (0 to 1) of rows that are answered alike with the options in
-    another order. What is not known of it is None."""
-
-    macro_f1: Estimate | None = None
-    classes: tuple[ClassFigures, ...] = ()
-    confusion: Confusion | None = None
-    calibration: Calibration | None = None
-    kl_from_teacher: Estimate | None = None
-    order_robustness: Estimate | None = None
-    first_token_ms: float | None = None
-    p50_ms: float | None = None
-    p95_ms: float | None = None
-    p99_ms: float | None = None
-    load_s: float | None = None
-
-
-class AnsweredRow(Read):
-    """A test row. `gold` and `answers` are letters; `probabilities` go in the options' order."""
+class AnsweredRow(Record):
+    """A line of rows.jsonl. `gold` and `answers` are letters; `probabilities` go in the options'
+    order."""
 
     example_id: str
     content: str
@@ -89,7 +26,7 @@ class AnsweredRow(Read):
     choices: tuple[str, ...]
     gold: str
     answers: dict[str, str | None]
-    probabilities: dict[str, tuple[float, ...] | None] = {}
+    probabilities: dict[str, tuple[float, ...] | None]
 
     def confidence(self, predictor: str) -> float | None:
         """Return the probability that a predictor gives its answer; None where it gives none."""

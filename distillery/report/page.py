@@ -13,7 +13,15 @@ from pathlib import Path
 from distillery.evaluation import scoreboard, verdicts
 from distillery.evaluation.report import write_text
 from distillery.labels.report import LabelReport
-from distillery.records import LETTERS, Outcome, ScoreRow
+from distillery.records import (
+    LETTERS,
+    Confusion,
+    Estimate,
+    Figures,
+    OrderRobustness,
+    Outcome,
+    ScoreRow,
+)
 from distillery.report.charts import (
     PERCENTILES,
     plot_accuracy,
@@ -24,10 +32,7 @@ from distillery.report.charts import (
 from distillery.report.evaluated import (
     AnsweredRow,
     ChampionAnswers,
-    Confusion,
-    Estimate,
     Evaluated,
-    Figures,
     read_evaluation,
 )
 from distillery.report.facts import labelling_facts
@@ -213,11 +218,11 @@ def reliability(evaluated: Evaluated, candidate: str) -> Chart | None:
     """Return the confidence of the student and the teacher against their accuracy."""
     bins, rows = {}, []
     for name in (candidate, evaluated.teacher):
-        calibration = evaluated.figures.get(name, Figures()).calibration
-        if calibration is None or not calibration.bins:
+        figures = evaluated.figures.get(name)
+        if figures is None or figures.calibration is None:
             continue
-        bins[name] = calibration.bins
-        for group in calibration.bins:
+        bins[name] = figures.calibration.bins
+        for group in figures.calibration.bins:
             rows.append(
                 [
                     name,
@@ -262,10 +267,9 @@ def measures(evaluated: Evaluated) -> Table:
 def class_table(evaluated: Evaluated, candidate: str) -> Table:
     """Return the student's figures of each class."""
     rows = []
-    for each in evaluated.figures.get(candidate, Figures()).classes:
-        recall = None
-        if each.recall is not None:
-            recall = Estimate(value=each.recall, low=each.recall_low, high=each.recall_high)
+    figures = evaluated.figures.get(candidate)
+    for each in figures.classes if figures else ():
+        recall = Estimate(value=each.recall, low=each.recall_low, high=each.recall_high)
         rows.append(
             [each.label, f"{each.rows:,}", share(each.precision), estimate(recall), share(each.f1)]
         )
@@ -275,7 +279,8 @@ def class_table(evaluated: Evaluated, candidate: str) -> Table:
 
 def confusion_of(evaluated: Evaluated, candidate: str) -> Confusion | None:
     """Return the student's answers by gold answer."""
-    return evaluated.figures.get(candidate, Figures()).confusion
+    figures = evaluated.figures.get(candidate)
+    return figures.confusion if figures else None
 
 
 def training_curve(outcome: Outcome) -> Chart | None:
@@ -299,28 +304,25 @@ def training_curve(outcome: Outcome) -> Chart | None:
 
 def latency(board: Sequence[ScoreRow], figures: Mapping[str, Figures]) -> Chart | None:
     """Return the models' latencies; None where none was measured."""
-    latencies, rows = {}, []
+    latencies: dict[str, tuple[float | None, ...]] = {}
+    rows = []
     for row in board:
-        known = figures.get(row.name, Figures())
-        if row.p50_ms is None and known.p50_ms is None:
+        if row.p50_ms is None:
             continue
-        known = known.model_copy(
-            update={
-                "p50_ms": row.p50_ms if known.p50_ms is None else known.p50_ms,
-                "p95_ms": row.p95_ms if known.p95_ms is None else known.p95_ms,
-            }
-        )
-        latencies[row.name] = known
-        values = [known.p50_ms, known.p95_ms, known.p99_ms, known.first_token_ms]
+        known = figures.get(row.name)
+        p99 = known.p99_ms if known else None
+        first_token = known.first_token_ms if known else None
+        load = known.load_s if known else None
+        latencies[row.name] = (row.p50_ms, row.p95_ms, p99)
+        values = [*latencies[row.name], first_token]
         cells = ["" if value is None else f"{value:.1f}" for value in values]
-        load = "" if known.load_s is None else f"{known.load_s:.2f}"
-        rows.append([row.name, *cells, load])
+        rows.append([row.name, *cells, "" if load is None else f"{load:.2f}"])
     if not latencies:
         return None
     title = "Latency of single rows"
     titles = (
         "predictor",
-        *(f"{name}, ms" for name in PERCENTILES.values()),
+        *(f"{name}, ms" for name in PERCENTILES),
         "first token, ms",
         "load, s",
     )
@@ -370,10 +372,8 @@ def share(value: float | None) -> str:
     return "" if value is None else f"{value:.3f}"
 
 
-def estimate(figure: Estimate | None) -> str:
+def estimate(figure: Estimate | OrderRobustness | None) -> str:
     """Return a figure with its interval; '' where there is none."""
     if figure is None:
         return ""
-    if figure.low is None or figure.high is None:
-        return f"{figure.value:.3f}"
     return f"{figure.value:.3f} [{figure.low:.3f}, {figure.high:.3f}]"

@@ -6,7 +6,6 @@ from base64 import b64encode
 from hashlib import sha256
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import pytest
 from finished_run import (
@@ -227,11 +226,3 @@ def test_a_file_that_cant_be_read_is_named(tmp_path: Path, file: str, content: s
     (folder / file).write_text(content)
     with pytest.raises(DataError, match=rf"{file}: can't be read .*; evaluate again"):
         read_evaluation(folder)
-
-
-def test_what_a_later_version_adds_to_an_evaluation_is_left_out(tmp_path: Path) -> None:
-    folder = evaluation(tmp_path / "evaluation", later="x")
-    report: dict[str, Any] = json.loads((folder / "report.json").read_text())
-    report["figures"][STUDENT]["later"] = {"value": 1}
-    (folder / "report.json").write_text(json.dumps(report))
-    assert read_evaluation(folder).has_details
