@@ -256,16 +256,16 @@ def weights(folder: Path) -> dict[str, str]:
 
 
 def float_arguments(student: ModelToScore) -> dict[str, Any]:
-    """Return how the harness's `hf` reader loads the float student. The prompts have their special
-    tokens already."""
+    """Return how the harness's `hf` reader, which works in another folder, loads the float student.
+    The prompts have their special tokens already."""
     arguments: dict[str, Any] = {
-        "pretrained": student.folder,
+        "pretrained": str(Path(student.folder).absolute()),
         "dtype": "float32",
         "add_bos_token": False,
         "trust_remote_code": student.remote_code,
     }
     if student.adapter:
-        arguments["peft"] = student.adapter
+        arguments["peft"] = str(Path(student.adapter).absolute())
     return arguments
 
 
