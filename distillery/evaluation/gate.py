@@ -163,7 +163,7 @@ def compare(
     pairs = count_pairs(our_rights, their_rights)
     notes = [f"against {earlier.title} on {count_shared(pairs.rows, len(own))}"]
     if not pairs.rows:
-        notes = [f"no test row is shared with {earlier.title}"]
+        notes = ["no test row is shared"]
     if by_id and pairs.rows and contents:
         notes.append("known by their ids alone, since its answers are of an earlier release")
     if reordered:
@@ -224,7 +224,7 @@ def judge_not_worse(rule: NotWorseRule, evidence: Evidence) -> RuleVerdict:
     that the rule names does not exist."""
     for comparison in evidence.comparisons:
         if comparison.earlier.is_champion and comparison.earlier.is_candidate:
-            note = f"the student is that of {comparison.earlier.title}, the champion"
+            note = "the student is the champion"
             return RuleVerdict(rule=rule, verdict="passed", note=note)
     compared = evidence.compared_with(rule.than)
     if compared is None:
@@ -233,14 +233,14 @@ def judge_not_worse(rule: NotWorseRule, evidence: Evidence) -> RuleVerdict:
         if rule.than == "best":
             if not any(comparison.earlier.may_be_best for comparison in evidence.comparisons):
                 return RuleVerdict(rule=rule, verdict="passed", note="no version yet")
-            note = "no earlier version shares half of the test rows"
+            note = "too few test rows are shared"
         else:
             note = f"no version {rule.than} is registered"
         return RuleVerdict(rule=rule, verdict="undecided", note=note)
     if not compared.pairs.rows:
         return RuleVerdict(rule=rule, verdict="undecided", note=compared.note)
     if compared.earlier.is_candidate:
-        note = f"the student is that of {compared.earlier.title}"
+        note = f"the student is version {compared.earlier.version}"
         return RuleVerdict(rule=rule, verdict="passed", note=note)
     return judge_difference(rule, compared.pairs, -rule.margin, compared.note)
 

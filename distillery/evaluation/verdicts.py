@@ -42,7 +42,8 @@ def table_cells(verdict: RuleVerdict) -> list[str]:
     if outcome == "undecided":
         outcome = undecided_cell(verdict)
     if verdict.figure is None:
-        outcome += f": {verdict.note}"
+        # The reason has all of the note; the table has no room for it.
+        outcome += f": {verdict.note.partition(';')[0]}"
     return [verdict.rule.title, figure_cell(verdict), bound_cell(verdict), p_value, outcome]
 
 

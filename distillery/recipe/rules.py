@@ -76,7 +76,7 @@ class NotWorseRule(Rule):
     """The student is at most `margin` worse than an earlier version, on the test rows that both
     answered.
 
-    The rule is passed if there is no earlier version, or if the student is that version.
+    The rule is passed if there is no such version yet, or if the student is the champion.
     """
 
     added_later: ClassVar[frozenset[str]] = frozenset({"than"})

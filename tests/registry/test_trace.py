@@ -32,7 +32,7 @@ def test_a_version_is_traced_to_rows_labels_cost_and_runs(tmp_path: Path) -> Non
     made = provenance(tmp_path / "made")
     model = register(tmp_path / "first", "traced", made)
     found = traced("traced", model.version)
-    assert (found["name"], found["version"], found["role"]) == ("traced", "1", "candidate")
+    assert (found["name"], found["version"], found["role"]) == ("traced", "1", "challenger")
     assert found["run"] == "mine-run-1"
     rows = {role: split["rows"] for role, split in found["splits"].items()}
     assert rows == {"gold": 1, "train": 3, "validation": 1, "test": 2}
@@ -56,7 +56,7 @@ def test_a_version_is_traced_to_rows_labels_cost_and_runs(tmp_path: Path) -> Non
 
     text = run("traced").stdout
     for shown in (
-        "traced version 1, candidate, not signed",
+        "traced version 1, challenger, not signed",
         "train rows               3  ",
         "labels                   2  accepted, 1 rejected",
         "4  calls, 1,200 tokens in, 4 out, 0.25 EUR",
@@ -106,7 +106,7 @@ def test_a_row_is_traced_to_the_versions_that_it_trained(
     register(tmp_path / "third", "others", made)
     assert [use["name"] for use in traced("--row", "r2")] == ["others", "rows", "rows"]
     line = run("--row", "r1", "rows").stdout.splitlines()[0]
-    assert line == "rows  version 2  candidate  train       trained as A, confidence 0.75"
+    assert line == "rows  version 2  challenger  train       trained as A, confidence 0.75"
     assert run("--row", "nobody", "rows").stdout == (
         "nobody: in the data set of no registered version\n"
     )

@@ -2,11 +2,13 @@
 SQLite), without Prefect around them."""
 
 import json
+import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from registered_student import provenance
 
 import flows.distill
 import tasks.registry
@@ -69,6 +71,7 @@ class Made:
             interval=wilson_interval(right, ROWS),
             rows_per_second=speed,
         )
+        self.folder = folder
         self.model = OnnxModel(
             artifact=store.put(model), precision="int4", algorithm="rtn", parameters=1
         )
@@ -85,10 +88,9 @@ class Made:
         )
 
     def registered(self, refused: str | None = None) -> RegisteredModel:
-        provenance = {"evaluation": self.report}
-        return tasks.registry.register.fn(
-            self.model, self.report, self.rows, RECIPE, provenance, refused
-        )
+        made = provenance(self.folder / f"made-{uuid.uuid4().hex}")
+        made |= {"evaluation": self.report, "model": self.model}
+        return tasks.registry.register.fn(self.model, self.report, self.rows, RECIPE, made, refused)
 
     def run(self, *rules: GateRule) -> str:
         """Judge, register and promote, as the flow does; return what became of it."""

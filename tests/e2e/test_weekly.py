@@ -1,0 +1,181 @@
+"""A student that is made again on a schedule: what is promoted, what is refused, what a rollback
+holds, and two runs that promote at once. On a Prefect server with two workers."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prefect_api import wait_for
+from tiny_recipe import RULE, recipe
+from workshop import PROJECT, Run, Workshop
+
+from distillery.storage.digests import list_files
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+
+NAME = "tiny-weekly"
+RULES = [
+    {"kind": "better", "than": "majority class"},
+    {"kind": "not_worse", "margin": 0.2, "confidence": 0.8},
+    {"kind": "not_worse", "than": "best", "margin": 0.2, "confidence": 0.8},
+]
+
+
+class Weekly:
+    """The recipe of a student that learns from a file of labels, and the deployment that makes it
+    again on a schedule."""
+
+    def __init__(self, workshop: Workshop, files: dict[str, list[str]], tiny: Path) -> None:
+        self.workshop = workshop
+        self.home = workshop.folder / "cpu-pool" / "home"
+        self.labels = workshop.folder / "labels.jsonl"
+        lines = Path(files["train"][0]).read_text().splitlines()
+        self.rows: list[dict[str, Any]] = [json.loads(line) for line in lines]
+        self.recipe = recipe(files, tiny) | {
+            "teacher": {"kind": "file", "files": [str(self.labels)]},
+            "student": {
+                "base": {"model": str(tiny)},
+                "training": {"method": "full", "epochs": 12, "learning_rate": 0.01},
+            },
+            "export": {"precision": "fp32"},
+            "evaluation": {"rules": RULES},
+            "registry": {"model_name": NAME},
+        }
+        self.deployment = workshop.deployment("distill/demo")["id"]
+        parameters = {"recipe": self.recipe, "training_deployment": "train-student/gpu"}
+        changed = {"parameters": parameters}
+        workshop.api.patch(f"/deployments/{self.deployment}", json=changed).raise_for_status()
+
+    def label(self, answer: Callable[[dict[str, Any]], str], rows: int) -> None:
+        """Write the labels of the first `rows` rows anew."""
+        lines = []
+        for row in self.rows[:rows]:
+            lines.append(json.dumps({"example_id": row["id"], "answer": answer(row)}) + "\n")
+        self.labels.write_text("".join(lines))
+
+    def scheduled_run(self) -> Run:
+        """Switch a schedule of each minute on until one run has started; return it, ended."""
+        known = {run["id"] for run in self.scheduled("RUNNING", "COMPLETED", "FAILED", "CRASHED")}
+        schedules = f"/deployments/{self.deployment}/schedules"
+        by_cron = [{"schedule": {"cron": "* * * * *"}, "active": True}]
+        created = self.workshop.api.post(schedules, json=by_cron).raise_for_status().json()
+
+        def started() -> Run | None:
+            for run in self.scheduled("RUNNING", "COMPLETED", "FAILED", "CRASHED"):
+                if run["id"] not in known:
+                    return run
+            return None
+
+        try:
+            run = wait_for("a scheduled run", started, 120)
+        finally:
+            self.workshop.api.delete(f"{schedules}/{created[0]['id']}").raise_for_status()
+        run = self.workshop.ended(run)
+        assert run["state_name"] == "Completed", f"{run['state']}\n{self.workshop.log(run)}"
+        return run
+
+    def scheduled(self, *states: str) -> list[Run]:
+        """The deployment's runs that its schedule has made."""
+        runs: list[Run] = self.workshop.ask(
+            "/flow_runs/filter",
+            deployments={"id": {"any_": [self.deployment]}},
+            flow_runs={"state": {"type": {"any_": list(states)}}},
+        )
+        return [run for run in runs if run["auto_scheduled"]]
+
+    def verdict(self, run: Run) -> str:
+        """The last line of the run's log that tells what the gate decided."""
+        lines = [line for line in self.workshop.log(run).splitlines() if line.startswith("gate: ")]
+        return lines[-1]
+
+    def models(self, *arguments: str) -> str:
+        """What `distillery models ...` prints on the worker's machine."""
+        done = subprocess.run(
+            [sys.executable, "-m", "distillery.cli", "models", *arguments],
+            env=self.workshop.environment | {"DISTILLERY_HOME": str(self.home)},
+            cwd=PROJECT,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+
+@pytest.fixture(scope="module")
+def weekly(
+    tmp_path_factory: pytest.TempPathFactory, files: dict[str, list[str]], tiny: Path
+) -> Iterator[Weekly]:
+    folder = tmp_path_factory.mktemp("weekly")
+    common = folder / "shared"
+    common.mkdir()
+    workshop = Workshop(
+        folder,
+        {
+            "DISTILLERY_STORE": str(common / "store"),
+            "DISTILLERY_LABELS": f"sqlite:///{common / 'labels.db'}",
+            "DISTILLERY_REGISTRY": f"sqlite:///{common / 'registry.db'}",
+        },
+    )
+    try:
+        workshop.start()
+        yield Weekly(workshop, files, tiny)
+    finally:
+        workshop.close()
+
+
+def right(row: dict[str, Any]) -> str:
+    return RULE[row["question_concept"]]
+
+
+def test_a_worse_student_is_refused_and_a_rollback_stands(weekly: Weekly, tmp_path: Path) -> None:
+    weekly.label(right, rows=57)
+    assert f"registered as {NAME} version 1" in weekly.verdict(weekly.scheduled_run())
+    weekly.models("download", NAME, str(tmp_path / "first"))
+
+    weekly.label(lambda _row: "A", rows=60)
+    refused = weekly.verdict(weekly.scheduled_run())
+    assert refused.startswith("gate: refused: student fp32 does not pass: better than majority")
+    assert f"against {NAME} version 1 on 40 shared rows" in refused
+    assert refused.endswith("; nothing is registered")
+
+    weekly.label(right, rows=60)
+    assert f"registered as {NAME} version 2" in weekly.verdict(weekly.scheduled_run())
+    assert "version 2 promoted in place of version 1" in weekly.models("history", NAME)
+
+    weekly.models("rollback", NAME, "--reason", "complaints")
+    weekly.models("download", NAME, str(tmp_path / "again"))
+    assert list_files(tmp_path / "again") == list_files(tmp_path / "first")
+    # The same student as in the third week, all from the cache.
+    run = weekly.scheduled_run()
+    assert set(weekly.workshop.states(run).values()) == {"Cached"}
+    assert ", not promoted: " in weekly.verdict(run)
+    weekly.models("download", NAME, str(tmp_path / "after"))
+    assert list_files(tmp_path / "after") == list_files(tmp_path / "first")
+    last = weekly.models("history", NAME).splitlines()[-1]
+    assert "version 1 rolled back in place of version 2, pinned" in last
+    assert last.endswith(": complaints")
+
+
+def test_two_runs_at_once_leave_one_champion(weekly: Weekly) -> None:
+    weekly.label(right, rows=60)
+    workshop, runs = weekly.workshop, []
+    for deployment, epochs in (("distill/demo", 10), ("distill/lab", 11)):
+        values = json.loads(json.dumps(weekly.recipe))
+        values["student"]["training"]["epochs"] = epochs
+        values["registry"]["model_name"] = "tiny-twins"
+        runs.append(workshop.start_run(values, deployment))
+    for run in runs:
+        ended = workshop.ended(run)
+        assert ended["state_name"] == "Completed", workshop.log(run)
+    listed = weekly.models("list", "tiny-twins").splitlines()
+    assert [sum(role in line for line in listed) for role in ("champion", "archived")] == [1, 1]
+    told = weekly.models("history", "tiny-twins")
+    # Whoever came second was judged against the first.
+    assert "version 2 promoted in place of version 1" in told or (
+        "version 1 promoted in place of version 2" in told
+    )
