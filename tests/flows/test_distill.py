@@ -330,7 +330,9 @@ def test_a_registered_student_is_traced_and_made_again(workshop: Workshop, first
     (use,) = workshop.trace("--row", "train-0", "tiny-student")[-1:]
     assert (use["version"], use["used"]) == ("1", "trained")
 
-    kept = {path: path.stat().st_mtime_ns for path in (workshop.home / "store").rglob("*.json")}
+    cached = workshop.home / "store" / "results"
+    kept = {path: path.stat().st_mtime_ns for path in cached.iterdir()}
+    versions = workshop.trace("tiny-student")["version"]
     done = workshop.reproduce("tiny-student", "1", "--json")
     assert done.returncode == 0, done.stdout + done.stderr[-4000:]
     compared = {each["what"]: each for each in json.loads(done.stdout)["compared"]}
@@ -338,9 +340,9 @@ def test_a_registered_student_is_traced_and_made_again(workshop: Workshop, first
     sizes |= {"labels": ROWS["train"], "probabilities": ROWS["train"], "answers": ROWS["test"]}
     assert {what: compared[what]["of"] for what in sizes} == sizes
     assert {what: compared[what]["different"] for what in sizes} == dict.fromkeys(sizes, 0)
-    print(compared["files"])
-    now = {path: path.stat().st_mtime_ns for path in (workshop.home / "store").rglob("*.json")}
-    assert {path for path in kept if now.get(path) != kept[path]} == set()
+    now = {path: path.stat().st_mtime_ns for path in cached.iterdir()}
+    assert {path for path in kept if now[path] != kept[path]} == set()
+    assert workshop.trace("tiny-student")["version"] == versions
     assert not list((workshop.home / "work").iterdir())
 
 
