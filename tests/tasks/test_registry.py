@@ -145,7 +145,7 @@ def test_what_is_registered_holds_the_students_own_answers_alone(
     model = make(30).registered()
     folder = LocalRegistry().download(model, tmp_path / "down")
     files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.*"))
-    assert files == ["evaluation/answers.jsonl", "manifest.json", "model.onnx"]
+    assert files == ["README.md", "evaluation/answers.jsonl", "manifest.json", "model.onnx"]
     lines = (folder / "evaluation" / "answers.jsonl").read_text().splitlines()
     assert len(lines) == ROWS
     assert list(json.loads(lines[0])) == ["example_id", "asked", "content", "gold", NAME]
@@ -231,7 +231,7 @@ def test_other_test_rows_are_noticed_although_their_ids_are_the_same(
 ) -> None:
     assert make(36).run() == "promoted"
     verdict = make(36, start=10).judged(CHAMPION).verdicts[0]
-    assert "the student is that of" in verdict.note
+    assert verdict.note == "the student is the champion"
     note = make(35, start=10).judged(CHAMPION).verdicts[0].note
     assert note == (
         "against student version 1 on 30 shared rows of 40; left out, id used for other content: 10"
