@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 
 from distillery.data.prepare import prepare
-from distillery.recipe import DatasetRecipe
+from distillery.errors import DataError
+from distillery.recipe import DatasetRecipe, Recipe
 from distillery.records import JudgedVersions, Outcome, PreparedDataset, RegisteredModel
 from distillery.registry.history import Actor
 from distillery.registry.judged import find_judged, trained_by_test_rows
 from distillery.registry.local import LocalRegistry
 from distillery.storage.artifacts import ArtifactStore
+from tasks.judged import judged_before
 
 pytestmark = pytest.mark.usefixtures("one_registry")
 
@@ -88,6 +90,21 @@ def test_test_rows_that_have_trained_the_champion_are_found(tmp_path: Path) -> N
     earlier, champion = champion.version, registered(tmp_path, 2, held_back)
     registry.promote(champion, earlier, ACTOR)
     assert trained_by_test_rows(registry, name, later, store) == (champion.version, [])
+
+
+def test_a_rotation_to_rows_that_have_trained_the_champion_is_refused(tmp_path: Path) -> None:
+    champion = LocalRegistry().promote(registered(tmp_path, 1, prepared(tmp_path, "before")))
+    rotation = {"rounds": 2, "round": 1}
+    later = prepared(tmp_path, "later", rotation=rotation)
+    dataset = {"splits": {"train": "pool"}, "carve": {"test": 0.2}, "rotation": rotation}
+    recipe = Recipe.model_validate({"dataset": dataset, "registry": {"model_name": tmp_path.name}})
+    count = later.splits["test"].rows
+    with pytest.raises(
+        DataError,
+        match=rf"^dataset: {count} of {count} test rows have trained {tmp_path.name} version "
+        rf"{champion.version}, the champion, such as row r\d+, and can't judge its successor; ",
+    ):
+        judged_before(later, recipe)
 
 
 def test_the_record_of_a_run_of_earlier_versions_is_read() -> None:
