@@ -93,7 +93,8 @@ def test_test_rows_that_have_trained_the_champion_are_found(tmp_path: Path) -> N
 
 
 def test_a_rotation_to_rows_that_have_trained_the_champion_is_refused(tmp_path: Path) -> None:
-    champion = LocalRegistry().promote(registered(tmp_path, 1, prepared(tmp_path, "before")))
+    champion = registered(tmp_path, 1, prepared(tmp_path, "before"))
+    LocalRegistry().promote(champion, None, ACTOR)
     rotation = {"rounds": 2, "round": 1}
     later = prepared(tmp_path, "later", rotation=rotation)
     dataset = {"splits": {"train": "pool"}, "carve": {"test": 0.2}, "rotation": rotation}
@@ -104,7 +105,7 @@ def test_a_rotation_to_rows_that_have_trained_the_champion_is_refused(tmp_path: 
         match=rf"^dataset: {count} of {count} test rows have trained {tmp_path.name} version "
         rf"{champion.version}, the champion, such as row r\d+, and can't judge its successor; ",
     ):
-        judged_before(later, recipe)
+        judged_before.fn(later, recipe)
 
 
 def test_the_record_of_a_run_of_earlier_versions_is_read() -> None:
