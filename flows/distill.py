@@ -278,6 +278,15 @@ def promoted(
 
 def planned(recipe: Recipe) -> list[PlannedStage]:
     """List the stages that a run of the recipe comes to, for the terminal's display."""
+    prepare, *others = planned_student(recipe)
+    stages = [prepare, PlannedStage("judged before", "judged before"), *others]
+    for name in ("judge", "register", "promote", "download", "report"):
+        stages.append(PlannedStage(name, name))
+    return stages
+
+
+def planned_student(recipe: Recipe) -> list[PlannedStage]:
+    """List the stages up to the evaluation."""
     stages = [PlannedStage("prepare dataset", "prepare dataset")]
     if recipe.teacher.kind == "local":
         stages.append(PlannedStage("gold labels", "gold labels"))

@@ -27,7 +27,7 @@ from distillery.registry.reproduction import (
 )
 from distillery.storage.artifacts import ArtifactStore
 from distillery.storage.working import working_folder
-from flows.distill import made_student, planned, prepared
+from flows.distill import made_student, planned_student, prepared
 from tasks.results import results_in_store
 from tasks.stage import RESULT, begin
 from tasks.terminal import shown_in_terminal
@@ -89,9 +89,8 @@ def main(arguments: list[str]) -> int:
         source = open_registry(RegistryRecipe(kind=given.registry, model_name=given.model))
         model = source.get(given.model, given.version)
         recipe = pinned_recipe(model, source.provenance(model)["provenance"])
-        # Nothing is registered, so the last two stages are left out.
         with (
-            shown_in_terminal(planned(recipe)[:-2]),
+            shown_in_terminal(planned_student(recipe)),
             results_in_store(),
             tags(recipe.name, "reproduce"),
         ):
