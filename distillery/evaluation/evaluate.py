@@ -203,10 +203,10 @@ def measuring_notes(scored: Mapping[str, Scored], threads: int) -> list[str]:
             notes.append(
                 f"{name}: {unasked} prompts are over prompt.max_tokens and count as wrong."
             )
-        robustness = result.order_robustness
-        if robustness:
+        again = result.reordered
+        if again:
             notes.append(
-                f"{name}: {robustness.rows} rows were asked again with their options in another "
-                f"order, which took {robustness.seconds:.1f} s."
+                f"{name}: {again.rows} rows were asked again with their options in another order, "
+                f"which took {again.seconds:.1f} s."
             )
     return notes

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from distillery.evaluation.option_order import option_text
+from distillery.evaluation.option_order import Reordered, option_text
 from distillery.evaluation.scoring import Answers, Probabilities, Scored
 from distillery.evaluation.statistics import (
     calibration_interval,
@@ -19,6 +19,7 @@ from distillery.records import (
     Estimate,
     Example,
     Figures,
+    OrderRobustness,
 )
 
 BINS = 10
@@ -186,11 +187,25 @@ def measured(scored: Scored) -> dict[str, object]:
     import numpy as np
 
     found: dict[str, object] = {
-        "order_robustness": scored.order_robustness,
         "first_token_ms": scored.first_token_ms,
         "load_s": scored.load_s,
     }
+    if scored.reordered and scored.reordered.rows:
+        found["order_robustness"] = order_robustness(scored.reordered)
     if scored.latencies_ms:
         percentiles = np.percentile(scored.latencies_ms, (50, 95, 99)).tolist()
         found |= dict(zip(("p50_ms", "p95_ms", "p99_ms"), percentiles, strict=True))
     return found
+
+
+def order_robustness(reordered: Reordered) -> OrderRobustness:
+    """Return the share of one or more rows that were answered alike, with its interval."""
+    interval = wilson_interval(reordered.alike, reordered.rows)
+    return OrderRobustness(
+        rows=reordered.rows,
+        alike=reordered.alike,
+        value=reordered.alike / reordered.rows,
+        low=interval.low,
+        high=interval.high,
+        seconds=reordered.seconds,
+    )

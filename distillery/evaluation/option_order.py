@@ -7,11 +7,19 @@ Choice Selectors, ICLR 2024), so that an answer may depend on where the option s
 from collections.abc import Sequence
 
 from distillery.data.rows import content_of
-from distillery.evaluation.statistics import wilson_interval
-from distillery.records import Example, OrderRobustness
+from distillery.records import Example, Record
 
 ORDER_ROWS = 100
 """The most rows that are asked again."""
+
+
+class Reordered(Record):
+    """What came of asking again: `rows` were answered, `alike` of them with the same option, in
+    `seconds`."""
+
+    rows: int
+    alike: int
+    seconds: float
 
 
 def reordered_rows(
@@ -35,14 +43,14 @@ def reordered_rows(
     return rows
 
 
-def order_robustness(
+def count_alike(
     examples: Sequence[Example],
     answers: Sequence[str | None],
     reordered: Sequence[tuple[int, Example]],
     reordered_answers: Sequence[str | None],
     seconds: float,
-) -> OrderRobustness | None:
-    """Return how often `reordered_answers` are the options of `answers`; None for no rows.
+) -> Reordered:
+    """Count how often `reordered_answers` are the options of `answers`.
 
     A row that could not be asked in the other order is left out."""
     rows = alike = 0
@@ -50,17 +58,7 @@ def order_robustness(
         if letter is not None:
             rows += 1
             alike += option_text(examples[index], answers[index]) == option_text(other, letter)
-    if not rows:
-        return None
-    interval = wilson_interval(alike, rows)
-    return OrderRobustness(
-        rows=rows,
-        alike=alike,
-        value=alike / rows,
-        low=interval.low,
-        high=interval.high,
-        seconds=seconds,
-    )
+    return Reordered(rows=rows, alike=alike, seconds=seconds)
 
 
 def option_text(example: Example, letter: str | None) -> str | None:

@@ -6,11 +6,12 @@ from typing import Literal
 
 from distillery.data.examples import read_examples
 from distillery.errors import DataError, ModelError
+from distillery.evaluation.option_order import Reordered
 from distillery.machine import usable_cores
 from distillery.processes import run_in_process
 from distillery.progress import ShowProgress, show_nothing
 from distillery.recipe import PromptRecipe
-from distillery.records import Departure, Example, OrderRobustness, Record
+from distillery.records import Departure, Example, Record
 
 Answers = Sequence[str | None]
 """One letter a row, in the rows' order; None where there is no answer, which counts as wrong."""
@@ -62,7 +63,7 @@ class Scored(Record):
 
     What a prompt shares with the one before it is not computed again, neither by Transformers nor
     by ONNX Runtime, and the latencies show that, as they do for users. Where an option's text is
-    the answer, this holds for ONNX Runtime alone. `order_robustness` and `first_token_ms` (see
+    the answer, this holds for ONNX Runtime alone. `reordered` and `first_token_ms` (see
     records.Figures) are of the job that asks for another order; they are measured last."""
 
     answers: tuple[str | None, ...]
@@ -72,7 +73,7 @@ class Scored(Record):
     peak_mib: float
     load_s: float
     ran_on: str
-    order_robustness: OrderRobustness | None = None
+    reordered: Reordered | None = None
     first_token_ms: float | None = None
 
 

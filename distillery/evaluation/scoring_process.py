@@ -15,12 +15,12 @@ from statistics import median
 
 from distillery.data.examples import read_examples
 from distillery.errors import ModelError
-from distillery.evaluation.option_order import ORDER_ROWS, order_robustness, reordered_rows
+from distillery.evaluation.option_order import ORDER_ROWS, Reordered, count_alike, reordered_rows
 from distillery.evaluation.predictors import AskBatches, Predictor, load_predictor
 from distillery.evaluation.scoring import TIMED_ROWS, Probabilities, Scored, ScoringJob
 from distillery.processes import process_main
 from distillery.progress import ShowProgress, show_nothing
-from distillery.records import Example, OrderRobustness
+from distillery.records import Example
 from distillery.training.rows import TrainingRow
 
 WARM_UP_ROWS = 3
@@ -68,9 +68,9 @@ def score(job: ScoringJob, progress: ShowProgress = show_nothing) -> Scored:
     if latencies:
         rows_per_second = 1000 * len(latencies) / sum(latencies)
     answers = most_probable(examples, probabilities)
-    robustness = first_token_ms = None
+    reordered = first_token_ms = None
     if job.reorder:
-        robustness, first_token_ms = ask_in_other_order(predictor, examples, answers, counter.add)
+        reordered, first_token_ms = ask_in_other_order(predictor, examples, answers, counter.add)
     return Scored(
         answers=tuple(answers),
         probabilities=tuple(probabilities),
@@ -79,7 +79,7 @@ def score(job: ScoringJob, progress: ShowProgress = show_nothing) -> Scored:
         peak_mib=peak,
         load_s=load_s,
         ran_on=predictor.ran_on,
-        order_robustness=robustness,
+        reordered=reordered,
         first_token_ms=first_token_ms,
     )
 
@@ -89,7 +89,7 @@ def ask_in_other_order(
     examples: Sequence[Example],
     answers: Sequence[str | None],
     rows_done: Callable[[int], None],
-) -> tuple[OrderRobustness | None, float | None]:
+) -> tuple[Reordered, float | None]:
     """Ask some rows again, their options in another order, and compare with `answers`.
 
     Returns the comparison, and the median ms to the first token of the first of these rows."""
@@ -110,7 +110,7 @@ def ask_in_other_order(
         rows_done(1)
     seconds = time.perf_counter() - started
     letters = most_probable([example for _, example in reordered], probabilities)
-    found = order_robustness(examples, answers, reordered, letters, seconds)
+    found = count_alike(examples, answers, reordered, letters, seconds)
     return found, median(first_tokens) if first_tokens else None
 
 

@@ -16,7 +16,7 @@ from distillery.evaluation import scoring_process
 from distillery.evaluation.evaluate import evaluate
 from distillery.evaluation.figures import divergence_of, figures_of
 from distillery.evaluation.figures_table import render_figures, render_figures_markdown
-from distillery.evaluation.option_order import ORDER_ROWS, reordered_rows
+from distillery.evaluation.option_order import ORDER_ROWS, Reordered, reordered_rows
 from distillery.evaluation.predictors import Predictor
 from distillery.evaluation.scoring import ModelToScore
 from distillery.evaluation.scoring_process import FIRST_TOKEN_ROWS, ask_in_other_order
@@ -34,7 +34,6 @@ from distillery.records import (
     Example,
     Figures,
     Interval,
-    OrderRobustness,
     ScoreRow,
 )
 from distillery.training.rows import TrainingRow
@@ -256,7 +255,7 @@ def test_rows_are_reordered_by_their_content_alone() -> None:
 
 def asked_again(
     ask: Callable[[Example], int], still: StillClock
-) -> tuple[OrderRobustness | None, float | None, list[int]]:
+) -> tuple[Reordered, float | None, list[int]]:
     """Ask 30 rows of three options, of which A is the answer; `ask` gives the option's number. The
     prompt's only long token is the row's number. A prompt takes 1 s for each token."""
     examples = rows_of("A" * 30)
@@ -296,12 +295,9 @@ def test_one_that_goes_by_the_text_is_robust_and_one_that_goes_by_the_letter_is_
     still: StillClock,
 ) -> None:
     by_text, first_ms, asked = asked_again(lambda row: row.choices.index("pleased"), still)
-    assert by_text is not None
-    assert (by_text.rows, by_text.alike, by_text.value) == (30, 30, 1)
-    assert by_text.low == wilson_interval(30, 30).low
+    assert (by_text.rows, by_text.alike) == (30, 30)
     by_letter, _, _ = asked_again(lambda _row: 0, still)
-    assert by_letter is not None
-    assert (by_letter.alike, by_letter.value) == (0, 0)
+    assert (by_letter.rows, by_letter.alike) == (30, 0)
     assert asked == [2, 5] * FIRST_TOKEN_ROWS, "each prompt after one that shares nothing with it"
     assert first_ms == 5000
     assert by_text.seconds == 7 * FIRST_TOKEN_ROWS
@@ -342,7 +338,9 @@ def test_an_evaluation_leaves_rows_and_figures(
     assert list(report["figures"]) == ["teacher", student.name]
     assert Figures.model_validate(report["figures"][student.name]) == ours
     assert ours.order_robustness is not None
-    assert (ours.order_robustness.rows, ours.order_robustness.seconds > 0) == (24, True)
+    order = ours.order_robustness
+    assert (order.rows, order.value, order.seconds > 0) == (24, order.alike / 24, True)
+    assert (order.low, order.high) == tuple(wilson_interval(order.alike, 24).model_dump().values())
     assert ours.kl_from_teacher is not None
     assert ours.calibration is not None
     assert sum(group.rows for group in ours.calibration.bins) == 24
