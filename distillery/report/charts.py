@@ -44,6 +44,8 @@ STYLE: Any = {
     "axes.grid": True,
     "legend.frameon": False,
     "figure.constrained_layout.use": True,
+    # So that the label of a tick at the edge is not cut.
+    "figure.constrained_layout.h_pad": 0.12,
 }
 
 WIDTH = 4.6
