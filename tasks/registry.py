@@ -206,8 +206,8 @@ def asked(
         scored = score_model(model, rows, PromptRecipe.model_validate(prompt))
     answers: dict[str, dict[str, str | None]] = {}
     for example, letter in zip(read_examples(rows), scored.answers, strict=True):
-        known = contents[example.example_id]._asdict()
-        answers[example.example_id] = {**known, GOLD: example.answer_key, CHAMPION: letter}
+        line = {"example_id": example.example_id, **contents[example.example_id]._asdict()}
+        answers[example.example_id] = {**line, GOLD: example.answer_key, CHAMPION: letter}
     return replace(earlier, answers=answers)
 
 

@@ -11,6 +11,7 @@ from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.exceptions import PrefectException
 from prefect.settings import PREFECT_UI_URL
 
+from distillery.errors import DistilleryError
 from distillery.evaluation.figures_table import render_figures
 from distillery.evaluation.report import ANSWERS_FILE, PLOT_FILE, TABLE_FILE
 from distillery.evaluation.scoreboard import GOLD, TEACHER, headline, render_table
@@ -85,8 +86,8 @@ def publish(outcome: Outcome) -> Outcome:
     """Keep the run in the store, and leave the artifacts that people look at. Return the outcome
     with the run's name.
 
-    The record comes first: all work is done and perhaps paid for, so that a Prefect API that takes
-    no artifacts is a warning in the log."""
+    The record comes first: all work is done and perhaps paid for, so that a page that
+    can't be made, or a Prefect API that takes no artifacts, is a warning in the log."""
     named = outcome.model_copy(update={"run": produced_by()})
     store = ArtifactStore()
     store.write_record(f"{RUNS}/{named.run}.json", named.model_dump_json(indent=1))
@@ -98,11 +99,11 @@ def publish(outcome: Outcome) -> Outcome:
         named = named.model_copy(update={"page": page})
         store.write_record(f"{RUNS}/{named.run}.json", named.model_dump_json(indent=1))
         create_artifacts(named, store)
-    except (HTTPError, PrefectException) as error:
+    except (HTTPError, PrefectException, DistilleryError) as error:
         cause = " ".join(str(error).split())[:300] or type(error).__name__
         get_run_logger().warning(
-            "the run is done and kept as %s/%s.json, but Prefect's API took no artifacts (%s); "
-            "run the recipe again to get them",
+            "the run is done and kept as %s/%s.json, but its page or its artifacts in Prefect are "
+            "missing (%s); run the recipe again to get them",
             RUNS,
             named.run,
             cause,
