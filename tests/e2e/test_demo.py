@@ -17,7 +17,9 @@ import pytest
 
 from distillery.evaluation.statistics import paired_interval
 from distillery.recipe import RegistryRecipe
+from distillery.records import EvaluationReport
 from distillery.registry.open import open_registry
+from distillery.storage.artifacts import ArtifactStore
 
 PROJECT = Path(__file__).resolve().parents[2]
 OF_TESTS = ("DISTILLERY_HOME", "PREFECT_HOME", "OMP_NUM_THREADS")
@@ -72,12 +74,15 @@ def evaluation(
     registry = open_registry(RegistryRecipe(kind="local", model_name="support-mood"))
     model = registry.get("support-mood", version)
     folder = registry.download(model, tmp_path / "model")
-    answers = [
-        json.loads(line)
-        for line in (folder / "evaluation" / "answers.jsonl").read_text().splitlines()
+    report = EvaluationReport.model_validate(registry.provenance(model)["provenance"]["evaluation"])
+    # The registered folder has the student's answers alone.
+    evaluated = ArtifactStore().fetch(report.artifact) / "answers.jsonl"
+    answers = [json.loads(line) for line in evaluated.read_text().splitlines()]
+    own = (folder / "evaluation" / "answers.jsonl").read_text().splitlines()
+    assert [json.loads(line)["student int4"] for line in own] == [
+        row["student int4"] for row in answers
     ]
-    scoreboard = registry.provenance(model)["provenance"]["evaluation"]["scoreboard"]
-    return {row["name"]: row for row in scoreboard}, answers
+    return {row.name: row.model_dump() for row in report.scoreboard}, answers
 
 
 def test_the_table_shows_what_the_demo_promises(
