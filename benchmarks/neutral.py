@@ -36,7 +36,7 @@ import yaml
 
 from distillery.data.examples import read_examples
 from distillery.errors import DataError, DistilleryError, ModelError, RecipeError
-from distillery.evaluation.report import ANSWERS_FILE, candidate_of, read_answers
+from distillery.evaluation.report import ANSWERS_FILE, read_answers
 from distillery.evaluation.scoreboard import plain_table
 from distillery.evaluation.scoring import ModelToScore
 from distillery.export.ladder import LADDER_FILE, build_rung, write_prompts
@@ -51,7 +51,13 @@ from distillery.recipe import (
     RegistryKind,
     RegistryRecipe,
 )
-from distillery.records import Example, Ladder, PreparedDataset, StudentCheckpoint
+from distillery.records import (
+    EvaluationReport,
+    Example,
+    Ladder,
+    PreparedDataset,
+    StudentCheckpoint,
+)
 from distillery.registry.open import open_registry
 from distillery.storage.artifacts import ArtifactStore
 from tasks.evaluation import FLOAT, float_student
@@ -97,11 +103,13 @@ def judge(name: str, version: str | None, kind: RegistryKind) -> dict[str, Any]:
     work = WORK / f"{model.name}-{model.version}"
     shutil.rmtree(work, ignore_errors=True)
     registered = registry.download(model, work / "registered")
-    answers_file = registered / "evaluation" / ANSWERS_FILE
-    answers, candidate = read_answers(answers_file), str(candidate_of(answers_file))
     form = delivered_form(registered, facts["recipe"]["export"])
 
     store = ArtifactStore()
+    # The registered folder has the exported student's answers alone.
+    report = EvaluationReport.model_validate(facts["evaluation"])
+    answers = read_answers(store.fetch(report.artifact) / ANSWERS_FILE)
+    candidate = report.candidate
     data = PreparedDataset.model_validate(facts["data"])
     student = student_of(StudentCheckpoint.model_validate(facts["student"]), store)
     tokenizer = TransformersTokenizer(load_tokenizer(Path(student.folder), student.remote_code))
