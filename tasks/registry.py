@@ -116,7 +116,8 @@ def judge(
     contents = row_contents(read_examples(rows))
     earlier = []
     for version in earlier_versions(registry, recipe.model_name, rules, model):
-        if version.is_champion and not share_rows(version.answers, contents):
+        is_other_champion = version.is_champion and not version.is_candidate
+        if is_other_champion and not share_rows(version.answers, contents):
             version = asked(registry, version, recipe.model_name, rows, contents)
         earlier.append(version)
     decision = domain.gate(
