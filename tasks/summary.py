@@ -98,18 +98,25 @@ def publish(outcome: Outcome) -> Outcome:
         page = report_page(named, verdict(named), stages)
         named = named.model_copy(update={"page": page})
         store.write_record(f"{RUNS}/{named.run}.json", named.model_dump_json(indent=1))
+    except (DistilleryError, HTTPError, PrefectException) as error:
+        _warn(named, "its page can't be made", error)
+    try:
         create_artifacts(named, store)
-    except (HTTPError, PrefectException, DistilleryError) as error:
-        cause = " ".join(str(error).split())[:300] or type(error).__name__
-        get_run_logger().warning(
-            "the run is done and kept as %s/%s.json, but its page or its artifacts in Prefect are "
-            "missing (%s); run the recipe again to get them",
-            RUNS,
-            named.run,
-            cause,
-        )
+    except (HTTPError, PrefectException) as error:
+        _warn(named, "Prefect's API took no artifacts", error)
     get_run_logger().info("%s", verdict(named))
     return named
+
+
+def _warn(outcome: Outcome, what: str, error: Exception) -> None:
+    cause = " ".join(str(error).split())[:300] or type(error).__name__
+    get_run_logger().warning(
+        "the run is done and kept as %s/%s.json, but %s (%s); run the recipe again to get it",
+        RUNS,
+        outcome.run,
+        what,
+        cause,
+    )
 
 
 def create_artifacts(outcome: Outcome, store: ArtifactStore) -> None:

@@ -13,6 +13,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.testing.utilities import prefect_test_harness
 
 from distillery.evaluation.report import ANSWERS_FILE, PLOT_FILE, TABLE_FILE
+from distillery.labels.report import Tally
 from distillery.records import (
     EvaluationReport,
     GateDecision,
@@ -78,6 +79,7 @@ def outcome(tmp_path: Path) -> Outcome:
     folder.mkdir()
     for name in (ANSWERS_FILE, PLOT_FILE, TABLE_FILE):
         (folder / name).write_text("")
+    Tally().write(folder)
     artifact = ArtifactStore().put(folder)
     row = ScoreRow(
         name="student int4",
