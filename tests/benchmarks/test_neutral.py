@@ -19,6 +19,7 @@ from distillery.models.load import load_tokenizer
 from distillery.prompts import TransformersTokenizer, letter_ids, render_ids
 from distillery.recipe import ExportForm, PromptRecipe, RegistryRecipe
 from distillery.records import (
+    EvaluationReport,
     Example,
     Ladder,
     PreparedDataset,
@@ -127,9 +128,16 @@ def register(model: Path, checkpoint: Path, folder: Path, **facts: Any) -> None:
         "student": ["A", "A", None, "A"],
         "student int4": ["A", "A", None, "B"],
     }
-    (folder / "content" / "evaluation").mkdir()
-    write_answers(folder / "content" / "evaluation", ROWS, answers)
+    (folder / "evaluation").mkdir()
+    write_answers(folder / "evaluation", ROWS, answers)
+    report = EvaluationReport(
+        artifact=store.put(folder / "evaluation"),
+        scoreboard=(),
+        candidate="student int4",
+        answers_sha256="0" * 64,
+    )
     provenance = {
+        "evaluation": report.model_dump(mode="json"),
         "data": data.model_dump(mode="json"),
         "student": student.model_dump(mode="json"),
         "prompt": {},
