@@ -15,8 +15,8 @@ from tasks.stage import uncached
 def judged_before(data: PreparedDataset, recipe: Recipe) -> JudgedVersions:
     """Return the registered versions that the test rows have judged, and tell of them in the log.
 
-    Raises DataError if the recipe
-    rotates test rows and one of them has trained the champion; other recipes get a warning."""
+    Raises DataError if the recipe rotates test rows and one of them has trained the champion; other
+    recipes get a warning."""
     registry, name = open_registry(recipe.registry), recipe.registry.model_name
     judged = domain.find_judged(registry, name, data)
     if judged.versions:

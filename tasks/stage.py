@@ -75,9 +75,8 @@ def stage(
 
     Raise `version` when the stage's code changes what it returns. A cached record is a hit only if
     it is of the class that the function is annotated to return, `reusable` says so, and what it
-    points to is whole. Of
-    runs that compute the same key at once, one does the work. Only named infrastructure errors are
-    retried."""
+    points to is whole. Of runs that compute the same key at once, one does the work. Only named
+    infrastructure errors are retried."""
 
     def decorate(function: Callable[P, R]) -> Task[P, R]:
         @wraps(function)

@@ -10,6 +10,7 @@ from distillery.evaluation.statistics import (
     mean_interval,
     wilson_interval,
 )
+from distillery.labels.report import BINS, expected_calibration_error
 from distillery.records import (
     LETTERS,
     Bin,
@@ -21,9 +22,6 @@ from distillery.records import (
     Figures,
     OrderRobustness,
 )
-
-BINS = 10
-"""Bins of confidence, equally wide, as in the report on labels."""
 
 SMALLEST_PROBABILITY = 1e-12
 """A student's probability of 0 counts as this in a divergence, which would be infinite."""
@@ -143,7 +141,7 @@ def calibration_of(
         return None
     confidences, rights = np.array(confidence), np.array(right)
     numbers = np.minimum((confidences * BINS).astype(int), BINS - 1)
-    bins, error = [], 0.0
+    bins = []
     for number in range(BINS):
         inside = numbers == number
         if inside.any():
@@ -155,9 +153,13 @@ def calibration_of(
                 accuracy=float(rights[inside].mean()),
             )
             bins.append(group)
-            error += group.rows * abs(group.confidence - group.accuracy) / len(confidences)
     interval = calibration_interval(numbers.tolist(), (confidences - rights).tolist())
-    return Calibration(error=error, low=interval.low, high=interval.high, bins=tuple(bins))
+    return Calibration(
+        error=expected_calibration_error(bins),
+        low=interval.low,
+        high=interval.high,
+        bins=tuple(bins),
+    )
 
 
 def divergence_of(

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from distillery.evaluation.scoreboard import markdown_table, plain_table
+from distillery.evaluation.scoreboard import as_cell, markdown_table, plain_table
 from distillery.records import Figures, ScoreRow
 
 COLUMNS = (
@@ -123,8 +123,3 @@ def class_cells(figures: Figures) -> list[list[str]]:
 def interval_cell(low: float, high: float) -> str:
     """Return an interval."""
     return f"[{low:.3f}, {high:.3f}]"
-
-
-def as_cell(text: str) -> str:
-    """Return a text as it can stand in a table of Markdown."""
-    return " ".join(text.split()).replace("|", "\\|")

@@ -149,6 +149,11 @@ def render_markdown(rows: Sequence[ScoreRow]) -> str:
     return markdown_table(titles, list(map(table_cells, rows)))
 
 
+def as_cell(text: str) -> str:
+    """Return a text as it can stand in a table of Markdown."""
+    return " ".join(text.split()).replace("|", "\\|")
+
+
 def markdown_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return a table in Markdown, all columns but the first aligned to the right."""
     lines = [titles, [":--", *["--:"] * (len(titles) - 1)], *rows]

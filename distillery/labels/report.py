@@ -10,6 +10,7 @@ them, how well their confidence is calibrated, and which rows are worth a look.
 import heapq
 import json
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from distillery.records import Bin, Example, Interval, Record, TeacherLabel
@@ -133,8 +134,7 @@ class Tally:
             interval = wilson_interval(self._right, self._gold_rows)
         calibration_error = None
         if bins:
-            distance = sum(group.rows * abs(group.confidence - group.accuracy) for group in bins)
-            calibration_error = distance / sum(group.rows for group in bins)
+            calibration_error = expected_calibration_error(bins)
         return LabelReport(
             accepted=self.accepted,
             rejected=dict(self.rejected.most_common()),
@@ -158,6 +158,13 @@ class Tally:
                     file.write(json.dumps(line, ensure_ascii=False) + "\n")
         if report.calibration:
             plot_reliability(report.calibration, out / RELIABILITY_FILE)
+
+
+def expected_calibration_error(bins: Sequence[Bin]) -> float:
+    """Return the mean distance between confidence and accuracy over the rows of one or more bins
+    (Guo et al., On Calibration of Modern Neural Networks, ICML 2017)."""
+    distance = sum(group.rows * abs(group.confidence - group.accuracy) for group in bins)
+    return distance / sum(group.rows for group in bins)
 
 
 def keep_highest(

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
+from distillery.evaluation.scoreboard import as_cell
 from distillery.recipe import Recipe
 from distillery.records import (
     EvaluationReport,
@@ -80,7 +81,7 @@ def model_card(name: str, provenance: Mapping[str, Any]) -> str:
     lines = [f"# {name}", "", "A student that Distillery distilled from a larger model.", ""]
     lines += ["| | |", "|---|---|"]
     for title, value in facts.items():
-        lines.append(f"| {title} | {cell(value)} |")
+        lines.append(f"| {title} | {as_cell(value)} |")
     lines += [
         "",
         "The interval has 95 % confidence. It answers multiple-choice rows that are put to it with "
@@ -116,8 +117,3 @@ def base_title(base: str) -> str:
     if base.startswith((".", "/", "~")) or len(path.parts) != 2:
         return path.name
     return base
-
-
-def cell(text: str) -> str:
-    """Return a text as a cell of a Markdown table."""
-    return " ".join(text.split()).replace("|", "\\|")

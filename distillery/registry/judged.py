@@ -11,7 +11,7 @@ from distillery.data.examples import read_examples
 from distillery.data.rows import content_of
 from distillery.errors import ArtifactDamaged, ModelGone
 from distillery.records import Artifact, JudgedVersions, PreparedDataset, RegisteredModel
-from distillery.registry.base import CHAMPION, Registry
+from distillery.registry.base import Registry, champion_of
 from distillery.storage.artifacts import ArtifactStore
 
 
@@ -36,7 +36,7 @@ def trained_by_test_rows(
 
     Without a champion, or where its rows are not in `store`, the version is "" or no row is found.
     """
-    champion = next((model for model in registry.list(name) if model.role == CHAMPION), None)
+    champion = champion_of(registry.list(name))
     if champion is None:
         return "", []
     theirs = recorded_data(registry, champion)
