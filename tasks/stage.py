@@ -83,6 +83,8 @@ def stage(
         def work(*args: P.args, **kwargs: P.kwargs) -> R:
             error = _no_key.get()
             if error is not None:
+                # It is of this run alone: what is called here next has no part in it.
+                _no_key.set(None)
                 raise error
             with progress_of(name):
                 return function(*args, **kwargs)

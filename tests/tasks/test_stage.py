@@ -175,4 +175,5 @@ def test_an_error_while_the_key_is_computed_ends_the_stage_in_one_line(
         "please report this"
     )
     assert worked == []
+    assert fail.fn(1) is record, "the error is of the run whose key it was"
     assert "Error encountered when computing cache key" not in caplog.text
