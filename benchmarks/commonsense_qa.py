@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.distil import merged
-from distillery.data.rows import to_example
+from distillery.data.rows import RowReader, to_example
 from distillery.evaluation.statistics import paired_interval, wilson_interval
 from distillery.labels.known import gold_labels
 from distillery.models.base import base_folder
@@ -51,7 +51,7 @@ def read(folder: Path, rows: int) -> tuple[list[Example], list[Example], list[Ex
     """(held out, gold, pool): by a hash of the question, so that more rows move none."""
     lines = (folder / "train.jsonl").read_text(encoding="utf-8").splitlines()
     examples = [
-        to_example(json.loads(line), Columns(), f"line {number}")
+        to_example(json.loads(line), RowReader(Columns()), f"line {number}")
         for number, line in enumerate(lines, 1)
     ]
     examples.sort(key=lambda example: hashlib.sha256(example.question.encode()).hexdigest())

@@ -41,7 +41,7 @@ from typing import Any
 
 import torch
 
-from distillery.data.rows import to_example
+from distillery.data.rows import RowReader, to_example
 from distillery.evaluation.scoring import ModelToScore, score_model
 from distillery.export.build import export
 from distillery.labels.known import gold_labels
@@ -80,7 +80,7 @@ T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
 def read(split: str) -> list[Example]:
     lines = (SAMPLE / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
     return [
-        to_example(json.loads(line), Columns(), f"{split}, line {n}")
+        to_example(json.loads(line), RowReader(Columns()), f"{split}, line {n}")
         for n, line in enumerate(lines, 1)
     ]
 

@@ -43,7 +43,7 @@ from urllib.request import urlopen
 from pydantic import SecretStr
 
 from benchmarks.slow_endpoint import LETTERS
-from distillery.data.rows import to_example
+from distillery.data.rows import RowReader, to_example
 from distillery.labels.labelling import label
 from distillery.labels.questions import questions
 from distillery.labels.store import LabelStore, StoredAnswer
@@ -120,7 +120,7 @@ def synthetic_rows(count: int) -> list[Example]:
         for path in sorted(SAMPLE.glob("*.jsonl"))
         for line in path.read_text(encoding="utf-8").splitlines()
     ]
-    sample = [to_example(json.loads(line), Columns(), "sample") for line in lines]
+    sample = [to_example(json.loads(line), RowReader(Columns()), "sample") for line in lines]
     rows = []
     for number in range(count):
         row = sample[number % len(sample)]

@@ -188,7 +188,7 @@ def write_task(
         messages = render_messages(example, prompt)
         text, ids = tokenizer.chat_text(messages), tokenizer.encode_chat(messages)
         letters = letter_ids(tokenizer, len(example.choices))
-        for letter, token in zip(example.letters, letters, strict=True):
+        for letter, token in zip(example.keys, letters, strict=True):
             if tokenizer.encode_text(text + letter) != [*ids, token]:
                 raise DataError(
                     f"row {example.example_id}: the tokenizer joins the letter {letter} to the "
@@ -197,8 +197,8 @@ def write_task(
         row = {
             "example_id": example.example_id,
             "prompt": text,
-            "letters": list(example.letters),
-            "gold": example.letters.index(str(example.answer_key)),
+            "letters": list(example.keys),
+            "gold": example.keys.index(str(example.answer_key)),
         }
         lines.append(json.dumps(row, ensure_ascii=False) + "\n")
     (out / "rows.jsonl").write_text("".join(lines), encoding="utf-8")

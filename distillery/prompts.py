@@ -22,13 +22,21 @@ def render_messages(example: Example, prompt: PromptRecipe) -> list[Message]:
 
     An empty system text leaves that message out.
     """
-    lines = []
-    for letter, text in zip(example.letters, example.choices, strict=True):
-        lines.append(fill_template(prompt.choice, letter=letter, text=text))
-    count = len(example.choices)
-    number = NUMBERS.get(count, str(count))
-    system = fill_template(prompt.system, count=number, letters=list_letters(example.letters))
-    user = fill_template(prompt.user, question=example.question, choices="\n".join(lines))
+    count = len(example.options)
+    for_system = {"count": NUMBERS.get(count, str(count))}
+    for_user = {"question": example.question, **example.fields}
+    if example.classes:
+        labels = "\n".join(example.classes)
+        for_system["labels"] = for_user["labels"] = labels
+        for_user["text"] = example.question
+    else:
+        lines = []
+        for letter, text in zip(example.keys, example.options, strict=True):
+            lines.append(fill_template(prompt.choice, letter=letter, text=text))
+        for_system["letters"] = list_letters(example.keys)
+        for_user["choices"] = "\n".join(lines)
+    system = fill_template(prompt.system, **for_system)
+    user = fill_template(prompt.user, **for_user)
     messages = []
     if system:
         messages.append({"role": "system", "content": system})
@@ -176,7 +184,7 @@ def text_ids(example: Example, tokenizer: Tokenizer) -> list[list[int]]:
     Raises DataError if an option has no token.
     """
     ids = []
-    for letter, text in zip(example.letters, example.choices, strict=True):
+    for letter, text in zip(example.keys, example.options, strict=True):
         tokens = tokenizer.encode_text(text)
         if not tokens:
             raise DataError(

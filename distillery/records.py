@@ -28,21 +28,36 @@ class Record(BaseModel):
 
 
 class Example(Record):
-    """A multiple-choice row: `choices` are the options' texts in order, `answer_key` is the gold
-    letter, if known."""
+    """A row. `answer_key` is its gold answer, if known: one of `keys`.
+
+    task.kind choice: a question with options of its own. `choices` are their texts in order, and
+    the keys are letters. task.kind classify: a text that belongs to one of `classes`, which are
+    the same for all rows and are the keys. A row's JSON leaves the classes out: they stand once
+    beside the rows, in classes.json. `fields`: further columns that the prompt shows, by name."""
 
     example_id: str
     question: str
     concept: str = ""
-    choices: tuple[str, ...]
+    choices: tuple[str, ...] = ()
     answer_key: str | None = None
+    fields: dict[str, str] = Field({}, exclude_if=lambda fields: not fields)
+    classes: tuple[str, ...] = Field((), exclude=True, repr=False)
 
     @property
-    def letters(self) -> tuple[str, ...]:
-        return LETTERS[: len(self.choices)]
+    def keys(self) -> tuple[str, ...]:
+        """What an answer to the row may be: its options' letters, or the classes."""
+        return self.classes or LETTERS[: len(self.choices)]
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """The text of each key: of an option, or the class's name."""
+        return self.classes or self.choices
 
 
 LETTERS = tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
+
+CLASSES_FILE = "classes.json"
+"""The classes of the rows in the same folder: a JSON list of names. Rows of choices have none."""
 
 
 class Usage(Record):
@@ -117,7 +132,8 @@ class StageRecord(Record):
 
 
 class Split(Record):
-    """A split of the prepared data: a JSONL `file` in the artifact's folder, one Example a line."""
+    """A split of the prepared data: a JSONL `file` in the artifact's folder, one Example a line.
+    `sha256`: of the file, and of the classes where there are any."""
 
     file: str
     rows: int
@@ -125,10 +141,11 @@ class Split(Record):
 
 
 class PreparedDataset(StageRecord):
-    """The prepared data: its splits by role, and how many rows of train, gold and validation were
-    dropped as copies."""
+    """The prepared data: its splits by role, the classes of task.kind: classify, and how many rows
+    of train, gold and validation were dropped as copies."""
 
     splits: dict[str, Split]
+    classes: tuple[str, ...] = ()
     duplicates_dropped: int = 0
     near_duplicates_dropped: int = 0
 

@@ -53,10 +53,12 @@ def batch_inference(
     # The prompt comes with the model: it is asked as it was trained.
     made = source.provenance(model)["provenance"]
     prompt = PromptRecipe.model_validate(made["prompt"])
-    columns = columns or Columns.model_validate(made["recipe"]["dataset"]["columns"])
+    dataset = made["recipe"]["dataset"]
+    columns = columns or Columns.model_validate(dataset["columns"])
+    fields = tuple(dataset.get("fields") or ()) or None
     with working_folder("input") as folder:
         digest = sha256_of(fetch_input(input_uri, folder))
-    predictions = score(model, prompt, InputFile(uri=input_uri, sha256=digest), columns)
+    predictions = score(model, prompt, InputFile(uri=input_uri, sha256=digest), columns, fields)
     if output:
         try:
             shutil.copytree(ArtifactStore().fetch(predictions.artifact), output, dirs_exist_ok=True)

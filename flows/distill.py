@@ -200,7 +200,7 @@ def provenance(recipe: Recipe, source: str, made: Made, decision: GateDecision) 
 def prepared(recipe: Recipe, source: str, refresh: tuple[Stage, ...]) -> PreparedDataset:
     """Prepare the data set; `source` is its source's identity."""
     data: PreparedDataset = refreshing(refresh)("prepare dataset", prepare_dataset)(
-        recipe.dataset, source
+        recipe.dataset, source, recipe.task if recipe.task.kind == "classify" else None
     )
     return data
 

@@ -51,18 +51,18 @@ def evaluate(
     store = ArtifactStore()
     base_model = base_folder(base)
     name = f"student {candidate.precision}"
-    models = [
-        ModelToScore(
+    models = [float_student(student, base, store), _onnx(name, candidate, store)]
+    # The base model knows no classes.
+    if prompt.answer != "class":
+        untrained = ModelToScore(
             name=BASE,
             kind="transformers",
             folder=str(base_model),
             remote_code=remote_code_allowed(base),
             parameters=parameter_count(base_model),
             bytes=_bytes(base_model),
-        ),
-        float_student(student, base, store),
-        _onnx(name, candidate, store),
-    ]
+        )
+        models.insert(0, untrained)
     if isinstance(teacher, OnnxModel):
         models.insert(
             0, _onnx("teacher", teacher, store).model_copy(update={"prompt": teacher_prompt})

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import fsspec
 
+from distillery.data.rows import RowReader
 from distillery.errors import DataError
 from distillery.inference.batch import count_rows, read_rows, score_file
 from distillery.inference.onnx_student import OnnxStudent
@@ -17,11 +18,16 @@ from tasks.progress import conclude, show_rows
 from tasks.stage import origin, stage
 
 
-@stage("score", version=2)
+@stage("score", version=2, added_later={"fields"})
 def score(
-    model: RegisteredModel, prompt: PromptRecipe, rows: InputFile, columns: Columns
+    model: RegisteredModel,
+    prompt: PromptRecipe,
+    rows: InputFile,
+    columns: Columns,
+    fields: tuple[str, ...] | None = None,
 ) -> Predictions:
-    """Download and verify `model`, and answer every row of the file."""
+    """Download and verify `model`, and answer every row of the file. `fields`: dataset.fields of
+    the model's recipe."""
     started = time.perf_counter()
     registry = open_registry(RegistryRecipe(kind=model.registry, model_name=model.name))
     with working_folder("score") as folder:
@@ -30,9 +36,11 @@ def score(
         if sha256_of(file) != rows.sha256:
             raise DataError(f"{file.name}: changed while the run was under way; run it again")
         of = count_rows(file)
+        classes = student.classes.classes if student.classes else None
+        reader = RowReader(columns, fields or (), classes is not None, classes)
         counts = score_file(
             student,
-            read_rows(file, columns),
+            read_rows(file, reader),
             prompt,
             folder / "out",
             lambda done: show_rows(done, of),

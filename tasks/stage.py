@@ -69,14 +69,18 @@ def always(_record: Any) -> bool:
 
 
 def stage(
-    name: str, version: int, reusable: Callable[[Any], bool] = always
+    name: str,
+    version: int,
+    reusable: Callable[[Any], bool] = always,
+    added_later: Collection[str] = (),
 ) -> Callable[[Callable[P, R]], Task[P, R]]:
     """Make a Prefect task whose cache key is its name, its `version` and its arguments' content.
 
     Raise `version` when the stage's code changes what it returns. A cached record is a hit only if
     it is of the class that the function is annotated to return, `reusable` says so, and what it
     points to is whole. Of runs that compute the same key at once, one does the work. Only named
-    infrastructure errors are retried."""
+    infrastructure errors are retried. `added_later`: parameters that a later version added, which
+    count only where they are not None, so that what was cached before is found again."""
 
     def decorate(function: Callable[P, R]) -> Task[P, R]:
         @wraps(function)
@@ -90,7 +94,8 @@ def stage(
                 return function(*args, **kwargs)
 
         returns = get_type_hints(function)["return"]
-        policy = CacheKeyFnPolicy(cache_key_fn=_cache_key(name, version, returns, reusable))
+        key = _cache_key(name, version, returns, reusable, frozenset(added_later))
+        policy = CacheKeyFnPolicy(cache_key_fn=key)
         return task(
             name=name,
             task_run_name=name,
@@ -139,14 +144,22 @@ def refreshing(stages: Collection[Stage]) -> Callable[[Stage, Task[P, R]], Task[
 
 
 def _cache_key(
-    name: str, version: int, returns: type[Any], reusable: Callable[[Any], bool]
+    name: str,
+    version: int,
+    returns: type[Any],
+    reusable: Callable[[Any], bool],
+    added_later: frozenset[str],
 ) -> Callable[[TaskRunContext, dict[str, Any]], str | None]:
     def key(context: TaskRunContext, parameters: dict[str, Any]) -> str | None:
         # Prefect would log any error here and run the stage without a cache, so that unrelated runs
         # would share its work area. The error is kept, and the stage raises it instead of working.
         _no_key.set(None)
         try:
-            content = digest_of([name, version, {k: content_of(v) for k, v in parameters.items()}])
+            counted = {}
+            for parameter, value in parameters.items():
+                if value is not None or parameter not in added_later:
+                    counted[parameter] = content_of(value)
+            content = digest_of([name, version, counted])
             key_stem = f"{name.replace(' ', '-')}-{content[:32]}"
             return _free_or_hit(context.result_store, key_stem, returns, reusable)
         except DistilleryError as error:

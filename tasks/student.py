@@ -85,6 +85,7 @@ def train(
             remote_code=remote_code,
             progress=partial(_report, track, len(healing)),
             checkpoints=StageCheckpoints(store, own_key()),
+            classes=inputs.classes,
         )
         artifact = store.put(folder)
     conclude(_summary(len(inputs.rows), result))

@@ -30,7 +30,7 @@ import yaml
 from pydantic_settings import BaseSettings
 
 from benchmarks import code_shape
-from distillery.data.rows import to_example
+from distillery.data.rows import RowReader, to_example
 from distillery.recipe import Recipe, SearchRecipe, parse_recipe
 from distillery.settings import AzureMLSettings, LocalSettings, TeacherSettings
 
@@ -200,7 +200,7 @@ def test_the_readmes_csv_is_what_its_recipe_reads() -> None:
     columns = parse_recipe(yaml.safe_load(recipe.text), "README.md").dataset.columns
     (row,) = csv.DictReader(io.StringIO(table.text))
     assert row == {columns.question: row["text"], "choices": row["choices"], "answer": "A"}
-    example = to_example(row, columns, "README.md")
+    example = to_example(row, RowReader(columns), "README.md")
     assert (example.choices, example.answer_key) == (("repair", "order", "rental"), "A")
 
 

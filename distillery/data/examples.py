@@ -3,11 +3,11 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from distillery.data.readers import cause_of
 from distillery.errors import DataError
-from distillery.records import Example
+from distillery.records import CLASSES_FILE, Example
 
 
 def read_examples(path: Path) -> list[Example]:
@@ -17,15 +17,30 @@ def read_examples(path: Path) -> list[Example]:
 
 def each_example(path: Path) -> Iterator[Example]:
     """Yield the rows of a file one by one. Raises DataError with the file and line."""
+    classes = read_classes(path.parent)
     try:
         with path.open(encoding="utf-8", newline="\n") as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
-                    yield parse_example(line, f"{path}:{number}")
+                    example = parse_example(line, f"{path}:{number}")
+                    if classes:
+                        example = example.model_copy(update={"classes": classes})
+                    yield example
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
             f"{path}: can't be read ({cause_of(error)}); prepare the data set again"
         ) from error
+
+
+def read_classes(folder: Path) -> tuple[str, ...]:
+    """Return the classes of the rows in a folder, () for rows of choices. Raises DataError."""
+    path = folder / CLASSES_FILE
+    if not path.exists():
+        return ()
+    try:
+        return TypeAdapter(tuple[str, ...]).validate_json(path.read_bytes())
+    except (OSError, ValidationError) as error:
+        raise DataError(f"{path}: no list of classes; prepare the data set again") from error
 
 
 def parse_example(line: str, where: str) -> Example:

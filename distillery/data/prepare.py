@@ -3,17 +3,21 @@
 Rows in: those of a hub data set, local files or the shipped sample (source.py, readers.py), in the
 columns that rows.py lists.
 Files out: `<role>.jsonl` for the roles gold, train, validation and test, one records.Example a
-line, sorted by position (splits.py).
+line, sorted by position (splits.py); and for task.kind: classify classes.json, the names of the
+classes.
 
 The steps, in this order: validate (rows.py), carve, stop at leaks, drop copies (splits.py), drop
 near duplicates (near_duplicates.py), sample. Equal rows and settings give equal bytes.
 """
 
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+from distillery.data.classes import named_classes
 from distillery.data.near_duplicates import drop_near_duplicates
-from distillery.data.rows import Row, validated_rows
+from distillery.data.rows import Row, RowReader, validated_rows
 from distillery.data.source import open_source
 from distillery.data.splits import (
     ROLES,
@@ -27,8 +31,8 @@ from distillery.data.splits import (
     test_interval,
 )
 from distillery.errors import DataError, RecipeError
-from distillery.recipe import DatasetRecipe
-from distillery.records import Record, Split
+from distillery.recipe import DatasetRecipe, TaskRecipe
+from distillery.records import CLASSES_FILE, Record, Split, digest_of
 from distillery.storage.digests import sha256_of
 
 
@@ -37,51 +41,68 @@ class PreparedCounts(Record):
     their content, or nearly the same, stands in the data already."""
 
     splits: dict[str, Split]
+    classes: tuple[str, ...] = ()
     duplicates_dropped: int = 0
     near_duplicates_dropped: int = 0
 
 
 class SelectedRows(NamedTuple):
-    """The rows that `prepare` writes, and its counts of dropped rows."""
+    """The rows that `prepare` writes, their classes, and its counts of dropped rows."""
 
     splits: Splits
+    classes: tuple[str, ...]
     duplicates_dropped: int
     near_duplicates_dropped: int
 
 
-def prepare(recipe: DatasetRecipe, out: Path) -> PreparedCounts:
-    """Write `<role>.jsonl` into `out` for each role in the recipe's splits and carve.
+def prepare(recipe: DatasetRecipe, out: Path, task: TaskRecipe | None = None) -> PreparedCounts:
+    """Write `<role>.jsonl` into `out` for each role in the recipe's splits and carve, and for
+    task.kind: classify the classes.
 
     Raises DataError for a file, row or column, and RecipeError if splits, carve and sample
     contradict each other; nothing is written then.
     """
-    splits, duplicates, near_duplicates = select_rows(recipe)
+    splits, classes, duplicates, near_duplicates = select_rows(recipe, task)
     out.mkdir(parents=True, exist_ok=True)
     written = {}
     for role in ROLES:
         if role in splits:
-            written[role] = write_split(out / f"{role}.jsonl", splits[role])
+            written[role] = write_split(out / f"{role}.jsonl", splits[role], classes)
+    if classes:
+        write_classes(out, classes)
     return PreparedCounts(
         splits=written,
+        classes=classes,
         duplicates_dropped=duplicates,
         near_duplicates_dropped=near_duplicates,
     )
 
 
-def check_rows(recipe: DatasetRecipe) -> dict[str, int]:
+def check_rows(recipe: DatasetRecipe, task: TaskRecipe | None = None) -> dict[str, int]:
     """Return how many rows `prepare` would write for each role. Writes nothing.
 
     Raises what `prepare` raises. A hub data set is downloaded unless it is on this machine.
     """
-    splits = select_rows(recipe).splits
+    splits = select_rows(recipe, task).splits
     return {role: len(splits[role]) for role in ROLES if role in splits}
 
 
-def select_rows(recipe: DatasetRecipe) -> SelectedRows:
+def select_rows(recipe: DatasetRecipe, task: TaskRecipe | None = None) -> SelectedRows:
     """Read, validate, split and filter the rows; raises as `prepare` does."""
-    check_roles(recipe)
+    classify = task is not None and task.kind == "classify"
+    classes = named_classes(task) if task else None
+    check_roles(recipe, classify)
+    reader = RowReader(recipe.columns, recipe.fields, classify, classes)
     # Test rows of other rounds count as test rows until all that resembles them is dropped.
-    splits = carve(load_splits(recipe), shares_of(recipe), recipe.columns.answer)
+    splits = carve(
+        load_splits(recipe, reader),
+        shares_of(recipe),
+        recipe.columns.answer,
+        unanswered_train=classify,
+    )
+    if classify and classes is None:
+        classes = found_classes(splits, recipe.columns.answer)
+        splits = with_classes(splits, classes)
     refuse_leaks(splits)
     rows = splits["train"]
     splits["train"] = drop_copies(rows)
@@ -94,11 +115,36 @@ def select_rows(recipe: DatasetRecipe) -> SelectedRows:
     for role, limit in recipe.sample.items():
         splits[role] = splits[role][:limit]
     refuse_empty(splits)
-    return SelectedRows(splits, duplicates, near_duplicates)
+    return SelectedRows(splits, classes or (), duplicates, near_duplicates)
 
 
-def check_roles(recipe: DatasetRecipe) -> None:
-    """Raise RecipeError if splits, carve and sample contradict each other."""
+def found_classes(splits: Splits, column: str) -> tuple[str, ...]:
+    """Return the labels of the rows, in alphabetical order. Raises DataError for fewer than two."""
+    labels = {row.example.answer_key for rows in splits.values() for row in rows}
+    classes = tuple(sorted(label for label in labels if label is not None))
+    if len(classes) < 2:
+        raise DataError(
+            f"dataset: the column {column!r} has {len(classes)} labels, and a classifier needs two "
+            "or more; correct dataset.columns.answer, or label some rows"
+        )
+    return classes
+
+
+def with_classes(splits: Splits, classes: tuple[str, ...]) -> Splits:
+    """Return the splits with the classes in every row."""
+    known: Splits = {}
+    for role, rows in splits.items():
+        known[role] = []
+        for row in rows:
+            example = row.example.model_copy(update={"classes": classes})
+            known[role].append(replace(row, example=example))
+    return known
+
+
+def check_roles(recipe: DatasetRecipe, classify: bool) -> None:
+    """Raise RecipeError if splits, carve and sample contradict each other.
+
+    With `classify`, rows without an answer are left for train whatever is carved."""
     for role in recipe.carve:
         if role in recipe.splits:
             raise RecipeError(
@@ -112,7 +158,7 @@ def check_roles(recipe: DatasetRecipe) -> None:
                 "name it in dataset.splits or dataset.carve"
             )
     total = sum(shares_of(recipe).values())
-    if total >= 1:
+    if total > 1 or (total == 1 and not classify):
         counted = ", test once for each of dataset.rotation.rounds," if recipe.rotation else ""
         raise RecipeError(
             f"dataset.carve: the shares{counted} add up to {total:g}; leave some for train"
@@ -127,7 +173,7 @@ def shares_of(recipe: DatasetRecipe) -> dict[str, float]:
     return shares
 
 
-def load_splits(recipe: DatasetRecipe) -> Splits:
+def load_splits(recipe: DatasetRecipe, reader: RowReader) -> Splits:
     """Return the validated rows of the roles in dataset.splits, by position."""
     source = open_source(recipe)
     splits: Splits = {}
@@ -140,13 +186,22 @@ def load_splits(recipe: DatasetRecipe) -> Splits:
             )
         rows: list[Row] = []
         for table in source[name]():
-            rows += validated_rows(table, recipe.columns, role, recipe.seed)
+            rows += validated_rows(table, reader, role, recipe.seed)
         splits[role] = in_order(rows)
     return splits
 
 
-def write_split(path: Path, rows: list[Row]) -> Split:
-    """Write the rows' Examples, one a line."""
+def write_split(path: Path, rows: list[Row], classes: tuple[str, ...]) -> Split:
+    """Write the rows' Examples, one a line. The digest covers the classes, too."""
     text = "".join(f"{row.example.model_dump_json()}\n" for row in rows)
     path.write_text(text, encoding="utf-8", newline="\n")
-    return Split(file=path.name, rows=len(rows), sha256=sha256_of(path))
+    sha256 = sha256_of(path)
+    if classes:
+        sha256 = digest_of([sha256, classes])
+    return Split(file=path.name, rows=len(rows), sha256=sha256)
+
+
+def write_classes(folder: Path, classes: tuple[str, ...]) -> None:
+    """Write classes.json, which `examples.read_examples` reads."""
+    text = json.dumps(classes, ensure_ascii=False, indent=1) + "\n"
+    (folder / CLASSES_FILE).write_text(text, encoding="utf-8", newline="\n")

@@ -1,6 +1,7 @@
 """Turn a row as read into a valid Example, or say what is wrong with it.
 
-Columns in, named in dataset.columns; the defaults are those of tau/commonsense_qa:
+Columns in, named in dataset.columns. With task.kind: choice the defaults are those of
+tau/commonsense_qa:
   id                 text or a whole number; rows without this column are named by their content
   question           text
   question_concept   text, optional
@@ -9,6 +10,11 @@ Columns in, named in dataset.columns; the defaults are those of tau/commonsense_
                      CommonsenseQA: the teacher is asked for the letter
   answerKey          one of the labels; empty or missing if unknown
 Labels become letters by position.
+
+With task.kind: classify the defaults are:
+  id                 as above
+  text               text; or several columns, named in dataset.fields
+  label              one of task.labels; empty or missing if unknown
 """
 
 import hashlib
@@ -39,16 +45,36 @@ class Row:
     position: float
 
 
-def validated_rows(table: Table, columns: Columns, role: str, seed: int) -> list[Row]:
+@dataclass(frozen=True)
+class RowReader:
+    """What turns the values of a row into an Example: the columns of task.kind, the further columns
+    in dataset.fields and, for classify, the classes; None lets a label be any text."""
+
+    columns: Columns
+    fields: tuple[str, ...] = ()
+    classify: bool = False
+    classes: tuple[str, ...] | None = None
+
+    def needed(self, role: str) -> dict[str, str]:
+        """Return the columns that rows of a role must have, by setting."""
+        needed = {}
+        if self.columns.question:
+            needed["question"] = self.columns.question
+        if not self.classify:
+            needed["choices"] = self.columns.choices
+        if role not in ("train", "inference"):
+            needed["answer"] = self.columns.answer
+        return needed
+
+
+def validated_rows(table: Table, reader: RowReader, role: str, seed: int) -> list[Row]:
     """Return the rows of a table, which will serve in `role`. Raises DataError."""
-    needed = {"question": columns.question, "choices": columns.choices}
-    if role != "train":
-        needed["answer"] = columns.answer
-    refuse_missing_columns(table.name, table.columns, needed)
+    columns = reader.columns
+    refuse_missing_columns(table.name, table.columns, reader.needed(role), reader.fields)
     has_ids = columns.id in table.columns
     rows = []
     for where, values in table.rows:
-        example = to_example(values, columns, where, needs_id=has_ids)
+        example = to_example(values, reader, where, needs_id=has_ids)
         content = content_of(example.question, example.choices)
         rows.append(Row(where, example, content, position_of(content, seed)))
     for row in rows:
@@ -56,13 +82,21 @@ def validated_rows(table: Table, columns: Columns, role: str, seed: int) -> list
     return rows
 
 
-def refuse_missing_columns(table: str, present: Sequence[str], needed: Mapping[str, str]) -> None:
+def refuse_missing_columns(
+    table: str, present: Sequence[str], needed: Mapping[str, str], fields: Sequence[str] = ()
+) -> None:
     """Raise DataError if a column is not there. `needed` maps settings to columns."""
     for setting, column in needed.items():
         if column not in present:
             raise DataError(
                 f"{table}: no column {column!r}, only {', '.join(map(repr, present))}; "
                 f"set dataset.columns.{setting} to the one that is meant"
+            )
+    for column in fields:
+        if column not in present:
+            raise DataError(
+                f"{table}: no column {column!r}, only {', '.join(map(repr, present))}; "
+                "correct dataset.fields"
             )
 
 
@@ -76,15 +110,26 @@ def refuse_unanswered(row: Row, column: str, role: str) -> None:
 
 
 def to_example(
-    values: Mapping[str, Any], columns: Columns, where: str, needs_id: bool = False
+    values: Mapping[str, Any], reader: RowReader, where: str, needs_id: bool = False
 ) -> Example:
     """Return a row as an Example; its answer may be missing.
 
     A row without an id is named by its content, unless `needs_id`. Raises DataError, whose text
     starts with `where`.
     """
-    question = to_text(values.get(columns.question), f"{where}: {columns.question}")
-    labels, choices = to_options(values.get(columns.choices), f"{where}: {columns.choices}")
+    columns = reader.columns
+    fields = to_fields(values, reader.fields, where)
+    if columns.question:
+        question = to_text(values.get(columns.question), f"{where}: {columns.question}")
+    else:
+        question = "\n".join(text for text in fields.values() if text)
+    choices: tuple[str, ...] = ()
+    answer_at = f"{where}: {columns.answer}"
+    if reader.classify:
+        answer = to_class(values.get(columns.answer), reader.classes, answer_at)
+    else:
+        labels, choices = to_options(values.get(columns.choices), f"{where}: {columns.choices}")
+        answer = to_letter(values.get(columns.answer), labels, answer_at)
     concept = ""
     if columns.concept and values.get(columns.concept) not in (None, ""):
         concept = to_text(values[columns.concept], f"{where}: {columns.concept}")
@@ -97,8 +142,39 @@ def to_example(
         question=question,
         concept=concept,
         choices=choices,
-        answer_key=to_letter(values.get(columns.answer), labels, f"{where}: {columns.answer}"),
+        answer_key=answer,
+        fields=fields,
+        classes=reader.classes or (),
     )
+
+
+def to_fields(values: Mapping[str, Any], names: Sequence[str], where: str) -> dict[str, str]:
+    """Return the columns in dataset.fields by name, of which some may be empty but not all.
+    Numbers and truth values become text."""
+    fields = {}
+    for name in names:
+        value = values.get(name)
+        if value is None or (isinstance(value, str) and not value.strip()):
+            fields[name] = ""
+        elif isinstance(value, bool | float):
+            fields[name] = str(value)
+        else:
+            fields[name] = to_text(value, f"{where}: {name}")
+    if names and not any(fields.values()):
+        raise DataError(f"{where}: {', '.join(names)}: all empty; fill one in or remove the row")
+    return fields
+
+
+def to_class(value: Any, classes: Sequence[str] | None, where: str) -> str | None:
+    """Return the class that a label names, or None if it is empty."""
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return None
+    if isinstance(value, bool):
+        value = str(value)
+    label = to_text(value, where)
+    if classes is not None and label not in classes:
+        raise DataError(f"{where}: {label!r} is none of the {len(classes)} classes in task.labels")
+    return label
 
 
 def to_text(value: Any, where: str) -> str:

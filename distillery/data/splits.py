@@ -57,14 +57,23 @@ def sort_key(row: Row) -> tuple[float, bool, str]:
     return row.position, row.example.answer_key is None, row.example.model_dump_json()
 
 
-def carve(splits: Splits, shares: Mapping[str, float], answer_column: str) -> Splits:
+def carve(
+    splits: Splits,
+    shares: Mapping[str, float],
+    answer_column: str,
+    unanswered_train: bool = False,
+) -> Splits:
     """Move shares (0 to 1) of the train rows to other roles.
 
-    Raises DataError if a row without an answer falls to a role that needs it.
+    With `unanswered_train`, the shares are of the rows with an answer, and the others stay.
+    Without it, raises DataError if a row without an answer falls to a role that needs one.
     """
     carved: Splits = {role: [] for role in ROLES if role in shares}
     carved["train"] = []
     for row in splits["train"]:
+        if unanswered_train and row.example.answer_key is None:
+            carved["train"].append(row)
+            continue
         edge = 0.0
         for role in carved:
             edge += shares.get(role, 1.0)  # train, the last, takes the rest

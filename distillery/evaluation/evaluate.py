@@ -122,7 +122,7 @@ def in_order(
         if letters is None:
             found.append(None)
         else:
-            found.append(tuple(letters.get(letter, 0.0) for letter in example.letters))
+            found.append(tuple(letters.get(letter, 0.0) for letter in example.keys))
     return found
 
 

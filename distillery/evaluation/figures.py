@@ -12,7 +12,6 @@ from distillery.evaluation.statistics import (
 )
 from distillery.labels.report import BINS, expected_calibration_error
 from distillery.records import (
-    LETTERS,
     Bin,
     Calibration,
     ClassFigures,
@@ -42,9 +41,9 @@ def figures_of(
     `probabilities` are the predictor's over each row's options, `teacher` the teacher's, if known
     and another's; `scored` is what was measured of a model."""
     by_text = same_options(examples)
-    labels = LETTERS[: max(len(example.choices) for example in examples)]
+    labels = max((example.keys for example in examples), key=len)
     if by_text:
-        labels = examples[0].choices
+        labels = examples[0].options
     gold, given = [], []
     for example, letter in zip(examples, answers, strict=True):
         gold.append(class_of(example, example.answer_key, by_text))
@@ -73,10 +72,12 @@ def figures_of(
 def same_options(examples: Sequence[Example]) -> bool:
     """Return whether all rows have the same options, in whatever order, so that these are
     classes."""
-    first = examples[0].choices
+    first = examples[0].options
     if len(set(first)) < len(first):
         return False
-    return all(sorted(example.choices) == sorted(first) for example in examples)
+    return all(
+        example.options is first or sorted(example.options) == sorted(first) for example in examples
+    )
 
 
 def class_of(example: Example, letter: str | None, by_text: bool) -> str:
@@ -134,8 +135,8 @@ def calibration_of(
 
     confidence, right = [], []
     for example, letter, row in zip(examples, answers, probabilities, strict=True):
-        if row is not None and letter is not None and letter in example.letters:
-            confidence.append(row[example.letters.index(letter)])
+        if row is not None and letter is not None and letter in example.keys:
+            confidence.append(row[example.keys.index(letter)])
             right.append(letter == example.answer_key)
     if not confidence:
         return None

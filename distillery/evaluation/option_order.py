@@ -26,17 +26,20 @@ def reordered_rows(
     examples: Sequence[Example], answers: Sequence[str | None]
 ) -> list[tuple[int, Example]]:
     """Return up to ORDER_ROWS of the answered rows, each with its index, in another order of
-    options.
+    options. Classes have no order: such rows are returned as they are.
 
     Which rows, and in which order, depends on the rows' content alone. The options are rotated, so
     that each stands at another letter than before."""
     by_content = []
     for index, example in enumerate(examples):
         if answers[index] is not None:
-            by_content.append((content_of(example.question, example.choices), index))
+            by_content.append((content_of(example.question, example.options), index))
     rows = []
     for content, index in sorted(by_content)[:ORDER_ROWS]:
         choices = examples[index].choices
+        if not choices:
+            rows.append((index, examples[index]))
+            continue
         shift = 1 + int(content[:8], 16) % (len(choices) - 1)
         rotated = {"choices": choices[shift:] + choices[:shift], "answer_key": None}
         rows.append((index, examples[index].model_copy(update=rotated)))
@@ -63,6 +66,6 @@ def count_alike(
 
 def option_text(example: Example, letter: str | None) -> str | None:
     """Return the text of a row's option; None for a letter that the row does not have."""
-    if letter not in example.letters:
+    if letter not in example.keys:
         return None
-    return example.choices[example.letters.index(letter)]
+    return example.options[example.keys.index(letter)]

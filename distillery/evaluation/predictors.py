@@ -8,6 +8,7 @@ from typing import Any
 
 from distillery.errors import ModelError
 from distillery.evaluation.scoring import ScoringJob
+from distillery.models.class_tokens import read_class_tokens, require_classes
 from distillery.prompts import (
     Tokenizer,
     TransformersTokenizer,
@@ -62,7 +63,9 @@ def load_onnx(job: ScoringJob) -> Predictor:
     def first_token(prompt: Sequence[int]) -> int:
         return int(student.decoder.prefill(prompt).argmax())
 
-    render = row_renderer(student.tokenizer, job.prompt, student.context_length)
+    render = row_renderer(
+        student.tokenizer, job.prompt, student.context_length, Path(job.model.folder)
+    )
     return Predictor(ran_on="ONNX Runtime", render=render, ask=ask, first_token=first_token)
 
 
@@ -107,7 +110,10 @@ def load_transformers(job: ScoringJob) -> Predictor:
     return Predictor(
         ran_on=f"{device.name} {device.precision}",
         render=row_renderer(
-            TransformersTokenizer(tokenizer), job.prompt, model.config.max_position_embeddings
+            TransformersTokenizer(tokenizer),
+            job.prompt,
+            model.config.max_position_embeddings,
+            adapter or Path(job.model.folder),
         ),
         ask=ask,
         # Float32 differs by rounding alone (1e-5); bfloat16 by enough to change an answer.
@@ -117,9 +123,11 @@ def load_transformers(job: ScoringJob) -> Predictor:
 
 
 def row_renderer(
-    tokenizer: Tokenizer, prompt: PromptRecipe, context: int
+    tokenizer: Tokenizer, prompt: PromptRecipe, context: int, folder: Path
 ) -> Callable[[Example], TrainingRow | None]:
-    """Return a function that renders a row for a model of `context` tokens; see `Predictor`."""
+    """Return a function that renders a row for the model in `folder`, of `context` tokens; see
+    `Predictor`."""
+    classes = read_class_tokens(folder)
     letters = cache(lambda count: tuple(letter_ids(tokenizer, count)))
 
     def render(example: Example) -> TrainingRow | None:
@@ -131,6 +139,9 @@ def row_renderer(
             texts = text_ids(example, tokenizer)
         if len(ids) > longest_prompt(prompt, context, texts):
             return None
+        if prompt.answer == "class":
+            tokens = require_classes(classes, folder).for_classes(example.classes)
+            return TrainingRow(prompt=tuple(ids), letters=tokens, closed=True, answer=0)
         # `answer`, the label in training, plays no part here.
         if texts:
             return TrainingRow(prompt=tuple(ids), texts=tuple(map(tuple, texts)), answer=0)

@@ -5,6 +5,7 @@ or null; the candidate is the last column. Equal answers give equal bytes. A reg
 answers.jsonl with the candidate's column alone (see write_own_answers). rows.jsonl: one test row a
 line, to look at:
   example_id, question, choices, gold
+  classify        true where the choices are the classes, and the answers too; else left out
   content         digest that rows of equal content share; see data/rows.py
   answers         letter or null by predictor
   probabilities   of each choice in order, or null, by predictor; only those that give them
@@ -90,15 +91,17 @@ def write_rows(
         for name, each in probabilities.items():
             row = each[number]
             shares[name] = None if row is None else [round(share, 6) for share in row]
-        line = {
+        line: dict[str, Any] = {
             "example_id": example.example_id,
             "content": content_of(example.question, example.choices),
             "question": example.question,
-            "choices": example.choices,
+            "choices": example.options,
             "gold": answers[GOLD][number],
             "answers": given,
             "probabilities": shares,
         }
+        if example.classes:
+            line["classify"] = True
         lines.append(json.dumps(line, ensure_ascii=False) + "\n")
     write_text(out / ROWS_FILE, "".join(lines))
 

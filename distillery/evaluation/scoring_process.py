@@ -89,11 +89,14 @@ def ask_in_other_order(
     examples: Sequence[Example],
     answers: Sequence[str | None],
     rows_done: Callable[[int], None],
-) -> tuple[Reordered, float | None]:
+) -> tuple[Reordered | None, float | None]:
     """Ask some rows again, their options in another order, and compare with `answers`.
 
-    Returns the comparison, and the median ms to the first token of the first of these rows."""
+    Returns the comparison, None for rows of classes, which have no order, and the median ms to the
+    first token of the first of these rows."""
     reordered = reordered_rows(examples, answers)
+    if examples[0].classes:
+        reordered = reordered[:FIRST_TOKEN_ROWS]
     probabilities: list[Probabilities] = []
     first_tokens: list[float] = []
     started = time.perf_counter()
@@ -110,6 +113,8 @@ def ask_in_other_order(
         rows_done(1)
     seconds = time.perf_counter() - started
     letters = most_probable([example for _, example in reordered], probabilities)
+    if examples[0].classes:
+        return None, median(first_tokens) if first_tokens else None
     found = count_alike(examples, answers, reordered, letters, seconds)
     return found, median(first_tokens) if first_tokens else None
 
@@ -181,7 +186,7 @@ def most_probable(
         if row is None:
             letters.append(None)
         elif all(map(math.isfinite, row)):
-            letters.append(example.letters[row.index(max(row))])
+            letters.append(example.keys[row.index(max(row))])
         else:
             raise ModelError(
                 f"its probabilities for row {example.example_id} are no finite numbers"

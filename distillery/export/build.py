@@ -15,6 +15,7 @@ from distillery.export.fit import misfit
 from distillery.export.passes import export_passes
 from distillery.inference.decoder import ADAPTER_FILE
 from distillery.inference.onnx_student import OnnxStudent
+from distillery.models.class_tokens import read_class_tokens
 from distillery.progress import ShowProgress, show_nothing
 from distillery.recipe import ExportForm
 from distillery.storage.working import working_folder
@@ -62,6 +63,9 @@ def export(
         # Olive's own record of the build names this machine's folders, and nothing reads it.
         without_record = shutil.ignore_patterns("model_config.json")
         shutil.copytree(built / "model", out, dirs_exist_ok=True, ignore=without_record)
+    classes = read_class_tokens(adapter or model)
+    if classes:
+        classes.write(out)
     progress(len(passes), len(passes), "asking one question")
     check_built(out, form)
 

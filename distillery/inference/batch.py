@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from distillery.data.readers import TableRow, has_surrogates, open_table
-from distillery.data.rows import refuse_missing_columns, to_example
+from distillery.data.rows import RowReader, refuse_missing_columns, to_example
 from distillery.errors import DataError
 from distillery.inference.onnx_student import OnnxStudent
-from distillery.recipe import Columns, PromptRecipe
+from distillery.recipe import PromptRecipe
 from distillery.records import Example, Record
 
 
@@ -93,17 +93,18 @@ def answer(student: OnnxStudent, example: Example, prompt: PromptRecipe) -> Pred
     )
 
 
-def read_rows(path: Path, columns: Columns) -> Iterator[InputRow | FailedRow]:
+def read_rows(path: Path, reader: RowReader) -> Iterator[InputRow | FailedRow]:
     """Yield the rows of a file one by one, a malformed one as a FailedRow. Answers are optional.
 
     Raises DataError if the file can't be read, or lacks the column of the questions or choices.
     """
-    needed = {"question": columns.question, "choices": columns.choices}
     with open_table("input_uri", path) as table:
         if table.columns is not None:
-            refuse_missing_columns(str(path), table.columns, needed)
+            refuse_missing_columns(
+                str(path), table.columns, reader.needed("inference"), reader.fields
+            )
         for row in table.rows:
-            yield input_row(row, columns)
+            yield input_row(row, reader)
 
 
 def count_rows(path: Path) -> int:
@@ -112,15 +113,19 @@ def count_rows(path: Path) -> int:
         return sum(1 for _ in table.rows)
 
 
-def input_row(row: TableRow, columns: Columns) -> InputRow | FailedRow:
+def input_row(row: TableRow, reader: RowReader) -> InputRow | FailedRow:
     """Return a row as an Example, or why it is none."""
+    values = row.values
+    if reader.classify:
+        # A label that the file has is of no use here, and may be of another class.
+        values = {name: value for name, value in values.items() if name != reader.columns.answer}
     try:
-        example = to_example(row.values, columns, "row")
+        example = to_example(values, reader, "row")
     except DataError as error:
-        found = row.values.get(columns.id) if columns.id else None
+        found = row.values.get(reader.columns.id) if reader.columns.id else None
         example_id = ""
         if isinstance(found, str | int) and not has_surrogates(str(found)):
             example_id = str(found)
         reason = row.fault or str(error).removeprefix("row: ")
         return FailedRow(line=row.line, example_id=example_id, reason=reason)
-    return InputRow(line=row.line, **example.model_dump())
+    return InputRow(line=row.line, classes=example.classes, **example.model_dump())

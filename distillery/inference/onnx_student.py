@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from distillery.errors import DataError
 from distillery.inference.decoder import Decoder
 from distillery.inference.logits import Logits, log_softmax, softmax, token_sampler
+from distillery.models.class_tokens import read_class_tokens, require_classes
 from distillery.prompts import GenAITokenizer, letter_ids, longest_prompt, render_ids, text_ids
 from distillery.recipe import PromptRecipe
 from distillery.records import Example, Record
@@ -35,6 +36,7 @@ class OnnxStudent:
         self.context_length = self.decoder.context_length
         self.tokenizer = GenAITokenizer(self.decoder.tokenizer)
         self.end_ids = frozenset(int(token) for token in self.decoder.tokenizer.eos_token_ids)
+        self.classes = read_class_tokens(folder)
         self._letter_ids: dict[int, list[int]] = {}
         self._token_texts: dict[int, str] = {}
 
@@ -56,11 +58,14 @@ class OnnxStudent:
             )
         if texts:
             probabilities = self.text_probabilities(ids, texts)
+        elif prompt.answer == "class":
+            classes = require_classes(self.classes, self.folder)
+            probabilities = self.option_probabilities(ids, classes.for_classes(example.classes))
         else:
-            probabilities = self.option_probabilities(ids, self.letter_ids(len(example.choices)))
+            probabilities = self.option_probabilities(ids, self.letter_ids(len(example.options)))
         best = max(range(len(probabilities)), key=probabilities.__getitem__)
-        by_letter = dict(zip(example.letters, probabilities, strict=True))
-        return Answer(letter=example.letters[best], probabilities=by_letter)
+        by_letter = dict(zip(example.keys, probabilities, strict=True))
+        return Answer(letter=example.keys[best], probabilities=by_letter)
 
     def option_probabilities(
         self, prompt_ids: Sequence[int], letter_ids: Sequence[int]

@@ -8,8 +8,9 @@ from distillery.recipe import TeacherRecipe
 from distillery.teacher.answers import (
     Answer,
     distribution,
-    in_own_letters,
+    in_own_order,
     parse_answer,
+    parse_class,
     parse_json,
 )
 from distillery.teacher.budget import cost_of
@@ -30,7 +31,7 @@ def stored_answer(
         pairs = completion.top_logprobs
     probabilities = None
     if pairs and recipe.asks_log_probabilities:
-        probabilities = distribution(pairs, question.letters)
+        probabilities = distribution(pairs, question.keys)
     return StoredAnswer(
         request_key=question.key,
         teacher=identity,
@@ -51,7 +52,7 @@ def stored_answer(
 
 
 def answered_letter(question: Question, completion: Completion, form: str) -> str | None:
-    """Return the letter that a completion answers with, in the order shown, or None.
+    """Return the letter, in the order shown, or the class that a completion answers with, or None.
 
     `form` is teacher.answers.form: letter, json or rationale.
     """
@@ -60,9 +61,11 @@ def answered_letter(question: Question, completion: Completion, form: str) -> st
     # A rationale that was cut off has not reached its answer, whatever letters it mentions.
     if form == "rationale" and completion.finish_reason == "length":
         return None
+    if question.row.classes:
+        return parse_class(completion.text, question.keys)
     if form == "json":
-        return parse_json(completion.text, question.choices)
-    return parse_answer(completion.text, question.choices)
+        return parse_json(completion.text, question.options)
+    return parse_answer(completion.text, question.options)
 
 
 def rejection_reason(question: Question, completion: Completion, max_tokens: int) -> str:
@@ -77,15 +80,20 @@ def rejection_reason(question: Question, completion: Completion, max_tokens: int
         return f"no answer within teacher.max_tokens ({max_tokens})"
     if not completion.text.strip():
         return "empty answer"
-    return f"no option, or more than one, of {question.letters[0]} to {question.letters[-1]}"
+    if question.row.classes:
+        return f"none of the {len(question.keys)} classes, or more than one"
+    return f"no option, or more than one, of {question.keys[0]} to {question.keys[-1]}"
 
 
 def accepted_answers(
     questions: Sequence[Question], answers: Sequence[StoredAnswer | None]
 ) -> list[Answer]:
-    """Return those answers to a row's questions that have a letter, in the row's own letters."""
+    """Return those answers to a row's questions that have a letter or class, in the row's own
+    letters."""
     accepted = []
     for question, stored in zip(questions, answers, strict=True):
         if stored and stored.answer:
-            accepted.append(in_own_letters(stored.answer, stored.distribution, question.order))
+            accepted.append(
+                in_own_order(stored.answer, stored.distribution, question.order, question.keys)
+            )
     return accepted

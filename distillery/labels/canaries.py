@@ -100,7 +100,7 @@ async def ask_patiently(
     started = time.monotonic()
     while True:
         try:
-            completion = await teacher.ask(question.messages, question.letters)
+            completion = await teacher.ask(question.messages, question.keys)
         except TeacherUnavailable:
             if time.monotonic() - started < recipe.outage_s:
                 continue
@@ -126,7 +126,7 @@ def letter_of_row(
     )
     if not accepted:
         return None
-    label = combine_answers(accepted, row_questions[0].letters, soft_labels)
+    label = combine_answers(accepted, row_questions[0].keys, soft_labels)
     return label.letter if label else None
 
 

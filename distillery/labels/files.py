@@ -85,7 +85,7 @@ class LabelFiles:
         if 2 * len(accepted) <= len(stored):
             self._reject_for_first_failure(done)
             return
-        label = combine_answers(accepted, done.row.letters, self._recipe.soft_labels)
+        label = combine_answers(accepted, done.row.keys, self._recipe.soft_labels)
         if label is None:
             votes = ", ".join(answer.letter for answer in accepted)
             self.reject(done.row, f"no majority among its {len(accepted)} answers", votes)

@@ -49,11 +49,11 @@ def read_label_files(paths: Sequence[str], examples: Iterable[Example]) -> dict[
         if row is None:
             continue
         answer = str(values["answer"]).strip()
-        if answer not in row.letters:
+        if answer not in row.keys:
             raise DataError(
-                f"{where}: answer: {answer!r} is none of {row.letters[0]} to {row.letters[-1]}"
+                f"{where}: answer: {answer!r} is none of {row.keys[0]} to {row.keys[-1]}"
             )
-        probabilities = read_probabilities(values.get("distribution"), row.letters, where)
+        probabilities = read_probabilities(values.get("distribution"), row.keys, where)
         labels[row.example_id] = TeacherLabel(
             example_id=row.example_id,
             answer=answer,

@@ -35,7 +35,7 @@ def request_key(
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One request for a row. `order[i]` is the index of the i-th option shown in row.choices."""
+    """One request for a row. `order[i]` is the index of the i-th option shown in row.options."""
 
     key: str
     messages: list[Message]
@@ -43,23 +43,25 @@ class Question:
     row: Example
 
     @property
-    def letters(self) -> tuple[str, ...]:
-        """Return the letters of the options, from A."""
-        return self.row.letters
+    def keys(self) -> tuple[str, ...]:
+        """Return what the answer may be: the letters of the options, from A, or the classes."""
+        return self.row.keys
 
     @property
-    def choices(self) -> list[str]:
+    def options(self) -> list[str]:
         """Return the texts of the options in the order shown."""
-        return [self.row.choices[option] for option in self.order]
+        return [self.row.options[option] for option in self.order]
 
 
 def questions(
     row: Example, prompt: PromptRecipe, recipe: TeacherRecipe, identity: str
 ) -> list[Question]:
-    """Return the requests for a row: for each of answers.orders, each of answers.votes."""
+    """Return the requests for a row: for each of answers.orders, each of answers.votes. Classes
+    have one order."""
     asked = []
-    for number in range(min(recipe.answers.orders, len(row.choices))):
-        order = rotated_order(len(row.choices), number)
+    orders = 1 if row.classes else min(recipe.answers.orders, len(row.choices))
+    for number in range(orders):
+        order = rotated_order(len(row.options), number)
         shown = row
         if number:
             choices = tuple(row.choices[option] for option in order)

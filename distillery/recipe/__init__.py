@@ -23,6 +23,7 @@ from distillery.recipe.rules import (
 )
 from distillery.recipe.search import SearchRecipe
 from distillery.recipe.student import HealingRecipe, LayerChoice, Layers, StudentRecipe
+from distillery.recipe.task import TaskRecipe
 from distillery.recipe.teacher import (
     AnswerRecipe,
     BudgetRecipe,
@@ -64,6 +65,7 @@ __all__ = [
     "SearchRecipe",
     "Slice",
     "StudentRecipe",
+    "TaskRecipe",
     "TeacherPreparation",
     "TeacherRecipe",
     "TrainingRecipe",

@@ -13,25 +13,26 @@ Share = Annotated[float, Field(gt=0, lt=1)]
 
 
 class Columns(Slice):
-    """The source's column for each field of a row. The defaults are those of tau/commonsense_qa."""
+    """The source's column for each field of a row. The defaults are those of tau/commonsense_qa;
+    with task.kind: classify, `question` is text and `answer` is label."""
 
     id: str | None = "id"
     """Column of the row's id, which is unique within a split. null, or a column that the source
     lacks: ids are made from the rows' content."""
 
-    question: str = "question"
-    """Column of the question's text."""
+    question: str | None = "question"
+    """Column of the question or text. null: the columns in dataset.fields, one a line."""
 
     concept: str | None = "question_concept"
     """Column of the question's topic. Optional: the source may lack it."""
 
     choices: str = "choices"
     """Column of the 2 to 26 options: {"label": [...], "text": [...]}, or a list of texts. In CSV,
-    either as a JSON string."""
+    either as a JSON string. Not used with task.kind: classify."""
 
     answer: str = "answerKey"
-    """Column of the right option's label. It may be empty in rows of train that only the teacher
-    labels; rows of gold, validation and test need it."""
+    """Column of the right option's label, or of the class. It may be empty in rows of train that
+    only the teacher labels; rows of gold, validation and test need it."""
 
 
 class Rotation(Slice):
@@ -70,7 +71,7 @@ class DatasetRecipe(Slice):
     settings. test: rows that the scoreboard and the gate go by.
     """
 
-    added_later: ClassVar[frozenset[str]] = frozenset({"rotation"})
+    added_later: ClassVar[frozenset[str]] = frozenset({"rotation", "fields"})
 
     source: Literal["sample", "hub", "files"] = "sample"
     """sample: the data set that is shipped. hub: the Hugging Face data set `name`. files:
@@ -94,6 +95,10 @@ class DatasetRecipe(Slice):
 
     columns: Columns = Columns()
     """The source's column names."""
+
+    fields: tuple[str, ...] = ()
+    """Further columns of text that the prompt shows, such as [title, body]: in prompt.user, {title}
+    becomes the column's text. A row may lack some of them, but not all."""
 
     carve: dict[Literal["gold", "validation", "test"], Share] = Field({})
     """Share (0 to 1) of train that becomes gold, validation or test, for a source without that
@@ -136,8 +141,9 @@ class DatasetRecipe(Slice):
         """The part of this slice in cache keys: files count by their content, not by their
         paths."""
         left_out = {"files"}
-        if self.rotation is None:
-            left_out.add("rotation")
+        for name in self.added_later:
+            if getattr(self, name) == type(self).model_fields[name].default:
+                left_out.add(name)
         return self.model_dump_json(exclude=left_out)
 
     @model_validator(mode="after")
@@ -155,6 +161,8 @@ class DatasetRecipe(Slice):
             raise ValueError("a name is given, but source is sample: set dataset.source: hub")
         if self.rotation and "test" not in self.carve:
             raise ValueError("rotation needs a test split in dataset.carve, such as {test: 0.05}")
+        if self.columns.question is None and not self.fields:
+            raise ValueError("columns.question is null: name the columns to show in fields")
         if "train" not in self.splits:
             raise ValueError("dataset.splits names no train split; add one, such as train: train")
         return self

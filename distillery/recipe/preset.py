@@ -16,6 +16,18 @@ def preset_values(name: str) -> dict[str, Any]:
     return values
 
 
+def classify_values(values: dict[str, Any]) -> dict[str, Any]:
+    """Return what a recipe `values` with task.kind: classify starts from: presets/classify.yaml,
+    with the part for its kind of teacher."""
+    shipped = preset_values("classify")
+    teacher = values.get("teacher")
+    kind = teacher.get("kind", "endpoint") if isinstance(teacher, dict) else "endpoint"
+    parts = {name: shipped.pop(name) for name in ("own teacher", "other teacher")}
+    part = parts["own teacher" if kind == "local" else "other teacher"]
+    both: dict[str, Any] = {**shipped, **part}
+    return both
+
+
 def merge(base: dict[str, Any], over: dict[str, Any], model: type[BaseModel]) -> dict[str, Any]:
     """Return `base` with the keys of `over` replaced, slice by slice of `model`.
 

@@ -15,22 +15,26 @@ class PromptRecipe(Slice):
         "Your output should only be one of the {count} choices: {letters}."
     )
     """The system message; empty leaves it out. {count} becomes the number of options in words,
-    {letters} their letters: 'A', 'B' or 'C'."""
+    {letters} their letters: 'A', 'B' or 'C'. With task.kind: classify, {labels} becomes the
+    classes, one a line."""
 
     user: str = (
         "Answer the following multiple-choice question by selecting the correct option.\n\n"
         "Question: {question}\nAnswer Choices:\n{choices}"
     )
-    """The user message. {question} becomes the question, {choices} the options, one a line. What
-    all prompts begin with is computed once, so put what never changes first."""
+    """The user message. {question} or {text} becomes the question or text, {choices} the options,
+    one a line, and the name of a column in dataset.fields that column's text. What all prompts
+    begin with is computed once, so put what never changes first."""
 
     choice: str = "({letter}) {text}"
     """One line of {choices}: {letter} becomes the option's letter, {text} its text."""
 
-    answer: Literal["letter", "text"] = "letter"
-    """What the assistant says. letter: the option's letter. text: the option's text; the student
-    chooses the likeliest, and `user` may leave {choices} out. Teachers answer by letter, so text is
-    for student.prompt only."""
+    answer: Literal["letter", "text", "class"] = "letter"
+    """What the assistant says. letter: the option's letter. text: the option's text, or the name of
+    the class; the student chooses the likeliest, and `user` may leave {choices} out. Teachers
+    answer by letter, so text is for student.prompt only. class: with task.kind: classify, the
+    class. A student answers with one token of its own for each class; an endpoint writes the
+    name."""
 
     max_tokens: int = Field(512, ge=8)
     """Tokens of the student's tokenizer that a prompt may have. Rows with longer prompts are set
@@ -38,6 +42,10 @@ class PromptRecipe(Slice):
 
     @model_validator(mode="after")
     def check_placeholders(self) -> Self:
+        if self.answer == "class":
+            if "{" not in self.user:
+                raise ValueError("user needs the placeholder {text}, or a column of dataset.fields")
+            return self
         choices_missing = self.answer == "letter" and "{choices}" not in self.user
         if "{question}" not in self.user or choices_missing:
             raise ValueError("user needs the placeholders {question} and {choices}")

@@ -14,11 +14,12 @@ from distillery.recipe.base_model import BaseModelRecipe
 from distillery.recipe.dataset import DatasetRecipe
 from distillery.recipe.evaluation import EvaluationRecipe
 from distillery.recipe.export import ExportForm, ExportRecipe
-from distillery.recipe.preset import PRESETS, merge, preset_values
+from distillery.recipe.preset import PRESETS, classify_values, merge, preset_values
 from distillery.recipe.prompt import PromptRecipe
 from distillery.recipe.registry import RegistryRecipe
 from distillery.recipe.rules import GateRule
 from distillery.recipe.student import StudentRecipe
+from distillery.recipe.task import TaskRecipe
 from distillery.recipe.teacher import TeacherRecipe
 from distillery.recipe.training import TrainingRecipe
 
@@ -41,6 +42,9 @@ class Recipe(Slice):
     dataset: DatasetRecipe = DatasetRecipe()
     """Where the rows come from."""
 
+    task: TaskRecipe = TaskRecipe()
+    """What an answer to a row is."""
+
     prompt: PromptRecipe = PromptRecipe()
     """With which texts teacher and student are asked."""
 
@@ -62,8 +66,13 @@ class Recipe(Slice):
     @model_validator(mode="before")
     @classmethod
     def start_from_preset(cls, values: Any) -> Any:
-        if isinstance(values, dict) and values.get("preset") in PRESETS:
-            return {**merge(preset_values(values["preset"]), values, cls), "preset": None}
+        if not isinstance(values, dict):
+            return values
+        if values.get("preset") in PRESETS:
+            values = {**merge(preset_values(values["preset"]), values, cls), "preset": None}
+        task = values.get("task")
+        if isinstance(task, dict) and task.get("kind") == "classify":
+            values = merge(classify_values(values), values, cls)
         return values
 
     @property
@@ -85,7 +94,14 @@ class Recipe(Slice):
 
     @model_validator(mode="after")
     def check_prompts(self) -> Self:
-        if self.prompt.answer != "letter":
+        classify = self.task.kind == "classify"
+        for key, prompt in (("prompt", self.prompt), ("student.prompt", self.student.prompt)):
+            if prompt and (prompt.answer == "class") != classify and prompt.answer != "text":
+                raise ValueError(
+                    f"{key}.answer: {prompt.answer}: class belongs to task.kind: classify, and "
+                    "letter to task.kind: choice"
+                )
+        if self.prompt.answer == "text":
             raise ValueError(
                 "prompt.answer: teachers answer by letter; set student.prompt for the student's own"
             )

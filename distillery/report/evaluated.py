@@ -17,16 +17,22 @@ from distillery.records import LETTERS, Figures, Record
 
 
 class AnsweredRow(Record):
-    """A line of rows.jsonl. `gold` and `answers` are letters; `probabilities` go in the options'
-    order."""
+    """A line of rows.jsonl. `gold` and `answers` are letters or, with `classify`, classes;
+    `probabilities` go in the options' order."""
 
     example_id: str
     content: str
     question: str
     choices: tuple[str, ...]
+    classify: bool = False
     gold: str
     answers: dict[str, str | None]
     probabilities: dict[str, tuple[float, ...] | None]
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """What an answer may be."""
+        return self.choices if self.classify else LETTERS[: len(self.choices)]
 
     def confidence(self, predictor: str) -> float | None:
         """Return the probability that a predictor gives its answer; None where it gives none."""
@@ -34,7 +40,7 @@ class AnsweredRow(Record):
         probabilities = self.probabilities.get(predictor)
         if answer is None or probabilities is None:
             return None
-        return probabilities[LETTERS.index(answer)]
+        return probabilities[self.keys.index(answer)]
 
 
 @dataclass(frozen=True)

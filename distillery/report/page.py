@@ -362,7 +362,7 @@ def answered_letters(evaluated: Evaluated) -> list[tuple[str, str]]:
     """Return each letter of the test rows and what it is called: the option's text where all rows
     have the same options."""
     if evaluated.shared_choices:
-        return list(zip(LETTERS, evaluated.shared_choices, strict=False))
+        return list(zip(evaluated.rows[0].keys, evaluated.shared_choices, strict=True))
     most = max((len(row.choices) for row in evaluated.rows), default=0)
     return [(letter, letter) for letter in LETTERS[:most]]
 

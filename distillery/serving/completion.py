@@ -2,7 +2,7 @@
 
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -13,6 +13,7 @@ from openai.types.chat.chat_completion_token_logprob import TopLogprob
 
 from distillery.inference.logits import Logits, log_softmax
 from distillery.inference.onnx_student import OnnxStudent
+from distillery.models.class_tokens import ClassTokens
 from distillery.serving.requests import ApiError, ChatRequest
 
 IMPOSSIBLE = -9999.0
@@ -81,6 +82,9 @@ def complete(student: OnnxStudent, job: Job) -> Iterator[Piece]:
             code="context_length_exceeded",
             param="messages",
         )
+    if student.classes:
+        yield choose_class(student, job, prompt, student.classes)
+        return
     if request.structured_outputs:
         yield choose_text(student, job, prompt, request.structured_outputs.choice)
         return
@@ -115,19 +119,32 @@ def complete(student: OnnxStudent, job: Job) -> Iterator[Piece]:
 
 
 def choose_text(student: OnnxStudent, job: Job, prompt: list[int], choice: list[str]) -> Piece:
-    """Return the likeliest text as the whole answer.
-
-    Each text counts as one token in the log-probabilities, which are those among the texts.
-    """
+    """Return the likeliest text as the whole answer; see `likeliest`."""
     texts = [student.tokenizer.encode_text(text) for text in choice]
     if len(prompt) + max(map(len, texts)) > student.context_length:
         raise ApiError(
             400, "The messages and a choice are longer than the context.", "context_length_exceeded"
         )
     probabilities = student.text_probabilities(prompt, texts)
+    answer = likeliest(job, choice, probabilities)
+    job.completion_tokens = len(texts[choice.index(answer.text)])
+    return answer
+
+
+def choose_class(student: OnnxStudent, job: Job, prompt: list[int], classes: ClassTokens) -> Piece:
+    """Return the likeliest class as the whole answer, which took one token; see `likeliest`."""
+    probabilities = student.option_probabilities(prompt, classes.tokens)
+    job.completion_tokens = 1
+    return likeliest(job, classes.classes, probabilities)
+
+
+def likeliest(job: Job, choice: Sequence[str], probabilities: Sequence[float]) -> Piece:
+    """Return the text of `choice` with the highest probability as the whole answer.
+
+    Each text counts as one token in the log-probabilities, which are those among the texts.
+    """
     order = sorted(range(len(choice)), key=lambda index: -probabilities[index])
     best = order[0]
-    job.completion_tokens = len(texts[best])
     if not job.request.logprobs:
         return Piece(choice[best], [], "stop")
     ranked = []

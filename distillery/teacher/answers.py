@@ -126,6 +126,41 @@ def parse_json(text: str, choices: Sequence[str]) -> str | None:
     return None
 
 
+def parse_class(text: str, classes: Sequence[str]) -> str | None:
+    """Return the class that `text` answers with, or None if it names none or several.
+
+    Accepted are {"answer": CLASS}, the class alone, and the class after "Answer:", "The answer is"
+    and the like at the start of a line, without regard to case, quotes and emphasis. Everything up
+    to </think> is ignored."""
+    body = after_thinking(text).strip()
+    if body.startswith("<think>"):
+        return None
+    try:
+        value = json.loads(body)
+    except (ValueError, RecursionError):
+        value = None
+    if isinstance(value, dict):
+        value = value.get("answer")
+    given = [body] if not isinstance(value, str) else [value]
+    if not isinstance(value, str):
+        for line in without_emphasis(body).splitlines():
+            marked = text_after_mark(line)
+            if marked:
+                given.append(marked)
+    named: set[str] = set()
+    for answer in given:
+        exact = [name for name in classes if name == answer]
+        named |= set(exact or classes_of_text(answer, classes))
+    if len(named) != 1:
+        return None
+    return named.pop()
+
+
+def classes_of_text(text: str, classes: Sequence[str]) -> list[str]:
+    """Return the classes whose name `text` is, without regard to case, quotes and emphasis."""
+    return [name for name in classes if normalized(name) == normalized(text)]
+
+
 def rationale_of(text: str) -> str:
     """Return what precedes the last line with an answer, without any thinking."""
     lines = after_thinking(text).strip().splitlines()
@@ -160,7 +195,7 @@ def distribution(
             continue
         probability = math.exp(min(log_probability, 0.0))
         listed.append(probability)
-        letter = letter_of(token)
+        letter = token if token in letters else letter_of(token)
         if letter in letters:
             found[letter] = found.get(letter, 0.0) + probability
     if not sum(found.values()):
@@ -183,7 +218,7 @@ def rotated_order(count: int, order: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Answer:
-    """One accepted answer to a row, in the row's own letters."""
+    """One accepted answer to a row, in the row's own letters, or a class."""
 
     letter: str
     distribution: dict[str, float] | None = None
@@ -199,14 +234,14 @@ class CombinedAnswer:
     confidence: float | None
 
 
-def in_own_letters(
-    letter: str, distribution: dict[str, float] | None, order: Sequence[int]
+def in_own_order(
+    letter: str, distribution: dict[str, float] | None, order: Sequence[int], keys: Sequence[str]
 ) -> Answer:
-    """Translate an answer from the letters that were shown into the row's own; `order` holds the
-    option of the row at each position shown."""
+    """Translate an answer from the order that was shown into the row's own; `order` holds the
+    option of the row at each position shown, and `keys` the letters or classes."""
     own = {}
     for position, option in enumerate(order):
-        own[LETTERS[position]] = LETTERS[option]
+        own[keys[position]] = keys[option]
     if distribution is None:
         return Answer(own[letter])
     translated = {own[shown]: probability for shown, probability in distribution.items()}

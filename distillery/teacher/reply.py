@@ -1,6 +1,7 @@
 """Reading the JSON of a chat completion. An endpoint may send anything, so that each part is
 checked for its type and replaced by its default if it is of another."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +16,8 @@ Pairs = tuple[tuple[str, float], ...]
 @dataclass(frozen=True)
 class Completion:
     """One answer. `top_logprobs` are the alternatives at the first token that is one of the
-    letters (after a rationale: the last), and `answer_letter` is that letter. Without such a token
+    letters (after a rationale: the last), and `answer_letter` is that letter. For classes they are
+    the classes that the listed tokens begin, and the class that was written. Without such a token
     they are () and None; if the endpoint sent no log-probabilities, both are None. `latency_ms` is
     the duration of the successful try of `attempts` tries."""
 
@@ -44,7 +46,12 @@ def read_completion(
         finish_reason = "refusal"
     text = storable(redact(str(text or "")))
     tokens = list_of(mapping_of(choice.get("logprobs")).get("content"))
-    letter, pairs = letter_at_answer([mapping_of(token) for token in tokens], text, letters, last)
+    entries = [mapping_of(token) for token in tokens]
+    # A key of several characters may span several tokens.
+    if any(len(letter) > 1 for letter in letters):
+        letter, pairs = class_at_answer(entries, letters)
+    else:
+        letter, pairs = letter_at_answer(entries, text, letters, last)
     return Completion(
         text=text,
         finish_reason=str(finish_reason or ""),
@@ -78,6 +85,72 @@ def letter_at_answer(
             if not last:
                 break
     return found
+
+
+def class_at_answer(
+    tokens: list[dict[str, Any]], classes: Sequence[str]
+) -> tuple[str | None, Pairs | None]:
+    """Return the class that is written first after any thinking, and each class that the listed
+    alternatives could have begun, with the logarithm of its probability; (None, ()) and
+    (None, None) as in `letter_at_answer`.
+
+    Along the tokens of the class, each token's alternatives tell the probability of the classes
+    that part there; classes that begin with the same alternative share its probability."""
+    if not any(token.get("top_logprobs") for token in tokens):
+        return None, None
+    written = [str(token.get("token") or "") for token in tokens]
+    start = 0
+    for index, text in enumerate(written):
+        if "</think>" in text:
+            start = index + 1
+    for index in range(start, len(written)):
+        rest = begun("".join(written[index:]))
+        found = [name for name in classes if rest.startswith(begun(name))]
+        if found and begun(written[index]):
+            # Of "order" and "order status", the longer one is written.
+            return max(found, key=len), shares_along(tokens[index:], written[index:], classes)
+    return None, ()
+
+
+def shares_along(
+    tokens: list[dict[str, Any]], written: Sequence[str], classes: Sequence[str]
+) -> Pairs:
+    """Return (class, log probability) of the classes that the alternatives along `tokens` could
+    have begun; see `class_at_answer`."""
+    shares: dict[str, float] = {}
+    before, reached = "", 1.0
+    open_classes = list(classes)
+    for token, text in zip(tokens, written, strict=True):
+        taken = 0.0
+        for other, log_probability in alternatives_of(token):
+            share = reached * math.exp(min(log_probability, 0.0))
+            if begun(other) == begun(text):
+                taken += share
+                continue
+            names = [name for name in open_classes if begins(name, before + begun(other, before))]
+            for name in names:
+                shares[name] = shares.get(name, 0.0) + share / len(names)
+        before += begun(text, before)
+        open_classes = [name for name in open_classes if begins(name, before)]
+        reached = taken
+        if len(open_classes) <= 1 or taken <= 0:
+            break
+    for name in open_classes:
+        shares[name] = shares.get(name, 0.0) + reached / len(open_classes)
+    return tuple((name, math.log(share)) for name, share in shares.items() if share > 0)
+
+
+def begins(name: str, text: str) -> bool:
+    """Return whether the class `name` begins with `text`, or `text` with it."""
+    whole = begun(name)
+    return bool(text) and (whole.startswith(text) or text.startswith(whole))
+
+
+def begun(text: str, before: str = "") -> str:
+    """Return a text as the beginnings of classes are compared: in lower case, and where nothing
+    stands `before`, without what may surround an answer."""
+    text = text.replace("▁", " ").replace("Ġ", " ").casefold()
+    return text if before else text.lstrip(' \t\r\n"([{*:')
 
 
 def alternatives_of(token: dict[str, Any]) -> Pairs:

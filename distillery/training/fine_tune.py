@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from distillery.models.class_tokens import ClassTokens
 from distillery.models.device import choose_device
 from distillery.models.load import load_model, pad_id
 from distillery.olive_workflow import run_workflow
@@ -39,6 +40,7 @@ def fine_tune(
     remote_code: bool = False,
     progress: Progress | None = None,
     checkpoints: Checkpoints | None = None,
+    classes: ClassTokens | None = None,
 ) -> TrainingResult:
     """Start from `base` with `adapter` merged in; go through the steps of `healing`, each a cut and
     a training; then keep `layers` and train by `recipe`. Return the figures of the last training.
@@ -46,7 +48,9 @@ def fine_tune(
     Writes out/model (for LoRA, the model that the adapter is for) and, for LoRA, out/adapter;
     out/training.json, and out/healing-1.json and so on for the steps of healing; out/layers.json
     where layers were chosen: a list of those kept for each cut. An adapter for `base` as it is goes
-    without out/model unless `whole`, for readers of the checkpoint that have no such `base`."""
+    without out/model unless `whole`, for readers of the checkpoint that have no such `base`.
+    `classes`: the class tokens of the rows, which are written beside the weights that learnt
+    them."""
     from distillery.training.olive_passes import reporting
 
     require_rows(rows)
@@ -75,6 +79,8 @@ def fine_tune(
     finally:
         for file in inputs.values():
             file.unlink()
+    if classes:
+        classes.write(out / ("adapter" if recipe.adapts else "model"))
     return read_result_and_tidy(out)
 
 

@@ -13,6 +13,7 @@ from distillery.data.examples import read_examples
 from distillery.errors import TrainingError
 from distillery.labels.files import read_labels
 from distillery.labels.known import gold_labels
+from distillery.models.class_tokens import ClassTokens, choose_class_tokens
 from distillery.recipe import PromptRecipe, TrainingRecipe
 from distillery.training.rows import TrainingRow, training_rows
 
@@ -20,11 +21,12 @@ from distillery.training.rows import TrainingRow, training_rows
 @dataclass(frozen=True)
 class TrainingInputs:
     """The rows to train on and to validate on. `set_aside`: by split, the ids of rows that are over
-    prompt.max_tokens."""
+    prompt.max_tokens. `classes`: the tokens of the classes, with prompt.answer class."""
 
     rows: list[TrainingRow]
     validation: list[TrainingRow]
     set_aside: dict[str, list[str]]
+    classes: ClassTokens | None = None
 
     @property
     def set_aside_count(self) -> int:
@@ -47,16 +49,20 @@ def read_training_inputs(
     `explain` asks for the reasons that labels have. Raises TrainingError where it is given and no
     label has a reason."""
     found = read_labels(labels)
-    rows, too_long = training_rows(read_examples(labelled), found, prompt, tokenizer, explain)
+    examples = read_examples(labelled)
+    classes = None
+    if prompt.answer == "class":
+        classes = choose_class_tokens(tokenizer, examples[0].classes)
+    rows, too_long = training_rows(examples, found, prompt, tokenizer, explain, classes)
     if explain and rows and not any(row.rationale for row in rows):
         raise TrainingError(
             "training.rationale_weight is above 0, but no label has a reason: use an endpoint with "
             "teacher.answers.form: rationale, or files with a column rationale in teacher.files"
         )
-    gold_rows, gold_too_long = _with_own_answers(gold, prompt, tokenizer)
-    checks, checks_too_long = _with_own_answers(validation, prompt, tokenizer)
+    gold_rows, gold_too_long = _with_own_answers(gold, prompt, tokenizer, classes)
+    checks, checks_too_long = _with_own_answers(validation, prompt, tokenizer, classes)
     set_aside = {"train": too_long + gold_too_long, "validation": checks_too_long}
-    return TrainingInputs(rows + gold_rows, checks, set_aside)
+    return TrainingInputs(rows + gold_rows, checks, set_aside, classes)
 
 
 def rationale_instruction(trainings: Sequence[TrainingRecipe]) -> str | None:
@@ -70,9 +76,9 @@ def rationale_instruction(trainings: Sequence[TrainingRecipe]) -> str | None:
 
 
 def _with_own_answers(
-    file: Path | None, prompt: PromptRecipe, tokenizer: Any
+    file: Path | None, prompt: PromptRecipe, tokenizer: Any, classes: ClassTokens | None
 ) -> tuple[list[TrainingRow], list[str]]:
     if file is None:
         return [], []
     examples = read_examples(file)
-    return training_rows(examples, gold_labels(examples), prompt, tokenizer)
+    return training_rows(examples, gold_labels(examples), prompt, tokenizer, classes=classes)

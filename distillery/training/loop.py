@@ -25,6 +25,7 @@ from distillery.training.checkpoint import (
     TrainingState,
     fingerprint_of,
 )
+from distillery.training.class_head import CLASS_ROWS, add_class_head
 from distillery.training.objective import Objective
 from distillery.training.rows import TrainingRow, require_rows
 from distillery.training.validation import validate
@@ -93,7 +94,8 @@ def train(
 ) -> tuple[Any, TrainingResult]:
     """Train `model` (a causal language model in float32) on `rows`; return it and the figures.
 
-    `hidden`: the teacher's hidden states for these rows, [rows, hidden], which recipe.hidden_weight
+    Rows of classes put a ClassHead on the model, which is still there afterwards. `hidden`: the
+    teacher's hidden states for these rows, [rows, hidden], which recipe.hidden_weight
     needs. Training goes on from the checkpoint where there is one that fits. It saves one every
     `checkpoint_every_s` seconds, less often where saving would take more than 2 % of the time, and
     with `keep_end` another one when it is done. Deterministic on a CPU for equal inputs, seed and
@@ -216,8 +218,8 @@ class Training:
         state = self.state
         parameters = 0
         for name, weight in self.model.named_parameters():
-            # An adapter is merged in the end and adds no parameters.
-            if ".lora_" not in name:
+            # An adapter is merged in the end, and so are the rows of a class head.
+            if ".lora_" not in name and not name.endswith(CLASS_ROWS):
                 parameters += weight.numel()
         return TrainingResult(
             steps=state.step,
@@ -254,6 +256,12 @@ def set_up(
     torch.manual_seed(recipe.seed)
     device = choose_device(recipe.precision)
     model = trainable_model(model, recipe, device)
+    if rows[0].closed:
+        # A student that learns its teacher's states keeps the rows that read them.
+        add_class_head(
+            model, rows, pad_id=pad_id, device=device, from_probe=hidden is None, seed=recipe.seed
+        )
+        model.train()
     weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     first_epoch = batches(rows, recipe.batch_size, recipe.seed, 0, turning_point(model))
     steps_per_epoch = math.ceil(len(first_epoch) / recipe.accumulation)

@@ -53,15 +53,25 @@ def text_loss(
     rows: Sequence[TrainingRow],
     recipe: TrainingRecipe,
 ) -> "torch.Tensor":
-    """Return the loss on an answer by the option's text, (1 - w) CE(p, label) + w T^2 D(q_T, p_T)
-    + NLL.
+    """Return the loss on an answer by the option's text: `option_loss` + NLL.
 
     scores: [batch, options], the mean log-probability of each option's tokens (-inf where a row has
     fewer options), and p is their softmax: the length-normalised likelihood by which GPT-3 is asked
     multiple-choice questions (Brown et al., Language Models are Few-Shot Learners, 2020, section
     2.4), here trained to rank. likelihoods: [batch], the mean log-probability of the label's text
     with the end of the turn; its negative, NLL, keeps the text itself likely, so that the student
-    also says it. Label smoothing spreads over the row's options."""
+    also says it."""
+    return (option_loss(scores, rows, recipe) - likelihoods).mean()
+
+
+def option_loss(
+    scores: "torch.Tensor", rows: Sequence[TrainingRow], recipe: TrainingRecipe
+) -> "torch.Tensor":
+    """Return the loss on the choice among a row's options, or among the classes, for each row,
+    [batch]: (1 - w) CE(p, label) + w T^2 D(q_T, p_T) with p = softmax(scores).
+
+    scores: [batch, options], -inf where a row has fewer options. Label smoothing spreads over the
+    row's options."""
     import torch
     import torch.nn.functional as F
 
@@ -75,7 +85,7 @@ def text_loss(
     if recipe.soft_weight:
         soft = choice_loss(scores, rows, recipe.temperature, recipe.divergence)
         loss = mix_hard_and_soft(loss, soft, rows, recipe.soft_weight)
-    return (loss - likelihoods).mean()
+    return loss
 
 
 def choice_loss(

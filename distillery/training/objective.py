@@ -9,7 +9,14 @@ from distillery.recipe import TrainingRecipe
 from distillery.training.batching import forward
 from distillery.training.hidden_states import states_read_by_head
 from distillery.training.likelihood import forward_packed, label_likelihoods, option_scores
-from distillery.training.losses import answer_loss, hidden_loss, rationale_loss, text_loss
+from distillery.training.losses import (
+    answer_loss,
+    hidden_loss,
+    option_loss,
+    padded_tensor,
+    rationale_loss,
+    text_loss,
+)
 from distillery.training.rows import TrainingRow
 
 if TYPE_CHECKING:
@@ -30,6 +37,8 @@ class Objective:
 
     def __call__(self, rows: Sequence[TrainingRow]) -> "torch.Tensor":
         """Return the loss of a batch, a scalar."""
+        if rows[0].closed:
+            return self.class_answers(rows)
         loss = self.text_answers(rows) if rows[0].texts else self.letter_answers(rows)
         reasons = [row for row in rows if row.rationale]
         if self.recipe.rationale_weight and reasons:
@@ -45,6 +54,15 @@ class Objective:
             logits = forward(self.model, ids, 2, self.pad_id)
         loss = answer_loss(logits, rows, self.recipe, self.end_id)
         return loss + self.hidden(rows, states[0])
+
+    def class_answers(self, rows: Sequence[TrainingRow]) -> "torch.Tensor":
+        """Return the loss on answers by class and on the hidden states, from one forward pass. No
+        other token and no end of turn is learnt, because none is ever said."""
+        with self.device.autocast(), states_read_by_head(self.model) as states:
+            logits = forward(self.model, [row.prompt for row in rows], 1, self.pad_id)
+        columns, _ = padded_tensor([row.letters for row in rows], logits.device)
+        scores = logits[:, -1].float().gather(1, columns)
+        return option_loss(scores, rows, self.recipe).mean() + self.hidden(rows, states[0])
 
     def text_answers(self, rows: Sequence[TrainingRow]) -> "torch.Tensor":
         """Return the loss on answers by text and on the hidden states, from one forward pass."""

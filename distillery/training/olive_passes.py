@@ -22,6 +22,7 @@ from distillery.models.load import end_of_turn_id, load_model, pad_id
 from distillery.recipe import LayerChoice, TrainingRecipe
 from distillery.settings import LocalSettings
 from distillery.training.checkpoint import Checkpoints
+from distillery.training.class_head import ClassHead, add_rows_to_adapter, remove_class_head
 from distillery.training.hidden_states import read_hidden_states
 from distillery.training.loop import Progress, TrainingProgress, train
 from distillery.training.pruning import keep_layers, resolved_layers
@@ -141,8 +142,13 @@ class Distillation(Pass):
             keep_end=config.healing is not None,
         )
         Path(config.result).write_text(result.model_dump_json())
+        head = trained.get_output_embeddings()
+        if isinstance(head, ClassHead):
+            remove_class_head(trained, head)
         trained.save_pretrained(output_model_path)
         if recipe.adapts:
+            if isinstance(head, ClassHead):
+                add_rows_to_adapter(trained.get_base_model(), head, Path(output_model_path))
             return inherit_hf_from_hf(model, model.model_path, adapter_path=output_model_path)
         tokenizer.save_pretrained(output_model_path)
         return inherit_hf_from_hf(model, output_model_path, adapter_path=None)

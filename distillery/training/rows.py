@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from distillery.errors import TrainingError
+from distillery.models.class_tokens import ClassTokens
 from distillery.prompts import Tokenizer, TransformersTokenizer, letter_ids, render_ids, text_ids
 from distillery.recipe import PromptRecipe
 from distillery.records import Example, Record, TeacherLabel
@@ -17,13 +18,15 @@ from distillery.records import Example, Record, TeacherLabel
 class TrainingRow(Record):
     """A rendered row. `prompt`: token ids up to the assistant's first token. What may follow is
     given by `letters`, the options' letters as one token each, or by `texts`, the options' token
-    ids. `answer`: index of the label among the options. `soft`: the teacher's probabilities over
-    the options, in the same order. `explain` and `rationale`: the prompt that asks for a reason,
-    and the teacher's reason, where the label has one."""
+    ids. `closed`: the letters are the tokens of classes (models/class_tokens.py), the same for all
+    rows, and nothing else is ever said. `answer`: index of the label among the options. `soft`: the
+    teacher's probabilities over the options, in the same order. `explain` and `rationale`: the
+    prompt that asks for a reason, and the teacher's reason, where the label has one."""
 
     prompt: tuple[int, ...]
     letters: tuple[int, ...] = ()
     texts: tuple[tuple[int, ...], ...] = ()
+    closed: bool = False
     answer: int
     soft: tuple[float, ...] | None = None
     explain: tuple[int, ...] = ()
@@ -36,11 +39,13 @@ def training_rows(
     prompt: PromptRecipe,
     tokenizer: Any,
     explain: str | None = None,
+    classes: ClassTokens | None = None,
 ) -> tuple[list[TrainingRow], list[str]]:
     """Render the examples that have a label. Return the rows, and the ids of those that are over
     prompt.max_tokens.
 
     `explain`: the instruction that asks for the labels' reasons; None leaves the reasons out.
+    `classes`: the tokens of the classes, with prompt.answer class.
     Raises DataError for an option whose text has no token, as nothing would be learnt from it."""
     wrapped = TransformersTokenizer(tokenizer)
     rows: list[TrainingRow] = []
@@ -53,13 +58,15 @@ def training_rows(
         if ids is None:
             too_long.append(example.example_id)
             continue
-        fields: dict[str, Any] = {"prompt": ids, "answer": example.letters.index(label.answer)}
-        if prompt.answer == "letter":
-            fields["letters"] = letter_ids(wrapped, len(example.choices))
+        fields: dict[str, Any] = {"prompt": ids, "answer": example.keys.index(label.answer)}
+        if classes is not None:
+            fields |= {"letters": classes.for_classes(example.classes), "closed": True}
+        elif prompt.answer == "letter":
+            fields["letters"] = letter_ids(wrapped, len(example.options))
         else:
             fields["texts"] = text_ids(example, wrapped)
         if label.distribution:
-            fields["soft"] = [label.distribution[letter] for letter in example.letters]
+            fields["soft"] = [label.distribution[letter] for letter in example.keys]
         if explain and label.rationale:
             fields |= reason_fields(example, label.rationale, prompt, wrapped, explain)
         rows.append(TrainingRow(**fields))

@@ -73,7 +73,7 @@ def test_every_row_has_the_same_options_in_the_same_order(
 def test_every_answer_has_a_quarter_of_each_split(splits: dict[str, list[Example]]) -> None:
     for role, examples in splits.items():
         counts = Counter(example.answer_key for example in examples)
-        assert set(counts) == set(examples[0].letters), role
+        assert set(counts) == set(examples[0].keys), role
         assert min(counts.values()) >= 0.25 * len(examples), (role, counts)
 
 

@@ -124,7 +124,7 @@ def test_every_row_has_a_label_or_a_reason(labelling: Labelling, sdk: Sdk) -> No
     for row in labelling.rows:
         if known := labels.get(row.example_id):
             assert known.distribution is not None
-            assert tuple(known.distribution) == row.letters
+            assert tuple(known.distribution) == row.keys
             assert sum(known.distribution.values()) == pytest.approx(1, abs=1e-6)
             # The model was asked for its most probable tokens, so its answer is its most probable
             # letter.

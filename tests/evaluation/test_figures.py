@@ -280,6 +280,7 @@ def asked_again(
     predictor = Predictor("here", render, probabilities, first_token=first_token)
     counted: list[int] = []
     found, first_ms = ask_in_other_order(predictor, examples, ["A"] * 30, counted.append)
+    assert found
     assert sum(counted) == 30
     return found, first_ms, asked
 

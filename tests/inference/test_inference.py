@@ -15,6 +15,7 @@ import pyarrow  # type: ignore[import-untyped]
 import pyarrow.parquet  # type: ignore[import-untyped]
 import pytest
 
+from distillery.data.rows import RowReader
 from distillery.errors import DataError, ModelError
 from distillery.evaluation.scoring import ModelToScore, ScoringJob
 from distillery.evaluation.scoring_process import score
@@ -390,7 +391,7 @@ def test_rows_of_every_format_are_the_same(
     name: str, write: Callable[[Path, list[dict[str, Any]]], None], first_line: int, tmp_path: Path
 ) -> None:
     write(tmp_path / name, ROWS)
-    rows = list(read_rows(tmp_path / name, Columns()))
+    rows = list(read_rows(tmp_path / name, RowReader(Columns())))
     assert rows == [
         InputRow(
             line=first_line + n,
@@ -409,7 +410,7 @@ def test_rows_need_no_answer_concept_or_id(tmp_path: Path) -> None:
     _write_jsonl(tmp_path / "rows.jsonl", bare)
     _write_parquet(tmp_path / "rows.parquet", bare)
     for name in ("rows.jsonl", "rows.parquet"):
-        (row,) = read_rows(tmp_path / name, Columns())
+        (row,) = read_rows(tmp_path / name, RowReader(Columns()))
         assert isinstance(row, InputRow)
         assert (row.answer_key, row.concept, len(row.example_id)) == (None, "", 64)
 
@@ -440,7 +441,7 @@ def test_malformed_jsonl_rows_are_set_aside_with_their_line(tmp_path: Path) -> N
     ]
     lines = [b"\xef\xbb\xbf" + good, b"", *(line for line, _, _ in bad), b"\xef\xbb\xbf" + good]
     (tmp_path / "rows.jsonl").write_bytes(b"\n".join(lines))
-    rows = list(read_rows(tmp_path / "rows.jsonl", Columns()))
+    rows = list(read_rows(tmp_path / "rows.jsonl", RowReader(Columns())))
     assert [row.line for row in rows] == [1, *range(3, 11)]
     assert isinstance(rows[0], InputRow)
     assert isinstance(rows[8], InputRow)
@@ -462,7 +463,7 @@ def test_malformed_csv_rows_are_set_aside_with_their_line(tmp_path: Path) -> Non
         f"f,a bad byte where nobody reads it,{choices},na\udcffve",
     ]
     (tmp_path / "rows.csv").write_bytes("\n".join(lines).encode("utf-8", "surrogateescape"))
-    rows = list(read_rows(tmp_path / "rows.csv", Columns()))
+    rows = list(read_rows(tmp_path / "rows.csv", RowReader(Columns())))
     assert [row.line for row in rows] == [2, 4, 5, 6, 7, 8]
     assert [row.line for row in rows if isinstance(row, InputRow)] == [2, 8]
     failed = [(row.example_id, row.reason) for row in rows if isinstance(row, FailedRow)]
@@ -480,7 +481,7 @@ def test_a_parquet_row_that_is_not_utf8_is_set_aside(tmp_path: Path) -> None:
     choices = pyarrow.array([["here", "there"]] * 3)
     table = pyarrow.table({"question": questions, "choices": choices})
     pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
-    first, second, third = read_rows(tmp_path / "rows.parquet", Columns())
+    first, second, third = read_rows(tmp_path / "rows.parquet", RowReader(Columns()))
     assert isinstance(first, InputRow)
     assert isinstance(second, FailedRow)
     assert isinstance(third, InputRow)
@@ -503,7 +504,7 @@ def test_a_file_that_cannot_be_read_is_named_in_one_line(
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError) as failure:
-        list(read_rows(tmp_path / name, Columns()))
+        list(read_rows(tmp_path / name, RowReader(Columns())))
     assert str(failure.value).startswith(str(tmp_path / name))
     assert says in str(failure.value)
     assert "\n" not in str(failure.value)
@@ -514,7 +515,7 @@ def test_memory_stays_flat_however_long_the_file(suffix: str, tmp_path: Path) ->
     write = {"jsonl": _write_jsonl, "csv": _write_csv, "parquet": _write_parquet}[suffix]
     path = tmp_path / f"rows.{suffix}"
     write(path, [{**ROWS[0], "question": f"{n} " + "long " * 200} for n in range(6000)])
-    rows = read_rows(path, Columns())
+    rows = read_rows(path, RowReader(Columns()))
     next(rows)
     tracemalloc.start()
     try:
@@ -537,7 +538,7 @@ def test_a_file_is_scored_row_by_row(tiny_onnx: Build, tmp_path: Path) -> None:
     done: list[int] = []
     counts = score_file(
         student,
-        read_rows(tmp_path / "rows.jsonl", Columns()),
+        read_rows(tmp_path / "rows.jsonl", RowReader(Columns())),
         PROMPT,
         tmp_path / "out",
         done.append,
@@ -548,7 +549,9 @@ def test_a_file_is_scored_row_by_row(tiny_onnx: Build, tmp_path: Path) -> None:
     predictions = [Prediction.model_validate_json(line) for line in lines]
     assert [prediction.example_id for prediction in predictions] == ["r0", "r2"]
     rows = [
-        row for row in read_rows(tmp_path / "rows.jsonl", Columns()) if isinstance(row, InputRow)
+        row
+        for row in read_rows(tmp_path / "rows.jsonl", RowReader(Columns()))
+        if isinstance(row, InputRow)
     ]
     expected = OnnxStudent(tiny_onnx("llama"), threads=1).answer(rows[0], PROMPT)
     assert (predictions[0].answer, predictions[0].probabilities) == (

@@ -75,7 +75,7 @@ def test_all_ways_of_asking_a_student_agree(
                 == list(row.prompt)
                 == render_ids(example, prompt, TransformersTokenizer(tokenizer))
             )
-            options = example.letters if form == "letter" else example.choices
+            options = example.keys if form == "letter" else example.choices
             body = {
                 "messages": render_messages(example, prompt),
                 "logprobs": True,
@@ -99,11 +99,11 @@ def test_all_ways_of_asking_a_student_agree(
                 assert probabilities == pytest.approx(expected[number], abs=1e-3), json.dumps(
                     by_all
                 )
-            letter = example.letters[expected[number].index(max(expected[number]))]
+            letter = example.keys[expected[number].index(max(expected[number]))]
             said = reply["choices"][0]["message"]["content"]
             assert (
                 letter
                 == answer.letter
                 == scored.answers[number]
-                == example.letters[list(options).index(said)]
+                == example.keys[list(options).index(said)]
             )

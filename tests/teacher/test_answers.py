@@ -9,7 +9,7 @@ from distillery.teacher.answers import (
     CombinedAnswer,
     combine_answers,
     distribution,
-    in_own_letters,
+    in_own_order,
     parse_answer,
     parse_json,
     rationale_of,
@@ -207,13 +207,13 @@ def test_over_all_orders_each_option_is_shown_at_each_position_once(count: int) 
 def test_a_letter_comes_back_as_that_of_the_option_shown() -> None:
     order = rotated_order(3, 1)
     assert [CHOICES[option] for option in order] == ["vitamin C", "A dog", "bank"]
-    assert in_own_letters("A", None, order) == Answer("B")
-    assert in_own_letters("C", None, order) == Answer("A")
+    assert in_own_order("A", None, order, "ABC") == Answer("B")
+    assert in_own_order("C", None, order, "ABC") == Answer("A")
     shown = {"A": 0.7, "B": 0.2, "C": 0.1}
-    found = in_own_letters("A", shown, order)
+    found = in_own_order("A", shown, order, "ABC")
     assert found == Answer("B", {"A": 0.1, "B": 0.7, "C": 0.2})
     assert list(found.distribution or {}) == ["A", "B", "C"]
-    assert in_own_letters("A", shown, rotated_order(3, 0)) == Answer("A", shown)
+    assert in_own_order("A", shown, rotated_order(3, 0), "ABC") == Answer("A", shown)
 
 
 def test_one_answer_is_the_label_and_its_probability_the_confidence() -> None:

@@ -1,0 +1,37 @@
+"""The classes that task.labels names."""
+
+from pathlib import Path
+
+from distillery.errors import DataError
+from distillery.recipe import TaskRecipe
+
+
+def named_classes(task: TaskRecipe) -> tuple[str, ...] | None:
+    """Return the classes in the order given; None where they are those found in the rows.
+
+    Raises DataError for a file that can't be read, or names fewer than two classes or one twice."""
+    if task.labels is None:
+        return None
+    where = "task.labels"
+    names = task.labels
+    if isinstance(names, str):
+        where = names
+        names = read_names(Path(names).expanduser())
+    names = tuple(name.strip() for name in names)
+    if len(names) < 2 or "" in names:
+        raise DataError(f"{where}: name at least two classes, none of them empty")
+    for name in names:
+        if names.count(name) > 1:
+            raise DataError(f"{where}: the class {name!r} is named twice; remove one")
+    return names
+
+
+def read_names(path: Path) -> tuple[str, ...]:
+    """Return the lines of a text file that are not blank."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"{path}: can't be read as text ({type(error).__name__}); correct task.labels"
+        ) from error
+    return tuple(line.strip() for line in text.splitlines() if line.strip())

@@ -1,0 +1,158 @@
+"""The head of a classifier: a row for each class among those of the vocabulary.
+
+The rows start as a linear probe, a logistic regression on the states that the head reads, and are
+then trained with the rest: Kumar et al., Fine-Tuning can Distort Pretrained Features and
+Underperform Out-of-Distribution, ICLR 2022 (LP-FT). From rows that know nothing, the first steps
+would bend the model's states instead.
+"""
+
+import json
+import logging
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+
+from distillery.models.device import Device
+from distillery.training.hidden_states import hidden_states
+from distillery.training.rows import TrainingRow
+
+_log = logging.getLogger(__name__)
+
+MOST_ROWS = 2000
+"""How many rows the probe learns from, at most."""
+
+REGULARISATION = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+"""Values of C, the inverse strength of the penalty, among which cross-validation chooses."""
+
+FOLDS = 4
+
+CLASS_ROWS = ".rows"
+"""How the name of a ClassHead's parameter ends."""
+
+MOST_FOLDED = 20_000
+"""Rows times classes above which the middle value of C is taken without cross-validation, which
+would take minutes."""
+
+
+class ClassHead(torch.nn.Module):
+    """A model's head whose logits at `tokens` come from `rows`, [classes, hidden], which are
+    trained in float32 whatever becomes of the head."""
+
+    def __init__(self, head: Any, tokens: Sequence[int], rows: torch.Tensor) -> None:
+        super().__init__()
+        self.head = head
+        self.rows = torch.nn.Parameter(rows)
+        self.tokens: torch.Tensor
+        self.register_buffer("tokens", torch.tensor(tokens), persistent=False)
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        """Return the logits, [batch, positions, vocabulary], in float32."""
+        logits: torch.Tensor = self.head(states).float()
+        with torch.autocast(states.device.type, enabled=False):
+            scores = states.float() @ self.rows.T
+        return logits.index_copy(-1, self.tokens, scores)
+
+
+def add_class_head(
+    model: Any,
+    rows: Sequence[TrainingRow],
+    *,
+    pad_id: int,
+    device: Device,
+    from_probe: bool,
+    seed: int,
+) -> ClassHead:
+    """Put a ClassHead on `model` for the classes of `rows`, and return it.
+
+    Its rows start from a probe on the labels of `rows`, or as they stand in the head."""
+    head, tokens = model.get_output_embeddings(), list(rows[0].letters)
+    weights = head.weight.detach()[tokens].float().clone()
+    if from_probe:
+        if len(rows) > MOST_ROWS:
+            rows = random.Random(seed).sample(list(rows), MOST_ROWS)  # noqa: S311 - no secret
+        states = hidden_states(model, rows, pad_id=pad_id, device=device)
+        found = probe(states.numpy(), [row.answer for row in rows], len(tokens))
+        weights = torch.from_numpy(found).to(head.weight.device)
+    placed = ClassHead(head, tokens, weights).to(head.weight.device)
+    model.set_output_embeddings(placed)
+    return placed
+
+
+def probe(states: NDArray[Any], answers: Sequence[int], classes: int) -> NDArray[Any]:
+    """Return the rows of a multinomial logistic regression of `answers` on `states`, [rows,
+    hidden]: [classes, hidden]. It has no intercept, because a head has none. A class without an
+    answer gets the mean of the rows, less what makes it unlikely: zeros.
+
+    C is chosen by cross-validation."""
+    import numpy as np
+    from sklearn.linear_model import LogisticRegression
+
+    size = float(np.sqrt((states**2).mean()))
+    scaled = states / size
+    found = sorted(set(answers))
+    weights = np.zeros((classes, states.shape[1]), dtype=np.float32)
+    if len(found) < 2:
+        return weights
+    chosen: Any = LogisticRegression(  # type: ignore[no-untyped-call]
+        C=best_regularisation(scaled, answers), fit_intercept=False, max_iter=500
+    )
+    chosen.fit(scaled, answers)
+    rows = chosen.coef_ / size
+    if len(found) == 2:
+        # scikit-learn keeps one row for two classes: the second's, less the first's.
+        rows = np.concatenate([-rows / 2, rows / 2])
+    weights[found] = rows
+    return weights
+
+
+def best_regularisation(states: NDArray[Any], answers: Sequence[int]) -> float:
+    """Return the value of C with the best cross-validated log-loss, the strongest of equals."""
+    import numpy as np
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import StratifiedKFold, cross_val_score
+
+    middle = REGULARISATION[len(REGULARISATION) // 2]
+    counts = np.bincount(np.asarray(answers))
+    rarest = int(counts[counts > 0].min())
+    if rarest < FOLDS or len(states) * len(counts) > MOST_FOLDED:
+        return middle
+    folds: Any = StratifiedKFold(FOLDS, shuffle=True, random_state=0)  # type: ignore[no-untyped-call]
+    best, best_score = middle, -np.inf
+    for value in REGULARISATION:
+        model: Any = LogisticRegression(C=value, fit_intercept=False, max_iter=200)  # type: ignore[no-untyped-call]
+        scores = cross_val_score(model, states, answers, cv=folds, scoring="neg_log_loss")
+        if scores.mean() > best_score:
+            best, best_score = value, float(scores.mean())
+    _log.info("linear probe: C %g, cross-validated log-loss %.3f", best, -best_score)
+    return best
+
+
+def remove_class_head(model: Any, placed: ClassHead) -> None:
+    """Write the rows of `placed` into the head that it stands for, and put that back."""
+    head = placed.head
+    with torch.no_grad():
+        head.weight[placed.tokens] = placed.rows.to(head.weight.dtype)
+    model.set_output_embeddings(head)
+
+
+def add_rows_to_adapter(model: Any, placed: ClassHead, adapter: Path) -> None:
+    """Add the rows of `placed` to the files of an adapter, as peft's trainable tokens, so that who
+    loads the adapter on its base gets them too. `model`: the base, with its own head."""
+    from safetensors.torch import load_file, save_file
+
+    tied = model.get_input_embeddings().weight is placed.head.weight
+    layer = model.get_input_embeddings() if tied else placed.head
+    name = next(name for name, module in model.named_modules() if module is layer)
+    file = adapter / "adapter_model.safetensors"
+    tensors = load_file(file)
+    key = f"base_model.model.{name}.token_adapter.trainable_tokens_delta"
+    tensors[key] = placed.rows.detach().cpu().contiguous()
+    save_file(tensors, file, metadata={"format": "pt"})
+    path = adapter / "adapter_config.json"
+    config = json.loads(path.read_text())
+    config["trainable_token_indices"] = {name.rsplit(".", 1)[-1]: placed.tokens.tolist()}
+    path.write_text(json.dumps(config, indent=2))
