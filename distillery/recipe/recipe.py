@@ -43,7 +43,7 @@ class Recipe(Slice):
     """Where the rows come from."""
 
     task: TaskRecipe = TaskRecipe()
-    """What an answer to a row is."""
+    """Whether rows have options of their own, or belong to classes."""
 
     prompt: PromptRecipe = PromptRecipe()
     """With which texts teacher and student are asked."""
