@@ -1,9 +1,11 @@
 import time
+from functools import partial
 from pathlib import Path
 
 from distillery.data.examples import read_examples
 from distillery.evaluation import evaluate as domain
 from distillery.evaluation.baselines import with_letters
+from distillery.evaluation.linear_probe import classify_states
 from distillery.evaluation.report import ANSWERS_FILE
 from distillery.evaluation.scoreboard import BASE, headline
 from distillery.evaluation.scoring import ModelToScore
@@ -82,6 +84,11 @@ def evaluate(
     gold_rows = _examples(gold, store) if gold else []
     if learns_from_gold:
         learnt += gold_rows
+    probe = None
+    if prompt.answer == "class" and len({row.answer_key for row in gold_rows}) > 1:
+        probe = partial(
+            classify_states, base_model, remote_code_allowed(base), gold_rows, prompt=prompt
+        )
     with working_folder("evaluation") as folder:
         rows = domain.evaluate(
             models,
@@ -94,6 +101,7 @@ def evaluate(
             gold=gold_rows,
             teacher_probabilities=probabilities,
             float_model=FLOAT,
+            probe=probe,
             progress=show_rows,
         )
         answers_sha256 = sha256_of(folder / ANSWERS_FILE)
