@@ -53,7 +53,7 @@ def evaluate(
     store = ArtifactStore()
     base_model = base_folder(base)
     name = f"student {candidate.precision}"
-    models = [float_student(student, base, store), _onnx(name, candidate, store)]
+    models = [float_student(student, base, store), onnx_model(name, candidate, store)]
     # The base model knows no classes.
     if prompt.answer != "class":
         untrained = ModelToScore(
@@ -67,7 +67,7 @@ def evaluate(
         models.insert(0, untrained)
     if isinstance(teacher, OnnxModel):
         models.insert(
-            0, _onnx("teacher", teacher, store).model_copy(update={"prompt": teacher_prompt})
+            0, onnx_model("teacher", teacher, store).model_copy(update={"prompt": teacher_prompt})
         )
         answers: str | dict[str, str] = "teacher"
         probabilities = {}
@@ -141,7 +141,8 @@ def _bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
 
 
-def _onnx(name: str, model: OnnxModel, store: ArtifactStore) -> ModelToScore:
+def onnx_model(name: str, model: OnnxModel, store: ArtifactStore) -> ModelToScore:
+    """Return an exported model, which ONNX Runtime runs."""
     folder = store.fetch(model.artifact)
     return ModelToScore(
         name=name,

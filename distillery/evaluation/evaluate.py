@@ -9,8 +9,8 @@ from typing import Literal
 
 from distillery.errors import ModelError
 from distillery.evaluation.baselines import BASELINES, score_baselines
-from distillery.evaluation.linear_probe import PROBE
 from distillery.evaluation.figures import figures_of
+from distillery.evaluation.linear_probe import PROBE
 from distillery.evaluation.option_order import ORDER_ROWS
 from distillery.evaluation.report import write_answers, write_report, write_rows
 from distillery.evaluation.scoreboard import GOLD, TEACHER
@@ -55,9 +55,10 @@ def evaluate(
     `teacher_probabilities` of the letters may belong, for some rows or all. The baselines learn
     from `learnt` and `gold` (see baselines.py). `candidate` is the model that may be registered,
     and `float_model` the one that it was exported from: the report tells how far the two depart
-    from each other. `probe` answers rows by the linear probe. The candidate is also asked up to ORDER_ROWS rows in another order of options.
-    `progress` is shown the rows done of all models together. Raises DataError for test rows without
-    gold answers, and ModelError for a model that can't be scored."""
+    from each other. The candidate is also asked up to ORDER_ROWS rows in another order of options.
+    `probe` answers rows by the linear probe (linear_probe.py). `progress` is shown the rows done of
+    all models together. Raises DataError for test rows without gold answers, and ModelError for a
+    model that can't be scored."""
     examples, letters = answered_rows(test)
     baselines, notes = score_baselines(examples, learnt, gold)
     answers: dict[str, Answers] = {GOLD: letters, **baselines}

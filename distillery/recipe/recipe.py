@@ -5,7 +5,7 @@ Prefect variables and the environment. Each stage takes its own slice, and only 
 stage's cache key.
 """
 
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -31,6 +31,8 @@ class Recipe(Slice):
     a data set with a test split of its own has `splits: {test: test}` and `carve: {test: null}`
     beside `preset: lab`.
     """
+
+    added_later: ClassVar[frozenset[str]] = frozenset({"task"})
 
     preset: Literal["demo", "lab"] | None = None
     """A shipped recipe that fills in what is not given here. It is null once the recipe is
