@@ -50,8 +50,8 @@ class TrainingRecipe(Slice):
 
     first_layer: Annotated[int, Field(ge=0)] | Literal["half"] = 0
     """The first decoder layer that is trained, counted from 0 in the model after `layers` has cut
-    it, or half: the upper half of its layers. The layers below it and the embeddings stay as they are, which makes each step faster. 0:
-    all layers are trained."""
+    it, or half: the upper half of its layers. The layers below it and the embeddings stay as they
+    are, which makes each step faster. 0: all layers are trained."""
 
     epochs: float = Field(2.0, gt=0)
     """Passes through the training rows; fractions are allowed."""
