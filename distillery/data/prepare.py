@@ -93,20 +93,15 @@ def select_rows(recipe: DatasetRecipe, task: TaskRecipe | None = None) -> Select
     classes = named_classes(task) if task else None
     check_roles(recipe, classify)
     reader = RowReader(recipe.columns, recipe.fields, classify, classes)
+    loaded = load_splits(recipe, reader)
     # Test rows of other rounds count as test rows until all that resembles them is dropped.
-    splits = carve(
-        load_splits(recipe, reader),
-        shares_of(recipe),
-        recipe.columns.answer,
-        unanswered_train=classify,
-    )
+    splits = carve(loaded, shares_of(recipe), recipe.columns.answer, unanswered_train=classify)
     if classify and classes is None:
         classes = found_classes(splits, recipe.columns.answer)
         splits = with_classes(splits, classes)
     refuse_leaks(splits)
-    rows = splits["train"]
-    splits["train"] = drop_copies(rows)
-    duplicates = len(rows) - len(splits["train"])
+    splits["train"] = drop_copies(splits["train"])
+    duplicates = row_count(loaded) - row_count(splits)
     refuse_shared_ids(splits)
     splits, near_duplicates = drop_near_duplicates(splits, recipe.near_duplicate)
     if recipe.rotation:
@@ -116,6 +111,11 @@ def select_rows(recipe: DatasetRecipe, task: TaskRecipe | None = None) -> Select
         splits[role] = splits[role][:limit]
     refuse_empty(splits)
     return SelectedRows(splits, classes or (), duplicates, near_duplicates)
+
+
+def row_count(splits: Splits) -> int:
+    """Return how many rows the splits have in all."""
+    return sum(map(len, splits.values()))
 
 
 def found_classes(splits: Splits, column: str) -> tuple[str, ...]:

@@ -123,6 +123,10 @@ def to_example(
         question = to_text(values.get(columns.question), f"{where}: {columns.question}")
     else:
         question = "\n".join(text for text in fields.values() if text)
+        if not question:
+            raise DataError(
+                f"{where}: {', '.join(fields)}: all empty; fill one in or remove the row"
+            )
     choices: tuple[str, ...] = ()
     answer_at = f"{where}: {columns.answer}"
     if reader.classify:
@@ -149,8 +153,8 @@ def to_example(
 
 
 def to_fields(values: Mapping[str, Any], names: Sequence[str], where: str) -> dict[str, str]:
-    """Return the columns in dataset.fields by name, of which some may be empty but not all.
-    Numbers and truth values become text."""
+    """Return the columns in dataset.fields by name, "" for those that a row lacks. Numbers and
+    truth values become text."""
     fields = {}
     for name in names:
         value = values.get(name)
@@ -160,8 +164,6 @@ def to_fields(values: Mapping[str, Any], names: Sequence[str], where: str) -> di
             fields[name] = str(value)
         else:
             fields[name] = to_text(value, f"{where}: {name}")
-    if names and not any(fields.values()):
-        raise DataError(f"{where}: {', '.join(names)}: all empty; fill one in or remove the row")
     return fields
 
 
@@ -173,7 +175,10 @@ def to_class(value: Any, classes: Sequence[str] | None, where: str) -> str | Non
         value = str(value)
     label = to_text(value, where)
     if classes is not None and label not in classes:
-        raise DataError(f"{where}: {label!r} is none of the {len(classes)} classes in task.labels")
+        raise DataError(
+            f"{where}: {label!r} is none of the {len(classes)} classes in task.labels; "
+            "correct the row, or add the class there"
+        )
     return label
 
 

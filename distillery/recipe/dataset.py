@@ -98,7 +98,7 @@ class DatasetRecipe(Slice):
 
     fields: tuple[str, ...] = ()
     """Further columns of text that the prompt shows, such as [title, body]: in prompt.user, {title}
-    becomes the column's text. A row may lack some of them, but not all."""
+    becomes the column's text. A row may lack some of them, and all if it has a question or text."""
 
     carve: dict[Literal["gold", "validation", "test"], Share] = Field({})
     """Share (0 to 1) of train that becomes gold, validation or test, for a source without that
