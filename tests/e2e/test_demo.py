@@ -99,7 +99,7 @@ def test_the_table_shows_what_the_demo_promises(
     assert int4["bytes"] <= 2 * teacher["parameters"] / 4
     right = {name: [row[name] == row["gold"] for row in answers] for name in rows}
     assert rows["TF-IDF + logistic regression"]["accuracy"] < student["accuracy"]
-    for other in ("base model", "majority class", "TF-IDF on gold rows"):
+    for other in ("linear probe", "majority class", "TF-IDF on gold rows"):
         assert paired_interval(right["student"], right[other]).low > 0, other
 
 
