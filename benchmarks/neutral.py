@@ -5,7 +5,8 @@ EleutherAI's lm-evaluation-harness 0.4.13 asks a registered student the test row
 multiple choice over the letters, or over the tokens of the classes: the float student by its `hf`
 reader in float32 on the CPU, and the exported one by its `onnxruntime-genai` reader. It runs in an
 environment of its own, .venv-neutral, and knows nothing of Distillery: its task holds the prompts
-as texts, the letters or tokens and the gold answers. Its answers are compared row by row with those that the run itself recorded.
+as texts, the letters or tokens and the gold answers. Its answers are compared row by row with those
+that the run itself recorded.
 
 The reader needs the logits of all tokens. A model that was exported without export.all_logits is
 exported again with it, from the same weights; whether they are the same bit by bit is told.
