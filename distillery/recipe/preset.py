@@ -38,7 +38,21 @@ def classify_values(values: dict[str, Any]) -> dict[str, Any]:
     parts = {name: shipped.pop(name) for name in ("own teacher", "other teacher")}
     part = parts["own teacher" if kind == "local" else "other teacher"]
     both: dict[str, Any] = {**shipped, **part}
+    if names_gold_rows(values):
+        both["student"]["gold"] = True
     return both
+
+
+def names_gold_rows(values: dict[str, Any]) -> bool:
+    """Return whether the dataset of a recipe `values` has gold rows."""
+    dataset = values.get("dataset")
+    if not isinstance(dataset, dict):
+        return False
+    for key in ("splits", "carve"):
+        roles = dataset.get(key)
+        if isinstance(roles, dict) and roles.get("gold"):
+            return True
+    return False
 
 
 def merge(base: dict[str, Any], over: dict[str, Any], model: type[BaseModel]) -> dict[str, Any]:
