@@ -43,7 +43,7 @@ def fit_probe(
     so that the weights alone give the logits, as the rows of a model's head do. C is chosen by
     cross-validation."""
     from sklearn.linear_model import LogisticRegression
-    from threadpoolctl import threadpool_limits
+    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
     centre = np.zeros(states.shape[1], dtype=np.float32)
     scale = np.full_like(centre, np.sqrt((states**2).mean()))
