@@ -261,7 +261,7 @@ def test_labels_that_are_there_already(tmp_path: Path, suffix: str) -> None:
     ("row", "line"),
     [
         ({"example_id": "row-1", "answer": "D"}, "labels.jsonl:1: answer: 'D' is none of A to C"),
-        ({"example_id": "row-1"}, "labels.jsonl:1: answer: missing; it is the teacher's letter"),
+        ({"example_id": "row-1"}, "labels.jsonl:1: answer: missing; it is the teacher's letter or class"),
         (
             {"answer": "A"},
             "labels.jsonl:1: example_id: missing; it is the row's id in the data set",
