@@ -60,7 +60,7 @@ class RowReader:
         needed = {}
         if self.columns.question:
             needed["question"] = self.columns.question
-        if not self.classify:
+        if self.columns.choices:
             needed["choices"] = self.columns.choices
         if role not in ("train", "inference"):
             needed["answer"] = self.columns.answer
@@ -128,12 +128,15 @@ def to_example(
                 f"{where}: {', '.join(fields)}: all empty; fill one in or remove the row"
             )
     choices: tuple[str, ...] = ()
-    answer_at = f"{where}: {columns.answer}"
-    if reader.classify:
-        answer = to_class(values.get(columns.answer), reader.classes, answer_at)
-    else:
+    answer, answer_at = values.get(columns.answer), f"{where}: {columns.answer}"
+    if columns.choices:
         labels, choices = to_options(values.get(columns.choices), f"{where}: {columns.choices}")
-        answer = to_letter(values.get(columns.answer), labels, answer_at)
+        answer = to_letter(answer, labels, answer_at)
+    if reader.classify:
+        if columns.choices and answer is not None:
+            answer = choices[LETTERS.index(answer)]
+        choices = ()
+        answer = to_class(answer, reader.classes, answer_at)
     concept = ""
     if columns.concept and values.get(columns.concept) not in (None, ""):
         concept = to_text(values[columns.concept], f"{where}: {columns.concept}")

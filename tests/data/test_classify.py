@@ -276,8 +276,9 @@ def test_columns_without_a_text_of_their_own_make_the_text() -> None:
         "rows.jsonl:10: title, stars, body: all empty; fill one in or remove the row"
     )
     missing = {**fields, "fields": ["title", "summary"]}
-    assert "no column 'summary', only 'title', 'body', 'stars', 'label'; correct dataset.fields" in (
-        refusal(recipe_of(write(rows, "rows.csv"), **missing))
+    assert (
+        "no column 'summary', only 'title', 'body', 'stars', 'label'; correct dataset.fields"
+        in (refusal(recipe_of(write(rows, "rows.csv"), **missing)))
     )
 
 
