@@ -29,8 +29,8 @@ from distillery.inference.batch import (
 )
 from distillery.inference.logits import Logits, log_softmax
 from distillery.inference.onnx_student import OnnxStudent
-from distillery.prompts import render_ids, render_messages, text_ids
 from distillery.models.class_tokens import ClassTokens
+from distillery.prompts import render_ids, render_messages, text_ids
 from distillery.recipe import Columns, PromptRecipe
 from distillery.records import Example
 
@@ -589,7 +589,7 @@ def test_texts_are_classified_whatever_their_label(tiny_onnx: Build, tmp_path: P
         {"id": "e", "text": "cloud"},
     ]
     _write_jsonl(tmp_path / "rows.jsonl", rows)
-    reader = RowReader(Columns(question="text", answer="label"), (), True, classes)
+    reader = RowReader(Columns(question="text", choices=None, answer="label"), (), True, classes)
     prompt = PromptRecipe(system="", user="{text}", answer="class")
     read = read_rows(tmp_path / "rows.jsonl", reader)
     counts = score_file(student, read, prompt, tmp_path / "out")

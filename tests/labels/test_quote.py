@@ -261,7 +261,10 @@ def test_labels_that_are_there_already(tmp_path: Path, suffix: str) -> None:
     ("row", "line"),
     [
         ({"example_id": "row-1", "answer": "D"}, "labels.jsonl:1: answer: 'D' is none of A to C"),
-        ({"example_id": "row-1"}, "labels.jsonl:1: answer: missing; it is the teacher's letter or class"),
+        (
+            {"example_id": "row-1"},
+            "labels.jsonl:1: answer: missing; it is the teacher's letter or class",
+        ),
         (
             {"answer": "A"},
             "labels.jsonl:1: example_id: missing; it is the row's id in the data set",
@@ -297,7 +300,9 @@ def test_a_quote_of_classes_counts_their_names(
 ) -> None:
     monkeypatch.setenv("TEACHER_MODEL_NAME", "gpt-test")
     path = tmp_path / "rows.csv"
-    lines = [f"message {n} of {n * n} and {n * n * n},{'refund' if n % 2 else ''}" for n in range(40)]
+    lines = [
+        f"message {n} of {n * n} and {n * n * n},{'refund' if n % 2 else ''}" for n in range(40)
+    ]
     path.write_text("\n".join(["text,label", *lines]) + "\n")
     prompts = []
     for labels in (["refund", "other"], ["refund", "other", *(f"topic {n}" for n in range(200))]):

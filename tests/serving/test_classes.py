@@ -75,9 +75,7 @@ def test_the_answer_is_a_class_with_log_probabilities(
     assert plain.choices[0].logprobs is None
 
 
-def test_a_stream_has_the_same_answer(
-    ask: Callable[..., Any], expected: dict[str, float]
-) -> None:
+def test_a_stream_has_the_same_answer(ask: Callable[..., Any], expected: dict[str, float]) -> None:
     chunks = list(ask(logprobs=True, top_logprobs=3, stream=True))
     choices = [chunk.choices[0] for chunk in chunks if chunk.choices]
     assert "".join(choice.delta.content or "" for choice in choices) == best_of(expected)
@@ -86,9 +84,7 @@ def test_a_stream_has_the_same_answer(
     assert [choice.finish_reason for choice in choices if choice.finish_reason] == ["stop"]
 
 
-def test_a_choice_is_among_the_classes(
-    ask: Callable[..., Any], expected: dict[str, float]
-) -> None:
+def test_a_choice_is_among_the_classes(ask: Callable[..., Any], expected: dict[str, float]) -> None:
     names = [name for name in reversed(CLASSES.classes) if name != best_of(expected)]
     outputs = {"structured_outputs": {"choice": names}}
     (choice,) = ask(logprobs=True, top_logprobs=2, extra_body=outputs).choices
