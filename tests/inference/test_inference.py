@@ -581,7 +581,7 @@ def test_texts_are_classified_whatever_their_label(tiny_onnx: Build, tmp_path: P
     classes = ("bakery", "bank", "weather")
     ClassTokens(classes=classes, tokens=(301, 300, 305)).write(tmp_path / "student")
     student = OnnxStudent(tmp_path / "student", threads=1)
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"id": "a", "text": "bread", "label": "bakery"},
         {"id": "b", "text": " ", "label": "bank"},
         {"id": "c", "text": "river", "label": "unheard of"},

@@ -25,9 +25,10 @@ from distillery.models.inspect import model_and_adapter
 from distillery.models.load import end_of_turn_id, load_model, load_tokenizer, pad_id
 from distillery.recipe import ExportForm, HealingRecipe, PromptRecipe, TrainingRecipe
 from distillery.records import Example, TeacherLabel
-from distillery.training.class_head import ClassHead, probe
+from distillery.training.class_head import ClassHead
 from distillery.training.fine_tune import fine_tune
 from distillery.training.loop import TrainingProgress, set_up, train
+from distillery.training.probing import fit_probe
 from distillery.training.rows import TrainingRow, training_rows
 from distillery.training.validation import option_probabilities
 
@@ -153,28 +154,32 @@ def test_a_damaged_file_of_tokens_is_named(text: str, tmp_path: Path) -> None:
 # The probe
 
 
+@pytest.mark.parametrize("intercept", [False, True])
 @pytest.mark.parametrize("classes", [2, 5])
-def test_a_probe_tells_separable_states_apart(classes: int) -> None:
+def test_a_probe_tells_separable_states_apart(classes: int, intercept: bool) -> None:
     generator = np.random.default_rng(0)
     answers = [number % classes for number in range(60)]
     states = 30 * np.eye(classes, 16)[answers] + generator.normal(size=(60, 16))
-    found = probe(states, answers, classes)
-    assert found.shape == (classes, 16)
-    assert ((states @ found.T).argmax(-1) == answers).all()
+    found = fit_probe(states, answers, classes, intercept)
+    assert found.weights.shape == (classes, 16)
+    assert found.intercepts.any() == intercept
+    assert (found.scores(states).argmax(-1) == answers).all()
 
 
 def test_a_probe_knows_nothing_of_a_class_without_rows() -> None:
     states = np.random.default_rng(0).normal(size=(40, 16))
     answers = [0 if state[3] > 0 else 2 for state in states]
-    found = probe(states, answers, 4)
+    found = fit_probe(states, answers, 4, intercept=False).weights
     assert not found[[1, 3]].any()
     assert found[0, 3] > 0 > found[2, 3]
-    assert not probe(states, [2] * 40, 4).any(), "one class alone can't be told from others"
+    assert not fit_probe(states, [2] * 40, 4).weights.any(), (
+        "one class alone can't be told from others"
+    )
 
 
 def test_a_probe_of_few_rows_is_one_too() -> None:
     states = np.eye(3, 8)
-    assert (states @ probe(states, [2, 0, 1], 3).T).argmax(-1).tolist() == [2, 0, 1]
+    assert fit_probe(states, [2, 0, 1], 3).scores(states).argmax(-1).tolist() == [2, 0, 1]
 
 
 def test_the_rows_start_as_the_probe(base: Path) -> None:
@@ -295,7 +300,7 @@ def test_a_student_that_learns_its_teachers_states_keeps_the_rows_of_its_head(
     teacher = tmp_path / "teacher" / "model"
     taught, _ = load_model(teacher)
     before = taught.get_output_embeddings().weight[list(classes.tokens)].detach().clone()
-    rest = {"max_steps": 1, "learning_rate": 1e-12, "epochs": 1}
+    rest: dict[str, Any] = {"max_steps": 1, "learning_rate": 1e-12, "epochs": 1}
     fine_tune(
         teacher,
         None,
