@@ -177,6 +177,12 @@ class Recipe(Slice):
     def check_export_forms(self) -> Self:
         preparation = self.teacher.preparation
         check_form("teacher.preparation.export", preparation.export, preparation.training)
+        apart = any(form.adapter_apart for form in (self.export, *self.export.ladder))
+        if apart and self.student_prompt.answer == "class":
+            raise ValueError(
+                "export.adapter_apart: a classifier's head has rows for its classes, which are "
+                "merged with the adapter; remove this setting"
+            )
         if not self.export.ladder:
             check_form("export", self.export, self.student.training)
         for number, form in enumerate(self.export.ladder):

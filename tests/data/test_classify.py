@@ -266,7 +266,7 @@ def test_columns_without_a_text_of_their_own_make_the_text() -> None:
         text = row(number)["text"]
         rows.append({"title": f"About {number}", "body": text, "stars": 2.5, "label": number % 2})
     rows[7] |= {"title": "", "stars": None}
-    fields = {"fields": ["title", "stars", "body"], "columns": {"question": None}}
+    fields: dict[str, Any] = {"fields": ["title", "stars", "body"], "columns": {"question": None}}
     _, splits = prepared(recipe_of(write(rows), **fields))
     texts = {example.question for example in [*splits["train"], *splits["test"]]}
     assert f"About 6\n2.5\n{rows[6]['body']}" in texts

@@ -1,5 +1,6 @@
 """One student, asked in training's way, by Transformers in a process of its own, by ONNX Runtime
-and over HTTP: equal token ids, answers, and probabilities of options or classes within 1e-3 in fp32."""
+and over HTTP: equal token ids, answers, and probabilities of options or classes within 1e-3 in
+fp32."""
 
 import json
 from collections.abc import Callable

@@ -140,6 +140,14 @@ def test_null_of_a_plain_field_is_that_fields_value() -> None:
             "export.adapter_apart needs an adapter in all layers; remove training.first_layer",
         ),
         (
+            {
+                "task": {"kind": "classify"},
+                "dataset": {"carve": {"test": 0.2}},
+                "export": {"adapter_apart": True, "algorithm": "rtn"},
+            },
+            "export.adapter_apart: a classifier's head has rows for its classes, which are merged",
+        ),
+        (
             {"teacher": {"kind": "gold", "soft_labels": True}},
             "soft_labels: gold answers have no probabilities",
         ),
