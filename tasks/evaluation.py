@@ -7,7 +7,7 @@ from distillery.evaluation import evaluate as domain
 from distillery.evaluation.baselines import with_letters
 from distillery.evaluation.linear_probe import classify_states, cross_validated
 from distillery.evaluation.report import ANSWERS_FILE
-from distillery.evaluation.scoreboard import BASE, headline
+from distillery.evaluation.scoreboard import BASE, FLOAT, headline
 from distillery.evaluation.scoring import ModelToScore
 from distillery.labels.files import read_labels
 from distillery.models.base import base_folder, remote_code_allowed
@@ -26,8 +26,6 @@ from distillery.storage.digests import sha256_of
 from distillery.storage.working import working_folder
 from tasks.progress import conclude, show_rows
 from tasks.stage import origin, stage
-
-FLOAT = "student"
 
 
 @stage("evaluate", version=6)

@@ -11,6 +11,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from distillery.evaluation import scoreboard, verdicts
+from distillery.evaluation.advice import advice_of
 from distillery.evaluation.linear_probe import PROBE
 from distillery.evaluation.report import write_text
 from distillery.labels.report import LabelReport
@@ -138,6 +139,7 @@ def write_page(
     text = environment.get_template("page.html").render(
         outcome=outcome,
         verdict=verdict,
+        advice=advice_of(outcome),
         headline=scoreboard.headline(board, candidate, evaluated.teacher),
         key_figures=key_figures(board, candidate, evaluated.teacher),
         rules=Table(
