@@ -133,7 +133,7 @@ def test_it_is_given_to_a_refused_classifier_and_to_one_no_better_than_tfidf() -
     classes = ("a", "b")
     better = BetterRule(kind="better", than="majority class")
     passed = GateDecision(passed=True, reason="passed: x")
-    good = board(ships=94, student=94, teacher=95, tfidf=90)
+    good = board(ships=94, student=94, teacher=95, tfidf=90, on_gold=70)
     beaten = board(ships=94, student=94, teacher=95, tfidf=95)
     assert advice_of(run(good, passed, classes)) == ""
     assert "Or no model at all" in advice_of(run(beaten, passed, classes))
