@@ -47,12 +47,14 @@ class Doubtful(Record):
     """A row whose label, `example.answer_key`, is contradicted with confidence.
 
     `opinions`: by predictor. `suggested`: the answer of the most confident that contradicts, and
-    its `confidence` (0 to 1)."""
+    its `confidence` (0 to 1). `label_confidence`: the probability of the label by the predictor
+    that contradicts it most."""
 
     example: Example
     split: str
     suggested: str
     confidence: float
+    label_confidence: float
     opinions: dict[str, Opinion]
 
     @property
@@ -76,6 +78,7 @@ def doubtful_rows(
     `probabilities` of each row's keys, by predictor, are what contradicts. `answers` are those of
     predictors whose answers stand in the table even where they have no probabilities."""
     opinions: list[dict[str, Opinion]] = [{} for _ in examples]
+    least = [1.0] * len(examples)
     for name, letters in (answers or {}).items():
         for row, letter in zip(opinions, letters, strict=True):
             if letter is not None:
@@ -90,8 +93,11 @@ def doubtful_rows(
                     confidence=round(share[best], 6),
                     contradicts=number in contradicted,
                 )
+        for number in contradicted:
+            label = examples[number].keys.index(str(examples[number].answer_key))
+            least[number] = min(least[number], (shares[number] or ())[label])
     found = []
-    for example, row in zip(examples, opinions, strict=True):
+    for example, row, label_confidence in zip(examples, opinions, least, strict=True):
         against = [opinion for opinion in row.values() if opinion.contradicts]
         if against:
             surest = max(against, key=lambda opinion: opinion.confidence or 0)
@@ -101,6 +107,7 @@ def doubtful_rows(
                     split=split,
                     suggested=surest.answer,
                     confidence=surest.confidence or 0,
+                    label_confidence=round(label_confidence, 6),
                     opinions=row,
                 )
             )
@@ -134,7 +141,7 @@ def write_doubtful(
     out: Path, rows: Sequence[Doubtful], columns: Columns, fields: Sequence[str]
 ) -> None:
     """Write doubtful.jsonl and, if there are rows, doubtful.csv into the folder `out`: first the
-    rows that most predictors contradict, and of these those contradicted with most confidence.
+    rows that most predictors contradict, and of these those whose label is the least probable.
 
     `columns` and `fields` are those of the recipe's dataset."""
     ordered = sorted(rows, key=weight)
@@ -156,7 +163,7 @@ def write_doubtful(
 
 def weight(row: Doubtful) -> tuple[int, float, str, str]:
     """Return what rows are sorted by."""
-    return -len(row.contradicted_by), -row.confidence, row.split, row.example.example_id
+    return -len(row.contradicted_by), row.label_confidence, row.split, row.example.example_id
 
 
 def to_cells(row: Doubtful, columns: Columns, fields: Sequence[str]) -> dict[str, Any]:

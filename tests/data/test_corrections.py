@@ -52,7 +52,14 @@ def test_a_corrected_file_changes_its_labels_and_moves_no_row(tmp_path: Path) ->
         right = CLASSES[1 - CLASSES.index(str(label))]
         example = Example(example_id=text, question=text, answer_key=right, classes=CLASSES)
         doubtful.append(
-            Doubtful(example=example, split="gold", suggested="line", confidence=1, opinions={})
+            Doubtful(
+                example=example,
+                split="gold",
+                suggested="line",
+                confidence=1,
+                label_confidence=0,
+                opinions={},
+            )
         )
     write_doubtful(tmp_path, doubtful, COLUMNS, ())
     after = labels_of(recipe_of(tmp_path, corrections=(tmp_path / "doubtful.csv").read_text()))

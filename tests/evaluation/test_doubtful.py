@@ -44,7 +44,7 @@ def test_confident_contradictions_are_found_and_unsure_ones_are_not() -> None:
         ("r3", "line", ["student", "teacher"]),
         ("r4", "line", ["teacher"]),
     ]
-    assert found[0].confidence == 0.97
+    assert (found[0].confidence, found[0].label_confidence) == (0.97, 0.015)
     assert found[0].opinions["student"].answer == "billing"
     assert doubtful_rows("gold", rows, {"student": [None] * 30}) == []
 
@@ -63,7 +63,12 @@ def test_options_may_differ_in_number() -> None:
 
 def doubted(example: Example, suggested: str, confidence: float = 0.9) -> Doubtful:
     return Doubtful(
-        example=example, split="gold", suggested=suggested, confidence=confidence, opinions={}
+        example=example,
+        split="gold",
+        suggested=suggested,
+        confidence=confidence,
+        label_confidence=1 - confidence,
+        opinions={},
     )
 
 

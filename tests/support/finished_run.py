@@ -111,6 +111,7 @@ def evaluation(folder: Path, rows: int = ROWS) -> Path:
         split="test",
         suggested="A",
         confidence=0.97,
+        label_confidence=0.01,
         opinions={
             STUDENT: Opinion(answer="A", confidence=0.97, contradicts=True),
             "teacher": Opinion(answer="C"),
