@@ -50,34 +50,37 @@ def advice_of(outcome: Outcome) -> str:
 
 def advise_on_models(board: Sequence[ScoreRow], candidate: str, is_local: bool) -> list[str]:
     """Return where accuracy is lost on the way from the teacher to the exported student, or that
-    the teacher has none to give. `is_local`: the run has trained the teacher itself."""
-    advice = []
+    the teacher has none to give; what loses more comes first. `is_local`: the run has trained the
+    teacher itself."""
+    advice: list[tuple[int, str]] = []
     ours, exact = row_named(board, candidate), best_of(board, (FLOAT,))
     teacher, rival = best_of(board, (TEACHER,)), best_of(board, (TFIDF_ON_GOLD, PROBE))
     if exact and is_ahead(exact, ours):
-        advice.append(
+        text = (
             f"A gentler form of export: {named(ours)}, but {named(exact)} before the export. Set "
             "export.precision: int8, or let export.ladder choose."
         )
-    if not teacher or not exact:
-        return advice
+        advice.append((exact.correct - ours.correct, text))
     better = "a larger base model, or an endpoint" if is_local else "a better model or prompt"
-    if rival and teacher.accuracy <= rival.accuracy:
-        advice.append(
+    if teacher and rival and teacher.correct <= rival.correct:
+        text = (
             f"A better teacher: {named(teacher)}, and {named(rival)}, which learns from the gold "
             f"rows alone. More gold rows, {better}."
         )
-    elif is_ahead(teacher, exact):
-        advice.append(
+        advice.append((rival.correct - teacher.correct, text))
+    elif teacher and exact and is_ahead(teacher, exact):
+        text = (
             f"A student that learns more of what its teacher knows: {named(exact)}, "
             f"{named(teacher)}. More unlabelled rows, more layers (student.layers) or more epochs."
         )
-    elif teacher.accuracy < HIGH:
-        advice.append(
+        advice.append((teacher.correct - exact.correct, text))
+    elif teacher and exact and teacher.accuracy < HIGH:
+        text = (
             f"A better teacher: {named(exact)}, which is about all that its teacher knows: "
             f"{named(teacher)}. More gold rows, {better}."
         )
-    return advice
+        advice.append((0, text))
+    return [text for _, text in sorted(advice, key=lambda each: -each[0])]
 
 
 def advise_on_training(whose: str, curve: Sequence[CurvePoint]) -> list[str]:
@@ -87,8 +90,8 @@ def advise_on_training(whose: str, curve: Sequence[CurvePoint]) -> list[str]:
         return []
     rows = "gold rows" if whose == "teacher" else "unlabelled rows"
     return [
-        f"More {rows}: the {whose}'s validation loss rises from {min(losses):.3f} to "
-        f"{losses[-1]:.3f} while it trains on. Fewer epochs or training.patience help a little."
+        f"The {whose} learns its rows by heart: its validation loss rises from {min(losses):.3f} "
+        f"to {losses[-1]:.3f}. More {rows} help, and training.patience a little."
     ]
 
 
@@ -103,8 +106,8 @@ def advise_on_rows(board: Sequence[ScoreRow]) -> list[str]:
             f"{named(gold_rows)}."
         ]
     return [
-        f"Gold rows before unlabelled ones: {named(all_rows)} with the teacher's labels, "
-        f"{named(gold_rows)}, so that these labels add little."
+        f"Gold rows rather than unlabelled ones, whose labels add little: {named(all_rows)} with "
+        f"them, {named(gold_rows)}."
     ]
 
 

@@ -70,6 +70,14 @@ def test_accuracy_is_looked_for_where_it_is_lost(
     assert all(figure in advice for figure in figures)
 
 
+def test_what_loses_more_comes_first() -> None:
+    rows = board(ships=60, student=66, teacher=70, probe=90)
+    teacher, export = advise_on_models(rows, STUDENT, is_local=True)
+    assert (teacher[:16], export[:14]) == ("A better teacher", "A gentler form")
+    rows = board(ships=50, student=66, teacher=70, probe=72)
+    assert advise_on_models(rows, STUDENT, is_local=True)[0].startswith("A gentler form")
+
+
 def test_a_student_as_good_as_a_good_teacher_needs_neither() -> None:
     rows = board(ships=94, student=94, teacher=95, probe=80)
     assert advise_on_models(rows, STUDENT, is_local=True) == []
@@ -87,7 +95,7 @@ def losses(*values: float | None) -> list[CurvePoint]:
 
 def test_a_validation_loss_that_rises_asks_for_rows() -> None:
     (advice,) = advise_on_training("teacher", losses(None, 0.8, 0.5, 0.9))
-    assert "More gold rows" in advice
+    assert "More gold rows help" in advice
     assert "from 0.500 to 0.900" in advice
     assert "More unlabelled rows" in advise_on_training("student", losses(0.5, 0.9))[0]
     assert advise_on_training("student", losses(0.8, 0.5, 0.52)) == []
@@ -95,7 +103,7 @@ def test_a_validation_loss_that_rises_asks_for_rows() -> None:
 
 
 @pytest.mark.parametrize(
-    ("tfidf", "begins"), [(80, "More unlabelled rows"), (71, "Gold rows before unlabelled ones")]
+    ("tfidf", "begins"), [(80, "More unlabelled rows"), (71, "Gold rows rather than unlabelled")]
 )
 def test_the_runs_own_two_points_tell_which_rows_help(tfidf: int, begins: str) -> None:
     (advice,) = advise_on_rows(board(tfidf=tfidf, on_gold=70))
