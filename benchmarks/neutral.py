@@ -38,7 +38,7 @@ import yaml
 from distillery.data.examples import read_examples
 from distillery.errors import DataError, DistilleryError, ModelError, RecipeError
 from distillery.evaluation.report import ANSWERS_FILE, read_answers
-from distillery.evaluation.scoreboard import plain_table
+from distillery.evaluation.scoreboard import FLOAT, plain_table
 from distillery.evaluation.scoring import ModelToScore
 from distillery.export.ladder import LADDER_FILE, build_rung, write_prompts
 from distillery.models.class_tokens import read_class_tokens
@@ -62,7 +62,7 @@ from distillery.records import (
 )
 from distillery.registry.open import open_registry
 from distillery.storage.artifacts import ArtifactStore
-from tasks.evaluation import FLOAT, float_student
+from tasks.evaluation import float_student
 
 PROJECT = Path(__file__).resolve().parents[1]
 HARNESS = PROJECT / ".venv-neutral" / "bin" / "python"

@@ -198,7 +198,7 @@ def check_data(recipe: Recipe) -> Iterator[Finding]:
 def check_hub(dataset: DatasetRecipe) -> Finding:
     """Ask the hub for the data set's newest commit, even if the recipe names a revision."""
     try:
-        newest = source_identity(dataset.model_copy(update={"revision": None}))
+        newest = source_identity(dataset.model_copy(update={"revision": None, "corrections": ()}))
     except DataError as error:
         if not dataset.revision:
             raise

@@ -173,6 +173,9 @@ def made_student(
         teacher=teacher,
         machine=machine_name(),
         teacher_prompt=recipe.prompt,
+        validation=data.rows_if_any("validation"),
+        columns=recipe.dataset.columns,
+        fields=recipe.dataset.fields,
     )
     return Made(taught, teacher, student, model, report)
 

@@ -72,7 +72,7 @@ class DatasetRecipe(Slice):
     settings. test: rows that the scoreboard and the gate go by.
     """
 
-    added_later: ClassVar[frozenset[str]] = frozenset({"rotation", "fields"})
+    added_later: ClassVar[frozenset[str]] = frozenset({"rotation", "fields", "corrections"})
 
     source: Literal["sample", "hub", "files"] = "sample"
     """sample: the data set that is shipped. hub: the Hugging Face data set `name`. files:
@@ -87,6 +87,10 @@ class DatasetRecipe(Slice):
     files: dict[str, tuple[str, ...]] = Field({})
     """With source: files, the JSONL, CSV or Parquet files of each split, by the split's name.
     Relative paths start at the folder that the run starts in."""
+
+    corrections: tuple[str, ...] = ()
+    """Files of rows whose answers replace those of the source, such as a doubtful.csv that you have
+    corrected. A row is known by its text and its options. The columns are those of `columns`."""
 
     splits: dict[Role, str] = Field(
         {"gold": "gold", "train": "pool", "validation": "validation", "test": "test"}
@@ -141,7 +145,7 @@ class DatasetRecipe(Slice):
     def content_id(self) -> str:
         """The part of this slice in cache keys: files count by their content, not by their
         paths."""
-        left_out = {"files"}
+        left_out = {"files", "corrections"}
         for name in self.added_later:
             if getattr(self, name) == type(self).model_fields[name].default:
                 left_out.add(name)
