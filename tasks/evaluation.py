@@ -30,7 +30,7 @@ from tasks.stage import origin, stage
 FLOAT = "student"
 
 
-@stage("evaluate", version=5)
+@stage("evaluate", version=6)
 def evaluate(
     test: Rows,
     train: Rows,
@@ -102,6 +102,7 @@ def evaluate(
             teacher_probabilities=probabilities,
             float_model=FLOAT,
             probe=probe,
+            threshold=candidate.abstention.threshold if candidate.abstention else None,
             progress=show_rows,
         )
         answers_sha256 = sha256_of(folder / ANSWERS_FILE)

@@ -9,7 +9,7 @@ from typing import Literal
 
 from distillery.errors import ModelError
 from distillery.evaluation.baselines import BASELINES, score_baselines
-from distillery.evaluation.figures import figures_of
+from distillery.evaluation.figures import confidence_figures, figures_of
 from distillery.evaluation.linear_probe import PROBE
 from distillery.evaluation.option_order import ORDER_ROWS
 from distillery.evaluation.report import write_answers, write_report, write_rows
@@ -46,6 +46,7 @@ def evaluate(
     teacher_probabilities: Mapping[str, Mapping[str, float]] | None = None,
     float_model: str | None = None,
     probe: Callable[[Sequence[Example]], Answers] | None = None,
+    threshold: float | None = None,
     threads: int | None = None,
     progress: ShowProgress = show_nothing,
 ) -> tuple[ScoreRow, ...]:
@@ -56,7 +57,9 @@ def evaluate(
     from `learnt` and `gold` (see baselines.py). `candidate` is the model that may be registered,
     and `float_model` the one that it was exported from: the report tells how far the two depart
     from each other. The candidate is also asked up to ORDER_ROWS rows in another order of options.
-    `probe` answers rows by the linear probe (linear_probe.py). `progress` is shown the rows done of
+    `probe` answers rows by the linear probe (linear_probe.py). `threshold`: the confidence below
+    which the candidate abstains; the scoreboard counts its likeliest answers all the same, and
+    the figures tell what the threshold makes of them. `progress` is shown the rows done of
     all models together. Raises DataError for test rows without gold answers, and ModelError for a
     model that can't be scored."""
     examples, letters = answered_rows(test)
@@ -105,6 +108,8 @@ def evaluate(
     for name in answers:
         row = judge(name, answers, teacher_name).model_copy(update=columns.get(name))
         if name == candidate:
+            confident = confidence_figures(examples, answers[name], probabilities[name], threshold)
+            figures[name] = figures[name].model_copy(update=confident)
             row = row.model_copy(update={"figures": figures[name]})
             if float_model:
                 departed = departure(scored[candidate], scored[float_model])

@@ -118,12 +118,15 @@ class Recipe(Slice):
     def check_splits(self) -> Self:
         trainings = (self.teacher.preparation.training, *self.student.trainings)
         patient = any(training.patience for training in trainings)
+        abstain = self.task.abstain
+        proven = abstain is not None and abstain.accuracy is not None
         needs = (
             ("test", "the evaluation", True),
             ("gold", "teacher.kind: local", self.teacher.kind == "local"),
             ("gold", "student.gold", self.student.gold),
             ("validation", "training.patience", patient),
             ("validation", "export.ladder", bool(self.export.ladder)),
+            ("validation", "task.abstain.accuracy", proven),
         )
         for role, setting, applies in needs:
             if applies and role not in self.dataset.roles:

@@ -11,6 +11,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from distillery.evaluation import scoreboard, verdicts
+from distillery.evaluation.figures_table import COVERAGE_COLUMNS, coverage_cells
 from distillery.evaluation.report import write_text
 from distillery.labels.report import LabelReport
 from distillery.records import (
@@ -25,6 +26,7 @@ from distillery.records import (
 from distillery.report.charts import (
     PERCENTILES,
     plot_accuracy,
+    plot_coverage,
     plot_curve,
     plot_latency,
     plot_reliability,
@@ -145,6 +147,9 @@ def write_page(
         trade_offs=trade_offs(board),
         evaluated=evaluated,
         reliability=reliability(evaluated, candidate),
+        coverage=coverage(evaluated, candidate),
+        given=evaluated.figures[candidate].given if candidate in evaluated.figures else None,
+        estimate=estimate,
         measures=measures(evaluated),
         classes=class_table(evaluated, candidate),
         confusion=confusion_of(evaluated, candidate),
@@ -237,6 +242,18 @@ def reliability(evaluated: Evaluated, candidate: str) -> Chart | None:
     title = "Confidence and accuracy"
     titles = ("predictor", "bin", "rows", "mean confidence", "accuracy")
     return Chart(title, plot_reliability(bins, title), Table(title, titles, rows))
+
+
+def coverage(evaluated: Evaluated, candidate: str) -> Chart | None:
+    """Return the accuracy of the student's most confident answers against their share of the
+    rows; None for an evaluation of an earlier version."""
+    figures = evaluated.figures.get(candidate)
+    if figures is None or not figures.coverage:
+        return None
+    given = figures.given.coverage.value if figures.given else None
+    title = "Accuracy of the most confident answers"
+    table = Table(title, COVERAGE_COLUMNS, coverage_cells(figures))
+    return Chart(title, plot_coverage(figures.coverage, given, title), table)
 
 
 def measures(evaluated: Evaluated) -> Table:
