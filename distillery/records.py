@@ -444,6 +444,11 @@ class OrderRobustness(Record):
     seconds: float
 
 
+UNEVEN = 5
+"""From this ratio of the commonest class to the rarest on, macro-F1 is the first figure that people
+are told: accuracy says little of the rare classes."""
+
+
 class CoveragePoint(Record):
     """The `rows` answers with the highest confidence, those of equal confidence included: their
     lowest confidence (`threshold`), their share of all rows (`coverage`), and the share of them
@@ -488,6 +493,16 @@ class Figures(Record):
     load_s: float | None = None
     coverage: tuple[CoveragePoint, ...] = ()
     given: GivenAnswers | None = None
+
+    @property
+    def uneven_classes(self) -> tuple[ClassFigures, ClassFigures] | None:
+        """The commonest and the rarest class, if the commonest has UNEVEN times as many test rows
+        or more. None too where the classes are letters: of rows with options of their own."""
+        if self.confusion.labels == LETTERS[: len(self.confusion.labels)]:
+            return None
+        commonest = max(self.classes, key=lambda each: each.rows)
+        rarest = min(self.classes, key=lambda each: each.rows)
+        return (commonest, rarest) if commonest.rows >= UNEVEN * rarest.rows else None
 
 
 class ScoreRow(Record):

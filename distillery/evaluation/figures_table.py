@@ -41,9 +41,10 @@ def render_figures_markdown(figures: Mapping[str, Figures], candidate: str) -> s
         markdown_table(COLUMNS, predictor_cells(figures)),
         markdown_table((candidate, "figure", "95 %"), candidate_cells(own)),
         markdown_table(CLASS_COLUMNS, class_cells(own)),
-        markdown_table(COVERAGE_COLUMNS, coverage_cells(own)),
         markdown_table((f"gold, and what {candidate} says", *labels, "no answer"), confusion),
     ]
+    if own.coverage:
+        tables.append(markdown_table(COVERAGE_COLUMNS, coverage_cells(own)))
     return "\n\n".join(tables)
 
 

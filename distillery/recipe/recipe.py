@@ -165,6 +165,21 @@ class Recipe(Slice):
         return self
 
     @model_validator(mode="after")
+    def check_class_weights(self) -> Self:
+        trainings = []
+        if self.student_prompt.answer != "class":
+            trainings += [("student", training) for training in self.student.trainings]
+        if self.prompt.answer != "class":
+            trainings.append(("teacher.preparation", self.teacher.preparation.training))
+        for whose, training in trainings:
+            if training.class_weights != "none":
+                raise ValueError(
+                    f"{whose}.training.class_weights needs task.kind: classify, with answer: class "
+                    "in the prompt"
+                )
+        return self
+
+    @model_validator(mode="after")
     def check_teacher_preparation(self) -> Self:
         for weight in ("soft_weight", "hidden_weight", "rationale_weight"):
             if getattr(self.teacher.preparation.training, weight) > 0:

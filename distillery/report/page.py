@@ -177,11 +177,16 @@ def write_page(
 def key_figures(
     board: Sequence[ScoreRow], candidate: str, teacher: str
 ) -> list[tuple[str, str, str]]:
-    """Return the candidate's accuracy, size and speed: name, figure, and what it compares with."""
+    """Return the candidate's accuracy, size and speed, and macro-F1 first where the classes are
+    uneven: name, figure, and what it compares with."""
     ours = scoreboard.row_named(board, candidate)
     theirs = scoreboard.row_named(board, teacher)
     interval = f"95 % interval {ours.interval.low:.3f} to {ours.interval.high:.3f}"
     figures = [("accuracy", f"{ours.accuracy:.3f}", interval)]
+    if ours.figures and ours.figures.uneven_classes:
+        macro_f1 = ours.figures.macro_f1
+        interval = f"95 % interval {macro_f1.low:.3f} to {macro_f1.high:.3f}"
+        figures.insert(0, ("macro-F1", f"{macro_f1.value:.3f}", interval))
     if theirs.correct:
         share = scoreboard.percent(ours.correct / theirs.correct)
         figures.append(("of the teacher's accuracy", share, f"teacher {theirs.accuracy:.3f}"))

@@ -295,6 +295,10 @@ def test_null_of_a_plain_field_is_that_fields_value() -> None:
             },
             "training and healing ask for reasons with different rationale_instruction",
         ),
+        (
+            {"student": {"training": {"class_weights": "balanced"}}},
+            "student.training.class_weights needs task.kind: classify, with answer: class in the",
+        ),
         ({"task": {"abstain": {}}}, "task.abstain: abstain needs accuracy, such as 0.95, or thr"),
         (
             {"task": {"kind": "classify", "labels": ["sure", "unsure"], "abstain": ABSTAIN}},
