@@ -1,13 +1,18 @@
 """Each loss against a plain reference in float64."""
 
 import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import pytest
 import torch
 
+from distillery.models.load import load_model
 from distillery.recipe import TrainingRecipe
+from distillery.training.loop import set_up
 from distillery.training.losses import (
     answer_loss,
     balanced_weights,
@@ -183,3 +188,19 @@ def test_class_weights_weigh_the_labels_and_not_the_teachers_probabilities(
         if share:
             expected += share * soft[number]
         assert found[number].item() == pytest.approx(float(expected), abs=1e-6)
+
+
+@pytest.mark.parametrize(("class_weights", "expected"), [("none", None), ("balanced", [2 / 3, 2])])
+def test_training_on_classes_weighs_them_if_the_recipe_says_so(
+    tiny_model: Callable[[str], Path], class_weights: str, expected: list[float] | None
+) -> None:
+    model, _ = load_model(tiny_model("llama"))
+    rows = [
+        TrainingRow(prompt=(7, 8, number), letters=(500, 501), closed=True, answer=number // 3)
+        for number in range(4)
+    ]
+    recipe = TrainingRecipe(method="full", class_weights=class_weights, max_steps=1)
+    objective = set_up(model, rows, [], recipe, None, 0, 0).objective
+    assert objective.class_weights == (expected and pytest.approx(expected))
+    plain = replace(objective, class_weights=None)
+    assert (objective(rows).item() == plain(rows).item()) == (expected is None)
