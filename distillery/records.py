@@ -337,10 +337,37 @@ class Ladder(Record):
         return not any(rung.out_of_resources for rung in self.rungs)
 
 
+class Proof(Record):
+    """What answered rows prove of a threshold: of `rows`, `given` answers have a confidence that
+    reaches it, of which `correct` are right; with `confidence`, the accuracy of the answers that
+    reach it is `bound` or higher."""
+
+    rows: int
+    given: int
+    correct: int
+    bound: float
+    confidence: float
+
+
+class Abstention(Record):
+    """When a student abstains: if its confidence, which is the probability of its likeliest
+    answer, is below `threshold`. `answer`: what it says then when it is served. `proof`: None for a
+    threshold that the recipe gives."""
+
+    threshold: float
+    answer: str
+    proof: Proof | None = None
+
+    def abstains(self, confidence: float) -> bool:
+        """Return whether an answer of this confidence is withheld."""
+        return confidence < self.threshold
+
+
 class OnnxModel(StageRecord):
     """A folder that ONNX Runtime GenAI loads.
 
-    It has genai_config.json at its top, and ladder.json if it was picked from a ladder.
+    It has genai_config.json at its top, ladder.json if it was picked from a ladder, and
+    abstain.json if it abstains.
     """
 
     precision: str
@@ -348,6 +375,7 @@ class OnnxModel(StageRecord):
     parameters: int
     adapter_apart: bool = False
     ladder: Ladder | None = None
+    abstention: Abstention | None = None
 
     @property
     def bytes(self) -> int:
@@ -416,6 +444,31 @@ class OrderRobustness(Record):
     seconds: float
 
 
+UNEVEN = 5
+"""From this ratio of the commonest class to the rarest on, macro-F1 is the first figure that people
+are told: accuracy says little of the rare classes."""
+
+
+class CoveragePoint(Record):
+    """The `rows` answers with the highest confidence, those of equal confidence included: their
+    lowest confidence (`threshold`), their share of all rows (`coverage`), and the share of them
+    that is right (`accuracy`)."""
+
+    threshold: float
+    rows: int
+    coverage: float
+    accuracy: float
+
+
+class GivenAnswers(Record):
+    """What becomes of the test rows under a student's `threshold`: the share of rows with an answer
+    (`coverage`), and the share of these answers that is right; None where none is given."""
+
+    threshold: float
+    coverage: Estimate
+    accuracy: Estimate | None
+
+
 class Figures(Record):
     """Further figures of a predictor on the test rows.
 
@@ -423,7 +476,8 @@ class Figures(Record):
     Kullback-Leibler divergence of its probabilities from the teacher's, in nats. `first_token_ms`:
     median time to the first token of a prompt that shares nothing with the one before, rendering
     included. p50, p95 and p99: latency of single rows, in milliseconds. `load_s`: seconds to load
-    the model. None where a predictor has no such figure.
+    the model. `coverage`: the accuracy of its most confident answers, and `given` of those that
+    reach its threshold; only the candidate has them. None where a predictor has no such figure.
     """
 
     macro_f1: Estimate
@@ -437,6 +491,18 @@ class Figures(Record):
     p95_ms: float | None = None
     p99_ms: float | None = None
     load_s: float | None = None
+    coverage: tuple[CoveragePoint, ...] = ()
+    given: GivenAnswers | None = None
+
+    @property
+    def uneven_classes(self) -> tuple[ClassFigures, ClassFigures] | None:
+        """The commonest and the rarest class, if the commonest has UNEVEN times as many test rows
+        or more. None too where the classes are letters: of rows with options of their own."""
+        if self.confusion.labels == LETTERS[: len(self.confusion.labels)]:
+            return None
+        commonest = max(self.classes, key=lambda each: each.rows)
+        rarest = min(self.classes, key=lambda each: each.rows)
+        return (commonest, rarest) if commonest.rows >= UNEVEN * rarest.rows else None
 
 
 class ScoreRow(Record):

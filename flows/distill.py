@@ -39,6 +39,7 @@ from distillery.registry.signing import check_keys
 from distillery.teacher.identity import teacher_identity
 from flows.prepare_teacher import prepare_teacher
 from flows.train_student import trained
+from tasks.abstention import check_provable, with_threshold
 from tasks.dataset import prepare_dataset
 from tasks.evaluation import evaluate
 from tasks.judged import judged_before
@@ -148,6 +149,8 @@ def made_student(
 ) -> Made:
     """Run the stages from the data set to the evaluation."""
     again = refreshing(refresh)
+    if recipe.task.abstain:
+        check_provable(recipe.task.abstain, data)
     taught = labelled_rows(recipe, data, training_deployment, refresh)
     local, labels, test_rows = taught.local, taught.labels, data.rows("test")
     # The test rows are labelled now, so that a budget that is too small ends the run before
@@ -158,6 +161,8 @@ def made_student(
         recipe, taught, base, training_deployment, "student", "train student" in refresh
     )
     model = exported(student, base, recipe, data, again)
+    if recipe.task.abstain:
+        model = with_threshold(model, recipe.task.abstain, recipe.student_prompt, data, again)
 
     asked = recipe.student_prompt
     report = again("evaluate", evaluate)(
@@ -203,8 +208,10 @@ def provenance(recipe: Recipe, source: str, made: Made, decision: GateDecision) 
 
 def prepared(recipe: Recipe, source: str, refresh: tuple[Stage, ...]) -> PreparedDataset:
     """Prepare the data set; `source` is its source's identity."""
+    # When the student abstains does not concern the rows.
+    task = recipe.task.model_copy(update={"abstain": None})
     data: PreparedDataset = refreshing(refresh)("prepare dataset", prepare_dataset)(
-        recipe.dataset, source, recipe.task if recipe.task.kind == "classify" else None
+        recipe.dataset, source, task if task.kind == "classify" else None
     )
     return data
 
@@ -330,6 +337,8 @@ def planned_student(recipe: Recipe) -> list[PlannedStage]:
     stages.append(PlannedStage("train student", "train"))
     export = "export ladder" if recipe.export.ladder else "export"
     stages.append(PlannedStage("export student", export))
+    if recipe.task.abstain:
+        stages.append(PlannedStage("set threshold", "set threshold"))
     for name in ("evaluate", "judge", "register", "promote", "download", "report"):
         stages.append(PlannedStage(name, name))
     return stages

@@ -111,6 +111,7 @@ def evaluate(
             cross_validate=cross_validate,
             columns=columns,
             fields=fields,
+            threshold=candidate.abstention.threshold if candidate.abstention else None,
             progress=show_rows,
         )
         answers_sha256 = sha256_of(folder / ANSWERS_FILE)

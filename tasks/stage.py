@@ -42,6 +42,7 @@ Stage = Literal[
     "label",
     "train student",
     "export student",
+    "set threshold",
     "evaluate",
     "register",
     "download",

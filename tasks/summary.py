@@ -81,7 +81,9 @@ def _trained(record: StudentCheckpoint) -> str:
 
 def _built(record: OnnxModel) -> str:
     picked = f", picked of {len(record.ladder.rungs)} forms" if record.ladder else ""
-    return f"{record.precision} {record.algorithm}, {record.bytes / 1e6:.1f} MB{picked}"
+    abstains = f", abstains below {record.abstention.threshold:.3f}" if record.abstention else ""
+    size = f"{record.bytes / 1e6:.1f} MB"
+    return f"{record.precision} {record.algorithm}, {size}{picked}{abstains}"
 
 
 def publish(outcome: Outcome) -> Outcome:

@@ -10,7 +10,7 @@ from typing import Literal
 from distillery.errors import ModelError
 from distillery.evaluation.baselines import BASELINES, score_baselines
 from distillery.evaluation.doubtful import DOUBTFUL_FILE, Doubtful, doubtful_rows, write_doubtful
-from distillery.evaluation.figures import figures_of
+from distillery.evaluation.figures import confidence_figures, figures_of
 from distillery.evaluation.linear_probe import PROBE
 from distillery.evaluation.option_order import ORDER_ROWS
 from distillery.evaluation.report import write_answers, write_report, write_rows
@@ -51,6 +51,7 @@ def evaluate(
     cross_validate: Callable[[Sequence[Example]], Sequence[Probabilities]] | None = None,
     columns: Columns | None = None,
     fields: Sequence[str] = (),
+    threshold: float | None = None,
     threads: int | None = None,
     progress: ShowProgress = show_nothing,
 ) -> tuple[ScoreRow, ...]:
@@ -63,9 +64,11 @@ def evaluate(
     from each other. The candidate is also asked up to ORDER_ROWS rows in another order of options.
     `probe` answers rows by the linear probe (linear_probe.py), and `cross_validate` gives its
     probabilities of rows that it learns from, so that the labels of `gold` and `validation` can be
-    doubted. `columns` and `fields` are the recipe's, for doubtful.csv. `progress` is shown the rows
-    done of all models together. Raises DataError for test rows without gold answers, and ModelError
-    for a model that can't be scored."""
+    doubted. `columns` and `fields` are the recipe's, for doubtful.csv. `threshold`: the confidence
+    below which the candidate abstains; the scoreboard counts its likeliest answers all the same,
+    and the figures tell what the threshold makes of them. `progress` is shown the rows done of all
+    models together. Raises DataError for test rows without gold answers, and ModelError for a model
+    that can't be scored."""
     examples, letters = answered_rows(test)
     baselines, notes = score_baselines(examples, learnt, gold)
     answers: dict[str, Answers] = {GOLD: letters, **baselines}
@@ -112,6 +115,8 @@ def evaluate(
     for name in answers:
         row = judge(name, answers, teacher_name).model_copy(update=measured.get(name))
         if name == candidate:
+            confident = confidence_figures(examples, answers[name], probabilities[name], threshold)
+            figures[name] = figures[name].model_copy(update=confident)
             row = row.model_copy(update={"figures": figures[name]})
             if float_model:
                 departed = departure(scored[candidate], scored[float_model])

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from distillery.evaluation.option_order import Reordered, option_text
 from distillery.evaluation.scoring import Answers, Probabilities, Scored
+from distillery.evaluation.selective import asked_rows, coverage_curve, given_answers
 from distillery.evaluation.statistics import (
     calibration_interval,
     macro_f1_interval,
@@ -161,6 +162,21 @@ def calibration_of(
         high=interval.high,
         bins=tuple(bins),
     )
+
+
+def confidence_figures(
+    examples: Sequence[Example],
+    answers: Answers,
+    probabilities: Sequence[Probabilities],
+    threshold: float | None,
+) -> dict[str, object]:
+    """Return the accuracy of a predictor's confident answers, by its names in Figures.
+    `threshold`: its own, if it abstains."""
+    rows = asked_rows(examples, answers, probabilities)
+    found: dict[str, object] = {"coverage": coverage_curve(rows, len(examples))}
+    if threshold is not None:
+        found["given"] = given_answers(rows, len(examples), threshold)
+    return found
 
 
 def divergence_of(

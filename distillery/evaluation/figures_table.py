@@ -14,6 +14,8 @@ COLUMNS = (
     "load s",
 )
 
+COVERAGE_COLUMNS = ("rows answered", "share of rows", "confidence from", "accuracy")
+
 CLASS_COLUMNS = ("class", "rows", "precision", "recall [95 %]", "F1")
 
 
@@ -41,6 +43,8 @@ def render_figures_markdown(figures: Mapping[str, Figures], candidate: str) -> s
         markdown_table(CLASS_COLUMNS, class_cells(own)),
         markdown_table((f"gold, and what {candidate} says", *labels, "no answer"), confusion),
     ]
+    if own.coverage:
+        tables.append(markdown_table(COVERAGE_COLUMNS, coverage_cells(own)))
     return "\n\n".join(tables)
 
 
@@ -94,6 +98,12 @@ def candidate_cells(figures: Figures, widest: int = 1000) -> list[list[str]]:
         divergence = figures.kl_from_teacher
         title = "Kullback-Leibler divergence from the teacher, nats"
         estimate(title, divergence.value, divergence.low, divergence.high)
+    if figures.given:
+        coverage, right = figures.given.coverage, figures.given.accuracy
+        title = f"rows answered, with a confidence of {figures.given.threshold:.3f} or more"
+        estimate(title, coverage.value, coverage.low, coverage.high)
+        if right:
+            estimate("of these answers right", right.value, right.low, right.high)
     if figures.order_robustness:
         order = figures.order_robustness
         title = f"same option in another order of options, {order.rows} rows"
@@ -101,6 +111,21 @@ def candidate_cells(figures: Figures, widest: int = 1000) -> list[list[str]]:
     measurement("time to first token, ms", figures.first_token_ms)
     measurement("p99, ms", figures.p99_ms)
     measurement("time to load, s", figures.load_s)
+    return lines
+
+
+def coverage_cells(figures: Figures) -> list[list[str]]:
+    """Return the cells of each point of the coverage, one for each of COVERAGE_COLUMNS."""
+    lines = []
+    for point in figures.coverage:
+        lines.append(
+            [
+                f"{point.rows:,}",
+                f"{point.coverage:.3f}",
+                f"{point.threshold:.3f}",
+                f"{point.accuracy:.3f}",
+            ]
+        )
     return lines
 
 

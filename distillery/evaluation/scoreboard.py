@@ -36,7 +36,7 @@ COLUMNS = (
 
 def headline(rows: Sequence[ScoreRow], candidate: str, teacher: str = TEACHER) -> str:
     """Return a sentence that compares the candidate with the teacher, in all that is known of
-    both."""
+    both. Where the classes are uneven, it begins with macro-F1."""
     ours, theirs = row_named(rows, candidate), row_named(rows, teacher)
     text = f"{candidate} is right on {ours.correct} of {ours.rows} rows"
     if ours is not theirs:
@@ -51,7 +51,22 @@ def headline(rows: Sequence[ScoreRow], candidate: str, teacher: str = TEACHER) -
         text += f"; {difference:+.1f} points against the teacher, 95 % interval {interval}"
     if ours.departure:
         text += f"; {describe_departure(ours.departure)}"
+    uneven = describe_unevenness(ours)
+    if ours.figures and uneven:
+        text = f"{candidate} has macro-F1 {ours.figures.macro_f1.value:.3f} ({uneven}); {text}"
     return f"{text}."
+
+
+def describe_unevenness(row: ScoreRow) -> str:
+    """Return how uneven the classes of a predictor's test rows are; '' where they are not."""
+    uneven = row.figures.uneven_classes if row.figures else None
+    if uneven is None:
+        return ""
+    commonest, rarest = uneven
+    return (
+        f"the first figure, because the classes are uneven: {commonest.rows:,} test rows of "
+        f"{commonest.label!r}, {rarest.rows:,} of {rarest.label!r}"
+    )
 
 
 def compared_costs(ours: ScoreRow, theirs: ScoreRow) -> list[str]:

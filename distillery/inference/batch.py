@@ -9,6 +9,8 @@ Rows are read, answered and written one by one, so memory stays flat however lon
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+from pydantic import Field
+
 from distillery.data.readers import TableRow, has_surrogates, open_table
 from distillery.data.rows import RowReader, refuse_missing_columns, to_example
 from distillery.errors import DataError
@@ -18,11 +20,15 @@ from distillery.records import Example, Record
 
 
 class Prediction(Record):
-    """One line of predictions.jsonl: the letter, and the probability of each letter."""
+    """One line of predictions.jsonl: the likeliest letter, and the probability of each letter.
+
+    `abstained`: whether the student withholds the answer, because its probability is below the
+    student's threshold. A student without a threshold leaves it out."""
 
     example_id: str
     answer: str
     probabilities: dict[str, float]
+    abstained: bool | None = Field(None, exclude_if=lambda abstained: abstained is None)
 
 
 class InputRow(Example):
@@ -89,7 +95,10 @@ def answer(student: OnnxStudent, example: Example, prompt: PromptRecipe) -> Pred
         reason = str(error).removeprefix(f"{example.example_id}: ")
         return FailedRow(line=line, example_id=example.example_id, reason=reason)
     return Prediction(
-        example_id=example.example_id, answer=found.letter, probabilities=found.probabilities
+        example_id=example.example_id,
+        answer=found.letter,
+        probabilities=found.probabilities,
+        abstained=found.abstained,
     )
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distillery.errors import DataError
+from distillery.inference.abstention import read_abstention
 from distillery.inference.decoder import Decoder
 from distillery.inference.logits import Logits, log_softmax, softmax, token_sampler
 from distillery.models.class_tokens import read_class_tokens, require_classes
@@ -20,10 +21,13 @@ from distillery.records import Example, Record
 
 
 class Answer(Record):
-    """The most probable letter, and the probability of each of the row's letters; they sum to 1."""
+    """The most probable letter, and the probability of each of the row's letters; they sum to 1.
+    `abstained`: whether the letter's probability is below the student's threshold; None for a
+    student without a threshold."""
 
     letter: str
     probabilities: dict[str, float]
+    abstained: bool | None = None
 
 
 class OnnxStudent:
@@ -37,6 +41,7 @@ class OnnxStudent:
         self.tokenizer = GenAITokenizer(self.decoder.tokenizer)
         self.end_ids = frozenset(int(token) for token in self.decoder.tokenizer.eos_token_ids)
         self.classes = read_class_tokens(folder)
+        self.abstention = read_abstention(folder)
         self._letter_ids: dict[int, list[int]] = {}
         self._token_texts: dict[int, str] = {}
 
@@ -65,7 +70,10 @@ class OnnxStudent:
             probabilities = self.option_probabilities(ids, self.letter_ids(len(example.options)))
         best = max(range(len(probabilities)), key=probabilities.__getitem__)
         by_letter = dict(zip(example.keys, probabilities, strict=True))
-        return Answer(letter=example.keys[best], probabilities=by_letter)
+        abstained = None
+        if self.abstention:
+            abstained = self.abstention.abstains(probabilities[best])
+        return Answer(letter=example.keys[best], probabilities=by_letter, abstained=abstained)
 
     def option_probabilities(
         self, prompt_ids: Sequence[int], letter_ids: Sequence[int]

@@ -23,7 +23,7 @@ from distillery.recipe.rules import (
 )
 from distillery.recipe.search import SearchRecipe
 from distillery.recipe.student import HealingRecipe, LayerChoice, Layers, StudentRecipe
-from distillery.recipe.task import TaskRecipe
+from distillery.recipe.task import AbstainRecipe, TaskRecipe
 from distillery.recipe.teacher import (
     AnswerRecipe,
     BudgetRecipe,
@@ -37,6 +37,7 @@ from distillery.recipe.training import LoraRecipe, TrainingRecipe
 
 __all__ = [
     "PRESETS",
+    "AbstainRecipe",
     "AnswerRecipe",
     "BaseModelRecipe",
     "BetterRule",

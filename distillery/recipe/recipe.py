@@ -120,12 +120,15 @@ class Recipe(Slice):
     def check_splits(self) -> Self:
         trainings = (self.teacher.preparation.training, *self.student.trainings)
         patient = any(training.patience for training in trainings)
+        abstain = self.task.abstain
+        proven = abstain is not None and abstain.accuracy is not None
         needs = (
             ("test", "the evaluation", True),
             ("gold", "teacher.kind: local", self.teacher.kind == "local"),
             ("gold", "student.gold", self.student.gold),
             ("validation", "training.patience", patient),
             ("validation", "export.ladder", bool(self.export.ladder)),
+            ("validation", "task.abstain.accuracy", proven),
         )
         for role, setting, applies in needs:
             if applies and role not in self.dataset.roles:
@@ -161,6 +164,21 @@ class Recipe(Slice):
             raise ValueError(
                 "student.training.rationale_weight above 0 needs teacher.answers.form: rationale"
             )
+        return self
+
+    @model_validator(mode="after")
+    def check_class_weights(self) -> Self:
+        trainings = []
+        if self.student_prompt.answer != "class":
+            trainings += [("student", training) for training in self.student.trainings]
+        if self.prompt.answer != "class":
+            trainings.append(("teacher.preparation", self.teacher.preparation.training))
+        for whose, training in trainings:
+            if training.class_weights != "none":
+                raise ValueError(
+                    f"{whose}.training.class_weights needs task.kind: classify, with answer: class "
+                    "in the prompt"
+                )
         return self
 
     @model_validator(mode="after")

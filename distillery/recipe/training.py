@@ -36,7 +36,9 @@ class TrainingRecipe(Slice):
     and a cosine decay to zero. So a long warm-up does not reach learning_rate.
     """
 
-    added_later: ClassVar[frozenset[str]] = frozenset({"first_layer", "minimum_steps"})
+    added_later: ClassVar[frozenset[str]] = frozenset(
+        {"first_layer", "minimum_steps", "class_weights"}
+    )
 
     method: Literal["lora", "dora", "full"] = "lora"
     """lora, dora: train an adapter (dora: Liu et al., DoRA: Weight-Decomposed Low-Rank Adaptation,
@@ -111,6 +113,11 @@ class TrainingRecipe(Slice):
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     """Share of the label's probability that is spread evenly: over the vocabulary if the answer is
     a letter, over the row's options if it is a text."""
+
+    class_weights: Literal["none", "balanced"] = "none"
+    """With task.kind: classify, how much a label of each class counts. balanced: the rarer the
+    class among the training rows, the more, so that all classes count alike in sum. The teacher's
+    probabilities, which soft_weight weighs, are not reweighted."""
 
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Number format of the computation. auto: bfloat16 if the hardware multiplies in it, else

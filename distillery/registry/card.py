@@ -78,6 +78,8 @@ def model_card(name: str, provenance: Mapping[str, Any]) -> str:
         "Training": student.method,
         f"Accuracy on {row.rows:,} test rows": f"{row.accuracy:.3f} {interval}",
     }
+    if model.abstention:
+        facts["Abstains"] = f"below a probability of {model.abstention.threshold:.3f}"
     lines = [f"# {name}", "", "A student that Distillery distilled from a larger model.", ""]
     lines += ["| | |", "|---|---|"]
     for title, value in facts.items():

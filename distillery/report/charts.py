@@ -15,7 +15,7 @@ from html import escape
 from io import StringIO
 from typing import Any
 
-from distillery.records import Bin, CurvePoint, ScoreRow
+from distillery.records import Bin, CoveragePoint, CurvePoint, ScoreRow
 
 INK, LINE = "#010100", "#010101"
 SERIES = ("#010102", "#010103", "#010104", "#010105", "#010106", "#010107")
@@ -131,6 +131,30 @@ def plot_reliability(bins: Mapping[str, Sequence[Bin]], title: str) -> str:
         add_legend(figure)
 
     return to_svg(draw, title, 4.0)
+
+
+def plot_coverage(points: Sequence[CoveragePoint], given: float | None, title: str) -> str:
+    """Return the accuracy of a student's most confident answers against their share of the rows.
+    `given`: the share that the student's threshold lets through, where it has one."""
+
+    def draw(figure: Any) -> None:
+        axes = figure.subplots()
+        coverages = [point.coverage for point in points]
+        accuracies = [point.accuracy for point in points]
+        axes.plot(
+            coverages,
+            accuracies,
+            color=SERIES[0],
+            marker=MARKERS[0],
+            markersize=4,
+            label="accuracy of the answers given",
+        )
+        if given is not None:
+            axes.axvline(given, color=SERIES[1], linestyle="--", label="the student's threshold")
+        axes.set(xlabel="share of rows answered", ylabel="accuracy", xlim=(0, 1.03))
+        add_legend(figure)
+
+    return to_svg(draw, title, 3.4)
 
 
 def plot_curve(curve: Sequence[CurvePoint], title: str) -> str:

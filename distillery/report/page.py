@@ -12,6 +12,7 @@ from pathlib import Path
 
 from distillery.evaluation import scoreboard, verdicts
 from distillery.evaluation.advice import advice_of
+from distillery.evaluation.figures_table import COVERAGE_COLUMNS, coverage_cells
 from distillery.evaluation.linear_probe import PROBE
 from distillery.evaluation.report import write_text
 from distillery.labels.report import LabelReport
@@ -27,6 +28,7 @@ from distillery.records import (
 from distillery.report.charts import (
     PERCENTILES,
     plot_accuracy,
+    plot_coverage,
     plot_curve,
     plot_latency,
     plot_reliability,
@@ -151,6 +153,9 @@ def write_page(
         trade_offs=trade_offs(board),
         evaluated=evaluated,
         reliability=reliability(evaluated, candidate),
+        coverage=coverage(evaluated, candidate),
+        given=evaluated.figures[candidate].given if candidate in evaluated.figures else None,
+        estimate=estimate,
         measures=measures(evaluated),
         classes=class_table(evaluated, candidate),
         confusion=confusion_of(evaluated, candidate),
@@ -179,11 +184,16 @@ def write_page(
 def key_figures(
     board: Sequence[ScoreRow], candidate: str, teacher: str
 ) -> list[tuple[str, str, str]]:
-    """Return the candidate's accuracy, size and speed: name, figure, and what it compares with."""
+    """Return the candidate's accuracy, size and speed, and macro-F1 first where the classes are
+    uneven: name, figure, and what it compares with."""
     ours = scoreboard.row_named(board, candidate)
     theirs = scoreboard.row_named(board, teacher)
     interval = f"95 % interval {ours.interval.low:.3f} to {ours.interval.high:.3f}"
     figures = [("accuracy", f"{ours.accuracy:.3f}", interval)]
+    if ours.figures and ours.figures.uneven_classes:
+        macro_f1 = ours.figures.macro_f1
+        interval = f"95 % interval {macro_f1.low:.3f} to {macro_f1.high:.3f}"
+        figures.insert(0, ("macro-F1", f"{macro_f1.value:.3f}", interval))
     if theirs.correct:
         share = scoreboard.percent(ours.correct / theirs.correct)
         figures.append(("of the teacher's accuracy", share, f"teacher {theirs.accuracy:.3f}"))
@@ -244,6 +254,18 @@ def reliability(evaluated: Evaluated, candidate: str) -> Chart | None:
     title = "Confidence and accuracy"
     titles = ("predictor", "bin", "rows", "mean confidence", "accuracy")
     return Chart(title, plot_reliability(bins, title), Table(title, titles, rows))
+
+
+def coverage(evaluated: Evaluated, candidate: str) -> Chart | None:
+    """Return the accuracy of the student's most confident answers against their share of the
+    rows; None for an evaluation of an earlier version."""
+    figures = evaluated.figures.get(candidate)
+    if figures is None or not figures.coverage:
+        return None
+    given = figures.given.coverage.value if figures.given else None
+    title = "Accuracy of the most confident answers"
+    table = Table(title, COVERAGE_COLUMNS, coverage_cells(figures))
+    return Chart(title, plot_coverage(figures.coverage, given, title), table)
 
 
 def measures(evaluated: Evaluated) -> Table:

@@ -3,7 +3,7 @@
 import math
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -119,7 +119,7 @@ def complete(student: OnnxStudent, job: Job) -> Iterator[Piece]:
 
 
 def choose_text(student: OnnxStudent, job: Job, prompt: list[int], choice: list[str]) -> Piece:
-    """Return the likeliest text as the whole answer; see `likeliest`."""
+    """Return the likeliest text as the whole answer; see `likeliest` and `unless_unsure`."""
     texts = [student.tokenizer.encode_text(text) for text in choice]
     if len(prompt) + max(map(len, texts)) > student.context_length:
         raise ApiError(
@@ -128,12 +128,12 @@ def choose_text(student: OnnxStudent, job: Job, prompt: list[int], choice: list[
     probabilities = student.text_probabilities(prompt, texts)
     answer = likeliest(job, choice, probabilities)
     job.completion_tokens = len(texts[choice.index(answer.text)])
-    return answer
+    return unless_unsure(student, answer, max(probabilities))
 
 
 def choose_class(student: OnnxStudent, job: Job, prompt: list[int], classes: ClassTokens) -> Piece:
-    """Return the likeliest class as the whole answer, which took one token; see `likeliest`. A
-    request with structured_outputs.choice gets one of those.
+    """Return the likeliest class as the whole answer, which took one token; see `likeliest` and
+    `unless_unsure`. A request with structured_outputs.choice gets one of those.
 
     Raises ApiError if it names what is no class."""
     token_of = dict(zip(classes.classes, classes.tokens, strict=True))
@@ -149,7 +149,16 @@ def choose_class(student: OnnxStudent, job: Job, prompt: list[int], classes: Cla
             )
     probabilities = student.option_probabilities(prompt, [token_of[name] for name in names])
     job.completion_tokens = 1
-    return likeliest(job, names, probabilities)
+    return unless_unsure(student, likeliest(job, names, probabilities), max(probabilities))
+
+
+def unless_unsure(student: OnnxStudent, answer: Piece, probability: float) -> Piece:
+    """Return the answer or, if its probability is below the student's threshold, what the student
+    says when it abstains. The log-probabilities stay those of the likeliest answer."""
+    abstention = student.abstention
+    if abstention and abstention.abstains(probability):
+        return replace(answer, text=abstention.answer)
+    return answer
 
 
 def likeliest(job: Job, choice: Sequence[str], probabilities: Sequence[float]) -> Piece:

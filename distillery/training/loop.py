@@ -26,6 +26,7 @@ from distillery.training.checkpoint import (
     fingerprint_of,
 )
 from distillery.training.class_head import CLASS_ROWS, add_class_head
+from distillery.training.losses import balanced_weights
 from distillery.training.objective import Objective
 from distillery.training.rows import TrainingRow, require_rows
 from distillery.training.validation import validate
@@ -281,7 +282,10 @@ def set_up(
     if hidden is not None:
         prompts = [row.prompt for row in rows]
         teacher_states = dict(zip(prompts, hidden.to(device.name), strict=True))
-    objective = Objective(model, recipe, device, pad_id, end_id, teacher_states)
+    class_weights = None
+    if recipe.class_weights == "balanced" and rows[0].closed:
+        class_weights = balanced_weights(rows, len(rows[0].letters))
+    objective = Objective(model, recipe, device, pad_id, end_id, teacher_states, class_weights)
     state = TrainingState(fingerprint, weights, optimiser, schedule)
     return Training(model, recipe, device, objective, state, steps, steps_per_epoch)
 

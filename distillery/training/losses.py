@@ -4,6 +4,7 @@ Logits are [batch, positions, vocabulary], scores of options [batch, options]. A
 the batch unless it says otherwise. Prompts carry no loss: only what the assistant says does.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
@@ -65,10 +66,14 @@ def text_loss(
 
 
 def option_loss(
-    scores: "torch.Tensor", rows: Sequence[TrainingRow], recipe: TrainingRecipe
+    scores: "torch.Tensor",
+    rows: Sequence[TrainingRow],
+    recipe: TrainingRecipe,
+    class_weights: Sequence[float] | None = None,
 ) -> "torch.Tensor":
     """Return the loss on the choice among a row's options, or among the classes, for each row,
-    [batch]: (1 - w) CE(p, label) + w T^2 D(q_T, p_T) with p = softmax(scores).
+    [batch]: (1 - w) v CE(p, label) + w T^2 D(q_T, p_T) with p = softmax(scores), and v the label's
+    weight in `class_weights`, 1 without them.
 
     scores: [batch, options], -inf where a row has fewer options. Label smoothing spreads over the
     row's options."""
@@ -82,10 +87,25 @@ def option_loss(
         is_option = torch.isfinite(scores)
         even = -logs.masked_fill(~is_option, 0).sum(-1) / is_option.sum(-1)
         loss = (1 - recipe.label_smoothing) * loss + recipe.label_smoothing * even
+    if class_weights:
+        loss = loss * torch.tensor(class_weights, device=loss.device, dtype=loss.dtype)[targets]
     if recipe.soft_weight:
         soft = choice_loss(scores, rows, recipe.temperature, recipe.divergence)
         loss = mix_hard_and_soft(loss, soft, rows, recipe.soft_weight)
     return loss
+
+
+def balanced_weights(rows: Sequence[TrainingRow], classes: int) -> list[float]:
+    """Return a weight for each of the classes: rows / (classes with a row * rows of the class), so
+    that the weights of all rows have a mean of 1; 0 for a class without a row. As scikit-learn's
+    class_weight="balanced", after King, Zeng, Logistic Regression in Rare Events Data, Political
+    Analysis 9, 2001."""
+    counts = Counter(row.answer for row in rows)
+    weights = []
+    for number in range(classes):
+        count = counts[number]
+        weights.append(len(rows) / (len(counts) * count) if count else 0.0)
+    return weights
 
 
 def choice_loss(

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Objective:
     """What training minimises. `teacher_states`: the teacher's hidden states by prompt, empty where
-    they are not learnt."""
+    they are not learnt. `class_weights`: how much a label of each class counts; None for rows
+    that have no classes, or whose labels count alike."""
 
     model: Any
     recipe: TrainingRecipe
@@ -34,6 +35,7 @@ class Objective:
     pad_id: int
     end_id: int
     teacher_states: "dict[tuple[int, ...], torch.Tensor]"
+    class_weights: Sequence[float] | None = None
 
     def __call__(self, rows: Sequence[TrainingRow]) -> "torch.Tensor":
         """Return the loss of a batch, a scalar."""
@@ -62,7 +64,8 @@ class Objective:
             logits = forward(self.model, [row.prompt for row in rows], 1, self.pad_id)
         columns, _ = padded_tensor([row.letters for row in rows], logits.device)
         scores = logits[:, -1].float().gather(1, columns)
-        return option_loss(scores, rows, self.recipe).mean() + self.hidden(rows, states[0])
+        losses = option_loss(scores, rows, self.recipe, self.class_weights)
+        return losses.mean() + self.hidden(rows, states[0])
 
     def text_answers(self, rows: Sequence[TrainingRow]) -> "torch.Tensor":
         """Return the loss on answers by text and on the hidden states, from one forward pass."""

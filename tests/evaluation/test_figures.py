@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from still_clock import StillClock
+from student_answers import score_row
 
 from distillery.data.rows import content_of
 from distillery.evaluation import scoring_process
@@ -18,6 +19,7 @@ from distillery.evaluation.figures import divergence_of, figures_of
 from distillery.evaluation.figures_table import render_figures, render_figures_markdown
 from distillery.evaluation.option_order import ORDER_ROWS, Reordered, reordered_rows
 from distillery.evaluation.predictors import Predictor
+from distillery.evaluation.scoreboard import headline
 from distillery.evaluation.scoring import ModelToScore
 from distillery.evaluation.scoring_process import FIRST_TOKEN_ROWS, ask_in_other_order
 from distillery.evaluation.statistics import (
@@ -36,6 +38,7 @@ from distillery.records import (
     Interval,
     ScoreRow,
 )
+from distillery.report.page import key_figures
 from distillery.training.rows import TrainingRow
 
 Build = Callable[..., Path]
@@ -403,3 +406,26 @@ def test_rows_of_earlier_versions_still_load() -> None:
         ' "interval": {"low": 0.2, "high": 1.0}, "p95_ms": 3.0}'
     )
     assert ScoreRow.model_validate_json(old).figures is None
+
+
+def test_macro_f1_comes_first_where_the_classes_are_uneven() -> None:
+    """Ten rows of one class, two of another; with a third of the other it is even enough."""
+    answers = ["A"] * 12
+    uneven = score_row("student", 10, 12, figures=figures("A" * 10 + "BB", answers))
+    assert headline([uneven], "student", "student").startswith(
+        "student has macro-F1 0.455 (the first figure, because the classes are uneven: 10 test "
+        "rows of 'pleased', 2 of 'displeased'); student is right on 10 of 12 rows"
+    )
+    assert [name for name, *_ in key_figures([uneven], "student", "student")][:2] == [
+        "macro-F1",
+        "accuracy",
+    ]
+    even = score_row("student", 10, 13, figures=figures("A" * 10 + "BBB", [*answers, "A"]))
+    assert headline([even], "student", "student").startswith("student is right on 10 of 13 rows")
+    assert key_figures([even], "student", "student")[0][0] == "accuracy"
+
+
+def test_letters_of_rows_with_options_of_their_own_are_no_uneven_classes() -> None:
+    rows = rows_of("A" * 10)
+    rows += rows_of("BB", ("yes", "no", "perhaps"))
+    assert figures_of(rows, ["A"] * 12, None, None, None).uneven_classes is None

@@ -19,6 +19,7 @@ from distillery.data.rows import RowReader
 from distillery.errors import DataError, ModelError
 from distillery.evaluation.scoring import ModelToScore, ScoringJob
 from distillery.evaluation.scoring_process import score
+from distillery.inference.abstention import write_abstention
 from distillery.inference.batch import (
     FailedRow,
     InputRow,
@@ -32,7 +33,7 @@ from distillery.inference.onnx_student import OnnxStudent
 from distillery.models.class_tokens import ClassTokens
 from distillery.prompts import render_ids, render_messages, text_ids
 from distillery.recipe import Columns, PromptRecipe
-from distillery.records import Example
+from distillery.records import Abstention, Example
 
 Build = Callable[..., Path]
 PROMPT = PromptRecipe()
@@ -608,3 +609,35 @@ def test_texts_are_classified_whatever_their_label(tiny_onnx: Build, tmp_path: P
         "b",
         "text: empty; fill it in or remove the row",
     )
+
+
+def unsure(folder: Path, threshold: float, out: Path) -> OnnxStudent:
+    """The model with a threshold below which it abstains."""
+    shutil.copytree(folder, out)
+    write_abstention(Abstention(threshold=threshold, answer="unsure"), out)
+    return OnnxStudent(out, threads=1)
+
+
+def test_an_answer_below_the_threshold_is_marked_and_still_shown(
+    tiny_onnx: Build, tmp_path: Path
+) -> None:
+    plain = OnnxStudent(tiny_onnx("llama"), threads=1)
+    best = max(plain.answer(BAKER, PROMPT).probabilities.values())
+    lines = []
+    for number, threshold in enumerate((best, best + 1e-6)):
+        student = unsure(plain.folder, threshold, tmp_path / f"model-{number}")
+        score_file(student, [BAKER], PROMPT, tmp_path / "out")
+        lines.append(json.loads((tmp_path / "out" / "predictions.jsonl").read_text()))
+    score_file(plain, [BAKER], PROMPT, tmp_path / "out")
+    expected = json.loads((tmp_path / "out" / "predictions.jsonl").read_text())
+    assert expected.keys() == {"example_id", "answer", "probabilities"}
+    assert lines == [{**expected, "abstained": False}, {**expected, "abstained": True}]
+
+
+def test_a_threshold_that_cannot_be_read_is_not_overlooked(
+    tiny_onnx: Build, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_onnx("llama"), tmp_path / "model")
+    (folder / "abstain.json").write_text("{}")
+    with pytest.raises(ModelError, match=r"abstain.json: no threshold can be read"):
+        OnnxStudent(folder, threads=1)

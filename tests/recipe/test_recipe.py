@@ -16,10 +16,13 @@ from distillery.recipe import (
     Recipe,
     SearchRecipe,
     Slice,
+    TaskRecipe,
     TeacherRecipe,
     load_recipe,
     parse_recipe,
 )
+
+ABSTAIN = {"accuracy": 0.95}
 
 
 def refusal(values: dict[str, Any]) -> str:
@@ -300,6 +303,20 @@ def test_null_of_a_plain_field_is_that_fields_value() -> None:
             },
             "training and healing ask for reasons with different rationale_instruction",
         ),
+        (
+            {"student": {"training": {"class_weights": "balanced"}}},
+            "student.training.class_weights needs task.kind: classify, with answer: class in the",
+        ),
+        ({"task": {"abstain": {}}}, "task.abstain: abstain needs accuracy, such as 0.95, or thr"),
+        (
+            {"task": {"kind": "classify", "labels": ["sure", "unsure"], "abstain": ABSTAIN}},
+            "task: abstain.answer: 'unsure' is one of the labels; choose another text",
+        ),
+        (
+            {"preset": "lab", "dataset": {"splits": {"validation": None}}}
+            | {"task": {"abstain": ABSTAIN}},
+            "task.abstain.accuracy needs a validation split in dataset.splits or dataset.carve",
+        ),
     ],
 )
 def test_what_is_wrong_is_refused_in_one_line_that_names_the_key(
@@ -387,6 +404,13 @@ def test_a_form_is_in_cache_keys_by_its_own_settings() -> None:
     }
     assert ExportForm.added_later == ExportRecipe.added_later == {"all_logits"}
     assert type(form) is ExportForm
+
+
+def test_abstaining_is_in_no_cache_key_unless_it_is_set() -> None:
+    assert TaskRecipe.added_later == {"abstain"}
+    threshold = parse_recipe({"task": {"abstain": {"threshold": 0.7}}}, "mine.yaml").task
+    assert threshold.abstain is not None
+    assert threshold.abstain.answer == "unsure"
 
 
 def test_a_ladder_says_whether_it_needs_prompts_and_each_form_has_a_title() -> None:

@@ -22,7 +22,7 @@ from finished_run import (
 
 from distillery.errors import DataError
 from distillery.evaluation.doubtful import DOUBTFUL_ROWS_FILE
-from distillery.evaluation.report import ROWS_FILE
+from distillery.evaluation.report import REPORT_FILE, ROWS_FILE
 from distillery.records import GateDecision, Outcome
 from distillery.report import page
 from distillery.report.evaluated import read_evaluation
@@ -92,6 +92,28 @@ def test_each_chart_has_a_text_and_a_table_with_its_figures(tmp_path: Path) -> N
     assert not re.search(r"(fill|stroke): #", text.partition("<main>")[2])
     identities = re.findall(r' id="([^"]+)"', text)
     assert len(identities) == len(set(identities))
+
+
+def test_what_abstaining_costs_has_a_section_if_it_was_measured(tmp_path: Path) -> None:
+    folder = evaluation(tmp_path / "evaluation")
+    report = json.loads((folder / REPORT_FILE).read_text())
+    point = {"threshold": 0.75, "rows": 6, "coverage": 0.5, "accuracy": 0.95}
+    own = report["figures"][STUDENT]
+    own["coverage"] = [point, {**point, "threshold": 0.4, "rows": 11, "coverage": 0.92}]
+    (folder / REPORT_FILE).write_text(json.dumps(report))
+    parsed = Parsed(page_of(tmp_path, finished_run(), folder).read_text())
+    words = " ".join(parsed.texts)
+    assert "This student answers every row." in words
+    assert "0.750 0.950" in words
+    charts = [values["aria-label"] for tag, values in parsed.elements if tag == "svg"]
+    assert "Accuracy of the most confident answers" in charts
+
+    share = {"value": 0.5, "low": 0.25, "high": 0.75}
+    own["given"] = {"threshold": 0.75, "coverage": share, "accuracy": None}
+    (folder / REPORT_FILE).write_text(json.dumps(report))
+    text = page_of(tmp_path, finished_run(), folder).read_text()
+    said = "abstains below a confidence of 0.750. It answers a share of 0.500 [0.250, 0.750] of the"
+    assert f"{said} test rows.</p>" in text
 
 
 def test_what_stands_in_a_row_is_text(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,13 @@ import pytest
 from pydantic import SecretStr
 
 from distillery.errors import CredentialsError, ModelError
+from distillery.inference.abstention import write_abstention
 from distillery.inference.logits import Logits
 from distillery.inference.onnx_student import OnnxStudent
+from distillery.models.class_tokens import ClassTokens
+from distillery.records import Abstention
 from distillery.serving.app import create_app
-from distillery.serving.completion import Job
+from distillery.serving.completion import Job, complete
 from distillery.serving.process import KEY_VARIABLE, Served, served
 from distillery.serving.requests import ChatRequest
 from distillery.serving.server import listen, serve
@@ -633,3 +637,27 @@ def test_a_template_that_refuses_the_roles_says_so(
     assert re.match(
         "the model's chat template refuses the messages .*", refused.json()["error"]["message"]
     )
+
+
+def test_an_unsure_student_says_so_and_its_log_probabilities_stay(
+    tiny_onnx: Build, tmp_path: Path
+) -> None:
+    """Asked for a class and, without classes, for one of some texts. No probability reaches 1."""
+    names = ("refund", "delivery")
+    body = {"messages": MESSAGES, "logprobs": True, "top_logprobs": 2}
+    found = []
+    for closed in (True, False):
+        for threshold in (None, 1e-9, 1.0):
+            folder = shutil.copytree(tiny_onnx("llama"), tmp_path / f"{closed}-{threshold}")
+            if closed:
+                ClassTokens(classes=names, tokens=(500, 501)).write(folder)
+            else:
+                body["structured_outputs"] = {"choice": list(names)}
+            if threshold:
+                write_abstention(Abstention(threshold=threshold, answer="nobody knows"), folder)
+            pieces = list(complete(OnnxStudent(folder, threads=1), Job(ChatRequest(**body))))
+            found.append(pieces)
+    for plain, sure, unsure in (found[:3], found[3:]):
+        assert sure == plain
+        assert plain[0].text in names
+        assert unsure == [replace(plain[0], text="nobody knows")]

@@ -1,16 +1,24 @@
 """Each loss against a plain reference in float64."""
 
 import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import pytest
 import torch
 
+from distillery.models.load import load_model
 from distillery.recipe import TrainingRecipe
+from distillery.training.loop import set_up
 from distillery.training.losses import (
     answer_loss,
+    balanced_weights,
     choice_loss,
     hidden_loss,
+    option_loss,
     rationale_loss,
     text_loss,
 )
@@ -149,3 +157,50 @@ def test_the_loss_on_a_reason() -> None:
             log_softmax(at)[token] for at, token in zip(own, tokens, strict=True)
         ) / len(tokens)
     assert rationale_loss(logits, rows, end_id=3).item() == pytest.approx(expected / 2, rel=1e-5)
+
+
+def test_balanced_weights_are_scikit_learns_and_a_class_without_a_row_has_none() -> None:
+    from sklearn.utils.class_weight import compute_class_weight
+
+    answers = [0] * 12 + [1] * 3 + [3] * 1
+    rows = [TrainingRow(prompt=(1,), letters=(5, 6, 7, 8), answer=each) for each in answers]
+    present = compute_class_weight("balanced", classes=np.array([0, 1, 3]), y=np.array(answers))
+    found = balanced_weights(rows, 4)
+    assert [found[0], found[1], found[3]] == pytest.approx(present.tolist())
+    assert found[2] == 0
+    assert sum(found[each] for each in answers) == pytest.approx(len(rows))
+
+
+@pytest.mark.parametrize("soft_weight", [0.0, 0.4])
+def test_class_weights_weigh_the_labels_and_not_the_teachers_probabilities(
+    soft_weight: float,
+) -> None:
+    scores = torch.randn(3, 3, generator=torch.Generator().manual_seed(0))
+    scores[2, 2] = -torch.inf
+    recipe = TrainingRecipe(soft_weight=soft_weight, label_smoothing=0.1)
+    weights = [3.0, 0.5, 0.25]
+    hard = option_loss(scores, ROWS, recipe.model_copy(update={"soft_weight": 0}))
+    soft = choice_loss(scores, ROWS, 1.0, "forward")
+    found = option_loss(scores, ROWS, recipe, weights)
+    for number, row in enumerate(ROWS):
+        share = soft_weight if row.soft else 0
+        expected = (1 - share) * weights[row.answer] * hard[number]
+        if share:
+            expected += share * soft[number]
+        assert found[number].item() == pytest.approx(float(expected), abs=1e-6)
+
+
+@pytest.mark.parametrize(("class_weights", "expected"), [("none", None), ("balanced", [2 / 3, 2])])
+def test_training_on_classes_weighs_them_if_the_recipe_says_so(
+    tiny_model: Callable[[str], Path], class_weights: str, expected: list[float] | None
+) -> None:
+    model, _ = load_model(tiny_model("llama"))
+    rows = [
+        TrainingRow(prompt=(7, 8, number), letters=(500, 501), closed=True, answer=number // 3)
+        for number in range(4)
+    ]
+    recipe = TrainingRecipe(method="full", class_weights=class_weights, max_steps=1)
+    objective = set_up(model, rows, [], recipe, None, 0, 0).objective
+    assert objective.class_weights == (expected and pytest.approx(expected))
+    plain = replace(objective, class_weights=None)
+    assert (objective(rows).item() == plain(rows).item()) == (expected is None)
