@@ -189,7 +189,7 @@ def check_data(recipe: Recipe) -> Iterator[Finding]:
     if dataset.source == "hub":
         yield check_hub(dataset)
         return
-    counts = check_rows(dataset)
+    counts = check_rows(dataset, recipe.task)
     rows = ", ".join(f"{count:,} {role}" for role, count in counts.items())
     source = "the shipped sample" if dataset.source == "sample" else "every file is read"
     yield ok("data", f"{source}; rows: {rows}")

@@ -94,8 +94,9 @@ def select_rows(recipe: DatasetRecipe, task: TaskRecipe | None = None) -> Select
     check_roles(recipe, classify)
     reader = RowReader(recipe.columns, recipe.fields, classify, classes)
     # Test rows of other rounds count as test rows until all that resembles them is dropped.
+    loaded = load_splits(recipe, reader)
     splits = carve(
-        load_splits(recipe, reader),
+        loaded,
         shares_of(recipe),
         recipe.columns.answer,
         unanswered_train=classify,
@@ -104,9 +105,8 @@ def select_rows(recipe: DatasetRecipe, task: TaskRecipe | None = None) -> Select
         classes = found_classes(splits, recipe.columns.answer)
         splits = with_classes(splits, classes)
     refuse_leaks(splits)
-    rows = splits["train"]
-    splits["train"] = drop_copies(rows)
-    duplicates = len(rows) - len(splits["train"])
+    splits["train"] = drop_copies(splits["train"])
+    duplicates = count_rows(loaded) - count_rows(splits)
     refuse_shared_ids(splits)
     splits, near_duplicates = drop_near_duplicates(splits, recipe.near_duplicate)
     if recipe.rotation:
@@ -116,6 +116,11 @@ def select_rows(recipe: DatasetRecipe, task: TaskRecipe | None = None) -> Select
         splits[role] = splits[role][:limit]
     refuse_empty(splits)
     return SelectedRows(splits, classes or (), duplicates, near_duplicates)
+
+
+def count_rows(splits: Splits) -> int:
+    """Return how many rows the splits have together."""
+    return sum(map(len, splits.values()))
 
 
 def found_classes(splits: Splits, column: str) -> tuple[str, ...]:

@@ -65,14 +65,17 @@ def carve(
 ) -> Splits:
     """Move shares (0 to 1) of the train rows to other roles.
 
-    With `unanswered_train`, the shares are of the rows with an answer, and the others stay.
+    With `unanswered_train`, the shares are of the rows with an answer, and the others stay; those
+    with the content of an answered row are left out, as its answer is known and it may judge.
     Without it, raises DataError if a row without an answer falls to a role that needs one.
     """
     carved: Splits = {role: [] for role in ROLES if role in shares}
     carved["train"] = []
+    answered = {row.content for row in splits["train"] if row.example.answer_key is not None}
     for row in splits["train"]:
         if unanswered_train and row.example.answer_key is None:
-            carved["train"].append(row)
+            if row.content not in answered:
+                carved["train"].append(row)
             continue
         edge = 0.0
         for role in carved:
