@@ -218,7 +218,7 @@ def tell_classes(found: Look) -> Iterator[str]:
     rare = [label for label, count in found.classes.items() if count < FEWEST_OF_A_CLASS]
     if rare:
         yield (
-            f"{len(rare)} classes with fewer than {FEWEST_OF_A_CLASS} rows: "
+            f"classes with fewer than {FEWEST_OF_A_CLASS} rows: "
             f"{', '.join(rare[:MOST_LISTED])}{' ...' if len(rare) > MOST_LISTED else ''}; label "
             "more rows of them, or join them with others"
         )

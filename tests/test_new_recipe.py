@@ -115,7 +115,7 @@ def test_too_few_rows_rare_and_uneven_classes_are_told() -> None:
     write_csv(Path("few.csv"), rows)
     said = run("few.csv")
     assert "45 rows with a label: too few to train and judge a student; label 50 at least" in said
-    assert "1 classes with fewer than 5 rows: bread" in said
+    assert "classes with fewer than 5 rows: bread; label more" in said
     assert "the commonest has 5 times" in said
 
 
