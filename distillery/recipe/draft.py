@@ -37,9 +37,6 @@ def choose_shares(answered: int, unanswered: int) -> Shares:
     test, validation = round(test, 3), round(validation, 3)
     gold = round(1 - test - validation - left, 3)
     carve: Carved = {"gold": gold, "validation": validation, "test": test}
-    while sum(carve.values()) > 1:
-        # Three decimals may add up to a little more than 1 as binary fractions.
-        carve["gold"] = round(carve["gold"] - 0.001, 3)
     return Shares(carve, left)
 
 
