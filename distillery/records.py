@@ -195,6 +195,37 @@ class TeacherLabels(StageRecord):
     calls_per_second: tuple[float, ...] = ()
 
 
+class Interval(Record):
+    """A two-sided interval; of 95 % where nothing else is said."""
+
+    low: float
+    high: float
+
+
+class Rival(Record):
+    """A predictor that a teacher is compared with. `correct`: its right answers. `teacher_ahead`:
+    the teacher's accuracy less its own."""
+
+    name: str
+    correct: int
+    teacher_ahead: Interval
+
+
+class TeacherCheck(StageRecord):
+    """A teacher beside its rivals on the validation rows; the artifact has all answers, in
+    answers.jsonl. `correct`: the teacher's right answers of `rows`."""
+
+    rows: int
+    correct: int
+    rivals: tuple[Rival, ...]
+
+    def line(self) -> str:
+        """Return the comparison in one line."""
+        others = ", ".join(f"{rival.name} on {rival.correct}" for rival in self.rivals)
+        line = f"the teacher is right on {self.correct} of {self.rows} validation rows"
+        return f"{line}; {others}" if others else line
+
+
 class TeacherDrift(Record):
     """How the teacher answered the canary rows when it was asked again.
 
@@ -258,13 +289,6 @@ class StudentCheckpoint(StageRecord):
     validation_accuracy: float | None = None
     device: str = "cpu"
     remote_code: bool = False
-
-
-class Interval(Record):
-    """A two-sided interval; of 95 % where nothing else is said."""
-
-    low: float
-    high: float
 
 
 class Departure(Record):

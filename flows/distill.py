@@ -42,12 +42,13 @@ from flows.train_student import trained
 from tasks.dataset import prepare_dataset
 from tasks.evaluation import evaluate
 from tasks.judged import judged_before
-from tasks.labels import canaries, judged_by, labelled
+from tasks.labels import canaries, check_shares, judged_by, labelled
 from tasks.onnx import exported
 from tasks.registry import download, judge, promote, register
 from tasks.results import results_in_store
 from tasks.stage import RESULT, Stage, begin, own_tags, produced_by, refreshing
 from tasks.summary import publish, render
+from tasks.teacher_check import check_teacher, heed
 from tasks.terminal import PlannedStage, shown_in_terminal
 
 JUDGED_AGAIN = 3
@@ -224,8 +225,32 @@ def labelled_rows(
     # Before anything is paid for: a teacher that has changed may end the run.
     if recipe.teacher.canaries.rows:
         canaries(train_rows, recipe.prompt, recipe.teacher, identity)
+    if recipe.task.kind == "classify":
+        compare_teacher(recipe, data, local, identity, again)
     labels = labelled(train_rows, recipe, identity, served, again)
+    if recipe.task.kind == "classify":
+        check_shares(labels, data.rows_if_any("gold"), recipe.teacher.largest_shift)
     return Taught(data, local, identity, labels)
+
+
+def compare_teacher(
+    recipe: Recipe,
+    data: PreparedDataset,
+    local: PreparedTeacher | None,
+    identity: str,
+    again: Callable[[Stage, Any], Any],
+) -> None:
+    """Compare the teacher with cheap rivals on the validation rows, before it labels. A teacher
+    whose answers to these rows nobody can ask for is taken as it is."""
+    gold, validation = data.rows_if_any("gold"), data.rows_if_any("validation")
+    if gold is None or validation is None or recipe.teacher.kind in ("gold", "file"):
+        return
+    teacher = local.model if local else judged_by(validation, recipe, identity)
+    base = recipe.teacher.preparation.base if local else recipe.student_base
+    check = again("check teacher", check_teacher)(
+        teacher, gold, validation, recipe.student_prompt, pin_revision(base)
+    )
+    heed(check, local is not None, recipe.teacher.insist)
 
 
 def student_base(recipe: Recipe) -> BaseModelRecipe:
@@ -292,6 +317,8 @@ def planned_student(recipe: Recipe) -> list[PlannedStage]:
         stages.append(PlannedStage("gold labels", "gold labels"))
         stages.append(PlannedStage("train teacher", "train"))
         stages.append(PlannedStage("export teacher", "export"))
+    if recipe.task.kind == "classify" and recipe.dataset.roles >= {"gold", "validation"}:
+        stages.append(PlannedStage("check teacher", "check teacher"))
     label = {"gold": "gold labels", "file": "labels from files"}.get(recipe.teacher.kind, "label")
     stages.append(PlannedStage("label", label))
     if recipe.teacher.kind != "local":
@@ -309,7 +336,7 @@ def main(arguments: list[str]) -> int:
     """Run a recipe here; return 0 when the run ended, 1 after one line on what the user can
     mend."""
     parser = ArgumentParser("python -m flows.distill", description="Runs a recipe on this machine.")
-    parser.add_argument("recipe", help="demo, lab or a YAML file")
+    parser.add_argument("recipe", help="demo, choice, lab or a YAML file")
     parser.add_argument(
         "--refresh",
         metavar="STAGE",

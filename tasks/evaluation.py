@@ -1,9 +1,11 @@
 import time
+from functools import partial
 from pathlib import Path
 
 from distillery.data.examples import read_examples
 from distillery.evaluation import evaluate as domain
 from distillery.evaluation.baselines import with_letters
+from distillery.evaluation.linear_probe import classify_states
 from distillery.evaluation.report import ANSWERS_FILE
 from distillery.evaluation.scoreboard import BASE, headline
 from distillery.evaluation.scoring import ModelToScore
@@ -51,7 +53,7 @@ def evaluate(
     store = ArtifactStore()
     base_model = base_folder(base)
     name = f"student {candidate.precision}"
-    models = [float_student(student, base, store), _onnx(name, candidate, store)]
+    models = [float_student(student, base, store), onnx_model(name, candidate, store)]
     # The base model knows no classes.
     if prompt.answer != "class":
         untrained = ModelToScore(
@@ -65,7 +67,7 @@ def evaluate(
         models.insert(0, untrained)
     if isinstance(teacher, OnnxModel):
         models.insert(
-            0, _onnx("teacher", teacher, store).model_copy(update={"prompt": teacher_prompt})
+            0, onnx_model("teacher", teacher, store).model_copy(update={"prompt": teacher_prompt})
         )
         answers: str | dict[str, str] = "teacher"
         probabilities = {}
@@ -82,6 +84,11 @@ def evaluate(
     gold_rows = _examples(gold, store) if gold else []
     if learns_from_gold:
         learnt += gold_rows
+    probe = None
+    if prompt.answer == "class" and len({row.answer_key for row in gold_rows}) > 1:
+        probe = partial(
+            classify_states, base_model, remote_code_allowed(base), gold_rows, prompt=prompt
+        )
     with working_folder("evaluation") as folder:
         rows = domain.evaluate(
             models,
@@ -94,6 +101,7 @@ def evaluate(
             gold=gold_rows,
             teacher_probabilities=probabilities,
             float_model=FLOAT,
+            probe=probe,
             progress=show_rows,
         )
         answers_sha256 = sha256_of(folder / ANSWERS_FILE)
@@ -133,7 +141,8 @@ def _bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
 
 
-def _onnx(name: str, model: OnnxModel, store: ArtifactStore) -> ModelToScore:
+def onnx_model(name: str, model: OnnxModel, store: ArtifactStore) -> ModelToScore:
+    """Return an exported model, which ONNX Runtime runs."""
     folder = store.fetch(model.artifact)
     return ModelToScore(
         name=name,

@@ -1,5 +1,6 @@
 import asyncio
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, nullcontext
 from functools import partial
@@ -21,6 +22,7 @@ from distillery.labels.labelling import Slots
 from distillery.labels.quote import quote, token_counter
 from distillery.labels.report import read_report
 from distillery.labels.store import LabelStore
+from distillery.labels.trust import refuse_collapsed
 from distillery.machine import usable_cores
 from distillery.recipe import FilterRecipe, PromptRecipe, Recipe, TeacherRecipe
 from distillery.records import OnnxModel, Rows, TeacherDrift, TeacherLabels
@@ -184,6 +186,21 @@ def labelled(
     else:
         labels = again("label", label)(rows, recipe.prompt, recipe.teacher, identity, model)
     return labels
+
+
+def check_shares(labels: TeacherLabels, gold: Rows | None, largest_shift: float) -> None:
+    """Raise TeacherError for labels that have collapsed, or whose shares are far from the gold
+    rows'."""
+    if gold is None:
+        return
+    store = ArtifactStore()
+    given = read_report(store.fetch(labels.artifact)).letters
+    expected = Counter(
+        row.answer_key
+        for row in each_example(store.fetch(gold.artifact) / gold.file)
+        if row.answer_key
+    )
+    refuse_collapsed(given, expected, largest_shift)
 
 
 def judged_by(rows: Rows, recipe: Recipe, identity: str) -> TeacherLabels:

@@ -38,6 +38,7 @@ Stage = Literal[
     "prepare dataset",
     "train teacher",
     "export teacher",
+    "check teacher",
     "label",
     "train student",
     "export student",

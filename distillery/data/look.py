@@ -147,11 +147,10 @@ def rows_of(path: Path) -> list[tuple[str, dict[str, Any], str]]:
 
 def reader_of(chosen: ChosenColumns) -> RowReader:
     """Return what turns the values of a row into an Example, whatever its id."""
-    if len(chosen.texts) == 1:
-        columns = Columns(id=None, question=chosen.texts[0], concept=None, answer=chosen.label)
-        return RowReader(columns, classify=True)
-    columns = Columns(id=None, question=None, concept=None, answer=chosen.label)
-    return RowReader(columns, fields=chosen.texts, classify=True)
+    question = chosen.texts[0] if len(chosen.texts) == 1 else None
+    columns = Columns(id=None, question=question, concept=None, choices=None, answer=chosen.label)
+    fields = () if question else chosen.texts
+    return RowReader(columns, fields=fields, classify=True)
 
 
 def ids_are_unique(rows: Sequence[Mapping[str, Any]]) -> bool:

@@ -93,20 +93,15 @@ def select_rows(recipe: DatasetRecipe, task: TaskRecipe | None = None) -> Select
     classes = named_classes(task) if task else None
     check_roles(recipe, classify)
     reader = RowReader(recipe.columns, recipe.fields, classify, classes)
-    # Test rows of other rounds count as test rows until all that resembles them is dropped.
     loaded = load_splits(recipe, reader)
-    splits = carve(
-        loaded,
-        shares_of(recipe),
-        recipe.columns.answer,
-        unanswered_train=classify,
-    )
+    # Test rows of other rounds count as test rows until all that resembles them is dropped.
+    splits = carve(loaded, shares_of(recipe), recipe.columns.answer, unanswered_train=classify)
     if classify and classes is None:
         classes = found_classes(splits, recipe.columns.answer)
         splits = with_classes(splits, classes)
     refuse_leaks(splits)
     splits["train"] = drop_copies(splits["train"])
-    duplicates = count_rows(loaded) - count_rows(splits)
+    duplicates = row_count(loaded) - row_count(splits)
     refuse_shared_ids(splits)
     splits, near_duplicates = drop_near_duplicates(splits, recipe.near_duplicate)
     if recipe.rotation:
@@ -118,8 +113,8 @@ def select_rows(recipe: DatasetRecipe, task: TaskRecipe | None = None) -> Select
     return SelectedRows(splits, classes or (), duplicates, near_duplicates)
 
 
-def count_rows(splits: Splits) -> int:
-    """Return how many rows the splits have together."""
+def row_count(splits: Splits) -> int:
+    """Return how many rows the splits have in all."""
     return sum(map(len, splits.values()))
 
 

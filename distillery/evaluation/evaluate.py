@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -10,6 +10,7 @@ from typing import Literal
 from distillery.errors import ModelError
 from distillery.evaluation.baselines import BASELINES, score_baselines
 from distillery.evaluation.figures import figures_of
+from distillery.evaluation.linear_probe import PROBE
 from distillery.evaluation.option_order import ORDER_ROWS
 from distillery.evaluation.report import write_answers, write_report, write_rows
 from distillery.evaluation.scoreboard import GOLD, TEACHER
@@ -44,6 +45,7 @@ def evaluate(
     gold: Sequence[Example] = (),
     teacher_probabilities: Mapping[str, Mapping[str, float]] | None = None,
     float_model: str | None = None,
+    probe: Callable[[Sequence[Example]], Answers] | None = None,
     threads: int | None = None,
     progress: ShowProgress = show_nothing,
 ) -> tuple[ScoreRow, ...]:
@@ -54,11 +56,15 @@ def evaluate(
     from `learnt` and `gold` (see baselines.py). `candidate` is the model that may be registered,
     and `float_model` the one that it was exported from: the report tells how far the two depart
     from each other. The candidate is also asked up to ORDER_ROWS rows in another order of options.
-    `progress` is shown the rows done of all models together. Raises DataError for test rows without
-    gold answers, and ModelError for a model that can't be scored."""
+    `probe` answers rows by the linear probe (linear_probe.py). `progress` is shown the rows done of
+    all models together. Raises DataError for test rows without gold answers, and ModelError for a
+    model that can't be scored."""
     examples, letters = answered_rows(test)
     baselines, notes = score_baselines(examples, learnt, gold)
     answers: dict[str, Answers] = {GOLD: letters, **baselines}
+    if probe is not None:
+        progress(0, len(examples), "linear probe")
+        answers[PROBE] = probe(examples)
     probabilities: dict[str, Sequence[Probabilities]] = {}
     teacher_name = TEACHER
     if isinstance(teacher, str):
@@ -152,7 +158,7 @@ def judge(name: str, answers: Mapping[str, Answers], teacher: str) -> ScoreRow:
     interval = wilson_interval(correct, len(gold))
     if name == GOLD:
         kind, interval = "reference", Interval(low=1, high=1)
-    elif name in BASELINES:
+    elif name in (*BASELINES, PROBE):
         kind = "baseline"
     versus_teacher = agreement = None
     if name not in (GOLD, teacher):

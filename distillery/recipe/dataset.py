@@ -26,9 +26,10 @@ class Columns(Slice):
     concept: str | None = "question_concept"
     """Column of the question's topic. Optional: the source may lack it."""
 
-    choices: str = "choices"
+    choices: str | None = "choices"
     """Column of the 2 to 26 options: {"label": [...], "text": [...]}, or a list of texts. In CSV,
-    either as a JSON string. Not used with task.kind: classify."""
+    either as a JSON string. With task.kind: classify it is null, or names options whose texts are
+    the classes."""
 
     answer: str = "answerKey"
     """Column of the right option's label, or of the class. It may be empty in rows of train that
@@ -98,7 +99,7 @@ class DatasetRecipe(Slice):
 
     fields: tuple[str, ...] = ()
     """Further columns of text that the prompt shows, such as [title, body]: in prompt.user, {title}
-    becomes the column's text. A row may lack some of them, but not all."""
+    becomes the column's text. A row may lack some of them, and all if it has a question or text."""
 
     carve: dict[Literal["gold", "validation", "test"], Share] = Field({})
     """Share (0 to 1) of train that becomes gold, validation or test, for a source without that

@@ -163,10 +163,10 @@ def student_lines(teacher: str, max_tokens: int | None) -> list[str]:
         ]
     if teacher == "local":
         return [*prompt, ""] if prompt else []
-    lines = ["student:", "  # Learn from the gold rows, too.", "  gold: true"]
+    if not prompt:
+        return []
     # The student of an endpoint has a prompt of its own.
-    lines += [f"  {line}" for line in prompt]
-    return [*lines, ""]
+    return ["student:", *(f"  {line}" for line in prompt), ""]
 
 
 def in_yaml(value: str | Sequence[str] | Mapping[Any, Any]) -> str:

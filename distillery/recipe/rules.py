@@ -9,7 +9,7 @@ from distillery.recipe.base import Slice
 Confidence = Annotated[float, Field(gt=0.5, lt=1)]
 """Confidence of a one-sided bound."""
 
-Baseline = Literal["majority class", "TF-IDF + logistic regression", "base model"]
+Baseline = Literal["majority class", "TF-IDF + logistic regression", "linear probe", "base model"]
 """Predictors of the scoreboard that a student can be asked to beat, by their names there."""
 
 

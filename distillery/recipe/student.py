@@ -14,8 +14,8 @@ from distillery.recipe.training import TrainingRecipe
 class LayerChoice(Slice):
     """How many decoder layers to keep, and by which rule they are chosen."""
 
-    keep: int = Field(ge=1)
-    """Number of decoder layers to keep."""
+    keep: Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, lt=1)]
+    """Number of decoder layers to keep, or their share of the model's: 0.4 keeps 12 of 30."""
 
     by: Literal["early_and_last", "even", "block_influence"] = "early_and_last"
     """early_and_last: the first ones and the very last. even: evenly spaced, with the first and the

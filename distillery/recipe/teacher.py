@@ -123,7 +123,7 @@ class CanaryRecipe(Slice):
 class TeacherRecipe(Slice):
     """Who labels the rows, and how."""
 
-    added_later: ClassVar[frozenset[str]] = frozenset({"terms"})
+    added_later: ClassVar[frozenset[str]] = frozenset({"terms", "largest_shift", "insist"})
 
     kind: Literal["endpoint", "local", "gold", "file"] = "endpoint"
     """endpoint: the chat-completions endpoint that TEACHER_MODEL_ENDPOINT, TEACHER_MODEL_NAME and
@@ -194,6 +194,16 @@ class TeacherRecipe(Slice):
 
     preparation: TeacherPreparation = TeacherPreparation()
     """With kind: local, how the teacher is made."""
+
+    largest_shift: float = Field(0.5, ge=0, le=1)
+    """The most that the labels' shares of the answers may differ from those of the gold rows (total
+    variation distance, 0 to 1), with task.kind: classify. The run stops before a student is trained
+    if they differ more, or if nearly all labels are of one class. 1: any shares will do."""
+
+    insist: bool = False
+    """With kind: local and task.kind: classify, label with a teacher that is proven worse on the
+    validation rows than TF-IDF or a linear probe of its base model, which learn from the same gold
+    rows. false: such a run stops before labelling."""
 
     terms: str | None = Field(None, min_length=1)
     """The teacher's terms of use, as a text or a URL, for the model card of the student. null: the

@@ -1,6 +1,6 @@
 """How weights are trained: the student's, those of its healing steps and a local teacher's."""
 
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -48,10 +48,10 @@ class TrainingRecipe(Slice):
     freeze_embeddings: bool = False
     """With method: full, leave the embeddings, and a head tied to them, as they are."""
 
-    first_layer: int = Field(0, ge=0)
+    first_layer: Annotated[int, Field(ge=0)] | Literal["half"] = 0
     """The first decoder layer that is trained, counted from 0 in the model after `layers` has cut
-    it. The layers below it and the embeddings stay as they are, which makes each step faster. 0:
-    all layers are trained."""
+    it, or half: the upper half of its layers. The layers below it and the embeddings stay as they
+    are, which makes each step faster. 0: all layers are trained."""
 
     epochs: float = Field(2.0, gt=0)
     """Passes through the training rows; fractions are allowed."""

@@ -7,35 +7,23 @@ would bend the model's states instead.
 """
 
 import json
-import logging
 import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from numpy.typing import NDArray
 
 from distillery.models.device import Device
 from distillery.training.hidden_states import hidden_states
+from distillery.training.probing import fit_probe
 from distillery.training.rows import TrainingRow
-
-_log = logging.getLogger(__name__)
 
 MOST_ROWS = 2000
 """How many rows the probe learns from, at most."""
 
-REGULARISATION = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
-"""Values of C, the inverse strength of the penalty, among which cross-validation chooses."""
-
-FOLDS = 4
-
 CLASS_ROWS = ".rows"
 """How the name of a ClassHead's parameter ends."""
-
-MOST_FOLDED = 20_000
-"""Rows times classes above which the middle value of C is taken without cross-validation, which
-would take minutes."""
 
 
 class ClassHead(torch.nn.Module):
@@ -75,60 +63,12 @@ def add_class_head(
         if len(rows) > MOST_ROWS:
             rows = random.Random(seed).sample(list(rows), MOST_ROWS)  # noqa: S311 - no secret
         states = hidden_states(model, rows, pad_id=pad_id, device=device)
-        found = probe(states.numpy(), [row.answer for row in rows], len(tokens))
-        weights = torch.from_numpy(found).to(head.weight.device)
+        answers = [row.answer for row in rows]
+        found = fit_probe(states.numpy(), answers, len(tokens), intercept=False)
+        weights = torch.from_numpy(found.weights).to(head.weight.device)
     placed = ClassHead(head, tokens, weights).to(head.weight.device)
     model.set_output_embeddings(placed)
     return placed
-
-
-def probe(states: NDArray[Any], answers: Sequence[int], classes: int) -> NDArray[Any]:
-    """Return the rows of a multinomial logistic regression of `answers` on `states`, [rows,
-    hidden]: [classes, hidden]. It has no intercept, because a head has none. A class without an
-    answer gets the mean of the rows, less what makes it unlikely: zeros.
-
-    C is chosen by cross-validation."""
-    import numpy as np
-    from sklearn.linear_model import LogisticRegression
-
-    size = float(np.sqrt((states**2).mean()))
-    scaled = states / size
-    found = sorted(set(answers))
-    weights = np.zeros((classes, states.shape[1]), dtype=np.float32)
-    if len(found) < 2:
-        return weights
-    chosen: Any = LogisticRegression(  # type: ignore[no-untyped-call]
-        C=best_regularisation(scaled, answers), fit_intercept=False, max_iter=500
-    )
-    chosen.fit(scaled, answers)
-    rows = chosen.coef_ / size
-    if len(found) == 2:
-        # scikit-learn keeps one row for two classes: the second's, less the first's.
-        rows = np.concatenate([-rows / 2, rows / 2])
-    weights[found] = rows
-    return weights
-
-
-def best_regularisation(states: NDArray[Any], answers: Sequence[int]) -> float:
-    """Return the value of C with the best cross-validated log-loss, the strongest of equals."""
-    import numpy as np
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.model_selection import StratifiedKFold, cross_val_score
-
-    middle = REGULARISATION[len(REGULARISATION) // 2]
-    counts = np.bincount(np.asarray(answers))
-    rarest = int(counts[counts > 0].min())
-    if rarest < FOLDS or len(states) * len(counts) > MOST_FOLDED:
-        return middle
-    folds: Any = StratifiedKFold(FOLDS, shuffle=True, random_state=0)  # type: ignore[no-untyped-call]
-    best, best_score = middle, -np.inf
-    for value in REGULARISATION:
-        model: Any = LogisticRegression(C=value, fit_intercept=False, max_iter=200)  # type: ignore[no-untyped-call]
-        scores = cross_val_score(model, states, answers, cv=folds, scoring="neg_log_loss")
-        if scores.mean() > best_score:
-            best, best_score = value, float(scores.mean())
-    _log.info("linear probe: C %g, cross-validated log-loss %.3f", best, -best_score)
-    return best
 
 
 def remove_class_head(model: Any, placed: ClassHead) -> None:

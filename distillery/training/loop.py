@@ -311,19 +311,20 @@ def trainable_model(model: Any, recipe: TrainingRecipe, device: Device) -> Any:
     import torch
 
     layers = model.get_decoder().layers
-    if recipe.first_layer >= len(layers):
+    first = len(layers) // 2 if recipe.first_layer == "half" else recipe.first_layer
+    if first >= len(layers):
         raise TrainingError(
-            f"training.first_layer: {recipe.first_layer}, but this model has layers 0 to "
+            f"training.first_layer: {first}, but this model has layers 0 to "
             f"{len(layers) - 1}; choose one of these"
         )
     if recipe.adapts:
         # The frozen base is cast once, not at every step; peft keeps the adapter in float32.
         model = model.to(getattr(torch, device.precision))
-        model = add_lora(model, recipe.lora, recipe.method == "dora", recipe.first_layer)
+        model = add_lora(model, recipe.lora, recipe.method == "dora", first)
     else:
-        if recipe.freeze_embeddings or recipe.first_layer:
+        if recipe.freeze_embeddings or first:
             model.get_input_embeddings().requires_grad_(False)
-        for layer in layers[: recipe.first_layer]:
+        for layer in layers[:first]:
             layer.requires_grad_(False)
     model.to(device.name).train()
     contiguous_head(model)

@@ -48,20 +48,21 @@ def chosen_layers(
     layer, needed for choice.by block_influence.
 
     Raises TrainingError for more layers than there are."""
-    if choice.keep > count:
+    keep = choice.keep if isinstance(choice.keep, int) else max(1, round(choice.keep * count))
+    if keep > count:
         raise TrainingError(
             f"student.layers.keep: {choice.keep}, but this model has {count} layers; keep fewer"
         )
     if choice.by == "early_and_last":
-        return [*range(choice.keep - 1), count - 1]
+        return [*range(keep - 1), count - 1]
     if choice.by == "even":
-        if choice.keep == 1:
+        if keep == 1:
             return [count - 1]
-        return [round(index * (count - 1) / (choice.keep - 1)) for index in range(choice.keep)]
+        return [round(index * (count - 1) / (keep - 1)) for index in range(keep)]
     if influence is None:
         raise ValueError("block_influence needs the influence of each layer")
     ranked = sorted(range(count), key=lambda layer: -influence[layer])
-    return sorted(ranked[: choice.keep])
+    return sorted(ranked[:keep])
 
 
 def block_influence(model: Any, batches: Sequence[dict[str, "torch.Tensor"]]) -> list[float]:

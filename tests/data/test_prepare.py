@@ -25,7 +25,7 @@ from distillery.data.examples import read_examples
 from distillery.data.prepare import PreparedCounts, check_rows, prepare
 from distillery.data.source import source_identity
 from distillery.errors import DataError, RecipeError
-from distillery.recipe import Columns, DatasetRecipe, TaskRecipe
+from distillery.recipe import Columns, DatasetRecipe
 from distillery.records import Example
 
 MOODS = ["pleased", "displeased", "neither"]
@@ -529,21 +529,6 @@ def test_a_changed_file_of_the_same_size_and_time_is_noticed(tmp_path: Path) -> 
 
 
 # Copies and leaks
-
-
-def test_an_unanswered_copy_of_an_answered_row_of_a_classifier_is_dropped(tmp_path: Path) -> None:
-    texts = [message(seed) for seed in range(40)]
-    rows = [{"text": text, "label": "ab"[n % 2]} for n, text in enumerate(texts)]
-    rows += [{"text": text.upper(), "label": ""} for text in texts[:30]]
-    rows.append({"text": message(99), "label": ""})
-    path = jsonl(tmp_path / "r.jsonl", rows)
-    columns = Columns(id=None, question="text", answer="label")
-    config = recipe(path, columns=columns, carve={"gold": 0.5, "test": 0.5})
-    counts = prepare(config, tmp_path / "out", TaskRecipe(kind="classify"))
-    found = {role: split.rows for role, split in counts.splits.items()}
-    assert found["train"] == 1
-    assert found["gold"] + found["test"] == 40
-    assert counts.duplicates_dropped == 30
 
 
 def test_copies_within_train_are_dropped_and_counted(tmp_path: Path) -> None:

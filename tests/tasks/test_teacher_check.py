@@ -1,0 +1,54 @@
+import logging
+
+import pytest
+
+import tasks.teacher_check
+from distillery.errors import TeacherError
+from distillery.records import Artifact, TeacherCheck
+from tasks.teacher_check import heed, rival
+
+GOLD = ["a", "b"] * 30
+
+
+@pytest.fixture(autouse=True)
+def _logger(monkeypatch: pytest.MonkeyPatch) -> None:
+    logger = logging.getLogger("heeded")
+    monkeypatch.setattr(tasks.teacher_check, "get_run_logger", lambda: logger)
+
+
+def checked(teacher_right: int, rival_right: int) -> TeacherCheck:
+    """A teacher and a rival that are right on so many of the first of 60 rows."""
+
+    def answers(right: int) -> list[str]:
+        return [*GOLD[:right], *["none"] * (60 - right)]
+
+    teacher = answers(teacher_right)
+    return TeacherCheck(
+        artifact=Artifact(uri="file:///none", sha256="0" * 64, bytes=0),
+        rows=60,
+        correct=teacher_right,
+        rivals=(rival("linear probe", answers(rival_right), teacher, GOLD),),
+    )
+
+
+def test_a_better_teacher_is_taken_without_a_word(caplog: pytest.LogCaptureFixture) -> None:
+    heed(checked(50, 40), own_model=True, insist=False)
+    assert caplog.text == ""
+
+
+def test_a_worse_one_is_told_as_long_as_it_may_be_chance(caplog: pytest.LogCaptureFixture) -> None:
+    heed(checked(48, 50), own_model=True, insist=False)
+    assert "right on 48 of 60 validation rows, and linear probe on 50" in caplog.text
+
+
+def test_a_local_teacher_that_is_proven_worse_does_not_label() -> None:
+    with pytest.raises(TeacherError, match=r"right on 20 of 60 .* or set teacher.insist: true"):
+        heed(checked(20, 50), own_model=True, insist=False)
+
+
+def test_it_labels_if_the_recipe_insists_and_so_does_an_endpoint(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    heed(checked(20, 50), own_model=True, insist=True)
+    heed(checked(20, 50), own_model=False, insist=False)
+    assert caplog.text.count("linear probe on 50") == 2
