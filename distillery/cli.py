@@ -12,7 +12,7 @@ import re
 import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from distillery.registry.history import Actor
 
 app = typer.Typer(
-    help="Check, quote, report and serve, and manage models, labels and the artifact store.",
+    help="Write a recipe, check, quote, report and serve, and manage models, labels and the "
+    "artifact store.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -54,6 +55,46 @@ RegistryOption = Annotated[
     typer.Option("--registry", help="The registry to use: registry.kind of the recipe."),
 ]
 ReasonOption = Annotated[str, typer.Option(help="Why, for the history.")]
+
+
+@app.command()
+def new(
+    data: Annotated[
+        list[Path],
+        typer.Argument(
+            help="CSV, JSONL or Parquet files of texts and labels; the labels may be empty.",
+            metavar="DATA...",
+        ),
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="The file to write; by default NAME.yaml.")
+    ] = None,
+    name: Annotated[
+        str | None,
+        typer.Option(help="The name of recipe and model; by default that of the first file."),
+    ] = None,
+    text: Annotated[
+        list[str],
+        typer.Option(help="The column of the text; repeat it for several.", metavar="COLUMN"),
+    ] = [],  # noqa: B006
+    label: Annotated[
+        str | None, typer.Option(help="The column of the label.", metavar="COLUMN")
+    ] = None,
+    teacher: Annotated[
+        Literal["local", "endpoint"],
+        typer.Option(help="Who labels: a model that the run trains, or the endpoint in .env."),
+    ] = "local",
+    force: Annotated[bool, typer.Option("--force", help="Overwrite the file.")] = False,
+) -> None:
+    """Look at the rows in DATA and write the recipe of a classifier for them.
+
+    Says what is in the rows, which of them to mend and what was chosen. Bad rows don't keep the
+    recipe from being written.
+    """
+    from distillery.new_recipe import new_recipe
+
+    for line in new_recipe(data, out, name, text, label, teacher, force):
+        print(line)
 
 
 @app.command()

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from texts import write_texts
 
 from distillery import cli
 from distillery.registry.history import Actor
@@ -94,6 +95,7 @@ def test_check_exits_1_where_something_is_missing(
     ("arguments", "said"),
     [
         (("check", "none.yaml"), "none.yaml: can't be read"),
+        (("new", "none.csv"), "none.csv: can't be read (No such file or directory); correct DATA"),
         (("base", "/no/such/folder"), "/no/such/folder: no such folder"),
         (("base", "package:no_such_package"), "package no_such_package is not installed"),
         (("base", ""), "student.base.model: "),
@@ -107,6 +109,16 @@ def test_check_exits_1_where_something_is_missing(
 )
 def test_what_can_be_mended_is_one_line(arguments: tuple[str, ...], said: str) -> None:
     assert said in error_of(run(*arguments))
+
+
+def test_new_writes_a_recipe_that_check_takes(tmp_path: Path) -> None:
+    data = write_texts(tmp_path / "notes.csv", answered=60, unanswered=60)
+    file = tmp_path / "mine.yaml"
+    done = run("new", data, "--out", str(file), "--text", "text", "--name", "notes")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"  distillery check {file}" in done.stdout
+    assert "ok   data: every file is read; rows: " in run("check", str(file)).stdout
+    assert "mine.yaml: exists; " in error_of(run("new", data, "--out", str(file)))
 
 
 def test_a_wrong_call_explains_itself() -> None:

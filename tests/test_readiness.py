@@ -10,6 +10,7 @@ from typing import Any, get_args
 
 import pytest
 from chat_endpoint import Call, ChatEndpoint, Reply, good, refused, said
+from texts import write_texts
 from tiny_recipe import write_rows
 
 from distillery.errors import RecipeError
@@ -231,11 +232,21 @@ def test_rows_are_read_and_a_bad_first_row_is_named(tiny_model: TinyModel, tmp_p
     assert found.text.startswith(f"{train}:1: question: missing; fill it in")
 
 
+def test_the_rows_of_a_classifier_are_read(tiny_model: TinyModel, tmp_path: Path) -> None:
+    file = write_texts(tmp_path / "texts.csv", answered=40, unanswered=10)
+    carve = {"gold": 0.5, "test": 0.5}
+    dataset = {"source": "files", "files": {"train": [file]}, "carve": carve}
+    found = findings(local(tiny_model("llama"), dataset=dataset, task={"kind": "classify"}))["data"]
+    assert found.level == "ok"
+    assert found.text.startswith("every file is read; rows: ")
+    assert " 10 train, " in found.text
+
+
 def test_rows_that_take_long_to_read_are_no_failure(
     tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     forever = threading.Event()
-    monkeypatch.setattr("distillery.readiness.check_rows", lambda _dataset: forever.wait())
+    monkeypatch.setattr("distillery.readiness.check_rows", lambda *_: forever.wait())
     found = {finding.item: finding for finding in check(local(tiny_model("llama")), limit_s=0.5)}
     forever.set()
     assert str(found["data"]) == (

@@ -90,10 +90,7 @@ def read_file(setting: str, path: Path) -> Table:
     """Return a file as a whole; see `read_files`."""
     rows = []
     with open_table(setting, path) as (columns, streamed):
-        if columns is not None and len(set(columns)) < len(columns):
-            raise DataError(
-                f"{path}:1: two columns of one name among {', '.join(columns)}; rename one"
-            )
+        refuse_equal_columns(path, columns)
         for line, values, fault in streamed:
             if fault:
                 raise DataError(f"{path}:{line}: {fault}")
@@ -106,6 +103,12 @@ def read_file(setting: str, path: Path) -> Table:
             keys.update(dict.fromkeys(values))
         columns = list(keys)
     return Table(str(path), columns, rows)
+
+
+def refuse_equal_columns(path: Path, columns: Sequence[str] | None) -> None:
+    """Raise DataError if two columns have one name."""
+    if columns is not None and len(set(columns)) < len(columns):
+        raise DataError(f"{path}:1: two columns of one name among {', '.join(columns)}; rename one")
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from chat_endpoint import Call, ChatEndpoint, Reply, good, said
 from pydantic import SecretStr
+from texts import write_texts
 
 from distillery.errors import (
     BudgetReached,
@@ -129,6 +130,15 @@ def test_a_recipe_is_quoted_by_split(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert quote_recipe(Recipe.model_validate({"preset": "choice"}))["train"].calls == 1001
     with pytest.raises(RecipeError, match="no teacher is asked, so there is nothing to pay"):
         quote_recipe(Recipe.model_validate({"teacher": {"kind": "gold"}}))
+
+
+def test_a_classifier_is_quoted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("DISTILLERY_HOME", str(tmp_path))
+    monkeypatch.setenv("TEACHER_MODEL_NAME", "gpt-test")
+    files = write_texts(tmp_path / "texts.csv", answered=40, unanswered=10)
+    dataset = {"source": "files", "files": {"train": [files]}, "carve": {"test": 0.5, "gold": 0.5}}
+    asked = Recipe.model_validate({"task": {"kind": "classify"}, "dataset": dataset})
+    assert quote_recipe(asked)["train"].calls == 10
 
 
 def canaries(server: ChatEndpoint, store: LabelStore, rows: int, **recipe: Any) -> TeacherDrift:

@@ -1,0 +1,271 @@
+"""Look at the rows that somebody wants to train a classifier on, and say what is in them.
+
+In: CSV, JSONL or Parquet files with a text and a label, which may be empty (rows.py). Out: a Look.
+Nothing is written, and a bad row is told, not raised.
+"""
+
+import re
+import statistics
+import unicodedata
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from distillery.data.guess import ChosenColumns, choose_columns, column_contents
+from distillery.data.near_duplicates import SimilarRows
+from distillery.data.readers import open_table, refuse_equal_columns
+from distillery.data.rows import RowReader, content_of, to_example
+from distillery.errors import DataError
+from distillery.recipe import Columns, DatasetRecipe
+from distillery.records import Example
+
+MOST_COMPARED = 20_000
+"""Rows up to which near duplicates are counted, which takes seconds."""
+
+MOST_CLASSES = 1_000
+"""Classes up to which each is compared with each."""
+
+TYPING_ERROR_LENGTH = 4
+"""Characters that a label has at least, for another one to be a typing error of it."""
+
+TYPING_ERROR_RATIO = 5
+"""How many times as often as its typing error a label occurs at least."""
+
+
+class FoundRow(NamedTuple):
+    """A valid row. `where` is FILE:LINE."""
+
+    where: str
+    example: Example
+    content: str
+
+
+class Lengths(NamedTuple):
+    """Lengths of the texts, in characters, and where the longest stands."""
+
+    median: int
+    longest: int
+    where: str
+
+
+@dataclass(frozen=True)
+class Look:
+    """What was found in the files.
+
+    `rows` are the valid ones and `bad` says of each other one, as FILE:LINE, what is wrong and what
+    to do. `with_ids`: there is a column id, whose values are unique.
+    """
+
+    files: tuple[str, ...]
+    columns: tuple[str, ...]
+    chosen: ChosenColumns
+    with_ids: bool
+    rows: tuple[FoundRow, ...]
+    bad: tuple[str, ...]
+
+    @property
+    def answered(self) -> list[FoundRow]:
+        """The rows with a label."""
+        return [row for row in self.rows if row.example.answer_key is not None]
+
+    @property
+    def unanswered(self) -> int:
+        """The number of valid rows without a label."""
+        return len(self.rows) - len(self.answered)
+
+    @property
+    def classes(self) -> dict[str, int]:
+        """Rows by label, the most frequent label first."""
+        labels = [row.example.answer_key for row in self.rows]
+        counts = Counter(label for label in labels if label is not None)
+        return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+
+
+def look(paths: Sequence[Path], texts: Sequence[str] = (), label: str | None = None) -> Look:
+    """Return what is in the files. `texts` and `label` are the columns that the user has named.
+
+    Raises DataError for a file that can't be read, columns that are not clear (guess.py), no valid
+    row and fewer than two labels.
+    """
+    found_rows = []
+    for path in paths:
+        found_rows += rows_of(path)
+    whole = [values for _, values, fault in found_rows if not fault]
+    if not whole:
+        where, _, fault = found_rows[0]
+        raise DataError(f"{where}: {fault}")
+    columns = column_contents(whole)
+    chosen = choose_columns(columns, texts, label)
+    reader = reader_of(chosen)
+    rows, bad = [], []
+    for where, values, fault in found_rows:
+        if fault:
+            bad.append(f"{where}: {fault}")
+            continue
+        try:
+            example = to_example(values, reader, where)
+        except DataError as error:
+            bad.append(str(error))
+        else:
+            rows.append(FoundRow(where, example, content_of(example.question, ())))
+    if not rows:
+        raise DataError(bad[0])
+    found = Look(
+        files=tuple(map(str, paths)),
+        columns=tuple(columns),
+        chosen=chosen,
+        with_ids=ids_are_unique(whole),
+        rows=tuple(rows),
+        bad=tuple(bad),
+    )
+    if len(found.classes) < 2:
+        raise DataError(
+            f"the column {chosen.label!r} has {len(found.classes)} labels, and a classifier needs "
+            "two or more; label some rows, or name another column by --label"
+        )
+    return found
+
+
+def rows_of(path: Path) -> list[tuple[str, dict[str, Any], str]]:
+    """Return where each row of a file stands, its values and its fault.
+
+    Raises DataError for a file that can't be read, has no rows or is not separated by commas."""
+    with open_table("DATA", path.expanduser()) as table:
+        refuse_equal_columns(path, table.columns)
+        for sign, name in ((";", "semicolons"), ("\t", "tabs")):
+            if table.columns and len(table.columns) == 1 and sign in table.columns[0]:
+                raise DataError(
+                    f"{path}: separated by {name}; save it with commas between its columns"
+                )
+        rows = [(f"{path}:{line}", values, fault) for line, values, fault in table.rows]
+    if not rows:
+        raise DataError(f"{path}: empty, without a single row; give another file")
+    return rows
+
+
+def reader_of(chosen: ChosenColumns) -> RowReader:
+    """Return what turns the values of a row into an Example, whatever its id."""
+    question = chosen.texts[0] if len(chosen.texts) == 1 else None
+    columns = Columns(id=None, question=question, concept=None, choices=None, answer=chosen.label)
+    fields = () if question else chosen.texts
+    return RowReader(columns, fields=fields, classify=True)
+
+
+def ids_are_unique(rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Return whether all rows have a column id, filled and different."""
+    ids = set()
+    for values in rows:
+        value = values.get("id")
+        if isinstance(value, str | int) and str(value).strip():
+            ids.add(str(value).strip())
+    return len(ids) == len(rows)
+
+
+def lengths(rows: Sequence[FoundRow]) -> Lengths:
+    """Return how long the texts are."""
+    longest = max(rows, key=lambda row: len(row.example.question))
+    median = statistics.median(len(row.example.question) for row in rows)
+    return Lengths(round(median), len(longest.example.question), longest.where)
+
+
+def count_copies(rows: Sequence[FoundRow]) -> int:
+    """Return how many rows have the text of an earlier one."""
+    return len(rows) - len({row.content for row in rows})
+
+
+def contradictions(rows: Sequence[FoundRow]) -> list[str]:
+    """Return a line for each text that has several labels, with where they stand."""
+    labels: dict[str, dict[str, str]] = {}
+    for row in rows:
+        label = row.example.answer_key
+        if label is not None:
+            labels.setdefault(row.content, {}).setdefault(label, row.where)
+    lines = []
+    for places in labels.values():
+        if len(places) > 1:
+            found = ", ".join(f"{label!r} in {where}" for label, where in places.items())
+            lines.append(f"one text, several labels: {found}; correct one")
+    return lines
+
+
+def count_near_duplicates(rows: Sequence[FoundRow]) -> int | None:
+    """Return how many rows nearly repeat an earlier one, copies included, as dataset.near_duplicate
+    sees it; None for too many rows."""
+    if len(rows) > MOST_COMPARED:
+        return None
+    index = SimilarRows(DatasetRecipe().near_duplicate, (row.example for row in rows))
+    count = 0
+    for row in rows:
+        token_sets = index.token_sets(row.example)
+        if index.has_similar(token_sets):
+            count += 1
+        else:
+            index.add(token_sets)
+    return count
+
+
+def doubtful_labels(found: Look) -> list[str]:
+    """Return a line for each label that another one, which is more frequent, may be meant by."""
+    classes = found.classes
+    first: dict[str, str] = {}
+    for row in found.answered:
+        first.setdefault(str(row.example.answer_key), row.where)
+    names = list(classes)
+    lines: list[str] = []
+    if len(names) > MOST_CLASSES:
+        return lines
+    for position, rare in enumerate(names):
+        for common in names[:position]:
+            if same_spelling(rare, common):
+                why = "differs by case, spaces or punctuation"
+            elif (
+                classes[common] >= TYPING_ERROR_RATIO * classes[rare]
+                and len(common) >= TYPING_ERROR_LENGTH
+                and one_typing_error(rare, common)
+            ):
+                why = "differs by one letter"
+            else:
+                continue
+            lines.append(
+                f"{first[rare]}: label {rare!r} ({count_rows(classes[rare])}) {why} from "
+                f"{common!r} ({count_rows(classes[common])}); if they are one class, write it alike"
+            )
+            break
+    return lines
+
+
+def count_rows(count: int) -> str:
+    """Return the number of rows in words."""
+    return "1 row" if count == 1 else f"{count:,} rows"
+
+
+def same_spelling(first: str, second: str) -> bool:
+    """Return whether two labels have the same letters and digits, without regard to case."""
+    folded = [
+        re.sub(r"[\W_]", "", unicodedata.normalize("NFKC", label).casefold())
+        for label in (first, second)
+    ]
+    return folded[0] == folded[1] != ""
+
+
+def one_typing_error(first: str, second: str) -> bool:
+    """Return whether a letter more, less or other, or two that have changed places, makes one label
+    of the other. Digits don't count: 'card 1' and 'card 2' are both meant."""
+    start = common_start(first, second)
+    first, second = first[start:], second[start:]
+    end = common_start(first[::-1], second[::-1])
+    first, second = first[: len(first) - end], second[: len(second) - end]
+    if re.search(r"\d", first + second):
+        return False
+    swapped = len(first) == 2 and first == second[::-1]
+    return swapped or max(len(first), len(second)) <= 1
+
+
+def common_start(first: str, second: str) -> int:
+    """Return how many characters two texts have in common at their start."""
+    count = 0
+    while first[count : count + 1] == second[count : count + 1] != "":
+        count += 1
+    return count

@@ -1,0 +1,294 @@
+"""What `distillery new` does: look at the rows, choose the settings, write the recipe and tell all
+of it in plain words.
+"""
+
+import math
+import re
+import shlex
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import yaml
+
+from distillery.data.guess import listed
+from distillery.data.look import (
+    MOST_COMPARED,
+    FoundRow,
+    Look,
+    contradictions,
+    count_copies,
+    count_near_duplicates,
+    count_rows,
+    doubtful_labels,
+    lengths,
+    look,
+)
+from distillery.data.prepare import check_rows
+from distillery.errors import DistilleryError, RecipeError
+from distillery.labels.quote import quote_recipe
+from distillery.models.base import local_copy
+from distillery.prompts import TransformersTokenizer, render_messages
+from distillery.recipe import PromptRecipe, Recipe, parse_recipe
+from distillery.recipe.draft import choose_shares, draft
+from distillery.settings import TeacherSettings
+
+MOST_LISTED = 20
+"""Rows that are named one by one."""
+
+FEWEST_ANSWERED = 50
+"""Rows with a label below which no student can be judged."""
+
+GOOD_ANSWERED = 200
+
+FEWEST_OF_A_CLASS = 5
+
+MOST_CLASSES_LISTED = 20
+
+UNEVEN = 5
+"""How many times as many rows the commonest class has as the rarest, for classes to be uneven."""
+
+MOST_TOKENS = 2048
+"""Tokens of a prompt beyond which a small model is slow on a CPU."""
+
+ROOM = 1.25
+"""What longer texts may have that come later, as a factor."""
+
+LONGEST_COUNTED = 200
+"""Texts, the longest ones, whose tokens are counted."""
+
+TOKENS_PER_BYTE = 0.5
+"""More than most tokenizers need in most languages. prompt.max_tokens is only a limit."""
+
+TEMPLATE_TOKENS = 64
+"""Tokens of a chat template around a text, at most."""
+
+USES = {
+    "gold": "the models learn from their labels",
+    "train": "the teacher labels them, the student learns from that",
+    "validation": "they choose",
+    "test": "they judge the student",
+}
+"""What the rows of each role are for."""
+
+NO_NAME = "a teacher that is yet to be named"
+
+
+def new_recipe(
+    data: Sequence[Path],
+    out: Path | None = None,
+    name: str | None = None,
+    texts: Sequence[str] = (),
+    label: str | None = None,
+    teacher: Literal["local", "endpoint"] = "local",
+    force: bool = False,
+) -> Iterator[str]:
+    """Write a recipe of task.kind: classify for the rows in `data`, and yield lines for people.
+
+    Raises DataError for files that no recipe can be made for, and RecipeError for a name that can't
+    be one and for a file that is there already, unless `force`.
+    """
+    name = name or re.sub(r"[^A-Za-z0-9._-]+", "-", data[0].stem).strip("._-") or "my-task"
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,254}", name):
+        raise RecipeError(f"--name {name}: write letters, digits, '.', '_' and '-' only")
+    out = out or Path(f"{name}.yaml")
+    if out.exists() and not force:
+        raise RecipeError(f"{out}: exists; give another name by --out, or --force to overwrite it")
+    found = look(data, texts, label)
+    write = partial(
+        draft,
+        name=name,
+        files=found.files,
+        texts=found.chosen.texts,
+        label=found.chosen.label,
+        ids_are_unique=found.with_ids or "id" not in found.columns,
+        shares=choose_shares(len(found.answered), found.unanswered),
+        teacher=teacher,
+        command=f"distillery new {shlex.join(found.files)}",
+    )
+    text = write(max_tokens=None)
+    recipe = parsed(text)
+    tokens, too_long = needed_tokens(found, recipe)
+    if tokens > recipe.student_prompt.max_tokens:
+        text = write(max_tokens=tokens)
+        recipe = parsed(text)
+    out.write_text(text, encoding="utf-8")
+
+    yield from tell_rows(found)
+    yield from tell_bad_rows(found)
+    yield from tell_doubts(found, too_long)
+    yield from tell_choices(found, recipe)
+    yield f"Written: {out}. Next:"
+    yield f"  distillery check {shlex.quote(str(out))}"
+    yield f"  python -m flows.distill {shlex.quote(str(out))}"
+
+
+def parsed(text: str) -> Recipe:
+    """Return the recipe of a draft."""
+    return parse_recipe(yaml.safe_load(text), "distillery new")
+
+
+def needed_tokens(found: Look, recipe: Recipe) -> tuple[int, int]:
+    """Return how many tokens the student's prompts should be allowed to have, and how many rows are
+    longer than that.
+
+    The tokens are those of the base model if its tokenizer is on this machine; otherwise, and for
+    texts that are short whatever the tokenizer, they are estimated from the bytes.
+    """
+    longest = sorted(found.rows, key=lambda row: len(row.example.question), reverse=True)
+    longest = longest[:LONGEST_COUNTED]
+    counts = [len(row.example.question.encode()) + TEMPLATE_TOKENS for row in longest]
+    if max(counts) > recipe.student_prompt.max_tokens:
+        folder = local_copy(recipe.student_base)
+        if folder and folder.is_dir():
+            counts = prompt_tokens(longest, recipe.student_prompt, folder)
+        else:
+            counts = [round(count * TOKENS_PER_BYTE) for count in counts]
+    wanted = 64 * math.ceil(ROOM * max(counts) / 64)
+    limit = max(recipe.student_prompt.max_tokens, min(wanted, MOST_TOKENS))
+    return limit, sum(count > limit for count in counts)
+
+
+def prompt_tokens(rows: Sequence[FoundRow], prompt: PromptRecipe, folder: Path) -> list[int]:
+    """Return how many tokens of a base model the rows' prompts have."""
+    from transformers import AutoTokenizer
+
+    tokenizer = TransformersTokenizer(AutoTokenizer.from_pretrained(folder))
+    counts = []
+    for row in rows:
+        example = row.example.model_copy(update={"classes": ("class",)})
+        counts.append(len(tokenizer.encode_chat(render_messages(example, prompt))))
+    return counts
+
+
+def tell_rows(found: Look) -> Iterator[str]:
+    """Yield what was read: rows, columns, classes and lengths."""
+    chosen = found.chosen
+    count = len(found.rows) + len(found.bad)
+    yield f"Read {count_rows(count)} of {', '.join(found.files)}; columns: {listed(found.columns)}"
+    yield f"  text     {listed(chosen.texts)} ({chosen.text_reason})"
+    yield f"  label    {listed([chosen.label])} ({chosen.label_reason})"
+    yield f"           {count_rows(len(found.answered))} with a label, {found.unanswered:,} without"
+    counts = [f"{label} {count:,}" for label, count in found.classes.items()]
+    if len(counts) > MOST_CLASSES_LISTED:
+        half = MOST_CLASSES_LISTED // 2
+        counts = [*counts[:half], "...", *counts[-half:]]
+    yield f"  classes  {len(found.classes)}: {', '.join(counts)}"
+    length = lengths(found.rows)
+    yield (
+        f"  length   {length.median:,} characters in the median, {length.longest:,} at most "
+        f"({length.where})"
+    )
+
+
+def tell_bad_rows(found: Look) -> Iterator[str]:
+    """Yield the rows at which a run would stop."""
+    if found.bad:
+        yield "Mend first, since a run stops at bad rows:"
+        yield from in_part(found.bad)
+
+
+def tell_doubts(found: Look, too_long: int) -> Iterator[str]:
+    """Yield what a run does not stop at, but the student may suffer from."""
+    doubts = [*tell_classes(found), *tell_copies(found)]
+    if too_long:
+        at_least = "at least " if too_long == LONGEST_COUNTED else ""
+        doubts.append(
+            f"long texts: {at_least}{count_rows(too_long)} with more than about {MOST_TOKENS:,} "
+            "tokens, which train nothing and count as wrong in the test; shorten them, or raise "
+            "max_tokens"
+        )
+    doubts += in_part(doubtful_labels(found), indent="")
+    doubts += in_part(contradictions(found.rows), indent="")
+    if doubts:
+        yield "Look at:"
+    for doubt in doubts:
+        yield f"  {doubt}"
+
+
+def tell_classes(found: Look) -> Iterator[str]:
+    """Yield whether labels and classes are too few or uneven."""
+    answered = len(found.answered)
+    if answered < FEWEST_ANSWERED:
+        yield (
+            f"{count_rows(answered)} with a label: too few to train and judge a student; label "
+            f"{FEWEST_ANSWERED} at least, better {GOOD_ANSWERED}"
+        )
+    rare = [label for label, count in found.classes.items() if count < FEWEST_OF_A_CLASS]
+    if rare:
+        yield (
+            f"classes with fewer than {FEWEST_OF_A_CLASS} rows: "
+            f"{', '.join(rare[:MOST_LISTED])}{' ...' if len(rare) > MOST_LISTED else ''}; label "
+            "more rows of them, or join them with others"
+        )
+    commonest = max(found.classes.values())
+    others = [count for count in found.classes.values() if count >= FEWEST_OF_A_CLASS]
+    rarest = min(others, default=commonest)
+    if commonest > UNEVEN * rarest:
+        yield (
+            f"uneven classes: the commonest has {commonest / rarest:,.0f} times the rows of the "
+            "rarest; go by macro-F1 in the report, to which each class counts alike"
+        )
+
+
+def tell_copies(found: Look) -> Iterator[str]:
+    """Yield how many rows repeat others."""
+    copies = count_copies(found.rows)
+    if copies:
+        yield f"copies: {count_rows(copies)} with the text of another one, of which one is used"
+    near = count_near_duplicates(found.rows)
+    if near is None:
+        yield f"near duplicates were not counted: more than {MOST_COMPARED:,} rows"
+    elif near > copies:
+        yield (
+            f"near duplicates: {count_rows(near - copies)}, which are left out where they would "
+            "train what the test asks (dataset.near_duplicate)"
+        )
+
+
+def tell_choices(found: Look, recipe: Recipe) -> Iterator[str]:
+    """Yield what was chosen: which rows serve for what, and what their labels cost."""
+    yield "Chosen:"
+    if found.bad:
+        for part, share in recipe.dataset.carve.items():
+            yield f"  {part:10} about {share * len(found.answered):,.0f} of the rows with a label"
+    else:
+        try:
+            counts = check_rows(recipe.dataset, recipe.task)
+        except DistilleryError as error:
+            yield f"  a run would stop: {error}"
+            return
+        for role, count in counts.items():
+            yield f"  {role:10} {count_rows(count)}: {USES[role]}"
+    if recipe.teacher.filters.agreement_with_gold:
+        yield (
+            "  Few or no rows are without a label: the teacher labels a part of those that have "
+            "one. Add rows without a label; the more, the better the student."
+        )
+    yield from tell_labelling(found, recipe)
+
+
+def tell_labelling(found: Look, recipe: Recipe) -> Iterator[str]:
+    """Yield who labels and what it costs."""
+    if recipe.teacher.kind == "local":
+        yield "  teacher    local: the run trains it on the gold rows; nothing is paid"
+        return
+    yield "  teacher    endpoint: named in .env (copy sample.env)"
+    if found.bad:
+        yield "             what labelling costs: distillery quote, once the bad rows are mended"
+        return
+    if not TeacherSettings().model:
+        named = recipe.teacher.model_copy(update={"identity": NO_NAME})
+        recipe = recipe.model_copy(update={"teacher": named})
+    for split, quoted in quote_recipe(recipe).items():
+        yield f"             {split}: {quoted.line()}"
+    yield "             for the cost, fill in teacher.prices; then distillery quote"
+
+
+def in_part(lines: Sequence[str], indent: str = "  ") -> Iterator[str]:
+    """Yield the first lines, and how many are left."""
+    for line in lines[:MOST_LISTED]:
+        yield f"{indent}{line}"
+    if len(lines) > MOST_LISTED:
+        yield f"{indent}and {len(lines) - MOST_LISTED:,} more"

@@ -1,0 +1,177 @@
+"""Write the first recipe of a classifier, with comments, from what is known of its rows.
+
+What presets/classify.yaml gives anyway is left out.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import yaml
+
+Carved = dict[Literal["gold", "validation", "test"], float]
+
+FEWEST_LABELLED = 0.2
+"""Share of the training rows that the teacher labels at least."""
+
+
+class Shares(NamedTuple):
+    """What becomes of the rows with a label: `carve` are the shares (0 to 1) for dataset.carve. The
+    rest, `left`, is labelled by the teacher like the rows without a label."""
+
+    carve: Carved
+    left: float
+
+
+def choose_shares(answered: int, unanswered: int) -> Shares:
+    """Return the shares of `answered` rows, beside which there are `unanswered` ones.
+
+    test: a fifth, of 200 to 500 rows, but at most 40 %. validation: a tenth, of 50 to 200 rows, but
+    at most 15 %. gold: the rest, save the rows that the teacher needs to have FEWEST_LABELLED of
+    the training rows to label.
+    """
+    test = min(max(answered / 5, 200), 500, 0.4 * answered) / answered
+    validation = min(max(answered / 10, 50), 200, 0.15 * answered) / answered
+    training = (1 - test - validation) * answered
+    missing = max(0.0, FEWEST_LABELLED * (training + unanswered) - unanswered)
+    left = round(missing / answered, 3)
+    test, validation = round(test, 3), round(validation, 3)
+    gold = round(1 - test - validation - left, 3)
+    carve: Carved = {"gold": gold, "validation": validation, "test": test}
+    return Shares(carve, left)
+
+
+def draft(
+    name: str,
+    files: Sequence[str],
+    texts: Sequence[str],
+    label: str,
+    ids_are_unique: bool,
+    shares: Shares,
+    teacher: Literal["local", "endpoint"],
+    max_tokens: int | None,
+    command: str,
+) -> str:
+    """Return the YAML of a recipe.
+
+    Args:
+        name: Name of the recipe and of the registered model.
+        files: Paths of the rows' files.
+        texts: Columns of the text; several are shown one a line.
+        label: Column of the label.
+        ids_are_unique: Whether ids come from the column id, if there is one.
+        shares: What becomes of the rows with a label.
+        teacher: teacher.kind.
+        max_tokens: prompt.max_tokens of the student; None for the default.
+        command: How the recipe was made, for its first line.
+    """
+    lines = [
+        f"# Made by: {command}",
+        "# Settings that are left out have defaults; the documentation of recipes lists them all.",
+        f"name: {in_yaml(name)}",
+        "",
+        "# A row is a text that belongs to one of the classes, which are the labels in the rows.",
+        "# labels: [CLASS, ...] would name the classes, so that rows with any other are refused.",
+        "task: {kind: classify}",
+        "",
+        "dataset:",
+        "  source: files",
+        "  # Relative paths start at the folder that the run starts in.",
+        f"  files: {{train: {in_yaml(list(files))}}}",
+        *column_lines(texts, label, ids_are_unique),
+        "  # Shares of the rows with a label. gold: the "
+        + ("teacher and the student learn" if teacher == "local" else "student learns")
+        + " from them.",
+        "  # validation: they choose. test: they judge the student, and train nothing.",
+        *left_lines(shares),
+        f"  carve: {in_yaml(shares.carve)}",
+        "",
+        *teacher_lines(teacher, shares),
+        *student_lines(teacher, max_tokens),
+        "# Each student that passes the gate becomes a version of this model.",
+        f"registry: {in_yaml({'model_name': name})}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def column_lines(texts: Sequence[str], label: str, ids_are_unique: bool) -> list[str]:
+    """Return the lines of the columns whose names are not the preset's."""
+    columns: dict[str, str | None] = {}
+    lines = []
+    if len(texts) > 1:
+        columns["question"] = None
+        lines += [
+            "  # The columns of the text, which are shown one a line.",
+            f"  fields: {in_yaml(list(texts))}",
+        ]
+    elif texts[0] != "text":
+        columns["question"] = texts[0]
+    if label != "label":
+        columns["answer"] = label
+    if not ids_are_unique:
+        columns["id"] = None
+    if columns:
+        lines += [
+            "  # question: the text's column. answer: the label's. id: null names rows by content.",
+            f"  columns: {in_yaml(columns)}",
+        ]
+    return lines
+
+
+def left_lines(shares: Shares) -> list[str]:
+    """Return the comment on rows with a label that the teacher labels again."""
+    if not shares.left:
+        return ["  # The teacher labels the rows without a label."]
+    return [
+        f"  # The rest, {shares.left:.1%}, is labelled by the teacher like rows without a label,",
+        "  # of which there are few. Add such rows, which cost nobody's time, and raise gold.",
+    ]
+
+
+def teacher_lines(teacher: str, shares: Shares) -> list[str]:
+    """Return the lines of the teacher."""
+    if teacher == "local":
+        lines = [
+            "teacher:",
+            "  # The run trains the teacher on the gold rows. endpoint: a large model elsewhere.",
+            "  kind: local",
+        ]
+    else:
+        lines = [
+            "teacher:",
+            "  # The chat-completions endpoint in .env (copy sample.env). local: a model that the",
+            "  # run trains on the gold rows.",
+            "  kind: endpoint",
+            "  # Prices of a million tokens, for `distillery quote` and for caps in budget.",
+            "  # prices: {input: 0.15, output: 0.60, currency: USD}",
+        ]
+    if shares.left:
+        lines += [
+            "  # Labels that differ from the label that the row has already are not used.",
+            "  filters: {agreement_with_gold: true}",
+        ]
+    return [*lines, ""]
+
+
+def student_lines(teacher: str, max_tokens: int | None) -> list[str]:
+    """Return the lines of the student and of the length of prompts."""
+    prompt = []
+    if max_tokens:
+        prompt = [
+            "# The most tokens of a prompt: the longest text and some room. Longer ones are set",
+            "# aside.",
+            f"prompt: {{max_tokens: {max_tokens}}}",
+        ]
+    if teacher == "local":
+        return [*prompt, ""] if prompt else []
+    if not prompt:
+        return []
+    # The student of an endpoint has a prompt of its own.
+    return ["student:", *(f"  {line}" for line in prompt), ""]
+
+
+def in_yaml(value: str | Sequence[str] | Mapping[Any, Any]) -> str:
+    """Return a value as YAML in one line."""
+    text = yaml.safe_dump(
+        value, default_flow_style=True, allow_unicode=True, sort_keys=False, width=float("inf")
+    )
+    return text.removesuffix("\n").removesuffix("\n...")

@@ -1,0 +1,182 @@
+"""`distillery new`: the recipe that it writes is one that a run takes, and it says what to mend."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.parquet as pq  # type: ignore[import-untyped]
+import pytest
+from texts import texts, write_csv, write_texts
+
+from distillery.errors import RecipeError
+from distillery.new_recipe import new_recipe
+from distillery.readiness import check_data
+from distillery.recipe import Recipe, load_recipe
+from distillery.recipe.draft import choose_shares
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder that the command starts in, without an endpoint in the environment."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("NAME", "ENDPOINT", "KEY"):
+        monkeypatch.delenv(f"TEACHER_MODEL_{name}", raising=False)
+    return tmp_path
+
+
+def run(*files: str, **options: Any) -> str:
+    return "\n".join(new_recipe([Path(file) for file in files], **options))
+
+
+def checked(file: str) -> Recipe:
+    """The recipe, whose rows `distillery check` finds to be all right."""
+    recipe = load_recipe(file)
+    assert [finding.level for finding in check_data(recipe)] == ["ok"]
+    return recipe
+
+
+def write_jsonl(name: str, rows: list[dict[str, Any]]) -> str:
+    Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return name
+
+
+@pytest.mark.parametrize("teacher", ["local", "endpoint"])
+def test_a_csv_with_rows_without_a_label(teacher: Any) -> None:
+    write_texts(Path("notes.csv"), answered=200, unanswered=400)
+    said = run("notes.csv", teacher=teacher)
+    recipe = checked("notes.yaml")
+    assert recipe.name == recipe.registry.model_name == "notes"
+    assert recipe.teacher.kind == teacher
+    assert recipe.student.gold
+    assert recipe.dataset.files == {"train": ("notes.csv",)}
+    assert recipe.dataset.carve == {"gold": 0.45, "validation": 0.15, "test": 0.4}
+    assert not recipe.teacher.filters.agreement_with_gold
+    assert "200 rows with a label, 400 without" in said
+    assert "train      400 rows" in said
+    assert ("400 calls" in said) == (teacher == "endpoint")
+    assert "python -m flows.distill notes.yaml" in said
+
+
+def test_jsonl_with_title_body_and_ids_that_repeat() -> None:
+    rows = []
+    for number, row in enumerate(texts(120, 200)):
+        rows.append({"id": number % 9, "subject": f"Case {number}", "body": row["text"]})
+        rows[-1]["what: it is"] = row["label"]
+    run(write_jsonl("cases 1.jsonl", rows), label="what: it is", name="cases", out=Path("mine.yml"))
+    recipe = checked("mine.yml")
+    columns = recipe.dataset.columns
+    assert (columns.id, columns.question, columns.answer) == (None, None, "what: it is")
+    assert recipe.dataset.fields == ("subject", "body")
+    assert recipe.dataset.files["train"] == ("cases 1.jsonl",)
+
+
+def test_parquet_with_numbers_for_labels_and_a_file_without() -> None:
+    rows = texts(100)
+    labels = [number % 3 for number in range(100)]
+    table = pa.table({"text": [row["text"] for row in rows], "label": labels})
+    pq.write_table(table, "a.parquet")
+    write_csv(Path("b.csv"), [{"text": row["text"]} for row in texts(0, 300)[100:]])
+    said = run("a.parquet", "b.csv", out=Path("both.yaml"))
+    assert "classes  3: 0 34, 1 33, 2 33" in said
+    assert checked("both.yaml").dataset.files["train"] == ("a.parquet", "b.csv")
+
+
+def test_without_unlabelled_rows_the_teacher_labels_a_part_of_the_others() -> None:
+    write_texts(Path("all.csv"), answered=300)
+    said = run("all.csv")
+    recipe = checked("all.yaml")
+    assert recipe.teacher.filters.agreement_with_gold
+    assert sum(recipe.dataset.carve.values()) < 0.95
+    assert "Add rows without a label" in said
+
+
+def test_bad_rows_are_named_in_part_and_the_recipe_is_written() -> None:
+    rows = texts(200, 50)
+    for row in rows[:30]:
+        row["text"] = " "
+    write_csv(Path("bad.csv"), rows)
+    said = run("bad.csv", teacher="endpoint")
+    assert "Mend first, since a run stops at bad rows:\n  bad.csv:2: text: empty; fill" in said
+    assert "bad.csv:21: text: empty" in said
+    assert "bad.csv:22: " not in said
+    assert "  and 10 more" in said
+    assert "gold       about " in said
+    assert "distillery quote, once the bad rows are mended" in said
+    assert load_recipe("bad.yaml").task.kind == "classify"
+    write_csv(Path("bad.csv"), rows[30:])
+    checked("bad.yaml")
+
+
+def test_too_few_rows_rare_and_uneven_classes_are_told() -> None:
+    rows = texts(45)
+    for number in range(45):
+        rows[number]["label"] = "river" if number < 36 else ["bread", "cloud"][number < 43]
+    write_csv(Path("few.csv"), rows)
+    said = run("few.csv")
+    assert "45 rows with a label: too few to train and judge a student; label 50 at least" in said
+    assert "classes with fewer than 5 rows: bread; label more" in said
+    assert "the commonest has 5 times" in said
+
+
+def test_long_texts_raise_the_limit_of_the_prompt_that_the_student_has() -> None:
+    rows = texts(120, 20)
+    rows[7]["text"] = "word and word " * 150
+    write_csv(Path("long.csv"), rows)
+    assert "long texts" not in run("long.csv")
+    limit = checked("long.yaml").prompt.max_tokens
+    assert 1024 < limit < 2048
+    assert limit % 64 == 0
+    run("long.csv", teacher="endpoint", force=True)
+    recipe = checked("long.yaml")
+    assert recipe.student_prompt.max_tokens == limit
+    assert recipe.student_prompt.answer == "class"
+    rows[7]["text"] *= 10
+    write_csv(Path("long.csv"), rows)
+    assert "long texts: 1 row with more than about 2,048 tokens" in run("long.csv", force=True)
+
+
+def test_a_file_is_not_overwritten_and_a_name_can_be_one() -> None:
+    write_texts(Path("notes.csv"), answered=60, unanswered=60)
+    run("notes.csv")
+    before = Path("notes.yaml").read_text()
+    Path("notes.yaml").write_text("mine")
+    with pytest.raises(RecipeError, match=r"notes.yaml: exists; .* --force to overwrite"):
+        run("notes.csv", teacher="endpoint")
+    assert Path("notes.yaml").read_text() == "mine"
+    run("notes.csv", force=True)
+    assert Path("notes.yaml").read_text() == before
+    with pytest.raises(RecipeError, match="--name ä: write letters, digits"):
+        run("notes.csv", name="ä")
+
+
+@pytest.mark.parametrize(
+    ("answered", "unanswered", "test", "validation"),
+    [
+        (100, 1000, 40, 15),
+        (200, 1000, 80, 30),
+        (1000, 5000, 200, 100),
+        (2000, 5000, 400, 200),
+        (9000, 100_000, 500, 200),
+        (6000, 0, 500, 200),
+    ],
+)
+def test_the_shares_follow_from_the_counts(
+    answered: int, unanswered: int, test: int, validation: int
+) -> None:
+    carve, left = choose_shares(answered, unanswered)
+    assert carve["test"] * answered == pytest.approx(test, abs=0.0006 * answered)
+    assert carve["validation"] * answered == pytest.approx(validation, abs=0.0006 * answered)
+    assert 0.998 <= sum(carve.values()) + left <= 1.0001
+    assert sum(carve.values()) <= 1
+    gold = carve["gold"] * answered
+    labelled = left * answered + unanswered
+    assert labelled >= 0.199 * (gold + labelled)
+
+
+def test_shares_never_add_up_to_more_than_all() -> None:
+    for answered in range(1, 3000, 7):
+        for unanswered in (0, 10, 100_000):
+            carve, _ = choose_shares(answered, unanswered)
+            assert sum(carve.values()) <= 1
+            assert min(carve.values()) > 0
