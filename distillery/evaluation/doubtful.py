@@ -176,7 +176,7 @@ def to_cells(row: Doubtful, columns: Columns, fields: Sequence[str]) -> dict[str
         cells[name] = example.fields.get(name, "")
     if columns.concept and example.concept:
         cells[columns.concept] = example.concept
-    if example.choices:
+    if example.choices and columns.choices:
         letters = LETTERS[: len(example.choices)]
         cells[columns.choices] = json.dumps(
             {"label": letters, "text": example.choices}, ensure_ascii=False
