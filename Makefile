@@ -13,14 +13,14 @@ DURATIONS ?= 12
 # The neutral judge has an environment of its own, because its packages are not ours.
 NEUTRAL := .venv-neutral/.installed
 # The registered model that it judges, by default the demo's, and its version, by default the champion.
-MODEL ?= support-mood
+MODEL ?= mood-classifier
 VERSION ?=
 AZURITE := tests/support/azurite/node_modules/.installed
 AXE := tests/support/axe/node_modules/.installed
 
 export PREFECT_HOME ?= $(CURDIR)/.distillery/prefect
 
-.PHONY: help setup demo test test-all bench-overhead bench-labels bench-train bench-distil bench-distil-full bench-inference neutral simulate-gate docs lint format up down clean
+.PHONY: help setup demo test test-all bench-overhead bench-labels bench-train bench-distil bench-distil-full bench-inference bench-tasks bench-tasks-full neutral simulate-gate docs lint format up down clean
 help: ## what the targets do
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-14s %s\n", $$1, $$2}'
 
@@ -71,6 +71,12 @@ bench-distil-full: $(INSTALLED) ## the same over four pools, three depths and fi
 
 bench-inference: $(INSTALLED) ## how fast a CPU scores rows, beside llama.cpp and Transformers
 	@$(BIN)/python -m benchmarks.inference
+
+bench-tasks: $(INSTALLED) ## what the defaults make of three classifiers that nobody tuned them on; needs TASKS_DATA
+	@$(BIN)/python -m benchmarks.tasks
+
+bench-tasks-full: $(INSTALLED) ## the same with 150 classes and CommonsenseQA; goes on where it was ended
+	@$(BIN)/python -m benchmarks.tasks --full
 
 bench-labels: $(INSTALLED) ## how fast rows are labelled, beside a bare loop, the lab's and bespokelabs-curator
 	@$(BIN)/python -m benchmarks.labels

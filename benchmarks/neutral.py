@@ -2,10 +2,11 @@
 benchmarks.neutral NAME [VERSION]`.
 
 EleutherAI's lm-evaluation-harness 0.4.13 asks a registered student the test rows of its run, as
-multiple choice over the letters: the float student by its `hf` reader in float32 on the CPU, and
-the exported one by its `onnxruntime-genai` reader. It runs in an environment of its own,
-.venv-neutral, and knows nothing of Distillery: its task holds the prompts as texts, the letters and
-the gold answers. Its answers are compared row by row with those that the run itself recorded.
+multiple choice over the letters, or over the tokens of the classes: the float student by its `hf`
+reader in float32 on the CPU, and the exported one by its `onnxruntime-genai` reader. It runs in an
+environment of its own, .venv-neutral, and knows nothing of Distillery: its task holds the prompts
+as texts, the letters or tokens and the gold answers. Its answers are compared row by row with those
+that the run itself recorded.
 
 The reader needs the logits of all tokens. A model that was exported without export.all_logits is
 exported again with it, from the same weights; whether they are the same bit by bit is told.
@@ -37,9 +38,10 @@ import yaml
 from distillery.data.examples import read_examples
 from distillery.errors import DataError, DistilleryError, ModelError, RecipeError
 from distillery.evaluation.report import ANSWERS_FILE, read_answers
-from distillery.evaluation.scoreboard import plain_table
+from distillery.evaluation.scoreboard import FLOAT, plain_table
 from distillery.evaluation.scoring import ModelToScore
 from distillery.export.ladder import LADDER_FILE, build_rung, write_prompts
+from distillery.models.class_tokens import read_class_tokens
 from distillery.models.load import load_tokenizer
 from distillery.progress import show_nothing
 from distillery.prompts import TransformersTokenizer, letter_ids, render_messages
@@ -60,7 +62,7 @@ from distillery.records import (
 )
 from distillery.registry.open import open_registry
 from distillery.storage.artifacts import ArtifactStore
-from tasks.evaluation import FLOAT, float_student
+from tasks.evaluation import float_student
 
 PROJECT = Path(__file__).resolve().parents[1]
 HARNESS = PROJECT / ".venv-neutral" / "bin" / "python"
@@ -95,10 +97,10 @@ def judge(name: str, version: str | None, kind: RegistryKind) -> dict[str, Any]:
     model = registry.get(name, version)
     facts = registry.provenance(model)["provenance"]
     prompt = PromptRecipe.model_validate(facts["prompt"])
-    if prompt.answer != "letter":
+    if prompt.answer == "text":
         raise RecipeError(
             f"{model.name} version {model.version}: its prompt.answer is {prompt.answer}, whose "
-            "scores the harness weighs otherwise; name a model that answers by letters"
+            "scores the harness weighs otherwise; name a model that answers by letters or classes"
         )
     work = WORK / f"{model.name}-{model.version}"
     shutil.rmtree(work, ignore_errors=True)
@@ -112,10 +114,16 @@ def judge(name: str, version: str | None, kind: RegistryKind) -> dict[str, Any]:
     candidate = report.candidate
     data = PreparedDataset.model_validate(facts["data"])
     student = student_of(StudentCheckpoint.model_validate(facts["student"]), store)
-    tokenizer = TransformersTokenizer(load_tokenizer(Path(student.folder), student.remote_code))
+    raw = load_tokenizer(Path(student.folder), student.remote_code)
+    tokenizer = TransformersTokenizer(raw)
+    classes = read_class_tokens(Path(student.adapter or student.folder))
+    texts = {}
+    if classes:
+        for label, token in zip(classes.classes, classes.tokens, strict=True):
+            texts[label] = raw.decode([token])
     all_rows = read_examples(rows_file(store, data, "test"))
     examples = asked_rows(all_rows, answers, (FLOAT, candidate))
-    task = write_task(examples, prompt, tokenizer, work / "task")
+    task = write_task(examples, prompt, tokenizer, work / "task", texts)
     exported = registered
     if not form.all_logits:
         exported = work / "exported"
@@ -175,20 +183,32 @@ def asked_rows(
 
 
 def write_task(
-    examples: Sequence[Example], prompt: PromptRecipe, tokenizer: TransformersTokenizer, out: Path
+    examples: Sequence[Example],
+    prompt: PromptRecipe,
+    tokenizer: TransformersTokenizer,
+    out: Path,
+    class_texts: Mapping[str, str] | None = None,
 ) -> Path:
     """Write the rows and the harness's task into the folder `out`; return the task's file.
+    `class_texts`: the text of each class's token.
 
-    Columns of rows.jsonl: example_id; prompt, the text up to the assistant's first token; letters;
-    gold, the index of the gold letter. Raises DataError where the tokenizer joins a prompt's end
-    and a letter, so that the harness would not score the tokens that the student was trained on."""
+    Columns of rows.jsonl: example_id; prompt, the text up to the assistant's first token; letters,
+    or classes; said, what the model says for each; gold, the index of the gold one. Raises
+    DataError where the tokenizer joins a prompt's end and what is said, so that the harness would
+    not score the tokens that the student was trained on."""
     out.mkdir(parents=True)
     lines = []
     for example in examples:
         messages = render_messages(example, prompt)
         text, ids = tokenizer.chat_text(messages), tokenizer.encode_chat(messages)
-        letters = letter_ids(tokenizer, len(example.choices))
-        for letter, token in zip(example.keys, letters, strict=True):
+        said, tokens = list(example.keys), []
+        if example.classes:
+            said = [(class_texts or {})[label] for label in example.classes]
+            for word in said:
+                tokens += tokenizer.encode_text(word)
+        else:
+            tokens = letter_ids(tokenizer, len(example.choices))
+        for letter, token in zip(said, tokens, strict=True):
             if tokenizer.encode_text(text + letter) != [*ids, token]:
                 raise DataError(
                     f"row {example.example_id}: the tokenizer joins the letter {letter} to the "
@@ -198,6 +218,7 @@ def write_task(
             "example_id": example.example_id,
             "prompt": text,
             "letters": list(example.keys),
+            "said": said,
             "gold": example.keys.index(str(example.answer_key)),
         }
         lines.append(json.dumps(row, ensure_ascii=False) + "\n")
@@ -209,7 +230,7 @@ def write_task(
         "test_split": "test",
         "output_type": "multiple_choice",
         "doc_to_text": "prompt",
-        "doc_to_choice": "letters",
+        "doc_to_choice": "said",
         "doc_to_target": "gold",
         "target_delimiter": "",
         "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],

@@ -189,7 +189,7 @@ def check_data(recipe: Recipe) -> Iterator[Finding]:
     if dataset.source == "hub":
         yield check_hub(dataset)
         return
-    counts = check_rows(dataset)
+    counts = check_rows(dataset, recipe.task)
     rows = ", ".join(f"{count:,} {role}" for role, count in counts.items())
     source = "the shipped sample" if dataset.source == "sample" else "every file is read"
     yield ok("data", f"{source}; rows: {rows}")
@@ -198,7 +198,7 @@ def check_data(recipe: Recipe) -> Iterator[Finding]:
 def check_hub(dataset: DatasetRecipe) -> Finding:
     """Ask the hub for the data set's newest commit, even if the recipe names a revision."""
     try:
-        newest = source_identity(dataset.model_copy(update={"revision": None}))
+        newest = source_identity(dataset.model_copy(update={"revision": None, "corrections": ()}))
     except DataError as error:
         if not dataset.revision:
             raise

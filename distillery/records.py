@@ -536,8 +536,9 @@ class EvaluationReport(StageRecord):
     """The scoreboard of a run.
 
     Files in the folder: report.json, answers.jsonl (one test row a line, with the answer of each
-    predictor), rows.jsonl (the same with question, options and probabilities), scoreboard.md and
-    scoreboard.png. `candidate`: the student's name on the scoreboard.
+    predictor), rows.jsonl (the same with question, options and probabilities), doubtful.jsonl and
+    doubtful.csv (rows whose labels may be wrong), scoreboard.md and scoreboard.png. `candidate`:
+    the student's name on the scoreboard.
     """
 
     scoreboard: tuple[ScoreRow, ...]

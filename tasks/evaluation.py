@@ -5,14 +5,14 @@ from pathlib import Path
 from distillery.data.examples import read_examples
 from distillery.evaluation import evaluate as domain
 from distillery.evaluation.baselines import with_letters
-from distillery.evaluation.linear_probe import classify_states
+from distillery.evaluation.linear_probe import classify_states, cross_validated
 from distillery.evaluation.report import ANSWERS_FILE
-from distillery.evaluation.scoreboard import BASE, headline
+from distillery.evaluation.scoreboard import BASE, FLOAT, headline
 from distillery.evaluation.scoring import ModelToScore
 from distillery.labels.files import read_labels
 from distillery.models.base import base_folder, remote_code_allowed
 from distillery.models.inspect import model_and_adapter, parameter_count
-from distillery.recipe import BaseModelRecipe, PromptRecipe
+from distillery.recipe import BaseModelRecipe, Columns, PromptRecipe
 from distillery.records import (
     EvaluationReport,
     Example,
@@ -27,10 +27,8 @@ from distillery.storage.working import working_folder
 from tasks.progress import conclude, show_rows
 from tasks.stage import origin, stage
 
-FLOAT = "student"
 
-
-@stage("evaluate", version=6)
+@stage("evaluate", version=7)
 def evaluate(
     test: Rows,
     train: Rows,
@@ -44,11 +42,15 @@ def evaluate(
     teacher: OnnxModel | TeacherLabels,
     machine: str,
     teacher_prompt: PromptRecipe,
+    validation: Rows | None,
+    columns: Columns,
+    fields: tuple[str, ...],
 ) -> EvaluationReport:
     """Score baselines, teacher, base model, float and exported student on the same test rows.
 
     TF-IDF learns from the labels of `train`, as the student does, and from `gold` too if the
-    student has; `prompt` is the student's and the base model's."""
+    student has; `prompt` is the student's and the base model's. `columns` and `fields` are those of
+    the data set, for the file of doubtful labels."""
     started = time.perf_counter()
     store = ArtifactStore()
     base_model = base_folder(base)
@@ -84,10 +86,13 @@ def evaluate(
     gold_rows = _examples(gold, store) if gold else []
     if learns_from_gold:
         learnt += gold_rows
-    probe = None
+    probe = cross_validate = None
     if prompt.answer == "class" and len({row.answer_key for row in gold_rows}) > 1:
         probe = partial(
             classify_states, base_model, remote_code_allowed(base), gold_rows, prompt=prompt
+        )
+        cross_validate = partial(
+            cross_validated, base_model, remote_code_allowed(base), prompt=prompt
         )
     with working_folder("evaluation") as folder:
         rows = domain.evaluate(
@@ -99,9 +104,13 @@ def evaluate(
             name,
             folder,
             gold=gold_rows,
+            validation=_examples(validation, store) if validation else [],
             teacher_probabilities=probabilities,
             float_model=FLOAT,
             probe=probe,
+            cross_validate=cross_validate,
+            columns=columns,
+            fields=fields,
             threshold=candidate.abstention.threshold if candidate.abstention else None,
             progress=show_rows,
         )

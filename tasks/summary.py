@@ -12,6 +12,8 @@ from prefect.exceptions import PrefectException
 from prefect.settings import PREFECT_UI_URL
 
 from distillery.errors import DistilleryError
+from distillery.evaluation.advice import advice_of
+from distillery.evaluation.doubtful import DOUBTFUL_FILE
 from distillery.evaluation.figures_table import render_figures
 from distillery.evaluation.report import ANSWERS_FILE, PLOT_FILE, TABLE_FILE
 from distillery.evaluation.scoreboard import GOLD, TEACHER, headline, render_table
@@ -107,6 +109,8 @@ def publish(outcome: Outcome) -> Outcome:
     except (HTTPError, PrefectException) as error:
         _warn(named, "Prefect's API took no artifacts", error)
     get_run_logger().info("%s", verdict(named))
+    if advice := advice_of(named):
+        get_run_logger().warning("%s", advice)
     return named
 
 
@@ -150,6 +154,8 @@ def create_artifacts(outcome: Outcome, store: ArtifactStore) -> None:
     if outcome.judged and outcome.judged.versions:
         parts.append(f"**Test rows:** {outcome.judged.line()}")
     parts.append(f"**{verdict(outcome)}**")
+    if advice := advice_of(outcome):
+        parts.append(advice)
     create_markdown_artifact(
         key="distillation",
         markdown="\n\n".join(parts),
@@ -284,6 +290,11 @@ def render(outcome: Outcome) -> str:
     for text in filter(None, tables):
         lines += ["", text]
     lines += ["", verdict(outcome)]
+    if advice := advice_of(outcome):
+        lines.append(advice)
+    doubtful = ArtifactStore().fetch(outcome.report.artifact) / DOUBTFUL_FILE
+    if doubtful.exists():
+        lines.append(f"labels to check: {doubtful}")
     if outcome.page:
         lines.append(f"report: {page_path(ArtifactStore(), outcome.page)}")
     return "\n".join(lines)

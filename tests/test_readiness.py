@@ -385,3 +385,23 @@ def test_stores_that_do_not_open(tiny_model: TinyModel, monkeypatch: pytest.Monk
     monkeypatch.setenv("DISTILLERY_LABELS", "sqlite:////proc/none/labels.db")
     monkeypatch.setenv("DISTILLERY_REGISTRY", "sqlite:////proc/none/registry.db")
     assert failed(local(tiny_model("llama"))) == {"label store", "registry"}
+
+
+def test_rows_of_classes_are_checked_as_their_task_says(
+    tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    path = tmp_path / "rows.csv"
+    lines = [f"message {n} of {n * n},{'refund' if n % 2 else 'other'}" for n in range(40)]
+    path.write_text("\n".join(["text,label", *lines, "one more,"]) + "\n")
+    dataset = {
+        "source": "files",
+        "files": {"train": [str(path)]},
+        "carve": {"gold": 0.3, "validation": 0.2, "test": 0.2},
+    }
+    found = findings(local(tiny_model("llama"), dataset=dataset, task={"kind": "classify"}))
+    assert found["data"].level == "ok"
+    assert "every file is read; rows: " in found["data"].text
+    labels = {"kind": "classify", "labels": ["refund", "parcel"]}
+    found = findings(local(tiny_model("llama"), dataset=dataset, task=labels))
+    assert found["data"].level == "FAIL"
+    assert "'other' is none of the 2 classes in task.labels" in found["data"].text

@@ -6,8 +6,9 @@ Files out: `<role>.jsonl` for the roles gold, train, validation and test, one re
 line, sorted by position (splits.py); and for task.kind: classify classes.json, the names of the
 classes.
 
-The steps, in this order: validate (rows.py), carve, stop at leaks, drop copies (splits.py), drop
-near duplicates (near_duplicates.py), sample. Equal rows and settings give equal bytes.
+The steps, in this order: validate (rows.py), correct (corrections.py), carve, stop at leaks, drop
+copies (splits.py), drop near duplicates (near_duplicates.py), sample. Equal rows and settings give
+equal bytes.
 """
 
 import json
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from distillery.data.classes import named_classes
+from distillery.data.corrections import corrected
 from distillery.data.near_duplicates import drop_near_duplicates
 from distillery.data.rows import Row, RowReader, validated_rows
 from distillery.data.source import open_source
@@ -93,20 +95,15 @@ def select_rows(recipe: DatasetRecipe, task: TaskRecipe | None = None) -> Select
     classes = named_classes(task) if task else None
     check_roles(recipe, classify)
     reader = RowReader(recipe.columns, recipe.fields, classify, classes)
+    loaded = corrected(load_splits(recipe, reader), recipe, reader)
     # Test rows of other rounds count as test rows until all that resembles them is dropped.
-    splits = carve(
-        load_splits(recipe, reader),
-        shares_of(recipe),
-        recipe.columns.answer,
-        unanswered_train=classify,
-    )
+    splits = carve(loaded, shares_of(recipe), recipe.columns.answer, unanswered_train=classify)
     if classify and classes is None:
         classes = found_classes(splits, recipe.columns.answer)
         splits = with_classes(splits, classes)
     refuse_leaks(splits)
-    rows = splits["train"]
-    splits["train"] = drop_copies(rows)
-    duplicates = len(rows) - len(splits["train"])
+    splits["train"] = drop_copies(splits["train"])
+    duplicates = row_count(loaded) - row_count(splits)
     refuse_shared_ids(splits)
     splits, near_duplicates = drop_near_duplicates(splits, recipe.near_duplicate)
     if recipe.rotation:
@@ -116,6 +113,11 @@ def select_rows(recipe: DatasetRecipe, task: TaskRecipe | None = None) -> Select
         splits[role] = splits[role][:limit]
     refuse_empty(splits)
     return SelectedRows(splits, classes or (), duplicates, near_duplicates)
+
+
+def row_count(splits: Splits) -> int:
+    """Return how many rows the splits have in all."""
+    return sum(map(len, splits.values()))
 
 
 def found_classes(splits: Splits, column: str) -> tuple[str, ...]:

@@ -60,7 +60,7 @@ class RowReader:
         needed = {}
         if self.columns.question:
             needed["question"] = self.columns.question
-        if not self.classify:
+        if self.columns.choices:
             needed["choices"] = self.columns.choices
         if role not in ("train", "inference"):
             needed["answer"] = self.columns.answer
@@ -123,13 +123,20 @@ def to_example(
         question = to_text(values.get(columns.question), f"{where}: {columns.question}")
     else:
         question = "\n".join(text for text in fields.values() if text)
+        if not question:
+            raise DataError(
+                f"{where}: {', '.join(fields)}: all empty; fill one in or remove the row"
+            )
     choices: tuple[str, ...] = ()
-    answer_at = f"{where}: {columns.answer}"
-    if reader.classify:
-        answer = to_class(values.get(columns.answer), reader.classes, answer_at)
-    else:
+    answer, answer_at = values.get(columns.answer), f"{where}: {columns.answer}"
+    if columns.choices:
         labels, choices = to_options(values.get(columns.choices), f"{where}: {columns.choices}")
-        answer = to_letter(values.get(columns.answer), labels, answer_at)
+        answer = to_letter(answer, labels, answer_at)
+    if reader.classify:
+        if columns.choices and answer is not None:
+            answer = choices[LETTERS.index(answer)]
+        choices = ()
+        answer = to_class(answer, reader.classes, answer_at)
     concept = ""
     if columns.concept and values.get(columns.concept) not in (None, ""):
         concept = to_text(values[columns.concept], f"{where}: {columns.concept}")
@@ -149,8 +156,8 @@ def to_example(
 
 
 def to_fields(values: Mapping[str, Any], names: Sequence[str], where: str) -> dict[str, str]:
-    """Return the columns in dataset.fields by name, of which some may be empty but not all.
-    Numbers and truth values become text."""
+    """Return the columns in dataset.fields by name, "" for those that a row lacks. Numbers and
+    truth values become text."""
     fields = {}
     for name in names:
         value = values.get(name)
@@ -160,8 +167,6 @@ def to_fields(values: Mapping[str, Any], names: Sequence[str], where: str) -> di
             fields[name] = str(value)
         else:
             fields[name] = to_text(value, f"{where}: {name}")
-    if names and not any(fields.values()):
-        raise DataError(f"{where}: {', '.join(names)}: all empty; fill one in or remove the row")
     return fields
 
 
@@ -173,7 +178,10 @@ def to_class(value: Any, classes: Sequence[str] | None, where: str) -> str | Non
         value = str(value)
     label = to_text(value, where)
     if classes is not None and label not in classes:
-        raise DataError(f"{where}: {label!r} is none of the {len(classes)} classes in task.labels")
+        raise DataError(
+            f"{where}: {label!r} is none of the {len(classes)} classes in task.labels; "
+            "correct the row, or add the class there"
+        )
     return label
 
 

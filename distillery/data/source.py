@@ -1,7 +1,7 @@
 """Where a recipe's rows come from: the hub, local files or the shipped sample."""
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
@@ -36,22 +36,35 @@ def open_source(recipe: DatasetRecipe) -> dict[str, Callable[[], Iterator[Table]
 def source_identity(recipe: DatasetRecipe) -> str:
     """Return what stands for the source's content in a cache key.
 
-    For files and the sample it is a digest of the contents, and for the hub NAME@COMMIT. If the
-    hub does not answer, the recipe's revision stands for the commit. Raises DataError if there is
-    no revision either, or if a file is missing.
+    For files and the sample it is a digest of the contents, and for the hub NAME@COMMIT; with
+    corrections, DIGEST+ before it. If the hub does not answer, the recipe's revision stands for the
+    commit. Raises DataError if there is no revision either, or if a file is missing.
     """
     if recipe.source == "hub":
-        return f"{recipe.name}@{commit_or_revision(recipe.name, recipe.revision)}"
-    by_split = source_files(recipe)
+        identity = f"{recipe.name}@{commit_or_revision(recipe.name, recipe.revision)}"
+    else:
+        by_split = source_files(recipe)
+        digests = []
+        for split in sorted(by_split):
+            digests += digests_of(by_split[split], "dataset.files")
+        counts = {split: len(paths) for split, paths in recipe.files.items()}
+        identity = digest_of([counts, *digests])
+    if recipe.corrections:
+        corrections = digest_of(digests_of(recipe.corrections, "dataset.corrections"))
+        identity = f"{corrections}+{identity}"
+    return identity
+
+
+def digests_of(paths: Sequence[str], setting: str) -> list[str]:
+    """Return the SHA-256 of each file. Raises DataError, which names the setting, if one is
+    missing."""
     digests = []
-    for split in sorted(by_split):
-        for path in by_split[split]:
-            file = Path(path).expanduser()
-            if not file.is_file():
-                raise DataError(f"{file}: no such file; correct dataset.files")
-            digests.append(sha256_of(file))
-    counts = {split: len(paths) for split, paths in recipe.files.items()}
-    return digest_of([counts, *digests])
+    for path in paths:
+        file = Path(path).expanduser()
+        if not file.is_file():
+            raise DataError(f"{file}: no such file; correct {setting}")
+        digests.append(sha256_of(file))
+    return digests
 
 
 def commit_or_revision(name: str, revision: str | None) -> str:

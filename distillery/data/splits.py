@@ -12,6 +12,8 @@ rows of equal content share a position, and neither other rows nor a corrected a
              rows judge the choice. Among rows carved from the same source there are none: they
              share a position.
   Copies     Of train rows with equal content the first stays: the one with an answer, if any.
+             With task.kind: classify a train row without an answer is also dropped where an
+             answered copy of it was carved.
              Copies within gold, validation and test stay, so that adding rows removes none.
 """
 
@@ -65,14 +67,17 @@ def carve(
 ) -> Splits:
     """Move shares (0 to 1) of the train rows to other roles.
 
-    With `unanswered_train`, the shares are of the rows with an answer, and the others stay.
+    With `unanswered_train`, the shares are of the rows with an answer, and the others stay, save
+    copies of rows with an answer: those are dropped, because what they repeat may be a test row.
     Without it, raises DataError if a row without an answer falls to a role that needs one.
     """
     carved: Splits = {role: [] for role in ROLES if role in shares}
     carved["train"] = []
+    answered = {row.content for row in splits["train"] if row.example.answer_key is not None}
     for row in splits["train"]:
         if unanswered_train and row.example.answer_key is None:
-            carved["train"].append(row)
+            if row.content not in answered:
+                carved["train"].append(row)
             continue
         edge = 0.0
         for role in carved:

@@ -9,6 +9,7 @@ from typing import Literal
 
 from distillery.errors import ModelError
 from distillery.evaluation.baselines import BASELINES, score_baselines
+from distillery.evaluation.doubtful import DOUBTFUL_FILE, Doubtful, doubtful_rows, write_doubtful
 from distillery.evaluation.figures import confidence_figures, figures_of
 from distillery.evaluation.linear_probe import PROBE
 from distillery.evaluation.option_order import ORDER_ROWS
@@ -27,7 +28,7 @@ from distillery.evaluation.scoring import (
 from distillery.evaluation.statistics import paired_interval, wilson_interval
 from distillery.machine import machine_name, usable_cores
 from distillery.progress import ShowProgress, show_nothing
-from distillery.recipe import PromptRecipe
+from distillery.recipe import Columns, PromptRecipe
 from distillery.records import Example, Interval, ScoreRow
 
 _log = logging.getLogger(__name__)
@@ -43,9 +44,13 @@ def evaluate(
     out: Path,
     *,
     gold: Sequence[Example] = (),
+    validation: Sequence[Example] = (),
     teacher_probabilities: Mapping[str, Mapping[str, float]] | None = None,
     float_model: str | None = None,
     probe: Callable[[Sequence[Example]], Answers] | None = None,
+    cross_validate: Callable[[Sequence[Example]], Sequence[Probabilities]] | None = None,
+    columns: Columns | None = None,
+    fields: Sequence[str] = (),
     threshold: float | None = None,
     threads: int | None = None,
     progress: ShowProgress = show_nothing,
@@ -57,11 +62,13 @@ def evaluate(
     from `learnt` and `gold` (see baselines.py). `candidate` is the model that may be registered,
     and `float_model` the one that it was exported from: the report tells how far the two depart
     from each other. The candidate is also asked up to ORDER_ROWS rows in another order of options.
-    `probe` answers rows by the linear probe (linear_probe.py). `threshold`: the confidence below
-    which the candidate abstains; the scoreboard counts its likeliest answers all the same, and
-    the figures tell what the threshold makes of them. `progress` is shown the rows done of
-    all models together. Raises DataError for test rows without gold answers, and ModelError for a
-    model that can't be scored."""
+    `probe` answers rows by the linear probe (linear_probe.py), and `cross_validate` gives its
+    probabilities of rows that it learns from, so that the labels of `gold` and `validation` can be
+    doubted. `columns` and `fields` are the recipe's, for doubtful.csv. `threshold`: the confidence
+    below which the candidate abstains; the scoreboard counts its likeliest answers all the same,
+    and the figures tell what the threshold makes of them. `progress` is shown the rows done of all
+    models together. Raises DataError for test rows without gold answers, and ModelError for a model
+    that can't be scored."""
     examples, letters = answered_rows(test)
     baselines, notes = score_baselines(examples, learnt, gold)
     answers: dict[str, Answers] = {GOLD: letters, **baselines}
@@ -79,7 +86,7 @@ def evaluate(
     names = [*answers, *(model.name for model in models)]
     check_names(names, teacher_name, candidate)
     scored: dict[str, Scored] = {}
-    columns: dict[str, dict[str, float | None]] = {}
+    measured: dict[str, dict[str, float | None]] = {}
     total = len(models) * len(examples) + min(len(examples), ORDER_ROWS)
     before = 0
     for model in models:
@@ -91,8 +98,8 @@ def evaluate(
         scored[model.name] = found
         answers[model.name] = found.answers
         probabilities[model.name] = found.probabilities
-        columns[model.name] = {"parameters": model.parameters, "bytes": model.bytes}
-        columns[model.name] |= measured_figures(found)
+        measured[model.name] = {"parameters": model.parameters, "bytes": model.bytes}
+        measured[model.name] |= measured_figures(found)
         before += len(examples)
         if reorder:
             before += min(len(examples), ORDER_ROWS)
@@ -106,7 +113,7 @@ def evaluate(
             )
     rows = []
     for name in answers:
-        row = judge(name, answers, teacher_name).model_copy(update=columns.get(name))
+        row = judge(name, answers, teacher_name).model_copy(update=measured.get(name))
         if name == candidate:
             confident = confidence_figures(examples, answers[name], probabilities[name], threshold)
             figures[name] = figures[name].model_copy(update=confident)
@@ -116,10 +123,35 @@ def evaluate(
                 row = row.model_copy(update={"departure": departed})
         rows.append(row)
     notes += measuring_notes(scored, threads or usable_cores())
+    shipped = (candidate, teacher_name)
+    doubtful = doubtful_rows(
+        "test",
+        examples,
+        {name: probabilities[name] for name in shipped if name in probabilities},
+        {name: answers[name] for name in shipped},
+    )
+    if cross_validate is not None:
+        doubtful += doubtful_by_probe(cross_validate, gold, validation)
+    if doubtful:
+        notes.append(
+            f"{len(doubtful)} labels are contradicted with confidence; {DOUBTFUL_FILE} lists them."
+        )
     write_report(out, rows, candidate, teacher_name, scored, notes, figures)
     write_answers(out, examples, answers)
     write_rows(out, examples, answers, probabilities)
+    write_doubtful(out, doubtful, columns or Columns(), fields)
     return tuple(rows)
+
+
+def doubtful_by_probe(
+    cross_validate: Callable[[Sequence[Example]], Sequence[Probabilities]],
+    gold: Sequence[Example],
+    validation: Sequence[Example],
+) -> list[Doubtful]:
+    """Return the gold and validation rows whose labels the linear probe contradicts."""
+    shares = cross_validate([*gold, *validation])
+    found = doubtful_rows("gold", gold, {PROBE: shares[: len(gold)]})
+    return found + doubtful_rows("validation", validation, {PROBE: shares[len(gold) :]})
 
 
 def in_order(

@@ -5,10 +5,12 @@ Logistic regression on the mean of the hidden states of a text's tokens, in the 
 a minute, so that a model whose training does no better was not worth training.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from distillery.evaluation.scoring import Probabilities
 from distillery.models.device import choose_device, linear_layers_cast
 from distillery.models.load import load_model, pad_id
 from distillery.prompts import TransformersTokenizer, render_ids
@@ -56,6 +58,45 @@ def classify_states(
     scores = probe.scores(states_of([ids for ids in rendered if ids is not None]).numpy())
     found = iter(scores.argmax(-1).tolist())
     return [None if ids is None else classes[next(found)] for ids in rendered]
+
+
+def cross_validated(
+    base: Path, remote_code: bool, rows: Sequence[Example], prompt: PromptRecipe
+) -> list[Probabilities]:
+    """Return the probabilities of each row's classes by a probe that has not learnt from the row.
+
+    A row has none if its prompt is too long, it has no answer, or its class has fewer than FOLDS
+    rows. `base`: the model's folder."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import StratifiedKFold, cross_val_predict
+
+    from distillery.training.probing import FOLDS, best_regularisation
+
+    model, tokenizer = load_model(base, None, remote_code)
+    keep_lower_half(model)
+    wrapped = TransformersTokenizer(tokenizer)
+    counts = Counter(row.answer_key for row in rows)
+    positions, prompts = [], []
+    for position, row in enumerate(rows):
+        ids = render_ids(row, prompt, wrapped)
+        if ids is not None and row.answer_key and counts[row.answer_key] >= FOLDS:
+            positions.append(position)
+            prompts.append(ids)
+    found: list[Probabilities] = [None] * len(rows)
+    names = sorted({str(rows[position].answer_key) for position in positions})
+    if len(names) < 2:
+        return found
+    answers = [names.index(str(rows[position].answer_key)) for position in positions]
+    states = mean_states(model, pad_id(tokenizer), None)(prompts).numpy()
+    states = (states - states.mean(0)) / (states.std(0) + 1e-6)
+    strength = best_regularisation(states, answers, intercept=True)
+    classifier: Any = LogisticRegression(C=strength, max_iter=500)  # type: ignore[no-untyped-call]
+    folds: Any = StratifiedKFold(FOLDS, shuffle=True, random_state=0)  # type: ignore[no-untyped-call]
+    shares = cross_val_predict(classifier, states, answers, cv=folds, method="predict_proba")
+    for position, share in zip(positions, shares.tolist(), strict=True):
+        by_name = dict(zip(names, share, strict=True))
+        found[position] = tuple(by_name.get(key, 0.0) for key in rows[position].keys)
+    return found
 
 
 def keep_lower_half(model: Any) -> None:

@@ -9,6 +9,7 @@ line, to look at:
   content         digest that rows of equal content share; see data/rows.py
   answers         letter or null by predictor
   probabilities   of each choice in order, or null, by predictor; only those that give them
+doubtful.jsonl and doubtful.csv: the rows whose labels may be wrong; see doubtful.py.
 report.json: the scoreboard, each predictor's records.Figures, and what was measured where.
 scoreboard.md and scoreboard.png: the same for people. These three hold measured speeds, which
 differ from run to run.

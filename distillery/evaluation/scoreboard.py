@@ -14,6 +14,9 @@ GOLD = "gold"
 TEACHER = "teacher"
 """The teacher's row, save where `evaluate` is given another name."""
 
+FLOAT = "student"
+"""The row of the student as training left it, before the export."""
+
 BASE = "base model"
 """The row of the student's base model before any training."""
 

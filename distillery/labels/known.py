@@ -12,7 +12,10 @@ from distillery.labels.files import LabelCounts, label_files
 from distillery.recipe import PromptRecipe, TeacherRecipe
 from distillery.records import Example, TeacherLabel
 
-COLUMNS = {"example_id": "the row's id in the data set", "answer": "the teacher's letter"}
+COLUMNS = {
+    "example_id": "the row's id in the data set",
+    "answer": "the teacher's letter or class",
+}
 """The columns that a file of labels must have, and what they are."""
 
 
@@ -38,7 +41,7 @@ def write_known_labels(
 def read_label_files(paths: Sequence[str], examples: Iterable[Example]) -> dict[str, TeacherLabel]:
     """Return the labels for `examples` in JSONL, CSV or Parquet files, by example_id.
 
-    Columns: example_id; answer, a letter; optionally distribution, the probability of each letter
+    Columns: example_id; answer, a letter or class; optionally distribution, the probability of each
     as a mapping or as JSON; optionally rationale, a text. Rows that are not in `examples` are left
     out. Raises DataError with the file and the row.
     """
@@ -50,9 +53,10 @@ def read_label_files(paths: Sequence[str], examples: Iterable[Example]) -> dict[
             continue
         answer = str(values["answer"]).strip()
         if answer not in row.keys:
-            raise DataError(
-                f"{where}: answer: {answer!r} is none of {row.keys[0]} to {row.keys[-1]}"
-            )
+            known = f"{row.keys[0]} to {row.keys[-1]}"
+            if row.classes:
+                known = f"the {len(row.classes)} classes"
+            raise DataError(f"{where}: answer: {answer!r} is none of {known}")
         probabilities = read_probabilities(values.get("distribution"), row.keys, where)
         labels[row.example_id] = TeacherLabel(
             example_id=row.example_id,

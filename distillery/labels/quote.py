@@ -212,7 +212,7 @@ def quote_recipe(recipe: Recipe) -> dict[str, Quote]:
     tokens = token_counter(teacher.tokenizer) if teacher.tokenizer else None
     quotes = {}
     with working_folder("quote") as folder, LabelStore() as store:
-        prepare(recipe.dataset, folder)
+        prepare(recipe.dataset, folder, recipe.task)
         for split in splits:
             rows = each_example(folder / f"{split}.jsonl")
             quotes[split] = quote(rows, recipe.prompt, teacher, identity, store, tokens)

@@ -28,8 +28,11 @@ class ClassTokens(Record):
 
     @model_validator(mode="after")
     def check_pairs(self) -> Self:
-        if len(set(self.classes)) != len(self.tokens) or len(set(self.tokens)) < len(self.tokens):
+        count = len(self.classes)
+        if not len(set(self.classes)) == len(set(self.tokens)) == len(self.tokens) == count:
             raise ValueError("each class needs a token of its own")
+        if count < 2 or min(self.tokens) < 0:
+            raise ValueError("two classes or more need tokens, which are counted from 0")
         return self
 
     def write(self, folder: Path) -> None:

@@ -26,9 +26,10 @@ class Columns(Slice):
     concept: str | None = "question_concept"
     """Column of the question's topic. Optional: the source may lack it."""
 
-    choices: str = "choices"
+    choices: str | None = "choices"
     """Column of the 2 to 26 options: {"label": [...], "text": [...]}, or a list of texts. In CSV,
-    either as a JSON string. Not used with task.kind: classify."""
+    either as a JSON string. With task.kind: classify it is null, or names options whose texts are
+    the classes."""
 
     answer: str = "answerKey"
     """Column of the right option's label, or of the class. It may be empty in rows of train that
@@ -71,7 +72,7 @@ class DatasetRecipe(Slice):
     settings. test: rows that the scoreboard and the gate go by.
     """
 
-    added_later: ClassVar[frozenset[str]] = frozenset({"rotation", "fields"})
+    added_later: ClassVar[frozenset[str]] = frozenset({"rotation", "fields", "corrections"})
 
     source: Literal["sample", "hub", "files"] = "sample"
     """sample: the data set that is shipped. hub: the Hugging Face data set `name`. files:
@@ -87,6 +88,10 @@ class DatasetRecipe(Slice):
     """With source: files, the JSONL, CSV or Parquet files of each split, by the split's name.
     Relative paths start at the folder that the run starts in."""
 
+    corrections: tuple[str, ...] = ()
+    """Files of rows whose answers replace those of the source, such as a doubtful.csv that you have
+    corrected. A row is known by its text and its options. The columns are those of `columns`."""
+
     splits: dict[Role, str] = Field(
         {"gold": "gold", "train": "pool", "validation": "validation", "test": "test"}
     )
@@ -98,7 +103,7 @@ class DatasetRecipe(Slice):
 
     fields: tuple[str, ...] = ()
     """Further columns of text that the prompt shows, such as [title, body]: in prompt.user, {title}
-    becomes the column's text. A row may lack some of them, but not all."""
+    becomes the column's text. A row may lack some of them, and all if it has a question or text."""
 
     carve: dict[Literal["gold", "validation", "test"], Share] = Field({})
     """Share (0 to 1) of train that becomes gold, validation or test, for a source without that
@@ -140,7 +145,7 @@ class DatasetRecipe(Slice):
     def content_id(self) -> str:
         """The part of this slice in cache keys: files count by their content, not by their
         paths."""
-        left_out = {"files"}
+        left_out = {"files", "corrections"}
         for name in self.added_later:
             if getattr(self, name) == type(self).model_fields[name].default:
                 left_out.add(name)

@@ -6,7 +6,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
-PRESETS = ("demo", "lab")
+PRESETS = ("demo", "choice", "lab")
 
 
 def preset_values(name: str) -> dict[str, Any]:
@@ -14,6 +14,19 @@ def preset_values(name: str) -> dict[str, Any]:
     text = (files("distillery.recipe") / "presets").joinpath(f"{name}.yaml").read_text()
     values: dict[str, Any] = yaml.safe_load(text)
     return values
+
+
+def preset_for(values: dict[str, Any]) -> str:
+    """Return the preset that a recipe `values` starts from.
+
+    In earlier versions the preset demo was what choice is now: a recipe with rows of its own and
+    without a task goes on from choice."""
+    name: str = values["preset"]
+    dataset = values.get("dataset")
+    own_rows = isinstance(dataset, dict) and dataset.get("source", "sample") != "sample"
+    if name == "demo" and own_rows and "task" not in values:
+        return "choice"
+    return name
 
 
 def classify_values(values: dict[str, Any]) -> dict[str, Any]:
@@ -25,7 +38,21 @@ def classify_values(values: dict[str, Any]) -> dict[str, Any]:
     parts = {name: shipped.pop(name) for name in ("own teacher", "other teacher")}
     part = parts["own teacher" if kind == "local" else "other teacher"]
     both: dict[str, Any] = {**shipped, **part}
+    if names_gold_rows(values):
+        both["student"]["gold"] = True
     return both
+
+
+def names_gold_rows(values: dict[str, Any]) -> bool:
+    """Return whether the dataset of a recipe `values` has gold rows."""
+    dataset = values.get("dataset")
+    if not isinstance(dataset, dict):
+        return False
+    for key in ("splits", "carve"):
+        roles = dataset.get(key)
+        if isinstance(roles, dict) and roles.get("gold"):
+            return True
+    return False
 
 
 def merge(base: dict[str, Any], over: dict[str, Any], model: type[BaseModel]) -> dict[str, Any]:

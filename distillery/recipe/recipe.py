@@ -14,7 +14,7 @@ from distillery.recipe.base_model import BaseModelRecipe
 from distillery.recipe.dataset import DatasetRecipe
 from distillery.recipe.evaluation import EvaluationRecipe
 from distillery.recipe.export import ExportForm, ExportRecipe
-from distillery.recipe.preset import PRESETS, classify_values, merge, preset_values
+from distillery.recipe.preset import PRESETS, classify_values, merge, preset_for, preset_values
 from distillery.recipe.prompt import PromptRecipe
 from distillery.recipe.registry import RegistryRecipe
 from distillery.recipe.rules import GateRule
@@ -34,7 +34,7 @@ class Recipe(Slice):
 
     added_later: ClassVar[frozenset[str]] = frozenset({"task"})
 
-    preset: Literal["demo", "lab"] | None = None
+    preset: Literal["demo", "choice", "lab"] | None = None
     """A shipped recipe that fills in what is not given here. It is null once the recipe is
     loaded."""
 
@@ -71,7 +71,7 @@ class Recipe(Slice):
         if not isinstance(values, dict):
             return values
         if values.get("preset") in PRESETS:
-            values = {**merge(preset_values(values["preset"]), values, cls), "preset": None}
+            values = {**merge(preset_values(preset_for(values)), values, cls), "preset": None}
         task = values.get("task")
         if isinstance(task, dict) and task.get("kind") == "classify":
             values = merge(classify_values(values), values, cls)
@@ -103,6 +103,8 @@ class Recipe(Slice):
                     f"{key}.answer: {prompt.answer}: class belongs to task.kind: classify, and "
                     "letter to task.kind: choice"
                 )
+        if not classify and self.dataset.columns.choices is None:
+            raise ValueError("dataset.columns.choices: name the column of the options")
         if self.prompt.answer == "text":
             raise ValueError(
                 "prompt.answer: teachers answer by letter; set student.prompt for the student's own"
@@ -193,6 +195,12 @@ class Recipe(Slice):
     def check_export_forms(self) -> Self:
         preparation = self.teacher.preparation
         check_form("teacher.preparation.export", preparation.export, preparation.training)
+        apart = any(form.adapter_apart for form in (self.export, *self.export.ladder))
+        if apart and self.student_prompt.answer == "class":
+            raise ValueError(
+                "export.adapter_apart: a classifier's head has rows for its classes, which are "
+                "merged with the adapter; remove this setting"
+            )
         if not self.export.ladder:
             check_form("export", self.export, self.student.training)
         for number, form in enumerate(self.export.ladder):

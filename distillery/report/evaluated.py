@@ -11,6 +11,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from distillery.errors import DataError
+from distillery.evaluation.doubtful import DOUBTFUL_ROWS_FILE, Doubtful
 from distillery.evaluation.report import REPORT_FILE, ROWS_FILE, read_answers
 from distillery.evaluation.scoreboard import GOLD, TEACHER
 from distillery.records import LETTERS, Figures, Record
@@ -46,12 +47,14 @@ class AnsweredRow(Record):
 @dataclass(frozen=True)
 class Evaluated:
     """What is read of an evaluation. `teacher`: its name on the scoreboard. `rows` and `figures`
-    are empty for an evaluation of an earlier version."""
+    are empty for an evaluation of an earlier version. `doubtful`: the rows whose labels may be
+    wrong; None for an evaluation that has not looked for them."""
 
     teacher: str
     notes: tuple[str, ...]
     rows: tuple[AnsweredRow, ...]
     figures: Mapping[str, Figures]
+    doubtful: tuple[Doubtful, ...] | None
 
     @property
     def has_details(self) -> bool:
@@ -79,6 +82,11 @@ def read_evaluation(folder: Path) -> Evaluated:
             for line in path.read_text(encoding="utf-8").split("\n"):
                 if line:
                     rows.append(AnsweredRow.model_validate_json(line))
+        path = folder / DOUBTFUL_ROWS_FILE
+        doubtful = None
+        if path.exists():
+            lines = path.read_text(encoding="utf-8").split("\n")
+            doubtful = tuple(Doubtful.model_validate_json(line) for line in lines if line)
     except (OSError, ValueError, ValidationError) as error:
         raise DataError(
             f"{path}: can't be read as part of an evaluation ({type(error).__name__}); "
@@ -89,6 +97,7 @@ def read_evaluation(folder: Path) -> Evaluated:
         notes=tuple(report.get("notes", ())),
         rows=tuple(rows),
         figures=figures,
+        doubtful=doubtful,
     )
 
 

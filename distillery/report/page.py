@@ -11,7 +11,9 @@ from hashlib import sha256
 from pathlib import Path
 
 from distillery.evaluation import scoreboard, verdicts
+from distillery.evaluation.advice import advice_of
 from distillery.evaluation.figures_table import COVERAGE_COLUMNS, coverage_cells
+from distillery.evaluation.linear_probe import PROBE
 from distillery.evaluation.report import write_text
 from distillery.labels.report import LabelReport
 from distillery.records import (
@@ -43,6 +45,9 @@ PAGE_FILE = "report.html"
 
 SHOWN_ROWS = 2000
 """Rows in the page. Of more rows, those that somebody answers otherwise than gold come first."""
+
+SHOWN_DOUBTFUL = 100
+"""Doubtful labels in the page. All are in the evaluation's doubtful.csv."""
 
 NONE = "none"
 """Stands for a row without an answer in the page's filters."""
@@ -136,6 +141,7 @@ def write_page(
     text = environment.get_template("page.html").render(
         outcome=outcome,
         verdict=verdict,
+        advice=advice_of(outcome),
         headline=scoreboard.headline(board, candidate, evaluated.teacher),
         key_figures=key_figures(board, candidate, evaluated.teacher),
         rules=Table(
@@ -160,6 +166,7 @@ def write_page(
             ("of the labels", "figure"),
             labelling_facts(outcome.labels, labels),
         ),
+        doubtful=doubtful_table(evaluated, candidate),
         browsed=browsed[:SHOWN_ROWS],
         rows=len(browsed),
         champion=champion is not None,
@@ -303,6 +310,30 @@ def confusion_of(evaluated: Evaluated, candidate: str) -> Confusion | None:
     """Return the student's answers by gold answer."""
     figures = evaluated.figures.get(candidate)
     return figures.confusion if figures else None
+
+
+def doubtful_table(evaluated: Evaluated, candidate: str) -> Table:
+    """Return the rows whose labels may be wrong, with what contradicts them."""
+    rows = []
+    for row in (evaluated.doubtful or ())[:SHOWN_DOUBTFUL]:
+        example = row.example
+        opinions = []
+        for name in (candidate, evaluated.teacher, PROBE):
+            opinion = row.opinions.get(name)
+            cell = ""
+            if opinion is not None:
+                cell = row.text_of(opinion.answer)
+                if opinion.confidence is not None:
+                    cell += f" ({opinion.confidence:.2f})"
+            opinions.append(cell)
+        text = example.question
+        if len(text) > 300:
+            text = f"{text[:300]}…"
+        label = row.text_of(str(example.answer_key))
+        suggested = row.text_of(row.suggested)
+        rows.append([text, example.example_id, row.split, label, suggested, *opinions])
+    titles = ("row", "id", "split", "label", "suggested", "student", "teacher", PROBE)
+    return Table("Labels that are contradicted with confidence", titles, rows)
 
 
 def training_curve(outcome: Outcome) -> Chart | None:

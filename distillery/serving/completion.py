@@ -133,11 +133,23 @@ def choose_text(student: OnnxStudent, job: Job, prompt: list[int], choice: list[
 
 def choose_class(student: OnnxStudent, job: Job, prompt: list[int], classes: ClassTokens) -> Piece:
     """Return the likeliest class as the whole answer, which took one token; see `likeliest` and
-    `unless_unsure`."""
-    probabilities = student.option_probabilities(prompt, classes.tokens)
+    `unless_unsure`. A request with structured_outputs.choice gets one of those.
+
+    Raises ApiError if it names what is no class."""
+    token_of = dict(zip(classes.classes, classes.tokens, strict=True))
+    names = list(token_of)
+    if job.request.structured_outputs:
+        names = job.request.structured_outputs.choice
+    for name in names:
+        if name not in token_of:
+            raise ApiError(
+                400,
+                f"The model answers with one of its {len(token_of)} classes, and {name!r} is none.",
+                param="structured_outputs",
+            )
+    probabilities = student.option_probabilities(prompt, [token_of[name] for name in names])
     job.completion_tokens = 1
-    answer = likeliest(job, classes.classes, probabilities)
-    return unless_unsure(student, answer, max(probabilities))
+    return unless_unsure(student, likeliest(job, names, probabilities), max(probabilities))
 
 
 def unless_unsure(student: OnnxStudent, answer: Piece, probability: float) -> Piece:

@@ -141,6 +141,8 @@ def parse_class(text: str, classes: Sequence[str]) -> str | None:
         value = None
     if isinstance(value, dict):
         value = value.get("answer")
+        if isinstance(value, int) and not isinstance(value, bool):
+            value = str(value)
     given = [body] if not isinstance(value, str) else [value]
     if not isinstance(value, str):
         for line in without_emphasis(body).splitlines():

@@ -116,7 +116,8 @@ def shares_along(
     tokens: list[dict[str, Any]], written: Sequence[str], classes: Sequence[str]
 ) -> Pairs:
     """Return (class, log probability) of the classes that the alternatives along `tokens` could
-    have begun; see `class_at_answer`."""
+    have begun; see `class_at_answer`. Where the answer ends with a class, others that go on from
+    there have no share, as the alternatives after the last token are not listed."""
     shares: dict[str, float] = {}
     before, reached = "", 1.0
     open_classes = list(classes)
@@ -127,23 +128,31 @@ def shares_along(
             if begun(other) == begun(text):
                 taken += share
                 continue
-            names = [name for name in open_classes if begins(name, before + begun(other, before))]
+            names = begun_by(before + begun(other, before), open_classes)
             for name in names:
                 shares[name] = shares.get(name, 0.0) + share / len(names)
         before += begun(text, before)
-        open_classes = [name for name in open_classes if begins(name, before)]
+        open_classes = begun_by(before, open_classes)
         reached = taken
         if len(open_classes) <= 1 or taken <= 0:
             break
-    for name in open_classes:
-        shares[name] = shares.get(name, 0.0) + reached / len(open_classes)
+    ended = [name for name in open_classes if begun(name) == before]
+    left = ended or open_classes
+    for name in left:
+        shares[name] = shares.get(name, 0.0) + reached / len(left)
     return tuple((name, math.log(share)) for name, share in shares.items() if share > 0)
 
 
-def begins(name: str, text: str) -> bool:
-    """Return whether the class `name` begins with `text`, or `text` with it."""
-    whole = begun(name)
-    return bool(text) and (whole.startswith(text) or text.startswith(whole))
+def begun_by(text: str, classes: Sequence[str]) -> list[str]:
+    """Return the classes that begin with `text`; where there are none, the longest one that `text`
+    begins with; none for an empty text."""
+    if not text:
+        return []
+    found = [name for name in classes if begun(name).startswith(text)]
+    if not found:
+        within = [name for name in classes if text.startswith(begun(name))]
+        found = sorted(within, key=len)[-1:]
+    return found
 
 
 def begun(text: str, before: str = "") -> str:

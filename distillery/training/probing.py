@@ -43,6 +43,7 @@ def fit_probe(
     so that the weights alone give the logits, as the rows of a model's head do. C is chosen by
     cross-validation."""
     from sklearn.linear_model import LogisticRegression
+    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
     centre = np.zeros(states.shape[1], dtype=np.float32)
     scale = np.full_like(centre, np.sqrt((states**2).mean()))
@@ -54,10 +55,12 @@ def fit_probe(
     if len(found) < 2:
         return Probe(weights, intercepts)
     scaled = (states - centre) / scale
-    chosen: Any = LogisticRegression(  # type: ignore[no-untyped-call]
-        C=best_regularisation(scaled, answers, intercept), fit_intercept=intercept, max_iter=500
-    )
-    chosen.fit(scaled, answers)
+    # The matrices are small: threads would only wait for one another.
+    with threadpool_limits(1):
+        chosen: Any = LogisticRegression(  # type: ignore[no-untyped-call]
+            C=best_regularisation(scaled, answers, intercept), fit_intercept=intercept, max_iter=500
+        )
+        chosen.fit(scaled, answers)
     rows, offsets = chosen.coef_, np.broadcast_to(chosen.intercept_, len(chosen.coef_))
     if len(found) == 2:
         # scikit-learn keeps one row for two classes: the second's, less the first's.

@@ -22,6 +22,7 @@ from distillery.evaluation.baselines import (
     score_baselines,
     with_letters,
 )
+from distillery.evaluation.doubtful import Doubtful, Opinion
 from distillery.evaluation.evaluate import evaluate, measuring_notes
 from distillery.evaluation.report import candidate_of
 from distillery.evaluation.scoreboard import headline, render_table
@@ -424,6 +425,40 @@ def test_evaluate_against_an_endpoint(
     assert int.from_bytes(picture[16:20]) > 1000
     assert int.from_bytes(picture[20:24]) > 300
     assert len(picture) > 10_000
+
+
+def test_labels_that_the_teacher_contradicts_are_listed(
+    student: ModelToScore, test_file: Path, tmp_path: Path
+) -> None:
+    examples = read_examples(test_file)
+    answers, shares = {}, {}
+    for number, example in enumerate(examples):
+        letter = "B" if number == 0 else str(example.answer_key)
+        answers[example.example_id] = letter
+        shares[example.example_id] = {key: 0.9 if key == letter else 0.05 for key in "ABC"}
+    out = tmp_path / "report"
+    evaluate(
+        [student],
+        answers,
+        test_file,
+        [],
+        PROMPT,
+        student.name,
+        out,
+        gold=examples[:3],
+        validation=examples[3:],
+        teacher_probabilities=shares,
+        cross_validate=lambda rows: [(0.0, 0.0, 1.0)] * len(rows),
+    )
+    found = [Doubtful.model_validate_json(line) for line in (out / "doubtful.jsonl").open()]
+    (doubted,) = [row for row in found if "teacher" in row.contradicted_by]
+    assert (doubted.example.example_id, doubted.split) == ("t0", "test")
+    assert doubted.opinions["teacher"] == Opinion(answer="B", confidence=0.9, contradicts=True)
+    assert student.name in doubted.opinions
+    assert f"{len(found)} labels are contradicted" in (out / "scoreboard.md").read_text()
+    # The probe gives all rows the third class, which only rows of validation have.
+    by_probe = [row.example.example_id for row in found if row.split == "validation"]
+    assert by_probe == ["t3", "t4", "t5", "t6", "t7"]
 
 
 def test_how_far_the_candidate_is_from_the_float_model_is_in_the_report(

@@ -41,6 +41,7 @@ def test_the_wheel_holds_distillery_alone(wheel: list[zipfile.ZipInfo]) -> None:
     names = {entry.filename for entry in wheel}
     assert {
         "distillery/recipe/presets/demo.yaml",
+        "distillery/recipe/presets/classify.yaml",
         "distillery/data/sample/gold.jsonl",
         "distillery/py.typed",
     } <= names

@@ -30,6 +30,7 @@ from distillery.inference.batch import (
 )
 from distillery.inference.logits import Logits, log_softmax
 from distillery.inference.onnx_student import OnnxStudent
+from distillery.models.class_tokens import ClassTokens
 from distillery.prompts import render_ids, render_messages, text_ids
 from distillery.recipe import Columns, PromptRecipe
 from distillery.records import Abstention, Example
@@ -606,3 +607,37 @@ def test_a_threshold_that_cannot_be_read_is_not_overlooked(
     (folder / "abstain.json").write_text("{}")
     with pytest.raises(ModelError, match=r"abstain.json: no threshold can be read"):
         OnnxStudent(folder, threads=1)
+
+
+def test_texts_are_classified_whatever_their_label(tiny_onnx: Build, tmp_path: Path) -> None:
+    shutil.copytree(tiny_onnx("llama"), tmp_path / "student")
+    classes = ("bakery", "bank", "weather")
+    ClassTokens(classes=classes, tokens=(301, 300, 305)).write(tmp_path / "student")
+    student = OnnxStudent(tmp_path / "student", threads=1)
+    rows: list[dict[str, Any]] = [
+        {"id": "a", "text": "bread", "label": "bakery"},
+        {"id": "b", "text": " ", "label": "bank"},
+        {"id": "c", "text": "river", "label": "unheard of"},
+        {"id": "d", "text": "cloud", "label": ["weather"]},
+        {"id": "e", "text": "cloud"},
+    ]
+    _write_jsonl(tmp_path / "rows.jsonl", rows)
+    reader = RowReader(Columns(question="text", choices=None, answer="label"), (), True, classes)
+    prompt = PromptRecipe(system="", user="{text}", answer="class")
+    read = read_rows(tmp_path / "rows.jsonl", reader)
+    counts = score_file(student, read, prompt, tmp_path / "out")
+    assert (counts.rows, counts.failed) == (4, 1)
+    lines = (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()
+    found = [Prediction.model_validate_json(line) for line in lines]
+    assert [one.example_id for one in found] == ["a", "c", "d", "e"]
+    for one in found:
+        assert tuple(one.probabilities) == classes
+        assert sum(one.probabilities.values()) == pytest.approx(1)
+        assert one.answer == max(classes, key=one.probabilities.__getitem__)
+    assert found[2].probabilities == found[3].probabilities
+    failed = json.loads((tmp_path / "out" / "failed.jsonl").read_text())
+    assert (failed["line"], failed["example_id"], failed["reason"]) == (
+        2,
+        "b",
+        "text: empty; fill it in or remove the row",
+    )

@@ -1,5 +1,6 @@
 """One student, asked in training's way, by Transformers in a process of its own, by ONNX Runtime
-and over HTTP: equal token ids, answers, and option probabilities within 1e-3 in fp32."""
+and over HTTP: equal token ids, answers, and probabilities of options or classes within 1e-3 in
+fp32."""
 
 import json
 from collections.abc import Callable
@@ -9,10 +10,12 @@ import httpx
 import pytest
 from tiny_model import ARCHITECTURES
 
+from distillery.data.prepare import write_classes
 from distillery.evaluation.scoring import ModelToScore, score_model
 from distillery.export.build import export
 from distillery.inference.onnx_student import OnnxStudent
 from distillery.labels.known import gold_labels
+from distillery.models.class_tokens import choose_class_tokens
 from distillery.models.device import choose_device
 from distillery.models.inspect import model_and_adapter
 from distillery.models.load import load_model, load_tokenizer, pad_id
@@ -37,7 +40,19 @@ EXAMPLES = [
 FORMS = {
     "letter": PromptRecipe(system="Pick.", user="{question}\n{choices}"),
     "text": PromptRecipe(system="Pick.", user="{question}", answer="text"),
+    "class": PromptRecipe(system="", user="{text}", answer="class"),
 }
+CLASSES = ("a bakery", "a bank, or a bridge", "weather", "none of these")
+
+
+def examples_of(form: str) -> list[Example]:
+    if form != "class":
+        return EXAMPLES
+    rows = []
+    for number, example in enumerate(EXAMPLES):
+        values = {"choices": (), "classes": CLASSES, "answer_key": CLASSES[number % 3]}
+        rows.append(example.model_copy(update=values))
+    return rows
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -46,11 +61,14 @@ def test_all_ways_of_asking_a_student_agree(
     tiny_model: Callable[[str], Path], tmp_path: Path, arch: str, form: str
 ) -> None:
     prompt, base, tokenizer = FORMS[form], tiny_model(arch), load_tokenizer(tiny_model(arch))
-    rows, _ = training_rows(EXAMPLES, gold_labels(EXAMPLES), prompt, tokenizer)
+    examples = examples_of(form)
+    classes = choose_class_tokens(tokenizer, CLASSES) if form == "class" else None
+    labels = gold_labels(examples)
+    rows, _ = training_rows(examples, labels, prompt, tokenizer, classes=classes)
     recipe = TrainingRecipe(
         method="lora", epochs=4, batch_size=4, learning_rate=1e-2, precision="float32"
     )
-    fine_tune(base, None, rows, [], recipe, tmp_path / "trained")
+    fine_tune(base, None, rows, [], recipe, tmp_path / "trained", classes=classes)
     model, adapter = model_and_adapter(tmp_path / "trained", base)
 
     merged, _ = load_model(model, adapter)
@@ -58,7 +76,9 @@ def test_all_ways_of_asking_a_student_agree(
     expected = option_probabilities(merged, rows, pad_id=pad, device=device)
 
     file = tmp_path / "rows.jsonl"
-    file.write_text("".join(f"{example.model_dump_json()}\n" for example in EXAMPLES))
+    file.write_text("".join(f"{example.model_dump_json()}\n" for example in examples))
+    if classes:
+        write_classes(tmp_path, CLASSES)
     scored = score_model(
         ModelToScore(name="student", kind="transformers", folder=str(model), adapter=str(adapter)),
         file,
@@ -68,18 +88,18 @@ def test_all_ways_of_asking_a_student_agree(
     onnx = OnnxStudent(tmp_path / "onnx", threads=1)
     with served(tmp_path / "onnx", "student", threads=1) as server:
         headers = {"Authorization": f"Bearer {server.key.get_secret_value()}"}
-        for number, (example, row) in enumerate(zip(EXAMPLES, rows, strict=True)):
+        for number, (example, row) in enumerate(zip(examples, rows, strict=True)):
             ids = render_ids(example, prompt, onnx.tokenizer)
             assert (
                 ids
                 == list(row.prompt)
                 == render_ids(example, prompt, TransformersTokenizer(tokenizer))
             )
-            options = example.keys if form == "letter" else example.choices
+            options = example.options if form == "text" else example.keys
             body = {
                 "messages": render_messages(example, prompt),
                 "logprobs": True,
-                "top_logprobs": 3,
+                "top_logprobs": 4,
                 "structured_outputs": {"choice": list(options)},
             }
             reply = httpx.post(

@@ -126,7 +126,7 @@ def test_a_recipe_is_quoted_by_split(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     monkeypatch.setenv("TEACHER_MODEL_NAME", "gpt-test")
     found = quote_recipe(Recipe.model_validate({"dataset": {"sample": {"train": 100, "test": 50}}}))
     assert {split: one.calls for split, one in found.items()} == {"train": 100, "test": 50}
-    assert quote_recipe(Recipe.model_validate({"preset": "demo"}))["train"].calls == 1001
+    assert quote_recipe(Recipe.model_validate({"preset": "choice"}))["train"].calls == 1001
     with pytest.raises(RecipeError, match="no teacher is asked, so there is nothing to pay"):
         quote_recipe(Recipe.model_validate({"teacher": {"kind": "gold"}}))
 
@@ -261,7 +261,10 @@ def test_labels_that_are_there_already(tmp_path: Path, suffix: str) -> None:
     ("row", "line"),
     [
         ({"example_id": "row-1", "answer": "D"}, "labels.jsonl:1: answer: 'D' is none of A to C"),
-        ({"example_id": "row-1"}, "labels.jsonl:1: answer: missing; it is the teacher's letter"),
+        (
+            {"example_id": "row-1"},
+            "labels.jsonl:1: answer: missing; it is the teacher's letter or class",
+        ),
         (
             {"answer": "A"},
             "labels.jsonl:1: example_id: missing; it is the row's id in the data set",
@@ -290,3 +293,25 @@ def test_too_few_labels_in_a_file_end_the_run(tmp_path: Path) -> None:
         write_known_labels(
             ROWS, gold_labels(ROWS[:1]), PROMPT, TeacherRecipe(kind="gold"), tmp_path / "out"
         )
+
+
+def test_a_quote_of_classes_counts_their_names(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("TEACHER_MODEL_NAME", "gpt-test")
+    path = tmp_path / "rows.csv"
+    lines = [
+        f"message {n} of {n * n} and {n * n * n},{'refund' if n % 2 else ''}" for n in range(40)
+    ]
+    path.write_text("\n".join(["text,label", *lines]) + "\n")
+    prompts = []
+    for labels in (["refund", "other"], ["refund", "other", *(f"topic {n}" for n in range(200))]):
+        values = {
+            "dataset": {"source": "files", "files": {"train": [str(path)]}, "carve": {"test": 0.5}},
+            "task": {"kind": "classify", "labels": labels},
+        }
+        found = quote_recipe(Recipe.model_validate(values))
+        assert found["train"].calls + found["test"].calls == 40
+        assert found["train"].calls >= 20, "rows without a label are labelled"
+        prompts.append(found["train"].usage.prompt_tokens / found["train"].calls)
+    assert prompts[1] - prompts[0] == pytest.approx(0.25 * sum(map(len, labels[2:])) + 50, rel=0.05)

@@ -30,9 +30,7 @@ def test_one_class_that_is_nearly_all_of_the_gold_answers_too_is_no_collapse() -
 
 
 def test_shares_far_from_the_gold_answers_stop_the_run() -> None:
-    with pytest.raises(
-        TeacherError, match=r"0\.57 from those of .* \(0\.5\)"
-    ):
+    with pytest.raises(TeacherError, match=r"0\.57 from those of .* \(0\.5\)"):
         refuse_collapsed({"billing": 900, "delivery": 50, "returns": 50}, GOLD, 0.5)
 
 

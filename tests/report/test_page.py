@@ -21,6 +21,7 @@ from finished_run import (
 )
 
 from distillery.errors import DataError
+from distillery.evaluation.doubtful import DOUBTFUL_ROWS_FILE
 from distillery.evaluation.report import REPORT_FILE, ROWS_FILE
 from distillery.records import GateDecision, Outcome
 from distillery.report import page
@@ -50,7 +51,7 @@ class Parsed(HTMLParser):
 def test_the_verdict_comes_first_and_every_rule_has_its_own(tmp_path: Path) -> None:
     text = page_of(tmp_path, finished_run(), evaluation(tmp_path / "evaluation")).read_text()
     sections = re.findall(r'<h2 id="(\w+)">', text)
-    expected = ["verdict", "scoreboard", "reliability", "confusion", "errors"]
+    expected = ["verdict", "scoreboard", "reliability", "confusion", "errors", "doubtful"]
     assert sections == [*expected, "training", "teacher", "stages"]
     words = " ".join(Parsed(text).texts)
     for said in (
@@ -223,6 +224,27 @@ def test_options_that_differ_from_row_to_row_are_listed(tmp_path: Path) -> None:
     assert "<li>bridge</li>" in text
     assert '<option value="D">D</option>' in text
     assert f'<option value="A">{OPTIONS[0]}</option>' not in text
+
+
+def test_doubtful_labels_stand_with_what_contradicts_them(tmp_path: Path) -> None:
+    folder = evaluation(tmp_path / "evaluation")
+    text = page_of(tmp_path, finished_run(), folder).read_text()
+    section = text.partition('<h2 id="doubtful">')[2].partition("</section>")[0]
+    assert re.findall(r"<td>(.*?)</td>", section) == [
+        "row-1",
+        "test",
+        "displeased",
+        "pleased",
+        "pleased (0.97)",
+        "neither",
+        "",
+    ]
+    assert "has all 1, to be corrected" in section
+    (folder / DOUBTFUL_ROWS_FILE).write_text("")
+    text = page_of(tmp_path, finished_run(), folder).read_text()
+    assert "No label is contradicted with confidence." in text
+    (folder / DOUBTFUL_ROWS_FILE).unlink()
+    assert "Labels to check" not in page_of(tmp_path, finished_run(), folder).read_text()
 
 
 def test_of_too_many_rows_the_errors_are_shown(

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from distillery.evaluation.doubtful import DOUBTFUL_ROWS_FILE, Doubtful, Opinion
 from distillery.evaluation.report import ANSWERS_FILE, REPORT_FILE, ROWS_FILE
 from distillery.evaluation.statistics import wilson_interval
 from distillery.labels.report import LabelReport
@@ -13,6 +14,7 @@ from distillery.records import (
     Artifact,
     CurvePoint,
     EvaluationReport,
+    Example,
     GateDecision,
     Interval,
     OnnxModel,
@@ -102,6 +104,20 @@ def evaluation(folder: Path, rows: int = ROWS) -> Path:
         "figures": {STUDENT: student_figures, "teacher": teacher_figures},
     }
     (folder / REPORT_FILE).write_text(json.dumps(report))
+    doubtful = Doubtful(
+        example=Example(
+            example_id="row-1", question=f"{HOSTILE} doubted", choices=OPTIONS, answer_key="B"
+        ),
+        split="test",
+        suggested="A",
+        confidence=0.97,
+        label_confidence=0.01,
+        opinions={
+            STUDENT: Opinion(answer="A", confidence=0.97, contradicts=True),
+            "teacher": Opinion(answer="C"),
+        },
+    )
+    (folder / DOUBTFUL_ROWS_FILE).write_text(doubtful.model_dump_json() + "\n")
     return folder
 
 

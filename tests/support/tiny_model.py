@@ -28,11 +28,11 @@ TEXT = (
 )
 
 
-def build_tiny_model(arch: str, folder: Path) -> Path:
+def build_tiny_model(arch: str, folder: Path, tied: bool = True) -> Path:
     """Writes a model of 2 layers with a tokenizer of 512 tokens into `folder`; arch is of
-    ARCHITECTURES."""
+    ARCHITECTURES. `tied`: whether head and embeddings share their weights."""
     _tiny_tokenizer(arch).save_pretrained(folder)
-    _tiny_weights(arch).save_pretrained(folder)
+    _tiny_weights(arch, tied).save_pretrained(folder)
     return folder
 
 
@@ -61,7 +61,7 @@ def _special_tokens(arch: str) -> tuple[str, ...]:
     return PHI_TOKENS if arch.startswith("phi") else CHATML_TOKENS
 
 
-def _tiny_weights(arch: str) -> Any:
+def _tiny_weights(arch: str, tied: bool = True) -> Any:
     import torch
     from transformers import (
         LlamaConfig,
@@ -86,7 +86,7 @@ def _tiny_weights(arch: str) -> Any:
         "pad_token_id": 0,
         "eos_token_id": len(_special_tokens(arch)) - 1,
         "initializer_range": 0.2,
-        "tie_word_embeddings": True,
+        "tie_word_embeddings": tied,
     }
     torch.manual_seed(0)
     if arch == "llama":
