@@ -28,7 +28,7 @@ from tasks.progress import conclude, show_rows
 from tasks.stage import origin, stage
 
 
-@stage("evaluate", version=6)
+@stage("evaluate", version=7)
 def evaluate(
     test: Rows,
     train: Rows,
