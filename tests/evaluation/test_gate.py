@@ -11,6 +11,7 @@ from student_answers import Rights, answers_file, first, further_figures, last, 
 from distillery.errors import DataError
 from distillery.evaluation.baselines import MAJORITY, TFIDF
 from distillery.evaluation.gate import EarlierVersion, gate
+from distillery.evaluation.linear_probe import PROBE
 from distillery.evaluation.report import (
     RowContent,
     candidate_of,
@@ -91,7 +92,7 @@ def test_without_rules_every_student_passes(tmp_path: Path) -> None:
 
 
 def test_a_rule_names_predictors_and_figures_as_the_scoreboard_does() -> None:
-    assert get_args(Baseline) == (MAJORITY, TFIDF, BASE)
+    assert get_args(Baseline) == (MAJORITY, TFIDF, PROBE, BASE)
     measured = set(get_args(Measured)) - set(ScoreRow.model_fields)
     assert measured < set(Figures.model_fields)
 
