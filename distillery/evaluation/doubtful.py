@@ -176,11 +176,10 @@ def to_cells(row: Doubtful, columns: Columns, fields: Sequence[str]) -> dict[str
         cells[name] = example.fields.get(name, "")
     if columns.concept and example.concept:
         cells[columns.concept] = example.concept
-    if example.choices and columns.choices:
-        letters = LETTERS[: len(example.choices)]
-        cells[columns.choices] = json.dumps(
-            {"label": letters, "text": example.choices}, ensure_ascii=False
-        )
+    if columns.choices:
+        # With task.kind: classify, the options' texts are the classes.
+        options = {"label": example.keys, "text": example.options}
+        cells[columns.choices] = json.dumps(options, ensure_ascii=False)
     cells[columns.answer] = str(example.answer_key)
     further = {
         "suggested": row.suggested,

@@ -12,7 +12,7 @@ from distillery.evaluation.doubtful import Doubtful, write_doubtful
 from distillery.recipe import Columns, DatasetRecipe, TaskRecipe
 from distillery.records import Example
 
-COLUMNS = Columns(question="text", answer="label")
+COLUMNS = Columns(question="text", choices=None, answer="label")
 CLASSES = ("billing", "line")
 
 

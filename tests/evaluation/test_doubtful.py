@@ -72,8 +72,11 @@ def doubted(example: Example, suggested: str, confidence: float = 0.9) -> Doubtf
     )
 
 
-def test_a_corrected_file_is_read_back_as_the_rows_were(tmp_path: Path) -> None:
-    columns = Columns(id="key", question=None, answer="confidence")
+@pytest.mark.parametrize("choices", [None, "options"])
+def test_a_corrected_file_is_read_back_as_the_rows_were(
+    choices: str | None, tmp_path: Path
+) -> None:
+    columns = Columns(id="key", question=None, choices=choices, answer="confidence")
     rows = []
     for number, text in enumerate(HOSTILE):
         example = text_row(number, CLASSES[number % 3], text)
@@ -84,7 +87,8 @@ def test_a_corrected_file_is_read_back_as_the_rows_were(tmp_path: Path) -> None:
     file = tmp_path / "doubtful.csv"
     with file.open(encoding="utf-8-sig", newline="") as lines:
         cells = [cell for line in csv.reader(lines) for cell in line]
-    assert cells[:5] == ["key", "title", "body", "confidence", "suggested"]
+    named = ["key", "title", "body", *([choices] if choices else []), "confidence", "suggested"]
+    assert cells[: len(named)] == named
     assert "confidence_" in cells
     assert not [cell for cell in cells if cell.startswith(tuple("=+-@＝"))]
     recipe = DatasetRecipe(
@@ -123,7 +127,7 @@ def test_a_row_of_choices_is_read_back_too(tmp_path: Path) -> None:
 
 def test_the_most_contradicted_come_first_and_no_row_leaves_no_file(tmp_path: Path) -> None:
     rows = [doubted(text_row(n, "line"), "billing", share) for n, share in enumerate((0.7, 0.9))]
-    write_doubtful(tmp_path, rows, Columns(question="text", answer="label"), ())
+    write_doubtful(tmp_path, rows, Columns(question="text", choices=None, answer="label"), ())
     lines = (tmp_path / "doubtful.csv").read_text(encoding="utf-8-sig").splitlines()
     assert lines[1] == "r1,text 1,line,billing,0.900,gold,"
     (tmp_path / "none").mkdir()
@@ -132,7 +136,9 @@ def test_the_most_contradicted_come_first_and_no_row_leaves_no_file(tmp_path: Pa
 
 
 def test_ids_have_a_column_where_the_recipe_names_none() -> None:
-    cells = to_cells(doubted(text_row(1, "line"), "-1"), Columns(id=None, question="text"), ())
+    cells = to_cells(
+        doubted(text_row(1, "line"), "-1"), Columns(id=None, question="text", choices=None), ()
+    )
     assert cells["id"] == "r1"
 
 
