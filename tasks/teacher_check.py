@@ -84,8 +84,9 @@ def rival(name: str, given: Answers, teacher: Answers, gold: Sequence[str]) -> R
 
 
 def heed(check: TeacherCheck, own_model: bool, insist: bool) -> None:
-    """Warn of a teacher that is worse than a rival. Raise TeacherError where that is proven of a
-    model that the run has trained itself, unless the recipe insists."""
+    """Tell of a teacher that is worse than a rival, as a warning where that is proven. Raise
+    TeacherError where it is proven of a model that the run has trained itself, unless the recipe
+    insists."""
     worse = [rival for rival in check.rivals if rival.correct > check.correct]
     if not worse:
         return
@@ -94,7 +95,10 @@ def heed(check: TeacherCheck, own_model: bool, insist: bool) -> None:
         f"the teacher is right on {check.correct} of {check.rows} validation rows, and {best.name} "
         f"on {best.correct}"
     )
-    if own_model and not insist and best.teacher_ahead.high < 0:
+    if best.teacher_ahead.high >= 0:
+        get_run_logger().info("%s, which may be chance", told)
+        return
+    if own_model and not insist:
         raise TeacherError(
             f"{told}: its labels would teach the student less than the gold rows do; add gold "
             "rows, take a larger base model or an endpoint, or set teacher.insist: true"
