@@ -13,7 +13,7 @@ DURATIONS ?= 12
 # The neutral judge has an environment of its own, because its packages are not ours.
 NEUTRAL := .venv-neutral/.installed
 # The registered model that it judges, by default the demo's, and its version, by default the champion.
-MODEL ?= mood-classifier
+MODEL ?= support-mood
 VERSION ?=
 AZURITE := tests/support/azurite/node_modules/.installed
 AXE := tests/support/axe/node_modules/.installed

@@ -62,7 +62,7 @@ from distillery.training.validation import accuracy_of, option_probabilities
 PROJECT = Path(__file__).resolve().parents[1]
 SAMPLE = PROJECT / "distillery" / "data" / "sample"
 PLACE = PROJECT / ".distillery" / "bench"
-DEMO = load_recipe("choice")
+DEMO = load_recipe("demo")
 WAYS: dict[str, dict[str, float]] = {
     "gold": {"soft_weight": 0.0, "hidden_weight": 0.0},
     "hard": {"soft_weight": 0.0, "hidden_weight": 0.0},

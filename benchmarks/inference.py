@@ -214,7 +214,7 @@ def prepare(count: int) -> dict[str, Any]:
     from distillery.inference.onnx_student import OnnxStudent
     from distillery.models.base import base_folder
 
-    demo = load_recipe("choice")
+    demo = load_recipe("demo")
     base = base_folder(demo.teacher.preparation.base)
     forms = {}
     for settings in SETTINGS["ours"]:

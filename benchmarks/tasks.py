@@ -165,7 +165,7 @@ def choice_recipe(folder: Path) -> dict[str, Any]:
         files[split] = [str(folder / f"{split}.jsonl")]
         (folder / f"{split}.jsonl").write_text("\n".join(lines[start:end]) + "\n")
     return {
-        "preset": "choice",
+        "preset": "demo",
         "name": "commonsense-qa",
         "dataset": {"source": "files", "files": files},
         "prompt": {

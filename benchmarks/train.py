@@ -83,7 +83,7 @@ def ours(
 
     if not shared:
         batching.LEAST_SAVED = 10**9
-    recipe = load_recipe("choice").teacher.preparation.training
+    recipe = load_recipe("demo").teacher.preparation.training
     recipe = recipe.model_copy(
         update={"max_steps": steps, "seed": settings.get("seed", recipe.seed)}
     )
@@ -231,7 +231,7 @@ def prepare() -> dict[str, Any]:
     from distillery.training.adapters import linear_modules
     from distillery.training.rows import training_rows, write_rows
 
-    demo = load_recipe("choice")
+    demo = load_recipe("demo")
     preparation = demo.teacher.preparation
     base = base_folder(preparation.base)
     model, tokenizer = load_model(base)
@@ -333,7 +333,7 @@ def accuracy(rows: dict[str, Any], adapter: Path | None) -> float:
         adapter = next(adapter.rglob("adapter_config.json")).parent
     model, tokenizer = load_model(Path(rows["base"]), adapter)
     test = read("test")
-    rendered = training_rows(test, gold_labels(test), load_recipe("choice").prompt, tokenizer)[0]
+    rendered = training_rows(test, gold_labels(test), load_recipe("demo").prompt, tokenizer)[0]
     return accuracy_of(model, rendered, pad_id=pad_id(tokenizer), device=choose_device())
 
 

@@ -47,7 +47,7 @@ labels = typer.Typer(
 app.add_typer(labels, name="labels")
 
 RecipeArgument = Annotated[
-    str, typer.Argument(help="A preset (demo, choice or lab) or a YAML file.", metavar="RECIPE")
+    str, typer.Argument(help="A preset (demo or lab) or a YAML file.", metavar="RECIPE")
 ]
 NameArgument = Annotated[str, typer.Argument(help="The model's name.", metavar="NAME")]
 RegistryOption = Annotated[

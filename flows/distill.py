@@ -348,7 +348,7 @@ def main(arguments: list[str]) -> int:
     """Run a recipe here; return 0 when the run ended, 1 after one line on what the user can
     mend."""
     parser = ArgumentParser("python -m flows.distill", description="Runs a recipe on this machine.")
-    parser.add_argument("recipe", help="demo, choice, lab or a YAML file")
+    parser.add_argument("recipe", help="demo, lab or a YAML file")
     parser.add_argument(
         "--refresh",
         metavar="STAGE",

@@ -80,7 +80,7 @@ def main(arguments: list[str]) -> int:
     parser = ArgumentParser(
         "python -m flows.search", description="Tries settings of a student on this machine."
     )
-    parser.add_argument("recipe", help="demo, choice, lab or a YAML file")
+    parser.add_argument("recipe", help="demo, lab or a YAML file")
     parser.add_argument("space", help="a YAML file, such as 'rank: [8, 16]'")
     given = parser.parse_args(arguments)
     try:

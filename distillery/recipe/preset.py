@@ -6,7 +6,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
-PRESETS = ("demo", "choice", "lab")
+PRESETS = ("demo", "lab")
 
 
 def preset_values(name: str) -> dict[str, Any]:
@@ -14,19 +14,6 @@ def preset_values(name: str) -> dict[str, Any]:
     text = (files("distillery.recipe") / "presets").joinpath(f"{name}.yaml").read_text()
     values: dict[str, Any] = yaml.safe_load(text)
     return values
-
-
-def preset_for(values: dict[str, Any]) -> str:
-    """Return the preset that a recipe `values` starts from.
-
-    In earlier versions the preset demo was what choice is now: a recipe with rows of its own and
-    without a task goes on from choice."""
-    name: str = values["preset"]
-    dataset = values.get("dataset")
-    own_rows = isinstance(dataset, dict) and dataset.get("source", "sample") != "sample"
-    if name == "demo" and own_rows and "task" not in values:
-        return "choice"
-    return name
 
 
 def classify_values(values: dict[str, Any]) -> dict[str, Any]:

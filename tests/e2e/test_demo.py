@@ -69,10 +69,10 @@ def evaluation(
     Where the gate refused the demo's student there is none: an older champion would not tell of
     it."""
     assert "\ngate: passed: " in demo.out, demo.out
-    version = re.findall(r"mood-classifier version (\d+)", demo.out.partition("\ngate: ")[2])[-1]
+    version = re.findall(r"support-mood version (\d+)", demo.out.partition("\ngate: ")[2])[-1]
     monkeypatch.setenv("DISTILLERY_HOME", str(PROJECT / ".distillery"))
-    registry = open_registry(RegistryRecipe(kind="local", model_name="mood-classifier"))
-    model = registry.get("mood-classifier", version)
+    registry = open_registry(RegistryRecipe(kind="local", model_name="support-mood"))
+    model = registry.get("support-mood", version)
     folder = registry.download(model, tmp_path / "model")
     report = EvaluationReport.model_validate(registry.provenance(model)["provenance"]["evaluation"])
     # The registered folder has the student's answers alone.
@@ -99,7 +99,7 @@ def test_the_table_shows_what_the_demo_promises(
     assert int4["bytes"] <= 2 * teacher["parameters"] / 4
     right = {name: [row[name] == row["gold"] for row in answers] for name in rows}
     assert rows["TF-IDF + logistic regression"]["accuracy"] < student["accuracy"]
-    for other in ("linear probe", "majority class", "TF-IDF on gold rows"):
+    for other in ("base model", "majority class", "TF-IDF on gold rows"):
         assert paired_interval(right["student"], right[other]).low > 0, other
 
 

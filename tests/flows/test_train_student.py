@@ -79,7 +79,7 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def run_search(deployment: str | None) -> None:
-    recipe = Recipe.model_validate({"preset": "choice"})
+    recipe = Recipe.model_validate({"preset": "demo"})
     space = SearchRecipe(learning_rate=(1e-5, 1e-3), trials=3)
     # In a context of its own, because a flow changes the tags of all that follows.
     copy_context().run(module.search.fn, recipe, space, deployment)

@@ -66,10 +66,10 @@ def test_the_presets_ask_for_what_they_say() -> None:
 def test_given_keys_override_the_preset_and_the_others_stay(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text(
-        "preset: choice\nname: mine\nteacher: {preparation: {training: {epochs: 1}}}\n"
+        "preset: demo\nname: mine\nteacher: {preparation: {training: {epochs: 1}}}\n"
         "student: {layers: [0, 1]}"
     )
-    recipe, demo = load_recipe(str(file)), load_recipe("choice")
+    recipe, demo = load_recipe(str(file)), load_recipe("demo")
     assert recipe.name == "mine"
     assert recipe.student.layers == (0, 1)
     assert recipe.teacher.preparation.training == demo.teacher.preparation.training.model_copy(
@@ -93,7 +93,7 @@ def test_null_removes_a_presets_key_from_a_mapping() -> None:
 
 def test_null_of_a_plain_field_is_that_fields_value() -> None:
     recipe = Recipe.model_validate(
-        {"preset": "choice", "student": {"layers": None}, "teacher": {"temperature": None}}
+        {"preset": "demo", "student": {"layers": None}, "teacher": {"temperature": None}}
     )
     assert recipe.student.layers is None
     assert recipe.teacher.temperature is None
@@ -104,12 +104,12 @@ def test_null_of_a_plain_field_is_that_fields_value() -> None:
     [
         ({"teecher": {}}, "teecher: unknown key; remove it or correct its spelling"),
         (
-            {"preset": "choice", "student": {"training": {"epoch": 1}}},
+            {"preset": "demo", "student": {"training": {"epoch": 1}}},
             "student.training.epoch: unknown key",
         ),
         ({"preset": "lap"}, "preset: "),
         ({"student": {"training": {"epochs": "many"}}}, "student.training.epochs: "),
-        ({"preset": "choice", "dataset": 5}, "dataset: "),
+        ({"preset": "demo", "dataset": 5}, "dataset: "),
         ({"export": {"precision": "int3"}}, "export.precision: "),
         ({"registry": {"model_name": "my model"}}, "registry.model_name: "),
         ({"dataset": {"carve": {"test": 1.5}}}, "dataset.carve.test: "),
@@ -155,7 +155,7 @@ def test_null_of_a_plain_field_is_that_fields_value() -> None:
             "soft_labels: gold answers have no probabilities",
         ),
         (
-            {"preset": "choice", "teacher": {"canaries": {"rows": 5}}},
+            {"preset": "demo", "teacher": {"canaries": {"rows": 5}}},
             "teacher: canaries: a teacher of kind local cannot change",
         ),
         (
@@ -351,18 +351,16 @@ def test_a_file_that_holds_no_recipe(tmp_path: Path, content: bytes, said: str) 
 
 def test_a_file_that_is_not_there_and_a_folder(tmp_path: Path) -> None:
     for path in (tmp_path / "none.yaml", tmp_path):
-        with pytest.raises(
-            RecipeError, match=r"can't be read .* give a file or one of: demo, choice, lab"
-        ):
+        with pytest.raises(RecipeError, match=r"can't be read .* give a file or one of: demo, lab"):
             load_recipe(str(path))
 
 
 @pytest.mark.parametrize(
     "values",
     [
-        {"preset": "choice"},
+        {"preset": "demo"},
         {"preset": "lab", "dataset": {"splits": {"test": "test"}, "carve": {"test": None}}},
-        {"preset": "choice", "student": {"layers": None, "training": {"soft_weight": 0}}},
+        {"preset": "demo", "student": {"layers": None, "training": {"soft_weight": 0}}},
         {"evaluation": {"rules": [], "maximum_loss": 0.1}},
     ],
 )
@@ -443,7 +441,7 @@ def test_a_recipe_that_says_nothing_has_the_default_rules() -> None:
 
 
 def test_the_presets_say_their_rules() -> None:
-    assert rules_of(preset="choice") == [
+    assert rules_of(preset="demo") == [
         "better than majority class",
         "better than base model",
         "keeps 95 % of the teacher's accuracy",
@@ -462,8 +460,8 @@ def test_the_older_settings_take_the_place_of_the_rules_of_their_kind() -> None:
         "at most 2 points worse than the best",
         "keeps 90 % of the teacher's accuracy",
     ]
-    assert "keeps 90 % of the teacher's accuracy" in rules_of(preset="choice", evaluation=kept)
-    assert "keeps 95 % of the teacher's accuracy" not in rules_of(preset="choice", evaluation=kept)
+    assert "keeps 90 % of the teacher's accuracy" in rules_of(preset="demo", evaluation=kept)
+    assert "keeps 95 % of the teacher's accuracy" not in rules_of(preset="demo", evaluation=kept)
     open_gate = {"minimum_kept": 0, "maximum_loss": 1}
     assert rules_of(evaluation=open_gate) == better
     assert rules_of(evaluation={"rules": [], **kept, "maximum_loss": 0.03}) == [
@@ -507,33 +505,6 @@ def test_a_limit_that_makes_no_sense_is_refused(settings: dict[str, Any], reason
 def test_a_recipe_cannot_be_changed() -> None:
     with pytest.raises(ValueError, match="frozen"):
         load_recipe("demo").name = "other"  # type: ignore[misc]
-
-
-def test_the_demo_is_a_classifier_with_the_defaults_of_all_classifiers() -> None:
-    demo = load_recipe("demo")
-    own = Recipe.model_validate(
-        {"task": {"kind": "classify"}, "teacher": {"kind": "local"}, "dataset": own_files()}
-    )
-    assert demo.task.kind == "classify"
-    assert (demo.prompt, demo.teacher, demo.student) == (own.prompt, own.teacher, own.student)
-
-
-def own_files() -> dict[str, object]:
-    return {
-        "source": "files",
-        "files": {split: [f"{split}.csv"] for split in ("gold", "pool", "validation", "test")},
-        "splits": {"gold": "gold", "train": "pool", "validation": "validation", "test": "test"},
-    }
-
-
-def test_a_recipe_of_before_with_rows_of_its_own_goes_on_from_the_preset_choice() -> None:
-    old = Recipe.model_validate({"preset": "demo", "name": "mine", "dataset": own_files()})
-    assert old == Recipe.model_validate(
-        {"preset": "choice", "name": "mine", "dataset": own_files()}
-    )
-    assert (old.task.kind, old.prompt.answer) == ("choice", "letter")
-    classify = {"preset": "demo", "task": {"kind": "classify"}, "dataset": own_files()}
-    assert Recipe.model_validate(classify).prompt.answer == "class"
 
 
 def test_a_question_needs_options_and_an_answer_fits_its_task() -> None:

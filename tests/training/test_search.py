@@ -25,7 +25,7 @@ def measured(correct: int, size: int = 100, p50: float = 5.0) -> Measured:
 
 
 def recipe() -> Recipe:
-    return Recipe.model_validate({"preset": "choice", "student": {"training": {"method": "lora"}}})
+    return Recipe.model_validate({"preset": "demo", "student": {"training": {"method": "lora"}}})
 
 
 def tried(count: int) -> list[Recipe]:
@@ -77,7 +77,7 @@ def test_a_space_beyond_what_a_recipe_allows_is_one_line_before_anything_is_done
     space: dict[str, Any], said: str
 ) -> None:
     with pytest.raises(RecipeError, match=f"^{said}"):
-        Search(Recipe.model_validate({"preset": "choice"}), SearchRecipe(**space))
+        Search(Recipe.model_validate({"preset": "demo"}), SearchRecipe(**space))
 
 
 @pytest.mark.parametrize(
