@@ -160,6 +160,24 @@ def render_ids(
     return ids
 
 
+def shared_beginning(
+    example: Example, prompt: PromptRecipe, tokenizer: Tokenizer
+) -> tuple[int, ...]:
+    """Return the token ids that the prompts of all texts begin with: what those of two texts that
+    have nothing in common share. `example` is any row of the task."""
+    rendered = []
+    for text in ("a", "1"):
+        fields = dict.fromkeys(example.fields, text)
+        other = example.model_copy(update={"question": text, "fields": fields})
+        rendered.append(tokenizer.encode_chat(render_messages(other, prompt)))
+    shared = []
+    for first, second in zip(*rendered, strict=False):
+        if first != second:
+            break
+        shared.append(first)
+    return tuple(shared)
+
+
 def letter_ids(tokenizer: Tokenizer, count: int) -> list[int]:
     """Return the token id of each of the first `count` letters as the assistant's first token.
 

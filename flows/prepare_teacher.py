@@ -40,6 +40,7 @@ def prepare_teacher(
         refresh="train teacher" in refresh,
         base=preparation.base,
         training=preparation.training,
+        layers=preparation.layers,
         prompt=prompt,
         rows=gold,
         labels=gold_labels(gold, prompt),

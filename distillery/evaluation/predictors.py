@@ -58,6 +58,8 @@ def load_onnx(job: ScoringJob) -> Predictor:
     def ask(row: TrainingRow) -> list[float]:
         if row.texts:
             return student.text_probabilities(row.prompt, row.texts)
+        if row.closed:
+            return student.class_probabilities(row.prompt, row.letters)
         return student.option_probabilities(row.prompt, row.letters)
 
     def first_token(prompt: Sequence[int]) -> int:
@@ -95,7 +97,7 @@ def load_transformers(job: ScoringJob) -> Predictor:
     next_logits = logits_after_prompt(model.eval(), device)
 
     def ask(row: TrainingRow) -> list[float]:
-        if row.texts:
+        if row.texts or row.closed:
             return ask_batches([row])[0]
         probabilities: list[float] = next_logits(row.prompt)[list(row.letters)].softmax(-1).tolist()
         return probabilities
@@ -140,8 +142,14 @@ def row_renderer(
         if len(ids) > longest_prompt(prompt, context, texts):
             return None
         if prompt.answer == "class":
-            tokens = require_classes(classes, folder).for_classes(example.classes)
-            return TrainingRow(prompt=tuple(ids), letters=tokens, closed=True, answer=0)
+            known = require_classes(classes, folder)
+            return TrainingRow(
+                prompt=tuple(ids),
+                letters=known.for_classes(example.classes),
+                closed=True,
+                span=known.span(ids),
+                answer=0,
+            )
         # `answer`, the label in training, plays no part here.
         if texts:
             return TrainingRow(prompt=tuple(ids), texts=tuple(map(tuple, texts)), answer=0)

@@ -39,6 +39,9 @@ def export(
     built, or what was built does not load or answer."""
     from distillery.olive_workflow import run_workflow
 
+    classes = read_class_tokens(adapter or model)
+    if classes and classes.pooled:
+        form = form.model_copy(update={"all_logits": True})
     if form.adapter_apart and form.precision == "int8":
         raise ExportError("export.adapter_apart needs precision int4, fp16 or fp32, not int8")
     if form.adapter_apart and adapter is None:
@@ -63,7 +66,6 @@ def export(
         # Olive's own record of the build names this machine's folders, and nothing reads it.
         without_record = shutil.ignore_patterns("model_config.json")
         shutil.copytree(built / "model", out, dirs_exist_ok=True, ignore=without_record)
-    classes = read_class_tokens(adapter or model)
     if classes:
         classes.write(out)
     progress(len(passes), len(passes), "asking one question")

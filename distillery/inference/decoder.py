@@ -72,10 +72,7 @@ class Decoder:
         A new cache has space for `room` tokens more; it grows later if that is too little.
         """
         ids = list(prompt_ids)
-        if not 1 <= len(ids) <= self.context_length:
-            raise ModelError(
-                f"{self.folder}: a prompt of {len(ids)} tokens; it takes 1 to {self.context_length}"
-            )
+        self.check_length(ids)
         needed = len(ids) + min(room, SMALLEST_CAPACITY)
         if not self.can_serve(ids, needed):
             self.start(needed)
@@ -85,6 +82,31 @@ class Decoder:
         self.prefilled = shared
         del self.tokens[shared:]
         return self.append(ids[shared:])
+
+    def check_length(self, ids: Sequence[int]) -> None:
+        """Raise ModelError for an empty prompt, or one longer than the context."""
+        if not 1 <= len(ids) <= self.context_length:
+            raise ModelError(
+                f"{self.folder}: a prompt of {len(ids)} tokens; it takes 1 to {self.context_length}"
+            )
+
+    def prefill_mean(self, prompt_ids: Sequence[int], span: int) -> Logits:
+        """Return the mean of the logits at the prompt's last `span` tokens, which are computed in
+        one pass, so that it does not depend on what was computed before. The model must give the
+        logits of all tokens."""
+        ids = list(prompt_ids)
+        self.check_length(ids)
+        before = len(ids) - span
+        serves = self.can_serve(ids, len(ids)) and self.prefilled >= before > 0
+        if serves and self.tokens[:before] == ids[:before]:
+            self._generator.rewind_to(before)
+            self.prefilled = before
+            del self.tokens[before:]
+        else:
+            self.start(len(ids))
+            if before:
+                self.append(ids[:before])
+        return self.append(ids[before:], mean=True)
 
     def can_serve(self, ids: Sequence[int], needed: int) -> bool:
         """Return whether the cache can go on with a prompt that needs space for `needed` tokens."""
@@ -102,21 +124,27 @@ class Decoder:
                 return index
         return most
 
-    def append(self, tokens: list[int]) -> Logits:
-        """Compute the tokens in one pass and return the logits after the last one."""
+    def append(self, tokens: list[int], mean: bool = False) -> Logits:
+        """Compute the tokens in one pass and return the logits after the last one, or with `mean`
+        the mean of those after each."""
         if len(self.tokens) + len(tokens) > self.capacity:
             self.grow(len(self.tokens) + len(tokens))
         generator, self._generator = self._generator, None
         with model_errors(self.folder):
             generator.append_tokens(np.array(tokens, dtype=np.int32))
-            logits = np.asarray(generator.get_logits(), dtype=np.float32)
+            # get_logits gives the last position alone.
+            given = generator.get_output("logits") if mean else generator.get_logits()
+            logits = np.asarray(given, dtype=np.float32)
         self._generator = generator
         if self.prefilled == len(self.tokens) and len(tokens) > 1:
             self.prefilled += len(tokens)
         self.tokens += tokens
         # [1, tokens or 1, vocabulary]: a head pruned by ModelBuilder gives the last position alone.
-        last: Logits = logits.reshape(-1, logits.shape[-1])[-1].copy()
-        return last
+        each: Logits = logits.reshape(-1, logits.shape[-1])
+        if mean and len(each) != len(tokens):
+            raise ModelError(f"{self.folder}: gives the last token's logits alone; export it again")
+        found: Logits = each.mean(0) if mean else each[-1].copy()
+        return found
 
     def rewind(self, count: int) -> None:
         """Forget all but the first `count` tokens."""

@@ -65,7 +65,7 @@ class OnnxStudent:
             probabilities = self.text_probabilities(ids, texts)
         elif prompt.answer == "class":
             classes = require_classes(self.classes, self.folder)
-            probabilities = self.option_probabilities(ids, classes.for_classes(example.classes))
+            probabilities = self.class_probabilities(ids, classes.for_classes(example.classes))
         else:
             probabilities = self.option_probabilities(ids, self.letter_ids(len(example.options)))
         best = max(range(len(probabilities)), key=probabilities.__getitem__)
@@ -83,6 +83,19 @@ class OnnxStudent:
         It takes one pass over the prompt and no decoding.
         """
         return softmax(self.decoder.prefill(prompt_ids)[list(letter_ids)])
+
+    def class_probabilities(self, prompt_ids: Sequence[int], tokens: Sequence[int]) -> list[float]:
+        """Return the softmax, in float64, over the logits of the classes' `tokens`.
+
+        It takes one pass over the prompt. Where the head reads the mean of the states, the logits
+        are the mean of those at each of them, because a head is linear."""
+        classes = require_classes(self.classes, self.folder)
+        span = classes.span(prompt_ids)
+        if classes.pooled:
+            logits = self.decoder.prefill_mean(prompt_ids, span)
+        else:
+            logits = self.decoder.prefill(prompt_ids)
+        return softmax(logits[list(tokens)])
 
     def text_probabilities(
         self, prompt_ids: Sequence[int], texts: Sequence[Sequence[int]]

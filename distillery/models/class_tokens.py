@@ -4,7 +4,11 @@ A class's token is read only where the answer stands, and its row of the head is
 class, so that its text does not matter. Tokens are taken from the end of the vocabulary, where the
 rarest are: where head and embeddings are tied, the input embedding of the same token changes too.
 
-The file class_tokens.json of a model's folder holds both: {"classes": [...], "tokens": [...]}.
+The head reads the mean of the states of the text's tokens: what a small model knows of a topic
+stands in all of them, more than in the last one. Which tokens these are is told by the beginning
+that all prompts share, which is left out.
+
+The file class_tokens.json of a model's folder holds a ClassTokens.
 """
 
 import json
@@ -21,10 +25,14 @@ FILE = "class_tokens.json"
 
 
 class ClassTokens(Record):
-    """The classes that a model answers with, and the id of each one's token."""
+    """The classes that a model answers with, and the id of each one's token. `pooled`: the head
+    reads the mean of the states after `beginning`, the token ids that prompts begin with, and
+    otherwise the state of the last token."""
 
     classes: tuple[str, ...]
     tokens: tuple[int, ...]
+    pooled: bool = False
+    beginning: tuple[int, ...] = ()
 
     @model_validator(mode="after")
     def check_pairs(self) -> Self:
@@ -34,6 +42,17 @@ class ClassTokens(Record):
         if count < 2 or min(self.tokens) < 0:
             raise ValueError("two classes or more need tokens, which are counted from 0")
         return self
+
+    def span(self, prompt: Sequence[int]) -> int:
+        """Return how many of a prompt's last tokens the head reads the mean of."""
+        if not self.pooled:
+            return 1
+        shared = 0
+        for ours, theirs in zip(self.beginning, prompt, strict=False):
+            if ours != theirs:
+                break
+            shared += 1
+        return max(1, len(prompt) - shared)
 
     def write(self, folder: Path) -> None:
         """Write the file into `folder`."""

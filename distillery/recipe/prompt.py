@@ -1,6 +1,6 @@
 """The prompt slice: the texts with which teacher and student are asked."""
 
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -9,6 +9,8 @@ from distillery.recipe.base import Slice
 
 class PromptRecipe(Slice):
     """The chat prompt of every stage. The default texts are those of the Build 2025 lab 329."""
+
+    added_later: ClassVar[frozenset[str]] = frozenset({"pooling"})
 
     system: str = (
         "You are a helpful assistant. "
@@ -35,6 +37,10 @@ class PromptRecipe(Slice):
     answer by letter, so text is for student.prompt only. class: with task.kind: classify, the
     class. A student answers with one token of its own for each class; an endpoint writes the
     name."""
+
+    pooling: Literal["mean", "last"] = "mean"
+    """With answer: class, what a student reads the class from. mean: the mean of the hidden states
+    of the text's tokens. last: that of the prompt's last token."""
 
     max_tokens: int = Field(512, ge=8)
     """Tokens of the student's tokenizer that a prompt may have. Rows with longer prompts are set

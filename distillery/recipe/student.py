@@ -17,10 +17,10 @@ class LayerChoice(Slice):
     keep: Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, lt=1)]
     """Number of decoder layers to keep, or their share of the model's: 0.4 keeps 12 of 30."""
 
-    by: Literal["early_and_last", "even", "block_influence"] = "early_and_last"
-    """early_and_last: the first ones and the very last. even: evenly spaced, with the first and the
-    last. block_influence: those that change the hidden states of the training prompts most (Men et
-    al., ShortGPT, 2024)."""
+    by: Literal["early_and_last", "first", "even", "block_influence"] = "early_and_last"
+    """early_and_last: the first ones and the very last. first: the first ones alone. even: evenly
+    spaced, with the first and the last. block_influence: those that change the hidden states of the
+    training prompts most (Men et al., ShortGPT, 2024)."""
 
 
 def check_ascending(layers: tuple[int, ...]) -> tuple[int, ...]:

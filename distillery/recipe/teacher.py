@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 from distillery.recipe.base import Slice
 from distillery.recipe.base_model import BaseModelRecipe
 from distillery.recipe.export import ExportForm
+from distillery.recipe.student import Layers
 from distillery.recipe.training import TrainingRecipe
 
 SHORTEST_RATIONALE = 48
@@ -16,8 +17,13 @@ SHORTEST_RATIONALE = 48
 class TeacherPreparation(Slice):
     """A local teacher: fine-tuned on the gold rows, exported, and served while it labels."""
 
+    added_later: ClassVar[frozenset[str]] = frozenset({"layers"})
+
     base: BaseModelRecipe = BaseModelRecipe()
     """The base model that becomes the teacher."""
+
+    layers: Layers | None = None
+    """Decoder layers to keep, as in student.layers. null keeps all."""
 
     training: TrainingRecipe = TrainingRecipe()
     """How the teacher is trained on the gold rows."""

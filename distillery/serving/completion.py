@@ -147,7 +147,7 @@ def choose_class(student: OnnxStudent, job: Job, prompt: list[int], classes: Cla
                 f"The model answers with one of its {len(token_of)} classes, and {name!r} is none.",
                 param="structured_outputs",
             )
-    probabilities = student.option_probabilities(prompt, [token_of[name] for name in names])
+    probabilities = student.class_probabilities(prompt, [token_of[name] for name in names])
     job.completion_tokens = 1
     return unless_unsure(student, likeliest(job, names, probabilities), max(probabilities))
 

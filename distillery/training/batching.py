@@ -101,28 +101,58 @@ def forward(model: Any, ids: Sequence[Sequence[int]], kept: int, pad_id: int) ->
     return logits
 
 
+def pooled_states(model: Any, rows: Sequence[TrainingRow], pad_id: int) -> "torch.Tensor":
+    """Return the mean of the last hidden states of each row's last `span` tokens, [batch,
+    hidden]."""
+    import torch
+
+    ids = [row.prompt for row in rows]
+    most = min(len(row.prompt) - row.span for row in rows)
+    shared, cache = prefill_shared(model, ids, 1, most=most)
+    inputs = padded_inputs([prompt[shared:] for prompt in ids], pad_id, model.device, shared)
+    states = model.get_decoder()(
+        **inputs, past_key_values=cache, use_cache=cache is not None
+    ).last_hidden_state
+    spans = torch.tensor([row.span for row in rows], device=states.device)[:, None]
+    length = states.shape[1]
+    read = torch.arange(length, device=states.device)[None, :] >= length - spans
+    pooled: torch.Tensor = (states * read[:, :, None]).sum(1) / spans
+    return pooled
+
+
 def prompt_logits(
     model: Any, rows: Sequence[TrainingRow], pad_id: int, batch_size: int
 ) -> Iterator[tuple[list[int], "torch.Tensor"]]:
     """Give the prompts in batches of similar length: the rows' indices, and the logits at their
-    last tokens, [batch, vocabulary]."""
+    last tokens, or of the mean state that a class is read from, [batch, vocabulary]."""
     contiguous_head(model)
     for picked in by_length(rows, batch_size, turning_point(model)):
+        if rows[0].closed:
+            states = pooled_states(model, [rows[index] for index in picked], pad_id)
+            yield picked, model.get_output_embeddings()(states[:, None])[:, -1]
+            continue
         prompts = [rows[index].prompt for index in picked]
         yield picked, forward(model, prompts, 1, pad_id)[:, -1]
 
 
 def prefill_shared(
-    model: Any, ids: Sequence[Sequence[int]], kept: int, following: int = 0
+    model: Any,
+    ids: Sequence[Sequence[int]],
+    kept: int,
+    following: int = 0,
+    most: int | None = None,
 ) -> tuple[int, Any]:
     """Compute the tokens that all rows begin with, each row's last `kept` excluded. Return how many
     these are and the cache that holds them for every row, or (0, None) where it does not pay.
 
-    `following`: how many tokens are to come after the rows."""
+    `following`: how many tokens are to come after the rows. `most`: how many tokens may be shared,
+    at most."""
     import torch
     from transformers import DynamicCache
 
     shared = common_prefix(ids, kept)
+    if most is not None:
+        shared = min(shared, most)
     if shared * (len(ids) - 1) < LEAST_SAVED:
         return 0, None
     if max(map(len, ids)) + following > longest_shared(model):

@@ -14,7 +14,9 @@ from distillery.errors import TrainingError
 from distillery.labels.files import read_labels
 from distillery.labels.known import gold_labels
 from distillery.models.class_tokens import ClassTokens, choose_class_tokens
+from distillery.prompts import TransformersTokenizer, shared_beginning
 from distillery.recipe import PromptRecipe, TrainingRecipe
+from distillery.records import Example
 from distillery.training.rows import TrainingRow, training_rows
 
 
@@ -52,7 +54,7 @@ def read_training_inputs(
     examples = read_examples(labelled)
     classes = None
     if prompt.answer == "class":
-        classes = choose_class_tokens(tokenizer, examples[0].classes)
+        classes = tokens_of_classes(examples[0], prompt, tokenizer)
     rows, too_long = training_rows(examples, found, prompt, tokenizer, explain, classes)
     if explain and rows and not any(row.rationale for row in rows):
         raise TrainingError(
@@ -63,6 +65,16 @@ def read_training_inputs(
     checks, checks_too_long = _with_own_answers(validation, prompt, tokenizer, classes)
     set_aside = {"train": too_long + gold_too_long, "validation": checks_too_long}
     return TrainingInputs(rows + gold_rows, checks, set_aside, classes)
+
+
+def tokens_of_classes(example: Example, prompt: PromptRecipe, tokenizer: Any) -> ClassTokens:
+    """Return the tokens of the classes of `example`, any row of the task, and what a student reads
+    them from."""
+    reading = {
+        "pooled": prompt.pooling == "mean",
+        "beginning": shared_beginning(example, prompt, TransformersTokenizer(tokenizer)),
+    }
+    return choose_class_tokens(tokenizer, example.classes).model_copy(update=reading)
 
 
 def rationale_instruction(trainings: Sequence[TrainingRecipe]) -> str | None:

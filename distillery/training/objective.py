@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from distillery.models.device import Device
 from distillery.recipe import TrainingRecipe
-from distillery.training.batching import forward
+from distillery.training.batching import forward, pooled_states
 from distillery.training.hidden_states import states_read_by_head
 from distillery.training.likelihood import forward_packed, label_likelihoods, option_scores
 from distillery.training.losses import (
@@ -60,12 +60,13 @@ class Objective:
     def class_answers(self, rows: Sequence[TrainingRow]) -> "torch.Tensor":
         """Return the loss on answers by class and on the hidden states, from one forward pass. No
         other token and no end of turn is learnt, because none is ever said."""
-        with self.device.autocast(), states_read_by_head(self.model) as states:
-            logits = forward(self.model, [row.prompt for row in rows], 1, self.pad_id)
+        with self.device.autocast():
+            states = pooled_states(self.model, rows, self.pad_id)[:, None]
+            logits = self.model.get_output_embeddings()(states)
         columns, _ = padded_tensor([row.letters for row in rows], logits.device)
         scores = logits[:, -1].float().gather(1, columns)
         losses = option_loss(scores, rows, self.recipe, self.class_weights)
-        return losses.mean() + self.hidden(rows, states[0])
+        return losses.mean() + self.hidden(rows, states)
 
     def text_answers(self, rows: Sequence[TrainingRow]) -> "torch.Tensor":
         """Return the loss on answers by text and on the hidden states, from one forward pass."""

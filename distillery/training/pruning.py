@@ -53,6 +53,8 @@ def chosen_layers(
         raise TrainingError(
             f"student.layers.keep: {choice.keep}, but this model has {count} layers; keep fewer"
         )
+    if choice.by == "first":
+        return list(range(keep))
     if choice.by == "early_and_last":
         return [*range(keep - 1), count - 1]
     if choice.by == "even":

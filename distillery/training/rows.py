@@ -19,7 +19,8 @@ class TrainingRow(Record):
     """A rendered row. `prompt`: token ids up to the assistant's first token. What may follow is
     given by `letters`, the options' letters as one token each, or by `texts`, the options' token
     ids. `closed`: the letters are the tokens of classes (models/class_tokens.py), the same for all
-    rows, and nothing else is ever said. `answer`: index of the label among the options. `soft`: the
+    rows, and nothing else is ever said; the head reads the mean of the states of the last `span`
+    tokens. `answer`: index of the label among the options. `soft`: the
     teacher's probabilities over the options, in the same order. `explain` and `rationale`: the
     prompt that asks for a reason, and the teacher's reason, where the label has one."""
 
@@ -27,6 +28,7 @@ class TrainingRow(Record):
     letters: tuple[int, ...] = ()
     texts: tuple[tuple[int, ...], ...] = ()
     closed: bool = False
+    span: int = 1
     answer: int
     soft: tuple[float, ...] | None = None
     explain: tuple[int, ...] = ()
@@ -61,6 +63,7 @@ def training_rows(
         fields: dict[str, Any] = {"prompt": ids, "answer": example.keys.index(label.answer)}
         if classes is not None:
             fields |= {"letters": classes.for_classes(example.classes), "closed": True}
+            fields["span"] = classes.span(ids)
         elif prompt.answer == "letter":
             fields["letters"] = letter_ids(wrapped, len(example.options))
         else:

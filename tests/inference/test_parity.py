@@ -15,7 +15,6 @@ from distillery.evaluation.scoring import ModelToScore, score_model
 from distillery.export.build import export
 from distillery.inference.onnx_student import OnnxStudent
 from distillery.labels.known import gold_labels
-from distillery.models.class_tokens import choose_class_tokens
 from distillery.models.device import choose_device
 from distillery.models.inspect import model_and_adapter
 from distillery.models.load import load_model, load_tokenizer, pad_id
@@ -24,6 +23,7 @@ from distillery.recipe import ExportForm, PromptRecipe, TrainingRecipe
 from distillery.records import Example
 from distillery.serving.process import served
 from distillery.training.fine_tune import fine_tune
+from distillery.training.inputs import tokens_of_classes
 from distillery.training.rows import training_rows
 from distillery.training.validation import option_probabilities
 
@@ -40,13 +40,14 @@ EXAMPLES = [
 FORMS = {
     "letter": PromptRecipe(system="Pick.", user="{question}\n{choices}"),
     "text": PromptRecipe(system="Pick.", user="{question}", answer="text"),
-    "class": PromptRecipe(system="", user="{text}", answer="class"),
+    "class": PromptRecipe(system="", user="{text}", answer="class", pooling="last"),
+    "class, mean": PromptRecipe(system="", user="{text}", answer="class"),
 }
 CLASSES = ("a bakery", "a bank, or a bridge", "weather", "none of these")
 
 
 def examples_of(form: str) -> list[Example]:
-    if form != "class":
+    if not form.startswith("class"):
         return EXAMPLES
     rows = []
     for number, example in enumerate(EXAMPLES):
@@ -62,7 +63,9 @@ def test_all_ways_of_asking_a_student_agree(
 ) -> None:
     prompt, base, tokenizer = FORMS[form], tiny_model(arch), load_tokenizer(tiny_model(arch))
     examples = examples_of(form)
-    classes = choose_class_tokens(tokenizer, CLASSES) if form == "class" else None
+    classes = None
+    if prompt.answer == "class":
+        classes = tokens_of_classes(examples[0], prompt, tokenizer)
     labels = gold_labels(examples)
     rows, _ = training_rows(examples, labels, prompt, tokenizer, classes=classes)
     recipe = TrainingRecipe(
@@ -105,6 +108,7 @@ def test_all_ways_of_asking_a_student_agree(
             reply = httpx.post(
                 f"{server.url}/chat/completions", json=body, headers=headers, trust_env=False
             ).json()
+            assert "choices" in reply, reply
             over_http = {
                 entry["token"]: 2.718281828459045 ** entry["logprob"]
                 for entry in reply["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
