@@ -29,6 +29,10 @@ def render_figures(rows: Sequence[ScoreRow]) -> str:
     return "\n\n".join(tables)
 
 
+MOST_CONFUSED = 40
+"""Classes whose confusion is shown as a table, at most; report.json has it for any number."""
+
+
 def render_figures_markdown(figures: Mapping[str, Figures], candidate: str) -> str:
     """Return tables in Markdown: the figures of all predictors, and of the `candidate` also those
     that it alone has, its classes and its confusion."""
@@ -41,8 +45,10 @@ def render_figures_markdown(figures: Mapping[str, Figures], candidate: str) -> s
         markdown_table(COLUMNS, predictor_cells(figures)),
         markdown_table((candidate, "figure", "95 %"), candidate_cells(own)),
         markdown_table(CLASS_COLUMNS, class_cells(own)),
-        markdown_table((f"gold, and what {candidate} says", *labels, "no answer"), confusion),
     ]
+    if len(labels) <= MOST_CONFUSED:
+        titles = (f"gold, and what {candidate} says", *labels, "no answer")
+        tables.append(markdown_table(titles, confusion))
     if own.coverage:
         tables.append(markdown_table(COVERAGE_COLUMNS, coverage_cells(own)))
     return "\n\n".join(tables)

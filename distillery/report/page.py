@@ -12,7 +12,7 @@ from pathlib import Path
 
 from distillery.evaluation import scoreboard, verdicts
 from distillery.evaluation.advice import advice_of
-from distillery.evaluation.figures_table import COVERAGE_COLUMNS, coverage_cells
+from distillery.evaluation.figures_table import COVERAGE_COLUMNS, MOST_CONFUSED, coverage_cells
 from distillery.evaluation.linear_probe import PROBE
 from distillery.evaluation.report import write_text
 from distillery.labels.report import LabelReport
@@ -307,9 +307,11 @@ def class_table(evaluated: Evaluated, candidate: str) -> Table:
 
 
 def confusion_of(evaluated: Evaluated, candidate: str) -> Confusion | None:
-    """Return the student's answers by gold answer."""
+    """Return the student's answers by gold answer; None for more classes than a table can show."""
     figures = evaluated.figures.get(candidate)
-    return figures.confusion if figures else None
+    if figures is None or len(figures.confusion.labels) > MOST_CONFUSED:
+        return None
+    return figures.confusion
 
 
 def doubtful_table(evaluated: Evaluated, candidate: str) -> Table:

@@ -261,7 +261,7 @@ def test_the_summary_shows_the_way_the_scoreboard_and_the_plot(
     page.goto(f"{workshop.url}/v2/artifacts/artifact/{artifact['id']}")
     tables = page.get_by_role("table")
     # The others are the tables of the candidate's further figures.
-    expect(tables).to_have_count(6)
+    expect(tables).to_have_count(7)
     stages, scoreboard = tables.nth(0), tables.nth(1)
     for stage in (
         "prepare dataset",
