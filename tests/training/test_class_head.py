@@ -25,6 +25,7 @@ from distillery.models.inspect import model_and_adapter
 from distillery.models.load import end_of_turn_id, load_model, load_tokenizer, pad_id
 from distillery.recipe import ExportForm, HealingRecipe, PromptRecipe, TrainingRecipe
 from distillery.records import Example, TeacherLabel
+from distillery.training.batching import pooled_states
 from distillery.training.class_head import ClassHead
 from distillery.training.fine_tune import fine_tune
 from distillery.training.loop import TrainingProgress, set_up, train
@@ -367,3 +368,28 @@ def test_a_model_of_other_classes_is_refused(
     (folder / FILE).write_text("{}")
     with pytest.raises(ModelError, match=r"class_tokens\.json: no class tokens"):
         OnnxStudent(folder, threads=1)
+
+
+def test_the_span_is_what_follows_the_beginning_that_all_prompts_share() -> None:
+    last = ClassTokens(classes=("a", "b"), tokens=(7, 8))
+    mean = last.model_copy(update={"pooled": True, "beginning": (1, 2, 3)})
+    assert last.span([1, 2, 3, 4, 5]) == 1
+    assert mean.span([1, 2, 3, 4, 5]) == 2
+    assert mean.span([1, 2, 9, 4, 5]) == 3
+    assert mean.span([9]) == 1
+    # A prompt that ends with the beginning still has a token to read.
+    assert mean.span([1, 2, 3]) == 1
+
+
+def test_the_mean_state_is_that_of_the_tokens_after_the_beginning(base: Path) -> None:
+    model, tokenizer = load_model(base)
+    prompts = [(5, 6, 7, 20, 21, 22), (5, 6, 7, 30, 31), (5, 6, 7, *range(40, 50))]
+    rows = [
+        TrainingRow(prompt=ids, letters=(1, 2), closed=True, span=len(ids) - 3, answer=0)
+        for ids in prompts
+    ]
+    with torch.inference_mode():
+        found = pooled_states(model.eval(), rows, pad_id(tokenizer))
+        for row, state in zip(rows, found, strict=True):
+            alone = model.get_decoder()(torch.tensor([row.prompt])).last_hidden_state[0]
+            assert torch.allclose(state, alone[3:].mean(0), atol=1e-5)
