@@ -9,13 +9,12 @@ class with probability c: the probabilities that the answer comes with are calib
 import asyncio
 import json
 import math
-import os
 import random
 import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.slow_endpoint import response
+from benchmarks.slow_endpoint import response, until_stdin_ends
 
 RIGHT = 0.85
 
@@ -92,16 +91,7 @@ class NoisyTeacher:
 
 
 async def serve(teacher: NoisyTeacher) -> None:
-    loop, ended = asyncio.get_running_loop(), asyncio.Event()
-    server = await asyncio.start_server(teacher.connected, "127.0.0.1", 0)
-    print(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1", flush=True)
-
-    def read_stdin() -> None:
-        if not os.read(sys.stdin.fileno(), 65536):
-            ended.set()
-
-    loop.add_reader(sys.stdin, read_stdin)
-    await ended.wait()
+    await until_stdin_ends(await asyncio.start_server(teacher.connected, "127.0.0.1", 0))
 
 
 if __name__ == "__main__":

@@ -144,10 +144,16 @@ def response(value: Any) -> bytes:
 
 
 async def serve(latency: float = 0.2, places: float = 64, spread: float = 0.0) -> None:
-    loop = asyncio.get_running_loop()
-    ended = asyncio.Event()
     shared = Places(latency, int(places), spread)
-    server = await loop.create_server(lambda: Connection(shared), "127.0.0.1", 0, backlog=1024)
+    server = await asyncio.get_running_loop().create_server(
+        lambda: Connection(shared), "127.0.0.1", 0, backlog=1024
+    )
+    await until_stdin_ends(server)
+
+
+async def until_stdin_ends(server: asyncio.Server) -> None:
+    """Print the server's address, and return when standard input ends."""
+    loop, ended = asyncio.get_running_loop(), asyncio.Event()
     print(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1", flush=True)
 
     def read_stdin() -> None:

@@ -17,6 +17,7 @@ from distillery.prompts import TransformersTokenizer, render_ids
 from distillery.recipe import PromptRecipe
 from distillery.records import Example
 from distillery.training.batching import padded_inputs
+from distillery.training.pruning import keep_layers
 
 if TYPE_CHECKING:
     import torch
@@ -101,12 +102,7 @@ def cross_validated(
 
 def keep_lower_half(model: Any) -> None:
     """Drop the upper half of the decoder layers: what the probe reads stands below them."""
-    import torch
-
-    decoder = model.get_decoder()
-    half = max(1, len(decoder.layers) // 2)
-    decoder.layers = torch.nn.ModuleList(list(decoder.layers)[:half])
-    model.config.num_hidden_layers = half
+    keep_layers(model, range(max(1, len(model.get_decoder().layers) // 2)))
 
 
 def mean_states(
