@@ -1,11 +1,10 @@
 import time
-from functools import partial
 from pathlib import Path
 
 from distillery.data.examples import read_examples
 from distillery.evaluation import evaluate as domain
 from distillery.evaluation.baselines import with_letters
-from distillery.evaluation.linear_probe import classify_states, cross_validated
+from distillery.evaluation.linear_probe import TextStates
 from distillery.evaluation.report import ANSWERS_FILE
 from distillery.evaluation.scoreboard import BASE, FLOAT, headline
 from distillery.evaluation.scoring import ModelToScore
@@ -86,14 +85,9 @@ def evaluate(
     gold_rows = _examples(gold, store) if gold else []
     if learns_from_gold:
         learnt += gold_rows
-    probe = cross_validate = None
+    states = None
     if prompt.answer == "class" and len({row.answer_key for row in gold_rows}) > 1:
-        probe = partial(
-            classify_states, base_model, remote_code_allowed(base), gold_rows, prompt=prompt
-        )
-        cross_validate = partial(
-            cross_validated, base_model, remote_code_allowed(base), prompt=prompt
-        )
+        states = TextStates(base_model, remote_code_allowed(base))
     with working_folder("evaluation") as folder:
         rows = domain.evaluate(
             models,
@@ -107,8 +101,7 @@ def evaluate(
             validation=_examples(validation, store) if validation else [],
             teacher_probabilities=probabilities,
             float_model=FLOAT,
-            probe=probe,
-            cross_validate=cross_validate,
+            states=states,
             columns=columns,
             fields=fields,
             threshold=candidate.abstention.threshold if candidate.abstention else None,

@@ -6,7 +6,7 @@ from prefect import get_run_logger
 from distillery.data.examples import read_examples
 from distillery.errors import TeacherError
 from distillery.evaluation.baselines import TFIDF_ON_GOLD, score_baselines
-from distillery.evaluation.linear_probe import PROBE, classify_states
+from distillery.evaluation.linear_probe import PROBE, TextStates, classify_states
 from distillery.evaluation.report import write_answers
 from distillery.evaluation.scoreboard import GOLD, TEACHER
 from distillery.evaluation.scoring import Answers, answered_rows, right_answers, score_model
@@ -42,9 +42,8 @@ def check_teacher(
     if TFIDF_ON_GOLD in baselines:
         answers[TFIDF_ON_GOLD] = baselines[TFIDF_ON_GOLD]
     if prompt.answer == "class" and len({row.answer_key for row in gold_rows}) > 1:
-        answers[PROBE] = classify_states(
-            base_folder(base), remote_code_allowed(base), gold_rows, examples, prompt
-        )
+        states = TextStates(base_folder(base), remote_code_allowed(base))
+        answers[PROBE] = classify_states(states, gold_rows, examples, prompt)
     if isinstance(teacher, OnnxModel):
         scored = score_model(
             onnx_model("teacher", teacher, store), file, prompt, progress=show_rows

@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -11,7 +11,12 @@ from distillery.errors import ModelError
 from distillery.evaluation.baselines import BASELINES, score_baselines
 from distillery.evaluation.doubtful import DOUBTFUL_FILE, Doubtful, doubtful_rows, write_doubtful
 from distillery.evaluation.figures import confidence_figures, figures_of
-from distillery.evaluation.linear_probe import PROBE
+from distillery.evaluation.linear_probe import (
+    PROBE,
+    TextStates,
+    classify_states,
+    cross_validated,
+)
 from distillery.evaluation.option_order import ORDER_ROWS
 from distillery.evaluation.report import write_answers, write_report, write_rows
 from distillery.evaluation.scoreboard import GOLD, TEACHER
@@ -47,8 +52,7 @@ def evaluate(
     validation: Sequence[Example] = (),
     teacher_probabilities: Mapping[str, Mapping[str, float]] | None = None,
     float_model: str | None = None,
-    probe: Callable[[Sequence[Example]], Answers] | None = None,
-    cross_validate: Callable[[Sequence[Example]], Sequence[Probabilities]] | None = None,
+    states: TextStates | None = None,
     columns: Columns | None = None,
     fields: Sequence[str] = (),
     threshold: float | None = None,
@@ -62,19 +66,22 @@ def evaluate(
     from `learnt` and `gold` (see baselines.py). `candidate` is the model that may be registered,
     and `float_model` the one that it was exported from: the report tells how far the two depart
     from each other. The candidate is also asked up to ORDER_ROWS rows in another order of options.
-    `probe` answers rows by the linear probe (linear_probe.py), and `cross_validate` gives its
-    probabilities of rows that it learns from, so that the labels of `gold` and `validation` can be
-    doubted. `columns` and `fields` are the recipe's, for doubtful.csv. `threshold`: the confidence
-    below which the candidate abstains; the scoreboard counts its likeliest answers all the same,
-    and the figures tell what the threshold makes of them. `progress` is shown the rows done of all
+    From `states` the linear probe learns `gold`, answers the rows, and doubts the labels of `gold`
+    and `validation`; they are unloaded before the models are asked. `columns` and `fields` are the
+    recipe's, for doubtful.csv. `threshold`: the confidence below which the candidate abstains; the
+    scoreboard counts its likeliest answers all the same, and the figures tell what the threshold
+    makes of them. `progress` is shown the rows done of all
     models together. Raises DataError for test rows without gold answers, and ModelError for a model
     that can't be scored."""
     examples, letters = answered_rows(test)
     baselines, notes = score_baselines(examples, learnt, gold)
     answers: dict[str, Answers] = {GOLD: letters, **baselines}
-    if probe is not None:
+    doubtful: list[Doubtful] = []
+    if states is not None:
         progress(0, len(examples), "linear probe")
-        answers[PROBE] = probe(examples)
+        answers[PROBE] = classify_states(states, gold, examples, prompt)
+        doubtful = doubtful_by_probe(states, gold, validation, prompt)
+        states.unload()
     probabilities: dict[str, Sequence[Probabilities]] = {}
     teacher_name = TEACHER
     if isinstance(teacher, str):
@@ -124,14 +131,13 @@ def evaluate(
         rows.append(row)
     notes += measuring_notes(scored, threads or usable_cores())
     shipped = (candidate, teacher_name)
-    doubtful = doubtful_rows(
+    doubted = doubtful_rows(
         "test",
         examples,
         {name: probabilities[name] for name in shipped if name in probabilities},
         {name: answers[name] for name in shipped},
     )
-    if cross_validate is not None:
-        doubtful += doubtful_by_probe(cross_validate, gold, validation)
+    doubtful = doubted + doubtful
     if doubtful:
         notes.append(
             f"{len(doubtful)} labels are contradicted with confidence; {DOUBTFUL_FILE} lists them."
@@ -144,12 +150,13 @@ def evaluate(
 
 
 def doubtful_by_probe(
-    cross_validate: Callable[[Sequence[Example]], Sequence[Probabilities]],
+    states: TextStates,
     gold: Sequence[Example],
     validation: Sequence[Example],
+    prompt: PromptRecipe,
 ) -> list[Doubtful]:
     """Return the gold and validation rows whose labels the linear probe contradicts."""
-    shares = cross_validate([*gold, *validation])
+    shares = cross_validated(states, [*gold, *validation], prompt)
     found = doubtful_rows("gold", gold, {PROBE: shares[: len(gold)]})
     return found + doubtful_rows("validation", validation, {PROBE: shares[len(gold) :]})
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from distillery.errors import ExportError, ModelError
 from distillery.export.fit import misfit
+from distillery.export.head import keep_rows
 from distillery.export.passes import export_passes
 from distillery.inference.decoder import ADAPTER_FILE
 from distillery.inference.onnx_student import OnnxStudent
@@ -67,6 +68,9 @@ def export(
         without_record = shutil.ignore_patterns("model_config.json")
         shutil.copytree(built / "model", out, dirs_exist_ok=True, ignore=without_record)
     if classes:
+        if classes.pooled and keep_rows(out, classes.tokens):
+            numbers = tuple(range(len(classes.tokens)))
+            classes = classes.model_copy(update={"tokens": numbers})
         classes.write(out)
     progress(len(passes), len(passes), "asking one question")
     check_built(out, form)

@@ -8,7 +8,7 @@ import pytest
 
 from distillery.data.prepare import select_rows
 from distillery.evaluation.doubtful import Doubtful, doubtful_rows, to_cells, write_doubtful
-from distillery.evaluation.linear_probe import cross_validated
+from distillery.evaluation.linear_probe import TextStates, cross_validated
 from distillery.recipe import Columns, DatasetRecipe, PromptRecipe, TaskRecipe
 from distillery.records import Example
 
@@ -153,7 +153,7 @@ def test_cross_validated_probabilities_are_not_of_rows_that_were_learnt(
     rows.append(text_row(40, "-1"))
     rows.append(text_row(41, None))
     prompt = PromptRecipe(system="", user="{text}", answer="class")
-    shares = cross_validated(tiny_model("llama"), False, rows, prompt)
+    shares = cross_validated(TextStates(tiny_model("llama"), False), rows, prompt)
     assert shares[40:] == [None, None]
     right = 0
     for row, share in zip(rows[:40], shares, strict=False):

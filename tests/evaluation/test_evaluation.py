@@ -24,6 +24,7 @@ from distillery.evaluation.baselines import (
 )
 from distillery.evaluation.doubtful import Doubtful, Opinion
 from distillery.evaluation.evaluate import evaluate, measuring_notes
+from distillery.evaluation.linear_probe import TextStates
 from distillery.evaluation.report import candidate_of
 from distillery.evaluation.scoreboard import headline, render_table
 from distillery.evaluation.scoring import (
@@ -427,9 +428,19 @@ def test_evaluate_against_an_endpoint(
     assert len(picture) > 10_000
 
 
-def test_labels_that_the_teacher_contradicts_are_listed(
-    student: ModelToScore, test_file: Path, tmp_path: Path
+def test_labels_that_teacher_or_probe_contradict_are_listed(
+    student: ModelToScore, test_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def third_class(_states: object, rows: Sequence[Example], _prompt: object) -> Any:
+        return [(0.0, 0.0, 1.0)] * len(rows)
+
+    def no_answers(
+        _states: object, _gold: object, asked: Sequence[Example], _prompt: object
+    ) -> Any:
+        return [None] * len(asked)
+
+    monkeypatch.setattr("distillery.evaluation.evaluate.cross_validated", third_class)
+    monkeypatch.setattr("distillery.evaluation.evaluate.classify_states", no_answers)
     examples = read_examples(test_file)
     answers, shares = {}, {}
     for number, example in enumerate(examples):
@@ -448,7 +459,7 @@ def test_labels_that_the_teacher_contradicts_are_listed(
         gold=examples[:3],
         validation=examples[3:],
         teacher_probabilities=shares,
-        cross_validate=lambda rows: [(0.0, 0.0, 1.0)] * len(rows),
+        states=TextStates(Path(student.folder), False),
     )
     found = [Doubtful.model_validate_json(line) for line in (out / "doubtful.jsonl").open()]
     (doubted,) = [row for row in found if "teacher" in row.contradicted_by]
