@@ -1,7 +1,7 @@
 """The student slice: what the student starts from, which layers it keeps and how it is trained."""
 
 from itertools import pairwise
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -14,13 +14,21 @@ from distillery.recipe.training import TrainingRecipe
 class LayerChoice(Slice):
     """How many decoder layers to keep, and by which rule they are chosen."""
 
-    keep: Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, lt=1)]
-    """Number of decoder layers to keep, or their share of the model's: 0.4 keeps 12 of 30."""
+    added_later: ClassVar[frozenset[str]] = frozenset({"largest_loss"})
 
-    by: Literal["early_and_last", "first", "even", "block_influence"] = "early_and_last"
+    keep: Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, lt=1)]
+    """Number of decoder layers to keep, or their share of the model's: 0.4 keeps 12 of 30. With
+    by: probe, the most that are kept."""
+
+    by: Literal["early_and_last", "first", "even", "block_influence", "probe"] = "early_and_last"
     """early_and_last: the first ones and the very last. first: the first ones alone. even: evenly
     spaced, with the first and the last. block_influence: those that change the hidden states of the
-    training prompts most (Men et al., ShortGPT, 2024)."""
+    training prompts most (Men et al., ShortGPT, 2024). probe: the first ones, as few as give the
+    classes of the training rows to a linear probe; needs task.kind: classify."""
+
+    largest_loss: float = Field(0.02, ge=0, lt=1)
+    """With by: probe, the share of the training rows that the probe of the layers kept may answer
+    wrongly beyond that of the best depth. Training wins back a part of it."""
 
 
 def check_ascending(layers: tuple[int, ...]) -> tuple[int, ...]:

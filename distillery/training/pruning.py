@@ -7,6 +7,7 @@ from distillery.errors import TrainingError
 from distillery.models.device import choose_device
 from distillery.recipe import LayerChoice
 from distillery.training.batching import by_length, padded_inputs, turning_point
+from distillery.training.depth import probed_depth
 from distillery.training.rows import TrainingRow
 
 if TYPE_CHECKING:
@@ -20,14 +21,20 @@ def resolved_layers(
     model: Any, layers: Sequence[int] | LayerChoice | None, rows: Sequence[TrainingRow], pad_id: int
 ) -> list[int]:
     """Return the decoder layers that `layers` names or chooses, in order; None means all of them.
-    Block influence is measured on some of `rows`.
+    Block influence is measured on some of `rows`, and so is what a probe finds at each depth.
 
-    Raises TrainingError for more layers than there are."""
+    Raises TrainingError for more layers than there are, and for by: probe with rows that are no
+    classifier's."""
     count = len(model.get_decoder().layers)
     if layers is None:
         return list(range(count))
     if not isinstance(layers, LayerChoice):
         return list(layers)
+    if layers.by == "probe":
+        if not rows or not rows[0].closed:
+            raise TrainingError("student.layers.by: probe needs task.kind: classify")
+        most = kept(layers, count)
+        return list(range(probed_depth(model, rows, pad_id, most, layers.largest_loss)))
     if layers.by != "block_influence":
         return chosen_layers(layers, count)
     if len(rows) > MOST_ROWS:
@@ -48,11 +55,7 @@ def chosen_layers(
     layer, needed for choice.by block_influence.
 
     Raises TrainingError for more layers than there are."""
-    keep = choice.keep if isinstance(choice.keep, int) else max(1, round(choice.keep * count))
-    if keep > count:
-        raise TrainingError(
-            f"student.layers.keep: {choice.keep}, but this model has {count} layers; keep fewer"
-        )
+    keep = kept(choice, count)
     if choice.by == "first":
         return list(range(keep))
     if choice.by == "early_and_last":
@@ -65,6 +68,16 @@ def chosen_layers(
         raise ValueError("block_influence needs the influence of each layer")
     ranked = sorted(range(count), key=lambda layer: -influence[layer])
     return sorted(ranked[:keep])
+
+
+def kept(choice: LayerChoice, count: int) -> int:
+    """Return how many of `count` layers `choice` keeps. Raises TrainingError for more than that."""
+    keep = choice.keep if isinstance(choice.keep, int) else max(1, round(choice.keep * count))
+    if keep > count:
+        raise TrainingError(
+            f"student.layers.keep: {choice.keep}, but this model has {count} layers; keep fewer"
+        )
+    return keep
 
 
 def block_influence(model: Any, batches: Sequence[dict[str, "torch.Tensor"]]) -> list[float]:

@@ -1,0 +1,105 @@
+"""How deep a classifier has to be: a linear probe at each depth of the model that it starts from.
+
+Alain, Bengio, Understanding intermediate layers using linear classifier probes, 2016: how well
+linear classifiers of a layer's states tell the classes apart shows how far the model has come
+there. Here they are ridge classifiers, in closed form, so that all depths together cost about one
+pass over the rows; the training after it finds more in the layers than they do.
+"""
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distillery.models.device import choose_device, linear_layers_cast
+from distillery.training.batching import by_length, padded_inputs, turning_point
+from distillery.training.rows import TrainingRow
+
+MOST_ROWS = 1000
+"""How many of the training rows, at most, the probes learn from and are asked."""
+
+FOLDS = 4
+
+PENALTY = 100.0
+"""Of the ridge classifiers, whose features are standardised."""
+
+_log = logging.getLogger(__name__)
+
+
+def probed_depth(
+    model: Any, rows: Sequence[TrainingRow], pad_id: int, most: int, largest_loss: float
+) -> int:
+    """Return the least number of first layers of `model`, at most `most`, whose probe gives the
+    labels of `rows` almost as often as the best of these depths does: a share of at most
+    `largest_loss` of the rows less often. `rows` are of a classifier: all have the same classes."""
+    if len(rows) > MOST_ROWS:
+        rows = [rows[index * len(rows) // MOST_ROWS] for index in range(MOST_ROWS)]
+    states = states_by_depth(model, rows, pad_id)[:most]
+    answers = np.array([row.answer for row in rows])
+    shares = [agreement(each, answers) for each in states]
+    allowed = max(shares) - largest_loss - 1e-9
+    depth = next(number for number, share in enumerate(shares, 1) if share >= allowed)
+    _log.info(
+        "depth: %d of %d layers; a linear probe gives %.1f %% of the labels there and %.1f %% at "
+        "its best depth, %d",
+        depth,
+        len(model.get_decoder().layers),
+        100 * shares[depth - 1],
+        100 * max(shares),
+        1 + int(np.argmax(shares)),
+    )
+    return depth
+
+
+def states_by_depth(model: Any, rows: Sequence[TrainingRow], pad_id: int) -> NDArray[np.float32]:
+    """Return what a head would read after each decoder layer, if that were the last one: [layers,
+    rows, hidden]. It is the mean of the normalised states of a row's last `span` tokens."""
+    import torch
+
+    decoder = model.get_decoder()
+    device = choose_device()
+    model.to(device.name).eval()
+    shape = (len(decoder.layers), len(rows), model.config.get_text_config().hidden_size)
+    found = np.zeros(shape, dtype=np.float32)
+    outputs: list[Any] = []
+
+    def keep_output(_layer: Any, _inputs: Any, output: Any) -> None:
+        outputs.append(output[0] if isinstance(output, tuple) else output)
+
+    hooks = [layer.register_forward_hook(keep_output) for layer in decoder.layers]
+    try:
+        with torch.inference_mode(), device.autocast(), linear_layers_cast(model, device):
+            for picked in by_length(rows, 16, turning_point(model)):
+                prompts = [rows[index].prompt for index in picked]
+                inputs = padded_inputs(prompts, pad_id, model.device)
+                decoder(**inputs, use_cache=False)
+                spans = torch.tensor([[rows[index].span] for index in picked], device=model.device)
+                length = inputs["input_ids"].shape[1]
+                read = torch.arange(length, device=model.device)[None, :] >= length - spans
+                for depth, output in enumerate(outputs):
+                    states = decoder.norm(output).float() * read[:, :, None]
+                    found[depth, picked] = (states.sum(1) / spans).cpu().numpy()
+                outputs.clear()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+def agreement(states: NDArray[np.float32], answers: NDArray[Any]) -> float:
+    """Return the share of the rows that a ridge classifier of `states`, [rows, hidden], answers as
+    in `answers`, cross-validated."""
+    from sklearn.linear_model import RidgeClassifier
+    from sklearn.model_selection import KFold, cross_val_predict
+    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+
+    if len(set(answers.tolist())) < 2 or len(answers) < FOLDS:
+        return 1.0
+    scaled = (states - states.mean(0)) / (states.std(0) + 1e-6)
+    classifier: Any = RidgeClassifier(alpha=PENALTY)  # type: ignore[no-untyped-call]
+    folds: Any = KFold(FOLDS, shuffle=True, random_state=0)  # type: ignore[no-untyped-call]
+    with threadpool_limits(1):
+        said = cross_val_predict(classifier, scaled, answers, cv=folds)
+    return float((said == answers).mean())

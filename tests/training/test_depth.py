@@ -1,0 +1,94 @@
+"""How deep a classifier has to be: what a head would read at each depth, and which one is taken."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_model import ARCHITECTURES
+
+from distillery.errors import TrainingError
+from distillery.models.device import choose_device
+from distillery.models.load import load_model, pad_id
+from distillery.recipe import LayerChoice
+from distillery.training import depth
+from distillery.training.depth import probed_depth, states_by_depth
+from distillery.training.hidden_states import hidden_states
+from distillery.training.pruning import keep_layers, resolved_layers
+from distillery.training.rows import TrainingRow
+
+TinyModel = Callable[[str], Path]
+
+ROWS = [
+    TrainingRow(
+        prompt=tuple(range(3, 6 + number % 7)),
+        letters=(40, 41),
+        closed=True,
+        span=1 + number % 3,
+        answer=number % 2,
+    )
+    for number in range(24)
+]
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_the_states_at_a_depth_are_those_that_a_model_cut_there_reads(
+    tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch, arch: str
+) -> None:
+    monkeypatch.setattr(depth, "choose_device", lambda: choose_device("float32"))
+    model, tokenizer = load_model(tiny_model(arch))
+    found = states_by_depth(model, ROWS, pad_id(tokenizer))
+    layers = len(model.get_decoder().layers)
+    assert found.shape == (layers, len(ROWS), model.config.hidden_size)
+    for kept in range(layers, 0, -1):
+        keep_layers(model, range(kept))
+        expected = hidden_states(
+            model, ROWS, pad_id=pad_id(tokenizer), device=choose_device("float32")
+        )
+        assert found[kept - 1] == pytest.approx(expected.numpy(), abs=1e-4)
+        assert np.ptp(expected.numpy()) > 1
+
+
+@pytest.mark.parametrize(
+    ("most", "largest_loss", "expected"), [(4, 0.0, 3), (4, 0.1, 2), (4, 0.6, 1), (2, 0.0, 2)]
+)
+def test_the_least_depth_within_the_loss_is_taken(
+    tiny_model: TinyModel,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    most: int,
+    largest_loss: float,
+    expected: int,
+) -> None:
+    model, tokenizer = load_model(tiny_model("llama"))
+    shares = {1: 0.4, 2: 0.9, 3: 0.95, 4: 0.95}
+    states = np.arange(1, 5)[:, None, None]
+    monkeypatch.setattr(depth, "states_by_depth", lambda *_: states)
+    monkeypatch.setattr(depth, "agreement", lambda given, _answers: shares[int(given[0, 0])])
+    caplog.set_level(logging.INFO, "distillery")
+    assert probed_depth(model, ROWS, pad_id(tokenizer), most, largest_loss) == expected
+    assert f"depth: {expected} of 2 layers" in caplog.text
+
+
+def test_a_probe_agrees_with_what_the_states_tell() -> None:
+    generator = np.random.default_rng(0)
+    answers = generator.integers(0, 3, 200)
+    noise = generator.normal(size=(200, 8)).astype(np.float32)
+    told = noise.copy()
+    told[:, 5] += 8 * (answers == 1)
+    told[:, 6] += 8 * (answers == 2)
+    assert depth.agreement(told, answers) > 0.95
+    assert depth.agreement(noise, answers) < 0.6
+    assert depth.agreement(noise, np.zeros(200, dtype=int)) == 1
+
+
+def test_rows_that_are_no_classifiers_have_no_probe(tiny_model: TinyModel) -> None:
+    model, tokenizer = load_model(tiny_model("llama"))
+    choice = LayerChoice(keep=2, by="probe")
+    assert resolved_layers(model, choice, ROWS, pad_id(tokenizer)) in ([0], [0, 1])
+    options = [row.model_copy(update={"closed": False}) for row in ROWS]
+    with pytest.raises(TrainingError, match=r"by: probe needs task\.kind: classify"):
+        resolved_layers(model, choice, options, pad_id(tokenizer))
+    with pytest.raises(TrainingError, match="keep: 7, but this model has 2 layers"):
+        resolved_layers(model, LayerChoice(keep=7, by="probe"), ROWS, pad_id(tokenizer))
