@@ -26,7 +26,7 @@ class LayerChoice(Slice):
     training prompts most (Men et al., ShortGPT, 2024). probe: the first ones, as few as give the
     classes of the training rows to a linear probe; needs task.kind: classify."""
 
-    largest_loss: float = Field(0.02, ge=0, lt=1)
+    largest_loss: float = Field(0.01, ge=0, lt=1)
     """With by: probe, the share of the training rows that the probe of the layers kept may answer
     wrongly beyond that of the best depth. Training wins back a part of it."""
 
