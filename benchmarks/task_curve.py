@@ -3,11 +3,11 @@
 
 A learning curve for each of the three tasks of tasks.py, with the same rows. The endpoint is played
 by noisy_teacher.py: over HTTP, it gives the gold answers with 15 % errors and calibrated
-probabilities. Points of the curve are students that learn from the gold rows alone, and from these
-and 10, 30 and 100 % of the other rows, which the endpoint labels. Each share holds the rows of the
-smaller ones, and all runs keep their answers in one place, so that no answer is asked for twice. The
-recipe is that of the how-to guides for an endpoint: soft labels with weight 0.5; all else is a
-default. A run that was ended goes on where it was.
+probabilities. The points of a curve are students that learn from the gold rows alone, and from
+these and 10, 30 and 100 % of the other rows, which the endpoint labels. Each share holds the rows
+of the smaller ones, and all runs keep their answers in one database, so that no answer is asked for
+twice. The recipe is that of the how-to guides for an endpoint: soft labels with weight 0.5; all
+else is a default. Stages that an earlier run of the benchmark has done come from the cache.
 
 A line a point: rows that the endpoint has labelled, and the accuracy on the test rows of TF-IDF
 (logistic regression, from the same rows and labels as the student), the teacher, the float student
