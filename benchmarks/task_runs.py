@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -32,10 +33,10 @@ def environment(work: Path) -> dict[str, str]:
 def run_in_a_process(
     name: str, recipe: dict[str, Any], work: Path = WORK, settings: Mapping[str, str] | None = None
 ) -> dict[str, Any]:
-    """Run a recipe and return its figures, or the last line of its output as `failed`.
+    """Run a recipe and return its figures, or why it failed as `failed`.
 
     `settings` are added to the environment. The recipe, the output and the figures stay in `work`,
-    as NAME.yaml, NAME.log and NAME.json."""
+    as NAME.yaml, NAME.log and NAME.json; a run that failed leaves no figures."""
     (work / "prefect").mkdir(parents=True, exist_ok=True)
     file, result = work / f"{name}.yaml", work / f"{name}.json"
     file.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
@@ -48,10 +49,11 @@ def run_in_a_process(
             stdout=log,
             stderr=subprocess.STDOUT,
         )
-    if done.returncode:
-        last = (work / f"{name}.log").read_text().strip().splitlines()[-1:]
-        return {"failed": last[0] if last else "no output"}
+    if not result.exists():
+        return {"failed": f"ended with {done.returncode}; see {work / f'{name}.log'}"}
     found: dict[str, Any] = json.loads(result.read_text())
+    if "failed" in found:
+        result.unlink()
     return found
 
 
@@ -94,5 +96,15 @@ def run(file: str) -> dict[str, Any]:
     }
 
 
+def main(recipe: str, result: str) -> None:
+    """Run a recipe and write its figures, or the error that ended it, to `result`."""
+    try:
+        figures = run(recipe)
+    except Exception as error:
+        traceback.print_exc()
+        figures = {"failed": f"{type(error).__name__}: {error}"}
+    Path(result).write_text(json.dumps(figures))
+
+
 if __name__ == "__main__":
-    Path(sys.argv[2]).write_text(json.dumps(run(sys.argv[1])))
+    main(*sys.argv[1:])
