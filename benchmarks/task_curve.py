@@ -9,9 +9,11 @@ of the smaller ones, and all runs keep their answers in one database, so that no
 twice. The recipe is that of the how-to guides for an endpoint: soft labels with weight 0.5; all
 else is a default. Stages that an earlier run of the benchmark has done come from the cache.
 
-A line a point: rows that the endpoint has labelled, and the accuracy on the test rows of TF-IDF
-(logistic regression, from the same rows and labels as the student), the teacher, the float student
-and the form that ships. A table of them in Markdown follows. The last line is JSON:
+A line a point: how many gold rows and labelled rows the student learns from, the accuracy on the
+test rows of TF-IDF (logistic regression, from the same rows and labels as the student), the
+teacher, the float student and the form that ships, whether the gate passed it, and minutes. With
+gold rows alone, the gate has the gold answers for a teacher. A table in Markdown follows. The last
+line is JSON:
 
 tasks           tasks whose curve is whole
 points          points that were measured
@@ -39,6 +41,9 @@ from distillery.evaluation.scoreboard import markdown_table
 
 SHARES = (0, 10, 30, 100)
 """Percent of the unlabelled rows that the endpoint labels, at each point."""
+
+SOFT_WEIGHT = 0.5
+"""The weight of an endpoint's probabilities in docs/how-to/students.md."""
 
 SMALL_TEST_ROWS, SMALL_POOL_ROWS, SMALL_STEPS = 30, 60, 3
 
@@ -83,7 +88,7 @@ def point_recipe(name: str, share: int, paths: dict[str, str], small: bool) -> d
     if share:
         recipe["dataset"]["splits"]["train"] = f"pool-{share}"
         recipe["teacher"] = {"kind": "endpoint", "soft_labels": True}
-        training["soft_weight"] = 0.5
+        training["soft_weight"] = SOFT_WEIGHT
     else:
         recipe["dataset"]["splits"] |= {"train": "gold"}
         del recipe["dataset"]["splits"]["gold"]
