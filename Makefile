@@ -20,7 +20,7 @@ AXE := tests/support/axe/node_modules/.installed
 
 export PREFECT_HOME ?= $(CURDIR)/.distillery/prefect
 
-.PHONY: help setup demo test test-all bench-overhead bench-labels bench-train bench-distil bench-distil-full bench-inference bench-tasks bench-tasks-full neutral simulate-gate docs lint format up down clean
+.PHONY: help setup demo test test-all bench-overhead bench-labels bench-train bench-distil bench-distil-full bench-inference bench-tasks bench-tasks-full bench-tasks-endpoint neutral simulate-gate docs lint format up down clean
 help: ## what the targets do
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-14s %s\n", $$1, $$2}'
 
@@ -77,6 +77,9 @@ bench-tasks: $(INSTALLED) ## what the defaults make of three classifiers that no
 
 bench-tasks-full: $(INSTALLED) ## the same with 150 classes and CommonsenseQA; goes on where it was ended
 	@$(BIN)/python -m benchmarks.tasks --full
+
+bench-tasks-endpoint: $(INSTALLED) ## the three with an endpoint for a teacher: what its labels gain over the answered rows alone
+	@$(BIN)/python -m benchmarks.tasks --endpoint
 
 bench-labels: $(INSTALLED) ## how fast rows are labelled, beside a bare loop, the lab's and bespokelabs-curator
 	@$(BIN)/python -m benchmarks.labels

@@ -42,7 +42,7 @@ from urllib.request import urlopen
 
 from pydantic import SecretStr
 
-from benchmarks.slow_endpoint import LETTERS
+from benchmarks.slow_endpoint import LETTERS, serving
 from distillery.data.rows import RowReader, to_example
 from distillery.labels.labelling import label
 from distillery.labels.questions import questions
@@ -390,27 +390,6 @@ class Bench:
         return figures
 
 
-@contextmanager
-def endpoint(spread: float = 0.0) -> Iterator[str]:
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.slow_endpoint",
-        str(LATENCY_S),
-        str(PLACES),
-        str(spread),
-    ]
-    with subprocess.Popen(
-        command, cwd=PROJECT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stdin
-        assert process.stdout
-        try:
-            yield process.stdout.readline().strip()
-        finally:
-            process.stdin.close()
-
-
 def install_curator() -> bool:
     """Whether bespokelabs-curator is there, installed at the first run."""
     mark = CURATOR_VENV / "installed"
@@ -474,7 +453,9 @@ def second_runs(bench: Bench) -> dict[str, float]:
 
 
 def main(soft: bool, spread: float) -> None:
-    with tempfile.TemporaryDirectory() as scratch, endpoint(spread) as url:
+    settings = map(str, (LATENCY_S, PLACES, spread))
+    endpoint = serving("benchmarks.slow_endpoint", *settings)
+    with tempfile.TemporaryDirectory() as scratch, endpoint as url:
         bench = Bench(url, Path(scratch), soft)
         latency = f"{LATENCY_S} s a call, give or take {spread:.0%}"
         print(

@@ -1,9 +1,12 @@
 """A teacher over HTTP that is right on 85 % of the rows and knows how sure it is.
 
 `python -m benchmarks.noisy_teacher GOLD.json` serves chat completions on a free port of 127.0.0.1,
-which it prints, until standard input ends. GOLD.json maps each text to its gold class. The answer
-to a text is always the same. Its confidence c is drawn so that its mean is 0.85, and it is the gold
-class with probability c: the probabilities that the answer comes with are calibrated.
+which it prints, until standard input ends. GOLD.json maps each text to its gold class. A request's
+last message is the text alone. The answer to a text is always the same.
+
+The teacher is as sure of its answer, c, as it is right: c is drawn from 0.5 to 1 with a mean of
+0.85, the other classes share 1 - c, and the gold class is each class with that class's probability.
+So the errors are at random: another teacher's may depend on the text.
 """
 
 import asyncio
@@ -18,6 +21,9 @@ from benchmarks.slow_endpoint import response, until_stdin_ends
 
 RIGHT = 0.85
 
+LEAST = 0.5
+"""The least probability of an answer, so that no other class is likelier."""
+
 ALTERNATIVES = 20
 """The most classes that an answer's probabilities name, as at OpenAI and Azure."""
 
@@ -26,43 +32,52 @@ class NoisyTeacher:
     """What the teacher says of each text."""
 
     def __init__(self, gold: dict[str, str]) -> None:
-        self.gold = gold
+        self.gold = {text.strip(): name for text, name in gold.items()}
         self.classes = sorted(set(gold.values()))
 
     def probabilities(self, text: str) -> dict[str, float]:
-        """Return the probability of each class, the answer's first."""
-        draw = random.Random(text)
-        # A beta distribution with mean RIGHT between 1 / 3 and 1.
-        confidence = 1 / 3 + 2 / 3 * draw.betavariate(3.1, 0.9)
-        others = [name for name in self.classes if name != self.gold[text]]
-        draw.shuffle(others)
-        answer, runner_up = self.gold[text], others[0]
-        if draw.random() > confidence:
-            answer, runner_up = others[0], self.gold[text]
-        # Most of what is left goes to one other class, and the gold class is never far behind.
-        rest = [name for name in self.classes if name not in (answer, runner_up)]
-        found = {answer: confidence, runner_up: 0.8 * (1 - confidence)}
-        for name in rest:
-            found[name] = 0.2 * (1 - confidence) / len(rest)
-        return found
+        """Return the probability of each class, the highest first, which is the answer's. Raises
+        KeyError for a text without a gold class."""
+        gold = self.gold[text.strip()]
+        draw = random.Random(text.strip())
+        mean = (RIGHT - LEAST) / (1 - LEAST)
+        # A beta distribution of that mean; a probability of 1 would leave the others none.
+        confidence = LEAST + (1 - LEAST) * min(draw.betavariate(3 * mean, 3 * (1 - mean)), 0.999)
+        # Each class is a fifth as likely as the one before.
+        weights = [0.2**rank for rank in range(len(self.classes) - 1)]
+        shares = [confidence]
+        shares += [(1 - confidence) * weight / sum(weights) for weight in weights]
+        ranked = [name for name in self.classes if name != gold]
+        draw.shuffle(ranked)
+        ranked.insert(draw.choices(range(len(shares)), shares)[0], gold)
+        return dict(zip(ranked, shares, strict=True))
 
     def answer(self, body: bytes) -> bytes:
-        """Return the response to a chat request whose last message is a text."""
+        """Return the response to a chat request whose last message is a text: its class, or if the
+        request holds the answer to a JSON schema, the object with it."""
         asked = json.loads(body)
-        found = self.probabilities(asked["messages"][-1]["content"])
-        answer = next(iter(found))
+        text = asked["messages"][-1]["content"]
+        try:
+            found = self.probabilities(text)
+        except KeyError:
+            return response({"error": {"message": f"no gold class of the text {text!r}"}}, 400)
+        shares = list(found.items())[:ALTERNATIVES]
+        tokens = [token(shares)]
+        if asked.get("response_format", {}).get("type") == "json_schema":
+            before, after = json.dumps({"answer": "/"}).split("/")
+            tokens = [token([(before, 1.0)]), *tokens, token([(after, 1.0)])]
         choice: dict[str, Any] = {
             "index": 0,
-            "message": {"role": "assistant", "content": answer, "refusal": None},
+            "message": {
+                "role": "assistant",
+                "content": "".join(entry["token"] for entry in tokens),
+                "refusal": None,
+            },
             "finish_reason": "stop",
             "logprobs": None,
         }
         if asked.get("logprobs"):
-            top = [
-                {"token": name, "logprob": math.log(share), "bytes": list(name.encode())}
-                for name, share in list(found.items())[:ALTERNATIVES]
-            ]
-            choice["logprobs"] = {"content": [{**top[0], "top_logprobs": top}], "refusal": None}
+            choice["logprobs"] = {"content": tokens, "refusal": None}
         usage = {"prompt_tokens": 60, "completion_tokens": 3, "total_tokens": 63}
         return response(
             {
@@ -88,6 +103,15 @@ class NoisyTeacher:
                 await writer.drain()
         except (asyncio.IncompleteReadError, ConnectionError):
             writer.close()
+
+
+def token(shares: list[tuple[str, float]]) -> dict[str, Any]:
+    """Return the entry of logprobs.content for the first of the alternatives `shares`."""
+    top = [
+        {"token": name, "logprob": math.log(share), "bytes": list(name.encode())}
+        for name, share in shares
+    ]
+    return {**top[0], "top_logprobs": top}
 
 
 async def serve(teacher: NoisyTeacher) -> None:

@@ -11,11 +11,15 @@ import asyncio
 import json
 import math
 import os
+import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
+from http import HTTPStatus
+from pathlib import Path
 from random import Random
 from typing import Any
 from zlib import crc32
@@ -135,12 +139,14 @@ def _token(token: str, logprob: float) -> dict[str, Any]:
     return {"token": token, "logprob": logprob, "bytes": list(token.encode())}
 
 
-def response(value: Any) -> bytes:
+def response(value: Any, status: int = 200) -> bytes:
     body = json.dumps(value).encode()
-    head = (
-        f"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-    )
-    return head.encode() + body
+    lines = [
+        f"HTTP/1.1 {status} {HTTPStatus(status).phrase}",
+        "Content-Type: application/json",
+        f"Content-Length: {len(body)}",
+    ]
+    return "\r\n".join([*lines, "", ""]).encode() + body
 
 
 async def serve(latency: float = 0.2, places: float = 64, spread: float = 0.0) -> None:
@@ -162,6 +168,28 @@ async def until_stdin_ends(server: asyncio.Server) -> None:
 
     loop.add_reader(sys.stdin, read_stdin)
     await ended.wait()
+
+
+@contextmanager
+def serving(module: str, *arguments: str) -> Iterator[str]:
+    """Run a module that serves until its standard input ends, for as long as the block; yield the
+    URL that it prints first. Raises RuntimeError if it prints none."""
+    with subprocess.Popen(
+        [sys.executable, "-m", module, *arguments],
+        cwd=Path(__file__).resolve().parents[1],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdin
+        assert process.stdout
+        try:
+            url = process.stdout.readline().strip()
+            if not url:
+                raise RuntimeError(f"{module}: ended before it served; its error is above")
+            yield url
+        finally:
+            process.stdin.close()
 
 
 if __name__ == "__main__":

@@ -3,13 +3,13 @@
     make bench-tasks       SNIPS intents (7), CLINC150 by domain (10) and the demo's moods (3)
     make bench-tasks-full  with CLINC150 whole (150) and CommonsenseQA (by choice) too; goes on
                            where it was ended
+    make bench-tasks-endpoint
+                           the three with an endpoint for a teacher: see task_curve.py
 
 Each task has 20 answered rows a class (10 for CLINC150 whole), of which a fifth chooses and the
 rest teaches, the other rows without their answers, and test rows of its own. The recipe says where
-the rows are and that a local teacher labels; all else is a default. TASKS_DATA is the folder with
-snips/train.jsonl, clinc150/train.csv, clinc150/domains.json and commonsense_qa/train.jsonl (SNIPS:
-Coucke et al., 2018, CC0; CLINC150: Larson et al., 2019, CC BY 3.0; CommonsenseQA: Talmor et al.,
-2019, MIT).
+the rows are and that a local teacher labels; all else is a default. TASKS_DATA is the folder of the
+public sets (task_rows.py).
 
 A line a task: rows, what TF-IDF makes of the gold rows and of all labels, the linear probe, the
 teacher, the student, the form that ships, minutes, and what the gate said. The last line is JSON:
@@ -22,134 +22,20 @@ clinc_time_ratio    time a row with 150 classes as a multiple of that with two
 minutes             all together
 """
 
-import csv
 import json
-import os
-import random
 import shutil
 import statistics
-import subprocess
 import sys
 import time
 from argparse import ArgumentParser
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import yaml
-
-PROJECT = Path(__file__).resolve().parents[1]
-WORK = PROJECT / ".distillery" / "bench-tasks"
-
-GOLD_ROWS = 20
-"""Answered rows a class."""
-
-TEST_ROWS = 600
-
-Labelled = tuple[str, str]
-"""A text and its label."""
-
-
-def data_folder() -> Path:
-    """Return the folder of the public sets."""
-    folder = os.environ.get("TASKS_DATA")
-    if not folder or not Path(folder).is_dir():
-        raise SystemExit(
-            "error: TASKS_DATA: name the folder with snips/, clinc150/ and commonsense_qa/"
-        )
-    return Path(folder)
-
-
-def snips() -> list[Labelled]:
-    lines = (data_folder() / "snips" / "train.jsonl").read_text(encoding="utf-8").splitlines()
-    return [(row["text"], row["intent"]) for row in map(json.loads, lines)]
-
-
-def clinc_intents() -> list[Labelled]:
-    with (data_folder() / "clinc150" / "train.csv").open(encoding="utf-8", newline="") as file:
-        return [(row["text"], row["intent"]) for row in csv.DictReader(file)]
-
-
-def clinc_domains() -> list[Labelled]:
-    text = (data_folder() / "clinc150" / "domains.json").read_text(encoding="utf-8")
-    domain_of: dict[str, str] = {}
-    for domain, intents in json.loads(text).items():
-        domain_of |= dict.fromkeys(intents, domain)
-    return [(text, domain_of[intent]) for text, intent in clinc_intents()]
-
-
-def moods() -> list[Labelled]:
-    rows = []
-    for file in sorted((PROJECT / "distillery" / "data" / "sample").glob("*.jsonl")):
-        for row in map(json.loads, file.read_text(encoding="utf-8").splitlines()):
-            if row.get("answerKey"):
-                options = dict(zip(row["choices"]["label"], row["choices"]["text"], strict=True))
-                rows.append((row["question"], options[row["answerKey"]]))
-    return rows
-
-
-TASKS: dict[str, Callable[[], list[Labelled]]] = {
-    "snips": snips,
-    "clinc-domains": clinc_domains,
-    "moods": moods,
-}
-FULL: dict[str, Callable[[], list[Labelled]]] = {**TASKS, "clinc150": clinc_intents}
-
-
-def distinct(rows: Sequence[Labelled]) -> list[Labelled]:
-    """Return the rows without those whose text an earlier row has."""
-    kept: dict[str, Labelled] = {}
-    for text, label in rows:
-        kept.setdefault(" ".join(text.casefold().split()), (text, label))
-    return list(kept.values())
-
-
-def write_files(name: str, folder: Path, seed: int = 0) -> dict[str, str]:
-    """Write gold.csv, validation.csv, pool.csv and test.csv; return their paths by split."""
-    rows = distinct(FULL[name]())
-    random.Random(seed).shuffle(rows)
-    per_class = GOLD_ROWS // 2 if name == "clinc150" else GOLD_ROWS
-    counts: dict[str, int] = {}
-    splits: dict[str, list[Labelled]] = {"test": rows[:TEST_ROWS]}
-    splits |= {"gold": [], "validation": [], "pool": []}
-    for text, label in rows[TEST_ROWS:]:
-        counts[label] = counts.get(label, 0) + 1
-        if counts[label] <= per_class // 5:
-            splits["validation"].append((text, label))
-        elif counts[label] <= per_class:
-            splits["gold"].append((text, label))
-        else:
-            splits["pool"].append((text, ""))
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = {}
-    for split, given in splits.items():
-        paths[split] = str(folder / f"{split}.csv")
-        with (folder / f"{split}.csv").open("w", encoding="utf-8", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(["text", "label"])
-            writer.writerows(given)
-    return paths
-
-
-def recipe_of(name: str, paths: dict[str, str]) -> dict[str, Any]:
-    """Return the recipe of a task: where its rows are, and nothing more."""
-    return {
-        "name": name,
-        "task": {"kind": "classify"},
-        "dataset": {
-            "source": "files",
-            "files": {split: [path] for split, path in paths.items()},
-            "splits": {
-                "gold": "gold",
-                "train": "pool",
-                "validation": "validation",
-                "test": "test",
-            },
-        },
-        "teacher": {"kind": "local"},
-        "registry": {"kind": "local", "model_name": name},
-    }
+from benchmarks import task_curve
+from benchmarks.task_rows import FULL, TASKS, data_folder, recipe_of, write_files
+from benchmarks.task_runs import WORK, run_in_a_process
 
 
 def choice_recipe(folder: Path) -> dict[str, Any]:
@@ -179,51 +65,12 @@ def choice_recipe(folder: Path) -> dict[str, Any]:
     }
 
 
-def run_task(name: str) -> dict[str, Any]:
-    """Run a task's recipe here, and return its figures."""
-    from distillery.recipe import load_recipe
-    from flows.distill import distill
-    from tasks.results import results_in_store
-
+def task_recipe(name: str) -> dict[str, Any]:
+    """Write the rows of a task, and return its recipe."""
     folder = WORK / "data" / name
     if name == "commonsense-qa":
-        values = choice_recipe(folder)
-    else:
-        values = recipe_of(name, write_files(name, folder))
-    file = folder / "recipe.yaml"
-    file.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
-    started = time.perf_counter()
-    with results_in_store():
-        outcome = distill(load_recipe(str(file)))
-    board = {row.name: row for row in outcome.report.scoreboard}
-    shipped = board[outcome.report.candidate]
-
-    def accuracy(predictor: str) -> float | None:
-        return round(board[predictor].accuracy, 4) if predictor in board else None
-
-    stages = [outcome.data, outcome.labels, outcome.student, outcome.model, outcome.report]
-    if outcome.teacher:
-        stages += [outcome.teacher.checkpoint, outcome.teacher.model]
-    return {
-        "task": name,
-        "rows": {role: split.rows for role, split in outcome.data.splits.items()},
-        "classes": len(outcome.data.classes),
-        "majority": accuracy("majority class"),
-        "tfidf_gold": accuracy("TF-IDF on gold rows"),
-        "tfidf_all": accuracy("TF-IDF + logistic regression"),
-        "probe": accuracy("linear probe"),
-        "teacher": accuracy("teacher"),
-        "student": accuracy("student"),
-        "shipped": accuracy(outcome.report.candidate),
-        "form": outcome.report.candidate.removeprefix("student "),
-        "megabytes": round((shipped.bytes or 0) / 1e6, 1),
-        "rows_per_second": round(shipped.rows_per_second or 0, 1),
-        "passed": outcome.decision.passed,
-        "reason": outcome.decision.reason,
-        "minutes": round((time.perf_counter() - started) / 60, 2),
-        "stage_minutes": round(sum(stage.seconds for stage in stages) / 60, 2),
-        "model": outcome.model.artifact.uri,
-    }
+        return choice_recipe(folder)
+    return recipe_of(name, write_files(name, folder))
 
 
 def class_time_ratio(folder: Path) -> float:
@@ -254,36 +101,6 @@ def class_time_ratio(folder: Path) -> float:
     return statistics.median(times[150]) / statistics.median(times[2])
 
 
-def environment() -> dict[str, str]:
-    """Return the environment of the runs: a home of their own."""
-    return {
-        **os.environ,
-        "DISTILLERY_HOME": str(WORK / "home"),
-        "PREFECT_HOME": str(WORK / "prefect"),
-        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-    }
-
-
-def in_a_process(name: str) -> dict[str, Any]:
-    """Run a task in a process of its own, and return its figures."""
-    result = WORK / f"{name}.json"
-    result.unlink(missing_ok=True)
-    (WORK / "prefect").mkdir(parents=True, exist_ok=True)
-    with (WORK / f"{name}.log").open("w") as log:
-        done = subprocess.run(
-            [sys.executable, "-m", "benchmarks.tasks", "--one", name],
-            cwd=PROJECT,
-            env=environment(),
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
-    if done.returncode:
-        last = (WORK / f"{name}.log").read_text().strip().splitlines()[-1:]
-        return {"task": name, "failed": last[0] if last else "no output"}
-    found: dict[str, Any] = json.loads(result.read_text())
-    return found
-
-
 def summary(results: Sequence[dict[str, Any]], ratio: float, minutes: float) -> dict[str, Any]:
     """Return the last line."""
     whole = [result for result in results if "failed" not in result]
@@ -309,23 +126,26 @@ def summary(results: Sequence[dict[str, Any]], ratio: float, minutes: float) -> 
 
 def main() -> None:
     parser = ArgumentParser("python -m benchmarks.tasks", description="Runs the suite of tasks.")
-    parser.add_argument("--full", action="store_true", help="all tasks; keeps what is done")
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--full", action="store_true", help="all tasks; keeps what is done")
+    kind.add_argument("--endpoint", action="store_true", help="learning curves of an endpoint")
     parser.add_argument("--only", action="append", help="this task; may be given more than once")
-    parser.add_argument("--one", help="run a task here and write its figures")
+    parser.add_argument("--small", action="store_true", help="with --endpoint: a trial of it")
     given = parser.parse_args()
-    if given.one:
-        (WORK / f"{given.one}.json").write_text(json.dumps(run_task(given.one)))
+    data_folder()
+    if given.endpoint:
+        task_curve.run_curves(given.only or list(TASKS), given.small)
         return
     names = given.only or ([*FULL, "commonsense-qa"] if given.full else list(TASKS))
-    data_folder()
     started = time.perf_counter()
     results = []
     for name in names:
         kept = WORK / f"{name}.json"
         if given.full and kept.exists():
-            results.append(json.loads(kept.read_text()))
+            figures = json.loads(kept.read_text())
         else:
-            results.append(in_a_process(name))
+            figures = run_in_a_process(name, task_recipe(name))
+        results.append({"task": name, **figures})
         print(json.dumps({key: value for key, value in results[-1].items() if key != "model"}))
         sys.stdout.flush()
     models = [result["model"] for result in results if "failed" not in result]
