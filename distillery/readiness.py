@@ -192,7 +192,7 @@ def check_data(recipe: Recipe) -> Iterator[Finding]:
         if recipe.task.other:
             reader = RowReader(dataset.columns, dataset.fields, classify=True)
             count = len(other_rows(recipe.task.other, reader, dataset.seed))
-            yield ok("data", f"task.other.files are read; rows: {count:,}")
+            yield ok("task.other", f"every file is read; rows: {count:,}")
         yield check_hub(dataset)
         return
     counts = check_rows(dataset, recipe.task)
