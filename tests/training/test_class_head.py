@@ -279,8 +279,9 @@ def test_the_student_learns_the_class_of_texts_of_none(
     assert {names[row.answer] for row in inputs.rows[len(train_rows) :]} == {"none"}
     student = Path("student")
     fine_tune(base, None, inputs.rows, [], settings(), student, classes=inputs.classes)
-    found = read_class_tokens(student / "model")
-    assert found.classes == names
+    learnt = read_class_tokens(student / "model")
+    assert learnt is not None
+    assert learnt.classes == names
     test = read_examples(data / "test.jsonl")
     asked, _ = training_rows(
         test, gold_labels(test), prompt, load_tokenizer(base), classes=inputs.classes
