@@ -13,7 +13,9 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+from distillery.data.other import other_rows
 from distillery.data.prepare import check_rows
+from distillery.data.rows import RowReader
 from distillery.data.source import source_identity
 from distillery.errors import CredentialsError, DataError, DistilleryError, RecipeError
 from distillery.export.fit import misfit
@@ -187,6 +189,10 @@ def check_data(recipe: Recipe) -> Iterator[Finding]:
     """Read and check every row, save those of a hub data set, which the check does not download."""
     dataset = recipe.dataset
     if dataset.source == "hub":
+        if recipe.task.other:
+            reader = RowReader(dataset.columns, dataset.fields, classify=True)
+            count = len(other_rows(recipe.task.other, reader, dataset.seed))
+            yield ok("task.other", f"every file is read; rows: {count:,}")
         yield check_hub(dataset)
         return
     counts = check_rows(dataset, recipe.task)

@@ -83,7 +83,7 @@ def distill(
     again = refreshing(refresh)
     check_settings(recipe)
     check_keys()
-    source = source_identity(recipe.dataset)
+    source = source_identity(recipe.dataset, recipe.task.other)
     data = prepared(recipe, source, refresh)
     judged = judged_before(data, recipe)
     made = made_student(recipe, data, training_deployment, refresh)
@@ -239,7 +239,8 @@ def labelled_rows(
         compare_teacher(recipe, data, local, identity, again)
     labels = labelled(train_rows, recipe, identity, served, again)
     if recipe.task.kind == "classify":
-        check_shares(labels, data.rows_if_any("gold"), recipe.teacher.largest_shift)
+        gold = data.rows_if_any("gold")
+        check_shares(labels, gold, recipe.teacher.largest_shift, recipe.task.other)
     return Taught(data, local, identity, labels)
 
 
@@ -252,9 +253,11 @@ def compare_teacher(
 ) -> None:
     """Compare the teacher with cheap rivals on the validation rows, before it labels. A teacher
     whose answers to these rows nobody can ask for is taken as it is."""
-    gold, validation = data.rows_if_any("gold"), data.rows_if_any("validation")
-    if gold is None or validation is None or recipe.teacher.kind in ("gold", "file"):
+    # Of texts of task.other alone, no rival learns to classify.
+    has_rows = recipe.dataset.roles >= {"gold", "validation"}
+    if not has_rows or recipe.teacher.kind in ("gold", "file"):
         return
+    gold, validation = data.rows("gold"), data.rows("validation")
     teacher = local.model if local else judged_by(validation, recipe, identity)
     base = recipe.teacher.preparation.base if local else recipe.student_base
     check = again("check teacher", check_teacher)(

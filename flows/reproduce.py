@@ -54,7 +54,7 @@ def reproduce(
     with working_folder("reproduce") as folder:
         original = source.download(model, folder / "original")
         with apart(folder, recipe):
-            data = prepared(recipe, source_identity(recipe.dataset), ())
+            data = prepared(recipe, source_identity(recipe.dataset, recipe.task.other), ())
             again = made_student(recipe, data, None, ())
             remade = Remade(again.taught.data, again.taught.labels, again.model, again.report)
             return compare(model, original, made, remade, store, ArtifactStore())

@@ -52,9 +52,8 @@ def search(
     check_deployment(training_deployment)
     base = student_base(recipe)
     base_folder(base)
-    taught = labelled_rows(
-        recipe, prepared(recipe, source_identity(recipe.dataset), ()), training_deployment, ()
-    )
+    data = prepared(recipe, source_identity(recipe.dataset, recipe.task.other), ())
+    taught = labelled_rows(recipe, data, training_deployment, ())
     validation = taught.data.rows("validation")
     for number in range(space.trials):
         tried = found.ask()

@@ -2,6 +2,7 @@
 for each item."""
 
 import json
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -416,3 +417,28 @@ def test_rows_of_classes_are_checked_as_their_task_says(
     found = findings(local(tiny_model("llama"), dataset=dataset, task=labels))
     assert found["data"].level == "FAIL"
     assert "'other' is none of the 2 classes in task.labels" in found["data"].text
+
+
+def test_the_files_of_other_texts_are_read(
+    tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, texts = tmp_path / "rows.csv", tmp_path / "texts.csv"
+    lines = [f"message {n} of {n * n},{'refund' if n % 2 else 'parcel'}" for n in range(40)]
+    rows.write_text("\n".join(["text,label", *lines, "one more,"]) + "\n")
+    texts.write_text("text\n" + "".join(f"chat {n} on {n * n}\n" for n in range(20)))
+    task = {"kind": "classify", "other": {"files": [str(texts)]}}
+    carve = {"gold": 0.5, "validation": 0.2, "test": 0.2}
+    files = {"source": "files", "files": {"train": [str(rows)]}, "carve": carve}
+    hub = {"source": "hub", "name": "a/b", "carve": carve}
+    monkeypatch.setattr("distillery.data.source.hub_commit", lambda *_: "c" * 40)
+
+    def found(dataset: dict[str, Any]) -> dict[str, Finding]:
+        return findings(local(tiny_model("llama"), dataset=dataset, task=task))
+
+    numbers = re.findall(r"(\d+) (?:gold|train|validation|test)", found(files)["data"].text)
+    assert sum(map(int, numbers)) == 61
+    assert str(found(hub)["task.other"]) == "ok   task.other: every file is read; rows: 20"
+    with texts.open("a") as file:
+        file.write(" \n")
+    bad = f"FAIL data: {texts}:22: text: empty; fill it in or remove the row"
+    assert [str(found(source)["data"]) for source in (files, hub)] == [bad, bad]

@@ -7,9 +7,11 @@ from distillery.recipe import TaskRecipe
 
 
 def named_classes(task: TaskRecipe) -> tuple[str, ...] | None:
-    """Return the classes in the order given; None where they are those found in the rows.
+    """Return the classes in the order given, that of task.other last; None where they are those
+    found in the rows.
 
-    Raises DataError for a file that can't be read, or names fewer than two classes or one twice."""
+    Raises DataError for a file that can't be read, or names fewer than two classes, one twice or
+    that of task.other."""
     if task.labels is None:
         return None
     where = "task.labels"
@@ -23,7 +25,14 @@ def named_classes(task: TaskRecipe) -> tuple[str, ...] | None:
     for name in names:
         if names.count(name) > 1:
             raise DataError(f"{where}: the class {name!r} is named twice; remove one")
-    return names
+    if task.other is None:
+        return names
+    if task.other.label in names:
+        raise DataError(
+            f"{where}: the class {task.other.label!r} is that of task.other; remove it here, or "
+            "choose another task.other.label"
+        )
+    return (*names, task.other.label)
 
 
 def read_names(path: Path) -> tuple[str, ...]:

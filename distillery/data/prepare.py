@@ -6,9 +6,9 @@ Files out: `<role>.jsonl` for the roles gold, train, validation and test, one re
 line, sorted by position (splits.py); and for task.kind: classify classes.json, the names of the
 classes.
 
-The steps, in this order: validate (rows.py), correct (corrections.py), carve, stop at leaks, drop
-copies (splits.py), drop near duplicates (near_duplicates.py), sample. Equal rows and settings give
-equal bytes.
+The steps, in this order: validate (rows.py), correct (corrections.py), carve (splits.py), add the
+texts of task.other (other.py), stop at leaks, drop copies (splits.py), drop near duplicates
+(near_duplicates.py), sample. Equal rows and settings give equal bytes.
 """
 
 import json
@@ -19,6 +19,7 @@ from typing import NamedTuple
 from distillery.data.classes import named_classes
 from distillery.data.corrections import corrected
 from distillery.data.near_duplicates import drop_near_duplicates
+from distillery.data.other import other_rows, with_other
 from distillery.data.rows import Row, RowReader, validated_rows
 from distillery.data.source import open_source
 from distillery.data.splits import (
@@ -36,6 +37,9 @@ from distillery.errors import DataError, RecipeError
 from distillery.recipe import DatasetRecipe, TaskRecipe
 from distillery.records import CLASSES_FILE, Record, Split, digest_of
 from distillery.storage.digests import sha256_of
+
+OTHER = "other"
+"""The texts of task.other among the splits, until they are dealt."""
 
 
 class PreparedCounts(Record):
@@ -59,7 +63,7 @@ class SelectedRows(NamedTuple):
 
 def prepare(recipe: DatasetRecipe, out: Path, task: TaskRecipe | None = None) -> PreparedCounts:
     """Write `<role>.jsonl` into `out` for each role in the recipe's splits and carve, and for
-    task.kind: classify the classes.
+    task.kind: classify the classes. With task.other, there are gold rows in any case.
 
     Raises DataError for a file, row or column, and RecipeError if splits, carve and sample
     contradict each other; nothing is written then.
@@ -92,12 +96,19 @@ def check_rows(recipe: DatasetRecipe, task: TaskRecipe | None = None) -> dict[st
 def select_rows(recipe: DatasetRecipe, task: TaskRecipe | None = None) -> SelectedRows:
     """Read, validate, split and filter the rows; raises as `prepare` does."""
     classify = task is not None and task.kind == "classify"
+    other = task.other if task else None
     classes = named_classes(task) if task else None
     check_roles(recipe, classify)
     reader = RowReader(recipe.columns, recipe.fields, classify, classes)
-    loaded = corrected(load_splits(recipe, reader), recipe, reader)
+    loaded = load_splits(recipe, reader)
+    if other:
+        loaded[OTHER] = other_rows(other, reader, recipe.seed)
+    loaded = corrected(loaded, recipe, reader)
     # Test rows of other rounds count as test rows until all that resembles them is dropped.
     splits = carve(loaded, shares_of(recipe), recipe.columns.answer, unanswered_train=classify)
+    if other:
+        texts = splits.pop(OTHER)
+        splits = with_other(splits, texts, shares_of(recipe))
     if classify and classes is None:
         classes = found_classes(splits, recipe.columns.answer)
         splits = with_classes(splits, classes)

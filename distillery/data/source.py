@@ -9,7 +9,7 @@ from pathlib import Path
 from distillery.data.hub import hub_commit, hub_tables, load_from_hub
 from distillery.data.readers import Table, read_files
 from distillery.errors import DataError, NoSuchRevision
-from distillery.recipe import DatasetRecipe
+from distillery.recipe import DatasetRecipe, OtherRecipe
 from distillery.records import digest_of
 from distillery.storage.digests import sha256_of
 
@@ -33,12 +33,13 @@ def open_source(recipe: DatasetRecipe) -> dict[str, Callable[[], Iterator[Table]
     return readers
 
 
-def source_identity(recipe: DatasetRecipe) -> str:
+def source_identity(recipe: DatasetRecipe, other: OtherRecipe | None = None) -> str:
     """Return what stands for the source's content in a cache key.
 
     For files and the sample it is a digest of the contents, and for the hub NAME@COMMIT; with
-    corrections, DIGEST+ before it. If the hub does not answer, the recipe's revision stands for the
-    commit. Raises DataError if there is no revision either, or if a file is missing.
+    corrections, DIGEST+ before it, and with the texts of task.other, other:DIGEST+ before both. If
+    the hub does not answer, the recipe's revision stands for the commit. Raises DataError if there
+    is no revision either, or if a file is missing.
     """
     if recipe.source == "hub":
         identity = f"{recipe.name}@{commit_or_revision(recipe.name, recipe.revision)}"
@@ -52,6 +53,9 @@ def source_identity(recipe: DatasetRecipe) -> str:
     if recipe.corrections:
         corrections = digest_of(digests_of(recipe.corrections, "dataset.corrections"))
         identity = f"{corrections}+{identity}"
+    if other:
+        texts = digest_of(digests_of(other.files, "task.other.files"))
+        identity = f"other:{texts}+{identity}"
     return identity
 
 

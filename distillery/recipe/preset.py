@@ -25,7 +25,8 @@ def classify_values(values: dict[str, Any]) -> dict[str, Any]:
     parts = {name: shipped.pop(name) for name in ("own teacher", "other teacher")}
     part = parts["own teacher" if kind == "local" else "other teacher"]
     both: dict[str, Any] = {**shipped, **part}
-    if names_gold_rows(values):
+    task = values.get("task")
+    if names_gold_rows(values) or (isinstance(task, dict) and task.get("other")):
         both["student"]["gold"] = True
     return both
 

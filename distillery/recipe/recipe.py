@@ -125,7 +125,7 @@ class Recipe(Slice):
         needs = (
             ("test", "the evaluation", True),
             ("gold", "teacher.kind: local", self.teacher.kind == "local"),
-            ("gold", "student.gold", self.student.gold),
+            ("gold", "student.gold", self.student.gold and not self.task.other),
             ("validation", "training.patience", patient),
             ("validation", "export.ladder", bool(self.export.ladder)),
             ("validation", "task.abstain.accuracy", proven),
@@ -135,6 +135,8 @@ class Recipe(Slice):
                 raise ValueError(
                     f"{setting} needs a {role} split in dataset.splits or dataset.carve"
                 )
+        if self.task.other and not self.student.gold:
+            raise ValueError("task.other needs student.gold: true, since its texts are gold rows")
         return self
 
     @model_validator(mode="after")

@@ -1,8 +1,8 @@
 """The task slice: what an answer to a row is."""
 
-from typing import ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, StringConstraints, model_validator
 
 from distillery.recipe.base import Slice
 
@@ -32,10 +32,32 @@ class AbstainRecipe(Slice):
         return self
 
 
+class OtherRecipe(Slice):
+    """A class of texts that belong to none of the other classes, so that the student says so
+    instead of choosing one of them."""
+
+    label: Annotated[str, StringConstraints(strip_whitespace=True)] = Field("other", min_length=1)
+    """The class's name. It is added to the classes, and must not be one of task.labels."""
+
+    files: tuple[str, ...] = Field(min_length=1)
+    """CSV, JSONL or Parquet files of such texts, in the column dataset.columns.question; ids and
+    labels in them are passed over. They are dealt to gold, validation and test in the proportion of
+    dataset.carve, where a role that is not carved counts 0.7 (gold), 0.1 (validation) or 0.2
+    (test). There are gold rows even where the dataset has none. A hash of dataset.seed and the text
+    decides, so that texts added later move none. Texts that stand in the data with a label are left
+    out."""
+
+    @property
+    def content_id(self) -> str:
+        """The part of this slice in cache keys: files count by their content, as part of the
+        source's identity."""
+        return self.label
+
+
 class TaskRecipe(Slice):
     """What an answer to a row is."""
 
-    added_later: ClassVar[frozenset[str]] = frozenset({"abstain"})
+    added_later: ClassVar[frozenset[str]] = frozenset({"abstain", "other"})
 
     kind: Literal["choice", "classify"] = "choice"
     """choice: each row has options of its own, and the answer is one's letter. classify: each row
@@ -44,6 +66,9 @@ class TaskRecipe(Slice):
     labels: tuple[str, ...] | str | None = Field(None, min_length=1)
     """With kind: classify, the classes: a list, or a text file that names one a line. Rows with
     another label are refused. null: the labels found in the rows, in alphabetical order."""
+
+    other: OtherRecipe | None = None
+    """With kind: classify, a class for texts that belong to none of the others. null: none."""
 
     abstain: AbstainRecipe | None = None
     """When the student abstains instead of giving an answer that it is unsure of. null: never."""
@@ -59,5 +84,25 @@ class TaskRecipe(Slice):
         if isinstance(self.labels, tuple) and self.abstain and self.abstain.answer in self.labels:
             raise ValueError(
                 f"abstain.answer: {self.abstain.answer!r} is one of the labels; choose another text"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def check_other(self) -> Self:
+        if self.other is None:
+            return self
+        label = self.other.label
+        if self.kind == "choice":
+            raise ValueError(
+                "other: rows of kind: choice have options of their own; set task.kind: classify"
+            )
+        if isinstance(self.labels, tuple) and label in [name.strip() for name in self.labels]:
+            raise ValueError(
+                f"other.label: {label!r} is one of the labels; remove it there, or choose another "
+                "name"
+            )
+        if self.abstain and self.abstain.answer == label:
+            raise ValueError(
+                f"abstain.answer: {label!r} is the class of task.other; choose another text"
             )
         return self

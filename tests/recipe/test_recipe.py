@@ -23,6 +23,7 @@ from distillery.recipe import (
 )
 
 ABSTAIN = {"accuracy": 0.95}
+OTHER = {"files": ["small-talk.csv"]}
 
 
 def refusal(values: dict[str, Any]) -> str:
@@ -317,6 +318,42 @@ def test_null_of_a_plain_field_is_that_fields_value() -> None:
             | {"task": {"abstain": ABSTAIN}},
             "task.abstain.accuracy needs a validation split in dataset.splits or dataset.carve",
         ),
+        (
+            {"task": {"other": OTHER}},
+            "task: other: rows of kind: choice have options of their own; set task.kind: classify",
+        ),
+        (
+            {"task": {"kind": "classify", "other": {"files": []}}},
+            "task.other.files: ",
+        ),
+        (
+            {"task": {"kind": "classify", "other": OTHER | {"label": " "}}},
+            "task.other.label: ",
+        ),
+        (
+            {"task": {"kind": "classify", "labels": ["a", " other "], "other": OTHER}},
+            "task: other.label: 'other' is one of the labels; remove it there, or choose another",
+        ),
+        (
+            {
+                "task": {
+                    "kind": "classify",
+                    "other": OTHER,
+                    "abstain": {"threshold": 0.7, "answer": "other"},
+                }
+            },
+            "task: abstain.answer: 'other' is the class of task.other; choose another text",
+        ),
+        (
+            {"task": {"kind": "classify", "other": OTHER}, "student": {"gold": False}}
+            | {"dataset": {"carve": {"test": 0.3}}},
+            "task.other needs student.gold: true, since its texts are gold rows",
+        ),
+        (
+            {"task": {"kind": "classify", "other": OTHER}, "teacher": {"kind": "local"}}
+            | {"dataset": {"carve": {"test": 0.3}}},
+            "teacher.kind: local needs a gold split in dataset.splits or dataset.carve",
+        ),
     ],
 )
 def test_what_is_wrong_is_refused_in_one_line_that_names_the_key(
@@ -405,7 +442,7 @@ def test_a_form_is_in_cache_keys_by_its_own_settings() -> None:
 
 
 def test_abstaining_is_in_no_cache_key_unless_it_is_set() -> None:
-    assert TaskRecipe.added_later == {"abstain"}
+    assert TaskRecipe.added_later == {"abstain", "other"}
     threshold = parse_recipe({"task": {"abstain": {"threshold": 0.7}}}, "mine.yaml").task
     assert threshold.abstain is not None
     assert threshold.abstain.answer == "unsure"

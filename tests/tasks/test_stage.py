@@ -13,7 +13,7 @@ from prefect.serializers import JSONSerializer
 from prefect.testing.utilities import prefect_test_harness
 
 from distillery.errors import StageError
-from distillery.recipe import ExportForm, TrainingRecipe
+from distillery.recipe import ExportForm, OtherRecipe, TaskRecipe, TrainingRecipe
 from distillery.records import Ladder, OnnxModel, Predictions, PreparedDataset, Rung
 from distillery.storage.artifacts import ArtifactStore
 from tasks import stage as stages
@@ -107,6 +107,12 @@ def test_a_setting_that_was_added_later_changes_no_key_at_its_default() -> None:
     assert before.keys() | later == TrainingRecipe.model_fields.keys()
     assert "all_logits" not in content_of(ExportForm())
     assert content_of(ExportForm(all_logits=True))["all_logits"]
+    assert "other" not in content_of(TaskRecipe())
+    found = []
+    for path in ("here/texts.csv", "there/texts.csv"):
+        found.append(content_of(TaskRecipe(kind="classify", other=OtherRecipe(files=(path,)))))
+    assert found[0] == found[1], "the files' content is part of the source's identity"
+    assert found[0]["other"] == "other"
 
 
 @pytest.fixture(scope="module")

@@ -1,10 +1,13 @@
 import logging
+from typing import Any
 
 import pytest
 
 import tasks.teacher_check
 from distillery.errors import TeacherError
-from distillery.records import Artifact, TeacherCheck
+from distillery.recipe import parse_recipe
+from distillery.records import Artifact, PreparedDataset, Split, TeacherCheck
+from flows.distill import compare_teacher
 from tasks.teacher_check import heed, rival
 
 GOLD = ["a", "b"] * 30
@@ -54,3 +57,24 @@ def test_it_labels_if_the_recipe_insists_and_so_does_an_endpoint(
     heed(checked(20, 50), own_model=True, insist=True)
     heed(checked(20, 50), own_model=False, insist=False)
     assert caplog.text.count("linear probe on 50") == 2
+
+
+def test_no_teacher_is_compared_where_all_gold_rows_are_texts_of_none() -> None:
+    """No rival can learn from them, and an endpoint would be asked for nothing."""
+    recipe = parse_recipe(
+        {
+            "dataset": {"carve": {"validation": 0.2, "test": 0.3}},
+            "task": {"kind": "classify", "other": {"files": ["texts.csv"]}},
+        },
+        "recipe.yaml",
+    )
+    splits = {}
+    for role in ("gold", "train", "validation", "test"):
+        splits[role] = Split(file=f"{role}.jsonl", rows=20, sha256="0" * 64)
+    artifact = Artifact(uri="file:///none", sha256="0" * 64, bytes=0)
+    data = PreparedDataset(artifact=artifact, splits=splits)
+
+    def again(name: str, _task: Any) -> Any:
+        raise AssertionError(f"{name} ran")
+
+    compare_teacher(recipe, data, None, "endpoint", again)

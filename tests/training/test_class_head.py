@@ -11,9 +11,12 @@ import pytest
 import torch
 from tiny_model import build_tiny_model
 
+from distillery.data.examples import read_examples
+from distillery.data.prepare import prepare
 from distillery.errors import ModelError, RecipeError
 from distillery.export.build import export
 from distillery.inference.onnx_student import OnnxStudent
+from distillery.labels.known import gold_labels, write_known_labels
 from distillery.models.class_tokens import (
     FILE,
     ClassTokens,
@@ -23,11 +26,18 @@ from distillery.models.class_tokens import (
 from distillery.models.device import choose_device
 from distillery.models.inspect import model_and_adapter
 from distillery.models.load import end_of_turn_id, load_model, load_tokenizer, pad_id
-from distillery.recipe import ExportForm, HealingRecipe, PromptRecipe, TrainingRecipe
+from distillery.recipe import (
+    ExportForm,
+    HealingRecipe,
+    PromptRecipe,
+    TrainingRecipe,
+    parse_recipe,
+)
 from distillery.records import Example, TeacherLabel
 from distillery.training.batching import pooled_states
 from distillery.training.class_head import ClassHead
 from distillery.training.fine_tune import fine_tune
+from distillery.training.inputs import read_training_inputs
 from distillery.training.loop import TrainingProgress, set_up, train
 from distillery.training.probing import fit_probe
 from distillery.training.rows import TrainingRow, training_rows
@@ -228,6 +238,58 @@ def test_what_is_saved_answers_as_the_trained_model(
     saved, _ = load_model(model, adapter)
     tied = saved.get_input_embeddings().weight is saved.get_output_embeddings().weight
     assert tied == json.loads((base / "config.json").read_text())["tie_word_embeddings"]
+
+
+def test_the_student_learns_the_class_of_texts_of_none(
+    tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the files of a recipe to the head of the student, without one other gold row."""
+    base = tiny_model("llama")
+    monkeypatch.chdir(tmp_path)
+    rows, texts = ["text,label"], ["text"]
+    for number in range(45):
+        word = WORDS[number % 3]
+        rows.append(f"{word} {number} {word} {number * 7},{CLASSES[number % 3]}")
+        texts.append(f"quiet {number} quiet {number * 7}")
+    Path("rows.csv").write_text("\n".join(rows) + "\n")
+    Path("texts.csv").write_text("\n".join(texts) + "\n")
+    recipe = parse_recipe(
+        {
+            "dataset": {
+                "source": "files",
+                "files": {"train": ["rows.csv"]},
+                "carve": {"test": 0.3},
+            },
+            "task": {"kind": "classify", "other": {"label": "none", "files": ["texts.csv"]}},
+            "teacher": {"kind": "gold"},
+        },
+        "recipe.yaml",
+    )
+    data = Path("data")
+    prepare(recipe.dataset, data, recipe.task)
+    names = ("bakery", "bank", "none", "weather")
+    assert json.loads((data / "classes.json").read_text()) == list(names)
+    train_rows = read_examples(data / "train.jsonl")
+    prompt = recipe.student_prompt
+    Path("labels").mkdir()
+    write_known_labels(train_rows, gold_labels(train_rows), prompt, recipe.teacher, Path("labels"))
+    inputs = read_training_inputs(
+        load_tokenizer(base), prompt, data / "train.jsonl", Path("labels"), data / "gold.jsonl"
+    )
+    assert {names[row.answer] for row in inputs.rows[len(train_rows) :]} == {"none"}
+    student = Path("student")
+    fine_tune(base, None, inputs.rows, [], settings(), student, classes=inputs.classes)
+    learnt = read_class_tokens(student / "model")
+    assert learnt is not None
+    assert learnt.classes == names
+    test = read_examples(data / "test.jsonl")
+    asked, _ = training_rows(
+        test, gold_labels(test), prompt, load_tokenizer(base), classes=inputs.classes
+    )
+    out_of_scope = [row for row in asked if names[row.answer] == "none"]
+    assert 0 < len(out_of_scope) < len(asked)
+    answers = of_checkpoint(student, base, asked)
+    assert right(answers, asked) == 1
 
 
 def test_training_learns_the_teachers_probabilities(base: Path, tmp_path: Path) -> None:

@@ -1,0 +1,62 @@
+"""What the flow asks of labels before a student is trained on them."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from distillery.errors import TeacherError
+from distillery.labels.known import gold_labels, write_known_labels
+from distillery.recipe import OtherRecipe, PromptRecipe
+from distillery.records import CLASSES_FILE, Example, Rows, TeacherLabels
+from distillery.storage.artifacts import ArtifactStore
+from tasks.labels import AS_TOLD, check_shares
+
+CLASSES = ("billing", "delivery", "other")
+OTHER = OtherRecipe(files=("texts.csv",))
+
+
+def answered(counts: dict[str, int]) -> list[Example]:
+    rows = []
+    for label, count in counts.items():
+        for number in range(count):
+            name = f"{label}-{number}"
+            rows.append(Example(example_id=name, question=name, answer_key=label, classes=CLASSES))
+    return rows
+
+
+def gold_of(folder: Path, counts: dict[str, int]) -> Rows:
+    folder.mkdir()
+    lines = [row.model_dump_json() + "\n" for row in answered(counts)]
+    (folder / "gold.jsonl").write_text("".join(lines))
+    (folder / CLASSES_FILE).write_text(json.dumps(CLASSES))
+    artifact = ArtifactStore().put(folder)
+    return Rows(artifact=artifact, file="gold.jsonl", rows=len(lines), sha256="0" * 64)
+
+
+def labels_of(folder: Path, counts: dict[str, int]) -> TeacherLabels:
+    folder.mkdir()
+    rows, prompt = answered(counts), PromptRecipe(user="{text}", answer="class")
+    write_known_labels(rows, gold_labels(rows), prompt, AS_TOLD, folder)
+    artifact = ArtifactStore().put(folder)
+    return TeacherLabels(
+        artifact=artifact, teacher="gold", accepted=len(rows), rejected=0, soft=False
+    )
+
+
+def test_texts_of_none_do_not_count_among_the_shares(tmp_path: Path) -> None:
+    """Their files are as long as they are: other rows need not have as many."""
+    labels = labels_of(tmp_path / "labels", {"billing": 100, "delivery": 90, "other": 10})
+    gold = gold_of(tmp_path / "gold", {"billing": 20, "delivery": 20, "other": 160})
+    with pytest.raises(TeacherError, match=r"the labels' shares are 0\.75 from those of the gold"):
+        check_shares(labels, gold, 0.5)
+    check_shares(labels, gold, 0.5, OTHER)
+    alone = gold_of(tmp_path / "alone", {"other": 160})
+    check_shares(labels, alone, 0.5, OTHER)
+
+
+def test_a_teacher_that_knows_only_the_class_of_none_has_collapsed(tmp_path: Path) -> None:
+    labels = labels_of(tmp_path / "labels", {"other": 200})
+    gold = gold_of(tmp_path / "gold", {"billing": 20, "delivery": 20, "other": 20})
+    with pytest.raises(TeacherError, match="100% of the labels are 'other', but 0% of the gold"):
+        check_shares(labels, gold, 0.5, OTHER)
