@@ -191,7 +191,8 @@ class Server(PrefectApi):
             self.process = subprocess.Popen(
                 self.command, env=self.environment, stdout=log, stderr=log
             )
-        wait_for("the server's start", self.is_healthy)
+        # Seconds on an idle machine; minutes where others use all of its cores.
+        wait_for("the server's start", self.is_healthy, 300)
 
     def is_healthy(self) -> bool:
         assert self.process.poll() is None, (self.folder / "server.log").read_text()
@@ -205,7 +206,7 @@ class Server(PrefectApi):
         command = [sys.executable, "-m", "deployments.setup", *arguments]
         environment = self.environment | environment
         return subprocess.run(
-            command, env=environment, cwd=PROJECT, capture_output=True, text=True, timeout=120
+            command, env=environment, cwd=PROJECT, capture_output=True, text=True, timeout=300
         )
 
     def state(self) -> dict[str, Any]:
