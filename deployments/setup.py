@@ -19,15 +19,16 @@ from uuid import UUID
 import httpx
 import yaml
 from prefect.blocks.core import Block
+from prefect.blocks.notifications import CustomWebhookNotificationBlock
 from prefect.blocks.system import Secret
-from prefect.blocks.webhook import Webhook
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
 from prefect.client.schemas.objects import StateType
-from prefect.events.actions import CallWebhook, ChangeFlowRunState
+from prefect.events.actions import ChangeFlowRunState, SendNotification
 from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
 from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 from prefect.settings import get_current_settings
+from prefect.types import SecretDict
 from prefect.variables import Variable
 
 from distillery.settings import load_environment
@@ -78,6 +79,7 @@ DEAD_AFTER = 60
 """Seconds that a suspected run has left to send one: twice what it needs to reach a server that is
 back."""
 SILENT = "distillery.flow-run.silent"
+EVENTS_BLOCK = "distillery-events"
 
 
 def set_up(workers: str, gpus: int) -> None:
@@ -90,8 +92,9 @@ def set_up(workers: str, gpus: int) -> None:
         for pool, limit in (("cpu-pool", None), ("gpu-pool", gpus)):
             save_pool(client, pool, workers, base_job_template(workers, pool, environment), limit)
         save_block()
-        for automation in automations(save_events_webhook()):
+        for automation in automations(save_events_block()):
             save_automation(client, automation)
+        delete_block(client, "webhook", EVENTS_BLOCK)
     deploy()
 
 
@@ -163,22 +166,40 @@ def save_pool(
     tell("work pool", name, known, same)
 
 
-def save_events_webhook() -> UUID:
-    """Save a block by which the server sends an event to itself."""
+def save_events_block() -> UUID:
+    """Save a block by which the server sends an event to itself.
+
+    Blocks of the type Webhook share one pool of connections, and each call closes it at its end: if
+    two runs fall silent at the same moment, one call breaks the other, and an event is lost. This
+    type opens a connection of its own for each call, and the server repeats a call that breaks."""
     api = get_current_settings().api
     headers = {"Content-Type": "application/json"}
+    secrets = {}
     if api.auth_string:
         login = b64encode(api.auth_string.get_secret_value().encode()).decode()
-        headers["Authorization"] = f"Basic {login}"
-    return save(Webhook(url=f"{api.url}/events", headers=headers), "distillery-events")
+        secrets["login"] = login
+        headers["Authorization"] = "Basic {{login}}"
+    block = CustomWebhookNotificationBlock(
+        name=EVENTS_BLOCK,
+        url=f"{api.url}/events",
+        headers=headers,
+        # A string is sent as it is, and `body` is the text that the automation makes.
+        form_data="{{body}}",
+        timeout=60,
+        secrets=SecretDict(secrets),
+    )
+    return save(block, EVENTS_BLOCK)
 
 
-def automations(webhook: UUID) -> list[AutomationCore]:
+def automations(events_block: UUID) -> list[AutomationCore]:
     """Return the two automations that take a run from its last heartbeat to Crashed.
 
     A server that comes back after an outage sees at once that no heartbeat came meanwhile, and only
     after that the runs' next ones. So silence alone crashes nothing: it makes an event. The time
-    that decides begins with that event, when the server is up and hears the run."""
+    that decides begins with that event, when the server is up and hears the run.
+
+    The event does not change the run's state: the server accepts a change to Running from a run
+    that has just failed or been cancelled, and so revives it. It refuses to crash such a run."""
     event = (
         '[{"id": "{{ firing.id }}", "occurred": "{{ firing.triggered }}", "event": "%s",'
         ' "resource": {"prefect.resource.id": "{{ labels.prefect.resource.id }}"}}]'
@@ -193,7 +214,7 @@ def automations(webhook: UUID) -> list[AutomationCore]:
                 SILENT_AFTER,
                 match_related={"prefect.resource.id": "prefect.tag.distillery"},
             ),
-            actions=[CallWebhook(block_document_id=webhook, payload=event % SILENT)],
+            actions=[SendNotification(block_document_id=events_block, body=event % SILENT)],
         ),
         AutomationCore(
             name="distillery: dead run",
@@ -249,6 +270,16 @@ def save(block: Block, name: str) -> UUID:
     tell(f"{block.get_block_type_slug()} block", name, known, same)
     identity: Any = known._block_document_id if same else block.save(name, overwrite=True)
     return UUID(str(identity))
+
+
+def delete_block(client: SyncPrefectClient, block_type: str, name: str) -> None:
+    """Delete a block that an earlier version saved, if it is there."""
+    try:
+        known = client.read_block_document_by_name(name, block_type)
+    except ObjectNotFound:
+        return
+    client.delete_block_document(known.id)
+    print(f"{block_type} block {name}: deleted")
 
 
 def deploy() -> None:

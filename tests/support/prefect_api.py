@@ -36,7 +36,8 @@ class PrefectApi:
 
     def __init__(self, url: str, login: str | None = None) -> None:
         auth = httpx.BasicAuth(*login.split(":", 1)) if login else None
-        self.api = httpx.Client(base_url=url, timeout=60, auth=auth, transport=Patient())
+        # A server on SQLite may wait 60 s for its database's lock and answer nothing meanwhile.
+        self.api = httpx.Client(base_url=url, timeout=120, auth=auth, transport=Patient())
 
     def is_healthy(self) -> bool:
         try:
