@@ -97,7 +97,7 @@ def judge(name: str, version: str | None, kind: RegistryKind) -> dict[str, Any]:
     model = registry.get(name, version)
     facts = registry.provenance(model)["provenance"]
     prompt = PromptRecipe.model_validate(facts["prompt"])
-    if prompt.answer == "text" or (prompt.answer == "class" and prompt.pooling == "mean"):
+    if prompt.answer == "text" or (prompt.answer == "class" and prompt.pooling != "last"):
         raise RecipeError(
             f"{model.name} version {model.version}: its prompt.answer is {prompt.answer}, whose "
             "scores the harness weighs otherwise; name a model that answers by letters or classes"

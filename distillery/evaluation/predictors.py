@@ -148,6 +148,7 @@ def row_renderer(
                 letters=known.for_classes(example.classes),
                 closed=True,
                 span=known.span(ids),
+                last=known.last,
                 answer=0,
             )
         # `answer`, the label in training, plays no part here.

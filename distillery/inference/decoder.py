@@ -1,7 +1,7 @@
 """Run an ONNX model token by token, and compute once what a prompt shares with the one before."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -90,10 +90,10 @@ class Decoder:
                 f"{self.folder}: a prompt of {len(ids)} tokens; it takes 1 to {self.context_length}"
             )
 
-    def prefill_mean(self, prompt_ids: Sequence[int], span: int) -> Logits:
-        """Return the mean of the logits at the prompt's last `span` tokens, which are computed in
-        one pass, so that it does not depend on what was computed before. The model must give the
-        logits of all tokens."""
+    def prefill_mean(self, prompt_ids: Sequence[int], span: int, last: float = 0.0) -> Logits:
+        """Return the mean of the logits at the prompt's last `span` tokens, where the last one
+        counts for `last` (0 to 1) more. They are computed in one pass, so that it does not depend
+        on what was computed before. The model must give the logits of all tokens."""
         ids = list(prompt_ids)
         self.check_length(ids)
         before = len(ids) - span
@@ -106,7 +106,9 @@ class Decoder:
             self.start(len(ids))
             if before:
                 self.append(ids[:before])
-        return self.append(ids[before:], mean=True)
+        each = self.append_all(ids[before:])
+        found: Logits = (1 - last) * each.mean(0) + last * each[-1]
+        return found
 
     def can_serve(self, ids: Sequence[int], needed: int) -> bool:
         """Return whether the cache can go on with a prompt that needs space for `needed` tokens."""
@@ -124,27 +126,34 @@ class Decoder:
                 return index
         return most
 
-    def append(self, tokens: list[int], mean: bool = False) -> Logits:
-        """Compute the tokens in one pass and return the logits after the last one, or with `mean`
-        the mean of those after each."""
+    def append(self, tokens: list[int]) -> Logits:
+        """Compute the tokens in one pass and return the logits after the last one."""
+        # [1, 1 or tokens, vocabulary]: a head pruned by ModelBuilder gives the last position alone.
+        each = self._compute(tokens, lambda generator: generator.get_logits())
+        last: Logits = each[-1].copy()
+        return last
+
+    def append_all(self, tokens: list[int]) -> Logits:
+        """Compute the tokens in one pass and return the logits after each, [tokens, vocabulary].
+        Raises ModelError for a model that gives those after the last one alone."""
+        each = self._compute(tokens, lambda generator: generator.get_output("logits"))
+        if len(each) != len(tokens):
+            raise ModelError(f"{self.folder}: gives the last token's logits alone; export it again")
+        return each
+
+    def _compute(self, tokens: list[int], read: Callable[[Any], Any]) -> Logits:
         if len(self.tokens) + len(tokens) > self.capacity:
             self.grow(len(self.tokens) + len(tokens))
         generator, self._generator = self._generator, None
         with model_errors(self.folder):
             generator.append_tokens(np.array(tokens, dtype=np.int32))
-            # get_logits gives the last position alone.
-            given = generator.get_output("logits") if mean else generator.get_logits()
-            logits = np.asarray(given, dtype=np.float32)
+            logits = np.asarray(read(generator), dtype=np.float32)
         self._generator = generator
         if self.prefilled == len(self.tokens) and len(tokens) > 1:
             self.prefilled += len(tokens)
         self.tokens += tokens
-        # [1, tokens or 1, vocabulary]: a head pruned by ModelBuilder gives the last position alone.
         each: Logits = logits.reshape(-1, logits.shape[-1])
-        if mean and len(each) != len(tokens):
-            raise ModelError(f"{self.folder}: gives the last token's logits alone; export it again")
-        found: Logits = each.mean(0) if mean else each[-1].copy()
-        return found
+        return each
 
     def rewind(self, count: int) -> None:
         """Forget all but the first `count` tokens."""

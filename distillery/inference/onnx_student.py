@@ -92,7 +92,7 @@ class OnnxStudent:
         classes = require_classes(self.classes, self.folder)
         span = classes.span(prompt_ids)
         if classes.pooled:
-            logits = self.decoder.prefill_mean(prompt_ids, span)
+            logits = self.decoder.prefill_mean(prompt_ids, span, classes.last)
         else:
             logits = self.decoder.prefill(prompt_ids)
         return softmax(logits[list(tokens)])

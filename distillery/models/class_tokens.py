@@ -4,9 +4,10 @@ A class's token is read only where the answer stands, and its row of the head is
 class, so that its text does not matter. Tokens are taken from the end of the vocabulary, where the
 rarest are: where head and embeddings are tied, the input embedding of the same token changes too.
 
-The head reads the mean of the states of the text's tokens: what a small model knows of a topic
-stands in all of them, more than in the last one. Which tokens these are is told by the beginning
-that all prompts share, which is left out.
+The head reads a mean of the states of the text's tokens, of which the last one counts for a third:
+what a small model knows of a topic stands in all of them, and what it makes of the whole text in
+the last one. Which tokens these are is told by the beginning that all prompts share, which is left
+out.
 
 The file class_tokens.json of a model's folder holds a ClassTokens.
 """
@@ -23,15 +24,20 @@ from distillery.records import Record
 
 FILE = "class_tokens.json"
 
+LAST_SHARE = 1 / 3
+"""How much of what the head reads is the last token's state, beside the mean of all. Linear probes
+of three tasks were as good with it as with both states side by side."""
+
 
 class ClassTokens(Record):
     """The classes that a model answers with, and the id of each one's token. `pooled`: the head
-    reads the mean of the states after `beginning`, the token ids that prompts begin with, and
-    otherwise the state of the last token."""
+    reads the mean of the states after `beginning`, the token ids that prompts begin with, where the
+    last state counts for `last` more, and otherwise the state of the last token."""
 
     classes: tuple[str, ...]
     tokens: tuple[int, ...]
     pooled: bool = False
+    last: float = 0.0
     beginning: tuple[int, ...] = ()
 
     @model_validator(mode="after")

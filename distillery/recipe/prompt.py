@@ -38,9 +38,10 @@ class PromptRecipe(Slice):
     class. A student answers with one token of its own for each class; an endpoint writes the
     name."""
 
-    pooling: Literal["mean", "last"] = "mean"
+    pooling: Literal["mean_and_last", "mean", "last"] = "mean_and_last"
     """With answer: class, what a student reads the class from. mean: the mean of the hidden states
-    of the text's tokens. last: that of the prompt's last token."""
+    of the text's tokens. last: that of the prompt's last token. mean_and_last: two thirds of the
+    one and a third of the other."""
 
     max_tokens: int = Field(512, ge=8)
     """Tokens of the student's tokenizer that a prompt may have. Rows with longer prompts are set

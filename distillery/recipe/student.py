@@ -16,9 +16,9 @@ class LayerChoice(Slice):
 
     added_later: ClassVar[frozenset[str]] = frozenset({"largest_loss"})
 
-    keep: Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, lt=1)]
+    keep: Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, lt=1)] | None = None
     """Number of decoder layers to keep, or their share of the model's: 0.4 keeps 12 of 30. With
-    by: probe, the most that are kept."""
+    by: probe, the most that are kept; null: no limit."""
 
     by: Literal["early_and_last", "first", "even", "block_influence", "probe"] = "early_and_last"
     """early_and_last: the first ones and the very last. first: the first ones alone. even: evenly
@@ -29,6 +29,12 @@ class LayerChoice(Slice):
     largest_loss: float = Field(0.01, ge=0, lt=1)
     """With by: probe, the share of the training rows that the probe of the layers kept may answer
     wrongly beyond that of the best depth. Training wins back a part of it."""
+
+    @model_validator(mode="after")
+    def check_number(self) -> Self:
+        if self.keep is None and self.by != "probe":
+            raise ValueError("keep: give the number of layers to keep, or their share")
+        return self
 
 
 def check_ascending(layers: tuple[int, ...]) -> tuple[int, ...]:

@@ -102,10 +102,8 @@ def forward(model: Any, ids: Sequence[Sequence[int]], kept: int, pad_id: int) ->
 
 
 def pooled_states(model: Any, rows: Sequence[TrainingRow], pad_id: int) -> "torch.Tensor":
-    """Return the mean of the last hidden states of each row's last `span` tokens, [batch,
-    hidden]."""
-    import torch
-
+    """Return what the head of a classifier reads: of the last hidden states, the mean that
+    `read_shares` tells, [batch, hidden]."""
     ids = [row.prompt for row in rows]
     most = min(len(row.prompt) - row.span for row in rows)
     shared, cache = prefill_shared(model, ids, 1, most=most)
@@ -113,11 +111,22 @@ def pooled_states(model: Any, rows: Sequence[TrainingRow], pad_id: int) -> "torc
     states = model.get_decoder()(
         **inputs, past_key_values=cache, use_cache=cache is not None
     ).last_hidden_state
-    spans = torch.tensor([row.span for row in rows], device=states.device)[:, None]
-    length = states.shape[1]
-    read = torch.arange(length, device=states.device)[None, :] >= length - spans
-    pooled: torch.Tensor = (states * read[:, :, None]).sum(1) / spans
+    shares = read_shares(rows, states.shape[1], states.device)
+    pooled: torch.Tensor = (states * shares[:, :, None]).sum(1)
     return pooled
+
+
+def read_shares(rows: Sequence[TrainingRow], length: int, device: "torch.device") -> "torch.Tensor":
+    """Return how much each of a row's last `length` tokens counts in what a head reads: [batch,
+    length], each row's sum 1. The last `span` tokens count alike, the last one for `last` more."""
+    import torch
+
+    spans = torch.tensor([row.span for row in rows], device=device)[:, None]
+    last = torch.tensor([row.last for row in rows], device=device)[:, None]
+    read = torch.arange(length, device=device)[None, :] >= length - spans
+    shares = read * (1 - last) / spans
+    shares[:, -1:] += last
+    return shares
 
 
 def prompt_logits(

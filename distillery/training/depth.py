@@ -14,13 +14,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distillery.models.device import choose_device, linear_layers_cast
-from distillery.training.batching import by_length, padded_inputs, turning_point
+from distillery.training.batching import by_length, padded_inputs, read_shares, turning_point
 from distillery.training.rows import TrainingRow
 
 MOST_ROWS = 1000
 """How many of the training rows, at most, the probes learn from and are asked."""
 
 FOLDS = 4
+
+ANSWERS = 1000
+"""How many answers, at least, an agreement is counted of: few rows are split into folds in several
+ways, at most five."""
 
 PENALTY = 100.0
 """Of the ridge classifiers, whose features are standardised."""
@@ -55,7 +59,7 @@ def probed_depth(
 
 def states_by_depth(model: Any, rows: Sequence[TrainingRow], pad_id: int) -> NDArray[np.float32]:
     """Return what a head would read after each decoder layer, if that were the last one: [layers,
-    rows, hidden]. It is the mean of the normalised states of a row's last `span` tokens."""
+    rows, hidden]. It is a mean of normalised states, as in `batching.read_shares`."""
     import torch
 
     decoder = model.get_decoder()
@@ -75,12 +79,11 @@ def states_by_depth(model: Any, rows: Sequence[TrainingRow], pad_id: int) -> NDA
                 prompts = [rows[index].prompt for index in picked]
                 inputs = padded_inputs(prompts, pad_id, model.device)
                 decoder(**inputs, use_cache=False)
-                spans = torch.tensor([[rows[index].span] for index in picked], device=model.device)
                 length = inputs["input_ids"].shape[1]
-                read = torch.arange(length, device=model.device)[None, :] >= length - spans
+                shares = read_shares([rows[index] for index in picked], length, model.device)
                 for depth, output in enumerate(outputs):
-                    states = decoder.norm(output).float() * read[:, :, None]
-                    found[depth, picked] = (states.sum(1) / spans).cpu().numpy()
+                    states = decoder.norm(output).float() * shares[:, :, None]
+                    found[depth, picked] = states.sum(1).cpu().numpy()
                 outputs.clear()
     finally:
         for hook in hooks:
@@ -90,7 +93,7 @@ def states_by_depth(model: Any, rows: Sequence[TrainingRow], pad_id: int) -> NDA
 
 def agreement(states: NDArray[np.float32], answers: NDArray[Any]) -> float:
     """Return the share of the rows that a ridge classifier of `states`, [rows, hidden], answers as
-    in `answers`, cross-validated."""
+    in `answers`, cross-validated in one or several ways."""
     from sklearn.linear_model import RidgeClassifier
     from sklearn.model_selection import KFold, cross_val_predict
     from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
@@ -99,7 +102,12 @@ def agreement(states: NDArray[np.float32], answers: NDArray[Any]) -> float:
         return 1.0
     scaled = (states - states.mean(0)) / (states.std(0) + 1e-6)
     classifier: Any = RidgeClassifier(alpha=PENALTY)  # type: ignore[no-untyped-call]
-    folds: Any = KFold(FOLDS, shuffle=True, random_state=0)  # type: ignore[no-untyped-call]
-    with threadpool_limits(1):
-        said = cross_val_predict(classifier, scaled, answers, cv=folds)
-    return float((said == answers).mean())
+    ways = min(5, max(1, ANSWERS // len(answers)))
+    shares = []
+    for seed in range(ways):
+        folds: Any = KFold(FOLDS, shuffle=True, random_state=seed)  # type: ignore[no-untyped-call]
+        # The matrices are small: threads would only wait for one another.
+        with threadpool_limits(1):
+            said = cross_val_predict(classifier, scaled, answers, cv=folds)
+        shares.append((said == answers).mean())
+    return float(np.mean(shares))

@@ -13,7 +13,7 @@ from distillery.data.examples import read_examples
 from distillery.errors import TrainingError
 from distillery.labels.files import read_labels
 from distillery.labels.known import gold_labels
-from distillery.models.class_tokens import ClassTokens, choose_class_tokens
+from distillery.models.class_tokens import LAST_SHARE, ClassTokens, choose_class_tokens
 from distillery.prompts import TransformersTokenizer, shared_beginning
 from distillery.recipe import PromptRecipe, TrainingRecipe
 from distillery.records import Example
@@ -71,7 +71,8 @@ def tokens_of_classes(example: Example, prompt: PromptRecipe, tokenizer: Any) ->
     """Return the tokens of the classes of `example`, any row of the task, and what a student reads
     them from."""
     reading = {
-        "pooled": prompt.pooling == "mean",
+        "pooled": prompt.pooling != "last",
+        "last": LAST_SHARE if prompt.pooling == "mean_and_last" else 0.0,
         "beginning": shared_beginning(example, prompt, TransformersTokenizer(tokenizer)),
     }
     return choose_class_tokens(tokenizer, example.classes).model_copy(update=reading)

@@ -72,7 +72,9 @@ def chosen_layers(
 
 def kept(choice: LayerChoice, count: int) -> int:
     """Return how many of `count` layers `choice` keeps. Raises TrainingError for more than that."""
-    keep = choice.keep if isinstance(choice.keep, int) else max(1, round(choice.keep * count))
+    keep = count if choice.keep is None else choice.keep
+    if isinstance(keep, float):
+        keep = max(1, round(keep * count))
     if keep > count:
         raise TrainingError(
             f"student.layers.keep: {choice.keep}, but this model has {count} layers; keep fewer"

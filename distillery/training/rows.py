@@ -20,15 +20,17 @@ class TrainingRow(Record):
     given by `letters`, the options' letters as one token each, or by `texts`, the options' token
     ids. `closed`: the letters are the tokens of classes (models/class_tokens.py), the same for all
     rows, and nothing else is ever said; the head reads the mean of the states of the last `span`
-    tokens. `answer`: index of the label among the options. `soft`: the
-    teacher's probabilities over the options, in the same order. `explain` and `rationale`: the
-    prompt that asks for a reason, and the teacher's reason, where the label has one."""
+    tokens, where the last one counts for `last` more (batching.read_shares). `answer`: index of the
+    label among the options. `soft`: the teacher's probabilities over the options, in the same
+    order. `explain` and `rationale`: the prompt that asks for a reason, and the teacher's reason,
+    where the label has one."""
 
     prompt: tuple[int, ...]
     letters: tuple[int, ...] = ()
     texts: tuple[tuple[int, ...], ...] = ()
     closed: bool = False
     span: int = 1
+    last: float = 0.0
     answer: int
     soft: tuple[float, ...] | None = None
     explain: tuple[int, ...] = ()
@@ -63,7 +65,7 @@ def training_rows(
         fields: dict[str, Any] = {"prompt": ids, "answer": example.keys.index(label.answer)}
         if classes is not None:
             fields |= {"letters": classes.for_classes(example.classes), "closed": True}
-            fields["span"] = classes.span(ids)
+            fields |= {"span": classes.span(ids), "last": classes.last}
         elif prompt.answer == "letter":
             fields["letters"] = letter_ids(wrapped, len(example.options))
         else:

@@ -53,13 +53,15 @@ def test_the_logits_that_stay_are_the_same(
     cut = tmp_path / "cut"
     shutil.copytree(folder, cut)
     assert keep_rows(cut, ROWS)
-    expected = Decoder(folder, threads=1).prefill_mean(IDS, 15)
-    found = Decoder(cut, threads=1).prefill_mean(IDS, 15)
+    expected = Decoder(folder, threads=1).prefill_mean(IDS, 15, 0.25)
+    found = Decoder(cut, threads=1).prefill_mean(IDS, 15, 0.25)
     assert found == pytest.approx(expected[ROWS], abs=1e-5)
     assert np.ptp(expected[ROWS]) > 1e-3
     # A second cut is of the rows that the first one left.
     assert keep_rows(cut, [2, 0])
-    assert Decoder(cut, threads=1).prefill_mean(IDS, 15) == pytest.approx(found[[2, 0]], abs=1e-5)
+    assert Decoder(cut, threads=1).prefill_mean(IDS, 15, 0.25) == pytest.approx(
+        found[[2, 0]], abs=1e-5
+    )
 
 
 def test_weights_in_a_file_of_their_own_stay_there_and_the_others_go(
@@ -71,10 +73,10 @@ def test_weights_in_a_file_of_their_own_stay_there_and_the_others_go(
         file.unlink()
     onnx.save(model, folder / "model.onnx", save_as_external_data=True, location="model.onnx.data")
     before = (folder / "model.onnx.data").stat().st_size
-    expected = Decoder(folder, threads=1).prefill_mean(IDS, 15)
+    expected = Decoder(folder, threads=1).prefill_mean(IDS, 15, 0.25)
     assert keep_rows(folder, ROWS)
     assert (folder / "model.onnx.data").stat().st_size < before
-    found = Decoder(folder, threads=1).prefill_mean(IDS, 15)
+    found = Decoder(folder, threads=1).prefill_mean(IDS, 15, 0.25)
     assert found == pytest.approx(expected[ROWS], abs=1e-5)
 
 

@@ -41,7 +41,7 @@ FORMS = {
     "letter": PromptRecipe(system="Pick.", user="{question}\n{choices}"),
     "text": PromptRecipe(system="Pick.", user="{question}", answer="text"),
     "class": PromptRecipe(system="", user="{text}", answer="class", pooling="last"),
-    "class, mean": PromptRecipe(system="", user="{text}", answer="class"),
+    "class, mean and last": PromptRecipe(system="", user="{text}", answer="class"),
 }
 CLASSES = ("a bakery", "a bank, or a bridge", "weather", "none of these")
 

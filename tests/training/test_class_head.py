@@ -443,15 +443,17 @@ def test_the_span_is_what_follows_the_beginning_that_all_prompts_share() -> None
     assert mean.span([1, 2, 3]) == 1
 
 
-def test_the_mean_state_is_that_of_the_tokens_after_the_beginning(base: Path) -> None:
+@pytest.mark.parametrize("last", [0.0, 0.25])
+def test_the_mean_state_is_that_of_the_tokens_after_the_beginning(base: Path, last: float) -> None:
     model, tokenizer = load_model(base)
     prompts = [(5, 6, 7, 20, 21, 22), (5, 6, 7, 30, 31), (5, 6, 7, *range(40, 50))]
     rows = [
-        TrainingRow(prompt=ids, letters=(1, 2), closed=True, span=len(ids) - 3, answer=0)
+        TrainingRow(prompt=ids, letters=(1, 2), closed=True, span=len(ids) - 3, last=last, answer=0)
         for ids in prompts
     ]
     with torch.inference_mode():
         found = pooled_states(model.eval(), rows, pad_id(tokenizer))
         for row, state in zip(rows, found, strict=True):
             alone = model.get_decoder()(torch.tensor([row.prompt])).last_hidden_state[0]
-            assert torch.allclose(state, alone[3:].mean(0), atol=1e-5)
+            expected = (1 - last) * alone[3:].mean(0) + last * alone[-1]
+            assert torch.allclose(state, expected, atol=1e-5)

@@ -26,6 +26,7 @@ ROWS = [
         letters=(40, 41),
         closed=True,
         span=1 + number % 3,
+        last=0.25,
         answer=number % 2,
     )
     for number in range(24)
