@@ -277,6 +277,7 @@ class StudentCheckpoint(StageRecord):
     Folders in the artifact: model/, a whole model in safetensors, and for LoRA and DoRA adapter/.
     With an adapter, model/ is the model that the adapter belongs to; it is left out if that is the
     base model itself. `base_license`: as the base model names it; None if it names none.
+    `decisions`: what the recipe left to the rows, and why it came out as it did.
     """
 
     method: Literal["full", "lora", "dora"]
@@ -288,6 +289,7 @@ class StudentCheckpoint(StageRecord):
     curve: tuple[CurvePoint, ...] = ()
     validation_accuracy: float | None = None
     device: str = "cpu"
+    decisions: tuple[str, ...] = ()
     remote_code: bool = False
 
 

@@ -100,6 +100,7 @@ def train(
         curve=result.curve,
         validation_accuracy=result.validation_accuracy,
         device=result.device,
+        decisions=result.decisions,
         remote_code=remote_code,
         **origin(started),
     )

@@ -98,6 +98,8 @@ def publish(outcome: Outcome) -> Outcome:
     try:
         stages = []
         for name, record, figures in _stages(named):
+            if isinstance(record, StudentCheckpoint):
+                figures = "; ".join([figures, *record.decisions])
             stages.append(StageLine(name, figures, record.seconds, record.produced_by))
         page = report_page(named, verdict(named), stages)
         named = named.model_copy(update={"page": page})

@@ -107,9 +107,8 @@ def cross_validated(
     rows."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import StratifiedKFold, cross_val_predict
-    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
-    from distillery.training.probing import FOLDS, best_regularisation
+    from distillery.training.probing import FOLDS, best_regularisation, short_fits
 
     counts = Counter(row.answer_key for row in rows)
     positions, prompts = [], []
@@ -125,8 +124,7 @@ def cross_validated(
     answers = [names.index(str(rows[position].answer_key)) for position in positions]
     means = states.means(prompts)
     means = (means - means.mean(0)) / (means.std(0) + 1e-6)
-    # The matrices are small: threads would only wait for one another.
-    with threadpool_limits(1):
+    with short_fits():
         strength = best_regularisation(means, answers, intercept=True)
         classifier: Any = LogisticRegression(C=strength, max_iter=500)  # type: ignore[no-untyped-call]
         folds: Any = StratifiedKFold(FOLDS, shuffle=True, random_state=0)  # type: ignore[no-untyped-call]

@@ -6,7 +6,6 @@ there. Here they are ridge classifiers, in closed form, so that all depths toget
 pass over the rows; the training after it finds more in the layers than they do.
 """
 
-import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +14,8 @@ from numpy.typing import NDArray
 
 from distillery.models.device import choose_device, linear_layers_cast
 from distillery.training.batching import by_length, padded_inputs, read_shares, turning_point
+from distillery.training.decisions import decide
+from distillery.training.probing import short_fits
 from distillery.training.rows import TrainingRow
 
 MOST_ROWS = 1000
@@ -28,8 +29,6 @@ ways, at most five."""
 
 PENALTY = 100.0
 """Of the ridge classifiers, whose features are standardised."""
-
-_log = logging.getLogger(__name__)
 
 
 def probed_depth(
@@ -45,14 +44,10 @@ def probed_depth(
     shares = [agreement(each, answers) for each in states]
     allowed = max(shares) - largest_loss - 1e-9
     depth = next(number for number, share in enumerate(shares, 1) if share >= allowed)
-    _log.info(
-        "depth: %d of %d layers; a linear probe gives %.1f %% of the labels there and %.1f %% at "
-        "its best depth, %d",
-        depth,
-        len(model.get_decoder().layers),
-        100 * shares[depth - 1],
-        100 * max(shares),
-        1 + int(np.argmax(shares)),
+    decide(
+        f"{depth} of {len(model.get_decoder().layers)} layers are kept: a linear probe gives "
+        f"{100 * shares[depth - 1]:.1f} % of the labels there, and {100 * max(shares):.1f} % at "
+        f"its best depth of at most {most}, which is {1 + int(np.argmax(shares))}"
     )
     return depth
 
@@ -96,7 +91,6 @@ def agreement(states: NDArray[np.float32], answers: NDArray[Any]) -> float:
     in `answers`, cross-validated in one or several ways."""
     from sklearn.linear_model import RidgeClassifier
     from sklearn.model_selection import KFold, cross_val_predict
-    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
     if len(set(answers.tolist())) < 2 or len(answers) < FOLDS:
         return 1.0
@@ -106,8 +100,7 @@ def agreement(states: NDArray[np.float32], answers: NDArray[Any]) -> float:
     shares = []
     for seed in range(ways):
         folds: Any = KFold(FOLDS, shuffle=True, random_state=seed)  # type: ignore[no-untyped-call]
-        # The matrices are small: threads would only wait for one another.
-        with threadpool_limits(1):
+        with short_fits():
             said = cross_val_predict(classifier, scaled, answers, cv=folds)
         shares.append((said == answers).mean())
     return float(np.mean(shares))

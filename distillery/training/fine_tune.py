@@ -14,6 +14,7 @@ from distillery.models.load import load_model, pad_id
 from distillery.olive_workflow import run_workflow
 from distillery.recipe import HealingRecipe, LayerChoice, Layers, TrainingRecipe
 from distillery.training.checkpoint import Checkpoints
+from distillery.training.decisions import kept_decisions
 from distillery.training.hidden_states import hidden_states, write_hidden_states
 from distillery.training.loop import Progress, TrainingResult
 from distillery.training.rows import TrainingRow, require_rows, write_rows
@@ -74,14 +75,14 @@ def fine_tune(
     }
     alone = recipe.adapts and len(passes) == 1 and not whole
     try:
-        with reporting(progress, checkpoints):
+        with reporting(progress, checkpoints), kept_decisions() as decisions:
             run_workflow(input_model, passes, out, own_passes=OWN_PASSES, adapter_only=alone)
     finally:
         for file in inputs.values():
             file.unlink()
     if classes:
         classes.write(out / ("adapter" if recipe.adapts else "model"))
-    return read_result_and_tidy(out)
+    return read_result_and_tidy(out).model_copy(update={"decisions": tuple(decisions)})
 
 
 def workflow_passes(
@@ -127,7 +128,9 @@ def read_result_and_tidy(out: Path) -> TrainingResult:
     result = TrainingResult.model_validate_json((out / FIGURES_FILE).read_text())
     for file in [*out.glob("healing-*.json"), out / FIGURES_FILE]:
         figures = TrainingResult.model_validate_json(file.read_text())
-        file.write_text(figures.model_dump_json(exclude={"rows_per_second", "resumed_at"}))
+        file.write_text(
+            figures.model_dump_json(exclude={"rows_per_second", "resumed_at", "decisions"})
+        )
     config = out / "adapter" / "adapter_config.json"
     if config.exists():
         values = json.loads(config.read_text())

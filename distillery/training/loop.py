@@ -4,7 +4,6 @@ In: a model in PyTorch, rows of token ids and a recipe. Out: the trained model a
 is plain PyTorch; training/olive_passes.py runs it as a pass of an Olive workflow.
 """
 
-import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +25,7 @@ from distillery.training.checkpoint import (
     fingerprint_of,
 )
 from distillery.training.class_head import CLASS_ROWS, add_class_head
+from distillery.training.decisions import decide
 from distillery.training.losses import balanced_weights
 from distillery.training.objective import Objective
 from distillery.training.rows import TrainingRow, require_rows
@@ -33,8 +33,6 @@ from distillery.training.validation import validate
 
 if TYPE_CHECKING:
     import torch
-
-_log = logging.getLogger(__name__)
 
 STEPS_PER_POINT = 10
 """After how many steps the curve gets a point, if no epoch ends before."""
@@ -65,7 +63,7 @@ Progress = Callable[[TrainingProgress], None]
 class TrainingResult(Record):
     """The figures of a training. `kept_step`: the step whose weights are kept, before `steps` where
     training.patience chose an earlier epoch. `rows_per_second`: of this process. `resumed_at`: the
-    step of the checkpoint that it went on from, 0 for none."""
+    step of the checkpoint that it went on from, 0 for none. `decisions`: see decisions.py."""
 
     steps: int
     kept_step: int
@@ -77,6 +75,7 @@ class TrainingResult(Record):
     precision: str
     rows_per_second: float
     resumed_at: int = 0
+    decisions: tuple[str, ...] = ()
 
 
 def train(
@@ -296,12 +295,10 @@ def steps_to_train(recipe: TrainingRecipe, steps_per_epoch: int) -> int:
         return recipe.max_steps
     steps = max(1, math.ceil(steps_per_epoch * recipe.epochs))
     if steps < recipe.minimum_steps:
-        _log.info(
-            "training for %.1f epochs: %g would be %d steps, and training.minimum_steps is %d",
-            recipe.minimum_steps / steps_per_epoch,
-            recipe.epochs,
-            steps,
-            recipe.minimum_steps,
+        decide(
+            f"training for {recipe.minimum_steps / steps_per_epoch:.1f} epochs: "
+            f"{recipe.epochs:g} would be {steps} steps, and training.minimum_steps is "
+            f"{recipe.minimum_steps}"
         )
         return recipe.minimum_steps
     return steps

@@ -1,7 +1,9 @@
 """Logistic regression on a model's states: the start of a classifier's head, and a rival of it."""
 
 import logging
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,7 +45,6 @@ def fit_probe(
     so that the weights alone give the logits, as the rows of a model's head do. C is chosen by
     cross-validation."""
     from sklearn.linear_model import LogisticRegression
-    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
     centre = np.zeros(states.shape[1], dtype=np.float32)
     scale = np.full_like(centre, np.sqrt((states**2).mean()))
@@ -55,8 +56,7 @@ def fit_probe(
     if len(found) < 2:
         return Probe(weights, intercepts)
     scaled = (states - centre) / scale
-    # The matrices are small: threads would only wait for one another.
-    with threadpool_limits(1):
+    with short_fits():
         chosen: Any = LogisticRegression(  # type: ignore[no-untyped-call]
             C=best_regularisation(scaled, answers, intercept), fit_intercept=intercept, max_iter=500
         )
@@ -69,6 +69,19 @@ def fit_probe(
     weights[found] = rows / scale
     intercepts[found] = offsets - weights[found] @ centre
     return Probe(weights, intercepts)
+
+
+@contextmanager
+def short_fits() -> Iterator[None]:
+    """Let scikit-learn fit small models within, on one thread, without a word where a fit ends
+    before its optimum: a start of a training and a choice of C need no more."""
+    from sklearn.exceptions import ConvergenceWarning
+    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+
+    # The matrices are small: threads would only wait for one another.
+    with threadpool_limits(1), warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        yield
 
 
 def best_regularisation(states: NDArray[Any], answers: Sequence[int], intercept: bool) -> float:

@@ -29,6 +29,7 @@ from distillery.models.load import end_of_turn_id, load_model, load_tokenizer, p
 from distillery.recipe import (
     ExportForm,
     HealingRecipe,
+    LayerChoice,
     PromptRecipe,
     TrainingRecipe,
     parse_recipe,
@@ -290,6 +291,26 @@ def test_the_student_learns_the_class_of_texts_of_none(
     assert 0 < len(out_of_scope) < len(asked)
     answers = of_checkpoint(student, base, asked)
     assert right(answers, asked) == 1
+
+
+def test_what_the_rows_decide_is_kept_with_the_reason(base: Path, tmp_path: Path) -> None:
+    rows, classes = rendered(base)
+    recipe = settings(epochs=1, minimum_steps=9)
+    result = fine_tune(
+        base,
+        None,
+        rows,
+        [],
+        recipe,
+        tmp_path,
+        layers=LayerChoice(by="probe", largest_loss=0.99),
+        classes=classes,
+    )
+    depth, steps = result.decisions
+    assert depth.startswith("1 of 2 layers are kept: a linear probe gives ")
+    assert steps.endswith("training.minimum_steps is 9")
+    assert json.loads((tmp_path / "layers.json").read_text()) == [[0]]
+    assert "decisions" not in json.loads((tmp_path / "training.json").read_text())
 
 
 def test_training_learns_the_teachers_probabilities(base: Path, tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """How deep a classifier has to be: what a head would read at each depth, and which one is taken."""
 
-import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from distillery.models.device import choose_device
 from distillery.models.load import load_model, pad_id
 from distillery.recipe import LayerChoice
 from distillery.training import depth
+from distillery.training.decisions import kept_decisions
 from distillery.training.depth import probed_depth, states_by_depth
 from distillery.training.hidden_states import hidden_states
 from distillery.training.pruning import keep_layers, resolved_layers
@@ -57,7 +57,6 @@ def test_the_states_at_a_depth_are_those_that_a_model_cut_there_reads(
 def test_the_least_depth_within_the_loss_is_taken(
     tiny_model: TinyModel,
     monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
     most: int,
     largest_loss: float,
     expected: int,
@@ -67,9 +66,10 @@ def test_the_least_depth_within_the_loss_is_taken(
     states = np.arange(1, 5)[:, None, None]
     monkeypatch.setattr(depth, "states_by_depth", lambda *_: states)
     monkeypatch.setattr(depth, "agreement", lambda given, _answers: shares[int(given[0, 0])])
-    caplog.set_level(logging.INFO, "distillery")
-    assert probed_depth(model, ROWS, pad_id(tokenizer), most, largest_loss) == expected
-    assert f"depth: {expected} of 2 layers" in caplog.text
+    with kept_decisions() as decisions:
+        assert probed_depth(model, ROWS, pad_id(tokenizer), most, largest_loss) == expected
+    (decision,) = decisions
+    assert decision.startswith(f"{expected} of 2 layers are kept: a linear probe gives ")
 
 
 def test_a_probe_agrees_with_what_the_states_tell() -> None:
