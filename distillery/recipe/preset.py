@@ -26,6 +26,10 @@ def classify_values(values: dict[str, Any]) -> dict[str, Any]:
     part = parts["own teacher" if kind == "local" else "other teacher"]
     both: dict[str, Any] = {**shipped, **part}
     task = values.get("task")
+    if kind == "endpoint":
+        # Held to the classes by a JSON schema, if the endpoint takes one. A class's name may be
+        # several words.
+        both["teacher"] = {"answers": {"form": "json"}, "max_tokens": 64}
     if names_gold_rows(values) or (isinstance(task, dict) and task.get("other")):
         both["student"]["gold"] = True
     return both
