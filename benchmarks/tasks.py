@@ -154,8 +154,10 @@ def main() -> None:
 
 
 def folder_of(uri: str) -> Path:
-    """Return the folder of a model in the store of the runs."""
-    return Path(uri.removeprefix("file://"))
+    """Return the folder of a model's files in the store of the runs."""
+    from distillery.storage.artifacts import FILES
+
+    return Path(uri.removeprefix("file://")) / FILES
 
 
 if __name__ == "__main__":
