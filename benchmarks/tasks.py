@@ -155,7 +155,7 @@ def main() -> None:
 
 def folder_of(uri: str) -> Path:
     """Return the folder of a model's files in the store of the runs."""
-    from distillery.storage.artifacts import FILES
+    from distillery.storage.manifest import FILES
 
     return Path(uri.removeprefix("file://")) / FILES
 
