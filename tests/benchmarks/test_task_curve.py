@@ -24,7 +24,7 @@ from distillery.errors import TeacherError
 from distillery.labels.files import LabelCounts
 from distillery.labels.labelling import label
 from distillery.labels.store import LabelStore
-from distillery.recipe import TeacherRecipe
+from distillery.recipe import AnswerRecipe, TeacherRecipe
 from distillery.recipe.load import parse_recipe
 from distillery.records import Example
 from distillery.teacher.endpoint import Endpoint
@@ -167,7 +167,12 @@ def test_the_recipes_differ_in_what_the_student_learns_from(
     assert not gold.student.gold
     for share in (10, 30, 100):
         recipe = recipes[share]
-        assert recipe.teacher == TeacherRecipe(kind="endpoint", soft_labels=True)
+        assert recipe.teacher == TeacherRecipe(
+            kind="endpoint",
+            soft_labels=True,
+            answers=AnswerRecipe(form="json"),
+            max_tokens=64,
+        )
         assert recipe.dataset.splits["train"] == f"pool-{share}"
         assert recipe.student.gold
         assert recipe.student.training.soft_weight > 0
