@@ -18,6 +18,7 @@ from distillery.recipe import BaseModelRecipe, HealingRecipe, Layers, PromptReci
 from distillery.records import Rows, StudentCheckpoint, TeacherLabels
 from distillery.storage.artifacts import ArtifactStore
 from distillery.storage.working import working_folder
+from distillery.training.decisions import kept_decisions
 from distillery.training.fine_tune import fine_tune
 from distillery.training.inputs import rationale_instruction, read_training_inputs
 from distillery.training.loop import TrainingProgress, TrainingResult
@@ -50,15 +51,17 @@ def train(
     base_license = license_of(base, model)
     if start is not None:
         model, adapter = model_and_adapter(store.fetch(start.artifact), model)
-    inputs = read_training_inputs(
-        load_tokenizer(model, remote_code),
-        prompt,
-        store.fetch(rows.artifact) / rows.file,
-        store.fetch(labels.artifact),
-        gold=_file_of(gold, store),
-        validation=_file_of(validation, store),
-        explain=rationale_instruction((training, *(step.training for step in healing))),
-    )
+    with kept_decisions() as decisions:
+        inputs = read_training_inputs(
+            load_tokenizer(model, remote_code),
+            prompt,
+            store.fetch(rows.artifact) / rows.file,
+            store.fetch(labels.artifact),
+            gold=_file_of(gold, store),
+            validation=_file_of(validation, store),
+            explain=rationale_instruction((training, *(step.training for step in healing))),
+            second_opinion=training.second_opinion == "words",
+        )
     check_parent()
     with (
         working_folder("train") as folder,
@@ -100,7 +103,7 @@ def train(
         curve=result.curve,
         validation_accuracy=result.validation_accuracy,
         device=result.device,
-        decisions=result.decisions,
+        decisions=(*decisions, *result.decisions),
         remote_code=remote_code,
         **origin(started),
     )

@@ -44,6 +44,7 @@ def check_teacher(
     if prompt.answer == "class" and len({row.answer_key for row in gold_rows}) > 1:
         states = TextStates(base_folder(base), remote_code_allowed(base))
         answers[PROBE] = classify_states(states, gold_rows, examples, prompt)
+        states.unload()
     if isinstance(teacher, OnnxModel):
         scored = score_model(
             onnx_model("teacher", teacher, store), file, prompt, progress=show_rows

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 
 from distillery.evaluation.scoring import Answers
 from distillery.records import Example
+from distillery.training.second_opinion import word_classifier
 
 MAJORITY = "majority class"
 TFIDF = "TF-IDF + logistic regression"
@@ -75,12 +76,6 @@ def classify_words(rows: Sequence[Example], asked: Sequence[str]) -> list[str]:
     """Learn the letters of the rows' questions and return a letter for each text that is asked.
 
     Logistic regression (C = 10) over words and pairs of words, with sublinear term frequencies."""
-    from sklearn.feature_extraction.text import TfidfVectorizer
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-
-    words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True)  # type: ignore[no-untyped-call]
-    classifier = LogisticRegression(C=10, max_iter=1000)  # type: ignore[no-untyped-call]
-    pipeline = make_pipeline(words, classifier)  # type: ignore[no-untyped-call]
-    pipeline.fit([row.question for row in rows], [row.answer_key for row in rows])
-    return list(map(str, pipeline.predict(asked)))
+    classifier = word_classifier(10)
+    classifier.fit([row.question for row in rows], [row.answer_key for row in rows])
+    return list(map(str, classifier.predict(asked)))

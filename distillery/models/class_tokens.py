@@ -9,7 +9,8 @@ what a small model knows of a topic stands in all of them, and what it makes of 
 the last one. Which tokens these are is told by the beginning that all prompts share, which is left
 out.
 
-The file class_tokens.json of a model's folder holds a ClassTokens.
+The file class_tokens.json of a model's folder holds a ClassTokens. Where the head of an exported
+model was cut to the classes (export/head.py), the tokens are the rows of that head, from 0.
 """
 
 import json

@@ -26,13 +26,22 @@ def classify_values(values: dict[str, Any]) -> dict[str, Any]:
     part = parts["own teacher" if kind == "local" else "other teacher"]
     both: dict[str, Any] = {**shipped, **part}
     task = values.get("task")
-    if kind == "endpoint":
+    if kind == "endpoint" and not names(teacher, "answers", "form"):
         # Held to the classes by a JSON schema, if the endpoint takes one. A class's name may be
         # several words.
         both["teacher"] = {"answers": {"form": "json"}, "max_tokens": 64}
+    if names(values.get("student"), "prompt", "answer"):
+        # A student that answers by text has no head of its own to probe for.
+        both["student"]["layers"] = {"keep": 0.5, "by": "first"}
     if names_gold_rows(values) or (isinstance(task, dict) and task.get("other")):
         both["student"]["gold"] = True
     return both
+
+
+def names(values: Any, key: str, inner: str) -> bool:
+    """Return whether the mapping `values` has a mapping `key` that has `inner`."""
+    below = values.get(key) if isinstance(values, dict) else None
+    return isinstance(below, dict) and inner in below
 
 
 def names_gold_rows(values: dict[str, Any]) -> bool:
@@ -50,13 +59,14 @@ def names_gold_rows(values: dict[str, Any]) -> bool:
 def merge(base: dict[str, Any], over: dict[str, Any], model: type[BaseModel]) -> dict[str, Any]:
     """Return `base` with the keys of `over` replaced, slice by slice of `model`.
 
-    A field that is a mapping, such as dataset.carve, is merged key by key; null removes a key.
+    A field that is a mapping, such as dataset.carve, is merged key by key; null removes a key. A
+    choice of layers is replaced as a whole: its settings have no meaning without each other.
     """
     result = dict(base)
     for key, value in over.items():
         kind = model.model_fields[key].annotation if key in model.model_fields else None
         below = base.get(key, {})
-        if not isinstance(value, dict) or not isinstance(below, dict):
+        if key == "layers" or not isinstance(value, dict) or not isinstance(below, dict):
             result[key] = value
         elif isinstance(kind, type) and issubclass(kind, BaseModel):
             result[key] = merge(below, value, kind)

@@ -18,7 +18,7 @@ from distillery.recipe.preset import PRESETS, classify_values, merge, preset_val
 from distillery.recipe.prompt import PromptRecipe
 from distillery.recipe.registry import RegistryRecipe
 from distillery.recipe.rules import GateRule
-from distillery.recipe.student import StudentRecipe
+from distillery.recipe.student import LayerChoice, StudentRecipe
 from distillery.recipe.task import TaskRecipe
 from distillery.recipe.teacher import TeacherRecipe
 from distillery.recipe.training import TrainingRecipe
@@ -169,17 +169,45 @@ class Recipe(Slice):
         return self
 
     @model_validator(mode="after")
-    def check_class_weights(self) -> Self:
+    def check_settings_of_classifiers(self) -> Self:
         trainings = []
         if self.student_prompt.answer != "class":
             trainings += [("student", training) for training in self.student.trainings]
         if self.prompt.answer != "class":
             trainings.append(("teacher.preparation", self.teacher.preparation.training))
         for whose, training in trainings:
-            if training.class_weights != "none":
+            for setting in ("class_weights", "second_opinion"):
+                if getattr(training, setting) != "none":
+                    raise ValueError(
+                        f"{whose}.training.{setting} needs task.kind: classify, with answer: class "
+                        "in the prompt"
+                    )
+        return self
+
+    @model_validator(mode="after")
+    def check_probes(self) -> Self:
+        teachers = ("teacher.preparation", self.teacher.preparation.layers)
+        checks = [(*teachers, self.prompt), ("student", self.student.layers, self.student_prompt)]
+        for number, step in enumerate(self.student.healing):
+            checks.append((f"student.healing.{number}", step.layers, self.student_prompt))
+        for whose, layers, prompt in checks:
+            probes = isinstance(layers, LayerChoice) and layers.by == "probe"
+            if probes and prompt.answer != "class":
                 raise ValueError(
-                    f"{whose}.training.class_weights needs task.kind: classify, with answer: class "
-                    "in the prompt"
+                    f"{whose}.layers.by: probe needs task.kind: classify, with answer: class in "
+                    "the prompt"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def check_second_opinion(self) -> Self:
+        others = [("student.healing", step.training) for step in self.student.healing]
+        others.append(("teacher.preparation", self.teacher.preparation.training))
+        for whose, training in others:
+            if training.second_opinion != "none":
+                raise ValueError(
+                    f"{whose}.training.second_opinion: set it in student.training, whose labels "
+                    "all steps learn"
                 )
         return self
 

@@ -37,7 +37,7 @@ class TrainingRecipe(Slice):
     """
 
     added_later: ClassVar[frozenset[str]] = frozenset(
-        {"first_layer", "minimum_steps", "class_weights"}
+        {"first_layer", "minimum_steps", "class_weights", "second_opinion"}
     )
 
     method: Literal["lora", "dora", "full"] = "lora"
@@ -118,6 +118,11 @@ class TrainingRecipe(Slice):
     """With task.kind: classify, how much a label of each class counts. balanced: the rarer the
     class among the training rows, the more, so that all classes count alike in sum. The teacher's
     probabilities, which soft_weight weighs, are not reweighted."""
+
+    second_opinion: Literal["none", "words"] = "none"
+    """With task.kind: classify and a teacher's probabilities, who else is asked about each label
+    before it is learnt. words: TF-IDF with logistic regression, which has learnt from the other
+    labels; its probabilities and the teacher's are multiplied (training/second_opinion.py)."""
 
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Number format of the computation. auto: bfloat16 if the hardware multiplies in it, else

@@ -103,6 +103,7 @@ def class_at_answer(
     for index, text in enumerate(written):
         if "</think>" in text:
             start = index + 1
+    start = after_key(written, start)
     for index in range(start, len(written)):
         rest = begun("".join(written[index:]))
         found = [name for name in classes if rest.startswith(begun(name))]
@@ -110,6 +111,20 @@ def class_at_answer(
             # Of "order" and "order status", the longer one is written.
             return max(found, key=len), shares_along(tokens[index:], written[index:], classes)
     return None, ()
+
+
+def after_key(written: Sequence[str], start: int) -> int:
+    """Return where the value of {"answer": CLASS} begins among tokens that are read from `start`
+    on: its key may be a class's name, too. It is `start` for an answer in another form."""
+    passed = ""
+    for index in range(start, len(written)):
+        passed += written[index]
+        if passed.strip() and not passed.lstrip().startswith("{"):
+            return start
+        _, key, rest = passed.partition('"answer"')
+        if key and ":" in rest:
+            return index + 1
+    return start
 
 
 def shares_along(

@@ -39,7 +39,7 @@ def probed_depth(
     `largest_loss` of the rows less often. `rows` are of a classifier: all have the same classes."""
     if len(rows) > MOST_ROWS:
         rows = [rows[index * len(rows) // MOST_ROWS] for index in range(MOST_ROWS)]
-    states = states_by_depth(model, rows, pad_id)[:most]
+    states = states_by_depth(model, rows, pad_id, most)
     answers = np.array([row.answer for row in rows])
     shares = [agreement(each, answers) for each in states]
     allowed = max(shares) - largest_loss - 1e-9
@@ -52,34 +52,38 @@ def probed_depth(
     return depth
 
 
-def states_by_depth(model: Any, rows: Sequence[TrainingRow], pad_id: int) -> NDArray[np.float32]:
-    """Return what a head would read after each decoder layer, if that were the last one: [layers,
-    rows, hidden]. It is a mean of normalised states, as in `batching.read_shares`."""
+def states_by_depth(
+    model: Any, rows: Sequence[TrainingRow], pad_id: int, most: int
+) -> NDArray[np.float32]:
+    """Return what a head would read after each of the first `most` decoder layers, if that were
+    the last one: [most, rows, hidden]. It is a mean of normalised states, as in
+    `batching.read_shares`."""
     import torch
 
     decoder = model.get_decoder()
     device = choose_device()
     model.to(device.name).eval()
-    shape = (len(decoder.layers), len(rows), model.config.get_text_config().hidden_size)
+    shape = (most, len(rows), model.config.get_text_config().hidden_size)
     found = np.zeros(shape, dtype=np.float32)
-    outputs: list[Any] = []
+    picked: list[int] = []
+    shares = torch.empty(0)
 
-    def keep_output(_layer: Any, _inputs: Any, output: Any) -> None:
-        outputs.append(output[0] if isinstance(output, tuple) else output)
+    def watch(depth: int) -> Any:
+        def read(_layer: Any, _inputs: Any, output: Any) -> None:
+            states = decoder.norm(output[0] if isinstance(output, tuple) else output).float()
+            found[depth, picked] = (states * shares[:, :, None]).sum(1).cpu().numpy()
 
-    hooks = [layer.register_forward_hook(keep_output) for layer in decoder.layers]
+        return read
+
+    layers = list(decoder.layers)[:most]
+    hooks = [layer.register_forward_hook(watch(depth)) for depth, layer in enumerate(layers)]
     try:
         with torch.inference_mode(), device.autocast(), linear_layers_cast(model, device):
             for picked in by_length(rows, 16, turning_point(model)):
-                prompts = [rows[index].prompt for index in picked]
-                inputs = padded_inputs(prompts, pad_id, model.device)
+                batch = [rows[index] for index in picked]
+                inputs = padded_inputs([row.prompt for row in batch], pad_id, model.device)
+                shares = read_shares(batch, inputs["input_ids"].shape[1], model.device)
                 decoder(**inputs, use_cache=False)
-                length = inputs["input_ids"].shape[1]
-                shares = read_shares([rows[index] for index in picked], length, model.device)
-                for depth, output in enumerate(outputs):
-                    states = decoder.norm(output).float() * shares[:, :, None]
-                    found[depth, picked] = states.sum(1).cpu().numpy()
-                outputs.clear()
     finally:
         for hook in hooks:
             hook.remove()

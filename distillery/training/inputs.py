@@ -18,6 +18,7 @@ from distillery.prompts import TransformersTokenizer, shared_beginning
 from distillery.recipe import PromptRecipe, TrainingRecipe
 from distillery.records import Example
 from distillery.training.rows import TrainingRow, training_rows
+from distillery.training.second_opinion import with_second_opinion
 
 
 @dataclass(frozen=True)
@@ -44,17 +45,21 @@ def read_training_inputs(
     gold: Path | None = None,
     validation: Path | None = None,
     explain: str | None = None,
+    second_opinion: bool = False,
 ) -> TrainingInputs:
     """Render the rows of `labelled` that have a label in the folder `labels`, and after them the
     `gold` rows with their own answers; `validation` rows too carry their own answers.
 
-    `explain` asks for the reasons that labels have. Raises TrainingError where it is given and no
+    With `second_opinion`, the labels are those of `with_second_opinion`. `explain` asks for the
+    reasons that labels have. Raises TrainingError where it is given and no
     label has a reason."""
     found = read_labels(labels)
     examples = read_examples(labelled)
     classes = None
     if prompt.answer == "class":
         classes = tokens_of_classes(examples[0], prompt, tokenizer)
+    if second_opinion:
+        found = with_second_opinion(examples, found)
     rows, too_long = training_rows(examples, found, prompt, tokenizer, explain, classes)
     if explain and rows and not any(row.rationale for row in rows):
         raise TrainingError(

@@ -23,17 +23,14 @@ def resolved_layers(
     """Return the decoder layers that `layers` names or chooses, in order; None means all of them.
     Block influence is measured on some of `rows`, and so is what a probe finds at each depth.
 
-    Raises TrainingError for more layers than there are, and for by: probe with rows that are no
-    classifier's."""
+    Raises TrainingError for more layers than there are."""
     count = len(model.get_decoder().layers)
     if layers is None:
         return list(range(count))
     if not isinstance(layers, LayerChoice):
         return list(layers)
     if layers.by == "probe":
-        if not rows or not rows[0].closed:
-            raise TrainingError("student.layers.by: probe needs task.kind: classify")
-        most = kept(layers, count)
+        most = min(wanted_number(layers, count), count)
         return list(range(probed_depth(model, rows, pad_id, most, layers.largest_loss)))
     if layers.by != "block_influence":
         return chosen_layers(layers, count)
@@ -55,7 +52,11 @@ def chosen_layers(
     layer, needed for choice.by block_influence.
 
     Raises TrainingError for more layers than there are."""
-    keep = kept(choice, count)
+    keep = wanted_number(choice, count)
+    if keep > count:
+        raise TrainingError(
+            f"student.layers.keep: {choice.keep}, but this model has {count} layers; keep fewer"
+        )
     if choice.by == "first":
         return list(range(keep))
     if choice.by == "early_and_last":
@@ -70,16 +71,13 @@ def chosen_layers(
     return sorted(ranked[:keep])
 
 
-def kept(choice: LayerChoice, count: int) -> int:
-    """Return how many of `count` layers `choice` keeps. Raises TrainingError for more than that."""
-    keep = count if choice.keep is None else choice.keep
-    if isinstance(keep, float):
-        keep = max(1, round(keep * count))
-    if keep > count:
-        raise TrainingError(
-            f"student.layers.keep: {choice.keep}, but this model has {count} layers; keep fewer"
-        )
-    return keep
+def wanted_number(choice: LayerChoice, count: int) -> int:
+    """Return the number of layers that `choice.keep` names, of a model of `count` layers."""
+    if choice.keep is None:
+        return count
+    if isinstance(choice.keep, float):
+        return max(1, round(choice.keep * count))
+    return choice.keep
 
 
 def block_influence(model: Any, batches: Sequence[dict[str, "torch.Tensor"]]) -> list[float]:

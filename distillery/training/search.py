@@ -54,6 +54,9 @@ class Search:
         if space.keep:
             layers = self._recipe.student.layers
             by = layers.by if isinstance(layers, LayerChoice) else "early_and_last"
+            if by == "probe":
+                # A search tries depths: a probe would choose one below each.
+                by = "first"
             student["layers"] = {"keep": trial.suggest_categorical("keep", space.keep), "by": by}
         for name in RANGES:
             bounds = getattr(space, name)

@@ -12,6 +12,7 @@ from distillery.recipe import (
     AnswerRecipe,
     ExportForm,
     ExportRecipe,
+    LayerChoice,
     NotWorseRule,
     Recipe,
     SearchRecipe,
@@ -305,6 +306,26 @@ def test_null_of_a_plain_field_is_that_fields_value() -> None:
             "training and healing ask for reasons with different rationale_instruction",
         ),
         (
+            {"student": {"layers": {"by": "probe"}}},
+            "student.layers.by: probe needs task.kind: classify, with answer: class in the prompt",
+        ),
+        (
+            {"preset": "demo", "teacher": {"preparation": {"layers": {"by": "probe"}}}},
+            "teacher.preparation.layers.by: probe needs task.kind: classify",
+        ),
+        (
+            {"student": {"layers": {"by": "first"}}},
+            "keep: give the number of layers to keep, or their share",
+        ),
+        (
+            {"student": {"training": {"second_opinion": "words"}}},
+            "student.training.second_opinion needs task.kind: classify, with answer: class in the",
+        ),
+        (
+            {"teacher": {"preparation": {"training": {"second_opinion": "words"}}}},
+            "teacher.preparation.training.second_opinion needs task.kind: classify",
+        ),
+        (
             {"student": {"training": {"class_weights": "balanced"}}},
             "student.training.class_weights needs task.kind: classify, with answer: class in the",
         ),
@@ -549,3 +570,36 @@ def test_a_question_needs_options_and_an_answer_fits_its_task() -> None:
         parse_recipe({"dataset": {"columns": {"choices": None}}}, "mine.yaml")
     with pytest.raises(RecipeError, match=r"class belongs to task\.kind: classify"):
         parse_recipe({"prompt": {"answer": "class", "user": "{text}"}}, "mine.yaml")
+
+
+def classifier(**more: Any) -> Recipe:
+    return parse_recipe({"task": {"kind": "classify"}, "dataset": own_rows(), **more}, "mine.yaml")
+
+
+def own_rows() -> dict[str, Any]:
+    return {
+        "source": "files",
+        "files": {"train": ["rows.csv"]},
+        "carve": {"gold": 0.5, "validation": 0.1, "test": 0.4},
+    }
+
+
+def test_a_classifiers_endpoint_answers_in_json_unless_the_recipe_names_a_form() -> None:
+    plain = classifier().teacher
+    assert (plain.answers.form, plain.max_tokens) == ("json", 64)
+    votes = classifier(teacher={"answers": {"votes": 3}, "temperature": 0.7}).teacher
+    assert (votes.answers.form, votes.answers.votes) == ("json", 3)
+    named = classifier(teacher={"answers": {"form": "letter"}}).teacher
+    assert (named.answers.form, named.max_tokens) == ("letter", 16)
+    with pytest.raises(RecipeError, match="rationale needs max_tokens of a few hundred"):
+        classifier(teacher={"answers": {"form": "rationale"}})
+    assert classifier(teacher={"kind": "local"}).teacher.answers.form == "letter"
+
+
+def test_a_choice_of_layers_replaces_the_default_as_a_whole() -> None:
+    chosen = classifier(student={"layers": {"keep": 12}}).student.layers
+    assert chosen == LayerChoice(keep=12, by="early_and_last")
+    text = {"system": "", "user": "{question}", "answer": "text"}
+    by_text = classifier(student={"prompt": text}).student.layers
+    assert by_text == LayerChoice(keep=0.5, by="first")
+    assert isinstance(classifier().student.layers, LayerChoice)

@@ -106,6 +106,23 @@ def test_names_of_one_token() -> None:
     assert found == pytest.approx({"Refund": 0.7, "none of these": 0.2})
 
 
+@pytest.mark.parametrize("classes", [("answer", "question"), ("A", "A+", "question")])
+def test_the_key_of_a_json_answer_is_no_class(classes: tuple[str, ...]) -> None:
+    written = tokens(
+        ('{"', {'{"': 1.0}),
+        ("answer", {"answer": 1.0}),
+        ('":"', {'":"': 1.0}),
+        ("question", {"question": 0.7, classes[0]: 0.3}),
+        ('"}', {'"}': 1.0}),
+    )
+    name, pairs = class_at_answer(written, classes)
+    assert name == "question"
+    assert pairs is not None
+    found = {other: math.exp(value) for other, value in pairs}
+    assert found["question"] == pytest.approx(0.7)
+    assert sum(found.values()) == pytest.approx(1)
+
+
 def test_names_part_where_their_tokens_do() -> None:
     name, found = shares(
         ("credit", {"credit": 0.8, "Refund": 0.1, "cre": 0.04}),

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from tiny_model import ARCHITECTURES
 
-from distillery.errors import TrainingError
 from distillery.models.device import choose_device
 from distillery.models.load import load_model, pad_id
 from distillery.recipe import LayerChoice
@@ -39,8 +38,8 @@ def test_the_states_at_a_depth_are_those_that_a_model_cut_there_reads(
 ) -> None:
     monkeypatch.setattr(depth, "choose_device", lambda: choose_device("float32"))
     model, tokenizer = load_model(tiny_model(arch))
-    found = states_by_depth(model, ROWS, pad_id(tokenizer))
     layers = len(model.get_decoder().layers)
+    found = states_by_depth(model, ROWS, pad_id(tokenizer), layers)
     assert found.shape == (layers, len(ROWS), model.config.hidden_size)
     for kept in range(layers, 0, -1):
         keep_layers(model, range(kept))
@@ -64,7 +63,7 @@ def test_the_least_depth_within_the_loss_is_taken(
     model, tokenizer = load_model(tiny_model("llama"))
     shares = {1: 0.4, 2: 0.9, 3: 0.95, 4: 0.95}
     states = np.arange(1, 5)[:, None, None]
-    monkeypatch.setattr(depth, "states_by_depth", lambda *_: states)
+    monkeypatch.setattr(depth, "states_by_depth", lambda *given: states[: given[-1]])
     monkeypatch.setattr(depth, "agreement", lambda given, _answers: shares[int(given[0, 0])])
     with kept_decisions() as decisions:
         assert probed_depth(model, ROWS, pad_id(tokenizer), most, largest_loss) == expected
@@ -84,12 +83,16 @@ def test_a_probe_agrees_with_what_the_states_tell() -> None:
     assert depth.agreement(noise, np.zeros(200, dtype=int)) == 1
 
 
-def test_rows_that_are_no_classifiers_have_no_probe(tiny_model: TinyModel) -> None:
+def test_the_number_to_keep_is_the_most_that_a_probe_takes(
+    tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, tokenizer = load_model(tiny_model("llama"))
-    choice = LayerChoice(keep=2, by="probe")
-    assert resolved_layers(model, choice, ROWS, pad_id(tokenizer)) in ([0], [0, 1])
-    options = [row.model_copy(update={"closed": False}) for row in ROWS]
-    with pytest.raises(TrainingError, match=r"by: probe needs task\.kind: classify"):
-        resolved_layers(model, choice, options, pad_id(tokenizer))
-    with pytest.raises(TrainingError, match="keep: 7, but this model has 2 layers"):
-        resolved_layers(model, LayerChoice(keep=7, by="probe"), ROWS, pad_id(tokenizer))
+    monkeypatch.setattr(depth, "agreement", lambda given, _answers: float(given.any()))
+    for keep, expected in ((None, [0]), (7, [0]), (1, [0]), (0.5, [0])):
+        choice = LayerChoice(keep=keep, by="probe")
+        assert resolved_layers(model, choice, ROWS, pad_id(tokenizer)) == expected
+    deeper = iter([0.5, 0.9, 0.5])
+    monkeypatch.setattr(depth, "agreement", lambda *_: next(deeper))
+    assert resolved_layers(model, LayerChoice(by="probe"), ROWS, pad_id(tokenizer)) == [0, 1]
+    choice = LayerChoice(keep=1, by="probe")
+    assert resolved_layers(model, choice, ROWS, pad_id(tokenizer)) == [0]
