@@ -1,13 +1,11 @@
 """Preparation of rows of a text and a label: classes, empty labels, further columns, copies."""
 
-import csv
 import json
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa  # type: ignore[import-untyped]
-import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import pytest
+from row_files import write
 
 from distillery.data.examples import read_examples
 from distillery.data.prepare import PreparedCounts, check_rows, prepare
@@ -33,21 +31,6 @@ def row(number: int, label: Any = "", **columns: Any) -> dict[str, Any]:
 
 def labelled(count: int, start: int = 0) -> list[dict[str, Any]]:
     return [row(number, LABELS[number % 3]) for number in range(start, start + count)]
-
-
-def write(rows: list[dict[str, Any]], name: str = "rows.jsonl") -> str:
-    """Write rows in the format of the name's suffix, and return the name."""
-    path = Path(name)
-    if path.suffix == ".parquet":
-        pq.write_table(pa.Table.from_pylist(rows), path)
-    elif path.suffix == ".csv":
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
-    else:
-        path.write_text("".join(json.dumps(values) + "\n" for values in rows))
-    return name
 
 
 def recipe_of(name: str, test: str | None = None, labels: Any = None, **dataset: Any) -> Recipe:

@@ -1,14 +1,12 @@
 """Texts of no class in the data become rows of a class of their own."""
 
-import csv
 import json
 import logging
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa  # type: ignore[import-untyped]
-import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import pytest
+from row_files import write
 
 from distillery.data.examples import read_examples
 from distillery.data.prepare import PreparedCounts, check_rows, prepare
@@ -49,21 +47,6 @@ def bare(count: int, start: int = 1000) -> list[dict[str, Any]]:
 
 def others(count: int) -> list[dict[str, Any]]:
     return [{"text": text(number, "chat")} for number in range(count)]
-
-
-def write(values: list[dict[str, Any]], name: str) -> str:
-    """Write rows in the format of the name's suffix, and return the name."""
-    path = Path(name)
-    if path.suffix == ".parquet":
-        pq.write_table(pa.Table.from_pylist(values), path)
-    elif path.suffix == ".csv":
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(values[0]))
-            writer.writeheader()
-            writer.writerows(values)
-    else:
-        path.write_text("".join(json.dumps(each) + "\n" for each in values))
-    return name
 
 
 def recipe_of(
