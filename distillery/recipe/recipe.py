@@ -170,32 +170,27 @@ class Recipe(Slice):
 
     @model_validator(mode="after")
     def check_settings_of_classifiers(self) -> Self:
-        trainings = []
-        if self.student_prompt.answer != "class":
-            trainings += [("student", training) for training in self.student.trainings]
-        if self.prompt.answer != "class":
-            trainings.append(("teacher.preparation", self.teacher.preparation.training))
-        for whose, training in trainings:
-            for setting in ("class_weights", "second_opinion"):
-                if getattr(training, setting) != "none":
-                    raise ValueError(
-                        f"{whose}.training.{setting} needs task.kind: classify, with answer: class "
-                        "in the prompt"
-                    )
-        return self
-
-    @model_validator(mode="after")
-    def check_probes(self) -> Self:
-        teachers = ("teacher.preparation", self.teacher.preparation.layers)
-        checks = [(*teachers, self.prompt), ("student", self.student.layers, self.student_prompt)]
-        for number, step in enumerate(self.student.healing):
-            checks.append((f"student.healing.{number}", step.layers, self.student_prompt))
-        for whose, layers, prompt in checks:
-            probes = isinstance(layers, LayerChoice) and layers.by == "probe"
-            if probes and prompt.answer != "class":
+        student, preparation = self.student, self.teacher.preparation
+        parts = [
+            ("student", self.student_prompt, student.layers, student.training),
+            ("teacher.preparation", self.prompt, preparation.layers, preparation.training),
+        ]
+        for number, step in enumerate(student.healing):
+            whose = f"student.healing.{number}"
+            parts.append((whose, self.student_prompt, step.layers, step.training))
+        for whose, prompt, layers, training in parts:
+            if prompt.answer == "class":
+                continue
+            settings = []
+            for name in ("class_weights", "second_opinion"):
+                if getattr(training, name) != "none":
+                    settings.append(f"training.{name}")
+            if isinstance(layers, LayerChoice) and layers.by == "probe":
+                settings.append("layers.by: probe")
+            if settings:
                 raise ValueError(
-                    f"{whose}.layers.by: probe needs task.kind: classify, with answer: class in "
-                    "the prompt"
+                    f"{whose}.{settings[0]} needs task.kind: classify, with answer: class in the "
+                    "prompt"
                 )
         return self
 
