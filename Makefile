@@ -26,7 +26,7 @@ help: ## what the targets do
 
 # The first line of a failed set-up must be readable: pip's own old versions fail on this set of packages.
 $(INSTALLED): constraints.txt pyproject.toml
-	@echo "setting up $(VENV) (about two minutes, 3 GB)"
+	@echo "setting up $(VENV) (about two minutes; 3 GB, or 7 GB where pip chooses the PyTorch for CUDA)"
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or 3.12 is needed: make PYTHON=python3.11" if sys.version_info[:2] not in ((3, 11), (3, 12)) else 0)'
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/pip install --quiet --disable-pip-version-check --upgrade pip
