@@ -306,7 +306,7 @@ class Departure(Record):
 
 
 class Rung(Record):
-    """A form of the student on the validation rows.
+    """A form of the student on the rows that choose.
 
     `difference`: its accuracy minus the float student's, with the paired interval. The figures are
     None if it could not be built or scored. `note`: why it was picked, or why not.
@@ -325,10 +325,12 @@ class Rung(Record):
 
 
 class Ladder(Record):
-    """The forms that a student was tried in. `accuracy`: the float student's on the validation
-    rows, of which there are `rows`."""
+    """The forms that a student was tried in. `accuracy`: the float student's on the rows that
+    choose, of which there are `rows`: validation rows, but for `training_rows` with the labels that
+    the student has learnt."""
 
     rows: int
+    training_rows: int = 0
     accuracy: float
     largest_loss: float
     rungs: tuple[Rung, ...]

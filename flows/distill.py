@@ -160,7 +160,7 @@ def made_student(
     student = trained_student(
         recipe, taught, base, training_deployment, "student", "train student" in refresh
     )
-    model = exported(student, base, recipe, data, again)
+    model = exported(student, base, recipe, data, labels, again)
     if recipe.task.abstain:
         model = with_threshold(model, recipe.task.abstain, recipe.student_prompt, data, again)
 

@@ -61,7 +61,7 @@ def search(
             student = trained_student(
                 tried, taught, base, training_deployment, f"trial {number}", False
             )
-            model = exported(student, base, tried, taught.data, refreshing(()))
+            model = exported(student, base, tried, taught.data, taught.labels, refreshing(()))
             found.tell(measure(model, validation, tried.student_prompt, machine_name()))
         except TrainingUnavailable:
             raise

@@ -11,13 +11,13 @@ texts of task.other (other.py), stop at leaks, drop copies (splits.py), drop nea
 (near_duplicates.py), sample. Equal rows and settings give equal bytes.
 """
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 from distillery.data.classes import named_classes
 from distillery.data.corrections import corrected
+from distillery.data.examples import write_classes, write_examples
 from distillery.data.near_duplicates import drop_near_duplicates
 from distillery.data.other import other_rows, with_other
 from distillery.data.rows import Row, RowReader, validated_rows
@@ -35,7 +35,7 @@ from distillery.data.splits import (
 )
 from distillery.errors import DataError, RecipeError
 from distillery.recipe import DatasetRecipe, TaskRecipe
-from distillery.records import CLASSES_FILE, Record, Split, digest_of
+from distillery.records import Record, Split, digest_of
 from distillery.storage.digests import sha256_of
 
 OTHER = "other"
@@ -206,15 +206,8 @@ def load_splits(recipe: DatasetRecipe, reader: RowReader) -> Splits:
 
 def write_split(path: Path, rows: list[Row], classes: tuple[str, ...]) -> Split:
     """Write the rows' Examples, one a line. The digest covers the classes, too."""
-    text = "".join(f"{row.example.model_dump_json()}\n" for row in rows)
-    path.write_text(text, encoding="utf-8", newline="\n")
+    write_examples([row.example for row in rows], path)
     sha256 = sha256_of(path)
     if classes:
         sha256 = digest_of([sha256, classes])
     return Split(file=path.name, rows=len(rows), sha256=sha256)
-
-
-def write_classes(folder: Path, classes: tuple[str, ...]) -> None:
-    """Write classes.json, which `examples.read_examples` reads."""
-    text = json.dumps(classes, ensure_ascii=False, indent=1) + "\n"
-    (folder / CLASSES_FILE).write_text(text, encoding="utf-8", newline="\n")

@@ -10,6 +10,7 @@ import pytest
 from pydantic import BaseModel
 from tiny_recipe import row
 
+from distillery.data.examples import read_examples
 from distillery.errors import DataError, ExportError, OutOfResources
 from distillery.evaluation.scoring import ModelToScore, Scored, departure
 from distillery.evaluation.statistics import paired_interval
@@ -30,7 +31,7 @@ from distillery.models.load import load_tokenizer
 from distillery.progress import ShowProgress, show_nothing
 from distillery.prompts import TransformersTokenizer, render_ids
 from distillery.recipe import ExportForm, ExportRecipe, PromptRecipe, TrainingRecipe
-from distillery.records import Departure, Example, Interval, Ladder, Rung
+from distillery.records import Departure, Example, Interval, Ladder, Rung, TeacherLabel
 from distillery.training.fine_tune import fine_tune
 from distillery.training.rows import training_rows
 
@@ -303,6 +304,51 @@ def test_the_picked_folder_goes_on_and_the_table_beside_it(
     assert (found.rows, found.accuracy, found.largest_loss) == (20, 1.0, 0.1)
     assert Ladder.model_validate_json((out / LADDER_FILE).read_text()) == found
     assert list((home / "work").iterdir()) == []
+
+
+def test_floats_are_built_only_if_nothing_before_them_keeps_to_the_loss(
+    files: tuple[Path, Path], built: dict[str, tuple[int, str]], tmp_path: Path
+) -> None:
+    # The forms that stand here are all that can be built.
+    built["int8 rtn/32"] = (20, "A" * 20)
+    found = climbed(files, tmp_path, tmp_path / "out", "int8", "fp16")
+    assert [rung.note for rung in found.rungs] == [
+        "picked",
+        "not built: a smaller form keeps to the loss",
+    ]
+    built |= {"int8 rtn/32": (20, "A" * 12 + "B" * 8), "fp16": (40, "A" * 20)}
+    found = climbed(files, tmp_path, tmp_path / "again", "int8", "fp16")
+    assert [rung.note for rung in found.rungs] == ["loses more", "picked"]
+
+
+def test_training_rows_with_their_labels_choose_too(
+    files: tuple[Path, Path],
+    built: dict[str, tuple[int, str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    labels = {}
+    for number in range(5, 105):
+        labels[f"t{number}"] = TeacherLabel(example_id=f"t{number}", answer="B")
+    monkeypatch.setattr("distillery.export.ladder.read_labels", lambda _folder: labels)
+    built["int8 rtn/32"] = (20, "A" * 20 + "B" * 49 + "A")
+
+    def score_model(model: ModelToScore, rows: Path, *_rest: Any, **_more: Any) -> Scored:
+        examples = read_examples(rows)
+        assert [example.example_id for example in examples][19:22] == ["v19", "t5", "t6"]
+        if model.kind == "transformers":
+            return scored("".join(str(example.answer_key) for example in examples))
+        return scored(built[model.name][1])
+
+    monkeypatch.setattr("distillery.export.ladder.score_model", score_model)
+    recipe = ExportRecipe(ladder=(FORMS["int8"],), training_rows=50)
+    student = ModelToScore(name="student", kind="transformers", folder=str(tmp_path))
+    found = climb(
+        student, recipe, PROMPT, *files, tmp_path / "out", labels=tmp_path, progress=show_nothing
+    )
+    assert (found.rows, found.training_rows, found.accuracy) == (70, 50, 1.0)
+    assert found.rungs[0].difference == pytest.approx(-1 / 70)
+    assert "allows 2.0 points on 20 validation rows and 50 training rows" in render_ladder(found)
 
 
 def test_a_rung_that_can_not_be_built_is_shown_with_the_reason(
