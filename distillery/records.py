@@ -213,11 +213,25 @@ class Rival(Record):
 
 class TeacherCheck(StageRecord):
     """A teacher beside its rivals on the validation rows; the artifact has all answers, in
-    answers.jsonl. `correct`: the teacher's right answers of `rows`."""
+    answers.jsonl. `correct`: the teacher's right answers of `rows`. `soft_weight`: what its
+    probabilities are worth beside its labels (evaluation/soft_weight.py); None where it gives
+    none."""
 
     rows: int
     correct: int
     rivals: tuple[Rival, ...]
+    soft_weight: float | None = None
+
+    @property
+    def decisions(self) -> tuple[str, ...]:
+        """What is decided by this comparison, with the reason."""
+        if self.soft_weight is None:
+            return ()
+        share = f"{100 * self.soft_weight:.0f} %"
+        return (
+            f"the teacher's probabilities make {share} of the loss, its labels the rest: by how "
+            f"well they are calibrated on {self.rows} validation rows (training.soft_weight: auto)",
+        )
 
     def line(self) -> str:
         """Return the comparison in one line."""

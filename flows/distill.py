@@ -22,7 +22,7 @@ from distillery.errors import DistilleryError
 from distillery.machine import machine_name
 from distillery.models.base import pin_revision
 from distillery.readiness import check_settings
-from distillery.recipe import BaseModelRecipe, Recipe, load_recipe
+from distillery.recipe import BaseModelRecipe, Recipe, TrainingRecipe, load_recipe
 from distillery.records import (
     EvaluationReport,
     GateDecision,
@@ -33,6 +33,7 @@ from distillery.records import (
     Promotion,
     RegisteredModel,
     StudentCheckpoint,
+    TeacherCheck,
     TeacherLabels,
 )
 from distillery.registry.signing import check_keys
@@ -122,12 +123,13 @@ def distill(
 
 class Taught(NamedTuple):
     """The prepared rows, the local teacher if there is one, the teacher's identity and its
-    labels."""
+    labels. `check`: the teacher beside its rivals, where rows can tell."""
 
     data: PreparedDataset
     local: PreparedTeacher | None
     identity: str
     labels: TeacherLabels
+    check: TeacherCheck | None = None
 
 
 class Made(NamedTuple):
@@ -182,6 +184,10 @@ def made_student(
         columns=recipe.dataset.columns,
         fields=recipe.dataset.fields,
     )
+    if recipe.student.training.soft_weight == "auto" and taught.check:
+        # Beside what the training itself has decided.
+        told = (*taught.check.decisions, *student.decisions)
+        student = student.model_copy(update={"decisions": told})
     return Made(taught, teacher, student, model, report)
 
 
@@ -235,13 +241,14 @@ def labelled_rows(
     # Before anything is paid for: a teacher that has changed may end the run.
     if recipe.teacher.canaries.rows:
         canaries(train_rows, recipe.prompt, recipe.teacher, identity)
+    check = None
     if recipe.task.kind == "classify":
-        compare_teacher(recipe, data, local, identity, again)
+        check = compare_teacher(recipe, data, local, identity, again)
     labels = labelled(train_rows, recipe, identity, served, again)
     if recipe.task.kind == "classify":
         gold = data.rows_if_any("gold")
         check_shares(labels, gold, recipe.teacher.largest_shift, recipe.task.other)
-    return Taught(data, local, identity, labels)
+    return Taught(data, local, identity, labels, check)
 
 
 def compare_teacher(
@@ -250,20 +257,21 @@ def compare_teacher(
     local: PreparedTeacher | None,
     identity: str,
     again: Callable[[Stage, Any], Any],
-) -> None:
+) -> TeacherCheck | None:
     """Compare the teacher with cheap rivals on the validation rows, before it labels. A teacher
     whose answers to these rows nobody can ask for is taken as it is."""
     # Of texts of task.other alone, no rival learns to classify.
     has_rows = recipe.dataset.roles >= {"gold", "validation"}
     if not has_rows or recipe.teacher.kind in ("gold", "file"):
-        return
+        return None
     gold, validation = data.rows("gold"), data.rows("validation")
     teacher = local.model if local else judged_by(validation, recipe, identity)
     base = recipe.teacher.preparation.base if local else recipe.student_base
-    check = again("check teacher", check_teacher)(
+    check: TeacherCheck = again("check teacher", check_teacher)(
         teacher, gold, validation, recipe.student_prompt, pin_revision(base)
     )
     heed(check, local is not None, recipe.teacher.insist)
+    return check
 
 
 def student_base(recipe: Recipe) -> BaseModelRecipe:
@@ -288,14 +296,24 @@ def trained_student(
         base=base,
         start=local.checkpoint if local and student.start == "teacher" else None,
         layers=student.layers,
-        healing=student.healing,
+        healing=tuple(
+            step.model_copy(update={"training": weighed(step.training, taught.check)})
+            for step in student.healing
+        ),
         gold=data.rows("gold") if student.gold else None,
-        training=student.training,
+        training=weighed(student.training, taught.check),
         prompt=recipe.student_prompt,
         rows=data.rows("train"),
         labels=taught.labels,
         validation=data.rows_if_any("validation"),
     )
+
+
+def weighed(training: TrainingRecipe, check: TeacherCheck | None) -> TrainingRecipe:
+    """Return a student's training with the number that soft_weight: auto stands for."""
+    if training.soft_weight != "auto" or check is None or check.soft_weight is None:
+        return training
+    return training.model_copy(update={"soft_weight": round(check.soft_weight, 3)})
 
 
 def promoted(

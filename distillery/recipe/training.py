@@ -87,9 +87,11 @@ class TrainingRecipe(Slice):
     max_grad_norm: float = Field(1.0, gt=0)
     """Norm to which gradients are clipped. A large value, such as 1e9, clips nothing."""
 
-    soft_weight: float = Field(0.0, ge=0, le=1)
+    soft_weight: Annotated[float, Field(ge=0, le=1)] | Literal["auto"] = 0.0
     """Share of the loss against the teacher's probabilities; the rest is against its labels. 0:
-    labels alone. Above 0 it needs teacher.soft_labels: true."""
+    labels alone. auto, with task.kind: classify: by how well the probabilities of the validation
+    rows are calibrated (evaluation/soft_weight.py), 1 where no row tells. Above 0 it needs
+    teacher.soft_labels: true."""
 
     temperature: float = Field(1.0, gt=0, le=100)
     """Temperature T at which the probabilities of teacher and student are compared, with
@@ -130,6 +132,11 @@ class TrainingRecipe(Slice):
 
     seed: int = Field(0, ge=0, lt=2**32)
     """Seed of the order of rows, of dropout and of the adapter's first weights."""
+
+    @property
+    def soft_share(self) -> float:
+        """soft_weight as a number; 1 for auto, where no row has told otherwise."""
+        return 1.0 if self.soft_weight == "auto" else self.soft_weight
 
     @property
     def adapts(self) -> bool:
