@@ -1,8 +1,8 @@
 """How weights are trained: the student's, those of its healing steps and a local teacher's."""
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from distillery.recipe.base import Slice
 
@@ -132,6 +132,14 @@ class TrainingRecipe(Slice):
 
     seed: int = Field(0, ge=0, lt=2**32)
     """Seed of the order of rows, of dropout and of the adapter's first weights."""
+
+    @field_validator("soft_weight", mode="before")
+    @classmethod
+    def check_soft_weight(cls, value: Any) -> Any:
+        # Pydantic's own message would have a line for each of the two types.
+        if value == "auto" or (isinstance(value, int | float) and 0 <= value <= 1):
+            return value
+        raise ValueError("should be auto, or at least 0 and less than or equal to 1")
 
     @property
     def soft_share(self) -> float:
