@@ -724,8 +724,8 @@ class InputFile(Record):
 class Predictions(StageRecord):
     """A student's answers to a file of rows.
 
-    Files in the folder: predictions.jsonl (example_id, answer, probabilities) and failed.jsonl
-    (line, example_id, reason).
+    Files in the folder: predictions.jsonl (line, example_id, answer, probabilities) and
+    failed.jsonl (line, example_id, reason).
     """
 
     rows: int

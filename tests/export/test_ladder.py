@@ -463,14 +463,13 @@ def test_a_real_ladder_merged_and_apart(tiny_model: TinyModel, tmp_path: Path, a
         )
 
     forms = [ExportForm(algorithm=algorithm) for algorithm in ("rtn", "k_quant_mixed", "gptq")]
-    forms += [
-        ExportForm(precision=precision, algorithm="rtn") for precision in ("int8", "fp16", "fp32")
-    ]
-    forms += [
-        ExportForm(precision=precision, algorithm="rtn", adapter_apart=True)
-        for precision in ("int4", "fp16")
-    ]
-    forms.append(ExportForm(algorithm="rtn", block_size=64, share_embeddings=False))
+    forms.append(ExportForm(precision="fp32"))
+    forms.append(ExportForm(precision="fp16", adapter_apart=True))
+    # Each rung takes ten seconds; what phi3 fuses does not concern the others.
+    if arch == "llama":
+        forms += [ExportForm(precision="int8", algorithm="rtn"), ExportForm(precision="fp16")]
+        forms.append(ExportForm(algorithm="rtn", adapter_apart=True))
+        forms.append(ExportForm(algorithm="rtn", block_size=64, share_embeddings=False))
     found = climb(
         ModelToScore(name="student", kind="transformers", folder=str(model), adapter=str(adapter)),
         ExportRecipe(ladder=tuple(forms), largest_loss=1.0),
@@ -485,12 +484,14 @@ def test_a_real_ladder_merged_and_apart(tiny_model: TinyModel, tmp_path: Path, a
     assert found.accuracy > 0.6, "a student that has learnt nothing has nothing to lose"
     apart = {title: rung.departure.mean for title, rung in by_title.items() if rung.departure}
     assert apart["fp32"] < 1e-4
-    assert apart["fp16"] < 0.01
     assert apart["fp16, apart"] < 0.01
-    assert apart["int8 rtn/32"] < apart["int4 rtn/32"]
     assert by_title["fp32"].difference == 0
     size = {title: rung.bytes or 0 for title, rung in by_title.items()}
-    assert size["int4 rtn/32"] < size["int8 rtn/32"] < size["fp16"] < size["fp32"]
+    assert size["int4 rtn/32"] < size["fp32"]
+    if arch == "llama":
+        assert apart["fp16"] < 0.01
+        assert apart["int8 rtn/32"] < apart["int4 rtn/32"]
+        assert size["int4 rtn/32"] < size["int8 rtn/32"] < size["fp16"] < size["fp32"]
     picked = next(rung for rung in found.rungs if rung.picked)
     assert picked.bytes == min(size.values())
     ask_once(tmp_path / "out")

@@ -549,7 +549,7 @@ def test_a_file_is_scored_row_by_row(tiny_onnx: Build, tmp_path: Path) -> None:
     assert done == [1, 2, 3, count_rows(tmp_path / "rows.jsonl")]
     lines = (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()
     predictions = [Prediction.model_validate_json(line) for line in lines]
-    assert [prediction.example_id for prediction in predictions] == ["r0", "r2"]
+    assert [(found.line, found.example_id) for found in predictions] == [(1, "r0"), (4, "r2")]
     rows = [
         row
         for row in read_rows(tmp_path / "rows.jsonl", RowReader(Columns()))
