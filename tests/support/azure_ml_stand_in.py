@@ -38,12 +38,12 @@ WORKSPACE = (
 )
 
 
-def make_certificate(folder: Path) -> Certificate:
-    """A self-signed certificate for localhost, Azurite's account name and 127.0.0.1, valid for a
-    day."""
+def make_certificate(folder: Path, *names: str) -> Certificate:
+    """A self-signed certificate for localhost, Azurite's account name, 127.0.0.1 and `names`, valid
+    for a day."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
-    hosts = [x509.DNSName("localhost"), x509.DNSName(f"{ACCOUNT}.blob.localhost")]
+    hosts = [x509.DNSName(host) for host in ("localhost", f"{ACCOUNT}.blob.localhost", *names)]
     now = datetime.datetime.now(datetime.UTC)
     certificate = (
         x509.CertificateBuilder()
