@@ -437,5 +437,5 @@ def check_label_store(_recipe: Recipe) -> Iterator[Finding]:
 def check_registry(recipe: Recipe) -> Iterator[Finding]:
     registry = open_registry(recipe.registry)
     name = recipe.registry.model_name
-    count = len(registry.list(name))
+    count = registry.check_access(name)
     yield ok("registry", f"{registry.location} answers; versions of {name}: {count}")

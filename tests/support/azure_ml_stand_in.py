@@ -92,7 +92,8 @@ class ArmError(Exception):
 @dataclass
 class AzureMLStandIn:
     """One workspace. `versions[name][version]` holds a version's REST body; `status` overrides
-    every answer.
+    every answer. `reader`: the login has Azure's role Reader, which neither writes nor sees
+    secrets.
 
     Without `secrets` the datastore hands out none, and the storage takes the login itself.
     """
@@ -102,6 +103,7 @@ class AzureMLStandIn:
     workspace: str = "ws"
     port: int = 0
     status: int | None = None
+    reader: bool = False
     versions: dict[str, dict[str, Any]] = field(default_factory=dict)
     access_token: str = field(default_factory=lambda: storage_token())
 
@@ -145,6 +147,8 @@ class AzureMLStandIn:
             raise ArmError(self.status, "StandIn", f"answered {self.status} as the test asked")
         if request.headers.get("authorization") != f"Bearer {self.access_token}":
             raise ArmError(401, "InvalidAuthenticationToken", "The access token is invalid.")
+        if self.reader and request.method != "GET":
+            raise ArmError(403, "AuthorizationFailed", "The client may not perform this action.")
         if request.path_params["ws"] != self.workspace:
             raise ArmError(
                 404, "ResourceNotFound", f"The workspace {request.path_params['ws']} was not found."
