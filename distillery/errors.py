@@ -18,6 +18,7 @@ DistilleryError
 ├── ExportError               Olive or ONNX Runtime produced no usable model
 ├── ModelError                a model folder that can't be loaded or asked
 │   └── OutOfResources        a process ran out of memory or time: elsewhere it may succeed
+├── GateRefused               the gate refused the student, and evaluation.on_refusal is fail
 ├── StageError                a stage has no cache key: a defect of Distillery itself
 └── RegistryError             a model can't be registered, found or downloaded
     ├── ModelGone             its files are neither on this machine nor in the store
@@ -95,6 +96,14 @@ class ModelError(DistilleryError):
 
 class OutOfResources(ModelError):
     pass
+
+
+class GateRefused(DistilleryError):
+    """`run`: the name under which the run's records are kept."""
+
+    def __init__(self, message: str, run: str = "") -> None:
+        super().__init__(message)
+        self.run = run
 
 
 class StageError(DistilleryError):

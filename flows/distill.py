@@ -18,7 +18,7 @@ from prefect import flow, tags
 from prefect.runtime import flow_run
 
 from distillery.data.source import source_identity
-from distillery.errors import DistilleryError
+from distillery.errors import DistilleryError, GateRefused
 from distillery.machine import machine_name
 from distillery.models.base import pin_revision
 from distillery.readiness import check_settings
@@ -36,6 +36,7 @@ from distillery.records import (
     TeacherLabels,
 )
 from distillery.registry.signing import check_keys
+from distillery.storage.artifacts import RUNS, ArtifactStore
 from distillery.teacher.identity import teacher_identity
 from flows.prepare_teacher import prepare_teacher
 from flows.train_student import trained
@@ -48,9 +49,12 @@ from tasks.onnx import exported
 from tasks.registry import download, judge, promote, register
 from tasks.results import results_in_store
 from tasks.stage import RESULT, Stage, begin, own_tags, produced_by, refreshing
-from tasks.summary import publish, render
+from tasks.summary import publish, render, verdict
 from tasks.teacher_check import check_teacher, heed
 from tasks.terminal import PlannedStage, shown_in_terminal
+
+REFUSED = 3
+"""The exit status of a run that ended well, but for the gate's refusal; argparse's is 2."""
 
 JUDGED_AGAIN = 3
 """How often a student is judged again because another run has promoted its own meanwhile."""
@@ -78,6 +82,9 @@ def distill(
             process.
         refresh: Stages to do again although nothing that they depend on has changed. The teacher's
             answers are kept: no answer is paid for twice.
+
+    Raises GateRefused after all is recorded if the gate refuses the student and
+    evaluation.on_refusal is fail.
     """
     begin()
     again = refreshing(refresh)
@@ -101,7 +108,7 @@ def distill(
         rejected = again("register", register)(
             model, report, test_rows, recipe.registry, origins, decision.reason
         )
-    return publish(
+    outcome = publish(
         Outcome(
             recipe=recipe.name,
             data=data,
@@ -118,6 +125,9 @@ def distill(
             rejected=rejected,
         )
     )
+    if recipe.evaluation.on_refusal == "fail" and not decision.passed:
+        raise GateRefused(f"{verdict(outcome)} (evaluation.on_refusal: fail)", outcome.run)
+    return outcome
 
 
 class Taught(NamedTuple):
@@ -348,8 +358,8 @@ def planned_student(recipe: Recipe) -> list[PlannedStage]:
 
 
 def main(arguments: list[str]) -> int:
-    """Run a recipe here; return 0 when the run ended, 1 after one line on what the user can
-    mend."""
+    """Run a recipe here; return 0 when the run ended, 1 after one line on what the user can mend,
+    and REFUSED if the gate refused the student and evaluation.on_refusal is fail."""
     parser = ArgumentParser("python -m flows.distill", description="Runs a recipe on this machine.")
     parser.add_argument("recipe", help="demo, lab or a YAML file")
     parser.add_argument(
@@ -369,6 +379,11 @@ def main(arguments: list[str]) -> int:
             tags(recipe.name, recipe.dataset.title),
         ):
             outcome = distill(recipe, refresh=tuple(given.refresh))
+    except GateRefused as refusal:
+        record = ArtifactStore().read_record(f"{RUNS}/{refusal.run}.json")
+        print(render(Outcome.model_validate_json(record)))
+        print(f"error: {refusal}", file=sys.stderr)
+        return REFUSED
     except DistilleryError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
