@@ -99,9 +99,13 @@ class Workshop:
     def run(self, files: dict[str, list[str]] | None = None, **evaluation: float) -> Run:
         return self.distil(recipe(files or self.files, self.base, **evaluation))
 
-    def distil(
-        self, values: dict[str, Any], *arguments: str, status: int = 0, **environment: str
+    def distil(self, values: dict[str, Any], *arguments: str, **environment: str) -> Run:
+        return self.ended(0, values, *arguments, **environment)
+
+    def ended(
+        self, status: int, values: dict[str, Any], *arguments: str, **environment: str
     ) -> Run:
+        """Run a recipe, which must end with this exit status."""
         path, counted = self.folder / "recipe.yaml", self.folder / "counted"
         path.write_text(yaml.safe_dump(values))
         counted.write_text("")
@@ -628,7 +632,7 @@ def test_a_refused_student_fails_the_run_where_the_recipe_says_so(workshop: Work
     completed = workshop.distil(values)
     assert "refused" in completed.gate
     values["evaluation"]["on_refusal"] = "fail"
-    failed = workshop.distil(values, status=3)
+    failed = workshop.ended(3, values)
     assert failed.gate.partition("report:")[0] == completed.gate.partition("report:")[0]
     assert failed.page.is_file(), "all is recorded"
     (line,) = [line for line in failed.log.splitlines() if line.startswith("error: ")]
