@@ -17,10 +17,8 @@ from typing import Any, NamedTuple, get_args
 from prefect import flow, tags
 from prefect.runtime import flow_run
 
-from distillery.data.source import source_identity
 from distillery.errors import DistilleryError, GateRefused
 from distillery.machine import machine_name
-from distillery.models.base import pin_revision
 from distillery.readiness import check_settings
 from distillery.recipe import BaseModelRecipe, Recipe, load_recipe
 from distillery.records import (
@@ -43,6 +41,7 @@ from flows.train_student import trained
 from tasks.abstention import check_provable, with_threshold
 from tasks.dataset import prepare_dataset
 from tasks.evaluation import evaluate
+from tasks.hub import pinned, source_of
 from tasks.judged import judged_before
 from tasks.labels import canaries, check_shares, judged_by, labelled
 from tasks.onnx import exported
@@ -90,7 +89,7 @@ def distill(
     again = refreshing(refresh)
     check_settings(recipe)
     check_keys()
-    source = source_identity(recipe.dataset, recipe.task.other)
+    source = source_of(recipe)
     data = prepared(recipe, source, refresh)
     judged = judged_before(data, recipe)
     made = made_student(recipe, data, training_deployment, refresh)
@@ -237,7 +236,7 @@ def labelled_rows(
     train_rows, local, served = data.rows("train"), None, None
     if recipe.teacher.kind == "local":
         named = prepare_teacher.with_options(flow_run_name=f"{produced_by()}, preparation")
-        preparation = preparation.model_copy(update={"base": pin_revision(preparation.base)})
+        preparation = preparation.model_copy(update={"base": pinned(preparation.base)})
         with own_tags():
             local = named(preparation, recipe.prompt, data, training_deployment, refresh)
         served = local.model
@@ -271,14 +270,14 @@ def compare_teacher(
     teacher = local.model if local else judged_by(validation, recipe, identity)
     base = recipe.teacher.preparation.base if local else recipe.student_base
     check = again("check teacher", check_teacher)(
-        teacher, gold, validation, recipe.student_prompt, pin_revision(base)
+        teacher, gold, validation, recipe.student_prompt, pinned(base)
     )
     heed(check, local is not None, recipe.teacher.insist)
 
 
 def student_base(recipe: Recipe) -> BaseModelRecipe:
     """Return the student's base model; for a hub model, with its revision resolved."""
-    return pin_revision(recipe.student_base)
+    return pinned(recipe.student_base)
 
 
 def trained_student(
