@@ -17,10 +17,8 @@ from typing import Any, NamedTuple, get_args
 from prefect import flow, tags
 from prefect.runtime import flow_run
 
-from distillery.data.source import source_identity
-from distillery.errors import DistilleryError
+from distillery.errors import DistilleryError, GateRefused
 from distillery.machine import machine_name
-from distillery.models.base import pin_revision
 from distillery.readiness import check_settings
 from distillery.recipe import BaseModelRecipe, Recipe, TrainingRecipe, load_recipe
 from distillery.records import (
@@ -37,21 +35,26 @@ from distillery.records import (
     TeacherLabels,
 )
 from distillery.registry.signing import check_keys
+from distillery.storage.artifacts import RUNS, ArtifactStore
 from distillery.teacher.identity import teacher_identity
 from flows.prepare_teacher import prepare_teacher
 from flows.train_student import trained
 from tasks.abstention import check_provable, with_threshold
 from tasks.dataset import prepare_dataset
 from tasks.evaluation import evaluate
+from tasks.hub import pinned, source_of
 from tasks.judged import judged_before
 from tasks.labels import canaries, check_shares, judged_by, labelled
 from tasks.onnx import exported
 from tasks.registry import download, judge, promote, register
 from tasks.results import results_in_store
 from tasks.stage import RESULT, Stage, begin, own_tags, produced_by, refreshing
-from tasks.summary import publish, render
+from tasks.summary import publish, render, verdict
 from tasks.teacher_check import check_teacher, heed
 from tasks.terminal import PlannedStage, shown_in_terminal
+
+REFUSED = 3
+"""The exit status of a run that ended well, but for the gate's refusal; argparse's is 2."""
 
 JUDGED_AGAIN = 3
 """How often a student is judged again because another run has promoted its own meanwhile."""
@@ -79,12 +82,15 @@ def distill(
             process.
         refresh: Stages to do again although nothing that they depend on has changed. The teacher's
             answers are kept: no answer is paid for twice.
+
+    Raises GateRefused after all is recorded if the gate refuses the student and
+    evaluation.on_refusal is fail.
     """
     begin()
     again = refreshing(refresh)
     check_settings(recipe)
     check_keys()
-    source = source_identity(recipe.dataset, recipe.task.other)
+    source = source_of(recipe)
     data = prepared(recipe, source, refresh)
     judged = judged_before(data, recipe)
     made = made_student(recipe, data, training_deployment, refresh)
@@ -102,7 +108,7 @@ def distill(
         rejected = again("register", register)(
             model, report, test_rows, recipe.registry, origins, decision.reason
         )
-    return publish(
+    outcome = publish(
         Outcome(
             recipe=recipe.name,
             data=data,
@@ -119,6 +125,9 @@ def distill(
             rejected=rejected,
         )
     )
+    if recipe.evaluation.on_refusal == "fail" and not decision.passed:
+        raise GateRefused(f"{verdict(outcome)} (evaluation.on_refusal: fail)", outcome.run)
+    return outcome
 
 
 class Taught(NamedTuple):
@@ -233,7 +242,7 @@ def labelled_rows(
     train_rows, local, served = data.rows("train"), None, None
     if recipe.teacher.kind == "local":
         named = prepare_teacher.with_options(flow_run_name=f"{produced_by()}, preparation")
-        preparation = preparation.model_copy(update={"base": pin_revision(preparation.base)})
+        preparation = preparation.model_copy(update={"base": pinned(preparation.base)})
         with own_tags():
             local = named(preparation, recipe.prompt, data, training_deployment, refresh)
         served = local.model
@@ -268,7 +277,7 @@ def compare_teacher(
     teacher = local.model if local else judged_by(validation, recipe, identity)
     base = recipe.teacher.preparation.base if local else recipe.student_base
     check: TeacherCheck = again("check teacher", check_teacher)(
-        teacher, gold, validation, recipe.student_prompt, pin_revision(base)
+        teacher, gold, validation, recipe.student_prompt, pinned(base)
     )
     heed(check, local is not None, recipe.teacher.insist)
     return check
@@ -276,7 +285,7 @@ def compare_teacher(
 
 def student_base(recipe: Recipe) -> BaseModelRecipe:
     """Return the student's base model; for a hub model, with its revision resolved."""
-    return pin_revision(recipe.student_base)
+    return pinned(recipe.student_base)
 
 
 def trained_student(
@@ -366,8 +375,8 @@ def planned_student(recipe: Recipe) -> list[PlannedStage]:
 
 
 def main(arguments: list[str]) -> int:
-    """Run a recipe here; return 0 when the run ended, 1 after one line on what the user can
-    mend."""
+    """Run a recipe here; return 0 when the run ended, 1 after one line on what the user can mend,
+    and REFUSED if the gate refused the student and evaluation.on_refusal is fail."""
     parser = ArgumentParser("python -m flows.distill", description="Runs a recipe on this machine.")
     parser.add_argument("recipe", help="demo, lab or a YAML file")
     parser.add_argument(
@@ -387,6 +396,11 @@ def main(arguments: list[str]) -> int:
             tags(recipe.name, recipe.dataset.title),
         ):
             outcome = distill(recipe, refresh=tuple(given.refresh))
+    except GateRefused as refusal:
+        record = ArtifactStore().read_record(f"{RUNS}/{refusal.run}.json")
+        print(render(Outcome.model_validate_json(record)))
+        print(f"error: {refusal}", file=sys.stderr)
+        return REFUSED
     except DistilleryError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -61,14 +61,17 @@ class SelectedRows(NamedTuple):
     near_duplicates_dropped: int
 
 
-def prepare(recipe: DatasetRecipe, out: Path, task: TaskRecipe | None = None) -> PreparedCounts:
+def prepare(
+    recipe: DatasetRecipe, out: Path, task: TaskRecipe | None = None, commit: str | None = None
+) -> PreparedCounts:
     """Write `<role>.jsonl` into `out` for each role in the recipe's splits and carve, and for
-    task.kind: classify the classes. With task.other, there are gold rows in any case.
+    task.kind: classify the classes. With task.other, there are gold rows in any case. `commit` is
+    that of a hub data set, if it is known.
 
     Raises DataError for a file, row or column, and RecipeError if splits, carve and sample
     contradict each other; nothing is written then.
     """
-    splits, classes, duplicates, near_duplicates = select_rows(recipe, task)
+    splits, classes, duplicates, near_duplicates = select_rows(recipe, task, commit)
     out.mkdir(parents=True, exist_ok=True)
     written = {}
     for role in ROLES:
@@ -93,14 +96,16 @@ def check_rows(recipe: DatasetRecipe, task: TaskRecipe | None = None) -> dict[st
     return {role: len(splits[role]) for role in ROLES if role in splits}
 
 
-def select_rows(recipe: DatasetRecipe, task: TaskRecipe | None = None) -> SelectedRows:
+def select_rows(
+    recipe: DatasetRecipe, task: TaskRecipe | None = None, commit: str | None = None
+) -> SelectedRows:
     """Read, validate, split and filter the rows; raises as `prepare` does."""
     classify = task is not None and task.kind == "classify"
     other = task.other if task else None
     classes = named_classes(task) if task else None
     check_roles(recipe, classify)
     reader = RowReader(recipe.columns, recipe.fields, classify, classes)
-    loaded = load_splits(recipe, reader)
+    loaded = load_splits(recipe, reader, commit)
     if other:
         loaded[OTHER] = other_rows(other, reader, recipe.seed)
     loaded = corrected(loaded, recipe, reader)
@@ -186,9 +191,9 @@ def shares_of(recipe: DatasetRecipe) -> dict[str, float]:
     return shares
 
 
-def load_splits(recipe: DatasetRecipe, reader: RowReader) -> Splits:
+def load_splits(recipe: DatasetRecipe, reader: RowReader, commit: str | None) -> Splits:
     """Return the validated rows of the roles in dataset.splits, by position."""
-    source = open_source(recipe)
+    source = open_source(recipe, commit)
     splits: Splits = {}
     for role, name in recipe.splits.items():
         if name not in source:

@@ -27,6 +27,10 @@ if TYPE_CHECKING:
 
 AZURE_DATASTORE = "workspaceblobstore"
 
+BLOBS = "distillery/"
+
+ACCESS_CHECK = "access-check"
+
 AZURE_DEADLINE = 30.0
 """Seconds after which Azure or its storage counts as down: three attempts with their waits."""
 
@@ -109,6 +113,13 @@ class AzureRegistry(Registry):
         champions.sort(key=lambda model: tags_of(model).get("promoted_at", ""), reverse=True)
         champion = champions[0] if champions else None
         return [self.record_of(model, model is champion) for model in ours]
+
+    def check_access(self, name: str) -> int:
+        """Return how many versions of `name` there are, after an empty blob was written where the
+        versions' files go: to list models, a login needs a lesser role."""
+        with self.container() as container:
+            container.upload_blob(f"{BLOBS}{name}/{ACCESS_CHECK}", b"", overwrite=True)
+        return super().check_access(name)
 
     def store_folder(self, content: Path, name: str, digest: str) -> str:
         files = sorted(path for path in content.rglob("*") if path.is_file())
@@ -222,7 +233,7 @@ def tags_of(model: "Model") -> dict[str, str]:
 
 def blob_prefix(name: str, digest: str) -> str:
     """Return what the names of a model's blobs begin with."""
-    return f"distillery/{name}/{digest}/"
+    return f"{BLOBS}{name}/{digest}/"
 
 
 @contextmanager

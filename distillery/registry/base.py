@@ -225,6 +225,11 @@ class Registry(ABC):
             models += self.versions(each)
         return models
 
+    def check_access(self, name: str) -> int:
+        """Return how many versions of `name` there are. Raises what a registration would raise for
+        want of a login or of a role."""
+        return len(self.versions(name))
+
     def get(self, name: str, version: str | None = None) -> RegisteredModel:
         """Return a version of a model; without `version` the champion, else the newest that is not
         rejected."""

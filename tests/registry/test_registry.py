@@ -212,6 +212,31 @@ def test_what_is_registered_is_downloaded_unchanged(
 
 
 @BOTH
+def test_access_is_checked_without_a_trace_among_the_models(
+    case: RegistryCase, folder: Path
+) -> None:
+    registry = case.registry
+    assert [registry.check_access("student"), registry.check_access("student")] == [0, 0]
+    assert registry.list() == []
+    registry.register(folder, "student", {}, PROVENANCE)
+    assert registry.check_access("student") == 1
+
+
+@pytest.mark.slow
+def test_a_role_that_only_reads_is_told_before_anything_is_registered(
+    azure: RegistryCase, stand_in: AzureMLStandIn
+) -> None:
+    stand_in.reader = True
+    assert azure.registry.list("student") == []
+    with pytest.raises(CredentialsError) as caught:
+        azure.registry.check_access("student")
+    assert one_line(caught.value) == (
+        "Azure ML workspace ws refuses access (403): give the login the role AzureML Data "
+        "Scientist there"
+    )
+
+
+@BOTH
 def test_the_same_content_is_registered_once(
     case: RegistryCase, folder: Path, tmp_path: Path
 ) -> None:
