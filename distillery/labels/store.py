@@ -71,7 +71,7 @@ TABLE = Table(
     METADATA,
     Column("request_key", String(64), primary_key=True),
     Column("teacher", Text, nullable=False),
-    Column("answer", String(1)),
+    Column("answer", Text),
     Column("distribution", JSON(none_as_null=True)),
     Column("raw", Text, nullable=False),
     Column("prompt_tokens", Integer, nullable=False),

@@ -86,12 +86,12 @@ def check_store(url: str) -> None:
             store.add(answer)
         store.flush()
         store.add(stored(7, answer="B", raw="said later"))
-        store.add(stored(9999, raw="“ü” 猫"))
+        store.add(stored(9999, answer="order status", raw="“ü” 猫"))
     with LabelStore(url) as store:
         found = store.get_many([answer.request_key for answer in answers])
         assert found == {answer.request_key: answer for answer in answers}, "the first answer stays"
         assert store.get_many([f"{9999:064x}", "0" * 63 + "x"]) == {
-            f"{9999:064x}": stored(9999, raw="“ü” 猫")
+            f"{9999:064x}": stored(9999, answer="order status", raw="“ü” 猫")
         }
         assert store.get_many([]) == {}
 
