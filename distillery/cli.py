@@ -12,9 +12,10 @@ import re
 import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from typer.core import TyperCommand
 
 from distillery.errors import DistilleryError, StoreError
 from distillery.recipe import RegistryKind, RegistryRecipe, parse_recipe
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from distillery.registry.history import Actor
 
 app = typer.Typer(
-    help="Write a recipe, check, quote, report and serve, and manage models, labels and the "
+    help="Write a recipe, check, quote, report, serve and ask, and manage models, labels and the "
     "artifact store.",
     no_args_is_help=True,
     add_completion=False,
@@ -156,6 +157,108 @@ def serve(
     from distillery.serving import server
 
     server.serve(folder, name, host, port, server.key_from_environment(), threads=threads)
+
+
+class AskCommand(TyperCommand):
+    """Takes `--options A B C`: click knows no option with any number of values."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        repeated = []
+        in_options = False
+        for argument in args:
+            if argument.startswith("-"):
+                in_options = argument == "--options"
+                if in_options:
+                    continue
+            elif in_options:
+                repeated.append("--options")
+            repeated.append(argument)
+        return super().parse_args(ctx, repeated)
+
+
+@app.command(cls=AskCommand)
+def ask(
+    folder: Annotated[
+        Path,
+        typer.Argument(help="The folder of an exported or downloaded model.", metavar="FOLDER"),
+    ],
+    question: Annotated[
+        str | None,
+        typer.Argument(
+            help="The question; without it, each line that is typed or piped in is one, until "
+            "Ctrl+D.",
+            metavar="[QUESTION]",
+        ),
+    ] = None,
+    options: Annotated[
+        list[str],
+        typer.Option(help="Choose from these texts; give them last.", metavar="TEXT TEXT..."),
+    ] = [],  # noqa: B006
+    adapter: Annotated[
+        Literal["on", "off"],
+        typer.Option(help="off leaves the adapter beside the model aside: the base model answers."),
+    ] = "on",
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            help="The recipe with the prompt of a model that was exported, but not registered.",
+            metavar="RECIPE",
+        ),
+    ] = None,
+    system: Annotated[str, typer.Option(help="A system message, for generated text.")] = "",
+    max_length: Annotated[
+        int | None,
+        typer.Option(help="The most tokens of prompt and answer together.", min=1),
+    ] = None,
+    do_sample: Annotated[
+        bool, typer.Option("--do-sample", help="Draw the tokens, instead of the likeliest ones.")
+    ] = False,
+    temperature: Annotated[
+        float | None, typer.Option(help="With --do-sample; by default 1.", min=0.01, max=5)
+    ] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(help="With --do-sample, the probability to draw from.", min=0.01, max=1),
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option(help="With --do-sample, how many tokens to draw from.", min=1)
+    ] = None,
+    random_seed: Annotated[
+        int | None, typer.Option(help="With --do-sample, for the same answer again.", min=0)
+    ] = None,
+) -> None:
+    """Ask the model in FOLDER a question.
+
+    With --options, it prints the probability of each of these texts, asked with the prompt that the
+    model was trained with; for a classifier, that of each class. Otherwise the question is sent as
+    it is, and the answer is printed as it is generated. Tokens a second come last, on standard
+    error. Each question stands alone.
+    """
+    drawn = {
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "random_seed": random_seed,
+    }
+    given = {name: value for name, value in drawn.items() if value is not None}
+    if given and not do_sample:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise typer.BadParameter(f"{names}: need --do-sample; add it, or leave them out")
+
+    from distillery.serving import ask as terminal
+
+    search = terminal.SearchOptions.model_validate(
+        {"max_length": max_length, "do_sample": do_sample, **given}
+    )
+    asker = terminal.Asker(
+        folder,
+        options=options,
+        system=system,
+        search=search,
+        adapter=adapter == "on",
+        recipe=recipe,
+    )
+    terminal.ask(asker, question)
 
 
 @app.command()

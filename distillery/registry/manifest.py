@@ -183,6 +183,20 @@ def first_difference(folder: Path, manifest: Manifest) -> str | None:
     return None
 
 
+def provenance_of(folder: Path) -> dict[str, Any] | None:
+    """Return what a downloaded folder's manifest.json tells of how the model came to be; None for a
+    folder without manifest.json.
+
+    Raises RegistryError where the file can't be read as a manifest."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        return None
+    try:
+        return Manifest.model_validate_json(path.read_bytes()).provenance
+    except (OSError, ValidationError) as error:
+        raise RegistryError(f"{path}: no manifest of a model; download the model again") from error
+
+
 def altered_error(model: RegisteredModel, file: str) -> RegistryError:
     return RegistryError(
         f"{model.name} version {model.version}: {file}: missing, added or altered since it was "
