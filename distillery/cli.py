@@ -342,13 +342,14 @@ def list_models(
     """List the registered models: name, version, role, and the digest of the files.
 
     The role is champion, challenger, archived (a former champion) or rejected. A champion is
-    "pinned" after `models promote` or `models rollback`, until `models unpin`.
+    "pinned" after `models promote` or `models rollback`, until `models unpin`. Models of Azure ML
+    that were registered without Distillery are "unverified".
     """
     from distillery.registry.history import pin_of
 
     opened = open_registry_of_kind(registry)
-    listed = opened.list(name)
-    if not listed:
+    listed, others = opened.list(name), opened.others(name)
+    if not listed and not others:
         print("no model is registered" + (f" as {name}" if name else ""))
     for model in listed:
         role = model.role
@@ -357,6 +358,8 @@ def list_models(
             if pin is not None and pin.version == model.version:
                 role = "champion, pinned"
         print(f"{model.name}  version {model.version}  {role:16}  {model.artifact.sha256[:12]}")
+    for other in others:
+        print(f"{other.name}  version {other.version}  {'unverified':16}  {other.uri}")
 
 
 @models.command("promote")
@@ -445,11 +448,20 @@ def download_model(
 ) -> None:
     """Download the model NAME to FOLDER and verify each file.
 
-    `distillery serve FOLDER` serves it.
+    `distillery ask FOLDER` asks it, and `distillery serve FOLDER` serves it. A model of Azure ML
+    that was registered without Distillery has no digests to verify.
     """
+    from distillery.registry.base import OtherModel
+
     opened = open_registry_of_kind(registry)
-    model = opened.get(name, version)
-    print(f"{model.name} version {model.version} in {opened.download(model, folder)}")
+    model = opened.get_any(name, version)
+    if not isinstance(model, OtherModel):
+        print(f"{model.name} version {model.version} in {opened.download(model, folder)}")
+        return
+    opened.download_other(model, folder)
+    print(f"{model.name} version {model.version} in {folder}, unverified: it has no manifest")
+    for config in sorted(folder.rglob("genai_config.json")):
+        print(f"ask it by: distillery ask {config.parent}")
 
 
 @models.command("sign")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from distillery.errors import DataError, DistilleryError, ModelError
+from distillery.evaluation.scoreboard import percent
 from distillery.inference.decoder import ADAPTER_FILE
 from distillery.inference.onnx_student import OnnxStudent
 from distillery.prompts import Message, render_messages
@@ -204,7 +205,7 @@ def probability_table(row: Example, probabilities: dict[str, float]) -> str:
     lines = []
     for key in sorted(probabilities, key=lambda key: -probabilities[key]):
         letter = "" if row.classes else f"{key}  "
-        lines.append(f"{letter}{texts[key]:{width}}  {probabilities[key]:>6.1%}")
+        lines.append(f"{letter}{texts[key]:{width}}  {percent(probabilities[key]):>7}")
     return "\n".join(lines)
 
 

@@ -45,15 +45,16 @@ def test_options_are_asked_with_the_prompt_of_the_manifest(
     expected = OnnxStudent(folder).answer(row, prompt).probabilities
     table, speed = said(Asker(folder, options=TEXTS))
     lines = [
-        f"{key}  {text:7}  {expected[key]:>6.1%}" for key, text in zip("AB", TEXTS, strict=True)
+        f"{key}  {text:7}  {100 * expected[key]:>5.1f} %"
+        for key, text in zip("AB", TEXTS, strict=True)
     ]
     assert sorted(table.split("\n")) == lines
     assert table.startswith(max(expected, key=expected.__getitem__))
     assert speed.prompt_tokens > 20
     # Without a manifest, it is the lab's prompt.
     other = OnnxStudent(folder).answer(row, PromptRecipe()).probabilities
-    assert f"{other['A']:.1%}" in said(Asker(tiny_onnx("llama"), options=TEXTS))[0]
-    assert f"{other['A']:.1%}" not in table
+    assert f"{100 * other['A']:.1f} %" in said(Asker(tiny_onnx("llama"), options=TEXTS))[0]
+    assert f"{100 * other['A']:.1f} %" not in table
 
 
 def test_a_classifier_gives_the_probabilities_of_its_classes(
@@ -68,7 +69,9 @@ def test_a_classifier_gives_the_probabilities_of_its_classes(
     row = Example(example_id="q", question=QUESTION, classes=CLASSES.classes)
     expected = OnnxStudent(asked).answer(row, prompt).probabilities
     lines = said(Asker(asked))[0].split("\n")
-    assert sorted(lines[:2]) == sorted(f"{name:5}  {expected[name]:>6.1%}" for name in expected)
+    assert sorted(lines[:2]) == sorted(
+        f"{name:5}  {100 * expected[name]:>5.1f} %" for name in expected
+    )
     assert lines[2] == "abstains with 'unsure': below the probability 1.100"
     with pytest.raises(DataError, match=r"--options: the student in .* one of its 2 classes"):
         Asker(asked, options=TEXTS)
