@@ -37,7 +37,7 @@ store = typer.Typer(
 )
 app.add_typer(store, name="store")
 models = typer.Typer(
-    help="List, promote, roll back and download registered models.", no_args_is_help=True
+    help="List, compare, promote, roll back and download registered models.", no_args_is_help=True
 )
 app.add_typer(models, name="models")
 labels = typer.Typer(
@@ -462,6 +462,40 @@ def download_model(
     print(f"{model.name} version {model.version} in {folder}, unverified: it has no manifest")
     for config in sorted(folder.rglob("genai_config.json")):
         print(f"ask it by: distillery ask {config.parent}")
+
+
+@models.command("compare")
+def compare_models(
+    first: Annotated[str, typer.Argument(help="A model; see above.", metavar="A")],
+    second: Annotated[str, typer.Argument(help="Another one.", metavar="B")],
+    rows: Annotated[
+        Path | None,
+        typer.Option(
+            help="Ask both models the rows of this JSONL, CSV or Parquet file, here; needed for "
+            "folders that hold no answers.",
+            metavar="FILE",
+        ),
+    ] = None,
+    flips: Annotated[
+        int, typer.Option(help="How many rows to show that one of them alone answers right.", min=0)
+    ] = 5,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
+    registry: RegistryOption = "local",
+) -> None:
+    """Compare the models A and B on the same rows: accuracy, size, speed and what each cost.
+
+    A model is a folder, or NAME or NAME:VERSION of a registry; local:NAME and azureml:NAME compare
+    across registries. Without --rows, the answers to the test rows that are stored with both are
+    compared, and no model runs. What a run found in the label database is not in the teacher's
+    calls.
+    """
+    from distillery.registry import comparison
+    from distillery.registry.comparison_table import render_comparison
+
+    found = comparison.compare_models(
+        comparison.find_subject(first, registry), comparison.find_subject(second, registry), rows
+    )
+    print(found.model_dump_json(indent=1) if as_json else render_comparison(found, flips))
 
 
 @models.command("sign")

@@ -17,7 +17,8 @@ from typing import Any
 from pydantic import ValidationError
 
 import distillery
-from distillery.errors import RegistryError
+from distillery.errors import DataError, RegistryError
+from distillery.recipe import PromptRecipe
 from distillery.records import Record, RegisteredModel
 from distillery.registry.signing import (
     SIGNATURE,
@@ -195,6 +196,21 @@ def provenance_of(folder: Path) -> dict[str, Any] | None:
         return Manifest.model_validate_json(path.read_bytes()).provenance
     except (OSError, ValidationError) as error:
         raise RegistryError(f"{path}: no manifest of a model; download the model again") from error
+
+
+def prompt_in(made: Mapping[str, Any], title: str, classify: bool) -> PromptRecipe:
+    """Return the prompt in the provenance of a manifest; the lab's for a model without manifest,
+    whose provenance is empty. `title` names the model.
+
+    Raises DataError for a classifier without one, whose prompt nobody can guess."""
+    if made.get("prompt"):
+        return PromptRecipe.model_validate(made["prompt"])
+    if classify:
+        raise DataError(
+            f"{title}: no manifest.json tells the prompt of this classifier; download it from the "
+            "registry, or name its recipe where the command has --recipe"
+        )
+    return PromptRecipe()
 
 
 def altered_error(model: RegisteredModel, file: str) -> RegistryError:

@@ -18,7 +18,7 @@ from distillery.inference.onnx_student import OnnxStudent
 from distillery.prompts import Message, render_messages
 from distillery.recipe import PromptRecipe, load_recipe
 from distillery.records import LETTERS, Example, Record
-from distillery.registry.manifest import provenance_of, verify_before_loading
+from distillery.registry.manifest import prompt_in, provenance_of, verify_before_loading
 
 
 class SearchOptions(Record):
@@ -175,20 +175,13 @@ def prompt_of(folder: Path, recipe: str | None, classify: bool) -> PromptRecipe:
 
     Raises DataError where there is none for a classifier, or one that needs more than a question.
     """
-    made: dict[str, Any] = provenance_of(folder) or {}
     if recipe is not None:
         loaded = load_recipe(recipe)
-        prompt, fields = loaded.student_prompt, loaded.dataset.fields or ()
-    elif "prompt" in made:
-        prompt = PromptRecipe.model_validate(made["prompt"])
-        fields = made.get("recipe", {}).get("dataset", {}).get("fields") or ()
-    elif classify:
-        raise DataError(
-            f"{folder}: no manifest.json tells the prompt of this classifier; name its recipe by "
-            "--recipe"
-        )
+        prompt, fields = loaded.student_prompt, loaded.dataset.fields
     else:
-        prompt, fields = PromptRecipe(), ()
+        made: dict[str, Any] = provenance_of(folder) or {}
+        prompt = prompt_in(made, str(folder), classify)
+        fields = made.get("recipe", {}).get("dataset", {}).get("fields") or ()
     for name in fields:
         if f"{{{name}}}" in prompt.system + prompt.user:
             raise DataError(
