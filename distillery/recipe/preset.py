@@ -8,6 +8,9 @@ from pydantic import BaseModel
 
 PRESETS = ("demo", "lab")
 
+VALIDATION_SHARE = 0.1
+"""The share of the answered rows that validate where a classifier's recipe carves test rows."""
+
 
 def preset_values(name: str) -> dict[str, Any]:
     """Return the mapping in presets/NAME.yaml."""
@@ -37,7 +40,7 @@ def classify_values(values: dict[str, Any]) -> dict[str, Any]:
         both["student"]["gold"] = True
     validated = names_rows(values, "validation")
     if not validated and lets_validation_be_carved(values):
-        both["dataset"]["carve"] = {"validation": 0.1}
+        both["dataset"]["carve"] = {"validation": VALIDATION_SHARE}
         validated = True
     if validated:
         add_validated(both, values, parts["validated"])
@@ -45,14 +48,18 @@ def classify_values(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def lets_validation_be_carved(values: dict[str, Any]) -> bool:
-    """Return whether a recipe `values` without validation rows gets some: where it has test rows
-    carved and does not say `validation: null`. One that is read back whole names
+    """Return whether a recipe `values` without validation rows gets some: where it carves test rows,
+    leaves a share for them and does not say `validation: null`. One that is read back whole names
     training.patience, and lacks them on purpose."""
     dataset = values.get("dataset")
+    if not (isinstance(dataset, dict) and names(dataset, "carve", "test")):
+        return False
+    shares = dataset["carve"].values()
+    taken = sum(share for share in shares if isinstance(share, int | float))
     return (
-        names(dataset, "carve", "test")
-        and not names(dataset, "carve", "validation")
+        "validation" not in dataset["carve"]
         and not names(values.get("student"), "training", "patience")
+        and taken + VALIDATION_SHARE <= 1
     )
 
 
