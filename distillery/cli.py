@@ -9,6 +9,7 @@ import getpass
 import json
 import os
 import re
+import shutil
 import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -23,6 +24,8 @@ from distillery.recipe import RegistryKind, RegistryRecipe, parse_recipe
 if TYPE_CHECKING:
     from distillery.registry.base import Registry
     from distillery.registry.history import Actor
+    from distillery.storage.artifacts import ArtifactStore
+    from distillery.storage.housekeeping import StoredArtifact
 
 app = typer.Typer(
     help="Write a recipe, check, quote, report, serve and ask, and manage models, labels and the "
@@ -32,7 +35,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 store = typer.Typer(
-    help="List and remove artifacts in the store that DISTILLERY_STORE names.",
+    help="List, export and remove artifacts in the store that DISTILLERY_STORE names.",
     no_args_is_help=True,
 )
 app.add_typer(store, name="store")
@@ -550,19 +553,31 @@ def list_teachers() -> None:
 
 @labels.command("export")
 def export_labels(
-    file: Annotated[Path, typer.Argument(help="The Parquet file to write.", metavar="FILE")],
+    file: Annotated[Path, typer.Argument(help="The file to write.", metavar="FILE")],
     teacher: Annotated[
         str | None,
         typer.Option(
             help="Export this teacher's answers only; a name of `distillery labels list`."
         ),
     ] = None,
+    form: Annotated[
+        Literal["parquet", "messages", "question-answer"],
+        typer.Option(
+            "--format",
+            help="parquet: all that is kept of the answers, for `import`. messages and "
+            "question-answer: the labels as training rows, in JSON lines, for other programs.",
+        ),
+    ] = "parquet",
 ) -> None:
-    """Write the answers to a Parquet file."""
+    """Write the answers to a file."""
     from distillery.labels.store import LabelStore
 
     with LabelStore() as answers:
-        print(f"{answers.export(file, teacher)} answers written to {file}")
+        if form == "parquet":
+            count = answers.export(file, teacher)
+        else:
+            count = answers.export_rows(file, form, teacher)
+    print(f"{count} answers written to {file}")
 
 
 @labels.command("import")
@@ -649,23 +664,47 @@ def show(
 ) -> None:
     """Show an artifact: its files, and the runs and models that name it."""
     from distillery.storage.artifacts import ArtifactStore
-    from distillery.storage.housekeeping import Inventory
 
     source = ArtifactStore()
-    found = [
-        artifact for artifact in Inventory(source).artifacts() if artifact.digest.startswith(digest)
-    ]
-    if len(found) != 1:
-        raise StoreError(
-            f"{source.url}: {len(found)} artifacts begin with {digest}; see distillery store list"
-        )
-    (artifact,) = found
+    artifact = the_artifact(source, digest)
     print(f"{source.url}/{artifact.digest}")
     print(f"{artifact.bytes} bytes, last used {artifact.used:%Y-%m-%d %H:%M} UTC")
     for name in artifact.named_by or ["nothing"]:
         print(f"named by {name}")
     for entry in source.files(artifact.digest):
         print(f"{entry.sha256[:12]}  {entry.bytes:>12}  {entry.path}")
+
+
+@store.command("export")
+def export_artifact(
+    digest: Annotated[str, typer.Argument(help="The digest's first characters.", metavar="DIGEST")],
+    folder: Annotated[
+        Path, typer.Argument(help="The folder to write; it must not exist.", metavar="FOLDER")
+    ],
+) -> None:
+    """Copy an artifact's files out of the store to FOLDER, every file verified."""
+    from distillery.records import Artifact
+    from distillery.storage.artifacts import ArtifactStore
+
+    source = ArtifactStore()
+    artifact = the_artifact(source, digest)
+    if folder.exists():
+        raise StoreError(f"{folder}: is there already; name a folder that is not")
+    content = source.fetch(
+        Artifact(
+            uri=f"{source.url}/{artifact.digest}", sha256=artifact.digest, bytes=artifact.bytes
+        )
+    )
+    unfinished = folder.with_name(f".{folder.name}.partial")
+    try:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        shutil.copytree(content, unfinished)
+        unfinished.rename(folder)
+    except OSError as error:
+        raise StoreError(f"{folder}: can't be written ({error.strerror or error})") from None
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    print(f"{len(source.files(artifact.digest))} files, {artifact.bytes} bytes in {folder}")
 
 
 @store.command()
@@ -706,6 +745,20 @@ def gc(
             print(f"{waste.kind:12}  {megabytes(waste.bytes)}  {age:>5}  {waste.name}")
     verb = "would be removed" if dry_run else "removed"
     print(f"{count} {verb}, {size / 1e6:.1f} MB")
+
+
+def the_artifact(source: "ArtifactStore", digest: str) -> "StoredArtifact":
+    """Return the artifact whose digest begins so. Raises StoreError if none or several do."""
+    from distillery.storage.housekeeping import Inventory
+
+    found = [
+        artifact for artifact in Inventory(source).artifacts() if artifact.digest.startswith(digest)
+    ]
+    if len(found) != 1:
+        raise StoreError(
+            f"{source.url}: {len(found)} artifacts begin with {digest}; see distillery store list"
+        )
+    return found[0]
 
 
 def megabytes(size: int) -> str:

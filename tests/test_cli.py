@@ -100,6 +100,7 @@ def test_check_exits_1_where_something_is_missing(
         (("base", "package:no_such_package"), "package no_such_package is not installed"),
         (("base", ""), "student.base.model: "),
         (("store", "show", "abc"), "0 artifacts begin with abc; see distillery store list"),
+        (("store", "export", "abc", "x"), "0 artifacts begin with abc; see distillery store list"),
         (("serve", "/no/such/folder"), "/no/such/folder"),
         (
             ("serve", "/no/such/folder", "--host", "0.0.0.0"),
@@ -125,7 +126,7 @@ def test_a_wrong_call_explains_itself() -> None:
     assert run("serve", ".", "--port", "99999").returncode == 2
     assert run("store", "gc", "--older-than", "0d").returncode == 2
     assert {"check", "serve", "base", "models", "store"} <= set(run("--help").stdout.split())
-    assert {"list", "show", "gc"} <= set(run("store", "--help").stdout.split())
+    assert {"list", "show", "export", "gc"} <= set(run("store", "--help").stdout.split())
 
 
 def test_base_prints_the_folder(tiny_model: TinyModel) -> None:
@@ -163,6 +164,14 @@ def test_the_store_is_listed_shown_and_collected(tmp_path: Path) -> None:
     assert shown[1].startswith("1500000 bytes, last used 20")
     assert shown[2:4] == ["named by model of demo-2", "named by model of demo-1"]
     assert re.fullmatch(r"[0-9a-f]{12} +1500000  file\.txt", shown[4])
+
+    copy = tmp_path / "copy"
+    exported = run("store", "export", gone[:6], str(copy))
+    assert exported.stdout == f"1 files, 1500000 bytes in {copy}\n"
+    assert (copy / "file.txt").read_text() == "two" * 500_000
+    said = "is there already; name a folder that is not"
+    assert said in error_of(run("store", "export", gone, str(copy)))
+    os.utime(Path(store.url) / gone / "artifact.json", (time.time() - 41 * 86400,) * 2)
 
     line = f"artifact             1.5 MB    41d  {gone}"
     assert run("store", "gc", "--dry-run").stdout.splitlines() == [

@@ -7,6 +7,7 @@ that was paid for, rejected answers too, so that nothing is asked for twice.
 import json
 import threading
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -15,7 +16,7 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from time import sleep
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from sqlalchemy import (
     JSON,
@@ -101,6 +102,8 @@ EXPORT_ROWS = 10_000
 """Rows of an export that are in memory at a time."""
 
 EXPERIENCE_ROWS = 1000
+
+RowForm = Literal["messages", "question-answer"]
 
 
 @dataclass(frozen=True)
@@ -234,19 +237,33 @@ class LabelStore:
         import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
         schema, count = parquet_schema(), 0
-        unfinished = path.with_name(f".{path.name}.partial")
-        try:
-            with pq.ParquetWriter(unfinished, schema) as file:
-                for page in self._pages(teacher):
-                    file.write_table(pa.Table.from_pylist(page, schema=schema))
-                    count += len(page)
-            unfinished.replace(path)
-        except OSError as error:
-            raise DataError(
-                f"{path}: can't be written ({error.strerror or 'no such folder'})"
-            ) from None
-        finally:
-            unfinished.unlink(missing_ok=True)
+        with in_place_of(path) as unfinished, pq.ParquetWriter(unfinished, schema) as file:
+            for page in self._pages(teacher):
+                file.write_table(pa.Table.from_pylist(page, schema=schema))
+                count += len(page)
+        return count
+
+    def export_rows(self, path: Path, form: RowForm, teacher: str | None = None) -> int:
+        """Write the answers that are labels, of one teacher or of all, as training rows: one JSON
+        object a line, in the order of their keys. Return their number.
+
+        question-answer: {"Question": user message, "Answer": letter or class}. messages:
+        {"messages": [...]}, the same as a chat; the store keeps no system message. Raises DataError
+        if the file can't be written; an older file at `path` stays then.
+        """
+        count = 0
+        with (
+            in_place_of(path) as unfinished,
+            unfinished.open("w", encoding="utf-8", newline="\n") as file,
+        ):
+            for page in self._pages(teacher):
+                for row in page:
+                    # Answers of the first versions were stored without their prompts.
+                    if row["answer"] is None or not row["prompt"]:
+                        continue
+                    line = training_row(row["prompt"], row["answer"], form)
+                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                    count += 1
         return count
 
     def load(self, path: Path) -> int:
@@ -398,6 +415,34 @@ class LabelStore:
             except Empty:
                 break
         return batch
+
+
+@contextmanager
+def in_place_of(path: Path) -> Iterator[Path]:
+    """Yield the path of a file beside `path`, which takes its place once it is whole. Raises
+    DataError if it can't be written; an older file at `path` stays then."""
+    unfinished = path.with_name(f".{path.name}.partial")
+    try:
+        yield unfinished
+        unfinished.replace(path)
+    except OSError as error:
+        raise DataError(
+            f"{path}: can't be written ({error.strerror or 'no such folder'})"
+        ) from None
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def training_row(prompt: str, answer: str, form: RowForm) -> dict[str, Any]:
+    """Return a question and its answer in one of the forms of `LabelStore.export_rows`."""
+    if form == "question-answer":
+        return {"Question": prompt, "Answer": answer}
+    return {
+        "messages": [
+            {"role": "user", "content": prompt},
+            {"role": "assistant", "content": answer},
+        ]
+    }
 
 
 def chunks(items: Iterable[str]) -> Iterator[list[str]]:

@@ -1,5 +1,6 @@
 """The label store: its files, its schema through the versions, and the keys of paid answers."""
 
+import json
 import sqlite3
 import subprocess
 import sys
@@ -112,6 +113,22 @@ def test_one_teachers_answers_are_exported_alone(store: LabelStore, tmp_path: Pa
         '{"A": 0.30000000000000004, "B": 0.7}',
     )
     assert store.export(tmp_path / "none.parquet", teacher="nobody") == 0
+
+
+def test_labels_are_exported_as_training_rows(store: LabelStore, tmp_path: Path) -> None:
+    filled(store, [*ANSWERS, stored(6, prompt="", raw="A, of a version that kept no prompts")])
+    asked, answered = "What comes after 5?", {"role": "assistant", "content": "A"}
+    file = tmp_path / "rows.jsonl"
+    assert store.export_rows(file, "question-answer") == 4, "one was rejected"
+    lines = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+    assert lines[-1] == {"Question": asked, "Answer": "A"}
+    assert lines[-2] == {"Question": "é\t%", "Answer": "A"}
+    assert store.export_rows(file, "messages", teacher="sha256:1") == 1
+    assert json.loads(file.read_text("utf-8")) == {
+        "messages": [{"role": "user", "content": asked}, answered]
+    }
+    with pytest.raises(DataError, match="can't be written"):
+        store.export_rows(tmp_path / "none" / "rows.jsonl", "messages")
 
 
 def test_no_answers_are_exported_and_loaded_too(store: LabelStore, tmp_path: Path) -> None:
