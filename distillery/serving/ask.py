@@ -237,6 +237,8 @@ def lines_of_input() -> Iterator[str]:
         try:
             line = input(mark)
         except EOFError:
+            if mark:
+                print(file=sys.stderr)
             return
         if line.strip():
             yield line

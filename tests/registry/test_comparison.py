@@ -135,16 +135,16 @@ def test_folders_are_asked_the_rows_of_a_file(
     tiny_onnx: Callable[..., Path], tmp_path: Path
 ) -> None:
     folders = [tiny_onnx("llama"), tiny_onnx("qwen2")]
-    subjects = [find_subject(str(folder), "local") for folder in folders]
+    ours, theirs = (find_subject(str(folder), "local") for folder in folders)
     with pytest.raises(DataError, match=r"holds no answers to test rows; name rows .* --rows"):
-        compare_models(*subjects)
+        compare_models(ours, theirs)
     rows = []
     for number in range(8):
         options = ["oven", "river", "cloud"]
         row = {"id": f"r{number}", "question": f"Where is {number}?", "choices": options}
         rows.append(row | {"answerKey": "ABC"[number % 3]})
     file = write_rows(tmp_path / "rows.jsonl", rows)
-    found = compare_models(*subjects, file)
+    found = compare_models(ours, theirs, file)
     for folder, side in zip(folders, (found.first, found.second), strict=True):
         student, correct = OnnxStudent(folder), 0
         for row in rows:
@@ -164,7 +164,7 @@ def test_folders_are_asked_the_rows_of_a_file(
         ([{**rows[0], "answerKey": ""}], "rows.jsonl:1: answerKey: empty"),
     ):
         with pytest.raises(DistilleryError, match=words):
-            compare_models(*subjects, write_rows(file, bad))
+            compare_models(ours, theirs, write_rows(file, bad))
 
 
 def test_classifiers_need_their_prompt(tiny_onnx: Callable[..., Path], tmp_path: Path) -> None:
@@ -187,11 +187,11 @@ def test_the_command_prints_a_table_or_json(
 ) -> None:
     from distillery import cli
 
-    names = [registered(tmp_path, name, range(20)) for name in ("one", "two")]
-    cli.compare_models(*names)
+    one, two = (registered(tmp_path, name, range(20)) for name in ("one", "two"))
+    cli.compare_models(one, two)
     lines = capsys.readouterr().out.splitlines()
     (accuracy,) = [line for line in lines if line.startswith("accuracy [95 %]")]
     assert accuracy.count("0.500 [0.352, 0.648]") == 2
-    cli.compare_models(*names, as_json=True)
+    cli.compare_models(one, two, as_json=True)
     sides = json.loads(capsys.readouterr().out)
     assert Side.model_validate(sides["second"]).title == "two version 1"

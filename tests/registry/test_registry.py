@@ -38,6 +38,7 @@ from distillery.recipe import RegistryRecipe
 from distillery.records import Artifact, GateDecision, RegisteredModel
 from distillery.registry.azureml import AZURE_DEADLINE, AzureRegistry
 from distillery.registry.base import OtherModel, Registry
+from distillery.registry.comparison import compare_models, find_subject
 from distillery.registry.history import (
     Actor,
     Event,
@@ -873,6 +874,11 @@ def test_azure_models_of_others_are_listed_and_downloaded(
     assert list_files(target) == list_files(lab)
     Asker(target / "model", options=("oven", "river")).answer("Where is bread warm?", print)
     assert "oven" in capsys.readouterr().out
+    row = {"question": "Where is bread?", "choices": ["oven", "river"], "answerKey": "A"}
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps(row))
+    theirs = find_subject(f"azureml:{LAB}:1", "local")
+    assert compare_models(theirs, find_subject(str(target / "model"), "local"), rows).rows == 1
     single_other = registry.others("single")[0]
     registry.download_other(single_other, tmp_path / "one")
     assert [path.name for path in (tmp_path / "one").iterdir()] == ["model.onnx"]
