@@ -246,7 +246,7 @@ class Registry(ABC):
     def check_access(self, name: str) -> int:
         """Return how many versions of `name` there are. Raises what a registration would raise for
         want of a login or of a role."""
-        return len(self.versions(name))
+        return len(self.list(name))
 
     def get(self, name: str, version: str | None = None) -> RegisteredModel:
         """Return a version of a model; without `version` the champion, else the newest that is not
