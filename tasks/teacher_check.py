@@ -18,7 +18,7 @@ from distillery.records import OnnxModel, Rival, Rows, TeacherCheck, TeacherLabe
 from distillery.storage.artifacts import ArtifactStore
 from distillery.storage.working import working_folder
 from tasks.evaluation import onnx_model
-from tasks.progress import conclude, show_rows
+from tasks.progress import conclude, show_bytes, show_rows
 from tasks.stage import origin, stage
 
 
@@ -42,7 +42,7 @@ def check_teacher(
     if TFIDF_ON_GOLD in baselines:
         answers[TFIDF_ON_GOLD] = baselines[TFIDF_ON_GOLD]
     if prompt.answer == "class" and len({row.answer_key for row in gold_rows}) > 1:
-        states = TextStates(base_folder(base), remote_code_allowed(base))
+        states = TextStates(base_folder(base, show_bytes), remote_code_allowed(base))
         answers[PROBE] = classify_states(states, gold_rows, examples, prompt)
         states.unload()
     if isinstance(teacher, OnnxModel):
