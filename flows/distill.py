@@ -21,7 +21,7 @@ from distillery.data.source import source_identity
 from distillery.errors import DistilleryError
 from distillery.machine import machine_name
 from distillery.models.base import pin_revision
-from distillery.readiness import check_settings
+from distillery.readiness import check_base_models, check_settings
 from distillery.recipe import BaseModelRecipe, Recipe, load_recipe
 from distillery.records import (
     EvaluationReport,
@@ -83,6 +83,7 @@ def distill(
     again = refreshing(refresh)
     check_settings(recipe)
     check_keys()
+    check_base_models(recipe)
     source = source_identity(recipe.dataset, recipe.task.other)
     data = prepared(recipe, source, refresh)
     judged = judged_before(data, recipe)
