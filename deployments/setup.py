@@ -66,6 +66,7 @@ EACH_WORKERS_OWN = (
     "DISTILLERY_REMOTE_CODE",
     "DISTILLERY_SIGNING_KEY",
     "DISTILLERY_STORE_WAIT",
+    "DISTILLERY_WORKER_WAIT",
     "DISTILLERY_VERIFY_KEY",
 )
 """Settings that a run takes from its worker, such as which models may run their own code, and which

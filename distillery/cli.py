@@ -13,9 +13,10 @@ import re
 import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from typer.core import TyperCommand
 
 from distillery.errors import DistilleryError, StoreError
 from distillery.recipe import RegistryKind, RegistryRecipe, parse_recipe
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from distillery.registry.history import Actor
 
 app = typer.Typer(
-    help="Write a recipe, check, quote, report and serve, and manage models, labels and the "
+    help="Write a recipe, check, quote, report, serve and ask, and manage models, labels and the "
     "artifact store.",
     no_args_is_help=True,
     add_completion=False,
@@ -37,7 +38,7 @@ store = typer.Typer(
 )
 app.add_typer(store, name="store")
 models = typer.Typer(
-    help="List, promote, roll back and download registered models.", no_args_is_help=True
+    help="List, compare, promote, roll back and download registered models.", no_args_is_help=True
 )
 app.add_typer(models, name="models")
 labels = typer.Typer(
@@ -159,6 +160,108 @@ def serve(
     server.serve(folder, name, host, port, server.key_from_environment(), threads=threads)
 
 
+class AskCommand(TyperCommand):
+    """Takes `--options A B C`: click knows no option with any number of values."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        repeated = []
+        in_options = False
+        for argument in args:
+            if argument.startswith("-"):
+                in_options = argument == "--options"
+                if in_options:
+                    continue
+            elif in_options:
+                repeated.append("--options")
+            repeated.append(argument)
+        return super().parse_args(ctx, repeated)
+
+
+@app.command(cls=AskCommand)
+def ask(
+    folder: Annotated[
+        Path,
+        typer.Argument(help="The folder of an exported or downloaded model.", metavar="FOLDER"),
+    ],
+    question: Annotated[
+        str | None,
+        typer.Argument(
+            help="The question; without it, each line that is typed or piped in is one, until "
+            "Ctrl+D.",
+            metavar="[QUESTION]",
+        ),
+    ] = None,
+    options: Annotated[
+        list[str],
+        typer.Option(help="Choose from these texts; give them last.", metavar="TEXT TEXT..."),
+    ] = [],  # noqa: B006
+    adapter: Annotated[
+        Literal["on", "off"],
+        typer.Option(help="off leaves the adapter beside the model aside: the base model answers."),
+    ] = "on",
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            help="The recipe with the prompt of a model that was exported, but not registered.",
+            metavar="RECIPE",
+        ),
+    ] = None,
+    system: Annotated[str, typer.Option(help="A system message, for generated text.")] = "",
+    max_length: Annotated[
+        int | None,
+        typer.Option(help="The most tokens of prompt and answer together.", min=1),
+    ] = None,
+    do_sample: Annotated[
+        bool, typer.Option("--do-sample", help="Draw the tokens, instead of the likeliest ones.")
+    ] = False,
+    temperature: Annotated[
+        float | None, typer.Option(help="With --do-sample; by default 1.", min=0.01, max=5)
+    ] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(help="With --do-sample, the probability to draw from.", min=0.01, max=1),
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option(help="With --do-sample, how many tokens to draw from.", min=1)
+    ] = None,
+    random_seed: Annotated[
+        int | None, typer.Option(help="With --do-sample, for the same answer again.", min=0)
+    ] = None,
+) -> None:
+    """Ask the model in FOLDER a question.
+
+    With --options, it prints the probability of each of these texts, asked with the prompt that the
+    model was trained with; for a classifier, that of each class. Otherwise the question is sent as
+    it is, and the answer is printed as it is generated. Tokens a second come last, on standard
+    error. Each question stands alone.
+    """
+    drawn = {
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "random_seed": random_seed,
+    }
+    given = {name: value for name, value in drawn.items() if value is not None}
+    if given and not do_sample:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise typer.BadParameter(f"{names}: need --do-sample; add it, or leave them out")
+
+    from distillery.serving import ask as terminal
+
+    search = terminal.SearchOptions.model_validate(
+        {"max_length": max_length, "do_sample": do_sample, **given}
+    )
+    asker = terminal.Asker(
+        folder,
+        options=options,
+        system=system,
+        search=search,
+        adapter=adapter == "on",
+        recipe=recipe,
+    )
+    terminal.ask(asker, question)
+
+
 @app.command()
 def base(
     name: Annotated[
@@ -244,13 +347,14 @@ def list_models(
     """List the registered models: name, version, role, and the digest of the files.
 
     The role is champion, challenger, archived (a former champion) or rejected. A champion is
-    "pinned" after `models promote` or `models rollback`, until `models unpin`.
+    "pinned" after `models promote` or `models rollback`, until `models unpin`. Models of Azure ML
+    that were registered without Distillery are "unverified".
     """
     from distillery.registry.history import pin_of
 
     opened = open_registry_of_kind(registry)
-    listed = opened.list(name)
-    if not listed:
+    listed, others = opened.list(name), opened.others(name)
+    if not listed and not others:
         print("no model is registered" + (f" as {name}" if name else ""))
     for model in listed:
         role = model.role
@@ -259,6 +363,8 @@ def list_models(
             if pin is not None and pin.version == model.version:
                 role = "champion, pinned"
         print(f"{model.name}  version {model.version}  {role:16}  {model.artifact.sha256[:12]}")
+    for other in others:
+        print(f"{other.name}  version {other.version}  {'unverified':16}  {other.uri}")
 
 
 @models.command("promote")
@@ -347,11 +453,54 @@ def download_model(
 ) -> None:
     """Download the model NAME to FOLDER and verify each file.
 
-    `distillery serve FOLDER` serves it.
+    `distillery ask FOLDER` asks it, and `distillery serve FOLDER` serves it. A model of Azure ML
+    that was registered without Distillery has no digests to verify.
     """
+    from distillery.registry.base import OtherModel
+
     opened = open_registry_of_kind(registry)
-    model = opened.get(name, version)
-    print(f"{model.name} version {model.version} in {opened.download(model, folder)}")
+    model = opened.get_any(name, version)
+    if not isinstance(model, OtherModel):
+        print(f"{model.name} version {model.version} in {opened.download(model, folder)}")
+        return
+    opened.download_other(model, folder)
+    print(f"{model.name} version {model.version} in {folder}, unverified: it has no manifest")
+    for config in sorted(folder.rglob("genai_config.json")):
+        print(f"ask it by: distillery ask {config.parent}")
+
+
+@models.command("compare")
+def compare_models(
+    first: Annotated[str, typer.Argument(help="A model; see above.", metavar="A")],
+    second: Annotated[str, typer.Argument(help="Another one.", metavar="B")],
+    rows: Annotated[
+        Path | None,
+        typer.Option(
+            help="Ask both models the rows of this JSONL, CSV or Parquet file, here; needed for "
+            "folders that hold no answers.",
+            metavar="FILE",
+        ),
+    ] = None,
+    flips: Annotated[
+        int, typer.Option(help="How many rows to show that one of them alone answers right.", min=0)
+    ] = 5,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
+    registry: RegistryOption = "local",
+) -> None:
+    """Compare the models A and B on the same rows: accuracy, size, speed and what each cost.
+
+    A model is a folder, or NAME or NAME:VERSION of a registry; local:NAME and azureml:NAME compare
+    across registries. Without --rows, the answers to the test rows that are stored with both are
+    compared, and no model runs. What a run found in the label database is not in the teacher's
+    calls.
+    """
+    from distillery.registry import comparison
+    from distillery.registry.comparison_table import render_comparison
+
+    found = comparison.compare_models(
+        comparison.find_subject(first, registry), comparison.find_subject(second, registry), rows
+    )
+    print(found.model_dump_json(indent=1) if as_json else render_comparison(found, flips))
 
 
 @models.command("sign")

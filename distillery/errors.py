@@ -4,7 +4,8 @@ that is wrong, and what to do.
 DistilleryError
 ├── RecipeError               a recipe that can't be read or asks for something impossible
 ├── DataError                 a wrong row, file or column of the data set
-│   └── NoSuchRevision        the hub has no such data set or revision
+│   ├── NoSuchRevision        the hub has no such data set or revision
+│   └── DataUnavailable       the hub does not answer (infrastructure: worth a retry)
 ├── CredentialsError          a key, an endpoint name or a login is missing or refused
 ├── TeacherError              the teacher can't do what the recipe asks of it
 │   ├── TeacherUnavailable    the endpoint does not answer, after all tries of a call
@@ -15,9 +16,11 @@ DistilleryError
 │   └── ArtifactDamaged       a folder that is missing, half-written or does not match its digest
 ├── TrainingError             training can't start or produced no usable student
 │   └── TrainingUnavailable   the machine that trains is not there or died; says nothing of settings
+│       └── ModelUnavailable  hub or registry do not give a base model now (infrastructure)
 ├── ExportError               Olive or ONNX Runtime produced no usable model
 ├── ModelError                a model folder that can't be loaded or asked
 │   └── OutOfResources        a process ran out of memory or time: elsewhere it may succeed
+├── GateRefused               the gate refused the student, and evaluation.on_refusal is fail
 ├── StageError                a stage has no cache key: a defect of Distillery itself
 └── RegistryError             a model can't be registered, found or downloaded
     ├── ModelGone             its files are neither on this machine nor in the store
@@ -38,6 +41,10 @@ class DataError(DistilleryError):
 
 
 class NoSuchRevision(DataError):
+    pass
+
+
+class DataUnavailable(DataError):
     pass
 
 
@@ -85,6 +92,10 @@ class TrainingUnavailable(TrainingError):
     pass
 
 
+class ModelUnavailable(TrainingUnavailable):
+    pass
+
+
 class ExportError(DistilleryError):
     pass
 
@@ -95,6 +106,14 @@ class ModelError(DistilleryError):
 
 class OutOfResources(ModelError):
     pass
+
+
+class GateRefused(DistilleryError):
+    """`run`: the name under which the run's records are kept."""
+
+    def __init__(self, message: str, run: str = "") -> None:
+        super().__init__(message)
+        self.run = run
 
 
 class StageError(DistilleryError):
@@ -113,5 +132,5 @@ class RegistryUnavailable(RegistryError):
     pass
 
 
-INFRASTRUCTURE_ERRORS = (StoreUnavailable, RegistryUnavailable)
+INFRASTRUCTURE_ERRORS = (StoreUnavailable, RegistryUnavailable, DataUnavailable, ModelUnavailable)
 """The only errors after which a whole stage is retried; calls of a teacher have their own."""

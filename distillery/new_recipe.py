@@ -67,7 +67,7 @@ TEMPLATE_TOKENS = 64
 USES = {
     "gold": "the models learn from their labels",
     "train": "the teacher labels them, the student learns from that",
-    "validation": "they choose",
+    "validation": "they check the teacher and choose settings",
     "test": "they judge the student",
 }
 """What the rows of each role are for."""
@@ -119,9 +119,11 @@ def new_recipe(
     yield from tell_bad_rows(found)
     yield from tell_doubts(found, too_long)
     yield from tell_choices(found, recipe)
+    # As they can be copied where no environment is active.
+    folder = ".venv/bin/" if Path(".venv/bin/distillery").exists() else ""
     yield f"Written: {out}. Next:"
-    yield f"  distillery check {shlex.quote(str(out))}"
-    yield f"  python -m flows.distill {shlex.quote(str(out))}"
+    yield f"  {folder}distillery check {shlex.quote(str(out))}"
+    yield f"  {folder}python -m flows.distill {shlex.quote(str(out))}"
 
 
 def parsed(text: str) -> Recipe:

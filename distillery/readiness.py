@@ -10,7 +10,7 @@ import json
 import logging
 import shutil
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -37,8 +37,8 @@ from distillery.registry.open import open_registry
 from distillery.settings import AzureMLSettings, LocalSettings
 from distillery.storage.artifacts import ArtifactStore
 from distillery.storage.working import working_folder
-from distillery.teacher.asking import probe
-from distillery.teacher.endpoint import resolve_endpoint
+from distillery.teacher.asking import ProbeResult, probe
+from distillery.teacher.endpoint import Endpoint, resolve_endpoint
 from distillery.teacher.identity import teacher_identity
 
 LIMIT_S = 60.0
@@ -133,7 +133,7 @@ def check(recipe: Recipe, limit_s: float = LIMIT_S) -> list[Finding]:
     """Return what was found about everything that a run of `recipe` needs on this machine.
 
     Each check takes `limit_s` seconds at most. Raises nothing, downloads no weights and no rows,
-    and spends one question to the teacher's endpoint.
+    and spends one question to the teacher's endpoint, or two where it has two addresses.
     """
     checks: dict[str, Check] = {"teacher": check_teacher, "data": check_data}
     for base in base_models(recipe):
@@ -186,7 +186,8 @@ def check_teacher(recipe: Recipe) -> Iterator[Finding]:
 
 
 def check_endpoint(teacher: TeacherRecipe) -> Iterator[Finding]:
-    """Check the endpoint's credentials, and ask it one question."""
+    """Check the endpoint's credentials, and ask it one question. For an address of the retired
+    model inference API, ask the v1 endpoint of the same resource too."""
     try:
         endpoint = resolve_endpoint(teacher)
     except CredentialsError as error:
@@ -194,11 +195,14 @@ def check_endpoint(teacher: TeacherRecipe) -> Iterator[Finding]:
         yield warn("teacher endpoint", "not asked, because its credentials are missing")
         return
     yield ok("teacher credentials", f"set for {endpoint.url}, through {endpoint.sdk}")
-    timeout_s = min(teacher.timeout_s, PROBE_S)
-    try:
-        result = asyncio.run(probe(teacher.model_copy(update={"timeout_s": timeout_s}), endpoint))
-    except DistilleryError as error:
-        yield fail("teacher endpoint", str(error))
+    successor = endpoint.successor
+    if successor:
+        result, other = asyncio.run(probed(teacher, [endpoint, successor]))
+        yield compare_addresses(successor.url, result, other)
+    else:
+        (result,) = asyncio.run(probed(teacher, [endpoint]))
+    if isinstance(result, DistilleryError):
+        yield fail("teacher endpoint", str(result))
         return
     if not result.answers:
         text = f"{endpoint.model} answers without text; raise teacher.max_tokens"
@@ -215,6 +219,37 @@ def check_endpoint(teacher: TeacherRecipe) -> Iterator[Finding]:
             f"{endpoint.url} gives none; set teacher.soft_labels: false, or choose a teacher that "
             "gives them",
         )
+
+
+async def probed(
+    teacher: TeacherRecipe, endpoints: Sequence[Endpoint]
+) -> list[ProbeResult | DistilleryError]:
+    """Ask each endpoint one question, all at a time; return what each showed, or its error."""
+    timeout_s = min(teacher.timeout_s, PROBE_S)
+    hasty = teacher.model_copy(update={"timeout_s": timeout_s})
+
+    async def ask(endpoint: Endpoint) -> ProbeResult | DistilleryError:
+        try:
+            return await probe(hasty, endpoint)
+        except DistilleryError as error:
+            return error
+
+    return await asyncio.gather(*map(ask, endpoints))
+
+
+def compare_addresses(
+    successor: str, given: ProbeResult | DistilleryError, other: ProbeResult | DistilleryError
+) -> Finding:
+    """Say which address answers: the `given` one, of the retired model inference API, or the v1
+    endpoint of the same resource, whose URL is `successor`."""
+    item, advice = "teacher address", f"set TEACHER_MODEL_ENDPOINT={successor}"
+    if isinstance(other, DistilleryError):
+        if isinstance(given, DistilleryError):
+            return fail(item, f"neither the given one nor {successor} answers: {other}")
+        return ok(item, f"the given one answers; {successor} does not: {other}")
+    if isinstance(given, DistilleryError):
+        return fail(item, f"{successor} answers, and the given one does not; {advice}")
+    return warn(item, f"both answer, and the given one is of a retired API; {advice}")
 
 
 def check_data(recipe: Recipe) -> Iterator[Finding]:
@@ -480,5 +515,5 @@ def check_label_store(_recipe: Recipe) -> Iterator[Finding]:
 def check_registry(recipe: Recipe) -> Iterator[Finding]:
     registry = open_registry(recipe.registry)
     name = recipe.registry.model_name
-    count = len(registry.list(name))
+    count = registry.check_access(name)
     yield ok("registry", f"{registry.location} answers; versions of {name}: {count}")

@@ -213,11 +213,25 @@ class Rival(Record):
 
 class TeacherCheck(StageRecord):
     """A teacher beside its rivals on the validation rows; the artifact has all answers, in
-    answers.jsonl. `correct`: the teacher's right answers of `rows`."""
+    answers.jsonl. `correct`: the teacher's right answers of `rows`. `soft_weight`: what its
+    probabilities are worth beside its labels (evaluation/soft_weight.py); None where it gives
+    none."""
 
     rows: int
     correct: int
     rivals: tuple[Rival, ...]
+    soft_weight: float | None = None
+
+    @property
+    def decisions(self) -> tuple[str, ...]:
+        """What is decided by this comparison, with the reason."""
+        if self.soft_weight is None:
+            return ()
+        share = f"{100 * self.soft_weight:.0f} %"
+        return (
+            f"the teacher's probabilities make {share} of the loss, its labels the rest: by how "
+            f"well they are calibrated on {self.rows} validation rows (training.soft_weight: auto)",
+        )
 
     def line(self) -> str:
         """Return the comparison in one line."""
@@ -306,7 +320,7 @@ class Departure(Record):
 
 
 class Rung(Record):
-    """A form of the student on the validation rows.
+    """A form of the student on the rows that choose.
 
     `difference`: its accuracy minus the float student's, with the paired interval. The figures are
     None if it could not be built or scored. `note`: why it was picked, or why not.
@@ -325,10 +339,12 @@ class Rung(Record):
 
 
 class Ladder(Record):
-    """The forms that a student was tried in. `accuracy`: the float student's on the validation
-    rows, of which there are `rows`."""
+    """The forms that a student was tried in. `accuracy`: the float student's on the rows that
+    choose, of which there are `rows`: validation rows, but for `training_rows` with the labels that
+    the student has learnt."""
 
     rows: int
+    training_rows: int = 0
     accuracy: float
     largest_loss: float
     rungs: tuple[Rung, ...]
@@ -708,8 +724,8 @@ class InputFile(Record):
 class Predictions(StageRecord):
     """A student's answers to a file of rows.
 
-    Files in the folder: predictions.jsonl (example_id, answer, probabilities) and failed.jsonl
-    (line, example_id, reason).
+    Files in the folder: predictions.jsonl (line, example_id, answer, probabilities) and
+    failed.jsonl (line, example_id, reason).
     """
 
     rows: int

@@ -99,6 +99,12 @@ class LocalSettings(EnvironmentSettings):
     checkpoint_seconds: float = Field(
         300, gt=0, description="Seconds between the checkpoints that training saves"
     )
+    worker_wait: float = Field(
+        1800,
+        ge=0,
+        description="Seconds that a run waits for a work pool that is paused or has no worker, "
+        "before it fails",
+    )
     signing_key: SecretStr = Field(
         SecretStr(""),
         description="An Ed25519 private key, as PEM or the path of a PEM file, that signs the "

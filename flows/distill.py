@@ -17,12 +17,10 @@ from typing import Any, NamedTuple, get_args
 from prefect import flow, tags
 from prefect.runtime import flow_run
 
-from distillery.data.source import source_identity
-from distillery.errors import DistilleryError
+from distillery.errors import DistilleryError, GateRefused
 from distillery.machine import machine_name
-from distillery.models.base import pin_revision
 from distillery.readiness import check_base_models, check_settings
-from distillery.recipe import BaseModelRecipe, Recipe, load_recipe
+from distillery.recipe import BaseModelRecipe, Recipe, TrainingRecipe, load_recipe
 from distillery.records import (
     EvaluationReport,
     GateDecision,
@@ -33,24 +31,30 @@ from distillery.records import (
     Promotion,
     RegisteredModel,
     StudentCheckpoint,
+    TeacherCheck,
     TeacherLabels,
 )
 from distillery.registry.signing import check_keys
+from distillery.storage.artifacts import RUNS, ArtifactStore
 from distillery.teacher.identity import teacher_identity
 from flows.prepare_teacher import prepare_teacher
 from flows.train_student import trained
 from tasks.abstention import check_provable, with_threshold
 from tasks.dataset import prepare_dataset
 from tasks.evaluation import evaluate
+from tasks.hub import pinned, source_of
 from tasks.judged import judged_before
 from tasks.labels import canaries, check_shares, judged_by, labelled
 from tasks.onnx import exported
 from tasks.registry import download, judge, promote, register
 from tasks.results import results_in_store
 from tasks.stage import RESULT, Stage, begin, own_tags, produced_by, refreshing
-from tasks.summary import publish, render
+from tasks.summary import publish, render, verdict
 from tasks.teacher_check import check_teacher, heed
 from tasks.terminal import PlannedStage, shown_in_terminal
+
+REFUSED = 3
+"""The exit status of a run that ended well, but for the gate's refusal; argparse's is 2."""
 
 JUDGED_AGAIN = 3
 """How often a student is judged again because another run has promoted its own meanwhile."""
@@ -78,13 +82,16 @@ def distill(
             process.
         refresh: Stages to do again although nothing that they depend on has changed. The teacher's
             answers are kept: no answer is paid for twice.
+
+    Raises GateRefused after all is recorded if the gate refuses the student and
+    evaluation.on_refusal is fail.
     """
     begin()
     again = refreshing(refresh)
     check_settings(recipe)
     check_keys()
     check_base_models(recipe)
-    source = source_identity(recipe.dataset, recipe.task.other)
+    source = source_of(recipe)
     data = prepared(recipe, source, refresh)
     judged = judged_before(data, recipe)
     made = made_student(recipe, data, training_deployment, refresh)
@@ -102,7 +109,7 @@ def distill(
         rejected = again("register", register)(
             model, report, test_rows, recipe.registry, origins, decision.reason
         )
-    return publish(
+    outcome = publish(
         Outcome(
             recipe=recipe.name,
             data=data,
@@ -119,16 +126,20 @@ def distill(
             rejected=rejected,
         )
     )
+    if recipe.evaluation.on_refusal == "fail" and not decision.passed:
+        raise GateRefused(f"{verdict(outcome)} (evaluation.on_refusal: fail)", outcome.run)
+    return outcome
 
 
 class Taught(NamedTuple):
     """The prepared rows, the local teacher if there is one, the teacher's identity and its
-    labels."""
+    labels. `check`: the teacher beside its rivals, where rows can tell."""
 
     data: PreparedDataset
     local: PreparedTeacher | None
     identity: str
     labels: TeacherLabels
+    check: TeacherCheck | None = None
 
 
 class Made(NamedTuple):
@@ -161,7 +172,7 @@ def made_student(
     student = trained_student(
         recipe, taught, base, training_deployment, "student", "train student" in refresh
     )
-    model = exported(student, base, recipe, data, again)
+    model = exported(student, base, recipe, data, labels, again)
     if recipe.task.abstain:
         model = with_threshold(model, recipe.task.abstain, recipe.student_prompt, data, again)
 
@@ -183,6 +194,10 @@ def made_student(
         columns=recipe.dataset.columns,
         fields=recipe.dataset.fields,
     )
+    if recipe.student.training.soft_weight == "auto" and taught.check:
+        # Beside what the training itself has decided.
+        told = (*taught.check.decisions, *student.decisions)
+        student = student.model_copy(update={"decisions": told})
     return Made(taught, teacher, student, model, report)
 
 
@@ -228,7 +243,7 @@ def labelled_rows(
     train_rows, local, served = data.rows("train"), None, None
     if recipe.teacher.kind == "local":
         named = prepare_teacher.with_options(flow_run_name=f"{produced_by()}, preparation")
-        preparation = preparation.model_copy(update={"base": pin_revision(preparation.base)})
+        preparation = preparation.model_copy(update={"base": pinned(preparation.base)})
         with own_tags():
             local = named(preparation, recipe.prompt, data, training_deployment, refresh)
         served = local.model
@@ -236,13 +251,14 @@ def labelled_rows(
     # Before anything is paid for: a teacher that has changed may end the run.
     if recipe.teacher.canaries.rows:
         canaries(train_rows, recipe.prompt, recipe.teacher, identity)
+    check = None
     if recipe.task.kind == "classify":
-        compare_teacher(recipe, data, local, identity, again)
+        check = compare_teacher(recipe, data, local, identity, again)
     labels = labelled(train_rows, recipe, identity, served, again)
     if recipe.task.kind == "classify":
         gold = data.rows_if_any("gold")
         check_shares(labels, gold, recipe.teacher.largest_shift, recipe.task.other)
-    return Taught(data, local, identity, labels)
+    return Taught(data, local, identity, labels, check)
 
 
 def compare_teacher(
@@ -251,25 +267,26 @@ def compare_teacher(
     local: PreparedTeacher | None,
     identity: str,
     again: Callable[[Stage, Any], Any],
-) -> None:
+) -> TeacherCheck | None:
     """Compare the teacher with cheap rivals on the validation rows, before it labels. A teacher
     whose answers to these rows nobody can ask for is taken as it is."""
     # Of texts of task.other alone, no rival learns to classify.
     has_rows = recipe.dataset.roles >= {"gold", "validation"}
     if not has_rows or recipe.teacher.kind in ("gold", "file"):
-        return
+        return None
     gold, validation = data.rows("gold"), data.rows("validation")
     teacher = local.model if local else judged_by(validation, recipe, identity)
     base = recipe.teacher.preparation.base if local else recipe.student_base
-    check = again("check teacher", check_teacher)(
-        teacher, gold, validation, recipe.student_prompt, pin_revision(base)
+    check: TeacherCheck = again("check teacher", check_teacher)(
+        teacher, gold, validation, recipe.student_prompt, pinned(base)
     )
     heed(check, local is not None, recipe.teacher.insist)
+    return check
 
 
 def student_base(recipe: Recipe) -> BaseModelRecipe:
     """Return the student's base model; for a hub model, with its revision resolved."""
-    return pin_revision(recipe.student_base)
+    return pinned(recipe.student_base)
 
 
 def trained_student(
@@ -289,14 +306,24 @@ def trained_student(
         base=base,
         start=local.checkpoint if local and student.start == "teacher" else None,
         layers=student.layers,
-        healing=student.healing,
+        healing=tuple(
+            step.model_copy(update={"training": weighed(step.training, taught.check)})
+            for step in student.healing
+        ),
         gold=data.rows("gold") if student.gold else None,
-        training=student.training,
+        training=weighed(student.training, taught.check),
         prompt=recipe.student_prompt,
         rows=data.rows("train"),
         labels=taught.labels,
         validation=data.rows_if_any("validation"),
     )
+
+
+def weighed(training: TrainingRecipe, check: TeacherCheck | None) -> TrainingRecipe:
+    """Return a student's training with the number that soft_weight: auto stands for."""
+    if training.soft_weight != "auto" or check is None or check.soft_weight is None:
+        return training
+    return training.model_copy(update={"soft_weight": round(check.soft_weight, 3)})
 
 
 def promoted(
@@ -349,8 +376,8 @@ def planned_student(recipe: Recipe) -> list[PlannedStage]:
 
 
 def main(arguments: list[str]) -> int:
-    """Run a recipe here; return 0 when the run ended, 1 after one line on what the user can
-    mend."""
+    """Run a recipe here; return 0 when the run ended, 1 after one line on what the user can mend,
+    and REFUSED if the gate refused the student and evaluation.on_refusal is fail."""
     parser = ArgumentParser("python -m flows.distill", description="Runs a recipe on this machine.")
     parser.add_argument("recipe", help="demo, lab or a YAML file")
     parser.add_argument(
@@ -370,6 +397,11 @@ def main(arguments: list[str]) -> int:
             tags(recipe.name, recipe.dataset.title),
         ):
             outcome = distill(recipe, refresh=tuple(given.refresh))
+    except GateRefused as refusal:
+        record = ArtifactStore().read_record(f"{RUNS}/{refusal.run}.json")
+        print(render(Outcome.model_validate_json(record)))
+        print(f"error: {refusal}", file=sys.stderr)
+        return REFUSED
     except DistilleryError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -11,7 +11,6 @@ from typing import get_args
 
 from prefect import flow, tags
 
-from distillery.data.source import source_identity
 from distillery.errors import DistilleryError, TeacherError
 from distillery.labels.quote import quote_recipe
 from distillery.recipe import Recipe, RegistryKind, RegistryRecipe
@@ -28,6 +27,7 @@ from distillery.registry.reproduction import (
 from distillery.storage.artifacts import ArtifactStore
 from distillery.storage.working import working_folder
 from flows.distill import made_student, planned_student, prepared
+from tasks.hub import source_of
 from tasks.results import results_in_store
 from tasks.stage import RESULT, begin
 from tasks.terminal import shown_in_terminal
@@ -54,7 +54,7 @@ def reproduce(
     with working_folder("reproduce") as folder:
         original = source.download(model, folder / "original")
         with apart(folder, recipe):
-            data = prepared(recipe, source_identity(recipe.dataset, recipe.task.other), ())
+            data = prepared(recipe, source_of(recipe), ())
             again = made_student(recipe, data, None, ())
             remade = Remade(again.taught.data, again.taught.labels, again.model, again.report)
             return compare(model, original, made, remade, store, ArtifactStore())

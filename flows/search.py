@@ -12,7 +12,6 @@ from argparse import ArgumentParser
 from prefect import flow, get_run_logger, tags
 from prefect.artifacts import create_markdown_artifact
 
-from distillery.data.source import source_identity
 from distillery.errors import DistilleryError, ExportError, TrainingError, TrainingUnavailable
 from distillery.machine import machine_name
 from distillery.models.base import base_folder
@@ -22,6 +21,7 @@ from distillery.records import Trial
 from distillery.training.search import Search, render_trials
 from flows.distill import labelled_rows, prepared, student_base, trained_student
 from flows.train_student import check_deployment
+from tasks.hub import source_of
 from tasks.onnx import exported
 from tasks.results import results_in_store
 from tasks.search import measure
@@ -53,7 +53,7 @@ def search(
     check_deployment(training_deployment)
     base = student_base(recipe)
     base_folder(base)
-    data = prepared(recipe, source_identity(recipe.dataset, recipe.task.other), ())
+    data = prepared(recipe, source_of(recipe), ())
     taught = labelled_rows(recipe, data, training_deployment, ())
     validation = taught.data.rows("validation")
     for number in range(space.trials):
@@ -62,7 +62,7 @@ def search(
             student = trained_student(
                 tried, taught, base, training_deployment, f"trial {number}", False
             )
-            model = exported(student, base, tried, taught.data, refreshing(()))
+            model = exported(student, base, tried, taught.data, taught.labels, refreshing(()))
             found.tell(measure(model, validation, tried.student_prompt, machine_name()))
         except TrainingUnavailable:
             raise

@@ -4,12 +4,14 @@ Without a server it is an ordinary subflow of distill.py and prepare_teacher.py.
 two send it to the deployment train-student/gpu, and read its record from the artifact store.
 """
 
+import time
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 from uuid import uuid4
 
-from prefect import flow, get_client
-from prefect.client.schemas.objects import State
+from prefect import flow, get_client, get_run_logger
+from prefect.client.orchestration import SyncPrefectClient
+from prefect.client.schemas.objects import FlowRun, State, WorkerStatus
 from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound
 from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
@@ -19,10 +21,18 @@ from pydantic_core import to_jsonable_python
 from distillery.errors import TrainingError, TrainingUnavailable
 from distillery.recipe import BaseModelRecipe, HealingRecipe, Layers, PromptRecipe, TrainingRecipe
 from distillery.records import Rows, StudentCheckpoint, TeacherLabels
+from distillery.settings import LocalSettings
 from distillery.storage.artifacts import ArtifactStore
 from tasks.parent import ParentEnded, parent_watched
 from tasks.stage import RESULT, begin, is_cached, own_tags, produced_by
 from tasks.student import train
+
+POLL_S = 0.5
+
+LOOK_S = 5.0
+"""Seconds between two looks for the pool's workers."""
+
+WARN_S = 60.0
 
 
 @flow(name="train-student", description="Fine-tunes a model on labelled rows.", **RESULT)
@@ -93,14 +103,65 @@ def trained(
     sent["refresh"] = refresh
     sent["hand_off"] = f"train-{uuid4().hex}"
     try:
-        child: Any = run_deployment(
-            deployment, parameters=sent, flow_run_name=name, poll_interval=0.5
-        )
+        started: Any = run_deployment(deployment, parameters=sent, flow_run_name=name, timeout=0)
     except ObjectNotFound as error:
         raise no_deployment(deployment) from error
-    if not child.state.is_completed():
-        raise failure_of(child.state, f"{deployment}: the run '{name}'")
+    state = ended(started, deployment)
+    if not state.is_completed():
+        raise failure_of(state, f"{deployment}: the run '{name}'")
     return StudentCheckpoint.model_validate_json(ArtifactStore().read_record(sent["hand_off"]))
+
+
+def ended(run: FlowRun, deployment: str) -> State:
+    """Return the state in which a run of `deployment` ends.
+
+    While it waits for a work pool without workers, the log says so after WARN_S. After
+    DISTILLERY_WORKER_WAIT it is cancelled, and TrainingUnavailable is raised. A run that waits for
+    a worker that is busy waits on."""
+    limit_s = LocalSettings().worker_wait
+    looked_at, warned = -LOOK_S, False
+    alone_since: float | None = None
+    with get_client(sync_client=True) as client:
+        while True:
+            run = client.read_flow_run(run.id)
+            if run.state and run.state.is_final():
+                return run.state
+            now = time.monotonic()
+            if run.state and not run.state.is_scheduled():
+                alone_since = None
+            elif now - looked_at >= LOOK_S:
+                looked_at = now
+                if has_worker(client, run.work_pool_name):
+                    alone_since, warned = None, False
+                elif alone_since is None:
+                    alone_since = now
+            if alone_since is not None:
+                pool = run.work_pool_name
+                trouble = (
+                    f"training_deployment {deployment}: the run '{run.name}' waits, and its work "
+                    f"pool {pool} is paused or has no worker; start one with `prefect worker start "
+                    f"--pool {pool}`"
+                )
+                if now - alone_since >= limit_s:
+                    client.set_flow_run_state(run.id, Cancelled(message="no worker took it"))
+                    raise TrainingUnavailable(
+                        f"{trouble}, or raise DISTILLERY_WORKER_WAIT ({limit_s:g} s)"
+                    )
+                if now - alone_since >= WARN_S and not warned:
+                    warned = True
+                    get_run_logger().warning("%s; it ends after %g s", trouble, limit_s)
+            time.sleep(POLL_S)
+
+
+def has_worker(client: SyncPrefectClient, pool: str | None) -> bool:
+    """Return whether someone takes the runs of a work pool: a worker whose heartbeat is recent, or
+    for a run without a pool the process that serves its deployment."""
+    if pool is None:
+        return True
+    if client.read_work_pool(pool).is_paused:
+        return False
+    workers = client.read_workers_for_work_pool(pool)
+    return any(worker.status == WorkerStatus.ONLINE for worker in workers)
 
 
 def failure_of(state: State, run: str) -> TrainingError:

@@ -1,6 +1,7 @@
 import time
 
 from distillery.data.prepare import prepare
+from distillery.data.source import commit_in
 from distillery.recipe import DatasetRecipe, TaskRecipe
 from distillery.records import PreparedDataset
 from distillery.storage.artifacts import ArtifactStore
@@ -18,7 +19,7 @@ def prepare_dataset(
     `source` stands for their content in the cache key."""
     started = time.perf_counter()
     with working_folder("dataset") as folder:
-        counts = prepare(recipe, folder, task)
+        counts = prepare(recipe, folder, task, commit_in(source))
         artifact = ArtifactStore().put(folder)
     rows = ", ".join(f"{split.rows} {name}" for name, split in counts.splits.items())
     dropped = counts.duplicates_dropped + counts.near_duplicates_dropped

@@ -1,4 +1,5 @@
-"""How often a run's test rows have judged before, told before anything is paid for."""
+"""What the registry is asked before anything is paid for: whether it will take the student, and how
+often the run's test rows have judged before."""
 
 from prefect import get_run_logger
 
@@ -15,9 +16,11 @@ from tasks.stage import uncached
 def judged_before(data: PreparedDataset, recipe: Recipe) -> JudgedVersions:
     """Return the registered versions that the test rows have judged, and tell of them in the log.
 
-    Raises DataError if the recipe rotates test rows and one of them has trained the champion; other
-    recipes get a warning."""
+    Raises CredentialsError if the registry refuses the login or its role, and DataError if the
+    recipe rotates test rows and one of them has trained the champion; other recipes get a
+    warning."""
     registry, name = open_registry(recipe.registry), recipe.registry.model_name
+    registry.check_access(name)
     judged = domain.find_judged(registry, name, data)
     if judged.versions:
         get_run_logger().info("%s", judged.line())

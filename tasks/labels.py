@@ -38,7 +38,7 @@ AS_TOLD = TeacherRecipe(filters=FilterRecipe(minimum_accepted=0))
 _SPENT: dict[str, dict[str, float]] = {}
 
 
-@stage("label", version=4)
+@stage("label", version=5)
 def label(
     rows: Rows,
     prompt: PromptRecipe,

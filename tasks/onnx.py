@@ -10,7 +10,7 @@ from distillery.export.ladder_table import describe_rung
 from distillery.models.base import base_folder, remote_code_allowed
 from distillery.models.inspect import model_and_adapter
 from distillery.recipe import BaseModelRecipe, ExportForm, ExportRecipe, PromptRecipe, Recipe
-from distillery.records import OnnxModel, PreparedDataset, Rows, StudentCheckpoint
+from distillery.records import OnnxModel, PreparedDataset, Rows, StudentCheckpoint, TeacherLabels
 from distillery.storage.artifacts import ArtifactStore
 from distillery.storage.working import working_folder
 from tasks.evaluation import float_student
@@ -56,11 +56,13 @@ def export_ladder(
     prompt: PromptRecipe,
     validation: Rows,
     train: Rows | None,
+    labels: TeacherLabels | None = None,
 ) -> OnnxModel:
-    """Build a checkpoint in every form of the ladder, ask each the validation rows and keep the
+    """Build a checkpoint in the forms of the ladder, ask each the validation rows and keep the
     best.
 
-    gptq is calibrated on the prompts of `train`."""
+    gptq is calibrated on the prompts of `train`, and export.training_rows of these are asked too,
+    if their `labels` are given."""
     started = time.perf_counter()
     store = ArtifactStore()
     with working_folder("onnx") as folder:
@@ -71,6 +73,7 @@ def export_ladder(
             store.fetch(validation.artifact) / validation.file,
             store.fetch(train.artifact) / train.file if train else None,
             folder,
+            labels=store.fetch(labels.artifact) if labels else None,
             progress=show_parts,
         )
         artifact = store.put(folder)
@@ -99,6 +102,7 @@ def exported(
     base: BaseModelRecipe,
     recipe: Recipe,
     data: PreparedDataset,
+    labels: TeacherLabels,
     again: Callable[[Stage, Any], Any],
 ) -> OnnxModel:
     """Export the student in the recipe's form, or in the form that its ladder picks."""
@@ -106,8 +110,14 @@ def exported(
     if not recipe.export.ladder:
         model = again("export student", export)(checkpoint, base, recipe.export.form)
         return model
-    train = data.rows("train") if recipe.export.calibrated else None
+    asks_train = recipe.export.training_rows > 0
     model = again("export student", export_ladder)(
-        checkpoint, base, recipe.export, recipe.student_prompt, data.rows("validation"), train
+        checkpoint,
+        base,
+        recipe.export,
+        recipe.student_prompt,
+        data.rows("validation"),
+        data.rows("train") if recipe.export.calibrated or asks_train else None,
+        labels if asks_train else None,
     )
     return model

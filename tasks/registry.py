@@ -2,7 +2,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,14 @@ from distillery.evaluation import gate as domain
 from distillery.evaluation.gate import EarlierVersion, share_rows
 from distillery.evaluation.report import (
     ANSWERS_FILE,
-    RowContent,
+    REGISTERED_ANSWERS,
+    answer_rows,
     parse_answers,
     row_contents,
     rows_digest,
     write_own_answers,
     write_text,
 )
-from distillery.evaluation.scoreboard import GOLD
 from distillery.evaluation.scoring import ModelToScore, score_model
 from distillery.recipe import GateRule, PromptRecipe, RegistryRecipe
 from distillery.records import (
@@ -47,8 +47,6 @@ from distillery.storage.artifacts import ArtifactStore
 from distillery.storage.working import working_folder
 from tasks.progress import conclude
 from tasks.stage import origin, produced_by, stage, uncached
-
-ANSWERS = f"evaluation/{ANSWERS_FILE}"
 
 _log = logging.getLogger("distillery.registry")
 
@@ -74,9 +72,9 @@ def register(
     with working_folder("register") as folder:
         content = folder / "model"
         shutil.copytree(store.fetch(model.artifact), content)
-        (content / ANSWERS).parent.mkdir()
+        (content / REGISTERED_ANSWERS).parent.mkdir()
         answers = store.fetch(report.artifact) / ANSWERS_FILE
-        write_own_answers(answers, report.candidate, examples, content / ANSWERS)
+        write_own_answers(answers, report.candidate, examples, content / REGISTERED_ANSWERS)
         facts = {**_plain(provenance), **environment(), "run": produced_by()}
         write_card(content, recipe.model_name, facts)
         if registry.kind == "local":
@@ -118,7 +116,7 @@ def judge(
     for version in earlier_versions(registry, recipe.model_name, rules, model):
         is_other_champion = version.is_champion and not version.is_candidate
         if is_other_champion and not share_rows(version.answers, contents):
-            version = asked(registry, version, recipe.model_name, rows, contents)
+            version = asked(registry, version, recipe.model_name, rows)
         earlier.append(version)
     decision = domain.gate(
         report.scoreboard,
@@ -164,7 +162,7 @@ def earlier_versions(
         if not needed and not ("best" in named and may_be_best):
             continue
         try:
-            content = registry.read_verified(version, ANSWERS) or b""
+            content = registry.read_verified(version, REGISTERED_ANSWERS) or b""
         except RegistryUnavailable:
             raise
         except RegistryError as error:
@@ -177,7 +175,7 @@ def earlier_versions(
             EarlierVersion(
                 version=version.version,
                 title=title,
-                answers=parse_answers(content, f"{title}: {ANSWERS}"),
+                answers=parse_answers(content, f"{title}: {REGISTERED_ANSWERS}"),
                 is_champion=is_champion,
                 may_be_best=may_be_best,
                 is_candidate=version.model_sha256 == model.artifact.sha256,
@@ -191,7 +189,6 @@ def asked(
     earlier: EarlierVersion,
     name: str,
     rows: Path,
-    contents: Mapping[str, RowContent],
 ) -> EarlierVersion:
     """Return a version with its answers to `rows`, which it is asked now; as it is, where its
     manifest does not tell with which prompt it is asked."""
@@ -205,10 +202,7 @@ def asked(
             name=CHAMPION, kind="onnx", folder=str(registry.download(version, folder / "model"))
         )
         scored = score_model(model, rows, PromptRecipe.model_validate(prompt))
-    answers: dict[str, dict[str, str | None]] = {}
-    for example, letter in zip(read_examples(rows), scored.answers, strict=True):
-        line = {"example_id": example.example_id, **contents[example.example_id]._asdict()}
-        answers[example.example_id] = {**line, GOLD: example.answer_key, CHAMPION: letter}
+    answers = answer_rows(read_examples(rows), CHAMPION, scored.answers)
     return replace(earlier, answers=answers)
 
 

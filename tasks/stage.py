@@ -283,7 +283,7 @@ def is_whole(record: Any) -> bool:
 
         registry = open_registry(RegistryRecipe(kind=record.registry, model_name=record.name))
         known = any(model.content_id == record.content_id for model in registry.list(record.name))
-        return known and registry.is_whole(record)
+        return known and registry.holds(record)
     return not isinstance(record, StageRecord) or ArtifactStore().holds(record.artifact)
 
 

@@ -24,7 +24,7 @@ from distillery.training.inputs import rationale_instruction, read_training_inpu
 from distillery.training.loop import TrainingProgress, TrainingResult
 from distillery.training.tracking import Log, tracked
 from tasks.parent import check_parent
-from tasks.progress import conclude, show, show_bytes
+from tasks.progress import conclude, show, show_bytes, show_parts
 from tasks.stage import is_recorded, origin, own_key, produced_by, stage
 
 
@@ -73,6 +73,8 @@ def train(
                 "%d rows are over prompt.max_tokens: set aside, and listed in set_aside.json",
                 inputs.set_aside_count,
             )
+        if inputs.classes:
+            show_parts(0, 1, "linear probes, before the first step")
         result = fine_tune(
             model,
             adapter,

@@ -69,6 +69,15 @@ def _stages(outcome: Outcome) -> list[tuple[str, StageRecord, str]]:
     return stages
 
 
+def _decisions(outcome: Outcome) -> list[str]:
+    """Return a line for each decision of a training, with the stage that made it."""
+    lines = []
+    for name, record, _ in _stages(outcome):
+        if isinstance(record, StudentCheckpoint):
+            lines += [f"{name}: {decision}" for decision in record.decisions]
+    return lines
+
+
 def _trained(record: StudentCheckpoint) -> str:
     accuracy = (
         ""
@@ -275,6 +284,9 @@ def render(outcome: Outcome) -> str:
             else f"cached from {record.produced_by}"
         )
         lines.append(f"{name:16} {figures:64} {origin}")
+    decisions = _decisions(outcome)
+    if decisions:
+        lines += ["", *decisions]
     if outcome.judged and outcome.judged.versions:
         lines += ["", outcome.judged.line()]
     board = outcome.report.scoreboard

@@ -9,20 +9,35 @@ from distillery.evaluation.baselines import TFIDF_ON_GOLD, score_baselines
 from distillery.evaluation.linear_probe import PROBE, TextStates, classify_states
 from distillery.evaluation.report import write_answers
 from distillery.evaluation.scoreboard import GOLD, TEACHER
-from distillery.evaluation.scoring import Answers, answered_rows, right_answers, score_model
+from distillery.evaluation.scoring import (
+    Answers,
+    Probabilities,
+    answered_rows,
+    right_answers,
+    score_model,
+)
+from distillery.evaluation.soft_weight import calibrated_share
 from distillery.evaluation.statistics import paired_interval
 from distillery.labels.files import read_labels
 from distillery.models.base import base_folder, remote_code_allowed
 from distillery.recipe import BaseModelRecipe, PromptRecipe
-from distillery.records import OnnxModel, Rival, Rows, TeacherCheck, TeacherLabels
+from distillery.records import (
+    Example,
+    OnnxModel,
+    Rival,
+    Rows,
+    TeacherCheck,
+    TeacherLabel,
+    TeacherLabels,
+)
 from distillery.storage.artifacts import ArtifactStore
 from distillery.storage.working import working_folder
 from tasks.evaluation import onnx_model
-from tasks.progress import conclude, show_bytes, show_rows
+from tasks.progress import conclude, show_bytes, show_parts, show_rows
 from tasks.stage import origin, stage
 
 
-@stage("check teacher", version=1)
+@stage("check teacher", version=2)
 def check_teacher(
     teacher: OnnxModel | TeacherLabels,
     gold: Rows,
@@ -42,6 +57,7 @@ def check_teacher(
     if TFIDF_ON_GOLD in baselines:
         answers[TFIDF_ON_GOLD] = baselines[TFIDF_ON_GOLD]
     if prompt.answer == "class" and len({row.answer_key for row in gold_rows}) > 1:
+        show_parts(0, 1, "a linear probe of the base model")
         states = TextStates(base_folder(base, show_bytes), remote_code_allowed(base))
         answers[PROBE] = classify_states(states, gold_rows, examples, prompt)
         states.unload()
@@ -50,10 +66,12 @@ def check_teacher(
             onnx_model("teacher", teacher, store), file, prompt, progress=show_rows
         )
         answers[TEACHER] = scored.answers
+        shares = scored.probabilities
     else:
         labels = read_labels(store.fetch(teacher.artifact))
-        letters = {key: label.answer for key, label in labels.items()}
-        answers[TEACHER] = [letters.get(example.example_id) for example in examples]
+        found = [labels.get(example.example_id) for example in examples]
+        answers[TEACHER] = [label.answer if label else None for label in found]
+        shares = tuple(shares_of(label, examples[0].keys) for label in found)
     with working_folder("teacher-check") as folder:
         write_answers(folder, examples, answers)
         artifact = store.put(folder)
@@ -67,10 +85,31 @@ def check_teacher(
         rows=len(examples),
         correct=sum(right_answers(answers[TEACHER], right)),
         rivals=rivals,
+        soft_weight=soft_weight_of(shares, examples),
         **origin(started),
     )
     conclude(check.line())
     return check
+
+
+def shares_of(label: TeacherLabel | None, keys: Sequence[str]) -> Probabilities:
+    """Return the probabilities of a label by `keys`; None where there are none."""
+    if label is None or label.distribution is None:
+        return None
+    return tuple(label.distribution[key] for key in keys)
+
+
+def soft_weight_of(
+    probabilities: Sequence[Probabilities], examples: Sequence[Example]
+) -> float | None:
+    """Return what the teacher's probabilities are worth, by the rows that have some; None where
+    none has. All rows have the same classes."""
+    given, right = [], []
+    for shares, example in zip(probabilities, examples, strict=True):
+        if shares is not None:
+            given.append(shares)
+            right.append(example.keys.index(str(example.answer_key)))
+    return calibrated_share(given, right) if given else None
 
 
 def rival(name: str, given: Answers, teacher: Answers, gold: Sequence[str]) -> Rival:

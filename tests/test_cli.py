@@ -213,6 +213,30 @@ def test_models_are_listed_promoted_rolled_back_and_downloaded(tmp_path: Path) -
     assert listed[-1]["before"] == "2"
 
 
+def test_ask_takes_options_of_several_words_and_lines_of_input(
+    tiny_onnx: Callable[..., Path],
+) -> None:
+    folder = str(tiny_onnx("llama"))
+    done = run("ask", folder, "Where is bread?", "--options", "oven", "a river", "cloud")
+    assert done.returncode == 0
+    assert sorted(line[:10] for line in done.stdout.splitlines()) == [
+        *("A  oven   ", "B  a river", "C  cloud  "),
+    ]
+    assert re.fullmatch(r"\n +tokens +seconds +tokens/s\nprompt +[\d., ]+\n", done.stderr)
+    done = run("ask", folder, "--max-length", "40", "--", "Where is bread?")
+    assert (done.returncode, done.stderr.count("answer")) == (0, 1)
+    assert "--temperature: need --do-sample" in run("ask", folder, "--temperature", "2").stderr
+    assert "has no adapter_weights" in error_of(run("ask", folder, "Where?", "--adapter", "off"))
+    done = subprocess.run(
+        [sys.executable, "-m", "distillery.cli", "ask", folder, "--options", "oven", "river"],
+        input="Where is bread?\nWhere is rest?\n",
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (done.returncode, len(done.stdout.splitlines())) == (0, 4)
+
+
 def get(url: str, key: str = "") -> bytes:
     request = urllib.request.Request(url, headers={"Authorization": f"Bearer {key}"} if key else {})
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))

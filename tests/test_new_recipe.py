@@ -41,6 +41,19 @@ def write_jsonl(name: str, rows: list[dict[str, Any]]) -> str:
     return name
 
 
+def test_the_next_commands_can_be_copied_where_no_environment_is_active(tmp_path: Path) -> None:
+    write_texts(Path("notes.csv"), answered=200)
+    assert run("notes.csv").endswith(
+        "\n  distillery check notes.yaml\n  python -m flows.distill notes.yaml"
+    )
+    command = tmp_path / ".venv" / "bin" / "distillery"
+    command.parent.mkdir(parents=True)
+    command.touch()
+    assert run("notes.csv", force=True).endswith(
+        "\n  .venv/bin/distillery check notes.yaml\n  .venv/bin/python -m flows.distill notes.yaml"
+    )
+
+
 @pytest.mark.parametrize("teacher", ["local", "endpoint"])
 def test_a_csv_with_rows_without_a_label(teacher: Any) -> None:
     write_texts(Path("notes.csv"), answered=200, unanswered=400)

@@ -12,6 +12,7 @@ from typing import Any, get_args
 
 import huggingface_hub
 import pytest
+from azure_hosts import FOUNDRY, azure_hosts
 from chat_endpoint import Call, ChatEndpoint, Reply, good, refused, said
 from texts import write_texts
 from tiny_recipe import write_rows
@@ -24,10 +25,18 @@ from distillery.readiness import (
     Finding,
     check,
     check_base_models,
+    check_endpoint,
     check_settings,
     training_bytes,
 )
-from distillery.recipe import BaseModelRecipe, ExportForm, ExportRecipe, Recipe, TrainingRecipe
+from distillery.recipe import (
+    BaseModelRecipe,
+    ExportForm,
+    ExportRecipe,
+    Recipe,
+    TeacherRecipe,
+    TrainingRecipe,
+)
 from distillery.registry.local import LocalRegistry
 
 TinyModel = Callable[[str], Path]
@@ -158,6 +167,43 @@ def test_an_endpoint_that_lacks_something(
     assert found[item].level == "FAIL"
     assert text in found[item].text
     assert {name for name, finding in found.items() if finding.level != "ok"} == {item}
+    assert KEY not in "".join(map(str, found.values()))
+
+
+def answering(*paths: str) -> Callable[[Call], Reply]:
+    """A resource that answers below these paths, and 404 elsewhere."""
+    return lambda call: good(call) if call.path.startswith(paths) else refused(404, "not found")
+
+
+@pytest.mark.parametrize(
+    ("paths", "endpoint", "address", "text"),
+    [
+        (("/models",), "ok", "ok", "the given one answers; {v1} does not: TEACHER_MODEL_NAME m: "),
+        (("/openai/v1",), "FAIL", "FAIL", "{v1} answers, and the given one does not; set "),
+        (("/models", "/openai/v1"), "ok", "warn", "both answer, and the given one is of a retired"),
+        ((), "FAIL", "FAIL", "neither the given one nor {v1} answers: TEACHER_MODEL_NAME m: "),
+    ],
+    ids=["old", "new", "both", "none"],
+)
+def test_an_address_of_the_labs_form_is_tried_beside_its_successor(
+    paths: tuple[str, ...],
+    endpoint: str,
+    address: str,
+    text: str,
+    tmp_path: Path,
+    point_to: Callable[[str], None],
+) -> None:
+    with (
+        azure_hosts(tmp_path) as certificate,
+        ChatEndpoint(answering(*paths), certificate) as server,
+    ):
+        resource = f"https://{FOUNDRY}:{server.port}"
+        point_to(f"{resource}/models")
+        found = {finding.item: finding for finding in check_endpoint(TeacherRecipe())}
+    assert found["teacher endpoint"].level == endpoint
+    assert found["teacher address"].level == address
+    assert found["teacher address"].text.startswith(text.format(v1=f"{resource}/openai/v1"))
+    assert len(server.calls) == 2
     assert KEY not in "".join(map(str, found.values()))
 
 

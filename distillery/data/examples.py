@@ -1,6 +1,7 @@
-"""Read back the JSONL files that `prepare` wrote, one records.Example a line."""
+"""JSONL files of records.Example, one a line, as `prepare` writes them."""
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
@@ -30,6 +31,20 @@ def each_example(path: Path) -> Iterator[Example]:
         raise DataError(
             f"{path}: can't be read ({cause_of(error)}); prepare the data set again"
         ) from error
+
+
+def write_examples(examples: Sequence[Example], path: Path) -> None:
+    """Write Examples to a file that `read_examples` reads, with their classes beside it."""
+    text = "".join(f"{example.model_dump_json()}\n" for example in examples)
+    path.write_text(text, encoding="utf-8", newline="\n")
+    if examples and examples[0].classes:
+        write_classes(path.parent, examples[0].classes)
+
+
+def write_classes(folder: Path, classes: Sequence[str]) -> None:
+    """Write classes.json, which `read_examples` reads."""
+    text = json.dumps(classes, ensure_ascii=False, indent=1) + "\n"
+    (folder / CLASSES_FILE).write_text(text, encoding="utf-8", newline="\n")
 
 
 def read_classes(folder: Path) -> tuple[str, ...]:

@@ -7,16 +7,17 @@ from contextlib import suppress
 from typing import Any, cast
 
 from distillery.data.readers import Table, cause_of
-from distillery.errors import DataError, NoSuchRevision
+from distillery.errors import DataError, DataUnavailable, NoSuchRevision
 from distillery.records import digest_of
 from distillery.settings import LocalSettings
+from distillery.storage.outages import is_hub_outage
 
 
 def hub_commit(name: str, revision: str | None) -> str:
     """Return the commit that a revision names today, or the newest one without a revision.
 
-    Raises NoSuchRevision if the hub has no such data set or revision, and DataError if it does
-    not answer.
+    Raises NoSuchRevision if the hub has no such data set or revision, DataUnavailable if it does
+    not answer, and DataError if it refuses.
     """
     if revision and re.fullmatch("[0-9a-f]{40}", revision):
         return revision
@@ -33,14 +34,16 @@ def hub_commit(name: str, revision: str | None) -> str:
             f"dataset.name: the hub has no {wanted}, or HF_TOKEN may not read it; correct it"
         ) from error
     except Exception as error:
-        raise DataError(
+        kind = DataUnavailable if is_hub_outage(error) else DataError
+        raise kind(
             f"dataset.name: the hub doesn't answer for {name} ({type(error).__name__}); check the "
             "name and the network, or use local files (dataset.source: files)"
         ) from error
 
 
-def load_from_hub(name: str, revision: str | None) -> dict[str, Any]:
-    """Return the splits of a data set at a revision. Raises DataError.
+def load_from_hub(name: str, revision: str | None, commit: str | None = None) -> dict[str, Any]:
+    """Return the splits of a data set at a revision. Raises DataError, and DataUnavailable if the
+    hub does not answer. The hub is asked which commit the revision is, unless `commit` tells.
 
     Each name and revision has a cache folder of its own: without a connection, `datasets` takes
     any commit that it finds in its cache.
@@ -52,10 +55,11 @@ def load_from_hub(name: str, revision: str | None) -> dict[str, Any]:
     if revision:
         wanted += f" at {revision}"
     cache = LocalSettings().folder / "datasets" / digest_of([name, revision])[:16]
-    commit = revision
-    with suppress(DataError):
-        # What is wrong is said below, unless a copy on this machine serves.
-        commit = hub_commit(name, revision)
+    if commit is None:
+        commit = revision
+        with suppress(DataError):
+            # What is wrong is said below, unless a copy on this machine serves.
+            commit = hub_commit(name, revision)
     try:
         splits: dict[str, Any] = datasets.load_dataset(name, revision=commit, cache_dir=str(cache))
     except (datasets.exceptions.DatasetNotFoundError, hub_errors.RepositoryNotFoundError) as error:
@@ -70,7 +74,8 @@ def load_from_hub(name: str, revision: str | None) -> dict[str, Any]:
         hub_errors.HTTPError,
         datasets.exceptions.DatasetsError,
     ) as error:
-        raise DataError(
+        kind = DataUnavailable if is_hub_outage(error) else DataError
+        raise kind(
             f"dataset.name: {wanted} could not be loaded from the hub ({cause_of(error)}); check "
             "the name and the connection, or set dataset.source to files and dataset.files to "
             "local copies"

@@ -11,13 +11,13 @@ texts of task.other (other.py), stop at leaks, drop copies (splits.py), drop nea
 (near_duplicates.py), sample. Equal rows and settings give equal bytes.
 """
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 from distillery.data.classes import named_classes
 from distillery.data.corrections import corrected
+from distillery.data.examples import write_classes, write_examples
 from distillery.data.near_duplicates import drop_near_duplicates
 from distillery.data.other import other_rows, with_other
 from distillery.data.rows import Row, RowReader, validated_rows
@@ -35,7 +35,7 @@ from distillery.data.splits import (
 )
 from distillery.errors import DataError, RecipeError
 from distillery.recipe import DatasetRecipe, TaskRecipe
-from distillery.records import CLASSES_FILE, Record, Split, digest_of
+from distillery.records import Record, Split, digest_of
 from distillery.storage.digests import sha256_of
 
 OTHER = "other"
@@ -61,14 +61,17 @@ class SelectedRows(NamedTuple):
     near_duplicates_dropped: int
 
 
-def prepare(recipe: DatasetRecipe, out: Path, task: TaskRecipe | None = None) -> PreparedCounts:
+def prepare(
+    recipe: DatasetRecipe, out: Path, task: TaskRecipe | None = None, commit: str | None = None
+) -> PreparedCounts:
     """Write `<role>.jsonl` into `out` for each role in the recipe's splits and carve, and for
-    task.kind: classify the classes. With task.other, there are gold rows in any case.
+    task.kind: classify the classes. With task.other, there are gold rows in any case. `commit` is
+    that of a hub data set, if it is known.
 
     Raises DataError for a file, row or column, and RecipeError if splits, carve and sample
     contradict each other; nothing is written then.
     """
-    splits, classes, duplicates, near_duplicates = select_rows(recipe, task)
+    splits, classes, duplicates, near_duplicates = select_rows(recipe, task, commit)
     out.mkdir(parents=True, exist_ok=True)
     written = {}
     for role in ROLES:
@@ -93,14 +96,16 @@ def check_rows(recipe: DatasetRecipe, task: TaskRecipe | None = None) -> dict[st
     return {role: len(splits[role]) for role in ROLES if role in splits}
 
 
-def select_rows(recipe: DatasetRecipe, task: TaskRecipe | None = None) -> SelectedRows:
+def select_rows(
+    recipe: DatasetRecipe, task: TaskRecipe | None = None, commit: str | None = None
+) -> SelectedRows:
     """Read, validate, split and filter the rows; raises as `prepare` does."""
     classify = task is not None and task.kind == "classify"
     other = task.other if task else None
     classes = named_classes(task) if task else None
     check_roles(recipe, classify)
     reader = RowReader(recipe.columns, recipe.fields, classify, classes)
-    loaded = load_splits(recipe, reader)
+    loaded = load_splits(recipe, reader, commit)
     if other:
         loaded[OTHER] = other_rows(other, reader, recipe.seed)
     loaded = corrected(loaded, recipe, reader)
@@ -186,9 +191,9 @@ def shares_of(recipe: DatasetRecipe) -> dict[str, float]:
     return shares
 
 
-def load_splits(recipe: DatasetRecipe, reader: RowReader) -> Splits:
+def load_splits(recipe: DatasetRecipe, reader: RowReader, commit: str | None) -> Splits:
     """Return the validated rows of the roles in dataset.splits, by position."""
-    source = open_source(recipe)
+    source = open_source(recipe, commit)
     splits: Splits = {}
     for role, name in recipe.splits.items():
         if name not in source:
@@ -206,15 +211,8 @@ def load_splits(recipe: DatasetRecipe, reader: RowReader) -> Splits:
 
 def write_split(path: Path, rows: list[Row], classes: tuple[str, ...]) -> Split:
     """Write the rows' Examples, one a line. The digest covers the classes, too."""
-    text = "".join(f"{row.example.model_dump_json()}\n" for row in rows)
-    path.write_text(text, encoding="utf-8", newline="\n")
+    write_examples([row.example for row in rows], path)
     sha256 = sha256_of(path)
     if classes:
         sha256 = digest_of([sha256, classes])
     return Split(file=path.name, rows=len(rows), sha256=sha256)
-
-
-def write_classes(folder: Path, classes: tuple[str, ...]) -> None:
-    """Write classes.json, which `examples.read_examples` reads."""
-    text = json.dumps(classes, ensure_ascii=False, indent=1) + "\n"
-    (folder / CLASSES_FILE).write_text(text, encoding="utf-8", newline="\n")

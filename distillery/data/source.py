@@ -1,6 +1,7 @@
 """Where a recipe's rows come from: the hub, local files or the shipped sample."""
 
 import logging
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from importlib.resources import files
@@ -18,14 +19,17 @@ _log = logging.getLogger(__name__)
 SAMPLE_SPLITS = ("gold", "pool", "validation", "test")
 
 
-def open_source(recipe: DatasetRecipe) -> dict[str, Callable[[], Iterator[Table]]]:
+def open_source(
+    recipe: DatasetRecipe, commit: str | None = None
+) -> dict[str, Callable[[], Iterator[Table]]]:
     """Return a function for each split of the source that reads its tables.
 
-    Raises DataError, as the functions do. A hub data set is downloaded at once.
+    Raises DataError, as the functions do. A hub data set is downloaded at once, at `commit` if the
+    caller knows it.
     """
     readers: dict[str, Callable[[], Iterator[Table]]] = {}
     if recipe.source == "hub":
-        for split, rows in load_from_hub(recipe.name, recipe.revision).items():
+        for split, rows in load_from_hub(recipe.name, recipe.revision, commit).items():
             readers[split] = partial(hub_tables, recipe.name, split, rows)
     else:
         for split, paths in source_files(recipe).items():
@@ -57,6 +61,12 @@ def source_identity(recipe: DatasetRecipe, other: OtherRecipe | None = None) -> 
         texts = digest_of(digests_of(other.files, "task.other.files"))
         identity = f"other:{texts}+{identity}"
     return identity
+
+
+def commit_in(identity: str) -> str | None:
+    """Return the commit of the hub's data set in a source's identity; None if there is none."""
+    found = re.search("@([0-9a-f]{40})$", identity)
+    return found[1] if found else None
 
 
 def digests_of(paths: Sequence[str], setting: str) -> list[str]:

@@ -57,11 +57,12 @@ class EarlierVersion:
 @dataclass(frozen=True)
 class Comparison:
     """The candidate beside an earlier version, on the rows of both. `pairs`: the candidate first.
-    `note` says which rows these are, for people."""
+    `note` says which rows these are, for people. `shared`: both ones' lines of each of the rows."""
 
     earlier: EarlierVersion
     pairs: Pairs
     note: str
+    shared: Sequence[tuple[Mapping[str, str | None], Mapping[str, str | None]]] = ()
 
 
 @dataclass(frozen=True)
@@ -150,10 +151,12 @@ def compare(
     known_contents = {row.get("content") for row in earlier.answers.values()}
     our_rights: list[bool] = []
     their_rights: list[bool] = []
+    shared = []
     reordered = reused = 0
     for example_id, row in own.items():
         other = theirs.get(example_id if by_id else contents[example_id].asked)
         if other is not None:
+            shared.append((row, other))
             our_rights.append(row[candidate] == row[GOLD])
             their_rights.append(other[list(other)[-1]] == row[GOLD])
         elif not by_id and contents[example_id].content in known_contents:
@@ -170,7 +173,7 @@ def compare(
         notes.append(f"left out, options in another order or spelling: {reordered:,}")
     if reused:
         notes.append(f"left out, id used for other content: {reused:,}")
-    return Comparison(earlier, pairs, "; ".join(notes))
+    return Comparison(earlier, pairs, "; ".join(notes), shared)
 
 
 def known_by_id(answers: AnswerRows, contents: Mapping[str, RowContent]) -> bool:

@@ -29,6 +29,8 @@ from distillery.machine import machine_name
 from distillery.records import Example, Figures, ScoreRow, digest_of
 
 ANSWERS_FILE = "answers.jsonl"
+REGISTERED_ANSWERS = f"evaluation/{ANSWERS_FILE}"
+"""A student's own answers, in its registered folder."""
 ROWS_FILE = "rows.jsonl"
 REPORT_FILE = "report.json"
 TABLE_FILE = "scoreboard.md"
@@ -151,6 +153,18 @@ def write_own_answers(
         line |= {GOLD: row[GOLD], candidate: row[candidate]}
         lines.append(json.dumps(line, ensure_ascii=False) + "\n")
     write_text(out, "".join(lines))
+
+
+def answer_rows(
+    examples: Sequence[Example], name: str, letters: Answers
+) -> dict[str, dict[str, str | None]]:
+    """Return a predictor's answers by example_id, as `write_own_answers` writes them."""
+    contents = row_contents(examples)
+    rows: dict[str, dict[str, str | None]] = {}
+    for example, letter in zip(examples, letters, strict=True):
+        line = {"example_id": example.example_id, **contents[example.example_id]._asdict()}
+        rows[example.example_id] = {**line, GOLD: example.answer_key, name: letter}
+    return rows
 
 
 def write_text(path: Path, text: str) -> None:

@@ -86,9 +86,12 @@ def compared_costs(ours: ScoreRow, theirs: ScoreRow) -> list[str]:
 
 def describe_departure(departure: Departure) -> str:
     """Return in words how far an exported student departs from the float student."""
+    changed = f"{departure.changed} answers change"
+    if departure.changed == 1:
+        changed = "1 answer changes"
     return (
         f"its options' probabilities depart from the float student's by {departure.mean:.4f} on "
-        f"average and {departure.largest:.3f} at most, {departure.changed} answers change"
+        f"average and {departure.largest:.3f} at most, {changed}"
     )
 
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from distillery.data.examples import read_examples
+from distillery.data.examples import read_examples, write_examples
 from distillery.errors import ExportError, ModelError, OutOfResources
 from distillery.evaluation.scoring import (
     Answers,
@@ -25,8 +25,9 @@ from distillery.evaluation.scoring import (
     score_model,
 )
 from distillery.evaluation.statistics import paired_interval
-from distillery.export.ladder_table import describe_rung
+from distillery.export.ladder_table import describe_rung, rows_in_words
 from distillery.export.rung_process import BuildingJob, Built
+from distillery.labels.files import read_labels
 from distillery.models.load import load_tokenizer
 from distillery.processes import run_in_process
 from distillery.progress import ShowProgress, show_nothing
@@ -39,6 +40,8 @@ LADDER_FILE = "ladder.json"
 
 CALIBRATION_PROMPTS = 128
 """Olive's own default. Rows are in the order of a hash, so that the first are a sample."""
+
+NOT_NEEDED = "not built: a smaller form keeps to the loss"
 
 ROUNDING = 1e-9
 """A rung that is at the limit, but for rounding, keeps to it."""
@@ -54,26 +57,36 @@ def climb(
     train: Path | None,
     out: Path,
     *,
+    labels: Path | None = None,
     threads: int | None = None,
     progress: ShowProgress = show_nothing,
 ) -> Ladder:
     """Build and measure each rung of `recipe` for the float `student`, and copy the picked one to
     `out`.
 
-    `validation` holds answered Examples, `train` those whose prompts gptq is calibrated on.
+    `validation` holds answered Examples, `train` those whose prompts gptq is calibrated on, and of
+    which export.training_rows are asked too, if the folder `labels` has labels for them.
     `progress` is shown the rungs that are done, and the passes or rows of the one under way. A rung
     that can't be built or asked is shown with the reason. Raises ExportError where no rung keeps to
     export.largest_loss."""
-    _examples, gold = answered_rows(validation, "validation")
-    show_float = partial(show_part, progress, 0, len(recipe.ladder), "float student")
-    exact = score_model(student, validation, prompt, threads, "float32", progress=show_float)
     rungs: list[Rung] = []
     with working_folder("ladder") as work:
+        asked, learnt = validation, 0
+        if recipe.training_rows and train and labels:
+            asked = work / "rows.jsonl"
+            learnt = write_rows_to_ask(validation, train, labels, recipe.training_rows, asked)
+        _examples, gold = answered_rows(asked, "validation")
+        show_float = partial(show_part, progress, 0, len(recipe.ladder), "float student")
+        exact = score_model(student, asked, prompt, threads, "float32", progress=show_float)
         calibration = None
         if recipe.calibrated:
             calibration = work / "prompts.jsonl"
             write_prompts(student, prompt, train, calibration)
+        best = None
         for index, form in enumerate(recipe.ladder):
+            if best is not None and not form.quantised:
+                rungs.append(Rung(form=form, note=NOT_NEEDED))
+                continue
             started = time.perf_counter()
             folder = work / str(index)
             title = f"rung {index + 1} of {len(recipe.ladder)}, {form.title}"
@@ -83,7 +96,7 @@ def climb(
                     student, form, calibration, folder, recipe.rung_minutes, show_rung
                 )
                 exported = ModelToScore(name=form.title, kind="onnx", folder=str(folder))
-                scored = score_model(exported, validation, prompt, threads, progress=show_rung)
+                scored = score_model(exported, asked, prompt, threads, progress=show_rung)
                 rungs.append(measured(form, size, scored, exact, gold))
             except ModelError as error:
                 # Without what the reader knows already, or will not find any more.
@@ -96,10 +109,37 @@ def climb(
                 if other != best:
                     shutil.rmtree(work / str(other), ignore_errors=True)
         if best is None:
-            raise ExportError(refusal(rungs, recipe.largest_loss, len(gold)))
+            raise ExportError(refusal(rungs, recipe.largest_loss, len(gold), learnt))
         shutil.copytree(work / str(best), out, dirs_exist_ok=True)
     rungs = with_verdicts(rungs, best, recipe.largest_loss)
-    return write_ladder(rungs, recipe.largest_loss, exact, gold, out / LADDER_FILE)
+    ladder = Ladder(
+        rows=len(gold),
+        training_rows=learnt,
+        accuracy=sum(right_answers(exact.answers, gold)) / len(gold),
+        largest_loss=recipe.largest_loss,
+        rungs=tuple(rungs),
+    )
+    text = json.dumps(ladder.model_dump(mode="json"), indent=1)
+    (out / LADDER_FILE).write_text(f"{text}\n", encoding="utf-8")
+    return ladder
+
+
+def write_rows_to_ask(validation: Path, train: Path, labels: Path, most: int, file: Path) -> int:
+    """Write the validation rows to `file`, and after them at most `most` training rows with their
+    labels for answers. Return how many these are."""
+    rows = read_examples(validation)
+    found = read_labels(labels)
+    learnt = 0
+    # In the order of a hash, so that the first are a sample.
+    for example in read_examples(train):
+        if learnt == most:
+            break
+        if example.example_id in found:
+            answer = found[example.example_id].answer
+            rows.append(example.model_copy(update={"answer_key": answer}))
+            learnt += 1
+    write_examples(rows, file)
+    return learnt
 
 
 def show_part(
@@ -107,21 +147,6 @@ def show_part(
 ) -> None:
     """Show how far one part of the ladder is as a text, with the rungs that are done."""
     progress(done, of, f"{title}: {text}")
-
-
-def write_ladder(
-    rungs: Sequence[Rung], largest_loss: float, exact: Scored, gold: Answers, file: Path
-) -> Ladder:
-    """Write the ladder of a float student, which was scored as `exact`, and return it."""
-    ladder = Ladder(
-        rows=len(gold),
-        accuracy=sum(right_answers(exact.answers, gold)) / len(gold),
-        largest_loss=largest_loss,
-        rungs=tuple(rungs),
-    )
-    text = json.dumps(ladder.model_dump(mode="json"), indent=1)
-    file.write_text(f"{text}\n", encoding="utf-8")
-    return ladder
 
 
 def write_prompts(
@@ -216,14 +241,14 @@ def with_verdicts(rungs: Sequence[Rung], picked: int, largest_loss: float) -> li
     return judged
 
 
-def refusal(rungs: Sequence[Rung], largest_loss: float, rows: int) -> str:
+def refusal(rungs: Sequence[Rung], largest_loss: float, rows: int, training_rows: int) -> str:
     """Return why no rung is picked, and what to do."""
     built = [rung for rung in rungs if rung.difference is not None]
     if not built:
         return f"export.ladder: no rung could be built; {rungs[0].form.title}: {rungs[0].note}"
     best = max(built, key=lambda rung: rung.difference or 0)
     return (
-        f"export.largest_loss: no rung keeps to {100 * largest_loss:.1f} points on {rows} "
-        f"validation rows; the least loss is that of {describe_rung(best)}; "
+        f"export.largest_loss: no rung keeps to {100 * largest_loss:.1f} points on "
+        f"{rows_in_words(rows, training_rows)}; the least loss is that of {describe_rung(best)}; "
         "add a rung, such as {precision: fp16}, or allow more"
     )

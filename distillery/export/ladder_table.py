@@ -33,10 +33,16 @@ def render_ladder(ladder: Ladder) -> str:
         else:
             rows.append(rung_cells(rung))
     allowed = (
-        f"export.largest_loss allows {100 * ladder.largest_loss:.1f} points on {ladder.rows} "
-        "validation rows"
+        f"export.largest_loss allows {100 * ladder.largest_loss:.1f} points on "
+        f"{rows_in_words(ladder.rows, ladder.training_rows)}"
     )
     return "\n".join([plain_table(COLUMNS, rows), *left_out, allowed])
+
+
+def rows_in_words(rows: int, training_rows: int) -> str:
+    """Return how many rows choose, and of what kind, with `training_rows` of them."""
+    text = f"{rows - training_rows} validation rows"
+    return f"{text} and {training_rows} training rows" if training_rows else text
 
 
 def describe_rung(rung: Rung) -> str:

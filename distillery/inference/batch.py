@@ -22,9 +22,11 @@ from distillery.records import Example, Record
 class Prediction(Record):
     """One line of predictions.jsonl: the likeliest letter, and the probability of each letter.
 
-    `abstained`: whether the student withholds the answer, because its probability is below the
-    student's threshold. A student without a threshold leaves it out."""
+    `line`: the row's line in the file, from 1; in Parquet, its row. Rows that come from no file
+    leave it out. `abstained`: whether the student withholds the answer, because its probability is
+    below the student's threshold. A student without a threshold leaves it out."""
 
+    line: int | None = Field(None, exclude_if=lambda line: line is None)
     example_id: str
     answer: str
     probabilities: dict[str, float]
@@ -86,15 +88,14 @@ def score_file(
 
 def answer(student: OnnxStudent, example: Example, prompt: PromptRecipe) -> Prediction | FailedRow:
     """Return the student's answer, or why it can't be asked."""
+    line = example.line if isinstance(example, InputRow) else None
     try:
         found = student.answer(example, prompt)
     except DataError as error:
-        line = None
-        if isinstance(example, InputRow):
-            line = example.line
         reason = str(error).removeprefix(f"{example.example_id}: ")
         return FailedRow(line=line, example_id=example.example_id, reason=reason)
     return Prediction(
+        line=line,
         example_id=example.example_id,
         answer=found.letter,
         probabilities=found.probabilities,

@@ -23,12 +23,14 @@ def softmax(logits: NDArray[Any]) -> list[float]:
     return probabilities
 
 
-def token_sampler(temperature: float, top_p: float, seed: int | None) -> Callable[[Logits], int]:
+def token_sampler(
+    temperature: float, top_p: float, seed: int | None, top_k: int | None = None
+) -> Callable[[Logits], int]:
     """Return a function that takes a token from logits.
 
     At temperature 0 it is the most probable one; else it is drawn from the smallest set of tokens
     that holds `top_p` of the probability (Holtzman et al., The Curious Case of Neural Text
-    Degeneration, 2020).
+    Degeneration, 2020). With `top_k`, only that many of the most probable tokens count.
     """
     if temperature == 0:
         return lambda logits: int(logits.argmax())
@@ -37,9 +39,9 @@ def token_sampler(temperature: float, top_p: float, seed: int | None) -> Callabl
     def draw(logits: Logits) -> int:
         shifted = logits.astype(np.float64) - logits.max()
         probabilities = np.exp(log_softmax(shifted / temperature))
-        order = np.argsort(-probabilities, kind="stable")
+        order = np.argsort(-probabilities, kind="stable")[:top_k]
         total = np.cumsum(probabilities[order])
-        kept = order[: int(np.searchsorted(total, min(top_p, total[-1]))) + 1]
+        kept = order[: int(np.searchsorted(total, top_p * total[-1])) + 1]
         share = probabilities[kept] / probabilities[kept].sum()
         return int(generator.choice(kept, p=share))
 

@@ -150,13 +150,14 @@ class OnnxStudent:
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int | None = None,
+        top_k: int | None = None,
     ) -> Iterator[tuple[int, Logits]]:
         """Yield up to `max_tokens` pairs of a token and the logits that it was taken from.
 
         Stops after an end token, which is yielded too, and at the end of the context. The model
         computes only as far as the caller asks.
         """
-        draw = token_sampler(temperature, top_p, seed)
+        draw = token_sampler(temperature, top_p, seed, top_k)
         most = max(1, min(max_tokens, self.context_length - len(prompt_ids)))
         logits = self.decoder.prefill(prompt_ids, room=most)
         for count in range(1, most + 1):

@@ -1,30 +1,41 @@
-"""Which answers are labels: what a completion says, and the reason for which it is rejected."""
+"""Which answers are labels: what a completion says, and the reason for which it is rejected.
+
+The label store keeps the text of each answer and what it was read as when it came. Whoever takes
+answers from the store reads their texts again, so that a newer version's reader applies to all of
+them, at no cost.
+"""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from distillery.labels.questions import Question
 from distillery.labels.store import StoredAnswer
 from distillery.recipe import TeacherRecipe
-from distillery.teacher.answers import (
-    Answer,
-    distribution,
-    in_own_order,
-    parse_answer,
-    parse_class,
-    parse_json,
-)
+from distillery.teacher.answers import Answer, distribution, in_own_order
 from distillery.teacher.budget import cost_of
+from distillery.teacher.reading import parse_answer, parse_class
 from distillery.teacher.reply import Completion, storable
+
+FILTERED = "refused by the endpoint's content filter"
+REFUSED = "refused by the teacher"
+TOO_LONG = "prompt longer than the teacher's context"
+CUT_OFF = "no answer within teacher.max_tokens"
+"""Reasons for a rejection that does not depend on how the text is read. What is cut off is read,
+but for a rationale: that has not reached its answer, whatever letters it mentions."""
 
 
 def stored_answer(
     question: Question, completion: Completion, recipe: TeacherRecipe, identity: str
 ) -> StoredAnswer:
     """Return the answer as the label store keeps it, rejected answers with their reason."""
-    letter = answered_letter(question, completion, recipe.answers.form)
-    reason = ""
-    if letter is None:
-        reason = rejection_reason(question, completion, recipe.max_tokens)
+    reason = reason_not_to_read(completion, recipe.max_tokens)
+    letter = None
+    if is_read(reason, recipe):
+        letter = read_text(question, completion.text)
+    if letter:
+        reason = ""
+    elif not reason:
+        reason = unread_reason(question, completion.text)
     pairs = None
     # The alternatives at another letter than the one answered say nothing about the answer.
     if completion.answer_letter == letter:
@@ -51,34 +62,48 @@ def stored_answer(
     )
 
 
-def answered_letter(question: Question, completion: Completion, form: str) -> str | None:
-    """Return the letter, in the order shown, or the class that a completion answers with, or None.
+def read_again(question: Question, stored: StoredAnswer, recipe: TeacherRecipe) -> StoredAnswer:
+    """Return a stored answer as its text is read today.
 
-    `form` is teacher.answers.form: letter, json or rationale.
-    """
-    if completion.finish_reason in ("content_filter", "refusal"):
-        return None
-    # A rationale that was cut off has not reached its answer, whatever letters it mentions.
-    if form == "rationale" and completion.finish_reason == "length":
-        return None
+    The probabilities that came with it belong to the letter or class that it was read as; they are
+    left out if it is another one now."""
+    if not is_read(stored.reason, recipe):
+        return stored
+    letter = read_text(question, stored.raw)
+    if letter == stored.answer:
+        return stored
+    reason = "" if letter else unread_reason(question, stored.raw)
+    return replace(stored, answer=letter, distribution=None, reason=reason)
+
+
+def is_read(reason: str, recipe: TeacherRecipe) -> bool:
+    """Return whether a completion's text may be a label, given the reason against it."""
+    if reason.startswith(CUT_OFF):
+        return recipe.answers.form != "rationale"
+    return reason not in (FILTERED, REFUSED, TOO_LONG)
+
+
+def read_text(question: Question, text: str) -> str | None:
+    """Return the letter, in the order shown, or the class that a text answers with, or None."""
     if question.row.classes:
-        return parse_class(completion.text, question.keys)
-    if form == "json":
-        return parse_json(completion.text, question.options)
-    return parse_answer(completion.text, question.options)
+        return parse_class(text, question.keys)
+    return parse_answer(text, question.options)
 
 
-def rejection_reason(question: Question, completion: Completion, max_tokens: int) -> str:
-    """Return why a completion without a letter is no label, as rejected.jsonl says it."""
-    if completion.finish_reason == "content_filter":
-        return "refused by the endpoint's content filter"
-    if completion.finish_reason == "refusal":
-        return "refused by the teacher"
-    if completion.finish_reason == "context_length_exceeded":
-        return "prompt longer than the teacher's context"
-    if completion.finish_reason == "length":
-        return f"no answer within teacher.max_tokens ({max_tokens})"
-    if not completion.text.strip():
+def reason_not_to_read(completion: Completion, max_tokens: int) -> str:
+    """Return what speaks against a completion whatever its text is, or nothing."""
+    reasons = {
+        "content_filter": FILTERED,
+        "refusal": REFUSED,
+        "context_length_exceeded": TOO_LONG,
+        "length": f"{CUT_OFF} ({max_tokens})",
+    }
+    return reasons.get(completion.finish_reason, "")
+
+
+def unread_reason(question: Question, text: str) -> str:
+    """Return why a text without an answer is no label, as rejected.jsonl says it."""
+    if not text.strip():
         return "empty answer"
     if question.row.classes:
         return f"none of the {len(question.keys)} classes, or more than one"

@@ -6,9 +6,10 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from hashlib import sha256
+from itertools import chain
 
 from distillery.errors import TeacherUnavailable
-from distillery.labels.acceptance import accepted_answers, stored_answer
+from distillery.labels.acceptance import accepted_answers, read_again, stored_answer
 from distillery.labels.labelling import Slots
 from distillery.labels.questions import Question, questions
 from distillery.labels.store import LabelStore, StoredAnswer
@@ -41,6 +42,9 @@ async def ask_canaries(
     for row in canary_rows(examples, recipe.canaries.rows):
         asked.append(questions(row, prompt, recipe, endpoint.identity))
     before = store.get_many(question.key for row_questions in asked for question in row_questions)
+    for question in chain.from_iterable(asked):
+        if question.key in before:
+            before[question.key] = read_again(question, before[question.key], recipe)
     answered_before = [row_questions for row_questions in asked if all_in(row_questions, before)]
     fresh = await ask_again(answered_before, recipe, endpoint, slots, spent)
     after = {answer.request_key: answer for answer in fresh}

@@ -22,13 +22,20 @@ from distillery.labels.window import OpenRow
 from distillery.prompts import render_messages
 from distillery.recipe import PromptRecipe, TeacherRecipe
 from distillery.records import Example, RejectedLabel, TeacherLabel, Usage
-from distillery.teacher.answers import combine_answers, rationale_of
+from distillery.teacher.answers import combine_answers
+from distillery.teacher.reading import rationale_of
 
 LABELS_FILE = "labels.jsonl"
 
 REJECTED_FILE = "rejected.jsonl"
 
 TRAIN_DATA_FILE = "train_data.jsonl"
+
+UNREAD_SHOWN = 3
+"""Rejected answers that the error for too few labels shows."""
+
+UNREAD_CHARACTERS = 100
+"""The most of each that it shows."""
 
 JUDGED_ROWS = 100
 """Rows from which on a share of labels that is too low ends the run early."""
@@ -68,6 +75,7 @@ class LabelFiles:
     def __init__(self, folder: Path, prompt: PromptRecipe, recipe: TeacherRecipe) -> None:
         self._folder, self._prompt, self._recipe = folder, prompt, recipe
         self.tally = Tally()
+        self._unread: list[str] = []
         self._labels = open_lines(folder / LABELS_FILE, "w")
         self._rejected = open_lines(folder / REJECTED_FILE, "w")
         self._train = open_lines(folder / TRAIN_DATA_FILE, "w")
@@ -117,6 +125,8 @@ class LabelFiles:
                 self.reject(done.row, state.failure)
                 return
             if not state.stored.answer:
+                if len(self._unread) < UNREAD_SHOWN and state.stored.raw.strip():
+                    self._unread.append(state.stored.raw)
                 self.reject(done.row, state.stored.reason, state.stored.raw)
                 return
 
@@ -184,9 +194,12 @@ class LabelFiles:
         reasons = "; ".join(
             f"{reason} ({count} rows)" for reason, count in tally.rejected.most_common()
         )
+        said = ""
+        if self._unread:
+            said = f"; it said {', '.join(map(quoted, self._unread))}"
         raise TeacherError(
             f"teacher: {tally.accepted} of {tally.rows} rows have a label, and "
-            f"teacher.filters.minimum_accepted asks for {minimum:.0%}: {reasons}; "
+            f"teacher.filters.minimum_accepted asks for {minimum:.0%}: {reasons}{said}; "
             "check prompt.system, teacher.max_tokens and the model"
         )
 
@@ -259,7 +272,8 @@ def rationale_for(letter: str, done: OpenRow) -> str | None:
     for question, state in zip(done.questions, done.states, strict=True):
         in_own_order = question.order == sorted(question.order)
         if in_own_order and state.stored and state.stored.answer == letter:
-            return rationale_of(state.stored.raw) or None
+            by_letter = not done.row.classes
+            return rationale_of(state.stored.raw, question.options, by_letter) or None
     return None
 
 
@@ -279,6 +293,15 @@ def surplus_labels(labels: Iterable[TeacherLabel], most: float) -> set[int]:
     for ranked in by_letter.values():
         surplus.update(number for _, _, number in sorted(ranked)[limit:])
     return surplus
+
+
+def quoted(text: str) -> str:
+    """Return a text in quotes and in one line, its middle left out if it is long."""
+    line = " ".join(text.split())
+    if len(line) > UNREAD_CHARACTERS:
+        half = UNREAD_CHARACTERS // 2
+        line = f"{line[:half]} … {line[-half:]}"
+    return f'"{line}"'
 
 
 def open_lines(path: Path, mode: str = "r") -> IO[str]:

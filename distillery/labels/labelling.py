@@ -10,15 +10,15 @@ import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext, suppress
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 from distillery.errors import TeacherUnavailable
-from distillery.labels.acceptance import stored_answer
+from distillery.labels.acceptance import read_again, stored_answer
 from distillery.labels.files import LabelCounts, LabelFiles, label_files
 from distillery.labels.questions import Question, questions
-from distillery.labels.store import LabelStore
+from distillery.labels.store import LabelStore, StoredAnswer
 from distillery.labels.window import Window
 from distillery.recipe import PromptRecipe, TeacherRecipe
 from distillery.records import Example, Usage
@@ -218,10 +218,25 @@ class LabellingRun:
         keys = {question.key for row_questions in asked for question in row_questions}
         # The rows that wait for these may be flushed, and the states lost, during the look-up.
         under_way = self._window.states_of(keys)
-        known = await asyncio.to_thread(self._store.get_many, keys - under_way.keys())
+        known = await asyncio.to_thread(self._known, asked, keys - under_way.keys())
         for row, row_questions in zip(chunk, asked, strict=True):
             for question in self._window.open(row, row_questions, known, under_way):
                 self._queue.put_nowait(question)
+
+    def _known(self, asked: list[list[Question]], keys: set[str]) -> dict[str, StoredAnswer]:
+        """Return the stored answers under `keys` as they are read today; the store learns which of
+        them are labels now."""
+        known = self._store.get_many(keys)
+        newly_read = []
+        for question in chain.from_iterable(asked):
+            stored = known.get(question.key)
+            if stored is None:
+                continue
+            answer = known[question.key] = read_again(question, stored, self._recipe)
+            if answer.answer and not stored.answer:
+                newly_read.append(answer)
+        self._store.accept(newly_read)
+        return known
 
     async def ask_queued(self, teacher: Teacher) -> None:
         """Ask what is in the queue, one request at a time, until a None comes."""

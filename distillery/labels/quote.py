@@ -1,5 +1,6 @@
 """What labelling will cost and how long it will take, before the first call."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -22,6 +23,9 @@ them); used while the teacher's own answers don't tell."""
 
 TOKENS_PER_MESSAGE = 4
 """Tokens of a chat template around each message, used likewise."""
+
+JSON_TOKENS = 6
+"""Tokens of {"answer": ""} around an answer in JSON, used likewise."""
 
 LATENCY_S = 1.0
 """Seconds of a call, used likewise."""
@@ -100,21 +104,22 @@ def quote(
     counted once; others are few, because data preparation drops equal rows.
     """
     experience = experience_of(store, identity, recipe)
-    rows = known = calls = prompt_tokens = 0
+    rows = known = calls = prompt_tokens = answer_tokens = 0
     for new in new_questions(examples, prompt, recipe, identity, store):
         rows += 1
         known += not new
         calls += len(new)
         for question in new:
+            answer_tokens += estimated_answer(question, recipe)
             if tokens:
                 prompt_tokens += tokens(question.messages)
             else:
                 prompt_tokens += estimated_tokens(question, experience)
-    tokens_per_answer, basis = float(recipe.max_tokens), "from lengths and teacher.max_tokens"
+    basis = f"from lengths, at most {recipe.max_tokens:,} each"
     if experience:
-        tokens_per_answer = experience.completion_tokens
+        answer_tokens = round(calls * experience.completion_tokens)
         basis = f"from its last {experience.answers:,} answers"
-    usage = Usage(prompt_tokens=prompt_tokens, completion_tokens=round(calls * tokens_per_answer))
+    usage = Usage(prompt_tokens=prompt_tokens, completion_tokens=answer_tokens)
     return Quote(
         rows=rows,
         known=known,
@@ -168,6 +173,19 @@ def estimated_tokens(question: Question, experience: Experience | None) -> int:
         return round(len(question.messages[-1]["content"]) * experience.tokens_per_character)
     lengths = [len(message["content"]) for message in question.messages]
     return round(sum(lengths) * TOKENS_PER_CHARACTER) + TOKENS_PER_MESSAGE * len(lengths)
+
+
+def estimated_answer(question: Question, recipe: TeacherRecipe) -> int:
+    """Return about how many tokens an answer has: its letter or the longest class, and the token
+    that ends it. teacher.max_tokens is room for teachers that reason, of which most use little; an
+    answer with its reason is taken to use all of it."""
+    if recipe.answers.form == "rationale":
+        return recipe.max_tokens
+    longest = max(len(key) for key in question.keys)
+    tokens = math.ceil(longest * TOKENS_PER_CHARACTER) + 1
+    if recipe.answers.form == "json":
+        tokens += JSON_TOKENS
+    return min(tokens, recipe.max_tokens)
 
 
 def estimated_seconds(

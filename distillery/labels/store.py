@@ -27,9 +27,11 @@ from sqlalchemy import (
     Table,
     Text,
     and_,
+    bindparam,
     delete,
     func,
     not_,
+    update,
 )
 from sqlalchemy.sql import select
 
@@ -41,7 +43,8 @@ from distillery.storage.database import METADATA, Database
 class StoredAnswer:
     """A row of the table teacher_answers.
 
-    answer: a letter in the order shown; None if the answer is no label, for `reason`. latency_ms:
+    answer: the letter in the order shown, or the class, that the text `raw` was read as; None if it
+    is no label, for `reason`. acceptance.py reads the text again. latency_ms:
     of the call that succeeded. example_id and prompt: the row that first asked for the answer, and
     its user message.
     """
@@ -68,7 +71,7 @@ TABLE = Table(
     METADATA,
     Column("request_key", String(64), primary_key=True),
     Column("teacher", Text, nullable=False),
-    Column("answer", String(1)),
+    Column("answer", Text),
     Column("distribution", JSON(none_as_null=True)),
     Column("raw", Text, nullable=False),
     Column("prompt_tokens", Integer, nullable=False),
@@ -123,7 +126,8 @@ class LabelStore:
     Any thread adds answers; one thread of the store's own writes them. Invariants:
     - Answers are committed in the order of `add`, without a call of `flush`: the writer pauses for
       GATHER_S, then commits what has arrived, up to MOST_PER_COMMIT at a time.
-    - An answer that is stored already never changes: the first one under a key stays.
+    - An answer that is stored already never changes: the first one under a key stays. Only what
+      its text is read as may: `accept`.
     - `flush` puts an event into the writer's queue and returns when the writer sets it, which is
       after the commit of all answers before it.
     - The first failure is final: nothing is written after it, and every later `add`, `flush`,
@@ -272,6 +276,18 @@ class LabelStore:
                 f"{path}: can't be read as Parquet ({' '.join(str(error).split())[:200]})"
             ) from None
         return self._count() - before
+
+    def accept(self, answers: Sequence[StoredAnswer]) -> None:
+        """Mark stored answers that were no label as labels, since their texts are read by now."""
+        if not answers:
+            return
+        accepted = (
+            update(TABLE)
+            .where(TABLE.c.request_key == bindparam("key"), TABLE.c.answer.is_(None))
+            .values(answer=bindparam("read_as"), reason="")
+        )
+        rows = [{"key": answer.request_key, "read_as": answer.answer} for answer in answers]
+        self._database.run(partial(execute, statement=accepted, values=rows))
 
     def delete(
         self,

@@ -27,7 +27,7 @@ import yaml
 from filelock import FileLock, Timeout
 from tenacity import RetryCallState, Retrying, retry_if_exception, wait_random_exponential
 
-from distillery.errors import CredentialsError, RecipeError, TrainingError, TrainingUnavailable
+from distillery.errors import CredentialsError, ModelUnavailable, RecipeError, TrainingError
 from distillery.progress import ShowProgress, show_nothing
 from distillery.settings import LocalSettings
 from distillery.storage.outages import OutageLongerThan, is_outage, os_error, reason_of
@@ -231,7 +231,7 @@ class RemoteModel:
                 digest = hashlib.file_digest(stream, new_md5)
             if digest.digest() != file.md5:
                 part.unlink()
-                raise TrainingUnavailable(
+                raise ModelUnavailable(
                     f"base.model: {self._model.title}: {file.path} was damaged on the way (its MD5 "
                     "is another); run again, and this file is downloaded anew"
                 )
@@ -424,7 +424,7 @@ def registry_errors(model: AzureModel) -> Iterator[None]:
     """Raise the errors of the Azure SDKs and of the disk as ours, in one line.
 
     RecipeError: no such model or registry. CredentialsError: no login, or one without access.
-    TrainingUnavailable: no answer. StoreError: the disk. The SDKs' texts are neither shown nor
+    ModelUnavailable: no answer. StoreError: the disk. The SDKs' texts are neither shown nor
     chained: they may hold a URL with its signature."""
     from azure.ai.ml.exceptions import MlException
     from azure.core.exceptions import AzureError, ClientAuthenticationError, ResourceNotFoundError
@@ -457,7 +457,7 @@ def registry_errors(model: AzureModel) -> Iterator[None]:
                 f"base.model: the registry {model.registry} refuses {model.name} "
                 f"({reason_of(error)}); correct the name, or give a local folder"
             ) from None
-        raise TrainingUnavailable(
+        raise ModelUnavailable(
             f"base.model: {model.title} can't be downloaded now ({reason_of(error)}); run again, "
             "and the download goes on where it is"
         ) from None

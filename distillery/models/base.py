@@ -19,13 +19,14 @@ from typing import Any, NamedTuple
 
 from yaml import YAMLError
 
-from distillery.errors import RecipeError, TrainingError, TrainingUnavailable
+from distillery.errors import ModelUnavailable, RecipeError, TrainingError, TrainingUnavailable
 from distillery.models import azure_registry
 from distillery.models.azure_registry import parse_azureml
 from distillery.progress import ShowProgress, show_nothing
 from distillery.recipe import BaseModelRecipe
 from distillery.settings import LocalSettings
 from distillery.storage.digests import digest_of_files, list_files, sha256_of
+from distillery.storage.outages import is_hub_outage
 
 HUB_WEIGHTS = "*.safetensors"
 
@@ -172,23 +173,28 @@ def hub_bytes(base: BaseModelRecipe) -> int:
     return sum(sizes)
 
 
+def asks_hub(base: BaseModelRecipe) -> bool:
+    """Return whether the hub must be asked which commit a base model is."""
+    name = base.model
+    elsewhere = name.startswith(("package:", "azureml://", ".", "/", "~")) or name.endswith(".gguf")
+    if elsewhere or Path(name).is_dir():
+        return False
+    return re.fullmatch("[0-9a-f]{40}", base.revision or "") is None
+
+
 def pin_revision(base: BaseModelRecipe) -> BaseModelRecipe:
     """Return a hub model with its revision resolved to a commit, so that a whole run uses the same
     files; other base models as they are.
 
-    Raises TrainingError where the hub doesn't answer."""
-    name, revision = base.model, base.revision or "main"
-    local_name = name.startswith(("package:", ".", "/", "~")) or name.endswith(".gguf")
-    if local_name or name.startswith("azureml://") or Path(name).is_dir():
-        return base
-    if re.fullmatch("[0-9a-f]{40}", revision):
+    Raises TrainingUnavailable, of which ModelUnavailable is worth a retry."""
+    if not asks_hub(base):
         return base
     from huggingface_hub import HfApi
 
     try:
-        commit = HfApi().model_info(name, revision=revision).sha
+        commit = HfApi().model_info(base.model, revision=base.revision or "main", timeout=10).sha
     except Exception as error:
-        raise hub_error(name, error) from error
+        raise hub_error(base.model, error) from error
     return base.model_copy(update={"revision": commit})
 
 
@@ -353,7 +359,8 @@ def download_from_hub(base: BaseModelRecipe) -> Path:
 def hub_error(name: str, error: Exception) -> TrainingUnavailable:
     """Return what is raised where the hub does not give the model `name`, in one line."""
     reason = " ".join(str(error).split())[:160]
-    return TrainingUnavailable(
+    kind = ModelUnavailable if is_hub_outage(error) else TrainingUnavailable
+    return kind(
         f"base.model: can't get {name} from the Hugging Face hub ({type(error).__name__}: "
         f"{reason}); check the name, or give a local folder"
     )

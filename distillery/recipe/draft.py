@@ -81,7 +81,8 @@ def draft(
         "  # Shares of the rows with a label. gold: the "
         + ("teacher and the student learn" if teacher == "local" else "student learns")
         + " from them.",
-        "  # validation: they choose. test: they judge the student, and train nothing.",
+        "  # validation: they check the teacher and choose settings. test: they judge the student.",
+        "  # Neither of them trains anything.",
         *left_lines(shares),
         f"  carve: {in_yaml(shares.carve)}",
         "",

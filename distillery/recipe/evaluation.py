@@ -1,6 +1,6 @@
 """The evaluation slice: what the gate asks of a student before it is registered."""
 
-from typing import ClassVar, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -26,7 +26,7 @@ class EvaluationRecipe(Slice):
     of the rules of its kind, given or default, and leaves the other rules as they are.
     """
 
-    added_later: ClassVar[frozenset[str]] = frozenset({"rules"})
+    added_later: ClassVar[frozenset[str]] = frozenset({"rules", "on_refusal"})
 
     rules: tuple[GateRule, ...] | None = None
     """What the student must show, such as [{kind: better, than: majority class}]. []: nothing.
@@ -42,6 +42,11 @@ class EvaluationRecipe(Slice):
     """Short for the rule {kind: not_worse, margin: MAXIMUM_LOSS, confidence: null}. 1: no such
     rule, so that a student passes even if it shares no test row with the champion. null: as in
     `rules`."""
+
+    on_refusal: Literal["complete", "fail"] = "complete"
+    """What becomes of a run whose student the gate refuses. complete: it completes, and the
+    champion stays. fail: it fails once everything is recorded, and `python -m flows.distill` exits
+    with 3, so that CI fails."""
 
     def gate_rules(self, starts_from_base: bool) -> tuple[GateRule, ...]:
         """Return the rules that hold; `starts_from_base` tells whether the student starts from the

@@ -61,8 +61,11 @@ class ExportRecipe(ExportForm):
     """One form, or a `ladder` of forms.
 
     Each form of a ladder is built and answers the validation rows. The smallest that loses no more
-    than `largest_loss` is delivered; if none does, the run ends there.
+    than `largest_loss` is delivered; if none does, the run ends there. A form in floats is
+    built only if no quantised form before it keeps to that.
     """
+
+    added_later: ClassVar[frozenset[str]] = ExportForm.added_later | {"training_rows"}
 
     ladder: tuple[ExportForm, ...] = ()
     """Forms to try, such as [{algorithm: rtn}, {precision: int8}]. They replace the one form."""
@@ -70,6 +73,11 @@ class ExportRecipe(ExportForm):
     largest_loss: float = Field(0.02, ge=0, le=1)
     """Accuracy on the validation rows that a form of the ladder may lose against the float student.
     0.02: two points."""
+
+    training_rows: int = Field(0, ge=0)
+    """Training rows that the forms of the ladder answer too, at most this many; there the label
+    that the student learns is the right answer. Few validation rows can't show the loss of a
+    point."""
 
     rung_minutes: float = Field(60, gt=0)
     """Minutes that one form of the ladder may take to build. A form that takes longer is left out,

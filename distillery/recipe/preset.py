@@ -22,7 +22,7 @@ def classify_values(values: dict[str, Any]) -> dict[str, Any]:
     shipped = preset_values("classify")
     teacher = values.get("teacher")
     kind = teacher.get("kind", "endpoint") if isinstance(teacher, dict) else "endpoint"
-    parts = {name: shipped.pop(name) for name in ("own teacher", "other teacher")}
+    parts = {name: shipped.pop(name) for name in ("own teacher", "other teacher", "validated")}
     part = parts["own teacher" if kind == "local" else "other teacher"]
     both: dict[str, Any] = {**shipped, **part}
     task = values.get("task")
@@ -33,9 +33,37 @@ def classify_values(values: dict[str, Any]) -> dict[str, Any]:
     if names(values.get("student"), "prompt", "answer"):
         # A student that answers by text has no head of its own to probe for.
         both["student"]["layers"] = {"keep": 0.5, "by": "first"}
-    if names_gold_rows(values) or (isinstance(task, dict) and task.get("other")):
+    if names_rows(values, "gold") or (isinstance(task, dict) and task.get("other")):
         both["student"]["gold"] = True
+    validated = names_rows(values, "validation")
+    if not validated and lets_validation_be_carved(values):
+        both["dataset"]["carve"] = {"validation": 0.1}
+        validated = True
+    if validated:
+        add_validated(both, values, parts["validated"])
     return both
+
+
+def lets_validation_be_carved(values: dict[str, Any]) -> bool:
+    """Return whether a recipe `values` without validation rows gets some: where it has test rows
+    carved and does not say `validation: null`. One that is read back whole names
+    training.patience, and lacks them on purpose."""
+    dataset = values.get("dataset")
+    return (
+        names(dataset, "carve", "test")
+        and not names(dataset, "carve", "validation")
+        and not names(values.get("student"), "training", "patience")
+    )
+
+
+def add_validated(both: dict[str, Any], values: dict[str, Any], validated: dict[str, Any]) -> None:
+    """Add to `both` what the recipe `values` starts from where it has validation rows."""
+    both["student"]["training"]["patience"] = validated["student patience"]
+    preparation = both.get("teacher", {}).get("preparation")
+    if preparation:
+        preparation["training"]["patience"] = validated["teacher patience"]
+    if "export" not in values:
+        both["export"] = validated["export"]
 
 
 def names(values: Any, key: str, inner: str) -> bool:
@@ -44,14 +72,14 @@ def names(values: Any, key: str, inner: str) -> bool:
     return isinstance(below, dict) and inner in below
 
 
-def names_gold_rows(values: dict[str, Any]) -> bool:
-    """Return whether the dataset of a recipe `values` has gold rows."""
+def names_rows(values: dict[str, Any], role: str) -> bool:
+    """Return whether the dataset of a recipe `values` has rows of a role."""
     dataset = values.get("dataset")
     if not isinstance(dataset, dict):
         return False
     for key in ("splits", "carve"):
         roles = dataset.get(key)
-        if isinstance(roles, dict) and roles.get("gold"):
+        if isinstance(roles, dict) and roles.get(role):
             return True
     return False
 

@@ -150,7 +150,7 @@ class Recipe(Slice):
                 raise ValueError(
                     "student.training.hidden_weight above 0 needs student.start: teacher"
                 )
-            if training.soft_weight > 0 and not self.teacher.soft_labels:
+            if training.soft_share > 0 and not self.teacher.soft_labels:
                 raise ValueError(
                     "student.training.soft_weight above 0 needs teacher.soft_labels: true"
                 )
@@ -208,8 +208,9 @@ class Recipe(Slice):
 
     @model_validator(mode="after")
     def check_teacher_preparation(self) -> Self:
+        training = self.teacher.preparation.training
         for weight in ("soft_weight", "hidden_weight", "rationale_weight"):
-            if getattr(self.teacher.preparation.training, weight) > 0:
+            if getattr(training, weight) != 0:
                 raise ValueError(
                     f"teacher.preparation.training.{weight}: this model learns from gold labels "
                     "and has no teacher; remove this setting"

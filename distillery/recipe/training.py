@@ -1,8 +1,8 @@
 """How weights are trained: the student's, those of its healing steps and a local teacher's."""
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from distillery.recipe.base import Slice
 
@@ -87,9 +87,11 @@ class TrainingRecipe(Slice):
     max_grad_norm: float = Field(1.0, gt=0)
     """Norm to which gradients are clipped. A large value, such as 1e9, clips nothing."""
 
-    soft_weight: float = Field(0.0, ge=0, le=1)
+    soft_weight: Annotated[float, Field(ge=0, le=1)] | Literal["auto"] = 0.0
     """Share of the loss against the teacher's probabilities; the rest is against its labels. 0:
-    labels alone. Above 0 it needs teacher.soft_labels: true."""
+    labels alone. auto, with task.kind: classify: by how well the probabilities of the validation
+    rows are calibrated (evaluation/soft_weight.py), 1 where no row tells. Above 0 it needs
+    teacher.soft_labels: true."""
 
     temperature: float = Field(1.0, gt=0, le=100)
     """Temperature T at which the probabilities of teacher and student are compared, with
@@ -130,6 +132,19 @@ class TrainingRecipe(Slice):
 
     seed: int = Field(0, ge=0, lt=2**32)
     """Seed of the order of rows, of dropout and of the adapter's first weights."""
+
+    @field_validator("soft_weight", mode="before")
+    @classmethod
+    def check_soft_weight(cls, value: Any) -> Any:
+        # Pydantic's own message would have a line for each of the two types.
+        if value == "auto" or (isinstance(value, int | float) and 0 <= value <= 1):
+            return value
+        raise ValueError("should be auto, or at least 0 and less than or equal to 1")
+
+    @property
+    def soft_share(self) -> float:
+        """soft_weight as a number; 1 for auto, where no row has told otherwise."""
+        return 1.0 if self.soft_weight == "auto" else self.soft_weight
 
     @property
     def adapts(self) -> bool:

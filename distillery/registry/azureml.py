@@ -7,7 +7,8 @@ CUSTOM_MODEL) points there.
 """
 
 import logging
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -15,10 +16,20 @@ from typing import TYPE_CHECKING, Any
 
 from distillery.errors import CredentialsError, RegistryError, RegistryUnavailable
 from distillery.records import RegisteredModel
-from distillery.registry.base import ARCHIVED, CHALLENGER, CHAMPION, Events, Models, Registry
+from distillery.registry.base import (
+    ARCHIVED,
+    CHALLENGER,
+    CHAMPION,
+    Events,
+    Models,
+    OtherModel,
+    Others,
+    Registry,
+)
 from distillery.registry.history import Event, event_tag, events_in
 from distillery.registry.manifest import MANIFEST, altered_error, first_line
 from distillery.settings import AzureMLSettings
+from distillery.storage.digests import FileEntry
 
 if TYPE_CHECKING:
     from azure.ai.ml import MLClient
@@ -26,6 +37,13 @@ if TYPE_CHECKING:
     from azure.storage.blob import ContainerClient
 
 AZURE_DATASTORE = "workspaceblobstore"
+
+BLOBS = "distillery/"
+
+ACCESS_CHECK = "access-check"
+
+DATASTORE_URI = re.compile(r"azureml://(?:.*/)?datastores/(?P<datastore>[^/]+)/paths/(?P<path>.+)")
+"""Where a model's files are, by the service's long form or the short one."""
 
 AZURE_DEADLINE = 30.0
 """Seconds after which Azure or its storage counts as down: three attempts with their waits."""
@@ -86,41 +104,58 @@ class AzureRegistry(Registry):
 
     def names(self) -> tuple[str, ...]:
         with azure_errors(self.location):
-            found = [str(model.name) for model in self._client.models.list()]
-        return tuple(name for name in found if self.versions(name))
+            return tuple(str(model.name) for model in self._client.models.list())
 
     def found(self, name: str) -> list[Any]:
-        """Return all versions of a model, those of others too; [] for an unknown name."""
+        """Return all versions of a model, those of others too, the newest first; [] for an unknown
+        name."""
         from azure.core.exceptions import ResourceNotFoundError
 
         with azure_errors(self.location):
             try:
-                return list(self._client.models.list(name=name))
+                models = list(self._client.models.list(name=name))
             except ResourceNotFoundError:
                 # Azure's answer for an unknown model is that for an unknown workspace. Listing
                 # fails for the workspace only.
                 list(self._client.models.list())
                 return []
+        models.sort(key=lambda model: model.creation_context.created_at, reverse=True)
+        return models
 
     def versions(self, name: str) -> Models:
-        ours = [model for model in self.found(name) if "manifest_sha256" in tags_of(model)]
-        ours.sort(key=lambda model: model.creation_context.created_at, reverse=True)
+        ours = [model for model in self.found(name) if is_ours(model)]
         champions = [model for model in ours if tags_of(model).get("role") == CHAMPION]
         champions.sort(key=lambda model: tags_of(model).get("promoted_at", ""), reverse=True)
         champion = champions[0] if champions else None
         return [self.record_of(model, model is champion) for model in ours]
 
+    def check_access(self, name: str) -> int:
+        """Return how many versions of `name` there are, after an empty blob was written where the
+        versions' files go: to list models, a login needs a lesser role."""
+        with self.container() as container:
+            container.upload_blob(f"{BLOBS}{name}/{ACCESS_CHECK}", b"", overwrite=True)
+        return super().check_access(name)
+
+    def others(self, name: str | None = None) -> Others:
+        models: Others = []
+        for each in sorted(self.names()) if name is None else [name]:
+            for model in self.found(each):
+                if not is_ours(model):
+                    version, uri = str(model.version), str(model.path)
+                    models.append(OtherModel(name=each, version=version, uri=uri))
+        return models
+
     def store_folder(self, content: Path, name: str, digest: str) -> str:
         files = sorted(path for path in content.rglob("*") if path.is_file())
         # The manifest is last: if it is there, all files are.
         files.sort(key=lambda path: path == content / MANIFEST)
-        prefix = blob_prefix(name, digest)
+        place = blob_folder(name, digest)
         with self.container() as container:
             for path in files:
-                blob = f"{prefix}{path.relative_to(content).as_posix()}"
+                blob = f"{place}/{path.relative_to(content).as_posix()}"
                 with path.open("rb") as file:
                     container.upload_blob(blob, file, overwrite=True)
-        return f"azureml://datastores/{AZURE_DATASTORE}/paths/{prefix}"
+        return f"azureml://datastores/{AZURE_DATASTORE}/paths/{place}/"
 
     def add_version(self, name: str, uri: str, tags: dict[str, str]) -> RegisteredModel:
         from azure.ai.ml.constants import AssetTypes
@@ -138,23 +173,34 @@ class AzureRegistry(Registry):
         return self.record(name, version, is_champion, uri, tags_of(model))
 
     def fetch_files(self, model: RegisteredModel, folder: Path) -> None:
-        prefix = blob_prefix(model.name, model.manifest_sha256)
         with self.container() as container:
-            for blob in container.list_blobs(name_starts_with=prefix, include=["metadata"]):
-                if (blob.metadata or {}).get("hdi_isfolder"):
-                    continue
-                target = folder / blob.name.removeprefix(prefix)
-                # A blob's name may hold "..", which must not lead out of the folder.
-                if not target.resolve().is_relative_to(folder.resolve()):
-                    raise altered_error(model, blob.name)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                with target.open("wb") as file:
-                    container.download_blob(blob.name).readinto(file)
+            fetch_blobs(container, blob_folder(model.name, model.manifest_sha256), folder)
+
+    def fetch_other_files(self, model: OtherModel, folder: Path) -> None:
+        """Copy the blobs of the folder, or the one blob, that a version of others points to."""
+        title = f"{model.name} version {model.version}"
+        place = DATASTORE_URI.fullmatch(model.uri)
+        if place is None:
+            raise RegistryError(
+                f"{title}: its files are at {model.uri}, which is no folder of a datastore; fetch "
+                "them with `az ml model download`"
+            )
+        with self.container(place["datastore"]) as container:
+            fetch_blobs(container, place["path"].rstrip("/"), folder)
+        if not any(folder.iterdir()):
+            raise RegistryError(f"{title}: {model.uri} holds no file; register the model again")
+
+    def holds_files(self, model: RegisteredModel, files: Sequence[FileEntry]) -> bool:
+        folder = blob_folder(model.name, model.manifest_sha256)
+        with self.container() as container:
+            blobs = container.list_blobs(name_starts_with=f"{folder}/")
+            sizes = {blob.name: blob.size for blob in blobs}
+        return all(sizes.get(f"{folder}/{file.path}") == file.bytes for file in files)
 
     def read_file(self, model: RegisteredModel, file: str) -> bytes:
         from azure.core.exceptions import ResourceNotFoundError
 
-        blob = f"{blob_prefix(model.name, model.manifest_sha256)}{file}"
+        blob = f"{blob_folder(model.name, model.manifest_sha256)}/{file}"
         with self.container() as container:
             try:
                 content: bytes = container.download_blob(blob).readall()
@@ -192,15 +238,20 @@ class AzureRegistry(Registry):
         )
 
     @contextmanager
-    def container(self) -> "Iterator[ContainerClient]":
-        """Give the workspace's blob container.
+    def container(self, datastore: str = AZURE_DATASTORE) -> "Iterator[ContainerClient]":
+        """Give the blob container of one of the workspace's datastores.
 
         It is opened with the short-lived key that the workspace hands out, else with the login.
         """
         from azure.storage.blob import ContainerClient, ExponentialRetry
 
         with azure_errors(self.location):
-            store = self._client.datastores.get(AZURE_DATASTORE, include_secrets=True)
+            store = self._client.datastores.get(datastore, include_secrets=True)
+        if not hasattr(store, "container_name"):
+            raise RegistryError(
+                f"{self.location}: its datastore {datastore} is no blob container; fetch the model "
+                "with `az ml model download`"
+            )
         account_key = getattr(store.credentials, "account_key", None)
         secret = getattr(store.credentials, "sas_token", None)
         if account_key:
@@ -220,9 +271,33 @@ def tags_of(model: "Model") -> dict[str, str]:
     return model.tags or {}
 
 
-def blob_prefix(name: str, digest: str) -> str:
-    """Return what the names of a model's blobs begin with."""
-    return f"distillery/{name}/{digest}/"
+def is_ours(model: "Model") -> bool:
+    """Return whether Distillery registered a version."""
+    return "manifest_sha256" in tags_of(model)
+
+
+def fetch_blobs(container: "ContainerClient", path: str, folder: Path) -> None:
+    """Copy the blob `path`, or all blobs below it, into `folder`.
+
+    Raises RegistryError for a blob whose name leads out of the folder."""
+    for blob in container.list_blobs(name_starts_with=path, include=["metadata"]):
+        inner = blob.name.removeprefix(f"{path}/")
+        if blob.name == path:
+            inner = path.rpartition("/")[2]
+        elif inner == blob.name or (blob.metadata or {}).get("hdi_isfolder"):
+            # Another folder, whose name begins alike, or a mark that there is a folder.
+            continue
+        target = folder / inner
+        if not target.resolve().is_relative_to(folder.resolve()):
+            raise RegistryError(f"{blob.name}: leads out of the model's folder; remove this blob")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with target.open("wb") as file:
+            container.download_blob(blob.name).readinto(file)
+
+
+def blob_folder(name: str, digest: str) -> str:
+    """Return the folder of a model's blobs."""
+    return f"{BLOBS}{name}/{digest}"
 
 
 @contextmanager

@@ -12,25 +12,32 @@ import shutil
 import tempfile
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 from distillery.errors import CredentialsError, RegistryError, RegistryUnavailable
 from distillery.recipe import RegistryKind
-from distillery.records import Artifact, Promotion, RegisteredModel
+from distillery.records import Artifact, Promotion, Record, RegisteredModel
 from distillery.registry.history import Actor, Event, champions_in, new_event, pin_of
 from distillery.registry.manifest import (
     MANIFEST,
+    Manifest,
     altered_error,
     copy_with_manifest,
     disk_errors,
     manifest_tags,
     verify_files,
 )
-from distillery.registry.signing import SIGNATURE, SIGNATURE_TAG, sign, verify_signature
-from distillery.storage.digests import sha256_of
+from distillery.registry.signing import (
+    SIGNATURE,
+    SIGNATURE_TAG,
+    must_be_signed,
+    sign,
+    verify_signature,
+)
+from distillery.storage.digests import FileEntry, sha256_of
 from distillery.storage.working import working_folder
 
 CHAMPION = "champion"
@@ -41,7 +48,18 @@ ARCHIVED = "archived"
 
 REJECTED = "rejected"
 
+
+class OtherModel(Record):
+    """A version that Distillery did not register. It has no manifest, so that its files, at `uri`,
+    can't be verified, and runs neither compare with it nor promote it."""
+
+    name: str
+    version: str
+    uri: str
+
+
 Models = list[RegisteredModel]
+Others = list[OtherModel]
 Events = list[Event]
 """Such names are needed because `Registry.list` hides the builtin within the class."""
 
@@ -225,10 +243,20 @@ class Registry(ABC):
             models += self.versions(each)
         return models
 
+    def check_access(self, name: str) -> int:
+        """Return how many versions of `name` there are. Raises what a registration would raise for
+        want of a login or of a role."""
+        return len(self.versions(name))
+
     def get(self, name: str, version: str | None = None) -> RegisteredModel:
         """Return a version of a model; without `version` the champion, else the newest that is not
         rejected."""
         models = self.versions(name)
+        if not models and self.others(name):
+            raise RegistryError(
+                f"{name}: {self.location} has no version that Distillery registered; fetch one of "
+                "others' with `distillery models download`"
+            )
         if not models:
             held = ", ".join(sorted(self.names())) or "none"
             raise RegistryError(f"{name}: no such model in {self.location}; it holds: {held}")
@@ -294,22 +322,46 @@ class Registry(ABC):
 
         A target that already is this model is left as it is.
         """
-        if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        if has_content(target):
             refuse_other_content(target, model)
             # It may have been signed since it was downloaded.
             with disk_errors(str(target)):
                 keep_signature(target, model)
             return target
-        with disk_errors(str(target)):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            beside = Path(tempfile.mkdtemp(prefix=".downloading-", dir=target.parent))
-            try:
-                self.fetch_files(model, beside)
-                verify_files(beside, model)
-                keep_signature(beside, model)
-                os.rename(beside, target)
-            finally:
-                shutil.rmtree(beside, ignore_errors=True)
+        with appearing(target) as beside:
+            self.fetch_files(model, beside)
+            verify_files(beside, model)
+            keep_signature(beside, model)
+        return target
+
+    def others(self, name: str | None = None) -> Others:
+        """Return the versions of one model, or of all, that Distillery did not register, the newest
+        of a name first; [] for a registry that tells of none."""
+        return []
+
+    def get_any(self, name: str, version: str | None = None) -> RegisteredModel | OtherModel:
+        """Return what `get` returns or, where that is nothing of Distillery's, a version of
+        others: without `version`, the newest."""
+        ours = self.versions(name)
+        if not any(version in (None, model.version) for model in ours):
+            for model in self.others(name):
+                if version in (None, model.version):
+                    return model
+        return self.get(name, version)
+
+    def download_other(self, model: OtherModel, target: Path) -> Path:
+        """Copy the files of another's version to `target`, unverified: it has no manifest.
+
+        Refused where DISTILLERY_VERIFY_KEY asks for signed models."""
+        if must_be_signed():
+            raise RegistryError(
+                f"{model.name} version {model.version}: not registered by Distillery, so not "
+                "signed, and DISTILLERY_VERIFY_KEY asks for it"
+            )
+        if has_content(target):
+            raise RegistryError(f"{target}: exists; move it away or name another folder")
+        with appearing(target) as beside:
+            self.fetch_other_files(model, beside)
         return target
 
     def is_whole(self, model: RegisteredModel) -> bool:
@@ -322,6 +374,18 @@ class Registry(ABC):
             except RegistryError:
                 return False
         return True
+
+    def holds(self, model: RegisteredModel) -> bool:
+        """Return whether the registered folder is complete, without a download: every byte is
+        checked on this machine, the manifest and the files' sizes elsewhere."""
+        try:
+            content = self.verified_manifest(model)
+            verify_signature(content, model.signature, f"{model.name} version {model.version}")
+            return self.holds_files(model, Manifest.model_validate_json(content).files)
+        except RegistryUnavailable:
+            raise
+        except RegistryError:
+            return False
 
     @contextmanager
     def locked(self, name: str) -> Iterator[None]:
@@ -369,6 +433,14 @@ class Registry(ABC):
     def fetch_files(self, model: RegisteredModel, folder: Path) -> None:
         """Copy the stored files into `folder`, without verifying them."""
 
+    def fetch_other_files(self, model: OtherModel, folder: Path) -> None:
+        """Copy the files of a version that `others` lists into `folder`."""
+        raise NotImplementedError
+
+    @abstractmethod
+    def holds_files(self, model: RegisteredModel, files: Sequence[FileEntry]) -> bool:
+        """Return whether the `files` of a manifest are all stored; see `holds`."""
+
     @abstractmethod
     def read_file(self, model: RegisteredModel, file: str) -> bytes:
         """Return a file of the stored folder, without verifying it."""
@@ -392,6 +464,25 @@ class Registry(ABC):
             rows_sha256=tags.get("rows_sha256", ""),
             signature=tags.get(SIGNATURE_TAG, ""),
         )
+
+
+def has_content(target: Path) -> bool:
+    """Return whether something other than an empty folder is there."""
+    return target.exists() and not (target.is_dir() and not any(target.iterdir()))
+
+
+@contextmanager
+def appearing(target: Path) -> Iterator[Path]:
+    """Give a folder beside `target` to fill. It becomes `target` when the block ends, and is
+    removed where the block fails."""
+    with disk_errors(str(target)):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        beside = Path(tempfile.mkdtemp(prefix=".downloading-", dir=target.parent))
+        try:
+            yield beside
+            os.rename(beside, target)
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
 
 
 def champion_of(models: Models) -> RegisteredModel | None:

@@ -4,7 +4,7 @@ import logging
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -22,10 +22,11 @@ from distillery.registry.manifest import (
     copy_folder,
     first_line,
     mask_credentials,
+    verify_files,
 )
 from distillery.settings import LocalSettings
 from distillery.storage.artifacts import ArtifactStore
-from distillery.storage.digests import sha256_of
+from distillery.storage.digests import FileEntry, sha256_of
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -215,6 +216,13 @@ class LocalRegistry(Registry):
         with self.store_of_missing(model) as store:
             copy_folder(store.fetch(model.artifact), folder)
         (folder / MANIFEST).write_bytes(self.read_file(model, MANIFEST))
+
+    def holds_files(self, model: RegisteredModel, files: Sequence[FileEntry]) -> bool:
+        folder = self.local_folder(model)
+        if not folder.is_dir():
+            return ArtifactStore().holds(model.artifact)
+        verify_files(folder, model)
+        return True
 
     def read_file(self, model: RegisteredModel, file: str) -> bytes:
         folder = self.local_folder(model)

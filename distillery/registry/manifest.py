@@ -17,7 +17,8 @@ from typing import Any
 from pydantic import ValidationError
 
 import distillery
-from distillery.errors import RegistryError
+from distillery.errors import DataError, RegistryError
+from distillery.recipe import PromptRecipe
 from distillery.records import Record, RegisteredModel
 from distillery.registry.signing import (
     SIGNATURE,
@@ -181,6 +182,35 @@ def first_difference(folder: Path, manifest: Manifest) -> str | None:
         if listed.get(file) != found.get(file):
             return file
     return None
+
+
+def provenance_of(folder: Path) -> dict[str, Any] | None:
+    """Return what a downloaded folder's manifest.json tells of how the model came to be; None for a
+    folder without manifest.json.
+
+    Raises RegistryError where the file can't be read as a manifest."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        return None
+    try:
+        return Manifest.model_validate_json(path.read_bytes()).provenance
+    except (OSError, ValidationError) as error:
+        raise RegistryError(f"{path}: no manifest of a model; download the model again") from error
+
+
+def prompt_in(made: Mapping[str, Any], title: str, classify: bool) -> PromptRecipe:
+    """Return the prompt in the provenance of a manifest; the lab's for a model without manifest,
+    whose provenance is empty. `title` names the model.
+
+    Raises DataError for a classifier without one, whose prompt nobody can guess."""
+    if made.get("prompt"):
+        return PromptRecipe.model_validate(made["prompt"])
+    if classify:
+        raise DataError(
+            f"{title}: no manifest.json tells the prompt of this classifier; download it from the "
+            "registry, or name its recipe where the command has --recipe"
+        )
+    return PromptRecipe()
 
 
 def altered_error(model: RegisteredModel, file: str) -> RegistryError:

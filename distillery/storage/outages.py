@@ -1,4 +1,5 @@
-"""What an error of the storage means: an outage that may pass, a full disk, a refused access.
+"""What an error of the storage or of the hub means: an outage that may pass, a full disk, a
+refused access.
 
 Texts of Azure's SDK are never repeated: they may hold a URL with its signature.
 """
@@ -64,6 +65,24 @@ def is_outage(error: BaseException) -> bool:
     if getattr(error, "error_code", None) == "InvalidBlockList":
         return True
     return status in (408, 412, 429) or status >= 500
+
+
+def is_hub_outage(error: BaseException) -> bool:
+    """Return whether an error of huggingface_hub or datasets may pass by itself: a connection that
+    failed, 408, 429 or 5xx. Without HF_HUB_OFFLINE, that is: with it, nothing is asked."""
+    from huggingface_hub import constants
+
+    cause: BaseException | None = None if constants.HF_HUB_OFFLINE else error
+    while cause is not None:
+        status = getattr(getattr(cause, "response", None), "status_code", None)
+        if status is not None:
+            return status in (408, 429) or status >= 500
+        # By its name, since these libraries bring different versions of httpx.
+        classes = [each.__name__ for each in type(cause).__mro__]
+        if isinstance(cause, ConnectionError | TimeoutError) or "TransportError" in classes:
+            return True
+        cause = cause.__cause__ or cause.__context__
+    return False
 
 
 def reason_of(error: BaseException | None) -> str:

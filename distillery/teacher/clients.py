@@ -177,8 +177,11 @@ class OpenAIClient:
             api_key=key,
             max_retries=0,
             timeout=timeout_s,
-            # A proxy named in the environment is not for a server on this machine.
-            http_client=DefaultAsyncHttpxClient(trust_env=not endpoint.is_local),
+            # A redirect would send the key on. A proxy named in the environment is not for a
+            # server on this machine.
+            http_client=DefaultAsyncHttpxClient(
+                follow_redirects=False, trust_env=not endpoint.is_local
+            ),
         )
 
     async def complete(self, messages: list[Message], body: dict[str, Any]) -> Response:

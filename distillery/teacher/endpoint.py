@@ -1,8 +1,9 @@
 """Where the teacher is asked, through which SDK, and with which key or login."""
 
-from dataclasses import dataclass
+import asyncio
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import unquote, urlsplit, urlunsplit
 
 from pydantic import SecretStr
 
@@ -17,12 +18,24 @@ Sdk = Literal["azure-ai-inference", "openai"]
 
 INFERENCE_HOSTS = (".inference.ai.azure.com", ".models.ai.azure.com")
 
-AZURE_HOSTS = (
-    *INFERENCE_HOSTS,
-    ".services.ai.azure.com",
-    ".openai.azure.com",
-    ".cognitiveservices.azure.com",
-)
+FOUNDRY_HOST = ".services.ai.azure.com"
+
+RESOURCE_HOSTS = (FOUNDRY_HOST, ".openai.azure.com", ".cognitiveservices.azure.com")
+"""Each host is one resource, which answers at V1_PATH."""
+
+AZURE_HOSTS = (*INFERENCE_HOSTS, *RESOURCE_HOSTS)
+
+V1_PATH = "/openai/v1"
+"""The path of Azure's v1 API, which the openai SDK asks as it asks any other endpoint (source:
+learn.microsoft.com/azure/ai-foundry/how-to/model-inference-to-openai-migration)."""
+
+OLDER_PATHS = ("/openai/", "/api/projects/")
+"""What the paths begin with that portals show for the same resource: of a deployment, of an older
+API and of a project."""
+
+LOGIN_S = 30.0
+"""Seconds within which azure-identity must give a token: it tries several sources of a login, of
+which some run a program or ask an address that may not answer."""
 
 SHORTEST_SECRET = 8
 """A key of fewer characters is a word such as "none", which may well appear in an answer."""
@@ -43,6 +56,21 @@ class Endpoint:
     def is_local(self) -> bool:
         """Whether the endpoint is a server on this machine."""
         return is_loopback(host_of(self.url))
+
+    @property
+    def needs_login(self) -> bool:
+        """Whether azure-identity logs in: an endpoint on Azure without a key."""
+        return self.key is None and host_of(self.url).endswith(AZURE_HOSTS)
+
+    @property
+    def successor(self) -> "Endpoint | None":
+        """The same resource's v1 endpoint, if this one belongs to the model inference API that
+        Azure retired on 2026-08-26; None for any other."""
+        parts = urlsplit(self.url)
+        if self.sdk != "azure-ai-inference" or not host_of(self.url).endswith(FOUNDRY_HOST):
+            return None
+        url = urlunsplit((parts.scheme, parts.netloc, V1_PATH, "", ""))
+        return replace(self, url=url, sdk="openai")
 
     def redact(self, text: str) -> str:
         """Return `text` without the key."""
@@ -72,6 +100,7 @@ def resolve_endpoint(recipe: TeacherRecipe, settings: TeacherSettings | None = N
             "(see sample.env)"
         )
     url = base_url_of(address)
+    check_deployment_name(address, model)
     check_key(key, url)
     return Endpoint(
         url=url,
@@ -86,7 +115,7 @@ def infer_sdk(url: str) -> Sdk:
     """Return azure-ai-inference for hosts of Azure's model inference API, and openai for Azure's
     v1 endpoint and all others."""
     host = host_of(url)
-    is_foundry = host.endswith(".services.ai.azure.com")
+    is_foundry = host.endswith(FOUNDRY_HOST)
     if is_foundry and urlsplit(url).path.startswith("/models"):
         return "azure-ai-inference"
     if host.endswith(INFERENCE_HOSTS):
@@ -95,8 +124,9 @@ def infer_sdk(url: str) -> Sdk:
 
 
 def base_url_of(address: str) -> str:
-    """Return the URL up to /chat/completions, as both SDKs need it. A bare Azure OpenAI host gets
-    the path of its v1 endpoint. Raises CredentialsError if `address` is not a usable URL."""
+    """Return the URL up to /chat/completions, as both SDKs need it. Of a resource on Azure it is
+    that of the v1 endpoint, whichever of the portals' addresses is given, except /models. Raises
+    CredentialsError if `address` is not a usable URL."""
     try:
         parts = urlsplit(address)
         valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
@@ -111,15 +141,37 @@ def base_url_of(address: str) -> str:
             "TEACHER_MODEL_ENDPOINT: contains a user name; put the key in TEACHER_MODEL_KEY"
         )
     path = parts.path.rstrip("/").removesuffix("/chat/completions")
-    if not path and host_of(address).endswith((".openai.azure.com", ".services.ai.azure.com")):
-        path = "/openai/v1"
+    is_older = not path or f"{path}/".startswith(OLDER_PATHS)
+    if is_older and host_of(address).endswith(RESOURCE_HOSTS):
+        path = V1_PATH
     return urlunsplit((parts.scheme, parts.netloc, path, "", ""))
 
 
+def check_deployment_name(address: str, model: str) -> None:
+    """Raise CredentialsError if an address on Azure names another deployment than `model`: the v1
+    endpoint is told the deployment's name in the request."""
+    _, found, rest = urlsplit(address).path.partition("/openai/deployments/")
+    named = unquote(rest.split("/")[0])
+    if found and host_of(address).endswith(RESOURCE_HOSTS) and named != model:
+        raise CredentialsError(
+            f"TEACHER_MODEL_NAME {model}: TEACHER_MODEL_ENDPOINT names the deployment {named}; set "
+            f"TEACHER_MODEL_NAME={named}, or take /openai/deployments/... off the address"
+        )
+
+
 def check_key(key: str, url: str) -> None:
-    """Raise CredentialsError if the key cannot be one, or is missing where one is needed."""
+    """Raise CredentialsError if the key cannot be one, is missing where one is needed, or would
+    travel unencrypted. A server without TLS on another machine is asked without a key."""
     host = host_of(url)
-    if not key and not is_loopback(host) and not host.endswith(AZURE_HOSTS):
+    is_plain = urlsplit(url).scheme == "http" and not is_loopback(host)
+    if is_plain and host.endswith(AZURE_HOSTS):
+        raise CredentialsError("TEACHER_MODEL_ENDPOINT: Azure needs https://; correct it")
+    if is_plain and key:
+        raise CredentialsError(
+            f"TEACHER_MODEL_ENDPOINT: http:// would send the key to {host} unencrypted; use "
+            "https://, or leave TEACHER_MODEL_KEY empty if the server needs none"
+        )
+    if not key and not is_plain and not is_loopback(host) and not host.endswith(AZURE_HOSTS):
         raise CredentialsError(
             f"TEACHER_MODEL_KEY: not set, and {host} is not an Azure host that azure-identity can "
             "log in to; set the key (any word if the server needs none)"
@@ -132,22 +184,27 @@ def check_key(key: str, url: str) -> None:
 
 async def log_in(endpoint: Endpoint) -> "AsyncTokenCredential | None":
     """Return azure-identity's credential, which has given a token, for an Azure endpoint without a
-    key; None for any other endpoint. Raises CredentialsError if there is no login."""
-    if endpoint.key or endpoint.is_local:
+    key; None for any other endpoint. Raises CredentialsError if there is no login within
+    LOGIN_S."""
+    if not endpoint.needs_login:
         return None
     from azure.core.exceptions import ClientAuthenticationError
     from azure.identity.aio import DefaultAzureCredential
 
     credential = DefaultAzureCredential()
+    trouble = "finds no login"
     try:
-        await credential.get_token(token_scope(endpoint.url))
+        async with asyncio.timeout(LOGIN_S):
+            await credential.get_token(token_scope(endpoint.url))
+        return credential
     except ClientAuthenticationError:
-        await credential.close()
-        raise CredentialsError(
-            "TEACHER_MODEL_KEY: not set, and azure-identity finds no login; set the key, or run "
-            "'az login'"
-        ) from None
-    return credential
+        pass
+    except TimeoutError:
+        trouble = f"gives no token within {LOGIN_S:g} s"
+    await credential.close()
+    raise CredentialsError(
+        f"TEACHER_MODEL_KEY: not set, and azure-identity {trouble}; set the key, or run 'az login'"
+    )
 
 
 def token_scope(url: str) -> str:

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
+from urllib.parse import urlsplit
 
 from distillery.errors import CredentialsError, DistilleryError, TeacherError, TeacherUnavailable
 from distillery.records import Usage
@@ -126,7 +127,7 @@ def final_error(
     """Return the error that ends a call after its last try, with the settings to look at."""
     status, url = failure.status, endpoint.url
     if status in (401, 403):
-        if endpoint.key or endpoint.is_local:
+        if not endpoint.needs_login:
             return CredentialsError(
                 f"TEACHER_MODEL_KEY: refused by {url} ({status}); check that it is the key of "
                 "TEACHER_MODEL_ENDPOINT"
@@ -135,7 +136,19 @@ def final_error(
             f"azure-identity's login: refused by {url} ({status}); give it the role Cognitive "
             "Services User on that resource, or set TEACHER_MODEL_KEY"
         )
-    if status == 404 or failure.code.lower() in UNKNOWN_MODEL_CODES:
+    unknown_model = failure.code.lower() in UNKNOWN_MODEL_CODES
+    if status in (404, 410) and endpoint.successor and not unknown_model:
+        return TeacherError(
+            f"TEACHER_MODEL_ENDPOINT {url}: not found ({status}); Azure retired its model "
+            f"inference API on 2026-08-26: set TEACHER_MODEL_ENDPOINT={endpoint.successor.url}"
+        )
+    target = urlsplit(failure.headers.get("location", ""))
+    if status in (301, 302, 303, 307, 308) and target.path:
+        return TeacherError(
+            f"TEACHER_MODEL_ENDPOINT {url}: redirects ({status}) to {target.netloc}{target.path}, "
+            "where the key is not sent; set the address that answers itself"
+        )
+    if status == 404 or unknown_model:
         return TeacherError(
             f"TEACHER_MODEL_NAME {endpoint.model}: not found at TEACHER_MODEL_ENDPOINT {url} "
             f"({status}); check both"

@@ -44,10 +44,13 @@ def probed_depth(
     shares = [agreement(each, answers) for each in states]
     allowed = max(shares) - largest_loss - 1e-9
     depth = next(number for number, share in enumerate(shares, 1) if share >= allowed)
+    best = 1 + int(np.argmax(shares))
+    rival = f"no more at any depth up to {most}"
+    if best != depth:
+        rival = f"{100 * max(shares):.1f} % at its best depth up to {most}, which is {best}"
     decide(
         f"{depth} of {len(model.get_decoder().layers)} layers are kept: a linear probe gives "
-        f"{100 * shares[depth - 1]:.1f} % of the labels there, and {100 * max(shares):.1f} % at "
-        f"its best depth of at most {most}, which is {1 + int(np.argmax(shares))}"
+        f"{100 * shares[depth - 1]:.1f} % of the labels there, and {rival}"
     )
     return depth
 

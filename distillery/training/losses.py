@@ -39,13 +39,13 @@ def answer_loss(
     targets = torch.tensor([row.letters[row.answer] for row in rows], device=device)
     hard = F.cross_entropy(first, targets, reduction="none", label_smoothing=recipe.label_smoothing)
     turn = F.cross_entropy(second, torch.full_like(targets, end_id), reduction="none")
-    if recipe.soft_weight == 0:
+    if recipe.soft_share == 0:
         return (hard + turn).mean()
     columns, is_option = padded_tensor([row.letters for row in rows], device)
     scores = first.gather(1, columns).masked_fill(~is_option, -torch.inf)
     log_z = scores.logsumexp(-1) - first.logsumexp(-1)
     soft = choice_loss(scores, rows, recipe.temperature, recipe.divergence) - log_z
-    return (mix_hard_and_soft(hard, soft, rows, recipe.soft_weight) + turn).mean()
+    return (mix_hard_and_soft(hard, soft, rows, recipe.soft_share) + turn).mean()
 
 
 def text_loss(
@@ -89,9 +89,9 @@ def option_loss(
         loss = (1 - recipe.label_smoothing) * loss + recipe.label_smoothing * even
     if class_weights:
         loss = loss * torch.tensor(class_weights, device=loss.device, dtype=loss.dtype)[targets]
-    if recipe.soft_weight:
+    if recipe.soft_share:
         soft = choice_loss(scores, rows, recipe.temperature, recipe.divergence)
-        loss = mix_hard_and_soft(loss, soft, rows, recipe.soft_weight)
+        loss = mix_hard_and_soft(loss, soft, rows, recipe.soft_share)
     return loss
 
 

@@ -101,5 +101,5 @@ def best_regularisation(states: NDArray[Any], answers: Sequence[int], intercept:
         scores = cross_val_score(model, states, answers, cv=folds, scoring="neg_log_loss")
         if scores.mean() > best_score:
             best, best_score = value, float(scores.mean())
-    _log.info("linear probe: C %g, cross-validated log-loss %.3f", best, -best_score)
+    _log.debug("linear probe: C %g, cross-validated log-loss %.3f", best, -best_score)
     return best

@@ -175,7 +175,7 @@ def test_the_recipes_differ_in_what_the_student_learns_from(
         )
         assert recipe.dataset.splits["train"] == f"pool-{share}"
         assert recipe.student.gold
-        assert recipe.student.training.soft_weight > 0
+        assert recipe.student.training.soft_share > 0
         assert recipe.prompt == recipes[0].prompt
     assert len({recipe.registry.model_name for recipe in recipes.values()}) == len(SHARES)
 

@@ -661,6 +661,12 @@ def test_the_headline_is_reckoned_from_the_rows() -> None:
         "student is right on 3 of 450 rows; its options' probabilities depart from the float "
         "student's by 0.0123 on average and 0.457 at most, 7 answers change."
     )
+    near = headline(
+        [score_row("student", 3, departure=apart.model_copy(update={"changed": 1}))],
+        "student",
+        "student",
+    )
+    assert near.endswith(", 1 answer changes.")
 
 
 def test_a_killed_parent_leaves_no_scorer(student: ModelToScore, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 from pydantic import BaseModel
 from tiny_recipe import row
 
+from distillery.data.examples import read_examples
 from distillery.errors import DataError, ExportError, OutOfResources
 from distillery.evaluation.scoring import ModelToScore, Scored, departure
 from distillery.evaluation.statistics import paired_interval
@@ -30,7 +31,7 @@ from distillery.models.load import load_tokenizer
 from distillery.progress import ShowProgress, show_nothing
 from distillery.prompts import TransformersTokenizer, render_ids
 from distillery.recipe import ExportForm, ExportRecipe, PromptRecipe, TrainingRecipe
-from distillery.records import Departure, Example, Interval, Ladder, Rung
+from distillery.records import Departure, Example, Interval, Ladder, Rung, TeacherLabel
 from distillery.training.fine_tune import fine_tune
 from distillery.training.rows import training_rows
 
@@ -305,6 +306,51 @@ def test_the_picked_folder_goes_on_and_the_table_beside_it(
     assert list((home / "work").iterdir()) == []
 
 
+def test_floats_are_built_only_if_nothing_before_them_keeps_to_the_loss(
+    files: tuple[Path, Path], built: dict[str, tuple[int, str]], tmp_path: Path
+) -> None:
+    # The forms that stand here are all that can be built.
+    built["int8 rtn/32"] = (20, "A" * 20)
+    found = climbed(files, tmp_path, tmp_path / "out", "int8", "fp16")
+    assert [rung.note for rung in found.rungs] == [
+        "picked",
+        "not built: a smaller form keeps to the loss",
+    ]
+    built |= {"int8 rtn/32": (20, "A" * 12 + "B" * 8), "fp16": (40, "A" * 20)}
+    found = climbed(files, tmp_path, tmp_path / "again", "int8", "fp16")
+    assert [rung.note for rung in found.rungs] == ["loses more", "picked"]
+
+
+def test_training_rows_with_their_labels_choose_too(
+    files: tuple[Path, Path],
+    built: dict[str, tuple[int, str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    labels = {}
+    for number in range(5, 105):
+        labels[f"t{number}"] = TeacherLabel(example_id=f"t{number}", answer="B")
+    monkeypatch.setattr("distillery.export.ladder.read_labels", lambda _folder: labels)
+    built["int8 rtn/32"] = (20, "A" * 20 + "B" * 49 + "A")
+
+    def score_model(model: ModelToScore, rows: Path, *_rest: Any, **_more: Any) -> Scored:
+        examples = read_examples(rows)
+        assert [example.example_id for example in examples][19:22] == ["v19", "t5", "t6"]
+        if model.kind == "transformers":
+            return scored("".join(str(example.answer_key) for example in examples))
+        return scored(built[model.name][1])
+
+    monkeypatch.setattr("distillery.export.ladder.score_model", score_model)
+    recipe = ExportRecipe(ladder=(FORMS["int8"],), training_rows=50)
+    student = ModelToScore(name="student", kind="transformers", folder=str(tmp_path))
+    found = climb(
+        student, recipe, PROMPT, *files, tmp_path / "out", labels=tmp_path, progress=show_nothing
+    )
+    assert (found.rows, found.training_rows, found.accuracy) == (70, 50, 1.0)
+    assert found.rungs[0].difference == pytest.approx(-1 / 70)
+    assert "allows 2.0 points on 20 validation rows and 50 training rows" in render_ladder(found)
+
+
 def test_a_rung_that_can_not_be_built_is_shown_with_the_reason(
     files: tuple[Path, Path],
     built: dict[str, tuple[int, str]],
@@ -417,14 +463,13 @@ def test_a_real_ladder_merged_and_apart(tiny_model: TinyModel, tmp_path: Path, a
         )
 
     forms = [ExportForm(algorithm=algorithm) for algorithm in ("rtn", "k_quant_mixed", "gptq")]
-    forms += [
-        ExportForm(precision=precision, algorithm="rtn") for precision in ("int8", "fp16", "fp32")
-    ]
-    forms += [
-        ExportForm(precision=precision, algorithm="rtn", adapter_apart=True)
-        for precision in ("int4", "fp16")
-    ]
-    forms.append(ExportForm(algorithm="rtn", block_size=64, share_embeddings=False))
+    forms.append(ExportForm(precision="fp32"))
+    forms.append(ExportForm(precision="fp16", adapter_apart=True))
+    # Each rung takes ten seconds; what phi3 fuses does not concern the others.
+    if arch == "llama":
+        forms += [ExportForm(precision="int8", algorithm="rtn"), ExportForm(precision="fp16")]
+        forms.append(ExportForm(algorithm="rtn", adapter_apart=True))
+        forms.append(ExportForm(algorithm="rtn", block_size=64, share_embeddings=False))
     found = climb(
         ModelToScore(name="student", kind="transformers", folder=str(model), adapter=str(adapter)),
         ExportRecipe(ladder=tuple(forms), largest_loss=1.0),
@@ -439,12 +484,14 @@ def test_a_real_ladder_merged_and_apart(tiny_model: TinyModel, tmp_path: Path, a
     assert found.accuracy > 0.6, "a student that has learnt nothing has nothing to lose"
     apart = {title: rung.departure.mean for title, rung in by_title.items() if rung.departure}
     assert apart["fp32"] < 1e-4
-    assert apart["fp16"] < 0.01
     assert apart["fp16, apart"] < 0.01
-    assert apart["int8 rtn/32"] < apart["int4 rtn/32"]
     assert by_title["fp32"].difference == 0
     size = {title: rung.bytes or 0 for title, rung in by_title.items()}
-    assert size["int4 rtn/32"] < size["int8 rtn/32"] < size["fp16"] < size["fp32"]
+    assert size["int4 rtn/32"] < size["fp32"]
+    if arch == "llama":
+        assert apart["fp16"] < 0.01
+        assert apart["int8 rtn/32"] < apart["int4 rtn/32"]
+        assert size["int4 rtn/32"] < size["int8 rtn/32"] < size["fp16"] < size["fp32"]
     picked = next(rung for rung in found.rungs if rung.picked)
     assert picked.bytes == min(size.values())
     ask_once(tmp_path / "out")

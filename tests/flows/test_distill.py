@@ -100,6 +100,12 @@ class Workshop:
         return self.distil(recipe(files or self.files, self.base, **evaluation))
 
     def distil(self, values: dict[str, Any], *arguments: str, **environment: str) -> Run:
+        return self.ended(0, values, *arguments, **environment)
+
+    def ended(
+        self, status: int, values: dict[str, Any], *arguments: str, **environment: str
+    ) -> Run:
+        """Run a recipe, which must end with this exit status."""
         path, counted = self.folder / "recipe.yaml", self.folder / "counted"
         path.write_text(yaml.safe_dump(values))
         counted.write_text("")
@@ -111,7 +117,7 @@ class Workshop:
             capture_output=True,
             text=True,
         )
-        assert done.returncode == 0, done.stderr[-4000:]
+        assert done.returncode == status, done.stderr[-4000:]
         name = done.stderr.partition("Beginning flow run '")[2].partition("'")[0]
         return Run(name, done.stdout, done.stderr, Counter(counted.read_text().split()))
 
@@ -618,3 +624,21 @@ def test_a_search_measures_its_trials_and_goes_on_from_what_is_cached(
     assert [line for line in deep if "failed: " in line] == [
         f"Trial {number} {said}" for number in sorted(failed)
     ]
+
+
+def test_a_refused_student_fails_the_run_where_the_recipe_says_so(workshop: Workshop) -> None:
+    values = recipe(workshop.files, workshop.base)
+    values["evaluation"] = {"rules": [{"kind": "rows", "minimum": 1000}]}
+    completed = workshop.distil(values)
+    assert "refused" in completed.gate
+    values["evaluation"]["on_refusal"] = "fail"
+    failed = workshop.ended(3, values)
+    assert failed.gate.partition("report:")[0] == completed.gate.partition("report:")[0]
+    assert failed.page.is_file(), "all is recorded"
+    (line,) = [line for line in failed.log.splitlines() if line.startswith("error: ")]
+    assert line.startswith("error: gate: refused: ")
+    assert line.endswith("(evaluation.on_refusal: fail)")
+    query = "SELECT state_name FROM flow_run WHERE name = ?"
+    with closing(sqlite3.connect(f"file:{workshop.prefect}/prefect.db?mode=ro", uri=True)) as known:
+        states = [known.execute(query, (run.name,)).fetchone()[0] for run in (completed, failed)]
+    assert states == ["Completed", "Failed"]

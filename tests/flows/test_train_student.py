@@ -2,20 +2,29 @@
 search that ends on the latter."""
 
 import asyncio
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from contextvars import copy_context
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from prefect.client.schemas.objects import State
-from prefect.states import Cancelled, Crashed, Failed, exception_to_failed_state
+from prefect import flow, get_client
+from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterDeploymentId
+from prefect.client.schemas.objects import FlowRun, State
+from prefect.deployments import run_deployment
+from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
+from prefect.states import Cancelled, Completed, Crashed, Failed, exception_to_failed_state
 from prefect.testing.utilities import prefect_test_harness
 
 import flows.search as module
+import flows.train_student as training
 from distillery.errors import StoreUnavailable, TrainingError, TrainingUnavailable
 from distillery.recipe import Recipe, SearchRecipe
-from flows.train_student import check_deployment, failure_of
+from flows.train_student import check_deployment, ended, failure_of
 
 
 def failed_by(error: Exception) -> State:
@@ -49,13 +58,96 @@ def test_all_else_says_nothing_of_the_settings(state: State) -> None:
     assert isinstance(failure_of(state, "gpu: the run 'x'"), TrainingUnavailable)
 
 
+@pytest.fixture(scope="module")
+def server() -> Iterator[None]:
+    with prefect_test_harness(server_startup_timeout=120):
+        yield
+
+
 @pytest.mark.slow
-def test_a_deployment_that_is_not_there_is_one_line() -> None:
-    with (
-        prefect_test_harness(server_startup_timeout=120),
-        pytest.raises(TrainingUnavailable, match="no deployment train-student/gone here; `prefect"),
-    ):
+def test_a_deployment_that_is_not_there_is_one_line(server: None) -> None:
+    with pytest.raises(TrainingUnavailable, match="no deployment train-student/gone here; `pref"):
         check_deployment("train-student/gone")
+
+
+@flow
+def waits(deployment: str) -> None:
+    run = run_deployment(deployment, timeout=0)
+    assert isinstance(run, FlowRun)
+    ended(run, deployment)
+
+
+def waiting_run(pool: str) -> FlowRun:
+    """Start a run on a new pool and wait for it, in a flow; return the run."""
+    with get_client(sync_client=True) as client:
+        client.create_work_pool(WorkPoolCreate(name=pool, type="process"))
+        deployment = client.create_deployment(
+            flow_id=client.create_flow(waits), name=pool, work_pool_name=pool
+        )
+        try:
+            waits(f"waits/{pool}")
+        finally:
+            runs = client.read_flow_runs(
+                flow_run_filter=FlowRunFilter(
+                    deployment_id=FlowRunFilterDeploymentId(any_=[deployment])
+                )
+            )
+    return runs[0]
+
+
+@pytest.mark.slow
+def test_a_pool_without_a_worker_is_told_and_then_ends_the_wait(
+    server: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(training, "WARN_S", 1.0)
+    monkeypatch.setattr(training, "LOOK_S", 0.1)
+    monkeypatch.setenv("DISTILLERY_WORKER_WAIT", "3")
+    with pytest.raises(TrainingUnavailable) as caught:
+        waiting_run("empty")
+    told = (
+        "training_deployment waits/empty: the run '{name}' waits, and its work pool empty is "
+        "paused or has no worker; start one with `prefect worker start --pool empty`"
+    )
+    with get_client(sync_client=True) as client:
+        (run,) = [run for run in client.read_flow_runs() if run.work_pool_name == "empty"]
+    line = told.format(name=run.name)
+    assert str(caught.value) == f"{line}, or raise DISTILLERY_WORKER_WAIT (3 s)"
+    warnings = [entry.getMessage() for entry in caplog.records if entry.levelname == "WARNING"]
+    assert warnings.count(f"{line}; it ends after 3 s") == 1
+    assert run.state
+    assert run.state.is_cancelled()
+
+
+@pytest.mark.slow
+def test_a_run_waits_for_a_worker_that_is_busy(
+    server: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "LOOK_S", 0.1)
+    monkeypatch.setenv("DISTILLERY_WORKER_WAIT", "1.5")
+    began = time.monotonic()
+
+    def beat() -> None:
+        """A worker that is alive and takes nothing for 4 s; then the run is set to an end."""
+        with get_client(sync_client=True) as client:
+            while time.monotonic() - began < 4:
+                with suppress(ObjectNotFound, PrefectHTTPStatusError):
+                    client.request(
+                        "POST",
+                        "/work_pools/{work_pool_name}/workers/heartbeat",
+                        path_params={"work_pool_name": "busy"},
+                        json={"name": "w", "heartbeat_interval_seconds": 30},
+                    )
+                time.sleep(0.2)
+            (run,) = [run for run in client.read_flow_runs() if run.work_pool_name == "busy"]
+            client.set_flow_run_state(run.id, Completed())
+
+    thread = threading.Thread(target=copy_context().run, args=(beat,))
+    thread.start()
+    run = waiting_run("busy")
+    thread.join()
+    assert run.state
+    assert run.state.is_completed()
+    assert time.monotonic() - began > 4
 
 
 @pytest.fixture

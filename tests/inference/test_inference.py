@@ -34,6 +34,7 @@ from distillery.models.class_tokens import ClassTokens
 from distillery.prompts import render_ids, render_messages, text_ids
 from distillery.recipe import Columns, PromptRecipe
 from distillery.records import Abstention, Example
+from distillery.serving.ask import Asker, SearchOptions
 
 Build = Callable[..., Path]
 PROMPT = PromptRecipe()
@@ -244,6 +245,9 @@ def test_sampling_follows_seed_temperature_and_top_p(tiny_onnx: Build) -> None:
         # Three standard errors of a share of 1,500 draws.
         error = 3 * float(np.sqrt(expected[token] * (1 - expected[token]) / 1500))
         assert drawn[token] / 1500 == pytest.approx(float(expected[token]), abs=error)
+    likeliest = set(np.argsort(-expected)[:3].tolist())
+    few = {next(student.steps(ids, 1, temperature=9.0, seed=n, top_k=3))[0] for n in range(100)}
+    assert few == likeliest
 
 
 def test_the_most_probable_letter_is_the_answer(tiny_onnx: Build) -> None:
@@ -352,6 +356,11 @@ def test_an_adapter_apart_is_active_unless_left_aside(tiny_model: Build, tmp_pat
     assert np.abs(tuned - plain).max() > 0.5
     np.testing.assert_allclose(student.next_token_logprobs(ids), tuned, atol=1e-3)
     np.testing.assert_allclose(base.next_token_logprobs(ids), plain, atol=1e-3)
+    pieces: dict[bool, list[str]] = {True: [], False: []}
+    for active, shown in pieces.items():
+        asker = Asker(out, adapter=active, search=SearchOptions(max_length=60))
+        asker.answer("Where is bread warm?", shown.append)
+    assert "".join(pieces[True]) != "".join(pieces[False])
 
 
 ROWS: list[dict[str, Any]] = [
@@ -549,7 +558,7 @@ def test_a_file_is_scored_row_by_row(tiny_onnx: Build, tmp_path: Path) -> None:
     assert done == [1, 2, 3, count_rows(tmp_path / "rows.jsonl")]
     lines = (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()
     predictions = [Prediction.model_validate_json(line) for line in lines]
-    assert [prediction.example_id for prediction in predictions] == ["r0", "r2"]
+    assert [(found.line, found.example_id) for found in predictions] == [(1, "r0"), (4, "r2")]
     rows = [
         row
         for row in read_rows(tmp_path / "rows.jsonl", RowReader(Columns()))

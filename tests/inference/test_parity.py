@@ -10,7 +10,7 @@ import httpx
 import pytest
 from tiny_model import ARCHITECTURES
 
-from distillery.data.prepare import write_classes
+from distillery.data.examples import write_classes
 from distillery.evaluation.scoring import ModelToScore, score_model
 from distillery.export.build import export
 from distillery.inference.onnx_student import OnnxStudent

@@ -86,12 +86,12 @@ def check_store(url: str) -> None:
             store.add(answer)
         store.flush()
         store.add(stored(7, answer="B", raw="said later"))
-        store.add(stored(9999, raw="“ü” 猫"))
+        store.add(stored(9999, answer="order status", raw="“ü” 猫"))
     with LabelStore(url) as store:
         found = store.get_many([answer.request_key for answer in answers])
         assert found == {answer.request_key: answer for answer in answers}, "the first answer stays"
         assert store.get_many([f"{9999:064x}", "0" * 63 + "x"]) == {
-            f"{9999:064x}": stored(9999, raw="“ü” 猫")
+            f"{9999:064x}": stored(9999, answer="order status", raw="“ü” 猫")
         }
         assert store.get_many([]) == {}
 
@@ -404,7 +404,7 @@ async def test_rejected_rows_are_kept_apart_with_their_reason(
     sdk: Sdk, url: str, tmp_path: Path
 ) -> None:
     odd = {
-        1: said("A good choice is B"),
+        1: said("A good way is by sea"),
         3: refused(400, "filtered", code="content_filter"),
         4: said("A", finish_reason="content_filter"),
         6: Reply({"choices": []}),
@@ -433,7 +433,7 @@ async def test_rejected_rows_are_kept_apart_with_their_reason(
         "row-7": "no answer within teacher.max_tokens (16)",
         "row-8": "prompt longer than the teacher's context",
     }
-    assert rejected[0]["raw"] == "A good choice is B"
+    assert rejected[0]["raw"] == "A good way is by sea"
     kept = {row["example_id"] for row in read_lines(tmp_path / "out" / "labels.jsonl")}
     assert kept == {"row-0", "row-2", "row-5", "row-9"}
     assert len(read_lines(tmp_path / "out" / "train_data.jsonl")) == 4

@@ -70,12 +70,21 @@ def test_a_quote_before_any_answer_says_that_it_is_an_estimate(store: LabelStore
     assert (found.rows, found.known, found.calls) == (31, 1, 30)
     assert not found.counted
     assert 40 < found.usage.prompt_tokens / 30 < 80
-    assert found.usage.completion_tokens == 150
-    assert found.cost == pytest.approx((found.usage.prompt_tokens * 2 + 150 * 8) / 1e6)
+    assert found.usage.completion_tokens == 60
+    assert found.cost == pytest.approx((found.usage.prompt_tokens * 2 + 60 * 8) / 1e6)
     assert found.seconds == pytest.approx(3)
     assert "estimated" in found.line()
     assert "EUR" in found.line()
     assert "no price table" in quoted(store).line()
+
+
+def test_room_for_reasoning_is_not_taken_for_the_answers_length(store: LabelStore) -> None:
+    found = quoted(store, max_tokens=4096)
+    assert found.usage.completion_tokens == 30 * 2, "a letter and the end of the answer"
+    assert "about 60 out (from lengths, at most 4,096 each)" in found.line()
+    held = quoted(store, max_tokens=4096, answers={"form": "json"})
+    assert held.usage.completion_tokens == 30 * 8, '{"answer": "A"}'
+    assert quoted(store, max_tokens=1).usage.completion_tokens == 30
 
 
 def test_a_quote_learns_from_answers_and_counts_what_is_new(
@@ -138,7 +147,9 @@ def test_a_classifier_is_quoted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     files = write_texts(tmp_path / "texts.csv", answered=40, unanswered=10)
     dataset = {"source": "files", "files": {"train": [files]}, "carve": {"test": 0.5, "gold": 0.5}}
     asked = Recipe.model_validate({"task": {"kind": "classify"}, "dataset": dataset})
-    assert quote_recipe(asked)["train"].calls == 10
+    found = quote_recipe(asked)["train"]
+    assert found.calls == 10
+    assert found.usage.completion_tokens == 10 * 9, 'the longest, such as {"answer": "bread"}'
 
 
 def canaries(server: ChatEndpoint, store: LabelStore, rows: int, **recipe: Any) -> TeacherDrift:
@@ -221,7 +232,7 @@ def test_a_quote_for_reasons_does_not_go_by_letters(store: LabelStore, tmp_path:
         labelled(server, store, tmp_path / "out", ROWS)
     assert "from its last 30 answers" in quoted(store, ROWS, max_tokens=20).basis
     reasons = quoted(store, ROWS, max_tokens=200, answers={"form": "rationale"})
-    assert reasons.basis == "from lengths and teacher.max_tokens"
+    assert reasons.basis == "from lengths, at most 200 each"
     assert reasons.usage.completion_tokens == 30 * 200
 
 

@@ -28,9 +28,9 @@ from tenacity import wait_none
 from distillery.errors import (
     CredentialsError,
     DistilleryError,
+    ModelUnavailable,
     RecipeError,
     TrainingError,
-    TrainingUnavailable,
 )
 from distillery.models import azure_registry
 from distillery.models.azure_registry import (
@@ -241,7 +241,7 @@ def test_a_long_outage_ends_the_run_and_keeps_what_is_there(
     monkeypatch.setenv("DISTILLERY_STORE_WAIT", "0.1")
     monkeypatch.setattr(azure_registry, "BACKOFF", lambda _state: 0.02)
     blobs.fail = fail
-    with pytest.raises(TrainingUnavailable, match="run again, and the download goes on") as found:
+    with pytest.raises(ModelUnavailable, match="run again, and the download goes on") as found:
         download(MODEL)
     assert "secret" not in str(found.value)
     assert found.value.__cause__ is None
@@ -250,7 +250,7 @@ def test_a_long_outage_ends_the_run_and_keeps_what_is_there(
 
 def test_a_damaged_file_is_not_kept(blobs: Blobs) -> None:
     blobs.md5["model.safetensors"] = b"0" * 16
-    with pytest.raises(TrainingUnavailable, match=r"model\.safetensors was damaged on the way"):
+    with pytest.raises(ModelUnavailable, match=r"model\.safetensors was damaged on the way"):
         download(MODEL)
     assert not MODEL.folder.exists()
     assert "model.safetensors.part" not in content(MODEL.unfinished)

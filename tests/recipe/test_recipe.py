@@ -458,8 +458,36 @@ def test_a_form_is_in_cache_keys_by_its_own_settings() -> None:
         "adapter_apart": False,
         "all_logits": False,
     }
-    assert ExportForm.added_later == ExportRecipe.added_later == {"all_logits"}
+    assert ExportForm.added_later == {"all_logits"}
+    assert ExportRecipe.added_later == {"all_logits", "training_rows"}
     assert type(form) is ExportForm
+
+
+@pytest.mark.parametrize("teacher", ["local", "endpoint"])
+def test_classifiers_choose_by_validation_rows_where_there_can_be_some(teacher: str) -> None:
+    def parsed(dataset: dict[str, Any], **more: Any) -> Recipe:
+        values = {"task": {"kind": "classify"}, "teacher": {"kind": teacher}, "dataset": dataset}
+        carve = {"gold": 0.3, **dataset.get("carve", {})}
+        values["dataset"] = {"source": "files", "files": {"train": ["a.csv"]}, **dataset}
+        values["dataset"]["carve"] = carve
+        return parse_recipe(values | more, "mine.yaml")
+
+    carved = parsed({"carve": {"test": 0.2}})
+    assert carved.dataset.carve == {"gold": 0.3, "validation": 0.1, "test": 0.2}
+    named = parsed({"carve": {"test": 0.2, "validation": 0.15}})
+    assert named.dataset.carve["validation"] == 0.15
+    for recipe in (carved, named):
+        assert recipe.student.training.patience
+        assert recipe.export.ladder
+    without = parsed({"carve": {"test": 0.2, "validation": None}})
+    assert "validation" not in without.dataset.roles
+    assert without.student.training.patience is None
+    assert not without.export.ladder
+    # A form that the recipe names is the one that ships.
+    assert not parsed({"carve": {"test": 0.2}}, export={"precision": "int4"}).export.ladder
+    # What is read back whole is the same recipe.
+    for recipe in (carved, without):
+        assert Recipe.model_validate(recipe.model_dump(mode="json")) == recipe
 
 
 def test_abstaining_is_in_no_cache_key_unless_it_is_set() -> None:

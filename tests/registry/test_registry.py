@@ -7,6 +7,7 @@ DefaultAzureCredential and azure-storage-blob against azure_ml_stand_in.py and r
 
 import base64
 import json
+import shutil
 import socket
 import subprocess
 import sys
@@ -31,11 +32,12 @@ from prefect import flow
 from prefect.testing.utilities import prefect_test_harness
 
 import tasks.registry
+from distillery import cli
 from distillery.errors import CredentialsError, DistilleryError, RegistryError, RegistryUnavailable
 from distillery.recipe import RegistryRecipe
 from distillery.records import Artifact, GateDecision, RegisteredModel
 from distillery.registry.azureml import AZURE_DEADLINE, AzureRegistry
-from distillery.registry.base import Registry
+from distillery.registry.base import OtherModel, Registry
 from distillery.registry.history import (
     Actor,
     Event,
@@ -47,8 +49,10 @@ from distillery.registry.history import (
 )
 from distillery.registry.local import LocalRegistry
 from distillery.registry.open import open_registry
+from distillery.serving.ask import Asker
 from distillery.storage.artifacts import ArtifactStore
 from distillery.storage.digests import digest_of_files, list_files, sha256_of
+from tasks.stage import is_whole
 
 PROVENANCE = {"data": "d" * 64, "teacher": {"identity": "t"}, "evaluation": {"accuracy": 0.875}}
 ARTIFACT = Artifact(uri="file:///model", sha256="d" * 64, bytes=1)
@@ -209,6 +213,31 @@ def test_what_is_registered_is_downloaded_unchanged(
     (target / "manifest.json").unlink()
     assert list_files(target) == files
     assert [path.name for path in target.parent.iterdir()] == ["down"]
+
+
+@BOTH
+def test_access_is_checked_without_a_trace_among_the_models(
+    case: RegistryCase, folder: Path
+) -> None:
+    registry = case.registry
+    assert [registry.check_access("student"), registry.check_access("student")] == [0, 0]
+    assert registry.list() == []
+    registry.register(folder, "student", {}, PROVENANCE)
+    assert registry.check_access("student") == 1
+
+
+@pytest.mark.slow
+def test_a_role_that_only_reads_is_told_before_anything_is_registered(
+    azure: RegistryCase, stand_in: AzureMLStandIn
+) -> None:
+    stand_in.reader = True
+    assert azure.registry.list("student") == []
+    with pytest.raises(CredentialsError) as caught:
+        azure.registry.check_access("student")
+    assert one_line(caught.value) == (
+        "Azure ML workspace ws refuses access (403): give the login the role AzureML Data "
+        "Scientist there"
+    )
 
 
 @BOTH
@@ -419,6 +448,29 @@ def test_one_file_is_read_and_verified(case: RegistryCase, folder: Path) -> None
         registry.read_verified(model, "genai_config.json")
 
 
+@BOTH
+def test_what_a_cached_run_asks_of_the_registry_is_no_download(
+    case: RegistryCase, kind: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A damaged byte is found on this machine; elsewhere it is found by the download."""
+    registry = case.registry
+    first = registry.register(folder, "student", {}, PROVENANCE)
+    second = registry.register(folder, "student", {}, {"number": 2})
+    other = registry.register(folder, "student", {}, {"number": 3})
+    case.damage(second, "model.onnx.data", flip_a_byte)
+    case.damage(other, "genai_config.json", lambda content: None)
+
+    def no_download(*arguments: Any) -> None:
+        raise AssertionError("a download")
+
+    monkeypatch.setattr(type(registry), "fetch_files", no_download)
+    assert [is_whole(model) for model in (first, second, other)] == [
+        *(True, kind == "azure", False)
+    ]
+    case.damage(first, "manifest.json", lambda content: b"{}")
+    assert not registry.holds(first)
+
+
 def test_an_entry_of_the_history_that_can_not_be_read_is_named(
     local: RegistryCase, folder: Path
 ) -> None:
@@ -622,6 +674,7 @@ def test_another_machine_takes_what_it_lacks_from_the_store(
     target = other.download(shared, tmp_path / "down")
     assert sha256_of(target / "manifest.json") == shared.manifest_sha256
     assert other.register(folder, "student", {}, PROVENANCE) == shared
+    assert other.holds(shared)
     manifest = tmp_path / "store" / "manifests" / f"{shared.manifest_sha256}.json"
     manifest.write_bytes(flip_a_byte(manifest.read_bytes()))
     with pytest.raises(RegistryError, match=r"student version 1: manifest\.json: "):
@@ -766,6 +819,88 @@ def test_azure_gets_the_version_that_the_lab_registers(
         "bytes": str(model.artifact.bytes),
     }
     assert "sig=" not in json.dumps(properties)
+
+
+LAB = "fine-tuning-phi-4-mini-onnx-int4-cpu"
+
+
+@pytest.mark.slow
+def test_azure_models_of_others_are_listed_and_downloaded(
+    azure: RegistryCase,
+    stand_in: AzureMLStandIn,
+    tiny_onnx: Callable[..., Path],
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Registered as the lab's notebook does: by the SDK's own upload, of a folder around the
+    model's."""
+    from azure.ai.ml.entities import Model
+
+    registry = azure.registry
+    assert isinstance(registry, AzureRegistry)
+    lab = tmp_path / "phi-4-mini" / "onnx"
+    shutil.copytree(tiny_onnx("phi3"), lab / "model")
+    registry._client.models.create_or_update(
+        Model(path=lab, type="custom_model", name=LAB, description="Fine tuning by MSFT Olive")
+    )
+    single = Model(path=lab / "model" / "model.onnx", type="custom_model", name="single")
+    registry._client.models.create_or_update(single)
+    ours = registry.register(folder, "student", {}, PROVENANCE)
+
+    assert registry.list() == [ours]
+    assert [(other.name, other.version) for other in registry.others()] == [
+        *((LAB, "1"), ("single", "1")),
+    ]
+    assert registry.others("student") == []
+    with pytest.raises(RegistryError, match=f"{LAB}: .* has no version that Distillery registered"):
+        registry.get(LAB)
+    assert registry.get_any("student") == ours
+    with pytest.raises(RegistryError, match="student: no version 7"):
+        registry.get_any("student", "7")
+
+    capsys.readouterr()
+    cli.list_models(registry="azureml")
+    listed = capsys.readouterr().out.splitlines()
+    assert f"{LAB}  version 1  unverified        azureml://" in listed[1]
+    target = tmp_path / "down"
+    cli.download_model(LAB, target, registry="azureml")
+    assert capsys.readouterr().out.splitlines() == [
+        f"{LAB} version 1 in {target}, unverified: it has no manifest",
+        f"ask it by: distillery ask {target / 'model'}",
+    ]
+    assert list_files(target) == list_files(lab)
+    Asker(target / "model", options=("oven", "river")).answer("Where is bread warm?", print)
+    assert "oven" in capsys.readouterr().out
+    single_other = registry.others("single")[0]
+    registry.download_other(single_other, tmp_path / "one")
+    assert [path.name for path in (tmp_path / "one").iterdir()] == ["model.onnx"]
+
+    with pytest.raises(RegistryError, match="down: exists; move it away"):
+        registry.download_other(single_other, target)
+    monkeypatch.setenv("DISTILLERY_VERIFY_KEY", "any")
+    with pytest.raises(RegistryError, match="so not signed, and DISTILLERY_VERIFY_KEY asks for it"):
+        registry.download_other(single_other, tmp_path / "two")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("uri", "words"),
+    [
+        ("azureml://jobs/1/outputs/artifacts/paths/model", "no folder of a datastore; fetch"),
+        ("azureml://datastores/workspaceblobstore/paths/none", "holds no file"),
+        ("azureml://datastores/other/paths/model", "Datastore other was not found"),
+    ],
+)
+def test_azure_models_of_others_that_can_not_be_fetched(
+    azure: RegistryCase, uri: str, words: str, tmp_path: Path
+) -> None:
+    other = OtherModel(name="theirs", version="1", uri=uri)
+    with pytest.raises(RegistryError, match=words) as caught:
+        azure.registry.download_other(other, tmp_path / "down")
+    one_line(caught.value)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow

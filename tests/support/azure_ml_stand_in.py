@@ -38,12 +38,12 @@ WORKSPACE = (
 )
 
 
-def make_certificate(folder: Path) -> Certificate:
-    """A self-signed certificate for localhost, Azurite's account name and 127.0.0.1, valid for a
-    day."""
+def make_certificate(folder: Path, *names: str) -> Certificate:
+    """A self-signed certificate for localhost, Azurite's account name, 127.0.0.1 and `names`, valid
+    for a day."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
-    hosts = [x509.DNSName("localhost"), x509.DNSName(f"{ACCOUNT}.blob.localhost")]
+    hosts = [x509.DNSName(host) for host in ("localhost", f"{ACCOUNT}.blob.localhost", *names)]
     now = datetime.datetime.now(datetime.UTC)
     certificate = (
         x509.CertificateBuilder()
@@ -92,7 +92,8 @@ class ArmError(Exception):
 @dataclass
 class AzureMLStandIn:
     """One workspace. `versions[name][version]` holds a version's REST body; `status` overrides
-    every answer.
+    every answer. `reader`: the login has Azure's role Reader, which neither writes nor sees
+    secrets.
 
     Without `secrets` the datastore hands out none, and the storage takes the login itself.
     """
@@ -102,6 +103,7 @@ class AzureMLStandIn:
     workspace: str = "ws"
     port: int = 0
     status: int | None = None
+    reader: bool = False
     versions: dict[str, dict[str, Any]] = field(default_factory=dict)
     access_token: str = field(default_factory=lambda: storage_token())
 
@@ -145,6 +147,8 @@ class AzureMLStandIn:
             raise ArmError(self.status, "StandIn", f"answered {self.status} as the test asked")
         if request.headers.get("authorization") != f"Bearer {self.access_token}":
             raise ArmError(401, "InvalidAuthenticationToken", "The access token is invalid.")
+        if self.reader and request.method != "GET":
+            raise ArmError(403, "AuthorizationFailed", "The client may not perform this action.")
         if request.path_params["ws"] != self.workspace:
             raise ArmError(
                 404, "ResourceNotFound", f"The workspace {request.path_params['ws']} was not found."

@@ -1,5 +1,5 @@
 """A chat-completions endpoint for tests: real HTTP/1.1 on 127.0.0.1, answering each request by a
-script.
+script; with a certificate, over TLS.
 
 with ChatEndpoint(good) as server:      # or a function Call -> Reply, or replies() for a list
     ... server.url, server.calls, server.most_in_flight
@@ -9,6 +9,7 @@ import asyncio
 import json
 import math
 import socket
+import ssl
 import struct
 import threading
 import time
@@ -16,11 +17,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
+from azurite_server import Certificate
+
 REASONS = {
     200: "OK",
     400: "Bad Request",
     401: "Unauthorized",
     404: "Not Found",
+    410: "Gone",
     429: "Too Many Requests",
 }
 
@@ -134,8 +138,9 @@ class ChatEndpoint:
     """`calls` are all requests so far, `answered` the (question, time.monotonic()) of those
     answered in full."""
 
-    def __init__(self, script: Script = good) -> None:
+    def __init__(self, script: Script = good, certificate: Certificate | None = None) -> None:
         self.script = script
+        self.certificate = certificate
         self.calls: list[Call] = []
         self.answered: list[tuple[str, float]] = []
         self.most_in_flight = 0
@@ -146,8 +151,8 @@ class ChatEndpoint:
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
         self._server = asyncio.run_coroutine_threadsafe(self._start(), self._loop).result()
-        host, port = self._server.sockets[0].getsockname()[:2]
-        self.url = f"http://{host}:{port}/v1"
+        host, self.port = self._server.sockets[0].getsockname()[:2]
+        self.url = f"{'https' if self.certificate else 'http'}://{host}:{self.port}/v1"
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -157,7 +162,11 @@ class ChatEndpoint:
         self._loop.close()
 
     async def _start(self) -> asyncio.Server:
-        return await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        context = None
+        if self.certificate:
+            context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+            context.load_cert_chain(self.certificate.cert, self.certificate.key)
+        return await asyncio.start_server(self._serve, "127.0.0.1", 0, ssl=context)
 
     async def _stop(self) -> None:
         self._server.close()

@@ -6,13 +6,14 @@ from pathlib import Path
 import pytest
 from student_answers import answers_file, first, score_row
 
+from distillery.evaluation.report import REGISTERED_ANSWERS
 from distillery.recipe import GateRule, LimitRule, NotWorseRule, RegistryRecipe
 from distillery.records import EvaluationReport, Example, GateDecision, OnnxModel, Rows
 from distillery.registry.history import Actor
 from distillery.registry.local import LocalRegistry
 from distillery.storage.artifacts import ArtifactStore
 from distillery.storage.digests import sha256_of
-from tasks.registry import ANSWERS, judge
+from tasks.registry import judge
 
 CANDIDATE = "student int4"
 NOT_WORSE = NotWorseRule(kind="not_worse")
@@ -23,9 +24,11 @@ pytestmark = pytest.mark.usefixtures("one_registry")
 def register(folder: Path, name: str, right: int, rows: int) -> str:
     """Register a version that is right on the first `right` of the rows; return its number."""
     content = folder / f"right-on-{right}"
-    (content / ANSWERS).parent.mkdir(parents=True)
+    (content / REGISTERED_ANSWERS).parent.mkdir(parents=True)
     (content / "genai_config.json").write_text("{}")
-    answers_file(content / ANSWERS, {"teacher": first(rows, rows), "fp16": first(right, rows)})
+    answers_file(
+        content / REGISTERED_ANSWERS, {"teacher": first(rows, rows), "fp16": first(right, rows)}
+    )
     registry = LocalRegistry()
     before = [model.version for model in registry.list(name)]
     version = registry.register(content, name, {}, {})

@@ -135,6 +135,14 @@ def test_the_terminal_shows_the_same_verdicts(tmp_path: Path) -> None:
     assert lines[figures + 2].startswith("macro-F1 0.755 [0.670, 0.841]")
 
 
+def test_the_terminal_tells_what_a_training_has_decided(tmp_path: Path) -> None:
+    outcome = outcome_of(tmp_path, RULES)
+    student = outcome.student.model_copy(update={"decisions": ("1 of 2 layers are kept",)})
+    lines = render(outcome.model_copy(update={"student": student})).splitlines()
+    assert "train student: 1 of 2 layers are kept" in lines
+    assert "train student: " not in render(outcome)
+
+
 def test_a_recipe_without_rules_has_no_table(tmp_path: Path) -> None:
     lines = published(outcome_of(tmp_path, ()))
     assert VERDICTS[0] not in lines

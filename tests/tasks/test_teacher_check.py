@@ -5,10 +5,10 @@ import pytest
 
 import tasks.teacher_check
 from distillery.errors import TeacherError
-from distillery.recipe import parse_recipe
-from distillery.records import Artifact, PreparedDataset, Split, TeacherCheck
-from flows.distill import compare_teacher
-from tasks.teacher_check import heed, rival
+from distillery.recipe import TrainingRecipe, parse_recipe
+from distillery.records import Artifact, Example, PreparedDataset, Split, TeacherCheck
+from flows.distill import compare_teacher, weighed
+from tasks.teacher_check import heed, rival, soft_weight_of
 
 GOLD = ["a", "b"] * 30
 
@@ -78,3 +78,21 @@ def test_no_teacher_is_compared_where_all_gold_rows_are_texts_of_none() -> None:
         raise AssertionError(f"{name} ran")
 
     compare_teacher(recipe, data, None, "endpoint", again)
+
+
+def test_the_teacher_s_probabilities_count_by_their_calibration() -> None:
+    rows = [
+        Example(example_id=f"{n}", question="?", answer_key="a", classes=("a", "b"))
+        for n in range(200)
+    ]
+    # Never sure, and always right: the labels are worth more.
+    weight = soft_weight_of([(0.6, 0.4)] * 199 + [None], rows)
+    assert weight is not None
+    assert weight < 0.2
+    assert soft_weight_of([None] * 200, rows) is None
+    check = checked(50, 40).model_copy(update={"soft_weight": weight})
+    assert "make 9 % of the loss" in check.decisions[0]
+    assert weighed(TrainingRecipe(soft_weight="auto"), check).soft_weight == round(weight, 3)
+    assert weighed(TrainingRecipe(soft_weight=0.5), check).soft_weight == 0.5
+    # Where nobody can tell, the probabilities count alone.
+    assert weighed(TrainingRecipe(soft_weight="auto"), checked(50, 40)).soft_share == 1.0

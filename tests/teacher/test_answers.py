@@ -1,4 +1,4 @@
-"""Reading answers: in each form, in other orders of the options, and several of them for a row."""
+"""Answers: their probabilities, other orders of the options, and several of them for a row."""
 
 import math
 
@@ -10,92 +10,11 @@ from distillery.teacher.answers import (
     combine_answers,
     distribution,
     in_own_order,
-    parse_answer,
-    parse_json,
-    rationale_of,
     rotated_order,
 )
 
 CHOICES = ("bank", "vitamin C", "A dog")
 LETTERS = ("A", "B", "C")
-FIVE = ("bank", "vitamin C", "A dog", "the answer", "New York.")
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "B",
-        "(B)",
-        "[B]",
-        "B.",
-        "B)",
-        "b",
-        " B \n",
-        "**B**",
-        "`B`",
-        "B) vitamin C",
-        "(B) vitamin C",
-        "B. Because it heals scurvy",
-        "**B)** vitamin C",
-        "B - vitamin C",
-        "B\nIt heals scurvy.",
-        "vitamin C",
-        '"Vitamin  c."',
-        "Answer: B",
-        "Answer:\n\n(B)",
-        "**Answer:** B",
-        "The answer is B.",
-        "The correct answer is: (B) vitamin C",
-        "So, the best choice is B",
-        "Option B",
-        "Answer: vitamin C",
-        "It heals scurvy. A dog does not.\n\nFinal answer: **B**",
-        "<think>Perhaps A. No, (C).</think>\n\nB",
-        "<think>Answer: A</think>Answer: B",
-    ],
-)
-def test_an_answer_is_read(text: str) -> None:
-    assert parse_answer(text, FIVE) == "B"
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "F",
-        "(F)",
-        "AB",
-        "A good choice is B",
-        "A or B",
-        "A, B",
-        "A. B",
-        "(A) or (B)",
-        "B) bank",
-        "B) or C)",
-        "Both A and B",
-        "Answer: A or B",
-        "Answer: A\nAnswer: B",
-        "Answer: unknown",
-        "I think it is a bank",
-        "I can't tell",
-        "<think>The answer is B",
-        "none of them",
-        "error: too many requests",
-    ],
-)
-def test_text_that_names_no_option_or_several_is_none(text: str) -> None:
-    assert parse_answer(text, FIVE) is None
-
-
-def test_an_options_text_may_start_with_a_letter_or_hold_one() -> None:
-    assert parse_answer("A dog", FIVE) == "C"
-    assert parse_answer("Answer: A dog", FIVE) == "C"
-    assert parse_answer("C) A dog", FIVE) == "C"
-    assert parse_answer("New York", FIVE) == "E"
-    assert parse_answer("The answer", FIVE) == "D"
-    assert parse_answer("A", ("B", "C")) == "A"
-    assert parse_answer("B", ("B", "C")) is None, "the letter says the second, the text the first"
-    assert parse_answer("same", ("same", "same")) is None
 
 
 def test_a_distribution_sums_spellings_and_normalises_over_the_letters() -> None:
@@ -126,71 +45,6 @@ def test_a_token_outside_the_list_is_no_probability() -> None:
     )
     assert distribution([("A", -9999.0), ("The", -0.1)], ("A", "B")) is None
     assert distribution([], ("A", "B")) is None
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        '{"answer": "B"}',
-        '\n{\n  "answer":"B"\n}\n',
-        '{"reason": "It heals scurvy", "answer": "B"}',
-        '<think>Perhaps {"answer": "A"}?</think>\n{"answer": "B"}',
-        "B",
-        "Answer: B",
-        "(B) vitamin C",
-    ],
-)
-def test_json_is_read_and_what_an_endpoint_without_it_says(text: str) -> None:
-    assert parse_json(text, CHOICES) == "B"
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "{}",
-        "null",
-        "1",
-        "NaN",
-        '["B"]',
-        '{"answer": null}',
-        '{"answer": 1}',
-        '{"answer": ["B"]}',
-        '{"answer": "D"}',
-        '{"answer": "AB"}',
-        '{"answer": ""}',
-        '{"letter": "B"}',
-        '{"answer": "B"',
-        "[" * 100_000,
-        '{"a":' * 100_000,
-    ],
-    ids=lambda text: text[:20] or "empty",
-)
-def test_json_without_one_of_the_letters_is_none(text: str) -> None:
-    assert parse_json(text, CHOICES) is None
-
-
-@pytest.mark.parametrize(
-    ("text", "rationale"),
-    [
-        ("It heals.\nA dog does not.\n\nAnswer: B", "It heals.\nA dog does not."),
-        ("It heals.\n**Answer:** B", "It heals."),
-        ("<think>Well.\nAnswer: A</think>\nIt heals.\nThe answer is B.", "It heals."),
-        (
-            "First: Answer it.\nAnswer: A\nNo.\nAnswer: B",
-            "First: Answer it.\nAnswer: A\nNo.",
-        ),
-        ("Answer: B", ""),
-        ("B", ""),
-        ("", ""),
-    ],
-)
-def test_the_rationale_is_what_precedes_the_line_with_the_answer(text: str, rationale: str) -> None:
-    assert rationale_of(text) == rationale
-
-
-def test_a_rationales_answer_is_its_marked_line() -> None:
-    assert parse_answer("A dog is no cure, C is out.\nAnswer: B", CHOICES) == "B"
 
 
 @pytest.mark.parametrize("count", [2, 3, 5, 26])

@@ -1,4 +1,4 @@
-"""Reading answers that name a class, their probabilities, and labelling by an endpoint."""
+"""The probabilities of classes, and labelling by an endpoint."""
 
 import json
 import math
@@ -16,62 +16,11 @@ from distillery.labels.labelling import label
 from distillery.labels.store import LabelStore
 from distillery.recipe import PromptRecipe, TeacherRecipe
 from distillery.records import Example
-from distillery.teacher.answers import distribution, parse_class
+from distillery.teacher.answers import distribution
 from distillery.teacher.reply import class_at_answer, read_completion
 
 CLASSES = ("order", "order status", "credit_limit", "credit_score", "Refund", "none of these")
 Top = dict[str, float]
-
-
-@pytest.mark.parametrize(
-    ("text", "name"),
-    [
-        ('{"answer": "credit_limit"}', "credit_limit"),
-        (' {"answer":"order status"}\n', "order status"),
-        ('{"answer": "refund"}', "Refund"),
-        ('"refund"', "Refund"),
-        ("order", "order"),
-        ("order status", "order status"),
-        ("  Order  Status.\n", "order status"),
-        ("**REFUND**", "Refund"),
-        ("“none of these”", "none of these"),
-        ("Answer: credit_score", "credit_score"),
-        ("**Answer:** order", "order"),
-        ("It was paid twice.\n\nThe answer is Refund.", "Refund"),
-        ("<think>Perhaps order. No.</think>Refund", "Refund"),
-        ("<think>Answer: order</think>\nAnswer: Refund", "Refund"),
-    ],
-)
-def test_a_class_is_read(text: str, name: str) -> None:
-    assert parse_class(text, CLASSES) == name
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "<think>order",
-        "{}",
-        '{"answer": "parcel"}',
-        '{"answer": null}',
-        '{"answer": ["order", "Refund"]}',
-        "[" * 100_000,
-        "order or Refund",
-        "Answer: order\nAnswer: Refund",
-        "It is about an order",
-        "credit",
-        "credit limit",
-    ],
-)
-def test_no_class_or_several_are_none(text: str) -> None:
-    assert parse_class(text, CLASSES) is None
-
-
-def test_case_and_numbers_tell_classes_apart() -> None:
-    assert parse_class("bill", ("Bill", "bill")) == "bill"
-    assert parse_class("BILL", ("Bill", "bill")) is None
-    for text in ("10", '{"answer": 10}', '{"answer": "10"}', "Answer: 10"):
-        assert parse_class(text, ("1", "10")) == "10"
 
 
 def tokens(*written: tuple[str, Top]) -> list[dict[str, Any]]:

@@ -51,7 +51,13 @@ def test_the_states_at_a_depth_are_those_that_a_model_cut_there_reads(
 
 
 @pytest.mark.parametrize(
-    ("most", "largest_loss", "expected"), [(4, 0.0, 3), (4, 0.1, 2), (4, 0.6, 1), (2, 0.0, 2)]
+    ("most", "largest_loss", "expected", "rival"),
+    [
+        (4, 0.0, 3, "no more at any depth up to 4"),
+        (4, 0.1, 2, "95.0 % at its best depth up to 4, which is 3"),
+        (4, 0.6, 1, "95.0 % at its best depth up to 4, which is 3"),
+        (2, 0.0, 2, "no more at any depth up to 2"),
+    ],
 )
 def test_the_least_depth_within_the_loss_is_taken(
     tiny_model: TinyModel,
@@ -59,6 +65,7 @@ def test_the_least_depth_within_the_loss_is_taken(
     most: int,
     largest_loss: float,
     expected: int,
+    rival: str,
 ) -> None:
     model, tokenizer = load_model(tiny_model("llama"))
     shares = {1: 0.4, 2: 0.9, 3: 0.95, 4: 0.95}
@@ -69,6 +76,7 @@ def test_the_least_depth_within_the_loss_is_taken(
         assert probed_depth(model, ROWS, pad_id(tokenizer), most, largest_loss) == expected
     (decision,) = decisions
     assert decision.startswith(f"{expected} of 2 layers are kept: a linear probe gives ")
+    assert decision.endswith(f" of the labels there, and {rival}")
 
 
 def test_a_probe_agrees_with_what_the_states_tell() -> None:

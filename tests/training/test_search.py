@@ -44,7 +44,7 @@ def test_a_trial_changes_what_the_space_names_and_nothing_else() -> None:
         assert isinstance(trial_recipe.student.layers, LayerChoice)
         assert trial_recipe.student.layers.keep in SPACE.keep
         assert 1e-5 <= training.learning_rate <= 1e-3
-        assert 0.2 <= training.soft_weight <= 0.8
+        assert 0.2 <= training.soft_share <= 0.8
         same = {"learning_rate", "soft_weight", "lora"}
         assert training.model_dump(exclude=same) == recipe().student.training.model_dump(
             exclude=same

@@ -1,0 +1,493 @@
+"""Reading what a teacher's text answers: one option, or none.
+
+A text is read in three steps. `plain` removes what only decorates it: thinking, Markdown, LaTeX,
+JSON, and what a base model writes after its answer. `Reader.statements` finds the places that
+commit to an answer: after a mark such as "the answer is", before "is correct", or at the start.
+`Reader.read` returns the option that all of these name, unless one names several, the text hedges,
+or it takes the answer back.
+
+A wrong label costs more than a lost one, so that whatever is in doubt gives None.
+tests/teacher/test_reading.py measures precision and recall.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from distillery.records import LETTERS
+
+ANSWER_KEYS = {"answer", "finalanswer", "correctanswer", "choice", "option", "letter"}
+"""The keys of a JSON object that may hold an answer, in small letters and without separators."""
+
+CLAUSE_CHARACTERS = 300
+"""How far back the clause before an answer is looked at."""
+
+_OBJECT = re.compile(r"\{[^{}]*\}")
+_BOX = re.compile(r"\\boxed\s*\{([^{}]*)\}")
+_FONT = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit)\s*\{([^{}]*)\}")
+_FORMULA = re.compile(r"\$|\\[()\[\]]")
+_EMPHASIS = re.compile(r"[*`]|__|^[ \t]*(?:[#>•-]+[ \t]+)+", re.MULTILINE)
+_ROLE = re.compile(
+    r"^\s*(?:<\|[^|<>]*\|>\s*)*(?:(?:assistant|response)[ \t]*[:：\n])?\s*", re.IGNORECASE
+)
+_END = re.compile(
+    r"<\|[^|<>]*\|>|</s>|(?<=\S)\s*\n\s*(?:question|q)\s*\d*\s*[:.](?=\s)", re.IGNORECASE
+)
+"""Where an answer ends: at a special token, or at the next question, which a base model invents."""
+
+_MARK = re.compile(
+    r"""
+    \b(?:answer|ans|choice|option)\b
+      (?:\s+(?:here|(?:to|for|among|of|in)\s[^.:;!?\n]{1,60}?))?
+      (?: \.?\s*[:：=] | \s+[-–—](?=\s) | [ \t]*(?=\n) | \s*\.(?=\s*[(\[])
+        | \s+(?:is|would\s+be|should\s+be|must\s+be|has\s+to\s+be|will\s+be)\b )
+    | ^[ \t]*(?:final\s+)?answer\s+(?=(?-i:[(\[]?[A-Z][)\]]?\s*(?:[.:]|$)))
+    | \b(?:respuesta|resposta|r[ée]ponse|antwort|risposta|ответ)\b(?:\s+(?:correcta|correta))?
+      (?: \s*[:：] | \s+(?:es|est|ist|è|é)\b )
+    | (?:答案|回答|正解|정답)\s*[:：是は为]
+    | \bI(?:['’](?:d|ll|m)|\s+(?:would|will|am|must))?
+      \s+(?:choose|pick|select|say|meant|go(?:ing)?\s+(?:with|for)|opt\s+for)\b
+    """,
+    re.IGNORECASE | re.MULTILINE | re.VERBOSE,
+)
+"""What stands before an answer: "Answer:", "the best choice would be", "I'd go with"."""
+
+_WEAK_MARK = re.compile(
+    r"""
+    (?: ^ | [.!?;:,\n] | \b(?:but|so|and|then|think|believe|therefore|thus|hence) ) \s*
+      (?: it(?:['’]s|\s+is|\s+must\s+be) | that(?:['’]s|\s+is|\s+would\s+be|\s+leaves)
+        | this\s+(?:is|leaves) )\b
+    | (?: ^ | [.!?\n] ) \s* (?:so|therefore|thus|hence)\b \s*[,:]?
+    | \b(?:best|correct|right|most\s+\w+)\b[^.;:!?\n]{0,40}?\b(?:is|would\s+be)\b
+    """,
+    re.IGNORECASE | re.VERBOSE,
+)
+"""What stands before an answer where nothing else in the text is one, and before a letter only:
+"It's", "That leaves", "Therefore"."""
+
+_IS_RIGHT = re.compile(
+    r"""
+    \s+is\s+(?:clearly\s+|therefore\s+|thus\s+)?
+    (?: (?:correct|right)\b(?!\s+(?:about|in|that|when|if|only|for))
+      | the\s+(?:(?:correct|right|best|only|final|most\s+\w+)\s+){0,2}
+        (?:answer|choice|option)\b )
+    """,
+    re.IGNORECASE | re.VERBOSE,
+)
+"""What stands after an answer: "is the best choice"."""
+
+_LETTER_BEFORE = re.compile(
+    r"(?:^|[.!?;:,\n]|\b(?:[Oo]ption|[Cc]hoice|[Aa]nswer|[Ll]etter|[Tt]hat|[Tt]hink|[Bb]elieve|"
+    r"[Ss]o|[Bb]ut|[Tt]hus|[Hh]ence|[Tt]herefore))\s*[(\[\"]?([A-Z])[)\]\"]?"
+    r"(?:,\s[^.;:!?\n]{1,60},|\s?\([^()\n]{1,80}\))?$"
+)
+
+_NOT_THE_ANSWER = re.compile(
+    r"\b(?:wrong|incorrect|worst|least\s+\w+|each|every|one|another|other|possible|second|first|plausible|"
+    r"alternative|tempting|common|bad|poor|not\s+(?:the|a)(?:\s+\w+)?)[\s-]+(?:\w+\s+)?$",
+    re.IGNORECASE,
+)
+"""What stands before "answer" where something else than the answer follows."""
+
+_NOT_STATED = re.compile(
+    r"\b(?:if|unless)\b|\b(?:might|may|could)\s+(?:\w+\s+)?(?:think|say|assume|argue|guess|believe|"
+    r"expect|be)\b|\b(?:first|initially|tempting|tempted|doubt)\b|"
+    r"\b(?:not|don['’]t)\s+(?:think|believe|say|mean|sure|certain|true|clear)\b",
+    re.IGNORECASE,
+)
+"""What stands in a clause whose answer its author doesn't give: "One might think the answer is"."""
+
+_CLAUSE = re.compile(r"[.!?;\n]|\b(?:but|so|therefore|however|thus|hence|then)\b", re.IGNORECASE)
+
+_TAKEN_BACK = re.compile(
+    r"\b(?:wait|sorry|correction|scratch\s+that|i\s+meant|second\s+thoughts?|hmm|actually)\b"
+    r"|(?:[.!?;\n]|--|[-–—])\s*no\s*[,:.]",
+    re.IGNORECASE,
+)
+"""What takes back the answers before it."""
+
+_HEDGE = re.compile(
+    r"\b(?:not|n['’]t)\s+(?:\w+\s+)?(?:sure|certain)\b|\bunsure\b|\buncertain\b"
+    r"|\bcan(?:not|['’]t)\s+(?:say|tell|be\s+certain|be\s+sure|determine)\b"
+    r"|\b(?:may|might|could)\s+(?:also|be\s+wrong|well\s+be)\b"
+    r"|\b(?:also|equally)\s+(?:be\s+)?(?:possible|plausible|correct|right|work|good|valid)\b"
+    r"|\bas\s+(?:good|well|plausible|likely)\b|\bhard\s+to\s+say\b|\bit\s+depends\b"
+    r"|\bor\s+(?:possibly|maybe|perhaps)\b",
+    re.IGNORECASE,
+)
+
+_LEAD_IN = re.compile(
+    r"(?:[\s:：\"'“”‘’„«]+|answer\s*:|(?:most\s+likely|most\s+probably|probably|likely|definitely|"
+    r"clearly|certainly|simply|therefore|thus|hence|indeed|then|(?:the\s+)?(?:option|choice|letter))"
+    r"\b){0,10}",
+    re.IGNORECASE,
+)
+"""What may stand between a mark and an answer."""
+
+_ARTICLE = re.compile(r"(?:(?:in|at|on|to)\s+)?(?:(?:the|an?)\s+)?", re.IGNORECASE)
+
+_LETTER = re.compile(r"([(\[<{])?([A-Za-z])([)\]>}])?(?![A-Za-z0-9'’+#À-ɏ]|-\w)")
+
+_REASON = r"(?:because|since|as|for|due|given|which|where)\b"
+
+_AFTER_LETTER = re.compile(
+    rf"\s*$|[ \t]*\n|[ \t]*[^\s\w]|[ \t]+(?:{_REASON}|(?:and|or)\b)|[^\x00-ɏ]"
+)
+
+_AFTER_TEXT = re.compile(
+    rf"[\"'”’»]*(?:\s*$|[ \t]*\n|[.,;:!?](?!\d)|[^\x00-ɏ]|\s*[)\]}}(/&+]|\s+[-–—]\s"
+    rf"|\s+(?:{_REASON}|(?:and|or)\b))",
+    re.IGNORECASE,
+)
+
+_BETWEEN = re.compile(r"[ \t]*[)\]>}\"'”’.,:;=–—→-]*>?[ \t]*[\"'“‘(]*")
+"""What may stand between a letter and its option's text."""
+
+_ALTERNATIVE = re.compile(
+    r"[)\]>}\"'”’]*(?:\.{2,}|…)?\s*(?:,?\s*(?:and/or|or|and|but\s+also|und|oder|ou)\b|[/&+])"
+    r"\s*(?:(?:possibly|maybe|perhaps|even|also|both)\b)?",
+    re.IGNORECASE,
+)
+_LISTED = re.compile(
+    r"[)\]>}\"'”’]*(?:\s*[,.;:|>→–—-]+\s*|[ \t]+(?=[(\[]))[(\[]?([A-Z])[)\]]?"
+    r"(?=\s*(?:[,.;)\]|]|$|\n|(?:and|or)\b))"
+)
+"""A further letter right behind an answer: "A, B", "A. B", "(A) first option (B)"."""
+
+_DENIED = re.compile(
+    r"[)\]\"'”’.,]*(?::\s*(?:no|not|wrong|incorrect|false)\b|:?\s*(?:is|are|was|has|does|would|can|seems|looks)\s*(?:n['’]t|not\b|wrong|incorrect|"
+    r"too\b|unlikely|impossible|out\b))",
+    re.IGNORECASE,
+)
+_VERB = re.compile(
+    r",?\s+(?:is|are|was|were|has|have|does|do|can|could|would|will|may|might|must|seems|looks)\b",
+    re.IGNORECASE,
+)
+_LETTER_LINE = re.compile(r"^[ \t(\[\"'“]*([A-Z])[)\]\"'”.: \t]*$", re.MULTILINE)
+_ENUMERATED = re.compile(r"^[ \t]*(?:option\s+)?[(\[]?([A-Z])(?:[)\].:,]|[ \t]*$)", re.MULTILINE)
+
+
+def parse_answer(text: str, choices: Sequence[str]) -> str | None:
+    """Return the letter that `text` answers with, or None if it names no option or several.
+
+    `choices` are the texts of the options as they were shown. An answer is a letter, an option's
+    text or both, in any of the forms that the module's docstring names, whatever other options the
+    text discusses. Everything up to </think> is ignored.
+    """
+    letters = dict(zip(LETTERS, choices, strict=False))
+    return Reader(letters, by_letter=True).read(text)
+
+
+def parse_class(text: str, classes: Sequence[str]) -> str | None:
+    """Return the class that `text` answers with, or None if it names none or several.
+
+    It is read as `parse_answer` reads the text of an option: without regard to case, quotes and
+    emphasis, unless case tells two classes apart."""
+    return Reader({name: name for name in classes}, by_letter=False).read(text)
+
+
+def rationale_of(text: str, options: Sequence[str], by_letter: bool) -> str:
+    """Return what precedes the last statement of the answer, without any thinking. `options`: the
+    texts of the options as they were shown or, without `by_letter`, the classes."""
+    keys = LETTERS if by_letter else options
+    lines = after_thinking(text).splitlines()
+    body = plain("\n".join(lines))
+    statements = Reader(dict(zip(keys, options, strict=False)), by_letter).statements(body)
+    if not statements:
+        return ""
+    earlier, _, line = body[: statements[-1].start].rpartition("\n")
+    kept = lines[: earlier.count("\n") + 1] if earlier else []
+    sentences = re.match(r".*[.!?](?=\s|$)", line)
+    if sentences:
+        kept.append(sentences[0])
+    return "\n".join(kept).strip()
+
+
+def after_thinking(text: str) -> str:
+    """Return what follows the last </think>, or all of `text`; nothing where thinking was cut
+    off."""
+    body = text.rpartition("</think>")[2].strip()
+    return "" if body.startswith("<think>") else body
+
+
+def plain(text: str) -> str:
+    """Return `text` in as many lines, without Markdown, LaTeX, JSON and special tokens, and without
+    what follows its answer. A JSON object and a box become "Answer: ...;"."""
+    text = _ROLE.sub("", text)
+    text = with_objects_as_marks(text)
+    end = _END.search(text)
+    if end:
+        text = text[: end.start()]
+    text = _FONT.sub(r"\1", text).replace("\\ ", " ")
+    text = _FORMULA.sub("", _BOX.sub(r"Answer: \1;", text))
+    return re.sub(r"[ \t\xa0]+", " ", without_emphasis(text))
+
+
+def with_objects_as_marks(text: str) -> str:
+    """Return `text` with each JSON object that has an answer as "Answer: ...;"."""
+
+    def as_marks(source: str, value: Any) -> str:
+        if not isinstance(value, dict):
+            return source
+        marks = []
+        for key, answer in value.items():
+            if re.sub(r"[\s_-]", "", key).casefold() in ANSWER_KEYS:
+                known = isinstance(answer, str | int | float)
+                marks.append(f"Answer: {' '.join(str(answer).split()) if known else '?'};")
+        return " ".join(marks) + "\n" * source.count("\n")
+
+    def replaced(found: re.Match[str]) -> str:
+        source = found[0]
+        value = json_value(source)
+        if value is None and '"' not in source:
+            value = json_value(source.replace("'", '"'))
+        return as_marks(source, value)
+
+    whole = json_value(text)
+    if isinstance(whole, dict):
+        return as_marks(text, whole)
+    return _OBJECT.sub(replaced, text)
+
+
+def json_value(text: str) -> Any:
+    """Return the value of a JSON text; None if it is none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def without_emphasis(text: str) -> str:
+    """Return `text` without Markdown's emphasis, headings, quotes and bullets."""
+    return _EMPHASIS.sub("", text)
+
+
+def bare(option: str) -> str:
+    """Return an option's text as it is looked for: without emphasis, quotes, a full stop and extra
+    spaces."""
+    text = _FORMULA.sub("", _FONT.sub(r"\1", without_emphasis(option)))
+    return " ".join(text.split()).strip(" \"'“”.")
+
+
+@dataclass(frozen=True, slots=True)
+class Statement:
+    """A part of a text, from `start` to `end`, that names the options `keys` as the answer. A weak
+    one counts only where no other is found."""
+
+    start: int
+    end: int
+    keys: frozenset[str]
+    weak: bool = False
+
+
+class Reader:
+    """Reads answers to a question. `options`: the text of each key, which is a letter or a class.
+    `by_letter`: whether a letter alone names an option, too."""
+
+    def __init__(self, options: Mapping[str, str], by_letter: bool) -> None:
+        self._letters = set(options) if by_letter else set()
+        self._texts: list[tuple[str, str]] = []
+        for key, option in options.items():
+            text = bare(option)
+            article = re.match(r"(?:the|an?)\s+(?=\S)", text, re.IGNORECASE)
+            self._texts.append((key, text))
+            if article:
+                self._texts.append((key, text[article.end() :]))
+
+    def read(self, text: str) -> str | None:
+        """Return the key of the option that `text` names as its answer; None if it names none or
+        several, or hedges."""
+        body = plain(after_thinking(text))
+        whole, end = self.text_at(body, 0)
+        if len(whole) == 1 and not body[end:].strip(" \n.!\"'”"):
+            # An option's text may itself be a hedge: "I don't know".
+            letter, _ = self.letter_at(body, 0)
+            return next(iter(whole)) if letter <= whole else None
+        statements = self.statements(body)
+        if not statements:
+            return None
+        keys: set[str] = set()
+        for statement in statements:
+            keys |= statement.keys
+        if len(keys) != 1:
+            return None
+        first, last = statements[0], statements[-1]
+        begin = max(body.rfind(mark, 0, first.start) for mark in ".!?\n") + 1
+        if _HEDGE.search(body[begin : first.start]) or _HEDGE.search(body[last.end :]):
+            return None
+        return keys.pop()
+
+    def statements(self, body: str) -> list[Statement]:
+        """Return the statements of the answer in a text without decoration, in their order, and
+        without those that are taken back."""
+        found = [
+            *self._marked(body, _MARK),
+            *self._marked(body, _WEAK_MARK, weak=True),
+            *self._called_right(body),
+            *self._lines_alone(body),
+            *self._opening(body),
+        ]
+        found = [each for each in found if not each.weak] or found
+        found.sort(key=lambda statement: statement.start)
+        if found:
+            for taken_back in _TAKEN_BACK.finditer(body, found[0].end):
+                found = [each for each in found if each.start >= taken_back.start()]
+        return found
+
+    def _marked(self, body: str, mark: re.Pattern[str], weak: bool = False) -> list[Statement]:
+        """Return what stands behind the marks; behind weak ones only letters."""
+        found = []
+        for match in mark.finditer(body):
+            begin = max(match.start() - CLAUSE_CHARACTERS, 0)
+            for clause_end in _CLAUSE.finditer(body, begin, match.end()):
+                begin = clause_end.end()
+            clause = body[begin : match.start()]
+            if _NOT_THE_ANSWER.search(clause) or _NOT_STATED.search(clause):
+                continue
+            keys, end = self.named_at(body, match.end(), texts=not weak)
+            if keys:
+                found.append(Statement(match.start(), end, keys, weak))
+        return found
+
+    def _called_right(self, body: str) -> list[Statement]:
+        """Return what is followed by "is correct" or the like."""
+        found = []
+        for match in _IS_RIGHT.finditer(body):
+            letter = _LETTER_BEFORE.search(
+                body, max(match.start() - CLAUSE_CHARACTERS, 0), match.start()
+            )
+            if letter and letter[1] in self._letters:
+                keys, start = frozenset(letter[1]), letter.start(1)
+            else:
+                keys, start = self._text_before(body, match.start())
+            if keys:
+                found.append(Statement(start, match.end(), keys))
+        return found
+
+    def _text_before(self, body: str, end: int) -> tuple[frozenset[str], int]:
+        """Return the options whose text ends at a place, the longest ones, and where it starts."""
+        found = []
+        for key, text in self._texts:
+            start = end - len(text)
+            if text and start >= 0 and same(body[start:end], text):
+                found.append((start, key))
+        start = min(found, default=(end, ""))[0]
+        if re.search(r"(?:\w|\b(?:or|and|nor|not)\s+)$", body[max(start - 10, 0) : start]):
+            return frozenset(), end
+        return frozenset(key for begin, key in found if begin == start), start
+
+    def _opening(self, body: str) -> list[Statement]:
+        """Return the answer that a text begins with. There is none if several lines begin with a
+        letter: these discuss the options."""
+        if self._enumerates(body) or re.match(r"I,", body):
+            return []
+        start = end_of(_LEAD_IN, body, 0)
+        keys, end = self.named_at(body, start)
+        behind = end_of(_BETWEEN, body, end)
+        for key, text in self._texts:
+            if key in keys and same(body[behind : behind + len(text)], text):
+                end = behind + len(text)
+        if not keys or _DENIED.match(body, end):
+            return []
+        subject = _VERB.match(body, end) is not None
+        if subject and not re.match(r"\(?\w[).:]", body[start:]):
+            return []
+        by_letter = keys == self.letter_at(body, start)[0]
+        if not by_letter and re.match(r":|\s*\(|,\s*(?!(?:not|because|since|as)\b)\w", body[end:]):
+            return []
+        # A text's first words may be its subject: "Oxygen. It is given off." Two letters are, too.
+        return [Statement(start, end, keys, weak=subject or not by_letter or len(keys) > 1)]
+
+    def _enumerates(self, body: str) -> bool:
+        """Return whether several lines of a text begin with different letters."""
+        return len(set(_ENUMERATED.findall(body)) & self._letters) > 1
+
+    def _lines_alone(self, body: str) -> list[Statement]:
+        """Return the letters that are all of a line and, as a weak answer, what is all of the last
+        of several lines."""
+        found = []
+        for line in _LETTER_LINE.finditer(body):
+            if line[1] in self._letters:
+                found.append(Statement(line.start(1), line.end(1), frozenset(line[1])))
+        before, _, last = body.rstrip().rpartition("\n")
+        keys, end = self.named_at(last, 0)
+        if keys and before and not self._enumerates(body) and not last[end:].strip(" .)]\"'"):
+            start = len(before) + 1
+            found.append(Statement(start, start + end, keys, weak=True))
+        return found
+
+    def named_at(self, body: str, at: int, texts: bool = True) -> tuple[frozenset[str], int]:
+        """Return the keys that are named at a place in a text, and where the name ends; several
+        keys where the text goes on with a further one. `texts`: whether an option's text names
+        it."""
+        at = end_of(_LEAD_IN, body, at)
+        keys, end = self.text_at(body, at) if texts else (frozenset[str](), at)
+        letter, letter_end = self.letter_at(body, at)
+        if letter and end - at <= 1:
+            keys, end = keys | letter, max(end, letter_end)
+        if not keys or re.match(r"[)\]\"'”’]*\s*\?", body[end:]):
+            return frozenset(), at
+        others: frozenset[str] = frozenset()
+        joined = _ALTERNATIVE.match(body, end)
+        if joined:
+            behind = end_of(_LEAD_IN, body, joined.end())
+            others = self.text_at(body, behind)[0] or self.letter_at(body, behind, strict=False)[0]
+            if not others and joined[0].strip()[-1:].isalpha():
+                # "fish and chips" is not the option "fish".
+                return frozenset(), at
+        listed = _LISTED.match(body, end)
+        if listed:
+            others |= {listed[1]} & self._letters
+        return keys | others, end
+
+    def text_at(self, body: str, at: int) -> tuple[frozenset[str], int]:
+        """Return the options whose text stands at a place, the longest ones, and where it ends."""
+        found: list[tuple[int, bool, str]] = []
+        for start in {at, end_of(_ARTICLE, body, at)}:
+            for key, text in self._texts:
+                end = start + len(text)
+                written = body[start:end]
+                if text and same(written, text) and _AFTER_TEXT.match(body, end):
+                    found.append((end, written == text, key))
+        if not found:
+            return frozenset(), at
+        # Of "order" and "order status" the longer one is written; case tells "Bill" from "bill".
+        end, exact, _ = max(found)
+        return frozenset(key for *rank, key in found if rank == [end, exact]), end
+
+    def letter_at(self, body: str, at: int, strict: bool = True) -> tuple[frozenset[str], int]:
+        """Return the letter that stands at a place, and where it ends, its option's text included;
+        two letters if the text is another option's. `strict`: what follows the letter must show
+        that it is no word."""
+        match = _LETTER.match(body, at)
+        if not match or match[2].upper() not in self._letters:
+            return frozenset(), at
+        letter, end = match[2].upper(), match.end()
+        bracketed = match[3] is not None
+        if match[2].islower() and not bracketed and not re.match(r"[).:;,\n]|\s*$", body[end:]):
+            return frozenset(), at
+        behind = end_of(_BETWEEN, body, end)
+        text, text_end = self.text_at(body, behind)
+        if letter in text:
+            return frozenset(letter), text_end
+        if strict and not bracketed and not _AFTER_LETTER.match(body, end):
+            return frozenset(), at
+        # An abbreviation, or the initials of a name.
+        if re.match(r"\.\w|\.\s?[A-Z]\.", body[end:]):
+            return frozenset(), at
+        if text and behind > end:
+            return text | {letter}, text_end
+        return frozenset(letter), end
+
+
+def same(written: str, text: str) -> bool:
+    """Return whether two texts are equal but for case."""
+    return written.casefold() == text.casefold()
+
+
+def end_of(pattern: re.Pattern[str], text: str, at: int) -> int:
+    """Return where a pattern's match at a place ends; the place itself without a match."""
+    match = pattern.match(text, at)
+    return match.end() if match else at
