@@ -7,6 +7,7 @@ imported inside the commands, so that `--help` answers at once.
 
 import getpass
 import json
+import logging
 import os
 import re
 import shutil
@@ -269,8 +270,8 @@ def base(
     name: Annotated[
         str,
         typer.Argument(
-            help="A base model as student.base.model in a recipe: a hub id, a folder, a GGUF file "
-            "or package:NAME.",
+            help="A base model as student.base.model in a recipe: a hub id, a folder, a GGUF file, "
+            "package:NAME or azureml://registries/REGISTRY/models/NAME/versions/VERSION.",
             metavar="NAME",
         ),
     ],
@@ -278,6 +279,10 @@ def base(
     """Download the base model NAME, or convert it from GGUF, and print its folder."""
     from distillery.models.base import base_folder
 
+    # How far a download is.
+    told = logging.getLogger("distillery.models")
+    told.addHandler(logging.StreamHandler())
+    told.setLevel(logging.INFO)
     recipe = parse_recipe({"student": {"base": {"model": name}}}, "distillery base")
     print(base_folder(recipe.student.base))
 

@@ -16,7 +16,7 @@ DistilleryError
 │   └── ArtifactDamaged       a folder that is missing, half-written or does not match its digest
 ├── TrainingError             training can't start or produced no usable student
 │   └── TrainingUnavailable   the machine that trains is not there or died; says nothing of settings
-│       └── ModelUnavailable  the hub does not answer for a base model (infrastructure)
+│       └── ModelUnavailable  hub or registry do not give a base model now (infrastructure)
 ├── ExportError               Olive or ONNX Runtime produced no usable model
 ├── ModelError                a model folder that can't be loaded or asked
 │   └── OutOfResources        a process ran out of memory or time: elsewhere it may succeed

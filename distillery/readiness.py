@@ -1,11 +1,13 @@
 """Check what a run needs of the machine and of accounts, before it spends anything.
 
 `check` looks at everything, for `distillery check`. `check_settings` is the part that every run
-starts with: it is fast, asks no service and raises what it finds.
+starts with: it is fast, asks no service and raises what it finds. `check_base_models` is the part
+that may ask one: a run calls it before it asks a teacher anything.
 """
 
 import asyncio
 import json
+import logging
 import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,7 +21,16 @@ from distillery.data.rows import RowReader
 from distillery.data.source import source_identity
 from distillery.errors import CredentialsError, DataError, DistilleryError, RecipeError
 from distillery.export.fit import misfit
-from distillery.models.base import check_loadable, local_copy
+from distillery.models.base import (
+    check_config,
+    check_loadable,
+    has_all_weights,
+    local_config,
+    local_copy,
+    preview,
+    remote_code_allowed,
+)
+from distillery.models.load import load_tokenizer
 from distillery.recipe import BaseModelRecipe, DatasetRecipe, ExportForm, Recipe, TeacherRecipe
 from distillery.records import Record
 from distillery.registry.open import open_registry
@@ -56,6 +67,9 @@ GGUF_FACTOR = 6
 
 LARGE = 4 * GB
 """Bytes of float32 weights (a billion parameters) above which training on a CPU takes days."""
+
+
+_log = logging.getLogger(__name__)
 
 
 class Finding(Record):
@@ -97,11 +111,29 @@ def check_settings(recipe: Recipe) -> None:
             raise RecipeError(complaint)
 
 
+def check_base_models(recipe: Recipe) -> None:
+    """Raise what would stop a run at a base model that is not on this machine yet, and log how much
+    it downloads. Asks the hub or the registry, and downloads config and tokenizer.
+
+    Models that are on this machine are left to `check_settings`: a run that finds every stage in
+    the cache needs nobody's answer."""
+    missing = [base for base in base_models(recipe) if local_copy(base) is None]
+    for base in missing:
+        for finding in check_base_model(base, recipe):
+            if finding.level == "FAIL":
+                raise RecipeError(f"{finding.item}: {finding.text}")
+            _log.warning("%s: %s", finding.item, finding.text)
+    if missing:
+        for finding in check_disk(recipe):
+            if finding.level == "FAIL":
+                _log.warning("%s: %s", finding.item, finding.text)
+
+
 def check(recipe: Recipe, limit_s: float = LIMIT_S) -> list[Finding]:
     """Return what was found about everything that a run of `recipe` needs on this machine.
 
-    Each check takes `limit_s` seconds at most. Raises nothing, downloads nothing, and spends one
-    question to the teacher's endpoint, or two where it has two addresses.
+    Each check takes `limit_s` seconds at most. Raises nothing, downloads no weights and no rows,
+    and spends one question to the teacher's endpoint, or two where it has two addresses.
     """
     checks: dict[str, Check] = {"teacher": check_teacher, "data": check_data}
     for base in base_models(recipe):
@@ -261,18 +293,32 @@ def base_models(recipe: Recipe) -> tuple[BaseModelRecipe, ...]:
 
 
 def export_misfit(base: BaseModelRecipe, recipe: Recipe) -> str | None:
-    """Return why a model made from `base` can't be exported in the recipe's forms; None if it can.
+    """Return why a model made from `base` can't be asked as the recipe asks it or exported in its
+    forms; None if it can.
 
     Rungs of a ladder that don't fit are left out by the run, so one that fits is enough. A base
     model that is missing or broken is not judged: the stage that loads it says so.
     """
     try:
         local = local_copy(base)
-        if local is None:
+        if local is None or local.is_file():
             return None
-        config = json.loads((local / "config.json").read_text(encoding="utf-8"))
+        return complaint_about(local, base, recipe)
     except (DistilleryError, OSError, ValueError):
         return None
+
+
+def complaint_about(folder: Path, base: BaseModelRecipe, recipe: Recipe) -> str | None:
+    """Return what `export_misfit` does, of a folder with config.json and tokenizer.
+
+    Raises OSError and ValueError for a config.json that can't be read."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if not any(folder.glob("tokenizer*")) and not any(folder.glob("vocab*")):
+        return f"base model {base.model}: it has no tokenizer; choose one that has"
+    if not has_chat_template(folder):
+        return (
+            f"base model {base.model}: it has no chat template; choose an instruction-tuned model"
+        )
     preparation = recipe.teacher.preparation
     if recipe.teacher.kind == "local" and base == preparation.base:
         complaint = misfit(preparation.export, config, "teacher.preparation.export")
@@ -287,15 +333,22 @@ def export_misfit(base: BaseModelRecipe, recipe: Recipe) -> str | None:
     return None
 
 
+def has_chat_template(folder: Path) -> bool:
+    """Return whether a tokenizer's files hold a chat template, told without loading it."""
+    if any(folder.glob("chat_template.*")) or any(folder.glob("additional_chat_templates/*")):
+        return True
+    try:
+        settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    except OSError:
+        return False
+    return bool(settings.get("chat_template"))
+
+
 def check_base_model(base: BaseModelRecipe, recipe: Recipe) -> Iterator[Finding]:
     item = f"base model {base.model}"
     local = local_copy(base)
-    if local is None and base.model.startswith("azureml://"):
-        text = "not on this machine; the run downloads it with the Azure login (`az login`)"
-        yield warn(item, text)
-    elif local is None:
-        size = hub_bytes(base) / GB
-        yield warn(item, f"not on this machine; the run downloads {size:.1f} GB from the hub")
+    if local is None:
+        yield check_download(item, base, recipe)
     elif local.is_file():
         yield ok(item, f"{local.name}, converted at its first use")
     else:
@@ -304,47 +357,72 @@ def check_base_model(base: BaseModelRecipe, recipe: Recipe) -> Iterator[Finding]
         if complaint:
             yield fail(item, complaint)
         else:
-            yield ok(item, f"{float32_bytes(local) / 4e6:.1f} M parameters in {local}")
+            yield ok(item, f"{parameters_text(local)} in {local}")
 
 
-def hub_bytes(base: BaseModelRecipe) -> int:
-    """Return the bytes of safetensors that the hub holds. Raises RecipeError if it has none."""
-    from huggingface_hub import HfApi
-
-    try:
-        info = HfApi().model_info(
-            base.model, revision=base.revision, files_metadata=True, timeout=10
+def check_download(item: str, base: BaseModelRecipe, recipe: Recipe) -> Finding:
+    """Check a base model that the run will download: that it is there, that it fits the recipe and
+    the disk, and that its tokenizer loads."""
+    found = preview(base)
+    check_config(found.folder, base)
+    complaint = complaint_about(found.folder, base, recipe)
+    if complaint:
+        return fail(item, complaint)
+    load_tokenizer(found.folder, remote_code_allowed(base))
+    free = free_bytes(found.target)
+    size = f"{found.bytes / GB:.1f} GB from {found.source}"
+    if free < found.bytes:
+        return fail(
+            item,
+            f"the run downloads {size}, and {free / GB:.1f} GB are free at {found.target}; free "
+            "some space, or set DISTILLERY_HOME (for the hub, HF_HOME) to another disk",
         )
-    except Exception as error:
-        raise RecipeError(
-            f"not on this machine, and the hub doesn't answer for it ({type(error).__name__}); "
-            "correct the model's name, set HF_TOKEN if it needs a login, or give a local folder"
-        ) from error
-    files = info.siblings or ()
-    return sum(file.size or 0 for file in files if file.rfilename.endswith(".safetensors"))
+    return warn(
+        item,
+        f"not on this machine; the run downloads {size}: {parameters_text(found.folder)}",
+    )
 
 
-def float32_bytes(local: Path) -> int:
-    """Return the bytes of a model's weights in float32; an estimate for a GGUF file."""
-    from distillery.models.inspect import parameter_count
+def free_bytes(folder: Path) -> int:
+    """Return the bytes that are free on the disk of a folder, which need not be there yet."""
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def parameters_text(folder: Path) -> str:
+    size = float32_bytes(folder)
+    return "an unknown number of parameters" if size is None else f"{size / 4e6:,.1f} M parameters"
+
+
+def float32_bytes(local: Path) -> int | None:
+    """Return the bytes of a model's weights in float32: read from the weights, or told by
+    config.json where they are not here yet. An estimate for a GGUF file; None where it can't be
+    told."""
+    from distillery.models.inspect import parameter_count, parameters_of_config
 
     if local.is_file():
         return local.stat().st_size * GGUF_FACTOR
-    return parameter_count(local) * 4
+    if has_all_weights(local):
+        return parameter_count(local) * 4
+    parameters = parameters_of_config(local)
+    return None if parameters is None else parameters * 4
 
 
 def largest_base_bytes(recipe: Recipe) -> int | None:
-    """Return the bytes of the largest base model in float32; None if one is not on this machine."""
+    """Return the bytes of the largest base model in float32; None if nothing of one is on this
+    machine."""
     sizes = []
     for base in base_models(recipe):
         try:
-            local = local_copy(base)
+            local = local_config(base)
         except DistilleryError:
             # The check of this base model reports it.
             return None
-        if local is None:
+        size = float32_bytes(local) if local else None
+        if size is None:
             return None
-        sizes.append(float32_bytes(local))
+        sizes.append(size)
     return max(sizes)
 
 

@@ -66,7 +66,10 @@ class LocalSettings(EnvironmentSettings):
         "abfs://container@account.dfs.core.windows.net/path; by default store/ in the home",
     )
     store_wait: float = Field(
-        90, ge=0, description="Seconds to wait while the store or the database does not answer"
+        90,
+        ge=0,
+        description="Seconds to wait while the store, the database or the storage of a base model "
+        "does not answer",
     )
     cache_gb: float = Field(
         50,

@@ -19,7 +19,7 @@ from prefect.runtime import flow_run
 
 from distillery.errors import DistilleryError, GateRefused
 from distillery.machine import machine_name
-from distillery.readiness import check_settings
+from distillery.readiness import check_base_models, check_settings
 from distillery.recipe import BaseModelRecipe, Recipe, TrainingRecipe, load_recipe
 from distillery.records import (
     EvaluationReport,
@@ -90,6 +90,7 @@ def distill(
     again = refreshing(refresh)
     check_settings(recipe)
     check_keys()
+    check_base_models(recipe)
     source = source_of(recipe)
     data = prepared(recipe, source, refresh)
     judged = judged_before(data, recipe)

@@ -15,7 +15,7 @@ from prefect.artifacts import create_markdown_artifact
 from distillery.errors import DistilleryError, ExportError, TrainingError, TrainingUnavailable
 from distillery.machine import machine_name
 from distillery.models.base import base_folder
-from distillery.readiness import check_settings
+from distillery.readiness import check_base_models, check_settings
 from distillery.recipe import Recipe, SearchRecipe, load_recipe, load_space
 from distillery.records import Trial
 from distillery.training.search import Search, render_trials
@@ -47,6 +47,7 @@ def search(
     """
     begin()
     check_settings(recipe)
+    check_base_models(recipe)
     found = Search(recipe, space)
     # Before labels are paid for: what would fail in every trial ends the search now.
     check_deployment(training_deployment)

@@ -23,7 +23,7 @@ from distillery.records import (
 from distillery.storage.artifacts import ArtifactStore
 from distillery.storage.digests import sha256_of
 from distillery.storage.working import working_folder
-from tasks.progress import conclude, show_rows
+from tasks.progress import conclude, show_bytes, show_rows
 from tasks.stage import origin, stage
 
 
@@ -52,7 +52,7 @@ def evaluate(
     the data set, for the file of doubtful labels."""
     started = time.perf_counter()
     store = ArtifactStore()
-    base_model = base_folder(base)
+    base_model = base_folder(base, show_bytes)
     name = f"student {candidate.precision}"
     models = [float_student(student, base, store), onnx_model(name, candidate, store)]
     # The base model knows no classes.
@@ -124,7 +124,9 @@ def float_student(
     checkpoint: StudentCheckpoint, base: BaseModelRecipe, store: ArtifactStore
 ) -> ModelToScore:
     """Return the student as training left it, which Transformers runs."""
-    model, adapter = model_and_adapter(store.fetch(checkpoint.artifact), base_folder(base))
+    model, adapter = model_and_adapter(
+        store.fetch(checkpoint.artifact), base_folder(base, show_bytes)
+    )
     return ModelToScore(
         name=FLOAT,
         kind="transformers",

@@ -14,7 +14,7 @@ from distillery.records import OnnxModel, PreparedDataset, Rows, StudentCheckpoi
 from distillery.storage.artifacts import ArtifactStore
 from distillery.storage.working import working_folder
 from tasks.evaluation import float_student
-from tasks.progress import conclude, show_parts
+from tasks.progress import conclude, show_bytes, show_parts
 from tasks.stage import Stage, origin, stage
 
 
@@ -23,7 +23,9 @@ def export(checkpoint: StudentCheckpoint, base: BaseModelRecipe, recipe: ExportF
     """Merge, quantise and build a checkpoint for ONNX Runtime GenAI."""
     started = time.perf_counter()
     store = ArtifactStore()
-    model, adapter = model_and_adapter(store.fetch(checkpoint.artifact), base_folder(base))
+    model, adapter = model_and_adapter(
+        store.fetch(checkpoint.artifact), base_folder(base, show_bytes)
+    )
     with working_folder("onnx") as folder:
         build.export(model, adapter, recipe, folder, remote_code_allowed(base), progress=show_parts)
         artifact = store.put(folder)

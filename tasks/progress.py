@@ -124,6 +124,11 @@ def show_parts(done: int, of: int, text: str) -> None:
     show(done, of, "", text)
 
 
+def show_bytes(done: int, of: int, text: str) -> None:
+    """Say how many bytes of a download are there, in GB."""
+    show(round(done / 1e9, 2), round(of / 1e9, 2), "GB", text)
+
+
 def conclude(text: str) -> None:
     """Log what came of the running stage, and leave it to the live display as the stage's
     figures."""

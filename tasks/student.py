@@ -24,7 +24,7 @@ from distillery.training.inputs import rationale_instruction, read_training_inpu
 from distillery.training.loop import TrainingProgress, TrainingResult
 from distillery.training.tracking import Log, tracked
 from tasks.parent import check_parent
-from tasks.progress import conclude, show, show_parts
+from tasks.progress import conclude, show, show_bytes, show_parts
 from tasks.stage import is_recorded, origin, own_key, produced_by, stage
 
 
@@ -47,7 +47,7 @@ def train(
     started = time.perf_counter()
     store = ArtifactStore()
     remote_code = remote_code_allowed(base)
-    model, adapter = base_folder(base), None
+    model, adapter = base_folder(base, show_bytes), None
     base_license = license_of(base, model)
     if start is not None:
         model, adapter = model_and_adapter(store.fetch(start.artifact), model)

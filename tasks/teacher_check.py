@@ -33,7 +33,7 @@ from distillery.records import (
 from distillery.storage.artifacts import ArtifactStore
 from distillery.storage.working import working_folder
 from tasks.evaluation import onnx_model
-from tasks.progress import conclude, show_parts, show_rows
+from tasks.progress import conclude, show_bytes, show_parts, show_rows
 from tasks.stage import origin, stage
 
 
@@ -58,7 +58,7 @@ def check_teacher(
         answers[TFIDF_ON_GOLD] = baselines[TFIDF_ON_GOLD]
     if prompt.answer == "class" and len({row.answer_key for row in gold_rows}) > 1:
         show_parts(0, 1, "a linear probe of the base model")
-        states = TextStates(base_folder(base), remote_code_allowed(base))
+        states = TextStates(base_folder(base, show_bytes), remote_code_allowed(base))
         answers[PROBE] = classify_states(states, gold_rows, examples, prompt)
         states.unload()
     if isinstance(teacher, OnnxModel):

@@ -7,17 +7,28 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args
 
+import huggingface_hub
 import pytest
 from azure_hosts import FOUNDRY, azure_hosts
 from chat_endpoint import Call, ChatEndpoint, Reply, good, refused, said
 from texts import write_texts
 from tiny_recipe import write_rows
 
-from distillery.errors import RecipeError
+from distillery.errors import DistilleryError, RecipeError
+from distillery.models import azure_registry
+from distillery.models.azure_registry import AzureModel, parse_azureml
 from distillery.models.base import local_copy
-from distillery.readiness import Finding, check, check_endpoint, check_settings, training_bytes
+from distillery.readiness import (
+    Finding,
+    check,
+    check_base_models,
+    check_endpoint,
+    check_settings,
+    training_bytes,
+)
 from distillery.recipe import (
     BaseModelRecipe,
     ExportForm,
@@ -326,27 +337,161 @@ def test_a_base_model_that_needs_code_of_its_own(tiny_model: TinyModel, tmp_path
     assert "needs Python code of its own" in found[f"base model {tmp_path}"].text
 
 
-def test_a_base_model_in_azures_registry_is_downloaded_later() -> None:
-    base = "azureml://registries/azureml/models/Phi-4-mini-instruct/versions/1"
-    assert findings(recipe(base))[f"base model {base}"].level == "warn"
+AZURE = "azureml://registries/azureml/models/Tiny/versions/1"
 
 
-def test_a_base_model_on_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+@pytest.fixture
+def in_azure(tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Put a tiny model into Azure's registry: it gives config and tokenizer, changed by `edit`,
+    and says that the weights have `size` bytes."""
+    model = parse_azureml(AZURE)
+
+    def put(size: int = 8 * 10**9, edit: Callable[[Path], object] = lambda _folder: None) -> None:
+        def fetch_small_files(_model: AzureModel) -> int:
+            model.unfinished.mkdir(parents=True, exist_ok=True)
+            for file in tiny_model("llama").iterdir():
+                if file.suffix != ".safetensors":
+                    (model.unfinished / file.name).write_bytes(file.read_bytes())
+            edit(model.unfinished)
+            return size
+
+        monkeypatch.setattr(azure_registry, "fetch_small_files", fetch_small_files)
+
+    monkeypatch.setattr("shutil.disk_usage", lambda _folder: SimpleNamespace(free=9 * 10**9))
+    return put
+
+
+def test_a_base_model_in_azures_registry_is_known_before_its_weights_are_here(
+    in_azure: Callable[..., None], caplog: pytest.LogCaptureFixture
+) -> None:
+    in_azure()
+    found = findings(recipe(AZURE))
+    assert str(found[f"base model {AZURE}"]) == (
+        f"warn base model {AZURE}: not on this machine; the run downloads 8.0 GB from the registry "
+        "azureml: 0.1 M parameters"
+    )
+    assert (found["disk"].level, found["memory"].level) == ("ok", "ok")
+    check_base_models(recipe(AZURE))
+    assert "the run downloads 8.0 GB from the registry azureml" in caplog.text
+
+
+def no_template(folder: Path) -> None:
+    (folder / "chat_template.jinja").unlink()
+
+
+def unknown_architecture(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"architectures": ["OptForCausalLM"]}))
+
+
+def no_tokenizer(folder: Path) -> None:
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+
+
+def broken_tokenizer(folder: Path) -> None:
+    (folder / "tokenizer.json").write_text("{")
+
+
+def own_code(folder: Path) -> None:
+    (folder / "config.json").write_text(json.dumps({"model_type": "mine"}))
+
+
+FAULTS = [
+    ({"size": 10 * 10**9}, r"downloads 10\.0 GB .*, and 9\.0 GB are free at .*; free some space"),
+    ({"edit": no_template}, "it has no chat template; choose an instruction-tuned model"),
+    ({"edit": no_tokenizer}, "it has no tokenizer; choose one that has"),
+    ({"edit": broken_tokenizer}, "has no tokenizer that Transformers loads"),
+    ({"edit": unknown_architecture}, "ModelBuilder builds no OptForCausalLM; choose a base model"),
+    ({"edit": own_code}, "needs Python code of its own to load"),
+]
+
+
+@pytest.mark.parametrize(("given", "text"), FAULTS)
+def test_what_stops_a_base_model_stops_the_run_before_it_pays(
+    given: dict[str, Any], text: str, in_azure: Callable[..., None]
+) -> None:
+    in_azure(**given)
+    found = findings(recipe(AZURE))[f"base model {AZURE}"]
+    assert found.level == "FAIL"
+    assert re.search(text, found.text)
+    with pytest.raises(DistilleryError, match=text):
+        check_base_models(recipe(AZURE))
+
+
+@pytest.mark.parametrize(
+    ("edit", "text"),
+    [
+        (no_template, "it has no chat template"),
+        (no_tokenizer, "it has no tokenizer"),
+        (unknown_architecture, "ModelBuilder builds no OptForCausalLM"),
+    ],
+)
+def test_what_is_wrong_with_a_local_base_model_stops_the_run_too(
+    edit: Callable[[Path], None], text: str, tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    for file in tiny_model("llama").iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    check_settings(local(tmp_path))
+    edit(tmp_path)
+    with pytest.raises(RecipeError, match=text):
+        check_settings(local(tmp_path))
+    assert failed(local(tmp_path)) == {f"base model {tmp_path}"}
+
+
+def test_a_base_model_that_is_here_asks_nobody(
+    tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("distillery.readiness.preview", pytest.fail)
+    check_base_models(local(tiny_model("llama")))
+
+
+def test_a_base_model_on_the_hub(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_model: TinyModel
+) -> None:
+    cache = tmp_path / "hub"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
     files = [
         {"rfilename": "model.safetensors", "size": 3_000_000_000},
         {"rfilename": "a.bin", "size": 10**12},
     ]
+    snapshot = cache / "models--a--b" / "snapshots" / ("c" * 40)
+    real = huggingface_hub.snapshot_download
+
+    def snapshot_download(name: str, **options: Any) -> str:
+        """Download what is not a weight."""
+        if options.get("local_files_only"):
+            return str(real(name, cache_dir=str(cache), **options))
+        assert options["ignore_patterns"] == "*.safetensors"
+        snapshot.mkdir(parents=True)
+        (snapshot.parents[1] / "refs").mkdir()
+        (snapshot.parents[1] / "refs" / "main").write_text("c" * 40)
+        for file in tiny_model("llama").iterdir():
+            if file.suffix != ".safetensors":
+                (snapshot / file.name).write_bytes(file.read_bytes())
+        return str(snapshot)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     with ChatEndpoint(lambda _call: Reply({"id": "a/b", "siblings": files})) as hub:
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
         found = findings(local("a/b"))
         assert found["base model a/b"].level == "warn"
-        assert "downloads 3.0 GB from the hub" in found["base model a/b"].text
+        assert "downloads 3.0 GB from the hub: 0.1 M param" in found["base model a/b"].text
+        assert found["memory"].level == "ok"
         # The hub's client may ask for things of its own before.
         assert any(call.path.endswith("/api/models/a/b?blobs=true") for call in hub.calls)
+    # A snapshot without its weights is not a base model that is here.
+    assert local_copy(BaseModelRecipe(model="a/b")) is None
     found = findings(local("a/b"))
     assert found["base model a/b"].level == "FAIL"
     assert "the hub doesn't answer for it" in found["base model a/b"].text
+    (snapshot / "model.safetensors").write_bytes(
+        (tiny_model("llama") / "model.safetensors").read_bytes()
+    )
+    assert local_copy(BaseModelRecipe(model="a/b")) == snapshot
+    index = {"weight_map": {"w": "model.safetensors", "v": "model-2.safetensors"}}
+    (snapshot / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert local_copy(BaseModelRecipe(model="a/b")) is None
 
 
 def test_a_base_model_in_the_hubs_cache(

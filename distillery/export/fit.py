@@ -10,6 +10,21 @@ from distillery.recipe import ExportForm
 BLOCK_SIZES: tuple[int, ...] = get_args(ExportForm.model_fields["block_size"].annotation)
 
 
+ARCHITECTURES = (
+    *("ChatGLMForConditionalGeneration", "ChatGLMModel", "Ernie4_5ForCausalLM", "GemmaForCausalLM"),
+    *("Gemma2ForCausalLM", "Gemma3ForCausalLM", "Gemma3ForConditionalGeneration"),
+    *("GptOssForCausalLM", "GraniteForCausalLM", "HunYuanDenseV1ForCausalLM"),
+    *("InternLM2ForCausalLM", "Lfm2ForCausalLM", "LlamaForCausalLM", "MistralForCausalLM"),
+    *("Mistral3ForConditionalGeneration", "NemotronForCausalLM", "OlmoForCausalLM"),
+    *("PhiForCausalLM", "Phi3ForCausalLM", "PhiMoEForCausalLM", "Phi3SmallForCausalLM"),
+    *("Phi3VForCausalLM", "Phi4MMForCausalLM", "Qwen2ForCausalLM"),
+    *("VideoChatFlashQwenForCausalLM", "Qwen2_5_VLForConditionalGeneration", "Qwen3ForCausalLM"),
+    *("Qwen3_5ForConditionalGeneration", "Qwen3_5MoeForConditionalGeneration"),
+    *("Qwen3VLForConditionalGeneration", "SmolLM3ForCausalLM", "WhisperForConditionalGeneration"),
+)
+"""What ModelBuilder (ONNX Runtime GenAI 0.14.1) builds, as config.json names it."""
+
+
 def misfit(form: ExportForm, config: Mapping[str, Any], key: str = "export") -> str | None:
     """Return why a model with this config.json can't be built in `form`, the recipe's `key`, and
     what to do; None where nothing is known against it.
@@ -18,6 +33,12 @@ def misfit(form: ExportForm, config: Mapping[str, Any], key: str = "export") -> 
     GenAI 0.14.1) gave other probabilities than Transformers, by 0.25 and more: yarn with Llama and
     Qwen2, whose code serves all models but gpt_oss; and with Qwen2, layers of which only some have
     a sliding window."""
+    architectures = config.get("architectures") or ()
+    if architectures and architectures[0] not in ARCHITECTURES:
+        return (
+            f"base model: ModelBuilder builds no {architectures[0]}; choose a base model that is a "
+            "LlamaForCausalLM, Phi3ForCausalLM, Qwen3ForCausalLM or another that it builds"
+        )
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     rope_type = rope.get("rope_type", rope.get("type"))
     if rope_type == "yarn" and config.get("model_type") != "gpt_oss":

@@ -2,7 +2,7 @@
 
 In: a recipe's base model: a folder, a GGUF file, `package:NAME` for the GGUF file in an installed
 package, `azureml://...`, or a name on the Hugging Face hub. Out: a folder with safetensors,
-config.json and a tokenizer. Conversions and Azure ML downloads are kept under
+config.json and a tokenizer. Conversions and Azure ML downloads (azure_registry.py) are kept under
 DISTILLERY_HOME/models, a conversion by the digest of its GGUF file.
 """
 
@@ -19,28 +19,28 @@ from typing import Any, NamedTuple
 
 from yaml import YAMLError
 
-from distillery.errors import (
-    CredentialsError,
-    ModelUnavailable,
-    RecipeError,
-    TrainingError,
-    TrainingUnavailable,
-)
+from distillery.errors import ModelUnavailable, RecipeError, TrainingError, TrainingUnavailable
+from distillery.models import azure_registry
+from distillery.models.azure_registry import parse_azureml
+from distillery.progress import ShowProgress, show_nothing
 from distillery.recipe import BaseModelRecipe
 from distillery.settings import LocalSettings
 from distillery.storage.digests import digest_of_files, list_files, sha256_of
 from distillery.storage.outages import is_hub_outage
 
-HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "README.md")
+HUB_WEIGHTS = "*.safetensors"
+
+HUB_FILES = (HUB_WEIGHTS, "*.json", "*.jinja", "*.model", "*.txt", "README.md")
 
 
-def base_folder(base: BaseModelRecipe) -> Path:
+def base_folder(base: BaseModelRecipe, progress: ShowProgress = show_nothing) -> Path:
     """Return a local folder that Transformers loads, after a download or a conversion if need be.
+    `progress` is told the bytes of a download from Azure; the hub's shows its own.
 
-    Raises RecipeError, TrainingError or CredentialsError, one line each."""
+    Raises RecipeError, TrainingError, StoreError or CredentialsError, one line each."""
     source = local_source(base.model)
     if source is None and base.model.startswith("azureml://"):
-        folder = download_from_azureml(base.model)
+        folder = azure_registry.download(parse_azureml(base.model), progress)
     elif source is None:
         folder = download_from_hub(base)
     elif source.is_file():
@@ -63,8 +63,29 @@ def local_copy(base: BaseModelRecipe) -> Path | None:
     if source is not None:
         return source
     if base.model.startswith("azureml://"):
-        downloaded = parse_azureml(base.model).folder
-        return config_folder(downloaded) if downloaded.exists() else None
+        return azure_registry.downloaded_folder(parse_azureml(base.model))
+    folder = hub_copy(base)
+    return folder if folder and has_all_weights(folder) else None
+
+
+def local_config(base: BaseModelRecipe) -> Path | None:
+    """Return a folder on this machine with the base model's config.json, or its GGUF file; its
+    weights need not be here yet. None where there is nothing.
+
+    Raises RecipeError for a file, folder or package that is not there."""
+    local = local_copy(base)
+    if local is not None:
+        return local
+    if base.model.startswith("azureml://"):
+        folder: Path | None = parse_azureml(base.model).unfinished
+    else:
+        folder = hub_copy(base)
+    return folder if folder and (folder / "config.json").exists() else None
+
+
+def hub_copy(base: BaseModelRecipe) -> Path | None:
+    """Return the folder of a hub model in the hub's own cache, which may lack files; None where
+    there is none."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
@@ -76,6 +97,80 @@ def local_copy(base: BaseModelRecipe) -> Path | None:
     except (HFValidationError, LocalEntryNotFoundError):
         return None
     return Path(cached)
+
+
+def has_all_weights(folder: Path) -> bool:
+    """Return whether a folder holds all safetensors that its index names, or any if it has no
+    index. The hub's cache also has folders whose download was broken off."""
+    try:
+        index = json.loads((folder / "model.safetensors.index.json").read_text())
+        return all((folder / name).exists() for name in set(index["weight_map"].values()))
+    except (OSError, ValueError, KeyError):
+        return any(folder.glob(HUB_WEIGHTS))
+
+
+class Preview(NamedTuple):
+    """A base model that is not on this machine: a `folder` with its config and tokenizer, the
+    `bytes` that its weights still take to download, the `source` that they come from, for people,
+    and the folder that they are downloaded to."""
+
+    folder: Path
+    bytes: int
+    source: str
+    target: Path
+
+
+def preview(base: BaseModelRecipe) -> Preview:
+    """Ask the hub or the Azure ML registry for a base model that is not on this machine, and
+    download all but its weights.
+
+    Raises RecipeError, TrainingError, StoreError or CredentialsError, one line each."""
+    if base.model.startswith("azureml://"):
+        model = parse_azureml(base.model)
+        size = azure_registry.fetch_small_files(model)
+        source = f"the registry {model.registry}"
+        return Preview(model.unfinished, size, source, model.folder.parent)
+    from huggingface_hub import constants, snapshot_download
+
+    size = hub_bytes(base)
+    try:
+        folder = snapshot_download(
+            base.model,
+            revision=base.revision,
+            allow_patterns=hub_files(base),
+            ignore_patterns=HUB_WEIGHTS,
+        )
+    except Exception as error:
+        raise hub_error(base.model, error) from error
+    return Preview(Path(folder), size, "the hub", Path(constants.HF_HUB_CACHE))
+
+
+def hub_bytes(base: BaseModelRecipe) -> int:
+    """Return the bytes of safetensors that the hub holds.
+
+    Raises RecipeError if it does not answer or has none."""
+    from huggingface_hub import HfApi
+
+    try:
+        info = HfApi().model_info(
+            base.model, revision=base.revision, files_metadata=True, timeout=10
+        )
+    except Exception as error:
+        raise RecipeError(
+            f"base.model: {base.model} is not on this machine, and the hub doesn't answer for it "
+            f"({type(error).__name__}); correct the model's name, set HF_TOKEN if it needs a "
+            "login, or give a local folder"
+        ) from error
+    sizes = []
+    for file in info.siblings or ():
+        if file.rfilename.endswith(".safetensors"):
+            sizes.append(file.size or 0)
+    if not sizes:
+        raise RecipeError(
+            f"base.model: {base.model} has no .safetensors on the hub (other weight files can run "
+            "code); choose another model"
+        )
+    return sum(sizes)
 
 
 def asks_hub(base: BaseModelRecipe) -> bool:
@@ -117,16 +212,22 @@ def base_identity(base: BaseModelRecipe) -> str:
 def check_loadable(folder: Path, base: BaseModelRecipe) -> None:
     """Raise TrainingError for a folder without config.json or safetensors, and for a model that
     needs Python code of its own unless recipe and worker allow it."""
+    check_config(folder, base)
+    if not any(folder.glob("*.safetensors")):
+        raise TrainingError(
+            f"base.model: {base.model}: no .safetensors in it (other weight files can run code)"
+        )
+
+
+def check_config(folder: Path, base: BaseModelRecipe) -> None:
+    """Raise TrainingError for a folder without config.json, and for a model that needs Python code
+    of its own unless recipe and worker allow it."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     try:
         config: dict[str, Any] = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError) as error:
         raise TrainingError(f"base.model: {base.model}: no readable config.json in it") from error
-    if not any(folder.glob("*.safetensors")):
-        raise TrainingError(
-            f"base.model: {base.model}: no .safetensors in it (other weight files can run code)"
-        )
     if config.get("model_type") not in CONFIG_MAPPING and not remote_code_allowed(base):
         raise TrainingError(
             f"base.model: {base.model} needs Python code of its own to load; if you trust it, set "
@@ -263,68 +364,6 @@ def hub_error(name: str, error: Exception) -> TrainingUnavailable:
         f"base.model: can't get {name} from the Hugging Face hub ({type(error).__name__}: "
         f"{reason}); check the name, or give a local folder"
     )
-
-
-class AzureModel(NamedTuple):
-    """A version of a model in an Azure ML registry."""
-
-    registry: str
-    name: str
-    version: str
-
-    @property
-    def folder(self) -> Path:
-        """The folder that it is downloaded to."""
-        return LocalSettings().folder / "models" / f"{self.registry}-{self.name}-{self.version}"
-
-
-def parse_azureml(url: str) -> AzureModel:
-    """Return what azureml://registries/REGISTRY/models/NAME/versions/VERSION names.
-
-    Raises RecipeError for another form."""
-    parts = url.removeprefix("azureml://").split("/")
-    if len(parts) != 6 or parts[::2] != ["registries", "models", "versions"]:
-        raise RecipeError(
-            f"base.model: {url}: not azureml://registries/REGISTRY/models/NAME/versions/VERSION"
-        )
-    return AzureModel(registry=parts[1], name=parts[3], version=parts[5])
-
-
-def download_from_azureml(url: str) -> Path:
-    """Return the folder of a model from an Azure ML registry, downloaded through azure-ai-ml once.
-
-    Raises RecipeError, CredentialsError or TrainingError."""
-    from azure.core.exceptions import AzureError, ClientAuthenticationError
-
-    model = parse_azureml(url)
-    if not model.folder.exists():
-        from azure.ai.ml import MLClient
-        from azure.identity import DefaultAzureCredential
-
-        try:
-            with complete_folder(model.folder) as folder:
-                client = MLClient(DefaultAzureCredential(), registry_name=model.registry)
-                client.models.download(
-                    name=model.name, version=model.version, download_path=str(folder)
-                )
-        except ClientAuthenticationError as error:
-            raise CredentialsError(
-                "base.model: no Azure login for the registry; run `az login`"
-            ) from error
-        except AzureError as error:
-            reason = " ".join(str(error).split())[:160]
-            raise TrainingError(f"base.model: can't download {url}: {reason}") from error
-    return config_folder(model.folder)
-
-
-def config_folder(downloaded: Path) -> Path:
-    """Return the folder within `downloaded` that has a config.json, the highest one of several.
-
-    Raises TrainingError where there is none."""
-    configs = sorted(downloaded.rglob("config.json"), key=lambda path: len(path.parts))
-    if not configs:
-        raise TrainingError(f"base.model: {downloaded}: no config.json in the downloaded model")
-    return configs[0].parent
 
 
 @contextmanager

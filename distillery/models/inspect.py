@@ -3,6 +3,7 @@
 import json
 from math import prod
 from pathlib import Path
+from typing import Any
 
 
 def model_and_adapter(checkpoint: Path, base: Path) -> tuple[Path, Path | None]:
@@ -23,6 +24,23 @@ def parameter_count(folder: Path) -> int:
             for name in tensors.keys():  # noqa: SIM118 - not a mapping
                 count += prod(tensors.get_slice(name).get_shape())
     return count
+
+
+def parameters_of_config(folder: Path) -> int | None:
+    """Return how many parameters a model with a folder's config.json has, without its weights; tied
+    weights count once. None where Transformers has no such model.
+
+    The model is built on PyTorch's meta device, whose tensors have shapes and no values."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        with torch.device("meta"):
+            model: Any = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, ImportError):
+        return None
+    return int(model.num_parameters())
 
 
 def tensor_names(folder: Path) -> list[str]:

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import pytest
 
 from distillery.errors import ExportError, ModelError
 from distillery.export.build import TRIAL, ask_once, export
-from distillery.export.fit import misfit
+from distillery.export.fit import ARCHITECTURES, misfit
 from distillery.inference.onnx_student import OnnxStudent
 from distillery.labels.files import TRAIN_DATA_FILE
 from distillery.labels.known import gold_labels, write_known_labels
@@ -124,6 +125,17 @@ def test_a_form_that_does_not_fit_the_base_is_told_before_it_is_built(
 ) -> None:
     found = misfit(ExportForm(**form), config)
     assert found is None if advice is None else advice in str(found)
+
+
+def test_the_architectures_are_those_that_model_builder_has_a_branch_for() -> None:
+    from onnxruntime_genai.models import builder
+
+    source = Path(builder.__file__).read_text()
+    branches = re.findall(r'config\.architectures\[0\] == "(\w+)"', source)
+    assert set(ARCHITECTURES) == set(branches)
+    assert misfit(FP32, {"architectures": ["Phi3ForCausalLM"]}) is None
+    found = misfit(FP32, {"architectures": ["OPTForCausalLM"]})
+    assert "ModelBuilder builds no OPTForCausalLM; choose" in str(found)
 
 
 @pytest.mark.parametrize(

@@ -236,6 +236,30 @@ def test_a_base_model_that_needs_code_of_its_own(
     assert not (base / "ran").exists()
 
 
+@pytest.mark.parametrize(
+    ("model", "text"),
+    [
+        ("azureml://registries/azureml/models/Tiny/versions/1", "no Azure login for the registry"),
+        ("base", "it has no chat template; choose an instruction-tuned model"),
+    ],
+)
+def test_a_base_model_that_can_not_be_used_is_told_before_a_teacher_is_asked(
+    model: str, text: str, bench: Bench, tiny_model: Callable[[str], Path]
+) -> None:
+    base = bench.folder / "base"
+    base.mkdir()
+    for file in tiny_model("llama").iterdir():
+        if file.name != "chat_template.jinja":
+            (base / file.name).write_bytes(file.read_bytes())
+    bench.recipe["teacher"]["preparation"]["base"]["model"] = model.replace("base", str(base))
+    # The logins of a developer alone, of which none is found.
+    bench.prefect = bench.prefect | {"AZURE_TOKEN_CREDENTIALS": "dev"}
+    with ChatEndpoint(good) as server:
+        bench.ask(server.url)
+        assert text in bench.refusal()
+        assert not server.calls
+
+
 def test_a_disk_that_is_full_while_exporting(bench: Bench, home: Path) -> None:
     line = bench.refusal(path=str(FULL_DISK))
     assert (

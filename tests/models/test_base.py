@@ -54,13 +54,14 @@ def test_remote_code_needs_recipe_and_worker(
 
 
 def test_a_hub_models_own_code_is_downloaded_only_where_it_may_run(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     asked: list[list[str]] = []
+    (tmp_path / "model.safetensors").write_bytes(b"")
 
     def snapshot_download(name: str, allow_patterns: list[str], **_options: object) -> str:
         asked.append(allow_patterns)
-        return "/nowhere"
+        return str(tmp_path)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     for listed, trusted in (("", True), ("org/model", False), ("org/model", True)):
@@ -68,7 +69,7 @@ def test_a_hub_models_own_code_is_downloaded_only_where_it_may_run(
         base = BaseModelRecipe(model="org/model", trust_remote_code=trusted)
         with pytest.raises(TrainingError, match=r"no readable config\.json"):
             base_folder(base)
-        assert local_copy(base) == Path("/nowhere")
+        assert local_copy(base) == tmp_path
     assert ["*.py" in patterns for patterns in asked] == [False] * 4 + [True] * 2
 
 
