@@ -48,9 +48,9 @@ def classify_values(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def lets_validation_be_carved(values: dict[str, Any]) -> bool:
-    """Return whether a recipe `values` without validation rows gets some: where it carves test rows,
-    leaves a share for them and does not say `validation: null`. One that is read back whole names
-    training.patience, and lacks them on purpose."""
+    """Return whether a recipe `values` without validation rows gets some: where it carves test
+    rows, leaves a share for them and does not say `validation: null`. One that is read back whole
+    names training.patience, and lacks them on purpose."""
     dataset = values.get("dataset")
     if not (isinstance(dataset, dict) and names(dataset, "carve", "test")):
         return False
