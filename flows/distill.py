@@ -370,8 +370,7 @@ def planned_student(recipe: Recipe) -> list[PlannedStage]:
     stages.append(PlannedStage("export student", export))
     if recipe.task.abstain:
         stages.append(PlannedStage("set threshold", "set threshold"))
-    for name in ("evaluate", "judge", "register", "promote", "download", "report"):
-        stages.append(PlannedStage(name, name))
+    stages.append(PlannedStage("evaluate", "evaluate"))
     return stages
 
 

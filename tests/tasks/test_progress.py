@@ -11,6 +11,8 @@ from prefect.testing.utilities import prefect_test_harness
 from rich.console import Console
 from still_clock import StillClock
 
+from distillery.recipe import load_recipe
+from flows.distill import planned
 from tasks import progress as progress_module
 from tasks.progress import StageProgress, clock, conclude, displayed_by, progress_of, show
 from tasks.terminal import LiveDisplay, PlannedStage
@@ -121,6 +123,12 @@ def test_a_stage_that_is_tried_again_is_one_line() -> None:
     display.stage_begins("train")
     display.stage_begins("train")
     assert [stage.state for stage in display.stages] == ["running", "to come"]
+
+
+def test_a_run_is_planned_with_each_stage_once() -> None:
+    titles = [stage.title for stage in planned(load_recipe("demo"))]
+    assert titles[-4:] == ["register", "promote", "download", "report"]
+    assert len(titles) == len(set(titles))
 
 
 @pytest.fixture(scope="module")
