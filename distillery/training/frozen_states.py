@@ -197,7 +197,8 @@ def frozen_states_kept(
     states = None
     if 0 < frozen < len(model.get_decoder().layers):
         # What is random in training stays as it is without this.
-        with torch.random.fork_rng():
+        gpus = [torch.cuda.current_device()] if device.name == "cuda" else []
+        with torch.random.fork_rng(gpus):
             states = computed_states(model, frozen, rows, loss, pad_id, device)
     if states is None:
         yield
