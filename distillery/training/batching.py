@@ -93,24 +93,17 @@ def padded_inputs(
 
 def forward(model: Any, ids: Sequence[Sequence[int]], kept: int, pad_id: int) -> "torch.Tensor":
     """Return the logits at each row's last `kept` tokens, [batch, kept, vocabulary]."""
-    shared, cache = prefill_shared(model, ids, kept)
-    inputs = padded_inputs([row[shared:] for row in ids], pad_id, model.device, shared)
-    logits: torch.Tensor = model(
-        **inputs, past_key_values=cache, use_cache=cache is not None, logits_to_keep=kept
-    ).logits
+    inputs = shared_inputs(model, ids, pad_id, kept)
+    logits: torch.Tensor = model(**inputs, logits_to_keep=kept).logits
     return logits
 
 
 def pooled_states(model: Any, rows: Sequence[TrainingRow], pad_id: int) -> "torch.Tensor":
     """Return what the head of a classifier reads: of the last hidden states, the mean that
     `read_shares` tells, [batch, hidden]."""
-    ids = [row.prompt for row in rows]
     most = min(len(row.prompt) - row.span for row in rows)
-    shared, cache = prefill_shared(model, ids, 1, most=most)
-    inputs = padded_inputs([prompt[shared:] for prompt in ids], pad_id, model.device, shared)
-    states = model.get_decoder()(
-        **inputs, past_key_values=cache, use_cache=cache is not None
-    ).last_hidden_state
+    inputs = shared_inputs(model, [row.prompt for row in rows], pad_id, 1, most)
+    states = model.get_decoder()(**inputs).last_hidden_state
     shares = read_shares(rows, states.shape[1], states.device)
     pooled: torch.Tensor = (states * shares[:, :, None]).sum(1)
     return pooled
@@ -142,6 +135,16 @@ def prompt_logits(
             continue
         prompts = [rows[index].prompt for index in picked]
         yield picked, forward(model, prompts, 1, pad_id)[:, -1]
+
+
+def shared_inputs(
+    model: Any, ids: Sequence[Sequence[int]], pad_id: int, kept: int, most: int | None = None
+) -> dict[str, Any]:
+    """Return the inputs of the rows `ids`, [batch, longest], without what all of them begin with,
+    which `prefill_shared` has computed; `kept` and `most` are its."""
+    shared, cache = prefill_shared(model, ids, kept, most=most)
+    inputs = padded_inputs([row[shared:] for row in ids], pad_id, model.device, shared)
+    return {**inputs, "past_key_values": cache, "use_cache": cache is not None}
 
 
 def prefill_shared(

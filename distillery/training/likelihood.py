@@ -43,6 +43,13 @@ def forward_packed(
 ) -> tuple[Packed, "torch.Tensor"]:
     """Compute rows with texts in one pass. Return how they are packed, and the logits, [batch,
     packed.kept, vocabulary]."""
+    packed = pack_shared(model, rows, pad_id)
+    return packed, model(**packed.inputs, logits_to_keep=packed.kept).logits
+
+
+def pack_shared(model: Any, rows: Sequence[TrainingRow], pad_id: int) -> Packed:
+    """Return rows with texts as one batch, without what all prompts begin with, which
+    `prefill_shared` has computed."""
     following = max(len(text) for row in rows for text in row.texts)
     shared, cache = prefill_shared(model, [row.prompt for row in rows], 1, following)
     packed = pack(
@@ -54,13 +61,8 @@ def forward_packed(
         sliding_window(model),
         mixed=attention_kinds(model) == MIXED,
     )
-    output = model(
-        **packed.inputs,
-        past_key_values=cache,
-        use_cache=cache is not None,
-        logits_to_keep=packed.kept,
-    )
-    return packed, output.logits
+    packed.inputs.update(past_key_values=cache, use_cache=cache is not None)
+    return packed
 
 
 def pack(

@@ -7,6 +7,7 @@ is plain PyTorch; training/olive_passes.py runs it as a pass of an Olive workflo
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -26,6 +27,7 @@ from distillery.training.checkpoint import (
 )
 from distillery.training.class_head import CLASS_ROWS, add_class_head
 from distillery.training.decisions import decide
+from distillery.training.frozen_states import frozen_states_kept
 from distillery.training.losses import balanced_weights
 from distillery.training.objective import Objective
 from distillery.training.rows import TrainingRow, require_rows
@@ -106,7 +108,10 @@ def train(
     if checkpoints:
         training.resume(checkpoints)
         timer = CheckpointTimer(checkpoints, checkpoint_every_s)
-    with linear_layers_cast(training.model, training.device, frozen_only=True):
+    with (
+        linear_layers_cast(training.model, training.device, frozen_only=True),
+        training.frozen_states([*rows, *validation]),
+    ):
         for group in training.remaining_steps(rows):
             training.take_step(group)
             if training.epoch_ends or len(training.state.losses) == STEPS_PER_POINT:
@@ -144,6 +149,16 @@ class Training:
         self.state.resume(checkpoints)
         self.resumed_at = self.state.step
         self.began = time.perf_counter()
+
+    def frozen_states(self, rows: Sequence[TrainingRow]) -> AbstractContextManager[None]:
+        """Return a context in which passes of `rows` skip the frozen layers, where training goes
+        through the rows more than once."""
+        if self.steps <= self.steps_per_epoch:
+            return nullcontext()
+        objective = self.objective
+        return frozen_states_kept(
+            self.model, rows, objective, pad_id=objective.pad_id, device=self.device
+        )
 
     def remaining_steps(self, rows: Sequence[TrainingRow]) -> Iterator[list[list[TrainingRow]]]:
         """Give the batches of each step that is left, until the last one or until training.patience
