@@ -11,8 +11,7 @@ from typing import Any, NamedTuple, get_args
 
 from pydantic import Field
 
-from distillery.data.examples import read_examples
-from distillery.data.prepare import write_classes, write_split
+from distillery.data.examples import read_examples, write_classes, write_examples
 from distillery.data.readers import read_file
 from distillery.data.rows import RowReader, validated_rows
 from distillery.errors import ArtifactDamaged, DataError, RegistryError
@@ -229,7 +228,7 @@ def write_rows(rows: Path, made: Mapping[str, Any], classes: tuple[str, ...], ou
             )
         seen.add(row.example.example_id)
     out.mkdir()
-    write_split(out / "rows.jsonl", found, classes)
+    write_examples([row.example for row in found], out / "rows.jsonl")
     if classes:
         write_classes(out, classes)
     return out / "rows.jsonl"

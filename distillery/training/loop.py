@@ -156,9 +156,10 @@ class Training:
         if self.steps <= self.steps_per_epoch:
             return nullcontext()
         objective = self.objective
-        return frozen_states_kept(
+        kept: AbstractContextManager[None] = frozen_states_kept(
             self.model, rows, objective, pad_id=objective.pad_id, device=self.device
         )
+        return kept
 
     def remaining_steps(self, rows: Sequence[TrainingRow]) -> Iterator[list[list[TrainingRow]]]:
         """Give the batches of each step that is left, until the last one or until training.patience
