@@ -117,7 +117,7 @@ def check_base_models(recipe: Recipe) -> None:
 
     Models that are on this machine are left to `check_settings`: a run that finds every stage in
     the cache needs nobody's answer."""
-    missing = [base for base in base_models(recipe) if local_copy(base) is None]
+    missing = missing_base_models(recipe)
     for base in missing:
         for finding in check_base_model(base, recipe):
             if finding.level == "FAIL":
@@ -127,6 +127,11 @@ def check_base_models(recipe: Recipe) -> None:
         for finding in check_disk(recipe):
             if finding.level == "FAIL":
                 _log.warning("%s: %s", finding.item, finding.text)
+
+
+def missing_base_models(recipe: Recipe) -> list[BaseModelRecipe]:
+    """Return the recipe's base models that are not on this machine."""
+    return [base for base in base_models(recipe) if local_copy(base) is None]
 
 
 def check(recipe: Recipe, limit_s: float = LIMIT_S) -> list[Finding]:

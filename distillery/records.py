@@ -229,8 +229,8 @@ class TeacherCheck(StageRecord):
             return ()
         share = f"{100 * self.soft_weight:.0f} %"
         return (
-            f"the teacher's probabilities make {share} of the loss, its labels the rest: by how "
-            f"well they are calibrated on {self.rows} validation rows (training.soft_weight: auto)",
+            f"probabilities make {share} of the loss, labels the rest: by how well the teacher's "
+            f"are calibrated on {self.rows} validation rows (training.soft_weight: auto)",
         )
 
     def line(self) -> str:
@@ -340,8 +340,8 @@ class Rung(Record):
 
 class Ladder(Record):
     """The forms that a student was tried in. `accuracy`: the float student's on the rows that
-    choose, of which there are `rows`: validation rows, but for `training_rows` with the labels that
-    the student has learnt."""
+    choose, of which there are `rows`: validation rows, but for `training_rows` with the teacher's
+    labels."""
 
     rows: int
     training_rows: int = 0

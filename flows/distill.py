@@ -19,7 +19,7 @@ from prefect.runtime import flow_run
 
 from distillery.errors import DistilleryError, GateRefused
 from distillery.machine import machine_name
-from distillery.readiness import check_base_models, check_settings
+from distillery.readiness import check_settings
 from distillery.recipe import BaseModelRecipe, Recipe, TrainingRecipe, load_recipe
 from distillery.records import (
     EvaluationReport,
@@ -42,7 +42,7 @@ from flows.train_student import trained
 from tasks.abstention import check_provable, with_threshold
 from tasks.dataset import prepare_dataset
 from tasks.evaluation import evaluate
-from tasks.hub import pinned, source_of
+from tasks.hub import check_bases, pinned, source_of
 from tasks.judged import judged_before
 from tasks.labels import canaries, check_shares, judged_by, labelled
 from tasks.onnx import exported
@@ -90,7 +90,7 @@ def distill(
     again = refreshing(refresh)
     check_settings(recipe)
     check_keys()
-    check_base_models(recipe)
+    check_bases(recipe)
     source = source_of(recipe)
     data = prepared(recipe, source, refresh)
     judged = judged_before(data, recipe)

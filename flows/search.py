@@ -15,13 +15,13 @@ from prefect.artifacts import create_markdown_artifact
 from distillery.errors import DistilleryError, ExportError, TrainingError, TrainingUnavailable
 from distillery.machine import machine_name
 from distillery.models.base import base_folder
-from distillery.readiness import check_base_models, check_settings
+from distillery.readiness import check_settings
 from distillery.recipe import Recipe, SearchRecipe, load_recipe, load_space
 from distillery.records import Trial
 from distillery.training.search import Search, render_trials
 from flows.distill import labelled_rows, prepared, student_base, trained_student
 from flows.train_student import check_deployment
-from tasks.hub import source_of
+from tasks.hub import check_bases, source_of
 from tasks.onnx import exported
 from tasks.results import results_in_store
 from tasks.search import measure
@@ -47,7 +47,7 @@ def search(
     """
     begin()
     check_settings(recipe)
-    check_base_models(recipe)
+    check_bases(recipe)
     found = Search(recipe, space)
     # Before labels are paid for: what would fail in every trial ends the search now.
     check_deployment(training_deployment)

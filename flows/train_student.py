@@ -158,8 +158,11 @@ def has_worker(client: SyncPrefectClient, pool: str | None) -> bool:
     for a run without a pool the process that serves its deployment."""
     if pool is None:
         return True
-    if client.read_work_pool(pool).is_paused:
+    found = client.read_work_pool(pool)
+    if found.is_paused:
         return False
+    if found.is_push_pool or found.is_managed_pool:
+        return True
     workers = client.read_workers_for_work_pool(pool)
     return any(worker.status == WorkerStatus.ONLINE for worker in workers)
 

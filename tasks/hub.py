@@ -1,9 +1,11 @@
-"""What a run asks the Hugging Face hub once: which commits the names in its recipe stand for."""
+"""What a run asks the Hugging Face hub once: which commits the names in its recipe stand for, and
+what it will download."""
 
 from prefect.runtime import flow_run
 
 from distillery.data.source import source_identity
 from distillery.models.base import asks_hub, pin_revision
+from distillery.readiness import check_base_models, missing_base_models
 from distillery.recipe import BaseModelRecipe, DatasetRecipe, OtherRecipe, Recipe
 from tasks.stage import uncached
 
@@ -19,6 +21,17 @@ def hub_source(dataset: DatasetRecipe, other: OtherRecipe | None) -> str:
 @uncached("ask hub for model")
 def hub_base(base: BaseModelRecipe) -> BaseModelRecipe:
     return pin_revision(base)
+
+
+@uncached("check base models")
+def asked_base_models(recipe: Recipe) -> None:
+    check_base_models(recipe)
+
+
+def check_bases(recipe: Recipe) -> None:
+    """Check the base models that are not on this machine, before a teacher is asked."""
+    if missing_base_models(recipe):
+        asked_base_models(recipe)
 
 
 def source_of(recipe: Recipe) -> str:

@@ -18,7 +18,7 @@ from distillery.evaluation.figures_table import render_figures
 from distillery.evaluation.report import ANSWERS_FILE, PLOT_FILE, TABLE_FILE
 from distillery.evaluation.scoreboard import GOLD, TEACHER, headline, render_table
 from distillery.evaluation.verdicts import render_verdicts, render_verdicts_markdown
-from distillery.export.ladder_table import render_ladder, table
+from distillery.export.ladder_table import render_ladder, rows_in_words, table
 from distillery.labels.files import REJECTED_FILE
 from distillery.labels.report import LOOK_FILE, RELIABILITY_FILE, read_report
 from distillery.records import (
@@ -181,7 +181,7 @@ def create_artifacts(outcome: Outcome, store: ArtifactStore) -> None:
     if ladder := outcome.model.ladder:
         _table(
             "quantisation-ladder",
-            f"The student's forms on {ladder.rows} validation rows",
+            f"The student's forms on {rows_in_words(ladder.rows, ladder.training_rows)}",
             table(ladder),
         )
     _table(

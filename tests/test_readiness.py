@@ -484,7 +484,7 @@ def test_a_base_model_on_the_hub(
     assert local_copy(BaseModelRecipe(model="a/b")) is None
     found = findings(local("a/b"))
     assert found["base model a/b"].level == "FAIL"
-    assert "the hub doesn't answer for it" in found["base model a/b"].text
+    assert "can't get a/b from the Hugging Face hub" in found["base model a/b"].text
     (snapshot / "model.safetensors").write_bytes(
         (tiny_model("llama") / "model.safetensors").read_bytes()
     )

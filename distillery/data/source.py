@@ -9,7 +9,7 @@ from pathlib import Path
 
 from distillery.data.hub import hub_commit, hub_tables, load_from_hub
 from distillery.data.readers import Table, read_files
-from distillery.errors import DataError, NoSuchRevision
+from distillery.errors import DataError, DataUnavailable, NoSuchRevision
 from distillery.recipe import DatasetRecipe, OtherRecipe
 from distillery.records import digest_of
 from distillery.storage.digests import sha256_of
@@ -82,10 +82,12 @@ def digests_of(paths: Sequence[str], setting: str) -> list[str]:
 
 
 def commit_or_revision(name: str, revision: str | None) -> str:
-    """Return the commit that a revision names, or the revision if the hub does not answer."""
+    """Return the commit that a revision names, or the revision if this machine may not ask.
+
+    Raises DataUnavailable where asking again may help."""
     try:
         return hub_commit(name, revision)
-    except NoSuchRevision:
+    except (NoSuchRevision, DataUnavailable):
         raise
     except DataError as error:
         if not revision:

@@ -84,7 +84,7 @@ def climb(
             write_prompts(student, prompt, train, calibration)
         best = None
         for index, form in enumerate(recipe.ladder):
-            if best is not None and not form.quantised:
+            if best is not None and recipe.ladder[best].quantised and not form.quantised:
                 rungs.append(Rung(form=form, note=NOT_NEEDED))
                 continue
             started = time.perf_counter()
@@ -125,8 +125,8 @@ def climb(
 
 
 def write_rows_to_ask(validation: Path, train: Path, labels: Path, most: int, file: Path) -> int:
-    """Write the validation rows to `file`, and after them at most `most` training rows with their
-    labels for answers. Return how many these are."""
+    """Write the validation rows to `file`, and after them at most `most` training rows with the
+    teacher's labels for answers. Return how many these are."""
     rows = read_examples(validation)
     found = read_labels(labels)
     learnt = 0

@@ -148,7 +148,7 @@ def preview(base: BaseModelRecipe) -> Preview:
 def hub_bytes(base: BaseModelRecipe) -> int:
     """Return the bytes of safetensors that the hub holds.
 
-    Raises RecipeError if it does not answer or has none."""
+    Raises RecipeError if it has none, and as `pin_revision` does."""
     from huggingface_hub import HfApi
 
     try:
@@ -156,11 +156,7 @@ def hub_bytes(base: BaseModelRecipe) -> int:
             base.model, revision=base.revision, files_metadata=True, timeout=10
         )
     except Exception as error:
-        raise RecipeError(
-            f"base.model: {base.model} is not on this machine, and the hub doesn't answer for it "
-            f"({type(error).__name__}); correct the model's name, set HF_TOKEN if it needs a "
-            "login, or give a local folder"
-        ) from error
+        raise hub_error(base.model, error) from error
     sizes = []
     for file in info.siblings or ():
         if file.rfilename.endswith(".safetensors"):
@@ -362,7 +358,7 @@ def hub_error(name: str, error: Exception) -> TrainingUnavailable:
     kind = ModelUnavailable if is_hub_outage(error) else TrainingUnavailable
     return kind(
         f"base.model: can't get {name} from the Hugging Face hub ({type(error).__name__}: "
-        f"{reason}); check the name, or give a local folder"
+        f"{reason}); check the name, set HF_TOKEN if it needs a login, or give a local folder"
     )
 
 

@@ -75,8 +75,8 @@ class ExportRecipe(ExportForm):
     0.02: two points."""
 
     training_rows: int = Field(0, ge=0)
-    """Training rows that the forms of the ladder answer too, at most this many; there the label
-    that the student learns is the right answer. Few validation rows can't show the loss of a
+    """Training rows that the forms of the ladder answer too, at most this many; there the teacher's
+    label counts as the right answer. Few validation rows can't show the loss of a
     point."""
 
     rung_minutes: float = Field(60, gt=0)

@@ -6,10 +6,9 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
-PRESETS = ("demo", "lab")
+from distillery.recipe.export import ExportForm
 
-VALIDATION_SHARE = 0.1
-"""The share of the answered rows that validate where a classifier's recipe carves test rows."""
+PRESETS = ("demo", "lab")
 
 
 def preset_values(name: str) -> dict[str, Any]:
@@ -36,40 +35,28 @@ def classify_values(values: dict[str, Any]) -> dict[str, Any]:
     if names(values.get("student"), "prompt", "answer"):
         # A student that answers by text has no head of its own to probe for.
         both["student"]["layers"] = {"keep": 0.5, "by": "first"}
+        both["student"]["training"].pop("second_opinion", None)
+    if isinstance(teacher, dict) and teacher.get("soft_labels") is False:
+        for name in ("soft_weight", "second_opinion"):
+            both["student"]["training"].pop(name, None)
     if names_rows(values, "gold") or (isinstance(task, dict) and task.get("other")):
         both["student"]["gold"] = True
-    validated = names_rows(values, "validation")
-    if not validated and lets_validation_be_carved(values):
-        both["dataset"]["carve"] = {"validation": VALIDATION_SHARE}
-        validated = True
-    if validated:
+    if names_rows(values, "validation"):
         add_validated(both, values, parts["validated"])
     return both
 
 
-def lets_validation_be_carved(values: dict[str, Any]) -> bool:
-    """Return whether a recipe `values` without validation rows gets some: where it carves test
-    rows, leaves a share for them and does not say `validation: null`. One that is read back whole
-    names training.patience, and lacks them on purpose."""
-    dataset = values.get("dataset")
-    if not (isinstance(dataset, dict) and names(dataset, "carve", "test")):
-        return False
-    shares = dataset["carve"].values()
-    taken = sum(share for share in shares if isinstance(share, int | float))
-    return (
-        "validation" not in dataset["carve"]
-        and not names(values.get("student"), "training", "patience")
-        and taken + VALIDATION_SHARE <= 1
-    )
-
-
 def add_validated(both: dict[str, Any], values: dict[str, Any], validated: dict[str, Any]) -> None:
     """Add to `both` what the recipe `values` starts from where it has validation rows."""
-    both["student"]["training"]["patience"] = validated["student patience"]
     preparation = both.get("teacher", {}).get("preparation")
     if preparation:
         preparation["training"]["patience"] = validated["teacher patience"]
-    if "export" not in values:
+    if names(values, "task", "abstain"):
+        # The rows prove the threshold of a student that they have not chosen.
+        return
+    both["student"]["training"]["patience"] = validated["student patience"]
+    export = values.get("export")
+    if not (isinstance(export, dict) and export.keys() & {*ExportForm.model_fields, "ladder"}):
         both["export"] = validated["export"]
 
 

@@ -1,5 +1,6 @@
 """How weights are trained: the student's, those of its healing steps and a local teacher's."""
 
+from contextlib import suppress
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
@@ -137,8 +138,12 @@ class TrainingRecipe(Slice):
     @classmethod
     def check_soft_weight(cls, value: Any) -> Any:
         # Pydantic's own message would have a line for each of the two types.
-        if value == "auto" or (isinstance(value, int | float) and 0 <= value <= 1):
+        if value == "auto":
             return value
+        # YAML reads 1e-1 as a text.
+        with suppress(TypeError, ValueError):
+            if 0 <= float(value) <= 1:
+                return float(value)
         raise ValueError("should be auto, or at least 0 and less than or equal to 1")
 
     @property

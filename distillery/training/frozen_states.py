@@ -27,6 +27,14 @@ _log = logging.getLogger(__name__)
 MOST_BYTES = 2**30
 """How much memory the kept states take, at most. Beyond it, every pass computes them anew."""
 
+NODE_BYTES = 170
+"""What the number of a beginning takes in memory, beside its state."""
+
+ANEW = "frozen layers are computed in every epoch"
+
+REFUSALS = (AttributeError, IndexError, LookupError, RuntimeError, TypeError, ValueError)
+"""What a model raises whose code is not made of layers that can be skipped."""
+
 BATCH_SIZE = 16
 
 COMPARED_ROWS = 8
@@ -183,6 +191,7 @@ def frozen_layers(model: Any) -> int:
 def frozen_states_kept(
     model: Any,
     rows: Sequence[TrainingRow],
+    validation: Sequence[TrainingRow],
     loss: Callable[[Sequence[TrainingRow]], Any],
     *,
     pad_id: int,
@@ -199,7 +208,9 @@ def frozen_states_kept(
         # What is random in training stays as it is without this.
         gpus = [torch.cuda.current_device()] if device.name == "cuda" else []
         with torch.random.fork_rng(gpus):
-            states = computed_states(model, frozen, rows, loss, pad_id, device)
+            states = computed_states(model, frozen, [*rows, *validation], pad_id, device)
+            if states and not agrees(model, states, compared_rows(rows), loss, device):
+                states = None
     if states is None:
         yield
         return
@@ -211,52 +222,65 @@ def computed_states(
     model: Any,
     frozen: int,
     rows: Sequence[TrainingRow],
-    loss: Callable[[Sequence[TrainingRow]], Any],
     pad_id: int,
     device: Device,
 ) -> FrozenStates | None:
-    """Return the states that enter layer `frozen`; None where they can't be used."""
+    """Return the states that enter layer `frozen`; None where they would be too large, or the rows
+    too long."""
     states = FrozenStates(model, frozen, pad_id)
-    sequences = [ids for row in rows for ids in sequences_of(row)]
-    for ids in sequences:
-        states.add(ids)
     turn = turning_point(model)
-    if turn and max(map(len, sequences)) > turn:
-        _log.info("frozen layers are computed in every epoch: some rows have over %d tokens", turn)
-        return None
     embeddings = model.get_input_embeddings().weight
-    size = len(states.nodes) * embeddings.shape[-1] * embeddings.element_size()
-    if size > MOST_BYTES:
-        _log.info(
-            "frozen layers are computed in every epoch: their states would take %.1f GiB of memory",
-            size / 2**30,
-        )
-        return None
+    bytes_each = NODE_BYTES + embeddings.shape[-1] * embeddings.element_size()
+    for row in rows:
+        for ids in sequences_of(row):
+            if turn and len(ids) > turn:
+                _log.info("%s: some rows have over %d tokens", ANEW, turn)
+                return None
+            states.add(ids)
+        if len(states.nodes) * bytes_each > MOST_BYTES:
+            _log.info("%s: their states would take over %.1f GiB", ANEW, MOST_BYTES / 2**30)
+            return None
     try:
         with states.computed(), device.autocast():
             for inputs in inputs_of(model, rows, pad_id):
                 states.decoder(**inputs)
-        gap = difference(model, states, compared_rows(rows), loss)
-    except (AttributeError, IndexError, LookupError, RuntimeError, TypeError, ValueError) as error:
+    except REFUSALS as error:
         _log.info(
-            "frozen layers are computed in every epoch: this model's code does not start from "
-            "kept states (%s)",
-            type(error).__name__,
+            "%s: this model's code does not start from kept states (%s)", ANEW, type(error).__name__
         )
         return None
+    return states
+
+
+def agrees(
+    model: Any,
+    states: FrozenStates,
+    rows: Sequence[TrainingRow],
+    loss: Callable[[Sequence[TrainingRow]], Any],
+    device: Device,
+) -> bool:
+    """Return whether a pass over `rows` from the kept states is the one without them, and tell of
+    it in the log."""
+    try:
+        gap = difference(model, states, rows, loss)
+    except REFUSALS as error:
+        _log.info(
+            "%s: this model's code does not start from kept states (%s)", ANEW, type(error).__name__
+        )
+        return False
     if gap > LARGEST_DIFFERENCE[device.precision]:
         _log.info(
-            "frozen layers are computed in every epoch: from kept states, this model's last "
-            "states would be others by %.3f of their norm",
+            "%s: from kept states, this model's last states would be others by %.3f of their norm",
+            ANEW,
             gap,
         )
-        return None
+        return False
     _log.info(
         "%d frozen layers are computed once: their states take %.0f MiB of memory",
-        frozen,
+        len(states.below),
         states.table.nbytes / 2**20,
     )
-    return states
+    return True
 
 
 def sequences_of(row: TrainingRow) -> Iterator[tuple[int, ...]]:

@@ -110,7 +110,7 @@ def train(
         timer = CheckpointTimer(checkpoints, checkpoint_every_s)
     with (
         linear_layers_cast(training.model, training.device, frozen_only=True),
-        training.frozen_states([*rows, *validation]),
+        training.frozen_states(rows, validation),
     ):
         for group in training.remaining_steps(rows):
             training.take_step(group)
@@ -150,14 +150,16 @@ class Training:
         self.resumed_at = self.state.step
         self.began = time.perf_counter()
 
-    def frozen_states(self, rows: Sequence[TrainingRow]) -> AbstractContextManager[None]:
-        """Return a context in which passes of `rows` skip the frozen layers, where training goes
-        through the rows more than once."""
-        if self.steps <= self.steps_per_epoch:
+    def frozen_states(
+        self, rows: Sequence[TrainingRow], validation: Sequence[TrainingRow]
+    ) -> AbstractContextManager[None]:
+        """Return a context in which passes of these rows skip the frozen layers, where training
+        goes through the rows more than once."""
+        if self.steps <= self.steps_per_epoch or self.state.step == self.steps:
             return nullcontext()
         objective = self.objective
         kept: AbstractContextManager[None] = frozen_states_kept(
-            self.model, rows, objective, pad_id=objective.pad_id, device=self.device
+            self.model, rows, validation, objective, pad_id=objective.pad_id, device=self.device
         )
         return kept
 

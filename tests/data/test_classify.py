@@ -234,7 +234,7 @@ def test_further_columns_are_shown() -> None:
     prompt = PromptRecipe(system="One of:\n{labels}", user="{title}: {text}", answer="class")
     _, splits = prepared(recipe_of(write(rows), fields=["title"]))
     shown = {}
-    for example in [*splits["train"], *splits["validation"], *splits["test"]]:
+    for example in [*splits["train"], *splits["test"]]:
         system, user = render_messages(example, prompt)
         assert system["content"] == "One of:\ndelivery\ninvoice\nrefund"
         shown[int(example.question.rsplit(" ", 1)[1])] = user["content"]

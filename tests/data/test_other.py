@@ -143,7 +143,7 @@ def test_the_texts_are_dealt_in_the_proportion_of_the_answered_rows() -> None:
         ({"test": "test"}, {"gold": 0.8, "validation": 0.2}, (0.67, 0.17, 0.17)),
         ({"test": "test", "gold": "gold"}, {}, (0.78, 0, 0.22)),
         ({"test": "test"}, {}, (0.78, 0, 0.22)),
-        ({}, {"test": 0.3, "validation": None}, (0.7, 0, 0.3)),
+        ({}, {"test": 0.3}, (0.7, 0, 0.3)),
     ],
 )
 def test_roles_that_are_not_carved_get_their_part(

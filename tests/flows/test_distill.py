@@ -461,9 +461,9 @@ def test_a_ladder_shows_its_rungs_and_hands_on_the_smallest_that_keeps_to_the_lo
     values = endpoint_recipe(workshop.files, workshop.base, "rungs", method="lora", soft_weight=0)
     values["teacher"] = {"kind": "gold"}
     rungs = [
-        {"algorithm": "gptq"},
         {"precision": "fp16"},
         {"precision": "fp32", "adapter_apart": True},
+        {"algorithm": "gptq"},
     ]
     values["export"] = {"ladder": rungs, "largest_loss": 1.0}
     run = workshop.distil(values)
@@ -471,7 +471,7 @@ def test_a_ladder_shows_its_rungs_and_hands_on_the_smallest_that_keeps_to_the_lo
     assert re.search(r"export student +int4 gptq, [\d.]+ MB, picked of 3 forms", run.out)
     shown = {
         title: re.search(rf"(?m)^{title} .*\[.*$", run.out)
-        for title in ("int4 gptq/32", "fp16", "fp32, apart")
+        for title in ("fp16", "fp32, apart", "int4 gptq/32")
     }
     assert all(shown.values()), run.out
     assert "export.largest_loss allows 100.0 points on 20 validation rows" in run.out
@@ -480,11 +480,11 @@ def test_a_ladder_shows_its_rungs_and_hands_on_the_smallest_that_keeps_to_the_lo
     tables = workshop.artifact("quantisation-ladder")
     assert [row["form"] for row in tables] == [
         "float student",
-        "int4 gptq/32",
         "fp16",
         "fp32, apart",
+        "int4 gptq/32",
     ]
-    assert [row["verdict"] for row in tables] == ["", "picked", "no smaller", "no smaller"]
+    assert [row["verdict"] for row in tables] == ["", "no smaller", "no smaller", "picked"]
     downloaded = Path(run.log.partition("rungs version 1 verified in ")[2].splitlines()[0])
     assert json.loads((downloaded / "ladder.json").read_text())["rows"] == ROWS["validation"]
 

@@ -327,9 +327,8 @@ def test_a_quote_of_classes_counts_their_names(
     path.write_text("\n".join(["text,label", *lines]) + "\n")
     prompts = []
     for labels in (["refund", "other"], ["refund", "other", *(f"topic {n}" for n in range(200))]):
-        carve = {"test": 0.5, "validation": None}
         values = {
-            "dataset": {"source": "files", "files": {"train": [str(path)]}, "carve": carve},
+            "dataset": {"source": "files", "files": {"train": [str(path)]}, "carve": {"test": 0.5}},
             "task": {"kind": "classify", "labels": labels},
         }
         found = quote_recipe(Recipe.model_validate(values))

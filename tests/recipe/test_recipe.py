@@ -19,6 +19,7 @@ from distillery.recipe import (
     Slice,
     TaskRecipe,
     TeacherRecipe,
+    TrainingRecipe,
     load_recipe,
     parse_recipe,
 )
@@ -464,30 +465,50 @@ def test_a_form_is_in_cache_keys_by_its_own_settings() -> None:
 
 
 @pytest.mark.parametrize("teacher", ["local", "endpoint"])
-def test_classifiers_choose_by_validation_rows_where_there_can_be_some(teacher: str) -> None:
-    def parsed(dataset: dict[str, Any], **more: Any) -> Recipe:
-        values = {"task": {"kind": "classify"}, "teacher": {"kind": teacher}, "dataset": dataset}
-        carve = {"gold": 0.3, **dataset.get("carve", {})}
-        values["dataset"] = {"source": "files", "files": {"train": ["a.csv"]}, **dataset}
-        values["dataset"]["carve"] = carve
-        return parse_recipe(values | more, "mine.yaml")
+def test_classifiers_choose_by_validation_rows_where_there_are_some(teacher: str) -> None:
+    def parsed(validation: float | None = 0.1, **more: Any) -> Recipe:
+        values = {
+            "task": {"kind": "classify"},
+            "teacher": {"kind": teacher},
+            "dataset": {
+                "source": "files",
+                "files": {"train": ["a.csv"]},
+                "carve": {"gold": 0.3, "test": 0.2, "validation": validation},
+            },
+        }
+        return parse_recipe({**values, **more}, "mine.yaml")
 
-    carved = parsed({"carve": {"test": 0.2}})
-    assert carved.dataset.carve == {"gold": 0.3, "validation": 0.1, "test": 0.2}
-    named = parsed({"carve": {"test": 0.2, "validation": 0.15}})
-    assert named.dataset.carve["validation"] == 0.15
-    for recipe in (carved, named):
-        assert recipe.student.training.patience
-        assert recipe.export.ladder
-    without = parsed({"carve": {"test": 0.2, "validation": None}})
-    assert "validation" not in without.dataset.roles
+    with_rows, without = parsed(), parsed(None)
+    assert with_rows.student.training.patience
+    assert with_rows.export.ladder
     assert without.student.training.patience is None
     assert not without.export.ladder
-    # A form that the recipe names is the one that ships.
-    assert not parsed({"carve": {"test": 0.2}}, export={"precision": "int4"}).export.ladder
+    # A form that the recipe names is the one that ships; other settings are the ladder's.
+    assert not parsed(export={"precision": "int4"}).export.ladder
+    loose = parsed(export={"largest_loss": 0.05}).export
+    assert (loose.ladder, loose.largest_loss) == (with_rows.export.ladder, 0.05)
+    # Rows that prove a threshold have chosen nothing of the student's.
+    proving = parsed(task={"kind": "classify", "abstain": {"accuracy": 0.9}})
+    assert proving.student.training.patience is None
+    assert not proving.export.ladder
+    assert parsed(student={"training": {"patience": 5}}).student.training.patience == 5
     # What is read back whole is the same recipe.
-    for recipe in (carved, without):
+    for recipe in (with_rows, without, proving):
         assert Recipe.model_validate(recipe.model_dump(mode="json")) == recipe
+
+
+def test_a_local_teachers_defaults_give_way_to_what_the_student_is() -> None:
+    def training(**more: Any) -> TrainingRecipe:
+        values: dict[str, Any] = {"task": {"kind": "classify"}, "teacher": {"kind": "local"}}
+        values["dataset"] = {"source": "files", "files": {"train": ["a.csv"]}}
+        values["dataset"]["carve"] = {"gold": 0.5, "test": 0.3}
+        return parse_recipe({**values, **more}, "mine.yaml").student.training
+
+    assert training().second_opinion == "words"
+    spoken = {"start": "base", "prompt": {"answer": "text"}}
+    assert training(student=spoken).second_opinion == "none"
+    hard = training(teacher={"kind": "local", "soft_labels": False})
+    assert (hard.soft_weight, hard.second_opinion) == (0, "none")
 
 
 def test_abstaining_is_in_no_cache_key_unless_it_is_set() -> None:

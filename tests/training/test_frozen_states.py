@@ -106,6 +106,18 @@ def test_training_from_kept_states_is_the_same_up_to_rounding(
     assert rarely < often / 2
 
 
+def test_validation_rows_need_no_states_of_the_teacher(
+    tiny_model: TinyModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, _ = load_model(tiny_model("llama"))
+    rows = rows_of("letters")
+    hidden = torch.zeros(len(rows) - 4, model.config.hidden_size)
+    with caplog.at_level(logging.INFO, "distillery.training.frozen_states"):
+        settings = recipe(hidden_weight=1.0)
+        train(model, rows[4:], rows[:4], settings, pad_id=0, end_id=2, hidden=hidden)
+    assert "computed once" in said(caplog)[0]
+
+
 def test_layers_with_and_without_a_sliding_window_keep_their_masks(
     tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -250,7 +262,7 @@ def test_states_that_would_take_too_much_memory_are_not_kept(
     with caplog.at_level(logging.INFO, "distillery.training.frozen_states"):
         trained(load_model(tiny_model("llama"))[0], rows_of("letters"), recipe())
     assert said(caplog) == [
-        "frozen layers are computed in every epoch: their states would take 0.0 GiB of memory"
+        "frozen layers are computed in every epoch: their states would take over 0.0 GiB"
     ]
 
 
