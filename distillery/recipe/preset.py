@@ -41,23 +41,12 @@ def classify_values(values: dict[str, Any]) -> dict[str, Any]:
             both["student"]["training"].pop(name, None)
     if names_rows(values, "gold") or (isinstance(task, dict) and task.get("other")):
         both["student"]["gold"] = True
-    if names_rows(values, "validation"):
-        add_validated(both, values, parts["validated"])
+    # Rows that prove a threshold do not choose the form of the student that it is for.
+    if names_rows(values, "validation") and not names(values, "task", "abstain"):
+        export = values.get("export")
+        if not (isinstance(export, dict) and export.keys() & {*ExportForm.model_fields, "ladder"}):
+            both["export"] = parts["validated"]
     return both
-
-
-def add_validated(both: dict[str, Any], values: dict[str, Any], validated: dict[str, Any]) -> None:
-    """Add to `both` what the recipe `values` starts from where it has validation rows."""
-    preparation = both.get("teacher", {}).get("preparation")
-    if preparation:
-        preparation["training"]["patience"] = validated["teacher patience"]
-    if names(values, "task", "abstain"):
-        # The rows prove the threshold of a student that they have not chosen.
-        return
-    both["student"]["training"]["patience"] = validated["student patience"]
-    export = values.get("export")
-    if not (isinstance(export, dict) and export.keys() & {*ExportForm.model_fields, "ladder"}):
-        both["export"] = validated["export"]
 
 
 def names(values: Any, key: str, inner: str) -> bool:

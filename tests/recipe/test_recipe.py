@@ -465,7 +465,7 @@ def test_a_form_is_in_cache_keys_by_its_own_settings() -> None:
 
 
 @pytest.mark.parametrize("teacher", ["local", "endpoint"])
-def test_classifiers_choose_by_validation_rows_where_there_are_some(teacher: str) -> None:
+def test_classifiers_choose_a_form_by_validation_rows_where_there_are_some(teacher: str) -> None:
     def parsed(validation: float | None = 0.1, **more: Any) -> Recipe:
         values = {
             "task": {"kind": "classify"},
@@ -479,9 +479,7 @@ def test_classifiers_choose_by_validation_rows_where_there_are_some(teacher: str
         return parse_recipe({**values, **more}, "mine.yaml")
 
     with_rows, without = parsed(), parsed(None)
-    assert with_rows.student.training.patience
     assert with_rows.export.ladder
-    assert without.student.training.patience is None
     assert not without.export.ladder
     # A form that the recipe names is the one that ships; other settings are the ladder's.
     assert not parsed(export={"precision": "int4"}).export.ladder
@@ -489,9 +487,7 @@ def test_classifiers_choose_by_validation_rows_where_there_are_some(teacher: str
     assert (loose.ladder, loose.largest_loss) == (with_rows.export.ladder, 0.05)
     # Rows that prove a threshold have chosen nothing of the student's.
     proving = parsed(task={"kind": "classify", "abstain": {"accuracy": 0.9}})
-    assert proving.student.training.patience is None
     assert not proving.export.ladder
-    assert parsed(student={"training": {"patience": 5}}).student.training.patience == 5
     # What is read back whole is the same recipe.
     for recipe in (with_rows, without, proving):
         assert Recipe.model_validate(recipe.model_dump(mode="json")) == recipe
