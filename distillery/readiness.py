@@ -25,6 +25,8 @@ from distillery.models.base import (
     check_config,
     check_loadable,
     has_all_weights,
+    has_chat_template,
+    has_tokenizer,
     local_config,
     local_copy,
     preview,
@@ -318,7 +320,7 @@ def complaint_about(folder: Path, base: BaseModelRecipe, recipe: Recipe) -> str 
 
     Raises OSError and ValueError for a config.json that can't be read."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if not any(folder.glob("tokenizer*")) and not any(folder.glob("vocab*")):
+    if not has_tokenizer(folder):
         return f"base model {base.model}: it has no tokenizer; choose one that has"
     if not has_chat_template(folder):
         return (
@@ -336,17 +338,6 @@ def complaint_about(folder: Path, base: BaseModelRecipe, recipe: Recipe) -> str 
     if all(complaints):
         return complaints[0]
     return None
-
-
-def has_chat_template(folder: Path) -> bool:
-    """Return whether a tokenizer's files hold a chat template, told without loading it."""
-    if any(folder.glob("chat_template.*")) or any(folder.glob("additional_chat_templates/*")):
-        return True
-    try:
-        settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-    except OSError:
-        return False
-    return bool(settings.get("chat_template"))
 
 
 def check_base_model(base: BaseModelRecipe, recipe: Recipe) -> Iterator[Finding]:

@@ -3,6 +3,7 @@ for each item."""
 
 import json
 import re
+import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -505,6 +506,28 @@ def test_a_base_model_in_the_hubs_cache(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     assert local_copy(BaseModelRecipe(model="a/b")) == cached / "snapshots" / ("c" * 40)
     assert not failed(local("a/b"))
+
+
+@pytest.mark.parametrize("missing", ["chat_template.jinja", "tokenizer*"])
+def test_a_base_model_in_the_hubs_cache_without_all_small_files_is_completed(
+    missing: str, tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_model("llama"), tmp_path, dirs_exist_ok=True)
+    for file in tmp_path.glob(missing):
+        file.unlink()
+
+    def snapshot_download(_name: str, **options: Any) -> str:
+        if not options.get("local_files_only"):
+            shutil.copytree(tiny_model("llama"), tmp_path, dirs_exist_ok=True)
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    monkeypatch.setattr("distillery.models.base.hub_bytes", lambda _base: 10**15)
+    base = BaseModelRecipe(model="a/b")
+    assert local_copy(base) is None
+    check_settings(local("a/b"))
+    check_base_models(local("a/b"))
+    assert local_copy(base) == tmp_path
 
 
 def test_a_data_set_on_the_hub(tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
