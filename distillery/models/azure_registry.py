@@ -33,7 +33,7 @@ from distillery.settings import LocalSettings
 from distillery.storage.outages import OutageLongerThan, is_outage, os_error, reason_of
 
 if TYPE_CHECKING:
-    from azure.storage.blob import ContainerClient
+    from azure.storage.blob import BlobProperties, ContainerClient
 
 WEIGHTS = "*.safetensors"
 
@@ -173,7 +173,7 @@ class RemoteModel:
     def _listed(self) -> tuple[RegistryFile, ...]:
         """Return the files that are downloaded, the small ones first."""
         blobs = {}
-        for blob in self._container.list_blobs(name_starts_with=self._prefix, include=["metadata"]):
+        for blob in self._tries()(self._list_once):
             if not (blob.metadata or {}).get("hdi_isfolder"):
                 blobs[blob.name.removeprefix(self._prefix)] = blob
 
@@ -243,22 +243,24 @@ class RemoteModel:
         from azure.core.exceptions import HttpResponseError
 
         try:
-            return self._patiently(blob, offset, length)
+            return self._tries()(self._read_once, blob, offset, length)
         except HttpResponseError as error:
             if error.status_code not in (401, 403):
                 raise
             self._container, _ = open_storage(self._model)
-            return self._patiently(blob, offset, length)
+            return self._tries()(self._read_once, blob, offset, length)
 
-    def _patiently(self, blob: str, offset: int, length: int) -> bytes:
-        tries = Retrying(
+    def _tries(self) -> Retrying:
+        return Retrying(
             retry=retry_if_exception(is_outage),
             wait=BACKOFF,
             stop=OutageLongerThan(LocalSettings().store_wait),
             before_sleep=self._log_first_failure,
             reraise=True,
         )
-        return tries(self._read_once, blob, offset, length)
+
+    def _list_once(self) -> "list[BlobProperties]":
+        return list(self._container.list_blobs(name_starts_with=self._prefix, include=["metadata"]))
 
     def _read_once(self, blob: str, offset: int, length: int) -> bytes:
         if not length:
@@ -393,7 +395,7 @@ def open_storage(model: AzureModel) -> "tuple[ContainerClient, str]":
         storage = f"{url.scheme}://{url.netloc}/{container}"
     client_of_container = ContainerClient.from_container_url(
         storage,
-        # The only retries are those of `_patiently`.
+        # The only retries are those of `_tries`.
         retry_total=0,
         max_single_get_size=CHUNK,
         max_chunk_get_size=CHUNK,

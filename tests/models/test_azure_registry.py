@@ -115,37 +115,36 @@ def test_what_transformers_can_not_load_is_refused(held: dict[str, bytes], text:
 
 
 class Blobs:
-    """A container in memory. `fail` is asked before each read, and may raise."""
+    """A container in memory. `fail` is asked before each read, `fail_listing` when the blobs are
+    listed; both may raise."""
 
     def __init__(self, files: Mapping[str, bytes]) -> None:
         self.files = dict(files)
         self.read: list[tuple[str, int, int]] = []
         self.md5 = {name: hashlib.md5(content).digest() for name, content in files.items()}
         self.fail: Callable[[int], None] = lambda _count: None
+        self.fail_listing: Callable[[int], None] = lambda _count: None
+        self.listed = 0
         self.opened = 0
 
     def open(self, _model: AzureModel) -> "tuple[Blobs, str]":
         self.opened += 1
         return self, ""
 
-    def list_blobs(self, **_options: Any) -> list[Any]:
-        listed = []
+    def list_blobs(self, **_options: Any) -> Iterator[Any]:
+        self.listed += 1
         for name, content in self.files.items():
             settings = SimpleNamespace(content_md5=self.md5[name])
-            listed.append(
-                SimpleNamespace(
-                    name=name, size=len(content), content_settings=settings, metadata=None
-                )
+            yield SimpleNamespace(
+                name=name, size=len(content), content_settings=settings, metadata=None
             )
-        listed.append(
-            SimpleNamespace(
-                name="sub",
-                size=0,
-                content_settings=SimpleNamespace(content_md5=None),
-                metadata={"hdi_isfolder": "true"},
-            )
+            self.fail_listing(self.listed)
+        yield SimpleNamespace(
+            name="sub",
+            size=0,
+            content_settings=SimpleNamespace(content_md5=None),
+            metadata={"hdi_isfolder": "true"},
         )
-        return listed
 
     def download_blob(self, name: str, offset: int, length: int, max_concurrency: int) -> Any:
         self.read.append((name, offset, length))
@@ -229,6 +228,16 @@ def test_an_outage_is_waited_out(blobs: Blobs, caplog: pytest.LogCaptureFixture)
     assert len(told) == 2
     assert "does not answer (ServiceRequestError); trying again" in told[0]
     assert "secret" not in caplog.text
+
+
+def test_a_listing_that_breaks_off_is_asked_again(blobs: Blobs) -> None:
+    def fail(count: int) -> None:
+        if count < 3:
+            raise ServiceRequestError("https://storage/?sig=secret")
+
+    blobs.fail_listing = fail
+    assert content(download(MODEL)) == FILES
+    assert blobs.listed == 3
 
 
 def test_a_long_outage_ends_the_run_and_keeps_what_is_there(
