@@ -36,6 +36,7 @@ from distillery.models import azure_registry
 from distillery.models.azure_registry import (
     AzureModel,
     download,
+    downloaded_folder,
     fetch_small_files,
     parse_azureml,
     placed,
@@ -172,7 +173,8 @@ def test_a_download_is_whole_or_not_there(blobs: Blobs, home: Path) -> None:
     told = []
     assert local_copy(BaseModelRecipe(model=URL)) is None
     folder = download(MODEL, lambda done, of, text: told.append((done, of, text)))
-    assert folder == home / "models" / "azureml-Tiny-3" == local_copy(BaseModelRecipe(model=URL))
+    assert folder == MODEL.folder == local_copy(BaseModelRecipe(model=URL))
+    assert folder.parent == home / "models"
     assert content(folder) == FILES
     assert told[-1] == (54, 54, "download of Tiny")
     assert [done for done, _, _ in told] == [2, 4, 14, 24, 34, 44, 54]
@@ -298,18 +300,35 @@ def test_a_key_that_has_run_out_is_renewed_once(blobs: Blobs) -> None:
         download(other)
 
 
-def test_a_tree_of_an_earlier_version_is_replaced_if_it_lacks_its_tokenizer(blobs: Blobs) -> None:
+def test_a_tree_of_an_earlier_version_is_replaced_if_it_lacks_its_tokenizer(
+    blobs: Blobs, home: Path
+) -> None:
     for name, held in in_layout("components", FILES).items():
-        path = MODEL.folder / "Tiny" / name
+        path = home / "models" / "azureml-Tiny-3" / "Tiny" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(held)
     base = BaseModelRecipe(model=URL)
     assert local_copy(base) is None
-    weights = MODEL.folder / "Tiny" / "mlflow_model_folder" / "model"
+    weights = home / "models" / "azureml-Tiny-3" / "Tiny" / "mlflow_model_folder" / "model"
     (weights / "tokenizer.json").write_text("{}")
     assert local_copy(base) == weights
     (weights / "tokenizer.json").unlink()
     assert content(download(MODEL)) == FILES
+    assert [path.name for path in (home / "models").iterdir() if path.name[0] != "."] == [
+        MODEL.folder.name
+    ]
+
+
+def test_models_whose_names_are_parted_elsewhere_lie_apart(blobs: Blobs, home: Path) -> None:
+    ours, theirs = AzureModel("azureml", "meta-X", "1"), AzureModel("azureml-meta", "X", "1")
+    earlier = home / "models" / "azureml-meta-X-1"
+    earlier.mkdir(parents=True)
+    (earlier / "config.json").write_text("{}")
+    assert (downloaded_folder(ours), downloaded_folder(theirs)) == (None, None)
+    assert ours.unfinished != theirs.unfinished
+    assert content(download(ours)) == FILES
+    assert (downloaded_folder(ours), downloaded_folder(theirs)) == (ours.folder, None)
+    assert earlier.exists()
 
 
 def test_a_full_disk_is_one_line(blobs: Blobs, monkeypatch: pytest.MonkeyPatch) -> None:
