@@ -40,17 +40,18 @@ from distillery.settings import AzureMLSettings, LocalSettings
 from distillery.storage.artifacts import ArtifactStore
 from distillery.storage.working import working_folder
 from distillery.teacher.asking import ProbeResult, probe
-from distillery.teacher.endpoint import Endpoint, resolve_endpoint
+from distillery.teacher.endpoint import LOGIN_S, Endpoint, resolve_endpoint
 from distillery.teacher.identity import teacher_identity
-
-LIMIT_S = 60.0
-"""Seconds that each check may take."""
 
 STORE_WAIT_S = 5.0
 """Seconds to wait for a store or a database that does not answer: shorter than a run waits."""
 
 PROBE_S = 25.0
-"""Seconds for each of the probe's two attempts, so that both fit into LIMIT_S."""
+"""Seconds for each of the probe's two attempts."""
+
+LIMIT_S = LOGIN_S + 2 * PROBE_S + 10
+"""Seconds that each check may take: the teacher's login and both attempts fit, with the pause
+between these, so that a check that fails says why."""
 
 GB = 1e9
 

@@ -23,6 +23,8 @@ from distillery.models import azure_registry
 from distillery.models.azure_registry import AzureModel, parse_azureml
 from distillery.models.base import local_copy
 from distillery.readiness import (
+    LIMIT_S,
+    PROBE_S,
     Finding,
     check,
     check_base_models,
@@ -39,6 +41,8 @@ from distillery.recipe import (
     TrainingRecipe,
 )
 from distillery.registry.local import LocalRegistry
+from distillery.teacher.asking import BACKOFF
+from distillery.teacher.endpoint import LOGIN_S
 
 TinyModel = Callable[[str], Path]
 KEY = "a-key-of-the-test"
@@ -245,6 +249,11 @@ def test_no_check_takes_longer_than_its_limit(
         assert time.monotonic() - started < 9 * 0.5 + 2
     assert str(found[0]) == "FAIL teacher: no answer within 0.5 s; see that it is up and reachable"
     assert {finding.item for finding in found} > ITEMS
+
+
+def test_the_teachers_login_and_both_attempts_fit_into_the_limit() -> None:
+    state: Any = SimpleNamespace(attempt_number=1)
+    assert LOGIN_S + 2 * PROBE_S + max(BACKOFF(state) for _ in range(100)) < LIMIT_S
 
 
 def test_a_check_that_breaks_is_said_without_what_a_library_says(
