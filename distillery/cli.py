@@ -13,6 +13,7 @@ import re
 import shutil
 import sys
 from datetime import UTC, datetime, timedelta
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -164,20 +165,44 @@ def serve(
 
 
 class AskCommand(TyperCommand):
-    """Takes `--options A B C`: click knows no option with any number of values."""
+    """Takes `--options A B C`, since click knows no option with any number of values, and a
+    question or an option's text that begins with a minus."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        repeated = []
-        in_options = False
-        for argument in args:
-            if argument.startswith("-"):
-                in_options = argument == "--options"
-                if in_options:
-                    continue
-            elif in_options:
-                repeated.append("--options")
-            repeated.append(argument)
-        return super().parse_args(ctx, repeated)
+        takes_value: dict[str, bool] = {}
+        for parameter in self.get_params(ctx):
+            if parameter.param_type_name == "option":
+                for name in parameter.opts:
+                    takes_value[name] = not getattr(parameter, "is_flag", False)
+        given: list[str] = []
+        questions: list[str] = []
+        lists: list[list[str]] = []
+        in_list = False
+        rest = iter(args)
+        for argument in rest:
+            name = argument.partition("=")[0]
+            if argument == "--":
+                questions += rest
+            elif argument == "--options":
+                lists.append([])
+                in_list = True
+            elif name in takes_value:
+                in_list = False
+                given.append(argument)
+                if takes_value[name] and name == argument:
+                    given += islice(rest, 1)
+            elif in_list:
+                lists[-1].append(argument)
+            elif argument.startswith("-") and not re.fullmatch(r"--?[a-z][\w-]*(=.*)?", argument):
+                # No option is written so: a question. A mistyped option is left to click.
+                questions.append(argument)
+            else:
+                given.append(argument)
+        if not all(lists):
+            raise typer.BadParameter("--options: give at least one text after it", ctx=ctx)
+        for text in chain.from_iterable(lists):
+            given += ["--options", text]
+        return super().parse_args(ctx, [*given, "--", *questions] if questions else given)
 
 
 @app.command(cls=AskCommand)

@@ -25,6 +25,8 @@ from distillery.models.base import (
     check_config,
     check_loadable,
     has_all_weights,
+    has_chat_template,
+    has_tokenizer,
     local_config,
     local_copy,
     preview,
@@ -38,17 +40,18 @@ from distillery.settings import AzureMLSettings, LocalSettings
 from distillery.storage.artifacts import ArtifactStore
 from distillery.storage.working import working_folder
 from distillery.teacher.asking import ProbeResult, probe
-from distillery.teacher.endpoint import Endpoint, resolve_endpoint
+from distillery.teacher.endpoint import LOGIN_S, Endpoint, resolve_endpoint
 from distillery.teacher.identity import teacher_identity
-
-LIMIT_S = 60.0
-"""Seconds that each check may take."""
 
 STORE_WAIT_S = 5.0
 """Seconds to wait for a store or a database that does not answer: shorter than a run waits."""
 
 PROBE_S = 25.0
-"""Seconds for each of the probe's two attempts, so that both fit into LIMIT_S."""
+"""Seconds for each of the probe's two attempts."""
+
+LIMIT_S = LOGIN_S + 2 * PROBE_S + 10
+"""Seconds that each check may take: the teacher's login and both attempts fit, with the pause
+between these, so that a check that fails says why."""
 
 GB = 1e9
 
@@ -318,7 +321,7 @@ def complaint_about(folder: Path, base: BaseModelRecipe, recipe: Recipe) -> str 
 
     Raises OSError and ValueError for a config.json that can't be read."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if not any(folder.glob("tokenizer*")) and not any(folder.glob("vocab*")):
+    if not has_tokenizer(folder):
         return f"base model {base.model}: it has no tokenizer; choose one that has"
     if not has_chat_template(folder):
         return (
@@ -336,17 +339,6 @@ def complaint_about(folder: Path, base: BaseModelRecipe, recipe: Recipe) -> str 
     if all(complaints):
         return complaints[0]
     return None
-
-
-def has_chat_template(folder: Path) -> bool:
-    """Return whether a tokenizer's files hold a chat template, told without loading it."""
-    if any(folder.glob("chat_template.*")) or any(folder.glob("additional_chat_templates/*")):
-        return True
-    try:
-        settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-    except OSError:
-        return False
-    return bool(settings.get("chat_template"))
 
 
 def check_base_model(base: BaseModelRecipe, recipe: Recipe) -> Iterator[Finding]:

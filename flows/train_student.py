@@ -115,12 +115,14 @@ def trained(
 def ended(run: FlowRun, deployment: str) -> State:
     """Return the state in which a run of `deployment` ends.
 
-    While it waits for a work pool without workers, the log says so after WARN_S. After
+    While nobody takes it from its work pool, the log says so after WARN_S. After
     DISTILLERY_WORKER_WAIT it is cancelled, and TrainingUnavailable is raised. A run that waits for
     a worker that is busy waits on."""
     limit_s = LocalSettings().worker_wait
     looked_at, warned = -LOOK_S, False
     alone_since: float | None = None
+    # A run forgets a pool that is deleted.
+    pool, queue = run.work_pool_name, run.work_queue_name
     with get_client(sync_client=True) as client:
         while True:
             run = client.read_flow_run(run.id)
@@ -131,16 +133,15 @@ def ended(run: FlowRun, deployment: str) -> State:
                 alone_since = None
             elif now - looked_at >= LOOK_S:
                 looked_at = now
-                if has_worker(client, run.work_pool_name):
+                if has_worker(client, pool, queue):
                     alone_since, warned = None, False
                 elif alone_since is None:
                     alone_since = now
             if alone_since is not None:
-                pool = run.work_pool_name
                 trouble = (
                     f"training_deployment {deployment}: the run '{run.name}' waits, and its work "
-                    f"pool {pool} is paused or has no worker; start one with `prefect worker start "
-                    f"--pool {pool}`"
+                    f"pool {pool} is gone, is paused, as a whole or in its queue {queue}, or has "
+                    f"no worker; start one with `prefect worker start --pool {pool}`"
                 )
                 if now - alone_since >= limit_s:
                     client.set_flow_run_state(run.id, Cancelled(message="no worker took it"))
@@ -153,17 +154,21 @@ def ended(run: FlowRun, deployment: str) -> State:
             time.sleep(POLL_S)
 
 
-def has_worker(client: SyncPrefectClient, pool: str | None) -> bool:
-    """Return whether someone takes the runs of a work pool: a worker whose heartbeat is recent, or
-    for a run without a pool the process that serves its deployment."""
+def has_worker(client: SyncPrefectClient, pool: str | None, queue: str | None) -> bool:
+    """Return whether someone takes the runs of a work pool's queue: a worker whose heartbeat is
+    recent, or for a run without a pool the process that serves its deployment. Nobody does where
+    pool or queue are paused or not there any more."""
     if pool is None:
         return True
-    found = client.read_work_pool(pool)
-    if found.is_paused:
+    try:
+        found = client.read_work_pool(pool)
+        if found.is_paused or (queue and client.read_work_queue_by_name(queue, pool).is_paused):
+            return False
+        if found.is_push_pool or found.is_managed_pool:
+            return True
+        workers = client.read_workers_for_work_pool(pool)
+    except ObjectNotFound:
         return False
-    if found.is_push_pool or found.is_managed_pool:
-        return True
-    workers = client.read_workers_for_work_pool(pool)
     return any(worker.status == WorkerStatus.ONLINE for worker in workers)
 
 

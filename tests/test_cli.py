@@ -13,8 +13,10 @@ import urllib.request
 from collections.abc import Callable
 from importlib.metadata import entry_points
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 import yaml
 from texts import write_texts
 
@@ -244,6 +246,31 @@ def test_ask_takes_options_of_several_words_and_lines_of_input(
         timeout=120,
     )
     assert (done.returncode, len(done.stdout.splitlines())) == (0, 4)
+
+
+@pytest.mark.parametrize(
+    ("given", "question", "options"),
+    [
+        (["-5 + 3 = ?"], "-5 + 3 = ?", []),
+        (["-5+3"], "-5+3", []),
+        (["-5 + 3 = ?", "--options", "-2", "--2", "folder"], "-5 + 3 = ?", ["-2", "--2", "folder"]),
+        (["--options", "a", "-1", "--system", "- short", "Q"], "Q", ["a", "-1"]),
+        (["--options", "a", "b", "--", "--options"], "--options", ["a", "b"]),
+        (["Q", "--options=a", "--options", "b"], "Q", ["a", "b"]),
+        (["Q", "--options", "b", "--do-sample"], "Q", ["b"]),
+    ],
+)
+def test_questions_and_options_may_begin_with_a_minus(
+    given: list[str], question: str, options: list[str]
+) -> None:
+    command: Any = typer.main.get_command(cli.app)
+    asked = command.commands["ask"].make_context("ask", ["folder", *given]).params
+    assert (asked["question"], asked["options"]) == (question, options)
+
+
+def test_options_without_a_text_and_mistyped_ones_are_refused() -> None:
+    assert "--options: give at least one text" in run("ask", "folder", "Q", "--options").stderr
+    assert "No such option" in run("ask", "folder", "Q", "--sistem=x").stderr
 
 
 def get(url: str, key: str = "") -> bytes:

@@ -3,6 +3,7 @@ for each item."""
 
 import json
 import re
+import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -22,6 +23,8 @@ from distillery.models import azure_registry
 from distillery.models.azure_registry import AzureModel, parse_azureml
 from distillery.models.base import local_copy
 from distillery.readiness import (
+    LIMIT_S,
+    PROBE_S,
     Finding,
     check,
     check_base_models,
@@ -38,6 +41,8 @@ from distillery.recipe import (
     TrainingRecipe,
 )
 from distillery.registry.local import LocalRegistry
+from distillery.teacher.asking import BACKOFF
+from distillery.teacher.endpoint import LOGIN_S
 
 TinyModel = Callable[[str], Path]
 KEY = "a-key-of-the-test"
@@ -244,6 +249,11 @@ def test_no_check_takes_longer_than_its_limit(
         assert time.monotonic() - started < 9 * 0.5 + 2
     assert str(found[0]) == "FAIL teacher: no answer within 0.5 s; see that it is up and reachable"
     assert {finding.item for finding in found} > ITEMS
+
+
+def test_the_teachers_login_and_both_attempts_fit_into_the_limit() -> None:
+    state: Any = SimpleNamespace(attempt_number=1)
+    assert LOGIN_S + 2 * PROBE_S + max(BACKOFF(state) for _ in range(100)) < LIMIT_S
 
 
 def test_a_check_that_breaks_is_said_without_what_a_library_says(
@@ -505,6 +515,28 @@ def test_a_base_model_in_the_hubs_cache(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     assert local_copy(BaseModelRecipe(model="a/b")) == cached / "snapshots" / ("c" * 40)
     assert not failed(local("a/b"))
+
+
+@pytest.mark.parametrize("missing", ["chat_template.jinja", "tokenizer*"])
+def test_a_base_model_in_the_hubs_cache_without_all_small_files_is_completed(
+    missing: str, tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_model("llama"), tmp_path, dirs_exist_ok=True)
+    for file in tmp_path.glob(missing):
+        file.unlink()
+
+    def snapshot_download(_name: str, **options: Any) -> str:
+        if not options.get("local_files_only"):
+            shutil.copytree(tiny_model("llama"), tmp_path, dirs_exist_ok=True)
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    monkeypatch.setattr("distillery.models.base.hub_bytes", lambda _base: 10**15)
+    base = BaseModelRecipe(model="a/b")
+    assert local_copy(base) is None
+    check_settings(local("a/b"))
+    check_base_models(local("a/b"))
+    assert local_copy(base) == tmp_path
 
 
 def test_a_data_set_on_the_hub(tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:

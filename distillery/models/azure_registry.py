@@ -33,7 +33,7 @@ from distillery.settings import LocalSettings
 from distillery.storage.outages import OutageLongerThan, is_outage, os_error, reason_of
 
 if TYPE_CHECKING:
-    from azure.storage.blob import ContainerClient
+    from azure.storage.blob import BlobProperties, ContainerClient
 
 WEIGHTS = "*.safetensors"
 
@@ -71,8 +71,16 @@ class AzureModel(NamedTuple):
 
     @property
     def folder(self) -> Path:
-        """The folder that it is downloaded to."""
-        return LocalSettings().folder / "models" / f"{self.registry}-{self.name}-{self.version}"
+        """The folder that it is downloaded to. The digest tells it from a model whose names are
+        parted elsewhere: meta-X of azureml from X of azureml-meta."""
+        digest = hashlib.sha256("/".join(self).encode()).hexdigest()[:8]
+        return LocalSettings().folder / "models" / f"{'-'.join(self)}-{digest}"
+
+    @property
+    def earlier_folder(self) -> Path | None:
+        """The folder that earlier versions downloaded it to; None if it may be another model's."""
+        name = "-".join(self)
+        return self.folder.with_name(name) if name.count("-") == 2 else None
 
     @property
     def unfinished(self) -> Path:
@@ -112,16 +120,19 @@ def downloaded_folder(model: AzureModel) -> Path | None:
 
     Earlier versions kept the registry's own tree: of that, the folder with the highest config.json,
     if it has the tokenizer too. Raises TrainingError where there is no config.json."""
-    if not model.folder.exists():
+    folder = model.folder
+    if not folder.exists() and model.earlier_folder is not None:
+        folder = model.earlier_folder
+    if not folder.exists():
         return None
-    configs = sorted(model.folder.rglob("config.json"), key=lambda path: len(path.parts))
+    configs = sorted(folder.rglob("config.json"), key=lambda path: len(path.parts))
     if not configs:
         raise TrainingError(
-            f"base.model: {model.folder}: no config.json in the downloaded model; remove the "
+            f"base.model: {folder}: no config.json in the downloaded model; remove the "
             "folder, and it is downloaded again"
         )
     found = configs[0].parent
-    is_tree_in_parts = any(model.folder.rglob("MLmodel")) and not any(found.glob("tokenizer*"))
+    is_tree_in_parts = any(folder.rglob("MLmodel")) and not any(found.glob("tokenizer*"))
     return None if is_tree_in_parts else found
 
 
@@ -136,10 +147,10 @@ def download(model: AzureModel, progress: ShowProgress = show_nothing) -> Path:
         with registry_errors(model):
             remote = RemoteModel(model)
             remote.fetch(remote.files, progress)
-            if model.folder.exists():
-                # A tree of an earlier version, which can't be loaded.
-                shutil.rmtree(model.folder)
             os.replace(model.unfinished, model.folder)
+            if model.earlier_folder is not None and model.earlier_folder.exists():
+                # A tree of an earlier version, which can't be loaded.
+                shutil.rmtree(model.earlier_folder)
     return model.folder
 
 
@@ -173,7 +184,7 @@ class RemoteModel:
     def _listed(self) -> tuple[RegistryFile, ...]:
         """Return the files that are downloaded, the small ones first."""
         blobs = {}
-        for blob in self._container.list_blobs(name_starts_with=self._prefix, include=["metadata"]):
+        for blob in self._tries()(self._list_once):
             if not (blob.metadata or {}).get("hdi_isfolder"):
                 blobs[blob.name.removeprefix(self._prefix)] = blob
 
@@ -243,22 +254,24 @@ class RemoteModel:
         from azure.core.exceptions import HttpResponseError
 
         try:
-            return self._patiently(blob, offset, length)
+            return self._tries()(self._read_once, blob, offset, length)
         except HttpResponseError as error:
             if error.status_code not in (401, 403):
                 raise
             self._container, _ = open_storage(self._model)
-            return self._patiently(blob, offset, length)
+            return self._tries()(self._read_once, blob, offset, length)
 
-    def _patiently(self, blob: str, offset: int, length: int) -> bytes:
-        tries = Retrying(
+    def _tries(self) -> Retrying:
+        return Retrying(
             retry=retry_if_exception(is_outage),
             wait=BACKOFF,
             stop=OutageLongerThan(LocalSettings().store_wait),
             before_sleep=self._log_first_failure,
             reraise=True,
         )
-        return tries(self._read_once, blob, offset, length)
+
+    def _list_once(self) -> "list[BlobProperties]":
+        return list(self._container.list_blobs(name_starts_with=self._prefix, include=["metadata"]))
 
     def _read_once(self, blob: str, offset: int, length: int) -> bytes:
         if not length:
@@ -393,7 +406,7 @@ def open_storage(model: AzureModel) -> "tuple[ContainerClient, str]":
         storage = f"{url.scheme}://{url.netloc}/{container}"
     client_of_container = ContainerClient.from_container_url(
         storage,
-        # The only retries are those of `_patiently`.
+        # The only retries are those of `_tries`.
         retry_total=0,
         max_single_get_size=CHUNK,
         max_chunk_get_size=CHUNK,

@@ -53,7 +53,8 @@ def base_folder(base: BaseModelRecipe, progress: ShowProgress = show_nothing) ->
 
 def local_copy(base: BaseModelRecipe) -> Path | None:
     """Return what of a base model is on this machine already, without a download or a conversion:
-    its folder, or a GGUF file that is not converted yet; None where there is nothing.
+    its folder, or a GGUF file that is not converted yet; None where there is nothing. The hub's
+    cache must hold weights, tokenizer and chat template: `preview` gets what it lacks.
 
     Raises RecipeError for a file, folder or package that is not there."""
     source = local_source(base.model)
@@ -65,7 +66,9 @@ def local_copy(base: BaseModelRecipe) -> Path | None:
     if base.model.startswith("azureml://"):
         return azure_registry.downloaded_folder(parse_azureml(base.model))
     folder = hub_copy(base)
-    return folder if folder and has_all_weights(folder) else None
+    if folder and has_all_weights(folder) and has_tokenizer(folder) and has_chat_template(folder):
+        return folder
+    return None
 
 
 def local_config(base: BaseModelRecipe) -> Path | None:
@@ -109,8 +112,27 @@ def has_all_weights(folder: Path) -> bool:
         return any(folder.glob(HUB_WEIGHTS))
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Return whether a folder holds files of a tokenizer."""
+    return any(folder.glob("tokenizer*")) or any(folder.glob("vocab*"))
+
+
+def has_chat_template(folder: Path) -> bool:
+    """Return whether a tokenizer's files hold a chat template, told without loading it. Settings
+    that can't be read may hold one: what loads them says what is wrong."""
+    if any(folder.glob("chat_template.*")) or any(folder.glob("additional_chat_templates/*")):
+        return True
+    try:
+        settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    except OSError:
+        return False
+    except ValueError:
+        return True
+    return bool(settings.get("chat_template"))
+
+
 class Preview(NamedTuple):
-    """A base model that is not on this machine: a `folder` with its config and tokenizer, the
+    """A base model that is not whole on this machine: a `folder` with its config and tokenizer, the
     `bytes` that its weights still take to download, the `source` that they come from, for people,
     and the folder that they are downloaded to."""
 
@@ -121,7 +143,7 @@ class Preview(NamedTuple):
 
 
 def preview(base: BaseModelRecipe) -> Preview:
-    """Ask the hub or the Azure ML registry for a base model that is not on this machine, and
+    """Ask the hub or the Azure ML registry for a base model that is not whole on this machine, and
     download all but its weights.
 
     Raises RecipeError, TrainingError, StoreError or CredentialsError, one line each."""
@@ -142,7 +164,8 @@ def preview(base: BaseModelRecipe) -> Preview:
         )
     except Exception as error:
         raise hub_error(base.model, error) from error
-    return Preview(Path(folder), size, "the hub", Path(constants.HF_HUB_CACHE))
+    missing = 0 if has_all_weights(Path(folder)) else size
+    return Preview(Path(folder), missing, "the hub", Path(constants.HF_HUB_CACHE))
 
 
 def hub_bytes(base: BaseModelRecipe) -> int:

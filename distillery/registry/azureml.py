@@ -42,6 +42,10 @@ BLOBS = "distillery/"
 
 ACCESS_CHECK = "access-check"
 
+WORKSPACE_ROLE = "AzureML Data Scientist"
+
+STORAGE_ROLE = "Storage Blob Data Contributor"
+
 DATASTORE_URI = re.compile(r"azureml://(?:.*/)?datastores/(?P<datastore>[^/]+)/paths/(?P<path>.+)")
 """Where a model's files are, by the service's long form or the short one."""
 
@@ -131,7 +135,8 @@ class AzureRegistry(Registry):
 
     def check_access(self, name: str) -> int:
         """Return how many versions of `name` there are, after an empty blob was written where the
-        versions' files go: to list models, a login needs a lesser role."""
+        versions' files go: to list models, a login needs a lesser role. Whether it may register a
+        version is not asked, since a version that is registered stays."""
         with self.container() as container:
             container.upload_blob(f"{BLOBS}{name}/{ACCESS_CHECK}", b"", overwrite=True)
         return super().check_access(name)
@@ -256,7 +261,7 @@ class AzureRegistry(Registry):
         secret = getattr(store.credentials, "sas_token", None)
         if account_key:
             secret = {"account_name": store.account_name, "account_key": account_key}
-        with azure_errors(f"{self.location}: its storage {store.account_name}"):
+        with azure_errors(f"{self.location}: its storage {store.account_name}", STORAGE_ROLE):
             yield ContainerClient(
                 f"{store.protocol}://{store.account_name}.blob.{store.endpoint}",
                 store.container_name,
@@ -277,15 +282,17 @@ def is_ours(model: "Model") -> bool:
 
 
 def fetch_blobs(container: "ContainerClient", path: str, folder: Path) -> None:
-    """Copy the blob `path`, or all blobs below it, into `folder`.
+    """Copy the blob `path`, or all blobs below it, into `folder`. A mark that there is a folder,
+    which some tools write as an empty blob, is no file.
 
     Raises RegistryError for a blob whose name leads out of the folder."""
     for blob in container.list_blobs(name_starts_with=path, include=["metadata"]):
         inner = blob.name.removeprefix(f"{path}/")
+        is_mark = blob.name.endswith("/") or (blob.metadata or {}).get("hdi_isfolder")
         if blob.name == path:
             inner = path.rpartition("/")[2]
-        elif inner == blob.name or (blob.metadata or {}).get("hdi_isfolder"):
-            # Another folder, whose name begins alike, or a mark that there is a folder.
+        elif inner == blob.name or is_mark:
+            # Another folder, whose name begins alike, is left out too.
             continue
         target = folder / inner
         if not target.resolve().is_relative_to(folder.resolve()):
@@ -301,8 +308,9 @@ def blob_folder(name: str, digest: str) -> str:
 
 
 @contextmanager
-def azure_errors(location: str) -> Iterator[None]:
-    """Raise the errors of the Azure SDKs as ours, in one line that names `location`.
+def azure_errors(location: str, role: str = WORKSPACE_ROLE) -> Iterator[None]:
+    """Raise the errors of the Azure SDKs as ours, in one line that names `location` and, where it
+    refuses access, the `role` that gives it.
 
     The SDKs' texts of failed connections may hold a URL with its signature, so they are neither
     shown nor chained.
@@ -315,7 +323,7 @@ def azure_errors(location: str) -> Iterator[None]:
     except ClientAuthenticationError as error:
         raise login_error(location, error.status_code) from None
     except HttpResponseError as error:
-        raise response_error(location, error) from None
+        raise response_error(location, error, role) from None
     except MlException as error:
         raise RegistryError(f"{location}: {first_line(error)}") from error
     except AzureError as error:
@@ -338,13 +346,12 @@ def login_error(location: str, status: int | None) -> CredentialsError:
     )
 
 
-def response_error(location: str, error: Any) -> Exception:
+def response_error(location: str, error: Any, role: str) -> Exception:
     """Return the error for an HTTP response, by its status."""
     status = error.status_code or 0
     if status in (401, 403):
         return CredentialsError(
-            f"{location} refuses access ({status}): give the login the role AzureML Data "
-            "Scientist there"
+            f"{location} refuses access ({status}): give the login the role {role} there"
         )
     if status in (408, 429) or status >= 500:
         return RegistryUnavailable(f"{location} does not answer ({status}); try again later")

@@ -52,13 +52,14 @@ CONFIG = "genai_config.json"
 
 class Subject(NamedTuple):
     """A model to compare: what its manifest tells of its making (empty without one), its answers to
-    its test rows if it holds them, and how its folder is got, below a scratch folder if it has to
-    be downloaded."""
+    its test rows if it holds them, how its folder is got, below a scratch folder if it has to be
+    downloaded, and the kind of its registry, empty for a folder."""
 
     title: str
     made: dict[str, Any]
     answers: bytes | None
     fetch: Callable[[Path], Path]
+    registry: str = ""
 
 
 class Side(Record):
@@ -149,12 +150,19 @@ def find_subject(text: str, kind: RegistryKind) -> Subject:
     model = registry.get_any(parts[0], parts[1] if len(parts) > 1 else None)
     title = f"{model.name} version {model.version}"
     if isinstance(model, OtherModel):
-        return Subject(title, {}, None, lambda scratch: registry.download_other(model, scratch))
+        return Subject(
+            title=title,
+            made={},
+            answers=None,
+            fetch=lambda scratch: registry.download_other(model, scratch),
+            registry=kind,
+        )
     return Subject(
         title=title,
         made=registry.provenance(model)["provenance"],
         answers=registry.read_verified(model, REGISTERED_ANSWERS),
         fetch=lambda scratch: registry.download(model, scratch),
+        registry=kind,
     )
 
 
@@ -165,6 +173,11 @@ def compare_models(first: Subject, second: Subject, rows: Path | None = None) ->
     Its columns are those of the first one's recipe, or the defaults of dataset.columns. Raises
     DataError where a model holds no answers, no row is shared, or a row has no answer.
     """
+    if first.title == second.title and first.registry != second.registry:
+        first, second = (
+            subject._replace(title=f"{subject.registry}:{subject.title}")
+            for subject in (first, second)
+        )
     if rows is not None:
         return asked_both(first, second, rows)
     sides = []
@@ -186,8 +199,8 @@ def asked_both(first: Subject, second: Subject, rows: Path) -> ModelComparison:
         folders = []
         for number, subject in enumerate((first, second)):
             fetched = subject.fetch(scratch / f"model-{number}")
-            # The lab's notebook registers the folder around the model's.
-            configs = sorted(fetched.rglob(CONFIG))
+            # The lab's notebook registers the folder around the model's. The highest file counts.
+            configs = sorted(fetched.rglob(CONFIG), key=lambda path: (len(path.parts), path))
             if not configs:
                 raise DataError(f"{subject.title}: has no {CONFIG}; name another model")
             folders.append(configs[0].parent)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from prefect import flow, get_client
+from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterDeploymentId
 from prefect.client.schemas.objects import FlowRun, State
@@ -77,6 +78,15 @@ def waits(deployment: str) -> None:
     ended(run, deployment)
 
 
+def heartbeat(client: SyncPrefectClient, pool: str) -> None:
+    client.request(
+        "POST",
+        "/work_pools/{work_pool_name}/workers/heartbeat",
+        path_params={"work_pool_name": pool},
+        json={"name": "w", "heartbeat_interval_seconds": 30},
+    )
+
+
 def waiting_run(pool: str) -> FlowRun:
     """Start a run on a new pool and wait for it, in a flow; return the run."""
     with get_client(sync_client=True) as client:
@@ -105,8 +115,9 @@ def test_a_pool_without_a_worker_is_told_and_then_ends_the_wait(
     with pytest.raises(TrainingUnavailable) as caught:
         waiting_run("empty")
     told = (
-        "training_deployment waits/empty: the run '{name}' waits, and its work pool empty is "
-        "paused or has no worker; start one with `prefect worker start --pool empty`"
+        "training_deployment waits/empty: the run '{name}' waits, and its work pool empty is gone, "
+        "is paused, as a whole or in its queue default, or has no worker; start one with `prefect "
+        "worker start --pool empty`"
     )
     with get_client(sync_client=True) as client:
         (run,) = [run for run in client.read_flow_runs() if run.work_pool_name == "empty"]
@@ -131,12 +142,7 @@ def test_a_run_waits_for_a_worker_that_is_busy(
         with get_client(sync_client=True) as client:
             while time.monotonic() - began < 4:
                 with suppress(ObjectNotFound, PrefectHTTPStatusError):
-                    client.request(
-                        "POST",
-                        "/work_pools/{work_pool_name}/workers/heartbeat",
-                        path_params={"work_pool_name": "busy"},
-                        json={"name": "w", "heartbeat_interval_seconds": 30},
-                    )
+                    heartbeat(client, "busy")
                 time.sleep(0.2)
             (run,) = [run for run in client.read_flow_runs() if run.work_pool_name == "busy"]
             client.set_flow_run_state(run.id, Completed())
@@ -148,6 +154,41 @@ def test_a_run_waits_for_a_worker_that_is_busy(
     assert run.state
     assert run.state.is_completed()
     assert time.monotonic() - began > 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trouble", ["paused", "deleted"])
+def test_a_queue_that_is_paused_and_a_pool_that_is_gone_end_the_wait(
+    server: None, monkeypatch: pytest.MonkeyPatch, trouble: str
+) -> None:
+    monkeypatch.setattr(training, "LOOK_S", 0.1)
+    monkeypatch.setenv("DISTILLERY_WORKER_WAIT", "2")
+    stopped = threading.Event()
+
+    def interfere() -> None:
+        """A worker that is alive; then trouble, once the run is there."""
+        with get_client(sync_client=True) as client:
+            while not stopped.wait(0.2):
+                runs = [run for run in client.read_flow_runs() if run.work_pool_name == trouble]
+                if runs:
+                    heartbeat(client, trouble)
+                if runs and trouble == "paused":
+                    assert runs[0].work_queue_id
+                    client.update_work_queue(runs[0].work_queue_id, is_paused=True)
+                elif runs:
+                    time.sleep(1)
+                    client.delete_work_pool(trouble)
+
+    thread = threading.Thread(target=copy_context().run, args=(interfere,))
+    thread.start()
+    try:
+        with pytest.raises(
+            TrainingUnavailable, match=f"its work pool {trouble} is gone, is paused"
+        ):
+            waiting_run(trouble)
+    finally:
+        stopped.set()
+        thread.join()
 
 
 @pytest.fixture

@@ -36,6 +36,7 @@ from distillery.models import azure_registry
 from distillery.models.azure_registry import (
     AzureModel,
     download,
+    downloaded_folder,
     fetch_small_files,
     parse_azureml,
     placed,
@@ -115,37 +116,36 @@ def test_what_transformers_can_not_load_is_refused(held: dict[str, bytes], text:
 
 
 class Blobs:
-    """A container in memory. `fail` is asked before each read, and may raise."""
+    """A container in memory. `fail` is asked before each read, `fail_listing` when the blobs are
+    listed; both may raise."""
 
     def __init__(self, files: Mapping[str, bytes]) -> None:
         self.files = dict(files)
         self.read: list[tuple[str, int, int]] = []
         self.md5 = {name: hashlib.md5(content).digest() for name, content in files.items()}
         self.fail: Callable[[int], None] = lambda _count: None
+        self.fail_listing: Callable[[int], None] = lambda _count: None
+        self.listed = 0
         self.opened = 0
 
     def open(self, _model: AzureModel) -> "tuple[Blobs, str]":
         self.opened += 1
         return self, ""
 
-    def list_blobs(self, **_options: Any) -> list[Any]:
-        listed = []
+    def list_blobs(self, **_options: Any) -> Iterator[Any]:
+        self.listed += 1
         for name, content in self.files.items():
             settings = SimpleNamespace(content_md5=self.md5[name])
-            listed.append(
-                SimpleNamespace(
-                    name=name, size=len(content), content_settings=settings, metadata=None
-                )
+            yield SimpleNamespace(
+                name=name, size=len(content), content_settings=settings, metadata=None
             )
-        listed.append(
-            SimpleNamespace(
-                name="sub",
-                size=0,
-                content_settings=SimpleNamespace(content_md5=None),
-                metadata={"hdi_isfolder": "true"},
-            )
+            self.fail_listing(self.listed)
+        yield SimpleNamespace(
+            name="sub",
+            size=0,
+            content_settings=SimpleNamespace(content_md5=None),
+            metadata={"hdi_isfolder": "true"},
         )
-        return listed
 
     def download_blob(self, name: str, offset: int, length: int, max_concurrency: int) -> Any:
         self.read.append((name, offset, length))
@@ -173,7 +173,8 @@ def test_a_download_is_whole_or_not_there(blobs: Blobs, home: Path) -> None:
     told = []
     assert local_copy(BaseModelRecipe(model=URL)) is None
     folder = download(MODEL, lambda done, of, text: told.append((done, of, text)))
-    assert folder == home / "models" / "azureml-Tiny-3" == local_copy(BaseModelRecipe(model=URL))
+    assert folder == MODEL.folder == local_copy(BaseModelRecipe(model=URL))
+    assert folder.parent == home / "models"
     assert content(folder) == FILES
     assert told[-1] == (54, 54, "download of Tiny")
     assert [done for done, _, _ in told] == [2, 4, 14, 24, 34, 44, 54]
@@ -229,6 +230,16 @@ def test_an_outage_is_waited_out(blobs: Blobs, caplog: pytest.LogCaptureFixture)
     assert len(told) == 2
     assert "does not answer (ServiceRequestError); trying again" in told[0]
     assert "secret" not in caplog.text
+
+
+def test_a_listing_that_breaks_off_is_asked_again(blobs: Blobs) -> None:
+    def fail(count: int) -> None:
+        if count < 3:
+            raise ServiceRequestError("https://storage/?sig=secret")
+
+    blobs.fail_listing = fail
+    assert content(download(MODEL)) == FILES
+    assert blobs.listed == 3
 
 
 def test_a_long_outage_ends_the_run_and_keeps_what_is_there(
@@ -289,18 +300,35 @@ def test_a_key_that_has_run_out_is_renewed_once(blobs: Blobs) -> None:
         download(other)
 
 
-def test_a_tree_of_an_earlier_version_is_replaced_if_it_lacks_its_tokenizer(blobs: Blobs) -> None:
+def test_a_tree_of_an_earlier_version_is_replaced_if_it_lacks_its_tokenizer(
+    blobs: Blobs, home: Path
+) -> None:
     for name, held in in_layout("components", FILES).items():
-        path = MODEL.folder / "Tiny" / name
+        path = home / "models" / "azureml-Tiny-3" / "Tiny" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(held)
     base = BaseModelRecipe(model=URL)
     assert local_copy(base) is None
-    weights = MODEL.folder / "Tiny" / "mlflow_model_folder" / "model"
+    weights = home / "models" / "azureml-Tiny-3" / "Tiny" / "mlflow_model_folder" / "model"
     (weights / "tokenizer.json").write_text("{}")
     assert local_copy(base) == weights
     (weights / "tokenizer.json").unlink()
     assert content(download(MODEL)) == FILES
+    assert [path.name for path in (home / "models").iterdir() if path.name[0] != "."] == [
+        MODEL.folder.name
+    ]
+
+
+def test_models_whose_names_are_parted_elsewhere_lie_apart(blobs: Blobs, home: Path) -> None:
+    ours, theirs = AzureModel("azureml", "meta-X", "1"), AzureModel("azureml-meta", "X", "1")
+    earlier = home / "models" / "azureml-meta-X-1"
+    earlier.mkdir(parents=True)
+    (earlier / "config.json").write_text("{}")
+    assert (downloaded_folder(ours), downloaded_folder(theirs)) == (None, None)
+    assert ours.unfinished != theirs.unfinished
+    assert content(download(ours)) == FILES
+    assert (downloaded_folder(ours), downloaded_folder(theirs)) == (ours.folder, None)
+    assert earlier.exists()
 
 
 def test_a_full_disk_is_one_line(blobs: Blobs, monkeypatch: pytest.MonkeyPatch) -> None:

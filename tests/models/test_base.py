@@ -57,7 +57,8 @@ def test_a_hub_models_own_code_is_downloaded_only_where_it_may_run(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     asked: list[list[str]] = []
-    (tmp_path / "model.safetensors").write_bytes(b"")
+    for name in ("model.safetensors", "tokenizer.json", "chat_template.jinja"):
+        (tmp_path / name).write_bytes(b"")
 
     def snapshot_download(name: str, allow_patterns: list[str], **_options: object) -> str:
         asked.append(allow_patterns)

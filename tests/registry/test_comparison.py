@@ -94,6 +94,13 @@ def test_registered_models_are_compared_by_their_own_answers(tmp_path: Path) -> 
     assert [flip.question for flip in turned.flips] == [""] * 4
 
 
+def test_models_of_one_name_are_told_apart_by_their_registries(tmp_path: Path) -> None:
+    ours = find_subject(registered(tmp_path, "mine", range(30)), "local")
+    found = compare_models(ours._replace(registry="azureml"), ours)
+    assert found.first.title == "azureml:mine version 1"
+    assert found.second.title == "local:mine version 1"
+
+
 def test_a_downloaded_folder_is_compared_like_its_version(tmp_path: Path) -> None:
     name = registered(tmp_path, "fetched", range(30))
     other = registered(tmp_path, "other", range(10, 40))
@@ -165,6 +172,20 @@ def test_folders_are_asked_the_rows_of_a_file(
     ):
         with pytest.raises(DistilleryError, match=words):
             compare_models(ours, theirs, write_rows(file, bad))
+
+
+def test_of_several_models_in_a_folder_the_highest_is_asked(
+    tiny_onnx: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "around"
+    shutil.copytree(tiny_onnx("llama"), folder / "model")
+    (folder / "backup" / "earlier").mkdir(parents=True)
+    (folder / "backup" / "earlier" / "genai_config.json").write_text("{}")
+    ours = find_subject(str(folder / "model"), "local")
+    row = {"question": "Where?", "choices": ["oven", "river"], "answerKey": "A"}
+    file = write_rows(tmp_path / "rows.jsonl", [row])
+    around = ours._replace(title="around", fetch=lambda _scratch: folder)
+    assert compare_models(around, ours, file).difference == 0
 
 
 def test_classifiers_need_their_prompt(tiny_onnx: Callable[..., Path], tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -36,7 +37,7 @@ from distillery import cli
 from distillery.errors import CredentialsError, DistilleryError, RegistryError, RegistryUnavailable
 from distillery.recipe import RegistryRecipe
 from distillery.records import Artifact, GateDecision, RegisteredModel
-from distillery.registry.azureml import AZURE_DEADLINE, AzureRegistry
+from distillery.registry.azureml import AZURE_DEADLINE, AzureRegistry, fetch_blobs
 from distillery.registry.base import OtherModel, Registry
 from distillery.registry.comparison import compare_models, find_subject
 from distillery.registry.history import (
@@ -239,6 +240,30 @@ def test_a_role_that_only_reads_is_told_before_anything_is_registered(
         "Azure ML workspace ws refuses access (403): give the login the role AzureML Data "
         "Scientist there"
     )
+
+
+@pytest.mark.slow
+def test_storage_that_may_only_be_read_names_the_role_of_the_storage(
+    azure: RegistryCase, stand_in: AzureMLStandIn
+) -> None:
+    stand_in.secrets = container_sas(writes=False)
+    with pytest.raises(CredentialsError) as caught:
+        azure.registry.check_access("student")
+    assert one_line(caught.value) == (
+        f"Azure ML workspace ws: its storage {ACCOUNT} refuses access (403): give the login the "
+        "role Storage Blob Data Contributor there"
+    )
+
+
+def test_marks_of_folders_are_no_files(tmp_path: Path) -> None:
+    held = {"place/": b"", "place/sub/": b"", "place/sub/file": b"content", "placed": b""}
+
+    container: Any = SimpleNamespace(
+        list_blobs=lambda **_: [SimpleNamespace(name=name, metadata=None) for name in held],
+        download_blob=lambda name: SimpleNamespace(readinto=lambda file: file.write(held[name])),
+    )
+    fetch_blobs(container, "place", tmp_path)
+    assert [file.path for file in list_files(tmp_path)] == ["sub/file"]
 
 
 @BOTH

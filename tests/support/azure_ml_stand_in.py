@@ -273,7 +273,7 @@ class AzureMLStandIn:
                 thread.join(20)
 
 
-def container_sas() -> dict[str, str]:
+def container_sas(writes: bool = True) -> dict[str, str]:
     """What listSecrets answers in Azure: a token for the container, good for an hour."""
     from azure.storage.blob import ContainerSasPermissions, generate_container_sas
 
@@ -281,7 +281,7 @@ def container_sas() -> dict[str, str]:
         ACCOUNT,
         CONTAINER,
         account_key=ACCOUNT_KEY,
-        permission=ContainerSasPermissions(read=True, write=True, create=True, list=True),
+        permission=ContainerSasPermissions(read=True, write=writes, create=writes, list=True),
         expiry=datetime.datetime.now(datetime.UTC) + datetime.timedelta(hours=1),
     )
     return {"secretsType": "Sas", "sasToken": token}
