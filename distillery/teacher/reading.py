@@ -102,7 +102,9 @@ _NOT_THE_ANSWER = re.compile(
 )
 """What stands before "answer" where something else than the answer follows."""
 
-_NEGATED = r"(?:\b(?:not|cannot|no|never|hardly|nor|neither|nobody|nothing|none|without)\b|n['’]t\b)"
+_NEGATED = (
+    r"(?:\b(?:not|cannot|no|never|hardly|nor|neither|nobody|nothing|none|without)\b|n['’]t\b)"
+)
 
 _NOT_STATED = re.compile(
     r"\b(?:if|unless)\b|\b(?:might|may|could)\s+(?:\w+\s+)?(?:think|say|assume|argue|guess|believe|"
@@ -115,7 +117,9 @@ _NOT_STATED = re.compile(
 
 _SENTENCE = re.compile(r"[.!?;\n]")
 
-_CLAUSE = re.compile(r"[.!?;\n]|\b(?:(?<!thing )but|so|therefore|however|thus|hence|then)\b", re.IGNORECASE)
+_CLAUSE = re.compile(
+    r"[.!?;\n]|\b(?:(?<!thing )but|so|therefore|however|thus|hence|then)\b", re.IGNORECASE
+)
 
 _TAKEN_BACK = re.compile(
     r"(?:[.!?;:,(\n]|--|[-–—]>?)\s{0,20}(?:(?:oh|but|no|ah|or|hmm),?\s+)?"
@@ -192,7 +196,7 @@ _BETWEEN = re.compile(r"[ \t]*[)\]>}\"'”’.,:;=–—→-]*>?[ \t]*[\"'“‘
 """What may stand between a letter and its option's text."""
 
 _ALTERNATIVE = re.compile(
-    r"[)\]>}\"'”’]*(?:\.{2,}|…)?\s*(?:,?\s*(?:and/or|or|and|but\s+also|und|oder|ou)\b|[/&+])"
+    r"[)\]>}\"'”’]*(?:\.{2,}|…)?\s*(?:(?:,\s*)?(?:and/or|or|and|but\s+also|und|oder|ou)\b|[/&+])"
     r"\s*(?:(?:possibly|maybe|perhaps|even|also|both)\b)?",
     re.IGNORECASE,
 )
@@ -214,7 +218,8 @@ _VERB = re.compile(
 )
 _LETTER_LINE = re.compile(r"^[ \t(\[\"'“]*([A-Z])[)\]\"'”.: \t]*$", re.MULTILINE)
 _ENUMERATED = re.compile(
-    r"(?:^|[.,;!?]\s)[ \t]*(?:option\s+)?[(\[]?([A-Z])(?:[)\].:,=]|\s[–—=-]\s|[ \t]*$)", re.MULTILINE
+    r"(?:^|[.,;!?]\s)[ \t]*(?:option\s+)?[(\[]?([A-Z])(?:[)\].:,=]|\s[–—=-]\s|[ \t]*$)",
+    re.MULTILINE,
 )
 
 
