@@ -66,8 +66,8 @@ def read_again(question: Question, stored: StoredAnswer, recipe: TeacherRecipe) 
     """Return a stored answer as its text is read today.
 
     What it was read as stays where it is read as nothing today: a stricter reader takes no label
-    away that was paid for. The probabilities that came with it belong to the letter or class that it was read as; they are
-    left out if it is another one now."""
+    away that was paid for. The probabilities that came with it belong to the letter or class that
+    it was read as; they are left out if it is another one now."""
     if not is_read(stored.reason, recipe):
         return stored
     letter = read_text(question, stored.raw, stored.reason.startswith(CUT_OFF))

@@ -59,8 +59,8 @@ _MARK = re.compile(
 )
 """What stands before an answer: "Answer:", "the best choice would be", "I'd go with"."""
 
-_MOST = r"""most\s+(?:likely|probable|plausible|appropriate|suitable|fitting|logical|reasonable|sensible|
-    accurate|relevant)"""
+_MOST = r"""most\s+(?:likely|probable|plausible|appropriate|suitable|fitting|logical|reasonable|
+    sensible|accurate|relevant)"""
 """Not "the most obvious": what follows may be a common mistake."""
 
 _WEAK_MARK = re.compile(
