@@ -20,8 +20,8 @@ FILTERED = "refused by the endpoint's content filter"
 REFUSED = "refused by the teacher"
 TOO_LONG = "prompt longer than the teacher's context"
 CUT_OFF = "no answer within teacher.max_tokens"
-"""Reasons for a rejection that does not depend on how the text is read. What is cut off is read,
-but for a rationale: that has not reached its answer, whatever letters it mentions."""
+"""Reasons for a rejection that does not depend on how the text is read. What is cut off is a
+label only where it begins with its answer, and a rationale never: it has not reached its answer."""
 
 
 def stored_answer(
@@ -31,7 +31,7 @@ def stored_answer(
     reason = reason_not_to_read(completion, recipe.max_tokens)
     letter = None
     if is_read(reason, recipe):
-        letter = read_text(question, completion.text)
+        letter = read_text(question, completion.text, reason.startswith(CUT_OFF))
     if letter:
         reason = ""
     elif not reason:
@@ -65,15 +65,15 @@ def stored_answer(
 def read_again(question: Question, stored: StoredAnswer, recipe: TeacherRecipe) -> StoredAnswer:
     """Return a stored answer as its text is read today.
 
-    The probabilities that came with it belong to the letter or class that it was read as; they are
-    left out if it is another one now."""
+    What it was read as stays where it is read as nothing today: a stricter reader takes no label
+    away that was paid for. The probabilities that came with it belong to the letter or class that
+    it was read as; they are left out if it is another one now."""
     if not is_read(stored.reason, recipe):
         return stored
-    letter = read_text(question, stored.raw)
-    if letter == stored.answer:
+    letter = read_text(question, stored.raw, stored.reason.startswith(CUT_OFF))
+    if letter is None or letter == stored.answer:
         return stored
-    reason = "" if letter else unread_reason(question, stored.raw)
-    return replace(stored, answer=letter, distribution=None, reason=reason)
+    return replace(stored, answer=letter, distribution=None, reason="")
 
 
 def is_read(reason: str, recipe: TeacherRecipe) -> bool:
@@ -83,11 +83,11 @@ def is_read(reason: str, recipe: TeacherRecipe) -> bool:
     return reason not in (FILTERED, REFUSED, TOO_LONG)
 
 
-def read_text(question: Question, text: str) -> str | None:
+def read_text(question: Question, text: str, cut_off: bool) -> str | None:
     """Return the letter, in the order shown, or the class that a text answers with, or None."""
     if question.row.classes:
-        return parse_class(text, question.keys)
-    return parse_answer(text, question.options)
+        return parse_class(text, question.keys, cut_off)
+    return parse_answer(text, question.options, cut_off)
 
 
 def reason_not_to_read(completion: Completion, max_tokens: int) -> str:

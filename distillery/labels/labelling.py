@@ -224,18 +224,18 @@ class LabellingRun:
                 self._queue.put_nowait(question)
 
     def _known(self, asked: list[list[Question]], keys: set[str]) -> dict[str, StoredAnswer]:
-        """Return the stored answers under `keys` as they are read today; the store learns which of
-        them are labels now."""
+        """Return the stored answers under `keys` as they are read today; the store learns what
+        has changed."""
         known = self._store.get_many(keys)
-        newly_read = []
+        changed = []
         for question in chain.from_iterable(asked):
             stored = known.get(question.key)
             if stored is None:
                 continue
             answer = known[question.key] = read_again(question, stored, self._recipe)
-            if answer.answer and not stored.answer:
-                newly_read.append(answer)
-        self._store.accept(newly_read)
+            if answer.answer != stored.answer:
+                changed.append(answer)
+        self._store.accept(changed)
         return known
 
     async def ask_queued(self, teacher: Teacher) -> None:

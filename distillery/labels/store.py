@@ -295,15 +295,19 @@ class LabelStore:
         return self._count() - before
 
     def accept(self, answers: Sequence[StoredAnswer]) -> None:
-        """Mark stored answers that were no label as labels, since their texts are read by now."""
+        """Write what the texts of stored answers are read as by now, and the reasons. The
+        probabilities of another answer go."""
         if not answers:
             return
         accepted = (
             update(TABLE)
-            .where(TABLE.c.request_key == bindparam("key"), TABLE.c.answer.is_(None))
-            .values(answer=bindparam("read_as"), reason="")
+            .where(TABLE.c.request_key == bindparam("key"))
+            .values(answer=bindparam("read_as"), reason=bindparam("why"), distribution=None)
         )
-        rows = [{"key": answer.request_key, "read_as": answer.answer} for answer in answers]
+        rows = [
+            {"key": answer.request_key, "read_as": answer.answer, "why": answer.reason}
+            for answer in answers
+        ]
         self._database.run(partial(execute, statement=accepted, values=rows))
 
     def delete(

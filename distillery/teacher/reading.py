@@ -1,10 +1,11 @@
 """Reading what a teacher's text answers: one option, or none.
 
-A text is read in three steps. `plain` removes what only decorates it: thinking, Markdown, LaTeX,
+A text or JSON value that is an option as it stands is the answer. Any other text is read in three
+steps. `plain` removes what only decorates it: thinking, Markdown, LaTeX,
 JSON, and what a base model writes after its answer. `Reader.statements` finds the places that
 commit to an answer: after a mark such as "the answer is", before "is correct", or at the start.
-`Reader.read` returns the option that all of these name, unless one names several, the text hedges,
-or it takes the answer back.
+`Reader.read` returns the option that all of these name, unless one names several, the clause before
+it denies it, or what follows hedges, takes it back, or speaks for another option.
 
 A wrong label costs more than a lost one, so that whatever is in doubt gives None.
 tests/teacher/test_reading.py measures precision and recall.
@@ -21,6 +22,8 @@ from distillery.records import LETTERS
 ANSWER_KEYS = {"answer", "finalanswer", "correctanswer", "choice", "option", "letter"}
 """The keys of a JSON object that may hold an answer, in small letters and without separators."""
 
+MOST_LEAD_INS = 10
+
 CLAUSE_CHARACTERS = 300
 """How far back the clause before an answer is looked at."""
 
@@ -29,6 +32,8 @@ _BOX = re.compile(r"\\boxed\s*\{([^{}]*)\}")
 _FONT = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit)\s*\{([^{}]*)\}")
 _FORMULA = re.compile(r"\$|\\[()\[\]]")
 _EMPHASIS = re.compile(r"[*`]|__|^[ \t]*(?:[#>•-]+[ \t]+)+", re.MULTILINE)
+_LONG_GAP = re.compile(r"\s{20,}")
+_FENCED = re.compile(r"```\w*\s(.*)\s```", re.DOTALL)
 _ROLE = re.compile(
     r"^\s*(?:<\|[^|<>]*\|>\s*)*(?:(?:assistant|response)[ \t]*[:：\n])?\s*", re.IGNORECASE
 )
@@ -54,13 +59,17 @@ _MARK = re.compile(
 )
 """What stands before an answer: "Answer:", "the best choice would be", "I'd go with"."""
 
+_MOST = r"""most\s+(?:likely|probable|plausible|appropriate|suitable|fitting|logical|reasonable|
+    sensible|accurate|relevant)"""
+"""Not "the most obvious": what follows may be a common mistake."""
+
 _WEAK_MARK = re.compile(
-    r"""
-    (?: ^ | [.!?;:,\n] | \b(?:but|so|and|then|think|believe|therefore|thus|hence) ) \s*
+    rf"""
+    (?: ^ | [.!?;:,\n] | \b(?:but|so|and|then|think|believe|therefore|thus|hence) ) \s{{0,20}}
       (?: it(?:['’]s|\s+is|\s+must\s+be) | that(?:['’]s|\s+is|\s+would\s+be|\s+leaves)
         | this\s+(?:is|leaves) )\b
-    | (?: ^ | [.!?\n] ) \s* (?:so|therefore|thus|hence)\b \s*[,:]?
-    | \b(?:best|correct|right|most\s+\w+)\b[^.;:!?\n]{0,40}?\b(?:is|would\s+be)\b
+    | (?: ^ | [.!?\n] ) \s{{0,20}} (?:so|therefore|thus|hence)\b \s*[,:]?
+    | \b(?:best|correct|right|{_MOST})\b[^.;:!?\n]{{0,40}}?\b(?:is|would\s+be)\b
     """,
     re.IGNORECASE | re.VERBOSE,
 )
@@ -68,11 +77,12 @@ _WEAK_MARK = re.compile(
 "It's", "That leaves", "Therefore"."""
 
 _IS_RIGHT = re.compile(
-    r"""
-    \s+is\s+(?:clearly\s+|therefore\s+|thus\s+)?
-    (?: (?:correct|right)\b(?!\s+(?:about|in|that|when|if|only|for))
-      | the\s+(?:(?:correct|right|best|only|final|most\s+\w+)\s+){0,2}
-        (?:answer|choice|option)\b )
+    rf"""
+    (?<=\S)\s+is\s+(?:clearly\s+|therefore\s+|thus\s+)?
+    (?: correct | right
+      | the\s+(?:(?:correct|right|best|only|final|{_MOST})\s+){{0,2}}(?:answer|choice|option) )
+    (?= \s*$ | [ \t]*\n | [ \t]*[.!:;)"'”] | ,?\s+(?:because|since|as|for|here|given|among|of|due)\b
+      | ,\s+(?!but|though|although|yet|except|if|unless|only|or|and)\w )
     """,
     re.IGNORECASE | re.VERBOSE,
 )
@@ -85,46 +95,86 @@ _LETTER_BEFORE = re.compile(
 )
 
 _NOT_THE_ANSWER = re.compile(
-    r"\b(?:wrong|incorrect|worst|least\s+\w+|each|every|one|another|other|possible|second|first|plausible|"
+    r"\b(?:wrong|incorrect|worst|least\s+\w+|each|every|one|another|other|obvious|popular|proposed|"
+    r"suggested|given|claimed|opposite\s+of\s+(?:the|my)|possible|second|first|plausible|"
     r"alternative|tempting|common|bad|poor|not\s+(?:the|a)(?:\s+\w+)?)[\s-]+(?:\w+\s+)?$",
     re.IGNORECASE,
 )
 """What stands before "answer" where something else than the answer follows."""
 
+_NEGATED = (
+    r"(?:\b(?:not|cannot|no|never|hardly|nor|neither|nobody|nothing|none|without)\b|n['’]t\b)"
+)
+
 _NOT_STATED = re.compile(
     r"\b(?:if|unless)\b|\b(?:might|may|could)\s+(?:\w+\s+)?(?:think|say|assume|argue|guess|believe|"
-    r"expect|be)\b|\b(?:first|initially|tempting|tempted|doubt)\b|"
-    r"\b(?:not|don['’]t)\s+(?:think|believe|say|mean|sure|certain|true|clear)\b",
+    r"expect|be)\b|\b(?:first|initially|tempting|tempted|doubt|unlikely|opposite)\b|thing\s+but\b"
+    rf"|{_NEGATED}\s+(?:think|believe|say|mean|sure|certain|true|clear)\b"
+    rf"|(?:{_NEGATED}|\b(?:false|wrong|deny|rejects?|improbable|impossible)\b)[^,:]*$",
     re.IGNORECASE,
 )
 """What stands in a clause whose answer its author doesn't give: "One might think the answer is"."""
 
-_CLAUSE = re.compile(r"[.!?;\n]|\b(?:but|so|therefore|however|thus|hence|then)\b", re.IGNORECASE)
+_SENTENCE = re.compile(r"[.!?;\n]")
+
+_CLAUSE = re.compile(
+    r"[.!?;\n]|\b(?:(?<!thing )but|so|therefore|however|thus|hence|then)\b", re.IGNORECASE
+)
 
 _TAKEN_BACK = re.compile(
-    r"\b(?:wait|sorry|correction|scratch\s+that|i\s+meant|second\s+thoughts?|hmm|actually)\b"
-    r"|(?:[.!?;\n]|--|[-–—])\s*no\s*[,:.]",
+    r"(?:[.!?;:,(\n]|--|[-–—]>?)\s{0,20}(?:(?:oh|but|no|ah|or|hmm),?\s+)?"
+    r"(?:(?:wait|sorry|hmm|correction)\s*(?:[,.!:;…–—-]|$|\bno\b)|actually\b(?!\s*\w+ing))"
+    r"|\bscratch\s+that\b|\bi\s+meant\b|\bsecond\s+thoughts?\b|\breconsider\b|\bon\s+reflection\b"
+    r"|\b(?:a|my)\s+mistake\b|\bmistaken\b"
+    r"|\b(?:this|that|it)(?:['’]s|\s+(?:is|was))\s+(?:wrong|incorrect|false|not\s+(?:right|correct|true))"
+    r"|\bthis\s+fails\b|\bbut\s+(?:wrong|incorrect|false|not\s+(?:right|correct|true))\b"
+    r"|(?:[.!?;\n]|--|[-–—]>?)\s{0,20}no\s*(?:[.!;:]|$|,\s*(?:that|this|it|the|not|i|wait|sorry)\b)",
     re.IGNORECASE,
 )
-"""What takes back the answers before it."""
+"""What takes back the answers before it. "Wait" and "no" may also begin a reason."""
 
 _HEDGE = re.compile(
     r"\b(?:not|n['’]t)\s+(?:\w+\s+)?(?:sure|certain)\b|\bunsure\b|\buncertain\b"
     r"|\bcan(?:not|['’]t)\s+(?:say|tell|be\s+certain|be\s+sure|determine)\b"
-    r"|\b(?:may|might|could)\s+(?:also|be\s+wrong|well\s+be)\b"
+    r"|\b(?:may|might|could)\s+(?:be\s+wrong|well\s+be)\b"
     r"|\b(?:also|equally)\s+(?:be\s+)?(?:possible|plausible|correct|right|work|good|valid)\b"
-    r"|\bas\s+(?:good|well|plausible|likely)\b|\bhard\s+to\s+say\b|\bit\s+depends\b"
+    r"|\bas\s+(?:plausible|likely)\b|\bhard\s+to\s+say\b|\bit\s+depends\b"
     r"|\bor\s+(?:possibly|maybe|perhaps)\b",
     re.IGNORECASE,
 )
 
+_CONDITION = re.compile(
+    r"[)\]\"'”’]*,?\s*(?:[(\[]\s*)?(?:if|unless|assuming|provided|depending)\b", re.IGNORECASE
+)
+"""What stands right behind an answer that holds only sometimes."""
+
+_FURTHER = re.compile(
+    r"\b(?:or|and\s+also|also|alternatively|though|although|but|yet|however|maybe|perhaps|possibly|"
+    r"instead|rather(?!\s+than)|(?:could|might|may|should|must|would)\s+(?:\w+\s+)?be)\b[\s,:(\[]{0,20}"
+    r"|[(\[]and\b\s{0,20}|[→.!?;\n–—-]>?\s{0,20}no,\s{0,20}",
+    re.IGNORECASE,
+)
+"""What stands before a further option that the text speaks for."""
+
+_FITS_TOO = re.compile(
+    r"(?<=\S)\s+(?:(?:is|are|would|could|may|might|can|seems?|looks?)\s+)?(?:be\s+)?"
+    r"(?:also|too|better|best|fine|right|correct|possible|plausible|likely|equally|just\s+as|"
+    r"as\s+(?:good|well)|fits?|works?)\b(?!\s+(?:less|worse|only|poorly|badly|not|no|hot|cold|small|"
+    r"big|large|late|far)\b)",
+    re.IGNORECASE,
+)
+"""What stands behind a further option that the text speaks for."""
+
+_NEGATION = re.compile(rf"{_NEGATED}|\b(?:than|unlike|instead\s+of)\b", re.IGNORECASE)
+
 _LEAD_IN = re.compile(
-    r"(?:[\s:：\"'“”‘’„«]+|answer\s*:|(?:most\s+likely|most\s+probably|probably|likely|definitely|"
-    r"clearly|certainly|simply|therefore|thus|hence|indeed|then|(?:the\s+)?(?:option|choice|letter))"
-    r"\b){0,10}",
+    r"[\s:：\"'“”‘’„«]+|answer\s*:|(?:most\s+likely|most\s+probably|probably|likely|definitely|"
+    r"clearly|certainly|simply|therefore|thus|hence|indeed|then|(?:the\s+)?(?:option|choice|letter))\b",
     re.IGNORECASE,
 )
 """What may stand between a mark and an answer."""
+
+_QUOTES = re.compile(r"[\s\"'“”‘’„«(\[]*")
 
 _ARTICLE = re.compile(r"(?:(?:in|at|on|to)\s+)?(?:(?:the|an?)\s+)?", re.IGNORECASE)
 
@@ -137,7 +187,7 @@ _AFTER_LETTER = re.compile(
 )
 
 _AFTER_TEXT = re.compile(
-    rf"[\"'”’»]*(?:\s*$|[ \t]*\n|[.,;:!?](?!\d)|[^\x00-ɏ]|\s*[)\]}}(/&+]|\s+[-–—]\s"
+    rf"[\"'”’»]*(?:\s*$|[ \t]*\n|[.,;:!?](?!\d)|[^\x00-ɏ]|[ \t]*[)\]}}(/&+]|\s+[-–—]\s"
     rf"|\s+(?:{_REASON}|(?:and|or)\b))",
     re.IGNORECASE,
 )
@@ -146,18 +196,19 @@ _BETWEEN = re.compile(r"[ \t]*[)\]>}\"'”’.,:;=–—→-]*>?[ \t]*[\"'“‘
 """What may stand between a letter and its option's text."""
 
 _ALTERNATIVE = re.compile(
-    r"[)\]>}\"'”’]*(?:\.{2,}|…)?\s*(?:,?\s*(?:and/or|or|and|but\s+also|und|oder|ou)\b|[/&+])"
+    r"[)\]>}\"'”’]*(?:\.{2,}|…)?\s*(?:(?:,\s*)?(?:and/or|or|and|but\s+also|und|oder|ou)\b|[/&+])"
     r"\s*(?:(?:possibly|maybe|perhaps|even|also|both)\b)?",
     re.IGNORECASE,
 )
 _LISTED = re.compile(
-    r"[)\]>}\"'”’]*(?:\s*[,.;:|>→–—-]+\s*|[ \t]+(?=[(\[]))[(\[]?([A-Z])[)\]]?"
+    r"[)\]>}\"'”’]{0,4}(?:\s*[,.;:|>→–—-]{1,4}\s*|[ \t]+(?=[(\[]))[(\[]?([A-Z])[)\]]?"
     r"(?=\s*(?:[,.;)\]|]|$|\n|(?:and|or)\b))"
 )
 """A further letter right behind an answer: "A, B", "A. B", "(A) first option (B)"."""
 
 _DENIED = re.compile(
-    r"[)\]\"'”’.,]*(?::\s*(?:no|not|wrong|incorrect|false)\b|:?\s*(?:is|are|was|has|does|would|can|seems|looks)\s*(?:n['’]t|not\b|wrong|incorrect|"
+    r"[)\]\"'”’]{0,4}(?:\s*(?:[:;.–—-]{1,4}\s*)?(?:not|wrong|incorrect|false|no(?=\s*(?:[,.;!]|$)))\b"
+    r"|[.,:]?\s*(?:is|are|was|has|does|would|can|seems|looks)\s*(?:n['’]t|not\b|wrong|incorrect|"
     r"too\b|unlikely|impossible|out\b))",
     re.IGNORECASE,
 )
@@ -166,33 +217,37 @@ _VERB = re.compile(
     re.IGNORECASE,
 )
 _LETTER_LINE = re.compile(r"^[ \t(\[\"'“]*([A-Z])[)\]\"'”.: \t]*$", re.MULTILINE)
-_ENUMERATED = re.compile(r"^[ \t]*(?:option\s+)?[(\[]?([A-Z])(?:[)\].:,]|[ \t]*$)", re.MULTILINE)
+_ENUMERATED = re.compile(
+    r"(?:^|[.,;!?]\s)[ \t]*(?:option\s+)?[(\[]?([A-Z])(?:[)\].:,=]|\s[–—=-]\s|[ \t]*$)",
+    re.MULTILINE,
+)
 
 
-def parse_answer(text: str, choices: Sequence[str]) -> str | None:
+def parse_answer(text: str, choices: Sequence[str], cut_off: bool = False) -> str | None:
     """Return the letter that `text` answers with, or None if it names no option or several.
 
     `choices` are the texts of the options as they were shown. An answer is a letter, an option's
     text or both, in any of the forms that the module's docstring names, whatever other options the
-    text discusses. Everything up to </think> is ignored.
+    text discusses. Everything up to </think> is ignored. `cut_off`: whether the text ends where
+    its author didn't end it; then it must begin with its answer.
     """
     letters = dict(zip(LETTERS, choices, strict=False))
-    return Reader(letters, by_letter=True).read(text)
+    return Reader(letters, by_letter=True).read(text, cut_off)
 
 
-def parse_class(text: str, classes: Sequence[str]) -> str | None:
+def parse_class(text: str, classes: Sequence[str], cut_off: bool = False) -> str | None:
     """Return the class that `text` answers with, or None if it names none or several.
 
     It is read as `parse_answer` reads the text of an option: without regard to case, quotes and
     emphasis, unless case tells two classes apart."""
-    return Reader({name: name for name in classes}, by_letter=False).read(text)
+    return Reader({name: name for name in classes}, by_letter=False).read(text, cut_off)
 
 
 def rationale_of(text: str, options: Sequence[str], by_letter: bool) -> str:
     """Return what precedes the last statement of the answer, without any thinking. `options`: the
     texts of the options as they were shown or, without `by_letter`, the classes."""
     keys = LETTERS if by_letter else options
-    lines = after_thinking(text).splitlines()
+    lines = without_role(text).splitlines()
     body = plain("\n".join(lines))
     statements = Reader(dict(zip(keys, options, strict=False)), by_letter).statements(body)
     if not statements:
@@ -212,10 +267,32 @@ def after_thinking(text: str) -> str:
     return "" if body.startswith("<think>") else body
 
 
+def without_role(text: str) -> str:
+    """Return what follows the thinking, without "Assistant:" and without long gaps, which take
+    some patterns the square of their length."""
+    body = _LONG_GAP.sub(lambda gap: "\n\n" if "\n" in gap[0] else " ", after_thinking(text))
+    return _ROLE.sub("", body)
+
+
+def answer_values(text: str) -> list[str]:
+    """Return a text as it stands and what it is as JSON: a value, or the answers in an object."""
+    fenced = _FENCED.fullmatch(text)
+    value = json_value(fenced[1] if fenced else text)
+    if isinstance(value, dict):
+        return [str(answer) for key, answer in value.items() if is_answer_key(key)]
+    if isinstance(value, str | int | float):
+        return [text, str(value)]
+    return [text]
+
+
+def is_answer_key(key: str) -> bool:
+    """Return whether a JSON object's key may hold an answer."""
+    return re.sub(r"[\s_-]", "", key).casefold() in ANSWER_KEYS
+
+
 def plain(text: str) -> str:
     """Return `text` in as many lines, without Markdown, LaTeX, JSON and special tokens, and without
     what follows its answer. A JSON object and a box become "Answer: ...;"."""
-    text = _ROLE.sub("", text)
     text = with_objects_as_marks(text)
     end = _END.search(text)
     if end:
@@ -233,7 +310,7 @@ def with_objects_as_marks(text: str) -> str:
             return source
         marks = []
         for key, answer in value.items():
-            if re.sub(r"[\s_-]", "", key).casefold() in ANSWER_KEYS:
+            if is_answer_key(key):
                 known = isinstance(answer, str | int | float)
                 marks.append(f"Answer: {' '.join(str(answer).split()) if known else '?'};")
         return " ".join(marks) + "\n" * source.count("\n")
@@ -288,6 +365,7 @@ class Reader:
 
     def __init__(self, options: Mapping[str, str], by_letter: bool) -> None:
         self._letters = set(options) if by_letter else set()
+        self._options = dict(options)
         self._texts: list[tuple[str, str]] = []
         for key, option in options.items():
             text = bare(option)
@@ -296,18 +374,20 @@ class Reader:
             if article:
                 self._texts.append((key, text[article.end() :]))
 
-    def read(self, text: str) -> str | None:
+    def read(self, text: str, cut_off: bool = False) -> str | None:
         """Return the key of the option that `text` names as its answer; None if it names none or
-        several, or hedges."""
-        body = plain(after_thinking(text))
+        several, or hedges. `cut_off` as in `parse_answer`."""
+        exact = self._exact(after_thinking(text))
+        if exact is not None:
+            return None if cut_off and self._may_go_on(exact) else exact
+        body = plain(without_role(text))
         whole, end = self.text_at(body, 0)
         if len(whole) == 1 and not body[end:].strip(" \n.!\"'”"):
             # An option's text may itself be a hedge: "I don't know".
             letter, _ = self.letter_at(body, 0)
-            return next(iter(whole)) if letter <= whole else None
+            (key,) = whole
+            return None if not letter <= whole or (cut_off and self._may_go_on(key)) else key
         statements = self.statements(body)
-        if not statements:
-            return None
         keys: set[str] = set()
         for statement in statements:
             keys |= statement.keys
@@ -315,9 +395,46 @@ class Reader:
             return None
         first, last = statements[0], statements[-1]
         begin = max(body.rfind(mark, 0, first.start) for mark in ".!?\n") + 1
-        if _HEDGE.search(body[begin : first.start]) or _HEDGE.search(body[last.end :]):
+        if _HEDGE.search(body, begin, first.start) or _HEDGE.search(body, last.end):
+            return None
+        if _CONDITION.match(body, last.end) or self._further(body, first.end) - keys:
+            return None
+        if cut_off and not (first.keys == keys and first.start <= end_of(_QUOTES, body, 0)):
             return None
         return keys.pop()
+
+    def _exact(self, text: str) -> str | None:
+        """Return the key of the option that a text or a JSON value is as it stands."""
+        values = answer_values(text)
+        found = {
+            key
+            for key, option in self._options.items()
+            if option in values or (key in self._letters and key in values)
+        }
+        return found.pop() if len(found) == 1 else None
+
+    def _may_go_on(self, key: str) -> bool:
+        """Return whether another option begins with the text of this one."""
+        text = self._options[key].casefold()
+        return any(
+            other != key and option.casefold().startswith(text)
+            for other, option in self._options.items()
+        )
+
+    def _further(self, body: str, at: int) -> set[str]:
+        """Return the options that a text speaks for from a place on, however guardedly."""
+        found: set[str] = set()
+        for match in _FURTHER.finditer(body, at):
+            keys = self.text_at(body, match.end())[0]
+            keys = keys or self.letter_at(body, match.end(), strict=False)[0]
+            begin = max(at, match.start() - CLAUSE_CHARACTERS)
+            for end in _SENTENCE.finditer(body, begin, match.start()):
+                begin = end.end()
+            if keys and not _NEGATION.search(body, begin, match.start()):
+                found |= keys
+        for match in _FITS_TOO.finditer(body, at):
+            found |= self._named_before(body, match.start())[0]
+        return found
 
     def statements(self, body: str) -> list[Statement]:
         """Return the statements of the answer in a text without decoration, in their order, and
@@ -340,10 +457,7 @@ class Reader:
         """Return what stands behind the marks; behind weak ones only letters."""
         found = []
         for match in mark.finditer(body):
-            begin = max(match.start() - CLAUSE_CHARACTERS, 0)
-            for clause_end in _CLAUSE.finditer(body, begin, match.end()):
-                begin = clause_end.end()
-            clause = body[begin : match.start()]
+            clause = clause_before(body, match.start(), match.end())
             if _NOT_THE_ANSWER.search(clause) or _NOT_STATED.search(clause):
                 continue
             keys, end = self.named_at(body, match.end(), texts=not weak)
@@ -355,16 +469,17 @@ class Reader:
         """Return what is followed by "is correct" or the like."""
         found = []
         for match in _IS_RIGHT.finditer(body):
-            letter = _LETTER_BEFORE.search(
-                body, max(match.start() - CLAUSE_CHARACTERS, 0), match.start()
-            )
-            if letter and letter[1] in self._letters:
-                keys, start = frozenset(letter[1]), letter.start(1)
-            else:
-                keys, start = self._text_before(body, match.start())
-            if keys:
+            keys, start = self._named_before(body, match.start())
+            if keys and not _NOT_STATED.search(clause_before(body, start, start)):
                 found.append(Statement(start, match.end(), keys))
         return found
+
+    def _named_before(self, body: str, end: int) -> tuple[frozenset[str], int]:
+        """Return the options that are named right before a place, and where the name starts."""
+        letter = _LETTER_BEFORE.search(body, max(end - CLAUSE_CHARACTERS, 0), end)
+        if letter and letter[1] in self._letters:
+            return frozenset(letter[1]), letter.start(1)
+        return self._text_before(body, end)
 
     def _text_before(self, body: str, end: int) -> tuple[frozenset[str], int]:
         """Return the options whose text ends at a place, the longest ones, and where it starts."""
@@ -383,7 +498,7 @@ class Reader:
         letter: these discuss the options."""
         if self._enumerates(body) or re.match(r"I,", body):
             return []
-        start = end_of(_LEAD_IN, body, 0)
+        start = self._after_lead_ins(body, 0)
         keys, end = self.named_at(body, start)
         behind = end_of(_BETWEEN, body, end)
         for key, text in self._texts:
@@ -422,7 +537,7 @@ class Reader:
         """Return the keys that are named at a place in a text, and where the name ends; several
         keys where the text goes on with a further one. `texts`: whether an option's text names
         it."""
-        at = end_of(_LEAD_IN, body, at)
+        at = self._after_lead_ins(body, at, texts)
         keys, end = self.text_at(body, at) if texts else (frozenset[str](), at)
         letter, letter_end = self.letter_at(body, at)
         if letter and end - at <= 1:
@@ -432,7 +547,7 @@ class Reader:
         others: frozenset[str] = frozenset()
         joined = _ALTERNATIVE.match(body, end)
         if joined:
-            behind = end_of(_LEAD_IN, body, joined.end())
+            behind = self._after_lead_ins(body, joined.end())
             others = self.text_at(body, behind)[0] or self.letter_at(body, behind, strict=False)[0]
             if not others and joined[0].strip()[-1:].isalpha():
                 # "fish and chips" is not the option "fish".
@@ -441,6 +556,15 @@ class Reader:
         if listed:
             others |= {listed[1]} & self._letters
         return keys | others, end
+
+    def _after_lead_ins(self, body: str, at: int, texts: bool = True) -> int:
+        """Return where an answer may begin: behind all that leads in, but for an option's text."""
+        for _ in range(MOST_LEAD_INS):
+            lead_in = _LEAD_IN.match(body, at)
+            if not lead_in or (texts and self.text_at(body, at)[0]):
+                return at
+            at = lead_in.end()
+        return at
 
     def text_at(self, body: str, at: int) -> tuple[frozenset[str], int]:
         """Return the options whose text stands at a place, the longest ones, and where it ends."""
@@ -480,6 +604,14 @@ class Reader:
         if text and behind > end:
             return text | {letter}, text_end
         return frozenset(letter), end
+
+
+def clause_before(body: str, at: int, end: int) -> str:
+    """Return the clause that a place is in, up to it; the words up to `end` may begin another."""
+    begin = max(at - CLAUSE_CHARACTERS, 0)
+    for clause_end in _CLAUSE.finditer(body, begin, end):
+        begin = clause_end.end()
+    return body[begin:at]
 
 
 def same(written: str, text: str) -> bool:

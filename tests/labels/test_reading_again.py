@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import pytest
 from chat_endpoint import ChatEndpoint, said
 from label_runs import PROMPT, endpoint_of, example, labelled, read_lines
@@ -54,25 +55,33 @@ async def check_answers_are_read_again(url: str, out: Path) -> None:
     keep(url, example(1), recipe, "B", reason="refused by the teacher")
     keep(url, example(2), recipe, "A, not C", answer="C", distribution=PROBABILITIES)
     keep(url, example(3), recipe, "C", answer="C", distribution=PROBABILITIES)
-    keep(url, example(4), recipe, "The answer is A or C.", answer="A")
+    keep(url, example(4), recipe, "The answer is A or C.", answer="A", distribution=PROBABILITIES)
+    keep(url, example(5), recipe, "The answer is A or C.", reason=UNREAD)
     with ChatEndpoint() as server:
-        counts = await labelled(server, url, out, 5, filters={"minimum_accepted": 0.5})
+        counts = await labelled(server, url, out, 6, filters={"minimum_accepted": 0.5})
         assert server.calls == []
-    assert (counts.accepted, counts.rejected, counts.asked) == (3, 2, 0)
+    assert (counts.accepted, counts.rejected, counts.asked) == (4, 2, 0)
     labels = read_lines(out / "labels.jsonl")
     assert [(row["example_id"], row["answer"], row["distribution"]) for row in labels] == [
         ("row-0", "B", None),
         ("row-2", "A", None),
         ("row-3", "C", PROBABILITIES),
+        ("row-4", "A", PROBABILITIES),
     ]
     rejected = read_lines(out / "rejected.jsonl")
     assert [(row["example_id"], row["reason"]) for row in rejected] == [
         ("row-1", "refused by the teacher"),
-        ("row-4", UNREAD),
+        ("row-5", UNREAD),
     ]
+    exported = out / "export.parquet"
     with LabelStore(url) as store:
-        assert store.delete(rejected=True) == 1, "an answer that is read now is none of them"
+        assert store.delete(rejected=True) == 2, "an answer that is read now is none of them"
         assert store.summary() == [("gpt-test", 4, 0, 0.0)]
+        assert store.export(exported) == 4
+    rows = pq.read_table(exported).to_pylist()
+    kept = {row["raw"]: (row["answer"], row["distribution"], row["reason"]) for row in rows}
+    assert kept[SENTENCE] == ("B", None, "")
+    assert kept["A, not C"] == ("A", None, "")
 
 
 async def test_stored_answers_are_read_again_without_a_call(url: str, tmp_path: Path) -> None:
@@ -91,7 +100,7 @@ async def test_a_rationale_that_was_cut_off_is_not_read(
     settings: dict[str, Any] = {"max_tokens": 300, "answers": {"form": form}}
     recipe = TeacherRecipe(**settings)
     reason = "no answer within teacher.max_tokens (300)"
-    keep(url, example(0), recipe, SENTENCE, reason=reason)
+    keep(url, example(0), recipe, "B, since we", reason=reason)
     with ChatEndpoint() as server:
         settings["filters"] = {"minimum_accepted": 0}
         if accepted:

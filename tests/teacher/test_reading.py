@@ -102,6 +102,16 @@ def test_reading_takes_time_in_proportion_to_the_text() -> None:
     assert time.process_time() - started < 4
 
 
+@pytest.mark.parametrize("gap", ["\n", "*\n", " \n", ">", ".", ")", "-", ":", ","])
+@pytest.mark.parametrize("before", ["A", "answer", "oven."])
+def test_a_long_gap_takes_time_in_proportion_to_its_length(before: str, gap: str) -> None:
+    text = before + gap * 20_000 + "x"
+    started = time.process_time()
+    parse_answer(text, CHOICES)
+    rationale_of(text, CHOICES, by_letter=True)
+    assert time.process_time() - started < 2
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -239,6 +249,7 @@ def test_json_without_one_of_the_letters_is_none(text: str) -> None:
         ),
         ("It heals. A dog does not. So the answer is B.", "It heals. A dog does not."),
         ("It heals.\n\nB", "It heals."),
+        ("Assistant:\nIt heals.\nSo it fits.\nAnswer: B", "It heals.\nSo it fits."),
         ("Answer: B\n\nIt heals.", ""),
         ("Answer: B", ""),
         ("B", ""),
@@ -304,3 +315,58 @@ def test_case_and_numbers_tell_classes_apart() -> None:
     assert parse_class("BILL", ("Bill", "bill")) is None
     for text in ("10", '{"answer": 10}', '{"answer": "10"}', "Answer: 10"):
         assert parse_class(text, ("1", "10")) == "10"
+
+
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [
+        ("definitely yes", "yes"),
+        ("Likely", "Unlikely"),
+        ("letter of credit", "credit"),
+        ("option trading", "trading"),
+        ("Option A", "A"),
+        ("Choice 1", "1"),
+        ("hence", "thus"),
+        ("clearly spam", "spam"),
+    ],
+)
+def test_a_class_that_begins_as_a_lead_in_does_is_read_whole(name: str, other: str) -> None:
+    as_json = json.dumps({"answer": name})
+    for text in (name, as_json, f"Sure: {as_json}", f"Answer: {name}", f"The answer is {name}."):
+        assert parse_class(text, (name, other)) == name, text
+    assert parse_class(f"Answer: {other}", (name, other)) == other
+
+
+def test_a_text_or_json_value_that_is_a_class_is_taken_as_it_is() -> None:
+    names = ("...", "$", "> 5", "- x", "*", "</s>", "x")
+    for name in names:
+        as_json = json.dumps({"answer": name})
+        for text in (name, as_json, json.dumps(name), f"```json\n{as_json}\n```"):
+            assert parse_class(text, names) == name, text
+    assert parse_class("ß", ("ß", "ss")) == "ß"
+
+
+def test_a_class_in_a_denial_is_none() -> None:
+    assert parse_class("I don't think spam is correct", ("spam", "ham")) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("A", "A"),
+        ("B. river, since", "B"),
+        ("(B) It is", "B"),
+        ("river", "B"),
+        ('{"answer": "B"}', "B"),
+        ('{"answer": "B', None),
+        ("I think it is A, since bread is warm there. However, the option B also", None),
+        ("The answer is A, if we", None),
+        ("The answer is A", None),
+        ("A, if we", None),
+        ("A or", None),
+        ("moon", None),
+    ],
+)
+def test_a_text_that_was_cut_off_must_begin_with_its_answer(text: str, answer: str | None) -> None:
+    options = ("oven", "river", "moon", "moonlight")
+    assert parse_answer(text, options, cut_off=True) == answer
