@@ -158,8 +158,8 @@ _FURTHER = re.compile(
 
 _FITS_TOO = re.compile(
     r"(?<=\S)\s+(?:(?:is|are|would|could|may|might|can|seems?|looks?)\s+)?(?:be\s+)?"
-    r"(?:too(?=[ \t]*(?:[.,;!)\n]|$))|(?:also|better|best|fine|right|correct|possible|plausible|likely|"
-    r"equally|just\s+as|as\s+(?:good|well)|fits?|works?)\b"
+    r"(?:too(?=[ \t]*(?:[.,;!)\n]|$))|(?:also|better|best|fine|right|correct|possible|plausible|"
+    r"likely|equally|just\s+as|as\s+(?:good|well)|fits?|works?)\b"
     r"(?!\s+(?:less|worse|only|poorly|badly|not|no)\b))",
     re.IGNORECASE,
 )
