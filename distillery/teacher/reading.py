@@ -158,9 +158,9 @@ _FURTHER = re.compile(
 
 _FITS_TOO = re.compile(
     r"(?<=\S)\s+(?:(?:is|are|would|could|may|might|can|seems?|looks?)\s+)?(?:be\s+)?"
-    r"(?:also|too|better|best|fine|right|correct|possible|plausible|likely|equally|just\s+as|"
-    r"as\s+(?:good|well)|fits?|works?)\b(?!\s+(?:less|worse|only|poorly|badly|not|no|hot|cold|small|"
-    r"big|large|late|far)\b)",
+    r"(?:too(?=[ \t]*(?:[.,;!)\n]|$))|(?:also|better|best|fine|right|correct|possible|plausible|"
+    r"likely|equally|just\s+as|as\s+(?:good|well)|fits?|works?)\b"
+    r"(?!\s+(?:less|worse|only|poorly|badly|not|no)\b))",
     re.IGNORECASE,
 )
 """What stands behind a further option that the text speaks for."""
