@@ -125,7 +125,12 @@ def _missing_layer(values: dict[str, Any], _folder: Path) -> None:
 
 
 def _code_of_its_own(values: dict[str, Any], folder: Path) -> None:
-    (folder / "config.json").write_text('{"model_type": "homemade"}')
+    # All that can be seen without loading it is as it should be.
+    tiny = Path(values["teacher"]["preparation"]["base"]["model"])
+    for file in (*tiny.glob("tokenizer*"), *tiny.glob("chat_template*")):
+        shutil.copy(file, folder)
+    config = {"model_type": "homemade", "architectures": ["LlamaForCausalLM"]}
+    (folder / "config.json").write_text(json.dumps(config))
     (folder / "model.safetensors").write_bytes(b"")
     values["student"] |= {"start": "base", "base": {"model": str(folder)}}
     values["student"]["training"]["hidden_weight"] = 0
