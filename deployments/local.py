@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -117,11 +118,14 @@ def down() -> None:
     for name in (*POOLS, "server"):
         process = running_process(name)
         if process is not None:
+            family = [process, *process.children(recursive=True)]
             process.terminate()
-            try:
-                process.wait(30)
-            except psutil.TimeoutExpired:
-                process.kill()
+            _, left = psutil.wait_procs(family, timeout=30)
+            # A worker that is slow to end would leave its runs behind.
+            for each in left:
+                with suppress(psutil.NoSuchProcess):
+                    each.kill()
+            psutil.wait_procs(left, timeout=10)
         (run_folder() / f"{name}.pid").unlink(missing_ok=True)
 
 
