@@ -358,7 +358,7 @@ def test_down_ends_everything_in_the_midst_of_a_run(
 
         down = local(workshop, "down")
         assert down.returncode == 0, down.stderr
-        wait_for("the end of all processes", lambda: not workshop.processes(), 10)
+        wait_for("the end of all processes", lambda: not workshop.processes(), 60)
         assert not list((workshop.folder / "run").glob("*.pid"))
         with pytest.raises(httpx.TransportError):
             workshop.api.get("/health")
