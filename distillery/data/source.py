@@ -9,7 +9,7 @@ from pathlib import Path
 
 from distillery.data.hub import hub_commit, hub_tables, load_from_hub
 from distillery.data.readers import Table, read_files
-from distillery.errors import DataError, DataUnavailable, NoSuchRevision
+from distillery.errors import DataError, NoSuchRevision
 from distillery.recipe import DatasetRecipe, OtherRecipe
 from distillery.records import digest_of
 from distillery.storage.digests import sha256_of
@@ -82,12 +82,10 @@ def digests_of(paths: Sequence[str], setting: str) -> list[str]:
 
 
 def commit_or_revision(name: str, revision: str | None) -> str:
-    """Return the commit that a revision names, or the revision if this machine may not ask.
-
-    Raises DataUnavailable where asking again may help."""
+    """Return the commit that a revision names, or the revision if the hub does not answer."""
     try:
         return hub_commit(name, revision)
-    except (NoSuchRevision, DataUnavailable):
+    except NoSuchRevision:
         raise
     except DataError as error:
         if not revision:
