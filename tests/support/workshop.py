@@ -102,13 +102,13 @@ class Workshop(PrefectApi):
     def stop(self, name: str, by: signal.Signals = signal.SIGTERM) -> None:
         process = self.running.pop(name)
         process.send_signal(by)
-        process.wait(60)
+        process.wait(180)
 
     def close(self) -> None:
         for process in self.processes():
             process.kill()
         for started in self.running.values():
-            started.wait(60)
+            started.wait(180)
         self.api.close()
 
     def _start(self, name: str, *arguments: str, **environment: str) -> None:
