@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from one_folder import OneFolder
 from tiny_model import build_tiny_model
 
 from distillery.data.examples import read_examples
@@ -321,25 +322,6 @@ def test_training_learns_the_teachers_probabilities(base: Path, tmp_path: Path) 
     found = of_checkpoint(tmp_path, base, rows)
     for row_found, row in zip(found, rows, strict=True):
         assert row_found.tolist() == pytest.approx(row.soft, abs=0.08)
-
-
-class OneFolder:
-    """Checkpoints in a folder."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def save(self, folder: Path) -> None:
-        shutil.rmtree(self.path, ignore_errors=True)
-        shutil.copytree(folder, self.path)
-
-    def load(self, into: Path) -> bool:
-        if self.path.exists():
-            shutil.copytree(self.path, into, dirs_exist_ok=True)
-        return self.path.exists()
-
-    def of(self, step: str) -> "OneFolder":
-        return OneFolder(self.path.with_name(step))
 
 
 class Killed(BaseException):

@@ -2,13 +2,13 @@
 
 import logging
 import re
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from one_folder import OneFolder
 
 from distillery.models.load import load_model
 from distillery.recipe import TrainingRecipe
@@ -137,25 +137,6 @@ def test_the_adapters_dropout_is_drawn_as_without(
     settings = recipe(method="lora", lora={"dropout": 0.5})
     rarely, often = both_ways(tiny_model("llama"), "letters", settings, monkeypatch)
     assert rarely < often / 2
-
-
-class OneFolder:
-    """Checkpoints in a folder."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def save(self, folder: Path) -> None:
-        shutil.rmtree(self.path, ignore_errors=True)
-        shutil.copytree(folder, self.path)
-
-    def load(self, into: Path) -> bool:
-        if self.path.exists():
-            shutil.copytree(self.path, into, dirs_exist_ok=True)
-        return self.path.exists()
-
-    def of(self, step: str) -> "OneFolder":
-        return OneFolder(self.path.with_name(step))
 
 
 @pytest.mark.parametrize("form", ["letters", "texts"])
