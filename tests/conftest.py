@@ -2,12 +2,14 @@
 seconds."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+from azure_ml_stand_in import make_certificate
+from azurite_server import Azurite, Certificate
 from tenacity import wait_none
 from tiny_model import build_tiny_model
 
@@ -53,6 +55,19 @@ def registry_url(tmp_path_factory: pytest.TempPathFactory) -> str:
 def one_registry(monkeypatch: pytest.MonkeyPatch, registry_url: str) -> None:
     """One registry for all tests of a module: MLflow takes seconds to make its tables."""
     monkeypatch.setenv("DISTILLERY_REGISTRY", registry_url)
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Certificate:
+    """Of a service of Azure that a test stands in for."""
+    return make_certificate(tmp_path_factory.mktemp("tls"))
+
+
+@pytest.fixture(scope="module")
+def blob_port(tmp_path_factory: pytest.TempPathFactory, certificate: Certificate) -> Iterator[int]:
+    """The port of blob storage over TLS with this certificate."""
+    with Azurite(tmp_path_factory.mktemp("azurite"), certificate) as azurite:
+        yield azurite.port
 
 
 @pytest.fixture(scope="session")

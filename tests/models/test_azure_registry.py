@@ -20,9 +20,9 @@ from typing import Any
 
 import pytest
 from azure.core.exceptions import HttpResponseError, ServiceRequestError
-from azure_ml_stand_in import make_certificate, resolve_localhost
+from azure_ml_stand_in import resolve_localhost
 from azure_registry_stand_in import Proxy, RegistryStandIn, upload
-from azurite_server import Azurite, Certificate
+from azurite_server import Certificate
 from tenacity import wait_none
 
 from distillery.errors import (
@@ -361,17 +361,6 @@ def test_the_parameters_are_told_by_the_config_alone(
     assert parameters_of_config(tmp_path) == parameter_count(tiny_model(arch))
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "of_nobody"}))
     assert parameters_of_config(tmp_path) is None
-
-
-@pytest.fixture(scope="module")
-def certificate(tmp_path_factory: pytest.TempPathFactory) -> Certificate:
-    return make_certificate(tmp_path_factory.mktemp("tls"))
-
-
-@pytest.fixture(scope="module")
-def blob_port(tmp_path_factory: pytest.TempPathFactory, certificate: Certificate) -> Iterator[int]:
-    with Azurite(tmp_path_factory.mktemp("azurite"), certificate) as azurite:
-        yield azurite.port
 
 
 @pytest.fixture

@@ -22,7 +22,6 @@ from azure_ml_stand_in import (
     CONTAINER,
     AzureMLStandIn,
     container_sas,
-    make_certificate,
     resolve_localhost,
 )
 from azurite_server import ACCOUNT, ACCOUNT_KEY, Azurite, Certificate, free_port
@@ -116,17 +115,6 @@ def local(home: Path) -> RegistryCase:
             path.write_bytes(content)
 
     return RegistryCase(LocalRegistry(), damage)
-
-
-@pytest.fixture(scope="module")
-def certificate(tmp_path_factory: pytest.TempPathFactory) -> Certificate:
-    return make_certificate(tmp_path_factory.mktemp("tls"))
-
-
-@pytest.fixture(scope="module")
-def blob_port(tmp_path_factory: pytest.TempPathFactory, certificate: Certificate) -> Iterator[int]:
-    with Azurite(tmp_path_factory.mktemp("azurite"), certificate) as azurite:
-        yield azurite.port
 
 
 @pytest.fixture
