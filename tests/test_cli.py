@@ -119,7 +119,7 @@ def test_new_writes_a_recipe_that_check_takes(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     done = run("new", data, "--out", str(file), "--text", "text", "--name", "notes")
     assert (done.returncode, done.stderr) == (0, "")
-    assert f"  distillery check {file}" in done.stdout
+    assert f"distillery check {file}\n" in done.stdout
     assert "ok   data: every file is read; rows: " in run("check", str(file)).stdout
     assert "mine.yaml: exists; " in error_of(run("new", data, "--out", str(file)))
 
