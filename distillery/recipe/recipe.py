@@ -119,7 +119,7 @@ class Recipe(Slice):
     @model_validator(mode="after")
     def check_splits(self) -> Self:
         trainings = (self.teacher.preparation.training, *self.student.trainings)
-        patient = any(training.patience for training in trainings)
+        patient = any(training.patience_needs_validation for training in trainings)
         abstain = self.task.abstain
         proven = abstain is not None and abstain.accuracy is not None
         needs = (

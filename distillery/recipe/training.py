@@ -72,9 +72,11 @@ class TrainingRecipe(Slice):
     accumulation: int = Field(1, ge=1)
     """Batches whose gradients are summed for one optimiser step."""
 
-    patience: int | None = Field(None, ge=1)
+    patience: Annotated[int, Field(ge=1)] | Literal["proven"] | None = None
     """Epochs in a row without a lower validation loss after which training ends; the best epoch is
-    kept. Needs validation rows. null: train to the end and keep the last weights."""
+    kept. Needs validation rows. proven: keep the last epoch that is not proven worse than one
+    before it, by the validation rows that only one of them has right; without validation rows, the
+    last one. null: train to the end and keep the last weights."""
 
     learning_rate: float = Field(3e-4, gt=0)
     """The highest learning rate."""
@@ -150,6 +152,11 @@ class TrainingRecipe(Slice):
     def soft_share(self) -> float:
         """soft_weight as a number; 1 for auto, where no row has told otherwise."""
         return 1.0 if self.soft_weight == "auto" else self.soft_weight
+
+    @property
+    def patience_needs_validation(self) -> bool:
+        """Whether patience can do nothing without validation rows."""
+        return self.patience not in (None, "proven")
 
     @property
     def adapts(self) -> bool:

@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 from distillery.errors import StoreError
 from distillery.records import CurvePoint, digest_of
 from distillery.storage.working import working_folder
+from distillery.training.decisions import decide
 from distillery.training.rows import TrainingRow
+from distillery.training.validation import proven_worse
 
 if TYPE_CHECKING:
     import torch
@@ -46,8 +48,9 @@ class TrainingState:
     """What training goes on from.
 
     `fingerprint`: the digest of all that a checkpoint must have been made with. `losses`: those of
-    the steps since the curve's last point. `best_*`: the epoch with the lowest validation loss,
-    kept where training.patience is set, and `waited`, the number of epochs since."""
+    the steps since the curve's last point. `best_*`: the epoch whose weights are kept, where
+    training.patience is set, and `waited`, the number of epochs since. `right`: of each epoch's
+    end, which validation rows it had right, where patience is proven."""
 
     fingerprint: str
     weights: "dict[str, torch.nn.Parameter]"
@@ -62,13 +65,26 @@ class TrainingState:
     best_step: int = 0
     best_weights: "dict[str, torch.Tensor] | None" = None
     waited: int = 0
+    right: list[list[bool]] = field(default_factory=list)
 
     def keep_if_best(self, loss: float) -> None:
         """Keep the weights where `loss`, an epoch's validation loss, is the lowest so far."""
         self.waited += 1
-        if loss >= self.best_loss:
-            return
-        self.best_loss, self.best_accuracy = loss, self.accuracy
+        if loss < self.best_loss:
+            self.best_loss = loss
+            self.keep()
+
+    def keep_unless_worse(self, right: list[bool]) -> None:
+        """Keep the weights where `right`, the validation rows that they have right, do not prove
+        them worse than those of an epoch before."""
+        self.waited += 1
+        if not any(proven_worse(right, before) for before in self.right):
+            self.keep()
+        self.right.append(right)
+
+    def keep(self) -> None:
+        """Keep the weights as the best ones."""
+        self.best_accuracy = self.accuracy
         self.best_step, self.waited = self.step, 0
         self.best_weights = {
             name: weight.detach().cpu().clone() for name, weight in self.weights.items()
@@ -79,6 +95,11 @@ class TrainingState:
         if self.best_weights is None or self.best_step == self.step:
             return
         copy_weights(self.best_weights, self.weights)
+        decide(
+            f"kept the weights of step {self.best_step} of {self.step}: they have "
+            f"{self.best_accuracy:.3f} of the validation rows right, the last ones "
+            f"{self.accuracy:.3f} (training.patience)"
+        )
         self.accuracy = self.best_accuracy
 
     def save(self, checkpoints: Checkpoints) -> None:
@@ -102,6 +123,7 @@ class TrainingState:
                 self.best_weights,
                 self.waited,
                 self.accuracy,
+                self.right,
             ],
             "random": torch.get_rng_state(),
             "cuda_random": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
@@ -129,7 +151,7 @@ class TrainingState:
         self.step, self.losses = values["step"], values["losses"]
         self.curve = [CurvePoint.model_validate(point) for point in values["curve"]]
         self.best_loss, self.best_accuracy, self.best_step = values["best"][:3]
-        self.best_weights, self.waited, self.accuracy = values["best"][3:]
+        self.best_weights, self.waited, self.accuracy, self.right = values["best"][3:]
         torch.set_rng_state(values["random"])
         if values["cuda_random"] is not None:
             torch.cuda.set_rng_state(values["cuda_random"])

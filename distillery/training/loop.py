@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from distillery.errors import TrainingError
@@ -38,6 +39,10 @@ if TYPE_CHECKING:
 
 STEPS_PER_POINT = 10
 """After how many steps the curve gets a point, if no epoch ends before."""
+
+EPOCHS_PROVEN_WORSE = 3
+"""After how many epochs in a row that validation rows prove worse than one before them training
+ends, with training.patience: proven. A learning rate that falls may still mend one or two."""
 
 
 class TrainingProgress(NamedTuple):
@@ -165,13 +170,14 @@ class Training:
 
     def remaining_steps(self, rows: Sequence[TrainingRow]) -> Iterator[list[list[TrainingRow]]]:
         """Give the batches of each step that is left, until the last one or until training.patience
-        epochs bring no better validation loss."""
+        epochs brought nothing better."""
         recipe = self.recipe
+        patience = EPOCHS_PROVEN_WORSE if recipe.patience == "proven" else recipe.patience
         groups = endless_steps(
             rows, recipe.batch_size, recipe.accumulation, recipe.seed, turning_point(self.model)
         )
         for group in islice(groups, self.state.step, self.steps):
-            if recipe.patience and self.state.waited >= recipe.patience:
+            if patience and self.state.waited >= patience:
                 return
             yield group
 
@@ -209,13 +215,14 @@ class Training:
         point = CurvePoint(step=state.step, loss=sum(state.losses) / len(state.losses))
         if self.epoch_ends and validation:
             pad_id = self.objective.pad_id
-            state.accuracy, loss = validate(
-                self.model, validation, pad_id=pad_id, device=self.device
-            )
+            right, loss = validate(self.model, validation, pad_id=pad_id, device=self.device)
             require_finite(loss, "validation loss", state.step)
+            state.accuracy = fmean(right)
             figures = {"validation_loss": loss, "validation_accuracy": state.accuracy}
             point = point.model_copy(update=figures)
-            if self.recipe.patience:
+            if self.recipe.patience == "proven":
+                state.keep_unless_worse(right)
+            elif self.recipe.patience:
                 state.keep_if_best(loss)
         state.curve.append(point)
         state.losses = []
@@ -267,7 +274,7 @@ def set_up(
     import torch
 
     require_rows(rows)
-    if recipe.patience and not validation:
+    if recipe.patience_needs_validation and not validation:
         raise TrainingError(
             "training.patience needs validation rows: name a split for them or carve them"
         )

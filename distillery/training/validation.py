@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from distillery.models.device import Device
@@ -13,23 +14,39 @@ from distillery.training.rows import TrainingRow
 if TYPE_CHECKING:
     import torch
 
+PROOF = 0.025
+"""How probable it is at most that a model which is no worse than another is taken for worse."""
+
 
 def validate(
     model: Any, rows: Sequence[TrainingRow], *, pad_id: int, device: Device
-) -> tuple[float, float]:
-    """Return (accuracy, loss): the share (0 to 1) of rows whose most probable option is the label,
-    and the mean negative log-probability of the label among the options, in nats."""
-    right, logs = 0, []
+) -> tuple[list[bool], float]:
+    """Return (right, loss): whether each row's most probable option is its label, and the mean
+    negative log-probability of the labels among the options, in nats."""
+    right, logs = [], []
     found = option_probabilities(model, rows, pad_id=pad_id, device=device)
     for probabilities, row in zip(found, rows, strict=True):
-        right += probabilities.index(max(probabilities)) == row.answer
+        right.append(probabilities.index(max(probabilities)) == row.answer)
         logs.append(math.log(max(probabilities[row.answer], 1e-12)))
-    return right / len(rows), -sum(logs) / len(rows)
+    return right, -sum(logs) / len(rows)
+
+
+def proven_worse(now: Sequence[bool], before: Sequence[bool]) -> bool:
+    """Return whether a model with the right answers `now` is worse than one with those `before` on
+    the same rows, by the exact one-sided test of the rows that only one of them has right
+    (McNemar, 1947) at PROOF."""
+    from scipy.stats import binomtest
+
+    lost = sum(was and not still for still, was in zip(now, before, strict=True))
+    won = sum(still and not was for still, was in zip(now, before, strict=True))
+    if lost <= won:
+        return False
+    return bool(binomtest(lost, lost + won, alternative="greater").pvalue <= PROOF)
 
 
 def accuracy_of(model: Any, rows: Sequence[TrainingRow], *, pad_id: int, device: Device) -> float:
     """Return the share (0 to 1) of rows whose most probable option is the label."""
-    return validate(model, rows, pad_id=pad_id, device=device)[0]
+    return fmean(validate(model, rows, pad_id=pad_id, device=device)[0])
 
 
 def option_probabilities(

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from types import SimpleNamespace
 from typing import Any
 
@@ -38,12 +39,13 @@ from distillery.recipe import (
 from distillery.records import Example, TeacherLabel
 from distillery.training.adapters import add_lora, linear_modules
 from distillery.training.checkpoint import STATE_FILE, Checkpoints, CheckpointTimer
+from distillery.training.decisions import kept_decisions
 from distillery.training.fine_tune import fine_tune
 from distillery.training.hidden_states import hidden_states
 from distillery.training.loop import Progress, TrainingProgress, TrainingResult, train
 from distillery.training.losses import hidden_loss
 from distillery.training.rows import TrainingRow, training_rows
-from distillery.training.validation import option_probabilities, validate
+from distillery.training.validation import option_probabilities, proven_worse, validate
 
 PROMPT = PromptRecipe(system="Pick.", user="{question}\n{choices}", choice="{letter}) {text}")
 TinyModel = Callable[[str], Path]
@@ -337,11 +339,57 @@ def test_patience_ends_training_and_keeps_the_best_epoch(tiny_model: TinyModel) 
     assert result.steps == result.kept_step + 2 * 3 < 120, (
         "it ends two epochs of three steps after the best"
     )
-    accuracy, loss = validate(model, rows[:6], pad_id=0, device=choose_device("float32"))
-    assert accuracy == result.validation_accuracy
+    right, loss = validate(model, rows[:6], pad_id=0, device=choose_device("float32"))
+    assert fmean(right) == result.validation_accuracy
     assert loss == pytest.approx(losses[result.kept_step])
     with pytest.raises(TrainingError, match="patience needs validation rows"):
         train(model, rows, [], TrainingRecipe(patience=1), pad_id=0, end_id=2)
+
+
+def test_an_epoch_is_given_up_only_by_proof(tiny_model: TinyModel) -> None:
+    """Validation rows that have another row's answer are lost the better training goes."""
+    rows = rendered(tiny_model("llama"), count=36)
+    spoiled = [
+        row.model_copy(update={"answer": (row.answer + 1) % len(row.letters)}) for row in rows
+    ]
+    shape: dict[str, Any] = {
+        "method": "full",
+        "epochs": 40,
+        "batch_size": 4,
+        "learning_rate": 0.01,
+        "precision": "float32",
+        "patience": "proven",
+    }
+    model, _ = load_model(tiny_model("llama"))
+    with kept_decisions() as decisions:
+        model, result = train(model, rows, spoiled, TrainingRecipe(**shape), pad_id=0, end_id=2)
+    accuracies = {
+        point.step: point.validation_accuracy
+        for point in result.curve
+        if point.validation_accuracy is not None
+    }
+    assert result.kept_step < result.steps < 360, accuracies
+    assert list(accuracies).index(result.steps) == list(accuracies).index(result.kept_step) + 3
+    right, _ = validate(model, spoiled, pad_id=0, device=choose_device("float32"))
+    assert fmean(right) == result.validation_accuracy == accuracies[result.kept_step]
+    assert f"kept the weights of step {result.kept_step} of {result.steps}: " in decisions[-1]
+
+    model, _ = load_model(tiny_model("llama"))
+    _, result = train(model, rows, rows[:4], TrainingRecipe(**shape), pad_id=0, end_id=2)
+    assert result.kept_step == result.steps == 360, "four rows prove nothing"
+    _, result = train(model, rows, [], TrainingRecipe(**shape), pad_id=0, end_id=2)
+    assert result.kept_step == result.steps == 360
+
+
+@pytest.mark.parametrize(
+    ("lost", "won", "proven"), [(5, 0, False), (6, 0, True), (6, 1, False), (16, 5, True)]
+)
+def test_a_model_is_worse_by_an_exact_test(lost: int, won: int, proven: bool) -> None:
+    """One-sided binomial: 1/32 for five losses of five, 1/64 for six; 0.0133 for 16 of 21."""
+    before = [True] * lost + [False] * won + [True, False] * 50
+    now = [False] * lost + [True] * won + [True, False] * 50
+    assert proven_worse(now, before) is proven
+    assert not proven_worse(before, now)
 
 
 def reasons(rows: list[Example]) -> dict[str, TeacherLabel]:
