@@ -24,6 +24,9 @@ ENGINE = "olive.engine.engine"
 PASS_BEGINS = re.compile(r"Running pass (\w+):")
 """What Olive's engine logs when it begins a pass: its name, and then its type."""
 
+SLICE = 2**20
+"""How many weights KQuant searches at a time."""
+
 
 def run_workflow(
     input_model: dict[str, Any],
@@ -58,7 +61,11 @@ def run_workflow(
         package_config = config_of_passes(own_passes or {})
         temporary = tempfile.tempdir
         try:
-            with listening_to_olive(list(passes), progress) as logged, redirect_stdout(said):
+            with (
+                frugal_k_quant(),
+                listening_to_olive(list(passes), progress) as logged,
+                redirect_stdout(said),
+            ):
                 result = run(config, package_config=package_config, tempdir=str(work))
         except EXCEPTIONS_TO_RAISE as error:
             # Olive does not log the errors that it takes for its user's fault, but raises them.
@@ -105,6 +112,37 @@ def config_of_passes(own_passes: Mapping[str, str]) -> dict[str, Any]:
             "supported_precisions": ["*"],
         }
     return config
+
+
+@contextmanager
+def frugal_k_quant() -> Iterator[None]:
+    """Let Olive's KQuant search the scales of a matrix in slices, which takes memory for a slice
+    instead of six times the matrix, and those of equal matrices once: it unties embeddings and
+    head, and would search both. What it finds stays the same, since rows are searched by
+    themselves."""
+    import torch
+    from olive.passes.pytorch import kquant
+
+    search = kquant.kquant_find_qparams
+    searched: list[tuple[torch.Tensor, dict[str, Any], Any]] = []
+
+    def search_slices(weight: torch.Tensor, **settings: Any) -> Any:
+        for matrix, theirs, found in searched:
+            if theirs == settings and torch.equal(matrix, weight):
+                return found
+        rows = max(1, SLICE // weight.shape[1])
+        slices = [search(part, **settings) for part in weight.split(rows)]
+        found = tuple(torch.cat(parts) for parts in zip(*slices, strict=True))
+        if weight.device.type == "cpu":
+            # On a GPU this is a copy, which would stay there.
+            searched.append((weight, settings, found))
+        return found
+
+    kquant.kquant_find_qparams = search_slices
+    try:
+        yield
+    finally:
+        kquant.kquant_find_qparams = search
 
 
 @contextmanager

@@ -11,7 +11,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from olive.passes.pytorch import kquant
 
+from distillery import olive_workflow
 from distillery.errors import ExportError, ModelError
 from distillery.export.build import TRIAL, ask_once, export
 from distillery.export.fit import ARCHITECTURES, misfit
@@ -243,6 +246,33 @@ def test_gptq_without_prompts_is_refused(tiny_model: TinyModel, tmp_path: Path) 
 
 
 @pytest.mark.slow
+def test_k_quant_is_searched_in_slices_and_for_equal_matrices_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    whole = kquant.kquant_find_qparams
+    calls = []
+
+    def counted(weight: torch.Tensor, **settings: Any) -> Any:
+        calls.append(weight.shape)
+        return whole(weight, **settings)
+
+    monkeypatch.setattr(kquant, "kquant_find_qparams", counted)
+    monkeypatch.setattr(olive_workflow, "SLICE", 5 * 64)
+    matrix = torch.randn(12, 64, generator=torch.Generator().manual_seed(0))
+    settings: dict[str, Any] = {"group_size": 32, "maxq": 15, "minq": 0}
+    with olive_workflow.frugal_k_quant():
+        found = kquant.kquant_find_qparams(matrix, **settings)
+        assert calls == [(5, 64), (5, 64), (2, 64)]
+        again = kquant.kquant_find_qparams(matrix.clone(), **settings)
+        assert len(calls) == 3
+        kquant.kquant_find_qparams(matrix, **{**settings, "maxq": 255})
+        assert len(calls) == 6
+    assert kquant.kquant_find_qparams is counted
+    for one, other, expected in zip(found, again, whole(matrix, **settings), strict=True):
+        assert torch.equal(one, other)
+        assert torch.equal(one, expected)
+
+
 def test_olive_finetune_takes_the_training_rows_as_they_are(
     tiny_model: TinyModel, tmp_path: Path
 ) -> None:
