@@ -19,6 +19,12 @@ if TYPE_CHECKING:
 LEAST_SAVED = 64
 """The fewest tokens that a shared prefix must save for its pass of its own to pay."""
 
+MOST_TOKENS = 8192
+"""Tokens in a batch that is not trained on, at most. Small batches multiply slowly."""
+
+MOST_ROWS = 64
+"""Rows in such a batch, at most."""
+
 LONGEST_SHARED = 4096
 """The longest sequence, in tokens, that is computed from a shared prefix; a model's own limits may
 be lower."""
@@ -53,6 +59,12 @@ def by_length(
         order = sorted(side, key=lambda index: len(rows[index].prompt))
         for start in range(0, len(order), size):
             yield order[start : start + size]
+
+
+def rows_a_batch(rows: Sequence[TrainingRow]) -> int:
+    """Return how many rows a batch may have that is not trained on."""
+    longest = max((len(row.prompt) for row in rows), default=1)
+    return max(1, min(MOST_ROWS, MOST_TOKENS // longest))
 
 
 def split_at_turn(
@@ -123,12 +135,13 @@ def read_shares(rows: Sequence[TrainingRow], length: int, device: "torch.device"
 
 
 def prompt_logits(
-    model: Any, rows: Sequence[TrainingRow], pad_id: int, batch_size: int
+    model: Any, rows: Sequence[TrainingRow], pad_id: int, batch_size: int | None
 ) -> Iterator[tuple[list[int], "torch.Tensor"]]:
-    """Give the prompts in batches of similar length: the rows' indices, and the logits at their
-    last tokens, or of the mean state that a class is read from, [batch, vocabulary]."""
+    """Give the prompts in batches of similar length, of `batch_size` rows or as many as
+    `rows_a_batch` says: the rows' indices, and the logits at their last tokens, or of the mean
+    state that a class is read from, [batch, vocabulary]."""
     contiguous_head(model)
-    for picked in by_length(rows, batch_size, turning_point(model)):
+    for picked in by_length(rows, batch_size or rows_a_batch(rows), turning_point(model)):
         if rows[0].closed:
             states = pooled_states(model, [rows[index] for index in picked], pad_id)
             yield picked, model.get_output_embeddings()(states[:, None])[:, -1]

@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from distillery.models.device import Device
-from distillery.training.batching import by_length, shared_inputs, turning_point
+from distillery.training.batching import by_length, rows_a_batch, shared_inputs, turning_point
 from distillery.training.hidden_states import states_read_by_head
 from distillery.training.likelihood import pack_shared
 from distillery.training.rows import TrainingRow
@@ -34,8 +34,6 @@ ANEW = "frozen layers are computed in every epoch"
 
 REFUSALS = (AttributeError, IndexError, LookupError, RuntimeError, TypeError, ValueError)
 """What a model raises whose code is not made of layers that can be skipped."""
-
-BATCH_SIZE = 16
 
 COMPARED_ROWS = 8
 
@@ -302,15 +300,16 @@ def answered(row: TrainingRow) -> tuple[int, ...]:
 def inputs_of(model: Any, rows: Sequence[TrainingRow], pad_id: int) -> Iterator[dict[str, Any]]:
     """Give the decoder's inputs for all sequences of `rows`, in batches that depend on `rows`
     alone, so that a training that goes on from a checkpoint finds the very same states."""
-    for picked in by_length(rows, BATCH_SIZE):
+    size = 16 if rows[0].texts else rows_a_batch(rows)
+    for picked in by_length(rows, size):
         batch = [rows[index] for index in picked]
         if batch[0].texts:
             yield pack_shared(model, batch, pad_id).inputs
         else:
             yield shared_inputs(model, [answered(row) for row in batch], pad_id, 1)
     reasons = [row.explain + row.rationale for row in rows if row.rationale]
-    for start in range(0, len(reasons), BATCH_SIZE):
-        yield shared_inputs(model, reasons[start : start + BATCH_SIZE], pad_id, 1)
+    for start in range(0, len(reasons), size):
+        yield shared_inputs(model, reasons[start : start + size], pad_id, 1)
 
 
 def compared_rows(rows: Sequence[TrainingRow]) -> list[TrainingRow]:

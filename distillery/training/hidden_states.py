@@ -19,10 +19,15 @@ TENSOR = "hidden"
 
 
 def hidden_states(
-    model: Any, rows: Sequence[TrainingRow], *, pad_id: int, device: Device, batch_size: int = 16
+    model: Any,
+    rows: Sequence[TrainingRow],
+    *,
+    pad_id: int,
+    device: Device,
+    batch_size: int | None = None,
 ) -> "torch.Tensor":
     """Return what the head of `model` reads at each row's last prompt token: [rows, hidden],
-    float32, on the CPU."""
+    float32, on the CPU. `batch_size`: see `prompt_logits`."""
     import torch
 
     found: list[Any] = [None] * len(rows)

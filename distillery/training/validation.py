@@ -55,13 +55,14 @@ def option_probabilities(
     *,
     pad_id: int,
     device: Device,
-    batch_size: int = 16,
+    batch_size: int | None = None,
     batch_done: Callable[[int], None] | None = None,
 ) -> list[list[float]]:
     """Return for each row the probabilities over its options after one forward pass of its prompt:
     softmax over its letters' logits, or over the scores of its options' texts (likelihood.py).
 
-    `batch_done` is told after each batch how many rows it had."""
+    `batch_size`: see `prompt_logits`; 16 where options' texts are scored. `batch_done` is told
+    after each batch how many rows it had."""
     import torch
 
     results: list[list[float]] = [[] for _ in rows]
@@ -69,7 +70,7 @@ def option_probabilities(
     model.to(device.name).eval()
     with torch.inference_mode(), device.autocast():
         if rows and rows[0].texts:
-            found = text_scores(model, rows, pad_id, batch_size)
+            found = text_scores(model, rows, pad_id, batch_size or 16)
         else:
             found = letter_scores(model, rows, pad_id, batch_size)
         for picked, scores in found:
@@ -82,7 +83,7 @@ def option_probabilities(
 
 
 def letter_scores(
-    model: Any, rows: Sequence[TrainingRow], pad_id: int, batch_size: int
+    model: Any, rows: Sequence[TrainingRow], pad_id: int, batch_size: int | None
 ) -> Iterator[tuple[list[int], list["torch.Tensor"]]]:
     """Give each batch's row indices, and for each row the logits of its letters, [options]."""
     for picked, logits in prompt_logits(model, rows, pad_id, batch_size):
