@@ -216,3 +216,5 @@ def test_the_command_prints_a_table_or_json(
     cli.compare_models(one, two, as_json=True)
     sides = json.loads(capsys.readouterr().out)
     assert Side.model_validate(sides["second"]).title == "two version 1"
+    cli.compare_models(one, two, picture=tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
