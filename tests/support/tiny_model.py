@@ -28,11 +28,12 @@ TEXT = (
 )
 
 
-def build_tiny_model(arch: str, folder: Path, tied: bool = True) -> Path:
+def build_tiny_model(arch: str, folder: Path, tied: bool = True, **config: int) -> Path:
     """Writes a model of 2 layers with a tokenizer of 512 tokens into `folder`; arch is of
-    ARCHITECTURES. `tied`: whether head and embeddings share their weights."""
+    ARCHITECTURES. `tied`: whether head and embeddings share their weights. `config`: what of the
+    model's configuration is not tiny."""
     _tiny_tokenizer(arch).save_pretrained(folder)
-    _tiny_weights(arch, tied).save_pretrained(folder)
+    _tiny_weights(arch, tied, **config).save_pretrained(folder)
     return folder
 
 
@@ -61,7 +62,7 @@ def _special_tokens(arch: str) -> tuple[str, ...]:
     return PHI_TOKENS if arch.startswith("phi") else CHATML_TOKENS
 
 
-def _tiny_weights(arch: str, tied: bool = True) -> Any:
+def _tiny_weights(arch: str, tied: bool = True, **config: int) -> Any:
     import torch
     from transformers import (
         LlamaConfig,
@@ -87,6 +88,7 @@ def _tiny_weights(arch: str, tied: bool = True) -> Any:
         "eos_token_id": len(_special_tokens(arch)) - 1,
         "initializer_range": 0.2,
         "tie_word_embeddings": tied,
+        **config,
     }
     torch.manual_seed(0)
     if arch == "llama":
