@@ -1,5 +1,6 @@
 """Random models of two layers that pass the whole chain in seconds."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +31,21 @@ TEXT = (
 
 def build_tiny_model(arch: str, folder: Path, tied: bool = True, **config: int) -> Path:
     """Writes a model of 2 layers with a tokenizer of 512 tokens into `folder`; arch is of
+<<<<<<< HEAD
     ARCHITECTURES. `tied`: whether head and embeddings share their weights. `config`: what of the
     model's configuration is not tiny."""
     _tiny_tokenizer(arch).save_pretrained(folder)
     _tiny_weights(arch, tied, **config).save_pretrained(folder)
+=======
+    ARCHITECTURES. `tied`: whether head and embeddings share their weights."""
+    tiny_tokenizer(arch).save_pretrained(folder)
+    tiny_weights(arch, tied).save_pretrained(folder)
+>>>>>>> rehearse
     return folder
 
 
-def _tiny_tokenizer(arch: str) -> Any:
+def tiny_tokenizer(arch: str, texts: Sequence[str] = TEXT, tokens: int = 512) -> Any:
+    """Return a tokenizer of `tokens` tokens, those of `texts`."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -47,9 +55,9 @@ def _tiny_tokenizer(arch: str) -> Any:
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=512, special_tokens=list(special), initial_alphabet=alphabet
+        vocab_size=tokens, special_tokens=list(special), initial_alphabet=alphabet
     )
-    tokenizer.train_from_iterator(TEXT, trainer)
+    tokenizer.train_from_iterator(texts, trainer)
     end = special[-1]
     fast = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer, eos_token=end, pad_token="<|endoftext|>"
@@ -62,7 +70,14 @@ def _special_tokens(arch: str) -> tuple[str, ...]:
     return PHI_TOKENS if arch.startswith("phi") else CHATML_TOKENS
 
 
+<<<<<<< HEAD
 def _tiny_weights(arch: str, tied: bool = True, **config: int) -> Any:
+=======
+def tiny_weights(
+    arch: str, tied: bool = True, tokens: int = 512, initializer_range: float = 0.2
+) -> Any:
+    """Return a random model of 2 layers."""
+>>>>>>> rehearse
     import torch
     from transformers import (
         LlamaConfig,
@@ -76,7 +91,7 @@ def _tiny_weights(arch: str, tied: bool = True, **config: int) -> Any:
     )
 
     shape: dict[str, Any] = {
-        "vocab_size": 512,
+        "vocab_size": tokens,
         "hidden_size": 64,
         "intermediate_size": 128,
         "num_hidden_layers": 2,
@@ -86,7 +101,7 @@ def _tiny_weights(arch: str, tied: bool = True, **config: int) -> Any:
         "bos_token_id": 0,
         "pad_token_id": 0,
         "eos_token_id": len(_special_tokens(arch)) - 1,
-        "initializer_range": 0.2,
+        "initializer_range": initializer_range,
         "tie_word_embeddings": tied,
         **config,
     }
