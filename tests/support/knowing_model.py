@@ -39,7 +39,7 @@ def build_knowing_model(known: Sequence[Example], others: Sequence[Example], fol
         texts.append("\n".join(message["content"] for message in render_messages(row, prompt)))
     tokenizer = tiny_tokenizer("phi4mini", texts, TOKENS)
     tokenizer.chat_template = PHI4_TEMPLATE.read_text()
-    model = tiny_weights("phi4mini", tokens=TOKENS, initializer_range=0.05)
+    model = tiny_weights("phi4mini", vocab_size=TOKENS, initializer_range=0.05)
     chat = TransformersTokenizer(tokenizer)
     letters = [chat.encode_text(letter)[0] for letter in known[0].keys]
     questions = []

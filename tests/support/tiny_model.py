@@ -29,18 +29,12 @@ TEXT = (
 )
 
 
-def build_tiny_model(arch: str, folder: Path, tied: bool = True, **config: int) -> Path:
+def build_tiny_model(arch: str, folder: Path, tied: bool = True, **config: float) -> Path:
     """Writes a model of 2 layers with a tokenizer of 512 tokens into `folder`; arch is of
-<<<<<<< HEAD
     ARCHITECTURES. `tied`: whether head and embeddings share their weights. `config`: what of the
     model's configuration is not tiny."""
-    _tiny_tokenizer(arch).save_pretrained(folder)
-    _tiny_weights(arch, tied, **config).save_pretrained(folder)
-=======
-    ARCHITECTURES. `tied`: whether head and embeddings share their weights."""
     tiny_tokenizer(arch).save_pretrained(folder)
-    tiny_weights(arch, tied).save_pretrained(folder)
->>>>>>> rehearse
+    tiny_weights(arch, tied, **config).save_pretrained(folder)
     return folder
 
 
@@ -70,14 +64,8 @@ def _special_tokens(arch: str) -> tuple[str, ...]:
     return PHI_TOKENS if arch.startswith("phi") else CHATML_TOKENS
 
 
-<<<<<<< HEAD
-def _tiny_weights(arch: str, tied: bool = True, **config: int) -> Any:
-=======
-def tiny_weights(
-    arch: str, tied: bool = True, tokens: int = 512, initializer_range: float = 0.2
-) -> Any:
-    """Return a random model of 2 layers."""
->>>>>>> rehearse
+def tiny_weights(arch: str, tied: bool = True, **config: float) -> Any:
+    """Return a random model of 2 layers. `config`: values of its configuration other than these."""
     import torch
     from transformers import (
         LlamaConfig,
@@ -91,7 +79,7 @@ def tiny_weights(
     )
 
     shape: dict[str, Any] = {
-        "vocab_size": tokens,
+        "vocab_size": 512,
         "hidden_size": 64,
         "intermediate_size": 128,
         "num_hidden_layers": 2,
@@ -101,7 +89,7 @@ def tiny_weights(
         "bos_token_id": 0,
         "pad_token_id": 0,
         "eos_token_id": len(_special_tokens(arch)) - 1,
-        "initializer_range": initializer_range,
+        "initializer_range": 0.2,
         "tie_word_embeddings": tied,
         **config,
     }
