@@ -18,6 +18,18 @@ def preset_values(name: str) -> dict[str, Any]:
     return values
 
 
+def preset_for(name: str, values: dict[str, Any]) -> dict[str, Any]:
+    """Return the mapping of a preset that a recipe `values` is laid over. What the demo draws of
+    the shipped sample is not drawn of other data."""
+    shipped = preset_values(name)
+    source = shipped["dataset"]["source"]
+    dataset = values.get("dataset")
+    own = dataset.get("source", source) if isinstance(dataset, dict) else source
+    if source == "sample" and own != source:
+        shipped["dataset"].pop("sample", None)
+    return shipped
+
+
 def classify_values(values: dict[str, Any]) -> dict[str, Any]:
     """Return what a recipe `values` with task.kind: classify starts from: presets/classify.yaml,
     with the part for its kind of teacher."""

@@ -14,7 +14,7 @@ from distillery.recipe.base_model import BaseModelRecipe
 from distillery.recipe.dataset import DatasetRecipe
 from distillery.recipe.evaluation import EvaluationRecipe
 from distillery.recipe.export import ExportForm, ExportRecipe
-from distillery.recipe.preset import PRESETS, classify_values, merge, preset_values
+from distillery.recipe.preset import PRESETS, classify_values, merge, preset_for
 from distillery.recipe.prompt import PromptRecipe
 from distillery.recipe.registry import RegistryRecipe
 from distillery.recipe.rules import GateRule
@@ -71,7 +71,8 @@ class Recipe(Slice):
         if not isinstance(values, dict):
             return values
         if values.get("preset") in PRESETS:
-            values = {**merge(preset_values(values["preset"]), values, cls), "preset": None}
+            shipped = preset_for(values["preset"], values)
+            values = {**merge(shipped, values, cls), "preset": None}
         task = values.get("task")
         if isinstance(task, dict) and task.get("kind") == "classify":
             values = merge(classify_values(values), values, cls)

@@ -82,6 +82,15 @@ def test_given_keys_override_the_preset_and_the_others_stay(tmp_path: Path) -> N
     assert recipe.dataset == demo.dataset
 
 
+def test_what_the_demo_draws_of_its_sample_is_not_drawn_of_other_data() -> None:
+    assert parse_recipe({"preset": "demo"}, "x").dataset.sample == {"train": 700}
+    files = {split: [f"{split}.jsonl"] for split in ("gold", "pool", "validation", "test")}
+    own = {"source": "files", "files": files}
+    assert parse_recipe({"preset": "demo", "dataset": own}, "x").dataset.sample == {}
+    drawn = {**own, "sample": {"test": 50}}
+    assert parse_recipe({"preset": "demo", "dataset": drawn}, "x").dataset.sample == {"test": 50}
+
+
 def test_null_removes_a_presets_key_from_a_mapping() -> None:
     own_test = {
         "splits": {"test": "test"},
