@@ -77,7 +77,7 @@ def foundry_python() -> Path:
         raise ModelError(
             f"{python}: not there; Foundry Local needs an environment of its own: run "
             f"`make foundry`, or `python3 -m venv {ENVIRONMENT}` and then "
-            f"`{python} -m pip install \"foundry-local-sdk<3\"`"
+            f'`{python} -m pip install "foundry-local-sdk<3"`'
         )
     return python.absolute()
 
@@ -87,7 +87,7 @@ def refuse_other_answers(folder: Path) -> None:
     if read_class_tokens(folder) is not None:
         raise ModelError(
             f"{folder}: answers with a class, while Foundry Local generates text; serve it by "
-            "`distillery serve`, or train a student with student.prompt.answer: letter"
+            "`distillery serve`, or train a student with student.prompt.answer: text"
         )
     if (folder / ADAPTER_FILE).is_file():
         raise ModelError(
