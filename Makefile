@@ -12,7 +12,9 @@ TESTS := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 DURATIONS ?= 12
 # The neutral judge has an environment of its own, because its packages are not ours.
 NEUTRAL := .venv-neutral/.installed
-# The registered model that it judges, by default the demo's, and its version, by default the champion.
+# Foundry Local has one too, because it needs another ONNX Runtime.
+FOUNDRY := .venv-foundry/.installed
+# The registered model that the judge is given, by default the demo's, and its version, by default the champion.
 MODEL ?= support-mood
 VERSION ?=
 AZURITE := tests/support/azurite/node_modules/.installed
@@ -20,7 +22,7 @@ AXE := tests/support/axe/node_modules/.installed
 
 export PREFECT_HOME ?= $(CURDIR)/.distillery/prefect
 
-.PHONY: help setup demo test test-all bench-overhead bench-labels bench-train bench-distil bench-distil-full bench-inference bench-tasks bench-tasks-full bench-tasks-endpoint neutral simulate-gate rehearse-lab docs lint format up down clean
+.PHONY: help setup demo test test-all bench-overhead bench-labels bench-train bench-distil bench-distil-full bench-inference bench-tasks bench-tasks-full bench-tasks-endpoint neutral foundry simulate-gate rehearse-lab docs lint format up down clean
 help: ## what the targets do
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-14s %s\n", $$1, $$2}'
 
@@ -41,6 +43,13 @@ $(NEUTRAL): constraints-neutral.txt
 	@.venv-neutral/bin/pip install --quiet --disable-pip-version-check --constraint constraints-neutral.txt 'lm-eval[hf,onnxruntime-genai]' 'torch>=2.9,<=2.13'
 	@touch $@
 
+$(FOUNDRY): constraints-foundry.txt
+	@echo "setting up .venv-foundry (a quarter of a minute, 280 MB)"
+	@$(PYTHON) -m venv .venv-foundry
+	@.venv-foundry/bin/pip install --quiet --disable-pip-version-check --upgrade pip
+	@.venv-foundry/bin/pip install --quiet --disable-pip-version-check --constraint constraints-foundry.txt foundry-local-sdk
+	@touch $@
+
 $(AZURITE) $(AXE): tests/support/%/node_modules/.installed: tests/support/%/package-lock.json
 	@command -v npm >/dev/null || { echo "error: the slow tests need Node.js and npm (for Azurite and axe)"; exit 1; }
 	@npm ci --silent --no-fund --no-audit --prefix tests/support/$*
@@ -57,7 +66,7 @@ demo: $(INSTALLED) | $(PREFECT_HOME) ## the whole way on this machine: no accoun
 test: $(INSTALLED) | $(PREFECT_HOME) ## the fast tests
 	@$(TESTS) -m "not slow and not gpu and not azure_live"
 
-test-all: $(INSTALLED) $(AZURITE) $(AXE) | $(PREFECT_HOME) ## all tests; needs Node.js, PostgreSQL, Chromium and COMMONSENSE_QA_DIR
+test-all: $(INSTALLED) $(AZURITE) $(AXE) $(FOUNDRY) | $(PREFECT_HOME) ## all tests; needs Node.js, PostgreSQL, Chromium and COMMONSENSE_QA_DIR
 	@$(TESTS) --durations=$(DURATIONS) -m "not gpu and not azure_live"
 
 rehearse-lab: $(INSTALLED) $(AZURITE) | $(PREFECT_HOME) ## the preset lab, whole, against stand-ins of its services; needs Node.js and COMMONSENSE_QA_DIR
@@ -92,6 +101,8 @@ bench-train: $(INSTALLED) ## how fast a CPU trains LoRA, beside TRL's SFTTrainer
 
 neutral: $(INSTALLED) $(NEUTRAL) ## what lm-evaluation-harness finds of a registered student, beside our figures; MODEL=NAME [VERSION=N]
 	@$(BIN)/python -m benchmarks.neutral $(MODEL) $(VERSION)
+
+foundry: $(FOUNDRY) ## the environment that `distillery models foundry` needs for Foundry Local
 
 simulate-gate: $(INSTALLED) ## how often the gate promotes a worse student or refuses an equal one, by simulation
 	@$(BIN)/python -m benchmarks.simulate_gate

@@ -42,7 +42,9 @@ store = typer.Typer(
 )
 app.add_typer(store, name="store")
 models = typer.Typer(
-    help="List, compare, promote, roll back and download registered models.", no_args_is_help=True
+    help="List, compare, promote, roll back and download registered models, and give them to "
+    "Foundry Local.",
+    no_args_is_help=True,
 )
 app.add_typer(models, name="models")
 labels = typer.Typer(
@@ -495,6 +497,34 @@ def download_model(
     print(f"{model.name} version {model.version} in {folder}, unverified: it has no manifest")
     for config in sorted(folder.rglob("genai_config.json")):
         print(f"ask it by: distillery ask {config.parent}")
+
+
+@models.command("foundry")
+def register_in_foundry_local(
+    folder: Annotated[
+        Path,
+        typer.Argument(help="A downloaded or exported model's folder.", metavar="FOLDER"),
+    ],
+    name: Annotated[
+        str | None,
+        typer.Option(
+            help="The name there, or NAME:VERSION; by default the model's, or the folder's, and "
+            "version 1.",
+        ),
+    ] = None,
+    app: Annotated[
+        str, typer.Option(help="The app_name of the program that will use the model.")
+    ] = "distillery",
+) -> None:
+    """Make the model in FOLDER usable in Microsoft's Foundry Local.
+
+    Writes inference_model.json into the folder and registers it in the local catalog, without
+    copying it. Foundry Local needs an environment of its own, which `make foundry` sets up.
+    """
+    from distillery.serving.foundry import register_in_foundry
+
+    model_id = register_in_foundry(folder, app, name)
+    print(f"{model_id} in Foundry Local's catalog of {app}: {folder}")
 
 
 @models.command("compare")

@@ -30,6 +30,9 @@ from distillery.registry.signing import (
 from distillery.storage.digests import FileEntry, digest_of_files, list_files, sha256_of
 
 MANIFEST = "manifest.json"
+INFERENCE_MODEL = "inference_model.json"
+"""What `distillery models foundry` writes into a folder for Foundry Local. Nothing here reads it,
+so that it is no part of a registered model."""
 
 PACKAGES = (
     *("torch", "transformers", "peft", "accelerate", "safetensors", "datasets", "huggingface-hub"),
@@ -83,7 +86,8 @@ def copy_with_manifest(
     if (content / MANIFEST).exists():
         refuse_other_manifest(folder / MANIFEST)
         (content / MANIFEST).unlink()
-    (content / SIGNATURE).unlink(missing_ok=True)
+    for own in (SIGNATURE, INFERENCE_MODEL):
+        (content / own).unlink(missing_ok=True)
     files = list_files(content)
     if not files:
         raise RegistryError(f"{folder}: the folder is empty; register the folder of a model")
@@ -176,7 +180,8 @@ def first_difference(folder: Path, manifest: Manifest) -> str | None:
     """Return the first file of a folder that is not as the manifest lists it; None if all are."""
     listed = {entry.path: entry for entry in manifest.files}
     found = {entry.path: entry for entry in list_files(folder)}
-    for own in (MANIFEST, SIGNATURE):
+    for own in (MANIFEST, SIGNATURE, INFERENCE_MODEL):
+        listed.pop(own, None)
         found.pop(own, None)
     for file in sorted(listed.keys() | found.keys()):
         if listed.get(file) != found.get(file):
@@ -189,11 +194,19 @@ def provenance_of(folder: Path) -> dict[str, Any] | None:
     folder without manifest.json.
 
     Raises RegistryError where the file can't be read as a manifest."""
+    manifest = manifest_of(folder)
+    return manifest.provenance if manifest else None
+
+
+def manifest_of(folder: Path) -> Manifest | None:
+    """Return what a downloaded folder's manifest.json holds; None for a folder without it.
+
+    Raises RegistryError where the file can't be read as a manifest."""
     path = folder / MANIFEST
     if not path.is_file():
         return None
     try:
-        return Manifest.model_validate_json(path.read_bytes()).provenance
+        return Manifest.model_validate_json(path.read_bytes())
     except (OSError, ValidationError) as error:
         raise RegistryError(f"{path}: no manifest of a model; download the model again") from error
 
