@@ -131,14 +131,15 @@ def frugal_k_quant() -> Iterator[None]:
             if theirs == settings and torch.equal(matrix, weight):
                 return found
         rows = max(1, SLICE // weight.shape[1])
-        slices = [search(part, **settings) for part in weight.split(rows)]
-        found = tuple(torch.cat(parts) for parts in zip(*slices, strict=True))
+        parts: Sequence[torch.Tensor] = weight.split(rows)  # type: ignore[no-untyped-call]
+        slices = [search(part, **settings) for part in parts]
+        found = tuple(torch.cat(each) for each in zip(*slices, strict=True))
         if weight.device.type == "cpu":
             # On a GPU this is a copy, which would stay there.
             searched.append((weight, settings, found))
         return found
 
-    kquant.kquant_find_qparams = search_slices
+    kquant.kquant_find_qparams = search_slices  # type: ignore[assignment]
     try:
         yield
     finally:
