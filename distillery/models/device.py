@@ -20,6 +20,12 @@ class Device:
 
         return torch.autocast(self.name, torch.bfloat16, enabled=self.precision == "bfloat16")
 
+    @property
+    def frozen_precision(self) -> str:
+        """The precision to load weights in that are not trained: on a GPU that of the products, so
+        that neither its memory nor the machine's holds a float32 copy; on a CPU float32."""
+        return self.precision if self.name == "cuda" else "float32"
+
 
 def choose_device(precision: str = "auto") -> Device:
     """Return CUDA where there is a GPU, else the CPU; with `precision` "auto", bfloat16 where the
