@@ -103,7 +103,13 @@ def test_a_setting_that_was_added_later_changes_no_key_at_its_default() -> None:
     assert "first_layer" not in before
     assert before == content_of(TrainingRecipe(first_layer=0))
     assert content_of(TrainingRecipe(first_layer=3)) == before | {"first_layer": 3}
-    later = {"first_layer", "minimum_steps", "class_weights", "second_opinion"}
+    later = {
+        "first_layer",
+        "minimum_steps",
+        "class_weights",
+        "second_opinion",
+        "gradient_checkpointing",
+    }
     assert before.keys() | later == TrainingRecipe.model_fields.keys()
     assert "all_logits" not in content_of(ExportForm())
     assert content_of(ExportForm(all_logits=True))["all_logits"]
