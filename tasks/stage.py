@@ -267,10 +267,15 @@ def content_of(value: Any) -> Any:
 
 def fields_in_keys(value: BaseModel) -> list[str]:
     """Return the fields of a recipe or record that go into a cache key: all but those that a later
-    version of the recipe added and that are at their default."""
-    added_later = value.added_later if isinstance(value, Slice) else frozenset[str]()
+    version of the recipe added and that are at their default, and those that the recipe keeps out
+    of keys."""
+    added_later = outside = frozenset[str]()
+    if isinstance(value, Slice):
+        added_later, outside = value.added_later, value.outside_keys
     names = []
     for name, field in type(value).model_fields.items():
+        if name in outside:
+            continue
         if name not in added_later or getattr(value, name) != field.default:
             names.append(name)
     return names

@@ -5,6 +5,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from distillery.errors import TrainingUnavailable
+from distillery.settings import LocalSettings
+
 
 @dataclass(frozen=True)
 class Device:
@@ -41,6 +44,22 @@ def choose_device(precision: str = "auto") -> Device:
     if precision == "auto":
         precision = "bfloat16" if fast else "float32"
     return Device(name, precision)
+
+
+def check_gpu(allow_cpu: bool) -> None:
+    """Raise TrainingUnavailable where this machine is said to need a GPU (DISTILLERY_NEEDS_GPU) and
+    PyTorch has no CUDA here, unless `allow_cpu`."""
+    import torch
+
+    if allow_cpu or torch.cuda.is_available() or not LocalSettings().needs_gpu:
+        return
+    reason = "its PyTorch is built without CUDA: install one that has it"
+    if torch.version.cuda:
+        reason = "PyTorch finds no GPU: see what nvidia-smi says"
+    raise TrainingUnavailable(
+        f"this worker should train on a GPU (DISTILLERY_NEEDS_GPU), and {reason}; or set "
+        "training.allow_cpu: true in the recipe"
+    )
 
 
 def cast_linear_layers(model: Any, *, frozen_only: bool = False) -> list[tuple[Any, Any]]:

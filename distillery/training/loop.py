@@ -301,7 +301,9 @@ def set_up(
     )
     factor = warmup_cosine(steps, recipe.warmup)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
-    settings = [recipe.model_dump(mode="json"), device.name, device.precision, pad_id, end_id]
+    # What changes no numbers is no reason to start afresh.
+    counted = recipe.model_dump(mode="json", exclude={"allow_cpu", "gradient_checkpointing"})
+    settings = [counted, device.name, device.precision, pad_id, end_id]
     fingerprint = fingerprint_of(rows, validation, settings, weights)
     teacher_states: dict[tuple[int, ...], torch.Tensor] = {}
     if hidden is not None:

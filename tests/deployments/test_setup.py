@@ -611,6 +611,20 @@ def test_compose_takes_every_setting_from_a_documented_variable() -> None:
     assert set(setup.EACH_WORKERS_OWN) <= set(COMPOSE["services"]["cpu-worker"]["environment"])
 
 
+@pytest.mark.parametrize("workers", WORKERS)
+def test_a_pool_for_gpus_ends_trainings_without_one(workers: str) -> None:
+    """Where the template asks for a GPU itself. A worker of processes says whether it has one."""
+    environment: dict[str, str | None] = {"DISTILLERY_NEEDS_GPU": "the worker's"}
+    found = {pool: configured(workers, pool, environment).env for pool in POOLS}
+    of_gpus = "the worker's" if workers == "process" else "true"
+    assert found["cpu-pool"]["DISTILLERY_NEEDS_GPU"] == "the worker's"
+    assert found["gpu-pool"]["DISTILLERY_NEEDS_GPU"] == of_gpus
+    services = COMPOSE["services"]
+    assert services["gpu-worker"]["environment"] == services["cpu-worker"]["environment"] | {
+        "DISTILLERY_NEEDS_GPU": "true"
+    }
+
+
 def test_links_of_a_run_in_compose_lead_to_the_port_that_is_open() -> None:
     (port,) = COMPOSE["services"]["server"]["ports"]
     for name in ("cpu-worker", "gpu-worker"):
