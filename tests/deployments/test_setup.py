@@ -34,6 +34,8 @@ from prefect.workers.process import ProcessJobConfiguration
 from prefect_api import PrefectApi, wait_for
 
 from deployments import local, setup
+from distillery.readiness import training_bytes
+from distillery.recipe import load_recipe
 
 # A server on SQLite may answer nothing for a minute on a busy machine; each wait has a limit of its
 # own, with a message.
@@ -623,6 +625,14 @@ def test_a_pool_for_gpus_ends_trainings_without_one(workers: str) -> None:
     assert services["gpu-worker"]["environment"] == services["cpu-worker"]["environment"] | {
         "DISTILLERY_NEEDS_GPU": "true"
     }
+
+
+def test_a_pod_gets_the_memory_that_the_preset_lab_takes() -> None:
+    phi_4_mini = 3_836_021_760
+    need = training_bytes(load_recipe("lab"), 4 * phi_4_mini)
+    for pool in POOLS:
+        requests = pod(pool)["containers"][0]["resources"]["requests"]
+        assert int(requests["memory"].removesuffix("Gi")) * 2**30 >= need, pool
 
 
 def test_links_of_a_run_in_compose_lead_to_the_port_that_is_open() -> None:
