@@ -22,6 +22,7 @@ from pydantic import BaseModel
 import tasks.results  # noqa: F401 - Prefect finds the block that holds the records by its class
 from distillery.errors import INFRASTRUCTURE_ERRORS, DistilleryError, StageError
 from distillery.models.base import base_identity
+from distillery.models.device import release_gpu
 from distillery.recipe import BaseModelRecipe, RegistryRecipe, Slice
 from distillery.records import RegisteredModel, StageRecord, digest_of
 from distillery.storage.artifacts import ArtifactStore
@@ -92,8 +93,11 @@ def stage(
                 # It is of this run alone: what is called here next has no part in it.
                 _no_key.set(None)
                 raise error
-            with progress_of(name):
-                return function(*args, **kwargs)
+            try:
+                with progress_of(name):
+                    return function(*args, **kwargs)
+            finally:
+                release_gpu()
 
         returns = get_type_hints(function)["return"]
         key = _cache_key(name, version, returns, reusable, frozenset(added_later))

@@ -1,5 +1,7 @@
 """The device that a model computes on, and the precision that it multiplies in."""
 
+import gc
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -60,6 +62,16 @@ def check_gpu(allow_cpu: bool) -> None:
         f"this worker should train on a GPU (DISTILLERY_NEEDS_GPU), and {reason}; or set "
         "training.allow_cpu: true in the recipe"
     )
+
+
+def release_gpu() -> None:
+    """Give back the GPU's memory of models that are no longer used, which PyTorch keeps for itself:
+    the next stage may be in another process. Does nothing where this process uses no GPU."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        # Models and their hooks refer to each other.
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def cast_linear_layers(model: Any, *, frozen_only: bool = False) -> list[tuple[Any, Any]]:

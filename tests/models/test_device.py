@@ -1,11 +1,14 @@
 """Weights that are cast once: which layers, to what, and that they come back. And a worker that
 should have a GPU."""
 
+import weakref
+from typing import Any
+
 import pytest
 import torch
 
 from distillery.errors import TrainingUnavailable
-from distillery.models.device import Device, check_gpu, linear_layers_cast
+from distillery.models.device import Device, check_gpu, linear_layers_cast, release_gpu
 
 
 class Model(torch.nn.Module):
@@ -62,3 +65,18 @@ def test_a_worker_that_should_have_a_gpu_and_has_none(
     check_gpu(allow_cpu=True)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     check_gpu(allow_cpu=False)
+
+
+def test_memory_of_models_that_are_gone_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    model: Any = Model()
+    # A reference to itself, as hooks make them.
+    model.itself = [model]
+    gone = weakref.ref(model)
+    del model
+    alive_at: list[bool] = []
+    monkeypatch.setattr("torch.cuda.empty_cache", lambda: alive_at.append(gone() is not None))
+    release_gpu()
+    assert alive_at == [], "this process has no GPU"
+    monkeypatch.setattr("torch.cuda.is_initialized", lambda: True)
+    release_gpu()
+    assert alive_at == [False]
