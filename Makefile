@@ -20,7 +20,7 @@ AXE := tests/support/axe/node_modules/.installed
 
 export PREFECT_HOME ?= $(CURDIR)/.distillery/prefect
 
-.PHONY: help setup demo test test-all bench-overhead bench-labels bench-train bench-distil bench-distil-full bench-inference bench-tasks bench-tasks-full bench-tasks-endpoint neutral simulate-gate docs lint format up down clean
+.PHONY: help setup demo test test-all bench-overhead bench-labels bench-train bench-distil bench-distil-full bench-inference bench-tasks bench-tasks-full bench-tasks-endpoint neutral simulate-gate rehearse-lab docs lint format up down clean
 help: ## what the targets do
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-14s %s\n", $$1, $$2}'
 
@@ -59,6 +59,9 @@ test: $(INSTALLED) | $(PREFECT_HOME) ## the fast tests
 
 test-all: $(INSTALLED) $(AZURITE) $(AXE) | $(PREFECT_HOME) ## all tests; needs Node.js, PostgreSQL, Chromium and COMMONSENSE_QA_DIR
 	@$(TESTS) --durations=$(DURATIONS) -m "not gpu and not azure_live"
+
+rehearse-lab: $(INSTALLED) $(AZURITE) | $(PREFECT_HOME) ## the preset lab, whole, against stand-ins of its services; needs Node.js and COMMONSENSE_QA_DIR
+	@OMP_NUM_THREADS=1 $(BIN)/pytest -s tests/e2e/test_rehearse_lab.py
 
 bench-overhead: $(INSTALLED) | $(PREFECT_HOME) ## what Prefect and the hand-offs cost beside the stages' work
 	@$(BIN)/python -m benchmarks.overhead

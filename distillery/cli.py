@@ -513,6 +513,10 @@ def compare_models(
         int, typer.Option(help="How many rows to show that one of them alone answers right.", min=0)
     ] = 5,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
+    picture: Annotated[
+        Path | None,
+        typer.Option(help="Draw the comparison into this .svg, .png or .pdf file.", metavar="FILE"),
+    ] = None,
     registry: RegistryOption = "local",
 ) -> None:
     """Compare the models A and B on the same rows: accuracy, size, speed and what each cost.
@@ -528,6 +532,10 @@ def compare_models(
     found = comparison.compare_models(
         comparison.find_subject(first, registry), comparison.find_subject(second, registry), rows
     )
+    if picture is not None:
+        from distillery.report.comparison import draw_comparison
+
+        draw_comparison(found, picture)
     print(found.model_dump_json(indent=1) if as_json else render_comparison(found, flips))
 
 

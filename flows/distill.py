@@ -48,7 +48,7 @@ from tasks.labels import canaries, check_shares, judged_by, labelled
 from tasks.onnx import exported
 from tasks.registry import download, judge, promote, register
 from tasks.results import results_in_store
-from tasks.stage import RESULT, Stage, begin, own_tags, produced_by, refreshing
+from tasks.stage import RESULT, Stage, begin, is_scheduled, own_tags, produced_by, refreshing
 from tasks.summary import publish, render, verdict
 from tasks.teacher_check import check_teacher, heed
 from tasks.terminal import PlannedStage, shown_in_terminal
@@ -249,8 +249,9 @@ def labelled_rows(
         served = local.model
     identity = teacher_identity(recipe.teacher, served)
     # Before anything is paid for: a teacher that has changed may end the run.
-    if recipe.teacher.canaries.rows:
-        canaries(train_rows, recipe.prompt, recipe.teacher, identity)
+    watched = recipe.teacher.with_canaries(is_scheduled())
+    if watched.canaries.rows:
+        canaries(train_rows, recipe.prompt, watched, identity)
     check = None
     if recipe.task.kind == "classify":
         check = compare_teacher(recipe, data, local, identity, again)

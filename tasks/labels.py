@@ -61,7 +61,7 @@ def label(
         if folder_of_model
         else nullcontext(resolve_endpoint(teacher))
     )
-    with working_folder("labels") as folder, LabelStore() as answers:
+    with working_folder("labels") as folder, LabelStore(max_age=teacher.max_age) as answers:
         tokens = token_counter(tokenizer) if tokenizer else None
         logger.info(
             "%s", quote(each_example(examples), prompt, teacher, identity, answers, tokens).line()
@@ -184,7 +184,8 @@ def labelled(
     elif recipe.teacher.kind == "file":
         labels = again("label", labels_from_files)(rows, recipe.prompt, recipe.teacher, identity)
     else:
-        labels = again("label", label)(rows, recipe.prompt, recipe.teacher, identity, model)
+        asked = again("label", label_of(recipe.teacher))
+        labels = asked(rows, recipe.prompt, recipe.teacher, identity, model)
     return labels
 
 
@@ -217,7 +218,17 @@ def judged_by(rows: Rows, recipe: Recipe, identity: str) -> TeacherLabels:
     if recipe.teacher.kind in ("gold", "file"):
         return gold_labels(rows, recipe.prompt)
     unfiltered = recipe.teacher.model_copy(update={"filters": AS_TOLD.filters})
-    return label(rows, recipe.prompt, unfiltered, identity)
+    judged: TeacherLabels = label_of(unfiltered)(rows, recipe.prompt, unfiltered, identity)
+    return judged
+
+
+def label_of(teacher: TeacherRecipe) -> Any:
+    """Return the stage `label`. With teacher.max_age its cache is set aside, since which answers
+    are too old depends on the day; answers that have not changed still give the same labels, so
+    that later stages are found in the cache."""
+    if teacher.max_age is None:
+        return label
+    return label.with_options(refresh_cache=True)
 
 
 @task(name="canaries", task_run_name="canaries", cache_policy=NO_CACHE, **RESULT)

@@ -12,7 +12,7 @@ from typing import Any, Literal, ParamSpec, TypeVar, get_type_hints
 from prefect import Task, tags, task
 from prefect import results as prefect_results
 from prefect.cache_policies import NO_CACHE, CacheKeyFnPolicy
-from prefect.context import TagsContext, TaskRunContext
+from prefect.context import FlowRunContext, TagsContext, TaskRunContext
 from prefect.results import ResultStore, get_result_store
 from prefect.runtime import flow_run
 from prefect.transactions import get_transaction
@@ -299,6 +299,12 @@ def is_whole(record: Any) -> bool:
 def produced_by() -> str:
     """Return the name of the run that does the work, for the record."""
     return str(flow_run.name or "a run without a name")
+
+
+def is_scheduled() -> bool:
+    """Return whether a schedule of its deployment has started the run."""
+    context = FlowRunContext.get()
+    return bool(context and context.flow_run and context.flow_run.auto_scheduled)
 
 
 def own_tags() -> AbstractContextManager[set[str]]:

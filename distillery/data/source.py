@@ -4,6 +4,7 @@ import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from glob import escape, glob, has_magic
 from importlib.resources import files
 from pathlib import Path
 
@@ -15,6 +16,9 @@ from distillery.records import digest_of
 from distillery.storage.digests import sha256_of
 
 _log = logging.getLogger(__name__)
+
+TABLES = (".jsonl", ".csv", ".parquet")
+"""The endings of files that a folder of rows is read for."""
 
 SAMPLE_SPLITS = ("gold", "pool", "validation", "test")
 
@@ -52,7 +56,9 @@ def source_identity(recipe: DatasetRecipe, other: OtherRecipe | None = None) -> 
         digests = []
         for split in sorted(by_split):
             digests += digests_of(by_split[split], "dataset.files")
-        counts = {split: len(paths) for split, paths in recipe.files.items()}
+        counts = {}
+        if recipe.source == "files":
+            counts = {split: len(paths) for split, paths in by_split.items()}
         identity = digest_of([counts, *digests])
     if recipe.corrections:
         corrections = digest_of(digests_of(recipe.corrections, "dataset.corrections"))
@@ -95,8 +101,42 @@ def commit_or_revision(name: str, revision: str | None) -> str:
 
 
 def source_files(recipe: DatasetRecipe) -> Mapping[str, tuple[str, ...]]:
-    """Return the paths by split; of the shipped sample, those in this package."""
+    """Return the paths by split, with the files that folders and patterns name today; of the
+    shipped sample, those in this package. Raises DataError if there are none."""
     if recipe.source == "files":
-        return recipe.files
+        by_split = {}
+        for split, paths in recipe.files.items():
+            found: list[str] = []
+            for path in paths:
+                found += matching_files(path, f"dataset.files.{split}")
+            # A file that two patterns name is read once.
+            by_split[split] = tuple(dict.fromkeys(found))
+        return by_split
     sample = files("distillery.data") / "sample"
     return {split: (str(sample / f"{split}.jsonl"),) for split in SAMPLE_SPLITS}
+
+
+def matching_files(path: str, setting: str) -> list[str]:
+    """Return the files that a path names, by name: for a folder, its .jsonl, .csv and .parquet
+    files; for a pattern with *, ? or [, what matches it, where ** stands for any folders; for any
+    other path, itself. Hidden files count only where a pattern names them.
+
+    Raises DataError, which names the setting, for a folder or pattern without a file.
+    """
+    expanded = Path(path).expanduser()
+    if expanded.is_dir():
+        names = [
+            name
+            for name in glob(f"{escape(str(expanded))}/*")
+            if Path(name).suffix.lower() in TABLES
+        ]
+        described = f"{path}: a folder without {', '.join(TABLES)} files"
+    elif has_magic(path) and not expanded.is_file():
+        names = glob(str(expanded), recursive=True)
+        described = f"{path}: no file matches"
+    else:
+        return [path]
+    found = sorted(name for name in names if Path(name).is_file())
+    if not found:
+        raise DataError(f"{described}; correct {setting}")
+    return found

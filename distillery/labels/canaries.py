@@ -1,4 +1,4 @@
-"""Canary rows: rows that every run asks again, to detect whether the teacher has changed."""
+"""Canary rows: rows that a run asks again, to detect whether the teacher has changed."""
 
 import asyncio
 import heapq
@@ -39,7 +39,7 @@ async def ask_canaries(
     Raises what `Teacher.ask` raises.
     """
     asked = []
-    for row in canary_rows(examples, recipe.canaries.rows):
+    for row in canary_rows(examples, recipe.canaries.rows or 0):
         asked.append(questions(row, prompt, recipe, endpoint.identity))
     before = store.get_many(question.key for row_questions in asked for question in row_questions)
     for question in chain.from_iterable(asked):

@@ -229,7 +229,7 @@ def quote_recipe(recipe: Recipe) -> dict[str, Quote]:
         splits, identity = ["train", "test"], teacher_identity(recipe.teacher, None)
     tokens = token_counter(teacher.tokenizer) if teacher.tokenizer else None
     quotes = {}
-    with working_folder("quote") as folder, LabelStore() as store:
+    with working_folder("quote") as folder, LabelStore(max_age=teacher.max_age) as store:
         prepare(recipe.dataset, folder, recipe.task)
         for split in splits:
             rows = each_example(folder / f"{split}.jsonl")

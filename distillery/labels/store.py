@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -124,13 +124,14 @@ class LabelStore:
 
     `url` is SQLAlchemy's, by default DISTILLERY_LABELS. `wait_s` is how long an outage of the
     database is waited out, by default DISTILLERY_STORE_WAIT; then StoreUnavailable is raised, and
-    StoreError at once for what waiting does not mend.
+    StoreError at once for what waiting does not mend. Answers older than `max_age` days, if it is
+    given, are taken for missing by `get_many` and `answered`, and replaced by those that are added.
 
     Any thread adds answers; one thread of the store's own writes them. Invariants:
     - Answers are committed in the order of `add`, without a call of `flush`: the writer pauses for
       GATHER_S, then commits what has arrived, up to MOST_PER_COMMIT at a time.
-    - An answer that is stored already never changes: the first one under a key stays. Only what
-      its text is read as may: `accept`.
+    - An answer that is stored already, and not too old, never changes: the first one under a key
+      stays. Only what its text is read as may: `accept`.
     - `flush` puts an event into the writer's queue and returns when the writer sets it, which is
       after the commit of all answers before it.
     - The first failure is final: nothing is written after it, and every later `add`, `flush`,
@@ -138,8 +139,13 @@ class LabelStore:
     - A None in the queue ends the writer. `close` sends it after the last answer.
     """
 
-    def __init__(self, url: str | None = None, wait_s: float | None = None) -> None:
+    def __init__(
+        self, url: str | None = None, wait_s: float | None = None, max_age: float | None = None
+    ) -> None:
         self._database = Database(url, wait_s)
+        self._since = None
+        if max_age is not None:
+            self._since = datetime.now(UTC) - timedelta(days=max_age)
         self._arrived: SimpleQueue[StoredAnswer | threading.Event | None] = SimpleQueue()
         self._failure: StoreError | None = None
         self._writer = threading.Thread(target=self._write, name="label-store", daemon=True)
@@ -163,7 +169,7 @@ class LabelStore:
         self.flush()
         found = {}
         for chunk in chunks(keys):
-            query = select(*ANSWER_COLUMNS).where(TABLE.c.request_key.in_(chunk))
+            query = select(*ANSWER_COLUMNS).where(self._is_stored(chunk))
             for row in self._rows(query):
                 found[row.request_key] = StoredAnswer(*row)
         return found
@@ -172,7 +178,7 @@ class LabelStore:
         """Return those of `keys` that an answer is stored under."""
         found: set[str] = set()
         for chunk in chunks(keys):
-            query = select(TABLE.c.request_key).where(TABLE.c.request_key.in_(chunk))
+            query = select(TABLE.c.request_key).where(self._is_stored(chunk))
             found.update(row.request_key for row in self._rows(query))
         return found
 
@@ -349,8 +355,24 @@ class LabelStore:
         """Write answers in one transaction. Only the writer calls it."""
         now = datetime.now(UTC)
         rows = [{**asdict(answer), "created_at": now} for answer in answers]
-        insert = self._database.insert(TABLE).on_conflict_do_nothing()
+        insert = self._database.insert(TABLE)
+        if self._since is None:
+            insert = insert.on_conflict_do_nothing()
+        else:
+            new = {column.name: insert.excluded[column.name] for column in TABLE.columns}
+            insert = insert.on_conflict_do_update(
+                index_elements=[TABLE.c.request_key],
+                set_=new,
+                where=TABLE.c.created_at < self._since,
+            )
         self._database.run(partial(execute, statement=insert, values=rows))
+
+    def _is_stored(self, keys: Sequence[str]) -> Any:
+        """Return the condition for answers under `keys` that are not too old."""
+        is_one = TABLE.c.request_key.in_(keys)
+        if self._since is None:
+            return is_one
+        return and_(is_one, TABLE.c.created_at >= self._since)
 
     def _rows(self, query: Any) -> Sequence[Any]:
         return self._database.run(lambda connection: connection.execute(query).all())

@@ -371,8 +371,8 @@ def open_storage(model: AzureModel) -> "tuple[ContainerClient, str]":
     from azure.identity import DefaultAzureCredential
     from azure.storage.blob import ContainerClient
 
-    # Both log every failure, over several lines, and raise it too.
-    for name in ("azure.identity", "azure.ai.ml"):
+    # They log every failure, partly over several lines, and raise it too.
+    for name in ("azure.identity", "azure.ai.ml", "azure.core.pipeline.transport"):
         noisy = logging.getLogger(name)
         noisy.propagate = False
         noisy.addHandler(logging.NullHandler())

@@ -1,5 +1,6 @@
 """The dataset slice: where rows come from, and which of them train, validate and test."""
 
+from glob import has_magic
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Self
 
@@ -86,7 +87,9 @@ class DatasetRecipe(Slice):
 
     files: dict[str, tuple[str, ...]] = Field({})
     """With source: files, the JSONL, CSV or Parquet files of each split, by the split's name.
-    Relative paths start at the folder that the run starts in."""
+    A folder stands for all such files in it, and a pattern such as rows/*.csv for those that match;
+    each run looks anew which these are. Relative paths start at the folder that the run starts
+    in."""
 
     corrections: tuple[str, ...] = ()
     """Files of rows whose answers replace those of the source, such as a doubtful.csv that you have
@@ -133,12 +136,16 @@ class DatasetRecipe(Slice):
 
     @property
     def title(self) -> str:
-        """A short name for people: sample, the last part of the hub id, or a train file's stem."""
+        """A short name for people: sample, the last part of the hub id, or the stem of a train
+        file, or of the folder that a pattern starts in."""
         if self.source == "hub":
             return self.name.rpartition("/")[2]
         if self.source == "files":
             train_files = self.files.get(self.splits["train"], ())
-            return Path(next(iter(train_files), "files")).stem
+            path = Path(next(iter(train_files), "files"))
+            while has_magic(path.name):
+                path = path.parent
+            return path.stem or "files"
         return self.source
 
     @property

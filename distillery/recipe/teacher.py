@@ -1,5 +1,6 @@
 """The teacher slice: who labels the rows, how it is asked, and which answers become labels."""
 
+import math
 from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
@@ -12,6 +13,9 @@ from distillery.recipe.training import TrainingRecipe
 
 SHORTEST_RATIONALE = 48
 """Tokens of an answer of two short sentences and the line with the letter."""
+
+SCHEDULED_CANARIES = 20
+"""Canary rows of a scheduled run whose recipe does not say how many."""
 
 
 class TeacherPreparation(Slice):
@@ -114,10 +118,11 @@ class FilterRecipe(Slice):
 
 
 class CanaryRecipe(Slice):
-    """Training rows that every run asks again, to detect whether the teacher has changed."""
+    """Training rows that a run asks again, to detect whether the teacher has changed."""
 
-    rows: int = Field(0, ge=0)
-    """Number of canary rows; 0 asks none. Needs teacher.kind: endpoint."""
+    rows: int | None = Field(None, ge=0)
+    """Number of canary rows; 0 asks none. Needs teacher.kind: endpoint. null: 20 in a run that a
+    schedule of its deployment starts, and none in other runs."""
 
     threshold: float = Field(0.1, ge=0, le=1)
     """Share of changed answers above which the change is reported."""
@@ -129,7 +134,9 @@ class CanaryRecipe(Slice):
 class TeacherRecipe(Slice):
     """Who labels the rows, and how."""
 
-    added_later: ClassVar[frozenset[str]] = frozenset({"terms", "largest_shift", "insist"})
+    added_later: ClassVar[frozenset[str]] = frozenset(
+        {"terms", "largest_shift", "insist", "max_age"}
+    )
 
     kind: Literal["endpoint", "local", "gold", "file"] = "endpoint"
     """endpoint: the chat-completions endpoint that TEACHER_MODEL_ENDPOINT, TEACHER_MODEL_NAME and
@@ -195,6 +202,10 @@ class TeacherRecipe(Slice):
     """The teacher's tokenizer, as a model folder or hub id, with which `distillery quote` counts
     tokens. null: tokens are estimated."""
 
+    max_age: float | None = Field(None, gt=0, le=36_500)
+    """Days after which a stored answer no longer counts: the next run asks again, and the new
+    answer replaces it. Needs kind: endpoint. null: answers count for ever."""
+
     canaries: CanaryRecipe = CanaryRecipe()
     """Rows that detect whether the teacher has changed."""
 
@@ -229,6 +240,18 @@ class TeacherRecipe(Slice):
             return self
         return self.model_copy(update={"max_tokens": 1})
 
+    def with_canaries(self, scheduled: bool) -> Self:
+        """Return these settings with the number of canary rows that a run asks. By default a
+        scheduled run asks an endpoint SCHEDULED_CANARIES, if budget.calls leaves calls for the
+        rows then."""
+        if self.canaries.rows is not None:
+            return self
+        rows = 0
+        calls = SCHEDULED_CANARIES * self.answers.votes * self.answers.orders
+        if scheduled and self.kind == "endpoint" and calls < (self.budget.calls or math.inf):
+            rows = SCHEDULED_CANARIES
+        return self.model_copy(update={"canaries": self.canaries.model_copy(update={"rows": rows})})
+
     @property
     def asks_log_probabilities(self) -> bool:
         """Whether soft labels come from log-probabilities: several votes give their own shares."""
@@ -243,6 +266,10 @@ class TeacherRecipe(Slice):
         if self.canaries.rows and self.kind != "endpoint":
             raise ValueError(
                 f"canaries: a teacher of kind {self.kind} cannot change; remove this setting"
+            )
+        if self.max_age is not None and self.kind != "endpoint":
+            raise ValueError(
+                f"max_age: a teacher of kind {self.kind} cannot change; remove this setting"
             )
         if self.soft_labels and self.kind == "gold":
             raise ValueError("soft_labels: gold answers have no probabilities; set it to false")
@@ -272,7 +299,7 @@ class TeacherRecipe(Slice):
             raise ValueError(
                 "budget.cost needs prices: {input: ..., output: ...} per million tokens"
             )
-        canary_calls = self.canaries.rows * self.answers.votes * self.answers.orders
+        canary_calls = (self.canaries.rows or 0) * self.answers.votes * self.answers.orders
         if self.budget.calls is not None and self.budget.calls <= canary_calls:
             raise ValueError(
                 f"budget.calls: the canaries take {canary_calls} of {self.budget.calls} calls, "

@@ -217,8 +217,8 @@ class AzureRegistry(Registry):
     def _credential(self) -> Any:
         from azure.identity import DefaultAzureCredential
 
-        # Both log every failure, over several lines, and raise it too.
-        for name in ("azure.identity", "azure.ai.ml"):
+        # They log every failure, partly over several lines, and raise it too.
+        for name in ("azure.identity", "azure.ai.ml", "azure.core.pipeline.transport"):
             noisy = logging.getLogger(name)
             noisy.propagate = False
             noisy.addHandler(logging.NullHandler())

@@ -63,8 +63,10 @@ CELLS: dict[str, Callable[[Side], str]] = {
     "teacher": lambda side: side.teacher,
     "labelled rows": lambda side: figure(side.labelled, "{:,.0f}"),
     "teacher calls": lambda side: figure(side.calls, "{:,.0f}"),
-    "tokens in": lambda side: figure(side.usage.prompt_tokens if side.usage else None, "{:,}"),
-    "tokens out": lambda side: figure(side.usage.completion_tokens if side.usage else None, "{:,}"),
+    "tokens in": lambda side: figure(side.usage.prompt_tokens if side.usage else None, "{:,.0f}"),
+    "tokens out": lambda side: figure(
+        side.usage.completion_tokens if side.usage else None, "{:,.0f}"
+    ),
     "paid": lambda side: "" if side.cost is None else f"{side.cost:.2f} {side.currency}".strip(),
     "training minutes": lambda side: figure(side.training_minutes, "{:,.1f}"),
 }

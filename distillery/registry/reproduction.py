@@ -77,7 +77,8 @@ class Remade(NamedTuple):
 
 def pinned_recipe(model: RegisteredModel, made: Mapping[str, Any]) -> Recipe:
     """Return the recipe of a manifest's provenance with its inputs as the run resolved them: the
-    revisions of data set and base models, and the teacher's identity. Canary rows are not asked.
+    revisions of data set and base models, and the teacher's identity. Canary rows are not
+    asked, and stored answers count whatever their age.
 
     Raises RegistryError if the manifest holds no recipe.
     """
@@ -97,6 +98,7 @@ def pinned_recipe(model: RegisteredModel, made: Mapping[str, Any]) -> Recipe:
         if recipe.teacher.kind == "endpoint":
             values["teacher"]["identity"] = made["teacher"]
         values["teacher"]["canaries"]["rows"] = 0
+        values["teacher"]["max_age"] = None
         values["teacher"]["budget"] = {}
         return Recipe.model_validate(values)
     except (ValidationError, KeyError, TypeError) as error:

@@ -2,8 +2,6 @@
 
 import csv
 import hashlib
-import http.server
-import io
 import json
 import os
 import random
@@ -11,15 +9,14 @@ import re
 import socket
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import pytest
+from hub_stand_in import HubStandIn
 
 from distillery.data.examples import read_examples
 from distillery.data.prepare import PreparedCounts, check_rows, prepare
@@ -808,83 +805,11 @@ def test_local_files_touch_no_network(tmp_path: Path, monkeypatch: pytest.Monkey
     )
 
 
-class _Hub(http.server.BaseHTTPRequestHandler):
-    """Serves one data set, tau/commonsense_qa, at the revision `v1`, in the hub's own protocol."""
-
-    protocol_version = "HTTP/1.1"
-    files: dict[str, bytes]
-    asked: list[str]
-    commit = "1" * 40
-
-    def do_GET(self) -> None:
-        path = unquote(urlsplit(self.path).path)
-        self.asked.append(path)
-        api = "/api/datasets/tau/commonsense_qa/"
-        if path in (f"{api}revision/v1", f"{api}revision/{self.commit}"):
-            self.reply(200, {"id": "tau/commonsense_qa", "sha": self.commit, "siblings": []})
-        elif path.startswith(f"{api}tree/{self.commit}"):
-            self.reply(200, self.tree(path.removeprefix(f"{api}tree/{self.commit}").strip("/")))
-        elif path.startswith("/datasets/tau/commonsense_qa/resolve/v2/"):
-            self.reply(404, None, {"X-Error-Code": "RevisionNotFound"})
-        elif path.startswith("/datasets/tau/commonsense_qa/resolve/"):
-            self.file(path.split("/", 6)[6])
-        else:
-            self.reply(404, None, {"X-Error-Code": "RepoNotFound"})
-
-    do_HEAD = do_GET
-
-    def tree(self, folder: str) -> list[dict[str, Any]]:
-        if not folder:
-            return [{"type": "directory", "path": "data", "oid": "2" * 40, "size": 0}]
-        return [
-            {
-                "type": "file",
-                "path": path,
-                "size": len(content),
-                "oid": hashlib.sha1(content).hexdigest(),
-            }
-            for path, content in self.files.items()
-        ]
-
-    def file(self, path: str) -> None:
-        if path not in self.files:
-            return self.reply(
-                404, None, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": self.commit}
-            )
-        tag = hashlib.sha1(self.files[path]).hexdigest()
-        return self.reply(200, self.files[path], {"ETag": f'"{tag}"', "X-Repo-Commit": self.commit})
-
-    def reply(self, status: int, body: Any, headers: dict[str, str] | None = None) -> None:
-        content = (
-            body if isinstance(body, bytes) else b"" if body is None else json.dumps(body).encode()
-        )
-        self.send_response(status)
-        for name, value in {"Content-Length": str(len(content)), **(headers or {})}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(content)
-
-    def log_message(self, *args: Any) -> None:
-        pass
-
-
 @pytest.fixture
-def hub() -> Iterator[tuple[str, list[str]]]:
-    """The URL of a hub on this machine and the paths asked of it."""
-    content = {}
-    for name, start in (("train", 0), ("validation", 100)):
-        file = io.BytesIO()
-        pq.write_table(pa.Table.from_pylist(many(20, start)), file)
-        content[f"data/{name}-00000-of-00001.parquet"] = file.getvalue()
-    handler = type("Hub", (_Hub,), {"files": content, "asked": []})
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}", handler.asked  # type: ignore[attr-defined]
-    server.shutdown()
-    server.server_close()
-    thread.join()
+def hub() -> Iterator[HubStandIn]:
+    """A hub on this machine."""
+    with HubStandIn({"train": many(20), "validation": many(20, 100)}) as stand_in:
+        yield stand_in
 
 
 SCRIPT = """
@@ -926,15 +851,14 @@ def from_hub(tmp_path: Path, url: str, *changes: dict[str, Any], **environment: 
     return done.stdout.splitlines()
 
 
-def test_a_hub_data_set_by_name_and_revision(tmp_path: Path, hub: tuple[str, list[str]]) -> None:
-    url, asked = hub
+def test_a_hub_data_set_by_name_and_revision(tmp_path: Path, hub: HubStandIn) -> None:
     splits = {"train": "train", "test": "test"}
     lines = from_hub(
-        tmp_path, url, {}, {"splits": splits}, {"revision": "v2"}, {"name": "tau/nothing"}
+        tmp_path, hub.url, {}, {"splits": splits}, {"revision": "v2"}, {"name": "tau/nothing"}
     )
     assert lines[0] == '{"train": 20, "validation": 20}'
-    assert f"/datasets/tau/commonsense_qa/resolve/{_Hub.commit}/README.md" in asked
-    assert "/datasets/tau/commonsense_qa/resolve/v1/README.md" not in asked
+    assert f"/datasets/tau/commonsense_qa/resolve/{hub.commit}/README.md" in hub.asked
+    assert "/datasets/tau/commonsense_qa/resolve/v1/README.md" not in hub.asked
     assert lines[1].startswith(
         "dataset.splits.test: the source has no split 'test', only train, validation; "
     )
@@ -948,7 +872,7 @@ def test_a_hub_data_set_by_name_and_revision(tmp_path: Path, hub: tuple[str, lis
         f"m{n}" for n in range(20)
     }
 
-    offline = from_hub(tmp_path, url, {}, {"revision": "v3"}, HF_HUB_OFFLINE="1")
+    offline = from_hub(tmp_path, hub.url, {}, {"revision": "v3"}, HF_HUB_OFFLINE="1")
     assert offline[0] == lines[0], "what was loaded once is there without a connection"
     assert offline[1].startswith(
         "dataset.name: tau/commonsense_qa at v3 could not be loaded from the hub ("
@@ -957,10 +881,9 @@ def test_a_hub_data_set_by_name_and_revision(tmp_path: Path, hub: tuple[str, lis
 
 
 def test_a_branch_stands_for_its_commit(
-    hub: tuple[str, list[str]], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    hub: HubStandIn, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    url, asked = hub
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", url)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
 
     def identity(revision: str | None) -> str:
         return source_identity(
@@ -968,11 +891,11 @@ def test_a_branch_stands_for_its_commit(
         )
 
     assert identity("v1") == f"tau/commonsense_qa@{'1' * 40}"
-    monkeypatch.setattr(_Hub, "commit", "3" * 40)
+    hub.commit = "3" * 40
     assert identity("v1") == f"tau/commonsense_qa@{'3' * 40}"
-    count = len(asked)
+    count = len(hub.asked)
     assert identity("2" * 40) == f"tau/commonsense_qa@{'2' * 40}"
-    assert len(asked) == count
+    assert len(hub.asked) == count
     assert not caplog.records
     with pytest.raises(DataError, match="the hub has no tau/commonsense_qa with revision v9"):
         identity("v9")

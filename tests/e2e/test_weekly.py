@@ -1,8 +1,11 @@
-"""A student that is made again on a schedule: what is promoted, what is refused, what a rollback
-holds, and two runs that promote at once. On a Prefect server with two workers."""
+"""A student that is made again on a schedule: what is asked again, what is promoted, what is
+refused, what a rollback holds, and two runs that promote at once. On a Prefect server with two
+workers."""
 
 import json
 import re
+import shutil
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -10,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from chat_endpoint import ChatEndpoint, said
 from prefect_api import wait_for
-from tiny_recipe import RULE, recipe
+from tiny_recipe import ROWS, RULE, endpoint_recipe, recipe
+from tiny_recipe import row as tiny_row
 from workshop import PROJECT, Run, Workshop
 
 from distillery.storage.digests import list_files
@@ -19,6 +24,7 @@ from distillery.storage.digests import list_files
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 NAME = "tiny-weekly"
+STAGES = {": prepare dataset", ": label", "student: train", ": export", ": evaluate"}
 RULES = [
     {"kind": "better", "than": "majority class"},
     {"kind": "not_worse", "margin": 0.2, "confidence": 0.8},
@@ -47,9 +53,12 @@ class Weekly:
             "registry": {"model_name": NAME},
         }
         self.deployment = workshop.deployment("distill/demo")["id"]
-        parameters = {"recipe": self.recipe, "training_deployment": "train-student/gpu"}
+
+    def make(self, recipe: dict[str, Any]) -> None:
+        """Let the schedule make this recipe from now on."""
+        parameters = {"recipe": recipe, "training_deployment": "train-student/gpu"}
         changed = {"parameters": parameters}
-        workshop.api.patch(f"/deployments/{self.deployment}", json=changed).raise_for_status()
+        self.workshop.api.patch(f"/deployments/{self.deployment}", json=changed).raise_for_status()
 
     def label(self, answer: Callable[[dict[str, Any]], str], rows: int) -> None:
         """Write the labels of the first `rows` rows anew."""
@@ -59,11 +68,11 @@ class Weekly:
         self.labels.write_text("".join(lines))
 
     def scheduled_run(self) -> Run:
-        """Switch a schedule of each minute on until one run has started; return it, ended."""
+        """Switch a schedule of each ten seconds on until one run has started; return it, ended."""
         known = {run["id"] for run in self.scheduled("RUNNING", "COMPLETED", "FAILED", "CRASHED")}
         schedules = f"/deployments/{self.deployment}/schedules"
-        by_cron = [{"schedule": {"cron": "* * * * *"}, "active": True}]
-        created = self.workshop.api.post(schedules, json=by_cron).raise_for_status().json()
+        often = [{"schedule": {"interval": 10}, "active": True}]
+        created = self.workshop.api.post(schedules, json=often).raise_for_status().json()
 
         def started() -> Run | None:
             for run in self.scheduled("RUNNING", "COMPLETED", "FAILED", "CRASHED"):
@@ -109,8 +118,17 @@ class Weekly:
 
 
 @pytest.fixture(scope="module")
+def teacher() -> Iterator[ChatEndpoint]:
+    with ChatEndpoint() as endpoint:
+        yield endpoint
+
+
+@pytest.fixture(scope="module")
 def weekly(
-    tmp_path_factory: pytest.TempPathFactory, files: dict[str, list[str]], tiny: Path
+    tmp_path_factory: pytest.TempPathFactory,
+    files: dict[str, list[str]],
+    tiny: Path,
+    teacher: ChatEndpoint,
 ) -> Iterator[Weekly]:
     folder = tmp_path_factory.mktemp("weekly")
     common = folder / "shared"
@@ -121,6 +139,14 @@ def weekly(
             "DISTILLERY_STORE": str(common / "store"),
             "DISTILLERY_LABELS": f"sqlite:///{common / 'labels.db'}",
             "DISTILLERY_REGISTRY": f"sqlite:///{common / 'registry.db'}",
+            "TEACHER_MODEL_ENDPOINT": teacher.url,
+            "TEACHER_MODEL_NAME": "m",
+            "TEACHER_MODEL_KEY": "k",
+        },
+        # Of a schedule's runs, 100 would be written at a time, which a server on SQLite waits for.
+        server={
+            "PREFECT_SERVER_SERVICES_SCHEDULER_MIN_RUNS": "1",
+            "PREFECT_SERVER_SERVICES_SCHEDULER_MAX_RUNS": "2",
         },
     )
     try:
@@ -135,6 +161,7 @@ def right(row: dict[str, Any]) -> str:
 
 
 def test_a_worse_student_is_refused_and_a_rollback_stands(weekly: Weekly, tmp_path: Path) -> None:
+    weekly.make(weekly.recipe)
     weekly.label(right, rows=57)
     assert f"registered as {NAME} version 1" in weekly.verdict(weekly.scheduled_run())
     weekly.models("download", NAME, str(tmp_path / "first"))
@@ -161,6 +188,56 @@ def test_a_worse_student_is_refused_and_a_rollback_stands(weekly: Weekly, tmp_pa
     last = weekly.models("history", NAME).splitlines()[-1]
     assert "version 1 rolled back in place of version 2, pinned" in last
     assert last.endswith(": complaints")
+
+
+def test_a_schedule_does_what_is_new_and_no_more(
+    weekly: Weekly, teacher: ChatEndpoint, files: dict[str, list[str]], tiny: Path, tmp_path: Path
+) -> None:
+    """New rows in a folder, a teacher that has changed, and answers that are too old."""
+    workshop, folder = weekly.workshop, tmp_path / "rows"
+    folder.mkdir()
+    shutil.copy(files["train"][0], folder / "first.jsonl")
+    values = endpoint_recipe({**files, "train": [str(folder)]}, tiny, "paid-weekly")
+    weekly.make(values)
+
+    def asked() -> tuple[Run, int]:
+        before = len(teacher.calls)
+        return weekly.scheduled_run(), len(teacher.calls) - before
+
+    def done(run: Run) -> set[str]:
+        """The stages that have done work."""
+        states = workshop.states(run)
+        assert states.keys() >= STAGES
+        return {name for name in STAGES if states[name] != "Cached"}
+
+    _, calls = asked()
+    assert calls == ROWS["train"] + ROWS["test"], "no answers from before to compare with"
+    run, calls = asked()
+    assert calls == 20, "the canaries"
+    assert "0 of 20 canary rows are answered otherwise" in workshop.log(run)
+    assert not done(run)
+
+    later = [json.dumps(tiny_row("later", number)) + "\n" for number in range(3)]
+    (folder / "later.jsonl").write_text("".join(later))
+    run, calls = asked()
+    assert calls == 19 + 3, "one of the new rows is a canary from now on"
+    assert done(run) == STAGES
+
+    values["teacher"]["max_age"] = 30
+    weekly.make(values)
+    database = sqlite3.connect(workshop.folder / "shared" / "labels.db")
+    with database:
+        database.execute(
+            "UPDATE teacher_answers SET created_at = '2020-01-01 00:00:00.000000' "
+            "WHERE teacher = 'paid-weekly' AND example_id IN ('train-0', 'later-1')"
+        )
+    database.close()
+    teacher.script = lambda call: said("B", top={"B": 1.0})
+    run, calls = asked()
+    assert calls == 20 + 2
+    assert "more than teacher.canaries.threshold (10%)" in workshop.log(run)
+    assert "teacher-drift" in workshop.artifacts(run)
+    assert done(run) == STAGES - {": prepare dataset"}
 
 
 def test_two_runs_at_once_leave_one_champion(weekly: Weekly) -> None:

@@ -21,7 +21,14 @@ from typing import Any
 import pytest
 from azure.core.exceptions import HttpResponseError, ServiceRequestError
 from azure_ml_stand_in import resolve_localhost
-from azure_registry_stand_in import Proxy, RegistryStandIn, upload
+from azure_registry_stand_in import (
+    LAYOUTS,
+    TRANSFORMERS,
+    Proxy,
+    RegistryStandIn,
+    in_layout,
+    upload,
+)
 from azurite_server import Certificate
 from tenacity import wait_none
 
@@ -48,32 +55,6 @@ from distillery.recipe import BaseModelRecipe
 TinyModel = Callable[[str], Path]
 MODEL = AzureModel("azureml", "Tiny", "3")
 URL = "azureml://registries/azureml/models/Tiny/versions/3"
-TRANSFORMERS = "flavors:\n  transformers: {task: text-generation}\n"
-HFTRANSFORMERS = (
-    "flavors:\n  hftransformersv2: {task_type: text-generation}\n  python_function: {}\n"
-)
-TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-LAYOUTS = ("components", "data", "plain")
-
-
-def in_layout(layout: str, files: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a model's files as a registry holds them: by their names there."""
-    top = "mlflow_model_folder"
-    if layout == "plain":
-        return {f"files/{name}": content for name, content in files.items()}
-    folders = ("model", "components/tokenizer")
-    described = TRANSFORMERS
-    if layout == "data":
-        folders, described = ("data/model", "data/tokenizer"), HFTRANSFORMERS
-    held: dict[str, Any] = {f"{top}/MLmodel": described.encode(), f"{top}/conda.yaml": b"name: x"}
-    for name, content in files.items():
-        folder = folders[1] if name in TOKENIZER else folders[0]
-        held[f"{top}/{folder}/{name}"] = content
-    held[f"{top}/{folders[0]}/pytorch_model.bin"] = b"may run code"
-    if layout == "data":
-        # As in the registry: a config of its own, beside that of the weights.
-        held[f"{top}/data/config/config.json"] = files["config.json"]
-    return held
 
 
 def text_of(files: Mapping[str, bytes]) -> Callable[[str], str]:
@@ -457,6 +438,7 @@ def test_a_connection_that_is_cut_is_taken_up_again(
     # What was there is not sent again: at most the range that was under way, and TLS.
     assert 6 << 20 < proxy.sent < 8 << 20
     assert "the storage of Tiny version 3 of the registry azureml does not answer" in caplog.text
+    assert [each.name for each in caplog.records if each.name.startswith("azure")] == []
 
 
 @pytest.mark.slow

@@ -162,6 +162,10 @@ def test_null_of_a_plain_field_is_that_fields_value() -> None:
             "teacher: canaries: a teacher of kind local cannot change",
         ),
         (
+            {"preset": "demo", "teacher": {"max_age": 30}},
+            "teacher: max_age: a teacher of kind local cannot change; remove this setting",
+        ),
+        (
             {"export": {"ladder": [{"algorithm": "rtn"}, {"algorithm": "rtn"}]}},
             "export: ladder: two rungs are int4 rtn/32",
         ),
@@ -639,6 +643,26 @@ def test_a_classifiers_endpoint_answers_in_json_unless_the_recipe_names_a_form()
     with pytest.raises(RecipeError, match="rationale needs max_tokens of a few hundred"):
         classifier(teacher={"answers": {"form": "rationale"}})
     assert classifier(teacher={"kind": "local"}).teacher.answers.form == "letter"
+
+
+@pytest.mark.parametrize(
+    ("teacher", "in_scheduled", "in_others"),
+    [
+        ({}, 20, 0),
+        ({"canaries": {"rows": 5}}, 5, 5),
+        ({"canaries": {"rows": 0}}, 0, 0),
+        ({"kind": "gold"}, 0, 0),
+        ({"budget": {"calls": 21}}, 20, 0),
+        ({"budget": {"calls": 20}}, 0, 0),
+        ({"budget": {"calls": 40}, "answers": {"orders": 2}}, 0, 0),
+    ],
+)
+def test_a_scheduled_run_has_canaries_by_default(
+    teacher: dict[str, Any], in_scheduled: int, in_others: int
+) -> None:
+    recipe = TeacherRecipe.model_validate(teacher)
+    assert recipe.with_canaries(scheduled=True).canaries.rows == in_scheduled
+    assert recipe.with_canaries(scheduled=False).canaries.rows == in_others
 
 
 def test_a_choice_of_layers_replaces_the_default_as_a_whole() -> None:

@@ -88,6 +88,7 @@ def test_registered_models_are_compared_by_their_own_answers(tmp_path: Path) -> 
     assert "r1" not in text
     assert "0 rows right in small version 1" in text
     assert [line.split()[-1] for line in text.splitlines() if "paid" in line] == ["EUR"]
+    assert [line.split()[-1] for line in text.splitlines() if "tokens in" in line] == ["2,400"]
 
     turned = compare_models(find_subject(second, "local"), find_subject(first, "local"))
     assert turned.difference == pytest.approx(-0.1)
@@ -216,3 +217,5 @@ def test_the_command_prints_a_table_or_json(
     cli.compare_models(one, two, as_json=True)
     sides = json.loads(capsys.readouterr().out)
     assert Side.model_validate(sides["second"]).title == "two version 1"
+    cli.compare_models(one, two, picture=tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")

@@ -128,11 +128,13 @@ def test_labels_that_are_gone_are_not_called_equal(
 def test_the_recipe_is_pinned(model: RegisteredModel, made: dict[str, Any], tmp_path: Path) -> None:
     made["recipe"]["dataset"] |= {"source": "hub", "name": "tau/commonsense_qa", "revision": None}
     made["recipe"]["teacher"] |= {"canaries": {"rows": 3, "threshold": 0.1, "stop": True}}
+    made["recipe"]["teacher"] |= {"max_age": 30}
     made |= {"source": "tau/commonsense_qa@abc", "teacher": "a-large-model"}
     recipe = pinned_recipe(model, made)
     assert recipe.dataset.revision == "abc"
     assert recipe.teacher.identity == "a-large-model"
     assert recipe.teacher.canaries.rows == 0
+    assert recipe.teacher.max_age is None
     assert recipe.student.base.revision == "c" * 40
     for broken in ({**made, "recipe": {"name": 3}}, {**made, "student": None}, {}):
         with pytest.raises(RegistryError, match="its manifest holds no whole recipe"):

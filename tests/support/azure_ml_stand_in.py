@@ -14,6 +14,7 @@ import json
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -89,11 +90,18 @@ class ArmError(Exception):
         self.status, self.code, self.message = status, code, message
 
 
+RETRY_AFTER_S = 1
+"""What an answer 429 tells the client to wait."""
+
+
 @dataclass
 class AzureMLStandIn:
     """One workspace. `versions[name][version]` holds a version's REST body; `status` overrides
     every answer. `reader`: the login has Azure's role Reader, which neither writes nor sees
     secrets.
+
+    `throttled`: how many requests to each address are answered 429 first, which `refused` counts.
+    `asked` counts the others: those of the workspace as "workspace".
 
     Without `secrets` the datastore hands out none, and the storage takes the login itself.
     """
@@ -104,6 +112,9 @@ class AzureMLStandIn:
     port: int = 0
     status: int | None = None
     reader: bool = False
+    throttled: int = 0
+    refused: Counter[str] = field(default_factory=Counter)
+    asked: Counter[str] = field(default_factory=Counter)
     versions: dict[str, dict[str, Any]] = field(default_factory=dict)
     access_token: str = field(default_factory=lambda: storage_token())
 
@@ -142,7 +153,15 @@ class AzureMLStandIn:
         app.post(datastores + "/{name}/listSecrets", dependencies=ready)(self.list_secrets)
         return app
 
+    def throttle(self, request: Request) -> None:
+        address = f"{request.method} {request.url.path}"
+        if self.refused[address] < self.throttled:
+            self.refused[address] += 1
+            raise ArmError(429, "TooManyRequests", "Slow down.")
+
     def authorised(self, request: Request) -> None:
+        self.throttle(request)
+        self.asked["workspace"] += 1
         if self.status is not None:
             raise ArmError(self.status, "StandIn", f"answered {self.status} as the test asked")
         if request.headers.get("authorization") != f"Bearer {self.access_token}":
@@ -318,5 +337,7 @@ def _system_data() -> dict[str, str]:
 def _arm_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, ArmError)
     return JSONResponse(
-        {"error": {"code": error.code, "message": error.message}}, status_code=error.status
+        {"error": {"code": error.code, "message": error.message}},
+        status_code=error.status,
+        headers={"Retry-After": str(RETRY_AFTER_S)} if error.status == 429 else None,
     )

@@ -10,19 +10,27 @@ import select
 import socket
 import threading
 import time
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from azure_ml_stand_in import ArmError, AzureMLStandIn
 from azurite_server import ACCOUNT, ACCOUNT_KEY, Certificate
 from fastapi import Depends, FastAPI, Request
 
+if TYPE_CHECKING:
+    from azure.storage.blob import ContainerClient
+
 REGISTRY = "azureml"
 CONTAINER = "registry-models"
+TRANSFORMERS = "flavors:\n  transformers: {task: text-generation}\n"
+HFTRANSFORMERS = (
+    "flavors:\n  hftransformersv2: {task_type: text-generation}\n  python_function: {}\n"
+)
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+LAYOUTS = ("components", "data", "plain")
 ROUTES = ("discovery", "datarefs", "models")
 MODEL_VERSION = (
     "/mferp/managementfrontend/subscriptions/{sub}/resourceGroups/{rg}/providers"
@@ -35,14 +43,11 @@ class RegistryStandIn(AzureMLStandIn):
     """A registry. `models[name, version]` is the folder of a model's files in its storage, which
     the client reaches through `proxy_port`.
 
-    `key_seconds`: how long a key to the storage is good. `throttled`: how many requests are
-    answered 429 first. `asked` counts the others by route."""
+    `key_seconds`: how long a key to the storage is good. `asked` counts by route."""
 
     proxy_port: int = 0
     key_seconds: float = 3600
     models: dict[tuple[str, str], str] = field(default_factory=dict)
-    throttled: int = 0
-    asked: Counter[str] = field(default_factory=Counter)
 
     def environment(self, certificate: Certificate) -> dict[str, str]:
         return super().environment(certificate) | {"REGISTRY_DISCOVERY_ENDPOINT_URL": self.url}
@@ -58,9 +63,7 @@ class RegistryStandIn(AzureMLStandIn):
         return app
 
     def admitted(self, request: Request) -> None:
-        if self.throttled:
-            self.throttled -= 1
-            raise ArmError(429, "TooManyRequests", "Slow down.")
+        self.throttle(request)
         self.asked.update(route for route in ROUTES if f"/{route}" in request.url.path)
         if self.status is not None:
             raise ArmError(self.status, "StandIn", f"answered {self.status} as the test asked")
@@ -119,18 +122,44 @@ def read_key(seconds: float) -> str:
     return token
 
 
-def upload(blob_port: int, folder: str, files: Mapping[str, bytes | Path]) -> None:
-    """Write a model's files into the registry's storage."""
+def create_container(blob_port: int, name: str) -> "ContainerClient":
+    """Return a container of the storage, created if it is not there."""
     from azure.storage.blob import ContainerClient
 
     url = f"https://{ACCOUNT}.blob.localhost:{blob_port}"
     key = {"account_name": ACCOUNT, "account_key": ACCOUNT_KEY}
-    with ContainerClient(url, CONTAINER, credential=key) as container:
-        if not container.exists():
-            container.create_container()
+    container = ContainerClient(url, name, credential=key)
+    if not container.exists():
+        container.create_container()
+    return container
+
+
+def upload(blob_port: int, folder: str, files: Mapping[str, bytes | Path]) -> None:
+    """Write a model's files into the registry's storage."""
+    with create_container(blob_port, CONTAINER) as container:
         for name, content in files.items():
             data = content.read_bytes() if isinstance(content, Path) else content
             container.upload_blob(f"{folder}/{name}", data, overwrite=True)
+
+
+def in_layout(layout: str, files: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a model's files as a registry holds them: by their names there."""
+    top = "mlflow_model_folder"
+    if layout == "plain":
+        return {f"files/{name}": content for name, content in files.items()}
+    folders = ("model", "components/tokenizer")
+    described = TRANSFORMERS
+    if layout == "data":
+        folders, described = ("data/model", "data/tokenizer"), HFTRANSFORMERS
+    held: dict[str, Any] = {f"{top}/MLmodel": described.encode(), f"{top}/conda.yaml": b"name: x"}
+    for name, content in files.items():
+        folder = folders[1] if name in TOKENIZER else folders[0]
+        held[f"{top}/{folder}/{name}"] = content
+    held[f"{top}/{folders[0]}/pytorch_model.bin"] = b"may run code"
+    if layout == "data":
+        # As in the registry: a config of its own, beside that of the weights.
+        held[f"{top}/data/config/config.json"] = files["config.json"]
+    return held
 
 
 class Proxy:

@@ -54,6 +54,12 @@ class Azurite:
         """What leads a store with an abfs:// URL here."""
         return {"AZURE_STORAGE_CONNECTION_STRING": self.connection_string}
 
+    def requests(self, *parts: str) -> int:
+        """Return how many requests were answered so far whose line in the log has all `parts`, such
+        as "GET /CONTAINER/BLOB"."""
+        lines = self._log.read_text().splitlines()
+        return sum('HTTP/1.1" ' in line and all(part in line for part in parts) for line in lines)
+
     def start(self) -> None:
         """Starts it on the same port and the same data; returns once it answers."""
         node = shutil.which("node")
@@ -71,7 +77,7 @@ class Azurite:
             "--location",
             str(self.folder),
         ]
-        options += ["--silent", "--skipApiVersionCheck", "--disableTelemetry"]
+        options += ["--skipApiVersionCheck", "--disableTelemetry"]
         if self.certificate:
             options += [
                 "--cert",

@@ -1,5 +1,6 @@
 """Random models of two layers that pass the whole chain in seconds."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +29,17 @@ TEXT = (
 )
 
 
-def build_tiny_model(arch: str, folder: Path, tied: bool = True) -> Path:
+def build_tiny_model(arch: str, folder: Path, tied: bool = True, **config: float) -> Path:
     """Writes a model of 2 layers with a tokenizer of 512 tokens into `folder`; arch is of
-    ARCHITECTURES. `tied`: whether head and embeddings share their weights."""
-    _tiny_tokenizer(arch).save_pretrained(folder)
-    _tiny_weights(arch, tied).save_pretrained(folder)
+    ARCHITECTURES. `tied`: whether head and embeddings share their weights. `config`: what of the
+    model's configuration is not tiny."""
+    tiny_tokenizer(arch).save_pretrained(folder)
+    tiny_weights(arch, tied, **config).save_pretrained(folder)
     return folder
 
 
-def _tiny_tokenizer(arch: str) -> Any:
+def tiny_tokenizer(arch: str, texts: Sequence[str] = TEXT, tokens: int = 512) -> Any:
+    """Return a tokenizer of `tokens` tokens, those of `texts`."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -46,9 +49,9 @@ def _tiny_tokenizer(arch: str) -> Any:
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=512, special_tokens=list(special), initial_alphabet=alphabet
+        vocab_size=tokens, special_tokens=list(special), initial_alphabet=alphabet
     )
-    tokenizer.train_from_iterator(TEXT, trainer)
+    tokenizer.train_from_iterator(texts, trainer)
     end = special[-1]
     fast = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer, eos_token=end, pad_token="<|endoftext|>"
@@ -61,7 +64,8 @@ def _special_tokens(arch: str) -> tuple[str, ...]:
     return PHI_TOKENS if arch.startswith("phi") else CHATML_TOKENS
 
 
-def _tiny_weights(arch: str, tied: bool = True) -> Any:
+def tiny_weights(arch: str, tied: bool = True, **config: float) -> Any:
+    """Return a random model of 2 layers. `config`: values of its configuration other than these."""
     import torch
     from transformers import (
         LlamaConfig,
@@ -87,6 +91,7 @@ def _tiny_weights(arch: str, tied: bool = True) -> Any:
         "eos_token_id": len(_special_tokens(arch)) - 1,
         "initializer_range": 0.2,
         "tie_word_embeddings": tied,
+        **config,
     }
     torch.manual_seed(0)
     if arch == "llama":

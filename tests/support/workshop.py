@@ -32,8 +32,8 @@ Run = dict[str, Any]
 
 
 class Workshop(PrefectApi):
-    """`shared` is the environment of all processes, `server` the server's alone; `password`
-    protects the API."""
+    """`shared` is what the set-up puts on the server, which gives it to the runs, `server` the
+    server's own environment; `password` protects the API."""
 
     def __init__(
         self,
@@ -60,6 +60,7 @@ class Workshop(PrefectApi):
             "WORKSHOP": str(folder),
             **(shared or {}),
         }
+        self.shared = dict(shared or {})
         self.server_environment = dict(server or {})
         if password:
             self.environment["PREFECT_API_AUTH_STRING"] = f"admin:{password}"
@@ -95,7 +96,7 @@ class Workshop(PrefectApi):
             COUNT_FILE=str(self.folder / "counted"),
             DISTILLERY_HOME=str(self.folder / pool / "home"),
             PREFECT_WORKER_QUERY_SECONDS="1",
-            PYTHONPATH=str(COUNTING),
+            PYTHONPATH=f"{COUNTING}:{PROJECT}",
             **environment,
         )
 
@@ -112,13 +113,15 @@ class Workshop(PrefectApi):
         self.api.close()
 
     def _start(self, name: str, *arguments: str, **environment: str) -> None:
-        """Starts `prefect ARGUMENTS` in a folder of its own; its log is run/NAME.log."""
+        """Starts `prefect ARGUMENTS` in a folder of its own, without what is shared: that comes
+        from the server. Its log is run/NAME.log."""
         place = self.folder / name
         place.mkdir(exist_ok=True)
+        own = {key: value for key, value in self.environment.items() if key not in self.shared}
         with self.log_of(name).open("ab") as log:
             self.running[name] = subprocess.Popen(
                 [sys.executable, "-m", "prefect", *arguments],
-                env=self.environment | {"PREFECT_HOME": str(place / "prefect")} | environment,
+                env=own | {"PREFECT_HOME": str(place / "prefect")} | environment,
                 cwd=place,
                 stdout=log,
                 stderr=log,
