@@ -45,8 +45,9 @@ ROWS = [
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model of some 180 M parameters."""
     folder = tmp_path_factory.mktemp("base")
-    sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 12}
-    return build_tiny_model("llama", folder, **sizes)
+    return build_tiny_model(
+        "llama", folder, hidden_size=1024, intermediate_size=4096, num_hidden_layers=12
+    )
 
 
 def peak_of(work: Callable[[], object]) -> int:
