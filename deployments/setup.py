@@ -63,6 +63,7 @@ SECRETS = (
 EACH_WORKERS_OWN = (
     "DISTILLERY_CACHE_GB",
     "DISTILLERY_CHECKPOINT_SECONDS",
+    "DISTILLERY_NEEDS_GPU",
     "DISTILLERY_REMOTE_CODE",
     "DISTILLERY_SIGNING_KEY",
     "DISTILLERY_STORE_WAIT",
@@ -134,6 +135,9 @@ def base_job_template(
     It has no variable that a run may change."""
     pools = yaml.safe_load((PROJECT / "deployments" / "pools.yaml").read_text())
     configuration = pools[workers][pool]
+    if pool == "gpu-pool" and workers != "process":
+        # These templates ask for a GPU. A worker of processes says for itself whether it has one.
+        environment = environment | {"DISTILLERY_NEEDS_GPU": "true"}
     # Prefect takes references to variables and blocks only in a variable's default.
     env = {"type": "object", "default": environment, "const": environment}
     return {

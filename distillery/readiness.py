@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from distillery.data.other import other_rows
 from distillery.data.prepare import check_rows
@@ -42,6 +42,7 @@ from distillery.storage.working import working_folder
 from distillery.teacher.asking import ProbeResult, probe
 from distillery.teacher.endpoint import LOGIN_S, Endpoint, resolve_endpoint
 from distillery.teacher.identity import teacher_identity
+from distillery.training.footprint import Shape, bytes_a_token, fixed_bytes
 
 STORE_WAIT_S = 5.0
 """Seconds to wait for a store or a database that does not answer: shorter than a run waits."""
@@ -69,7 +70,8 @@ GGUF_FACTOR = 6
 """Bytes in float32 for each byte of a GGUF file with 4 to 5 bits a weight."""
 
 LARGE = 4 * GB
-"""Bytes of float32 weights (a billion parameters) above which training on a CPU takes days."""
+"""Bytes of float32 weights (a billion parameters) above which training on a CPU takes hours to
+days."""
 
 
 _log = logging.getLogger(__name__)
@@ -480,20 +482,83 @@ def check_training(recipe: Recipe) -> Iterator[Finding]:
     if device.name == "cuda":
         free = torch.cuda.mem_get_info()[0]
         text = f"on {torch.cuda.get_device_name()} in {device.precision}"
-        text = f"{text}, {free / GB:.1f} GB of its memory free"
-        if weights is not None and free < training_bytes(recipe, weights):
-            yield warn("training", f"{text}, which may be too little")
-        else:
-            yield ok("training", text)
+        yield check_gpu_memory(recipe, device.precision, free, text)
     elif weights is None or weights > LARGE:
         yield warn(
             "training",
-            f"no GPU: on the CPU in {device.precision}, which takes days if the base model has "
-            "billions of parameters; use a machine with CUDA, or send training there by "
+            f"no GPU: on the CPU in {device.precision}, which takes hours to days if the base "
+            "model has billions of parameters; use a machine with CUDA, or send training there by "
             "training_deployment",
         )
     else:
         yield ok("training", f"on the CPU in {device.precision}")
+
+
+def check_gpu_memory(recipe: Recipe, precision: str, free: int, text: str) -> Finding:
+    """Compare the memory that is free on a GPU, in bytes, with the estimate of what the run's
+    trainings take at most. `text`: which GPU it is."""
+    text = f"{text}, {free / GB:.1f} GB of its memory free"
+    needs = gpu_needs(recipe, precision)
+    if not needs:
+        return ok("training", text)
+    need = max(needs, key=lambda one: one.most)
+    text = (
+        f"{text}; the run takes an estimated {need.fixed / GB:.1f} GB, and "
+        f"{1000 * need.token / GB:.1f} GB for every 1,000 tokens of a batch: {need.most / GB:.1f} "
+        "GB at most"
+    )
+    if free >= need.most:
+        return ok("training", text)
+    if free < need.fixed:
+        return warn("training", f"{text}; that is too little even for short rows: use a larger GPU")
+    advice = "set training.gradient_checkpointing: true or a smaller training.batch_size"
+    return warn("training", f"{text}; that is too little if rows are long: {advice}")
+
+
+class GpuNeed(NamedTuple):
+    """Estimated memory of a training on a GPU, in bytes: whatever the batch, for each of its
+    tokens, and with as many as a batch of the recipe can have."""
+
+    fixed: float
+    token: float
+    most: float
+
+
+def gpu_needs(recipe: Recipe, precision: str) -> list[GpuNeed]:
+    """Return what each training of each base model takes; nothing for a base model whose shape is
+    not known here."""
+    trainings = list(recipe.student.trainings)
+    if recipe.teacher.kind == "local":
+        trainings.append(recipe.teacher.preparation.training)
+    needs = []
+    for base in base_models(recipe):
+        shape = shape_of(base)
+        if shape is None:
+            continue
+        for training in trainings:
+            # CUDA itself, an adapter and the logits of a batch take less than 1 GB.
+            fixed = GB + fixed_bytes(shape, training.method, precision)
+            checkpointing = training.gradient_checkpointing
+            token = bytes_a_token(shape, training.method, precision, checkpointing)
+            most = fixed + token * training.batch_size * recipe.prompt.max_tokens
+            needs.append(GpuNeed(fixed, token, most))
+    return needs
+
+
+def shape_of(base: BaseModelRecipe) -> Shape | None:
+    """Return the shape that a base model's config.json tells; None where it is not here, or says it
+    in other words."""
+    try:
+        local = local_config(base)
+        if local is None or local.is_file():
+            return None
+        size = float32_bytes(local)
+        config = json.loads((local / "config.json").read_text(encoding="utf-8"))
+        sizes = [config[key] for key in ("num_hidden_layers", "hidden_size", "intermediate_size")]
+    except (DistilleryError, OSError, ValueError, KeyError):
+        # The check of this base model reports what is wrong with it.
+        return None
+    return None if size is None else Shape(size // 4, *sizes)
 
 
 def check_artifact_store(_recipe: Recipe) -> Iterator[Finding]:

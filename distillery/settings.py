@@ -105,6 +105,11 @@ class LocalSettings(EnvironmentSettings):
         description="Seconds that a run waits for a work pool that is paused or has no worker, "
         "before it fails",
     )
+    needs_gpu: bool = Field(
+        False,
+        description="Whether a training ends at once on this machine if there is no CUDA, unless "
+        "its recipe says training.allow_cpu",
+    )
     signing_key: SecretStr = Field(
         SecretStr(""),
         description="An Ed25519 private key, as PEM or the path of a PEM file, that signs the "

@@ -22,6 +22,7 @@ from pydantic import BaseModel
 import tasks.results  # noqa: F401 - Prefect finds the block that holds the records by its class
 from distillery.errors import INFRASTRUCTURE_ERRORS, DistilleryError, StageError
 from distillery.models.base import base_identity
+from distillery.models.device import release_gpu
 from distillery.recipe import BaseModelRecipe, RegistryRecipe, Slice
 from distillery.records import RegisteredModel, StageRecord, digest_of
 from distillery.storage.artifacts import ArtifactStore
@@ -92,8 +93,11 @@ def stage(
                 # It is of this run alone: what is called here next has no part in it.
                 _no_key.set(None)
                 raise error
-            with progress_of(name):
-                return function(*args, **kwargs)
+            try:
+                with progress_of(name):
+                    return function(*args, **kwargs)
+            finally:
+                release_gpu()
 
         returns = get_type_hints(function)["return"]
         key = _cache_key(name, version, returns, reusable, frozenset(added_later))
@@ -267,10 +271,15 @@ def content_of(value: Any) -> Any:
 
 def fields_in_keys(value: BaseModel) -> list[str]:
     """Return the fields of a recipe or record that go into a cache key: all but those that a later
-    version of the recipe added and that are at their default."""
-    added_later = value.added_later if isinstance(value, Slice) else frozenset[str]()
+    version of the recipe added and that are at their default, and those that the recipe keeps out
+    of keys."""
+    added_later = outside = frozenset[str]()
+    if isinstance(value, Slice):
+        added_later, outside = value.added_later, value.outside_keys
     names = []
     for name, field in type(value).model_fields.items():
+        if name in outside:
+            continue
         if name not in added_later or getattr(value, name) != field.default:
             names.append(name)
     return names

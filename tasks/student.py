@@ -12,6 +12,7 @@ from prefect import get_run_logger
 
 from distillery.errors import DistilleryError
 from distillery.models.base import base_folder, license_of, remote_code_allowed
+from distillery.models.device import check_gpu
 from distillery.models.inspect import model_and_adapter
 from distillery.models.load import load_tokenizer
 from distillery.recipe import BaseModelRecipe, HealingRecipe, Layers, PromptRecipe, TrainingRecipe
@@ -45,6 +46,7 @@ def train(
 
     The steps of `healing` come before; validation is on gold answers."""
     started = time.perf_counter()
+    check_gpu(training.allow_cpu)
     store = ArtifactStore()
     remote_code = remote_code_allowed(base)
     model, adapter = base_folder(base, show_bytes), None

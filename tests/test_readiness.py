@@ -23,12 +23,14 @@ from distillery.models import azure_registry
 from distillery.models.azure_registry import AzureModel, parse_azureml
 from distillery.models.base import local_copy
 from distillery.readiness import (
+    GB,
     LIMIT_S,
     PROBE_S,
     Finding,
     check,
     check_base_models,
     check_endpoint,
+    check_gpu_memory,
     check_settings,
     training_bytes,
 )
@@ -601,10 +603,45 @@ def test_a_gpu_is_named(tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (8 * 10**9, 10 * 10**9))
     asked = local(tiny_model("llama"))
     assert str(findings(asked)["training"]) == (
-        "ok   training: on GPU of the test in bfloat16, 8.0 GB of its memory free"
+        "ok   training: on GPU of the test in bfloat16, 8.0 GB of its memory free; the run takes "
+        "an estimated 1.0 GB, and 0.0 GB for every 1,000 tokens of a batch: 1.0 GB at most"
     )
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (10**9, 10 * 10**9))
     assert findings(asked)["training"].level == "warn"
+
+
+PHI_4_MINI = {
+    "model_type": "phi3",
+    "vocab_size": 200064,
+    "hidden_size": 3072,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 24,
+    "num_key_value_heads": 8,
+    "tie_word_embeddings": True,
+}
+
+
+def test_the_gpu_that_phi_4_mini_takes_is_estimated_from_its_config(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(PHI_4_MINI))
+
+    def training(free_gb: float, **settings: Any) -> Finding:
+        student = {"base": {"model": str(tmp_path)}, "training": settings}
+        recipe = Recipe.model_validate({"student": student})
+        return check_gpu_memory(recipe, "bfloat16", int(free_gb * GB), "on A")
+
+    assert str(training(80)) == (
+        "ok   training: on A, 80.0 GB of its memory free; the run takes an estimated 8.7 GB, and "
+        "4.6 GB for every 1,000 tokens of a batch: 27.3 GB at most"
+    )
+    tight = training(24)
+    assert tight.level == "warn"
+    assert "too little if rows are long: set training.gradient_checkpointing: true" in tight.text
+    assert training(24, gradient_checkpointing=True).level == "ok"
+    assert training(24, batch_size=4).level == "ok"
+    whole = training(24, method="full", gradient_checkpointing=True)
+    assert "too little even for short rows: use a larger GPU" in whole.text
+    assert training(85, method="full", gradient_checkpointing=True).level == "ok"
 
 
 def test_azure_without_its_names(tiny_model: TinyModel) -> None:

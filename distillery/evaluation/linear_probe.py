@@ -41,9 +41,10 @@ class TextStates:
     @cached_property
     def loaded(self) -> tuple[Any, Any]:
         """The lower half of the model, on its device, and its tokenizer."""
-        model, tokenizer = load_model(self.base, None, self.remote_code)
+        device = choose_device()
+        model, tokenizer = load_model(self.base, None, self.remote_code, device.frozen_precision)
         keep_layers(model, range(max(1, len(model.get_decoder().layers) // 2)))
-        return model.to(choose_device().name).eval(), tokenizer
+        return model.to(device.name).eval(), tokenizer
 
     def unload(self) -> None:
         """Free the model's memory. What was computed stays."""

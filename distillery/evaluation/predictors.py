@@ -89,7 +89,9 @@ def load_transformers(job: ScoringJob) -> Predictor:
     adapter = None
     if job.model.adapter:
         adapter = Path(job.model.adapter)
-    model, tokenizer = load_model(Path(job.model.folder), adapter, job.model.remote_code)
+    model, tokenizer = load_model(
+        Path(job.model.folder), adapter, job.model.remote_code, device.frozen_precision
+    )
     model.to(device.name)
     padding = pad_id(tokenizer)
     if device.precision == "bfloat16":

@@ -1,9 +1,14 @@
 """The device that a model computes on, and the precision that it multiplies in."""
 
+import gc
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+
+from distillery.errors import TrainingUnavailable
+from distillery.settings import LocalSettings
 
 
 @dataclass(frozen=True)
@@ -20,6 +25,12 @@ class Device:
 
         return torch.autocast(self.name, torch.bfloat16, enabled=self.precision == "bfloat16")
 
+    @property
+    def frozen_precision(self) -> str:
+        """The precision to load weights in that are not trained: on a GPU that of the products, so
+        that neither its memory nor the machine's holds a float32 copy; on a CPU float32."""
+        return self.precision if self.name == "cuda" else "float32"
+
 
 def choose_device(precision: str = "auto") -> Device:
     """Return CUDA where there is a GPU, else the CPU; with `precision` "auto", bfloat16 where the
@@ -35,6 +46,32 @@ def choose_device(precision: str = "auto") -> Device:
     if precision == "auto":
         precision = "bfloat16" if fast else "float32"
     return Device(name, precision)
+
+
+def check_gpu(allow_cpu: bool) -> None:
+    """Raise TrainingUnavailable where this machine is said to need a GPU (DISTILLERY_NEEDS_GPU) and
+    PyTorch has no CUDA here, unless `allow_cpu`."""
+    import torch
+
+    if allow_cpu or torch.cuda.is_available() or not LocalSettings().needs_gpu:
+        return
+    reason = "its PyTorch is built without CUDA: install one that has it"
+    if torch.version.cuda:
+        reason = "PyTorch finds no GPU: see what nvidia-smi says"
+    raise TrainingUnavailable(
+        f"this worker should train on a GPU (DISTILLERY_NEEDS_GPU), and {reason}; or set "
+        "training.allow_cpu: true in the recipe"
+    )
+
+
+def release_gpu() -> None:
+    """Give back the GPU's memory of models that are no longer used, which PyTorch keeps for itself:
+    the next stage may be in another process. Does nothing where this process uses no GPU."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        # Models and their hooks refer to each other.
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def cast_linear_layers(model: Any, *, frozen_only: bool = False) -> list[tuple[Any, Any]]:

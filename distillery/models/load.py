@@ -10,15 +10,19 @@ if TYPE_CHECKING:
 
 
 def load_model(
-    folder: Path, adapter: Path | None = None, remote_code: bool = False
+    folder: Path,
+    adapter: Path | None = None,
+    remote_code: bool = False,
+    precision: str = "float32",
 ) -> tuple[Any, Any]:
-    """Return (model, tokenizer) of a folder of safetensors, in float32, an adapter merged in."""
+    """Return (model, tokenizer) of a folder of safetensors, an adapter merged in, all weights in
+    `precision`. Each weight is cast as it is read, so that no copy in another precision is kept."""
     import torch
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(
         folder,
-        dtype="float32",
+        dtype=precision,
         # On a CPU, PyTorch's fused attention is slower than plain products for prompts of some
         # hundred tokens.
         attn_implementation="sdpa" if torch.cuda.is_available() else "eager",

@@ -24,6 +24,9 @@ class Slice(BaseModel):
     """Fields that a later version added. At their default they are left out of cache keys, so that
     what was cached before they existed is found again."""
 
+    outside_keys: ClassVar[frozenset[str]] = frozenset()
+    """Fields that say where a stage may run and not what it makes. They are in no cache key."""
+
     model_config = ConfigDict(
         frozen=True,
         extra="forbid",

@@ -38,8 +38,16 @@ class TrainingRecipe(Slice):
     """
 
     added_later: ClassVar[frozenset[str]] = frozenset(
-        {"first_layer", "minimum_steps", "class_weights", "second_opinion"}
+        {
+            "first_layer",
+            "minimum_steps",
+            "class_weights",
+            "second_opinion",
+            "gradient_checkpointing",
+        }
     )
+
+    outside_keys: ClassVar[frozenset[str]] = frozenset({"allow_cpu"})
 
     method: Literal["lora", "dora", "full"] = "lora"
     """lora, dora: train an adapter (dora: Liu et al., DoRA: Weight-Decomposed Low-Rank Adaptation,
@@ -132,6 +140,15 @@ class TrainingRecipe(Slice):
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Number format of the computation. auto: bfloat16 if the hardware multiplies in it, else
     float32. Weights are kept in float32 either way, save those below an adapter."""
+
+    gradient_checkpointing: bool = False
+    """Keep only what enters each decoder layer of a forward pass, and compute the rest of the layer
+    again in the backward pass (Chen et al., Training Deep Nets with Sublinear Memory Cost, 2016).
+    It takes less memory and more time, and the numbers are the same up to rounding."""
+
+    allow_cpu: bool = False
+    """Train on the CPU where a worker of the GPU pool has no CUDA, instead of ending the run. Only
+    workers with DISTILLERY_NEEDS_GPU end it."""
 
     seed: int = Field(0, ge=0, lt=2**32)
     """Seed of the order of rows, of dropout and of the adapter's first weights."""

@@ -175,6 +175,9 @@ def prefill_shared(
     import torch
     from transformers import DynamicCache
 
+    if model.training and model.is_activation_checkpointing:
+        # Layers that are computed again in the backward pass neither fill a cache nor read one.
+        return 0, None
     shared = common_prefix(ids, kept)
     if most is not None:
         shared = min(shared, most)

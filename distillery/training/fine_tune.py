@@ -62,11 +62,12 @@ def fine_tune(
     write_rows(validation, inputs["validation"])
     if any(training.hidden_weight for _, training in steps):
         inputs["hidden"] = out / "hidden.safetensors"
-        teacher, tokenizer = load_model(base, adapter, remote_code)
-        states = hidden_states(
-            teacher, rows, pad_id=pad_id(tokenizer), device=choose_device(recipe.precision)
-        )
+        device = choose_device(recipe.precision)
+        teacher, tokenizer = load_model(base, adapter, remote_code, device.frozen_precision)
+        states = hidden_states(teacher, rows, pad_id=pad_id(tokenizer), device=device)
         write_hidden_states(states, inputs["hidden"])
+        # Beside the model in training it would take as much memory again.
+        del teacher
     passes = workflow_passes(steps, inputs, out, merge_first=adapter is not None)
     input_model = {
         "model_path": str(base),

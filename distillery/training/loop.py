@@ -99,7 +99,8 @@ def train(
     checkpoint_every_s: float = 300,
     keep_end: bool = False,
 ) -> tuple[Any, TrainingResult]:
-    """Train `model` (a causal language model in float32) on `rows`; return it and the figures.
+    """Train `model` on `rows`; return it and the figures. It is a causal language model in float32;
+    the base of an adapter may be in the precision of the computation instead.
 
     Rows of classes put a ClassHead on the model, which is still there afterwards. `hidden`: the
     teacher's hidden states for these rows, [rows, hidden], which recipe.hidden_weight
@@ -300,7 +301,9 @@ def set_up(
     )
     factor = warmup_cosine(steps, recipe.warmup)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
-    settings = [recipe.model_dump(mode="json"), device.name, device.precision, pad_id, end_id]
+    # What changes no numbers is no reason to start afresh.
+    counted = recipe.model_dump(mode="json", exclude={"allow_cpu", "gradient_checkpointing"})
+    settings = [counted, device.name, device.precision, pad_id, end_id]
     fingerprint = fingerprint_of(rows, validation, settings, weights)
     teacher_states: dict[tuple[int, ...], torch.Tensor] = {}
     if hidden is not None:
@@ -333,7 +336,8 @@ def trainable_model(model: Any, recipe: TrainingRecipe, device: Device) -> Any:
     """Return `model` on its device, in training mode, with the weights frozen that the recipe does
     not train, or with a new adapter.
 
-    Raises TrainingError where the model has no layer recipe.first_layer."""
+    Raises TrainingError where the model has no layer recipe.first_layer, or its code no gradient
+    checkpointing."""
     import torch
 
     layers = model.get_decoder().layers
@@ -344,14 +348,27 @@ def trainable_model(model: Any, recipe: TrainingRecipe, device: Device) -> Any:
             f"{len(layers) - 1}; choose one of these"
         )
     if recipe.adapts:
-        # The frozen base is cast once, not at every step; peft keeps the adapter in float32.
-        model = model.to(getattr(torch, device.precision))
+        # The frozen base is cast once, not at every step; peft keeps the adapter in float32. A base
+        # that was loaded so is left alone: its rotary frequencies are in float32.
+        precision = getattr(torch, device.precision)
+        if model.dtype != precision:
+            model = model.to(precision)
         model = add_lora(model, recipe.lora, recipe.method == "dora", first)
     else:
         if recipe.freeze_embeddings or first:
             model.get_input_embeddings().requires_grad_(False)
         for layer in layers[:first]:
             layer.requires_grad_(False)
+    if recipe.gradient_checkpointing:
+        try:
+            model.activation_checkpointing_enable()
+        except ValueError as error:
+            raise TrainingError(
+                "training.gradient_checkpointing: this model's code has none; remove the setting"
+            ) from error
+        # Only reentrant checkpoints need inputs with a gradient, which would flow through the
+        # frozen layers, too.
+        model.disable_input_require_grads()
     model.to(device.name).train()
     contiguous_head(model)
     return model

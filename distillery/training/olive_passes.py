@@ -18,6 +18,7 @@ from olive.passes import Pass
 from olive.passes.pass_config import BasePassConfig, PassConfigParam
 from olive.passes.pytorch.common import inherit_hf_from_hf
 
+from distillery.models.device import choose_device
 from distillery.models.load import end_of_turn_id, load_model, pad_id
 from distillery.recipe import LayerChoice, TrainingRecipe
 from distillery.settings import LocalSettings
@@ -122,8 +123,11 @@ class Distillation(Pass):
     def _run_for_config(
         self, model: HfModelHandler, config: type[BasePassConfig], output_model_path: str
     ) -> HfModelHandler:
-        network, tokenizer = load_handled(model)
         recipe = TrainingRecipe.model_validate(config.recipe)
+        precision = "float32"
+        if recipe.adapts and not model.adapter_path:
+            precision = choose_device(recipe.precision).frozen_precision
+        network, tokenizer = load_handled(model, precision)
         checkpoints = _checkpoints.get()
         if checkpoints and config.step:
             checkpoints = checkpoints.of(config.step)
@@ -166,9 +170,10 @@ def progress_of(healing: int | None) -> Progress | None:
     return with_healing
 
 
-def load_handled(model: HfModelHandler) -> tuple[Any, Any]:
-    """Return (model, tokenizer) of a model that Olive handles, its adapter merged in."""
+def load_handled(model: HfModelHandler, precision: str = "float32") -> tuple[Any, Any]:
+    """Return (model, tokenizer) of a model that Olive handles, its adapter merged in, all weights
+    in `precision`."""
     adapter = Path(model.adapter_path) if model.adapter_path else None
     load_kwargs: Any = model.get_load_kwargs()
     remote_code = bool(load_kwargs.get("trust_remote_code"))
-    return load_model(Path(model.model_path), adapter, remote_code)
+    return load_model(Path(model.model_path), adapter, remote_code, precision)

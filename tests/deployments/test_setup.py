@@ -34,6 +34,8 @@ from prefect.workers.process import ProcessJobConfiguration
 from prefect_api import PrefectApi, wait_for
 
 from deployments import local, setup
+from distillery.readiness import training_bytes
+from distillery.recipe import load_recipe
 
 # A server on SQLite may answer nothing for a minute on a busy machine; each wait has a limit of its
 # own, with a message.
@@ -609,6 +611,28 @@ def test_compose_takes_every_setting_from_a_documented_variable() -> None:
         *setup.SECRETS,
     }
     assert set(setup.EACH_WORKERS_OWN) <= set(COMPOSE["services"]["cpu-worker"]["environment"])
+
+
+@pytest.mark.parametrize("workers", WORKERS)
+def test_a_pool_for_gpus_ends_trainings_without_one(workers: str) -> None:
+    """Where the template asks for a GPU itself. A worker of processes says whether it has one."""
+    environment: dict[str, str | None] = {"DISTILLERY_NEEDS_GPU": "the worker's"}
+    found = {pool: configured(workers, pool, environment).env for pool in POOLS}
+    of_gpus = "the worker's" if workers == "process" else "true"
+    assert found["cpu-pool"]["DISTILLERY_NEEDS_GPU"] == "the worker's"
+    assert found["gpu-pool"]["DISTILLERY_NEEDS_GPU"] == of_gpus
+    services = COMPOSE["services"]
+    assert services["gpu-worker"]["environment"] == services["cpu-worker"]["environment"] | {
+        "DISTILLERY_NEEDS_GPU": "true"
+    }
+
+
+def test_a_pod_gets_the_memory_that_the_preset_lab_takes() -> None:
+    phi_4_mini = 3_836_021_760
+    need = training_bytes(load_recipe("lab"), 4 * phi_4_mini)
+    for pool in POOLS:
+        requests = pod(pool)["containers"][0]["resources"]["requests"]
+        assert int(requests["memory"].removesuffix("Gi")) * 2**30 >= need, pool
 
 
 def test_links_of_a_run_in_compose_lead_to_the_port_that_is_open() -> None:

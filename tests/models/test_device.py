@@ -1,8 +1,14 @@
-"""Weights that are cast once: which layers, to what, and that they come back."""
+"""Weights that are cast once: which layers, to what, and that they come back. And a worker that
+should have a GPU."""
 
+import weakref
+from typing import Any
+
+import pytest
 import torch
 
-from distillery.models.device import Device, linear_layers_cast
+from distillery.errors import TrainingUnavailable
+from distillery.models.device import Device, check_gpu, linear_layers_cast, release_gpu
 
 
 class Model(torch.nn.Module):
@@ -39,3 +45,38 @@ def test_all_layers_are_cast_where_nothing_is_trained_and_none_in_float32() -> N
     assert model.trained.weight is trained
     with linear_layers_cast(model, Device("cpu", "float32")):
         assert model.frozen.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("built_for", "reason"),
+    [(None, "is built without CUDA: install one that has it"), ("13.0", "finds no GPU: see what")],
+)
+def test_a_worker_that_should_have_a_gpu_and_has_none(
+    monkeypatch: pytest.MonkeyPatch, built_for: str | None, reason: str
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.version.cuda", built_for)
+    check_gpu(allow_cpu=False)
+    monkeypatch.setenv("DISTILLERY_NEEDS_GPU", "true")
+    with pytest.raises(TrainingUnavailable, match=reason) as caught:
+        check_gpu(allow_cpu=False)
+    assert str(caught.value).endswith("or set training.allow_cpu: true in the recipe")
+    assert "\n" not in str(caught.value)
+    check_gpu(allow_cpu=True)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    check_gpu(allow_cpu=False)
+
+
+def test_memory_of_models_that_are_gone_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    model: Any = Model()
+    # A reference to itself, as hooks make them.
+    model.itself = [model]
+    gone = weakref.ref(model)
+    del model
+    alive_at: list[bool] = []
+    monkeypatch.setattr("torch.cuda.empty_cache", lambda: alive_at.append(gone() is not None))
+    release_gpu()
+    assert alive_at == [], "this process has no GPU"
+    monkeypatch.setattr("torch.cuda.is_initialized", lambda: True)
+    release_gpu()
+    assert alive_at == [False]

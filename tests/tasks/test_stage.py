@@ -103,8 +103,15 @@ def test_a_setting_that_was_added_later_changes_no_key_at_its_default() -> None:
     assert "first_layer" not in before
     assert before == content_of(TrainingRecipe(first_layer=0))
     assert content_of(TrainingRecipe(first_layer=3)) == before | {"first_layer": 3}
-    later = {"first_layer", "minimum_steps", "class_weights", "second_opinion"}
-    assert before.keys() | later == TrainingRecipe.model_fields.keys()
+    later = {
+        "first_layer",
+        "minimum_steps",
+        "class_weights",
+        "second_opinion",
+        "gradient_checkpointing",
+    }
+    assert before.keys() | later | {"allow_cpu"} == TrainingRecipe.model_fields.keys()
+    assert content_of(TrainingRecipe(allow_cpu=True)) == before, "where it runs changes nothing"
     assert "all_logits" not in content_of(ExportForm())
     assert content_of(ExportForm(all_logits=True))["all_logits"]
     assert "other" not in content_of(TaskRecipe())
