@@ -13,11 +13,12 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any, NamedTuple
 
-from yaml import YAMLError
+import yaml
 
 from distillery.errors import ModelUnavailable, RecipeError, TrainingError, TrainingUnavailable
 from distillery.models import azure_registry
@@ -257,20 +258,40 @@ def check_config(folder: Path, base: BaseModelRecipe) -> None:
 def license_of(base: BaseModelRecipe, folder: Path) -> str | None:
     """Return the licence that a base model names: a GGUF file as general.license, a `folder` in
     the front matter of its README.md. None if it names none."""
-    source = local_source(base.model)
-    if source is not None and source.is_file():
-        from gguf import GGUFReader
-
-        field = GGUFReader(source).get_field("general.license")
-        return str(field.contents()) if field else None
     from huggingface_hub import metadata_load
 
     try:
         card = metadata_load(folder / "README.md") or {}
-    except (OSError, ValueError, YAMLError):
-        return None
+    except (OSError, ValueError, yaml.YAMLError):
+        card = {}
+    source = local_source(base.model)
+    if not card and source is not None and source.is_file():
+        # Converted by a version that did not keep the licence.
+        return license_in_gguf(source)
     named = card.get("license_name") or card.get("license")
     return str(named) if named else None
+
+
+@contextmanager
+def gguf_parsed_once() -> Iterator[None]:
+    """Let a GGUF file be parsed once within: Transformers does it anew for configuration, weights
+    and tokenizer, which takes seconds each time."""
+    import gguf
+
+    reader = gguf.GGUFReader
+    gguf.GGUFReader = cache(reader)  # type: ignore[misc, assignment]
+    try:
+        yield
+    finally:
+        gguf.GGUFReader = reader  # type: ignore[misc]
+
+
+def license_in_gguf(file: Path) -> str | None:
+    """Return the licence that a GGUF file names. Reading the file takes seconds."""
+    from gguf import GGUFReader
+
+    field = GGUFReader(str(file)).get_field("general.license")
+    return str(field.contents()) if field else None
 
 
 def remote_code_allowed(base: BaseModelRecipe) -> bool:
@@ -333,7 +354,7 @@ def convert_gguf(file: Path) -> Path:
     final = converted_folder(file)
     if (final / "config.json").exists():
         return final
-    with complete_folder(final) as folder:
+    with complete_folder(final) as folder, gguf_parsed_once():
         try:
             # float32: the conversion is exact, and training casts as it needs.
             model = AutoModelForCausalLM.from_pretrained(
@@ -350,6 +371,10 @@ def convert_gguf(file: Path) -> Path:
             ) from error
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+        named = license_in_gguf(file)
+        # Where it names none, that is kept too.
+        card = yaml.safe_dump({"license": named, "base_model": file.name})
+        (folder / "README.md").write_text(f"---\n{card}---\n", encoding="utf-8")
     return final
 
 

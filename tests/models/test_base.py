@@ -9,7 +9,14 @@ import pytest
 from gguf import GGUFWriter
 
 from distillery.errors import RecipeError, TrainingError
-from distillery.models.base import base_folder, base_identity, license_of, local_copy
+from distillery.models.base import (
+    base_folder,
+    base_identity,
+    gguf_parsed_once,
+    license_in_gguf,
+    license_of,
+    local_copy,
+)
 from distillery.models.inspect import model_and_adapter
 from distillery.recipe import BaseModelRecipe
 
@@ -128,4 +135,13 @@ def test_the_licence_in_a_gguf_file(tmp_path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    assert license_of(BaseModelRecipe(model=str(file)), tmp_path) == "apache-2.0"
+    base = BaseModelRecipe(model=str(file))
+    assert license_of(base, tmp_path) == "apache-2.0", "of a conversion that kept none"
+    with gguf_parsed_once():
+        assert license_in_gguf(file) == "apache-2.0"
+        file.write_bytes(b"changed")
+        assert license_in_gguf(file) == "apache-2.0"
+    (tmp_path / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
+    assert license_of(base, tmp_path) == "apache-2.0"
+    (tmp_path / "README.md").write_text("---\nlicense: null\n---\n")
+    assert license_of(base, tmp_path) is None, "kept that it names none"
