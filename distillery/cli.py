@@ -559,14 +559,17 @@ def compare_models(
     from distillery.registry import comparison
     from distillery.registry.comparison_table import render_comparison
 
+    if picture is not None:
+        from distillery.report.comparison import check_picture, draw_comparison
+
+        # Before rows are asked, which may take minutes.
+        check_picture(picture)
     found = comparison.compare_models(
         comparison.find_subject(first, registry), comparison.find_subject(second, registry), rows
     )
-    if picture is not None:
-        from distillery.report.comparison import draw_comparison
-
-        draw_comparison(found, picture)
     print(found.model_dump_json(indent=1) if as_json else render_comparison(found, flips))
+    if picture is not None:
+        draw_comparison(found, picture)
 
 
 @models.command("sign")

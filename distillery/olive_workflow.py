@@ -117,26 +117,28 @@ def config_of_passes(own_passes: Mapping[str, str]) -> dict[str, Any]:
 @contextmanager
 def frugal_k_quant() -> Iterator[None]:
     """Let Olive's KQuant search the scales of a matrix in slices, which takes memory for a slice
-    instead of six times the matrix, and those of equal matrices once: it unties embeddings and
-    head, and would search both. What it finds stays the same, since rows are searched by
+    instead of six times the matrix, and those of a head that equals the embeddings once: it unties
+    them, and would search both. What it finds stays the same, since rows are searched by
     themselves."""
     import torch
     from olive.passes.pytorch import kquant
 
     search = kquant.kquant_find_qparams
-    searched: list[tuple[torch.Tensor, dict[str, Any], Any]] = []
+    # The first one, and what was found for it: Olive begins with the embeddings. The others are not
+    # held, so that their memory is given back.
+    first: list[tuple[torch.Tensor, dict[str, Any], Any]] = []
 
     def search_slices(weight: torch.Tensor, **settings: Any) -> Any:
-        for matrix, theirs, found in searched:
+        for matrix, theirs, found in first:
             if theirs == settings and torch.equal(matrix, weight):
                 return found
         rows = max(1, SLICE // weight.shape[1])
         parts: Sequence[torch.Tensor] = weight.split(rows)  # type: ignore[no-untyped-call]
         slices = [search(part, **settings) for part in parts]
         found = tuple(torch.cat(each) for each in zip(*slices, strict=True))
-        if weight.device.type == "cpu":
+        if not first and weight.device.type == "cpu":
             # On a GPU this is a copy, which would stay there.
-            searched.append((weight, settings, found))
+            first.append((weight, settings, found))
         return found
 
     kquant.kquant_find_qparams = search_slices  # type: ignore[assignment]

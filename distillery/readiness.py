@@ -499,7 +499,13 @@ def check_gpu_memory(recipe: Recipe, precision: str, free: int, text: str) -> Fi
     trainings take at most. `text`: which GPU it is."""
     text = f"{text}, {free / GB:.1f} GB of its memory free"
     needs = gpu_needs(recipe, precision)
-    if not needs:
+    if needs is None:
+        weights = largest_base_bytes(recipe)
+        if weights is None:
+            unknown = "what a run takes is known once the base model is on this machine"
+            return warn("training", f"{text}; {unknown}")
+        if free < training_bytes(recipe, weights):
+            return warn("training", f"{text}, which may be too little")
         return ok("training", text)
     need = max(needs, key=lambda one: one.most)
     text = (
@@ -524,24 +530,23 @@ class GpuNeed(NamedTuple):
     most: float
 
 
-def gpu_needs(recipe: Recipe, precision: str) -> list[GpuNeed]:
-    """Return what each training of each base model takes; nothing for a base model whose shape is
-    not known here."""
-    trainings = list(recipe.student.trainings)
+def gpu_needs(recipe: Recipe, precision: str) -> list[GpuNeed] | None:
+    """Return what each training takes; None where the shape of a base model is not known here."""
+    trainings = [(recipe.student_base, training) for training in recipe.student.trainings]
     if recipe.teacher.kind == "local":
-        trainings.append(recipe.teacher.preparation.training)
+        preparation = recipe.teacher.preparation
+        trainings.append((preparation.base, preparation.training))
     needs = []
-    for base in base_models(recipe):
+    for base, training in trainings:
         shape = shape_of(base)
         if shape is None:
-            continue
-        for training in trainings:
-            # CUDA itself, an adapter and the logits of a batch take less than 1 GB.
-            fixed = GB + fixed_bytes(shape, training.method, precision)
-            checkpointing = training.gradient_checkpointing
-            token = bytes_a_token(shape, training.method, precision, checkpointing)
-            most = fixed + token * training.batch_size * recipe.prompt.max_tokens
-            needs.append(GpuNeed(fixed, token, most))
+            return None
+        # CUDA itself, an adapter and the logits of a batch take less than 1 GB.
+        fixed = GB + fixed_bytes(shape, training.method, precision)
+        checkpointing = training.gradient_checkpointing
+        token = bytes_a_token(shape, training.method, precision, checkpointing)
+        most = fixed + token * training.batch_size * recipe.prompt.max_tokens
+        needs.append(GpuNeed(fixed, token, most))
     return needs
 
 

@@ -16,13 +16,14 @@ def load_model(
     precision: str = "float32",
 ) -> tuple[Any, Any]:
     """Return (model, tokenizer) of a folder of safetensors, an adapter merged in, all weights in
-    `precision`. Each weight is cast as it is read, so that no copy in another precision is kept."""
+    `precision`. Each weight is cast as it is read, so that no copy in another precision is kept;
+    with an adapter, after it is merged in float32, as the export merges it."""
     import torch
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(
         folder,
-        dtype=precision,
+        dtype=precision if adapter is None else "float32",
         # On a CPU, PyTorch's fused attention is slower than plain products for prompts of some
         # hundred tokens.
         attn_implementation="sdpa" if torch.cuda.is_available() else "eager",
@@ -35,6 +36,9 @@ def load_model(
         model = peft.PeftModel.from_pretrained(model, adapter).merge_and_unload()
         # peft has frozen the base; once merged, the model is trained like any other.
         model = model.requires_grad_(True)
+        # The parameters alone: rotary frequencies stay in float32.
+        for weight in model.parameters():
+            weight.data = weight.data.to(getattr(torch, precision))
     return model, load_tokenizer(folder, remote_code)
 
 

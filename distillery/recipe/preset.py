@@ -53,11 +53,15 @@ def classify_values(values: dict[str, Any]) -> dict[str, Any]:
             both["student"]["training"].pop(name, None)
     if names_rows(values, "gold") or (isinstance(task, dict) and task.get("other")):
         both["student"]["gold"] = True
-    # Rows that prove a threshold do not choose the form of the student that it is for.
+    # Rows that prove a threshold choose neither epoch nor form of the student that it is for.
     if names_rows(values, "validation") and not names(values, "task", "abstain"):
+        validated = parts["validated"]
+        both["student"]["training"] |= validated["training"]
+        if kind == "local":
+            both["teacher"]["preparation"]["training"] |= validated["training"]
         export = values.get("export")
         if not (isinstance(export, dict) and export.keys() & {*ExportForm.model_fields, "ladder"}):
-            both["export"] = parts["validated"]
+            both["export"] = validated["export"]
     return both
 
 

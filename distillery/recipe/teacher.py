@@ -1,6 +1,5 @@
 """The teacher slice: who labels the rows, how it is asked, and which answers become labels."""
 
-import math
 from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
@@ -122,7 +121,7 @@ class CanaryRecipe(Slice):
 
     rows: int | None = Field(None, ge=0)
     """Number of canary rows; 0 asks none. Needs teacher.kind: endpoint. null: 20 in a run that a
-    schedule of its deployment starts, and none in other runs."""
+    schedule of its deployment starts, if no budget is set, and none in other runs."""
 
     threshold: float = Field(0.1, ge=0, le=1)
     """Share of changed answers above which the change is reported."""
@@ -242,13 +241,12 @@ class TeacherRecipe(Slice):
 
     def with_canaries(self, scheduled: bool) -> Self:
         """Return these settings with the number of canary rows that a run asks. By default a
-        scheduled run asks an endpoint SCHEDULED_CANARIES, if budget.calls leaves calls for the
-        rows then."""
+        scheduled run asks an endpoint SCHEDULED_CANARIES, unless a budget is set, which was made
+        without them."""
         if self.canaries.rows is not None:
             return self
         rows = 0
-        calls = SCHEDULED_CANARIES * self.answers.votes * self.answers.orders
-        if scheduled and self.kind == "endpoint" and calls < (self.budget.calls or math.inf):
+        if scheduled and self.kind == "endpoint" and self.budget == BudgetRecipe():
             rows = SCHEDULED_CANARIES
         return self.model_copy(update={"canaries": self.canaries.model_copy(update={"rows": rows})})
 

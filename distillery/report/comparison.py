@@ -24,6 +24,14 @@ BARS = {
 """The bars by the name of their line in the table: their titles, and the fields of `Side`."""
 
 
+def check_picture(path: Path) -> None:
+    """Raise DataError for a path that ends in none of FORMATS, or whose folder is not there."""
+    if path.suffix.lower() not in FORMATS:
+        raise DataError(f"--picture {path}: name a file that ends in {', '.join(FORMATS)}")
+    if not path.parent.is_dir():
+        raise DataError(f"--picture {path}: its folder is not there; make it, or name another")
+
+
 def draw_comparison(found: ModelComparison, path: Path) -> None:
     """Write a picture of a comparison: the accuracies with their 95 % intervals, the difference
     with its paired interval, and bars for what is known of either model.
@@ -33,8 +41,7 @@ def draw_comparison(found: ModelComparison, path: Path) -> None:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    if path.suffix.lower() not in FORMATS:
-        raise DataError(f"--picture {path}: name a file that ends in {', '.join(FORMATS)}")
+    check_picture(path)
     sides = (found.first, found.second)
     bars = []
     for line, (title, field) in BARS.items():

@@ -23,6 +23,15 @@ SCRIPT = Path(__file__).with_name("foundry_registration.py")
 NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9._-]*(:[1-9][0-9]*)?")
 """The names that Foundry Local takes, with or without a version."""
 
+SECRET = re.compile("KEY|TOKEN|SECRET|PASSWORD|CONNECTION")
+"""What the name of a secret in the environment has in it."""
+
+ADDRESSES = frozenset({"DISTILLERY_LABELS", "DISTILLERY_REGISTRY", "DISTILLERY_TRACKING"})
+"""Addresses that may hold a password."""
+
+LONGEST_S = 600.0
+"""How long Foundry Local may take to load a model."""
+
 APP = re.compile(r"[a-zA-Z0-9._-]+")
 """What Foundry Local takes as the app_name of a program."""
 
@@ -56,9 +65,20 @@ def register_in_foundry(folder: Path, app: str, name: str | None = None) -> str:
     model_id = name if ":" in name else f"{name}:1"
     write_inference_model(folder, model_id)
     command = [str(python), str(SCRIPT), str(folder), model_id, app]
-    done = subprocess.run(  # noqa: S603 - our own script
-        command, capture_output=True, text=True, errors="replace"
-    )
+    try:
+        done = subprocess.run(  # noqa: S603 - our own script
+            command,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            env=environment_without_secrets(),
+            timeout=LONGEST_S,
+        )
+    except subprocess.TimeoutExpired:
+        raise ModelError(
+            f"{folder}: Foundry Local did not load it within {LONGEST_S:.0f} s; end programs that "
+            "take memory, and try again"
+        ) from None
     if done.returncode:
         lines = done.stderr.strip().splitlines() or ["no reason given"]
         raise ModelError(
@@ -66,6 +86,16 @@ def register_in_foundry(folder: Path, app: str, name: str | None = None) -> str:
             "`distillery ask` on the folder answer?"
         )
     return model_id
+
+
+def environment_without_secrets() -> dict[str, str]:
+    """Return this process's environment without keys, tokens and connection strings: Foundry Local
+    needs none of them."""
+    kept = {}
+    for name, value in os.environ.items():
+        if not SECRET.search(name) and name not in ADDRESSES:
+            kept[name] = value
+    return kept
 
 
 def foundry_python() -> Path:

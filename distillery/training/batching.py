@@ -61,10 +61,21 @@ def by_length(
             yield order[start : start + size]
 
 
-def rows_a_batch(rows: Sequence[TrainingRow]) -> int:
-    """Return how many rows a batch may have that is not trained on."""
-    longest = max((len(row.prompt) for row in rows), default=1)
-    return max(1, min(MOST_ROWS, MOST_TOKENS // longest))
+def by_tokens(rows: Sequence[TrainingRow], turn: int | None = None) -> Iterator[list[int]]:
+    """Give the rows' indices in batches of similar prompt length that are not trained on: of at
+    most MOST_ROWS rows and, with padding, MOST_TOKENS tokens. No batch has rows on both sides of
+    `turn` tokens."""
+    for side in split_at_turn(rows, turn, letter_tokens=0):
+        batch: list[int] = []
+        # The longest row of a batch is its last one.
+        for index in sorted(side, key=lambda index: len(rows[index].prompt)):
+            tokens = (len(batch) + 1) * len(rows[index].prompt)
+            if batch and (len(batch) == MOST_ROWS or tokens > MOST_TOKENS):
+                yield batch
+                batch = []
+            batch.append(index)
+        if batch:
+            yield batch
 
 
 def split_at_turn(
@@ -137,11 +148,12 @@ def read_shares(rows: Sequence[TrainingRow], length: int, device: "torch.device"
 def prompt_logits(
     model: Any, rows: Sequence[TrainingRow], pad_id: int, batch_size: int | None
 ) -> Iterator[tuple[list[int], "torch.Tensor"]]:
-    """Give the prompts in batches of similar length, of `batch_size` rows or as many as
-    `rows_a_batch` says: the rows' indices, and the logits at their last tokens, or of the mean
+    """Give the prompts in batches of similar length, of `batch_size` rows or, for None, as
+    `by_tokens` makes them: the rows' indices, and the logits at their last tokens, or of the mean
     state that a class is read from, [batch, vocabulary]."""
     contiguous_head(model)
-    for picked in by_length(rows, batch_size or rows_a_batch(rows), turning_point(model)):
+    turn = turning_point(model)
+    for picked in by_length(rows, batch_size, turn) if batch_size else by_tokens(rows, turn):
         if rows[0].closed:
             states = pooled_states(model, [rows[index] for index in picked], pad_id)
             yield picked, model.get_output_embeddings()(states[:, None])[:, -1]

@@ -17,7 +17,7 @@ from distillery.records import CurvePoint, digest_of
 from distillery.storage.working import working_folder
 from distillery.training.decisions import decide
 from distillery.training.rows import TrainingRow
-from distillery.training.validation import proven_worse
+from distillery.training.validation import PROOF, proven_worse
 
 if TYPE_CHECKING:
     import torch
@@ -49,8 +49,9 @@ class TrainingState:
 
     `fingerprint`: the digest of all that a checkpoint must have been made with. `losses`: those of
     the steps since the curve's last point. `best_*`: the epoch whose weights are kept, where
-    training.patience is set, and `waited`, the number of epochs since. `right`: of each epoch's
-    end, which validation rows it had right, where patience is proven."""
+    training.patience is set, and `waited`, the number of epochs since. `right`: which
+    validation rows the epoch has right that has the most, where patience is proven; `epochs`: how
+    many there were."""
 
     fingerprint: str
     weights: "dict[str, torch.nn.Parameter]"
@@ -65,7 +66,8 @@ class TrainingState:
     best_step: int = 0
     best_weights: "dict[str, torch.Tensor] | None" = None
     waited: int = 0
-    right: list[list[bool]] = field(default_factory=list)
+    right: list[bool] = field(default_factory=list)
+    epochs: int = 0
 
     def keep_if_best(self, loss: float) -> None:
         """Keep the weights where `loss`, an epoch's validation loss, is the lowest so far."""
@@ -76,11 +78,14 @@ class TrainingState:
 
     def keep_unless_worse(self, right: list[bool]) -> None:
         """Keep the weights where `right`, the validation rows that they have right, do not prove
-        them worse than those of an epoch before."""
+        them worse than those of the epoch that had most of them right."""
         self.waited += 1
-        if not any(proven_worse(right, before) for before in self.right):
+        # By Bonferroni's correction: that epoch was chosen out of `epochs`.
+        if not self.epochs or not proven_worse(right, self.right, PROOF / self.epochs):
             self.keep()
-        self.right.append(right)
+        if sum(right) > sum(self.right) or not self.epochs:
+            self.right = right
+        self.epochs += 1
 
     def keep(self) -> None:
         """Keep the weights as the best ones."""
@@ -123,8 +128,8 @@ class TrainingState:
                 self.best_weights,
                 self.waited,
                 self.accuracy,
-                self.right,
             ],
+            "proof": [self.right, self.epochs],
             "random": torch.get_rng_state(),
             "cuda_random": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
         }
@@ -151,7 +156,9 @@ class TrainingState:
         self.step, self.losses = values["step"], values["losses"]
         self.curve = [CurvePoint.model_validate(point) for point in values["curve"]]
         self.best_loss, self.best_accuracy, self.best_step = values["best"][:3]
-        self.best_weights, self.waited, self.accuracy, self.right = values["best"][3:]
+        self.best_weights, self.waited, self.accuracy = values["best"][3:]
+        # Earlier versions kept none.
+        self.right, self.epochs = values.get("proof", ([], 0))
         torch.set_rng_state(values["random"])
         if values["cuda_random"] is not None:
             torch.cuda.set_rng_state(values["cuda_random"])

@@ -13,13 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distillery.models.device import choose_device, linear_layers_cast
-from distillery.training.batching import (
-    by_length,
-    padded_inputs,
-    read_shares,
-    rows_a_batch,
-    turning_point,
-)
+from distillery.training.batching import by_tokens, padded_inputs, read_shares, turning_point
 from distillery.training.decisions import decide
 from distillery.training.probing import short_fits
 from distillery.training.rows import TrainingRow
@@ -88,7 +82,7 @@ def states_by_depth(
     hooks = [layer.register_forward_hook(watch(depth)) for depth, layer in enumerate(layers)]
     try:
         with torch.inference_mode(), device.autocast(), linear_layers_cast(model, device):
-            for picked in by_length(rows, rows_a_batch(rows), turning_point(model)):
+            for picked in by_tokens(rows, turning_point(model)):
                 batch = [rows[index] for index in picked]
                 inputs = padded_inputs([row.prompt for row in batch], pad_id, model.device)
                 shares = read_shares(batch, inputs["input_ids"].shape[1], model.device)

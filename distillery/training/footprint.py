@@ -1,5 +1,5 @@
-"""Estimates of the memory that a training takes on a GPU, from a model's shape. None was measured
-on one.
+"""Estimates of the memory that a training takes on a GPU, from a model's shape. No figure here was
+measured on a GPU.
 
 What a pass keeps for the backward pass was counted on a CPU, by PyTorch's hooks for saved tensors,
 in models of one and two layers (Llama and Phi-3, grouped queries, autocast to bfloat16). For each

@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from distillery.models.device import Device
-from distillery.training.batching import by_length, rows_a_batch, shared_inputs, turning_point
+from distillery.training.batching import by_length, by_tokens, shared_inputs, turning_point
 from distillery.training.hidden_states import states_read_by_head
 from distillery.training.likelihood import pack_shared
 from distillery.training.rows import TrainingRow
@@ -34,6 +34,9 @@ ANEW = "frozen layers are computed in every epoch"
 
 REFUSALS = (AttributeError, IndexError, LookupError, RuntimeError, TypeError, ValueError)
 """What a model raises whose code is not made of layers that can be skipped."""
+
+TEXTS_OR_REASONS = 16
+"""Rows in a batch whose options' texts, or the teacher's reasons, go through the frozen layers."""
 
 COMPARED_ROWS = 8
 
@@ -300,16 +303,15 @@ def answered(row: TrainingRow) -> tuple[int, ...]:
 def inputs_of(model: Any, rows: Sequence[TrainingRow], pad_id: int) -> Iterator[dict[str, Any]]:
     """Give the decoder's inputs for all sequences of `rows`, in batches that depend on `rows`
     alone, so that a training that goes on from a checkpoint finds the very same states."""
-    size = 16 if rows[0].texts else rows_a_batch(rows)
-    for picked in by_length(rows, size):
+    for picked in by_length(rows, TEXTS_OR_REASONS) if rows[0].texts else by_tokens(rows):
         batch = [rows[index] for index in picked]
         if batch[0].texts:
             yield pack_shared(model, batch, pad_id).inputs
         else:
             yield shared_inputs(model, [answered(row) for row in batch], pad_id, 1)
     reasons = [row.explain + row.rationale for row in rows if row.rationale]
-    for start in range(0, len(reasons), size):
-        yield shared_inputs(model, reasons[start : start + size], pad_id, 1)
+    for start in range(0, len(reasons), TEXTS_OR_REASONS):
+        yield shared_inputs(model, reasons[start : start + TEXTS_OR_REASONS], pad_id, 1)
 
 
 def compared_rows(rows: Sequence[TrainingRow]) -> list[TrainingRow]:

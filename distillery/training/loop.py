@@ -41,8 +41,8 @@ STEPS_PER_POINT = 10
 """After how many steps the curve gets a point, if no epoch ends before."""
 
 EPOCHS_PROVEN_WORSE = 3
-"""After how many epochs in a row that validation rows prove worse than one before them training
-ends, with training.patience: proven. A learning rate that falls may still mend one or two."""
+"""After how many epochs in a row that validation rows prove worse than the best one training ends,
+with training.patience: proven. A learning rate that falls may still mend one or two."""
 
 
 class TrainingProgress(NamedTuple):
@@ -301,7 +301,7 @@ def set_up(
     )
     factor = warmup_cosine(steps, recipe.warmup)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
-    # What changes no numbers is no reason to start afresh.
+    # What changes rounding at most is no reason to start afresh.
     counted = recipe.model_dump(mode="json", exclude={"allow_cpu", "gradient_checkpointing"})
     settings = [counted, device.name, device.precision, pad_id, end_id]
     fingerprint = fingerprint_of(rows, validation, settings, weights)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
 
 PROOF = 0.025
-"""How probable it is at most that a model which is no worse than another is taken for worse."""
+"""How probable it is at most that an epoch which is no worse than another is taken for worse."""
 
 
 def validate(
@@ -31,17 +31,17 @@ def validate(
     return right, -sum(logs) / len(rows)
 
 
-def proven_worse(now: Sequence[bool], before: Sequence[bool]) -> bool:
+def proven_worse(now: Sequence[bool], before: Sequence[bool], chance: float = PROOF) -> bool:
     """Return whether a model with the right answers `now` is worse than one with those `before` on
     the same rows, by the exact one-sided test of the rows that only one of them has right
-    (McNemar, 1947) at PROOF."""
+    (McNemar, 1947). `chance`: how probable it may be that one which is no worse is taken for it."""
     from scipy.stats import binomtest
 
     lost = sum(was and not still for still, was in zip(now, before, strict=True))
     won = sum(still and not was for still, was in zip(now, before, strict=True))
     if lost <= won:
         return False
-    return bool(binomtest(lost, lost + won, alternative="greater").pvalue <= PROOF)
+    return bool(binomtest(lost, lost + won, alternative="greater").pvalue <= chance)
 
 
 def accuracy_of(model: Any, rows: Sequence[TrainingRow], *, pad_id: int, device: Device) -> float:

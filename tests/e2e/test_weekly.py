@@ -86,6 +86,11 @@ class Weekly:
             self.workshop.api.delete(f"{schedules}/{created[0]['id']}").raise_for_status()
         run = self.workshop.ended(run)
         assert run["state_name"] == "Completed", f"{run['state']}\n{self.workshop.log(run)}"
+        # The schedule may have made another run before it was deleted.
+        for other in self.scheduled("SCHEDULED", "PENDING", "RUNNING"):
+            state = {"state": {"type": "CANCELLED"}, "force": True}
+            path = f"/flow_runs/{other['id']}/set_state"
+            self.workshop.api.post(path, json=state).raise_for_status()
         return run
 
     def scheduled(self, *states: str) -> list[Run]:

@@ -245,8 +245,7 @@ def test_gptq_without_prompts_is_refused(tiny_model: TinyModel, tmp_path: Path) 
         export(tiny_model("llama"), None, ExportForm(algorithm="gptq"), tmp_path / "out")
 
 
-@pytest.mark.slow
-def test_k_quant_is_searched_in_slices_and_for_equal_matrices_once(
+def test_k_quant_is_searched_in_slices_and_for_a_tied_head_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     whole = kquant.kquant_find_qparams
@@ -273,6 +272,7 @@ def test_k_quant_is_searched_in_slices_and_for_equal_matrices_once(
         assert torch.equal(one, expected)
 
 
+@pytest.mark.slow
 def test_olive_finetune_takes_the_training_rows_as_they_are(
     tiny_model: TinyModel, tmp_path: Path
 ) -> None:

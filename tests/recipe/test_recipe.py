@@ -654,6 +654,17 @@ def test_a_classifiers_endpoint_answers_in_json_unless_the_recipe_names_a_form()
     assert classifier(teacher={"kind": "local"}).teacher.answers.form == "letter"
 
 
+def test_validation_rows_end_a_classifiers_training_unless_they_prove_its_threshold() -> None:
+    local = classifier(teacher={"kind": "local"})
+    assert local.student.training.patience == "proven"
+    assert local.teacher.preparation.training.patience == "proven"
+    assert classifier().student.training.patience == "proven"
+    without = {**own_rows(), "carve": {"gold": 0.5, "test": 0.4}}
+    assert classifier(dataset=without).student.training.patience is None
+    abstaining = {"kind": "classify", "abstain": {"accuracy": 0.9}}
+    assert classifier(task=abstaining).student.training.patience is None
+
+
 @pytest.mark.parametrize(
     ("teacher", "in_scheduled", "in_others"),
     [
@@ -661,9 +672,9 @@ def test_a_classifiers_endpoint_answers_in_json_unless_the_recipe_names_a_form()
         ({"canaries": {"rows": 5}}, 5, 5),
         ({"canaries": {"rows": 0}}, 0, 0),
         ({"kind": "gold"}, 0, 0),
-        ({"budget": {"calls": 21}}, 20, 0),
-        ({"budget": {"calls": 20}}, 0, 0),
-        ({"budget": {"calls": 40}, "answers": {"orders": 2}}, 0, 0),
+        ({"budget": {"calls": 100}}, 0, 0),
+        ({"budget": {"tokens": 9_000_000}}, 0, 0),
+        ({"budget": {"calls": 100}, "canaries": {"rows": 20}}, 20, 20),
     ],
 )
 def test_a_scheduled_run_has_canaries_by_default(

@@ -69,5 +69,8 @@ def test_a_picture_shows_accuracy_size_speed_and_cost(tmp_path: Path) -> None:
 def test_a_file_that_cannot_be_drawn_into_is_said(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"x\.gif: name a file that ends in \.svg, \.png, \.pdf"):
         draw_comparison(FOUND, tmp_path / "x.gif")
-    with pytest.raises(DataError, match=r"none/x\.png: can't be written \(No such file"):
+    with pytest.raises(DataError, match=r"none/x\.png: its folder is not there"):
         draw_comparison(FOUND, tmp_path / "none" / "x.png")
+    (tmp_path / "x.png").mkdir()
+    with pytest.raises(DataError, match=r"x\.png: can't be written \(Is a directory"):
+        draw_comparison(FOUND, tmp_path / "x.png")

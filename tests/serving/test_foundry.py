@@ -36,6 +36,13 @@ if "bad:1" in sys.argv:
 """
 
 
+def test_foundry_local_is_given_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("TEACHER_MODEL_KEY", "HF_TOKEN", "DISTILLERY_LABELS", "AZURE_CLIENT_SECRET"):
+        monkeypatch.setenv(name, "a secret")
+    assert "a secret" not in foundry.environment_without_secrets().values()
+    assert "PATH" in foundry.environment_without_secrets()
+
+
 @pytest.fixture
 def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A script in place of Foundry Local's Python; the file that it writes."""

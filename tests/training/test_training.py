@@ -38,7 +38,12 @@ from distillery.recipe import (
 )
 from distillery.records import Example, TeacherLabel
 from distillery.training.adapters import add_lora, linear_modules
-from distillery.training.checkpoint import STATE_FILE, Checkpoints, CheckpointTimer
+from distillery.training.checkpoint import (
+    STATE_FILE,
+    Checkpoints,
+    CheckpointTimer,
+    TrainingState,
+)
 from distillery.training.decisions import kept_decisions
 from distillery.training.fine_tune import fine_tune
 from distillery.training.hidden_states import hidden_states
@@ -381,6 +386,16 @@ def test_an_epoch_is_given_up_only_by_proof(tiny_model: TinyModel) -> None:
     assert result.kept_step == result.steps == 360
 
 
+def test_a_slow_decline_is_seen_and_one_of_many_epochs_needs_more_proof() -> None:
+    state = TrainingState("", {}, None, None)  # type: ignore[arg-type]
+    for step, right in enumerate(range(32, 12, -1), 1):
+        state.step = step
+        state.keep_unless_worse([True] * right + [False] * (40 - right))
+    # Nine lost rows of nine are proof, since 2^-9 is less than 0.025 / 9; eight of eight are not.
+    assert state.best_step == 9
+    assert state.waited == 11
+
+
 @pytest.mark.parametrize(
     ("lost", "won", "proven"), [(5, 0, False), (6, 0, True), (6, 1, False), (16, 5, True)]
 )
@@ -628,6 +643,16 @@ def test_a_checkpoint_that_does_not_fit_or_is_damaged_is_left_aside(
     straight, expected = short_training(base, seed=2)
     assert (result.resumed_at, result.curve) == (0, straight.curve)
     assert all(torch.equal(a, b) for a, b in zip(weights, expected, strict=True))
+
+
+def test_a_checkpoint_of_an_earlier_version_serves(tiny_model: TinyModel, tmp_path: Path) -> None:
+    base, checkpoints = tiny_model("llama"), OneFile(tmp_path / "kept")
+    short_training(base, seed=1, checkpoints=checkpoints)
+    values = torch.load(checkpoints.path, weights_only=True)
+    del values["proof"]
+    torch.save(values, checkpoints.path)
+    result, _ = short_training(base, seed=1, checkpoints=checkpoints)
+    assert result.resumed_at == values["step"] > 0
 
 
 @dataclass
