@@ -438,7 +438,9 @@ def test_a_connection_that_is_cut_is_taken_up_again(
     # What was there is not sent again: at most the range that was under way, and TLS.
     assert 6 << 20 < proxy.sent < 8 << 20
     assert "the storage of Tiny version 3 of the registry azureml does not answer" in caplog.text
-    assert [each.name for each in caplog.records if each.name.startswith("azure")] == []
+    # Tests before this one may have let the SDK's loggers tell of each request.
+    told = [each for each in caplog.records if each.levelno >= logging.WARNING]
+    assert [each.name for each in told if each.name.startswith("azure")] == []
 
 
 @pytest.mark.slow
