@@ -209,7 +209,7 @@ def lost(cloud: Cloud, first: Run) -> dict[str, tuple[Run, float]]:
             workshop.stop("cpu-pool", by)
             if by == SIGKILL:
                 engine.kill()
-            wait_for("its end", lambda: not workshop.processes(run), 60)
+            wait_for("its end", lambda: not workshop.processes(run), 180)
             ended = time.time()
         workshop.start_worker("cpu-pool")
         return run, ended
