@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from one_folder import OneFolder
+from row_forms import row_forms
 
 from distillery.models.load import load_model
 from distillery.recipe import TrainingRecipe
@@ -25,11 +26,7 @@ PROMPTS = [
     (0, 5, 7),
     (6, 2, 41, 8, 8, 8, 7, 7, 300, 301),
 ]
-FORMS: dict[str, dict[str, Any]] = {
-    "letters": {"letters": (7, 8, 9), "soft": (0.2, 0.3, 0.5)},
-    "classes": {"letters": (500, 501, 502), "closed": True, "span": 2, "last": 0.3},
-    "texts": {"texts": ((7,), (8, 9, 10), (8, 4)), "explain": (*SHARED, 11), "rationale": (12, 13)},
-}
+FORMS = row_forms(SHARED)
 
 
 def rows_of(form: str) -> list[TrainingRow]:

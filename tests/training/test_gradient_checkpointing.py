@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from row_forms import row_forms
 
 from distillery.errors import TrainingError
 from distillery.models.device import Device
@@ -18,11 +19,7 @@ from distillery.training.rows import TrainingRow
 TinyModel = Callable[[str], Path]
 
 SHARED = tuple(range(20, 100))
-FORMS: dict[str, dict[str, Any]] = {
-    "letters": {"letters": (7, 8, 9), "soft": (0.2, 0.3, 0.5)},
-    "classes": {"letters": (500, 501, 502), "closed": True, "span": 2, "last": 0.3},
-    "texts": {"texts": ((7,), (8, 9, 10), (8, 4)), "explain": (*SHARED, 11), "rationale": (12, 13)},
-}
+FORMS = row_forms(SHARED)
 
 
 def rows_of(form: str) -> list[TrainingRow]:
