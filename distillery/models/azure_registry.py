@@ -30,6 +30,7 @@ from tenacity import RetryCallState, Retrying, retry_if_exception, wait_random_e
 from distillery.errors import CredentialsError, ModelUnavailable, RecipeError, TrainingError
 from distillery.progress import ShowProgress, show_nothing
 from distillery.settings import LocalSettings
+from distillery.storage.azure_blobs import azure_ml_login
 from distillery.storage.outages import OutageLongerThan, is_outage, os_error, reason_of
 
 if TYPE_CHECKING:
@@ -368,16 +369,10 @@ def open_storage(model: AzureModel) -> "tuple[ContainerClient, str]":
     Raises the errors of the Azure SDKs."""
     from azure.ai.ml import MLClient
     from azure.ai.ml._utils._registry_utils import get_storage_details_for_registry_assets
-    from azure.identity import DefaultAzureCredential
     from azure.storage.blob import ContainerClient
 
-    # They log every failure, partly over several lines, and raise it too.
-    for name in ("azure.identity", "azure.ai.ml", "azure.core.pipeline.transport"):
-        noisy = logging.getLogger(name)
-        noisy.propagate = False
-        noisy.addHandler(logging.NullHandler())
     client = MLClient(
-        DefaultAzureCredential(),
+        azure_ml_login(),
         registry_name=model.registry,
         show_progress=False,
         enable_telemetry=False,

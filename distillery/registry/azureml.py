@@ -6,7 +6,6 @@ folder to the workspace's blob store, below its digest, and the version that MLC
 CUSTOM_MODEL) points there.
 """
 
-import logging
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -29,6 +28,7 @@ from distillery.registry.base import (
 from distillery.registry.history import Event, event_tag, events_in
 from distillery.registry.manifest import MANIFEST, altered_error, first_line
 from distillery.settings import AzureMLSettings
+from distillery.storage.azure_blobs import azure_ml_login
 from distillery.storage.digests import FileEntry
 
 if TYPE_CHECKING:
@@ -215,14 +215,7 @@ class AzureRegistry(Registry):
 
     @cached_property
     def _credential(self) -> Any:
-        from azure.identity import DefaultAzureCredential
-
-        # They log every failure, partly over several lines, and raise it too.
-        for name in ("azure.identity", "azure.ai.ml", "azure.core.pipeline.transport"):
-            noisy = logging.getLogger(name)
-            noisy.propagate = False
-            noisy.addHandler(logging.NullHandler())
-        return DefaultAzureCredential()
+        return azure_ml_login()
 
     @cached_property
     def _client(self) -> "MLClient":

@@ -26,6 +26,18 @@ def azure_options(url: str) -> dict[str, Any]:
     return options
 
 
+def azure_ml_login() -> Any:
+    """Return azure-identity's credential for Azure ML and the storage behind it."""
+    from azure.identity import DefaultAzureCredential
+
+    # They log every failure, partly over several lines, and raise it too.
+    for name in ("azure.identity", "azure.ai.ml", "azure.core.pipeline.transport"):
+        noisy = logging.getLogger(name)
+        noisy.propagate = False
+        noisy.addHandler(logging.NullHandler())
+    return DefaultAzureCredential()
+
+
 def limit_retries(client: Any) -> None:
     """Set what adlfs has no options for.
 
