@@ -25,21 +25,21 @@ from uuid import uuid4
 import pytest
 import yaml
 from azurite_server import free_port
+from postgres_server import Postgres
 from prefect.blocks.webhook import Webhook
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import FlowRun
 from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 from prefect.workers.base import BaseJobConfiguration
 from prefect.workers.process import ProcessJobConfiguration
-from postgres_server import Postgres
 from prefect_api import PrefectApi, wait_for
 
 from deployments import local, setup
 from distillery.readiness import training_bytes
 from distillery.recipe import load_recipe
 
-# A server on SQLite may answer nothing for a minute on a busy machine; each wait has a limit of its
-# own, with a message.
+# A server may take minutes to start on a busy machine; each wait has a limit and a message of its
+# own.
 pytestmark = pytest.mark.timeout(1200)
 
 PROJECT = Path(__file__).resolve().parents[2]
