@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from filelock import FileLock, Timeout
 
@@ -42,7 +43,7 @@ class LocalRegistry(Registry):
 
     DIGEST is that of the manifest. A machine that shares the registry, but lacks this folder, takes
     the files from the artifact store, where the stages keep them under their own digest, and the
-    manifest from manifests/DIGEST.json there.
+    manifest from manifests/DIGEST.json there. MLflow's server has the same versions, but no files.
 
     The champion is MLflow's alias `champion`; a former champion has the tag role=archived, and a
     rejected version role=rejected. The history is in tags of the registered model.
@@ -187,6 +188,10 @@ class LocalRegistry(Registry):
             os.rename(beside, final)
         finally:
             shutil.rmtree(beside, ignore_errors=True)
+        if urlsplit(self._url).scheme in ("http", "https"):
+            # MLflow's server refuses a path of another machine. The files are found by name and
+            # digest, whatever this says.
+            return f"distillery:/{name}/{digest}"
         return str(final)
 
     def add_version(self, name: str, uri: str, tags: dict[str, str]) -> RegisteredModel:

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import pytest
 from azure_ml_stand_in import (
     CONTAINER,
@@ -30,10 +31,17 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from postgres_server import Postgres
 from prefect import flow
 from prefect.testing.utilities import prefect_test_harness
+from prefect_api import wait_for
 
 import tasks.registry
 from distillery import cli
-from distillery.errors import CredentialsError, DistilleryError, RegistryError, RegistryUnavailable
+from distillery.errors import (
+    CredentialsError,
+    DistilleryError,
+    ModelGone,
+    RegistryError,
+    RegistryUnavailable,
+)
 from distillery.recipe import RegistryRecipe
 from distillery.records import Artifact, GateDecision, RegisteredModel
 from distillery.registry.azureml import AZURE_DEADLINE, AzureRegistry, fetch_blobs
@@ -556,6 +564,46 @@ def test_two_processes_that_promote_at_once_on_postgresql(
         assert sorted(promote_at_once(tmp_path)) == ["outpaced", "promoted"]
         actions = [event.action for event in case.registry.history("student")]
         assert actions == ["registered", "registered", "promoted"]
+
+
+@pytest.mark.slow
+def test_a_model_goes_to_mlflows_own_server_and_comes_back(
+    home: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server takes no path of another machine as a version's source."""
+    port = free_port()
+    database = f"sqlite:///{tmp_path / 'server.db'}"
+    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", database]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    url = f"http://127.0.0.1:{port}"
+    try:
+        wait_for("MLflow's server", lambda: answers(f"{url}/health"), 120)
+        monkeypatch.setenv("DISTILLERY_REGISTRY", url)
+        registry = LocalRegistry()
+        model = registry.register(folder, "student", {}, PROVENANCE)
+        assert registry.promote(model, None, ME).result == "promoted"
+        found = registry.get("student")
+        assert (found.version, found.role) == ("1", "champion")
+        assert registry.register(folder, "student", {}, PROVENANCE).version == "1"
+        got = registry.download(found, tmp_path / "got")
+        assert (got / "model.onnx.data").read_bytes() == (folder / "model.onnx.data").read_bytes()
+        # As on a machine that shares the registry and the store, and has no such folder.
+        shutil.rmtree(home / "models" / "student")
+        with pytest.raises(ModelGone, match="register it again"):
+            registry.download(found, tmp_path / "again")
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def answers(url: str) -> bool:
+    try:
+        return httpx.get(url, timeout=2).is_success
+    except httpx.HTTPError:
+        return False
 
 
 def test_a_promotion_that_another_run_overwrites_is_told(
