@@ -247,15 +247,23 @@ class ArtifactStore:
         self._mark_used(digest)
         listed = {file.name: file for file in self.storage.find(digest)}
         self._cache.make_room(sum(file.bytes for file in listed.values()))
+        try:
+            self._download_once(digest, entry)
+        except ArtifactDamaged:
+            # A bad read may be the network's or this machine's fault.
+            try:
+                self._download_once(digest, entry)
+            except ArtifactDamaged:
+                # Where the sizes are right, only reading shows the damage. Without its manifest
+                # the artifact counts as missing, so that its stage makes it again.
+                self.storage.remove(listed[f"{digest}/{MANIFEST}"])
+                raise
+
+    def _download_once(self, digest: str, entry: Path) -> None:
         unfinished = Path(tempfile.mkdtemp(prefix=f"{digest}.reading-", dir=self._cache.folder))
         try:
             self._read_folder(digest, unfinished)
             verify_folder(unfinished, digest)
             rename_into_place(unfinished, entry)
-        except ArtifactDamaged:
-            # Where the sizes are right, only reading shows the damage. Without its manifest the
-            # artifact counts as missing, so that its stage makes it again.
-            self.storage.remove(listed[f"{digest}/{MANIFEST}"])
-            raise
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)

@@ -812,6 +812,26 @@ def test_a_damaged_copy_in_the_cache_is_fetched_anew(folder: Path, tmp_path: Pat
     assert (store.fetch(artifact) / "a.txt").read_text() == "one"
 
 
+def test_one_bad_read_takes_nothing_from_the_others(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shared artifact counts as damaged, and is made again, if two reads in a row are bad."""
+    store = ArtifactStore(f"memory://{tmp_path.name}", cache=tmp_path / "cache")
+    artifact = store.put(folder)
+    download, damaged = Storage.download, []
+
+    def damages_once(storage: Storage, name: str, target: Path) -> None:
+        download(storage, name, target)
+        if not damaged:
+            damaged.append(name)
+            target.write_bytes(b"\x01" * target.stat().st_size)
+
+    monkeypatch.setattr(Storage, "download", damages_once)
+    assert (store.fetch(artifact) / "a.txt").read_text() == "one"
+    assert len(damaged) == 1
+    assert store.holds(artifact)
+
+
 # --- disks
 # ------------------------------------------------------------------------------------------------
 
