@@ -21,7 +21,7 @@ Probabilities = tuple[float, ...] | None
 
 Precision = Literal["auto", "float32", "bfloat16"]
 
-TIMED_ROWS = 60
+TIMED_ROWS = 30
 """Rows that a model which takes batches is asked one by one, to time it."""
 
 
