@@ -818,7 +818,8 @@ def test_one_bad_read_takes_nothing_from_the_others(
     """A shared artifact counts as damaged, and is made again, if two reads in a row are bad."""
     store = ArtifactStore(f"memory://{tmp_path.name}", cache=tmp_path / "cache")
     artifact = store.put(folder)
-    download, damaged = Storage.download, []
+    download = Storage.download
+    damaged: list[str] = []
 
     def damages_once(storage: Storage, name: str, target: Path) -> None:
         download(storage, name, target)
