@@ -454,15 +454,15 @@ class Heart:
         }
         return {run for run in self.runs if f"prefect.flow-run.{run}" in ids}
 
-    def wait_for_watch(self) -> None:
-        """Wait until the server watches each run for silence, which it notes in a transaction of
-        its own, perhaps after it has kept the heartbeat.
+    def wait_for_watch(self, runs: set[str]) -> None:
+        """Wait until the server watches each of `runs` for silence, which it notes in a transaction
+        of its own, perhaps after it has kept the heartbeat.
 
         A run beats many times before an outage; these have beaten once, so nothing may be lost."""
         asked = "SELECT bucketing_key FROM automation_bucket WHERE last_event IS NOT NULL"
         deadline = time.monotonic() + 120
         watched = ""
-        while not all(run in watched for run in self.runs):
+        while not all(run in watched for run in runs):
             assert time.monotonic() < deadline, f"watched: {watched}"
             time.sleep(0.5)
             watched = self.server.database.ask(asked)
@@ -504,7 +504,8 @@ def test_an_outage_of_the_server_crashes_no_healthy_run_and_hides_no_dead_one(
     # A heartbeat that was under way when the run ended.
     heart.beat(failed)
     heart.wait_for("prefect.flow-run.heartbeat", set(heart.runs))
-    heart.wait_for_watch()
+    # That of the run that has ended is gone where its heartbeat was taken up before its end.
+    heart.wait_for_watch({healthy, *dead})
     server.kill()
     # The outage is longer than the silence that makes a run a suspect.
     time.sleep(silent_after + 1)
