@@ -495,6 +495,9 @@ def test_an_outage_of_the_server_crashes_no_healthy_run_and_hides_no_dead_one(
         with get_client(sync_client=True) as client:
             for automation in setup.automations(events_block):
                 setup.save_automation(client, automation)
+    # A server takes up changed automations at its start; while it runs, perhaps minutes later.
+    server.kill()
+    server.start()
     heart = Heart(server, "healthy", "failed", *(f"dead {number}" for number in range(1, 7)))
     healthy, failed, *dead = heart.runs
     heart.wait_for("prefect.flow-run.Running", set(heart.runs))
