@@ -20,6 +20,8 @@ from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+from tenacity import retry, retry_if_exception_type, stop_after_attempt
+
 from distillery.errors import ArtifactDamaged, StoreError
 from distillery.records import Artifact
 from distillery.settings import LocalSettings
@@ -248,18 +250,16 @@ class ArtifactStore:
         listed = {file.name: file for file in self.storage.find(digest)}
         self._cache.make_room(sum(file.bytes for file in listed.values()))
         try:
-            self._download_once(digest, entry)
+            self._read_into_cache(digest, entry)
         except ArtifactDamaged:
-            # A bad read may be the network's or this machine's fault.
-            try:
-                self._download_once(digest, entry)
-            except ArtifactDamaged:
-                # Where the sizes are right, only reading shows the damage. Without its manifest
-                # the artifact counts as missing, so that its stage makes it again.
-                self.storage.remove(listed[f"{digest}/{MANIFEST}"])
-                raise
+            # Where the sizes are right, only reading shows the damage. Without its manifest the
+            # artifact counts as missing, so that its stage makes it again.
+            self.storage.remove(listed[f"{digest}/{MANIFEST}"])
+            raise
 
-    def _download_once(self, digest: str, entry: Path) -> None:
+    # One bad read may be the network's or this machine's fault.
+    @retry(retry=retry_if_exception_type(ArtifactDamaged), stop=stop_after_attempt(2), reraise=True)
+    def _read_into_cache(self, digest: str, entry: Path) -> None:
         unfinished = Path(tempfile.mkdtemp(prefix=f"{digest}.reading-", dir=self._cache.folder))
         try:
             self._read_folder(digest, unfinished)
