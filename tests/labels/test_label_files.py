@@ -3,12 +3,15 @@
 import json
 from pathlib import Path
 
+import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distillery.errors import DataError
 from distillery.labels.files import LABELS_FILE, open_lines, read_labels, write_line
+from distillery.labels.store import LabelStore, parquet_schema
 from distillery.records import TeacherLabel
 
 pytestmark = pytest.mark.security
@@ -64,3 +67,18 @@ def test_a_line_that_is_no_label_is_named(tmp_path: Path) -> None:
     (tmp_path / LABELS_FILE).write_text(f"{line}\n{'[' * 60_000}\n")
     with pytest.raises(DataError, match=r"labels.jsonl:2: no label can be read"):
         read_labels(tmp_path)
+
+
+@pytest.mark.parametrize("odd", ["[" * 60_000, "{"])
+def test_an_export_with_a_distribution_that_is_no_json_is_one_line(
+    tmp_path: Path, odd: str
+) -> None:
+    path = tmp_path / "labels.parquet"
+    schema = parquet_schema()
+    row = [pa.array([odd if kind == pa.string() else 0], kind) for kind in schema.types]
+    pq.write_table(pa.table(row, schema=schema), path)
+    with (
+        LabelStore(f"sqlite:///{tmp_path / 'labels.db'}") as store,
+        pytest.raises(DataError, match=r"labels.parquet: distribution: no JSON \("),
+    ):
+        store.load(path)
