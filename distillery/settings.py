@@ -76,6 +76,19 @@ class LocalSettings(EnvironmentSettings):
         ge=0,
         description="The most that copies from a remote store may take, in 10^9 bytes",
     )
+    row_mb: float = Field(
+        16,
+        ge=0.001,
+        le=1_000,
+        description="The most that one row of a file may take, in 10^6 characters of CSV or JSONL "
+        "or 10^6 bytes that Parquet unfolds to; a longer one is a bad row",
+    )
+    table_mb: float = Field(
+        4_000,
+        ge=0.001,
+        description="The most that the rows of one Parquet file may unfold to where all are kept, "
+        "as in a data set, in 10^6 bytes",
+    )
     labels: str = Field(
         "",
         description="The label database: an SQLAlchemy URL of SQLite or PostgreSQL; by default "
@@ -145,6 +158,16 @@ class LocalSettings(EnvironmentSettings):
     def registry_url(self) -> str:
         """An MLflow tracking URI of the local registry."""
         return self.registry or f"sqlite:///{self.folder / 'registry.db'}"
+
+    @property
+    def row_bytes(self) -> int:
+        """The most characters or bytes of a row."""
+        return int(self.row_mb * 1e6)
+
+    @property
+    def table_bytes(self) -> int:
+        """The most bytes of a Parquet file's rows together."""
+        return int(self.table_mb * 1e6)
 
     @property
     def remote_code_models(self) -> frozenset[str]:

@@ -132,7 +132,7 @@ def rows_of(path: Path) -> list[tuple[str, dict[str, Any], str]]:
     """Return where each row of a file stands, its values and its fault.
 
     Raises DataError for a file that can't be read, has no rows or is not separated by commas."""
-    with open_table("DATA", path.expanduser()) as table:
+    with open_table("DATA", path.expanduser(), whole=True) as table:
         refuse_equal_columns(path, table.columns)
         for sign, name in ((";", "semicolons"), ("\t", "tabs")):
             if table.columns and len(table.columns) == 1 and sign in table.columns[0]:

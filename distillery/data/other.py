@@ -8,7 +8,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import replace
 
-from distillery.data.readers import Table, read_files
+from distillery.data.readers import Table, listed, read_files
 from distillery.data.rows import Row, RowReader, validated_rows
 from distillery.data.splits import Splits, drop_copies, sort_key
 from distillery.errors import DataError
@@ -41,7 +41,7 @@ def refuse_other_columns(table: Table, reader: RowReader) -> None:
     for column in (reader.columns.question, *reader.fields):
         if column is not None and column not in table.columns:
             raise DataError(
-                f"{table.name}: no column {column!r}, only {', '.join(map(repr, table.columns))}; "
+                f"{table.name}: no column {column!r}, only {listed(table.columns)}; "
                 "the files of task.other need the text in the same columns as those of the dataset"
             )
 

@@ -24,7 +24,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from distillery.data.readers import Table, has_surrogates
+from distillery.data.readers import Table, has_surrogates, listed, shown
 from distillery.errors import DataError
 from distillery.recipe import Columns
 from distillery.records import LETTERS, Example, digest_of
@@ -89,14 +89,13 @@ def refuse_missing_columns(
     for setting, column in needed.items():
         if column not in present:
             raise DataError(
-                f"{table}: no column {column!r}, only {', '.join(map(repr, present))}; "
+                f"{table}: no column {column!r}, only {listed(present)}; "
                 f"set dataset.columns.{setting} to the one that is meant"
             )
     for column in fields:
         if column not in present:
             raise DataError(
-                f"{table}: no column {column!r}, only {', '.join(map(repr, present))}; "
-                "correct dataset.fields"
+                f"{table}: no column {column!r}, only {listed(present)}; correct dataset.fields"
             )
 
 
@@ -179,7 +178,7 @@ def to_class(value: Any, classes: Sequence[str] | None, where: str) -> str | Non
     label = to_text(value, where)
     if classes is not None and label not in classes:
         raise DataError(
-            f"{where}: {label!r} is none of the {len(classes)} classes in task.labels; "
+            f"{where}: {shown(label)} is none of the {len(classes)} classes in task.labels; "
             "correct the row, or add the class there"
         )
     return label
@@ -198,6 +197,8 @@ def to_text(value: Any, where: str) -> str:
         raise DataError(
             f"{where}: half of a surrogate pair, which is no character; correct the row"
         )
+    if "\0" in text:
+        raise DataError(f"{where}: a NUL character, which no text has; correct the row")
     return text
 
 
@@ -233,7 +234,7 @@ def to_labels(value: Any, count: int, where: str) -> list[str]:
     labels = [to_text(label, f"{where}: label {n}") for n, label in enumerate(value, 1)]
     if len(set(labels)) < count:
         raise DataError(
-            f"{where}: two options of one label among {', '.join(labels)}; correct the row"
+            f"{where}: two options of one label among {listed(labels)}; correct the row"
         )
     return labels
 
@@ -244,7 +245,7 @@ def to_letter(value: Any, labels: Sequence[str], where: str) -> str | None:
         return None
     label = to_text(value, where)
     if label not in labels:
-        raise DataError(f"{where}: {label!r} is no option; the options are {', '.join(labels)}")
+        raise DataError(f"{where}: {shown(label)} is no option; the options are {listed(labels)}")
     return LETTERS[labels.index(label)]
 
 

@@ -70,8 +70,8 @@ def score_file(
     out.mkdir(parents=True, exist_ok=True)
     rows = failed = 0
     with (
-        (out / "predictions.jsonl").open("w") as predictions,
-        (out / "failed.jsonl").open("w") as failures,
+        (out / "predictions.jsonl").open("w", encoding="utf-8") as predictions,
+        (out / "failed.jsonl").open("w", encoding="utf-8") as failures,
     ):
         for example in examples:
             result = example if isinstance(example, FailedRow) else answer(student, example, prompt)

@@ -15,7 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import IO, Any
 
-from distillery.errors import TeacherError
+from distillery.errors import DataError, TeacherError
 from distillery.labels.acceptance import accepted_answers
 from distillery.labels.report import Tally
 from distillery.labels.window import OpenRow
@@ -257,12 +257,22 @@ class LabelFiles:
 
 
 def read_labels(folder: Path) -> dict[str, TeacherLabel]:
-    """Return the labels in an artifact's folder by example_id."""
+    """Return the labels in an artifact's folder by example_id. Raises DataError for a file that is
+    none of labels, with its line."""
+    path = folder / LABELS_FILE
     labels = {}
-    with open_lines(folder / LABELS_FILE) as lines:
-        for line in lines:
-            label = TeacherLabel.model_validate_json(line)
-            labels[label.example_id] = label
+    number = 1
+    try:
+        with open_lines(path) as lines:
+            for line in lines:
+                label = TeacherLabel.model_validate_json(line)
+                labels[label.example_id] = label
+                number += 1
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{path}:{number}: no label can be read ({type(error).__name__}); label again "
+            "with --refresh label"
+        ) from error
     return labels
 
 

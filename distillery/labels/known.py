@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from distillery.data.readers import read_columns
+from distillery.data.readers import has_surrogates, read_columns, shown
 from distillery.errors import DataError
 from distillery.labels.files import LabelCounts, label_files
 from distillery.recipe import PromptRecipe, TeacherRecipe
@@ -56,16 +56,27 @@ def read_label_files(paths: Sequence[str], examples: Iterable[Example]) -> dict[
             known = f"{row.keys[0]} to {row.keys[-1]}"
             if row.classes:
                 known = f"the {len(row.classes)} classes"
-            raise DataError(f"{where}: answer: {answer!r} is none of {known}")
+            raise DataError(f"{where}: answer: {shown(answer)} is none of {known}")
         probabilities = read_probabilities(values.get("distribution"), row.keys, where)
         labels[row.example_id] = TeacherLabel(
             example_id=row.example_id,
             answer=answer,
             distribution=probabilities,
             confidence=probabilities[answer] if probabilities else None,
-            rationale=str(values.get("rationale") or "").strip() or None,
+            rationale=read_rationale(values.get("rationale"), where),
         )
     return labels
+
+
+def read_rationale(value: Any, where: str) -> str | None:
+    """Return a reason as text; None if there is none. Raises DataError, with `where`, for a text
+    that UTF-8 can't express."""
+    text = str(value or "").strip()
+    if has_surrogates(text):
+        raise DataError(
+            f"{where}: rationale: half of a surrogate pair, which is no character; correct the row"
+        )
+    return text or None
 
 
 def read_probabilities(value: Any, letters: Sequence[str], where: str) -> dict[str, float] | None:
@@ -79,7 +90,7 @@ def read_probabilities(value: Any, letters: Sequence[str], where: str) -> dict[s
         if not value:
             return None
         probabilities = {letter: float(value[letter]) for letter in letters}
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, ArithmeticError, LookupError, TypeError, RecursionError):
         probabilities = {}
     if not math.isclose(sum(probabilities.values()), 1, abs_tol=1e-3) or (
         min(probabilities.values()) < 0

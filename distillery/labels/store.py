@@ -292,7 +292,7 @@ class LabelStore:
                 rows = batch.to_pylist()
                 for row in rows:
                     if row["distribution"] is not None:
-                        row["distribution"] = json.loads(row["distribution"])
+                        row["distribution"] = stored_distribution(row["distribution"], path)
                 self._database.run(partial(execute, statement=insert, values=rows))
         except (OSError, pa.ArrowInvalid) as error:
             raise DataError(
@@ -498,6 +498,16 @@ def delete_answers(connection: Any, conditions: Sequence[Any], dry_run: bool) ->
         else:
             count += connection.execute(delete(TABLE).where(condition)).rowcount
     return count
+
+
+def stored_distribution(text: str, path: Path) -> Any:
+    """Return the probabilities in a file that `export` wrote. Raises DataError for other text."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(
+            f"{path}: distribution: no JSON ({type(error).__name__}); export the labels again"
+        ) from error
 
 
 def parquet_schema() -> Any:

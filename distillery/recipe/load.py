@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from distillery.errors import RecipeError
@@ -11,6 +10,7 @@ from distillery.recipe.preset import PRESETS
 from distillery.recipe.recipe import Recipe
 from distillery.recipe.search import SearchRecipe
 from distillery.recipe.student import LayerChoice
+from distillery.recipe.yaml_file import LARGEST_FILE, parse_yaml
 
 MESSAGES = {
     "extra_forbidden": "unknown key; remove it or correct its spelling",
@@ -20,6 +20,12 @@ MESSAGES = {
     "dict_type": "settings belong here, such as {KEY: VALUE}; or leave the key out",
 }
 """Messages in the words of YAML, by Pydantic's error type; Pydantic's own name Python's types."""
+
+MOST_EXPLAINED = 20
+"""Wrong keys that an error explains."""
+
+LONGEST_KEY = 200
+"""Characters of a key that it shows."""
 
 
 def load_recipe(name_or_path: str) -> Recipe:
@@ -46,14 +52,14 @@ def load_space(path: str) -> SearchRecipe:
 
 
 def read_yaml(path: str, advice: str) -> Any:
-    """Return what a YAML file holds. Raises RecipeError, in one line; for a file that can't be read
-    with `advice`."""
+    """Return what a YAML file holds. Raises RecipeError, in one line: with the line of the file
+    where its text is wrong, and with `advice` if it can't be read."""
     try:
-        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        with Path(path).open("rb") as file:
+            content = file.read(LARGEST_FILE + 1)
     except OSError as error:
         raise RecipeError(f"{path}: can't be read ({error.strerror}); {advice}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    return parse_yaml(content, path)
 
 
 def parse_recipe(values: dict[str, Any], source: str) -> Recipe:
@@ -65,15 +71,18 @@ def parse_recipe(values: dict[str, Any], source: str) -> Recipe:
 
 
 def explain_validation_error(error: ValidationError) -> str:
-    """Return one line: each wrong key and what is wrong with it, joined by '; '."""
+    """Return one line: the wrong keys and what is wrong with them, joined by '; '. Of many keys it
+    has the first ones."""
     lines = []
-    for detail in error.errors():
+    for detail in error.errors(include_input=False)[:MOST_EXPLAINED]:
         parts = []
         for part in detail["loc"]:
             # Where a key takes one of two types, Pydantic names the type that was tried, too.
             if "[" not in str(part) and part != LayerChoice.__name__:
                 parts.append(str(part))
-        key = ".".join(parts)
+        key = ".".join(parts)[:LONGEST_KEY]
         message = MESSAGES.get(detail["type"], detail["msg"].removeprefix("Value error, "))
         lines.append(f"{key}: {message}" if key else message)
-    return "; ".join(lines)
+    if error.error_count() > MOST_EXPLAINED:
+        lines.append(f"and {error.error_count() - MOST_EXPLAINED} more")
+    return " ".join("; ".join(lines).split())

@@ -217,7 +217,12 @@ def prompt_in(made: Mapping[str, Any], title: str, classify: bool) -> PromptReci
 
     Raises DataError for a classifier without one, whose prompt nobody can guess."""
     if made.get("prompt"):
-        return PromptRecipe.model_validate(made["prompt"])
+        try:
+            return PromptRecipe.model_validate(made["prompt"])
+        except ValidationError as error:
+            raise DataError(
+                f"{title}: the prompt in its {MANIFEST} can't be read; download the model again"
+            ) from error
     if classify:
         raise DataError(
             f"{title}: no manifest.json tells the prompt of this classifier; download it from the "

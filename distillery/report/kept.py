@@ -26,10 +26,15 @@ def page_of_run(store: ArtifactStore, run: str | None = None) -> Path:
         run = runs[0].name
     try:
         outcome = json.loads(store.read_record(f"{RUNS}/{run}.json"))
+        page = Artifact.model_validate(outcome["page"]) if outcome.get("page") else None
     except ArtifactDamaged as error:
         raise StoreError(
             f"{store.url}: no finished run {run}; take a name from the Prefect UI"
         ) from error
-    if not outcome.get("page"):
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise StoreError(
+            f"{store.url}: the record of {run} can't be read ({type(error).__name__}); run it again"
+        ) from error
+    if page is None:
         raise StoreError(f"{run}: has no page, because an earlier version made it; run it again")
-    return page_path(store, Artifact.model_validate(outcome["page"]))
+    return page_path(store, page)

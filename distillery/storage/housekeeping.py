@@ -45,6 +45,10 @@ class Registered(NamedTuple):
     artifacts: frozenset[str]
 
 
+UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
+"""What reading JSON raises that is no record."""
+
+
 class Run(NamedTuple):
     """A finished run. `stages`: by an artifact's digest, the stage of this run that made it."""
 
@@ -186,9 +190,9 @@ class Inventory:
             result = json.loads(self._store.read_object(file.name))["result"]
             if isinstance(result, str):
                 result = json.loads(result)
-        except (ArtifactDamaged, ValueError, KeyError, TypeError):
+            return set(dict(artifact_references(result)))
+        except (ArtifactDamaged, *UNREADABLE):
             return set()
-        return set(dict(artifact_references(result)))
 
 
 def read_run(store: ArtifactStore, file: StoredFile) -> Run:
@@ -199,12 +203,14 @@ def read_run(store: ArtifactStore, file: StoredFile) -> Run:
         version = None
         if model:
             version = ModelVersion(model["registry"], model["name"], model["version"])
+        # Both are looked up later; a list or mapping in them raises TypeError here.
+        hash((version, outcome["recipe"]))
         stages: dict[str, str] = {}
         for digest, stage in artifact_references(outcome):
             stages.setdefault(digest, stage)
         name = file.name.removeprefix(RUN_RECORDS).removesuffix(".json")
         return Run(name, outcome["recipe"], file.modified, stages, version, file)
-    except (ValueError, KeyError, TypeError) as error:
+    except UNREADABLE as error:
         raise StoreError(
             f"{store.url}/{file.name}: not the record of a run ({type(error).__name__}); "
             "remove the file"

@@ -50,7 +50,7 @@ def read_manifest(text: bytes, folder: str) -> tuple[FileEntry, ...]:
     """Return the files that the artifact.json of `folder` lists. Raises ArtifactDamaged."""
     try:
         files = tuple(FileEntry(**entry) for entry in json.loads(text)["files"])
-    except (ValueError, KeyError, TypeError, ValidationError) as error:
+    except (ValueError, LookupError, TypeError, RecursionError, ValidationError) as error:
         raise ArtifactDamaged(
             f"{folder}/{MANIFEST}: can't be read ({type(error).__name__}); run its stage again"
         ) from error

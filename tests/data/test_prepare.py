@@ -238,10 +238,10 @@ def test_columns_under_other_names(tmp_path: Path) -> None:
         ),
         (
             {"choices": {"label": ["A", "A"], "text": ["x", "y"]}},
-            "choices: two options of one label among A, A; ",
+            "choices: two options of one label among 'A', 'A'; ",
         ),
-        ({"answerKey": "D"}, "answerKey: 'D' is no option; the options are A, B, C"),
-        ({"answerKey": "a"}, "answerKey: 'a' is no option; the options are A, B, C"),
+        ({"answerKey": "D"}, "answerKey: 'D' is no option; the options are 'A', 'B', 'C'"),
+        ({"answerKey": "a"}, "answerKey: 'a' is no option; the options are 'A', 'B', 'C'"),
         ({"answerKey": ["A"]}, "answerKey: list where text belongs; "),
     ],
 )
@@ -284,7 +284,7 @@ def test_a_bad_row_is_named_by_file_line_and_field(
         (
             "twice.csv",
             b"id,question,id\n1,a,2\n",
-            ":1: two columns of one name among id, question, id; ",
+            ":1: two columns of one name among 'id', 'question', 'id'; ",
         ),
         (
             "rows.parquet",

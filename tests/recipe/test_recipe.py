@@ -417,7 +417,7 @@ def test_a_file_that_holds_no_recipe(tmp_path: Path, content: bytes, said: str) 
     file.write_bytes(content)
     with pytest.raises(RecipeError, match=said) as caught:
         load_recipe(str(file))
-    assert str(caught.value).startswith(f"{file}: ")
+    assert str(caught.value).startswith(f"{file}:")
     assert "\n" not in str(caught.value)
 
 

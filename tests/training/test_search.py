@@ -157,5 +157,5 @@ def test_a_bad_space_is_one_line(tmp_path: Path, text: str | None, said: str) ->
     path = tmp_path / "space.yaml"
     if text is not None:
         path.write_text(text)
-    with pytest.raises(RecipeError, match=rf"^{path}: {said}"):
+    with pytest.raises(RecipeError, match=rf"^{path}:(1:)? {said}"):
         load_space(str(path))

@@ -1,0 +1,111 @@
+"""A manifest.json or an entry of the history that somebody has changed: one line, and what was
+written is what is read."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from distillery.errors import DataError, RegistryError
+from distillery.recipe import PromptRecipe
+from distillery.registry.history import PREFIX, events_in
+from distillery.registry.manifest import (
+    MANIFEST,
+    Manifest,
+    manifest_of,
+    manifest_text,
+    prompt_in,
+    verify_before_loading,
+)
+from distillery.storage.digests import FileEntry
+
+pytestmark = pytest.mark.security
+
+BUDGET = settings(max_examples=100, deadline=None, database=None, derandomize=True)
+"""Inputs that are tried each time, always the same ones."""
+
+WHOLE = manifest_text(
+    Manifest(
+        model="mine",
+        provenance={"prompt": PromptRecipe().model_dump(mode="json"), "seed": 1},
+        files=(FileEntry(path="model.onnx", sha256="0" * 64, bytes=3),),
+    )
+)
+
+texts = st.text(st.characters() | st.sampled_from("\ud800\0\n"), max_size=20)
+keys = st.sampled_from(["model", "provenance", "prompt", "files", "path", "sha256"]) | texts
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | texts,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(keys, inner, max_size=4),
+    max_leaves=10,
+)
+
+
+@st.composite
+def contents(draw: st.DrawFn) -> bytes:
+    """Return bytes near a manifest: cut off, with other bytes or values in it, or none of it."""
+    way = draw(st.sampled_from(["cut", "bytes", "value", "json", "deep", "any"]))
+    if way == "cut":
+        return WHOLE[: draw(st.integers(0, len(WHOLE) - 1))]
+    if way == "bytes":
+        place = draw(st.integers(0, len(WHOLE) - 1))
+        return WHOLE[:place] + draw(st.binary(max_size=3)) + WHOLE[place + 1 :]
+    if way == "value":
+        manifest: Any = json.loads(WHOLE)
+        part = draw(st.sampled_from([manifest, manifest["provenance"], manifest["files"][0]]))
+        part[draw(st.sampled_from(sorted(part)))] = draw(values)
+        return json.dumps(manifest).encode()
+    if way == "json":
+        return json.dumps(draw(values)).encode()
+    return b'{"provenance":' + b"[" * 60_000 if way == "deep" else draw(st.binary(max_size=60))
+
+
+def one_line(text: str) -> None:
+    assert "\n" not in text
+    assert len(text) < 1_000
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("model")
+
+
+@BUDGET
+@given(content=contents())
+def test_a_changed_manifest_is_one_line(content: bytes, folder: Path) -> None:
+    (folder / MANIFEST).write_bytes(content)
+    try:
+        found = manifest_of(folder)
+        assert found is not None
+        prompt_in(found.provenance, "mine", classify=True)
+    except (RegistryError, DataError) as error:
+        one_line(str(error))
+    try:
+        verify_before_loading(folder)
+    except RegistryError as error:
+        one_line(str(error))
+
+
+@BUDGET
+@given(text=contents().map(lambda content: content.decode("utf-8", "replace")))
+def test_a_changed_entry_of_the_history_is_one_line(text: str) -> None:
+    with pytest.raises(RegistryError) as caught:
+        events_in({f"{PREFIX}1": text}, "registry")
+    one_line(str(caught.value))
+
+
+@BUDGET
+@given(
+    provenance=st.dictionaries(
+        st.text(max_size=9),
+        st.integers(-(2**53), 2**53) | st.text(max_size=9) | st.lists(st.booleans(), max_size=3),
+        max_size=4,
+    )
+)
+def test_a_manifest_is_read_as_it_was_written(provenance: dict[str, Any], folder: Path) -> None:
+    manifest = Manifest(model="mine", provenance=provenance, files=())
+    (folder / MANIFEST).write_bytes(manifest_text(manifest))
+    assert manifest_of(folder) == manifest
