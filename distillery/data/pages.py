@@ -36,6 +36,9 @@ DEEPEST = 16
 LARGEST_FOOTER = 16_000_000
 """Bytes of a footer, at most."""
 
+LARGEST_HEADER = 1 << 18
+"""Bytes of a page's header, at most; it may hold the least and the greatest value of the page."""
+
 
 class Chunk(NamedTuple):
     """Where the footer says that a column's pages of a row group are. `dictionary`: 0 where it
@@ -136,9 +139,11 @@ def each_page(file: BinaryIO, chunk: Chunk) -> Iterator[Page]:
 
 
 def read_page(file: BinaryIO) -> Page:
-    """Return the header that the file stands at. Raises OSError."""
+    """Return the header that the file stands at, and leave the file behind it. Raises OSError."""
+    start = file.tell()
+    window = io.BytesIO(file.read(LARGEST_HEADER))
     try:
-        header = read_structure(file)
+        header = read_structure(window)
         kind = header[TYPE]
         inner = header.get(VALUES_OF.get(kind, 0), {})
         page = Page(
@@ -153,6 +158,7 @@ def read_page(file: BinaryIO) -> Page:
         raise OSError("a page has no valid header") from error
     if not valid:
         raise OSError("a page has a negative size")
+    file.seek(start + window.tell())
     return page
 
 
