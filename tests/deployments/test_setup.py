@@ -26,10 +26,12 @@ import pytest
 import yaml
 from azurite_server import free_port
 from postgres_server import Postgres
+from prefect.blocks.system import Secret
 from prefect.blocks.webhook import Webhook
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import FlowRun
 from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
+from prefect.variables import Variable
 from prefect.workers.base import BaseJobConfiguration
 from prefect.workers.process import ProcessJobConfiguration
 from prefect_api import PrefectApi, wait_for
@@ -141,10 +143,12 @@ def test_the_kubernetes_job_is_one_by_the_clients_own_models(pool: str) -> None:
     assert asyncio.run(round_trip()) == manifest
 
 
+@pytest.mark.security
 @pytest.mark.parametrize("pool", POOLS)
-def test_a_kubernetes_job_holds_no_secret_and_reads_all_from_one(
+def test_a_kubernetes_job_holds_no_secret_and_reads_those_that_it_needs_from_one(
     pool: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("DISTILLERY_SIGNING_KEY", "planted-signing-key")
     for name, value in SECRET.items():
         monkeypatch.setenv(name, value)
     for name in PLAIN:
@@ -152,12 +156,86 @@ def test_a_kubernetes_job_holds_no_secret_and_reads_all_from_one(
     manifest = configured("kubernetes", pool, setup.save_settings("kubernetes")).job_manifest
     (only,) = manifest["spec"]["template"]["spec"]["containers"]
     assert "planted" not in json.dumps(manifest)
-    assert only["envFrom"] == [{"secretRef": {"name": "distillery"}}]
-    environment = {one["name"]: one["value"] for one in only["env"]}
+    assert "envFrom" not in only
+    read = {
+        one["name"]: one["valueFrom"]["secretKeyRef"] for one in only["env"] if "valueFrom" in one
+    }
+    assert all(
+        reference == {"name": "distillery", "key": name, "optional": True}
+        for name, reference in read.items()
+    )
+    withheld = setup.NOT_FOR_TRAINING if pool == "gpu-pool" else set()
+    assert {*SECRET, *PLAIN, "DISTILLERY_SIGNING_KEY"} - withheld <= set(read)
+    assert set(read).isdisjoint(withheld)
+    assert "PREFECT_API_AUTH_STRING" in read
+    environment = {one["name"]: one["value"] for one in only["env"] if "value" in one}
+    assert set(environment).isdisjoint(read)
     assert environment["PREFECT_API_URL"] == "http://server/api"
     assert environment["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"] == "30"
     # An evicted run is scheduled again.
     assert environment["PREFECT_FLOW_RUN_EXECUTE_SIGTERM_BEHAVIOR"] == "reschedule"
+
+
+def breaches(pod: dict[str, Any]) -> list[str]:
+    """What of a pod breaks the "restricted" level of Kubernetes' Pod Security Standards, version
+    1.34, with that of "baseline", which it includes. Only Linux."""
+    of_pod = pod.get("securityContext", {})
+    found = [f"{name}: true" for name in ("hostNetwork", "hostPID", "hostIPC") if pod.get(name)]
+    if of_pod.get("sysctls"):
+        found.append("sysctls")
+    allowed = {"configMap", "csi", "downwardAPI", "emptyDir", "ephemeral", "projected", "secret"}
+    allowed.add("persistentVolumeClaim")
+    for volume in pod.get("volumes", []):
+        found += [f"volume {kind}" for kind in set(volume) - {"name"} - allowed]
+    containers = [
+        container
+        for kind in ("containers", "initContainers", "ephemeralContainers")
+        for container in pod.get(kind, [])
+    ]
+    for container in containers:
+        own = container.get("securityContext", {})
+        both = of_pod | own
+        capabilities = own.get("capabilities", {})
+        options = both.get("seLinuxOptions", {})
+        wrong = {
+            "privileged": own.get("privileged", False),
+            "allowPrivilegeEscalation": own.get("allowPrivilegeEscalation") is not False,
+            "capabilities.drop": "ALL" not in capabilities.get("drop", []),
+            "capabilities.add": not set(capabilities.get("add", [])) <= {"NET_BIND_SERVICE"},
+            "runAsNonRoot": both.get("runAsNonRoot") is not True,
+            "runAsUser": both.get("runAsUser") == 0,
+            "seccompProfile": both.get("seccompProfile", {}).get("type")
+            not in ("RuntimeDefault", "Localhost"),
+            "procMount": own.get("procMount", "Default") != "Default",
+            "appArmorProfile": both.get("appArmorProfile", {}).get("type", "RuntimeDefault")
+            == "Unconfined",
+            "seLinuxOptions": bool({"user", "role"} & set(options)),
+            "hostPort": any(port.get("hostPort") for port in container.get("ports", [])),
+            "host of a probe": any(
+                "host" in container.get(probe, {}).get(kind, {})
+                for probe in ("livenessProbe", "readinessProbe", "startupProbe")
+                for kind in ("httpGet", "tcpSocket")
+            ),
+        }
+        found += [name for name, is_wrong in wrong.items() if is_wrong]
+    return found
+
+
+@pytest.mark.security
+@pytest.mark.parametrize("pool", POOLS)
+def test_a_pod_keeps_to_the_restricted_standard(pool: str) -> None:
+    found = pod(pool)
+    assert breaches(found) == []
+    assert found["automountServiceAccountToken"] is False
+    found["containers"][0].pop("securityContext")
+    found["securityContext"].pop("seccompProfile")
+    found["volumes"].append({"name": "host", "hostPath": {"path": "/"}})
+    assert breaches(found) == [
+        "volume hostPath",
+        "allowPrivilegeEscalation",
+        "capabilities.drop",
+        "seccompProfile",
+    ]
 
 
 class Server(PrefectApi):
@@ -267,7 +345,7 @@ def test_set_up_again_changes_nothing(server: Server) -> None:
     before = server.state()
     assert {kind: len(things) for kind, things in before.items()} == {
         "automations": 2,
-        "blocks": len(SECRET) + 2,
+        "blocks": len(SECRET) + 1,
         "deployments": 5,
         "pools": 2,
         "variables": len(PLAIN),
@@ -299,20 +377,32 @@ def test_set_up_takes_over_what_has_changed(server: Server) -> None:
 
 
 @pytest.mark.slow
-def test_set_up_deletes_the_webhook_of_an_earlier_version(server: Server) -> None:
+def test_set_up_deletes_what_an_earlier_version_saved(server: Server) -> None:
     with temporary_settings(
         {PREFECT_API_URL: server.url, PREFECT_API_AUTH_STRING: server.password}
     ):
         Webhook(url=f"{server.url}/events").save(setup.EVENTS_BLOCK)
+        Secret(value="planted").save("teacher-model-key")
+        Variable.set("teacher_model_endpoint", "https://teacher.test")
     before = server.state()["blocks"]
     done = server.set_up(**SECRET, **PLAIN)
     lines = [line for line in done.stdout.splitlines() if "unchanged" not in line]
     assert lines == [
         "webhook block distillery-events: deleted",
+        "secret block teacher-model-key: deleted",
+        "variable teacher_model_endpoint: deleted",
         "deployments of prefect.yaml: deployed",
     ]
-    blocks = server.state()["blocks"]
-    assert len(blocks) == len(before) - 1 == len(SECRET) + 2
+    state = server.state()
+    assert len(state["variables"]) == len(PLAIN)
+    blocks = state["blocks"]
+    assert len(blocks) == len(before) - 2 == len(SECRET) + 1
+    # Whoever could change the endpoint alone would be sent the key.
+    (teacher,) = (block for block in blocks if block["name"] == setup.TEACHER_BLOCK)
+    assert teacher["data"]["value"] == {
+        "endpoint": SECRET["TEACHER_MODEL_ENDPOINT"],
+        "key": SECRET["TEACHER_MODEL_KEY"],
+    }
     (events,) = [block for block in blocks if block["name"] == setup.EVENTS_BLOCK]
     assert "form_data" in events["data"]
 
@@ -339,7 +429,10 @@ def test_a_worker_resolves_every_setting_and_secret(
         "PREFECT_LOGGING_EXTRA_LOGGERS": "distillery",
         "PREFECT_RESULTS_DEFAULT_STORAGE_BLOCK": "distillery-store/results",
     }
-    assert job.env == SECRET | PLAIN | own | fixed
+    wanted = SECRET | PLAIN | own | fixed
+    if pool == "gpu-pool":
+        wanted = {name: wanted[name] for name in set(wanted) - setup.NOT_FOR_TRAINING}
+    assert job.env == wanted
 
 
 @pytest.mark.slow
