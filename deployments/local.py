@@ -105,6 +105,8 @@ def environment() -> dict[str, str]:
     # A worker gives each run a working folder of its own, which no .env and no relative path leads
     # to.
     ours["DISTILLERY_HOME"] = str(home())
+    # The rows of those who work here are in the project's folder.
+    ours["DISTILLERY_DATA_FOLDERS"] = settings().get("DISTILLERY_DATA_FOLDERS") or str(PROJECT)
     store = settings().get("DISTILLERY_STORE")
     if store and "://" not in store:
         ours["DISTILLERY_STORE"] = str(Path(store).expanduser().absolute())

@@ -36,6 +36,7 @@ OTHER_NAMES = frozenset(
         "PREFECT_API_URL",
         "PREFECT_SERVER_API_AUTH_STRING",
         "PREFECT_SERVER_ENCRYPTION_KEY",
+        "WORKER_MEMORY",
         # Of the libraries that reach the network.
         "HF_TOKEN",
         "HTTPS_PROXY",

@@ -37,6 +37,7 @@ from prefect.workers.process import ProcessJobConfiguration
 from prefect_api import PrefectApi, wait_for
 
 from deployments import local, setup
+from distillery.processes import is_secret
 from distillery.readiness import training_bytes
 from distillery.recipe import load_recipe
 
@@ -238,6 +239,19 @@ def test_a_pod_keeps_to_the_restricted_standard(pool: str) -> None:
     ]
 
 
+def make_databases(server: Postgres) -> None:
+    """As compose.yaml has it done."""
+    environment = os.environ | {
+        "PGHOST": server.host,
+        "POSTGRES_USER": "owner",
+        "PREFECT_DATABASE_PASSWORD": "it's",
+        "LABELS_DATABASE_PASSWORD": "another",
+    }
+    command = ["sh", str(FOLDER / "databases.sh")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 class Server(PrefectApi):
     """A real Prefect server on a port and a PostgreSQL database of its own, as in compose.yaml. On
     SQLite a busy server waits a minute for locks of its own and loses events."""
@@ -265,7 +279,9 @@ class Server(PrefectApi):
         }
         self.environment = kept | {
             "PREFECT_API_AUTH_STRING": self.password,
-            "PREFECT_API_DATABASE_CONNECTION_URL": database.url("postgresql+asyncpg"),
+            "PREFECT_API_DATABASE_CONNECTION_URL": database.url(
+                "postgresql+asyncpg", user="prefect", database="prefect"
+            ),
             "PREFECT_API_URL": self.url,
             "PREFECT_HOME": str(folder),
             "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
@@ -327,6 +343,7 @@ class Server(PrefectApi):
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     with Postgres() as database:
+        make_databases(database)
         server = Server(tmp_path_factory.mktemp("server"), database)
         try:
             server.start()
@@ -555,7 +572,7 @@ class Heart:
         asked = "SELECT bucketing_key FROM automation_bucket WHERE last_event IS NOT NULL"
 
         def watches_all() -> bool:
-            watched = self.server.database.ask(asked)
+            watched = self.server.database.ask(asked, "prefect", "prefect")
             return all(run in watched for run in runs)
 
         wait_for("the watch over each run", watches_all)
@@ -672,6 +689,36 @@ def test_a_local_run_finds_home_and_store_from_its_own_working_folder(
 COMPOSE: dict[str, Any] = yaml.safe_load((FOLDER / "compose.yaml").read_text())
 
 
+@pytest.mark.security
+def test_each_database_has_a_role_of_its_own_that_reaches_no_other(tmp_path: Path) -> None:
+    with Postgres() as server:
+        # As in a volume of the version before: all belongs to the superuser.
+        for name in ("prefect", "labels"):
+            server.ask(f"CREATE DATABASE {name}")
+            server.ask("CREATE TYPE colour AS ENUM ('red')", database=name)
+            server.ask("CREATE TABLE kept (id serial PRIMARY KEY, c colour)", database=name)
+            server.ask("INSERT INTO kept (c) VALUES ('red')", database=name)
+            server.ask("CREATE VIEW seen AS SELECT * FROM kept", database=name)
+        make_databases(server)
+        make_databases(server)
+        roles = "SELECT rolname, rolsuper, rolcreatedb, rolcreaterole FROM pg_roles WHERE"
+        assert server.ask(f"{roles} rolname IN ('labels', 'prefect') ORDER BY 1") == (
+            "labels|f|f|f\nprefect|f|f|f"
+        )
+        for name, other in (("prefect", "labels"), ("labels", "prefect")):
+            server.ask("INSERT INTO kept (c) VALUES ('red')", name, name)
+            server.ask(
+                "ALTER TABLE kept ADD note text; ALTER TYPE colour RENAME TO hue", name, name
+            )
+            server.ask("DROP VIEW seen; CREATE TABLE made (id int)", name, name)
+            assert server.ask("SELECT count(*) FROM kept", name, name) == "2"
+            for database in (other, "postgres", "template1"):
+                with pytest.raises(AssertionError, match="permission denied for database"):
+                    server.ask("SELECT 1", name, database)
+            with pytest.raises(AssertionError, match=r"permission denied|must be superuser"):
+                server.ask("COPY (SELECT 1) TO PROGRAM 'id'", name, name)
+
+
 def test_compose_names_only_what_it_has() -> None:
     services = COMPOSE["services"]
     assert set(services) == {"postgres", "server", "setup", "cpu-worker", "gpu-worker"}
@@ -710,7 +757,54 @@ def test_compose_starts_the_two_workers_with_a_gpu_for_one() -> None:
 def test_compose_opens_no_port_to_others_and_the_server_asks_for_a_password() -> None:
     ports = [port for service in COMPOSE["services"].values() for port in service.get("ports", [])]
     assert ports == ["127.0.0.1:4200:4200"]
-    assert "PREFECT_SERVER_API_AUTH_STRING" in COMPOSE["services"]["server"]["environment"]
+    environment = COMPOSE["services"]["server"]["environment"]
+    assert environment["PREFECT_SERVER_API_AUTH_STRING"].startswith("${PREFECT_API_AUTH_STRING:?")
+    origins = environment["PREFECT_SERVER_API_CORS_ALLOWED_ORIGINS"]
+    assert origins == "http://127.0.0.1:4200,http://localhost:4200"
+
+
+@pytest.mark.security
+def test_every_container_of_compose_is_confined() -> None:
+    for name, service in COMPOSE["services"].items():
+        assert service["security_opt"] == ["no-new-privileges:true"], name
+        assert service["cap_drop"] == ["ALL"], name
+        assert not {"cap_add", "privileged", "pid", "ipc", "network_mode"} & set(service), name
+        assert service["mem_limit"], name
+        assert service["pids_limit"] > 0, name
+        assert service.get("user", "1000") != "root", name
+        assert "seccomp" not in str(service), "Docker's own profile holds"
+    services = COMPOSE["services"]
+    read_only = {name for name, service in services.items() if service.get("read_only")}
+    assert read_only == {"server", "setup"}
+    assert all(services[name]["tmpfs"] == ["/tmp"] for name in read_only)
+    # Elsewhere Prefect would copy the UI into its own package.
+    assert services["server"]["environment"]["PREFECT_UI_STATIC_DIRECTORY"].startswith("/tmp/")
+    assert services["postgres"]["user"] == "postgres"
+    for pool in POOLS:
+        host = container(pool)["host_config"]
+        assert (host["CapDrop"], host["SecurityOpt"]) == (["ALL"], ["no-new-privileges:true"])
+        assert host["PidsLimit"] > 0
+
+
+@pytest.mark.security
+def test_each_container_of_compose_gets_the_secrets_that_it_needs() -> None:
+    given = {
+        name: {
+            variable
+            for variable in re.findall(r"\$\{(\w+)", json.dumps(service["environment"]))
+            if is_secret(variable, "")
+        }
+        for name, service in COMPOSE["services"].items()
+    }
+    databases = {"LABELS_DATABASE_PASSWORD", "PREFECT_DATABASE_PASSWORD"}
+    login = "PREFECT_API_AUTH_STRING"
+    assert given["postgres"] == {"POSTGRES_PASSWORD", *databases}
+    of_server = {"PREFECT_DATABASE_PASSWORD", "PREFECT_SERVER_ENCRYPTION_KEY", login}
+    assert given["server"] == of_server
+    assert given["setup"].isdisjoint({"PREFECT_DATABASE_PASSWORD", "PREFECT_SERVER_ENCRYPTION_KEY"})
+    keys = {"DISTILLERY_SIGNING_KEY", "DISTILLERY_VERIFY_KEY"}
+    assert given["cpu-worker"] == {login, *keys}
+    assert given["gpu-worker"] == {login, "DISTILLERY_VERIFY_KEY"}
 
 
 def test_compose_takes_every_setting_from_a_documented_variable() -> None:
@@ -740,7 +834,8 @@ def test_a_pool_for_gpus_ends_trainings_without_one(workers: str) -> None:
     assert found["gpu-pool"]["DISTILLERY_NEEDS_GPU"] == of_gpus
     services = COMPOSE["services"]
     assert services["gpu-worker"]["environment"] == services["cpu-worker"]["environment"] | {
-        "DISTILLERY_NEEDS_GPU": "true"
+        "DISTILLERY_NEEDS_GPU": "true",
+        "DISTILLERY_SIGNING_KEY": "",
     }
 
 
