@@ -34,6 +34,7 @@ from prefect.variables import Variable
 from distillery.errors import DistilleryError
 from distillery.processes import environment_without_secrets
 from distillery.settings import load_environment
+from tasks.environment import refuse_foreign_settings
 from tasks.results import BLOCK, save_block
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -383,6 +384,7 @@ def main() -> None:
         "--gpus", type=int, default=1, help="how many trainings may run at once on gpu-pool"
     )
     options = parser.parse_args()
+    refuse_foreign_settings(Path.cwd())
     try:
         load_environment()
     except DistilleryError as error:
