@@ -121,10 +121,12 @@ def environment_of_server() -> dict[str, str]:
 
     CSRF tokens are left off, because the server's own calls by its automations have none. A browser
     sends the password with no request by itself, so that a foreign page has nothing to misuse."""
+    from deployments.setup import SECRETS
+
     kept = {
         name: value
         for name, value in settings().items()
-        if name.startswith("PREFECT_") or not is_secret(name, value)
+        if name.startswith("PREFECT_") or not (name in SECRETS or is_secret(name, value))
     }
     return kept | {
         "PREFECT_API_URL": f"http://127.0.0.1:{PORT}/api",

@@ -111,7 +111,10 @@ def why_not_trusted(file: Path) -> str:
         return ""
     if not stat.S_ISREG(found.st_mode):
         return "it is no regular file; remove it"
-    # Windows has neither.
+    # As of root's own file in a folder that others work in.
+    if not os.access(file, os.R_OK):
+        return "you may not read it; ask its owner, or work in a folder of your own"
+    # Windows knows neither such owners nor such a mode.
     if not hasattr(os, "geteuid"):
         return ""
     owners = {os.geteuid(), 0, folder.st_uid}

@@ -172,6 +172,18 @@ def test_a_dotenv_that_everybody_may_write_or_that_is_no_file_is_not_read(
     assert caplog.messages == []
 
 
+def test_a_dotenv_that_only_its_owner_may_read_is_told(
+    working_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (working_folder / ".env").write_text("HF_TOKEN=t\n")
+    # Root may read everything.
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert read_dotenv(working_folder) == {}
+    assert caplog.messages[-1].endswith(
+        "you may not read it; ask its owner, or work in a folder of your own"
+    )
+
+
 @pytest.mark.security
 def test_only_known_names_are_taken_from_dotenv(
     working_folder: Path, caplog: pytest.LogCaptureFixture

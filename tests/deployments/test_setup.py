@@ -686,6 +686,71 @@ def test_a_local_run_finds_home_and_store_from_its_own_working_folder(
     assert "DISTILLERY_STORE" not in local.environment()
 
 
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A project's folder of this test's own; nothing is set but what it says in .env."""
+    folder = tmp_path / "project"
+    folder.mkdir()
+    monkeypatch.setattr(local, "PROJECT", folder)
+    for name in (*local.PASSWORDS, *SECRET, *PLAIN):
+        monkeypatch.delenv(name, raising=False)
+    return folder
+
+
+@pytest.mark.security
+def test_make_up_keeps_a_password_that_only_its_user_reads(project: Path, home: Path) -> None:
+    first = local.password()
+    assert re.fullmatch(r"admin:[\w-]{32,}", first)
+    file = home / "run" / "password"
+    assert file.stat().st_mode & 0o777 == 0o600
+    assert local.password() == first, "a second `make up` takes the same"
+    file.write_text("mine:own\n")
+    file.chmod(0o644)
+    assert local.password() == "mine:own"
+    assert file.stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.security
+def test_make_up_takes_the_password_of_the_settings(
+    project: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (project / ".env").write_text("PREFECT_API_AUTH_STRING=a:of-the-file\n")
+    assert local.password() == "a:of-the-file"
+    monkeypatch.setenv("PREFECT_API_AUTH_STRING", "a:of-the-environment")
+    assert local.password() == "a:of-the-environment"
+    monkeypatch.setenv("PREFECT_SERVER_API_AUTH_STRING", "a:the-servers")
+    assert local.password() == "a:the-servers"
+    assert (home / "run" / "password").read_text() == "a:the-servers\n"
+    for wrong in ("no-user", ":x", "user:", "üser:x"):
+        monkeypatch.setenv("PREFECT_SERVER_API_AUTH_STRING", wrong)
+        with pytest.raises(SystemExit, match="not user:password in ASCII; correct it"):
+            local.password()
+
+
+@pytest.mark.security
+def test_server_and_workers_of_make_up_get_what_they_need(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = SECRET | {"DISTILLERY_SIGNING_KEY": "k", "POSTGRES_PASSWORD": "p"}
+    (project / ".env").write_text("".join(f"{name}={value}\n" for name, value in given.items()))
+    database = "postgresql+asyncpg://prefect:planted@host/prefect"
+    monkeypatch.setenv("PREFECT_API_DATABASE_CONNECTION_URL", database)
+    server = local.environment_of_server()
+    assert server["PREFECT_API_DATABASE_CONNECTION_URL"] == database
+    assert server["PREFECT_SERVER_API_AUTH_STRING"] == local.password()
+    origins = server["PREFECT_SERVER_API_CORS_ALLOWED_ORIGINS"].split(",")
+    assert origins == [f"http://{host}:{local.PORT}" for host in ("127.0.0.1", "localhost")]
+    assert set(server).isdisjoint(given)
+    # The set-up gives them to the server, which gives them to the runs.
+    assert local.environment().items() >= SECRET.items()
+    cpu, gpu = map(local.environment_of_worker, POOLS)
+    for worker in (cpu, gpu):
+        assert worker["PREFECT_API_AUTH_STRING"] == local.password()
+        assert "PREFECT_SERVER_API_AUTH_STRING" not in worker
+    assert set(cpu) & set(given) == {"DISTILLERY_SIGNING_KEY"}
+    assert set(gpu) & set(given) == set()
+
+
 COMPOSE: dict[str, Any] = yaml.safe_load((FOLDER / "compose.yaml").read_text())
 
 
