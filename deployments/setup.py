@@ -31,7 +31,10 @@ from prefect.settings import get_current_settings
 from prefect.types import SecretDict
 from prefect.variables import Variable
 
+from distillery.errors import DistilleryError
+from distillery.processes import environment_without_secrets
 from distillery.settings import load_environment
+from tasks.environment import refuse_foreign_settings
 from tasks.results import BLOCK, save_block
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -44,7 +47,6 @@ VARIABLES = (
     "AZURE_STORAGE_ACCOUNT_NAME",
     "AZURE_TENANT_ID",
     "DISTILLERY_STORE",
-    "TEACHER_MODEL_ENDPOINT",
     "TEACHER_MODEL_NAME",
 )
 """Settings that all workers share and that are not secret."""
@@ -57,9 +59,25 @@ SECRETS = (
     "DISTILLERY_REGISTRY",
     "DISTILLERY_TRACKING",
     "HF_TOKEN",
+    "TEACHER_MODEL_ENDPOINT",
     "TEACHER_MODEL_KEY",
 )
 """Secrets that all workers share; the URL of a database or of MLflow may hold a password."""
+TEACHER = {"TEACHER_MODEL_ENDPOINT": "endpoint", "TEACHER_MODEL_KEY": "key"}
+"""The secrets that one block holds together, under these names: whoever could change the endpoint
+alone would be sent the key."""
+TEACHER_BLOCK = "teacher-model"
+NOT_FOR_TRAINING = frozenset(
+    {
+        "DISTILLERY_REGISTRY",
+        "DISTILLERY_SIGNING_KEY",
+        "TEACHER_MODEL_ENDPOINT",
+        "TEACHER_MODEL_KEY",
+        "TEACHER_MODEL_NAME",
+    }
+)
+"""What runs of the GPU pool don't get: they train, on labels that are there. They do need the label
+database, where the leases are."""
 EACH_WORKERS_OWN = (
     "DISTILLERY_CACHE_GB",
     "DISTILLERY_CHECKPOINT_SECONDS",
@@ -74,6 +92,19 @@ EACH_WORKERS_OWN = (
 )
 """Settings that a run takes from its worker, such as which models may run their own code, and which
 signatures count."""
+OWN_LOGIN = ("PREFECT_API_AUTH_STRING", "PREFECT_API_KEY")
+"""How a run logs in to Prefect's API."""
+OF_LIBRARIES = (
+    "HTTPS_PROXY",
+    "HTTP_PROXY",
+    "MLFLOW_TRACKING_PASSWORD",
+    "MLFLOW_TRACKING_TOKEN",
+    "MLFLOW_TRACKING_USERNAME",
+    "NO_PROXY",
+    "REQUESTS_CA_BUNDLE",
+    "SSL_CERT_FILE",
+)
+"""What the libraries that reach the network read."""
 
 HEARTBEAT = 30
 """Seconds between two heartbeats of a run, the least that Prefect allows."""
@@ -99,6 +130,11 @@ def set_up(workers: str, gpus: int) -> None:
         for automation in automations(save_events_block()):
             save_automation(client, automation)
         delete_block(client, "webhook", EVENTS_BLOCK)
+        # Endpoint and key were apart, the endpoint in a variable.
+        delete_block(client, "secret", "teacher-model-key")
+        if Variable.get("teacher_model_endpoint") is not None:
+            Variable.unset("teacher_model_endpoint")
+            print("variable teacher_model_endpoint: deleted")
     deploy()
 
 
@@ -121,8 +157,16 @@ def save_settings(workers: str) -> dict[str, str | None]:
         environment[name] = f"{{{{ prefect.variables.{name.lower()} }}}}"
     if workers == "kubernetes":
         # Many can read a job's manifest in a cluster: all secrets come from a Secret of Kubernetes.
-        return environment | {"PREFECT_API_AUTH_STRING": None, "PREFECT_API_KEY": None}
+        del environment["DISTILLERY_SIGNING_KEY"]
+        return environment | dict.fromkeys(OWN_LOGIN)
+    teacher = {key: os.environ[name] for name, key in TEACHER.items() if os.environ.get(name)}
+    if teacher:
+        save(Secret(value=teacher), TEACHER_BLOCK)
     for name in filter(os.environ.get, SECRETS):
+        if name in TEACHER:
+            key = TEACHER[name]
+            environment[name] = f"{{{{ prefect.blocks.secret.{TEACHER_BLOCK}.{key} }}}}"
+            continue
         slug = name.lower().replace("_", "-")
         save(Secret(value=os.environ[name]), slug)
         environment[name] = f"{{{{ prefect.blocks.secret.{slug} }}}}"
@@ -137,6 +181,13 @@ def base_job_template(
     It has no variable that a run may change."""
     pools = yaml.safe_load((PROJECT / "deployments" / "pools.yaml").read_text())
     configuration = pools[workers][pool]
+    if workers == "kubernetes":
+        (container,) = configuration["job_manifest"]["spec"]["template"]["spec"]["containers"]
+        container["env"] = secrets_of_pod(pool)
+    if pool == "gpu-pool":
+        environment = {
+            name: value for name, value in environment.items() if name not in NOT_FOR_TRAINING
+        }
     if pool == "gpu-pool" and workers != "process":
         # These templates ask for a GPU. A worker of processes says for itself whether it has one.
         environment = environment | {"DISTILLERY_NEEDS_GPU": "true"}
@@ -146,6 +197,20 @@ def base_job_template(
         "job_configuration": configuration | {"env": "{{ env }}"},
         "variables": {"type": "object", "properties": {"env": env}, "additionalProperties": False},
     }
+
+
+def secrets_of_pod(pool: str) -> list[dict[str, Any]]:
+    """Return the variables that a pod of the pool takes from the Secret `distillery`, where it
+    has them."""
+    names = [*OWN_LOGIN, *OF_LIBRARIES, *VARIABLES, *SECRETS, *EACH_WORKERS_OWN]
+    return [
+        {
+            "name": name,
+            "valueFrom": {"secretKeyRef": {"name": "distillery", "key": name, "optional": True}},
+        }
+        for name in names
+        if pool != "gpu-pool" or name not in NOT_FOR_TRAINING
+    ]
 
 
 def save_pool(
@@ -291,7 +356,10 @@ def delete_block(client: SyncPrefectClient, block_type: str, name: str) -> None:
 
 def deploy() -> None:
     command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]
-    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)  # noqa: S603 - our own interpreter
+    environment = environment_without_secrets(*OWN_LOGIN)
+    done = subprocess.run(  # noqa: S603 - our own interpreter
+        command, cwd=PROJECT, env=environment, capture_output=True, text=True
+    )
     if done.returncode:
         sys.exit(f"error: prefect deploy --all failed\n{done.stdout}{done.stderr}")
     print("deployments of prefect.yaml: deployed")
@@ -318,7 +386,11 @@ def main() -> None:
         "--gpus", type=int, default=1, help="how many trainings may run at once on gpu-pool"
     )
     options = parser.parse_args()
-    load_environment()
+    refuse_foreign_settings(Path.cwd())
+    try:
+        load_environment()
+    except DistilleryError as error:
+        sys.exit(f"error: {error}")
     url = get_current_settings().api.url
     if not url:
         sys.exit(
@@ -330,7 +402,10 @@ def main() -> None:
     except PrefectHTTPStatusError as error:
         hint = ""
         if error.response.status_code == 401:
-            hint = "; is PREFECT_API_AUTH_STRING the server's?"
+            hint = (
+                "; is PREFECT_API_AUTH_STRING the server's? That of `make up` is in "
+                "DISTILLERY_HOME/run/password"
+            )
         sys.exit(
             f"error: {url} refuses: {error.response.status_code} {error.response.text[:300]}{hint}"
         )

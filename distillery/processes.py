@@ -19,6 +19,7 @@ from pydantic import BaseModel
 
 from distillery.errors import DistilleryError, ModelError, OutOfResources
 from distillery.progress import ShowProgress, show_nothing
+from distillery.settings import CHILD
 from distillery.storage.working import working_folder
 
 Job = TypeVar("Job", bound=BaseModel)
@@ -33,6 +34,42 @@ RESOURCES = re.compile(
 
 PROGRESS_LINE = re.compile(r"progress (\d+) of (\d+): (.*)\n")
 """What a process writes to stdout to tell its parent how far it is."""
+
+SECRET_WORD = re.compile(
+    r"(?<![A-Z0-9])(AUTH|CONNECTION|CREDENTIALS?|KEYS?|PASS|PASSPHRASE|PASSWD|PASSWORDS?|SAS|"
+    r"SECRETS?|TOKENS?)(?![A-Z0-9])"
+)
+"""Words of which one is in the name of a secret, as in HF_TOKEN; MONKEY is no such word."""
+
+ACCOUNTS = ("AZURE_", "AZUREML_", "TEACHER_MODEL_")
+"""What names of settings of accounts begin with."""
+
+PASSWORD_IN_VALUE = re.compile(
+    r"://[^/?#\s]*:[^/?#\s]*@|\b(password|passwd|pwd|sig|accountkey|sharedaccesskey)=",
+    re.IGNORECASE,
+)
+"""A URL with user and password, as in postgresql://user:password@host, a connection string or a
+signed URL."""
+
+
+def environment_without_secrets(*needed: str) -> dict[str, str]:
+    """Return this process's environment for a process that it starts, without keys, tokens,
+    passwords, accounts and URLs that hold a password, but with those that are `needed`.
+
+    The process reads no .env."""
+    kept = {CHILD: "true"}
+    for name, value in os.environ.items():
+        if name in needed or not is_secret(name, value):
+            kept[name] = value
+    return kept
+
+
+def is_secret(name: str, value: str) -> bool:
+    """Return whether a variable of the environment is, or may hold, a secret."""
+    name = name.upper()
+    return bool(
+        SECRET_WORD.search(name) or name.startswith(ACCOUNTS) or PASSWORD_IN_VALUE.search(value)
+    )
 
 
 def exit_with_parent(parent: int) -> None:
@@ -78,7 +115,7 @@ def run_in_process(
                 stderr=stderr,
                 text=True,
                 errors="replace",
-                env=os.environ | {"DISTILLERY_HOME": str(folder)},
+                env=environment_without_secrets() | {"DISTILLERY_HOME": str(folder)},
             ) as process,
         ):
             code = wait_for(process, limit_s, progress)

@@ -4,21 +4,137 @@ No setting is part of a cache key: moving the store or changing a key repeats no
 """
 
 import ipaddress
+import logging
+import os
+import stat
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from dotenv import find_dotenv, load_dotenv
+from dotenv import dotenv_values
 from pydantic import AliasChoices, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from distillery.errors import CredentialsError, DistilleryError
 
+CHILD = "DISTILLERY_CHILD"
+"""Set for the processes that Distillery starts: they get what they need, and read no .env."""
+
+RUN_OF_A_WORKER = "PREFECT__FLOW_RUN_ID"
+"""Prefect sets it for a run that a worker starts."""
+
+OTHER_NAMES = frozenset(
+    {
+        # Of our own commands.
+        "DISTILLERY_PREFECT_PORT",
+        "DISTILLERY_SERVER_KEY",
+        # Of deployments/compose.yaml and of Prefect.
+        "POSTGRES_PASSWORD",
+        "PREFECT_DATABASE_PASSWORD",
+        "LABELS_DATABASE_PASSWORD",
+        "PREFECT_API_AUTH_STRING",
+        "PREFECT_API_URL",
+        "PREFECT_SERVER_API_AUTH_STRING",
+        "PREFECT_SERVER_ENCRYPTION_KEY",
+        "WORKER_MEMORY",
+        # Of the libraries that reach the network.
+        "HF_TOKEN",
+        "HTTPS_PROXY",
+        "HTTP_PROXY",
+        "MLFLOW_TRACKING_PASSWORD",
+        "MLFLOW_TRACKING_TOKEN",
+        "MLFLOW_TRACKING_USERNAME",
+        "NO_PROXY",
+        "REQUESTS_CA_BUNDLE",
+        "SSL_CERT_FILE",
+    }
+)
+"""Names that .env may hold beside those of the settings below and AZURE_*."""
+
+_log = logging.getLogger(__name__)
+
 
 @cache
 def load_environment() -> None:
-    """Read .env from the working folder or above; variables that are set already win over it."""
-    load_dotenv(find_dotenv(usecwd=True))
+    """Read .env from the working folder; variables that are set already win over it.
+
+    Neither a run of a worker nor a process that Distillery starts reads one: the working folder of
+    a run is not its user's."""
+    if RUN_OF_A_WORKER in os.environ or CHILD in os.environ:
+        return
+    for name, value in read_dotenv(Path.cwd()).items():
+        os.environ.setdefault(name, value)
+
+
+def read_dotenv(folder: Path) -> dict[str, str]:
+    """Return the known settings in `folder`/.env.
+
+    A file that others may have written is not read, and an unknown name is not taken; one warning
+    says so for each. Raises DistilleryError for a file that is not text."""
+    file = folder / ".env"
+    reason = why_not_trusted(file)
+    if reason:
+        _log.warning("%s is not read: %s", file, reason)
+    if reason or not file.is_file():
+        return {}
+    try:
+        found = dotenv_values(file, encoding="utf-8")
+    except UnicodeDecodeError:
+        raise DistilleryError(f"{file}: not UTF-8; save it as UTF-8") from None
+    known = known_names()
+    values = {}
+    for name, value in found.items():
+        if name.upper() not in known and not name.startswith("AZURE_"):
+            _log.warning(
+                "%s: %s is no setting of Distillery and is not read; correct its name, or set it "
+                "in the environment",
+                file,
+                name,
+            )
+        elif value is not None:
+            values[name] = value
+    return values
+
+
+def why_not_trusted(file: Path) -> str:
+    """Return why nobody should read settings from `file`; "" if they may, or if there is none.
+
+    It must be a regular file of the current user, of root or of the owner of its folder, and others
+    must not be able to write to it. A link must belong to one of them too."""
+    try:
+        link, found = file.lstat(), file.stat()
+        folder = file.parent.stat()
+    except OSError:
+        return ""
+    # Some name the folder of a virtual environment so.
+    if stat.S_ISDIR(found.st_mode):
+        return ""
+    if not stat.S_ISREG(found.st_mode):
+        return "it is no regular file; remove it"
+    # As of root's own file in a folder that others work in.
+    if not os.access(file, os.R_OK):
+        return "you may not read it; ask its owner, or work in a folder of your own"
+    # Windows knows neither such owners nor such a mode.
+    if not hasattr(os, "geteuid"):
+        return ""
+    owners = {os.geteuid(), 0, folder.st_uid}
+    if not {link.st_uid, found.st_uid} <= owners:
+        return "it belongs to another user; work in a folder of your own"
+    if found.st_mode & stat.S_IWOTH:
+        return f"everybody may write to it; run `chmod o-w {file}`"
+    return ""
+
+
+def known_names() -> set[str]:
+    """Return the names that .env may hold, beside AZURE_*."""
+    names = set(OTHER_NAMES)
+    for settings in (LocalSettings, TeacherSettings, AzureMLSettings):
+        for field_name, field in settings.model_fields.items():
+            alias = field.validation_alias
+            aliases = getattr(alias, "choices", [alias])
+            prefixed = f"{settings.model_config['env_prefix']}{field_name}".upper()
+            names |= {prefixed} if alias is None else set(map(str, aliases))
+    return names
 
 
 def is_loopback(host: str) -> bool:

@@ -1,13 +1,18 @@
 """What every start of a flow sets in the environment, before Prefect and the model libraries read
 it.
 
-It must import neither: flows/__init__.py calls it first of all, however a flow is started. What the
-environment says already wins.
+This module imports neither at its top: flows/__init__.py calls it first of all, however a flow is
+started. What the environment says already wins.
 """
 
 import os
+import secrets
+import sys
+import tomllib
 import warnings
 from pathlib import Path
+
+from distillery.settings import why_not_trusted
 
 DEFAULTS = {
     # Prefect's own telemetry writes to its database while the first run starts: "database is
@@ -43,6 +48,48 @@ def set_defaults() -> None:
         home.mkdir(parents=True, exist_ok=True)
     for category in (FutureWarning, DeprecationWarning):
         warnings.simplefilter("ignore", category)
+
+
+def refuse_foreign_settings(folder: Path) -> None:
+    """End this process with one line if Prefect, started in `folder`, would read settings from a
+    file that another user may have written, in which they could name a server of their own."""
+    for name in (".env", "prefect.toml", "pyproject.toml"):
+        file = folder / name
+        reason = why_not_trusted(file)
+        if reason and (name != "pyproject.toml" or _is_for_prefect(file)):
+            sys.exit(f"error: {file}: Prefect would take settings from it, but {reason}")
+
+
+def _is_for_prefect(pyproject: Path) -> bool:
+    """Return whether a pyproject.toml has settings of Prefect, or can't be read."""
+    try:
+        return "prefect" in tomllib.loads(pyproject.read_text()).get("tool", {})
+    except (OSError, ValueError):
+        return True
+
+
+def close_temporary_server() -> None:
+    """Give the server that Prefect starts for a run without one a password, and open it to no page
+    of a browser.
+
+    Nothing is changed if the user names another API: in the environment, in .env, prefect.toml or
+    pyproject.toml, or in the active profile. Prefect itself says so."""
+    if os.environ.get("PREFECT_API_URL"):
+        return
+    from prefect.context import refresh_global_settings_context
+    from prefect.settings import get_current_settings
+
+    settings = get_current_settings()
+    if settings.api.url:
+        return
+    given = settings.server.api.auth_string or settings.api.auth_string
+    password = given.get_secret_value() if given else f"admin:{secrets.token_urlsafe(32)}"
+    # An empty list of origins allows none. It has no page of its own either.
+    os.environ["PREFECT_SERVER_API_CORS_ALLOWED_ORIGINS"] = ""
+    os.environ["PREFECT_SERVER_API_AUTH_STRING"] = password
+    os.environ["PREFECT_API_AUTH_STRING"] = password
+    # Importing Prefect has read the settings.
+    refresh_global_settings_context()
 
 
 def _has_own_prefect() -> bool:

@@ -1,6 +1,7 @@
 """Jobs in a process of their own: how they end is told in one line, and they end with their
 parent. What imports on Linux alone would fail elsewhere."""
 
+import json
 import os
 import signal
 import subprocess
@@ -15,7 +16,8 @@ from pydantic import BaseModel
 
 from distillery.errors import ModelError, OutOfResources
 from distillery.machine import machine_name, usable_cores
-from distillery.processes import exit_reason, run_in_process
+from distillery.processes import exit_reason, is_secret, run_in_process
+from distillery.serving.process import served
 
 PROJECT = Path(__file__).resolve().parents[1]
 
@@ -106,6 +108,77 @@ def job_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str
         return "job_of_a_test"
 
     return write
+
+
+SECRETS = {
+    "AZURE_CLIENT_SECRET": "planted",
+    "AZURE_TENANT_ID": "planted",
+    "AZURE_STORAGE_CONNECTION_STRING": "AccountName=a;AccountKey=planted",
+    "DISTILLERY_LABELS": "postgresql://labels:planted@host/labels",
+    "DISTILLERY_REGISTRY": "https://user:planted@host",
+    "DISTILLERY_SIGNING_KEY": "planted",
+    "DISTILLERY_STORE": "https://host/store?sv=1&sig=planted",
+    "HF_TOKEN": "planted",
+    "POSTGRES_PASSWORD": "planted",
+    "PREFECT_API_AUTH_STRING": "admin:planted",
+    "PREFECT_API_DATABASE_CONNECTION_URL": "postgresql+asyncpg://prefect:planted@host/prefect",
+    "PREFECT_SERVER_API_AUTH_STRING": "admin:planted",
+    "PREFECT_SERVER_ENCRYPTION_KEY": "planted",
+    "TEACHER_MODEL_ENDPOINT": "https://planted.test",
+    "TEACHER_MODEL_KEY": "planted",
+    "my_api_key": "planted",
+}
+
+PLAIN = {
+    "DISTILLERY_STORE": "abfs://container@account.dfs.core.windows.net/store",
+    "HTTPS_PROXY": "http://proxy.test:3128",
+    "MONKEY": "a word that ends as a key does",
+    "OMP_NUM_THREADS": "1",
+    "PREFECT__FLOW_RUN_ID": "run",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+@pytest.mark.security
+def test_a_child_gets_no_secret(
+    job_module: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = job_module("""
+        import json
+        job = Job(go=json.dumps(dict(os.environ)))
+    """)
+    for name, value in (SECRETS | PLAIN).items():
+        monkeypatch.setenv(name, value)
+    found = json.loads(Job.model_validate_json(run_in_process(module, Job(go=""), 60)).go)
+    assert found.items() >= PLAIN.items()
+    # It reads no .env, where the same secrets may be.
+    assert found["DISTILLERY_CHILD"] == "true"
+    assert set(found) & (set(SECRETS) - set(PLAIN)) == set()
+
+
+@pytest.mark.security
+@pytest.mark.parametrize("name", SECRETS)
+def test_what_is_secret(name: str) -> None:
+    assert is_secret(name, SECRETS[name])
+
+
+@pytest.mark.security
+def test_a_server_of_a_run_gets_its_own_key_and_no_other(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    given: dict[str, str] = {}
+
+    def start(_command: list[str], env: dict[str, str], **_: object) -> None:
+        given.update(env)
+        raise InterruptedError
+
+    monkeypatch.setattr("distillery.serving.process.subprocess.Popen", start)
+    for name, value in SECRETS.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InterruptedError), served(tmp_path, "name"):
+        pass
+    assert set(given) & set(SECRETS) == set()
+    assert "planted" not in given["DISTILLERY_SERVER_KEY"]
 
 
 def test_progress_is_shown_while_the_process_runs(

@@ -14,6 +14,7 @@ from distillery.errors import ModelError
 from distillery.inference.decoder import ADAPTER_FILE, read_config
 from distillery.models.class_tokens import read_class_tokens
 from distillery.models.load import load_tokenizer
+from distillery.processes import environment_without_secrets
 from distillery.prompts import TransformersTokenizer
 from distillery.registry.manifest import INFERENCE_MODEL, manifest_of, verify_before_loading
 
@@ -22,12 +23,6 @@ SCRIPT = Path(__file__).with_name("foundry_registration.py")
 
 NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9._-]*(:[1-9][0-9]*)?")
 """The names that Foundry Local takes, with or without a version."""
-
-SECRET = re.compile("KEY|TOKEN|SECRET|PASSWORD|CONNECTION")
-"""What the name of a secret in the environment has in it."""
-
-ADDRESSES = frozenset({"DISTILLERY_LABELS", "DISTILLERY_REGISTRY", "DISTILLERY_TRACKING"})
-"""Addresses that may hold a password."""
 
 LONGEST_S = 600.0
 """How long Foundry Local may take to load a model."""
@@ -86,16 +81,6 @@ def register_in_foundry(folder: Path, app: str, name: str | None = None) -> str:
             "`distillery ask` on the folder answer?"
         )
     return model_id
-
-
-def environment_without_secrets() -> dict[str, str]:
-    """Return this process's environment without keys, tokens and connection strings: Foundry Local
-    needs none of them."""
-    kept = {}
-    for name, value in os.environ.items():
-        if not SECRET.search(name) and name not in ADDRESSES:
-            kept[name] = value
-    return kept
 
 
 def foundry_python() -> Path:

@@ -16,6 +16,7 @@ from typing import IO
 from pydantic import SecretStr
 
 from distillery.errors import ModelError
+from distillery.processes import environment_without_secrets
 
 KEY_VARIABLE = "DISTILLERY_SERVER_KEY"
 
@@ -54,7 +55,7 @@ def served(folder: Path, model_name: str, threads: int | None = None) -> Iterato
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=log,
-            env={**os.environ, KEY_VARIABLE: key, **NO_VERIFICATION},
+            env={**environment_without_secrets(), KEY_VARIABLE: key, **NO_VERIFICATION},
         )
         try:
             yield Served(wait_until_ready(process, folder, log), SecretStr(key), process)

@@ -332,8 +332,12 @@ def settings_page() -> str:
         "# Settings",
         "Settings belong to the machine or the account; a recipe holds none of them, and no cache "
         "key depends on them. Each is an environment variable. Copy `sample.env` to `.env` and "
-        "fill in what you need: the file is read from the working folder or from a folder above "
-        "it, and a variable that is set already wins over it. This page is generated from "
+        "fill in what you need. The file is read from the working folder (`make up` reads that of "
+        "the project's folder), if it is a regular file of yours, of root or of the folder's owner "
+        "that others can't write to. A variable that is set already wins over it. Names that are "
+        "not on this page, `AZURE_...` apart, are not taken from it; a warning names them. Runs of "
+        "a worker read no `.env`: the worker and its pool give them their variables. Processes "
+        "that a run starts get no secret that they don't need. This page is generated from "
         "`distillery/settings.py` and `sample.env`.",
     ]
     headings = {

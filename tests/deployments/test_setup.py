@@ -26,15 +26,18 @@ import pytest
 import yaml
 from azurite_server import free_port
 from postgres_server import Postgres
+from prefect.blocks.system import Secret
 from prefect.blocks.webhook import Webhook
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import FlowRun
 from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
+from prefect.variables import Variable
 from prefect.workers.base import BaseJobConfiguration
 from prefect.workers.process import ProcessJobConfiguration
 from prefect_api import PrefectApi, wait_for
 
 from deployments import local, setup
+from distillery.processes import is_secret
 from distillery.readiness import training_bytes
 from distillery.recipe import load_recipe
 
@@ -141,10 +144,12 @@ def test_the_kubernetes_job_is_one_by_the_clients_own_models(pool: str) -> None:
     assert asyncio.run(round_trip()) == manifest
 
 
+@pytest.mark.security
 @pytest.mark.parametrize("pool", POOLS)
-def test_a_kubernetes_job_holds_no_secret_and_reads_all_from_one(
+def test_a_kubernetes_job_holds_no_secret_and_reads_those_that_it_needs_from_one(
     pool: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("DISTILLERY_SIGNING_KEY", "planted-signing-key")
     for name, value in SECRET.items():
         monkeypatch.setenv(name, value)
     for name in PLAIN:
@@ -152,12 +157,99 @@ def test_a_kubernetes_job_holds_no_secret_and_reads_all_from_one(
     manifest = configured("kubernetes", pool, setup.save_settings("kubernetes")).job_manifest
     (only,) = manifest["spec"]["template"]["spec"]["containers"]
     assert "planted" not in json.dumps(manifest)
-    assert only["envFrom"] == [{"secretRef": {"name": "distillery"}}]
-    environment = {one["name"]: one["value"] for one in only["env"]}
+    assert "envFrom" not in only
+    read = {
+        one["name"]: one["valueFrom"]["secretKeyRef"] for one in only["env"] if "valueFrom" in one
+    }
+    assert all(
+        reference == {"name": "distillery", "key": name, "optional": True}
+        for name, reference in read.items()
+    )
+    withheld = setup.NOT_FOR_TRAINING if pool == "gpu-pool" else set()
+    assert {*SECRET, *PLAIN, "DISTILLERY_SIGNING_KEY"} - withheld <= set(read)
+    assert set(read).isdisjoint(withheld)
+    assert "PREFECT_API_AUTH_STRING" in read
+    environment = {one["name"]: one["value"] for one in only["env"] if "value" in one}
+    assert set(environment).isdisjoint(read)
     assert environment["PREFECT_API_URL"] == "http://server/api"
     assert environment["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"] == "30"
     # An evicted run is scheduled again.
     assert environment["PREFECT_FLOW_RUN_EXECUTE_SIGTERM_BEHAVIOR"] == "reschedule"
+
+
+def breaches(pod: dict[str, Any]) -> list[str]:
+    """What of a pod breaks the "restricted" level of Kubernetes' Pod Security Standards, version
+    1.34, with that of "baseline", which it includes. Only Linux."""
+    of_pod = pod.get("securityContext", {})
+    found = [f"{name}: true" for name in ("hostNetwork", "hostPID", "hostIPC") if pod.get(name)]
+    if of_pod.get("sysctls"):
+        found.append("sysctls")
+    allowed = {"configMap", "csi", "downwardAPI", "emptyDir", "ephemeral", "projected", "secret"}
+    allowed.add("persistentVolumeClaim")
+    for volume in pod.get("volumes", []):
+        found += [f"volume {kind}" for kind in set(volume) - {"name"} - allowed]
+    containers = [
+        container
+        for kind in ("containers", "initContainers", "ephemeralContainers")
+        for container in pod.get(kind, [])
+    ]
+    for container in containers:
+        own = container.get("securityContext", {})
+        both = of_pod | own
+        capabilities = own.get("capabilities", {})
+        options = both.get("seLinuxOptions", {})
+        wrong = {
+            "privileged": own.get("privileged", False),
+            "allowPrivilegeEscalation": own.get("allowPrivilegeEscalation") is not False,
+            "capabilities.drop": "ALL" not in capabilities.get("drop", []),
+            "capabilities.add": not set(capabilities.get("add", [])) <= {"NET_BIND_SERVICE"},
+            "runAsNonRoot": both.get("runAsNonRoot") is not True,
+            "runAsUser": both.get("runAsUser") == 0,
+            "seccompProfile": both.get("seccompProfile", {}).get("type")
+            not in ("RuntimeDefault", "Localhost"),
+            "procMount": own.get("procMount", "Default") != "Default",
+            "appArmorProfile": both.get("appArmorProfile", {}).get("type", "RuntimeDefault")
+            == "Unconfined",
+            "seLinuxOptions": bool({"user", "role"} & set(options)),
+            "hostPort": any(port.get("hostPort") for port in container.get("ports", [])),
+            "host of a probe": any(
+                "host" in container.get(probe, {}).get(kind, {})
+                for probe in ("livenessProbe", "readinessProbe", "startupProbe")
+                for kind in ("httpGet", "tcpSocket")
+            ),
+        }
+        found += [name for name, is_wrong in wrong.items() if is_wrong]
+    return found
+
+
+@pytest.mark.security
+@pytest.mark.parametrize("pool", POOLS)
+def test_a_pod_keeps_to_the_restricted_standard(pool: str) -> None:
+    found = pod(pool)
+    assert breaches(found) == []
+    assert found["automountServiceAccountToken"] is False
+    found["containers"][0].pop("securityContext")
+    found["securityContext"].pop("seccompProfile")
+    found["volumes"].append({"name": "host", "hostPath": {"path": "/"}})
+    assert breaches(found) == [
+        "volume hostPath",
+        "allowPrivilegeEscalation",
+        "capabilities.drop",
+        "seccompProfile",
+    ]
+
+
+def make_databases(server: Postgres) -> None:
+    """As compose.yaml has it done."""
+    environment = os.environ | {
+        "PGHOST": server.host,
+        "POSTGRES_USER": "owner",
+        "PREFECT_DATABASE_PASSWORD": "it's",
+        "LABELS_DATABASE_PASSWORD": "another",
+    }
+    command = ["sh", str(FOLDER / "databases.sh")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 class Server(PrefectApi):
@@ -187,7 +279,9 @@ class Server(PrefectApi):
         }
         self.environment = kept | {
             "PREFECT_API_AUTH_STRING": self.password,
-            "PREFECT_API_DATABASE_CONNECTION_URL": database.url("postgresql+asyncpg"),
+            "PREFECT_API_DATABASE_CONNECTION_URL": database.url(
+                "postgresql+asyncpg", user="prefect", database="prefect"
+            ),
             "PREFECT_API_URL": self.url,
             "PREFECT_HOME": str(folder),
             "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
@@ -249,6 +343,7 @@ class Server(PrefectApi):
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     with Postgres() as database:
+        make_databases(database)
         server = Server(tmp_path_factory.mktemp("server"), database)
         try:
             server.start()
@@ -267,7 +362,7 @@ def test_set_up_again_changes_nothing(server: Server) -> None:
     before = server.state()
     assert {kind: len(things) for kind, things in before.items()} == {
         "automations": 2,
-        "blocks": len(SECRET) + 2,
+        "blocks": len(SECRET) + 1,
         "deployments": 5,
         "pools": 2,
         "variables": len(PLAIN),
@@ -299,20 +394,32 @@ def test_set_up_takes_over_what_has_changed(server: Server) -> None:
 
 
 @pytest.mark.slow
-def test_set_up_deletes_the_webhook_of_an_earlier_version(server: Server) -> None:
+def test_set_up_deletes_what_an_earlier_version_saved(server: Server) -> None:
     with temporary_settings(
         {PREFECT_API_URL: server.url, PREFECT_API_AUTH_STRING: server.password}
     ):
         Webhook(url=f"{server.url}/events").save(setup.EVENTS_BLOCK)
+        Secret(value="planted").save("teacher-model-key")
+        Variable.set("teacher_model_endpoint", "https://teacher.test")
     before = server.state()["blocks"]
     done = server.set_up(**SECRET, **PLAIN)
     lines = [line for line in done.stdout.splitlines() if "unchanged" not in line]
     assert lines == [
         "webhook block distillery-events: deleted",
+        "secret block teacher-model-key: deleted",
+        "variable teacher_model_endpoint: deleted",
         "deployments of prefect.yaml: deployed",
     ]
-    blocks = server.state()["blocks"]
-    assert len(blocks) == len(before) - 1 == len(SECRET) + 2
+    state = server.state()
+    assert len(state["variables"]) == len(PLAIN)
+    blocks = state["blocks"]
+    assert len(blocks) == len(before) - 2 == len(SECRET) + 1
+    # Whoever could change the endpoint alone would be sent the key.
+    (teacher,) = (block for block in blocks if block["name"] == setup.TEACHER_BLOCK)
+    assert teacher["data"]["value"] == {
+        "endpoint": SECRET["TEACHER_MODEL_ENDPOINT"],
+        "key": SECRET["TEACHER_MODEL_KEY"],
+    }
     (events,) = [block for block in blocks if block["name"] == setup.EVENTS_BLOCK]
     assert "form_data" in events["data"]
 
@@ -339,7 +446,10 @@ def test_a_worker_resolves_every_setting_and_secret(
         "PREFECT_LOGGING_EXTRA_LOGGERS": "distillery",
         "PREFECT_RESULTS_DEFAULT_STORAGE_BLOCK": "distillery-store/results",
     }
-    assert job.env == SECRET | PLAIN | own | fixed
+    wanted = SECRET | PLAIN | own | fixed
+    if pool == "gpu-pool":
+        wanted = {name: wanted[name] for name in set(wanted) - setup.NOT_FOR_TRAINING}
+    assert job.env == wanted
 
 
 @pytest.mark.slow
@@ -462,7 +572,7 @@ class Heart:
         asked = "SELECT bucketing_key FROM automation_bucket WHERE last_event IS NOT NULL"
 
         def watches_all() -> bool:
-            watched = self.server.database.ask(asked)
+            watched = self.server.database.ask(asked, "prefect", "prefect")
             return all(run in watched for run in runs)
 
         wait_for("the watch over each run", watches_all)
@@ -576,7 +686,102 @@ def test_a_local_run_finds_home_and_store_from_its_own_working_folder(
     assert "DISTILLERY_STORE" not in local.environment()
 
 
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A project's folder of this test's own; nothing is set but what it says in .env."""
+    folder = tmp_path / "project"
+    folder.mkdir()
+    monkeypatch.setattr(local, "PROJECT", folder)
+    for name in (*local.PASSWORDS, *SECRET, *PLAIN):
+        monkeypatch.delenv(name, raising=False)
+    return folder
+
+
+@pytest.mark.security
+def test_make_up_keeps_a_password_that_only_its_user_reads(project: Path, home: Path) -> None:
+    first = local.password()
+    assert re.fullmatch(r"admin:[\w-]{32,}", first)
+    file = home / "run" / "password"
+    assert file.stat().st_mode & 0o777 == 0o600
+    assert local.password() == first, "a second `make up` takes the same"
+    file.write_text("mine:own\n")
+    file.chmod(0o644)
+    assert local.password() == "mine:own"
+    assert file.stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.security
+def test_make_up_takes_the_password_of_the_settings(
+    project: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (project / ".env").write_text("PREFECT_API_AUTH_STRING=a:of-the-file\n")
+    assert local.password() == "a:of-the-file"
+    monkeypatch.setenv("PREFECT_API_AUTH_STRING", "a:of-the-environment")
+    assert local.password() == "a:of-the-environment"
+    monkeypatch.setenv("PREFECT_SERVER_API_AUTH_STRING", "a:the-servers")
+    assert local.password() == "a:the-servers"
+    assert (home / "run" / "password").read_text() == "a:the-servers\n"
+    for wrong in ("no-user", ":x", "user:", "üser:x"):
+        monkeypatch.setenv("PREFECT_SERVER_API_AUTH_STRING", wrong)
+        with pytest.raises(SystemExit, match="not user:password in ASCII; correct it"):
+            local.password()
+
+
+@pytest.mark.security
+def test_server_and_workers_of_make_up_get_what_they_need(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = SECRET | {"DISTILLERY_SIGNING_KEY": "k", "POSTGRES_PASSWORD": "p"}
+    (project / ".env").write_text("".join(f"{name}={value}\n" for name, value in given.items()))
+    database = "postgresql+asyncpg://prefect:planted@host/prefect"
+    monkeypatch.setenv("PREFECT_API_DATABASE_CONNECTION_URL", database)
+    server = local.environment_of_server()
+    assert server["PREFECT_API_DATABASE_CONNECTION_URL"] == database
+    assert server["PREFECT_SERVER_API_AUTH_STRING"] == local.password()
+    origins = server["PREFECT_SERVER_API_CORS_ALLOWED_ORIGINS"].split(",")
+    assert origins == [f"http://{host}:{local.PORT}" for host in ("127.0.0.1", "localhost")]
+    assert set(server).isdisjoint(given)
+    # The set-up gives them to the server, which gives them to the runs.
+    assert local.environment().items() >= SECRET.items()
+    cpu, gpu = map(local.environment_of_worker, POOLS)
+    for worker in (cpu, gpu):
+        assert worker["PREFECT_API_AUTH_STRING"] == local.password()
+        assert "PREFECT_SERVER_API_AUTH_STRING" not in worker
+    assert set(cpu) & set(given) == {"DISTILLERY_SIGNING_KEY"}
+    assert set(gpu) & set(given) == set()
+
+
 COMPOSE: dict[str, Any] = yaml.safe_load((FOLDER / "compose.yaml").read_text())
+
+
+@pytest.mark.security
+def test_each_database_has_a_role_of_its_own_that_reaches_no_other(tmp_path: Path) -> None:
+    with Postgres() as server:
+        # As in a volume of the version before: all belongs to the superuser.
+        for name in ("prefect", "labels"):
+            server.ask(f"CREATE DATABASE {name}")
+            server.ask("CREATE TYPE colour AS ENUM ('red')", database=name)
+            server.ask("CREATE TABLE kept (id serial PRIMARY KEY, c colour)", database=name)
+            server.ask("INSERT INTO kept (c) VALUES ('red')", database=name)
+            server.ask("CREATE VIEW seen AS SELECT * FROM kept", database=name)
+        make_databases(server)
+        make_databases(server)
+        roles = "SELECT rolname, rolsuper, rolcreatedb, rolcreaterole FROM pg_roles WHERE"
+        assert server.ask(f"{roles} rolname IN ('labels', 'prefect') ORDER BY 1") == (
+            "labels|f|f|f\nprefect|f|f|f"
+        )
+        for name, other in (("prefect", "labels"), ("labels", "prefect")):
+            server.ask("INSERT INTO kept (c) VALUES ('red')", name, name)
+            server.ask(
+                "ALTER TABLE kept ADD note text; ALTER TYPE colour RENAME TO hue", name, name
+            )
+            server.ask("DROP VIEW seen; CREATE TABLE made (id int)", name, name)
+            assert server.ask("SELECT count(*) FROM kept", name, name) == "2"
+            for database in (other, "postgres", "template1"):
+                with pytest.raises(AssertionError, match="permission denied for database"):
+                    server.ask("SELECT 1", name, database)
+            with pytest.raises(AssertionError, match=r"permission denied|must be superuser"):
+                server.ask("COPY (SELECT 1) TO PROGRAM 'id'", name, name)
 
 
 def test_compose_names_only_what_it_has() -> None:
@@ -617,7 +822,54 @@ def test_compose_starts_the_two_workers_with_a_gpu_for_one() -> None:
 def test_compose_opens_no_port_to_others_and_the_server_asks_for_a_password() -> None:
     ports = [port for service in COMPOSE["services"].values() for port in service.get("ports", [])]
     assert ports == ["127.0.0.1:4200:4200"]
-    assert "PREFECT_SERVER_API_AUTH_STRING" in COMPOSE["services"]["server"]["environment"]
+    environment = COMPOSE["services"]["server"]["environment"]
+    assert environment["PREFECT_SERVER_API_AUTH_STRING"].startswith("${PREFECT_API_AUTH_STRING:?")
+    origins = environment["PREFECT_SERVER_API_CORS_ALLOWED_ORIGINS"]
+    assert origins == "http://127.0.0.1:4200,http://localhost:4200"
+
+
+@pytest.mark.security
+def test_every_container_of_compose_is_confined() -> None:
+    for name, service in COMPOSE["services"].items():
+        assert service["security_opt"] == ["no-new-privileges:true"], name
+        assert service["cap_drop"] == ["ALL"], name
+        assert not {"cap_add", "privileged", "pid", "ipc", "network_mode"} & set(service), name
+        assert service["mem_limit"], name
+        assert service["pids_limit"] > 0, name
+        assert service.get("user", "1000") != "root", name
+        assert "seccomp" not in str(service), "Docker's own profile holds"
+    services = COMPOSE["services"]
+    read_only = {name for name, service in services.items() if service.get("read_only")}
+    assert read_only == {"server", "setup"}
+    assert all(services[name]["tmpfs"] == ["/tmp"] for name in read_only)
+    # Elsewhere Prefect would copy the UI into its own package.
+    assert services["server"]["environment"]["PREFECT_UI_STATIC_DIRECTORY"].startswith("/tmp/")
+    assert services["postgres"]["user"] == "postgres"
+    for pool in POOLS:
+        host = container(pool)["host_config"]
+        assert (host["CapDrop"], host["SecurityOpt"]) == (["ALL"], ["no-new-privileges:true"])
+        assert host["PidsLimit"] > 0
+
+
+@pytest.mark.security
+def test_each_container_of_compose_gets_the_secrets_that_it_needs() -> None:
+    given = {
+        name: {
+            variable
+            for variable in re.findall(r"\$\{(\w+)", json.dumps(service["environment"]))
+            if is_secret(variable, "")
+        }
+        for name, service in COMPOSE["services"].items()
+    }
+    databases = {"LABELS_DATABASE_PASSWORD", "PREFECT_DATABASE_PASSWORD"}
+    login = "PREFECT_API_AUTH_STRING"
+    assert given["postgres"] == {"POSTGRES_PASSWORD", *databases}
+    of_server = {"PREFECT_DATABASE_PASSWORD", "PREFECT_SERVER_ENCRYPTION_KEY", login}
+    assert given["server"] == of_server
+    assert given["setup"].isdisjoint({"PREFECT_DATABASE_PASSWORD", "PREFECT_SERVER_ENCRYPTION_KEY"})
+    keys = {"DISTILLERY_SIGNING_KEY", "DISTILLERY_VERIFY_KEY"}
+    assert given["cpu-worker"] == {login, *keys}
+    assert given["gpu-worker"] == {login, "DISTILLERY_VERIFY_KEY"}
 
 
 def test_compose_takes_every_setting_from_a_documented_variable() -> None:
@@ -647,7 +899,8 @@ def test_a_pool_for_gpus_ends_trainings_without_one(workers: str) -> None:
     assert found["gpu-pool"]["DISTILLERY_NEEDS_GPU"] == of_gpus
     services = COMPOSE["services"]
     assert services["gpu-worker"]["environment"] == services["cpu-worker"]["environment"] | {
-        "DISTILLERY_NEEDS_GPU": "true"
+        "DISTILLERY_NEEDS_GPU": "true",
+        "DISTILLERY_SIGNING_KEY": "",
     }
 
 

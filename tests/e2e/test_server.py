@@ -343,6 +343,7 @@ def test_down_ends_everything_in_the_midst_of_a_run(
     try:
         up = local(workshop, "up")
         assert up.returncode == 0, up.stdout + up.stderr
+        workshop.log_in()
         values = recipe(files, tiny)
         values["teacher"]["preparation"]["training"]["epochs"] = 100_000
         workshop.start_run(values)

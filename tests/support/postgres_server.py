@@ -40,8 +40,19 @@ class Postgres:
         ]
         self._run("initdb", *options)
 
-    def url(self, driver: str = "postgresql", password: str = "any") -> str:
-        return f"{driver}://owner:{password}@/postgres?host={self._folder}"
+    @property
+    def host(self) -> str:
+        """The folder of its socket, as PGHOST names it."""
+        return str(self._folder)
+
+    def url(
+        self,
+        driver: str = "postgresql",
+        password: str = "any",
+        user: str = "owner",
+        database: str = "postgres",
+    ) -> str:
+        return f"{driver}://{user}:{password}@/{database}?host={self._folder}"
 
     def start(self) -> None:
         """Starts it on the same data; returns once it answers."""
@@ -62,11 +73,9 @@ class Postgres:
         self._process.send_signal(signal.SIGINT)
         self._process.wait(20)
 
-    def ask(self, query: str) -> str:
+    def ask(self, query: str, user: str = "owner", database: str = "postgres") -> str:
         """What psql prints: a row a line, columns apart by |."""
-        return self._run(
-            "psql", "-h", self._folder, "-U", "owner", "-Atc", query, "postgres"
-        ).strip()
+        return self._run("psql", "-h", self._folder, "-U", user, "-Atc", query, database).strip()
 
     def dump(self) -> str:
         """All that the database holds, as SQL."""

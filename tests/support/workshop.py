@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+import httpx
 import psutil
 from azurite_server import free_port
 from prefect_api import PrefectApi, wait_for
@@ -88,6 +89,13 @@ class Workshop(PrefectApi):
             **self.server_environment,
         )
         wait_for("the server's start", self.is_healthy)
+
+    def log_in(self) -> str:
+        """Take the password of the server that `make up` has started."""
+        login = (self.folder / "run" / "password").read_text().strip()
+        self.api.auth = httpx.BasicAuth(*login.split(":", 1))
+        self.environment["PREFECT_API_AUTH_STRING"] = login
+        return login
 
     def start_worker(self, pool: str, **environment: str) -> None:
         self._start(
