@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 from distillery.errors import DataError
+from distillery.storage.allowed import local_path
 
 NOT_UTF8 = "not UTF-8; save the file in that encoding"
 
@@ -83,7 +84,7 @@ def read_files(setting: str, paths: Sequence[str]) -> Iterator[Table]:
     `setting` is the recipe's key that names the files.
     """
     for path in paths:
-        yield read_file(setting, Path(path).expanduser())
+        yield read_file(setting, local_path(path, setting))
 
 
 def read_file(setting: str, path: Path) -> Table:

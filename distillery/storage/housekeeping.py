@@ -186,9 +186,9 @@ class Inventory:
             result = json.loads(self._store.read_object(file.name))["result"]
             if isinstance(result, str):
                 result = json.loads(result)
-        except (ArtifactDamaged, ValueError, KeyError, TypeError):
+            return set(dict(artifact_references(result)))
+        except (ArtifactDamaged, ValueError, KeyError, TypeError, RecursionError):
             return set()
-        return set(dict(artifact_references(result)))
 
 
 def read_run(store: ArtifactStore, file: StoredFile) -> Run:
@@ -204,7 +204,7 @@ def read_run(store: ArtifactStore, file: StoredFile) -> Run:
             stages.setdefault(digest, stage)
         name = file.name.removeprefix(RUN_RECORDS).removesuffix(".json")
         return Run(name, outcome["recipe"], file.modified, stages, version, file)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise StoreError(
             f"{store.url}/{file.name}: not the record of a run ({type(error).__name__}); "
             "remove the file"
@@ -216,8 +216,8 @@ def artifact_references(value: Any, path: str = "") -> Iterator[tuple[str, str]]
     path to it. Registered folders are not in the store: their URIs do not end in the digest."""
     if isinstance(value, dict):
         if {"uri", "sha256", "bytes"} <= value.keys():
-            digest = value["sha256"]
-            if value["uri"].endswith(f"/{digest}"):
+            uri, digest = str(value["uri"]), str(value["sha256"])
+            if DIGEST.fullmatch(digest) and uri.endswith(f"/{digest}"):
                 yield digest, path.removesuffix(".artifact")
         for key, item in value.items():
             yield from artifact_references(item, f"{path}.{key}".removeprefix("."))
