@@ -89,7 +89,7 @@ def store_folder(url: str) -> Path | None:
     """Return the folder of a local store; None for a store on another machine."""
     protocol = _PROTOCOL.match(url)
     if protocol is None:
-        return Path(url)
+        return Path(url).expanduser()
     if protocol[1].lower() in LOCAL:
         return Path(url2pathname(urlsplit(url).path))
     return None
