@@ -8,7 +8,7 @@ import pytest
 from hub_stand_in import NAME, HubStandIn
 
 from distillery.data.classes import named_classes
-from distillery.data.hub import check_builder, check_card, check_name, load_from_hub
+from distillery.data.hub import CARDS, check_builder, check_card, check_name, load_from_hub
 from distillery.data.readers import read_files
 from distillery.data.source import matching_files, open_source, source_identity
 from distillery.errors import DataError, DistilleryError, RecipeError
@@ -144,13 +144,22 @@ def test_a_worker_loads_only_the_data_sets_that_are_named(
         check_name("tau/commonsense_qa")
 
 
+@pytest.fixture(scope="module")
+def server() -> Iterator[HubStandIn]:
+    with HubStandIn({"train": [{"id": "a"}]}) as server:
+        yield server
+
+
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubStandIn]:
-    with HubStandIn({"train": [{"id": "a"}]}) as hub:
-        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
-        template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
-        yield hub
+def hub(server: HubStandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> HubStandIn:
+    """A hub whose data set has no card yet, and an empty cache."""
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.url)
+    template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    for file in CARDS:
+        server.files.pop(file, None)
+    return server
 
 
 @pytest.mark.parametrize(
@@ -169,7 +178,6 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubStandIn]:
 def test_a_card_that_names_other_files_is_refused_before_they_are_looked_for(
     named: str, hub: HubStandIn, secret: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     entry = f"- config_name: default\n  {named.replace('{secret}', str(secret))}\n"
     hub.files["README.md"] = f"---\nlicense: mit\nconfigs:\n{entry}---\n# Rows\n".encode()
     with pytest.raises(DataError, match="its card names files outside the data set") as caught:
@@ -182,10 +190,7 @@ def test_a_card_that_names_other_files_is_refused_before_they_are_looked_for(
         check_card(NAME, hub.commit)
 
 
-def test_a_card_that_names_its_own_files_is_read(
-    hub: HubStandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+def test_a_card_that_names_its_own_files_is_read(hub: HubStandIn) -> None:
     own = "configs:\n- config_name: default\n  sep: '::'\n  data_files: data/train-*\n"
     hub.files["README.md"] = f"---\n{own}---\nSee https://example.org\n".encode()
     check_card(NAME, hub.commit)

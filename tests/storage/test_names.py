@@ -70,7 +70,7 @@ def test_no_name_leads_out_of_its_folder(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["a", "a/b.c", "onnx/model.onnx.data", "a..b", "…/…", "a:b", "a b"]
+    "name", ["a", "a/b.c", "onnx/model.onnx.data", "a..b", "…/…", "ab:c", "a b"]
 )
 def test_other_names_are_names(name: str) -> None:
     assert FileEntry(path=name, sha256="0" * 64, bytes=1).path == name

@@ -5,9 +5,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import fsspec
 import pytest
+from prefect.client.schemas.objects import FlowRun
+from prefect.workers.base import BaseJobConfiguration
 
 from distillery.errors import DataError
 from distillery.storage.allowed import WORKERS_RUN
@@ -113,6 +116,12 @@ def test_a_linked_file_has_the_ending_of_its_own(
     (tmp_path / "secret.json").write_text(SECRET)
     (tmp_path / "rows.csv").symlink_to(tmp_path / "secret.json")
     assert "secret.json: input_uri takes" in refused("rows.csv", folder)
+
+
+def test_a_worker_tells_the_runs_that_it_executes() -> None:
+    """It is Prefect's own variable that says which runs are limited."""
+    run = FlowRun(flow_id=uuid4())
+    assert BaseJobConfiguration._base_flow_run_environment(run) == {WORKERS_RUN: str(run.id)}
 
 
 def test_a_workers_answers_go_nowhere_else(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
