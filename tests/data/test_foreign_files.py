@@ -1,6 +1,6 @@
 """Files that a recipe or a data set of the hub names, and that a worker must not open for them."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -64,7 +64,7 @@ def test_no_setting_of_a_recipe_opens_a_file_elsewhere(
 ) -> None:
     file, folder = str(secret), str(secret.parent)
     other = OtherRecipe(files=(file,))
-    attempts = {
+    attempts: dict[str, Callable[[], object]] = {
         "files": lambda: source_identity(files(file)),
         "folder": lambda: open_source(files(folder)),
         "pattern": lambda: open_source(files(f"{folder}/*.csv")),

@@ -136,4 +136,4 @@ def test_a_training_hands_its_record_to_no_name_of_a_users() -> None:
     nothing: Any = None
     for name in ("runs/demo-1.json", "../results/label-0", "train-x", f"train-{'0' * 32}\n"):
         with pytest.raises(Exception, match=r"hand_off: .*leave it out"):
-            train_student.fn(*[nothing] * 5, hand_off=name)
+            train_student.fn(nothing, nothing, nothing, nothing, nothing, hand_off=name)
