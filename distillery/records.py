@@ -7,9 +7,10 @@ wherever and whenever they ran, because URIs, times, costs and the run's name ar
 
 import hashlib
 import json
-from typing import Any, Literal
+import re
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
 
 from distillery.errors import DataError
 from distillery.recipe import ExportForm, GateRule, RegistryKind
@@ -19,6 +20,28 @@ def digest_of(value: Any) -> str:
     """Return the SHA-256 (hex) of a value's canonical JSON: sorted keys, no spaces, UTF-8."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def is_relative_name(name: str) -> bool:
+    """Return whether `name` is that of a file below a folder on every system: parts joined by
+    forward slashes, none of them empty, "." or "..", without a drive, a backslash or NUL."""
+    if "\\" in name or "\0" in name or re.match("[A-Za-z]:", name):
+        return False
+    return not {"", ".", ".."} & set(name.split("/"))
+
+
+def check_relative_name(name: str) -> str:
+    """Return `name`. Raises ValueError unless it is that of a file below a folder."""
+    if not is_relative_name(name):
+        raise ValueError("not the relative name of a file below its folder")
+    return name
+
+
+Sha256 = Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")]
+"""A SHA-256 in hex. It names folders and locks, so nothing else may stand in its place."""
+
+RelativeName = Annotated[str, AfterValidator(check_relative_name)]
+"""The name of a file below a folder, which may be in another folder below that."""
 
 
 class Record(BaseModel):
@@ -107,7 +130,7 @@ class Artifact(Record):
     """
 
     uri: str
-    sha256: str
+    sha256: Sha256
     bytes: int
 
     @property
@@ -135,9 +158,9 @@ class Split(Record):
     """A split of the prepared data: a JSONL `file` in the artifact's folder, one Example a line.
     `sha256`: of the file, and of the classes where there are any."""
 
-    file: str
+    file: RelativeName
     rows: int
-    sha256: str
+    sha256: Sha256
 
 
 class PreparedDataset(StageRecord):
@@ -667,7 +690,7 @@ class RegisteredModel(StageRecord):
     version: str
     registry: RegistryKind
     role: str = "challenger"
-    manifest_sha256: str = Field(min_length=64, max_length=64)
+    manifest_sha256: Sha256
     model_sha256: str = ""
     rows_sha256: str = ""
     signature: str = ""
@@ -714,7 +737,7 @@ class InputFile(Record):
     """A file of rows to score. Its content_id is that of its content, whatever its path."""
 
     uri: str
-    sha256: str
+    sha256: Sha256
 
     @property
     def content_id(self) -> str:

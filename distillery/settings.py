@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dotenv import dotenv_values
-from pydantic import AliasChoices, Field, SecretStr, ValidationError
+from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from distillery.errors import CredentialsError, DistilleryError
@@ -137,6 +137,11 @@ def known_names() -> set[str]:
     return names
 
 
+def names_in(text: str, separator: str) -> list[str]:
+    """Return the parts of a setting that lists several things; empty ones are left out."""
+    return [part.strip() for part in text.split(separator) if part.strip()]
+
+
 def is_loopback(host: str) -> bool:
     """Return whether `host`, a name or an address, is reachable from this machine alone."""
     try:
@@ -220,6 +225,20 @@ class LocalSettings(EnvironmentSettings):
         description="An MLflow tracking URI that training sends its losses and speed to; by "
         "default none",
     )
+    data_folders: str = Field(
+        "",
+        description="The folders from which a run that a worker executes may read files and model "
+        "folders that its recipe or parameters name: absolute, separated as in PATH; by default "
+        "the working folder. The store and the shipped sample are always among them, hidden files "
+        "never. A run on the command line reads what its user may read",
+    )
+    data_protocols: str = Field(
+        "file",
+        description="What else a run that a worker executes may open: protocols, or what URLs "
+        "begin with, comma-separated, such as file,abfs://container@account.dfs.core.windows.net/"
+        "rows; they are opened with the worker's login. Where it has an entry such as "
+        "hf://datasets/ORGANISATION, data sets come from there alone",
+    )
     remote_code: str = Field(
         "",
         description="Models whose own Python code may run on this machine, comma-separated; the "
@@ -255,6 +274,23 @@ class LocalSettings(EnvironmentSettings):
         "SQLite is then refused",
     )
 
+    @field_validator("data_folders")
+    @classmethod
+    def check_folders(cls, text: str) -> str:
+        if not all(Path(name).expanduser().is_absolute() for name in names_in(text, os.pathsep)):
+            raise ValueError(f"give absolute folders, separated by {os.pathsep!r}")
+        return text
+
+    @property
+    def folders(self) -> list[Path]:
+        """The folders in `data_folders`."""
+        return [Path(name).expanduser() for name in names_in(self.data_folders, os.pathsep)]
+
+    @property
+    def protocols(self) -> list[str]:
+        """The protocols and beginnings of URLs in `data_protocols`."""
+        return names_in(self.data_protocols, ",")
+
     @property
     def folder(self) -> Path:
         """The home as an absolute path."""
@@ -288,7 +324,7 @@ class LocalSettings(EnvironmentSettings):
     @property
     def remote_code_models(self) -> frozenset[str]:
         """The names in `remote_code`."""
-        return frozenset(map(str.strip, self.remote_code.split(","))) - {""}
+        return frozenset(names_in(self.remote_code, ","))
 
 
 class TeacherSettings(EnvironmentSettings):

@@ -16,6 +16,7 @@ from distillery.errors import DataError, DistilleryError
 from distillery.recipe import Columns, PromptRecipe, RegistryKind, RegistryRecipe
 from distillery.records import InputFile, Predictions
 from distillery.registry.open import open_registry
+from distillery.storage.allowed import output_folder
 from distillery.storage.artifacts import ArtifactStore
 from distillery.storage.digests import sha256_of
 from distillery.storage.working import working_folder
@@ -41,13 +42,17 @@ def batch_inference(
 
     Args:
         model_name: The registered model.
-        input_uri: A JSONL, CSV or Parquet file: a path or an fsspec URL.
+        input_uri: A JSONL, CSV or Parquet file: a path or an fsspec URL. A worker opens what its
+            DISTILLERY_DATA_FOLDERS and DISTILLERY_DATA_PROTOCOLS allow.
         output: A folder for predictions.jsonl and failed.jsonl, which the artifact store keeps too.
+            A worker writes into a new or empty folder below its DISTILLERY_DATA_FOLDERS.
         version: The model's version; by default the champion.
         registry: Where the model is registered.
         columns: Which column of the file holds what; by default as in the model's own recipe.
     """
     begin()
+    # Before any row is answered.
+    target = output_folder(output, "output") if output else None
     source = open_registry(RegistryRecipe(kind=registry, model_name=model_name))
     model = source.get(model_name, version)
     # The prompt comes with the model: it is asked as it was trained.
@@ -59,9 +64,9 @@ def batch_inference(
     with working_folder("input") as folder:
         digest = sha256_of(fetch_input(input_uri, folder))
     predictions = score(model, prompt, InputFile(uri=input_uri, sha256=digest), columns, fields)
-    if output:
+    if target:
         try:
-            shutil.copytree(ArtifactStore().fetch(predictions.artifact), output, dirs_exist_ok=True)
+            shutil.copytree(ArtifactStore().fetch(predictions.artifact), target, dirs_exist_ok=True)
         except (OSError, shutil.Error) as error:
             raise DataError(
                 f"output {output}: can't be written; the answers are in the artifact store"

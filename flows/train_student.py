@@ -4,6 +4,7 @@ Without a server it is an ordinary subflow of distill.py and prepare_teacher.py.
 two send it to the deployment train-student/gpu, and read its record from the artifact store.
 """
 
+import re
 import time
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -33,6 +34,9 @@ LOOK_S = 5.0
 """Seconds between two looks for the pool's workers."""
 
 WARN_S = 60.0
+
+HAND_OFF = re.compile("train-[0-9a-f]{32}")
+"""The names of records that a training hands to the run that waits for it."""
 
 
 @flow(name="train-student", description="Fine-tunes a model on labelled rows.", **RESULT)
@@ -67,6 +71,8 @@ def train_student(
         hand_off: The name under which the caller finds the record in the artifact store.
     """
     begin()
+    if hand_off and not HAND_OFF.fullmatch(hand_off):
+        raise TrainingError(f"hand_off: {hand_off!r}: leave it out; the run that waits sets it")
     again = train.with_options(refresh_cache=True) if refresh else train
     try:
         with parent_watched():

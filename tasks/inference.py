@@ -1,16 +1,20 @@
 import shutil
 import time
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import fsspec
 
 from distillery.data.rows import RowReader
+from distillery.data.source import TABLES
 from distillery.errors import DataError
 from distillery.inference.batch import count_rows, read_rows, score_file
 from distillery.inference.onnx_student import OnnxStudent
 from distillery.recipe import Columns, PromptRecipe, RegistryRecipe
 from distillery.records import InputFile, Predictions, RegisteredModel
 from distillery.registry.open import open_registry
+from distillery.storage.allowed import address, name_in
 from distillery.storage.artifacts import ArtifactStore
 from distillery.storage.digests import sha256_of
 from distillery.storage.working import working_folder
@@ -59,14 +63,26 @@ def score(
 def fetch_input(uri: str, folder: Path) -> Path:
     """Copy the file at a path or fsspec URL into `folder` and return its path.
 
-    Its name has nothing of a URL's query, which may hold a signature. Raises DataError."""
-    target = folder / Path(uri.split("?")[0]).name
+    Its name has nothing of a URL's query, which may hold a signature. Raises DataError, which tells
+    nothing of what the file holds."""
+    source = address(uri, "input_uri")
+    target = folder / (source.name if isinstance(source, Path) else name_in(source))
+    if target.suffix.lower() not in TABLES:
+        raise DataError(
+            f"{target.name}: input_uri takes {', '.join(TABLES)}, not {target.suffix!r}; convert it"
+        )
     try:
-        with fsspec.open(uri, "rb") as source, target.open("wb") as copy:
-            shutil.copyfileobj(source, copy)
-    except (OSError, ValueError, ImportError) as error:
+        with open_address(source) as file, target.open("wb") as copy:
+            shutil.copyfileobj(file, copy)
+    except Exception as error:
+        # A file system of fsspec may raise anything, with the file's content in its text.
         reason = getattr(error, "strerror", None) or type(error).__name__
         raise DataError(
             f"input_uri {target.name}: can't be read ({reason}); correct input_uri"
-        ) from error
+        ) from None
     return target
+
+
+def open_address(source: Path | str) -> AbstractContextManager[Any]:
+    """Open a local file, or what is at a URL, to be read as bytes."""
+    return source.open("rb") if isinstance(source, Path) else fsspec.open(source, "rb")

@@ -19,7 +19,7 @@ from distillery.labels import known, labelling
 from distillery.labels.canaries import ask_canaries
 from distillery.labels.known import read_label_files, write_known_labels
 from distillery.labels.labelling import Slots
-from distillery.labels.quote import quote, token_counter
+from distillery.labels.quote import named_tokenizer, quote, token_counter
 from distillery.labels.report import read_report
 from distillery.labels.store import LabelStore
 from distillery.labels.trust import refuse_collapsed
@@ -55,7 +55,7 @@ def label(
     folder_of_model = store.fetch(model.artifact) if model else None
     if model:
         teacher = teacher.for_own_model()
-    tokenizer = teacher.tokenizer or (str(folder_of_model) if folder_of_model else None)
+    tokenizer = named_tokenizer(teacher) or (str(folder_of_model) if folder_of_model else None)
     where = (
         _local_endpoint(folder_of_model, identity)
         if folder_of_model

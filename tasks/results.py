@@ -11,23 +11,29 @@ from prefect.settings import PREFECT_RESULTS_DEFAULT_STORAGE_BLOCK, temporary_se
 
 from distillery.errors import ArtifactDamaged
 from distillery.storage.artifacts import RESULTS, ArtifactStore
+from distillery.storage.result_records import ForeignRecord, plain_record, warn_of
 
 
 class DistilleryStore(WritableFileSystem):
     """Files under results/ in the worker's own DISTILLERY_STORE.
 
     The block itself holds nothing, so that moving the store changes nothing in Prefect, and no key
-    to it is in Prefect's database."""
+    to it is in Prefect's database. All that Prefect reads of results comes from here, so that this
+    is where records are passed over that could run code."""
 
     _block_type_name = "Distillery Store"
     _block_type_slug = "distillery-store"
 
     # Prefect's base class is asynchronous, yet calls these two with _sync where it runs no loop.
     def read_path(self, path: str, _sync: bool = True) -> bytes:  # type: ignore[override]
+        name = f"{RESULTS}/{path}"
         try:
-            return ArtifactStore().read_object(f"{RESULTS}/{path}")
+            return plain_record(ArtifactStore().read_object(name))
         except ArtifactDamaged as error:
             raise ValueError(f"{path}: no such record") from error
+        except ForeignRecord as error:
+            warn_of(name, str(error))
+            raise
 
     def write_path(  # type: ignore[override]
         self, path: str, content: bytes, _sync: bool = True

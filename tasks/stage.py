@@ -26,6 +26,7 @@ from distillery.models.device import release_gpu
 from distillery.recipe import BaseModelRecipe, RegistryRecipe, Slice
 from distillery.records import RegisteredModel, StageRecord, digest_of
 from distillery.storage.artifacts import ArtifactStore
+from distillery.storage.result_records import ForeignRecord, plain_record
 from tasks.locks import StageLocks
 from tasks.progress import live_display, progress_of
 
@@ -197,13 +198,15 @@ def _free_or_hit(
 
 
 def _kept(results: ResultStore, key: str) -> bytes | None:
-    """Return the file of a record; None where there is none.
+    """Return the file of a record; None where there is none, and nothing of one that is not read.
 
     Unlike ResultStore.exists it does not mistake an outage for a missing record, and it does not
     wait for the holder of the key's lock."""
     storage: Any = results.result_storage
     try:
         content: bytes = storage.read_path(key, _sync=True)
+    except ForeignRecord:
+        return b""
     except ValueError:
         return None
     return content
@@ -221,7 +224,8 @@ def is_hit(kept: bytes, returns: type[Any], reusable: Callable[[Any], bool] = al
     """Return whether the file of a record holds one of class `returns` that is `reusable` and whose
     artifact is whole."""
     try:
-        record: Any = prefect_results.ResultRecord.deserialize(kept).result  # type: ignore[attr-defined]
+        plain = plain_record(kept)
+        record: Any = prefect_results.ResultRecord.deserialize(plain).result  # type: ignore[attr-defined]
     except Exception:
         # Half-written, or a record of another version of the project: a decoder may raise anything.
         return False

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from distillery.errors import DataError
 from distillery.recipe import TaskRecipe
+from distillery.storage.allowed import local_path
 
 
 def named_classes(task: TaskRecipe) -> tuple[str, ...] | None:
@@ -18,7 +19,7 @@ def named_classes(task: TaskRecipe) -> tuple[str, ...] | None:
     names = task.labels
     if isinstance(names, str):
         where = names
-        names = read_names(Path(names).expanduser())
+        names = read_names(local_path(names, "task.labels"))
     names = tuple(name.strip() for name in names)
     if len(names) < 2 or "" in names:
         raise DataError(f"{where}: name at least two classes, none of them empty")

@@ -24,6 +24,7 @@ from typing import Any, BinaryIO, NamedTuple, TextIO
 from distillery.data.pages import DELTA_BYTE_ARRAY, Chunk, ColumnPages, read_footer, read_pages
 from distillery.errors import DataError
 from distillery.settings import LocalSettings
+from distillery.storage.allowed import local_path
 
 NOT_UTF8 = "not UTF-8; save the file in that encoding"
 
@@ -100,7 +101,7 @@ def read_files(setting: str, paths: Sequence[str]) -> Iterator[Table]:
     `setting` is the recipe's key that names the files.
     """
     for path in paths:
-        yield read_file(setting, Path(path).expanduser())
+        yield read_file(setting, local_path(path, setting))
 
 
 def read_file(setting: str, path: Path) -> Table:

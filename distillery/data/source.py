@@ -8,11 +8,12 @@ from glob import escape, glob, has_magic
 from importlib.resources import files
 from pathlib import Path
 
-from distillery.data.hub import hub_commit, hub_tables, load_from_hub
+from distillery.data.hub import check_name, hub_commit, hub_tables, load_from_hub
 from distillery.data.readers import Table, read_files
 from distillery.errors import DataError, NoSuchRevision
 from distillery.recipe import DatasetRecipe, OtherRecipe
 from distillery.records import digest_of
+from distillery.storage.allowed import local_path
 from distillery.storage.digests import sha256_of
 
 _log = logging.getLogger(__name__)
@@ -80,7 +81,7 @@ def digests_of(paths: Sequence[str], setting: str) -> list[str]:
     missing."""
     digests = []
     for path in paths:
-        file = Path(path).expanduser()
+        file = local_path(path, setting)
         if not file.is_file():
             raise DataError(f"{file}: no such file; correct {setting}")
         digests.append(sha256_of(file))
@@ -89,6 +90,7 @@ def digests_of(paths: Sequence[str], setting: str) -> list[str]:
 
 def commit_or_revision(name: str, revision: str | None) -> str:
     """Return the commit that a revision names, or the revision if the hub does not answer."""
+    check_name(name)
     try:
         return hub_commit(name, revision)
     except NoSuchRevision:
@@ -123,7 +125,7 @@ def matching_files(path: str, setting: str) -> list[str]:
 
     Raises DataError, which names the setting, for a folder or pattern without a file.
     """
-    expanded = Path(path).expanduser()
+    expanded = local_path(path, setting)
     if expanded.is_dir():
         names = [
             name
@@ -136,7 +138,8 @@ def matching_files(path: str, setting: str) -> list[str]:
         described = f"{path}: no file matches"
     else:
         return [path]
-    found = sorted(name for name in names if Path(name).is_file())
+    # What a pattern matches may be a link that leads elsewhere.
+    found = sorted(name for name in names if local_path(name, setting).is_file())
     if not found:
         raise DataError(f"{described}; correct {setting}")
     return found

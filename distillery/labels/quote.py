@@ -1,6 +1,7 @@
 """What labelling will cost and how long it will take, before the first call."""
 
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -13,6 +14,7 @@ from distillery.labels.store import Experience, LabelStore
 from distillery.prompts import Message, TransformersTokenizer
 from distillery.recipe import PromptRecipe, Recipe, TeacherRecipe
 from distillery.records import Example, Usage
+from distillery.storage.allowed import local_path
 from distillery.storage.working import working_folder
 from distillery.teacher.budget import cost_of
 from distillery.teacher.identity import teacher_identity
@@ -52,6 +54,16 @@ def token_counter(tokenizer: str) -> TokenCounter:
             "correct the name, or remove the setting to have tokens estimated"
         ) from error
     return lambda messages: len(loaded.encode_chat(messages))
+
+
+def named_tokenizer(teacher: TeacherRecipe) -> str | None:
+    """Return teacher.tokenizer: a name on the hub, or the path of a folder on this machine.
+
+    Raises DataError for a folder that this run may not open."""
+    name = teacher.tokenizer
+    if name is None or not (name.startswith((".", "/", "~")) or os.path.exists(name)):
+        return name
+    return str(local_path(name, "teacher.tokenizer"))
 
 
 @dataclass(frozen=True)
@@ -227,7 +239,8 @@ def quote_recipe(recipe: Recipe) -> dict[str, Quote]:
     splits, identity = ["train"], "a teacher that is yet to be trained"
     if teacher.kind == "endpoint":
         splits, identity = ["train", "test"], teacher_identity(recipe.teacher, None)
-    tokens = token_counter(teacher.tokenizer) if teacher.tokenizer else None
+    tokenizer = named_tokenizer(teacher)
+    tokens = token_counter(tokenizer) if tokenizer else None
     quotes = {}
     with working_folder("quote") as folder, LabelStore(max_age=teacher.max_age) as store:
         prepare(recipe.dataset, folder, recipe.task)

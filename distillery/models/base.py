@@ -20,12 +20,19 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from distillery.errors import ModelUnavailable, RecipeError, TrainingError, TrainingUnavailable
+from distillery.errors import (
+    DataError,
+    ModelUnavailable,
+    RecipeError,
+    TrainingError,
+    TrainingUnavailable,
+)
 from distillery.models import azure_registry
 from distillery.models.azure_registry import parse_azureml
 from distillery.progress import ShowProgress, show_nothing
 from distillery.recipe import BaseModelRecipe
 from distillery.settings import LocalSettings
+from distillery.storage.allowed import local_path
 from distillery.storage.digests import digest_of_files, list_files, sha256_of
 from distillery.storage.outages import is_hub_outage
 
@@ -197,7 +204,7 @@ def asks_hub(base: BaseModelRecipe) -> bool:
     """Return whether the hub must be asked which commit a base model is."""
     name = base.model
     elsewhere = name.startswith(("package:", "azureml://", ".", "/", "~")) or name.endswith(".gguf")
-    if elsewhere or Path(name).is_dir():
+    if elsewhere or os.path.isdir(name):
         return False
     return re.fullmatch("[0-9a-f]{40}", base.revision or "") is None
 
@@ -307,16 +314,16 @@ def local_source(name: str) -> Path | None:
         return None
     if name.startswith("package:"):
         return gguf_in_package(name.removeprefix("package:"))
-    path = Path(name).expanduser()
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise RecipeError(f"base.model: {name}: no such file")
-        return path
-    if path.is_dir():
-        return path
-    if name.startswith((".", "/", "~")):
-        raise RecipeError(f"base.model: {name}: no such folder")
-    return None
+    is_file = name.endswith(".gguf")
+    if not (is_file or name.startswith((".", "/", "~")) or os.path.isdir(name)):
+        return None
+    try:
+        path = local_path(name, "base.model")
+    except DataError as error:
+        raise RecipeError(str(error)) from None
+    if not (path.is_file() if is_file else path.is_dir()):
+        raise RecipeError(f"base.model: {name}: no such {'file' if is_file else 'folder'}")
+    return path
 
 
 def gguf_in_package(package: str) -> Path:

@@ -1,8 +1,8 @@
 """The base class of every slice of a recipe."""
 
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict
 
 
 def remove_defaults(schema: dict[str, Any]) -> None:
@@ -12,6 +12,19 @@ def remove_defaults(schema: dict[str, Any]) -> None:
     """
     for field in schema["properties"].values():
         field.pop("default", None)
+
+
+def check_revision(revision: str) -> str:
+    """Return `revision`. Raises ValueError for one that leads out of the hub's cache, in which it
+    names a file."""
+    parts = revision.split("/")
+    if ".." in parts or "" in parts or "\\" in revision or not revision.isprintable():
+        raise ValueError("give a commit, tag or branch, such as main")
+    return revision
+
+
+Revision = Annotated[str, AfterValidator(check_revision)]
+"""A commit, tag or branch on the Hugging Face hub."""
 
 
 class Slice(BaseModel):

@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from distillery.recipe.base import Slice
+from distillery.recipe.base import Revision, Slice
 
 Role = Literal["gold", "train", "validation", "test"]
 
@@ -82,14 +82,14 @@ class DatasetRecipe(Slice):
     name: str = ""
     """With source: hub, the data set's hub id, such as tau/commonsense_qa."""
 
-    revision: str | None = None
+    revision: Revision | None = None
     """With source: hub, a commit, tag or branch. By default the newest commit."""
 
     files: dict[str, tuple[str, ...]] = Field({})
     """With source: files, the JSONL, CSV or Parquet files of each split, by the split's name.
     A folder stands for all such files in it, and a pattern such as rows/*.csv for those that match;
     each run looks anew which these are. Relative paths start at the folder that the run starts
-    in."""
+    in. A worker opens files below its DISTILLERY_DATA_FOLDERS alone."""
 
     corrections: tuple[str, ...] = ()
     """Files of rows whose answers replace those of the source, such as a doubtful.csv that you have

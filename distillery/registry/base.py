@@ -17,6 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import ValidationError
+
 from distillery.errors import CredentialsError, RegistryError, RegistryUnavailable
 from distillery.recipe import RegistryKind
 from distillery.records import Artifact, Promotion, Record, RegisteredModel
@@ -448,22 +450,30 @@ class Registry(ABC):
     def record(
         self, name: str, version: str, is_champion: bool, uri: str, tags: Mapping[str, str]
     ) -> RegisteredModel:
-        """Return the record of a version, from the tags that `register` gave it."""
+        """Return the record of a version, from the tags that `register` gave it. Raises
+        RegistryError where somebody has changed one to what is no digest."""
         role = CHAMPION if is_champion else tags.get("role", CHALLENGER)
         if not is_champion and role not in (ARCHIVED, REJECTED):
             role = CHALLENGER
-        return RegisteredModel(
-            artifact=Artifact(uri=uri, sha256=tags["files_sha256"], bytes=int(tags["bytes"])),
-            produced_by=tags.get("produced_by", ""),
-            name=name,
-            version=version,
-            registry=self.kind,
-            role=role,
-            manifest_sha256=tags["manifest_sha256"],
-            model_sha256=tags.get("model_sha256", ""),
-            rows_sha256=tags.get("rows_sha256", ""),
-            signature=tags.get(SIGNATURE_TAG, ""),
-        )
+        try:
+            return RegisteredModel(
+                artifact=Artifact(uri=uri, sha256=tags["files_sha256"], bytes=int(tags["bytes"])),
+                produced_by=tags.get("produced_by", ""),
+                name=name,
+                version=version,
+                registry=self.kind,
+                role=role,
+                manifest_sha256=tags["manifest_sha256"],
+                model_sha256=tags.get("model_sha256", ""),
+                rows_sha256=tags.get("rows_sha256", ""),
+                signature=tags.get(SIGNATURE_TAG, ""),
+            )
+        except ValidationError as error:
+            tag = error.errors(include_input=False)[0]["loc"][-1]
+            raise RegistryError(
+                f"{name} version {version}: its {tag} in the registry is no digest; somebody has "
+                "changed it: delete the version there, or register it again"
+            ) from None
 
 
 def has_content(target: Path) -> bool:

@@ -3,14 +3,15 @@
 import hashlib
 from pathlib import Path
 
-from distillery.records import Record, digest_of
+from distillery.errors import StoreError
+from distillery.records import Record, RelativeName, Sha256, digest_of, is_relative_name
 
 
 class FileEntry(Record):
     """A file of a folder: `path` below it with forward slashes, SHA-256 in hex, size in bytes."""
 
-    path: str
-    sha256: str
+    path: RelativeName
+    sha256: Sha256
     bytes: int
 
 
@@ -21,11 +22,18 @@ def sha256_of(path: Path) -> str:
 
 
 def list_files(folder: Path) -> tuple[FileEntry, ...]:
-    """Return an entry for every file below `folder`, in the order of their paths."""
+    """Return an entry for every file below `folder`, in the order of their paths.
+
+    Raises StoreError for a name that another system could not write."""
     entries = []
     for path in sorted(folder.rglob("*")):
         if path.is_file():
             name = path.relative_to(folder).as_posix()
+            if not is_relative_name(name):
+                raise StoreError(
+                    f"{folder}: {name!r}: a file's name may have no backslash and begin with no "
+                    "drive; rename it"
+                )
             entries.append(FileEntry(path=name, sha256=sha256_of(path), bytes=path.stat().st_size))
     return tuple(entries)
 

@@ -19,6 +19,7 @@ from fsspec.utils import get_protocol
 from tenacity import RetryCallState, Retrying, retry_if_exception, wait_random_exponential
 
 from distillery.errors import StoreError, StoreUnavailable
+from distillery.records import is_relative_name
 from distillery.storage.azure_blobs import (
     AZURE_PROTOCOLS,
     azure_options,
@@ -168,8 +169,8 @@ class Storage:
         return now == before
 
     def _path(self, name: str) -> str:
-        if ".." in Path(name).parts or name.startswith("/"):
-            raise StoreError(f"{name}: leads out of the store {self.url}")
+        if name and not is_relative_name(name):
+            raise StoreError(f"{name!r}: leads out of the store {self.url}")
         return f"{self.root}/{name}" if name else self.root
 
     def _stored_file(self, path: str, info: dict[str, Any]) -> StoredFile:

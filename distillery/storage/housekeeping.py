@@ -222,8 +222,8 @@ def artifact_references(value: Any, path: str = "") -> Iterator[tuple[str, str]]
     path to it. Registered folders are not in the store: their URIs do not end in the digest."""
     if isinstance(value, dict):
         if {"uri", "sha256", "bytes"} <= value.keys():
-            digest = value["sha256"]
-            if value["uri"].endswith(f"/{digest}"):
+            uri, digest = str(value["uri"]), str(value["sha256"])
+            if DIGEST.fullmatch(digest) and uri.endswith(f"/{digest}"):
                 yield digest, path.removesuffix(".artifact")
         for key, item in value.items():
             yield from artifact_references(item, f"{path}.{key}".removeprefix("."))

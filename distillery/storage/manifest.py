@@ -50,14 +50,16 @@ def read_manifest(text: bytes, folder: str) -> tuple[FileEntry, ...]:
     """Return the files that the artifact.json of `folder` lists. Raises ArtifactDamaged."""
     try:
         files = tuple(FileEntry(**entry) for entry in json.loads(text)["files"])
-    except (ValueError, LookupError, TypeError, RecursionError, ValidationError) as error:
+    except ValidationError as error:
+        field = error.errors(include_input=False)[0]["loc"][0]
+        fault = f"can't be read ({field})"
+        if field == "path":
+            fault = "names a file outside the folder"
+        raise ArtifactDamaged(f"{folder}/{MANIFEST}: {fault}; run its stage again") from None
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise ArtifactDamaged(
             f"{folder}/{MANIFEST}: can't be read ({type(error).__name__}); run its stage again"
         ) from error
-    for entry in files:
-        path = Path(entry.path)
-        if path.is_absolute() or ".." in path.parts:
-            raise ArtifactDamaged(f"{folder}/{MANIFEST}: names a file outside the folder")
     return files
 
 

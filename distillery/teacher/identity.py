@@ -1,11 +1,10 @@
 """Who the teacher is, as the label store and the cache keys know it."""
 
-from pathlib import Path
-
 from distillery.errors import DataError, RecipeError
 from distillery.recipe import TeacherRecipe
 from distillery.records import OnnxModel, digest_of
 from distillery.settings import TeacherSettings
+from distillery.storage.allowed import local_path
 from distillery.storage.digests import sha256_of
 
 
@@ -31,7 +30,7 @@ def teacher_identity(teacher: TeacherRecipe, model: OnnxModel | None) -> str:
 def digest_of_file(path: str) -> str:
     """Return the SHA-256 (hex) of a file of teacher.files."""
     try:
-        return sha256_of(Path(path).expanduser())
+        return sha256_of(local_path(path, "teacher.files"))
     except OSError as error:
         raise DataError(
             f"{path}: can't be read ({error.strerror}); correct teacher.files"

@@ -1,5 +1,6 @@
 """What the hub's errors mean for data sets and base models: which may pass, and which not."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -77,11 +78,22 @@ def test_offline_by_choice_is_no_outage(monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_known_commit_is_not_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
     loaded: list[Any] = []
 
-    def load_dataset(name: str, revision: str, cache_dir: str) -> dict[str, Any]:
-        loaded.append((revision, cache_dir))
-        return {}
+    class Builder:
+        config = SimpleNamespace(data_files=None)
 
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+        def download_and_prepare(self) -> None:
+            pass
+
+        def as_dataset(self) -> dict[str, Any]:
+            return {}
+
+    def load_dataset_builder(name: str, revision: str, cache_dir: str) -> Builder:
+        loaded.append((revision, cache_dir))
+        return Builder()
+
+    Builder.__module__ = "datasets.packaged_modules.parquet.parquet"
+    monkeypatch.setattr(datasets, "load_dataset_builder", load_dataset_builder)
+    monkeypatch.setattr("distillery.data.hub.check_card", lambda *_arguments: None)
     with ChatEndpoint(lambda _call: Reply({"id": "a/d", "sha": "e" * 40})) as hub:
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
         load_from_hub("a/d", "v1")

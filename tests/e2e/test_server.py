@@ -120,6 +120,16 @@ def test_the_cpu_pool_answers_a_file_with_the_registered_student(
     assert len((tmp_path / "answers" / "failed.jsonl").read_text().splitlines()) == 1
 
 
+@pytest.mark.security
+def test_a_run_of_a_worker_opens_nothing_outside_its_folders(workshop: Workshop) -> None:
+    parameters = {"model_name": "tiny-student", "input_uri": "rows.jsonl", "output": "/etc/answers"}
+    done = workshop.deployment_run("batch-inference/cpu", parameters)
+    assert done.returncode == 1
+    run = workshop.newest_run("batch-inference")
+    assert "output: '/etc/answers': this worker may not open it" in run["state"]["message"]
+    assert "Traceback" not in workshop.log(run)
+
+
 def _missing_layer(values: dict[str, Any], _folder: Path) -> None:
     values["student"]["layers"] = [7]
 

@@ -11,6 +11,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -54,6 +55,8 @@ class Workshop(PrefectApi):
             "DISTILLERY_HOME": str(folder),
             "DISTILLERY_PREFECT_PORT": str(self.port),
             "DISTILLERY_CHECKPOINT_SECONDS": "1",
+            # Where tests keep their rows and models.
+            "DISTILLERY_DATA_FOLDERS": tempfile.gettempdir(),
             "PREFECT_API_URL": f"{self.url}/api",
             "PREFECT_HOME": str(folder / "prefect"),
             "PREFECT_SERVER_ANALYTICS_ENABLED": "false",

@@ -1,0 +1,197 @@
+"""Which files and addresses a run may open, of those that its recipe or its parameters name.
+
+A run on the command line is its user's own: it opens what that user may open. A run that a worker
+executes may have been started by somebody who has no login on the worker's machine: it opens what
+the worker's DISTILLERY_DATA_FOLDERS and DISTILLERY_DATA_PROTOCOLS allow. By default these are the
+files in the working folder, the store and the sample data.
+"""
+
+import os
+import re
+from contextlib import suppress
+from importlib.resources import files
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+from urllib.request import url2pathname
+
+from distillery.errors import DataError
+from distillery.settings import LocalSettings
+
+WORKERS_RUN = "PREFECT__FLOW_RUN_ID"
+"""Set by everything that executes the runs of a Prefect server: workers and served flows."""
+
+LOCAL = ("file", "local")
+
+ANSWER_FILES = frozenset({"predictions.jsonl", "failed.jsonl"})
+"""What batch inference writes."""
+
+_PROTOCOL = re.compile("([A-Za-z][A-Za-z0-9+.-]+)://")
+
+
+def is_limited() -> bool:
+    """Return whether a worker executes this run, so that its settings limit what may be opened."""
+    return WORKERS_RUN in os.environ
+
+
+def local_path(path: str, setting: str) -> Path:
+    """Return the local path that a recipe or a parameter names, with ~ expanded; in a worker's run
+    the real path, so that what was allowed is what is opened.
+
+    Raises DataError, which names the setting, for what is no path and for what may not be opened.
+    """
+    try:
+        found = Path(path).expanduser()
+        if is_limited():
+            found = Path(os.path.realpath(found))
+            if not is_allowed(found):
+                raise folder_error(path, setting)
+        # Raises what is no path on this system, and a folder that may not be entered.
+        with suppress(FileNotFoundError, NotADirectoryError):
+            os.stat(found)
+    except (OSError, RuntimeError, ValueError) as error:
+        if is_limited() and isinstance(error, RuntimeError):
+            raise folder_error(path, setting) from None
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(
+            f"{setting}: {path!r:.200}: can't be opened ({reason}); correct it"
+        ) from None
+    return found
+
+
+def is_allowed(path: Path) -> bool:
+    """Return whether the real path `path` is in a folder that a worker's run may read: no hidden
+    file, and in Distillery's own home only where a folder inside the home is allowed."""
+    settings = LocalSettings()
+    inside = [folder for folder in allowed_folders(settings) if path.is_relative_to(folder)]
+    if not inside:
+        return False
+    folder = max(inside, key=lambda each: len(each.parts))
+    home = Path(os.path.realpath(settings.folder))
+    if home != folder and home.is_relative_to(folder) and path.is_relative_to(home):
+        return False
+    return not any(part.startswith(".") for part in path.relative_to(folder).parts)
+
+
+def allowed_folders(settings: LocalSettings) -> list[Path]:
+    """Return the real paths of the folders that a worker's run may read."""
+    folders = [Path(str(files("distillery.data"))) / "sample"]
+    store = store_folder(settings.store_url)
+    if store is not None:
+        folders.append(store)
+    if "file" in settings.protocols:
+        # Where all files are below the working folder, it was not chosen to hold data.
+        working = [Path.cwd()] if Path.cwd() != Path(Path.cwd().anchor) else []
+        folders += settings.folders or working
+    return [Path(os.path.realpath(folder)) for folder in folders]
+
+
+def store_folder(url: str) -> Path | None:
+    """Return the folder of a local store; None for a store on another machine."""
+    protocol = _PROTOCOL.match(url)
+    if protocol is None:
+        return Path(url).expanduser()
+    if protocol[1].lower() in LOCAL:
+        return Path(url2pathname(urlsplit(url).path))
+    return None
+
+
+def folder_error(path: str, setting: str) -> DataError:
+    """Return the error of a path that a worker's run may not open, whether it is there or not."""
+    return DataError(
+        f"{setting}: {path!r:.200}: this worker may not open it; put the file into a folder of its "
+        "DISTILLERY_DATA_FOLDERS, or add the folder there"
+    )
+
+
+def address(uri: str, setting: str) -> Path | str:
+    """Return the local path, or the URL for fsspec, that a parameter names.
+
+    Raises DataError, which names the setting, for chained URLs and for what may not be opened."""
+    if "::" in uri:
+        raise DataError(f"{setting}: a URL with :: opens another one; give that of the file itself")
+    protocol = _PROTOCOL.match(uri)
+    if protocol is None:
+        return local_path(uri, setting)
+    name = protocol[1].lower()
+    url = f"{name}{uri[protocol.end(1) :]}"
+    shown = f"{name}://…/{name_in(url)}"
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        raise DataError(f"{setting}: {shown}: no URL; correct it") from None
+    if name in LOCAL:
+        if parts.netloc not in ("", "localhost"):
+            raise DataError(f"{setting}: {shown}: names another machine; write file:///PATH")
+        return local_path(url2pathname(parts.path), setting)
+    if is_limited() and not is_allowed_url(url):
+        raise DataError(
+            f"{setting}: {shown}: this worker may not open it; add {name}, or what such addresses "
+            "begin with, to its DISTILLERY_DATA_PROTOCOLS"
+        )
+    return url
+
+
+def name_in(url: str) -> str:
+    """Return the last part of a URL's path, which leaves out a query that may hold a signature."""
+    return url.split("://", 1)[1].split("#")[0].split("?")[0].rpartition("/")[2]
+
+
+def is_allowed_url(url: str) -> bool:
+    """Return whether a worker's run may open `url`: its protocol is allowed, or what it begins
+    with, or it is in the store."""
+    parts = urlsplit(url).path.split("/")
+    for part in parts:
+        # Twice, for servers that decode once more.
+        plain = unquote(unquote(part))
+        if plain in (".", "..") or "/" in plain or "\\" in plain or "\0" in plain:
+            return False
+    settings = LocalSettings()
+    allowed = [entry for entry in settings.protocols if entry != "file"]
+    if store_folder(settings.store_url) is None:
+        allowed.append(settings.store_url)
+    return any(begins_with(url, entry) for entry in allowed)
+
+
+def begins_with(url: str, entry: str) -> bool:
+    """Return whether a URL is below `entry`, a URL, or has `entry` as its protocol."""
+    if "://" not in entry:
+        return urlsplit(url).scheme == entry.lower()
+    asked, allowed = urlsplit(url), urlsplit(entry)
+    folder = [part for part in allowed.path.split("/") if part]
+    parts = [part for part in asked.path.split("/") if part]
+    return (
+        asked.scheme == allowed.scheme
+        and asked.netloc == allowed.netloc
+        and parts[: len(folder)] == folder
+    )
+
+
+def is_allowed_data_set(name: str) -> bool:
+    """Return whether a worker's run may load this data set from the Hugging Face hub: any, unless
+    DISTILLERY_DATA_PROTOCOLS says which."""
+    entries = [entry for entry in LocalSettings().protocols if entry.startswith("hf://")]
+    if not is_limited() or not entries:
+        return True
+    return any(begins_with(f"hf://datasets/{name}", entry) for entry in entries)
+
+
+def output_folder(path: str, setting: str) -> Path:
+    """Return the local folder that answers may be written to.
+
+    Raises DataError for a folder in the store; and in a worker's run for one that may not be
+    opened, that is part of a Python package, or that holds other files than answers."""
+    if _PROTOCOL.match(path):
+        raise DataError(f"{setting}: {path}: no local folder; the answers are in the store anyway")
+    folder = local_path(path, setting)
+    store = store_folder(LocalSettings().store_url)
+    if store is not None and Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(store)):
+        raise DataError(f"{setting}: {path}: in the store, which holds the answers anyway")
+    if not is_limited():
+        return folder
+    if any((parent / "__init__.py").exists() for parent in (folder, *folder.parents)):
+        raise DataError(f"{setting}: {path}: part of a program; name another folder")
+    if folder.is_dir() and not {entry.name for entry in folder.iterdir()} <= ANSWER_FILES:
+        raise DataError(f"{setting}: {path}: holds other files than answers; name a new folder")
+    if any((folder / name).is_symlink() for name in ANSWER_FILES):
+        raise DataError(f"{setting}: {path}: holds links; name a new folder")
+    return folder
