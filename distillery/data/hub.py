@@ -61,7 +61,9 @@ def load_from_hub(name: str, revision: str | None, commit: str | None = None) ->
             # What is wrong is said below, unless a copy on this machine serves.
             commit = hub_commit(name, revision)
     try:
-        splits: dict[str, Any] = datasets.load_dataset(name, revision=commit, cache_dir=str(cache))
+        splits: dict[str, Any] = datasets.load_dataset(
+            name, revision=commit, cache_dir=str(cache), trust_remote_code=False
+        )
     except (datasets.exceptions.DatasetNotFoundError, hub_errors.RepositoryNotFoundError) as error:
         raise DataError(
             f"dataset.name: {wanted} is not on the hub, or needs a login; "

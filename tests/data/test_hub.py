@@ -77,7 +77,9 @@ def test_offline_by_choice_is_no_outage(monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_known_commit_is_not_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
     loaded: list[Any] = []
 
-    def load_dataset(name: str, revision: str, cache_dir: str) -> dict[str, Any]:
+    def load_dataset(
+        name: str, revision: str, cache_dir: str, trust_remote_code: bool
+    ) -> dict[str, Any]:
         loaded.append((revision, cache_dir))
         return {}
 
