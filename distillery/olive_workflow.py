@@ -131,7 +131,7 @@ def explicit_loading(remote_code: bool) -> Iterator[None]:
             settings["use_safetensors"] = True
         return load(kind, name, folder, **settings)
 
-    utils.from_pretrained = load_explicitly
+    utils.from_pretrained = load_explicitly  # type: ignore[assignment]
     try:
         yield
     finally:

@@ -334,7 +334,7 @@ def remote_code_allowed(base: BaseModelRecipe) -> bool:
     names today is not enough; see `pin_revision`."""
     if not base.trust_remote_code:
         return False
-    allowed = LocalSettings().remote_code_models.get(base.model)
+    allowed = LocalSettings().remote_code_models.get(base.model, frozenset())
     return bool(allowed) and code_revision(base) in allowed
 
 

@@ -236,7 +236,7 @@ def check_external_data(path: Path) -> None:
     """Raise ModelError for an ONNX file with weights in a file outside of its folder. What is no
     ONNX file is passed over: ONNX Runtime does not load it."""
     import onnx
-    from google.protobuf.message import DecodeError
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
     try:
         model = onnx.load(path, load_external_data=False)
@@ -252,8 +252,6 @@ def check_external_data(path: Path) -> None:
 
 def locations(message: Any) -> Iterator[str]:
     """Yield the files in which tensors of an ONNX message, or of what is in it, are kept."""
-    from google.protobuf.message import Message
-
     if message.DESCRIPTOR.name == "TensorProto":
         for entry in message.external_data:
             if entry.key == "location":
@@ -261,5 +259,5 @@ def locations(message: Any) -> Iterator[str]:
         return
     for field, value in message.ListFields():
         if field.type == field.TYPE_MESSAGE:
-            for each in [value] if isinstance(value, Message) else value:
+            for each in [value] if hasattr(value, "DESCRIPTOR") else value:
                 yield from locations(each)
