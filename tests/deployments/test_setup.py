@@ -739,6 +739,8 @@ def test_the_github_example_deploys_and_then_watches_the_run() -> None:
         ["prefect", "--no-prompt", "deployment"],
     ]
     assert {"distill/demo", "--watch"} < set(commands[-1])
+    for step in job["steps"]:
+        assert re.fullmatch(r"actions/[a-z-]+@[0-9a-f]{40}", step.get("uses", f"actions/a@{0:040}"))
     # Where packages come from is for pip's own configuration to say.
     assert not re.search(r"https?://|--(extra-)?index-url|-i ", text)
     # Prefect itself takes these words.
