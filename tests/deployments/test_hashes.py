@@ -48,7 +48,8 @@ def test_every_package_of_the_lock_has_its_hashes() -> None:
     pinned = with_hashes | weights
     assert {name: pinned[name] for name in lock} == lock
     assert "torch" not in pinned
-    for file in ("constraints-hashes.txt", "constraints-weights.txt", "constraints-pip.txt"):
+    others = ("weights", "pip", "audit")
+    for file in ("constraints-hashes.txt", *(f"constraints-{each}.txt" for each in others)):
         assert hashed(file) == pins(file).keys() != set()
 
 
