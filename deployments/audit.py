@@ -55,7 +55,8 @@ def audit(packages: Path, stored: Path, command: list[str]) -> int:
     advisories = ask(packages, command)
     if advisories is not None:
         known = {name: ids for name, ids in advisories.items() if ids}
-        answer = {"day": f"{datetime.now(UTC):%Y-%m-%d}", "list": digest, "advisories": known}
+        day = f"{datetime.now(UTC):%Y-%m-%d}"
+        answer: dict[str, Any] = {"day": day, "list": digest, "advisories": known}
         stored.write_text(json.dumps(answer, indent=1) + "\n", encoding="utf-8")
     else:
         print("audit: the advisory service can't be reached from here, or did not tell of all")

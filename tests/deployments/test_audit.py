@@ -32,7 +32,8 @@ def test_an_audit_without_a_network_says_so_and_takes_the_stored_answer_of_the_s
     packages, stored = tmp_path / "list.txt", tmp_path / "audit.json"
     packages.write_text("idna==1\n")
     skipped = {"dependencies": [{"name": "idna", "skip_reason": "not found on PyPI"}]}
-    for lost in (None, skipped, {"dependencies": []}):
+    unheard: list[Any] = [None, skipped, {"dependencies": []}]
+    for lost in unheard:
         assert audit(packages, stored, pip_audit(tmp_path, lost)) == 0
         assert "nothing is known" in capsys.readouterr().out
 
