@@ -13,6 +13,7 @@ from distillery.errors import ModelError, RegistryError
 from distillery.inference.decoder import Decoder, read_config
 from distillery.models.onnx_folder import check_model_folder, check_settings, leave_code_out
 from distillery.records import RegisteredModel
+from distillery.registry.base import OtherModel
 from distillery.registry.local import LocalRegistry
 from distillery.registry.manifest import copy_with_manifest, manifest_tags
 from distillery.storage.digests import sha256_of
@@ -197,6 +198,30 @@ def test_code_of_another_model_is_left_out(tmp_path: Path) -> None:
         (tmp_path / name).write_text("")
     leave_code_out(tmp_path)
     assert [path.name for path in tmp_path.rglob("*.*")] == ["tokenizer.json"]
+
+
+class OthersModels(LocalRegistry):
+    """A registry with models that others registered; `folder` is the files of each."""
+
+    folder = Path()
+
+    def fetch_other_files(self, model: OtherModel, folder: Path) -> None:
+        shutil.copytree(self.folder, folder, dirs_exist_ok=True)
+
+
+def test_a_model_of_others_is_checked_when_it_is_downloaded(tmp_path: Path, home: Path) -> None:
+    registry, theirs = OthersModels(), OtherModel(name="theirs", version="3", uri="")
+    registry.folder = write(tmp_path / "files", settings())
+    (registry.folder / "configuration_own.py").write_text("import os")
+    target = registry.download_other(theirs, tmp_path / "down")
+    assert [path.name for path in target.iterdir()] == ["genai_config.json"]
+    for name, values in (("evil.so", settings()), ("notes.md", session(**LIBRARY))):
+        (registry.folder / name).write_text("")
+        write(registry.folder, values)
+        with pytest.raises(RegistryError, match=r"theirs version 3(: |/)"):
+            registry.download_other(theirs, tmp_path / "refused")
+        assert not (tmp_path / "refused").exists()
+        (registry.folder / name).unlink()
 
 
 def registered_by_an_intruder(folder: Path, home: Path) -> RegisteredModel:
