@@ -140,7 +140,9 @@ def hf(settings: Settings, threads: int, rows: dict[str, Any]) -> Ask:
     torch.set_num_threads(threads)
     torch.set_flush_denormal(True)
     options = {"dtype": settings["dtype"], "attn_implementation": settings["attention"]}
-    model: Any = AutoModelForCausalLM.from_pretrained(rows["base"], **options)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        rows["base"], trust_remote_code=False, **options
+    )
     model.eval()
     head = model.lm_head.weight
 

@@ -115,7 +115,10 @@ def trl(settings: Settings, steps: int, rows: dict[str, Any], out: Path) -> Figu
     # The trainer seeds the order of rows alone: its LoRA matrices are there before.
     transformers.set_seed(settings.get("seed", 0))
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        rows["base"], dtype=settings["dtype"], attn_implementation=settings["attention"]
+        rows["base"],
+        dtype=settings["dtype"],
+        attn_implementation=settings["attention"],
+        trust_remote_code=False,
     )
     config = SFTConfig(
         output_dir=str(out),
@@ -143,7 +146,9 @@ def trl(settings: Settings, steps: int, rows: dict[str, Any], out: Path) -> Figu
         model=model,
         args=config,
         train_dataset=Dataset.from_list(json.loads(Path(rows["tokens"]).read_text())),
-        processing_class=transformers.AutoTokenizer.from_pretrained(rows["base"]),
+        processing_class=transformers.AutoTokenizer.from_pretrained(
+            rows["base"], trust_remote_code=False
+        ),
         peft_config=peft.LoraConfig(**rows["lora"], task_type="CAUSAL_LM"),
     )
     clock = _clock()

@@ -156,7 +156,9 @@ def prompt_tokens(rows: Sequence[FoundRow], prompt: PromptRecipe, folder: Path) 
     """Return how many tokens of a base model the rows' prompts have."""
     from transformers import AutoTokenizer
 
-    tokenizer = TransformersTokenizer(AutoTokenizer.from_pretrained(folder))
+    tokenizer = TransformersTokenizer(
+        AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    )
     counts = []
     for row in rows:
         example = row.example.model_copy(update={"classes": ("class",)})

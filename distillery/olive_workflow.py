@@ -56,6 +56,7 @@ def run_workflow(
     Telemetry._is_ci_environment = staticmethod(lambda: True)  # type: ignore[method-assign]
 
     names, said = ", ".join(passes), io.StringIO()
+    load_kwargs = input_model.get("load_kwargs") or {}
     with working_folder("olive") as work:
         config = workflow_config(input_model, passes, work)
         package_config = config_of_passes(own_passes or {})
@@ -63,6 +64,7 @@ def run_workflow(
         try:
             with (
                 frugal_k_quant(),
+                explicit_loading(bool(load_kwargs.get("trust_remote_code"))),
                 listening_to_olive(list(passes), progress) as logged,
                 redirect_stdout(said),
             ):
@@ -112,6 +114,28 @@ def config_of_passes(own_passes: Mapping[str, str]) -> dict[str, Any]:
             "supported_precisions": ["*"],
         }
     return config
+
+
+@contextmanager
+def explicit_loading(remote_code: bool) -> Iterator[None]:
+    """Let Olive say at each load whether a model's own code may run, and take safetensors alone. It
+    leaves out a refusal, and the answer for tokenizers, so that Transformers would ask whoever sits
+    at the terminal."""
+    from olive.common.hf import utils
+
+    load = utils.from_pretrained
+
+    def load_explicitly(kind: Any, name: str, folder: str, **settings: Any) -> Any:
+        settings["trust_remote_code"] = remote_code
+        if "Model" in kind.__name__:
+            settings["use_safetensors"] = True
+        return load(kind, name, folder, **settings)
+
+    utils.from_pretrained = load_explicitly  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        utils.from_pretrained = load
 
 
 @contextmanager

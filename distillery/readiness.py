@@ -29,7 +29,9 @@ from distillery.models.base import (
     has_tokenizer,
     local_config,
     local_copy,
+    pin_revision,
     preview,
+    refuse_unnamed_code,
     remote_code_allowed,
 )
 from distillery.models.load import load_tokenizer
@@ -111,6 +113,7 @@ def check_settings(recipe: Recipe) -> None:
     if recipe.registry.kind == "azureml":
         AzureMLSettings().require()
     for base in base_models(recipe):
+        refuse_unnamed_code(base)
         complaint = export_misfit(base, recipe)
         if complaint:
             raise RecipeError(complaint)
@@ -345,6 +348,9 @@ def complaint_about(folder: Path, base: BaseModelRecipe, recipe: Recipe) -> str 
 
 def check_base_model(base: BaseModelRecipe, recipe: Recipe) -> Iterator[Finding]:
     item = f"base model {base.model}"
+    if base.trust_remote_code:
+        # Its code may run at a commit alone.
+        base = pin_revision(base)
     local = local_copy(base)
     if local is None:
         yield check_download(item, base, recipe)

@@ -6,6 +6,7 @@ No setting is part of a cache key: moving the store or changing a key repeats no
 import ipaddress
 import logging
 import os
+import re
 import stat
 from functools import cache
 from pathlib import Path
@@ -241,8 +242,9 @@ class LocalSettings(EnvironmentSettings):
     )
     remote_code: str = Field(
         "",
-        description="Models whose own Python code may run on this machine, comma-separated; the "
-        "recipe must allow it too",
+        description="Models whose own Python code may run on this machine, comma-separated, each "
+        "as MODEL@COMMIT with the hub's commit of 40 hex digits; for a folder or an azureml:// "
+        "model as MODEL@DIGEST, which `distillery check` tells. The recipe must allow it too",
     )
     checkpoint_seconds: float = Field(
         300, gt=0, description="Seconds between the checkpoints that training saves"
@@ -322,9 +324,15 @@ class LocalSettings(EnvironmentSettings):
         return int(self.table_mb * 1e6)
 
     @property
-    def remote_code_models(self) -> frozenset[str]:
-        """The names in `remote_code`."""
-        return frozenset(names_in(self.remote_code, ","))
+    def remote_code_models(self) -> dict[str, frozenset[str]]:
+        """The models in `remote_code`, each with its commits or digests; an empty set for a model
+        that is named without one."""
+        models: dict[str, frozenset[str]] = {}
+        for entry in names_in(self.remote_code, ","):
+            found = re.fullmatch("(.+)@([0-9a-f]{40}|[0-9a-f]{64})", entry)
+            model, revisions = (found[1], {found[2]}) if found else (entry, set())
+            models[model] = models.get(model, frozenset()) | revisions
+        return models
 
 
 class TeacherSettings(EnvironmentSettings):

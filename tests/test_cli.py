@@ -194,14 +194,14 @@ def roles() -> dict[str, str]:
 def test_models_are_listed_promoted_rolled_back_and_downloaded(tmp_path: Path) -> None:
     for content in ("one", "two"):
         (tmp_path / content).mkdir()
-        (tmp_path / content / "weights.bin").write_text(content)
+        (tmp_path / content / "weights.data").write_text(content)
         LocalRegistry().register(tmp_path / content, "mine", {}, {}, actor=Actor("run-7"))
     done = run("models", "promote", "mine", "1").stdout
     assert done == "mine version 1 is the champion and pinned\n"
     assert roles() == {"version 2": "challenger", "version 1": "champion, pinned"}
     target = tmp_path / "down"
     assert run("models", "download", "mine", str(target)).stdout == f"mine version 1 in {target}\n"
-    assert (target / "weights.bin").read_text() == "one"
+    assert (target / "weights.data").read_text() == "one"
     assert "mine: no version 3 in" in error_of(run("models", "promote", "mine", "3"))
 
     assert run("models", "unpin", "mine").stdout == "mine: no champion is pinned\n"

@@ -165,7 +165,8 @@ def load_from_hub(name: str, revision: str | None, commit: str | None = None) ->
     if commit and re.fullmatch("[0-9a-f]{40}", commit):
         check_card(name, commit)
     try:
-        # As load_dataset does it, with a look at what it found before it is read.
+        # As load_dataset does it, with a look at what it found before it is read. Code that comes
+        # with a data set is run by no version of datasets since 4.
         builder = datasets.load_dataset_builder(name, revision=commit, cache_dir=str(cache))
         check_builder(name, builder)
         builder.download_and_prepare()

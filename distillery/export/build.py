@@ -17,6 +17,7 @@ from distillery.export.passes import export_passes
 from distillery.inference.decoder import ADAPTER_FILE
 from distillery.inference.onnx_student import OnnxStudent
 from distillery.models.class_tokens import read_class_tokens
+from distillery.models.onnx_folder import CODE
 from distillery.progress import ShowProgress, show_nothing
 from distillery.recipe import ExportForm
 from distillery.storage.working import working_folder
@@ -64,9 +65,10 @@ def export(
         run_workflow(input_model, passes, built, progress=progress)
         if not (built / "model").is_dir():
             raise ExportError("Olive produced no model folder")
-        # Olive's own record of the build names this machine's folders, and nothing reads it.
-        without_record = shutil.ignore_patterns("model_config.json")
-        shutil.copytree(built / "model", out, dirs_exist_ok=True, ignore=without_record)
+        # Olive's own record of the build names this machine's folders. Neither that nor the code
+        # that a base model may bring along is read by anything.
+        needless = shutil.ignore_patterns("model_config.json", f"*{CODE}", "__pycache__")
+        shutil.copytree(built / "model", out, dirs_exist_ok=True, ignore=needless)
     if classes:
         if classes.pooled and keep_rows(out, classes.tokens):
             numbers = tuple(range(len(classes.tokens)))

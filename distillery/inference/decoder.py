@@ -10,6 +10,7 @@ import numpy as np
 
 from distillery.errors import ModelError
 from distillery.inference.logits import Logits
+from distillery.models.onnx_folder import CONFIG, check_before_loading
 
 ADAPTER_FILE = "adapter_weights.onnx_adapter"
 
@@ -191,15 +192,14 @@ class Decoder:
 
 
 def read_config(folder: Path) -> tuple[dict[str, Any], int]:
-    """Return the decoder's part of genai_config.json, and the context's length in tokens."""
-    path = folder / "genai_config.json"
+    """Return the decoder's part of genai_config.json, and the context's length in tokens.
+
+    Raises ModelError for a folder that is not a model's alone; see `check_before_loading`."""
+    check_before_loading(folder)
+    path = folder / CONFIG
     try:
         model = json.loads(path.read_text(encoding="utf-8"))["model"]
         return dict(model["decoder"]), int(model["context_length"])
-    except OSError as error:
-        raise ModelError(
-            f"{path}: can't be read ({error.strerror}); name a folder that export made"
-        ) from error
     except (ValueError, KeyError, TypeError) as error:
         raise ModelError(
             f"{path}: no valid configuration ({type(error).__name__}); export the model again"

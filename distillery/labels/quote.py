@@ -47,7 +47,9 @@ def token_counter(tokenizer: str) -> TokenCounter:
     from transformers import AutoTokenizer
 
     try:
-        loaded = TransformersTokenizer(AutoTokenizer.from_pretrained(tokenizer))
+        loaded = TransformersTokenizer(
+            AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
+        )
     except (OSError, ValueError) as error:
         raise RecipeError(
             f"teacher.tokenizer {tokenizer}: Transformers can't load a tokenizer from it; "

@@ -29,6 +29,7 @@ from distillery.errors import (
 )
 from distillery.models import azure_registry
 from distillery.models.azure_registry import parse_azureml
+from distillery.models.own_code import code_digest, refuse_code_elsewhere
 from distillery.progress import ShowProgress, show_nothing
 from distillery.recipe import BaseModelRecipe
 from distillery.settings import LocalSettings
@@ -37,6 +38,10 @@ from distillery.storage.digests import digest_of_files, list_files, sha256_of
 from distillery.storage.outages import is_hub_outage
 
 HUB_WEIGHTS = "*.safetensors"
+
+WEIGHTS = "model.safetensors"
+
+WEIGHTS_INDEX = "model.safetensors.index.json"
 
 HUB_FILES = (HUB_WEIGHTS, "*.json", "*.jinja", "*.model", "*.txt", "README.md")
 
@@ -50,6 +55,9 @@ def base_folder(base: BaseModelRecipe, progress: ShowProgress = show_nothing) ->
     if source is None and base.model.startswith("azureml://"):
         folder = azure_registry.download(parse_azureml(base.model), progress)
     elif source is None:
+        if base.trust_remote_code:
+            # Only the code of a commit may run.
+            base = pin_revision(base)
         folder = download_from_hub(base)
     elif source.is_file():
         folder = convert_gguf(source)
@@ -113,11 +121,20 @@ def hub_copy(base: BaseModelRecipe) -> Path | None:
 def has_all_weights(folder: Path) -> bool:
     """Return whether a folder holds all safetensors that its index names, or any if it has no
     index. The hub's cache also has folders whose download was broken off."""
+    indexed = indexed_weights(folder)
+    if indexed:
+        return all((folder / name).exists() for name in indexed)
+    return any(folder.glob(HUB_WEIGHTS))
+
+
+def indexed_weights(folder: Path) -> set[str]:
+    """Return the files that a folder's index of safetensors names; an empty set for a folder
+    without a readable index."""
     try:
-        index = json.loads((folder / "model.safetensors.index.json").read_text())
-        return all((folder / name).exists() for name in set(index["weight_map"].values()))
-    except (OSError, ValueError, KeyError):
-        return any(folder.glob(HUB_WEIGHTS))
+        index = json.loads((folder / WEIGHTS_INDEX).read_text(encoding="utf-8"))
+        return set(map(str, index["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return set()
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -240,25 +257,42 @@ def check_loadable(folder: Path, base: BaseModelRecipe) -> None:
     """Raise TrainingError for a folder without config.json or safetensors, and for a model that
     needs Python code of its own unless recipe and worker allow it."""
     check_config(folder, base)
-    if not any(folder.glob("*.safetensors")):
+    if not any((folder / name).is_file() for name in (WEIGHTS, WEIGHTS_INDEX)):
         raise TrainingError(
-            f"base.model: {base.model}: no .safetensors in it (other weight files can run code)"
+            f"base.model: {base.model}: no .safetensors in it that Transformers finds, which is "
+            f"{WEIGHTS} or {WEIGHTS_INDEX} (other weight files can run code)"
         )
+    for name in indexed_weights(folder):
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise TrainingError(
+                f"base.model: {base.model}: {WEIGHTS_INDEX} names {name!r}, which is no "
+                ".safetensors in its folder; choose another model"
+            )
 
 
 def check_config(folder: Path, base: BaseModelRecipe) -> None:
-    """Raise TrainingError for a folder without config.json, and for a model that needs Python code
-    of its own unless recipe and worker allow it."""
+    """Raise TrainingError for a folder without config.json, for a model that needs Python code of
+    its own unless recipe and worker allow it, and for code that is in another repository."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     try:
         config: dict[str, Any] = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError) as error:
         raise TrainingError(f"base.model: {base.model}: no readable config.json in it") from error
-    if config.get("model_type") not in CONFIG_MAPPING and not remote_code_allowed(base):
+    refuse_unnamed_code(base, folder)
+    if remote_code_allowed(base):
+        if folder.parent.name == "snapshots" and folder.name != base.revision:
+            # A branch can be called like a commit.
+            raise TrainingError(
+                f"base.model: {base.model}: the hub gives the commit {folder.name} for "
+                f"{base.revision}, so that its code is not loaded; name that commit"
+            )
+        refuse_code_elsewhere(folder, f"base.model: {base.model}")
+    elif config.get("model_type") not in CONFIG_MAPPING:
         raise TrainingError(
             f"base.model: {base.model} needs Python code of its own to load; if you trust it, set "
-            "trust_remote_code: true beside it and name it in the worker's DISTILLERY_REMOTE_CODE"
+            "trust_remote_code: true beside it and name it in the worker's DISTILLERY_REMOTE_CODE "
+            f"as {name_with_code(base, folder)}"
         )
 
 
@@ -302,8 +336,56 @@ def license_in_gguf(file: Path) -> str | None:
 
 
 def remote_code_allowed(base: BaseModelRecipe) -> bool:
-    """Return whether recipe and worker both allow the model's own Python code to run."""
-    return base.trust_remote_code and base.model in LocalSettings().remote_code_models
+    """Return whether recipe and worker both allow the model's own Python code to run: the worker
+    must name the commit of a hub model, and the digest of another's code. What a branch or a tag
+    names today is not enough; see `pin_revision`."""
+    if not base.trust_remote_code:
+        return False
+    allowed = LocalSettings().remote_code_models.get(base.model, frozenset())
+    return bool(allowed) and code_revision(base) in allowed
+
+
+def code_revision(base: BaseModelRecipe, folder: Path | None = None) -> str | None:
+    """Return what stands for the Python code that a base model brings along: the commit of a hub
+    model, else the digest of the code in its folder. None for a hub model that is not pinned, a
+    GGUF file, and a model that is not on this machine. `folder`: where config.json is, if known."""
+    source = local_source(base.model)
+    if source is None and not base.model.startswith("azureml://"):
+        return None if asks_hub(base) else base.revision
+    if source is not None:
+        return code_digest(source) if source.is_dir() else None
+    folder = folder or local_config(base)
+    return code_digest(folder) if folder else None
+
+
+def name_with_code(base: BaseModelRecipe, folder: Path | None = None) -> str:
+    """Return how DISTILLERY_REMOTE_CODE names a base model, as far as it is known here."""
+    revision = code_revision(base, folder)
+    if revision is None and folder and folder.parent.name == "snapshots":
+        # The hub's cache calls a folder by its commit.
+        revision = folder.name
+    return f"{base.model}@{revision or 'COMMIT, which `distillery check` tells'}"
+
+
+def refuse_unnamed_code(base: BaseModelRecipe, folder: Path | None = None) -> None:
+    """Raise TrainingError for a recipe that lets a model's own code run while the worker's
+    DISTILLERY_REMOTE_CODE names the model without a commit, or with another one. Asks no service:
+    of a hub model that is not pinned, only a name without a commit is refused."""
+    allowed = LocalSettings().remote_code_models.get(base.model)
+    if not base.trust_remote_code or allowed is None:
+        return
+    if not allowed:
+        raise TrainingError(
+            f"DISTILLERY_REMOTE_CODE: {base.model} is named without the commit of its code, which "
+            f"may be other code tomorrow; read it, then write {name_with_code(base, folder)}"
+        )
+    revision = code_revision(base, folder)
+    if revision and revision not in allowed:
+        raise TrainingError(
+            f"DISTILLERY_REMOTE_CODE: names other code of {base.model} than this run's; read the "
+            f"code of {base.model}@{revision} and name that, or have the recipe's base.revision "
+            "name the commit that you trust"
+        )
 
 
 def local_source(name: str) -> Path | None:
@@ -369,8 +451,11 @@ def convert_gguf(file: Path) -> Path:
                 dtype="float32",
                 quantization_config=GgufConfig(dequantize=True),
                 gguf_file=file.name,
+                trust_remote_code=False,
             )
-            tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+            tokenizer = AutoTokenizer.from_pretrained(
+                file.parent, gguf_file=file.name, trust_remote_code=False
+            )
         except (ValueError, KeyError, NotImplementedError) as error:
             reason = " ".join(str(error).split())[:160]
             raise TrainingError(

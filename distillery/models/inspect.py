@@ -5,12 +5,17 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from distillery.models.own_code import refuse_added_code
+
 
 def model_and_adapter(checkpoint: Path, base: Path) -> tuple[Path, Path | None]:
     """Return the folders of a checkpoint's model and adapter.
 
-    The model is `base` where the checkpoint holds none; the adapter is None where there is none."""
+    The model is `base` where the checkpoint holds none; the adapter is None where there is none.
+    Raises TrainingError for a model with Python code that `base` does not hold."""
     model, adapter = checkpoint / "model", checkpoint / "adapter"
+    if model.is_dir():
+        refuse_added_code(model, base)
     return (model if model.is_dir() else base), (adapter if adapter.is_dir() else None)
 
 
@@ -35,9 +40,11 @@ def parameters_of_config(folder: Path) -> int | None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         with torch.device("meta"):
-            model: Any = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+            model: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                config, trust_remote_code=False
+            )
     except (OSError, ValueError, KeyError, AttributeError, TypeError, ImportError):
         return None
     return int(model.num_parameters())

@@ -19,4 +19,4 @@ class BaseModelRecipe(Slice):
 
     trust_remote_code: bool = False
     """Run the Python code that the model brings along. The worker's DISTILLERY_REMOTE_CODE must
-    name the model too."""
+    name the model and its commit too."""

@@ -20,6 +20,7 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from distillery.errors import CredentialsError, RegistryError, RegistryUnavailable
+from distillery.models.onnx_folder import leave_code_out
 from distillery.recipe import RegistryKind
 from distillery.records import Artifact, Promotion, Record, RegisteredModel
 from distillery.registry.history import Actor, Event, champions_in, new_event, pin_of
@@ -27,6 +28,7 @@ from distillery.registry.manifest import (
     MANIFEST,
     Manifest,
     altered_error,
+    check_content,
     copy_with_manifest,
     disk_errors,
     manifest_tags,
@@ -334,6 +336,7 @@ class Registry(ABC):
             self.fetch_files(model, beside)
             verify_files(beside, model)
             keep_signature(beside, model)
+            check_content(beside, f"{model.name} version {model.version}")
         return target
 
     def others(self, name: str | None = None) -> Others:
@@ -352,9 +355,11 @@ class Registry(ABC):
         return self.get(name, version)
 
     def download_other(self, model: OtherModel, target: Path) -> Path:
-        """Copy the files of another's version to `target`, unverified: it has no manifest.
+        """Copy the files of another's version to `target`, unverified: it has no manifest. Python
+        code is left out.
 
-        Refused where DISTILLERY_VERIFY_KEY asks for signed models."""
+        Refused where DISTILLERY_VERIFY_KEY asks for signed models, and where it holds anything but
+        a model."""
         if must_be_signed():
             raise RegistryError(
                 f"{model.name} version {model.version}: not registered by Distillery, so not "
@@ -364,6 +369,8 @@ class Registry(ABC):
             raise RegistryError(f"{target}: exists; move it away or name another folder")
         with appearing(target) as beside:
             self.fetch_other_files(model, beside)
+            leave_code_out(beside)
+            check_content(beside, f"{model.name} version {model.version}")
         return target
 
     def is_whole(self, model: RegisteredModel) -> bool:

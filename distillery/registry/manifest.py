@@ -17,7 +17,8 @@ from typing import Any
 from pydantic import ValidationError
 
 import distillery
-from distillery.errors import DataError, RegistryError
+from distillery.errors import DataError, ModelError, RegistryError
+from distillery.models.onnx_folder import check_model_folder
 from distillery.recipe import PromptRecipe
 from distillery.records import Record, RegisteredModel
 from distillery.registry.signing import (
@@ -79,7 +80,9 @@ def copy_folder(source: Path, target: Path) -> None:
 def copy_with_manifest(
     folder: Path, content: Path, name: str, provenance: Mapping[str, Any]
 ) -> Manifest:
-    """Copy `folder` to `content`, write manifest.json there and return it."""
+    """Copy `folder` to `content`, write manifest.json there and return it.
+
+    Raises RegistryError for a folder with anything but a model; see `check_content`."""
     if not folder.is_dir():
         raise RegistryError(f"{folder}: no such folder; register the folder of an exported model")
     copy_folder(folder, content)
@@ -88,12 +91,22 @@ def copy_with_manifest(
         (content / MANIFEST).unlink()
     for own in (SIGNATURE, INFERENCE_MODEL):
         (content / own).unlink(missing_ok=True)
+    check_content(content, str(folder))
     files = list_files(content)
     if not files:
         raise RegistryError(f"{folder}: the folder is empty; register the folder of a model")
     manifest = Manifest(model=name, provenance=dict(provenance), files=files)
     (content / MANIFEST).write_bytes(manifest_text(manifest))
     return manifest
+
+
+def check_content(folder: Path, title: str) -> None:
+    """Raise RegistryError for a folder that holds anything but a model, as `check_model_folder`
+    says it. `title` names the model in the message, in place of a temporary folder."""
+    try:
+        check_model_folder(folder)
+    except ModelError as error:
+        raise RegistryError(str(error).replace(str(folder), title)) from error
 
 
 def manifest_text(manifest: Manifest) -> bytes:

@@ -14,6 +14,7 @@ from distillery.errors import ModelError
 from distillery.inference.decoder import ADAPTER_FILE, read_config
 from distillery.models.class_tokens import read_class_tokens
 from distillery.models.load import load_tokenizer
+from distillery.models.onnx_folder import check_model_folder
 from distillery.processes import environment_without_secrets
 from distillery.prompts import TransformersTokenizer
 from distillery.registry.manifest import INFERENCE_MODEL, manifest_of, verify_before_loading
@@ -45,6 +46,8 @@ def register_in_foundry(folder: Path, app: str, name: str | None = None) -> str:
     python = foundry_python()
     verify_before_loading(folder)
     read_config(folder)
+    # Its ONNX Runtime is another one than ours, so that the graph is read here.
+    check_model_folder(folder)
     refuse_other_answers(folder)
     folder = folder.resolve()
     if name is None:

@@ -941,9 +941,12 @@ def test_the_image_installs_the_projects_own_versions() -> None:
     words = [word for run in instructions() if run[0] == "RUN" for word in run]
     (torch,) = (one for one in project["dependencies"] if one.startswith("torch"))
     assert torch in words
-    (editable,) = (word for word in words if word.startswith(".["))
-    assert set(editable.strip(".[]").split(",")) <= set(project["optional-dependencies"])
-    assert words.count("--constraint") == 2
+    extras = words[words.index("deployments/requirements.py") + 1 : words.index(">")]
+    assert extras
+    assert set(extras) <= set(project["optional-dependencies"])
+    # All but torch and the project itself are compared with their hashes.
+    assert words.count("pip") - words.count("--require-hashes") == 2
+    assert words.count("--no-deps") == 3
 
 
 def test_the_image_runs_a_worker_as_no_root_and_knows_that_it_is_a_container() -> None:
@@ -980,11 +983,17 @@ def test_the_github_example_deploys_and_then_watches_the_run() -> None:
         shlex.split(line) for step in job["steps"] for line in step.get("run", "").splitlines()
     ]
     assert [command[:3] for command in commands] == [
-        ["pip", "install", "--constraint"],
+        ["pip", "install", "--require-hashes"],
+        ["pip", "install", "--no-deps"],
+        ["python", "deployments/requirements.py", ">"],
+        ["pip", "install", "--require-hashes"],
+        ["pip", "install", "--no-deps"],
         ["prefect", "--no-prompt", "deploy"],
         ["prefect", "--no-prompt", "deployment"],
     ]
     assert {"distill/demo", "--watch"} < set(commands[-1])
+    for step in job["steps"]:
+        assert re.fullmatch(r"actions/[a-z-]+@[0-9a-f]{40}", step.get("uses", f"actions/a@{0:040}"))
     # Where packages come from is for pip's own configuration to say.
     assert not re.search(r"https?://|--(extra-)?index-url|-i ", text)
     # Prefect itself takes these words.

@@ -3,6 +3,8 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import gguf
 import numpy as np
@@ -17,9 +19,12 @@ from distillery.models.base import (
     license_in_gguf,
     license_of,
     local_copy,
+    remote_code_allowed,
 )
 from distillery.models.inspect import model_and_adapter
-from distillery.recipe import BaseModelRecipe
+from distillery.models.own_code import code_digest
+from distillery.readiness import check_settings
+from distillery.recipe import BaseModelRecipe, parse_recipe
 
 TinyModel = Callable[[str], Path]
 
@@ -43,43 +48,146 @@ def test_base_models_that_can_not_be_used_are_one_line(
     assert base_folder(BaseModelRecipe(model=str(tiny_model("llama")))) == tiny_model("llama")
 
 
+COMMIT, NEXT = "a" * 40, "b" * 40
+
+
+def refusal(base: BaseModelRecipe) -> str:
+    """Return why a base model is refused, in one line."""
+    with pytest.raises(TrainingError) as caught:
+        base_folder(base)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def write_model_with_code(folder: Path, **settings: object) -> None:
+    auto_map = {"AutoConfig": "own.Config", "AutoTokenizer": ["own.Tokenizer", None]}
+    values = {"model_type": "own", "auto_map": auto_map} | settings
+    (folder / "config.json").write_text(json.dumps(values))
+    (folder / "own.py").write_text("class Config: ...\n")
+    (folder / "model.safetensors").write_bytes(b"")
+
+
+@pytest.mark.security
 def test_remote_code_needs_recipe_and_worker(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "config.json").write_text(
-        json.dumps({"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}})
-    )
-    (tmp_path / "model.safetensors").write_bytes(b"")
+    write_model_with_code(tmp_path)
     name = str(tmp_path)
-    with pytest.raises(TrainingError, match="needs Python code of its own"):
-        base_folder(BaseModelRecipe(model=name))
-    with pytest.raises(TrainingError, match="DISTILLERY_REMOTE_CODE"):
-        base_folder(BaseModelRecipe(model=name, trust_remote_code=True))
+    trusted = BaseModelRecipe(model=name, trust_remote_code=True)
+    assert "needs Python code of its own" in refusal(BaseModelRecipe(model=name))
+    wanted = f"DISTILLERY_REMOTE_CODE as {name}@{code_digest(tmp_path)}"
+    assert refusal(trusted).endswith(wanted)
     monkeypatch.setenv("DISTILLERY_REMOTE_CODE", f"other, {name}")
-    with pytest.raises(TrainingError, match="needs Python code"):
-        base_folder(BaseModelRecipe(model=name))
-    assert base_folder(BaseModelRecipe(model=name, trust_remote_code=True)) == tmp_path
+    assert refusal(trusted).endswith(f"then write {name}@{code_digest(tmp_path)}")
+    monkeypatch.setenv("DISTILLERY_REMOTE_CODE", f"other, {name}@{code_digest(tmp_path)}")
+    assert "needs Python code" in refusal(BaseModelRecipe(model=name))
+    assert base_folder(trusted) == tmp_path
+    (tmp_path / "model.safetensors").write_bytes(b"other weights are no other code")
+    assert base_folder(trusted) == tmp_path
+    (tmp_path / "own.py").write_text("class Config: 'changed'\n")
+    assert "and name that, or have the recipe's base.revision" in refusal(trusted)
+    assert f"{name}@{code_digest(tmp_path)}" in refusal(trusted)
 
 
+@pytest.mark.security
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
+def test_code_of_another_repository_is_refused_though_the_model_is_named(
+    file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_model_with_code(tmp_path)
+    settings = {
+        "model_type": "own",
+        "auto_map": {"AutoTokenizer": ["some-one/else--own.Own", None]},
+    }
+    (tmp_path / file).write_text(json.dumps(settings))
+    named = f"{tmp_path}@{code_digest(tmp_path)}"
+    monkeypatch.setenv("DISTILLERY_REMOTE_CODE", named)
+    said = refusal(BaseModelRecipe(model=str(tmp_path), trust_remote_code=True))
+    assert f"{file} takes its Python code from another repository, some-one/else, of" in said
+
+
+@pytest.mark.security
 def test_a_hub_models_own_code_is_downloaded_only_where_it_may_run(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    asked: list[list[str]] = []
-    for name in ("model.safetensors", "tokenizer.json", "chat_template.jinja"):
-        (tmp_path / name).write_bytes(b"")
+    asked: list[tuple[str, bool]] = []
+    snapshots = tmp_path / "snapshots"
+    for commit in (COMMIT, NEXT):
+        (snapshots / commit).mkdir(parents=True)
+        write_model_with_code(snapshots / commit)
 
-    def snapshot_download(name: str, allow_patterns: list[str], **_options: object) -> str:
-        asked.append(allow_patterns)
-        return str(tmp_path)
+    def snapshot_download(
+        name: str, revision: str | None, allow_patterns: list[str], **_options: object
+    ) -> str:
+        asked.append((name, "*.py" in allow_patterns))
+        # The branch that is called like a commit is at the other one.
+        held = NEXT if revision == "c" * 40 else revision or COMMIT
+        return str(snapshots / held)
+
+    class Hub:
+        def model_info(self, name: str, **_options: object) -> Any:
+            return SimpleNamespace(sha=COMMIT)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    for listed, trusted in (("", True), ("org/model", False), ("org/model", True)):
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    base = BaseModelRecipe(model="org/model", trust_remote_code=True)
+    for listed, trusted, said in (
+        ("", True, f"DISTILLERY_REMOTE_CODE as org/model@{COMMIT}"),
+        (f"org/model@{COMMIT}", False, "needs Python code of its own"),
+        ("org/model", True, f"read it, then write org/model@{COMMIT}"),
+        ("org/model@main", True, f"DISTILLERY_REMOTE_CODE as org/model@{COMMIT}"),
+        (f"org/model@{NEXT}", True, f"read the code of org/model@{COMMIT} and name that"),
+    ):
         monkeypatch.setenv("DISTILLERY_REMOTE_CODE", listed)
-        base = BaseModelRecipe(model="org/model", trust_remote_code=trusted)
-        with pytest.raises(TrainingError, match=r"no readable config\.json"):
-            base_folder(base)
-        assert local_copy(base) == tmp_path
-    assert ["*.py" in patterns for patterns in asked] == [False] * 4 + [True] * 2
+        assert said in refusal(base.model_copy(update={"trust_remote_code": trusted}))
+    assert not any(with_code for _, with_code in asked)
+
+    monkeypatch.setenv("DISTILLERY_REMOTE_CODE", f"org/model@{COMMIT}, org/model@{'c' * 40}")
+    assert base_folder(base) == snapshots / COMMIT, "the newest commit is the named one"
+    assert asked[-1] == ("org/model", True)
+    assert not remote_code_allowed(base), "what a branch names is not enough"
+    assert "reads" not in refusal(base.model_copy(update={"revision": NEXT}))
+    disguised = base.model_copy(update={"revision": "c" * 40})
+    assert f"the hub gives the commit {NEXT} for {'c' * 40}" in refusal(disguised)
+
+
+@pytest.mark.security
+def test_a_run_is_told_of_a_name_without_commit_before_it_asks_anyone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    base = {"model": "org/model", "trust_remote_code": True}
+    student = {"start": "base", "base": base}
+    recipe = parse_recipe({"teacher": {"kind": "gold"}, "student": student}, "test")
+    monkeypatch.setenv("DISTILLERY_REMOTE_CODE", "org/model")
+    with pytest.raises(TrainingError, match=r"org/model@COMMIT, which `distillery check` tells$"):
+        check_settings(recipe)
+    monkeypatch.setenv("DISTILLERY_REMOTE_CODE", f"org/model@{COMMIT}")
+    check_settings(recipe)
+
+
+@pytest.mark.security
+def test_a_checkpoint_brings_no_code_that_its_base_model_lacks(tmp_path: Path) -> None:
+    base, model = tmp_path / "base", tmp_path / "checkpoint" / "model"
+    for folder in (base, model):
+        folder.mkdir(parents=True)
+        write_model_with_code(folder)
+    assert model_and_adapter(tmp_path / "checkpoint", base) == (model, None)
+    (model / "own.py").write_text("import os\n")
+    with pytest.raises(TrainingError, match=r"own\.py: Python code that the base model does not"):
+        model_and_adapter(tmp_path / "checkpoint", base)
+
+
+@pytest.mark.security
+def test_weights_that_are_no_safetensors_are_refused(tmp_path: Path) -> None:
+    base = BaseModelRecipe(model=str(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    (tmp_path / "unused.safetensors").write_bytes(b"")
+    assert "no .safetensors in it that Transformers finds" in refusal(base)
+    for name in ("pytorch_model.bin", "../model.safetensors"):
+        index = {"weight_map": {"w": name}}
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+        assert f"names {name!r}, which is no .safetensors in its folder" in refusal(base)
 
 
 def test_a_changed_local_base_model_has_another_identity(
