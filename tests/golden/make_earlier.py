@@ -33,7 +33,6 @@ from distillery.registry.history import Actor
 from distillery.registry.local import LocalRegistry
 from distillery.storage.artifacts import RUNS, ArtifactStore
 
-
 SINCE_15 = ("\\restrict", "\\unrestrict")
 
 
