@@ -22,6 +22,7 @@ from typing import Any
 import pytest
 import torch
 from finished_run import ARTIFACT, finished_run
+from one_folder import OneFolder
 from prefect.results import ResultRecord, ResultRecordMetadata  # type: ignore[attr-defined]
 from prefect.serializers import JSONSerializer
 from registered_student import provenance
@@ -122,24 +123,6 @@ def result(folder: Path) -> bytes:
     return ResultRecord(result=record, metadata=metadata).serialize()
 
 
-class Folder:
-    """Keeps a checkpoint in a folder."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def save(self, folder: Path) -> None:
-        self.folder.mkdir(exist_ok=True)
-        (self.folder / STATE_FILE).write_bytes((folder / STATE_FILE).read_bytes())
-
-    def load(self, into: Path) -> bool:
-        (into / STATE_FILE).write_bytes((self.folder / STATE_FILE).read_bytes())
-        return True
-
-    def of(self, step: str) -> "Folder":
-        return Folder(self.folder / step)
-
-
 def training_state() -> TrainingState:
     """Return the state of a training that has not begun."""
     weights = {"head": torch.nn.Parameter(torch.tensor([[1.0, -2.0], [0.5, 0.25]]))}
@@ -159,7 +142,7 @@ def checkpoint(folder: Path) -> bytes:
     state.curve = [CurvePoint(step=1, loss=0.5, validation_accuracy=0.75, validation_loss=0.25)]
     state.keep_if_best(0.25)
     state.right, state.epochs = [True, False], 1
-    state.save(Folder(folder / "kept"))
+    state.save(OneFolder(folder / "kept"))
     return (folder / "kept" / STATE_FILE).read_bytes()
 
 
@@ -168,7 +151,7 @@ FORMS: dict[str, tuple[str, Write]] = {
     "artifact": ("json", artifact),
     "outcome": ("json", outcome),
     "result": ("json", result),
-    "checkpoint": ("pt", checkpoint),
+    "checkpoint": ("state", checkpoint),
 }
 
 
@@ -252,9 +235,10 @@ def test_results_are_hits(file: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("file", files_of("checkpoint"), ids=lambda file: file.name)
 def test_training_goes_on_from_a_checkpoint(file: Path, tmp_path: Path) -> None:
-    (tmp_path / STATE_FILE).write_bytes(file.read_bytes())
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / STATE_FILE).write_bytes(file.read_bytes())
     state = training_state()
-    state.resume(Folder(tmp_path))
+    state.resume(OneFolder(tmp_path / "kept"))
     assert (state.step, state.losses, state.accuracy) == (1, [0.5], 0.75)
     assert (state.best_loss, state.best_step, state.right) == (0.25, 1, [True, False])
     assert state.weights["head"].tolist() == [

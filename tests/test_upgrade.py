@@ -2,7 +2,6 @@
 models are downloaded and served, its artifacts are found, and its databases are migrated.
 golden/make_earlier.py made it."""
 
-import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,22 +21,14 @@ from distillery.storage.artifacts import RUNS, ArtifactStore
 from distillery.storage.database import SCHEMA, Database, schema_version
 from distillery.storage.housekeeping import Inventory
 
-EARLIER = Path(__file__).parent / "golden" / "earlier"
-
-
-@pytest.fixture
-def earlier_home(home: Path) -> Path:
-    """DISTILLERY_HOME, as the earlier version left it."""
-    with tarfile.open(EARLIER / "home.tar.xz") as packed:
-        packed.extractall(home.parent, filter="data")
-    return home
+LABELS = Path(__file__).parent / "golden" / "earlier" / "labels.sql"
 
 
 @pytest.fixture
 def postgres() -> Iterator[Postgres]:
     """A server with the label database of the earlier version."""
     with Postgres() as server:
-        server.restore((EARLIER / "labels.sql").read_text("utf-8"))
+        server.restore(LABELS.read_text("utf-8"))
         yield server
 
 
