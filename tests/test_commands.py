@@ -4,14 +4,13 @@ behind (golden/make_earlier.py). test_cli.py looks at some of them closely."""
 
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
-import typer
 import yaml
+from command_names import command_names
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from texts import write_texts
@@ -89,17 +88,8 @@ CASES = {
 }
 
 
-def commands(group: Any, before: str = "") -> Iterator[str]:
-    """Yield the names of all commands of a typer app."""
-    for name, command in group.commands.items():
-        if hasattr(command, "commands"):
-            yield from commands(command, f"{before}{name} ")
-        else:
-            yield f"{before}{name}"
-
-
 def test_every_command_has_a_case() -> None:
-    assert set(commands(typer.main.get_command(cli.app))) == CASES.keys()
+    assert set(command_names()) == CASES.keys()
 
 
 @pytest.fixture
