@@ -243,7 +243,8 @@ def built(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[int, str]]:
         assert isinstance(job, BuildingJob)
         assert limit_s == 60 * 60
         if job.form.title not in forms:
-            raise OutOfResources("no time")
+            # As the process names the form and its folder.
+            raise OutOfResources(f"{job.form.title}: {job.out}: no time")
         Path(job.out).mkdir()
         (Path(job.out) / "form.txt").write_text(job.form.title)
         if job.form.algorithm == "gptq":
@@ -252,8 +253,17 @@ def built(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[int, str]]:
         return Built(bytes=forms[job.form.title][0]).model_dump_json()
 
     def score_model(
-        model: ModelToScore, *_rest: Any, progress: ShowProgress = show_nothing
+        model: ModelToScore,
+        rows: Path,
+        prompt: PromptRecipe,
+        threads: int | None,
+        precision: str = "",
+        *,
+        progress: ShowProgress = show_nothing,
     ) -> Scored:
+        assert len(read_examples(rows)) == 20, "validation rows alone"
+        assert (prompt, threads) == (PROMPT, 3)
+        assert precision == ("float32" if model.kind == "transformers" else "")
         progress(7, 20, "7 of 20 rows")
         assert (
             model.kind == "transformers"
@@ -282,7 +292,9 @@ def climbed(
 ) -> Ladder:
     recipe = ExportRecipe(ladder=tuple(FORMS[form] for form in forms), largest_loss=loss)
     float_student = ModelToScore(name="student", kind="transformers", folder=str(base))
-    return climb(float_student, recipe, PROMPT, *files, out, progress=progress)
+    return climb(
+        float_student, recipe, PROMPT, *files, out, labels=base, threads=3, progress=progress
+    )
 
 
 def test_the_picked_folder_goes_on_and_the_table_beside_it(
@@ -294,6 +306,8 @@ def test_the_picked_folder_goes_on_and_the_table_beside_it(
         "fp16": (40, "A" * 20),
     }
     out = tmp_path / "out"
+    # A stage's folder is there before its work.
+    out.mkdir()
     found = climbed(files, tmp_path, out, "fp16", "rtn", "int8", loss=0.1)
     assert (out / "form.txt").read_text() == "int8 rtn/32"
     assert [(rung.form.title, rung.picked, rung.note) for rung in found.rungs] == [
@@ -319,6 +333,18 @@ def test_floats_are_built_only_if_nothing_before_them_keeps_to_the_loss(
     built |= {"int8 rtn/32": (20, "A" * 12 + "B" * 8), "fp16": (40, "A" * 20)}
     found = climbed(files, tmp_path, tmp_path / "again", "int8", "fp16")
     assert [rung.note for rung in found.rungs] == ["loses more", "picked"]
+
+
+def test_a_smaller_form_behind_a_float_that_is_not_built_is_tried(
+    files: tuple[Path, Path], built: dict[str, tuple[int, str]], tmp_path: Path
+) -> None:
+    built |= {"int8 rtn/32": (20, "A" * 20), "int4 rtn/32": (10, "A" * 20)}
+    found = climbed(files, tmp_path, tmp_path / "out", "int8", "fp16", "rtn")
+    assert [(rung.form.title, rung.note) for rung in found.rungs] == [
+        ("int8 rtn/32", "no smaller"),
+        ("fp16", "not built: a smaller form keeps to the loss"),
+        ("int4 rtn/32", "picked"),
+    ]
 
 
 def test_training_rows_with_their_labels_choose_too(
