@@ -32,6 +32,8 @@ TESTS = {
 }
 COPIED = ("distillery", "tasks", "flows", "deployments", "tests", "pyproject.toml", "prefect.yaml")
 
+ONLY = "try these mutants only, * for any text: '*[05]' is a fifth of them"
+
 CONFIG = """
 [tool.mutmut]
 source_paths = ["distillery"]
@@ -43,27 +45,32 @@ use_git_change_detection = false
 """
 
 
-def tried(module: str, processes: int) -> dict[str, int]:
-    """Try the mutants of a module, print those that survive, and return the figures."""
+NOT_TRIED, SURVIVED, NO_TESTS = None, 0, 33
+"""How mutmut notes what became of a mutant: a test's exit status, but for these."""
+
+
+def tried(module: str, names: list[str], processes: int) -> dict[str, int]:
+    """Try the mutants of a module whose names fit one of the patterns, print those that survive,
+    and return the figures."""
     with TemporaryDirectory(prefix="mutants-") as folder:
         copy_tree(Path(folder))
         with (Path(folder) / "pyproject.toml").open("a", encoding="utf-8") as file:
             file.write(CONFIG.format(module=module, tests=json.dumps(TESTS[module])))
-        ran = mutmut(Path(folder), "run", "--max-children", str(processes))
+        ran = mutmut(Path(folder), "run", "--max-children", str(processes), *names)
         if ran.returncode:
             raise SystemExit(f"{module}: mutmut failed:\n{ran.stdout[-4000:]}{ran.stderr[-4000:]}")
-        mutmut(Path(folder), "export-cicd-stats")
-        counted = json.loads((Path(folder) / "mutants" / "mutmut-cicd-stats.json").read_text())
-        survivors = []
-        for line in mutmut(Path(folder), "results").stdout.splitlines():
-            name, _, status = line.strip().partition(": ")
-            if status in ("survived", "no tests"):
-                survivors.append(name)
-                print(f"{status}: {mutmut(Path(folder), 'show', name).stdout}", flush=True)
-    total = counted["total"]
+        noted = json.loads((Path(folder) / "mutants" / f"{module}.meta").read_text("utf-8"))
+        statuses = {
+            name: status
+            for name, status in noted["exit_code_by_key"].items()
+            if status is not NOT_TRIED
+        }
+        survivors = [name for name, status in statuses.items() if status in (SURVIVED, NO_TESTS)]
+        for name in survivors:
+            print(mutmut(Path(folder), "show", name).stdout, flush=True)
     return {
-        "mutants": total,
-        "killed": total - len(survivors),
+        "mutants": len(statuses),
+        "killed": len(statuses) - len(survivors),
         "survived": len(survivors),
     }
 
@@ -93,11 +100,12 @@ def mutmut(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser("python -m benchmarks.mutants", description="Mutation testing")
     parser.add_argument("module", nargs="*", choices=[*TESTS, []], help="all of them by default")
+    parser.add_argument("--only", metavar="NAMES", action="append", default=[], help=ONLY)
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     given = parser.parse_args(arguments)
     figures = {}
     for module in given.module or TESTS:
-        figures[module] = tried(module, given.processes)
+        figures[module] = tried(module, given.only, given.processes)
         print(f"{module}: {figures[module]}", flush=True)
     print(json.dumps(figures))
 

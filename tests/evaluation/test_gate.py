@@ -37,7 +37,7 @@ from distillery.evaluation.statistics import (
     wilson_interval,
 )
 from distillery.evaluation.verdicts import render_verdicts, render_verdicts_markdown
-from distillery.recipe import EvaluationRecipe, GateRule
+from distillery.recipe import BetterRule, EvaluationRecipe, GateRule
 from distillery.recipe.rules import Baseline, Measured
 from distillery.records import (
     Example,
@@ -521,7 +521,7 @@ def test_more_rows_than_were_too_few_are_needed() -> None:
     assert more_than(100, 40) == 101
     assert more_than(100, 400) == 400
     assert more_than(100, None) is None
-    level = judge_difference(rule(kind="better", than=BASE), Pairs(50, 5, 5, 40), 0.0, "")
+    level = judge_difference(BetterRule(kind="better", than=BASE), Pairs(50, 5, 5, 40), 0.0, "")
     assert (level.verdict, level.rows_needed) == ("undecided", None)
 
 
