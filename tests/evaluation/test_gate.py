@@ -397,6 +397,7 @@ def test_a_comparison_holds_both_lines_of_each_shared_row(tmp_path: Path) -> Non
     )
     assert share_rows(champion.answers, contents)
     assert not share_rows(champion.answers, row_contents([example(40), example(41)]))
+    assert not share_rows(champion.answers, {"r1": row_contents([example(40)])["r40"]})
     by_id = read_answers(answers_file(tmp_path / "ids.jsonl", {CANDIDATE: first(2, 2)}))
     assert share_rows(by_id, row_contents([example(1)]))
     assert not share_rows(by_id, row_contents([example(9)]))
