@@ -2,6 +2,7 @@
 seconds."""
 
 import os
+import tarfile
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -25,6 +26,15 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "home"
     monkeypatch.setenv("DISTILLERY_HOME", str(folder))
     return folder
+
+
+@pytest.fixture
+def earlier_home(home: Path) -> Path:
+    """DISTILLERY_HOME, as a version of November 2026 left it: see golden/make_earlier.py."""
+    packed = Path(__file__).parent / "golden" / "earlier" / "home.tar.xz"
+    with tarfile.open(packed) as content:
+        content.extractall(home.parent, filter="data")
+    return home
 
 
 @pytest.fixture(params=["azure-ai-inference", "openai"])

@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -59,7 +60,7 @@ class LocalRegistry(Registry):
 
     def __init__(self, url: str | None = None) -> None:
         settings = LocalSettings()
-        self._url = url or settings.registry_url
+        self._url = with_driver(url or settings.registry_url)
         self._models = settings.folder / "models"
         self.location = mask_credentials(self._url)
         # MLflow reads these when it is imported. By default it retries a dead server for minutes.
@@ -285,11 +286,25 @@ class LocalRegistry(Registry):
                     f"{self.location}: the registry does not answer ({text})"
                 ) from None
             raise RegistryError(f"{self.location}: {text}") from None
+        except ModuleNotFoundError as error:
+            raise RegistryError(
+                f"DISTILLERY_REGISTRY {self.location}: needs {error.name}, which is not installed; "
+                "for PostgreSQL, install distillery[postgres]"
+            ) from None
         except (SQLAlchemyError, OSError) as error:
             raise RegistryError(
                 f"{self.location}: can't be opened as a registry ({first_line(error)}); "
                 "correct DISTILLERY_REGISTRY"
             ) from error
+
+
+def with_driver(url: str) -> str:
+    """Return the URL of a database with psycopg, which the extra `postgres` installs, as the driver
+    for PostgreSQL. SQLAlchemy's own default is psycopg2, which is used where it is installed."""
+    scheme, separator, rest = url.partition("://")
+    if scheme in ("postgres", "postgresql") and find_spec("psycopg2") is None:
+        return f"postgresql+psycopg{separator}{rest}"
+    return url
 
 
 def share_manifest(folder: Path, digest: str) -> None:

@@ -74,6 +74,8 @@ class Storage:
                 reason += (
                     "; name the account in the URL, or correct AZURE_STORAGE_CONNECTION_STRING"
                 )
+            elif self._is_azure:
+                reason += "; install distillery[azure]"
             raise StoreError(reason) from None
         self.is_local = isinstance(self.filesystem, LocalFileSystem)
         if self._is_azure:

@@ -10,7 +10,15 @@ from student_answers import Rights, answers_file, first, further_figures, last, 
 
 from distillery.errors import DataError
 from distillery.evaluation.baselines import MAJORITY, TFIDF
-from distillery.evaluation.gate import EarlierVersion, gate
+from distillery.evaluation.gate import (
+    EarlierVersion,
+    compare,
+    gate,
+    judge_difference,
+    more_than,
+    share_rows,
+)
+from distillery.evaluation.gate import decide as decide_by
 from distillery.evaluation.linear_probe import PROBE
 from distillery.evaluation.report import (
     RowContent,
@@ -21,14 +29,21 @@ from distillery.evaluation.report import (
     write_own_answers,
 )
 from distillery.evaluation.scoreboard import BASE
-from distillery.evaluation.statistics import Pairs, difference_interval, wilson_interval
+from distillery.evaluation.statistics import (
+    Pairs,
+    difference_interval,
+    ratio_interval,
+    rows_needed,
+    wilson_interval,
+)
 from distillery.evaluation.verdicts import render_verdicts, render_verdicts_markdown
-from distillery.recipe import EvaluationRecipe, GateRule
+from distillery.recipe import BetterRule, EvaluationRecipe, GateRule
 from distillery.recipe.rules import Baseline, Measured
 from distillery.records import (
     Example,
     Figures,
     GateDecision,
+    Interval,
     OrderRobustness,
     RuleVerdict,
     ScoreRow,
@@ -139,6 +154,8 @@ def test_a_predictor_that_is_not_on_the_scoreboard_leaves_a_rule_undecided(tmp_p
     lenient = decide(tmp_path, [rule(kind="better", than=TFIDF, undecided="passed")], first(90))
     assert lenient.passed
     assert "(not on the scoreboard, undecided, counts as passed)" in lenient.reason
+    known = decide(tmp_path, [rule(kind="better", than=TFIDF)], first(90), {TFIDF: first(50)})
+    assert only(known).note == ""
 
 
 @pytest.mark.parametrize(("ours", "passed"), [(75, False), (76, True), (90, True)])
@@ -157,13 +174,30 @@ def test_keeps_by_point_estimate(ours: int, passed: bool, tmp_path: Path) -> Non
 def test_keeps_by_a_bound(ours: int, verdict: str, tmp_path: Path) -> None:
     found = only(decide(tmp_path, [rule(kind="keeps", share=0.95, confidence=0.95)], first(ours)))
     assert found.verdict == verdict
-    assert found.interval is not None
+    cells = Pairs(min(ours, 80), max(ours - 80, 0), max(80 - ours, 0), 100 - max(ours, 80))
+    assert found.interval == ratio_interval(cells, 0.9)
     assert found.interval.low < ours / 80 < found.interval.high
+    needed = rows_needed(cells, 0.0, 0.95, weight=0.95)
+    assert needed is not None
+    assert found.rows_needed == (max(needed, 101) if verdict == "undecided" else None)
 
 
 def test_a_teacher_that_is_never_right_is_kept(tmp_path: Path) -> None:
     found = only(decide(tmp_path, [rule(kind="keeps", share=1)], first(0), {"teacher": first(0)}))
-    assert found.passes
+    assert (found.passes, found.note) == (True, "the teacher has no right answer")
+
+
+def test_a_teacher_without_answers_leaves_keeps_undecided(tmp_path: Path) -> None:
+    asks = rule(kind="keeps", share=0.9)
+    decision = gate(
+        [score_row(CANDIDATE, 5, 5)],
+        CANDIDATE,
+        rules=[asks],
+        answers=answers_file(tmp_path / "ours.jsonl", {CANDIDATE: first(5, 5)}),
+    )
+    found = only(decision)
+    assert (found.rule, found.verdict) == (asks, "undecided")
+    assert found.note == "the teacher has no answers"
 
 
 def test_without_a_champion_not_worse_is_passed(tmp_path: Path) -> None:
@@ -260,6 +294,30 @@ def test_not_worse_names_the_version_to_compare_with(
     assert found.passes is (than == "champion")
 
 
+def test_of_two_equally_good_versions_the_first_is_the_best(tmp_path: Path) -> None:
+    same = answers_file(tmp_path / "same.jsonl", {CANDIDATE: first(90)})
+    asks = [rule(kind="not_worse", than="best", confidence=None)]
+    two = [version("1", same), version("2", same)]
+    found = only(decide(tmp_path, asks, first(95), earlier=two))
+    assert found.note == "against student:1 on 100 shared rows"
+
+
+def test_half_of_the_rows_are_enough_to_be_the_best(tmp_path: Path) -> None:
+    half = answers_file(tmp_path / "half.jsonl", {CANDIDATE: first(50)}, start=50)
+    asks = [rule(kind="not_worse", than="best", confidence=None)]
+    found = only(decide(tmp_path, asks, last(50), earlier=[version("2", half)]))
+    assert (found.passes, found.note) == (True, "against student:2 on 50 shared rows of 100")
+
+
+def test_a_version_that_is_the_student_itself_passes(tmp_path: Path) -> None:
+    same = answers_file(tmp_path / "same.jsonl", {CANDIDATE: first(3, 5)})
+    asks = rule(kind="not_worse", than="2")
+    earlier = [version("2", same, is_candidate=True)]
+    found = only(decide(tmp_path, [asks], first(3, 5), earlier=earlier))
+    assert (found.rule, found.verdict) == (asks, "passed")
+    assert found.note == "the student is version 2"
+
+
 def test_an_anchor_that_is_not_there(tmp_path: Path) -> None:
     best = [rule(kind="not_worse", than="best")]
     found = only(decide(tmp_path, best, first(80)))
@@ -318,6 +376,31 @@ def test_rows_are_known_by_their_content(tmp_path: Path) -> None:
         "against student:3 on 7 shared rows of 10; left out, options in another order or spelling: "
         "1; left out, id used for other content: 2"
     )
+
+
+def test_a_comparison_holds_both_lines_of_each_shared_row(tmp_path: Path) -> None:
+    """Two of five rows have their options in another order, and one is new."""
+    champion = registered(tmp_path, [example(number) for number in range(10)], 9)
+    now = [example(number, order=-1 if number < 2 else 1) for number in range(4)]
+    now.append(example(40))
+    rights: Rights = {"teacher": first(5, 5), CANDIDATE: first(4, 5)}
+    own = read_answers(answers_file(tmp_path / "ours.jsonl", rights))
+    own = {row.example_id: line for row, line in zip(now, own.values(), strict=True)}
+    contents = row_contents(now)
+    compared = compare(own, CANDIDATE, contents, champion)
+    assert [(ours, theirs["asked"]) for ours, theirs in compared.shared] == [
+        (own["r2"], contents["r2"].asked),
+        (own["r3"], contents["r3"].asked),
+    ]
+    assert compared.note == (
+        "against student:3 on 2 shared rows of 5; left out, options in another order or spelling: 2"
+    )
+    assert share_rows(champion.answers, contents)
+    assert not share_rows(champion.answers, row_contents([example(40), example(41)]))
+    assert not share_rows(champion.answers, {"r1": row_contents([example(40)])["r40"]})
+    by_id = read_answers(answers_file(tmp_path / "ids.jsonl", {CANDIDATE: first(2, 2)}))
+    assert share_rows(by_id, row_contents([example(1)]))
+    assert not share_rows(by_id, row_contents([example(9)]))
 
 
 def test_answers_of_earlier_releases_are_compared_by_id_and_it_is_said(tmp_path: Path) -> None:
@@ -395,6 +478,8 @@ def test_a_limit_on_a_further_figure(
     if found.interval and found.verdict == "undecided":
         assert found.rows_needed is not None
         assert found.rows_needed > 100
+    if settings["figure"] == "order_robustness":
+        assert found.note == "not measured"
     if settings.get("class") == "maybe":
         assert found.note == "no test row has the answer 'maybe', only yes, no"
 
@@ -420,7 +505,25 @@ def test_a_rule_with_a_class_goes_to_json_and_back() -> None:
 def test_a_minimum_of_rows(minimum: int, passed: bool, tmp_path: Path) -> None:
     found = only(decide(tmp_path, [rule(kind="rows", minimum=minimum)], first(76)))
     assert found.passes is passed
+    assert found.figure == 100
     assert found.rows_needed == (None if passed else minimum)
+
+
+def test_a_bound_at_the_limit_proves_nothing() -> None:
+    """What equals the limit is neither above nor below it."""
+    assert decide_by(0.5, Interval(low=0.4, high=0.6), 0.4) == "undecided"
+    assert decide_by(0.5, Interval(low=0.4, high=0.6), 0.6) == "undecided"
+    assert decide_by(0.5, Interval(low=0.4, high=0.6), 0.39) == "passed"
+    assert decide_by(0.5, Interval(low=0.4, high=0.6), 0.61) == "refused"
+    assert decide_by(0.5, None, 0.5) == "passed"
+
+
+def test_more_rows_than_were_too_few_are_needed() -> None:
+    assert more_than(100, 40) == 101
+    assert more_than(100, 400) == 400
+    assert more_than(100, None) is None
+    level = judge_difference(BetterRule(kind="better", than=BASE), Pairs(50, 5, 5, 40), 0.0, "")
+    assert (level.verdict, level.rows_needed) == ("undecided", None)
 
 
 def test_a_refusal_names_the_rules_that_refuse_and_the_table_shows_all(tmp_path: Path) -> None:

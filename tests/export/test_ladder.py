@@ -22,6 +22,7 @@ from distillery.export.ladder import (
     keeps_to,
     measured,
     pick,
+    with_verdicts,
 )
 from distillery.export.ladder_table import render_ladder, table
 from distillery.export.rung_process import BuildingJob, Built
@@ -211,6 +212,21 @@ def test_the_table_shows_every_rung_and_fits_a_terminal() -> None:
     assert rows[3]["verdict"] == reason
 
 
+def test_of_two_as_small_a_gain_wins_over_no_loss() -> None:
+    assert pick([rung(0, 0, 100), rung(0, 1, 100)], 0.02) == 1
+
+
+def test_a_bound_at_zero_proves_no_loss_and_a_proven_one_may_be_larger_than_allowed() -> None:
+    """A point estimate within the limit is not enough where the loss itself is proven."""
+    small = rung(1, 0, 100, difference=-0.01)
+    level = small.model_copy(update={"interval": Interval(low=-0.05, high=0.0)})
+    proven = small.model_copy(update={"interval": Interval(low=-0.05, high=-0.002)})
+    assert keeps_to(level, 0.02)
+    assert not keeps_to(proven, 0.02)
+    notes = [judged.note for judged in with_verdicts([level, proven, small], 0, 0.02)]
+    assert notes == ["picked", "may lose more", "no smaller"]
+
+
 # The climb itself, without models
 
 
@@ -238,12 +254,16 @@ def built(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[int, str]]:
     answers; a form that is not can't be built. The float student is right on all rows."""
     forms: dict[str, tuple[int, str]] = {}
 
-    def run_in_process(_module: str, job: BaseModel, limit_s: float, progress: ShowProgress) -> str:
+    def run_in_process(module: str, job: BaseModel, limit_s: float, progress: ShowProgress) -> str:
         progress(1, 2, "pass 2 of 2, build")
+        assert module == "distillery.export.rung_process"
         assert isinstance(job, BuildingJob)
+        assert job.adapter == "the-adapter"
+        assert job.calibration is None or Path(job.calibration).is_file()
         assert limit_s == 60 * 60
         if job.form.title not in forms:
-            raise OutOfResources("no time")
+            # As the process names the form and its folder.
+            raise OutOfResources(f"{job.form.title}: {job.out}: no time")
         Path(job.out).mkdir()
         (Path(job.out) / "form.txt").write_text(job.form.title)
         if job.form.algorithm == "gptq":
@@ -252,8 +272,17 @@ def built(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[int, str]]:
         return Built(bytes=forms[job.form.title][0]).model_dump_json()
 
     def score_model(
-        model: ModelToScore, *_rest: Any, progress: ShowProgress = show_nothing
+        model: ModelToScore,
+        rows: Path,
+        prompt: PromptRecipe,
+        threads: int | None,
+        precision: str = "",
+        *,
+        progress: ShowProgress = show_nothing,
     ) -> Scored:
+        assert len(read_examples(rows)) == 20, "validation rows alone"
+        assert (prompt, threads) == (PROMPT, 3)
+        assert precision == ("float32" if model.kind == "transformers" else "")
         progress(7, 20, "7 of 20 rows")
         assert (
             model.kind == "transformers"
@@ -281,8 +310,12 @@ def climbed(
     progress: ShowProgress = show_nothing,
 ) -> Ladder:
     recipe = ExportRecipe(ladder=tuple(FORMS[form] for form in forms), largest_loss=loss)
-    float_student = ModelToScore(name="student", kind="transformers", folder=str(base))
-    return climb(float_student, recipe, PROMPT, *files, out, progress=progress)
+    float_student = ModelToScore(
+        name="student", kind="transformers", folder=str(base), adapter="the-adapter"
+    )
+    return climb(
+        float_student, recipe, PROMPT, *files, out, labels=base, threads=3, progress=progress
+    )
 
 
 def test_the_picked_folder_goes_on_and_the_table_beside_it(
@@ -294,6 +327,8 @@ def test_the_picked_folder_goes_on_and_the_table_beside_it(
         "fp16": (40, "A" * 20),
     }
     out = tmp_path / "out"
+    # A stage's folder is there before its work.
+    out.mkdir()
     found = climbed(files, tmp_path, out, "fp16", "rtn", "int8", loss=0.1)
     assert (out / "form.txt").read_text() == "int8 rtn/32"
     assert [(rung.form.title, rung.picked, rung.note) for rung in found.rungs] == [
@@ -321,6 +356,18 @@ def test_floats_are_built_only_if_nothing_before_them_keeps_to_the_loss(
     assert [rung.note for rung in found.rungs] == ["loses more", "picked"]
 
 
+def test_a_smaller_form_behind_a_float_that_is_not_built_is_tried(
+    files: tuple[Path, Path], built: dict[str, tuple[int, str]], tmp_path: Path
+) -> None:
+    built |= {"int8 rtn/32": (20, "A" * 20), "int4 rtn/32": (10, "A" * 20)}
+    found = climbed(files, tmp_path, tmp_path / "out", "int8", "fp16", "rtn")
+    assert [(rung.form.title, rung.note) for rung in found.rungs] == [
+        ("int8 rtn/32", "no smaller"),
+        ("fp16", "not built: a smaller form keeps to the loss"),
+        ("int4 rtn/32", "picked"),
+    ]
+
+
 def test_training_rows_with_their_labels_choose_too(
     files: tuple[Path, Path],
     built: dict[str, tuple[int, str]],
@@ -342,7 +389,9 @@ def test_training_rows_with_their_labels_choose_too(
 
     monkeypatch.setattr("distillery.export.ladder.score_model", score_model)
     recipe = ExportRecipe(ladder=(FORMS["int8"],), training_rows=50)
-    student = ModelToScore(name="student", kind="transformers", folder=str(tmp_path))
+    student = ModelToScore(
+        name="student", kind="transformers", folder=str(tmp_path), adapter="the-adapter"
+    )
     found = climb(
         student, recipe, PROMPT, *files, tmp_path / "out", labels=tmp_path, progress=show_nothing
     )

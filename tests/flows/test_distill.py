@@ -2,6 +2,7 @@
 random model: what runs, what is cached, and what it costs, counted by counting/sitecustomize.py
 inside the runs' own processes."""
 
+import html
 import json
 import os
 import re
@@ -198,6 +199,26 @@ class Workshop:
                 return record
         raise AssertionError(f"no record of {stage} by {run.name} with {known}")
 
+    def run_record(self, run: Run) -> dict[str, Any]:
+        """The record that a whole run left in the store."""
+        path = self.home / "store" / "records" / "runs" / f"{run.name}.json"
+        record: dict[str, Any] = json.loads(path.read_text())
+        return record
+
+    def registered(self) -> dict[str, list[Any]]:
+        """All that the registry's database holds of models: versions, champions and history."""
+        found = {}
+        with closing(sqlite3.connect(f"file:{self.home}/registry.db?mode=ro", uri=True)) as known:
+            for table in (
+                "registered_models",
+                "registered_model_tags",
+                "registered_model_aliases",
+                "model_versions",
+                "model_version_tags",
+            ):
+                found[table] = known.execute(f"SELECT * FROM {table} ORDER BY 1, 2").fetchall()
+        return found
+
 
 @pytest.fixture(scope="module")
 def workshop(
@@ -252,8 +273,7 @@ def test_the_same_run_again_computes_nothing_and_prints_the_same(
     )
     assert f"<h1>{again.name}</h1>" in again.page.read_text()
     # The champion's answers are kept for the page.
-    kept = workshop.home / "store" / "records" / "runs" / f"{again.name}.json"
-    answers = json.loads(kept.read_text())["decision"]["champion_answers"]
+    answers = workshop.run_record(again)["decision"]["champion_answers"]
     assert ArtifactStore(str(workshop.home / "store")).holds(Artifact.model_validate(answers))
 
 
@@ -626,7 +646,12 @@ def test_a_search_measures_its_trials_and_goes_on_from_what_is_cached(
     ]
 
 
-def test_a_refused_student_fails_the_run_where_the_recipe_says_so(workshop: Workshop) -> None:
+def test_a_refused_student_changes_no_registry_and_fails_the_run_where_the_recipe_says_so(
+    workshop: Workshop, first: Run
+) -> None:
+    before, folders = workshop.registered(), sorted((workshop.home / "models").rglob("*"))
+    assert before["model_versions"]
+    assert before["registered_model_aliases"]
     values = recipe(workshop.files, workshop.base)
     values["evaluation"] = {"rules": [{"kind": "rows", "minimum": 1000}]}
     completed = workshop.distil(values)
@@ -642,3 +667,17 @@ def test_a_refused_student_fails_the_run_where_the_recipe_says_so(workshop: Work
     with closing(sqlite3.connect(f"file:{workshop.prefect}/prefect.db?mode=ro", uri=True)) as known:
         states = [known.execute(query, (run.name,)).fetchone()[0] for run in (completed, failed)]
     assert states == ["Completed", "Failed"]
+    assert workshop.registered() == before
+    assert sorted((workshop.home / "models").rglob("*")) == folders
+    for run in (completed, failed):
+        record = workshop.run_record(run)
+        for what in ("registered", "rejected", "promotion", "delivered"):
+            assert record[what] is None, what
+        decision = record["decision"]
+        assert (decision["passed"], decision["verdicts"][0]["verdict"]) == (False, "undecided")
+        assert decision["verdicts"][0]["rows_needed"] == 1000
+        reason = decision["reason"]
+        assert reason.startswith("refused: student int4 does not pass: at least 1,000 test rows")
+        assert reason in " ".join(run.gate.split())
+        assert html.escape(reason) in run.page.read_text()
+        assert not {": promote"} & workshop.tasks(run).keys()

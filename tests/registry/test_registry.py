@@ -558,7 +558,7 @@ def test_two_processes_that_promote_at_once_on_postgresql(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with Postgres() as server:
-        monkeypatch.setenv("DISTILLERY_REGISTRY", server.url("postgresql+psycopg"))
+        monkeypatch.setenv("DISTILLERY_REGISTRY", server.url())
         case = RegistryCase(LocalRegistry(), lambda model, file, change: None)
         versions(case, tmp_path, 2)
         assert sorted(promote_at_once(tmp_path)) == ["outpaced", "promoted"]

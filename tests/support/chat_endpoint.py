@@ -79,7 +79,8 @@ def completion(
     blanks) lists them."""
     choice: dict[str, Any] = {
         "index": 0,
-        "message": {"role": "assistant", "content": text},
+        "message": {"role": "assistant", "content": text, "refusal": None},
+        "logprobs": None,
         "finish_reason": finish_reason,
     }
     if top is not None:
@@ -92,7 +93,8 @@ def completion(
             "content": [
                 {"token": token, "logprob": -0.1, "bytes": None, "top_logprobs": pairs}
                 for token in tokens
-            ]
+            ],
+            "refusal": None,
         }
     return {
         "id": "chatcmpl-1",

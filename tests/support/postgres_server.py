@@ -81,10 +81,15 @@ class Postgres:
         """All that the database holds, as SQL."""
         return self._run("pg_dump", "-h", self._folder, "-U", "owner", "postgres")
 
-    def _run(self, program: str, *arguments: str | Path) -> str:
+    def restore(self, dump: str) -> None:
+        """Make what a dump holds, in an empty database."""
+        owner = ("-h", self._folder, "-U", "owner", "-q", "-v", "ON_ERROR_STOP=1", "postgres")
+        self._run("psql", *owner, text=dump)
+
+    def _run(self, program: str, *arguments: str | Path, text: str = "") -> str:
         command = [self._programs / program, *arguments]
         done = subprocess.run(
-            command, user=self._user, cwd=self._folder, capture_output=True, text=True
+            command, user=self._user, cwd=self._folder, input=text, capture_output=True, text=True
         )
         assert done.returncode == 0, done.stderr
         return done.stdout

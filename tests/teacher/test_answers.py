@@ -10,6 +10,7 @@ from distillery.teacher.answers import (
     combine_answers,
     distribution,
     in_own_order,
+    letter_of,
     rotated_order,
 )
 
@@ -45,6 +46,23 @@ def test_a_token_outside_the_list_is_no_probability() -> None:
     )
     assert distribution([("A", -9999.0), ("The", -0.1)], ("A", "B")) is None
     assert distribution([], ("A", "B")) is None
+
+    assert distribution([("B", -9999.0), ("A", -0.1)], ("A", "B")) == distribution(
+        [("A", -0.1)], ("A", "B")
+    ), "whatever comes before"
+
+
+@pytest.mark.parametrize(
+    "token",
+    ["X", " X", "\tX\n", "▁X", "ĠX", "ĊX", '"X"', "(X)", "[X]", '{"X', "**X**", "X.", "X:,"],
+)
+def test_a_token_is_its_letter_whatever_surrounds_it(token: str) -> None:
+    assert letter_of(token) == "X"
+
+
+def test_a_probability_above_one_counts_as_one() -> None:
+    """Rounding in an endpoint makes some log-probabilities positive."""
+    assert distribution([("A", 0.5), ("B", 0.0)], ("A", "B")) == {"A": 0.5, "B": 0.5}
 
 
 @pytest.mark.parametrize("count", [2, 3, 5, 26])
@@ -107,6 +125,11 @@ def test_a_tie_goes_to_the_more_probable() -> None:
     assert found is not None
     assert (found.letter, found.confidence) == ("B", 0.5)
     assert found.distribution == pytest.approx({"A": 0.3, "B": 0.65, "C": 0.05})
+    sure = Answer("A", {"A": 0.9, "B": 0.1, "C": 0.0})
+    unsure = Answer("B", {"A": 0.4, "B": 0.5, "C": 0.1})
+    found = combine_answers([unsure, sure], LETTERS, soft=False)
+    assert found is not None
+    assert found.letter == "A"
 
 
 def test_a_tie_of_equal_probabilities_is_no_label() -> None:

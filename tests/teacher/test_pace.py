@@ -238,6 +238,44 @@ async def test_the_endpoints_headers_set_the_limit(name: str) -> None:
     assert 117 <= times[-1] - times[0] <= 120
 
 
+@pytest.mark.parametrize("name", ["requests", "tokens"])
+@leaping
+async def test_a_limit_in_the_headers_replaces_the_recipes(name: str) -> None:
+    """However low the recipe's is, the endpoint knows better."""
+    worker = Worker(Pace(64, **{f"{name}_per_minute": 60}), tokens=1)
+    await worker.call(limits={f"limit-{name}": "6000000"})
+    await worker.calls(120)
+    assert worker.started[-1] - worker.started[1] < 2
+
+
+@leaping
+async def test_a_limit_of_one_request_a_minute_is_kept() -> None:
+    worker = Worker(Pace(8))
+    await worker.call(limits={"limit-requests": "1"})
+    await worker.calls(2)
+    assert worker.started[2] - worker.started[1] == pytest.approx(59, abs=1)
+
+
+@pytest.mark.parametrize("name", ["requests", "tokens"])
+@leaping
+async def test_a_used_up_limit_without_a_time_holds_nobody(name: str) -> None:
+    worker = Worker(Pace(8))
+    await worker.call(limits={f"remaining-{name}": "0"})
+    told = now()
+    await worker.call()
+    assert worker.started[1] == told
+
+
+@leaping
+async def test_the_time_of_the_last_answer_is_known() -> None:
+    worker = Worker(Pace(8))
+    assert worker.pace.answered_at == 0
+    await worker.call()
+    answered = now()
+    await worker.call(works=False)
+    assert worker.pace.answered_at == answered < now()
+
+
 @pytest.mark.parametrize("value", ["0", "-5", "many", "1.5", "²", ""])
 @leaping
 async def test_a_senseless_limit_is_none(value: str) -> None:

@@ -132,6 +132,49 @@ def test_the_loss_on_a_text(soft_weight: float, smoothing: float) -> None:
     )
 
 
+UNEVEN = [
+    TrainingRow(prompt=(1,), letters=(5, 6), answer=1, soft=(0.25, 0.75)),
+    TrainingRow(prompt=(1,), letters=(6, 5, 9, 8), answer=3, soft=(0.1, 0.1, 0.2, 0.6)),
+]
+"""Rows of two and of four options, with probabilities."""
+
+
+@pytest.mark.parametrize("divergence_of", ["forward", "reverse"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_rows_of_fewer_options_than_others_have_no_more(
+    divergence_of: Literal["forward", "reverse"], smoothing: float
+) -> None:
+    torch.manual_seed(0)
+    scores = torch.randn(2, 4)
+    scores[0, 2:] = -torch.inf
+    recipe = TrainingRecipe(
+        soft_weight=0.4, temperature=2.0, divergence=divergence_of, label_smoothing=smoothing
+    )
+    found = option_loss(scores, UNEVEN, recipe)
+    for row, row_scores, loss in zip(UNEVEN, scores.double().tolist(), found, strict=True):
+        own = row_scores[: len(row.letters)]
+        logs = log_softmax(own)
+        hard = -(1 - smoothing) * logs[row.answer] - smoothing * sum(logs) / len(logs)
+        expected = 0.6 * hard + 0.4 * divergence(list(row.soft or ()), own, recipe)
+        assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_loss_on_a_letter_counts_a_rows_own_letters_alone() -> None:
+    """The first token of the vocabulary, with which shorter lists are filled up, is likely."""
+    torch.manual_seed(0)
+    logits = torch.randn(2, 2, 50)
+    logits[:, 0, 0] = 5.0
+    recipe = TrainingRecipe(soft_weight=1.0, temperature=2.0)
+    expected = 0.0
+    for row, (letter, turn) in zip(UNEVEN, logits.double().tolist(), strict=True):
+        logs = log_softmax(letter)
+        said = math.log(sum(math.exp(logs[i]) for i in row.letters))
+        own = [letter[i] for i in row.letters]
+        expected += divergence(list(row.soft or ()), own, recipe) - said - log_softmax(turn)[3]
+    found = answer_loss(logits, UNEVEN, recipe, end_id=3).item()
+    assert found == pytest.approx(expected / 2, rel=1e-5)
+
+
 def test_the_hidden_loss() -> None:
     torch.manual_seed(0)
     own, taught = torch.randn(3, 5, dtype=torch.float64), torch.randn(3, 5, dtype=torch.float64)
@@ -144,11 +187,12 @@ def test_the_hidden_loss() -> None:
 
 def test_the_loss_on_a_reason() -> None:
     torch.manual_seed(0)
+    # The first token of the vocabulary is one of a reason's, and counts.
     rows = [
-        ROWS[0].model_copy(update={"rationale": (4, 8)}),
+        ROWS[0].model_copy(update={"rationale": (4, 0, 1)}),
         ROWS[1].model_copy(update={"rationale": (7,)}),
     ]
-    logits = torch.randn(2, 3, 50)
+    logits = torch.randn(2, 4, 50)
     expected = 0.0
     for row, places in zip(rows, logits.double().tolist(), strict=True):
         tokens = [*row.rationale, 3]
