@@ -18,7 +18,7 @@ from tasks.progress import conclude, show_rows
 from tasks.stage import origin, stage
 
 
-@stage("score", version=2, added_later={"fields"})
+@stage("score", version=3, added_later={"fields"})
 def score(
     model: RegisteredModel,
     prompt: PromptRecipe,
