@@ -3,7 +3,7 @@ of several families; and both runtimes give the same ids of hostile and of ordin
 
 import random
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,13 +62,13 @@ def both(
     request: pytest.FixtureRequest,
     tiny_onnx: Callable[..., Path],
     tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[Tokenizers]:
+) -> Tokenizers:
     folder = tmp_path_factory.mktemp("family") / "onnx"
     shutil.copytree(tiny_onnx("llama"), folder)
     family_tokenizer(request.param).save_pretrained(folder)
     raw = load_tokenizer(folder)
     student = OnnxStudent(folder, threads=1)
-    yield Tokenizers(FAMILIES[request.param], raw, TransformersTokenizer(raw), student)
+    return Tokenizers(FAMILIES[request.param], raw, TransformersTokenizer(raw), student)
 
 
 def user(text: str) -> list[dict[str, str]]:
@@ -172,8 +172,8 @@ def test_every_stage_asks_without_control_tokens(
     messages: list[dict[str, str]] = []
     if prompt.system:
         messages.append({"role": "system", "content": prompt.system})
-    choices = f"(A) {end}a\n(B) b{end}"
-    question = prompt.user.replace("{question}", f"{end}ask").replace("{choices}", choices)
+    listed = f"(A) {end}a\n(B) b{end}"
+    question = prompt.user.replace("{question}", f"{end}ask").replace("{choices}", listed)
     messages += user(question)
     for body in ({"max_tokens": 1}, {"structured_outputs": {"choice": list(row.choices)}}):
         request = ChatRequest.model_validate({"messages": messages, **body})
