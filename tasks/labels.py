@@ -250,10 +250,9 @@ def canaries(
         drift = asyncio.run(asked)
     logger.info("%s", drift.line())
     if drift.share > teacher.canaries.threshold:
-        listed = "\n".join(f"- {escape(row)}" for row in drift.changed)
         create_markdown_artifact(
             key="teacher-drift",
-            markdown=f"# {escape(drift.line())}\n\n{listed}",
+            markdown=drift_in_markdown(drift),
             description=f"{escape(identity)} has changed",
         )
         told = (
@@ -267,3 +266,9 @@ def canaries(
             )
         logger.warning("%s", told)
     return drift
+
+
+def drift_in_markdown(drift: TeacherDrift) -> str:
+    """Return a drift with the ids of the rows that are answered differently."""
+    listed = [f"- {escape(row)}" for row in drift.changed]
+    return "\n".join([f"# {escape(drift.line())}", "", *listed])

@@ -129,7 +129,9 @@ def test_the_terminal_shows_the_same_verdicts(tmp_path: Path) -> None:
     lines = [" ".join(line.split()) for line in render(outcome_of(tmp_path, RULES)).splitlines()]
     start = lines.index("rule figure bound McNemar p verdict")
     shown = lines[start + 2 : start + 2 + len(RULES)]
-    assert shown == [" ".join(line.replace("|", " ").replace("\\", "").split()) for line in VERDICTS[2:]]
+    assert shown == [
+        " ".join(line.replace("|", " ").replace("\\", "").split()) for line in VERDICTS[2:]
+    ]
     assert lines[-1].startswith("gate: refused: ")
     figures = lines.index("student int4 figure 95 %")
     assert lines[figures + 2].startswith("macro-F1 0.755 [0.670, 0.841]")
