@@ -88,7 +88,7 @@ def refuse_markup(text: str, links: int = 0) -> None:
     for token in tokens:
         if token.type == "link_open":
             assert "evil.example" not in str(token.attrs["href"])
-    for kind in (
+    brought_in = {
         "image",
         "html_inline",
         "html_block",
@@ -96,8 +96,8 @@ def refuse_markup(text: str, links: int = 0) -> None:
         "s_open",
         "blockquote_open",
         "hr",
-    ):
-        assert kind not in found, text
+    }
+    assert not brought_in & set(found), text
 
 
 @pytest.mark.parametrize("text", [*HOSTILE, ALL])
