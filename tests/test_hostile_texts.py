@@ -1,11 +1,13 @@
-"""Hostile texts wherever they stand in Markdown: a parser finds no link, image, HTML or other
-markup of theirs there, and the text as it was written."""
+"""Hostile texts wherever they stand in Markdown or HTML: a parser finds no link, image, HTML or
+other markup of theirs there, and the text as it was written."""
 
+import json
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
-from finished_run import evaluation, finished_run
+from finished_run import evaluation, finished_run, page_of
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 from registered_student import provenance
@@ -20,6 +22,7 @@ from distillery.markdown import code, escape, escape_cells, link, markdown_table
 from distillery.recipe import LimitRule
 from distillery.records import Example, RuleVerdict, StageRecord, TeacherDrift, Trial
 from distillery.registry.card import model_card
+from distillery.report.charts import plot_latency
 from distillery.storage.artifacts import ArtifactStore
 from distillery.training.search import render_trials
 from tasks import progress, summary
@@ -238,3 +241,39 @@ def test_a_progress_artifact(monkeypatch: pytest.MonkeyPatch) -> None:
     (text,) = told
     refuse_markup(text)
     assert shown(text) == one_line(f"label {ALL}")
+
+
+class Elements(HTMLParser):
+    """The elements of a page, each with its attributes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+
+
+def test_the_page_of_a_run_has_no_element_of_theirs(tmp_path: Path) -> None:
+    """Names of classes, of the teacher and in a legend, and the reason of a decision."""
+    outcome = finished_run()
+    changed = {
+        "labels": outcome.labels.model_copy(update={"teacher": ALL, "produced_by": ALL}),
+        "decision": outcome.decision.model_copy(update={"reason": f"refused: {ALL}"}),
+        "run": ALL,
+    }
+    folder = evaluation(tmp_path / "evaluation")
+    for file in folder.iterdir():
+        text = file.read_text()
+        file.write_text(text.replace('"displeased"', json.dumps(ALL)))
+    page = page_of(tmp_path, outcome.model_copy(update=changed), folder).read_text()
+    short = "<script></script><img>"
+    chart = plot_latency({short: (1.0, 2.0, 3.0)}, short)
+    for text, scripts in ((page, 1), (chart, 0)):
+        reader = Elements()
+        reader.feed(text)
+        assert [tag for tag, _ in reader.found].count("script") == scripts
+        assert "img" not in [tag for tag, _ in reader.found]
+        for _, attributes in reader.found:
+            assert "evil.example" not in str(attributes.get("href")) + str(attributes.get("src"))
+    assert "evil.example" in page
