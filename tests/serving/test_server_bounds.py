@@ -443,7 +443,7 @@ def test_what_others_asked_can_be_forgotten(shared: bool, tiny_onnx: Build) -> N
         computed.append(len(tokens))
         return compute(tokens, *arguments)
 
-    student.decoder._compute = count  # type: ignore[method-assign]
+    student.decoder._compute = count  # type: ignore[method-assign, assignment]
     with own_server(student, shared_prefix=shared) as running:
         for _ in range(2):
             assert ask(running).status_code == 200

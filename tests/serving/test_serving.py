@@ -572,7 +572,7 @@ def test_an_unsure_student_says_so_and_its_log_probabilities_stay(
 ) -> None:
     """Asked for a class and, without classes, for one of some texts. No probability reaches 1."""
     names = ("refund", "delivery")
-    body = {"messages": MESSAGES, "logprobs": True, "top_logprobs": 2}
+    body: dict[str, Any] = {"messages": MESSAGES, "logprobs": True, "top_logprobs": 2}
     found = []
     for closed in (True, False):
         for threshold in (None, 1e-9, 1.0):
