@@ -23,7 +23,7 @@ from distillery.serving.openapi import openapi_document
 pytestmark = pytest.mark.security
 
 CHAT = "/v1/chat/completions"
-EXAMPLES = 40
+EXAMPLES = 150
 """Requests that schemathesis makes for each operation and kind of data, at most."""
 
 BODY: dict[str, Any] = {
@@ -110,7 +110,7 @@ def test_schemathesis_finds_no_answer_that_its_document_does_not_tell(
     print(f"schemathesis tried {found['test_cases']['generated']} requests")
     assert done.returncode == 0, done.stdout
     assert found["operations"]["tested"] == 4
-    assert found["test_cases"]["generated"] > 500
+    assert found["test_cases"]["generated"] > 400
     assert running.server.places == 0
     with httpx.Client(trust_env=False, timeout=60, base_url=running.url) as http:
         assert http.post(CHAT, json=BODY).status_code == 200
