@@ -209,7 +209,7 @@ def write_task(
         else:
             tokens = letter_ids(tokenizer, len(example.choices))
         for letter, token in zip(said, tokens, strict=True):
-            if tokenizer.encode_text(text + letter) != [*ids, token]:
+            if tokenizer.encode_rendered(text + letter) != [*ids, token]:
                 raise DataError(
                     f"row {example.example_id}: the tokenizer joins the letter {letter} to the "
                     "prompt's end; the harness cannot ask this model"

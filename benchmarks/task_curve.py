@@ -37,7 +37,7 @@ from typing import Any
 from benchmarks.slow_endpoint import serving
 from benchmarks.task_rows import TEST_ROWS, Labelled, recipe_of, split_rows, write_rows
 from benchmarks.task_runs import WORK, run_in_a_process
-from distillery.evaluation.scoreboard import markdown_table
+from distillery.markdown import markdown_table
 
 SHARES = (0, 10, 30, 100)
 """Percent of the unlabelled rows that the endpoint labels, at each point."""

@@ -156,14 +156,49 @@ def serve(
         int | None,
         typer.Option(help="Threads of one operation; by default as many as cores.", min=1),
     ] = None,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A name that clients reach the server by, beside localhost, this machine's own "
+            "name and addresses. May be given several times. Other names are refused, since a web "
+            "page can give any name to this server.",
+            metavar="NAME",
+        ),
+    ] = None,
+    shared_prefix: Annotated[
+        Literal["on", "off"] | None,
+        typer.Option(
+            help="Whether a prompt goes on from what it shares with the one before, which is "
+            "faster; but the time that an answer takes then tells a client how its prompt begins "
+            "beside another client's. By default on for a loopback address, off for others.",
+        ),
+    ] = None,
+    queue: Annotated[
+        int, typer.Option(help="Requests at once; more are told to come again.", min=1)
+    ] = 64,
+    answer_seconds: Annotated[
+        float,
+        typer.Option(help="Seconds until an answer, its wait included, is given up.", min=1),
+    ] = 600.0,
 ) -> None:
     """Serve the model in FOLDER as an OpenAI-compatible endpoint, /v1/chat/completions.
 
     Clients must send the key in DISTILLERY_SERVER_KEY, if it is set.
     """
     from distillery.serving import server
+    from distillery.serving.limits import Limits
 
-    server.serve(folder, name, host, port, server.key_from_environment(), threads=threads)
+    server.serve(
+        folder,
+        name,
+        host,
+        port,
+        server.key_from_environment(),
+        threads=threads,
+        hosts=allow_host or (),
+        limits=Limits(queue=queue, answer_s=answer_seconds),
+        shared_prefix=None if shared_prefix is None else shared_prefix == "on",
+    )
 
 
 class AskCommand(TyperCommand):

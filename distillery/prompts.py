@@ -2,10 +2,16 @@
 
 Training, evaluation, the ONNX runtime and the server all call these functions, so a student is
 asked exactly what it was trained on. The student's own chat template makes one text of messages.
+
+A control token that stands in a message, such as <|im_end|>, is a text like any other: it gets a
+blank after its first character, so that the tokenizer finds no token there and the model sees the
+letters. Other texts stay as they are.
 """
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 from distillery.errors import DataError, ModelError, RecipeError
@@ -66,6 +72,34 @@ def list_letters(letters: Sequence[str]) -> str:
     return f"{start} or {quoted[-1]}"
 
 
+class ControlTokens:
+    """The tokens of a tokenizer that a text must not contain: those that it calls special, and
+    those that the chat template writes, such as <|tool|> of Phi-4-mini."""
+
+    def __init__(self, added: Iterable[tuple[str, bool]], template: str) -> None:
+        """`added`: each token that was added to the vocabulary, and whether it is special."""
+        self.tokens: set[str] = set()
+        for token, special in added:
+            # A single character or a blank one can't be told from a text.
+            if len(token.strip()) > 1 and (special or token in template):
+                self.tokens.add(token)
+        longest_first = sorted(self.tokens, key=lambda token: (-len(token), token))
+        self._pattern = re.compile("|".join(map(re.escape, longest_first)))
+
+    def as_text(self, text: str) -> str:
+        """Return the text with a blank after the first character of each control token, and with
+        U+FFFD for NUL, at which ONNX Runtime GenAI would cut off a text."""
+        text = text.replace(NUL, REPLACEMENT)
+        # What is left of a token may hold another one.
+        while self.tokens and self._pattern.search(text):
+            text = self._pattern.sub(lambda found: f"{found[0][0]} {found[0][1:]}", text)
+        return text
+
+    def as_texts(self, messages: list[Message]) -> list[Message]:
+        """Return the messages with their contents as `as_text` gives them."""
+        return [{**message, "content": self.as_text(message["content"])} for message in messages]
+
+
 class Tokenizer(Protocol):
     """What this project needs of a tokenizer: that of Transformers or ONNX Runtime GenAI."""
 
@@ -84,6 +118,10 @@ class TransformersTokenizer:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
+        added = tokenizer.added_tokens_decoder.values()
+        self.control = ControlTokens(
+            ((token.content, token.special) for token in added), str(tokenizer.chat_template)
+        )
 
     def chat_text(self, messages: list[Message]) -> str:
         """Return the text whose ids `encode_chat` returns, and raise the same error."""
@@ -91,47 +129,76 @@ class TransformersTokenizer:
 
         try:
             text = self._tokenizer.apply_chat_template(
-                replace_nul(messages), add_generation_prompt=True, tokenize=False
+                self.control.as_texts(messages), add_generation_prompt=True, tokenize=False
             )
         except TemplateError as error:
             raise template_error(error) from error
         return str(text)
 
     def encode_chat(self, messages: list[Message]) -> list[int]:
-        return self.encode_text(self.chat_text(messages))
+        return self.encode_rendered(self.chat_text(messages))
 
     def encode_text(self, text: str) -> list[int]:
-        return list(
-            self._tokenizer.encode(text.replace(NUL, REPLACEMENT), add_special_tokens=False)
-        )
+        return self.encode_rendered(self.control.as_text(text))
+
+    def encode_rendered(self, text: str) -> list[int]:
+        """Return the ids of a text of `chat_text`, in which control tokens are tokens."""
+        return list(self._tokenizer.encode(text, add_special_tokens=False))
 
 
 class GenAITokenizer:
     """An ONNX Runtime GenAI tokenizer as a `Tokenizer`."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, folder: Path) -> None:
+        """`folder` has the files that the tokenizer was loaded from.
+
+        Raises ModelError where they can't be read."""
         self._tokenizer = tokenizer
+        added, template = read_added_tokens(folder)
+        self.control = ControlTokens(
+            ((token["content"], token["special"]) for token in added), template
+        )
+        special = [token["content"] for token in added if token["special"] and not token["lstrip"]]
+        self._end = special[-1] if special else ""
 
     def encode_chat(self, messages: list[Message]) -> list[int]:
         try:
             text = self._tokenizer.apply_chat_template(
-                json.dumps(replace_nul(messages)), add_generation_prompt=True
+                json.dumps(self.control.as_texts(messages)), add_generation_prompt=True
             )
         except RuntimeError as error:
             raise template_error(error) from error
-        return self.encode_text(text)
+        return self._encode(text)
 
     def encode_text(self, text: str) -> list[int]:
-        return list(map(int, self._tokenizer.encode(text.replace(NUL, REPLACEMENT))))
+        return self._encode(self.control.as_text(text))
+
+    def _encode(self, text: str) -> list[int]:
+        """Return the ids of a text in which control tokens are tokens.
+
+        ONNX Runtime GenAI 0.14 loses the end of a text that could be the beginning of an added
+        token: of "x<y" it loses the y. With a special token behind it, nothing is lost."""
+        ids = list(map(int, self._tokenizer.encode(text + self._end)))
+        return ids[:-1] if self._end else ids
 
 
-def replace_nul(messages: list[Message]) -> list[Message]:
-    """Return the messages without NUL, at which ONNX Runtime GenAI would cut off a text."""
-    replaced = []
-    for message in messages:
-        content = message["content"].replace(NUL, REPLACEMENT)
-        replaced.append({**message, "content": content})
-    return replaced
+def read_added_tokens(folder: Path) -> tuple[list[dict[str, Any]], str]:
+    """Return the tokens that were added to the vocabulary, as tokenizer.json has them, and the chat
+    template of a model's folder.
+
+    Raises ModelError where they can't be read."""
+    template = folder / "chat_template.jinja"
+    try:
+        added = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["added_tokens"]
+        if template.exists():
+            return list(added), template.read_text(encoding="utf-8")
+        settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        return list(added), str(settings.get("chat_template"))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(
+            f"{folder}: its tokenizer's files can't be read ({type(error).__name__}); fetch or "
+            "export the model again"
+        ) from error
 
 
 def template_error(error: Exception) -> ModelError:

@@ -24,6 +24,7 @@ from distillery.labels.report import read_report
 from distillery.labels.store import LabelStore
 from distillery.labels.trust import refuse_collapsed
 from distillery.machine import usable_cores
+from distillery.markdown import escape
 from distillery.recipe import FilterRecipe, OtherRecipe, PromptRecipe, Recipe, TeacherRecipe
 from distillery.records import OnnxModel, Rows, TeacherDrift, TeacherLabels
 from distillery.serving.process import served
@@ -249,11 +250,10 @@ def canaries(
         drift = asyncio.run(asked)
     logger.info("%s", drift.line())
     if drift.share > teacher.canaries.threshold:
-        listed = "\n".join(f"- {row}" for row in drift.changed)
         create_markdown_artifact(
             key="teacher-drift",
-            markdown=f"# {drift.line()}\n\n{listed}",
-            description=f"{identity} has changed",
+            markdown=drift_in_markdown(drift),
+            description=f"{escape(identity)} has changed",
         )
         told = (
             f"{identity}: {drift.line()}, more than teacher.canaries.threshold "
@@ -266,3 +266,9 @@ def canaries(
             )
         logger.warning("%s", told)
     return drift
+
+
+def drift_in_markdown(drift: TeacherDrift) -> str:
+    """Return a drift with the ids of the rows that are answered differently."""
+    listed = [f"- {escape(row)}" for row in drift.changed]
+    return "\n".join([f"# {escape(drift.line())}", "", *listed])

@@ -48,7 +48,7 @@ def is_final(model: OnnxModel) -> bool:
     return model.ladder is None or model.ladder.is_final
 
 
-@stage("export ladder", version=3, reusable=is_final, added_later={"labels"})
+@stage("export ladder", version=4, reusable=is_final, added_later={"labels"})
 def export_ladder(
     checkpoint: StudentCheckpoint,
     base: BaseModelRecipe,

@@ -16,6 +16,8 @@ from typing import Any, Protocol
 from prefect import get_run_logger
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 
+from distillery.markdown import escape
+
 PUBLISH_S = 2.0
 LOG_S, LATER_LOG_S, LATER_AFTER_S = 10.0, 30.0, 300.0
 
@@ -213,12 +215,13 @@ def _publish(progress: StageProgress, ended: threading.Event, log: bool) -> None
 
 
 def _publish_artifact(artifact: Any, title: str, percent: float, line: str) -> Any:
+    shown = escape(line)
     try:
         if artifact is None:
             key = title.replace(" ", "-")
-            created: Any = create_progress_artifact(percent, key=key, description=line)
+            created: Any = create_progress_artifact(percent, key=key, description=shown)
             return created
-        update_progress_artifact(artifact, percent, line)
+        update_progress_artifact(artifact, percent, description=shown)
     except Exception as error:
         # Whatever the server's trouble is, it must not end the work.
         get_run_logger().debug("progress is not shown: %s", error)

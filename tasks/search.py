@@ -8,7 +8,7 @@ from tasks.progress import conclude, show_rows
 from tasks.stage import stage
 
 
-@stage("measure", version=1)
+@stage("measure", version=2)
 def measure(model: OnnxModel, validation: Rows, prompt: PromptRecipe, machine: str) -> Measured:
     """Ask an exported student the validation rows, one at a time."""
     import numpy as np

@@ -29,7 +29,7 @@ from tasks.progress import conclude, show, show_bytes, show_parts
 from tasks.stage import is_recorded, origin, own_key, produced_by, stage
 
 
-@stage("train", version=5)
+@stage("train", version=6)
 def train(
     base: BaseModelRecipe,
     training: TrainingRecipe,

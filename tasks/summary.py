@@ -21,6 +21,7 @@ from distillery.evaluation.verdicts import render_verdicts, render_verdicts_mark
 from distillery.export.ladder_table import render_ladder, rows_in_words, table
 from distillery.labels.files import REJECTED_FILE
 from distillery.labels.report import LOOK_FILE, RELIABILITY_FILE, read_report
+from distillery.markdown import code, escape, escape_cells, link
 from distillery.records import (
     OnnxModel,
     Outcome,
@@ -143,30 +144,30 @@ def create_artifacts(outcome: Outcome, store: ArtifactStore) -> None:
     for name, record, figures in _stages(outcome):
         key = f"record-{name.replace(' ', '-')}"
         kept = create_markdown_artifact(
-            key=key, markdown=_as_json(record), description=f"{name}: {figures}"
+            key=key, markdown=_as_json(record), description=escape(f"{name}: {figures}")
         )
-        run = f"[{record.produced_by}]({_link('runs/flow-run', record.run_id)})"
-        digest = f"[{record.artifact.sha256[:12]}]({_link('artifacts/artifact', kept)})"
-        lines.append(f"| {name} | {figures} | {record.seconds:.0f} | {run} | {digest} |")
+        run = link(record.produced_by, _link("runs/flow-run", record.run_id))
+        digest = link(record.artifact.sha256[:12], _link("artifacts/artifact", kept))
+        lines.append(f"| {name} | {escape(figures)} | {record.seconds:.0f} | {run} | {digest} |")
     report = store.fetch(outcome.report.artifact)
-    parts = [f"# {outcome.run}", "\n".join(lines), (report / TABLE_FILE).read_text()]
+    parts = [f"# {escape(outcome.run)}", "\n".join(lines), (report / TABLE_FILE).read_text()]
     parts += [
         _picture("scoreboard", report / PLOT_FILE),
-        f"**Teacher:** {_paid(outcome)}",
+        f"**Teacher:** {escape(_paid(outcome))}",
     ]
     if outcome.page:
         # No link: a browser follows none from a server's page to a file.
         parts.append(
-            f"**Report:** `{page_path(store, outcome.page)}`, or on another machine: "
-            f"`distillery report {outcome.run}`"
+            f"**Report:** {code(str(page_path(store, outcome.page)))}, or on another machine: "
+            f"{code(f'distillery report {outcome.run}')}"
         )
     if outcome.decision.verdicts:
         parts.append(render_verdicts_markdown(outcome.decision.verdicts))
     if outcome.judged and outcome.judged.versions:
-        parts.append(f"**Test rows:** {outcome.judged.line()}")
-    parts.append(f"**{verdict(outcome)}**")
+        parts.append(f"**Test rows:** {escape(outcome.judged.line())}")
+    parts.append(f"**{escape(verdict(outcome))}**")
     if advice := advice_of(outcome):
-        parts.append(advice)
+        parts.append(escape(advice))
     create_markdown_artifact(
         key="distillation",
         markdown="\n\n".join(parts),
@@ -220,12 +221,14 @@ def _labelling(labels: TeacherLabels, folder: Path) -> None:
     look."""
     report = read_report(folder)
     lines = ["| | |", "|---|---|"]
-    lines += [f"| {name} | {figure} |" for name, figure in labelling_facts(labels, report)]
-    parts = [f"# Labels of {labels.teacher}", "\n".join(lines)]
+    lines += [
+        f"| {escape(name)} | {escape(figure)} |" for name, figure in labelling_facts(labels, report)
+    ]
+    parts = [f"# Labels of {escape(labels.teacher)}", "\n".join(lines)]
     if (folder / RELIABILITY_FILE).exists():
         parts.append(_picture("reliability", folder / RELIABILITY_FILE))
     create_markdown_artifact(
-        key="labelling-report", markdown="\n\n".join(parts), description=report.line()
+        key="labelling-report", markdown="\n\n".join(parts), description=escape(report.line())
     )
     _table(
         "labels-worth-a-look",
@@ -259,7 +262,9 @@ def _link(place: str, identity: object) -> str:
 
 def _table(key: str, description: str, rows: list[dict[str, Any]]) -> None:
     more = f"; the first {_ROWS} of {len(rows)}" if len(rows) > _ROWS else ""
-    create_table_artifact(rows[:_ROWS], key=key, description=f"{description} ({len(rows)}){more}")
+    create_table_artifact(
+        escape_cells(rows[:_ROWS]), key=key, description=f"{description} ({len(rows)}){more}"
+    )
 
 
 def _rows(file: Path) -> list[dict[str, Any]]:

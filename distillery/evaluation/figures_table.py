@@ -2,7 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 
-from distillery.evaluation.scoreboard import as_cell, markdown_table, plain_table
+from distillery.evaluation.scoreboard import plain_table
+from distillery.markdown import markdown_table
 from distillery.records import Figures, ScoreRow
 
 COLUMNS = (
@@ -37,7 +38,7 @@ def render_figures_markdown(figures: Mapping[str, Figures], candidate: str) -> s
     """Return tables in Markdown: the figures of all predictors, and of the `candidate` also those
     that it alone has, its classes and its confusion."""
     own = figures[candidate]
-    labels = [as_cell(label) for label in own.confusion.labels]
+    labels = own.confusion.labels
     confusion = []
     for label, counts in zip(labels, own.confusion.counts, strict=True):
         confusion.append([label, *map(str, counts)])
@@ -94,7 +95,7 @@ def candidate_cells(figures: Figures, widest: int = 1000) -> list[list[str]]:
     macro_f1 = figures.macro_f1
     estimate("macro-F1", macro_f1.value, macro_f1.low, macro_f1.high)
     lowest = min(figures.classes, key=lambda found: found.recall)
-    title = f"lowest recall: {as_cell(lowest.label)[:widest]}, {lowest.rows} rows"
+    title = f"lowest recall: {' '.join(lowest.label.split())[:widest]}, {lowest.rows} rows"
     estimate(title, lowest.recall, lowest.recall_low, lowest.recall_high)
     if figures.calibration:
         calibration = figures.calibration
@@ -141,7 +142,7 @@ def class_cells(figures: Figures) -> list[list[str]]:
     for found in figures.classes:
         lines.append(
             [
-                as_cell(found.label),
+                found.label,
                 str(found.rows),
                 f"{found.precision:.3f}",
                 f"{found.recall:.3f} {interval_cell(found.recall_low, found.recall_high)}",

@@ -26,6 +26,7 @@ from distillery.evaluation.figures_table import render_figures_markdown
 from distillery.evaluation.scoreboard import GOLD, headline, plot_scoreboard, render_markdown
 from distillery.evaluation.scoring import Answers, Probabilities, Scored
 from distillery.machine import machine_name
+from distillery.markdown import escape
 from distillery.records import Example, Figures, ScoreRow, digest_of
 
 ANSWERS_FILE = "answers.jsonl"
@@ -63,7 +64,7 @@ def write_report(
     }
     write_text(out / REPORT_FILE, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
     further = render_figures_markdown(figures, candidate)
-    paragraphs = [render_markdown(rows), summary, further, *notes]
+    paragraphs = [render_markdown(rows), escape(summary), further, *map(escape, notes)]
     write_text(out / TABLE_FILE, "\n\n".join(paragraphs) + "\n")
     plot_scoreboard(rows, teacher, out / PLOT_FILE)
 

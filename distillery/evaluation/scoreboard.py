@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from distillery.errors import ModelError
+from distillery.markdown import markdown_table
 from distillery.records import Departure, Interval, ScoreRow
 
 GOLD = "gold"
@@ -168,17 +169,6 @@ def render_markdown(rows: Sequence[ScoreRow]) -> str:
     """Return the scoreboard as a table in Markdown."""
     titles = [title.replace("-\n", "").replace("\n", " ") for title in COLUMNS]
     return markdown_table(titles, list(map(table_cells, rows)))
-
-
-def as_cell(text: str) -> str:
-    """Return a text as it can stand in a table of Markdown."""
-    return " ".join(text.split()).replace("|", "\\|")
-
-
-def markdown_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a table in Markdown, all columns but the first aligned to the right."""
-    lines = [titles, [":--", *["--:"] * (len(titles) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def plot_scoreboard(rows: Sequence[ScoreRow], teacher: str, path: Path) -> None:

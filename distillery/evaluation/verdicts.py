@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from distillery.evaluation.scoreboard import markdown_table, percent, plain_table, points
+from distillery.evaluation.scoreboard import percent, plain_table, points
+from distillery.markdown import markdown_table
 from distillery.recipe import BetterRule, KeepsRule, LimitRule, NotWorseRule
 from distillery.records import RuleVerdict
 

@@ -1,6 +1,7 @@
 """Run an ONNX model token by token, and compute once what a prompt shares with the one before."""
 
 import json
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from distillery.errors import ModelError
+from distillery.errors import AnswerStopped, ModelError
 from distillery.inference.logits import Logits
 from distillery.models.onnx_folder import CONFIG, check_before_loading
 
@@ -62,6 +63,11 @@ class Decoder:
             if adapter and (folder / ADAPTER_FILE).is_file():
                 self._adapters = og.Adapters(self._model)
                 self._adapters.load(str(folder / ADAPTER_FILE), "student")
+        self.stop = threading.Event()
+        """Another thread may set it: until it is cleared, each pass raises AnswerStopped."""
+        self.longest_pass: int | None = None
+        """Tokens of a prompt that are computed in one pass, so that `stop` is heeded within a
+        prompt; None for all of them."""
         self._generator: Any = None
         self.capacity = 0
         self.tokens: list[int] = []
@@ -128,11 +134,27 @@ class Decoder:
         return most
 
     def append(self, tokens: list[int]) -> Logits:
-        """Compute the tokens in one pass and return the logits after the last one."""
+        """Compute the tokens in `passes` and return the logits after the last one."""
+        *parts, tokens = self.passes(tokens)
+        for part in parts:
+            self._compute(part, lambda generator: generator.get_logits())
         # [1, 1 or tokens, vocabulary]: a head pruned by ModelBuilder gives the last position alone.
         each = self._compute(tokens, lambda generator: generator.get_logits())
         last: Logits = each[-1].copy()
         return last
+
+    def passes(self, tokens: list[int]) -> list[list[int]]:
+        """Return the tokens in passes of at most `longest_pass`, none of a single token, which
+        takes other kernels. A prompt beyond LONGEST_REUSE is one pass: the model may choose its
+        rotary factors by the first."""
+        size = self.longest_pass
+        if size is None or len(self.tokens) + len(tokens) > LONGEST_REUSE:
+            return [tokens]
+        starts = list(range(0, len(tokens), size))
+        if len(starts) > 1 and len(tokens) - starts[-1] == 1:
+            starts[-1] -= 1
+        ends = [*starts[1:], len(tokens)]
+        return [tokens[start:end] for start, end in zip(starts, ends, strict=True)]
 
     def append_all(self, tokens: list[int]) -> Logits:
         """Compute the tokens in one pass and return the logits after each, [tokens, vocabulary].
@@ -143,6 +165,8 @@ class Decoder:
         return each
 
     def _compute(self, tokens: list[int], read: Callable[[Any], Any]) -> Logits:
+        if self.stop.is_set():
+            raise AnswerStopped(f"{self.folder}: the answer was given up")
         if len(self.tokens) + len(tokens) > self.capacity:
             self.grow(len(self.tokens) + len(tokens))
         generator, self._generator = self._generator, None
@@ -155,6 +179,10 @@ class Decoder:
         self.tokens += tokens
         each: Logits = logits.reshape(-1, logits.shape[-1])
         return each
+
+    def forget(self) -> None:
+        """Give up the cache, so that the time of the next prompt tells nothing of this one."""
+        self._generator, self.tokens, self.prefilled = None, [], 0
 
     def rewind(self, count: int) -> None:
         """Forget all but the first `count` tokens."""

@@ -1,6 +1,5 @@
 """Ask an ONNX model: exact probabilities of a row's options, and generated text."""
 
-import json
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from itertools import pairwise
@@ -15,7 +14,14 @@ from distillery.inference.abstention import read_abstention
 from distillery.inference.decoder import Decoder
 from distillery.inference.logits import Logits, log_softmax, softmax, token_sampler
 from distillery.models.class_tokens import read_class_tokens, require_classes
-from distillery.prompts import GenAITokenizer, letter_ids, longest_prompt, render_ids, text_ids
+from distillery.prompts import (
+    GenAITokenizer,
+    letter_ids,
+    longest_prompt,
+    read_added_tokens,
+    render_ids,
+    text_ids,
+)
 from distillery.recipe import PromptRecipe
 from distillery.records import Example, Record
 
@@ -38,7 +44,7 @@ class OnnxStudent:
         self.folder = folder
         self.decoder = Decoder(folder, threads, adapter)
         self.context_length = self.decoder.context_length
-        self.tokenizer = GenAITokenizer(self.decoder.tokenizer)
+        self.tokenizer = GenAITokenizer(self.decoder.tokenizer, folder)
         self.end_ids = frozenset(int(token) for token in self.decoder.tokenizer.eos_token_ids)
         self.classes = read_class_tokens(folder)
         self.abstention = read_abstention(folder)
@@ -190,6 +196,5 @@ class OnnxStudent:
     @cached_property
     def added_tokens(self) -> dict[int, str]:
         """The special tokens by id, as tokenizer.json names them."""
-        text = (self.folder / "tokenizer.json").read_text(encoding="utf-8")
-        added = json.loads(text).get("added_tokens", [])
+        added, _ = read_added_tokens(self.folder)
         return {int(token["id"]): str(token["content"]) for token in added}

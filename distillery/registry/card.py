@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
-from distillery.evaluation.scoreboard import as_cell
+from distillery.markdown import escape
 from distillery.recipe import Recipe
 from distillery.records import (
     EvaluationReport,
@@ -80,10 +80,15 @@ def model_card(name: str, provenance: Mapping[str, Any]) -> str:
     }
     if model.abstention:
         facts["Abstains"] = f"below a probability of {model.abstention.threshold:.3f}"
-    lines = [f"# {name}", "", "A student that Distillery distilled from a larger model.", ""]
+    lines = [
+        f"# {escape(name)}",
+        "",
+        "A student that Distillery distilled from a larger model.",
+        "",
+    ]
     lines += ["| | |", "|---|---|"]
     for title, value in facts.items():
-        lines.append(f"| {title} | {as_cell(value)} |")
+        lines.append(f"| {title} | {escape(value)} |")
     lines += [
         "",
         "The interval has 95 % confidence. It answers multiple-choice rows that are put to it with "

@@ -1,4 +1,4 @@
-"""The server's routes: POST /v1/chat/completions, GET /v1/models and GET /healthz.
+"""The server's routes: POST /v1/chat/completions, GET /v1/models, /openapi.json and /healthz.
 
 All of them are there without /v1 too, for azure-ai-inference. Answers are built from the openai
 package's own types.
@@ -10,9 +10,10 @@ import logging
 import secrets
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from threading import Lock
 from typing import Any, Literal
 
 from fastapi import FastAPI, Request, Response
@@ -31,29 +32,55 @@ from openai.types.chat.chat_completion_chunk import ChoiceLogprobs as ChunkLogpr
 from pydantic import BaseModel, SecretStr
 from starlette.exceptions import HTTPException
 
-from distillery.errors import DistilleryError
+from distillery.errors import AnswerStopped
 from distillery.inference.onnx_student import OnnxStudent
 from distillery.serving.completion import Job, Piece, answer_pieces
-from distillery.serving.requests import ApiError, parse_request, read_body
+from distillery.serving.hosts import HostCheck
+from distillery.serving.limits import LONGEST_PASS, Limits
+from distillery.serving.openapi import openapi_document
+from distillery.serving.requests import ApiError, check_content_type, parse_request, read_body
 
 _log = logging.getLogger(__name__)
 
+Told = Callable[[Piece], None]
+
+GIVEN_UP = Piece("", [], "stop")
+"""Stands for the answer that nobody waits for any more."""
+
 
 class ModelServer:
-    """The routes and what they share: the student, the model's name and the key.
+    """The routes and what they share: the student, the model's name, the key and the limits.
 
     The student is not thread-safe: only the one thread of `worker` uses it, so requests are
-    answered one at a time. The event loop stays free for everything else.
+    answered one at a time. The event loop stays free for everything else, save while the model
+    computes a pass, in which ONNX Runtime GenAI lets no other thread run.
     """
 
-    def __init__(self, student: OnnxStudent, model_name: str, api_key: SecretStr | None) -> None:
+    def __init__(
+        self,
+        student: OnnxStudent,
+        model_name: str,
+        api_key: SecretStr | None,
+        limits: Limits,
+        shared_prefix: bool,
+    ) -> None:
         self.student = student
+        self.student.decoder.longest_pass = LONGEST_PASS
         self.name = model_name
         self.key = api_key.get_secret_value().encode() if api_key else b""
+        self.limits = limits
+        self.shared_prefix = shared_prefix
         self.model = Model(
             id=model_name, object="model", created=int(time.time()), owned_by="distillery"
         )
         self.worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="student")
+        # One is answered and one is ready behind it, so that the worker never waits for the loop.
+        self.turns = asyncio.Semaphore(2)
+        self.places = 0
+        self.tasks: set[asyncio.Task[Any]] = set()
+        # Guards `answering`: the job in the worker's hands.
+        self.lock = Lock()
+        self.answering: Job | None = None
 
     async def list_models(self, request: Request) -> Response:
         self.check_key(request)
@@ -64,71 +91,145 @@ class ModelServer:
         self.check_model(request.path_params["name"])
         return JSONResponse(as_json(self.model))
 
+    async def show_openapi(self, request: Request) -> Response:
+        self.check_key(request)
+        return JSONResponse(openapi_document(bool(self.key)))
+
     async def chat(self, request: Request) -> Response:
         self.check_key(request)
-        chat = parse_request(await read_body(request))
-        self.check_model(chat.model)
+        check_content_type(request)
+        self.take_place()
+        try:
+            chat = parse_request(await read_body(request, self.limits.body_s))
+            self.check_model(chat.model)
+        except BaseException:
+            self.places -= 1
+            raise
         job = Job(chat)
         answer = AnswerBuilder(job, self.name)
         if chat.stream:
-            pieces = self.stream(job)
+            pieces = self.stream(job, request)
             # The first piece is awaited here, so that an error still has its status code.
-            first = await anext(pieces)
+            first = await anext(pieces, GIVEN_UP)
             return StreamingResponse(
                 answer_events(first, pieces, answer), media_type="text/event-stream"
             )
-        return JSONResponse(as_json(answer.completion(await self.collect(job, request))))
+        whole: list[Piece] = []
+        await self.outcome(job, self.start(job, request, whole.append))
+        return JSONResponse(as_json(answer.completion(whole)))
 
     def check_key(self, request: Request) -> None:
         given = request.headers.get("api-key")
         if not given:
             given = request.headers.get("authorization", "").removeprefix("Bearer ")
         if self.key and not secrets.compare_digest(given.encode(), self.key):
-            raise ApiError(401, "Incorrect API key provided.", code="invalid_api_key")
+            raise ApiError(
+                401,
+                "Incorrect API key provided.",
+                code="invalid_api_key",
+                headers={"WWW-Authenticate": "Bearer"},
+            )
 
     def check_model(self, name: str | None) -> None:
         if name not in (None, self.name):
-            message = f"The model {name!r} does not exist; this server has {self.name!r}."
+            message = f"The model {name[:100]!r} does not exist; this server has {self.name!r}."
             raise ApiError(404, message, code="model_not_found", param="model")
 
-    async def collect(self, job: Job, request: Request) -> list[Piece]:
-        """Return the whole answer. It is given up between two tokens if the client has gone."""
+    def take_place(self) -> None:
+        """Count a request that comes in. Raises ApiError if there are too many."""
+        if self.places >= self.limits.queue:
+            raise ApiError(
+                429,
+                f"{self.places} requests are waiting already; try again.",
+                code="rate_limit_exceeded",
+                headers={"Retry-After": "1"},
+            )
+        self.places += 1
 
-        def work() -> list[Piece]:
-            return list(answer_pieces(self.student, job))
+    def start(self, job: Job, request: Request, tell: Told) -> asyncio.Task[None]:
+        """Answer a job in turn, and `tell` each piece from the worker thread. The task ends with
+        the answer, or when the client has gone or it takes too long."""
+        task = asyncio.create_task(self.in_turn(job, tell))
+        watch = asyncio.create_task(self.watch(job, request, task))
+        # The event loop itself holds no task.
+        self.tasks |= {task, watch}
 
-        answer = asyncio.get_running_loop().run_in_executor(self.worker, work)
-        try:
-            while True:
-                done, _ = await asyncio.wait([answer], timeout=1.0)
-                if done:
-                    return await answer
-                if await request.is_disconnected():
-                    job.cancelled.set()
-        finally:
-            job.cancelled.set()
+        def ended(_: asyncio.Task[None]) -> None:
+            self.places -= 1
+            self.tasks.discard(task)
+            watch.cancel()
 
-    async def stream(self, job: Job) -> AsyncIterator[Piece]:
+        task.add_done_callback(ended)
+        watch.add_done_callback(self.tasks.discard)
+        return task
+
+    async def in_turn(self, job: Job, tell: Told) -> None:
+        async with self.turns:
+            job.started = True
+            loop = asyncio.get_running_loop()
+            await loop.run_in_executor(self.worker, self.work, job, tell)
+
+    async def outcome(self, job: Job, task: asyncio.Task[None]) -> None:
+        """Wait for the end of a job's task. Raises what went wrong."""
+        await asyncio.wait([task])
+        if job.late:
+            raise ApiError(
+                503,
+                f"The answer is not complete after {self.limits.answer_s:g} s; ask for fewer "
+                "tokens, or try again.",
+                code="timeout",
+            )
+        if not task.cancelled():
+            task.result()
+
+    async def stream(self, job: Job, request: Request) -> AsyncIterator[Piece]:
         """Yield the answer's pieces as the worker thread makes them."""
         loop = asyncio.get_running_loop()
-        queue: asyncio.Queue[Piece | Exception] = asyncio.Queue()
+        queue: asyncio.Queue[Piece | None] = asyncio.Queue()
 
-        def work() -> None:
-            try:
-                for piece in answer_pieces(self.student, job):
-                    loop.call_soon_threadsafe(queue.put_nowait, piece)
-            except Exception as error:
-                # Any error has to reach the request, which waits for the queue.
-                loop.call_soon_threadsafe(queue.put_nowait, error)
+        def tell(piece: Piece) -> None:
+            loop.call_soon_threadsafe(queue.put_nowait, piece)
 
-        self.worker.submit(work)
-        while True:
-            piece = await queue.get()
-            if isinstance(piece, Exception):
-                raise piece
+        task = self.start(job, request, tell)
+        task.add_done_callback(lambda _: queue.put_nowait(None))
+        while piece := await queue.get():
             yield piece
-            if piece.finish_reason:
+        await self.outcome(job, task)
+
+    def work(self, job: Job, tell: Told) -> None:
+        """Answer a job, in the worker thread."""
+        decoder = self.student.decoder
+        with self.lock:
+            if job.cancelled.is_set():
                 return
+            self.answering = job
+            decoder.stop.clear()
+        try:
+            for piece in answer_pieces(self.student, job):
+                tell(piece)
+        except AnswerStopped:
+            _log.info("an answer was given up")
+        finally:
+            with self.lock:
+                self.answering = None
+                decoder.stop.clear()
+            if not self.shared_prefix:
+                decoder.forget()
+
+    async def watch(self, job: Job, request: Request, task: asyncio.Task[None]) -> None:
+        """Give a job up when its client has gone, or when it takes too long."""
+        try:
+            async with asyncio.timeout(self.limits.answer_s):
+                while (await request.receive())["type"] != "http.disconnect":
+                    pass
+        except TimeoutError:
+            job.late = True
+        with self.lock:
+            job.cancelled.set()
+            if self.answering is job:
+                self.student.decoder.stop.set()
+        if not job.started:
+            task.cancel()
 
 
 class AnswerBuilder:
@@ -206,7 +307,7 @@ async def answer_events(
                 yield event(answer.chunk(delta, piece.logprobs))
             if piece.finish_reason:
                 break
-            piece = await anext(pieces)
+            piece = await anext(pieces, GIVEN_UP)
         yield event(answer.chunk(ChoiceDelta(), finish_reason=piece.finish_reason))
         if options and options.include_usage:
             yield event(answer.usage_chunk())
@@ -228,23 +329,37 @@ def as_json(answer: BaseModel) -> dict[str, Any]:
     return answer.model_dump(mode="json", exclude_unset=True)
 
 
-def create_app(student: OnnxStudent, model_name: str, api_key: SecretStr | None) -> FastAPI:
-    """Return the server's application. Without a key it answers anyone who reaches it."""
-    server = ModelServer(student, model_name, api_key)
+def create_app(
+    student: OnnxStudent,
+    model_name: str,
+    api_key: SecretStr | None,
+    *,
+    hosts: Collection[str] = (),
+    limits: Limits | None = None,
+    shared_prefix: bool = True,
+) -> FastAPI:
+    """Return the server's application. Without a key it answers anyone who reaches it under one of
+    the names `hosts`, as localhost, or by an address. With `shared_prefix`, a prompt is computed
+    from where it departs from the one before."""
+    server = ModelServer(student, model_name, api_key, limits or Limits(), shared_prefix)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
         server.worker.shutdown(wait=False, cancel_futures=True)
+        student.decoder.stop.set()
 
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
     for prefix in ("", "/v1"):
         app.add_route(f"{prefix}/chat/completions", server.chat, methods=["POST"])
         app.add_route(f"{prefix}/models", server.list_models, methods=["GET"])
         app.add_route(f"{prefix}/models/{{name:path}}", server.show_model, methods=["GET"])
+        app.add_route(f"{prefix}/openapi.json", server.show_openapi, methods=["GET"])
+    app.state.server = server
     app.add_route("/healthz", answer_healthy, methods=["GET"])
-    for kind in (ApiError, DistilleryError, HTTPException, Exception):
+    for kind in (ApiError, HTTPException, Exception):
         app.add_exception_handler(kind, answer_error)
+    app.add_middleware(HostCheck, hosts=hosts)
     return app
 
 
@@ -260,8 +375,6 @@ def to_api_error(error: Exception) -> ApiError:
     if isinstance(error, ApiError):
         return error
     if isinstance(error, HTTPException):
-        return ApiError(error.status_code, str(error.detail))
-    if isinstance(error, DistilleryError):
-        return ApiError(500, str(error))
-    # The text of a library's error is for the server's log only.
+        return ApiError(error.status_code, str(error.detail), headers=error.headers)
+    # The text of an error may tell of the machine: it is for the server's log only.
     return ApiError(500, f"The server failed ({type(error).__name__}).")

@@ -11,10 +11,12 @@ from openai.types import CompletionUsage
 from openai.types.chat import ChatCompletionTokenLogprob
 from openai.types.chat.chat_completion_token_logprob import TopLogprob
 
+from distillery.errors import ModelError
 from distillery.inference.logits import Logits, log_softmax
 from distillery.inference.onnx_student import OnnxStudent
 from distillery.models.class_tokens import ClassTokens
 from distillery.serving.requests import ApiError, ChatRequest
+from distillery.serving.stops import StopSearch
 
 IMPOSSIBLE = -9999.0
 """The log-probability that OpenAI writes for what is all but impossible: JSON has no infinity."""
@@ -36,14 +38,17 @@ class Piece:
 class Job:
     """A request on its way through the worker thread, which counts the tokens here.
 
-    `cancelled` is set by the event loop if the client has gone or the answer is complete; the
-    worker reads it between two tokens.
+    `cancelled` is set by the event loop if the client has gone, the answer takes too long or is
+    complete; the worker reads it between two passes of the model. `late`: it took too long.
+    `started`: it is with the worker.
     """
 
     request: ChatRequest
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cancelled: threading.Event = field(default_factory=threading.Event)
+    late: bool = False
+    started: bool = False
 
     @property
     def usage(self) -> CompletionUsage:
@@ -59,9 +64,9 @@ def answer_pieces(student: OnnxStudent, job: Job) -> Iterator[Piece]:
     if job.cancelled.is_set():
         return
     for piece in complete(student, job):
-        yield piece
         if job.cancelled.is_set():
             return
+        yield piece
 
 
 def complete(student: OnnxStudent, job: Job) -> Iterator[Piece]:
@@ -71,7 +76,11 @@ def complete(student: OnnxStudent, job: Job) -> Iterator[Piece]:
     """
     request = job.request
     messages = [{"role": message.role, "content": message.text} for message in request.messages]
-    prompt = student.tokenizer.encode_chat(messages)
+    try:
+        prompt = student.tokenizer.encode_chat(messages)
+    except ModelError as error:
+        # It tells of the template and the roles alone.
+        raise ApiError(400, str(error), param="messages") from error
     job.prompt_tokens = len(prompt)
     room = student.context_length - len(prompt)
     if room < 1:
@@ -96,26 +105,23 @@ def complete(student: OnnxStudent, job: Job) -> Iterator[Piece]:
         seed=request.seed,
     )
     stream = student.text_stream()
-    held = ""
+    search = StopSearch(request.stops)
     entries: list[ChatCompletionTokenLogprob] = []
     for token, logits in steps:
         if token in student.end_ids:
-            yield Piece(held, entries, "stop")
+            yield Piece(search.held, entries, "stop")
             return
         job.completion_tokens += 1
-        held += stream.decode(token)
+        text = search.take(stream.decode(token))
         if request.logprobs:
             entries.append(token_logprobs(student, token, logits, request.top_logprobs or 0))
-        end = find_stop(held, request.stops)
-        if end is not None:
-            yield Piece(held[:end], entries, "stop")
+        if search.found:
+            yield Piece(text, entries, "stop")
             return
-        final = final_length(held, request.stops)
-        if final:
-            yield Piece(held[:final], entries)
-            held = held[final:]
+        if text:
+            yield Piece(text, entries)
             entries = []
-    yield Piece(held, entries, "length")
+    yield Piece(search.held, entries, "length")
 
 
 def choose_text(student: OnnxStudent, job: Job, prompt: list[int], choice: list[str]) -> Piece:
@@ -144,7 +150,8 @@ def choose_class(student: OnnxStudent, job: Job, prompt: list[int], classes: Cla
         if name not in token_of:
             raise ApiError(
                 400,
-                f"The model answers with one of its {len(token_of)} classes, and {name!r} is none.",
+                f"The model answers with one of its {len(token_of)} classes, and {name[:100]!r} is "
+                "none.",
                 param="structured_outputs",
             )
     probabilities = student.class_probabilities(prompt, [token_of[name] for name in names])
@@ -179,22 +186,6 @@ def likeliest(job: Job, choice: Sequence[str], probabilities: Sequence[float]) -
         ranked.append(TopLogprob(token=choice[index], logprob=logprob, bytes=encoded))
     entry = with_alternatives(ranked[0], ranked[: job.request.top_logprobs or 0])
     return Piece(choice[best], [entry], "stop")
-
-
-def find_stop(text: str, stops: list[str]) -> int | None:
-    """Return where the first stop text begins, or None."""
-    positions = [text.find(stop) for stop in stops if stop in text]
-    return min(positions, default=None)
-
-
-def final_length(text: str, stops: list[str]) -> int:
-    """Return how many characters can't belong to a stop text that is still to come."""
-    longest = 0
-    for stop in stops:
-        for length in range(1, len(stop)):
-            if text.endswith(stop[:length]):
-                longest = max(longest, length)
-    return len(text) - longest
 
 
 def token_logprobs(

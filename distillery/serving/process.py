@@ -27,6 +27,9 @@ START_SECONDS = 300.0
 
 STOP_SECONDS = 5.0
 
+OWN_QUEUE = 2048
+"""Requests at once: more than the calls that a run makes at once (teacher.concurrency)."""
+
 
 @dataclass(frozen=True)
 class Served:
@@ -46,7 +49,7 @@ def served(folder: Path, model_name: str, threads: int | None = None) -> Iterato
     """
     key = secrets.token_urlsafe(32)
     command = [sys.executable, "-m", "distillery.serving", str(folder), "--name", model_name]
-    command += ["--port", "0", "--parent", str(os.getpid())]
+    command += ["--port", "0", "--parent", str(os.getpid()), "--queue", str(OWN_QUEUE)]
     if threads is not None:
         command += ["--threads", str(threads)]
     with tempfile.TemporaryFile() as log:

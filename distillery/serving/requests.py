@@ -1,5 +1,7 @@
 """The requests that the server takes, and the errors that it answers with, in OpenAI's form."""
 
+import asyncio
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from fastapi import Request
@@ -7,12 +9,22 @@ from fastapi.responses import JSONResponse
 from openai.types.shared import ErrorObject
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-LARGEST_BODY = 4 << 20
-"""Bytes of the largest request."""
+from distillery.serving.limits import (
+    LARGEST_BODY,
+    LARGEST_SEED,
+    LONGEST_CHOICE,
+    LONGEST_NAME,
+    LONGEST_STOP,
+    MOST_CHOICES,
+    MOST_MESSAGES,
+    MOST_PARTS,
+    MOST_STOPS,
+    MOST_TOKENS,
+)
 
 
 class StrictModel(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
 
 class TextPart(StrictModel):
@@ -22,8 +34,8 @@ class TextPart(StrictModel):
 
 class ChatMessage(StrictModel):
     role: Literal["system", "user", "assistant"]
-    content: str | list[TextPart]
-    name: str | None = None
+    content: str | Annotated[list[TextPart], Field(max_length=MOST_PARTS)]
+    name: str | None = Field(None, max_length=LONGEST_NAME)
 
     @property
     def text(self) -> str:
@@ -36,17 +48,22 @@ class TextFormat(StrictModel):
     type: Literal["text"]
 
 
+ChoiceText = Annotated[str, Field(min_length=1, max_length=LONGEST_CHOICE)]
+
+
 class StructuredOutputs(StrictModel):
     """An extension of vLLM's. Of its forms this server takes `choice`: one of several texts."""
 
-    choice: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=64)]
+    choice: Annotated[list[ChoiceText], Field(min_length=1, max_length=MOST_CHOICES)]
 
 
 class StreamOptions(BaseModel):
+    model_config = ConfigDict(strict=True)
+
     include_usage: bool = False
 
 
-StopText = Annotated[str, Field(min_length=1)]
+StopText = Annotated[str, Field(min_length=1, max_length=LONGEST_STOP)]
 
 
 class ChatRequest(StrictModel):
@@ -56,23 +73,23 @@ class ChatRequest(StrictModel):
     (user, metadata, store) are accepted and not used.
     """
 
-    messages: list[ChatMessage] = Field(min_length=1)
-    model: str | None = None
-    max_tokens: int | None = Field(None, ge=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
+    messages: list[ChatMessage] = Field(min_length=1, max_length=MOST_MESSAGES)
+    model: str | None = Field(None, max_length=LONGEST_NAME)
+    max_tokens: int | None = Field(None, ge=1, le=MOST_TOKENS)
+    max_completion_tokens: int | None = Field(None, ge=1, le=MOST_TOKENS)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
-    seed: int | None = Field(None, ge=0)
-    stop: StopText | Annotated[list[StopText], Field(max_length=4)] | None = None
+    seed: int | None = Field(None, ge=0, le=LARGEST_SEED)
+    stop: StopText | Annotated[list[StopText], Field(max_length=MOST_STOPS)] | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
-    n: Literal[1] | None = None
+    n: Annotated[int, Field(ge=1, le=1)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     response_format: TextFormat | None = None
     structured_outputs: StructuredOutputs | None = None
-    frequency_penalty: Literal[0] | None = None
-    presence_penalty: Literal[0] | None = None
+    frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
+    presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
     user: Any = None
     metadata: Any = None
     store: Any = None
@@ -93,10 +110,16 @@ class ApiError(Exception):
     """An error that is answered with `status`, in OpenAI's form."""
 
     def __init__(
-        self, status: int, message: str, code: str | None = None, param: str | None = None
+        self,
+        status: int,
+        message: str,
+        code: str | None = None,
+        param: str | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status
+        self.headers = dict(headers or {})
         kind = "server_error" if status >= 500 else "invalid_request_error"
         self.error = ErrorObject(message=message, type=kind, param=param, code=code)
 
@@ -106,19 +129,43 @@ class ApiError(Exception):
 
     @property
     def response(self) -> JSONResponse:
-        headers = {"WWW-Authenticate": "Bearer"} if self.status == 401 else None
-        return JSONResponse(self.body, self.status, headers)
+        return JSONResponse(self.body, self.status, self.headers)
 
 
-async def read_body(request: Request) -> bytes:
-    """Return the request's body. Raises ApiError if it is larger than LARGEST_BODY."""
-    body = bytearray()
-    async for part in request.stream():
-        body += part
-        if len(body) > LARGEST_BODY:
-            raise ApiError(
-                400, f"The request is larger than {LARGEST_BODY} bytes.", code="request_too_large"
-            )
+def check_content_type(request: Request) -> None:
+    """Raise ApiError for a body that is not declared as JSON. A browser lets a page of another site
+    send other bodies without asking first."""
+    given = request.headers.get("content-type", "")
+    if given.partition(";")[0].strip().lower() != "application/json":
+        raise ApiError(415, "Send the header Content-Type: application/json.")
+
+
+async def read_body(request: Request, seconds: float) -> bytes:
+    """Return the request's body. Raises ApiError if it is larger than LARGEST_BODY, or is not there
+    in `seconds`."""
+    closed = {"Connection": "close"}
+    try:
+        async with asyncio.timeout(seconds):
+            body, size = bytearray(), 0
+            async for part in request.stream():
+                size += len(part)
+                if size <= LARGEST_BODY:
+                    body += part
+                # The rest is read and dropped, as clients look for an answer when they have sent
+                # all; but there is an end to that.
+                elif size > 4 * LARGEST_BODY:
+                    break
+    except TimeoutError as error:
+        raise ApiError(
+            408, f"The request did not come within {seconds:g} s.", headers=closed
+        ) from error
+    if size > LARGEST_BODY:
+        raise ApiError(
+            413,
+            f"The request is larger than {LARGEST_BODY} bytes.",
+            code="request_too_large",
+            headers=closed,
+        )
     return bytes(body)
 
 
@@ -128,7 +175,7 @@ def parse_request(body: bytes) -> ChatRequest:
         request = ChatRequest.model_validate_json(body)
     except ValidationError as error:
         detail = error.errors(include_url=False, include_input=False)[0]
-        param = ".".join(str(part) for part in detail["loc"]) or None
+        param = ".".join(str(part)[:100] for part in detail["loc"]) or None
         message = detail["msg"]
         if detail["type"] == "extra_forbidden":
             message = "not supported by this server"

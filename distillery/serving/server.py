@@ -14,8 +14,11 @@ import json
 import os
 import socket
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from fastapi import FastAPI
 from pydantic import SecretStr
 
 from distillery.errors import CredentialsError, DistilleryError, ModelError
@@ -23,8 +26,12 @@ from distillery.inference.onnx_student import OnnxStudent
 from distillery.processes import exit_with_parent
 from distillery.registry.manifest import verify_before_loading
 from distillery.serving.app import create_app
+from distillery.serving.limits import Limits
 from distillery.serving.process import KEY_VARIABLE
 from distillery.settings import is_loopback, load_environment
+
+if TYPE_CHECKING:
+    import uvicorn
 
 
 def serve(
@@ -36,10 +43,16 @@ def serve(
     *,
     threads: int | None = None,
     parent: int | None = None,
+    hosts: Sequence[str] = (),
+    limits: Limits | None = None,
+    shared_prefix: bool | None = None,
 ) -> None:
     """Serve until a signal ends it. Prints the URL as one line of JSON first.
 
     Port 0 takes a free one. With `parent`, a process id, the server ends when that process does.
+    `hosts`: names, beside its own, that clients reach the server by. `shared_prefix`: whether a
+    prompt goes on from what it shares with the one before; None is yes where only this machine
+    reaches the server.
     Raises CredentialsError for an address that other machines reach without a key, ModelError for a
     bad folder or port, and RegistryError for a registered model that was altered or is not signed
     as DISTILLERY_VERIFY_KEY asks for.
@@ -53,17 +66,39 @@ def serve(
     if parent is not None:
         exit_with_parent(parent)
     verify_before_loading(folder)
-    app = create_app(OnnxStudent(folder, threads), model_name, api_key)
+    limits = limits or Limits()
+    app = create_app(
+        OnnxStudent(folder, threads),
+        model_name,
+        api_key,
+        hosts=(host, *hosts),
+        limits=limits,
+        shared_prefix=is_loopback(host) if shared_prefix is None else shared_prefix,
+    )
     with listen(host, port) as listener:
         address, free_port = listener.getsockname()[:2]
         if ":" in address:
             address = f"[{address}]"
         url = f"http://{address}:{free_port}/v1"
         print(json.dumps({"url": url, "model": model_name}), flush=True)
-        config = uvicorn.Config(
-            app, log_level="warning", access_log=False, timeout_graceful_shutdown=2
-        )
-        uvicorn.Server(config).run(sockets=[listener])
+        uvicorn.Server(server_config(app, limits)).run(sockets=[listener])
+
+
+def server_config(app: FastAPI, limits: Limits) -> "uvicorn.Config":
+    """Return how uvicorn runs the application."""
+    import uvicorn
+
+    from distillery.serving.connection import timed_protocol
+
+    return uvicorn.Config(
+        app,
+        http=timed_protocol(limits.header_s),
+        ws="none",
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=2,
+    )
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -99,6 +134,7 @@ def main() -> None:
     parser.add_argument("--host", default="127.0.0.1", help="the address to listen on")
     parser.add_argument("--port", type=int, default=8080, help="0 takes a free one")
     parser.add_argument("--threads", type=int, help="threads of one operation")
+    parser.add_argument("--queue", type=int, default=Limits.queue, help="requests at once")
     parser.add_argument("--parent", type=int, help="end with the process of this id")
     options = parser.parse_args()
     try:
@@ -110,6 +146,7 @@ def main() -> None:
             key_from_environment(),
             threads=options.threads,
             parent=options.parent,
+            limits=Limits(queue=options.queue),
         )
     except DistilleryError as error:
         sys.exit(str(error))

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from distillery.errors import RecipeError
+from distillery.markdown import escape
 from distillery.recipe import LayerChoice, Recipe, SearchRecipe, parse_recipe
 from distillery.records import Measured, Trial
 
@@ -159,7 +160,7 @@ def render_trials(trials: Sequence[Trial]) -> str:
     reasons = []
     for trial in trials:
         if trial.measured is None:
-            reasons.append(f"Trial {trial.number} failed: {trial.reason}")
+            reasons.append(f"Trial {trial.number} failed: {escape(trial.reason)}")
     for trial in sorted(trials, key=rank_in_table):
         settings = [
             f"{trial.settings[name]:.4g}" if name in trial.settings else "" for name in names

@@ -1,0 +1,511 @@
+"""What one client can't do to a server: keep it from others, read what others asked, reach it from
+a web page of another site, or learn of the machine. Everything goes by the order of events."""
+
+import json
+import random
+import shutil
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from own_server import OwnServer, SlowStudent, own_server, wait_until
+from pydantic import SecretStr
+
+from distillery.errors import AnswerStopped, ModelError
+from distillery.inference.logits import Logits
+from distillery.inference.onnx_student import OnnxStudent
+from distillery.serving import server as serving
+from distillery.serving.limits import LARGEST_BODY, LONGEST_STOP, Limits
+from distillery.serving.process import OWN_QUEUE
+from distillery.serving.stops import StopSearch, StopText
+
+pytestmark = pytest.mark.security
+
+Build = Callable[..., Path]
+MESSAGES = [{"role": "user", "content": "Where is bread warm?"}]
+ONE = {"messages": MESSAGES, "max_tokens": 1}
+JSON = {"Content-Type": "application/json"}
+PATH = "/v1/chat/completions"
+
+
+@pytest.fixture(scope="module")
+def running(tiny_onnx: Build) -> Iterator[OwnServer]:
+    with own_server(OnnxStudent(tiny_onnx("llama"), threads=1), hosts=("my.example",)) as started:
+        yield started
+
+
+def ask(running: OwnServer, **body: Any) -> httpx.Response:
+    with httpx.Client(trust_env=False, timeout=60) as http:
+        return http.post(running.url + PATH, json=ONE | body)
+
+
+class Asking:
+    """A request in a thread of its own."""
+
+    def __init__(self, running: OwnServer, **body: Any) -> None:
+        self.status = 0
+        self.text = ""
+        self.thread = threading.Thread(target=self.run, args=(running, body))
+        self.thread.start()
+
+    def run(self, running: OwnServer, body: dict[str, Any]) -> None:
+        response = ask(running, **body)
+        self.status, self.text = response.status_code, response.text
+
+    def result(self) -> int:
+        self.thread.join(60)
+        return self.status
+
+
+def connect(running: OwnServer) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", running.port), timeout=60)
+
+
+def head(length: int | None = None, host: str = "localhost", path: str = PATH) -> bytes:
+    """The head of a request with a body of `length` bytes, or in chunks."""
+    size = "Transfer-Encoding: chunked" if length is None else f"Content-Length: {length}"
+    lines = [f"POST {path} HTTP/1.1", f"Host: {host}", "Content-Type: application/json", size]
+    return "\r\n".join([*lines, "", ""]).encode()
+
+
+def sent(running: OwnServer, **body: Any) -> socket.socket:
+    """Send a whole request, and return its connection."""
+    connection = connect(running)
+    content = json.dumps(ONE | body).encode()
+    connection.sendall(head(len(content)) + content)
+    return connection
+
+
+def received(connection: socket.socket) -> tuple[int, dict[str, str], bytes]:
+    """Read until the server closes: status, headers and body."""
+    data = b""
+    while part := connection.recv(65536):
+        data += part
+    start, _, body = data.partition(b"\r\n\r\n")
+    first, *lines = start.decode().split("\r\n")
+    headers = dict(line.lower().split(": ", 1) for line in lines)
+    return int(first.split()[1]), headers, body
+
+
+def test_too_many_requests_are_told_to_come_again_those_still_read_too(tiny_onnx: Build) -> None:
+    student = SlowStudent(tiny_onnx("llama"))
+    with own_server(student, Limits(queue=3)) as running:
+        first = Asking(running)
+        assert wait_until(lambda: student.asked == 1)
+        second = Asking(running)
+        assert wait_until(lambda: running.server.places == 2)
+        content = json.dumps(ONE).encode()
+        with connect(running) as third:
+            third.sendall(head(len(content)) + content[:5])
+            assert wait_until(lambda: running.server.places == 3)
+            refused = ask(running)
+            assert refused.status_code == 429
+            assert refused.headers["retry-after"] == "1"
+            assert refused.json()["error"]["code"] == "rate_limit_exceeded"
+            assert httpx.get(f"{running.url}/healthz", trust_env=False).status_code == 200
+            third.sendall(content[5:])
+            for _ in range(3):
+                student.go_on.release()
+            assert third.recv(12) == b"HTTP/1.1 200"
+        assert (first.result(), second.result()) == (200, 200)
+        assert wait_until(lambda: running.server.places == 0)
+        student.go_on.release()
+        assert ask(running).status_code == 200
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_goes_while_it_waits_leaves_the_queue(stream: bool, tiny_onnx: Build) -> None:
+    student = SlowStudent(tiny_onnx("llama"))
+    with own_server(student) as running:
+        first = Asking(running)
+        assert wait_until(lambda: student.asked == 1)
+        others = [sent(running, stream=stream) for _ in range(4)]
+        assert wait_until(lambda: running.server.places == 5)
+        for other in others:
+            other.close()
+        # One of them is with the worker already, behind the first.
+        assert wait_until(lambda: running.server.places <= 2)
+        student.go_on.release()
+        assert first.result() == 200
+        assert wait_until(lambda: running.server.places == 0)
+        assert student.asked == 1
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_goes_while_its_answer_is_made_does_not_keep_the_model(
+    stream: bool, tiny_onnx: Build
+) -> None:
+    student = SlowStudent(tiny_onnx("llama"))
+    with own_server(student) as running:
+        connection = sent(running, stream=stream, max_tokens=500)
+        student.go_on.release(2)
+        assert wait_until(lambda: student.asked == 3)
+        connection.close()
+        assert wait_until(student.decoder.stop.is_set)
+        student.go_on.release(2)
+        assert ask(running).status_code == 200
+        assert student.asked == 4
+
+
+class Passes:
+    """Stops a student's decoder before its pass number `held`, and counts passes."""
+
+    def __init__(self, student: OnnxStudent, held: int) -> None:
+        self.begun = 0
+        self.held = held
+        self.go_on = threading.Event()
+        self.compute = student.decoder._compute
+        student.decoder._compute = self  # type: ignore[method-assign, assignment]
+
+    def __call__(self, *arguments: Any) -> Logits:
+        found = self.compute(*arguments)
+        self.begun += 1
+        if self.begun == self.held:
+            assert self.go_on.wait(60)
+        return found
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"messages": [{"role": "user", "content": "river " * 120}]},
+        {"structured_outputs": {"choice": ["a river bank", "the oven", "a cloud"]}},
+    ],
+    ids=["a long prompt", "texts to score"],
+)
+def test_a_client_that_goes_is_noticed_before_the_next_pass(
+    body: dict[str, Any], tiny_onnx: Build
+) -> None:
+    student = OnnxStudent(tiny_onnx("llama"), threads=1)
+    passes = Passes(student, held=2)
+    with own_server(student) as running:
+        student.decoder.longest_pass = 64
+        connection = sent(running, **body)
+        assert wait_until(lambda: passes.begun == 2)
+        connection.close()
+        assert wait_until(student.decoder.stop.is_set)
+        passes.go_on.set()
+        assert wait_until(lambda: running.server.places == 0)
+        assert passes.begun == 2
+        answer = ask(running, logprobs=True)
+    fresh = OnnxStudent(tiny_onnx("llama"), threads=1)
+    expected = fresh.next_token_logprobs(fresh.tokenizer.encode_chat(MESSAGES)).max()
+    (entry,) = answer.json()["choices"][0]["logprobs"]["content"]
+    assert entry["logprob"] == pytest.approx(float(expected), abs=1e-4)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_that_takes_too_long_is_given_up(stream: bool, tiny_onnx: Build) -> None:
+    student = SlowStudent(tiny_onnx("llama"))
+    with own_server(student, Limits(answer_s=0.05)) as running:
+        asking = Asking(running, stream=stream)
+        assert wait_until(student.decoder.stop.is_set)
+        student.go_on.release(9)
+        assert asking.result() == 503
+    assert json.loads(asking.text)["error"]["code"] == "timeout"
+    assert student.asked == 1
+
+
+@pytest.mark.parametrize("start", [b"", b"POST /v1/chat", head(100)[:-2]], ids=["nothing", "", ""])
+def test_headers_that_do_not_come_are_not_waited_for(start: bytes, tiny_onnx: Build) -> None:
+    student = OnnxStudent(tiny_onnx("llama"), threads=1)
+    with own_server(student, Limits(header_s=0.1)) as running, connect(running) as connection:
+        connection.sendall(start)
+        status, headers, body = received(connection)
+    assert (status, headers["content-type"]) == (408, "application/json")
+    assert "headers did not come" in json.loads(body)["error"]["message"]
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(tiny_onnx: Build) -> None:
+    student = OnnxStudent(tiny_onnx("llama"), threads=1)
+    with own_server(student, Limits(body_s=0.1)) as running, connect(running) as connection:
+        connection.sendall(head(100) + b'{"messages"')
+        status, _, body = received(connection)
+        assert status == 408
+        assert "did not come within 0.1 s" in json.loads(body)["error"]["message"]
+        assert running.server.places == 0
+
+
+def test_what_is_no_http_is_an_error_in_openai_s_form(running: OwnServer) -> None:
+    with connect(running) as connection:
+        connection.sendall(b"what?\r\n\r\n")
+        status, headers, body = received(connection)
+    assert (status, headers["content-type"]) == (400, "application/json")
+    assert json.loads(body)["error"]["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_body_that_is_too_large_is_refused_however_it_is_sent(
+    chunked: bool, running: OwnServer
+) -> None:
+    part = b" " * (1 << 20)
+    rounds = LARGEST_BODY // len(part) + 1
+    with connect(running) as connection:
+        connection.sendall(head(None if chunked else rounds * len(part)))
+        for _ in range(rounds):
+            connection.sendall(b"100000\r\n" + part + b"\r\n" if chunked else part)
+        if chunked:
+            connection.sendall(b"0\r\n\r\n")
+        status, _, body = received(connection)
+    assert (status, json.loads(body)["error"]["code"]) == (413, "request_too_large")
+    assert running.server.places == 0
+
+
+def test_a_body_without_an_end_is_cut_off(running: OwnServer) -> None:
+    part = b"10000\r\n" + b" " * (1 << 16) + b"\r\n"
+    with connect(running) as connection:
+        connection.sendall(head())
+        with pytest.raises((ConnectionResetError, BrokenPipeError)):
+            connection.sendall(part * 5000)
+    assert wait_until(lambda: running.server.places == 0)
+
+
+@pytest.mark.parametrize(
+    ("host", "answered"),
+    [
+        ("localhost", True),
+        ("LOCALHOST.:8080", True),
+        ("127.0.0.1:1", True),
+        ("[::1]:8080", True),
+        ("192.168.7.7", True),
+        ("my.example:8080", True),
+        (socket.gethostname(), True),
+        ("evil.example", False),
+        ("localhost.evil.example", False),
+        ("127.0.0.1.evil.example:8080", False),
+        ("evil.example@localhost", False),
+        ("", False),
+    ],
+)
+def test_only_its_own_names_are_answered(host: str, answered: bool, running: OwnServer) -> None:
+    for path in ("/v1/models", "/healthz"):
+        with connect(running) as connection:
+            lines = [f"GET {path} HTTP/1.1", f"Host: {host}", "Connection: close", "", ""]
+            connection.sendall("\r\n".join(lines).encode())
+            status, _, body = received(connection)
+        assert status == (200 if answered else 421)
+        if not answered:
+            assert "--allow-host" in json.loads(body)["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "content_type",
+    [None, "text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x"],
+)
+def test_what_a_page_may_send_without_asking_is_refused(
+    content_type: str | None, running: OwnServer
+) -> None:
+    headers = {"Content-Type": content_type} if content_type else {}
+    with httpx.Client(trust_env=False) as http:
+        body = json.dumps(ONE).encode()
+        response = http.post(running.url + PATH, content=body, headers=headers)
+        assert response.status_code == 415
+        headers = {"Content-Type": "Application/JSON; charset=utf-8"}
+        assert http.post(running.url + PATH, content=body, headers=headers).status_code == 200
+
+
+def test_no_page_of_another_site_is_let_in(running: OwnServer) -> None:
+    origin = {"Origin": "http://evil.example"}
+    asks = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "x"}
+    with httpx.Client(trust_env=False) as http:
+        responses = [
+            http.options(running.url + PATH, headers=origin | asks),
+            http.get(f"{running.url}/v1/models", headers=origin),
+            http.post(running.url + PATH, json=ONE, headers=origin),
+        ]
+    assert [response.status_code for response in responses] == [405, 200, 200]
+    for response in responses:
+        assert not [name for name in response.headers if name.startswith("access-control")]
+    assert responses[0].headers["allow"] == "POST"
+
+
+class Failing(OnnxStudent):
+    """A student whose model fails with an error that tells of the machine."""
+
+    def steps(self, *arguments: Any, **settings: Any) -> Iterator[tuple[int, Logits]]:
+        for number, step in enumerate(super().steps(*arguments, **settings)):
+            yield step
+            if number < 3:
+                continue
+            raise ModelError(f"{self.folder}: ONNX Runtime GenAI fails")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_no_answer_tells_of_the_machine(stream: bool, tiny_onnx: Build, tmp_path: Path) -> None:
+    folder = tmp_path / "a-private-folder"
+    shutil.copytree(tiny_onnx("llama"), folder)
+    with own_server(Failing(folder, threads=1)) as running:
+        response = ask(running, stream=stream, max_tokens=9)
+    assert "private" not in response.text
+    assert "The server failed (ModelError)." in response.text
+    assert response.status_code == (200 if stream else 500)
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"stop": "x" * (LONGEST_STOP + 1)}, "stop"),
+        ({"stop": ["x"] * 5}, "stop"),
+        ({"max_tokens": 1 << 21}, "max_tokens"),
+        ({"max_completion_tokens": 10**30}, "max_completion_tokens"),
+        ({"max_tokens": "5"}, "max_tokens"),
+        ({"n": 2}, "n"),
+        ({"seed": 1 << 70}, "seed"),
+        ({"model": "x" * 300}, "model"),
+        ({"messages": MESSAGES * 1001}, "messages"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": ""}] * 1001}]},
+            "messages",
+        ),
+        ({"structured_outputs": {"choice": ["x"] * 65}}, "structured_outputs.choice"),
+        ({"structured_outputs": {"choice": ["x" * 20_000]}}, "structured_outputs.choice"),
+        ({"x" * 100_000: 1}, "x"),
+    ],
+)
+def test_a_field_out_of_its_bounds_is_refused(
+    body: dict[str, Any], param: str, running: OwnServer
+) -> None:
+    response = ask(running, **body)
+    assert response.status_code == 400
+    assert response.json()["error"]["param"].startswith(param)
+    assert len(response.content) < 1000
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"null",
+        b"[" * 100_000,
+        b'{"user": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+        b'{"messages": [{"role": "user", "content": "\\ud800"}]}',
+        b'{"messages": [{"role": "user", "content": "\xff"}]}',
+        b'{"max_tokens": 1e400, "messages": [{"role": "user", "content": "?"}]}',
+        b'{"temperature": NaN, "messages": [{"role": "user", "content": "?"}]}',
+    ],
+)
+def test_a_broken_body_is_refused(content: bytes, running: OwnServer) -> None:
+    with httpx.Client(trust_env=False, timeout=60) as http:
+        response = http.post(running.url + PATH, content=content, headers=JSON)
+    assert response.status_code == 400
+    assert response.json()["error"]["type"] == "invalid_request_error"
+    assert len(response.content) < 1000
+
+
+def test_stop_texts_are_found_however_the_answer_is_cut() -> None:
+    """Beside a search over the whole answer: of those that are complete first, the longest."""
+    draw = random.Random(0)
+    for _ in range(2000):
+        answer = "".join(draw.choices("ab", k=draw.randint(0, 20)))
+        stops = ["".join(draw.choices("ab", k=draw.randint(1, 4))) for _ in range(3)]
+        expected = answer
+        for end in range(1, len(answer) + 1):
+            found = [stop for stop in stops if answer[:end].endswith(stop)]
+            if found:
+                expected = answer[: end - max(map(len, found))]
+                break
+        search, said, rest = StopSearch(stops), "", answer
+        while rest and not search.found:
+            size = draw.randint(1, 3)
+            said += search.take(rest[:size])
+            rest = rest[size:]
+        assert said + search.held == expected
+        assert len(search.held) < max(map(len, stops))
+
+
+def test_the_search_for_a_stop_text_takes_time_by_the_answer_s_length() -> None:
+    class Counting(list[int]):
+        reads = 0
+
+        def __getitem__(self, index: Any) -> Any:
+            self.reads += 1
+            return super().__getitem__(index)
+
+    stop = StopText("a" * (LONGEST_STOP - 1) + "b")
+    counted = stop._shorter = Counting(stop._shorter)
+    answer = ("a" * (LONGEST_STOP - 2) + "c") * 100
+    assert not any(stop.follow(character) for character in answer)
+    assert counted.reads <= len(answer)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_what_others_asked_can_be_forgotten(shared: bool, tiny_onnx: Build) -> None:
+    student = OnnxStudent(tiny_onnx("llama"), threads=1)
+    computed: list[int] = []
+    compute = student.decoder._compute
+
+    def count(tokens: list[int], *arguments: Any) -> Logits:
+        computed.append(len(tokens))
+        return compute(tokens, *arguments)
+
+    student.decoder._compute = count  # type: ignore[method-assign, assignment]
+    with own_server(student, shared_prefix=shared) as running:
+        for _ in range(2):
+            assert ask(running).status_code == 200
+    first, second = computed
+    assert (second < first) is shared
+    assert bool(student.decoder.tokens) is shared
+
+
+@pytest.mark.parametrize(
+    ("host", "given", "shared"),
+    [
+        ("127.0.0.1", None, True),
+        ("localhost", None, True),
+        ("127.0.0.1", False, False),
+        ("0.0.0.0", None, False),
+        ("0.0.0.0", True, True),
+    ],
+)
+def test_prefixes_are_shared_by_default_where_only_this_machine_asks(
+    host: str, given: bool | None, shared: bool, tiny_onnx: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Made(Exception):
+        pass
+
+    def make(*arguments: Any, **settings: Any) -> None:
+        assert settings["shared_prefix"] is shared
+        assert host in settings["hosts"]
+        raise Made
+
+    monkeypatch.setattr(serving, "create_app", make)
+    with pytest.raises(Made):
+        serving.serve(
+            tiny_onnx("llama"), "tiny", host, 0, SecretStr("key"), shared_prefix=given, threads=1
+        )
+
+
+def test_a_run_s_own_server_takes_all_of_its_calls_at_once() -> None:
+    from distillery.recipe import TeacherRecipe
+
+    bounds = TeacherRecipe.model_json_schema()["properties"]["concurrency"]
+    assert bounds["maximum"] < OWN_QUEUE
+
+
+def test_a_prompt_in_several_passes_gives_the_same_logits(tiny_onnx: Build) -> None:
+    student = OnnxStudent(tiny_onnx("llama"), threads=1)
+    prompt = student.tokenizer.encode_chat([{"role": "user", "content": "river " * 100}])
+    whole = student.decoder.prefill(prompt)
+    for size in (32, len(prompt) - 1):
+        student.decoder.forget()
+        student.decoder.longest_pass = size
+        parts = student.decoder.passes(prompt)
+        assert [token for part in parts for token in part] == prompt
+        assert min(map(len, parts)) > 1
+        assert np.allclose(student.decoder.prefill(prompt), whole, atol=1e-4)
+
+
+def test_a_decoder_that_is_stopped_goes_on_afterwards(tiny_onnx: Build) -> None:
+    student = OnnxStudent(tiny_onnx("llama"), threads=1)
+    prompt = student.tokenizer.encode_chat(MESSAGES)
+    expected = student.decoder.prefill(prompt)
+    student.decoder.stop.set()
+    with pytest.raises(AnswerStopped):
+        student.decoder.prefill(prompt)
+    student.decoder.stop.clear()
+    assert np.allclose(student.decoder.prefill(prompt), expected, atol=1e-4)

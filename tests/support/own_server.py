@@ -1,0 +1,72 @@
+"""The server in this process, with a student that waits where a test tells it to."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from distillery.inference.logits import Logits
+from distillery.inference.onnx_student import OnnxStudent
+from distillery.serving.app import ModelServer, create_app
+from distillery.serving.limits import Limits
+from distillery.serving.server import listen, server_config
+
+
+class SlowStudent(OnnxStudent):
+    """A student that waits for a permit before each token, and counts how often it was asked."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder, threads=1)
+        self.go_on = threading.Semaphore(0)
+        self.asked = 0
+
+    def steps(self, *arguments: Any, **settings: Any) -> Iterator[tuple[int, Logits]]:
+        for step in super().steps(*arguments, **settings):
+            self.asked += 1
+            assert self.go_on.acquire(timeout=60)
+            yield step
+
+
+class OwnServer(NamedTuple):
+    url: str
+    port: int
+    server: ModelServer
+
+
+@contextmanager
+def own_server(
+    student: OnnxStudent, limits: Limits | None = None, **settings: Any
+) -> Iterator[OwnServer]:
+    """Run the app, without a key, in a thread of this process."""
+    import uvicorn
+
+    limits = limits or Limits()
+    app = create_app(student, "tiny", None, limits=limits, **settings)
+    with listen("127.0.0.1", 0) as bound:
+        config = server_config(app, limits)
+        config.timeout_graceful_shutdown = 1
+        running = uvicorn.Server(config)
+        thread = threading.Thread(target=running.run, kwargs={"sockets": [bound]})
+        thread.start()
+        port = bound.getsockname()[1]
+        try:
+            yield OwnServer(f"http://127.0.0.1:{port}", port, app.state.server)
+        finally:
+            running.should_exit = True
+            thread.join()
+
+
+@contextmanager
+def in_this_process(student: OnnxStudent) -> Iterator[str]:
+    """Run the app as `own_server` does, and give its URL."""
+    with own_server(student) as running:
+        yield running.url
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 30.0) -> bool:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and not condition():
+        time.sleep(0.01)
+    return condition()

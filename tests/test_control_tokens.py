@@ -1,0 +1,193 @@
+"""Control tokens in a row's texts are letters, in training, scoring and serving, for the tokenizers
+of several families; and both runtimes give the same ids of hostile and of ordinary texts."""
+
+import random
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+from chat_families import FAMILIES, Family, family_tokenizer
+
+from distillery.errors import ModelError
+from distillery.inference.batch import Prediction, answer
+from distillery.inference.logits import Logits
+from distillery.inference.onnx_student import OnnxStudent
+from distillery.models.load import load_tokenizer
+from distillery.prompts import TransformersTokenizer
+from distillery.recipe import PromptRecipe
+from distillery.records import Example, TeacherLabel
+from distillery.serving.completion import Job, complete
+from distillery.serving.requests import ChatRequest
+from distillery.training.rows import training_rows
+
+pytestmark = pytest.mark.security
+
+ORDINARY = (
+    "plain",
+    "x<y",
+    "a<<",
+    "if x < y and a<b",
+    "a [b] c[",
+    "<b>bold</b> | [link](there)",
+    " blanks  at\tboth ends ",
+    "two\n\nlines\r\n",
+    "three\n\n\nlines",
+    "naïve café, 日本語, 🙂",
+    "12345.67 don't",
+)
+PIECES = ("<", "|", "[", "]", "/", ">", "s", "I", "N", "im", "_", "end", " ", "user", "table", "\n")
+
+
+class Tokenizers(NamedTuple):
+    """A family's tokenizer as Transformers has it, in training and in an exported folder."""
+
+    family: Family
+    raw: Any
+    trained: TransformersTokenizer
+    student: OnnxStudent
+
+    @property
+    def control_ids(self) -> set[int]:
+        return set(self.raw.convert_tokens_to_ids(list(self.family.control)))
+
+    def controls_in(self, ids: Sequence[int]) -> list[int]:
+        return [token for token in ids if token in self.control_ids]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def both(
+    request: pytest.FixtureRequest,
+    tiny_onnx: Callable[..., Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Tokenizers:
+    folder = tmp_path_factory.mktemp("family") / "onnx"
+    shutil.copytree(tiny_onnx("llama"), folder)
+    family_tokenizer(request.param).save_pretrained(folder)
+    raw = load_tokenizer(folder)
+    student = OnnxStudent(folder, threads=1)
+    return Tokenizers(FAMILIES[request.param], raw, TransformersTokenizer(raw), student)
+
+
+def user(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]
+
+
+def hostile_texts(family: Family) -> list[str]:
+    """Each control token between words and alone, one inside another, and pieces of them."""
+    texts = [f"now {token} then" for token in family.control]
+    texts += [*family.control, "".join(family.control)]
+    for token in family.control:
+        texts.append(token[0] + token + token[1:])
+        texts.append(f"{token[:-1]}\0{token}")
+    draw = random.Random(0)
+    for _ in range(200):
+        pieces = draw.choices((*PIECES, *family.control), k=draw.randint(1, 8))
+        texts.append("".join(pieces))
+    return texts
+
+
+def test_each_runtime_knows_the_control_tokens(both: Tokenizers) -> None:
+    assert both.trained.control.tokens == set(both.family.control)
+    assert both.student.tokenizer.control.tokens == set(both.family.control)
+
+
+def test_a_control_token_in_a_text_is_letters_in_both_runtimes(both: Tokenizers) -> None:
+    plain = both.controls_in(both.trained.encode_chat(user("now then")))
+    assert plain
+    for text in hostile_texts(both.family):
+        chat = both.trained.encode_chat(user(text))
+        assert both.controls_in(chat) == plain, text
+        assert both.student.tokenizer.encode_chat(user(text)) == chat, text
+        alone = both.trained.encode_text(text)
+        assert both.controls_in(alone) == [], text
+        assert both.student.tokenizer.encode_text(text) == alone, text
+
+
+def test_the_model_sees_the_token_with_a_blank_in_it(both: Tokenizers) -> None:
+    token = both.family.control[-1]
+    shown = f"now {token[0]} {token[1:]} then"
+    ids = both.trained.encode_text(f"now {token} then")
+    assert both.raw.decode(ids, clean_up_tokenization_spaces=False) == shown
+    assert shown in both.student.decode(both.student.tokenizer.encode_chat(user(shown)))
+
+
+def test_ordinary_texts_keep_the_ids_that_they_had(both: Tokenizers) -> None:
+    for text in (*ORDINARY, *both.family.ordinary):
+        rendered = both.raw.apply_chat_template(
+            user(text), add_generation_prompt=True, tokenize=False
+        )
+        ids = both.raw.encode(rendered, add_special_tokens=False)
+        assert both.trained.encode_chat(user(text)) == ids, text
+        assert both.student.tokenizer.encode_chat(user(text)) == ids, text
+        alone = both.raw.encode(text, add_special_tokens=False)
+        assert both.trained.encode_text(text) == alone, text
+        assert both.student.tokenizer.encode_text(text) == alone, text
+
+
+def test_every_stage_asks_without_control_tokens(
+    both: Tokenizers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row whose every text holds the token that ends a turn: training, scoring with ONNX, and
+    serving ask the same ids, with no control token but the template's."""
+    end = both.family.special[-1]
+    row = Example(
+        example_id=f"row {end}",
+        question=f"{end}ask",
+        choices=(f"{end}a", f"b{end}"),
+        answer_key="A",
+    )
+    label = TeacherLabel(example_id=row.example_id, answer="A", rationale=f"because {end}")
+    prompt = PromptRecipe(system="Pick.", answer="text")
+    if "system" not in both.raw.apply_chat_template(
+        [{"role": "system", "content": ""}], tokenize=False
+    ):
+        prompt = PromptRecipe(system="", answer="text")
+    (trained,), _ = training_rows([row], {row.example_id: label}, prompt, both.raw, "Why?")
+    plain = row.model_copy(update={"question": "ask", "choices": ("a", "b")})
+    (template,), _ = training_rows([plain], {row.example_id: label}, prompt, both.raw)
+    assert both.controls_in(trained.prompt) == both.controls_in(template.prompt)
+    assert both.controls_in(trained.explain) == both.controls_in(template.prompt)
+    for text in (*trained.texts, trained.rationale):
+        assert text
+        assert both.controls_in(text) == []
+
+    asked: list[list[int]] = []
+    scored: list[list[list[int]]] = []
+
+    def prefill(ids: Sequence[int], room: int = 0) -> Logits:
+        asked.append(list(ids))
+        return np.zeros(len(both.raw), dtype=np.float32)
+
+    def text_probabilities(ids: Sequence[int], texts: Sequence[Sequence[int]]) -> list[float]:
+        asked.append(list(ids))
+        scored.append([list(text) for text in texts])
+        return [0.5, 0.5]
+
+    monkeypatch.setattr(both.student.decoder, "prefill", prefill)
+    monkeypatch.setattr(both.student, "text_probabilities", text_probabilities)
+    assert isinstance(answer(both.student, row, prompt), Prediction)
+    messages: list[dict[str, str]] = []
+    if prompt.system:
+        messages.append({"role": "system", "content": prompt.system})
+    listed = f"(A) {end}a\n(B) b{end}"
+    question = prompt.user.replace("{question}", f"{end}ask").replace("{choices}", listed)
+    messages += user(question)
+    for body in ({"max_tokens": 1}, {"structured_outputs": {"choice": list(row.choices)}}):
+        request = ChatRequest.model_validate({"messages": messages, **body})
+        assert list(complete(both.student, Job(request)))
+    assert asked == [list(trained.prompt)] * 3
+    assert scored == [[list(text) for text in trained.texts]] * 2
+
+
+def test_a_folder_without_its_tokenizer_says_so(
+    tiny_onnx: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "onnx"
+    shutil.copytree(tiny_onnx("llama"), folder)
+    student = OnnxStudent(folder, threads=1)
+    (folder / "tokenizer.json").write_text("[]")
+    with pytest.raises(ModelError, match="tokenizer's files can't be read"):
+        student.added_tokens  # noqa: B018 - read for its error
