@@ -30,7 +30,12 @@ ATTACK = """
 async ([api, login]) => {
   const read = async (path, options) => {
     try {
-      const answer = await fetch(api + path, options);
+      let answer = await fetch(api + path, options);
+      // SQLite is locked by another writer for a while.
+      for (let tries = 0; answer.status == 503 && tries < 40; tries++) {
+        await new Promise(done => setTimeout(done, 500));
+        answer = await fetch(api + path, options);
+      }
       return answer.ok ? await answer.text() : "";
     } catch { return ""; }
   };
