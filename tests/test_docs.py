@@ -36,7 +36,12 @@ from distillery.settings import AzureMLSettings, LocalSettings, TeacherSettings
 
 PROJECT = Path(__file__).resolve().parent.parent
 DOCS = PROJECT / "docs"
-PAGES = [PROJECT / "README.md", PROJECT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
+PAGES = [
+    PROJECT / "README.md",
+    PROJECT / "CONTRIBUTING.md",
+    PROJECT / "SECURITY.md",
+    *sorted(DOCS.rglob("*.md")),
+]
 CHECKED = ("bash", "python", "yaml")
 LANGUAGES = (*CHECKED, "csv", "ini", "text")
 BLOCK = re.compile(
@@ -192,6 +197,20 @@ def test_a_line_that_is_not_printed_is_found() -> None:
     check_printed(block, "loss  0.25, step 3\nmore\ndone\n")
     with pytest.raises(AssertionError, match="'done' is not printed"):
         check_printed(block, "done\nloss 0.25, step 3\n")
+
+
+def test_the_tests_that_the_security_page_names_are_run_by_make_test_security() -> None:
+    page = (PROJECT / "SECURITY.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`(tests/\w[\w/]*\.py)`", page))
+    assert named
+    for name in sorted(named):
+        assert "pytest.mark.security" in (PROJECT / name).read_text(encoding="utf-8"), name
+    marked = set()
+    for path in (PROJECT / "tests").rglob("test_*.py"):
+        if "pytest.mark.security" in path.read_text(encoding="utf-8"):
+            marked.add(str(path.relative_to(PROJECT)))
+    marked.discard("tests/test_docs.py")
+    assert marked - named == set()
 
 
 def test_the_readmes_csv_is_what_its_recipe_reads() -> None:

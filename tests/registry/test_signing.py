@@ -27,6 +27,8 @@ from distillery.registry.signing import check_keys, sign, verify_signature
 from distillery.serving import server
 from distillery.storage.digests import sha256_of
 
+pytestmark = pytest.mark.security
+
 pytestmark = pytest.mark.usefixtures("one_registry")
 
 PRIVATE = Ed25519PrivateKey.generate()

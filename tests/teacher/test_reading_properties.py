@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 
+import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
@@ -18,6 +19,8 @@ from distillery.teacher.answers import (
     rotated_order,
 )
 from distillery.teacher.reading import parse_answer, parse_class, rationale_of
+
+pytestmark = pytest.mark.security
 
 FIXED = settings(
     derandomize=True,
