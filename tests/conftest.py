@@ -2,6 +2,7 @@
 seconds."""
 
 import os
+import sys
 import tarfile
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -26,6 +27,15 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "home"
     monkeypatch.setenv("DISTILLERY_HOME", str(folder))
     return folder
+
+
+@pytest.fixture(autouse=True)
+def subnormal_numbers() -> None:
+    """Have the processor tell the smallest numbers from 0 again: training has it take them for 0,
+    in its thread from then on, and hypothesis refuses to work so."""
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        torch.set_flush_denormal(False)
 
 
 @pytest.fixture
