@@ -96,13 +96,16 @@ EACH_WORKERS_OWN = (
 signatures count."""
 OWN_LOGIN = ("PREFECT_API_AUTH_STRING", "PREFECT_API_KEY")
 """How a run logs in to Prefect's API."""
+PROXIES = ("ALL_PROXY", "HTTPS_PROXY", "HTTP_PROXY", "NO_PROXY")
 OF_LIBRARIES = (
-    "HTTPS_PROXY",
-    "HTTP_PROXY",
+    *PROXIES,
+    "AZUREML_WORKSPACE_NAME",
+    "AZURE_AUTHORITY_HOST",
+    "AZURE_CLIENT_CERTIFICATE_PATH",
+    "HF_ENDPOINT",
     "MLFLOW_TRACKING_PASSWORD",
     "MLFLOW_TRACKING_TOKEN",
     "MLFLOW_TRACKING_USERNAME",
-    "NO_PROXY",
     "REQUESTS_CA_BUNDLE",
     "SSL_CERT_FILE",
 )
@@ -358,7 +361,8 @@ def delete_block(client: SyncPrefectClient, block_type: str, name: str) -> None:
 
 def deploy() -> None:
     command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]
-    environment = environment_without_secrets(*OWN_LOGIN)
+    proxies = [*PROXIES, *map(str.lower, PROXIES)]
+    environment = environment_without_secrets("PREFECT_API_URL", *OWN_LOGIN, *proxies)
     done = subprocess.run(  # noqa: S603 - our own interpreter
         command, cwd=PROJECT, env=environment, capture_output=True, text=True
     )

@@ -36,10 +36,11 @@ PROGRESS_LINE = re.compile(r"progress (\d+) of (\d+): (.*)\n")
 """What a process writes to stdout to tell its parent how far it is."""
 
 SECRET_WORD = re.compile(
-    r"(?<![A-Z0-9])(AUTH|CONNECTION|CREDENTIALS?|KEYS?|PASS|PASSPHRASE|PASSWD|PASSWORDS?|SAS|"
-    r"SECRETS?|TOKENS?)(?![A-Z0-9])"
+    r"(?<![A-Z0-9])(AUTH|CONNECTION|CREDENTIALS?|KEYS?|PASS|PAT|SAS|TOKENS?)(?![A-Z0-9])"
+    r"|APIKEY|PASSPHRASE|PASSWD|PASSWORD|PRIVATEKEY|SECRET|_PWD$"
 )
-"""Words of which one is in the name of a secret, as in HF_TOKEN; MONKEY is no such word."""
+"""Words of which one is in the name of a secret, as in HF_TOKEN, or joined to another, as in
+PGPASSWORD. MONKEY is no such word, and PWD alone is the working folder."""
 
 ACCOUNTS = ("AZURE_", "AZUREML_", "TEACHER_MODEL_")
 """What names of settings of accounts begin with."""

@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import stat
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,13 @@ OTHER_NAMES = frozenset(
         "PREFECT_SERVER_API_AUTH_STRING",
         "PREFECT_SERVER_ENCRYPTION_KEY",
         "WORKER_MEMORY",
-        # Of the libraries that reach the network.
+        # Of the libraries that compute or reach the network.
+        "ALL_PROXY",
+        "CUDA_VISIBLE_DEVICES",
+        "HF_ENDPOINT",
+        "HF_HOME",
+        "HF_HUB_CACHE",
+        "HF_HUB_OFFLINE",
         "HF_TOKEN",
         "HTTPS_PROXY",
         "HTTP_PROXY",
@@ -46,6 +53,7 @@ OTHER_NAMES = frozenset(
         "MLFLOW_TRACKING_TOKEN",
         "MLFLOW_TRACKING_USERNAME",
         "NO_PROXY",
+        "OMP_NUM_THREADS",
         "REQUESTS_CA_BUNDLE",
         "SSL_CERT_FILE",
     }
@@ -85,6 +93,9 @@ def read_dotenv(folder: Path) -> dict[str, str]:
     known = known_names()
     values = {}
     for name, value in found.items():
+        # Prefect reads its own settings from this file itself.
+        if name.startswith("PREFECT_") and name not in known:
+            continue
         if name.upper() not in known and not name.startswith("AZURE_"):
             _log.warning(
                 "%s: %s is no setting of Distillery and is not read; correct its name, or set it "
@@ -100,8 +111,9 @@ def read_dotenv(folder: Path) -> dict[str, str]:
 def why_not_trusted(file: Path) -> str:
     """Return why nobody should read settings from `file`; "" if they may, or if there is none.
 
-    It must be a regular file of the current user, of root or of the owner of its folder, and others
-    must not be able to write to it. A link must belong to one of them too."""
+    It must be a regular file of the current user or of root, and others must not be able to write
+    to it. A link must belong to one of them too. Root, as which containers work in the folders of
+    their users, may read that of the folder's owner."""
     try:
         link, found = file.lstat(), file.stat()
         folder = file.parent.stat()
@@ -118,11 +130,15 @@ def why_not_trusted(file: Path) -> str:
     # Windows knows neither such owners nor such a mode.
     if not hasattr(os, "geteuid"):
         return ""
-    owners = {os.geteuid(), 0, folder.st_uid}
+    owners, groups = {os.geteuid(), 0}, {os.getegid()}
+    if os.geteuid() == 0:
+        owners.add(folder.st_uid)
+        groups.add(folder.st_gid)
     if not {link.st_uid, found.st_uid} <= owners:
         return "it belongs to another user; work in a folder of your own"
-    if found.st_mode & stat.S_IWOTH:
-        return f"everybody may write to it; run `chmod o-w {file}`"
+    of_a_group = found.st_mode & stat.S_IWGRP and found.st_gid not in groups
+    if found.st_mode & stat.S_IWOTH or of_a_group:
+        return f"others may write to it; run `chmod go-w {file}`"
     return ""
 
 
@@ -149,6 +165,14 @@ def is_loopback(host: str) -> bool:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def not_set(names: Sequence[str]) -> CredentialsError:
+    """Return the error for settings that are missing."""
+    remedy = "set them in the environment or in .env (see sample.env)"
+    if RUN_OF_A_WORKER in os.environ:
+        remedy = "set them in .env of the server's machine and run `python -m deployments.setup`"
+    return CredentialsError(f"{', '.join(names)}: not set; {remedy}")
 
 
 class EnvironmentSettings(BaseSettings):
@@ -374,7 +398,4 @@ class AzureMLSettings(EnvironmentSettings):
         }
         missing = [name for name, value in names.items() if not value]
         if missing:
-            raise CredentialsError(
-                f"{', '.join(missing)}: not set; set them in the environment or in .env "
-                "(see sample.env)"
-            )
+            raise not_set(missing)

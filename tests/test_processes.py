@@ -119,6 +119,10 @@ SECRETS = {
     "DISTILLERY_SIGNING_KEY": "planted",
     "DISTILLERY_STORE": "https://host/store?sv=1&sig=planted",
     "HF_TOKEN": "planted",
+    "GITHUB_PAT": "planted",
+    "MYSQL_PWD": "planted",
+    "OPENAI_APIKEY": "planted",
+    "PGPASSWORD": "planted",
     "POSTGRES_PASSWORD": "planted",
     "PREFECT_API_AUTH_STRING": "admin:planted",
     "PREFECT_API_DATABASE_CONNECTION_URL": "postgresql+asyncpg://prefect:planted@host/prefect",
@@ -135,6 +139,7 @@ PLAIN = {
     "MONKEY": "a word that ends as a key does",
     "OMP_NUM_THREADS": "1",
     "PREFECT__FLOW_RUN_ID": "run",
+    "PWD": "/work",
     "TOKENIZERS_PARALLELISM": "false",
 }
 

@@ -17,6 +17,7 @@ from distillery.settings import (
     TeacherSettings,
     known_names,
     load_environment,
+    not_set,
     read_dotenv,
 )
 
@@ -122,7 +123,10 @@ def test_a_run_of_a_worker_and_a_child_read_no_dotenv(working_folder: Path, mark
 
 @pytest.mark.security
 def test_a_dotenv_of_another_user_is_not_read(
-    working_folder: Path, give_to: Callable[..., None], caplog: pytest.LogCaptureFixture
+    working_folder: Path,
+    give_to: Callable[..., None],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     file = working_folder / ".env"
     file.write_text("TEACHER_MODEL_ENDPOINT=https://elsewhere.test\n")
@@ -130,13 +134,49 @@ def test_a_dotenv_of_another_user_is_not_read(
     assert TeacherSettings().endpoint == ""
     (told,) = caplog.messages
     assert told == (f"{file} is not read: it belongs to another user; work in a folder of your own")
-    # As in a project that somebody else has checked out, or one that root has installed.
+    # Root works in the folders of others, as in a container; nobody else takes their settings.
     give_to(working_folder, SOMEBODY)
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
     assert read_dotenv(working_folder) != {}
-    give_to(working_folder, NOBODY)
+    monkeypatch.setattr(os, "geteuid", lambda: NOBODY)
     assert read_dotenv(working_folder) == {}
     give_to(file, 0)
     assert read_dotenv(working_folder) != {}
+
+
+@pytest.mark.security
+def test_a_dotenv_that_another_group_may_write_is_not_read(
+    working_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = working_folder / ".env"
+    file.write_text("HF_TOKEN=t\n")
+    file.chmod(0o664)
+    monkeypatch.setattr(os, "geteuid", lambda: file.stat().st_uid or SOMEBODY)
+    monkeypatch.setattr(os, "getegid", lambda: file.stat().st_gid)
+    assert read_dotenv(working_folder) == ({"HF_TOKEN": "t"})
+    monkeypatch.setattr(os, "getegid", lambda: file.stat().st_gid + 1)
+    assert read_dotenv(working_folder) == {}
+    file.chmod(0o644)
+    assert read_dotenv(working_folder) == {"HF_TOKEN": "t"}
+
+
+def test_prefect_s_own_settings_in_dotenv_are_left_to_prefect(
+    working_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (working_folder / ".env").write_text("PREFECT_API_KEY=k\nHF_HOME=/large\n")
+    assert read_dotenv(working_folder) == {"HF_HOME": "/large"}
+    assert caplog.messages == []
+
+
+def test_a_run_of_a_worker_is_told_where_its_settings_come_from(
+    working_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "set them in the environment or in .env" in str(not_set(["A_NAME"]))
+    monkeypatch.setenv("PREFECT__FLOW_RUN_ID", "r")
+    assert str(not_set(["A_NAME"])) == (
+        "A_NAME: not set; set them in .env of the server's machine and run `python -m "
+        "deployments.setup`"
+    )
 
 
 @pytest.mark.security
@@ -158,7 +198,7 @@ def test_a_dotenv_that_everybody_may_write_or_that_is_no_file_is_not_read(
     file.write_text("HF_TOKEN=t\n")
     file.chmod(0o666)
     assert read_dotenv(working_folder) == {}
-    assert "chmod o-w" in caplog.messages[-1]
+    assert "chmod go-w" in caplog.messages[-1]
     file.unlink()
     # Opening it would wait for ever.
     os.mkfifo(file)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from distillery.errors import DataError
 from distillery.recipe import TaskRecipe
-from distillery.storage.allowed import local_path
+from distillery.storage.allowed import is_limited, local_path
 
 
 def named_classes(task: TaskRecipe) -> tuple[str, ...] | None:
@@ -19,7 +19,11 @@ def named_classes(task: TaskRecipe) -> tuple[str, ...] | None:
     names = task.labels
     if isinstance(names, str):
         where = names
-        names = read_names(local_path(names, "task.labels"))
+        path = local_path(names, "task.labels")
+        # Its lines become public: no other file may be taken for a list of classes.
+        if is_limited() and path.suffix.lower() != ".txt":
+            raise DataError(f"task.labels: {names}: this worker takes a file that ends in .txt")
+        names = read_names(path)
     names = tuple(name.strip() for name in names)
     if len(names) < 2 or "" in names:
         raise DataError(f"{where}: name at least two classes, none of them empty")

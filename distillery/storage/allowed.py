@@ -15,12 +15,12 @@ from urllib.parse import unquote, urlsplit
 from urllib.request import url2pathname
 
 from distillery.errors import DataError
-from distillery.settings import LocalSettings
-
-WORKERS_RUN = "PREFECT__FLOW_RUN_ID"
-"""Set by everything that executes the runs of a Prefect server: workers and served flows."""
+from distillery.settings import RUN_OF_A_WORKER, LocalSettings
 
 LOCAL = ("file", "local")
+
+KEYS = (".key", ".p12", ".pem", ".pfx")
+"""What the names of private keys end in."""
 
 ANSWER_FILES = frozenset({"predictions.jsonl", "failed.jsonl"})
 """What batch inference writes."""
@@ -30,7 +30,7 @@ _PROTOCOL = re.compile("([A-Za-z][A-Za-z0-9+.-]+)://")
 
 def is_limited() -> bool:
     """Return whether a worker executes this run, so that its settings limit what may be opened."""
-    return WORKERS_RUN in os.environ
+    return RUN_OF_A_WORKER in os.environ
 
 
 def local_path(path: str, setting: str) -> Path:
@@ -42,8 +42,8 @@ def local_path(path: str, setting: str) -> Path:
     try:
         found = Path(path).expanduser()
         if is_limited():
-            found = Path(os.path.realpath(found))
-            if not is_allowed(found):
+            given, found = found.absolute(), Path(os.path.realpath(found))
+            if not is_allowed(given, found):
                 raise folder_error(path, setting)
         # Raises what is no path on this system, and a folder that may not be entered.
         with suppress(FileNotFoundError, NotADirectoryError):
@@ -58,18 +58,29 @@ def local_path(path: str, setting: str) -> Path:
     return found
 
 
-def is_allowed(path: Path) -> bool:
-    """Return whether the real path `path` is in a folder that a worker's run may read: no hidden
-    file, and in Distillery's own home only where a folder inside the home is allowed."""
+def is_allowed(given: Path, real: Path) -> bool:
+    """Return whether a worker's run may read the file `given`, which is `real`: in a folder that it
+    may read, no hidden one and no key, and in Distillery's own home only where a folder inside the
+    home is allowed."""
     settings = LocalSettings()
-    inside = [folder for folder in allowed_folders(settings) if path.is_relative_to(folder)]
-    if not inside:
+    inside = [folder for folder in allowed_folders(settings) if real.is_relative_to(folder)]
+    if not inside or real.suffix.lower() in KEYS:
         return False
     folder = max(inside, key=lambda each: len(each.parts))
     home = Path(os.path.realpath(settings.folder))
-    if home != folder and home.is_relative_to(folder) and path.is_relative_to(home):
+    if real.is_relative_to(home) and home.is_relative_to(folder):
         return False
-    return not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    return not any(part.startswith(".") for part in parts_below(folder, given, real))
+
+
+def parts_below(folder: Path, given: Path, real: Path) -> tuple[str, ...]:
+    """Return the parts of a path below the real folder that it is in, as they are given: a link may
+    lead to a file in a hidden folder beside it, as in a volume of Kubernetes."""
+    if ".." not in given.parts:
+        for parent in given.parents:
+            if Path(os.path.realpath(parent)) == folder:
+                return given.relative_to(parent).parts
+    return real.relative_to(folder).parts
 
 
 def allowed_folders(settings: LocalSettings) -> list[Path]:
@@ -97,10 +108,10 @@ def store_folder(url: str) -> Path | None:
 
 def folder_error(path: str, setting: str) -> DataError:
     """Return the error of a path that a worker's run may not open, whether it is there or not."""
-    return DataError(
-        f"{setting}: {path!r:.200}: this worker may not open it; put the file into a folder of its "
-        "DISTILLERY_DATA_FOLDERS, or add the folder there"
-    )
+    remedy = "put the file into a folder of its DISTILLERY_DATA_FOLDERS, or add the folder there"
+    if "file" not in LocalSettings().protocols:
+        remedy = "add file to its DISTILLERY_DATA_PROTOCOLS"
+    return DataError(f"{setting}: {path!r:.200}: this worker may not open it; {remedy}")
 
 
 def address(uri: str, setting: str) -> Path | str:

@@ -9,7 +9,7 @@ from pydantic import SecretStr
 
 from distillery.errors import CredentialsError
 from distillery.recipe import TeacherRecipe
-from distillery.settings import TeacherSettings, is_loopback
+from distillery.settings import TeacherSettings, is_loopback, not_set
 
 if TYPE_CHECKING:
     from azure.core.credentials_async import AsyncTokenCredential
@@ -95,10 +95,7 @@ def resolve_endpoint(recipe: TeacherRecipe, settings: TeacherSettings | None = N
     if missing and not key:
         missing.append("TEACHER_MODEL_KEY")
     if missing:
-        raise CredentialsError(
-            f"{', '.join(missing)}: not set; set them in the environment or in .env "
-            "(see sample.env)"
-        )
+        raise not_set(missing)
     url = base_url_of(address)
     check_deployment_name(address, model)
     check_key(key, url)

@@ -21,7 +21,7 @@ from distillery.recipe import (
     TaskRecipe,
     TeacherRecipe,
 )
-from distillery.storage.allowed import WORKERS_RUN
+from distillery.settings import RUN_OF_A_WORKER
 from distillery.teacher.identity import teacher_identity
 
 pytestmark = pytest.mark.security
@@ -44,7 +44,7 @@ def worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "data"
     folder.mkdir()
     monkeypatch.chdir(folder)
-    monkeypatch.setenv(WORKERS_RUN, "6d2f6a0e-0000-4000-8000-000000000000")
+    monkeypatch.setenv(RUN_OF_A_WORKER, "6d2f6a0e-0000-4000-8000-000000000000")
     return folder
 
 

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from distillery.data.classes import named_classes
 from distillery.errors import DataError, DistilleryError
-from distillery.settings import LocalSettings
+from distillery.recipe import TaskRecipe
+from distillery.settings import RUN_OF_A_WORKER, LocalSettings
 from distillery.storage.allowed import (
-    WORKERS_RUN,
     address,
     is_allowed_data_set,
     local_path,
@@ -42,7 +43,7 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def worker(data: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """`data`, and this process executes a run of a deployment."""
-    monkeypatch.setenv(WORKERS_RUN, "6d2f6a0e-0000-4000-8000-000000000000")
+    monkeypatch.setenv(RUN_OF_A_WORKER, "6d2f6a0e-0000-4000-8000-000000000000")
     return data
 
 
@@ -274,7 +275,7 @@ def test_data_sets_of_the_hub_are_all_allowed_unless_some_are_named(
     assert is_allowed_data_set("org/name")
     assert not is_allowed_data_set("tau/commonsense_qa")
     assert not is_allowed_data_set("organisation/name")
-    monkeypatch.delenv(WORKERS_RUN)
+    monkeypatch.delenv(RUN_OF_A_WORKER)
     assert is_allowed_data_set("tau/commonsense_qa")
 
 
@@ -310,3 +311,43 @@ def test_a_worker_writes_answers_into_a_new_folder_and_again(worker: Path) -> No
 def test_answers_do_not_go_into_the_store_from_the_command_line(data: Path, home: Path) -> None:
     with pytest.raises(DataError, match="in the store"):
         output_folder(str(home / "store" / "out"), "output")
+
+
+@pytest.mark.parametrize("folder_allowed", ["home", "above"])
+def test_nothing_of_the_home_is_read_where_the_home_is_allowed(
+    folder_allowed: str, worker: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (home / "run").mkdir(parents=True)
+    (home / "run" / "password").write_text(SECRET)
+    allowed = home if folder_allowed == "home" else home.parent
+    monkeypatch.setenv("DISTILLERY_DATA_FOLDERS", str(allowed))
+    refused(str(home / "run" / "password"))
+    # A folder inside the home that is allowed by name.
+    monkeypatch.setenv("DISTILLERY_DATA_FOLDERS", str(home / "run"))
+    assert local_path(str(home / "run" / "password"), "x").read_text() == SECRET
+
+
+@pytest.mark.parametrize("name", ["signing.pem", "server.KEY", "login.p12"])
+def test_no_key_is_read(name: str, worker: Path) -> None:
+    (worker / name).write_text(SECRET)
+    refused(name)
+
+
+def test_a_list_of_classes_is_a_text_file(worker: Path) -> None:
+    (worker / "classes").write_text(f"{SECRET}\nother\n")
+    (worker / "classes.txt").write_text("good\nbad\n")
+    with pytest.raises(DataError, match="takes a file that ends in") as caught:
+        named_classes(TaskRecipe(kind="classify", labels="classes"))
+    assert SECRET not in str(caught.value)
+    named = named_classes(TaskRecipe(kind="classify", labels="classes.txt"))
+    assert named == ("good", "bad")
+
+
+def test_a_link_to_a_hidden_folder_beside_it_is_followed(worker: Path) -> None:
+    """As in a volume that Kubernetes makes of a ConfigMap."""
+    (worker / "..2026").mkdir()
+    (worker / "..2026" / "train.csv").write_text("text\n")
+    (worker / "train.csv").symlink_to(worker / "..2026" / "train.csv")
+    assert local_path("train.csv", "x") == worker / "..2026" / "train.csv"
+    refused("..2026/train.csv")
+    refused(str(worker / "x" / ".." / "..2026" / "train.csv"))

@@ -106,8 +106,8 @@ def test_settings_that_others_may_write_end_a_run_in_one_line(tmp_path: Path, na
     with pytest.raises(SystemExit) as ended:
         refuse_foreign_settings(tmp_path)
     assert str(ended.value) == (
-        f"error: {tmp_path / name}: Prefect would take settings from it, but everybody may write "
-        f"to it; run `chmod o-w {tmp_path / name}`"
+        f"error: {tmp_path / name}: Prefect would take settings from it, but others may write "
+        f"to it; run `chmod go-w {tmp_path / name}`"
     )
 
 

@@ -13,7 +13,7 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.workers.base import BaseJobConfiguration
 
 from distillery.errors import DataError
-from distillery.storage.allowed import WORKERS_RUN
+from distillery.settings import RUN_OF_A_WORKER
 from flows.batch_inference import batch_inference
 from flows.train_student import train_student
 from tasks.inference import fetch_input
@@ -90,7 +90,7 @@ def test_a_reference_does_not_tell_a_files_content(folder: Path, tmp_path: Path)
 def test_a_worker_asks_no_server(
     folder: Path, opened: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(WORKERS_RUN, "6d2f6a0e-0000-4000-8000-000000000000")
+    monkeypatch.setenv(RUN_OF_A_WORKER, "6d2f6a0e-0000-4000-8000-000000000000")
     for uri in ("http://internal/a.csv", "abfs://other@account/a.csv", "/etc/a.csv"):
         assert "this worker may not open it" in refused(uri, folder)
     assert not opened
@@ -111,7 +111,7 @@ def test_a_local_file_is_copied_whatever_its_name(folder: Path, tmp_path: Path) 
 def test_a_linked_file_has_the_ending_of_its_own(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(WORKERS_RUN, "6d2f6a0e-0000-4000-8000-000000000000")
+    monkeypatch.setenv(RUN_OF_A_WORKER, "6d2f6a0e-0000-4000-8000-000000000000")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "secret.json").write_text(SECRET)
     (tmp_path / "rows.csv").symlink_to(tmp_path / "secret.json")
@@ -121,12 +121,12 @@ def test_a_linked_file_has_the_ending_of_its_own(
 def test_a_worker_tells_the_runs_that_it_executes() -> None:
     """It is Prefect's own variable that says which runs are limited."""
     run = FlowRun(flow_id=uuid4())
-    assert BaseJobConfiguration._base_flow_run_environment(run) == {WORKERS_RUN: str(run.id)}
+    assert BaseJobConfiguration._base_flow_run_environment(run) == {RUN_OF_A_WORKER: str(run.id)}
 
 
 def test_a_workers_answers_go_nowhere_else(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is said before a registry is asked, and any row answered."""
-    monkeypatch.setenv(WORKERS_RUN, "6d2f6a0e-0000-4000-8000-000000000000")
+    monkeypatch.setenv(RUN_OF_A_WORKER, "6d2f6a0e-0000-4000-8000-000000000000")
     for output in ("/etc", str(home), "flows", "../out"):
         with pytest.raises(DataError, match=r"^output: [^\n]*$"):
             batch_inference.fn("a-model", "rows.csv", output)
