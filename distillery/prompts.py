@@ -11,6 +11,7 @@ letters. Other texts stay as they are.
 import json
 import re
 from collections.abc import Iterable, Sequence
+from os.path import commonprefix
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -81,10 +82,10 @@ class ControlTokens:
         self.tokens: set[str] = set()
         for token, special in added:
             # A single character or a blank one can't be told from a text.
-            if len(token.strip()) > 1 and (special or token in template):
+            written = token in template or other_end(token) in template
+            if len(token.strip()) > 1 and (special or written):
                 self.tokens.add(token)
-        longest_first = sorted(self.tokens, key=lambda token: (-len(token), token))
-        self._pattern = re.compile("|".join(map(re.escape, longest_first)))
+        self._pattern = re.compile(any_of(sorted(self.tokens)))
 
     def as_text(self, text: str) -> str:
         """Return the text with a blank after the first character of each control token, and with
@@ -96,8 +97,40 @@ class ControlTokens:
         return text
 
     def as_texts(self, messages: list[Message]) -> list[Message]:
-        """Return the messages with their contents as `as_text` gives them."""
-        return [{**message, "content": self.as_text(message["content"])} for message in messages]
+        """Return the messages with their contents as `as_text` gives them, save those that the
+        student itself wrote: a template may look for its own tokens there, such as </think>."""
+        texts = []
+        for message in messages:
+            content = message["content"]
+            if message["role"] == "assistant":
+                content = content.replace(NUL, REPLACEMENT)
+            else:
+                content = self.as_text(content)
+            texts.append({**message, "content": content})
+        return texts
+
+
+def other_end(token: str) -> str:
+    """Return </x> for <x>, and the other way round."""
+    if token.startswith("</"):
+        return token.replace("</", "<", 1)
+    return token.replace("<", "</", 1)
+
+
+def any_of(texts: Sequence[str]) -> str:
+    """Return a regular expression that finds any of the texts, of several the longest. Common
+    beginnings stand in it once, so that a search among thousands takes no longer than among a
+    few."""
+    groups: dict[str, list[str]] = {}
+    for text in texts:
+        groups.setdefault(text[:1], []).append(text)
+    parts = []
+    for first, group in groups.items():
+        if first:
+            shared = commonprefix(group)
+            rest = [text[len(shared) :] for text in group]
+            parts.append(re.escape(shared) + (any_of(rest) if len(group) > 1 else ""))
+    return f"(?:{'|'.join(parts)})" + ("?" if "" in groups else "")
 
 
 class Tokenizer(Protocol):
