@@ -15,6 +15,8 @@ from os.path import commonprefix
 from pathlib import Path
 from typing import Any, Protocol
 
+from pydantic import BaseModel
+
 from distillery.errors import DataError, ModelError, RecipeError
 from distillery.recipe import PromptRecipe
 from distillery.records import LETTERS, Example
@@ -75,7 +77,7 @@ def list_letters(letters: Sequence[str]) -> str:
 
 class ControlTokens:
     """The tokens of a tokenizer that a text must not contain: those that it calls special, and
-    those that the chat template writes, such as <|tool|> of Phi-4-mini."""
+    those that the chat template writes, such as <|tool|> of Phi-4-mini, with their other ends."""
 
     def __init__(self, added: Iterable[tuple[str, bool]], template: str) -> None:
         """`added`: each token that was added to the vocabulary, and whether it is special."""
@@ -85,16 +87,30 @@ class ControlTokens:
             written = token in template or other_end(token) in template
             if len(token.strip()) > 1 and (special or written):
                 self.tokens.add(token)
-        self._pattern = re.compile(any_of(sorted(self.tokens)))
+        # What is between a token's outer blanks is enough to find it.
+        texts = sorted({token.strip() for token in self.tokens})
+        rests: dict[str, list[str]] = {}
+        for text in texts:
+            rests.setdefault(text[0], []).append(text[1:])
+        # The rest is looked at and not taken, since another token may begin in it.
+        starts = [f"{re.escape(first)}(?={any_of(rest)})" for first, rest in rests.items()]
+        self._pattern = re.compile("|".join(starts))
+        # One more than any token has, so that the parted text can't be one again.
+        longest = max(
+            (len(blanks) for text in texts for blanks in re.findall(" +", text)), default=0
+        )
+        self._blanks = " " * (longest + 1)
 
     def as_text(self, text: str) -> str:
         """Return the text with a blank after the first character of each control token, and with
-        U+FFFD for NUL, at which ONNX Runtime GenAI would cut off a text."""
+        U+FFFD for NUL, at which ONNX Runtime GenAI would cut off a text.
+
+        Blanks at a token's ends do not count, and a token with blanks in it gets more than those.
+        So no token is left after one pass."""
         text = text.replace(NUL, REPLACEMENT)
-        # What is left of a token may hold another one.
-        while self.tokens and self._pattern.search(text):
-            text = self._pattern.sub(lambda found: f"{found[0][0]} {found[0][1:]}", text)
-        return text
+        if not self.tokens:
+            return text
+        return self._pattern.sub(lambda found: found[0] + self._blanks, text)
 
     def as_texts(self, messages: list[Message]) -> list[Message]:
         """Return the messages with their contents as `as_text` gives them, save those that the
@@ -188,10 +204,8 @@ class GenAITokenizer:
         Raises ModelError where they can't be read."""
         self._tokenizer = tokenizer
         added, template = read_added_tokens(folder)
-        self.control = ControlTokens(
-            ((token["content"], token["special"]) for token in added), template
-        )
-        special = [token["content"] for token in added if token["special"] and not token["lstrip"]]
+        self.control = ControlTokens(((token.content, token.special) for token in added), template)
+        special = [token.content for token in added if token.special and not token.lstrip]
         self._end = special[-1] if special else ""
 
     def encode_chat(self, messages: list[Message]) -> list[int]:
@@ -215,19 +229,29 @@ class GenAITokenizer:
         return ids[:-1] if self._end else ids
 
 
-def read_added_tokens(folder: Path) -> tuple[list[dict[str, Any]], str]:
-    """Return the tokens that were added to the vocabulary, as tokenizer.json has them, and the chat
+class AddedToken(BaseModel):
+    """A token that was added to the vocabulary. `lstrip`: it takes the blanks before it along."""
+
+    id: int
+    content: str
+    special: bool = False
+    lstrip: bool = False
+
+
+def read_added_tokens(folder: Path) -> tuple[list[AddedToken], str]:
+    """Return the tokens that were added to the vocabulary, from tokenizer.json, and the chat
     template of a model's folder.
 
     Raises ModelError where they can't be read."""
     template = folder / "chat_template.jinja"
     try:
-        added = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["added_tokens"]
+        settings = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+        added = [AddedToken.model_validate(token) for token in settings["added_tokens"]]
         if template.exists():
-            return list(added), template.read_text(encoding="utf-8")
+            return added, template.read_text(encoding="utf-8")
         settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-        return list(added), str(settings.get("chat_template"))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return added, str(settings.get("chat_template"))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(
             f"{folder}: its tokenizer's files can't be read ({type(error).__name__}); fetch or "
             "export the model again"

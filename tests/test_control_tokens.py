@@ -1,7 +1,9 @@
 """Control tokens in a row's texts are letters, in training, scoring and serving, for the tokenizers
 of several families; and both runtimes give the same ids of hostile and of ordinary texts."""
 
+import json
 import random
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,7 +18,7 @@ from distillery.inference.batch import Prediction, answer
 from distillery.inference.logits import Logits
 from distillery.inference.onnx_student import OnnxStudent
 from distillery.models.load import load_tokenizer
-from distillery.prompts import TransformersTokenizer
+from distillery.prompts import ControlTokens, GenAITokenizer, TransformersTokenizer, any_of
 from distillery.recipe import PromptRecipe
 from distillery.records import Example, TeacherLabel
 from distillery.serving.completion import Job, complete
@@ -188,6 +190,69 @@ def test_a_folder_without_its_tokenizer_says_so(
     folder = tmp_path / "onnx"
     shutil.copytree(tiny_onnx("llama"), folder)
     student = OnnxStudent(folder, threads=1)
-    (folder / "tokenizer.json").write_text("[]")
-    with pytest.raises(ModelError, match="tokenizer's files can't be read"):
-        student.added_tokens  # noqa: B018 - read for its error
+    for spoilt in ("[]", "[" * 60_000, '{"added_tokens": [{"id": 1, "content": 5}]}', "{}"):
+        (folder / "tokenizer.json").write_text(spoilt)
+        with pytest.raises(ModelError, match="tokenizer's files can't be read") as caught:
+            student.added_tokens  # noqa: B018 - read for its error
+        assert "\n" not in str(caught.value)
+
+
+def test_a_tokenizer_that_says_little_of_its_tokens_is_read(tmp_path: Path) -> None:
+    token = {"id": 7, "content": "<eot>"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"added_tokens": [token]}))
+    (tmp_path / "chat_template.jinja").write_text("{{ messages }}<eot>")
+    tokenizer = GenAITokenizer(None, tmp_path)
+    assert tokenizer.control.as_text("so <eot>") == "so < eot>"
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize(
+    ("tokens", "text", "expected"),
+    [
+        ([" <eot>"], "so <eot>", "so < eot>"),
+        (["<eot> "], "<eot> so", "< eot> so"),
+        (["<a b>"], "<a b>", "<  a b>"),
+        (["ab", "a b", "a  b"], "ab a b a  b", "a   b a    b a     b"),
+        (["ab", " bc"], "abc", "a b c"),
+        (["<<eot>>", "<eot>"], "<<eot>>", "< < eot>>"),
+        (["aa"], "aaaa", "a a a a"),
+    ],
+)
+def test_no_token_is_left_after_one_pass(tokens: list[str], text: str, expected: str) -> None:
+    control = ControlTokens([(token, True) for token in tokens], "")
+    found = control.as_text(text)
+    assert found == expected
+    assert not any(token in found for token in tokens)
+
+
+def test_what_the_student_wrote_is_left_to_the_template() -> None:
+    """A template drops earlier reasoning at the end of its tag."""
+    tokens = [("<think>", False), ("</think>", False), ("<|im_end|>", True), ("<table>", False)]
+    control = ControlTokens(tokens, "content.split('</think>')[-1]")
+    assert control.tokens == {"<think>", "</think>", "<|im_end|>"}
+    said = "<think>long</think>2"
+    asked, answered = control.as_texts(
+        [{"role": "user", "content": said}, {"role": "assistant", "content": said}]
+    )
+    assert asked["content"] == "< think>long< /think>2"
+    assert answered["content"] == said
+
+
+def test_a_search_for_many_texts_finds_what_a_plain_one_does() -> None:
+    chance = random.Random(0)
+
+    def some(most: int) -> str:
+        return "".join(chance.choices("<a|>b", k=chance.randint(1, most)))
+
+    for _ in range(500):
+        texts = sorted({some(5) for _ in range(chance.randint(1, 12))})
+        longest_first = sorted(texts, key=lambda text: (-len(text), text))
+        plain = re.compile("|".join(map(re.escape, longest_first)))
+        text = some(60)
+        found = [match.span() for match in re.finditer(any_of(texts), text)]
+        assert found == [match.span() for match in plain.finditer(text)]
+
+
+def test_common_beginnings_stand_once_in_a_search() -> None:
+    pattern = any_of([f"<SPECIAL_{number}>" for number in range(1000)])
+    assert pattern.count("SPECIAL") == 1

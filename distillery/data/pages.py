@@ -33,6 +33,22 @@ DICTIONARY_ENTRY_BYTES = 16
 DEEPEST = 16
 """Levels of structures in footer and headers; the format has half as many."""
 
+Fields = dict[int, "Fields"]
+"""The fields of a structure that are kept, by number, with those of the structures in them. Others
+are passed over, so that they take no memory."""
+
+MOST_VALUES = 1_000_000
+"""Values of a footer or header that are kept, at most: a chunk has seven."""
+
+FOOTER_FIELDS: Fields = {4: {1: {3: {5: {}, 7: {}, 9: {}, 11: {}}}}}
+"""The fields of a FileMetaData that are kept: row groups, their chunks, and what `Chunk` has."""
+
+HEADER_FIELDS: Fields = {
+    **{TYPE: {}, UNFOLDED: {}, STORED: {}},
+    **{number: {1: {}, ENCODING_OF[kind]: {}} for kind, number in VALUES_OF.items()},
+}
+"""The fields of a PageHeader that are kept."""
+
 LARGEST_FOOTER = 16_000_000
 """Bytes of a footer, at most."""
 
@@ -108,7 +124,7 @@ def read_footer(file: BinaryIO) -> list[list[Chunk]]:
     file.seek(size - 8 - length)
     footer = io.BytesIO(file.read(length))
     try:
-        groups = read_structure(footer).get(4, [])
+        groups = Values(footer).structure(FOOTER_FIELDS).get(4, [])
         return [[chunk_of(column[3]) for column in group[1]] for group in groups]
     except (LookupError, ArithmeticError, ValueError, TypeError, AttributeError) as error:
         raise OSError("no valid footer") from error
@@ -143,7 +159,7 @@ def read_page(file: BinaryIO) -> Page:
     start = file.tell()
     window = io.BytesIO(file.read(LARGEST_HEADER))
     try:
-        header = read_structure(window)
+        header = Values(window).structure(HEADER_FIELDS)
         kind = header[TYPE]
         inner = header.get(VALUES_OF.get(kind, 0), {})
         page = Page(
@@ -162,57 +178,82 @@ def read_page(file: BinaryIO) -> Page:
     return page
 
 
-def read_structure(file: BinaryIO, depth: int = 0) -> dict[int, Any]:
-    """Return the fields of a structure by number. Raises IndexError at the file's end, and
-    LookupError for what no header has."""
-    if depth == DEEPEST:
-        raise LookupError("too many levels")
-    fields: dict[int, Any] = {}
-    number = 0
-    while True:
-        head = file.read(1)[0]
-        if head == 0:
-            return fields
-        step, kind = head >> 4, head & 15
-        number = number + step if step else read_integer(file)
-        fields[number] = read_value(file, kind, depth)
+class Values:
+    """Values in Thrift's compact protocol. The methods raise IndexError at the file's end, and
+    LookupError for what no footer and no header has."""
 
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._kept = 0
 
-def read_value(file: BinaryIO, kind: int, depth: int) -> Any:
-    """Return a field's value; None for a kind that is skipped."""
-    if kind in (1, 2):
-        return kind == 1
-    if kind == 3:
-        return file.read(1)[0]
-    if kind in (4, 5, 6):
-        return read_integer(file)
-    if kind == 7:
-        return file.read(8)
-    if kind == 8:
-        return file.seek(read_size(file), 1)
-    if kind in (9, 10):
-        head = file.read(1)[0]
-        count = head >> 4 if head >> 4 < 15 else read_size(file)
+    def structure(self, kept: Fields, depth: int = 0) -> dict[int, Any]:
+        """Return the fields of a structure, by number, that are in `kept`."""
+        if depth == DEEPEST:
+            raise LookupError("too many levels")
+        fields: dict[int, Any] = {}
+        number = 0
+        while True:
+            head = self._byte()
+            if head == 0:
+                return fields
+            step, kind = head >> 4, head & 15
+            number = number + step if step else self._integer()
+            value = self._value(kind, kept.get(number, {}), depth)
+            if number in kept:
+                self._count()
+                fields[number] = value
+
+    def _value(self, kind: int, kept: Fields, depth: int) -> Any:
+        """Return a field's value. Numbers with a point and texts, which nothing needs, are passed
+        over, and so is a list of what has no fields that are kept."""
+        if kind in (1, 2):
+            return kind == 1
+        if kind == 3:
+            return self._byte()
+        if kind in (4, 5, 6):
+            return self._integer()
+        if kind == 7:
+            return self._file.read(8)[7]
+        if kind == 8:
+            return self._file.seek(self._size(), 1)
+        if kind in (9, 10):
+            return self._list(kept, depth)
+        if kind == 12:
+            return self.structure(kept, depth + 1)
+        raise LookupError(f"a field of kind {kind}")
+
+    def _list(self, kept: Fields, depth: int) -> list[Any]:
+        head = self._byte()
+        count = head >> 4 if head >> 4 < 15 else self._size()
         # In a list, a truth value is a byte.
-        inner = 3 if head & 15 in (1, 2) else head & 15
-        return [read_value(file, inner, depth) for _ in range(count)]
-    if kind == 12:
-        return read_structure(file, depth + 1)
-    raise LookupError(f"a field of kind {kind}")
+        kind = 3 if head & 15 in (1, 2) else head & 15
+        values = []
+        for _ in range(count):
+            value = self._value(kind, kept, depth)
+            if kept:
+                self._count()
+                values.append(value)
+        return values
 
+    def _count(self) -> None:
+        self._kept += 1
+        if self._kept > MOST_VALUES:
+            raise LookupError(f"more than {MOST_VALUES:,} values")
 
-def read_size(file: BinaryIO) -> int:
-    """Return an unsigned integer of at most 64 bits: 7 bits a byte, the lowest first."""
-    size = 0
-    for shift in range(0, 64, 7):
-        byte = file.read(1)[0]
-        size |= (byte & 127) << shift
-        if byte < 128:
-            return size
-    raise LookupError("a number of more than 64 bits")
+    def _byte(self) -> int:
+        return self._file.read(1)[0]
 
+    def _size(self) -> int:
+        """Return an unsigned integer of at most 64 bits: 7 bits a byte, the lowest first."""
+        size = 0
+        for shift in range(0, 64, 7):
+            byte = self._byte()
+            size |= (byte & 127) << shift
+            if byte < 128:
+                return size
+        raise LookupError("a number of more than 64 bits")
 
-def read_integer(file: BinaryIO) -> int:
-    """Return a signed integer, which is written zigzag: 0, -1, 1, -2 as 0, 1, 2, 3."""
-    size = read_size(file)
-    return (size >> 1) ^ -(size & 1)
+    def _integer(self) -> int:
+        """Return a signed integer, which is written zigzag: 0, -1, 1, -2 as 0, 1, 2, 3."""
+        size = self._size()
+        return (size >> 1) ^ -(size & 1)

@@ -197,4 +197,4 @@ class OnnxStudent:
     def added_tokens(self) -> dict[int, str]:
         """The special tokens by id, as tokenizer.json names them."""
         added, _ = read_added_tokens(self.folder)
-        return {int(token["id"]): str(token["content"]) for token in added}
+        return {token.id: token.content for token in added}
