@@ -143,7 +143,7 @@ def any_of(texts: Sequence[str]) -> str:
     parts = []
     for first, group in groups.items():
         if first:
-            shared = commonprefix(group)
+            shared = commonprefix(group)  # noqa: RUF071 - characters are meant
             rest = [text[len(shared) :] for text in group]
             parts.append(re.escape(shared) + (any_of(rest) if len(group) > 1 else ""))
     return f"(?:{'|'.join(parts)})" + ("?" if "" in groups else "")

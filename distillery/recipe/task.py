@@ -64,8 +64,9 @@ class TaskRecipe(Slice):
     is a text, and the answer is one of the classes, which are the same for all rows."""
 
     labels: tuple[str, ...] | str | None = Field(None, min_length=1)
-    """With kind: classify, the classes: a list, or a text file that names one a line, whose
-    name must end in .txt where a worker reads it. Rows with another label are refused. null: the labels found in the rows, in alphabetical order."""
+    """With kind: classify, the classes: a list, or a text file that names one a line, whose name
+    must end in .txt where a worker reads it. Rows with another label are refused. null: the labels
+    found in the rows, in alphabetical order."""
 
     other: OtherRecipe | None = None
     """With kind: classify, a class for texts that belong to none of the others. null: none."""
