@@ -24,8 +24,9 @@ def digest_of(value: Any) -> str:
 
 def is_relative_name(name: str) -> bool:
     """Return whether `name` is that of a file below a folder on every system: parts joined by
-    forward slashes, none of them empty, "." or "..", without a drive, a backslash or NUL."""
-    if "\\" in name or "\0" in name or re.match("[A-Za-z]:", name):
+    forward slashes, none of them empty, "." or "..", without a drive, a backslash, NUL or what
+    is no Unicode text."""
+    if re.search("[\\\\\0\ud800-\udfff]", name) or re.match("[A-Za-z]:", name):
         return False
     return not {"", ".", ".."} & set(name.split("/"))
 
