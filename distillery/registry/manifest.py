@@ -11,14 +11,14 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
 import distillery
 from distillery.errors import DataError, ModelError, RegistryError
-from distillery.models.onnx_folder import check_model_folder
+from distillery.models.onnx_folder import check_model_folder, is_system_file
 from distillery.recipe import Columns, PromptRecipe
 from distillery.records import Record, RegisteredModel
 from distillery.registry.signing import (
@@ -197,7 +197,8 @@ def first_difference(folder: Path, manifest: Manifest) -> str | None:
         listed.pop(own, None)
         found.pop(own, None)
     for file in sorted(listed.keys() | found.keys()):
-        if listed.get(file) != found.get(file):
+        left_by_system = file not in listed and is_system_file(PurePosixPath(file).name)
+        if listed.get(file) != found.get(file) and not left_by_system:
             return file
     return None
 
