@@ -41,6 +41,9 @@ def check_relative_name(name: str) -> str:
 Sha256 = Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")]
 """A SHA-256 in hex. It names folders and locks, so nothing else may stand in its place."""
 
+VersionName = Annotated[str, StringConstraints(pattern="^[A-Za-z0-9][A-Za-z0-9._-]{0,254}$")]
+"""A version in a registry, in words that name a folder: MLflow counts, Azure ML takes these."""
+
 RelativeName = Annotated[str, AfterValidator(check_relative_name)]
 """The name of a file below a folder, which may be in another folder below that."""
 
@@ -687,8 +690,8 @@ class RegisteredModel(StageRecord):
     student it is; "" in registrations of earlier versions.
     """
 
-    name: str
-    version: str
+    name: VersionName
+    version: VersionName
     registry: RegistryKind
     role: str = "challenger"
     manifest_sha256: Sha256

@@ -96,25 +96,25 @@ def test_a_changed_manifest_is_one_line(content: bytes, folder: Path) -> None:
         one_line(str(error))
 
 
+RECIPES: list[Any] = [
+    None,
+    [],
+    {},
+    {"dataset": []},
+    {"dataset": None},
+    {"dataset": {"columns": 5}},
+    {"dataset": {"columns": {}, "fields": 5}},
+    {"dataset": {"columns": {}, "fields": [{}]}},
+]
+
+
 @pytest.mark.parametrize(
     "made",
     [
         {},
         {"prompt": {"system": 5}, "recipe": {"dataset": {"columns": {}}}},
         {"prompt": [5], "recipe": {"dataset": {"columns": {}}}},
-        *(
-            {"prompt": PROMPT, "recipe": recipe}
-            for recipe in (
-                None,
-                [],
-                {},
-                {"dataset": []},
-                {"dataset": None},
-                {"dataset": {"columns": 5}},
-                {"dataset": {"columns": {}, "fields": 5}},
-                {"dataset": {"columns": {}, "fields": [{}]}},
-            )
-        ),
+        *({"prompt": PROMPT, "recipe": recipe} for recipe in RECIPES),
     ],
 )
 def test_a_model_whose_manifest_does_not_tell_how_it_is_asked_answers_no_file(
