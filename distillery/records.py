@@ -24,8 +24,9 @@ def digest_of(value: Any) -> str:
 
 def is_relative_name(name: str) -> bool:
     """Return whether `name` is that of a file below a folder on every system: parts joined by
-    forward slashes, none of them empty, "." or "..", without a drive, a backslash or NUL."""
-    if "\\" in name or "\0" in name or re.match("[A-Za-z]:", name):
+    forward slashes, none of them empty, "." or "..", without a drive, a backslash, NUL or what
+    is no Unicode text."""
+    if re.search("[\\\\\0\ud800-\udfff]", name) or re.match("[A-Za-z]:", name):
         return False
     return not {"", ".", ".."} & set(name.split("/"))
 
@@ -39,6 +40,9 @@ def check_relative_name(name: str) -> str:
 
 Sha256 = Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")]
 """A SHA-256 in hex. It names folders and locks, so nothing else may stand in its place."""
+
+VersionName = Annotated[str, StringConstraints(pattern="^[A-Za-z0-9][A-Za-z0-9._-]{0,254}$")]
+"""A version in a registry, in words that name a folder: MLflow counts, Azure ML takes these."""
 
 RelativeName = Annotated[str, AfterValidator(check_relative_name)]
 """The name of a file below a folder, which may be in another folder below that."""
@@ -686,8 +690,8 @@ class RegisteredModel(StageRecord):
     student it is; "" in registrations of earlier versions.
     """
 
-    name: str
-    version: str
+    name: VersionName
+    version: VersionName
     registry: RegistryKind
     role: str = "challenger"
     manifest_sha256: Sha256

@@ -13,8 +13,9 @@ from typing import get_args
 from prefect import flow
 
 from distillery.errors import DataError, DistilleryError
-from distillery.recipe import Columns, PromptRecipe, RegistryKind, RegistryRecipe
+from distillery.recipe import Columns, RegistryKind, RegistryRecipe
 from distillery.records import InputFile, Predictions
+from distillery.registry.manifest import columns_in, prompt_in
 from distillery.registry.open import open_registry
 from distillery.storage.allowed import output_folder
 from distillery.storage.artifacts import ArtifactStore
@@ -57,13 +58,18 @@ def batch_inference(
     model = source.get(model_name, version)
     # The prompt comes with the model: it is asked as it was trained.
     made = source.provenance(model)["provenance"]
-    prompt = PromptRecipe.model_validate(made["prompt"])
-    dataset = made["recipe"]["dataset"]
-    columns = columns or Columns.model_validate(dataset["columns"])
-    fields = tuple(dataset.get("fields") or ()) or None
+    title = f"{model.name} version {model.version}"
+    own_columns, fields = columns_in(made, title)
+    columns = columns or own_columns
+    if columns is None or not made.get("prompt"):
+        raise DataError(
+            f"{title}: its manifest.json tells no prompt or no columns; run its recipe again"
+        )
+    prompt = prompt_in(made, title, classify=True)
     with working_folder("input") as folder:
         digest = sha256_of(fetch_input(input_uri, folder))
-    predictions = score(model, prompt, InputFile(uri=input_uri, sha256=digest), columns, fields)
+    rows = InputFile(uri=input_uri, sha256=digest)
+    predictions = score(model, prompt, rows, columns, fields or None)
     if target:
         try:
             shutil.copytree(ArtifactStore().fetch(predictions.artifact), target, dirs_exist_ok=True)

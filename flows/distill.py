@@ -35,7 +35,7 @@ from distillery.records import (
     TeacherLabels,
 )
 from distillery.registry.signing import check_keys
-from distillery.storage.artifacts import RUNS, ArtifactStore
+from distillery.storage.artifacts import ArtifactStore, run_record
 from distillery.teacher.identity import teacher_identity
 from flows.prepare_teacher import prepare_teacher
 from flows.train_student import trained
@@ -242,7 +242,9 @@ def labelled_rows(
     again, preparation = refreshing(refresh), recipe.teacher.preparation
     train_rows, local, served = data.rows("train"), None, None
     if recipe.teacher.kind == "local":
-        named = prepare_teacher.with_options(flow_run_name=f"{produced_by()}, preparation")
+        name = f"{produced_by()}, preparation"
+        # A text would be a template, in which braces mean something.
+        named = prepare_teacher.with_options(flow_run_name=lambda: name)
         preparation = preparation.model_copy(update={"base": pinned(preparation.base)})
         with own_tags():
             local = named(preparation, recipe.prompt, data, training_deployment, refresh)
@@ -398,7 +400,7 @@ def main(arguments: list[str]) -> int:
         ):
             outcome = distill(recipe, refresh=tuple(given.refresh))
     except GateRefused as refusal:
-        record = ArtifactStore().read_record(f"{RUNS}/{refusal.run}.json")
+        record = ArtifactStore().read_record(run_record(refusal.run))
         print(render(Outcome.model_validate_json(record)))
         print(f"error: {refusal}", file=sys.stderr)
         return REFUSED

@@ -101,9 +101,10 @@ def trained(
         if cached:
             beat = temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None})
         with own_tags(), beat:
-            result: StudentCheckpoint = train_student.with_options(flow_run_name=name)(
-                refresh=refresh, **parameters
-            )
+            result: StudentCheckpoint = train_student.with_options(
+                # A text would be a template, in which braces mean something.
+                flow_run_name=lambda: name
+            )(refresh=refresh, **parameters)
         return result
     sent: dict[str, Any] = to_jsonable_python(parameters)
     sent["refresh"] = refresh

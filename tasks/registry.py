@@ -25,7 +25,7 @@ from distillery.evaluation.report import (
     write_text,
 )
 from distillery.evaluation.scoring import ModelToScore, score_model
-from distillery.recipe import GateRule, PromptRecipe, RegistryRecipe
+from distillery.recipe import GateRule, RegistryRecipe
 from distillery.records import (
     Artifact,
     EvaluationReport,
@@ -39,7 +39,7 @@ from distillery.records import (
 from distillery.registry.base import CHAMPION, REJECTED, Registry
 from distillery.registry.card import write_card
 from distillery.registry.history import Actor, taken_down
-from distillery.registry.manifest import MANIFEST, environment
+from distillery.registry.manifest import MANIFEST, environment, prompt_in
 from distillery.registry.open import open_registry
 from distillery.registry.signing import SIGNATURE
 from distillery.settings import LocalSettings
@@ -193,15 +193,16 @@ def asked(
     """Return a version with its answers to `rows`, which it is asked now; as it is, where its
     manifest does not tell with which prompt it is asked."""
     version = registry.get(name, earlier.version)
-    prompt = registry.provenance(version)["provenance"].get("prompt")
-    if not prompt:
+    made = registry.provenance(version)["provenance"]
+    if not made.get("prompt"):
         return earlier
+    prompt = prompt_in(made, earlier.title, classify=True)
     _log.info("%s has answered none of these test rows and is asked them", earlier.title)
     with working_folder("champion") as folder:
         model = ModelToScore(
             name=CHAMPION, kind="onnx", folder=str(registry.download(version, folder / "model"))
         )
-        scored = score_model(model, rows, PromptRecipe.model_validate(prompt))
+        scored = score_model(model, rows, prompt)
     answers = answer_rows(read_examples(rows), CHAMPION, scored.answers)
     return replace(earlier, answers=answers)
 

@@ -32,7 +32,7 @@ from distillery.records import (
 from distillery.report.facts import labelling_facts
 from distillery.report.kept import page_path
 from distillery.report.page import StageLine
-from distillery.storage.artifacts import RUNS, ArtifactStore
+from distillery.storage.artifacts import ArtifactStore, run_record
 from tasks.report import report_page
 from tasks.stage import produced_by
 
@@ -104,7 +104,7 @@ def publish(outcome: Outcome) -> Outcome:
     can't be made, or a Prefect API that takes no artifacts, is a warning in the log."""
     named = outcome.model_copy(update={"run": produced_by()})
     store = ArtifactStore()
-    store.write_record(f"{RUNS}/{named.run}.json", named.model_dump_json(indent=1))
+    store.write_record(run_record(named.run), named.model_dump_json(indent=1))
     try:
         stages = []
         for name, record, figures in _stages(named):
@@ -113,7 +113,7 @@ def publish(outcome: Outcome) -> Outcome:
             stages.append(StageLine(name, figures, record.seconds, record.produced_by))
         page = report_page(named, verdict(named), stages)
         named = named.model_copy(update={"page": page})
-        store.write_record(f"{RUNS}/{named.run}.json", named.model_dump_json(indent=1))
+        store.write_record(run_record(named.run), named.model_dump_json(indent=1))
     except (DistilleryError, HTTPError, PrefectException) as error:
         _warn(named, "its page can't be made", error)
     try:
@@ -129,9 +129,8 @@ def publish(outcome: Outcome) -> Outcome:
 def _warn(outcome: Outcome, what: str, error: Exception) -> None:
     cause = " ".join(str(error).split())[:300] or type(error).__name__
     get_run_logger().warning(
-        "the run is done and kept as %s/%s.json, but %s (%s); run the recipe again to get it",
-        RUNS,
-        outcome.run,
+        "the run is done and kept as %s, but %s (%s); run the recipe again to get it",
+        run_record(outcome.run),
         what,
         cause,
     )

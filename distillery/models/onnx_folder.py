@@ -1,8 +1,10 @@
 """What the folder of an exported model may hold and set: it is data, and nothing in it names a
 library, a file elsewhere or code that runs.
 
-Checked where a model is registered, downloaded and loaded. genai_config.json is the file that ONNX
-Runtime GenAI reads first: it can name a library of custom operators, which is native code.
+Checked where a model is registered, downloaded and loaded; of names, only what can run is refused
+where it is loaded, since people leave notes beside their models. genai_config.json is the file
+that ONNX Runtime GenAI reads first: it can name a library of custom operators, which is native
+code.
 """
 
 import json
@@ -25,8 +27,23 @@ SUFFIXES = frozenset(
 )
 """The files of a model, in lower case."""
 
-NAMES = ("license", "notice", "mlmodel", ".gitignore", ".gitattributes")
-"""What the names of files without a suffix begin with, in lower case."""
+NAMES = ("license", "notice")
+"""What the names of further texts begin with, such as license.apache, in lower case."""
+
+RUNNABLE = frozenset(
+    {
+        *(".so", ".dll", ".dylib", ".pyd", ".exe", ".com", ".sh", ".bat", ".cmd", ".ps1", ".pyc"),
+        *(".pkl", ".pickle", ".joblib", ".dill", ".pt", ".pth", ".ckpt", ".bin"),
+    }
+)
+"""Programs, libraries, and what may be a pickle, in lower case."""
+
+PROGRAMS = (
+    *(b"\x7fELF", b"MZ", b"#!", b"\xca\xfe\xba\xbe", b"\xfe\xed\xfa", b"\xce\xfa\xed\xfe"),
+    *(b"\xcf\xfa\xed\xfe", b"\x80", b"PK\x03\x04"),
+)
+"""The first bytes of programs and libraries of Linux, Windows and macOS, of scripts, of pickles,
+and of archives, which PyTorch writes."""
 
 CODE = ".py"
 """Python code that an earlier version of Distillery, or Olive, copied from the base model. Nothing
@@ -146,6 +163,11 @@ list has objects of one kind."""
 _log = logging.getLogger(__name__)
 
 
+def is_system_file(name: str) -> bool:
+    """Return whether a desktop leaves files of this name in folders that it shows."""
+    return name.lower() in (".ds_store", "thumbs.db", "desktop.ini") or name.startswith("._")
+
+
 def check_model_folder(folder: Path) -> None:
     """Raise ModelError for a folder whose files, settings or external data are not those of a
     model. The graphs are read, which takes a second for a gigabyte."""
@@ -157,10 +179,13 @@ def check_model_folder(folder: Path) -> None:
 
 
 def check_before_loading(folder: Path) -> None:
-    """Raise ModelError for a folder whose files or settings are not those of a model. The graph is
-    not read: ONNX Runtime itself takes no external data from outside of the folder."""
+    """Raise ModelError for a folder with a file that can run, or whose settings are not those of a
+    model. The graph is not read: ONNX Runtime itself takes no external data from outside of the
+    folder."""
     check_settings(folder / CONFIG)
-    check_file_names(folder)
+    for path in files_in(folder):
+        if can_run(path):
+            raise file_error(folder, path)
 
 
 def leave_code_out(folder: Path) -> None:
@@ -172,17 +197,44 @@ def leave_code_out(folder: Path) -> None:
 
 def check_file_names(folder: Path) -> None:
     """Raise ModelError for a file that is none of a model's, such as a library or a pickle."""
+    for path in files_in(folder):
+        suffix = path.suffix.lower()
+        known = suffix in SUFFIXES or suffix == CODE or path.name.lower().startswith(NAMES)
+        if can_run(path) or not (known or not suffix or is_system_file(path.name)):
+            raise file_error(folder, path)
+
+
+def files_in(folder: Path) -> Iterator[Path]:
+    """Yield the files below a folder, but for those of git and of the hub's client."""
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
-        if path.is_dir() or PASSED_OVER.intersection(name.parts[:-1]):
-            continue
-        suffix = path.suffix.lower()
-        if suffix in SUFFIXES or suffix == CODE or path.name.lower().startswith(NAMES):
-            continue
-        raise ModelError(
-            f"{folder}: {name.as_posix()}: no file of a model, which holds ONNX files, tokenizers, "
-            "settings and texts alone; remove it"
-        )
+        if not path.is_dir() and not PASSED_OVER.intersection(name.parts[:-1]):
+            yield path
+
+
+def can_run(path: Path) -> bool:
+    """Return whether a file is a program, a library or a pickle: by its suffix or, where it has
+    none, by its first bytes."""
+    name = path.name.lower()
+    # A library may have its version behind the suffix.
+    if {Path(name).suffix, Path(name.rstrip(".0123456789")).suffix} & RUNNABLE:
+        return True
+    if path.suffix:
+        return False
+    try:
+        with path.open("rb") as file:
+            return file.read(4).startswith(PROGRAMS)
+    except OSError as error:
+        raise ModelError(f"{path}: can't be read ({error.strerror}); remove it") from error
+
+
+def file_error(folder: Path, path: Path) -> ModelError:
+    """Return the error for a file that a model's folder must not hold."""
+    name = path.relative_to(folder).as_posix()
+    return ModelError(
+        f"{folder}: {name}: no file of a model, which holds ONNX files, tokenizers, settings and "
+        "texts alone; remove it"
+    )
 
 
 def check_settings(path: Path) -> None:

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 from distillery.errors import TrainingError
+from distillery.records import is_relative_name
 from distillery.storage.digests import FileEntry, digest_of_files, sha256_of
 
 SETTINGS = "*config.json"
@@ -13,10 +14,17 @@ SETTINGS = "*config.json"
 
 def code_digest(folder: Path) -> str:
     """Return the SHA-256 (hex) of a folder's Python code and of the settings that say which of it
-    is loaded. Weights are left out: they run nothing, and reading them takes long."""
+    is loaded. Weights are left out: they run nothing, and reading them takes long.
+
+    Raises TrainingError for a name that another system could not write."""
     entries = []
     for path in sorted([*folder.rglob("*.py"), *folder.glob(SETTINGS)]):
         name = path.relative_to(folder).as_posix()
+        if not is_relative_name(name):
+            raise TrainingError(
+                f"{folder}: {name!r}: a file's name may have no backslash and begin with no drive; "
+                "rename it"
+            )
         size = path.stat().st_size
         entries.append(FileEntry(path=name, sha256=sha256_of(path), bytes=size))
     return digest_of_files(tuple(entries))

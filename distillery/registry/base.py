@@ -458,7 +458,7 @@ class Registry(ABC):
         self, name: str, version: str, is_champion: bool, uri: str, tags: Mapping[str, str]
     ) -> RegisteredModel:
         """Return the record of a version, from the tags that `register` gave it. Raises
-        RegistryError where somebody has changed one to what is no digest."""
+        RegistryError where somebody has changed one to what can't be read."""
         role = CHAMPION if is_champion else tags.get("role", CHALLENGER)
         if not is_champion and role not in (ARCHIVED, REJECTED):
             role = CHALLENGER
@@ -478,7 +478,7 @@ class Registry(ABC):
         except ValidationError as error:
             tag = error.errors(include_input=False)[0]["loc"][-1]
             raise RegistryError(
-                f"{name} version {version}: its {tag} in the registry is no digest; somebody has "
+                f"{name} version {version}: its {tag} in the registry is not valid; somebody has "
                 "changed it: delete the version there, or register it again"
             ) from None
 

@@ -41,7 +41,7 @@ from distillery.records import (
     Usage,
 )
 from distillery.registry.base import OtherModel
-from distillery.registry.manifest import prompt_in, provenance_of, verify_before_loading
+from distillery.registry.manifest import columns_in, prompt_in, provenance_of, verify_before_loading
 from distillery.registry.open import open_registry
 from distillery.registry.trace import payments_in, record_in
 from distillery.storage.artifacts import ArtifactStore
@@ -222,15 +222,11 @@ def write_rows(rows: Path, made: Mapping[str, Any], classes: tuple[str, ...], ou
     """Write the rows of a file as the stages hand them on, and return the new file.
 
     Raises DataError for a row that can't be read, has no answer or has another one's id."""
-    dataset = made.get("recipe", {}).get("dataset", {})
-    columns = Columns()
+    own_columns, fields = columns_in(made, "the first model")
+    columns = own_columns or Columns()
     if classes:
-        columns = Columns(question="text", answer="label")
-    if "columns" in dataset:
-        columns = Columns.model_validate(dataset["columns"])
-    if classes:
+        columns = own_columns or Columns(question="text", answer="label")
         columns = columns.model_copy(update={"choices": None})
-    fields = tuple(dataset.get("fields") or ())
     reader = RowReader(columns, fields, bool(classes), classes or None)
     found = validated_rows(read_file("--rows", rows), reader, "test", seed=0)
     seen = set()

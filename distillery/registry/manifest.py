@@ -11,15 +11,15 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 import distillery
 from distillery.errors import DataError, ModelError, RegistryError
-from distillery.models.onnx_folder import check_model_folder
-from distillery.recipe import PromptRecipe
+from distillery.models.onnx_folder import check_model_folder, is_system_file
+from distillery.recipe import Columns, PromptRecipe
 from distillery.records import Record, RegisteredModel
 from distillery.registry.signing import (
     SIGNATURE,
@@ -197,7 +197,8 @@ def first_difference(folder: Path, manifest: Manifest) -> str | None:
         listed.pop(own, None)
         found.pop(own, None)
     for file in sorted(listed.keys() | found.keys()):
-        if listed.get(file) != found.get(file):
+        left_by_system = file not in listed and is_system_file(PurePosixPath(file).name)
+        if listed.get(file) != found.get(file) and not left_by_system:
             return file
     return None
 
@@ -228,7 +229,8 @@ def prompt_in(made: Mapping[str, Any], title: str, classify: bool) -> PromptReci
     """Return the prompt in the provenance of a manifest; the lab's for a model without manifest,
     whose provenance is empty. `title` names the model.
 
-    Raises DataError for a classifier without one, whose prompt nobody can guess."""
+    Raises DataError for a prompt that can't be read, and for a classifier without one, whose prompt
+    nobody can guess."""
     if made.get("prompt"):
         try:
             return PromptRecipe.model_validate(made["prompt"])
@@ -242,6 +244,22 @@ def prompt_in(made: Mapping[str, Any], title: str, classify: bool) -> PromptReci
             "registry, or name its recipe where the command has --recipe"
         )
     return PromptRecipe()
+
+
+def columns_in(made: Mapping[str, Any], title: str) -> tuple[Columns | None, tuple[str, ...]]:
+    """Return the columns and the further columns (dataset.fields) of the rows that the provenance
+    of a manifest names; None and () where it names none. `title` names the model.
+
+    Raises DataError where they can't be read."""
+    try:
+        dataset = made.get("recipe", {}).get("dataset", {})
+        columns = Columns.model_validate(dataset["columns"]) if "columns" in dataset else None
+        fields = TypeAdapter(tuple[str, ...]).validate_python(dataset.get("fields") or ())
+    except (ValidationError, AttributeError, TypeError) as error:
+        raise DataError(
+            f"{title}: the columns in its {MANIFEST} can't be read; download the model again"
+        ) from error
+    return columns, fields
 
 
 def altered_error(model: RegisteredModel, file: str) -> RegistryError:

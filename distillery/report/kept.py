@@ -6,7 +6,7 @@ from pathlib import Path
 from distillery.errors import ArtifactDamaged, StoreError
 from distillery.records import Artifact
 from distillery.report.page import PAGE_FILE
-from distillery.storage.artifacts import RUNS, ArtifactStore
+from distillery.storage.artifacts import ArtifactStore, run_record
 from distillery.storage.housekeeping import Inventory
 
 
@@ -25,7 +25,7 @@ def page_of_run(store: ArtifactStore, run: str | None = None) -> Path:
             raise StoreError(f"{store.url}: no finished run; run `python -m flows.distill` first")
         run = runs[0].name
     try:
-        outcome = json.loads(store.read_record(f"{RUNS}/{run}.json"))
+        outcome = json.loads(store.read_record(run_record(run)))
         page = Artifact.model_validate(outcome["page"]) if outcome.get("page") else None
     except ArtifactDamaged as error:
         raise StoreError(

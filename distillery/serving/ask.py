@@ -18,7 +18,7 @@ from distillery.inference.onnx_student import OnnxStudent
 from distillery.prompts import Message, render_messages
 from distillery.recipe import PromptRecipe, load_recipe
 from distillery.records import LETTERS, Example, Record
-from distillery.registry.manifest import prompt_in, provenance_of, verify_before_loading
+from distillery.registry.manifest import columns_in, prompt_in, provenance_of, verify_before_loading
 
 
 class SearchOptions(Record):
@@ -181,7 +181,7 @@ def prompt_of(folder: Path, recipe: str | None, classify: bool) -> PromptRecipe:
     else:
         made: dict[str, Any] = provenance_of(folder) or {}
         prompt = prompt_in(made, str(folder), classify)
-        fields = made.get("recipe", {}).get("dataset", {}).get("fields") or ()
+        fields = columns_in(made, str(folder))[1]
     for name in fields:
         if f"{{{name}}}" in prompt.system + prompt.user:
             raise DataError(

@@ -12,7 +12,9 @@ the state of a stage under way. The time of artifact.json tells when an artifact
 housekeeping.py.
 """
 
+import hashlib
 import os
+import re
 import shutil
 import tempfile
 import uuid
@@ -23,7 +25,7 @@ from pathlib import Path
 from tenacity import retry, retry_if_exception_type, stop_after_attempt
 
 from distillery.errors import ArtifactDamaged, StoreError
-from distillery.records import Artifact
+from distillery.records import Artifact, is_relative_name
 from distillery.settings import LocalSettings
 from distillery.storage.cache import Cache
 from distillery.storage.digests import FileEntry, digest_of_files, list_files
@@ -46,8 +48,24 @@ RESULTS = "results"
 
 RUNS = "runs"
 
+LONGEST_RUN = 200
+"""Bytes of a run's name in the name of its record, at most."""
+
 STILL_NEW = timedelta(hours=1)
 """An artifact that was used since is not touched again."""
+
+
+def run_record(run: str) -> str:
+    """Return the name of the record of a run. That of an ordinary run holds its name as it is;
+    where that can't be the name of a file, its letters and digits and its own digest stand for it.
+
+    What stands for a name gives the same record as the name."""
+    name = run
+    is_name = is_relative_name(f"{RUNS}/{run}.json") and UNFINISHED not in run
+    if not is_name or len(run.encode()) > LONGEST_RUN:
+        digest = hashlib.sha256(run.encode(errors="backslashreplace")).hexdigest()
+        name = f"{re.sub('[^A-Za-z0-9 _-]', '_', run)[:150]}-{digest[:12]}"
+    return f"{RUNS}/{name}.json"
 
 
 class ArtifactStore:

@@ -4,8 +4,8 @@ nothing needs were not there."""
 import io
 import tracemalloc
 
-import pyarrow as pa
-import pyarrow.parquet as pq
+import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import pytest
 
 from distillery.data import pages

@@ -269,11 +269,11 @@ def test_a_disk_that_is_full_while_exporting(bench: Bench, home: Path) -> None:
     assert list((home / "work").iterdir()) == []
 
 
-@pytest.mark.parametrize("file", ["weights.data", "manifest.json"])
+@pytest.mark.parametrize("file", ["model.onnx.data", "manifest.json"])
 def test_a_registered_folder_that_was_tampered_with(bench: Bench, file: str) -> None:
     folder = bench.folder / "model"
     folder.mkdir()
-    (folder / "weights.data").write_bytes(bytes(1000))
+    (folder / "model.onnx.data").write_bytes(bytes(1000))
     provenance = {"prompt": PromptRecipe().model_dump(), "recipe": Recipe().model_dump(mode="json")}
     model = LocalRegistry().register(folder, "tiny-student", {}, provenance)
     stored = Path(model.artifact.uri) / file

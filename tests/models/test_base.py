@@ -29,6 +29,15 @@ from distillery.recipe import BaseModelRecipe, parse_recipe
 TinyModel = Callable[[str], Path]
 
 
+@pytest.mark.security
+@pytest.mark.parametrize("name", ["a\\b.py", "c:a.py", "\udcff.py"])
+def test_code_with_a_name_that_is_none_elsewhere_is_one_line(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("")
+    with pytest.raises(TrainingError, match=r"name may have no backslash .*; rename it") as caught:
+        code_digest(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
 def test_base_models_that_can_not_be_used_are_one_line(
     tmp_path: Path, tiny_model: TinyModel
 ) -> None:

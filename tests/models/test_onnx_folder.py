@@ -15,7 +15,7 @@ from distillery.models.onnx_folder import check_model_folder, check_settings, le
 from distillery.records import RegisteredModel
 from distillery.registry.base import OtherModel
 from distillery.registry.local import LocalRegistry
-from distillery.registry.manifest import copy_with_manifest, manifest_tags
+from distillery.registry.manifest import copy_with_manifest, manifest_tags, verify_before_loading
 from distillery.storage.digests import sha256_of
 
 pytestmark = pytest.mark.security
@@ -133,7 +133,11 @@ def test_settings_that_two_readers_may_take_otherwise_are_refused(
 
 
 @pytest.mark.parametrize(
-    "name", ["evil.so", "evil.dll", "evil.so.1", "model.pkl", "pytorch_model.bin", "in/state.PT"]
+    "name",
+    [
+        *("evil.so", "evil.dll", "evil.so.1", "model.pkl", "pytorch_model.bin", "in/state.PT"),
+        *("license.so", "._evil.so", "run.ps1"),
+    ],
 )
 def test_a_file_that_is_none_of_a_models_is_refused(name: str, tmp_path: Path) -> None:
     write(tmp_path, settings())
@@ -146,6 +150,51 @@ def test_a_file_that_is_none_of_a_models_is_refused(name: str, tmp_path: Path) -
     (tmp_path / name).write_bytes(b"")
     with pytest.raises(ModelError, match=f"{name}: no file of a model"):
         read_config(tmp_path)
+    with pytest.raises(ModelError, match=f"{name}: no file of a model"):
+        check_model_folder(tmp_path)
+
+
+SYSTEM = (".DS_Store", "Thumbs.db", "desktop.ini", "._model.onnx", "in/._x")
+NOTES = ("README", "COPYING", "in/VERSION")
+OTHERS = ("nohup.out", "events.log", "rows.parquet", "features.npz")
+
+
+def test_what_desktops_and_people_leave_in_a_folder_keeps_no_model_from_loading(
+    tmp_path: Path,
+) -> None:
+    write(tmp_path, settings())
+    (tmp_path / "in").mkdir()
+    for name in (*SYSTEM, *NOTES):
+        (tmp_path / name).write_bytes(b"Mine, see\n")
+    read_config(tmp_path)
+    check_model_folder(tmp_path)
+    for name in OTHERS:
+        (tmp_path / name).write_bytes(b"PK\3\4")
+        read_config(tmp_path)
+        with pytest.raises(ModelError, match=f"{name}: no file of a model"):
+            check_model_folder(tmp_path)
+        (tmp_path / name).unlink()
+
+
+@pytest.mark.parametrize(
+    "start", [b"\x7fELF\2", b"MZ\x90", b"\xcf\xfa\xed\xfe", b"#!/bin/sh", b"\x80\4\x95", b"PK\3\4"]
+)
+def test_a_program_without_a_suffix_is_refused(start: bytes, tmp_path: Path) -> None:
+    write(tmp_path, settings())
+    (tmp_path / "README").write_bytes(start)
+    for check in (read_config, check_model_folder):
+        with pytest.raises(ModelError, match="README: no file of a model"):
+            check(tmp_path)
+
+
+def test_what_a_desktop_adds_to_a_downloaded_model_is_no_change_of_it(tmp_path: Path) -> None:
+    folder = tmp_path / "down"
+    copy_with_manifest(write(tmp_path / "model", settings()), folder, "student", {})
+    (folder / ".DS_Store").write_bytes(b"")
+    verify_before_loading(folder)
+    (folder / "merges.txt").write_bytes(b"")
+    with pytest.raises(RegistryError, match=r"merges\.txt: missing, added or altered"):
+        verify_before_loading(folder)
 
 
 def external(folder: Path, location: str) -> None:

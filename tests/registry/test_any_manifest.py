@@ -3,7 +3,9 @@ written is what is read."""
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from hypothesis import given, settings
@@ -15,22 +17,26 @@ from distillery.registry.history import PREFIX, events_in
 from distillery.registry.manifest import (
     MANIFEST,
     Manifest,
+    columns_in,
     manifest_of,
     manifest_text,
     prompt_in,
     verify_before_loading,
 )
 from distillery.storage.digests import FileEntry
+from flows.batch_inference import batch_inference
 
 pytestmark = pytest.mark.security
 
 BUDGET = settings(max_examples=100, deadline=None, database=None, derandomize=True)
 """Inputs that are tried each time, always the same ones."""
 
+PROMPT = PromptRecipe().model_dump(mode="json")
+
 WHOLE = manifest_text(
     Manifest(
         model="mine",
-        provenance={"prompt": PromptRecipe().model_dump(mode="json"), "seed": 1},
+        provenance={"prompt": PROMPT, "recipe": {"dataset": {}}, "seed": 1},
         files=(FileEntry(path="model.onnx", sha256="0" * 64, bytes=3),),
     )
 )
@@ -80,6 +86,7 @@ def test_a_changed_manifest_is_one_line(content: bytes, folder: Path) -> None:
     try:
         found = manifest_of(folder)
         assert found is not None
+        columns_in(found.provenance, "mine")
         prompt_in(found.provenance, "mine", classify=True)
     except (RegistryError, DataError) as error:
         one_line(str(error))
@@ -87,6 +94,40 @@ def test_a_changed_manifest_is_one_line(content: bytes, folder: Path) -> None:
         verify_before_loading(folder)
     except RegistryError as error:
         one_line(str(error))
+
+
+RECIPES: list[Any] = [
+    None,
+    [],
+    {},
+    {"dataset": []},
+    {"dataset": None},
+    {"dataset": {"columns": 5}},
+    {"dataset": {"columns": {}, "fields": 5}},
+    {"dataset": {"columns": {}, "fields": [{}]}},
+]
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        {},
+        {"prompt": {"system": 5}, "recipe": {"dataset": {"columns": {}}}},
+        {"prompt": [5], "recipe": {"dataset": {"columns": {}}}},
+        *({"prompt": PROMPT, "recipe": recipe} for recipe in RECIPES),
+    ],
+)
+def test_a_model_whose_manifest_does_not_tell_how_it_is_asked_answers_no_file(
+    made: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = Mock()
+    registry.get.return_value = SimpleNamespace(name="mine", version="1")
+    registry.provenance.return_value = {"provenance": made}
+    monkeypatch.setattr("flows.batch_inference.open_registry", lambda _: registry)
+    monkeypatch.setattr("flows.batch_inference.begin", lambda: None)
+    with pytest.raises(DataError, match=r"mine version 1: .* again$") as caught:
+        batch_inference.fn("mine", "rows.jsonl")
+    one_line(str(caught.value))
 
 
 @BUDGET

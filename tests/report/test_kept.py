@@ -2,13 +2,16 @@
 
 import os
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from finished_run import evaluation, finished_run, page_of
 
 from distillery.errors import StoreError
 from distillery.report.kept import page_of_run
-from distillery.storage.artifacts import ArtifactStore
+from distillery.storage.artifacts import ArtifactStore, run_record
+from distillery.storage.housekeeping import Inventory
+from tasks import summary
 
 
 def keep(store: ArtifactStore, tmp_path: Path, run: str, age_s: float) -> None:
@@ -41,3 +44,32 @@ def test_a_run_without_a_page_is_said(tmp_path: Path) -> None:
         page_of_run(store, "desk-9")
     with pytest.raises(StoreError, match="desk-0: has no page, because"):
         page_of_run(store, "desk-0")
+
+
+NO_FILE_NAMES = ("a\\b", "a//b", "./a", "../a", "/a/", "c:a", "", "a.writing-b", "long" * 100, "\0")
+
+
+@pytest.mark.security
+@pytest.mark.parametrize("run", NO_FILE_NAMES)
+def test_a_run_of_any_name_is_kept_and_found(
+    run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = ArtifactStore()
+    folder = tmp_path / "page"
+    folder.mkdir()
+    (folder / "report.html").write_text("its page")
+    page = store.put(folder)
+    monkeypatch.setattr(summary, "produced_by", lambda: run)
+    monkeypatch.setattr(summary, "report_page", lambda *_: page)
+    monkeypatch.setattr(summary, "create_artifacts", Mock())
+    monkeypatch.setattr(summary, "get_run_logger", Mock())
+    assert summary.publish(finished_run()).run == run
+    assert page_of_run(store, run).read_text() == "its page"
+    (kept,) = Inventory(store).runs
+    assert page_of_run(store, kept.name) == page_of_run(store, run) == page_of_run(store)
+
+
+def test_ordinary_names_of_runs_are_those_of_their_records() -> None:
+    for run in ("neat-otter", "team/neat otter, preparation", "Lauf 2026-11-27 18:00 (\u00fc)"):
+        assert run_record(run) == f"runs/{run}.json"
+    assert run_record("a//b") != run_record("a/_b") != run_record("a\\b")

@@ -53,6 +53,20 @@ def test_nothing_but_a_digest_is_one(digest: str) -> None:
     assert not list(artifact_references({"artifact": named}))
 
 
+@pytest.mark.parametrize("name", [*NO_NAMES, "a/b", "a b"])
+def test_name_and_version_of_a_model_name_a_folder(name: str) -> None:
+    artifact = Artifact(uri="", sha256="0" * 64, bytes=1)
+    good = {"name": "a", "version": "2026-11.27_b", "registry": "azureml"}
+    RegisteredModel.model_validate(
+        {"artifact": artifact, **good, "manifest_sha256": artifact.sha256}
+    )
+    for key in ("name", "version"):
+        with pytest.raises(ValidationError, match=key):
+            RegisteredModel.model_validate(
+                {"artifact": artifact, **good, key: name, "manifest_sha256": artifact.sha256}
+            )
+
+
 @pytest.mark.parametrize("name", NO_NAMES)
 def test_no_name_leads_out_of_its_folder(name: str) -> None:
     with pytest.raises(ValidationError, match="not the relative name"):
