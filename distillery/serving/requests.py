@@ -32,7 +32,10 @@ def whole_number(value: Any) -> Any:
     return value
 
 
-WholeNumber = Annotated[int, BeforeValidator(whole_number)]
+TokenCount = Annotated[int, Field(ge=1, le=MOST_TOKENS), BeforeValidator(whole_number)]
+Seed = Annotated[int, Field(ge=0, le=LARGEST_SEED), BeforeValidator(whole_number)]
+AlternativeCount = Annotated[int, Field(ge=0, le=20), BeforeValidator(whole_number)]
+AnswerCount = Annotated[int, Field(ge=1, le=1), BeforeValidator(whole_number)]
 
 
 class StrictModel(BaseModel):
@@ -87,15 +90,15 @@ class ChatRequest(StrictModel):
 
     messages: list[ChatMessage] = Field(min_length=1, max_length=MOST_MESSAGES)
     model: str | None = Field(None, max_length=LONGEST_NAME)
-    max_tokens: WholeNumber | None = Field(None, ge=1, le=MOST_TOKENS)
-    max_completion_tokens: WholeNumber | None = Field(None, ge=1, le=MOST_TOKENS)
+    max_tokens: TokenCount | None = None
+    max_completion_tokens: TokenCount | None = None
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
-    seed: WholeNumber | None = Field(None, ge=0, le=LARGEST_SEED)
+    seed: Seed | None = None
     stop: StopText | Annotated[list[StopText], Field(max_length=MOST_STOPS)] | None = None
     logprobs: bool | None = None
-    top_logprobs: WholeNumber | None = Field(None, ge=0, le=20)
-    n: Annotated[WholeNumber, Field(ge=1, le=1)] | None = None
+    top_logprobs: AlternativeCount | None = None
+    n: AnswerCount | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     response_format: TextFormat | None = None
