@@ -174,8 +174,11 @@ def serve(
         ),
     ] = None,
     queue: Annotated[
-        int, typer.Option(help="Requests at once; more are told to come again.", min=1)
-    ] = 64,
+        int,
+        typer.Option(
+            help="Requests that wait for their answers; more are told when to come again.", min=1
+        ),
+    ] = 1024,
     answer_seconds: Annotated[
         float,
         typer.Option(help="Seconds until an answer, its wait included, is given up.", min=1),
@@ -186,7 +189,7 @@ def serve(
     Clients must send the key in DISTILLERY_SERVER_KEY, if it is set.
     """
     from distillery.serving import server
-    from distillery.serving.limits import Limits
+    from distillery.serving.limits import for_queue
 
     server.serve(
         folder,
@@ -196,7 +199,7 @@ def serve(
         server.key_from_environment(),
         threads=threads,
         hosts=allow_host or (),
-        limits=Limits(queue=queue, answer_s=answer_seconds),
+        limits=for_queue(queue, answer_seconds),
         shared_prefix=None if shared_prefix is None else shared_prefix == "on",
     )
 

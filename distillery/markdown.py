@@ -1,7 +1,8 @@
 """Texts of rows, names and teachers' words inside Markdown: they show as they are written.
 
 Prefect's pages render Markdown in artifacts, in their descriptions and in each cell of a table.
-There a text must not make a link, an image that the reader's browser would fetch, or HTML.
+There a text must not make a link, an image that the reader's browser would fetch, or HTML. Bare
+addresses, of which GitHub's Markdown makes links, keep their scheme, `www.` or `@` as code.
 """
 
 import re
@@ -15,6 +16,10 @@ bracket that an address may follow. Others, as in "[0.1, 0.2]", mean nothing by 
 BLOCK = re.compile(r"[#>]|[-+=](?=\s|[-=]|$)|(?<=\d)[.)](?=\s|$)")
 """Signs that make a heading, quote, list or rule at the beginning of a line."""
 
+ADDRESS = re.compile(r"(?:https?://|ftp://|www\.|(?<=\S)@(?=[-\w\\]+\.))+", re.IGNORECASE)
+"""What makes a link of a bare address. A backslash does not help: some programs, Prefect's newer
+page among them, look for addresses in the text that has been read already."""
+
 
 def escape(text: str) -> str:
     """Return a text in one line that Markdown shows as it is, in a table's cell too."""
@@ -22,7 +27,7 @@ def escape(text: str) -> str:
     start = len(escaped) - len(escaped.lstrip("0123456789"))
     if BLOCK.match(escaped, start):
         escaped = f"{escaped[:start]}\\{escaped[start:]}"
-    return escaped
+    return ADDRESS.sub(r"`\g<0>`", escaped)
 
 
 def link(text: str, address: str) -> str:

@@ -36,9 +36,9 @@ from distillery.errors import AnswerStopped
 from distillery.inference.onnx_student import OnnxStudent
 from distillery.serving.completion import Job, Piece, answer_pieces
 from distillery.serving.hosts import HostCheck
-from distillery.serving.limits import LONGEST_PASS, Limits
+from distillery.serving.limits import LONGEST_PASS, MOST_BODY_BYTES, Limits, retry_after
 from distillery.serving.openapi import openapi_document
-from distillery.serving.requests import ApiError, check_content_type, parse_request, read_body
+from distillery.serving.requests import ApiError, Bodies, check_content_type, parse_request
 
 _log = logging.getLogger(__name__)
 
@@ -76,7 +76,11 @@ class ModelServer:
         self.worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="student")
         # One is answered and one is ready behind it, so that the worker never waits for the loop.
         self.turns = asyncio.Semaphore(2)
+        self.bodies = Bodies(limits)
         self.places = 0
+        self.bytes = 0
+        # Seconds that the worker takes for an answer, by the last ones.
+        self.answer_s = 0.0
         self.tasks: set[asyncio.Task[Any]] = set()
         # Guards `answering`: the job in the worker's hands.
         self.lock = Lock()
@@ -98,14 +102,11 @@ class ModelServer:
     async def chat(self, request: Request) -> Response:
         self.check_key(request)
         check_content_type(request)
-        self.take_place()
-        try:
-            chat = parse_request(await read_body(request, self.limits.body_s))
-            self.check_model(chat.model)
-        except BaseException:
-            self.places -= 1
-            raise
-        job = Job(chat)
+        body = await self.bodies.read(request)
+        chat = parse_request(body)
+        self.check_model(chat.model)
+        job = Job(chat, len(body))
+        self.take_place(job)
         answer = AnswerBuilder(job, self.name)
         if chat.stream:
             pieces = self.stream(job, request)
@@ -135,16 +136,17 @@ class ModelServer:
             message = f"The model {name[:100]!r} does not exist; this server has {self.name!r}."
             raise ApiError(404, message, code="model_not_found", param="model")
 
-    def take_place(self) -> None:
-        """Count a request that comes in. Raises ApiError if there are too many."""
-        if self.places >= self.limits.queue:
+    def take_place(self, job: Job) -> None:
+        """Count a request. Raises ApiError if there are too many, or too much text in them."""
+        if self.places >= self.limits.queue or self.bytes + job.size > MOST_BODY_BYTES:
             raise ApiError(
                 429,
                 f"{self.places} requests are waiting already; try again.",
                 code="rate_limit_exceeded",
-                headers={"Retry-After": "1"},
+                headers={"Retry-After": str(retry_after(self.places, self.answer_s))},
             )
         self.places += 1
+        self.bytes += job.size
 
     def start(self, job: Job, request: Request, tell: Told) -> asyncio.Task[None]:
         """Answer a job in turn, and `tell` each piece from the worker thread. The task ends with
@@ -156,6 +158,7 @@ class ModelServer:
 
         def ended(_: asyncio.Task[None]) -> None:
             self.places -= 1
+            self.bytes -= job.size
             self.tasks.discard(task)
             watch.cancel()
 
@@ -165,7 +168,6 @@ class ModelServer:
 
     async def in_turn(self, job: Job, tell: Told) -> None:
         async with self.turns:
-            job.started = True
             loop = asyncio.get_running_loop()
             await loop.run_in_executor(self.worker, self.work, job, tell)
 
@@ -204,12 +206,15 @@ class ModelServer:
                 return
             self.answering = job
             decoder.stop.clear()
+        begun = time.monotonic()
         try:
             for piece in answer_pieces(self.student, job):
                 tell(piece)
         except AnswerStopped:
             _log.info("an answer was given up")
         finally:
+            taken = time.monotonic() - begun
+            self.answer_s = 0.8 * self.answer_s + 0.2 * taken if self.answer_s else taken
             with self.lock:
                 self.answering = None
                 decoder.stop.clear()
@@ -228,8 +233,9 @@ class ModelServer:
             job.cancelled.set()
             if self.answering is job:
                 self.student.decoder.stop.set()
-        if not job.started:
-            task.cancel()
+                return
+        # It waits, for its turn or in front of the worker, which passes it over.
+        task.cancel()
 
 
 class AnswerBuilder:

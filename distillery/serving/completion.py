@@ -40,15 +40,15 @@ class Job:
 
     `cancelled` is set by the event loop if the client has gone, the answer takes too long or is
     complete; the worker reads it between two passes of the model. `late`: it took too long.
-    `started`: it is with the worker.
+    `size`: bytes of the request.
     """
 
     request: ChatRequest
+    size: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cancelled: threading.Event = field(default_factory=threading.Event)
     late: bool = False
-    started: bool = False
 
     @property
     def usage(self) -> CompletionUsage:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from fastapi import Request
 from fastapi.responses import JSONResponse
 from openai.types.shared import ErrorObject
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from distillery.serving.limits import (
     LARGEST_BODY,
@@ -15,12 +15,27 @@ from distillery.serving.limits import (
     LONGEST_CHOICE,
     LONGEST_NAME,
     LONGEST_STOP,
+    MOST_BODY_BYTES,
     MOST_CHOICES,
     MOST_MESSAGES,
     MOST_PARTS,
     MOST_STOPS,
     MOST_TOKENS,
+    Limits,
 )
+
+
+def whole_number(value: Any) -> Any:
+    """Return 16 for 16.0, which JSON Schema counts as an integer."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value
+
+
+TokenCount = Annotated[int, Field(ge=1, le=MOST_TOKENS), BeforeValidator(whole_number)]
+Seed = Annotated[int, Field(ge=0, le=LARGEST_SEED), BeforeValidator(whole_number)]
+AlternativeCount = Annotated[int, Field(ge=0, le=20), BeforeValidator(whole_number)]
+AnswerCount = Annotated[int, Field(ge=1, le=1), BeforeValidator(whole_number)]
 
 
 class StrictModel(BaseModel):
@@ -75,15 +90,15 @@ class ChatRequest(StrictModel):
 
     messages: list[ChatMessage] = Field(min_length=1, max_length=MOST_MESSAGES)
     model: str | None = Field(None, max_length=LONGEST_NAME)
-    max_tokens: int | None = Field(None, ge=1, le=MOST_TOKENS)
-    max_completion_tokens: int | None = Field(None, ge=1, le=MOST_TOKENS)
+    max_tokens: TokenCount | None = None
+    max_completion_tokens: TokenCount | None = None
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
-    seed: int | None = Field(None, ge=0, le=LARGEST_SEED)
+    seed: Seed | None = None
     stop: StopText | Annotated[list[StopText], Field(max_length=MOST_STOPS)] | None = None
     logprobs: bool | None = None
-    top_logprobs: int | None = Field(None, ge=0, le=20)
-    n: Annotated[int, Field(ge=1, le=1)] | None = None
+    top_logprobs: AlternativeCount | None = None
+    n: AnswerCount | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     response_format: TextFormat | None = None
@@ -140,33 +155,60 @@ def check_content_type(request: Request) -> None:
         raise ApiError(415, "Send the header Content-Type: application/json.")
 
 
-async def read_body(request: Request, seconds: float) -> bytes:
-    """Return the request's body. Raises ApiError if it is larger than LARGEST_BODY, or is not there
-    in `seconds`."""
-    closed = {"Connection": "close"}
-    try:
-        async with asyncio.timeout(seconds):
-            body, size = bytearray(), 0
-            async for part in request.stream():
-                size += len(part)
-                if size <= LARGEST_BODY:
-                    body += part
-                # The rest is read and dropped, as clients look for an answer when they have sent
-                # all; but there is an end to that.
-                elif size > 4 * LARGEST_BODY:
-                    break
-    except TimeoutError as error:
-        raise ApiError(
-            408, f"The request did not come within {seconds:g} s.", headers=closed
-        ) from error
-    if size > LARGEST_BODY:
-        raise ApiError(
-            413,
-            f"The request is larger than {LARGEST_BODY} bytes.",
-            code="request_too_large",
-            headers=closed,
-        )
-    return bytes(body)
+class Bodies:
+    """The bodies that are being read. Where they are too many, or too large together, the one that
+    began first is given up: others are there in moments."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self.sizes: dict[asyncio.Timeout, int] = {}
+
+    async def read(self, request: Request) -> bytes:
+        """Return a request's body. Raises ApiError if it is larger than LARGEST_BODY, is not there
+        in `body_s`, or is given up for others."""
+        closed = {"Connection": "close"}
+        deadline = asyncio.timeout(self.limits.body_s)
+        try:
+            async with deadline:
+                body, size = bytearray(), 0
+                self.make_room(deadline, 0)
+                async for part in request.stream():
+                    size += len(part)
+                    if size <= LARGEST_BODY:
+                        body += part
+                        self.make_room(deadline, size)
+                    # The rest is read and dropped, as clients look for an answer when they have
+                    # sent all; but there is an end to that.
+                    elif size > 4 * LARGEST_BODY:
+                        break
+        except TimeoutError as error:
+            raise ApiError(
+                408,
+                f"The request did not come within {self.limits.body_s:g} s, or too slowly while "
+                "many others came.",
+                headers=closed,
+            ) from error
+        finally:
+            self.sizes.pop(deadline, None)
+        if size > LARGEST_BODY:
+            raise ApiError(
+                413,
+                f"The request is larger than {LARGEST_BODY} bytes.",
+                code="request_too_large",
+                headers=closed,
+            )
+        return bytes(body)
+
+    def make_room(self, deadline: asyncio.Timeout, size: int) -> None:
+        """Count `size` bytes of the body with this deadline, and give up older ones for it."""
+        if deadline.expired():
+            return
+        self.sizes[deadline] = size
+        while len(self.sizes) > self.limits.reading or sum(self.sizes.values()) > MOST_BODY_BYTES:
+            oldest = next(iter(self.sizes))
+            del self.sizes[oldest]
+            if not oldest.expired():
+                oldest.reschedule(0)
 
 
 def parse_request(body: bytes) -> ChatRequest:

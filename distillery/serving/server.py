@@ -26,7 +26,8 @@ from distillery.inference.onnx_student import OnnxStudent
 from distillery.processes import exit_with_parent
 from distillery.registry.manifest import verify_before_loading
 from distillery.serving.app import create_app
-from distillery.serving.limits import Limits
+from distillery.serving.hosts import own_name
+from distillery.serving.limits import Limits, for_queue, within_open_files
 from distillery.serving.process import KEY_VARIABLE
 from distillery.settings import is_loopback, load_environment
 
@@ -54,8 +55,8 @@ def serve(
     prompt goes on from what it shares with the one before; None is yes where only this machine
     reaches the server.
     Raises CredentialsError for an address that other machines reach without a key, ModelError for a
-    bad folder or port, and RegistryError for a registered model that was altered or is not signed
-    as DISTILLERY_VERIFY_KEY asks for.
+    bad folder, port or name, and RegistryError for a registered model that was altered or is not
+    signed as DISTILLERY_VERIFY_KEY asks for.
     """
     import uvicorn
 
@@ -65,13 +66,14 @@ def serve(
         )
     if parent is not None:
         exit_with_parent(parent)
+    names = [own_name(name) for name in hosts]
     verify_before_loading(folder)
-    limits = limits or Limits()
+    limits = within_open_files(limits or Limits())
     app = create_app(
         OnnxStudent(folder, threads),
         model_name,
         api_key,
-        hosts=(host, *hosts),
+        hosts=(host, *names),
         limits=limits,
         shared_prefix=is_loopback(host) if shared_prefix is None else shared_prefix,
     )
@@ -92,7 +94,7 @@ def server_config(app: FastAPI, limits: Limits) -> "uvicorn.Config":
 
     return uvicorn.Config(
         app,
-        http=timed_protocol(limits.header_s),
+        http=timed_protocol(limits),
         ws="none",
         log_level="warning",
         access_log=False,
@@ -134,7 +136,7 @@ def main() -> None:
     parser.add_argument("--host", default="127.0.0.1", help="the address to listen on")
     parser.add_argument("--port", type=int, default=8080, help="0 takes a free one")
     parser.add_argument("--threads", type=int, help="threads of one operation")
-    parser.add_argument("--queue", type=int, default=Limits.queue, help="requests at once")
+    parser.add_argument("--queue", type=int, default=Limits.queue, help="waiting requests")
     parser.add_argument("--parent", type=int, help="end with the process of this id")
     options = parser.parse_args()
     try:
@@ -146,7 +148,7 @@ def main() -> None:
             key_from_environment(),
             threads=options.threads,
             parent=options.parent,
-            limits=Limits(queue=options.queue),
+            limits=for_queue(options.queue),
         )
     except DistilleryError as error:
         sys.exit(str(error))

@@ -37,7 +37,7 @@ def test_hugging_face_reads_the_card(made: dict[str, Any], tmp_path: Path) -> No
 def test_the_recipe_states_the_teacher_s_terms(tmp_path: Path) -> None:
     teacher = {"kind": "endpoint", "terms": "https://example.com/terms | part 3"}
     card = model_card("mine", provenance(tmp_path / "made", teacher=teacher))
-    assert f"{TERMS} https://example.com/terms \\| part 3 |" in card
+    assert f"{TERMS} `https://`example.com/terms \\| part 3 |" in card
 
 
 def test_a_base_model_without_a_licence(made: dict[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """What one client can't do to a server: keep it from others, read what others asked, reach it from
 a web page of another site, or learn of the machine. Everything goes by the order of events."""
 
+import asyncio
 import json
 import random
 import shutil
@@ -13,14 +14,17 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from fastapi import FastAPI
 from own_server import OwnServer, SlowStudent, own_server, wait_until
 from pydantic import SecretStr
 
 from distillery.errors import AnswerStopped, ModelError
 from distillery.inference.logits import Logits
 from distillery.inference.onnx_student import OnnxStudent
+from distillery.serving import app, requests
 from distillery.serving import server as serving
-from distillery.serving.limits import LARGEST_BODY, LONGEST_STOP, Limits
+from distillery.serving.hosts import HostCheck, own_name
+from distillery.serving.limits import LARGEST_BODY, LONGEST_STOP, Limits, within_open_files
 from distillery.serving.process import OWN_QUEUE
 from distillery.serving.stops import StopSearch, StopText
 
@@ -92,30 +96,139 @@ def received(connection: socket.socket) -> tuple[int, dict[str, str], bytes]:
     return int(first.split()[1]), headers, body
 
 
-def test_too_many_requests_are_told_to_come_again_those_still_read_too(tiny_onnx: Build) -> None:
+def test_too_many_requests_are_told_when_to_come_again(tiny_onnx: Build) -> None:
     student = SlowStudent(tiny_onnx("llama"))
-    with own_server(student, Limits(queue=3)) as running:
+    with own_server(student, Limits(queue=2)) as running:
         first = Asking(running)
         assert wait_until(lambda: student.asked == 1)
         second = Asking(running)
         assert wait_until(lambda: running.server.places == 2)
-        content = json.dumps(ONE).encode()
-        with connect(running) as third:
-            third.sendall(head(len(content)) + content[:5])
-            assert wait_until(lambda: running.server.places == 3)
+        for seconds, expected in ((0.0, "1"), (0.2, "1"), (4.3, "9"), (100.0, "60")):
+            running.server.answer_s = seconds
             refused = ask(running)
             assert refused.status_code == 429
-            assert refused.headers["retry-after"] == "1"
-            assert refused.json()["error"]["code"] == "rate_limit_exceeded"
-            assert httpx.get(f"{running.url}/healthz", trust_env=False).status_code == 200
-            third.sendall(content[5:])
-            for _ in range(3):
-                student.go_on.release()
-            assert third.recv(12) == b"HTTP/1.1 200"
+            assert refused.headers["retry-after"] == expected
+        assert refused.json()["error"]["code"] == "rate_limit_exceeded"
+        assert httpx.get(f"{running.url}/healthz", trust_env=False).status_code == 200
+        running.server.answer_s = 0.0
+        student.go_on.release(2)
         assert (first.result(), second.result()) == (200, 200)
         assert wait_until(lambda: running.server.places == 0)
+        assert running.server.answer_s > 0
         student.go_on.release()
         assert ask(running).status_code == 200
+
+
+def test_many_requests_of_one_program_wait_by_default(tiny_onnx: Build) -> None:
+    student = SlowStudent(tiny_onnx("llama"))
+    with own_server(student) as running:
+        waiting = [sent(running) for _ in range(150)]
+        assert wait_until(lambda: running.server.places == len(waiting))
+        for connection in waiting:
+            connection.close()
+        student.go_on.release(2)
+        assert wait_until(lambda: running.server.places == 0)
+
+
+def test_bodies_that_do_not_come_keep_no_one_out(tiny_onnx: Build) -> None:
+    """They take no place of the queue, and the one that began first gives way to another."""
+    student = OnnxStudent(tiny_onnx("llama"), threads=1)
+    with own_server(student, Limits(queue=2, reading=3)) as running:
+        slow = []
+        for _ in range(3):
+            slow.append(connect(running))
+            slow[-1].sendall(head(100) + b'{"messages"')
+            assert wait_until(lambda: len(running.server.bodies.sizes) == len(slow))
+        assert running.server.places == 0
+        assert ask(running).status_code == 200
+        status, _, body = received(slow[0])
+        assert (status, len(running.server.bodies.sizes)) == (408, 2)
+        assert "while many others came" in json.loads(body)["error"]["message"]
+        for connection in slow:
+            connection.close()
+        assert wait_until(lambda: not running.server.bodies.sizes)
+
+
+def test_bodies_that_are_too_large_together_give_way(
+    tiny_onnx: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(requests, "MOST_BODY_BYTES", 1000)
+    student = OnnxStudent(tiny_onnx("llama"), threads=1)
+    with own_server(student) as running, connect(running) as slow:
+        slow.sendall(head(1000) + b" " * 900)
+        assert wait_until(lambda: list(running.server.bodies.sizes.values()) == [900])
+        assert ask(running, user="x" * 100).status_code == 200
+        assert received(slow)[0] == 408
+
+
+def test_what_waits_is_bounded_by_its_size_too(
+    tiny_onnx: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(app, "MOST_BODY_BYTES", 1000)
+    student = SlowStudent(tiny_onnx("llama"))
+    with own_server(student) as running:
+        first = Asking(running, user="x" * 500)
+        assert wait_until(lambda: student.asked == 1)
+        assert ask(running, user="x" * 500).status_code == 429
+        student.go_on.release()
+        assert first.result() == 200
+        assert wait_until(lambda: running.server.bytes == 0)
+
+
+def test_idle_connections_give_way_to_others(tiny_onnx: Build) -> None:
+    student = SlowStudent(tiny_onnx("llama"))
+    with own_server(student, Limits(connections=3)) as running:
+        busy = Asking(running)
+        assert wait_until(lambda: student.asked == 1)
+        idle = [connect(running) for _ in range(4)]
+        for closed in idle[:2]:
+            assert closed.recv(1) == b""
+        assert httpx.get(f"{running.url}/healthz", trust_env=False).status_code == 200
+        student.go_on.release()
+        assert busy.result() == 200
+        for connection in idle:
+            connection.close()
+
+
+def test_connections_that_are_all_busy_are_told(tiny_onnx: Build) -> None:
+    student = SlowStudent(tiny_onnx("llama"))
+    with own_server(student, Limits(connections=2)) as running:
+        busy = [sent(running) for _ in range(2)]
+        assert wait_until(lambda: running.server.places == 2)
+        with connect(running) as refused:
+            status, headers, body = received(refused)
+        assert (status, headers["retry-after"]) == (503, "1")
+        assert json.loads(body)["error"]["code"] == "too_many_connections"
+        for connection in busy:
+            connection.close()
+        student.go_on.release(2)
+
+
+@pytest.mark.parametrize(
+    ("soft", "hard", "raised", "connections"),
+    [
+        (1 << 20, 1 << 20, None, 2304),
+        (-1, -1, None, 2304),
+        (1024, 1 << 20, 3072, 2304),
+        (1024, -1, 3072, 2304),
+        (1024, 2048, 2048, 1536),
+        (1024, 1024, 1024, 768),
+    ],
+)
+def test_connections_stay_within_the_files_that_may_be_open(
+    soft: int, hard: int, raised: int | None, connections: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resource = pytest.importorskip("resource")
+    infinite = resource.RLIM_INFINITY
+    limit = tuple(infinite if each == -1 else each for each in (soft, hard))
+    changed: list[int] = []
+    monkeypatch.setattr(resource, "getrlimit", lambda _: limit)
+    monkeypatch.setattr(resource, "setrlimit", lambda _, new: changed.append(new[0]))
+    found = within_open_files(Limits())
+    assert found.connections == connections
+    assert changed == ([raised] if raised else [])
+    assert found.queue + found.reading < connections
+    assert (found.queue == Limits().queue) is (connections == Limits().connections)
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -128,8 +241,7 @@ def test_a_client_that_goes_while_it_waits_leaves_the_queue(stream: bool, tiny_o
         assert wait_until(lambda: running.server.places == 5)
         for other in others:
             other.close()
-        # One of them is with the worker already, behind the first.
-        assert wait_until(lambda: running.server.places <= 2)
+        assert wait_until(lambda: running.server.places == 1)
         student.go_on.release()
         assert first.result() == 200
         assert wait_until(lambda: running.server.places == 0)
@@ -199,16 +311,67 @@ def test_a_client_that_goes_is_noticed_before_the_next_pass(
     assert entry["logprob"] == pytest.approx(float(expected), abs=1e-4)
 
 
+class Deadlines:
+    """Every deadline of an answer, which passes when a test says so."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, answer_s: float) -> None:
+        self.answer_s = answer_s
+        self.started: list[tuple[asyncio.AbstractEventLoop, asyncio.Timeout]] = []
+        self.timeout = asyncio.timeout
+        monkeypatch.setattr(asyncio, "timeout", self)
+
+    def __call__(self, seconds: float | None) -> asyncio.Timeout:
+        made = self.timeout(seconds)
+        if seconds == self.answer_s:
+            self.started.append((asyncio.get_running_loop(), made))
+        return made
+
+    def expire(self, number: int) -> None:
+        loop, deadline = self.started[number]
+        loop.call_soon_threadsafe(deadline.reschedule, 0)
+
+
 @pytest.mark.parametrize("stream", [False, True])
-def test_an_answer_that_takes_too_long_is_given_up(stream: bool, tiny_onnx: Build) -> None:
+def test_an_answer_that_takes_too_long_is_given_up(
+    stream: bool, tiny_onnx: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
     student = SlowStudent(tiny_onnx("llama"))
-    with own_server(student, Limits(answer_s=0.05)) as running:
+    deadlines = Deadlines(monkeypatch, 512.5)
+    with own_server(student, Limits(answer_s=512.5)) as running:
         asking = Asking(running, stream=stream)
+        assert wait_until(lambda: student.asked == 1)
+        deadlines.expire(0)
         assert wait_until(student.decoder.stop.is_set)
         student.go_on.release(9)
         assert asking.result() == 503
     assert json.loads(asking.text)["error"]["code"] == "timeout"
     assert student.asked == 1
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_that_is_late_before_its_turn_is_given_up_at_once(
+    stream: bool, tiny_onnx: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second is with the worker already, behind the first; the third waits for its turn."""
+    student = SlowStudent(tiny_onnx("llama"))
+    deadlines = Deadlines(monkeypatch, 512.5)
+    with own_server(student, Limits(answer_s=512.5)) as running:
+        first = Asking(running)
+        assert wait_until(lambda: student.asked == 1)
+        late: list[Asking] = []
+        while len(late) < 2:
+            late.append(Asking(running, stream=stream))
+            assert wait_until(lambda: len(deadlines.started) == 1 + len(late))
+        for number, asking in enumerate(late, 1):
+            deadlines.expire(number)
+            assert asking.result() == 503
+        assert not student.decoder.stop.is_set()
+        student.go_on.release()
+        assert first.result() == 200
+        assert wait_until(lambda: running.server.places == 0)
+        student.go_on.release()
+        assert ask(running).status_code == 200
+    assert student.asked == 2
 
 
 @pytest.mark.parametrize("start", [b"", b"POST /v1/chat", head(100)[:-2]], ids=["nothing", "", ""])
@@ -275,22 +438,56 @@ def test_a_body_without_an_end_is_cut_off(running: OwnServer) -> None:
         ("192.168.7.7", True),
         ("my.example:8080", True),
         (socket.gethostname(), True),
+        ("my.localhost:8080", True),
+        (None, True),
         ("evil.example", False),
+        ("evillocalhost", False),
         ("localhost.evil.example", False),
         ("127.0.0.1.evil.example:8080", False),
         ("evil.example@localhost", False),
         ("", False),
     ],
 )
-def test_only_its_own_names_are_answered(host: str, answered: bool, running: OwnServer) -> None:
+def test_only_its_own_names_are_answered(
+    host: str | None, answered: bool, running: OwnServer
+) -> None:
     for path in ("/v1/models", "/healthz"):
         with connect(running) as connection:
             lines = [f"GET {path} HTTP/1.1", f"Host: {host}", "Connection: close", "", ""]
+            if host is None:
+                lines = [f"GET {path} HTTP/1.0", "", ""]
             connection.sendall("\r\n".join(lines).encode())
             status, _, body = received(connection)
         assert status == (200 if answered else 421)
         if not answered:
-            assert "--allow-host" in json.loads(body)["error"]["message"]
+            message = json.loads(body)["error"]["message"]
+            assert "--allow-host" in message
+            assert ":8080" not in message
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        ("student", "student"),
+        ("Student.:8080", "student"),
+        ("http://student:8080/v1", "student"),
+        ("https://my.example", "my.example"),
+        ("[fd00::1]:8080", "fd00::1"),
+    ],
+)
+def test_a_name_is_taken_with_its_port_and_scheme_too(given: str, name: str) -> None:
+    assert own_name(given) == name
+    assert HostCheck(FastAPI(), [name]).is_own(name)
+
+
+@pytest.mark.parametrize(
+    "given", ["", "*", "*.example", "a b", "me@student", "http://", "b\u00fccher"]
+)
+def test_what_is_no_name_is_refused_in_one_line(given: str, tiny_onnx: Build) -> None:
+    with pytest.raises(
+        ModelError, match=r"^--allow-host .*: give the name of a host, such as [a-z.]+$"
+    ):
+        serving.serve(tiny_onnx("llama"), "tiny", hosts=[given])
 
 
 @pytest.mark.parametrize(
@@ -354,7 +551,12 @@ def test_no_answer_tells_of_the_machine(stream: bool, tiny_onnx: Build, tmp_path
         ({"max_tokens": 1 << 21}, "max_tokens"),
         ({"max_completion_tokens": 10**30}, "max_completion_tokens"),
         ({"max_tokens": "5"}, "max_tokens"),
+        ({"max_tokens": True}, "max_tokens"),
+        ({"max_tokens": 1.5}, "max_tokens"),
+        ({"max_tokens": 1e300}, "max_tokens"),
         ({"n": 2}, "n"),
+        ({"n": True}, "n"),
+        ({"n": 2.0}, "n"),
         ({"seed": 1 << 70}, "seed"),
         ({"model": "x" * 300}, "model"),
         ({"messages": MESSAGES * 1001}, "messages"),
@@ -374,6 +576,14 @@ def test_a_field_out_of_its_bounds_is_refused(
     assert response.status_code == 400
     assert response.json()["error"]["param"].startswith(param)
     assert len(response.content) < 1000
+
+
+def test_a_whole_number_may_be_written_as_a_float(running: OwnServer) -> None:
+    """JSON Schema counts it as an integer."""
+    floats = {"max_tokens": 1.0, "n": 1.0, "seed": 7.0, "logprobs": True, "top_logprobs": 2.0}
+    response = ask(running, **floats)
+    assert response.status_code == 200
+    assert response.json()["usage"]["completion_tokens"] == 1
 
 
 @pytest.mark.parametrize(
