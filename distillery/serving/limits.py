@@ -21,6 +21,9 @@ MOST_BODY_BYTES = 256 << 20
 SPARE_CONNECTIONS = 256
 """Connections beside those of bodies that are being read and of requests that wait."""
 
+ACCEPTED_AT_ONCE = 2048
+"""Connections that may be accepted before the first of them is looked at."""
+
 LONGEST_RETRY = 60
 """Seconds. The openai package follows no longer Retry-After."""
 
@@ -58,7 +61,7 @@ def within_open_files(limits: Limits) -> Limits:
         import resource
     except ImportError:  # Windows has no such limit.
         return limits
-    wanted = math.ceil(limits.connections / 0.75)
+    wanted = math.ceil(limits.connections / 0.75) + ACCEPTED_AT_ONCE
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         raised = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
@@ -66,9 +69,9 @@ def within_open_files(limits: Limits) -> Limits:
         with suppress(ValueError, OSError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (raised, hard))
             soft = raised
-    if soft == resource.RLIM_INFINITY or soft >= wanted:
-        return limits
     connections = max(8, soft * 3 // 4)
+    if soft == resource.RLIM_INFINITY or connections >= limits.connections:
+        return limits
     share = connections * 3 // 8
     return replace(
         limits,

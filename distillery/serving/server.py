@@ -27,7 +27,7 @@ from distillery.processes import exit_with_parent
 from distillery.registry.manifest import verify_before_loading
 from distillery.serving.app import create_app
 from distillery.serving.hosts import own_name
-from distillery.serving.limits import Limits, for_queue, within_open_files
+from distillery.serving.limits import ACCEPTED_AT_ONCE, Limits, for_queue, within_open_files
 from distillery.serving.process import KEY_VARIABLE
 from distillery.settings import is_loopback, load_environment
 
@@ -107,7 +107,7 @@ def listen(host: str, port: int) -> socket.socket:
     """Return a listening socket. Raises ModelError if the address can't be used."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        listener = socket.create_server((host, port), family=family, backlog=2048)
+        listener = socket.create_server((host, port), family=family, backlog=ACCEPTED_AT_ONCE)
     except (OSError, OverflowError) as error:
         raise ModelError(
             f"--host {host} --port {port}: can't be used ({error}); give others"
