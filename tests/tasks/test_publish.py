@@ -43,7 +43,7 @@ class WithoutArtifacts(BaseHTTPRequestHandler):
             type(self).refused += 1
             status, content = 500, b"{}"
         else:
-            kept = {"content-type", "x-prefect-api-version", "prefect-csrf-token"}
+            kept = {"authorization", "content-type", "x-prefect-api-version", "prefect-csrf-token"}
             headers = {name: value for name, value in self.headers.items() if name.lower() in kept}
             path = self.path.removeprefix("/api")
             answer = httpx.request(self.command, self.api + path, content=body, headers=headers)
