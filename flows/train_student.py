@@ -14,7 +14,7 @@ from prefect import flow, get_client, get_run_logger
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.objects import FlowRun, State, WorkerStatus
 from prefect.deployments import run_deployment
-from prefect.exceptions import ObjectNotFound
+from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
 from prefect.states import Cancelled
 from pydantic_core import to_jsonable_python
@@ -176,6 +176,11 @@ def has_worker(client: SyncPrefectClient, pool: str | None, queue: str | None) -
         workers = client.read_workers_for_work_pool(pool)
     except ObjectNotFound:
         return False
+    except PrefectHTTPStatusError as error:
+        # Of workers, Prefect's client does not raise ObjectNotFound: the pool has gone since.
+        if error.response.status_code == 404:
+            return False
+        raise
     return any(worker.status == WorkerStatus.ONLINE for worker in workers)
 
 

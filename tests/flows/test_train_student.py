@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from contextvars import copy_context
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
+import httpx
 import pytest
 from prefect import flow, get_client
 from prefect.client.orchestration import SyncPrefectClient
@@ -252,3 +253,16 @@ def test_what_is_not_there_ends_a_search_before_labels_are_paid_for(
     with pytest.raises(TrainingUnavailable, match="not there"):
         run_search("train-student/gone")
     assert "labels" not in steps
+
+
+def test_a_pool_that_goes_while_its_workers_are_asked_for_has_none() -> None:
+    class Client:
+        def read_work_pool(self, _name: str) -> Any:
+            return SimpleNamespace(is_paused=False, is_push_pool=False, is_managed_pool=False)
+
+        def read_workers_for_work_pool(self, _name: str) -> Any:
+            request = httpx.Request("POST", "http://127.0.0.1/api/work_pools/gone/workers/filter")
+            response = httpx.Response(404, request=request)
+            raise PrefectHTTPStatusError("Not Found", request=request, response=response)
+
+    assert not training.has_worker(cast(Any, Client()), "gone", None)
