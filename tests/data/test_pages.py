@@ -7,6 +7,7 @@ import tracemalloc
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import pytest
+from spoilt import varint
 
 from distillery.data import pages
 from distillery.data.pages import read_footer
@@ -16,14 +17,6 @@ pytestmark = pytest.mark.security
 MANY = 50_000
 LIST_FIELD = 9
 STRUCTURE, DOUBLE = 12, 7
-
-
-def varint(number: int) -> bytes:
-    digits = b""
-    while number > 127:
-        digits += bytes([number & 127 | 128])
-        number >>= 7
-    return digits + bytes([number])
 
 
 def many(kind: int, count: int) -> bytes:

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from spoilt import varint
 
 from distillery.data.look import look
 from distillery.data.readers import TableRow, open_table, read_file
@@ -322,15 +323,6 @@ def test_the_footers_sizes_are_not_trusted(tmp_path: Path) -> None:
     path.write_bytes(lied)
     with pytest.raises(DataError, match=r"row group 1 unfolds to 1 MB at a time"):
         rows_of(path)
-
-
-def varint(number: int) -> bytes:
-    """Return a number as Thrift writes it: 7 bits a byte, the lowest first."""
-    digits = b""
-    while number > 127:
-        digits += bytes([number & 127 | 128])
-        number >>= 7
-    return digits + bytes([number])
 
 
 MEASURE = """

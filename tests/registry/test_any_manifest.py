@@ -1,7 +1,6 @@
 """A manifest.json or an entry of the history that somebody has changed: one line, and what was
 written is what is read."""
 
-import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +9,7 @@ from unittest.mock import Mock
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from spoilt import one_line, spoilt
 
 from distillery.errors import DataError, RegistryError
 from distillery.recipe import PromptRecipe
@@ -41,37 +41,14 @@ WHOLE = manifest_text(
     )
 )
 
-texts = st.text(st.characters() | st.sampled_from("\ud800\0\n"), max_size=20)
-keys = st.sampled_from(["model", "provenance", "prompt", "files", "path", "sha256"]) | texts
-values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | texts,
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(keys, inner, max_size=4),
-    max_leaves=10,
+KEYS = ("model", "provenance", "prompt", "files", "path", "sha256")
+
+CONTENTS = spoilt(
+    WHOLE,
+    KEYS,
+    "provenance",
+    lambda manifest: [manifest, manifest["provenance"], manifest["files"][0]],
 )
-
-
-@st.composite
-def contents(draw: st.DrawFn) -> bytes:
-    """Return bytes near a manifest: cut off, with other bytes or values in it, or none of it."""
-    way = draw(st.sampled_from(["cut", "bytes", "value", "json", "deep", "any"]))
-    if way == "cut":
-        return WHOLE[: draw(st.integers(0, len(WHOLE) - 1))]
-    if way == "bytes":
-        place = draw(st.integers(0, len(WHOLE) - 1))
-        return WHOLE[:place] + draw(st.binary(max_size=3)) + WHOLE[place + 1 :]
-    if way == "value":
-        manifest: Any = json.loads(WHOLE)
-        part = draw(st.sampled_from([manifest, manifest["provenance"], manifest["files"][0]]))
-        part[draw(st.sampled_from(sorted(part)))] = draw(values)
-        return json.dumps(manifest).encode()
-    if way == "json":
-        return json.dumps(draw(values)).encode()
-    return b'{"provenance":' + b"[" * 60_000 if way == "deep" else draw(st.binary(max_size=60))
-
-
-def one_line(text: str) -> None:
-    assert "\n" not in text
-    assert len(text) < 1_000
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +57,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @BUDGET
-@given(content=contents())
+@given(content=CONTENTS)
 def test_a_changed_manifest_is_one_line(content: bytes, folder: Path) -> None:
     (folder / MANIFEST).write_bytes(content)
     try:
@@ -131,7 +108,7 @@ def test_a_model_whose_manifest_does_not_tell_how_it_is_asked_answers_no_file(
 
 
 @BUDGET
-@given(text=contents().map(lambda content: content.decode("utf-8", "replace")))
+@given(text=CONTENTS.map(lambda content: content.decode("utf-8", "replace")))
 def test_a_changed_entry_of_the_history_is_one_line(text: str) -> None:
     with pytest.raises(RegistryError) as caught:
         events_in({f"{PREFIX}1": text}, "registry")

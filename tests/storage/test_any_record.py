@@ -4,11 +4,11 @@ was written is what is read."""
 import json
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from spoilt import one_line, spoilt
 
 from distillery.errors import ArtifactDamaged, DistilleryError, StoreError
 from distillery.records import is_relative_name
@@ -38,42 +38,11 @@ OUTCOME = {
     "page": ARTIFACT,
 }
 
-texts = st.text(st.characters() | st.sampled_from("\ud800\0\n"), max_size=20)
-keys = st.sampled_from(["files", "path", "sha256", "bytes", "uri", *OUTCOME]) | texts
-values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | texts,
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(keys, inner, max_size=4),
-    max_leaves=10,
-)
-
-
-def one_line(text: str) -> None:
-    assert "\n" not in text
-    assert len(text) < 1_000
-
-
-@st.composite
-def changed(draw: st.DrawFn, content: bytes) -> bytes:
-    """Return bytes near `content`: cut off, with other bytes in it, with other values, or none of
-    it."""
-    way = draw(st.sampled_from(["cut", "bytes", "value", "json", "deep", "any"]))
-    if way == "cut":
-        return content[: draw(st.integers(0, len(content) - 1))]
-    if way == "bytes":
-        place = draw(st.integers(0, len(content) - 1))
-        return content[:place] + draw(st.binary(max_size=3)) + content[place + 1 :]
-    if way == "value":
-        outer: Any = json.loads(content)
-        key = draw(st.sampled_from(sorted(outer)))
-        outer[key] = draw(values)
-        return json.dumps(outer).encode()
-    if way == "json":
-        return json.dumps(draw(values)).encode()
-    return b'{"files":' + b"[" * 60_000 if way == "deep" else draw(st.binary(max_size=60))
+KEYS = ("files", "path", "sha256", "bytes", "uri", *OUTCOME)
 
 
 @BUDGET
-@given(content=changed(manifest_text(FILES)))
+@given(content=spoilt(manifest_text(FILES), KEYS, "files"))
 def test_a_changed_list_of_files_is_one_line(content: bytes) -> None:
     try:
         found = read_manifest(content, "store/digest")
@@ -112,7 +81,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> ArtifactStore:
 
 
 @BUDGET
-@given(content=changed(json.dumps(OUTCOME).encode()))
+@given(content=spoilt(json.dumps(OUTCOME).encode(), KEYS, "files"))
 def test_a_changed_record_of_a_run_is_one_line(content: bytes, store: ArtifactStore) -> None:
     name = f"{RECORDS}/{RUNS}/one.json"
     store.write_object(name, content)
