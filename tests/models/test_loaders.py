@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from parsing import parsed
 
 from distillery.olive_workflow import explicit_loading
 
@@ -25,7 +26,7 @@ SILENT = ("PeftModel.from_pretrained", "create_model_version")
 
 def silent_loads(source: str) -> Iterator[tuple[int, str]]:
     """Yield the line and the name of each call of a loader without its answer."""
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(parsed(source)):
         if not isinstance(node, ast.Call):
             continue
         called = ast.unparse(node.func)

@@ -1,12 +1,12 @@
-"""A stage's cached records stand for its code: a change of the code is decided upon, never
+r"""A stage's cached records stand for its code: a change of the code is decided upon, never
 overlooked.
 
 stage_versions.json holds for each stage its version, a fingerprint of the code that decides what it
 returns, and the last decision. After a change, either raise the version in tasks/ (what is cached
 is made again) or, where the stage returns what it did, keep it; then record which:
 
-    .venv/bin/python tests/tasks/test_stage_versions.py "export: no change in behaviour, the error
-    text alone"
+    PYTHONPATH=tests/support .venv/bin/python tests/tasks/test_stage_versions.py \
+        "export: no change in behaviour, the error text alone"
 
 ("all: …" for a change that concerns several in the same way).
 """
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from parsing import parsed
 
 PROJECT = Path(__file__).resolve().parents[2]
 RECORD = Path(__file__).with_name("stage_versions.json")
@@ -41,7 +42,7 @@ def stages() -> dict[str, tuple[int, Path]]:
     """Each stage's version and file, as its decorator says."""
     found = {}
     for file in sorted((PROJECT / "tasks").glob("*.py")):
-        for node in ast.walk(ast.parse(file.read_text())):
+        for node in ast.walk(parsed(file.read_text())):
             if (
                 isinstance(node, ast.Call)
                 and isinstance(node.func, ast.Name)
@@ -58,7 +59,7 @@ def imported(file: Path) -> set[Path]:
     """Return the modules of distillery/ that `file` imports, at the top or inside a function, or
     names in a string that `python -m` or Olive imports."""
     found: set[Path] = set()
-    for node in ast.walk(ast.parse(file.read_text())):
+    for node in ast.walk(parsed(file.read_text())):
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, (
                 f"{file}:{node.lineno}: a relative import; this test follows none"
@@ -109,7 +110,7 @@ def code(file: Path) -> str:
         if token.type == tokenize.COMMENT:
             row, column = token.start
             lines[row - 1] = lines[row - 1][:column]
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(parsed(source)):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             first = node.body[0] if node.body else None
             if (
