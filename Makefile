@@ -14,6 +14,8 @@ DURATIONS ?= 12
 NEUTRAL := .venv-neutral/.installed
 # Foundry Local has one too, because it needs another ONNX Runtime.
 FOUNDRY := .venv-foundry/.installed
+# llama.cpp and OpenVINO have one too: OpenVINO's exporter needs another Transformers, and llama.cpp is compiled for the processor.
+PEERS := .venv-peers/.installed
 # The registered model that the judge is given, by default the demo's, and its version, by default the champion.
 MODEL ?= support-mood
 VERSION ?=
@@ -51,6 +53,19 @@ $(FOUNDRY): constraints-foundry.txt
 	@.venv-foundry/bin/pip install --quiet --disable-pip-version-check --upgrade pip
 	@.venv-foundry/bin/pip install --quiet --disable-pip-version-check --constraint constraints-foundry.txt foundry-local-sdk
 	@touch $@
+
+# A peer that can't be installed is told of, and tried again the next time; the benchmark leaves it out.
+$(PEERS): constraints-peers.txt
+	@echo "setting up .venv-peers (1.6 GB; llama.cpp is compiled, which takes minutes)"
+	@$(PYTHON) -m venv .venv-peers
+	@.venv-peers/bin/pip install --quiet --disable-pip-version-check --upgrade pip
+	@missing=; \
+	.venv-peers/bin/pip install --quiet --disable-pip-version-check --constraint constraints-peers.txt openvino optimum-intel nncf 'torch>=2.9,<=2.13' \
+		|| missing="OpenVINO, which pip does not install"; \
+	if ! command -v c++ >/dev/null; then missing="$${missing:+$$missing; }llama.cpp, for which there is no C++ compiler (apt-get install g++)"; \
+	else CMAKE_ARGS="-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF" .venv-peers/bin/pip install --quiet --disable-pip-version-check --no-cache-dir --constraint constraints-peers.txt --no-binary llama-cpp-python llama-cpp-python \
+		|| missing="$${missing:+$$missing; }llama.cpp, which does not compile"; fi; \
+	if [ -z "$$missing" ]; then touch $@; else echo "missing in .venv-peers: $$missing"; fi
 
 $(AUDIT): constraints-pip.txt constraints-audit.txt
 	@$(PYTHON) -m venv .venv-audit
@@ -98,7 +113,7 @@ bench-distil: $(INSTALLED) ## what students learn from gold answers, hard and so
 bench-distil-full: $(INSTALLED) ## the same over four pools, three depths and five seeds; goes on where it was ended
 	@$(BIN)/python -m benchmarks.distil --full
 
-bench-inference: $(INSTALLED) ## how fast a CPU scores rows, beside llama.cpp and Transformers
+bench-inference: $(INSTALLED) $(PEERS) ## how fast a CPU answers, beside llama.cpp, Transformers and OpenVINO; needs a C++ compiler
 	@$(BIN)/python -m benchmarks.inference
 
 bench-tasks: $(INSTALLED) ## what the defaults make of three classifiers that nobody tuned them on; needs TASKS_DATA

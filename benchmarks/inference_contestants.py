@@ -116,12 +116,12 @@ class Transformers(Contestant):
 
         torch.set_num_threads(threads)
         torch.set_flush_denormal(True)
-        torch.set_grad_enabled(False)
         options = {"dtype": settings["dtype"], "attn_implementation": settings["attention"]}
         model: Any = AutoModelForCausalLM.from_pretrained(
             files["base"], trust_remote_code=False, **options
         )
-        self.torch, self.model = torch, model.eval().model
+        model.eval().requires_grad_(False)
+        self.torch, self.model = torch, model.model
         self.head = model.lm_head.weight
         self.batch = settings.get("batch", 1)
 
