@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -264,9 +264,10 @@ class LlamaCpp(Contestant):
         self.cpp.llama_memory_seq_rm(self.memory, 0, shared, -1)
         last = len(tokens) - 1
         places = range(shared, len(tokens))
-        found = self.decode([(tokens[place], place, 0, place == last) for place in places])
+        entries = [(tokens[place], place, 0, place == last) for place in places]
+        logits: NDArray[np.float32] = self.decode(entries)[0]
         self.kept = list(tokens)
-        return found[0]
+        return logits
 
     def branches(
         self, sequences: list[list[int]], asked: list[list[int]], start: int
@@ -283,7 +284,8 @@ class LlamaCpp(Contestant):
         for number in range(1, len(sequences) + 1):
             self.cpp.llama_memory_seq_rm(self.memory, number, -1, -1)
         ends = np.cumsum([len(places) for places in asked])
-        return np.split(logits, ends[:-1])
+        found: list[NDArray[np.float32]] = np.split(logits, ends[:-1])
+        return found
 
     def decode(self, entries: list[tuple[int, int, int, bool]]) -> NDArray[np.float32]:
         """Compute tokens, each with its position, its sequence and whether the logits after it are
@@ -460,7 +462,7 @@ def softmax(logits: NDArray[Any]) -> list[float]:
 
 
 def text_probabilities(
-    first: NDArray[np.float32], following: Sequence[NDArray[np.float32]], texts: list[list[int]]
+    first: NDArray[Any], following: Iterable[NDArray[Any]], texts: list[list[int]]
 ) -> list[float]:
     """Return the softmax over the texts' mean log-probabilities. `first`: the logits after the
     prompt, [vocabulary]; `following`: for each text those after its tokens, all but the last, at
