@@ -15,12 +15,16 @@ class ExportForm(Slice):
     precision: Literal["int4", "int8", "fp16", "fp32"] = "int4"
     """Number format of the weights. int4 and int8 are quantised; fp16 and fp32 are floats."""
 
-    algorithm: Literal["rtn", "k_quant", "k_quant_mixed", "k_quant_high", "gptq"] = "k_quant_mixed"
+    algorithm: Literal["rtn", "k_quant", "k_quant_mixed", "k_quant_high", "gptq", "dynamic"] = (
+        "k_quant_mixed"
+    )
     """How int4 and int8 are quantised. rtn: round to nearest. k_quant: scales searched as in
     llama.cpp. k_quant_mixed: k_quant, with the attention inputs and down projections of the layers
     that ModelBuilder selects in 8 bits. k_quant_high: the same in all layers. gptq (Frantar et al.,
     GPTQ, 2023): rounding errors are compensated in the weights still to be rounded, calibrated on
-    the training prompts; embeddings and head by k_quant; only in a ladder."""
+    the training prompts; embeddings and head by k_quant; only in a ladder. dynamic: only with int8;
+    the activations are rounded to 8 bits too, each token's with a scale of their own, which is the
+    fastest form for prompts; block_size is that of embeddings and head."""
 
     block_size: Literal[16, 32, 64, 128] = 32
     """Weights that share a scale. Larger blocks give a smaller and faster, but less exact model."""
@@ -38,9 +42,20 @@ class ExportForm(Slice):
     as lm-evaluation-harness. By default it gives those after the last token only, which is all that
     Distillery needs and takes less time and memory."""
 
+    @model_validator(mode="after")
+    def check_dynamic(self) -> Self:
+        if self.algorithm == "dynamic" and self.precision == "int4":
+            raise ValueError("algorithm: dynamic needs precision: int8")
+        return self
+
     @property
     def quantised(self) -> bool:
         return self.precision in ("int4", "int8")
+
+    @property
+    def dynamic(self) -> bool:
+        """Whether the activations are rounded to 8 bits too."""
+        return self.precision == "int8" and self.algorithm == "dynamic"
 
     @property
     def title(self) -> str:
