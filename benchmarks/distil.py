@@ -240,7 +240,7 @@ class Bench:
         return dict(self.kept.of(named, work))
 
     def speeds(self, student_folder: Path) -> dict[str, float]:
-        """Rows a second of the student's exported form and of the teacher's forms, medians of three in
+        """Rows a second of the exported student and of the teacher's forms, medians of three in
         turn."""
 
         def work() -> dict[str, float]:
