@@ -372,7 +372,7 @@ class Rung(Record):
 class Ladder(Record):
     """The forms that a student was tried in. `accuracy`: the float student's on the rows that
     choose, of which there are `rows`: validation rows, but for `training_rows` with the teacher's
-    labels. `choose` is the recipe's, `reason` why it picked the rung that it did, in one line, and
+    labels. `choose` is the recipe's, `reason` what by it sets the picked rung apart, and
     `machine` where the rungs were timed; ladders of earlier versions took the smallest rung, and
     have neither reason nor machine."""
 

@@ -84,8 +84,9 @@ def export_ladder(
                 "never fits, remove it from export.ladder",
                 describe_rung(rung),
             )
-    form = next(rung.form for rung in ladder.rungs if rung.picked)
-    conclude(f"picked of {len(ladder.rungs)} forms: {ladder.reason}")
+    picked = next(rung for rung in ladder.rungs if rung.picked)
+    form = picked.form
+    conclude(f"{describe_rung(picked)}: {ladder.reason}")
     return OnnxModel(
         artifact=artifact,
         precision=form.precision,

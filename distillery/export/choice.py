@@ -93,20 +93,19 @@ def pick(rungs: Sequence[Rung], largest_loss: float, choose: Choose) -> int | No
     )
 
 
-def reason_for(rungs: Sequence[Rung], picked: int, largest_loss: float, choose: Choose) -> str:
-    """Return why the rung at `picked` was taken, with its figures, in one line."""
+def reason_for(rungs: Sequence[Rung], largest_loss: float, choose: Choose) -> str:
+    """Return what the rung is that `pick` returns, beside the others that it could have been."""
     found = eligible(rungs, largest_loss, choose)
     within = "keep to the loss" if isinstance(choose, str) else "keep to the loss and the bounds"
     if len(found) == 1:
-        why = f"the only form to {within}"
-    elif not goes_by_speed(choose):
-        why = f"the smallest of {len(found)} forms that {within}"
-    else:
-        why = f"the fastest of {len(found)} forms that {within}"
-        equals = without_slower(rungs, found)
-        if len(equals) > 1:
-            why = f"the smallest of {len(equals)} forms within {100 * NOISE:.0f} % of {why}"
-    return f"{describe_rung(rungs[picked])}: {why}"
+        return f"the only form to {within}"
+    if not goes_by_speed(choose):
+        return f"the smallest of {len(found)} forms that {within}"
+    fastest = f"the fastest of {len(found)} forms that {within}"
+    equals = without_slower(rungs, found)
+    if len(equals) == 1:
+        return fastest
+    return f"the smallest of {len(equals)} forms within {100 * NOISE:.0f} % of {fastest}"
 
 
 def with_verdicts(

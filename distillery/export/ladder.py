@@ -52,9 +52,6 @@ TIMED_ROWS = 50
 """Rows of a round, the first ones: with their median over the rounds, the speed of a rung is within
 choice.NOISE of that which it has on another day."""
 
-TIMED = {"machine": True, "reason": True, "rungs": {"__all__": {"p50_ms", "rows_per_second"}}}
-"""What of a records.Ladder differs between equal runs."""
-
 _log = logging.getLogger(__name__)
 
 
@@ -137,11 +134,20 @@ def climb(
         accuracy=sum(right_answers(exact.answers, gold)) / len(gold),
         largest_loss=loss,
         choose=choose,
-        reason=reason_for(rungs, best, loss, choose),
+        reason=reason_for(rungs, loss, choose),
         machine=machine_name(),
         rungs=tuple(with_verdicts(rungs, best, loss, choose)),
     )
-    text = json.dumps(ladder.model_dump(mode="json", exclude=TIMED), indent=1)
+    # Without what was timed, which differs between equal runs.
+    written = ladder.model_dump(
+        mode="json",
+        exclude={
+            "reason": True,
+            "machine": True,
+            "rungs": {"__all__": {"p50_ms": True, "rows_per_second": True}},
+        },
+    )
+    text = json.dumps(written, indent=1)
     (out / LADDER_FILE).write_text(f"{text}\n", encoding="utf-8")
     return ladder
 

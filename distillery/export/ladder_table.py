@@ -48,7 +48,8 @@ def render_ladder(ladder: Ladder) -> str:
 def choice_in_words(ladder: Ladder) -> str:
     """Return which rung was picked, by which setting, and why, in one line."""
     setting = ladder.choose if isinstance(ladder.choose, str) else ladder.choose.title
-    return f"export.choose is {setting}; {ladder.reason}"
+    picked = next(rung for rung in ladder.rungs if rung.picked)
+    return f"export.choose is {setting}: {picked.form.title} is {ladder.reason}"
 
 
 def rows_in_words(rows: int, training_rows: int) -> str:

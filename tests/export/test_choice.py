@@ -160,24 +160,20 @@ def test_who_may_be_picked_before_the_speeds_are_known(choose: Choose, left: lis
     assert candidates([], 0.02, choose) == []
 
 
-def test_why_a_rung_is_picked_is_said_with_its_figures() -> None:
+def test_why_a_rung_is_picked_is_said() -> None:
     forms = four_forms()
-    assert reason_for(forms, 2, 0.02, "fastest") == (
-        "int4 rtn/32: 0.0 MB, 80.0 rows/s (p50 12.5 ms), +0.0 points [-3.2, +3.2]: the smallest of "
-        "2 forms within 5 % of the fastest of 3 forms that keep to the loss"
+    assert reason_for(forms, 0.02, "fastest") == (
+        "the smallest of 2 forms within 5 % of the fastest of 3 forms that keep to the loss"
     )
-    said = {
-        "the fastest of 2 forms that keep to the loss": (forms[:2], 1, "fastest"),
-        "the smallest of 3 forms that keep to the loss": (forms, 0, "smallest"),
-        "the smallest of 2 forms that keep to the loss and the bounds": (
-            forms,
-            2,
-            ExportBounds(latency_ms=20),
-        ),
-        "the only form to keep to the loss and the bounds": (forms, 0, ExportBounds(bytes=139)),
-    }
-    for why, (rungs, picked, choose) in said.items():
-        assert reason_for(rungs, picked, 0.02, choose).endswith(f"]: {why}"), why
+    assert reason_for(forms[:2], 0.02, "fastest") == "the fastest of 2 forms that keep to the loss"
+    assert reason_for(forms, 0.02, "smallest") == "the smallest of 3 forms that keep to the loss"
+    within_20_ms, within_139 = ExportBounds(latency_ms=20), ExportBounds(bytes=139)
+    assert reason_for(forms, 0.02, within_20_ms) == (
+        "the smallest of 2 forms that keep to the loss and the bounds"
+    )
+    assert reason_for(forms, 0.02, within_139) == "the only form to keep to the loss and the bounds"
+    within_150 = ExportBounds(bytes=150, latency_ms=12.4)
+    assert reason_for([*forms, forms[0]], 0.02, within_150).startswith("the only form")
 
 
 def test_verdicts_say_by_what_a_form_lost() -> None:

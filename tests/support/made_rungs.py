@@ -1,10 +1,11 @@
-"""Rungs of a ladder from made-up figures."""
+"""Rungs of a ladder, and a ladder, from made-up figures."""
 
 from typing import Any
 
 from distillery.evaluation.statistics import paired_interval
+from distillery.export.choice import reason_for, with_verdicts
 from distillery.recipe import ExportForm
-from distillery.records import Departure, Rung
+from distillery.records import Departure, Ladder, Rung
 
 FORMS = {
     "rtn": ExportForm(algorithm="rtn"),
@@ -40,3 +41,33 @@ def rung(
         **figures,
     }
     return Rung(**(fields | changes))
+
+
+def timed_ladder() -> Ladder:
+    """A ladder of four forms: a small slow one, a fast one that is picked, one that loses too much
+    and one that could not be built."""
+    rungs = [
+        rung(1, 0, 100, size=80_000_000, speed=40),
+        rung(0, 0, 100, size=120_000_000, speed=80, form=FORMS["int8"]),
+        rung(9, 0, 100, size=60_000_000, speed=50, form=ExportForm(block_size=128)),
+        Rung(form=FORMS["gptq"], note="left out: no time"),
+    ]
+    return Ladder(
+        rows=100,
+        accuracy=0.85,
+        largest_loss=0.02,
+        choose="fastest",
+        reason=reason_for(rungs, 0.02, "fastest"),
+        machine="A processor, 2 cores",
+        rungs=tuple(with_verdicts(rungs, 1, 0.02, "fastest")),
+    )
+
+
+def earlier_ladder() -> Ladder:
+    """The same ladder as a version left it that knew nothing of speeds."""
+    before = timed_ladder().model_dump(mode="json")
+    for name in ("choose", "reason", "machine"):
+        del before[name]
+    for one in before["rungs"]:
+        del one["p50_ms"], one["rows_per_second"]
+    return Ladder.model_validate(before)
