@@ -120,7 +120,9 @@ def plot_forms(rungs: Sequence[Rung], title: str) -> str | None:
     def draw(figure: Any) -> None:
         axes = figure.subplots()
         for number, rung in enumerate(shown):
-            label = f"{rung.form.title}: {rung.accuracy:.3f}{', picked' if rung.picked else ''}"
+            label = f"{rung.form.title}: accuracy {rung.accuracy:.3f}"
+            if rung.picked:
+                label += ", picked"
             axes.plot(
                 (rung.bytes or 0) / 1e6,
                 rung.rows_per_second,
@@ -134,9 +136,9 @@ def plot_forms(rungs: Sequence[Rung], title: str) -> str | None:
         axes.set_xlim(left=0)
         axes.set_ylim(bottom=0)
         axes.set(xlabel="MB", ylabel="rows a second")
-        add_legend(figure)
+        add_legend(figure, columns=1)
 
-    return to_svg(draw, title, 4.0)
+    return to_svg(draw, title, 3.2 + 0.2 * len(shown))
 
 
 def plot_reliability(bins: Mapping[str, Sequence[Bin]], title: str) -> str:
@@ -258,6 +260,6 @@ def plot_latency(latencies: Mapping[str, Sequence[float | None]], title: str) ->
 PERCENTILES = ("median", "95th percentile", "99th percentile")
 
 
-def add_legend(figure: Any) -> None:
+def add_legend(figure: Any, columns: int = 2) -> None:
     """Put the legend below the chart, where it hides no point."""
-    figure.legend(loc="outside lower center", ncols=2)
+    figure.legend(loc="outside lower center", ncols=columns)

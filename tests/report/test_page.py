@@ -108,7 +108,9 @@ def test_the_forms_of_a_ladder_are_shown_with_size_speed_and_accuracy(tmp_path: 
     assert title in [values["aria-label"] for tag, values in parsed.elements if tag == "svg"]
     words = " ".join(" ".join(parsed.texts).split())
     assert "int8 rtn/32 120.0 MB 80.0 12.5 0.850 +0.0 [-3.2, +3.2] 0.0123 0.456 0 picked" in words
-    assert "int8 rtn/32: 0.850, picked" in words, "the chart tells accuracy and what was picked"
+    assert "int8 rtn/32: accuracy 0.850, picked" in words, (
+        "the chart tells accuracy and what was picked"
+    )
     assert "int4 gptq/32 left out: no time" in words
     why = "int8 rtn/32 is the fastest of 2 forms that keep to the loss"
     said = f"export.choose is fastest: {why}. The forms were timed on A processor, 2 cores."
