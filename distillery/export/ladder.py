@@ -94,9 +94,8 @@ def climb(
             write_prompts(student, prompt, train, calibration)
         left: list[int] = []
         for index, form in enumerate(recipe.ladder):
-            if not form.quantised and any(
-                rung.form.quantised and keeps_to(rung, loss) for rung in rungs
-            ):
+            quantised_keeps = any(rung.form.quantised and keeps_to(rung, loss) for rung in rungs)
+            if quantised_keeps and not form.quantised:
                 rungs.append(Rung(form=form, note=NOT_NEEDED))
                 continue
             started = time.perf_counter()
