@@ -184,8 +184,11 @@ def test_verdicts_say_by_what_a_form_lost() -> None:
     assert notes(0, "smallest") == ["picked", "no smaller", "no smaller", "loses more"]
     within_20_ms = ExportBounds(latency_ms=20)
     assert notes(2, within_20_ms) == ["out of bounds", "no smaller", "picked", "loses more"]
-    within_140 = ExportBounds(bytes=140)
+    within_140, within_150 = ExportBounds(bytes=140), ExportBounds(bytes=150)
     assert notes(2, within_140) == ["no faster", "out of bounds", "picked", "loses more"]
+    assert notes(2, within_150) == ["no faster", "no faster", "picked", "loses more"]
+    judged = with_verdicts(four_forms(), 2, 0.02, "fastest")
+    assert [one.picked for one in judged] == [False, False, True, False]
 
 
 def test_bounds_that_no_form_keeps_to_name_the_nearest() -> None:
@@ -198,5 +201,14 @@ def test_bounds_that_no_form_keeps_to_name_the_nearest() -> None:
     both = refusal(four_forms(), 0.02, ExportBounds(latency_ms=12.5, bytes=45), 100, 0)
     assert "within {latency_ms: 12.5, bytes: 45}; the nearest is int4 rtn/32: 0.0 MB, 40.0" in both
     # Where none keeps to the loss, the loss is what to mend.
-    lossy = refusal(four_forms()[3:], 0.02, ExportBounds(bytes=1), 100, 0)
-    assert lossy.startswith("export.largest_loss: no rung keeps to 2.0 points on 100 validation")
+    loses, most = four_forms()[3], rung(30, 0, 100, size=7_000_000)
+    for choose in ("fastest", "smallest", ExportBounds(bytes=1)):
+        lossy = refusal([most, loses, most], 0.02, choose, 100, 20)
+        assert lossy.startswith(
+            "export.largest_loss: no rung keeps to 2.0 points on 80 validation rows and 20 "
+            "training rows; the least loss is that of int4 rtn/32: 0.0 MB, 200.0 rows/s"
+        )
+    left_out = Rung(form=FORMS["gptq"], note="left out: no time")
+    assert refusal([left_out], 0.02, "fastest", 100, 0) == (
+        "export.ladder: no rung could be built; int4 gptq/32: left out: no time"
+    )
