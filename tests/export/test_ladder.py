@@ -12,7 +12,7 @@ from tiny_recipe import row
 
 from distillery.data.examples import read_examples
 from distillery.errors import DataError, ExportError, OutOfResources
-from distillery.evaluation.scoring import ModelToScore, Scored, departure
+from distillery.evaluation.scoring import ModelToScore, Scored, departure, score_model
 from distillery.evaluation.statistics import paired_interval
 from distillery.export.build import ask_once
 from distillery.export.ladder import (
@@ -595,6 +595,41 @@ def test_a_real_ladder_merged_and_apart(tiny_model: TinyModel, tmp_path: Path, a
     written = Ladder.model_validate_json((tmp_path / "out" / LADDER_FILE).read_text())
     assert written == without_speeds(found)
     assert all(rung.rows_per_second for rung in found.rungs)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_of_real_forms_the_fastest_goes_on(
+    tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Forms are built and asked; only what their rows take is made up."""
+    took = {"int4 rtn/32": 5.0, "int8 rtn/32": 2.0}
+
+    def score_slowly(model: ModelToScore, *given: Any, **more: Any) -> Scored:
+        found = score_model(model, *given, **more)
+        latencies = (took.get(model.name, 50.0),) * len(found.latencies_ms)
+        return found.model_copy(update={"latencies_ms": latencies})
+
+    monkeypatch.setattr("distillery.export.ladder.score_model", score_slowly)
+    (tmp_path / "validation.jsonl").write_text(
+        "".join(f"{one.model_dump_json()}\n" for one in rows("validation", 60))
+    )
+    found = climb(
+        ModelToScore(name="student", kind="transformers", folder=str(tiny_model("llama"))),
+        ExportRecipe(ladder=(FORMS["rtn"], FORMS["int8"]), largest_loss=1.0),
+        PROMPT,
+        tmp_path / "validation.jsonl",
+        None,
+        tmp_path / "out",
+        threads=1,
+    )
+    assert [(rung.p50_ms, rung.note) for rung in found.rungs] == [
+        (5.0, "no faster"),
+        (2.0, "picked"),
+    ]
+    small, fast = (rung.bytes or 0 for rung in found.rungs)
+    assert small < fast
+    ask_once(tmp_path / "out")
 
 
 @pytest.mark.slow
