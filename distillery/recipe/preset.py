@@ -87,7 +87,8 @@ def merge(base: dict[str, Any], over: dict[str, Any], model: type[BaseModel]) ->
     """Return `base` with the keys of `over` replaced, slice by slice of `model`.
 
     A field that is a mapping, such as dataset.carve, is merged key by key; null removes a key. A
-    choice of layers is replaced as a whole: its settings have no meaning without each other.
+    choice of layers is replaced as a whole: its settings have no meaning without each other. An
+    export's algorithm goes with its precision.
     """
     result = dict(base)
     for key, value in over.items():
@@ -96,6 +97,8 @@ def merge(base: dict[str, Any], over: dict[str, Any], model: type[BaseModel]) ->
         if key == "layers" or not isinstance(value, dict) or not isinstance(below, dict):
             result[key] = value
         elif isinstance(kind, type) and issubclass(kind, BaseModel):
+            if value.get("precision", below.get("precision")) != below.get("precision"):
+                below = {name: item for name, item in below.items() if name != "algorithm"}
             result[key] = merge(below, value, kind)
         else:
             both = {**below, **value}

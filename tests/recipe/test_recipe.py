@@ -515,6 +515,8 @@ def test_classifiers_choose_a_form_by_validation_rows_where_there_are_some(teach
     assert not without.export.ladder
     # A form that the recipe names is the one that ships; other settings are the ladder's.
     assert not parsed(export={"precision": "int4"}).export.ladder
+    assert parsed(export={"precision": "int4"}).export.form.title == "int4 k_quant_mixed/32"
+    assert parsed(export={"algorithm": "rtn"}).export.form.title == "int8 rtn/32"
     loose = parsed(export={"largest_loss": 0.05}).export
     assert (loose.ladder, loose.largest_loss) == (with_rows.export.ladder, 0.05)
     # Rows that prove a threshold have chosen nothing of the student's.
