@@ -18,11 +18,11 @@ it is there, so that a run that was ended goes on; after a change of the recipe'
 trained students serve again. --afresh begins anew. The last line is JSON, means over the seeds; the
 speeds are those of the first one's student:
 
-kept                of the teacher's accuracy, by the demo's int4 students
+kept                of the teacher's accuracy, by the demo's exported students
 fewer_parameters    share of the teacher's that the student does without
-share_of_bf16_bytes the int4 folder's bytes, of the teacher's in bfloat16
-speedup_same        rows a second, int4 student over the teacher in the same form of int4
-speedup_deployed    rows a second, int4 student over the teacher's fastest float form
+share_of_bf16_bytes the exported folder's bytes, of the teacher's in bfloat16
+speedup_same        rows a second, exported student over the teacher in the same form
+speedup_deployed    rows a second, exported student over the teacher's fastest float form
 base, teacher       their accuracies
 WAY_ROWS            mean accuracy of the students of a way from so many rows
 """
@@ -222,7 +222,7 @@ class Bench:
         )
         return file
 
-    def int4_student(self, depth: int, seed: int) -> dict[str, float]:
+    def exported_student(self, depth: int, seed: int) -> dict[str, float]:
         def work() -> dict[str, float]:
             folder = self.demos_student(depth, seed)
             out = self.exported(folder)
@@ -240,7 +240,7 @@ class Bench:
         return dict(self.kept.of(named, work))
 
     def speeds(self, student_folder: Path) -> dict[str, float]:
-        """Rows a second of the student's int4 form and of the teacher's forms, medians of three in
+        """Rows a second of the exported student and of the teacher's forms, medians of three in
         turn."""
 
         def work() -> dict[str, float]:
@@ -250,8 +250,8 @@ class Bench:
             )
             fp32 = ExportForm(precision="fp32")
             forms: dict[str, tuple[ModelToScore, Any]] = {
-                "int4 student": (as_onnx(self.exported(student_folder)), "auto"),
-                "int4 teacher": (as_onnx(self.exported(self.teacher)), "auto"),
+                "exported student": (as_onnx(self.exported(student_folder)), "auto"),
+                "exported teacher": (as_onnx(self.exported(self.teacher)), "auto"),
                 "fp32 teacher, ONNX Runtime": (as_onnx(self.exported(self.teacher, fp32)), "auto"),
                 "fp32 teacher, Transformers": (torch_teacher, "float32"),
                 "bf16 teacher, Transformers": (torch_teacher, "bfloat16"),
@@ -311,7 +311,7 @@ def run(
         f"{depth} layers, {small} rows, soft, other cuts: "
         + ", ".join(f"{cut} {mean}" for cut, mean in means.items())
     )
-    made = [bench.int4_student(depth, seed) for seed in seeds]
+    made = [bench.exported_student(depth, seed) for seed in seeds]
     parameters = parameter_count(bench.teacher)
     speeds = bench.speeds(bench.demos_student(depth, seeds[0]))
     floats = [speed for name, speed in speeds.items() if name.startswith(("fp32", "bf16"))]
@@ -319,8 +319,8 @@ def run(
         "kept": statistics.mean(one["accuracy"] for one in made) / teacher,
         "fewer_parameters": 1 - made[0]["parameters"] / parameters,
         "share_of_bf16_bytes": statistics.mean(one["bytes"] for one in made) / (2 * parameters),
-        "speedup_same": speeds["int4 student"] / speeds["int4 teacher"],
-        "speedup_deployed": speeds["int4 student"] / max(floats),
+        "speedup_same": speeds["exported student"] / speeds["exported teacher"],
+        "speedup_deployed": speeds["exported student"] / max(floats),
         "base": base,
         "teacher": teacher,
     } | {

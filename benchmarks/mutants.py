@@ -25,6 +25,7 @@ from tempfile import TemporaryDirectory
 PROJECT = Path(__file__).resolve().parents[1]
 TESTS = {
     "distillery/evaluation/gate.py": ["tests/evaluation/test_gate.py"],
+    "distillery/export/choice.py": ["tests/export/test_choice.py"],
     "distillery/export/ladder.py": ["tests/export/test_ladder.py"],
     "distillery/teacher/pace.py": ["tests/teacher/test_pace.py"],
     "distillery/teacher/answers.py": ["tests/teacher/test_answers.py"],

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
 
 from distillery.errors import DataError
-from distillery.recipe import ExportForm, GateRule, RegistryKind
+from distillery.recipe import Choose, ExportForm, GateRule, RegistryKind
 
 
 def digest_of(value: Any) -> str:
@@ -349,9 +349,11 @@ class Departure(Record):
 class Rung(Record):
     """A form of the student on the rows that choose.
 
-    `difference`: its accuracy minus the float student's, with the paired interval. The figures are
-    None if it could not be built or scored. `note`: why it was picked, or why not.
-    `out_of_resources`: it was left out because memory or time ran out.
+    `difference`: its accuracy minus the float student's, with the paired interval. `p50_ms`, the
+    median latency in milliseconds, and `rows_per_second` are of single rows, one after another. The
+    figures are None if it could not be built or scored; rungs of earlier versions have no speed.
+    `note`: why it was picked, or why not. `out_of_resources`: it was left out because memory or
+    time ran out.
     """
 
     form: ExportForm
@@ -360,6 +362,8 @@ class Rung(Record):
     difference: float | None = None
     interval: Interval | None = None
     departure: Departure | None = None
+    p50_ms: float | None = None
+    rows_per_second: float | None = None
     picked: bool = False
     note: str = ""
     out_of_resources: bool = False
@@ -368,12 +372,17 @@ class Rung(Record):
 class Ladder(Record):
     """The forms that a student was tried in. `accuracy`: the float student's on the rows that
     choose, of which there are `rows`: validation rows, but for `training_rows` with the teacher's
-    labels."""
+    labels. `choose` is the recipe's, `reason` what by it sets the picked rung apart, and
+    `machine` where the rungs were timed; ladders of earlier versions took the smallest rung, and
+    have neither reason nor machine."""
 
     rows: int
     training_rows: int = 0
     accuracy: float
     largest_loss: float
+    choose: Choose = "smallest"
+    reason: str = ""
+    machine: str = ""
     rungs: tuple[Rung, ...]
 
     @property

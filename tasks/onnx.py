@@ -48,7 +48,7 @@ def is_final(model: OnnxModel) -> bool:
     return model.ladder is None or model.ladder.is_final
 
 
-@stage("export ladder", version=4, reusable=is_final, added_later={"labels"})
+@stage("export ladder", version=5, reusable=is_final, added_later={"labels"})
 def export_ladder(
     checkpoint: StudentCheckpoint,
     base: BaseModelRecipe,
@@ -84,8 +84,9 @@ def export_ladder(
                 "never fits, remove it from export.ladder",
                 describe_rung(rung),
             )
-    form = next(rung.form for rung in ladder.rungs if rung.picked)
-    conclude(f"{form.title} picked of {len(ladder.rungs)} forms, {artifact.bytes / 1e6:.1f} MB")
+    picked = next(rung for rung in ladder.rungs if rung.picked)
+    form = picked.form
+    conclude(f"{describe_rung(picked)}: {ladder.reason}")
     return OnnxModel(
         artifact=artifact,
         precision=form.precision,

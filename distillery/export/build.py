@@ -11,6 +11,7 @@ import shutil
 from pathlib import Path
 
 from distillery.errors import ExportError, ModelError
+from distillery.export.eight_bits import multiply_in_8_bits
 from distillery.export.fit import misfit
 from distillery.export.head import keep_rows
 from distillery.export.passes import export_passes
@@ -69,6 +70,9 @@ def export(
         # that a base model may bring along is read by anything.
         needless = shutil.ignore_patterns("model_config.json", f"*{CODE}", "__pycache__")
         shutil.copytree(built / "model", out, dirs_exist_ok=True, ignore=needless)
+    if form.dynamic:
+        progress(len(passes), len(passes), "quantising activations")
+        multiply_in_8_bits(out)
     if classes:
         if classes.pooled and keep_rows(out, classes.tokens):
             numbers = tuple(range(len(classes.tokens)))

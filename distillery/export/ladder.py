@@ -1,8 +1,8 @@
 """The quantisation ladder: build a student in each of several forms, ask each the validation rows,
-and keep the smallest that loses no more accuracy than the recipe allows.
+and keep the fastest or the smallest that loses no more accuracy than the recipe allows.
 
 Files out of `climb`: the kept form's model folder, and beside its files ladder.json, a
-records.Ladder.
+records.Ladder without what was timed: equal runs leave equal files.
 """
 
 import json
@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from statistics import median
 
 from distillery.data.examples import read_examples, write_examples
 from distillery.errors import ExportError, ModelError, OutOfResources
@@ -25,9 +26,11 @@ from distillery.evaluation.scoring import (
     score_model,
 )
 from distillery.evaluation.statistics import paired_interval
-from distillery.export.ladder_table import describe_rung, rows_in_words
+from distillery.export.choice import candidates, keeps_to, pick, reason_for, refusal, with_verdicts
+from distillery.export.ladder_table import describe_rung
 from distillery.export.rung_process import BuildingJob, Built
 from distillery.labels.files import read_labels
+from distillery.machine import machine_name
 from distillery.models.load import load_tokenizer
 from distillery.processes import run_in_process
 from distillery.progress import ShowProgress, show_nothing
@@ -41,10 +44,13 @@ LADDER_FILE = "ladder.json"
 CALIBRATION_PROMPTS = 128
 """Olive's own default. Rows are in the order of a hash, so that the first are a sample."""
 
-NOT_NEEDED = "not built: a smaller form keeps to the loss"
+NOT_NEEDED = "not built: a quantised form keeps to the loss"
 
-ROUNDING = 1e-9
-"""A rung that is at the limit, but for rounding, keeps to it."""
+ROUNDS = 3
+
+TIMED_ROWS = 50
+"""Rows of a round, the first ones: with their median over the rounds, the speed of a rung is within
+choice.NOISE of that which it has on another day."""
 
 _log = logging.getLogger(__name__)
 
@@ -68,23 +74,28 @@ def climb(
     which export.training_rows are asked too, if the folder `labels` has labels for them.
     `progress` is shown the rungs that are done, and the passes or rows of the one under way. A rung
     that can't be built or asked is shown with the reason. Raises ExportError where no rung keeps to
-    export.largest_loss."""
+    export.largest_loss and to the bounds of export.choose.
+
+    A rung's speed is that with which it answered the rows. Where speed decides between several,
+    these are timed again, in turns."""
+    loss, choose = recipe.largest_loss, recipe.choose
     rungs: list[Rung] = []
     with working_folder("ladder") as work:
         asked, learnt = validation, 0
         if recipe.training_rows and train and labels:
             asked = work / "rows.jsonl"
             learnt = write_rows_to_ask(validation, train, labels, recipe.training_rows, asked)
-        _examples, gold = answered_rows(asked, "validation")
+        examples, gold = answered_rows(asked, "validation")
         show_float = partial(show_part, progress, 0, len(recipe.ladder), "float student")
         exact = score_model(student, asked, prompt, threads, "float32", progress=show_float)
         calibration = None
         if recipe.calibrated:
             calibration = work / "prompts.jsonl"
             write_prompts(student, prompt, train, calibration)
-        best = None
+        left: list[int] = []
         for index, form in enumerate(recipe.ladder):
-            if best is not None and recipe.ladder[best].quantised and not form.quantised:
+            quantised_keeps = any(rung.form.quantised and keeps_to(rung, loss) for rung in rungs)
+            if quantised_keeps and not form.quantised:
                 rungs.append(Rung(form=form, note=NOT_NEEDED))
                 continue
             started = time.perf_counter()
@@ -104,22 +115,38 @@ def climb(
                 short = isinstance(error, OutOfResources)
                 rungs.append(Rung(form=form, note=f"left out: {reason}", out_of_resources=short))
             _log.info("rung %s (%.0f s)", describe_rung(rungs[-1]), time.perf_counter() - started)
-            best = pick(rungs, recipe.largest_loss)
+            left = candidates(rungs, loss, choose)
             for other in range(index + 1):
-                if other != best:
+                if other not in left:
                     shutil.rmtree(work / str(other), ignore_errors=True)
+        if len(left) > 1:
+            first_rows = work / "first_rows.jsonl"
+            write_examples(examples[:TIMED_ROWS], first_rows)
+            rungs = timed_in_turns(rungs, left, work, first_rows, prompt, threads, progress)
+        best = pick(rungs, loss, choose)
         if best is None:
-            raise ExportError(refusal(rungs, recipe.largest_loss, len(gold), learnt))
+            raise ExportError(refusal(rungs, loss, choose, len(gold), learnt))
         shutil.copytree(work / str(best), out, dirs_exist_ok=True)
-    rungs = with_verdicts(rungs, best, recipe.largest_loss)
     ladder = Ladder(
         rows=len(gold),
         training_rows=learnt,
         accuracy=sum(right_answers(exact.answers, gold)) / len(gold),
-        largest_loss=recipe.largest_loss,
-        rungs=tuple(rungs),
+        largest_loss=loss,
+        choose=choose,
+        reason=reason_for(rungs, loss, choose),
+        machine=machine_name(),
+        rungs=tuple(with_verdicts(rungs, best, loss, choose)),
     )
-    text = json.dumps(ladder.model_dump(mode="json"), indent=1)
+    # Without what was timed, which differs between equal runs.
+    written = ladder.model_dump(
+        mode="json",
+        exclude={
+            "reason": True,
+            "machine": True,
+            "rungs": {"__all__": {"p50_ms": True, "rows_per_second": True}},
+        },
+    )
+    text = json.dumps(written, indent=1)
     (out / LADDER_FILE).write_text(f"{text}\n", encoding="utf-8")
     return ladder
 
@@ -191,7 +218,7 @@ def measured(form: ExportForm, size: int, scored: Scored, exact: Scored, gold: A
     """Return a rung of `size` bytes beside the float student `exact`; both were asked the rows
     whose answers are `gold`."""
     own, floats = right_answers(scored.answers, gold), right_answers(exact.answers, gold)
-    return Rung(
+    rung = Rung(
         form=form,
         bytes=size,
         accuracy=sum(own) / len(gold),
@@ -199,56 +226,45 @@ def measured(form: ExportForm, size: int, scored: Scored, exact: Scored, gold: A
         interval=paired_interval(own, floats),
         departure=departure(scored, exact),
     )
+    return with_speed(rung, scored.latencies_ms)
 
 
-def keeps_to(rung: Rung, largest_loss: float) -> bool:
-    """Return whether a rung loses no more accuracy than `largest_loss`.
-
-    If the paired 95 % interval excludes zero, so that the loss is proven, all of it must lie within
-    `largest_loss`; otherwise the point estimate must. To ask for proof there too would refuse every
-    rung: with some 100 rows, the interval reaches to -3 points even where all answers are the
-    same."""
-    if rung.difference is None or rung.interval is None:
-        return False
-    least = -largest_loss - ROUNDING
-    if rung.interval.low >= least:
-        return True
-    return rung.interval.high >= 0 and rung.difference >= least
+def with_speed(rung: Rung, latencies_ms: Sequence[float]) -> Rung:
+    """Return the rung with its speed by the latencies of rows that were asked one after another;
+    without one where no row could be asked."""
+    p50_ms = rows_per_second = None
+    if latencies_ms:
+        p50_ms = median(latencies_ms)
+        rows_per_second = 1000 * len(latencies_ms) / sum(latencies_ms)
+    return rung.model_copy(update={"p50_ms": p50_ms, "rows_per_second": rows_per_second})
 
 
-def pick(rungs: Sequence[Rung], largest_loss: float) -> int | None:
-    """Return the index of the smallest rung that keeps to `largest_loss`, of equals the one that
-    loses less; None where no rung does."""
-    kept = [index for index, rung in enumerate(rungs) if keeps_to(rung, largest_loss)]
-    return min(
-        kept, key=lambda index: (rungs[index].bytes, -(rungs[index].difference or 0)), default=None
-    )
-
-
-def with_verdicts(rungs: Sequence[Rung], picked: int, largest_loss: float) -> list[Rung]:
-    """Return the rungs with the verdict on each in its note."""
-    judged = []
-    for index, rung in enumerate(rungs):
-        if index == picked:
-            note = "picked"
-        elif keeps_to(rung, largest_loss):
-            note = "no smaller"
-        elif rung.difference is not None and rung.difference >= -largest_loss - ROUNDING:
-            note = "may lose more"
-        else:
-            note = rung.note or "loses more"
-        judged.append(rung.model_copy(update={"picked": index == picked, "note": note}))
-    return judged
-
-
-def refusal(rungs: Sequence[Rung], largest_loss: float, rows: int, training_rows: int) -> str:
-    """Return why no rung is picked, and what to do."""
-    built = [rung for rung in rungs if rung.difference is not None]
-    if not built:
-        return f"export.ladder: no rung could be built; {rungs[0].form.title}: {rungs[0].note}"
-    best = max(built, key=lambda rung: rung.difference or 0)
-    return (
-        f"export.largest_loss: no rung keeps to {100 * largest_loss:.1f} points on "
-        f"{rows_in_words(rows, training_rows)}; the least loss is that of {describe_rung(best)}; "
-        "add a rung, such as {precision: fp16}, or allow more"
-    )
+def timed_in_turns(
+    rungs: Sequence[Rung],
+    indices: Sequence[int],
+    work: Path,
+    rows: Path,
+    prompt: PromptRecipe,
+    threads: int | None,
+    progress: ShowProgress,
+) -> list[Rung]:
+    """Return the rungs with the speeds of those at `indices` measured anew: in ROUNDS rounds, in
+    each of which all of them answer `rows`, so that other work on the machine slows all alike. A
+    row's latency is its median over the rounds. The rungs' models are in folders of `work` by their
+    index."""
+    latencies: dict[int, list[Sequence[float]]] = {index: [] for index in indices}
+    for number in range(ROUNDS):
+        # Back and forth: what changes in the course of a round does not favour the first.
+        for index in indices if number % 2 == 0 else reversed(indices):
+            title = rungs[index].form.title
+            about = f"speeds, round {number + 1} of {ROUNDS}, {title}"
+            show_round = partial(show_part, progress, len(rungs), len(rungs), about)
+            model = ModelToScore(name=title, kind="onnx", folder=str(work / str(index)))
+            scored = score_model(model, rows, prompt, threads, progress=show_round)
+            latencies[index].append(scored.latencies_ms)
+    timed = list(rungs)
+    for index, rounds in latencies.items():
+        each_row = [median(row) for row in zip(*rounds, strict=True)]
+        timed[index] = with_speed(rungs[index], each_row)
+        _log.info("speed of %s, in turns", describe_rung(timed[index]))
+    return timed

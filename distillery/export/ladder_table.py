@@ -6,6 +6,8 @@ from distillery.records import Ladder, Rung
 COLUMNS = (
     "form",
     "folder",
+    "rows/s",
+    "p50\nms",
     "accuracy",
     "points vs\nfloat [95 %]",
     "mean\n|dp|",
@@ -36,7 +38,18 @@ def render_ladder(ladder: Ladder) -> str:
         f"export.largest_loss allows {100 * ladder.largest_loss:.1f} points on "
         f"{rows_in_words(ladder.rows, ladder.training_rows)}"
     )
-    return "\n".join([plain_table(COLUMNS, rows), *left_out, allowed])
+    lines = [plain_table(COLUMNS, rows), *left_out, allowed]
+    # Ladders of earlier versions give no reason.
+    if ladder.reason:
+        lines.append(choice_in_words(ladder))
+    return "\n".join(lines)
+
+
+def choice_in_words(ladder: Ladder) -> str:
+    """Return which rung was picked, by which setting, and why, in one line."""
+    setting = ladder.choose if isinstance(ladder.choose, str) else ladder.choose.title
+    picked = next(rung for rung in ladder.rungs if rung.picked)
+    return f"export.choose is {setting}: {picked.form.title} is {ladder.reason}"
 
 
 def rows_in_words(rows: int, training_rows: int) -> str:
@@ -46,16 +59,24 @@ def rows_in_words(rows: int, training_rows: int) -> str:
 
 
 def describe_rung(rung: Rung) -> str:
-    """Return a rung's size and loss, or why it was left out, in one line."""
+    """Return a rung's size, speed and loss, or why it was left out, in one line."""
     if rung.bytes is None or rung.difference is None or rung.interval is None:
         return f"{rung.form.title}: {rung.note}"
     difference = f"{100 * rung.difference:+.1f} points {points(rung.interval)}"
-    return f"{rung.form.title}: {rung.bytes / 1e6:.1f} MB, {difference}"
+    return f"{rung.form.title}: {rung.bytes / 1e6:.1f} MB, {describe_speed(rung)}{difference}"
+
+
+def describe_speed(rung: Rung) -> str:
+    """Return a rung's rows a second and its latency, as the part of a list; "" where they are not
+    known."""
+    if rung.p50_ms is None or rung.rows_per_second is None:
+        return ""
+    return f"{rung.rows_per_second:.1f} rows/s (p50 {rung.p50_ms:.1f} ms), "
 
 
 def float_cells(ladder: Ladder) -> list[str]:
     """Return the cells of the float student, one for each of COLUMNS."""
-    return ["float student", "", f"{ladder.accuracy:.3f}", "", "", "", "", ""]
+    return ["float student", "", "", "", f"{ladder.accuracy:.3f}", "", "", "", "", ""]
 
 
 def rung_cells(rung: Rung) -> list[str]:
@@ -70,6 +91,8 @@ def rung_cells(rung: Rung) -> list[str]:
     return [
         rung.form.title,
         f"{rung.bytes / 1e6:.1f} MB",
+        "" if rung.rows_per_second is None else f"{rung.rows_per_second:.1f}",
+        "" if rung.p50_ms is None else f"{rung.p50_ms:.1f}",
         f"{rung.accuracy:.3f}",
         f"{100 * rung.difference:+.1f} {points(rung.interval)}",
         f"{rung.departure.mean:.4f}",

@@ -87,7 +87,8 @@ def quantising_passes(form: ExportForm, model: Path, calibration: Path | None) -
         # Gptq quantises the decoder's layers alone; KQuant takes what it leaves.
         gptq = {"type": "Gptq", **blocks, "data_config": prompts_config(calibration)}
         return {"quantise": gptq, "quantise_rest": {"type": "KQuant", **all_weights}}
-    if form.algorithm == "rtn":
+    if form.algorithm in ("rtn", "dynamic"):
+        # For dynamic, eight_bits.py goes on from there.
         return {"quantise": {"type": "Rtn", **all_weights}}
     quantise: dict[str, Any] = {"type": "KQuant", **all_weights}
     if form.precision == "int4" and form.algorithm in ("k_quant_mixed", "k_quant_high"):

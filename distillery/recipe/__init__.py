@@ -7,7 +7,7 @@ from distillery.recipe.base import Slice
 from distillery.recipe.base_model import BaseModelRecipe
 from distillery.recipe.dataset import Columns, DatasetRecipe
 from distillery.recipe.evaluation import EvaluationRecipe
-from distillery.recipe.export import ExportForm, ExportRecipe
+from distillery.recipe.export import Choose, ExportBounds, ExportForm, ExportRecipe
 from distillery.recipe.load import load_recipe, load_space, parse_recipe
 from distillery.recipe.preset import PRESETS
 from distillery.recipe.prompt import PromptRecipe
@@ -43,9 +43,11 @@ __all__ = [
     "BetterRule",
     "BudgetRecipe",
     "CanaryRecipe",
+    "Choose",
     "Columns",
     "DatasetRecipe",
     "EvaluationRecipe",
+    "ExportBounds",
     "ExportForm",
     "ExportRecipe",
     "FilterRecipe",

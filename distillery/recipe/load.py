@@ -6,6 +6,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from distillery.errors import RecipeError
+from distillery.recipe.export import ExportBounds
 from distillery.recipe.preset import PRESETS
 from distillery.recipe.recipe import Recipe
 from distillery.recipe.search import SearchRecipe
@@ -23,6 +24,9 @@ MESSAGES = {
 
 MOST_EXPLAINED = 20
 """Wrong keys that an error explains."""
+
+TYPES = (LayerChoice.__name__, ExportBounds.__name__)
+"""Types that Pydantic names in a key's path, where the key takes one of two."""
 
 LONGEST_KEY = 200
 """Characters of a key that it shows."""
@@ -78,7 +82,7 @@ def explain_validation_error(error: ValidationError) -> str:
         parts = []
         for part in detail["loc"]:
             # Where a key takes one of two types, Pydantic names the type that was tried, too.
-            if "[" not in str(part) and part != LayerChoice.__name__:
+            if "[" not in str(part) and part not in TYPES:
                 parts.append(str(part))
         key = ".".join(parts)[:LONGEST_KEY]
         message = MESSAGES.get(detail["type"], detail["msg"].removeprefix("Value error, "))

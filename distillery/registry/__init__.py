@@ -2,5 +2,6 @@
 
 In: the folder of an exported model, tags and provenance. Out: a RegisteredModel, or its files,
 verified.
-May import: errors, settings, recipe, records, storage, data, labels, evaluation.
+May import: errors, settings, recipe, records, storage, data, labels, evaluation, export (the
+ladder's table).
 """

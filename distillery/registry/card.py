@@ -3,16 +3,19 @@
 The front matter (licence, base model, data set, accuracy as a model-index) follows
 https://huggingface.co/docs/hub/model-cards. A card says what the student is and how it was made,
 but nothing that differs between equal runs, such as times and costs: these are in manifest.json.
+The speeds of a ladder's forms are the exception, since they may have decided what the student is.
 """
 
 from collections.abc import Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
-from distillery.markdown import escape
+from distillery.export.ladder_table import choice_in_words, rows_in_words, table
+from distillery.markdown import escape, markdown_table
 from distillery.recipe import Recipe
 from distillery.records import (
     EvaluationReport,
+    Ladder,
     OnnxModel,
     PreparedDataset,
     StudentCheckpoint,
@@ -95,12 +98,29 @@ def model_card(name: str, provenance: Mapping[str, Any]) -> str:
         "the prompt in `manifest.json`,",
         "where the whole record of its making is, with the SHA-256 of each file.",
         "",
+    ]
+    if model.ladder:
+        lines += form_lines(model.ladder)
+    lines += [
         "```bash",
         "distillery serve FOLDER    # /v1/chat/completions on this CPU",
         "```",
     ]
     text = "\n".join(lines)
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n"))
+
+
+def form_lines(ladder: Ladder) -> list[str]:
+    """Return the lines on the forms that a student was tried in: size, speed and accuracy."""
+    asked = rows_in_words(ladder.rows, ladder.training_rows)
+    rows = table(ladder)
+    lines = ["## Forms", "", f"The forms of the student that were tried, on {asked}.", ""]
+    lines += [markdown_table(list(rows[0]), [list(row.values()) for row in rows]), ""]
+    # Ladders of earlier versions have neither reason nor speeds.
+    if ladder.reason:
+        lines.append(f"{escape(choice_in_words(ladder))}. Timed on {escape(ladder.machine)}.")
+        lines.append("")
+    return lines
 
 
 def dataset_title(recipe: Recipe, data: PreparedDataset) -> str:

@@ -97,6 +97,9 @@ def pinned_recipe(model: RegisteredModel, made: Mapping[str, Any]) -> Recipe:
             values["dataset"]["revision"] = made["source"].rpartition("@")[2]
         if recipe.teacher.kind == "endpoint":
             values["teacher"]["identity"] = made["teacher"]
+        if "choose" not in made["recipe"].get("export", {}):
+            # Versions that did not know this key took the smallest form.
+            values["export"]["choose"] = "smallest"
         values["teacher"]["canaries"]["rows"] = 0
         values["teacher"]["max_age"] = None
         values["teacher"]["budget"] = {}

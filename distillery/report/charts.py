@@ -15,7 +15,7 @@ from html import escape
 from io import StringIO
 from typing import Any
 
-from distillery.records import Bin, CoveragePoint, CurvePoint, ScoreRow
+from distillery.records import Bin, CoveragePoint, CurvePoint, Rung, ScoreRow
 
 INK, LINE = "#010100", "#010101"
 SERIES = ("#010102", "#010103", "#010104", "#010105", "#010106", "#010107")
@@ -108,6 +108,37 @@ def plot_accuracy(
         add_legend(figure)
 
     return to_svg(draw, title, 4.0)
+
+
+def plot_forms(rungs: Sequence[Rung], title: str) -> str | None:
+    """Return the rows a second of a ladder's forms against their sizes, with their accuracies in
+    the legend; None for a ladder of an earlier version, whose speeds are not known."""
+    shown = [rung for rung in rungs if rung.bytes and rung.rows_per_second]
+    if not shown:
+        return None
+
+    def draw(figure: Any) -> None:
+        axes = figure.subplots()
+        for number, rung in enumerate(shown):
+            label = f"{rung.form.title}: accuracy {rung.accuracy:.3f}"
+            if rung.picked:
+                label += ", picked"
+            axes.plot(
+                (rung.bytes or 0) / 1e6,
+                rung.rows_per_second,
+                color=SERIES[number % len(SERIES)],
+                marker=MARKERS[number % len(MARKERS)],
+                markersize=10 if rung.picked else 6,
+                linestyle="",
+                label=label,
+            )
+        axes.margins(0.15)
+        axes.set_xlim(left=0)
+        axes.set_ylim(bottom=0)
+        axes.set(xlabel="MB", ylabel="rows a second")
+        add_legend(figure, columns=1)
+
+    return to_svg(draw, title, 3.2 + 0.2 * len(shown))
 
 
 def plot_reliability(bins: Mapping[str, Sequence[Bin]], title: str) -> str:
@@ -229,6 +260,6 @@ def plot_latency(latencies: Mapping[str, Sequence[float | None]], title: str) ->
 PERCENTILES = ("median", "95th percentile", "99th percentile")
 
 
-def add_legend(figure: Any) -> None:
+def add_legend(figure: Any, columns: int = 2) -> None:
     """Put the legend below the chart, where it hides no point."""
-    figure.legend(loc="outside lower center", ncols=2)
+    figure.legend(loc="outside lower center", ncols=columns)

@@ -15,12 +15,14 @@ from distillery.evaluation.advice import advice_of
 from distillery.evaluation.figures_table import COVERAGE_COLUMNS, MOST_CONFUSED, coverage_cells
 from distillery.evaluation.linear_probe import PROBE
 from distillery.evaluation.report import write_text
+from distillery.export import ladder_table
 from distillery.labels.report import LabelReport
 from distillery.records import (
     LETTERS,
     Confusion,
     Estimate,
     Figures,
+    Ladder,
     OrderRobustness,
     Outcome,
     ScoreRow,
@@ -30,6 +32,7 @@ from distillery.report.charts import (
     plot_accuracy,
     plot_coverage,
     plot_curve,
+    plot_forms,
     plot_latency,
     plot_reliability,
 )
@@ -151,6 +154,8 @@ def write_page(
         ),
         scoreboard=scoreboard_table(board),
         trade_offs=trade_offs(board),
+        forms=forms(outcome.model.ladder),
+        choice=choice_of_form(outcome.model.ladder),
         evaluated=evaluated,
         reliability=reliability(evaluated, candidate),
         coverage=coverage(evaluated, candidate),
@@ -219,6 +224,25 @@ def trade_offs(board: Sequence[ScoreRow]) -> list[Chart]:
         figure_of = megabytes if label == "MB" else rows_per_second
         charts.append(Chart(title, plot_accuracy(board, figure_of, label, title), None))
     return charts
+
+
+def forms(ladder: Ladder | None) -> Chart | None:
+    """Return the size, speed and accuracy of the ladder's forms; None for a student that was
+    exported without a ladder."""
+    if ladder is None:
+        return None
+    title = "The student's forms"
+    rows = ladder_table.table(ladder)
+    cells = [list(row.values()) for row in rows]
+    return Chart(title, plot_forms(ladder.rungs, title), Table(title, list(rows[0]), cells))
+
+
+def choice_of_form(ladder: Ladder | None) -> str:
+    """Return why the student has its form, and where the forms were timed; "" without a ladder, and
+    for one of an earlier version."""
+    if ladder is None or not ladder.reason:
+        return ""
+    return f"{ladder_table.choice_in_words(ladder)}. The forms were timed on {ladder.machine}."
 
 
 def megabytes(row: ScoreRow) -> float | None:

@@ -205,10 +205,10 @@ def spelled(key: dict[str, Any], definitions: dict[str, Any]) -> str:
         return "settings"
     if "allOf" in key:
         return spelled(key["allOf"][0], definitions)
-    if "oneOf" in key:
-        return "settings"
-    if "anyOf" in key:
-        return " or ".join(spelled(option, definitions) for option in key["anyOf"])
+    if "anyOf" in key or "oneOf" in key:
+        options = [spelled(option, definitions) for option in key.get("anyOf") or key["oneOf"]]
+        # A key may take settings of several kinds.
+        return " or ".join(dict.fromkeys(options))
     if "enum" in key:
         return ", ".join(code(str(option)) for option in key["enum"])
     if "const" in key:

@@ -180,7 +180,12 @@ def test_float16_is_built_for_a_processor_and_is_near(
 
 @pytest.mark.parametrize(
     "settings",
-    [{"precision": "fp32"}, {"precision": "fp16"}, {"algorithm": "rtn", "share_embeddings": True}],
+    [
+        {"precision": "fp32"},
+        {"precision": "fp16"},
+        {"algorithm": "rtn", "share_embeddings": True},
+        {"precision": "int8", "algorithm": "dynamic"},
+    ],
 )
 def test_all_logits_are_those_of_every_token_of_the_prompt(
     tiny_model: TinyModel, tmp_path: Path, settings: dict[str, Any]

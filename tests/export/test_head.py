@@ -38,6 +38,7 @@ def whole(
         {"precision": "fp32"},
         {"precision": "fp16"},
         {"precision": "int8", "algorithm": "rtn"},
+        {"precision": "int8", "algorithm": "dynamic"},
         {"algorithm": "rtn", "share_embeddings": True},
         {"algorithm": "k_quant_mixed"},
     ],

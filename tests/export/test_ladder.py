@@ -1,131 +1,55 @@
-"""The ladder: what keeps to the loss, what is picked, what is shown; and real ladders on a tiny
-model."""
+"""The ladder: what is measured, kept and shown; and real ladders on a tiny model."""
 
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
+from made_rungs import FORMS, earlier_ladder, rung
 from pydantic import BaseModel
 from tiny_recipe import row
 
 from distillery.data.examples import read_examples
 from distillery.errors import DataError, ExportError, OutOfResources
-from distillery.evaluation.scoring import ModelToScore, Scored, departure
+from distillery.evaluation.scoring import ModelToScore, Scored, departure, score_model
 from distillery.evaluation.statistics import paired_interval
 from distillery.export.build import ask_once
 from distillery.export.ladder import (
     CALIBRATION_PROMPTS,
     LADDER_FILE,
     climb,
-    keeps_to,
     measured,
-    pick,
-    with_verdicts,
 )
 from distillery.export.ladder_table import render_ladder, table
 from distillery.export.rung_process import BuildingJob, Built
 from distillery.labels.known import gold_labels
+from distillery.machine import machine_name
 from distillery.models.inspect import model_and_adapter
 from distillery.models.load import load_tokenizer
 from distillery.progress import ShowProgress, show_nothing
 from distillery.prompts import TransformersTokenizer, render_ids
-from distillery.recipe import ExportForm, ExportRecipe, PromptRecipe, TrainingRecipe
-from distillery.records import Departure, Example, Interval, Ladder, Rung, TeacherLabel
+from distillery.recipe import (
+    Choose,
+    ExportBounds,
+    ExportForm,
+    ExportRecipe,
+    PromptRecipe,
+    TrainingRecipe,
+)
+from distillery.records import Departure, Example, Ladder, Rung, TeacherLabel
 from distillery.training.fine_tune import fine_tune
 from distillery.training.rows import training_rows
 
 TinyModel = Callable[[str], Path]
 PROMPT = PromptRecipe(system="Pick.", user="{question}\n{choices}", choice="{letter}) {text}")
-FORMS = {
-    "rtn": ExportForm(algorithm="rtn"),
-    "int8": ExportForm(precision="int8", algorithm="rtn"),
-    "fp16": ExportForm(precision="fp16"),
-    "gptq": ExportForm(algorithm="gptq"),
-}
 
 
-def rung(
-    lost: int, gained: int, rows: int, size: int = 1, right: float = 0.85, **changes: Any
-) -> Rung:
-    """A rung that is wrong on `lost` of `rows` where the float student is right, and right on
-    `gained` others."""
-    both = round(right * rows) - lost
-    own = [True] * both + [False] * lost + [True] * gained + [False] * (rows - both - lost - gained)
-    floats = [True] * (both + lost) + [False] * (rows - both - lost)
-    figures = {"difference": (gained - lost) / rows, "interval": paired_interval(own, floats)}
-    nearly = Departure(mean=0.0123, largest=0.456, changed=lost + gained)
-    fields = {
-        "form": FORMS["rtn"],
-        "bytes": size,
-        "accuracy": sum(own) / rows,
-        "departure": nearly,
-        **figures,
-    }
-    return Rung(**(fields | changes))
-
-
-@pytest.mark.parametrize(
-    ("lost", "gained", "rows", "keeps"),
-    [
-        # Equal answers, of however few rows.
-        (0, 0, 20, True),
-        (0, 0, 100, True),
-        # Within two points, and no loss is proven.
-        (2, 0, 100, True),
-        (5, 3, 100, True),
-        # More than two points are lost, whether proven or not.
-        (3, 0, 100, False),
-        (1, 0, 20, False),
-        (60, 20, 1000, False),
-        # A loss that is proven: perhaps more than two points of it, or surely less.
-        (15, 0, 1000, False),
-        (150, 0, 10_000, True),
-        # Better than the float student.
-        (0, 10, 100, True),
-    ],
-)
-def test_what_keeps_to_two_points(lost: int, gained: int, rows: int, keeps: bool) -> None:
-    assert keeps_to(rung(lost, gained, rows), 0.02) is keeps
-
-
-def test_the_limit_itself_is_allowed() -> None:
-    assert keeps_to(
-        Rung(form=FORMS["rtn"], difference=-0.29 + 0.27, interval=Interval(low=-0.1, high=0.1)),
-        0.02,
-    )
-    assert keeps_to(
-        Rung(form=FORMS["rtn"], difference=-0.01, interval=Interval(low=-0.02, high=-0.001)), 0.02
-    )
-    assert not keeps_to(
-        Rung(form=FORMS["rtn"], difference=-0.021, interval=Interval(low=-0.1, high=0.1)), 0.02
-    )
-    assert not keeps_to(
-        Rung(form=FORMS["rtn"], difference=-0.01, interval=Interval(low=-0.021, high=-0.001)), 0.02
-    )
-
-
-def test_of_those_that_keep_to_it_the_smallest_is_picked() -> None:
-    too_lossy, large, small = (
-        rung(9, 0, 100, size=1),
-        rung(0, 0, 100, size=3),
-        rung(1, 0, 100, size=2),
-    )
-    not_built = Rung(form=FORMS["gptq"], note="left out: no time")
-    assert pick([too_lossy, large, not_built, small], 0.02) == 3
-    assert pick([too_lossy, large, not_built, small], 0.5) == 0
-    assert pick([too_lossy, not_built], 0.02) is None
-    assert pick([], 0.02) is None
-
-
-def test_of_two_as_small_the_one_that_loses_less_is_picked() -> None:
-    assert (
-        pick([rung(1, 0, 100, size=2), rung(0, 0, 100, size=2), rung(0, 0, 100, size=2)], 0.02) == 1
-    )
-
-
-def scored(answers: str, probabilities: Sequence[tuple[float, ...] | None] = ()) -> Scored:
+def scored(
+    answers: str,
+    probabilities: Sequence[tuple[float, ...] | None] = (),
+    latencies_ms: Sequence[float] = (1.0,),
+) -> Scored:
     """What a scoring process tells; '-' for a row that was not asked."""
     letters = tuple(None if letter == "-" else letter for letter in answers)
     given = tuple(probabilities) or tuple(
@@ -134,7 +58,7 @@ def scored(answers: str, probabilities: Sequence[tuple[float, ...] | None] = ())
     return Scored(
         answers=letters,
         probabilities=given,
-        latencies_ms=(1.0,),
+        latencies_ms=tuple(latencies_ms),
         rows_per_second=1.0,
         peak_mib=1.0,
         load_s=1.0,
@@ -143,7 +67,7 @@ def scored(answers: str, probabilities: Sequence[tuple[float, ...] | None] = ())
 
 
 def test_a_rung_is_measured_beside_the_float_student() -> None:
-    own = scored("ABB-", [(0.8, 0.2), (0.4, 0.6), (0.1, 0.9), None])
+    own = scored("ABB-", [(0.8, 0.2), (0.4, 0.6), (0.1, 0.9), None], (1.0, 2.0, 5.0))
     exact = scored("AAB-", [(0.9, 0.1), (0.7, 0.3), (0.1, 0.9), None])
     found = measured(FORMS["rtn"], 7, own, exact, ["A", "A", "B", "A"])
     assert (found.bytes, found.accuracy, found.difference) == (7, 0.5, -0.25)
@@ -152,6 +76,9 @@ def test_a_rung_is_measured_beside_the_float_student() -> None:
     assert found.departure.mean == pytest.approx((0.1 + 0.1 + 0.3 + 0.3 + 0 + 0) / 6)
     assert found.departure.largest == pytest.approx(0.3)
     assert found.departure.changed == 1
+    assert (found.p50_ms, found.rows_per_second) == (2.0, 375.0)
+    unasked = measured(FORMS["rtn"], 7, scored("--", latencies_ms=()), scored("--"), ["A", "B"])
+    assert (unasked.p50_ms, unasked.rows_per_second) == (None, None)
 
 
 def test_rows_of_different_options_count_option_by_option() -> None:
@@ -179,8 +106,8 @@ def test_the_table_shows_every_rung_and_fits_a_terminal() -> None:
         "free memory and run again"
     )
     shown = ladder_of(
-        rung(40, 2, 100, size=12_345_600_000, form=wide, note="may lose more"),
-        rung(1, 0, 100, size=66_100_000, note="picked", picked=True),
+        rung(40, 2, 100, size=12_345_600_000, speed=1234.5, form=wide, note="may lose more"),
+        rung(1, 0, 100, size=66_100_000, speed=80, note="picked", picked=True),
         Rung(form=FORMS["gptq"], note=reason),
     )
     text = render_ladder(shown)
@@ -192,6 +119,9 @@ def test_the_table_shows_every_rung_and_fits_a_terminal() -> None:
         "int4 k_quant_mixed/128, apart",
         "12345.6 MB",
         "66.1 MB",
+        "1234.5",
+        "80.0",
+        "12.5",
         "picked",
     ):
         assert figure in text, figure
@@ -210,21 +140,21 @@ def test_the_table_shows_every_rung_and_fits_a_terminal() -> None:
         "1",
     )
     assert rows[3]["verdict"] == reason
+    assert (rows[2]["rows/s"], rows[2]["p50 ms"], rows[2]["folder"]) == ("80.0", "12.5", "66.1 MB")
+    assert "export.choose" not in text, "a ladder of an earlier version gives no reason"
+    chosen = shown.model_copy(update={"choose": ExportBounds(latency_ms=20), "reason": "why"})
+    assert render_ladder(chosen).splitlines()[-1] == (
+        "export.choose is {latency_ms: 20}: int4 rtn/32 is why"
+    )
 
 
-def test_of_two_as_small_a_gain_wins_over_no_loss() -> None:
-    assert pick([rung(0, 0, 100), rung(0, 1, 100)], 0.02) == 1
-
-
-def test_a_bound_at_zero_proves_no_loss_and_a_proven_one_may_be_larger_than_allowed() -> None:
-    """A point estimate within the limit is not enough where the loss itself is proven."""
-    small = rung(1, 0, 100, difference=-0.01)
-    level = small.model_copy(update={"interval": Interval(low=-0.05, high=0.0)})
-    proven = small.model_copy(update={"interval": Interval(low=-0.05, high=-0.002)})
-    assert keeps_to(level, 0.02)
-    assert not keeps_to(proven, 0.02)
-    notes = [judged.note for judged in with_verdicts([level, proven, small], 0, 0.02)]
-    assert notes == ["picked", "may lose more", "no smaller"]
+def test_a_ladder_of_an_earlier_version_is_shown_without_speeds() -> None:
+    ladder = earlier_ladder()
+    assert ladder.choose == "smallest"
+    assert table(ladder)[1]["rows/s"] == ""
+    text = render_ladder(ladder)
+    assert "int4 rtn/32 80.0 MB 0.840" in " ".join(text.split())
+    assert text.splitlines()[-1].startswith("export.largest_loss allows 2.0 points")
 
 
 # The climb itself, without models
@@ -248,8 +178,29 @@ def files(tmp_path: Path) -> tuple[Path, Path]:
     return validation, train
 
 
+class Asked(NamedTuple):
+    """A form that was asked the rows, and the forms whose folders were there then."""
+
+    form: str
+    there: set[str]
+
+
 @pytest.fixture
-def built(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[int, str]]:
+def asked() -> list[Asked]:
+    return []
+
+
+@pytest.fixture
+def latencies() -> dict[str, list[float]]:
+    """What a form's rows take, in milliseconds: each time that it is asked the next figure, and the
+    last one from then on. A form that is not here takes 1 ms."""
+    return {}
+
+
+@pytest.fixture
+def built(
+    monkeypatch: pytest.MonkeyPatch, asked: list[Asked], latencies: dict[str, list[float]]
+) -> dict[str, tuple[int, str]]:
     """Stands for building and scoring: what is in here by a form's title is its size and its 20
     answers; a form that is not can't be built. The float student is right on all rows."""
     forms: dict[str, tuple[int, str]] = {}
@@ -284,17 +235,14 @@ def built(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[int, str]]:
         assert (prompt, threads) == (PROMPT, 3)
         assert precision == ("float32" if model.kind == "transformers" else "")
         progress(7, 20, "7 of 20 rows")
-        assert (
-            model.kind == "transformers"
-            or (Path(model.folder) / "form.txt").read_text() == model.name
-        )
-        left = [
-            folder
-            for folder in Path(model.folder).parent.iterdir()
-            if (folder / "form.txt").exists()
-        ]
-        assert len(left) <= 2, "a folder that can't be picked any more is removed at once"
-        return scored("A" * 20 if model.kind == "transformers" else forms[model.name][1])
+        if model.kind == "transformers":
+            return scored("A" * 20)
+        assert (Path(model.folder) / "form.txt").read_text() == model.name
+        there = {file.read_text() for file in Path(model.folder).parent.glob("*/form.txt")}
+        asked.append(Asked(model.name, there))
+        own = latencies.get(model.name, [1.0])
+        latency = own.pop(0) if len(own) > 1 else own[0]
+        return scored(forms[model.name][1], latencies_ms=[latency] * 20)
 
     monkeypatch.setattr("distillery.export.ladder.run_in_process", run_in_process)
     monkeypatch.setattr("distillery.export.ladder.score_model", score_model)
@@ -307,9 +255,12 @@ def climbed(
     out: Path,
     *forms: str,
     loss: float = 0.02,
+    choose: Choose = "smallest",
     progress: ShowProgress = show_nothing,
 ) -> Ladder:
-    recipe = ExportRecipe(ladder=tuple(FORMS[form] for form in forms), largest_loss=loss)
+    recipe = ExportRecipe(
+        ladder=tuple(FORMS[form] for form in forms), largest_loss=loss, choose=choose
+    )
     float_student = ModelToScore(
         name="student", kind="transformers", folder=str(base), adapter="the-adapter"
     )
@@ -319,7 +270,11 @@ def climbed(
 
 
 def test_the_picked_folder_goes_on_and_the_table_beside_it(
-    files: tuple[Path, Path], built: dict[str, tuple[int, str]], tmp_path: Path, home: Path
+    files: tuple[Path, Path],
+    built: dict[str, tuple[int, str]],
+    asked: list[Asked],
+    tmp_path: Path,
+    home: Path,
 ) -> None:
     built |= {
         "int4 rtn/32": (10, "A" * 15 + "B" * 5),
@@ -337,8 +292,100 @@ def test_the_picked_folder_goes_on_and_the_table_beside_it(
         ("int8 rtn/32", True, "picked"),
     ]
     assert (found.rows, found.accuracy, found.largest_loss) == (20, 1.0, 0.1)
-    assert Ladder.model_validate_json((out / LADDER_FILE).read_text()) == found
+    written = Ladder.model_validate_json((out / LADDER_FILE).read_text())
+    assert written == without_speeds(found)
     assert list((home / "work").iterdir()) == []
+    # A folder that can't be picked any more is removed at once, and nothing is timed in turns.
+    assert asked == [
+        ("fp16", {"fp16"}),
+        ("int4 rtn/32", {"fp16", "int4 rtn/32"}),
+        ("int8 rtn/32", {"fp16", "int8 rtn/32"}),
+    ]
+
+
+def without_speeds(ladder: Ladder) -> Ladder:
+    """What of a ladder is the same in equal runs."""
+    rungs = [
+        rung.model_copy(update={"p50_ms": None, "rows_per_second": None}) for rung in ladder.rungs
+    ]
+    return ladder.model_copy(update={"machine": "", "reason": "", "rungs": tuple(rungs)})
+
+
+def test_forms_that_may_be_the_fastest_are_timed_in_turns(
+    files: tuple[Path, Path],
+    built: dict[str, tuple[int, str]],
+    asked: list[Asked],
+    latencies: dict[str, list[float]],
+    tmp_path: Path,
+    tiny_model: TinyModel,
+) -> None:
+    """gptq was the slowest when it was scored, and in one round: other work was to blame."""
+    built |= {
+        "fp16": (40, "A" * 20),
+        "int4 rtn/32": (10, "A" * 12 + "B" * 8),
+        "int8 rtn/32": (20, "A" * 20),
+        "int4 gptq/32": (11, "A" * 20),
+    }
+    latencies |= {"int8 rtn/32": [8.0], "int4 gptq/32": [99.0, 5.0, 99.0, 4.0], "fp16": [30.0]}
+    shown: list[tuple[int, int, str]] = []
+    found = climbed(
+        files,
+        tiny_model("llama"),
+        tmp_path / "out",
+        *("fp16", "rtn", "int8", "gptq"),
+        choose="fastest",
+        progress=lambda *told: shown.append(told),
+    )
+    turns = ["fp16", "int8 rtn/32", "int4 gptq/32"]
+    assert [form for form, _ in asked[4:]] == [*turns, *reversed(turns), *turns]
+    assert all(there == set(turns) for _, there in asked[4:]), "a form that loses more is gone"
+    assert shown[-1] == (4, 4, "speeds, round 3 of 3, int4 gptq/32: 7 of 20 rows")
+    assert [(rung.p50_ms, rung.note) for rung in found.rungs] == [
+        (30.0, "no faster"),
+        # It is not asked again, as it can't be picked.
+        (1.0, "loses more"),
+        (8.0, "no faster"),
+        (5.0, "picked"),
+    ]
+    speeds = [rung.rows_per_second for rung in found.rungs]
+    assert speeds == pytest.approx([1000 / 30, 1000, 125, 200])
+    assert (tmp_path / "out" / "form.txt").read_text() == "int4 gptq/32"
+    assert found.reason == "the fastest of 3 forms that keep to the loss"
+    assert (found.choose, found.machine) == ("fastest", machine_name())
+    written = json.loads((tmp_path / "out" / LADDER_FILE).read_text())
+    assert written["choose"] == "fastest"
+    assert not {"reason", "machine"} & written.keys(), "equal runs leave equal files"
+    assert not {"p50_ms", "rows_per_second"} & written["rungs"][0].keys()
+
+
+def test_a_form_without_a_rival_is_timed_once_and_floats_are_not_built_for_speed(
+    files: tuple[Path, Path],
+    built: dict[str, tuple[int, str]],
+    asked: list[Asked],
+    tmp_path: Path,
+) -> None:
+    built |= {"int8 rtn/32": (20, "A" * 20), "fp16": (40, "A" * 20)}
+    found = climbed(files, tmp_path, tmp_path / "out", "int8", "fp16", choose="fastest")
+    assert [rung.note for rung in found.rungs] == [
+        "picked",
+        "not built: a quantised form keeps to the loss",
+    ]
+    assert [form for form, _ in asked] == ["int8 rtn/32"]
+
+
+def test_bounds_that_no_form_keeps_to_end_the_run(
+    files: tuple[Path, Path],
+    built: dict[str, tuple[int, str]],
+    latencies: dict[str, list[float]],
+    tmp_path: Path,
+) -> None:
+    built |= {"int8 rtn/32": (20, "A" * 20), "int4 rtn/32": (10, "A" * 20)}
+    latencies["int8 rtn/32"] = [0.9]
+    bounds = ExportBounds(latency_ms=0.5, bytes=30)
+    said = r"is within {latency_ms: 0\.5, bytes: 30}; the nearest is int8"
+    with pytest.raises(ExportError, match=said):
+        climbed(files, tmp_path, tmp_path / "out", "rtn", "int8", choose=bounds)
+    assert not (tmp_path / "out").exists()
 
 
 def test_floats_are_built_only_if_nothing_before_them_keeps_to_the_loss(
@@ -349,7 +396,7 @@ def test_floats_are_built_only_if_nothing_before_them_keeps_to_the_loss(
     found = climbed(files, tmp_path, tmp_path / "out", "int8", "fp16")
     assert [rung.note for rung in found.rungs] == [
         "picked",
-        "not built: a smaller form keeps to the loss",
+        "not built: a quantised form keeps to the loss",
     ]
     built |= {"int8 rtn/32": (20, "A" * 12 + "B" * 8), "fp16": (40, "A" * 20)}
     found = climbed(files, tmp_path, tmp_path / "again", "int8", "fp16")
@@ -363,7 +410,7 @@ def test_a_smaller_form_behind_a_float_that_is_not_built_is_tried(
     found = climbed(files, tmp_path, tmp_path / "out", "int8", "fp16", "rtn")
     assert [(rung.form.title, rung.note) for rung in found.rungs] == [
         ("int8 rtn/32", "no smaller"),
-        ("fp16", "not built: a smaller form keeps to the loss"),
+        ("fp16", "not built: a quantised form keeps to the loss"),
         ("int4 rtn/32", "picked"),
     ]
 
@@ -458,7 +505,7 @@ def test_a_ladder_of_which_no_rung_keeps_to_the_loss_ends_the_run(
     assert text.startswith(
         "export.largest_loss: no rung keeps to 2.0 points on 20 validation rows; the least loss is"
     )
-    assert "int8 rtn/32: 0.0 MB, -10.0 points [" in text
+    assert "int8 rtn/32: 0.0 MB, 1000.0 rows/s (p50 1.0 ms), -10.0 points [" in text
     assert not (tmp_path / "out").exists()
 
 
@@ -522,7 +569,7 @@ def test_a_real_ladder_merged_and_apart(tiny_model: TinyModel, tmp_path: Path, a
         forms.append(ExportForm(algorithm="rtn", block_size=64, share_embeddings=False))
     found = climb(
         ModelToScore(name="student", kind="transformers", folder=str(model), adapter=str(adapter)),
-        ExportRecipe(ladder=tuple(forms), largest_loss=1.0),
+        ExportRecipe(ladder=tuple(forms), largest_loss=1.0, choose="smallest"),
         PROMPT,
         tmp_path / "validation.jsonl",
         tmp_path / "train.jsonl",
@@ -545,7 +592,44 @@ def test_a_real_ladder_merged_and_apart(tiny_model: TinyModel, tmp_path: Path, a
     picked = next(rung for rung in found.rungs if rung.picked)
     assert picked.bytes == min(size.values())
     ask_once(tmp_path / "out")
-    assert Ladder.model_validate_json((tmp_path / "out" / LADDER_FILE).read_text()) == found
+    written = Ladder.model_validate_json((tmp_path / "out" / LADDER_FILE).read_text())
+    assert written == without_speeds(found)
+    assert all(rung.rows_per_second for rung in found.rungs)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_of_real_forms_the_fastest_goes_on(
+    tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Forms are built and asked; only what their rows take is made up."""
+    took = {"int4 rtn/32": 5.0, "int8 rtn/32": 2.0}
+
+    def score_slowly(model: ModelToScore, *given: Any, **more: Any) -> Scored:
+        found = score_model(model, *given, **more)
+        latencies = (took.get(model.name, 50.0),) * len(found.latencies_ms)
+        return found.model_copy(update={"latencies_ms": latencies})
+
+    monkeypatch.setattr("distillery.export.ladder.score_model", score_slowly)
+    (tmp_path / "validation.jsonl").write_text(
+        "".join(f"{one.model_dump_json()}\n" for one in rows("validation", 60))
+    )
+    found = climb(
+        ModelToScore(name="student", kind="transformers", folder=str(tiny_model("llama"))),
+        ExportRecipe(ladder=(FORMS["rtn"], FORMS["int8"]), largest_loss=1.0),
+        PROMPT,
+        tmp_path / "validation.jsonl",
+        None,
+        tmp_path / "out",
+        threads=1,
+    )
+    assert [(rung.p50_ms, rung.note) for rung in found.rungs] == [
+        (5.0, "no faster"),
+        (2.0, "picked"),
+    ]
+    small, fast = (rung.bytes or 0 for rung in found.rungs)
+    assert small < fast
+    ask_once(tmp_path / "out")
 
 
 @pytest.mark.slow

@@ -485,7 +485,7 @@ def test_a_ladder_shows_its_rungs_and_hands_on_the_smallest_that_keeps_to_the_lo
         {"precision": "fp32", "adapter_apart": True},
         {"algorithm": "gptq"},
     ]
-    values["export"] = {"ladder": rungs, "largest_loss": 1.0}
+    values["export"] = {"ladder": rungs, "largest_loss": 1.0, "choose": "smallest"}
     run = workshop.distil(values)
     assert workshop.states(run)[": export ladder"] == "Completed"
     assert re.search(r"export student +int4 gptq, [\d.]+ MB, picked of 3 forms", run.out)

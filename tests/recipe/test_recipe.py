@@ -10,6 +10,8 @@ from distillery.errors import RecipeError
 from distillery.recipe import (
     PRESETS,
     AnswerRecipe,
+    Choose,
+    ExportBounds,
     ExportForm,
     ExportRecipe,
     LayerChoice,
@@ -179,6 +181,23 @@ def test_null_of_a_plain_field_is_that_fields_value() -> None:
             "export: ladder: two rungs are int4 rtn/32",
         ),
         ({"export": {"ladder": [{"precision": "int3"}]}}, "export.ladder.0.precision: "),
+        *(
+            (
+                {"export": {"choose": wrong}},
+                "export.choose: give smallest, fastest or bounds, such as {latency_ms: 20}",
+            )
+            for wrong in ("quickest", 20, ["fastest"], None)
+        ),
+        *(
+            ({"export": {"choose": without}}, "export.choose: give latency_ms, bytes or both")
+            for without in ({}, {"latency_ms": None})
+        ),
+        (
+            {"export": {"choose": {"latency_ms": 0}}},
+            "export.choose.latency_ms: Input should be greater than 0",
+        ),
+        ({"export": {"choose": {"bytes": -1}}}, "export.choose.bytes: Input should be greater"),
+        ({"export": {"choose": {"rows": 1}}}, "export.choose.rows: unknown key; remove it or"),
         (
             {"export": {"ladder": [{}, {"precision": "int8", "adapter_apart": True}]}},
             "export.ladder.1.adapter_apart needs",
@@ -473,7 +492,7 @@ def test_a_form_is_in_cache_keys_by_its_own_settings() -> None:
         "all_logits": False,
     }
     assert ExportForm.added_later == {"all_logits"}
-    assert ExportRecipe.added_later == {"all_logits", "training_rows"}
+    assert ExportRecipe.added_later == {"all_logits", "training_rows", "choose"}
     assert type(form) is ExportForm
 
 
@@ -504,6 +523,20 @@ def test_classifiers_choose_a_form_by_validation_rows_where_there_are_some(teach
     # What is read back whole is the same recipe.
     for recipe in (with_rows, without, proving):
         assert Recipe.model_validate(recipe.model_dump(mode="json")) == recipe
+
+
+def test_a_ladder_is_chosen_from_by_a_word_or_by_bounds() -> None:
+    def chosen(choose: Any) -> Choose:
+        recipe = parse_recipe({"export": {"choose": choose}}, "mine.yaml")
+        assert Recipe.model_validate(recipe.model_dump(mode="json")) == recipe
+        return recipe.export.choose
+
+    assert ExportRecipe().choose == "fastest"
+    assert chosen("smallest") == "smallest"
+    bounds = chosen({"latency_ms": 20, "bytes": 100_000_000})
+    assert isinstance(bounds, ExportBounds)
+    assert bounds.title == "{latency_ms: 20, bytes: 100000000}"
+    assert chosen({"bytes": 7}) == ExportBounds(bytes=7)
 
 
 def test_a_local_teachers_defaults_give_way_to_what_the_student_is() -> None:

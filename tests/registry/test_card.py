@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
+from made_rungs import earlier_ladder, timed_ladder
 from registered_student import provenance
 
 from distillery.registry.card import base_title, model_card, write_card
@@ -57,6 +58,19 @@ def test_equal_students_have_equal_cards(made: dict[str, Any]) -> None:
     later |= {"run": "another-run", "packages": {}, "python": "3.12.1"}
     later["decision"]["reason"] = "another"
     assert model_card("mine", later) == model_card("mine", made)
+
+
+def test_the_forms_of_a_ladder_are_in_the_card(made: dict[str, Any]) -> None:
+    assert "## Forms" not in model_card("mine", made)
+    made["model"]["ladder"] = timed_ladder().model_dump(mode="json")
+    card = model_card("mine", made)
+    assert "## Forms\n\nThe forms of the student that were tried, on 100 validation rows." in card
+    assert "| int8 rtn/32 | 120.0 MB | 80.0 | 12.5 | 0.850 | +0.0 [-3.2, +3.2] | 0.0123 |" in card
+    assert "the fastest of 2 forms that keep to the loss. Timed on A processor, 2 cores." in card
+    made["model"]["ladder"] = earlier_ladder().model_dump(mode="json")
+    card = model_card("mine", made)
+    assert "| int8 rtn/32 | 120.0 MB |  |  | 0.850 |" in card
+    assert "Timed on" not in card
 
 
 def test_files_are_named_by_their_rows(tmp_path: Path) -> None:

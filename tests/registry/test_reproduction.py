@@ -141,6 +141,14 @@ def test_the_recipe_is_pinned(model: RegisteredModel, made: dict[str, Any], tmp_
             pinned_recipe(model, broken)
 
 
+def test_a_recipe_from_before_the_choice_takes_the_smallest_form_again(
+    model: RegisteredModel, made: dict[str, Any]
+) -> None:
+    assert pinned_recipe(model, made).export.choose == "fastest"
+    del made["recipe"]["export"]["choose"]
+    assert pinned_recipe(model, made).export.choose == "smallest"
+
+
 def test_a_run_apart_reaches_no_paid_teacher(
     tmp_path: Path, model: RegisteredModel, made: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

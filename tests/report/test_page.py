@@ -19,11 +19,12 @@ from finished_run import (
     older_evaluation,
     page_of,
 )
+from made_rungs import earlier_ladder, timed_ladder
 
 from distillery.errors import DataError
 from distillery.evaluation.doubtful import DOUBTFUL_ROWS_FILE
 from distillery.evaluation.report import REPORT_FILE, ROWS_FILE
-from distillery.records import GateDecision, Outcome
+from distillery.records import GateDecision, Ladder, Outcome
 from distillery.report import page
 from distillery.report.evaluated import read_evaluation
 
@@ -92,6 +93,35 @@ def test_each_chart_has_a_text_and_a_table_with_its_figures(tmp_path: Path) -> N
     assert not re.search(r"(fill|stroke): #", text.partition("<main>")[2])
     identities = re.findall(r' id="([^"]+)"', text)
     assert len(identities) == len(set(identities))
+
+
+def test_the_forms_of_a_ladder_are_shown_with_size_speed_and_accuracy(tmp_path: Path) -> None:
+    run, folder = finished_run(), evaluation(tmp_path / "evaluation")
+
+    def with_ladder(ladder: Ladder) -> Parsed:
+        model = run.model.model_copy(update={"ladder": ladder})
+        changed = run.model_copy(update={"model": model})
+        return Parsed(page_of(tmp_path, changed, folder).read_text())
+
+    title = "The student's forms"
+    parsed = with_ladder(timed_ladder())
+    assert title in [values["aria-label"] for tag, values in parsed.elements if tag == "svg"]
+    words = " ".join(" ".join(parsed.texts).split())
+    assert "int8 rtn/32 120.0 MB 80.0 12.5 0.850 +0.0 [-3.2, +3.2] 0.0123 0.456 0 picked" in words
+    assert "int8 rtn/32: accuracy 0.850, picked" in words, (
+        "the chart tells accuracy and what was picked"
+    )
+    assert "int4 gptq/32 left out: no time" in words
+    why = "int8 rtn/32 is the fastest of 2 forms that keep to the loss"
+    said = f"export.choose is fastest: {why}. The forms were timed on A processor, 2 cores."
+    assert said in words
+
+    parsed = with_ladder(earlier_ladder())
+    assert title not in [values["aria-label"] for tag, values in parsed.elements if tag == "svg"]
+    words = " ".join(" ".join(parsed.texts).split())
+    assert "int8 rtn/32 120.0 MB 0.850 +0.0 [-3.2, +3.2]" in words
+    assert "None" not in words
+    assert "timed on" not in words
 
 
 def test_what_abstaining_costs_has_a_section_if_it_was_measured(tmp_path: Path) -> None:
