@@ -30,11 +30,11 @@ ELEMENTWISE = frozenset({"Cast", "Div", "Identity", "Mul", "Tanh"})
 """What may stand between the head and the logits."""
 
 TOKEN_BY_TOKEN = ELEMENTWISE | {
-    *("Abs", "Add", "Clip", "Constant", "DequantizeLinear", "Gather", "GatherBlockQuantized"),
-    *("FastGelu", "Gelu", "LayerNormalization", "MatMul", "MatMulInteger", "MatMulNBits", "Max"),
-    *("Min", "Neg", "QuickGelu", "QuantizeLinear", "Reshape", "Round", "Sigmoid"),
-    *("SimplifiedLayerNormalization", "SkipLayerNormalization", "SkipSimplifiedLayerNormalization"),
-    *("Split", "Squeeze", "Sub", "Transpose", "Unsqueeze"),
+    *("Abs", "Add", "Clip", "Constant", "DequantizeLinear", "FastGelu", "Gather", "Gelu"),
+    *("GatherBlockQuantized", "LayerNormalization", "MatMul", "MatMulInteger", "MatMulNBits"),
+    *("MatMulIntegerToFloat", "Max", "Min", "Neg", "QuantizeLinear", "QuickGelu", "Reshape"),
+    *("Round", "Sigmoid", "SimplifiedLayerNormalization", "SkipLayerNormalization"),
+    *("SkipSimplifiedLayerNormalization", "Split", "Squeeze", "Sub", "Transpose", "Unsqueeze"),
 }
 """The operators that give a token the same numbers whatever stands beside it. Not among them:
 DynamicQuantizeLinear, whose scale is that of all tokens, and If, which chooses the rotary factors
@@ -182,7 +182,7 @@ def add_inputs(graph: Any) -> None:
     for name, value in constants.items():
         array = np.array(value, dtype=np.int64)
         graph.initializer.append(numpy_helper.from_array(array, f"constant/{name}"))
-    shapes = {
+    shapes: dict[str, list[str | int | None]] = {
         "to_sequences": ["sequences", "longest"],
         "from_sequences": ["tokens"],
         "cache_of": ["sequences"],
@@ -191,17 +191,19 @@ def add_inputs(graph: Any) -> None:
     }
     for name, shape in shapes.items():
         graph.input.append(helper.make_tensor_value_info(name, TensorProto.INT64, shape))
-    for name, shape in {"last": ["sequences"], "most": [1], "new": ["sequences"]}.items():
+    lengths: dict[str, list[str | int | None]]
+    lengths = {"last": ["sequences"], "most": [1], "new": ["sequences"]}
+    for name, shape in lengths.items():
         graph.input.append(helper.make_tensor_value_info(name, TensorProto.INT32, shape))
     for value in graph.input:
         if value.name.startswith("past_key_values."):
             value.type.tensor_type.shape.dim[0].dim_param = "caches"
     for value in graph.output:
-        shape = value.type.tensor_type.shape
+        sizes = value.type.tensor_type.shape.dim
         if value.name == "logits":
-            shape.dim[1].dim_param = "read_tokens"
+            sizes[1].dim_param = "read_tokens"
         else:
-            shape.dim[0].dim_param, shape.dim[2].dim_param = "sequences", "most_tokens"
+            sizes[0].dim_param, sizes[2].dim_param = "sequences", "most_tokens"
 
 
 def drop_unused(graph: Any) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from distillery.errors import ModelError
 from distillery.inference.batch_graph import UnknownGraph, rewrite
@@ -203,8 +204,6 @@ class BatchStudent(Student):
         """Compute sequences in one pass, each after the first `cached` tokens of the sequence
         `cache_of` in `cache`. Return the logits at the tokens `read`, counted through all
         sequences, [tokens, vocabulary], and, to `keep`, the sequences' own cache."""
-        import onnxruntime
-
         new = np.array([len(tokens) for tokens in sequences])
         # The attention takes other sums where every sequence has a single token.
         longest, before = max(2, int(new.max())), np.array(cached)
@@ -228,9 +227,7 @@ class BatchStudent(Student):
             "most": np.array([before.max() + longest], dtype=np.int32),
             "read": np.array([*read, *[read[-1]] * (-len(read) % TILE)], dtype=np.int64),
         }
-        values = {
-            name: onnxruntime.OrtValue.ortvalue_from_numpy(array) for name, array in feeds.items()
-        }
+        values = {name: runtime_value(array) for name, array in feeds.items()}
         wanted = ["logits"]
         if keep:
             wanted += [name.replace("past_key_values.", "present.") for name in cache.values]
@@ -304,7 +301,8 @@ def open_session(folder: Path, graph: bytes, threads: int | None) -> Any:
     """Return a session of ONNX Runtime for a graph whose weights are in `folder`."""
     import onnxruntime
 
-    options = onnxruntime.SessionOptions()
+    ort: Any = onnxruntime
+    options = ort.SessionOptions()
     if threads is not None:
         options.intra_op_num_threads = threads
     options.log_severity_level = 3
@@ -312,7 +310,7 @@ def open_session(folder: Path, graph: bytes, threads: int | None) -> Any:
         "session.model_external_initializers_file_folder_path", str(folder)
     )
     try:
-        return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
     except Exception as error:
         cause = " ".join(str(error).split())
         raise ModelError(
@@ -322,8 +320,14 @@ def open_session(folder: Path, graph: bytes, threads: int | None) -> Any:
 
 def empty_cache(value: Any) -> Any:
     """Return a cache of one sequence without tokens for a session's input."""
-    import onnxruntime
-
     _, heads, _, size = value.shape
     kind = np.float16 if value.type == "tensor(float16)" else np.float32
-    return onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros((1, heads, 0, size), dtype=kind))
+    return runtime_value(np.zeros((1, heads, 0, size), dtype=kind))
+
+
+def runtime_value(array: NDArray[Any]) -> Any:
+    """Return an array as a value of ONNX Runtime."""
+    import onnxruntime
+
+    ort: Any = onnxruntime
+    return ort.OrtValue.ortvalue_from_numpy(array)

@@ -5,7 +5,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnx
@@ -13,13 +13,14 @@ import pytest
 from onnx import TensorProto, helper
 
 from distillery.errors import ModelError
+from distillery.export.build import export
 from distillery.inference.batch import ROWS, FailedRow, Prediction, score_file
 from distillery.inference.batch_graph import UnknownGraph, check_operators, rewrite
 from distillery.inference.batch_student import PASS_TOKENS, BatchStudent, in_passes, load_for_rows
 from distillery.inference.decoder import ADAPTER_FILE
 from distillery.inference.onnx_student import OnnxStudent
 from distillery.models.class_tokens import ClassTokens
-from distillery.recipe import PromptRecipe
+from distillery.recipe import ExportForm, PromptRecipe
 from distillery.records import Example
 from distillery.training.rows import TrainingRow
 
@@ -71,6 +72,20 @@ def largest_difference(found: list[list[float]], expected: list[list[float]]) ->
     )
 
 
+@pytest.mark.parametrize("kind", ["letter", "text"])
+@pytest.mark.parametrize("algorithm", ["rtn", "dynamic"])
+def test_rows_together_have_the_very_numbers_of_rows_one_by_one_in_8_bits(
+    algorithm: Literal["rtn", "dynamic"], kind: str, tiny_model: Build, tmp_path: Path
+) -> None:
+    form = ExportForm(precision="int8", algorithm=algorithm)
+    export(tiny_model("llama"), None, form, tmp_path / "model")
+    rows, student = rows_of(kind), batch_student(tmp_path / "model")
+    together = student.probabilities(rows)
+    assert together == [student.probabilities([row])[0] for row in rows]
+    one_by_one = OnnxStudent(tmp_path / "model", threads=1).probabilities(rows)
+    assert largest_difference(together, one_by_one) < (1e-9 if kind == "letter" else 0.05)
+
+
 @pytest.mark.parametrize("kind", ["letter", "text", "class"])
 @pytest.mark.parametrize(
     ("arch", "precision"),
@@ -94,14 +109,10 @@ def test_rows_together_have_the_numbers_of_rows_one_by_one(
     assert largest_difference(together, alone) < 1e-5
     assert largest_difference(alone[:4], fresh) < 1e-5
     if kind == "class":
-        one_by_one = [
-            OnnxStudent(folder, threads=1).class_probabilities(row.prompt, row.letters)
-            for row in [row.model_copy(update={"span": len(row.prompt)}) for row in rows]
-        ]
-        whole = [row.model_copy(update={"span": len(row.prompt)}) for row in rows]
-        together = student.probabilities(whole)
-    else:
-        one_by_one = OnnxStudent(folder, threads=1).probabilities(rows)
+        # These classes tell OnnxStudent no beginning that the head leaves out.
+        rows = [row.model_copy(update={"span": len(row.prompt)}) for row in rows]
+        together = student.probabilities(rows)
+    one_by_one = OnnxStudent(folder, threads=1).probabilities(rows)
     # In int4 a rounding of activations to 8 bits may fall to the other side.
     assert largest_difference(together, one_by_one) < (1e-5 if precision == "fp32" else 0.05)
     assert max(max(row) - min(row) for row in together) > 0.1
@@ -170,6 +181,7 @@ def test_rows_of_a_file_are_answered_together_and_those_that_fail_set_aside(
         )
         for number in range(ROWS + 4)
     ]
+    given: list[Example | FailedRow]
     given = [*rows[:5], FailedRow(line=None, example_id="x", reason="bad"), *rows[5:]]
     read: list[int] = []
 
