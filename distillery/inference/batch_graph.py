@@ -167,7 +167,7 @@ def around_attention(node: Any) -> list[Any]:
     ]
 
 
-def make(kind: str, inputs: list[str], output: str, **attributes: int) -> Any:
+def make(kind: str, inputs: list[str], output: str, **attributes: Any) -> Any:
     """Return a node of ONNX's own operators that is named as its output."""
     from onnx import helper
 
