@@ -20,6 +20,8 @@ from distillery.training.rows import TrainingRow
 class OnnxStudent(Student):
     """A model folder that export made. Not thread-safe: it answers one question at a time."""
 
+    tokenizer: GenAITokenizer
+
     def __init__(self, folder: Path, threads: int | None = None, adapter: bool = True) -> None:
         """Load the model; see `Decoder` for the arguments and the errors."""
         self.decoder = Decoder(folder, threads, adapter)
