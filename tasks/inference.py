@@ -10,7 +10,7 @@ from distillery.data.rows import RowReader
 from distillery.data.source import TABLES
 from distillery.errors import DataError
 from distillery.inference.batch import count_rows, read_rows, score_file
-from distillery.inference.onnx_student import OnnxStudent
+from distillery.inference.batch_student import load_for_rows
 from distillery.recipe import Columns, PromptRecipe, RegistryRecipe
 from distillery.records import InputFile, Predictions, RegisteredModel
 from distillery.registry.open import open_registry
@@ -22,7 +22,7 @@ from tasks.progress import conclude, show_rows
 from tasks.stage import origin, stage
 
 
-@stage("score", version=3, added_later={"fields"})
+@stage("score", version=4, added_later={"fields"})
 def score(
     model: RegisteredModel,
     prompt: PromptRecipe,
@@ -35,7 +35,7 @@ def score(
     started = time.perf_counter()
     registry = open_registry(RegistryRecipe(kind=model.registry, model_name=model.name))
     with working_folder("score") as folder:
-        student = OnnxStudent(registry.download(model, folder / "model"))
+        student = load_for_rows(registry.download(model, folder / "model"))
         file = fetch_input(rows.uri, folder)
         if sha256_of(file) != rows.sha256:
             raise DataError(f"{file.name}: changed while the run was under way; run it again")

@@ -14,7 +14,7 @@ import pytest
 from chat_families import FAMILIES, Family, family_tokenizer
 
 from distillery.errors import ModelError
-from distillery.inference.batch import Prediction, answer
+from distillery.inference.batch import Prediction, answer_some
 from distillery.inference.logits import Logits
 from distillery.inference.onnx_student import OnnxStudent
 from distillery.models.load import load_tokenizer
@@ -170,7 +170,8 @@ def test_every_stage_asks_without_control_tokens(
 
     monkeypatch.setattr(both.student.decoder, "prefill", prefill)
     monkeypatch.setattr(both.student, "text_probabilities", text_probabilities)
-    assert isinstance(answer(both.student, row, prompt), Prediction)
+    (result,) = answer_some(both.student, [row], prompt)
+    assert isinstance(result, Prediction)
     messages: list[dict[str, str]] = []
     if prompt.system:
         messages.append({"role": "system", "content": prompt.system})

@@ -3,10 +3,11 @@
 Rows in: a JSONL, CSV or Parquet file (data/readers.py) in the columns that data/rows.py lists.
 Files out: predictions.jsonl, one `Prediction` a line, and failed.jsonl, one `FailedRow` a line. A
 row that is malformed or can't be asked is set aside there and stops nothing.
-Rows are read, answered and written one by one, so memory stays flat however long the file is.
+Rows are read, answered and written ROWS at a time, so memory stays flat however long the file is.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 from pydantic import Field
@@ -14,9 +15,12 @@ from pydantic import Field
 from distillery.data.readers import TableRow, has_surrogates, open_table
 from distillery.data.rows import RowReader, refuse_missing_columns, to_example
 from distillery.errors import DataError
-from distillery.inference.onnx_student import OnnxStudent
+from distillery.inference.student import Answer, Student
 from distillery.recipe import PromptRecipe
 from distillery.records import Example, Record
+
+ROWS = 16
+"""Rows that are answered together: more of them, in passes of 256 tokens, gain little."""
 
 
 class Prediction(Record):
@@ -59,7 +63,7 @@ class ScoreCounts(Record):
 
 
 def score_file(
-    student: OnnxStudent,
+    student: Student,
     examples: Iterable[Example | FailedRow],
     prompt: PromptRecipe,
     out: Path,
@@ -69,30 +73,42 @@ def score_file(
     `progress` is told after each row how many are done."""
     out.mkdir(parents=True, exist_ok=True)
     rows = failed = 0
+    remaining = iter(examples)
     with (
         (out / "predictions.jsonl").open("w", encoding="utf-8") as predictions,
         (out / "failed.jsonl").open("w", encoding="utf-8") as failures,
     ):
-        for example in examples:
-            result = example if isinstance(example, FailedRow) else answer(student, example, prompt)
-            if isinstance(result, Prediction):
-                predictions.write(result.model_dump_json() + "\n")
-                rows += 1
-            else:
-                failures.write(result.model_dump_json() + "\n")
-                failed += 1
-            if progress:
-                progress(rows + failed)
+        while some := list(islice(remaining, ROWS)):
+            for result in answer_some(student, some, prompt):
+                if isinstance(result, Prediction):
+                    predictions.write(result.model_dump_json() + "\n")
+                    rows += 1
+                else:
+                    failures.write(result.model_dump_json() + "\n")
+                    failed += 1
+                if progress:
+                    progress(rows + failed)
     return ScoreCounts(rows=rows, failed=failed)
 
 
-def answer(student: OnnxStudent, example: Example, prompt: PromptRecipe) -> Prediction | FailedRow:
-    """Return the student's answer, or why it can't be asked."""
+def answer_some(
+    student: Student, examples: Sequence[Example | FailedRow], prompt: PromptRecipe
+) -> Iterator[Prediction | FailedRow]:
+    """Yield the student's answer to each row, or why it can't be asked, in the rows' order."""
+    asked = [example for example in examples if not isinstance(example, FailedRow)]
+    answers = iter(student.answers(asked, prompt))
+    for example in examples:
+        if isinstance(example, FailedRow):
+            yield example
+        else:
+            yield as_result(example, next(answers))
+
+
+def as_result(example: Example, found: Answer | DataError) -> Prediction | FailedRow:
+    """Return the line for a row and its answer, or for why it can't be asked."""
     line = example.line if isinstance(example, InputRow) else None
-    try:
-        found = student.answer(example, prompt)
-    except DataError as error:
-        reason = str(error).removeprefix(f"{example.example_id}: ")
+    if isinstance(found, DataError):
+        reason = str(found).removeprefix(f"{example.example_id}: ")
         return FailedRow(line=line, example_id=example.example_id, reason=reason)
     return Prediction(
         line=line,

@@ -9,77 +9,38 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from distillery.errors import DataError
-from distillery.inference.abstention import read_abstention
 from distillery.inference.decoder import Decoder
 from distillery.inference.logits import Logits, log_softmax, softmax, token_sampler
-from distillery.models.class_tokens import read_class_tokens, require_classes
-from distillery.prompts import (
-    GenAITokenizer,
-    letter_ids,
-    longest_prompt,
-    read_added_tokens,
-    render_ids,
-    text_ids,
-)
-from distillery.recipe import PromptRecipe
-from distillery.records import Example, Record
+from distillery.inference.student import Student
+from distillery.models.class_tokens import require_classes
+from distillery.prompts import GenAITokenizer, read_added_tokens
+from distillery.training.rows import TrainingRow
 
 
-class Answer(Record):
-    """The most probable letter, and the probability of each of the row's letters; they sum to 1.
-    `abstained`: whether the letter's probability is below the student's threshold; None for a
-    student without a threshold."""
-
-    letter: str
-    probabilities: dict[str, float]
-    abstained: bool | None = None
-
-
-class OnnxStudent:
+class OnnxStudent(Student):
     """A model folder that export made. Not thread-safe: it answers one question at a time."""
+
+    tokenizer: GenAITokenizer
 
     def __init__(self, folder: Path, threads: int | None = None, adapter: bool = True) -> None:
         """Load the model; see `Decoder` for the arguments and the errors."""
-        self.folder = folder
         self.decoder = Decoder(folder, threads, adapter)
-        self.context_length = self.decoder.context_length
-        self.tokenizer = GenAITokenizer(self.decoder.tokenizer, folder)
+        tokenizer = GenAITokenizer(self.decoder.tokenizer, folder)
+        super().__init__(folder, tokenizer, self.decoder.context_length)
         self.end_ids = frozenset(int(token) for token in self.decoder.tokenizer.eos_token_ids)
-        self.classes = read_class_tokens(folder)
-        self.abstention = read_abstention(folder)
-        self._letter_ids: dict[int, list[int]] = {}
         self._token_texts: dict[int, str] = {}
 
-    def answer(self, example: Example, prompt: PromptRecipe) -> Answer:
-        """Return the answer to a row.
-
-        Raises DataError if the prompt is longer than prompt.max_tokens or than the model's
-        context, to which the longest option's text counts if options are scored by their texts.
-        """
-        texts = []
-        if prompt.answer == "text":
-            texts = text_ids(example, self.tokenizer)
-        ids = render_ids(example, prompt, self.tokenizer)
-        limit = longest_prompt(prompt, self.context_length, texts)
-        if ids is None or len(ids) > limit:
-            whose = "prompt.max_tokens" if limit == prompt.max_tokens else "the model's context"
-            raise DataError(
-                f"{example.example_id}: the prompt is longer than {limit} tokens ({whose})"
-            )
-        if texts:
-            probabilities = self.text_probabilities(ids, texts)
-        elif prompt.answer == "class":
-            classes = require_classes(self.classes, self.folder)
-            probabilities = self.class_probabilities(ids, classes.for_classes(example.classes))
-        else:
-            probabilities = self.option_probabilities(ids, self.letter_ids(len(example.options)))
-        best = max(range(len(probabilities)), key=probabilities.__getitem__)
-        by_letter = dict(zip(example.keys, probabilities, strict=True))
-        abstained = None
-        if self.abstention:
-            abstained = self.abstention.abstains(probabilities[best])
-        return Answer(letter=example.keys[best], probabilities=by_letter, abstained=abstained)
+    def probabilities(self, rows: Sequence[TrainingRow]) -> list[list[float]]:
+        """Return the probabilities over the options of each row, which are asked one by one."""
+        found = []
+        for row in rows:
+            if row.texts:
+                found.append(self.text_probabilities(row.prompt, row.texts))
+            elif row.closed:
+                found.append(self.class_probabilities(row.prompt, row.letters))
+            else:
+                found.append(self.option_probabilities(row.prompt, row.letters))
+        return found
 
     def option_probabilities(
         self, prompt_ids: Sequence[int], letter_ids: Sequence[int]
@@ -172,12 +133,6 @@ class OnnxStudent:
             if token in self.end_ids or count == most:
                 return
             logits = self.decoder.append([token])
-
-    def letter_ids(self, count: int) -> list[int]:
-        """Return `prompts.letter_ids` by this model's tokenizer."""
-        if count not in self._letter_ids:
-            self._letter_ids[count] = letter_ids(self.tokenizer, count)
-        return self._letter_ids[count]
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Return the tokens as text, without special tokens."""

@@ -1,0 +1,221 @@
+"""Rewrite an exported model's graph so that one pass takes many sequences without padding.
+
+ModelBuilder's graphs take sequences of one length, [batch, length], and a head that is pruned reads
+the last token of each. Here all layers but the attention see the sequences one behind the other,
+[1, tokens], which wastes nothing on short ones and gives each token the numbers that it has in a
+pass of its own, since no other node looks beyond a token. Around each GroupQueryAttention the
+tokens are laid out as [sequences, longest], and each sequence starts from a cache that it may share
+with others. The head reads the tokens that an input names.
+
+The inputs of the new graph, beside input_ids, [1, tokens], and the caches past_key_values.*,
+[caches, heads, cached tokens, size]:
+  - to_sequences, [sequences, longest]: where each sequence's tokens stand among the tokens; what
+    follows a sequence's end is ignored
+  - from_sequences, [tokens]: where each token stands in the flattened [sequences, longest]
+  - cache_of, [sequences]: the index of the cache that a sequence starts from
+  - cached, [1]: how many of a cache's tokens are read at most
+  - last, [sequences]: the index of each sequence's last token, its cached tokens included
+  - new, [sequences]: how many tokens each sequence has in this pass
+  - most, [1]: an upper bound of the tokens of a sequence, with those cached and the padding
+  - read, [read tokens]: the tokens whose logits are given
+"""
+
+from typing import Any
+
+import numpy as np
+
+from distillery.models.onnx_folder import is_within, locations
+
+ELEMENTWISE = frozenset({"Cast", "Div", "Identity", "Mul", "Tanh"})
+"""What may stand between the head and the logits."""
+
+TOKEN_BY_TOKEN = ELEMENTWISE | {
+    *("Abs", "Add", "Clip", "Constant", "DequantizeLinear", "FastGelu", "Gather", "Gelu"),
+    *("GatherBlockQuantized", "LayerNormalization", "MatMul", "MatMulInteger", "MatMulNBits"),
+    *("MatMulIntegerToFloat", "Max", "Min", "Neg", "QuantizeLinear", "QuickGelu", "Reshape"),
+    *("Round", "Sigmoid", "SimplifiedLayerNormalization", "SkipLayerNormalization"),
+    *("SkipSimplifiedLayerNormalization", "Split", "Squeeze", "Sub", "Transpose", "Unsqueeze"),
+}
+"""The operators that give a token the same numbers whatever stands beside it. Not among them:
+DynamicQuantizeLinear, whose scale is that of all tokens, and If, which chooses the rotary factors
+of LongRoPE by the longest sequence."""
+
+ATTENTION_INPUTS = 17
+LENGTHS, MOST, NEW = 5, 6, 16
+"""The inputs of GroupQueryAttention, in onnxruntime 1.32: how many there are, and the places of the
+sequences' last tokens, of the bound of their lengths and of the new tokens."""
+
+
+class UnknownGraph(Exception):
+    """A graph that can't be rewritten, and why."""
+
+
+def rewrite(model: Any) -> None:
+    """Rewrite an ONNX model that was loaded without its external data.
+
+    Raises UnknownGraph, and leaves the model in any state, for a graph that is not known here."""
+    graph = model.graph
+    check(model)
+    makers = {name: node for node in graph.node for name in node.output}
+    head = find_head(makers)
+    states = states_before_pruning(head.input[0], makers)
+    nodes: list[Any] = []
+    for node in graph.node:
+        if node.op_type == "GroupQueryAttention":
+            nodes += around_attention(node)
+        elif node is head:
+            nodes += [make("Gather", [states, "read"], "read_states", axis=1), head]
+            head.input[0] = "read_states"
+        else:
+            nodes.append(node)
+    del graph.node[:], graph.value_info[:]
+    graph.node.extend(nodes)
+    add_inputs(graph)
+    # With them go the nodes that told the attention its lengths by a mask.
+    drop_unused(graph)
+    check_operators(graph)
+
+
+def check(model: Any) -> None:
+    """Raise UnknownGraph for weights outside of the folder, or an attention that has a window or
+    reads what is not rewritten here."""
+    if any(not is_within(location) for location in locations(model)):
+        raise UnknownGraph("its weights are outside of its folder")
+    attentions = [node for node in model.graph.node if node.op_type == "GroupQueryAttention"]
+    if not attentions:
+        raise UnknownGraph("it has no GroupQueryAttention")
+    for node in attentions:
+        window = [each.i for each in node.attribute if each.name == "local_window_size"]
+        if window not in ([], [-1]):
+            raise UnknownGraph("its attention has a window")
+        if any(node.input[9:]) or not all(node.input[3:5]):
+            raise UnknownGraph("its attention has other inputs")
+
+
+def check_operators(graph: Any) -> None:
+    """Raise UnknownGraph where a node other than the attention may look beyond a token."""
+    from onnx import numpy_helper
+
+    constants = {each.name: each for each in graph.initializer}
+    for node in graph.node:
+        attributes = {each.name: each for each in node.attribute}
+        if node.op_type.startswith("Reduce"):
+            axes = None
+            if "axes" in attributes:
+                axes = list(attributes["axes"].ints)
+            elif len(node.input) > 1 and node.input[1] in constants:
+                axes = numpy_helper.to_array(constants[node.input[1]]).tolist()
+            if axes != [-1]:
+                raise UnknownGraph(f"{node.op_type} may reduce several tokens to one")
+        elif node.op_type == "Slice" and "constant/cache_axis" in node.input:
+            continue
+        elif node.op_type not in TOKEN_BY_TOKEN | {"GroupQueryAttention"}:
+            raise UnknownGraph(f"it has the operator {node.op_type}")
+
+
+def find_head(makers: dict[str, Any]) -> Any:
+    """Return the node that multiplies the last states by the head's weights."""
+    node = makers.get("logits")
+    while node is not None and node.op_type in ELEMENTWISE:
+        node = makers.get(node.input[0])
+    if node is None or node.op_type not in ("MatMul", "MatMulNBits"):
+        raise UnknownGraph("its head is of another form")
+    return node
+
+
+def states_before_pruning(states: str, makers: dict[str, Any]) -> str:
+    """Return the name of all tokens' states; `states` may be those of the last token alone."""
+    node = makers.get(states)
+    if node is None or node.op_type != "Unsqueeze":
+        return states
+    pruned = makers.get(node.input[0])
+    if pruned is None or pruned.op_type != "Gather":
+        raise UnknownGraph("its head is pruned in another way")
+    return str(pruned.input[0])
+
+
+def around_attention(node: Any) -> list[Any]:
+    """Return the attention `node` with the nodes that lay its tokens out and take them back."""
+    before: list[Any] = []
+    inputs = [*node.input, *[""] * (ATTENTION_INPUTS - len(node.input))]
+    for place in (0, 1, 2):
+        name = inputs[place]
+        if name:
+            inputs[place] = f"{name}/sequences"
+            before += [
+                make("Gather", [name, "to_sequences"], f"{name}/laid_out", axis=1),
+                make("Squeeze", [f"{name}/laid_out", "constant/first_axis"], inputs[place]),
+            ]
+    for place in (3, 4):
+        name = inputs[place]
+        inputs[place] = f"{name}/sequences"
+        read = [name, "constant/zero", "cached", "constant/cache_axis"]
+        before += [
+            make("Slice", read, f"{name}/read"),
+            make("Gather", [f"{name}/read", "cache_of"], inputs[place], axis=0),
+        ]
+    inputs[LENGTHS], inputs[MOST], inputs[NEW] = "last", "most", "new"
+    del node.input[:]
+    node.input.extend(inputs)
+    found = node.output[0]
+    node.output[0] = f"{found}/sequences"
+    return [
+        *before,
+        node,
+        make("Reshape", [node.output[0], "constant/flat"], f"{found}/flat"),
+        make("Gather", [f"{found}/flat", "from_sequences"], found, axis=1),
+    ]
+
+
+def make(kind: str, inputs: list[str], output: str, **attributes: Any) -> Any:
+    """Return a node of ONNX's own operators that is named as its output."""
+    from onnx import helper
+
+    return helper.make_node(kind, inputs, [output], name=output, **attributes)
+
+
+def add_inputs(graph: Any) -> None:
+    """Add the inputs and constants that the new nodes read; free the shapes that change."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    constants = {"zero": [0], "first_axis": [0], "cache_axis": [2], "flat": [1, -1, 0]}
+    for name, value in constants.items():
+        array = np.array(value, dtype=np.int64)
+        graph.initializer.append(numpy_helper.from_array(array, f"constant/{name}"))
+    shapes: dict[str, list[str | int | None]] = {
+        "to_sequences": ["sequences", "longest"],
+        "from_sequences": ["tokens"],
+        "cache_of": ["sequences"],
+        "cached": [1],
+        "read": ["read_tokens"],
+    }
+    for name, shape in shapes.items():
+        graph.input.append(helper.make_tensor_value_info(name, TensorProto.INT64, shape))
+    lengths: dict[str, list[str | int | None]]
+    lengths = {"last": ["sequences"], "most": [1], "new": ["sequences"]}
+    for name, shape in lengths.items():
+        graph.input.append(helper.make_tensor_value_info(name, TensorProto.INT32, shape))
+    for value in graph.input:
+        if value.name.startswith("past_key_values."):
+            value.type.tensor_type.shape.dim[0].dim_param = "caches"
+    for value in graph.output:
+        sizes = value.type.tensor_type.shape.dim
+        if value.name == "logits":
+            sizes[1].dim_param = "read_tokens"
+        else:
+            sizes[0].dim_param, sizes[2].dim_param = "sequences", "most_tokens"
+
+
+def drop_unused(graph: Any) -> None:
+    """Remove the nodes, inputs and constants that nothing reads any more."""
+    outputs = {value.name for value in graph.output}
+    while True:
+        read = outputs | {name for node in graph.node for name in node.input}
+        unused = [node for node in graph.node if not read.intersection(node.output)]
+        if not unused:
+            break
+        for node in unused:
+            graph.node.remove(node)
+    for values in (graph.input, graph.initializer):
+        for value in [each for each in values if each.name not in read]:
+            values.remove(value)

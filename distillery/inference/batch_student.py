@@ -1,0 +1,333 @@
+"""Ask an ONNX model many rows, or a row's options, in one pass.
+
+What the prompts begin with is computed once and serves the next rows too. Texts follow their
+prompts in a second pass, all of them at once, each from its prompt's cache. The numbers are those
+of rows one by one, whatever stands beside them: the graph computes token by token
+(batch_graph.py), and its kernels give a token the same sums in every pass of an even number (bit
+for bit on a Xeon with AMX, in fp32, int8 and int4).
+
+OnnxStudent's numbers are the same for prompts, in fp32 and in 8 bits. In 4 bits it computes the
+last token of an odd prompt by other sums, and texts token by token by others again; where
+activations are rounded to 8 bits, a difference of 1e-6 becomes one of up to 0.06 in a probability
+of SmolLM2-135M before training (32 rows), no more than between OnnxStudent's own answers to a row
+after different others.
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distillery.errors import ModelError
+from distillery.inference.batch_graph import UnknownGraph, rewrite
+from distillery.inference.decoder import ADAPTER_FILE, model_errors, read_config
+from distillery.inference.logits import Logits, log_softmax, softmax
+from distillery.inference.onnx_student import OnnxStudent
+from distillery.inference.student import Student
+from distillery.prompts import GenAITokenizer
+from distillery.training.batching import common_prefix
+from distillery.training.rows import TrainingRow
+
+PASS_TOKENS = 256
+"""Tokens that a pass has at most, where more than one sequence is in it: by then the processor
+multiplies as fast as it can, and the logits of so many tokens take little memory."""
+
+LEAST_SAVED = 64
+"""The fewest tokens that a shared beginning must save for its pass of its own to pay."""
+
+TILE = 2
+"""A pass is filled up to a multiple of so many tokens: kernels for 4 bits compute two at a time,
+and an odd one by other sums."""
+
+MODEL = "model.onnx"
+
+_log = logging.getLogger(__name__)
+
+
+def load_for_rows(folder: Path, threads: int | None = None) -> Student:
+    """Load a model that is to answer many rows: as a BatchStudent or, where its graph can't be
+    rewritten or an adapter is apart, as an OnnxStudent, which answers one by one.
+
+    `threads` counts the cores for one operation; None leaves it to the runtime. Raises ModelError
+    for a folder that can't be loaded."""
+    decoder, _ = read_config(folder)
+    options = decoder.get("session_options") or {}
+    complaint = None
+    if (folder / ADAPTER_FILE).is_file():
+        complaint = "its adapter is apart"
+    elif options.get("provider_options") or decoder.get("filename") != MODEL:
+        complaint = "its settings name a processor or a file of their own"
+    if complaint is None:
+        try:
+            return BatchStudent(folder, threads)
+        except UnknownGraph as error:
+            complaint = str(error)
+    _log.info("%s: its rows are answered one by one, since %s", folder, complaint)
+    return OnnxStudent(folder, threads)
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Keys and values of sequences, one tensor for each name of past_key_values.*, [sequences,
+    heads, tokens, size]."""
+
+    values: dict[str, Any]
+
+
+class BatchStudent(Student):
+    """A model whose graph takes many sequences at once. Not thread-safe.
+
+    It holds the weights once: the tokenizer is loaded without them. `_begun` are the tokens in
+    `_cache`, which serve prompts that begin alike."""
+
+    def __init__(self, folder: Path, threads: int | None = None) -> None:
+        """Load the model. Raises UnknownGraph, or ModelError for a folder that can't be loaded."""
+        _, context_length = read_config(folder)
+        graph, stand_in = read_graph(folder)
+        tokenizer = GenAITokenizer(load_tokenizer(folder, stand_in), folder)
+        super().__init__(folder, tokenizer, context_length)
+        self._session = open_session(folder, graph, threads)
+        self._begun: tuple[int, ...] = ()
+        self._cache = self._no_cache = Cache(
+            {
+                value.name: empty_cache(value)
+                for value in self._session.get_inputs()
+                if value.name.startswith("past_key_values.")
+            }
+        )
+
+    def probabilities(self, rows: Sequence[TrainingRow]) -> list[list[float]]:
+        """Return the probabilities over the options of each row; rows of like length share a
+        pass."""
+        if not rows:
+            return []
+        shared = self.shared_tokens(rows)
+        found: dict[int, list[float]] = {}
+        lengths = [len(row.prompt) - shared for row in rows]
+        for picked in in_passes(lengths):
+            some = [rows[index] for index in picked]
+            found |= zip(picked, self.ask(some, shared), strict=True)
+        return [found[index] for index in range(len(rows))]
+
+    def shared_tokens(self, rows: Sequence[TrainingRow]) -> int:
+        """Return how many tokens of the cache serve all rows. What the rows begin with is computed
+        into it where that pays."""
+        prompts = [row.prompt for row in rows]
+        most = min(len(row.prompt) - row.span for row in rows)
+        shared = min(common_prefix(prompts, 1), most)
+        cached = common_prefix([self._begun, prompts[0][:shared]], 0)
+        if (shared - cached) * (len(rows) - 1) < LEAST_SAVED:
+            return cached
+        row = TrainingRow(prompt=prompts[0][:shared], answer=0)
+        self.prompt_logits([row], cached, keep=True)
+        return shared
+
+    def ask(self, rows: Sequence[TrainingRow], shared: int) -> list[list[float]]:
+        """Return the probabilities over the options of the rows of one pass, whose first `shared`
+        tokens are in the cache."""
+        if rows[0].texts:
+            logits, cache = self.prompt_logits(rows, shared, keep=True)
+            return self.text_probabilities(rows, logits, cache)
+        logits, _ = self.prompt_logits(rows, shared, keep=len(rows) == 1)
+        found, start = [], 0
+        for row in rows:
+            each = logits[start : start + row.span]
+            start += row.span
+            # Where classes are read from the mean of the states, theirs is the mean of the logits,
+            # because a head is linear.
+            read = each[-1]
+            if row.span > 1:
+                read = (1 - row.last) * each.mean(0) + row.last * each[-1]
+            found.append(softmax(read[list(row.letters)]))
+        return found
+
+    def prompt_logits(
+        self, rows: Sequence[TrainingRow], shared: int, keep: bool
+    ) -> tuple[Logits, Cache]:
+        """Compute prompts whose first `shared` tokens are in the cache. Return the logits at the
+        last `span` tokens of each, [tokens, vocabulary], and, to `keep`, the prompts' cache.
+
+        The cache of a single prompt replaces the one that was there."""
+        own = [row.prompt[shared:] for row in rows]
+        read: list[int] = []
+        end = 0
+        for row, tokens in zip(rows, own, strict=True):
+            end += len(tokens)
+            read += range(end - row.span, end)
+        start = self._cache if shared else self._no_cache
+        logits, cache = self.run(own, read, start, [0] * len(rows), [shared] * len(rows), keep)
+        if keep and len(rows) == 1:
+            self._begun, self._cache = rows[0].prompt, cache
+        return logits, cache
+
+    def text_probabilities(
+        self, rows: Sequence[TrainingRow], after_prompts: Logits, cache: Cache
+    ) -> list[list[float]]:
+        """Return the softmax over the texts' scores of each row, from the logits after the prompts,
+        [rows, vocabulary], and the prompts' cache.
+
+        A score is the mean log-probability of a text's tokens, as in training/likelihood.py."""
+        scores: list[list[list[float]]] = []
+        longer: list[tuple[int, int]] = []
+        for number, (row, logits) in enumerate(zip(rows, after_prompts, strict=True)):
+            first = log_softmax(logits)
+            scores.append([[float(first[text[0]])] for text in row.texts])
+            longer += [(number, option) for option, text in enumerate(row.texts) if len(text) > 1]
+        texts = [rows[number].texts[option] for number, option in longer]
+        for picked in in_passes([len(text) - 1 for text in texts]):
+            some = [texts[index] for index in picked]
+            owners = [longer[index][0] for index in picked]
+            before = [len(rows[owner].prompt) for owner in owners]
+            tokens = [text[:-1] for text in some]
+            read = list(range(sum(map(len, tokens))))
+            logits, _ = self.run(tokens, read, cache, owners, before, keep=False)
+            following = iter(logits)
+            for index, text in zip(picked, some, strict=True):
+                number, option = longer[index]
+                for token in text[1:]:
+                    scores[number][option].append(float(log_softmax(next(following))[token]))
+        return [softmax(np.array([np.mean(logs) for logs in of_row])) for of_row in scores]
+
+    def run(
+        self,
+        sequences: Sequence[Sequence[int]],
+        read: Sequence[int],
+        cache: Cache,
+        cache_of: Sequence[int],
+        cached: Sequence[int],
+        keep: bool,
+    ) -> tuple[Logits, Cache]:
+        """Compute sequences in one pass, each after the first `cached` tokens of the sequence
+        `cache_of` in `cache`. Return the logits at the tokens `read`, counted through all
+        sequences, [tokens, vocabulary], and, to `keep`, the sequences' own cache."""
+        new = np.array([len(tokens) for tokens in sequences])
+        # The attention takes other sums where every sequence has a single token.
+        longest, before = max(2, int(new.max())), np.array(cached)
+        tokens = [token for sequence in sequences for token in sequence]
+        filling = -len(tokens) % TILE
+        to_sequences = np.zeros((len(new), longest), dtype=np.int64)
+        from_sequences, start = [0] * (len(tokens) + filling), 0
+        for number, count in enumerate(new.tolist()):
+            to_sequences[number, :count] = np.arange(start, start + count)
+            first = number * longest
+            from_sequences[start : start + count] = range(first, first + count)
+            start += count
+        feeds = {
+            "input_ids": np.array([tokens + [0] * filling], dtype=np.int64),
+            "to_sequences": to_sequences,
+            "from_sequences": np.array(from_sequences, dtype=np.int64),
+            "cache_of": np.array(cache_of, dtype=np.int64),
+            "cached": np.array([before.max()], dtype=np.int64),
+            "last": (before + new - 1).astype(np.int32),
+            "new": new.astype(np.int32),
+            "most": np.array([before.max() + longest], dtype=np.int32),
+            "read": np.array([*read, *[read[-1]] * (-len(read) % TILE)], dtype=np.int64),
+        }
+        values = {name: runtime_value(array) for name, array in feeds.items()}
+        wanted = ["logits"]
+        if keep:
+            wanted += [name.replace("past_key_values.", "present.") for name in cache.values]
+        with model_errors(self.folder):
+            found = self._session.run_with_ort_values(wanted, values | cache.values)
+        logits: Logits = found[0].numpy()[0, : len(read)].astype(np.float32, copy=False)
+        return logits, Cache(dict(zip(cache.values, found[1:], strict=False)))
+
+
+def in_passes(lengths: Sequence[int]) -> Iterator[list[int]]:
+    """Give the indices of sequences in passes of like length: of at most PASS_TOKENS tokens, or of
+    a single sequence."""
+    picked: list[int] = []
+    tokens = 0
+    for index in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if picked and tokens + lengths[index] > PASS_TOKENS:
+            yield picked
+            picked, tokens = [], 0
+        picked.append(index)
+        tokens += lengths[index]
+    if picked:
+        yield picked
+
+
+def read_graph(folder: Path) -> tuple[bytes, bytes]:
+    """Return the folder's rewritten graph, and a graph without weights that stands in for it where
+    the tokenizer is loaded.
+
+    Raises UnknownGraph for a graph that can't be rewritten."""
+    import onnx
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+
+    try:
+        model = onnx.load(folder / MODEL, load_external_data=False)
+    except (OSError, DecodeError) as error:
+        raise UnknownGraph("its graph can't be read") from error
+    stand_in = without_weights(model)
+    rewrite(model)
+    return model.SerializeToString(), stand_in
+
+
+def without_weights(model: Any) -> bytes:
+    """Return a model with the inputs and outputs of `model` that computes nothing."""
+    from onnx import helper
+
+    outputs = []
+    for value in model.graph.output:
+        kind = value.type.tensor_type.elem_type
+        outputs.append(helper.make_tensor_value_info(value.name, kind, None))
+    nodes = []
+    for value in outputs:
+        nothing = helper.make_tensor(value.name, value.type.tensor_type.elem_type, [0], [])
+        nodes.append(helper.make_node("Constant", [], [value.name], value=nothing))
+    graph = helper.make_graph(nodes, "stand-in", list(model.graph.input), outputs)
+    made = helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
+    return bytes(made.SerializeToString())
+
+
+def load_tokenizer(folder: Path, stand_in: bytes) -> Any:
+    """Return the folder's tokenizer of ONNX Runtime GenAI, which takes a model to load one."""
+    import onnxruntime_genai
+
+    og: Any = onnxruntime_genai
+    with model_errors(folder):
+        config = og.Config(str(folder))
+        config.add_model_data(MODEL, stand_in)
+        return og.Tokenizer(og.Model(config))
+
+
+def open_session(folder: Path, graph: bytes, threads: int | None) -> Any:
+    """Return a session of ONNX Runtime for a graph whose weights are in `folder`."""
+    import onnxruntime
+
+    ort: Any = onnxruntime
+    options = ort.SessionOptions()
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    options.add_session_config_entry(
+        "session.model_external_initializers_file_folder_path", str(folder)
+    )
+    try:
+        return ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        cause = " ".join(str(error).split())
+        raise ModelError(
+            f"{folder}: ONNX Runtime fails ({cause[:200]}); export the model again"
+        ) from error
+
+
+def empty_cache(value: Any) -> Any:
+    """Return a cache of one sequence without tokens for a session's input."""
+    _, heads, _, size = value.shape
+    kind = np.float16 if value.type == "tensor(float16)" else np.float32
+    return runtime_value(np.zeros((1, heads, 0, size), dtype=kind))
+
+
+def runtime_value(array: NDArray[Any]) -> Any:
+    """Return an array as a value of ONNX Runtime."""
+    import onnxruntime
+
+    ort: Any = onnxruntime
+    return ort.OrtValue.ortvalue_from_numpy(array)
