@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distillery.errors import ExportError
-from distillery.export.head import Graph
+from distillery.models.onnx_graph import Graph
 
 LARGEST_WEIGHT = 64
 """In place of 127: processors without VNNI add two products of 8 bits in 16 bits, and 255 * 127 * 2

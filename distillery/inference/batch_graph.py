@@ -25,9 +25,7 @@ from typing import Any
 import numpy as np
 
 from distillery.models.onnx_folder import is_within, locations
-
-ELEMENTWISE = frozenset({"Cast", "Div", "Identity", "Mul", "Tanh"})
-"""What may stand between the head and the logits."""
+from distillery.models.onnx_graph import ELEMENTWISE, Graph
 
 TOKEN_BY_TOKEN = ELEMENTWISE | {
     *("Abs", "Add", "Clip", "Constant", "DequantizeLinear", "FastGelu", "Gather", "Gelu"),
@@ -56,9 +54,11 @@ def rewrite(model: Any) -> None:
     Raises UnknownGraph, and leaves the model in any state, for a graph that is not known here."""
     graph = model.graph
     check(model)
-    makers = {name: node for node in graph.node for name in node.output}
-    head = find_head(makers)
-    states = states_before_pruning(head.input[0], makers)
+    before = Graph(model)
+    head = before.head()
+    if head is None or head.op_type not in ("MatMul", "MatMulNBits"):
+        raise UnknownGraph("its head is of another form")
+    states = states_before_pruning(head.input[0], before.makers)
     nodes: list[Any] = []
     for node in graph.node:
         if node.op_type == "GroupQueryAttention":
@@ -72,7 +72,10 @@ def rewrite(model: Any) -> None:
     graph.node.extend(nodes)
     add_inputs(graph)
     # With them go the nodes that told the attention its lengths by a mask.
-    drop_unused(graph)
+    before.drop_unused()
+    read = {name for node in graph.node for name in node.input}
+    for value in [each for each in graph.input if each.name not in read]:
+        graph.input.remove(value)
     check_operators(graph)
 
 
@@ -111,16 +114,6 @@ def check_operators(graph: Any) -> None:
             continue
         elif node.op_type not in TOKEN_BY_TOKEN | {"GroupQueryAttention"}:
             raise UnknownGraph(f"it has the operator {node.op_type}")
-
-
-def find_head(makers: dict[str, Any]) -> Any:
-    """Return the node that multiplies the last states by the head's weights."""
-    node = makers.get("logits")
-    while node is not None and node.op_type in ELEMENTWISE:
-        node = makers.get(node.input[0])
-    if node is None or node.op_type not in ("MatMul", "MatMulNBits"):
-        raise UnknownGraph("its head is of another form")
-    return node
 
 
 def states_before_pruning(states: str, makers: dict[str, Any]) -> str:
@@ -204,18 +197,3 @@ def add_inputs(graph: Any) -> None:
             sizes[1].dim_param = "read_tokens"
         else:
             sizes[0].dim_param, sizes[2].dim_param = "sequences", "most_tokens"
-
-
-def drop_unused(graph: Any) -> None:
-    """Remove the nodes, inputs and constants that nothing reads any more."""
-    outputs = {value.name for value in graph.output}
-    while True:
-        read = outputs | {name for node in graph.node for name in node.input}
-        unused = [node for node in graph.node if not read.intersection(node.output)]
-        if not unused:
-            break
-        for node in unused:
-            graph.node.remove(node)
-    for values in (graph.input, graph.initializer):
-        for value in [each for each in values if each.name not in read]:
-            values.remove(value)

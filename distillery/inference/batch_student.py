@@ -4,7 +4,7 @@ What the prompts begin with is computed once and serves the next rows too. Texts
 prompts in a second pass, all of them at once, each from its prompt's cache. The numbers are those
 of rows one by one, whatever stands beside them: the graph computes token by token
 (batch_graph.py), and its kernels give a token the same sums in every pass of an even number (bit
-for bit on a Xeon with AMX, in fp32, int8 and int4).
+for bit on a Xeon with AVX-512, in fp32, int8 and int4).
 
 OnnxStudent's numbers are the same for prompts, in fp32 and in 8 bits. In 4 bits it computes the
 last token of an odd prompt by other sums, and texts token by token by others again; where

@@ -1,0 +1,55 @@
+"""Read and tidy an exported ONNX model: its head, its constants, and what nothing reads."""
+
+from typing import Any
+
+ELEMENTWISE = frozenset({"Cast", "Div", "Identity", "Mul", "Tanh"})
+"""What may stand between a head and the logits, and leaves their order as it is."""
+
+
+class Graph:
+    """An ONNX model of one graph, with its constants and the node that makes each value by name."""
+
+    def __init__(self, model: Any) -> None:
+        self.graph = model.graph
+        self.constants = {each.name: each for each in self.graph.initializer}
+        self.makers = {name: node for node in self.graph.node for name in node.output}
+
+    def head(self) -> Any | None:
+        """Return the node that multiplies the last states by the head's weights; None where it is
+        not found."""
+        node = self.makers.get("logits")
+        while node is not None and node.op_type in ELEMENTWISE:
+            node = self.makers.get(node.input[0])
+        return node
+
+    def value(self, name: str) -> Any:
+        """Return a constant as an array, also where the graph reshapes or transposes it; None for
+        what is computed."""
+        from onnx import helper, numpy_helper
+
+        if name in self.constants:
+            return numpy_helper.to_array(self.constants[name])
+        node = self.makers.get(name)
+        if node is None or node.op_type not in ("Reshape", "Transpose"):
+            return None
+        given: list[Any] = [self.value(each) for each in node.input]
+        if any(each is None for each in given):
+            return None
+        if node.op_type == "Reshape":
+            return given[0].reshape(given[1])
+        orders = [helper.get_attribute_value(each) for each in node.attribute]
+        return given[0].transpose(*orders)
+
+    def drop_unused(self) -> None:
+        """Remove the nodes and constants that nothing reads any more."""
+        outputs = {each.name for each in self.graph.output}
+        while True:
+            read = outputs | {name for node in self.graph.node for name in node.input}
+            unused = [node for node in self.graph.node if not read & set(node.output)]
+            if not unused:
+                break
+            for node in unused:
+                self.graph.node.remove(node)
+        for constant in list(self.graph.initializer):
+            if constant.name not in read:
+                self.graph.initializer.remove(constant)
