@@ -11,8 +11,9 @@ text      rows one after another, answered by their options' texts: the softmax 
           log-probabilities; CommonsenseQA's with five options where COMMONSENSE_QA_DIR is set
 generate  prompts one after another, each with 64 tokens after it, the most probable ones
 
-ours       the product's own calls, over an export by one of FORMS; in `file` it also renders and
-           tokenizes the rows and writes the predictions
+ours       the product's own calls, over an export by one of FORMS: those of the server, in `file`
+           and `text` those of batch inference; in `file` it also renders and tokenizes the rows and
+           writes the predictions
 llama_cpp  llama.cpp as it is built on this machine, with the processor's own instructions
 hf         Transformers in PyTorch, in bfloat16 or float32
 openvino   OpenVINO over optimum-intel's export, with weights in 8 or 4 bits

@@ -251,16 +251,23 @@ def timed_in_turns(
     """Return the rungs with the speeds of those at `indices` measured anew: in ROUNDS rounds, in
     each of which all of them answer `rows`, so that other work on the machine slows all alike. A
     row's latency is its median over the rounds. The rungs' models are in folders of `work` by their
-    index."""
+    index. A rung that fails here keeps the speed that it has."""
     latencies: dict[int, list[Sequence[float]]] = {index: [] for index in indices}
     for number in range(ROUNDS):
         # Back and forth: what changes in the course of a round does not favour the first.
         for index in indices if number % 2 == 0 else reversed(indices):
+            if index not in latencies:
+                continue
             title = rungs[index].form.title
             about = f"speeds, round {number + 1} of {ROUNDS}, {title}"
             show_round = partial(show_part, progress, len(rungs), len(rungs), about)
             model = ModelToScore(name=title, kind="onnx", folder=str(work / str(index)))
-            scored = score_model(model, rows, prompt, threads, progress=show_round)
+            try:
+                scored = score_model(model, rows, prompt, threads, progress=show_round)
+            except ModelError as error:
+                _log.warning("%s keeps its first speed: %s", title, error)
+                del latencies[index]
+                continue
             latencies[index].append(scored.latencies_ms)
     timed = list(rungs)
     for index, rounds in latencies.items():

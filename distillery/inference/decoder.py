@@ -126,12 +126,16 @@ class Decoder:
         return max(len(ids), len(self.tokens)) <= LONGEST_REUSE
 
     def shared_tokens(self, ids: Sequence[int]) -> int:
-        """Return how many tokens of the cache serve a prompt; at least two are left to compute."""
-        most = min(len(ids) - 2, self.prefilled)
-        for index in range(most):
+        """Return how many tokens of the cache serve a prompt; at least two are left to compute.
+
+        Their number is even: kernels for 4 bits compute two tokens at a time, and the last of an
+        odd number by other sums."""
+        shared = min(len(ids) - 2, self.prefilled)
+        for index in range(shared):
             if ids[index] != self.tokens[index]:
-                return index
-        return most
+                shared = index
+                break
+        return shared - shared % 2
 
     def append(self, tokens: list[int]) -> Logits:
         """Compute the tokens in `passes` and return the logits after the last one."""
@@ -152,7 +156,7 @@ class Decoder:
             return [tokens]
         starts = list(range(0, len(tokens), size))
         if len(starts) > 1 and len(tokens) - starts[-1] == 1:
-            starts[-1] -= 1
+            starts[-1] -= min(2, size - 1)
         ends = [*starts[1:], len(tokens)]
         return [tokens[start:end] for start, end in zip(starts, ends, strict=True)]
 

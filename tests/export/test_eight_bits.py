@@ -96,6 +96,8 @@ def test_mixing_changes_no_product_and_rounding_keeps_to_seven_bits() -> None:
     assert blocks @ mix_rows(weights, 16) == pytest.approx(activations @ weights, abs=1e-5)
     numbers, scales = quantise_columns(weights)
     assert numbers.dtype == np.int8
+    assert np.isfinite(scales).all(), "a column of zeros has a scale too"
+    assert scales[3] == 1
     assert np.abs(numbers).max() == 64
     assert numbers * scales == pytest.approx(weights, abs=float(scales.max()) / 2 + 1e-6)
 

@@ -1,6 +1,7 @@
 """The ladder: what is measured, kept and shown; and real ladders on a tiny model."""
 
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from distillery.data.examples import read_examples
 from distillery.errors import DataError, ExportError, OutOfResources
 from distillery.evaluation.scoring import ModelToScore, Scored, departure, score_model
 from distillery.evaluation.statistics import paired_interval
+from distillery.export import ladder
 from distillery.export.build import ask_once
 from distillery.export.ladder import (
     CALIBRATION_PROMPTS,
@@ -309,6 +311,32 @@ def without_speeds(ladder: Ladder) -> Ladder:
         rung.model_copy(update={"p50_ms": None, "rows_per_second": None}) for rung in ladder.rungs
     ]
     return ladder.model_copy(update={"machine": "", "reason": "", "rungs": tuple(rungs)})
+
+
+def test_a_form_that_can_not_be_timed_again_keeps_its_first_speed(
+    files: tuple[Path, Path],
+    built: dict[str, tuple[int, str]],
+    latencies: dict[str, list[float]],
+    tmp_path: Path,
+    tiny_model: TinyModel,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    built |= {"int4 rtn/32": (10, "A" * 20), "int8 rtn/32": (20, "A" * 20)}
+    latencies |= {"int4 rtn/32": [9.0], "int8 rtn/32": [8.0, 2.0]}
+    score, times = vars(ladder)["score_model"], Counter[str]()
+
+    def fails_in_the_second_round(model: ModelToScore, *given: Any, **more: Any) -> Scored:
+        times[model.name] += 1
+        # The first time, the rows choose; then come the rounds.
+        if model.name == "int8 rtn/32" and times[model.name] == 3:
+            raise OutOfResources("int8 rtn/32: killed")
+        return score(model, *given, **more)
+
+    monkeypatch.setattr(ladder, "score_model", fails_in_the_second_round)
+    found = climbed(files, tiny_model("llama"), tmp_path / "out", "rtn", "int8", choose="fastest")
+    assert [rung.p50_ms for rung in found.rungs] == [9.0, 8.0]
+    assert times["int4 rtn/32"] == 4
+    assert (tmp_path / "out" / "form.txt").read_text() == "int8 rtn/32"
 
 
 def test_forms_that_may_be_the_fastest_are_timed_in_turns(
