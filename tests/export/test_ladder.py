@@ -323,7 +323,8 @@ def test_a_form_that_can_not_be_timed_again_keeps_its_first_speed(
 ) -> None:
     built |= {"int4 rtn/32": (10, "A" * 20), "int8 rtn/32": (20, "A" * 20)}
     latencies |= {"int4 rtn/32": [9.0], "int8 rtn/32": [8.0, 2.0]}
-    score, times = vars(ladder)["score_model"], Counter[str]()
+    score: Callable[..., Scored] = vars(ladder)["score_model"]
+    times: Counter[str] = Counter()
 
     def fails_in_the_second_round(model: ModelToScore, *given: Any, **more: Any) -> Scored:
         times[model.name] += 1
