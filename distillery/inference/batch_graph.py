@@ -38,6 +38,14 @@ TOKEN_BY_TOKEN = ELEMENTWISE | {
 DynamicQuantizeLinear, whose scale is that of all tokens, and If, which chooses the rotary factors
 of LongRoPE by the longest sequence."""
 
+INPUTS = frozenset(
+    {
+        *("input_ids", "to_sequences", "from_sequences", "cache_of", "cached", "last", "new"),
+        *("most", "read"),
+    }
+)
+"""The inputs of the new graph, beside the caches."""
+
 ATTENTION_INPUTS = 17
 LENGTHS, MOST, NEW = 5, 6, 16
 """The inputs of GroupQueryAttention, in onnxruntime 1.32: how many there are, and the places of the
@@ -76,6 +84,7 @@ def rewrite(model: Any) -> None:
     read = {name for node in graph.node for name in node.input}
     for value in [each for each in graph.input if each.name not in read]:
         graph.input.remove(value)
+    check_inputs(graph)
     check_operators(graph)
 
 
@@ -93,6 +102,18 @@ def check(model: Any) -> None:
             raise UnknownGraph("its attention has a window")
         if any(node.input[9:]) or not all(node.input[3:5]):
             raise UnknownGraph("its attention has other inputs")
+
+
+def check_inputs(graph: Any) -> None:
+    """Raise UnknownGraph for inputs that are not those of this module's docstring, or a cache that
+    is not given back."""
+    outputs = {value.name for value in graph.output}
+    for value in graph.input:
+        if value.name.startswith("past_key_values."):
+            if value.name.replace("past_key_values.", "present.") not in outputs:
+                raise UnknownGraph(f"it does not give {value.name} back")
+        elif value.name not in INPUTS:
+            raise UnknownGraph(f"it has the input {value.name}")
 
 
 def check_operators(graph: Any) -> None:

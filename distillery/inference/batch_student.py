@@ -9,12 +9,13 @@ for bit on a Xeon with AVX-512, in fp32, int8 and int4).
 OnnxStudent's numbers are the same for prompts, in fp32 and in 8 bits. In 4 bits it computes the
 last token of an odd prompt by other sums, and texts token by token by others again; where
 activations are rounded to 8 bits, a difference of 1e-6 becomes one of up to 0.06 in a probability
-of SmolLM2-135M before training (32 rows), no more than between OnnxStudent's own answers to a row
-after different others.
+of SmolLM2-135M before training (32 rows). Neither student's numbers depend on what was asked
+before.
 """
 
 import logging
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,10 @@ PASS_TOKENS = 256
 """Tokens that a pass has at most, where more than one sequence is in it: by then the processor
 multiplies as fast as it can, and the logits of so many tokens take little memory."""
 
+PASS_CACHE = 16_384
+"""Tokens that the caches of a pass have at most, padding included, where more than one sequence is
+in it: sequences x (cached tokens + longest). It bounds the memory of a pass."""
+
 LEAST_SAVED = 64
 """The fewest tokens that a shared beginning must save for its pass of its own to pay."""
 
@@ -43,7 +48,14 @@ TILE = 2
 """A pass is filled up to a multiple of so many tokens: kernels for 4 bits compute two at a time,
 and an odd one by other sums."""
 
+FEWEST = 2
+"""The fewest tokens of a sequence in a pass, padding included: the attention takes other sums where
+every sequence has a single token."""
+
 MODEL = "model.onnx"
+
+LOG_SETTINGS = {"log_id", "log_severity_level", "log_verbosity_level"}
+"""What session_options may set without a change of how the model is computed."""
 
 _log = logging.getLogger(__name__)
 
@@ -55,16 +67,19 @@ def load_for_rows(folder: Path, threads: int | None = None) -> Student:
     `threads` counts the cores for one operation; None leaves it to the runtime. Raises ModelError
     for a folder that can't be loaded."""
     decoder, _ = read_config(folder)
-    options = decoder.get("session_options") or {}
+    options = dict(decoder.get("session_options") or {})
+    provider_options = options.pop("provider_options", None)
     complaint = None
     if (folder / ADAPTER_FILE).is_file():
         complaint = "its adapter is apart"
-    elif options.get("provider_options") or decoder.get("filename") != MODEL:
+    elif provider_options or decoder.get("filename") != MODEL:
         complaint = "its settings name a processor or a file of their own"
+    elif options.keys() - LOG_SETTINGS:
+        complaint = "it has session_options of its own"
     if complaint is None:
         try:
             return BatchStudent(folder, threads)
-        except UnknownGraph as error:
+        except (UnknownGraph, ModelError) as error:
             complaint = str(error)
     _log.info("%s: its rows are answered one by one, since %s", folder, complaint)
     return OnnxStudent(folder, threads)
@@ -102,24 +117,45 @@ class BatchStudent(Student):
 
     def probabilities(self, rows: Sequence[TrainingRow]) -> list[list[float]]:
         """Return the probabilities over the options of each row; rows of like length share a
-        pass."""
+        pass. Raises ModelError for a row that does not fit the context."""
         if not rows:
             return []
+        for row in rows:
+            self.check_length(row)
         shared = self.shared_tokens(rows)
         found: dict[int, list[float]] = {}
         lengths = [len(row.prompt) - shared for row in rows]
-        for picked in in_passes(lengths):
+        for picked in in_passes(lengths, [shared] * len(rows), self.context_length):
             some = [rows[index] for index in picked]
             found |= zip(picked, self.ask(some, shared), strict=True)
         return [found[index] for index in range(len(rows))]
 
+    def check_length(self, row: TrainingRow) -> None:
+        """Raise ModelError for an empty prompt, or one longer than the context, in which its texts
+        but for their last tokens follow."""
+        length = len(row.prompt)
+        if not 1 <= length <= self.context_length:
+            raise ModelError(
+                f"{self.folder}: a prompt of {length} tokens; it takes 1 to {self.context_length}"
+            )
+        longest = max(map(len, row.texts), default=1)
+        if length + longest - 1 > self.context_length:
+            raise ModelError(
+                f"{self.folder}: a prompt of {length} tokens and a text of {longest}; its context "
+                f"has {self.context_length}"
+            )
+
     def shared_tokens(self, rows: Sequence[TrainingRow]) -> int:
-        """Return how many tokens of the cache serve all rows. What the rows begin with is computed
-        into it where that pays."""
+        """Return how many tokens of the cache serve all rows; at least two of each row are left to
+        compute. What the rows begin with is computed into it where that pays.
+
+        The number is even, as in `Decoder.shared_tokens`."""
         prompts = [row.prompt for row in rows]
         most = min(len(row.prompt) - row.span for row in rows)
-        shared = min(common_prefix(prompts, 1), most)
+        shared = min(common_prefix(prompts, FEWEST), most)
+        shared -= shared % TILE
         cached = common_prefix([self._begun, prompts[0][:shared]], 0)
+        cached -= cached % TILE
         if (shared - cached) * (len(rows) - 1) < LEAST_SAVED:
             return cached
         row = TrainingRow(prompt=prompts[0][:shared], answer=0)
@@ -178,10 +214,12 @@ class BatchStudent(Student):
             scores.append([[float(first[text[0]])] for text in row.texts])
             longer += [(number, option) for option, text in enumerate(row.texts) if len(text) > 1]
         texts = [rows[number].texts[option] for number, option in longer]
-        for picked in in_passes([len(text) - 1 for text in texts]):
+        lengths = [len(text) - 1 for text in texts]
+        after = [len(rows[number].prompt) for number, _ in longer]
+        for picked in in_passes(lengths, after, self.context_length):
             some = [texts[index] for index in picked]
             owners = [longer[index][0] for index in picked]
-            before = [len(rows[owner].prompt) for owner in owners]
+            before = [after[index] for index in picked]
             tokens = [text[:-1] for text in some]
             read = list(range(sum(map(len, tokens))))
             logits, _ = self.run(tokens, read, cache, owners, before, keep=False)
@@ -205,8 +243,10 @@ class BatchStudent(Student):
         `cache_of` in `cache`. Return the logits at the tokens `read`, counted through all
         sequences, [tokens, vocabulary], and, to `keep`, the sequences' own cache."""
         new = np.array([len(tokens) for tokens in sequences])
-        # The attention takes other sums where every sequence has a single token.
-        longest, before = max(2, int(new.max())), np.array(cached)
+        before = np.array(cached)
+        # There is no place for padding behind the last token of the context; a sequence that ends
+        # there by a single token is alone in its pass.
+        longest = min(max(FEWEST, int(new.max())), self.context_length - int(before.max()))
         tokens = [token for sequence in sequences for token in sequence]
         filling = -len(tokens) % TILE
         to_sequences = np.zeros((len(new), longest), dtype=np.int64)
@@ -231,23 +271,32 @@ class BatchStudent(Student):
         wanted = ["logits"]
         if keep:
             wanted += [name.replace("past_key_values.", "present.") for name in cache.values]
-        with model_errors(self.folder):
+        with runtime_errors(self.folder):
             found = self._session.run_with_ort_values(wanted, values | cache.values)
         logits: Logits = found[0].numpy()[0, : len(read)].astype(np.float32, copy=False)
         return logits, Cache(dict(zip(cache.values, found[1:], strict=False)))
 
 
-def in_passes(lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Give the indices of sequences in passes of like length: of at most PASS_TOKENS tokens, or of
-    a single sequence."""
+def in_passes(
+    lengths: Sequence[int], cached: Sequence[int], context_length: int
+) -> Iterator[list[int]]:
+    """Give the indices of sequences of `lengths` tokens, each after `cached` tokens, in passes of
+    like length.
+
+    A pass has at most PASS_TOKENS tokens and PASS_CACHE tokens of caches, and the longest sequence
+    fits the context after the longest cache; or it has a single sequence."""
     picked: list[int] = []
-    tokens = 0
-    for index in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if picked and tokens + lengths[index] > PASS_TOKENS:
-            yield picked
-            picked, tokens = [], 0
-        picked.append(index)
+    tokens = before = 0
+    for index in sorted(range(len(lengths)), key=lambda each: (lengths[each], cached[each])):
         tokens += lengths[index]
+        before = max(before, cached[index])
+        # The sequences come in the order of their lengths.
+        most = before + max(FEWEST, lengths[index])
+        too_many = tokens > PASS_TOKENS or (len(picked) + 1) * most > PASS_CACHE
+        if picked and (too_many or most > context_length):
+            yield picked
+            picked, tokens, before = [], lengths[index], cached[index]
+        picked.append(index)
     if picked:
         yield picked
 
@@ -256,17 +305,20 @@ def read_graph(folder: Path) -> tuple[bytes, bytes]:
     """Return the folder's rewritten graph, and a graph without weights that stands in for it where
     the tokenizer is loaded.
 
-    Raises UnknownGraph for a graph that can't be rewritten."""
+    Raises UnknownGraph for a graph that can't be read or rewritten."""
     import onnx
-    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
     try:
         model = onnx.load(folder / MODEL, load_external_data=False)
-    except (OSError, DecodeError) as error:
-        raise UnknownGraph("its graph can't be read") from error
-    stand_in = without_weights(model)
-    rewrite(model)
-    return model.SerializeToString(), stand_in
+        stand_in = without_weights(model)
+        rewrite(model)
+        return model.SerializeToString(), stand_in
+    except UnknownGraph:
+        raise
+    except Exception as error:
+        # The folder may be anyone's: what its graph may be is not known here.
+        kind = type(error).__name__
+        raise UnknownGraph(f"its graph can't be read or rewritten ({kind})") from error
 
 
 def without_weights(model: Any) -> bytes:
@@ -298,29 +350,48 @@ def load_tokenizer(folder: Path, stand_in: bytes) -> Any:
 
 
 def open_session(folder: Path, graph: bytes, threads: int | None) -> Any:
-    """Return a session of ONNX Runtime for a graph whose weights are in `folder`."""
+    """Return a session of ONNX Runtime for a graph whose weights are in `folder`, or in itself.
+
+    Raises ModelError where ONNX Runtime can't open one."""
     import onnxruntime
 
     ort: Any = onnxruntime
     options = ort.SessionOptions()
     if threads is not None:
         options.intra_op_num_threads = threads
-    options.log_severity_level = 3
+    options.log_severity_level = 4
     options.add_session_config_entry(
         "session.model_external_initializers_file_folder_path", str(folder)
     )
+    with runtime_errors(folder):
+        session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    # It keeps the graph, with weights that are in it, to open the session again, which nothing
+    # here asks for.
+    session._model_bytes = None
+    return session
+
+
+@contextmanager
+def runtime_errors(folder: Path) -> Iterator[None]:
+    """Turn what ONNX Runtime raises into a ModelError of one line. Its exceptions have only
+    Exception in common."""
     try:
-        return ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+        yield
     except Exception as error:
-        cause = " ".join(str(error).split())
+        cause = " ".join(str(error).split()).replace(str(folder.absolute()) + "/", "")
         raise ModelError(
             f"{folder}: ONNX Runtime fails ({cause[:200]}); export the model again"
         ) from error
 
 
 def empty_cache(value: Any) -> Any:
-    """Return a cache of one sequence without tokens for a session's input."""
-    _, heads, _, size = value.shape
+    """Return a cache of one sequence without tokens for a session's input.
+
+    Raises UnknownGraph where its heads or their size are no numbers."""
+    sizes = list(value.shape)
+    if len(sizes) != 4 or not all(isinstance(each, int) and each > 0 for each in sizes[1::2]):
+        raise UnknownGraph("its caches have shapes without numbers")
+    _, heads, _, size = sizes
     kind = np.float16 if value.type == "tensor(float16)" else np.float32
     return runtime_value(np.zeros((1, heads, 0, size), dtype=kind))
 

@@ -5,6 +5,10 @@ from typing import Any
 ELEMENTWISE = frozenset({"Cast", "Div", "Identity", "Mul", "Tanh"})
 """What may stand between a head and the logits, and leaves their order as it is."""
 
+LONGEST_CHAIN = 16
+"""How many nodes may stand between a constant and its value. Real graphs have one or two; a made-up
+one could go on without end."""
+
 
 class Graph:
     """An ONNX model of one graph, with its constants and the node that makes each value by name."""
@@ -16,23 +20,33 @@ class Graph:
 
     def head(self) -> Any | None:
         """Return the node that multiplies the last states by the head's weights; None where it is
-        not found."""
-        node = self.makers.get("logits")
-        while node is not None and node.op_type in ELEMENTWISE:
-            node = self.makers.get(node.input[0])
-        return node
+        not found, or where the graph goes round in a circle."""
+        seen = set()
+        name = "logits"
+        while name not in seen:
+            seen.add(name)
+            node = self.makers.get(name)
+            if node is None or node.op_type not in ELEMENTWISE:
+                return node
+            name = node.input[0]
+        return None
 
-    def value(self, name: str) -> Any:
-        """Return a constant as an array, also where the graph reshapes or transposes it; None for
-        what is computed."""
+    def value(self, name: str, seen: set[str] | None = None) -> Any:
+        """Return a constant as an array, also where the graph reshapes or transposes it, up to
+        LONGEST_CHAIN times; None for what is computed. `seen` are the values that it is made
+        into."""
         from onnx import helper, numpy_helper
 
         if name in self.constants:
             return numpy_helper.to_array(self.constants[name])
+        seen = seen or set()
         node = self.makers.get(name)
         if node is None or node.op_type not in ("Reshape", "Transpose"):
             return None
-        given: list[Any] = [self.value(each) for each in node.input]
+        if name in seen or len(seen) == LONGEST_CHAIN:
+            return None
+        seen.add(name)
+        given: list[Any] = [self.value(each, seen) for each in node.input]
         if any(each is None for each in given):
             return None
         if node.op_type == "Reshape":

@@ -16,10 +16,17 @@ from distillery.errors import ModelError
 from distillery.export.build import export
 from distillery.inference.batch import ROWS, FailedRow, Prediction, score_file
 from distillery.inference.batch_graph import UnknownGraph, check_operators, rewrite
-from distillery.inference.batch_student import PASS_TOKENS, BatchStudent, in_passes, load_for_rows
+from distillery.inference.batch_student import (
+    PASS_CACHE,
+    PASS_TOKENS,
+    BatchStudent,
+    in_passes,
+    load_for_rows,
+)
 from distillery.inference.decoder import ADAPTER_FILE
 from distillery.inference.onnx_student import OnnxStudent
 from distillery.models.class_tokens import ClassTokens
+from distillery.models.onnx_graph import Graph
 from distillery.recipe import ExportForm, PromptRecipe
 from distillery.records import Example
 from distillery.training.rows import TrainingRow
@@ -153,7 +160,8 @@ def test_what_rows_share_is_computed_once(tiny_onnx: Build) -> None:
     assert passes[2:] == [own - 11]
     student.probabilities(alike[:1])
     student.probabilities([alike[0].model_copy(update={"prompt": (*alike[0].prompt, 7, 8)})])
-    assert passes[3:] == [11, 2]
+    # 100 of 101 tokens in the cache: an even number.
+    assert passes[3:] == [11, 3]
     passes.clear()
     text = rows_of("text")[8]
     student.probabilities([text])
@@ -164,10 +172,91 @@ def test_what_rows_share_is_computed_once(tiny_onnx: Build) -> None:
 
 def test_a_pass_is_bounded_by_its_tokens() -> None:
     lengths = [300, 1, 100, 100, 100, 60]
-    passes = list(in_passes(lengths))
+    passes = list(in_passes(lengths, [0] * 6, 1024))
     assert sorted(index for picked in passes for index in picked) == list(range(6))
     assert [sum(lengths[index] for index in picked) for picked in passes] == [161, 200, 300]
     assert PASS_TOKENS == 256
+
+
+def test_a_pass_is_bounded_by_the_tokens_of_its_caches_and_by_the_context() -> None:
+    def sizes(lengths: list[int], cached: list[int], context_length: int) -> list[list[int]]:
+        passes = list(in_passes(lengths, cached, context_length))
+        assert sorted(index for picked in passes for index in picked) == list(range(len(lengths)))
+        return passes
+
+    # 8 x (2,044 + 4) tokens.
+    assert list(map(len, sizes([4] * 20, [2044] * 20, 8192))) == [8, 8, 4]
+    assert list(map(len, sizes([4] * 20, [2045] * 20, 8192))) == [7, 7, 6]
+    # A single token is padded to two.
+    assert list(map(len, sizes([1] * 20, [2046] * 20, 8192))) == [8, 8, 4]
+    assert PASS_CACHE == 16_384
+    assert sizes([3, 3], [20_000, 20_000], 32_768) == [[0], [1]]
+    assert sizes([20, 4, 4], [10, 1000, 10], 1024) == [[2, 1, 0]]
+    assert sizes([21, 4, 4], [1003, 1020, 10], 1023) == [[2], [1], [0]]
+    assert sizes([25, 4, 4], [10, 1000, 10], 1024) == [[2, 1], [0]]
+    assert sizes([1, 1], [1023, 1023], 1024) == [[0], [1]]
+
+
+def test_rows_at_the_end_of_the_context_are_answered(tiny_onnx: Build) -> None:
+    folder = tiny_onnx("llama")
+    numbers = np.random.default_rng(1)
+    tokens = tuple(numbers.integers(5, 500, 1024).tolist())
+    letters = [TrainingRow(prompt=tokens, letters=(70, 71), answer=0)] * 2
+    texts = [
+        TrainingRow(prompt=tokens[:1020], texts=((7,), (7, 8, 9, 10, 11)), answer=0),
+        # One token after the prompt, the context's last.
+        TrainingRow(prompt=tokens[:1023], texts=((7, 8), (9, 8), (7,)), answer=0),
+        TrainingRow(prompt=tokens[:40], texts=(tuple(tokens[:30]), (9, 8, 7)), answer=0),
+    ]
+    one_by_one = OnnxStudent(folder, threads=1)
+    student = batch_student(folder)
+    for rows in (letters, letters[:1], texts):
+        found = student.probabilities(rows)
+        assert largest_difference(found, one_by_one.probabilities(rows)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("length", "texts"), [(0, ()), (1025, ()), (1020, ((7,), (7, 8, 9, 10, 11, 12)))]
+)
+def test_rows_beyond_the_context_are_refused(
+    length: int, texts: tuple[tuple[int, ...], ...], tiny_onnx: Build
+) -> None:
+    student = batch_student(tiny_onnx("llama"))
+    letters = () if texts else (70, 71)
+    row = TrainingRow(prompt=(7,) * length, letters=letters, texts=texts, answer=0)
+    with pytest.raises(ModelError, match=f"a prompt of {length} tokens"):
+        student.probabilities([row])
+
+
+def test_a_pass_that_fails_is_told_in_one_line(tiny_onnx: Build) -> None:
+    student = batch_student(tiny_onnx("llama"))
+    row = rows_of("letter")[8]
+    outside = row.model_copy(update={"prompt": (*row.prompt[:-1], 10_000)})
+    with pytest.raises(ModelError, match="ONNX Runtime fails") as failure:
+        student.probabilities([outside])
+    assert str(student.folder) in str(failure.value)
+    assert "\n" not in str(failure.value)
+    assert student.probabilities([row]) == batch_student(student.folder).probabilities([row])
+
+
+def test_the_session_does_not_keep_the_graph_that_it_was_made_from(tiny_onnx: Build) -> None:
+    session = batch_student(tiny_onnx("llama"))._session
+    assert not [name for name, value in vars(session).items() if isinstance(value, bytes)]
+
+
+def test_classes_read_from_a_span_that_begins_within_what_rows_share(
+    tiny_onnx: Build, tmp_path: Path
+) -> None:
+    folder = pooled(tiny_onnx("llama"), tmp_path / "model")
+    rows = [
+        row.model_copy(update={"span": len(row.prompt) - before})
+        for row, before in zip(rows_of("class")[:5], (10, 60, 60, 60, 60), strict=True)
+    ]
+    for asked in (rows, rows[1:]):
+        student = batch_student(folder)
+        together = student.probabilities(asked)
+        alone = [batch_student(folder).probabilities([row])[0] for row in asked]
+        assert largest_difference(together, alone) < 1e-5
 
 
 def test_rows_of_a_file_are_answered_together_and_those_that_fail_set_aside(
@@ -227,6 +316,11 @@ def test_models_whose_rows_cannot_be_asked_together_are_asked_one_by_one(
                 attribute.i = 16
     onnx.save(model, windowed / "model.onnx")
     assert type(load_for_rows(windowed, threads=1)) is OnnxStudent
+    own_options = shutil.copytree(tiny_onnx("llama"), tmp_path / "own-options")
+    config = json.loads((own_options / "genai_config.json").read_text())
+    config["model"]["decoder"]["session_options"] |= {"intra_op_num_threads": 1}
+    (own_options / "genai_config.json").write_text(json.dumps(config))
+    assert type(load_for_rows(own_options)) is OnnxStudent
     apart = shutil.copytree(tiny_onnx("llama"), tmp_path / "apart")
     (apart / ADAPTER_FILE).write_bytes(b"nothing")
     with pytest.raises(ModelError, match="ONNX Runtime GenAI"):
@@ -253,6 +347,45 @@ def test_a_graph_that_may_look_beyond_a_token_is_not_rewritten(tiny_onnx: Build)
     next(each for each in stray.external_data if each.key == "location").value = "../weights"
     with pytest.raises(UnknownGraph, match="outside"):
         rewrite(model)
+
+
+def test_a_graph_that_is_made_up_is_not_rewritten(tiny_onnx: Build) -> None:
+    path = tiny_onnx("llama") / "model.onnx"
+    circle = onnx.load(path, load_external_data=False)
+    for node in circle.graph.node:
+        if "logits" in node.output:
+            node.CopyFrom(helper.make_node("Identity", ["logits"], ["logits"]))
+    with pytest.raises(UnknownGraph, match="head"):
+        rewrite(circle)
+    more = onnx.load(path, load_external_data=False)
+    more.graph.input.append(helper.make_tensor_value_info("more", TensorProto.FLOAT, [1]))
+    for node in list(more.graph.node):
+        if "logits" in node.output:
+            node.output[0] = "before"
+            more.graph.node.append(helper.make_node("Mul", ["before", "more"], ["logits"]))
+    with pytest.raises(UnknownGraph, match="the input more"):
+        rewrite(more)
+    weights = helper.make_graph(
+        [helper.make_node("Reshape", ["a", "a"], ["b"]), helper.make_node("Reshape", ["b"], ["a"])],
+        "circle",
+        [],
+        [],
+    )
+    assert Graph(helper.make_model(weights)).value("a") is None
+    chain = [helper.make_node("Transpose", [f"{i}"], [f"{i + 1}"]) for i in range(2000)]
+    assert Graph(helper.make_model(helper.make_graph(chain, "chain", [], []))).value("2000") is None
+
+
+def test_a_cache_without_numbers_in_its_shape_is_left_to_the_other_student(
+    tiny_onnx: Build, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_onnx("llama"), tmp_path / "symbolic")
+    model = onnx.load(folder / "model.onnx", load_external_data=False)
+    for value in [*model.graph.input, *model.graph.output]:
+        if value.name.startswith(("past_key_values.", "present.")):
+            value.type.tensor_type.shape.dim[3].dim_param = "size"
+    onnx.save(model, folder / "model.onnx")
+    assert type(load_for_rows(folder, threads=1)) is OnnxStudent
 
 
 @pytest.mark.parametrize(
