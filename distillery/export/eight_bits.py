@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distillery.errors import ExportError
-from distillery.models.onnx_graph import Graph
+from distillery.models.onnx_graph import Graph, save_in_place
 
 LARGEST_WEIGHT = 64
 """In place of 127: processors without VNNI add two products of 8 bits in 16 bits, and 255 * 127 * 2
@@ -51,10 +51,7 @@ def multiply_in_8_bits(folder: Path) -> None:
     rewriting = Rewriting(model)
     if not rewriting.products:
         raise ExportError("export.algorithm: dynamic does not fit this model; use algorithm: rtn")
-    data = folder / f"{path.name}.data"
-    apart = data.exists()
-    data.unlink(missing_ok=True)
-    onnx.save(model, path, save_as_external_data=apart, location=data.name)
+    save_in_place(model, path)
 
 
 class Rewriting:

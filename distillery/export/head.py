@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from distillery.models.onnx_graph import Graph
+from distillery.models.onnx_graph import Graph, save_in_place
 
 _log = logging.getLogger(__name__)
 
@@ -32,10 +32,7 @@ def keep_rows(folder: Path, rows: Sequence[int]) -> bool:
         _log.info("%s: its head is not of a form that can be cut to the classes", folder)
         return False
     graph.drop_unused()
-    data = folder / f"{path.name}.data"
-    apart = data.exists()
-    data.unlink(missing_ok=True)
-    onnx.save(model, path, save_as_external_data=apart, location=data.name)
+    save_in_place(model, path)
     config = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))
     config["model"]["vocab_size"] = len(rows)
     text = json.dumps(config, indent=4) + "\n"

@@ -15,7 +15,7 @@ before.
 
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -371,17 +371,10 @@ def open_session(folder: Path, graph: bytes, threads: int | None) -> Any:
     return session
 
 
-@contextmanager
-def runtime_errors(folder: Path) -> Iterator[None]:
+def runtime_errors(folder: Path) -> AbstractContextManager[None]:
     """Turn what ONNX Runtime raises into a ModelError of one line. Its exceptions have only
     Exception in common."""
-    try:
-        yield
-    except Exception as error:
-        cause = " ".join(str(error).split()).replace(str(folder.absolute()) + "/", "")
-        raise ModelError(
-            f"{folder}: ONNX Runtime fails ({cause[:200]}); export the model again"
-        ) from error
+    return model_errors(folder, "ONNX Runtime", Exception)
 
 
 def empty_cache(value: Any) -> Any:

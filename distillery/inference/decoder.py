@@ -239,12 +239,16 @@ def read_config(folder: Path) -> tuple[dict[str, Any], int]:
 
 
 @contextmanager
-def model_errors(folder: Path) -> Iterator[None]:
-    """Turn what ONNX Runtime GenAI raises into a ModelError of one line."""
+def model_errors(
+    folder: Path,
+    runtime: str = "ONNX Runtime GenAI",
+    kind: type[Exception] = RuntimeError,
+) -> Iterator[None]:
+    """Turn what a runtime raises, of this kind, into a ModelError of one line."""
     try:
         yield
-    except RuntimeError as error:
+    except kind as error:
         cause = " ".join(str(error).split()).replace(str(folder.absolute()) + "/", "")
         raise ModelError(
-            f"{folder}: ONNX Runtime GenAI fails ({cause[:200]}); export the model again"
+            f"{folder}: {runtime} fails ({cause[:200]}); export the model again"
         ) from error

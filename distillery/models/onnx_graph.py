@@ -1,5 +1,6 @@
 """Read and tidy an exported ONNX model: its head, its constants, and what nothing reads."""
 
+from pathlib import Path
 from typing import Any
 
 ELEMENTWISE = frozenset({"Cast", "Div", "Identity", "Mul", "Tanh"})
@@ -67,3 +68,14 @@ class Graph:
         for constant in list(self.graph.initializer):
             if constant.name not in read:
                 self.graph.initializer.remove(constant)
+
+
+def save_in_place(model: Any, path: Path) -> None:
+    """Write a model over the file `path` that it was loaded from; weights that were in a file of
+    their own are so again."""
+    import onnx
+
+    data = path.with_name(f"{path.name}.data")
+    apart = data.exists()
+    data.unlink(missing_ok=True)
+    onnx.save(model, path, save_as_external_data=apart, location=data.name)
