@@ -25,8 +25,8 @@ from numpy.typing import NDArray
 
 from distillery.errors import ModelError
 from distillery.inference.batch_graph import UnknownGraph, rewrite
-from distillery.inference.decoder import ADAPTER_FILE, model_errors, read_config
-from distillery.inference.logits import Logits, log_softmax, softmax
+from distillery.inference.decoder import ADAPTER_FILE, TILE, model_errors, read_config
+from distillery.inference.logits import Logits, log_softmax, pooled, softmax
 from distillery.inference.onnx_student import OnnxStudent
 from distillery.inference.student import Student
 from distillery.prompts import GenAITokenizer
@@ -43,10 +43,6 @@ in it: sequences x (cached tokens + longest). It bounds the memory of a pass."""
 
 LEAST_SAVED = 64
 """The fewest tokens that a shared beginning must save for its pass of its own to pay."""
-
-TILE = 2
-"""A pass is filled up to a multiple of so many tokens: kernels for 4 bits compute two at a time,
-and an odd one by other sums."""
 
 FEWEST = 2
 """The fewest tokens of a sequence in a pass, padding included: the attention takes other sums where
@@ -175,9 +171,7 @@ class BatchStudent(Student):
             start += row.span
             # Where classes are read from the mean of the states, theirs is the mean of the logits,
             # because a head is linear.
-            read = each[-1]
-            if row.span > 1:
-                read = (1 - row.last) * each.mean(0) + row.last * each[-1]
+            read = pooled(each, row.last) if row.span > 1 else each[-1]
             found.append(softmax(read[list(row.letters)]))
         return found
 
@@ -248,6 +242,7 @@ class BatchStudent(Student):
         # there by a single token is alone in its pass.
         longest = min(max(FEWEST, int(new.max())), self.context_length - int(before.max()))
         tokens = [token for sequence in sequences for token in sequence]
+        # A pass is filled up to a multiple of TILE, so that no token is the last of an odd number.
         filling = -len(tokens) % TILE
         to_sequences = np.zeros((len(new), longest), dtype=np.int64)
         from_sequences, start = [0] * (len(tokens) + filling), 0

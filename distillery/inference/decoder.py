@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from distillery.errors import AnswerStopped, ModelError
-from distillery.inference.logits import Logits
+from distillery.inference.logits import Logits, pooled
 from distillery.models.onnx_folder import CONFIG, check_before_loading
 
 ADAPTER_FILE = "adapter_weights.onnx_adapter"
@@ -24,6 +24,11 @@ LARGEST_WASTE = 8
 LONGEST_REUSE = 4096
 """Tokens. Phi-3 and Phi-4-mini change to other rotary factors beyond this length, so the cache of
 a shorter prompt does not fit a longer one."""
+
+
+TILE = 2
+"""Kernels for 4 bits compute so many tokens at a time, and the last of an odd number by other
+sums."""
 
 
 class Decoder:
@@ -114,8 +119,7 @@ class Decoder:
             if before:
                 self.append(ids[:before])
         each = self.append_all(ids[before:])
-        found: Logits = (1 - last) * each.mean(0) + last * each[-1]
-        return found
+        return pooled(each, last)
 
     def can_serve(self, ids: Sequence[int], needed: int) -> bool:
         """Return whether the cache can go on with a prompt that needs space for `needed` tokens."""
@@ -128,14 +132,13 @@ class Decoder:
     def shared_tokens(self, ids: Sequence[int]) -> int:
         """Return how many tokens of the cache serve a prompt; at least two are left to compute.
 
-        Their number is even: kernels for 4 bits compute two tokens at a time, and the last of an
-        odd number by other sums."""
+        Their number is a multiple of TILE."""
         shared = min(len(ids) - 2, self.prefilled)
         for index in range(shared):
             if ids[index] != self.tokens[index]:
                 shared = index
                 break
-        return shared - shared % 2
+        return shared - shared % TILE
 
     def append(self, tokens: list[int]) -> Logits:
         """Compute the tokens in `passes` and return the logits after the last one."""

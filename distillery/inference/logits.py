@@ -46,3 +46,10 @@ def token_sampler(
         return int(generator.choice(kept, p=share))
 
     return draw
+
+
+def pooled(each: Logits, last: float) -> Logits:
+    """Return the mean of the logits at several tokens, [tokens, vocabulary], where the last one
+    counts for `last` (0 to 1) more."""
+    found: Logits = (1 - last) * each.mean(0) + last * each[-1]
+    return found
