@@ -11,7 +11,6 @@ import secrets
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Collection
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from threading import Lock
 from typing import Any, Literal
@@ -33,12 +32,12 @@ from pydantic import BaseModel, SecretStr
 from starlette.exceptions import HTTPException
 
 from distillery.errors import AnswerStopped
-from distillery.inference.onnx_student import OnnxStudent
 from distillery.serving.completion import Job, Piece, answer_pieces
 from distillery.serving.hosts import HostCheck
-from distillery.serving.limits import LONGEST_PASS, MOST_BODY_BYTES, Limits, retry_after
+from distillery.serving.limits import MOST_BODY_BYTES, Limits, retry_after
 from distillery.serving.openapi import openapi_document
 from distillery.serving.requests import ApiError, Bodies, check_content_type, parse_request
+from distillery.serving.student import ServedStudent
 
 _log = logging.getLogger(__name__)
 
@@ -51,21 +50,20 @@ GIVEN_UP = Piece("", [], "stop")
 class ModelServer:
     """The routes and what they share: the student, the model's name, the key and the limits.
 
-    The student is not thread-safe: only the one thread of `worker` uses it, so requests are
+    The student is not thread-safe: only the one thread of its `worker` uses it, so requests are
     answered one at a time. The event loop stays free for everything else, save while the model
-    computes a pass, in which ONNX Runtime GenAI lets no other thread run.
+    computes a pass of generated text, in which ONNX Runtime GenAI lets no other thread run.
     """
 
     def __init__(
         self,
-        student: OnnxStudent,
+        student: ServedStudent,
         model_name: str,
         api_key: SecretStr | None,
         limits: Limits,
         shared_prefix: bool,
     ) -> None:
         self.student = student
-        self.student.decoder.longest_pass = LONGEST_PASS
         self.name = model_name
         self.key = api_key.get_secret_value().encode() if api_key else b""
         self.limits = limits
@@ -73,7 +71,7 @@ class ModelServer:
         self.model = Model(
             id=model_name, object="model", created=int(time.time()), owned_by="distillery"
         )
-        self.worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="student")
+        self.worker = student.worker
         # One is answered and one is ready behind it, so that the worker never waits for the loop.
         self.turns = asyncio.Semaphore(2)
         self.bodies = Bodies(limits)
@@ -200,12 +198,11 @@ class ModelServer:
 
     def work(self, job: Job, tell: Told) -> None:
         """Answer a job, in the worker thread."""
-        decoder = self.student.decoder
         with self.lock:
             if job.cancelled.is_set():
                 return
             self.answering = job
-            decoder.stop.clear()
+            self.student.stop.clear()
         begun = time.monotonic()
         try:
             for piece in answer_pieces(self.student, job):
@@ -217,9 +214,9 @@ class ModelServer:
             self.answer_s = 0.8 * self.answer_s + 0.2 * taken if self.answer_s else taken
             with self.lock:
                 self.answering = None
-                decoder.stop.clear()
+                self.student.stop.clear()
             if not self.shared_prefix:
-                decoder.forget()
+                self.student.forget()
 
     async def watch(self, job: Job, request: Request, task: asyncio.Task[None]) -> None:
         """Give a job up when its client has gone, or when it takes too long."""
@@ -232,7 +229,7 @@ class ModelServer:
         with self.lock:
             job.cancelled.set()
             if self.answering is job:
-                self.student.decoder.stop.set()
+                self.student.stop.set()
                 return
         # It waits, for its turn or in front of the worker, which passes it over.
         task.cancel()
@@ -336,7 +333,7 @@ def as_json(answer: BaseModel) -> dict[str, Any]:
 
 
 def create_app(
-    student: OnnxStudent,
+    student: ServedStudent,
     model_name: str,
     api_key: SecretStr | None,
     *,
@@ -353,7 +350,7 @@ def create_app(
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
         server.worker.shutdown(wait=False, cancel_futures=True)
-        student.decoder.stop.set()
+        student.stop.set()
 
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
     for prefix in ("", "/v1"):
