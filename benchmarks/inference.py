@@ -123,9 +123,6 @@ SETTINGS: dict[str, list[Settings]] = {
 BATCHES = {"ours": [1], "llama_cpp": [1, 16], "hf": [16], "openvino": [16]}
 """Rows that may be computed together in `file`. Ours chooses by itself."""
 REFERENCE = SETTINGS["hf"][0]
-FOR_ROWS = ("file", "text")
-"""Contests that the product answers by what batch inference loads."""
-
 PEER_NAMES = [name for name in SETTINGS if name != "ours"]
 
 
@@ -194,7 +191,7 @@ class Bench:
         """Return the figures of one process, and print them but for the answers."""
         of = CONTESTS[contest]
         job: Job = {
-            "contestant": "ours for rows" if name == "ours" and contest in FOR_ROWS else name,
+            "contestant": name,
             "settings": settings,
             "threads": threads,
             "files": self.files,
