@@ -24,7 +24,10 @@ def softmax(logits: NDArray[Any]) -> list[float]:
 
 
 def token_sampler(
-    temperature: float, top_p: float, seed: int | None, top_k: int | None = None
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int | None = None,
+    top_k: int | None = None,
 ) -> Callable[[Logits], int]:
     """Return a function that takes a token from logits.
 
