@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
 
 from distillery.errors import DataError
-from distillery.recipe import Choose, ExportForm, GateRule, RegistryKind
+from distillery.recipe import Choose, ExportForm, GateRule, Metric, RegistryKind
 
 
 def digest_of(value: Any) -> str:
@@ -54,13 +54,26 @@ class Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+class AnswerFormat(Record):
+    """How written answers look, the same for all rows: the most tokens of the student's tokenizer
+    that one has, the JSON Schema that it meets (None for text), and the metric it is judged by."""
+
+    max_tokens: int
+    json_schema: dict[str, Any] | None = None
+    metric: Metric
+
+
 class Example(Record):
-    """A row. `answer_key` is its gold answer, if known: one of `keys`.
+    """A row. `answer_key` is its gold answer, if known: one of `keys`, or a text where answers are
+    written.
 
     task.kind choice: a question with options of its own. `choices` are their texts in order, and
     the keys are letters. task.kind classify: a text that belongs to one of `classes`, which are
     the same for all rows and are the keys. A row's JSON leaves the classes out: they stand once
-    beside the rows, in classes.json. `fields`: further columns that the prompt shows, by name."""
+    beside the rows, in classes.json. `fields`: further columns that the prompt shows, by name.
+    extract and generate: a text whose answer is written, as `format` says, which stands once beside
+    the rows, in format.json; there are no keys. `references`: further gold answers, each as good as
+    `answer_key`. An answer of extract is the JSON text of `answers.canonical`."""
 
     example_id: str
     question: str
@@ -69,6 +82,8 @@ class Example(Record):
     answer_key: str | None = None
     fields: dict[str, str] = Field({}, exclude_if=lambda fields: not fields)
     classes: tuple[str, ...] = Field((), exclude=True, repr=False)
+    references: tuple[str, ...] = Field((), exclude_if=lambda references: not references)
+    format: AnswerFormat | None = Field(None, exclude=True, repr=False)
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -84,7 +99,10 @@ class Example(Record):
 LETTERS = tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
 
 CLASSES_FILE = "classes.json"
-"""The classes of the rows in the same folder: a JSON list of names. Rows of choices have none."""
+"""The classes of the rows in the same folder: a JSON list of names. Other rows have none."""
+
+FORMAT_FILE = "format.json"
+"""The AnswerFormat of the rows in the same folder, if their answers are written."""
 
 
 class Usage(Record):

@@ -23,7 +23,7 @@ from distillery.recipe.rules import (
 )
 from distillery.recipe.search import SearchRecipe
 from distillery.recipe.student import HealingRecipe, LayerChoice, Layers, StudentRecipe
-from distillery.recipe.task import AbstainRecipe, OtherRecipe, TaskRecipe
+from distillery.recipe.task import AbstainRecipe, Metric, OtherRecipe, TaskRecipe
 from distillery.recipe.teacher import (
     AnswerRecipe,
     BudgetRecipe,
@@ -58,6 +58,7 @@ __all__ = [
     "Layers",
     "LimitRule",
     "LoraRecipe",
+    "Metric",
     "NotWorseRule",
     "OtherRecipe",
     "PriceRecipe",

@@ -1,8 +1,8 @@
 """The task slice: what an answer to a row is."""
 
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, StringConstraints, model_validator
+from pydantic import AliasChoices, Field, StringConstraints, model_validator
 
 from distillery.recipe.base import Slice
 
@@ -54,14 +54,22 @@ class OtherRecipe(Slice):
         return self.label
 
 
+Metric = Literal["exact_match", "field_f1", "rouge_l", "chrf", "bleu"]
+"""A figure that says how good written answers are, from 0 to 1; see evaluation/metrics.py."""
+
+
 class TaskRecipe(Slice):
     """What an answer to a row is."""
 
-    added_later: ClassVar[frozenset[str]] = frozenset({"abstain", "other"})
+    added_later: ClassVar[frozenset[str]] = frozenset(
+        {"abstain", "other", "answer_schema", "metric", "max_tokens"}
+    )
 
-    kind: Literal["choice", "classify"] = "choice"
+    kind: Literal["choice", "classify", "extract", "generate"] = "choice"
     """choice: each row has options of its own, and the answer is one's letter. classify: each row
-    is a text, and the answer is one of the classes, which are the same for all rows."""
+    is a text, and the answer is one of the classes, which are the same for all rows. extract: the
+    answer is a JSON object of fields found in the row's text, as `schema` says. generate: the
+    answer is text."""
 
     labels: tuple[str, ...] | str | None = Field(None, min_length=1)
     """With kind: classify, the classes: a list, or a text file that names one a line, whose name
@@ -73,6 +81,25 @@ class TaskRecipe(Slice):
 
     abstain: AbstainRecipe | None = None
     """When the student abstains instead of giving an answer that it is unsure of. null: never."""
+
+    answer_schema: dict[str, Any] | str | None = Field(
+        None, validation_alias=AliasChoices("schema", "answer_schema")
+    )
+    """With kind: extract, the JSON Schema of the answers, which are objects: the schema itself, or
+    a .json file that holds it."""
+
+    metric: Metric | None = None
+    """With kind: extract or generate, the figure that gate, ladder and headline go by. null:
+    field_f1 for extract, rouge_l for generate."""
+
+    max_tokens: int = Field(256, ge=1)
+    """With kind: extract or generate, the most tokens of the student's tokenizer that an answer may
+    have. Rows with a longer answer are set aside in training."""
+
+    @property
+    def writes(self) -> bool:
+        """Whether an answer is written, instead of chosen among a row's options or the classes."""
+        return self.kind in ("extract", "generate")
 
     @model_validator(mode="after")
     def check_labels(self) -> Self:
