@@ -391,9 +391,9 @@ class Rung(Record):
 class Ladder(Record):
     """The forms that a student was tried in. `accuracy`: the float student's primary figure, which
     is `metric` where answers are written, on the rows that choose, of which there are `rows`:
-    validation rows, but for `training_rows` with the teacher's labels. `choose` is the recipe's, `reason` what by it sets the picked rung apart, and
-    `machine` where the rungs were timed; ladders of earlier versions took the smallest rung, and
-    have neither reason nor machine."""
+    validation rows, but for `training_rows` with the teacher's labels. `choose` is the recipe's,
+    `reason` what by it sets the picked rung apart, and `machine` where the rungs were timed;
+    ladders of earlier versions took the smallest rung, and have neither reason nor machine."""
 
     rows: int
     training_rows: int = 0
@@ -611,8 +611,8 @@ class ScoreRow(Record):
 
     `accuracy`: the primary figure (0 to 1), by which gate and headline go. Where answers are
     written, `metric` says which figure that is; None is accuracy, the share of the `correct`
-    answers. `versus_teacher`: it minus the teacher's (paired interval). `agreement`: share of rows (0
-    to 1) answered as the teacher does. Latencies in milliseconds, `peak_mib` in MiB of memory,
+    answers. `versus_teacher`: it minus the teacher's (paired interval). `agreement`: share of rows
+    (0 to 1) answered as the teacher does. Latencies in milliseconds, `peak_mib` in MiB of memory,
     `bytes` of the model's folder. `departure` and `figures`: only the candidate has them; the
     figures of the others are in the evaluation's report.json.
     """
@@ -663,7 +663,8 @@ class EvaluationReport(StageRecord):
 class Measured(Record):
     """An exported student on the validation rows.
 
-    `correct` of `rows` are answered right. `p50_ms`: median latency of single rows, in
+    `correct` of `rows` are answered right. `metric` and `figure`: the primary figure of written
+    answers. `p50_ms`: median latency of single rows, in
     milliseconds. `bytes`: size of the folder.
     """
 
@@ -671,10 +672,13 @@ class Measured(Record):
     rows: int
     p50_ms: float
     bytes: int
+    metric: Metric | None = Field(None, exclude_if=lambda metric: metric is None)
+    figure: float | None = Field(None, exclude_if=lambda figure: figure is None)
 
     @property
     def accuracy(self) -> float:
-        return self.correct / self.rows
+        """The primary figure."""
+        return self.correct / self.rows if self.figure is None else self.figure
 
 
 class Trial(Record):

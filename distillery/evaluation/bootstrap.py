@@ -10,11 +10,8 @@ Where few rows are wrong, or two predictors differ on few rows, a plain bootstra
 they differ on none, its interval has no width. So each resample is spread further by the chance of
 two more rows, which are spread evenly over the cells right and wrong of each predictor, as Agresti
 and Min add them for shares (Simple improved confidence intervals for comparing matched proportions,
-Statistics in Medicine 24, 2005, 729-740); the figure itself stays as it is. benchmarks/simulate_metrics.py measures what that comes
-to: of the 95 % intervals of a difference in field F1, so many hold it, where the F1 is 0.72, 0.96
-and 0.99
-  rows   plain percentiles     bias-corrected (BCa)   spread, as here
-  {COVERAGE}
+Statistics in Medicine 24, 2005, 729-740); the figure itself stays as it is.
+benchmarks/simulate_metrics.py measures how often intervals hold what they should.
 """
 
 from dataclasses import dataclass

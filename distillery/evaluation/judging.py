@@ -1,12 +1,13 @@
-"""Judge answers against the rows' gold answers: right or wrong, or by the metric of written ones."""
+"""Judge answers by the rows' gold answers: right or wrong, or by the metric of written ones."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 from distillery.evaluation.bootstrap import PairedSums, RowSums
 from distillery.evaluation.metrics import row_statistics, value
+from distillery.evaluation.scoreboard import GOLD
 from distillery.evaluation.scoring import Answers
 from distillery.evaluation.statistics import Paired, count_pairs, wilson_interval
 from distillery.recipe import Metric
@@ -43,7 +44,7 @@ class Gold:
     def estimate(self, answers: Answers, metric: Metric | None) -> Estimate:
         """Return a figure of one or more rows with its 95 % interval: of accuracy and exact match
         Wilson's, of others by the bootstrap."""
-        if not is_share(metric):
+        if metric is not None and not is_share(metric):
             return self.sums(answers, metric).estimate()
         right, rows = sum(self.rights(answers)), len(self.answers)
         interval = wilson_interval(right, rows)
@@ -51,9 +52,10 @@ class Gold:
 
     def paired(self, first: Answers, second: Answers) -> Paired:
         """Return two predictors on the same rows by the primary metric."""
-        if is_share(self.metric):
+        metric = self.metric
+        if metric is None or is_share(metric) or not self.answers:
             return count_pairs(self.rights(first), self.rights(second))
-        return PairedSums(self.sums(first, self.metric), self.sums(second, self.metric))
+        return PairedSums(self.sums(first, metric), self.sums(second, metric))
 
     def row_values(self, answers: Answers) -> list[float]:
         """Return the primary figure of each row by itself (0 to 1)."""
@@ -76,6 +78,12 @@ def gold_of(examples: Sequence[Example]) -> Gold:
     answers = [(str(example.answer_key), *example.references) for example in examples]
     answer_format = examples[0].format if examples else None
     return Gold(answers, answer_format.metric if answer_format else None)
+
+
+def gold_in(rows: Sequence[Mapping[str, Any]]) -> Gold:
+    """Return what judges the answers to lines of an answers.jsonl."""
+    answers = [(row[GOLD], *row.get("references", ())) for row in rows]
+    return Gold(answers, rows[0].get("metric") if rows else None)
 
 
 def changed_answers(exported: Answers, exact: Answers) -> Departure:

@@ -25,16 +25,6 @@ from typing import Any
 
 from distillery.recipe import Metric
 
-NAMES: dict[Metric | None, str] = {
-    None: "accuracy",
-    "exact_match": "exact match",
-    "field_f1": "field F1",
-    "rouge_l": "ROUGE-L",
-    "chrf": "chrF",
-    "bleu": "BLEU",
-}
-"""What a primary figure is called; None is that of answers that are chosen."""
-
 Pair = tuple[str, str]
 """The path of a field, such as address/city, and one of its values as `plain` writes it."""
 
@@ -134,12 +124,13 @@ class Words:
 def rouge_scorer() -> Any:
     from rouge_score.rouge_scorer import RougeScorer
 
-    return RougeScorer(["rougeL"], tokenizer=Words())
+    return RougeScorer(["rougeL"], tokenizer=Words())  # type: ignore[no-untyped-call]
 
 
 @cache
 def sacrebleu_metric(metric: Metric) -> Any:
     """Return sacrebleu's chrF or BLEU with its defaults."""
-    from sacrebleu.metrics import BLEU, CHRF
+    from sacrebleu.metrics.bleu import BLEU
+    from sacrebleu.metrics.chrf import CHRF
 
     return BLEU() if metric == "bleu" else CHRF()

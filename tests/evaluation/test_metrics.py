@@ -26,7 +26,7 @@ GOLD = [
     ("x y",),
     ("hello world, again my friend", "hello there, my friend", "hi"),
 ]
-WORDS = "red green blue small large old new fast slow near far".split()
+WORDS = ["red", "green", "blue", "small", "large", "old", "new", "fast", "slow", "near", "far"]
 
 
 def test_bleu_and_chrf_are_those_of_sacrebleu() -> None:
