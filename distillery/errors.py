@@ -4,6 +4,7 @@ that is wrong, and what to do.
 DistilleryError
 ├── RecipeError               a recipe that can't be read or asks for something impossible
 ├── DataError                 a wrong row, file or column of the data set
+│   ├── PromptTooLong         a row whose prompt is over prompt.max_tokens or the model's context
 │   ├── NoSuchRevision        the hub has no such data set or revision
 │   └── DataUnavailable       the hub does not answer (infrastructure: worth a retry)
 ├── CredentialsError          a key, an endpoint name or a login is missing or refused
@@ -38,6 +39,10 @@ class RecipeError(DistilleryError):
 
 
 class DataError(DistilleryError):
+    pass
+
+
+class PromptTooLong(DataError):
     pass
 
 

@@ -1,34 +1,28 @@
 """Ask an ONNX model: exact probabilities of a row's options, and generated text."""
 
+import threading
 from collections.abc import Iterator, Sequence
-from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from distillery.inference.decoder import Decoder
+from distillery.inference.decoder import LONGEST_PASS, Decoder
 from distillery.inference.logits import Logits, log_softmax, softmax, token_sampler
 from distillery.inference.student import Student
 from distillery.models.class_tokens import require_classes
-from distillery.prompts import GenAITokenizer, read_added_tokens
+from distillery.prompts import GenAITokenizer
 from distillery.training.rows import TrainingRow
 
 
 class OnnxStudent(Student):
-    """A model folder that export made. Not thread-safe: it answers one question at a time."""
-
-    tokenizer: GenAITokenizer
+    """A model in ONNX Runtime GenAI, which also generates text."""
 
     def __init__(self, folder: Path, threads: int | None = None, adapter: bool = True) -> None:
         """Load the model; see `Decoder` for the arguments and the errors."""
         self.decoder = Decoder(folder, threads, adapter)
         tokenizer = GenAITokenizer(self.decoder.tokenizer, folder)
         super().__init__(folder, tokenizer, self.decoder.context_length)
-        self.end_ids = frozenset(int(token) for token in self.decoder.tokenizer.eos_token_ids)
-        self._token_texts: dict[int, str] = {}
 
     def probabilities(self, rows: Sequence[TrainingRow]) -> list[list[float]]:
         """Return the probabilities over the options of each row, which are asked one by one."""
@@ -83,9 +77,18 @@ class OnnxStudent(Student):
                 self.decoder.rewind(len(prompt_ids))
         return softmax(np.array(scores))
 
-    def next_token_logprobs(self, prompt_ids: Sequence[int]) -> NDArray[np.float64]:
-        """Return the natural log-probabilities of the next token, [vocabulary]."""
-        return log_softmax(self.decoder.prefill(prompt_ids))
+    def next_logits(self, prompt_ids: Sequence[int]) -> Logits:
+        """Return the logits of the token after a prompt, [vocabulary]."""
+        return self.decoder.prefill(prompt_ids)
+
+    def heed(self, stop: threading.Event) -> None:
+        """See `Student`."""
+        self.decoder.stop = stop
+        self.decoder.longest_pass = LONGEST_PASS
+
+    def forget(self) -> None:
+        """See `Student`."""
+        self.decoder.forget()
 
     def generate(
         self,
@@ -133,23 +136,3 @@ class OnnxStudent(Student):
             if token in self.end_ids or count == most:
                 return
             logits = self.decoder.append([token])
-
-    def decode(self, tokens: Sequence[int]) -> str:
-        """Return the tokens as text, without special tokens."""
-        return str(self.decoder.tokenizer.decode(np.array(tokens, dtype=np.int32)))
-
-    def text_stream(self) -> Any:
-        """Return an object whose `decode(token)` gives the text that this token completes."""
-        return self.decoder.tokenizer.create_stream()
-
-    def token_text(self, token: int) -> str:
-        """Return one token as text: a special one's name, U+FFFD for parts of a character."""
-        if token not in self._token_texts:
-            self._token_texts[token] = self.added_tokens.get(token) or self.decode([token])
-        return self._token_texts[token]
-
-    @cached_property
-    def added_tokens(self) -> dict[int, str]:
-        """The special tokens by id, as tokenizer.json names them."""
-        added, _ = read_added_tokens(self.folder)
-        return {token.id: token.content for token in added}

@@ -27,9 +27,6 @@ ACCEPTED_AT_ONCE = 2048
 LONGEST_RETRY = 60
 """Seconds. The openai package follows no longer Retry-After."""
 
-LONGEST_PASS = 512
-"""Tokens of a prompt that are computed before the server looks whether the client still waits."""
-
 
 @dataclass(frozen=True)
 class Limits:
