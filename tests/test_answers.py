@@ -57,7 +57,7 @@ def test_what_is_no_answer_says_why(text: str, reason: str) -> None:
 
 def test_a_text_is_an_answer_unless_it_is_empty() -> None:
     assert canonical(" {a} \n", None) == "{a}"
-    with pytest.raises(NotAnAnswer, match="^empty answer$"):
+    with pytest.raises(NotAnAnswer, match=r"^empty answer$"):
         canonical("\n", None)
 
 

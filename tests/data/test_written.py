@@ -135,14 +135,14 @@ def test_a_schema_may_stand_in_a_file(tmp_path: Path, monkeypatch: pytest.Monkey
     assert with_schema(named) == EXTRACT
     assert named_format(named) == named_format(EXTRACT)
     path.write_text('{"type": "array"}')
-    with pytest.raises(DataError, match="schema.json: the answers are objects.*task.schema"):
+    with pytest.raises(DataError, match=r"schema\.json: the answers are objects.*task.schema"):
         named_format(named)
     path.write_text("{")
-    with pytest.raises(DataError, match="schema.json: can't be read .no JSON"):
+    with pytest.raises(DataError, match=r"schema\.json: can't be read .no JSON"):
         named_format(named)
     monkeypatch.setenv("PREFECT__FLOW_RUN_ID", "any")
     monkeypatch.setenv("DISTILLERY_DATA_FOLDERS", str(tmp_path))
     secret = tmp_path / "secret.env"
     secret.write_text(json.dumps(SCHEMA))
-    with pytest.raises(DataError, match="a file that ends in .json"):
+    with pytest.raises(DataError, match=r"a file that ends in \.json"):
         named_format(TaskRecipe(kind="extract", schema=str(secret)))
