@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from distillery.errors import DataError
 from distillery.inference.abstention import read_abstention
+from distillery.inference.generation import Written
 from distillery.inference.logits import Logits, log_softmax
 from distillery.inference.rows import RowRenderer
 from distillery.prompts import GenAITokenizer, read_added_tokens
@@ -67,7 +68,7 @@ class Student(RowRenderer, ABC):
 
     def answers(
         self, examples: Sequence[Example], prompt: PromptRecipe
-    ) -> list[Answer | DataError]:
+    ) -> list[Answer | Written | DataError]:
         """Return the answer to each row, or why it can't be asked."""
         rendered: list[TrainingRow | DataError] = []
         for example in examples:
@@ -77,7 +78,7 @@ class Student(RowRenderer, ABC):
                 rendered.append(error)
         rows = [row for row in rendered if isinstance(row, TrainingRow)]
         found = iter(self.probabilities(rows))
-        answers: list[Answer | DataError] = []
+        answers: list[Answer | Written | DataError] = []
         for example, row in zip(examples, rendered, strict=True):
             if isinstance(row, DataError):
                 answers.append(row)
