@@ -251,7 +251,7 @@ class BatchStudent(Student):
         cached: Sequence[int],
         keep: bool,
     ) -> tuple[Logits, Cache]:
-        """Compute sequences in one pass, unless `heed` forbids it, each after the first `cached` tokens of the sequence
+        """Compute sequences in one pass, each after the first `cached` tokens of the sequence
         `cache_of` in `cache`. Return the logits at the tokens `read`, counted through all
         sequences, [tokens, vocabulary], and, to `keep`, the sequences' own cache."""
         if self._stop.is_set():

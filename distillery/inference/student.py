@@ -1,5 +1,5 @@
-"""What every way of asking an ONNX model has in common: a row's answer from the probabilities of its
-options, and the texts of tokens."""
+"""What every way of asking an ONNX model has in common: a row's answer from the probabilities of
+its options, and the texts of tokens."""
 
 import threading
 from abc import ABC, abstractmethod
