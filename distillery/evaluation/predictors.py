@@ -2,21 +2,15 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-from distillery.errors import ModelError
+from distillery.errors import ModelError, PromptTooLong
 from distillery.evaluation.scoring import ScoringJob
-from distillery.models.class_tokens import read_class_tokens, require_classes
-from distillery.prompts import (
-    Tokenizer,
-    TransformersTokenizer,
-    letter_ids,
-    longest_prompt,
-    render_ids,
-    text_ids,
-)
+from distillery.inference.batch import ROWS
+from distillery.inference.batch_student import load_for_rows
+from distillery.inference.rows import RowRenderer
+from distillery.prompts import TransformersTokenizer
 from distillery.recipe import PromptRecipe
 from distillery.records import Example
 from distillery.training.batching import common_prefix, longest_shared
@@ -50,25 +44,26 @@ def load_predictor(job: ScoringJob) -> Predictor:
 
 
 def load_onnx(job: ScoringJob) -> Predictor:
-    """Load a folder that ONNX Runtime GenAI runs."""
-    from distillery.inference.onnx_student import OnnxStudent
+    """Load an ONNX folder as batch inference does."""
+    student = load_for_rows(Path(job.model.folder), job.threads)
 
-    student = OnnxStudent(Path(job.model.folder), threads=job.threads)
+    def ask_batches(
+        rows: Sequence[TrainingRow], batch_done: Callable[[int], None]
+    ) -> list[list[float]]:
+        found: list[list[float]] = []
+        for start in range(0, len(rows), ROWS):
+            some = rows[start : start + ROWS]
+            found += student.probabilities(some)
+            batch_done(len(some))
+        return found
 
-    def ask(row: TrainingRow) -> list[float]:
-        if row.texts:
-            return student.text_probabilities(row.prompt, row.texts)
-        if row.closed:
-            return student.class_probabilities(row.prompt, row.letters)
-        return student.option_probabilities(row.prompt, row.letters)
-
-    def first_token(prompt: Sequence[int]) -> int:
-        return int(student.decoder.prefill(prompt).argmax())
-
-    render = row_renderer(
-        student.tokenizer, job.prompt, student.context_length, Path(job.model.folder)
+    return Predictor(
+        ran_on="ONNX Runtime",
+        render=row_renderer(student, job.prompt),
+        ask=lambda row: student.probabilities([row])[0],
+        ask_batches=ask_batches,
+        first_token=lambda prompt: int(student.next_logits(prompt).argmax()),
     )
-    return Predictor(ran_on="ONNX Runtime", render=render, ask=ask, first_token=first_token)
 
 
 def load_transformers(job: ScoringJob) -> Predictor:
@@ -97,6 +92,11 @@ def load_transformers(job: ScoringJob) -> Predictor:
     if device.precision == "bfloat16":
         cast_linear_layers(model)
     next_logits = logits_after_prompt(model.eval(), device)
+    renderer = RowRenderer(
+        adapter or Path(job.model.folder),
+        TransformersTokenizer(tokenizer),
+        model.config.max_position_embeddings,
+    )
 
     def ask(row: TrainingRow) -> list[float]:
         if row.texts or row.closed:
@@ -113,12 +113,7 @@ def load_transformers(job: ScoringJob) -> Predictor:
 
     return Predictor(
         ran_on=f"{device.name} {device.precision}",
-        render=row_renderer(
-            TransformersTokenizer(tokenizer),
-            job.prompt,
-            model.config.max_position_embeddings,
-            adapter or Path(job.model.folder),
-        ),
+        render=row_renderer(renderer, job.prompt),
         ask=ask,
         # Float32 differs by rounding alone (1e-5); bfloat16 by enough to change an answer.
         ask_batches=ask_batches if device.precision == "float32" else None,
@@ -127,36 +122,15 @@ def load_transformers(job: ScoringJob) -> Predictor:
 
 
 def row_renderer(
-    tokenizer: Tokenizer, prompt: PromptRecipe, context: int, folder: Path
+    renderer: RowRenderer, prompt: PromptRecipe
 ) -> Callable[[Example], TrainingRow | None]:
-    """Return a function that renders a row for the model in `folder`, of `context` tokens; see
-    `Predictor`."""
-    classes = read_class_tokens(folder)
-    letters = cache(lambda count: tuple(letter_ids(tokenizer, count)))
+    """Return a function that renders a row, or returns None where its prompt is too long."""
 
     def render(example: Example) -> TrainingRow | None:
-        ids = render_ids(example, prompt, tokenizer)
-        if ids is None:
+        try:
+            return renderer.render(example, prompt)
+        except PromptTooLong:
             return None
-        texts = []
-        if prompt.answer == "text":
-            texts = text_ids(example, tokenizer)
-        if len(ids) > longest_prompt(prompt, context, texts):
-            return None
-        if prompt.answer == "class":
-            known = require_classes(classes, folder)
-            return TrainingRow(
-                prompt=tuple(ids),
-                letters=known.for_classes(example.classes),
-                closed=True,
-                span=known.span(ids),
-                last=known.last,
-                answer=0,
-            )
-        # `answer`, the label in training, plays no part here.
-        if texts:
-            return TrainingRow(prompt=tuple(ids), texts=tuple(map(tuple, texts)), answer=0)
-        return TrainingRow(prompt=tuple(ids), letters=letters(len(example.choices)), answer=0)
 
     return render
 
@@ -164,7 +138,7 @@ def row_renderer(
 def logits_after_prompt(model: Any, device: Any) -> Callable[[Sequence[int]], Any]:
     """Return a function that gives the logits after a prompt, [vocabulary], in float32.
 
-    What a prompt shares with the one before it is not computed again, as in `OnnxStudent`, so that
+    What a prompt shares with the one before it is not computed again, as by a `Student`, so that
     all models of a scoreboard are timed alike."""
     import torch
     from transformers import DynamicCache

@@ -17,7 +17,7 @@ from distillery.data.examples import read_examples
 from distillery.errors import ModelError
 from distillery.evaluation.option_order import ORDER_ROWS, Reordered, count_alike, reordered_rows
 from distillery.evaluation.predictors import AskBatches, Predictor, load_predictor
-from distillery.evaluation.scoring import TIMED_ROWS, Probabilities, Scored, ScoringJob
+from distillery.evaluation.scoring import Probabilities, Scored, ScoringJob
 from distillery.processes import process_main
 from distillery.progress import ShowProgress, show_nothing
 from distillery.records import Example
@@ -57,9 +57,10 @@ def score(job: ScoringJob, progress: ShowProgress = show_nothing) -> Scored:
     further = min(len(examples), ORDER_ROWS) if job.reorder else 0
     counter = RowCounter(len(examples) + further, progress)
     counter.add(0)
-    probabilities, latencies = ask_single_rows(predictor, examples, counter.add)
+    probabilities, latencies = ask_single_rows(predictor, examples, job.timed_rows, counter.add)
     rest = [predictor.render(example) for example in examples[len(probabilities) :]]
-    # The longest row takes the most memory. It is asked here, untimed, for batches take more.
+    # The longest row takes the most memory of single rows. It is asked here, untimed, since batches
+    # may take more.
     ask(predictor, max(rest, key=token_count, default=None))
     peak = peak_mib()
     if predictor.ask_batches:
@@ -120,10 +121,13 @@ def ask_in_other_order(
 
 
 def ask_single_rows(
-    predictor: Predictor, examples: Sequence[Example], rows_done: Callable[[int], None]
+    predictor: Predictor,
+    examples: Sequence[Example],
+    timed_rows: int,
+    rows_done: Callable[[int], None],
 ) -> tuple[list[Probabilities], list[float]]:
     """Ask row after row: all of them, or, where the model takes batches, the first ones until
-    TIMED_ROWS are timed. A few are asked before, to warm up.
+    `timed_rows` are timed. A few are asked before, to warm up.
 
     Returns the probabilities of these rows, and the latencies in ms of those that could be asked. A
     latency spans rendering, tokenising and one prefill."""
@@ -132,7 +136,7 @@ def ask_single_rows(
     probabilities: list[Probabilities] = []
     latencies: list[float] = []
     for example in examples:
-        if predictor.ask_batches and len(latencies) == TIMED_ROWS:
+        if predictor.ask_batches and len(latencies) == timed_rows:
             break
         started = time.perf_counter()
         asked = ask(predictor, predictor.render(example))

@@ -2,14 +2,15 @@
 quantises and builds.
 
 Files in: a Transformers folder in safetensors, and an adapter's folder. Files out:
-genai_config.json, model.onnx, the tokenizer's files and, with `export.adapter_apart`,
-adapter_weights.onnx_adapter.
+genai_config.json, model.onnx, the tokenizer's files, format.json for a model that writes its
+answers and, with `export.adapter_apart`, adapter_weights.onnx_adapter.
 """
 
 import json
 import shutil
 from pathlib import Path
 
+from distillery.data.examples import read_format, write_format
 from distillery.errors import ExportError, ModelError
 from distillery.export.eight_bits import multiply_in_8_bits
 from distillery.export.fit import misfit
@@ -42,7 +43,7 @@ def export(
     built, or what was built does not load or answer."""
     from distillery.olive_workflow import run_workflow
 
-    classes = read_class_tokens(adapter or model)
+    classes, answer_format = read_class_tokens(adapter or model), read_format(adapter or model)
     if classes and classes.pooled:
         form = form.model_copy(update={"all_logits": True})
     if form.adapter_apart and form.precision == "int8":
@@ -78,6 +79,8 @@ def export(
             numbers = tuple(range(len(classes.tokens)))
             classes = classes.model_copy(update={"tokens": numbers})
         classes.write(out)
+    if answer_format:
+        write_format(out, answer_format)
     progress(len(passes), len(passes), "asking one question")
     check_built(out, form)
 
