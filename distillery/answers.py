@@ -12,7 +12,6 @@ import jsonschema
 import referencing
 import referencing.exceptions
 
-
 UNMET = "does not meet the schema"
 """How the reason begins for a JSON object that does not meet its schema."""
 
@@ -84,7 +83,13 @@ def canonical(text: str, schema: Mapping[str, Any] | None) -> str:
         where = "/".join(map(str, found.absolute_path))
         reason = " ".join(found.message.split())[:120]
         raise NotAnAnswer(f"{UNMET}: {f'{where}: ' if where else ''}{reason}")
-    return json.dumps(ordered(value, schema), ensure_ascii=False)
+    try:
+        text = json.dumps(ordered(value, schema), ensure_ascii=False, allow_nan=False)
+        text.encode()
+    except ValueError as error:
+        # Python reads NaN, 1e999 and half of a surrogate pair, none of which a file can hold.
+        raise NotAnAnswer("a number or character that JSON can't express") from error
+    return text
 
 
 def ordered(value: Any, schema: Any) -> Any:

@@ -69,8 +69,8 @@ def prepare(
     recipe: DatasetRecipe, out: Path, task: TaskRecipe | None = None, commit: str | None = None
 ) -> PreparedCounts:
     """Write `<role>.jsonl` into `out` for each role in the recipe's splits and carve, with the
-    classes or the format of the answers that task.kind asks for. With task.other, there are gold rows in any case. `commit` is
-    that of a hub data set, if it is known.
+    classes or the format of the answers that task.kind asks for. With task.other, there are gold
+    rows in any case. `commit` is that of a hub data set, if it is known.
 
     Raises DataError for a file, row or column, and RecipeError if splits, carve and sample
     contradict each other; nothing is written then.

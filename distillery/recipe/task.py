@@ -157,14 +157,11 @@ class TaskRecipe(Slice):
         if self.kind != "extract" and self.metric == "field_f1":
             raise ValueError("metric: field_f1 belongs to kind: extract")
         if self.writes and self.abstain:
-            raise ValueError(
-                f"abstain: answers of kind: {self.kind} have no confidence; remove it"
-            )
+            raise ValueError(f"abstain: answers of kind: {self.kind} have no confidence; remove it")
         if not self.writes:
             for name in ("metric", "max_tokens"):
                 if getattr(self, name) != type(self).model_fields[name].default:
                     raise ValueError(
-                        f"{name}: belongs to kind: extract and generate; remove it from "
-                        f"{self.kind}"
+                        f"{name}: belongs to kind: extract and generate; remove it from {self.kind}"
                     )
         return self
