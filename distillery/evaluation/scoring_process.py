@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 
-from distillery.data.examples import read_examples
 from distillery.answers import NotAnAnswer
+from distillery.data.examples import read_examples
 from distillery.errors import ModelError
 from distillery.evaluation.option_order import ORDER_ROWS, Reordered, count_alike, reordered_rows
 from distillery.evaluation.predictors import AskBatches, Found, Predictor, load_predictor
