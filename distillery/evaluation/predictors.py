@@ -29,10 +29,10 @@ AskBatches = Callable[[Sequence[TrainingRow], Callable[[int], None]], Sequence[F
 @dataclass(frozen=True)
 class Predictor:
     """A loaded model. `render` gives a row's prompt and options, or None where the prompt is over
-    the budget or the model's context; `ask` the probabilities over its options, or a written answer.
-    `ask_batches` gives them for many rows at once, and tells after each batch how many rows it had;
-    it is None where batches would not give what single rows give, or are no faster. `first_token`
-    computes a prompt and returns the most probable token after it."""
+    the budget or the model's context; `ask` what the model makes of it; `ask_batches` that of many
+    rows at once, and tells after each batch how many rows it had; it is None where batches would
+    not give what single rows give, or are no faster. `first_token` computes a prompt and returns
+    the most probable token after it."""
 
     ran_on: str
     render: Callable[[Example], TrainingRow | None]

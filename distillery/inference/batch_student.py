@@ -67,7 +67,8 @@ _log = logging.getLogger(__name__)
 
 def load_for_rows(folder: Path, threads: int | None = None) -> Student:
     """Load a model that is to answer many rows: as a BatchStudent or, where it writes its answers,
-    its graph can't be rewritten or an adapter is apart, as an OnnxStudent, which answers one by one.
+    its graph can't be rewritten or an adapter is apart, as an OnnxStudent, which answers one by
+    one.
 
     `threads` counts the cores for one operation; None leaves it to the runtime. Raises ModelError
     for a folder that can't be loaded."""
@@ -235,15 +236,30 @@ class BatchStudent(Student):
             some = [texts[index] for index in picked]
             owners = [longer[index][0] for index in picked]
             before = [after[index] for index in picked]
-            tokens = [text[:-1] for text in some]
-            read = list(range(sum(map(len, tokens))))
-            logits, _ = self.run(tokens, read, cache, owners, before, keep=False)
-            following = iter(logits)
+            following = self.text_logits([text[:-1] for text in some], cache, owners, before)
             for index, text in zip(picked, some, strict=True):
                 number, option = longer[index]
                 for token in text[1:]:
                     scores[number][option].append(float(log_softmax(next(following))[token]))
         return [softmax(np.array([np.mean(logs) for logs in of_row])) for of_row in scores]
+
+    def text_logits(
+        self,
+        texts: Sequence[Sequence[int]],
+        cache: Cache,
+        cache_of: Sequence[int],
+        cached: Sequence[int],
+    ) -> Iterator[Logits]:
+        """Yield the logits at each token of the texts of one pass, [vocabulary]; see `run`. A long
+        text, which is alone in its pass, takes several, as a long prompt does."""
+        longest = max(map(len, texts))
+        for start in range(0, longest, LONGEST_PASS):
+            end = start + LONGEST_PASS
+            parts = [text[start:end] for text in texts]
+            read = list(range(sum(map(len, parts))))
+            logits, cache = self.run(parts, read, cache, cache_of, cached, keep=end < longest)
+            yield from logits
+            cache_of, cached = [0], [cached[0] + LONGEST_PASS]
 
     def run(
         self,

@@ -18,7 +18,7 @@ from distillery.inference.generation import (
     most_tokens,
     written,
 )
-from distillery.inference.guide import Guide, Guides
+from distillery.inference.guide import Guide
 from distillery.inference.logits import Logits, log_softmax, softmax, token_sampler
 from distillery.inference.student import Answer, Student
 from distillery.models.class_tokens import require_classes
@@ -147,11 +147,6 @@ class OnnxStudent(Student):
         first = self.decoder.prefill(prompt_ids, room=most)
         answering = Answering(most, self.end_ids, draw, guide)
         yield from generated(first, lambda token: self.decoder.append([token]), answering)
-
-    @cached_property
-    def guides(self) -> Guides:
-        """What holds this model's answers to a JSON schema."""
-        return Guides((self.folder / "tokenizer.json").read_text(encoding="utf-8"), self.end_ids)
 
     def write(self, prompt_ids: Sequence[int], answer_format: AnswerFormat) -> Written:
         """Return the likeliest answer, token by token, held to the format's schema if it has one.

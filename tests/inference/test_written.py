@@ -151,6 +151,7 @@ def test_a_file_of_rows_is_answered_with_texts(
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"text": "bread", "said": 7}\n{"text": ""}\n{"text": "river"}\n')
     prompt = PROMPT.model_copy(update={"user": "{text} as {schema}"})
+    columns = Columns(question="text", choices=None, answer="said")
     for limit in (60, 5):
         form = AnswerFormat(max_tokens=limit, json_schema=schema, metric="field_f1")
         write_format(folder, form)
