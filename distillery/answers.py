@@ -5,14 +5,59 @@ are equal texts: what is trained, compared and given.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jsonschema
+import referencing
+import referencing.exceptions
+
+UNMET = "does not meet the schema"
+"""How the reason begins for a JSON object that does not meet its schema."""
 
 
 class NotAnAnswer(ValueError):
     """A text that is no answer; its message is the reason, in a few words."""
+
+
+def check_schema(schema: Mapping[str, Any]) -> None:
+    """Raise ValueError, in one line, unless this is a JSON Schema of objects whose references stay
+    within it: no other file or server is asked for a part of it."""
+    if schema.get("type") != "object":
+        raise ValueError("the answers are objects: write type: object, and their fields below it")
+    validator_of = jsonschema.validators.validator_for(schema)
+    try:
+        validator_of.check_schema(schema)
+    except jsonschema.exceptions.SchemaError as error:
+        where = "/".join(map(str, error.absolute_path))
+        reason = " ".join(error.message.split())[:200]
+        raise ValueError(f"no JSON Schema: {f'{where}: ' if where else ''}{reason}") from error
+    for reference in references_in(schema):
+        if not reference.startswith("#"):
+            raise ValueError(f"$ref: {reference!r} leads out of the schema; write that part here")
+    validator = validator_for(schema)
+    try:
+        for reference in ("#", *references_in(schema)):
+            list(validator.evolve(schema={"$ref": reference}).iter_errors({}))
+    except (referencing.exceptions.Unresolvable, RecursionError) as error:
+        raise ValueError("a $ref names no part of the schema, or leads to itself") from error
+
+
+def references_in(schema: Any) -> Iterator[str]:
+    """Yield each $ref of a schema."""
+    if isinstance(schema, Mapping):
+        for name, value in schema.items():
+            if name in ("$ref", "$dynamicRef") and isinstance(value, str):
+                yield value
+            yield from references_in(value)
+    elif isinstance(schema, list | tuple):
+        for value in schema:
+            yield from references_in(value)
+
+
+def validator_for(schema: Mapping[str, Any]) -> Any:
+    """Return a validator that asks no other file or server for a part of the schema."""
+    return jsonschema.validators.validator_for(schema)(schema, registry=referencing.Registry())
 
 
 def canonical(text: str, schema: Mapping[str, Any] | None) -> str:
@@ -33,14 +78,18 @@ def canonical(text: str, schema: Mapping[str, Any] | None) -> str:
         raise NotAnAnswer("no JSON") from error
     if not isinstance(value, dict):
         raise NotAnAnswer("JSON, but no object")
-    found = jsonschema.exceptions.best_match(
-        jsonschema.validators.validator_for(schema)(schema).iter_errors(value)
-    )
+    found = jsonschema.exceptions.best_match(validator_for(schema).iter_errors(value))
     if found is not None:
         where = "/".join(map(str, found.absolute_path))
         reason = " ".join(found.message.split())[:120]
-        raise NotAnAnswer(f"does not meet the schema: {f'{where}: ' if where else ''}{reason}")
-    return json.dumps(ordered(value, schema), ensure_ascii=False)
+        raise NotAnAnswer(f"{UNMET}: {f'{where}: ' if where else ''}{reason}")
+    try:
+        text = json.dumps(ordered(value, schema), ensure_ascii=False, allow_nan=False)
+        text.encode()
+    except ValueError as error:
+        # Python reads NaN, 1e999 and half of a surrogate pair, none of which a file can hold.
+        raise NotAnAnswer("a number or character that JSON can't express") from error
+    return text
 
 
 def ordered(value: Any, schema: Any) -> Any:

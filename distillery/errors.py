@@ -4,6 +4,7 @@ that is wrong, and what to do.
 DistilleryError
 ├── RecipeError               a recipe that can't be read or asks for something impossible
 ├── DataError                 a wrong row, file or column of the data set
+│   ├── PromptTooLong         a row whose prompt is over prompt.max_tokens or the model's context
 │   ├── NoSuchRevision        the hub has no such data set or revision
 │   └── DataUnavailable       the hub does not answer (infrastructure: worth a retry)
 ├── CredentialsError          a key, an endpoint name or a login is missing or refused
@@ -19,6 +20,7 @@ DistilleryError
 │       └── ModelUnavailable  hub or registry do not give a base model now (infrastructure)
 ├── ExportError               Olive or ONNX Runtime produced no usable model
 ├── ModelError                a model folder that can't be loaded or asked
+│   ├── SchemaNotHeld         answers can't be held to a JSON schema while they are generated
 │   ├── AnswerStopped         an answer was given up, because nobody waits for it any more
 │   └── OutOfResources        a process ran out of memory or time: elsewhere it may succeed
 ├── GateRefused               the gate refused the student, and evaluation.on_refusal is fail
@@ -38,6 +40,10 @@ class RecipeError(DistilleryError):
 
 
 class DataError(DistilleryError):
+    pass
+
+
+class PromptTooLong(DataError):
     pass
 
 
@@ -102,6 +108,10 @@ class ExportError(DistilleryError):
 
 
 class ModelError(DistilleryError):
+    pass
+
+
+class SchemaNotHeld(ModelError):
     pass
 
 

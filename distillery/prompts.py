@@ -38,6 +38,11 @@ def render_messages(example: Example, prompt: PromptRecipe) -> list[Message]:
         labels = "\n".join(example.classes)
         for_system["labels"] = for_user["labels"] = labels
         for_user["text"] = example.question
+    elif example.format:
+        for_user["text"] = example.question
+        if example.format.json_schema is not None:
+            for_user["schema"] = json.dumps(example.format.json_schema, ensure_ascii=False)
+        for_system = for_user
     else:
         lines = []
         for letter, text in zip(example.keys, example.options, strict=True):
@@ -196,13 +201,13 @@ class TransformersTokenizer:
 
 
 class GenAITokenizer:
-    """An ONNX Runtime GenAI tokenizer as a `Tokenizer`."""
+    """An ONNX Runtime GenAI tokenizer as a `Tokenizer`. `runtime`: that tokenizer itself."""
 
     def __init__(self, tokenizer: Any, folder: Path) -> None:
         """`folder` has the files that the tokenizer was loaded from.
 
         Raises ModelError where they can't be read."""
-        self._tokenizer = tokenizer
+        self.runtime = tokenizer
         added, template = read_added_tokens(folder)
         self.control = ControlTokens(((token.content, token.special) for token in added), template)
         special = [token.content for token in added if token.special and not token.lstrip]
@@ -210,7 +215,7 @@ class GenAITokenizer:
 
     def encode_chat(self, messages: list[Message]) -> list[int]:
         try:
-            text = self._tokenizer.apply_chat_template(
+            text = self.runtime.apply_chat_template(
                 json.dumps(self.control.as_texts(messages)), add_generation_prompt=True
             )
         except RuntimeError as error:
@@ -225,7 +230,7 @@ class GenAITokenizer:
 
         ONNX Runtime GenAI 0.14 loses the end of a text that could be the beginning of an added
         token: of "x<y" it loses the y. With a special token behind it, nothing is lost."""
-        ids = list(map(int, self._tokenizer.encode(text + self._end)))
+        ids = list(map(int, self.runtime.encode(text + self._end)))
         return ids[:-1] if self._end else ids
 
 

@@ -86,6 +86,11 @@ class Example(Record):
     format: AnswerFormat | None = Field(None, exclude=True, repr=False)
 
     @property
+    def right_answers(self) -> tuple[str, ...]:
+        """The gold answer and the further ones; none where it is not known."""
+        return () if self.answer_key is None else (self.answer_key, *self.references)
+
+    @property
     def keys(self) -> tuple[str, ...]:
         """What an answer to the row may be: its options' letters, or the classes."""
         return self.classes or LETTERS[: len(self.choices)]
@@ -122,7 +127,7 @@ class Usage(Record):
 
 
 class TeacherLabel(Record):
-    """A teacher's accepted answer to a row.
+    """A teacher's accepted answer to a row: a letter, a class or a text.
 
     `distribution`: probability of each of the row's letters, from log-probabilities or votes; sums
     to 1. `confidence` (0 to 1): the share of several answers that agree, or else the letter's

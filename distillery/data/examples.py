@@ -67,15 +67,17 @@ def write_format(folder: Path, answer_format: AnswerFormat) -> None:
 
 
 def read_format(folder: Path) -> AnswerFormat | None:
-    """Return the format of the answers to the rows in a folder, None where they are chosen. Raises
-    DataError."""
+    """Return the format of the answers to the rows in a folder, or of the answers that the model in
+    it writes; None where they are chosen. Raises DataError."""
     path = folder / FORMAT_FILE
     if not path.exists():
         return None
     try:
         return AnswerFormat.model_validate_json(path.read_bytes())
     except (OSError, ValidationError) as error:
-        raise DataError(f"{path}: no format of answers; prepare the data set again") from error
+        raise DataError(
+            f"{path}: no format of answers; prepare the data set, or export the model, again"
+        ) from error
 
 
 def parse_example(line: str, where: str) -> Example:

@@ -1,82 +1,94 @@
-"""Load the model of a scoring job, and ask it for the probabilities of a row's options."""
+"""Load the model of a scoring job, and ask it for the probabilities of a row's options, or for a
+written answer."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-from distillery.errors import ModelError
+from distillery.errors import ModelError, PromptTooLong
 from distillery.evaluation.scoring import ScoringJob
-from distillery.models.class_tokens import read_class_tokens, require_classes
-from distillery.prompts import (
-    Tokenizer,
-    TransformersTokenizer,
-    letter_ids,
-    longest_prompt,
-    render_ids,
-    text_ids,
-)
+from distillery.evaluation.writing import TransformersWriter
+from distillery.inference.batch import ROWS
+from distillery.inference.batch_student import load_for_rows
+from distillery.inference.generation import Written
+from distillery.inference.onnx_student import OnnxStudent
+from distillery.inference.rows import RowRenderer
+from distillery.prompts import TransformersTokenizer
 from distillery.recipe import PromptRecipe
-from distillery.records import Example
+from distillery.records import AnswerFormat, Example
 from distillery.training.batching import common_prefix, longest_shared
 from distillery.training.rows import TrainingRow
 
-AskBatches = Callable[[Sequence[TrainingRow], Callable[[int], None]], list[list[float]]]
+Found = list[float] | Written
+"""What a model makes of a row: the probabilities over its options, or what it writes."""
+
+AskBatches = Callable[[Sequence[TrainingRow], Callable[[int], None]], Sequence[Found]]
 
 
 @dataclass(frozen=True)
 class Predictor:
     """A loaded model. `render` gives a row's prompt and options, or None where the prompt is over
-    the budget or the model's context; `ask` the probabilities over its options. `ask_batches` gives
-    them for many rows at once, and tells after each batch how many rows it had; it is None where
-    batches would not give what single rows give. `first_token` computes a prompt and
-    returns the most probable token after it."""
+    the budget or the model's context; `ask` what the model makes of it; `ask_batches` that of many
+    rows at once, and tells after each batch how many rows it had; it is None where batches would
+    not give what single rows give, or are no faster. `first_token` computes a prompt and returns
+    the most probable token after it."""
 
     ran_on: str
     render: Callable[[Example], TrainingRow | None]
-    ask: Callable[[TrainingRow], list[float]]
+    ask: Callable[[TrainingRow], Found]
     ask_batches: AskBatches | None = None
     first_token: Callable[[Sequence[int]], int] | None = None
 
 
-def load_predictor(job: ScoringJob) -> Predictor:
-    """Load the job's model. Raises ModelError where its folder can't be loaded."""
+def load_predictor(job: ScoringJob, answer_format: AnswerFormat | None = None) -> Predictor:
+    """Load the job's model. `answer_format`: that of its rows' written answers.
+
+    Raises ModelError where its folder can't be loaded."""
     if not Path(job.model.folder).is_dir():
         raise ModelError(f"{job.model.folder}: no such folder")
     if job.model.kind == "onnx":
-        return load_onnx(job)
-    return load_transformers(job)
+        return load_onnx(job, answer_format)
+    return load_transformers(job, answer_format)
 
 
-def load_onnx(job: ScoringJob) -> Predictor:
-    """Load a folder that ONNX Runtime GenAI runs."""
-    from distillery.inference.onnx_student import OnnxStudent
+def load_onnx(job: ScoringJob, answer_format: AnswerFormat | None) -> Predictor:
+    """Load an ONNX folder as batch inference does."""
+    if answer_format:
+        writer = OnnxStudent(Path(job.model.folder), job.threads)
+        return Predictor(
+            ran_on="ONNX Runtime",
+            render=row_renderer(writer, job.prompt),
+            ask=lambda row: writer.write(row.prompt, answer_format),
+            first_token=lambda prompt: int(writer.next_logits(prompt).argmax()),
+        )
+    student = load_for_rows(Path(job.model.folder), job.threads)
 
-    student = OnnxStudent(Path(job.model.folder), threads=job.threads)
+    def ask_batches(
+        rows: Sequence[TrainingRow], batch_done: Callable[[int], None]
+    ) -> list[list[float]]:
+        found: list[list[float]] = []
+        for start in range(0, len(rows), ROWS):
+            some = rows[start : start + ROWS]
+            found += student.probabilities(some)
+            batch_done(len(some))
+        return found
 
-    def ask(row: TrainingRow) -> list[float]:
-        if row.texts:
-            return student.text_probabilities(row.prompt, row.texts)
-        if row.closed:
-            return student.class_probabilities(row.prompt, row.letters)
-        return student.option_probabilities(row.prompt, row.letters)
-
-    def first_token(prompt: Sequence[int]) -> int:
-        return int(student.decoder.prefill(prompt).argmax())
-
-    render = row_renderer(
-        student.tokenizer, job.prompt, student.context_length, Path(job.model.folder)
+    return Predictor(
+        ran_on="ONNX Runtime",
+        render=row_renderer(student, job.prompt),
+        ask=lambda row: student.probabilities([row])[0],
+        ask_batches=ask_batches,
+        first_token=lambda prompt: int(student.next_logits(prompt).argmax()),
     )
-    return Predictor(ran_on="ONNX Runtime", render=render, ask=ask, first_token=first_token)
 
 
-def load_transformers(job: ScoringJob) -> Predictor:
+def load_transformers(job: ScoringJob, answer_format: AnswerFormat | None) -> Predictor:
     """Load a folder that Transformers runs, in the job's precision."""
     import torch
 
     from distillery.models.device import cast_linear_layers, choose_device
-    from distillery.models.load import load_model, pad_id
+    from distillery.models.load import end_ids, load_model, pad_id
     from distillery.training.validation import option_probabilities
 
     torch.set_num_threads(job.threads)
@@ -97,6 +109,28 @@ def load_transformers(job: ScoringJob) -> Predictor:
     if device.precision == "bfloat16":
         cast_linear_layers(model)
     next_logits = logits_after_prompt(model.eval(), device)
+    renderer = RowRenderer(
+        adapter or Path(job.model.folder),
+        TransformersTokenizer(tokenizer),
+        model.config.max_position_embeddings,
+    )
+
+    def first_token(prompt: Sequence[int]) -> int:
+        return int(next_logits(prompt).argmax())
+
+    if answer_format:
+        ends = end_ids(model, tokenizer)
+        writer = TransformersWriter(model, tokenizer, device, padding, ends, next_logits)
+        return Predictor(
+            ran_on=f"{device.name} {device.precision}",
+            render=row_renderer(renderer, job.prompt),
+            ask=lambda row: writer.write(row.prompt, answer_format),
+            # Also in bfloat16: one by one, answers would take minutes where these take seconds.
+            ask_batches=lambda rows, rows_done: writer.write_all(
+                [row.prompt for row in rows], answer_format, rows_done
+            ),
+            first_token=first_token,
+        )
 
     def ask(row: TrainingRow) -> list[float]:
         if row.texts or row.closed:
@@ -113,50 +147,24 @@ def load_transformers(job: ScoringJob) -> Predictor:
 
     return Predictor(
         ran_on=f"{device.name} {device.precision}",
-        render=row_renderer(
-            TransformersTokenizer(tokenizer),
-            job.prompt,
-            model.config.max_position_embeddings,
-            adapter or Path(job.model.folder),
-        ),
+        render=row_renderer(renderer, job.prompt),
         ask=ask,
         # Float32 differs by rounding alone (1e-5); bfloat16 by enough to change an answer.
         ask_batches=ask_batches if device.precision == "float32" else None,
-        first_token=lambda prompt: int(next_logits(prompt).argmax()),
+        first_token=first_token,
     )
 
 
 def row_renderer(
-    tokenizer: Tokenizer, prompt: PromptRecipe, context: int, folder: Path
+    renderer: RowRenderer, prompt: PromptRecipe
 ) -> Callable[[Example], TrainingRow | None]:
-    """Return a function that renders a row for the model in `folder`, of `context` tokens; see
-    `Predictor`."""
-    classes = read_class_tokens(folder)
-    letters = cache(lambda count: tuple(letter_ids(tokenizer, count)))
+    """Return a function that renders a row, or returns None where its prompt is too long."""
 
     def render(example: Example) -> TrainingRow | None:
-        ids = render_ids(example, prompt, tokenizer)
-        if ids is None:
+        try:
+            return renderer.render(example, prompt)
+        except PromptTooLong:
             return None
-        texts = []
-        if prompt.answer == "text":
-            texts = text_ids(example, tokenizer)
-        if len(ids) > longest_prompt(prompt, context, texts):
-            return None
-        if prompt.answer == "class":
-            known = require_classes(classes, folder)
-            return TrainingRow(
-                prompt=tuple(ids),
-                letters=known.for_classes(example.classes),
-                closed=True,
-                span=known.span(ids),
-                last=known.last,
-                answer=0,
-            )
-        # `answer`, the label in training, plays no part here.
-        if texts:
-            return TrainingRow(prompt=tuple(ids), texts=tuple(map(tuple, texts)), answer=0)
-        return TrainingRow(prompt=tuple(ids), letters=letters(len(example.choices)), answer=0)
 
     return render
 
@@ -164,7 +172,7 @@ def row_renderer(
 def logits_after_prompt(model: Any, device: Any) -> Callable[[Sequence[int]], Any]:
     """Return a function that gives the logits after a prompt, [vocabulary], in float32.
 
-    What a prompt shares with the one before it is not computed again, as in `OnnxStudent`, so that
+    What a prompt shares with the one before it is not computed again, as by a `Student`, so that
     all models of a scoreboard are timed alike."""
     import torch
     from transformers import DynamicCache

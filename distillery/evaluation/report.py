@@ -23,7 +23,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from distillery.data.rows import content_of
+from distillery.data.rows import content_of_row
 from distillery.errors import DataError
 from distillery.evaluation.figures_table import render_figures_markdown
 from distillery.evaluation.judging import gold_of
@@ -105,7 +105,7 @@ def write_rows(
             shares[name] = None if row is None else [round(share, 6) for share in row]
         line: dict[str, Any] = {
             "example_id": example.example_id,
-            "content": content_of(example.question, example.choices),
+            "content": content_of_row(example),
             "question": example.question,
             "choices": example.options,
             "gold": answers[GOLD][number],
@@ -147,7 +147,7 @@ def row_contents(examples: Iterable[Example]) -> dict[str, RowContent]:
     contents = {}
     for example in examples:
         asked = digest_of([example.question, example.concept, example.choices])
-        content = content_of(example.question, example.choices)
+        content = content_of_row(example)
         contents[example.example_id] = RowContent(asked, content)
     return contents
 

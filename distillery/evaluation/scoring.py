@@ -14,7 +14,8 @@ from distillery.recipe import PromptRecipe
 from distillery.records import Departure, Example, Record
 
 Answers = Sequence[str | None]
-"""One letter a row, in the rows' order; None where there is no answer, which counts as wrong."""
+"""One letter, class or text a row, in the rows' order; None where there is no answer, which counts
+as wrong."""
 
 Probabilities = tuple[float, ...] | None
 """Over a row's options; None where the row's prompt is too long to be asked."""
@@ -22,7 +23,7 @@ Probabilities = tuple[float, ...] | None
 Precision = Literal["auto", "float32", "bfloat16"]
 
 TIMED_ROWS = 30
-"""Rows that a model which takes batches is asked one by one, to time it."""
+"""Rows that a model is asked one by one, to time it, where the others are asked in batches."""
 
 
 class ModelToScore(Record):
@@ -42,24 +43,28 @@ class ModelToScore(Record):
 
 class ScoringJob(Record):
     """What the process that scores a model is given. `reorder`: some rows are asked again with
-    their options in another order."""
+    their options in another order. `timed_rows`: see TIMED_ROWS."""
 
     model: ModelToScore
     examples: str
     prompt: PromptRecipe
     threads: int
+    timed_rows: int = TIMED_ROWS
     precision: Precision = "auto"
     reorder: bool = False
 
 
 class Scored(Record):
     """What the process returns. `answers`, and `probabilities` over the row's options, are in the
-    rows' order; None for a row whose prompt is too long to be asked.
+    rows' order; None for a row whose prompt is too long to be asked. Written answers have no
+    probabilities; `no_answer` tells for each row why it has none, and None where it has one.
+    `tokens_per_second`: of written answers, in the time of `latencies_ms`, prompts included.
 
-    `latencies_ms` and `rows_per_second` are of single rows, asked one after another: of all rows of
-    an ONNX model, but of a Transformers model in float32 only of the first TIMED_ROWS, because the
-    others are asked in batches, which give the same answers sooner. `peak_mib` is the process's
-    memory with single rows, the longest included, and with loading.
+    `latencies_ms` and `rows_per_second` are of single rows, asked one after another: of the first
+    ScoringJob.timed_rows, because the others are asked in batches, which give the same answers
+    sooner; of a Transformers model in bfloat16, whose batches would give others, and of an ONNX
+    model that writes, of all rows. The latency of a written answer is that of its last token.
+    `peak_mib` is the process's memory with single rows, the longest included, and with loading.
 
     What a prompt shares with the one before it is not computed again, neither by Transformers nor
     by ONNX Runtime, and the latencies show that, as they do for users. Where an option's text is
@@ -73,6 +78,8 @@ class Scored(Record):
     peak_mib: float
     load_s: float
     ran_on: str
+    no_answer: tuple[str | None, ...] = ()
+    tokens_per_second: float | None = None
     reordered: Reordered | None = None
     first_token_ms: float | None = None
 
@@ -85,10 +92,11 @@ def score_model(
     precision: Precision = "auto",
     progress: ShowProgress = show_nothing,
     reorder: bool = False,
+    timed_rows: int = TIMED_ROWS,
 ) -> Scored:
     """Score `model` on the rows of `examples_file`, in a process that ends with this one.
     `progress` is shown the rows that are done. With `reorder`, some are asked again at the end with
-    their options in another order.
+    their options in another order. `timed_rows`: see TIMED_ROWS.
 
     `threads` defaults to the usable cores. `precision` is a Transformers model's: "auto" is
     bfloat16 on a GPU that multiplies in it, else float32. Raises ModelError with the reason that
@@ -98,6 +106,7 @@ def score_model(
         examples=str(Path(examples_file).absolute()),
         prompt=model.prompt or prompt,
         threads=threads or usable_cores(),
+        timed_rows=timed_rows,
         precision=precision,
         reorder=reorder,
     )

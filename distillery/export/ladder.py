@@ -76,8 +76,8 @@ def climb(
     that can't be built or asked is shown with the reason. Raises ExportError where no rung keeps to
     export.largest_loss and to the bounds of export.choose.
 
-    A rung's speed is that with which it answered the rows. Where speed decides between several,
-    these are timed again, in turns."""
+    A rung's speed is that with which it answered the first rows. Where speed decides between
+    several, these are timed again, in turns."""
     loss, choose = recipe.largest_loss, recipe.choose
     rungs: list[Rung] = []
     with working_folder("ladder") as work:
@@ -268,7 +268,9 @@ def timed_in_turns(
             show_round = partial(show_part, progress, len(rungs), len(rungs), about)
             model = ModelToScore(name=title, kind="onnx", folder=str(work / str(index)))
             try:
-                scored = score_model(model, rows, prompt, threads, progress=show_round)
+                scored = score_model(
+                    model, rows, prompt, threads, progress=show_round, timed_rows=TIMED_ROWS
+                )
             except ModelError as error:
                 _log.warning("%s keeps its first speed: %s", title, error)
                 del latencies[index]

@@ -14,6 +14,7 @@ before.
 """
 
 import logging
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -23,13 +24,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from distillery.errors import ModelError
+from distillery.errors import AnswerStopped, ModelError
 from distillery.inference.batch_graph import UnknownGraph, rewrite
-from distillery.inference.decoder import ADAPTER_FILE, TILE, model_errors, read_config
+from distillery.inference.decoder import (
+    ADAPTER_FILE,
+    LONGEST_PASS,
+    TILE,
+    check_length,
+    model_errors,
+    read_config,
+)
 from distillery.inference.logits import Logits, log_softmax, pooled, softmax
 from distillery.inference.onnx_student import OnnxStudent
 from distillery.inference.student import Student
 from distillery.prompts import GenAITokenizer
+from distillery.records import FORMAT_FILE
 from distillery.training.batching import common_prefix
 from distillery.training.rows import TrainingRow
 
@@ -57,8 +66,9 @@ _log = logging.getLogger(__name__)
 
 
 def load_for_rows(folder: Path, threads: int | None = None) -> Student:
-    """Load a model that is to answer many rows: as a BatchStudent or, where its graph can't be
-    rewritten or an adapter is apart, as an OnnxStudent, which answers one by one.
+    """Load a model that is to answer many rows: as a BatchStudent or, where it writes its answers,
+    its graph can't be rewritten or an adapter is apart, as an OnnxStudent, which answers one by
+    one.
 
     `threads` counts the cores for one operation; None leaves it to the runtime. Raises ModelError
     for a folder that can't be loaded."""
@@ -66,7 +76,9 @@ def load_for_rows(folder: Path, threads: int | None = None) -> Student:
     options = dict(decoder.get("session_options") or {})
     provider_options = options.pop("provider_options", None)
     complaint = None
-    if (folder / ADAPTER_FILE).is_file():
+    if (folder / FORMAT_FILE).is_file():
+        complaint = "it writes its answers"
+    elif (folder / ADAPTER_FILE).is_file():
         complaint = "its adapter is apart"
     elif provider_options or decoder.get("filename") != MODEL:
         complaint = "its settings name a processor or a file of their own"
@@ -90,7 +102,7 @@ class Cache:
 
 
 class BatchStudent(Student):
-    """A model whose graph takes many sequences at once. Not thread-safe.
+    """A model whose graph takes many sequences at once.
 
     It holds the weights once: the tokenizer is loaded without them. `_begun` are the tokens in
     `_cache`, which serve prompts that begin alike."""
@@ -102,6 +114,7 @@ class BatchStudent(Student):
         tokenizer = GenAITokenizer(load_tokenizer(folder, stand_in), folder)
         super().__init__(folder, tokenizer, context_length)
         self._session = open_session(folder, graph, threads)
+        self._stop = threading.Event()
         self._begun: tuple[int, ...] = ()
         self._cache = self._no_cache = Cache(
             {
@@ -117,7 +130,8 @@ class BatchStudent(Student):
         if not rows:
             return []
         for row in rows:
-            self.check_length(row)
+            longest = max(map(len, row.texts), default=1)
+            check_length(self.folder, row.prompt, self.context_length, longest)
         shared = self.shared_tokens(rows)
         found: dict[int, list[float]] = {}
         lengths = [len(row.prompt) - shared for row in rows]
@@ -126,20 +140,21 @@ class BatchStudent(Student):
             found |= zip(picked, self.ask(some, shared), strict=True)
         return [found[index] for index in range(len(rows))]
 
-    def check_length(self, row: TrainingRow) -> None:
-        """Raise ModelError for an empty prompt, or one longer than the context, in which its texts
-        but for their last tokens follow."""
-        length = len(row.prompt)
-        if not 1 <= length <= self.context_length:
-            raise ModelError(
-                f"{self.folder}: a prompt of {length} tokens; it takes 1 to {self.context_length}"
-            )
-        longest = max(map(len, row.texts), default=1)
-        if length + longest - 1 > self.context_length:
-            raise ModelError(
-                f"{self.folder}: a prompt of {length} tokens and a text of {longest}; its context "
-                f"has {self.context_length}"
-            )
+    def next_logits(self, prompt_ids: Sequence[int]) -> Logits:
+        """Return the logits of the token after a prompt, [vocabulary]."""
+        check_length(self.folder, prompt_ids, self.context_length)
+        row = TrainingRow(prompt=tuple(prompt_ids), answer=0)
+        logits, _ = self.prompt_logits([row], self.shared_tokens([row]), keep=True)
+        last: Logits = logits[-1]
+        return last
+
+    def heed(self, stop: threading.Event) -> None:
+        """See `Student`."""
+        self._stop = stop
+
+    def forget(self) -> None:
+        """See `Student`."""
+        self._begun, self._cache = (), self._no_cache
 
     def shared_tokens(self, rows: Sequence[TrainingRow]) -> int:
         """Return how many tokens of the cache serve all rows; at least two of each row are left to
@@ -181,7 +196,14 @@ class BatchStudent(Student):
         """Compute prompts whose first `shared` tokens are in the cache. Return the logits at the
         last `span` tokens of each, [tokens, vocabulary], and, to `keep`, the prompts' cache.
 
-        The cache of a single prompt replaces the one that was there."""
+        The cache of a single prompt replaces the one that was there. If the prompt is long, it
+        takes several passes: that bounds their memory, and `heed` its delay."""
+        if len(rows) == 1:
+            most = len(rows[0].prompt) - max(rows[0].span, FEWEST)
+            while len(rows[0].prompt) - shared > LONGEST_PASS and shared + LONGEST_PASS <= most:
+                part = TrainingRow(prompt=rows[0].prompt[: shared + LONGEST_PASS], answer=0)
+                self.prompt_logits([part], shared, keep=True)
+                shared += LONGEST_PASS
         own = [row.prompt[shared:] for row in rows]
         read: list[int] = []
         end = 0
@@ -214,15 +236,30 @@ class BatchStudent(Student):
             some = [texts[index] for index in picked]
             owners = [longer[index][0] for index in picked]
             before = [after[index] for index in picked]
-            tokens = [text[:-1] for text in some]
-            read = list(range(sum(map(len, tokens))))
-            logits, _ = self.run(tokens, read, cache, owners, before, keep=False)
-            following = iter(logits)
+            following = self.text_logits([text[:-1] for text in some], cache, owners, before)
             for index, text in zip(picked, some, strict=True):
                 number, option = longer[index]
                 for token in text[1:]:
                     scores[number][option].append(float(log_softmax(next(following))[token]))
         return [softmax(np.array([np.mean(logs) for logs in of_row])) for of_row in scores]
+
+    def text_logits(
+        self,
+        texts: Sequence[Sequence[int]],
+        cache: Cache,
+        cache_of: Sequence[int],
+        cached: Sequence[int],
+    ) -> Iterator[Logits]:
+        """Yield the logits at each token of the texts of one pass, [vocabulary]; see `run`. A long
+        text, which is alone in its pass, takes several, as a long prompt does."""
+        longest = max(map(len, texts))
+        for start in range(0, longest, LONGEST_PASS):
+            end = start + LONGEST_PASS
+            parts = [text[start:end] for text in texts]
+            read = list(range(sum(map(len, parts))))
+            logits, cache = self.run(parts, read, cache, cache_of, cached, keep=end < longest)
+            yield from logits
+            cache_of, cached = [0], [cached[0] + LONGEST_PASS]
 
     def run(
         self,
@@ -236,6 +273,8 @@ class BatchStudent(Student):
         """Compute sequences in one pass, each after the first `cached` tokens of the sequence
         `cache_of` in `cache`. Return the logits at the tokens `read`, counted through all
         sequences, [tokens, vocabulary], and, to `keep`, the sequences' own cache."""
+        if self._stop.is_set():
+            raise AnswerStopped(f"{self.folder}: the answer was given up")
         new = np.array([len(tokens) for tokens in sequences])
         before = np.array(cached)
         # There is no place for padding behind the last token of the context; a sequence that ends

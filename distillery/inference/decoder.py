@@ -12,6 +12,7 @@ import numpy as np
 from distillery.errors import AnswerStopped, ModelError
 from distillery.inference.logits import Logits, pooled
 from distillery.models.onnx_folder import CONFIG, check_before_loading
+from distillery.training.batching import common_prefix
 
 ADAPTER_FILE = "adapter_weights.onnx_adapter"
 
@@ -25,6 +26,8 @@ LONGEST_REUSE = 4096
 """Tokens. Phi-3 and Phi-4-mini change to other rotary factors beyond this length, so the cache of
 a shorter prompt does not fit a longer one."""
 
+LONGEST_PASS = 512
+"""Tokens of a prompt that are computed in one pass where somebody may give up waiting meanwhile."""
 
 TILE = 2
 """Kernels for 4 bits compute so many tokens at a time, and the last of an odd number by other
@@ -71,8 +74,7 @@ class Decoder:
         self.stop = threading.Event()
         """Another thread may set it: until it is cleared, each pass raises AnswerStopped."""
         self.longest_pass: int | None = None
-        """Tokens of a prompt that are computed in one pass, so that `stop` is heeded within a
-        prompt; None for all of them."""
+        """Tokens of a prompt that are computed in one pass; None for all of them."""
         self._generator: Any = None
         self.capacity = 0
         self.tokens: list[int] = []
@@ -84,7 +86,7 @@ class Decoder:
         A new cache has space for `room` tokens more; it grows later if that is too little.
         """
         ids = list(prompt_ids)
-        self.check_length(ids)
+        check_length(self.folder, ids, self.context_length)
         needed = len(ids) + min(room, SMALLEST_CAPACITY)
         if not self.can_serve(ids, needed):
             self.start(needed)
@@ -95,19 +97,12 @@ class Decoder:
         del self.tokens[shared:]
         return self.append(ids[shared:])
 
-    def check_length(self, ids: Sequence[int]) -> None:
-        """Raise ModelError for an empty prompt, or one longer than the context."""
-        if not 1 <= len(ids) <= self.context_length:
-            raise ModelError(
-                f"{self.folder}: a prompt of {len(ids)} tokens; it takes 1 to {self.context_length}"
-            )
-
     def prefill_mean(self, prompt_ids: Sequence[int], span: int, last: float = 0.0) -> Logits:
         """Return the mean of the logits at the prompt's last `span` tokens, where the last one
         counts for `last` (0 to 1) more. They are computed in one pass, so that it does not depend
         on what was computed before. The model must give the logits of all tokens."""
         ids = list(prompt_ids)
-        self.check_length(ids)
+        check_length(self.folder, ids, self.context_length)
         before = len(ids) - span
         serves = self.can_serve(ids, len(ids)) and self.prefilled >= before > 0
         if serves and self.tokens[:before] == ids[:before]:
@@ -133,11 +128,7 @@ class Decoder:
         """Return how many tokens of the cache serve a prompt; at least two are left to compute.
 
         Their number is a multiple of TILE."""
-        shared = min(len(ids) - 2, self.prefilled)
-        for index in range(shared):
-            if ids[index] != self.tokens[index]:
-                shared = index
-                break
+        shared = min(len(ids) - 2, common_prefix([ids, self.tokens[: self.prefilled]], 0))
         return shared - shared % TILE
 
     def append(self, tokens: list[int]) -> Logits:
@@ -239,6 +230,17 @@ def read_config(folder: Path) -> tuple[dict[str, Any], int]:
         raise ModelError(
             f"{path}: no valid configuration ({type(error).__name__}); export the model again"
         ) from error
+
+
+def check_length(
+    folder: Path, prompt_ids: Sequence[int], context_length: int, text: int = 1
+) -> None:
+    """Raise ModelError for an empty prompt, or one that does not fit the context, in which the
+    tokens of a `text` but for its last one follow it."""
+    length, most = len(prompt_ids), context_length - (text - 1)
+    if not 1 <= length <= most:
+        follows = f" before a text of {text}" if text > 1 else ""
+        raise ModelError(f"{folder}: a prompt of {length} tokens; it takes 1 to {most}{follows}")
 
 
 @contextmanager

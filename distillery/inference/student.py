@@ -1,14 +1,23 @@
-"""What every way of asking an ONNX model has in common: a row's prompt and options, and its answer
-from the options' probabilities."""
+"""What every way of asking an ONNX model has in common: a row's answer from the probabilities of
+its options, and the texts of tokens."""
 
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from distillery.errors import DataError
 from distillery.inference.abstention import read_abstention
-from distillery.models.class_tokens import read_class_tokens, require_classes
-from distillery.prompts import Tokenizer, letter_ids, longest_prompt, render_ids, text_ids
+from distillery.inference.generation import Written
+from distillery.inference.guide import Guides
+from distillery.inference.logits import Logits, log_softmax
+from distillery.inference.rows import RowRenderer
+from distillery.prompts import GenAITokenizer, read_added_tokens
 from distillery.recipe import PromptRecipe
 from distillery.records import Example, Record
 from distillery.training.rows import TrainingRow
@@ -24,21 +33,34 @@ class Answer(Record):
     abstained: bool | None = None
 
 
-class Student(ABC):
-    """An exported model that answers rows. `context_length` counts tokens."""
+class Student(RowRenderer, ABC):
+    """An exported model that answers rows. Not thread-safe: it answers one question at a time."""
 
-    def __init__(self, folder: Path, tokenizer: Tokenizer, context_length: int) -> None:
+    tokenizer: GenAITokenizer
+
+    def __init__(self, folder: Path, tokenizer: GenAITokenizer, context_length: int) -> None:
         """Read the model's classes and threshold. Raises ModelError where they can't be read."""
-        self.folder = folder
-        self.tokenizer = tokenizer
-        self.context_length = context_length
-        self.classes = read_class_tokens(folder)
+        super().__init__(folder, tokenizer, context_length)
         self.abstention = read_abstention(folder)
-        self._letter_ids: dict[int, list[int]] = {}
+        self.end_ids = frozenset(int(token) for token in tokenizer.runtime.eos_token_ids)
+        self._token_texts: dict[int, str] = {}
 
     @abstractmethod
     def probabilities(self, rows: Sequence[TrainingRow]) -> list[list[float]]:
         """Return the probabilities over the options of each rendered row; each row's sum to 1."""
+
+    @abstractmethod
+    def next_logits(self, prompt_ids: Sequence[int]) -> Logits:
+        """Return the logits of the token after a prompt, [vocabulary]."""
+
+    @abstractmethod
+    def heed(self, stop: threading.Event) -> None:
+        """Look at `stop` before each pass, of which a long prompt then takes several. Another
+        thread may set it: until it is cleared, each pass raises AnswerStopped."""
+
+    @abstractmethod
+    def forget(self) -> None:
+        """Give up what is cached, so that the time of the next prompt tells nothing of the last."""
 
     def answer(self, example: Example, prompt: PromptRecipe) -> Answer:
         """Return the answer to a row. Raises DataError as `render` does."""
@@ -47,7 +69,7 @@ class Student(ABC):
 
     def answers(
         self, examples: Sequence[Example], prompt: PromptRecipe
-    ) -> list[Answer | DataError]:
+    ) -> list[Answer | Written | DataError]:
         """Return the answer to each row, or why it can't be asked."""
         rendered: list[TrainingRow | DataError] = []
         for example in examples:
@@ -57,45 +79,13 @@ class Student(ABC):
                 rendered.append(error)
         rows = [row for row in rendered if isinstance(row, TrainingRow)]
         found = iter(self.probabilities(rows))
-        answers: list[Answer | DataError] = []
+        answers: list[Answer | Written | DataError] = []
         for example, row in zip(examples, rendered, strict=True):
             if isinstance(row, DataError):
                 answers.append(row)
             else:
                 answers.append(self.chosen(example, next(found)))
         return answers
-
-    def render(self, example: Example, prompt: PromptRecipe) -> TrainingRow:
-        """Return a row's prompt and options as token ids.
-
-        Raises DataError if the prompt is longer than prompt.max_tokens or than the model's
-        context, to which the longest option's text counts if options are scored by their texts.
-        """
-        texts = []
-        if prompt.answer == "text":
-            texts = text_ids(example, self.tokenizer)
-        ids = render_ids(example, prompt, self.tokenizer)
-        limit = longest_prompt(prompt, self.context_length, texts)
-        if ids is None or len(ids) > limit:
-            whose = "prompt.max_tokens" if limit == prompt.max_tokens else "the model's context"
-            raise DataError(
-                f"{example.example_id}: the prompt is longer than {limit} tokens ({whose})"
-            )
-        # `answer`, the label in training, plays no part here.
-        if texts:
-            return TrainingRow(prompt=tuple(ids), texts=tuple(map(tuple, texts)), answer=0)
-        if prompt.answer == "class":
-            classes = require_classes(self.classes, self.folder)
-            return TrainingRow(
-                prompt=tuple(ids),
-                letters=classes.for_classes(example.classes),
-                closed=True,
-                span=classes.span(ids),
-                last=classes.last,
-                answer=0,
-            )
-        letters = self.letter_ids(len(example.options))
-        return TrainingRow(prompt=tuple(ids), letters=tuple(letters), answer=0)
 
     def chosen(self, example: Example, probabilities: Sequence[float]) -> Answer:
         """Return the answer with the highest of the options' probabilities, the first of equals."""
@@ -109,8 +99,31 @@ class Student(ABC):
             abstained=abstained,
         )
 
-    def letter_ids(self, count: int) -> list[int]:
-        """Return `prompts.letter_ids` by this model's tokenizer."""
-        if count not in self._letter_ids:
-            self._letter_ids[count] = letter_ids(self.tokenizer, count)
-        return self._letter_ids[count]
+    def next_token_logprobs(self, prompt_ids: Sequence[int]) -> NDArray[np.float64]:
+        """Return the natural log-probabilities of the next token, [vocabulary]."""
+        return log_softmax(self.next_logits(prompt_ids))
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Return the tokens as text, without special tokens."""
+        return str(self.tokenizer.runtime.decode(np.array(tokens, dtype=np.int32)))
+
+    def text_stream(self) -> Any:
+        """Return an object whose `decode(token)` gives the text that this token completes."""
+        return self.tokenizer.runtime.create_stream()
+
+    def token_text(self, token: int) -> str:
+        """Return one token as text: a special one's name, U+FFFD for parts of a character."""
+        if token not in self._token_texts:
+            self._token_texts[token] = self.added_tokens.get(token) or self.decode([token])
+        return self._token_texts[token]
+
+    @cached_property
+    def guides(self) -> Guides:
+        """What holds this model's answers to a JSON schema."""
+        return Guides((self.folder / "tokenizer.json").read_text(encoding="utf-8"), self.end_ids)
+
+    @cached_property
+    def added_tokens(self) -> dict[int, str]:
+        """The special tokens by id, as tokenizer.json names them."""
+        added, _ = read_added_tokens(self.folder)
+        return {token.id: token.content for token in added}

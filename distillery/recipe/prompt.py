@@ -18,15 +18,16 @@ class PromptRecipe(Slice):
     )
     """The system message; empty leaves it out. {count} becomes the number of options in words,
     {letters} their letters: 'A', 'B' or 'C'. With task.kind: classify, {labels} becomes the
-    classes, one a line."""
+    classes, one a line; with extract, {schema} the JSON Schema of the answers."""
 
     user: str = (
         "Answer the following multiple-choice question by selecting the correct option.\n\n"
         "Question: {question}\nAnswer Choices:\n{choices}"
     )
     """The user message. {question} or {text} becomes the question or text, {choices} the options,
-    one a line, and the name of a column in dataset.fields that column's text. What all prompts
-    begin with is computed once, so put what never changes first."""
+    one a line, and the name of a column in dataset.fields that column's text. {text} and these
+    columns may stand in `system` too where answers are written. What all prompts begin with is
+    computed once, so put what never changes first."""
 
     choice: str = "({letter}) {text}"
     """One line of {choices}: {letter} becomes the option's letter, {text} its text."""
@@ -49,7 +50,7 @@ class PromptRecipe(Slice):
 
     @model_validator(mode="after")
     def check_placeholders(self) -> Self:
-        if self.answer == "class":
+        if self.answer in ("class", "written"):
             if "{" not in self.user:
                 raise ValueError("user needs the placeholder {text}, or a column of dataset.fields")
             return self

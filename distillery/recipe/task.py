@@ -4,6 +4,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AliasChoices, Field, StringConstraints, model_validator
 
+from distillery.answers import check_schema
 from distillery.recipe.base import Slice
 
 
@@ -117,6 +118,8 @@ class TaskRecipe(Slice):
             raise ValueError(
                 "labels: the options of kind: choice stand in the rows; set task.kind: classify"
             )
+        if self.writes and self.labels is not None:
+            raise ValueError(f"labels: answers of kind: {self.kind} are written; remove it")
         if isinstance(self.labels, tuple) and len(self.labels) < 2:
             raise ValueError("labels: at least two classes are needed")
         if isinstance(self.labels, tuple) and self.abstain and self.abstain.answer in self.labels:
@@ -130,6 +133,8 @@ class TaskRecipe(Slice):
         if self.other is None:
             return self
         label = self.other.label
+        if self.writes:
+            raise ValueError(f"other: answers of kind: {self.kind} are written; remove it")
         if self.kind == "choice":
             raise ValueError(
                 "other: rows of kind: choice have options of their own; set task.kind: classify"
@@ -143,4 +148,30 @@ class TaskRecipe(Slice):
             raise ValueError(
                 f"abstain.answer: {label!r} is the class of task.other; choose another text"
             )
+        return self
+
+    @model_validator(mode="after")
+    def check_written(self) -> Self:
+        if self.kind == "extract" and self.answer_schema is None:
+            raise ValueError(
+                "schema: kind: extract needs the JSON Schema of the answers, such as "
+                "{type: object, properties: {city: {type: string}}}"
+            )
+        if self.kind != "extract" and self.answer_schema is not None:
+            raise ValueError(f"schema: belongs to kind: extract; remove it from {self.kind}")
+        if isinstance(self.answer_schema, dict):
+            try:
+                check_schema(self.answer_schema)
+            except ValueError as error:
+                raise ValueError(f"schema: {error}") from error
+        if self.kind != "extract" and self.metric == "field_f1":
+            raise ValueError("metric: field_f1 belongs to kind: extract")
+        if self.writes and self.abstain:
+            raise ValueError(f"abstain: answers of kind: {self.kind} have no confidence; remove it")
+        if not self.writes:
+            for name in ("metric", "max_tokens"):
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    raise ValueError(
+                        f"{name}: belongs to kind: extract and generate; remove it from {self.kind}"
+                    )
         return self

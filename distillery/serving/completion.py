@@ -11,15 +11,27 @@ from openai.types import CompletionUsage
 from openai.types.chat import ChatCompletionTokenLogprob
 from openai.types.chat.chat_completion_token_logprob import TopLogprob
 
-from distillery.errors import ModelError
+from distillery.errors import ModelError, SchemaNotHeld
+from distillery.inference.generation import most_tokens
+from distillery.inference.guide import Guide
 from distillery.inference.logits import Logits, log_softmax
-from distillery.inference.onnx_student import OnnxStudent
 from distillery.models.class_tokens import ClassTokens
-from distillery.serving.requests import ApiError, ChatRequest
+from distillery.serving.requests import (
+    ApiError,
+    ChatRequest,
+    ObjectFormat,
+    SchemaFormat,
+    TextFormat,
+)
 from distillery.serving.stops import StopSearch
+from distillery.serving.student import ServedStudent
+from distillery.training.rows import TrainingRow
 
 IMPOSSIBLE = -9999.0
 """The log-probability that OpenAI writes for what is all but impossible: JSON has no infinity."""
+
+ANY_OBJECT = {"type": "object"}
+"""The schema of response_format json_object."""
 
 
 @dataclass
@@ -59,7 +71,7 @@ class Job:
         )
 
 
-def answer_pieces(student: OnnxStudent, job: Job) -> Iterator[Piece]:
+def answer_pieces(student: ServedStudent, job: Job) -> Iterator[Piece]:
     """Yield the answer's pieces until it is complete or the job is cancelled."""
     if job.cancelled.is_set():
         return
@@ -69,7 +81,7 @@ def answer_pieces(student: OnnxStudent, job: Job) -> Iterator[Piece]:
         yield piece
 
 
-def complete(student: OnnxStudent, job: Job) -> Iterator[Piece]:
+def complete(student: ServedStudent, job: Job) -> Iterator[Piece]:
     """Yield the whole answer in pieces. Text that may begin a stop text is held back.
 
     Raises ApiError if the messages leave no room in the context.
@@ -91,18 +103,27 @@ def complete(student: OnnxStudent, job: Job) -> Iterator[Piece]:
             code="context_length_exceeded",
             param="messages",
         )
+    chooses = student.classes or request.structured_outputs
+    if chooses and isinstance(request.response_format, ObjectFormat | SchemaFormat):
+        raise ApiError(
+            400,
+            "response_format: the answer is one of several texts or classes, and no JSON",
+            param="response_format",
+        )
     if student.classes:
         yield choose_class(student, job, prompt, student.classes)
         return
     if request.structured_outputs:
         yield choose_text(student, job, prompt, request.structured_outputs.choice)
         return
+    most = most_tokens(student.format) if student.format else room
     steps = student.steps(
         prompt,
-        min(request.limit or room, room),
+        min(request.limit or most, room),
         temperature=request.temperature or 0.0,
         top_p=request.top_p or 1.0,
         seed=request.seed,
+        guide=guide_of(student, request),
     )
     stream = student.text_stream()
     search = StopSearch(request.stops)
@@ -124,20 +145,45 @@ def complete(student: OnnxStudent, job: Job) -> Iterator[Piece]:
     yield Piece(search.held, entries, "length")
 
 
-def choose_text(student: OnnxStudent, job: Job, prompt: list[int], choice: list[str]) -> Piece:
+def guide_of(student: ServedStudent, request: ChatRequest) -> Guide | None:
+    """Return what holds the answer to the schema that the request names, or else to the student's
+    own; None where there is none.
+
+    Raises ApiError for a schema that answers can't be held to."""
+    asked = request.response_format
+    if isinstance(asked, SchemaFormat):
+        try:
+            return student.guides.start(
+                asked.json_schema.schema_, strict=bool(asked.json_schema.strict)
+            )
+        except SchemaNotHeld as error:
+            raise ApiError(
+                400, f"response_format: {error}", param="response_format.json_schema.schema"
+            ) from error
+    if isinstance(asked, TextFormat):
+        return None
+    if student.format and student.format.json_schema is not None:
+        return student.guides.start(student.format.json_schema)
+    return student.guides.start(ANY_OBJECT) if isinstance(asked, ObjectFormat) else None
+
+
+def choose_text(student: ServedStudent, job: Job, prompt: list[int], choice: list[str]) -> Piece:
     """Return the likeliest text as the whole answer; see `likeliest` and `unless_unsure`."""
     texts = [student.tokenizer.encode_text(text) for text in choice]
     if len(prompt) + max(map(len, texts)) > student.context_length:
         raise ApiError(
             400, "The messages and a choice are longer than the context.", "context_length_exceeded"
         )
-    probabilities = student.text_probabilities(prompt, texts)
+    row = TrainingRow(prompt=tuple(prompt), texts=tuple(map(tuple, texts)), answer=0)
+    (probabilities,) = student.probabilities([row])
     answer = likeliest(job, choice, probabilities)
     job.completion_tokens = len(texts[choice.index(answer.text)])
     return unless_unsure(student, answer, max(probabilities))
 
 
-def choose_class(student: OnnxStudent, job: Job, prompt: list[int], classes: ClassTokens) -> Piece:
+def choose_class(
+    student: ServedStudent, job: Job, prompt: list[int], classes: ClassTokens
+) -> Piece:
     """Return the likeliest class as the whole answer, which took one token; see `likeliest` and
     `unless_unsure`. A request with structured_outputs.choice gets one of those.
 
@@ -154,12 +200,20 @@ def choose_class(student: OnnxStudent, job: Job, prompt: list[int], classes: Cla
                 "none.",
                 param="structured_outputs",
             )
-    probabilities = student.class_probabilities(prompt, [token_of[name] for name in names])
+    row = TrainingRow(
+        prompt=tuple(prompt),
+        letters=tuple(token_of[name] for name in names),
+        closed=True,
+        span=classes.span(prompt),
+        last=classes.last,
+        answer=0,
+    )
+    (probabilities,) = student.probabilities([row])
     job.completion_tokens = 1
     return unless_unsure(student, likeliest(job, names, probabilities), max(probabilities))
 
 
-def unless_unsure(student: OnnxStudent, answer: Piece, probability: float) -> Piece:
+def unless_unsure(student: ServedStudent, answer: Piece, probability: float) -> Piece:
     """Return the answer or, if its probability is below the student's threshold, what the student
     says when it abstains. The log-probabilities stay those of the likeliest answer."""
     abstention = student.abstention
@@ -189,7 +243,7 @@ def likeliest(job: Job, choice: Sequence[str], probabilities: Sequence[float]) -
 
 
 def token_logprobs(
-    student: OnnxStudent, token: int, logits: Logits, count: int
+    student: ServedStudent, token: int, logits: Logits, count: int
 ) -> ChatCompletionTokenLogprob:
     """Return the log-probability of a token, and those of the `count` likeliest tokens."""
     logprobs = log_softmax(logits)
@@ -201,7 +255,7 @@ def token_logprobs(
     return with_alternatives(name_token(student, token, float(logprobs[token])), alternatives)
 
 
-def name_token(student: OnnxStudent, token: int, logprob: float) -> TopLogprob:
+def name_token(student: ServedStudent, token: int, logprob: float) -> TopLogprob:
     """Return a token's text, bytes and log-probability.
 
     A token that is a part of a character has no bytes: its text is U+FFFD.

@@ -12,6 +12,7 @@ MOST_PARTS = 1000
 MOST_STOPS, LONGEST_STOP = 4, 256
 MOST_CHOICES, LONGEST_CHOICE = 64, 16_384
 LONGEST_NAME = 256
+LONGEST_SCHEMA = 65_536
 MOST_TOKENS = 1 << 20
 LARGEST_SEED = (1 << 63) - 1
 
@@ -26,9 +27,6 @@ ACCEPTED_AT_ONCE = 2048
 
 LONGEST_RETRY = 60
 """Seconds. The openai package follows no longer Retry-After."""
-
-LONGEST_PASS = 512
-"""Tokens of a prompt that are computed before the server looks whether the client still waits."""
 
 
 @dataclass(frozen=True)

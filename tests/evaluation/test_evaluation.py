@@ -36,7 +36,10 @@ from distillery.evaluation.scoring import (
 )
 from distillery.evaluation.scoring_process import score
 from distillery.evaluation.statistics import paired_interval, wilson_interval
-from distillery.recipe import PromptRecipe
+from distillery.export.build import export
+from distillery.inference.batch import Prediction, answer_some
+from distillery.inference.batch_student import load_for_rows
+from distillery.recipe import ExportForm, PromptRecipe
 from distillery.records import Departure, Example, Interval, ScoreRow
 
 Build = Callable[..., Path]
@@ -201,7 +204,7 @@ def test_torch_and_onnx_agree_on_every_row(
         assert sum(theirs or ()) == pytest.approx(1)
     assert by_torch.ran_on == "cpu float32"
     assert_measured(by_torch, TIMED_ROWS)
-    assert_measured(by_onnx, len(rows))
+    assert_measured(by_onnx, TIMED_ROWS)
     assert by_onnx.peak_mib < 350 < len(ballast) >> 20, (
         "the peak is the child's own, not this process's"
     )
@@ -260,7 +263,6 @@ def test_batches_give_what_single_rows_give(
     answer: Literal["letter", "text"],
     tiny_model: Build,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Rows that are too long get no answer, in batches too."""
     rows = rows_of_many_options(48)
@@ -273,8 +275,7 @@ def test_batches_give_what_single_rows_give(
     )
     asked = {}
     for timed in (7, 48):
-        monkeypatch.setattr("distillery.evaluation.scoring_process.TIMED_ROWS", timed)
-        asked[timed] = score(job)
+        asked[timed] = score(job.model_copy(update={"timed_rows": timed}))
     single, batched = asked[48], asked[7]
     assert len(batched.latencies_ms) == 7
     assert len(single.latencies_ms) == 48 - single.answers.count(None)
@@ -282,6 +283,38 @@ def test_batches_give_what_single_rows_give(
     assert batched.answers == single.answers
     for own, theirs in zip(batched.probabilities, single.probabilities, strict=True):
         assert own == pytest.approx(theirs, abs=1e-5)
+
+
+@pytest.mark.parametrize("answer", ["letter", "text"])
+@pytest.mark.parametrize("algorithm", ["rtn", "dynamic"])
+def test_an_exported_model_answers_as_in_batch_inference(
+    algorithm: Literal["rtn", "dynamic"],
+    answer: Literal["letter", "text"],
+    tiny_model: Build,
+    tmp_path: Path,
+) -> None:
+    """Whether a row is timed alone or is one of a batch. In prompts of more than 128 tokens ONNX
+    Runtime adds up the attention in other parts where more of them is cached."""
+    folder, rows = tmp_path / "model", rows_of_many_options(24)
+    export(tiny_model("llama"), None, ExportForm(precision="int8", algorithm=algorithm), folder)
+    prompt = PROMPT.model_copy(update={"max_tokens": 128, "answer": answer})
+    scored = score(
+        ScoringJob(
+            model=ModelToScore(name="student", kind="onnx", folder=str(folder)),
+            examples=str(write_examples(tmp_path / "rows.jsonl", rows)),
+            prompt=prompt,
+            threads=1,
+            timed_rows=5,
+        )
+    )
+    results = answer_some(load_for_rows(folder, threads=1), rows, prompt)
+    predictions = [result for result in results if isinstance(result, Prediction)]
+    assert len(scored.latencies_ms) == 5
+    assert [letter for letter in scored.answers if letter] == [one.answer for one in predictions]
+    asked = [row for row in scored.probabilities if row]
+    for own, theirs in zip(asked, predictions, strict=True):
+        assert own == pytest.approx(tuple(theirs.probabilities.values()), abs=1e-6)
+    assert 10 < len(predictions) < len(rows)
 
 
 def test_the_notes_tell_what_was_timed() -> None:

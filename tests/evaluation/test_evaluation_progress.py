@@ -79,7 +79,7 @@ def test_what_is_shown_is_not_in_a_row_s_latency(still: StillClock) -> None:
     done: list[int] = []
     row = TrainingRow(prompt=(1,), letters=(2, 3), answer=0)
     predictor = Predictor("here", lambda example: None if example.example_id == "r1" else row, ask)
-    probabilities, latencies = ask_single_rows(predictor, examples(4), rows_done)
+    probabilities, latencies = ask_single_rows(predictor, examples(4), 5, rows_done)
     assert latencies == [2000.0] * 3
     assert probabilities[1] is None
     assert done == [1] * 4
@@ -96,13 +96,13 @@ def test_single_rows_and_batches_are_counted_once_each(
 ) -> None:
     """8 of the 24 rows are too long to be asked: 2 of the first 7, which are asked one by one."""
     monkeypatch.setattr(scoring_process, "SHOW_S", 0.0)
-    monkeypatch.setattr(scoring_process, "TIMED_ROWS", 5)
     job = ScoringJob(
         model=ModelToScore(name="torch", kind="transformers", folder=str(tiny_model(arch))),
         examples=str(write_examples(tmp_path / "rows.jsonl", examples(24, words=200))),
         prompt=PROMPT,
         threads=1,
         precision="float32",
+        timed_rows=5,
     )
     assert score(job, progress).answers.count(None) == 8
     assert {of for _, of, _ in shown} == {24}

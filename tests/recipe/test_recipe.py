@@ -16,6 +16,7 @@ from distillery.recipe import (
     ExportRecipe,
     LayerChoice,
     NotWorseRule,
+    PromptRecipe,
     Recipe,
     SearchRecipe,
     Slice,
@@ -48,9 +49,9 @@ def test_a_preset_loads_and_stands_on_its_own(name: str) -> None:
 
 
 def test_an_own_teacher_is_asked_for_the_letter_alone() -> None:
-    assert TeacherRecipe(kind="local").for_own_model().max_tokens == 1
+    assert TeacherRecipe(kind="local").for_own_model(PromptRecipe()).max_tokens == 1
     in_json = TeacherRecipe(kind="local", answers=AnswerRecipe(form="json"))
-    assert in_json.for_own_model() == in_json
+    assert in_json.for_own_model(PromptRecipe()) == in_json
 
 
 def test_the_presets_ask_for_what_they_say() -> None:
