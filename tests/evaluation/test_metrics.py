@@ -3,6 +3,7 @@ intervals."""
 
 import json
 import random
+from typing import Any
 
 import pytest
 import sacrebleu
@@ -33,7 +34,7 @@ def test_bleu_and_chrf_are_those_of_sacrebleu() -> None:
     """Sums of rows' statistics give the corpus's figure, with several references a row."""
     texts = [answer or "" for answer in ANSWERS]
     most = max(map(len, GOLD))
-    references = [
+    references: Any = [
         [row[number] if number < len(row) else None for row in GOLD] for number in range(most)
     ]
     bleu = sacrebleu.corpus_bleu(texts, references).score
@@ -44,7 +45,7 @@ def test_bleu_and_chrf_are_those_of_sacrebleu() -> None:
 
 
 def test_rouge_l_is_the_mean_of_rouge_scores_best_reference() -> None:
-    scorer = RougeScorer(["rougeL"])
+    scorer: Any = RougeScorer(["rougeL"])  # type: ignore[no-untyped-call]
     rows = [
         scorer.score_multi(references, answer or "")["rougeL"].fmeasure
         for answer, references in zip(ANSWERS, GOLD, strict=True)
