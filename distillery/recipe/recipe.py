@@ -104,8 +104,8 @@ class Recipe(Slice):
         for key, prompt in (("prompt", self.prompt), ("student.prompt", self.student.prompt)):
             if prompt and self.task.kind not in kinds.get(prompt.answer, ("extract", "generate")):
                 raise ValueError(
-                    f"{key}.answer: {prompt.answer}: letter belongs to task.kind: choice, class to "
-                    "classify, and written to extract and generate"
+                    f"{key}.answer: {prompt.answer}: class belongs to task.kind: classify, letter "
+                    "to choice, and written to extract and generate"
                 )
         if self.task.kind == "choice" and self.dataset.columns.choices is None:
             raise ValueError("dataset.columns.choices: name the column of the options")

@@ -126,7 +126,9 @@ def test_all_ways_of_writing_an_answer_agree(
         assert any(answer.finished for answer in together)
 
 
-def test_a_row_that_can_t_be_asked_is_told(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+def test_a_row_that_can_t_be_asked_is_told(
+    tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
     export(tiny_model("llama"), None, ExportForm(precision="fp32"), tmp_path)
     student = OnnxStudent(tmp_path, threads=1)
     rows = examples(TEXT)[:2]
@@ -222,7 +224,10 @@ def test_the_canonical_form_is_what_may_follow(
 ) -> None:
     """Else a student would be kept from saying what it has learnt."""
     tokenizer = load_tokenizer(tiny_model("llama"))
-    for value in ({"kind": "oven", "where": "é, \n\"日"}, {"where": "", "count": -3, "kind": "bridge"}):
+    for value in (
+        {"kind": "oven", "where": 'é, \n"日'},
+        {"where": "", "count": -3, "kind": "bridge"},
+    ):
         jsonschema.validate(value, SCHEMA)
         guide = guides.start(SCHEMA, strict=True)
         for token in tokenizer.encode(canonical(json.dumps(value), SCHEMA)):

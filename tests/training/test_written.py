@@ -61,7 +61,9 @@ def test_rows_with_a_long_prompt_or_a_long_answer_are_set_aside(
     rows[2] = rows[2].model_copy(update={"question": "sky " * 60})
     for name in ("train", "validation"):
         write_examples(rows, tmp_path / f"{name}.jsonl")
-    labels = {row.example_id: TeacherLabel(example_id=row.example_id, answer="bread") for row in rows}
+    labels = {
+        row.example_id: TeacherLabel(example_id=row.example_id, answer="bread") for row in rows
+    }
     del labels["8"]
     tokenizer = load_tokenizer(tiny_model("llama"))
     labelled, too_long = training_rows(rows, labels, PROMPT, tokenizer)
