@@ -23,7 +23,8 @@ from distillery.recipe import PromptRecipe
 from distillery.records import Example, TeacherLabel
 from distillery.serving.completion import Job, complete
 from distillery.serving.requests import ChatRequest
-from distillery.training.rows import training_rows
+from distillery.serving.student import ServedStudent
+from distillery.training.rows import TrainingRow, training_rows
 
 pytestmark = pytest.mark.security
 
@@ -49,7 +50,7 @@ class Tokenizers(NamedTuple):
     family: Family
     raw: Any
     trained: TransformersTokenizer
-    student: OnnxStudent
+    student: ServedStudent
 
     @property
     def control_ids(self) -> set[int]:
@@ -69,7 +70,7 @@ def both(
     shutil.copytree(tiny_onnx("llama"), folder)
     family_tokenizer(request.param).save_pretrained(folder)
     raw = load_tokenizer(folder)
-    student = OnnxStudent(folder, threads=1)
+    student = ServedStudent(folder, threads=1)
     return Tokenizers(FAMILIES[request.param], raw, TransformersTokenizer(raw), student)
 
 
@@ -159,17 +160,18 @@ def test_every_stage_asks_without_control_tokens(
     asked: list[list[int]] = []
     scored: list[list[list[int]]] = []
 
-    def prefill(ids: Sequence[int], room: int = 0) -> Logits:
+    def next_logits(ids: Sequence[int]) -> Logits:
         asked.append(list(ids))
         return np.zeros(len(both.raw), dtype=np.float32)
 
-    def text_probabilities(ids: Sequence[int], texts: Sequence[Sequence[int]]) -> list[float]:
-        asked.append(list(ids))
-        scored.append([list(text) for text in texts])
-        return [0.5, 0.5]
+    def probabilities(rows: Sequence[TrainingRow]) -> list[list[float]]:
+        for asked_row in rows:
+            asked.append(list(asked_row.prompt))
+            scored.append([list(text) for text in asked_row.texts])
+        return [[0.5, 0.5]] * len(rows)
 
-    monkeypatch.setattr(both.student.decoder, "prefill", prefill)
-    monkeypatch.setattr(both.student, "text_probabilities", text_probabilities)
+    monkeypatch.setattr(both.student, "next_logits", next_logits)
+    monkeypatch.setattr(both.student, "probabilities", probabilities)
     (result,) = answer_some(both.student, [row], prompt)
     assert isinstance(result, Prediction)
     messages: list[dict[str, str]] = []

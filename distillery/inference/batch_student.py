@@ -38,6 +38,7 @@ from distillery.inference.logits import Logits, log_softmax, pooled, softmax
 from distillery.inference.onnx_student import OnnxStudent
 from distillery.inference.student import Student
 from distillery.prompts import GenAITokenizer
+from distillery.records import FORMAT_FILE
 from distillery.training.batching import common_prefix
 from distillery.training.rows import TrainingRow
 
@@ -65,8 +66,9 @@ _log = logging.getLogger(__name__)
 
 
 def load_for_rows(folder: Path, threads: int | None = None) -> Student:
-    """Load a model that is to answer many rows: as a BatchStudent or, where its graph can't be
-    rewritten or an adapter is apart, as an OnnxStudent, which answers one by one.
+    """Load a model that is to answer many rows: as a BatchStudent or, where it writes its answers,
+    its graph can't be rewritten or an adapter is apart, as an OnnxStudent, which answers one by
+    one.
 
     `threads` counts the cores for one operation; None leaves it to the runtime. Raises ModelError
     for a folder that can't be loaded."""
@@ -74,7 +76,9 @@ def load_for_rows(folder: Path, threads: int | None = None) -> Student:
     options = dict(decoder.get("session_options") or {})
     provider_options = options.pop("provider_options", None)
     complaint = None
-    if (folder / ADAPTER_FILE).is_file():
+    if (folder / FORMAT_FILE).is_file():
+        complaint = "it writes its answers"
+    elif (folder / ADAPTER_FILE).is_file():
         complaint = "its adapter is apart"
     elif provider_options or decoder.get("filename") != MODEL:
         complaint = "its settings name a processor or a file of their own"
@@ -232,15 +236,30 @@ class BatchStudent(Student):
             some = [texts[index] for index in picked]
             owners = [longer[index][0] for index in picked]
             before = [after[index] for index in picked]
-            tokens = [text[:-1] for text in some]
-            read = list(range(sum(map(len, tokens))))
-            logits, _ = self.run(tokens, read, cache, owners, before, keep=False)
-            following = iter(logits)
+            following = self.text_logits([text[:-1] for text in some], cache, owners, before)
             for index, text in zip(picked, some, strict=True):
                 number, option = longer[index]
                 for token in text[1:]:
                     scores[number][option].append(float(log_softmax(next(following))[token]))
         return [softmax(np.array([np.mean(logs) for logs in of_row])) for of_row in scores]
+
+    def text_logits(
+        self,
+        texts: Sequence[Sequence[int]],
+        cache: Cache,
+        cache_of: Sequence[int],
+        cached: Sequence[int],
+    ) -> Iterator[Logits]:
+        """Yield the logits at each token of the texts of one pass, [vocabulary]; see `run`. A long
+        text, which is alone in its pass, takes several, as a long prompt does."""
+        longest = max(map(len, texts))
+        for start in range(0, longest, LONGEST_PASS):
+            end = start + LONGEST_PASS
+            parts = [text[start:end] for text in texts]
+            read = list(range(sum(map(len, parts))))
+            logits, cache = self.run(parts, read, cache, cache_of, cached, keep=end < longest)
+            yield from logits
+            cache_of, cached = [0], [cached[0] + LONGEST_PASS]
 
     def run(
         self,

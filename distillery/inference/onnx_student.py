@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -17,7 +18,7 @@ from distillery.inference.generation import (
     most_tokens,
     written,
 )
-from distillery.inference.guide import Guide, Guides
+from distillery.inference.guide import Guide
 from distillery.inference.logits import Logits, log_softmax, softmax, token_sampler
 from distillery.inference.student import Answer, Student
 from distillery.models.class_tokens import require_classes
@@ -147,11 +148,6 @@ class OnnxStudent(Student):
         answering = Answering(most, self.end_ids, draw, guide)
         yield from generated(first, lambda token: self.decoder.append([token]), answering)
 
-    @cached_property
-    def guides(self) -> Guides:
-        """What holds this model's answers to a JSON schema."""
-        return Guides((self.folder / "tokenizer.json").read_text(encoding="utf-8"), self.end_ids)
-
     def write(self, prompt_ids: Sequence[int], answer_format: AnswerFormat) -> Written:
         """Return the likeliest answer, token by token, held to the format's schema if it has one.
 
@@ -161,7 +157,18 @@ class OnnxStudent(Student):
             guide = self.guides.start(answer_format.json_schema)
         steps = self.steps(prompt_ids, most_tokens(answer_format), guide=guide)
         tokens = [token for token, _ in steps]
-        return written(tokens, self.end_ids, answer_format, self.decode)
+        return written(tokens, self.end_ids, answer_format, self.text_of)
+
+    @cached_property
+    def _decoder_of_text(self) -> Any:
+        from tokenizers import Tokenizer
+
+        return Tokenizer.from_file(str(self.folder / "tokenizer.json"))
+
+    def text_of(self, tokens: Sequence[int]) -> str:
+        """Return the tokens as text, without special tokens, as Transformers does. Behind bytes
+        that are no character, ONNX Runtime GenAI 0.14 loses text."""
+        return str(self._decoder_of_text.decode(tokens, skip_special_tokens=True))
 
     def answers(
         self, examples: Sequence[Example], prompt: PromptRecipe

@@ -33,12 +33,12 @@ from pydantic import BaseModel, SecretStr
 from starlette.exceptions import HTTPException
 
 from distillery.errors import AnswerStopped
-from distillery.inference.onnx_student import OnnxStudent
 from distillery.serving.completion import Job, Piece, answer_pieces
 from distillery.serving.hosts import HostCheck
-from distillery.serving.limits import LONGEST_PASS, MOST_BODY_BYTES, Limits, retry_after
+from distillery.serving.limits import MOST_BODY_BYTES, Limits, retry_after
 from distillery.serving.openapi import openapi_document
 from distillery.serving.requests import ApiError, Bodies, check_content_type, parse_request
+from distillery.serving.student import ServedStudent
 
 _log = logging.getLogger(__name__)
 
@@ -58,14 +58,13 @@ class ModelServer:
 
     def __init__(
         self,
-        student: OnnxStudent,
+        student: ServedStudent,
         model_name: str,
         api_key: SecretStr | None,
         limits: Limits,
         shared_prefix: bool,
     ) -> None:
         self.student = student
-        self.student.decoder.longest_pass = LONGEST_PASS
         self.name = model_name
         self.key = api_key.get_secret_value().encode() if api_key else b""
         self.limits = limits
@@ -200,12 +199,11 @@ class ModelServer:
 
     def work(self, job: Job, tell: Told) -> None:
         """Answer a job, in the worker thread."""
-        decoder = self.student.decoder
         with self.lock:
             if job.cancelled.is_set():
                 return
             self.answering = job
-            decoder.stop.clear()
+            self.student.stop.clear()
         begun = time.monotonic()
         try:
             for piece in answer_pieces(self.student, job):
@@ -217,9 +215,9 @@ class ModelServer:
             self.answer_s = 0.8 * self.answer_s + 0.2 * taken if self.answer_s else taken
             with self.lock:
                 self.answering = None
-                decoder.stop.clear()
+                self.student.stop.clear()
             if not self.shared_prefix:
-                decoder.forget()
+                self.student.forget()
 
     async def watch(self, job: Job, request: Request, task: asyncio.Task[None]) -> None:
         """Give a job up when its client has gone, or when it takes too long."""
@@ -232,7 +230,7 @@ class ModelServer:
         with self.lock:
             job.cancelled.set()
             if self.answering is job:
-                self.student.decoder.stop.set()
+                self.student.stop.set()
                 return
         # It waits, for its turn or in front of the worker, which passes it over.
         task.cancel()
@@ -336,7 +334,7 @@ def as_json(answer: BaseModel) -> dict[str, Any]:
 
 
 def create_app(
-    student: OnnxStudent,
+    student: ServedStudent,
     model_name: str,
     api_key: SecretStr | None,
     *,
@@ -353,7 +351,7 @@ def create_app(
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
         server.worker.shutdown(wait=False, cancel_futures=True)
-        student.decoder.stop.set()
+        student.stop.set()
 
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
     for prefix in ("", "/v1"):

@@ -13,8 +13,11 @@ from typing import Any, NamedTuple
 
 from distillery.errors import DataError, DistilleryError, ModelError
 from distillery.evaluation.scoreboard import percent
+from distillery.inference.batch_student import load_for_rows
 from distillery.inference.decoder import ADAPTER_FILE
 from distillery.inference.onnx_student import OnnxStudent
+from distillery.inference.student import Student
+from distillery.models.class_tokens import read_class_tokens
 from distillery.prompts import Message, render_messages
 from distillery.recipe import PromptRecipe, load_recipe
 from distillery.records import LETTERS, Example, Record
@@ -92,10 +95,9 @@ class Asker:
                 "leave out --adapter off"
             )
         verify_before_loading(folder)
-        self.student = OnnxStudent(folder, adapter=adapter)
+        classes = read_class_tokens(folder)
         self.options, self.system = tuple(options), system
         self.search = search or SearchOptions()
-        classes = self.student.classes
         self.classes = classes.classes if classes else ()
         if self.classes and options:
             raise DataError(
@@ -111,6 +113,11 @@ class Asker:
                 "chosen; leave them out"
             )
         self.prompt = prompt_of(folder, recipe, bool(self.classes)) if chooses else None
+        self.student: Student
+        if chooses and adapter:
+            self.student = load_for_rows(folder)
+        else:
+            self.student = OnnxStudent(folder, adapter=adapter)
 
     def answer(self, question: str, show: Callable[[str], None]) -> Speed:
         """Show the answer to a question piece by piece and return what it took.
@@ -138,6 +145,7 @@ class Asker:
     def generate(self, question: str, show: Callable[[str], None]) -> Speed:
         """Generate text up to an end token or max_length."""
         student, search = self.student, self.search
+        assert isinstance(student, OnnxStudent)  # noqa: S101 - the other one only chooses
         messages: list[Message] = []
         if self.system:
             messages.append({"role": "system", "content": self.system})

@@ -15,7 +15,6 @@ from distillery.errors import ModelError, SchemaNotHeld
 from distillery.inference.generation import most_tokens
 from distillery.inference.guide import Guide
 from distillery.inference.logits import Logits, log_softmax
-from distillery.inference.onnx_student import OnnxStudent
 from distillery.models.class_tokens import ClassTokens
 from distillery.serving.requests import (
     ApiError,
@@ -25,6 +24,8 @@ from distillery.serving.requests import (
     TextFormat,
 )
 from distillery.serving.stops import StopSearch
+from distillery.serving.student import ServedStudent
+from distillery.training.rows import TrainingRow
 
 IMPOSSIBLE = -9999.0
 """The log-probability that OpenAI writes for what is all but impossible: JSON has no infinity."""
@@ -70,7 +71,7 @@ class Job:
         )
 
 
-def answer_pieces(student: OnnxStudent, job: Job) -> Iterator[Piece]:
+def answer_pieces(student: ServedStudent, job: Job) -> Iterator[Piece]:
     """Yield the answer's pieces until it is complete or the job is cancelled."""
     if job.cancelled.is_set():
         return
@@ -80,7 +81,7 @@ def answer_pieces(student: OnnxStudent, job: Job) -> Iterator[Piece]:
         yield piece
 
 
-def complete(student: OnnxStudent, job: Job) -> Iterator[Piece]:
+def complete(student: ServedStudent, job: Job) -> Iterator[Piece]:
     """Yield the whole answer in pieces. Text that may begin a stop text is held back.
 
     Raises ApiError if the messages leave no room in the context.
@@ -144,7 +145,7 @@ def complete(student: OnnxStudent, job: Job) -> Iterator[Piece]:
     yield Piece(search.held, entries, "length")
 
 
-def guide_of(student: OnnxStudent, request: ChatRequest) -> Guide | None:
+def guide_of(student: ServedStudent, request: ChatRequest) -> Guide | None:
     """Return what holds the answer to the schema that the request names, or else to the student's
     own; None where there is none.
 
@@ -152,7 +153,9 @@ def guide_of(student: OnnxStudent, request: ChatRequest) -> Guide | None:
     asked = request.response_format
     if isinstance(asked, SchemaFormat):
         try:
-            return student.guides.start(asked.json_schema.schema_, strict=True)
+            return student.guides.start(
+                asked.json_schema.schema_, strict=bool(asked.json_schema.strict)
+            )
         except SchemaNotHeld as error:
             raise ApiError(
                 400, f"response_format: {error}", param="response_format.json_schema.schema"
@@ -164,20 +167,23 @@ def guide_of(student: OnnxStudent, request: ChatRequest) -> Guide | None:
     return student.guides.start(ANY_OBJECT) if isinstance(asked, ObjectFormat) else None
 
 
-def choose_text(student: OnnxStudent, job: Job, prompt: list[int], choice: list[str]) -> Piece:
+def choose_text(student: ServedStudent, job: Job, prompt: list[int], choice: list[str]) -> Piece:
     """Return the likeliest text as the whole answer; see `likeliest` and `unless_unsure`."""
     texts = [student.tokenizer.encode_text(text) for text in choice]
     if len(prompt) + max(map(len, texts)) > student.context_length:
         raise ApiError(
             400, "The messages and a choice are longer than the context.", "context_length_exceeded"
         )
-    probabilities = student.text_probabilities(prompt, texts)
+    row = TrainingRow(prompt=tuple(prompt), texts=tuple(map(tuple, texts)), answer=0)
+    (probabilities,) = student.probabilities([row])
     answer = likeliest(job, choice, probabilities)
     job.completion_tokens = len(texts[choice.index(answer.text)])
     return unless_unsure(student, answer, max(probabilities))
 
 
-def choose_class(student: OnnxStudent, job: Job, prompt: list[int], classes: ClassTokens) -> Piece:
+def choose_class(
+    student: ServedStudent, job: Job, prompt: list[int], classes: ClassTokens
+) -> Piece:
     """Return the likeliest class as the whole answer, which took one token; see `likeliest` and
     `unless_unsure`. A request with structured_outputs.choice gets one of those.
 
@@ -194,12 +200,20 @@ def choose_class(student: OnnxStudent, job: Job, prompt: list[int], classes: Cla
                 "none.",
                 param="structured_outputs",
             )
-    probabilities = student.class_probabilities(prompt, [token_of[name] for name in names])
+    row = TrainingRow(
+        prompt=tuple(prompt),
+        letters=tuple(token_of[name] for name in names),
+        closed=True,
+        span=classes.span(prompt),
+        last=classes.last,
+        answer=0,
+    )
+    (probabilities,) = student.probabilities([row])
     job.completion_tokens = 1
     return unless_unsure(student, likeliest(job, names, probabilities), max(probabilities))
 
 
-def unless_unsure(student: OnnxStudent, answer: Piece, probability: float) -> Piece:
+def unless_unsure(student: ServedStudent, answer: Piece, probability: float) -> Piece:
     """Return the answer or, if its probability is below the student's threshold, what the student
     says when it abstains. The log-probabilities stay those of the likeliest answer."""
     abstention = student.abstention
@@ -229,7 +243,7 @@ def likeliest(job: Job, choice: Sequence[str], probabilities: Sequence[float]) -
 
 
 def token_logprobs(
-    student: OnnxStudent, token: int, logits: Logits, count: int
+    student: ServedStudent, token: int, logits: Logits, count: int
 ) -> ChatCompletionTokenLogprob:
     """Return the log-probability of a token, and those of the `count` likeliest tokens."""
     logprobs = log_softmax(logits)
@@ -241,7 +255,7 @@ def token_logprobs(
     return with_alternatives(name_token(student, token, float(logprobs[token])), alternatives)
 
 
-def name_token(student: OnnxStudent, token: int, logprob: float) -> TopLogprob:
+def name_token(student: ServedStudent, token: int, logprob: float) -> TopLogprob:
     """Return a token's text, bytes and log-probability.
 
     A token that is a part of a character has no bytes: its text is U+FFFD.

@@ -77,7 +77,8 @@ class ObjectFormat(StrictModel):
 
 
 class AnswerSchema(StrictModel):
-    """The JSON Schema that the answer is held to, whatever `strict` says."""
+    """The JSON Schema that the answer is held to. With `strict`, one with a keyword that answers
+    can't be held to is refused; else such a keyword is passed over."""
 
     name: str = Field(max_length=LONGEST_NAME)
     description: str | None = Field(None, max_length=LONGEST_SCHEMA)

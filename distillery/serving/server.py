@@ -22,13 +22,13 @@ from fastapi import FastAPI
 from pydantic import SecretStr
 
 from distillery.errors import CredentialsError, DistilleryError, ModelError
-from distillery.inference.onnx_student import OnnxStudent
 from distillery.processes import exit_with_parent
 from distillery.registry.manifest import verify_before_loading
 from distillery.serving.app import create_app
 from distillery.serving.hosts import own_name
 from distillery.serving.limits import ACCEPTED_AT_ONCE, Limits, for_queue, within_open_files
 from distillery.serving.process import KEY_VARIABLE
+from distillery.serving.student import ServedStudent
 from distillery.settings import is_loopback, load_environment
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def serve(
     verify_before_loading(folder)
     limits = within_open_files(limits or Limits())
     app = create_app(
-        OnnxStudent(folder, threads),
+        ServedStudent(folder, threads),
         model_name,
         api_key,
         hosts=(host, *names),

@@ -22,8 +22,8 @@ class TrainingRow(Record):
     given by `letters`, the options' letters as one token each, or by `texts`, the options' token
     ids. `closed`: the letters are the tokens of classes (models/class_tokens.py), the same for all
     rows, and nothing else is ever said; the head reads the mean of the states of the last `span`
-    tokens, where the last one counts for `last` more (batching.read_shares). `target`: the token ids
-    of a written answer, without the end of the turn; such a row has no options. `answer`: index of
+    tokens, where the last one counts for `last` more (batching.read_shares). `target`: a written
+    answer's token ids, without the end of the turn; such a row has no options. `answer`: index of
     the label among the options, else 0. `soft`: the teacher's probabilities over the options, in
     the same order. `explain` and `rationale`: the prompt that asks for a reason, and the teacher's
     reason, where the label has one."""

@@ -45,9 +45,9 @@ def validate(
 def validate_written(
     model: Any, rows: Sequence[TrainingRow], *, pad_id: int, end_id: int, device: Device
 ) -> tuple[list[bool], float]:
-    """Return what `validate` does, for written answers: whether the likeliest tokens after a row's prompt are its answer and
-    the end of the turn, so that nothing else would be written, and the loss that training has
-    without label smoothing."""
+    """Return what `validate` does, for written answers: whether the likeliest tokens after a row's
+    prompt are its answer and the end of the turn, so that nothing else would be written, and the
+    loss that training has without label smoothing."""
     right = [False] * len(rows)
     losses = [0.0] * len(rows)
     with evaluated(model, device):

@@ -2,7 +2,7 @@
 ONNX Runtime; where they end; and how they are held to a schema."""
 
 import json
-import re
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,15 @@ import pytest
 from tiny_model import ARCHITECTURES
 
 from distillery.answers import NotAnAnswer, canonical
-from distillery.data.examples import read_format
+from distillery.data.examples import read_format, write_examples, write_format
+from distillery.data.rows import RowReader
 from distillery.errors import DataError, SchemaNotHeld
 from distillery.evaluation.predictors import logits_after_prompt
+from distillery.evaluation.scoring import ModelToScore, score_model
 from distillery.evaluation.writing import TransformersWriter
 from distillery.export.build import export
+from distillery.inference.batch import read_rows, score_file
+from distillery.inference.batch_student import load_for_rows
 from distillery.inference.generation import Answering, Written, generated, written
 from distillery.inference.guide import Guides
 from distillery.inference.onnx_student import OnnxStudent
@@ -25,7 +29,7 @@ from distillery.labels.known import gold_labels
 from distillery.models.device import choose_device
 from distillery.models.inspect import model_and_adapter
 from distillery.models.load import end_ids, load_model, load_tokenizer, pad_id
-from distillery.recipe import ExportForm, PromptRecipe, TrainingRecipe
+from distillery.recipe import Columns, ExportForm, PromptRecipe, TrainingRecipe
 from distillery.records import AnswerFormat, Example
 from distillery.training.fine_tune import fine_tune
 from distillery.training.rows import training_rows
@@ -64,11 +68,6 @@ def writer(model: Any, tokenizer: Any) -> TransformersWriter:
     ends = end_ids(model, tokenizer)
     next_logits = logits_after_prompt(model, device)
     return TransformersWriter(model, tokenizer, device, pad_id(tokenizer), ends, next_logits)
-
-
-def comparable(found: Any) -> tuple[str, int, bool]:
-    """Return an answer without how a decoder shows several bytes that are no character."""
-    return re.sub("\ufffd+", "?", found.text), found.tokens, found.finished
 
 
 def tokens_of(student: OnnxStudent, prompt: Sequence[int], form: AnswerFormat) -> list[int]:
@@ -115,9 +114,7 @@ def test_all_ways_of_writing_an_answer_agree(
     together = ours.write_all(prompts, form, told.append)
     assert sum(told) == len(prompts)
     assert together == [ours.write(prompt, form) for prompt in prompts]
-    found = student.answers(rows, PROMPT)
-    assert [each for each in found if isinstance(each, DataError)] == []
-    assert [comparable(each) for each in found] == [comparable(each) for each in together]
+    assert student.answers(rows, PROMPT) == together
     if form.json_schema:
         for answer in together:
             if answer.finished:
@@ -135,7 +132,72 @@ def test_a_row_that_can_t_be_asked_is_told(
     rows[1] = rows[1].model_copy(update={"question": "and so on " * 400})
     first, second = student.answers(rows, PROMPT.model_copy(update={"max_tokens": 5000}))
     assert isinstance(first, Written)
-    assert isinstance(second, DataError) and "the model's context" in str(second)
+    assert isinstance(second, DataError)
+    assert "the model's context" in str(second)
+
+
+def test_a_file_of_rows_is_answered_with_texts(
+    tiny_onnx: Callable[..., Path], tmp_path: Path
+) -> None:
+    """A random model, held to a schema whose answers are short or too long for the limit."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_onnx("llama"), folder)
+    schema = {
+        "type": "object",
+        "properties": {"kind": {"enum": ["oven", "a bridge"]}},
+        "required": ["kind"],
+        "additionalProperties": False,
+    }
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "bread", "said": 7}\n{"text": ""}\n{"text": "river"}\n')
+    prompt = PROMPT.model_copy(update={"user": "{text} as {schema}"})
+    columns = Columns(question="text", choices=None, answer="said")
+    for limit in (60, 5):
+        form = AnswerFormat(max_tokens=limit, json_schema=schema, metric="field_f1")
+        write_format(folder, form)
+        student = load_for_rows(folder, 1)
+        reader = RowReader(
+            Columns(question="text", choices=None, answer="said"), format=student.format
+        )
+        counts = score_file(student, read_rows(rows, reader), prompt, tmp_path / str(limit))
+        assert (counts.rows, counts.failed) == ((2, 1) if limit == 60 else (0, 3))
+    answers = (tmp_path / "60" / "predictions.jsonl").read_text().splitlines()
+    for line, number in zip(answers, (1, 3), strict=True):
+        found = json.loads(line)
+        assert found.keys() == {"line", "example_id", "answer"}
+        assert found["line"] == number
+        assert found["answer"] == canonical(found["answer"], schema)
+    failed = [json.loads(line) for line in (tmp_path / "5" / "failed.jsonl").open()]
+    assert [row["line"] for row in failed] == [1, 2, 3]
+    assert failed[0]["reason"].startswith("cut off after 5 tokens: '{\"ki")
+
+
+def test_evaluation_scores_written_answers(
+    tiny_model: Callable[[str], Path], tiny_onnx: Callable[..., Path], tmp_path: Path
+) -> None:
+    """The same student in both runtimes: the same answers, and the reason where there is none."""
+    form = FIELDS.model_copy(update={"max_tokens": 40})
+    rows = [row.model_copy(update={"format": form}) for row in examples(FIELDS)] * 5
+    rows[1] = rows[1].model_copy(update={"question": "and so on " * 400})
+    write_examples(rows, tmp_path / "test.jsonl")
+    prompt = PROMPT.model_copy(update={"max_tokens": 200})
+    scored = {}
+    for kind, folder in (("transformers", tiny_model("llama")), ("onnx", tiny_onnx("llama"))):
+        model = ModelToScore.model_validate({"name": kind, "kind": kind, "folder": str(folder)})
+        scored[kind] = score_model(model, tmp_path / "test.jsonl", prompt, threads=1, reorder=True)
+    ours, onnx = scored["transformers"], scored["onnx"]
+    assert ours.answers == onnx.answers
+    assert ours.no_answer == onnx.no_answer
+    assert (len(ours.latencies_ms), len(onnx.latencies_ms)) == (30, len(rows) - 1)
+    assert ours.probabilities == onnx.probabilities == (None,) * len(rows)
+    assert onnx.no_answer[1] == "the prompt is too long to be asked"
+    for answer, reason in zip(onnx.answers, onnx.no_answer, strict=True):
+        assert (answer is None) == (reason is not None)
+    for each in scored.values():
+        assert each.tokens_per_second is not None
+        assert each.tokens_per_second > 0
+        assert each.first_token_ms is not None or not any(each.answers)
+        assert each.reordered is None
 
 
 class Fixed:

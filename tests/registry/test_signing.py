@@ -63,7 +63,7 @@ def nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(*_: object) -> None:
         raise LoadedError
 
-    monkeypatch.setattr(server, "OnnxStudent", load)
+    monkeypatch.setattr(server, "ServedStudent", load)
 
 
 def registered(tmp_path: Path, weights: str = "weights", name: str = NAME) -> RegisteredModel:

@@ -18,9 +18,9 @@ from openai.types.shared import ErrorObject
 from own_server import OwnServer, own_server
 from pydantic import BaseModel
 
-from distillery.inference.onnx_student import OnnxStudent
 from distillery.serving.limits import LONGEST_STOP, MOST_MESSAGES, MOST_STOPS, MOST_TOKENS
 from distillery.serving.openapi import openapi_document
+from distillery.serving.student import ServedStudent
 
 pytestmark = pytest.mark.security
 
@@ -36,7 +36,7 @@ BODY: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def running(tiny_onnx: Callable[..., Path]) -> Iterator[OwnServer]:
-    with own_server(OnnxStudent(tiny_onnx("llama"), threads=1)) as started:
+    with own_server(ServedStudent(tiny_onnx("llama"), threads=1)) as started:
         yield started
 
 

@@ -19,6 +19,8 @@ from own_server import OwnServer, SlowStudent, own_server, wait_until
 from pydantic import SecretStr
 
 from distillery.errors import AnswerStopped, ModelError
+from distillery.inference import batch_student
+from distillery.inference.batch_student import BatchStudent, load_for_rows
 from distillery.inference.logits import Logits
 from distillery.inference.onnx_student import OnnxStudent
 from distillery.serving import app, requests
@@ -27,6 +29,8 @@ from distillery.serving.hosts import HostCheck, own_name
 from distillery.serving.limits import LARGEST_BODY, LONGEST_STOP, Limits, within_open_files
 from distillery.serving.process import OWN_QUEUE
 from distillery.serving.stops import StopSearch, StopText
+from distillery.serving.student import ServedStudent
+from distillery.training.rows import TrainingRow
 
 pytestmark = pytest.mark.security
 
@@ -39,7 +43,7 @@ PATH = "/v1/chat/completions"
 
 @pytest.fixture(scope="module")
 def running(tiny_onnx: Build) -> Iterator[OwnServer]:
-    with own_server(OnnxStudent(tiny_onnx("llama"), threads=1), hosts=("my.example",)) as started:
+    with own_server(ServedStudent(tiny_onnx("llama"), threads=1), hosts=("my.example",)) as started:
         yield started
 
 
@@ -132,7 +136,7 @@ def test_many_requests_of_one_program_wait_by_default(tiny_onnx: Build) -> None:
 
 def test_bodies_that_do_not_come_keep_no_one_out(tiny_onnx: Build) -> None:
     """They take no place of the queue, and the one that began first gives way to another."""
-    student = OnnxStudent(tiny_onnx("llama"), threads=1)
+    student = ServedStudent(tiny_onnx("llama"), threads=1)
     with own_server(student, Limits(queue=2, reading=3)) as running:
         slow = []
         for _ in range(3):
@@ -153,7 +157,7 @@ def test_bodies_that_are_too_large_together_give_way(
     tiny_onnx: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(requests, "MOST_BODY_BYTES", 1000)
-    student = OnnxStudent(tiny_onnx("llama"), threads=1)
+    student = ServedStudent(tiny_onnx("llama"), threads=1)
     with own_server(student) as running, connect(running) as slow:
         slow.sendall(head(1000) + b" " * 900)
         assert wait_until(lambda: list(running.server.bodies.sizes.values()) == [900])
@@ -259,52 +263,62 @@ def test_a_client_that_goes_while_its_answer_is_made_does_not_keep_the_model(
         student.go_on.release(2)
         assert wait_until(lambda: student.asked == 3)
         connection.close()
-        assert wait_until(student.decoder.stop.is_set)
+        assert wait_until(student.stop.is_set)
         student.go_on.release(2)
         assert ask(running).status_code == 200
         assert student.asked == 4
 
 
 class Passes:
-    """Stops a student's decoder before its pass number `held`, and counts passes."""
+    """Stops a student before the pass after the one of number `held`, and counts passes."""
 
-    def __init__(self, student: OnnxStudent, held: int) -> None:
+    def __init__(self, student: ServedStudent, held: int) -> None:
         self.begun = 0
         self.held = held
         self.go_on = threading.Event()
-        self.compute = student.decoder._compute
-        student.decoder._compute = self  # type: ignore[method-assign, assignment]
+        scorer, decoder = student.needed_scorer(), student.needed_generator().decoder
+        assert isinstance(scorer, BatchStudent)
+        decoder.longest_pass = 64
+        scorer.run = self.around(scorer.run)  # type: ignore[method-assign]
+        decoder._compute = self.around(decoder._compute)  # type: ignore[method-assign]
 
-    def __call__(self, *arguments: Any) -> Logits:
-        found = self.compute(*arguments)
-        self.begun += 1
-        if self.begun == self.held:
-            assert self.go_on.wait(60)
-        return found
+    def around(self, compute: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*arguments: Any, **named: Any) -> Any:
+            found = compute(*arguments, **named)
+            self.begun += 1
+            if self.begun == self.held:
+                assert self.go_on.wait(60)
+            return found
+
+        return counted
+
+
+LONG = [{"role": "user", "content": "river " * 120}]
 
 
 @pytest.mark.parametrize(
-    "body",
+    ("body", "held"),
     [
-        {"messages": [{"role": "user", "content": "river " * 120}]},
-        {"structured_outputs": {"choice": ["a river bank", "the oven", "a cloud"]}},
+        ({"messages": LONG}, 2),
+        ({"messages": LONG, "max_tokens": 9}, 2),
+        ({"structured_outputs": {"choice": ["a river bank", "the oven", "a cloud"]}}, 1),
     ],
-    ids=["a long prompt", "texts to score"],
+    ids=["a long prompt", "a long prompt to go on from", "texts to score"],
 )
 def test_a_client_that_goes_is_noticed_before_the_next_pass(
-    body: dict[str, Any], tiny_onnx: Build
+    body: dict[str, Any], held: int, tiny_onnx: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    student = OnnxStudent(tiny_onnx("llama"), threads=1)
-    passes = Passes(student, held=2)
+    monkeypatch.setattr(batch_student, "LONGEST_PASS", 64)
+    student = ServedStudent(tiny_onnx("llama"), threads=1)
+    passes = Passes(student, held)
     with own_server(student) as running:
-        student.decoder.longest_pass = 64
         connection = sent(running, **body)
-        assert wait_until(lambda: passes.begun == 2)
+        assert wait_until(lambda: passes.begun == held)
         connection.close()
-        assert wait_until(student.decoder.stop.is_set)
+        assert wait_until(student.stop.is_set)
         passes.go_on.set()
         assert wait_until(lambda: running.server.places == 0)
-        assert passes.begun == 2
+        assert passes.begun == held
         answer = ask(running, logprobs=True)
     fresh = OnnxStudent(tiny_onnx("llama"), threads=1)
     expected = fresh.next_token_logprobs(fresh.tokenizer.encode_chat(MESSAGES)).max()
@@ -342,7 +356,7 @@ def test_an_answer_that_takes_too_long_is_given_up(
         asking = Asking(running, stream=stream)
         assert wait_until(lambda: student.asked == 1)
         deadlines.expire(0)
-        assert wait_until(student.decoder.stop.is_set)
+        assert wait_until(student.stop.is_set)
         student.go_on.release(9)
         assert asking.result() == 503
     assert json.loads(asking.text)["error"]["code"] == "timeout"
@@ -366,7 +380,7 @@ def test_an_answer_that_is_late_before_its_turn_is_given_up_at_once(
         for number, asking in enumerate(late, 1):
             deadlines.expire(number)
             assert asking.result() == 503
-        assert not student.decoder.stop.is_set()
+        assert not student.stop.is_set()
         student.go_on.release()
         assert first.result() == 200
         assert wait_until(lambda: running.server.places == 0)
@@ -377,7 +391,7 @@ def test_an_answer_that_is_late_before_its_turn_is_given_up_at_once(
 
 @pytest.mark.parametrize("start", [b"", b"POST /v1/chat", head(100)[:-2]], ids=["nothing", "", ""])
 def test_headers_that_do_not_come_are_not_waited_for(start: bytes, tiny_onnx: Build) -> None:
-    student = OnnxStudent(tiny_onnx("llama"), threads=1)
+    student = ServedStudent(tiny_onnx("llama"), threads=1)
     with own_server(student, Limits(header_s=0.1)) as running, connect(running) as connection:
         connection.sendall(start)
         status, headers, body = received(connection)
@@ -386,7 +400,7 @@ def test_headers_that_do_not_come_are_not_waited_for(start: bytes, tiny_onnx: Bu
 
 
 def test_a_body_that_does_not_come_is_not_waited_for(tiny_onnx: Build) -> None:
-    student = OnnxStudent(tiny_onnx("llama"), threads=1)
+    student = ServedStudent(tiny_onnx("llama"), threads=1)
     with own_server(student, Limits(body_s=0.1)) as running, connect(running) as connection:
         connection.sendall(head(100) + b'{"messages"')
         status, _, body = received(connection)
@@ -522,7 +536,7 @@ def test_no_page_of_another_site_is_let_in(running: OwnServer) -> None:
     assert responses[0].headers["allow"] == "POST"
 
 
-class Failing(OnnxStudent):
+class Failing(ServedStudent):
     """A student whose model fails with an error that tells of the machine."""
 
     def steps(self, *arguments: Any, **settings: Any) -> Iterator[tuple[int, Logits]]:
@@ -646,21 +660,29 @@ def test_the_search_for_a_stop_text_takes_time_by_the_answer_s_length() -> None:
 
 @pytest.mark.parametrize("shared", [True, False])
 def test_what_others_asked_can_be_forgotten(shared: bool, tiny_onnx: Build) -> None:
-    student = OnnxStudent(tiny_onnx("llama"), threads=1)
+    """One token is the scorer's answer, and two are the generator's."""
+    student = ServedStudent(tiny_onnx("llama"), threads=1)
+    scorer, decoder = student.needed_scorer(), student.needed_generator().decoder
+    assert isinstance(scorer, BatchStudent)
     computed: list[int] = []
-    compute = student.decoder._compute
+    run, compute = scorer.run, decoder._compute
+
+    def count_run(sequences: list[list[int]], *others: Any, **named: Any) -> Any:
+        computed.append(sum(map(len, sequences)))
+        return run(sequences, *others, **named)
 
     def count(tokens: list[int], *arguments: Any) -> Logits:
         computed.append(len(tokens))
         return compute(tokens, *arguments)
 
-    student.decoder._compute = count  # type: ignore[method-assign, assignment]
+    scorer.run = count_run  # type: ignore[method-assign, assignment]
+    decoder._compute = count  # type: ignore[method-assign, assignment]
     with own_server(student, shared_prefix=shared) as running:
-        for _ in range(2):
-            assert ask(running).status_code == 200
-    first, second = computed
-    assert (second < first) is shared
-    assert bool(student.decoder.tokens) is shared
+        for max_tokens in (1, 1, 2, 2):
+            assert ask(running, max_tokens=max_tokens).status_code == 200
+    first, second, third, _, fourth, _ = computed
+    assert (second < first) is (fourth < third) is shared
+    assert bool(scorer._begun) is bool(decoder.tokens) is shared
 
 
 @pytest.mark.parametrize(
@@ -720,3 +742,56 @@ def test_a_decoder_that_is_stopped_goes_on_afterwards(tiny_onnx: Build) -> None:
         student.decoder.prefill(prompt)
     student.decoder.stop.clear()
     assert np.allclose(student.decoder.prefill(prompt), expected, atol=1e-4)
+
+
+def test_a_scorer_that_is_stopped_goes_on_afterwards(tiny_onnx: Build) -> None:
+    student, stop = load_for_rows(tiny_onnx("llama"), threads=1), threading.Event()
+    prompt = student.tokenizer.encode_chat(MESSAGES)
+    expected = student.next_logits(prompt)
+    student.heed(stop)
+    stop.set()
+    with pytest.raises(AnswerStopped):
+        student.next_logits(prompt)
+    stop.clear()
+    assert np.allclose(student.next_logits(prompt), expected, atol=1e-4)
+
+
+def test_a_long_prompt_and_a_long_text_in_several_passes_give_the_same(
+    tiny_onnx: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    numbers = np.random.default_rng(0)
+    prompt, text = (tuple(numbers.integers(5, 500, count).tolist()) for count in (301, 300))
+    rows = [
+        TrainingRow(prompt=prompt, letters=(70, 71, 72), answer=0),
+        TrainingRow(prompt=prompt, letters=(70, 71), closed=True, span=200, last=0.3, answer=0),
+        TrainingRow(prompt=prompt, texts=(text, (7, 8), (9,)), answer=0),
+    ]
+    found, passes = [], []
+    for size in (512, 64):
+        monkeypatch.setattr(batch_student, "LONGEST_PASS", size)
+        student = load_for_rows(tiny_onnx("llama"), threads=1)
+        assert isinstance(student, BatchStudent)
+        session = CountedSession(student._session)
+        student._session = session
+        each = []
+        for row in rows:
+            student.forget()
+            each += student.probabilities([row])
+        found.append(each)
+        passes.append(session.passes)
+    assert passes[0] == [302, 302, 302, 2, 300]
+    assert passes[1] == [64] * 4 + [46] + [64, 238] + [64] * 4 + [46] + [2] + [64] * 4 + [44]
+    for whole, parts in zip(*found, strict=True):
+        assert parts == pytest.approx(whole, abs=1e-5)
+
+
+class CountedSession:
+    """A session of ONNX Runtime that notes the tokens of its passes."""
+
+    def __init__(self, session: Any) -> None:
+        self.session = session
+        self.passes: list[int] = []
+
+    def run_with_ort_values(self, wanted: list[str], values: dict[str, Any]) -> Any:
+        self.passes.append(values["input_ids"].shape()[1])
+        return self.session.run_with_ort_values(wanted, values)

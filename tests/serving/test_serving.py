@@ -31,6 +31,7 @@ from distillery.serving.completion import Job, complete
 from distillery.serving.process import KEY_VARIABLE, Served, served
 from distillery.serving.requests import ChatRequest
 from distillery.serving.server import listen, serve
+from distillery.serving.student import ServedStudent
 
 Build = Callable[..., Path]
 MESSAGES = [
@@ -502,7 +503,7 @@ def test_a_port_that_is_taken_is_named(tiny_onnx: Build) -> None:
 
 
 def test_log_probabilities_are_json_even_where_the_model_gives_none(tiny_onnx: Build) -> None:
-    class Certain(OnnxStudent):
+    class Certain(ServedStudent):
         def steps(self, *arguments: Any, **settings: Any) -> Iterator[tuple[int, Logits]]:
             logits = np.full(512, -np.inf, dtype=np.float32)
             logits[40] = 0.0
@@ -520,7 +521,7 @@ def test_log_probabilities_are_json_even_where_the_model_gives_none(tiny_onnx: B
     assert math.isfinite(entry["logprob"])
 
 
-class Broken(OnnxStudent):
+class Broken(ServedStudent):
     """A student that fails unexpectedly, after `after` tokens."""
 
     def __init__(self, folder: Path, after: int) -> None:
@@ -555,7 +556,7 @@ def test_a_template_that_refuses_the_roles_says_so(
     (folder / "chat_template.jinja").write_text(
         f"{{% if messages[0]['role'] == 'system' %}}{refusing}{{% endif %}}?"
     )
-    with in_this_process(OnnxStudent(folder, threads=1)) as url:
+    with in_this_process(ServedStudent(folder, threads=1)) as url:
         body = {"messages": MESSAGES, "max_tokens": 1, "stream": stream}
         refused = httpx.post(f"{url}/chat/completions", json=body, timeout=20)
         answered = httpx.post(
@@ -583,7 +584,7 @@ def test_an_unsure_student_says_so_and_its_log_probabilities_stay(
                 body["structured_outputs"] = {"choice": list(names)}
             if threshold:
                 write_abstention(Abstention(threshold=threshold, answer="nobody knows"), folder)
-            pieces = list(complete(OnnxStudent(folder, threads=1), Job(ChatRequest(**body))))
+            pieces = list(complete(ServedStudent(folder, threads=1), Job(ChatRequest(**body))))
             found.append(pieces)
     for plain, sure, unsure in (found[:3], found[3:]):
         assert sure == plain

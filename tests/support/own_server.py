@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from distillery.inference.logits import Logits
-from distillery.inference.onnx_student import OnnxStudent
 from distillery.serving.app import ModelServer, create_app
 from distillery.serving.limits import Limits
 from distillery.serving.server import listen, server_config
+from distillery.serving.student import ServedStudent
 
 
-class SlowStudent(OnnxStudent):
+class SlowStudent(ServedStudent):
     """A student that waits for a permit before each token, and counts how often it was asked."""
 
     def __init__(self, folder: Path) -> None:
@@ -37,7 +37,7 @@ class OwnServer(NamedTuple):
 
 @contextmanager
 def own_server(
-    student: OnnxStudent, limits: Limits | None = None, **settings: Any
+    student: ServedStudent, limits: Limits | None = None, **settings: Any
 ) -> Iterator[OwnServer]:
     """Run the app, without a key, in a thread of this process."""
     import uvicorn
@@ -59,7 +59,7 @@ def own_server(
 
 
 @contextmanager
-def in_this_process(student: OnnxStudent) -> Iterator[str]:
+def in_this_process(student: ServedStudent) -> Iterator[str]:
     """Run the app as `own_server` does, and give its URL."""
     with own_server(student) as running:
         yield running.url
