@@ -306,9 +306,10 @@ def ask(
     """Ask the model in FOLDER a question.
 
     With --options, it prints the probability of each of these texts, asked with the prompt that the
-    model was trained with; for a classifier, that of each class. Otherwise the question is sent as
-    it is, and the answer is printed as it is generated. Tokens a second come last, on standard
-    error. Each question stands alone.
+    model was trained with; for a classifier, that of each class. A student that writes its answers
+    is asked with its prompt too, and held to its schema. Otherwise the question is sent as it is.
+    Text is printed as it is generated. Tokens a second come last, on standard error. Each question
+    stands alone.
     """
     drawn = {
         "temperature": temperature,

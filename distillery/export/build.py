@@ -19,7 +19,8 @@ from distillery.export.passes import export_passes
 from distillery.inference.decoder import ADAPTER_FILE
 from distillery.inference.onnx_student import OnnxStudent
 from distillery.models.class_tokens import read_class_tokens
-from distillery.models.onnx_folder import CODE
+from distillery.models.load import end_of_turn_id, load_tokenizer
+from distillery.models.onnx_folder import CODE, CONFIG
 from distillery.progress import ShowProgress, show_nothing
 from distillery.recipe import ExportForm
 from distillery.storage.working import working_folder
@@ -81,8 +82,22 @@ def export(
         classes.write(out)
     if answer_format:
         write_format(out, answer_format)
+        end_with(out, end_of_turn_id(load_tokenizer(model, remote_code)))
     progress(len(passes), len(passes), "asking one question")
     check_built(out, form)
+
+
+def end_with(folder: Path, token: int) -> None:
+    """Let `token` end an answer too: base models whose settings name another one have learnt to end
+    their answers with it."""
+    path = folder / CONFIG
+    config = json.loads(path.read_text(encoding="utf-8"))
+    named = config["model"]["eos_token_id"]
+    ends = named if isinstance(named, list) else [named]
+    if token not in ends:
+        config["model"]["eos_token_id"] = [*ends, token]
+        text = json.dumps(config, indent=4) + "\n"
+        path.write_text(text, encoding="utf-8", newline="\n")
 
 
 def check_built(folder: Path, form: ExportForm) -> None:

@@ -156,9 +156,7 @@ def test_a_file_of_rows_is_answered_with_texts(
         form = AnswerFormat(max_tokens=limit, json_schema=schema, metric="field_f1")
         write_format(folder, form)
         student = load_for_rows(folder, 1)
-        reader = RowReader(
-            Columns(question="text", choices=None, answer="said"), format=student.format
-        )
+        reader = RowReader(columns, format=student.format)
         counts = score_file(student, read_rows(rows, reader), prompt, tmp_path / str(limit))
         assert (counts.rows, counts.failed) == ((2, 1) if limit == 60 else (0, 3))
     answers = (tmp_path / "60" / "predictions.jsonl").read_text().splitlines()
