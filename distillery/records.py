@@ -360,19 +360,20 @@ class StudentCheckpoint(StageRecord):
 class Departure(Record):
     """How far an exported model's answers are from those of its float model, on the same rows.
 
-    `mean`, `largest`: absolute difference of the options' probabilities (0 to 1). `changed`:
-    number of rows that are answered otherwise.
+    `mean`, `largest`: absolute difference of the options' probabilities (0 to 1); None where
+    answers are written. `changed`: number of rows that are answered otherwise.
     """
 
-    mean: float
-    largest: float
+    mean: float | None = None
+    largest: float | None = None
     changed: int
 
 
 class Rung(Record):
     """A form of the student on the rows that choose.
 
-    `difference`: its accuracy minus the float student's, with the paired interval. `p50_ms`, the
+    `accuracy`: its primary figure, which `Ladder.metric` names. `difference`: that minus the float
+    student's, with the paired interval. `p50_ms`, the
     median latency in milliseconds, and `rows_per_second` are of single rows, one after another. The
     figures are None if it could not be built or scored; rungs of earlier versions have no speed.
     `note`: why it was picked, or why not. `out_of_resources`: it was left out because memory or
@@ -393,11 +394,11 @@ class Rung(Record):
 
 
 class Ladder(Record):
-    """The forms that a student was tried in. `accuracy`: the float student's on the rows that
-    choose, of which there are `rows`: validation rows, but for `training_rows` with the teacher's
-    labels. `choose` is the recipe's, `reason` what by it sets the picked rung apart, and
-    `machine` where the rungs were timed; ladders of earlier versions took the smallest rung, and
-    have neither reason nor machine."""
+    """The forms that a student was tried in. `accuracy`: the float student's primary figure, which
+    is `metric` where answers are written, on the rows that choose, of which there are `rows`:
+    validation rows, but for `training_rows` with the teacher's labels. `choose` is the recipe's,
+    `reason` what by it sets the picked rung apart, and `machine` where the rungs were timed;
+    ladders of earlier versions took the smallest rung, and have neither reason nor machine."""
 
     rows: int
     training_rows: int = 0
@@ -407,6 +408,7 @@ class Ladder(Record):
     reason: str = ""
     machine: str = ""
     rungs: tuple[Rung, ...]
+    metric: Metric | None = Field(None, exclude_if=lambda metric: metric is None)
 
     @property
     def is_final(self) -> bool:
@@ -546,9 +548,33 @@ class GivenAnswers(Record):
     accuracy: Estimate | None
 
 
+class FieldFigures(Record):
+    """How well a predictor finds one field: `rows` with a gold value of it, and of its values in
+    all answers precision, recall and F1 (0 to 1). `field`: its path, such as address/city."""
+
+    field: str
+    rows: int
+    precision: float
+    recall: float
+    f1: float
+
+
+class WrittenFigures(Record):
+    """Figures of written answers, by the best of a row's gold answers. `metrics`: exact match and,
+    for objects, the F1 of fields, or else ROUGE-L, chrF and BLEU. `fields`: each of the objects'
+    fields. `valid`: the share of rows with an answer, which for objects meets the schema. `length`:
+    the answers' median number of characters."""
+
+    metrics: dict[Metric, Estimate]
+    fields: tuple[FieldFigures, ...] = ()
+    valid: Estimate
+    length: float
+
+
 class Figures(Record):
     """Further figures of a predictor on the test rows.
 
+    `written`: those of written answers, which have neither classes nor probabilities.
     `macro_f1`: mean F1 of the classes that are a gold answer. `kl_from_teacher`: mean
     Kullback-Leibler divergence of its probabilities from the teacher's, in nats. `first_token_ms`:
     median time to the first token of a prompt that shares nothing with the one before, rendering
@@ -557,9 +583,10 @@ class Figures(Record):
     reach its threshold; only the candidate has them. None where a predictor has no such figure.
     """
 
-    macro_f1: Estimate
-    classes: tuple[ClassFigures, ...]
-    confusion: Confusion
+    macro_f1: Estimate | None = None
+    classes: tuple[ClassFigures, ...] = ()
+    confusion: Confusion | None = None
+    written: WrittenFigures | None = Field(None, exclude_if=lambda written: written is None)
     calibration: Calibration | None = None
     kl_from_teacher: Estimate | None = None
     order_robustness: OrderRobustness | None = None
@@ -575,6 +602,8 @@ class Figures(Record):
     def uneven_classes(self) -> tuple[ClassFigures, ClassFigures] | None:
         """The commonest and the rarest class, if the commonest has UNEVEN times as many test rows
         or more. None too where the classes are letters: of rows with options of their own."""
+        if self.confusion is None:
+            return None
         if self.confusion.labels == LETTERS[: len(self.confusion.labels)]:
             return None
         commonest = max(self.classes, key=lambda each: each.rows)
@@ -585,8 +614,10 @@ class Figures(Record):
 class ScoreRow(Record):
     """A row of the scoreboard: a predictor on the test rows.
 
-    `versus_teacher`: accuracy minus the teacher's (paired interval). `agreement`: share of rows (0
-    to 1) answered as the teacher does. Latencies in milliseconds, `peak_mib` in MiB of memory,
+    `accuracy`: the primary figure (0 to 1), by which gate and headline go. Where answers are
+    written, `metric` says which figure that is; None is accuracy, the share of the `correct`
+    answers. `versus_teacher`: it minus the teacher's (paired interval). `agreement`: share of rows
+    (0 to 1) answered as the teacher does. Latencies in milliseconds, `peak_mib` in MiB of memory,
     `bytes` of the model's folder. `departure` and `figures`: only the candidate has them; the
     figures of the others are in the evaluation's report.json.
     """
@@ -607,6 +638,7 @@ class ScoreRow(Record):
     peak_mib: float | None = None
     departure: Departure | None = None
     figures: Figures | None = None
+    metric: Metric | None = Field(None, exclude_if=lambda metric: metric is None)
 
 
 class EvaluationReport(StageRecord):
@@ -636,7 +668,8 @@ class EvaluationReport(StageRecord):
 class Measured(Record):
     """An exported student on the validation rows.
 
-    `correct` of `rows` are answered right. `p50_ms`: median latency of single rows, in
+    `correct` of `rows` are answered right. `metric` and `figure`: the primary figure of written
+    answers. `p50_ms`: median latency of single rows, in
     milliseconds. `bytes`: size of the folder.
     """
 
@@ -644,10 +677,13 @@ class Measured(Record):
     rows: int
     p50_ms: float
     bytes: int
+    metric: Metric | None = Field(None, exclude_if=lambda metric: metric is None)
+    figure: float | None = Field(None, exclude_if=lambda figure: figure is None)
 
     @property
     def accuracy(self) -> float:
-        return self.correct / self.rows
+        """The primary figure."""
+        return self.correct / self.rows if self.figure is None else self.figure
 
 
 class Trial(Record):
@@ -668,8 +704,9 @@ class Trial(Record):
 class RuleVerdict(Record):
     """What the gate says of a rule.
 
-    `figure`: the candidate's, None if there is none. For the rules better and not_worse it is a
-    difference of accuracies (-1 to 1), for keeps the share of the teacher's accuracy. `interval`:
+    `metric`: the primary figure of written answers, None for accuracy. `figure`: the candidate's,
+    None if there is none. For the rules better and not_worse it is a difference of primary figures
+    (-1 to 1), for keeps the share of the teacher's. `interval`:
     its lower and upper one-sided bounds, each at the rule's confidence. `p_value`: of the exact
     McNemar test that both predictors are equally accurate. `undecided`: too few rows to decide;
     about `rows_needed` are needed. `note`: one line for people.
@@ -682,6 +719,7 @@ class RuleVerdict(Record):
     p_value: float | None = None
     rows_needed: int | None = None
     note: str = ""
+    metric: Metric | None = Field(None, exclude_if=lambda metric: metric is None)
 
     @property
     def passes(self) -> bool:

@@ -126,7 +126,9 @@ def answered_rows(path: Path, role: str = "test") -> tuple[list[Example], list[s
         raise DataError(f"{path}: no {role} row; prepare the data set again")
     gold = []
     for example in examples:
-        if example.answer_key not in example.keys:
+        if not example.answer_key or (
+            example.format is None and example.answer_key not in example.keys
+        ):
             raise DataError(
                 f"{path}: row {example.example_id} has no gold answer; {role} rows need one"
             )

@@ -96,7 +96,9 @@ class Recipe(Slice):
     @property
     def gate_rules(self) -> tuple[GateRule, ...]:
         """The rules that the gate applies."""
-        return self.evaluation.gate_rules(starts_from_base=self.student.start == "base")
+        return self.evaluation.gate_rules(
+            starts_from_base=self.student.start == "base", writes=self.task.writes
+        )
 
     @model_validator(mode="after")
     def check_prompts(self) -> Self:

@@ -58,6 +58,16 @@ class OtherRecipe(Slice):
 Metric = Literal["exact_match", "field_f1", "rouge_l", "chrf", "bleu"]
 """A figure that says how good written answers are, from 0 to 1; see evaluation/metrics.py."""
 
+METRIC_NAMES: dict[Metric | None, str] = {
+    None: "accuracy",
+    "exact_match": "exact match",
+    "field_f1": "field F1",
+    "rouge_l": "ROUGE-L",
+    "chrf": "chrF",
+    "bleu": "BLEU",
+}
+"""What a task's primary figure is called; None is that of answers that are chosen."""
+
 
 class TaskRecipe(Slice):
     """What an answer to a row is."""

@@ -13,6 +13,7 @@ from tiny_recipe import row
 
 from distillery.data.examples import read_examples
 from distillery.errors import DataError, ExportError, OutOfResources
+from distillery.evaluation.judging import Gold
 from distillery.evaluation.scoring import ModelToScore, Scored, departure, score_model
 from distillery.evaluation.statistics import paired_interval
 from distillery.export import ladder
@@ -71,7 +72,7 @@ def scored(
 def test_a_rung_is_measured_beside_the_float_student() -> None:
     own = scored("ABB-", [(0.8, 0.2), (0.4, 0.6), (0.1, 0.9), None], (1.0, 2.0, 5.0))
     exact = scored("AAB-", [(0.9, 0.1), (0.7, 0.3), (0.1, 0.9), None])
-    found = measured(FORMS["rtn"], 7, own, exact, ["A", "A", "B", "A"])
+    found = measured(FORMS["rtn"], 7, own, exact, Gold([("A",), ("A",), ("B",), ("A",)]))
     assert (found.bytes, found.accuracy, found.difference) == (7, 0.5, -0.25)
     assert found.interval == paired_interval([True, False, True, False], [True, True, True, False])
     assert found.departure is not None
@@ -79,7 +80,8 @@ def test_a_rung_is_measured_beside_the_float_student() -> None:
     assert found.departure.largest == pytest.approx(0.3)
     assert found.departure.changed == 1
     assert (found.p50_ms, found.rows_per_second) == (2.0, 375.0)
-    unasked = measured(FORMS["rtn"], 7, scored("--", latencies_ms=()), scored("--"), ["A", "B"])
+    gold = Gold([("A",), ("B",)])
+    unasked = measured(FORMS["rtn"], 7, scored("--", latencies_ms=()), scored("--"), gold)
     assert (unasked.p50_ms, unasked.rows_per_second) == (None, None)
 
 
