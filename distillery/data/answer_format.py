@@ -57,6 +57,8 @@ def read_schema(path: Path) -> dict[str, object]:
         raise DataError(f"{path}: no JSON Schema, which is an object; correct task.schema")
     try:
         check_schema(schema)
+    except RecursionError as error:
+        raise DataError(f"{path}: nested too deeply; correct task.schema") from error
     except ValueError as error:
         raise DataError(f"{path}: {error}; correct task.schema") from error
     return schema

@@ -137,6 +137,9 @@ def test_a_schema_may_stand_in_a_file(tmp_path: Path, monkeypatch: pytest.Monkey
     path.write_text('{"type": "array"}')
     with pytest.raises(DataError, match=r"schema\.json: the answers are objects.*task.schema"):
         named_format(named)
+    path.write_text('{"type": "object", "not": ' * 300 + "{}" + "}" * 300)
+    with pytest.raises(DataError, match=r"schema\.json: nested too deeply"):
+        named_format(named)
     path.write_text("{")
     with pytest.raises(DataError, match=r"schema\.json: can't be read .no JSON"):
         named_format(named)

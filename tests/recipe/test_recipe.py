@@ -557,7 +557,8 @@ def test_a_local_teachers_defaults_give_way_to_what_the_student_is() -> None:
 
 
 def test_abstaining_is_in_no_cache_key_unless_it_is_set() -> None:
-    assert TaskRecipe.added_later == {"abstain", "other"}
+    later = {"abstain", "other", "answer_schema", "metric", "max_tokens"}
+    assert TaskRecipe.added_later == later
     threshold = parse_recipe({"task": {"abstain": {"threshold": 0.7}}}, "mine.yaml").task
     assert threshold.abstain is not None
     assert threshold.abstain.answer == "unsure"
