@@ -44,6 +44,11 @@ def test_bleu_and_chrf_are_those_of_sacrebleu() -> None:
     assert metric_of("chrf", ANSWERS, GOLD) == pytest.approx(chrf / 100)
 
 
+def test_bleu_of_short_answers_goes_by_the_words_that_they_have() -> None:
+    assert metric_of("bleu", ["yes", "no"], [("yes",), ("no",)]) == pytest.approx(1)
+    assert metric_of("bleu", ["yes", "no"], [("yes",), ("yes",)]) == pytest.approx(0.5)
+
+
 def test_rouge_l_is_the_mean_of_rouge_scores_best_reference() -> None:
     scorer: Any = RougeScorer(["rougeL"])  # type: ignore[no-untyped-call]
     rows = [
