@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import norm
 
-from distillery.evaluation.bootstrap import PairedSums, RowSums, drawn
+from distillery.evaluation.bootstrap import PairedSums, RowSums, resampled_sums
 
 TRIALS = 500
 ROWS = (30, 100, 300, 1000)
@@ -57,7 +57,7 @@ def coverage(generator: np.random.Generator, rows: int, level: float) -> dict[st
             "difference": lambda sums: f1(sums[..., :2]) - f1(sums[..., 2:]),
         }
         for name, figure in figures.items():
-            resampled = figure(drawn(rows) @ table)
+            resampled = figure(resampled_sums(table))
             found[f"{name}, plain"] = tuple(np.quantile(resampled, (0.025, 0.975)))
             found[f"{name}, BCa"] = accelerated(figure, table, resampled)
         for name, (low, high) in found.items():

@@ -28,6 +28,9 @@ SEED = 0
 
 ADDED_ROWS = 2
 
+BLOCK = 100
+"""Resamples that are summed together: whole, those of 100,000 rows would take 1.6 GB."""
+
 
 @dataclass(frozen=True, eq=False)
 class RowSums:
@@ -107,17 +110,22 @@ class PairedSums:
 def resampled_sums(rows: Any) -> Any:
     """Return the sums of statistics, [rows, statistics], over the rows of each resample:
     [RESAMPLES, statistics]. The rows drawn depend on their number alone."""
-    return drawn(len(rows)) @ rows
+    import numpy as np
+
+    return np.concatenate([counts.astype(float) @ rows for counts in drawn(len(rows))])
 
 
 @lru_cache(maxsize=1)
-def drawn(rows: int) -> Any:
-    """Return how often each resample has each row, [RESAMPLES, rows]."""
+def drawn(rows: int) -> list[Any]:
+    """Return how often each resample has each row, [BLOCK, rows] for each block of resamples."""
     import numpy as np
 
     generator = np.random.default_rng(SEED)
-    counts = generator.multinomial(rows, np.full(rows, 1 / rows), size=RESAMPLES)
-    return counts.astype(np.float32)
+    shares, blocks = np.full(rows, 1 / rows), []
+    for _ in range(RESAMPLES // BLOCK):
+        # No row is drawn 255 times.
+        blocks.append(generator.multinomial(rows, shares, size=BLOCK).astype(np.uint8))
+    return blocks
 
 
 def spread(cells: Any) -> Any:
