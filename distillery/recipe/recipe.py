@@ -23,6 +23,21 @@ from distillery.recipe.task import TaskRecipe
 from distillery.recipe.teacher import TeacherRecipe
 from distillery.recipe.training import TrainingRecipe
 
+FIELDS_ONLY = frozenset({"field_f1", "field dictionary"})
+
+TEXT_ONLY = frozenset({"rouge_l", "chrf", "bleu"})
+
+WRITTEN_ONLY = FIELDS_ONLY | TEXT_ONLY | {"exact_match", "valid", "nearest answer"}
+
+CHOSEN_ONLY = frozenset(
+    {
+        *("majority class", "TF-IDF + logistic regression", "linear probe"),
+        *("macro_f1", "recall", "calibration_error", "kl_from_teacher", "order_robustness"),
+    }
+)
+"""Predictors and figures of the scoreboard that only some tasks have: fields, text, answers that
+are written, and answers that are chosen."""
+
 
 class Recipe(Slice):
     """A whole run.
@@ -152,6 +167,20 @@ class Recipe(Slice):
                 raise ValueError(
                     f"{setting}: has no meaning with task.kind: {self.task.kind}, whose answers "
                     "are written; remove this setting"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def check_rules(self) -> Self:
+        """Refuse rules by predictors and figures that the scoreboard of such a task lacks."""
+        lacking = CHOSEN_ONLY if self.task.writes else WRITTEN_ONLY
+        lacking |= {"extract": TEXT_ONLY, "generate": FIELDS_ONLY}.get(self.task.kind, frozenset())
+        for rule in self.evaluation.rules or ():
+            asked = rule.than if rule.kind == "better" else getattr(rule, "figure", "")
+            if asked in lacking:
+                raise ValueError(
+                    f"evaluation.rules: {asked}: is not on the scoreboard of task.kind: "
+                    f"{self.task.kind}; remove this rule"
                 )
         return self
 

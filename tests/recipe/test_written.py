@@ -142,6 +142,35 @@ def test_training_of_choices_is_refused(student: dict[str, Any]) -> None:
     assert error.startswith("student.")
 
 
+@pytest.mark.parametrize(
+    ("task", "rule"),
+    [
+        ({"kind": "generate"}, {"kind": "better", "than": "majority class"}),
+        ({"kind": "generate"}, {"kind": "better", "than": "field dictionary"}),
+        ({"kind": "generate"}, {"kind": "limit", "figure": "field_f1", "minimum": 0.5}),
+        (EXTRACT, {"kind": "limit", "figure": "bleu", "minimum": 0.5}),
+        (EXTRACT, {"kind": "limit", "figure": "macro_f1", "minimum": 0.5}),
+        ({"kind": "classify"}, {"kind": "better", "than": "nearest answer"}),
+        ({"kind": "classify"}, {"kind": "limit", "figure": "valid", "minimum": 0.5}),
+    ],
+)
+def test_rules_that_the_scoreboard_can_t_tell_are_refused(
+    task: dict[str, Any], rule: dict[str, Any]
+) -> None:
+    error = error_of(task, evaluation={"rules": [rule]})
+    assert "is not on the scoreboard of task.kind" in error
+
+
+def test_the_rules_by_default_are_on_the_scoreboard() -> None:
+    rules = [rule.title for rule in recipe(EXTRACT).gate_rules]
+    assert rules[0] == "better than nearest answer"
+    limits = [
+        {"kind": "limit", "figure": name, "minimum": 0.5}
+        for name in ("accuracy", "exact_match", "field_f1", "valid", "agreement")
+    ]
+    assert len(recipe(EXTRACT, evaluation={"rules": limits}).gate_rules) == 5
+
+
 def test_an_answer_that_is_no_written_one_is_refused() -> None:
     letter = {"answer": "letter", "user": "{question} {choices}"}
     assert "written to extract and generate" in error_of({"kind": "generate"}, prompt=letter)
