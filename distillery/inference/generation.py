@@ -89,6 +89,8 @@ def written(
     decode: Callable[[Sequence[int]], str],
 ) -> Written:
     """Return what the tokens of an `Answering` say. `decode` leaves special tokens out."""
-    finished = tokens[-1] in end_ids
-    own = tokens[:-1] if finished else tokens[: answer_format.max_tokens]
-    return Written(text=decode(own).strip(), tokens=len(own), finished=finished)
+    ended = tokens[-1] in end_ids
+    own = tokens[:-1] if ended else tokens
+    within = own[: answer_format.max_tokens]
+    finished = ended and len(within) == len(own)
+    return Written(text=decode(within).strip(), tokens=len(within), finished=finished)

@@ -228,6 +228,14 @@ def test_an_answer_ends_with_its_end_token_or_its_limit(
     assert fixed.passes == min(most, 4), "no pass after the last token"
 
 
+def test_an_object_that_closes_behind_the_limit_is_cut_off() -> None:
+    tokens = [*range(10, 15), 2]
+    for limit, finished in ((4, False), (5, True)):
+        form = FIELDS.model_copy(update={"max_tokens": limit})
+        found = written(tokens, {2}, form, str)
+        assert (found.tokens, found.finished) == (limit, finished)
+
+
 def test_what_is_no_answer_says_why() -> None:
     whole = Written(text='{"where": "x", "kind": "oven"}', tokens=9, finished=True)
     assert whole.answer(FIELDS) == '{"kind": "oven", "where": "x"}'
