@@ -21,13 +21,14 @@ class Written(Record):
     finished: bool
 
     def answer(self, answer_format: AnswerFormat | None) -> str:
-        """Return the answer as it is compared and given; see `canonical`.
+        """Return the answer as it is compared and given; see `canonical`. Without a format, it is
+        any text.
 
         Raises NotAnAnswer with the reason and the text's beginning."""
         try:
             if not self.finished:
                 raise NotAnAnswer(f"cut off after {self.tokens} tokens")
-            return canonical(self.text, answer_format and answer_format.json_schema)
+            return canonical(self.text, answer_format.json_schema if answer_format else None)
         except NotAnAnswer as error:
             shown = self.text[:SHOWN] + ("..." if len(self.text) > SHOWN else "")
             raise NotAnAnswer(f"{error}: {shown!r}") from error
