@@ -22,7 +22,8 @@ class NotAnAnswer(ValueError):
 
 def check_schema(schema: Mapping[str, Any]) -> None:
     """Raise ValueError, in one line, unless this is a JSON Schema of objects whose references stay
-    within it: no other file or server is asked for a part of it."""
+    within it, as no other file or server is asked for a part of it, and that answers can be held to
+    while they are generated."""
     if schema.get("type") != "object":
         raise ValueError("the answers are objects: write type: object, and their fields below it")
     validator_of = jsonschema.validators.validator_for(schema)
@@ -41,6 +42,31 @@ def check_schema(schema: Mapping[str, Any]) -> None:
             list(validator.evolve(schema={"$ref": reference}).iter_errors({}))
     except (referencing.exceptions.Unresolvable, RecursionError) as error:
         raise ValueError("a $ref names no part of the schema, or leads to itself") from error
+    from llguidance import LLMatcher
+
+    is_error, complaints = LLMatcher.validate_grammar_with_warnings(grammar_of(schema))
+    if is_error:
+        raise ValueError(f"no answer can be held to it: {' '.join(complaints[0].split())[:200]}")
+
+
+def grammar_of(schema: Mapping[str, Any], strict: bool = False) -> str:
+    """Return llguidance's grammar of the texts of `canonical` that meet a schema. With `strict`, a
+    keyword that it does not know, such as uniqueItems, is an error of the grammar; else it is
+    passed over.
+
+    Raises ValueError for a schema that is nested too deep."""
+    from llguidance import LLMatcher
+
+    options: Any = {
+        "whitespace_flexible": False,
+        "item_separator": ", ",
+        "key_separator": ": ",
+        "lenient": not strict,
+    }
+    try:
+        return LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=options)
+    except (ValueError, RecursionError) as error:
+        raise ValueError("the schema is nested too deep") from error
 
 
 def references_in(schema: Any) -> Iterator[str]:

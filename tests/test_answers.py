@@ -71,6 +71,14 @@ def test_a_text_is_an_answer_unless_it_is_empty() -> None:
         ({"type": "object", "properties": {"a": {"$ref": "file:///etc/passwd"}}}, "leads out"),
         ({"type": "object", "properties": {"a": {"$ref": "#/$defs/b"}}}, "names no part"),
         ({"type": "object", "$ref": "#"}, "leads to itself"),
+        (
+            {"type": "object", "properties": {"a": {"type": "string", "pattern": "a(?=b)"}}},
+            "no answer can be held to it: .* look-around",
+        ),
+        (
+            {"type": "object", "properties": {"a": False}, "required": ["a"]},
+            "no answer can be held to it: Unsatisfiable",
+        ),
     ],
 )
 def test_what_is_no_schema_of_objects_is_refused(schema: dict[str, Any], trouble: str) -> None:
@@ -87,3 +95,10 @@ def test_a_schema_may_refer_to_its_own_parts() -> None:
     check_schema(schema)
     with pytest.raises(NotAnAnswer, match="a: 2 is not of type 'string'"):
         canonical('{"a": 2}', schema)
+
+
+def test_what_can_t_be_held_while_an_answer_is_written_is_looked_at_afterwards() -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "array", "uniqueItems": True}}}
+    check_schema(schema)
+    with pytest.raises(NotAnAnswer, match="non-unique"):
+        canonical('{"a": [1, 1]}', schema)

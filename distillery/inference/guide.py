@@ -6,17 +6,14 @@ held alike, and a model's vocabulary is prepared once: ONNX Runtime GenAI 0.14 d
 answer, which takes longer than most answers do.
 """
 
-import json
 from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
 
+from distillery.answers import grammar_of
 from distillery.errors import SchemaNotHeld
 from distillery.inference.logits import Logits
-
-AS_CANONICAL = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-"""JSON as `answers.canonical` writes it, so that no token is spent on other blanks."""
 
 
 class Guides:
@@ -35,11 +32,10 @@ class Guides:
         Raises SchemaNotHeld with the reason."""
         from llguidance import LLMatcher
 
-        options = {**AS_CANONICAL, "lenient": not strict}
         try:
-            grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=options)
-        except (ValueError, RecursionError) as error:
-            raise SchemaNotHeld("it is nested too deep") from error
+            grammar = grammar_of(schema, strict)
+        except ValueError as error:
+            raise SchemaNotHeld(str(error)) from error
         matcher = LLMatcher(self._tokenizer, grammar, log_level=0)
         if matcher.is_error():
             raise SchemaNotHeld(" ".join(matcher.get_error().split())[:200])
