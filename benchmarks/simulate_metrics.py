@@ -1,8 +1,8 @@
 """Whether the 95 % intervals of distillery/evaluation/bootstrap.py hold what they should:
 `python -m benchmarks.simulate_metrics`.
 
-Two students are simulated that find fields of rows: one to seven fields a row, of which some rows
-are harder than others, and on nine fields of ten the students are right or wrong together. A line
+Two students are simulated that find fields of rows: some rows
+are harder than others, and to nine fields of ten a student has the luck that both share. A line
 for each number of rows and true field F1: the share of intervals that hold the true F1, and that of
 paired intervals that hold the true difference; by quantiles of a plain bootstrap, by bias-corrected
 and accelerated ones (BCa: Efron, Better bootstrap confidence intervals, JASA 82, 1987), and by
@@ -48,7 +48,7 @@ def coverage(generator: np.random.Generator, rows: int, level: float) -> dict[st
             # A row without an answer has its gold fields alone: half of those of a right answer.
             sides.append(RowSums("field_f1", columns, full, np.array([0, full[1] / 2])))
         estimate, interval = sides[0].estimate(), PairedSums(*sides).difference_interval(0.95)
-        found = {
+        found: dict[str, tuple[float, ...]] = {
             "one, here": (estimate.low, estimate.high),
             "difference, here": (interval.low, interval.high),
         }

@@ -574,13 +574,14 @@ class WrittenFigures(Record):
 class Figures(Record):
     """Further figures of a predictor on the test rows.
 
-    `written`: those of written answers, which have neither classes nor probabilities.
-    `macro_f1`: mean F1 of the classes that are a gold answer. `kl_from_teacher`: mean
-    Kullback-Leibler divergence of its probabilities from the teacher's, in nats. `first_token_ms`:
-    median time to the first token of a prompt that shares nothing with the one before, rendering
-    included. p50, p95 and p99: latency of single rows, in milliseconds. `load_s`: seconds to load
-    the model. `coverage`: the accuracy of its most confident answers, and `given` of those that
-    reach its threshold; only the candidate has them. None where a predictor has no such figure.
+    `written`: those of written answers, which have neither classes nor probabilities. `macro_f1`:
+    mean F1 of the classes that are a gold answer. `kl_from_teacher`: mean Kullback-Leibler
+    divergence of its probabilities from the teacher's, in nats. `first_token_ms`: median time to
+    the first token of a prompt that shares nothing with the one before, rendering included. p50,
+    p95 and p99: latency of single rows, in milliseconds. `load_s`: seconds to load the model.
+    `tokens_per_second`: of written answers, prompts included. `coverage`: the accuracy of its most
+    confident answers, and `given` of those that reach its threshold; only the candidate has them.
+    None where a predictor has no such figure.
     """
 
     macro_f1: Estimate | None = None
@@ -595,6 +596,7 @@ class Figures(Record):
     p95_ms: float | None = None
     p99_ms: float | None = None
     load_s: float | None = None
+    tokens_per_second: float | None = Field(None, exclude_if=lambda speed: speed is None)
     coverage: tuple[CoveragePoint, ...] = ()
     given: GivenAnswers | None = None
 

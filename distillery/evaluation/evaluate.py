@@ -95,13 +95,12 @@ def evaluate(
     check_names(names, teacher_name, candidate)
     scored: dict[str, Scored] = {}
     measured: dict[str, dict[str, float | None]] = {}
-    reordered = 0 if writes else min(len(examples), ORDER_ROWS)
-    total = len(models) * len(examples) + reordered
+    total = len(models) * len(examples) + min(len(examples), ORDER_ROWS)
     before = 0
     for model in models:
         progress(before, total, f"loading {model.name}")
         show_asking = partial(show_rows_of_all, progress, f"asking {model.name}", before, total)
-        reorder = model.name == candidate and not writes
+        reorder = model.name == candidate
         found = score_model(model, test, prompt, threads, progress=show_asking, reorder=reorder)
         _log.info("scored %s: %.1f rows a second", model.name, found.rows_per_second)
         scored[model.name] = found
@@ -111,7 +110,7 @@ def evaluate(
         measured[model.name] |= measured_figures(found)
         before += len(examples)
         if reorder:
-            before += reordered
+            before += min(len(examples), ORDER_ROWS)
     progress(total, total, "writing the report")
     figures = {}
     for name in answers:
@@ -149,7 +148,7 @@ def evaluate(
         )
     write_report(out, rows, candidate, teacher_name, scored, notes, figures)
     write_answers(out, examples, answers)
-    write_rows(out, examples, answers, probabilities)
+    write_rows(out, examples, answers, probabilities, scored)
     if not writes:
         write_doubtful(out, doubtful, columns or Columns(), fields)
     return tuple(rows)
@@ -257,10 +256,9 @@ def measuring_notes(scored: Mapping[str, Scored], threads: int, writes: bool = F
                 "in batches, which give the same answers."
             )
         if unasked and writes:
-            notes.append(
-                f"{name}: {unasked} rows have no valid answer, or a prompt over prompt.max_tokens, "
-                "and count as wrong."
-            )
+            reasons = Counter(reason for reason in result.no_answer if reason)
+            counted = "; ".join(f"{count} {reason}" for reason, count in reasons.most_common(5))
+            notes.append(f"{name}: {unasked} rows have no answer and count as wrong: {counted}.")
         elif unasked:
             notes.append(
                 f"{name}: {unasked} prompts are over prompt.max_tokens and count as wrong."

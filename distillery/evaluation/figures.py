@@ -215,6 +215,7 @@ def measured(scored: Scored) -> dict[str, Any]:
     found: dict[str, Any] = {
         "first_token_ms": scored.first_token_ms,
         "load_s": scored.load_s,
+        "tokens_per_second": scored.tokens_per_second,
     }
     if scored.reordered and scored.reordered.rows:
         found["order_robustness"] = order_robustness(scored.reordered)

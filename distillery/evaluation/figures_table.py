@@ -170,6 +170,7 @@ def candidate_cells(figures: Figures, widest: int = 1000) -> list[list[str]]:
         order = figures.order_robustness
         title = f"same option in another order of options, {order.rows} rows"
         estimate(title, order.value, order.low, order.high)
+    measurement("tokens a second", figures.tokens_per_second)
     measurement("time to first token, ms", figures.first_token_ms)
     measurement("p99, ms", figures.p99_ms)
     measurement("time to load, s", figures.load_s)

@@ -75,7 +75,7 @@ def is_share(metric: Metric | None) -> bool:
 
 def gold_of(examples: Sequence[Example]) -> Gold:
     """Return what judges the answers to rows that have gold answers."""
-    answers = [(str(example.answer_key), *example.references) for example in examples]
+    answers = [example.right_answers for example in examples]
     answer_format = examples[0].format if examples else None
     return Gold(answers, answer_format.metric if answer_format else None)
 

@@ -129,8 +129,9 @@ def rouge_scorer() -> Any:
 
 @cache
 def sacrebleu_metric(metric: Metric) -> Any:
-    """Return sacrebleu's chrF or BLEU with its defaults."""
+    """Return sacrebleu's chrF or BLEU with its defaults. But where no answer has four words, BLEU
+    goes by the n-grams that there are (effective order): it would be 0 even for gold answers."""
     from sacrebleu.metrics.bleu import BLEU
     from sacrebleu.metrics.chrf import CHRF
 
-    return BLEU() if metric == "bleu" else CHRF()
+    return BLEU(effective_order=True) if metric == "bleu" else CHRF()

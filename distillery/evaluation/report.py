@@ -10,8 +10,9 @@ rows.jsonl: one test row a line, to look at:
   content         digest that rows of equal content share; see data/rows.py
   answers         letter or null by predictor
   probabilities   of each choice in order, or null, by predictor; only those that give them
-  metric, references, scores   where answers are written: the primary metric, further gold answers,
-                  and the metric of the row by itself, by predictor
+  metric, references, scores, no_answer   where answers are written: the primary metric, further
+                  gold answers, and by predictor the metric of the row by itself, and why there is
+                  no answer
 doubtful.jsonl and doubtful.csv: the rows whose labels may be wrong; see doubtful.py.
 report.json: the scoreboard, each predictor's records.Figures, and what was measured where.
 scoreboard.md and scoreboard.png: the same for people. These three hold measured speeds, which
@@ -89,9 +90,11 @@ def write_rows(
     examples: Sequence[Example],
     answers: Mapping[str, Answers],
     probabilities: Mapping[str, Sequence[Probabilities]],
+    scored: Mapping[str, Scored],
 ) -> None:
     """Write the rows with each predictor's answers and probabilities, by its name, into the folder
-    `out`. Probabilities and scores are rounded to six digits."""
+    `out`; where answers are written, with their scores and why models in `scored` give none.
+    Probabilities and scores are rounded to six digits."""
     lines = []
     scores: dict[str, list[float]] = {}
     if examples[0].format is not None:
@@ -117,6 +120,10 @@ def write_rows(
         if scores:
             line |= {"references": (), **gold_columns(example)}
             line["scores"] = {name: round(each[number], 6) for name, each in scores.items()}
+            reasons = {
+                name: each.no_answer[number] for name, each in scored.items() if each.no_answer
+            }
+            line["no_answer"] = {name: reason for name, reason in reasons.items() if reason}
         lines.append(json.dumps(line, ensure_ascii=False) + "\n")
     write_text(out / ROWS_FILE, "".join(lines))
 

@@ -75,13 +75,14 @@ def dictionary_answers(
     """Return for each example the object of the values that stand in its text; None where that does
     not meet the schema. Fields of fields are left out."""
     values = seen_values(rows)
+    longest_first = {field: in_words(counts) for field, counts in values.items()}
     lists = listed_fields(rows)
     answers: list[str | None] = []
     for example in examples:
         text = f" {words_of(text_of(example))} "
         found: dict[str, Any] = {}
         for field, counts in values.items():
-            inside = list(values_in(text, counts))
+            inside = list(values_in(text, longest_first[field]))
             if not inside and field in schema.get("required", ()):
                 inside = [json.loads(counts.most_common(1)[0][0])]
             if inside:
@@ -119,14 +120,24 @@ def fields_of(row: Example) -> Iterator[tuple[str, Any]]:
         yield from found.items()
 
 
-def values_in(text: str, counts: Counter[str]) -> Iterator[Any]:
-    """Yield the values whose words stand in a text of words with blanks around each, the longest
-    first. What a value has taken of the text, no other of this field takes again."""
+def in_words(counts: Counter[str]) -> list[tuple[str, Any]]:
+    """Return values that have words, with their words, blanks around each: the longest first, of
+    equally long ones the most frequent."""
+    found = []
     for value in sorted(counts, key=lambda each: (-len(each), -counts[each], each)):
-        words = f" {words_of(plain(json.loads(value)))} "
-        if words.strip() and words in text:
+        words = words_of(plain(json.loads(value)))
+        if words:
+            found.append((f" {words} ", json.loads(value)))
+    return found
+
+
+def values_in(text: str, values: Sequence[tuple[str, Any]]) -> Iterator[Any]:
+    """Yield the values whose words stand in a text of words with blanks around each. What a value
+    has taken of the text, no later one takes again."""
+    for words, value in values:
+        if words in text:
             text = text.replace(words, " \0 ", 1)
-            yield json.loads(value)
+            yield value
 
 
 def words_of(text: str) -> str:

@@ -27,7 +27,9 @@ FIELDS_ONLY = frozenset({"field_f1", "field dictionary"})
 
 TEXT_ONLY = frozenset({"rouge_l", "chrf", "bleu"})
 
-WRITTEN_ONLY = FIELDS_ONLY | TEXT_ONLY | {"exact_match", "valid", "nearest answer"}
+WRITTEN_ONLY = (
+    FIELDS_ONLY | TEXT_ONLY | {"exact_match", "valid", "tokens_per_second", "nearest answer"}
+)
 
 CHOSEN_ONLY = frozenset(
     {

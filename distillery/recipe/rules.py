@@ -141,6 +141,7 @@ Measured = Literal[
     "bytes",
     "parameters",
     "rows_per_second",
+    "tokens_per_second",
 ]
 """Figures without an interval."""
 
@@ -160,7 +161,7 @@ class LimitRule(Rule):
     exact_match, field_f1 or rouge_l, chrf and bleu, and valid, the share of rows with a valid
     answer; all from 0 to 1. kl_from_teacher in nats. Latencies and first_token_ms, the time to the
     first token, in milliseconds, load_s in seconds, peak_mib in MiB, the folder's bytes,
-    parameters, rows a second."""
+    parameters, rows a second, and tokens a second of written answers."""
 
     of_class: str | None = Field(
         None, pattern=r"^[^\n|]+$", validation_alias=AliasChoices("class", "of_class")

@@ -11,7 +11,12 @@ from typing import Any, NamedTuple, get_args
 
 from pydantic import Field
 
-from distillery.data.examples import read_examples, write_classes, write_examples
+from distillery.data.examples import (
+    read_examples,
+    read_format,
+    write_classes,
+    write_examples,
+)
 from distillery.data.readers import read_file
 from distillery.data.rows import RowReader, validated_rows
 from distillery.errors import ArtifactDamaged, DataError, RegistryError
@@ -29,6 +34,7 @@ from distillery.machine import machine_name
 from distillery.models.class_tokens import read_class_tokens
 from distillery.recipe import Columns, Metric, RegistryKind, RegistryRecipe
 from distillery.records import (
+    AnswerFormat,
     EvaluationReport,
     Example,
     Interval,
@@ -209,10 +215,12 @@ def asked_both(first: Subject, second: Subject, rows: Path) -> ModelComparison:
             folders.append(configs[0].parent)
         tokens = read_class_tokens(folders[0])
         classes = tokens.classes if tokens else ()
-        file = write_rows(rows, first.made, classes, scratch / "rows")
+        answer_format = read_format(folders[0])
+        file = write_rows(rows, first.made, classes, answer_format, scratch / "rows")
         examples = read_examples(file)
         for subject, folder in zip((first, second), folders, strict=True):
-            prompt = prompt_in(subject.made, subject.title, bool(classes))
+            # Nobody can guess the prompt of a model that is made for one task.
+            prompt = prompt_in(subject.made, subject.title, bool(classes or answer_format))
             model = ModelToScore(name=subject.title, kind="onnx", folder=str(folder))
             scored = score_model(model, file, prompt)
             answers = answer_rows(examples, subject.title, scored.answers)
@@ -221,16 +229,22 @@ def asked_both(first: Subject, second: Subject, rows: Path) -> ModelComparison:
     return compared(sides[0], sides[1], {example.example_id: example for example in examples})
 
 
-def write_rows(rows: Path, made: Mapping[str, Any], classes: tuple[str, ...], out: Path) -> Path:
+def write_rows(
+    rows: Path,
+    made: Mapping[str, Any],
+    classes: tuple[str, ...],
+    answer_format: AnswerFormat | None,
+    out: Path,
+) -> Path:
     """Write the rows of a file as the stages hand them on, and return the new file.
 
     Raises DataError for a row that can't be read, has no answer or has another one's id."""
     own_columns, fields = columns_in(made, "the first model")
     columns = own_columns or Columns()
-    if classes:
-        columns = own_columns or Columns(question="text", answer="label")
+    if classes or answer_format:
+        columns = own_columns or Columns(question="text", answer="label" if classes else "answer")
         columns = columns.model_copy(update={"choices": None})
-    reader = RowReader(columns, fields, bool(classes), classes or None)
+    reader = RowReader(columns, fields, bool(classes), classes or None, answer_format)
     found = validated_rows(read_file("--rows", rows), reader, "test", seed=0)
     seen = set()
     for row in found:

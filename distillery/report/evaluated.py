@@ -21,7 +21,8 @@ from distillery.records import LETTERS, Figures, Record
 class AnsweredRow(Record):
     """A line of rows.jsonl. `gold` and `answers` are letters or, with `classify`, classes;
     `probabilities` go in the options' order. With `metric`, they are texts, `references` further
-    gold answers, and `scores` the metric of the row by itself, by predictor."""
+    gold answers, and by predictor `scores` has the metric of the row by itself, and `no_answer` why
+    there is none."""
 
     example_id: str
     content: str
@@ -34,6 +35,7 @@ class AnsweredRow(Record):
     metric: Metric | None = None
     references: tuple[str, ...] = ()
     scores: dict[str, float] = Field({})
+    no_answer: dict[str, str] = Field({})
 
     @property
     def gold_answers(self) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ is written into it, nor any request be made.
 
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 
@@ -99,14 +99,15 @@ class Chart:
 @dataclass(frozen=True)
 class BrowsedRow:
     """A row of the error browser. `champion`: its letter, or None if it was not asked.
-    `confidence`: the student's, or the score of its written answer. The answers are texts where
-    they are written."""
+    `confidence`: the student's. Where answers are written, they are texts, `confidence` is the
+    score of the student's, and `reasons` tell by who was asked why there is none."""
 
     row: AnsweredRow
     teacher: str
     student: str
     champion: str | None
     confidence: float | None
+    reasons: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def is_wrong(self) -> bool:
@@ -466,6 +467,10 @@ def browsed_rows(
                 student=row.answers.get(candidate) or NONE,
                 champion=theirs,
                 confidence=row.confidence(candidate),
+                reasons={
+                    "student": row.no_answer.get(candidate, ""),
+                    "teacher": row.no_answer.get(evaluated.teacher, ""),
+                },
             )
         )
     if len(browsed) > SHOWN_ROWS:

@@ -3,6 +3,7 @@ intervals."""
 
 import json
 import random
+from typing import Any
 
 import pytest
 import sacrebleu
@@ -33,7 +34,7 @@ def test_bleu_and_chrf_are_those_of_sacrebleu() -> None:
     """Sums of rows' statistics give the corpus's figure, with several references a row."""
     texts = [answer or "" for answer in ANSWERS]
     most = max(map(len, GOLD))
-    references = [
+    references: Any = [
         [row[number] if number < len(row) else None for row in GOLD] for number in range(most)
     ]
     bleu = sacrebleu.corpus_bleu(texts, references).score
@@ -43,8 +44,13 @@ def test_bleu_and_chrf_are_those_of_sacrebleu() -> None:
     assert metric_of("chrf", ANSWERS, GOLD) == pytest.approx(chrf / 100)
 
 
+def test_bleu_of_short_answers_goes_by_the_words_that_they_have() -> None:
+    assert metric_of("bleu", ["yes", "no"], [("yes",), ("no",)]) == pytest.approx(1)
+    assert metric_of("bleu", ["yes", "no"], [("yes",), ("yes",)]) == pytest.approx(0.5)
+
+
 def test_rouge_l_is_the_mean_of_rouge_scores_best_reference() -> None:
-    scorer = RougeScorer(["rougeL"])
+    scorer: Any = RougeScorer(["rougeL"])  # type: ignore[no-untyped-call]
     rows = [
         scorer.score_multi(references, answer or "")["rougeL"].fmeasure
         for answer, references in zip(ANSWERS, GOLD, strict=True)

@@ -46,13 +46,13 @@ def wrong_on(
     return [text if some(number) else row.answer_key for number, row in enumerate(rows)]
 
 
-@pytest.fixture
-def out(tmp_path: Path) -> Path:
-    return tmp_path / "evaluation"
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("written") / "evaluation"
 
 
-@pytest.fixture
-def board(out: Path, monkeypatch: pytest.MonkeyPatch) -> Board:
+@pytest.fixture(scope="module")
+def board(out: Path) -> Board:
     """The teacher has 6 rows wrong, the float student 9, the exported one 12 and no answer to 2."""
     student = wrong_on(ROWS, lambda number: number % 10 == 0, '{"city": "Rome"}')
     student[1] = student[2] = None
@@ -62,7 +62,8 @@ def board(out: Path, monkeypatch: pytest.MonkeyPatch) -> Board:
         "student": wrong_on(ROWS, lambda number: number % 14 == 0, '{"city": "Rome"}'),
         STUDENT: student,
     }
-    return evaluated(out, monkeypatch, ROWS, LEARNT, answers)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        return evaluated(out, monkeypatch, ROWS, LEARNT, answers)
 
 
 def test_the_scoreboard_goes_by_the_primary_metric(board: Board) -> None:
@@ -132,9 +133,11 @@ def test_the_files_hold_texts_and_what_judges_them(board: Board, out: Path) -> N
     assert row["scores"][STUDENT] == 0
     assert row["scores"]["student"] == 0
     assert not (out / "doubtful.jsonl").exists()
+    second = json.loads((out / "rows.jsonl").read_text().split("\n")[1])
+    assert second["no_answer"] == {"base model": "no JSON", STUDENT: "no JSON"}
     page = (out / "scoreboard.md").read_text()
     assert "| city | 120 |" in page
-    assert "2 rows have no valid answer" in page
+    assert "2 rows have no answer and count as wrong: 2 no JSON." in page
     for absent in ("calibration", "macro-F1", "coverage", "accuracy"):
         assert absent not in page
     report = json.loads((out / "report.json").read_text())
@@ -294,7 +297,7 @@ def test_an_earlier_version_is_compared_on_shared_rows_by_their_references(
 ) -> None:
     """The champion was registered with other references; those of today judge both."""
     rows = [description(number) for number in range(60)]
-    answers = {
+    answers: dict[str, list[str | None]] = {
         "teacher": [row.answer_key for row in rows],
         "student": [row.answer_key for row in rows],
         STUDENT: [row.references[0] for row in rows],
@@ -315,14 +318,15 @@ def test_an_earlier_version_is_compared_on_shared_rows_by_their_references(
     own = read_answers(tmp_path / "now" / "answers.jsonl")
     comparison = compare(own, STUDENT, contents, champion)
     assert isinstance(comparison.pairs, PairedSums)
-    assert comparison.pairs.values == (pytest.approx(0.5), 1)
+    assert comparison.pairs.values == pytest.approx((0.5, 1))
     assert comparison.note == "against desk:3 on 40 shared rows"
     found = only(
         decide(
             board, tmp_path / "now", {"kind": "not_worse"}, contents=contents, earlier=[champion]
         )
     )
-    assert (found.verdict, found.figure) == ("refused", pytest.approx(-0.5))
+    assert found.verdict == "refused"
+    assert found.figure == pytest.approx(-0.5)
     assert parse_answers(registered.read_bytes(), "it") == champion.answers
 
 

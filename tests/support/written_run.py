@@ -68,7 +68,7 @@ def evaluated(
     `out`."""
 
     def score_model(model: ModelToScore, *_: object, reorder: bool, **_more: object) -> Scored:
-        assert not reorder
+        assert reorder == (model.name == STUDENT)
         given = tuple(answers[model.name])
         return Scored(
             answers=given,
@@ -78,6 +78,8 @@ def evaluated(
             peak_mib=100.0,
             load_s=0.5,
             ran_on="here",
+            no_answer=tuple(None if answer else "no JSON" for answer in given),
+            tokens_per_second=123.0,
         )
 
     monkeypatch.setattr("distillery.evaluation.evaluate.score_model", score_model)
