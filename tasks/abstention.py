@@ -17,7 +17,7 @@ from tasks.progress import conclude, show_rows
 from tasks.stage import Stage, stage
 
 
-@stage("set threshold", version=2)
+@stage("set threshold", version=3)
 def set_threshold(
     model: OnnxModel, recipe: AbstainRecipe, prompt: PromptRecipe, validation: Rows | None
 ) -> OnnxModel:

@@ -27,7 +27,7 @@ from tasks.progress import conclude, show_bytes, show_rows
 from tasks.stage import origin, stage
 
 
-@stage("evaluate", version=8)
+@stage("evaluate", version=9)
 def evaluate(
     test: Rows,
     train: Rows,

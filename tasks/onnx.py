@@ -48,7 +48,7 @@ def is_final(model: OnnxModel) -> bool:
     return model.ladder is None or model.ladder.is_final
 
 
-@stage("export ladder", version=5, reusable=is_final, added_later={"labels"})
+@stage("export ladder", version=6, reusable=is_final, added_later={"labels"})
 def export_ladder(
     checkpoint: StudentCheckpoint,
     base: BaseModelRecipe,

@@ -9,9 +9,9 @@ from tasks.progress import conclude, show_rows
 from tasks.stage import stage
 
 
-@stage("measure", version=2)
+@stage("measure", version=3)
 def measure(model: OnnxModel, validation: Rows, prompt: PromptRecipe, machine: str) -> Measured:
-    """Ask an exported student the validation rows, one at a time."""
+    """Ask an exported student the validation rows; the first ones are timed, one at a time."""
     import numpy as np
 
     store = ArtifactStore()

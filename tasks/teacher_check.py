@@ -37,7 +37,7 @@ from tasks.progress import conclude, show_bytes, show_parts, show_rows
 from tasks.stage import origin, stage
 
 
-@stage("check teacher", version=2)
+@stage("check teacher", version=3)
 def check_teacher(
     teacher: OnnxModel | TeacherLabels,
     gold: Rows,

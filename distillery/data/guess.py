@@ -193,8 +193,8 @@ def choose_columns(
         if named is not None and named not in columns:
             raise DataError(f"{option} {named}: no such column, only {listed(columns)}")
     if kind is None:
-        named = [label] if label is not None else columns.keys() - set(texts)
-        kind = "extract" if any(columns[name].may_be_fields for name in named) else "classify"
+        labels = columns.keys() - set(texts) if label is None else {label}
+        kind = "extract" if any(columns[name].may_be_fields for name in labels) else "classify"
     if kind == "classify":
         chosen_label, label_reason = choose_label(columns, texts, label)
     else:

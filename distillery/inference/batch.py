@@ -36,7 +36,7 @@ class Prediction(Record):
     line: int | None = Field(None, exclude_if=lambda line: line is None)
     example_id: str
     answer: str
-    probabilities: dict[str, float] | None = Field(None, exclude_if=lambda shares: shares is None)
+    probabilities: dict[str, float] = Field({}, exclude_if=lambda shares: not shares)
     abstained: bool | None = Field(None, exclude_if=lambda abstained: abstained is None)
 
 

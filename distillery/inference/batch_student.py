@@ -37,6 +37,7 @@ from distillery.inference.decoder import (
 from distillery.inference.logits import Logits, log_softmax, pooled, softmax
 from distillery.inference.onnx_student import OnnxStudent
 from distillery.inference.student import Student
+from distillery.models.onnx_file import load_without_weights
 from distillery.prompts import GenAITokenizer
 from distillery.records import FORMAT_FILE
 from distillery.training.batching import common_prefix
@@ -340,10 +341,8 @@ def read_graph(folder: Path) -> tuple[bytes, bytes]:
     the tokenizer is loaded.
 
     Raises UnknownGraph for a graph that can't be read or rewritten."""
-    import onnx
-
     try:
-        model = onnx.load(folder / MODEL, load_external_data=False)
+        model = load_without_weights(folder / MODEL)
         stand_in = without_weights(model)
         rewrite(model)
         return model.SerializeToString(), stand_in

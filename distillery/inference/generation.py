@@ -21,13 +21,14 @@ class Written(Record):
     finished: bool
 
     def answer(self, answer_format: AnswerFormat | None) -> str:
-        """Return the answer as it is compared and given; see `canonical`.
+        """Return the answer as it is compared and given; see `canonical`. Without a format, it is
+        any text.
 
         Raises NotAnAnswer with the reason and the text's beginning."""
         try:
             if not self.finished:
                 raise NotAnAnswer(f"cut off after {self.tokens} tokens")
-            return canonical(self.text, answer_format and answer_format.json_schema)
+            return canonical(self.text, answer_format.json_schema if answer_format else None)
         except NotAnAnswer as error:
             shown = self.text[:SHOWN] + ("..." if len(self.text) > SHOWN else "")
             raise NotAnAnswer(f"{error}: {shown!r}") from error
@@ -89,6 +90,8 @@ def written(
     decode: Callable[[Sequence[int]], str],
 ) -> Written:
     """Return what the tokens of an `Answering` say. `decode` leaves special tokens out."""
-    finished = tokens[-1] in end_ids
-    own = tokens[:-1] if finished else tokens[: answer_format.max_tokens]
-    return Written(text=decode(own).strip(), tokens=len(own), finished=finished)
+    ended = tokens[-1] in end_ids
+    own = tokens[:-1] if ended else tokens
+    within = own[: answer_format.max_tokens]
+    finished = ended and len(within) == len(own)
+    return Written(text=decode(within).strip(), tokens=len(within), finished=finished)

@@ -11,7 +11,6 @@ import secrets
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Collection
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from threading import Lock
 from typing import Any, Literal
@@ -51,9 +50,9 @@ GIVEN_UP = Piece("", [], "stop")
 class ModelServer:
     """The routes and what they share: the student, the model's name, the key and the limits.
 
-    The student is not thread-safe: only the one thread of `worker` uses it, so requests are
+    The student is not thread-safe: only the one thread of its `worker` uses it, so requests are
     answered one at a time. The event loop stays free for everything else, save while the model
-    computes a pass, in which ONNX Runtime GenAI lets no other thread run.
+    computes a pass of generated text, in which ONNX Runtime GenAI lets no other thread run.
     """
 
     def __init__(
@@ -72,7 +71,7 @@ class ModelServer:
         self.model = Model(
             id=model_name, object="model", created=int(time.time()), owned_by="distillery"
         )
-        self.worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="student")
+        self.worker = student.worker
         # One is answered and one is ready behind it, so that the worker never waits for the loop.
         self.turns = asyncio.Semaphore(2)
         self.bodies = Bodies(limits)

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,18 @@ class ServedStudent(Student):
     Each of the two holds the weights. The scorer, which chooses, is loaded at once, so that a
     folder that can't be loaded is told of at once. The generator is loaded with the first answer of
     several tokens; if nothing was chosen until then, the scorer is unloaded first, and loaded again
-    when it is needed. So only a server that does both holds the weights twice."""
+    when it is needed. So only a server that does both holds the weights twice.
+
+    `worker`: the one thread that loads and asks the model, which is not thread-safe. What is freed
+    in another thread's part of the heap would not serve the next load."""
 
     def __init__(self, folder: Path, threads: int | None = None) -> None:
         """Load the model. Raises ModelError for a folder that can't be loaded. `threads` counts the
         cores for one operation; None leaves it to the runtime."""
         self.threads = threads
         self.stop = threading.Event()
-        self.scorer: Student | None = load_for_rows(folder, threads)
+        self.worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="student")
+        self.scorer: Student | None = self.worker.submit(load_for_rows, folder, threads).result()
         self.scorer.heed(self.stop)
         self.has_chosen = False
         self.generator: OnnxStudent | None = None

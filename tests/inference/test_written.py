@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import jsonschema
 import numpy as np
 import pytest
 from tiny_model import ARCHITECTURES
@@ -228,16 +227,25 @@ def test_an_answer_ends_with_its_end_token_or_its_limit(
     assert fixed.passes == min(most, 4), "no pass after the last token"
 
 
+def test_an_object_that_closes_behind_the_limit_is_cut_off() -> None:
+    tokens = [*range(10, 15), 2]
+    for limit, finished in ((4, False), (5, True)):
+        form = FIELDS.model_copy(update={"max_tokens": limit})
+        found = written(tokens, {2}, form, str)
+        assert (found.tokens, found.finished) == (limit, finished)
+
+
 def test_what_is_no_answer_says_why() -> None:
     whole = Written(text='{"where": "x", "kind": "oven"}', tokens=9, finished=True)
     assert whole.answer(FIELDS) == '{"kind": "oven", "where": "x"}'
-    for changed, reason in [
+    changes: list[tuple[dict[str, Any], str]] = [
         ({"finished": False}, r"cut off after 9 tokens: '{\"where\""),
         ({"text": ""}, "empty answer: ''"),
         ({"text": "oven"}, "no JSON: 'oven'"),
         ({"text": '{"kind": "oven"}'}, "'where' is a required property: "),
         ({"text": "x" * 500}, f"no JSON: '{'x' * 80}...'$"),
-    ]:
+    ]
+    for changed, reason in changes:
         with pytest.raises(NotAnAnswer, match=reason):
             whole.model_copy(update=changed).answer(FIELDS)
 
@@ -288,7 +296,6 @@ def test_the_canonical_form_is_what_may_follow(
         {"kind": "oven", "where": 'é, \n"日'},
         {"where": "", "count": -3, "kind": "bridge"},
     ):
-        jsonschema.validate(value, SCHEMA)
         guide = guides.start(SCHEMA, strict=True)
         for token in tokenizer.encode(canonical(json.dumps(value), SCHEMA)):
             assert not guide.complete

@@ -215,7 +215,7 @@ def test_a_quote_takes_the_gold_answers_length_or_the_longest(tmp_path: Path) ->
 
 def test_strict_is_said_only_of_a_schema_that_is() -> None:
     fields = {"city": {"type": "string"}}
-    loose = {"type": "object", "properties": fields}
+    loose: dict[str, Any] = {"type": "object", "properties": fields}
     strict = {**loose, "required": ["city"], "additionalProperties": False}
     nested = {**strict, "properties": {"city": {"type": "array", "items": loose}}}
     wanted = {"loose": False, "strict": True, "nested": False}

@@ -27,11 +27,11 @@ LONGER = {"max_tokens": 6}
 
 
 def asked(url: str, **body: Any) -> dict[str, float]:
-    """The probability of each alternative to the answer's first token."""
+    """The probability of each alternative to the first token; of equal texts, the larger one."""
     content = {"messages": MESSAGES, "logprobs": True, "top_logprobs": 3} | body
     response = httpx.post(f"{url}/chat/completions", json=content, timeout=60).raise_for_status()
     entry = response.json()["choices"][0]["logprobs"]["content"][0]
-    return {other["token"]: math.exp(other["logprob"]) for other in entry["top_logprobs"]}
+    return {other["token"]: math.exp(other["logprob"]) for other in entry["top_logprobs"][::-1]}
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int4"])
