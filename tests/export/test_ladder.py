@@ -258,7 +258,9 @@ def built(
         precision: str = "",
         *,
         progress: ShowProgress = show_nothing,
+        timed_rows: int = 0,
     ) -> Scored:
+        assert timed_rows in (0, ladder.TIMED_ROWS)
         assert len(read_examples(rows)) == 20, "validation rows alone"
         assert (prompt, threads) == (PROMPT, 3)
         assert precision == ("float32" if model.kind == "transformers" else "")
