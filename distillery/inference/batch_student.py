@@ -10,7 +10,8 @@ OnnxStudent's numbers are the same for prompts, in fp32 and in 8 bits. In 4 bits
 last token of an odd prompt by other sums, and texts token by token by others again; where
 activations are rounded to 8 bits, a difference of 1e-6 becomes one of up to 0.06 in a probability
 of SmolLM2-135M before training (32 rows). Neither student's numbers depend on what was asked
-before.
+before, but for prompts of more than 128 tokens: with more of them in the cache, the attention is
+added up in other parts.
 """
 
 import logging

@@ -21,9 +21,9 @@ from distillery.training.rows import TrainingRow
 Build = Callable[..., Path]
 MESSAGES = [{"role": "user", "content": "Where is bread warm?"}]
 TEXTS = ["oven", "a river bank", "a cloud over the river"]
-CHOICE = {"structured_outputs": {"choice": TEXTS}}
-LETTER = {"max_tokens": 1, "top_logprobs": 20}
-LONGER = {"max_tokens": 6}
+CHOICE: dict[str, Any] = {"structured_outputs": {"choice": TEXTS}}
+LETTER: dict[str, Any] = {"max_tokens": 1, "top_logprobs": 20}
+LONGER: dict[str, Any] = {"max_tokens": 6}
 
 
 def asked(url: str, **body: Any) -> dict[str, float]:
