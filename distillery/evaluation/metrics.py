@@ -124,7 +124,7 @@ class Words:
 def rouge_scorer() -> Any:
     from rouge_score.rouge_scorer import RougeScorer
 
-    return RougeScorer(["rougeL"], tokenizer=Words())  # type: ignore[no-untyped-call]
+    return RougeScorer(["rougeL"], tokenizer=Words())
 
 
 @cache

@@ -50,7 +50,7 @@ def test_bleu_of_short_answers_goes_by_the_words_that_they_have() -> None:
 
 
 def test_rouge_l_is_the_mean_of_rouge_scores_best_reference() -> None:
-    scorer: Any = RougeScorer(["rougeL"])  # type: ignore[no-untyped-call]
+    scorer: Any = RougeScorer(["rougeL"])
     rows = [
         scorer.score_multi(references, answer or "")["rougeL"].fmeasure
         for answer, references in zip(ANSWERS, GOLD, strict=True)

@@ -130,7 +130,7 @@ def test_fields_out_of_text(home: Home, tiny_model: Callable[[str], Path]) -> No
                 "preparation": {"base": {"model": str(tiny_model("llama"))}, "training": training},
             },
             "student": {"training": {**training, "epochs": 1}},
-            "export": {"precision": "int8", "algorithm": "rtn"},
+            "export": {"ladder": [{"precision": "int8", "algorithm": "rtn"}], "largest_loss": 1},
             "evaluation": {"rules": []},
             "registry": {"kind": "local", "model_name": "fields"},
         }
