@@ -75,14 +75,27 @@ def test_rows_with_a_long_prompt_or_a_long_answer_are_set_aside(
     assert all(not (row.letters or row.texts or row.soft or row.answer) for row in own)
 
 
-def test_a_batch_of_written_answers_has_the_numbers_of_its_rows(tiny_model: TinyModel) -> None:
-    """Long answers and short prompts: what the prompts share is computed once all the same."""
+SHARED = tuple(range(20, 60))
+
+
+@pytest.mark.parametrize(
+    ("prompts", "texts"),
+    [
+        # Long answers and short prompts: what the prompts share is computed once all the same.
+        (
+            [(*SHARED, 5), (*SHARED, 6, 300), (*SHARED, 6, 9)],
+            [tuple(range(100, 150)), (7,), (8, 4)],
+        ),
+        # Equal prompts, and answers that begin alike: the last prompt token says their first one.
+        ([SHARED, SHARED, SHARED], [(*range(100, 120), 7), tuple(range(100, 118)), (100, 101)]),
+    ],
+)
+def test_a_batch_of_written_answers_has_the_numbers_of_its_rows(
+    tiny_model: TinyModel, prompts: list[tuple[int, ...]], texts: list[tuple[int, ...]]
+) -> None:
     model, _ = load_model(tiny_model("llama"))
-    shared = tuple(range(20, 60))
-    prompts = [(*shared, 5), (*shared, 6, 300), (*shared, 6, 9)]
-    texts = [tuple(range(100, 150)), (7,), (8, 4)]
     logits = forward_written(model, prompts, texts, 0)
-    assert logits.shape[1] == 51
+    assert logits.shape[1] == max(map(len, texts)) + 1
     for index, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
         alone = model(torch.tensor([prompt + text])).logits[0, len(prompt) - 1 :]
         assert torch.allclose(logits[index, -len(alone) :], alone, atol=1e-4)
