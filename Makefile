@@ -6,8 +6,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-# Two at a time, a module's tests together, each with one thread: most wait for servers and processes of their own.
-TESTS := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
+# Two at a time, a module's tests together in the order of tests/conftest.py, each with one thread: most wait for servers
+# and processes of their own.
+TESTS := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 # How many of the slowest tests are listed; 0 lists all.
 DURATIONS ?= 12
 # The neutral judge has an environment of its own, because its packages are not ours.

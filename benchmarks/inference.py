@@ -1,5 +1,5 @@
 """How fast a CPU answers: `make bench-inference`, or `python -m benchmarks.inference [--only
-CONTEST] [--threads N] [--rows N]`.
+CONTEST] [--threads N] [--rows N] [--processor avx2]`.
 
 The base model of the demo, by four contestants, on one thread and on two, in five contests:
 
@@ -30,6 +30,7 @@ The last line is JSON:
 CONTEST_ratio_PEER  ours over the peer's rows a second (of generate, tokens a second), on one
                     thread; the same on two under a name that ends in _2
 machine             the processor and its cores
+processor           what it was taken for: native, avx2 or avx512_vnni
 prompts             for each contest, how many rows, their mean tokens, and how many of these all
                     of them begin with
 contests            for each contest, number of threads and contestant: its settings; speed, rows or
@@ -57,6 +58,7 @@ from typing import Any, NamedTuple, get_args
 
 from benchmarks.inference_contestants import TOKENS, Job, Row, Settings, common_start
 from benchmarks.inference_files import (
+    NARROWER,
     PEERS,
     PLACE,
     PROJECT,
@@ -64,6 +66,7 @@ from benchmarks.inference_files import (
     choice_rows,
     make_files,
     missing_peers,
+    narrow,
     text_rows,
 )
 from distillery.machine import machine_name
@@ -120,9 +123,6 @@ SETTINGS: dict[str, list[Settings]] = {
 BATCHES = {"ours": [1], "llama_cpp": [1, 16], "hf": [16], "openvino": [16]}
 """Rows that may be computed together in `file`. Ours chooses by itself."""
 REFERENCE = SETTINGS["hf"][0]
-FOR_ROWS = ("file", "text")
-"""Contests that the product answers by what batch inference loads."""
-
 PEER_NAMES = [name for name in SETTINGS if name != "ours"]
 
 
@@ -135,12 +135,18 @@ def settings_of(name: str, contest: str) -> list[Settings]:
 
 
 class Bench:
-    """The contests among contestants, over files and the rows of each contest."""
+    """The contests among contestants, over files and the rows of each contest. `environment`: what
+    their processes find beside this one's variables."""
 
     def __init__(
-        self, names: Sequence[str], files: dict[str, Any], rows: dict[str, list[Row]]
+        self,
+        names: Sequence[str],
+        files: dict[str, Any],
+        rows: dict[str, list[Row]],
+        environment: dict[str, str],
     ) -> None:
         self.names, self.files, self.rows = list(names), files, rows
+        self.environment = os.environ | environment
         self.references: dict[str, Any] = {}
         self.chosen: dict[tuple[str, int], dict[str, Settings]] = {}
 
@@ -185,7 +191,7 @@ class Bench:
         """Return the figures of one process, and print them but for the answers."""
         of = CONTESTS[contest]
         job: Job = {
-            "contestant": "ours for rows" if name == "ours" and contest in FOR_ROWS else name,
+            "contestant": name,
             "settings": settings,
             "threads": threads,
             "files": self.files,
@@ -198,7 +204,9 @@ class Bench:
         python = str(PEERS / "python") if name in ("llama_cpp", "openvino") else sys.executable
         command = [python, "-m", "benchmarks.inference_contestants", str(path)]
         load = os.getloadavg()[0]
-        done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
+        done = subprocess.run(
+            command, cwd=PROJECT, env=self.environment, capture_output=True, text=True
+        )
         path.unlink()
         if done.returncode:
             raise RuntimeError(f"{name}: {done.stderr[-3000:]}")
@@ -294,8 +302,13 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--only", choices=list(CONTESTS), action="append", help="may be repeated")
     parser.add_argument("--threads", type=int, choices=THREADS)
     parser.add_argument("--rows", type=int, default=240, help="at most so many in each contest")
+    parser.add_argument("--processor", choices=["native", *NARROWER], default="native")
     given = parser.parse_args(arguments)
     missing = missing_peers()
+    environment: dict[str, str] = {}
+    if given.processor != "native":
+        environment = narrow(given.processor)
+        missing["llama_cpp"] = "it is compiled for this machine's processor"
     for name, reason in missing.items():
         print(f"{name} is left out, and its figures are null: {reason}", flush=True)
     files = make_files(load_recipe("demo"), FORMS, missing)
@@ -303,7 +316,7 @@ def main(arguments: Sequence[str]) -> None:
     prompts = prompts_of(rows)
     print(f"{machine_name()}; {json.dumps(prompts)}", flush=True)
 
-    bench = Bench([name for name in SETTINGS if name not in missing], files, rows)
+    bench = Bench([name for name in SETTINGS if name not in missing], files, rows, environment)
     contests: dict[str, dict[int, dict[str, Any]]] = defaultdict(dict)
     for threads in [given.threads] if given.threads else THREADS:
         for contest in given.only or CONTESTS:
@@ -320,6 +333,7 @@ def main(arguments: Sequence[str]) -> None:
             {
                 **ratios(contests),
                 "machine": machine_name(),
+                "processor": given.processor,
                 "prompts": prompts,
                 "contests": contests,
             }

@@ -73,34 +73,13 @@ class Contestant(ABC):
 
 
 class Ours(Contestant):
-    """The product's own calls: those of the server."""
+    """The product's own calls: those of the server, and of a file those of batch inference, which
+    renders and tokenizes the rows and writes the predictions too."""
 
     def __init__(self, settings: Settings, threads: int, files: dict[str, Any]) -> None:
-        from distillery.inference.onnx_student import OnnxStudent
+        from distillery.serving.student import ServedStudent
 
-        self.student = OnnxStudent(Path(files[form_title(settings)]), threads=threads)
-        self.student.end_ids = frozenset()
-
-    def choice(self, rows: list[Row]) -> list[list[float]]:
-        ask = self.student.option_probabilities
-        return [ask(row["prompt"], row["letters"]) for row in rows]
-
-    def text(self, rows: list[Row]) -> list[list[float]]:
-        return [self.student.text_probabilities(row["prompt"], row["texts"]) for row in rows]
-
-    def generate(self, rows: list[Row]) -> list[list[int]]:
-        return [[token for token, _ in self.student.steps(row["prompt"], TOKENS)] for row in rows]
-
-
-class OursForRows:
-    """The product's own calls where many rows are at hand: `score_file` for a file, which renders
-    and tokenizes the rows and writes the predictions too, and its way with options' texts. It
-    generates no text."""
-
-    def __init__(self, settings: Settings, threads: int, files: dict[str, Any]) -> None:
-        from distillery.inference.batch_student import load_for_rows
-
-        self.student = load_for_rows(Path(files[form_title(settings)]), threads)
+        self.student = ServedStudent(Path(files[form_title(settings)]), threads)
         self.prompt = files["prompt"]
 
     def choice(self, rows: list[Row]) -> list[list[float]]:
@@ -130,6 +109,11 @@ class OursForRows:
             asked = {"prompt": row["prompt"], options: row[options], "answer": 0}
             found += self.student.probabilities([TrainingRow.model_validate(asked)])
         return found
+
+    def generate(self, rows: list[Row]) -> list[list[int]]:
+        generator = self.student.needed_generator()
+        generator.end_ids = frozenset()
+        return [[token for token, _ in generator.steps(row["prompt"], TOKENS)] for row in rows]
 
 
 class Transformers(Contestant):
@@ -451,7 +435,6 @@ class OpenVino(Contestant):
 
 CONTESTANTS: dict[str, Any] = {
     "ours": Ours,
-    "ours for rows": OursForRows,
     "llama_cpp": LlamaCpp,
     "hf": Transformers,
     "openvino": OpenVino,

@@ -3,7 +3,9 @@ are asked. All of it stays in .distillery/bench/inference."""
 
 import importlib.util
 import os
+import shutil
 import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +26,10 @@ PLACE = PROJECT / ".distillery" / "bench" / "inference"
 PEERS = PROJECT / ".venv-peers" / "bin"
 """The environment of llama.cpp and OpenVINO."""
 
+NARROWER = ("avx2", "avx512_vnni")
+"""Processors that benchmarks/narrow_processor.c knows: one without AVX-512, AVX-VNNI and AMX, and
+one without AMX, AVX-VNNI and what AVX-512 got after VNNI (bfloat16 and float16)."""
+
 FIRST_TOKENS = 1000
 """Prompts that are to share nothing begin with a token of their own, from this id on."""
 
@@ -42,6 +48,29 @@ def missing_peers() -> dict[str, str]:
             cause = done.stderr.strip().splitlines()[-1:]
             reasons[name] = f".venv-peers can't import it ({' '.join(cause)[:200]})"
     return reasons
+
+
+def narrow(processor: str) -> dict[str, str]:
+    """Return the environment variables with which a process sees one of NARROWER in place of this
+    machine's processor. Raises SystemExit where this machine can't do it."""
+    refused = f"error: --processor {processor} does not work on this machine"
+    compiler = shutil.which("cc")
+    if compiler is None:
+        raise SystemExit(f"{refused}: there is no C compiler (apt-get install gcc)")
+    PLACE.mkdir(parents=True, exist_ok=True)
+    library = PLACE / "narrow_processor.so"
+    source = Path(__file__).with_name("narrow_processor.c")
+    command = [compiler, "-O2", "-shared", "-fPIC", str(source), "-o", str(library)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{refused}: {source.name} does not compile; it needs Linux on x86")
+    variables = {"LD_PRELOAD": str(library), "NARROW_PROCESSOR": processor}
+    command = [sys.executable, "-c", ""]
+    done = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True)
+    # The loader goes on without a library that it can't load, and tells of it.
+    if done.returncode or done.stderr:
+        raise SystemExit(f"{refused}: {' '.join(done.stderr.split())[:300]}")
+    return variables
 
 
 def make_files(demo: Recipe, forms: Sequence[Settings], missing: dict[str, str]) -> dict[str, Any]:

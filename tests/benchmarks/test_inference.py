@@ -1,6 +1,9 @@
 """The contests of how fast a CPU answers: the contestants' answers on a tiny model, and what is
 made of their figures. Nothing is timed."""
 
+import os
+import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,13 +26,12 @@ from benchmarks.inference import (
 from benchmarks.inference_contestants import (
     TOKENS,
     Ours,
-    OursForRows,
     Row,
     Transformers,
     common_start,
     text_probabilities,
 )
-from benchmarks.inference_files import apart_rows, missing_peers, prompted
+from benchmarks.inference_files import NARROWER, apart_rows, missing_peers, narrow, prompted
 from distillery.models.load import load_tokenizer
 from distillery.prompts import TransformersTokenizer, letter_ids, text_ids
 from distillery.recipe import ExportForm, PromptRecipe
@@ -87,10 +89,7 @@ def test_ours_and_transformers_answer_alike(
     hf = Transformers({"dtype": "float32", "attention": "sdpa", "batch": 2}, 1, files)
     expected = np.array(ours.choice(rows))
     assert expected.std(0).min() > 1e-4
-    for_rows = OursForRows({"precision": "fp32"}, 1, files)
-    np.testing.assert_allclose(for_rows.file(rows), expected, atol=1e-5)
-    np.testing.assert_allclose(for_rows.choice(rows), expected, atol=1e-5)
-    np.testing.assert_allclose(for_rows.text(rows), ours.text(rows), atol=1e-5)
+    np.testing.assert_allclose(ours.file(rows), expected, atol=1e-5)
     np.testing.assert_allclose(hf.file(rows), expected, atol=1e-5)
     np.testing.assert_allclose(hf.text(rows), ours.text(rows), atol=1e-5)
     said = ours.generate(rows)
@@ -207,7 +206,7 @@ def test_a_contestant_that_is_missing_does_not_compete(monkeypatch: pytest.Monke
         return one(speed, [[1.0]] * len(rows))
 
     monkeypatch.setattr(inference.Bench, "run", run)
-    bench = inference.Bench(["ours", "llama_cpp"], {}, {"choice": [{"prompt": [1]}] * 60})
+    bench = inference.Bench(["ours", "llama_cpp"], {}, {"choice": [{"prompt": [1]}] * 60}, {})
     bench.rows["apart"] = bench.rows["choice"]
     chosen = bench.choose("choice", 1)
     assert chosen == {"ours": FORMS[0], "llama_cpp": {"weights": "Q4_1"}}
@@ -219,3 +218,109 @@ def test_a_contestant_that_is_missing_does_not_compete(monkeypatch: pytest.Monke
     assert {name: len(done) for name, done in runs.items()} == {"ours": 3, "llama_cpp": 3}
     names = [name for name, _ in asked[trials:]]
     assert names == ["ours", "llama_cpp", "llama_cpp", "ours", "ours", "llama_cpp"]
+
+
+ASK_CPUID = """
+#include <cpuid.h>
+#include <pthread.h>
+#include <stdio.h>
+
+static void *tell(void *nothing) {
+    unsigned eax, ebx, ecx, edx;
+    __cpuid_count(7, 0, eax, ebx, ecx, edx);
+    printf("%u %u %u ", ebx, ecx, edx);
+    __cpuid_count(7, 1, eax, ebx, ecx, edx);
+    printf("%u\\n", eax);
+    return nothing;
+}
+
+int main(void) {
+    tell(NULL);
+    pthread_t thread;
+    pthread_create(&thread, NULL, tell, NULL);
+    pthread_join(thread, NULL);
+}
+"""
+"""A program that prints EBX, ECX and EDX of CPUID's leaf 7 and EAX of its subleaf 1, as its first
+thread sees them and then as a second one does."""
+
+AVX512 = (0xDC230000, 0x00005842, 0x0000010C, 0)
+AFTER_VNNI = (0, 0, 0x03C00000, 0x00A00030)
+"""AMX, AVX-VNNI, and AVX-512 for bfloat16 and float16."""
+HIDDEN = {
+    "avx2": [a | b for a, b in zip(AVX512, AFTER_VNNI, strict=True)],
+    "avx512_vnni": list(AFTER_VNNI),
+}
+
+
+@pytest.fixture
+def files_in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for module in (inference, inference_files):
+        monkeypatch.setattr(module, "PLACE", tmp_path)
+    return tmp_path
+
+
+def can_hide() -> bool:
+    flags = Path("/proc/cpuinfo")
+    return flags.exists() and "cpuid_fault" in flags.read_text() and bool(shutil.which("cc"))
+
+
+@pytest.mark.parametrize("processor", NARROWER)
+def test_a_narrower_processor_lacks_the_newer_sets(processor: str, files_in_tmp: Path) -> None:
+    if not can_hide():
+        told = f"error: --processor {processor} does not work on this machine: "
+        with pytest.raises(SystemExit, match=told):
+            narrow(processor)
+        return
+    program = files_in_tmp / "ask"
+    source = program.with_suffix(".c")
+    source.write_text(ASK_CPUID)
+    subprocess.run(["cc", str(source), "-pthread", "-o", str(program)], check=True)
+
+    def asked(environment: dict[str, str]) -> list[list[int]]:
+        told = subprocess.check_output([program], env=os.environ | environment, text=True)
+        return [list(map(int, line.split())) for line in told.splitlines()]
+
+    own = asked({})
+    expected = [bits & ~hidden for bits, hidden in zip(own[0], HIDDEN[processor], strict=True)]
+    narrowed = narrow(processor)
+    assert asked(narrowed) == [expected] * 2
+    assert asked({}) == own
+
+    # A fault that has nothing to do with it ends the process, as ever.
+    crash = [sys.executable, "-c", "import ctypes; ctypes.string_at(0)"]
+    assert subprocess.run(crash, env=os.environ | narrowed).returncode == -11
+
+
+@pytest.mark.usefixtures("files_in_tmp")
+def test_a_machine_that_can_hide_nothing_is_told_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused = "^error: --processor avx2 does not work on this machine: "
+    if can_hide():
+        with pytest.raises(SystemExit, match="machine: NARROW_PROCESSOR must be avx2 or avx512_vn"):
+            narrow("avx1024")
+    compiler = tmp_path / "cc"
+    compiler.write_text("#!/bin/sh\nexit 1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(SystemExit, match=refused + r"narrow_processor\.c does not compile"):
+        narrow("avx2")
+    if can_hide():
+        compiler.write_text(f"#!/bin/sh\n: > {tmp_path}/narrow_processor.so\n")
+        with pytest.raises(SystemExit, match=refused + "ERROR: ld.so: object .* cannot be preloa"):
+            narrow("avx2")
+    compiler.unlink()
+    with pytest.raises(SystemExit, match=refused + "there is no C compiler"):
+        narrow("avx2")
+
+
+def test_contestants_run_in_the_environment(
+    files_in_tmp: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inference, "PEERS", files_in_tmp)
+    python = files_in_tmp / "python"
+    python.write_text("""#!/bin/sh\necho '{"answers": "'$NARROW_PROCESSOR'"}'\n""")
+    python.chmod(0o755)
+    bench = inference.Bench([], {}, {}, {"NARROW_PROCESSOR": "avx2"})
+    assert bench.run("openvino", {}, 1, "choice", []) == {"answers": "avx2"}
