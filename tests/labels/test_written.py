@@ -13,6 +13,7 @@ from distillery.labels.canaries import ask_canaries
 from distillery.labels.files import LabelCounts
 from distillery.labels.known import gold_labels, read_label_files, write_known_labels
 from distillery.labels.labelling import label
+from distillery.labels.questions import questions
 from distillery.labels.quote import quote
 from distillery.labels.report import read_report
 from distillery.labels.store import LabelStore
@@ -140,6 +141,18 @@ async def test_another_schema_reads_what_was_rejected(tmp_path: Path) -> None:
         "plain": '{"city": "Oslo", "days": 2}',
         "unmet": '{"days": "two"}',
     }
+
+
+def test_an_answer_that_was_held_to_another_schema_is_another_request() -> None:
+    prompt = PROMPT.model_copy(update={"system": ""})
+    wider = AnswerFormat(max_tokens=40, json_schema={"type": "object"}, metric="field_f1")
+    free = TEACHER.model_copy(update={"answers": TeacherRecipe().answers})
+    count = {}
+    for name, teacher in {"held": TEACHER, "free": free}.items():
+        rows = [row("plain"), row("plain", wider)]
+        keys = {questions(each, prompt, teacher, "gpt-test")[0].key for each in rows}
+        count[name] = len(keys)
+    assert count == {"held": 2, "free": 1}
 
 
 async def test_a_text_is_a_label_as_it_stands(tmp_path: Path) -> None:
