@@ -70,7 +70,7 @@ def new(
     data: Annotated[
         list[Path],
         typer.Argument(
-            help="CSV, JSONL or Parquet files of texts and labels; the labels may be empty.",
+            help="CSV, JSONL or Parquet files of texts and labels or answers, which may be empty.",
             metavar="DATA...",
         ),
     ],
@@ -86,22 +86,29 @@ def new(
         typer.Option(help="The column of the text; repeat it for several.", metavar="COLUMN"),
     ] = [],  # noqa: B006
     label: Annotated[
-        str | None, typer.Option(help="The column of the label.", metavar="COLUMN")
+        str | None, typer.Option(help="The column of the label or answer.", metavar="COLUMN")
     ] = None,
     teacher: Annotated[
         Literal["local", "endpoint"],
         typer.Option(help="Who labels: a model that the run trains, or the endpoint in .env."),
     ] = "local",
+    task: Annotated[
+        Literal["classify", "extract", "generate"] | None,
+        typer.Option(
+            help="What an answer is: a class, fields or text; by default a class, or fields where "
+            "the answers are JSON objects."
+        ),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite the file.")] = False,
 ) -> None:
-    """Look at the rows in DATA and write the recipe of a classifier for them.
+    """Look at the rows in DATA and write a recipe for them.
 
     Says what is in the rows, which of them to mend and what was chosen. Bad rows don't keep the
     recipe from being written.
     """
     from distillery.new_recipe import new_recipe
 
-    for line in new_recipe(data, out, name, text, label, teacher, force):
+    for line in new_recipe(data, out, name, text, label, teacher, force, task):
         print(line)
 
 
@@ -299,9 +306,10 @@ def ask(
     """Ask the model in FOLDER a question.
 
     With --options, it prints the probability of each of these texts, asked with the prompt that the
-    model was trained with; for a classifier, that of each class. Otherwise the question is sent as
-    it is, and the answer is printed as it is generated. Tokens a second come last, on standard
-    error. Each question stands alone.
+    model was trained with; for a classifier, that of each class. A student that writes its answers
+    is asked with its prompt too, and held to its schema. Otherwise the question is sent as it is.
+    Text is printed as it is generated. Tokens a second come last, on standard error. Each question
+    stands alone.
     """
     drawn = {
         "temperature": temperature,

@@ -20,6 +20,7 @@ DistilleryError
 │       └── ModelUnavailable  hub or registry do not give a base model now (infrastructure)
 ├── ExportError               Olive or ONNX Runtime produced no usable model
 ├── ModelError                a model folder that can't be loaded or asked
+│   ├── SchemaNotHeld         answers can't be held to a JSON schema while they are generated
 │   ├── AnswerStopped         an answer was given up, because nobody waits for it any more
 │   └── OutOfResources        a process ran out of memory or time: elsewhere it may succeed
 ├── GateRefused               the gate refused the student, and evaluation.on_refusal is fail
@@ -107,6 +108,10 @@ class ExportError(DistilleryError):
 
 
 class ModelError(DistilleryError):
+    pass
+
+
+class SchemaNotHeld(ModelError):
     pass
 
 

@@ -2,17 +2,19 @@
 of it in plain words.
 """
 
+import json
 import math
 import re
 import shlex
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import yaml
 
-from distillery.data.guess import listed
+from distillery.data.guess import Kind, listed
 from distillery.data.look import (
     MOST_COMPARED,
     FoundRow,
@@ -72,6 +74,8 @@ USES = {
 }
 """What the rows of each role are for."""
 
+KNOWN = {"classify": "a label", "extract": "an answer", "generate": "an answer"}
+
 NO_NAME = "a teacher that is yet to be named"
 
 
@@ -83,8 +87,10 @@ def new_recipe(
     label: str | None = None,
     teacher: Literal["local", "endpoint"] = "local",
     force: bool = False,
+    task: Kind | None = None,
 ) -> Iterator[str]:
-    """Write a recipe of task.kind: classify for the rows in `data`, and yield lines for people.
+    """Write a recipe for the rows in `data`, and yield lines for people. `task` is the kind of
+    task; None: classify, or extract where the answers are JSON objects.
 
     Raises DataError for files that no recipe can be made for, and RecipeError for a name that can't
     be one and for a file that is there already, unless `force`.
@@ -95,7 +101,7 @@ def new_recipe(
     out = out or Path(f"{name}.yaml")
     if out.exists() and not force:
         raise RecipeError(f"{out}: exists; give another name by --out, or --force to overwrite it")
-    found = look(data, texts, label)
+    found = look(data, texts, label, task)
     write = partial(
         draft,
         name=name,
@@ -106,6 +112,8 @@ def new_recipe(
         shares=choose_shares(len(found.answered), found.unanswered),
         teacher=teacher,
         command=f"distillery new {shlex.join(found.files)}",
+        kind=found.kind,
+        schema=found.schema,
     )
     text = write(max_tokens=None)
     recipe = parsed(text)
@@ -161,7 +169,9 @@ def prompt_tokens(rows: Sequence[FoundRow], prompt: PromptRecipe, folder: Path) 
     )
     counts = []
     for row in rows:
-        example = row.example.model_copy(update={"classes": ("class",)})
+        example = row.example
+        if example.format is None:
+            example = example.model_copy(update={"classes": ("class",)})
         counts.append(len(tokenizer.encode_chat(render_messages(example, prompt))))
     return counts
 
@@ -172,18 +182,37 @@ def tell_rows(found: Look) -> Iterator[str]:
     count = len(found.rows) + len(found.bad)
     yield f"Read {count_rows(count)} of {', '.join(found.files)}; columns: {listed(found.columns)}"
     yield f"  text     {listed(chosen.texts)} ({chosen.text_reason})"
-    yield f"  label    {listed([chosen.label])} ({chosen.label_reason})"
-    yield f"           {count_rows(len(found.answered))} with a label, {found.unanswered:,} without"
-    counts = [f"{label} {count:,}" for label, count in found.classes.items()]
-    if len(counts) > MOST_CLASSES_LISTED:
-        half = MOST_CLASSES_LISTED // 2
-        counts = [*counts[:half], "...", *counts[-half:]]
-    yield f"  classes  {len(found.classes)}: {', '.join(counts)}"
+    what = "label" if found.kind == "classify" else "answer"
+    answered = count_rows(len(found.answered))
+    yield f"  {what:8} {listed([chosen.label])} ({chosen.label_reason})"
+    yield f"           {answered} with {KNOWN[found.kind]}, {found.unanswered:,} without"
+    if found.kind == "classify":
+        yield f"  classes  {len(found.classes)}: {in_brief(found.classes)}"
+    if found.schema is not None:
+        fields = counted_fields(found)
+        yield f"  fields   {len(fields)}: {in_brief(fields)}"
     length = lengths(found.rows)
     yield (
         f"  length   {length.median:,} characters in the median, {length.longest:,} at most "
         f"({length.where})"
     )
+
+
+def in_brief(counts: Mapping[str, int]) -> str:
+    """Return names with their counts, those in the middle of many left out."""
+    told = [f"{name} {count:,}" for name, count in counts.items()]
+    if len(told) > MOST_CLASSES_LISTED:
+        half = MOST_CLASSES_LISTED // 2
+        told = [*told[:half], "...", *told[-half:]]
+    return ", ".join(told)
+
+
+def counted_fields(found: Look) -> dict[str, int]:
+    """Return how many answers have each field, the most frequent first."""
+    counts = Counter(
+        name for row in found.answered for name in json.loads(str(row.example.answer_key))
+    )
+    return dict(counts.most_common())
 
 
 def tell_bad_rows(found: Look) -> Iterator[str]:
@@ -195,7 +224,7 @@ def tell_bad_rows(found: Look) -> Iterator[str]:
 
 def tell_doubts(found: Look, too_long: int) -> Iterator[str]:
     """Yield what a run does not stop at, but the student may suffer from."""
-    doubts = [*tell_classes(found), *tell_copies(found)]
+    doubts = [*tell_count(found), *tell_classes(found), *tell_copies(found)]
     if too_long:
         at_least = "at least " if too_long == LONGEST_COUNTED else ""
         doubts.append(
@@ -203,22 +232,29 @@ def tell_doubts(found: Look, too_long: int) -> Iterator[str]:
             "tokens, which train nothing and count as wrong in the test; shorten them, or raise "
             "max_tokens"
         )
-    doubts += in_part(doubtful_labels(found), indent="")
-    doubts += in_part(contradictions(found.rows), indent="")
+    if found.kind == "classify":
+        doubts += in_part(doubtful_labels(found), indent="")
+        doubts += in_part(contradictions(found.rows), indent="")
     if doubts:
         yield "Look at:"
     for doubt in doubts:
         yield f"  {doubt}"
 
 
-def tell_classes(found: Look) -> Iterator[str]:
-    """Yield whether labels and classes are too few or uneven."""
+def tell_count(found: Look) -> Iterator[str]:
+    """Yield whether labels or answers are too few."""
     answered = len(found.answered)
     if answered < FEWEST_ANSWERED:
         yield (
-            f"{count_rows(answered)} with a label: too few to train and judge a student; label "
-            f"{FEWEST_ANSWERED} at least, better {GOOD_ANSWERED}"
+            f"{count_rows(answered)} with {KNOWN[found.kind]}: too few to train and judge a "
+            f"student; label {FEWEST_ANSWERED} at least, better {GOOD_ANSWERED}"
         )
+
+
+def tell_classes(found: Look) -> Iterator[str]:
+    """Yield whether classes are rare or uneven."""
+    if found.kind != "classify":
+        return
     rare = [label for label, count in found.classes.items() if count < FEWEST_OF_A_CLASS]
     if rare:
         yield (
@@ -239,7 +275,12 @@ def tell_classes(found: Look) -> Iterator[str]:
 def tell_copies(found: Look) -> Iterator[str]:
     """Yield how many rows repeat others."""
     copies = count_copies(found.rows)
-    if copies:
+    if copies and found.kind != "classify":
+        yield (
+            f"copies: {count_rows(copies)} with the text of another one; of validation and test "
+            "rows, the answers of copies count as equally right"
+        )
+    elif copies:
         yield f"copies: {count_rows(copies)} with the text of another one, of which one is used"
     near = count_near_duplicates(found.rows)
     if near is None:
@@ -256,7 +297,8 @@ def tell_choices(found: Look, recipe: Recipe) -> Iterator[str]:
     yield "Chosen:"
     if found.bad:
         for part, share in recipe.dataset.carve.items():
-            yield f"  {part:10} about {share * len(found.answered):,.0f} of the rows with a label"
+            about = share * len(found.answered)
+            yield f"  {part:10} about {about:,.0f} of the rows with {KNOWN[found.kind]}"
     else:
         try:
             counts = check_rows(recipe.dataset, recipe.task)
@@ -264,11 +306,15 @@ def tell_choices(found: Look, recipe: Recipe) -> Iterator[str]:
             yield f"  a run would stop: {error}"
             return
         for role, count in counts.items():
-            yield f"  {role:10} {count_rows(count)}: {USES[role]}"
+            use = USES[role]
+            if role == "validation" and found.kind != "classify":
+                use = "they choose settings"
+            yield f"  {role:10} {count_rows(count)}: {use}"
     if recipe.teacher.filters.agreement_with_gold:
         yield (
-            "  Few or no rows are without a label: the teacher labels a part of those that have "
-            "one. Add rows without a label; the more, the better the student."
+            f"  Few or no rows are without {KNOWN[found.kind]}: the teacher labels a part of those "
+            f"that have one. Add rows without {KNOWN[found.kind]}; the more, the better the "
+            "student."
         )
     yield from tell_labelling(found, recipe)
 

@@ -38,6 +38,11 @@ def render_messages(example: Example, prompt: PromptRecipe) -> list[Message]:
         labels = "\n".join(example.classes)
         for_system["labels"] = for_user["labels"] = labels
         for_user["text"] = example.question
+    elif example.format:
+        for_user["text"] = example.question
+        if example.format.json_schema is not None:
+            for_user["schema"] = json.dumps(example.format.json_schema, ensure_ascii=False)
+        for_system = for_user
     else:
         lines = []
         for letter, text in zip(example.keys, example.options, strict=True):

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from distillery.data.answer_format import named_format
 from distillery.data.other import other_rows
 from distillery.data.prepare import check_rows
 from distillery.data.rows import RowReader
@@ -273,6 +274,8 @@ def check_data(recipe: Recipe) -> Iterator[Finding]:
             reader = RowReader(dataset.columns, dataset.fields, classify=True)
             count = len(other_rows(recipe.task.other, reader, dataset.seed))
             yield ok("task.other", f"every file is read; rows: {count:,}")
+        if named_format(recipe.task):
+            yield ok("task", "the format of the answers is read")
         yield check_hub(dataset)
         return
     counts = check_rows(dataset, recipe.task)
@@ -543,6 +546,7 @@ def gpu_needs(recipe: Recipe, precision: str) -> list[GpuNeed] | None:
         preparation = recipe.teacher.preparation
         trainings.append((preparation.base, preparation.training))
     needs = []
+    tokens = recipe.prompt.max_tokens + (recipe.task.max_tokens if recipe.task.writes else 0)
     for base, training in trainings:
         shape = shape_of(base)
         if shape is None:
@@ -551,7 +555,7 @@ def gpu_needs(recipe: Recipe, precision: str) -> list[GpuNeed] | None:
         fixed = GB + fixed_bytes(shape, training.method, precision)
         checkpointing = training.gradient_checkpointing
         token = bytes_a_token(shape, training.method, precision, checkpointing)
-        most = fixed + token * training.batch_size * recipe.prompt.max_tokens
+        most = fixed + token * training.batch_size * tokens
         needs.append(GpuNeed(fixed, token, most))
     return needs
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
 
 from distillery.errors import DataError
-from distillery.recipe import Choose, ExportForm, GateRule, RegistryKind
+from distillery.recipe import Choose, ExportForm, GateRule, Metric, RegistryKind
 
 
 def digest_of(value: Any) -> str:
@@ -54,13 +54,26 @@ class Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+class AnswerFormat(Record):
+    """How written answers look, the same for all rows: the most tokens of the student's tokenizer
+    that one has, the JSON Schema that it meets (None for text), and the metric it is judged by."""
+
+    max_tokens: int
+    json_schema: dict[str, Any] | None = None
+    metric: Metric
+
+
 class Example(Record):
-    """A row. `answer_key` is its gold answer, if known: one of `keys`.
+    """A row. `answer_key` is its gold answer, if known: one of `keys`, or a text where answers are
+    written.
 
     task.kind choice: a question with options of its own. `choices` are their texts in order, and
     the keys are letters. task.kind classify: a text that belongs to one of `classes`, which are
     the same for all rows and are the keys. A row's JSON leaves the classes out: they stand once
-    beside the rows, in classes.json. `fields`: further columns that the prompt shows, by name."""
+    beside the rows, in classes.json. `fields`: further columns that the prompt shows, by name.
+    extract and generate: a text whose answer is written, as `format` says, which stands once beside
+    the rows, in format.json; there are no keys. `references`: further gold answers, each as good as
+    `answer_key`. An answer of extract is the JSON text of `answers.canonical`."""
 
     example_id: str
     question: str
@@ -69,6 +82,13 @@ class Example(Record):
     answer_key: str | None = None
     fields: dict[str, str] = Field({}, exclude_if=lambda fields: not fields)
     classes: tuple[str, ...] = Field((), exclude=True, repr=False)
+    references: tuple[str, ...] = Field((), exclude_if=lambda references: not references)
+    format: AnswerFormat | None = Field(None, exclude=True, repr=False)
+
+    @property
+    def right_answers(self) -> tuple[str, ...]:
+        """The gold answer and the further ones; none where it is not known."""
+        return () if self.answer_key is None else (self.answer_key, *self.references)
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -84,7 +104,10 @@ class Example(Record):
 LETTERS = tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
 
 CLASSES_FILE = "classes.json"
-"""The classes of the rows in the same folder: a JSON list of names. Rows of choices have none."""
+"""The classes of the rows in the same folder: a JSON list of names. Other rows have none."""
+
+FORMAT_FILE = "format.json"
+"""The AnswerFormat of the rows in the same folder, if their answers are written."""
 
 
 class Usage(Record):
@@ -104,7 +127,7 @@ class Usage(Record):
 
 
 class TeacherLabel(Record):
-    """A teacher's accepted answer to a row.
+    """A teacher's accepted answer to a row: a letter, a class or a text.
 
     `distribution`: probability of each of the row's letters, from log-probabilities or votes; sums
     to 1. `confidence` (0 to 1): the share of several answers that agree, or else the letter's
@@ -337,19 +360,20 @@ class StudentCheckpoint(StageRecord):
 class Departure(Record):
     """How far an exported model's answers are from those of its float model, on the same rows.
 
-    `mean`, `largest`: absolute difference of the options' probabilities (0 to 1). `changed`:
-    number of rows that are answered otherwise.
+    `mean`, `largest`: absolute difference of the options' probabilities (0 to 1); None where
+    answers are written. `changed`: number of rows that are answered otherwise.
     """
 
-    mean: float
-    largest: float
+    mean: float | None = None
+    largest: float | None = None
     changed: int
 
 
 class Rung(Record):
     """A form of the student on the rows that choose.
 
-    `difference`: its accuracy minus the float student's, with the paired interval. `p50_ms`, the
+    `accuracy`: its primary figure, which `Ladder.metric` names. `difference`: that minus the float
+    student's, with the paired interval. `p50_ms`, the
     median latency in milliseconds, and `rows_per_second` are of single rows, one after another. The
     figures are None if it could not be built or scored; rungs of earlier versions have no speed.
     `note`: why it was picked, or why not. `out_of_resources`: it was left out because memory or
@@ -370,11 +394,11 @@ class Rung(Record):
 
 
 class Ladder(Record):
-    """The forms that a student was tried in. `accuracy`: the float student's on the rows that
-    choose, of which there are `rows`: validation rows, but for `training_rows` with the teacher's
-    labels. `choose` is the recipe's, `reason` what by it sets the picked rung apart, and
-    `machine` where the rungs were timed; ladders of earlier versions took the smallest rung, and
-    have neither reason nor machine."""
+    """The forms that a student was tried in. `accuracy`: the float student's primary figure, which
+    is `metric` where answers are written, on the rows that choose, of which there are `rows`:
+    validation rows, but for `training_rows` with the teacher's labels. `choose` is the recipe's,
+    `reason` what by it sets the picked rung apart, and `machine` where the rungs were timed;
+    ladders of earlier versions took the smallest rung, and have neither reason nor machine."""
 
     rows: int
     training_rows: int = 0
@@ -384,6 +408,7 @@ class Ladder(Record):
     reason: str = ""
     machine: str = ""
     rungs: tuple[Rung, ...]
+    metric: Metric | None = Field(None, exclude_if=lambda metric: metric is None)
 
     @property
     def is_final(self) -> bool:
@@ -523,20 +548,46 @@ class GivenAnswers(Record):
     accuracy: Estimate | None
 
 
+class FieldFigures(Record):
+    """How well a predictor finds one field: `rows` with a gold value of it, and of its values in
+    all answers precision, recall and F1 (0 to 1). `field`: its path, such as address/city."""
+
+    field: str
+    rows: int
+    precision: float
+    recall: float
+    f1: float
+
+
+class WrittenFigures(Record):
+    """Figures of written answers, by the best of a row's gold answers. `metrics`: exact match and,
+    for objects, the F1 of fields, or else ROUGE-L, chrF and BLEU. `fields`: each of the objects'
+    fields. `valid`: the share of rows with an answer, which for objects meets the schema. `length`:
+    the answers' median number of characters."""
+
+    metrics: dict[Metric, Estimate]
+    fields: tuple[FieldFigures, ...] = ()
+    valid: Estimate
+    length: float
+
+
 class Figures(Record):
     """Further figures of a predictor on the test rows.
 
-    `macro_f1`: mean F1 of the classes that are a gold answer. `kl_from_teacher`: mean
-    Kullback-Leibler divergence of its probabilities from the teacher's, in nats. `first_token_ms`:
-    median time to the first token of a prompt that shares nothing with the one before, rendering
-    included. p50, p95 and p99: latency of single rows, in milliseconds. `load_s`: seconds to load
-    the model. `coverage`: the accuracy of its most confident answers, and `given` of those that
-    reach its threshold; only the candidate has them. None where a predictor has no such figure.
+    `written`: those of written answers, which have neither classes nor probabilities. `macro_f1`:
+    mean F1 of the classes that are a gold answer. `kl_from_teacher`: mean Kullback-Leibler
+    divergence of its probabilities from the teacher's, in nats. `first_token_ms`: median time to
+    the first token of a prompt that shares nothing with the one before, rendering included. p50,
+    p95 and p99: latency of single rows, in milliseconds. `load_s`: seconds to load the model.
+    `tokens_per_second`: of written answers, prompts included. `coverage`: the accuracy of its most
+    confident answers, and `given` of those that reach its threshold; only the candidate has them.
+    None where a predictor has no such figure.
     """
 
-    macro_f1: Estimate
-    classes: tuple[ClassFigures, ...]
-    confusion: Confusion
+    macro_f1: Estimate | None = None
+    classes: tuple[ClassFigures, ...] = ()
+    confusion: Confusion | None = None
+    written: WrittenFigures | None = Field(None, exclude_if=lambda written: written is None)
     calibration: Calibration | None = None
     kl_from_teacher: Estimate | None = None
     order_robustness: OrderRobustness | None = None
@@ -545,6 +596,7 @@ class Figures(Record):
     p95_ms: float | None = None
     p99_ms: float | None = None
     load_s: float | None = None
+    tokens_per_second: float | None = Field(None, exclude_if=lambda speed: speed is None)
     coverage: tuple[CoveragePoint, ...] = ()
     given: GivenAnswers | None = None
 
@@ -552,6 +604,8 @@ class Figures(Record):
     def uneven_classes(self) -> tuple[ClassFigures, ClassFigures] | None:
         """The commonest and the rarest class, if the commonest has UNEVEN times as many test rows
         or more. None too where the classes are letters: of rows with options of their own."""
+        if self.confusion is None:
+            return None
         if self.confusion.labels == LETTERS[: len(self.confusion.labels)]:
             return None
         commonest = max(self.classes, key=lambda each: each.rows)
@@ -562,8 +616,10 @@ class Figures(Record):
 class ScoreRow(Record):
     """A row of the scoreboard: a predictor on the test rows.
 
-    `versus_teacher`: accuracy minus the teacher's (paired interval). `agreement`: share of rows (0
-    to 1) answered as the teacher does. Latencies in milliseconds, `peak_mib` in MiB of memory,
+    `accuracy`: the primary figure (0 to 1), by which gate and headline go. Where answers are
+    written, `metric` says which figure that is; None is accuracy, the share of the `correct`
+    answers. `versus_teacher`: it minus the teacher's (paired interval). `agreement`: share of rows
+    (0 to 1) answered as the teacher does. Latencies in milliseconds, `peak_mib` in MiB of memory,
     `bytes` of the model's folder. `departure` and `figures`: only the candidate has them; the
     figures of the others are in the evaluation's report.json.
     """
@@ -584,6 +640,7 @@ class ScoreRow(Record):
     peak_mib: float | None = None
     departure: Departure | None = None
     figures: Figures | None = None
+    metric: Metric | None = Field(None, exclude_if=lambda metric: metric is None)
 
 
 class EvaluationReport(StageRecord):
@@ -613,7 +670,8 @@ class EvaluationReport(StageRecord):
 class Measured(Record):
     """An exported student on the validation rows.
 
-    `correct` of `rows` are answered right. `p50_ms`: median latency of single rows, in
+    `correct` of `rows` are answered right. `metric` and `figure`: the primary figure of written
+    answers. `p50_ms`: median latency of single rows, in
     milliseconds. `bytes`: size of the folder.
     """
 
@@ -621,10 +679,13 @@ class Measured(Record):
     rows: int
     p50_ms: float
     bytes: int
+    metric: Metric | None = Field(None, exclude_if=lambda metric: metric is None)
+    figure: float | None = Field(None, exclude_if=lambda figure: figure is None)
 
     @property
     def accuracy(self) -> float:
-        return self.correct / self.rows
+        """The primary figure."""
+        return self.correct / self.rows if self.figure is None else self.figure
 
 
 class Trial(Record):
@@ -645,8 +706,9 @@ class Trial(Record):
 class RuleVerdict(Record):
     """What the gate says of a rule.
 
-    `figure`: the candidate's, None if there is none. For the rules better and not_worse it is a
-    difference of accuracies (-1 to 1), for keeps the share of the teacher's accuracy. `interval`:
+    `metric`: the primary figure of written answers, None for accuracy. `figure`: the candidate's,
+    None if there is none. For the rules better and not_worse it is a difference of primary figures
+    (-1 to 1), for keeps the share of the teacher's. `interval`:
     its lower and upper one-sided bounds, each at the rule's confidence. `p_value`: of the exact
     McNemar test that both predictors are equally accurate. `undecided`: too few rows to decide;
     about `rows_needed` are needed. `note`: one line for people.
@@ -659,6 +721,7 @@ class RuleVerdict(Record):
     p_value: float | None = None
     rows_needed: int | None = None
     note: str = ""
+    metric: Metric | None = Field(None, exclude_if=lambda metric: metric is None)
 
     @property
     def passes(self) -> bool:

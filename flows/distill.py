@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, get_args
 from prefect import flow, tags
 from prefect.runtime import flow_run
 
+from distillery.data.answer_format import with_schema
 from distillery.errors import DistilleryError, GateRefused
 from distillery.machine import machine_name
 from distillery.readiness import check_settings
@@ -225,9 +226,9 @@ def provenance(recipe: Recipe, source: str, made: Made, decision: GateDecision) 
 def prepared(recipe: Recipe, source: str, refresh: tuple[Stage, ...]) -> PreparedDataset:
     """Prepare the data set; `source` is its source's identity."""
     # When the student abstains does not concern the rows.
-    task = recipe.task.model_copy(update={"abstain": None})
+    task = with_schema(recipe.task.model_copy(update={"abstain": None}))
     data: PreparedDataset = refreshing(refresh)("prepare dataset", prepare_dataset)(
-        recipe.dataset, source, task if task.kind == "classify" else None
+        recipe.dataset, source, None if task.kind == "choice" else task
     )
     return data
 

@@ -41,10 +41,10 @@ def score(
             raise DataError(f"{file.name}: changed while the run was under way; run it again")
         of = count_rows(file)
         classes = student.classes.classes if student.classes else None
-        if classes:
+        if classes or student.format:
             # A text is all that such a row needs.
             columns = columns.model_copy(update={"choices": None})
-        reader = RowReader(columns, fields or (), classes is not None, classes)
+        reader = RowReader(columns, fields or (), classes is not None, classes, student.format)
         counts = score_file(
             student,
             read_rows(file, reader),

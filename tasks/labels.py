@@ -55,7 +55,7 @@ def label(
     examples = store.fetch(rows.artifact) / rows.file
     folder_of_model = store.fetch(model.artifact) if model else None
     if model:
-        teacher = teacher.for_own_model()
+        teacher = teacher.for_own_model(prompt)
     tokenizer = named_tokenizer(teacher) or (str(folder_of_model) if folder_of_model else None)
     where = (
         _local_endpoint(folder_of_model, identity)

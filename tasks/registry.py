@@ -25,7 +25,7 @@ from distillery.evaluation.report import (
     write_text,
 )
 from distillery.evaluation.scoring import ModelToScore, score_model
-from distillery.recipe import GateRule, RegistryRecipe
+from distillery.recipe import METRIC_NAMES, GateRule, RegistryRecipe
 from distillery.records import (
     Artifact,
     EvaluationReport,
@@ -80,14 +80,15 @@ def register(
         if registry.kind == "local":
             # Machines that share the registry share this store, and not the registry's own folder.
             store.put(content)
-        accuracy = report.row(report.candidate).accuracy
+        row = report.row(report.candidate)
+        figure = f"{row.accuracy:.4f}"
         registered = registry.register(
             content,
             recipe.model_name,
-            {"precision": model.precision, "accuracy": f"{accuracy:.4f}"},
+            {"precision": model.precision, row.metric or "accuracy": figure},
             facts,
             actor=_actor(),
-            reason=refused or f"accuracy {accuracy:.4f} on {len(examples):,} test rows",
+            reason=refused or f"{METRIC_NAMES[row.metric]} {figure} on {len(examples):,} test rows",
             rejected=refused is not None,
             model_sha256=model.artifact.sha256,
             rows_sha256=rows_digest(examples),

@@ -72,7 +72,8 @@ def train(
         (folder / "set_aside.json").write_text(json.dumps(inputs.set_aside, indent=1))
         if inputs.set_aside_count:
             get_run_logger().warning(
-                "%d rows are over prompt.max_tokens: set aside, and listed in set_aside.json",
+                "%d rows are over prompt.max_tokens, or their written answer is over "
+                "task.max_tokens: set aside, and listed in set_aside.json",
                 inputs.set_aside_count,
             )
         if inputs.classes:
@@ -93,6 +94,7 @@ def train(
             progress=partial(_report, track, len(healing)),
             checkpoints=StageCheckpoints(store, own_key()),
             classes=inputs.classes,
+            answer_format=inputs.format,
         )
         artifact = store.put(folder)
     conclude(_summary(len(inputs.rows), result))

@@ -89,7 +89,9 @@ def test_scoring_holds_no_float32_copy(base: Path) -> None:
     def score() -> None:
         predictor = load_predictor(job)
         for row in ROWS[:4]:
-            assert sum(predictor.ask(row)) == pytest.approx(1, abs=1e-3)
+            found = predictor.ask(row)
+            assert isinstance(found, list)
+            assert sum(found) == pytest.approx(1, abs=1e-3)
 
     weights = 2 if choose_device().precision == "bfloat16" else 4
     assert peak_of(score) < weights * shape.parameters + WORKSPACE

@@ -168,6 +168,7 @@ def test_links_and_code_of_our_own_hold_it_too(text: str) -> None:
 
 def test_the_evaluation_s_tables(tmp_path: Path) -> None:
     figures = further_figures()
+    assert figures.confusion is not None
     classes = tuple(each.model_copy(update={"label": ALL}) for each in figures.classes)
     labels = tuple(f"{number} {ALL}" for number in range(len(figures.confusion.labels)))
     confusion = figures.confusion.model_copy(update={"labels": labels})

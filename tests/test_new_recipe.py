@@ -9,7 +9,7 @@ import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import pytest
 from texts import texts, write_csv, write_texts
 
-from distillery.errors import RecipeError
+from distillery.errors import DataError, RecipeError
 from distillery.new_recipe import new_recipe
 from distillery.readiness import check_data
 from distillery.recipe import Recipe, load_recipe
@@ -193,3 +193,72 @@ def test_shares_never_add_up_to_more_than_all() -> None:
             carve, _ = choose_shares(answered, unanswered)
             assert sum(carve.values()) <= 1
             assert min(carve.values()) > 0
+
+
+def bookings(count: int, answered: int) -> list[dict[str, Any]]:
+    """Rows whose fields are objects in the first `answered` ones."""
+    rows: list[dict[str, Any]] = []
+    for number in range(count):
+        row: dict[str, Any] = {"message": f"Table number {number} of the garden for {number}."}
+        if number < answered:
+            row["fields"] = {"people": number, "with": ["dog", "child"][: number % 3]}
+            if number % 2:
+                row["fields"] |= {"where": {"place": "garden"}, "tip": number / 2 or 1}
+        rows.append(row)
+    return rows
+
+
+@pytest.mark.parametrize("teacher", ["local", "endpoint"])
+def test_objects_are_fields_whose_schema_is_guessed(teacher: Any) -> None:
+    rows = bookings(400, 200)
+    said = run(write_jsonl("bookings.jsonl", rows), teacher=teacher)
+    recipe = checked("bookings.yaml")
+    assert recipe.task.kind == "extract"
+    assert recipe.task.answer_schema == {
+        "type": "object",
+        "properties": {
+            "people": {"type": "integer"},
+            "with": {"type": "array", "items": {"type": "string"}},
+            "where": {
+                "type": "object",
+                "properties": {"place": {"type": "string"}},
+                "additionalProperties": False,
+            },
+            "tip": {"type": "number"},
+        },
+        "additionalProperties": False,
+    }
+    assert (recipe.dataset.columns.question, recipe.dataset.columns.answer) == ("message", "fields")
+    assert "answer   'fields' (JSON objects)" in said
+    assert "200 rows with an answer, 200 without" in said
+    assert "fields   4: people 200, with 200, where 100, tip 100" in said
+
+
+def test_a_csv_of_json_texts_and_a_bad_one() -> None:
+    lines = ["text,slots"]
+    for number in range(120):
+        lines.append(f'Table {number} in the garden,"{{""people"": {number}}}"')
+    lines.append("Table one in the garden,four people")
+    Path("slots.csv").write_text("\n".join(lines) + "\n")
+    said = run("slots.csv")
+    assert load_recipe("slots.yaml").task.kind == "extract"
+    assert "slots.csv:122: slots: no JSON; correct the row" in said
+
+
+def test_text_as_an_answer_is_named_by_the_task() -> None:
+    rows = [{"question": f"What is {n} and {n}?", "answer": f"It is {n + n}."} for n in range(200)]
+    said = run(write_jsonl("sums.jsonl", rows), task="generate", teacher="endpoint")
+    recipe = checked("sums.yaml")
+    assert recipe.task.kind == "generate"
+    assert recipe.prompt.system == "Answer the text."
+    assert "answer   'answer' (by name)" in said
+    assert not recipe.teacher.filters.agreement_with_gold
+    assert "they check the teacher" not in said
+
+
+def test_without_a_column_of_answers_it_is_one_line() -> None:
+    write_jsonl("words.jsonl", [{"text": f"word {n} again", "more": f"no {n}"} for n in range(9)])
+    with pytest.raises(DataError, match=r"no column looks like JSON objects among 'text', 'more'"):
+        run("words.jsonl", task="extract")
+    with pytest.raises(DataError, match=r"no column looks like answers among 'text', 'more'"):
+        run("words.jsonl", task="generate")

@@ -8,7 +8,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from distillery.data.readers import cause_of
 from distillery.errors import DataError
-from distillery.records import CLASSES_FILE, Example
+from distillery.records import CLASSES_FILE, FORMAT_FILE, AnswerFormat, Example
 
 
 def read_examples(path: Path) -> list[Example]:
@@ -18,15 +18,14 @@ def read_examples(path: Path) -> list[Example]:
 
 def each_example(path: Path) -> Iterator[Example]:
     """Yield the rows of a file one by one. Raises DataError with the file and line."""
-    classes = read_classes(path.parent)
+    classes, answer_format = read_classes(path.parent), read_format(path.parent)
+    shared = {"classes": classes, "format": answer_format}
     try:
         with path.open(encoding="utf-8", newline="\n") as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
                     example = parse_example(line, f"{path}:{number}")
-                    if classes:
-                        example = example.model_copy(update={"classes": classes})
-                    yield example
+                    yield example.model_copy(update=shared)
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
             f"{path}: can't be read ({cause_of(error)}); prepare the data set again"
@@ -34,11 +33,14 @@ def each_example(path: Path) -> Iterator[Example]:
 
 
 def write_examples(examples: Sequence[Example], path: Path) -> None:
-    """Write Examples to a file that `read_examples` reads, with their classes beside it."""
+    """Write Examples to a file that `read_examples` reads, with their classes or the format of
+    their answers beside it."""
     text = "".join(f"{example.model_dump_json()}\n" for example in examples)
     path.write_text(text, encoding="utf-8", newline="\n")
     if examples and examples[0].classes:
         write_classes(path.parent, examples[0].classes)
+    if examples and examples[0].format:
+        write_format(path.parent, examples[0].format)
 
 
 def write_classes(folder: Path, classes: Sequence[str]) -> None:
@@ -56,6 +58,26 @@ def read_classes(folder: Path) -> tuple[str, ...]:
         return TypeAdapter(tuple[str, ...]).validate_json(path.read_bytes())
     except (OSError, ValidationError) as error:
         raise DataError(f"{path}: no list of classes; prepare the data set again") from error
+
+
+def write_format(folder: Path, answer_format: AnswerFormat) -> None:
+    """Write format.json, which `read_examples` reads."""
+    text = answer_format.model_dump_json(indent=1) + "\n"
+    (folder / FORMAT_FILE).write_text(text, encoding="utf-8", newline="\n")
+
+
+def read_format(folder: Path) -> AnswerFormat | None:
+    """Return the format of the answers to the rows in a folder, or of the answers that the model in
+    it writes; None where they are chosen. Raises DataError."""
+    path = folder / FORMAT_FILE
+    if not path.exists():
+        return None
+    try:
+        return AnswerFormat.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError) as error:
+        raise DataError(
+            f"{path}: no format of answers; prepare the data set, or export the model, again"
+        ) from error
 
 
 def parse_example(line: str, where: str) -> Example:

@@ -1,17 +1,22 @@
-"""Guess which columns of a table hold the texts and the labels of a classifier.
+"""Guess which columns of a table hold the texts and their labels or answers, and the schema of
+answers that are objects.
 
 A column's name decides where it is a usual one, and its content otherwise: texts are long and
-hardly ever repeat, labels are few and short and repeat. What stays open is an error that names the
-columns, not a guess.
+hardly ever repeat, labels are few and short and repeat, and fields are JSON objects. What stays
+open is an error that names the columns, not a guess.
 """
 
+import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from distillery.errors import DataError
+
+Kind = Literal["classify", "extract", "generate"]
+"""The kinds of task that a table may be for."""
 
 TEXT_NAMES = frozenset(
     {
@@ -31,6 +36,14 @@ LABEL_NAMES = frozenset(
     }
 )
 
+ANSWER_NAMES = frozenset(
+    {
+        *("answer", "answers", "output", "response", "reply", "completion", "summary", "reference"),
+        *("target", "translation", "rewrite", "result"),
+    }
+)
+"""Columns of text that is an answer."""
+
 FEWEST_WORDS = 2.0
 """Mean number of words from which a column's values can be texts."""
 
@@ -47,11 +60,13 @@ REPEATS = 4
 @dataclass
 class Column:
     """What the values of a column are like. `counts`: how often each text occurs; `words`: of all
-    of them together; `other`: values that are neither text nor a whole number."""
+    of them together; `other`: values that are neither text nor a whole number; `objects`: values
+    that are JSON objects, as they stand or as text."""
 
     counts: Counter[str] = field(default_factory=Counter)
     words: int = 0
     other: int = 0
+    objects: int = 0
 
     @property
     def filled(self) -> int:
@@ -60,6 +75,12 @@ class Column:
     @property
     def mean_words(self) -> float:
         return self.words / max(1, self.filled)
+
+    @property
+    def may_be_fields(self) -> bool:
+        """Whether more than half of the values are JSON objects."""
+        apart = sum(1 for text in self.counts if not text.startswith("{"))
+        return self.objects > apart
 
     @property
     def may_be_text(self) -> bool:
@@ -85,12 +106,14 @@ class Column:
 
 
 class ChosenColumns(NamedTuple):
-    """The columns of the texts, one or more, and of the label, each with the reason."""
+    """The columns of the texts, one or more, and of the label or answer, each with the reason, and
+    the kind of task that they are for."""
 
     texts: tuple[str, ...]
     label: str
     text_reason: str
     label_reason: str
+    kind: Kind = "classify"
 
 
 def column_contents(rows: Iterable[Mapping[str, Any]]) -> dict[str, Column]:
@@ -101,6 +124,7 @@ def column_contents(rows: Iterable[Mapping[str, Any]]) -> dict[str, Column]:
             column = columns.setdefault(name, Column())
             if value is None or (isinstance(value, str) and not value.strip()):
                 continue
+            column.objects += object_in(value) is not None
             if isinstance(value, str | int):
                 text = str(value).strip()
                 column.counts[text] += 1
@@ -110,17 +134,71 @@ def column_contents(rows: Iterable[Mapping[str, Any]]) -> dict[str, Column]:
     return columns
 
 
+def object_in(value: Any) -> dict[str, Any] | None:
+    """Return the JSON object that a value is, as it stands or as text; None for any other."""
+    if isinstance(value, str) and value.lstrip().startswith("{"):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return None
+    return value if isinstance(value, dict) else None
+
+
+def guess_schema(values: Iterable[Any]) -> dict[str, Any]:
+    """Return a JSON Schema that the JSON objects among the values meet: the types of their fields,
+    none of them required, and no others."""
+    fields: dict[str, list[Any]] = {}
+    for found in map(object_in, values):
+        for name, value in (found or {}).items():
+            fields.setdefault(name, []).append(value)
+    properties = {name: guess_type(known) for name, known in fields.items()}
+    return {"type": "object", "properties": properties, "additionalProperties": False}
+
+
+def guess_type(values: Sequence[Any]) -> dict[str, Any]:
+    """Return the JSON Schema of a field that has these values."""
+    names = {
+        *("boolean" for value in values if isinstance(value, bool)),
+        *("integer" for value in values if type(value) is int),
+        *("number" for value in values if isinstance(value, float)),
+        *("string" for value in values if isinstance(value, str)),
+        *("array" for value in values if isinstance(value, list)),
+        *("object" for value in values if isinstance(value, dict)),
+        *("null" for value in values if value is None),
+    }
+    if "number" in names:
+        names.discard("integer")
+    kinds = sorted(names)
+    found: dict[str, Any] = {"type": kinds[0] if len(kinds) == 1 else kinds}
+    if "object" in names:
+        found |= guess_schema(values) | {"type": found["type"]}
+    items = [item for value in values if isinstance(value, list) for item in value]
+    if items:
+        found["items"] = guess_type(items)
+    return found
+
+
 def choose_columns(
-    columns: Mapping[str, Column], texts: Sequence[str] = (), label: str | None = None
+    columns: Mapping[str, Column],
+    texts: Sequence[str] = (),
+    label: str | None = None,
+    kind: Kind | None = None,
 ) -> ChosenColumns:
-    """Return the columns to use; `texts` and `label` are those that the user has named.
+    """Return the columns to use; `texts`, `label` and `kind` are those that the user has named.
+    Where the kind is not named, it is extract for a label that is JSON objects, and else classify.
 
     Raises DataError, in one line, if a named column is missing or none or several come into
     question."""
     for option, named in [*(("--text", text) for text in texts), ("--label", label)]:
         if named is not None and named not in columns:
             raise DataError(f"{option} {named}: no such column, only {listed(columns)}")
-    chosen_label, label_reason = choose_label(columns, texts, label)
+    if kind is None:
+        labels = columns.keys() - set(texts) if label is None else {label}
+        kind = "extract" if any(columns[name].may_be_fields for name in labels) else "classify"
+    if kind == "classify":
+        chosen_label, label_reason = choose_label(columns, texts, label)
+    else:
+        chosen_label, label_reason = choose_answer(columns, texts, label, kind)
     others = {name: column for name, column in columns.items() if name != chosen_label}
     chosen_texts, text_reason = choose_texts(others, texts, chosen_label)
     if chosen_label in columns[chosen_label].counts:
@@ -128,7 +206,29 @@ def choose_columns(
             f"{chosen_label!r} is the name of a column and a value in it: put the names of the "
             "columns into the file's first line, such as text,label"
         )
-    return ChosenColumns(chosen_texts, chosen_label, text_reason, label_reason)
+    return ChosenColumns(chosen_texts, chosen_label, text_reason, label_reason, kind)
+
+
+def choose_answer(
+    columns: Mapping[str, Column], texts: Sequence[str], label: str | None, kind: Kind
+) -> tuple[str, str]:
+    """Return the column of written answers and the reason. Raises DataError."""
+    if label is not None:
+        return label, "named by --label"
+    left = {name: column for name, column in columns.items() if name not in texts}
+    if kind == "extract":
+        found, reason = [name for name in left if left[name].may_be_fields], "JSON objects"
+    else:
+        found, reason = [name for name in left if plain(name) in ANSWER_NAMES], "by name"
+    if len(found) == 1:
+        return found[0], reason
+    if found:
+        raise DataError(
+            f"the answer may be any of the columns {listed(found)}; name it, such as "
+            f"--label {found[0]}"
+        )
+    looks = "JSON objects" if kind == "extract" else "answers"
+    raise DataError(f"no column looks like {looks} among {listed(columns)}; name it by --label")
 
 
 def choose_label(

@@ -1,6 +1,7 @@
-"""Look at the rows that somebody wants to train a classifier on, and say what is in them.
+"""Look at the rows that somebody wants to train a student on, and say what is in them.
 
-In: CSV, JSONL or Parquet files with a text and a label, which may be empty (rows.py). Out: a Look.
+In: CSV, JSONL or Parquet files with a text and a label or answer, which may be empty (rows.py).
+Out: a Look.
 Nothing is written, and a bad row is told, not raised.
 """
 
@@ -13,12 +14,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from distillery.data.guess import ChosenColumns, choose_columns, column_contents
+from distillery.data.answer_format import named_format
+from distillery.data.guess import (
+    ChosenColumns,
+    Kind,
+    choose_columns,
+    column_contents,
+    guess_schema,
+)
 from distillery.data.near_duplicates import SimilarRows
 from distillery.data.readers import open_table, refuse_equal_columns
-from distillery.data.rows import RowReader, content_of, to_example
+from distillery.data.rows import RowReader, content_of_row, to_example
 from distillery.errors import DataError
-from distillery.recipe import Columns, DatasetRecipe
+from distillery.recipe import Columns, DatasetRecipe, TaskRecipe
 from distillery.records import Example
 
 MOST_COMPARED = 20_000
@@ -55,7 +63,8 @@ class Look:
     """What was found in the files.
 
     `rows` are the valid ones and `bad` says of each other one, as FILE:LINE, what is wrong and what
-    to do. `with_ids`: there is a column id, whose values are unique.
+    to do. `with_ids`: there is a column id, whose values are unique. `schema`: of answers that are
+    objects.
     """
 
     files: tuple[str, ...]
@@ -64,6 +73,12 @@ class Look:
     with_ids: bool
     rows: tuple[FoundRow, ...]
     bad: tuple[str, ...]
+    schema: dict[str, Any] | None = None
+
+    @property
+    def kind(self) -> Kind:
+        """The kind of task that the rows are for."""
+        return self.chosen.kind
 
     @property
     def answered(self) -> list[FoundRow]:
@@ -83,8 +98,14 @@ class Look:
         return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
 
-def look(paths: Sequence[Path], texts: Sequence[str] = (), label: str | None = None) -> Look:
-    """Return what is in the files. `texts` and `label` are the columns that the user has named.
+def look(
+    paths: Sequence[Path],
+    texts: Sequence[str] = (),
+    label: str | None = None,
+    kind: Kind | None = None,
+) -> Look:
+    """Return what is in the files. `texts` and `label` are the columns that the user has named, and
+    `kind` the kind of task.
 
     Raises DataError for a file that can't be read, columns that are not clear (guess.py), no valid
     row and fewer than two labels.
@@ -97,8 +118,11 @@ def look(paths: Sequence[Path], texts: Sequence[str] = (), label: str | None = N
         where, _, fault = found_rows[0]
         raise DataError(f"{where}: {fault}")
     columns = column_contents(whole)
-    chosen = choose_columns(columns, texts, label)
-    reader = reader_of(chosen)
+    chosen = choose_columns(columns, texts, label, kind)
+    schema = None
+    if chosen.kind == "extract":
+        schema = guess_schema(values.get(chosen.label) for values in whole)
+    reader = reader_of(chosen, schema)
     rows, bad = [], []
     for where, values, fault in found_rows:
         if fault:
@@ -109,7 +133,7 @@ def look(paths: Sequence[Path], texts: Sequence[str] = (), label: str | None = N
         except DataError as error:
             bad.append(str(error))
         else:
-            rows.append(FoundRow(where, example, content_of(example.question, ())))
+            rows.append(FoundRow(where, example, content_of_row(example)))
     if not rows:
         raise DataError(bad[0])
     found = Look(
@@ -119,11 +143,17 @@ def look(paths: Sequence[Path], texts: Sequence[str] = (), label: str | None = N
         with_ids=ids_are_unique(whole),
         rows=tuple(rows),
         bad=tuple(bad),
+        schema=schema,
     )
-    if len(found.classes) < 2:
+    if found.kind == "classify" and len(found.classes) < 2:
         raise DataError(
             f"the column {chosen.label!r} has {len(found.classes)} labels, and a classifier needs "
             "two or more; label some rows, or name another column by --label"
+        )
+    if not found.answered:
+        raise DataError(
+            f"the column {chosen.label!r} is empty in every row; fill it in for some rows, or name "
+            "another column by --label"
         )
     return found
 
@@ -145,12 +175,15 @@ def rows_of(path: Path) -> list[tuple[str, dict[str, Any], str]]:
     return rows
 
 
-def reader_of(chosen: ChosenColumns) -> RowReader:
+def reader_of(chosen: ChosenColumns, schema: dict[str, Any] | None) -> RowReader:
     """Return what turns the values of a row into an Example, whatever its id."""
     question = chosen.texts[0] if len(chosen.texts) == 1 else None
     columns = Columns(id=None, question=question, concept=None, choices=None, answer=chosen.label)
     fields = () if question else chosen.texts
-    return RowReader(columns, fields=fields, classify=True)
+    if chosen.kind == "classify":
+        return RowReader(columns, fields=fields, classify=True)
+    task = TaskRecipe(kind=chosen.kind, schema=schema)
+    return RowReader(columns, fields=fields, format=named_format(task))
 
 
 def ids_are_unique(rows: Sequence[Mapping[str, Any]]) -> bool:

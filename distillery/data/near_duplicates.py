@@ -17,7 +17,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from distillery.data.rows import normalised
+from distillery.data.rows import asked_text, normalised
 from distillery.data.splits import FITTED, Splits
 from distillery.records import Example
 
@@ -119,7 +119,7 @@ class SimilarRows:
 
 def question_tokens(example: Example) -> set[str]:
     """Return the word triples of the question."""
-    text = normalised(example.question)
+    text = normalised(asked_text(example))
     words = re.findall(r"\w+", text) or [text]
     return {" ".join(words[i : i + 3]) for i in range(max(1, len(words) - 2))}
 

@@ -3,21 +3,22 @@
 Rows in: those of a hub data set, local files or the shipped sample (source.py, readers.py), in the
 columns that rows.py lists.
 Files out: `<role>.jsonl` for the roles gold, train, validation and test, one records.Example a
-line, sorted by position (splits.py); and for task.kind: classify classes.json, the names of the
-classes.
+line, sorted by position (splits.py); for task.kind: classify classes.json, the names of the
+classes; and for extract and generate format.json, a records.AnswerFormat.
 
 The steps, in this order: validate (rows.py), correct (corrections.py), carve (splits.py), add the
-texts of task.other (other.py), stop at leaks, drop copies (splits.py), drop near duplicates
-(near_duplicates.py), sample. Equal rows and settings give equal bytes.
+texts of task.other (other.py), stop at leaks, join references and drop copies (splits.py), drop
+near duplicates (near_duplicates.py), sample. Equal rows and settings give equal bytes.
 """
 
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+from distillery.data.answer_format import named_format
 from distillery.data.classes import named_classes
 from distillery.data.corrections import corrected
-from distillery.data.examples import write_classes, write_examples
+from distillery.data.examples import write_classes, write_examples, write_format
 from distillery.data.near_duplicates import drop_near_duplicates
 from distillery.data.other import other_rows, with_other
 from distillery.data.rows import Row, RowReader, validated_rows
@@ -28,6 +29,7 @@ from distillery.data.splits import (
     carve,
     drop_copies,
     in_order,
+    join_references,
     refuse_empty,
     refuse_leaks,
     refuse_shared_ids,
@@ -35,7 +37,7 @@ from distillery.data.splits import (
 )
 from distillery.errors import DataError, RecipeError
 from distillery.recipe import DatasetRecipe, TaskRecipe
-from distillery.records import Record, Split, digest_of
+from distillery.records import AnswerFormat, Record, Split, digest_of
 from distillery.storage.digests import sha256_of
 
 OTHER = "other"
@@ -53,10 +55,12 @@ class PreparedCounts(Record):
 
 
 class SelectedRows(NamedTuple):
-    """The rows that `prepare` writes, their classes, and its counts of dropped rows."""
+    """The rows that `prepare` writes, their classes or the format of their answers, and its counts
+    of dropped rows."""
 
     splits: Splits
     classes: tuple[str, ...]
+    format: AnswerFormat | None
     duplicates_dropped: int
     near_duplicates_dropped: int
 
@@ -64,21 +68,24 @@ class SelectedRows(NamedTuple):
 def prepare(
     recipe: DatasetRecipe, out: Path, task: TaskRecipe | None = None, commit: str | None = None
 ) -> PreparedCounts:
-    """Write `<role>.jsonl` into `out` for each role in the recipe's splits and carve, and for
-    task.kind: classify the classes. With task.other, there are gold rows in any case. `commit` is
-    that of a hub data set, if it is known.
+    """Write `<role>.jsonl` into `out` for each role in the recipe's splits and carve, with the
+    classes or the format of the answers that task.kind asks for. With task.other, there are gold
+    rows in any case. `commit` is that of a hub data set, if it is known.
 
     Raises DataError for a file, row or column, and RecipeError if splits, carve and sample
     contradict each other; nothing is written then.
     """
-    splits, classes, duplicates, near_duplicates = select_rows(recipe, task, commit)
+    splits, classes, answer_format, duplicates, near_duplicates = select_rows(recipe, task, commit)
     out.mkdir(parents=True, exist_ok=True)
     written = {}
     for role in ROLES:
         if role in splits:
-            written[role] = write_split(out / f"{role}.jsonl", splits[role], classes)
+            path = out / f"{role}.jsonl"
+            written[role] = write_split(path, splits[role], classes, answer_format)
     if classes:
         write_classes(out, classes)
+    if answer_format:
+        write_format(out, answer_format)
     return PreparedCounts(
         splits=written,
         classes=classes,
@@ -103,14 +110,16 @@ def select_rows(
     classify = task is not None and task.kind == "classify"
     other = task.other if task else None
     classes = named_classes(task) if task else None
-    check_roles(recipe, classify)
-    reader = RowReader(recipe.columns, recipe.fields, classify, classes)
+    answer_format = named_format(task) if task else None
+    unanswered_train = classify or answer_format is not None
+    check_roles(recipe, unanswered_train)
+    reader = RowReader(recipe.columns, recipe.fields, classify, classes, answer_format)
     loaded = load_splits(recipe, reader, commit)
     if other:
         loaded[OTHER] = other_rows(other, reader, recipe.seed)
     loaded = corrected(loaded, recipe, reader)
     # Test rows of other rounds count as test rows until all that resembles them is dropped.
-    splits = carve(loaded, shares_of(recipe), recipe.columns.answer, unanswered_train=classify)
+    splits = carve(loaded, shares_of(recipe), recipe.columns.answer, unanswered_train)
     if other:
         texts = splits.pop(OTHER)
         splits = with_other(splits, texts, shares_of(recipe))
@@ -118,8 +127,11 @@ def select_rows(
         classes = found_classes(splits, recipe.columns.answer)
         splits = with_classes(splits, classes)
     refuse_leaks(splits)
+    if answer_format:
+        splits = join_references(splits)
     splits["train"] = drop_copies(splits["train"])
-    duplicates = row_count(loaded) - row_count(splits)
+    # A row's further answers are in its references.
+    duplicates = row_count(loaded) - row_count(splits) - reference_count(splits)
     refuse_shared_ids(splits)
     splits, near_duplicates = drop_near_duplicates(splits, recipe.near_duplicate)
     if recipe.rotation:
@@ -128,12 +140,17 @@ def select_rows(
     for role, limit in recipe.sample.items():
         splits[role] = splits[role][:limit]
     refuse_empty(splits)
-    return SelectedRows(splits, classes or (), duplicates, near_duplicates)
+    return SelectedRows(splits, classes or (), answer_format, duplicates, near_duplicates)
 
 
 def row_count(splits: Splits) -> int:
     """Return how many rows the splits have in all."""
     return sum(map(len, splits.values()))
+
+
+def reference_count(splits: Splits) -> int:
+    """Return how many further answers the rows have in all."""
+    return sum(len(row.example.references) for rows in splits.values() for row in rows)
 
 
 def found_classes(splits: Splits, column: str) -> tuple[str, ...]:
@@ -159,10 +176,10 @@ def with_classes(splits: Splits, classes: tuple[str, ...]) -> Splits:
     return known
 
 
-def check_roles(recipe: DatasetRecipe, classify: bool) -> None:
+def check_roles(recipe: DatasetRecipe, unanswered_train: bool) -> None:
     """Raise RecipeError if splits, carve and sample contradict each other.
 
-    With `classify`, rows without an answer are left for train whatever is carved."""
+    With `unanswered_train`, rows without an answer are left for train whatever is carved."""
     for role in recipe.carve:
         if role in recipe.splits:
             raise RecipeError(
@@ -176,7 +193,7 @@ def check_roles(recipe: DatasetRecipe, classify: bool) -> None:
                 "name it in dataset.splits or dataset.carve"
             )
     total = sum(shares_of(recipe).values())
-    if total > 1 or (total == 1 and not classify):
+    if total > 1 or (total == 1 and not unanswered_train):
         counted = ", test once for each of dataset.rotation.rounds," if recipe.rotation else ""
         raise RecipeError(
             f"dataset.carve: the shares{counted} add up to {total:g}; leave some for train"
@@ -209,10 +226,14 @@ def load_splits(recipe: DatasetRecipe, reader: RowReader, commit: str | None) ->
     return splits
 
 
-def write_split(path: Path, rows: list[Row], classes: tuple[str, ...]) -> Split:
-    """Write the rows' Examples, one a line. The digest covers the classes, too."""
+def write_split(
+    path: Path, rows: list[Row], classes: tuple[str, ...], answer_format: AnswerFormat | None
+) -> Split:
+    """Write the rows' Examples, one a line. The digest covers the classes or the format, too."""
     write_examples([row.example for row in rows], path)
     sha256 = sha256_of(path)
     if classes:
         sha256 = digest_of([sha256, classes])
+    if answer_format:
+        sha256 = digest_of([sha256, answer_format.model_dump(mode="json")])
     return Split(file=path.name, rows=len(rows), sha256=sha256)

@@ -15,6 +15,11 @@ With task.kind: classify the defaults are:
   id                 as above
   text               text; or several columns, named in dataset.fields
   label              one of task.labels; empty or missing if unknown
+
+With task.kind: extract or generate the defaults are:
+  id, text           as above
+  answer             the text; for extract a JSON object that meets task.schema, or its JSON text;
+                     empty or missing if unknown
 """
 
 import hashlib
@@ -24,19 +29,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from distillery.answers import NotAnAnswer, canonical
 from distillery.data.readers import Table, has_surrogates, listed, shown
 from distillery.errors import DataError
 from distillery.recipe import Columns
-from distillery.records import LETTERS, Example, digest_of
+from distillery.records import LETTERS, AnswerFormat, Example, digest_of
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
     """A valid row on its way through preparation.
 
-    `where` is FILE:LINE. `content` is a digest of the question and the options, whatever their
-    order, without regard to case, width of characters and white space. `position` in [0, 1)
-    decides the row's split; see `position_of`.
+    `where` is FILE:LINE. `content` is what `content_of_row` returns. `position` in [0, 1) decides
+    the row's split; see `position_of`.
     """
 
     where: str
@@ -48,12 +53,14 @@ class Row:
 @dataclass(frozen=True)
 class RowReader:
     """What turns the values of a row into an Example: the columns of task.kind, the further columns
-    in dataset.fields and, for classify, the classes; None lets a label be any text."""
+    in dataset.fields and, for classify, the classes, where None lets a label be any text; for
+    extract and generate, the format of the answers."""
 
     columns: Columns
     fields: tuple[str, ...] = ()
     classify: bool = False
     classes: tuple[str, ...] | None = None
+    format: AnswerFormat | None = None
 
     def needed(self, role: str) -> dict[str, str]:
         """Return the columns that rows of a role must have, by setting."""
@@ -75,7 +82,7 @@ def validated_rows(table: Table, reader: RowReader, role: str, seed: int) -> lis
     rows = []
     for where, values in table.rows:
         example = to_example(values, reader, where, needs_id=has_ids)
-        content = content_of(example.question, example.choices)
+        content = content_of_row(example)
         rows.append(Row(where, example, content, position_of(content, seed)))
     for row in rows:
         refuse_unanswered(row, columns.answer, role)
@@ -136,14 +143,15 @@ def to_example(
             answer = choices[LETTERS.index(answer)]
         choices = ()
         answer = to_class(answer, reader.classes, answer_at)
+    if reader.format:
+        answer = to_written(answer, reader.format, answer_at)
     concept = ""
     if columns.concept and values.get(columns.concept) not in (None, ""):
         concept = to_text(values[columns.concept], f"{where}: {columns.concept}")
+    example_id = ""
     if columns.id is not None and (needs_id or columns.id in values):
         example_id = to_text(values.get(columns.id), f"{where}: {columns.id}")
-    else:
-        example_id = content_of(question, choices)
-    return Example(
+    example = Example(
         example_id=example_id,
         question=question,
         concept=concept,
@@ -151,7 +159,11 @@ def to_example(
         answer_key=answer,
         fields=fields,
         classes=reader.classes or (),
+        format=reader.format,
     )
+    if example_id:
+        return example
+    return example.model_copy(update={"example_id": content_of_row(example)})
 
 
 def to_fields(values: Mapping[str, Any], names: Sequence[str], where: str) -> dict[str, str]:
@@ -182,6 +194,19 @@ def to_class(value: Any, classes: Sequence[str] | None, where: str) -> str | Non
             "correct the row, or add the class there"
         )
     return label
+
+
+def to_written(value: Any, answer_format: AnswerFormat, where: str) -> str | None:
+    """Return a written answer as it is trained and compared, or None if it is empty."""
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return None
+    if answer_format.json_schema is not None and isinstance(value, dict):
+        value = json.dumps(value, ensure_ascii=False)
+    text = to_text(value, where)
+    try:
+        return canonical(text, answer_format.json_schema)
+    except NotAnAnswer as error:
+        raise DataError(f"{where}: {error}; correct the row") from error
 
 
 def to_text(value: Any, where: str) -> str:
@@ -249,8 +274,23 @@ def to_letter(value: Any, labels: Sequence[str], where: str) -> str | None:
     return LETTERS[labels.index(label)]
 
 
+def content_of_row(example: Example) -> str:
+    """Return the digest that rows of equal content share: of what is asked and of the options; see
+    `asked_text`."""
+    return content_of(asked_text(example), example.choices)
+
+
+def asked_text(example: Example) -> str:
+    """Return the text by which rows are compared: the question, and where answers are written, the
+    further columns, since many rows may have one instruction in common."""
+    if example.format is None:
+        return example.question
+    return "\n".join([example.question, *example.fields.values()])
+
+
 def content_of(question: str, choices: Sequence[str]) -> str:
-    """Return the digest that rows of equal content share; see `Row`."""
+    """Return the digest of a question and of options, whatever their order, without regard to case,
+    width of characters and white space."""
     return digest_of([normalised(question), sorted(map(normalised, choices))])
 
 

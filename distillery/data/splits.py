@@ -15,6 +15,10 @@ rows of equal content share a position, and neither other rows nor a corrected a
              With task.kind: classify a train row without an answer is also dropped where an
              answered copy of it was carved.
              Copies within gold, validation and test stay, so that adding rows removes none.
+  References Where answers are written, rows of equal content may have different answers, each as
+             good as the others. In train, validation and test they become one row, whose further
+             answers are its `references`: the teacher is asked once, and an answer is judged by
+             all of them. In gold each stays a row of its own, since each can be learnt.
 """
 
 from collections import Counter
@@ -87,6 +91,25 @@ def carve(
         refuse_unanswered(row, answer_column, role)
         carved[role].append(row)
     return {**splits, **carved}
+
+
+def join_references(splits: Splits) -> Splits:
+    """Return the splits with one row for rows of equal content, save in gold: the first, with the
+    other answers, each once, as its references."""
+    joined = dict(splits)
+    for role in ("train", *JUDGED):
+        answers: dict[str, dict[str, None]] = {}
+        for row in splits.get(role, []):
+            found = answers.setdefault(row.content, {})
+            if row.example.answer_key is not None:
+                found[row.example.answer_key] = None
+        if role in splits:
+            joined[role] = []
+        for row in drop_copies(splits.get(role, [])):
+            references = tuple(answers[row.content])[1:]
+            example = row.example.model_copy(update={"references": references})
+            joined[role].append(replace(row, example=example))
+    return joined
 
 
 def test_interval(shares: Mapping[str, float], number: int) -> tuple[float, float]:

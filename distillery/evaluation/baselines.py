@@ -1,4 +1,5 @@
-"""What a model must beat: the most frequent answer, and classifiers of words.
+"""What a model must beat: the most frequent answer, and classifiers of words. Where answers are
+written, these are the answers of written_baselines.py.
 
 TFIDF learns from all that the student has learnt from: the teacher's letters of the train rows, and
 the gold rows if the student learns from these too. So a student that is better owes it to its
@@ -10,13 +11,14 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from distillery.evaluation.scoring import Answers
+from distillery.evaluation.written_baselines import DICTIONARY, NEAREST, written_baselines
 from distillery.records import Example
 from distillery.training.second_opinion import word_classifier
 
 MAJORITY = "majority class"
 TFIDF = "TF-IDF + logistic regression"
 TFIDF_ON_GOLD = "TF-IDF on gold rows"
-BASELINES = (MAJORITY, TFIDF, TFIDF_ON_GOLD)
+BASELINES = (MAJORITY, TFIDF, TFIDF_ON_GOLD, NEAREST, DICTIONARY)
 
 
 def with_letters(examples: Sequence[Example], letters: Mapping[str, str]) -> list[Example]:
@@ -40,6 +42,8 @@ def score_baselines(
     notes = []
     learnt_rows = answered(learnt)
     gold_rows = answered(gold)
+    if examples and examples[0].format is not None:
+        return written_baselines(examples, learnt_rows, gold_rows, examples[0].format.json_schema)
     if learnt_rows:
         letters = Counter(example.answer_key for example in learnt_rows)
         answers[MAJORITY] = [letters.most_common(1)[0][0]] * len(examples)

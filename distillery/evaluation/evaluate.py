@@ -11,6 +11,7 @@ from distillery.errors import ModelError
 from distillery.evaluation.baselines import BASELINES, score_baselines
 from distillery.evaluation.doubtful import DOUBTFUL_FILE, Doubtful, doubtful_rows, write_doubtful
 from distillery.evaluation.figures import confidence_figures, figures_of
+from distillery.evaluation.judging import Gold, changed_answers, gold_of
 from distillery.evaluation.linear_probe import (
     PROBE,
     TextStates,
@@ -27,10 +28,9 @@ from distillery.evaluation.scoring import (
     Scored,
     answered_rows,
     departure,
-    right_answers,
     score_model,
 )
-from distillery.evaluation.statistics import paired_interval, wilson_interval
+from distillery.evaluation.statistics import difference_interval
 from distillery.machine import machine_name, usable_cores
 from distillery.progress import ShowProgress, show_nothing
 from distillery.recipe import Columns, PromptRecipe
@@ -61,7 +61,7 @@ def evaluate(
 ) -> tuple[ScoreRow, ...]:
     """Score every model and the baselines on the rows of `test`; write the report's files to `out`.
 
-    `teacher` is the name of one of `models`, or an endpoint's letters by example_id, to which
+    `teacher` is the name of one of `models`, or an endpoint's answers by example_id, to which
     `teacher_probabilities` of the letters may belong, for some rows or all. The baselines learn
     from `learnt` and `gold` (see baselines.py). `candidate` is the model that may be registered,
     and `float_model` the one that it was exported from: the report tells how far the two depart
@@ -74,6 +74,7 @@ def evaluate(
     models together. Raises DataError for test rows without gold answers, and ModelError for a model
     that can't be scored."""
     examples, letters = answered_rows(test)
+    gold_answers, writes = gold_of(examples), examples[0].format is not None
     baselines, notes = score_baselines(examples, learnt, gold)
     answers: dict[str, Answers] = {GOLD: letters, **baselines}
     doubtful: list[Doubtful] = []
@@ -120,16 +121,19 @@ def evaluate(
             )
     rows = []
     for name in answers:
-        row = judge(name, answers, teacher_name).model_copy(update=measured.get(name))
+        row = judge(name, answers, teacher_name, gold_answers)
+        row = row.model_copy(update=measured.get(name))
         if name == candidate:
             confident = confidence_figures(examples, answers[name], probabilities[name], threshold)
             figures[name] = figures[name].model_copy(update=confident)
             row = row.model_copy(update={"figures": figures[name]})
             if float_model:
                 departed = departure(scored[candidate], scored[float_model])
+                if writes:
+                    departed = changed_answers(answers[candidate], answers[float_model])
                 row = row.model_copy(update={"departure": departed})
         rows.append(row)
-    notes += measuring_notes(scored, threads or usable_cores())
+    notes += measuring_notes(scored, threads or usable_cores(), writes)
     shipped = (candidate, teacher_name)
     doubted = doubtful_rows(
         "test",
@@ -144,8 +148,9 @@ def evaluate(
         )
     write_report(out, rows, candidate, teacher_name, scored, notes, figures)
     write_answers(out, examples, answers)
-    write_rows(out, examples, answers, probabilities)
-    write_doubtful(out, doubtful, columns or Columns(), fields)
+    write_rows(out, examples, answers, probabilities, scored)
+    if not writes:
+        write_doubtful(out, doubtful, columns or Columns(), fields)
     return tuple(rows)
 
 
@@ -193,13 +198,12 @@ def check_names(names: Sequence[str], teacher: str, candidate: str) -> None:
             raise ModelError(f"no model to score is named {name!r}, only {', '.join(names)}")
 
 
-def judge(name: str, answers: Mapping[str, Answers], teacher: str) -> ScoreRow:
+def judge(name: str, answers: Mapping[str, Answers], teacher: str, gold: Gold) -> ScoreRow:
     """Return a predictor's row of the scoreboard, with what follows from its answers alone."""
-    gold, own = answers[GOLD], answers[name]
-    right = right_answers(own, gold)
-    correct = sum(right)
+    own, rows = answers[name], len(gold.answers)
+    estimate = gold.estimate(own, gold.metric)
     kind: Literal["reference", "baseline", "model"] = "model"
-    interval = wilson_interval(correct, len(gold))
+    interval = Interval(low=estimate.low, high=estimate.high)
     if name == GOLD:
         kind, interval = "reference", Interval(low=1, high=1)
     elif name in (*BASELINES, PROBE):
@@ -207,20 +211,21 @@ def judge(name: str, answers: Mapping[str, Answers], teacher: str) -> ScoreRow:
     versus_teacher = agreement = None
     if name not in (GOLD, teacher):
         theirs = answers[teacher]
-        versus_teacher = paired_interval(right, right_answers(theirs, gold))
+        versus_teacher = difference_interval(gold.paired(own, theirs))
         agreed = 0
         for letter, their_letter in zip(own, theirs, strict=True):
             agreed += letter is not None and letter == their_letter
-        agreement = agreed / len(gold)
+        agreement = agreed / rows
     return ScoreRow(
         name=name,
         kind=kind,
-        correct=correct,
-        rows=len(gold),
-        accuracy=correct / len(gold),
+        correct=sum(gold.rights(own)),
+        rows=rows,
+        accuracy=estimate.value,
         interval=interval,
         versus_teacher=versus_teacher,
         agreement=agreement,
+        metric=gold.metric,
     )
 
 
@@ -235,8 +240,9 @@ def measured_figures(scored: Scored) -> dict[str, float | None]:
     return figures
 
 
-def measuring_notes(scored: Mapping[str, Scored], threads: int) -> list[str]:
-    """Return notes on where and how the models were measured, and on prompts that are too long."""
+def measuring_notes(scored: Mapping[str, Scored], threads: int, writes: bool = False) -> list[str]:
+    """Return notes on where and how the models were measured, and on prompts that are too long;
+    `writes`: answers are written, of which some are none."""
     if not scored:
         return []
     where = "; ".join(f"{name}: {result.ran_on}" for name, result in scored.items())
@@ -249,7 +255,11 @@ def measuring_notes(scored: Mapping[str, Scored], threads: int) -> list[str]:
                 f"{name}: speed and latency are of the first {timed} rows; the others were asked "
                 "in batches, which give the same answers."
             )
-        if unasked:
+        if unasked and writes:
+            reasons = Counter(reason for reason in result.no_answer if reason)
+            counted = "; ".join(f"{count} {reason}" for reason, count in reasons.most_common(5))
+            notes.append(f"{name}: {unasked} rows have no answer and count as wrong: {counted}.")
+        elif unasked:
             notes.append(
                 f"{name}: {unasked} prompts are over prompt.max_tokens and count as wrong."
             )

@@ -1,7 +1,9 @@
 """Further figures of a predictor: per class, calibration, divergence from the teacher, latency."""
 
 from collections.abc import Sequence
+from typing import Any
 
+from distillery.evaluation.judging import gold_of
 from distillery.evaluation.option_order import Reordered, option_text
 from distillery.evaluation.scoring import Answers, Probabilities, Scored
 from distillery.evaluation.selective import asked_rows, coverage_curve, given_answers
@@ -11,6 +13,7 @@ from distillery.evaluation.statistics import (
     mean_interval,
     wilson_interval,
 )
+from distillery.evaluation.written_figures import written_figures
 from distillery.labels.report import BINS, expected_calibration_error
 from distillery.records import (
     Bin,
@@ -41,6 +44,10 @@ def figures_of(
 
     `probabilities` are the predictor's over each row's options, `teacher` the teacher's, if known
     and another's; `scored` is what was measured of a model."""
+    answer_format = examples[0].format
+    if answer_format is not None:
+        written = written_figures(answers, gold_of(examples), answer_format)
+        return Figures(written=written, **(measured(scored) if scored else {}))
     by_text = same_options(examples)
     labels = max((example.keys for example in examples), key=len)
     if by_text:
@@ -201,13 +208,14 @@ def divergence_of(
     return Estimate(value=mean, low=max(0.0, interval.low), high=interval.high)
 
 
-def measured(scored: Scored) -> dict[str, object]:
+def measured(scored: Scored) -> dict[str, Any]:
     """Return the figures that a model's process measured, by their names in Figures."""
     import numpy as np
 
-    found: dict[str, object] = {
+    found: dict[str, Any] = {
         "first_token_ms": scored.first_token_ms,
         "load_s": scored.load_s,
+        "tokens_per_second": scored.tokens_per_second,
     }
     if scored.reordered and scored.reordered.rows:
         found["order_robustness"] = order_robustness(scored.reordered)

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from distillery.evaluation.scoreboard import plain_table
 from distillery.markdown import markdown_table
+from distillery.recipe import METRIC_NAMES
 from distillery.records import Figures, ScoreRow
 
 COLUMNS = (
@@ -18,6 +19,8 @@ COLUMNS = (
 COVERAGE_COLUMNS = ("rows answered", "share of rows", "confidence from", "accuracy")
 
 CLASS_COLUMNS = ("class", "rows", "precision", "recall [95 %]", "F1")
+
+FIELD_COLUMNS = ("field", "rows with it", "precision", "recall", "F1")
 
 
 def render_figures(rows: Sequence[ScoreRow]) -> str:
@@ -38,6 +41,8 @@ def render_figures_markdown(figures: Mapping[str, Figures], candidate: str) -> s
     """Return tables in Markdown: the figures of all predictors, and of the `candidate` also those
     that it alone has, its classes and its confusion."""
     own = figures[candidate]
+    if own.written or own.confusion is None:
+        return render_written_markdown(figures, candidate)
     labels = own.confusion.labels
     confusion = []
     for label, counts in zip(labels, own.confusion.counts, strict=True):
@@ -55,6 +60,45 @@ def render_figures_markdown(figures: Mapping[str, Figures], candidate: str) -> s
     return "\n\n".join(tables)
 
 
+def render_written_markdown(figures: Mapping[str, Figures], candidate: str) -> str:
+    """Return tables in Markdown of written answers: the figures of all predictors, those of the
+    `candidate`, and its fields if there are any."""
+    own = figures[candidate]
+    tables = [
+        markdown_table(*written_table(figures)),
+        markdown_table((candidate, "figure", "95 %"), candidate_cells(own)),
+    ]
+    if own.written and own.written.fields:
+        tables.append(markdown_table(FIELD_COLUMNS, field_cells(own)))
+    return "\n\n".join(tables)
+
+
+def written_table(figures: Mapping[str, Figures]) -> tuple[list[str], list[list[str]]]:
+    """Return titles and rows of the predictors' figures of written answers."""
+    titles, lines = ["predictor"], []
+    for name, found in figures.items():
+        if found.written is None:
+            continue
+        written = found.written
+        titles = ["predictor"]
+        cells = [name]
+        for metric, estimate in written.metrics.items():
+            titles.append(f"{METRIC_NAMES[metric]} [95 %]")
+            cells.append(f"{estimate.value:.3f} {interval_cell(estimate.low, estimate.high)}")
+        titles += ["valid answers", "characters, median"]
+        lines.append([*cells, f"{written.valid.value:.3f}", f"{written.length:,.0f}"])
+    return titles, lines
+
+
+def field_cells(figures: Figures) -> list[list[str]]:
+    """Return the cells of each field, one for each of FIELD_COLUMNS."""
+    lines = []
+    for found in figures.written.fields if figures.written else ():
+        shares = [f"{share:.3f}" for share in (found.precision, found.recall, found.f1)]
+        lines.append([found.field, f"{found.rows:,}", *shares])
+    return lines
+
+
 def predictor_cells(figures: Mapping[str, Figures]) -> list[list[str]]:
     """Return the cells of each predictor, one for each of COLUMNS."""
     lines = []
@@ -66,11 +110,14 @@ def predictor_cells(figures: Mapping[str, Figures]) -> list[list[str]]:
         if found.kl_from_teacher:
             bounds = interval_cell(found.kl_from_teacher.low, found.kl_from_teacher.high)
             divergence = f"{found.kl_from_teacher.value:.3f} {bounds}"
-        macro_f1 = found.macro_f1
+        macro_f1 = ""
+        if found.macro_f1:
+            bounds = interval_cell(found.macro_f1.low, found.macro_f1.high)
+            macro_f1 = f"{found.macro_f1.value:.3f} {bounds}"
         lines.append(
             [
                 name,
-                f"{macro_f1.value:.3f} {interval_cell(macro_f1.low, macro_f1.high)}",
+                macro_f1,
                 calibration,
                 divergence,
                 "" if found.p99_ms is None else f"{found.p99_ms:.1f}",
@@ -92,11 +139,19 @@ def candidate_cells(figures: Figures, widest: int = 1000) -> list[list[str]]:
         if value is not None:
             lines.append([title, f"{value:.1f}", ""])
 
-    macro_f1 = figures.macro_f1
-    estimate("macro-F1", macro_f1.value, macro_f1.low, macro_f1.high)
-    lowest = min(figures.classes, key=lambda found: found.recall)
-    title = f"lowest recall: {' '.join(lowest.label.split())[:widest]}, {lowest.rows} rows"
-    estimate(title, lowest.recall, lowest.recall_low, lowest.recall_high)
+    if figures.written:
+        for metric, each in figures.written.metrics.items():
+            estimate(METRIC_NAMES[metric], each.value, each.low, each.high)
+        valid = figures.written.valid
+        estimate("rows with a valid answer", valid.value, valid.low, valid.high)
+        measurement("characters of an answer, median", figures.written.length)
+    if figures.macro_f1:
+        macro_f1 = figures.macro_f1
+        estimate("macro-F1", macro_f1.value, macro_f1.low, macro_f1.high)
+    if figures.classes:
+        lowest = min(figures.classes, key=lambda found: found.recall)
+        title = f"lowest recall: {' '.join(lowest.label.split())[:widest]}, {lowest.rows} rows"
+        estimate(title, lowest.recall, lowest.recall_low, lowest.recall_high)
     if figures.calibration:
         calibration = figures.calibration
         title = "expected calibration error"
@@ -115,6 +170,7 @@ def candidate_cells(figures: Figures, widest: int = 1000) -> list[list[str]]:
         order = figures.order_robustness
         title = f"same option in another order of options, {order.rows} rows"
         estimate(title, order.value, order.low, order.high)
+    measurement("tokens a second", figures.tokens_per_second)
     measurement("time to first token, ms", figures.first_token_ms)
     measurement("p99, ms", figures.p99_ms)
     measurement("time to load, s", figures.load_s)

@@ -4,24 +4,27 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from distillery.evaluation.baselines import MAJORITY
+from distillery.evaluation.judging import gold_in
 from distillery.evaluation.limits import limited_figure, missing_class
 from distillery.evaluation.report import RowContent, read_answers
 from distillery.evaluation.scoreboard import GOLD, TEACHER, row_named
 from distillery.evaluation.statistics import (
+    Paired,
     Pairs,
     count_pairs,
     difference_interval,
-    mcnemar_p,
     one_sided,
+    p_value_of,
     ratio_interval,
     rows_needed,
     rows_needed_for_limit,
 )
 from distillery.evaluation.verdicts import reason_of
 from distillery.recipe import (
+    METRIC_NAMES,
     BetterRule,
     GateRule,
     KeepsRule,
@@ -36,8 +39,8 @@ ROUNDING = 1e-9
 
 Verdict = Literal["passed", "refused", "undecided"]
 
-AnswerRows = Mapping[str, Mapping[str, str | None]]
-"""The lines of an answers.jsonl by example_id; each has a letter for each predictor."""
+AnswerRows = Mapping[str, Mapping[str, Any]]
+"""The lines of an answers.jsonl by example_id; each has an answer for each predictor."""
 
 
 @dataclass(frozen=True)
@@ -60,9 +63,9 @@ class Comparison:
     `note` says which rows these are, for people. `shared`: both ones' lines of each of the rows."""
 
     earlier: EarlierVersion
-    pairs: Pairs
+    pairs: Paired
     note: str
-    shared: Sequence[tuple[Mapping[str, str | None], Mapping[str, str | None]]] = ()
+    shared: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]] = ()
 
 
 @dataclass(frozen=True)
@@ -88,16 +91,13 @@ class Evidence:
                 best = comparison
         return best
 
-    def against(self, predictor: str) -> Pairs | None:
+    def against(self, predictor: str) -> Paired | None:
         """Compare the candidate with another predictor; None if that has no answers."""
-        ours: list[bool] = []
-        theirs: list[bool] = []
-        for answer in self.answers.values():
-            if predictor not in answer:
-                return None
-            ours.append(answer[self.row.name] == answer[GOLD])
-            theirs.append(answer[predictor] == answer[GOLD])
-        return count_pairs(ours, theirs)
+        rows = list(self.answers.values())
+        if not all(predictor in row for row in rows):
+            return None
+        ours = [row[self.row.name] for row in rows]
+        return gold_in(rows).paired(ours, [row[predictor] for row in rows])
 
     def against_most_frequent(self) -> Pairs:
         """Compare the candidate with the most frequent gold answer of the test rows."""
@@ -125,7 +125,10 @@ def gate(
     own = read_answers(answers)
     comparisons = [compare(own, candidate, contents or {}, version) for version in earlier]
     evidence = Evidence(row_named(report_rows, candidate), teacher, own, comparisons)
-    verdicts = tuple(judge_rule(rule, evidence) for rule in rules)
+    metric = evidence.row.metric
+    verdicts = tuple(
+        judge_rule(rule, evidence).model_copy(update={"metric": metric}) for rule in rules
+    )
     champion = next((version for version in earlier if version.is_champion), None)
     return GateDecision(
         passed=all(verdict.passes for verdict in verdicts),
@@ -145,25 +148,23 @@ def compare(
     since a model's answer may depend on the order. In answers that earlier releases registered,
     rows are known by their ids alone."""
     by_id = known_by_id(earlier.answers, contents)
-    theirs: dict[str | None, Mapping[str, str | None]] = {}
+    theirs: dict[str | None, Mapping[str, Any]] = {}
     for example_id, row in earlier.answers.items():
         theirs[example_id if by_id else row["asked"]] = row
     known_contents = {row.get("content") for row in earlier.answers.values()}
-    our_rights: list[bool] = []
-    their_rights: list[bool] = []
     shared = []
     reordered = reused = 0
     for example_id, row in own.items():
         other = theirs.get(example_id if by_id else contents[example_id].asked)
         if other is not None:
             shared.append((row, other))
-            our_rights.append(row[candidate] == row[GOLD])
-            their_rights.append(other[list(other)[-1]] == row[GOLD])
         elif not by_id and contents[example_id].content in known_contents:
             reordered += 1
         elif not by_id and example_id in earlier.answers:
             reused += 1
-    pairs = count_pairs(our_rights, their_rights)
+    gold = gold_in([row for row, _ in shared])
+    answers = [other[list(other)[-1]] for _, other in shared]
+    pairs = gold.paired([row[candidate] for row, _ in shared], answers)
     notes = [f"against {earlier.title} on {count_shared(pairs.rows, len(own))}"]
     if not pairs.rows:
         notes = ["no test row is shared"]
@@ -212,7 +213,8 @@ def judge_rule(rule: GateRule, evidence: Evidence) -> RuleVerdict:
 
 def judge_better(rule: BetterRule, evidence: Evidence) -> RuleVerdict:
     """Apply a rule `better`. Undecided where the scoreboard lacks the predictor."""
-    if rule.than == MAJORITY:
+    # Written answers have no class.
+    if rule.than == MAJORITY and evidence.row.metric is None:
         note = "against the most frequent answer of the test rows"
         return judge_difference(rule, evidence.against_most_frequent(), 0.0, note)
     pairs = evidence.against(rule.than)
@@ -249,9 +251,9 @@ def judge_not_worse(rule: NotWorseRule, evidence: Evidence) -> RuleVerdict:
 
 
 def judge_difference(
-    rule: BetterRule | NotWorseRule, pairs: Pairs, limit: float, note: str
+    rule: BetterRule | NotWorseRule, pairs: Paired, limit: float, note: str
 ) -> RuleVerdict:
-    """Ask the difference of two accuracies to be above `limit`."""
+    """Ask the difference of two primary figures to be above `limit`."""
     interval = needed = None
     if rule.confidence is not None:
         interval = difference_interval(pairs, one_sided(rule.confidence))
@@ -263,7 +265,7 @@ def judge_difference(
         verdict=verdict,
         figure=pairs.difference,
         interval=interval,
-        p_value=mcnemar_p(pairs),
+        p_value=p_value_of(pairs),
         rows_needed=needed,
         note=note,
     )
@@ -274,7 +276,7 @@ def judge_keeps(rule: KeepsRule, evidence: Evidence) -> RuleVerdict:
     pairs = evidence.against(evidence.teacher)
     if pairs is None:
         return RuleVerdict(rule=rule, verdict="undecided", note="the teacher has no answers")
-    ours, theirs = pairs.both + pairs.first, pairs.both + pairs.second
+    ours, theirs = pairs.values
     if not theirs:
         return RuleVerdict(rule=rule, verdict="passed", note="the teacher has no right answer")
     interval = needed = None
@@ -290,7 +292,7 @@ def judge_keeps(rule: KeepsRule, evidence: Evidence) -> RuleVerdict:
         figure=ours / theirs,
         interval=interval,
         rows_needed=needed,
-        note=f"accuracy {ours / pairs.rows:.3f}, the teacher's {theirs / pairs.rows:.3f}",
+        note=f"{METRIC_NAMES[evidence.row.metric]} {ours:.3f}, the teacher's {theirs:.3f}",
     )
 
 

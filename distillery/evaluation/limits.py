@@ -1,5 +1,6 @@
 """The figures of the scoreboard that a rule of the gate can limit, with their intervals."""
 
+from distillery.evaluation.judging import is_share
 from distillery.evaluation.statistics import one_sided, scaled_interval, wilson_interval
 from distillery.recipe import LimitRule
 from distillery.records import Estimate, Interval, ScoreRow
@@ -30,8 +31,13 @@ def limited_figure(row: ScoreRow, rule: LimitRule) -> tuple[float | None, Interv
 def share_counts(row: ScoreRow, rule: LimitRule) -> tuple[int, int] | None:
     """Return a figure that is a share of rows as (rows that count, all rows); None for others."""
     figures = row.figures
-    if rule.figure == "accuracy":
+    written = figures.written if figures else None
+    if rule.figure == "accuracy" and is_share(row.metric):
         return row.correct, row.rows
+    if rule.figure == "exact_match" and written:
+        return row.correct, row.rows
+    if rule.figure == "valid" and written:
+        return round(written.valid.value * row.rows), row.rows
     if rule.figure == "agreement" and row.agreement is not None:
         return round(row.agreement * row.rows), row.rows
     if rule.figure == "order_robustness" and figures and figures.order_robustness:
@@ -46,22 +52,27 @@ def share_counts(row: ScoreRow, rule: LimitRule) -> tuple[int, int] | None:
 def estimate_of(row: ScoreRow, rule: LimitRule) -> Estimate | None:
     """Return a figure that is another estimate from the rows; None for others."""
     figures = row.figures
+    if rule.figure == "accuracy":
+        return Estimate(value=row.accuracy, low=row.interval.low, high=row.interval.high)
     if figures is None:
         return None
+    for name, found in (figures.written.metrics if figures.written else {}).items():
+        if name == rule.figure:
+            return found
     if rule.figure == "macro_f1":
         return figures.macro_f1
     if rule.figure == "kl_from_teacher":
         return figures.kl_from_teacher
     if rule.figure == "calibration_error" and figures.calibration:
-        found = figures.calibration
-        return Estimate(value=found.error, low=found.low, high=found.high)
+        error = figures.calibration
+        return Estimate(value=error.error, low=error.low, high=error.high)
     return None
 
 
 def missing_class(row: ScoreRow, rule: LimitRule) -> str:
     """Return that no test row has the rule's class, and which classes there are; '' if there is no
     such class to look for."""
-    if rule.of_class is None or row.figures is None:
+    if rule.of_class is None or row.figures is None or not row.figures.classes:
         return ""
     known = ", ".join(found.label for found in row.figures.classes)
     return f"no test row has the answer {rule.of_class!r}, only {known}"

@@ -1,4 +1,5 @@
-"""Load the model of a scoring job, and ask it for the probabilities of a row's options."""
+"""Load the model of a scoring job, and ask it for the probabilities of a row's options, or for a
+written answer."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -7,44 +8,60 @@ from typing import Any
 
 from distillery.errors import ModelError, PromptTooLong
 from distillery.evaluation.scoring import ScoringJob
+from distillery.evaluation.writing import TransformersWriter
 from distillery.inference.batch import ROWS
 from distillery.inference.batch_student import load_for_rows
+from distillery.inference.generation import Written
+from distillery.inference.onnx_student import OnnxStudent
 from distillery.inference.rows import RowRenderer
 from distillery.prompts import TransformersTokenizer
 from distillery.recipe import PromptRecipe
-from distillery.records import Example
+from distillery.records import AnswerFormat, Example
 from distillery.training.batching import common_prefix, longest_shared
 from distillery.training.rows import TrainingRow
 
-AskBatches = Callable[[Sequence[TrainingRow], Callable[[int], None]], list[list[float]]]
+Found = list[float] | Written
+"""What a model makes of a row: the probabilities over its options, or what it writes."""
+
+AskBatches = Callable[[Sequence[TrainingRow], Callable[[int], None]], Sequence[Found]]
 
 
 @dataclass(frozen=True)
 class Predictor:
     """A loaded model. `render` gives a row's prompt and options, or None where the prompt is over
-    the budget or the model's context; `ask` the probabilities over its options. `ask_batches` gives
-    them for many rows at once, and tells after each batch how many rows it had; it is None where
-    batches would not give what single rows give. `first_token` computes a prompt and
-    returns the most probable token after it."""
+    the budget or the model's context; `ask` what the model makes of it; `ask_batches` that of many
+    rows at once, and tells after each batch how many rows it had; it is None where batches would
+    not give what single rows give, or are no faster. `first_token` computes a prompt and returns
+    the most probable token after it."""
 
     ran_on: str
     render: Callable[[Example], TrainingRow | None]
-    ask: Callable[[TrainingRow], list[float]]
+    ask: Callable[[TrainingRow], Found]
     ask_batches: AskBatches | None = None
     first_token: Callable[[Sequence[int]], int] | None = None
 
 
-def load_predictor(job: ScoringJob) -> Predictor:
-    """Load the job's model. Raises ModelError where its folder can't be loaded."""
+def load_predictor(job: ScoringJob, answer_format: AnswerFormat | None = None) -> Predictor:
+    """Load the job's model. `answer_format`: that of its rows' written answers.
+
+    Raises ModelError where its folder can't be loaded."""
     if not Path(job.model.folder).is_dir():
         raise ModelError(f"{job.model.folder}: no such folder")
     if job.model.kind == "onnx":
-        return load_onnx(job)
-    return load_transformers(job)
+        return load_onnx(job, answer_format)
+    return load_transformers(job, answer_format)
 
 
-def load_onnx(job: ScoringJob) -> Predictor:
+def load_onnx(job: ScoringJob, answer_format: AnswerFormat | None) -> Predictor:
     """Load an ONNX folder as batch inference does."""
+    if answer_format:
+        writer = OnnxStudent(Path(job.model.folder), job.threads)
+        return Predictor(
+            ran_on="ONNX Runtime",
+            render=row_renderer(writer, job.prompt),
+            ask=lambda row: writer.write(row.prompt, answer_format),
+            first_token=lambda prompt: int(writer.next_logits(prompt).argmax()),
+        )
     student = load_for_rows(Path(job.model.folder), job.threads)
 
     def ask_batches(
@@ -66,12 +83,12 @@ def load_onnx(job: ScoringJob) -> Predictor:
     )
 
 
-def load_transformers(job: ScoringJob) -> Predictor:
+def load_transformers(job: ScoringJob, answer_format: AnswerFormat | None) -> Predictor:
     """Load a folder that Transformers runs, in the job's precision."""
     import torch
 
     from distillery.models.device import cast_linear_layers, choose_device
-    from distillery.models.load import load_model, pad_id
+    from distillery.models.load import end_ids, load_model, pad_id
     from distillery.training.validation import option_probabilities
 
     torch.set_num_threads(job.threads)
@@ -98,6 +115,23 @@ def load_transformers(job: ScoringJob) -> Predictor:
         model.config.max_position_embeddings,
     )
 
+    def first_token(prompt: Sequence[int]) -> int:
+        return int(next_logits(prompt).argmax())
+
+    if answer_format:
+        ends = end_ids(model, tokenizer)
+        writer = TransformersWriter(model, tokenizer, device, padding, ends, next_logits)
+        return Predictor(
+            ran_on=f"{device.name} {device.precision}",
+            render=row_renderer(renderer, job.prompt),
+            ask=lambda row: writer.write(row.prompt, answer_format),
+            # Also in bfloat16: one by one, answers would take minutes where these take seconds.
+            ask_batches=lambda rows, rows_done: writer.write_all(
+                [row.prompt for row in rows], answer_format, rows_done
+            ),
+            first_token=first_token,
+        )
+
     def ask(row: TrainingRow) -> list[float]:
         if row.texts or row.closed:
             return ask_batches([row])[0]
@@ -117,7 +151,7 @@ def load_transformers(job: ScoringJob) -> Predictor:
         ask=ask,
         # Float32 differs by rounding alone (1e-5); bfloat16 by enough to change an answer.
         ask_batches=ask_batches if device.precision == "float32" else None,
-        first_token=lambda prompt: int(next_logits(prompt).argmax()),
+        first_token=first_token,
     )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from distillery.errors import ModelError
 from distillery.markdown import markdown_table
+from distillery.recipe import METRIC_NAMES
 from distillery.records import Departure, Interval, ScoreRow
 
 GOLD = "gold"
@@ -39,10 +40,14 @@ def headline(rows: Sequence[ScoreRow], candidate: str, teacher: str = TEACHER) -
     """Return a sentence that compares the candidate with the teacher, in all that is known of
     both. Where the classes are uneven, it begins with macro-F1."""
     ours, theirs = row_named(rows, candidate), row_named(rows, teacher)
+    name = METRIC_NAMES[ours.metric]
     text = f"{candidate} is right on {ours.correct} of {ours.rows} rows"
+    if ours.metric:
+        text = f"{candidate} has {name} {ours.accuracy:.3f} on {ours.rows} rows"
     if ours is not theirs:
-        if theirs.correct:
-            text += f" and keeps {percent(ours.correct / theirs.correct)} of the teacher's accuracy"
+        if theirs.accuracy:
+            kept = percent(ours.accuracy / theirs.accuracy)
+            text += f" and keeps {kept} of the teacher's {name}"
         facts = compared_costs(ours, theirs)
         if facts:
             text += " with " + ", ".join(facts)
@@ -53,7 +58,7 @@ def headline(rows: Sequence[ScoreRow], candidate: str, teacher: str = TEACHER) -
     if ours.departure:
         text += f"; {describe_departure(ours.departure)}"
     uneven = describe_unevenness(ours)
-    if ours.figures and uneven:
+    if ours.figures and ours.figures.macro_f1 and uneven:
         text = f"{candidate} has macro-F1 {ours.figures.macro_f1.value:.3f} ({uneven}); {text}"
     return f"{text}."
 
@@ -90,6 +95,8 @@ def describe_departure(departure: Departure) -> str:
     changed = f"{departure.changed} answers change"
     if departure.changed == 1:
         changed = "1 answer changes"
+    if departure.mean is None or departure.largest is None:
+        return f"{changed} from the float student's"
     return (
         f"its options' probabilities depart from the float student's by {departure.mean:.4f} on "
         f"average and {departure.largest:.3f} at most, {changed}"
@@ -113,6 +120,11 @@ def percent(share: float) -> str:
 def points(interval: Interval) -> str:
     """Return an interval of shares in percentage points."""
     return f"[{100 * interval.low:+.1f}, {100 * interval.high:+.1f}]"
+
+
+def titles_of(rows: Sequence[ScoreRow]) -> list[str]:
+    """Return the titles of the columns: COLUMNS, with the name of the primary figure."""
+    return [title.replace("accuracy", METRIC_NAMES[rows[0].metric]) for title in COLUMNS]
 
 
 def table_cells(row: ScoreRow) -> list[str]:
@@ -144,7 +156,7 @@ def table_cells(row: ScoreRow) -> list[str]:
 
 def render_table(rows: Sequence[ScoreRow]) -> str:
     """Return the scoreboard for a terminal, at most 120 columns wide."""
-    return plain_table(COLUMNS, list(map(table_cells, rows)))
+    return plain_table(titles_of(rows), list(map(table_cells, rows)))
 
 
 def plain_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -167,12 +179,17 @@ def plain_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def render_markdown(rows: Sequence[ScoreRow]) -> str:
     """Return the scoreboard as a table in Markdown."""
-    titles = [title.replace("-\n", "").replace("\n", " ") for title in COLUMNS]
-    return markdown_table(titles, list(map(table_cells, rows)))
+    return markdown_table(one_line_titles(rows), list(map(table_cells, rows)))
+
+
+def one_line_titles(rows: Sequence[ScoreRow]) -> list[str]:
+    """Return the titles of the columns, each in one line."""
+    return [title.replace("-\n", "").replace("\n", " ") for title in titles_of(rows)]
 
 
 def plot_scoreboard(rows: Sequence[ScoreRow], teacher: str, path: Path) -> None:
-    """Write a picture of accuracy with its interval, the folder's size and the rows a second."""
+    """Write a picture of the primary figure with its interval, the folder's size and the rows a
+    second."""
     from matplotlib.figure import Figure
 
     shown = [row for row in reversed(rows) if row.name != GOLD]
@@ -190,7 +207,7 @@ def plot_scoreboard(rows: Sequence[ScoreRow], teacher: str, path: Path) -> None:
         speeds.append(row.rows_per_second or 0)
     left.axvline(row_named(rows, teacher).accuracy, color="#1f5fa8", linestyle=":", linewidth=1)
     left.set_yticks(range(len(shown)), [row.name for row in shown])
-    left.set_xlabel("accuracy, 95 % interval (dotted: the teacher)")
+    left.set_xlabel(f"{METRIC_NAMES[rows[0].metric]}, 95 % interval (dotted: the teacher)")
     plot_bars(middle, megabytes, colours, "folder, MB")
     plot_bars(right, speeds, colours, "rows a second, one at a time")
     for axes in (left, middle, right):

@@ -14,7 +14,8 @@ from distillery.recipe import PromptRecipe
 from distillery.records import Departure, Example, Record
 
 Answers = Sequence[str | None]
-"""One letter a row, in the rows' order; None where there is no answer, which counts as wrong."""
+"""One letter, class or text a row, in the rows' order; None where there is no answer, which counts
+as wrong."""
 
 Probabilities = tuple[float, ...] | None
 """Over a row's options; None where the row's prompt is too long to be asked."""
@@ -55,11 +56,14 @@ class ScoringJob(Record):
 
 class Scored(Record):
     """What the process returns. `answers`, and `probabilities` over the row's options, are in the
-    rows' order; None for a row whose prompt is too long to be asked.
+    rows' order; None for a row whose prompt is too long to be asked. Written answers have no
+    probabilities; `no_answer` tells for each row why it has none, and None where it has one.
+    `tokens_per_second`: of written answers, in the time of `latencies_ms`, prompts included.
 
     `latencies_ms` and `rows_per_second` are of single rows, asked one after another: of the first
     ScoringJob.timed_rows, because the others are asked in batches, which give the same answers
-    sooner; of a Transformers model in bfloat16, whose batches would give others, of all rows.
+    sooner; of a Transformers model in bfloat16, whose batches would give others, and of an ONNX
+    model that writes, of all rows. The latency of a written answer is that of its last token.
     `peak_mib` is the process's memory with single rows, the longest included, and with loading.
 
     What a prompt shares with the one before it is not computed again, neither by Transformers nor
@@ -74,6 +78,8 @@ class Scored(Record):
     peak_mib: float
     load_s: float
     ran_on: str
+    no_answer: tuple[str | None, ...] = ()
+    tokens_per_second: float | None = None
     reordered: Reordered | None = None
     first_token_ms: float | None = None
 
@@ -120,7 +126,9 @@ def answered_rows(path: Path, role: str = "test") -> tuple[list[Example], list[s
         raise DataError(f"{path}: no {role} row; prepare the data set again")
     gold = []
     for example in examples:
-        if example.answer_key not in example.keys:
+        if not example.answer_key or (
+            example.format is None and example.answer_key not in example.keys
+        ):
             raise DataError(
                 f"{path}: row {example.example_id} has no gold answer; {role} rows need one"
             )

@@ -13,15 +13,20 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 
+from distillery.answers import NotAnAnswer
 from distillery.data.examples import read_examples
 from distillery.errors import ModelError
 from distillery.evaluation.option_order import ORDER_ROWS, Reordered, count_alike, reordered_rows
-from distillery.evaluation.predictors import AskBatches, Predictor, load_predictor
+from distillery.evaluation.predictors import AskBatches, Found, Predictor, load_predictor
 from distillery.evaluation.scoring import Probabilities, Scored, ScoringJob
+from distillery.inference.generation import Written
 from distillery.processes import process_main
 from distillery.progress import ShowProgress, show_nothing
-from distillery.records import Example
+from distillery.records import AnswerFormat, Example
 from distillery.training.rows import TrainingRow
+
+Asked = Probabilities | Written
+"""What came of a row; None where its prompt is too long to be asked."""
 
 WARM_UP_ROWS = 3
 
@@ -52,23 +57,33 @@ def score(job: ScoringJob, progress: ShowProgress = show_nothing) -> Scored:
     """Ask the model every row, one by one and timed, or in batches; see `Scored`."""
     examples = read_examples(Path(job.examples))
     started = time.perf_counter()
-    predictor = load_predictor(job)
+    answer_format = examples[0].format if examples else None
+    predictor = load_predictor(job, answer_format)
     load_s = time.perf_counter() - started
     further = min(len(examples), ORDER_ROWS) if job.reorder else 0
     counter = RowCounter(len(examples) + further, progress)
     counter.add(0)
-    probabilities, latencies = ask_single_rows(predictor, examples, job.timed_rows, counter.add)
-    rest = [predictor.render(example) for example in examples[len(probabilities) :]]
+    found, latencies = ask_single_rows(predictor, examples, job.timed_rows, counter.add)
+    tokens_per_second = None
+    if answer_format and latencies:
+        tokens = sum(each.tokens for each in found if isinstance(each, Written))
+        tokens_per_second = 1000 * tokens / sum(latencies)
+    rest = [predictor.render(example) for example in examples[len(found) :]]
     # The longest row takes the most memory of single rows. It is asked here, untimed, since batches
     # may take more.
     ask(predictor, max(rest, key=token_count, default=None))
     peak = peak_mib()
     if predictor.ask_batches:
-        probabilities += ask_in_batches(predictor.ask_batches, rest, counter.add)
+        found += ask_in_batches(predictor.ask_batches, rest, counter.add)
     rows_per_second = 0.0
     if latencies:
         rows_per_second = 1000 * len(latencies) / sum(latencies)
-    answers = most_probable(examples, probabilities)
+    probabilities = [None if isinstance(each, Written) else each for each in found]
+    no_answer: list[str | None] = []
+    if answer_format:
+        answers, no_answer = written_answers(found, answer_format)
+    else:
+        answers = most_probable(examples, probabilities)
     reordered = first_token_ms = None
     if job.reorder:
         reordered, first_token_ms = ask_in_other_order(predictor, examples, answers, counter.add)
@@ -80,6 +95,8 @@ def score(job: ScoringJob, progress: ShowProgress = show_nothing) -> Scored:
         peak_mib=peak,
         load_s=load_s,
         ran_on=predictor.ran_on,
+        no_answer=tuple(no_answer),
+        tokens_per_second=tokens_per_second,
         reordered=reordered,
         first_token_ms=first_token_ms,
     )
@@ -93,10 +110,10 @@ def ask_in_other_order(
 ) -> tuple[Reordered | None, float | None]:
     """Ask some rows again, their options in another order, and compare with `answers`.
 
-    Returns the comparison, None for rows of classes, which have no order, and the median ms to the
-    first token of the first of these rows."""
+    Returns the comparison, None for rows without options, which have no order, and the median ms to
+    the first token of the first of these rows."""
     reordered = reordered_rows(examples, answers)
-    if examples[0].classes:
+    if not examples[0].choices:
         reordered = reordered[:FIRST_TOKEN_ROWS]
     probabilities: list[Probabilities] = []
     first_tokens: list[float] = []
@@ -110,12 +127,14 @@ def ask_in_other_order(
             predictor.render(example)
             predictor.first_token(row.prompt)
             first_tokens.append(1000 * (time.perf_counter() - asked_at))
-        probabilities.append(ask(predictor, row))
+        if example.choices:
+            asked = ask(predictor, row)
+            probabilities.append(None if isinstance(asked, Written) else asked)
         rows_done(1)
     seconds = time.perf_counter() - started
-    letters = most_probable([example for _, example in reordered], probabilities)
-    if examples[0].classes:
+    if not examples[0].choices:
         return None, median(first_tokens) if first_tokens else None
+    letters = most_probable([example for _, example in reordered], probabilities)
     found = count_alike(examples, answers, reordered, letters, seconds)
     return found, median(first_tokens) if first_tokens else None
 
@@ -125,15 +144,15 @@ def ask_single_rows(
     examples: Sequence[Example],
     timed_rows: int,
     rows_done: Callable[[int], None],
-) -> tuple[list[Probabilities], list[float]]:
+) -> tuple[list[Asked], list[float]]:
     """Ask row after row: all of them, or, where the model takes batches, the first ones until
     `timed_rows` are timed. A few are asked before, to warm up.
 
-    Returns the probabilities of these rows, and the latencies in ms of those that could be asked. A
-    latency spans rendering, tokenising and one prefill."""
+    Returns what came of these rows, and the latencies in ms of those that could be asked. A latency
+    spans rendering, tokenising and one prefill, and where the answer is written all its tokens."""
     for example in examples[:WARM_UP_ROWS]:
         ask(predictor, predictor.render(example))
-    probabilities: list[Probabilities] = []
+    found: list[Asked] = []
     latencies: list[float] = []
     for example in examples:
         if predictor.ask_batches and len(latencies) == timed_rows:
@@ -141,18 +160,20 @@ def ask_single_rows(
         started = time.perf_counter()
         asked = ask(predictor, predictor.render(example))
         elapsed = time.perf_counter() - started
-        probabilities.append(asked)
+        found.append(asked)
         if asked is not None:
             latencies.append(1000 * elapsed)
         rows_done(1)
-    return probabilities, latencies
+    return found, latencies
 
 
-def ask(predictor: Predictor, row: TrainingRow | None) -> Probabilities:
-    """Return the probabilities over a rendered row's options."""
-    if row is None:
-        return None
-    return tuple(predictor.ask(row))
+def ask(predictor: Predictor, row: TrainingRow | None) -> Asked:
+    """Return what comes of a rendered row."""
+    return None if row is None else as_asked(predictor.ask(row))
+
+
+def as_asked(found: Found) -> Asked:
+    return found if isinstance(found, Written) else tuple(found)
 
 
 def token_count(row: TrainingRow | None) -> int:
@@ -166,17 +187,31 @@ def ask_in_batches(
     ask_batches: AskBatches,
     rendered: Sequence[TrainingRow | None],
     rows_done: Callable[[int], None],
-) -> list[Probabilities]:
-    """Return the probabilities over the options of each rendered row."""
+) -> list[Asked]:
+    """Return what comes of each rendered row."""
     rows_done(rendered.count(None))
     answered = iter(ask_batches([row for row in rendered if row is not None], rows_done))
-    probabilities: list[Probabilities] = []
-    for row in rendered:
-        if row is None:
-            probabilities.append(None)
+    return [None if row is None else as_asked(next(answered)) for row in rendered]
+
+
+def written_answers(
+    found: Sequence[Asked], answer_format: AnswerFormat
+) -> tuple[list[str | None], list[str | None]]:
+    """Return each row's answer, and for those that have none the reason."""
+    answers: list[str | None] = []
+    no_answer: list[str | None] = []
+    for written in found:
+        answer = reason = None
+        if isinstance(written, Written):
+            try:
+                answer = written.answer(answer_format)
+            except NotAnAnswer as error:
+                reason = str(error)
         else:
-            probabilities.append(tuple(next(answered)))
-    return probabilities
+            reason = "the prompt is too long to be asked"
+        answers.append(answer)
+        no_answer.append(reason)
+    return answers, no_answer
 
 
 def most_probable(

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from distillery.evaluation.bootstrap import PairedSums
 from distillery.records import Estimate, Interval
 
 POWER = 0.8
@@ -123,6 +124,15 @@ class Pairs(NamedTuple):
         """The first's accuracy minus the second's."""
         return (self.first - self.second) / self.rows
 
+    @property
+    def values(self) -> tuple[float, float]:
+        """The accuracies of both."""
+        return (self.both + self.first) / self.rows, (self.both + self.second) / self.rows
+
+
+Paired = Pairs | PairedSums
+"""Two predictors on the same rows: by right and wrong, or by another metric."""
+
 
 def count_pairs(first: Sequence[bool], second: Sequence[bool]) -> Pairs:
     """Count the rows that two predictors answered right; both sequences go row by row."""
@@ -169,13 +179,16 @@ def paired_interval(
     return difference_interval(count_pairs(first, second), confidence)
 
 
-def difference_interval(pairs: Pairs, confidence: float = 0.95) -> Interval:
-    """Return the interval of the first's accuracy minus the second's, in [-1, 1].
+def difference_interval(pairs: Paired, confidence: float = 0.95) -> Interval:
+    """Return the interval of the first's figure minus the second's, in [-1, 1]: of sums by the
+    bootstrap, of accuracies as follows.
 
     Newcombe, Improved confidence intervals for the difference between binomial proportions based
     on paired data, Statistics in Medicine 17 (1998), 2635-2650, method 10: the distances to both
     Wilson bounds are squared and added, less twice their product times the correlation phi. The
     interval keeps a width where the two are right on the same rows."""
+    if isinstance(pairs, PairedSums):
+        return pairs.difference_interval(confidence)
     first, second, first_interval, second_interval, phi = margins_of(pairs, confidence)
 
     def half_width(a: float, b: float) -> float:
@@ -189,14 +202,17 @@ def difference_interval(pairs: Pairs, confidence: float = 0.95) -> Interval:
     )
 
 
-def ratio_interval(pairs: Pairs, confidence: float = 0.95) -> Interval:
-    """Return the interval of the first's accuracy divided by the second's, which must be above 0.
+def ratio_interval(pairs: Paired, confidence: float = 0.95) -> Interval:
+    """Return the interval of the first's figure divided by the second's, which must be above 0: of
+    sums by the bootstrap, of accuracies as follows.
 
     Tang, Li, Tang, Confidence interval construction for proportion ratio in paired studies based
     on hybrid method, Statistical Methods in Medical Research 21 (2012), 361-378, with Wilson's
     bounds. Unlike theirs, phi is corrected as in Newcombe's method 10, so that this interval, too,
     keeps a width where the two are right on the same rows. A bound is the ratio r at which the
     interval of `first - r * second`, by the same squaring and adding, begins or ends at 0."""
+    if isinstance(pairs, PairedSums):
+        return pairs.ratio_interval(confidence)
     first, second, first_interval, second_interval, phi = margins_of(pairs, confidence)
 
     def root(a: float, b: float) -> float:
@@ -216,6 +232,11 @@ def one_sided(confidence: float) -> float:
     return 2 * confidence - 1
 
 
+def p_value_of(pairs: Paired) -> float | None:
+    """Return the p value of `mcnemar_p`; None for figures that are no share of rows."""
+    return mcnemar_p(pairs) if isinstance(pairs, Pairs) else None
+
+
 def mcnemar_p(pairs: Pairs) -> float:
     """Return the two-sided p value of the exact McNemar test: how likely at least such a difference
     is between two predictors that are equally accurate.
@@ -232,11 +253,12 @@ def mcnemar_p(pairs: Pairs) -> float:
 
 
 def rows_needed(
-    pairs: Pairs, limit: float, confidence: float, weight: float = 1.0, power: float = POWER
+    pairs: Paired, limit: float, confidence: float, weight: float = 1.0, power: float = POWER
 ) -> int | None:
-    """Return about how many rows decide whether the first's accuracy minus `weight` times the
+    """Return about how many rows decide whether the first's figure minus `weight` times the
     second's is above `limit`, one-sided at `confidence`, with probability `power`, if the shares
     are as observed. None where the observed difference is at the limit, so that no number does.
+    For sums see `rows_needed_for_limit`; for accuracies as follows.
 
     The sample size of the Wald-type test in Liu, Hsueh, Hsieh, Chen, Tests for equivalence or
     non-inferiority for paired binary data, Statistics in Medicine 21 (2002), 231-245: the variance
@@ -246,6 +268,12 @@ def rows_needed(
     predictors that differ on no row would need none."""
     from scipy.stats import norm
 
+    if isinstance(pairs, PairedSums):
+        interval = pairs.difference_interval(one_sided(confidence), weight)
+        first, second = pairs.values
+        return rows_needed_for_limit(
+            pairs.rows, first - weight * second, interval, limit, confidence, power
+        )
     shares = [(cell + 0.5) / (pairs.rows + 2) for cell in pairs]
     values = (1 - weight, 1.0, -weight, 0.0)
     mean = sum(share * value for share, value in zip(shares, values, strict=True))

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from distillery.evaluation.scoreboard import percent, plain_table, points
 from distillery.markdown import markdown_table
-from distillery.recipe import BetterRule, KeepsRule, LimitRule, NotWorseRule
+from distillery.recipe import METRIC_NAMES, BetterRule, KeepsRule, LimitRule, NotWorseRule
 from distillery.records import RuleVerdict
 
 TITLES = ("rule", "figure", "bound", "McNemar p", "verdict")
@@ -20,6 +20,13 @@ def reason_of(candidate: str, verdicts: Sequence[RuleVerdict]) -> str:
     return f"passed: {candidate} passes all rules: {'; '.join(map(describe_verdict, verdicts))}"
 
 
+def title_of(verdict: RuleVerdict) -> str:
+    """Return a rule's title: its own name, or what it asks for, with the name of the primary
+    figure."""
+    rule = verdict.rule
+    return rule.name or rule.content.replace("accuracy", METRIC_NAMES[verdict.metric])
+
+
 def describe_verdict(verdict: RuleVerdict) -> str:
     """Return a rule, and in brackets its figure, what it should be, and the note."""
     parts = []
@@ -31,7 +38,7 @@ def describe_verdict(verdict: RuleVerdict) -> str:
         parts.append(verdict.note)
     if verdict.verdict == "undecided":
         parts.append(undecided_cell(verdict))
-    return f"{verdict.rule.title} ({', '.join(parts)})"
+    return f"{title_of(verdict)} ({', '.join(parts)})"
 
 
 def table_cells(verdict: RuleVerdict) -> list[str]:
@@ -45,7 +52,7 @@ def table_cells(verdict: RuleVerdict) -> list[str]:
     if verdict.figure is None:
         # The reason has all of the note; the table has no room for it.
         outcome += f": {verdict.note.partition(';')[0]}"
-    return [verdict.rule.title, figure_cell(verdict), bound_cell(verdict), p_value, outcome]
+    return [title_of(verdict), figure_cell(verdict), bound_cell(verdict), p_value, outcome]
 
 
 def undecided_cell(verdict: RuleVerdict) -> str:

@@ -2,14 +2,15 @@
 quantises and builds.
 
 Files in: a Transformers folder in safetensors, and an adapter's folder. Files out:
-genai_config.json, model.onnx, the tokenizer's files and, with `export.adapter_apart`,
-adapter_weights.onnx_adapter.
+genai_config.json, model.onnx, the tokenizer's files, format.json for a model that writes its
+answers and, with `export.adapter_apart`, adapter_weights.onnx_adapter.
 """
 
 import json
 import shutil
 from pathlib import Path
 
+from distillery.data.examples import read_format, write_format
 from distillery.errors import ExportError, ModelError
 from distillery.export.eight_bits import multiply_in_8_bits
 from distillery.export.fit import misfit
@@ -18,7 +19,8 @@ from distillery.export.passes import export_passes
 from distillery.inference.decoder import ADAPTER_FILE
 from distillery.inference.onnx_student import OnnxStudent
 from distillery.models.class_tokens import read_class_tokens
-from distillery.models.onnx_folder import CODE
+from distillery.models.load import end_of_turn_id, load_tokenizer
+from distillery.models.onnx_folder import CODE, CONFIG
 from distillery.progress import ShowProgress, show_nothing
 from distillery.recipe import ExportForm
 from distillery.storage.working import working_folder
@@ -42,7 +44,7 @@ def export(
     built, or what was built does not load or answer."""
     from distillery.olive_workflow import run_workflow
 
-    classes = read_class_tokens(adapter or model)
+    classes, answer_format = read_class_tokens(adapter or model), read_format(adapter or model)
     if classes and classes.pooled:
         form = form.model_copy(update={"all_logits": True})
     if form.adapter_apart and form.precision == "int8":
@@ -78,8 +80,24 @@ def export(
             numbers = tuple(range(len(classes.tokens)))
             classes = classes.model_copy(update={"tokens": numbers})
         classes.write(out)
+    if answer_format:
+        write_format(out, answer_format)
+        end_with(out, end_of_turn_id(load_tokenizer(model, remote_code)))
     progress(len(passes), len(passes), "asking one question")
     check_built(out, form)
+
+
+def end_with(folder: Path, token: int) -> None:
+    """Let `token` end an answer too: base models whose settings name another one have learnt to end
+    their answers with it."""
+    path = folder / CONFIG
+    config = json.loads(path.read_text(encoding="utf-8"))
+    named = config["model"]["eos_token_id"]
+    ends = named if isinstance(named, list) else [named]
+    if token not in ends:
+        config["model"]["eos_token_id"] = [*ends, token]
+        text = json.dumps(config, indent=4) + "\n"
+        path.write_text(text, encoding="utf-8", newline="\n")
 
 
 def check_built(folder: Path, form: ExportForm) -> None:

@@ -1,5 +1,6 @@
 """The quantisation ladder: build a student in each of several forms, ask each the validation rows,
-and keep the fastest or the smallest that loses no more accuracy than the recipe allows.
+and keep the fastest or the smallest that loses no more accuracy, or of the metric of written
+answers, than the recipe allows.
 
 Files out of `climb`: the kept form's model folder, and beside its files ladder.json, a
 records.Ladder without what was timed: equal runs leave equal files.
@@ -16,16 +17,15 @@ from statistics import median
 
 from distillery.data.examples import read_examples, write_examples
 from distillery.errors import ExportError, ModelError, OutOfResources
+from distillery.evaluation.judging import Gold, changed_answers, gold_of
 from distillery.evaluation.scoring import (
-    Answers,
     ModelToScore,
     Scored,
     answered_rows,
     departure,
-    right_answers,
     score_model,
 )
-from distillery.evaluation.statistics import paired_interval
+from distillery.evaluation.statistics import difference_interval
 from distillery.export.choice import candidates, keeps_to, pick, reason_for, refusal, with_verdicts
 from distillery.export.ladder_table import describe_rung
 from distillery.export.rung_process import BuildingJob, Built
@@ -85,7 +85,8 @@ def climb(
         if recipe.training_rows and train and labels:
             asked = work / "rows.jsonl"
             learnt = write_rows_to_ask(validation, train, labels, recipe.training_rows, asked)
-        examples, gold = answered_rows(asked, "validation")
+        examples, _ = answered_rows(asked, "validation")
+        gold = gold_of(examples)
         show_float = partial(show_part, progress, 0, len(recipe.ladder), "float student")
         exact = score_model(student, asked, prompt, threads, "float32", progress=show_float)
         calibration = None
@@ -125,17 +126,18 @@ def climb(
             rungs = timed_in_turns(rungs, left, work, first_rows, prompt, threads, progress)
         best = pick(rungs, loss, choose)
         if best is None:
-            raise ExportError(refusal(rungs, loss, choose, len(gold), learnt))
+            raise ExportError(refusal(rungs, loss, choose, len(examples), learnt))
         shutil.copytree(work / str(best), out, dirs_exist_ok=True)
     ladder = Ladder(
-        rows=len(gold),
+        rows=len(examples),
         training_rows=learnt,
-        accuracy=sum(right_answers(exact.answers, gold)) / len(gold),
+        accuracy=gold.estimate(exact.answers, gold.metric).value,
         largest_loss=loss,
         choose=choose,
         reason=reason_for(rungs, loss, choose),
         machine=machine_name(),
         rungs=tuple(with_verdicts(rungs, best, loss, choose)),
+        metric=gold.metric,
     )
     # Without what was timed, which differs between equal runs.
     written = ladder.model_dump(
@@ -163,7 +165,7 @@ def write_rows_to_ask(validation: Path, train: Path, labels: Path, most: int, fi
             break
         if example.example_id in found:
             answer = found[example.example_id].answer
-            rows.append(example.model_copy(update={"answer_key": answer}))
+            rows.append(example.model_copy(update={"answer_key": answer, "references": ()}))
             learnt += 1
     write_examples(rows, file)
     return learnt
@@ -214,17 +216,20 @@ def build_rung(
     return Built.model_validate_json(result).bytes
 
 
-def measured(form: ExportForm, size: int, scored: Scored, exact: Scored, gold: Answers) -> Rung:
-    """Return a rung of `size` bytes beside the float student `exact`; both were asked the rows
-    whose answers are `gold`."""
-    own, floats = right_answers(scored.answers, gold), right_answers(exact.answers, gold)
+def measured(form: ExportForm, size: int, scored: Scored, exact: Scored, gold: Gold) -> Rung:
+    """Return a rung of `size` bytes beside the float student `exact`; both were asked the rows that
+    `gold` judges."""
+    pairs = gold.paired(scored.answers, exact.answers)
+    departed = departure(scored, exact)
+    if gold.metric:
+        departed = changed_answers(scored.answers, exact.answers)
     rung = Rung(
         form=form,
         bytes=size,
-        accuracy=sum(own) / len(gold),
-        difference=(sum(own) - sum(floats)) / len(gold),
-        interval=paired_interval(own, floats),
-        departure=departure(scored, exact),
+        accuracy=pairs.values[0],
+        difference=pairs.difference,
+        interval=difference_interval(pairs),
+        departure=departed,
     )
     return with_speed(rung, scored.latencies_ms)
 

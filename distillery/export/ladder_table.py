@@ -1,6 +1,7 @@
 """A ladder for people: rows of a table, and the same as text for a terminal."""
 
 from distillery.evaluation.scoreboard import plain_table, points
+from distillery.recipe import METRIC_NAMES
 from distillery.records import Ladder, Rung
 
 COLUMNS = (
@@ -16,29 +17,45 @@ COLUMNS = (
     "verdict",
 )
 
+PROBABILITIES = slice(6, 8)
+"""The columns on probabilities, which written answers have none of."""
+
 
 def table(ladder: Ladder) -> list[dict[str, str]]:
     """Return a row for the float student and one for each rung, by the columns' titles."""
-    titles = [title.replace("\n", " ") for title in COLUMNS]
-    rows = [float_cells(ladder), *map(rung_cells, ladder.rungs)]
+    titles = [title.replace("\n", " ") for title in titles_of(ladder)]
+    rows = [shown(cells, ladder) for cells in (float_cells(ladder), *map(rung_cells, ladder.rungs))]
     return [dict(zip(titles, row, strict=True)) for row in rows]
+
+
+def titles_of(ladder: Ladder) -> list[str]:
+    """Return the titles of a ladder's columns, with the name of its primary figure."""
+    titles = [title.replace("accuracy", METRIC_NAMES[ladder.metric]) for title in COLUMNS]
+    return shown(titles, ladder)
+
+
+def shown(cells: list[str], ladder: Ladder) -> list[str]:
+    """Return the cells, one for each of COLUMNS, without those that written answers lack."""
+    if ladder.metric:
+        del cells[PROBABILITIES]
+    return cells
 
 
 def render_ladder(ladder: Ladder) -> str:
     """Return the table for a terminal, at most 120 columns wide. Rungs that were left out have a
     line each below it, with the reason."""
-    rows = [float_cells(ladder)]
+    rows = [shown(float_cells(ladder), ladder)]
     left_out = []
     for rung in ladder.rungs:
         if rung.bytes is None:
             left_out.append(describe_rung(rung))
         else:
-            rows.append(rung_cells(rung))
+            rows.append(shown(rung_cells(rung), ladder))
     allowed = (
         f"export.largest_loss allows {100 * ladder.largest_loss:.1f} points on "
         f"{rows_in_words(ladder.rows, ladder.training_rows)}"
     )
-    lines = [plain_table(COLUMNS, rows), *left_out, allowed]
+    lines = [plain_table(titles_of(ladder), rows), *left_out, allowed]
     # Ladders of earlier versions give no reason.
     if ladder.reason:
         lines.append(choice_in_words(ladder))
@@ -95,8 +112,8 @@ def rung_cells(rung: Rung) -> list[str]:
         "" if rung.p50_ms is None else f"{rung.p50_ms:.1f}",
         f"{rung.accuracy:.3f}",
         f"{100 * rung.difference:+.1f} {points(rung.interval)}",
-        f"{rung.departure.mean:.4f}",
-        f"{rung.departure.largest:.3f}",
+        "" if rung.departure.mean is None else f"{rung.departure.mean:.4f}",
+        "" if rung.departure.largest is None else f"{rung.departure.largest:.3f}",
         str(rung.departure.changed),
         rung.note,
     ]

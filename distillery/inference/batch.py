@@ -2,7 +2,7 @@
 
 Rows in: a JSONL, CSV or Parquet file (data/readers.py) in the columns that data/rows.py lists.
 Files out: predictions.jsonl, one `Prediction` a line, and failed.jsonl, one `FailedRow` a line. A
-row that is malformed or can't be asked is set aside there and stops nothing.
+row that is malformed, can't be asked or gets no answer is set aside there and stops nothing.
 Rows are read, answered and written ROWS at a time, so memory stays flat however long the file is.
 """
 
@@ -12,9 +12,11 @@ from pathlib import Path
 
 from pydantic import Field
 
+from distillery.answers import NotAnAnswer
 from distillery.data.readers import TableRow, has_surrogates, open_table
 from distillery.data.rows import RowReader, refuse_missing_columns, to_example
 from distillery.errors import DataError
+from distillery.inference.generation import Written
 from distillery.inference.student import Answer, Student
 from distillery.recipe import PromptRecipe
 from distillery.records import Example, Record
@@ -24,7 +26,8 @@ ROWS = 16
 
 
 class Prediction(Record):
-    """One line of predictions.jsonl: the likeliest letter, and the probability of each letter.
+    """One line of predictions.jsonl: the likeliest letter, and the probability of each letter; or a
+    written answer, without probabilities.
 
     `line`: the row's line in the file, from 1; in Parquet, its row. Rows that come from no file
     leave it out. `abstained`: whether the student withholds the answer, because its probability is
@@ -33,7 +36,7 @@ class Prediction(Record):
     line: int | None = Field(None, exclude_if=lambda line: line is None)
     example_id: str
     answer: str
-    probabilities: dict[str, float]
+    probabilities: dict[str, float] = Field({}, exclude_if=lambda shares: not shares)
     abstained: bool | None = Field(None, exclude_if=lambda abstained: abstained is None)
 
 
@@ -104,12 +107,18 @@ def answer_some(
             yield as_result(example, next(answers))
 
 
-def as_result(example: Example, found: Answer | DataError) -> Prediction | FailedRow:
-    """Return the line for a row and its answer, or for why it can't be asked."""
+def as_result(example: Example, found: Answer | Written | DataError) -> Prediction | FailedRow:
+    """Return the line for a row and its answer, or for why it can't be asked or has none."""
     line = example.line if isinstance(example, InputRow) else None
     if isinstance(found, DataError):
         reason = str(found).removeprefix(f"{example.example_id}: ")
         return FailedRow(line=line, example_id=example.example_id, reason=reason)
+    if isinstance(found, Written):
+        try:
+            answer = found.answer(example.format)
+        except NotAnAnswer as error:
+            return FailedRow(line=line, example_id=example.example_id, reason=str(error))
+        return Prediction(line=line, example_id=example.example_id, answer=answer)
     return Prediction(
         line=line,
         example_id=example.example_id,
@@ -142,8 +151,8 @@ def count_rows(path: Path) -> int:
 def input_row(row: TableRow, reader: RowReader) -> InputRow | FailedRow:
     """Return a row as an Example, or why it is none."""
     values = row.values
-    if reader.classify:
-        # A label that the file has is of no use here, and may be of another class.
+    if reader.classify or reader.format:
+        # An answer that the file has is of no use here, and may be of another class or form.
         values = {name: value for name, value in values.items() if name != reader.columns.answer}
     try:
         example = to_example(values, reader, "row")
@@ -154,4 +163,5 @@ def input_row(row: TableRow, reader: RowReader) -> InputRow | FailedRow:
             example_id = str(found)
         reason = row.fault or str(error).removeprefix("row: ")
         return FailedRow(line=row.line, example_id=example_id, reason=reason)
-    return InputRow(line=row.line, classes=example.classes, **example.model_dump())
+    shared = {"classes": example.classes, "format": example.format}
+    return InputRow(line=row.line, **shared, **example.model_dump())

@@ -40,6 +40,7 @@ from distillery.inference.onnx_student import OnnxStudent
 from distillery.inference.student import Student
 from distillery.models.onnx_file import load_without_weights
 from distillery.prompts import GenAITokenizer
+from distillery.records import FORMAT_FILE
 from distillery.training.batching import common_prefix
 from distillery.training.rows import TrainingRow
 
@@ -67,8 +68,9 @@ _log = logging.getLogger(__name__)
 
 
 def load_for_rows(folder: Path, threads: int | None = None) -> Student:
-    """Load a model that is to answer many rows: as a BatchStudent or, where its graph can't be
-    rewritten or an adapter is apart, as an OnnxStudent, which answers one by one.
+    """Load a model that is to answer many rows: as a BatchStudent or, where it writes its answers,
+    its graph can't be rewritten or an adapter is apart, as an OnnxStudent, which answers one by
+    one.
 
     `threads` counts the cores for one operation; None leaves it to the runtime. Raises ModelError
     for a folder that can't be loaded."""
@@ -76,7 +78,9 @@ def load_for_rows(folder: Path, threads: int | None = None) -> Student:
     options = dict(decoder.get("session_options") or {})
     provider_options = options.pop("provider_options", None)
     complaint = None
-    if (folder / ADAPTER_FILE).is_file():
+    if (folder / FORMAT_FILE).is_file():
+        complaint = "it writes its answers"
+    elif (folder / ADAPTER_FILE).is_file():
         complaint = "its adapter is apart"
     elif provider_options or decoder.get("filename") != MODEL:
         complaint = "its settings name a processor or a file of their own"

@@ -23,12 +23,21 @@ def softmax(logits: NDArray[Any]) -> list[float]:
     return probabilities
 
 
+Draw = Callable[[Logits], int]
+"""Takes a token from logits, [vocabulary]."""
+
+
+def likeliest(logits: Logits) -> int:
+    """Return the most probable token."""
+    return int(logits.argmax())
+
+
 def token_sampler(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int | None = None,
     top_k: int | None = None,
-) -> Callable[[Logits], int]:
+) -> Draw:
     """Return a function that takes a token from logits.
 
     At temperature 0 it is the most probable one; else it is drawn from the smallest set of tokens
@@ -36,7 +45,7 @@ def token_sampler(
     Degeneration, 2020). With `top_k`, only that many of the most probable tokens count.
     """
     if temperature == 0:
-        return lambda logits: int(logits.argmax())
+        return likeliest
     generator = np.random.default_rng(seed)
 
     def draw(logits: Logits) -> int:

@@ -2,16 +2,29 @@
 
 import threading
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from distillery.errors import DataError
 from distillery.inference.decoder import LONGEST_PASS, Decoder
+from distillery.inference.generation import (
+    Answering,
+    Written,
+    generated,
+    most_tokens,
+    written,
+)
+from distillery.inference.guide import Guide
 from distillery.inference.logits import Logits, log_softmax, softmax, token_sampler
-from distillery.inference.student import Student
+from distillery.inference.student import Answer, Student
 from distillery.models.class_tokens import require_classes
 from distillery.prompts import GenAITokenizer
+from distillery.recipe import PromptRecipe
+from distillery.records import AnswerFormat, Example
 from distillery.training.rows import TrainingRow
 
 
@@ -121,18 +134,56 @@ class OnnxStudent(Student):
         top_p: float = 1.0,
         seed: int | None = None,
         top_k: int | None = None,
+        guide: Guide | None = None,
     ) -> Iterator[tuple[int, Logits]]:
-        """Yield up to `max_tokens` pairs of a token and the logits that it was taken from.
+        """Yield up to `max_tokens` pairs of a token and the logits that it was taken from; see
+        `generated`.
 
         Stops after an end token, which is yielded too, and at the end of the context. The model
         computes only as far as the caller asks.
         """
         draw = token_sampler(temperature, top_p, seed, top_k)
         most = max(1, min(max_tokens, self.context_length - len(prompt_ids)))
-        logits = self.decoder.prefill(prompt_ids, room=most)
-        for count in range(1, most + 1):
-            token = draw(logits)
-            yield token, logits
-            if token in self.end_ids or count == most:
-                return
-            logits = self.decoder.append([token])
+        first = self.decoder.prefill(prompt_ids, room=most)
+        answering = Answering(most, self.end_ids, draw, guide)
+        yield from generated(first, lambda token: self.decoder.append([token]), answering)
+
+    def write(self, prompt_ids: Sequence[int], answer_format: AnswerFormat) -> Written:
+        """Return the likeliest answer, token by token, held to the format's schema if it has one.
+
+        Raises SchemaNotHeld."""
+        guide = None
+        if answer_format.json_schema is not None:
+            guide = self.guides.start(answer_format.json_schema)
+        steps = self.steps(prompt_ids, most_tokens(answer_format), guide=guide)
+        tokens = [token for token, _ in steps]
+        return written(tokens, self.end_ids, answer_format, self.text_of)
+
+    @cached_property
+    def _decoder_of_text(self) -> Any:
+        from tokenizers import Tokenizer
+
+        return Tokenizer.from_file(str(self.folder / "tokenizer.json"))
+
+    def text_of(self, tokens: Sequence[int]) -> str:
+        """Return the tokens as text, without special tokens, as Transformers does. Behind bytes
+        that are no character, ONNX Runtime GenAI 0.14 loses text."""
+        return str(self._decoder_of_text.decode(tokens, skip_special_tokens=True))
+
+    def answers(
+        self, examples: Sequence[Example], prompt: PromptRecipe
+    ) -> list[Answer | Written | DataError]:
+        """Return the answer to each row, or why it can't be asked. Written ones are written one by
+        one."""
+        answer_format = examples[0].format if examples else None
+        if answer_format is None:
+            return super().answers(examples, prompt)
+        found: list[Answer | Written | DataError] = []
+        for example in examples:
+            try:
+                row = self.render(example, prompt)
+            except DataError as error:
+                found.append(error)
+            else:
+                found.append(self.write(row.prompt, answer_format))
+        return found

@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 
 from distillery.errors import DataError
 from distillery.inference.abstention import read_abstention
+from distillery.inference.generation import Written
+from distillery.inference.guide import Guides
 from distillery.inference.logits import Logits, log_softmax
 from distillery.inference.rows import RowRenderer
 from distillery.prompts import GenAITokenizer, read_added_tokens
@@ -67,7 +69,7 @@ class Student(RowRenderer, ABC):
 
     def answers(
         self, examples: Sequence[Example], prompt: PromptRecipe
-    ) -> list[Answer | DataError]:
+    ) -> list[Answer | Written | DataError]:
         """Return the answer to each row, or why it can't be asked."""
         rendered: list[TrainingRow | DataError] = []
         for example in examples:
@@ -77,7 +79,7 @@ class Student(RowRenderer, ABC):
                 rendered.append(error)
         rows = [row for row in rendered if isinstance(row, TrainingRow)]
         found = iter(self.probabilities(rows))
-        answers: list[Answer | DataError] = []
+        answers: list[Answer | Written | DataError] = []
         for example, row in zip(examples, rendered, strict=True):
             if isinstance(row, DataError):
                 answers.append(row)
@@ -114,6 +116,11 @@ class Student(RowRenderer, ABC):
         if token not in self._token_texts:
             self._token_texts[token] = self.added_tokens.get(token) or self.decode([token])
         return self._token_texts[token]
+
+    @cached_property
+    def guides(self) -> Guides:
+        """What holds this model's answers to a JSON schema."""
+        return Guides((self.folder / "tokenizer.json").read_text(encoding="utf-8"), self.end_ids)
 
     @cached_property
     def added_tokens(self) -> dict[int, str]:

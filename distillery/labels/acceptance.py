@@ -8,12 +8,13 @@ them, at no cost.
 from collections.abc import Sequence
 from dataclasses import replace
 
+from distillery.answers import NotAnAnswer
 from distillery.labels.questions import Question
 from distillery.labels.store import StoredAnswer
 from distillery.recipe import TeacherRecipe
 from distillery.teacher.answers import Answer, distribution, in_own_order
 from distillery.teacher.budget import cost_of
-from distillery.teacher.reading import parse_answer, parse_class
+from distillery.teacher.reading import parse_answer, parse_class, written_answer
 from distillery.teacher.reply import Completion, storable
 
 FILTERED = "refused by the endpoint's content filter"
@@ -21,7 +22,8 @@ REFUSED = "refused by the teacher"
 TOO_LONG = "prompt longer than the teacher's context"
 CUT_OFF = "no answer within teacher.max_tokens"
 """Reasons for a rejection that does not depend on how the text is read. What is cut off is a
-label only where it begins with its answer, and a rationale never: it has not reached its answer."""
+label only where it begins with its answer; a rationale, which has not reached its answer, and an
+answer that is written never are."""
 
 
 def stored_answer(
@@ -30,12 +32,9 @@ def stored_answer(
     """Return the answer as the label store keeps it, rejected answers with their reason."""
     reason = reason_not_to_read(completion, recipe.max_tokens)
     letter = None
-    if is_read(reason, recipe):
-        letter = read_text(question, completion.text, reason.startswith(CUT_OFF))
-    if letter:
-        reason = ""
-    elif not reason:
-        reason = unread_reason(question, completion.text)
+    if is_read(question, reason, recipe):
+        letter, unread = read_text(question, completion.text, reason.startswith(CUT_OFF))
+        reason = "" if letter else reason or unread
     pairs = None
     # The alternatives at another letter than the one answered say nothing about the answer.
     if completion.answer_letter == letter:
@@ -68,26 +67,39 @@ def read_again(question: Question, stored: StoredAnswer, recipe: TeacherRecipe) 
     What it was read as stays where it is read as nothing today: a stricter reader takes no label
     away that was paid for. The probabilities that came with it belong to the letter or class that
     it was read as; they are left out if it is another one now."""
-    if not is_read(stored.reason, recipe):
+    if not is_read(question, stored.reason, recipe):
         return stored
-    letter = read_text(question, stored.raw, stored.reason.startswith(CUT_OFF))
+    letter, _ = read_text(question, stored.raw, stored.reason.startswith(CUT_OFF))
     if letter is None or letter == stored.answer:
         return stored
     return replace(stored, answer=letter, distribution=None, reason="")
 
 
-def is_read(reason: str, recipe: TeacherRecipe) -> bool:
+def is_read(question: Question, reason: str, recipe: TeacherRecipe) -> bool:
     """Return whether a completion's text may be a label, given the reason against it."""
     if reason.startswith(CUT_OFF):
-        return recipe.answers.form != "rationale"
+        return recipe.answers.form != "rationale" and question.row.format is None
     return reason not in (FILTERED, REFUSED, TOO_LONG)
 
 
-def read_text(question: Question, text: str, cut_off: bool) -> str | None:
-    """Return the letter, in the order shown, or the class that a text answers with, or None."""
-    if question.row.classes:
-        return parse_class(text, question.keys, cut_off)
-    return parse_answer(text, question.options, cut_off)
+def read_text(question: Question, text: str, cut_off: bool) -> tuple[str | None, str]:
+    """Return what a text answers with: the letter, in the order shown, the class or the written
+    answer. If it is none, return None and why, as rejected.jsonl says it."""
+    row = question.row
+    if row.format:
+        try:
+            return written_answer(text, row.format.json_schema), ""
+        except NotAnAnswer as error:
+            return None, str(error)
+    if row.classes:
+        answer = parse_class(text, question.keys, cut_off)
+        reason = f"none of the {len(question.keys)} classes, or more than one"
+    else:
+        answer = parse_answer(text, question.options, cut_off)
+        reason = f"no option, or more than one, of {question.keys[0]} to {question.keys[-1]}"
+    if not text.strip():
+        reason = "empty answer"
+    return answer, "" if answer else reason
 
 
 def reason_not_to_read(completion: Completion, max_tokens: int) -> str:
@@ -101,23 +113,16 @@ def reason_not_to_read(completion: Completion, max_tokens: int) -> str:
     return reasons.get(completion.finish_reason, "")
 
 
-def unread_reason(question: Question, text: str) -> str:
-    """Return why a text without an answer is no label, as rejected.jsonl says it."""
-    if not text.strip():
-        return "empty answer"
-    if question.row.classes:
-        return f"none of the {len(question.keys)} classes, or more than one"
-    return f"no option, or more than one, of {question.keys[0]} to {question.keys[-1]}"
-
-
 def accepted_answers(
     questions: Sequence[Question], answers: Sequence[StoredAnswer | None]
 ) -> list[Answer]:
-    """Return those answers to a row's questions that have a letter or class, in the row's own
+    """Return those answers to a row's questions that are no rejections, in the row's own
     letters."""
     accepted = []
     for question, stored in zip(questions, answers, strict=True):
-        if stored and stored.answer:
+        if stored and stored.answer and question.row.format:
+            accepted.append(Answer(stored.answer))
+        elif stored and stored.answer:
             accepted.append(
                 in_own_order(stored.answer, stored.distribution, question.order, question.keys)
             )

@@ -51,8 +51,8 @@ async def ask_canaries(
     compared = [row_questions for row_questions in answered_before if all_in(row_questions, after)]
     changed = []
     for row_questions in compared:
-        old = letter_of_row(row_questions, before, recipe.soft_labels)
-        new = letter_of_row(row_questions, after, recipe.soft_labels)
+        old = answer_of_row(row_questions, before, recipe.soft_labels)
+        new = answer_of_row(row_questions, after, recipe.soft_labels)
         if old != new:
             changed.append(row_questions[0].row.example_id)
     return TeacherDrift(
@@ -104,7 +104,7 @@ async def ask_patiently(
     started = time.monotonic()
     while True:
         try:
-            completion = await teacher.ask(question.messages, question.keys)
+            completion = await teacher.ask(question.messages, question.keys, question.schema)
         except TeacherUnavailable:
             if time.monotonic() - started < recipe.outage_s:
                 continue
@@ -121,10 +121,10 @@ def all_in(row_questions: Sequence[Question], answers: Mapping[str, StoredAnswer
     return all(question.key in answers for question in row_questions)
 
 
-def letter_of_row(
+def answer_of_row(
     row_questions: Sequence[Question], answers: Mapping[str, StoredAnswer], soft_labels: bool
 ) -> str | None:
-    """Return the letter of the label that a row's answers give, or None if they give none."""
+    """Return the answer of the label that a row's answers give, or None if they give none."""
     accepted = accepted_answers(
         row_questions, [answers[question.key] for question in row_questions]
     )

@@ -2,7 +2,8 @@
 
 - labels.jsonl: a TeacherLabel for each accepted row
 - rejected.jsonl: a RejectedLabel for each other row
-- train_data.jsonl: {"Question": the user message, "Answer": the letter} for each accepted row
+- train_data.jsonl: {"Question": the user message, "Answer": the letter, class or text} for each
+  accepted row
 - those of report.py: report.json, look.jsonl, reliability.png
 """
 
@@ -86,7 +87,7 @@ class LabelFiles:
             file.close()
 
     def write(self, done: OpenRow) -> None:
-        """Write a complete row: its label if more than half of its answers have a letter and these
+        """Write a complete row: its label if more than half of its answers are accepted and these
         have a majority, otherwise its rejection."""
         stored = [state.stored for state in done.states]
         accepted = accepted_answers(done.questions, stored)
@@ -175,7 +176,8 @@ class LabelFiles:
             return "no confidence is known (teacher.filters.confidence)"
         if label.confidence is not None and label.confidence < filters.confidence:
             return f"confidence below teacher.filters.confidence ({filters.confidence:g})"
-        if filters.agreement_with_gold and row.answer_key and row.answer_key != label.answer:
+        right = row.right_answers
+        if filters.agreement_with_gold and right and label.answer not in right:
             return "gold says otherwise"
         return ""
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from distillery.data.readers import has_surrogates, read_columns, shown
+from distillery.data.rows import to_written
 from distillery.errors import DataError
 from distillery.labels.files import LabelCounts, label_files
 from distillery.recipe import PromptRecipe, TeacherRecipe
@@ -14,7 +15,7 @@ from distillery.records import Example, TeacherLabel
 
 COLUMNS = {
     "example_id": "the row's id in the data set",
-    "answer": "the teacher's letter or class",
+    "answer": "the teacher's letter, class or text",
 }
 """The columns that a file of labels must have, and what they are."""
 
@@ -42,14 +43,20 @@ def read_label_files(paths: Sequence[str], examples: Iterable[Example]) -> dict[
     """Return the labels for `examples` in JSONL, CSV or Parquet files, by example_id.
 
     Columns: example_id; answer, a letter or class; optionally distribution, the probability of each
-    as a mapping or as JSON; optionally rationale, a text. Rows that are not in `examples` are left
-    out. Raises DataError with the file and the row.
+    as a mapping or as JSON; optionally rationale, a text. Where answers are written, answer is the
+    text, or a JSON object or its text, and the other columns are passed over. Rows that are not in
+    `examples` are left out. Raises DataError with the file and the row.
     """
     rows = {row.example_id: row for row in examples}
     labels: dict[str, TeacherLabel] = {}
     for where, values in read_columns(paths, COLUMNS):
         row = rows.get(str(values["example_id"]))
         if row is None:
+            continue
+        if row.format:
+            text = to_written(values["answer"], row.format, f"{where}: answer")
+            if text is not None:
+                labels[row.example_id] = TeacherLabel(example_id=row.example_id, answer=text)
             continue
         answer = str(values["answer"]).strip()
         if answer not in row.keys:

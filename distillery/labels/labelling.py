@@ -259,7 +259,7 @@ class LabellingRun:
         if self._error:
             raise Stopped
         try:
-            completion = await teacher.ask(question.messages, question.keys)
+            completion = await teacher.ask(question.messages, question.keys, question.schema)
         except TeacherUnavailable as error:
             if self._pace.silent_s >= self._recipe.outage_s:
                 raise

@@ -1,6 +1,8 @@
 """The requests for a row: its prompt in each order of its options, each with its key."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from distillery.prompts import Message, render_messages
 from distillery.recipe import PromptRecipe, TeacherRecipe
@@ -9,16 +11,20 @@ from distillery.teacher.answers import rotated_order
 
 
 def request_key(
-    identity: str, messages: list[Message], settings: TeacherRecipe, vote: int = 0
+    identity: str,
+    messages: list[Message],
+    settings: TeacherRecipe,
+    vote: int = 0,
+    schema: Mapping[str, Any] | None = None,
 ) -> str:
     """Return the key that the label store keeps the answer under, a SHA-256 in hex.
 
     It covers what is asked of whom: the teacher's identity, the messages, the temperature, the
-    token limit, whether log-probabilities or JSON are wanted, and the number of the vote. It covers
-    neither the URL, the SDK and the API key nor the position of the row: if these change, nothing
-    is asked again.
+    token limit, whether log-probabilities or JSON are wanted, the schema that a written answer is
+    held to, and the number of the vote. It covers neither the URL, the SDK and the API key nor the
+    position of the row: if these change, nothing is asked again.
     """
-    asked = {
+    asked: dict[str, Any] = {
         "teacher": identity,
         "messages": messages,
         "temperature": settings.temperature,
@@ -28,6 +34,8 @@ def request_key(
     # Added only where they are used, so that answers from before these settings existed are found.
     if settings.answers.form == "json":
         asked["form"] = "json"
+        if schema is not None:
+            asked["schema"] = schema
     if vote:
         asked["vote"] = vote
     return digest_of(asked)
@@ -48,18 +56,28 @@ class Question:
         return self.row.keys
 
     @property
+    def schema(self) -> dict[str, Any] | None:
+        """Return the schema that a written answer meets; None for any other answer."""
+        return schema_of(self.row)
+
+    @property
     def options(self) -> list[str]:
         """Return the texts of the options in the order shown."""
         return [self.row.options[option] for option in self.order]
 
 
+def schema_of(row: Example) -> dict[str, Any] | None:
+    """Return the schema that a row's written answer meets; None for any other answer."""
+    return row.format.json_schema if row.format else None
+
+
 def questions(
     row: Example, prompt: PromptRecipe, recipe: TeacherRecipe, identity: str
 ) -> list[Question]:
-    """Return the requests for a row: for each of answers.orders, each of answers.votes. Classes
-    have one order."""
+    """Return the requests for a row: for each of answers.orders, each of answers.votes. Rows
+    without options of their own have one order."""
     asked = []
-    orders = 1 if row.classes else min(recipe.answers.orders, len(row.choices))
+    orders = min(recipe.answers.orders, len(row.choices)) if row.choices else 1
     for number in range(orders):
         order = rotated_order(len(row.options), number)
         shown = row
@@ -72,6 +90,6 @@ def questions(
             content = f"{user['content']}\n\n{recipe.answers.instruction}"
             messages = [*messages[:-1], {**user, "content": content}]
         for vote in range(recipe.answers.votes):
-            key = request_key(identity, messages, recipe, vote)
+            key = request_key(identity, messages, recipe, vote, schema_of(row))
             asked.append(Question(key, messages, order, row))
     return asked

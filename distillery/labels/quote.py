@@ -192,9 +192,16 @@ def estimated_tokens(question: Question, experience: Experience | None) -> int:
 def estimated_answer(question: Question, recipe: TeacherRecipe) -> int:
     """Return about how many tokens an answer has: its letter or the longest class, and the token
     that ends it. teacher.max_tokens is room for teachers that reason, of which most use little; an
-    answer with its reason is taken to use all of it."""
+    answer with its reason is taken to use all of it, and a written one as much as the gold answer
+    or, where there is none, as the student may."""
     if recipe.answers.form == "rationale":
         return recipe.max_tokens
+    row = question.row
+    if row.format:
+        tokens = row.format.max_tokens
+        if row.answer_key:
+            tokens = math.ceil(len(row.answer_key) * TOKENS_PER_CHARACTER) + 1
+        return min(tokens, recipe.max_tokens)
     longest = max(len(key) for key in question.keys)
     tokens = math.ceil(longest * TOKENS_PER_CHARACTER) + 1
     if recipe.answers.form == "json":

@@ -1,5 +1,7 @@
 """The report on a set of labels: how many there are, of which letters, how often gold confirms
-them, how well their confidence is calibrated, and which rows are worth a look.
+them, how well their confidence is calibrated, and which rows are worth a look. Of written answers
+there are lengths instead of letters, and gold confirms those of a schema alone: two texts may say
+the same.
 
 - report.json: a LabelReport
 - look.jsonl: the most confident labels that gold contradicts, then the least confident labels;
@@ -13,6 +15,9 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from pydantic import Field
+
+from distillery.answers import UNMET
 from distillery.records import Bin, Example, Interval, Record, TeacherLabel
 
 REPORT_FILE, LOOK_FILE, RELIABILITY_FILE = "report.json", "look.jsonl", "reliability.png"
@@ -26,19 +31,29 @@ LookRow = tuple[float, str, dict[str, str | float | None]]
 """The weight of a row (the highest are kept), its id, and its line in look.jsonl."""
 
 
+class Lengths(Record):
+    """The lengths of written answers, in characters."""
+
+    shortest: int
+    mean: float
+    longest: int
+
+
 class LabelReport(Record):
     """Counts of labels, and how far they can be trusted.
 
-    letters: labels by letter; `soft` of them have probabilities. gold_rows: labels of rows with a
-    gold answer, which confirms `right` of them; labels that teacher.filters reject are among these.
-    interval: the 95 % interval of right / gold_rows. calibration_error: the mean distance between
-    confidence and accuracy over ten bins, weighted by rows (the expected calibration error of Guo
-    et al., On Calibration of Modern Neural Networks, 2017); None if no label has a confidence.
+    letters: labels by letter; `soft` of them have probabilities. lengths: of written answers.
+    gold_rows: labels of rows with a gold answer, which confirms `right` of them; labels that
+    teacher.filters reject are among these. interval: the 95 % interval of right / gold_rows.
+    calibration_error: the mean distance between confidence and accuracy over ten bins, weighted by
+    rows (the expected calibration error of Guo et al., On Calibration of Modern Neural Networks,
+    2017); None if no label has a confidence.
     """
 
     accepted: int
     rejected: dict[str, int]
     letters: dict[str, int]
+    lengths: Lengths | None = Field(None, exclude_if=lambda lengths: lengths is None)
     soft: int = 0
     gold_rows: int
     right: int
@@ -54,6 +69,9 @@ class LabelReport(Record):
     def line(self) -> str:
         """Return the report in one line."""
         letters = ", ".join(f"{letter} {count}" for letter, count in self.letters.items())
+        if self.lengths:
+            shortest, longest = self.lengths.shortest, self.lengths.longest
+            letters = f"of {shortest} to {longest} characters, {self.lengths.mean:.0f} on average"
         line = f"{self.accepted} accepted ({letters})"
         if 0 < self.soft < self.accepted:
             line += f", {self.soft} with probabilities"
@@ -74,6 +92,7 @@ class Tally:
         self.accepted = self.soft = 0
         self.rejected: Counter[str] = Counter()
         self._letters: Counter[str] = Counter()
+        self._lengths: Counter[int] = Counter()
         self._gold_rows = self._right = 0
         # For each bin of confidence: rows, the sum of their confidences, rows that are right.
         self._bins = [[0, 0.0, 0] for _ in range(BINS)]
@@ -89,10 +108,14 @@ class Tally:
         """Count a label, and what it tells about the teacher."""
         self.accepted += 1
         self.soft += label.distribution is not None
-        self._letters[label.answer] += 1
+        if row.format:
+            self._lengths[len(label.answer)] += 1
+        else:
+            self._letters[label.answer] += 1
         confidence = 1.0 if label.confidence is None else label.confidence
-        if row.answer_key:
-            right = label.answer == row.answer_key
+        free_text = row.format is not None and row.format.json_schema is None
+        if row.answer_key and not free_text:
+            right = label.answer in row.right_answers
             self._gold_rows += 1
             self._right += right
             if label.confidence is not None:
@@ -106,14 +129,18 @@ class Tally:
             keep_highest(self._unsure, -confidence, row, label, "unsure")
 
     def reject(self, reason: str) -> None:
-        """Count a row without a label."""
-        self.rejected[reason] += 1
+        """Count a row without a label. What of an answer does not meet its schema is not told
+        apart."""
+        self.rejected[UNMET if reason.startswith(UNMET) else reason] += 1
 
     def drop(self, label: TeacherLabel, reason: str) -> None:
         """Count an accepted label as rejected; what it told about the teacher stands."""
         self.accepted -= 1
         self.soft -= label.distribution is not None
-        self._letters[label.answer] -= 1
+        if self._lengths:
+            self._lengths[len(label.answer)] -= 1
+        else:
+            self._letters[label.answer] -= 1
         self.reject(reason)
 
     def report(self) -> LabelReport:
@@ -139,6 +166,7 @@ class Tally:
             accepted=self.accepted,
             rejected=dict(self.rejected.most_common()),
             letters=dict(sorted((+self._letters).items())),
+            lengths=lengths_of(+self._lengths),
             soft=self.soft,
             gold_rows=self._gold_rows,
             right=self._right,
@@ -158,6 +186,14 @@ class Tally:
                     file.write(json.dumps(line, ensure_ascii=False) + "\n")
         if report.calibration:
             plot_reliability(report.calibration, out / RELIABILITY_FILE)
+
+
+def lengths_of(counts: Counter[int]) -> Lengths | None:
+    """Return the lengths that are counted by length; None where there are none."""
+    if not counts:
+        return None
+    mean = sum(length * count for length, count in counts.items()) / counts.total()
+    return Lengths(shortest=min(counts), mean=mean, longest=max(counts))
 
 
 def expected_calibration_error(bins: Sequence[Bin]) -> float:

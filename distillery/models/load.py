@@ -74,6 +74,14 @@ def end_of_turn_id(tokenizer: Any) -> int:
     return int(tokenizer.eos_token_id)
 
 
+def end_ids(model: Any, tokenizer: Any) -> frozenset[int]:
+    """Return the tokens that end an answer: what ends the assistant's turn, and what the model's
+    own settings name."""
+    found = model.generation_config.eos_token_id
+    own = found if isinstance(found, list) else [found]
+    return frozenset({end_of_turn_id(tokenizer), *(int(each) for each in own if each is not None)})
+
+
 def pad_id(tokenizer: Any) -> int:
     """Return the padding token, or the end-of-text token where there is none: padding is masked, so
     that any token serves."""

@@ -23,7 +23,7 @@ from distillery.recipe.rules import (
 )
 from distillery.recipe.search import SearchRecipe
 from distillery.recipe.student import HealingRecipe, LayerChoice, Layers, StudentRecipe
-from distillery.recipe.task import AbstainRecipe, OtherRecipe, TaskRecipe
+from distillery.recipe.task import METRIC_NAMES, AbstainRecipe, Metric, OtherRecipe, TaskRecipe
 from distillery.recipe.teacher import (
     AnswerRecipe,
     BudgetRecipe,
@@ -36,6 +36,7 @@ from distillery.recipe.teacher import (
 from distillery.recipe.training import LoraRecipe, TrainingRecipe
 
 __all__ = [
+    "METRIC_NAMES",
     "PRESETS",
     "AbstainRecipe",
     "AnswerRecipe",
@@ -58,6 +59,7 @@ __all__ = [
     "Layers",
     "LimitRule",
     "LoraRecipe",
+    "Metric",
     "NotWorseRule",
     "OtherRecipe",
     "PriceRecipe",

@@ -15,7 +15,8 @@ Share = Annotated[float, Field(gt=0, lt=1)]
 
 class Columns(Slice):
     """The source's column for each field of a row. The defaults are those of tau/commonsense_qa;
-    with task.kind: classify, `question` is text and `answer` is label."""
+    with task.kind: classify, `question` is text and `answer` is label; with extract and generate,
+    `question` is text and `answer` is answer."""
 
     id: str | None = "id"
     """Column of the row's id, which is unique within a split. null, or a column that the source
@@ -30,11 +31,12 @@ class Columns(Slice):
     choices: str | None = "choices"
     """Column of the 2 to 26 options: {"label": [...], "text": [...]}, or a list of texts. In CSV,
     either as a JSON string. With task.kind: classify it is null, or names options whose texts are
-    the classes."""
+    the classes; with extract and generate it is null."""
 
     answer: str = "answerKey"
-    """Column of the right option's label, or of the class. It may be empty in rows of train that
-    only the teacher labels; rows of gold, validation and test need it."""
+    """Column of the right option's label, of the class, or of the answer as text; with task.kind:
+    extract, of the JSON object or its text. It may be empty in rows of train that only the teacher
+    labels; rows of gold, validation and test need it."""
 
 
 class Rotation(Slice):

@@ -1,6 +1,6 @@
-"""Write the first recipe of a classifier, with comments, from what is known of its rows.
+"""Write the first recipe for rows of one's own, with comments, from what is known of them.
 
-What presets/classify.yaml gives anyway is left out.
+What presets/classify.yaml and presets/write.yaml give anyway is left out.
 """
 
 from collections.abc import Mapping, Sequence
@@ -50,6 +50,8 @@ def draft(
     teacher: Literal["local", "endpoint"],
     max_tokens: int | None,
     command: str,
+    kind: Literal["classify", "extract", "generate"] = "classify",
+    schema: Mapping[str, Any] | None = None,
 ) -> str:
     """Return the YAML of a recipe.
 
@@ -57,36 +59,40 @@ def draft(
         name: Name of the recipe and of the registered model.
         files: Paths of the rows' files.
         texts: Columns of the text; several are shown one a line.
-        label: Column of the label.
+        label: Column of the label or answer.
         ids_are_unique: Whether ids come from the column id, if there is one.
-        shares: What becomes of the rows with a label.
+        shares: What becomes of the rows with a label or answer.
         teacher: teacher.kind.
         max_tokens: prompt.max_tokens of the student; None for the default.
         command: How the recipe was made, for its first line.
+        kind: task.kind.
+        schema: task.schema, with kind: extract.
     """
+    known = "a label" if kind == "classify" else "an answer"
     lines = [
         f"# Made by: {command}",
         "# Settings that are left out have defaults; the documentation of recipes lists them all.",
         f"name: {in_yaml(name)}",
         "",
-        "# A row is a text that belongs to one of the classes, which are the labels in the rows.",
-        "# labels: [CLASS, ...] would name the classes, so that rows with any other are refused.",
-        "task: {kind: classify}",
+        *task_lines(kind, schema),
         "",
         "dataset:",
         "  source: files",
         "  # Relative paths start at the folder that the run starts in.",
         f"  files: {{train: {in_yaml(list(files))}}}",
-        *column_lines(texts, label, ids_are_unique),
-        "  # Shares of the rows with a label. gold: the "
+        *column_lines(texts, label, ids_are_unique, kind),
+        f"  # Shares of the rows with {known}. gold: the "
         + ("teacher and the student learn" if teacher == "local" else "student learns")
         + " from them.",
-        "  # validation: they check the teacher and choose settings. test: they judge the student.",
+        "  # validation: they "
+        + ("check the teacher and " if kind == "classify" else "")
+        + "choose settings. test: they judge the student.",
         "  # Neither of them trains anything.",
-        *left_lines(shares),
+        *left_lines(shares, known),
         f"  carve: {in_yaml(shares.carve)}",
         "",
-        *teacher_lines(teacher, shares),
+        *prompt_lines(teacher, kind),
+        *teacher_lines(teacher, shares, kind),
         *student_lines(teacher, max_tokens),
         "# Each student that passes the gate becomes a version of this model.",
         f"registry: {in_yaml({'model_name': name})}",
@@ -94,8 +100,50 @@ def draft(
     return "\n".join(lines) + "\n"
 
 
-def column_lines(texts: Sequence[str], label: str, ids_are_unique: bool) -> list[str]:
+def task_lines(kind: str, schema: Mapping[str, Any] | None) -> list[str]:
+    """Return the lines of the task."""
+    if kind == "classify":
+        return [
+            "# A row is a text that belongs to one of the classes, which are the labels in the "
+            "rows.",
+            "# labels: [CLASS, ...] would name the classes, so that rows with any other are "
+            "refused.",
+            "task: {kind: classify}",
+        ]
+    if schema is None:
+        return [
+            "# The answer to a row is text. metric: what the student is judged by, rouge_l, chrf,",
+            "# bleu or exact_match.",
+            "task: {kind: generate, metric: rouge_l}",
+        ]
+    lines = [
+        "# The answer to a row is a JSON object of fields found in its text. The schema is guessed",
+        "# from the rows: say required: [FIELD, ...] of those that no answer may lack.",
+        "task:",
+        "  kind: extract",
+        "  schema:",
+        "    type: object",
+        "    properties:",
+    ]
+    for name, field in schema["properties"].items():
+        lines.append(f"      {in_yaml(name)}: {in_yaml(field)}")
+    return [*lines, "    additionalProperties: false"]
+
+
+def prompt_lines(teacher: str, kind: str) -> list[str]:
+    """Return the lines of the prompt, which tells an endpoint what to write."""
+    if teacher == "local" or kind != "generate":
+        return []
+    return [
+        "# What the endpoint is told; the student learns it from the answers.",
+        "prompt: {system: Answer the text.}",
+        "",
+    ]
+
+
+def column_lines(texts: Sequence[str], label: str, ids_are_unique: bool, kind: str) -> list[str]:
     """Return the lines of the columns whose names are not the preset's."""
+    usual = "label" if kind == "classify" else "answer"
     columns: dict[str, str | None] = {}
     lines = []
     if len(texts) > 1:
@@ -106,29 +154,31 @@ def column_lines(texts: Sequence[str], label: str, ids_are_unique: bool) -> list
         ]
     elif texts[0] != "text":
         columns["question"] = texts[0]
-    if label != "label":
+    if label != usual:
         columns["answer"] = label
     if not ids_are_unique:
         columns["id"] = None
     if columns:
         lines += [
-            "  # question: the text's column. answer: the label's. id: null names rows by content.",
+            f"  # question: the text's column. answer: the {usual}'s. id: null names rows by "
+            "content.",
             f"  columns: {in_yaml(columns)}",
         ]
     return lines
 
 
-def left_lines(shares: Shares) -> list[str]:
-    """Return the comment on rows with a label that the teacher labels again."""
+def left_lines(shares: Shares, known: str) -> list[str]:
+    """Return the comment on rows with a label that the teacher labels again; `known` is a label or
+    an answer."""
     if not shares.left:
-        return ["  # The teacher labels the rows without a label."]
+        return [f"  # The teacher labels the rows without {known}."]
     return [
-        f"  # The rest, {shares.left:.1%}, is labelled by the teacher like rows without a label,",
+        f"  # The rest, {shares.left:.1%}, is labelled by the teacher like rows without {known},",
         "  # of which there are few. Add such rows, which cost nobody's time, and raise gold.",
     ]
 
 
-def teacher_lines(teacher: str, shares: Shares) -> list[str]:
+def teacher_lines(teacher: str, shares: Shares, kind: str) -> list[str]:
     """Return the lines of the teacher."""
     if teacher == "local":
         lines = [
@@ -145,7 +195,8 @@ def teacher_lines(teacher: str, shares: Shares) -> list[str]:
             "  # Prices of a million tokens, for `distillery quote` and for caps in budget.",
             "  # prices: {input: 0.15, output: 0.60, currency: USD}",
         ]
-    if shares.left:
+    # Two texts may say the same.
+    if shares.left and kind != "generate":
         lines += [
             "  # Labels that differ from the label that the row has already are not used.",
             "  filters: {agreement_with_gold: true}",

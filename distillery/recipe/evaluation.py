@@ -18,6 +18,9 @@ DEFAULT_RULES: tuple[GateRule, ...] = (
 The last is the anchor: it is tested again with each run, so that its confidence is higher;
 benchmarks/simulate_gate.py measures what that comes to."""
 
+NEAREST_RULE = BetterRule(kind="better", than="nearest answer")
+"""The first rule where answers are written, which have no majority class."""
+
 
 class EvaluationRecipe(Slice):
     """The gate's rules. All go by the test rows, and the student must pass each of them.
@@ -30,7 +33,8 @@ class EvaluationRecipe(Slice):
 
     rules: tuple[GateRule, ...] | None = None
     """What the student must show, such as [{kind: better, than: majority class}]. []: nothing.
-    null: it is better than the majority class, and than the base model if it starts from that, both
+    null: it is better than the majority class or, where answers are written, than the nearest
+    answer, and than the base model if it starts from that, both
     at 95 % confidence; it keeps 80 % of the teacher's accuracy; it is at most 2 points worse than
     the champion, at 95 % confidence, and than the best version so far, at 99 %."""
 
@@ -48,12 +52,13 @@ class EvaluationRecipe(Slice):
     champion stays. fail: it fails once everything is recorded, and `python -m flows.distill` exits
     with 3, so that CI fails."""
 
-    def gate_rules(self, starts_from_base: bool) -> tuple[GateRule, ...]:
+    def gate_rules(self, starts_from_base: bool, writes: bool = False) -> tuple[GateRule, ...]:
         """Return the rules that hold; `starts_from_base` tells whether the student starts from the
-        base model."""
+        base model, `writes` whether answers are written."""
         rules = self.rules
         if rules is None:
-            rules = DEFAULT_RULES if starts_from_base else (DEFAULT_RULES[0], *DEFAULT_RULES[2:])
+            first = NEAREST_RULE if writes else DEFAULT_RULES[0]
+            rules = (first, *DEFAULT_RULES[1 if starts_from_base else 2 :])
         if self.minimum_kept is not None:
             rules = tuple(rule for rule in rules if rule.kind != "keeps")
             if self.minimum_kept > 0:

@@ -59,9 +59,39 @@ def classify_values(values: dict[str, Any]) -> dict[str, Any]:
         both["student"]["training"] |= validated["training"]
         if kind == "local":
             both["teacher"]["preparation"]["training"] |= validated["training"]
-        export = values.get("export")
-        if not (isinstance(export, dict) and export.keys() & {*ExportForm.model_fields, "ladder"}):
-            both["export"] = validated["export"]
+        both["export"] = ladder_unless_chosen(both["export"], validated["export"], values)
+    return both
+
+
+def ladder_unless_chosen(
+    form: dict[str, Any], ladder: dict[str, Any], values: dict[str, Any]
+) -> dict[str, Any]:
+    """Return the `ladder` of forms, or the one `form` where a recipe `values` names forms."""
+    export = values.get("export")
+    if isinstance(export, dict) and export.keys() & {*ExportForm.model_fields, "ladder"}:
+        return form
+    return ladder
+
+
+def written_values(values: dict[str, Any]) -> dict[str, Any]:
+    """Return what a recipe `values` with task.kind: extract or generate starts from:
+    presets/write.yaml, with the parts for its kinds of task and teacher. The student is asked with
+    the recipe's own prompt.user, if there is one, since it may show further columns."""
+    shipped = preset_values("write")
+    teacher, prompt = values.get("teacher"), values.get("prompt")
+    kind = teacher.get("kind", "endpoint") if isinstance(teacher, dict) else "endpoint"
+    parts = ("own teacher", "other teacher", "told the schema", "validated")
+    own, other, told, validated = (shipped.pop(name) for name in parts)
+    both: dict[str, Any] = {**shipped, **(own if kind == "local" else other)}
+    if kind == "endpoint" and values["task"]["kind"] == "extract":
+        both["prompt"] |= told["prompt"]
+        both["teacher"] |= told["teacher"]
+    if kind != "local" and isinstance(prompt, dict) and "user" in prompt:
+        both["student"]["prompt"]["user"] = prompt["user"]
+    if names_rows(values, "gold"):
+        both["student"]["gold"] = True
+    if names_rows(values, "validation"):
+        both["export"] = ladder_unless_chosen(both["export"], validated["export"], values)
     return both
 
 

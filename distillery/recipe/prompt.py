@@ -18,25 +18,26 @@ class PromptRecipe(Slice):
     )
     """The system message; empty leaves it out. {count} becomes the number of options in words,
     {letters} their letters: 'A', 'B' or 'C'. With task.kind: classify, {labels} becomes the
-    classes, one a line."""
+    classes, one a line; with extract, {schema} the JSON Schema of the answers."""
 
     user: str = (
         "Answer the following multiple-choice question by selecting the correct option.\n\n"
         "Question: {question}\nAnswer Choices:\n{choices}"
     )
     """The user message. {question} or {text} becomes the question or text, {choices} the options,
-    one a line, and the name of a column in dataset.fields that column's text. What all prompts
-    begin with is computed once, so put what never changes first."""
+    one a line, and the name of a column in dataset.fields that column's text. {text} and these
+    columns may stand in `system` too where answers are written. What all prompts begin with is
+    computed once, so put what never changes first."""
 
     choice: str = "({letter}) {text}"
     """One line of {choices}: {letter} becomes the option's letter, {text} its text."""
 
-    answer: Literal["letter", "text", "class"] = "letter"
+    answer: Literal["letter", "text", "class", "written"] = "letter"
     """What the assistant says. letter: the option's letter. text: the option's text, or the name of
     the class; the student chooses the likeliest, and `user` may leave {choices} out. Teachers
     answer by letter, so text is for student.prompt only. class: with task.kind: classify, the
     class. A student answers with one token of its own for each class; an endpoint writes the
-    name."""
+    name. written: with task.kind: extract or generate, a text of its own."""
 
     pooling: Literal["mean_and_last", "mean", "last"] = "mean_and_last"
     """With answer: class, what a student reads the class from. mean: the mean of the hidden states
@@ -49,7 +50,7 @@ class PromptRecipe(Slice):
 
     @model_validator(mode="after")
     def check_placeholders(self) -> Self:
-        if self.answer == "class":
+        if self.answer in ("class", "written"):
             if "{" not in self.user:
                 raise ValueError("user needs the placeholder {text}, or a column of dataset.fields")
             return self

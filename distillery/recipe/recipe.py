@@ -14,7 +14,7 @@ from distillery.recipe.base_model import BaseModelRecipe
 from distillery.recipe.dataset import DatasetRecipe
 from distillery.recipe.evaluation import EvaluationRecipe
 from distillery.recipe.export import ExportForm, ExportRecipe
-from distillery.recipe.preset import PRESETS, classify_values, merge, preset_for
+from distillery.recipe.preset import PRESETS, classify_values, merge, preset_for, written_values
 from distillery.recipe.prompt import PromptRecipe
 from distillery.recipe.registry import RegistryRecipe
 from distillery.recipe.rules import GateRule
@@ -22,6 +22,23 @@ from distillery.recipe.student import LayerChoice, StudentRecipe
 from distillery.recipe.task import TaskRecipe
 from distillery.recipe.teacher import TeacherRecipe
 from distillery.recipe.training import TrainingRecipe
+
+FIELDS_ONLY = frozenset({"field_f1", "field dictionary"})
+
+TEXT_ONLY = frozenset({"rouge_l", "chrf", "bleu"})
+
+WRITTEN_ONLY = (
+    FIELDS_ONLY | TEXT_ONLY | {"exact_match", "valid", "tokens_per_second", "nearest answer"}
+)
+
+CHOSEN_ONLY = frozenset(
+    {
+        *("majority class", "TF-IDF + logistic regression", "linear probe"),
+        *("macro_f1", "recall", "calibration_error", "kl_from_teacher", "order_robustness"),
+    }
+)
+"""Predictors and figures of the scoreboard that only some tasks have: fields, text, answers that
+are written, and answers that are chosen."""
 
 
 class Recipe(Slice):
@@ -74,8 +91,11 @@ class Recipe(Slice):
             shipped = preset_for(values["preset"], values)
             values = {**merge(shipped, values, cls), "preset": None}
         task = values.get("task")
-        if isinstance(task, dict) and task.get("kind") == "classify":
+        kind = task.get("kind") if isinstance(task, dict) else None
+        if kind == "classify":
             values = merge(classify_values(values), values, cls)
+        if kind in ("extract", "generate"):
+            values = merge(written_values(values), values, cls)
         return values
 
     @property
@@ -93,18 +113,20 @@ class Recipe(Slice):
     @property
     def gate_rules(self) -> tuple[GateRule, ...]:
         """The rules that the gate applies."""
-        return self.evaluation.gate_rules(starts_from_base=self.student.start == "base")
+        return self.evaluation.gate_rules(
+            starts_from_base=self.student.start == "base", writes=self.task.writes
+        )
 
     @model_validator(mode="after")
     def check_prompts(self) -> Self:
-        classify = self.task.kind == "classify"
+        kinds = {"letter": ("choice",), "text": ("choice", "classify"), "class": ("classify",)}
         for key, prompt in (("prompt", self.prompt), ("student.prompt", self.student.prompt)):
-            if prompt and (prompt.answer == "class") != classify and prompt.answer != "text":
+            if prompt and self.task.kind not in kinds.get(prompt.answer, ("extract", "generate")):
                 raise ValueError(
-                    f"{key}.answer: {prompt.answer}: class belongs to task.kind: classify, and "
-                    "letter to task.kind: choice"
+                    f"{key}.answer: {prompt.answer}: class belongs to task.kind: classify, letter "
+                    "to choice, and written to extract and generate"
                 )
-        if not classify and self.dataset.columns.choices is None:
+        if self.task.kind == "choice" and self.dataset.columns.choices is None:
             raise ValueError("dataset.columns.choices: name the column of the options")
         if self.prompt.answer == "text":
             raise ValueError(
@@ -115,6 +137,53 @@ class Recipe(Slice):
                 "student.prompt: a student that starts from its teacher is asked as the teacher "
                 "is; remove this setting"
             )
+        return self
+
+    @model_validator(mode="after")
+    def check_settings_of_choices(self) -> Self:
+        """Refuse for written answers what has a meaning only where an answer is chosen."""
+        if not self.task.writes:
+            return self
+        teacher, answers, filters = self.teacher, self.teacher.answers, self.teacher.filters
+        generates = self.task.kind == "generate"
+        refused = [
+            ("dataset.columns.choices", self.dataset.columns.choices is not None),
+            ("teacher.soft_labels", teacher.soft_labels),
+            ("teacher.answers.form: rationale", answers.form == "rationale"),
+            ("teacher.answers.form: json", answers.form == "json" and generates),
+            ("teacher.answers.votes above 1", answers.votes > 1),
+            ("teacher.answers.orders above 1", answers.orders > 1),
+            ("teacher.filters.confidence", filters.confidence > 0),
+            ("teacher.filters.balance", filters.balance is not None),
+            ("teacher.filters.agreement_with_gold", filters.agreement_with_gold and generates),
+        ]
+        trainings = [("student.training", self.student.training)]
+        trainings.append(("teacher.preparation.training", teacher.preparation.training))
+        for number, step in enumerate(self.student.healing):
+            trainings.append((f"student.healing.{number}.training", step.training))
+        for whose, training in trainings:
+            for name in ("soft_weight", "hidden_weight", "rationale_weight"):
+                refused.append((f"{whose}.{name}", getattr(training, name) != 0))
+        for setting, is_set in refused:
+            if is_set:
+                raise ValueError(
+                    f"{setting}: has no meaning with task.kind: {self.task.kind}, whose answers "
+                    "are written; remove this setting"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def check_rules(self) -> Self:
+        """Refuse rules by predictors and figures that the scoreboard of such a task lacks."""
+        lacking = CHOSEN_ONLY if self.task.writes else WRITTEN_ONLY
+        lacking |= {"extract": TEXT_ONLY, "generate": FIELDS_ONLY}.get(self.task.kind, frozenset())
+        for rule in self.evaluation.rules or ():
+            asked = rule.than if rule.kind == "better" else getattr(rule, "figure", "")
+            if asked in lacking:
+                raise ValueError(
+                    f"evaluation.rules: {asked}: is not on the scoreboard of task.kind: "
+                    f"{self.task.kind}; remove this rule"
+                )
         return self
 
     @model_validator(mode="after")

@@ -9,8 +9,17 @@ from distillery.recipe.base import Slice
 Confidence = Annotated[float, Field(gt=0.5, lt=1)]
 """Confidence of a one-sided bound."""
 
-Baseline = Literal["majority class", "TF-IDF + logistic regression", "linear probe", "base model"]
-"""Predictors of the scoreboard that a student can be asked to beat, by their names there."""
+Baseline = Literal[
+    "majority class",
+    "TF-IDF + logistic regression",
+    "linear probe",
+    "nearest answer",
+    "field dictionary",
+    "base model",
+]
+"""Predictors of the scoreboard that a student can be asked to beat, by their names there. Where
+answers are written, these are nearest answer, with task.kind: extract field dictionary, and base
+model."""
 
 
 class Rule(Slice):
@@ -33,8 +42,8 @@ class Rule(Slice):
 
 
 class BetterRule(Rule):
-    """The student is more accurate than another predictor of the scoreboard, on the same test
-    rows.
+    """The student is better than another predictor of the scoreboard, on the same test rows: more
+    accurate or, where answers are written, ahead in task.metric.
 
     For this rule the majority class is the most frequent answer of the test rows, so that no
     student that always gives the same answer passes. The scoreboard's majority class is the most
@@ -56,13 +65,14 @@ class BetterRule(Rule):
 
 
 class KeepsRule(Rule):
-    """The student keeps a share of the teacher's accuracy on the test rows."""
+    """The student keeps a share of the teacher's accuracy or, where answers are written, of its
+    task.metric, on the test rows."""
 
     kind: Literal["keeps"]
     """The kind of the rule."""
 
     share: float = Field(ge=0, le=1)
-    """Share of the teacher's accuracy. 0.95: 95 %."""
+    """Share of the teacher's accuracy or task.metric. 0.95: 95 %."""
 
     confidence: Confidence | None = None
     """Confidence of the share's one-sided bound. null: the share itself counts, without a bound."""
@@ -91,7 +101,7 @@ class NotWorseRule(Rule):
     test rows; versions that were rejected or rolled back are left out."""
 
     margin: float = Field(0.02, ge=0, le=1)
-    """Accuracy that the student may lose. 0.02: two points."""
+    """Accuracy or task.metric that the student may lose. 0.02: two points."""
 
     confidence: Confidence | None = 0.95
     """Confidence of the one-sided bound of the difference. null: the difference itself counts,
@@ -112,6 +122,12 @@ Estimated = Literal[
     "calibration_error",
     "kl_from_teacher",
     "order_robustness",
+    "exact_match",
+    "field_f1",
+    "rouge_l",
+    "chrf",
+    "bleu",
+    "valid",
 ]
 """Figures that are estimates from the test rows, so that they have intervals."""
 
@@ -125,6 +141,7 @@ Measured = Literal[
     "bytes",
     "parameters",
     "rows_per_second",
+    "tokens_per_second",
 ]
 """Figures without an interval."""
 
@@ -140,9 +157,11 @@ class LimitRule(Rule):
     figure: Estimated | Measured
     """The figure. From 0 to 1: accuracy, agreement with the teacher, macro_f1, the recall of a
     class, the expected calibration_error, and order_robustness, the share of rows answered alike in
-    another order of options. kl_from_teacher in nats. Latencies and first_token_ms, the time to the
+    another order of options. Where answers are written, accuracy is task.metric, and there are
+    exact_match, field_f1 or rouge_l, chrf and bleu, and valid, the share of rows with a valid
+    answer; all from 0 to 1. kl_from_teacher in nats. Latencies and first_token_ms, the time to the
     first token, in milliseconds, load_s in seconds, peak_mib in MiB, the folder's bytes,
-    parameters, rows a second."""
+    parameters, rows a second, and tokens a second of written answers."""
 
     of_class: str | None = Field(
         None, pattern=r"^[^\n|]+$", validation_alias=AliasChoices("class", "of_class")
@@ -157,9 +176,9 @@ class LimitRule(Rule):
     """The highest value that passes. null: any."""
 
     confidence: Confidence | None = None
-    """Confidence of the figure's one-sided bound, which must be within the limits. Only accuracy,
-    agreement, macro_f1, recall, calibration_error, kl_from_teacher and order_robustness have one.
-    null: the figure itself counts, without a bound."""
+    """Confidence of the figure's one-sided bound, which must be within the limits. Figures that are
+    measured, such as latencies and bytes, have none. null: the figure itself counts, without a
+    bound."""
 
     @property
     def content(self) -> str:

@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 from distillery.recipe.base import Slice
 from distillery.recipe.base_model import BaseModelRecipe
 from distillery.recipe.export import ExportForm
+from distillery.recipe.prompt import PromptRecipe
 from distillery.recipe.student import Layers
 from distillery.recipe.training import TrainingRecipe
 
@@ -77,9 +78,10 @@ class AnswerRecipe(Slice):
     """
 
     form: Literal["letter", "json", "rationale"] = "letter"
-    """letter: as the prompt says. json: held to {"answer": LETTER} by a JSON schema if the endpoint
-    takes one. rationale: a short reason first, then the letter (Hsieh et al., Distilling
-    Step-by-Step, 2023); needs teacher.max_tokens of a few hundred."""
+    """letter: as the prompt says. json: held to {"answer": LETTER}, or with task.kind: extract to
+    task.schema, by a JSON schema if the endpoint takes one. rationale: a short reason first, then
+    the letter (Hsieh et al., Distilling Step-by-Step, 2023); needs teacher.max_tokens of a few
+    hundred."""
 
     instruction: str = (
         "First give your reason in one or two sentences. "
@@ -148,7 +150,7 @@ class TeacherRecipe(Slice):
 
     files: tuple[str, ...] = ()
     """With kind: file, JSONL, CSV or Parquet files with the columns example_id and answer, and
-    optionally distribution and rationale."""
+    optionally distribution and rationale, which written answers have not."""
 
     sdk: Literal["auto", "azure-ai-inference", "openai"] = "auto"
     """The client for the endpoint. auto: chosen by the endpoint's URL."""
@@ -232,10 +234,10 @@ class TeacherRecipe(Slice):
             include={"soft_labels", "temperature", "max_tokens", "answers", "filters"}
         )
 
-    def for_own_model(self) -> Self:
-        """Return these settings for a model that the run has trained to answer with the letter: it
+    def for_own_model(self, prompt: PromptRecipe) -> Self:
+        """Return these settings for a model that the run has trained on `prompt`. A letter or class
         is one token, and the end of the turn after it would take a decoding step of its own."""
-        if self.answers.form != "letter":
+        if self.answers.form != "letter" or prompt.answer == "written":
             return self
         return self.model_copy(update={"max_tokens": 1})
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from distillery.export.ladder_table import choice_in_words, rows_in_words, table
 from distillery.markdown import escape, markdown_table
-from distillery.recipe import Recipe
+from distillery.recipe import METRIC_NAMES, Recipe
 from distillery.records import (
     EvaluationReport,
     Ladder,
@@ -23,6 +23,9 @@ from distillery.records import (
 )
 
 CARD = "README.md"
+
+HUB_METRICS = {"field_f1": "f1", "rouge_l": "rouge"}
+"""Metrics that the Hugging Face hub knows by other names."""
 
 
 def write_card(folder: Path, name: str, provenance: Mapping[str, Any]) -> None:
@@ -47,14 +50,20 @@ def model_card(name: str, provenance: Mapping[str, Any]) -> str:
     row = report.row(report.candidate)
     dataset = dataset_title(recipe, PreparedDataset.model_validate(provenance["data"]))
     base = base_title(student.base)
+    task, metric = "Multiple choice", row.metric or "accuracy"
+    metric_name = METRIC_NAMES[row.metric]
+    metric_name = metric_name[0].upper() + metric_name[1:]
+    answers = "multiple-choice rows"
+    if row.metric:
+        task, answers = "Text generation", "rows by a text,"
     score = EvalResult(
-        task_type="multiple-choice",
-        task_name="Multiple choice",
+        task_type=task.lower().replace(" ", "-"),
+        task_name=task,
         dataset_type=dataset,
         dataset_name=dataset,
         dataset_split="test",
-        metric_type="accuracy",
-        metric_name="Accuracy",
+        metric_type=HUB_METRICS.get(metric, metric),
+        metric_name=metric_name,
         metric_value=round(row.accuracy, 4),
     )
     data = ModelCardData(
@@ -62,7 +71,7 @@ def model_card(name: str, provenance: Mapping[str, Any]) -> str:
         license=student.base_license,
         base_model=base,
         datasets=[dataset],
-        metrics=["accuracy"],
+        metrics=[HUB_METRICS.get(metric, metric)],
         eval_results=[score],
         library_name="onnxruntime-genai",
         pipeline_tag="text-generation",
@@ -79,7 +88,7 @@ def model_card(name: str, provenance: Mapping[str, Any]) -> str:
         "Data set": dataset,
         "Rows that the teacher labelled": f"{labels.accepted:,}",
         "Training": student.method,
-        f"Accuracy on {row.rows:,} test rows": f"{row.accuracy:.3f} {interval}",
+        f"{metric_name} on {row.rows:,} test rows": f"{row.accuracy:.3f} {interval}",
     }
     if model.abstention:
         facts["Abstains"] = f"below a probability of {model.abstention.threshold:.3f}"
@@ -94,7 +103,7 @@ def model_card(name: str, provenance: Mapping[str, Any]) -> str:
         lines.append(f"| {title} | {escape(value)} |")
     lines += [
         "",
-        "The interval has 95 % confidence. It answers multiple-choice rows that are put to it with "
+        f"The interval has 95 % confidence. It answers {answers} that are put to it with "
         "the prompt in `manifest.json`,",
         "where the whole record of its making is, with the SHA-256 of each file.",
         "",

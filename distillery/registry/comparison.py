@@ -11,24 +11,30 @@ from typing import Any, NamedTuple, get_args
 
 from pydantic import Field
 
-from distillery.data.examples import read_examples, write_classes, write_examples
+from distillery.data.examples import (
+    read_examples,
+    read_format,
+    write_classes,
+    write_examples,
+)
 from distillery.data.readers import read_file
 from distillery.data.rows import RowReader, validated_rows
 from distillery.errors import ArtifactDamaged, DataError, RegistryError
 from distillery.evaluation.gate import AnswerRows, EarlierVersion, compare
+from distillery.evaluation.judging import gold_in
 from distillery.evaluation.report import (
     REGISTERED_ANSWERS,
     RowContent,
     answer_rows,
     parse_answers,
 )
-from distillery.evaluation.scoreboard import GOLD
 from distillery.evaluation.scoring import ModelToScore, Scored, score_model
-from distillery.evaluation.statistics import difference_interval, mcnemar_p, wilson_interval
+from distillery.evaluation.statistics import difference_interval, p_value_of
 from distillery.machine import machine_name
 from distillery.models.class_tokens import read_class_tokens
-from distillery.recipe import Columns, RegistryKind, RegistryRecipe
+from distillery.recipe import Columns, Metric, RegistryKind, RegistryRecipe
 from distillery.records import (
+    AnswerFormat,
     EvaluationReport,
     Example,
     Interval,
@@ -65,7 +71,8 @@ class Subject(NamedTuple):
 class Side(Record):
     """A model of a comparison. What is not known is None or empty.
 
-    `correct` answers of the shared rows; `interval`: of the accuracy, at 95 %. `bytes`: of its
+    `correct` answers of the shared rows; `accuracy`: the primary figure on them, see
+    ModelComparison; `interval`: its own, at 95 %. `bytes`: of its
     folder. `p50_ms`: median latency of a row, in milliseconds; `peak_mib`: memory, in MiB;
     `machine`: where these and `rows_per_second` were measured. `calls`, `usage` and `cost`: what
     the run that labelled its rows asked the teacher. `training_minutes`: with that of a local
@@ -107,9 +114,10 @@ class Flip(Record):
 class ModelComparison(Record):
     """Two models on the same `rows`.
 
-    `difference`: the first's accuracy less the second's, with its paired 95 % interval. `p_value`:
-    of the exact McNemar test. `flips`: all rows that one of them alone answers right. `note` says
-    which rows are shared.
+    `metric`: the primary figure where answers are written; None is accuracy. `difference`: the
+    first's less the second's, with its paired 95 % interval. `p_value`: of the exact McNemar test;
+    None for a figure that is no share. `flips`: all rows that one of them alone answers right.
+    `note` says which rows are shared.
     """
 
     rows: int
@@ -117,9 +125,10 @@ class ModelComparison(Record):
     second: Side
     difference: float
     interval: Interval
-    p_value: float
+    p_value: float | None
     flips: tuple[Flip, ...]
     note: str
+    metric: Metric | None = None
 
 
 def find_subject(text: str, kind: RegistryKind) -> Subject:
@@ -206,10 +215,12 @@ def asked_both(first: Subject, second: Subject, rows: Path) -> ModelComparison:
             folders.append(configs[0].parent)
         tokens = read_class_tokens(folders[0])
         classes = tokens.classes if tokens else ()
-        file = write_rows(rows, first.made, classes, scratch / "rows")
+        answer_format = read_format(folders[0])
+        file = write_rows(rows, first.made, classes, answer_format, scratch / "rows")
         examples = read_examples(file)
         for subject, folder in zip((first, second), folders, strict=True):
-            prompt = prompt_in(subject.made, subject.title, bool(classes))
+            # Nobody can guess the prompt of a model that is made for one task.
+            prompt = prompt_in(subject.made, subject.title, bool(classes or answer_format))
             model = ModelToScore(name=subject.title, kind="onnx", folder=str(folder))
             scored = score_model(model, file, prompt)
             answers = answer_rows(examples, subject.title, scored.answers)
@@ -218,16 +229,22 @@ def asked_both(first: Subject, second: Subject, rows: Path) -> ModelComparison:
     return compared(sides[0], sides[1], {example.example_id: example for example in examples})
 
 
-def write_rows(rows: Path, made: Mapping[str, Any], classes: tuple[str, ...], out: Path) -> Path:
+def write_rows(
+    rows: Path,
+    made: Mapping[str, Any],
+    classes: tuple[str, ...],
+    answer_format: AnswerFormat | None,
+    out: Path,
+) -> Path:
     """Write the rows of a file as the stages hand them on, and return the new file.
 
     Raises DataError for a row that can't be read, has no answer or has another one's id."""
     own_columns, fields = columns_in(made, "the first model")
     columns = own_columns or Columns()
-    if classes:
-        columns = own_columns or Columns(question="text", answer="label")
+    if classes or answer_format:
+        columns = own_columns or Columns(question="text", answer="label" if classes else "answer")
         columns = columns.model_copy(update={"choices": None})
-    reader = RowReader(columns, fields, bool(classes), classes or None)
+    reader = RowReader(columns, fields, bool(classes), classes or None, answer_format)
     found = validated_rows(read_file("--rows", rows), reader, "test", seed=0)
     seen = set()
     for row in found:
@@ -268,22 +285,29 @@ def compared(
             f"{ours.title} and {theirs.title} have answered no row in common; name rows to ask "
             "both by --rows"
         )
+    gold = gold_in([row for row, _ in found.shared])
+    first_answers = [row[name] for row, _ in found.shared]
+    second_answers = [line[list(line)[-1]] for _, line in found.shared]
     flips = []
-    for row, line in found.shared:
-        answer = line[list(line)[-1]]
-        if (row[name] == row[GOLD]) != (answer == row[GOLD]):
-            flips.append(flip(row, row[name], answer, examples))
+    rights = zip(gold.rights(first_answers), gold.rights(second_answers), strict=True)
+    for number, (first_right, second_right) in enumerate(rights):
+        if first_right != second_right:
+            ours_here, theirs_here = first_answers[number], second_answers[number]
+            right = str(ours_here if first_right else theirs_here)
+            row = found.shared[number][0]
+            flips.append(flip(row, right, ours_here, theirs_here, examples))
     sides = []
-    for subject, correct, measured in (
-        (ours, pairs.both + pairs.first, figures),
-        (theirs, pairs.both + pairs.second, other_figures),
+    for subject, answers, measured in (
+        (ours, first_answers, figures),
+        (theirs, second_answers, other_figures),
     ):
+        estimate = gold.estimate(answers, gold.metric)
         sides.append(
             Side(
                 title=subject.title,
-                correct=correct,
-                accuracy=correct / pairs.rows,
-                interval=wilson_interval(correct, pairs.rows),
+                correct=sum(gold.rights(answers)),
+                accuracy=estimate.value,
+                interval=Interval(low=estimate.low, high=estimate.high),
                 **making_figures(subject.made),
                 **measured,
             )
@@ -294,9 +318,10 @@ def compared(
         second=sides[1],
         difference=pairs.difference,
         interval=difference_interval(pairs),
-        p_value=mcnemar_p(pairs),
+        p_value=p_value_of(pairs),
         flips=tuple(flips),
         note=found.note,
+        metric=gold.metric,
     )
 
 
@@ -308,13 +333,14 @@ def last_column(answers: AnswerRows, title: str) -> str:
 
 
 def flip(
-    row: Mapping[str, str | None],
+    row: Mapping[str, Any],
+    gold: str,
     first: str | None,
     second: str | None,
     examples: Mapping[str, Example],
 ) -> Flip:
-    """Return a row that one model alone answers right."""
-    example_id, gold = str(row["example_id"]), str(row[GOLD])
+    """Return a row that one model alone answers right; `gold` is the gold answer that it gives."""
+    example_id = str(row["example_id"])
     example = examples.get(example_id)
     if example is None:
         return Flip(example_id=example_id, gold=gold, first=first, second=second)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 
 from distillery.evaluation.scoreboard import plain_table, points
+from distillery.recipe import METRIC_NAMES
 from distillery.registry.comparison import Flip, ModelComparison, Side
 
 
@@ -13,11 +14,12 @@ def render_comparison(found: ModelComparison, shown: int) -> str:
     for title, cell in CELLS.items():
         cells = [cell(first), cell(second)]
         if any(cells):
-            rows.append([title, *cells])
+            rows.append([title.replace("accuracy", METRIC_NAMES[found.metric]), *cells])
     lines = [plain_table(["", first.title, second.title], rows), ""]
+    p_value = "" if found.p_value is None else f" p = {found.p_value:.3f},"
     lines.append(
-        f"difference {100 * found.difference:+.1f} points {points(found.interval)}, "
-        f"p = {found.p_value:.3f}, on {found.rows:,} rows that both answered"
+        f"difference {100 * found.difference:+.1f} points {points(found.interval)},{p_value} "
+        f"on {found.rows:,} rows that both answered"
     )
     if "left out" in found.note or "ids alone" in found.note:
         lines.append(found.note)

@@ -8,7 +8,7 @@ without it, which were registered otherwise, count as not judged.
 from typing import Any
 
 from distillery.data.examples import read_examples
-from distillery.data.rows import content_of
+from distillery.data.rows import content_of_row
 from distillery.errors import ArtifactDamaged, ModelGone
 from distillery.records import Artifact, JudgedVersions, PreparedDataset, RegisteredModel
 from distillery.registry.base import Registry, champion_of
@@ -50,13 +50,13 @@ def trained_by_test_rows(
             if role in splits:
                 folder = store.fetch(Artifact.model_validate(theirs["artifact"]))
                 for example in read_examples(folder / splits[role]["file"]):
-                    learnt.add(content_of(example.question, example.choices))
+                    learnt.add(content_of_row(example))
     except ArtifactDamaged:
         return champion.version, []
     found = []
     own = data.rows("test")
     for example in read_examples(store.fetch(own.artifact) / own.file):
-        if content_of(example.question, example.choices) in learnt:
+        if content_of_row(example) in learnt:
             found.append(example.example_id)
     return champion.version, found
 

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ValidationError
 from distillery.data.examples import each_example
 from distillery.errors import ArtifactDamaged
 from distillery.labels.files import read_labels
-from distillery.recipe import Recipe
+from distillery.recipe import METRIC_NAMES, Metric, Recipe
 from distillery.records import (
     EvaluationReport,
     GateDecision,
@@ -78,6 +78,7 @@ class Trace(Record):
     base_license: str | None
     answers_sha256: str
     accuracy: float | None
+    metric: Metric | None
     verdict: str
     code: str
     packages: dict[str, str]
@@ -99,6 +100,7 @@ def trace(registry: Registry, model: RegisteredModel) -> Trace:
     student = record_in(made, "student", StudentCheckpoint)
     report = record_in(made, "evaluation", EvaluationReport)
     decision = record_in(made, "decision", GateDecision)
+    row = report.row(report.candidate) if report else None
     return Trace(
         name=model.name,
         version=model.version,
@@ -117,7 +119,8 @@ def trace(registry: Registry, model: RegisteredModel) -> Trace:
         base_revision=student.base_revision if student else None,
         base_license=student.base_license if student else None,
         answers_sha256=report.answers_sha256 if report else "",
-        accuracy=report.row(report.candidate).accuracy if report else None,
+        accuracy=row.accuracy if row else None,
+        metric=row.metric if row else None,
         verdict=decision.reason if decision else "",
         code=f"{made.get('distillery', '')} {made.get('code_sha256', '')[:12]}".strip(),
         packages=made.get("packages", {}),
@@ -289,7 +292,9 @@ def render_trace(found: Trace) -> str:
     lines.append(f"{'base model':16} {found.base or 'not told'}{revision}, {license_name}")
     if found.accuracy is not None:
         answers = f"answers {found.answers_sha256[:12]}"
-        lines.append(f"{'accuracy':16} {found.accuracy:>9.3f}  on the test rows, {answers}")
+        lines.append(
+            f"{METRIC_NAMES[found.metric]:16} {found.accuracy:>9.3f}  on the test rows, {answers}"
+        )
     lines.append(f"{'gate':16} {found.verdict or 'not told'}")
     lines.append("")
     for work in found.work:

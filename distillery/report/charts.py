@@ -15,6 +15,7 @@ from html import escape
 from io import StringIO
 from typing import Any
 
+from distillery.recipe import METRIC_NAMES, Metric
 from distillery.records import Bin, CoveragePoint, CurvePoint, Rung, ScoreRow
 
 INK, LINE = "#010100", "#010101"
@@ -78,8 +79,8 @@ def to_svg(draw: Callable[[Any], None], title: str, height: float) -> str:
 def plot_accuracy(
     rows: Sequence[ScoreRow], figure_of: Callable[[ScoreRow], float | None], label: str, title: str
 ) -> str | None:
-    """Return accuracy against a figure of the predictors, on a logarithmic axis; None where no
-    predictor has the figure. Predictors without the figure are horizontal lines."""
+    """Return the primary figure against another one of the predictors, on a logarithmic axis; None
+    where no predictor has that. Predictors without it are horizontal lines."""
     # The student is the last on the scoreboard, and has the first colour here.
     shown = [row for row in reversed(rows) if row.kind != "reference"]
     if not any(map(figure_of, shown)):
@@ -104,15 +105,16 @@ def plot_accuracy(
         axes.xaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_minor_locator(NullLocator())
         axes.margins(x=0.15)
-        axes.set(xlabel=label, ylabel="accuracy, 95 % interval")
+        axes.set(xlabel=label, ylabel=f"{METRIC_NAMES[rows[0].metric]}, 95 % interval")
         add_legend(figure)
 
     return to_svg(draw, title, 4.0)
 
 
-def plot_forms(rungs: Sequence[Rung], title: str) -> str | None:
-    """Return the rows a second of a ladder's forms against their sizes, with their accuracies in
-    the legend; None for a ladder of an earlier version, whose speeds are not known."""
+def plot_forms(rungs: Sequence[Rung], metric: Metric | None, title: str) -> str | None:
+    """Return the rows a second of a ladder's forms against their sizes, with their primary figures,
+    which `metric` names, in the legend; None for a ladder of an earlier version, whose speeds are
+    not known."""
     shown = [rung for rung in rungs if rung.bytes and rung.rows_per_second]
     if not shown:
         return None
@@ -120,7 +122,7 @@ def plot_forms(rungs: Sequence[Rung], title: str) -> str | None:
     def draw(figure: Any) -> None:
         axes = figure.subplots()
         for number, rung in enumerate(shown):
-            label = f"{rung.form.title}: accuracy {rung.accuracy:.3f}"
+            label = f"{rung.form.title}: {METRIC_NAMES[metric]} {rung.accuracy:.3f}"
             if rung.picked:
                 label += ", picked"
             axes.plot(

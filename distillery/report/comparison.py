@@ -1,9 +1,10 @@
-"""Draw a comparison of two models: accuracy, size, speed and cost, side by side."""
+"""Draw a comparison of two models: primary figure, size, speed and cost, side by side."""
 
 from pathlib import Path
 from typing import Any
 
 from distillery.errors import DataError
+from distillery.recipe import METRIC_NAMES
 from distillery.registry.comparison import ModelComparison
 from distillery.registry.comparison_table import CELLS
 
@@ -33,8 +34,8 @@ def check_picture(path: Path) -> None:
 
 
 def draw_comparison(found: ModelComparison, path: Path) -> None:
-    """Write a picture of a comparison: the accuracies with their 95 % intervals, the difference
-    with its paired interval, and bars for what is known of either model.
+    """Write a picture of a comparison: the primary figures with their 95 % intervals, the
+    difference with its paired interval, and bars for what is known of either model.
 
     Raises DataError for a path that ends in none of FORMATS or can't be written.
     """
@@ -85,17 +86,18 @@ def draw_comparison(found: ModelComparison, path: Path) -> None:
 
 
 def draw_accuracies(panel: Any, found: ModelComparison) -> None:
-    """Draw each model's accuracy with its 95 % interval."""
+    """Draw each model's primary figure with its 95 % interval."""
     for position, side, colour in zip((1, 0), (found.first, found.second), COLOURS, strict=True):
         error = [[side.accuracy - side.interval.low], [side.interval.high - side.accuracy]]
         panel.errorbar(side.accuracy, position, xerr=error, fmt="o", capsize=4, color=colour)
         panel.annotate(f"{side.accuracy:.3f}", (side.accuracy, position + 0.12), ha="center")
-    panel.set_title(f"accuracy on {found.rows:,} rows, 95 % interval", loc="left")
+    figure = METRIC_NAMES[found.metric]
+    panel.set_title(f"{figure} on {found.rows:,} rows, 95 % interval", loc="left")
     name_models(panel)
 
 
 def draw_difference(panel: Any, found: ModelComparison) -> None:
-    """Draw the first model's accuracy less the second's with its paired 95 % interval, in
+    """Draw the first model's primary figure less the second's with its paired 95 % interval, in
     percentage points."""
     points, low, high = (
         100 * value for value in (found.difference, found.interval.low, found.interval.high)

@@ -8,18 +8,21 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from distillery.errors import DataError
 from distillery.evaluation.doubtful import DOUBTFUL_ROWS_FILE, Doubtful
 from distillery.evaluation.report import REPORT_FILE, ROWS_FILE, read_answers
 from distillery.evaluation.scoreboard import GOLD, TEACHER
+from distillery.recipe import Metric
 from distillery.records import LETTERS, Figures, Record
 
 
 class AnsweredRow(Record):
     """A line of rows.jsonl. `gold` and `answers` are letters or, with `classify`, classes;
-    `probabilities` go in the options' order."""
+    `probabilities` go in the options' order. With `metric`, they are texts, `references` further
+    gold answers, and by predictor `scores` has the metric of the row by itself, and `no_answer` why
+    there is none."""
 
     example_id: str
     content: str
@@ -29,6 +32,14 @@ class AnsweredRow(Record):
     gold: str
     answers: dict[str, str | None]
     probabilities: dict[str, tuple[float, ...] | None]
+    metric: Metric | None = None
+    references: tuple[str, ...] = ()
+    scores: dict[str, float] = Field({})
+    no_answer: dict[str, str] = Field({})
+
+    @property
+    def gold_answers(self) -> tuple[str, ...]:
+        return (self.gold, *self.references)
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -36,7 +47,10 @@ class AnsweredRow(Record):
         return self.choices if self.classify else LETTERS[: len(self.choices)]
 
     def confidence(self, predictor: str) -> float | None:
-        """Return the probability that a predictor gives its answer; None where it gives none."""
+        """Return the probability that a predictor gives its answer, or the score of a written
+        one; None where there is none."""
+        if self.metric is not None:
+            return self.scores.get(predictor)
         answer = self.answers.get(predictor)
         probabilities = self.probabilities.get(predictor)
         if answer is None or probabilities is None:
@@ -60,6 +74,11 @@ class Evaluated:
     def has_details(self) -> bool:
         """Return whether there is more to show than the scoreboard."""
         return bool(self.rows and self.figures)
+
+    @cached_property
+    def metric(self) -> Metric | None:
+        """The primary metric where answers are written."""
+        return self.rows[0].metric if self.rows else None
 
     @cached_property
     def shared_choices(self) -> tuple[str, ...] | None:

@@ -10,6 +10,10 @@ def labelling_facts(labels: TeacherLabels, report: LabelReport) -> list[tuple[st
     facts += [(f"rejected: {reason}", f"{count:,}") for reason, count in report.rejected.items()]
     for letter, count in report.letters.items():
         facts.append((f"answer {letter}", f"{count / report.accepted:.1%}"))
+    if report.lengths:
+        lengths = report.lengths
+        figures = f"{lengths.shortest:,} to {lengths.longest:,}, {lengths.mean:,.0f} on average"
+        facts.append(("characters of an answer", figures))
     if report.interval and report.accuracy is not None:
         interval = f"[{report.interval.low:.3f}, {report.interval.high:.3f}]"
         name = f"right, of {report.gold_rows:,} with a gold answer"

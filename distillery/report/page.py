@@ -6,17 +6,25 @@ is written into it, nor any request be made.
 
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 
 from distillery.evaluation import scoreboard, verdicts
 from distillery.evaluation.advice import advice_of
-from distillery.evaluation.figures_table import COVERAGE_COLUMNS, MOST_CONFUSED, coverage_cells
+from distillery.evaluation.figures_table import (
+    COVERAGE_COLUMNS,
+    FIELD_COLUMNS,
+    MOST_CONFUSED,
+    coverage_cells,
+    field_cells,
+    written_table,
+)
 from distillery.evaluation.linear_probe import PROBE
 from distillery.evaluation.report import write_text
 from distillery.export import ladder_table
 from distillery.labels.report import LabelReport
+from distillery.recipe import METRIC_NAMES
 from distillery.records import (
     LETTERS,
     Confusion,
@@ -36,6 +44,7 @@ from distillery.report.charts import (
     plot_latency,
     plot_reliability,
 )
+from distillery.report.differences import Piece, pieces
 from distillery.report.evaluated import (
     AnsweredRow,
     ChampionAnswers,
@@ -89,17 +98,31 @@ class Chart:
 
 @dataclass(frozen=True)
 class BrowsedRow:
-    """A row of the error browser. `champion`: its letter, or None if it was not asked."""
+    """A row of the error browser. `champion`: its letter, or None if it was not asked.
+    `confidence`: the student's. Where answers are written, they are texts, `confidence` is the
+    score of the student's, and `reasons` tell by who was asked why there is none."""
 
     row: AnsweredRow
     teacher: str
     student: str
     champion: str | None
     confidence: float | None
+    reasons: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def is_wrong(self) -> bool:
-        return self.student != self.row.gold
+        return self.student not in self.row.gold_answers
+
+    @property
+    def cells(self) -> dict[str, list[Piece]]:
+        """The written answers by who gives them, each in pieces that gold has or lacks; none for a
+        row without an answer."""
+        answers = {"teacher": self.teacher, "student": self.student, "champion": self.champion}
+        found = {}
+        for name, answer in answers.items():
+            known = answer not in (None, NONE)
+            found[name] = pieces(str(answer), self.row.gold_answers) if known else []
+        return found
 
     @property
     def differs(self) -> bool:
@@ -153,6 +176,9 @@ def write_page(
             list(map(verdicts.table_cells, outcome.decision.verdicts)),
         ),
         scoreboard=scoreboard_table(board),
+        primary=METRIC_NAMES[board[0].metric],
+        written=evaluated.metric is not None,
+        fields=field_table(evaluated, candidate),
         trade_offs=trade_offs(board),
         forms=forms(outcome.model.ladder),
         choice=choice_of_form(outcome.model.ladder),
@@ -189,19 +215,20 @@ def write_page(
 def key_figures(
     board: Sequence[ScoreRow], candidate: str, teacher: str
 ) -> list[tuple[str, str, str]]:
-    """Return the candidate's accuracy, size and speed, and macro-F1 first where the classes are
-    uneven: name, figure, and what it compares with."""
+    """Return the candidate's primary figure, size and speed, and macro-F1 first where the classes
+    are uneven: name, figure, and what it compares with."""
     ours = scoreboard.row_named(board, candidate)
     theirs = scoreboard.row_named(board, teacher)
     interval = f"95 % interval {ours.interval.low:.3f} to {ours.interval.high:.3f}"
-    figures = [("accuracy", f"{ours.accuracy:.3f}", interval)]
-    if ours.figures and ours.figures.uneven_classes:
+    name = METRIC_NAMES[ours.metric]
+    figures = [(name, f"{ours.accuracy:.3f}", interval)]
+    if ours.figures and ours.figures.macro_f1 and ours.figures.uneven_classes:
         macro_f1 = ours.figures.macro_f1
         interval = f"95 % interval {macro_f1.low:.3f} to {macro_f1.high:.3f}"
         figures.insert(0, ("macro-F1", f"{macro_f1.value:.3f}", interval))
-    if theirs.correct:
-        share = scoreboard.percent(ours.correct / theirs.correct)
-        figures.append(("of the teacher's accuracy", share, f"teacher {theirs.accuracy:.3f}"))
+    if theirs.accuracy:
+        share = scoreboard.percent(ours.accuracy / theirs.accuracy)
+        figures.append((f"of the teacher's {name}", share, f"teacher {theirs.accuracy:.3f}"))
     if ours.bytes:
         than = f"teacher {theirs.bytes / 1e6:.0f} MB" if theirs.bytes else ""
         figures.append(("size", f"{ours.bytes / 1e6:.0f} MB", than))
@@ -213,14 +240,16 @@ def key_figures(
 
 def scoreboard_table(board: Sequence[ScoreRow]) -> Table:
     """Return the scoreboard, whose columns are those of the terminal."""
-    titles = [title.replace("-\n", "").replace("\n", " ") for title in scoreboard.COLUMNS]
+    titles = scoreboard.one_line_titles(board)
     return Table("The scoreboard", titles, list(map(scoreboard.table_cells, board)))
 
 
 def trade_offs(board: Sequence[ScoreRow]) -> list[Chart]:
-    """Return accuracy against size and against speed. Their table is the scoreboard."""
+    """Return the primary figure against size and against speed. Their table is the scoreboard."""
     charts = []
-    for label, title in (("MB", "Accuracy and size"), ("rows a second", "Accuracy and speed")):
+    name = METRIC_NAMES[board[0].metric]
+    name = name[0].upper() + name[1:]
+    for label, title in (("MB", f"{name} and size"), ("rows a second", f"{name} and speed")):
         figure_of = megabytes if label == "MB" else rows_per_second
         charts.append(Chart(title, plot_accuracy(board, figure_of, label, title), None))
     return charts
@@ -234,7 +263,9 @@ def forms(ladder: Ladder | None) -> Chart | None:
     title = "The student's forms"
     rows = ladder_table.table(ladder)
     cells = [list(row.values()) for row in rows]
-    return Chart(title, plot_forms(ladder.rungs, title), Table(title, list(rows[0]), cells))
+    return Chart(
+        title, plot_forms(ladder.rungs, ladder.metric, title), Table(title, list(rows[0]), cells)
+    )
 
 
 def choice_of_form(ladder: Ladder | None) -> str:
@@ -295,6 +326,8 @@ def coverage(evaluated: Evaluated, candidate: str) -> Chart | None:
 def measures(evaluated: Evaluated) -> Table:
     """Return each predictor's figures beyond the scoreboard."""
     rows = []
+    if evaluated.metric:
+        return Table("Figures with their 95 % intervals", *written_table(evaluated.figures))
     for name, figures in evaluated.figures.items():
         calibration, error = figures.calibration, None
         if calibration:
@@ -317,6 +350,13 @@ def measures(evaluated: Evaluated) -> Table:
     return Table("Figures with their 95 % intervals", titles, rows)
 
 
+def field_table(evaluated: Evaluated, candidate: str) -> Table:
+    """Return the student's figures of each field of its JSON objects."""
+    figures = evaluated.figures.get(candidate)
+    rows = field_cells(figures) if figures else []
+    return Table("The student's figures of each field", FIELD_COLUMNS, rows)
+
+
 def class_table(evaluated: Evaluated, candidate: str) -> Table:
     """Return the student's figures of each class."""
     rows = []
@@ -333,7 +373,9 @@ def class_table(evaluated: Evaluated, candidate: str) -> Table:
 def confusion_of(evaluated: Evaluated, candidate: str) -> Confusion | None:
     """Return the student's answers by gold answer; None for more classes than a table can show."""
     figures = evaluated.figures.get(candidate)
-    if figures is None or len(figures.confusion.labels) > MOST_CONFUSED:
+    if figures is None or figures.confusion is None:
+        return None
+    if len(figures.confusion.labels) > MOST_CONFUSED:
         return None
     return figures.confusion
 
@@ -425,6 +467,10 @@ def browsed_rows(
                 student=row.answers.get(candidate) or NONE,
                 champion=theirs,
                 confidence=row.confidence(candidate),
+                reasons={
+                    "student": row.no_answer.get(candidate, ""),
+                    "teacher": row.no_answer.get(evaluated.teacher, ""),
+                },
             )
         )
     if len(browsed) > SHOWN_ROWS:
@@ -434,12 +480,15 @@ def browsed_rows(
 
 def is_answered_alike(browsed: BrowsedRow) -> bool:
     """Return whether all answers to a row are right."""
-    return {browsed.teacher, browsed.student, browsed.champion} <= {browsed.row.gold, None}
+    answers = {browsed.teacher, browsed.student, browsed.champion}
+    return answers <= {*browsed.row.gold_answers, None}
 
 
 def answered_letters(evaluated: Evaluated) -> list[tuple[str, str]]:
     """Return each letter of the test rows and what it is called: the option's text where all rows
     have the same options."""
+    if evaluated.metric:
+        return []
     if evaluated.shared_choices:
         return list(zip(evaluated.rows[0].keys, evaluated.shared_choices, strict=True))
     most = max((len(row.choices) for row in evaluated.rows), default=0)

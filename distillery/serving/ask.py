@@ -11,10 +11,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from distillery.data.examples import read_format
 from distillery.errors import DataError, DistilleryError, ModelError
 from distillery.evaluation.scoreboard import percent
 from distillery.inference.batch_student import load_for_rows
 from distillery.inference.decoder import ADAPTER_FILE
+from distillery.inference.generation import most_tokens
 from distillery.inference.onnx_student import OnnxStudent
 from distillery.inference.student import Student
 from distillery.models.class_tokens import read_class_tokens
@@ -68,8 +70,9 @@ def speed_line(name: str, tokens: int, timed: int, seconds: float) -> str:
 class Asker:
     """A student, its prompt and what it is to do with a question.
 
-    `options` are the texts to choose from; a classifier has classes instead. Without either, the
-    question is sent as it is, below the system message `system` if there is one.
+    `options` are the texts to choose from; a classifier has classes instead. Without either, a
+    student that writes its answers is asked with its prompt and held to its schema. Of another one,
+    or with a system message `system`, the question is sent as it is.
     """
 
     def __init__(
@@ -112,7 +115,15 @@ class Asker:
                 "--system and the search options are for generated text, and this answer is "
                 "chosen; leave them out"
             )
-        self.prompt = prompt_of(folder, recipe, bool(self.classes)) if chooses else None
+        self.format = read_format(folder)
+        writes = self.format is not None and not (options or system)
+        self.prompt = None
+        if chooses or writes:
+            self.prompt = prompt_of(folder, recipe, bool(self.classes))
+        if writes and self.prompt and self.prompt.answer != "written":
+            # No manifest tells its prompt.
+            self.prompt = None
+        self.chooses = chooses
         self.student: Student
         if chooses and adapter:
             self.student = load_for_rows(folder)
@@ -124,7 +135,7 @@ class Asker:
 
         Raises DataError if the question is longer than the student can be asked.
         """
-        if self.prompt is None:
+        if self.prompt is None or not self.chooses:
             return self.generate(question, show)
         row = Example(
             example_id="question", question=question, choices=self.options, classes=self.classes
@@ -146,13 +157,15 @@ class Asker:
         """Generate text up to an end token or max_length."""
         student, search = self.student, self.search
         assert isinstance(student, OnnxStudent)  # noqa: S101 - the other one only chooses
-        messages: list[Message] = []
-        if self.system:
-            messages.append({"role": "system", "content": self.system})
-        messages.append({"role": "user", "content": question})
+        messages, guide = self.messages(question), None
+        if self.prompt and self.format and self.format.json_schema is not None:
+            guide = student.guides.start(self.format.json_schema)
         started = time.perf_counter()
         prompt = student.tokenizer.encode_chat(messages)
-        most = min(search.max_length or student.context_length, student.context_length)
+        most = student.context_length
+        if self.format:
+            most = min(most, len(prompt) + most_tokens(self.format))
+        most = min(search.max_length or most, most)
         if len(prompt) >= most:
             raise DataError(
                 f"the prompt has {len(prompt)} tokens, and with the answer it may have {most}; "
@@ -165,6 +178,7 @@ class Asker:
             top_p=search.top_p,
             top_k=search.top_k,
             seed=search.random_seed,
+            guide=guide,
         )
         stream = student.text_stream()
         count, first_at = 0, started
@@ -176,9 +190,19 @@ class Asker:
                 show(stream.decode(token))
         return Speed(len(prompt), first_at - started, count, time.perf_counter() - first_at)
 
+    def messages(self, question: str) -> list[Message]:
+        """Return the messages that ask for text."""
+        if self.prompt:
+            row = Example(example_id="question", question=question, choices=(), format=self.format)
+            return render_messages(row, self.prompt)
+        own: list[Message] = []
+        if self.system:
+            own.append({"role": "system", "content": self.system})
+        return [*own, {"role": "user", "content": question}]
+
 
 def prompt_of(folder: Path, recipe: str | None, classify: bool) -> PromptRecipe:
-    """Return the prompt with which the student in `folder` chooses: that of its manifest.json, of
+    """Return the prompt with which the student in `folder` is asked: that of its manifest.json, of
     `recipe`, or the lab's for a folder without both.
 
     Raises DataError where there is none for a classifier, or one that needs more than a question.

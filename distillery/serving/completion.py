@@ -11,16 +11,27 @@ from openai.types import CompletionUsage
 from openai.types.chat import ChatCompletionTokenLogprob
 from openai.types.chat.chat_completion_token_logprob import TopLogprob
 
-from distillery.errors import ModelError
+from distillery.errors import ModelError, SchemaNotHeld
+from distillery.inference.generation import most_tokens
+from distillery.inference.guide import Guide
 from distillery.inference.logits import Logits, log_softmax
 from distillery.models.class_tokens import ClassTokens
-from distillery.serving.requests import ApiError, ChatRequest
+from distillery.serving.requests import (
+    ApiError,
+    ChatRequest,
+    ObjectFormat,
+    SchemaFormat,
+    TextFormat,
+)
 from distillery.serving.stops import StopSearch
 from distillery.serving.student import ServedStudent
 from distillery.training.rows import TrainingRow
 
 IMPOSSIBLE = -9999.0
 """The log-probability that OpenAI writes for what is all but impossible: JSON has no infinity."""
+
+ANY_OBJECT = {"type": "object"}
+"""The schema of response_format json_object."""
 
 
 @dataclass
@@ -92,18 +103,27 @@ def complete(student: ServedStudent, job: Job) -> Iterator[Piece]:
             code="context_length_exceeded",
             param="messages",
         )
+    chooses = student.classes or request.structured_outputs
+    if chooses and isinstance(request.response_format, ObjectFormat | SchemaFormat):
+        raise ApiError(
+            400,
+            "response_format: the answer is one of several texts or classes, and no JSON",
+            param="response_format",
+        )
     if student.classes:
         yield choose_class(student, job, prompt, student.classes)
         return
     if request.structured_outputs:
         yield choose_text(student, job, prompt, request.structured_outputs.choice)
         return
+    most = most_tokens(student.format) if student.format else room
     steps = student.steps(
         prompt,
-        min(request.limit or room, room),
+        min(request.limit or most, room),
         temperature=request.temperature or 0.0,
         top_p=request.top_p or 1.0,
         seed=request.seed,
+        guide=guide_of(student, request),
     )
     stream = student.text_stream()
     search = StopSearch(request.stops)
@@ -123,6 +143,28 @@ def complete(student: ServedStudent, job: Job) -> Iterator[Piece]:
             yield Piece(text, entries)
             entries = []
     yield Piece(search.held, entries, "length")
+
+
+def guide_of(student: ServedStudent, request: ChatRequest) -> Guide | None:
+    """Return what holds the answer to the schema that the request names, or else to the student's
+    own; None where there is none.
+
+    Raises ApiError for a schema that answers can't be held to."""
+    asked = request.response_format
+    if isinstance(asked, SchemaFormat):
+        try:
+            return student.guides.start(
+                asked.json_schema.schema_, strict=bool(asked.json_schema.strict)
+            )
+        except SchemaNotHeld as error:
+            raise ApiError(
+                400, f"response_format: {error}", param="response_format.json_schema.schema"
+            ) from error
+    if isinstance(asked, TextFormat):
+        return None
+    if student.format and student.format.json_schema is not None:
+        return student.guides.start(student.format.json_schema)
+    return student.guides.start(ANY_OBJECT) if isinstance(asked, ObjectFormat) else None
 
 
 def choose_text(student: ServedStudent, job: Job, prompt: list[int], choice: list[str]) -> Piece:

@@ -1,19 +1,28 @@
 """The requests that the server takes, and the errors that it answers with, in OpenAI's form."""
 
 import asyncio
+import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from fastapi import Request
 from fastapi.responses import JSONResponse
 from openai.types.shared import ErrorObject
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+)
 
 from distillery.serving.limits import (
     LARGEST_BODY,
     LARGEST_SEED,
     LONGEST_CHOICE,
     LONGEST_NAME,
+    LONGEST_SCHEMA,
     LONGEST_STOP,
     MOST_BODY_BYTES,
     MOST_CHOICES,
@@ -63,6 +72,35 @@ class TextFormat(StrictModel):
     type: Literal["text"]
 
 
+class ObjectFormat(StrictModel):
+    type: Literal["json_object"]
+
+
+class AnswerSchema(StrictModel):
+    """The JSON Schema that the answer is held to. With `strict`, one with a keyword that answers
+    can't be held to is refused; else such a keyword is passed over."""
+
+    name: str = Field(max_length=LONGEST_NAME)
+    description: str | None = Field(None, max_length=LONGEST_SCHEMA)
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None
+
+    @field_validator("schema_")
+    @classmethod
+    def check_size(cls, schema: dict[str, Any]) -> dict[str, Any]:
+        if len(json.dumps(schema)) > LONGEST_SCHEMA:
+            raise ValueError(f"a schema may have {LONGEST_SCHEMA} characters")
+        return schema
+
+
+class SchemaFormat(StrictModel):
+    type: Literal["json_schema"]
+    json_schema: AnswerSchema
+
+
+ResponseFormat = Annotated[TextFormat | ObjectFormat | SchemaFormat, Field(discriminator="type")]
+
+
 ChoiceText = Annotated[str, Field(min_length=1, max_length=LONGEST_CHOICE)]
 
 
@@ -101,7 +139,7 @@ class ChatRequest(StrictModel):
     n: AnswerCount | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    response_format: TextFormat | None = None
+    response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
     presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None

@@ -8,6 +8,7 @@ from typing import Any
 
 from distillery.errors import ModelError
 from distillery.inference.batch_student import load_for_rows
+from distillery.inference.guide import Guide
 from distillery.inference.logits import Logits, token_sampler
 from distillery.inference.onnx_student import OnnxStudent
 from distillery.inference.student import Student
@@ -52,15 +53,21 @@ class ServedStudent(Student):
         return self.needed_scorer().next_logits(prompt_ids)
 
     def steps(
-        self, prompt_ids: Sequence[int], max_tokens: int, **sampling: Any
+        self,
+        prompt_ids: Sequence[int],
+        max_tokens: int,
+        *,
+        guide: Guide | None = None,
+        **sampling: Any,
     ) -> Iterator[tuple[int, Logits]]:
         """Yield tokens with their logits, as `OnnxStudent.steps` does with the same `sampling`. A
         single token is a choice: it is taken from the scorer's logits."""
         if max_tokens == 1:
             logits = self.next_logits(prompt_ids)
-            yield token_sampler(**sampling)(logits), logits
+            yield token_sampler(**sampling)(guide.masked(logits) if guide else logits), logits
         else:
-            yield from self.needed_generator().steps(prompt_ids, max_tokens, **sampling)
+            steps = self.needed_generator().steps(prompt_ids, max_tokens, guide=guide, **sampling)
+            yield from steps
 
     def needed_scorer(self) -> Student:
         """Return the scorer, loaded if it is not; see `check_folder`."""

@@ -12,7 +12,7 @@ A call takes this path, each step by a method below or a module beside this one:
 import asyncio
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -99,8 +99,14 @@ class Teacher:
         if self._credential:
             await self._credential.close()
 
-    async def ask(self, messages: list[Message], letters: Sequence[str]) -> Completion:
-        """Return the teacher's answer to `messages`, whose options have these `letters`.
+    async def ask(
+        self,
+        messages: list[Message],
+        letters: Sequence[str],
+        schema: Mapping[str, Any] | None = None,
+    ) -> Completion:
+        """Return the teacher's answer to `messages`, whose options have these `letters`; an answer
+        that is written has none, and may be a JSON object that meets `schema`.
 
         If the endpoint refuses this question alone, or answers it with something that is no chat
         completion after it has given some, the completion has no text and says so in its
@@ -111,7 +117,7 @@ class Teacher:
         while True:
             options = self._options
             try:
-                completion = await self._send(messages, options, letters)
+                completion = await self._send(messages, options, letters, schema)
             except CallFailed as failure:
                 if failure.question_refusal:
                     return Completion(text="", finish_reason=failure.question_refusal)
@@ -123,7 +129,11 @@ class Teacher:
                 return completion
 
     async def _send(
-        self, messages: list[Message], options: CallOptions, letters: Sequence[str]
+        self,
+        messages: list[Message],
+        options: CallOptions,
+        letters: Sequence[str],
+        schema: Mapping[str, Any] | None,
     ) -> Completion:
         """Return the answer of the first try that succeeds; raise the last CallFailed if none."""
         retrying = AsyncRetrying(
@@ -132,7 +142,7 @@ class Teacher:
             stop=self._gives_up,
             reraise=True,
         )
-        body = options.body(letters)
+        body = options.body(letters, schema)
         completion: Completion = await retrying(self._try_once, messages, body, letters)
         return replace(completion, attempts=retrying.statistics["attempt_number"])
 

@@ -1,6 +1,6 @@
 """What a call asks for beside the messages, in the form that the endpoint accepts."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -25,10 +25,15 @@ class CallOptions:
     schema: bool = False
     max_tokens_name: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
 
-    def body(self, letters: Sequence[str]) -> dict[str, Any]:
-        """Return the part of the request's JSON that these options make."""
+    def body(
+        self, letters: Sequence[str], schema: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Return the part of the request's JSON that these options make. The answer is one of
+        `letters`, or written as `schema` says."""
         body: dict[str, Any] = {self.max_tokens_name: self.max_tokens}
-        if self.schema:
+        if self.schema and schema is not None:
+            body["response_format"] = response_format(schema)
+        elif self.schema:
             body["response_format"] = answer_schema(letters)
         if self.temperature is not None:
             body["temperature"] = self.temperature
@@ -55,15 +60,35 @@ class CallOptions:
 
 
 def answer_schema(letters: Sequence[str]) -> "ResponseFormatJSONSchema":
-    """Return the response format {"answer": LETTER}, as OpenAI and Azure take it (OpenAI's API
-    reference, response_format)."""
-    schema = {
-        "type": "object",
-        "properties": {"answer": {"type": "string", "enum": list(letters)}},
-        "required": ["answer"],
-        "additionalProperties": False,
-    }
+    """Return the response format {"answer": LETTER}."""
+    return response_format(
+        {
+            "type": "object",
+            "properties": {"answer": {"type": "string", "enum": list(letters)}},
+            "required": ["answer"],
+            "additionalProperties": False,
+        }
+    )
+
+
+def response_format(schema: Mapping[str, Any]) -> "ResponseFormatJSONSchema":
+    """Return the response format of a JSON object that meets a schema, as OpenAI and Azure take it
+    (OpenAI's API reference, response_format)."""
     return {
         "type": "json_schema",
-        "json_schema": {"name": "answer", "strict": True, "schema": schema},
+        "json_schema": {"name": "answer", "strict": is_strict(schema), "schema": dict(schema)},
     }
+
+
+def is_strict(schema: Any) -> bool:
+    """Return whether a schema is one that `strict` takes: each object in it requires all of its
+    properties and allows no others (OpenAI's guide, structured outputs, supported schemas)."""
+    if isinstance(schema, Mapping):
+        if "properties" in schema or schema.get("type") == "object":
+            needed = set(schema.get("properties", ())) <= set(schema.get("required", ()))
+            if not needed or schema.get("additionalProperties") is not False:
+                return False
+        return all(map(is_strict, schema.values()))
+    if isinstance(schema, list | tuple):
+        return all(map(is_strict, schema))
+    return True

@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from distillery.answers import canonical
 from distillery.records import LETTERS
 
 ANSWER_KEYS = {"answer", "finalanswer", "correctanswer", "choice", "option", "letter"}
@@ -34,6 +35,7 @@ _FORMULA = re.compile(r"\$|\\[()\[\]]")
 _EMPHASIS = re.compile(r"[*`]|__|^[ \t]*(?:[#>•-]+[ \t]+)+", re.MULTILINE)
 _LONG_GAP = re.compile(r"\s{20,}")
 _FENCED = re.compile(r"```\w*\s(.*)\s```", re.DOTALL)
+_FENCE = re.compile(r"^```\w*[ \t]*\n(.*?)^```", re.DOTALL | re.MULTILINE)
 _ROLE = re.compile(
     r"^\s*(?:<\|[^|<>]*\|>\s*)*(?:(?:assistant|response)[ \t]*[:：\n])?\s*", re.IGNORECASE
 )
@@ -241,6 +243,18 @@ def parse_class(text: str, classes: Sequence[str], cut_off: bool = False) -> str
     It is read as `parse_answer` reads the text of an option: without regard to case, quotes and
     emphasis, unless case tells two classes apart."""
     return Reader({name: name for name in classes}, by_letter=False).read(text, cut_off)
+
+
+def written_answer(text: str, schema: Mapping[str, Any] | None) -> str:
+    """Return the answer that a text is, after any thinking; with a schema, its JSON object, which
+    may stand in a fence of Markdown with words around it. Raises answers.NotAnAnswer."""
+    body = after_thinking(text)
+    if schema is not None and not body.startswith("{"):
+        fenced = _FENCE.findall(body)
+        # Of several, none is known to be the answer.
+        if len(fenced) == 1:
+            body = fenced[0]
+    return canonical(body, schema)
 
 
 def rationale_of(text: str, options: Sequence[str], by_letter: bool) -> str:

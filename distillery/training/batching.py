@@ -54,9 +54,10 @@ def by_length(
     rows: Sequence[TrainingRow], size: int, turn: int | None = None
 ) -> Iterator[list[int]]:
     """Give the rows' indices in batches of similar prompt length, for prompts that only options'
-    texts may follow. No batch has rows on both sides of `turn` tokens."""
+    texts may follow; the length of a written answer counts as the prompt's. No batch has rows on
+    both sides of `turn` tokens."""
     for side in split_at_turn(rows, turn, letter_tokens=0):
-        order = sorted(side, key=lambda index: len(rows[index].prompt))
+        order = sorted(side, key=lambda index: passed_tokens(rows[index]))
         for start in range(0, len(order), size):
             yield order[start : start + size]
 
@@ -68,8 +69,8 @@ def by_tokens(rows: Sequence[TrainingRow], turn: int | None = None) -> Iterator[
     for side in split_at_turn(rows, turn, letter_tokens=0):
         batch: list[int] = []
         # The longest row of a batch is its last one.
-        for index in sorted(side, key=lambda index: len(rows[index].prompt)):
-            tokens = (len(batch) + 1) * len(rows[index].prompt)
+        for index in sorted(side, key=lambda index: passed_tokens(rows[index])):
+            tokens = (len(batch) + 1) * passed_tokens(rows[index])
             if batch and (len(batch) == MOST_ROWS or tokens > MOST_TOKENS):
                 yield batch
                 batch = []
@@ -82,14 +83,21 @@ def split_at_turn(
     rows: Sequence[TrainingRow], turn: int | None, letter_tokens: int
 ) -> tuple[list[int], list[int]]:
     """Return the indices of the rows of at most `turn` tokens, and of the longer ones. A row's
-    length includes its longest text or, for answers by letter, `letter_tokens`."""
+    length includes its written answer, its longest text or, for answers by letter,
+    `letter_tokens`."""
     within: list[int] = []
     beyond: list[int] = []
     for index, row in enumerate(rows):
-        length = len(row.prompt) + max(map(len, row.texts), default=letter_tokens)
+        follows = len(row.target) or max(map(len, row.texts), default=letter_tokens)
+        length = len(row.prompt) + follows
         side = within if turn is None or length <= turn else beyond
         side.append(index)
     return within, beyond
+
+
+def passed_tokens(row: TrainingRow) -> int:
+    """Return how many tokens of a row go through the model: its prompt and its written answer."""
+    return len(row.prompt) + len(row.target)
 
 
 def padded_inputs(
@@ -117,6 +125,18 @@ def padded_inputs(
 def forward(model: Any, ids: Sequence[Sequence[int]], kept: int, pad_id: int) -> "torch.Tensor":
     """Return the logits at each row's last `kept` tokens, [batch, kept, vocabulary]."""
     inputs = shared_inputs(model, ids, pad_id, kept)
+    logits: torch.Tensor = model(**inputs, logits_to_keep=kept).logits
+    return logits
+
+
+def forward_written(
+    model: Any, prompts: Sequence[tuple[int, ...]], texts: Sequence[tuple[int, ...]], pad_id: int
+) -> "torch.Tensor":
+    """Return the logits at each prompt's last token and at the tokens of the text that is written
+    after it: of [batch, longest text + 1, vocabulary], the last ones."""
+    ids = [prompt + text for prompt, text in zip(prompts, texts, strict=True)]
+    kept = max(map(len, texts)) + 1
+    inputs = shared_inputs(model, ids, pad_id, 1, min(map(len, prompts)) - 1)
     logits: torch.Tensor = model(**inputs, logits_to_keep=kept).logits
     return logits
 

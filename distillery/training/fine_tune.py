@@ -8,11 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from distillery.data.examples import write_format
 from distillery.models.class_tokens import ClassTokens
 from distillery.models.device import choose_device
 from distillery.models.load import load_model, pad_id
 from distillery.olive_workflow import run_workflow
 from distillery.recipe import HealingRecipe, LayerChoice, Layers, TrainingRecipe
+from distillery.records import AnswerFormat
 from distillery.training.checkpoint import Checkpoints
 from distillery.training.decisions import kept_decisions
 from distillery.training.hidden_states import hidden_states, write_hidden_states
@@ -42,6 +44,7 @@ def fine_tune(
     progress: Progress | None = None,
     checkpoints: Checkpoints | None = None,
     classes: ClassTokens | None = None,
+    answer_format: AnswerFormat | None = None,
 ) -> TrainingResult:
     """Start from `base` with `adapter` merged in; go through the steps of `healing`, each a cut and
     a training; then keep `layers` and train by `recipe`. Return the figures of the last training.
@@ -50,8 +53,8 @@ def fine_tune(
     out/training.json, and out/healing-1.json and so on for the steps of healing; out/layers.json
     where layers were chosen: a list of those kept for each cut. An adapter for `base` as it is goes
     without out/model unless `whole`, for readers of the checkpoint that have no such `base`.
-    `classes`: the class tokens of the rows, which are written beside the weights that learnt
-    them."""
+    `classes`: the class tokens of the rows, and `answer_format` that of their written answers,
+    which are written beside the weights that learnt them."""
     from distillery.training.olive_passes import reporting
 
     require_rows(rows)
@@ -81,8 +84,11 @@ def fine_tune(
     finally:
         for file in inputs.values():
             file.unlink()
+    weights = out / ("adapter" if recipe.adapts else "model")
     if classes:
-        classes.write(out / ("adapter" if recipe.adapts else "model"))
+        classes.write(weights)
+    if answer_format:
+        write_format(weights, answer_format)
     return read_result_and_tidy(out).model_copy(update={"decisions": tuple(decisions)})
 
 

@@ -296,8 +296,11 @@ def sequences_of(row: TrainingRow) -> Iterator[tuple[int, ...]]:
 
 
 def answered(row: TrainingRow) -> tuple[int, ...]:
-    """Return a row's prompt and the letter after it; after a prompt about classes comes nothing."""
-    return row.prompt if row.closed else (*row.prompt, row.letters[row.answer])
+    """Return a row's prompt and the written answer or the letter after it; after a prompt about
+    classes comes nothing."""
+    if row.closed:
+        return row.prompt
+    return row.prompt + (row.target or (row.letters[row.answer],))
 
 
 def inputs_of(model: Any, rows: Sequence[TrainingRow], pad_id: int) -> Iterator[dict[str, Any]]:
@@ -347,10 +350,12 @@ def difference(
 def last_states(
     model: Any, rows: Sequence[TrainingRow], loss: Callable[[Sequence[TrainingRow]], Any]
 ) -> torch.Tensor:
-    """Return what the head reads at the last prompt tokens, [batch, hidden], with the same random
-    numbers in every call."""
+    """Return what the head reads at the last prompt tokens or, where answers are written, at the
+    last tokens: [batch, hidden], with the same random numbers in every call."""
     torch.manual_seed(0)
     with states_read_by_head(model) as read:
         loss(rows)
-    last: torch.Tensor = read[0][:, 0].detach().float()
+    # Of a short answer, the first state may be that of padding.
+    position = -1 if rows[0].target else 0
+    last: torch.Tensor = read[0][:, position].detach().float()
     return last

@@ -1,7 +1,7 @@
 """What a training learns from, rendered to token ids: labelled rows, gold rows and validation rows.
 
 In: files of Examples, a folder of labels, a prompt and the student's tokenizer. Out: TrainingRows,
-and the ids of the rows that are over prompt.max_tokens.
+and the ids of the rows that are set aside as too long.
 """
 
 from collections.abc import Sequence
@@ -16,20 +16,22 @@ from distillery.labels.known import gold_labels
 from distillery.models.class_tokens import LAST_SHARE, ClassTokens, choose_class_tokens
 from distillery.prompts import TransformersTokenizer, shared_beginning
 from distillery.recipe import PromptRecipe, TrainingRecipe
-from distillery.records import Example
+from distillery.records import AnswerFormat, Example
 from distillery.training.rows import TrainingRow, training_rows
 from distillery.training.second_opinion import with_second_opinion
 
 
 @dataclass(frozen=True)
 class TrainingInputs:
-    """The rows to train on and to validate on. `set_aside`: by split, the ids of rows that are over
-    prompt.max_tokens. `classes`: the tokens of the classes, with prompt.answer class."""
+    """The rows to train on and to validate on. `set_aside`: by split, the ids of rows that are too
+    long; see `training_rows`. `classes`: the tokens of the classes, with prompt.answer class.
+    `format`: how the answers look, where they are written."""
 
     rows: list[TrainingRow]
     validation: list[TrainingRow]
     set_aside: dict[str, list[str]]
     classes: ClassTokens | None = None
+    format: AnswerFormat | None = None
 
     @property
     def set_aside_count(self) -> int:
@@ -69,7 +71,8 @@ def read_training_inputs(
     gold_rows, gold_too_long = _with_own_answers(gold, prompt, tokenizer, classes)
     checks, checks_too_long = _with_own_answers(validation, prompt, tokenizer, classes)
     set_aside = {"train": too_long + gold_too_long, "validation": checks_too_long}
-    return TrainingInputs(rows + gold_rows, checks, set_aside, classes)
+    answer_format = examples[0].format if examples else None
+    return TrainingInputs(rows + gold_rows, checks, set_aside, classes, answer_format)
 
 
 def tokens_of_classes(example: Example, prompt: PromptRecipe, tokenizer: Any) -> ClassTokens:

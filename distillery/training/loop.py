@@ -32,7 +32,7 @@ from distillery.training.frozen_states import frozen_states_kept
 from distillery.training.losses import balanced_weights
 from distillery.training.objective import Objective
 from distillery.training.rows import TrainingRow, require_rows
-from distillery.training.validation import validate
+from distillery.training.validation import validate, validate_written
 
 if TYPE_CHECKING:
     import torch
@@ -215,8 +215,7 @@ class Training:
         state = self.state
         point = CurvePoint(step=state.step, loss=sum(state.losses) / len(state.losses))
         if self.epoch_ends and validation:
-            pad_id = self.objective.pad_id
-            right, loss = validate(self.model, validation, pad_id=pad_id, device=self.device)
+            right, loss = self.validate(validation)
             require_finite(loss, "validation loss", state.step)
             state.accuracy = fmean(right)
             figures = {"validation_loss": loss, "validation_accuracy": state.accuracy}
@@ -227,6 +226,15 @@ class Training:
                 state.keep_if_best(loss)
         state.curve.append(point)
         state.losses = []
+
+    def validate(self, rows: Sequence[TrainingRow]) -> tuple[list[bool], float]:
+        """Return whether each row's answer is its label, and the loss."""
+        pad_id, end_id = self.objective.pad_id, self.objective.end_id
+        if rows[0].target:
+            return validate_written(
+                self.model, rows, pad_id=pad_id, end_id=end_id, device=self.device
+            )
+        return validate(self.model, rows, pad_id=pad_id, device=self.device)
 
     @property
     def rows_per_second(self) -> float:

@@ -178,22 +178,38 @@ def hidden_loss(student: "torch.Tensor", teacher: "torch.Tensor") -> "torch.Tens
     return (1 - F.cosine_similarity(student.float(), teacher.float(), dim=-1)).mean()
 
 
-def rationale_loss(
-    logits: "torch.Tensor", rows: Sequence[TrainingRow], end_id: int
+def written_losses(
+    logits: "torch.Tensor",
+    texts: Sequence[Sequence[int]],
+    end_id: int,
+    label_smoothing: float = 0.0,
 ) -> "torch.Tensor":
-    """Return the cross-entropy of the teacher's reasons, a mean over a reason's tokens and its end
-    of turn, then over the rows: the second task of Hsieh et al., Distilling Step-by-Step, 2023,
-    whose loss is L_label + lambda L_rationale.
+    """Return the cross-entropy of what is written after each row's prompt, a mean over its tokens
+    and the end of the turn, [batch]: a written answer, or the teacher's reason, the second task of
+    Hsieh et al., Distilling Step-by-Step, 2023, whose loss is L_label + lambda L_rationale.
 
-    logits: [batch, longest + 1, vocabulary] of left-padded rows: at the token before each of the
-    last `longest` ones, and at the last."""
-    import torch
+    logits: as `written_targets` takes them. Label smoothing spreads over the whole vocabulary."""
     import torch.nn.functional as F
 
-    kept = logits.shape[1]
+    targets = written_targets(logits, texts, end_id)
+    token_losses = F.cross_entropy(
+        logits.float().transpose(1, 2), targets, reduction="none", label_smoothing=label_smoothing
+    )
+    return token_losses.sum(-1) / (targets >= 0).sum(-1)
+
+
+def written_targets(
+    logits: "torch.Tensor", texts: Sequence[Sequence[int]], end_id: int
+) -> "torch.Tensor":
+    """Return the token that each of the logits should predict, [batch, longest + 1]: those of the
+    rows' texts and the end of the turn, and -100 before a text.
+
+    logits: [batch, longest + 1, vocabulary] of left-padded rows, which end with their texts: at the
+    token before each of the last `longest` ones, and at the last."""
+    import torch
+
     targets = torch.full(logits.shape[:2], -100, device=logits.device)
-    for index, row in enumerate(rows):
-        reason = [*row.rationale, end_id]
-        targets[index, kept - len(reason) :] = torch.tensor(reason, device=logits.device)
-    token_losses = F.cross_entropy(logits.float().transpose(1, 2), targets, reduction="none")
-    return (token_losses.sum(-1) / (targets >= 0).sum(-1)).mean()
+    for index, text in enumerate(texts):
+        written = [*text, end_id]
+        targets[index, -len(written) :] = torch.tensor(written, device=logits.device)
+    return targets

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from distillery.models.device import Device
 from distillery.recipe import TrainingRecipe
-from distillery.training.batching import forward, pooled_states
+from distillery.training.batching import forward, forward_written, pooled_states
 from distillery.training.hidden_states import states_read_by_head
 from distillery.training.likelihood import forward_packed, label_likelihoods, option_scores
 from distillery.training.losses import (
@@ -14,8 +14,8 @@ from distillery.training.losses import (
     hidden_loss,
     option_loss,
     padded_tensor,
-    rationale_loss,
     text_loss,
+    written_losses,
 )
 from distillery.training.rows import TrainingRow
 
@@ -41,7 +41,10 @@ class Objective:
         """Return the loss of a batch, a scalar."""
         if rows[0].closed:
             return self.class_answers(rows)
-        loss = self.text_answers(rows) if rows[0].texts else self.letter_answers(rows)
+        if rows[0].target:
+            loss = self.written_answers(rows)
+        else:
+            loss = self.text_answers(rows) if rows[0].texts else self.letter_answers(rows)
         reasons = [row for row in rows if row.rationale]
         if self.recipe.rationale_weight and reasons:
             # A mean over the batch, to which rows without a reason add nothing.
@@ -76,6 +79,18 @@ class Objective:
         likelihoods = label_likelihoods(packed, logits, token_logs, rows, self.end_id)
         return text_loss(scores, likelihoods, rows, self.recipe) + self.hidden(rows, states[0])
 
+    def written_answers(self, rows: Sequence[TrainingRow]) -> "torch.Tensor":
+        """Return the loss on written answers and on the hidden states, from one forward pass."""
+        import torch
+
+        prompts, targets = [row.prompt for row in rows], [row.target for row in rows]
+        with self.device.autocast(), states_read_by_head(self.model) as states:
+            logits = forward_written(self.model, prompts, targets, self.pad_id)
+        losses = written_losses(logits, targets, self.end_id, self.recipe.label_smoothing)
+        first = torch.tensor([-1 - len(target) for target in targets], device=logits.device)
+        at_prompts = states[0][torch.arange(len(rows), device=logits.device), first]
+        return losses.mean() + self.hidden(rows, at_prompts[:, None])
+
     def hidden(self, rows: Sequence[TrainingRow], states: "torch.Tensor") -> "torch.Tensor | float":
         """Return the weighted loss on the states that the head has read at the last prompt tokens,
         the first ones of `states`: [batch, kept, hidden]; 0 where they are not learnt."""
@@ -88,8 +103,7 @@ class Objective:
 
     def rationales(self, rows: Sequence[TrainingRow]) -> "torch.Tensor":
         """Return the loss on the teacher's reasons; every row has one."""
-        ids = [row.explain + row.rationale for row in rows]
-        kept = max(len(row.rationale) for row in rows) + 1
+        asked, reasons = [row.explain for row in rows], [row.rationale for row in rows]
         with self.device.autocast():
-            logits = forward(self.model, ids, kept, self.pad_id)
-        return rationale_loss(logits, rows, self.end_id)
+            logits = forward_written(self.model, asked, reasons, self.pad_id)
+        return written_losses(logits, reasons, self.end_id).mean()

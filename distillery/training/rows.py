@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field
+
 from distillery.errors import TrainingError
 from distillery.models.class_tokens import ClassTokens
 from distillery.prompts import Tokenizer, TransformersTokenizer, letter_ids, render_ids, text_ids
@@ -20,10 +22,11 @@ class TrainingRow(Record):
     given by `letters`, the options' letters as one token each, or by `texts`, the options' token
     ids. `closed`: the letters are the tokens of classes (models/class_tokens.py), the same for all
     rows, and nothing else is ever said; the head reads the mean of the states of the last `span`
-    tokens, where the last one counts for `last` more (batching.read_shares). `answer`: index of the
-    label among the options. `soft`: the teacher's probabilities over the options, in the same
-    order. `explain` and `rationale`: the prompt that asks for a reason, and the teacher's reason,
-    where the label has one."""
+    tokens, where the last one counts for `last` more (batching.read_shares). `target`: a written
+    answer's token ids, without the end of the turn; such a row has no options. `answer`: index of
+    the label among the options, else 0. `soft`: the teacher's probabilities over the options, in
+    the same order. `explain` and `rationale`: the prompt that asks for a reason, and the teacher's
+    reason, where the label has one."""
 
     prompt: tuple[int, ...]
     letters: tuple[int, ...] = ()
@@ -31,6 +34,7 @@ class TrainingRow(Record):
     closed: bool = False
     span: int = 1
     last: float = 0.0
+    target: tuple[int, ...] = Field((), exclude_if=lambda target: not target)
     answer: int
     soft: tuple[float, ...] | None = None
     explain: tuple[int, ...] = ()
@@ -45,8 +49,8 @@ def training_rows(
     explain: str | None = None,
     classes: ClassTokens | None = None,
 ) -> tuple[list[TrainingRow], list[str]]:
-    """Render the examples that have a label. Return the rows, and the ids of those that are over
-    prompt.max_tokens.
+    """Render the examples that have a label. Return the rows, and the ids of those that are set
+    aside: their prompt is over prompt.max_tokens, or their written answer over task.max_tokens.
 
     `explain`: the instruction that asks for the labels' reasons; None leaves the reasons out.
     `classes`: the tokens of the classes, with prompt.answer class.
@@ -59,16 +63,18 @@ def training_rows(
         if label is None:
             continue
         ids = render_ids(example, prompt, wrapped)
-        if ids is None:
+        target = wrapped.encode_text(label.answer) if example.format else []
+        if ids is None or (example.format and len(target) > example.format.max_tokens):
             too_long.append(example.example_id)
             continue
-        fields: dict[str, Any] = {"prompt": ids, "answer": example.keys.index(label.answer)}
+        answer = example.keys.index(label.answer) if example.keys else 0
+        fields: dict[str, Any] = {"prompt": ids, "target": target, "answer": answer}
         if classes is not None:
             fields |= {"letters": classes.for_classes(example.classes), "closed": True}
             fields |= {"span": classes.span(ids), "last": classes.last}
         elif prompt.answer == "letter":
             fields["letters"] = letter_ids(wrapped, len(example.options))
-        else:
+        elif prompt.answer == "text":
             fields["texts"] = text_ids(example, wrapped)
         if label.distribution:
             fields["soft"] = [label.distribution[letter] for letter in example.keys]
@@ -104,5 +110,6 @@ def require_rows(rows: Sequence[TrainingRow]) -> None:
     """Raise TrainingError where there is no row."""
     if not rows:
         raise TrainingError(
-            "no row to train on: every label was rejected or every prompt is over prompt.max_tokens"
+            "no row to train on: every label was rejected, or every prompt is over "
+            "prompt.max_tokens or every written answer over task.max_tokens"
         )

@@ -9,7 +9,7 @@ from typing import Any
 
 from distillery.errors import RecipeError
 from distillery.markdown import escape
-from distillery.recipe import LayerChoice, Recipe, SearchRecipe, parse_recipe
+from distillery.recipe import METRIC_NAMES, LayerChoice, Recipe, SearchRecipe, parse_recipe
 from distillery.records import Measured, Trial
 
 RANGES = ("learning_rate", "soft_weight", "hidden_weight")
@@ -150,12 +150,13 @@ def with_settings(recipe: Recipe, student: dict[str, Any]) -> Recipe:
 
 
 def render_trials(trials: Sequence[Trial]) -> str:
-    """Return the trials as a Markdown table, those of the best accuracy first. A star marks the
-    Pareto front; trials without a student come last, and below the table the reason for each."""
+    """Return the trials as a Markdown table, the best primary figure first. A star marks the Pareto
+    front; trials without a student come last, and below the table the reason for each."""
     names: list[str] = []
     for trial in trials:
         names += [name for name in trial.settings if name not in names]
-    header = ["", "trial", *names, "accuracy", "MB", "p50 ms"]
+    metrics = [trial.measured.metric for trial in trials if trial.measured]
+    header = ["", "trial", *names, METRIC_NAMES[metrics[0] if metrics else None], "MB", "p50 ms"]
     lines = [header, [":--", *["--:"] * (len(header) - 1)]]
     reasons = []
     for trial in trials:
@@ -178,7 +179,7 @@ def render_trials(trials: Sequence[Trial]) -> str:
 
 
 def rank_in_table(trial: Trial) -> tuple[float, int]:
-    """Return a sort key: accuracy from high to low, then size from low to high, failures last."""
+    """Return a sort key: primary figure from high to low, size from low to high, failures last."""
     if trial.measured is None:
         return (1.0, 0)
     return (-trial.measured.accuracy, trial.measured.bytes)

@@ -2,13 +2,20 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from distillery.models.device import Device
 from distillery.models.load import contiguous_head
-from distillery.training.batching import by_length, prompt_logits, turning_point
+from distillery.training.batching import (
+    by_length,
+    forward_written,
+    prompt_logits,
+    turning_point,
+)
 from distillery.training.likelihood import forward_packed, option_scores
+from distillery.training.losses import written_losses, written_targets
 from distillery.training.rows import TrainingRow
 
 if TYPE_CHECKING:
@@ -16,6 +23,10 @@ if TYPE_CHECKING:
 
 PROOF = 0.025
 """How probable it is at most that an epoch which is no worse than another is taken for worse."""
+
+WRITTEN_ROWS = 8
+"""Rows of written answers in a batch: each has logits over the vocabulary for each of its
+tokens."""
 
 
 def validate(
@@ -29,6 +40,40 @@ def validate(
         right.append(probabilities.index(max(probabilities)) == row.answer)
         logs.append(math.log(max(probabilities[row.answer], 1e-12)))
     return right, -sum(logs) / len(rows)
+
+
+def validate_written(
+    model: Any, rows: Sequence[TrainingRow], *, pad_id: int, end_id: int, device: Device
+) -> tuple[list[bool], float]:
+    """Return what `validate` does, for written answers: whether the likeliest tokens after a row's
+    prompt are its answer and the end of the turn, so that nothing else would be written, and the
+    loss that training has without label smoothing."""
+    right = [False] * len(rows)
+    losses = [0.0] * len(rows)
+    with evaluated(model, device):
+        contiguous_head(model)
+        for picked in by_length(rows, WRITTEN_ROWS, turning_point(model)):
+            batch = [rows[index] for index in picked]
+            texts = [row.target for row in batch]
+            logits = forward_written(model, [row.prompt for row in batch], texts, pad_id)
+            targets = written_targets(logits, texts, end_id)
+            likeliest = ((logits.argmax(-1) == targets) | (targets < 0)).all(-1).tolist()
+            found = written_losses(logits, texts, end_id).tolist()
+            for index, is_right, loss in zip(picked, likeliest, found, strict=True):
+                right[index], losses[index] = is_right, loss
+    return right, fmean(losses)
+
+
+@contextmanager
+def evaluated(model: Any, device: Device) -> Iterator[None]:
+    """Put the model on its device, in evaluation mode, for passes without gradients."""
+    import torch
+
+    was_training = model.training
+    model.to(device.name).eval()
+    with torch.inference_mode(), device.autocast():
+        yield
+    model.train(was_training)
 
 
 def proven_worse(now: Sequence[bool], before: Sequence[bool], chance: float = PROOF) -> bool:
@@ -66,9 +111,7 @@ def option_probabilities(
     import torch
 
     results: list[list[float]] = [[] for _ in rows]
-    was_training = model.training
-    model.to(device.name).eval()
-    with torch.inference_mode(), device.autocast():
+    with evaluated(model, device):
         if rows and rows[0].texts:
             found = text_scores(model, rows, pad_id, batch_size or 16)
         else:
@@ -78,7 +121,6 @@ def option_probabilities(
                 results[index] = torch.softmax(row_scores, dim=-1).tolist()
             if batch_done:
                 batch_done(len(picked))
-    model.train(was_training)
     return results
 
 

@@ -219,6 +219,8 @@ def spelled(key: dict[str, Any], definitions: dict[str, Any]) -> str:
             return f"list of {len(key['prefixItems'])} {spelled(key['prefixItems'][0], {})}s"
         return f"list of {spelled(key['items'], definitions)}"
     if kind == "object":
+        if key.get("additionalProperties") is True:
+            return "mapping"
         names = key.get("propertyNames", {})
         keys = f"{spelled(names, definitions)} to " if "enum" in names else "name to "
         return f"mapping, {keys}{spelled(key['additionalProperties'], definitions)}"

@@ -49,7 +49,7 @@ def test_columns_are_found_by_name_or_content(
 ) -> None:
     rows = [{"number": n, **row} for n, row in enumerate(renamed(texts(60, 20), text, label))]
     found = look_at(tmp_path, rows)
-    assert found.chosen == ((text,), label, *reasons)
+    assert found.chosen == ((text,), label, *reasons, "classify")
     assert len(found.answered) == 60
     assert found.unanswered == 20
     assert found.classes == {"bread": 20, "cloud": 20, "river": 20}
@@ -59,7 +59,8 @@ def test_a_title_stands_ahead_of_the_text_and_named_columns_win(tmp_path: Path) 
     rows = [{"title": f"no {n}", **row, "year": n % 3} for n, row in enumerate(texts(30))]
     assert look_at(tmp_path, rows).chosen.texts == ("title", "text")
     found = look_at(tmp_path, rows, texts=["text"], label="year")
-    assert found.chosen == (("text",), "year", "named by --text", "named by --label")
+    named = ("named by --text", "named by --label")
+    assert found.chosen == (("text",), "year", *named, "classify")
     assert look_at(tmp_path, rows).rows[3].example.question == f"no 3\n{rows[3]['text']}"
 
 

@@ -525,6 +525,7 @@ def test_how_far_the_candidate_is_from_the_float_model_is_in_the_report(
         )
         assert [row.name for row in rows if row.departure] == [student.name]
         assert rows[-1].departure is not None
+        assert rows[-1].departure.mean is not None
         far[precision] = rows[-1].departure.mean
         assert f"by {far[precision]:.4f} on average" in (out / "scoreboard.md").read_text()
         assert candidate_of(out / "answers.jsonl") == student.name

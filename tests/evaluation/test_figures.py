@@ -72,6 +72,8 @@ def figures(gold: str, given: Sequence[str | None]) -> Figures:
 def test_classes_and_confusion_by_hand() -> None:
     """B is answered once where gold is A, and a row of B gets no answer; no row is C."""
     found = figures("AAABB", ["A", "A", "B", "B", None])
+    assert found.confusion is not None
+    assert found.macro_f1 is not None
     assert found.confusion.labels == MOODS
     assert found.confusion.counts == ((2, 1, 0, 0), (0, 1, 0, 1), (0, 0, 0, 0))
     pleased, displeased = found.classes
@@ -93,6 +95,7 @@ def test_a_class_is_the_option_s_text_wherever_it_stands() -> None:
         *rows_of("A", ("no", "yes")),
     ]
     found = figures_of(examples, ["A", "A", "A"], None, None, None)
+    assert found.confusion is not None
     assert found.confusion.labels == ("yes", "no")
     assert found.confusion.counts == ((1, 1, 0), (0, 1, 0))
 
@@ -100,10 +103,12 @@ def test_a_class_is_the_option_s_text_wherever_it_stands() -> None:
 def test_classes_are_letters_where_the_options_differ() -> None:
     examples = [*rows_of("A", ("yes", "no")), *rows_of("C", MOODS)]
     found = figures_of(examples, ["C", "C"], None, None, None)
+    assert found.confusion is not None
     assert found.confusion.labels == ("A", "B", "C")
     # The first row has no C.
     assert found.confusion.counts == ((0, 0, 0, 1), (0, 0, 0, 0), (0, 0, 1, 0))
     repeated = figures_of(rows_of("A", ("yes", "yes")), ["B"], None, None, None)
+    assert repeated.confusion is not None
     assert repeated.confusion.labels == ("A", "B")
 
 
@@ -354,6 +359,7 @@ def test_an_evaluation_leaves_rows_and_figures(
     assert ours.p50_ms == rows[-1].p50_ms
     assert ours.p50_ms <= ours.p99_ms
     teacher = Figures.model_validate(report["figures"]["teacher"])
+    assert teacher.macro_f1 is not None
     assert (teacher.macro_f1.value, teacher.kl_from_teacher, teacher.load_s) == (1, None, None)
     assert teacher.calibration is not None
     assert teacher.calibration.error == pytest.approx(0.25)

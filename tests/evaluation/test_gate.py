@@ -37,6 +37,7 @@ from distillery.evaluation.statistics import (
     wilson_interval,
 )
 from distillery.evaluation.verdicts import render_verdicts, render_verdicts_markdown
+from distillery.evaluation.written_baselines import DICTIONARY, NEAREST
 from distillery.recipe import BetterRule, EvaluationRecipe, GateRule
 from distillery.recipe.rules import Baseline, Measured
 from distillery.records import (
@@ -107,7 +108,7 @@ def test_without_rules_every_student_passes(tmp_path: Path) -> None:
 
 
 def test_a_rule_names_predictors_and_figures_as_the_scoreboard_does() -> None:
-    assert get_args(Baseline) == (MAJORITY, TFIDF, PROBE, BASE)
+    assert get_args(Baseline) == (MAJORITY, TFIDF, PROBE, NEAREST, DICTIONARY, BASE)
     measured = set(get_args(Measured)) - set(ScoreRow.model_fields)
     assert measured < set(Figures.model_fields)
 

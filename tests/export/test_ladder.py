@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from made_rungs import FORMS, earlier_ladder, rung
+from made_rungs import FORMS, earlier_ladder, rung, timed_ladder
 from pydantic import BaseModel
 from tiny_recipe import row
 
 from distillery.data.examples import read_examples
 from distillery.errors import DataError, ExportError, OutOfResources
+from distillery.evaluation.judging import Gold
 from distillery.evaluation.scoring import ModelToScore, Scored, departure, score_model
 from distillery.evaluation.statistics import paired_interval
 from distillery.export import ladder
@@ -71,7 +72,7 @@ def scored(
 def test_a_rung_is_measured_beside_the_float_student() -> None:
     own = scored("ABB-", [(0.8, 0.2), (0.4, 0.6), (0.1, 0.9), None], (1.0, 2.0, 5.0))
     exact = scored("AAB-", [(0.9, 0.1), (0.7, 0.3), (0.1, 0.9), None])
-    found = measured(FORMS["rtn"], 7, own, exact, ["A", "A", "B", "A"])
+    found = measured(FORMS["rtn"], 7, own, exact, Gold([("A",), ("A",), ("B",), ("A",)]))
     assert (found.bytes, found.accuracy, found.difference) == (7, 0.5, -0.25)
     assert found.interval == paired_interval([True, False, True, False], [True, True, True, False])
     assert found.departure is not None
@@ -79,8 +80,33 @@ def test_a_rung_is_measured_beside_the_float_student() -> None:
     assert found.departure.largest == pytest.approx(0.3)
     assert found.departure.changed == 1
     assert (found.p50_ms, found.rows_per_second) == (2.0, 375.0)
-    unasked = measured(FORMS["rtn"], 7, scored("--", latencies_ms=()), scored("--"), ["A", "B"])
+    gold = Gold([("A",), ("B",)])
+    unasked = measured(FORMS["rtn"], 7, scored("--", latencies_ms=()), scored("--"), gold)
     assert (unasked.p50_ms, unasked.rows_per_second) == (None, None)
+
+
+def test_a_form_that_writes_is_judged_by_its_metric() -> None:
+    """It has no probabilities, and every other text is a changed answer."""
+    gold = Gold([('{"a": "x", "b": "y"}',), ('{"a": "z"}',), ('{"a": "w"}',)], "field_f1")
+    unknown = (None, None, None)
+    right = [each for (each,) in gold.answers]
+    exact = scored("---", unknown).model_copy(update={"answers": (*right[:2], '{"a": "v"}')})
+    own = exact.model_copy(update={"answers": ('{"a": "x"}', None, '{"a": "v"}')})
+    found = measured(FORMS["rtn"], 7, own, exact, gold)
+    assert found.departure == Departure(changed=2)
+    # 1 pair of 4 is found, of 2 given; the float student finds 3 of 4.
+    assert found.accuracy == pytest.approx(2 * 1 / (4 + 2))
+    assert found.difference == pytest.approx(2 / 6 - 6 / 8)
+    assert found.interval is not None
+    assert found.interval.low < -0.4
+    shown = Ladder(rows=3, accuracy=0.75, largest_loss=0.5, rungs=(found,), metric="field_f1")
+    text = render_ladder(shown)
+    assert "field F1" in text
+    for absent in ("accuracy", "|dp|"):
+        assert absent not in text
+    assert list(table(shown)[1])[-2:] == ["answers changed", "verdict"]
+    assert table(shown)[1]["answers changed"] == "2"
+    assert "metric" not in timed_ladder().model_dump()
 
 
 def test_rows_of_different_options_count_option_by_option() -> None:
@@ -610,7 +636,11 @@ def test_a_real_ladder_merged_and_apart(tiny_model: TinyModel, tmp_path: Path, a
     by_title = {rung.form.title: rung for rung in found.rungs}
     assert [rung.note for rung in found.rungs if rung.bytes is None] == [], render_ladder(found)
     assert found.accuracy > 0.6, "a student that has learnt nothing has nothing to lose"
-    apart = {title: rung.departure.mean for title, rung in by_title.items() if rung.departure}
+    apart: dict[str, float] = {}
+    for title, form in by_title.items():
+        if form.departure:
+            assert form.departure.mean is not None
+            apart[title] = form.departure.mean
     assert apart["fp32"] < 1e-4
     assert apart["fp16, apart"] < 0.01
     assert by_title["fp32"].difference == 0

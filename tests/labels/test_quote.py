@@ -284,7 +284,7 @@ def test_labels_that_are_there_already(tmp_path: Path, suffix: str) -> None:
         ({"example_id": "row-1", "answer": "D"}, "labels.jsonl:1: answer: 'D' is none of A to C"),
         (
             {"example_id": "row-1"},
-            "labels.jsonl:1: answer: missing; it is the teacher's letter or class",
+            "labels.jsonl:1: answer: missing; it is the teacher's letter, class or text",
         ),
         (
             {"answer": "A"},

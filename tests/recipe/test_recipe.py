@@ -16,6 +16,7 @@ from distillery.recipe import (
     ExportRecipe,
     LayerChoice,
     NotWorseRule,
+    PromptRecipe,
     Recipe,
     SearchRecipe,
     Slice,
@@ -48,9 +49,9 @@ def test_a_preset_loads_and_stands_on_its_own(name: str) -> None:
 
 
 def test_an_own_teacher_is_asked_for_the_letter_alone() -> None:
-    assert TeacherRecipe(kind="local").for_own_model().max_tokens == 1
+    assert TeacherRecipe(kind="local").for_own_model(PromptRecipe()).max_tokens == 1
     in_json = TeacherRecipe(kind="local", answers=AnswerRecipe(form="json"))
-    assert in_json.for_own_model() == in_json
+    assert in_json.for_own_model(PromptRecipe()) == in_json
 
 
 def test_the_presets_ask_for_what_they_say() -> None:
@@ -556,7 +557,8 @@ def test_a_local_teachers_defaults_give_way_to_what_the_student_is() -> None:
 
 
 def test_abstaining_is_in_no_cache_key_unless_it_is_set() -> None:
-    assert TaskRecipe.added_later == {"abstain", "other"}
+    later = {"abstain", "other", "answer_schema", "metric", "max_tokens"}
+    assert TaskRecipe.added_later == later
     threshold = parse_recipe({"task": {"abstain": {"threshold": 0.7}}}, "mine.yaml").task
     assert threshold.abstain is not None
     assert threshold.abstain.answer == "unsure"

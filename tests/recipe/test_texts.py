@@ -17,6 +17,7 @@ LEADS_TO = {
     "dataset.files": "local_path, for the pattern and for each match",
     "dataset.corrections": "local_path",
     "task.labels": "local_path",
+    "task.answer_schema": "local_path; its references stay within it: answers.check_schema",
     "task.other.files": "local_path",
     "teacher.files": "local_path",
     # A local folder, or a name on the hub

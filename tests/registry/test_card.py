@@ -10,6 +10,7 @@ from huggingface_hub import ModelCard
 from made_rungs import earlier_ladder, timed_ladder
 from registered_student import provenance
 
+from distillery.records import Departure
 from distillery.registry.card import base_title, model_card, write_card
 
 LICENCE = "| Licence of the base model |"
@@ -99,3 +100,23 @@ def test_files_are_named_by_their_rows(tmp_path: Path) -> None:
 )
 def test_no_path_of_the_machine_is_in_the_card(base: str, title: str) -> None:
     assert base_title(base) == title
+
+
+def test_written_answers_are_told_by_their_metric(made: dict[str, Any], tmp_path: Path) -> None:
+    made["evaluation"]["scoreboard"][0]["metric"] = "field_f1"
+    ladder = timed_ladder()
+    rungs = [
+        rung.model_copy(update={"departure": Departure(changed=3)}) if rung.departure else rung
+        for rung in ladder.rungs
+    ]
+    written = ladder.model_copy(update={"metric": "field_f1", "rungs": tuple(rungs)})
+    made["model"]["ladder"] = written.model_dump(mode="json")
+    write_card(tmp_path, "mine", made)
+    card = ModelCard.load(tmp_path / "README.md")
+    (result,) = card.data.eval_results
+    assert (result.task_type, result.metric_type) == ("text-generation", "f1")
+    assert "| Field F1 on 2 test rows | 0.500 [0.100, 0.900] |" in card.text
+    assert "It answers rows by a text" in card.text
+    assert "| int8 rtn/32 | 120.0 MB | 80.0 | 12.5 | 0.850 | +0.0 [-3.2, +3.2] | 3 |" in card.text
+    for absent in ("ccuracy", "dp|", "choice"):
+        assert absent not in card.text.replace("export.choose", "")

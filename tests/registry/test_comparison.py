@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from registered_student import provenance
+from written_run import description
 
 from distillery.errors import DataError, DistilleryError, RegistryError
 from distillery.evaluation.report import answer_rows
@@ -16,7 +17,7 @@ from distillery.inference.onnx_student import OnnxStudent
 from distillery.models.class_tokens import ClassTokens
 from distillery.recipe import PromptRecipe
 from distillery.records import Example, PreparedDataset, Split
-from distillery.registry.comparison import Side, compare_models, find_subject
+from distillery.registry.comparison import Side, Subject, compare_models, compared, find_subject
 from distillery.registry.comparison_table import render_comparison
 from distillery.registry.local import LocalRegistry
 from distillery.storage.artifacts import ArtifactStore
@@ -219,3 +220,28 @@ def test_the_command_prints_a_table_or_json(
     assert Side.model_validate(sides["second"]).title == "two version 1"
     cli.compare_models(one, two, picture=tmp_path / "picture.png")
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_written_answers_are_compared_by_their_metric() -> None:
+    """A row is right for either gold answer; its flip names the one that was given."""
+    rows = [description(number) for number in range(30)]
+    golds = [row.answer_key for row in rows]
+    others = [row.references[0] for row in rows]
+    subjects = [Subject(title, {}, None, Path) for title in ("old", "new")]
+    given: tuple[list[str | None], ...] = ([None, *golds[1:]], [*others[:29], "no"])
+    first_side, second_side = (
+        (subject, answer_rows(rows, subject.title, answers), dict[str, Any]())
+        for subject, answers in zip(subjects, given, strict=True)
+    )
+    found = compared(first_side, second_side, {row.example_id: row for row in rows})
+    assert (found.metric, found.p_value, found.rows) == ("rouge_l", None, 30)
+    assert (found.first.correct, found.second.correct) == (29, 29)
+    assert found.first.accuracy == pytest.approx(29 / 30)
+    assert found.interval.low < 0 < found.interval.high
+    first, last = found.flips
+    assert (first.gold, first.first, first.second) == (others[0], None, others[0])
+    assert (last.gold, last.first, last.second) == (golds[29], golds[29], "no")
+    text = render_comparison(found, shown=2)
+    assert "ROUGE-L [95 %]" in text
+    assert "p = " not in text
+    assert "accuracy" not in text

@@ -7,13 +7,15 @@ from pathlib import Path
 
 import pytest
 
+from distillery.data.examples import write_format
 from distillery.errors import DataError, DistilleryError, ModelError, RegistryError
 from distillery.inference.abstention import write_abstention
 from distillery.inference.decoder import ADAPTER_FILE
+from distillery.inference.generation import Written
 from distillery.inference.onnx_student import OnnxStudent
 from distillery.models.class_tokens import ClassTokens
 from distillery.recipe import PromptRecipe
-from distillery.records import Abstention, Example
+from distillery.records import Abstention, AnswerFormat, Example
 from distillery.registry.manifest import copy_with_manifest
 from distillery.serving.ask import Asker, SearchOptions, Speed, ask
 
@@ -167,3 +169,32 @@ def test_the_speed_of_an_answer_is_that_of_the_tokens_after_the_first() -> None:
         "answer        11     2.000       5.0",
     ]
     assert "answer" not in Speed(20, 0.5).table()
+
+
+def test_a_student_that_writes_is_asked_with_its_prompt_and_held_to_its_schema(
+    tiny_onnx: Build, tmp_path: Path
+) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"kind": {"enum": ["oven", "a bridge"]}},
+        "required": ["kind"],
+        "additionalProperties": False,
+    }
+    form = AnswerFormat(max_tokens=40, json_schema=schema, metric="field_f1")
+    folder = tmp_path / "fields"
+    shutil.copytree(tiny_onnx("llama"), folder)
+    write_format(folder, form)
+    prompt = PromptRecipe(system="As {schema}.", user="{text}!", answer="written")
+    asked = registered(folder, tmp_path / "mine", prompt, [])
+    row = Example(example_id="q", question=QUESTION, choices=(), format=form)
+    student = OnnxStudent(asked)
+    (expected,) = student.answers([row], prompt)
+    assert isinstance(expected, Written)
+    text, speed = said(Asker(asked))
+    assert text == expected.text == expected.answer(form)
+    assert speed.prompt_tokens == len(student.render(row, prompt).prompt)
+    # With a system message of its own, a question is sent as it is.
+    assert not said(Asker(asked, system="Short."))[0].startswith("{")
+    # Nothing tells the prompt.
+    bare = OnnxStudent(folder).tokenizer.encode_chat([{"role": "user", "content": QUESTION}])
+    assert said(Asker(folder))[1].prompt_tokens == len(bare)

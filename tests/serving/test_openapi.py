@@ -55,6 +55,7 @@ def own_fields(answer: BaseModel) -> None:
         {},
         {"logprobs": True, "top_logprobs": 3},
         {"stop": "e"},
+        {"response_format": {"type": "json_object"}, "logprobs": True},
         {"structured_outputs": {"choice": ["a", "b"]}, "logprobs": True, "top_logprobs": 2},
     ],
 )

@@ -1,4 +1,5 @@
-"""Rows that answer by letter, by class and by text, as training reads them."""
+"""Rows that answer by letter, by class, by text and with a text of their own, as training reads
+them."""
 
 from typing import Any
 
@@ -14,4 +15,5 @@ def row_forms(shared: tuple[int, ...]) -> dict[str, dict[str, Any]]:
             "explain": (*shared, 11),
             "rationale": (12, 13),
         },
+        "written": {"target": (8, 9, 10)},
     }

@@ -19,8 +19,8 @@ from distillery.training.losses import (
     choice_loss,
     hidden_loss,
     option_loss,
-    rationale_loss,
     text_loss,
+    written_losses,
 )
 from distillery.training.rows import TrainingRow
 
@@ -185,22 +185,22 @@ def test_the_hidden_loss() -> None:
     assert float(hidden_loss(own, taught)) == pytest.approx(1 - sum(cosines) / 3, abs=1e-6)
 
 
-def test_the_loss_on_a_reason() -> None:
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_loss_on_a_reason_or_a_written_answer(smoothing: float) -> None:
     torch.manual_seed(0)
-    # The first token of the vocabulary is one of a reason's, and counts.
-    rows = [
-        ROWS[0].model_copy(update={"rationale": (4, 0, 1)}),
-        ROWS[1].model_copy(update={"rationale": (7,)}),
-    ]
+    # The first token of the vocabulary is one of a text's, and counts.
+    texts = [(4, 0, 1), (7,)]
     logits = torch.randn(2, 4, 50)
-    expected = 0.0
-    for row, places in zip(rows, logits.double().tolist(), strict=True):
-        tokens = [*row.rationale, 3]
-        own = places[len(places) - len(tokens) :]
-        expected -= sum(
-            log_softmax(at)[token] for at, token in zip(own, tokens, strict=True)
-        ) / len(tokens)
-    assert rationale_loss(logits, rows, end_id=3).item() == pytest.approx(expected / 2, rel=1e-5)
+    expected = []
+    for text, places in zip(texts, logits.double().tolist(), strict=True):
+        tokens = [*text, 3]
+        total = 0.0
+        for at, token in zip(places[len(places) - len(tokens) :], tokens, strict=True):
+            logs = log_softmax(at)
+            total -= (1 - smoothing) * logs[token] + smoothing * sum(logs) / len(logs)
+        expected.append(total / len(tokens))
+    found = written_losses(logits, texts, end_id=3, label_smoothing=smoothing)
+    assert found.tolist() == pytest.approx(expected, rel=1e-5)
 
 
 def test_balanced_weights_are_scikit_learns_and_a_class_without_a_row_has_none() -> None:

@@ -1,0 +1,65 @@
+"""Hold generated text to a JSON Schema: at each step, the tokens that would break it are left out.
+
+llguidance, the library that ONNX Runtime GenAI's own guidance uses too, says which tokens may
+follow. It is asked here for each token that is sampled, so that ONNX and Transformers models are
+held alike, and a model's vocabulary is prepared once: ONNX Runtime GenAI 0.14 does that for every
+answer, which takes longer than most answers do.
+"""
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import numpy as np
+
+from distillery.answers import grammar_of
+from distillery.errors import SchemaNotHeld
+from distillery.inference.logits import Logits
+
+
+class Guides:
+    """Makes the guides of one model. `tokenizer`: the text of its tokenizer.json. `end_ids`: the
+    tokens that end an answer."""
+
+    def __init__(self, tokenizer: str, end_ids: Collection[int]) -> None:
+        from llguidance import LLTokenizer
+
+        self._tokenizer = LLTokenizer(tokenizer, eos_token=sorted(end_ids))
+
+    def start(self, schema: Mapping[str, Any], strict: bool = False) -> "Guide":
+        """Return a guide at the beginning of an answer. With `strict`, all of the schema must be
+        held; else keywords that llguidance does not know, such as uniqueItems, are passed over.
+
+        Raises SchemaNotHeld with the reason."""
+        from llguidance import LLMatcher
+
+        try:
+            grammar = grammar_of(schema, strict)
+        except ValueError as error:
+            raise SchemaNotHeld(str(error)) from error
+        matcher = LLMatcher(self._tokenizer, grammar, log_level=0)
+        if matcher.is_error():
+            raise SchemaNotHeld(" ".join(matcher.get_error().split())[:200])
+        return Guide(matcher)
+
+
+class Guide:
+    """Follows one answer. `complete`: nothing but the end may follow."""
+
+    def __init__(self, matcher: Any) -> None:
+        self._matcher = matcher
+        self.complete = False
+
+    def masked(self, logits: Logits) -> Logits:
+        """Return the logits, [vocabulary], with -inf for the tokens that may not follow."""
+        bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
+        may_follow = np.unpackbits(bits, bitorder="little")[: len(logits)]
+        # A head may have more rows than the tokenizer has tokens.
+        found = np.full_like(logits, -np.inf)
+        allowed = np.flatnonzero(may_follow)
+        found[allowed] = logits[allowed]
+        return found
+
+    def take(self, token: int) -> None:
+        """Go on behind `token`, one of those that may follow."""
+        self._matcher.consume_token(token)
+        self.complete = self._matcher.is_stopped()

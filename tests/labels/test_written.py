@@ -1,0 +1,238 @@
+"""Written answers as labels: which are accepted, and what is told of them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from chat_endpoint import Call, ChatEndpoint, Reply, said
+from label_runs import endpoint_of, read_lines
+
+from distillery.errors import DataError
+from distillery.labels.canaries import ask_canaries
+from distillery.labels.files import LabelCounts
+from distillery.labels.known import gold_labels, read_label_files, write_known_labels
+from distillery.labels.labelling import label
+from distillery.labels.questions import questions
+from distillery.labels.quote import quote
+from distillery.labels.report import read_report
+from distillery.labels.store import LabelStore
+from distillery.recipe import PromptRecipe, TeacherRecipe
+from distillery.records import AnswerFormat, Example
+from distillery.teacher.options import response_format
+
+SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "properties": {"city": {"type": "string"}, "days": {"type": "integer"}},
+}
+
+FIELDS = AnswerFormat(max_tokens=40, json_schema=SCHEMA, metric="field_f1")
+
+TEXT = AnswerFormat(max_tokens=40, metric="rouge_l")
+
+PROMPT = PromptRecipe(system="Fields of {schema}", user="{title}: {text}", answer="written")
+
+TEACHER = TeacherRecipe(
+    max_tokens=40, answers={"form": "json"}, filters={"minimum_accepted": 0}, outage_s=30
+)
+
+ANSWERS = {
+    "plain": said(' {"days":2,"city":"Oslo"}\n'),
+    "fenced": said('Here it is:\n```json\n{"city": "Oslo"}\n```\nDone.'),
+    "thought": said('<think>{"city": "Bergen"}?</think>\n{"city": "Oslo"}'),
+    "two": said('```json\n{"city": "Oslo"}\n```\nor\n```json\n{"city": "Bergen"}\n```'),
+    "empty": said(" "),
+    "words": said("The city is Oslo."),
+    "array": said('["Oslo"]'),
+    "unmet": said('{"days": "two"}'),
+    "unmet too": said('{"days": "three"}'),
+    "cut off": said('{"city": "Oslo"}', finish_reason="length"),
+    "filtered": said("", finish_reason="content_filter"),
+}
+
+REASONS = {
+    "two": "no JSON",
+    "empty": "empty answer",
+    "words": "no JSON",
+    "array": "JSON, but no object",
+    "unmet": "does not meet the schema: days: 'two' is not of type 'integer'",
+    "unmet too": "does not meet the schema: days: 'three' is not of type 'integer'",
+    "cut off": "no answer within teacher.max_tokens (40)",
+    "filtered": "refused by the endpoint's content filter",
+}
+
+
+def row(text: str, answer_format: AnswerFormat = FIELDS, **values: Any) -> Example:
+    return Example(
+        example_id=text, question=text, fields={"title": "T"}, format=answer_format, **values
+    )
+
+
+def answer(call: Call) -> Reply:
+    return ANSWERS[call.question.removeprefix("T: ")]
+
+
+async def labelled(
+    server: ChatEndpoint, rows: list[Example], folder: Path, teacher: TeacherRecipe = TEACHER
+) -> LabelCounts:
+    with LabelStore(f"sqlite:///{folder / 'labels.db'}") as store:
+        return await label(rows, PROMPT, teacher, endpoint_of(server), store, folder / "out")
+
+
+def labels_in(folder: Path) -> dict[str, str]:
+    lines = read_lines(folder / "out" / "labels.jsonl")
+    return {line["example_id"]: line["answer"] for line in lines}
+
+
+async def test_an_object_that_meets_the_schema_is_a_label(tmp_path: Path) -> None:
+    rows = [row(name) for name in ANSWERS]
+    with ChatEndpoint(answer) as server:
+        counts = await labelled(server, rows, tmp_path)
+        bodies = {call.question: call.body for call in server.calls}
+    body = bodies["T: plain"]
+    assert labels_in(tmp_path) == {
+        "plain": '{"city": "Oslo", "days": 2}',
+        "fenced": '{"city": "Oslo"}',
+        "thought": '{"city": "Oslo"}',
+    }
+    rejected = read_lines(tmp_path / "out" / "rejected.jsonl")
+    assert {line["example_id"]: line["reason"] for line in rejected} == REASONS
+    assert (counts.accepted, counts.rejected) == (3, 8)
+    assert body["response_format"] == response_format(SCHEMA)
+    assert body["response_format"]["json_schema"]["strict"] is False
+    assert body["messages"] == [
+        {"role": "system", "content": f"Fields of {json.dumps(SCHEMA)}"},
+        {"role": "user", "content": "T: plain"},
+    ]
+    report = read_report(tmp_path / "out")
+    assert report.letters == {}
+    assert report.rejected["does not meet the schema"] == 2
+    assert report.line().startswith("3 accepted (of 16 to 27 characters, 20 on average); rejected:")
+
+
+async def test_stored_answers_are_read_again_and_never_asked_again(tmp_path: Path) -> None:
+    rows = [row(name) for name in ANSWERS]
+    with ChatEndpoint(answer) as server:
+        await labelled(server, rows, tmp_path)
+        first = labels_in(tmp_path)
+        asked = len(server.calls)
+        counts = await labelled(server, rows, tmp_path)
+        assert (counts.asked, len(server.calls)) == (0, asked)
+        assert labels_in(tmp_path) == first
+
+
+async def test_another_schema_reads_what_was_rejected(tmp_path: Path) -> None:
+    prompt = PROMPT.model_copy(update={"system": ""})
+    told = TEACHER.model_copy(update={"answers": TeacherRecipe().answers})
+    wider = AnswerFormat(max_tokens=40, json_schema={"type": "object"}, metric="field_f1")
+    found = {}
+    with (
+        ChatEndpoint(answer) as server,
+        LabelStore(f"sqlite:///{tmp_path / 'labels.db'}") as store,
+    ):
+        for name, form in {"first": FIELDS, "wider": wider}.items():
+            rows = [row("plain", form), row("unmet", form)]
+            out = tmp_path / name / "out"
+            await label(rows, prompt, told, endpoint_of(server), store, out)
+            found[name] = labels_in(tmp_path / name)
+        assert len(server.calls) == 2, "without the schema in the request, it is the same one"
+    assert set(found["first"]) == {"plain"}
+    assert found["wider"] == {
+        "plain": '{"city": "Oslo", "days": 2}',
+        "unmet": '{"days": "two"}',
+    }
+
+
+def test_an_answer_that_was_held_to_another_schema_is_another_request() -> None:
+    prompt = PROMPT.model_copy(update={"system": ""})
+    wider = AnswerFormat(max_tokens=40, json_schema={"type": "object"}, metric="field_f1")
+    free = TEACHER.model_copy(update={"answers": TeacherRecipe().answers})
+    count = {}
+    for name, teacher in {"held": TEACHER, "free": free}.items():
+        rows = [row("plain"), row("plain", wider)]
+        keys = {questions(each, prompt, teacher, "gpt-test")[0].key for each in rows}
+        count[name] = len(keys)
+    assert count == {"held": 2, "free": 1}
+
+
+async def test_a_text_is_a_label_as_it_stands(tmp_path: Path) -> None:
+    texts = {"one": said(" Two words.\n\n```x```"), "none": said(""), "cut": ANSWERS["cut off"]}
+    teacher = TEACHER.model_copy(update={"answers": TeacherRecipe().answers})
+    rows = [row(name, TEXT, answer_key="Other words.") for name in texts]
+    with ChatEndpoint(lambda call: texts[call.question.removeprefix("T: ")]) as server:
+        await labelled(server, rows, tmp_path, teacher)
+        assert "response_format" not in server.calls[0].body
+    assert labels_in(tmp_path) == {"one": "Two words.\n\n```x```"}
+    assert read_report(tmp_path / "out").gold_rows == 0, "two texts may say the same"
+
+
+async def test_a_canary_that_says_something_else_has_changed(tmp_path: Path) -> None:
+    rows = [row("plain"), row("fenced")]
+    watched = TeacherRecipe.model_validate({**TEACHER.model_dump(), "canaries": {"rows": 2}})
+    with ChatEndpoint(answer) as server:
+        await labelled(server, rows, tmp_path)
+
+    def changed(call: Call) -> Reply:
+        return said('{"city": "Bergen"}') if "plain" in call.question else answer(call)
+
+    with (
+        ChatEndpoint(changed) as server,
+        LabelStore(f"sqlite:///{tmp_path / 'labels.db'}") as store,
+    ):
+        drift = await ask_canaries(rows, PROMPT, watched, endpoint_of(server), store)
+    assert (drift.compared, drift.changed) == (2, ("plain",))
+
+
+def test_gold_answers_count_each_reference(tmp_path: Path) -> None:
+    rows = [
+        row("a", answer_key='{"city": "Oslo"}', references=('{"city": "oslo"}',)),
+        row("b", answer_key='{"days": 1}'),
+        row("c"),
+    ]
+    labels = gold_labels(rows)
+    assert {name: one.answer for name, one in labels.items()} == {
+        "a": '{"city": "Oslo"}',
+        "b": '{"days": 1}',
+    }
+    labels["a"] = labels["a"].model_copy(update={"answer": '{"city": "oslo"}'})
+    strict = TeacherRecipe(kind="gold", filters={"agreement_with_gold": True})
+    counts = write_known_labels(rows, labels, PROMPT, strict, tmp_path / "out")
+    assert (counts.accepted, counts.rejected) == (2, 1)
+    report = read_report(tmp_path / "out")
+    assert (report.right, report.gold_rows) == (2, 2)
+
+
+def test_labels_from_files_are_read_like_the_rows(tmp_path: Path) -> None:
+    path = tmp_path / "labels.jsonl"
+    lines: list[dict[str, Any]] = [
+        {"example_id": "a", "answer": {"days": 2, "city": "Oslo"}},
+        {"example_id": "b", "answer": '{"days":1}'},
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    labels = read_label_files([str(path)], [row("a"), row("b")])
+    assert labels["a"].answer == '{"city": "Oslo", "days": 2}'
+    assert labels["b"].answer == '{"days": 1}'
+    path.write_text('{"example_id": "a", "answer": "Oslo"}\n')
+    with pytest.raises(DataError, match=r"labels.jsonl:1: answer: no JSON; correct the row"):
+        read_label_files([str(path)], [row("a")])
+
+
+def test_a_quote_takes_the_gold_answers_length_or_the_longest(tmp_path: Path) -> None:
+    rows = [row("a"), row("b", answer_key="x" * 36)]
+    teacher = TEACHER.model_copy(update={"max_tokens": 512})
+    with LabelStore(f"sqlite:///{tmp_path / 'labels.db'}") as store:
+        found = quote(rows, PROMPT, teacher, "gpt-test", store)
+    assert found.calls == 2
+    assert found.usage.completion_tokens == 40 + 10
+
+
+def test_strict_is_said_only_of_a_schema_that_is() -> None:
+    fields = {"city": {"type": "string"}}
+    loose: dict[str, Any] = {"type": "object", "properties": fields}
+    strict = {**loose, "required": ["city"], "additionalProperties": False}
+    nested = {**strict, "properties": {"city": {"type": "array", "items": loose}}}
+    wanted = {"loose": False, "strict": True, "nested": False}
+    found = {}
+    for name, schema in {"loose": loose, "strict": strict, "nested": nested}.items():
+        found[name] = response_format(schema)["json_schema"]["strict"]
+    assert found == wanted

@@ -1,0 +1,178 @@
+"""Recipes whose answers are written: task.kind extract and generate."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distillery.errors import RecipeError
+from distillery.recipe import Recipe, load_recipe, parse_recipe
+
+SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}}
+
+EXTRACT = {"kind": "extract", "schema": SCHEMA}
+
+DATASET: dict[str, Any] = {
+    "source": "files",
+    "files": {"train": ["rows.jsonl"]},
+    "carve": {"test": 0.2},
+}
+
+
+def recipe(task: dict[str, Any], **values: Any) -> Recipe:
+    dataset = {**DATASET, **values.pop("dataset", {})}
+    return parse_recipe({"task": task, "dataset": dataset, **values}, "mine.yaml")
+
+
+def error_of(task: dict[str, Any], **values: Any) -> str:
+    with pytest.raises(RecipeError) as error:
+        recipe(task, **values)
+    text = str(error.value)
+    assert "\n" not in text
+    return text.removeprefix("mine.yaml: ")
+
+
+def test_an_endpoint_is_told_the_schema_and_held_to_it() -> None:
+    made = recipe(EXTRACT)
+    assert "{schema}" in made.prompt.system
+    assert (made.prompt.answer, made.teacher.answers.form) == ("written", "json")
+    assert made.student_prompt.answer == "written"
+    assert (made.student_prompt.system, made.student_prompt.user) == ("", "{text}")
+    assert made.dataset.columns.question == "text"
+    assert made.dataset.columns.answer == "answer"
+    assert not made.student.gold
+
+
+def test_free_text_has_no_schema() -> None:
+    made = recipe({"kind": "generate"})
+    assert "{schema}" not in made.prompt.system
+    assert made.teacher.answers.form == "letter"
+    assert made.teacher.max_tokens > 256
+
+
+def test_a_student_is_asked_with_the_further_columns_of_its_teacher() -> None:
+    prompt = {"system": "Answer.", "user": "{title}: {text}"}
+    made = recipe({"kind": "generate"}, prompt=prompt, dataset={"fields": ["title"]})
+    assert (made.student_prompt.system, made.student_prompt.user) == ("", "{title}: {text}")
+
+
+def test_an_own_teacher_and_its_student_are_asked_alike() -> None:
+    made = recipe(EXTRACT, teacher={"kind": "local"}, dataset={"carve": {"gold": 0.4, "test": 0.2}})
+    assert made.student.start == "teacher"
+    assert made.student.prompt is None
+    assert made.student.gold
+    assert made.teacher.for_own_model(made.prompt).max_tokens == made.teacher.max_tokens
+
+
+def test_validation_rows_choose_the_form() -> None:
+    carve = {"carve": {"validation": 0.1, "test": 0.2}}
+    assert recipe(EXTRACT, dataset=carve).export.ladder
+    assert not recipe(EXTRACT, dataset=carve, export={"precision": "int8"}).export.ladder
+    assert not recipe(EXTRACT).export.ladder
+
+
+def test_a_recipe_is_the_same_after_json(tmp_path: Path) -> None:
+    made = recipe(EXTRACT)
+    path = tmp_path / "again.yaml"
+    path.write_text(made.model_dump_json())
+    assert load_recipe(str(path)) == made
+    assert json.loads(made.model_dump_json())["task"]["answer_schema"] == SCHEMA
+
+
+@pytest.mark.parametrize(
+    ("task", "trouble"),
+    [
+        ({"kind": "extract"}, "schema: kind: extract needs the JSON Schema"),
+        ({"kind": "extract", "schema": {"type": "array"}}, "schema: the answers are objects"),
+        ({"kind": "generate", "schema": SCHEMA}, "schema: belongs to kind: extract"),
+        ({"kind": "classify", "schema": SCHEMA}, "schema: belongs to kind: extract"),
+        ({"kind": "generate", "metric": "field_f1"}, "metric: field_f1 belongs to kind: extract"),
+        ({"kind": "classify", "metric": "bleu"}, "metric: belongs to kind: extract and generate"),
+        ({"kind": "classify", "max_tokens": 9}, "max_tokens: belongs to kind: extract"),
+        ({**EXTRACT, "labels": ["a", "b"]}, "labels: answers of kind: extract are written"),
+        ({**EXTRACT, "other": {"files": ["a.csv"]}}, "other: answers of kind: extract are written"),
+        ({**EXTRACT, "abstain": {"threshold": 0.5}}, "abstain: answers of kind: extract have no"),
+    ],
+)
+def test_a_task_without_sense_is_refused(task: dict[str, Any], trouble: str) -> None:
+    assert error_of(task).startswith(f"task: {trouble}")
+
+
+@pytest.mark.parametrize(
+    ("values", "setting"),
+    [
+        ({"teacher": {"soft_labels": True}}, "teacher.soft_labels"),
+        ({"teacher": {"answers": {"form": "json"}}}, "teacher.answers.form: json"),
+        (
+            {"teacher": {"answers": {"form": "rationale"}, "max_tokens": 300}},
+            "teacher.answers.form: rationale",
+        ),
+        (
+            {"teacher": {"answers": {"votes": 3}, "temperature": 1.0}},
+            "teacher.answers.votes above 1",
+        ),
+        ({"teacher": {"answers": {"orders": 2}}}, "teacher.answers.orders above 1"),
+        ({"teacher": {"filters": {"balance": 2}}}, "teacher.filters.balance"),
+        (
+            {"teacher": {"filters": {"agreement_with_gold": True}}},
+            "teacher.filters.agreement_with_gold",
+        ),
+        ({"dataset": {"columns": {"choices": "options"}}}, "dataset.columns.choices"),
+    ],
+)
+def test_settings_of_choices_are_refused(values: dict[str, Any], setting: str) -> None:
+    assert error_of({"kind": "generate"}, **values).startswith(f"{setting}: has no meaning with")
+
+
+@pytest.mark.parametrize(
+    "student",
+    [
+        {"training": {"soft_weight": 0.5}},
+        {"training": {"class_weights": "balanced"}},
+        {"training": {"second_opinion": "words"}},
+        {"layers": {"by": "probe"}},
+        {"start": "teacher", "training": {"hidden_weight": 1.0}},
+    ],
+)
+def test_training_of_choices_is_refused(student: dict[str, Any]) -> None:
+    carve = {"carve": {"gold": 0.4, "test": 0.2}}
+    teacher = {"kind": "local"} if student.get("start") else {}
+    error = error_of({"kind": "generate"}, student=student, teacher=teacher, dataset=carve)
+    assert error.startswith("student.")
+
+
+@pytest.mark.parametrize(
+    ("task", "rule"),
+    [
+        ({"kind": "generate"}, {"kind": "better", "than": "majority class"}),
+        ({"kind": "generate"}, {"kind": "better", "than": "field dictionary"}),
+        ({"kind": "generate"}, {"kind": "limit", "figure": "field_f1", "minimum": 0.5}),
+        (EXTRACT, {"kind": "limit", "figure": "bleu", "minimum": 0.5}),
+        (EXTRACT, {"kind": "limit", "figure": "macro_f1", "minimum": 0.5}),
+        ({"kind": "classify"}, {"kind": "better", "than": "nearest answer"}),
+        ({"kind": "classify"}, {"kind": "limit", "figure": "valid", "minimum": 0.5}),
+    ],
+)
+def test_rules_that_the_scoreboard_can_t_tell_are_refused(
+    task: dict[str, Any], rule: dict[str, Any]
+) -> None:
+    error = error_of(task, evaluation={"rules": [rule]})
+    assert "is not on the scoreboard of task.kind" in error
+
+
+def test_the_rules_by_default_are_on_the_scoreboard() -> None:
+    rules = [rule.title for rule in recipe(EXTRACT).gate_rules]
+    assert rules[0] == "better than nearest answer"
+    limits = [
+        {"kind": "limit", "figure": name, "minimum": 0.5}
+        for name in ("accuracy", "exact_match", "field_f1", "valid", "agreement")
+    ]
+    assert len(recipe(EXTRACT, evaluation={"rules": limits}).gate_rules) == 5
+
+
+def test_an_answer_that_is_no_written_one_is_refused() -> None:
+    letter = {"answer": "letter", "user": "{question} {choices}"}
+    assert "written to extract and generate" in error_of({"kind": "generate"}, prompt=letter)
+    written = {"answer": "written"}
+    assert "written to extract and generate" in error_of({"kind": "classify"}, prompt=written)
