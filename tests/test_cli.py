@@ -191,6 +191,7 @@ def roles() -> dict[str, str]:
     return {line.split("  ")[1]: line.split("  ")[2].strip() for line in lines}
 
 
+@pytest.mark.slow
 def test_models_are_listed_promoted_rolled_back_and_downloaded(tmp_path: Path) -> None:
     for content in ("one", "two"):
         (tmp_path / content).mkdir()

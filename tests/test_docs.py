@@ -207,7 +207,9 @@ def test_the_tests_that_the_security_page_names_are_run_by_make_test_security() 
         assert "pytest.mark.security" in (PROJECT / name).read_text(encoding="utf-8"), name
     marked = set()
     for path in (PROJECT / "tests").rglob("test_*.py"):
-        if "pytest.mark.security" in path.read_text(encoding="utf-8"):
+        text = path.read_text(encoding="utf-8")
+        assert len(re.findall(r"^pytestmark\b", text, re.MULTILINE)) < 2, "the last one counts"
+        if "pytest.mark.security" in text:
             marked.add(str(path.relative_to(PROJECT)))
     marked.discard("tests/test_docs.py")
     assert marked - named == set()

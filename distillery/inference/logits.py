@@ -33,7 +33,10 @@ def likeliest(logits: Logits) -> int:
 
 
 def token_sampler(
-    temperature: float, top_p: float, seed: int | None, top_k: int | None = None
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int | None = None,
+    top_k: int | None = None,
 ) -> Draw:
     """Return a function that takes a token from logits.
 

@@ -29,7 +29,7 @@ def load_without_weights(path: Path) -> Any:
     """Return the ModelProto of a file. Its weights, but for small ones, are external data in the
     file itself.
 
-    Raises ValueError for a file that is none."""
+    Raises ValueError, or DecodeError of protocol buffers, for a file that is none."""
     import onnx
 
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:

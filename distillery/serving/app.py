@@ -51,8 +51,8 @@ class ModelServer:
     """The routes and what they share: the student, the model's name, the key and the limits.
 
     The student is not thread-safe: only the one thread of its `worker` uses it, so requests are
-    answered one at a time. The event loop stays free for everything else, save while the model
-    computes a pass of generated text, in which ONNX Runtime GenAI lets no other thread run.
+    answered one at a time. The event loop stays free for everything else, save while ONNX Runtime
+    GenAI computes a pass of generated text, or weights are loaded: both let no other thread run.
     """
 
     def __init__(

@@ -94,6 +94,18 @@ def test_rows_together_have_the_very_numbers_of_rows_one_by_one_in_8_bits(
     assert largest_difference(together, one_by_one) < (1e-9 if kind == "letter" else 0.05)
 
 
+def test_a_folder_of_links_takes_rows_together(tiny_model: Build, tmp_path: Path) -> None:
+    """So the hub's cache keeps a model: ONNX Runtime maps no weights behind such links."""
+    folder, links = tmp_path / "model", tmp_path / "links"
+    export(tiny_model("llama"), None, ExportForm(precision="int8", algorithm="dynamic"), folder)
+    links.mkdir()
+    for path in folder.iterdir():
+        (links / path.name).symlink_to(path)
+    rows = rows_of("letter")
+    found, expected = (batch_student(each).probabilities(rows) for each in (links, folder))
+    assert found == expected
+
+
 @pytest.mark.parametrize("kind", ["letter", "text", "class"])
 @pytest.mark.parametrize(
     ("arch", "precision"),

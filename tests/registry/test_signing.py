@@ -27,9 +27,7 @@ from distillery.registry.signing import check_keys, sign, verify_signature
 from distillery.serving import server
 from distillery.storage.digests import sha256_of
 
-pytestmark = pytest.mark.security
-
-pytestmark = pytest.mark.usefixtures("one_registry")
+pytestmark = [pytest.mark.security, pytest.mark.usefixtures("one_registry")]
 
 PRIVATE = Ed25519PrivateKey.generate()
 STRANGER = Ed25519PrivateKey.generate()

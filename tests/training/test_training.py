@@ -541,6 +541,7 @@ long_training(base, method, out, OneFile(kept), tell)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_training_that_was_killed_goes_on_to_the_very_same_student(
     tiny_model: TinyModel, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
