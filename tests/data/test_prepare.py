@@ -357,7 +357,7 @@ def test_an_unknown_split_lists_those_that_exist(tmp_path: Path) -> None:
     [
         (
             {"carve": {"test": 0.1}},
-            "dataset.carve.test: dataset.splits.test names a split already; ",
+            "dataset.carve.test: test rows come from the split 'test' already ",
         ),
         ({"sample": {"gold": 3}}, "dataset.sample.gold: no such split; "),
         ({"carve": {"gold": 0.6, "validation": 0.5}}, "dataset.carve: the shares add up to 1.1; "),
