@@ -219,6 +219,15 @@ def tell_classes(found: Look) -> Iterator[str]:
             f"{count_rows(answered)} with a label: too few to train and judge a student; label "
             f"{FEWEST_ANSWERED} at least, better {GOOD_ANSWERED}"
         )
+    elif answered < GOOD_ANSWERED:
+        judged = choose_shares(answered, found.unanswered).carve["test"] * answered
+        # Half of the 95 % interval of a share of one half, the widest there is.
+        points = 98 / math.sqrt(judged)
+        yield (
+            f"{count_rows(answered)} with a label: few; about {judged:.0f} of them judge the "
+            f"student, which tell its accuracy to ±{points:.0f} points only; {GOOD_ANSWERED} are a "
+            "good start"
+        )
     rare = [label for label, count in found.classes.items() if count < FEWEST_OF_A_CLASS]
     if rare:
         yield (

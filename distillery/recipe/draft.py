@@ -75,14 +75,15 @@ def draft(
         "",
         "dataset:",
         "  source: files",
-        "  # Relative paths start at the folder that the run starts in.",
+        "  # Relative paths start at the folder that the run starts in. With test rows in",
+        "  # a file of their own: {train: [...], test: [FILE]}; give test's share below to gold.",
         f"  files: {{train: {in_yaml(list(files))}}}",
         *column_lines(texts, label, ids_are_unique),
         "  # Shares of the rows with a label. gold: the "
         + ("teacher and the student learn" if teacher == "local" else "student learns")
         + " from them.",
         "  # validation: they check the teacher and choose settings. test: they judge the student.",
-        "  # Neither of them trains anything.",
+        "  # Validation and test rows train nothing.",
         *left_lines(shares),
         f"  carve: {in_yaml(shares.carve)}",
         "",
