@@ -71,7 +71,7 @@ def new(
         list[Path],
         typer.Argument(
             help="CSV, JSONL or Parquet files of texts and labels or answers, which may be empty.",
-            metavar="DATA...",
+            metavar="DATA",
         ),
     ],
     out: Annotated[

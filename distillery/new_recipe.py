@@ -249,6 +249,15 @@ def tell_count(found: Look) -> Iterator[str]:
             f"{count_rows(answered)} with {KNOWN[found.kind]}: too few to train and judge a "
             f"student; label {FEWEST_ANSWERED} at least, better {GOOD_ANSWERED}"
         )
+    elif answered < GOOD_ANSWERED:
+        judged = choose_shares(answered, found.unanswered).carve["test"] * answered
+        # Half of the 95 % interval of a share of one half, the widest there is.
+        points = 98 / math.sqrt(judged)
+        yield (
+            f"{count_rows(answered)} with {KNOWN[found.kind]}: few; about {judged:.0f} of them "
+            f"judge the student, which tell its accuracy to ±{points:.0f} points only; "
+            f"{GOOD_ANSWERED} are a good start"
+        )
 
 
 def tell_classes(found: Look) -> Iterator[str]:

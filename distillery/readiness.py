@@ -185,7 +185,13 @@ def run_within(limit_s: float, item: str, run_check: Check, recipe: Recipe) -> l
         return findings
     if item == "data" and recipe.dataset.source != "hub":
         return [warn(item, f"not read within {limit_s:g} s; the run reads its rows when it starts")]
-    return [fail(item, f"no answer within {limit_s:g} s; see that it is up and reachable")]
+    return [
+        fail(
+            item,
+            f"no answer within {limit_s:g} s; see that it is up and reachable, or check again when "
+            "this machine is less busy",
+        )
+    ]
 
 
 def check_teacher(recipe: Recipe) -> Iterator[Finding]:

@@ -132,6 +132,28 @@ def test_too_few_rows_rare_and_uneven_classes_are_told() -> None:
     assert "the commonest has 5 times" in said
 
 
+def test_few_rows_with_a_label_are_told_with_what_they_can_tell() -> None:
+    write_texts(Path("few.csv"), answered=90, unanswered=300)
+    said = run("few.csv")
+    assert "90 rows with a label: few; about 36 of them judge" in said
+    assert "accuracy to ±16 points only; 200 are a good start" in said
+    write_texts(Path("some.csv"), answered=200, unanswered=300)
+    assert "rows with a label: few" not in run("some.csv")
+
+
+def test_a_file_of_test_rows_is_added_as_the_recipes_comment_says() -> None:
+    write_csv(Path("notes.csv"), texts(100, 300))
+    write_csv(Path("held-out.csv"), [{**row, "text": f"Later: {row['text']}"} for row in texts(60)])
+    run("notes.csv")
+    text = Path("notes.yaml").read_text()
+    assert "{train: [...], test: [FILE]}; give test's share below to gold." in text
+    text = text.replace("{train: [notes.csv]}", "{train: [notes.csv], test: [held-out.csv]}")
+    before = "{gold: 0.45, validation: 0.15, test: 0.4}"
+    Path("notes.yaml").write_text(text.replace(before, "{gold: 0.85, validation: 0.15}"))
+    assert checked("notes.yaml").dataset.roles == {"gold", "train", "validation", "test"}
+    assert "60 test" in str(next(check_data(load_recipe("notes.yaml"))))
+
+
 def test_long_texts_raise_the_limit_of_the_prompt_that_the_student_has() -> None:
     rows = texts(120, 20)
     rows[7]["text"] = "word and word " * 150

@@ -249,7 +249,10 @@ def test_no_check_takes_longer_than_its_limit(
         started = time.monotonic()
         found = check(recipe(tiny_model("llama")), limit_s=0.5)
         assert time.monotonic() - started < 9 * 0.5 + 2
-    assert str(found[0]) == "FAIL teacher: no answer within 0.5 s; see that it is up and reachable"
+    assert str(found[0]) == (
+        "FAIL teacher: no answer within 0.5 s; see that it is up and reachable, or check again "
+        "when this machine is less busy"
+    )
     assert {finding.item for finding in found} > ITEMS
 
 

@@ -183,8 +183,8 @@ def check_roles(recipe: DatasetRecipe, unanswered_train: bool) -> None:
     for role in recipe.carve:
         if role in recipe.splits:
             raise RecipeError(
-                f"dataset.carve.{role}: dataset.splits.{role} names a split already; "
-                "remove one of them"
+                f"dataset.carve.{role}: {role} rows come from the split {recipe.splits[role]!r} "
+                "already (dataset.files or dataset.splits); remove one of them"
             )
     for sampled in sorted(recipe.sample):
         if sampled not in recipe.splits and sampled not in recipe.carve:

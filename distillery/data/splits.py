@@ -36,7 +36,7 @@ JUDGED = ("validation", "test")
 """Roles whose rows judge a model."""
 
 MOST_LISTED = 20
-"""Leaks that an error names."""
+"""Leaks of a role that an error names."""
 
 Splits = dict[str, list[Row]]
 """Rows by role."""
@@ -121,8 +121,9 @@ def test_interval(shares: Mapping[str, float], number: int) -> tuple[float, floa
 
 def refuse_leaks(splits: Splits) -> None:
     """Raise DataError if a row of train or gold also stands in validation or test, or a row of
-    validation in test."""
+    validation in test. It names such rows of all roles, so that one look mends them."""
     judged: dict[str, str] = {}
+    found = []
     for role in reversed(ROLES):
         rows = splits.get(role, [])
         leaks = [row for row in rows if row.content in judged]
@@ -133,14 +134,18 @@ def refuse_leaks(splits: Splits) -> None:
             if len(leaks) > MOST_LISTED:
                 listed += f" and {len(leaks) - MOST_LISTED} more"
             others = "test" if role == "validation" else "validation or test"
-            raise DataError(
+            found.append(
                 f"{leaks[0].where}: a row of {role} may not stand in {others} too; "
-                f"found {len(leaks)}: {listed}; remove them from one of the two, or take one of "
-                "them from train by dataset.carve"
+                f"found {len(leaks)}: {listed}"
             )
         if role in JUDGED:
             for row in rows:
                 judged[row.content] = row.where
+    if found:
+        raise DataError(
+            f"{'; '.join(found)}; remove them from one of the two, or carve validation and test "
+            "out of the train rows (dataset.carve)"
+        )
 
 
 def drop_copies(rows: Sequence[Row]) -> list[Row]:

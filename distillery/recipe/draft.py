@@ -78,7 +78,8 @@ def draft(
         "",
         "dataset:",
         "  source: files",
-        "  # Relative paths start at the folder that the run starts in.",
+        "  # Relative paths start at the folder that the run starts in. With test rows in",
+        "  # a file of their own: {train: [...], test: [FILE]}; give test's share below to gold.",
         f"  files: {{train: {in_yaml(list(files))}}}",
         *column_lines(texts, label, ids_are_unique, kind),
         f"  # Shares of the rows with {known}. gold: the "
@@ -87,7 +88,7 @@ def draft(
         "  # validation: they "
         + ("check the teacher and " if kind == "classify" else "")
         + "choose settings. test: they judge the student.",
-        "  # Neither of them trains anything.",
+        "  # Validation and test rows train nothing.",
         *left_lines(shares, known),
         f"  carve: {in_yaml(shares.carve)}",
         "",

@@ -1,11 +1,12 @@
 """Presets: the recipes that are shipped, and how a user's keys are laid over one of them."""
 
 from importlib.resources import files
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel
 
+from distillery.recipe.dataset import Role
 from distillery.recipe.export import ExportForm
 
 PRESETS = ("demo", "lab")
@@ -39,6 +40,7 @@ def classify_values(values: dict[str, Any]) -> dict[str, Any]:
     parts = {name: shipped.pop(name) for name in ("own teacher", "other teacher", "validated")}
     part = parts["own teacher" if kind == "local" else "other teacher"]
     both: dict[str, Any] = {**shipped, **part}
+    both["dataset"]["splits"] |= {role: role for role in roles_of_files(values)}
     task = values.get("task")
     if kind == "endpoint" and not names(teacher, "answers", "form"):
         # Held to the classes by a JSON schema, if the endpoint takes one. A class's name may be
@@ -110,7 +112,17 @@ def names_rows(values: dict[str, Any], role: str) -> bool:
         roles = dataset.get(key)
         if isinstance(roles, dict) and roles.get(role):
             return True
-    return False
+    return role in roles_of_files(values)
+
+
+def roles_of_files(values: dict[str, Any]) -> list[str]:
+    """Return the roles that files of a recipe `values` are named for. Where dataset.splits is
+    given, it alone says which file serves for what."""
+    dataset = values.get("dataset")
+    if not isinstance(dataset, dict) or dataset.get("splits") is not None:
+        return []
+    files = dataset.get("files")
+    return [role for role in get_args(Role) if isinstance(files, dict) and role in files]
 
 
 def merge(base: dict[str, Any], over: dict[str, Any], model: type[BaseModel]) -> dict[str, Any]:

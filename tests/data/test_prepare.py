@@ -357,7 +357,7 @@ def test_an_unknown_split_lists_those_that_exist(tmp_path: Path) -> None:
     [
         (
             {"carve": {"test": 0.1}},
-            "dataset.carve.test: dataset.splits.test names a split already; ",
+            "dataset.carve.test: test rows come from the split 'test' already ",
         ),
         ({"sample": {"gold": 3}}, "dataset.sample.gold: no such split; "),
         ({"carve": {"gold": 0.6, "validation": 0.5}}, "dataset.carve: the shares add up to 1.1; "),
@@ -660,9 +660,23 @@ def test_a_validation_row_that_stands_in_test_stops_the_run_with_both_places(
     assert re.fullmatch(
         rf"{place}/validation.jsonl:1: a row of validation may not stand in test too; found 1: "
         rf"{place}/validation.jsonl:1 = {place}/test.jsonl:1; remove them from one of the two, or "
-        "take one of them from train by dataset.carve",
+        r"carve validation and test out of the train rows \(dataset.carve\)",
         text,
     )
+
+
+def test_one_error_names_the_rows_of_all_roles_that_stand_in_test(tmp_path: Path) -> None:
+    config = three_files(
+        tmp_path,
+        train=[*many(5), row("a", "One?")],
+        gold=[row("b", "Two?")],
+        validation=[row("c", "Three?"), *many(2, 50)],
+        test=[row("x", "one?"), row("y", "two?"), row("z", "three?")],
+    )
+    text = refusal(config, tmp_path / "out")
+    for role, line, copied in (("train", 6, 1), ("gold", 1, 2), ("validation", 1, 3)):
+        assert f"a row of {role} may not stand in " in text
+        assert f"{tmp_path}/{role}.jsonl:{line} = {tmp_path}/test.jsonl:{copied}" in text
 
 
 def test_a_carved_test_row_that_stands_in_a_validation_file_stops_the_run(tmp_path: Path) -> None:

@@ -702,6 +702,23 @@ def test_validation_rows_end_a_classifiers_training_unless_they_prove_its_thresh
     assert classifier(task=abstaining).student.training.patience is None
 
 
+def test_a_classifiers_files_serve_for_the_roles_that_they_are_named_for() -> None:
+    files = {role: [f"{role}.csv"] for role in ("train", "gold", "validation", "test", "spare")}
+    own = classifier(dataset={"source": "files", "files": files})
+    assert own.dataset.splits == {role: role for role in files if role != "spare"}
+    # As if dataset.splits or dataset.carve named the rows.
+    assert own.student.gold
+    assert own.export.ladder
+    assert Recipe.model_validate(own.model_dump(mode="json")) == own
+    mixed = {**own_rows(), "files": {"train": ["rows.csv"], "test": ["held-out.csv"]}}
+    mixed["carve"] = {"gold": 0.8, "validation": 0.2}
+    assert classifier(dataset=mixed).dataset.splits == {"train": "train", "test": "test"}
+    # Splits that the recipe names are all.
+    mixed["splits"] = {"validation": "test"}
+    mixed["carve"] = {"test": 0.2}
+    assert classifier(dataset=mixed).dataset.splits == {"train": "train", "validation": "test"}
+
+
 @pytest.mark.parametrize(
     ("teacher", "in_scheduled", "in_others"),
     [
