@@ -7,6 +7,7 @@ are equal texts: what is trained, compared and given.
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import jsonschema
@@ -106,10 +107,16 @@ def validator_for(schema: Mapping[str, Any]) -> Any:
     formats, as the grammar holds them too. It raises TimeoutError for a pattern that takes too
     long."""
     validator_of = jsonschema.validators.validator_for(schema)
-    checks = {"pattern": check_pattern, "patternProperties": check_pattern_properties}
-    return jsonschema.validators.extend(validator_of, checks)(
+    return with_limits(validator_of)(
         schema, registry=referencing.Registry(), format_checker=validator_of.FORMAT_CHECKER
     )
+
+
+@cache
+def with_limits(validator_of: Any) -> Any:
+    """Return a class of validators that gives patterns up which take too long."""
+    checks = {"pattern": check_pattern, "patternProperties": check_pattern_properties}
+    return jsonschema.validators.extend(validator_of, checks)
 
 
 def is_in(pattern: str, text: str) -> bool:

@@ -120,16 +120,19 @@ async def test_stored_answers_are_read_again_and_never_asked_again(tmp_path: Pat
         assert labels_in(tmp_path) == first
 
 
-async def test_another_schema_reads_what_was_rejected(tmp_path: Path) -> None:
+async def test_another_schema_reads_all_answers_again(tmp_path: Path) -> None:
     prompt = PROMPT.model_copy(update={"system": ""})
     told = TEACHER.model_copy(update={"answers": TeacherRecipe().answers})
     wider = AnswerFormat(max_tokens=40, json_schema={"type": "object"}, metric="field_f1")
+    needs_text = {"type": "object", "properties": {"days": {"type": "string"}}}
+    other = AnswerFormat(max_tokens=40, json_schema=needs_text, metric="field_f1")
     found = {}
     with (
         ChatEndpoint(answer) as server,
         LabelStore(f"sqlite:///{tmp_path / 'labels.db'}") as store,
     ):
-        for name, form in {"first": FIELDS, "wider": wider}.items():
+        formats = {"first": FIELDS, "wider": wider, "other": other, "again": FIELDS}
+        for name, form in formats.items():
             rows = [row("plain", form), row("unmet", form)]
             out = tmp_path / name / "out"
             await label(rows, prompt, told, endpoint_of(server), store, out)
@@ -140,6 +143,11 @@ async def test_another_schema_reads_what_was_rejected(tmp_path: Path) -> None:
         "plain": '{"city": "Oslo", "days": 2}',
         "unmet": '{"days": "two"}',
     }
+    assert found["other"] == {"unmet": '{"days": "two"}'}, "the label for the first is none here"
+    rejected = read_lines(tmp_path / "other" / "out" / "rejected.jsonl")
+    reason = "does not meet the schema: days: 2 is not of type 'string'"
+    assert [(line["example_id"], line["reason"]) for line in rejected] == [("plain", reason)]
+    assert found["again"] == found["first"]
 
 
 async def test_a_text_is_a_label_as_it_stands(tmp_path: Path) -> None:
