@@ -208,7 +208,7 @@ def test_labels_from_files_are_read_like_the_rows(tmp_path: Path) -> None:
     assert labels["a"].answer == '{"city": "Oslo", "days": 2}'
     assert labels["b"].answer == '{"days": 1}'
     path.write_text('{"example_id": "a", "answer": "Oslo"}\n')
-    with pytest.raises(DataError, match=r"labels.jsonl:1: answer: no JSON; correct the row"):
+    with pytest.raises(DataError, match=r"labels.jsonl:1: answer: no JSON \(.*\); correct the row"):
         read_label_files([str(path)], [row("a")])
 
 

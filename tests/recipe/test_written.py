@@ -57,6 +57,14 @@ def test_a_student_is_asked_with_the_further_columns_of_its_teacher() -> None:
     assert (made.student_prompt.system, made.student_prompt.user) == ("", "{title}: {text}")
 
 
+@pytest.mark.parametrize("task", [EXTRACT, {"kind": "generate"}, {"kind": "classify"}])
+def test_a_prompt_that_shows_nothing_of_a_row_is_refused(task: dict[str, Any]) -> None:
+    error = error_of(task, prompt={"user": "Of {txet}:"}, dataset={"fields": ["title"]})
+    assert "prompt.user: shows nothing of a row" in error
+    assert "write {text} or {question} or {title} into it" in error
+    assert recipe(task, prompt={"user": "Of {title}:"}, dataset={"fields": ["title"]})
+
+
 def test_an_own_teacher_and_its_student_are_asked_alike() -> None:
     made = recipe(EXTRACT, teacher={"kind": "local"}, dataset={"carve": {"gold": 0.4, "test": 0.2}})
     assert made.student.start == "teacher"
