@@ -66,11 +66,17 @@ def test_a_prompt_that_shows_nothing_of_a_row_is_refused(task: dict[str, Any]) -
 
 
 def test_an_own_teacher_and_its_student_are_asked_alike() -> None:
-    made = recipe(EXTRACT, teacher={"kind": "local"}, dataset={"carve": {"gold": 0.4, "test": 0.2}})
+    gold = {"carve": {"gold": 0.4, "test": 0.2}}
+    made = recipe(EXTRACT, teacher={"kind": "local"}, dataset=gold)
     assert made.student.start == "teacher"
     assert made.student.prompt is None
     assert made.student.gold
     assert made.teacher.for_own_model(made.prompt).max_tokens == made.teacher.max_tokens
+    assert made.teacher.max_tokens == made.task.max_tokens + 1, "the end of an answer is a token"
+    short = recipe({**EXTRACT, "max_tokens": 40}, teacher={"kind": "local"}, dataset=gold)
+    assert short.teacher.max_tokens == 41
+    chosen = {"kind": "local", "max_tokens": 99}
+    assert recipe(EXTRACT, teacher=chosen, dataset=gold).teacher.max_tokens == 99
 
 
 def test_validation_rows_choose_the_form() -> None:
