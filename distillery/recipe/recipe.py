@@ -142,14 +142,15 @@ class Recipe(Slice):
     @model_validator(mode="after")
     def check_shown(self) -> Self:
         """Refuse prompts that show nothing of a row, as with a misspelt placeholder."""
+        if self.task.kind == "choice":
+            return self
         shown = [f"{{{name}}}" for name in ("text", "question", *self.dataset.fields)]
         for key, prompt in (("prompt", self.prompt), ("student.prompt", self.student.prompt)):
-            if prompt and self.task.kind != "choice":
-                if not any(placeholder in prompt.user for placeholder in shown):
-                    raise ValueError(
-                        f"{key}.user: shows nothing of a row, so that all rows would be asked "
-                        f"alike; write {' or '.join(shown)} into it"
-                    )
+            if prompt and not any(placeholder in prompt.user for placeholder in shown):
+                raise ValueError(
+                    f"{key}.user: shows nothing of a row, so that all rows would be asked alike; "
+                    f"write {' or '.join(shown)} into it"
+                )
         return self
 
     @model_validator(mode="after")
