@@ -5,15 +5,25 @@ are equal texts: what is trained, compared and given.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import jsonschema
 import referencing
 import referencing.exceptions
+import referencing.jsonschema
+import regex
 
 UNMET = "does not meet the schema"
 """How the reason begins for a JSON object that does not meet its schema."""
+
+LONGEST_SEARCH_S = 1.0
+"""Seconds for a pattern of a schema in one text, at most: some patterns would take years."""
+
+LARGEST_EXACT = 2**53
+"""Whole numbers below it are the same as a float."""
 
 
 class NotAnAnswer(ValueError):
@@ -26,6 +36,8 @@ def check_schema(schema: Mapping[str, Any]) -> None:
     while they are generated."""
     if schema.get("type") != "object":
         raise ValueError("the answers are objects: write type: object, and their fields below it")
+    if not is_json(schema):
+        raise ValueError("it holds what JSON lacks, such as a date or on: put it into quotes")
     validator_of = jsonschema.validators.validator_for(schema)
     try:
         validator_of.check_schema(schema)
@@ -69,6 +81,15 @@ def grammar_of(schema: Mapping[str, Any], strict: bool = False) -> str:
         raise ValueError("the schema is nested too deep") from error
 
 
+def is_json(value: Any) -> bool:
+    """Return whether a value is the same after it was written as JSON, in which names are texts,
+    and dates and NaN can't be written."""
+    try:
+        return bool(json.loads(json.dumps(value)) == value)
+    except (TypeError, RecursionError):
+        return False
+
+
 def references_in(schema: Any) -> Iterator[str]:
     """Yield each $ref of a schema."""
     if isinstance(schema, Mapping):
@@ -82,14 +103,49 @@ def references_in(schema: Any) -> Iterator[str]:
 
 
 def validator_for(schema: Mapping[str, Any]) -> Any:
-    """Return a validator that asks no other file or server for a part of the schema."""
-    return jsonschema.validators.validator_for(schema)(schema, registry=referencing.Registry())
+    """Return a validator that asks no other file or server for a part of the schema and checks
+    formats, as the grammar holds them too. It raises TimeoutError for a pattern that takes too
+    long."""
+    validator_of = jsonschema.validators.validator_for(schema)
+    return with_limits(validator_of)(
+        schema, registry=referencing.Registry(), format_checker=validator_of.FORMAT_CHECKER
+    )
+
+
+@cache
+def with_limits(validator_of: Any) -> Any:
+    """Return a class of validators that gives patterns up which take too long."""
+    checks = {"pattern": check_pattern, "patternProperties": check_pattern_properties}
+    return jsonschema.validators.extend(validator_of, checks)
+
+
+def is_in(pattern: str, text: str) -> bool:
+    """Return whether a pattern has a match in a text. Raises TimeoutError."""
+    return regex.search(pattern, text, timeout=LONGEST_SEARCH_S) is not None
+
+
+def check_pattern(validator: Any, pattern: str, value: Any, _schema: Any) -> Iterator[Exception]:
+    """Yield an error if a text has no match of a pattern. Raises TimeoutError."""
+    if validator.is_type(value, "string") and not is_in(pattern, value):
+        yield jsonschema.exceptions.ValidationError(f"{value!r} does not match {pattern!r}")
+
+
+def check_pattern_properties(
+    validator: Any, patterns: Mapping[str, Any], value: Any, _schema: Any
+) -> Iterator[Exception]:
+    """Yield the errors of the fields whose names have a match of a pattern. Raises TimeoutError."""
+    if validator.is_type(value, "object"):
+        for pattern, part in patterns.items():
+            for name, below in value.items():
+                if is_in(pattern, name):
+                    yield from validator.descend(below, part, path=name, schema_path=pattern)
 
 
 def canonical(text: str, schema: Mapping[str, Any] | None) -> str:
     """Return an answer as it is trained and compared: without blanks at its ends and, with a
     schema, the JSON text of its object, whose fields are in the schema's order, those that the
-    schema does not list at the end by name, with a blank after each colon and comma.
+    schema does not list at the end by name, with a blank after each colon and comma, and whole
+    numbers without a decimal point.
 
     Raises NotAnAnswer for an empty text, and with a schema for what is no JSON object that meets
     it."""
@@ -99,34 +155,111 @@ def canonical(text: str, schema: Mapping[str, Any] | None) -> str:
     if schema is None:
         return text
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=fields_of)
+    except NotAnAnswer:
+        raise
     except (ValueError, RecursionError) as error:
         raise NotAnAnswer("no JSON") from error
     if not isinstance(value, dict):
         raise NotAnAnswer("JSON, but no object")
-    found = jsonschema.exceptions.best_match(validator_for(schema).iter_errors(value))
+    validator = validator_for(schema)
+    try:
+        # Python reads NaN, 1e999 and half of a surrogate pair, none of which a file can hold.
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+        found = jsonschema.exceptions.best_match(validator.iter_errors(value))
+        if found is None:
+            value = FieldOrder(validator, resolver_for(schema)).ordered(value, [schema])
+    except RecursionError as error:
+        raise NotAnAnswer("JSON that is nested too deep") from error
+    except TimeoutError as error:
+        raise NotAnAnswer("a pattern of the schema takes too long to look for") from error
+    except (ValueError, OverflowError) as error:
+        raise NotAnAnswer("a number or character that JSON can't express") from error
     if found is not None:
         where = "/".join(map(str, found.absolute_path))
         reason = " ".join(found.message.split())[:120]
         raise NotAnAnswer(f"{UNMET}: {f'{where}: ' if where else ''}{reason}")
-    try:
-        text = json.dumps(ordered(value, schema), ensure_ascii=False, allow_nan=False)
-        text.encode()
-    except ValueError as error:
-        # Python reads NaN, 1e999 and half of a surrogate pair, none of which a file can hold.
-        raise NotAnAnswer("a number or character that JSON can't express") from error
-    return text
+    # The grammar takes this character for a control character, unlike json.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
-def ordered(value: Any, schema: Any) -> Any:
-    """Return a JSON value with the fields of each object in the order of its schema's properties,
-    and further ones by name."""
-    properties = schema.get("properties", {}) if isinstance(schema, Mapping) else {}
-    if isinstance(value, dict):
-        names = [name for name in properties if name in value]
-        names += sorted(value.keys() - properties.keys())
-        return {name: ordered(value[name], properties.get(name)) for name in names}
-    if isinstance(value, list):
-        items = schema.get("items") if isinstance(schema, Mapping) else None
-        return [ordered(item, items) for item in value]
-    return value
+def fields_of(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the fields of a JSON object. Raises NotAnAnswer for one that is there twice: which of
+    its values is meant is not known."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        raise NotAnAnswer("JSON with a field twice in one object")
+    return fields
+
+
+def resolver_for(schema: Mapping[str, Any]) -> Any:
+    """Return what looks up the references of a schema in itself."""
+    resource = referencing.Resource.from_contents(
+        schema, default_specification=referencing.jsonschema.DRAFT202012
+    )
+    return referencing.Registry().with_resource("", resource).resolver()
+
+
+@dataclass(frozen=True)
+class FieldOrder:
+    """Puts the fields of objects into the order in which the grammar of their schema writes them: a
+    student that is held to it can write them in no other. `validator` and `resolver` are those of
+    the whole schema."""
+
+    validator: Any
+    resolver: Any
+
+    def ordered(self, value: Any, schemas: Sequence[Any]) -> Any:
+        """Return a JSON value that meets some parts of the schema, with the fields of each object
+        in the order of their properties, then those that are only required, and others by name."""
+        if isinstance(value, float) and value.is_integer() and abs(value) < LARGEST_EXACT:
+            return int(value)
+        if not isinstance(value, dict | list):
+            return value
+        said: dict[str, list[Any]] = {}
+        for schema in schemas:
+            for keyword, content in self.keywords(value, schema):
+                said.setdefault(keyword, []).append(content)
+        if isinstance(value, list):
+            return [self.ordered(item, item_schemas(said, i)) for i, item in enumerate(value)]
+        named = [name for names in said.get("properties", ()) for name in names]
+        named += [name for names in said.get("required", ()) for name in names]
+        names = [name for name in dict.fromkeys(named) if name in value]
+        names += sorted(value.keys() - set(names))
+        return {name: self.ordered(value[name], field_schemas(said, name)) for name in names}
+
+    def keywords(self, value: Any, schema: Any) -> Iterator[tuple[str, Any]]:
+        """Yield the keywords that apply to a value with their content, in the order in which they
+        stand in a schema and in what it refers to and is made of."""
+        if not isinstance(schema, Mapping):
+            return
+        for keyword, content in schema.items():
+            if keyword in ("$ref", "$dynamicRef"):
+                yield from self.keywords(value, self.resolver.lookup(content).contents)
+            elif keyword == "allOf":
+                for part in content:
+                    yield from self.keywords(value, part)
+            elif keyword in ("anyOf", "oneOf"):
+                for part in content:
+                    if self.validator.evolve(schema=part).is_valid(value):
+                        yield from self.keywords(value, part)
+                        break
+            elif keyword == "items" and isinstance(content, list):
+                # Before draft 2020-12.
+                yield "prefixItems", content
+            else:
+                yield keyword, content
+
+
+def field_schemas(said: Mapping[str, Sequence[Any]], name: str) -> list[Any]:
+    """Return the schemas of a field, given the contents of the keywords of its object."""
+    found = [fields[name] for fields in said.get("properties", ()) if name in fields]
+    for patterns in said.get("patternProperties", ()):
+        found += [part for pattern, part in patterns.items() if is_in(pattern, name)]
+    return found or list(said.get("additionalProperties", ()))
+
+
+def item_schemas(said: Mapping[str, Sequence[Any]], position: int) -> list[Any]:
+    """Return the schemas of an item, given the contents of the keywords of its list."""
+    first = [parts[position] for parts in said.get("prefixItems", ()) if position < len(parts)]
+    return first or list(said.get("items", ()))

@@ -1,10 +1,14 @@
 """Written answers: what is one, and how it is written."""
 
+import datetime
+import json
+import math
 from typing import Any
 
 import pytest
+from llguidance import LLMatcher, LLTokenizer
 
-from distillery.answers import NotAnAnswer, canonical, check_schema
+from distillery.answers import NotAnAnswer, canonical, check_schema, grammar_of
 
 SCHEMA: dict[str, Any] = {
     "type": "object",
@@ -28,6 +32,11 @@ SCHEMA: dict[str, Any] = {
             '{"city": "Å", "days": [{"from": 1, "to": 2}], "extra": 1}',
         ),
         ('{"city": "a\\u00e9\\n"}', '{"city": "aé\\n"}'),
+        ('{"city": "Oslo", "n": 230.0}', '{"city": "Oslo", "n": 230}'),
+        (
+            '{"city": "Oslo", "n": [-0.0, 1e3, 1e22, 0.5]}',
+            '{"city": "Oslo", "n": [0, 1000, 1e+22, 0.5]}',
+        ),
     ],
 )
 def test_equal_objects_are_equal_texts(text: str, answer: str) -> None:
@@ -47,12 +56,106 @@ def test_equal_objects_are_equal_texts(text: str, answer: str) -> None:
         ('{"city": "Oslo", "n": NaN}', "a number or character that JSON can't express"),
         ('{"city": "Oslo", "n": 1e999}', "a number or character that JSON can't express"),
         ('{"city": "\\ud800"}', "a number or character that JSON can't express"),
+        ('{"city": "Oslo", "city": "Bergen"}', "JSON with a field twice in one object"),
+        ('{"city": "Oslo", "n": ' + "[" * 900 + "]" * 900 + "}", "JSON that is nested too deep"),
     ],
 )
 def test_what_is_no_answer_says_why(text: str, reason: str) -> None:
     with pytest.raises(NotAnAnswer) as error:
         canonical(text, SCHEMA)
     assert str(error.value) == reason
+
+
+PAIR = {
+    "type": "object",
+    "properties": {"b": {"type": "integer"}, "a": {"type": "integer"}},
+    "additionalProperties": False,
+}
+"""A schema whose fields are not in the order of their names."""
+
+
+def with_x(part: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """Return a schema of objects with a field x, and PAIR to refer to."""
+    return {"type": "object", "properties": {"x": part}, "$defs": {"pair": PAIR}, **more}
+
+
+@pytest.mark.parametrize(
+    ("schema", "value"),
+    [
+        (with_x({"$ref": "#/$defs/pair"}), {"x": {"a": 1, "b": 2}}),
+        (with_x({"anyOf": [{"type": "null"}, {"$ref": "#/$defs/pair"}]}), {"x": {"a": 1, "b": 2}}),
+        (with_x({"type": "array", "items": {"$ref": "#/$defs/pair"}}), {"x": [{"a": 1, "b": 2}]}),
+        (with_x({"type": "array", "prefixItems": [PAIR]}), {"x": [{"a": 1, "b": 2}]}),
+        (
+            with_x(
+                {"type": "array", "items": [PAIR]},
+                **{"$schema": "http://json-schema.org/draft-07/schema#"},
+            ),
+            {"x": [{"a": 1, "b": 2}]},
+        ),
+        (with_x({}, additionalProperties=PAIR), {"k": {"a": 1, "b": 2}, "x": 0}),
+        (with_x({}, patternProperties={"^k": PAIR}), {"k": {"a": 1, "b": 2}, "x": 0}),
+        (with_x({}, allOf=[{"properties": PAIR["properties"]}]), {"a": 1, "b": 2, "x": 0}),
+        (
+            {
+                "type": "object",
+                "allOf": [{"properties": PAIR["properties"]}],
+                "properties": {"0": {}},
+            },
+            {"0": 0, "a": 1, "b": 2},
+        ),
+        (with_x({}, required=["z", "c"]), {"c": 1, "x": 2, "z": 3}),
+        (with_x({"type": "integer"}), {"x": 1.0}),
+        (with_x({"type": "string"}), {"x": '\x7f\x00\u2028ä"\\'}),
+    ],
+)
+def test_a_student_that_is_held_to_the_schema_can_write_the_answer(
+    schema: dict[str, Any], value: dict[str, Any]
+) -> None:
+    check_schema(schema)
+    text = canonical(json.dumps(value), schema)
+    assert json.loads(text) == value
+    tokenizer = LLTokenizer("byte")
+    matcher = LLMatcher(tokenizer, grammar_of(schema))
+    tokens = tokenizer.tokenize_str(text)
+    assert matcher.try_consume_tokens(tokens) == len(tokens), text
+    assert matcher.is_accepting()
+
+
+@pytest.mark.parametrize("number", ["1" + "0" * 400, "1e999", "NaN"])
+def test_a_number_that_no_float_holds_is_told(number: str) -> None:
+    schema = {"type": "object", "properties": {"n": {"type": "number", "multipleOf": 0.1}}}
+    with pytest.raises(NotAnAnswer, match="a number or character"):
+        canonical(f'{{"n": {number}}}', schema)
+
+
+@pytest.mark.parametrize(
+    ("part", "text"),
+    [
+        ({"properties": {"x": {"type": "string", "pattern": "^(a|aa)+$"}}}, '{"x": "%s!"}'),
+        ({"patternProperties": {"^(a|aa)+$": {"type": "null"}}}, '{"%s!": 1}'),
+    ],
+)
+def test_a_pattern_that_would_take_years_is_given_up(part: dict[str, Any], text: str) -> None:
+    schema = {"type": "object", **part}
+    check_schema(schema)
+    with pytest.raises(NotAnAnswer, match="takes too long"):
+        canonical(text % ("a" * 60), schema)
+
+
+def test_a_format_is_looked_at() -> None:
+    schema = with_x({"type": "string", "format": "date"})
+    assert canonical('{"x": "2026-02-28"}', schema)
+    with pytest.raises(NotAnAnswer, match="x: '2026-02-31' is not a 'date'"):
+        canonical('{"x": "2026-02-31"}', schema)
+
+
+@pytest.mark.parametrize(
+    "part", [{"const": datetime.date(2026, 2, 1)}, {"const": math.nan}, {"properties": {True: {}}}]
+)
+def test_what_yaml_reads_as_no_json_is_refused(part: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="put it into quotes"):
+        check_schema(with_x(part))
 
 
 def test_a_text_is_an_answer_unless_it_is_empty() -> None:

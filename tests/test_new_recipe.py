@@ -264,7 +264,8 @@ def test_a_csv_of_json_texts_and_a_bad_one() -> None:
     Path("slots.csv").write_text("\n".join(lines) + "\n")
     said = run("slots.csv")
     assert load_recipe("slots.yaml").task.kind == "extract"
-    assert "slots.csv:122: slots: no JSON; correct the row" in said
+    reason = "no JSON (Expecting value: line 1 column 1 (char 0))"
+    assert f"slots.csv:122: slots: {reason}; correct the row" in said
 
 
 def test_text_as_an_answer_is_named_by_the_task() -> None:

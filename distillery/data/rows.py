@@ -206,7 +206,9 @@ def to_written(value: Any, answer_format: AnswerFormat, where: str) -> str | Non
     try:
         return canonical(text, answer_format.json_schema)
     except NotAnAnswer as error:
-        raise DataError(f"{where}: {error}; correct the row") from error
+        cause = error.__cause__
+        what = f"{error} ({cause})" if isinstance(cause, json.JSONDecodeError) else str(error)
+        raise DataError(f"{where}: {what}; correct the row") from error
 
 
 def to_text(value: Any, where: str) -> str:

@@ -65,11 +65,14 @@ def read_again(question: Question, stored: StoredAnswer, recipe: TeacherRecipe) 
     """Return a stored answer as its text is read today.
 
     What it was read as stays where it is read as nothing today: a stricter reader takes no label
-    away that was paid for. The probabilities that came with it belong to the letter or class that
-    it was read as; they are left out if it is another one now."""
+    away that was paid for. Written answers are no labels then, since another schema may say so; an
+    earlier one takes them again. The probabilities that came with it belong to the letter or class
+    that it was read as; they are left out if it is another one now."""
     if not is_read(question, stored.reason, recipe):
         return stored
-    letter, _ = read_text(question, stored.raw, stored.reason.startswith(CUT_OFF))
+    letter, unread = read_text(question, stored.raw, stored.reason.startswith(CUT_OFF))
+    if letter is None and question.row.format:
+        return replace(stored, answer=None, reason=unread)
     if letter is None or letter == stored.answer:
         return stored
     return replace(stored, answer=letter, distribution=None, reason="")

@@ -8,6 +8,7 @@ from pydantic import BaseModel
 
 from distillery.recipe.dataset import Role
 from distillery.recipe.export import ExportForm
+from distillery.recipe.task import TaskRecipe
 
 PRESETS = ("demo", "lab")
 
@@ -75,6 +76,12 @@ def ladder_unless_chosen(
     return ladder
 
 
+def longest_answer(task: dict[str, Any]) -> int:
+    """Return the task.max_tokens of a recipe, or the default where there is none that can be."""
+    found = task.get("max_tokens")
+    return found if isinstance(found, int) else int(TaskRecipe.model_fields["max_tokens"].default)
+
+
 def written_values(values: dict[str, Any]) -> dict[str, Any]:
     """Return what a recipe `values` with task.kind: extract or generate starts from:
     presets/write.yaml, with the parts for its kinds of task and teacher. The student is asked with
@@ -85,6 +92,9 @@ def written_values(values: dict[str, Any]) -> dict[str, Any]:
     parts = ("own teacher", "other teacher", "told the schema", "validated")
     own, other, told, validated = (shipped.pop(name) for name in parts)
     both: dict[str, Any] = {**shipped, **(own if kind == "local" else other)}
+    if kind == "local":
+        # A longer label would be set aside, and a teacher that learnt little hardly ever ends.
+        both["teacher"]["max_tokens"] = longest_answer(values["task"]) + 1
     if kind == "endpoint" and values["task"]["kind"] == "extract":
         both["prompt"] |= told["prompt"]
         both["teacher"] |= told["teacher"]

@@ -140,6 +140,20 @@ class Recipe(Slice):
         return self
 
     @model_validator(mode="after")
+    def check_shown(self) -> Self:
+        """Refuse prompts that show nothing of a row, as with a misspelt placeholder."""
+        if self.task.kind == "choice":
+            return self
+        shown = [f"{{{name}}}" for name in ("text", "question", *self.dataset.fields)]
+        for key, prompt in (("prompt", self.prompt), ("student.prompt", self.student.prompt)):
+            if prompt and not any(placeholder in prompt.user for placeholder in shown):
+                raise ValueError(
+                    f"{key}.user: shows nothing of a row, so that all rows would be asked alike; "
+                    f"write {' or '.join(shown)} into it"
+                )
+        return self
+
+    @model_validator(mode="after")
     def check_settings_of_choices(self) -> Self:
         """Refuse for written answers what has a meaning only where an answer is chosen."""
         if not self.task.writes:

@@ -74,7 +74,12 @@ def test_a_csv_holds_json_text(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("answer", "reason"),
     [
-        ("Oslo", "no JSON"),
+        ("Oslo", "no JSON (Expecting value: line 1 column 1 (char 0))"),
+        (
+            "{'city': 'Oslo'}",
+            "no JSON (Expecting property name enclosed in double quotes: line 1 column 2 (char 1))",
+        ),
+        ('{"city": "Oslo", "city": "Bergen"}', "JSON with a field twice in one object"),
         ({"city": 1}, "does not meet the schema: city: 1 is not of type 'string'"),
         (["Oslo"], "list where text belongs"),
     ],

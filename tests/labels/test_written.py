@@ -121,16 +121,19 @@ async def test_stored_answers_are_read_again_and_never_asked_again(tmp_path: Pat
         assert labels_in(tmp_path) == first
 
 
-async def test_another_schema_reads_what_was_rejected(tmp_path: Path) -> None:
+async def test_another_schema_reads_all_answers_again(tmp_path: Path) -> None:
     prompt = PROMPT.model_copy(update={"system": ""})
     told = TEACHER.model_copy(update={"answers": TeacherRecipe().answers})
     wider = AnswerFormat(max_tokens=40, json_schema={"type": "object"}, metric="field_f1")
+    needs_text = {"type": "object", "properties": {"days": {"type": "string"}}}
+    other = AnswerFormat(max_tokens=40, json_schema=needs_text, metric="field_f1")
     found = {}
     with (
         ChatEndpoint(answer) as server,
         LabelStore(f"sqlite:///{tmp_path / 'labels.db'}") as store,
     ):
-        for name, form in {"first": FIELDS, "wider": wider}.items():
+        formats = {"first": FIELDS, "wider": wider, "other": other, "again": FIELDS}
+        for name, form in formats.items():
             rows = [row("plain", form), row("unmet", form)]
             out = tmp_path / name / "out"
             await label(rows, prompt, told, endpoint_of(server), store, out)
@@ -141,6 +144,11 @@ async def test_another_schema_reads_what_was_rejected(tmp_path: Path) -> None:
         "plain": '{"city": "Oslo", "days": 2}',
         "unmet": '{"days": "two"}',
     }
+    assert found["other"] == {"unmet": '{"days": "two"}'}, "the label for the first is none here"
+    rejected = read_lines(tmp_path / "other" / "out" / "rejected.jsonl")
+    reason = "does not meet the schema: days: 2 is not of type 'string'"
+    assert [(line["example_id"], line["reason"]) for line in rejected] == [("plain", reason)]
+    assert found["again"] == found["first"]
 
 
 def test_an_answer_that_was_held_to_another_schema_is_another_request() -> None:
@@ -213,7 +221,7 @@ def test_labels_from_files_are_read_like_the_rows(tmp_path: Path) -> None:
     assert labels["a"].answer == '{"city": "Oslo", "days": 2}'
     assert labels["b"].answer == '{"days": 1}'
     path.write_text('{"example_id": "a", "answer": "Oslo"}\n')
-    with pytest.raises(DataError, match=r"labels.jsonl:1: answer: no JSON; correct the row"):
+    with pytest.raises(DataError, match=r"labels.jsonl:1: answer: no JSON \(.*\); correct the row"):
         read_label_files([str(path)], [row("a")])
 
 

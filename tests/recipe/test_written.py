@@ -57,12 +57,26 @@ def test_a_student_is_asked_with_the_further_columns_of_its_teacher() -> None:
     assert (made.student_prompt.system, made.student_prompt.user) == ("", "{title}: {text}")
 
 
+@pytest.mark.parametrize("task", [EXTRACT, {"kind": "generate"}, {"kind": "classify"}])
+def test_a_prompt_that_shows_nothing_of_a_row_is_refused(task: dict[str, Any]) -> None:
+    error = error_of(task, prompt={"user": "Of {txet}:"}, dataset={"fields": ["title"]})
+    assert "prompt.user: shows nothing of a row" in error
+    assert "write {text} or {question} or {title} into it" in error
+    assert recipe(task, prompt={"user": "Of {title}:"}, dataset={"fields": ["title"]})
+
+
 def test_an_own_teacher_and_its_student_are_asked_alike() -> None:
-    made = recipe(EXTRACT, teacher={"kind": "local"}, dataset={"carve": {"gold": 0.4, "test": 0.2}})
+    gold = {"carve": {"gold": 0.4, "test": 0.2}}
+    made = recipe(EXTRACT, teacher={"kind": "local"}, dataset=gold)
     assert made.student.start == "teacher"
     assert made.student.prompt is None
     assert made.student.gold
     assert made.teacher.for_own_model(made.prompt).max_tokens == made.teacher.max_tokens
+    assert made.teacher.max_tokens == made.task.max_tokens + 1, "the end of an answer is a token"
+    short = recipe({**EXTRACT, "max_tokens": 40}, teacher={"kind": "local"}, dataset=gold)
+    assert short.teacher.max_tokens == 41
+    chosen = {"kind": "local", "max_tokens": 99}
+    assert recipe(EXTRACT, teacher=chosen, dataset=gold).teacher.max_tokens == 99
 
 
 def test_validation_rows_choose_the_form() -> None:

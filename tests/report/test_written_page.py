@@ -1,7 +1,9 @@
 """The page of a run whose answers are written: text against text, with what differs."""
 
 import json
+import random
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -80,3 +82,14 @@ def test_what_differs_is_told_word_by_word() -> None:
         Piece("missing", ", parked"),
     ]
     assert pieces("same", ["other", "same"]) == [Piece("same", "same")]
+
+
+def test_long_texts_are_compared_at_once() -> None:
+    chance = random.Random(0)
+    known = [f"w{number}" for number in range(300)]
+    answer, gold = (" ".join(chance.choices(known, k=3000)) for _ in range(2))
+    started = time.process_time()
+    found = pieces(answer, [gold])
+    assert time.process_time() - started < 2, "a page has thousands of them"
+    assert "".join(piece.text for piece in found if piece.kind != "missing") == answer
+    assert "".join(piece.text for piece in found if piece.kind != "added") == gold
