@@ -5,12 +5,22 @@ are equal texts: what is trained, compared and given.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from decimal import Decimal
 from typing import Any
 
 import jsonschema
 import referencing
 import referencing.exceptions
+import referencing.jsonschema
+
+EXACT = 2.0**53
+"""From here on, a number with a point may be no whole number that was meant."""
+
+LARGEST_MULTIPLE = 10_000
+"""A grammar's numbers are told apart by their remainders: of 1,000,000, that takes 10 s and half a
+GiB."""
 
 UNMET = "does not meet the schema"
 """How the reason begins for a JSON object that does not meet its schema."""
@@ -49,14 +59,23 @@ def check_schema(schema: Mapping[str, Any]) -> None:
         raise ValueError(f"no answer can be held to it: {' '.join(complaints[0].split())[:200]}")
 
 
-def grammar_of(schema: Mapping[str, Any], strict: bool = False) -> str:
-    """Return llguidance's grammar of the texts of `canonical` that meet a schema. With `strict`, a
-    keyword that it does not know, such as uniqueItems, is an error of the grammar; else it is
-    passed over.
+def grammar_of(schema: Mapping[str, Any], strict: bool = False, begin: str = "") -> str:
+    """Return llguidance's grammar of the texts of `canonical` that meet a schema, `begin` before
+    each. With `strict`, a keyword that it does not know, such as uniqueItems, is an error of the
+    grammar; else it is passed over.
 
-    Raises ValueError for a schema that is nested too deep."""
+    Raises ValueError for a schema that is nested too deep or has too large a multipleOf."""
     from llguidance import LLMatcher
 
+    try:
+        multiple = math.prod(set(multiples_in(schema)))
+    except RecursionError as error:
+        raise ValueError("the schema is nested too deep") from error
+    if multiple > LARGEST_MULTIPLE:
+        raise ValueError(
+            f"multipleOf: those of a schema may have a product of {LARGEST_MULTIPLE:,}, without "
+            "their decimal points"
+        )
     options: Any = {
         "whitespace_flexible": False,
         "item_separator": ", ",
@@ -64,9 +83,25 @@ def grammar_of(schema: Mapping[str, Any], strict: bool = False) -> str:
         "lenient": not strict,
     }
     try:
-        return LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=options)
+        text = json.dumps({**schema, "x-guidance": options})
+        if begin:
+            return f"start: {json.dumps(begin)} answer\nanswer: %json {text}"
+        return LLMatcher.grammar_from_json_schema(text)
     except (ValueError, RecursionError) as error:
         raise ValueError("the schema is nested too deep") from error
+
+
+def multiples_in(schema: Any) -> Iterator[int]:
+    """Yield each multipleOf of a schema, without its decimal point: 25 of 0.25."""
+    if isinstance(schema, Mapping):
+        found = schema.get("multipleOf")
+        if isinstance(found, int | float) and found and math.isfinite(found):
+            number = Decimal(repr(abs(found))).normalize()
+            yield int(max(number, number.scaleb(-int(number.as_tuple().exponent))))
+    inner = schema.values() if isinstance(schema, Mapping) else schema
+    if isinstance(inner, Iterable) and not isinstance(inner, str):
+        for value in inner:
+            yield from multiples_in(value)
 
 
 def references_in(schema: Any) -> Iterator[str]:
@@ -82,14 +117,17 @@ def references_in(schema: Any) -> Iterator[str]:
 
 
 def validator_for(schema: Mapping[str, Any]) -> Any:
-    """Return a validator that asks no other file or server for a part of the schema."""
-    return jsonschema.validators.validator_for(schema)(schema, registry=referencing.Registry())
+    """Return a validator that asks no other file or server for a part of the schema. It looks at
+    formats such as date, since the grammar of the schema has them."""
+    kind = jsonschema.validators.validator_for(schema)
+    return kind(schema, registry=referencing.Registry(), format_checker=kind.FORMAT_CHECKER)
 
 
 def canonical(text: str, schema: Mapping[str, Any] | None) -> str:
     """Return an answer as it is trained and compared: without blanks at its ends and, with a
     schema, the JSON text of its object, whose fields are in the schema's order, those that the
-    schema does not list at the end by name, with a blank after each colon and comma.
+    schema does not list at the end by name, with a blank after each colon and comma. It is one of
+    the texts of `grammar_of`, so that a student may write what it has learnt.
 
     Raises NotAnAnswer for an empty text, and with a schema for what is no JSON object that meets
     it."""
@@ -110,23 +148,68 @@ def canonical(text: str, schema: Mapping[str, Any] | None) -> str:
         reason = " ".join(found.message.split())[:120]
         raise NotAnAnswer(f"{UNMET}: {f'{where}: ' if where else ''}{reason}")
     try:
-        text = json.dumps(ordered(value, schema), ensure_ascii=False, allow_nan=False)
+        value = Ordering(schema).ordered(value, schema)
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
         text.encode()
     except ValueError as error:
         # Python reads NaN, 1e999 and half of a surrogate pair, none of which a file can hold.
         raise NotAnAnswer("a number or character that JSON can't express") from error
-    return text
+    # A grammar's texts have this character as an escape only.
+    return text.replace("\x7f", "\\u007f")
 
 
-def ordered(value: Any, schema: Any) -> Any:
-    """Return a JSON value with the fields of each object in the order of its schema's properties,
-    and further ones by name."""
-    properties = schema.get("properties", {}) if isinstance(schema, Mapping) else {}
-    if isinstance(value, dict):
-        names = [name for name in properties if name in value]
-        names += sorted(value.keys() - properties.keys())
-        return {name: ordered(value[name], properties.get(name)) for name in names}
-    if isinstance(value, list):
-        items = schema.get("items") if isinstance(schema, Mapping) else None
-        return [ordered(item, items) for item in value]
-    return value
+class Ordering:
+    """Orders the fields of JSON values as the grammar of a schema does."""
+
+    def __init__(self, schema: Mapping[str, Any]) -> None:
+        self.schema, self._validator = schema, validator_for(schema)
+        resource = referencing.Resource.from_contents(
+            schema, default_specification=referencing.jsonschema.DRAFT202012
+        )
+        self._resolver = referencing.Registry().resolver_with_root(resource)
+
+    def ordered(self, value: Any, schema: Any) -> Any:
+        """Return a value that meets `schema`, which is a part of the whole one, with the fields of
+        each object in its order: as it and the parts that it refers to list them, then others that
+        it requires, then further ones by name. Whole numbers have no point."""
+        if isinstance(value, float) and value.is_integer() and abs(value) < EXACT:
+            return int(value)
+        if not isinstance(value, dict | list):
+            return value
+        keywords = list(self.keywords(schema, value))
+        for keyword, content in keywords:
+            for known in content if keyword == "enum" else [content] * (keyword == "const"):
+                if json.dumps(known, sort_keys=True) == json.dumps(value, sort_keys=True):
+                    return known
+        if isinstance(value, list):
+            first: list[Any] = next((own for name, own in keywords if name == "prefixItems"), [])
+            other = next((own for name, own in keywords if name == "items"), None)
+            items = zip(value, [*first, *[other] * len(value)], strict=False)
+            return [self.ordered(item, own) for item, own in items]
+        fields: dict[str, Any] = {}
+        for keyword, content in keywords:
+            if keyword == "properties":
+                fields |= {name: content[name] for name in content if name not in fields}
+        for keyword, content in keywords:
+            if keyword == "required":
+                fields |= {name: None for name in content if name not in fields}
+        names = [name for name in fields if name in value]
+        names += sorted(value.keys() - fields.keys())
+        return {name: self.ordered(value[name], fields.get(name)) for name in names}
+
+    def keywords(self, schema: Any, value: Any) -> Iterator[tuple[str, Any]]:
+        """Yield the keywords of a schema in its order, with those of what it refers to, of all of
+        its allOf, and of anyOf and oneOf those of the first part that the value meets."""
+        for keyword, content in schema.items() if isinstance(schema, Mapping) else ():
+            if keyword == "$ref":
+                yield from self.keywords(self._resolver.lookup(content).contents, value)
+            elif keyword == "allOf":
+                for part in content:
+                    yield from self.keywords(part, value)
+            elif keyword in ("anyOf", "oneOf"):
+                met = (
+                    part for part in content if self._validator.evolve(schema=part).is_valid(value)
+                )
+                yield from self.keywords(next(met, None), value)
+            else:
+                yield keyword, content
