@@ -5,9 +5,12 @@ are equal texts: what is trained, compared and given.
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from functools import cache
+from itertools import chain
 from typing import Any
 
 import jsonschema
@@ -15,6 +18,10 @@ import referencing
 import referencing.exceptions
 import referencing.jsonschema
 import regex
+
+LARGEST_MULTIPLE = 10_000
+"""A grammar's numbers are told apart by their remainders: of 1,000,000, that takes 10 s and half a
+GiB."""
 
 UNMET = "does not meet the schema"
 """How the reason begins for a JSON object that does not meet its schema."""
@@ -61,14 +68,23 @@ def check_schema(schema: Mapping[str, Any]) -> None:
         raise ValueError(f"no answer can be held to it: {' '.join(complaints[0].split())[:200]}")
 
 
-def grammar_of(schema: Mapping[str, Any], strict: bool = False) -> str:
-    """Return llguidance's grammar of the texts of `canonical` that meet a schema. With `strict`, a
-    keyword that it does not know, such as uniqueItems, is an error of the grammar; else it is
-    passed over.
+def grammar_of(schema: Mapping[str, Any], strict: bool = False, begin: str = "") -> str:
+    """Return llguidance's grammar of the texts of `canonical` that meet a schema, `begin` before
+    each. With `strict`, a keyword that it does not know, such as uniqueItems, is an error of the
+    grammar; else it is passed over.
 
-    Raises ValueError for a schema that is nested too deep."""
+    Raises ValueError for a schema that is nested too deep or has too large a multipleOf."""
     from llguidance import LLMatcher
 
+    try:
+        multiple = math.prod(set(multiples_in(schema)))
+    except RecursionError as error:
+        raise ValueError("the schema is nested too deep") from error
+    if multiple > LARGEST_MULTIPLE:
+        raise ValueError(
+            f"multipleOf: those of a schema may have a product of {LARGEST_MULTIPLE:,}, without "
+            "their decimal points"
+        )
     options: Any = {
         "whitespace_flexible": False,
         "item_separator": ", ",
@@ -76,7 +92,10 @@ def grammar_of(schema: Mapping[str, Any], strict: bool = False) -> str:
         "lenient": not strict,
     }
     try:
-        return LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=options)
+        text = json.dumps({**schema, "x-guidance": options})
+        if begin:
+            return f"start: {json.dumps(begin)} answer\nanswer: %json {text}"
+        return LLMatcher.grammar_from_json_schema(text)
     except (ValueError, RecursionError) as error:
         raise ValueError("the schema is nested too deep") from error
 
@@ -88,6 +107,19 @@ def is_json(value: Any) -> bool:
         return bool(json.loads(json.dumps(value)) == value)
     except (TypeError, RecursionError):
         return False
+
+
+def multiples_in(schema: Any) -> Iterator[int]:
+    """Yield each multipleOf of a schema, without its decimal point: 25 of 0.25."""
+    if isinstance(schema, Mapping):
+        found = schema.get("multipleOf")
+        if isinstance(found, int | float) and found and math.isfinite(found):
+            number = Decimal(repr(abs(found))).normalize()
+            yield int(max(number, number.scaleb(-int(number.as_tuple().exponent))))
+    inner = schema.values() if isinstance(schema, Mapping) else schema
+    if isinstance(inner, Iterable) and not isinstance(inner, str):
+        for value in inner:
+            yield from multiples_in(value)
 
 
 def references_in(schema: Any) -> Iterator[str]:
@@ -211,7 +243,8 @@ class FieldOrder:
 
     def ordered(self, value: Any, schemas: Sequence[Any]) -> Any:
         """Return a JSON value that meets some parts of the schema, with the fields of each object
-        in the order of their properties, then those that are only required, and others by name."""
+        in the order of their properties, then those that are only required, and others by name; a
+        value of const or enum as it stands there."""
         if isinstance(value, float) and value.is_integer() and abs(value) < LARGEST_EXACT:
             return int(value)
         if not isinstance(value, dict | list):
@@ -220,6 +253,10 @@ class FieldOrder:
         for schema in schemas:
             for keyword, content in self.keywords(value, schema):
                 said.setdefault(keyword, []).append(content)
+        for known in [*said.get("const", ()), *chain.from_iterable(said.get("enum", ()))]:
+            # As JSON: in Python, 1 equals true.
+            if json.dumps(known, sort_keys=True) == json.dumps(value, sort_keys=True):
+                return known
         if isinstance(value, list):
             return [self.ordered(item, item_schemas(said, i)) for i, item in enumerate(value)]
         named = [name for names in said.get("properties", ()) for name in names]

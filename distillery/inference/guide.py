@@ -21,9 +21,20 @@ class Guides:
     tokens that end an answer."""
 
     def __init__(self, tokenizer: str, end_ids: Collection[int]) -> None:
+        """Prepare the vocabulary. Raises SchemaNotHeld for a tokenizer of an unknown kind."""
         from llguidance import LLTokenizer
+        from tokenizers import Tokenizer
 
-        self._tokenizer = LLTokenizer(tokenizer, eos_token=sorted(end_ids))
+        try:
+            self._tokenizer = LLTokenizer(tokenizer, eos_token=sorted(end_ids))
+        except ValueError as error:
+            reason = " ".join(str(error).split())[:200]
+            raise SchemaNotHeld(
+                f"no answer can be held to a schema with this tokenizer: {reason}"
+            ) from error
+        # Tokenizers as Llama 2's put a blank before each text, those that are learnt included.
+        first = Tokenizer.from_str(tokenizer).encode("{", add_special_tokens=False).ids
+        self._begin = " " if self._tokenizer.decode_bytes(first).startswith(b" ") else ""
 
     def start(self, schema: Mapping[str, Any], strict: bool = False) -> "Guide":
         """Return a guide at the beginning of an answer. With `strict`, all of the schema must be
@@ -33,12 +44,11 @@ class Guides:
         from llguidance import LLMatcher
 
         try:
-            grammar = grammar_of(schema, strict)
+            grammar = grammar_of(schema, strict, self._begin)
         except ValueError as error:
             raise SchemaNotHeld(str(error)) from error
         matcher = LLMatcher(self._tokenizer, grammar, log_level=0)
-        if matcher.is_error():
-            raise SchemaNotHeld(" ".join(matcher.get_error().split())[:200])
+        require_no_error(matcher)
         return Guide(matcher)
 
 
@@ -50,8 +60,12 @@ class Guide:
         self.complete = False
 
     def masked(self, logits: Logits) -> Logits:
-        """Return the logits, [vocabulary], with -inf for the tokens that may not follow."""
+        """Return the logits, [vocabulary], with -inf for the tokens that may not follow.
+
+        Raises SchemaNotHeld where what may follow is too much to be found out."""
         bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
+        # It would let the answer end here.
+        require_no_error(self._matcher)
         may_follow = np.unpackbits(bits, bitorder="little")[: len(logits)]
         # A head may have more rows than the tokenizer has tokens.
         found = np.full_like(logits, -np.inf)
@@ -60,6 +74,15 @@ class Guide:
         return found
 
     def take(self, token: int) -> None:
-        """Go on behind `token`, one of those that may follow."""
+        """Go on behind `token`, one of those that may follow. Raises SchemaNotHeld as `masked`
+        does."""
         self._matcher.consume_token(token)
+        require_no_error(self._matcher)
         self.complete = self._matcher.is_stopped()
+
+
+def require_no_error(matcher: Any) -> None:
+    """Raise SchemaNotHeld with the first line of a matcher's error."""
+    if matcher.is_error():
+        reason = matcher.get_error().partition("<")[0]
+        raise SchemaNotHeld(" ".join(reason.split())[:200])

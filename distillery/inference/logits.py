@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from distillery.errors import ModelError
+
 Logits = NDArray[np.float32]
 """One logit for each token of the vocabulary, [vocabulary]."""
 
@@ -28,8 +30,17 @@ Draw = Callable[[Logits], int]
 
 
 def likeliest(logits: Logits) -> int:
-    """Return the most probable token."""
-    return int(logits.argmax())
+    """Return the most probable token. Raises ModelError as `require_finite` does."""
+    token = int(logits.argmax())
+    require_finite(logits[token])
+    return token
+
+
+def require_finite(largest: Any) -> None:
+    """Raise ModelError unless the largest of logits is a finite number: else there is one that is
+    NaN or infinite, or no token may follow."""
+    if not np.isfinite(largest):
+        raise ModelError(f"its largest logit is {largest}, so that no token can be taken")
 
 
 def token_sampler(
@@ -42,13 +53,15 @@ def token_sampler(
 
     At temperature 0 it is the most probable one; else it is drawn from the smallest set of tokens
     that holds `top_p` of the probability (Holtzman et al., The Curious Case of Neural Text
-    Degeneration, 2020). With `top_k`, only that many of the most probable tokens count.
+    Degeneration, 2020). With `top_k`, only that many of the most probable tokens count. The
+    function raises ModelError as `require_finite` does.
     """
     if temperature == 0:
         return likeliest
     generator = np.random.default_rng(seed)
 
     def draw(logits: Logits) -> int:
+        require_finite(logits.max())
         shifted = logits.astype(np.float64) - logits.max()
         probabilities = np.exp(log_softmax(shifted / temperature))
         order = np.argsort(-probabilities, kind="stable")[:top_k]

@@ -14,7 +14,7 @@ from tiny_model import ARCHITECTURES
 from distillery.answers import NotAnAnswer, canonical
 from distillery.data.examples import read_format, write_examples, write_format
 from distillery.data.rows import RowReader
-from distillery.errors import DataError, SchemaNotHeld
+from distillery.errors import DataError, ModelError, SchemaNotHeld
 from distillery.evaluation.predictors import logits_after_prompt
 from distillery.evaluation.scoring import ModelToScore, score_model
 from distillery.evaluation.writing import TransformersWriter
@@ -23,6 +23,7 @@ from distillery.inference.batch import read_rows, score_file
 from distillery.inference.batch_student import load_for_rows
 from distillery.inference.generation import Answering, Written, generated, written
 from distillery.inference.guide import Guides
+from distillery.inference.logits import token_sampler
 from distillery.inference.onnx_student import OnnxStudent
 from distillery.labels.known import gold_labels
 from distillery.models.device import choose_device
@@ -278,6 +279,10 @@ def test_a_schema_that_can_t_be_held_is_told(guides: Guides) -> None:
         ({"$ref": "http://elsewhere/schema"}, "elsewhere"),
         ({"type": "strin"}, "Invalid type"),
         ({"properties": {"a": False}, "required": ["a"], "type": "object"}, "Unsatisfiable"),
+        # Without a limit, minutes and gigabytes.
+        ({"multipleOf": 9_999_991}, "multipleOf"),
+        ({"allOf": [{"multipleOf": 9973}, {"multipleOf": 0.97}], "$defs": {"a": 0}}, "multipleOf"),
+        ({"anyOf": [{"multipleOf": -1e9}, {"multipleOf": 0}]}, "multipleOf"),
     ]:
         with pytest.raises(SchemaNotHeld, match=reason):
             guides.start(schema)
@@ -285,6 +290,58 @@ def test_a_schema_that_can_t_be_held_is_told(guides: Guides) -> None:
     guides.start(unknown)
     with pytest.raises(SchemaNotHeld, match="uniqueItems"):
         guides.start(unknown, strict=True)
+
+
+@pytest.mark.parametrize("scheme", ["first", "never"])
+def test_a_blank_that_the_tokenizer_puts_before_a_text_may_follow(scheme: Any) -> None:
+    """As in Llama 2 and Phi-3: the student has learnt texts with the blank."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer: Any = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence(steps)
+    text = '{"kind": "oven", "where": "a"}'
+    trainer = trainers.BpeTrainer(vocab_size=60, special_tokens=["<s>", "</s>"])
+    tokenizer.train_from_iterator([text] * 20, trainer)
+    guide = Guides(tokenizer.to_str(), {1}).start(SCHEMA, strict=True)
+    tokens = tokenizer.encode(text).ids
+    for token in tokens:
+        assert np.isfinite(guide.masked(np.zeros(60, np.float32))[token])
+        guide.take(token)
+    assert guide.complete
+    assert tokenizer.decode(tokens).strip() == text
+
+
+def test_a_tokenizer_that_answers_can_t_be_held_in_is_told() -> None:
+    from tokenizers import Tokenizer, decoders, models
+
+    tokenizer: Any = Tokenizer(models.WordPiece({"a": 0}, unk_token="a"))
+    tokenizer.decoder = decoders.WordPiece()
+    with pytest.raises(SchemaNotHeld, match="tokenizer: can't determine decoder type"):
+        Guides(tokenizer.to_str(), {0})
+
+
+def test_an_answer_that_can_t_be_followed_is_no_whole_one(guides: Guides) -> None:
+    """llguidance gives up, and would let the answer end there."""
+    guide = guides.start({"type": "string", "pattern": "^((a|aa|aaa){1,200}){1,200}b$"})
+    logits = np.zeros(512, np.float32)
+
+    def say(tokens: int) -> None:
+        for _ in range(tokens):
+            guide.take(int(guide.masked(logits).argmax()))
+
+    with pytest.raises(SchemaNotHeld, match=r"^lexer error: too many expressions constructed$"):
+        say(100)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_no_token_is_taken_from_what_is_no_number(temperature: float, value: float) -> None:
+    draw = token_sampler(temperature, top_p=1.0, seed=1)
+    assert draw(np.array([-np.inf, 1, -np.inf], np.float32)) == 1
+    with pytest.raises(ModelError, match="largest logit is"):
+        draw(np.full(3, value, np.float32))
 
 
 def test_the_canonical_form_is_what_may_follow(
