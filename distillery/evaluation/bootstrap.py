@@ -28,6 +28,10 @@ SEED = 0
 
 ADDED_ROWS = 2
 
+LARGEST_RATIO = 100
+"""A ratio of two figures counts as this at most: where the second one is all but 0, more says
+nothing."""
+
 BLOCK = 100
 """Resamples that are summed together: whole, those of 100,000 rows would take 1.6 GB."""
 
@@ -99,11 +103,11 @@ class PairedSums:
 
     def ratio_interval(self, confidence: float) -> Interval:
         """Return the interval of the first's figure divided by the second's, which must be above
-        0."""
+        0; up to LARGEST_RATIO."""
         import numpy as np
 
         ours, theirs = self.resampled
-        ratios = ours / np.maximum(theirs, np.finfo(float).tiny)
+        ratios = np.minimum(ours / np.maximum(theirs, np.finfo(float).tiny), LARGEST_RATIO)
         return around(self.first.value / self.second.value, ratios, confidence)
 
 

@@ -101,7 +101,7 @@ def seen_values(rows: Sequence[Example]) -> dict[str, Counter[str]]:
         for field, found in fields_of(row):
             for each in found if isinstance(found, list) else [found]:
                 if plain(each) and not isinstance(each, dict | list):
-                    values[field][json.dumps(each)] += 1
+                    values[field][json.dumps(each, ensure_ascii=False)] += 1
     return values
 
 

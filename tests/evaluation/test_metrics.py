@@ -159,6 +159,13 @@ def test_an_interval_keeps_a_width_where_all_answers_are_right(metric: Metric) -
     assert -0.15 < interval.low < -0.03
 
 
+def test_a_ratio_to_a_figure_that_may_be_0_has_a_bound_that_people_can_read() -> None:
+    gold = objects(20, seed=1)
+    right = [each for (each,) in gold]
+    pairs = Gold(gold, "field_f1").paired(right, [right[0], *[None] * 19])
+    assert ratio_interval(pairs).high == 100
+
+
 def test_statistics_and_values_belong_together() -> None:
     for metric in ("exact_match", "field_f1", "rouge_l", "chrf", "bleu"):
         statistics = row_statistics(
