@@ -18,6 +18,7 @@ from prefect import flow, tags
 from prefect.runtime import flow_run
 
 from distillery.data.answer_format import with_schema
+from distillery.data.classes import with_labels
 from distillery.errors import DistilleryError, GateRefused
 from distillery.machine import machine_name
 from distillery.readiness import check_settings
@@ -226,7 +227,7 @@ def provenance(recipe: Recipe, source: str, made: Made, decision: GateDecision) 
 def prepared(recipe: Recipe, source: str, refresh: tuple[Stage, ...]) -> PreparedDataset:
     """Prepare the data set; `source` is its source's identity."""
     # When the student abstains does not concern the rows.
-    task = with_schema(recipe.task.model_copy(update={"abstain": None}))
+    task = with_labels(with_schema(recipe.task.model_copy(update={"abstain": None})))
     data: PreparedDataset = refreshing(refresh)("prepare dataset", prepare_dataset)(
         recipe.dataset, source, None if task.kind == "choice" else task
     )

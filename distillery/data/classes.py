@@ -13,31 +13,41 @@ def named_classes(task: TaskRecipe) -> tuple[str, ...] | None:
 
     Raises DataError for a file that can't be read, or names fewer than two classes, one twice or
     that of task.other."""
-    if task.labels is None:
+    labels = with_labels(task).labels
+    if labels is None or isinstance(labels, str):
         return None
-    where = "task.labels"
-    names = task.labels
-    if isinstance(names, str):
-        where = names
-        path = local_path(names, "task.labels")
-        # Its lines become public: no other file may be taken for a list of classes.
-        if is_limited() and path.suffix.lower() != ".txt":
-            raise DataError(f"task.labels: {names}: this worker takes a file that ends in .txt")
-        names = read_names(path)
+    names = checked(labels, "task.labels", task)
+    return (*names, task.other.label) if task.other else names
+
+
+def with_labels(task: TaskRecipe) -> TaskRecipe:
+    """Return the task with the classes themselves in place of the file that names them, so that
+    cache keys go by its content. Raises what `named_classes` raises."""
+    name = task.labels
+    if not isinstance(name, str):
+        return task
+    path = local_path(name, "task.labels")
+    # Its lines become public: no other file may be taken for a list of classes.
+    if is_limited() and path.suffix.lower() != ".txt":
+        raise DataError(f"task.labels: {name}: this worker takes a file that ends in .txt")
+    return task.model_copy(update={"labels": checked(read_names(path), name, task)})
+
+
+def checked(names: tuple[str, ...], where: str, task: TaskRecipe) -> tuple[str, ...]:
+    """Return the names of classes without blanks around them. Raises DataError, which begins with
+    `where`, for names that are no classes."""
     names = tuple(name.strip() for name in names)
     if len(names) < 2 or "" in names:
         raise DataError(f"{where}: name at least two classes, none of them empty")
     for name in names:
         if names.count(name) > 1:
             raise DataError(f"{where}: the class {name!r} is named twice; remove one")
-    if task.other is None:
-        return names
-    if task.other.label in names:
+    if task.other and task.other.label in names:
         raise DataError(
             f"{where}: the class {task.other.label!r} is that of task.other; remove it here, or "
             "choose another task.other.label"
         )
-    return (*names, task.other.label)
+    return names
 
 
 def read_names(path: Path) -> tuple[str, ...]:

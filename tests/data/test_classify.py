@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from row_files import write
 
+from distillery.data.classes import with_labels
 from distillery.data.examples import read_examples
 from distillery.data.prepare import PreparedCounts, check_rows, prepare
 from distillery.errors import DataError, RecipeError
@@ -133,6 +134,9 @@ def test_named_classes_keep_their_order_and_need_no_row(source: str) -> None:
     counts, splits = prepared(recipe_of(write(labelled(30)), labels=labels))
     assert counts.classes == tuple(names)
     assert splits["train"][0].keys == tuple(names)
+    # What the cache key of the data set goes by: another file of the same name is another task.
+    task = with_labels(TaskRecipe(kind="classify", labels=labels))
+    assert task == TaskRecipe(kind="classify", labels=tuple(names))
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv", "rows.parquet"])
