@@ -8,7 +8,7 @@ from distillery.data.readers import cause_of
 from distillery.errors import DataError
 from distillery.recipe import TaskRecipe
 from distillery.records import AnswerFormat
-from distillery.storage.allowed import is_limited, local_path
+from distillery.storage.allowed import public_path
 
 LARGEST_SCHEMA = 1_000_000
 """Bytes of a file with a schema, at most."""
@@ -34,11 +34,7 @@ def with_schema(task: TaskRecipe) -> TaskRecipe:
     name = task.answer_schema
     if not isinstance(name, str):
         return task
-    path = local_path(name, "task.schema")
-    # It becomes public: no other file may be taken for a schema.
-    if is_limited() and path.suffix.lower() != ".json":
-        raise DataError(f"task.schema: {name}: this worker takes a file that ends in .json")
-    schema = read_schema(path)
+    schema = read_schema(public_path(name, "task.schema", ".json"))
     return task.model_copy(update={"answer_schema": schema})
 
 

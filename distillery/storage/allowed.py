@@ -58,6 +58,17 @@ def local_path(path: str, setting: str) -> Path:
     return found
 
 
+def public_path(name: str, setting: str, ending: str) -> Path:
+    """Return `local_path` of a file whose content becomes public. Where a worker's folders are
+    limited, its name must have this ending, so that no other file is taken for one.
+
+    Raises DataError."""
+    path = local_path(name, setting)
+    if is_limited() and path.suffix.lower() != ending:
+        raise DataError(f"{setting}: {name}: this worker takes a file that ends in {ending}")
+    return path
+
+
 def is_allowed(given: Path, real: Path) -> bool:
     """Return whether a worker's run may read the file `given`, which is `real`: in a folder that it
     may read, no hidden one and no key, and in Distillery's own home only where a folder inside the
