@@ -101,8 +101,8 @@ class DatasetRecipe(Slice):
         {"gold": "gold", "train": "pool", "validation": "validation", "test": "test"}
     )
     """The source's split for each role: gold, train, validation, test. The defaults are the splits
-    of the shipped sample; with task.kind: classify, the splits in `files` that are named like a
-    role. train and test are required; test may be carved instead."""
+    of the shipped sample; with any task.kind but choice, the splits in `files` that are named like
+    a role. train and test are required; test may be carved instead."""
 
     columns: Columns = Columns()
     """The source's column names."""

@@ -92,6 +92,7 @@ def written_values(values: dict[str, Any]) -> dict[str, Any]:
     parts = ("own teacher", "other teacher", "told the schema", "validated")
     own, other, told, validated = (shipped.pop(name) for name in parts)
     both: dict[str, Any] = {**shipped, **(own if kind == "local" else other)}
+    both["dataset"]["splits"] |= {role: role for role in roles_of_files(values)}
     if kind == "local":
         # A longer label would be set aside, and a teacher that learnt little hardly ever ends.
         both["teacher"]["max_tokens"] = longest_answer(values["task"]) + 1

@@ -44,6 +44,16 @@ def test_an_endpoint_is_told_the_schema_and_held_to_it() -> None:
     assert not made.student.gold
 
 
+def test_files_serve_for_the_roles_that_they_are_named_for() -> None:
+    files = {role: [f"{role}.jsonl"] for role in ("train", "gold", "validation", "test")}
+    made = parse_recipe(
+        {"task": EXTRACT, "dataset": {"source": "files", "files": files}}, "mine.yaml"
+    )
+    assert made.dataset.splits == {role: role for role in files}
+    assert made.student.gold
+    assert made.export.ladder
+
+
 def test_free_text_has_no_schema() -> None:
     made = recipe({"kind": "generate"})
     assert "{schema}" not in made.prompt.system
