@@ -11,7 +11,7 @@ from distillery.errors import ModelError
 from distillery.evaluation.baselines import BASELINES, score_baselines
 from distillery.evaluation.doubtful import DOUBTFUL_FILE, Doubtful, doubtful_rows, write_doubtful
 from distillery.evaluation.figures import confidence_figures, figures_of
-from distillery.evaluation.judging import Gold, changed_answers, gold_of
+from distillery.evaluation.judging import Gold, gold_of
 from distillery.evaluation.linear_probe import (
     PROBE,
     TextStates,
@@ -128,9 +128,7 @@ def evaluate(
             figures[name] = figures[name].model_copy(update=confident)
             row = row.model_copy(update={"figures": figures[name]})
             if float_model:
-                departed = departure(scored[candidate], scored[float_model])
-                if writes:
-                    departed = changed_answers(answers[candidate], answers[float_model])
+                departed = departure(scored[candidate], scored[float_model], writes)
                 row = row.model_copy(update={"departure": departed})
         rows.append(row)
     notes += measuring_notes(scored, threads or usable_cores(), writes)

@@ -11,7 +11,7 @@ from distillery.evaluation.scoreboard import GOLD
 from distillery.evaluation.scoring import Answers
 from distillery.evaluation.statistics import Paired, count_pairs, wilson_interval
 from distillery.recipe import Metric
-from distillery.records import Departure, Estimate, Example
+from distillery.records import Estimate, Example
 
 # Each figure of a predictor asks for the same statistics, and ROUGE-L's take a millisecond a row.
 statistics_of = lru_cache(maxsize=100_000)(row_statistics)
@@ -84,9 +84,3 @@ def gold_in(rows: Sequence[Mapping[str, Any]]) -> Gold:
     """Return what judges the answers to lines of an answers.jsonl."""
     answers = [(row[GOLD], *row.get("references", ())) for row in rows]
     return Gold(answers, rows[0].get("metric") if rows else None)
-
-
-def changed_answers(exported: Answers, exact: Answers) -> Departure:
-    """Return how many written answers of an exported model are others than the float model's."""
-    pairs = zip(exported, exact, strict=True)
-    return Departure(changed=sum(own != theirs for own, theirs in pairs))

@@ -136,12 +136,16 @@ def answered_rows(path: Path, role: str = "test") -> tuple[list[Example], list[s
     return examples, gold
 
 
-def departure(exported: Scored, exact: Scored) -> Departure:
+def departure(exported: Scored, exact: Scored, written: bool = False) -> Departure:
     """Return how far `exported` departs from `exact` on the same rows.
 
-    A row that one of them was not asked is left out; where no row is left, the departure is 0."""
+    A row that one of them was not asked is left out; where no row is left, the departure is 0. Of
+    `written` answers, which have no probabilities, all that differ are counted."""
     import numpy as np
 
+    if written:
+        pairs = zip(exported.answers, exact.answers, strict=True)
+        return Departure(changed=sum(own != theirs for own, theirs in pairs))
     differences = [np.zeros(0)]
     changed = 0
     for number, (own, theirs) in enumerate(

@@ -17,7 +17,7 @@ from statistics import median
 
 from distillery.data.examples import read_examples, write_examples
 from distillery.errors import ExportError, ModelError, OutOfResources
-from distillery.evaluation.judging import Gold, changed_answers, gold_of
+from distillery.evaluation.judging import Gold, gold_of
 from distillery.evaluation.scoring import (
     ModelToScore,
     Scored,
@@ -220,16 +220,13 @@ def measured(form: ExportForm, size: int, scored: Scored, exact: Scored, gold: G
     """Return a rung of `size` bytes beside the float student `exact`; both were asked the rows that
     `gold` judges."""
     pairs = gold.paired(scored.answers, exact.answers)
-    departed = departure(scored, exact)
-    if gold.metric:
-        departed = changed_answers(scored.answers, exact.answers)
     rung = Rung(
         form=form,
         bytes=size,
         accuracy=pairs.values[0],
         difference=pairs.difference,
         interval=difference_interval(pairs),
-        departure=departed,
+        departure=departure(scored, exact, written=gold.metric is not None),
     )
     return with_speed(rung, scored.latencies_ms)
 
