@@ -93,7 +93,15 @@ def run(file: str) -> dict[str, Any]:
         "minutes": round((time.perf_counter() - started) / 60, 2),
         "stage_minutes": round(sum(stage.seconds for stage in stages) / 60, 2),
         "model": outcome.model.artifact.uri,
+        "report": outcome.report.artifact.uri,
     }
+
+
+def folder_of(uri: str) -> Path:
+    """Return the folder of an artifact's files in the store of the runs."""
+    from distillery.storage.manifest import FILES
+
+    return Path(uri.removeprefix("file://")) / FILES
 
 
 def main(recipe: str, result: str) -> None:

@@ -35,7 +35,7 @@ from typing import Any
 
 from benchmarks import task_curve
 from benchmarks.task_rows import FULL, TASKS, data_folder, recipe_of, write_files
-from benchmarks.task_runs import WORK, run_in_a_process
+from benchmarks.task_runs import WORK, folder_of, run_in_a_process
 
 
 def choice_recipe(folder: Path) -> dict[str, Any]:
@@ -151,13 +151,6 @@ def main() -> None:
     models = [result["model"] for result in results if "failed" not in result]
     ratio = class_time_ratio(folder_of(models[0])) if models else float("nan")
     print(json.dumps(summary(results, ratio, (time.perf_counter() - started) / 60)))
-
-
-def folder_of(uri: str) -> Path:
-    """Return the folder of a model's files in the store of the runs."""
-    from distillery.storage.manifest import FILES
-
-    return Path(uri.removeprefix("file://")) / FILES
 
 
 if __name__ == "__main__":

@@ -47,8 +47,11 @@ def export(
     classes, answer_format = read_class_tokens(adapter or model), read_format(adapter or model)
     if classes and classes.pooled:
         form = form.model_copy(update={"all_logits": True})
-    if form.adapter_apart and form.precision == "int8":
-        raise ExportError("export.adapter_apart needs precision int4, fp16 or fp32, not int8")
+    if form.adapter_apart and form.precision == "int8" and not form.dynamic:
+        raise ExportError(
+            f"export.adapter_apart: not with precision int8 and algorithm {form.algorithm}; "
+            "use algorithm: dynamic, or precision int4, fp16 or fp32"
+        )
     if form.adapter_apart and adapter is None:
         raise ExportError(
             "export.adapter_apart is true, but full training leaves no adapter; "

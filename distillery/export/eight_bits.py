@@ -40,8 +40,9 @@ Weights = NDArray[np.floating[Any]]
 
 
 def multiply_in_8_bits(folder: Path) -> None:
-    """Rewrite model.onnx in `folder`, whose layers are quantised by rtn to int8: their activations
-    are rounded to 8 bits too. Embeddings and head stay as they are.
+    """Rewrite model.onnx in `folder`, whose layers are quantised by rtn to int8 or, beside an
+    adapter, in float: weights and activations are rounded to 8 bits. Embeddings and head stay as
+    they are, and so does the adapter, whose weights are no constants.
 
     Raises ExportError where the model has no such layers."""
     import onnx
@@ -72,7 +73,7 @@ class Rewriting:
         self.add("/8bits/zero", np.array(ZERO_POINT, np.uint8))
         head = before.head()
         for node in self.graph.node:
-            weights = None if node is head else dequantised(before, node)
+            weights = None if node is head else float_weights(before, node)
             if weights is None:
                 self.nodes.append(node)
             else:
@@ -140,11 +141,14 @@ class Rewriting:
         self.nodes.append(helper.make_node(kind, inputs, [output], output, domain=domain))
 
 
-def dequantised(graph: Graph, node: Any) -> Weights | None:
-    """Return the weights, [channels, outputs], of a product that is quantised to 8 bits; None for
-    other nodes."""
+def float_weights(graph: Graph, node: Any) -> Weights | None:
+    """Return the constant weights, [channels, outputs], of a product in float or with weights of 8
+    bits; None for other nodes."""
     from onnx import helper
 
+    if node.op_type == "MatMul":
+        weights: Weights | None = graph.value(node.input[1])
+        return None if weights is None else weights.astype(np.float32)
     # Inputs beyond the zero points are an order of channels and a bias, which rtn does not make.
     if node.op_type != "MatMulNBits" or len(node.input) > 4:
         return None

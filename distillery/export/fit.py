@@ -91,7 +91,7 @@ def blocks_fit(form: ExportForm, block_size: int, config: Mapping[str, Any]) -> 
     head_size = config.get("head_dim") or sizes["hidden_size"] // max(heads, 1)
     for count in (sizes["hidden_size"], sizes["intermediate_size"], heads * head_size):
         if form.adapter_apart:
-            if form.algorithm != "rtn" and math.ceil(count / block_size) % 2:
+            if form.algorithm not in ("rtn", "dynamic") and math.ceil(count / block_size) % 2:
                 return False
         elif count % block_size:
             return False

@@ -43,11 +43,17 @@ def passes_with_adapter_apart(form: ExportForm, model: Path, remote_code: bool) 
     ModelBuilder leaves the embeddings in float, which is most of a small model's folder, so that a
     pass of their own quantises them."""
     passes = float_passes(form, remote_code)
-    if form.precision == "int4":
-        passes["build"] |= {
-            "int4_algo_config": form.algorithm,
+    if form.quantised:
+        layers = layer_count(model)
+        algorithm, kept = form.algorithm, adapter_nodes(layers)
+        if form.dynamic:
+            # This is rtn with the head in 8 bits; the layers are quantised by eight_bits.py.
+            algorithm = "rtn_last"
+            kept += layer_nodes(layers)
+        passes["build"] = build_pass("int4", form, remote_code) | {
+            "int4_algo_config": algorithm,
             "int4_block_size": form.block_size,
-            "int4_nodes_to_exclude": adapter_nodes(layer_count(model)),
+            "int4_nodes_to_exclude": kept,
         }
         passes["embeddings"] = {
             "type": "OnnxBlockWiseRtnQuantization",
@@ -128,6 +134,14 @@ def sensitive_weights(model: Path, all_layers: bool) -> list[str]:
         if all_layers or at_an_end or every_third:
             found.append(match[1])
     return found
+
+
+def layer_nodes(layers: int) -> list[str]:
+    """Return ModelBuilder's names of the products of all layers, fused ones and others, whichever
+    of them the model has."""
+    inner = [f"attn/{name}" for name in (*ATTENTION_LAYERS, "qkv_proj")]
+    inner += [f"mlp/{name}" for name in (*MLP_LAYERS, "gate_up_proj")]
+    return [f"/model/layers.{layer}/{name}/MatMul" for layer in range(layers) for name in inner]
 
 
 def adapter_nodes(layers: int) -> list[str]:

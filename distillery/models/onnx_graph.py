@@ -16,7 +16,12 @@ class Graph:
 
     def __init__(self, model: Any) -> None:
         self.graph = model.graph
-        self.constants = {each.name: each for each in self.graph.initializer}
+        # Of an adapter apart, inputs have empty weights to begin with.
+        inputs = {each.name for each in self.graph.input}
+        self.constants = {}
+        for each in self.graph.initializer:
+            if each.name not in inputs:
+                self.constants[each.name] = each
         self.makers = {name: node for node in self.graph.node for name in node.output}
 
     def head(self) -> Any | None:

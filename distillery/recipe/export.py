@@ -34,8 +34,8 @@ class ExportForm(Slice):
 
     adapter_apart: bool = False
     """Keep a LoRA adapter beside the model, in float, as adapter_weights.onnx_adapter, instead of
-    merging it. int4 then has the embeddings in 8 bits. Needs training.method: lora; not with int8,
-    k_quant_high or gptq."""
+    merging it. int4 then has the embeddings in 8 bits. Needs training.method: lora; of int8 it goes
+    with dynamic alone, and not with k_quant_high or gptq."""
 
     all_logits: bool = False
     """Let the model give the logits of all tokens of a prompt, which other programs may need, such

@@ -102,9 +102,16 @@ def test_mixing_changes_no_product_and_rounding_keeps_to_seven_bits() -> None:
     assert numbers * scales == pytest.approx(weights, abs=float(scales.max()) / 2 + 1e-6)
 
 
-def test_a_model_without_quantised_layers_is_refused(tiny_onnx: Callable[..., Path]) -> None:
+def test_a_model_without_layers_of_constant_weights_is_refused(tmp_path: Path) -> None:
+    values = [
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1, 2])
+        for name in ("input_ids", "logits")
+    ]
+    node = onnx.helper.make_node("Identity", ["input_ids"], ["logits"])
+    graph = onnx.helper.make_graph([node], "no layers", values[:1], values[1:])
+    onnx.save(onnx.helper.make_model(graph), tmp_path / "model.onnx")
     with pytest.raises(ExportError, match="dynamic does not fit this model; use algorithm: rtn"):
-        eight_bits.multiply_in_8_bits(tiny_onnx("llama"))
+        eight_bits.multiply_in_8_bits(tmp_path)
 
 
 def test_it_is_a_form_of_int8_alone() -> None:

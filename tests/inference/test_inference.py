@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pyarrow  # type: ignore[import-untyped]
 import pyarrow.parquet  # type: ignore[import-untyped]
 import pytest
@@ -344,20 +345,29 @@ def _adapter(source: Path, folder: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_an_adapter_apart_is_active_unless_left_aside(tiny_model: Build, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("form", "error"),
+    [({"precision": "fp32"}, 1e-3), ({"precision": "int8", "algorithm": "dynamic"}, 0.6)],
+)
+def test_an_adapter_apart_is_active_unless_left_aside(
+    tiny_model: Build, tmp_path: Path, form: dict[str, str], error: float
+) -> None:
     from distillery.export.build import export
     from distillery.recipe import ExportForm
 
     source, out = tiny_model("llama"), tmp_path / "onnx"
-    export(
-        source, _adapter(source, tmp_path), ExportForm(precision="fp32", adapter_apart=True), out
-    )
+    export(source, _adapter(source, tmp_path), ExportForm(adapter_apart=True, **form), out)
     student, base = OnnxStudent(out, threads=1), OnnxStudent(out, threads=1, adapter=False)
     ids = _ids(student)
     tuned, plain = _torch_logprobs(tmp_path / "merged", ids), _torch_logprobs(source, ids)
     assert np.abs(tuned - plain).max() > 0.5
-    np.testing.assert_allclose(student.next_token_logprobs(ids), tuned, atol=1e-3)
-    np.testing.assert_allclose(base.next_token_logprobs(ids), plain, atol=1e-3)
+    np.testing.assert_allclose(student.next_token_logprobs(ids), tuned, atol=error)
+    np.testing.assert_allclose(base.next_token_logprobs(ids), plain, atol=error)
+    assert np.abs(student.next_token_logprobs(ids) - tuned).mean() < error / 4
+    kinds = [node.op_type for node in onnx.load(out / "model.onnx").graph.node]
+    in_8_bits = 14 if "algorithm" in form else 0
+    assert kinds.count("MatMulIntegerToFloat") == in_8_bits, "all products of both layers"
+    assert kinds.count("MatMulNBits") == bool(in_8_bits), "the head alone"
     pieces: dict[bool, list[str]] = {True: [], False: []}
     for active, shown in pieces.items():
         asker = Asker(out, adapter=active, search=SearchOptions(max_length=60))

@@ -1,0 +1,193 @@
+"""What the defaults make of answers that are written: `make bench-text`.
+
+    snips   fields out of text: SNIPS, 39 kinds of fields; 700 answered rows, 1,200 without answers
+    e2e     text from facts: E2E NLG, 170 sets of facts with 1,400 sentences, 247 without any
+    speed   tokens a second of the base model in the form that e2e ships, beside llama.cpp, one
+            prompt after another on one thread
+
+A recipe says what an answer is, where the rows are, and that a local teacher answers; all else is a
+default. TASKS_DATA is the folder of the public sets (text_rows.py). `--only` names parts, and
+`--keep` takes the figures of earlier runs that are still there.
+
+A line a part: the figures of teacher, student and the form that ships, of the baselines and, for
+E2E, of the base model, which is told in its prompt what to write. The last line is JSON:
+
+snips_f1         micro-F1 of fields of what ships; snips_exact: the share of exact objects
+snips_f1_kept    what ships as a share of its teacher's F1
+snips_valid      share of its answers that meet the schema
+e2e_bleu         BLEU of what ships, from 0 to 1; e2e_rouge_l: ROUGE-L
+e2e_bleu_kept    what ships as a share of its teacher's BLEU
+ratio_llama_cpp  tokens a second, ours over llama.cpp's; None without .venv-peers
+passed           parts whose gate passed
+minutes          all together
+"""
+
+import json
+import time
+from argparse import ArgumentParser
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.task_rows import PROJECT, data_folder
+from benchmarks.task_runs import folder_of, run_in_a_process
+from benchmarks.text_rows import Row, e2e, recipe_of, snips
+
+WORK = PROJECT / ".distillery" / "bench-text"
+
+PARTS = ("snips", "e2e", "speed")
+
+SPEED_ROWS = 6
+
+INSTRUCTION = "Write one English sentence that says all of the facts that the user gives."
+"""What the base model is told, which has learnt nothing of the task."""
+
+Figures = dict[str, Any]
+
+
+def run_snips(keep: bool) -> Figures:
+    """Run the recipe of SNIPS, and return the figures of its predictors."""
+    splits, schema = snips()
+    recipe = recipe_of("snips", WORK / "data" / "snips", splits, {"kind": "extract"})
+    recipe["task"]["schema"] = schema
+    return run_recipe(recipe, keep)
+
+
+def run_e2e(keep: bool) -> Figures:
+    """Run the recipe of E2E, and return the figures of its predictors and of the base model."""
+    task = {"kind": "generate", "metric": "bleu"}
+    splits = e2e()
+    recipe = recipe_of("e2e", WORK / "data" / "e2e", splits, task)
+    found = run_recipe(recipe, keep)
+    kept = WORK / "e2e-base.json"
+    if not (keep and kept.exists()):
+        kept.write_text(json.dumps(base_figures(splits["test"])))
+    return found | {"base": json.loads(kept.read_text())}
+
+
+def run_recipe(recipe: Row, keep: bool) -> Figures:
+    """Run a recipe in a process of its own, and return the figures of its predictors by name, and
+    what the gate said."""
+    kept = WORK / f"{recipe['name']}.json"
+    if keep and kept.exists():
+        run = json.loads(kept.read_text())
+    else:
+        run = run_in_a_process(recipe["name"], recipe, WORK)
+    if "failed" in run:
+        return run
+    report = json.loads((folder_of(run["report"]) / "report.json").read_text())
+    found: Figures = {key: run[key] for key in ("rows", "passed", "reason", "form", "minutes")}
+    for name, figures in report["figures"].items():
+        if written := figures.get("written"):
+            by_metric = {each: one["value"] for each, one in written["metrics"].items()}
+            found[name] = {**by_metric, "valid": written["valid"]["value"]}
+    found["shipped"] = found[report["candidate"]]
+    return found
+
+
+def base_figures(rows: Sequence[Row]) -> Figures:
+    """Return what the base model writes to the rows' texts, measured."""
+    from distillery.evaluation.metrics import metric_of
+    from distillery.evaluation.predictors import load_predictor
+    from distillery.evaluation.scoring import ModelToScore, ScoringJob
+    from distillery.inference.generation import Written
+    from distillery.models.base import base_folder
+    from distillery.recipe import BaseModelRecipe, PromptRecipe
+    from distillery.records import AnswerFormat, Example
+
+    answer_format = AnswerFormat(max_tokens=96, metric="bleu")
+    prompt = PromptRecipe(system=INSTRUCTION, user="{text}", answer="written")
+    base = str(base_folder(BaseModelRecipe()))
+    job = ScoringJob(
+        model=ModelToScore(name="base", kind="transformers", folder=base),
+        examples="",
+        prompt=prompt,
+        threads=2,
+    )
+    predictor = load_predictor(job, answer_format)
+    assert predictor.ask_batches
+    rendered = []
+    for number, row in enumerate(rows):
+        example = Example(example_id=str(number), question=row["text"], format=answer_format)
+        found = predictor.render(example)
+        assert found
+        rendered.append(found)
+    said = predictor.ask_batches(rendered, lambda _done: None)
+    answers = [each.text for each in said if isinstance(each, Written)]
+    gold = [row["answers"] for row in rows]
+    return {name: metric_of(name, answers, gold) for name in ("bleu", "rouge_l", "chrf")}
+
+
+def run_speed() -> Figures:
+    """Return tokens a second of ours and of llama.cpp, medians of three, over prompts of E2E."""
+    from benchmarks.inference import Bench, figures
+    from benchmarks.inference_files import PLACE, make_files, missing_peers
+    from distillery.models.load import load_tokenizer
+    from distillery.prompts import TransformersTokenizer
+    from distillery.recipe import load_recipe
+
+    missing = missing_peers()
+    if "llama_cpp" in missing:
+        return {"left out": missing["llama_cpp"]}
+    PLACE.mkdir(parents=True, exist_ok=True)
+    forms: list[Row] = [{"precision": "int4", "algorithm": "k_quant_mixed", "block_size": 32}]
+    files = make_files(load_recipe("demo"), forms, {"openvino": ""})
+    tokenizer = TransformersTokenizer(load_tokenizer(Path(files["base"])))
+    rows: list[Any] = []
+    for row in e2e()["test"][:SPEED_ROWS]:
+        asked = [{"role": "system", "content": INSTRUCTION}]
+        asked.append({"role": "user", "content": row["text"]})
+        rows.append({"prompt": list(tokenizer.encode_chat(asked))})
+    bench = Bench(["ours", "llama_cpp"], files, {"generate": rows}, {})
+    chosen = {"ours": forms[0], "llama_cpp": bench.fastest("llama_cpp", "generate", 1)}
+    runs = bench.compete("generate", 1, chosen)
+    reference = runs["ours"][0]["answers"]
+    return {name: figures(done, reference, rows) for name, done in runs.items()}
+
+
+def summary(found: dict[str, Figures], minutes: float) -> dict[str, Any]:
+    """Return the last line."""
+    last: dict[str, Any] = {}
+    for part, metric, name in (("snips", "field_f1", "f1"), ("e2e", "bleu", "bleu")):
+        run = found.get(part, {})
+        if "shipped" not in run:
+            last |= {f"{part}_{name}": None, f"{part}_{name}_kept": None}
+            continue
+        shipped = run["shipped"]
+        last[f"{part}_{name}"] = round(shipped[metric], 4)
+        last[f"{part}_{name}_kept"] = round(shipped[metric] / run["teacher"][metric], 4)
+        if part == "snips":
+            last["snips_exact"] = round(shipped["exact_match"], 4)
+            last["snips_valid"] = round(shipped["valid"], 4)
+        else:
+            last["e2e_rouge_l"] = round(shipped["rouge_l"], 4)
+    speed = found.get("speed", {})
+    last["ratio_llama_cpp"] = None
+    if "ours" in speed:
+        last["ratio_llama_cpp"] = round(speed["ours"]["speed"] / speed["llama_cpp"]["speed"], 2)
+    last["passed"] = sum(bool(run.get("passed")) for run in found.values())
+    return last | {"minutes": round(minutes, 1)}
+
+
+def main() -> None:
+    parser = ArgumentParser("python -m benchmarks.text", description="Runs both sets of rows.")
+    parser.add_argument("--only", choices=PARTS, action="append", help="may be repeated")
+    parser.add_argument("--keep", action="store_true", help="take the figures of earlier runs")
+    given = parser.parse_args()
+    data_folder()
+    WORK.mkdir(parents=True, exist_ok=True)
+    started = time.perf_counter()
+    found: dict[str, Figures] = {}
+    for part in given.only or PARTS:
+        if part == "snips":
+            found[part] = run_snips(given.keep)
+        elif part == "e2e":
+            found[part] = run_e2e(given.keep)
+        else:
+            found[part] = run_speed()
+        print(json.dumps({"part": part, **found[part]}), flush=True)
+    print(json.dumps(summary(found, (time.perf_counter() - started) / 60)))
+
+
+if __name__ == "__main__":
+    main()
