@@ -45,7 +45,8 @@ def passes_with_adapter_apart(form: ExportForm, model: Path, remote_code: bool) 
     passes = float_passes(form, remote_code)
     if form.quantised:
         layers = layer_count(model)
-        algorithm, kept = form.algorithm, adapter_nodes(layers)
+        algorithm: str = form.algorithm
+        kept = adapter_nodes(layers)
         if form.dynamic:
             # This is rtn with the head in 8 bits; the layers are quantised by eight_bits.py.
             algorithm = "rtn_last"
