@@ -10,7 +10,14 @@ from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 from llguidance import LLMatcher, LLTokenizer
 
-from distillery.answers import NotAnAnswer, canonical, check_schema, grammar_of
+from distillery.answers import (
+    FORMATS,
+    NotAnAnswer,
+    canonical,
+    check_schema,
+    grammar_of,
+    unchecked_formats,
+)
 
 SCHEMA: dict[str, Any] = {
     "type": "object",
@@ -155,6 +162,30 @@ def test_a_format_is_looked_at() -> None:
     assert canonical('{"x": "2026-02-28"}', schema)
     with pytest.raises(NotAnAnswer, match="x: '2026-02-31' is not a 'date'"):
         canonical('{"x": "2026-02-31"}', schema)
+
+
+BAD = {
+    "date": "2026-02-31",
+    "date-time": "2026-02-28 at 9",
+    "time": "25:00:00Z",
+    "email": "nobody",
+    "ipv4": "1.2.3.400",
+    "ipv6": "1::2::3",
+    "uuid": "123",
+}
+
+
+def test_which_formats_are_looked_at_does_not_depend_on_what_is_installed() -> None:
+    assert BAD.keys() == set(FORMATS)
+    for name, text in BAD.items():
+        with pytest.raises(NotAnAnswer, match=f"is not a '{name}'"):
+            canonical(json.dumps({"x": text}), with_x({"type": "string", "format": name}))
+    others = ("json-pointer", "uri", "hostname", "regex", "duration")
+    for name in others:
+        schema = with_x({"type": "string", "format": name})
+        assert canonical('{"x": "no/ ["}', schema)
+    parts = [{"type": "string", "format": name} for name in (*FORMATS, *others)]
+    assert list(unchecked_formats(with_x({"prefixItems": parts}))) == list(others)
 
 
 @pytest.mark.parametrize(
