@@ -28,7 +28,7 @@ class TextStream:
         self._tokens.append(token)
         # One that is left out does not end a row of bytes.
         is_left_out = not self._tokenizer.decode([token], skip_special_tokens=True)
-        if is_left_out or BYTE_TOKEN.fullmatch(self._tokenizer.id_to_token(token)):
+        if is_left_out or BYTE_TOKEN.fullmatch(self._tokenizer.id_to_token(token) or ""):
             return ""
         before = self._decoded(self._start, self._given)
         text = self._decoded(self._start, len(self._tokens)).removeprefix(before)

@@ -168,7 +168,9 @@ class TeacherRecipe(Slice):
     max_tokens: int = Field(16, ge=1)
     """Tokens that an answer may have. Reasoning models need thousands."""
 
-    stop: tuple[Annotated[str, Field(min_length=1, max_length=256)], ...] = Field((), max_length=4)
+    stop: tuple[Annotated[str, Field(min_length=1, max_length=256)], ...] = Field(
+        (), max_length=4, exclude_if=lambda texts: not texts
+    )
     """With task.kind: generate, texts at which the endpoint ends an answer, such as ["\\n\\n"];
     they are no part of it. Models that reason may refuse them."""
 
@@ -237,8 +239,9 @@ class TeacherRecipe(Slice):
     @property
     def content_id(self) -> str:
         """The part of this slice in cache keys: what the answers depend on besides the prompt."""
-        included = {"soft_labels", "temperature", "max_tokens", "answers", "filters"}
-        return self.model_dump_json(include=included | {"stop"} if self.stop else included)
+        return self.model_dump_json(
+            include={"soft_labels", "temperature", "max_tokens", "stop", "answers", "filters"}
+        )
 
     def for_own_model(self, prompt: PromptRecipe) -> Self:
         """Return these settings for a model that the run has trained on `prompt`. A letter or class
