@@ -29,8 +29,9 @@ UNMET = "does not meet the schema"
 LONGEST_SEARCH_S = 1.0
 """Seconds for a pattern of a schema in one text, at most: some patterns would take years."""
 
-LARGEST_EXACT = 2**53
-"""Whole numbers below it are the same as a float."""
+FORMATS = ("date", "date-time", "time", "email", "ipv4", "ipv6", "uuid")
+"""The values of format that are looked at. jsonschema looks at some others where further packages
+happen to be installed."""
 
 
 class NotAnAnswer(ValueError):
@@ -134,14 +135,35 @@ def references_in(schema: Any) -> Iterator[str]:
             yield from references_in(value)
 
 
+def unchecked_formats(schema: Any) -> Iterator[str]:
+    """Yield each format of a schema that nothing looks at."""
+    if isinstance(schema, Mapping):
+        name = schema.get("format")
+        if isinstance(name, str) and name not in FORMATS:
+            yield name
+    inner = schema.values() if isinstance(schema, Mapping) else schema
+    if isinstance(inner, Iterable) and not isinstance(inner, str):
+        for value in inner:
+            yield from unchecked_formats(value)
+
+
 def validator_for(schema: Mapping[str, Any]) -> Any:
     """Return a validator that asks no other file or server for a part of the schema and checks
-    formats, as the grammar holds them too. It raises TimeoutError for a pattern that takes too
+    FORMATS, as the grammar holds them too. It raises TimeoutError for a pattern that takes too
     long."""
     validator_of = jsonschema.validators.validator_for(schema)
     return with_limits(validator_of)(
-        schema, registry=referencing.Registry(), format_checker=validator_of.FORMAT_CHECKER
+        schema, registry=referencing.Registry(), format_checker=format_checker(validator_of)
     )
+
+
+@cache
+def format_checker(validator_of: Any) -> Any:
+    """Return what looks at FORMATS, as a class of validators knows them."""
+    checker = jsonschema.FormatChecker(formats=())
+    known = validator_of.FORMAT_CHECKER.checkers
+    checker.checkers = {name: known[name] for name in FORMATS if name in known}
+    return checker
 
 
 @cache
@@ -176,8 +198,8 @@ def check_pattern_properties(
 def canonical(text: str, schema: Mapping[str, Any] | None) -> str:
     """Return an answer as it is trained and compared: without blanks at its ends and, with a
     schema, the JSON text of its object, whose fields are in the schema's order, those that the
-    schema does not list at the end by name, with a blank after each colon and comma, and whole
-    numbers without a decimal point.
+    schema does not list at the end by name, with a blank after each colon and comma, whole numbers
+    without a decimal point, and none with an exponent.
 
     Raises NotAnAnswer for an empty text, and with a schema for what is no JSON object that meets
     it."""
@@ -211,6 +233,19 @@ def canonical(text: str, schema: Mapping[str, Any] | None) -> str:
         where = "/".join(map(str, found.absolute_path))
         reason = " ".join(found.message.split())[:120]
         raise NotAnAnswer(f"{UNMET}: {f'{where}: ' if where else ''}{reason}")
+    return json_text(value)
+
+
+def json_text(value: Any) -> str:
+    """Return a JSON value as the grammar of its schema writes it: with a blank after each colon and
+    comma, and numbers without an exponent, which those with bounds have not."""
+    if isinstance(value, dict):
+        fields = (f"{json_text(name)}: {json_text(each)}" for name, each in value.items())
+        return f"{{{', '.join(fields)}}}"
+    if isinstance(value, list):
+        return f"[{', '.join(map(json_text, value))}]"
+    if isinstance(value, float):
+        return format(Decimal(repr(value)), "f")
     # The grammar takes this character for a control character, unlike json.
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
@@ -245,7 +280,7 @@ class FieldOrder:
         """Return a JSON value that meets some parts of the schema, with the fields of each object
         in the order of their properties, then those that are only required, and others by name; a
         value of const or enum as it stands there."""
-        if isinstance(value, float) and value.is_integer() and abs(value) < LARGEST_EXACT:
+        if isinstance(value, float) and value.is_integer():
             return int(value)
         if not isinstance(value, dict | list):
             return value

@@ -291,6 +291,8 @@ def tell_copies(found: Look) -> Iterator[str]:
         )
     elif copies:
         yield f"copies: {count_rows(copies)} with the text of another one, of which one is used"
+    if found.kind != "classify":
+        return
     near = count_near_duplicates(found.rows)
     if near is None:
         yield f"near duplicates were not counted: more than {MOST_COMPARED:,} rows"

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from distillery.answers import FORMATS, unchecked_formats
 from distillery.data.answer_format import named_format
 from distillery.data.other import other_rows
 from distillery.data.prepare import check_rows
@@ -275,12 +276,18 @@ def compare_addresses(
 def check_data(recipe: Recipe) -> Iterator[Finding]:
     """Read and check every row, save those of a hub data set, which the check does not download."""
     dataset = recipe.dataset
+    answer_format = named_format(recipe.task)
+    schema = answer_format.json_schema if answer_format else None
+    unchecked = sorted(set(unchecked_formats(schema or {})))
+    if unchecked:
+        told = f"format: {', '.join(unchecked)}: not checked, as only {', '.join(FORMATS)} are"
+        yield warn("task.schema", told)
     if dataset.source == "hub":
         if recipe.task.other:
             reader = RowReader(dataset.columns, dataset.fields, classify=True)
             count = len(other_rows(recipe.task.other, reader, dataset.seed))
             yield ok("task.other", f"every file is read; rows: {count:,}")
-        if named_format(recipe.task):
+        if answer_format:
             yield ok("task", "the format of the answers is read")
         yield check_hub(dataset)
         return

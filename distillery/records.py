@@ -96,6 +96,11 @@ class Example(Record):
         return self.classes or LETTERS[: len(self.choices)]
 
     @property
+    def writes_text(self) -> bool:
+        """Whether the answer is free text."""
+        return self.format is not None and self.format.json_schema is None
+
+    @property
     def options(self) -> tuple[str, ...]:
         """The text of each key: of an option, or the class's name."""
         return self.classes or self.choices
@@ -132,6 +137,7 @@ class TeacherLabel(Record):
     `distribution`: probability of each of the row's letters, from log-probabilities or votes; sums
     to 1. `confidence` (0 to 1): the share of several answers that agree, or else the letter's
     probability; None for a single answer without probabilities. `rationale`: the teacher's reason.
+    `references`: further texts of the teacher, each as good as `answer`, where several are drawn.
     """
 
     example_id: str
@@ -139,7 +145,13 @@ class TeacherLabel(Record):
     distribution: dict[str, float] | None = None
     confidence: float | None = None
     rationale: str | None = None
+    references: tuple[str, ...] = Field((), exclude_if=lambda references: not references)
     usage: Usage = Usage()
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        """All that is learnt for the row: the answer and the references."""
+        return (self.answer, *self.references)
 
 
 class RejectedLabel(Record):
@@ -326,13 +338,16 @@ class CurvePoint(Record):
     """A point of the training curve.
 
     `loss`: mean since the point before. `validation_accuracy` (0 to 1) and `validation_loss` (nats)
-    are known at the end of an epoch.
+    are known at the end of an epoch, and where answers are written, `validation_tokens`: the mean
+    share (0 to 1) of an answer's tokens, its end included, that are the likeliest behind those
+    before them.
     """
 
     step: int
     loss: float
     validation_accuracy: float | None = None
     validation_loss: float | None = None
+    validation_tokens: float | None = Field(None, exclude_if=lambda share: share is None)
 
 
 class StudentCheckpoint(StageRecord):
@@ -341,7 +356,8 @@ class StudentCheckpoint(StageRecord):
     Folders in the artifact: model/, a whole model in safetensors, and for LoRA and DoRA adapter/.
     With an adapter, model/ is the model that the adapter belongs to; it is left out if that is the
     base model itself. `base_license`: as the base model names it; None if it names none.
-    `decisions`: what the recipe left to the rows, and why it came out as it did.
+    `validation_tokens`: of the weights that are kept, see `CurvePoint`. `decisions`: what the
+    recipe left to the rows, and why it came out as it did.
     """
 
     method: Literal["full", "lora", "dora"]
@@ -352,6 +368,7 @@ class StudentCheckpoint(StageRecord):
     steps: int
     curve: tuple[CurvePoint, ...] = ()
     validation_accuracy: float | None = None
+    validation_tokens: float | None = Field(None, exclude_if=lambda share: share is None)
     device: str = "cpu"
     decisions: tuple[str, ...] = ()
     remote_code: bool = False

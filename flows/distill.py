@@ -253,7 +253,7 @@ def labelled_rows(
         served = local.model
     identity = teacher_identity(recipe.teacher, served)
     # Before anything is paid for: a teacher that has changed may end the run.
-    watched = recipe.teacher.with_canaries(is_scheduled())
+    watched = recipe.teacher.with_canaries(is_scheduled() and not recipe.draws_texts)
     if watched.canaries.rows:
         canaries(train_rows, recipe.prompt, watched, identity)
     check = None

@@ -218,8 +218,8 @@ def judged_by(rows: Rows, recipe: Recipe, identity: str) -> TeacherLabels:
     Where that teacher can't be asked about them, these are the gold answers."""
     if recipe.teacher.kind in ("gold", "file"):
         return gold_labels(rows, recipe.prompt)
-    unfiltered = recipe.teacher.model_copy(update={"filters": AS_TOLD.filters})
-    judged: TeacherLabels = label_of(unfiltered)(rows, recipe.prompt, unfiltered, identity)
+    teacher = recipe.teacher_of_test_rows
+    judged: TeacherLabels = label_of(teacher)(rows, recipe.prompt, teacher, identity)
     return judged
 
 

@@ -1,5 +1,6 @@
 """What all stages share: the `stage` decorator, cache keys from content, and errors of one line."""
 
+import json
 import logging
 import time
 from collections.abc import Callable, Collection
@@ -265,7 +266,12 @@ def content_of(value: Any) -> Any:
     if hasattr(value, "content_id"):
         return value.content_id
     if isinstance(value, BaseModel):
-        return {name: content_of(getattr(value, name)) for name in fields_in_keys(value)}
+        in_order = value.in_order if isinstance(value, Slice) else ()
+        content = {}
+        for name in fields_in_keys(value):
+            field = getattr(value, name)
+            content[name] = json.dumps(field) if name in in_order else content_of(field)
+        return content
     if isinstance(value, dict):
         return {str(key): content_of(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

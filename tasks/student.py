@@ -108,6 +108,7 @@ def train(
         steps=result.steps,
         curve=result.curve,
         validation_accuracy=result.validation_accuracy,
+        validation_tokens=result.validation_tokens,
         device=result.device,
         decisions=(*decisions, *result.decisions),
         remote_code=remote_code,
@@ -144,6 +145,8 @@ def _summary(rows: int, result: TrainingResult) -> str:
     accuracy = "none"
     if result.validation_accuracy is not None:
         accuracy = f"{result.validation_accuracy:.3f}"
+    if result.validation_tokens is not None:
+        accuracy += f", {result.validation_tokens:.3f} of the tokens"
     return (
         f"{rows} rows, {result.steps} steps{since}, {result.rows_per_second:.1f} rows/s on "
         f"{result.device}, loss {result.curve[-1].loss:.3f}, validation accuracy {accuracy}"

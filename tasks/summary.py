@@ -85,6 +85,8 @@ def _trained(record: StudentCheckpoint) -> str:
         if record.validation_accuracy is None
         else f", validation accuracy {record.validation_accuracy:.2f}"
     )
+    if record.validation_tokens is not None:
+        accuracy += f", {record.validation_tokens:.2f} of the tokens"
     size = f"{record.parameters / 1e6:.1f} M parameters"
     return f"{size}, {record.method}, {record.steps} steps{accuracy}"
 

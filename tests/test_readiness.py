@@ -29,6 +29,7 @@ from distillery.readiness import (
     Finding,
     check,
     check_base_models,
+    check_data,
     check_endpoint,
     check_gpu_memory,
     check_settings,
@@ -704,3 +705,18 @@ def test_the_files_of_other_texts_are_read(
         file.write(" \n")
     bad = f"FAIL data: {texts}:22: text: empty; fill it in or remove the row"
     assert [str(found(source)["data"]) for source in (files, hub)] == [bad, bad]
+
+
+def test_formats_that_nothing_checks_are_told(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    lines = [json.dumps({"text": f"text {n}", "answer": {"on": "2026-02-01"}}) for n in range(9)]
+    path.write_text("\n".join(lines) + "\n")
+    dataset = {"source": "files", "files": {"train": [str(path)]}, "carve": {"test": 0.4}}
+    for name, told in {"uri": ["task.schema", "data"], "date": ["data"]}.items():
+        fields = {"on": {"type": "string", "format": "date"}, "at": {"items": {"format": name}}}
+        task = {"kind": "extract", "schema": {"type": "object", "properties": fields}}
+        found = list(check_data(Recipe.model_validate({"dataset": dataset, "task": task})))
+        assert [finding.item for finding in found] == told
+        assert found[-1].level == "ok"
+        if name == "uri":
+            assert str(found[0]).startswith("warn task.schema: format: uri: not checked, as only")

@@ -11,6 +11,7 @@ texts of task.other (other.py), stop at leaks, join references and drop copies (
 near duplicates (near_duplicates.py), sample. Equal rows and settings give equal bytes.
 """
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -235,5 +236,9 @@ def write_split(
     if classes:
         sha256 = digest_of([sha256, classes])
     if answer_format:
-        sha256 = digest_of([sha256, answer_format.model_dump(mode="json")])
+        content = answer_format.model_dump(mode="json")
+        if answer_format.json_schema is not None:
+            # A digest passes over the order of keys, in which an answer's fields are written.
+            content["json_schema"] = json.dumps(answer_format.json_schema)
+        sha256 = digest_of([sha256, content])
     return Split(file=path.name, rows=len(rows), sha256=sha256)

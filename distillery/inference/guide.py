@@ -7,6 +7,7 @@ answer, which takes longer than most answers do.
 """
 
 from collections.abc import Collection, Mapping
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,10 @@ import numpy as np
 from distillery.answers import grammar_of
 from distillery.errors import SchemaNotHeld
 from distillery.inference.logits import Logits
+
+KEPT_SCHEMAS = 16
+"""Schemas whose grammars are kept, those that were used last: a server's requests bring any number
+of them."""
 
 
 class Guides:
@@ -35,21 +40,28 @@ class Guides:
         # Tokenizers as Llama 2's put a blank before each text, those that are learnt included.
         first = Tokenizer.from_str(tokenizer).encode("{", add_special_tokens=False).ids
         self._begin = " " if self._tokenizer.decode_bytes(first).startswith(b" ") else ""
+        # What is compiled once: half a second for a schema of 70 KB.
+        self.matcher_at_start = lru_cache(KEPT_SCHEMAS)(self.compiled)
 
     def start(self, schema: Mapping[str, Any], strict: bool = False) -> "Guide":
         """Return a guide at the beginning of an answer. With `strict`, all of the schema must be
         held; else keywords that llguidance does not know, such as uniqueItems, are passed over.
 
         Raises SchemaNotHeld with the reason."""
-        from llguidance import LLMatcher
-
         try:
             grammar = grammar_of(schema, strict, self._begin)
         except ValueError as error:
             raise SchemaNotHeld(str(error)) from error
+        return Guide(self.matcher_at_start(grammar).deep_copy())
+
+    def compiled(self, grammar: str) -> Any:
+        """Return llguidance's matcher of a grammar, at the beginning of an answer. Raises
+        SchemaNotHeld as `start` does."""
+        from llguidance import LLMatcher
+
         matcher = LLMatcher(self._tokenizer, grammar, log_level=0)
         require_no_error(matcher)
-        return Guide(matcher)
+        return matcher
 
 
 class Guide:

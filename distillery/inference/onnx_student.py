@@ -2,10 +2,8 @@
 
 import threading
 from collections.abc import Iterator, Sequence
-from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -158,17 +156,6 @@ class OnnxStudent(Student):
         steps = self.steps(prompt_ids, most_tokens(answer_format), guide=guide)
         tokens = [token for token, _ in steps]
         return written(tokens, self.end_ids, answer_format, self.text_of)
-
-    @cached_property
-    def _decoder_of_text(self) -> Any:
-        from tokenizers import Tokenizer
-
-        return Tokenizer.from_file(str(self.folder / "tokenizer.json"))
-
-    def text_of(self, tokens: Sequence[int]) -> str:
-        """Return the tokens as text, without special tokens, as Transformers does. Behind bytes
-        that are no character, ONNX Runtime GenAI 0.14 loses text."""
-        return str(self._decoder_of_text.decode(tokens, skip_special_tokens=True))
 
     def answers(
         self, examples: Sequence[Example], prompt: PromptRecipe

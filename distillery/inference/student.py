@@ -17,6 +17,7 @@ from distillery.inference.generation import Written
 from distillery.inference.guide import Guides
 from distillery.inference.logits import Logits, log_softmax
 from distillery.inference.rows import RowRenderer
+from distillery.inference.text_stream import TextStream
 from distillery.prompts import GenAITokenizer, read_added_tokens
 from distillery.recipe import PromptRecipe
 from distillery.records import Example, Record
@@ -107,9 +108,20 @@ class Student(RowRenderer, ABC):
         """Return the tokens as text, without special tokens."""
         return str(self.tokenizer.runtime.decode(np.array(tokens, dtype=np.int32)))
 
-    def text_stream(self) -> Any:
-        """Return an object whose `decode(token)` gives the text that this token completes."""
-        return self.tokenizer.runtime.create_stream()
+    def text_of(self, tokens: Sequence[int]) -> str:
+        """Return the tokens as text, without special tokens, as Transformers does. Behind bytes
+        that are no character, ONNX Runtime GenAI 0.14 loses text."""
+        return str(self._text_tokenizer.decode(tokens, skip_special_tokens=True))
+
+    def text_stream(self) -> TextStream:
+        """Return what gives an answer's text token by token, in all that of `text_of`."""
+        return TextStream(self._text_tokenizer)
+
+    @cached_property
+    def _text_tokenizer(self) -> Any:
+        from tokenizers import Tokenizer
+
+        return Tokenizer.from_file(str(self.folder / "tokenizer.json"))
 
     def token_text(self, token: int) -> str:
         """Return one token as text: a special one's name, U+FFFD for parts of a character."""

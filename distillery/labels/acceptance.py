@@ -12,7 +12,15 @@ from distillery.answers import NotAnAnswer
 from distillery.labels.questions import Question
 from distillery.labels.store import StoredAnswer
 from distillery.recipe import TeacherRecipe
-from distillery.teacher.answers import Answer, distribution, in_own_order
+from distillery.records import Example
+from distillery.teacher.answers import (
+    Answer,
+    CombinedAnswer,
+    combine_answers,
+    combine_written,
+    distribution,
+    in_own_order,
+)
 from distillery.teacher.budget import cost_of
 from distillery.teacher.reading import parse_answer, parse_class, written_answer
 from distillery.teacher.reply import Completion, storable
@@ -130,3 +138,11 @@ def accepted_answers(
                 in_own_order(stored.answer, stored.distribution, question.order, question.keys)
             )
     return accepted
+
+
+def label_of_answers(row: Example, accepted: Sequence[Answer], soft: bool) -> CombinedAnswer | None:
+    """Return the label that the accepted answers to a row (at least one) give; None for a tie of
+    letters. `soft` as in `combine_answers`."""
+    if row.format:
+        return combine_written(accepted, texts=row.writes_text)
+    return combine_answers(accepted, row.keys, soft)

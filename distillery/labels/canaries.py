@@ -9,13 +9,17 @@ from hashlib import sha256
 from itertools import chain
 
 from distillery.errors import TeacherUnavailable
-from distillery.labels.acceptance import accepted_answers, read_again, stored_answer
+from distillery.labels.acceptance import (
+    accepted_answers,
+    label_of_answers,
+    read_again,
+    stored_answer,
+)
 from distillery.labels.labelling import Slots
 from distillery.labels.questions import Question, questions
 from distillery.labels.store import LabelStore, StoredAnswer
 from distillery.recipe import PromptRecipe, TeacherRecipe
 from distillery.records import Example, TeacherDrift
-from distillery.teacher.answers import combine_answers
 from distillery.teacher.asking import Teacher
 from distillery.teacher.budget import Spending
 from distillery.teacher.endpoint import Endpoint
@@ -130,7 +134,7 @@ def answer_of_row(
     )
     if not accepted:
         return None
-    label = combine_answers(accepted, row_questions[0].keys, soft_labels)
+    label = label_of_answers(row_questions[0].row, accepted, soft_labels)
     return label.letter if label else None
 
 

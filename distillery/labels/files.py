@@ -3,7 +3,7 @@
 - labels.jsonl: a TeacherLabel for each accepted row
 - rejected.jsonl: a RejectedLabel for each other row
 - train_data.jsonl: {"Question": the user message, "Answer": the letter, class or text} for each
-  accepted row
+  accepted row, and for each further text of it
 - those of report.py: report.json, look.jsonl, reliability.png
 """
 
@@ -17,13 +17,12 @@ from tempfile import TemporaryDirectory
 from typing import IO, Any
 
 from distillery.errors import DataError, TeacherError
-from distillery.labels.acceptance import accepted_answers
+from distillery.labels.acceptance import accepted_answers, label_of_answers
 from distillery.labels.report import Tally
 from distillery.labels.window import OpenRow
 from distillery.prompts import render_messages
 from distillery.recipe import PromptRecipe, TeacherRecipe
 from distillery.records import Example, RejectedLabel, TeacherLabel, Usage
-from distillery.teacher.answers import combine_answers
 from distillery.teacher.reading import rationale_of
 
 LABELS_FILE = "labels.jsonl"
@@ -88,13 +87,14 @@ class LabelFiles:
 
     def write(self, done: OpenRow) -> None:
         """Write a complete row: its label if more than half of its answers are accepted and these
-        have a majority, otherwise its rejection."""
+        have a majority, otherwise its rejection. Of free texts, one that is accepted is enough."""
         stored = [state.stored for state in done.states]
         accepted = accepted_answers(done.questions, stored)
-        if 2 * len(accepted) <= len(stored):
+        enough = 1 if done.row.writes_text else len(stored) // 2 + 1
+        if len(accepted) < enough:
             self._reject_for_first_failure(done)
             return
-        label = combine_answers(accepted, done.row.keys, self._recipe.soft_labels)
+        label = label_of_answers(done.row, accepted, self._recipe.soft_labels)
         if label is None:
             votes = ", ".join(answer.letter for answer in accepted)
             self.reject(done.row, f"no majority among its {len(accepted)} answers", votes)
@@ -116,6 +116,7 @@ class LabelFiles:
                 distribution=label.distribution,
                 confidence=label.confidence,
                 rationale=rationale,
+                references=label.references,
                 usage=usage,
             ),
         )
@@ -145,7 +146,8 @@ class LabelFiles:
             return
         write_line(self._labels, label.model_dump())
         question = render_messages(row, self._prompt)[-1]["content"]
-        write_line(self._train, {"Question": question, "Answer": label.answer})
+        for answer in label.answers:
+            write_line(self._train, {"Question": question, "Answer": answer})
         self._check_soft(final=False)
         self._check_share(final=False)
 

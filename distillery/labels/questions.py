@@ -21,8 +21,9 @@ def request_key(
 
     It covers what is asked of whom: the teacher's identity, the messages, the temperature, the
     token limit, whether log-probabilities or JSON are wanted, the schema that a written answer is
-    held to, and the number of the vote. It covers neither the URL, the SDK and the API key nor the
-    position of the row: if these change, nothing is asked again.
+    held to, the texts that end it, and the number of the vote. It covers neither the URL, the SDK
+    and the API key nor the position of the row, nor the order in which the schema names the fields,
+    which an answer is put into when it is read: if these change, nothing is asked again.
     """
     asked: dict[str, Any] = {
         "teacher": identity,
@@ -36,6 +37,8 @@ def request_key(
         asked["form"] = "json"
         if schema is not None:
             asked["schema"] = schema
+    if settings.stop:
+        asked["stop"] = settings.stop
     if vote:
         asked["vote"] = vote
     return digest_of(asked)

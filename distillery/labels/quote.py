@@ -10,7 +10,7 @@ from distillery.data.examples import each_example
 from distillery.data.prepare import prepare
 from distillery.errors import RecipeError
 from distillery.labels.questions import Question, questions
-from distillery.labels.store import Experience, LabelStore
+from distillery.labels.store import EXPERIENCE_ROWS, Experience, LabelStore
 from distillery.prompts import Message, TransformersTokenizer
 from distillery.recipe import PromptRecipe, Recipe, TeacherRecipe
 from distillery.records import Example, Usage
@@ -117,22 +117,34 @@ def quote(
     teacher's answers so far or from the prompt's length. Equal requests within CHUNK_ROWS are
     counted once; others are few, because data preparation drops equal rows.
     """
-    experience = experience_of(store, identity, recipe)
-    rows = known = calls = prompt_tokens = answer_tokens = 0
-    for new in new_questions(examples, prompt, recipe, identity, store):
+    rows = known = calls = characters = prompt_tokens = answer_tokens = longest = 0
+    written: list[str] = []
+    for asked, new in each_rows_questions(examples, prompt, recipe, identity, store):
+        row = asked[0].row
         rows += 1
         known += not new
         calls += len(new)
+        longest = max([longest, *map(len, row.keys)])
+        if row.format and len(written) < EXPERIENCE_ROWS:
+            written += [question.key for question in asked if question not in new]
         for question in new:
+            characters += len(question.messages[-1]["content"])
             answer_tokens += estimated_answer(question, recipe)
             if tokens:
                 prompt_tokens += tokens(question.messages)
             else:
-                prompt_tokens += estimated_tokens(question, experience)
+                prompt_tokens += estimated_tokens(question)
+    if longest:
+        experience = experience_of(store, identity, recipe, longest)
+    else:
+        # Only answers to the same task are as long as the next ones.
+        experience = store.experience(identity, keys=written)
     basis = f"from lengths, at most {recipe.max_tokens:,} each"
     if experience:
         answer_tokens = round(calls * experience.completion_tokens)
         basis = f"from its last {experience.answers:,} answers"
+        if not tokens:
+            prompt_tokens = round(characters * experience.tokens_per_character)
     usage = Usage(prompt_tokens=prompt_tokens, completion_tokens=answer_tokens)
     return Quote(
         rows=rows,
@@ -147,14 +159,15 @@ def quote(
     )
 
 
-def new_questions(
+def each_rows_questions(
     examples: Iterable[Example],
     prompt: PromptRecipe,
     recipe: TeacherRecipe,
     identity: str,
     store: LabelStore,
-) -> Iterator[list[Question]]:
-    """Yield for each row its questions without a stored answer, equal ones in a chunk only once."""
+) -> Iterator[tuple[list[Question], list[Question]]]:
+    """Yield for each row its questions, and those without a stored answer, equal ones in a chunk
+    only once."""
     remaining = iter(examples)
     while True:
         chunk = list(islice(remaining, CHUNK_ROWS))
@@ -168,23 +181,25 @@ def new_questions(
                 if question.key not in seen:
                     seen.add(question.key)
                     new.append(question)
-            yield new
+            yield row_questions, new
 
 
-def experience_of(store: LabelStore, identity: str, recipe: TeacherRecipe) -> Experience | None:
-    """Return what the teacher's answers of the wanted form so far tell about the next ones.
+def experience_of(
+    store: LabelStore, identity: str, recipe: TeacherRecipe, longest: int
+) -> Experience | None:
+    """Return what the teacher's answers of the wanted form so far tell about the next ones, whose
+    letters or classes have at most `longest` characters: a text that the teacher has written may be
+    a hundred times as long.
 
-    A rationale is a hundred times as long as a letter; its prompts end with answers.instruction.
+    So may a rationale be; its prompts end with answers.instruction.
     """
     if recipe.answers.form == "rationale":
-        return store.experience(identity, ends_with=recipe.answers.instruction)
-    return store.experience(identity, ends_without=recipe.answers.instruction)
+        return store.experience(identity, ends_with=recipe.answers.instruction, longest=longest)
+    return store.experience(identity, ends_without=recipe.answers.instruction, longest=longest)
 
 
-def estimated_tokens(question: Question, experience: Experience | None) -> int:
-    """Return about how many tokens a prompt has."""
-    if experience:
-        return round(len(question.messages[-1]["content"]) * experience.tokens_per_character)
+def estimated_tokens(question: Question) -> int:
+    """Return about how many tokens a prompt has, from its length."""
     lengths = [len(message["content"]) for message in question.messages]
     return round(sum(lengths) * TOKENS_PER_CHARACTER) + TOKENS_PER_MESSAGE * len(lengths)
 
@@ -255,5 +270,6 @@ def quote_recipe(recipe: Recipe) -> dict[str, Quote]:
         prepare(recipe.dataset, folder, recipe.task)
         for split in splits:
             rows = each_example(folder / f"{split}.jsonl")
-            quotes[split] = quote(rows, recipe.prompt, teacher, identity, store, tokens)
+            asked = recipe.teacher_of_test_rows if split == "test" else teacher
+            quotes[split] = quote(rows, recipe.prompt, asked, identity, store, tokens)
     return quotes

@@ -43,6 +43,7 @@ class LabelReport(Record):
     """Counts of labels, and how far they can be trusted.
 
     letters: labels by letter; `soft` of them have probabilities. lengths: of written answers.
+    references: further texts of the labels, which are learnt too.
     gold_rows: labels of rows with a gold answer, which confirms `right` of them; labels that
     teacher.filters reject are among these. interval: the 95 % interval of right / gold_rows.
     calibration_error: the mean distance between confidence and accuracy over ten bins, weighted by
@@ -54,6 +55,7 @@ class LabelReport(Record):
     rejected: dict[str, int]
     letters: dict[str, int]
     lengths: Lengths | None = Field(None, exclude_if=lambda lengths: lengths is None)
+    references: int = Field(0, exclude_if=lambda references: not references)
     soft: int = 0
     gold_rows: int
     right: int
@@ -72,6 +74,8 @@ class LabelReport(Record):
         if self.lengths:
             shortest, longest = self.lengths.shortest, self.lengths.longest
             letters = f"of {shortest} to {longest} characters, {self.lengths.mean:.0f} on average"
+        if self.references:
+            letters = f"{self.accepted + self.references} texts {letters}"
         line = f"{self.accepted} accepted ({letters})"
         if 0 < self.soft < self.accepted:
             line += f", {self.soft} with probabilities"
@@ -93,7 +97,7 @@ class Tally:
         self.rejected: Counter[str] = Counter()
         self._letters: Counter[str] = Counter()
         self._lengths: Counter[int] = Counter()
-        self._gold_rows = self._right = 0
+        self._references = self._gold_rows = self._right = 0
         # For each bin of confidence: rows, the sum of their confidences, rows that are right.
         self._bins = [[0, 0.0, 0] for _ in range(BINS)]
         self._wrong: list[LookRow] = []
@@ -109,12 +113,12 @@ class Tally:
         self.accepted += 1
         self.soft += label.distribution is not None
         if row.format:
-            self._lengths[len(label.answer)] += 1
+            self._lengths.update(map(len, label.answers))
+            self._references += len(label.references)
         else:
             self._letters[label.answer] += 1
         confidence = 1.0 if label.confidence is None else label.confidence
-        free_text = row.format is not None and row.format.json_schema is None
-        if row.answer_key and not free_text:
+        if row.answer_key and not row.writes_text:
             right = label.answer in row.right_answers
             self._gold_rows += 1
             self._right += right
@@ -138,7 +142,8 @@ class Tally:
         self.accepted -= 1
         self.soft -= label.distribution is not None
         if self._lengths:
-            self._lengths[len(label.answer)] -= 1
+            self._lengths.subtract(map(len, label.answers))
+            self._references -= len(label.references)
         else:
             self._letters[label.answer] -= 1
         self.reject(reason)
@@ -167,6 +172,7 @@ class Tally:
             rejected=dict(self.rejected.most_common()),
             letters=dict(sorted((+self._letters).items())),
             lengths=lengths_of(+self._lengths),
+            references=self._references,
             soft=self.soft,
             gold_rows=self._gold_rows,
             right=self._right,

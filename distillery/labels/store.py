@@ -183,11 +183,18 @@ class LabelStore:
         return found
 
     def experience(
-        self, teacher: str, ends_with: str = "", ends_without: str = ""
+        self,
+        teacher: str,
+        ends_with: str = "",
+        ends_without: str = "",
+        longest: int | None = None,
+        keys: Iterable[str] | None = None,
     ) -> Experience | None:
         """Return what this teacher's last EXPERIENCE_ROWS answers tell; None if there are none.
 
-        `ends_with` and `ends_without` choose answers by the end of their prompts.
+        `ends_with` and `ends_without` choose answers by the end of their prompts, `longest` labels
+        of so many characters at most, and `keys` those under some of the first EXPERIENCE_ROWS of
+        these keys.
         """
         prompt = TABLE.c.prompt
         last = select(TABLE).where(
@@ -197,6 +204,10 @@ class LabelStore:
             last = last.where(prompt.endswith(ends_with, autoescape=True))
         if ends_without:
             last = last.where(not_(prompt.endswith(ends_without, autoescape=True)))
+        if longest is not None:
+            last = last.where(func.length(TABLE.c.answer) <= longest)
+        if keys is not None:
+            last = last.where(self._is_stored(list(islice(keys, EXPERIENCE_ROWS))))
         answers = last.order_by(TABLE.c.created_at.desc()).limit(EXPERIENCE_ROWS).subquery()
         query = select(
             func.count(),

@@ -40,6 +40,10 @@ class Slice(BaseModel):
     outside_keys: ClassVar[frozenset[str]] = frozenset()
     """Fields that say where a stage may run and not what it makes. They are in no cache key."""
 
+    in_order: ClassVar[frozenset[str]] = frozenset()
+    """Mappings in which the order of the keys counts. A cache key passes over the order of
+    others."""
+
     model_config = ConfigDict(
         frozen=True,
         extra="forbid",

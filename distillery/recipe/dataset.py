@@ -130,7 +130,8 @@ class DatasetRecipe(Slice):
     """Similarity (Jaccard, of the questions' word triples and of the options) from which two rows
     count as copies. Of copies within train one is kept; copies of validation or test rows are
     dropped from train and gold, and copies of test rows from validation. 1: only where both sets
-    are equal."""
+    are equal, which is the default with task.kind: extract and generate, where texts that differ in
+    a name or a number have other answers."""
 
     @property
     def roles(self) -> frozenset[str]:

@@ -20,7 +20,7 @@ from distillery.recipe.registry import RegistryRecipe
 from distillery.recipe.rules import GateRule
 from distillery.recipe.student import LayerChoice, StudentRecipe
 from distillery.recipe.task import TaskRecipe
-from distillery.recipe.teacher import TeacherRecipe
+from distillery.recipe.teacher import FilterRecipe, TeacherRecipe
 from distillery.recipe.training import TrainingRecipe
 
 FIELDS_ONLY = frozenset({"field_f1", "field dictionary"})
@@ -111,6 +111,20 @@ class Recipe(Slice):
         return self.student.base
 
     @property
+    def draws_texts(self) -> bool:
+        """Whether several texts are drawn for a row, all of which are learnt."""
+        return self.task.kind == "generate" and self.teacher.answers.votes > 1
+
+    @property
+    def teacher_of_test_rows(self) -> TeacherRecipe:
+        """The teacher as it is measured on the test rows: nothing is filtered, and of texts, of
+        which one cannot be the majority's, one is drawn."""
+        changed: dict[str, Any] = {"filters": FilterRecipe(minimum_accepted=0)}
+        if self.draws_texts:
+            changed["answers"] = self.teacher.answers.model_copy(update={"votes": 1})
+        return self.teacher.model_copy(update=changed)
+
+    @property
     def gate_rules(self) -> tuple[GateRule, ...]:
         """The rules that the gate applies."""
         return self.evaluation.gate_rules(
@@ -154,6 +168,15 @@ class Recipe(Slice):
         return self
 
     @model_validator(mode="after")
+    def check_stop(self) -> Self:
+        if self.teacher.stop and self.task.kind != "generate":
+            raise ValueError(
+                "teacher.stop: belongs to task.kind: generate, whose answers are free text; remove "
+                "this setting"
+            )
+        return self
+
+    @model_validator(mode="after")
     def check_settings_of_choices(self) -> Self:
         """Refuse for written answers what has a meaning only where an answer is chosen."""
         if not self.task.writes:
@@ -165,11 +188,15 @@ class Recipe(Slice):
             ("teacher.soft_labels", teacher.soft_labels),
             ("teacher.answers.form: rationale", answers.form == "rationale"),
             ("teacher.answers.form: json", answers.form == "json" and generates),
-            ("teacher.answers.votes above 1", answers.votes > 1),
             ("teacher.answers.orders above 1", answers.orders > 1),
-            ("teacher.filters.confidence", filters.confidence > 0),
+            (
+                "teacher.filters.confidence",
+                filters.confidence > 0 and (generates or answers.votes == 1),
+            ),
             ("teacher.filters.balance", filters.balance is not None),
             ("teacher.filters.agreement_with_gold", filters.agreement_with_gold and generates),
+            # Texts that are drawn differ, whether or not the teacher has changed.
+            ("teacher.canaries.rows", bool(teacher.canaries.rows) and self.draws_texts),
         ]
         trainings = [("student.training", self.student.training)]
         trainings.append(("teacher.preparation.training", teacher.preparation.training))

@@ -76,6 +76,8 @@ class TaskRecipe(Slice):
         {"abstain", "other", "answer_schema", "metric", "max_tokens"}
     )
 
+    in_order: ClassVar[frozenset[str]] = frozenset({"answer_schema"})
+
     kind: Literal["choice", "classify", "extract", "generate"] = "choice"
     """choice: each row has options of its own, and the answer is one's letter. classify: each row
     is a text, and the answer is one of the classes, which are the same for all rows. extract: the

@@ -1,6 +1,6 @@
 """The teacher slice: who labels the rows, how it is asked, and which answers become labels."""
 
-from typing import ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -74,7 +74,9 @@ class AnswerRecipe(Slice):
     """How the teacher answers, and how often it is asked for a row.
 
     A row is asked `votes` times in each of `orders` orders. If there are several answers, the label
-    is the majority's, and its share of the answers is the confidence.
+    is the majority's, and its share of the answers is the confidence. With task.kind: extract it is
+    the object that most of them are, the first of equally frequent ones. With generate, each of
+    them that is another text is learnt.
     """
 
     form: Literal["letter", "json", "rationale"] = "letter"
@@ -91,7 +93,8 @@ class AnswerRecipe(Slice):
 
     votes: int = Field(1, ge=1, le=64)
     """Answers drawn for each row (Wang et al., Self-Consistency, 2023). Above 1 it needs a
-    temperature above 0; with soft_labels, the shares of the votes are the probabilities."""
+    temperature above 0; with soft_labels, the shares of the votes are the probabilities. Of the
+    test rows, one text is enough with task.kind: generate."""
 
     orders: int = Field(1, ge=1, le=26)
     """Orders of the options in which each row is asked, each rotated by one option, since models
@@ -136,7 +139,7 @@ class TeacherRecipe(Slice):
     """Who labels the rows, and how."""
 
     added_later: ClassVar[frozenset[str]] = frozenset(
-        {"terms", "largest_shift", "insist", "max_age"}
+        {"terms", "largest_shift", "insist", "max_age", "stop"}
     )
 
     kind: Literal["endpoint", "local", "gold", "file"] = "endpoint"
@@ -164,6 +167,12 @@ class TeacherRecipe(Slice):
 
     max_tokens: int = Field(16, ge=1)
     """Tokens that an answer may have. Reasoning models need thousands."""
+
+    stop: tuple[Annotated[str, Field(min_length=1, max_length=256)], ...] = Field(
+        (), max_length=4, exclude_if=lambda texts: not texts
+    )
+    """With task.kind: generate, texts at which the endpoint ends an answer, such as ["\\n\\n"];
+    they are no part of it. Models that reason may refuse them."""
 
     answers: AnswerRecipe = AnswerRecipe()
     """How the teacher answers."""
@@ -231,7 +240,7 @@ class TeacherRecipe(Slice):
     def content_id(self) -> str:
         """The part of this slice in cache keys: what the answers depend on besides the prompt."""
         return self.model_dump_json(
-            include={"soft_labels", "temperature", "max_tokens", "answers", "filters"}
+            include={"soft_labels", "temperature", "max_tokens", "stop", "answers", "filters"}
         )
 
     def for_own_model(self, prompt: PromptRecipe) -> Self:

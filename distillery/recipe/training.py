@@ -83,7 +83,8 @@ class TrainingRecipe(Slice):
     patience: Annotated[int, Field(ge=1)] | Literal["proven"] | None = None
     """Epochs in a row without a lower validation loss after which training ends; the best epoch is
     kept. Needs validation rows. proven: an epoch is kept unless it is proven worse than
-    the best one before it, by the validation rows that only one of them has right; training ends
+    the best one before it, by the validation rows that only one of them has right or, where answers
+    are written, by the rows of whose tokens one of them has more right; training ends
     after three in a row that are. Without validation rows, the last one is kept. null: train to
     the end and keep the last weights."""
 

@@ -159,13 +159,13 @@ def compare(
             lines = lines_of(before, store)
             compared.append(difference(f"{role} rows", lines, lines_of(after, new_store) or {}))
     new_labels = read_labels(new_store.fetch(remade.labels.artifact))
-    answers = {row: label.answer for row, label in new_labels.items()}
+    answers = {row: label.answers for row, label in new_labels.items()}
     shares = {row: label.distribution for row, label in new_labels.items()}
     old_answers: dict[str, Any] | None = None
     old_shares: dict[str, Any] | None = None
     try:
         old_labels = read_labels(store.fetch(labels.artifact))
-        old_answers = {row: label.answer for row, label in old_labels.items()}
+        old_answers = {row: label.answers for row, label in old_labels.items()}
         old_shares = {row: label.distribution for row, label in old_labels.items()}
     except ArtifactDamaged:
         if labels.artifact.sha256 == remade.labels.artifact.sha256:

@@ -192,9 +192,10 @@ def plot_coverage(points: Sequence[CoveragePoint], given: float | None, title: s
 
 def plot_curve(curve: Sequence[CurvePoint], title: str) -> str:
     """Return the loss over the steps of a training and, below it, the accuracy on the validation
-    rows where it is known."""
+    rows where it is known, and the share of their tokens that are right where they are written."""
     losses = [point for point in curve if point.validation_loss is not None]
     accuracies = [point for point in curve if point.validation_accuracy is not None]
+    tokens = [point for point in curve if point.validation_tokens is not None]
 
     def draw(figure: Any) -> None:
         panels = 2 if accuracies else 1
@@ -220,6 +221,14 @@ def plot_curve(curve: Sequence[CurvePoint], title: str) -> str:
                 marker=MARKERS[2],
                 label="validation accuracy",
             )
+            if tokens:
+                below.plot(
+                    [point.step for point in tokens],
+                    [point.validation_tokens for point in tokens],
+                    color=SERIES[3],
+                    marker=MARKERS[3],
+                    label="share of tokens right",
+                )
             below.set(ylabel="accuracy")
         grid[-1, 0].set(xlabel="step")
         add_legend(figure)

@@ -417,9 +417,13 @@ def training_curve(outcome: Outcome) -> Chart | None:
                 f"{point.loss:.4f}",
                 share(point.validation_loss),
                 share(point.validation_accuracy),
+                share(point.validation_tokens),
             ]
         )
-    titles = ("step", "training loss", "validation loss", "validation accuracy")
+    titles = ["step", "training loss", "validation loss", "validation accuracy"]
+    titles.append("share of tokens right")
+    if all(point.validation_tokens is None for point in curve):
+        titles, rows = titles[:-1], [row[:-1] for row in rows]
     return Chart(title, plot_curve(curve, title), Table(title, titles, rows))
 
 

@@ -187,7 +187,8 @@ class Asker:
             if count == 1:
                 first_at = time.perf_counter()
             if token not in student.end_ids:
-                show(stream.decode(token))
+                show(stream.take(token))
+        show(stream.rest())
         return Speed(len(prompt), first_at - started, count, time.perf_counter() - first_at)
 
     def messages(self, question: str) -> list[Message]:

@@ -130,10 +130,10 @@ def complete(student: ServedStudent, job: Job) -> Iterator[Piece]:
     entries: list[ChatCompletionTokenLogprob] = []
     for token, logits in steps:
         if token in student.end_ids:
-            yield Piece(search.held, entries, "stop")
+            yield Piece(search.take(stream.rest()) + search.held, entries, "stop")
             return
         job.completion_tokens += 1
-        text = search.take(stream.decode(token))
+        text = search.take(stream.take(token))
         if request.logprobs:
             entries.append(token_logprobs(student, token, logits, request.top_logprobs or 0))
         if search.found:
@@ -142,7 +142,8 @@ def complete(student: ServedStudent, job: Job) -> Iterator[Piece]:
         if text:
             yield Piece(text, entries)
             entries = []
-    yield Piece(search.held, entries, "length")
+    text = search.take(stream.rest())
+    yield Piece(text + search.held, entries, "stop" if search.found else "length")
 
 
 def guide_of(student: ServedStudent, request: ChatRequest) -> Guide | None:

@@ -64,11 +64,12 @@ class Answer:
 @dataclass(frozen=True)
 class CombinedAnswer:
     """The label that a row's answers give. `confidence`: the share of answers that agree, or the
-    probability of a single answer's letter."""
+    probability of a single answer's letter. `references`: further texts, each as good."""
 
     letter: str
     distribution: dict[str, float] | None
     confidence: float | None
+    references: tuple[str, ...] = ()
 
 
 def in_own_order(
@@ -114,3 +115,16 @@ def combine_answers(
         if letter != best and math.isclose(combined[letter], combined[best]):
             return None
     return CombinedAnswer(best, combined if all_have_one or soft else None, most / len(answers))
+
+
+def combine_written(answers: Sequence[Answer], texts: bool) -> CombinedAnswer:
+    """Return the label that a row's written `answers` (at least one) give: the one that most of
+    them are, the first of equally frequent ones. Of free `texts`, of which hardly two are equal, it
+    is the first, and each other one is a reference."""
+    counts = Counter(answer.letter for answer in answers)
+    if texts:
+        first, *others = counts
+        return CombinedAnswer(first, None, None, tuple(others))
+    best = max(counts, key=counts.__getitem__)
+    confidence = counts[best] / len(answers) if len(answers) > 1 else None
+    return CombinedAnswer(best, None, confidence)

@@ -82,6 +82,7 @@ class Teacher:
             recipe.temperature,
             top_logprobs=MOST_LOGPROBS if recipe.asks_log_probabilities else 0,
             schema=recipe.answers.form == "json",
+            stop=recipe.stop,
         )
         self._gave_completions = False
         self._gave_log_probabilities = False

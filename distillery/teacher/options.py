@@ -17,12 +17,13 @@ FEWER_LOGPROBS = 5
 @dataclass(frozen=True)
 class CallOptions:
     """The parameters of a call. `top_logprobs` 0 asks for no log-probabilities; `schema` holds the
-    answer to a JSON schema."""
+    answer to a JSON schema; `stop` are texts that end it."""
 
     max_tokens: int
     temperature: float | None
     top_logprobs: int
     schema: bool = False
+    stop: tuple[str, ...] = ()
     max_tokens_name: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
 
     def body(
@@ -35,6 +36,8 @@ class CallOptions:
             body["response_format"] = response_format(schema)
         elif self.schema:
             body["response_format"] = answer_schema(letters)
+        if self.stop:
+            body["stop"] = list(self.stop)
         if self.temperature is not None:
             body["temperature"] = self.temperature
         if self.top_logprobs:

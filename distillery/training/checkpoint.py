@@ -49,9 +49,9 @@ class TrainingState:
 
     `fingerprint`: the digest of all that a checkpoint must have been made with. `losses`: those of
     the steps since the curve's last point. `best_*`: the epoch whose weights are kept, where
-    training.patience is set, and `waited`, the number of epochs since. `right`: which
-    validation rows the epoch has right that has the most, where patience is proven; `epochs`: how
-    many there were."""
+    training.patience is set, and `waited`, the number of epochs since. `right`: how much of each
+    validation row (0 to 1) the epoch has right that has the most, where patience is proven;
+    `epochs`: how many there were."""
 
     fingerprint: str
     weights: "dict[str, torch.nn.Parameter]"
@@ -66,7 +66,7 @@ class TrainingState:
     best_step: int = 0
     best_weights: "dict[str, torch.Tensor] | None" = None
     waited: int = 0
-    right: list[bool] = field(default_factory=list)
+    right: Sequence[float] = field(default_factory=list)
     epochs: int = 0
 
     def keep_if_best(self, loss: float) -> None:
@@ -76,9 +76,9 @@ class TrainingState:
             self.best_loss = loss
             self.keep()
 
-    def keep_unless_worse(self, right: list[bool]) -> None:
-        """Keep the weights where `right`, the validation rows that they have right, do not prove
-        them worse than those of the epoch that had most of them right."""
+    def keep_unless_worse(self, right: Sequence[float]) -> None:
+        """Keep the weights where `right`, how much of each validation row they have right, does not
+        prove them worse than those of the epoch that had the most right."""
         self.waited += 1
         # By Bonferroni's correction: that epoch was chosen out of `epochs`.
         if not self.epochs or not proven_worse(right, self.right, PROOF / self.epochs):
@@ -100,12 +100,26 @@ class TrainingState:
         if self.best_weights is None or self.best_step == self.step:
             return
         copy_weights(self.best_weights, self.weights)
+        points = {point.step: point for point in self.curve}
+        best, last = points[self.best_step], points[self.step]
+        then, now = f"{self.best_accuracy:.3f} of the validation rows right", f"{self.accuracy:.3f}"
+        by = ""
+        if best.validation_tokens is not None:
+            then = f"{best.validation_tokens:.3f} of the validation rows' tokens right, and the "
+            then += f"loss {best.validation_loss:.3f}"
+            now = f"{last.validation_tokens:.3f}, and {last.validation_loss:.3f}"
+            by = ", by the tokens" if self.epochs else ", by the loss"
         decide(
-            f"kept the weights of step {self.best_step} of {self.step}: they have "
-            f"{self.best_accuracy:.3f} of the validation rows right, the last ones "
-            f"{self.accuracy:.3f} (training.patience)"
+            f"kept the weights of step {self.best_step} of {self.step}: they have {then}, the last "
+            f"ones {now} (training.patience{by})"
         )
         self.accuracy = self.best_accuracy
+
+    @property
+    def kept_tokens(self) -> float | None:
+        """The validation_tokens of the weights that are kept."""
+        points = {point.step: point for point in self.curve}
+        return points[self.best_step or self.step].validation_tokens
 
     def save(self, checkpoints: Checkpoints) -> None:
         """Save a checkpoint. A store that is down or full is logged and does not end training,

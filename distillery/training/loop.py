@@ -13,6 +13,8 @@ from itertools import islice
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from pydantic import Field
+
 from distillery.errors import TrainingError
 from distillery.models.device import Device, choose_device, linear_layers_cast
 from distillery.models.load import contiguous_head
@@ -70,7 +72,8 @@ Progress = Callable[[TrainingProgress], None]
 class TrainingResult(Record):
     """The figures of a training. `kept_step`: the step whose weights are kept, before `steps` where
     training.patience chose an earlier epoch. `rows_per_second`: of this process. `resumed_at`: the
-    step of the checkpoint that it went on from, 0 for none. `decisions`: see decisions.py."""
+    step of the checkpoint that it went on from, 0 for none. `validation_tokens`: of the weights
+    that are kept, see `CurvePoint`. `decisions`: see decisions.py."""
 
     steps: int
     kept_step: int
@@ -78,6 +81,7 @@ class TrainingResult(Record):
     trained_parameters: int
     curve: tuple[CurvePoint, ...]
     validation_accuracy: float | None
+    validation_tokens: float | None = Field(None, exclude_if=lambda share: share is None)
     device: str
     precision: str
     rows_per_second: float
@@ -217,8 +221,10 @@ class Training:
         if self.epoch_ends and validation:
             right, loss = self.validate(validation)
             require_finite(loss, "validation loss", state.step)
-            state.accuracy = fmean(right)
+            state.accuracy = fmean(share == 1 for share in right)
             figures = {"validation_loss": loss, "validation_accuracy": state.accuracy}
+            if validation[0].target:
+                figures["validation_tokens"] = fmean(right)
             point = point.model_copy(update=figures)
             if self.recipe.patience == "proven":
                 state.keep_unless_worse(right)
@@ -227,8 +233,9 @@ class Training:
         state.curve.append(point)
         state.losses = []
 
-    def validate(self, rows: Sequence[TrainingRow]) -> tuple[list[bool], float]:
-        """Return whether each row's answer is its label, and the loss."""
+    def validate(self, rows: Sequence[TrainingRow]) -> tuple[Sequence[float], float]:
+        """Return how much of each row is right (0 to 1), and the loss: all or nothing where an
+        answer is chosen, the share of its tokens where it is written."""
         pad_id, end_id = self.objective.pad_id, self.objective.end_id
         if rows[0].target:
             return validate_written(
@@ -262,6 +269,7 @@ class Training:
             trained_parameters=sum(weight.numel() for weight in state.weights.values()),
             curve=tuple(state.curve),
             validation_accuracy=state.accuracy,
+            validation_tokens=state.kept_tokens,
             device=self.device.name,
             precision=self.device.precision,
             rows_per_second=self.rows_per_second,

@@ -4,7 +4,7 @@ In: Examples with their labels, a prompt and a tokenizer. Out: TrainingRows; the
 one row a line.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +49,9 @@ def training_rows(
     explain: str | None = None,
     classes: ClassTokens | None = None,
 ) -> tuple[list[TrainingRow], list[str]]:
-    """Render the examples that have a label. Return the rows, and the ids of those that are set
-    aside: their prompt is over prompt.max_tokens, or their written answer over task.max_tokens.
+    """Render the examples that have a label, once for each text of it. Return the rows, and the ids
+    of those that are set aside: their prompt is over prompt.max_tokens, or their written answer
+    over task.max_tokens.
 
     `explain`: the instruction that asks for the labels' reasons; None leaves the reasons out.
     `classes`: the tokens of the classes, with prompt.answer class.
@@ -58,10 +59,7 @@ def training_rows(
     wrapped = TransformersTokenizer(tokenizer)
     rows: list[TrainingRow] = []
     too_long: list[str] = []
-    for example in examples:
-        label = labels.get(example.example_id)
-        if label is None:
-            continue
+    for example, label in each_label(examples, labels):
         ids = render_ids(example, prompt, wrapped)
         target = wrapped.encode_text(label.answer) if example.format else []
         if ids is None or (example.format and len(target) > example.format.max_tokens):
@@ -82,6 +80,20 @@ def training_rows(
             fields |= reason_fields(example, label.rationale, prompt, wrapped, explain)
         rows.append(TrainingRow(**fields))
     return rows, too_long
+
+
+def each_label(
+    examples: Sequence[Example], labels: dict[str, TeacherLabel]
+) -> Iterator[tuple[Example, TeacherLabel]]:
+    """Yield each example that has a label, with the label, and once more with each reference in
+    place of the label's answer."""
+    for example in examples:
+        label = labels.get(example.example_id)
+        if label is None:
+            continue
+        yield example, label
+        for text in label.references:
+            yield example, label.model_copy(update={"answer": text})
 
 
 def reason_fields(

@@ -44,11 +44,11 @@ def validate(
 
 def validate_written(
     model: Any, rows: Sequence[TrainingRow], *, pad_id: int, end_id: int, device: Device
-) -> tuple[list[bool], float]:
-    """Return what `validate` does, for written answers: whether the likeliest tokens after a row's
-    prompt are its answer and the end of the turn, so that nothing else would be written, and the
-    loss that training has without label smoothing."""
-    right = [False] * len(rows)
+) -> tuple[list[float], float]:
+    """Return (shares, loss) for written answers: of each row's answer and the end of the turn, the
+    share (0 to 1) of tokens that are the likeliest behind those before them, and the loss that
+    training has without label smoothing. At a share of 1, nothing else would be written."""
+    shares = [0.0] * len(rows)
     losses = [0.0] * len(rows)
     with evaluated(model, device):
         contiguous_head(model)
@@ -57,11 +57,12 @@ def validate_written(
             texts = [row.target for row in batch]
             logits = forward_written(model, [row.prompt for row in batch], texts, pad_id)
             targets = written_targets(logits, texts, end_id)
-            likeliest = ((logits.argmax(-1) == targets) | (targets < 0)).all(-1).tolist()
+            # Before a text, a target is negative, which no token is.
+            likeliest = (logits.argmax(-1) == targets).sum(-1).tolist()
             found = written_losses(logits, texts, end_id).tolist()
-            for index, is_right, loss in zip(picked, likeliest, found, strict=True):
-                right[index], losses[index] = is_right, loss
-    return right, fmean(losses)
+            for index, text, count, loss in zip(picked, texts, likeliest, found, strict=True):
+                shares[index], losses[index] = count / (len(text) + 1), loss
+    return shares, fmean(losses)
 
 
 @contextmanager
@@ -76,14 +77,15 @@ def evaluated(model: Any, device: Device) -> Iterator[None]:
     model.train(was_training)
 
 
-def proven_worse(now: Sequence[bool], before: Sequence[bool], chance: float = PROOF) -> bool:
-    """Return whether a model with the right answers `now` is worse than one with those `before` on
-    the same rows, by the exact one-sided test of the rows that only one of them has right
-    (McNemar, 1947). `chance`: how probable it may be that one which is no worse is taken for it."""
+def proven_worse(now: Sequence[float], before: Sequence[float], chance: float = PROOF) -> bool:
+    """Return whether a model that has `now` of each row right is worse than one that has `before`
+    of it, by the exact one-sided sign test of the rows that differ. Where a row is right or wrong
+    as a whole, this is McNemar's test (1947). `chance`: how probable it may be that a model which
+    is no worse is taken for it."""
     from scipy.stats import binomtest
 
-    lost = sum(was and not still for still, was in zip(now, before, strict=True))
-    won = sum(still and not was for still, was in zip(now, before, strict=True))
+    lost = sum(still < was for still, was in zip(now, before, strict=True))
+    won = sum(still > was for still, was in zip(now, before, strict=True))
     if lost <= won:
         return False
     return bool(binomtest(lost, lost + won, alternative="greater").pvalue <= chance)

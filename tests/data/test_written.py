@@ -10,7 +10,7 @@ from distillery.data.answer_format import named_format, with_schema
 from distillery.data.examples import read_examples
 from distillery.data.prepare import check_rows, prepare
 from distillery.errors import DataError
-from distillery.recipe import Columns, DatasetRecipe, TaskRecipe
+from distillery.recipe import Columns, DatasetRecipe, Recipe, TaskRecipe
 from distillery.records import Example
 
 SCHEMA: dict[str, Any] = {
@@ -154,3 +154,43 @@ def test_a_schema_may_stand_in_a_file(tmp_path: Path, monkeypatch: pytest.Monkey
     secret.write_text(json.dumps(SCHEMA))
     with pytest.raises(DataError, match=r"a file that ends in \.json"):
         named_format(TaskRecipe(kind="extract", schema=str(secret)))
+
+
+def test_a_split_is_another_one_with_the_fields_in_another_order(tmp_path: Path) -> None:
+    """The answers are written in that order, and the file alone does not tell where none is
+    known."""
+    train = rows_of("train", [("a", None)], tmp_path)
+    test = rows_of("test", [("c", {"days": 1})], tmp_path)
+    recipe = dataset({"train": [train], "test": [test]})
+    turned = {**SCHEMA, "properties": dict(reversed(SCHEMA["properties"].items()))}
+    assert turned == SCHEMA
+    digests = set()
+    for number, schema in enumerate((SCHEMA, turned)):
+        task = TaskRecipe(kind="extract", schema=schema)
+        digests.add(prepare(recipe, tmp_path / f"{number}", task).splits["train"].sha256)
+    assert len(digests) == 2
+
+
+def test_texts_that_are_made_by_a_pattern_are_no_copies(tmp_path: Path) -> None:
+    """By default; the same text in other letters and with other blanks is one."""
+    pattern = "name[The Eagle], eatType[pub], food[English], area[riverside], near[Cafe {}]"
+    texts = [pattern.format(number) for number in range(12)]
+    path = write_rows(
+        tmp_path / "rows.jsonl",
+        [{"text": text, "answer": f"Rated {number}."} for number, text in enumerate(texts)]
+        + [{"text": texts[0].upper().replace(" ", "  "), "answer": "Rated zero."}],
+    )
+    values: dict[str, Any] = {
+        "task": {"kind": "generate"},
+        "dataset": {"source": "files", "files": {"train": [str(path)]}, "carve": {"test": 0.4}},
+    }
+    recipe = Recipe.model_validate(values)
+    splits = prepared(recipe.dataset, recipe.task, tmp_path / "out")
+    assert sum(map(len, splits.values())) == 12
+    assert len(splits["test"]) >= 2
+    joined = [row for rows in splits.values() for row in rows if row.references]
+    assert [set(row.right_answers) for row in joined] == [{"Rated 0.", "Rated zero."}]
+    values["dataset"]["near_duplicate"] = 0.8
+    recipe = Recipe.model_validate(values)
+    with pytest.raises(DataError, match="no row is left for train"):
+        prepare(recipe.dataset, tmp_path / "none", recipe.task)

@@ -22,7 +22,7 @@ from distillery.export.build import export
 from distillery.inference.batch import read_rows, score_file
 from distillery.inference.batch_student import load_for_rows
 from distillery.inference.generation import Answering, Written, generated, written
-from distillery.inference.guide import Guides
+from distillery.inference.guide import KEPT_SCHEMAS, Guides
 from distillery.inference.logits import token_sampler
 from distillery.inference.onnx_student import OnnxStudent
 from distillery.labels.known import gold_labels
@@ -359,3 +359,40 @@ def test_the_canonical_form_is_what_may_follow(
             assert np.isfinite(guide.masked(np.zeros(512, np.float32))[token])
             guide.take(token)
         assert guide.complete
+
+
+def test_a_schema_is_compiled_once(guides: Guides) -> None:
+    """Half a second for a large one; and each answer has a guide of its own."""
+    fields = {f"field_{number}": {"enum": [f"value {i}" for i in range(9)]} for number in range(90)}
+    large = {**SCHEMA, "properties": {**SCHEMA["properties"], **fields}}
+    before = guides.matcher_at_start.cache_info().misses
+    for schema in (large, json.loads(json.dumps(large)), large):
+        guide = guides.start(schema)
+        logits = guide.masked(np.zeros(512, np.float32))
+        token = int(logits.argmax())
+        guide.take(token)
+        behind = guide.masked(np.zeros(512, np.float32))
+        assert not np.array_equal(logits, behind)
+        again = guides.start(schema).masked(np.zeros(512, np.float32))
+        assert np.array_equal(again, logits), "it is at the beginning"
+    assert guides.matcher_at_start.cache_info().misses == before + 1
+
+
+def test_the_schemas_that_are_kept_are_bounded(
+    guides: Guides, tiny_model: Callable[[str], Path]
+) -> None:
+    """Those that differ in the order of their fields are two."""
+    for number in range(3 * KEPT_SCHEMAS):
+        guides.start({"type": "object", "properties": {f"n{number}": {}}})
+    assert guides.matcher_at_start.cache_info().currsize == KEPT_SCHEMAS
+    fields = {"b": {"type": "null"}, "a": {"type": "null"}}
+    tokens = load_tokenizer(tiny_model("llama")).encode('{"b": null, "a": null}')
+    for properties, may_follow in ((fields, True), (dict(reversed(fields.items())), False)):
+        guide = guides.start({"type": "object", "properties": properties})
+        followed = []
+        for token in tokens:
+            followed.append(bool(np.isfinite(guide.masked(np.zeros(512, np.float32))[token])))
+            if not followed[-1]:
+                break
+            guide.take(token)
+        assert all(followed) is may_follow

@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chat_endpoint import Call, ChatEndpoint, Reply, said
+from chat_endpoint import Call, ChatEndpoint, Reply, refused, said
 from label_runs import endpoint_of, read_lines
 
-from distillery.errors import DataError
+from distillery.errors import DataError, TeacherError
 from distillery.labels.canaries import ask_canaries
-from distillery.labels.files import LabelCounts
+from distillery.labels.files import LabelCounts, read_labels
 from distillery.labels.known import gold_labels, read_label_files, write_known_labels
 from distillery.labels.labelling import label
 from distillery.labels.questions import questions
@@ -244,3 +244,151 @@ def test_strict_is_said_only_of_a_schema_that_is() -> None:
     for name, schema in {"loose": loose, "strict": strict, "nested": nested}.items():
         found[name] = response_format(schema)["json_schema"]["strict"]
     assert found == wanted
+
+
+def letter_row(number: int) -> Example:
+    return Example(example_id=f"letter {number}", question=f"Which? {number}", choices=("x", "y"))
+
+
+async def test_a_quote_goes_by_answers_of_its_own_kind(tmp_path: Path) -> None:
+    """A teacher that has answered letters writes far longer texts, and one that has written texts
+    answers short letters."""
+    letters, letter_prompt = [letter_row(number) for number in range(20)], PromptRecipe()
+    texts = [row(f"text {number}", TEXT, answer_key="x" * 76) for number in range(20)]
+    teacher = TeacherRecipe(max_tokens=512, filters={"minimum_accepted": 0}, outage_s=30)
+    prompt = PROMPT.model_copy(update={"system": ""})
+
+    def answered(call: Call) -> Reply:
+        if "Which?" in call.question:
+            return said("A")
+        reply = said("word " * 30)
+        reply.body["usage"]["completion_tokens"] = 30
+        return reply
+
+    with (
+        ChatEndpoint(answered) as server,
+        LabelStore(f"sqlite:///{tmp_path / 'labels.db'}") as store,
+    ):
+        asked = endpoint_of(server)
+
+        def quoted(rows: list[Example], prompt: PromptRecipe) -> tuple[int, str]:
+            found = quote(rows, prompt, teacher, "gpt-test", store)
+            return found.usage.completion_tokens, found.basis
+
+        before = quoted(texts, prompt)
+        assert before == (20 * 20, "from lengths, at most 512 each"), "the gold answers' lengths"
+        await label(letters[:10], letter_prompt, teacher, asked, store, tmp_path / "letters")
+        assert quoted(texts, prompt) == before
+        assert quoted(letters, letter_prompt) == (10, "from its last 10 answers")
+        await label(texts[:5], prompt, teacher, asked, store, tmp_path / "texts")
+        assert quoted(texts, prompt) == (15 * 30, "from its last 5 answers")
+        assert quoted(letters, letter_prompt) == (10, "from its last 10 answers")
+        other = prompt.model_copy(update={"system": "Shorter."})
+        assert quoted(texts, other) == before, "another task's answers tell nothing of it"
+
+
+DRAWN = {
+    "all": ["One.", "Two.", "One.", "Three."],
+    "some": ["", "Two.", "", ""],
+    "none": ["", "", "", ""],
+}
+
+
+class Drawing:
+    """Answers each question with its texts of DRAWN, one after another."""
+
+    def __init__(self, texts: dict[str, list[str]]) -> None:
+        self.left = {name: list(drawn) for name, drawn in texts.items()}
+
+    def __call__(self, call: Call) -> Reply:
+        return said(self.left[call.question.removeprefix("T: ")].pop(0))
+
+
+async def test_each_text_that_is_drawn_is_a_label(tmp_path: Path) -> None:
+    teacher = TeacherRecipe.model_validate(
+        {
+            **TEACHER.model_dump(),
+            "answers": {"votes": 4},
+            "temperature": 1.0,
+            "concurrency": 1,
+            "budget": {"calls": 12},
+        }
+    )
+    prompt, rows = PROMPT.model_copy(update={"system": ""}), [row(name, TEXT) for name in DRAWN]
+    with (
+        ChatEndpoint(Drawing(DRAWN)) as server,
+        LabelStore(f"sqlite:///{tmp_path / 'labels.db'}") as store,
+    ):
+        assert quote(rows, prompt, teacher, "gpt-test", store).calls == 12
+        for out in ("out", "again"):
+            counts = await label(rows, prompt, teacher, endpoint_of(server), store, tmp_path / out)
+            assert len(server.calls) == 12, "asked once"
+    assert (counts.accepted, counts.rejected) == (2, 1)
+    labels = read_labels(tmp_path / "out")
+    assert labels["all"].answers == ("One.", "Two.", "Three.")
+    assert labels["some"].answers == ("Two.",)
+    assert labels["all"].usage.completion_tokens == 4
+    trained = read_lines(tmp_path / "out" / "train_data.jsonl")
+    assert [line["Answer"] for line in trained] == ["One.", "Two.", "Three.", "Two."]
+    report = read_report(tmp_path / "out")
+    assert (report.references, report.accepted) == (2, 2)
+    assert report.line().startswith("2 accepted (4 texts of 4 to 6 characters")
+    assert "references" not in read_lines(tmp_path / "out" / "labels.jsonl")[1]
+
+
+async def test_the_object_that_most_answers_are_is_the_label(tmp_path: Path) -> None:
+    drawn = {
+        "most": ['{"days":2}', '{"city": "Oslo"}', '{"city":"Oslo"}', '{"days": "x"}'],
+        "tie": ['{"days": 1}', '{"days": 2}', '{"days": 2}', '{"days":1}'],
+        "apart": ['{"days": 1}', '{"days": 2}', '{"days": 3}', '{"days": 4}'],
+        "few": ['{"days": 1}', '{"days": 1}', "x", "y"],
+    }
+    teacher = TeacherRecipe.model_validate(
+        {**TEACHER.model_dump(), "answers": {"votes": 4}, "temperature": 1.0, "concurrency": 1}
+    )
+    rows, watched = (
+        [row(name) for name in drawn],
+        TeacherRecipe.model_validate({**teacher.model_dump(), "canaries": {"rows": 4}}),
+    )
+    with ChatEndpoint(Drawing(drawn)) as server:
+        await labelled(server, rows, tmp_path, teacher)
+    found = {
+        name: (one.answer, one.confidence, one.references)
+        for name, one in read_labels(tmp_path / "out").items()
+    }
+    assert found == {
+        "most": ('{"city": "Oslo"}', pytest.approx(2 / 3), ()),
+        "tie": ('{"days": 1}', 0.5, ()),
+        "apart": ('{"days": 1}', 0.25, ()),
+    }
+    drawn["most"] = ['{"city": "Oslo"}'] * 4
+    drawn["tie"].reverse()
+    drawn["apart"] = ['{"days": 7}'] * 4
+    with (
+        ChatEndpoint(Drawing(drawn)) as server,
+        LabelStore(f"sqlite:///{tmp_path / 'labels.db'}") as store,
+    ):
+        drift = await ask_canaries(rows, PROMPT, watched, endpoint_of(server), store)
+    assert (drift.compared, drift.changed) == (4, ("apart",))
+
+
+async def test_an_endpoint_ends_a_text_where_it_is_told(tmp_path: Path) -> None:
+    prompt = PROMPT.model_copy(update={"system": ""})
+    told = TEACHER.model_copy(update={"answers": TeacherRecipe().answers, "stop": ("\n\n", "END")})
+    free = told.model_copy(update={"stop": ()})
+    rows = [row("one", TEXT)]
+    keys = [questions(rows[0], prompt, teacher, "gpt-test")[0].key for teacher in (told, free)]
+    assert len(set(keys)) == 2
+    assert "stop" not in free.content_id, "what was cached before is found again"
+    assert told.content_id != free.content_id
+    with ChatEndpoint(lambda _: said("Two words.")) as server:
+        await labelled(server, rows, tmp_path, told)
+        assert server.calls[0].body["stop"] == ["\n\n", "END"]
+        await labelled(server, [row("two", TEXT)], tmp_path, free)
+        assert "stop" not in server.calls[1].body
+    trouble = "Unsupported parameter: 'stop'"
+    with (
+        ChatEndpoint(lambda _: refused(400, trouble)) as server,
+        pytest.raises(TeacherError, match=trouble),
+    ):
+        await labelled(server, [row("three", TEXT)], tmp_path, told)

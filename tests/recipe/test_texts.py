@@ -55,7 +55,7 @@ TEXTS = {
     *("task.other.label", "task.abstain.answer", "evaluation.rules.name"),
     *("prompt.system", "prompt.user", "prompt.choice"),
     *("student.prompt.system", "student.prompt.user", "student.prompt.choice"),
-    *("teacher.answers.instruction", "teacher.prices.currency", "teacher.terms"),
+    *("teacher.answers.instruction", "teacher.prices.currency", "teacher.terms", "teacher.stop"),
     "student.training.rationale_instruction",
     "student.healing.training.rationale_instruction",
     "teacher.preparation.training.rationale_instruction",

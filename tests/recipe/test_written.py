@@ -132,10 +132,6 @@ def test_a_task_without_sense_is_refused(task: dict[str, Any], trouble: str) -> 
             {"teacher": {"answers": {"form": "rationale"}, "max_tokens": 300}},
             "teacher.answers.form: rationale",
         ),
-        (
-            {"teacher": {"answers": {"votes": 3}, "temperature": 1.0}},
-            "teacher.answers.votes above 1",
-        ),
         ({"teacher": {"answers": {"orders": 2}}}, "teacher.answers.orders above 1"),
         ({"teacher": {"filters": {"balance": 2}}}, "teacher.filters.balance"),
         (
@@ -200,3 +196,37 @@ def test_an_answer_that_is_no_written_one_is_refused() -> None:
     assert "written to extract and generate" in error_of({"kind": "generate"}, prompt=letter)
     written = {"answer": "written"}
     assert "written to extract and generate" in error_of({"kind": "classify"}, prompt=written)
+
+
+VOTES: dict[str, Any] = {"answers": {"votes": 3}, "temperature": 1.0}
+
+
+def test_several_answers_are_drawn_of_texts_and_of_objects() -> None:
+    texts, objects = recipe({"kind": "generate"}, teacher=VOTES), recipe(EXTRACT, teacher=VOTES)
+    assert texts.draws_texts
+    assert not objects.draws_texts
+    assert texts.teacher_of_test_rows.answers.votes == 1, "the first text is what is compared"
+    assert objects.teacher_of_test_rows.answers.votes == 3, "the majority's object"
+    assert objects.teacher_of_test_rows.filters.minimum_accepted == 0
+    agreed = {**VOTES, "filters": {"confidence": 0.6}}
+    assert recipe(EXTRACT, teacher=agreed).teacher.filters.confidence == 0.6
+    assert error_of({"kind": "generate"}, teacher=agreed).startswith("teacher.filters.confidence")
+    watched = {**VOTES, "canaries": {"rows": 5}}
+    assert error_of({"kind": "generate"}, teacher=watched).startswith("teacher.canaries.rows")
+    assert recipe(EXTRACT, teacher=watched).teacher.canaries.rows == 5
+
+
+def test_texts_that_end_an_answer_belong_to_free_text() -> None:
+    assert recipe({"kind": "generate"}, teacher={"stop": ["\n"]}).teacher.stop == ("\n",)
+    for task in (EXTRACT, {"kind": "classify"}):
+        error = error_of(task, teacher={"stop": ["\n"]})
+        assert error.startswith("teacher.stop: belongs to task.kind: generate")
+    for stop in ([""], ["a", "b", "c", "d", "e"]):
+        assert "stop" in error_of({"kind": "generate"}, teacher={"stop": stop})
+
+
+def test_texts_that_resemble_each_other_are_no_copies_by_default() -> None:
+    for task in (EXTRACT, {"kind": "generate"}):
+        assert recipe(task).dataset.near_duplicate == 1
+        assert recipe(task, dataset={"near_duplicate": 0.7}).dataset.near_duplicate == 0.7
+    assert recipe({"kind": "classify"}).dataset.near_duplicate == 0.8

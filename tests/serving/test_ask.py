@@ -98,8 +98,7 @@ def test_text_is_that_of_the_student_up_to_max_length(tiny_onnx: Build) -> None:
     length = len(prompt) + 12
     greedy = SearchOptions(max_length=length)
     text, speed = said(Asker(folder, system="Short.", search=greedy))
-    stream = student.text_stream()
-    assert text == "".join(map(stream.decode, tokens))
+    assert text == student.text_of(tokens)
     assert (speed.prompt_tokens, speed.answer_tokens) == (len(prompt), 12)
     for search, same in (
         (SearchOptions(max_length=length, do_sample=True, top_k=1), True),

@@ -7,14 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import openai
 import pytest
 
 from distillery.data.examples import write_format
+from distillery.inference.logits import Logits
 from distillery.inference.onnx_student import OnnxStudent
 from distillery.records import AnswerFormat
+from distillery.serving.completion import Job, complete
 from distillery.serving.limits import LONGEST_SCHEMA
 from distillery.serving.process import Served, served
+from distillery.serving.requests import ChatRequest
+from distillery.serving.student import ServedStudent
 
 SCHEMA: dict[str, Any] = {
     "type": "object",
@@ -163,3 +168,37 @@ def test_free_text_ends_at_the_limit_of_its_format(
     assert default.usage.completion_tokens == 8
     assert longer.usage
     assert longer.usage.completion_tokens == 20
+
+
+class SpeakingStudent(ServedStudent):
+    """A student that says these tokens."""
+
+    said: tuple[int, ...] = ()
+
+    def steps(self, *_: Any, **__: Any) -> Iterator[tuple[int, Logits]]:
+        for token in self.said:
+            yield token, np.zeros(512, np.float32)
+
+
+@pytest.mark.parametrize("end", [(), (2,)], ids=["cut off", "ended"])
+@pytest.mark.parametrize("cut", [0, 1, 2], ids=["whole", "in a character", "in another"])
+def test_the_pieces_of_a_text_are_the_whole_text(
+    tiny_onnx: Callable[..., Path], cut: int, end: tuple[int, ...]
+) -> None:
+    """Of characters that take several tokens, with and without texts that stop it."""
+    student = SpeakingStudent(tiny_onnx("llama"), threads=1)
+    tokens = student.tokenizer.encode_text('面包 "🥖" 👩‍🍳')
+    tokens = tokens[: len(tokens) - cut]
+    student.said = (*tokens, *end)
+    whole = student.text_of(tokens)
+    assert whole.endswith("\ufffd") is (cut > 0)
+    body: dict[str, Any] = {"messages": MESSAGES, "temperature": 0}
+    found = {}
+    for stops in ((), ("never", "🥖!"), ('🥖"',), ("\ufffd",)):
+        request = ChatRequest(**body, stop=list(stops))
+        pieces = list(complete(student, Job(request)))
+        found[stops] = "".join(piece.text for piece in pieces), pieces[-1].finish_reason
+    reason = "stop" if end else "length"
+    assert found[()] == found["never", "🥖!"] == (whole, reason)
+    assert found['🥖"',] == ('面包 "', "stop")
+    assert found["\ufffd",] == (whole.partition("\ufffd")[0], "stop" if cut else reason)

@@ -14,7 +14,7 @@ from prefect.testing.utilities import prefect_test_harness
 
 from distillery.errors import StageError
 from distillery.recipe import ExportForm, OtherRecipe, TaskRecipe, TrainingRecipe
-from distillery.records import Ladder, OnnxModel, Predictions, PreparedDataset, Rung
+from distillery.records import Ladder, OnnxModel, Predictions, PreparedDataset, Rung, digest_of
 from distillery.storage.artifacts import ArtifactStore
 from tasks import stage as stages
 from tasks.onnx import is_final
@@ -120,6 +120,17 @@ def test_a_setting_that_was_added_later_changes_no_key_at_its_default() -> None:
         found.append(content_of(TaskRecipe(kind="classify", other=OtherRecipe(files=(path,)))))
     assert found[0] == found[1], "the files' content is part of the source's identity"
     assert found[0]["other"] == "other"
+
+
+def test_the_order_of_a_schemas_fields_counts() -> None:
+    """An answer is written in that order."""
+    fields = {"b": {"type": "string"}, "a": {"type": "string"}}
+    keys = set()
+    for properties in (fields, dict(reversed(fields.items()))):
+        task = TaskRecipe(kind="extract", schema={"type": "object", "properties": properties})
+        keys.add(digest_of(content_of(task)))
+    assert len(keys) == 2
+    assert "answer_schema" not in content_of(TaskRecipe(kind="generate"))
 
 
 @pytest.fixture(scope="module")

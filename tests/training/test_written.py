@@ -15,6 +15,7 @@ from distillery.models.load import end_of_turn_id, load_model, load_tokenizer, p
 from distillery.recipe import PromptRecipe, TrainingRecipe
 from distillery.records import AnswerFormat, Example, TeacherLabel
 from distillery.training.batching import by_length, forward_written
+from distillery.training.decisions import kept_decisions
 from distillery.training.fine_tune import fine_tune
 from distillery.training.inputs import read_training_inputs
 from distillery.training.loop import train
@@ -124,8 +125,9 @@ def test_an_answer_is_right_if_it_is_what_would_be_written(tiny_model: TinyModel
             row.target,
         ][number % 5]
         spoiled.append(row.model_copy(update={"target": changed}))
-    right, loss = validate_written(model, spoiled, pad_id=padding, end_id=end, device=device)
+    shares, loss = validate_written(model, spoiled, pad_id=padding, end_id=end, device=device)
     written = [greedy(model, row, end, 20) == [*row.target, end] for row in spoiled]
+    right = [share == 1 for share in shares]
     assert right == written
     assert sum(right) == 1
     singles = [
@@ -200,3 +202,66 @@ def test_the_format_stands_beside_the_weights(
     )
     folder = tmp_path / "out" / ("adapter" if method == "lora" else "model")
     assert read_format(folder) == FORMAT
+
+
+def test_each_text_of_a_label_is_learnt(tiny_model: TinyModel) -> None:
+    rows, tokenizer = examples(2), load_tokenizer(tiny_model("llama"))
+    longer = "river " * 13
+    labels = {
+        "0": TeacherLabel(example_id="0", answer="bread", references=("a river", longer)),
+        "1": TeacherLabel(example_id="1", answer="no cloud"),
+    }
+    found, too_long = training_rows(rows, labels, PROMPT, tokenizer)
+    assert [tokenizer.decode(row.target) for row in found] == ["bread", "a river", "no cloud"]
+    assert found[0].prompt == found[1].prompt != found[2].prompt
+    assert too_long == ["0"], "of its third text"
+
+
+def test_tokens_prove_what_whole_answers_can_t(tiny_model: TinyModel) -> None:
+    """Of long texts, no model has one right as a whole. These answers, with another end each, are
+    lost the better training goes."""
+    folder = tiny_model("llama")
+    tokenizer = load_tokenizer(folder)
+    end, padding = end_of_turn_id(tokenizer), pad_id(tokenizer)
+    rows = rendered(folder, examples(36))
+    others = [rows[(number + 1) % 36].target for number in range(36)]
+    spoiled = [
+        row.model_copy(update={"target": (*target, 9)})
+        for row, target in zip(rows, others, strict=True)
+    ]
+    shape: dict[str, Any] = {"method": "full", "batch_size": 4, "precision": "float32"}
+    shape |= {"epochs": 12, "learning_rate": 0.003}
+    kept = {}
+    for patience in ("proven", 2):
+        recipe = TrainingRecipe(patience=patience, **shape)
+        model, _ = load_model(folder)
+        with kept_decisions() as decisions:
+            _, result = train(model, rows, spoiled, recipe, pad_id=padding, end_id=end)
+        points = {
+            point.step: point for point in result.curve if point.validation_tokens is not None
+        }
+        assert all(point.validation_accuracy == 0 for point in points.values())
+        best = points[result.kept_step]
+        assert result.validation_tokens == best.validation_tokens
+        assert result.kept_step < result.steps
+        said = f"they have {best.validation_tokens:.3f} of the validation rows' tokens right, and"
+        assert said in decisions[-1]
+        kept[patience] = decisions[-1]
+    assert kept["proven"].endswith("(training.patience, by the tokens)")
+    assert kept[2].endswith("(training.patience, by the loss)")
+
+
+def test_a_share_of_tokens_is_that_of_what_would_be_written(tiny_model: TinyModel) -> None:
+    folder = tiny_model("llama")
+    tokenizer = load_tokenizer(folder)
+    end, padding, device = end_of_turn_id(tokenizer), pad_id(tokenizer), choose_device("float32")
+    model, _ = load_model(folder)
+    model.eval()
+    row = rendered(folder)[0]
+    written = greedy(model, row, end, 8)[:7]
+    targets = [tuple(written), (*written[:-1], (written[-1] + 1) % 500)]
+    rows = [row.model_copy(update={"target": target}) for target in targets]
+    shares, _ = validate_written(model, rows, pad_id=padding, end_id=end, device=device)
+    ends = int(greedy(model, row, end, 8)[7:] == [end])
+    assert shares[0] == (7 + ends) / 8
+    assert shares[1] in (6 / 8, 7 / 8), "whether the end would follow the other token"
