@@ -69,6 +69,7 @@ def run_recipe(recipe: Row, keep: bool) -> Figures:
     """Run a recipe in a process of its own, and return the figures of its predictors by name, and
     what the gate said."""
     kept = WORK / f"{recipe['name']}.json"
+    run: Figures
     if keep and kept.exists():
         run = json.loads(kept.read_text())
     else:
