@@ -104,7 +104,11 @@ def modules(file: Path) -> set[Path]:
 
 def code(file: Path) -> str:
     """The source without comments, docstrings and blank lines."""
-    source = file.read_text()
+    return without_comments(file.read_text())
+
+
+@cache
+def without_comments(source: str) -> str:
     lines = source.splitlines()
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
