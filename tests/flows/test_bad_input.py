@@ -29,9 +29,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")
-def prefect(
-    prefect_server: OwnPrefect, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, str]:
+def prefect(prefect_server: OwnPrefect, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The environment of a flow: one Prefect server and one place for results for all runs here."""
     return {
         "PREFECT_API_URL": prefect_server.url,

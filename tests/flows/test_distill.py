@@ -412,7 +412,7 @@ def test_an_artifact_that_is_gone_or_damaged_is_made_again_and_nothing_else(
     workshop: Workshop, first: Run, stages: tuple[str, str]
 ) -> None:
     """Two artifacts are gone at once, of stages of which neither hands its own to the other."""
-    known = {
+    known: dict[str, tuple[str, dict[str, Any]]] = {
         "prepare-dataset": (": prepare dataset", {}),
         "label": (": label", {"accepted": ROWS["train"]}),
         "train": ("student: train", {"method": "full"}),

@@ -4,7 +4,7 @@ search that ends on the latter."""
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from contextvars import copy_context
 from types import SimpleNamespace

@@ -84,7 +84,7 @@ class OwnPrefect(PrefectApi):
         from prefect.logging.handlers import APILogHandler
 
         # What flows in this process have still to tell would wait for a server that is gone.
-        APILogHandler.flush()
+        APILogHandler().flush()
         EventsWorker.drain_all()
         self._process.terminate()
         self._process.wait(60)
