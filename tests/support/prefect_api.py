@@ -76,7 +76,8 @@ class OwnPrefect(PrefectApi):
             self._process = subprocess.Popen(
                 [*command, "--port", str(self.port)], env=kept | own, stdout=log, stderr=log
             )
-        wait_for("the server's start", self.is_healthy)
+        # Seconds on an idle machine; minutes where others use all of its cores.
+        wait_for("the server's start", self.is_healthy, 300)
         return self
 
     def __exit__(self, *_error: object) -> None:
