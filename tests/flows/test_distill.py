@@ -411,7 +411,7 @@ def test_a_registered_student_is_traced_and_made_again(workshop: Workshop, first
 def test_an_artifact_that_is_gone_or_damaged_is_made_again_and_nothing_else(
     workshop: Workshop, first: Run, stages: tuple[str, str]
 ) -> None:
-    """Two artifacts are gone at once, of stages of which neither hands its own to the other."""
+    """Two artifacts are gone at once. The stage between theirs takes its own from the cache."""
     known: dict[str, tuple[str, dict[str, Any]]] = {
         "prepare-dataset": (": prepare dataset", {}),
         "label": (": label", {"accepted": ROWS["train"]}),
