@@ -2,6 +2,7 @@
 seconds."""
 
 import os
+import shutil
 import sys
 import tarfile
 from collections.abc import Callable, Iterator
@@ -12,9 +13,11 @@ from typing import Any
 import pytest
 from azure_ml_stand_in import make_certificate
 from azurite_server import Azurite, Certificate
+from prefect_api import OwnPrefect
 from tenacity import wait_none
 from tiny_model import build_tiny_model
 
+from distillery.registry.local import LocalRegistry
 from distillery.teacher.endpoint import Sdk
 
 os.environ["OLIVE_DISABLE_TELEMETRY"] = "1"
@@ -73,15 +76,49 @@ def url(tmp_path: Path) -> str:
     return f"sqlite:///{tmp_path / 'labels.db'}"
 
 
+@pytest.fixture(scope="session")
+def empty_registry(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The database of a registry without models, to be copied: MLflow takes seconds to make its
+    tables."""
+    folder = tmp_path_factory.mktemp("empty-registry")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DISTILLERY_HOME", str(folder))
+        LocalRegistry(f"sqlite:///{folder / 'registry.db'}").list()
+    return folder / "registry.db"
+
+
 @pytest.fixture(scope="module")
-def registry_url(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return f"sqlite:///{tmp_path_factory.mktemp('registry') / 'registry.db'}"
+def registry_url(tmp_path_factory: pytest.TempPathFactory, empty_registry: Path) -> str:
+    return f"sqlite:///{shutil.copy(empty_registry, tmp_path_factory.mktemp('registry'))}"
 
 
 @pytest.fixture
 def one_registry(monkeypatch: pytest.MonkeyPatch, registry_url: str) -> None:
-    """One registry for all tests of a module: MLflow takes seconds to make its tables."""
+    """One registry for all tests of a module."""
     monkeypatch.setenv("DISTILLERY_REGISTRY", registry_url)
+
+
+@pytest.fixture
+def own_registry(home: Path, empty_registry: Path) -> None:
+    """A registry of this test's own, in its home."""
+    home.mkdir()
+    shutil.copy(empty_registry, home)
+
+
+@pytest.fixture(scope="session")
+def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OwnPrefect]:
+    """A Prefect server for all tests of this process: it takes ten seconds to start."""
+    with OwnPrefect(tmp_path_factory.mktemp("prefect-server")) as server:
+        yield server
+
+
+@pytest.fixture
+def prefect_api(prefect_server: OwnPrefect) -> Iterator[None]:
+    """Flows that run in this process do so on the server."""
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    with temporary_settings({PREFECT_API_URL: prefect_server.url}):
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -40,8 +40,9 @@ PLANTED = {
 }
 """The secret in each setting of the server and the workers."""
 CONTAINER = "distillery"
-MINUTE = 60
-"""Seconds that a store or a database is away."""
+AWAY = 20
+"""Seconds that the server, the store or the database is away: they are tried again several times
+meanwhile."""
 EPOCH = -(-ROWS["train"] // 8)
 """Steps, in batches of 8."""
 EPOCHS = 16
@@ -303,7 +304,7 @@ def test_a_training_outlives_its_server_and_then_its_store(
     asked = len(cloud.endpoint.calls)
     with workshop.slower(step=1):
         workshop.stop("server")
-        time.sleep(20)
+        time.sleep(AWAY)
         assert workshop.processes(parent)
         assert workshop.processes(child)
         workshop.start_server()
@@ -316,14 +317,14 @@ def test_a_training_outlives_its_server_and_then_its_store(
             "progress",
             lambda: workshop.artifacts(child)["train"]["data"] != shown["data"],
         )
-        recovered("a server away for 20 s", started)
+        recovered(f"a server away for {AWAY} s", started)
         cloud.until_checkpoint(parent)
         azurite.stop()
-        time.sleep(MINUTE)
+        time.sleep(AWAY)
         azurite.start()
         started = time.monotonic()
     assert workshop.ended(child)["state_name"] == "Completed"
-    recovered("a store away for a minute", started)
+    recovered(f"a store away for {AWAY} s", started)
     assert workshop.ended(parent)["state_name"] == "Completed", workshop.log(parent)
     print(f"\n{long.steps} steps in {long.runs} runs for a training of {EPOCHS * EPOCH} steps")
     # What the runs did after their last whole checkpoint was done again, and nothing else.
@@ -389,11 +390,11 @@ def test_labelling_waits_for_its_database(cloud: Cloud, first: Run) -> None:
         half = calls + ROWS["train"] // 2
         workshop.until(run, "half the labels", lambda: len(cloud.endpoint.calls) >= half)
         cloud.labels.stop()
-        time.sleep(MINUTE)
+        time.sleep(AWAY)
         cloud.labels.start()
     started = time.monotonic()
     workshop.until(run, "the labels", lambda: cloud.answers("patient") >= ROWS["train"])
-    recovered("a label database away for a minute", started)
+    recovered(f"a label database away for {AWAY} s", started)
     workshop.end(run)
     asked = [call.question for call in cloud.endpoint.calls[calls:]]
     assert len(asked) == len(set(asked))
@@ -402,7 +403,7 @@ def test_labelling_waits_for_its_database(cloud: Cloud, first: Run) -> None:
 def test_a_store_that_stays_away_fails_the_run_in_one_line(cloud: Cloud, first: Run) -> None:
     workshop, calls = cloud.workshop, len(cloud.endpoint.calls)
     workshop.stop("cpu-pool")
-    workshop.start_worker("cpu-pool", DISTILLERY_STORE_WAIT="2")
+    workshop.start_worker("cpu-pool", DISTILLERY_STORE_WAIT="2", RETRY_SECONDS="1")
     with workshop.slower(request=0.5):
         run = workshop.start_run(cloud.recipe("unlucky"))
         workshop.until(run, "labelling", lambda: len(cloud.endpoint.calls) > calls)

@@ -1,6 +1,6 @@
 """Rows of CommonsenseQA, labelled by a real LLM over HTTP through each of the two SDKs.
 
-The rows come from the folder that COMMONSENSE_QA_DIR names, COMMONSENSE_QA_ROWS of them (24); the
+The rows come from the folder that COMMONSENSE_QA_DIR names, COMMONSENSE_QA_ROWS of them (12); the
 model is the demo's SmolLM2, served by llama.cpp."""
 
 import asyncio
@@ -28,7 +28,7 @@ from distillery.records import Example, RejectedLabel
 from distillery.settings import TeacherSettings
 from distillery.teacher.endpoint import resolve_endpoint
 
-ROWS = int(os.environ.get("COMMONSENSE_QA_ROWS", "24"))
+ROWS = int(os.environ.get("COMMONSENSE_QA_ROWS", "12"))
 Sdk = Literal["azure-ai-inference", "openai"]
 SDKS: tuple[Sdk, Sdk] = ("azure-ai-inference", "openai")
 

@@ -242,34 +242,26 @@ def rehearsal(
         yield made
 
 
-@pytest.mark.parametrize(
-    ("layout", "disturbed"),
-    [("components", False), ("data", True)],
-    ids=["components", "data, cut and throttled"],
-)
-def test_the_lab_from_first_to_last(
-    layout: str,
-    disturbed: bool,
+def offer(rehearsal: Rehearsal, layout: str, base: dict[str, bytes]) -> None:
+    """Put the base model into the registry."""
+    upload(rehearsal.storage.port, "models/phi", in_layout(layout, base))
+    rehearsal.azure_ml.models[BASE.name, BASE.version] = "models/phi"
+
+
+def distil_first(
     rehearsal: Rehearsal,
     prepared: dict[str, list[Example]],
     base: dict[str, bytes],
-    tmp_path: Path,
     home: Path,
-) -> None:
+    disturbed: bool,
+) -> tuple[dict[str, Any], Outcome]:
+    """Run the preset for the first time and check what became of it; return its figures and
+    records. `disturbed`: whether the services failed for a moment."""
     weights = len(base["model.safetensors"])
-    upload(rehearsal.storage.port, "models/phi", in_layout(layout, base))
-    rehearsal.azure_ml.models[BASE.name, BASE.version] = "models/phi"
-    if disturbed:
-        rehearsal.cut_at = weights // 2
-        rehearsal.azure_ml.throttled = 1
-    else:
-        checked = rehearsal.run("distillery.cli", "check", "lab").stdout
-        assert re.search(r"(?m)^ok +teacher endpoint", checked)
-        assert rehearsal.models_read == 0
-
     first, log = rehearsal.distil()
     outcome = rehearsal.outcome()
     first["stages"] = stage_seconds(outcome)
+    first["accuracy"] = outcome.report.row(outcome.report.candidate).accuracy
     asked = len(prepared["train"]) + len(prepared["test"])
     assert (
         first["requests"]["teacher"] == asked == LAB.dataset.sample["train"] + len(prepared["test"])
@@ -293,7 +285,32 @@ def test_the_lab_from_first_to_last(
     assert "Incomplete download" not in log
     throttled = " ".join(rehearsal.azure_ml.refused)
     assert ("/registries/" in throttled) == ("/workspaces/" in throttled) == disturbed
+    return first, outcome
 
+
+def test_the_lab_whose_services_are_cut_and_throttled(
+    rehearsal: Rehearsal, prepared: dict[str, list[Example]], base: dict[str, bytes], home: Path
+) -> None:
+    offer(rehearsal, "data", base)
+    rehearsal.cut_at = len(base["model.safetensors"]) // 2
+    rehearsal.azure_ml.throttled = 1
+    first, _ = distil_first(rehearsal, prepared, base, home, disturbed=True)
+    print(json.dumps({"rehearsal": "cut and throttled", "first": first}))
+
+
+def test_the_lab_from_first_to_last(
+    rehearsal: Rehearsal,
+    prepared: dict[str, list[Example]],
+    base: dict[str, bytes],
+    tmp_path: Path,
+    home: Path,
+) -> None:
+    offer(rehearsal, "components", base)
+    checked = rehearsal.run("distillery.cli", "check", "lab").stdout
+    assert re.search(r"(?m)^ok +teacher endpoint", checked)
+    assert rehearsal.models_read == 0
+
+    first, outcome = distil_first(rehearsal, prepared, base, home, disturbed=False)
     models_read = rehearsal.models_read
     assert models_read > 0
     again, log = rehearsal.distil()
@@ -339,17 +356,7 @@ def test_the_lab_from_first_to_last(
     right = sum(answered[row.example_id] == row.answer_key for row in prepared["test"])
     assert right == outcome.report.row(outcome.report.candidate).correct
 
-    print(
-        json.dumps(
-            {
-                "rehearsal": layout,
-                "cut and throttled": disturbed,
-                "accuracy": outcome.report.row(outcome.report.candidate).accuracy,
-                "first": first,
-                "again": again,
-            }
-        )
-    )
+    print(json.dumps({"rehearsal": "from first to last", "first": first, "again": again}))
 
 
 def stage_seconds(outcome: Outcome) -> dict[str, float]:

@@ -14,7 +14,14 @@ from tiny_recipe import row
 from distillery.data.examples import read_examples
 from distillery.errors import DataError, ExportError, OutOfResources
 from distillery.evaluation.judging import Gold
-from distillery.evaluation.scoring import ModelToScore, Scored, departure, score_model
+from distillery.evaluation.scoring import (
+    ModelToScore,
+    Scored,
+    ScoringJob,
+    departure,
+    score_model,
+)
+from distillery.evaluation.scoring_process import score
 from distillery.evaluation.statistics import paired_interval
 from distillery.export import ladder
 from distillery.export.build import ask_once
@@ -25,7 +32,7 @@ from distillery.export.ladder import (
     measured,
 )
 from distillery.export.ladder_table import render_ladder, table
-from distillery.export.rung_process import BuildingJob, Built
+from distillery.export.rung_process import BuildingJob, Built, build
 from distillery.labels.known import gold_labels
 from distillery.machine import machine_name
 from distillery.models.inspect import model_and_adapter
@@ -598,8 +605,23 @@ def rows(split: str, count: int) -> list[Example]:
     ]
 
 
+@pytest.fixture
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Build and score here: a tiny model's processes spend most of their time on imports."""
+
+    def build_here(_module: str, job: BuildingJob, _limit_s: float, progress: ShowProgress) -> str:
+        return build(job, progress).model_dump_json()
+
+    def score_here(_module: str, job: ScoringJob, progress: ShowProgress) -> str:
+        return score(job, progress).model_dump_json()
+
+    monkeypatch.setattr("distillery.export.ladder.run_in_process", build_here)
+    monkeypatch.setattr("distillery.evaluation.scoring.run_in_process", score_here)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
+@pytest.mark.usefixtures("in_this_process")
 @pytest.mark.parametrize("arch", ["llama", "phi3"])
 def test_a_real_ladder_merged_and_apart(tiny_model: TinyModel, tmp_path: Path, arch: str) -> None:
     base = tiny_model(arch)

@@ -6,15 +6,14 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from chat_endpoint import Call, ChatEndpoint, Reply, good, refused, said
-from prefect.settings import PREFECT_API_URL
-from prefect.testing.utilities import prefect_test_harness
+from prefect_api import OwnPrefect
 from tiny_recipe import ROWS, recipe, write_rows
 
 from distillery.recipe import PromptRecipe, Recipe
@@ -30,14 +29,13 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")
-def prefect(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+def prefect(prefect_server: OwnPrefect, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The environment of a flow: one Prefect server and one place for results for all runs here."""
-    with prefect_test_harness(server_startup_timeout=120):
-        yield {
-            "PREFECT_API_URL": str(PREFECT_API_URL.value()),
-            "PREFECT_HOME": str(tmp_path_factory.mktemp("prefect")),
-            "PYTHONWARNINGS": "ignore",
-        }
+    return {
+        "PREFECT_API_URL": prefect_server.url,
+        "PREFECT_HOME": str(tmp_path_factory.mktemp("prefect")),
+        "PYTHONWARNINGS": "ignore",
+    }
 
 
 class Bench:

@@ -1,6 +1,7 @@
 """The whole way as `python -m flows.distill RECIPE` takes it, shaped like the demo, on a tiny
 random model: what runs, what is cached, and what it costs, counted by counting/sitecustomize.py
-inside the runs' own processes."""
+inside the runs' own processes. All runs share a Prefect server; test_written.py has runs that start
+their own."""
 
 import html
 import json
@@ -11,8 +12,9 @@ import sqlite3
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from typing import Any
 import pytest
 import yaml
 from chat_endpoint import ChatEndpoint
+from prefect_api import OwnPrefect, wait_for
 from tiny_recipe import ROWS, endpoint_recipe, recipe, write_rows
 
 from distillery.records import Artifact
@@ -90,11 +93,14 @@ class Run:
 
 
 class Workshop:
-    """A home of its own, in which runs follow each other."""
+    """A home of its own, in which runs follow each other. `registry` is the file of a registry
+    without models."""
 
-    def __init__(self, folder: Path, base: Path) -> None:
-        self.folder, self.base = folder, base
-        self.home, self.prefect = folder / "home", folder / "prefect"
+    def __init__(self, folder: Path, base: Path, prefect: OwnPrefect, registry: Path) -> None:
+        self.folder, self.base, self.prefect = folder, base, prefect
+        self.home = folder / "home"
+        self.home.mkdir()
+        shutil.copy(registry, self.home)
         self.files = write_rows(folder / "rows")
 
     def run(self, files: dict[str, list[str]] | None = None, **evaluation: float) -> Run:
@@ -122,9 +128,17 @@ class Workshop:
         name = done.stderr.partition("Beginning flow run '")[2].partition("'")[0]
         return Run(name, done.stdout, done.stderr, Counter(counted.read_text().split()))
 
-    def reproduce(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+    def refusal(self, values: dict[str, Any]) -> str:
+        """What a run of this recipe logs, which must end with exit 1."""
+        path = self.folder / "bad.yaml"
+        path.write_text(yaml.safe_dump(values))
+        done = self.flow("distill", str(path))
+        assert done.returncode == 1
+        return done.stderr
+
+    def flow(self, name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, "-m", "flows.reproduce", *arguments],
+            [sys.executable, "-m", f"flows.{name}", *arguments],
             cwd=PROJECT,
             env=self.environment,
             capture_output=True,
@@ -148,9 +162,8 @@ class Workshop:
         }
         return kept | {
             "DISTILLERY_HOME": str(self.home),
-            "PREFECT_HOME": str(self.prefect),
-            "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
-            "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+            "PREFECT_API_URL": self.prefect.url,
+            "PREFECT_HOME": str(self.folder / "prefect"),
         }
 
     def states(self, run: Run) -> dict[str, str]:
@@ -163,7 +176,16 @@ class Workshop:
         }
 
     def tasks(self, run: Run) -> dict[str, str]:
-        """Each task run of the run and its subflows, likewise."""
+        """Each task run of the run and its subflows, likewise, once the server has recorded all of
+        them: `report` is the last."""
+
+        def recorded() -> dict[str, str] | None:
+            found = self.tasks_so_far(run)
+            return found if found.get(": report") == "Completed" else None
+
+        return wait_for(f"the tasks of {run.name}", recorded, 60)
+
+    def tasks_so_far(self, run: Run) -> dict[str, str]:
         query = """
             SELECT flow_run.name, task_run.name, task_run.state_name
             FROM task_run JOIN flow_run ON task_run.flow_run_id = flow_run.id
@@ -172,22 +194,22 @@ class Workshop:
                 SELECT parent_task_run_id FROM flow_run WHERE parent_task_run_id IS NOT NULL
             )
         """
-        with closing(
-            sqlite3.connect(f"file:{self.prefect}/prefect.db?mode=ro", uri=True)
-        ) as database:
-            rows = database.execute(query, {"name": run.name}).fetchall()
+        rows = self.query(query, {"name": run.name})
         return {
             f"{flow.removeprefix(run.name).strip(', ')}: {task}": state
             for flow, task, state in rows
         }
 
+    def query(self, query: str, values: Any) -> list[Any]:
+        """Ask Prefect's database."""
+        file = f"file:{self.prefect.database}?mode=ro"
+        with closing(sqlite3.connect(file, uri=True, timeout=60)) as database:
+            return database.execute(query, values).fetchall()
+
     def artifact(self, key: str) -> Any:
         """The data of the newest artifact of this key."""
         query = "SELECT data FROM artifact WHERE key = ? ORDER BY created DESC LIMIT 1"
-        with closing(
-            sqlite3.connect(f"file:{self.prefect}/prefect.db?mode=ro", uri=True)
-        ) as database:
-            data = database.execute(query, (key,)).fetchone()[0]
+        ((data,),) = self.query(query, (key,))
         # A table is kept as the text of its JSON.
         return json.loads(json.loads(data)) if data.startswith('"') else json.loads(data)
 
@@ -221,10 +243,24 @@ class Workshop:
 
 
 @pytest.fixture(scope="module")
-def workshop(
-    tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[[str], Path]
-) -> Workshop:
-    return Workshop(tmp_path_factory.mktemp("workshop"), tiny_model("llama"))
+def new_workshop(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_model: Callable[[str], Path],
+    prefect_server: OwnPrefect,
+    empty_registry: Path,
+) -> Callable[..., Workshop]:
+    """`new_workshop(name, arch="llama")`: a workshop with a tiny model as the base."""
+
+    def make(name: str, arch: str = "llama") -> Workshop:
+        folder = tmp_path_factory.mktemp(name)
+        return Workshop(folder, tiny_model(arch), prefect_server, empty_registry)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def workshop(new_workshop: Callable[..., Workshop]) -> Workshop:
+    return new_workshop("workshop")
 
 
 @pytest.fixture(scope="module")
@@ -295,9 +331,9 @@ def test_one_more_row_costs_one_request_and_a_training(workshop: Workshop, first
 
 
 def test_fresh_test_rows_judge_a_champion_that_has_not_seen_them(
-    tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[[str], Path]
+    new_workshop: Callable[..., Workshop],
 ) -> None:
-    workshop = Workshop(tmp_path_factory.mktemp("rotation"), tiny_model("llama"))
+    workshop = new_workshop("rotation")
     values = endpoint_recipe(workshop.files, workshop.base, "rounds", method="lora", soft_weight=0)
     values["teacher"] = {"kind": "gold"}
     values["dataset"] |= {"splits": {"train": "train"}, "carve": {"test": 0.2}}
@@ -322,19 +358,10 @@ def test_fresh_test_rows_judge_a_champion_that_has_not_seen_them(
 
     # Rows that have trained the champion.
     values["dataset"]["rotation"] = {"rounds": 3, "round": 2}
-    (workshop.folder / "bad.yaml").write_text(yaml.safe_dump(values))
-    refused = subprocess.run(
-        [sys.executable, "-m", "flows.distill", str(workshop.folder / "bad.yaml")],
-        cwd=PROJECT,
-        env=workshop.environment,
-        capture_output=True,
-        text=True,
-    )
-    assert refused.returncode == 1
     assert re.search(
         r"(?m)^error: dataset: \d+ of \d+ test rows have trained rounds version \d, the champion, "
         r"such as row train-\d+, and can't judge its successor; leave dataset\.seed",
-        refused.stderr,
+        workshop.refusal(values),
     )
 
 
@@ -363,7 +390,7 @@ def test_a_registered_student_is_traced_and_made_again(workshop: Workshop, first
     cached = workshop.home / "store" / "results"
     kept = {path: path.stat().st_mtime_ns for path in cached.iterdir()}
     versions = workshop.trace("tiny-student")["version"]
-    done = workshop.reproduce("tiny-student", "1", "--json")
+    done = workshop.flow("reproduce", "tiny-student", "1", "--json")
     assert done.returncode == 0, done.stdout + done.stderr[-4000:]
     compared = {each["what"]: each for each in json.loads(done.stdout)["compared"]}
     sizes = {f"{split} rows": rows for split, rows in ROWS.items()}
@@ -376,70 +403,89 @@ def test_a_registered_student_is_traced_and_made_again(workshop: Workshop, first
     assert not list((workshop.home / "work").iterdir())
 
 
-def test_reproducing_pays_no_teacher(
-    tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[[str], Path]
-) -> None:
-    workshop = Workshop(tmp_path_factory.mktemp("reproduced"), tiny_model("llama"))
-    values = endpoint_recipe(workshop.files, workshop.base, "reproduced", method="lora")
-    with ChatEndpoint() as endpoint:
-        teacher = {"TEACHER_MODEL_ENDPOINT": endpoint.url, "TEACHER_MODEL_NAME": "m"}
-        workshop.distil(values, **teacher, TEACHER_MODEL_KEY="k")
-        calls = len(endpoint.calls)
-        done = workshop.reproduce("reproduced")
-        assert done.returncode == 0, done.stdout + done.stderr[-4000:]
-        assert done.stdout.endswith("version 1: rows, labels and answers are the same\n")
-
-        # Another row in the source: it has no answer.
-        write_rows(workshop.folder / "rows", train=1)
-        done = workshop.reproduce("reproduced")
-        assert (done.returncode, done.stdout) == (1, "")
-        assert "the label database lacks 1 answers of reproduced, which is not asked" in done.stderr
-        assert len(endpoint.calls) == calls
-
-
 @pytest.mark.parametrize(
-    ("stage", "known", "task"),
-    [
-        ("prepare-dataset", {}, ": prepare dataset"),
-        ("label", {"accepted": ROWS["train"]}, ": label"),
-        ("train", {"method": "full"}, "student: train"),
-        ("export", {"precision": "int4"}, ": export"),
-    ],
+    "stages",
+    [("prepare-dataset", "train"), ("label", "export")],
+    ids=" and ".join,
 )
 def test_an_artifact_that_is_gone_or_damaged_is_made_again_and_nothing_else(
-    workshop: Workshop, first: Run, stage: str, known: dict[str, Any], task: str
+    workshop: Workshop, first: Run, stages: tuple[str, str]
 ) -> None:
-    lost = workshop.home / "store" / workshop.record(first, stage, **known)["artifact"]["sha256"]
-    if stage == "export":
-        # Damaged is as good as gone.
-        (lost / "files" / "genai_config.json").write_text("{}")
-    else:
-        shutil.rmtree(lost)
+    """Two artifacts are gone at once. The stage between theirs takes its own from the cache."""
+    known: dict[str, tuple[str, dict[str, Any]]] = {
+        "prepare-dataset": (": prepare dataset", {}),
+        "label": (": label", {"accepted": ROWS["train"]}),
+        "train": ("student: train", {"method": "full"}),
+        "export": (": export", {"precision": "int4"}),
+    }
+    lost, store = {}, workshop.home / "store"
+    for stage in stages:
+        task, values = known[stage]
+        lost[task] = store / workshop.record(first, stage, **values)["artifact"]["sha256"]
+        if stage == "export":
+            # Damaged is as good as gone.
+            (lost[task] / "files" / "genai_config.json").write_text("{}")
+        else:
+            shutil.rmtree(lost[task])
     mended = workshop.run()
-    assert {name for name, state in workshop.states(mended).items() if state != "Cached"} == {task}
-    assert ArtifactStore(str(lost.parent)).holds(Artifact(uri="", sha256=lost.name, bytes=0))
+    states = workshop.states(mended)
+    assert {name for name, state in states.items() if state != "Cached"} == lost.keys()
+    for folder in lost.values():
+        assert ArtifactStore(str(store)).holds(Artifact(uri="", sha256=folder.name, bytes=0))
     assert mended.scoreboard == first.scoreboard
     # Labels that are lost are written from the label store: they were paid for.
     assert mended.counts["request"] == 0
-    assert mended.counts["step"] == (STUDENT_STEPS if stage == "train" else 0)
+    assert mended.counts["step"] == (STUDENT_STEPS if "train" in stages else 0)
 
 
-def test_what_an_answer_does_not_depend_on_asks_nothing_again(
-    tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[[str], Path]
-) -> None:
-    """With a paid endpoint: the student's LoRA rank, a moved store, another SDK, another URL, a
-    stage done afresh."""
-    workshop = Workshop(tmp_path_factory.mktemp("endpoint"), tiny_model("llama"))
+@dataclass(frozen=True)
+class Paid:
+    """A run with a paid endpoint, and what it was given."""
+
+    workshop: Workshop
+    endpoint: ChatEndpoint
+    values: dict[str, Any]
+    environment: dict[str, str]
+    run: Run
+
+
+@pytest.fixture(scope="module")
+def paid(new_workshop: Callable[..., Workshop]) -> Iterator[Paid]:
+    workshop = new_workshop("paid")
     values = endpoint_recipe(workshop.files, workshop.base, "paid", method="lora")
-    with ChatEndpoint() as endpoint, ChatEndpoint() as elsewhere:
-        teacher = {
+    with ChatEndpoint() as endpoint:
+        environment = {
             "TEACHER_MODEL_ENDPOINT": endpoint.url,
             "TEACHER_MODEL_NAME": "m",
             "TEACHER_MODEL_KEY": "k",
         }
-        first = workshop.distil(values, **teacher)
+        run = workshop.distil(values, **environment)
+        yield Paid(workshop, endpoint, values, environment, run)
+
+
+def test_reproducing_pays_no_teacher(paid: Paid) -> None:
+    workshop, calls = paid.workshop, len(paid.endpoint.calls)
+    done = workshop.flow("reproduce", "paid", "1")
+    assert done.returncode == 0, done.stdout + done.stderr[-4000:]
+    assert done.stdout.endswith("version 1: rows, labels and answers are the same\n")
+
+    # Another row in the source: it has no answer.
+    write_rows(workshop.folder / "rows", train=1)
+    done = workshop.flow("reproduce", "paid", "1")
+    write_rows(workshop.folder / "rows")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "the label database lacks 1 answers of paid, which is not asked" in done.stderr
+    assert len(paid.endpoint.calls) == calls
+
+
+def test_what_an_answer_does_not_depend_on_asks_nothing_again(paid: Paid) -> None:
+    """With a paid endpoint: the student's LoRA rank, a moved store, another SDK, another URL, a
+    stage done afresh."""
+    workshop, endpoint, teacher = paid.workshop, paid.endpoint, paid.environment
+    values = deepcopy(paid.values)
+    with ChatEndpoint() as elsewhere:
         assert len(endpoint.calls) == ROWS["train"] + ROWS["test"]
-        assert set(workshop.states(first).values()) == {"Completed"}
+        assert set(workshop.states(paid.run).values()) == {"Completed"}
 
         values["student"]["training"]["lora"] = {"rank": 4}
         ranked = workshop.distil(values, **teacher)
@@ -475,9 +521,10 @@ def test_what_an_answer_does_not_depend_on_asks_nothing_again(
 
 
 def test_a_ladder_shows_its_rungs_and_hands_on_the_smallest_that_keeps_to_the_loss(
-    tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[[str], Path]
+    new_workshop: Callable[..., Workshop],
 ) -> None:
-    workshop = Workshop(tmp_path_factory.mktemp("ladder"), tiny_model("llama"))
+    """The student learns from the rows' own answers."""
+    workshop = new_workshop("ladder")
     values = endpoint_recipe(workshop.files, workshop.base, "rungs", method="lora", soft_weight=0)
     values["teacher"] = {"kind": "gold"}
     rungs = [
@@ -487,7 +534,9 @@ def test_a_ladder_shows_its_rungs_and_hands_on_the_smallest_that_keeps_to_the_lo
     ]
     values["export"] = {"ladder": rungs, "largest_loss": 1.0, "choose": "smallest"}
     run = workshop.distil(values)
-    assert workshop.states(run)[": export ladder"] == "Completed"
+    states = workshop.states(run)
+    assert (states[": gold labels"], states[": export ladder"]) == ("Completed", "Completed")
+    assert f"{ROWS['train']} accepted, 0 rejected, 0 calls" in run.out
     assert re.search(r"export student +int4 gptq, [\d.]+ MB, picked of 3 forms", run.out)
     shown = {
         title: re.search(rf"(?m)^{title} .*\[.*$", run.out)
@@ -525,16 +574,8 @@ def test_a_ladder_shows_its_rungs_and_hands_on_the_smallest_that_keeps_to_the_lo
     assert f"against rungs version 1 on {ROWS['test']} shared rows" in half.gate
 
 
-def test_labels_that_are_there_already_need_no_teacher(
-    tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[[str], Path]
-) -> None:
-    workshop = Workshop(tmp_path_factory.mktemp("labelled"), tiny_model("llama"))
+def test_labels_that_are_there_already_need_no_teacher(workshop: Workshop, first: Run) -> None:
     values = endpoint_recipe(workshop.files, workshop.base, "own", max_steps=2, soft_weight=0)
-    values["teacher"] = {"kind": "gold"}
-    gold = workshop.distil(values)
-    assert workshop.states(gold)[": gold labels"] == "Completed"
-    assert f"{ROWS['train']} accepted, 0 rejected, 0 calls" in gold.out
-
     file = workshop.folder / "labels.jsonl"
     rows = [json.loads(line) for line in Path(workshop.files["train"][0]).read_text().splitlines()]
     file.write_text(
@@ -553,9 +594,9 @@ def test_labels_that_are_there_already_need_no_teacher(
 
 
 def test_a_student_that_is_cut_in_steps_and_answers_by_text(
-    tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[[str], Path]
+    new_workshop: Callable[..., Workshop],
 ) -> None:
-    workshop = Workshop(tmp_path_factory.mktemp("steps"), tiny_model("qwen3"))
+    workshop = new_workshop("steps", "qwen3")
     values = endpoint_recipe(
         workshop.files, workshop.base, "steps", soft_weight=0, epochs=12, learning_rate=0.01
     )
@@ -582,10 +623,7 @@ def test_a_student_that_is_cut_in_steps_and_answers_by_text(
 
     rows, out = workshop.folder / "rows.jsonl", workshop.folder / "answers"
     rows.write_text(Path(workshop.files["test"][0]).read_text())
-    command = [sys.executable, "-m", "flows.batch_inference", "steps", str(rows), str(out)]
-    done = subprocess.run(
-        command, cwd=PROJECT, env=workshop.environment, capture_output=True, text=True
-    )
+    done = workshop.flow("batch_inference", "steps", str(rows), str(out))
     assert done.returncode == 0, done.stderr[-2000:]
     answers = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
     gold = [json.loads(line)["answerKey"] for line in rows.read_text().splitlines()]
@@ -596,9 +634,9 @@ def test_a_student_that_is_cut_in_steps_and_answers_by_text(
 
 
 def test_a_search_measures_its_trials_and_goes_on_from_what_is_cached(
-    tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[[str], Path]
+    new_workshop: Callable[..., Workshop],
 ) -> None:
-    workshop = Workshop(tmp_path_factory.mktemp("search"), tiny_model("llama"))
+    workshop = new_workshop("search")
     values = endpoint_recipe(
         workshop.files, workshop.base, "searched", soft_weight=0, method="lora", max_steps=4
     )
@@ -664,9 +702,8 @@ def test_a_refused_student_changes_no_registry_and_fails_the_run_where_the_recip
     assert line.startswith("error: gate: refused: ")
     assert line.endswith("(evaluation.on_refusal: fail)")
     query = "SELECT state_name FROM flow_run WHERE name = ?"
-    with closing(sqlite3.connect(f"file:{workshop.prefect}/prefect.db?mode=ro", uri=True)) as known:
-        states = [known.execute(query, (run.name,)).fetchone()[0] for run in (completed, failed)]
-    assert states == ["Completed", "Failed"]
+    states = [workshop.query(query, (run.name,)) for run in (completed, failed)]
+    assert states == [[("Completed",)], [("Failed",)]]
     assert workshop.registered() == before
     assert sorted((workshop.home / "models").rglob("*")) == folders
     for run in (completed, failed):

@@ -4,7 +4,7 @@ search that ends on the latter."""
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from contextvars import copy_context
 from types import SimpleNamespace
@@ -20,7 +20,6 @@ from prefect.client.schemas.objects import FlowRun, State
 from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 from prefect.states import Cancelled, Completed, Crashed, Failed, exception_to_failed_state
-from prefect.testing.utilities import prefect_test_harness
 
 import flows.search as module
 import flows.train_student as training
@@ -60,14 +59,8 @@ def test_all_else_says_nothing_of_the_settings(state: State) -> None:
     assert isinstance(failure_of(state, "gpu: the run 'x'"), TrainingUnavailable)
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[None]:
-    with prefect_test_harness(server_startup_timeout=120):
-        yield
-
-
 @pytest.mark.slow
-def test_a_deployment_that_is_not_there_is_one_line(server: None) -> None:
+def test_a_deployment_that_is_not_there_is_one_line(prefect_api: None) -> None:
     with pytest.raises(TrainingUnavailable, match="no deployment train-student/gone here; `pref"):
         check_deployment("train-student/gone")
 
@@ -108,7 +101,7 @@ def waiting_run(pool: str) -> FlowRun:
 
 @pytest.mark.slow
 def test_a_pool_without_a_worker_is_told_and_then_ends_the_wait(
-    server: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    prefect_api: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(training, "WARN_S", 1.0)
     monkeypatch.setattr(training, "LOOK_S", 0.1)
@@ -132,7 +125,7 @@ def test_a_pool_without_a_worker_is_told_and_then_ends_the_wait(
 
 @pytest.mark.slow
 def test_a_run_waits_for_a_worker_that_is_busy(
-    server: None, monkeypatch: pytest.MonkeyPatch
+    prefect_api: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(training, "LOOK_S", 0.1)
     monkeypatch.setenv("DISTILLERY_WORKER_WAIT", "4")
@@ -165,7 +158,7 @@ def test_a_run_waits_for_a_worker_that_is_busy(
 @pytest.mark.slow
 @pytest.mark.parametrize("trouble", ["paused", "deleted"])
 def test_a_queue_that_is_paused_and_a_pool_that_is_gone_end_the_wait(
-    server: None, monkeypatch: pytest.MonkeyPatch, trouble: str
+    prefect_api: None, monkeypatch: pytest.MonkeyPatch, trouble: str
 ) -> None:
     monkeypatch.setattr(training, "LOOK_S", 0.1)
     monkeypatch.setenv("DISTILLERY_WORKER_WAIT", "2")

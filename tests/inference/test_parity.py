@@ -1,6 +1,5 @@
-"""One student, asked in training's way, by Transformers in a process of its own, by ONNX Runtime
-and over HTTP: equal token ids, answers, and probabilities of options or classes within 1e-3 in
-fp32."""
+"""One student, asked in training's way, by Transformers as it is scored, by ONNX Runtime and over
+HTTP: equal token ids, answers, and probabilities of options or classes within 1e-3 in fp32."""
 
 import json
 from collections.abc import Callable
@@ -11,7 +10,8 @@ import pytest
 from tiny_model import ARCHITECTURES
 
 from distillery.data.examples import write_classes
-from distillery.evaluation.scoring import ModelToScore, score_model
+from distillery.evaluation.scoring import ModelToScore, ScoringJob
+from distillery.evaluation.scoring_process import score
 from distillery.export.build import export
 from distillery.inference.onnx_student import OnnxStudent
 from distillery.labels.known import gold_labels
@@ -88,11 +88,10 @@ def test_all_ways_of_asking_a_student_agree(
     file.write_text("".join(f"{example.model_dump_json()}\n" for example in examples))
     if classes:
         write_classes(tmp_path, CLASSES)
-    scored = score_model(
-        ModelToScore(name="student", kind="transformers", folder=str(model), adapter=str(adapter)),
-        file,
-        prompt,
+    student = ModelToScore(
+        name="student", kind="transformers", folder=str(model), adapter=str(adapter)
     )
+    scored = score(ScoringJob(model=student, examples=str(file), prompt=prompt, threads=1))
     export(model, adapter, ExportForm(precision="fp32"), tmp_path / "onnx")
     onnx = OnnxStudent(tmp_path / "onnx", threads=1)
     with served(tmp_path / "onnx", "student", threads=1) as server:

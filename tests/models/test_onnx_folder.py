@@ -285,6 +285,7 @@ def registered_by_an_intruder(folder: Path, home: Path) -> RegisteredModel:
     return registry.add_version("student", uri, manifest_tags(manifest, digest))
 
 
+@pytest.mark.usefixtures("own_registry")
 def test_a_planted_model_is_neither_registered_nor_downloaded(tmp_path: Path, home: Path) -> None:
     library, file, weights = tmp_path / "library", tmp_path / "file", tmp_path / "weights"
     write(library, session(**LIBRARY))

@@ -30,7 +30,6 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from postgres_server import Postgres
 from prefect import flow
-from prefect.testing.utilities import prefect_test_harness
 from prefect_api import wait_for
 
 import tasks.registry
@@ -113,7 +112,7 @@ class RegistryCase:
 
 
 @pytest.fixture
-def local(home: Path) -> RegistryCase:
+def local(own_registry: None) -> RegistryCase:
     def damage(model: RegisteredModel, file: str, change: Any) -> None:
         path = Path(model.artifact.uri) / file
         content = change(path.read_bytes() if path.exists() else None)
@@ -691,6 +690,7 @@ def test_what_is_not_there(case: RegistryCase, folder: Path) -> None:
         registry.get("student", "9")
 
 
+@pytest.mark.usefixtures("own_registry")
 def test_a_folder_of_the_artifact_store_keeps_its_digest(folder: Path) -> None:
     store = ArtifactStore()
     artifact = store.put(folder)
@@ -699,6 +699,7 @@ def test_a_folder_of_the_artifact_store_keeps_its_digest(folder: Path) -> None:
     assert store.holds(artifact)
 
 
+@pytest.mark.usefixtures("own_registry")
 def test_a_moved_home_loses_nothing(
     home: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -712,10 +713,10 @@ def test_a_moved_home_loses_nothing(
 
 @pytest.fixture
 def shared(
-    home: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    empty_registry: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> RegisteredModel:
     """A model in a registry and a store that lie outside of this machine's home."""
-    monkeypatch.setenv("DISTILLERY_REGISTRY", f"sqlite:///{tmp_path / 'registry.db'}")
+    monkeypatch.setenv("DISTILLERY_REGISTRY", f"sqlite:///{shutil.copy(empty_registry, tmp_path)}")
     monkeypatch.setenv("DISTILLERY_STORE", str(tmp_path / "store"))
     return LocalRegistry().register(folder, "student", {}, PROVENANCE)
 
@@ -754,6 +755,7 @@ def test_a_store_that_has_moved_gets_the_manifest_from_the_machine_that_has_it(
     assert LocalRegistry().provenance(shared)["provenance"] == PROVENANCE
 
 
+@pytest.mark.usefixtures("own_registry")
 def test_download_replaces_nothing_but_what_it_made(folder: Path, tmp_path: Path) -> None:
     registry = LocalRegistry()
     model = registry.register(folder, "student", {}, PROVENANCE)
@@ -765,6 +767,7 @@ def test_download_replaces_nothing_but_what_it_made(folder: Path, tmp_path: Path
     assert (target / "mine.txt").exists()
 
 
+@pytest.mark.usefixtures("own_registry")
 def test_more_versions_than_one_page_of_mlflow(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -784,6 +787,7 @@ def test_more_versions_than_one_page_of_mlflow(
     assert registry.list("student")[-1] == model
 
 
+@pytest.mark.usefixtures("own_registry")
 def test_versions_of_others_are_left_out(folder: Path) -> None:
     from mlflow import MlflowClient
 
@@ -1079,6 +1083,8 @@ def test_azurite_that_is_not_installed_is_an_error(
         Azurite(tmp_path).start()
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("prefect_api")
 @pytest.mark.parametrize("away", [True, False])
 def test_judging_and_promoting_are_tried_again_when_the_registry_is_away(
     away: bool, monkeypatch: pytest.MonkeyPatch
@@ -1101,7 +1107,7 @@ def test_judging_and_promoting_are_tried_again_when_the_registry_is_away(
         decision = GateDecision(passed=True, reason="passed: all well")
         tasks.registry.promote.with_options(retry_delay_seconds=0)(model, decision)
 
-    with prefect_test_harness(), pytest.raises(kind, match="does not answer"):
+    with pytest.raises(kind, match="does not answer"):
         promoting()
     assert len(asked) == (3 if away else 1)
     assert tasks.registry.judge.retries == tasks.registry.promote.retries == 2

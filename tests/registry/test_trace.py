@@ -84,10 +84,10 @@ def test_a_manifest_of_an_earlier_version_is_traced_as_far_as_it_tells(tmp_path:
 
 
 def test_a_row_is_traced_to_the_versions_that_it_trained(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty_registry: Path
 ) -> None:
     # The models of other tests are in homes that are gone.
-    monkeypatch.setenv("DISTILLERY_REGISTRY", f"sqlite:///{tmp_path / 'registry.db'}")
+    monkeypatch.setenv("DISTILLERY_REGISTRY", f"sqlite:///{shutil.copy(empty_registry, tmp_path)}")
     made = provenance(tmp_path / "made")
     register(tmp_path / "first", "rows", made)
     made["recipe"]["student"]["gold"] = False

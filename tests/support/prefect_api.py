@@ -1,10 +1,15 @@
-"""Prefect's API as tests ask it."""
+"""Prefect's API as tests ask it, and a server for flows that need no more than one."""
 
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any, Self, TypeVar
 
 import httpx
+from azurite_server import free_port
 
 T = TypeVar("T")
 
@@ -47,3 +52,41 @@ class PrefectApi:
 
     def ask(self, path: str, **body: Any) -> Any:
         return self.api.post(path, json=body).raise_for_status().json()
+
+
+class OwnPrefect(PrefectApi):
+    """A Prefect server in `folder`, on SQLite and without a password, as flows start it for
+    themselves; but it stays, and is started once. `database` is its file."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.database = folder, folder / "prefect.db"
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}/api"
+        super().__init__(self.url)
+
+    def __enter__(self) -> Self:
+        kept = {name: text for name, text in os.environ.items() if not name.startswith("PREFECT_")}
+        own = {
+            "PREFECT_HOME": str(self.folder),
+            "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+            "PREFECT_SERVER_UI_ENABLED": "false",
+        }
+        command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1"]
+        with (self.folder / "server.log").open("wb") as log:
+            self._process = subprocess.Popen(
+                [*command, "--port", str(self.port)], env=kept | own, stdout=log, stderr=log
+            )
+        # Seconds on an idle machine; minutes where others use all of its cores.
+        wait_for("the server's start", self.is_healthy, 300)
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        from prefect.events.worker import EventsWorker
+        from prefect.logging.handlers import APILogHandler
+
+        # What flows in this process have still to tell would wait for a server that is gone.
+        APILogHandler().flush()
+        EventsWorker.drain_all()
+        self._process.terminate()
+        self._process.wait(60)
+        self.api.close()

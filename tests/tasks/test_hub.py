@@ -5,7 +5,6 @@ from collections.abc import Callable
 import pytest
 from chat_endpoint import Call, ChatEndpoint, Reply
 from prefect import flow
-from prefect.testing.utilities import prefect_test_harness
 
 import tasks.hub as module
 from distillery.recipe import BaseModelRecipe, Recipe
@@ -37,11 +36,12 @@ def busy_at_first() -> Callable[[Call], Reply]:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("prefect_api")
 def test_a_run_asks_the_hub_again_and_then_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("hub_source", "hub_base"):
         hasty = getattr(module, name).with_options(retry_delay_seconds=0)
         monkeypatch.setattr(module, name, hasty)
-    with prefect_test_harness(server_startup_timeout=120), ChatEndpoint(busy_at_first()) as hub:
+    with ChatEndpoint(busy_at_first()) as hub:
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
         source, first, second = asks_twice()
         assert source == f"a/d@{COMMIT}"

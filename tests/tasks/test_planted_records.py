@@ -20,7 +20,6 @@ from prefect.serializers import (
     PickleSerializer,
     Serializer,
 )
-from prefect.testing.utilities import prefect_test_harness
 
 from distillery.errors import GateRefused, TeacherUnavailable
 from distillery.records import Measured, Predictions, Trial
@@ -167,6 +166,7 @@ def test_the_classes_are_records(record: Predictions) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("prefect_api")
 def test_a_stage_does_its_work_beside_a_planted_pickle(record: Predictions, mark: Path) -> None:
     done: list[str] = []
 
@@ -179,7 +179,7 @@ def test_a_stage_does_its_work_beside_a_planted_pickle(record: Predictions, mark
     def counting() -> Predictions:
         return count(2)
 
-    with prefect_test_harness(server_startup_timeout=120), results_in_store():
+    with results_in_store():
         assert counting() == record
         pickled = traps(mark)["pickle"]
         ArtifactStore().write_object(f"results/{done[0]}", pickled)

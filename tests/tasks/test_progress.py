@@ -2,12 +2,10 @@
 
 import io
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from prefect import flow, task
-from prefect.testing.utilities import prefect_test_harness
 from rich.console import Console
 from still_clock import StillClock
 
@@ -131,12 +129,6 @@ def test_a_run_is_planned_with_each_stage_once() -> None:
     assert len(titles) == len(set(titles))
 
 
-@pytest.fixture(scope="module")
-def _server() -> Iterator[None]:
-    with prefect_test_harness(server_startup_timeout=120):
-        yield
-
-
 def worked(seconds: float) -> list[tuple[float, str]]:
     """Run a flow whose task works for a while; return the progress artifact's data at its end."""
     from prefect.artifacts import Artifact
@@ -159,7 +151,7 @@ def worked(seconds: float) -> list[tuple[float, str]]:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("_server")
+@pytest.mark.usefixtures("prefect_api")
 def test_without_a_display_the_log_tells_and_the_artifact_shows(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -175,7 +167,7 @@ def test_without_a_display_the_log_tells_and_the_artifact_shows(
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("_server")
+@pytest.mark.usefixtures("prefect_api")
 def test_a_display_takes_the_place_of_the_log(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -10,7 +10,7 @@ import httpx
 import pytest
 from prefect import flow
 from prefect.settings import PREFECT_API_URL, temporary_settings
-from prefect.testing.utilities import prefect_test_harness
+from prefect_api import OwnPrefect
 
 from distillery.evaluation.report import ANSWERS_FILE, PLOT_FILE, TABLE_FILE
 from distillery.labels.report import Tally
@@ -60,17 +60,16 @@ class WithoutArtifacts(BaseHTTPRequestHandler):
         pass
 
 
-@pytest.fixture(scope="module")
-def api_without_artifacts() -> Iterator[str]:
-    with prefect_test_harness(server_startup_timeout=120):
-        WithoutArtifacts.api = str(PREFECT_API_URL.value())
-        server = ThreadingHTTPServer(("127.0.0.1", 0), WithoutArtifacts)
-        thread = Thread(target=server.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_port}/api"
-        server.shutdown()
-        server.server_close()
-        thread.join()
+@pytest.fixture
+def api_without_artifacts(prefect_server: OwnPrefect) -> Iterator[str]:
+    WithoutArtifacts.api = prefect_server.url
+    server = ThreadingHTTPServer(("127.0.0.1", 0), WithoutArtifacts)
+    thread = Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}/api"
+    server.shutdown()
+    server.server_close()
+    thread.join()
 
 
 @pytest.fixture

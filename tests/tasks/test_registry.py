@@ -39,6 +39,9 @@ ROWS = 40
 USER = Actor("somebody")
 
 
+pytestmark = pytest.mark.usefixtures("own_registry")
+
+
 @pytest.fixture(autouse=True)
 def without_prefect(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tasks.registry, "conclude", print)

@@ -9,7 +9,6 @@ import pytest
 from chat_endpoint import ChatEndpoint, good
 from prefect import get_client
 from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate
-from prefect.testing.utilities import prefect_test_harness
 from pydantic import SecretStr
 
 from distillery.errors import TeacherError
@@ -21,13 +20,7 @@ from distillery.records import Example
 from distillery.teacher.endpoint import Endpoint
 from tasks.labels import shared_slot
 
-pytestmark = [pytest.mark.slow]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _server() -> object:
-    with prefect_test_harness(server_startup_timeout=120):
-        yield
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("prefect_api")]
 
 
 async def run(server: ChatEndpoint, out: Path, name: str, limit: str) -> LabelCounts:

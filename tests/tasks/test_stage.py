@@ -2,7 +2,6 @@
 computed."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,6 @@ import pytest
 from prefect import flow
 from prefect.results import ResultRecord, ResultRecordMetadata  # type: ignore[attr-defined]
 from prefect.serializers import JSONSerializer
-from prefect.testing.utilities import prefect_test_harness
 
 from distillery.errors import StageError
 from distillery.recipe import ExportForm, OtherRecipe, TaskRecipe, TrainingRecipe
@@ -133,14 +131,8 @@ def test_the_order_of_a_schemas_fields_counts() -> None:
     assert "answer_schema" not in content_of(TaskRecipe(kind="generate"))
 
 
-@pytest.fixture(scope="module")
-def _server() -> Iterator[None]:
-    with prefect_test_harness(server_startup_timeout=120):
-        yield
-
-
 @pytest.mark.slow
-@pytest.mark.usefixtures("_server")
+@pytest.mark.usefixtures("prefect_api")
 def test_a_stage_finds_its_record_again_and_passes_over_one_that_is_none(
     record: Predictions,
 ) -> None:
@@ -172,7 +164,7 @@ def test_a_stage_finds_its_record_again_and_passes_over_one_that_is_none(
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("_server")
+@pytest.mark.usefixtures("prefect_api")
 def test_an_error_while_the_key_is_computed_ends_the_stage_in_one_line(
     record: Predictions, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

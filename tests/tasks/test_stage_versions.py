@@ -59,7 +59,7 @@ def imported(file: Path) -> set[Path]:
     """Return the modules of distillery/ that `file` imports, at the top or inside a function, or
     names in a string that `python -m` or Olive imports."""
     found: set[Path] = set()
-    for node in ast.walk(parsed(file.read_text())):
+    for node in imports_and_texts(file.read_text()):
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, (
                 f"{file}:{node.lineno}: a relative import; this test follows none"
@@ -76,6 +76,13 @@ def imported(file: Path) -> set[Path]:
             module, name = str(node.value).rsplit(".", 1)
             found.add(module_file(module, name, f"{file}:{node.lineno}"))
     return found
+
+
+@cache
+def imports_and_texts(source: str) -> list[ast.AST]:
+    """Return the parts of a source that may name modules."""
+    kinds = ast.Import | ast.ImportFrom | ast.Constant
+    return [node for node in ast.walk(parsed(source)) if isinstance(node, kinds)]
 
 
 def module_file(module: str, name: str, where: str) -> Path:
@@ -104,7 +111,11 @@ def modules(file: Path) -> set[Path]:
 
 def code(file: Path) -> str:
     """The source without comments, docstrings and blank lines."""
-    source = file.read_text()
+    return without_comments(file.read_text())
+
+
+@cache
+def without_comments(source: str) -> str:
     lines = source.splitlines()
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:

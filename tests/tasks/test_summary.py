@@ -1,13 +1,11 @@
 """The gate's verdicts as people see them: in the artifact that a run leaves and in the terminal."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from prefect import flow
 from prefect.artifacts import Artifact as PrefectArtifact
-from prefect.testing.utilities import prefect_test_harness
 from student_answers import answers_file, first, further_figures, score_row
 
 from distillery.evaluation.gate import gate
@@ -45,12 +43,6 @@ VERDICTS = [
     "| at most 2 points worse than the champion |  | \\> -2 at 95 % |  | passed: no champion yet |",
     "| peak_mib at most 500 |  | ≤ 500 |  | undecided: not measured |",
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def prefect_server() -> Iterator[None]:
-    with prefect_test_harness(server_startup_timeout=120):
-        yield
 
 
 def outcome_of(folder: Path, rules: tuple[GateRule, ...]) -> Outcome:
@@ -116,6 +108,8 @@ def published(outcome: Outcome) -> list[str]:
     return markdown.splitlines()
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("prefect_api")
 def test_the_artifact_shows_every_rule_s_verdict_before_the_decision(tmp_path: Path) -> None:
     outcome = outcome_of(tmp_path, RULES)
     lines = published(outcome)
@@ -145,12 +139,16 @@ def test_the_terminal_tells_what_a_training_has_decided(tmp_path: Path) -> None:
     assert "train student: " not in render(outcome)
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("prefect_api")
 def test_a_recipe_without_rules_has_no_table(tmp_path: Path) -> None:
     lines = published(outcome_of(tmp_path, ()))
     assert VERDICTS[0] not in lines
     assert lines[-1].startswith("**gate: passed: the recipe has no rules for the gate; ")
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("prefect_api")
 def test_the_artifact_names_the_page(tmp_path: Path) -> None:
     lines = published(outcome_of(tmp_path, RULES))
     (line,) = [line for line in lines if line.startswith("**Report:** ")]

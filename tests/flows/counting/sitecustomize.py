@@ -1,11 +1,12 @@
-"""Counts what a run really does, in all of its processes: Python imports it when this folder is on
-PYTHONPATH.
+"""Counts what a run really does, in all of its processes, and changes how long it takes: Python
+imports it when this folder is on PYTHONPATH.
 
 Into the file that COUNT_FILE names goes one line for each optimiser step ("step", by PyTorch's own
 hook for all optimisers), each chat completion that is asked for over HTTP ("request", where the
 openai SDK's httpx2 sends it) and each process that serves a model ("serve", by the audit event of
 subprocess.Popen). Lines this short are appended whole. Files COUNT_FILE.step and COUNT_FILE.request
-hold seconds that each of these takes longer, while they are there.
+hold seconds that each of these takes longer, while they are there. RETRY_SECONDS is the time
+between the tries of a stage, which is a minute otherwise.
 """
 
 import asyncio
@@ -30,6 +31,7 @@ def watch(event: str, arguments: tuple[Any, ...]) -> None:
     elif event == "import":
         hook("torch.optim.optimizer", "register_optimizer_step_post_hook", count_steps)
         hook("httpx2", "AsyncClient", count_requests)
+        hook("tasks.stage", "RETRIES", hasten)
 
 
 def hook(module: str, name: str, by: Any) -> None:
@@ -65,6 +67,13 @@ def count_requests(client: Any) -> None:
         return await send(self, request, **options)
 
     client.send = counted
+
+
+def hasten(retries: Any) -> None:
+    """Change the list itself, which all stages share."""
+    if "RETRY_SECONDS" in os.environ:
+        delays = retries["retry_delay_seconds"]
+        delays[:] = [float(os.environ["RETRY_SECONDS"])] * len(delays)
 
 
 if "COUNT_FILE" in os.environ:
