@@ -47,6 +47,7 @@ def train(
     The steps of `healing` come before; validation is on gold answers."""
     started = time.perf_counter()
     check_gpu(training.allow_cpu)
+    trainings = (training, *(step.training for step in healing))
     store = ArtifactStore()
     remote_code = remote_code_allowed(base)
     model, adapter = base_folder(base, show_bytes), None
@@ -61,8 +62,9 @@ def train(
             store.fetch(labels.artifact),
             gold=_file_of(gold, store),
             validation=_file_of(validation, store),
-            explain=rationale_instruction((training, *(step.training for step in healing))),
+            explain=rationale_instruction(trainings),
             second_opinion=training.second_opinion == "words",
+            soft=any(each.soft_share > 0 for each in trainings),
         )
     check_parent()
     with (

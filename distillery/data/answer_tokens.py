@@ -4,11 +4,14 @@ The file is Parquet with one row per answer: `example_id`; `tokens`, a list of b
 and `logs`, for each token a list of bytes and a list of natural logarithms of probabilities.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 FILE = "answer_tokens.parquet"
+
+ROWS_AT_A_TIME = 64
+"""Answers that are read at a time."""
 
 
 class AnswerToken(NamedTuple):
@@ -44,14 +47,21 @@ def write_answer_tokens(answers: Mapping[str, Sequence[AnswerToken]], path: Path
 def read_answer_tokens(path: Path) -> dict[str, tuple[AnswerToken, ...]]:
     """Return the tokens of the answers in a file of `write_answer_tokens`, by example id; none
     where there is no such file."""
+    return dict(each_answer_tokens(path))
+
+
+def each_answer_tokens(path: Path) -> Iterator[tuple[str, tuple[AnswerToken, ...]]]:
+    """Yield the example id and the tokens of each answer, as `read_answer_tokens` returns them, a
+    few in memory at a time."""
     import pyarrow.parquet as pq
 
     if not path.exists():
-        return {}
-    answers = {}
-    for row in pq.read_table(path).to_pylist():
-        tokens = []
-        for text, found, logs in zip(row["tokens"], row["candidates"], row["logs"], strict=True):
-            tokens.append(AnswerToken(text, tuple(zip(found, logs, strict=True))))
-        answers[row["example_id"]] = tuple(tokens)
-    return answers
+        return
+    with pq.ParquetFile(path) as file:
+        for batch in file.iter_batches(batch_size=ROWS_AT_A_TIME):
+            for row in batch.to_pylist():
+                columns = (row["tokens"], row["candidates"], row["logs"])
+                tokens = []
+                for text, found, logs in zip(*columns, strict=True):
+                    tokens.append(AnswerToken(text, tuple(zip(found, logs, strict=True))))
+                yield row["example_id"], tuple(tokens)

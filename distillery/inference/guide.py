@@ -15,6 +15,7 @@ import numpy as np
 from distillery.answers import grammar_of
 from distillery.errors import SchemaNotHeld
 from distillery.inference.logits import Logits
+from distillery.models.token_bytes import TokenBytes
 
 KEPT_SCHEMAS = 16
 """Schemas whose grammars are kept, those that were used last: a server's requests bring any number
@@ -27,19 +28,14 @@ class Guides:
 
     def __init__(self, tokenizer: str, end_ids: Collection[int]) -> None:
         """Prepare the vocabulary. Raises SchemaNotHeld for a tokenizer of an unknown kind."""
-        from llguidance import LLTokenizer
-        from tokenizers import Tokenizer
-
         try:
-            self._tokenizer = LLTokenizer(tokenizer, eos_token=sorted(end_ids))
+            tokens = TokenBytes(tokenizer, end_ids)
         except ValueError as error:
             reason = " ".join(str(error).split())[:200]
             raise SchemaNotHeld(
                 f"no answer can be held to a schema with this tokenizer: {reason}"
             ) from error
-        # Tokenizers as Llama 2's put a blank before each text, those that are learnt included.
-        first = Tokenizer.from_str(tokenizer).encode("{", add_special_tokens=False).ids
-        self._begin = " " if self._tokenizer.decode_bytes(first).startswith(b" ") else ""
+        self._tokenizer, self._begin = tokens.vocabulary, tokens.begin
         # What is compiled once: half a second for a schema of 70 KB.
         self.matcher_at_start = lru_cache(KEPT_SCHEMAS)(self.compiled)
 

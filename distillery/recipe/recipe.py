@@ -203,8 +203,7 @@ class Recipe(Slice):
         for number, step in enumerate(self.student.healing):
             trainings.append((f"student.healing.{number}.training", step.training))
         for whose, training in trainings:
-            for name in ("soft_weight", "hidden_weight", "rationale_weight"):
-                refused.append((f"{whose}.{name}", getattr(training, name) != 0))
+            refused.append((f"{whose}.rationale_weight", training.rationale_weight != 0))
         for setting, is_set in refused:
             if is_set:
                 raise ValueError(

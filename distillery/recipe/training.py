@@ -103,12 +103,14 @@ class TrainingRecipe(Slice):
     soft_weight: Annotated[float, Field(ge=0, le=1)] | Literal["auto"] = 0.0
     """Share of the loss against the teacher's probabilities; the rest is against its labels. 0:
     labels alone. auto, with task.kind: classify: by how well the probabilities of the validation
-    rows are calibrated (evaluation/soft_weight.py), 1 where no row tells. Above 0 it needs
-    teacher.soft_labels: true."""
+    rows are calibrated (evaluation/soft_weight.py), 1 where no row tells; with any other kind, 1.
+    Above 0 it needs teacher.soft_labels: true. Where answers are written, it counts at the tokens
+    whose probabilities the teacher gave; at the others and in gold rows the label alone does."""
 
     temperature: float = Field(1.0, gt=0, le=100)
     """Temperature T at which the probabilities of teacher and student are compared, with
-    soft_weight above 0. Values above 1 give unlikely options more weight."""
+    soft_weight above 0. Values above 1 give unlikely options more weight. Where answers are
+    written, all tokens that the teacher did not name count as one option."""
 
     divergence: Literal["forward", "reverse"] = "forward"
     """With soft_weight above 0. forward: KL(teacher || student). reverse: KL(student ||
@@ -116,7 +118,7 @@ class TrainingRecipe(Slice):
 
     hidden_weight: float = Field(0.0, ge=0)
     """Weight of matching a local teacher's last hidden states; 0 does not. Needs student.start:
-    teacher."""
+    teacher. Where answers are written, these are the states at all of their tokens."""
 
     rationale_weight: float = Field(0.0, ge=0)
     """Weight of giving the teacher's reason as a second task; 0 does not. Needs

@@ -134,11 +134,19 @@ def forward_written(
 ) -> "torch.Tensor":
     """Return the logits at each prompt's last token and at the tokens of the text that is written
     after it: of [batch, longest text + 1, vocabulary], the last ones."""
-    ids = [prompt + text for prompt, text in zip(prompts, texts, strict=True)]
+    inputs = written_inputs(model, prompts, texts, pad_id)
     kept = max(map(len, texts)) + 1
-    inputs = shared_inputs(model, ids, pad_id, 1, min(map(len, prompts)) - 1)
     logits: torch.Tensor = model(**inputs, logits_to_keep=kept).logits
     return logits
+
+
+def written_inputs(
+    model: Any, prompts: Sequence[tuple[int, ...]], texts: Sequence[tuple[int, ...]], pad_id: int
+) -> dict[str, Any]:
+    """Return the inputs of prompts and of the texts that are written after them, without what all
+    prompts begin with; the prompts' last tokens are among them."""
+    ids = [prompt + text for prompt, text in zip(prompts, texts, strict=True)]
+    return shared_inputs(model, ids, pad_id, 1, min(map(len, prompts)) - 1)
 
 
 def pooled_states(model: Any, rows: Sequence[TrainingRow], pad_id: int) -> "torch.Tensor":

@@ -243,5 +243,5 @@ def fingerprint_of(
 ) -> str:
     """Return a digest of what a training starts from: rows, settings and the weights' shapes."""
     shapes = {name: list(weight.shape) for name, weight in weights.items()}
-    dumped = [[row.model_dump() for row in rows], [row.model_dump() for row in validation]]
+    dumped = [[row.model_dump(mode="json") for row in part] for part in (rows, validation)]
     return digest_of([*dumped, settings, shapes])

@@ -17,7 +17,7 @@ from distillery.recipe import HealingRecipe, LayerChoice, Layers, TrainingRecipe
 from distillery.records import AnswerFormat
 from distillery.training.checkpoint import Checkpoints
 from distillery.training.decisions import kept_decisions
-from distillery.training.hidden_states import hidden_states, write_hidden_states
+from distillery.training.hidden_states import write_hidden_states
 from distillery.training.loop import Progress, TrainingResult
 from distillery.training.rows import TrainingRow, require_rows, write_rows
 
@@ -64,11 +64,11 @@ def fine_tune(
     write_rows(rows, inputs["rows"])
     write_rows(validation, inputs["validation"])
     if any(training.hidden_weight for _, training in steps):
-        inputs["hidden"] = out / "hidden.safetensors"
+        inputs["hidden"] = out / "hidden.npy"
         device = choose_device(recipe.precision)
         teacher, tokenizer = load_model(base, adapter, remote_code, device.frozen_precision)
-        states = hidden_states(teacher, rows, pad_id=pad_id(tokenizer), device=device)
-        write_hidden_states(states, inputs["hidden"])
+        padding = pad_id(tokenizer)
+        write_hidden_states(teacher, rows, inputs["hidden"], pad_id=padding, device=device)
         # Beside the model in training it would take as much memory again.
         del teacher
     passes = workflow_passes(steps, inputs, out, merge_first=adapter is not None)

@@ -31,6 +31,7 @@ from distillery.training.checkpoint import (
 from distillery.training.class_head import CLASS_ROWS, add_class_head
 from distillery.training.decisions import decide
 from distillery.training.frozen_states import frozen_states_kept
+from distillery.training.hidden_states import TeacherStates
 from distillery.training.losses import balanced_weights
 from distillery.training.objective import Objective
 from distillery.training.rows import TrainingRow, require_rows
@@ -107,12 +108,12 @@ def train(
     the base of an adapter may be in the precision of the computation instead.
 
     Rows of classes put a ClassHead on the model, which is still there afterwards. `hidden`: the
-    teacher's hidden states for these rows, [rows, hidden], which recipe.hidden_weight
-    needs. Training goes on from the checkpoint where there is one that fits. It saves one every
-    `checkpoint_every_s` seconds, less often where saving would take more than 2 % of the time, and
-    with `keep_end` another one when it is done. Deterministic on a CPU for equal inputs, seed and
-    number of threads, however often it was killed. Raises TrainingError for no rows or for a loss
-    that is NaN or infinite."""
+    teacher's hidden states for these rows, [states, hidden], as hidden_states.py orders them, which
+    recipe.hidden_weight needs. Training goes on from the checkpoint where there is one that fits.
+    It saves one every `checkpoint_every_s` seconds, less often where saving would take more than
+    2 % of the time, and with `keep_end` another one when it is done. Deterministic on a CPU for
+    equal inputs, seed and number of threads, however often it was killed. Raises TrainingError for
+    no rows or for a loss that is NaN or infinite."""
     training = set_up(model, rows, validation, recipe, hidden, pad_id, end_id)
     timer = None
     if checkpoints:
@@ -321,10 +322,9 @@ def set_up(
     counted = recipe.model_dump(mode="json", exclude={"allow_cpu", "gradient_checkpointing"})
     settings = [counted, device.name, device.precision, pad_id, end_id]
     fingerprint = fingerprint_of(rows, validation, settings, weights)
-    teacher_states: dict[tuple[int, ...], torch.Tensor] = {}
+    teacher_states = None
     if hidden is not None:
-        prompts = [row.prompt for row in rows]
-        teacher_states = dict(zip(prompts, hidden.to(device.name), strict=True))
+        teacher_states = TeacherStates(hidden, rows, device.name)
     class_weights = None
     if recipe.class_weights == "balanced" and rows[0].closed:
         class_weights = balanced_weights(rows, len(rows[0].letters))

@@ -112,7 +112,7 @@ def choice_loss(
     scores: "torch.Tensor",
     rows: Sequence[TrainingRow],
     temperature: float,
-    divergence: Literal["forward", "reverse"],
+    kind: Literal["forward", "reverse"],
 ) -> "torch.Tensor":
     """Return T^2 D(q_T, p_T) for each row, [batch]; meaningless for rows without soft labels.
 
@@ -124,21 +124,36 @@ def choice_loss(
     likely (Gu et al., MiniLLM, 2024)."""
     import torch
 
-    is_option = torch.isfinite(scores)
     width = scores.shape[-1]
     given = []
     for row in rows:
         soft = list(row.soft or ())
         given.append(soft + [0.0] * (width - len(soft)))
     probabilities = torch.tensor(given, device=scores.device, dtype=scores.dtype)
-    taught = probabilities.clamp_min(LEAST_PROBABILITY).log() / temperature
-    teacher = torch.log_softmax(taught.masked_fill(~is_option, -torch.inf), -1)
+    return divergence(scores, probabilities, temperature, kind)
+
+
+def divergence(
+    scores: "torch.Tensor",
+    taught: "torch.Tensor",
+    temperature: float,
+    kind: Literal["forward", "reverse"],
+) -> "torch.Tensor":
+    """Return T^2 D(q_T, p_T), as in `choice_loss`, over the last dimension: [...].
+
+    scores: [..., outcomes], the student's, -inf where there are fewer outcomes. taught: the
+    teacher's probabilities, of the same shape."""
+    import torch
+
+    is_outcome = torch.isfinite(scores)
+    logs = taught.clamp_min(LEAST_PROBABILITY).log() / temperature
+    teacher = torch.log_softmax(logs.masked_fill(~is_outcome, -torch.inf), -1)
     student = torch.log_softmax(scores / temperature, -1)
     target, other = teacher, student
-    if divergence == "reverse":
+    if kind == "reverse":
         target, other = student, teacher
-    # Where there is no option, both logarithms are infinite and their difference is NaN.
-    gap = (target - other).masked_fill(~is_option, 0.0)
+    # Where there is no outcome, both logarithms are infinite and their difference is NaN.
+    gap = (target - other).masked_fill(~is_outcome, 0.0)
     return (target.exp() * gap).sum(-1) * temperature**2
 
 
@@ -176,6 +191,22 @@ def hidden_loss(student: "torch.Tensor", teacher: "torch.Tensor") -> "torch.Tens
     import torch.nn.functional as F
 
     return (1 - F.cosine_similarity(student.float(), teacher.float(), dim=-1)).mean()
+
+
+def written_hidden_loss(
+    student: "torch.Tensor", teacher: "torch.Tensor", counts: Sequence[int]
+) -> "torch.Tensor":
+    """Return 1 - cosine of the two models' hidden states for written answers, a mean over each
+    row's states and then over the rows: those that the head reads before each token of an answer
+    and before the end of the turn.
+
+    student, teacher: [states, hidden], of one row after the other, each of which has as many as
+    `counts` says."""
+    import torch
+    import torch.nn.functional as F
+
+    gaps = 1 - F.cosine_similarity(student.float(), teacher.float(), dim=-1)
+    return torch.stack([row.mean() for row in gaps.split(list(counts))]).mean()
 
 
 def written_losses(

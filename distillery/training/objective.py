@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from distillery.models.device import Device
 from distillery.recipe import TrainingRecipe
 from distillery.training.batching import forward, forward_written, pooled_states
-from distillery.training.hidden_states import states_read_by_head
+from distillery.training.hidden_states import TeacherStates, states_read_by_head
 from distillery.training.likelihood import forward_packed, label_likelihoods, option_scores
 from distillery.training.losses import (
     answer_loss,
@@ -15,9 +15,12 @@ from distillery.training.losses import (
     option_loss,
     padded_tensor,
     text_loss,
+    written_hidden_loss,
     written_losses,
+    written_targets,
 )
 from distillery.training.rows import TrainingRow
+from distillery.training.token_loss import taught_losses
 
 if TYPE_CHECKING:
     import torch
@@ -25,8 +28,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Objective:
-    """What training minimises. `teacher_states`: the teacher's hidden states by prompt, empty where
-    they are not learnt. `class_weights`: how much a label of each class counts; None for rows
+    """What training minimises. `teacher_states`: the teacher's hidden states, None where they are
+    not learnt. `class_weights`: how much a label of each class counts; None for rows
     that have no classes, or whose labels count alike."""
 
     model: Any
@@ -34,7 +37,7 @@ class Objective:
     device: Device
     pad_id: int
     end_id: int
-    teacher_states: "dict[tuple[int, ...], torch.Tensor]"
+    teacher_states: TeacherStates | None
     class_weights: Sequence[float] | None = None
 
     def __call__(self, rows: Sequence[TrainingRow]) -> "torch.Tensor":
@@ -81,24 +84,27 @@ class Objective:
 
     def written_answers(self, rows: Sequence[TrainingRow]) -> "torch.Tensor":
         """Return the loss on written answers and on the hidden states, from one forward pass."""
-        import torch
-
-        prompts, targets = [row.prompt for row in rows], [row.target for row in rows]
+        recipe = self.recipe
+        prompts, texts = [row.prompt for row in rows], [row.target for row in rows]
         with self.device.autocast(), states_read_by_head(self.model) as states:
-            logits = forward_written(self.model, prompts, targets, self.pad_id)
-        losses = written_losses(logits, targets, self.end_id, self.recipe.label_smoothing)
-        first = torch.tensor([-1 - len(target) for target in targets], device=logits.device)
-        at_prompts = states[0][torch.arange(len(rows), device=logits.device), first]
-        return losses.mean() + self.hidden(rows, at_prompts[:, None])
+            logits = forward_written(self.model, prompts, texts, self.pad_id)
+        if recipe.soft_share and any(row.soft_tokens for row in rows):
+            losses = taught_losses(logits, rows, self.end_id, recipe)
+        else:
+            losses = written_losses(logits, texts, self.end_id, recipe.label_smoothing)
+        loss = losses.mean()
+        if self.teacher_states:
+            own = states[0][written_targets(logits, texts, self.end_id) >= 0]
+            taught, counts = self.teacher_states.of(rows), [len(text) + 1 for text in texts]
+            loss = loss + recipe.hidden_weight * written_hidden_loss(own, taught, counts)
+        return loss
 
     def hidden(self, rows: Sequence[TrainingRow], states: "torch.Tensor") -> "torch.Tensor | float":
         """Return the weighted loss on the states that the head has read at the last prompt tokens,
         the first ones of `states`: [batch, kept, hidden]; 0 where they are not learnt."""
-        import torch
-
         if not self.teacher_states:
             return 0.0
-        targets = torch.stack([self.teacher_states[row.prompt] for row in rows])
+        targets = self.teacher_states.of(rows)
         return self.recipe.hidden_weight * hidden_loss(states[:, 0], targets)
 
     def rationales(self, rows: Sequence[TrainingRow]) -> "torch.Tensor":

@@ -4,7 +4,7 @@ In: Examples with their labels, a prompt and a tokenizer. Out: TrainingRows; the
 one row a line.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from distillery.models.class_tokens import ClassTokens
 from distillery.prompts import Tokenizer, TransformersTokenizer, letter_ids, render_ids, text_ids
 from distillery.recipe import PromptRecipe
 from distillery.records import Example, Record, TeacherLabel
+from distillery.training.token_labels import TokenLabels
 
 
 class TrainingRow(Record):
@@ -25,8 +26,9 @@ class TrainingRow(Record):
     tokens, where the last one counts for `last` more (batching.read_shares). `target`: a written
     answer's token ids, without the end of the turn; such a row has no options. `answer`: index of
     the label among the options, else 0. `soft`: the teacher's probabilities over the options, in
-    the same order. `explain` and `rationale`: the prompt that asks for a reason, and the teacher's
-    reason, where the label has one."""
+    the same order. `soft_tokens`: its probabilities for the tokens of `target` and the end of the
+    turn. `explain` and `rationale`: the prompt that asks for a reason, and the teacher's reason,
+    where the label has one."""
 
     prompt: tuple[int, ...]
     letters: tuple[int, ...] = ()
@@ -37,6 +39,7 @@ class TrainingRow(Record):
     target: tuple[int, ...] = Field((), exclude_if=lambda target: not target)
     answer: int
     soft: tuple[float, ...] | None = None
+    soft_tokens: TokenLabels | None = Field(None, exclude_if=lambda found: found is None)
     explain: tuple[int, ...] = ()
     rationale: tuple[int, ...] = ()
 
@@ -48,13 +51,15 @@ def training_rows(
     tokenizer: Any,
     explain: str | None = None,
     classes: ClassTokens | None = None,
+    soft_tokens: Mapping[str, TokenLabels] | None = None,
 ) -> tuple[list[TrainingRow], list[str]]:
     """Render the examples that have a label, once for each text of it. Return the rows, and the ids
     of those that are set aside: their prompt is over prompt.max_tokens, or their written answer
     over task.max_tokens.
 
     `explain`: the instruction that asks for the labels' reasons; None leaves the reasons out.
-    `classes`: the tokens of the classes, with prompt.answer class.
+    `classes`: the tokens of the classes, with prompt.answer class. `soft_tokens`: the teacher's
+    probabilities for the tokens of the labels' answers, by example id.
     Raises DataError for an option whose text has no token, as nothing would be learnt from it."""
     wrapped = TransformersTokenizer(tokenizer)
     rows: list[TrainingRow] = []
@@ -76,6 +81,9 @@ def training_rows(
             fields["texts"] = text_ids(example, wrapped)
         if label.distribution:
             fields["soft"] = [label.distribution[letter] for letter in example.keys]
+        # Of the further texts of a label, the teacher told no probabilities.
+        if soft_tokens and label is labels[example.example_id]:
+            fields["soft_tokens"] = soft_tokens.get(example.example_id)
         if explain and label.rationale:
             fields |= reason_fields(example, label.rationale, prompt, wrapped, explain)
         rows.append(TrainingRow(**fields))

@@ -113,7 +113,7 @@ def test_a_cut_student_learns_its_teachers_hidden_states(
         )
         out = tmp_path / str(weight)
         fine_tune(folder, None, rows, [], recipe, out, layers=(1,))
-        assert not (out / "hidden.safetensors").exists()
+        assert not (out / "hidden.npy").exists()
         figures[weight] = float(hidden_loss(states(out / "model"), taught))
     assert figures[5.0] < 0.75 * figures[0.0]
 
