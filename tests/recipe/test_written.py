@@ -126,7 +126,6 @@ def test_a_task_without_sense_is_refused(task: dict[str, Any], trouble: str) -> 
 @pytest.mark.parametrize(
     ("values", "setting"),
     [
-        ({"teacher": {"soft_labels": True}}, "teacher.soft_labels"),
         ({"teacher": {"answers": {"form": "json"}}}, "teacher.answers.form: json"),
         (
             {"teacher": {"answers": {"form": "rationale"}, "max_tokens": 300}},
@@ -152,7 +151,8 @@ def test_settings_of_choices_are_refused(values: dict[str, Any], setting: str) -
         {"training": {"class_weights": "balanced"}},
         {"training": {"second_opinion": "words"}},
         {"layers": {"by": "probe"}},
-        {"start": "teacher", "training": {"hidden_weight": 1.0}},
+        {"training": {"hidden_weight": 1.0}},
+        {"start": "teacher", "training": {"rationale_weight": 1.0}},
     ],
 )
 def test_training_of_choices_is_refused(student: dict[str, Any]) -> None:
@@ -160,6 +160,25 @@ def test_training_of_choices_is_refused(student: dict[str, Any]) -> None:
     teacher = {"kind": "local"} if student.get("start") else {}
     error = error_of({"kind": "generate"}, student=student, teacher=teacher, dataset=carve)
     assert error.startswith("student.")
+
+
+@pytest.mark.parametrize("weight", [0.5, "auto"])
+@pytest.mark.parametrize("task", [EXTRACT, {"kind": "generate"}])
+def test_a_teachers_probabilities_and_states_may_be_learnt(
+    task: dict[str, Any], weight: float | str
+) -> None:
+    training = {"soft_weight": weight, "hidden_weight": 1.0}
+    made = recipe(
+        task,
+        dataset={"carve": {"gold": 0.4, "test": 0.2}},
+        teacher={"kind": "local", "soft_labels": True},
+        student={"training": training, "healing": [{"training": training}]},
+    )
+    assert made.student.training.soft_share == (0.5 if weight == 0.5 else 1.0)
+    assert made.student.healing[0].training.hidden_weight == 1.0
+    told = recipe(task, teacher={"soft_labels": True}, student={"training": {"soft_weight": weight}})
+    assert told.teacher.kind == "endpoint"
+
 
 
 @pytest.mark.parametrize(
