@@ -167,7 +167,7 @@ def test_training_of_choices_is_refused(student: dict[str, Any]) -> None:
 def test_a_teachers_probabilities_and_states_may_be_learnt(
     task: dict[str, Any], weight: float | str
 ) -> None:
-    training = {"soft_weight": weight, "hidden_weight": 1.0}
+    training = {"method": "full", "soft_weight": weight, "hidden_weight": 1.0}
     made = recipe(
         task,
         dataset={"carve": {"gold": 0.4, "test": 0.2}},

@@ -61,23 +61,24 @@ def test_with_the_same_tokenizer_every_token_has_its_candidates() -> None:
     answer = tokenizer.encode("the bread, naïve 雲")
     tokens, expected = [], []
     for number, token in enumerate([*answer, END]):
-        others = [(number * 31 + step) % 500 + 5 for step in range(3)]
-        pairs = {token: -0.5, **dict.fromkeys(others, -3.0), END: -4.0}
-        spelled = [(text_of(tokenizer, i) if i != END else b"", log) for i, log in pairs.items()]
-        tokens.append(AnswerToken(spelled[0][0], tuple(spelled)))
+        others = [(number * 31 + step) % 400 + 5 for step in range(3)]
+        pairs = {**dict.fromkeys(others, -3.0), END: -4.0, token: -0.5}
+        texts = [text_of(tokenizer, each) if each != END else b"" for each in pairs]
+        spelled = texts[list(pairs).index(token)]
+        tokens.append(AnswerToken(spelled, tuple(zip(texts, pairs.values(), strict=True))))
         expected.append(pairs)
     labels = student.labels(answer, tokens)
     assert candidates_of(labels) == expected
     assert labels is not None
     assert labels.labelled == len(answer) + 1
-    likeliest = labels.arrays()[0][:, 0].tolist()
-    assert likeliest == [*answer[: len(likeliest) - 1], END]
+    likeliest = labels.arrays()[0][:, 0]
+    assert likeliest.tolist() == [*answer, END]
 
 
 def test_with_another_tokenizer_those_have_some_that_begin_and_end_together() -> None:
     tokenizer = tiny_tokenizer("llama")
     teacher = tiny_tokenizer("llama", OTHER_TEXTS, 330)
-    text = "You bread: the river of clouds, warm"
+    text = "You bake bread by the river: wide clouds, a warm room"
     answer, tokens = tokenizer.encode(text), said(teacher, text)
     found = candidates_of(StudentTokens(tokenizer, END).labels(answer, tokens))
     own = spans([text_of(tokenizer, token) for token in answer])
@@ -86,7 +87,7 @@ def test_with_another_tokenizer_those_have_some_that_begin_and_end_together() ->
     for token, span in zip(answer, own, strict=True):
         expected.append({token: -0.25} if span in theirs else {})
     assert found == [*expected, {END: -0.25}]
-    assert 3 < sum(map(bool, expected)) < len(answer) - 3, "else this test would see little"
+    assert 5 < sum(map(bool, expected)) < len(answer) - 5, "else this test would see little"
 
 
 def test_a_character_that_one_of_both_splits_has_no_soft_label() -> None:

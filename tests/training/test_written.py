@@ -229,7 +229,7 @@ def test_a_student_learns_its_teachers_states_for_written_answers(
     gaps = {}
     for weight in (0.0, 5.0):
         recipe = TrainingRecipe(
-            method="full", epochs=10, learning_rate=1e-3, hidden_weight=weight, precision="float32"
+            method="full", epochs=25, learning_rate=1e-3, hidden_weight=weight, precision="float32"
         )
         out = tmp_path / str(weight)
         fine_tune(folder, None, rows, [], recipe, out, layers=(1,))
@@ -263,7 +263,7 @@ def test_soft_labels_move_the_student_towards_the_teacher(tiny_model: TinyModel)
         if weight is not None:
             recipe = TrainingRecipe(
                 method="full",
-                epochs=12,
+                epochs=30,
                 batch_size=4,
                 learning_rate=3e-3,
                 precision="float32",
