@@ -1,6 +1,6 @@
 """The bytes that the tokens of a vocabulary stand for.
 
-llguidance knows them for the tokenizers that language models have: byte-level BPE, and SentencePiece
+llguidance knows them for the tokenizers of language models: byte-level BPE, and SentencePiece
 with its byte tokens.
 """
 

@@ -206,7 +206,8 @@ def written_hidden_loss(
     import torch.nn.functional as F
 
     gaps = 1 - F.cosine_similarity(student.float(), teacher.float(), dim=-1)
-    return torch.stack([row.mean() for row in gaps.split(list(counts))]).mean()
+    shares = [1 / count / len(counts) for count in counts for _ in range(count)]
+    return (gaps * torch.tensor(shares, device=gaps.device)).sum()
 
 
 def written_losses(

@@ -53,7 +53,8 @@ def taught_losses(
     outcomes = torch.cat([taught, left], -1)
     soft = divergence(scores, outcomes, recipe.temperature, recipe.divergence)
     weights = recipe.soft_share * is_candidate.any(-1)
-    losses = ((1 - weights) * hard + weights * soft).masked_fill(targets < 0, 0)
+    losses: torch.Tensor = (1 - weights) * hard + weights * soft
+    losses = losses.masked_fill(targets < 0, 0)
     return losses.sum(-1) / (targets >= 0).sum(-1)
 
 
@@ -89,7 +90,7 @@ class PickedLogits(torch.autograd.Function):
         return logits.gather(-1, ids), others
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, of_picked: torch.Tensor, of_others: torch.Tensor) -> Any:
         logits, ids, others = ctx.saved_tensors
         gradient = (logits - others[..., None]).exp_().mul_(of_others[..., None])

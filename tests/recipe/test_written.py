@@ -176,9 +176,9 @@ def test_a_teachers_probabilities_and_states_may_be_learnt(
     )
     assert made.student.training.soft_share == (0.5 if weight == 0.5 else 1.0)
     assert made.student.healing[0].training.hidden_weight == 1.0
-    told = recipe(task, teacher={"soft_labels": True}, student={"training": {"soft_weight": weight}})
+    soft = {"training": {"soft_weight": weight}}
+    told = recipe(task, teacher={"soft_labels": True}, student=soft)
     assert told.teacher.kind == "endpoint"
-
 
 
 @pytest.mark.parametrize(

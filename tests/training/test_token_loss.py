@@ -162,7 +162,8 @@ def test_the_gradient_of_picked_logits() -> None:
     # Some are picked twice, and in one place all are.
     ids = torch.tensor([[[1, 4, 4], [0, 6, 2], [5, 5, 5]], [[3, 2, 1], [0, 1, 2], [6, 5, 4]]])
     assert torch.autograd.gradcheck(PickedLogits.apply, (logits, ids))
-    _, others = PickedLogits.apply(logits, torch.arange(7).expand(2, 3, 7))
+    whole = torch.arange(7).expand(2, 3, 7)
+    _, others = PickedLogits.apply(logits, whole)  # type: ignore[no-untyped-call]
     assert torch.isinf(others).all()
 
 
@@ -202,7 +203,7 @@ def test_the_tails_probability_is_exact_where_it_is_small() -> None:
 
 
 def test_no_copy_of_the_logits_is_kept_for_the_backward_pass() -> None:
-    kept = []
+    kept: list[int] = []
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         if tensor.numel() >= logits.numel():
