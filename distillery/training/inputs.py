@@ -119,8 +119,8 @@ def require_soft_tokens(rows: Sequence[TrainingRow]) -> None:
             "log-probabilities"
         )
     decide(
-        f"{soft:,} of {tokens:,} tokens of the labels' answers have the teacher's probabilities; "
-        "at the others the answer alone is learnt (training.soft_weight)"
+        f"{soft:,} of {tokens:,} tokens of the labels' answers have the teacher's probabilities "
+        "(training.soft_weight)"
     )
 
 

@@ -357,8 +357,8 @@ def test_what_the_teacher_says_of_tokens_comes_with_the_rows(
     labelled = sum(row.soft_tokens.labelled for row in found[1:6] if row.soft_tokens)
     tokens = sum(len(row.target) + 1 for row in found[: len(rows)])
     assert decisions == [
-        f"{labelled} of {tokens} tokens of the labels' answers have the teacher's probabilities; "
-        "at the others the answer alone is learnt (training.soft_weight)"
+        f"{labelled} of {tokens} tokens of the labels' answers have the teacher's probabilities "
+        "(training.soft_weight)"
     ]
     plain, decisions = inputs(soft=False)
     assert not decisions
