@@ -43,6 +43,11 @@ class Guides:
         # What is compiled once: half a second for a schema of 70 KB.
         self.matcher_at_start = lru_cache(KEPT_SCHEMAS)(self.compiled)
 
+    def token_bytes(self, token: int) -> bytes:
+        """Return the bytes that a token stands for: UTF-8 that may begin or end within a
+        character."""
+        return bytes(self._tokenizer.decode_bytes([token]))
+
     def start(self, schema: Mapping[str, Any], strict: bool = False) -> "Guide":
         """Return a guide at the beginning of an answer. With `strict`, all of the schema must be
         held; else keywords that llguidance does not know, such as uniqueItems, are passed over.

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from distillery.answers import NotAnAnswer
+from distillery.data.answer_tokens import packed
 from distillery.labels.questions import Question
 from distillery.labels.store import StoredAnswer
 from distillery.recipe import TeacherRecipe
@@ -47,9 +48,12 @@ def stored_answer(
     # The alternatives at another letter than the one answered say nothing about the answer.
     if completion.answer_letter == letter:
         pairs = completion.top_logprobs
-    probabilities = None
+    probabilities = tokens = None
     if pairs and recipe.asks_log_probabilities:
         probabilities = distribution(pairs, question.keys)
+    # Those of a text that is no label are paid for too: with another schema it may be one.
+    if completion.tokens and recipe.asks_log_probabilities:
+        tokens = packed(completion.tokens)
     return StoredAnswer(
         request_key=question.key,
         teacher=identity,
@@ -66,6 +70,7 @@ def stored_answer(
         reason=reason,
         example_id=storable(question.row.example_id),
         prompt=storable(question.messages[-1]["content"]),
+        tokens=tokens,
     )
 
 

@@ -185,7 +185,6 @@ class Recipe(Slice):
         generates = self.task.kind == "generate"
         refused = [
             ("dataset.columns.choices", self.dataset.columns.choices is not None),
-            ("teacher.soft_labels", teacher.soft_labels),
             ("teacher.answers.form: rationale", answers.form == "rationale"),
             ("teacher.answers.form: json", answers.form == "json" and generates),
             ("teacher.answers.orders above 1", answers.orders > 1),
