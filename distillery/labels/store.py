@@ -324,7 +324,7 @@ class LabelStore:
 
     def accept(self, answers: Sequence[StoredAnswer]) -> None:
         """Write what the texts of stored answers are read as by now, and the reasons. The
-        probabilities of another answer go."""
+        probabilities of another letter or class go; tokens are the text's, and stay."""
         if not answers:
             return
         accepted = (

@@ -24,8 +24,8 @@ REPLACEMENT = "\ufffd".encode()
 """What endpoints write for a token that is a part of a character."""
 
 _CONTROL = re.compile(r"<\|[^|<>]*\|>|</s>|<eos>|<end_of_turn>")
-"""A token that is no text, as the families of models name theirs; a text holds none of them
-between its first and last token. As an alternative, it ends the turn."""
+"""A token that is no text, as families of models name theirs. As an answer's last token, or as an
+alternative, it is the end of the turn."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Completion:
     letters (after a rationale: the last), and `answer_letter` is that letter. For classes they are
     the classes that the listed tokens begin, and the class that was written. Without such a token
     they are () and None; if the endpoint sent no log-probabilities, both are None. `tokens` are
-    those of a written answer, as `written_tokens` returns them. `latency_ms` is the duration of the
+    those of a written answer, as `tokens_of_answer` returns them. `latency_ms` is the duration of the
     successful try of `attempts` tries."""
 
     text: str
@@ -70,7 +70,7 @@ def read_completion(
         letter, pairs = class_at_answer(entries, letters)
     else:
         letter, pairs = letter_at_answer(entries, text, letters, last)
-    written = None if letters else written_tokens(entries, text, redact)
+    written = None if letters else tokens_of_answer(entries, text, redact)
     return Completion(
         text=text,
         finish_reason=str(finish_reason or ""),
@@ -207,7 +207,7 @@ def alternatives_of(token: dict[str, Any]) -> Pairs:
     return tuple(pairs)
 
 
-def written_tokens(
+def tokens_of_answer(
     entries: list[dict[str, Any]], text: str, redact: Callable[[str], str]
 ) -> tuple[AnswerToken, ...] | None:
     """Return the tokens of an answer `text` after any thinking, without the blanks around it, and
