@@ -43,9 +43,11 @@ class Guides:
         # What is compiled once: half a second for a schema of 70 KB.
         self.matcher_at_start = lru_cache(KEPT_SCHEMAS)(self.compiled)
 
-    def token_bytes(self, token: int) -> bytes:
+    def token_bytes(self, token: int) -> bytes | None:
         """Return the bytes that a token stands for: UTF-8 that may begin or end within a
-        character."""
+        character. None where the head has a row for no token."""
+        if token >= self._tokenizer.vocab_size:
+            return None
         return bytes(self._tokenizer.decode_bytes([token]))
 
     def start(self, schema: Mapping[str, Any], strict: bool = False) -> "Guide":

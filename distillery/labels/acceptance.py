@@ -41,7 +41,8 @@ def stored_answer(
     """Return the answer as the label store keeps it, rejected answers with their reason."""
     reason = reason_not_to_read(completion, recipe.max_tokens)
     letter = None
-    if is_read(question, reason, recipe):
+    readable = is_read(question, reason, recipe)
+    if readable:
         letter, unread = read_text(question, completion.text, reason.startswith(CUT_OFF))
         reason = "" if letter else reason or unread
     pairs = None
@@ -51,8 +52,8 @@ def stored_answer(
     probabilities = tokens = None
     if pairs and recipe.asks_log_probabilities:
         probabilities = distribution(pairs, question.keys)
-    # Those of a text that is no label are paid for too: with another schema it may be one.
-    if completion.tokens and recipe.asks_log_probabilities:
+    # Those of a text that is no label are kept too: with another schema it may be one.
+    if readable and completion.tokens and recipe.asks_log_probabilities:
         tokens = packed(completion.tokens)
     return StoredAnswer(
         request_key=question.key,

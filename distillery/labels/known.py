@@ -64,25 +64,27 @@ def read_label_files(
     labels: dict[str, TeacherLabel] = {}
     tokens: dict[str, bytes] = {}
     for where, values in read_columns(paths, {"example_id": COLUMNS["example_id"]}):
-        row = rows.get(str(values["example_id"]))
-        written = read_tokens(values, where) if row and row.format else None
-        if written and values.get("answer") in (None, ""):
-            values["answer"] = spelled(written).decode("utf-8", "replace")
-        if values.get("answer") in (None, ""):
+        answer = values.get("answer")
+        if answer in (None, "") and not has_tokens(values):
             raise DataError(f"{where}: answer: missing; it is {COLUMNS['answer']}")
+        row = rows.get(str(values["example_id"]))
         if row is None:
             continue
         if row.format:
-            text = to_written(values["answer"], row.format, f"{where}: answer")
-            if text is not None:
-                labels[row.example_id] = TeacherLabel(example_id=row.example_id, answer=text)
-                found = tokens_of_label(written or (), text, row.format.json_schema)
-                if found:
-                    tokens[row.example_id] = packed(found)
-                elif written:
-                    raise DataError(f"{where}: tokens: do not spell the answer; correct the row")
+            written = read_tokens(values, where) if has_tokens(values) else ()
+            if answer in (None, ""):
+                answer = spelled(written).decode("utf-8", "replace")
+            text = to_written(answer, row.format, f"{where}: answer")
+            if text is None:
+                continue
+            labels[row.example_id] = TeacherLabel(example_id=row.example_id, answer=text)
+            found = tokens_of_label(written, text, row.format.json_schema)
+            if found:
+                tokens[row.example_id] = packed(found)
+            elif written:
+                raise DataError(f"{where}: tokens: do not spell the answer; correct the row")
             continue
-        answer = str(values["answer"]).strip()
+        answer = str(answer).strip()
         if answer not in row.keys:
             known = f"{row.keys[0]} to {row.keys[-1]}"
             if row.classes:
@@ -99,13 +101,16 @@ def read_label_files(
     return labels, tokens
 
 
-def read_tokens(values: Mapping[str, Any], where: str) -> tuple[AnswerToken, ...] | None:
-    """Return the tokens of a written answer; None for a row that lacks one of their columns.
+def has_tokens(values: Mapping[str, Any]) -> bool:
+    """Return whether a row has all columns of a written answer's tokens."""
+    return all(values.get(name) is not None for name in TOKEN_COLUMNS)
+
+
+def read_tokens(values: Mapping[str, Any], where: str) -> tuple[AnswerToken, ...]:
+    """Return the tokens of a written answer in a row of a file.
 
     Raises DataError, with `where`, for values of other types and for logarithms that are none of
     probabilities."""
-    if any(values.get(name) is None for name in TOKEN_COLUMNS):
-        return None
     try:
         tokens = []
         for text, candidates in tokens_in(values):

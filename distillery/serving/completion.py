@@ -282,7 +282,8 @@ def name_token(student: ServedStudent, token: int, logprob: float) -> TopLogprob
     text = student.token_text(token)
     encoded = None if "\ufffd" in text else list(text.encode())
     if student.for_labels:
-        encoded = list(student.token_bytes(token))
+        known = student.token_bytes(token)
+        encoded = None if known is None else list(known)
     if not math.isfinite(logprob):
         logprob = IMPOSSIBLE
     return TopLogprob(token=text, logprob=logprob, bytes=encoded)

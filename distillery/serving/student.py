@@ -29,9 +29,7 @@ class ServedStudent(Student):
     `worker`: the one thread that loads and asks the model, which is not thread-safe. What is freed
     in another thread's part of the heap would not serve the next load."""
 
-    def __init__(
-        self, folder: Path, threads: int | None = None, for_labels: bool = False
-    ) -> None:
+    def __init__(self, folder: Path, threads: int | None = None, for_labels: bool = False) -> None:
         """Load the model. Raises ModelError for a folder that can't be loaded. `threads` counts the
         cores for one operation; None leaves it to the runtime. `for_labels`: the log-probabilities
         of a written answer are to be learnt from; see `completion.complete`."""

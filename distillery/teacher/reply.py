@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from distillery.data.answer_tokens import AnswerToken, spelled
+from distillery.data.answer_tokens import AnswerToken
 from distillery.records import Usage
 from distillery.teacher.answers import letter_of
 from distillery.teacher.reading import after_thinking
@@ -34,8 +34,8 @@ class Completion:
     letters (after a rationale: the last), and `answer_letter` is that letter. For classes they are
     the classes that the listed tokens begin, and the class that was written. Without such a token
     they are () and None; if the endpoint sent no log-probabilities, both are None. `tokens` are
-    those of a written answer, as `tokens_of_answer` returns them. `latency_ms` is the duration of the
-    successful try of `attempts` tries."""
+    those of a written answer, as `tokens_of_answer` returns them. `latency_ms` is the duration of
+    the successful try of `attempts` tries."""
 
     text: str
     finish_reason: str
@@ -217,17 +217,26 @@ def tokens_of_answer(
     `entries` are those of logprobs.content."""
     if not any(entry.get("top_logprobs") for entry in entries):
         return None
-    tokens = []
+    spoken = []
     for number, entry in enumerate(entries):
         written = bytes_of(entry)
         # One that is no text is the end of the turn, if it is the last.
         if written or (written is not None and number == len(entries) - 1):
-            tokens.append(AnswerToken(written, candidates_of(entry, written)))
+            spoken.append((entry, written))
+    whole = b"".join(written for _, written in spoken)
     body = after_thinking(text).encode()
-    start = spelled(tokens).rfind(body)
-    behind = spelled(tokens)[start + len(body) :]
-    if not body or start < 0 or behind.decode("utf-8", "replace").strip():
+    start = whole.rfind(body)
+    behind = whole[start + len(body) :].decode("utf-8", "replace")
+    if not body or start < 0 or behind.strip():
         return None
+    # Thinking may be long.
+    first = 0
+    while len(spoken[first][1]) <= start:
+        start -= len(spoken[first][1])
+        first += 1
+    tokens = [
+        AnswerToken(written, candidates_of(entry, written)) for entry, written in spoken[first:]
+    ]
     found = tuple(within(tokens, start, start + len(body)))
     # The text is without the key; an alternative that nobody chose may not be.
     listed = b"\n".join(other for token in found for other, _ in token.candidates)
@@ -246,10 +255,10 @@ def candidates_of(entry: dict[str, Any], written: bytes) -> tuple[Pair, ...]:
     pairs = []
     for alternative, text in zip(listed, texts, strict=True):
         log = alternative.get("logprob")
-        if text is None or REPLACEMENT in text or type(log) not in (int, float):
+        if text is None or REPLACEMENT in text:
             continue
-        # Some are a little above 0. The comparison holds for NaN and for any whole number.
-        if UNLISTED < log < 1:
+        # A little above 0 some round theirs. The comparison is right of any number, also of NaN.
+        if isinstance(log, int | float) and UNLISTED < log < 1:
             pairs.append((text, min(float(log), 0.0)))
     return merged(pairs)
 

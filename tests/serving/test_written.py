@@ -139,12 +139,11 @@ def test_bytes_that_nobody_knows_are_told(tiny_onnx: Callable[..., Path], tmp_pa
     folder = folder_with(TEXT, tiny_onnx("llama"), tmp_path / "model")
     student = ServedStudent(folder, threads=1, for_labels=True)
     student.end_ids = frozenset()
-    student.added_tokens = {}
     broken = json.loads((folder / "tokenizer.json").read_text())
     broken["decoder"] = {"type": "WordPiece", "prefix": "##", "cleanup": True}
     (folder / "tokenizer.json").write_text(json.dumps(broken))
     request = ChatRequest.model_validate({"messages": MESSAGES, "logprobs": True})
-    with pytest.raises(ApiError, match="^logprobs: .* with this tokenizer") as caught:
+    with pytest.raises(ApiError, match=r"^logprobs: .* with this tokenizer") as caught:
         list(complete(student, Job(request)))
     assert caught.value.status == 400
 

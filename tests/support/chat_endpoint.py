@@ -96,11 +96,11 @@ def completion(
             {"token": token, "logprob": math.log(p), "bytes": None} for token, p in top.items()
         ]
         words = text.split(" ")
-        tokens = [word if at == 0 else f" {word}" for at, word in enumerate(words)]
+        parts = [word if at == 0 else f" {word}" for at, word in enumerate(words)]
         choice["logprobs"] = {
             "content": [
                 {"token": token, "logprob": -0.1, "bytes": None, "top_logprobs": pairs}
-                for token in tokens
+                for token in parts
             ],
             "refusal": None,
         }
