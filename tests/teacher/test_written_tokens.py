@@ -308,7 +308,7 @@ def test_no_reply_makes_reading_fail(content: Any, text: str) -> None:
 
 
 def test_json_of_any_cut_comes_back_as_its_label() -> None:
-    value = {"city": 'O"s, l:o {é}', "days": 12}
+    value = {"city": 'O"s, l:o {é}\\', "days": 12}
     label = json.dumps(value, ensure_ascii=False)
     for form in ({"separators": (",", ":")}, {"indent": 2}, {}):
         text = json.dumps(value, ensure_ascii=False, **form)
