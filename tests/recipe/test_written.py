@@ -67,6 +67,10 @@ def test_soft_labels_are_those_of_tokens(task: dict[str, Any]) -> None:
     assert made.teacher.asks_log_probabilities
     carved = {"carve": {"gold": 0.4, "test": 0.2}}
     assert recipe(task, teacher={"kind": "local", "soft_labels": True}, dataset=carved)
+    error = error_of(task, teacher={"soft_labels": True, **VOTES})
+    assert error.startswith(
+        "teacher.soft_labels with teacher.answers.votes above 1: has no meaning"
+    )
     error = error_of(task, teacher={"kind": "gold", "soft_labels": True}, dataset=carved)
     assert error.startswith("teacher: soft_labels: gold answers have no probabilities")
 
