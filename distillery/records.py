@@ -241,9 +241,10 @@ class TeacherLabels(StageRecord):
     """The labels of the train rows.
 
     Files in the folder: labels.jsonl (TeacherLabel), rejected.jsonl (RejectedLabel),
-    train_data.jsonl (the lab's Question/Answer rows), report.json (LabelReport) and, if gold
-    answers are known, reliability.png and look.jsonl, the rows worth a look. `asked`, `usage`,
-    `cost` and `calls_per_second` describe the calls of the run that did the work.
+    train_data.jsonl (the lab's Question/Answer rows), report.json (LabelReport), if written answers
+    have probabilities of their tokens, answer_tokens.parquet, and, if gold answers are known,
+    reliability.png and look.jsonl, the rows worth a look. `asked`, `usage`, `cost` and
+    `calls_per_second` describe the calls of the run that did the work.
     """
 
     teacher: str

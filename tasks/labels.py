@@ -58,7 +58,7 @@ def label(
         teacher = teacher.for_own_model(prompt)
     tokenizer = named_tokenizer(teacher) or (str(folder_of_model) if folder_of_model else None)
     where = (
-        _local_endpoint(folder_of_model, identity)
+        _local_endpoint(folder_of_model, identity, prompt.answer == "written")
         if folder_of_model
         else nullcontext(resolve_endpoint(teacher))
     )
@@ -125,10 +125,10 @@ async def shared_slot(limit: str) -> AsyncIterator[None]:
 
 
 @contextmanager
-def _local_endpoint(folder: Path, identity: str) -> Iterator[Endpoint]:
+def _local_endpoint(folder: Path, identity: str, written: bool) -> Iterator[Endpoint]:
     """Serve the exported teacher over HTTP on the loopback interface, for the client of paid
-    endpoints."""
-    with served(folder, "teacher", threads=usable_cores()) as server:
+    endpoints. `written`: its answers are."""
+    with served(folder, "teacher", threads=usable_cores(), for_labels=written) as server:
         yield Endpoint(
             url=server.url, model="teacher", key=server.key, identity=identity, sdk="openai"
         )
@@ -159,13 +159,13 @@ def labels_from_files(
     started = time.perf_counter()
     store = ArtifactStore()
     file = store.fetch(rows.artifact) / rows.file
-    labels = read_label_files(teacher.files, each_example(file))
+    labels, tokens = read_label_files(teacher.files, each_example(file))
     with working_folder("files") as folder:
-        counts = write_known_labels(each_example(file), labels, prompt, teacher, folder)
+        counts = write_known_labels(each_example(file), labels, prompt, teacher, folder, tokens)
         report = read_report(folder)
         artifact = store.put(folder)
     conclude(report.line())
-    soft = all(one.distribution for one in labels.values())
+    soft = all(label.distribution or name in tokens for name, label in labels.items())
     return TeacherLabels(
         artifact=artifact, teacher=identity, soft=soft, **origin(started), **vars(counts)
     )

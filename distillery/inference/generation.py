@@ -3,6 +3,8 @@ and Transformers models, evaluation, batch inference and the server."""
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 
+import numpy as np
+
 from distillery.answers import NotAnAnswer, canonical
 from distillery.inference.guide import Guide
 from distillery.inference.logits import Draw, Logits, likeliest
@@ -36,7 +38,8 @@ class Written(Record):
 
 class Answering:
     """An answer that is being written: at most `most` tokens, which `draw` takes, until one of
-    `end_ids`. `over`: no further token follows."""
+    `end_ids`. `over`: no further token follows. `held`: the logits of the last token that `draw`
+    took, with -inf for those that the guide leaves out."""
 
     def __init__(
         self,
@@ -48,11 +51,13 @@ class Answering:
         self.most, self.end_ids, self.draw, self.guide = most, end_ids, draw, guide
         self.tokens: list[int] = []
         self.over = False
+        self.held: Logits = np.empty(0, np.float32)
 
     def take(self, logits: Logits) -> list[int]:
         """Take a token from the logits after those so far, [vocabulary], and return it; where the
         guide is complete with it, an end token too, which needs no logits."""
-        taken = [self.draw(self.guide.masked(logits) if self.guide else logits)]
+        self.held = self.guide.masked(logits) if self.guide else logits
+        taken = [self.draw(self.held)]
         if self.guide and taken[0] not in self.end_ids:
             self.guide.take(taken[0])
             if self.guide.complete:
@@ -63,19 +68,30 @@ class Answering:
 
 
 def generated(
-    logits: Logits, append: Callable[[int], Logits], answering: Answering
+    logits: Logits,
+    append: Callable[[int], Logits],
+    answering: Answering,
+    held: bool = False,
 ) -> Iterator[tuple[int, Logits]]:
     """Yield the answer's tokens, each with the model's own logits, [vocabulary], that it was taken
-    from.
+    from; or, with `held`, with -inf for the tokens that the answer's guide leaves out.
 
     `logits`: those after the prompt. `append` computes a token and returns the logits after it."""
     while True:
-        taken = answering.take(logits)
-        for token in taken:
-            yield token, logits
+        taken, *end = answering.take(logits)
+        yield taken, answering.held if held else logits
+        for token in end:
+            yield token, alone(token, logits) if held else logits
         if answering.over:
             return
-        logits = append(taken[0])
+        logits = append(taken)
+
+
+def alone(token: int, logits: Logits) -> Logits:
+    """Return logits of the same size by which nothing but `token` may follow."""
+    found = np.full_like(logits, -np.inf)
+    found[token] = 0.0
+    return found
 
 
 def most_tokens(answer_format: AnswerFormat) -> int:

@@ -39,6 +39,13 @@ class Guides:
         # What is compiled once: half a second for a schema of 70 KB.
         self.matcher_at_start = lru_cache(KEPT_SCHEMAS)(self.compiled)
 
+    def token_bytes(self, token: int) -> bytes | None:
+        """Return the bytes that a token stands for: UTF-8 that may begin or end within a
+        character. None where the head has a row for no token."""
+        if token >= self._tokenizer.vocab_size:
+            return None
+        return bytes(self._tokenizer.decode_bytes([token]))
+
     def start(self, schema: Mapping[str, Any], strict: bool = False) -> "Guide":
         """Return a guide at the beginning of an answer. With `strict`, all of the schema must be
         held; else keywords that llguidance does not know, such as uniqueItems, are passed over.

@@ -133,9 +133,10 @@ class OnnxStudent(Student):
         seed: int | None = None,
         top_k: int | None = None,
         guide: Guide | None = None,
+        held: bool = False,
     ) -> Iterator[tuple[int, Logits]]:
         """Yield up to `max_tokens` pairs of a token and the logits that it was taken from; see
-        `generated`.
+        `generated`, also for `held`.
 
         Stops after an end token, which is yielded too, and at the end of the context. The model
         computes only as far as the caller asks.
@@ -144,7 +145,7 @@ class OnnxStudent(Student):
         most = max(1, min(max_tokens, self.context_length - len(prompt_ids)))
         first = self.decoder.prefill(prompt_ids, room=most)
         answering = Answering(most, self.end_ids, draw, guide)
-        yield from generated(first, lambda token: self.decoder.append([token]), answering)
+        yield from generated(first, lambda token: self.decoder.append([token]), answering, held)
 
     def write(self, prompt_ids: Sequence[int], answer_format: AnswerFormat) -> Written:
         """Return the likeliest answer, token by token, held to the format's schema if it has one.

@@ -129,6 +129,11 @@ class Student(RowRenderer, ABC):
             self._token_texts[token] = self.added_tokens.get(token) or self.decode([token])
         return self._token_texts[token]
 
+    def token_bytes(self, token: int) -> bytes | None:
+        """Return the bytes that a token adds to an answer, as `Guides.token_bytes` does; b"" for
+        one that ends it. Raises SchemaNotHeld for a tokenizer of an unknown kind."""
+        return b"" if token in self.end_ids else self.guides.token_bytes(token)
+
     @cached_property
     def guides(self) -> Guides:
         """What holds this model's answers to a JSON schema."""

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from distillery.answers import NotAnAnswer
+from distillery.data.answer_tokens import packed
 from distillery.labels.questions import Question
 from distillery.labels.store import StoredAnswer
 from distillery.recipe import TeacherRecipe
@@ -40,16 +41,20 @@ def stored_answer(
     """Return the answer as the label store keeps it, rejected answers with their reason."""
     reason = reason_not_to_read(completion, recipe.max_tokens)
     letter = None
-    if is_read(question, reason, recipe):
+    readable = is_read(question, reason, recipe)
+    if readable:
         letter, unread = read_text(question, completion.text, reason.startswith(CUT_OFF))
         reason = "" if letter else reason or unread
     pairs = None
     # The alternatives at another letter than the one answered say nothing about the answer.
     if completion.answer_letter == letter:
         pairs = completion.top_logprobs
-    probabilities = None
+    probabilities = tokens = None
     if pairs and recipe.asks_log_probabilities:
         probabilities = distribution(pairs, question.keys)
+    # Those of a text that is no label are kept too: with another schema it may be one.
+    if readable and completion.tokens and recipe.asks_log_probabilities:
+        tokens = packed(completion.tokens)
     return StoredAnswer(
         request_key=question.key,
         teacher=identity,
@@ -66,6 +71,7 @@ def stored_answer(
         reason=reason,
         example_id=storable(question.row.example_id),
         prompt=storable(question.messages[-1]["content"]),
+        tokens=tokens,
     )
 
 

@@ -4,11 +4,13 @@
 - rejected.jsonl: a RejectedLabel for each other row
 - train_data.jsonl: {"Question": the user message, "Answer": the letter, class or text} for each
   accepted row, and for each further text of it
+- answer_tokens.parquet: of accepted rows whose answers are written, the tokens with the teacher's
+  probabilities (data/answer_tokens.py); not there if no row has any
 - those of report.py: report.json, look.jsonl, reliability.png
 """
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -16,6 +18,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import IO, Any
 
+from distillery.data.answer_tokens import FILE as TOKENS_FILE
+from distillery.data.answer_tokens import AnswerToken, AnswerTokensFile, unpacked
 from distillery.errors import DataError, TeacherError
 from distillery.labels.acceptance import accepted_answers, label_of_answers
 from distillery.labels.report import Tally
@@ -24,6 +28,7 @@ from distillery.prompts import render_messages
 from distillery.recipe import PromptRecipe, TeacherRecipe
 from distillery.records import Example, RejectedLabel, TeacherLabel, Usage
 from distillery.teacher.reading import rationale_of
+from distillery.teacher.written_tokens import tokens_of_label
 
 LABELS_FILE = "labels.jsonl"
 
@@ -36,6 +41,27 @@ UNREAD_SHOWN = 3
 
 UNREAD_CHARACTERS = 100
 """The most of each that it shows."""
+
+WHY_NOT_SOFT = {
+    (False, False): (
+        "those that came are not at the answer's letter",
+        "set it to false, which asks for all rows again, or use answers.votes",
+    ),
+    (False, True): (
+        "the tokens that came do not spell the answers",
+        "set it to false, which asks for all rows again",
+    ),
+    (True, False): (
+        "teacher.files have no column distribution",
+        "add it, or set teacher.soft_labels: false",
+    ),
+    (True, True): (
+        "teacher.files have no columns tokens, candidates and logs",
+        "add them, or set teacher.soft_labels: false",
+    ),
+}
+"""What the error for labels without probabilities says is wrong, and what to do about it: whether
+the labels are of files, and whether answers are written."""
 
 JUDGED_ROWS = 100
 """Rows from which on a share of labels that is too low ends the run early."""
@@ -65,6 +91,8 @@ def label_files(out: Path, prompt: PromptRecipe, recipe: TeacherRecipe) -> Itera
     ):
         yield files
         out.mkdir(exist_ok=True)
+        # Tokens of an earlier labelling would not be those of these labels.
+        (out / TOKENS_FILE).unlink(missing_ok=True)
         for file in Path(folder).iterdir():
             file.replace(out / file.name)
 
@@ -79,11 +107,13 @@ class LabelFiles:
         self._labels = open_lines(folder / LABELS_FILE, "w")
         self._rejected = open_lines(folder / REJECTED_FILE, "w")
         self._train = open_lines(folder / TRAIN_DATA_FILE, "w")
+        self._tokens: AnswerTokensFile | None = None
 
     def close(self) -> None:
         """Close the files."""
-        for file in (self._labels, self._rejected, self._train):
-            file.close()
+        for file in (self._labels, self._rejected, self._train, self._tokens):
+            if file:
+                file.close()
 
     def write(self, done: OpenRow) -> None:
         """Write a complete row: its label if more than half of its answers are accepted and these
@@ -119,6 +149,7 @@ class LabelFiles:
                 references=label.references,
                 usage=usage,
             ),
+            tokens_of(done, label.letter) if done.row.format else None,
         )
 
     def _reject_for_first_failure(self, done: OpenRow) -> None:
@@ -132,19 +163,25 @@ class LabelFiles:
                 self.reject(done.row, state.stored.reason, state.stored.raw)
                 return
 
-    def accept(self, row: Example, label: TeacherLabel) -> None:
-        """Write a label, or its rejection if teacher.filters reject it. What it tells about the
-        teacher is counted in either case.
+    def accept(
+        self, row: Example, label: TeacherLabel, tokens: Sequence[AnswerToken] | None = None
+    ) -> None:
+        """Write a label, with the tokens of a written one, or its rejection if teacher.filters
+        reject it. What it tells about the teacher is counted in either case.
 
         Raises TeacherError as soon as enough rows show that the labels are not good enough.
         """
-        self.tally.accept(row, label)
+        soft = label.distribution is not None or tokens is not None
+        self.tally.accept(row, label, soft)
         reason = self._filtered(row, label)
         if reason:
-            self.tally.drop(label, reason)
+            self.tally.drop(label, reason, soft)
             self._write_rejected(row, reason, label.answer)
             return
         write_line(self._labels, label.model_dump())
+        if tokens is not None:
+            self._tokens = self._tokens or AnswerTokensFile(self._folder / TOKENS_FILE)
+            self._tokens.write(row.example_id, tokens)
         question = render_messages(row, self._prompt)[-1]["content"]
         for answer in label.answers:
             write_line(self._train, {"Question": question, "Answer": answer})
@@ -217,11 +254,7 @@ class LabelFiles:
             return
         if not final and tally.accepted < JUDGED_ROWS:
             return
-        why = "those that came are not at the answer's letter"
-        remedy = "set it to false, which asks for all rows again, or use answers.votes"
-        if recipe.kind == "file":
-            why = "teacher.files have no column distribution"
-            remedy = "add it, or set teacher.soft_labels: false"
+        why, remedy = WHY_NOT_SOFT[recipe.kind == "file", self._prompt.answer == "written"]
         raise TeacherError(
             f"teacher.soft_labels: none of {tally.accepted} labels has probabilities: "
             f"{why}; {remedy}"
@@ -255,7 +288,7 @@ class LabelFiles:
                     example_id=label.example_id, reason=reason, raw=label.answer
                 )
                 write_line(rejected_file, rejected.model_dump())
-                self.tally.drop(label, reason)
+                self.tally.drop(label, reason, label.distribution is not None)
         kept_labels.replace(self._folder / LABELS_FILE)
         kept_train.replace(self._folder / TRAIN_DATA_FILE)
 
@@ -288,6 +321,26 @@ def rationale_for(letter: str, done: OpenRow) -> str | None:
         if in_own_order and state.stored and state.stored.answer == letter:
             by_letter = not done.row.classes
             return rationale_of(state.stored.raw, question.options, by_letter) or None
+    return None
+
+
+def tokens_of(done: OpenRow, label: str) -> tuple[AnswerToken, ...] | None:
+    """Return the tokens of the first stored answer that is the label of a written row and whose
+    tokens spell it; None if there is none. Raises DataError for stored bytes that are none."""
+    for question, state in zip(done.questions, done.states, strict=True):
+        stored = state.stored
+        if stored is None or stored.tokens is None or stored.answer != label:
+            continue
+        try:
+            tokens = unpacked(stored.tokens)
+        except ValueError as error:
+            raise DataError(
+                f"{done.row.example_id}: the stored tokens of its answer can't be read ({error}); "
+                f"run distillery labels delete --row {stored.example_id}, then label again"
+            ) from error
+        found = tokens_of_label(tokens, label, question.schema)
+        if found:
+            return found
     return None
 
 

@@ -42,8 +42,8 @@ class Lengths(Record):
 class LabelReport(Record):
     """Counts of labels, and how far they can be trusted.
 
-    letters: labels by letter; `soft` of them have probabilities. lengths: of written answers.
-    references: further texts of the labels, which are learnt too.
+    letters: labels by letter. lengths: of written answers. references: further texts of the labels,
+    which are learnt too. soft: labels with probabilities, of their letters or their tokens.
     gold_rows: labels of rows with a gold answer, which confirms `right` of them; labels that
     teacher.filters reject are among these. interval: the 95 % interval of right / gold_rows.
     calibration_error: the mean distance between confidence and accuracy over ten bins, weighted by
@@ -108,10 +108,11 @@ class Tally:
         """The rows so far, accepted and rejected."""
         return self.accepted + self.rejected.total()
 
-    def accept(self, row: Example, label: TeacherLabel) -> None:
-        """Count a label, and what it tells about the teacher."""
+    def accept(self, row: Example, label: TeacherLabel, soft: bool) -> None:
+        """Count a label, and what it tells about the teacher. `soft`: whether it has
+        probabilities."""
         self.accepted += 1
-        self.soft += label.distribution is not None
+        self.soft += soft
         if row.format:
             self._lengths.update(map(len, label.answers))
             self._references += len(label.references)
@@ -137,10 +138,11 @@ class Tally:
         apart."""
         self.rejected[UNMET if reason.startswith(UNMET) else reason] += 1
 
-    def drop(self, label: TeacherLabel, reason: str) -> None:
-        """Count an accepted label as rejected; what it told about the teacher stands."""
+    def drop(self, label: TeacherLabel, reason: str, soft: bool) -> None:
+        """Count an accepted label as rejected; what it told about the teacher stands. `soft` as in
+        `accept`."""
         self.accepted -= 1
-        self.soft -= label.distribution is not None
+        self.soft -= soft
         if self._lengths:
             self._lengths.subtract(map(len, label.answers))
             self._references -= len(label.references)

@@ -188,6 +188,11 @@ class Recipe(Slice):
             ("teacher.answers.form: rationale", answers.form == "rationale"),
             ("teacher.answers.form: json", answers.form == "json" and generates),
             ("teacher.answers.orders above 1", answers.orders > 1),
+            # The shares of votes are no probabilities of tokens.
+            (
+                "teacher.soft_labels with teacher.answers.votes above 1",
+                teacher.soft_labels and answers.votes > 1,
+            ),
             (
                 "teacher.filters.confidence",
                 filters.confidence > 0 and (generates or answers.votes == 1),

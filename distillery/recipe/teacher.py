@@ -153,14 +153,16 @@ class TeacherRecipe(Slice):
 
     files: tuple[str, ...] = ()
     """With kind: file, JSONL, CSV or Parquet files with the columns example_id and answer, and
-    optionally distribution and rationale, which written answers have not."""
+    optionally distribution and rationale. Written answers have neither; a Parquet file may have
+    their tokens, candidates and logs, as the answer_tokens.parquet of a run's labels."""
 
     sdk: Literal["auto", "azure-ai-inference", "openai"] = "auto"
     """The client for the endpoint. auto: chosen by the endpoint's URL."""
 
     soft_labels: bool = False
-    """Keep the teacher's probabilities of the options beside its answer: from log-probabilities, or
-    from votes if answers.votes is above 1."""
+    """Keep the teacher's probabilities beside its answer, from log-probabilities: those of the
+    options, which come from votes if answers.votes is above 1, or those of each token of a written
+    answer."""
 
     temperature: float | None = Field(0.0, ge=0, le=2)
     """Sampling temperature. null: sends none, for models that take none."""

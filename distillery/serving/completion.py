@@ -84,6 +84,11 @@ def answer_pieces(student: ServedStudent, job: Job) -> Iterator[Piece]:
 def complete(student: ServedStudent, job: Job) -> Iterator[Piece]:
     """Yield the whole answer in pieces. Text that may begin a stop text is held back.
 
+    Log-probabilities are the model's own, of all tokens. If the student is served `for_labels`,
+    they are those of the tokens that the answer's schema leaves: the label is written by these, and
+    a student that learns from it is held to the schema too. The end of the turn has an entry then,
+    without bytes.
+
     Raises ApiError if the messages leave no room in the context.
     """
     request = job.request
@@ -116,6 +121,8 @@ def complete(student: ServedStudent, job: Job) -> Iterator[Piece]:
     if request.structured_outputs:
         yield choose_text(student, job, prompt, request.structured_outputs.choice)
         return
+    if request.logprobs and student.for_labels:
+        require_token_bytes(student)
     most = most_tokens(student.format) if student.format else room
     steps = student.steps(
         prompt,
@@ -124,18 +131,20 @@ def complete(student: ServedStudent, job: Job) -> Iterator[Piece]:
         top_p=request.top_p or 1.0,
         seed=request.seed,
         guide=guide_of(student, request),
+        held=student.for_labels,
     )
     stream = student.text_stream()
     search = StopSearch(request.stops)
     entries: list[ChatCompletionTokenLogprob] = []
     for token, logits in steps:
-        if token in student.end_ids:
+        is_end = token in student.end_ids
+        if request.logprobs and (student.for_labels or not is_end):
+            entries.append(token_logprobs(student, token, logits, request.top_logprobs or 0))
+        if is_end:
             yield Piece(search.take(stream.rest()) + search.held, entries, "stop")
             return
         job.completion_tokens += 1
         text = search.take(stream.take(token))
-        if request.logprobs:
-            entries.append(token_logprobs(student, token, logits, request.top_logprobs or 0))
         if search.found:
             yield Piece(text, entries, "stop")
             return
@@ -144,6 +153,14 @@ def complete(student: ServedStudent, job: Job) -> Iterator[Piece]:
             entries = []
     text = search.take(stream.rest())
     yield Piece(text + search.held, entries, "stop" if search.found else "length")
+
+
+def require_token_bytes(student: ServedStudent) -> None:
+    """Raise ApiError for a student whose tokens' bytes can't be told."""
+    try:
+        student.token_bytes(0)
+    except SchemaNotHeld as error:
+        raise ApiError(400, f"logprobs: {error}", param="logprobs") from error
 
 
 def guide_of(student: ServedStudent, request: ChatRequest) -> Guide | None:
@@ -259,10 +276,14 @@ def token_logprobs(
 def name_token(student: ServedStudent, token: int, logprob: float) -> TopLogprob:
     """Return a token's text, bytes and log-probability.
 
-    A token that is a part of a character has no bytes: its text is U+FFFD.
+    A token that is a part of a character has the text U+FFFD, and no bytes unless the student is
+    served `for_labels`: to tell them takes a copy of the vocabulary.
     """
     text = student.token_text(token)
     encoded = None if "\ufffd" in text else list(text.encode())
+    if student.for_labels:
+        known = student.token_bytes(token)
+        encoded = None if known is None else list(known)
     if not math.isfinite(logprob):
         logprob = IMPOSSIBLE
     return TopLogprob(token=text, logprob=logprob, bytes=encoded)

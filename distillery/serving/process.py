@@ -41,8 +41,10 @@ class Served:
 
 
 @contextmanager
-def served(folder: Path, model_name: str, threads: int | None = None) -> Iterator[Served]:
-    """Serve `folder` on 127.0.0.1 within the `with` block.
+def served(
+    folder: Path, model_name: str, threads: int | None = None, for_labels: bool = False
+) -> Iterator[Served]:
+    """Serve `folder` on 127.0.0.1 within the `with` block; `for_labels` as in `serve`.
 
     The server is stopped at the end of the block, and stops by itself if this process dies. Raises
     ModelError if it does not start.
@@ -52,6 +54,8 @@ def served(folder: Path, model_name: str, threads: int | None = None) -> Iterato
     command += ["--port", "0", "--parent", str(os.getpid()), "--queue", str(OWN_QUEUE)]
     if threads is not None:
         command += ["--threads", str(threads)]
+    if for_labels:
+        command.append("--for-labels")
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(  # noqa: S603 - our own interpreter and module
             command,

@@ -47,13 +47,15 @@ def serve(
     hosts: Sequence[str] = (),
     limits: Limits | None = None,
     shared_prefix: bool | None = None,
+    for_labels: bool = False,
 ) -> None:
     """Serve until a signal ends it. Prints the URL as one line of JSON first.
 
     Port 0 takes a free one. With `parent`, a process id, the server ends when that process does.
     `hosts`: names, beside its own, that clients reach the server by. `shared_prefix`: whether a
     prompt goes on from what it shares with the one before; None is yes where only this machine
-    reaches the server.
+    reaches the server. `for_labels`: a run's own teacher is served, whose log-probabilities of
+    written answers a student learns from; see `completion.complete`.
     Raises CredentialsError for an address that other machines reach without a key, ModelError for a
     bad folder, port or name, and RegistryError for a registered model that was altered or is not
     signed as DISTILLERY_VERIFY_KEY asks for.
@@ -70,7 +72,7 @@ def serve(
     verify_before_loading(folder)
     limits = within_open_files(limits or Limits())
     app = create_app(
-        ServedStudent(folder, threads),
+        ServedStudent(folder, threads, for_labels),
         model_name,
         api_key,
         hosts=(host, *names),
@@ -138,6 +140,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, help="threads of one operation")
     parser.add_argument("--queue", type=int, default=Limits.queue, help="waiting requests")
     parser.add_argument("--parent", type=int, help="end with the process of this id")
+    parser.add_argument(
+        "--for-labels",
+        action="store_true",
+        help="log-probabilities among the tokens that a schema leaves, with the end of the turn",
+    )
     options = parser.parse_args()
     try:
         serve(
@@ -149,6 +156,7 @@ def main() -> None:
             threads=options.threads,
             parent=options.parent,
             limits=for_queue(options.queue),
+            for_labels=options.for_labels,
         )
     except DistilleryError as error:
         sys.exit(str(error))

@@ -29,10 +29,12 @@ class ServedStudent(Student):
     `worker`: the one thread that loads and asks the model, which is not thread-safe. What is freed
     in another thread's part of the heap would not serve the next load."""
 
-    def __init__(self, folder: Path, threads: int | None = None) -> None:
+    def __init__(self, folder: Path, threads: int | None = None, for_labels: bool = False) -> None:
         """Load the model. Raises ModelError for a folder that can't be loaded. `threads` counts the
-        cores for one operation; None leaves it to the runtime."""
+        cores for one operation; None leaves it to the runtime. `for_labels`: the log-probabilities
+        of a written answer are to be learnt from; see `completion.complete`."""
         self.threads = threads
+        self.for_labels = for_labels
         self.loaded_files = file_states(folder)
         self.stop = threading.Event()
         self.worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="student")
@@ -58,16 +60,19 @@ class ServedStudent(Student):
         max_tokens: int,
         *,
         guide: Guide | None = None,
+        held: bool = False,
         **sampling: Any,
     ) -> Iterator[tuple[int, Logits]]:
         """Yield tokens with their logits, as `OnnxStudent.steps` does with the same `sampling`. A
         single token is a choice: it is taken from the scorer's logits."""
         if max_tokens == 1:
             logits = self.next_logits(prompt_ids)
-            yield token_sampler(**sampling)(guide.masked(logits) if guide else logits), logits
+            allowed = guide.masked(logits) if guide else logits
+            yield token_sampler(**sampling)(allowed), allowed if held else logits
         else:
-            steps = self.needed_generator().steps(prompt_ids, max_tokens, guide=guide, **sampling)
-            yield from steps
+            yield from self.needed_generator().steps(
+                prompt_ids, max_tokens, guide=guide, held=held, **sampling
+            )
 
     def needed_scorer(self) -> Student:
         """Return the scorer, loaded if it is not; see `check_folder`."""

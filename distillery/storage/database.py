@@ -29,7 +29,7 @@ T = TypeVar("T")
 
 METADATA = MetaData()
 
-SCHEMA = "0003"
+SCHEMA = "0004"
 """The newest revision in migrations/versions: what this version of Distillery reads and writes."""
 
 VERSION_TABLE = "distillery_version"

@@ -249,12 +249,24 @@ def written_answer(text: str, schema: Mapping[str, Any] | None) -> str:
     """Return the answer that a text is, after any thinking; with a schema, its JSON object, which
     may stand in a fence of Markdown with words around it. Raises answers.NotAnAnswer."""
     body = after_thinking(text)
-    if schema is not None and not body.startswith("{"):
-        fenced = _FENCE.findall(body)
+    if schema is not None:
+        start, end = object_span(body)
+        body = body[start:end]
+    return canonical(body, schema)
+
+
+def object_span(body: str) -> tuple[int, int]:
+    """Return where the JSON object of an answer begins and ends: in the only fence of Markdown if
+    the answer begins with other words, else all of the answer; without blanks around it."""
+    start, end = 0, len(body)
+    if not body.startswith("{"):
+        fenced = list(_FENCE.finditer(body))
         # Of several, none is known to be the answer.
         if len(fenced) == 1:
-            body = fenced[0]
-    return canonical(body, schema)
+            start, end = fenced[0].span(1)
+    inner = body[start:end]
+    start += len(inner) - len(inner.lstrip())
+    return start, start + len(inner.strip())
 
 
 def rationale_of(text: str, options: Sequence[str], by_letter: bool) -> str:

@@ -2,15 +2,30 @@
 checked for its type and replaced by its default if it is of another."""
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from distillery.data.answer_tokens import AnswerToken
 from distillery.records import Usage
 from distillery.teacher.answers import letter_of
+from distillery.teacher.reading import after_thinking
+from distillery.teacher.written_tokens import Pair, merged, within
 
 Pairs = tuple[tuple[str, float], ...]
 """The alternatives at a token: (token, natural logarithm of its probability)."""
+
+UNLISTED = -9999.0
+"""What stands for the logarithm of a token outside the list of the likeliest (OpenAI's API
+reference, chat completions, logprobs)."""
+
+REPLACEMENT = "\ufffd".encode()
+"""What endpoints write for a token that is a part of a character."""
+
+_CONTROL = re.compile(r"<\|[^|<>]*\|>|</s>|<eos>|<end_of_turn>")
+"""A token that is no text, as families of models name theirs. As an answer's last token, or as an
+alternative, it is the end of the turn."""
 
 
 @dataclass(frozen=True)
@@ -18,13 +33,15 @@ class Completion:
     """One answer. `top_logprobs` are the alternatives at the first token that is one of the
     letters (after a rationale: the last), and `answer_letter` is that letter. For classes they are
     the classes that the listed tokens begin, and the class that was written. Without such a token
-    they are () and None; if the endpoint sent no log-probabilities, both are None. `latency_ms` is
-    the duration of the successful try of `attempts` tries."""
+    they are () and None; if the endpoint sent no log-probabilities, both are None. `tokens` are
+    those of a written answer, as `tokens_of_answer` returns them. `latency_ms` is the duration of
+    the successful try of `attempts` tries."""
 
     text: str
     finish_reason: str
     top_logprobs: Pairs | None = None
     answer_letter: str | None = None
+    tokens: tuple[AnswerToken, ...] | None = None
     usage: Usage = field(default_factory=Usage)
     model_version: str = ""
     latency_ms: float = 0.0
@@ -35,7 +52,8 @@ def read_completion(
     payload: dict[str, Any], letters: Sequence[str], last: bool, redact: Callable[[str], str]
 ) -> Completion:
     """Return the first choice of a chat completion; without choices, an answer without text.
-    `letters` and `last` as in `letter_at_answer`. The text is passed through `redact`."""
+    `letters` and `last` as in `letter_at_answer`; an answer without letters is a written one. The
+    text is passed through `redact`."""
     choices = list_of(payload.get("choices"))
     choice = mapping_of(choices[0]) if choices else {}
     message = mapping_of(choice.get("message"))
@@ -52,11 +70,13 @@ def read_completion(
         letter, pairs = class_at_answer(entries, letters)
     else:
         letter, pairs = letter_at_answer(entries, text, letters, last)
+    written = None if letters else tokens_of_answer(entries, text, redact)
     return Completion(
         text=text,
         finish_reason=str(finish_reason or ""),
         top_logprobs=pairs,
         answer_letter=letter,
+        tokens=written,
         usage=usage_of(payload) or Usage(),
         model_version=storable(str(payload.get("model") or "")),
     )
@@ -185,6 +205,81 @@ def alternatives_of(token: dict[str, Any]) -> Pairs:
         if isinstance(value, int | float):
             pairs.append((str(alternative.get("token") or ""), float(value)))
     return tuple(pairs)
+
+
+def tokens_of_answer(
+    entries: list[dict[str, Any]], text: str, redact: Callable[[str], str]
+) -> tuple[AnswerToken, ...] | None:
+    """Return the tokens of an answer `text` after any thinking, without the blanks around it, and
+    the end of the turn where the endpoint lists it. None where no token lists alternatives, or
+    where the tokens do not spell the text.
+
+    `entries` are those of logprobs.content."""
+    if not any(entry.get("top_logprobs") for entry in entries):
+        return None
+    spoken = []
+    for number, entry in enumerate(entries):
+        written = bytes_of(entry)
+        # One that is no text is the end of the turn, if it is the last.
+        if written or (written is not None and number == len(entries) - 1):
+            spoken.append((entry, written))
+    whole = b"".join(written for _, written in spoken)
+    body = after_thinking(text).encode()
+    start = whole.rfind(body)
+    behind = whole[start + len(body) :].decode("utf-8", "replace")
+    if not body or start < 0 or behind.strip():
+        return None
+    # Thinking may be long.
+    first = 0
+    while len(spoken[first][1]) <= start:
+        start -= len(spoken[first][1])
+        first += 1
+    tokens = [
+        AnswerToken(written, candidates_of(entry, written)) for entry, written in spoken[first:]
+    ]
+    found = tuple(within(tokens, start, start + len(body)))
+    # The text is without the key; an alternative that nobody chose may not be.
+    listed = b"\n".join(other for token in found for other, _ in token.candidates)
+    alternatives = listed.decode("utf-8", "replace")
+    return found if redact(alternatives) == alternatives else None
+
+
+def candidates_of(entry: dict[str, Any], written: bytes) -> tuple[Pair, ...]:
+    """Return the alternatives at a token, `written` among them, as bytes; those that have no number
+    or that are a part of a character that nobody can tell are left out."""
+    listed = [mapping_of(alternative) for alternative in list_of(entry.get("top_logprobs"))]
+    texts = [bytes_of(alternative) for alternative in listed]
+    if written not in texts:
+        listed.append(entry)
+        texts.append(written)
+    pairs = []
+    for alternative, text in zip(listed, texts, strict=True):
+        log = alternative.get("logprob")
+        if text is None or REPLACEMENT in text:
+            continue
+        # A little above 0 some round theirs. The comparison is right of any number, also of NaN.
+        if isinstance(log, int | float) and UNLISTED < log < 1:
+            pairs.append((text, min(float(log), 0.0)))
+    return merged(pairs)
+
+
+def bytes_of(entry: dict[str, Any]) -> bytes | None:
+    """Return the bytes that a token stands for: its `bytes` where it has them, else its text in
+    UTF-8; b"" for one that is no text. None if there is neither.
+
+    A token without text and bytes begins a character that only a later one completes, as vLLM has
+    it: it is None too."""
+    name, numbers = entry.get("token"), entry.get("bytes")
+    if not isinstance(name, str):
+        name = ""
+    if _CONTROL.fullmatch(name):
+        return b""
+    if isinstance(numbers, list) and (numbers or name):
+        try:
+            return bytes(numbers)
+        except (ValueError, TypeError):
+            pass
+    return name.encode("utf-8", "replace") or None
 
 
 def usage_of(payload: dict[str, Any]) -> Usage | None:

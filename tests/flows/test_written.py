@@ -17,6 +17,8 @@ import yaml
 from tiny_recipe import FILLER
 
 from distillery.answers import canonical
+from distillery.data.answer_tokens import FILE as TOKENS_FILE
+from distillery.data.answer_tokens import read_answer_tokens
 from distillery.serving.process import served
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -127,6 +129,7 @@ def test_fields_out_of_text(home: Home, tiny_model: Callable[[str], Path]) -> No
             },
             "teacher": {
                 "kind": "local",
+                "soft_labels": True,
                 "preparation": {"base": {"model": str(tiny_model("llama"))}, "training": training},
             },
             "student": {"training": {**training, "epochs": 1}},
@@ -136,6 +139,8 @@ def test_fields_out_of_text(home: Home, tiny_model: Callable[[str], Path]) -> No
         }
     )
     assert "fields version 1 (local)" in printed
+    tokens = [read_answer_tokens(file) for file in home.folder.rglob(TOKENS_FILE)]
+    assert any(len(found) > 9 for found in tokens), "the labels have their tokens' probabilities"
     new = home.folder / "new.jsonl"
     new.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts[:9]))
     found = home.answers("fields", new)

@@ -322,6 +322,53 @@ def test_a_tokenizer_that_answers_can_t_be_held_in_is_told() -> None:
         Guides(tokenizer.to_str(), {0})
 
 
+def test_the_bytes_of_a_byte_level_token(guides: Guides, tiny_model: Callable[[str], Path]) -> None:
+    text = "An oven, né\n日\x00 \x7f"
+    tokens = load_tokenizer(tiny_model("llama")).encode(text)
+    found = [guides.token_bytes(token) or b"" for token in tokens]
+    assert b"\xc3" in found, "a character is two tokens"
+    assert b"".join(found) == text.encode()
+    assert guides.token_bytes(1) == b"<|im_start|>"
+    assert guides.token_bytes(511) is None, "the head has more rows than there are tokens"
+
+
+def test_the_bytes_of_a_token_of_sentencepiece() -> None:
+    """As in Llama 2: a blank is a mark, and what is in no token is bytes by number."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    names = ["<unk>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    names += ["▁", "t", "h", "e", "th", "the", "▁the"]
+    vocabulary = {name: number for number, name in enumerate(names)}
+    merges = [("t", "h"), ("th", "e"), ("▁", "the")]
+    model = models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True)
+    tokenizer: Any = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence(steps)
+    tokens = tokenizer.encode("the thé\n").ids
+    pieces = [b" the", b" ", b"th", b"\xc3", b"\xa9", b"\n"]
+    assert list(map(Guides(tokenizer.to_str(), {1}).token_bytes, tokens)) == pieces
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_the_logits_of_what_may_follow(guides: Guides, held: bool) -> None:
+    """Each token with them, also the end, for which nothing is computed."""
+    logits = np.random.default_rng(1).normal(size=512).astype(np.float32)
+    answering = Answering(400, {2}, guide=guides.start({"type": "object", "maxProperties": 0}))
+    steps = list(generated(logits, lambda _: logits, answering, held))
+    assert [token for token, _ in steps] == answering.tokens
+    for token, found in steps:
+        may_follow = np.flatnonzero(np.isfinite(found))
+        assert (found[may_follow] == logits[may_follow]).all() or token == 2
+        assert token in may_follow
+        if held:
+            assert token == found.argmax()
+        else:
+            assert len(may_follow) == 512
+    if held:
+        assert np.flatnonzero(np.isfinite(steps[-1][1])).tolist() == [2]
+
+
 def test_an_answer_that_can_t_be_followed_is_no_whole_one(guides: Guides) -> None:
     """llguidance gives up, and would let the answer end there."""
     guide = guides.start({"type": "string", "pattern": "^((a|aa|aaa){1,200}){1,200}b$"})

@@ -75,7 +75,8 @@ def test_an_export_with_a_distribution_that_is_no_json_is_one_line(
 ) -> None:
     path = tmp_path / "labels.parquet"
     schema = parquet_schema()
-    row = [pa.array([odd if kind == pa.string() else 0], kind) for kind in schema.types]
+    values = {pa.string(): odd, pa.binary(): None}
+    row = [pa.array([values.get(kind, 0)], kind) for kind in schema.types]
     pq.write_table(pa.table(row, schema=schema), path)
     with (
         LabelStore(f"sqlite:///{tmp_path / 'labels.db'}") as store,

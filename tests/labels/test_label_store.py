@@ -14,12 +14,14 @@ from typing import Any
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import pytest
+from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import create_engine
 
+from distillery.data.answer_tokens import AnswerToken, packed
 from distillery.errors import DataError, StoreError, StoreUnavailable
 from distillery.labels.questions import questions
 from distillery.labels.store import Experience, LabelStore, StoredAnswer, parquet_schema
@@ -63,6 +65,8 @@ ANSWERS = [
     stored(5, teacher="sha256:1", cost=None),
 ]
 
+TOKENS = packed([AnswerToken(b"A\xc3", ((b"A\xc3", -0.25), (b"", -2.5))), AnswerToken(b"", ())])
+
 
 def filled(store: LabelStore, answers: list[StoredAnswer] = ANSWERS) -> LabelStore:
     for answer in answers:
@@ -94,6 +98,38 @@ def test_what_is_exported_is_loaded_as_it_was(store: LabelStore, tmp_path: Path)
     assert times_in(tmp_path / "other.db") == times_in(tmp_path / "labels.db")
     assert len(times_in(tmp_path / "other.db")) == 5
     assert pq.read_table(file).column("created_at").type == pa.timestamp("us", tz="UTC")
+
+
+def test_tokens_are_kept_exported_and_loaded(store: LabelStore, tmp_path: Path) -> None:
+    answers = [stored(1), stored(2, distribution=None, tokens=TOKENS)]
+    kept = {answer.request_key: answer for answer in answers}
+    file = tmp_path / "answers.parquet"
+    assert all_in(filled(store, answers)) == kept
+    assert store.export(file) == 2
+    assert store.export_rows(tmp_path / "rows.jsonl", "messages") == 2
+    with LabelStore(f"sqlite:///{tmp_path / 'other.db'}") as other:
+        assert other.load(file) == 2
+        assert all_in(other) == kept
+
+
+def test_an_export_of_a_version_without_tokens_is_loaded(store: LabelStore, tmp_path: Path) -> None:
+    file = tmp_path / "answers.parquet"
+    filled(store).export(file)
+    pq.write_table(pq.read_table(file).drop_columns(["tokens"]), file)
+    with LabelStore(f"sqlite:///{tmp_path / 'other.db'}") as other:
+        assert other.load(file) == 5
+        assert all_in(other) == all_in(store)
+
+
+@pytest.mark.security
+def test_an_export_with_tokens_that_are_none_is_one_line(store: LabelStore, tmp_path: Path) -> None:
+    file = tmp_path / "answers.parquet"
+    filled(store, [stored(1), stored(2, tokens=TOKENS[:-3])]).export(file)
+    with LabelStore(f"sqlite:///{tmp_path / 'other.db'}") as other:
+        with pytest.raises(DataError, match=r"answers\.parquet: tokens: .*; export the") as caught:
+            other.load(file)
+        assert "\n" not in str(caught.value)
+        assert all_in(other) == {}
 
 
 def test_a_loaded_answer_changes_none_that_is_there(store: LabelStore, tmp_path: Path) -> None:
@@ -382,6 +418,21 @@ def test_a_database_of_before_the_versions_is_upgraded_in_place(url: str, tmp_pa
     assert not Leases(url).acquire("work", "b", timeout=0), "the old lease holds"
     with LabelStore(url) as again:
         assert len(all_in(again)) == 4
+
+
+def test_a_database_of_before_the_tokens_is_upgraded_in_place(url: str, tmp_path: Path) -> None:
+    make_old(tmp_path / "labels.db")
+    engine = create_engine(url)
+    with engine.begin() as connection:
+        config = Config(attributes={"connection": connection, "version_table": VERSION_TABLE})
+        config.set_main_option("script_location", str(files("distillery.storage") / "migrations"))
+        command.upgrade(config, "0003")
+    engine.dispose()
+    with LabelStore(url) as store:
+        assert len(all_in(store)) == 3
+        assert {answer.tokens for answer in all_in(store).values()} == {None}
+        kept = stored(3, tokens=TOKENS)
+        assert all_in(filled(store, [kept]))[kept.request_key] == kept
 
 
 def test_a_migrated_schema_is_the_one_that_the_code_has(url: str, tmp_path: Path) -> None:

@@ -79,7 +79,12 @@ def stored(number: int, **values: Any) -> StoredAnswer:
 def check_store(url: str) -> None:
     """What holds on every database."""
     answers = [
-        stored(number, distribution=None if number % 2 else {"A": 1 / 3}) for number in range(2500)
+        stored(
+            number,
+            distribution=None if number % 2 else {"A": 1 / 3},
+            tokens=bytes(range(256)) if number % 3 else None,
+        )
+        for number in range(2500)
     ]
     with LabelStore(url) as store:
         for answer in answers:

@@ -266,7 +266,7 @@ def test_labels_that_are_there_already(tmp_path: Path, suffix: str) -> None:
         pandas.DataFrame(rows).to_csv(path, index=False)
     else:
         pandas.DataFrame(rows).to_parquet(path)
-    found = read_label_files([str(path)], ROWS)
+    found, _ = read_label_files([str(path)], ROWS)
     assert {key: one.answer for key, one in found.items()} == {
         "row-0": "A",
         "row-1": "B",

@@ -217,7 +217,8 @@ def test_labels_from_files_are_read_like_the_rows(tmp_path: Path) -> None:
         {"example_id": "b", "answer": '{"days":1}'},
     ]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    labels = read_label_files([str(path)], [row("a"), row("b")])
+    labels, tokens = read_label_files([str(path)], [row("a"), row("b")])
+    assert tokens == {}
     assert labels["a"].answer == '{"city": "Oslo", "days": 2}'
     assert labels["b"].answer == '{"days": 1}'
     path.write_text('{"example_id": "a", "answer": "Oslo"}\n')

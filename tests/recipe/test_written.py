@@ -61,6 +61,20 @@ def test_free_text_has_no_schema() -> None:
     assert made.teacher.max_tokens > 256
 
 
+@pytest.mark.parametrize("task", [EXTRACT, {"kind": "generate"}])
+def test_soft_labels_are_those_of_tokens(task: dict[str, Any]) -> None:
+    made = recipe(task, teacher={"soft_labels": True})
+    assert made.teacher.asks_log_probabilities
+    carved = {"carve": {"gold": 0.4, "test": 0.2}}
+    assert recipe(task, teacher={"kind": "local", "soft_labels": True}, dataset=carved)
+    error = error_of(task, teacher={"soft_labels": True, **VOTES})
+    assert error.startswith(
+        "teacher.soft_labels with teacher.answers.votes above 1: has no meaning"
+    )
+    error = error_of(task, teacher={"kind": "gold", "soft_labels": True}, dataset=carved)
+    assert error.startswith("teacher: soft_labels: gold answers have no probabilities")
+
+
 def test_a_student_is_asked_with_the_further_columns_of_its_teacher() -> None:
     prompt = {"system": "Answer.", "user": "{title}: {text}"}
     made = recipe({"kind": "generate"}, prompt=prompt, dataset={"fields": ["title"]})

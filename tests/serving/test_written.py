@@ -18,7 +18,7 @@ from distillery.records import AnswerFormat
 from distillery.serving.completion import Job, complete
 from distillery.serving.limits import LONGEST_SCHEMA
 from distillery.serving.process import Served, served
-from distillery.serving.requests import ChatRequest
+from distillery.serving.requests import ApiError, ChatRequest
 from distillery.serving.student import ServedStudent
 
 SCHEMA: dict[str, Any] = {
@@ -106,6 +106,46 @@ def test_log_probabilities_are_the_model_s_own(fields: Served) -> None:
     assert first.logprob < first.top_logprobs[0].logprob, "the model would say something else"
     assert made.usage
     assert made.usage.completion_tokens == len(content.content)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_those_for_labels_are_of_what_may_follow(
+    tiny_onnx: Callable[..., Path], tmp_path: Path, stream: bool
+) -> None:
+    """With the end of the turn, and the bytes of parts of characters."""
+    folder = folder_with(FIELDS, tiny_onnx("llama"), tmp_path / "model")
+    body: dict[str, Any] = {"model": "tiny", "messages": MESSAGES, "temperature": 1.5, "seed": 4}
+    body |= {"logprobs": True, "top_logprobs": 3, "response_format": asked_with(OTHER)}
+    with served(folder, "tiny", threads=1, for_labels=True) as server, client_of(server) as client:
+        if stream:
+            chunks = list(client.chat.completions.create(stream=True, **body))
+            text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+            parts = [chunk.choices[0].logprobs for chunk in chunks]
+            content = [entry for part in parts if part for entry in part.content or ()]
+        else:
+            choice = client.chat.completions.create(**body).choices[0]
+            assert choice.logprobs
+            text, content = str(choice.message.content), choice.logprobs.content or []
+    assert b"".join(bytes(entry.bytes or []) for entry in content).decode() == text
+    assert any(entry.token == "\ufffd" for entry in content), "a part of a character"
+    *_, last = content
+    assert (last.token, last.bytes, last.logprob) == ("<|im_end|>", [], 0.0)
+    assert [other.logprob for other in last.top_logprobs] == [0.0, -9999.0, -9999.0]
+    named = [entry.top_logprobs for entry in content if entry.top_logprobs[1].logprob == -9999.0]
+    assert len(named) > len(content) / 2, "the schema leaves one token at most places"
+
+
+def test_bytes_that_nobody_knows_are_told(tiny_onnx: Callable[..., Path], tmp_path: Path) -> None:
+    folder = folder_with(TEXT, tiny_onnx("llama"), tmp_path / "model")
+    student = ServedStudent(folder, threads=1, for_labels=True)
+    student.end_ids = frozenset()
+    broken = json.loads((folder / "tokenizer.json").read_text())
+    broken["decoder"] = {"type": "WordPiece", "prefix": "##", "cleanup": True}
+    (folder / "tokenizer.json").write_text(json.dumps(broken))
+    request = ChatRequest.model_validate({"messages": MESSAGES, "logprobs": True})
+    with pytest.raises(ApiError, match=r"^logprobs: .* with this tokenizer") as caught:
+        list(complete(student, Job(request)))
+    assert caught.value.status == 400
 
 
 def test_text_is_asked_for_and_the_limit_of_the_request_counts(fields: Served) -> None:

@@ -72,11 +72,19 @@ class Reply:
 Script = Callable[[Call], Reply]
 
 
+Spelled = Sequence[tuple[bytes, dict[bytes, float]]]
+"""The tokens of a written answer, each with the probabilities of its alternatives."""
+
+
 def completion(
-    text: str, *, top: dict[str, float] | None = None, finish_reason: str = "stop"
+    text: str,
+    *,
+    top: dict[str, float] | None = None,
+    tokens: Spelled = (),
+    finish_reason: str = "stop",
 ) -> dict[str, Any]:
     """A completion's JSON. `top` holds probabilities: with them, each token of `text` (cut at
-    blanks) lists them."""
+    blanks) lists them. `tokens`: those of a written answer, which list their own."""
     choice: dict[str, Any] = {
         "index": 0,
         "message": {"role": "assistant", "content": text, "refusal": None},
@@ -88,14 +96,17 @@ def completion(
             {"token": token, "logprob": math.log(p), "bytes": None} for token, p in top.items()
         ]
         words = text.split(" ")
-        tokens = [word if at == 0 else f" {word}" for at, word in enumerate(words)]
+        parts = [word if at == 0 else f" {word}" for at, word in enumerate(words)]
         choice["logprobs"] = {
             "content": [
                 {"token": token, "logprob": -0.1, "bytes": None, "top_logprobs": pairs}
-                for token in tokens
+                for token in parts
             ],
             "refusal": None,
         }
+    if tokens:
+        entries = [spelled_entry(token, alternatives) for token, alternatives in tokens]
+        choice["logprobs"] = {"content": entries, "refusal": None}
     return {
         "id": "chatcmpl-1",
         "object": "chat.completion",
@@ -104,6 +115,16 @@ def completion(
         "choices": [choice],
         "usage": {"prompt_tokens": 40, "completion_tokens": 1, "total_tokens": 41},
     }
+
+
+def spelled_entry(token: bytes, alternatives: dict[bytes, float]) -> dict[str, Any]:
+    """A token as OpenAI lists it: its text, which may be a part of a character, and its bytes."""
+    listed = [
+        {"token": text.decode("utf-8", "replace"), "logprob": math.log(p), "bytes": list(text)}
+        for text, p in alternatives.items()
+    ]
+    named = {"token": token.decode("utf-8", "replace"), "bytes": list(token)}
+    return {**named, "logprob": math.log(alternatives[token]), "top_logprobs": listed}
 
 
 def said(text: str, **settings: Any) -> Reply:

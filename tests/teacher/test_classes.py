@@ -226,7 +226,7 @@ def test_labels_that_are_there_already_name_classes(tmp_path: Path) -> None:
     shares = dict.fromkeys(NAMES, 0.1) | {"refund": 0.8}
     line = {"example_id": "row-0", "answer": " refund ", "distribution": shares}
     path.write_text(json.dumps(line) + "\n")
-    found = read_label_files([str(path)], [example(0)])
+    found, _ = read_label_files([str(path)], [example(0)])
     assert (found["row-0"].answer, found["row-0"].confidence) == ("refund", 0.8)
     path.write_text(json.dumps(line | {"answer": "A"}) + "\n")
     with pytest.raises(DataError, match=r"labels\.jsonl:1: answer: 'A' is none of the 3 classes$"):
