@@ -46,9 +46,9 @@ from tasks.dataset import prepare_dataset
 from tasks.evaluation import evaluate
 from tasks.hub import check_bases, pinned, source_of
 from tasks.judged import judged_before
-from tasks.labels import canaries, check_shares, judged_by, labelled
+from tasks.labels import canaries, check_shares, measured_against, labelled
 from tasks.onnx import exported
-from tasks.registry import download, judge, promote, register
+from tasks.registry import apply_gate, download, promote, register
 from tasks.results import results_in_store
 from tasks.stage import RESULT, Stage, begin, is_scheduled, own_tags, produced_by, refreshing
 from tasks.summary import publish, render, verdict
@@ -58,8 +58,8 @@ from tasks.terminal import PlannedStage, shown_in_terminal
 REFUSED = 3
 """The exit status of a run that ended well, but for the gate's refusal; argparse's is 2."""
 
-JUDGED_AGAIN = 3
-"""How often a student is judged again because another run has promoted its own meanwhile."""
+DECIDED_AGAIN = 3
+"""How often the gate decides again because another run has promoted its own meanwhile."""
 
 
 def _run_name() -> str:
@@ -98,14 +98,14 @@ def distill(
     judged = judged_before(data, recipe)
     made = made_student(recipe, data, training_deployment, refresh)
     model, report, test_rows = made.model, made.report, data.rows("test")
-    judge_now = partial(judge, report, model, test_rows, recipe.gate_rules, recipe.registry)
-    decision = judge_now()
+    decide = partial(apply_gate, report, model, test_rows, recipe.gate_rules, recipe.registry)
+    decision = decide()
 
     registered = promotion = rejected = delivered = None
     origins = provenance(recipe, source, made, decision)
     if decision.passed:
         registered = again("register", register)(model, report, test_rows, recipe.registry, origins)
-        decision, promotion = promoted(registered, decision, judge_now)
+        decision, promotion = promoted(registered, decision, decide)
         delivered = again("download", download)(registered, model)
     elif recipe.registry.keep_refused:
         rejected = again("register", register)(
@@ -169,7 +169,7 @@ def made_student(
     local, labels, test_rows = taught.local, taught.labels, data.rows("test")
     # The test rows are labelled now, so that a budget that is too small ends the run before
     # training.
-    teacher = local.model if local else judged_by(test_rows, recipe, taught.identity)
+    teacher = local.model if local else measured_against(test_rows, recipe, taught.identity)
     base = student_base(recipe)
     student = trained_student(
         recipe, taught, base, training_deployment, "student", "train student" in refresh
@@ -280,7 +280,7 @@ def compare_teacher(
     if not has_rows or recipe.teacher.kind in ("gold", "file"):
         return None
     gold, validation = data.rows("gold"), data.rows("validation")
-    teacher = local.model if local else judged_by(validation, recipe, identity)
+    teacher = local.model if local else measured_against(validation, recipe, identity)
     base = recipe.teacher.preparation.base if local else recipe.student_base
     check: TeacherCheck = again("check teacher", check_teacher)(
         teacher, gold, validation, recipe.student_prompt, pinned(base)
@@ -332,15 +332,15 @@ def weighed(training: TrainingRecipe, check: TeacherCheck | None) -> TrainingRec
 
 
 def promoted(
-    registered: RegisteredModel, decision: GateDecision, judged: Callable[[], GateDecision]
+    registered: RegisteredModel, decision: GateDecision, decide: Callable[[], GateDecision]
 ) -> tuple[GateDecision, Promotion]:
-    """Promote a registered student. If another run has promoted its own meanwhile, judge the
-    student again, against that champion, and promote it only if it passes."""
+    """Promote a registered student. If another run has promoted its own meanwhile, have the gate
+    decide again, against that champion, and promote it only if it passes."""
     promotion = promote(registered, decision)
-    for _ in range(JUDGED_AGAIN):
+    for _ in range(DECIDED_AGAIN):
         if promotion.result != "outpaced":
             break
-        decision = judged()
+        decision = decide()
         if not decision.passed:
             break
         promotion = promote(registered, decision)
@@ -351,7 +351,7 @@ def planned(recipe: Recipe) -> list[PlannedStage]:
     """List the stages that a run of the recipe comes to, for the terminal's display."""
     prepare, *others = planned_student(recipe)
     stages = [prepare, PlannedStage("judged before", "judged before"), *others]
-    for name in ("judge", "register", "promote", "download", "report"):
+    for name in ("gate", "register", "promote", "download", "report"):
         stages.append(PlannedStage(name, name))
     return stages
 

@@ -211,7 +211,7 @@ def check_shares(
     refuse_collapsed(given, expected, largest_shift)
 
 
-def judged_by(rows: Rows, recipe: Recipe, identity: str) -> TeacherLabels:
+def measured_against(rows: Rows, recipe: Recipe, identity: str) -> TeacherLabels:
     """Return what the student is measured against on the test rows: its teacher's unfiltered
     answers.
 
@@ -219,8 +219,8 @@ def judged_by(rows: Rows, recipe: Recipe, identity: str) -> TeacherLabels:
     if recipe.teacher.kind in ("gold", "file"):
         return gold_labels(rows, recipe.prompt)
     teacher = recipe.teacher_of_test_rows
-    judged: TeacherLabels = label_of(teacher)(rows, recipe.prompt, teacher, identity)
-    return judged
+    labels: TeacherLabels = label_of(teacher)(rows, recipe.prompt, teacher, identity)
+    return labels
 
 
 def label_of(teacher: TeacherRecipe) -> Any:

@@ -1,6 +1,6 @@
 """The figures of the scoreboard that a rule of the gate can limit, with their intervals."""
 
-from distillery.evaluation.judging import is_share
+from distillery.evaluation.gold import is_share
 from distillery.evaluation.statistics import one_sided, scaled_interval, wilson_interval
 from distillery.recipe import LimitRule
 from distillery.records import Estimate, Interval, ScoreRow

@@ -21,7 +21,7 @@ from distillery.data.readers import read_file
 from distillery.data.rows import RowReader, validated_rows
 from distillery.errors import ArtifactDamaged, DataError, RegistryError
 from distillery.evaluation.gate import AnswerRows, EarlierVersion, compare
-from distillery.evaluation.judging import gold_in
+from distillery.evaluation.gold import gold_in
 from distillery.evaluation.report import (
     REGISTERED_ANSWERS,
     RowContent,
