@@ -45,6 +45,7 @@ from tasks.abstention import check_provable, with_threshold
 from tasks.dataset import prepare_dataset
 from tasks.evaluation import evaluate
 from tasks.hub import check_bases, pinned, source_of
+from tasks.judge import preferred
 from tasks.judged import judged_before
 from tasks.labels import canaries, check_shares, measured_against, labelled
 from tasks.onnx import exported
@@ -97,12 +98,16 @@ def distill(
     data = prepared(recipe, source, refresh)
     judged = judged_before(data, recipe)
     made = made_student(recipe, data, training_deployment, refresh)
-    model, report, test_rows = made.model, made.report, data.rows("test")
+    model, test_rows = made.model, data.rows("test")
+    compared = preferred(made.report, test_rows, recipe.prompt, recipe.evaluation.judge, again)
+    report = compared.report
     decide = partial(apply_gate, report, model, test_rows, recipe.gate_rules, recipe.registry)
     decision = decide()
 
     registered = promotion = rejected = delivered = None
-    origins = provenance(recipe, source, made, decision)
+    origins = provenance(recipe, source, made._replace(report=report), decision)
+    if compared.preferences:
+        origins["preferences"] = compared.preferences
     if decision.passed:
         registered = again("register", register)(model, report, test_rows, recipe.registry, origins)
         decision, promotion = promoted(registered, decision, decide)
@@ -126,6 +131,8 @@ def distill(
             judged=judged,
             promotion=promotion,
             rejected=rejected,
+            preferences=compared.preferences,
+            judge_drift=compared.drift,
         )
     )
     if recipe.evaluation.on_refusal == "fail" and not decision.passed:
@@ -351,6 +358,8 @@ def planned(recipe: Recipe) -> list[PlannedStage]:
     """List the stages that a run of the recipe comes to, for the terminal's display."""
     prepare, *others = planned_student(recipe)
     stages = [prepare, PlannedStage("judged before", "judged before"), *others]
+    if recipe.evaluation.judge:
+        stages.append(PlannedStage("ask judge", "ask judge"))
     for name in ("gate", "register", "promote", "download", "report"):
         stages.append(PlannedStage(name, name))
     return stages

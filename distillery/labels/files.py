@@ -280,6 +280,13 @@ def read_labels(folder: Path) -> dict[str, TeacherLabel]:
     return labels
 
 
+def read_rejected(folder: Path) -> dict[str, str]:
+    """Return the reasons for rejections in an artifact's folder, by example_id."""
+    with open_lines(folder / REJECTED_FILE) as lines:
+        rejected = list(map(RejectedLabel.model_validate_json, lines))
+    return {each.example_id: each.reason for each in rejected}
+
+
 def rationale_for(letter: str, done: OpenRow) -> str | None:
     """Return the first rationale for `letter` that was given in the row's own order of options:
     in another order, a rationale refers to the options by other letters."""

@@ -79,7 +79,7 @@ async def label(
     if isinstance(examples, Sequence):
         total = len(examples)
     pace = Pace(recipe.concurrency, recipe.requests_per_minute, recipe.tokens_per_minute)
-    spending = Spending(recipe.budget, recipe.prices, spent)
+    spending = Spending(recipe.budget, recipe.prices, spent, recipe.section)
     with label_files(out, prompt, recipe) as files:
         run = LabellingRun(
             prompt, recipe, endpoint.identity, store, files, pace, slots, progress, total
@@ -319,7 +319,7 @@ class LabellingRun:
             self._queue.put_nowait(question)
         else:
             raise TeacherUnavailable(
-                "TEACHER_MODEL_ENDPOINT: has given no chat completion for "
+                f"{self._recipe.variables}_ENDPOINT: has given no chat completion for "
                 f"{self._recipe.outage_s:.0f} s; run again later: all answers so far are kept"
             )
 
