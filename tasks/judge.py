@@ -5,25 +5,17 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from prefect import get_run_logger, task
+from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from distillery.data.examples import read_examples
-from distillery.evaluation.preferences import (
-    preference_figures,
-    preferences_of,
-    with_preferences,
-    write_preferences,
-)
+from distillery.evaluation.preferences import compare_pairs, with_preferences
 from distillery.evaluation.report import ANSWERS_FILE, read_answers
 from distillery.evaluation.scoreboard import TEACHER
 from distillery.labels.canaries import drift_of, earlier_questions
-from distillery.labels.files import LabelCounts, read_labels, read_rejected
-from distillery.labels.labelling import label
-from distillery.labels.pairs import pairs_of, rows_for_judge
-from distillery.labels.quote import quote
+from distillery.labels.pairs import pairs_of
 from distillery.labels.store import LabelStore
-from distillery.recipe import JUDGE, JudgeRecipe, PromptRecipe
+from distillery.recipe import JudgeRecipe, PromptRecipe
 from distillery.records import EvaluationReport, Preferences, Rows, TeacherDrift
 from distillery.storage.artifacts import ArtifactStore
 from distillery.storage.working import working_folder
@@ -42,44 +34,27 @@ def ask_judge(
     yet. `prompt` is what the teacher was asked with."""
     started = time.perf_counter()
     store = ArtifactStore()
-    rows = read_answers(store.fetch(report.artifact) / ANSWERS_FILE)
+    given = read_answers(store.fetch(report.artifact) / ANSWERS_FILE)
     pairs = pairs_of(
         read_examples(store.fetch(test.artifact) / test.file),
-        {example_id: row[report.candidate] for example_id, row in rows.items()},
-        {example_id: row[TEACHER] for example_id, row in rows.items()},
+        {example_id: row[report.candidate] for example_id, row in given.items()},
+        {example_id: row[TEACHER] for example_id, row in given.items()},
         judge.rows,
     )
-    asked = list(rows_for_judge(pairs, prompt))
-    counts = LabelCounts(accepted=0, rejected=0)
-    letters: dict[str, str] = {}
-    reasons: dict[str, str] = {}
-    with working_folder("judge") as folder:
-        if asked:
-            with LabelStore(max_age=judge.max_age) as answers:
-                quoted = quote(asked, judge.prompt, judge, identity, answers)
-                get_run_logger().info("%s", quoted.line())
-                work = label(
-                    asked,
-                    judge.prompt,
-                    judge,
-                    resolve_endpoint(judge),
-                    answers,
-                    folder / "answers",
-                    show_rows,
-                    slots=slots_of(judge),
-                    spent=spent_on(judge),
-                )
-                counts = asyncio.run(work)
-            given = read_labels(folder / "answers")
-            letters = {example_id: each.answer for example_id, each in given.items()}
-            for example_id, reason in read_rejected(folder / "answers").items():
-                reasons[example_id] = of_a_judge(reason)
-        found = preferences_of(pairs, letters, reasons)
-        kept = folder / "preferences"
-        kept.mkdir()
-        write_preferences(found, kept)
-        artifact = store.put(kept)
-    figures = preference_figures(identity.removeprefix(JUDGE), found)
+    with working_folder("judge") as folder, LabelStore(max_age=judge.max_age) as answers:
+        work = compare_pairs(
+            pairs,
+            prompt,
+            judge,
+            resolve_endpoint(judge),
+            answers,
+            folder,
+            show_rows,
+            slots=slots_of(judge),
+            spent=spent_on(judge),
+        )
+        figures, counts = asyncio.run(work)
+        artifact = store.put(folder)
     conclude(f"{figures.line()}; {counts.asked} calls")
     return Preferences(
         artifact=artifact,
@@ -90,12 +65,6 @@ def ask_judge(
         currency=counts.currency,
         **origin(started),
     )
-
-
-def of_a_judge(reason: str) -> str:
-    """Return a reason for a rejection in the words for a judge."""
-    words = reason.replace("teacher.max_tokens", f"{JudgeRecipe.section}.max_tokens")
-    return words.replace("the teacher", "the judge")
 
 
 class Compared(NamedTuple):

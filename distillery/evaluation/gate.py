@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from distillery.evaluation.baselines import MAJORITY
 from distillery.evaluation.gold import gold_in
-from distillery.evaluation.limits import limited_figure, missing_class
+from distillery.evaluation.limits import limited_figure, limited_rows, missing_class
 from distillery.evaluation.report import RowContent, read_answers
 from distillery.evaluation.scoreboard import GOLD, TEACHER, row_named
 from distillery.evaluation.statistics import (
@@ -299,6 +299,7 @@ def apply_keeps(rule: KeepsRule, evidence: Evidence) -> RuleVerdict:
 def apply_limit(rule: LimitRule, row: ScoreRow) -> RuleVerdict:
     """Apply a rule `limit`. Undecided where the figure was not measured."""
     figure, interval = limited_figure(row, rule)
+    rows = limited_rows(row, rule)
     if figure is None:
         note = missing_class(row, rule) or "not measured"
         return RuleVerdict(rule=rule, verdict="undecided", note=note)
@@ -316,13 +317,13 @@ def apply_limit(rule: LimitRule, row: ScoreRow) -> RuleVerdict:
         verdict = "undecided"
         limit = next(limit for limit, side in sides if side == "undecided")
         if interval is not None and rule.confidence is not None:
-            needed = rows_needed_for_limit(row.rows, figure, interval, limit, rule.confidence)
+            needed = rows_needed_for_limit(rows, figure, interval, limit, rule.confidence)
     return RuleVerdict(
         rule=rule,
         verdict=verdict,
         figure=figure,
         interval=interval,
-        rows_needed=more_than(row.rows, needed),
+        rows_needed=more_than(rows, needed),
     )
 
 

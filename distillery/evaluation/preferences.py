@@ -5,18 +5,29 @@ or loses a row only if both orders say so, else the row is a tie (Zheng et al., 
 Judge with MT-Bench and Chatbot Arena, NeurIPS 2023, section 3.4).
 """
 
+import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Literal
 
 from pydantic import ValidationError
 
 from distillery.errors import DataError
 from distillery.evaluation.report import write_text
-from distillery.evaluation.statistics import win_rate
-from distillery.labels.pairs import Pair, both_orders
-from distillery.records import EvaluationReport, PreferenceFigures, Record
+from distillery.evaluation.statistics import win_rate_interval
+from distillery.labels.files import LabelCounts, read_labels, read_rejected
+from distillery.labels.labelling import Progress, Slots, label
+from distillery.labels.pairs import Pair, both_orders, rows_for_judge
+from distillery.labels.quote import quote
+from distillery.labels.store import LabelStore
+from distillery.recipe import JUDGE, JudgeRecipe, PromptRecipe
+from distillery.records import Estimate, EvaluationReport, PreferenceFigures, Record
+from distillery.teacher.endpoint import Endpoint
+
+_log = logging.getLogger(__name__)
 
 PREFERENCES_FILE = "preferences.jsonl"
 
@@ -46,6 +57,52 @@ class Preference(Record):
         if self.outcome and len(set(self.orders)) > 1:
             reason = "the orders disagree"
         return f"{preferred[self.outcome]}: {reason}" if reason else preferred[self.outcome]
+
+
+async def compare_pairs(
+    pairs: Sequence[Pair],
+    prompt: PromptRecipe,
+    judge: JudgeRecipe,
+    endpoint: Endpoint,
+    store: LabelStore,
+    out: Path,
+    progress: Progress | None = None,
+    *,
+    slots: Slots = nullcontext,
+    spent: dict[str, float] | None = None,
+) -> tuple[PreferenceFigures, LabelCounts]:
+    """Have a judge compare pairs of answers, write preferences.jsonl into the folder `out`, and
+    return the figures and what was paid.
+
+    The judge is asked as a teacher is that labels the rows of `pairs.rows_for_judge`; all
+    arguments from `judge` on are as in `labelling.label`, which says what is raised. `prompt` is
+    what the teacher was asked with."""
+    rows = list(rows_for_judge(pairs, prompt))
+    counts = LabelCounts(accepted=0, rejected=0)
+    letters: dict[str, str] = {}
+    reasons: dict[str, str] = {}
+    if rows:
+        _log.info("%s", quote(rows, judge.prompt, judge, endpoint.identity, store).line())
+        # The files of a labelling are read and left.
+        with TemporaryDirectory(dir=out.parent) as folder:
+            labels = Path(folder) / "labels"
+            counts = await label(
+                rows, judge.prompt, judge, endpoint, store, labels, progress, slots=slots, spent=spent
+            )
+            for example_id, found in read_labels(labels).items():
+                letters[example_id] = found.answer
+            for example_id, reason in read_rejected(labels).items():
+                reasons[example_id] = of_a_judge(reason)
+    preferences = preferences_of(pairs, letters, reasons)
+    lines = [f"{each.model_dump_json()}\n" for each in preferences]
+    write_text(out / PREFERENCES_FILE, "".join(lines))
+    return preference_figures(endpoint.identity.removeprefix(JUDGE), preferences), counts
+
+
+def of_a_judge(reason: str) -> str:
+    """Return a reason for the rejection of a teacher's answer in the words for a judge's."""
+    words = reason.replace("teacher.max_tokens", f"{JudgeRecipe.section}.max_tokens")
+    return words.replace("the teacher", "the judge")
 
 
 def preferences_of(
@@ -89,12 +146,16 @@ def preference_figures(judge: str, preferences: Sequence[Preference]) -> Prefere
     left_out = Counter(each.reason for each in preferences if each.outcome is None)
     compared = [each for each in preferences if each.orders and each.outcome]
     wins, ties, losses = (outcomes[each] for each in ("win", "tie", "loss"))
+    rows, rate = wins + ties + losses, None
+    if rows:
+        interval = win_rate_interval(wins, ties, losses)
+        rate = Estimate(value=(wins + ties / 2) / rows, low=interval.low, high=interval.high)
     return PreferenceFigures(
         judge=judge,
         wins=wins,
         ties=ties,
         losses=losses,
-        win_rate=win_rate(wins, ties, losses),
+        win_rate=rate,
         compared=len(compared),
         disagree=sum(each.orders[0] != each.orders[1] for each in compared),
         left_out=dict(left_out.most_common()),
@@ -110,12 +171,6 @@ def with_preferences(report: EvaluationReport, figures: PreferenceFigures) -> Ev
             row = row.model_copy(update={"figures": own})
         rows.append(row)
     return report.model_copy(update={"scoreboard": tuple(rows)})
-
-
-def write_preferences(preferences: Sequence[Preference], folder: Path) -> None:
-    """Write preferences.jsonl into a folder; equal preferences give equal bytes."""
-    lines = [f"{each.model_dump_json()}\n" for each in preferences]
-    write_text(folder / PREFERENCES_FILE, "".join(lines))
 
 
 def read_preferences(folder: Path) -> dict[str, Preference]:
