@@ -94,6 +94,12 @@ def test_recipes_without_a_judge_have_the_keys_that_they_had() -> None:
     assert "judge" in content_of(recipe(evaluation={"judge": {}}))["evaluation"]
 
 
+def test_a_judge_that_takes_no_temperature_is_sent_none() -> None:
+    judge = recipe(evaluation={"judge": {"temperature": None}}).evaluation.judge
+    assert judge is not None
+    assert judge.temperature is None
+
+
 def test_a_recipe_with_a_judge_comes_back_as_it_was() -> None:
     made = recipe(evaluation={"judge": {"rows": 7}})
     assert Recipe.model_validate(made.model_dump(mode="json")) == made
