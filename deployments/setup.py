@@ -173,7 +173,7 @@ def save_settings(workers: str) -> dict[str, str | None]:
         # Many can read a job's manifest in a cluster: all secrets come from a Secret of Kubernetes.
         del environment["DISTILLERY_SIGNING_KEY"]
         return environment | dict.fromkeys(OWN_LOGIN)
-    together = set()
+    together: set[str] = set()
     for block, names in ENDPOINTS.items():
         held = {name: key for name, key in names.items() if os.environ.get(name)}
         if held:

@@ -47,7 +47,7 @@ from tasks.evaluation import evaluate
 from tasks.hub import check_bases, pinned, source_of
 from tasks.judge import preferred
 from tasks.judged import judged_before
-from tasks.labels import canaries, check_shares, measured_against, labelled
+from tasks.labels import canaries, check_shares, labelled, measured_against
 from tasks.onnx import exported
 from tasks.registry import apply_gate, download, promote, register
 from tasks.results import results_in_store

@@ -243,9 +243,7 @@ def canaries(
     examples = each_example(store.fetch(rows.artifact) / rows.file)
     endpoint, slots, spent = resolve_endpoint(teacher), slots_of(teacher), spent_on(teacher)
     with LabelStore() as answers:
-        asked = ask_canaries(
-            examples, prompt, teacher, endpoint, answers, slots=slots, spent=spent
-        )
+        asked = ask_canaries(examples, prompt, teacher, endpoint, answers, slots=slots, spent=spent)
         drift = asyncio.run(asked)
     heed_drift(drift, teacher, identity)
     return drift

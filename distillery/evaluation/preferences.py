@@ -87,7 +87,15 @@ async def compare_pairs(
         with TemporaryDirectory(dir=out.parent) as folder:
             labels = Path(folder) / "labels"
             counts = await label(
-                rows, judge.prompt, judge, endpoint, store, labels, progress, slots=slots, spent=spent
+                rows,
+                judge.prompt,
+                judge,
+                endpoint,
+                store,
+                labels,
+                progress,
+                slots=slots,
+                spent=spent,
             )
             for example_id, found in read_labels(labels).items():
                 letters[example_id] = found.answer

@@ -46,9 +46,7 @@ async def ask_canaries(
     return await drift_of(asked, recipe, endpoint, store, slots=slots, spent=spent)
 
 
-def earlier_questions(
-    judge: JudgeRecipe, identity: str, store: LabelStore
-) -> list[list[Question]]:
+def earlier_questions(judge: JudgeRecipe, identity: str, store: LabelStore) -> list[list[Question]]:
     """Return a judge's canaries, each a row of one question: what it has answered before, as the
     pairs of a run are new ones. Answers to other instructions or settings are left out, which
     their keys tell; the keys are hashes, and the lowest are taken, so that new answers replace few.

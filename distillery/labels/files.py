@@ -201,10 +201,12 @@ class LabelFiles:
         said = ""
         if self._unread:
             said = f"; it said {', '.join(map(quoted, self._unread))}"
+        section, asked = self._recipe.section, ""
+        if minimum:
+            asked = f", and {section}.filters.minimum_accepted asks for {minimum:.0%}"
         raise TeacherError(
-            f"teacher: {tally.accepted} of {tally.rows} rows have a label, and "
-            f"teacher.filters.minimum_accepted asks for {minimum:.0%}: {reasons}{said}; "
-            "check prompt.system, teacher.max_tokens and the model"
+            f"{section}: {tally.accepted} of {tally.rows} rows have a label{asked}: "
+            f"{reasons}{said}; check {self._recipe.wording}, {section}.max_tokens and the model"
         )
 
     def _check_soft(self, final: bool) -> None:

@@ -348,7 +348,8 @@ class LabelStore:
 
         Deleted are the answers to the rows with the ids `rows`, of judges too, those whose prompt
         or answer contains one of the texts `containing` (in any case), and if `rejected`, those
-        that are no label. What was made of them before stays where it is: see docs/how-to/labels.md.
+        that are no label. What was made of them before stays where it is: see
+        docs/how-to/labels.md.
         """
         conditions: list[Any] = []
         if rejected:

@@ -42,6 +42,7 @@ class JudgeRecipe(TeacherRecipe):
     """
 
     section: ClassVar[str] = "evaluation.judge"
+    wording: ClassVar[str] = "evaluation.judge.instructions"
     variables: ClassVar[str] = "JUDGE_MODEL"
 
     kind: Literal["endpoint"] = "endpoint"
@@ -95,4 +96,3 @@ class JudgeRecipe(TeacherRecipe):
                 "answers: a judge is asked once in each of both orders; remove votes and orders"
             )
         return self
-

@@ -232,8 +232,8 @@ class Recipe(Slice):
                 )
             if asked == "win_rate" and self.evaluation.judge is None:
                 raise ValueError(
-                    "evaluation.rules: win_rate: no judge is asked; add evaluation.judge, or remove "
-                    "this rule"
+                    "evaluation.rules: win_rate: no judge is asked; add evaluation.judge, or "
+                    "remove this rule"
                 )
         return self
 

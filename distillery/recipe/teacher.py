@@ -141,6 +141,9 @@ class TeacherRecipe(Slice):
     section: ClassVar[str] = "teacher"
     """Where these settings stand in a recipe, for messages."""
 
+    wording: ClassVar[str] = "prompt.system"
+    """Which setting tells the model what to answer, for messages."""
+
     variables: ClassVar[str] = "TEACHER_MODEL"
     """What the names of the environment variables begin with that tell of the endpoint."""
 

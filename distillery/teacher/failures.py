@@ -165,9 +165,7 @@ def final_error(
     )
 
 
-def describe_trouble(
-    failure: CallFailed, attempts: int, timeout_s: float, section: str
-) -> str:
+def describe_trouble(failure: CallFailed, attempts: int, timeout_s: float, section: str) -> str:
     """Return what went wrong in all tries of a call, and what to do about it."""
     tries = "after 1 try" if attempts == 1 else f"after {attempts} tries"
     if failure.status == 429:

@@ -13,8 +13,8 @@ from distillery.evaluation.baselines import MAJORITY, TFIDF
 from distillery.evaluation.gate import (
     EarlierVersion,
     compare,
-    gate,
     decide_difference,
+    gate,
     more_than,
     share_rows,
 )

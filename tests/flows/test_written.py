@@ -208,5 +208,7 @@ def test_free_text(home: Home, tiny_model: Callable[[str], Path]) -> None:
     assert "win rate 0." in (home.downloaded("text") / "README.md").read_text()
     # The judge is away: what it said is known, and all stages are cached.
     again = home.distil(values)
-    assert "cached from" in next(line for line in again.splitlines() if line.startswith("ask judge"))
+    assert "cached from" in next(
+        line for line in again.splitlines() if line.startswith("ask judge")
+    )
     assert asked(home.downloaded("text"), text_of(0, "bread"))

@@ -124,11 +124,12 @@ def test_a_judge_has_an_endpoint_of_its_own(monkeypatch: pytest.MonkeyPatch) -> 
         teacher_identity(JudgeRecipe(), None)
     monkeypatch.setenv("JUDGE_MODEL_NAME", "wise")
     monkeypatch.setenv("JUDGE_MODEL_ENDPOINT", "https://judge.example/v1")
-    with pytest.raises(CredentialsError, match="JUDGE_MODEL_KEY: not set, and judge.example"):
+    with pytest.raises(CredentialsError, match=r"JUDGE_MODEL_KEY: not set, and judge\.example"):
         resolve_endpoint(JudgeRecipe())
     monkeypatch.setenv("JUDGE_MODEL_KEY", "the-judges-key")
     endpoint = resolve_endpoint(JudgeRecipe())
     assert (endpoint.url, endpoint.model) == ("https://judge.example/v1", "wise")
-    assert endpoint.key and endpoint.key.get_secret_value() == "the-judges-key"
+    assert endpoint.key
+    assert endpoint.key.get_secret_value() == "the-judges-key"
     assert endpoint.identity == teacher_identity(JudgeRecipe(), None) == "judge:wise"
     assert resolve_endpoint(JudgeRecipe(identity="2026")).identity == "judge:2026"

@@ -111,9 +111,7 @@ def test_a_judge_has_a_section_and_a_word_on_each_row(
         produced_by="venues-1",
     )
     drift = TeacherDrift(asked=4, compared=4, changed=("r1",), before=("m1",), after=("m2",))
-    outcome = run_of(board).model_copy(
-        update={"preferences": preferences, "judge_drift": drift}
-    )
+    outcome = run_of(board).model_copy(update={"preferences": preferences, "judge_drift": drift})
     text = page_of(tmp_path, outcome, tmp_path / "evaluation", preferences=folder).read_text()
     assert '<h2 id="judge">Judge</h2>' in text
     for name, figure in (
