@@ -54,7 +54,7 @@ class EvaluationRecipe(Slice):
     champion stays. fail: it fails once everything is recorded, and `python -m flows.distill` exits
     with 3, so that CI fails."""
 
-    judge: JudgeRecipe | None = None
+    judge: JudgeRecipe | None = Field(None, exclude_if=lambda judge: judge is None)
     """With task.kind: generate, a model that compares the student's answers with the teacher's.
     null: none is asked."""
 

@@ -47,6 +47,13 @@ def test_a_judge_is_asked_only_where_the_recipe_says_so() -> None:
         ({"soft_labels": True}, "soft_labels: belongs to a teacher that labels; remove this"),
         ({"filters": {"confidence": 0.5}}, "evaluation.judge: "),
         ({"terms": "none"}, "terms: belongs to a teacher that labels; remove this setting"),
+        ({"tokenizer": "/etc"}, "tokenizer: belongs to a teacher that labels; remove this"),
+        ({"largest_shift": 1}, "largest_shift: belongs to a teacher that labels; remove this"),
+        ({"insist": True}, "insist: belongs to a teacher that labels; remove this setting"),
+        (
+            {"preparation": {"base": {"model": "/etc"}}},
+            "preparation: belongs to a teacher that labels; remove this setting",
+        ),
         ({"answers": {"orders": 3}}, "a judge is asked once in each of both orders"),
         ({"budget": {"cost": 1}}, "budget.cost needs prices"),
         ({"rows": 0}, "evaluation.judge.rows: "),
