@@ -86,13 +86,13 @@ def evaluated(folder: Path) -> tuple[EvaluationReport, Rows]:
     return report, asked
 
 
-def compared(report: EvaluationReport, rows: Rows, **settings: Any) -> Compared:
+def compared(report: EvaluationReport, test: Rows, **settings: Any) -> Compared:
     """Ask the judge in a run of its own."""
     recipe = JudgeRecipe(**{"outage_s": 1} | settings)
 
     @flow(name="compare")
     def compare() -> list[Compared]:
-        return [preferred(report, rows, PROMPT, recipe, refreshing(()))]
+        return [preferred(report, test, PROMPT, recipe, refreshing(()))]
 
     with results_in_store():
         (found,) = compare()
