@@ -64,7 +64,7 @@ def evaluated(folder: Path) -> tuple[EvaluationReport, Rows]:
         line = {"example_id": row.example_id, "gold": row.answer_key, "teacher": row.answer_key}
         lines.append(json.dumps({**line, STUDENT: student}) + "\n")
     (answers / "answers.jsonl").write_text("".join(lines))
-    row = ScoreRow(
+    score = ScoreRow(
         name=STUDENT,
         kind="model",
         correct=5,
@@ -75,7 +75,7 @@ def evaluated(folder: Path) -> tuple[EvaluationReport, Rows]:
     )
     report = EvaluationReport(
         artifact=ArtifactStore().put(answers),
-        scoreboard=(row,),
+        scoreboard=(score,),
         candidate=STUDENT,
         answers_sha256=sha256_of(answers / "answers.jsonl"),
     )
