@@ -49,6 +49,7 @@ def test_a_judge_is_asked_only_where_the_recipe_says_so() -> None:
         ({"terms": "none"}, "terms: belongs to a teacher that labels; remove this setting"),
         ({"tokenizer": "/etc"}, "tokenizer: belongs to a teacher that labels; remove this"),
         ({"largest_shift": 1}, "largest_shift: belongs to a teacher that labels; remove this"),
+        ({"stop": ["x"]}, "stop: belongs to a teacher that labels; remove this setting"),
         ({"insist": True}, "insist: belongs to a teacher that labels; remove this setting"),
         (
             {"preparation": {"base": {"model": "/etc"}}},
