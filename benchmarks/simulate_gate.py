@@ -37,7 +37,7 @@ from typing import Any
 import numpy as np
 
 from distillery.evaluation import statistics
-from distillery.evaluation.gate import judge_difference
+from distillery.evaluation.gate import decide_difference
 from distillery.evaluation.statistics import (
     POWER,
     Pairs,
@@ -119,12 +119,12 @@ def simulated(
 
 def passes_not_worse(pairs: Pairs) -> bool:
     """Return whether a challenger passes against its champion."""
-    return judge_difference(NOT_WORSE, pairs, -MARGIN, "").passes
+    return decide_difference(NOT_WORSE, pairs, -MARGIN, "").passes
 
 
 def passes_better(pairs: Pairs) -> bool:
     """Return whether a student passes against the predictor that it must beat."""
-    return judge_difference(BETTER, pairs, 0.0, "").passes
+    return decide_difference(BETTER, pairs, 0.0, "").passes
 
 
 def worse_that_pass(generator: np.random.Generator) -> Iterator[float]:
@@ -213,7 +213,7 @@ def all_pass(rule: NotWorseRule, challenger: Any, earlier: Any) -> Any:
         strict=True,
     )
     return np.array(
-        [judge_difference(rule, Pairs(*cells), -rule.margin, "").passes for cells in tables],
+        [decide_difference(rule, Pairs(*cells), -rule.margin, "").passes for cells in tables],
         dtype=bool,
     )
 

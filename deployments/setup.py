@@ -47,6 +47,7 @@ VARIABLES = (
     "AZURE_STORAGE_ACCOUNT_NAME",
     "AZURE_TENANT_ID",
     "DISTILLERY_STORE",
+    "JUDGE_MODEL_NAME",
     "TEACHER_MODEL_NAME",
 )
 """Settings that all workers share and that are not secret."""
@@ -59,18 +60,26 @@ SECRETS = (
     "DISTILLERY_REGISTRY",
     "DISTILLERY_TRACKING",
     "HF_TOKEN",
+    "JUDGE_MODEL_ENDPOINT",
+    "JUDGE_MODEL_KEY",
     "TEACHER_MODEL_ENDPOINT",
     "TEACHER_MODEL_KEY",
 )
 """Secrets that all workers share; the URL of a database or of MLflow may hold a password."""
-TEACHER = {"TEACHER_MODEL_ENDPOINT": "endpoint", "TEACHER_MODEL_KEY": "key"}
-"""The secrets that one block holds together, under these names: whoever could change the endpoint
-alone would be sent the key."""
-TEACHER_BLOCK = "teacher-model"
+TEACHER_BLOCK, JUDGE_BLOCK = "teacher-model", "judge-model"
+ENDPOINTS = {
+    TEACHER_BLOCK: {"TEACHER_MODEL_ENDPOINT": "endpoint", "TEACHER_MODEL_KEY": "key"},
+    JUDGE_BLOCK: {"JUDGE_MODEL_ENDPOINT": "endpoint", "JUDGE_MODEL_KEY": "key"},
+}
+"""The secrets that one block each holds together, under these names: whoever could change the
+endpoint alone would be sent the key."""
 NOT_FOR_TRAINING = frozenset(
     {
         "DISTILLERY_REGISTRY",
         "DISTILLERY_SIGNING_KEY",
+        "JUDGE_MODEL_ENDPOINT",
+        "JUDGE_MODEL_KEY",
+        "JUDGE_MODEL_NAME",
         "TEACHER_MODEL_ENDPOINT",
         "TEACHER_MODEL_KEY",
         "TEACHER_MODEL_NAME",
@@ -164,13 +173,16 @@ def save_settings(workers: str) -> dict[str, str | None]:
         # Many can read a job's manifest in a cluster: all secrets come from a Secret of Kubernetes.
         del environment["DISTILLERY_SIGNING_KEY"]
         return environment | dict.fromkeys(OWN_LOGIN)
-    teacher = {key: os.environ[name] for name, key in TEACHER.items() if os.environ.get(name)}
-    if teacher:
-        save(Secret(value=teacher), TEACHER_BLOCK)
+    together: set[str] = set()
+    for block, names in ENDPOINTS.items():
+        held = {name: key for name, key in names.items() if os.environ.get(name)}
+        if held:
+            save(Secret(value={key: os.environ[name] for name, key in held.items()}), block)
+        for name, key in held.items():
+            environment[name] = f"{{{{ prefect.blocks.secret.{block}.{key} }}}}"
+        together |= held.keys()
     for name in filter(os.environ.get, SECRETS):
-        if name in TEACHER:
-            key = TEACHER[name]
-            environment[name] = f"{{{{ prefect.blocks.secret.{TEACHER_BLOCK}.{key} }}}}"
+        if name in together:
             continue
         slug = name.lower().replace("_", "-")
         save(Secret(value=os.environ[name]), slug)

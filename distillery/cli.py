@@ -131,9 +131,9 @@ def check(recipe: RecipeArgument) -> None:
 
 @app.command()
 def quote(recipe: RecipeArgument) -> None:
-    """Estimate what labelling for RECIPE costs and how long it takes.
+    """Estimate what labelling for RECIPE, and its judge, cost and how long they take.
 
-    The teacher is not asked.
+    Neither is asked.
     """
     from distillery.labels.quote import quote_recipe
     from distillery.recipe import load_recipe

@@ -112,6 +112,8 @@ def check_settings(recipe: Recipe) -> None:
     """Raise what would otherwise stop a run after its paid or slow stages. Asks no service."""
     if recipe.teacher.kind == "endpoint":
         resolve_endpoint(recipe.teacher)
+    if recipe.evaluation.judge:
+        resolve_endpoint(recipe.evaluation.judge)
     if recipe.registry.kind == "azureml":
         AzureMLSettings().require()
     for base in base_models(recipe):
@@ -148,9 +150,13 @@ def check(recipe: Recipe, limit_s: float = LIMIT_S) -> list[Finding]:
     """Return what was found about everything that a run of `recipe` needs on this machine.
 
     Each check takes `limit_s` seconds at most. Raises nothing, downloads no weights and no rows,
-    and spends one question to the teacher's endpoint, or two where it has two addresses.
+    and spends one question to the endpoint of teacher and judge each, or two where it has two
+    addresses.
     """
-    checks: dict[str, Check] = {"teacher": check_teacher, "data": check_data}
+    checks: dict[str, Check] = {"teacher": check_teacher}
+    if recipe.evaluation.judge:
+        checks["judge"] = check_judge
+    checks["data"] = check_data
     for base in base_models(recipe):
         checks[f"base model {base.model}"] = partial(check_base_model, base)
     checks["disk"] = check_disk
@@ -206,30 +212,36 @@ def check_teacher(recipe: Recipe) -> Iterator[Finding]:
         yield ok("teacher", f"none is asked: {teacher_identity(teacher, None)}")
 
 
+def check_judge(recipe: Recipe) -> Iterator[Finding]:
+    if recipe.evaluation.judge:
+        yield from check_endpoint(recipe.evaluation.judge)
+
+
 def check_endpoint(teacher: TeacherRecipe) -> Iterator[Finding]:
-    """Check the endpoint's credentials, and ask it one question. For an address of the retired
-    model inference API, ask the v1 endpoint of the same resource too."""
+    """Check the credentials of a teacher's or a judge's endpoint, and ask it one question. For an
+    address of the retired model inference API, ask the v1 endpoint of the same resource too."""
+    who = teacher.who
     try:
         endpoint = resolve_endpoint(teacher)
     except CredentialsError as error:
-        yield fail("teacher credentials", str(error))
-        yield warn("teacher endpoint", "not asked, because its credentials are missing")
+        yield fail(f"{who} credentials", str(error))
+        yield warn(f"{who} endpoint", "not asked, because its credentials are missing")
         return
-    yield ok("teacher credentials", f"set for {endpoint.url}, through {endpoint.sdk}")
+    yield ok(f"{who} credentials", f"set for {endpoint.url}, through {endpoint.sdk}")
     successor = endpoint.successor
     if successor:
         result, other = asyncio.run(probed(teacher, [endpoint, successor]))
-        yield compare_addresses(successor.url, result, other)
+        yield compare_addresses(teacher, successor.url, result, other)
     else:
         (result,) = asyncio.run(probed(teacher, [endpoint]))
     if isinstance(result, DistilleryError):
-        yield fail("teacher endpoint", str(result))
+        yield fail(f"{who} endpoint", str(result))
         return
     if not result.answers:
-        text = f"{endpoint.model} answers without text; raise teacher.max_tokens"
-        yield fail("teacher endpoint", text)
+        text = f"{endpoint.model} answers without text; raise {teacher.section}.max_tokens"
+        yield fail(f"{who} endpoint", text)
         return
-    yield ok("teacher endpoint", f"{endpoint.model} answers in {result.latency_ms:.0f} ms")
+    yield ok(f"{who} endpoint", f"{endpoint.model} answers in {result.latency_ms:.0f} ms")
     if not teacher.asks_log_probabilities:
         return
     if result.log_probabilities:
@@ -259,11 +271,15 @@ async def probed(
 
 
 def compare_addresses(
-    successor: str, given: ProbeResult | DistilleryError, other: ProbeResult | DistilleryError
+    teacher: TeacherRecipe,
+    successor: str,
+    given: ProbeResult | DistilleryError,
+    other: ProbeResult | DistilleryError,
 ) -> Finding:
     """Say which address answers: the `given` one, of the retired model inference API, or the v1
     endpoint of the same resource, whose URL is `successor`."""
-    item, advice = "teacher address", f"set TEACHER_MODEL_ENDPOINT={successor}"
+    item = f"{teacher.who} address"
+    advice = f"set {teacher.variables}_ENDPOINT={successor}"
     if isinstance(other, DistilleryError):
         if isinstance(given, DistilleryError):
             return fail(item, f"neither the given one nor {successor} answers: {other}")

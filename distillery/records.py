@@ -589,6 +589,44 @@ class WrittenFigures(Record):
     length: float
 
 
+class PreferenceFigures(Record):
+    """How often a judge prefers the student's text to the teacher's. A row is one of the student's
+    `wins` or `losses` if the judge says so in both orders of the two texts, else one of the `ties`.
+    `win_rate`: wins and half of the ties, as a share of these rows, with its paired 95 % interval;
+    None without rows. Of the `compared` rows, which the judge was asked about, the two orders
+    `disagree` on so many. `left_out`: rows for which the judge gave no answer, by reason."""
+
+    judge: str
+    wins: int
+    ties: int
+    losses: int
+    win_rate: Estimate | None
+    compared: int
+    disagree: int
+    left_out: dict[str, int] = Field({})
+
+    @property
+    def rows(self) -> int:
+        return self.wins + self.ties + self.losses
+
+    @property
+    def disagreement(self) -> float | None:
+        """The share (0 to 1) of the compared rows on which the two orders disagree."""
+        return self.disagree / self.compared if self.compared else None
+
+    def line(self) -> str:
+        """Return the figures in one line."""
+        line = f"{self.wins} wins, {self.ties} ties, {self.losses} losses of the student"
+        if self.win_rate:
+            rate = self.win_rate
+            line += f", win rate {rate.value:.3f} [{rate.low:.3f}, {rate.high:.3f}]"
+        if self.compared:
+            line += f"; the orders disagree on {self.disagree} of {self.compared} rows"
+        for reason, count in self.left_out.items():
+            line += f"; {count} rows left out: {reason}"
+        return line
+
+
 class Figures(Record):
     """Further figures of a predictor on the test rows.
 
@@ -598,7 +636,8 @@ class Figures(Record):
     the first token of a prompt that shares nothing with the one before, rendering included. p50,
     p95 and p99: latency of single rows, in milliseconds. `load_s`: seconds to load the model.
     `tokens_per_second`: of written answers, prompts included. `coverage`: the accuracy of its most
-    confident answers, and `given` of those that reach its threshold; only the candidate has them.
+    confident answers, and `given` of those that reach its threshold; only the candidate has them,
+    and the `preferences` of a judge where one is asked.
     None where a predictor has no such figure.
     """
 
@@ -617,6 +656,7 @@ class Figures(Record):
     tokens_per_second: float | None = Field(None, exclude_if=lambda speed: speed is None)
     coverage: tuple[CoveragePoint, ...] = ()
     given: GivenAnswers | None = None
+    preferences: PreferenceFigures | None = Field(None, exclude_if=lambda found: found is None)
 
     @property
     def uneven_classes(self) -> tuple[ClassFigures, ClassFigures] | None:
@@ -683,6 +723,18 @@ class EvaluationReport(StageRecord):
     def row(self, name: str) -> ScoreRow:
         """Return the row of a predictor that is on the scoreboard."""
         return next(row for row in self.scoreboard if row.name == name)
+
+
+class Preferences(StageRecord):
+    """What a judge says of the student's texts beside the teacher's. The folder has
+    preferences.jsonl, one test row a line. `asked`, `usage` and `cost` describe the calls of the
+    run that did the work."""
+
+    figures: PreferenceFigures
+    asked: int
+    usage: Usage
+    cost: float | None
+    currency: str
 
 
 class Measured(Record):
@@ -864,7 +916,8 @@ class Outcome(Record):
     if another run promoted a champion meanwhile: then `decision` is the one against that champion.
     `promotion` is what became of it. `rejected`: the refused student, if the recipe keeps it.
     `judged`: what the test rows have judged before; None in records of earlier versions. `page`: a
-    folder with report.html; None in records of earlier versions, too.
+    folder with report.html; None in records of earlier versions, too. `preferences`: a judge's, and
+    `judge_drift` how it answered its canaries; None where none is asked.
     """
 
     recipe: str
@@ -882,3 +935,5 @@ class Outcome(Record):
     run: str = ""
     judged: JudgedVersions | None = None
     page: Artifact | None = None
+    preferences: Preferences | None = Field(None, exclude_if=lambda found: found is None)
+    judge_drift: TeacherDrift | None = Field(None, exclude_if=lambda found: found is None)

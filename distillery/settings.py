@@ -145,7 +145,7 @@ def why_not_trusted(file: Path) -> str:
 def known_names() -> set[str]:
     """Return the names that .env may hold, beside AZURE_*."""
     names = set(OTHER_NAMES)
-    for settings in (LocalSettings, TeacherSettings, AzureMLSettings):
+    for settings in (LocalSettings, TeacherSettings, JudgeSettings, AzureMLSettings):
         for field_name, field in settings.model_fields.items():
             alias = field.validation_alias
             aliases = getattr(alias, "choices", [alias])
@@ -370,6 +370,16 @@ class TeacherSettings(EnvironmentSettings):
     endpoint: str = Field("", description="The endpoint's URL")
     key: SecretStr = Field(
         SecretStr(""), description="The endpoint's key; without it Azure is asked with your login"
+    )
+
+
+class JudgeSettings(TeacherSettings):
+    """The judge's endpoint: JUDGE_MODEL_*."""
+
+    model_config = SettingsConfigDict(env_prefix="JUDGE_MODEL_")
+
+    model: str = Field(
+        "", validation_alias="JUDGE_MODEL_NAME", description="The model's name in requests"
     )
 
 

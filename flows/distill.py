@@ -45,10 +45,11 @@ from tasks.abstention import check_provable, with_threshold
 from tasks.dataset import prepare_dataset
 from tasks.evaluation import evaluate
 from tasks.hub import check_bases, pinned, source_of
+from tasks.judge import preferred
 from tasks.judged import judged_before
-from tasks.labels import canaries, check_shares, judged_by, labelled
+from tasks.labels import canaries, check_shares, labelled, measured_against
 from tasks.onnx import exported
-from tasks.registry import download, judge, promote, register
+from tasks.registry import apply_gate, download, promote, register
 from tasks.results import results_in_store
 from tasks.stage import RESULT, Stage, begin, is_scheduled, own_tags, produced_by, refreshing
 from tasks.summary import publish, render, verdict
@@ -58,8 +59,8 @@ from tasks.terminal import PlannedStage, shown_in_terminal
 REFUSED = 3
 """The exit status of a run that ended well, but for the gate's refusal; argparse's is 2."""
 
-JUDGED_AGAIN = 3
-"""How often a student is judged again because another run has promoted its own meanwhile."""
+DECIDED_AGAIN = 3
+"""How often the gate decides again because another run has promoted its own meanwhile."""
 
 
 def _run_name() -> str:
@@ -97,15 +98,19 @@ def distill(
     data = prepared(recipe, source, refresh)
     judged = judged_before(data, recipe)
     made = made_student(recipe, data, training_deployment, refresh)
-    model, report, test_rows = made.model, made.report, data.rows("test")
-    judge_now = partial(judge, report, model, test_rows, recipe.gate_rules, recipe.registry)
-    decision = judge_now()
+    model, test_rows = made.model, data.rows("test")
+    compared = preferred(made.report, test_rows, recipe.prompt, recipe.evaluation.judge, again)
+    report = compared.report
+    decide = partial(apply_gate, report, model, test_rows, recipe.gate_rules, recipe.registry)
+    decision = decide()
 
     registered = promotion = rejected = delivered = None
-    origins = provenance(recipe, source, made, decision)
+    origins = provenance(recipe, source, made._replace(report=report), decision)
+    if compared.preferences:
+        origins["preferences"] = compared.preferences
     if decision.passed:
         registered = again("register", register)(model, report, test_rows, recipe.registry, origins)
-        decision, promotion = promoted(registered, decision, judge_now)
+        decision, promotion = promoted(registered, decision, decide)
         delivered = again("download", download)(registered, model)
     elif recipe.registry.keep_refused:
         rejected = again("register", register)(
@@ -126,6 +131,8 @@ def distill(
             judged=judged,
             promotion=promotion,
             rejected=rejected,
+            preferences=compared.preferences,
+            judge_drift=compared.drift,
         )
     )
     if recipe.evaluation.on_refusal == "fail" and not decision.passed:
@@ -169,7 +176,7 @@ def made_student(
     local, labels, test_rows = taught.local, taught.labels, data.rows("test")
     # The test rows are labelled now, so that a budget that is too small ends the run before
     # training.
-    teacher = local.model if local else judged_by(test_rows, recipe, taught.identity)
+    teacher = local.model if local else measured_against(test_rows, recipe, taught.identity)
     base = student_base(recipe)
     student = trained_student(
         recipe, taught, base, training_deployment, "student", "train student" in refresh
@@ -280,7 +287,7 @@ def compare_teacher(
     if not has_rows or recipe.teacher.kind in ("gold", "file"):
         return None
     gold, validation = data.rows("gold"), data.rows("validation")
-    teacher = local.model if local else judged_by(validation, recipe, identity)
+    teacher = local.model if local else measured_against(validation, recipe, identity)
     base = recipe.teacher.preparation.base if local else recipe.student_base
     check: TeacherCheck = again("check teacher", check_teacher)(
         teacher, gold, validation, recipe.student_prompt, pinned(base)
@@ -332,15 +339,15 @@ def weighed(training: TrainingRecipe, check: TeacherCheck | None) -> TrainingRec
 
 
 def promoted(
-    registered: RegisteredModel, decision: GateDecision, judged: Callable[[], GateDecision]
+    registered: RegisteredModel, decision: GateDecision, decide: Callable[[], GateDecision]
 ) -> tuple[GateDecision, Promotion]:
-    """Promote a registered student. If another run has promoted its own meanwhile, judge the
-    student again, against that champion, and promote it only if it passes."""
+    """Promote a registered student. If another run has promoted its own meanwhile, have the gate
+    decide again, against that champion, and promote it only if it passes."""
     promotion = promote(registered, decision)
-    for _ in range(JUDGED_AGAIN):
+    for _ in range(DECIDED_AGAIN):
         if promotion.result != "outpaced":
             break
-        decision = judged()
+        decision = decide()
         if not decision.passed:
             break
         promotion = promote(registered, decision)
@@ -351,7 +358,9 @@ def planned(recipe: Recipe) -> list[PlannedStage]:
     """List the stages that a run of the recipe comes to, for the terminal's display."""
     prepare, *others = planned_student(recipe)
     stages = [prepare, PlannedStage("judged before", "judged before"), *others]
-    for name in ("judge", "register", "promote", "download", "report"):
+    if recipe.evaluation.judge:
+        stages.append(PlannedStage("ask judge", "ask judge"))
+    for name in ("gate", "register", "promote", "download", "report"):
         stages.append(PlannedStage(name, name))
     return stages
 

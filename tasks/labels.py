@@ -77,8 +77,8 @@ def label(
                 folder,
                 show_rows,
                 rows=rows.rows,
-                slots=_slots(teacher),
-                spent=_spent(),
+                slots=slots_of(teacher),
+                spent=spent_on(teacher),
             )
             counts = asyncio.run(work)
         report = read_report(folder)
@@ -95,22 +95,24 @@ def label(
     )
 
 
-def _spent() -> dict[str, float]:
-    """Return what this flow run has spent so far.
+def spent_on(teacher: TeacherRecipe) -> dict[str, float]:
+    """Return what this flow run has spent so far on its teacher, or on its judge.
 
-    teacher.budget covers all of the run's stages and their retries together."""
-    return _SPENT.setdefault(str(flow_run.id), {})
+    The budget covers all of the run's stages and their retries together."""
+    return _SPENT.setdefault(f"{flow_run.id} {teacher.section}", {})
 
 
-def _slots(teacher: TeacherRecipe) -> Slots:
+def slots_of(teacher: TeacherRecipe) -> Slots:
+    """Return what holds the slots of a recipe's shared_limit, if it has one."""
     if not teacher.shared_limit:
         return nullcontext
-    return partial(shared_slot, teacher.shared_limit)
+    return partial(shared_slot, teacher.shared_limit, teacher.section)
 
 
 @asynccontextmanager
-async def shared_slot(limit: str) -> AsyncIterator[None]:
-    """Hold a slot of the Prefect concurrency limit that all runs of this teacher share.
+async def shared_slot(limit: str, section: str = TeacherRecipe.section) -> AsyncIterator[None]:
+    """Hold a slot of the Prefect concurrency limit that all runs of this teacher share; `section`
+    of the recipe names it, for messages.
 
     Raises TeacherError where the server has no such limit."""
     async with AsyncExitStack() as held:
@@ -118,7 +120,7 @@ async def shared_slot(limit: str) -> AsyncIterator[None]:
             await held.enter_async_context(concurrency(limit, occupy=1, strict=True))
         except ConcurrencySlotAcquisitionError:
             raise TeacherError(
-                f"teacher.shared_limit: the Prefect server has no concurrency limit {limit}; "
+                f"{section}.shared_limit: the Prefect server has no concurrency limit {limit}; "
                 f"create it with prefect gcl create {limit} --limit CALLS"
             ) from None
         yield
@@ -211,7 +213,7 @@ def check_shares(
     refuse_collapsed(given, expected, largest_shift)
 
 
-def judged_by(rows: Rows, recipe: Recipe, identity: str) -> TeacherLabels:
+def measured_against(rows: Rows, recipe: Recipe, identity: str) -> TeacherLabels:
     """Return what the student is measured against on the test rows: its teacher's unfiltered
     answers.
 
@@ -219,8 +221,8 @@ def judged_by(rows: Rows, recipe: Recipe, identity: str) -> TeacherLabels:
     if recipe.teacher.kind in ("gold", "file"):
         return gold_labels(rows, recipe.prompt)
     teacher = recipe.teacher_of_test_rows
-    judged: TeacherLabels = label_of(teacher)(rows, recipe.prompt, teacher, identity)
-    return judged
+    labels: TeacherLabels = label_of(teacher)(rows, recipe.prompt, teacher, identity)
+    return labels
 
 
 def label_of(teacher: TeacherRecipe) -> Any:
@@ -236,36 +238,39 @@ def label_of(teacher: TeacherRecipe) -> Any:
 def canaries(
     rows: Rows, prompt: PromptRecipe, teacher: TeacherRecipe, identity: str
 ) -> TeacherDrift:
-    """Ask the canary rows again and report how many are answered differently than before.
-
-    A share above teacher.canaries.threshold is a warning, or ends the run if teacher.canaries.stop
-    is true."""
+    """Ask the canary rows again and report how many are answered differently than before."""
     store = ArtifactStore()
     examples = each_example(store.fetch(rows.artifact) / rows.file)
-    endpoint, logger = resolve_endpoint(teacher), get_run_logger()
+    endpoint, slots, spent = resolve_endpoint(teacher), slots_of(teacher), spent_on(teacher)
     with LabelStore() as answers:
-        asked = ask_canaries(
-            examples, prompt, teacher, endpoint, answers, slots=_slots(teacher), spent=_spent()
-        )
+        asked = ask_canaries(examples, prompt, teacher, endpoint, answers, slots=slots, spent=spent)
         drift = asyncio.run(asked)
-    logger.info("%s", drift.line())
-    if drift.share > teacher.canaries.threshold:
-        create_markdown_artifact(
-            key="teacher-drift",
-            markdown=drift_in_markdown(drift),
-            description=f"{escape(identity)} has changed",
-        )
-        told = (
-            f"{identity}: {drift.line()}, more than teacher.canaries.threshold "
-            f"({teacher.canaries.threshold:.0%})"
-        )
-        if teacher.canaries.stop:
-            raise TeacherChanged(
-                f"{told}; give the new teacher another teacher.identity, or set "
-                "canaries.stop: false"
-            )
-        logger.warning("%s", told)
+    heed_drift(drift, teacher, identity)
     return drift
+
+
+def heed_drift(drift: TeacherDrift, teacher: TeacherRecipe, identity: str) -> None:
+    """Log a drift. A share above canaries.threshold is a warning, or raises TeacherChanged if
+    canaries.stop is true."""
+    logger, canaries = get_run_logger(), teacher.canaries
+    logger.info("%s", drift.line())
+    if drift.share <= canaries.threshold:
+        return
+    create_markdown_artifact(
+        key=f"{teacher.who}-drift",
+        markdown=drift_in_markdown(drift),
+        description=f"{escape(identity)} has changed",
+    )
+    told = (
+        f"{identity}: {drift.line()}, more than {teacher.section}.canaries.threshold "
+        f"({canaries.threshold:.0%})"
+    )
+    if canaries.stop:
+        raise TeacherChanged(
+            f"{told}; give the new {teacher.who} another {teacher.section}.identity, or set "
+            "canaries.stop: false"
+        )
+    logger.warning("%s", told)
 
 
 def drift_in_markdown(drift: TeacherDrift) -> str:

@@ -97,8 +97,8 @@ def register(
     return registered.model_copy(update=origin(started))
 
 
-@uncached("judge")
-def judge(
+@uncached("gate")
+def apply_gate(
     report: EvaluationReport,
     model: OnnxModel,
     test: Rows,

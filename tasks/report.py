@@ -16,6 +16,9 @@ def report_page(outcome: Outcome, verdict: str, stages: Sequence[StageLine]) -> 
     champion_answers = None
     if outcome.decision.champion_answers:
         champion_answers = store.fetch(outcome.decision.champion_answers) / ANSWERS_FILE
+    preferences = None
+    if outcome.preferences:
+        preferences = store.fetch(outcome.preferences.artifact)
     with working_folder("report") as folder:
         write_page(
             folder,
@@ -25,5 +28,6 @@ def report_page(outcome: Outcome, verdict: str, stages: Sequence[StageLine]) -> 
             verdict=verdict,
             stages=stages,
             champion_answers=champion_answers,
+            preferences=preferences,
         )
         return store.put(folder)

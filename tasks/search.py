@@ -1,6 +1,6 @@
 from pathlib import Path
 
-from distillery.evaluation.judging import gold_of
+from distillery.evaluation.gold import gold_of
 from distillery.evaluation.scoring import ModelToScore, answered_rows, score_model
 from distillery.recipe import METRIC_NAMES, PromptRecipe
 from distillery.records import Measured, OnnxModel, Rows

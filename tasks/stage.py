@@ -47,6 +47,7 @@ Stage = Literal[
     "export student",
     "set threshold",
     "evaluate",
+    "ask judge",
     "register",
     "download",
 ]

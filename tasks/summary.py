@@ -25,6 +25,7 @@ from distillery.markdown import code, escape, escape_cells, link
 from distillery.records import (
     OnnxModel,
     Outcome,
+    Preferences,
     StageRecord,
     StudentCheckpoint,
     TeacherLabels,
@@ -60,6 +61,11 @@ def _stages(outcome: Outcome) -> list[tuple[str, StageRecord, str]]:
             f"{report.scoreboard[0].rows} test rows, each model in a process of its own",
         )
     )
+    if outcome.preferences:
+        found = outcome.preferences
+        counts = f"{found.figures.wins} wins, {found.figures.ties} ties, "
+        counts += f"{found.figures.losses} losses, {found.asked} calls"
+        stages.append(("ask judge", found, counts))
     if outcome.registered:
         model = outcome.registered
         stages.append(
@@ -154,8 +160,9 @@ def create_artifacts(outcome: Outcome, store: ArtifactStore) -> None:
     parts = [f"# {escape(outcome.run)}", "\n".join(lines), (report / TABLE_FILE).read_text()]
     parts += [
         _picture("scoreboard", report / PLOT_FILE),
-        f"**Teacher:** {escape(_paid(outcome))}",
+        f"**Teacher:** {escape(_paid(outcome, outcome.labels.teacher, outcome.labels))}",
     ]
+    parts += [f"**Judge:** {escape(line)}" for line in _of_judge(outcome)]
     if outcome.page:
         # No link: a browser follows none from a server's page to a file.
         parts.append(
@@ -242,14 +249,22 @@ def _picture(name: str, file: Path) -> str:
     return f"![{name}](data:image/png;base64,{b64encode(file.read_bytes()).decode()})"
 
 
-def _paid(outcome: Outcome) -> str:
-    labels = outcome.labels
-    tokens = f"{labels.usage.prompt_tokens:,} tokens in, {labels.usage.completion_tokens:,} out"
-    cost = "" if labels.cost is None else f", {labels.cost:.2f} {labels.currency}"
-    when = (
-        "in this run" if _is_own(outcome, labels) else f"in {labels.produced_by}; none in this run"
-    )
-    return f"{labels.teacher}: {labels.asked:,} calls, {tokens}{cost}, {when}"
+def _paid(outcome: Outcome, model: str, paid: TeacherLabels | Preferences) -> str:
+    """Return what a teacher's labels or a judge's preferences have cost."""
+    tokens = f"{paid.usage.prompt_tokens:,} tokens in, {paid.usage.completion_tokens:,} out"
+    cost = "" if paid.cost is None else f", {paid.cost:.2f} {paid.currency}"
+    when = "in this run" if _is_own(outcome, paid) else f"in {paid.produced_by}; none in this run"
+    return f"{model}: {paid.asked:,} calls, {tokens}{cost}, {when}"
+
+
+def _of_judge(outcome: Outcome) -> list[str]:
+    """Return lines on what a judge said and cost, and how its canaries were answered."""
+    lines, found = [], outcome.preferences
+    if found:
+        lines += [found.figures.line(), _paid(outcome, found.figures.judge, found)]
+    if outcome.judge_drift:
+        lines.append(outcome.judge_drift.line())
+    return lines
 
 
 def _as_json(record: StageRecord) -> str:
@@ -295,6 +310,8 @@ def render(outcome: Outcome) -> str:
         lines += ["", *decisions]
     if outcome.judged and outcome.judged.versions:
         lines += ["", outcome.judged.line()]
+    if of_judge := _of_judge(outcome):
+        lines += ["", *(f"judge: {line}" for line in of_judge)]
     board = outcome.report.scoreboard
     lines += ["", render_ladder(outcome.model.ladder)] if outcome.model.ladder else []
     lines += [

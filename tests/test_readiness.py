@@ -18,7 +18,7 @@ from chat_endpoint import Call, ChatEndpoint, Reply, good, refused, said
 from texts import write_texts
 from tiny_recipe import write_rows
 
-from distillery.errors import DistilleryError, RecipeError
+from distillery.errors import CredentialsError, DistilleryError, RecipeError
 from distillery.models import azure_registry
 from distillery.models.azure_registry import AzureModel, parse_azureml
 from distillery.models.base import local_copy
@@ -42,6 +42,7 @@ from distillery.recipe import (
     Recipe,
     TeacherRecipe,
     TrainingRecipe,
+    parse_recipe,
 )
 from distillery.registry.local import LocalRegistry
 from distillery.teacher.asking import BACKOFF
@@ -61,6 +62,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, one_registry: None) -> None:
         monkeypatch.delenv(f"AZUREML_{name}", raising=False)
     for name in ("NAME", "ENDPOINT", "KEY"):
         monkeypatch.delenv(f"TEACHER_MODEL_{name}", raising=False)
+        monkeypatch.delenv(f"JUDGE_MODEL_{name}", raising=False)
 
 
 @pytest.fixture
@@ -240,6 +242,36 @@ def test_no_credentials(tiny_model: TinyModel) -> None:
         in found["teacher credentials"].text
     )
     assert found["teacher endpoint"].level == "warn"
+
+
+def test_a_judge_is_checked_as_a_teacher_is(
+    tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judged = parse_recipe(
+        {
+            "task": {"kind": "generate"},
+            "dataset": {"source": "files", "files": {"train": ["x.csv"]}, "carve": {"test": 0.2}},
+            "teacher": {"kind": "gold"},
+            "student": {"base": {"model": str(tiny_model("llama"))}},
+            "evaluation": {"judge": {}},
+        },
+        "mine.yaml",
+    )
+    with pytest.raises(CredentialsError, match="JUDGE_MODEL_NAME, JUDGE_MODEL_ENDPOINT"):
+        check_settings(judged)
+    assert "JUDGE_MODEL_KEY: not set" in findings(judged)["judge credentials"].text
+    with ChatEndpoint(lambda _: refused(401, "no")) as server:
+        monkeypatch.setenv("JUDGE_MODEL_NAME", "wise")
+        monkeypatch.setenv("JUDGE_MODEL_ENDPOINT", server.url)
+        monkeypatch.setenv("JUDGE_MODEL_KEY", KEY)
+        check_settings(judged)
+        found = findings(judged)
+        assert found["judge endpoint"].text.startswith("JUDGE_MODEL_KEY: refused by")
+        server.script = lambda _: said("")
+        text = findings(judged)["judge endpoint"].text
+        assert text == "wise answers without text; raise evaluation.judge.max_tokens"
+        server.script = good
+        assert findings(judged)["judge endpoint"].level == "ok"
 
 
 def test_no_check_takes_longer_than_its_limit(

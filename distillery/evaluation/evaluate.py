@@ -11,7 +11,7 @@ from distillery.errors import ModelError
 from distillery.evaluation.baselines import BASELINES, score_baselines
 from distillery.evaluation.doubtful import DOUBTFUL_FILE, Doubtful, doubtful_rows, write_doubtful
 from distillery.evaluation.figures import confidence_figures, figures_of
-from distillery.evaluation.judging import Gold, gold_of
+from distillery.evaluation.gold import Gold, gold_of
 from distillery.evaluation.linear_probe import (
     PROBE,
     TextStates,
@@ -121,7 +121,7 @@ def evaluate(
             )
     rows = []
     for name in answers:
-        row = judge(name, answers, teacher_name, gold_answers)
+        row = score_row(name, answers, teacher_name, gold_answers)
         row = row.model_copy(update=measured.get(name))
         if name == candidate:
             confident = confidence_figures(examples, answers[name], probabilities[name], threshold)
@@ -196,7 +196,7 @@ def check_names(names: Sequence[str], teacher: str, candidate: str) -> None:
             raise ModelError(f"no model to score is named {name!r}, only {', '.join(names)}")
 
 
-def judge(name: str, answers: Mapping[str, Answers], teacher: str, gold: Gold) -> ScoreRow:
+def score_row(name: str, answers: Mapping[str, Answers], teacher: str, gold: Gold) -> ScoreRow:
     """Return a predictor's row of the scoreboard, with what follows from its answers alone."""
     own, rows = answers[name], len(gold.answers)
     estimate = gold.estimate(own, gold.metric)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from distillery.evaluation.judging import gold_of
+from distillery.evaluation.gold import gold_of
 from distillery.evaluation.option_order import Reordered, option_text
 from distillery.evaluation.scoring import Answers, Probabilities, Scored
 from distillery.evaluation.selective import asked_rows, coverage_curve, given_answers

@@ -3,9 +3,10 @@
 from collections.abc import Mapping, Sequence
 
 from distillery.evaluation.scoreboard import plain_table
+from distillery.evaluation.statistics import wilson_interval
 from distillery.markdown import markdown_table
 from distillery.recipe import METRIC_NAMES
-from distillery.records import Figures, ScoreRow
+from distillery.records import Figures, PreferenceFigures, ScoreRow
 
 COLUMNS = (
     "predictor",
@@ -145,6 +146,7 @@ def candidate_cells(figures: Figures, widest: int = 1000) -> list[list[str]]:
         valid = figures.written.valid
         estimate("rows with a valid answer", valid.value, valid.low, valid.high)
         measurement("characters of an answer, median", figures.written.length)
+    lines += preference_cells(figures.preferences, widest)
     if figures.macro_f1:
         macro_f1 = figures.macro_f1
         estimate("macro-F1", macro_f1.value, macro_f1.low, macro_f1.high)
@@ -174,6 +176,21 @@ def candidate_cells(figures: Figures, widest: int = 1000) -> list[list[str]]:
     measurement("time to first token, ms", figures.first_token_ms)
     measurement("p99, ms", figures.p99_ms)
     measurement("time to load, s", figures.load_s)
+    return lines
+
+
+def preference_cells(found: PreferenceFigures | None, widest: int = 1000) -> list[list[str]]:
+    """Return a line for each of a judge's figures: title, value and interval. Its name is cut to
+    `widest` characters."""
+    if found is None or found.win_rate is None:
+        return []
+    rate = found.win_rate
+    title = f"win rate against the teacher by {found.judge[:widest]}, {found.rows:,} rows"
+    lines = [[title, f"{rate.value:.3f}", interval_cell(rate.low, rate.high)]]
+    if found.disagreement is not None:
+        interval = wilson_interval(found.disagree, found.compared)
+        bounds = interval_cell(interval.low, interval.high)
+        lines.append(["rows on which its two orders disagree", f"{found.disagreement:.3f}", bounds])
     return lines
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from distillery.evaluation.baselines import MAJORITY
-from distillery.evaluation.judging import gold_in
-from distillery.evaluation.limits import limited_figure, missing_class
+from distillery.evaluation.gold import gold_in
+from distillery.evaluation.limits import limited_figure, limited_rows, missing_class
 from distillery.evaluation.report import RowContent, read_answers
 from distillery.evaluation.scoreboard import GOLD, TEACHER, row_named
 from distillery.evaluation.statistics import (
@@ -127,7 +127,7 @@ def gate(
     evidence = Evidence(row_named(report_rows, candidate), teacher, own, comparisons)
     metric = evidence.row.metric
     verdicts = tuple(
-        judge_rule(rule, evidence).model_copy(update={"metric": metric}) for rule in rules
+        apply_rule(rule, evidence).model_copy(update={"metric": metric}) for rule in rules
     )
     champion = next((version for version in earlier if version.is_champion), None)
     return GateDecision(
@@ -196,35 +196,35 @@ def count_shared(shared: int, rows: int) -> str:
     return text if shared == rows else f"{text} of {rows:,}"
 
 
-def judge_rule(rule: GateRule, evidence: Evidence) -> RuleVerdict:
+def apply_rule(rule: GateRule, evidence: Evidence) -> RuleVerdict:
     """Apply one rule."""
     match rule:
         case BetterRule():
-            return judge_better(rule, evidence)
+            return apply_better(rule, evidence)
         case KeepsRule():
-            return judge_keeps(rule, evidence)
+            return apply_keeps(rule, evidence)
         case NotWorseRule():
-            return judge_not_worse(rule, evidence)
+            return apply_not_worse(rule, evidence)
         case LimitRule():
-            return judge_limit(rule, evidence.row)
+            return apply_limit(rule, evidence.row)
         case RowsRule():
-            return judge_rows(rule, evidence.row)
+            return apply_rows(rule, evidence.row)
 
 
-def judge_better(rule: BetterRule, evidence: Evidence) -> RuleVerdict:
+def apply_better(rule: BetterRule, evidence: Evidence) -> RuleVerdict:
     """Apply a rule `better`. Undecided where the scoreboard lacks the predictor."""
     # Written answers have no class.
     if rule.than == MAJORITY and evidence.row.metric is None:
         note = "against the most frequent answer of the test rows"
-        return judge_difference(rule, evidence.against_most_frequent(), 0.0, note)
+        return decide_difference(rule, evidence.against_most_frequent(), 0.0, note)
     pairs = evidence.against(rule.than)
     if pairs is None:
         note = "not on the scoreboard"
         return RuleVerdict(rule=rule, verdict="undecided", note=note)
-    return judge_difference(rule, pairs, 0.0, note="")
+    return decide_difference(rule, pairs, 0.0, note="")
 
 
-def judge_not_worse(rule: NotWorseRule, evidence: Evidence) -> RuleVerdict:
+def apply_not_worse(rule: NotWorseRule, evidence: Evidence) -> RuleVerdict:
     """Apply a rule `not_worse`. Undecided where too few test rows are shared, or where the version
     that the rule names does not exist."""
     for comparison in evidence.comparisons:
@@ -247,10 +247,10 @@ def judge_not_worse(rule: NotWorseRule, evidence: Evidence) -> RuleVerdict:
     if compared.earlier.is_candidate:
         note = f"the student is version {compared.earlier.version}"
         return RuleVerdict(rule=rule, verdict="passed", note=note)
-    return judge_difference(rule, compared.pairs, -rule.margin, compared.note)
+    return decide_difference(rule, compared.pairs, -rule.margin, compared.note)
 
 
-def judge_difference(
+def decide_difference(
     rule: BetterRule | NotWorseRule, pairs: Paired, limit: float, note: str
 ) -> RuleVerdict:
     """Ask the difference of two primary figures to be above `limit`."""
@@ -271,7 +271,7 @@ def judge_difference(
     )
 
 
-def judge_keeps(rule: KeepsRule, evidence: Evidence) -> RuleVerdict:
+def apply_keeps(rule: KeepsRule, evidence: Evidence) -> RuleVerdict:
     """Apply a rule `keeps`."""
     pairs = evidence.against(evidence.teacher)
     if pairs is None:
@@ -296,9 +296,10 @@ def judge_keeps(rule: KeepsRule, evidence: Evidence) -> RuleVerdict:
     )
 
 
-def judge_limit(rule: LimitRule, row: ScoreRow) -> RuleVerdict:
+def apply_limit(rule: LimitRule, row: ScoreRow) -> RuleVerdict:
     """Apply a rule `limit`. Undecided where the figure was not measured."""
     figure, interval = limited_figure(row, rule)
+    rows = limited_rows(row, rule)
     if figure is None:
         note = missing_class(row, rule) or "not measured"
         return RuleVerdict(rule=rule, verdict="undecided", note=note)
@@ -316,17 +317,17 @@ def judge_limit(rule: LimitRule, row: ScoreRow) -> RuleVerdict:
         verdict = "undecided"
         limit = next(limit for limit, side in sides if side == "undecided")
         if interval is not None and rule.confidence is not None:
-            needed = rows_needed_for_limit(row.rows, figure, interval, limit, rule.confidence)
+            needed = rows_needed_for_limit(rows, figure, interval, limit, rule.confidence)
     return RuleVerdict(
         rule=rule,
         verdict=verdict,
         figure=figure,
         interval=interval,
-        rows_needed=more_than(row.rows, needed),
+        rows_needed=more_than(rows, needed),
     )
 
 
-def judge_rows(rule: RowsRule, row: ScoreRow) -> RuleVerdict:
+def apply_rows(rule: RowsRule, row: ScoreRow) -> RuleVerdict:
     """Apply a rule `rows`."""
     if row.rows >= rule.minimum:
         return RuleVerdict(rule=rule, verdict="passed", figure=row.rows)

@@ -1,9 +1,14 @@
 """The figures of the scoreboard that a rule of the gate can limit, with their intervals."""
 
-from distillery.evaluation.judging import is_share
-from distillery.evaluation.statistics import one_sided, scaled_interval, wilson_interval
+from distillery.evaluation.gold import is_share
+from distillery.evaluation.statistics import (
+    one_sided,
+    scaled_interval,
+    wilson_interval,
+    win_rate_interval,
+)
 from distillery.recipe import LimitRule
-from distillery.records import Estimate, Interval, ScoreRow
+from distillery.records import Estimate, Interval, PreferenceFigures, ScoreRow
 
 
 def limited_figure(row: ScoreRow, rule: LimitRule) -> tuple[float | None, Interval | None]:
@@ -16,6 +21,13 @@ def limited_figure(row: ScoreRow, rule: LimitRule) -> tuple[float | None, Interv
         if rule.confidence is not None:
             interval = wilson_interval(right, rows, one_sided(rule.confidence))
         return right / rows, interval
+    preferences = preferences_in(row, rule)
+    if preferences is not None:
+        rate = preferences.win_rate
+        if rate is None or rule.confidence is None:
+            return rate.value if rate else None, None
+        counted = (preferences.wins, preferences.ties, preferences.losses)
+        return rate.value, win_rate_interval(*counted, one_sided(rule.confidence))
     estimate = estimate_of(row, rule)
     if estimate is not None:
         interval = None
@@ -26,6 +38,17 @@ def limited_figure(row: ScoreRow, rule: LimitRule) -> tuple[float | None, Interv
     if figure is None:
         figure = getattr(row.figures, rule.figure, None)
     return figure, None
+
+
+def limited_rows(row: ScoreRow, rule: LimitRule) -> int:
+    """Return how many rows the figure that a rule limits is of."""
+    preferences = preferences_in(row, rule)
+    return preferences.rows if preferences else row.rows
+
+
+def preferences_in(row: ScoreRow, rule: LimitRule) -> PreferenceFigures | None:
+    """Return a judge's figures if the rule limits its win rate; None for other figures."""
+    return row.figures.preferences if rule.figure == "win_rate" and row.figures else None
 
 
 def share_counts(row: ScoreRow, rule: LimitRule) -> tuple[int, int] | None:

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 from distillery.data.rows import content_of_row
 from distillery.errors import DataError
 from distillery.evaluation.figures_table import render_figures_markdown
-from distillery.evaluation.judging import gold_of
+from distillery.evaluation.gold import gold_of
 from distillery.evaluation.scoreboard import GOLD, headline, plot_scoreboard, render_markdown
 from distillery.evaluation.scoring import Answers, Probabilities, Scored
 from distillery.machine import machine_name
@@ -129,7 +129,7 @@ def write_rows(
 
 
 def gold_columns(example: Example) -> dict[str, Any]:
-    """Return what judges a written answer beside the gold answer, as `judging.gold_in` reads it."""
+    """Return what a written answer is compared with beside the gold answer, for `gold.gold_in`."""
     if example.format is None:
         return {}
     columns: dict[str, Any] = {"metric": example.format.metric}

@@ -232,6 +232,26 @@ def one_sided(confidence: float) -> float:
     return 2 * confidence - 1
 
 
+def win_rate_interval(wins: int, ties: int, losses: int, confidence: float = 0.95) -> Interval:
+    """Return the interval, in [0, 1], of a win rate: the share of one or more rows that the first
+    of two predictors wins, where a tie counts as half a row.
+
+    It is 1/2 plus half the mean of a row's paired difference, which is 1, 0 or -1. The interval is
+    the adjusted Wald interval for matched pairs, with two more rows, 1/2 in each of the four cells:
+    Agresti, Min, Simple improved confidence intervals for comparing matched proportions, Statistics
+    in Medicine 24 (2005), 729-740. So it keeps a width where all rows are alike."""
+    from scipy.stats import norm
+
+    rows = wins + ties + losses
+    rate = (wins + ties / 2) / rows
+    first, second = (wins + 0.5) / (rows + 2), (losses + 0.5) / (rows + 2)
+    difference = first - second
+    error = math.sqrt((first + second - difference**2) / (rows + 2))
+    width = float(norm.ppf((1 + confidence) / 2)) * error
+    low, high = (1 + difference - width) / 2, (1 + difference + width) / 2
+    return Interval(low=max(0.0, min(low, rate)), high=min(1.0, max(high, rate)))
+
+
 def p_value_of(pairs: Paired) -> float | None:
     """Return the p value of `mcnemar_p`; None for figures that are no share of rows."""
     return mcnemar_p(pairs) if isinstance(pairs, Pairs) else None

@@ -6,7 +6,7 @@ from statistics import median
 from typing import Any
 
 from distillery.answers import NotAnAnswer, canonical
-from distillery.evaluation.judging import Gold
+from distillery.evaluation.gold import Gold
 from distillery.evaluation.metrics import Pair, field_pairs, field_statistics, field_value
 from distillery.evaluation.scoring import Answers
 from distillery.evaluation.statistics import wilson_interval

@@ -17,7 +17,7 @@ from statistics import median
 
 from distillery.data.examples import read_examples, write_examples
 from distillery.errors import ExportError, ModelError, OutOfResources
-from distillery.evaluation.judging import Gold, gold_of
+from distillery.evaluation.gold import Gold, gold_of
 from distillery.evaluation.scoring import (
     ModelToScore,
     Scored,

@@ -1,11 +1,9 @@
-"""Canary rows: rows that a run asks again, to detect whether the teacher has changed."""
+"""Canary rows: rows that a run asks again, to detect whether the teacher or a judge has changed."""
 
 import asyncio
-import heapq
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from hashlib import sha256
 from itertools import chain
 
 from distillery.errors import TeacherUnavailable
@@ -16,14 +14,19 @@ from distillery.labels.acceptance import (
     stored_answer,
 )
 from distillery.labels.labelling import Slots
-from distillery.labels.questions import Question, questions
+from distillery.labels.pairs import VERDICTS
+from distillery.labels.questions import Question, hashed_rows, questions, request_key
 from distillery.labels.store import LabelStore, StoredAnswer
-from distillery.recipe import PromptRecipe, TeacherRecipe
+from distillery.prompts import render_messages
+from distillery.recipe import JudgeRecipe, PromptRecipe, TeacherRecipe
 from distillery.records import Example, TeacherDrift
 from distillery.teacher.asking import Teacher
 from distillery.teacher.budget import Spending
 from distillery.teacher.endpoint import Endpoint
 from distillery.teacher.pace import Pace
+
+FIRST_ANSWERS = 1000
+"""A judge's answers among which its canaries are looked for."""
 
 
 async def ask_canaries(
@@ -36,15 +39,46 @@ async def ask_canaries(
     slots: Slots = nullcontext,
     spent: dict[str, float] | None = None,
 ) -> TeacherDrift:
-    """Ask the canary rows among `examples` again and return how many get another label than the
+    """Ask the canary rows among `examples` again; see `drift_of`."""
+    asked = []
+    for row in hashed_rows(examples, recipe.canaries.rows or 0):
+        asked.append(questions(row, prompt, recipe, endpoint.identity))
+    return await drift_of(asked, recipe, endpoint, store, slots=slots, spent=spent)
+
+
+def earlier_questions(judge: JudgeRecipe, identity: str, store: LabelStore) -> list[list[Question]]:
+    """Return a judge's canaries, each a row of one question: what it has answered before, as the
+    pairs of a run are new ones. Answers to other instructions or settings are left out, which
+    their keys tell; the keys are hashes, and the lowest are taken, so that new answers replace few.
+    """
+    asked: list[list[Question]] = []
+    for stored in store.first_answers(identity, FIRST_ANSWERS):
+        if len(asked) == (judge.canaries.rows or 0):
+            break
+        row = Example(example_id=stored.example_id, question="", choices=VERDICTS)
+        system = render_messages(row, judge.prompt)[0]
+        messages = [system, {"role": "user", "content": stored.prompt}]
+        if request_key(identity, messages, judge) == stored.request_key:
+            order = list(range(len(VERDICTS)))
+            asked.append([Question(stored.request_key, messages, order, row)])
+    return asked
+
+
+async def drift_of(
+    asked: Sequence[Sequence[Question]],
+    recipe: TeacherRecipe,
+    endpoint: Endpoint,
+    store: LabelStore,
+    *,
+    slots: Slots = nullcontext,
+    spent: dict[str, float] | None = None,
+) -> TeacherDrift:
+    """Ask the questions of some rows again and return how many rows get another label than the
     stored answers give. Nothing is stored.
 
     Rows that the store has no answers for are left out. `slots` and `spent` are as in `label`.
     Raises what `Teacher.ask` raises.
     """
-    asked = []
-    for row in canary_rows(examples, recipe.canaries.rows or 0):
-        asked.append(questions(row, prompt, recipe, endpoint.identity))
     before = store.get_many(question.key for row_questions in asked for question in row_questions)
     for question in chain.from_iterable(asked):
         if question.key in before:
@@ -68,13 +102,6 @@ async def ask_canaries(
     )
 
 
-def canary_rows(examples: Iterable[Example], count: int) -> list[Example]:
-    """Return `count` rows, chosen by a hash of their ids so that new rows replace few of them."""
-    return heapq.nsmallest(
-        count, examples, key=lambda row: sha256(row.example_id.encode()).digest()
-    )
-
-
 async def ask_again(
     asked: Sequence[Sequence[Question]],
     recipe: TeacherRecipe,
@@ -85,7 +112,7 @@ async def ask_again(
     """Ask all questions of these rows and return the answers that come."""
     calls_at_a_time = asyncio.Semaphore(recipe.concurrency)
     pace = Pace(recipe.concurrency, recipe.requests_per_minute, recipe.tokens_per_minute)
-    spending = Spending(recipe.budget, recipe.prices, spent)
+    spending = Spending(recipe.budget, recipe.prices, spent, recipe.section)
     async with Teacher(recipe, endpoint, pace=pace, spending=spending) as teacher:
 
         async def ask(question: Question) -> StoredAnswer | None:

@@ -238,10 +238,12 @@ class LabelFiles:
         said = ""
         if self._unread:
             said = f"; it said {', '.join(map(quoted, self._unread))}"
+        section, asked = self._recipe.section, ""
+        if minimum:
+            asked = f", and {section}.filters.minimum_accepted asks for {minimum:.0%}"
         raise TeacherError(
-            f"teacher: {tally.accepted} of {tally.rows} rows have a label, and "
-            f"teacher.filters.minimum_accepted asks for {minimum:.0%}: {reasons}{said}; "
-            "check prompt.system, teacher.max_tokens and the model"
+            f"{section}: {tally.accepted} of {tally.rows} rows have a label{asked}: "
+            f"{reasons}{said}; check {self._recipe.wording}, {section}.max_tokens and the model"
         )
 
     def _check_soft(self, final: bool) -> None:
@@ -311,6 +313,13 @@ def read_labels(folder: Path) -> dict[str, TeacherLabel]:
             "with --refresh label"
         ) from error
     return labels
+
+
+def read_rejected(folder: Path) -> dict[str, str]:
+    """Return the reasons for rejections in an artifact's folder, by example_id."""
+    with open_lines(folder / REJECTED_FILE) as lines:
+        rejected = list(map(RejectedLabel.model_validate_json, lines))
+    return {each.example_id: each.reason for each in rejected}
 
 
 def rationale_for(letter: str, done: OpenRow) -> str | None:

@@ -79,7 +79,7 @@ async def label(
     if isinstance(examples, Sequence):
         total = len(examples)
     pace = Pace(recipe.concurrency, recipe.requests_per_minute, recipe.tokens_per_minute)
-    spending = Spending(recipe.budget, recipe.prices, spent)
+    spending = Spending(recipe.budget, recipe.prices, spent, recipe.section)
     with label_files(out, prompt, recipe) as files:
         run = LabellingRun(
             prompt, recipe, endpoint.identity, store, files, pace, slots, progress, total
@@ -263,10 +263,10 @@ class LabellingRun:
         except TeacherUnavailable as error:
             if self._pace.silent_s >= self._recipe.outage_s:
                 raise
-            await self._judge_failure(question, error, teacher)
+            await self._handle_failure(question, error, teacher)
         else:
             if completion.finish_reason == "malformed":
-                self._judge_malformed(question)
+                self._handle_malformed(question)
             else:
                 self.take(question, completion)
         self.flush()
@@ -283,7 +283,7 @@ class LabellingRun:
         self.asked += 1
         self.usage = self.usage + completion.usage
 
-    async def _judge_failure(
+    async def _handle_failure(
         self, question: Question, error: TeacherUnavailable, teacher: Teacher
     ) -> None:
         """Queue a request again that the endpoint failed on, or have it fail for good.
@@ -307,7 +307,7 @@ class LabellingRun:
             return False
         return True
 
-    def _judge_malformed(self, question: Question) -> None:
+    def _handle_malformed(self, question: Question) -> None:
         """Have a request fail whose answer was no chat completion.
 
         It is queued again if no other request gets an answer either; after teacher.outage_s that
@@ -319,7 +319,7 @@ class LabellingRun:
             self._queue.put_nowait(question)
         else:
             raise TeacherUnavailable(
-                "TEACHER_MODEL_ENDPOINT: has given no chat completion for "
+                f"{self._recipe.variables}_ENDPOINT: has given no chat completion for "
                 f"{self._recipe.outage_s:.0f} s; run again later: all answers so far are kept"
             )
 

@@ -1,7 +1,9 @@
 """The requests for a row: its prompt in each order of its options, each with its key."""
 
-from collections.abc import Mapping
+import heapq
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import Any
 
 from distillery.prompts import Message, render_messages
@@ -96,3 +98,10 @@ def questions(
             key = request_key(identity, messages, recipe, vote, schema_of(row))
             asked.append(Question(key, messages, order, row))
     return asked
+
+
+def hashed_rows(examples: Iterable[Example], count: int) -> list[Example]:
+    """Return `count` rows, chosen by a hash of their ids so that new rows replace few of them."""
+    return heapq.nsmallest(
+        count, examples, key=lambda row: sha256(row.example_id.encode()).digest()
+    )

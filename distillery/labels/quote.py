@@ -1,4 +1,4 @@
-"""What labelling will cost and how long it will take, before the first call."""
+"""What labelling and a judge will cost and how long they will take, before the first call."""
 
 import math
 import os
@@ -9,10 +9,11 @@ from itertools import islice
 from distillery.data.examples import each_example
 from distillery.data.prepare import prepare
 from distillery.errors import RecipeError
-from distillery.labels.questions import Question, questions
+from distillery.labels.pairs import Pair, rows_for_judge
+from distillery.labels.questions import Question, hashed_rows, questions
 from distillery.labels.store import EXPERIENCE_ROWS, Experience, LabelStore
 from distillery.prompts import Message, TransformersTokenizer
-from distillery.recipe import PromptRecipe, Recipe, TeacherRecipe
+from distillery.recipe import JudgeRecipe, PromptRecipe, Recipe, TeacherRecipe
 from distillery.records import Example, Usage
 from distillery.storage.allowed import local_path
 from distillery.storage.working import working_folder
@@ -74,7 +75,7 @@ class Quote:
 
     `known` rows need no call; the others need `calls`. `usage` is estimated, from what `basis`
     says; the prompts' tokens are exact if `counted`. `cost` is in `currency`, and None without a
-    price table.
+    price table. `what`: what the rows are, for people.
     """
 
     rows: int
@@ -86,17 +87,18 @@ class Quote:
     cost: float | None
     currency: str
     seconds: float
+    what: str = "rows to label"
 
     def line(self) -> str:
         """Return the quote in one line."""
         if not self.calls:
-            return f"{self.rows} rows to label, all known: nothing to ask and nothing to pay"
+            return f"{self.rows} {self.what}, all known: nothing to ask and nothing to pay"
         cost = "no price table"
         if self.cost is not None:
             cost = f"about {self.cost:.2f} {self.currency}"
         certainty = "counted" if self.counted else "estimated"
         return (
-            f"{self.rows} rows to label, {self.known} known: {self.calls} calls, "
+            f"{self.rows} {self.what}, {self.known} known: {self.calls} calls, "
             f"{self.usage.prompt_tokens:,} tokens in ({certainty}), "
             f"about {self.usage.completion_tokens:,} out ({self.basis}); "
             f"{cost}, about {duration(self.seconds)}"
@@ -156,6 +158,7 @@ def quote(
         cost=cost_of(usage, recipe.prices),
         currency=recipe.prices.currency if recipe.prices else "",
         seconds=estimated_seconds(calls, usage, recipe, experience),
+        what="comparisons" if isinstance(recipe, JudgeRecipe) else "rows to label",
     )
 
 
@@ -250,17 +253,20 @@ def duration(seconds: float) -> str:
 
 def quote_recipe(recipe: Recipe) -> dict[str, Quote]:
     """Return the quotes for the splits that a run of `recipe` has labelled: train and, if the
-    teacher is an endpoint, test.
+    teacher is an endpoint, test; and for its judge, if it has one.
 
     A local teacher that is still to be trained has no answers in the store. Raises RecipeError if
-    the labels come from files or from gold.
+    the labels come from files or from gold and no judge is asked.
     """
-    teacher = recipe.teacher
-    if teacher.kind in ("gold", "file"):
+    teacher, judge = recipe.teacher, recipe.evaluation.judge
+    nobody_labels = teacher.kind in ("gold", "file")
+    if nobody_labels and judge is None:
         raise RecipeError(
             f"teacher.kind is {teacher.kind}: no teacher is asked, so there is nothing to pay"
         )
     splits, identity = ["train"], "a teacher that is yet to be trained"
+    if nobody_labels:
+        splits = []
     if teacher.kind == "endpoint":
         splits, identity = ["train", "test"], teacher_identity(recipe.teacher, None)
     tokenizer = named_tokenizer(teacher)
@@ -272,4 +278,20 @@ def quote_recipe(recipe: Recipe) -> dict[str, Quote]:
             rows = each_example(folder / f"{split}.jsonl")
             asked = recipe.teacher_of_test_rows if split == "test" else teacher
             quotes[split] = quote(rows, recipe.prompt, asked, identity, store, tokens)
+        if judge:
+            test = each_example(folder / "test.jsonl")
+            quotes["judge"] = quote_judge(test, recipe.prompt, judge, store)
     return quotes
+
+
+def quote_judge(
+    test: Iterable[Example], prompt: PromptRecipe, judge: JudgeRecipe, store: LabelStore
+) -> Quote:
+    """Return what a judge is asked at most. The gold answers stand for those of student and
+    teacher, which nobody knows yet."""
+    pairs = []
+    for row in hashed_rows(test, judge.rows):
+        gold = str(row.answer_key)
+        pairs.append(Pair(row, f"{gold}.", gold))
+    rows = rows_for_judge(pairs, prompt)
+    return quote(rows, judge.prompt, judge, teacher_identity(judge, None), store)

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from time import sleep
@@ -39,6 +39,8 @@ from sqlalchemy.sql import select
 
 from distillery.data.answer_tokens import unpacked
 from distillery.errors import DataError, StoreError
+from distillery.labels.pairs import both_orders
+from distillery.recipe import JUDGE
 from distillery.storage.database import METADATA, Database
 
 
@@ -227,6 +229,12 @@ class LabelStore:
             return None
         return Experience(count, tokens / characters, float(completion_tokens), float(latency_ms))
 
+    def first_answers(self, teacher: str, count: int) -> list[StoredAnswer]:
+        """Return up to `count` of a teacher's answers, those with the lowest keys."""
+        of_teacher = select(*ANSWER_COLUMNS).where(TABLE.c.teacher == teacher)
+        rows = self._rows(of_teacher.order_by(TABLE.c.request_key).limit(count))
+        return [StoredAnswer(*row) for row in rows]
+
     def add(self, answer: StoredAnswer) -> None:
         """Hand an answer to the writer, without waiting. Raises the writer's failure."""
         self._raise_failure()
@@ -268,7 +276,8 @@ class LabelStore:
 
     def export_rows(self, path: Path, form: RowForm, teacher: str | None = None) -> int:
         """Write the answers that are labels, of one teacher or of all, as training rows: one JSON
-        object a line, in the order of their keys. Return their number.
+        object a line, in the order of their keys; what a judge says is no label. Return their
+        number.
 
         question-answer: {"Question": user message, "Answer": letter or class}. messages:
         {"messages": [...]}, the same as a chat; the store keeps no system message. Raises DataError
@@ -282,7 +291,8 @@ class LabelStore:
             for page in self._pages(teacher):
                 for row in page:
                     # Answers of the first versions were stored without their prompts.
-                    if row["answer"] is None or not row["prompt"]:
+                    is_label = row["answer"] is not None and not row["teacher"].startswith(JUDGE)
+                    if not is_label or not row["prompt"]:
                         continue
                     line = training_row(row["prompt"], row["answer"], form)
                     file.write(json.dumps(line, ensure_ascii=False) + "\n")
@@ -347,9 +357,10 @@ class LabelStore:
     ) -> int:
         """Delete answers and return how many; in a dry run, return how many it would be.
 
-        Deleted are the answers to the rows with the ids `rows`, those whose prompt or answer
-        contains one of the texts `containing` (in any case), and if `rejected`, those that are no
-        label. What was made of them before stays where it is: see docs/how-to/labels.md.
+        Deleted are the answers to the rows with the ids `rows`, of judges too, those whose prompt
+        or answer contains one of the texts `containing` (in any case), and if `rejected`, those
+        that are no label. What was made of them before stays where it is: see
+        docs/how-to/labels.md.
         """
         conditions: list[Any] = []
         if rejected:
@@ -357,7 +368,8 @@ class LabelStore:
         for text in filter(None, containing):
             conditions.append(TABLE.c.prompt.icontains(text, autoescape=True))
             conditions.append(TABLE.c.raw.icontains(text, autoescape=True))
-        for chunk in chunks(dict.fromkeys(filter(None, rows))):
+        ids = dict.fromkeys(filter(None, rows))
+        for chunk in chunks(chain(ids, *map(both_orders, ids))):
             conditions.append(TABLE.c.example_id.in_(chunk))
         # All in one transaction.
         count = self._database.run(partial(delete_answers, conditions=conditions, dry_run=dry_run))

@@ -8,6 +8,7 @@ from distillery.recipe.base_model import BaseModelRecipe
 from distillery.recipe.dataset import Columns, DatasetRecipe
 from distillery.recipe.evaluation import EvaluationRecipe
 from distillery.recipe.export import Choose, ExportBounds, ExportForm, ExportRecipe
+from distillery.recipe.judge import JUDGE, JudgeRecipe
 from distillery.recipe.load import load_recipe, load_space, parse_recipe
 from distillery.recipe.preset import PRESETS
 from distillery.recipe.prompt import PromptRecipe
@@ -36,6 +37,7 @@ from distillery.recipe.teacher import (
 from distillery.recipe.training import LoraRecipe, TrainingRecipe
 
 __all__ = [
+    "JUDGE",
     "METRIC_NAMES",
     "PRESETS",
     "AbstainRecipe",
@@ -54,6 +56,7 @@ __all__ = [
     "FilterRecipe",
     "GateRule",
     "HealingRecipe",
+    "JudgeRecipe",
     "KeepsRule",
     "LayerChoice",
     "Layers",

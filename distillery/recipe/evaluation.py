@@ -1,10 +1,11 @@
-"""The evaluation slice: what the gate asks of a student before it is registered."""
+"""The evaluation slice: what the gate asks of a student before it is registered, and the judge."""
 
 from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from distillery.recipe.base import Slice
+from distillery.recipe.judge import JudgeRecipe
 from distillery.recipe.rules import BetterRule, GateRule, KeepsRule, NotWorseRule
 
 DEFAULT_RULES: tuple[GateRule, ...] = (
@@ -23,13 +24,14 @@ NEAREST_RULE = BetterRule(kind="better", than="nearest answer")
 
 
 class EvaluationRecipe(Slice):
-    """The gate's rules. All go by the test rows, and the student must pass each of them.
+    """The gate's rules, and a judge of texts. All go by the test rows, and the student must pass
+    each rule.
 
     `minimum_kept` and `maximum_loss` are older settings, by point estimates. Each takes the place
     of the rules of its kind, given or default, and leaves the other rules as they are.
     """
 
-    added_later: ClassVar[frozenset[str]] = frozenset({"rules", "on_refusal"})
+    added_later: ClassVar[frozenset[str]] = frozenset({"rules", "on_refusal", "judge"})
 
     rules: tuple[GateRule, ...] | None = None
     """What the student must show, such as [{kind: better, than: majority class}]. []: nothing.
@@ -51,6 +53,10 @@ class EvaluationRecipe(Slice):
     """What becomes of a run whose student the gate refuses. complete: it completes, and the
     champion stays. fail: it fails once everything is recorded, and `python -m flows.distill` exits
     with 3, so that CI fails."""
+
+    judge: JudgeRecipe | None = Field(None, exclude_if=lambda judge: judge is None)
+    """With task.kind: generate, a model that compares the student's answers with the teacher's.
+    null: none is asked."""
 
     def gate_rules(self, starts_from_base: bool, writes: bool = False) -> tuple[GateRule, ...]:
         """Return the rules that hold; `starts_from_base` tells whether the student starts from the

@@ -136,6 +136,14 @@ def roles_of_files(values: dict[str, Any]) -> list[str]:
     return [role for role in get_args(Role) if isinstance(files, dict) and role in files]
 
 
+def slice_of(annotation: Any) -> type[BaseModel] | None:
+    """Return the slice that a field holds, also one that may be null; None for other fields."""
+    for kind in (annotation, *get_args(annotation)):
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            return kind
+    return None
+
+
 def merge(base: dict[str, Any], over: dict[str, Any], model: type[BaseModel]) -> dict[str, Any]:
     """Return `base` with the keys of `over` replaced, slice by slice of `model`.
 
@@ -145,11 +153,11 @@ def merge(base: dict[str, Any], over: dict[str, Any], model: type[BaseModel]) ->
     """
     result = dict(base)
     for key, value in over.items():
-        kind = model.model_fields[key].annotation if key in model.model_fields else None
+        kind = slice_of(model.model_fields[key].annotation) if key in model.model_fields else None
         below = base.get(key, {})
         if key == "layers" or not isinstance(value, dict) or not isinstance(below, dict):
             result[key] = value
-        elif isinstance(kind, type) and issubclass(kind, BaseModel):
+        elif kind is not None:
             if value.get("precision", below.get("precision")) != below.get("precision"):
                 below = {name: item for name, item in below.items() if name != "algorithm"}
             result[key] = merge(below, value, kind)

@@ -25,7 +25,7 @@ from distillery.recipe.training import TrainingRecipe
 
 FIELDS_ONLY = frozenset({"field_f1", "field dictionary"})
 
-TEXT_ONLY = frozenset({"rouge_l", "chrf", "bleu"})
+TEXT_ONLY = frozenset({"rouge_l", "chrf", "bleu", "win_rate"})
 
 WRITTEN_ONLY = (
     FIELDS_ONLY | TEXT_ONLY | {"exact_match", "valid", "tokens_per_second", "nearest answer"}
@@ -218,7 +218,12 @@ class Recipe(Slice):
 
     @model_validator(mode="after")
     def check_rules(self) -> Self:
-        """Refuse rules by predictors and figures that the scoreboard of such a task lacks."""
+        """Refuse a judge of anything but texts, and rules by predictors and figures that the
+        scoreboard of such a task lacks."""
+        if self.evaluation.judge and self.task.kind != "generate":
+            raise ValueError(
+                f"evaluation.judge: compares texts, and task.kind is {self.task.kind}; remove it"
+            )
         lacking = CHOSEN_ONLY if self.task.writes else WRITTEN_ONLY
         lacking |= {"extract": TEXT_ONLY, "generate": FIELDS_ONLY}.get(self.task.kind, frozenset())
         for rule in self.evaluation.rules or ():
@@ -227,6 +232,11 @@ class Recipe(Slice):
                 raise ValueError(
                     f"evaluation.rules: {asked}: is not on the scoreboard of task.kind: "
                     f"{self.task.kind}; remove this rule"
+                )
+            if asked == "win_rate" and self.evaluation.judge is None:
+                raise ValueError(
+                    "evaluation.rules: win_rate: no judge is asked; add evaluation.judge, or "
+                    "remove this rule"
                 )
         return self
 

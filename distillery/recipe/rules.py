@@ -128,6 +128,7 @@ Estimated = Literal[
     "chrf",
     "bleu",
     "valid",
+    "win_rate",
 ]
 """Figures that are estimates from the test rows, so that they have intervals."""
 
@@ -158,10 +159,11 @@ class LimitRule(Rule):
     """The figure. From 0 to 1: accuracy, agreement with the teacher, macro_f1, the recall of a
     class, the expected calibration_error, and order_robustness, the share of rows answered alike in
     another order of options. Where answers are written, accuracy is task.metric, and there are
-    exact_match, field_f1 or rouge_l, chrf and bleu, and valid, the share of rows with a valid
-    answer; all from 0 to 1. kl_from_teacher in nats. Latencies and first_token_ms, the time to the
-    first token, in milliseconds, load_s in seconds, peak_mib in MiB, the folder's bytes,
-    parameters, rows a second, and tokens a second of written answers."""
+    exact_match, field_f1 or rouge_l, chrf and bleu, valid, the share of rows with a valid answer,
+    and win_rate by evaluation.judge, 0.5 where it prefers neither student nor teacher; all from 0
+    to 1. kl_from_teacher in nats. Latencies and first_token_ms, the time to the first token, in
+    milliseconds, load_s in seconds, peak_mib in MiB, the folder's bytes, parameters, rows a second,
+    and tokens a second of written answers."""
 
     of_class: str | None = Field(
         None, pattern=r"^[^\n|]+$", validation_alias=AliasChoices("class", "of_class")

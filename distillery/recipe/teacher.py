@@ -138,6 +138,15 @@ class CanaryRecipe(Slice):
 class TeacherRecipe(Slice):
     """Who labels the rows, and how."""
 
+    section: ClassVar[str] = "teacher"
+    """Where these settings stand in a recipe, for messages."""
+
+    wording: ClassVar[str] = "prompt.system"
+    """Which setting tells the model what to answer, for messages."""
+
+    variables: ClassVar[str] = "TEACHER_MODEL"
+    """What the names of the environment variables begin with that tell of the endpoint."""
+
     added_later: ClassVar[frozenset[str]] = frozenset(
         {"terms", "largest_shift", "insist", "max_age", "stop"}
     )
@@ -244,6 +253,15 @@ class TeacherRecipe(Slice):
         return self.model_dump_json(
             include={"soft_labels", "temperature", "max_tokens", "stop", "answers", "filters"}
         )
+
+    @property
+    def who(self) -> str:
+        """What messages call the model: teacher or judge."""
+        return self.section.rpartition(".")[2]
+
+    def stored_as(self, model: str) -> str:
+        """Return the name under which the label store keeps the answers of an endpoint's model."""
+        return self.identity or model
 
     def for_own_model(self, prompt: PromptRecipe) -> Self:
         """Return these settings for a model that the run has trained on `prompt`. A letter or class

@@ -90,6 +90,9 @@ def model_card(name: str, provenance: Mapping[str, Any]) -> str:
         "Training": student.method,
         f"{metric_name} on {row.rows:,} test rows": f"{row.accuracy:.3f} {interval}",
     }
+    if row.figures and row.figures.preferences:
+        found = row.figures.preferences
+        facts["Texts beside the teacher's"] = f"{found.line()}; judge: {found.judge}"
     if model.abstention:
         facts["Abstains"] = f"below a probability of {model.abstention.threshold:.3f}"
     lines = [

@@ -21,7 +21,7 @@ from distillery.data.readers import read_file
 from distillery.data.rows import RowReader, validated_rows
 from distillery.errors import ArtifactDamaged, DataError, RegistryError
 from distillery.evaluation.gate import AnswerRows, EarlierVersion, compare
-from distillery.evaluation.judging import gold_in
+from distillery.evaluation.gold import gold_in
 from distillery.evaluation.report import (
     REGISTERED_ANSWERS,
     RowContent,
@@ -39,6 +39,7 @@ from distillery.records import (
     Example,
     Interval,
     OnnxModel,
+    PreferenceFigures,
     PreparedDataset,
     PreparedTeacher,
     Record,
@@ -72,7 +73,8 @@ class Side(Record):
     """A model of a comparison. What is not known is None or empty.
 
     `correct` answers of the shared rows; `accuracy`: the primary figure on them, see
-    ModelComparison; `interval`: its own, at 95 %. `bytes`: of its
+    ModelComparison; `interval`: its own, at 95 %. `preferences`: a judge's, of its texts beside its
+    teacher's, on the test rows of its own run. `bytes`: of its
     folder. `p50_ms`: median latency of a row, in milliseconds; `peak_mib`: memory, in MiB;
     `machine`: where these and `rows_per_second` were measured. `calls`, `usage` and `cost`: what
     the run that labelled its rows asked the teacher. `training_minutes`: with that of a local
@@ -83,6 +85,7 @@ class Side(Record):
     correct: int
     accuracy: float
     interval: Interval
+    preferences: PreferenceFigures | None = None
     teacher: str = ""
     base: str = ""
     parameters: int | None = None
@@ -407,6 +410,7 @@ def registered_figures(subject: Subject) -> dict[str, Any]:
             "p50_ms": row.p50_ms,
             "peak_mib": row.peak_mib,
             "machine": report.machine,
+            "preferences": row.figures.preferences if row.figures else None,
         }
     return figures
 

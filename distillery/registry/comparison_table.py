@@ -47,6 +47,15 @@ def flip_lines(found: Flip) -> Iterator[str]:
     yield f"    gold {named(found.gold)}; {named(found.first)} against {named(found.second)}"
 
 
+def win_rate(side: Side) -> str:
+    """Return a judge's win rate of a model's texts against its teacher's; '' without a judge."""
+    found = side.preferences
+    if found is None or found.win_rate is None:
+        return ""
+    rate = found.win_rate
+    return f"{rate.value:.3f} [{rate.low:.3f}, {rate.high:.3f}], {found.judge}"
+
+
 def figure(value: float | None, template: str, divisor: float = 1) -> str:
     return "" if value is None else template.format(value / divisor)
 
@@ -55,6 +64,7 @@ CELLS: dict[str, Callable[[Side], str]] = {
     "accuracy [95 %]": lambda side: (
         f"{side.accuracy:.3f} [{side.interval.low:.3f}, {side.interval.high:.3f}]"
     ),
+    "win rate against its teacher [95 %]": win_rate,
     "parameters": lambda side: figure(side.parameters, "{:,.1f} M", 1e6),
     "folder": lambda side: figure(side.bytes, "{:,.0f} MB", 1e6),
     "rows a second": lambda side: figure(side.rows_per_second, "{:,.1f}"),

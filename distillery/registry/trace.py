@@ -14,6 +14,7 @@ from distillery.records import (
     EvaluationReport,
     GateDecision,
     OnnxModel,
+    Preferences,
     PreparedDataset,
     PreparedTeacher,
     Record,
@@ -43,8 +44,8 @@ class Work(Record):
 
 
 class Payment(Record):
-    """What a run paid for answers. The answers that it found in the label database are not in it:
-    they were paid for by an earlier run."""
+    """What a run paid for answers, of train rows, test rows or a judge. The answers that it found
+    in the label database are not in it: they were paid for by an earlier run."""
 
     labels: str
     calls: int
@@ -124,7 +125,7 @@ def trace(registry: Registry, model: RegisteredModel) -> Trace:
         verdict=decision.reason if decision else "",
         code=f"{made.get('distillery', '')} {made.get('code_sha256', '')[:12]}".strip(),
         packages=made.get("packages", {}),
-        payments=tuple(payments_in(made)),
+        payments=(*payments_in(made), *judge_payments_in(made)),
         work=tuple(work_in(made)),
         files=tuple(FileEntry.model_validate(entry) for entry in manifest["files"]),
     )
@@ -150,6 +151,7 @@ def work_in(made: dict[str, Any]) -> Iterator[Work]:
         "train student": record_in(made, "student", StudentCheckpoint),
         "export student": record_in(made, "model", OnnxModel),
         "evaluate": record_in(made, "evaluation", EvaluationReport),
+        "ask judge": record_in(made, "preferences", Preferences),
     }
     for stage, record in stages.items():
         if record:
@@ -174,6 +176,19 @@ def payments_in(made: dict[str, Any]) -> Iterator[Payment]:
                 cost=labels.cost,
                 currency=labels.currency,
             )
+
+
+def judge_payments_in(made: dict[str, Any]) -> Iterator[Payment]:
+    """Yield what was paid for a judge of the texts, if one was asked."""
+    found = record_in(made, "preferences", Preferences)
+    if found:
+        yield Payment(
+            labels="judge",
+            calls=found.asked,
+            usage=found.usage,
+            cost=found.cost,
+            currency=found.currency,
+        )
 
 
 class RowUse(Record):

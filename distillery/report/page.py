@@ -21,6 +21,7 @@ from distillery.evaluation.figures_table import (
     written_table,
 )
 from distillery.evaluation.linear_probe import PROBE
+from distillery.evaluation.preferences import Preference, read_preferences
 from distillery.evaluation.report import write_text
 from distillery.export import ladder_table
 from distillery.labels.report import LabelReport
@@ -33,6 +34,7 @@ from distillery.records import (
     Ladder,
     OrderRobustness,
     Outcome,
+    Preferences,
     ScoreRow,
 )
 from distillery.report.charts import (
@@ -100,7 +102,8 @@ class Chart:
 class BrowsedRow:
     """A row of the error browser. `champion`: its letter, or None if it was not asked.
     `confidence`: the student's. Where answers are written, they are texts, `confidence` is the
-    score of the student's, and `reasons` tell by who was asked why there is none."""
+    score of the student's, `reasons` tell by who was asked why there is none, and `preference` is a
+    judge's, or None where it compared other rows."""
 
     row: AnsweredRow
     teacher: str
@@ -108,6 +111,7 @@ class BrowsedRow:
     champion: str | None
     confidence: float | None
     reasons: Mapping[str, str] = field(default_factory=dict)
+    preference: Preference | None = None
 
     @property
     def is_wrong(self) -> bool:
@@ -143,18 +147,20 @@ def write_page(
     verdict: str,
     stages: Sequence[StageLine],
     champion_answers: Path | None = None,
+    preferences: Path | None = None,
 ) -> None:
     """Write report.html into the folder `out`.
 
     `evaluation` is the folder of the outcome's evaluation. `verdict` is the gate's decision in one
     line. `champion_answers`: the answers.jsonl of the champion that the gate compared with.
-    Raises DataError for a file that can't be read."""
+    `preferences`: the folder of a judge's. Raises DataError for a file that can't be read."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     evaluated = read_evaluation(evaluation)
     champion = ChampionAnswers(champion_answers) if champion_answers else None
     board, candidate = outcome.report.scoreboard, outcome.report.candidate
-    browsed = browsed_rows(evaluated, candidate, champion)
+    preferred = read_preferences(preferences) if preferences else {}
+    browsed = browsed_rows(evaluated, candidate, champion, preferred)
     letters = answered_letters(evaluated)
     script = (HERE / "filters.js").read_text(encoding="utf-8")
     environment = Environment(
@@ -197,6 +203,7 @@ def write_page(
             ("of the labels", "figure"),
             labelling_facts(outcome.labels, labels),
         ),
+        judge=judge_table(outcome.preferences) if outcome.preferences else None,
         doubtful=doubtful_table(evaluated, candidate),
         browsed=browsed[:SHOWN_ROWS],
         rows=len(browsed),
@@ -454,8 +461,35 @@ def latency(board: Sequence[ScoreRow], figures: Mapping[str, Figures]) -> Chart 
     return Chart(title, plot_latency(latencies, title), Table(title, titles, rows))
 
 
+def judge_table(found: Preferences) -> Table:
+    """Return what a judge said of the student's texts beside the teacher's, and what it cost."""
+    figures = found.figures
+    rows = [
+        ["judge", figures.judge],
+        ["rows", f"{figures.rows:,}"],
+        ["wins of the student", f"{figures.wins:,}"],
+        ["ties", f"{figures.ties:,}"],
+        ["losses of the student", f"{figures.losses:,}"],
+        ["win rate, a tie counting as half a row", estimate(figures.win_rate)],
+    ]
+    if figures.disagreement is not None:
+        asked = f"of {figures.compared:,} rows that it was asked about, its two orders disagree on"
+        rows.append([asked, f"{figures.disagree:,} ({figures.disagreement:.1%})"])
+    for reason, count in figures.left_out.items():
+        rows.append([f"left out: {reason}", f"{count:,}"])
+    rows.append(["calls", f"{found.asked:,}"])
+    rows.append(["tokens in", f"{found.usage.prompt_tokens:,}"])
+    rows.append(["tokens out", f"{found.usage.completion_tokens:,}"])
+    if found.cost is not None:
+        rows.append(["cost", f"{found.cost:.2f} {found.currency}"])
+    return Table("The student's texts beside the teacher's", ("by the judge", "figure"), rows)
+
+
 def browsed_rows(
-    evaluated: Evaluated, candidate: str, champion: ChampionAnswers | None
+    evaluated: Evaluated,
+    candidate: str,
+    champion: ChampionAnswers | None,
+    preferred: Mapping[str, Preference],
 ) -> list[BrowsedRow]:
     """Return the test rows in their order; of more than SHOWN_ROWS, those first that student,
     teacher or champion answers otherwise than gold."""
@@ -475,6 +509,7 @@ def browsed_rows(
                     "student": row.no_answer.get(candidate, ""),
                     "teacher": row.no_answer.get(evaluated.teacher, ""),
                 },
+                preference=preferred.get(row.example_id),
             )
         )
     if len(browsed) > SHOWN_ROWS:

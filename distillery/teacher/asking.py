@@ -75,7 +75,7 @@ class Teacher:
         self._pace = pace or Pace(
             recipe.concurrency, recipe.requests_per_minute, recipe.tokens_per_minute
         )
-        self._spending = spending or Spending(recipe.budget, recipe.prices)
+        self._spending = spending or Spending(recipe.budget, recipe.prices, section=recipe.section)
         self._demand_log_probabilities = demand_log_probabilities
         self._options = CallOptions(
             recipe.max_tokens,

@@ -3,7 +3,7 @@
 import asyncio
 
 from distillery.errors import BudgetReached
-from distillery.recipe import BudgetRecipe, PriceRecipe
+from distillery.recipe import BudgetRecipe, PriceRecipe, TeacherRecipe
 from distillery.records import Usage
 
 
@@ -33,7 +33,8 @@ class Spending:
     - A call that does not fit waits as long as other calls are under way: they may settle for less.
       If none is, the cap itself is reached.
 
-    `spent` is what the run has spent in other stages, by name; this object adds to it.
+    `spent` is what the run has spent in other stages, by name; this object adds to it. `section`:
+    the recipe's section with the budget, for messages.
     """
 
     def __init__(
@@ -41,9 +42,11 @@ class Spending:
         budget: BudgetRecipe,
         prices: PriceRecipe | None,
         spent: dict[str, float] | None = None,
+        section: str = TeacherRecipe.section,
     ) -> None:
         self._caps: dict[str, float] = budget.model_dump(exclude_none=True)
         self._prices = prices
+        self._section = section
         self._spent = {} if spent is None else spent
         for name in ("cost", "tokens", "calls"):
             self._spent.setdefault(name, 0.0)
@@ -60,9 +63,9 @@ class Spending:
                 break
             if not self._reserved["calls"]:
                 raise BudgetReached(
-                    f"teacher.budget.{name}: {self._spent[name]:g} of {self._caps[name]:g} spent "
-                    "in this run, and the next call could exceed it; all answers are kept: run "
-                    "again to continue, or raise the cap"
+                    f"{self._section}.budget.{name}: {self._spent[name]:g} of "
+                    f"{self._caps[name]:g} spent in this run, and the next call could exceed it; "
+                    "all answers are kept: run again to continue, or raise the cap"
                 )
             self._settled.clear()
             await self._settled.wait()

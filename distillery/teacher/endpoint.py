@@ -10,6 +10,7 @@ from pydantic import SecretStr
 from distillery.errors import CredentialsError
 from distillery.recipe import TeacherRecipe
 from distillery.settings import TeacherSettings, is_loopback, not_set
+from distillery.teacher.identity import endpoint_settings
 
 if TYPE_CHECKING:
     from azure.core.credentials_async import AsyncTokenCredential
@@ -44,13 +45,16 @@ SHORTEST_SECRET = 8
 @dataclass(frozen=True)
 class Endpoint:
     """Where the teacher answers. `identity` names it in the label store. `key` is None if
-    azure-identity logs in, or if a server on this machine needs no key."""
+    azure-identity logs in, or if a server on this machine needs no key. `section` and `variables`
+    are the recipe's, for messages."""
 
     url: str
     model: str
     key: SecretStr | None
     identity: str
     sdk: Sdk
+    section: str = TeacherRecipe.section
+    variables: str = TeacherRecipe.variables
 
     @property
     def is_local(self) -> bool:
@@ -81,30 +85,32 @@ class Endpoint:
 
 
 def resolve_endpoint(recipe: TeacherRecipe, settings: TeacherSettings | None = None) -> Endpoint:
-    """Return the endpoint that TEACHER_MODEL_* name. Raises CredentialsError with the names of
-    those that are missing or wrong."""
-    settings = settings or TeacherSettings()
+    """Return the endpoint that TEACHER_MODEL_* name, or JUDGE_MODEL_* for a judge. Raises
+    CredentialsError with the names of those that are missing or wrong."""
+    settings, variables = settings or endpoint_settings(recipe), recipe.variables
     model = settings.model.strip()
     address = settings.endpoint.strip()
     key = settings.key.get_secret_value().strip()
     missing = []
     if not model:
-        missing.append("TEACHER_MODEL_NAME")
+        missing.append(f"{variables}_NAME")
     if not address:
-        missing.append("TEACHER_MODEL_ENDPOINT")
+        missing.append(f"{variables}_ENDPOINT")
     if missing and not key:
-        missing.append("TEACHER_MODEL_KEY")
+        missing.append(f"{variables}_KEY")
     if missing:
         raise not_set(missing)
-    url = base_url_of(address)
-    check_deployment_name(address, model)
-    check_key(key, url)
+    url = base_url_of(address, variables)
+    check_deployment_name(address, model, variables)
+    check_key(key, url, variables)
     return Endpoint(
         url=url,
         model=model,
         key=SecretStr(key) if key else None,
-        identity=recipe.identity or model,
+        identity=recipe.stored_as(model),
         sdk=infer_sdk(url) if recipe.sdk == "auto" else recipe.sdk,
+        section=recipe.section,
+        variables=variables,
     )
 
 
@@ -120,7 +126,7 @@ def infer_sdk(url: str) -> Sdk:
     return "openai"
 
 
-def base_url_of(address: str) -> str:
+def base_url_of(address: str, variables: str) -> str:
     """Return the URL up to /chat/completions, as both SDKs need it. Of a resource on Azure it is
     that of the v1 endpoint, whichever of the portals' addresses is given, except /models. Raises
     CredentialsError if `address` is not a usable URL."""
@@ -131,11 +137,11 @@ def base_url_of(address: str) -> str:
         valid = False
     if not valid:
         raise CredentialsError(
-            "TEACHER_MODEL_ENDPOINT: not a valid URL; it must start with https:// and name a host"
+            f"{variables}_ENDPOINT: not a valid URL; it must start with https:// and name a host"
         )
     if "@" in parts.netloc:
         raise CredentialsError(
-            "TEACHER_MODEL_ENDPOINT: contains a user name; put the key in TEACHER_MODEL_KEY"
+            f"{variables}_ENDPOINT: contains a user name; put the key in {variables}_KEY"
         )
     path = parts.path.rstrip("/").removesuffix("/chat/completions")
     is_older = not path or f"{path}/".startswith(OLDER_PATHS)
@@ -144,38 +150,38 @@ def base_url_of(address: str) -> str:
     return urlunsplit((parts.scheme, parts.netloc, path, "", ""))
 
 
-def check_deployment_name(address: str, model: str) -> None:
+def check_deployment_name(address: str, model: str, variables: str) -> None:
     """Raise CredentialsError if an address on Azure names another deployment than `model`: the v1
     endpoint is told the deployment's name in the request."""
     _, found, rest = urlsplit(address).path.partition("/openai/deployments/")
     named = unquote(rest.split("/")[0])
     if found and host_of(address).endswith(RESOURCE_HOSTS) and named != model:
         raise CredentialsError(
-            f"TEACHER_MODEL_NAME {model}: TEACHER_MODEL_ENDPOINT names the deployment {named}; set "
-            f"TEACHER_MODEL_NAME={named}, or take /openai/deployments/... off the address"
+            f"{variables}_NAME {model}: {variables}_ENDPOINT names the deployment {named}; set "
+            f"{variables}_NAME={named}, or take /openai/deployments/... off the address"
         )
 
 
-def check_key(key: str, url: str) -> None:
+def check_key(key: str, url: str, variables: str) -> None:
     """Raise CredentialsError if the key cannot be one, is missing where one is needed, or would
     travel unencrypted. A server without TLS on another machine is asked without a key."""
     host = host_of(url)
     is_plain = urlsplit(url).scheme == "http" and not is_loopback(host)
     if is_plain and host.endswith(AZURE_HOSTS):
-        raise CredentialsError("TEACHER_MODEL_ENDPOINT: Azure needs https://; correct it")
+        raise CredentialsError(f"{variables}_ENDPOINT: Azure needs https://; correct it")
     if is_plain and key:
         raise CredentialsError(
-            f"TEACHER_MODEL_ENDPOINT: http:// would send the key to {host} unencrypted; use "
-            "https://, or leave TEACHER_MODEL_KEY empty if the server needs none"
+            f"{variables}_ENDPOINT: http:// would send the key to {host} unencrypted; use "
+            f"https://, or leave {variables}_KEY empty if the server needs none"
         )
     if not key and not is_plain and not is_loopback(host) and not host.endswith(AZURE_HOSTS):
         raise CredentialsError(
-            f"TEACHER_MODEL_KEY: not set, and {host} is not an Azure host that azure-identity can "
+            f"{variables}_KEY: not set, and {host} is not an Azure host that azure-identity can "
             "log in to; set the key (any word if the server needs none)"
         )
     if key and not (key.isascii() and key.isprintable()):
         raise CredentialsError(
-            "TEACHER_MODEL_KEY: contains characters that no key has; copy it again"
+            f"{variables}_KEY: contains characters that no key has; copy it again"
         )
 
 
@@ -200,7 +206,8 @@ async def log_in(endpoint: Endpoint) -> "AsyncTokenCredential | None":
         trouble = f"gives no token within {LOGIN_S:g} s"
     await credential.close()
     raise CredentialsError(
-        f"TEACHER_MODEL_KEY: not set, and azure-identity {trouble}; set the key, or run 'az login'"
+        f"{endpoint.variables}_KEY: not set, and azure-identity {trouble}; set the key, or run "
+        "'az login'"
     )
 
 

@@ -125,57 +125,59 @@ def final_error(
     failure: CallFailed, endpoint: Endpoint, attempts: int, timeout_s: float
 ) -> DistilleryError:
     """Return the error that ends a call after its last try, with the settings to look at."""
-    status, url = failure.status, endpoint.url
+    status, url, variables = failure.status, endpoint.url, endpoint.variables
     if status in (401, 403):
         if not endpoint.needs_login:
             return CredentialsError(
-                f"TEACHER_MODEL_KEY: refused by {url} ({status}); check that it is the key of "
-                "TEACHER_MODEL_ENDPOINT"
+                f"{variables}_KEY: refused by {url} ({status}); check that it is the key of "
+                f"{variables}_ENDPOINT"
             )
         return CredentialsError(
             f"azure-identity's login: refused by {url} ({status}); give it the role Cognitive "
-            "Services User on that resource, or set TEACHER_MODEL_KEY"
+            f"Services User on that resource, or set {variables}_KEY"
         )
     unknown_model = failure.code.lower() in UNKNOWN_MODEL_CODES
     if status in (404, 410) and endpoint.successor and not unknown_model:
         return TeacherError(
-            f"TEACHER_MODEL_ENDPOINT {url}: not found ({status}); Azure retired its model "
-            f"inference API on 2026-08-26: set TEACHER_MODEL_ENDPOINT={endpoint.successor.url}"
+            f"{variables}_ENDPOINT {url}: not found ({status}); Azure retired its model "
+            f"inference API on 2026-08-26: set {variables}_ENDPOINT={endpoint.successor.url}"
         )
     target = urlsplit(failure.headers.get("location", ""))
     if status in (301, 302, 303, 307, 308) and target.path:
         return TeacherError(
-            f"TEACHER_MODEL_ENDPOINT {url}: redirects ({status}) to {target.netloc}{target.path}, "
+            f"{variables}_ENDPOINT {url}: redirects ({status}) to {target.netloc}{target.path}, "
             "where the key is not sent; set the address that answers itself"
         )
     if status == 404 or unknown_model:
         return TeacherError(
-            f"TEACHER_MODEL_NAME {endpoint.model}: not found at TEACHER_MODEL_ENDPOINT {url} "
+            f"{variables}_NAME {endpoint.model}: not found at {variables}_ENDPOINT {url} "
             f"({status}); check both"
         )
     if failure.is_worth_a_retry and status != MALFORMED:
-        trouble = describe_trouble(failure, attempts, timeout_s)
+        trouble = describe_trouble(failure, attempts, timeout_s, endpoint.section)
         return TeacherUnavailable(
-            f"TEACHER_MODEL_ENDPOINT {url}: {trouble}", overloaded=status == 429
+            f"{variables}_ENDPOINT {url}: {trouble}", overloaded=status == 429
         )
     return TeacherError(
-        f"TEACHER_MODEL_ENDPOINT {url}: returned no chat completion ({status}: "
+        f"{variables}_ENDPOINT {url}: returned no chat completion ({status}: "
         f"{failure.message[:200]}); check that it is a chat-completions endpoint and accepts these "
-        "teacher settings"
+        f"{endpoint.section} settings"
     )
 
 
-def describe_trouble(failure: CallFailed, attempts: int, timeout_s: float) -> str:
+def describe_trouble(failure: CallFailed, attempts: int, timeout_s: float, section: str) -> str:
     """Return what went wrong in all tries of a call, and what to do about it."""
     tries = "after 1 try" if attempts == 1 else f"after {attempts} tries"
     if failure.status == 429:
         return (
-            f"too many requests (429) {tries}; lower teacher.concurrency or raise teacher.attempts"
+            f"too many requests (429) {tries}; lower {section}.concurrency or raise "
+            f"{section}.attempts"
         )
     if failure.status is not None:
         return f"fails with {failure.status} {tries}; try again later"
     if failure.timed_out:
         return (
-            f"no answer within {timeout_s:g} s {tries}; raise teacher.timeout_s or try again later"
+            f"no answer within {timeout_s:g} s {tries}; raise {section}.timeout_s or try again "
+            "later"
         )
     return f"can't be reached {tries} ({failure.message[:200]}); check the URL and that it runs"

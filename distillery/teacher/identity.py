@@ -1,9 +1,10 @@
-"""Who the teacher is, as the label store and the cache keys know it."""
+"""Who the teacher is, as the label store and the cache keys know it. A judge is one of kind
+endpoint."""
 
 from distillery.errors import DataError, RecipeError
-from distillery.recipe import TeacherRecipe
+from distillery.recipe import JudgeRecipe, TeacherRecipe
 from distillery.records import OnnxModel, digest_of
-from distillery.settings import TeacherSettings
+from distillery.settings import JudgeSettings, TeacherSettings
 from distillery.storage.allowed import local_path
 from distillery.storage.digests import sha256_of
 
@@ -19,12 +20,18 @@ def teacher_identity(teacher: TeacherRecipe, model: OnnxModel | None) -> str:
         return "gold"
     if teacher.kind == "file":
         return f"file:{digest_of([digest_of_file(path) for path in teacher.files])}"
-    identity = teacher.identity or TeacherSettings().model
-    if not identity:
+    name = endpoint_settings(teacher).model
+    if not (teacher.identity or name):
         raise RecipeError(
-            "teacher.identity: not set, and neither is TEACHER_MODEL_NAME; set one of them"
+            f"{teacher.section}.identity: not set, and neither is {teacher.variables}_NAME; set "
+            "one of them"
         )
-    return identity
+    return teacher.stored_as(name)
+
+
+def endpoint_settings(teacher: TeacherRecipe) -> TeacherSettings:
+    """Return what the environment tells of a teacher's endpoint, or of a judge's."""
+    return JudgeSettings() if isinstance(teacher, JudgeRecipe) else TeacherSettings()
 
 
 def digest_of_file(path: str) -> str:

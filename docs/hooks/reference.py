@@ -94,8 +94,9 @@ def models_of(model: type[BaseModel]) -> dict[type[BaseModel], list[str]]:
     waiting = [(model, "")]
     while waiting:
         outer, prefix = waiting.pop(0)
+        told = outer.model_json_schema()["properties"]
         for name, field in outer.model_fields.items():
-            for inner, suffix in inner_models(field.annotation):
+            for inner, suffix in inner_models(field.annotation) if name in told else ():
                 path = f"{prefix}{name}{suffix}"
                 if inner not in found:
                     found[inner] = []
@@ -165,6 +166,9 @@ def table(model: type[BaseModel], path: str, models: dict[Any, list[str]]) -> st
         name = attribute
         if isinstance(field.validation_alias, AliasChoices):
             name = str(field.validation_alias.choices[0])
+        # A judge's schema leaves out the settings of a teacher that have no meaning for it.
+        if name not in schema["properties"]:
+            continue
         key = schema["properties"][name]
         inner = next(inner_models(field.annotation), None)
         kind = spelled(key, schema.get("$defs", {}))
@@ -327,7 +331,7 @@ def make_targets() -> str:
 
 def settings_page() -> str:
     """Return the page with every environment variable: default and meaning."""
-    from distillery.settings import AzureMLSettings, LocalSettings, TeacherSettings
+    from distillery.settings import AzureMLSettings, JudgeSettings, LocalSettings, TeacherSettings
 
     explained = sample_env()
     parts = [
@@ -344,6 +348,7 @@ def settings_page() -> str:
     ]
     headings = {
         TeacherSettings: "The teacher",
+        JudgeSettings: "The judge",
         AzureMLSettings: "Azure ML",
         LocalSettings: "This machine",
     }

@@ -362,7 +362,7 @@ def test_set_up_again_changes_nothing(server: Server) -> None:
     before = server.state()
     assert {kind: len(things) for kind, things in before.items()} == {
         "automations": 2,
-        "blocks": len(SECRET) + 1,
+        "blocks": len(SECRET),
         "deployments": 5,
         "pools": 2,
         "variables": len(PLAIN),
@@ -413,13 +413,15 @@ def test_set_up_deletes_what_an_earlier_version_saved(server: Server) -> None:
     state = server.state()
     assert len(state["variables"]) == len(PLAIN)
     blocks = state["blocks"]
-    assert len(blocks) == len(before) - 2 == len(SECRET) + 1
+    assert len(blocks) == len(before) - 2 == len(SECRET)
     # Whoever could change the endpoint alone would be sent the key.
     (teacher,) = (block for block in blocks if block["name"] == setup.TEACHER_BLOCK)
     assert teacher["data"]["value"] == {
         "endpoint": SECRET["TEACHER_MODEL_ENDPOINT"],
         "key": SECRET["TEACHER_MODEL_KEY"],
     }
+    (judge,) = (block for block in blocks if block["name"] == setup.JUDGE_BLOCK)
+    assert judge["data"]["value"]["key"] == SECRET["JUDGE_MODEL_KEY"]
     (events,) = [block for block in blocks if block["name"] == setup.EVENTS_BLOCK]
     assert "form_data" in events["data"]
 

@@ -13,8 +13,8 @@ from distillery.evaluation.baselines import MAJORITY, TFIDF
 from distillery.evaluation.gate import (
     EarlierVersion,
     compare,
+    decide_difference,
     gate,
-    judge_difference,
     more_than,
     share_rows,
 )
@@ -523,7 +523,7 @@ def test_more_rows_than_were_too_few_are_needed() -> None:
     assert more_than(100, 40) == 101
     assert more_than(100, 400) == 400
     assert more_than(100, None) is None
-    level = judge_difference(BetterRule(kind="better", than=BASE), Pairs(50, 5, 5, 40), 0.0, "")
+    level = decide_difference(BetterRule(kind="better", than=BASE), Pairs(50, 5, 5, 40), 0.0, "")
     assert (level.verdict, level.rows_needed) == ("undecided", None)
 
 

@@ -10,7 +10,7 @@ import sacrebleu
 from rouge_score.rouge_scorer import RougeScorer
 
 from distillery.evaluation.bootstrap import PairedSums
-from distillery.evaluation.judging import Gold
+from distillery.evaluation.gold import Gold
 from distillery.evaluation.metrics import field_pairs, metric_of, row_statistics, value
 from distillery.evaluation.statistics import (
     difference_interval,

@@ -5,10 +5,10 @@ import pytest
 from scipy.stats import beta
 from student_answers import further_figures
 
-from distillery.evaluation.evaluate import judge
+from distillery.evaluation.evaluate import score_row
 from distillery.evaluation.figures import confidence_figures
 from distillery.evaluation.figures_table import candidate_cells, coverage_cells
-from distillery.evaluation.judging import Gold
+from distillery.evaluation.gold import Gold
 from distillery.evaluation.selective import (
     TESTS,
     AskedRow,
@@ -125,7 +125,7 @@ def test_the_figures_tell_what_the_threshold_does_and_the_scoreboard_does_not_he
     probabilities = [(0.9, 0.1), (0.6, 0.4), (0.3, 0.7), None]
     assert asked_rows(examples, answers, probabilities) == [(0.9, True), (0.6, True), (0.7, False)]
     found = confidence_figures(examples, answers, probabilities, 0.65)
-    board = judge(
+    board = score_row(
         "student",
         {"gold": ["pleased"] * 4, "student": answers},
         "student",

@@ -13,7 +13,7 @@ from tiny_recipe import row
 
 from distillery.data.examples import read_examples
 from distillery.errors import DataError, ExportError, OutOfResources
-from distillery.evaluation.judging import Gold
+from distillery.evaluation.gold import Gold
 from distillery.evaluation.scoring import (
     ModelToScore,
     Scored,

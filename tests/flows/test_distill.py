@@ -172,7 +172,7 @@ class Workshop:
         return {
             name: state
             for name, state in self.tasks(run).items()
-            if name not in (": judged before", ": judge", ": promote", ": report")
+            if name not in (": judged before", ": gate", ": promote", ": report")
         }
 
     def tasks(self, run: Run) -> dict[str, str]:
@@ -277,7 +277,7 @@ def test_the_first_run_goes_the_whole_way(workshop: Workshop, first: Run) -> Non
     assert tuple(names) == PREDICTORS
     assert not any("cached" in line for line in first.stages.values())
     assert set(workshop.states(first).values()) == {"Completed"}
-    assert {": judge", ": promote"} <= workshop.tasks(first).keys()
+    assert {": gate", ": promote"} <= workshop.tasks(first).keys()
     assert first.counts["request"] == ROWS["train"]
     assert f"{ROWS['train']} accepted, 0 rejected, {ROWS['train']} calls" in first.stages["label"]
     assert first.counts["serve"] == 1
@@ -303,7 +303,7 @@ def test_the_same_run_again_computes_nothing_and_prints_the_same(
         assert f"cached from {first.name}" in line, stage
     assert workshop.states(again) == dict.fromkeys(workshop.states(first), "Cached")
     assert again.counts == Counter()
-    assert (workshop.tasks(again)[": judge"], workshop.tasks(again)[": promote"]) == (
+    assert (workshop.tasks(again)[": gate"], workshop.tasks(again)[": promote"]) == (
         "Completed",
         "Completed",
     )

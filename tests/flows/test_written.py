@@ -5,6 +5,7 @@ import csv
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from typing import Any
 import httpx
 import pytest
 import yaml
+from chat_endpoint import Call, ChatEndpoint, Reply, said
 from tiny_recipe import FILLER
 
 from distillery.answers import canonical
@@ -24,6 +26,8 @@ from distillery.serving.process import served
 PROJECT = Path(__file__).resolve().parents[2]
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+JUDGE_KEY = "key-of-a-judge-7f3a"
 
 PLACES = {"bread": "oven", "river": "bridge", "cloud": "rain"}
 
@@ -150,6 +154,13 @@ def test_fields_out_of_text(home: Home, tiny_model: Callable[[str], Path]) -> No
     assert canonical(asked(home.downloaded("fields"), texts[0]), SCHEMA)
 
 
+def shorter(call: Call) -> Reply:
+    """Prefer the shorter of two texts, as a judge."""
+    shown = re.findall(r"\[Answer [AB]\]\n(.*?)\n\[The end", call.question, re.DOTALL)
+    first, second = map(len, shown)
+    return said("C" if first == second else "A" if first < second else "B")
+
+
 def test_free_text(home: Home, tiny_model: Callable[[str], Path]) -> None:
     rows = home.folder / "rows.csv"
     with rows.open("w", newline="") as file:
@@ -159,25 +170,46 @@ def test_free_text(home: Home, tiny_model: Callable[[str], Path]) -> None:
             word = list(PLACES)[number % 3]
             for form in ("The {} is near.", "Near is the {}."):
                 writer.writerow([text_of(number, word), form.format(PLACES[word])])
-    printed = home.distil(
-        {
-            "name": "text",
-            "task": {"kind": "generate", "max_tokens": 48},
-            "dataset": {
-                "source": "files",
-                "files": {"train": [str(rows)]},
-                "columns": {"question": "facts", "answer": "sentence"},
-                "carve": {"test": 0.3},
-                "near_duplicate": 1.0,
-            },
-            "teacher": {"kind": "gold"},
-            "student": {
-                "base": {"model": str(tiny_model("llama"))},
-                "training": {"method": "full", "epochs": 10, "learning_rate": 0.003},
-            },
-            "evaluation": {"rules": []},
-            "registry": {"kind": "local", "model_name": "text"},
+    with ChatEndpoint(shorter) as judge:
+        home.environment |= {
+            "JUDGE_MODEL_NAME": "brief",
+            "JUDGE_MODEL_ENDPOINT": judge.url,
+            "JUDGE_MODEL_KEY": JUDGE_KEY,
         }
-    )
-    assert "text version 1 (local)" in printed
+        printed = home.distil(
+            {
+                "name": "text",
+                "task": {"kind": "generate", "max_tokens": 48},
+                "dataset": {
+                    "source": "files",
+                    "files": {"train": [str(rows)]},
+                    "columns": {"question": "facts", "answer": "sentence"},
+                    "carve": {"test": 0.3},
+                    "near_duplicate": 1.0,
+                },
+                "teacher": {"kind": "gold"},
+                "student": {
+                    "base": {"model": str(tiny_model("llama"))},
+                    "training": {"method": "full", "epochs": 10, "learning_rate": 0.003},
+                },
+                "evaluation": {
+                    "rules": [{"kind": "limit", "figure": "win_rate", "minimum": 0}],
+                    "judge": {"prices": {"input": 1, "output": 2, "currency": "EUR"}},
+                },
+                "registry": {"kind": "local", "model_name": "text"},
+            }
+        )
+        assert "text version 1 (local)" in printed
+        assert re.search(r"judge: \d+ wins, \d+ ties, \d+ losses of the student", printed)
+        paid = re.search(r"judge: brief: (\d+) calls, .* EUR, in this run", printed)
+        assert paid
+        assert int(paid[1]) == len(judge.calls) > 0
+        assert {call.key for call in judge.calls} == {JUDGE_KEY}
+        assert "gate: passed: student" in printed
+        assert "win_rate at least 0" in printed
+    page = Path(re.findall(r"report: (.*)", printed)[-1]).read_text()
+    assert '<h2 id="judge">' in page
+    assert 'data-label="judge prefers">' in page
+    assert JUDGE_KEY not in printed + page
+    assert "win rate 0." in (home.downloaded("text") / "README.md").read_text()
     assert asked(home.downloaded("text"), text_of(0, "bread"))

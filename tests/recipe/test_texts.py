@@ -8,7 +8,14 @@ from typing import Any, Literal
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from distillery.recipe import BaseModelRecipe, DatasetRecipe, Recipe, SearchRecipe
+from distillery.recipe import (
+    BaseModelRecipe,
+    DatasetRecipe,
+    JudgeRecipe,
+    Recipe,
+    SearchRecipe,
+)
+from distillery.recipe.judge import OF_LABELLING
 
 pytestmark = pytest.mark.security
 
@@ -44,6 +51,8 @@ NAMES = {
     "dataset.fields": "columns",
     "teacher.identity": "a key in the label database",
     "teacher.shared_limit": "a concurrency limit of Prefect",
+    "evaluation.judge.identity": "a key in the label database",
+    "evaluation.judge.shared_limit": "a concurrency limit of Prefect",
     "evaluation.rules.than": "a predictor's name or a version, its pattern",
     "evaluation.rules.of_class": "a class",
     "student.training.lora.target_modules": "modules of the model",
@@ -56,6 +65,8 @@ TEXTS = {
     *("prompt.system", "prompt.user", "prompt.choice"),
     *("student.prompt.system", "student.prompt.user", "student.prompt.choice"),
     *("teacher.answers.instruction", "teacher.prices.currency", "teacher.terms", "teacher.stop"),
+    *("evaluation.judge.answers.instruction", "evaluation.judge.prices.currency"),
+    "evaluation.judge.instructions",
     "student.training.rationale_instruction",
     "student.healing.training.rationale_instruction",
     "teacher.preparation.training.rationale_instruction",
@@ -66,6 +77,9 @@ TEXTS = {
 def texts(model: type[BaseModel], above: str = "") -> Iterator[str]:
     """The dotted names of all fields that take a text of any content."""
     for name, field in model.model_fields.items():
+        # tests/recipe/test_judge.py: these are refused.
+        if model is JudgeRecipe and name in OF_LABELLING:
+            continue
         yield from texts_in(field.annotation, f"{above}.{name}".removeprefix("."))
 
 

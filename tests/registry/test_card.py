@@ -10,7 +10,8 @@ from huggingface_hub import ModelCard
 from made_rungs import earlier_ladder, timed_ladder
 from registered_student import provenance
 
-from distillery.records import Departure
+from distillery.evaluation.preferences import Preference, preference_figures
+from distillery.records import Departure, Figures
 from distillery.registry.card import base_title, model_card, write_card
 
 LICENCE = "| Licence of the base model |"
@@ -100,6 +101,17 @@ def test_files_are_named_by_their_rows(tmp_path: Path) -> None:
 )
 def test_no_path_of_the_machine_is_in_the_card(base: str, title: str) -> None:
     assert base_title(base) == title
+
+
+def test_a_judges_figures_are_in_the_card(made: dict[str, Any]) -> None:
+    assert "beside the teacher" not in model_card("mine", made)
+    found = [Preference(example_id=str(number), outcome="tie") for number in range(8)]
+    figures = Figures(preferences=preference_figures("wise", found))
+    made["evaluation"]["scoreboard"][0]["figures"] = figures.model_dump(mode="json")
+    card = model_card("mine", made)
+    told = "0 wins, 8 ties, 0 losses of the student, win rate 0.500 [0."
+    assert f"| Texts beside the teacher's | {told}" in card.replace("\\", "")
+    assert "; judge: wise |" in card
 
 
 def test_written_answers_are_told_by_their_metric(made: dict[str, Any], tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from registered_student import provenance
 from written_run import description
 
 from distillery.errors import DataError, DistilleryError, RegistryError
+from distillery.evaluation.preferences import Preference, Result, preference_figures
 from distillery.evaluation.report import answer_rows
 from distillery.evaluation.statistics import Pairs, difference_interval
 from distillery.inference.onnx_student import OnnxStudent
@@ -229,8 +230,13 @@ def test_written_answers_are_compared_by_their_metric() -> None:
     others = [row.references[0] for row in rows]
     subjects = [Subject(title, {}, None, Path) for title in ("old", "new")]
     given: tuple[list[str | None], ...] = ([None, *golds[1:]], [*others[:29], "no"])
+    outcomes: list[Result] = ["win", "tie", "tie", "loss"]
+    preferences = preference_figures(
+        "wise",
+        [Preference(example_id=str(row), outcome=each) for row, each in enumerate(outcomes)],
+    )
     first_side, second_side = (
-        (subject, answer_rows(rows, subject.title, answers), dict[str, Any]())
+        (subject, answer_rows(rows, subject.title, answers), {"preferences": preferences})
         for subject, answers in zip(subjects, given, strict=True)
     )
     found = compared(first_side, second_side, {row.example_id: row for row in rows})
@@ -243,5 +249,7 @@ def test_written_answers_are_compared_by_their_metric() -> None:
     assert (last.gold, last.first, last.second) == (golds[29], golds[29], "no")
     text = render_comparison(found, shown=2)
     assert "ROUGE-L [95 %]" in text
+    (line,) = [line for line in text.splitlines() if line.startswith("win rate against its")]
+    assert line.count("0.500 [") == line.count("], wise") == 2
     assert "p = " not in text
     assert "accuracy" not in text

@@ -1110,4 +1110,4 @@ def test_judging_and_promoting_are_tried_again_when_the_registry_is_away(
     with pytest.raises(kind, match="does not answer"):
         promoting()
     assert len(asked) == (3 if away else 1)
-    assert tasks.registry.judge.retries == tasks.registry.promote.retries == 2
+    assert tasks.registry.apply_gate.retries == tasks.registry.promote.retries == 2

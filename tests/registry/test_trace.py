@@ -11,6 +11,9 @@ from registered_student import provenance, register
 from typer.testing import CliRunner, Result
 
 from distillery.cli import app
+from distillery.evaluation.preferences import preference_figures
+from distillery.records import Preferences, Usage
+from distillery.registry.comparison import making_figures
 from distillery.registry.local import LocalRegistry
 from distillery.registry.trace import trace
 from distillery.storage.artifacts import ArtifactStore
@@ -26,6 +29,26 @@ def traced(*arguments: str) -> Any:
     done = run(*arguments, "--json")
     assert done.exit_code == 0, done.output
     return json.loads(done.stdout)
+
+
+def test_a_judge_is_paid_apart(tmp_path: Path) -> None:
+    made = provenance(tmp_path / "made")
+    preferences = Preferences(
+        artifact=made["model"]["artifact"],
+        figures=preference_figures("wise", []),
+        asked=6,
+        usage=Usage(prompt_tokens=900, completion_tokens=6),
+        cost=0.5,
+        currency="EUR",
+        produced_by="mine-run-1",
+    )
+    made["preferences"] = preferences.model_dump(mode="json")
+    register(tmp_path / "first", "judged", made)
+    found = traced("judged")
+    paid = {each["labels"]: (each["calls"], each["cost"]) for each in found["payments"]}
+    assert paid == {"train rows": (4, 0.25), "test rows": (4, 0.25), "judge": (6, 0.5)}
+    assert found["work"][-1]["stage"] == "ask judge"
+    assert making_figures(made)["calls"] == 8, "what the teacher was asked"
 
 
 def test_a_version_is_traced_to_rows_labels_cost_and_runs(tmp_path: Path) -> None:

@@ -10,7 +10,17 @@ import pytest
 from finished_run import ARTIFACT, HOSTILE, finished_run, page_of
 from written_run import STUDENT, booking, description, evaluated
 
-from distillery.records import EvaluationReport, Example, OnnxModel, Outcome, ScoreRow
+from distillery.evaluation.preferences import Preference, preference_figures
+from distillery.records import (
+    EvaluationReport,
+    Example,
+    OnnxModel,
+    Outcome,
+    Preferences,
+    ScoreRow,
+    TeacherDrift,
+    Usage,
+)
 from distillery.report.differences import Piece, pieces
 
 
@@ -72,6 +82,58 @@ def test_the_most_similar_reference_is_compared_and_texts_are_escaped(
     assert text.count("<script>") == 1
     assert "ROUGE-L, size and speed" in text
     assert "figures of each field" not in text
+
+
+def test_a_judge_has_a_section_and_a_word_on_each_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [description(number) for number in range(12)]
+    gold = [row.answer_key for row in rows]
+    answers = {"teacher": gold, "student": gold, STUDENT: [HOSTILE, None, *gold[2:]]}
+    board = evaluated(tmp_path / "evaluation", monkeypatch, rows, rows[5:], answers)
+    found = [
+        Preference(example_id="r0", outcome="tie", orders=("win", "loss")),
+        Preference(example_id="r1", outcome="loss", reason="no answer of the student"),
+        Preference(example_id="r2", outcome="win", orders=("win", "win")),
+        Preference(example_id="r3", outcome=None, orders=(None, "win"), reason=HOSTILE),
+    ]
+    folder = tmp_path / "preferences"
+    folder.mkdir()
+    lines = [f"{each.model_dump_json()}\n" for each in found]
+    (folder / "preferences.jsonl").write_text("".join(lines))
+    preferences = Preferences(
+        artifact=ARTIFACT,
+        figures=preference_figures("wise", found),
+        asked=6,
+        usage=Usage(prompt_tokens=1200, completion_tokens=6),
+        cost=0.03,
+        currency="EUR",
+        produced_by="venues-1",
+    )
+    drift = TeacherDrift(asked=4, compared=4, changed=("r1",), before=("m1",), after=("m2",))
+    outcome = run_of(board).model_copy(update={"preferences": preferences, "judge_drift": drift})
+    text = page_of(tmp_path, outcome, tmp_path / "evaluation", preferences=folder).read_text()
+    assert '<h2 id="judge">Judge</h2>' in text
+    for name, figure in (
+        ("judge", "wise"),
+        ("wins of the student", "1"),
+        ("win rate, a tie counting as half a row", r"0\.500 \[0\.\d+, 0\.\d+\]"),
+        (r"of 2 rows that it was asked about, its two orders disagree on", r"1 \(50\.0%\)"),
+        ("calls", "6"),
+        ("cost", r"0\.03 EUR"),
+    ):
+        assert re.search(rf'<th scope="row">{name}</th><td>{figure}</td>', text), name
+    assert "1 of 4 canary rows are answered otherwise (25%); m1 answered then, m2 now" in text
+    assert "are those of venues-1." in text
+    said = dict(re.findall(r'(r\d+)</div>.*?data-label="judge prefers">([^<]*)<', text, re.DOTALL))
+    assert said["r0"] == "neither: the orders disagree"
+    assert said["r1"] == "teacher: no answer of the student"
+    assert said["r2"] == "student"
+    assert said["r3"].startswith("left out: &lt;script")
+    assert said["r4"] == "not asked"
+    rows_of_table = text[text.index('<tbody role="rowgroup">') :]
+    assert (rows_of_table.count(" data-lost"), rows_of_table.count(" data-won")) == (1, 1)
+    assert HOSTILE not in text
 
 
 def test_what_differs_is_told_word_by_word() -> None:

@@ -212,12 +212,18 @@ def finished_run(**changed: Any) -> Outcome:
     return Outcome(**values | changed)
 
 
-def page_of(out: Path, outcome: Outcome, evaluation: Path, champion: Path | None = None) -> Path:
+def page_of(
+    out: Path,
+    outcome: Outcome,
+    evaluation: Path,
+    champion: Path | None = None,
+    preferences: Path | None = None,
+) -> Path:
     """Write the page of a run and return its path."""
     labels = LabelReport(
         accepted=90, rejected={"no letter": 10}, letters={"A": 45, "B": 45}, gold_rows=0, right=0
     )
     stages = [StageLine("label", "90 accepted", 12.0, "desk-0")]
     verdict = "gate: refused: too few rows; nothing is registered"
-    write_page(out, outcome, evaluation, labels, verdict, stages, champion)
+    write_page(out, outcome, evaluation, labels, verdict, stages, champion, preferences)
     return out / PAGE_FILE

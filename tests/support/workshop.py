@@ -244,7 +244,7 @@ class Workshop(PrefectApi):
             task["name"]: task["state_name"]
             for task in tasks
             if not task["state"]["state_details"]["child_flow_run_id"]
-            and task["name"] not in ("judged before", "judge", "promote", "report")
+            and task["name"] not in ("judged before", "gate", "promote", "report")
         }
 
     def states(self, run: Run) -> dict[str, str]:

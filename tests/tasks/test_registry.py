@@ -86,7 +86,7 @@ class Made:
         )
 
     def judged(self, *rules: GateRule) -> GateDecision:
-        return tasks.registry.judge.fn(
+        return tasks.registry.apply_gate.fn(
             self.report, self.model, self.rows, rules or (CHAMPION,), RECIPE
         )
 

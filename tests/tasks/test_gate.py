@@ -13,7 +13,7 @@ from distillery.registry.history import Actor
 from distillery.registry.local import LocalRegistry
 from distillery.storage.artifacts import ArtifactStore
 from distillery.storage.digests import sha256_of
-from tasks.registry import judge
+from tasks.registry import apply_gate
 
 CANDIDATE = "student int4"
 NOT_WORSE = NotWorseRule(kind="not_worse")
@@ -62,7 +62,7 @@ def judged(folder: Path, name: str, right: int, rows: int, *rules: GateRule) -> 
         artifact=ArtifactStore().put(model), precision="int4", algorithm="rtn", parameters=1
     )
     recipe = RegistryRecipe(kind="local", model_name=name)
-    return judge.fn(evaluation, exported, asked, rules, recipe)
+    return apply_gate.fn(evaluation, exported, asked, rules, recipe)
 
 
 def test_without_a_champion(tmp_path: Path) -> None:

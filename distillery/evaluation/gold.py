@@ -1,4 +1,4 @@
-"""Judge answers by the rows' gold answers: right or wrong, or by the metric of written ones."""
+"""Compare answers with the rows' gold answers: right or wrong, or by the metric of written ones."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,8 +19,8 @@ statistics_of = lru_cache(maxsize=100_000)(row_statistics)
 
 @dataclass(frozen=True)
 class Gold:
-    """What answers are judged by: the gold answers of each row, one or more, and the primary metric
-    of written answers; None is accuracy."""
+    """What answers are compared with: the gold answers of each row, one or more, and the primary
+    metric of written answers; None is accuracy."""
 
     answers: Sequence[tuple[str, ...]]
     metric: Metric | None = None
@@ -74,13 +74,13 @@ def is_share(metric: Metric | None) -> bool:
 
 
 def gold_of(examples: Sequence[Example]) -> Gold:
-    """Return what judges the answers to rows that have gold answers."""
+    """Return what the answers to rows with gold answers are compared with."""
     answers = [example.right_answers for example in examples]
     answer_format = examples[0].format if examples else None
     return Gold(answers, answer_format.metric if answer_format else None)
 
 
 def gold_in(rows: Sequence[Mapping[str, Any]]) -> Gold:
-    """Return what judges the answers to lines of an answers.jsonl."""
+    """Return what the answers in lines of an answers.jsonl are compared with."""
     answers = [(row[GOLD], *row.get("references", ())) for row in rows]
     return Gold(answers, rows[0].get("metric") if rows else None)
