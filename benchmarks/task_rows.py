@@ -29,7 +29,7 @@ def data_folder() -> Path:
     folder = os.environ.get("TASKS_DATA")
     if not folder or not Path(folder).is_dir():
         raise SystemExit(
-            "error: TASKS_DATA: name the folder with snips/, clinc150/ and commonsense_qa/"
+            "error: TASKS_DATA: name the folder of snips/, clinc150/, commonsense_qa/ and e2e_nlg/"
         )
     return Path(folder)
 

@@ -74,7 +74,7 @@ def train(
         (folder / "set_aside.json").write_text(json.dumps(inputs.set_aside, indent=1))
         if inputs.set_aside_count:
             get_run_logger().warning(
-                "%d rows are over prompt.max_tokens, or their written answer is over "
+                "%d rows are over prompt.max_tokens, or a written answer of theirs is over "
                 "task.max_tokens: set aside, and listed in set_aside.json",
                 inputs.set_aside_count,
             )

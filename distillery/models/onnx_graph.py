@@ -16,7 +16,7 @@ class Graph:
 
     def __init__(self, model: Any) -> None:
         self.graph = model.graph
-        # Of an adapter apart, inputs have empty weights to begin with.
+        # Olive makes the weights of an adapter apart inputs, with empty defaults.
         inputs = {each.name for each in self.graph.input}
         self.constants = {}
         for each in self.graph.initializer:

@@ -200,7 +200,10 @@ class Recipe(Slice):
             ("teacher.filters.balance", filters.balance is not None),
             ("teacher.filters.agreement_with_gold", filters.agreement_with_gold and generates),
             # Texts that are drawn differ, whether or not the teacher has changed.
-            ("teacher.canaries.rows", bool(teacher.canaries.rows) and self.draws_texts),
+            (
+                "teacher.canaries.rows with teacher.answers.votes above 1",
+                bool(teacher.canaries.rows) and self.draws_texts,
+            ),
         ]
         trainings = [("student.training", self.student.training)]
         trainings.append(("teacher.preparation.training", teacher.preparation.training))
@@ -363,11 +366,13 @@ def check_form(
 ) -> None:
     """Raise ValueError if a model that is trained like this can't be exported in `form`."""
     calibrated = form.quantised and form.algorithm == "gptq"
-    whole = form.precision == "int8" or (form.quantised and form.algorithm == "k_quant_high")
+    whole = form.quantised and form.algorithm == "k_quant_high"
+    if form.precision == "int8":
+        whole = not form.dynamic
     if form.adapter_apart and (training.method != "lora" or whole or calibrated):
         raise ValueError(
             f"{key}.adapter_apart needs training.method: lora, "
-            "and excludes int8, k_quant_high and gptq"
+            "and excludes k_quant_high, gptq and, but for dynamic, int8"
         )
     if form.adapter_apart and training.first_layer:
         raise ValueError(

@@ -196,7 +196,8 @@ class RowUse(Record):
 
     `used`: trained, the student learnt from it; taught, only its local teacher did; rejected, it
     got no label and was left out; chose, it is a validation row; tested, a test row; unknown, the
-    artifact `missing` is no longer in the store. `label`: what the student learnt from it.
+    artifact `missing` is no longer in the store. `label`: what the student learnt from it; several
+    texts are separated by |.
     """
 
     name: str
@@ -280,7 +281,7 @@ class RowFinder:
         digest = labels.artifact.sha256
         if digest not in self._labels:
             found = read_labels(self._store.fetch(labels.artifact)).get(self.example_id)
-            self._labels[digest] = (found.answer, found.confidence) if found else None
+            self._labels[digest] = (" | ".join(found.answers), found.confidence) if found else None
         return self._labels[digest]
 
 

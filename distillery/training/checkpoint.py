@@ -80,10 +80,12 @@ class TrainingState:
         """Keep the weights where `right`, how much of each validation row they have right, does not
         prove them worse than those of the epoch that had the most right."""
         self.waited += 1
+        # More of the tokens may be right in fewer of the rows.
+        most = not self.epochs or sum(right) > sum(self.right)
         # By Bonferroni's correction: that epoch was chosen out of `epochs`.
-        if not self.epochs or not proven_worse(right, self.right, PROOF / self.epochs):
+        if most or not proven_worse(right, self.right, PROOF / self.epochs):
             self.keep()
-        if sum(right) > sum(self.right) or not self.epochs:
+        if most:
             self.right = right
         self.epochs += 1
 

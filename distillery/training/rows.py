@@ -54,8 +54,8 @@ def training_rows(
     soft_tokens: Mapping[str, TokenLabels] | None = None,
 ) -> tuple[list[TrainingRow], list[str]]:
     """Render the examples that have a label, once for each text of it. Return the rows, and the ids
-    of those that are set aside: their prompt is over prompt.max_tokens, or their written answer
-    over task.max_tokens.
+    of those that are set aside: their prompt is over prompt.max_tokens, or a written answer of
+    theirs over task.max_tokens.
 
     `explain`: the instruction that asks for the labels' reasons; None leaves the reasons out.
     `classes`: the tokens of the classes, with prompt.answer class. `soft_tokens`: the teacher's
@@ -87,7 +87,7 @@ def training_rows(
         if explain and label.rationale:
             fields |= reason_fields(example, label.rationale, prompt, wrapped, explain)
         rows.append(TrainingRow(**fields))
-    return rows, too_long
+    return rows, list(dict.fromkeys(too_long))
 
 
 def each_label(

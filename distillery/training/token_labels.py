@@ -98,7 +98,7 @@ class StudentTokens:
             token = given.get((start, end))
             before = b"" if start else begin
             found.append(self.known_candidates(token.candidates, before) if token else {})
-        return packed(found)
+        return token_labels_of(found)
 
     def known_candidates(
         self, candidates: Iterable[tuple[bytes, float]], before: bytes
@@ -131,7 +131,7 @@ def spans(texts: Sequence[bytes]) -> list[tuple[int, int]]:
     return list(pairwise(accumulate(map(len, texts), initial=0)))
 
 
-def packed(found: Sequence[dict[int, float]]) -> TokenLabels | None:
+def token_labels_of(found: Sequence[dict[int, float]]) -> TokenLabels | None:
     """Return the candidates of each position, with the logarithms of their probabilities, as
     TokenLabels; None where no position has any."""
     most = max(map(len, found))

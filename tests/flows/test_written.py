@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import pytest
 import yaml
-from chat_endpoint import Call, ChatEndpoint, Reply, said
+from chat_endpoint import ChatEndpoint, shorter
 from tiny_recipe import FILLER
 
 from distillery.answers import canonical
@@ -152,13 +152,6 @@ def test_fields_out_of_text(home: Home, tiny_model: Callable[[str], Path]) -> No
     for line in found:
         assert canonical(line["answer"], SCHEMA) == line["answer"]
     assert canonical(asked(home.downloaded("fields"), texts[0]), SCHEMA)
-
-
-def shorter(call: Call) -> Reply:
-    """Prefer the shorter of two texts, as a judge."""
-    shown = re.findall(r"\[Answer [AB]\]\n(.*?)\n\[The end", call.question, re.DOTALL)
-    first, second = map(len, shown)
-    return said("C" if first == second else "A" if first < second else "B")
 
 
 def test_free_text(home: Home, tiny_model: Callable[[str], Path]) -> None:

@@ -263,3 +263,8 @@ def test_texts_that_resemble_each_other_are_no_copies_by_default() -> None:
         assert recipe(task).dataset.near_duplicate == 1
         assert recipe(task, dataset={"near_duplicate": 0.7}).dataset.near_duplicate == 0.7
     assert recipe({"kind": "classify"}).dataset.near_duplicate == 0.8
+
+
+def test_the_default_form_of_written_answers_goes_with_an_adapter_apart() -> None:
+    found = recipe({"kind": "generate"}, teacher={}, export={"adapter_apart": True})
+    assert found.export.title == "int8 dynamic/32, apart"

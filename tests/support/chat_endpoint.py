@@ -8,6 +8,7 @@ with ChatEndpoint(good) as server:      # or a function Call -> Reply, or replie
 import asyncio
 import json
 import math
+import re
 import socket
 import ssl
 import struct
@@ -263,3 +264,10 @@ class ChatEndpoint:
         if reply.status == 200:
             self.answered.append((call.question, time.monotonic()))
         return True
+
+
+def shorter(call: Call) -> Reply:
+    """Prefer the shorter of two texts, as a judge."""
+    shown = re.findall(r"\[Answer [AB]\]\n(.*?)\n\[The end", call.question, re.DOTALL)
+    first, second = map(len, shown)
+    return said("C" if first == second else "A" if first < second else "B")

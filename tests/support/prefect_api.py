@@ -76,9 +76,21 @@ class OwnPrefect(PrefectApi):
             self._process = subprocess.Popen(
                 [*command, "--port", str(self.port)], env=kept | own, stdout=log, stderr=log
             )
-        # Seconds on an idle machine; minutes where others use all of its cores.
-        wait_for("the server's start", self.is_healthy, 300)
+        try:
+            # Seconds on an idle machine; minutes where others use all of its cores.
+            wait_for("the server's start", self.has_started, 240)
+        except BaseException:
+            self._process.kill()
+            self._process.wait()
+            raise
         return self
+
+    def has_started(self) -> bool:
+        """Return whether the server answers. Fail with the end of its log where it has ended."""
+        if self._process.poll() is not None:
+            log = (self.folder / "server.log").read_text(errors="replace")
+            raise AssertionError(f"Prefect's server has ended: {log[-2000:]}")
+        return self.is_healthy()
 
     def __exit__(self, *_error: object) -> None:
         from prefect.events.worker import EventsWorker

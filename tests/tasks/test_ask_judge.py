@@ -2,15 +2,13 @@
 
 import json
 import logging
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from chat_endpoint import Call, ChatEndpoint, Reply, said
+from chat_endpoint import ChatEndpoint, said, shorter
 from prefect import flow
-from prefect.testing.utilities import prefect_test_harness
 from written_run import description
 
 from distillery.data.examples import write_examples
@@ -27,16 +25,7 @@ PROMPT = PromptRecipe(system="", user="{text}", answer="written")
 STUDENT = "student int8"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def prefect() -> Iterator[None]:
-    with prefect_test_harness(server_startup_timeout=120):
-        yield
-
-
-def shorter(call: Call) -> Reply:
-    """Prefer the shorter of two texts."""
-    first, second = re.findall(r"\[Answer [AB]\]\n(.*?)\n\[The end", call.question, re.DOTALL)
-    return said("A" if len(first) < len(second) else "B")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("prefect_api")]
 
 
 @pytest.fixture

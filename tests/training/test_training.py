@@ -396,6 +396,15 @@ def test_a_slow_decline_is_seen_and_one_of_many_epochs_needs_more_proof() -> Non
     assert state.waited == 11
 
 
+def test_weights_with_more_right_than_all_before_are_kept() -> None:
+    """Also where the sign test speaks against them, as a few rows may gain much."""
+    state = TrainingState("", {}, None, None)  # type: ignore[arg-type]
+    for step, shares in enumerate(([0.5] * 20, [0.45] * 15 + [1.0] * 5), 1):
+        state.step = step
+        state.keep_unless_worse(shares)
+    assert state.best_step == 2
+
+
 @pytest.mark.parametrize(
     ("lost", "won", "proven"), [(5, 0, False), (6, 0, True), (6, 1, False), (16, 5, True)]
 )

@@ -6,7 +6,7 @@ hook for all optimisers), each chat completion that is asked for over HTTP ("req
 openai SDK's httpx2 sends it) and each process that serves a model ("serve", by the audit event of
 subprocess.Popen). Lines this short are appended whole. Files COUNT_FILE.step and COUNT_FILE.request
 hold seconds that each of these takes longer, while they are there. RETRY_SECONDS is the time
-between the tries of a stage, which is a minute otherwise.
+between the tries of a stage, which is ten seconds and then a minute otherwise.
 """
 
 import asyncio
