@@ -253,7 +253,7 @@ def test_a_judge_is_checked_as_a_teacher_is(
             "dataset": {"source": "files", "files": {"train": ["x.csv"]}, "carve": {"test": 0.2}},
             "teacher": {"kind": "gold"},
             "student": {"base": {"model": str(tiny_model("llama"))}},
-            "evaluation": {"judge": {}},
+            "evaluation": {"judge": {"instructions": "The texts sell tea."}},
         },
         "mine.yaml",
     )

@@ -58,7 +58,7 @@ class JudgeRecipe(TeacherRecipe):
         min_length=1,
     )
     """What the judge is told about the comparison. The task, as the teacher is asked it, and both
-    answers follow."""
+    answers follow. Where prompt.system is empty, say here what the texts are for."""
 
     rows: int = Field(200, ge=1)
     """The most test rows that are compared; each takes two calls. Of more, these are chosen by a
@@ -72,6 +72,12 @@ class JudgeRecipe(TeacherRecipe):
         return self.model_dump_json(
             include={"instructions", "rows", "temperature", "max_tokens", "answers"}
         )
+
+    @property
+    def has_own_instructions(self) -> bool:
+        """Whether the recipe gives instructions of its own. By default these know no task."""
+        default: str = type(self).model_fields["instructions"].default
+        return self.instructions != default
 
     @property
     def prompt(self) -> PromptRecipe:

@@ -221,11 +221,17 @@ class Recipe(Slice):
 
     @model_validator(mode="after")
     def check_rules(self) -> Self:
-        """Refuse a judge of anything but texts, and rules by predictors and figures that the
-        scoreboard of such a task lacks."""
-        if self.evaluation.judge and self.task.kind != "generate":
+        """Refuse a judge of anything but texts, or who is not told the task, and rules by
+        predictors and figures that the scoreboard of such a task lacks."""
+        judge = self.evaluation.judge
+        if judge and self.task.kind != "generate":
             raise ValueError(
                 f"evaluation.judge: compares texts, and task.kind is {self.task.kind}; remove it"
+            )
+        if judge and not self.prompt.system.strip() and not judge.has_own_instructions:
+            raise ValueError(
+                "evaluation.judge.instructions: prompt.system is empty, so that it does not tell "
+                "the judge the task; set instructions to what the texts are for"
             )
         lacking = CHOSEN_ONLY if self.task.writes else WRITTEN_ONLY
         lacking |= {"extract": TEXT_ONLY, "generate": FIELDS_ONLY}.get(self.task.kind, frozenset())
@@ -236,7 +242,7 @@ class Recipe(Slice):
                     f"evaluation.rules: {asked}: is not on the scoreboard of task.kind: "
                     f"{self.task.kind}; remove this rule"
                 )
-            if asked == "win_rate" and self.evaluation.judge is None:
+            if asked == "win_rate" and judge is None:
                 raise ValueError(
                     "evaluation.rules: win_rate: no judge is asked; add evaluation.judge, or "
                     "remove this rule"

@@ -187,7 +187,10 @@ def test_free_text(home: Home, tiny_model: Callable[[str], Path]) -> None:
                 },
                 "evaluation": {
                     "rules": [{"kind": "limit", "figure": "win_rate", "minimum": 0}],
-                    "judge": {"prices": {"input": 1, "output": 2, "currency": "EUR"}},
+                    "judge": {
+                        "instructions": "The better sentence says all of the facts.",
+                        "prices": {"input": 1, "output": 2, "currency": "EUR"},
+                    },
                 },
                 "registry": {"kind": "local", "model_name": "text"},
             }

@@ -13,6 +13,7 @@ from tasks.stage import content_of
 GENERATE: dict[str, Any] = {
     "task": {"kind": "generate"},
     "dataset": {"source": "files", "files": {"train": ["rows.csv"]}, "carve": {"test": 0.2}},
+    "prompt": {"system": "Write a sentence."},
     "teacher": {"kind": "gold"},
 }
 
@@ -67,6 +68,25 @@ def test_what_has_no_meaning_for_a_judge_is_refused(judge: dict[str, Any], told:
 def test_a_judge_compares_texts_alone() -> None:
     error = error_of(task={"kind": "classify"}, evaluation={"judge": {}})
     assert "evaluation.judge: compares texts, and task.kind is classify; remove it" in error
+
+
+@pytest.mark.parametrize("kind", ["gold", "local", "endpoint"])
+def test_a_judge_is_told_the_task_by_the_prompt_or_by_its_instructions(kind: str) -> None:
+    values: dict[str, Any] = {"prompt": {}, "teacher": {"kind": kind}}
+    if kind == "local":
+        values["dataset"] = GENERATE["dataset"] | {"carve": {"test": 0.2, "gold": 0.4}}
+    assert error_of(**values, evaluation={"judge": {"rows": 7}}) == (
+        "evaluation.judge.instructions: prompt.system is empty, so that it does not tell the judge "
+        "the task; set instructions to what the texts are for"
+    )
+    assert "prompt.system is empty" in error_of(
+        **values | {"prompt": {"system": " "}}, evaluation={"judge": {}}
+    )
+    told = recipe(**values, evaluation={"judge": {"instructions": "The texts sell tea."}})
+    assert told.evaluation.judge
+    told = recipe(**values | {"prompt": {"system": "Write."}}, evaluation={"judge": {}})
+    assert told.evaluation.judge
+    assert recipe(**values).evaluation.judge is None
 
 
 def test_a_rule_on_the_win_rate_needs_a_judge() -> None:
