@@ -99,18 +99,11 @@ async def compare_pairs(
             )
             for example_id, found in read_labels(labels).items():
                 letters[example_id] = found.answer
-            for example_id, reason in read_rejected(labels).items():
-                reasons[example_id] = of_a_judge(reason)
+            reasons = read_rejected(labels)
     preferences = preferences_of(pairs, letters, reasons)
     lines = [f"{each.model_dump_json()}\n" for each in preferences]
     write_text(out / PREFERENCES_FILE, "".join(lines))
     return preference_figures(endpoint.identity.removeprefix(JUDGE), preferences), counts
-
-
-def of_a_judge(reason: str) -> str:
-    """Return a reason for the rejection of a teacher's answer in the words for a judge's."""
-    words = reason.replace("teacher.max_tokens", f"{JudgeRecipe.section}.max_tokens")
-    return words.replace("the teacher", "the judge")
 
 
 def preferences_of(

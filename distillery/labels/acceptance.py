@@ -26,20 +26,17 @@ from distillery.teacher.budget import cost_of
 from distillery.teacher.reading import parse_answer, parse_class, written_answer
 from distillery.teacher.reply import Completion, storable
 
-FILTERED = "refused by the endpoint's content filter"
-REFUSED = "refused by the teacher"
-TOO_LONG = "prompt longer than the teacher's context"
-CUT_OFF = "no answer within teacher.max_tokens"
-"""Reasons for a rejection that does not depend on how the text is read. What is cut off is a
-label only where it begins with its answer; a rationale, which has not reached its answer, and an
-answer that is written never are."""
+CUT_OFF = "no answer within"
+"""What the reason of an answer begins with that max_tokens cut off. It is a label only where it
+begins with its answer; a rationale, which has not reached its answer, and an answer that is written
+never are."""
 
 
 def stored_answer(
     question: Question, completion: Completion, recipe: TeacherRecipe, identity: str
 ) -> StoredAnswer:
     """Return the answer as the label store keeps it, rejected answers with their reason."""
-    reason = reason_not_to_read(completion, recipe.max_tokens)
+    reason = reason_not_to_read(completion, recipe)
     letter = None
     readable = is_read(question, reason, recipe)
     if readable:
@@ -96,7 +93,7 @@ def is_read(question: Question, reason: str, recipe: TeacherRecipe) -> bool:
     """Return whether a completion's text may be a label, given the reason against it."""
     if reason.startswith(CUT_OFF):
         return recipe.answers.form != "rationale" and question.row.format is None
-    return reason not in (FILTERED, REFUSED, TOO_LONG)
+    return reason not in reasons_of_no_answer(recipe).values()
 
 
 def read_text(question: Question, text: str, cut_off: bool) -> tuple[str | None, str]:
@@ -119,15 +116,20 @@ def read_text(question: Question, text: str, cut_off: bool) -> tuple[str | None,
     return answer, "" if answer else reason
 
 
-def reason_not_to_read(completion: Completion, max_tokens: int) -> str:
+def reason_not_to_read(completion: Completion, recipe: TeacherRecipe) -> str:
     """Return what speaks against a completion whatever its text is, or nothing."""
-    reasons = {
-        "content_filter": FILTERED,
-        "refusal": REFUSED,
-        "context_length_exceeded": TOO_LONG,
-        "length": f"{CUT_OFF} ({max_tokens})",
+    if completion.finish_reason == "length":
+        return f"{CUT_OFF} {recipe.section}.max_tokens ({recipe.max_tokens})"
+    return reasons_of_no_answer(recipe).get(completion.finish_reason, "")
+
+
+def reasons_of_no_answer(recipe: TeacherRecipe) -> dict[str, str]:
+    """Return why a completion's text is never read, by its finish reason."""
+    return {
+        "content_filter": "refused by the endpoint's content filter",
+        "refusal": f"refused by the {recipe.who}",
+        "context_length_exceeded": f"prompt longer than the {recipe.who}'s context",
     }
-    return reasons.get(completion.finish_reason, "")
 
 
 def accepted_answers(

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from chat_endpoint import Call, ChatEndpoint, Reply, Script, said
+from chat_endpoint import Call, ChatEndpoint, Reply, Script, completion, said
 from pydantic import SecretStr
 from written_run import description
 
@@ -207,13 +207,33 @@ async def test_an_answer_that_names_no_option_is_left_out_with_its_reason(
     assert counts.asked == 0
 
 
+async def test_what_a_judge_refuses_is_left_out_in_words_for_a_judge(
+    judging: Callable[[Script], Judging],
+) -> None:
+    body = completion("")
+    body["choices"][0]["message"]["refusal"] = "A"
+
+    def refuses(call: Call) -> Reply:
+        return Reply(body) if "poor 1" in call.question else perfect(call)
+
+    run = judging(refuses)
+    for _ in range(2):
+        figures, _ = await run.compare()
+        assert figures.left_out == {"refused by the judge": 1}, "also as the label store keeps it"
+    assert len(run.server.calls) == 8
+
+
 async def test_a_judge_that_says_nothing_of_use_ends_the_run(
     judging: Callable[[Script], Judging],
 ) -> None:
     """As one that reasons does, whose answers are all cut off."""
     with pytest.raises(TeacherError) as error:
         await judging(lambda _: said("Let me", finish_reason="length")).compare(PAIRS[:2])
-    assert str(error.value).startswith("evaluation.judge: 0 of 4 rows have a label: no answer ")
+    assert str(error.value).startswith(
+        "evaluation.judge: 0 of 4 rows have a label: "
+        "no answer within evaluation.judge.max_tokens (16) (4 rows); "
+    )
+    assert "teacher" not in str(error.value)
     assert str(error.value).endswith(
         "check evaluation.judge.instructions, evaluation.judge.max_tokens and the model"
     )
