@@ -21,7 +21,11 @@ from typing import IO, Any
 from distillery.data.answer_tokens import FILE as TOKENS_FILE
 from distillery.data.answer_tokens import AnswerToken, AnswerTokensFile, unpacked
 from distillery.errors import DataError, TeacherError
-from distillery.labels.acceptance import accepted_answers, label_of_answers
+from distillery.labels.acceptance import (
+    accepted_answers,
+    label_of_answers,
+    reasons_of_no_answer,
+)
 from distillery.labels.report import Tally
 from distillery.labels.window import OpenRow
 from distillery.prompts import render_messages
@@ -104,6 +108,7 @@ class LabelFiles:
         self._folder, self._prompt, self._recipe = folder, prompt, recipe
         self.tally = Tally()
         self._unread: list[str] = []
+        self._without_answer = 0
         self._labels = open_lines(folder / LABELS_FILE, "w")
         self._rejected = open_lines(folder / REJECTED_FILE, "w")
         self._train = open_lines(folder / TRAIN_DATA_FILE, "w")
@@ -155,9 +160,12 @@ class LabelFiles:
     def _reject_for_first_failure(self, done: OpenRow) -> None:
         for state in done.states:
             if state.stored is None:
+                self._without_answer += 1
                 self.reject(done.row, state.failure)
                 return
             if not state.stored.answer:
+                no_answer = reasons_of_no_answer(self._recipe).values()
+                self._without_answer += state.stored.reason in no_answer
                 if len(self._unread) < UNREAD_SHOWN and state.stored.raw.strip():
                     self._unread.append(state.stored.raw)
                 self.reject(done.row, state.stored.reason, state.stored.raw)
@@ -196,8 +204,8 @@ class LabelFiles:
     def finish(self) -> None:
         """Close the files, balance the labels and write the report.
 
-        Raises TeacherError if there was no row, if too few rows have a label, or if soft labels
-        are wanted and none has probabilities.
+        Raises TeacherError if there was no row, if too few rows have a label (see `_check_share`),
+        or if soft labels are wanted and none has probabilities.
         """
         if not self.tally.rows:
             raise TeacherError("dataset: no row to label; check dataset.splits and dataset.sample")
@@ -226,11 +234,16 @@ class LabelFiles:
         self._check_share(final=False)
 
     def _check_share(self, final: bool) -> None:
-        """Raise TeacherError if too few rows have a label, in the end or after JUDGED_ROWS."""
+        """Raise TeacherError if too few rows have a label, in the end or after JUDGED_ROWS. For a
+        judge, which needs no labels, none is too few only if every row has an answer and none of
+        the answers can be read."""
         tally, minimum = self.tally, self._recipe.filters.minimum_accepted
         if not final and tally.rows < JUDGED_ROWS:
             return
         if tally.accepted and tally.accepted >= minimum * tally.rows:
+            return
+        # What a content filter or a failing endpoint keeps back says nothing of the settings.
+        if not self._recipe.needs_labels and self._without_answer:
             return
         reasons = "; ".join(
             f"{reason} ({count} rows)" for reason, count in tally.rejected.most_common()

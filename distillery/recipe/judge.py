@@ -44,6 +44,7 @@ class JudgeRecipe(TeacherRecipe):
     section: ClassVar[str] = "evaluation.judge"
     wording: ClassVar[str] = "evaluation.judge.instructions"
     variables: ClassVar[str] = "JUDGE_MODEL"
+    needs_labels: ClassVar[bool] = False
 
     kind: Literal["endpoint"] = "endpoint"
 

@@ -147,6 +147,9 @@ class TeacherRecipe(Slice):
     variables: ClassVar[str] = "TEACHER_MODEL"
     """What the names of the environment variables begin with that tell of the endpoint."""
 
+    needs_labels: ClassVar[bool] = True
+    """Whether a labelling ends in an error if no row gets a label, whatever the reason."""
+
     added_later: ClassVar[frozenset[str]] = frozenset(
         {"terms", "largest_shift", "insist", "max_age", "stop"}
     )

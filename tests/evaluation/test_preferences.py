@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from chat_endpoint import Call, ChatEndpoint, Reply, Script, completion, said
+from chat_endpoint import Call, ChatEndpoint, Reply, Script, completion, refused, said
 from pydantic import SecretStr
 from written_run import description
 
@@ -237,6 +237,41 @@ async def test_a_judge_that_says_nothing_of_use_ends_the_run(
     assert str(error.value).endswith(
         "check evaluation.judge.instructions, evaluation.judge.max_tokens and the model"
     )
+
+
+@pytest.mark.parametrize("pairs", [PAIRS[:1], PAIRS[:2]])
+async def test_a_judge_whose_content_filter_refuses_ends_no_run(
+    judging: Callable[[Script], Judging], pairs: list[Pair]
+) -> None:
+    """Neither the only pair, nor one of two of which the other's answers can't be read."""
+
+    def filtered(call: Call) -> Reply:
+        if "good 0" in call.question:
+            return refused(400, "The prompt triggered a policy.", code="content_filter")
+        return said("Let me see.")
+
+    run = judging(filtered)
+    for _ in range(2):
+        figures, _ = await run.compare(pairs)
+        assert (figures.rows, figures.win_rate, figures.compared) == (0, None, 0)
+        assert figures.left_out["refused by the endpoint's content filter"] == 1
+        assert sum(figures.left_out.values()) == len(pairs)
+    assert figures.line().startswith("0 wins, 0 ties, 0 losses of the student; 1 rows left out: ")
+    assert len(run.server.calls) == 2 * len(pairs), "what was rejected is paid once"
+    rule = LimitRule(kind="limit", figure="win_rate", minimum=0.4)
+    assert apply_limit(rule, row_with(figures)).verdict == "undecided"
+
+
+async def test_a_judge_whose_endpoint_fails_on_a_pair_ends_no_run(
+    judging: Callable[[Script], Judging],
+) -> None:
+    def failing(call: Call) -> Reply:
+        return refused(500, "broken") if "good 0" in call.question else said("A")
+
+    figures, _ = await judging(failing).compare(PAIRS[:1], attempts=1)
+    (reason,) = figures.left_out
+    assert reason.startswith("the endpoint fails on it, again and again")
+    assert figures.win_rate is None
 
 
 async def test_a_second_run_asks_nothing_and_writes_the_same(
