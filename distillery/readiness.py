@@ -109,11 +109,10 @@ Check = Callable[[Recipe], Iterable[Finding]]
 
 
 def check_settings(recipe: Recipe) -> None:
-    """Raise what would otherwise stop a run after its paid or slow stages. Asks no service."""
+    """Raise what would otherwise stop a run after its paid or slow stages. Asks no service. A flow
+    that asks the recipe's judge checks its endpoint itself, since a search asks none."""
     if recipe.teacher.kind == "endpoint":
         resolve_endpoint(recipe.teacher)
-    if recipe.evaluation.judge:
-        resolve_endpoint(recipe.evaluation.judge)
     if recipe.registry.kind == "azureml":
         AzureMLSettings().require()
     for base in base_models(recipe):

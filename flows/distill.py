@@ -38,6 +38,7 @@ from distillery.records import (
 )
 from distillery.registry.signing import check_keys
 from distillery.storage.artifacts import ArtifactStore, run_record
+from distillery.teacher.endpoint import resolve_endpoint
 from distillery.teacher.identity import teacher_identity
 from flows.prepare_teacher import prepare_teacher
 from flows.train_student import trained
@@ -92,6 +93,8 @@ def distill(
     begin()
     again = refreshing(refresh)
     check_settings(recipe)
+    if recipe.evaluation.judge:
+        resolve_endpoint(recipe.evaluation.judge)
     check_keys()
     check_bases(recipe)
     source = source_of(recipe)

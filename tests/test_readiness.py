@@ -7,6 +7,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
+from contextvars import copy_context
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, get_args
@@ -18,7 +19,7 @@ from chat_endpoint import Call, ChatEndpoint, Reply, good, refused, said
 from texts import write_texts
 from tiny_recipe import write_rows
 
-from distillery.errors import CredentialsError, DistilleryError, RecipeError
+from distillery.errors import CredentialsError, DataError, DistilleryError, RecipeError
 from distillery.models import azure_registry
 from distillery.models.azure_registry import AzureModel, parse_azureml
 from distillery.models.base import local_copy
@@ -40,6 +41,7 @@ from distillery.recipe import (
     ExportForm,
     ExportRecipe,
     Recipe,
+    SearchRecipe,
     TeacherRecipe,
     TrainingRecipe,
     parse_recipe,
@@ -47,6 +49,8 @@ from distillery.recipe import (
 from distillery.registry.local import LocalRegistry
 from distillery.teacher.asking import BACKOFF
 from distillery.teacher.endpoint import LOGIN_S
+from flows.distill import distill
+from flows.search import search
 
 TinyModel = Callable[[str], Path]
 KEY = "a-key-of-the-test"
@@ -250,21 +254,29 @@ def test_a_judge_is_checked_as_a_teacher_is(
     judged = parse_recipe(
         {
             "task": {"kind": "generate"},
-            "dataset": {"source": "files", "files": {"train": ["x.csv"]}, "carve": {"test": 0.2}},
+            "dataset": {
+                "source": "files",
+                "files": {"train": ["x.csv"]},
+                "carve": {"test": 0.2, "validation": 0.2},
+            },
             "teacher": {"kind": "gold"},
             "student": {"base": {"model": str(tiny_model("llama"))}},
             "evaluation": {"judge": {"instructions": "The texts sell tea."}},
         },
         "mine.yaml",
     )
+    # Each flow in a context of its own, because it changes the tags of all that follows.
     with pytest.raises(CredentialsError, match="JUDGE_MODEL_NAME, JUDGE_MODEL_ENDPOINT"):
-        check_settings(judged)
+        copy_context().run(distill.fn, judged)
+    with pytest.raises(DataError, match=r"x\.csv"):
+        copy_context().run(search.fn, judged, SearchRecipe(rank=(8,)))
     assert "JUDGE_MODEL_KEY: not set" in findings(judged)["judge credentials"].text
     with ChatEndpoint(lambda _: refused(401, "no")) as server:
         monkeypatch.setenv("JUDGE_MODEL_NAME", "wise")
         monkeypatch.setenv("JUDGE_MODEL_ENDPOINT", server.url)
         monkeypatch.setenv("JUDGE_MODEL_KEY", KEY)
-        check_settings(judged)
+        with pytest.raises(DataError, match=r"x\.csv"):
+            copy_context().run(distill.fn, judged)
         found = findings(judged)
         assert found["judge endpoint"].text.startswith("JUDGE_MODEL_KEY: refused by")
         server.script = lambda _: said("")
