@@ -126,7 +126,8 @@ class CanaryRecipe(Slice):
 
     rows: int | None = Field(None, ge=0)
     """Number of canary rows; 0 asks none. Needs teacher.kind: endpoint. null: 20 in a run that a
-    schedule of its deployment starts, if no budget is set, and none in other runs."""
+    schedule of its deployment starts, if no budget is set, and none in other runs. With task.kind:
+    generate and answers.votes above 1 none are asked, since texts that are drawn differ."""
 
     threshold: float = Field(0.1, ge=0, le=1)
     """Share of changed answers above which the change is reported."""
