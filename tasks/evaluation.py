@@ -47,9 +47,10 @@ def evaluate(
 ) -> EvaluationReport:
     """Score baselines, teacher, base model, float and exported student on the same test rows.
 
-    TF-IDF learns from the labels of `train`, as the student does, and from `gold` too if the
-    student has; `prompt` is the student's and the base model's. `columns` and `fields` are those of
-    the data set, for the file of doubtful labels."""
+    TF-IDF and the baselines of written answers learn from the labels of `train`, and from `gold`
+    too if the student has. Of several texts to a row, all of which the student learns, they learn
+    the first alone. `prompt` is the student's and the base model's. `columns` and `fields` are
+    those of the data set, for the file of doubtful labels."""
     started = time.perf_counter()
     store = ArtifactStore()
     base_model = base_folder(base, show_bytes)
