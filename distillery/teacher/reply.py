@@ -202,12 +202,16 @@ def begun(text: str, before: str = "") -> str:
 
 
 def alternatives_of(token: dict[str, Any]) -> Pairs:
-    """Return the alternatives that a token lists, without those that have no number."""
+    """Return the alternatives that a token lists, without those that have no number or one that
+    is too large for a float."""
     pairs = []
     for alternative in map(mapping_of, list_of(token.get("top_logprobs"))):
         value = alternative.get("logprob")
         if isinstance(value, int | float):
-            pairs.append((str(alternative.get("token") or ""), float(value)))
+            try:
+                pairs.append((str(alternative.get("token") or ""), float(value)))
+            except OverflowError:
+                continue
     return tuple(pairs)
 
 
