@@ -247,6 +247,15 @@ def test_labels_of_files_keep_their_tokens(tmp_path: Path) -> None:
     )
 
 
+def test_tokens_of_an_earlier_label_go_with_it(tmp_path: Path) -> None:
+    first, later = tmp_path / FILE, tmp_path / "corrected.jsonl"
+    write_answer_tokens({name: (AnswerToken(b"x", ()),) for name in "ab"}, first)
+    later.write_text('{"example_id": "a", "answer": "y"}\n{"example_id": "b", "answer": "x"}\n')
+    rows = [row("a", TEXT), row("b", TEXT)]
+    labels, tokens = read_label_files([str(first), str(later)], rows)
+    assert (labels["a"].answer, tokens.keys()) == ("y", {"b"})
+
+
 ODD_TOKENS: list[tuple[dict[str, Any], str]] = [
     ({"tokens": [b"y"], "candidates": [[]], "logs": [[]]}, "do not spell the answer"),
     ({"tokens": [b"x"], "candidates": [[b"x"]], "logs": [[0.5]]}, r"can't be read \(ValueError\)"),
