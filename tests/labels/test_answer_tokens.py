@@ -182,6 +182,20 @@ async def test_labels_none_of_which_has_probabilities_end_the_run(
     assert not (tmp_path / "out").exists()
 
 
+async def test_the_remedy_for_labels_without_probabilities_asks_for_nothing_again(
+    tmp_path: Path,
+) -> None:
+    rows = [row("unlike")]
+    wanted = SOFT.model_copy(update={"filters": TeacherRecipe().filters})
+    with ChatEndpoint(answer) as server:
+        with pytest.raises(TeacherError, match=r"set teacher\.filters\.minimum_accepted: 0 and "):
+            await labelled(server, rows, tmp_path, wanted)
+        taken = wanted.model_copy(update={"filters": FilterRecipe(minimum_accepted=0)})
+        await labelled(server, rows, tmp_path, taken)
+        assert len(server.calls) == 1
+    assert labels_in(tmp_path / "out").keys() == {"unlike"}
+
+
 async def test_stored_bytes_that_are_no_tokens_are_one_line(tmp_path: Path) -> None:
     rows = [row("plain")]
     with ChatEndpoint(answer) as server:
