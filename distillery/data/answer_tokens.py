@@ -158,6 +158,13 @@ def unpacked(data: bytes) -> tuple[AnswerToken, ...]:
                     raise ValueError(f"no logarithm of a probability: {log}")
                 candidates.append((candidate.encode("latin-1"), float(log)))
             tokens.append(AnswerToken(token.encode("latin-1"), tuple(candidates)))
-    except (zlib.error, TypeError, AttributeError, RecursionError) as error:
+    except (
+        zlib.error,
+        TypeError,
+        AttributeError,
+        LookupError,
+        OverflowError,
+        RecursionError,
+    ) as error:
         raise ValueError(f"no tokens of an answer ({type(error).__name__})") from error
     return tuple(tokens)

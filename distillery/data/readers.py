@@ -6,8 +6,8 @@ The name's ending tells the format. Text is UTF-8, with or without a byte order 
              stay as they are; a quoted value may span lines
   .parquet   each value as PyArrow converts it to Python
 `open_table` streams rows in the file's order and marks those that are malformed: batch inference
-sets these aside. `read_files` loads whole files and raises at the first malformed row: data
-preparation and label files use it.
+sets these aside. `each_row` raises at the first malformed row: label files use it, through
+`read_columns`. So does `read_files`, which loads whole files: data preparation uses it.
 
 No row takes more than DISTILLERY_ROW_MB, whatever the file holds: a longer one is malformed, and of
 a Parquet file no more is unfolded at a time than a few such rows take (`parquet_rows`).
@@ -81,13 +81,14 @@ class Table(NamedTuple):
 def read_columns(
     paths: Sequence[str], wanted: Mapping[str, str]
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield (where, values) for each row of the files in teacher.files.
+    """Yield (where, values) for each row of the files in teacher.files, as it is read.
 
     `wanted` maps the columns that every row must fill to their meanings. Raises DataError with
     the file, line and column.
     """
-    for table in read_files("teacher.files", paths):
-        for where, values in table.rows:
+    setting = "teacher.files"
+    for path in paths:
+        for where, values in each_row(setting, local_path(path, setting)):
             for name, meaning in wanted.items():
                 if values.get(name) in (None, ""):
                     raise DataError(f"{where}: {name}: missing; it is {meaning}")
@@ -106,21 +107,27 @@ def read_files(setting: str, paths: Sequence[str]) -> Iterator[Table]:
 
 def read_file(setting: str, path: Path) -> Table:
     """Return a file as a whole; see `read_files`."""
-    rows = []
-    with open_table(setting, path, whole=True) as (columns, streamed):
+    rows = list(each_row(setting, path))
+    # In CSV and Parquet each row has all columns.
+    columns: dict[str, None] = {}
+    for _, values in rows:
+        columns.update(dict.fromkeys(values))
+    return Table(str(path), list(columns), rows)
+
+
+def each_row(setting: str, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (where, values) for each row of a file, as it is read. Raises DataError as
+    `read_files` does, for a malformed row once the rows before it are read."""
+    is_empty = True
+    with open_table(setting, path, whole=True) as (columns, rows):
         refuse_equal_columns(path, columns)
-        for line, values, fault in streamed:
+        for line, values, fault in rows:
             if fault:
                 raise DataError(f"{path}:{line}: {fault}")
-            rows.append((f"{path}:{line}", values))
-    if not rows:
+            is_empty = False
+            yield f"{path}:{line}", values
+    if is_empty:
         raise DataError(f"{path}: empty, without a single row; correct {setting}")
-    if columns is None:
-        keys: dict[str, None] = {}
-        for _, values in rows:
-            keys.update(dict.fromkeys(values))
-        columns = list(keys)
-    return Table(str(path), columns, rows)
 
 
 def refuse_equal_columns(path: Path, columns: Sequence[str] | None) -> None:

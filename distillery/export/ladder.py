@@ -164,8 +164,9 @@ def write_rows_to_ask(validation: Path, train: Path, labels: Path, most: int, fi
         if learnt == most:
             break
         if example.example_id in found:
-            answer = found[example.example_id].answer
-            rows.append(example.model_copy(update={"answer_key": answer, "references": ()}))
+            label = found[example.example_id]
+            taught = {"answer_key": label.answer, "references": label.references}
+            rows.append(example.model_copy(update=taught))
             learnt += 1
     write_examples(rows, file)
     return learnt

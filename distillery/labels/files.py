@@ -46,15 +46,19 @@ UNREAD_SHOWN = 3
 UNREAD_CHARACTERS = 100
 """The most of each that it shows."""
 
+LEARN_AS_HARD = (
+    "to learn the answers that are stored without them, set teacher.filters.minimum_accepted: 0 "
+    "and student.training.soft_weight: 0 (soft_labels: false would ask for all rows again)"
+)
+"""What to do about labels of an endpoint or a local teacher: which labels are accepted counts in no
+request's key, while soft_labels does."""
+
 WHY_NOT_SOFT = {
     (False, False): (
         "those that came are not at the answer's letter",
-        "set it to false, which asks for all rows again, or use answers.votes",
+        f"use answers.votes; {LEARN_AS_HARD}",
     ),
-    (False, True): (
-        "the tokens that came do not spell the answers",
-        "set it to false, which asks for all rows again",
-    ),
+    (False, True): ("the tokens that came do not spell the answers", LEARN_AS_HARD),
     (True, False): (
         "teacher.files have no column distribution",
         "add it, or set teacher.soft_labels: false",

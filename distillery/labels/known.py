@@ -12,7 +12,7 @@ from distillery.data.rows import to_written
 from distillery.errors import DataError
 from distillery.labels.files import LabelCounts, label_files
 from distillery.recipe import PromptRecipe, TeacherRecipe
-from distillery.records import Example, TeacherLabel
+from distillery.records import AnswerFormat, Example, TeacherLabel
 from distillery.teacher.written_tokens import merged, tokens_of_label
 
 COLUMNS = {
@@ -56,8 +56,9 @@ def read_label_files(
 
     Columns: example_id; answer, a letter or class; optionally distribution, the probability of each
     as a mapping or as JSON; optionally rationale, a text. Where answers are written, answer is the
-    text, or a JSON object or its text; a Parquet file may have their tokens in the columns of
-    data/answer_tokens.py, and needs no answer then; distribution and rationale are passed over.
+    text, or a JSON object or its text; optionally references, further texts as a list or as JSON; a
+    Parquet file may have their tokens in the columns of data/answer_tokens.py, and needs no answer
+    then; distribution and rationale are passed over. Of two labels for a row the later one counts.
     Rows that are not in `examples` are left out. Raises DataError with the file and the row.
     """
     rows = {row.example_id: row for row in examples}
@@ -77,7 +78,14 @@ def read_label_files(
             text = to_written(answer, row.format, f"{where}: answer")
             if text is None:
                 continue
-            labels[row.example_id] = TeacherLabel(example_id=row.example_id, answer=text)
+            earlier = labels.get(row.example_id)
+            if earlier and earlier.answer != text:
+                tokens.pop(row.example_id, None)
+            labels[row.example_id] = TeacherLabel(
+                example_id=row.example_id,
+                answer=text,
+                references=read_references(values.get("references"), text, row.format, where),
+            )
             found = tokens_of_label(written, text, row.format.json_schema)
             if found:
                 tokens[row.example_id] = packed(found)
@@ -99,6 +107,27 @@ def read_label_files(
             rationale=read_rationale(values.get("rationale"), where),
         )
     return labels, tokens
+
+
+def read_references(
+    value: Any, answer: str, answer_format: AnswerFormat, where: str
+) -> tuple[str, ...]:
+    """Return the further texts of a written label, each once and without `answer`, from a list or
+    its JSON. Raises DataError, with `where`, for anything else."""
+    try:
+        if isinstance(value, str) and value:
+            value = json.loads(value)
+    except (ValueError, RecursionError):
+        pass
+    if value in (None, ""):
+        return ()
+    if not isinstance(value, list):
+        raise DataError(
+            f"{where}: references: no list of texts, nor its JSON; correct the row or leave the "
+            "column out"
+        )
+    texts = [to_written(each, answer_format, f"{where}: references") for each in value]
+    return tuple(dict.fromkeys(text for text in texts if text and text != answer))
 
 
 def has_tokens(values: Mapping[str, Any]) -> bool:

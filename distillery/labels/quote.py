@@ -2,8 +2,9 @@
 
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 
 from distillery.data.examples import each_example
@@ -120,15 +121,15 @@ def quote(
     counted once; others are few, because data preparation drops equal rows.
     """
     rows = known = calls = characters = prompt_tokens = answer_tokens = longest = 0
-    written: list[str] = []
+    answered: list[str] = []
     for asked, new in each_rows_questions(examples, prompt, recipe, identity, store):
         row = asked[0].row
         rows += 1
         known += not new
         calls += len(new)
         longest = max([longest, *map(len, row.keys)])
-        if row.format and len(written) < EXPERIENCE_ROWS:
-            written += [question.key for question in asked if question not in new]
+        if len(answered) < EXPERIENCE_ROWS:
+            answered += [question.key for question in asked if question not in new]
         for question in new:
             characters += len(question.messages[-1]["content"])
             answer_tokens += estimated_answer(question, recipe)
@@ -137,10 +138,10 @@ def quote(
             else:
                 prompt_tokens += estimated_tokens(question)
     if longest:
-        experience = experience_of(store, identity, recipe, longest)
+        experience = experience_of(store, identity, recipe, longest, answered)
     else:
         # Only answers to the same task are as long as the next ones.
-        experience = store.experience(identity, keys=written)
+        experience = store.experience(identity, keys=answered)
     basis = f"from lengths, at most {recipe.max_tokens:,} each"
     if experience:
         answer_tokens = round(calls * experience.completion_tokens)
@@ -188,17 +189,19 @@ def each_rows_questions(
 
 
 def experience_of(
-    store: LabelStore, identity: str, recipe: TeacherRecipe, longest: int
+    store: LabelStore, identity: str, recipe: TeacherRecipe, longest: int, answered: Sequence[str]
 ) -> Experience | None:
     """Return what the teacher's answers of the wanted form so far tell about the next ones, whose
     letters or classes have at most `longest` characters: a text that the teacher has written may be
-    a hundred times as long.
+    a hundred times as long. `answered` are the keys of this run's stored answers: what was
+    rejected among them, such as reasoning that was cut off, is of the wanted form, too.
 
     So may a rationale be; its prompts end with answers.instruction.
     """
+    experience = partial(store.experience, identity, longest=longest, keys=answered)
     if recipe.answers.form == "rationale":
-        return store.experience(identity, ends_with=recipe.answers.instruction, longest=longest)
-    return store.experience(identity, ends_without=recipe.answers.instruction, longest=longest)
+        return experience(ends_with=recipe.answers.instruction)
+    return experience(ends_without=recipe.answers.instruction)
 
 
 def estimated_tokens(question: Question) -> int:

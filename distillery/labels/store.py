@@ -33,6 +33,7 @@ from sqlalchemy import (
     delete,
     func,
     not_,
+    or_,
     update,
 )
 from sqlalchemy.sql import select
@@ -200,9 +201,10 @@ class LabelStore:
     ) -> Experience | None:
         """Return what this teacher's last EXPERIENCE_ROWS answers tell; None if there are none.
 
-        `ends_with` and `ends_without` choose answers by the end of their prompts, `longest` labels
-        of so many characters at most, and `keys` those under some of the first EXPERIENCE_ROWS of
-        these keys.
+        `ends_with` and `ends_without` choose answers by the end of their prompts, and `keys` those
+        under some of the first EXPERIENCE_ROWS of these keys. `longest` chooses labels of so many
+        characters at most, under any key. Rejected answers are paid too: with `longest`, those
+        under `keys` count, and all of them where the teacher has given no longer label.
         """
         prompt = TABLE.c.prompt
         last = select(TABLE).where(
@@ -212,10 +214,18 @@ class LabelStore:
             last = last.where(prompt.endswith(ends_with, autoescape=True))
         if ends_without:
             last = last.where(not_(prompt.endswith(ends_without, autoescape=True)))
+        under_keys = self._is_stored(list(islice(keys or (), EXPERIENCE_ROWS)))
         if longest is not None:
-            last = last.where(func.length(TABLE.c.answer) <= longest)
-        if keys is not None:
-            last = last.where(self._is_stored(list(islice(keys, EXPERIENCE_ROWS))))
+            other = TABLE.alias()
+            longer = select(other.c.request_key).where(
+                other.c.teacher == teacher, func.length(other.c.answer) > longest
+            )
+            is_of_kind = or_(under_keys, not_(longer.exists()))
+            is_rejected = TABLE.c.answer.is_(None)
+            is_short = func.length(TABLE.c.answer) <= longest
+            last = last.where(or_(is_short, and_(is_rejected, is_of_kind)))
+        elif keys is not None:
+            last = last.where(under_keys)
         answers = last.order_by(TABLE.c.created_at.desc()).limit(EXPERIENCE_ROWS).subquery()
         query = select(
             func.count(),

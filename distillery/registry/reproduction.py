@@ -171,7 +171,8 @@ def compare(
         if labels.artifact.sha256 == remade.labels.artifact.sha256:
             old_answers, old_shares = answers, shares
     compared.append(difference("labels", old_answers, answers))
-    if remade.labels.soft:
+    # Written labels have their probabilities by token, apart from the labels.
+    if any(share is not None for share in (*shares.values(), *(old_shares or {}).values())):
         compared.append(difference("probabilities", old_shares, shares))
     old_file = folder / EVALUATION / ANSWERS_FILE
     new_file = new_store.fetch(remade.report.artifact) / ANSWERS_FILE

@@ -201,7 +201,9 @@ class Teacher:
         if used:
             self._learn_tokens(prompt, estimate, used)
         last = self._recipe.answers.form == "rationale"
-        completion = read_completion(response.payload, letters, last, self._endpoint.redact)
+        completion = read_completion(
+            response.payload, letters, last, self._endpoint.redact, self._recipe.stop
+        )
         return replace(completion, latency_ms=latency_ms)
 
     async def _complete_in_time(self, messages: list[Message], body: dict[str, Any]) -> Response:

@@ -49,11 +49,15 @@ class Completion:
 
 
 def read_completion(
-    payload: dict[str, Any], letters: Sequence[str], last: bool, redact: Callable[[str], str]
+    payload: dict[str, Any],
+    letters: Sequence[str],
+    last: bool,
+    redact: Callable[[str], str],
+    stops: Sequence[str] = (),
 ) -> Completion:
     """Return the first choice of a chat completion; without choices, an answer without text.
-    `letters` and `last` as in `letter_at_answer`; an answer without letters is a written one. The
-    text is passed through `redact`."""
+    `letters` and `last` as in `letter_at_answer`; an answer without letters is a written one, which
+    ended before one of `stops`, if any. The text is passed through `redact`."""
     choices = list_of(payload.get("choices"))
     choice = mapping_of(choices[0]) if choices else {}
     message = mapping_of(choice.get("message"))
@@ -70,7 +74,7 @@ def read_completion(
         letter, pairs = class_at_answer(entries, letters)
     else:
         letter, pairs = letter_at_answer(entries, text, letters, last)
-    written = None if letters else tokens_of_answer(entries, text, redact)
+    written = None if letters else tokens_of_answer(entries, text, redact, stops)
     return Completion(
         text=text,
         finish_reason=str(finish_reason or ""),
@@ -198,23 +202,31 @@ def begun(text: str, before: str = "") -> str:
 
 
 def alternatives_of(token: dict[str, Any]) -> Pairs:
-    """Return the alternatives that a token lists, without those that have no number."""
+    """Return the alternatives that a token lists, without those that have no number or one that
+    is too large for a float."""
     pairs = []
     for alternative in map(mapping_of, list_of(token.get("top_logprobs"))):
         value = alternative.get("logprob")
         if isinstance(value, int | float):
-            pairs.append((str(alternative.get("token") or ""), float(value)))
+            try:
+                pairs.append((str(alternative.get("token") or ""), float(value)))
+            except OverflowError:
+                continue
     return tuple(pairs)
 
 
 def tokens_of_answer(
-    entries: list[dict[str, Any]], text: str, redact: Callable[[str], str]
+    entries: list[dict[str, Any]],
+    text: str,
+    redact: Callable[[str], str],
+    stops: Sequence[str] = (),
 ) -> tuple[AnswerToken, ...] | None:
     """Return the tokens of an answer `text` after any thinking, without the blanks around it, and
     the end of the turn where the endpoint lists it. None where no token lists alternatives, or
     where the tokens do not spell the text.
 
-    `entries` are those of logprobs.content."""
+    `entries` are those of logprobs.content. Some endpoints list there also the tokens of the one of
+    `stops` that ended the answer: these are left out."""
     if not any(entry.get("top_logprobs") for entry in entries):
         return None
     spoken = []
@@ -225,6 +237,11 @@ def tokens_of_answer(
             spoken.append((entry, written))
     whole = b"".join(written for _, written in spoken)
     body = after_thinking(text).encode()
+    thought = max(whole.rfind(b"</think>"), 0)
+    for stop in map(str.encode, stops):
+        position = whole.find(stop, thought)
+        if position >= 0 and stop not in body:
+            whole = whole[:position]
     start = whole.rfind(body)
     behind = whole[start + len(body) :].decode("utf-8", "replace")
     if not body or start < 0 or behind.strip():

@@ -89,6 +89,8 @@ odd: list[tuple[Any, str]] = [
     ([["a", ["b", math.nan]]], "no logarithm"),
     ([["a", ["b", -math.inf]]], "no logarithm"),
     ([["a", [5, -1.0]]], "no tokens"),
+    ([["a", ["b", -(10**400)]]], "no tokens"),
+    ([["a", {}]], "no tokens"),
     ([["日", []]], "latin-1"),
     ([[None, []]], "no tokens"),
 ]

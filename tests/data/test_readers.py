@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from spoilt import varint
 
 from distillery.data.look import look
-from distillery.data.readers import TableRow, open_table, read_file
+from distillery.data.readers import TableRow, open_table, read_columns, read_file
 from distillery.data.rows import RowReader
 from distillery.errors import DataError
 from distillery.inference.batch import FailedRow, InputRow, read_rows
@@ -85,6 +85,15 @@ def test_a_line_of_json_that_is_too_long_is_one_bad_row(tmp_path: Path, end: str
     assert faults_of(path) == {2: fault}
     with pytest.raises(DataError, match=r"rows.jsonl:2: more than 0.01 MB in one row"):
         read_file("dataset.files.train", path)
+
+
+def test_rows_of_labels_are_read_one_by_one(tmp_path: Path) -> None:
+    path = tmp_path / "labels.jsonl"
+    path.write_text('{"example_id": "a"}\nno label\n')
+    rows = read_columns([str(path)], {"example_id": "the row's id"})
+    assert next(rows) == (f"{path}:1", {"example_id": "a"})
+    with pytest.raises(DataError, match=r"labels.jsonl:2: no JSON object"):
+        next(rows)
 
 
 def test_a_row_of_csv_is_as_long_as_the_setting_allows(tmp_path: Path) -> None:

@@ -487,13 +487,15 @@ def test_training_rows_with_their_labels_choose_too(
 ) -> None:
     labels = {}
     for number in range(5, 105):
-        labels[f"t{number}"] = TeacherLabel(example_id=f"t{number}", answer="B")
+        name = f"t{number}"
+        labels[name] = TeacherLabel(example_id=name, answer="B", references=("C",))
     monkeypatch.setattr("distillery.export.ladder.read_labels", lambda _folder: labels)
     built["int8 rtn/32"] = (20, "A" * 20 + "B" * 49 + "A")
 
     def score_model(model: ModelToScore, rows: Path, *_rest: Any, **_more: Any) -> Scored:
         examples = read_examples(rows)
         assert [example.example_id for example in examples][19:22] == ["v19", "t5", "t6"]
+        assert {example.references for example in examples[20:]} == {("C",)}
         if model.kind == "transformers":
             return scored("".join(str(example.answer_key) for example in examples))
         return scored(built[model.name][1])

@@ -182,6 +182,20 @@ async def test_labels_none_of_which_has_probabilities_end_the_run(
     assert not (tmp_path / "out").exists()
 
 
+async def test_the_remedy_for_labels_without_probabilities_asks_for_nothing_again(
+    tmp_path: Path,
+) -> None:
+    rows = [row("unlike")]
+    wanted = SOFT.model_copy(update={"filters": TeacherRecipe().filters})
+    with ChatEndpoint(answer) as server:
+        with pytest.raises(TeacherError, match=r"set teacher\.filters\.minimum_accepted: 0 and "):
+            await labelled(server, rows, tmp_path, wanted)
+        taken = wanted.model_copy(update={"filters": FilterRecipe(minimum_accepted=0)})
+        await labelled(server, rows, tmp_path, taken)
+        assert len(server.calls) == 1
+    assert labels_in(tmp_path / "out").keys() == {"unlike"}
+
+
 async def test_stored_bytes_that_are_no_tokens_are_one_line(tmp_path: Path) -> None:
     rows = [row("plain")]
     with ChatEndpoint(answer) as server:
@@ -245,6 +259,15 @@ def test_labels_of_files_keep_their_tokens(tmp_path: Path) -> None:
         AnswerToken(b'{"city": "Oslo"', ((b'{"city": "Oslo"', -0.25), (b"{", -2.0))),
         end,
     )
+
+
+def test_tokens_of_an_earlier_label_go_with_it(tmp_path: Path) -> None:
+    first, later = tmp_path / FILE, tmp_path / "corrected.jsonl"
+    write_answer_tokens({name: (AnswerToken(b"x", ()),) for name in "ab"}, first)
+    later.write_text('{"example_id": "a", "answer": "y"}\n{"example_id": "b", "answer": "x"}\n')
+    rows = [row("a", TEXT), row("b", TEXT)]
+    labels, tokens = read_label_files([str(first), str(later)], rows)
+    assert (labels["a"].answer, list(tokens)) == ("y", ["b"])
 
 
 ODD_TOKENS: list[tuple[dict[str, Any], str]] = [

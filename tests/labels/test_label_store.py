@@ -332,6 +332,24 @@ def test_what_a_teachers_answers_tell_of_the_next(store: LabelStore) -> None:
     assert store.experience("nobody") is None
 
 
+def test_rejected_answers_tell_of_letters_too(store: LabelStore) -> None:
+    """A teacher that reasons is paid for what was cut off."""
+    letters = [stored(number, completion_tokens=50) for number in (1, 2)]
+    cut = {"answer": None, "distribution": None, "completion_tokens": 4000}
+    rejected = [stored(number, **cut) for number in (3, 4)]
+    filled(store, [*letters, *rejected])
+
+    def told(*keys: StoredAnswer) -> tuple[int, int]:
+        found = store.experience("gpt-4o", longest=1, keys=[answer.request_key for answer in keys])
+        assert found is not None
+        return found.answers, round(found.completion_tokens)
+
+    assert told() == (4, 2025)
+    filled(store, [stored(5, answer="a text of its own", completion_tokens=9)])
+    assert told() == (2, 50), "the rejected ones may be texts"
+    assert told(letters[0], rejected[0]) == (3, 1367)
+
+
 def test_the_last_thousand_answers_tell(store: LabelStore) -> None:
     filled(store, [stored(number, prompt="x" * 10, prompt_tokens=100) for number in range(600)])
     filled(

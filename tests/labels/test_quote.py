@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from distillery.labels.canaries import ask_canaries
 from distillery.labels.files import read_labels
 from distillery.labels.known import gold_labels, read_label_files, write_known_labels
 from distillery.labels.labelling import label
+from distillery.labels.questions import questions
 from distillery.labels.quote import Quote, duration, quote, quote_recipe
 from distillery.labels.report import read_report
 from distillery.labels.store import LabelStore
@@ -104,6 +106,19 @@ def test_a_quote_learns_from_answers_and_counts_what_is_new(
         assert (
             quoted(store).line() == "30 rows to label, all known: nothing to ask and nothing to pay"
         )
+
+
+def test_a_quote_counts_answers_that_were_cut_off(store: LabelStore, tmp_path: Path) -> None:
+    with ChatEndpoint() as server:
+        labelled(server, store, tmp_path / "out", ROWS[:3])
+    key = questions(ROWS[3], PROMPT, TeacherRecipe(), "gpt-test")[0].key
+    (stored, *_) = store.first_answers("gpt-test", 1)
+    store.add(replace(stored, request_key="text", answer="a text of its own"))
+    store.add(replace(stored, request_key=key, answer=None, completion_tokens=397))
+    store.flush()
+    found = quoted(store)
+    assert (found.calls, found.usage.completion_tokens) == (26, 26 * 100)
+    assert found.basis == "from its last 4 answers"
 
 
 def test_votes_and_orders_are_calls_of_their_own(store: LabelStore) -> None:

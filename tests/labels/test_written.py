@@ -226,6 +226,35 @@ def test_labels_from_files_are_read_like_the_rows(tmp_path: Path) -> None:
         read_label_files([str(path)], [row("a")])
 
 
+@pytest.mark.parametrize("as_text", [False, True])
+def test_labels_from_files_keep_their_references(tmp_path: Path, as_text: bool) -> None:
+    found = {
+        "a": [{"days": 1}, '{"days":2}', '{"city": "Oslo"}', {"days": 1}, "", None],
+        "b": [],
+        "c": None,
+    }
+    path = tmp_path / "labels.jsonl"
+    with path.open("w") as file:
+        for name, references in found.items():
+            value = json.dumps(references) if as_text and references else references
+            line = {"example_id": name, "answer": {"city": "Oslo"}, "references": value}
+            file.write(json.dumps(line) + "\n")
+    labels, _ = read_label_files([str(path)], [row("a"), row("b"), row("c")])
+    assert labels["a"].answers == ('{"city": "Oslo"}', '{"days": 1}', '{"days": 2}')
+    assert labels["b"].answers == labels["c"].answers == ('{"city": "Oslo"}',)
+
+
+@pytest.mark.security
+@pytest.mark.parametrize("odd", ["Oslo", "[" * 60_000, '{"days": 1}', 5, ["Oslo"], [5], {}])
+def test_references_that_are_none_are_one_line(tmp_path: Path, odd: Any) -> None:
+    path = tmp_path / "labels.jsonl"
+    line = {"example_id": "a", "answer": {"city": "Oslo"}, "references": odd}
+    path.write_text(json.dumps(line) + "\n")
+    with pytest.raises(DataError, match=r"labels.jsonl:1: references: .*correct the row") as caught:
+        read_label_files([str(path)], [row("a")])
+    assert "\n" not in str(caught.value)
+
+
 def test_a_quote_takes_the_gold_answers_length_or_the_longest(tmp_path: Path) -> None:
     rows = [row("a"), row("b", answer_key="x" * 36)]
     teacher = TEACHER.model_copy(update={"max_tokens": 512})

@@ -125,6 +125,17 @@ def test_labels_that_are_gone_are_not_called_equal(
     assert differing == {"labels": Compared(what="labels", of=2, different=None)}
 
 
+def test_probabilities_of_tokens_are_not_called_equal(
+    tmp_path: Path, model: RegisteredModel, made: dict[str, Any]
+) -> None:
+    """Written labels have none beside their answers."""
+    found = labels(tmp_path / "other", {"r1": "A", "r2": "B"}).model_copy(update={"soft": True})
+    again = remade(tmp_path / "again", made, found=found)
+    folder, store = LocalRegistry().download(model, tmp_path / "down"), ArtifactStore()
+    told = compare(model, folder, made, again, store, store).compared
+    assert "probabilities" not in {each.what for each in told}
+
+
 def test_the_recipe_is_pinned(model: RegisteredModel, made: dict[str, Any], tmp_path: Path) -> None:
     made["recipe"]["dataset"] |= {"source": "hub", "name": "tau/commonsense_qa", "revision": None}
     made["recipe"]["teacher"] |= {"canaries": {"rows": 3, "threshold": 0.1, "stop": True}}

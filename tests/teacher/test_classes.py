@@ -129,6 +129,9 @@ def test_what_is_thought_counts_for_nothing() -> None:
 def test_no_class_and_no_alternatives() -> None:
     assert class_at_answer(tokens(("hello", {"hello": 1.0})), CLASSES) == (None, ())
     assert class_at_answer([{"token": "Refund"}], CLASSES) == (None, None)
+    huge = [{"token": "Refund", "logprob": sign * 10**400} for sign in (1, -1)]
+    found = class_at_answer([{"token": "Refund", "top_logprobs": huge}], CLASSES)
+    assert found == ("Refund", ()), "no number of an alternative can be read"
     assert class_at_answer(tokens(("Refund", {"other": 0.5})), CLASSES)[0] == "Refund"
 
 

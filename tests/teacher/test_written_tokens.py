@@ -27,10 +27,12 @@ KEY = "key-7f3a-very-secret"
 Top = dict[bytes, float]
 
 
-def read(text: str, entries: Any, letters: Sequence[str] = ()) -> Completion:
+def read(
+    text: str, entries: Any, letters: Sequence[str] = (), stops: Sequence[str] = ()
+) -> Completion:
     message = {"message": {"content": text}, "finish_reason": "stop"}
     payload = {"choices": [{**message, "logprobs": {"content": entries}}]}
-    return read_completion(payload, letters, False, lambda said: said.replace(KEY, "***"))
+    return read_completion(payload, letters, False, lambda said: said.replace(KEY, "***"), stops)
 
 
 def tokens_in(text: str, *written: tuple[bytes, Top]) -> tuple[AnswerToken, ...] | None:
@@ -113,6 +115,31 @@ def test_the_end_of_the_turn_has_no_bytes() -> None:
         assert [token.text for token in found] == [b"Yes", b""]
         assert shares(found[0]) == {b"Yes": 0.25, b"No": 0.25, b"": 0.5}
         assert shares(found[1]) == {b"": 0.5, b".": 0.25}
+
+
+@pytest.mark.parametrize(
+    ("text", "listed", "stops", "kept"),
+    [
+        ("Good pub", [b"Good", b" pub", b"###"], ["###"], [b"Good", b" pub"]),
+        ("Good pub", [b"Good", b" pub", b"\n##", b"#\nQ"], ["END", "###"], [b"Good", b" pub"]),
+        ("a", [b"a", b"ba"], ["ba"], [b"a"]),
+        ("Yes", [b"<think>### </think>", b"Yes", b"###"], ["###"], [b"Yes"]),
+        ("Yes", [b"Yes", b" no"], ["###"], None),
+        ("Yes###", [b"Yes", b"###"], ["###"], [b"Yes", b"###"]),
+    ],
+)
+def test_the_tokens_of_a_stop_text_are_left_out(
+    text: str, listed: list[bytes], stops: list[str], kept: list[bytes] | None
+) -> None:
+    """As our own server lists them."""
+    found = read(text, [spelled_entry(*token) for token in certain(*listed)], stops=stops).tokens
+    assert found == (None if kept is None else plain(*kept))
+
+
+def test_a_token_that_a_stop_text_shares_has_no_alternatives() -> None:
+    entries = [spelled_entry(*token) for token in certain(b"Good", b" pub#", b"##")]
+    found = read("Good pub", entries, stops=["###"]).tokens
+    assert found == (*plain(b"Good"), AnswerToken(b" pub", ()))
 
 
 def test_the_token_itself_is_a_candidate_though_others_are_likelier() -> None:
