@@ -153,7 +153,7 @@ def gold_labels(
     )
 
 
-@stage("labels from files", version=2)
+@stage("labels from files", version=3)
 def labels_from_files(
     rows: Rows, prompt: PromptRecipe, teacher: TeacherRecipe, identity: str
 ) -> TeacherLabels:
