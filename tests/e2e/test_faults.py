@@ -436,7 +436,7 @@ def test_cancelling_while_the_local_teacher_answers_ends_it_too(cloud: Cloud, fi
         assert any("distillery.serving" in process.cmdline() for process in workshop.processes(run))
         workshop.cancel(run)
         wait_for("the end of run and teacher", lambda: not workshop.processes(run), 60)
-    assert workshop.ended(run, 10)["state_name"] == "Cancelled"
+    assert workshop.ended(run, 60)["state_name"] == "Cancelled"
 
 
 def test_a_run_that_is_killed_leaves_no_training_of_its_teacher_behind(cloud: Cloud) -> None:
