@@ -115,11 +115,14 @@ def write_files(name: str, folder: Path) -> dict[str, str]:
     return paths
 
 
-def recipe_of(name: str, paths: dict[str, str]) -> dict[str, Any]:
-    """Return the recipe of a task: where its rows are, and nothing more."""
+def recipe_of(
+    name: str, paths: dict[str, str], task: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Return the recipe of a task, by default a classifier's: where its rows are, that a local
+    teacher answers, and nothing more."""
     return {
         "name": name,
-        "task": {"kind": "classify"},
+        "task": task or {"kind": "classify"},
         "dataset": {
             "source": "files",
             "files": {split: [path] for split, path in paths.items()},

@@ -29,9 +29,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.task_rows import PROJECT, data_folder
+from benchmarks.task_rows import PROJECT, data_folder, recipe_of
 from benchmarks.task_runs import folder_of, run_in_a_process
-from benchmarks.text_rows import Row, e2e, recipe_of, snips
+from benchmarks.text_rows import Row, e2e, snips, write_files
 
 WORK = PROJECT / ".distillery" / "bench-text"
 
@@ -48,17 +48,17 @@ Figures = dict[str, Any]
 def run_snips(keep: bool) -> Figures:
     """Run the recipe of SNIPS, and return the figures of its predictors."""
     splits, schema = snips()
-    recipe = recipe_of("snips", WORK / "data" / "snips", splits, {"kind": "extract"})
-    recipe["task"]["schema"] = schema
-    return run_recipe(recipe, keep)
+    paths = write_files(WORK / "data" / "snips", splits)
+    task = {"kind": "extract", "schema": schema}
+    return run_recipe(recipe_of("snips", paths, task), keep)
 
 
 def run_e2e(keep: bool) -> Figures:
     """Run the recipe of E2E, and return the figures of its predictors and of the base model."""
     task = {"kind": "generate", "metric": "bleu"}
     splits = e2e()
-    recipe = recipe_of("e2e", WORK / "data" / "e2e", splits, task)
-    found = run_recipe(recipe, keep)
+    paths = write_files(WORK / "data" / "e2e", splits)
+    found = run_recipe(recipe_of("e2e", paths, task), keep)
     kept = WORK / "e2e-base.json"
     if not (keep and kept.exists()):
         kept.write_text(json.dumps(base_figures(splits["test"])))

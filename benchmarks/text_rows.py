@@ -73,25 +73,9 @@ def write_rows(path: Path, rows: Sequence[Row], answered: bool = True) -> str:
     return str(path)
 
 
-def recipe_of(name: str, folder: Path, splits: dict[str, list[Row]], task: Row) -> dict[str, Any]:
-    """Write the rows into a folder, and return the recipe: the task, where the rows are, that a
-    local teacher answers, and nothing more."""
-    files = {}
-    for role, rows in splits.items():
-        files[role] = [write_rows(folder / f"{role}.csv", rows, answered=role != "pool")]
-    return {
-        "name": name,
-        "task": task,
-        "dataset": {
-            "source": "files",
-            "files": files,
-            "splits": {
-                "gold": "gold",
-                "train": "pool",
-                "validation": "validation",
-                "test": "test",
-            },
-        },
-        "teacher": {"kind": "local"},
-        "registry": {"kind": "local", "model_name": name},
-    }
+def write_files(folder: Path, splits: dict[str, list[Row]]) -> dict[str, str]:
+    """Write a file for each split, without the answers of the pool; return their paths by split."""
+    paths = {}
+    for name, rows in splits.items():
+        paths[name] = write_rows(folder / f"{name}.csv", rows, answered=name != "pool")
+    return paths

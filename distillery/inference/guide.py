@@ -35,16 +35,16 @@ class Guides:
             raise SchemaNotHeld(
                 f"no answer can be held to a schema with this tokenizer: {reason}"
             ) from error
-        self._tokenizer, self._begin = tokens.vocabulary, tokens.begin
+        self._tokens = tokens
         # What is compiled once: half a second for a schema of 70 KB.
         self.matcher_at_start = lru_cache(KEPT_SCHEMAS)(self.compiled)
 
     def token_bytes(self, token: int) -> bytes | None:
         """Return the bytes that a token stands for: UTF-8 that may begin or end within a
         character. None where the head has a row for no token."""
-        if token >= self._tokenizer.vocab_size:
+        if token >= self._tokens.vocabulary.vocab_size:
             return None
-        return bytes(self._tokenizer.decode_bytes([token]))
+        return self._tokens.of([token])
 
     def start(self, schema: Mapping[str, Any], strict: bool = False) -> "Guide":
         """Return a guide at the beginning of an answer. With `strict`, all of the schema must be
@@ -52,7 +52,7 @@ class Guides:
 
         Raises SchemaNotHeld with the reason."""
         try:
-            grammar = grammar_of(schema, strict, self._begin)
+            grammar = grammar_of(schema, strict, self._tokens.begin)
         except ValueError as error:
             raise SchemaNotHeld(str(error)) from error
         return Guide(self.matcher_at_start(grammar).deep_copy())
@@ -62,7 +62,7 @@ class Guides:
         SchemaNotHeld as `start` does."""
         from llguidance import LLMatcher
 
-        matcher = LLMatcher(self._tokenizer, grammar, log_level=0)
+        matcher = LLMatcher(self._tokens.vocabulary, grammar, log_level=0)
         require_no_error(matcher)
         return matcher
 

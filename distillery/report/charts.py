@@ -193,9 +193,16 @@ def plot_coverage(points: Sequence[CoveragePoint], given: float | None, title: s
 def plot_curve(curve: Sequence[CurvePoint], title: str) -> str:
     """Return the loss over the steps of a training and, below it, the accuracy on the validation
     rows where it is known, and the share of their tokens that are right where they are written."""
-    losses = [point for point in curve if point.validation_loss is not None]
-    accuracies = [point for point in curve if point.validation_accuracy is not None]
-    tokens = [point for point in curve if point.validation_tokens is not None]
+    accuracies = any(point.validation_accuracy is not None for point in curve)
+
+    def draw_known(axes: Any, figure_name: str, series: int, label: str) -> None:
+        """Draw a figure of the points that have it."""
+        known = [point for point in curve if getattr(point, figure_name) is not None]
+        if known:
+            steps = [point.step for point in known]
+            values = [getattr(point, figure_name) for point in known]
+            look = {"color": SERIES[series], "marker": MARKERS[series]}
+            axes.plot(steps, values, label=label, **look)
 
     def draw(figure: Any) -> None:
         panels = 2 if accuracies else 1
@@ -203,32 +210,12 @@ def plot_curve(curve: Sequence[CurvePoint], title: str) -> str:
         axes = grid[0, 0]
         steps = [point.step for point in curve]
         axes.plot(steps, [point.loss for point in curve], color=SERIES[0], label="training loss")
-        if losses:
-            axes.plot(
-                [point.step for point in losses],
-                [point.validation_loss for point in losses],
-                color=SERIES[1],
-                marker=MARKERS[1],
-                label="validation loss",
-            )
+        draw_known(axes, "validation_loss", 1, "validation loss")
         axes.set(ylabel="loss")
         if accuracies:
             below = grid[1, 0]
-            below.plot(
-                [point.step for point in accuracies],
-                [point.validation_accuracy for point in accuracies],
-                color=SERIES[2],
-                marker=MARKERS[2],
-                label="validation accuracy",
-            )
-            if tokens:
-                below.plot(
-                    [point.step for point in tokens],
-                    [point.validation_tokens for point in tokens],
-                    color=SERIES[3],
-                    marker=MARKERS[3],
-                    label="share of tokens right",
-                )
+            draw_known(below, "validation_accuracy", 2, "validation accuracy")
+            draw_known(below, "validation_tokens", 3, "share of tokens right")
             below.set(ylabel="accuracy")
         grid[-1, 0].set(xlabel="step")
         add_legend(figure)
