@@ -223,6 +223,7 @@ def canonical(text: str, schema: Mapping[str, Any] | None) -> str:
         found = jsonschema.exceptions.best_match(validator.iter_errors(value))
         if found is None:
             value = FieldOrder(validator, resolver_for(schema)).ordered(value, [schema])
+        written = json_text(value)
     except RecursionError as error:
         raise NotAnAnswer("JSON that is nested too deep") from error
     except TimeoutError as error:
@@ -233,7 +234,7 @@ def canonical(text: str, schema: Mapping[str, Any] | None) -> str:
         where = "/".join(map(str, found.absolute_path))
         reason = " ".join(found.message.split())[:120]
         raise NotAnAnswer(f"{UNMET}: {f'{where}: ' if where else ''}{reason}")
-    return json_text(value)
+    return written
 
 
 def json_text(value: Any) -> str:
