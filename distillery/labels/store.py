@@ -43,6 +43,7 @@ from distillery.errors import DataError, StoreError
 from distillery.labels.pairs import both_orders
 from distillery.recipe import JUDGE
 from distillery.storage.database import METADATA, Database
+from distillery.teacher.ledger import CALLS, Call, write_calls
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +156,7 @@ class LabelStore:
         self._since = None
         if max_age is not None:
             self._since = datetime.now(UTC) - timedelta(days=max_age)
-        self._arrived: SimpleQueue[StoredAnswer | threading.Event | None] = SimpleQueue()
+        self._arrived: SimpleQueue[StoredAnswer | Call | threading.Event | None] = SimpleQueue()
         self._failure: StoreError | None = None
         self._writer = threading.Thread(target=self._write, name="label-store", daemon=True)
         self._writer.start()
@@ -249,6 +250,12 @@ class LabelStore:
         """Hand an answer to the writer, without waiting. Raises the writer's failure."""
         self._raise_failure()
         self._arrived.put(answer)
+
+    def record(self, call: Call) -> None:
+        """Hand a call to the writer, for the ledger, without waiting. Raises the writer's failure.
+        It is committed with the answers that are added next to it."""
+        self._raise_failure()
+        self._arrived.put(call)
 
     @property
     def waiting(self) -> int:
@@ -395,8 +402,8 @@ class LabelStore:
         found = self._rows(query.group_by(TABLE.c.teacher).order_by(TABLE.c.teacher))
         return [(row[0], row[1], row[2], row[3]) for row in found]
 
-    def commit(self, answers: Sequence[StoredAnswer]) -> None:
-        """Write answers in one transaction. Only the writer calls it."""
+    def commit(self, answers: Sequence[StoredAnswer], calls: Sequence[Call] = ()) -> None:
+        """Write answers and calls in one transaction. Only the writer calls it."""
         now = datetime.now(UTC)
         rows = [{**asdict(answer), "created_at": now} for answer in answers]
         insert = self._database.insert(TABLE)
@@ -409,7 +416,14 @@ class LabelStore:
                 set_=new,
                 where=TABLE.c.created_at < self._since,
             )
-        self._database.run(partial(execute, statement=insert, values=rows))
+        book = self._database.insert(CALLS)
+
+        def write(connection: Any) -> None:
+            if rows:
+                execute(connection, insert, rows)
+            write_calls(connection, book, calls)
+
+        self._database.run(write)
 
     def _is_stored(self, keys: Sequence[str]) -> Any:
         """Return the condition for answers under `keys` that are not too old."""
@@ -458,9 +472,10 @@ class LabelStore:
         while True:
             batch = self._take_batch()
             answers = [item for item in batch if isinstance(item, StoredAnswer)]
-            if answers and not self._failure:
+            calls = [item for item in batch if isinstance(item, Call)]
+            if (answers or calls) and not self._failure:
                 try:
-                    self.commit(answers)
+                    self.commit(answers, calls)
                 except StoreError as error:
                     self._failure = error
                 except Exception as error:
@@ -474,10 +489,10 @@ class LabelStore:
             if None in batch:
                 return
 
-    def _take_batch(self) -> list[StoredAnswer | threading.Event | None]:
+    def _take_batch(self) -> list[StoredAnswer | Call | threading.Event | None]:
         """Wait for one item and take what else has arrived, after a pause if it is an answer."""
         batch = [self._arrived.get()]
-        if isinstance(batch[0], StoredAnswer):
+        if isinstance(batch[0], StoredAnswer | Call):
             sleep(GATHER_S)
         while len(batch) < MOST_PER_COMMIT:
             try:

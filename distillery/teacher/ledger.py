@@ -1,0 +1,82 @@
+"""The ledger: every call that may be billed, in the table teacher_calls of the database that runs
+share (DISTILLERY_LABELS). Budgets, reports, quotes and `distillery labels costs` read this book.
+"""
+
+import uuid
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+from sqlalchemy import JSON, Boolean, Column, DateTime, Float, Integer, String, Table, Text
+
+from distillery.storage.database import METADATA
+
+Purpose = Literal["label", "test row", "canary", "judge", "probe"]
+"""What a call was made for."""
+
+Outcome = Literal["answer", "rejected", "malformed", "retried", "filtered", "refused", "lost"]
+"""What became of a call.
+
+answer: a text came, and was read as a label. rejected: it was none, or was cut off. malformed: no
+chat completion came. retried: the try failed, and was made again or given up. filtered: the
+endpoint's filter blocked it. refused: the endpoint refused this request. lost: the process ended
+before it knew, so that the call counts at the most that it can have taken.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A row of the table teacher_calls: one call, or one line of a batch.
+
+    call_id: unique, so that a call that is written twice counts once. run: the id of the flow run,
+    or of the process where there is none; recipe: the recipe's name; teacher: its identity.
+    request_key: the answer's key in teacher_answers; "" for a probe. is_counted: whether the
+    endpoint counted the tokens; otherwise they are the most that the call can have taken. cost: in
+    prices["currency"]; None without prices. prices: the recipe's list, per million tokens.
+    batch_id: the endpoint's batch; "" for a direct call.
+    """
+
+    run: str
+    recipe: str
+    teacher: str
+    purpose: Purpose
+    outcome: Outcome
+    request_key: str = ""
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    is_counted: bool = True
+    cost: float | None = None
+    prices: dict[str, Any] | None = None
+    batch_id: str = ""
+    call_id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    called_at: datetime = field(default_factory=lambda: datetime.now(UTC))
+
+
+CALLS = Table(
+    "teacher_calls",
+    METADATA,
+    Column("call_id", String(64), primary_key=True),
+    Column("called_at", DateTime(timezone=True), nullable=False, index=True),
+    Column("run", Text, nullable=False, index=True),
+    Column("recipe", Text, nullable=False),
+    Column("teacher", Text, nullable=False),
+    Column("purpose", Text, nullable=False),
+    Column("outcome", Text, nullable=False),
+    Column("request_key", String(64), nullable=False),
+    Column("prompt_tokens", Integer, nullable=False),
+    Column("cached_tokens", Integer, nullable=False),
+    Column("completion_tokens", Integer, nullable=False),
+    Column("is_counted", Boolean, nullable=False),
+    Column("cost", Float),
+    Column("prices", JSON(none_as_null=True)),
+    Column("batch_id", Text, nullable=False),
+)
+
+
+def write_calls(connection: Any, insert: Any, calls: Sequence[Call]) -> None:
+    """Write calls within a transaction. `insert` is the dialect's INSERT into CALLS. A call that is
+    there already stays as it is."""
+    if calls:
+        connection.execute(insert.on_conflict_do_nothing(), [asdict(call) for call in calls])
