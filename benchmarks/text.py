@@ -1,9 +1,17 @@
 """What the defaults make of answers that are written: `make bench-text`.
 
-    snips   fields out of text: SNIPS, 39 kinds of fields; 700 answered rows, 1,200 without answers
-    e2e     text from facts: E2E NLG, 170 sets of facts with 1,400 sentences, 247 without any
+    snips   fields out of text: SNIPS, 39 kinds of fields; 700 answered rows, 500 without answers
+    e2e     text from facts: E2E NLG, 60 sets of facts with 523 sentences, 160 without any
     speed   tokens a second of the base model in int8 dynamic, the form that ships unless a faster
             one loses no more, beside llama.cpp, one prompt after another on one thread
+
+`--full` adds two parts, which take as long again:
+
+    levels  students of E2E's teacher: of its texts alone (the sequence level; Kim and Rush,
+            Sequence-Level Knowledge Distillation, 2016) and of its probabilities of each token too
+            (text_levels.py)
+    trl     the base model trained on E2E's answered rows by TRL's SFTTrainer and by ours, on the
+            same token ids and steps (text_trl.py)
 
 A recipe says what an answer is, where the rows are, and that a local teacher answers; all else is a
 default. TASKS_DATA is the folder of the public sets (text_rows.py). `--only` names parts, and
@@ -18,6 +26,9 @@ snips_valid      share of its answers that meet the schema
 e2e_bleu         BLEU of what ships, from 0 to 1; e2e_rouge_l: ROUGE-L
 e2e_bleu_kept    what ships as a share of its teacher's BLEU
 ratio_llama_cpp  tokens a second, ours over llama.cpp's; None without .venv-peers
+levels_gain      BLEU of the students of probabilities less that of the students of texts alone;
+                 levels_low and levels_high: its 95 % interval
+trl_ratio        rows a second, ours over TRL's; trl_gain: BLEU, ours less TRL's
 passed           parts whose gate passed
 minutes          all together
 """
@@ -31,11 +42,14 @@ from typing import Any
 
 from benchmarks.task_rows import PROJECT, data_folder, recipe_of
 from benchmarks.task_runs import folder_of, run_in_a_process
+from benchmarks.text_levels import run_levels
 from benchmarks.text_rows import Row, e2e, snips, write_files
+from benchmarks.text_trl import run_trl, written_answers
 
 WORK = PROJECT / ".distillery" / "bench-text"
 
 PARTS = ("snips", "e2e", "speed")
+FULL = (*PARTS, "levels", "trl")
 
 SPEED_ROWS = 6
 
@@ -55,14 +69,17 @@ def run_snips(keep: bool) -> Figures:
 
 def run_e2e(keep: bool) -> Figures:
     """Run the recipe of E2E, and return the figures of its predictors and of the base model."""
-    task = {"kind": "generate", "metric": "bleu"}
-    splits = e2e()
-    paths = write_files(WORK / "data" / "e2e", splits)
-    found = run_recipe(recipe_of("e2e", paths, task), keep)
+    found = run_recipe(e2e_recipe("e2e"), keep)
     kept = WORK / "e2e-base.json"
     if not (keep and kept.exists()):
-        kept.write_text(json.dumps(base_figures(splits["test"])))
+        kept.write_text(json.dumps(base_figures(e2e()["test"])))
     return found | {"base": json.loads(kept.read_text())}
+
+
+def e2e_recipe(name: str) -> Row:
+    """Return the recipe of E2E, whose files are written."""
+    paths = write_files(WORK / "data" / "e2e", e2e())
+    return recipe_of(name, paths, {"kind": "generate", "metric": "bleu"})
 
 
 def run_recipe(recipe: Row, keep: bool) -> Figures:
@@ -89,35 +106,10 @@ def run_recipe(recipe: Row, keep: bool) -> Figures:
 def base_figures(rows: Sequence[Row]) -> Figures:
     """Return what the base model writes to the rows' texts, measured."""
     from distillery.evaluation.metrics import metric_of
-    from distillery.evaluation.predictors import load_predictor
-    from distillery.evaluation.scoring import ModelToScore, ScoringJob
-    from distillery.inference.generation import Written
     from distillery.models.base import base_folder
-    from distillery.recipe import BaseModelRecipe, PromptRecipe
-    from distillery.records import AnswerFormat, Example
+    from distillery.recipe import BaseModelRecipe
 
-    answer_format = AnswerFormat(max_tokens=96, metric="bleu")
-    prompt = PromptRecipe(system=INSTRUCTION, user="{text}", answer="written")
-    base = str(base_folder(BaseModelRecipe()))
-    job = ScoringJob(
-        model=ModelToScore(name="base", kind="transformers", folder=base),
-        examples="",
-        prompt=prompt,
-        threads=2,
-    )
-    predictor = load_predictor(job, answer_format)
-    assert predictor.ask_batches
-    rendered = []
-    for number, row in enumerate(rows):
-        example = Example(example_id=str(number), question=row["text"], format=answer_format)
-        found = predictor.render(example)
-        assert found
-        rendered.append(found)
-    said = predictor.ask_batches(rendered, lambda _done: None)
-    answers = []
-    for each in said:
-        assert isinstance(each, Written)
-        answers.append(each.text)
+    answers = written_answers(base_folder(BaseModelRecipe()), None, rows, INSTRUCTION)
     gold = [row["answers"] for row in rows]
     return {name: metric_of(name, answers, gold) for name in ("bleu", "rouge_l", "chrf")}
 
@@ -169,24 +161,33 @@ def summary(found: dict[str, Figures], minutes: float) -> dict[str, Any]:
     last["ratio_llama_cpp"] = None
     if "ours" in speed:
         last["ratio_llama_cpp"] = round(speed["ours"]["speed"] / speed["llama_cpp"]["speed"], 2)
+    if "levels" in found:
+        last |= {f"levels_{key}": found["levels"][key] for key in ("gain", "low", "high")}
+    if "trl" in found:
+        last |= {f"trl_{key}": found["trl"][key] for key in ("ratio", "gain")}
     last["passed"] = sum(bool(run.get("passed")) for run in found.values())
     return last | {"minutes": round(minutes, 1)}
 
 
 def main() -> None:
     parser = ArgumentParser("python -m benchmarks.text", description="Runs both sets of rows.")
-    parser.add_argument("--only", choices=PARTS, action="append", help="may be repeated")
+    parser.add_argument("--only", choices=FULL, action="append", help="may be repeated")
+    parser.add_argument("--full", action="store_true", help="all parts")
     parser.add_argument("--keep", action="store_true", help="take the figures of earlier runs")
     given = parser.parse_args()
     data_folder()
     WORK.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     found: dict[str, Figures] = {}
-    for part in given.only or PARTS:
+    for part in given.only or (FULL if given.full else PARTS):
         if part == "snips":
             found[part] = run_snips(given.keep)
         elif part == "e2e":
             found[part] = run_e2e(given.keep)
+        elif part == "levels":
+            found[part] = run_levels(e2e_recipe, WORK, given.keep)
+        elif part == "trl":
+            found[part] = run_trl(WORK / "trl")
         else:
             found[part] = run_speed()
         print(json.dumps({"part": part, **found[part]}), flush=True)

@@ -76,14 +76,14 @@ def ours(
     settings: Settings, steps: int, rows: dict[str, Any], out: Path, shared: bool = False
 ) -> Figures:
     from distillery.models.load import end_of_turn_id, load_model, pad_id
-    from distillery.recipe import load_recipe
+    from distillery.recipe import TrainingRecipe
     from distillery.training import batching
     from distillery.training.loop import train
     from distillery.training.rows import read_rows
 
     if not shared:
         batching.LEAST_SAVED = 10**9
-    recipe = load_recipe("demo").teacher.preparation.training
+    recipe = TrainingRecipe.model_validate(rows["training"])
     recipe = recipe.model_copy(
         update={"max_steps": steps, "seed": settings.get("seed", recipe.seed)}
     )
@@ -227,38 +227,55 @@ def _clock() -> Any:
 
 
 def prepare() -> dict[str, Any]:
-    """Files of the same rows for each contestant, and the settings that they share."""
+    """Write the demo's rows for each contestant, and return the settings that they share."""
     from benchmarks.distil import read
     from distillery.labels.known import gold_labels
     from distillery.models.base import base_folder
-    from distillery.models.load import end_of_turn_id, load_model
     from distillery.recipe import load_recipe
-    from distillery.training.adapters import linear_modules
-    from distillery.training.rows import training_rows, write_rows
 
     demo = load_recipe("demo")
     preparation = demo.teacher.preparation
+    examples = read("pool")[:ROWS]
     base = base_folder(preparation.base)
+    settings = write_contest(
+        PLACE, base, preparation.training, examples, gold_labels(examples), demo.prompt
+    )
+    assert settings["count"] == ROWS
+    return settings
+
+
+def write_contest(
+    place: Path, base: Path, training: Any, examples: Any, labels: Any, prompt: Any
+) -> dict[str, Any]:
+    """Write files of the same rows for each contestant, and the settings that they share as
+    settings.json; return these. `training`: a TrainingRecipe; the other three: what `training_rows`
+    takes."""
+    from distillery.models.load import end_of_turn_id, load_model
+    from distillery.training.adapters import linear_modules
+    from distillery.training.rows import training_rows, write_rows
+
     model, tokenizer = load_model(base)
     end = end_of_turn_id(tokenizer)
-    examples = read("pool")[:ROWS]
-    rows = training_rows(examples, gold_labels(examples), demo.prompt, tokenizer)[0]
-    assert len(rows) == ROWS
-    tokens = [[*row.prompt, row.letters[row.answer], end] for row in rows]
-    labels = [[-100] * len(row.prompt) + ids[-2:] for row, ids in zip(rows, tokens, strict=True)]
-    PLACE.mkdir(parents=True, exist_ok=True)
-    write_rows(rows, PLACE / "rows.jsonl")
-    pairs = [{"input_ids": ids, "labels": found} for ids, found in zip(tokens, labels, strict=True)]
-    (PLACE / "tokens.json").write_text(json.dumps(pairs))
+    rows = training_rows(examples, labels, prompt, tokenizer)[0]
+    tokens, learnt = [], []
+    for row in rows:
+        answer = [*(row.target or [row.letters[row.answer]]), end]
+        tokens.append([*row.prompt, *answer])
+        learnt.append([-100] * len(row.prompt) + answer)
+    place.mkdir(parents=True, exist_ok=True)
+    write_rows(rows, place / "rows.jsonl")
+    pairs = [{"input_ids": ids, "labels": found} for ids, found in zip(tokens, learnt, strict=True)]
+    (place / "tokens.json").write_text(json.dumps(pairs))
     texts = "".join(json.dumps({"text": tokenizer.decode(ids)}) + "\n" for ids in tokens)
-    (PLACE / "texts.jsonl").write_text(texts)
-    training = preparation.training
-    return {
+    (place / "texts.jsonl").write_text(texts)
+    settings = {
         "base": str(base),
-        "rows": str(PLACE / "rows.jsonl"),
-        "tokens": str(PLACE / "tokens.json"),
-        "texts": str(PLACE / "texts.jsonl"),
+        "count": len(rows),
+        "rows": str(place / "rows.jsonl"),
+        "tokens": str(place / "tokens.json"),
+        "texts": str(place / "texts.jsonl"),
         "mean_tokens": statistics.mean(map(len, tokens)),
+        "training": training.model_dump(mode="json"),
         "learning_rate": training.learning_rate,
         "weight_decay": training.weight_decay,
         "warmup": training.warmup,
@@ -269,6 +286,8 @@ def prepare() -> dict[str, Any]:
             "target_modules": linear_modules(model),
         },
     }
+    (place / "settings.json").write_text(json.dumps(settings))
+    return settings
 
 
 def install_trl() -> None:
@@ -290,7 +309,8 @@ def install_trl() -> None:
         beside.rename(TRL_FOLDER)
 
 
-def run(name: str, settings: Settings, steps: int, out: Path) -> Figures:
+def run(name: str, settings: Settings, steps: int, out: Path, place: Path = PLACE) -> Figures:
+    """Train in a process of its own, on the files in `place`, into `out`; return what it took."""
     command = [
         sys.executable,
         "-m",
@@ -299,6 +319,7 @@ def run(name: str, settings: Settings, steps: int, out: Path) -> Figures:
         json.dumps(settings),
         str(steps),
         str(out),
+        str(place),
     ]
     environment = os.environ | {
         "PYTHONPATH": str(TRL_FOLDER),
@@ -314,12 +335,12 @@ def run(name: str, settings: Settings, steps: int, out: Path) -> Figures:
     return found
 
 
-def fastest(name: str, scratch: Path) -> Settings:
+def fastest(name: str, scratch: Path, place: Path = PLACE) -> Settings:
     """Of a contestant's settings, by one trial of each."""
     if len(SETTINGS[name]) == 1:
         return SETTINGS[name][0]
     trials = [
-        (run(name, one, TRIAL_STEPS, scratch / f"trial-{name}-{i}"), i)
+        (run(name, one, TRIAL_STEPS, scratch / f"trial-{name}-{i}", place), i)
         for i, one in enumerate(SETTINGS[name])
     ]
     return SETTINGS[name][max(trials, key=lambda trial: trial[0]["rows_s"])[1]]
@@ -347,7 +368,6 @@ def main(steps: int) -> None:
 
     install_trl()
     rows = prepare()
-    (PLACE / "settings.json").write_text(json.dumps(rows))
     print(
         f"{machine_name()}; {ROWS} rows of {rows['mean_tokens']:.1f} tokens in the mean, "
         f"batches of {BATCH}; {TRL}"
@@ -394,8 +414,8 @@ def summary(runs: dict[str, list[Figures]]) -> Figures:
 
 if __name__ == "__main__":
     if len(sys.argv) > 2:
-        name, settings, steps, out = sys.argv[1:]
-        rows = json.loads((PLACE / "settings.json").read_text())
+        name, settings, steps, out, place = sys.argv[1:]
+        rows = json.loads((Path(place) / "settings.json").read_text())
         print(
             json.dumps(CONTESTANTS[name](json.loads(settings), int(steps), rows, Path(out))),
             flush=True,
