@@ -31,11 +31,16 @@ from distillery.serving.process import served
 from distillery.storage.artifacts import ArtifactStore
 from distillery.storage.working import working_folder
 from distillery.teacher.endpoint import Endpoint, resolve_endpoint
+from distillery.teacher.ledger import Payer, Purpose
 from tasks.progress import conclude, show_rows
 from tasks.stage import RESULT, Stage, origin, stage
 
 AS_TOLD = TeacherRecipe(filters=FilterRecipe(minimum_accepted=0))
 """A teacher's settings for labels that are taken as they are."""
+
+PURPOSES: dict[str, Purpose] = {"validation": "validation row", "test": "test row"}
+"""What the ledger calls the rows of a split; those of other splits are labelled to train on."""
+
 _SPENT: dict[str, dict[str, float]] = {}
 
 
@@ -79,6 +84,8 @@ def label(
                 rows=rows.rows,
                 slots=slots_of(teacher),
                 spent=spent_on(teacher),
+                payer=payer_of_run(),
+                purpose=PURPOSES.get(Path(rows.file).stem, "label"),
             )
             counts = asyncio.run(work)
         report = read_report(folder)
@@ -93,6 +100,16 @@ def label(
         **origin(started),
         **vars(counts),
     )
+
+
+def payer_of_run() -> Payer:
+    """Return on whose behalf this flow run asks: its id, and the name of its recipe, if it has
+    one."""
+    recipe = flow_run.parameters.get("recipe")
+    if recipe is not None and not isinstance(recipe, Recipe):
+        recipe = Recipe.model_validate(recipe)
+    name = recipe.name if recipe else ""
+    return Payer(run=str(flow_run.id), recipe=name) if flow_run.id else Payer(recipe=name)
 
 
 def spent_on(teacher: TeacherRecipe) -> dict[str, float]:
@@ -243,7 +260,16 @@ def canaries(
     examples = each_example(store.fetch(rows.artifact) / rows.file)
     endpoint, slots, spent = resolve_endpoint(teacher), slots_of(teacher), spent_on(teacher)
     with LabelStore() as answers:
-        asked = ask_canaries(examples, prompt, teacher, endpoint, answers, slots=slots, spent=spent)
+        asked = ask_canaries(
+            examples,
+            prompt,
+            teacher,
+            endpoint,
+            answers,
+            slots=slots,
+            spent=spent,
+            payer=payer_of_run(),
+        )
         drift = asyncio.run(asked)
     heed_drift(drift, teacher, identity)
     return drift

@@ -26,6 +26,7 @@ from distillery.labels.store import LabelStore
 from distillery.recipe import JUDGE, JudgeRecipe, PromptRecipe
 from distillery.records import Estimate, EvaluationReport, PreferenceFigures, Record
 from distillery.teacher.endpoint import Endpoint
+from distillery.teacher.ledger import Payer
 
 _log = logging.getLogger(__name__)
 
@@ -70,6 +71,7 @@ async def compare_pairs(
     *,
     slots: Slots = nullcontext,
     spent: dict[str, float] | None = None,
+    payer: Payer | None = None,
 ) -> tuple[PreferenceFigures, LabelCounts]:
     """Have a judge compare pairs of answers, write preferences.jsonl into the folder `out`, and
     return the figures and what was paid.
@@ -96,6 +98,8 @@ async def compare_pairs(
                 progress,
                 slots=slots,
                 spent=spent,
+                payer=payer,
+                purpose="judge",
             )
             for example_id, found in read_labels(labels).items():
                 letters[example_id] = found.answer

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from distillery.errors import TeacherUnavailable
-from distillery.labels.acceptance import read_again, stored_answer
+from distillery.labels.acceptance import read_again, record_answer, stored_answer
 from distillery.labels.files import LabelCounts, LabelFiles, label_files
 from distillery.labels.questions import Question, questions
 from distillery.labels.store import LabelStore, StoredAnswer
@@ -25,6 +25,7 @@ from distillery.records import Example, Usage
 from distillery.teacher.asking import PROBE, Teacher
 from distillery.teacher.budget import Spending, cost_of
 from distillery.teacher.endpoint import Endpoint
+from distillery.teacher.ledger import Payer, Purpose
 from distillery.teacher.pace import Pace, Stopped
 from distillery.teacher.reply import Completion
 
@@ -65,12 +66,15 @@ async def label(
     teacher: Teacher | None = None,
     slots: Slots = nullcontext,
     spent: dict[str, float] | None = None,
+    payer: Payer | None = None,
+    purpose: Purpose = "label",
 ) -> LabelCounts:
     """Label `examples`, write the files of files.py and report.py to `out`, return the counts.
 
     Requests without an answer in the store are asked of the endpoint, or of `teacher` if given.
     `rows` is the number of examples if they have no length; only `progress` needs it. `spent` is
-    what the run has spent in other stages (see `Spending`). Some thousand rows are in memory at a
+    what the run has spent in other stages (see `Spending`). Each call is recorded in the ledger, as
+    one of `payer` for `purpose`. Some thousand rows are in memory at a
     time. Equal answers give equal bytes in the files. Raises TeacherError if too few rows get a
     label, BudgetReached at a cap, and what `Teacher.ask` and `LabelStore` raise; the answers so
     far are in the store then.
@@ -88,7 +92,15 @@ async def label(
             if teacher:
                 await run.work(examples, teacher)
             else:
-                async with Teacher(recipe, endpoint, pace=pace, spending=spending) as own:
+                async with Teacher(
+                    recipe,
+                    endpoint,
+                    pace=pace,
+                    spending=spending,
+                    record=store.record,
+                    payer=payer,
+                    purpose=purpose,
+                ) as own:
                     await run.work(examples, own)
         finally:
             await asyncio.to_thread(store.flush)
@@ -259,7 +271,9 @@ class LabellingRun:
         if self._error:
             raise Stopped
         try:
-            completion = await teacher.ask(question.messages, question.keys, question.schema)
+            completion = await teacher.ask(
+                question.messages, question.keys, question.schema, key=question.key
+            )
         except TeacherUnavailable as error:
             if self._pace.silent_s >= self._recipe.outage_s:
                 raise
@@ -276,6 +290,7 @@ class LabellingRun:
         answer = stored_answer(question, completion, self._recipe, self._identity)
         self._count(completion)
         self._answers_by_second[int(time.monotonic() - self._started)] += 1
+        record_answer(completion, answer, self._store)
         self._store.add(answer)
         self._window.state(question.key).stored = answer
 
@@ -302,9 +317,12 @@ class LabellingRun:
     async def _answers_probe(self, teacher: Teacher) -> bool:
         """Return whether the teacher answers a simple question, which is paid for too."""
         try:
-            self._count(await teacher.ask(PROBE, ("A", "B")))
+            completion = await teacher.ask(PROBE, ("A", "B"), purpose="probe")
         except TeacherUnavailable:
             return False
+        self._count(completion)
+        if completion.call:
+            self._store.record(completion.call)
         return True
 
     def _handle_malformed(self, question: Question) -> None:

@@ -3,7 +3,7 @@ share (DISTILLERY_LABELS). Budgets, reports, quotes and `distillery labels costs
 """
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Literal
@@ -12,29 +12,46 @@ from sqlalchemy import JSON, Boolean, Column, DateTime, Float, Integer, String, 
 
 from distillery.storage.database import METADATA
 
-Purpose = Literal["label", "test row", "canary", "judge", "probe"]
-"""What a call was made for."""
+Purpose = Literal["label", "validation row", "test row", "canary", "judge", "probe"]
+"""What a call was made for. label: a row to train on. canary: a row that is asked again, to detect
+a teacher or judge that has changed. probe: a short question that shows whether the endpoint
+answers."""
 
 Outcome = Literal["answer", "rejected", "malformed", "retried", "filtered", "refused", "lost"]
 """What became of a call.
 
 answer: a text came, and was read as a label. rejected: it was none, or was cut off. malformed: no
 chat completion came. retried: the try failed, and was made again or given up. filtered: the
-endpoint's filter blocked it. refused: the endpoint refused this request. lost: the process ended
-before it knew, so that the call counts at the most that it can have taken.
+endpoint's filter blocked it. refused: the endpoint refused this request. lost: the call was
+cancelled, or the process ended, before the response came.
 """
+
+
+def new_call_id() -> str:
+    """Return an id that no other call has."""
+    return uuid.uuid4().hex
+
+
+@dataclass(frozen=True)
+class Payer:
+    """On whose behalf calls are made: the flow run's id, or where there is none a random one, and
+    the recipe's name."""
+
+    run: str = field(default_factory=new_call_id)
+    recipe: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
     """A row of the table teacher_calls: one call, or one line of a batch.
 
-    call_id: unique, so that a call that is written twice counts once. run: the id of the flow run,
-    or of the process where there is none; recipe: the recipe's name; teacher: its identity.
-    request_key: the answer's key in teacher_answers; "" for a probe. is_counted: whether the
-    endpoint counted the tokens; otherwise they are the most that the call can have taken. cost: in
+    call_id: unique, so that a call that is written twice counts once. run and recipe: see Payer;
+    "" for calls of versions before the ledger. teacher: its identity. request_key: the answer's key
+    in teacher_answers; "" for a probe. is_counted: whether the endpoint counted the tokens, or
+    bills none; otherwise they are an estimate of a prompt that it read and refused, or, where
+    nobody knows what became of the call, the most that it can have taken. cost: in
     prices["currency"]; None without prices. prices: the recipe's list, per million tokens.
-    batch_id: the endpoint's batch; "" for a direct call.
+    batch_id: the endpoint's batch; "" for a direct call. called_at: when the call began.
     """
 
     run: str
@@ -50,8 +67,12 @@ class Call:
     cost: float | None = None
     prices: dict[str, Any] | None = None
     batch_id: str = ""
-    call_id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    call_id: str = field(default_factory=new_call_id)
     called_at: datetime = field(default_factory=lambda: datetime.now(UTC))
+
+
+Recorder = Callable[[Call], None]
+"""Writes a call into the ledger, as LabelStore.record does."""
 
 
 CALLS = Table(
