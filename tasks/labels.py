@@ -41,8 +41,6 @@ AS_TOLD = TeacherRecipe(filters=FilterRecipe(minimum_accepted=0))
 PURPOSES: dict[str, Purpose] = {"validation": "validation row", "test": "test row"}
 """What the ledger calls the rows of a split; those of other splits are labelled to train on."""
 
-_SPENT: dict[str, dict[str, float]] = {}
-
 
 @stage("label", version=5)
 def label(
@@ -83,7 +81,6 @@ def label(
                 show_rows,
                 rows=rows.rows,
                 slots=slots_of(teacher),
-                spent=spent_on(teacher),
                 payer=payer_of_run(),
                 purpose=PURPOSES.get(Path(rows.file).stem, "label"),
             )
@@ -110,13 +107,6 @@ def payer_of_run() -> Payer:
         recipe = Recipe.model_validate(recipe)
     name = recipe.name if recipe else ""
     return Payer(run=str(flow_run.id), recipe=name) if flow_run.id else Payer(recipe=name)
-
-
-def spent_on(teacher: TeacherRecipe) -> dict[str, float]:
-    """Return what this flow run has spent so far on its teacher, or on its judge.
-
-    The budget covers all of the run's stages and their retries together."""
-    return _SPENT.setdefault(f"{flow_run.id} {teacher.section}", {})
 
 
 def slots_of(teacher: TeacherRecipe) -> Slots:
@@ -258,18 +248,10 @@ def canaries(
     """Ask the canary rows again and report how many are answered differently than before."""
     store = ArtifactStore()
     examples = each_example(store.fetch(rows.artifact) / rows.file)
-    endpoint, slots, spent = resolve_endpoint(teacher), slots_of(teacher), spent_on(teacher)
+    endpoint, slots = resolve_endpoint(teacher), slots_of(teacher)
     with LabelStore() as answers:
-        asked = ask_canaries(
-            examples,
-            prompt,
-            teacher,
-            endpoint,
-            answers,
-            slots=slots,
-            spent=spent,
-            payer=payer_of_run(),
-        )
+        payer = payer_of_run()
+        asked = ask_canaries(examples, prompt, teacher, endpoint, answers, slots=slots, payer=payer)
         drift = asyncio.run(asked)
     heed_drift(drift, teacher, identity)
     return drift

@@ -70,7 +70,6 @@ async def compare_pairs(
     progress: Progress | None = None,
     *,
     slots: Slots = nullcontext,
-    spent: dict[str, float] | None = None,
     payer: Payer | None = None,
 ) -> tuple[PreferenceFigures, LabelCounts]:
     """Have a judge compare pairs of answers, write preferences.jsonl into the folder `out`, and
@@ -97,7 +96,6 @@ async def compare_pairs(
                 labels,
                 progress,
                 slots=slots,
-                spent=spent,
                 payer=payer,
                 purpose="judge",
             )

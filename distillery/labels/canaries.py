@@ -40,14 +40,13 @@ async def ask_canaries(
     store: LabelStore,
     *,
     slots: Slots = nullcontext,
-    spent: dict[str, float] | None = None,
     payer: Payer | None = None,
 ) -> TeacherDrift:
     """Ask the canary rows among `examples` again; see `drift_of`."""
     asked = []
     for row in hashed_rows(examples, recipe.canaries.rows or 0):
         asked.append(questions(row, prompt, recipe, endpoint.identity))
-    return await drift_of(asked, recipe, endpoint, store, slots=slots, spent=spent, payer=payer)
+    return await drift_of(asked, recipe, endpoint, store, slots=slots, payer=payer)
 
 
 def earlier_questions(judge: JudgeRecipe, identity: str, store: LabelStore) -> list[list[Question]]:
@@ -75,21 +74,20 @@ async def drift_of(
     store: LabelStore,
     *,
     slots: Slots = nullcontext,
-    spent: dict[str, float] | None = None,
     payer: Payer | None = None,
 ) -> TeacherDrift:
     """Ask the questions of some rows again and return how many rows get another label than the
     stored answers give. No answer is stored.
 
-    Rows that the store has no answers for are left out. `slots`, `spent` and `payer` are as in
-    `label`. Raises what `Teacher.ask` raises.
+    Rows that the store has no answers for are left out. `slots` and `payer` are as in `label`.
+    Raises what `Teacher.ask` raises.
     """
     before = store.get_many(question.key for row_questions in asked for question in row_questions)
     for question in chain.from_iterable(asked):
         if question.key in before:
             before[question.key] = read_again(question, before[question.key], recipe)
     answered_before = [row_questions for row_questions in asked if all_in(row_questions, before)]
-    fresh = await ask_again(answered_before, recipe, endpoint, store, slots, spent, payer)
+    fresh = await ask_again(answered_before, recipe, endpoint, store, slots, payer or Payer())
     after = {answer.request_key: answer for answer in fresh}
     compared = [row_questions for row_questions in answered_before if all_in(row_questions, after)]
     changed = []
@@ -113,22 +111,23 @@ async def ask_again(
     endpoint: Endpoint,
     store: LabelStore,
     slots: Slots,
-    spent: dict[str, float] | None,
-    payer: Payer | None,
+    payer: Payer,
 ) -> list[StoredAnswer]:
     """Ask all questions of these rows and return the answers that come."""
     calls_at_a_time = asyncio.Semaphore(recipe.concurrency)
     pace = Pace(recipe.concurrency, recipe.requests_per_minute, recipe.tokens_per_minute)
-    spending = Spending(recipe.budget, recipe.prices, spent, recipe.section)
-    async with Teacher(
-        recipe,
-        endpoint,
-        pace=pace,
-        spending=spending,
-        record=store.record,
-        payer=payer,
-        purpose="canary",
-    ) as teacher:
+    async with (
+        Spending.shared(recipe, payer, store.database, store.flush) as spending,
+        Teacher(
+            recipe,
+            endpoint,
+            pace=pace,
+            spending=spending,
+            record=store.record,
+            payer=payer,
+            purpose="canary",
+        ) as teacher,
+    ):
 
         async def ask(question: Question) -> StoredAnswer | None:
             async with calls_at_a_time, slots():

@@ -65,25 +65,23 @@ async def label(
     rows: int | None = None,
     teacher: Teacher | None = None,
     slots: Slots = nullcontext,
-    spent: dict[str, float] | None = None,
     payer: Payer | None = None,
     purpose: Purpose = "label",
 ) -> LabelCounts:
     """Label `examples`, write the files of files.py and report.py to `out`, return the counts.
 
     Requests without an answer in the store are asked of the endpoint, or of `teacher` if given.
-    `rows` is the number of examples if they have no length; only `progress` needs it. `spent` is
-    what the run has spent in other stages (see `Spending`). Each call is recorded in the ledger, as
-    one of `payer` for `purpose`. Some thousand rows are in memory at a
+    `rows` is the number of examples if they have no length; only `progress` needs it. Each call is
+    recorded in the ledger, as one of `payer` for `purpose`. Some thousand rows are in memory at a
     time. Equal answers give equal bytes in the files. Raises TeacherError if too few rows get a
-    label, BudgetReached at a cap, and what `Teacher.ask` and `LabelStore` raise; the answers so
-    far are in the store then.
+    label, BudgetReached at a cap, and what `Teacher.ask` and `LabelStore` raise; the answers so far
+    are in the store then.
     """
     total = rows or 0
     if isinstance(examples, Sequence):
         total = len(examples)
     pace = Pace(recipe.concurrency, recipe.requests_per_minute, recipe.tokens_per_minute)
-    spending = Spending(recipe.budget, recipe.prices, spent, recipe.section)
+    payer = payer or Payer()
     with label_files(out, prompt, recipe) as files:
         run = LabellingRun(
             prompt, recipe, endpoint.identity, store, files, pace, slots, progress, total
@@ -92,15 +90,18 @@ async def label(
             if teacher:
                 await run.work(examples, teacher)
             else:
-                async with Teacher(
-                    recipe,
-                    endpoint,
-                    pace=pace,
-                    spending=spending,
-                    record=store.record,
-                    payer=payer,
-                    purpose=purpose,
-                ) as own:
+                async with (
+                    Spending.shared(recipe, payer, store.database, store.flush) as spending,
+                    Teacher(
+                        recipe,
+                        endpoint,
+                        pace=pace,
+                        spending=spending,
+                        record=store.record,
+                        payer=payer,
+                        purpose=purpose,
+                    ) as own,
+                ):
                     await run.work(examples, own)
         finally:
             await asyncio.to_thread(store.flush)

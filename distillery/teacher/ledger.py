@@ -5,11 +5,26 @@ share (DISTILLERY_LABELS). Budgets, reports, quotes and `distillery labels costs
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any, Literal
 
-from sqlalchemy import JSON, Boolean, Column, DateTime, Float, Integer, String, Table, Text
+from sqlalchemy import (
+    JSON,
+    Boolean,
+    Column,
+    DateTime,
+    Float,
+    Integer,
+    String,
+    Table,
+    Text,
+    and_,
+    func,
+    not_,
+    select,
+)
 
+from distillery.recipe import JUDGE, JudgeRecipe
 from distillery.storage.database import METADATA
 
 Purpose = Literal["label", "validation row", "test row", "canary", "judge", "probe"]
@@ -74,6 +89,9 @@ class Call:
 Recorder = Callable[[Call], None]
 """Writes a call into the ledger, as LabelStore.record does."""
 
+Amounts = dict[str, float]
+"""What a budget counts, by the names of its caps: cost, tokens and calls."""
+
 
 CALLS = Table(
     "teacher_calls",
@@ -101,3 +119,38 @@ def write_calls(connection: Any, insert: Any, calls: Sequence[Call]) -> None:
     there already stays as it is."""
     if calls:
         connection.execute(insert.on_conflict_do_nothing(), [asdict(call) for call in calls])
+
+
+def period_start(period: str, now: datetime) -> datetime | None:
+    """Return when the day, the week (on Monday) or the month of `now` (in UTC) began; None for the
+    period "run"."""
+    midnight = now.replace(hour=0, minute=0, second=0, microsecond=0)
+    if period == "day":
+        return midnight
+    if period == "week":
+        return midnight - timedelta(days=midnight.weekday())
+    if period == "month":
+        return midnight.replace(day=1)
+    return None
+
+
+def spent(
+    connection: Any, payer: Payer, section: str, currency: str, since: datetime | None
+) -> Amounts:
+    """Return what the ledger says a run has spent, or with `since` all runs of its recipe from then
+    on: on judges if `section` of the recipe is theirs, else on teachers. Costs in another currency
+    don't count."""
+    is_judge = CALLS.c.teacher.startswith(JUDGE)
+    if section != JudgeRecipe.section:
+        is_judge = not_(is_judge)
+    whose = CALLS.c.run == payer.run
+    if since is not None:
+        whose = and_(CALLS.c.recipe == payer.recipe, CALLS.c.called_at >= since)
+    in_currency = CALLS.c.prices["currency"].as_string() == currency
+    query = select(
+        func.coalesce(func.sum(CALLS.c.cost).filter(in_currency), 0.0),
+        func.coalesce(func.sum(CALLS.c.prompt_tokens + CALLS.c.completion_tokens), 0),
+        func.count(),
+    )
+    cost, tokens, calls = connection.execute(query.where(whose, is_judge)).one()
+    return {"cost": float(cost), "tokens": float(tokens), "calls": float(calls)}

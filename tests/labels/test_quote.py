@@ -29,6 +29,7 @@ from distillery.labels.store import LabelStore
 from distillery.recipe import PromptRecipe, Recipe, TeacherRecipe
 from distillery.records import Example, TeacherDrift
 from distillery.teacher.endpoint import Endpoint
+from distillery.teacher.ledger import Payer
 
 PROMPT = PromptRecipe()
 PRICES = {"input": 2.0, "cached_input": 1.0, "output": 8.0, "currency": "EUR"}
@@ -221,24 +222,25 @@ def test_what_is_no_answer_tells_nothing_of_the_teacher(store: LabelStore, tmp_p
 
 
 def test_a_budget_is_for_all_that_a_run_asks(store: LabelStore, tmp_path: Path) -> None:
-    spent: dict[str, float] = {}
+    payer = Payer(run="this")
     teacher = TeacherRecipe.model_validate(
         {"budget": {"calls": 25}, "canaries": {"rows": 3}, "concurrency": 2}
     )
     with ChatEndpoint() as server:
         endpoint = endpoint_of(server)
         asyncio.run(
-            label(ROWS[:10], PROMPT, teacher, endpoint, store, tmp_path / "train", spent=spent)
+            label(ROWS[:10], PROMPT, teacher, endpoint, store, tmp_path / "train", payer=payer)
         )
-        asyncio.run(ask_canaries(ROWS[:10], PROMPT, teacher, endpoint, store, spent=spent))
+        asyncio.run(ask_canaries(ROWS[:10], PROMPT, teacher, endpoint, store, payer=payer))
         with pytest.raises(
             BudgetReached, match=r"^teacher.budget.calls: 25 of 25 spent in this run"
         ):
             asyncio.run(
-                label(ROWS, PROMPT, teacher, endpoint, store, tmp_path / "test", spent=spent)
+                label(ROWS, PROMPT, teacher, endpoint, store, tmp_path / "test", payer=payer)
             )
         assert len(server.calls) == 25
-        asyncio.run(label(ROWS, PROMPT, teacher, endpoint, store, tmp_path / "test", spent={}))
+        another = Payer(run="another")
+        asyncio.run(label(ROWS, PROMPT, teacher, endpoint, store, tmp_path / "test", payer=another))
     assert len({call.question for call in server.calls}) == 30
 
 
