@@ -63,6 +63,7 @@ def ask_judge(
         usage=counts.usage,
         cost=counts.cost,
         currency=counts.currency,
+        paid=counts.paid,
         **origin(started),
     )
 

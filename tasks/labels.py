@@ -67,9 +67,10 @@ def label(
     )
     with working_folder("labels") as folder, LabelStore(max_age=teacher.max_age) as answers:
         tokens = token_counter(tokenizer) if tokenizer else None
-        logger.info(
-            "%s", quote(each_example(examples), prompt, teacher, identity, answers, tokens).line()
-        )
+        payer = payer_of_run()
+        rows_to_quote = each_example(examples)
+        quoted = quote(rows_to_quote, prompt, teacher, identity, answers, tokens, payer)
+        logger.info("%s", quoted.line())
         with where as endpoint:
             work = labelling.label(
                 each_example(examples),
@@ -81,7 +82,7 @@ def label(
                 show_rows,
                 rows=rows.rows,
                 slots=slots_of(teacher),
-                payer=payer_of_run(),
+                payer=payer,
                 purpose=PURPOSES.get(Path(rows.file).stem, "label"),
             )
             counts = asyncio.run(work)
@@ -89,7 +90,8 @@ def label(
         artifact = store.put(folder)
     used = counts.usage.prompt_tokens + counts.usage.completion_tokens
     cost = "" if counts.cost is None else f", {counts.cost:.2f} {counts.currency}"
-    conclude(f"{report.line()}; {counts.asked} calls, {used} tokens{cost}")
+    calls = sum(each.calls for each in counts.paid)
+    conclude(f"{report.line()}; {calls} calls, {used} tokens{cost}")
     return TeacherLabels(
         artifact=artifact,
         teacher=identity,

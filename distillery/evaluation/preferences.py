@@ -83,7 +83,8 @@ async def compare_pairs(
     letters: dict[str, str] = {}
     reasons: dict[str, str] = {}
     if rows:
-        _log.info("%s", quote(rows, judge.prompt, judge, endpoint.identity, store).line())
+        quoted = quote(rows, judge.prompt, judge, endpoint.identity, store, payer=payer)
+        _log.info("%s", quoted.line())
         # The files of a labelling are read and left.
         with TemporaryDirectory(dir=out.parent) as folder:
             labels = Path(folder) / "labels"

@@ -25,7 +25,7 @@ from distillery.records import Example, Usage
 from distillery.teacher.asking import PROBE, Teacher
 from distillery.teacher.budget import Spending, cost_of
 from distillery.teacher.endpoint import Endpoint
-from distillery.teacher.ledger import Payer, Purpose
+from distillery.teacher.ledger import CALLS, Payer, Purpose, sum_of, totals
 from distillery.teacher.pace import Pace, Stopped
 from distillery.teacher.reply import Completion
 
@@ -106,14 +106,21 @@ async def label(
         finally:
             await asyncio.to_thread(store.flush)
         files.finish()
+    currency = recipe.prices.currency if recipe.prices else ""
+    whose = (CALLS.c.run == payer.run, CALLS.c.teacher == endpoint.identity)
+    paid = await asyncio.to_thread(
+        totals, store.database, ("outcome",), *whose, CALLS.c.purpose == purpose
+    )
+    together = sum_of(paid, currency)
     return LabelCounts(
         accepted=files.tally.accepted,
         rejected=files.tally.rejected.total(),
         asked=run.asked,
-        usage=run.usage,
-        cost=cost_of(run.usage, recipe.prices),
-        currency=recipe.prices.currency if recipe.prices else "",
+        usage=together.usage,
+        cost=together.cost if paid else cost_of(Usage(), recipe.prices),
+        currency=currency,
         calls_per_second=run.calls_per_second(),
+        paid=tuple(paid),
     )
 
 
@@ -161,7 +168,6 @@ class LabellingRun:
         self._started = time.monotonic()
         self._answers_by_second: Counter[int] = Counter()
         self.asked = 0
-        self.usage = Usage()
 
     async def work(self, examples: Iterable[Example], teacher: Teacher) -> None:
         """Label all rows. Raises the first error of a task, after the calls under way are over."""
@@ -289,15 +295,11 @@ class LabellingRun:
     def take(self, question: Question, completion: Completion) -> None:
         """Store an answer; it is known from now on."""
         answer = stored_answer(question, completion, self._recipe, self._identity)
-        self._count(completion)
+        self.asked += 1
         self._answers_by_second[int(time.monotonic() - self._started)] += 1
         record_answer(completion, answer, self._store)
         self._store.add(answer)
         self._window.state(question.key).stored = answer
-
-    def _count(self, completion: Completion) -> None:
-        self.asked += 1
-        self.usage = self.usage + completion.usage
 
     async def _handle_failure(
         self, question: Question, error: TeacherUnavailable, teacher: Teacher
@@ -321,7 +323,7 @@ class LabellingRun:
             completion = await teacher.ask(PROBE, ("A", "B"), purpose="probe")
         except TeacherUnavailable:
             return False
-        self._count(completion)
+        self.asked += 1
         if completion.call:
             self._store.record(completion.call)
         return True

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
+from datetime import UTC, datetime
 from typing import Self
 
 from distillery.errors import BudgetReached
@@ -9,7 +10,7 @@ from distillery.recipe import BudgetRecipe, PriceRecipe, TeacherRecipe
 from distillery.records import Usage
 from distillery.storage.database import Database
 from distillery.teacher.allowances import RENEWAL_S, Allowance
-from distillery.teacher.ledger import Amounts, Payer
+from distillery.teacher.ledger import Amounts, Payer, period_start, spent
 
 POLL_S = 1.0
 """Between two looks at whether another process has left something."""
@@ -28,6 +29,27 @@ def cost_of(usage: Usage, prices: PriceRecipe | None) -> float | None:
         + usage.cached_tokens * cached_price
         + usage.completion_tokens * prices.output
     ) / 1e6
+
+
+def standing(
+    budget: BudgetRecipe, prices: PriceRecipe | None, section: str, payer: Payer, database: Database
+) -> str:
+    """Return what the ledger says is spent of each cap and what is left, in one line; "" without
+    caps."""
+    if not budget.caps:
+        return ""
+    currency = prices.currency if prices else ""
+    since = period_start(budget.period, datetime.now(UTC))
+    gone = database.run(lambda c: spent(c, payer, section, currency, since))
+    parts = []
+    for name, cap in budget.caps.items():
+        unit, digits = (currency, 2) if name == "cost" else (name, 0)
+        left = max(cap - gone[name], 0.0)
+        parts.append(
+            f"{gone[name]:,.{digits}f} of {cap:,.{digits}f} {unit} spent in this {budget.period}, "
+            f"{left:,.{digits}f} left"
+        )
+    return f"budget: {', and '.join(parts)}"
 
 
 class Spending:

@@ -3,7 +3,7 @@ share (DISTILLERY_LABELS). Budgets, reports, quotes and `distillery labels costs
 """
 
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal
@@ -22,10 +22,12 @@ from sqlalchemy import (
     func,
     not_,
     select,
+    text,
 )
 
 from distillery.recipe import JUDGE, JudgeRecipe
-from distillery.storage.database import METADATA
+from distillery.records import CallTotal, Usage
+from distillery.storage.database import METADATA, Database
 
 Purpose = Literal["label", "validation row", "test row", "canary", "judge", "probe"]
 """What a call was made for. label: a row to train on. canary: a row that is asked again, to detect
@@ -154,3 +156,88 @@ def spent(
     )
     cost, tokens, calls = connection.execute(query.where(whose, is_judge)).one()
     return {"cost": float(cost), "tokens": float(tokens), "calls": float(calls)}
+
+
+def totals(database: Database, by: Sequence[str], *conditions: Any) -> list[CallTotal]:
+    """Return the entries that meet all of the conditions, together for each value of the columns
+    `by` and each currency, in the order of their first calls."""
+    columns = [CALLS.c[name] for name in by]
+    # By its label: PostgreSQL takes the expression here and in the result for two different ones.
+    currency = text("currency")
+    query = select(
+        *columns,
+        CALLS.c.prices["currency"].as_string().label("currency"),
+        func.count().label("calls"),
+        func.count().filter(not_(CALLS.c.is_counted)).label("estimated"),
+        func.sum(CALLS.c.prompt_tokens).label("prompt_tokens"),
+        func.sum(CALLS.c.cached_tokens).label("cached_tokens"),
+        func.sum(CALLS.c.completion_tokens).label("completion_tokens"),
+        func.sum(CALLS.c.cost).label("cost"),
+    )
+    query = query.where(*conditions).group_by(*columns, currency)
+    in_order = query.order_by(func.min(CALLS.c.called_at), *columns)
+    found = []
+    for row in database.run(lambda connection: connection.execute(in_order).all()):
+        usage = Usage(
+            prompt_tokens=row.prompt_tokens,
+            cached_tokens=row.cached_tokens,
+            completion_tokens=row.completion_tokens,
+        )
+        found.append(
+            CallTotal(
+                **{name: getattr(row, name) for name in by},
+                calls=row.calls,
+                estimated=row.estimated,
+                usage=usage,
+                cost=row.cost,
+                currency=row.currency or "",
+            )
+        )
+    return found
+
+
+def weekly_totals(database: Database, since: datetime | None = None) -> list[CallTotal]:
+    """Return the entries of each week, which begins on Monday in UTC, from `since` on."""
+    first = database.run(lambda c: c.execute(select(func.min(CALLS.c.called_at))).scalar())
+    if first is None:
+        return []
+    begin = first.replace(tzinfo=UTC) if since is None else max(since, first.replace(tzinfo=UTC))
+    monday, found = period_start("week", begin), []
+    while monday is not None and monday <= datetime.now(UTC):
+        following = monday + timedelta(days=7)
+        in_week = (CALLS.c.called_at >= max(monday, begin), CALLS.c.called_at < following)
+        for total in totals(database, (), *in_week):
+            found.append(total.model_copy(update={"week": f"{monday:%Y-%m-%d}"}))
+        monday = following
+    return found
+
+
+def sum_of(found: Iterable[CallTotal], currency: str = "") -> CallTotal:
+    """Return several totals together; their cost in one currency."""
+    listed = list(found)
+    costs = [each.cost for each in listed if each.cost is not None and each.currency == currency]
+    return CallTotal(
+        calls=sum(each.calls for each in listed),
+        estimated=sum(each.estimated for each in listed),
+        usage=sum((each.usage for each in listed), Usage()),
+        cost=sum(costs) if costs else None,
+        currency=currency,
+    )
+
+
+def costs_table(by: str, found: Iterable[CallTotal]) -> str:
+    """Return totals as a table for the terminal, whose lines are named by the field `by`."""
+    lines = [
+        f"{'calls':>11} {'estimated':>9} {'fresh in':>14} {'cached in':>14} {'out':>13} "
+        f"{'cost':>16}  {by}"
+    ]
+    for each in found:
+        usage = each.usage
+        fresh = usage.prompt_tokens - usage.cached_tokens
+        cost = "no prices" if each.cost is None else f"{each.cost:,.4f} {each.currency}".strip()
+        name = getattr(each, by) or "not known"
+        lines.append(
+            f"{each.calls:>11,} {each.estimated:>9,} {fresh:>14,} {usage.cached_tokens:>14,} "
+            f"{usage.completion_tokens:>13,} {cost:>16}  {name}"
+        )
+    return "\n".join(lines)

@@ -3,6 +3,7 @@
 import asyncio
 import sqlite3
 from collections import Counter
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,12 @@ from chat_endpoint import Call, ChatEndpoint, Reply, good, refused, said
 from label_runs import PROMPT, endpoint_of, example, labelled
 
 from distillery.labels.canaries import ask_canaries
+from distillery.labels.files import LabelCounts
 from distillery.labels.labelling import label
 from distillery.labels.store import LabelStore
 from distillery.recipe import CanaryRecipe, FilterRecipe, PriceRecipe, TeacherRecipe
+from distillery.records import Usage
+from distillery.teacher import ledger
 from distillery.teacher.ledger import Payer
 
 PRICES = PriceRecipe(input=2.0, cached_input=0.5, output=8.0, currency="EUR")
@@ -172,3 +176,79 @@ async def test_a_call_that_ends_with_the_run_is_an_entry_too(tmp_path: Path) -> 
     assert not unknown["is_counted"]
     assert unknown["completion_tokens"] == 50
     assert unknown["cost"] > 50 * 8 / 1e6
+
+
+async def test_what_a_run_reports_is_what_the_ledger_has(tmp_path: Path) -> None:
+    """Tries that failed, malformed answers and what the filter blocked are in it."""
+    url = f"sqlite:///{tmp_path / 'labels.db'}"
+    with ChatEndpoint(Troubles()) as server:
+        counts = await labelled(
+            server, url, tmp_path / "out", rows=10, prices=PRICES, filters=ANY, attempts=3
+        )
+    assert {each.outcome: each.calls for each in counts.paid} == {
+        "answer": 5,
+        "retried": 2,
+        "malformed": 1,
+        "filtered": 2,
+        "refused": 1,
+        "rejected": 1,
+    }
+    book = entries(tmp_path / "labels.db")
+    assert counts.usage.prompt_tokens == sum(entry["prompt_tokens"] for entry in book)
+    assert counts.usage.completion_tokens == sum(entry["completion_tokens"] for entry in book)
+    assert counts.cost == pytest.approx(sum(entry["cost"] for entry in book))
+    assert sum(each.estimated for each in counts.paid) == 3, "of which nobody counted the tokens"
+    again = await labelled_again(url, tmp_path, rows=[0, 8, 9])
+    assert (again.paid, again.usage, again.cost) == ((), Usage(), 0.0)
+
+
+async def labelled_again(url: str, folder: Path, rows: list[int]) -> LabelCounts:
+    """Label rows whose answers are known in another run, which asks nothing."""
+    with ChatEndpoint(good) as server:
+        known = [example(number) for number in rows]
+        counts = await labelled(server, url, folder / "again", known, prices=PRICES)
+        assert server.calls == []
+    return counts
+
+
+def test_totals_are_by_what_is_asked_for(tmp_path: Path) -> None:
+    with LabelStore(f"sqlite:///{tmp_path / 'labels.db'}") as store:
+        for number, (teacher, week, currency) in enumerate(
+            [("a", 9, "USD"), ("a", 16, "EUR"), ("b", 22, "EUR"), ("a", 23, "EUR")]
+        ):
+            store.record(
+                ledger.Call(
+                    run=f"run-{number}",
+                    recipe="messages",
+                    teacher=teacher,
+                    purpose="label",
+                    outcome="answer",
+                    prompt_tokens=10**number,
+                    cached_tokens=number,
+                    completion_tokens=1,
+                    is_counted=teacher == "a",
+                    cost=float(number),
+                    prices={"input": 1, "currency": currency},
+                    called_at=datetime(2026, 11, week, 1, tzinfo=UTC),
+                )
+            )
+        store.flush()
+        found = ledger.totals(store.database, ("teacher",))
+        weeks = ledger.weekly_totals(store.database)
+        later = ledger.weekly_totals(store.database, datetime(2026, 11, 20, tzinfo=UTC))
+    assert [(each.teacher, each.currency, each.calls, each.cost) for each in found] == [
+        ("a", "USD", 1, 0.0),
+        ("a", "EUR", 2, 4.0),
+        ("b", "EUR", 1, 2.0),
+    ]
+    assert [each.estimated for each in found] == [0, 0, 1]
+    assert found[1].usage == Usage(prompt_tokens=1010, cached_tokens=4, completion_tokens=2)
+    assert [(each.week, each.calls) for each in weeks] == [
+        ("2026-11-09", 1),
+        ("2026-11-16", 2),
+        ("2026-11-23", 1),
+    ]
+    assert [(each.week, each.calls) for each in later] == [("2026-11-16", 1), ("2026-11-23", 1)]
+    assert ledger.sum_of(found, "EUR").cost == 6.0
+    table = ledger.costs_table("teacher", found).splitlines()
+    assert table[2].split() == ["2", "0", "1,006", "4", "2", "4.0000", "EUR", "a"]
