@@ -64,7 +64,7 @@ CASES = {
     "labels list": Case("", "12 answers        1 rejected", NO_LABELS, "DISTILLERY_LABELS: mysql"),
     "labels costs": Case(
         "--by outcome",
-        "         11         0            440              0            11        no prices  answer",
+        "11         0            440              0            11        no prices  answer",
         NO_LABELS,
         "DISTILLERY_LABELS: mysql",
     ),
