@@ -659,7 +659,8 @@ def user() -> "Actor":
 def list_teachers() -> None:
     """List the teachers: answers, answers rejected as labels, their cost, and the teacher's name.
 
-    The cost is what the price tables of the recipes gave when the answers were paid for.
+    The cost is what the price tables of the recipes gave when the answers were paid for; what other
+    calls have cost is in `distillery labels costs`.
     """
     from distillery.labels.store import LabelStore
 

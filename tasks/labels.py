@@ -105,9 +105,9 @@ def payer_of_run() -> Payer:
     """Return on whose behalf this flow run asks: its id, and the name of its recipe, if it has
     one."""
     recipe = flow_run.parameters.get("recipe")
-    if recipe is not None and not isinstance(recipe, Recipe):
+    if isinstance(recipe, dict):
         recipe = Recipe.model_validate(recipe)
-    name = recipe.name if recipe else ""
+    name = recipe.name if isinstance(recipe, Recipe) else ""
     return Payer(run=str(flow_run.id), recipe=name) if flow_run.id else Payer(recipe=name)
 
 
