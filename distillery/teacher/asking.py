@@ -261,23 +261,29 @@ class Teacher:
 
     def _try_of(self, entry: Call, most: Usage) -> Call:
         """Return the entry of a try that begins now and may take `most`."""
-        begun = replace(entry, call_id=new_call_id(), called_at=datetime.now(UTC), is_counted=False)
-        return self._taking(begun, most)
+        return replace(
+            entry,
+            call_id=new_call_id(),
+            called_at=datetime.now(UTC),
+            is_counted=False,
+            **self._amounts(most),
+        )
 
     def _counted(self, call: Call, outcome: Outcome, used: Usage | None) -> Call:
         """Return the entry of a try that has ended. Where `used` is not known, it stays at the most
         that the try can have taken."""
-        ended = replace(call, outcome=outcome)
-        return ended if used is None else self._taking(replace(ended, is_counted=True), used)
+        if used is None:
+            return replace(call, outcome=outcome)
+        return replace(call, outcome=outcome, is_counted=True, **self._amounts(used))
 
-    def _taking(self, call: Call, usage: Usage) -> Call:
-        return replace(
-            call,
-            prompt_tokens=usage.prompt_tokens,
-            cached_tokens=usage.cached_tokens,
-            completion_tokens=usage.completion_tokens,
-            cost=cost_of(usage, self._recipe.prices),
-        )
+    def _amounts(self, usage: Usage) -> dict[str, Any]:
+        """Return the fields of an entry that say what a call takes."""
+        return {
+            "prompt_tokens": usage.prompt_tokens,
+            "cached_tokens": usage.cached_tokens,
+            "completion_tokens": usage.completion_tokens,
+            "cost": cost_of(usage, self._recipe.prices),
+        }
 
     async def _complete_in_time(self, messages: list[Message], body: dict[str, Any]) -> Response:
         try:

@@ -4,7 +4,7 @@ share (DISTILLERY_LABELS). Budgets, reports, quotes and `distillery labels costs
 
 import uuid
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal
 
@@ -119,8 +119,11 @@ CALLS = Table(
 def write_calls(connection: Any, insert: Any, calls: Sequence[Call]) -> None:
     """Write calls within a transaction. `insert` is the dialect's INSERT into CALLS. A call that is
     there already stays as it is."""
-    if calls:
-        connection.execute(insert.on_conflict_do_nothing(), [asdict(call) for call in calls])
+    names = CALLS.columns.keys()
+    # asdict would copy the prices of each.
+    rows = [{name: getattr(call, name) for name in names} for call in calls]
+    if rows:
+        connection.execute(insert.on_conflict_do_nothing(), rows)
 
 
 def period_start(period: str, now: datetime) -> datetime | None:
