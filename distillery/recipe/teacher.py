@@ -71,7 +71,9 @@ class BudgetRecipe(Slice):
     calls: int | None = Field(None, gt=0)
     """Cap on the calls; every attempt counts. null: no cap."""
 
-    period: Literal["run", "day", "week", "month"] = "run"
+    period: Literal["run", "day", "week", "month"] = Field(
+        "run", exclude_if=lambda period: period == "run"
+    )
     """What the caps are for: each run, or all runs of recipes of this name since the day, the week
     (on Monday) or the month began in UTC."""
 
