@@ -48,8 +48,8 @@ models = typer.Typer(
 )
 app.add_typer(models, name="models")
 labels = typer.Typer(
-    help="List, export, import and delete the teacher's answers, which are kept in the database "
-    "that DISTILLERY_LABELS names.",
+    help="List, export, import and delete the teacher's answers, and show what they cost. They are "
+    "kept in the database that DISTILLERY_LABELS names.",
     no_args_is_help=True,
 )
 app.add_typer(labels, name="labels")
@@ -659,13 +659,52 @@ def user() -> "Actor":
 def list_teachers() -> None:
     """List the teachers: answers, answers rejected as labels, their cost, and the teacher's name.
 
-    The cost is what the price tables of the recipes gave when the answers were paid for.
+    The cost is what the price tables of the recipes gave when the answers were paid for; what other
+    calls have cost is in `distillery labels costs`.
     """
     from distillery.labels.store import LabelStore
 
     with LabelStore() as answers:
         for teacher, count, rejected, cost in answers.summary():
             print(f"{count:>9} answers  {rejected:>7} rejected  {cost:>10.2f}  {teacher}")
+
+
+@labels.command("costs")
+def show_costs(
+    by: Annotated[
+        Literal["teacher", "run", "week", "purpose", "outcome", "recipe"],
+        typer.Option(help="What a line stands for; a week begins on Monday, in UTC."),
+    ] = "teacher",
+    since: Annotated[
+        datetime | None,
+        typer.Option(help="Count the calls from this day on, in UTC.", formats=["%Y-%m-%d"]),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON array, for programs.")
+    ] = False,
+) -> None:
+    """Show what teachers and judges have cost: calls, tokens and money, from the ledger.
+
+    The ledger has every call that may be billed, also those that failed. Where the endpoint gave no
+    count of a call's tokens they are estimated, and the call is counted as estimated too. What was
+    asked before there was a ledger is in it as far as answers are stored, without runs and recipes.
+    """
+    from contextlib import closing
+
+    from distillery.storage.database import Database
+    from distillery.teacher.ledger import CALLS, costs_table, totals, weekly_totals
+
+    first = since.replace(tzinfo=UTC) if since else None
+    with closing(Database()) as database:
+        if by == "week":
+            found = weekly_totals(database, first)
+        else:
+            conditions = [] if first is None else [CALLS.c.called_at >= first]
+            found = totals(database, (by,), *conditions)
+    if as_json:
+        print(json.dumps([each.model_dump(exclude_defaults=True) for each in found], indent=1))
+    else:
+        print(costs_table(by, found))
 
 
 @labels.command("export")

@@ -11,6 +11,7 @@ import logging
 import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -21,7 +22,13 @@ from distillery.data.other import other_rows
 from distillery.data.prepare import check_rows
 from distillery.data.rows import RowReader
 from distillery.data.source import source_identity
-from distillery.errors import CredentialsError, DataError, DistilleryError, RecipeError
+from distillery.errors import (
+    CredentialsError,
+    DataError,
+    DistilleryError,
+    RecipeError,
+    StoreError,
+)
 from distillery.export.fit import misfit
 from distillery.models.base import (
     check_config,
@@ -46,6 +53,7 @@ from distillery.storage.working import working_folder
 from distillery.teacher.asking import ProbeResult, probe
 from distillery.teacher.endpoint import LOGIN_S, Endpoint, resolve_endpoint
 from distillery.teacher.identity import teacher_identity
+from distillery.teacher.ledger import Payer, Recorder
 from distillery.training.footprint import Shape, bytes_a_token, fixed_bytes
 
 STORE_WAIT_S = 5.0
@@ -54,9 +62,9 @@ STORE_WAIT_S = 5.0
 PROBE_S = 25.0
 """Seconds for each of the probe's two attempts."""
 
-LIMIT_S = LOGIN_S + 2 * PROBE_S + 10
+LIMIT_S = LOGIN_S + 2 * PROBE_S + STORE_WAIT_S + 10
 """Seconds that each check may take: the teacher's login and both attempts fit, with the pause
-between these, so that a check that fails says why."""
+between these and the wait for the ledger, so that a check that fails says why."""
 
 GB = 1e9
 
@@ -203,7 +211,7 @@ def run_within(limit_s: float, item: str, run_check: Check, recipe: Recipe) -> l
 def check_teacher(recipe: Recipe) -> Iterator[Finding]:
     teacher = recipe.teacher
     if teacher.kind == "endpoint":
-        yield from check_endpoint(teacher)
+        yield from check_endpoint(teacher, recipe.name)
     elif teacher.kind == "local":
         base = teacher.preparation.base.model
         yield ok("teacher", f"the run prepares it from {base} and serves it itself")
@@ -213,12 +221,13 @@ def check_teacher(recipe: Recipe) -> Iterator[Finding]:
 
 def check_judge(recipe: Recipe) -> Iterator[Finding]:
     if recipe.evaluation.judge:
-        yield from check_endpoint(recipe.evaluation.judge)
+        yield from check_endpoint(recipe.evaluation.judge, recipe.name)
 
 
-def check_endpoint(teacher: TeacherRecipe) -> Iterator[Finding]:
+def check_endpoint(teacher: TeacherRecipe, recipe_name: str = "") -> Iterator[Finding]:
     """Check the credentials of a teacher's or a judge's endpoint, and ask it one question. For an
-    address of the retired model inference API, ask the v1 endpoint of the same resource too."""
+    address of the retired model inference API, ask the v1 endpoint of the same resource too. The
+    ledger has the calls under the recipe's name."""
     who = teacher.who
     try:
         endpoint = resolve_endpoint(teacher)
@@ -228,11 +237,13 @@ def check_endpoint(teacher: TeacherRecipe) -> Iterator[Finding]:
         return
     yield ok(f"{who} credentials", f"set for {endpoint.url}, through {endpoint.sdk}")
     successor = endpoint.successor
-    if successor:
-        result, other = asyncio.run(probed(teacher, [endpoint, successor]))
-        yield compare_addresses(teacher, successor.url, result, other)
-    else:
-        (result,) = asyncio.run(probed(teacher, [endpoint]))
+    with ledger_if_any() as record:
+        ask = partial(probed, teacher, record=record, payer=Payer(recipe=recipe_name))
+        if successor:
+            result, other = asyncio.run(ask([endpoint, successor]))
+            yield compare_addresses(teacher, successor.url, result, other)
+        else:
+            (result,) = asyncio.run(ask([endpoint]))
     if isinstance(result, DistilleryError):
         yield fail(f"{who} endpoint", str(result))
         return
@@ -253,16 +264,38 @@ def check_endpoint(teacher: TeacherRecipe) -> Iterator[Finding]:
         )
 
 
+@contextmanager
+def ledger_if_any() -> Iterator[Recorder | None]:
+    """Yield what records calls in the ledger; None where the label database can't be opened, which
+    `check_label_store` says."""
+    from distillery.labels.store import LabelStore
+
+    try:
+        answers = LabelStore(wait_s=STORE_WAIT_S)
+    except StoreError:
+        yield None
+        return
+    try:
+        yield answers.record
+    finally:
+        with suppress(StoreError):
+            answers.close()
+
+
 async def probed(
-    teacher: TeacherRecipe, endpoints: Sequence[Endpoint]
+    teacher: TeacherRecipe,
+    endpoints: Sequence[Endpoint],
+    record: Recorder | None = None,
+    payer: Payer | None = None,
 ) -> list[ProbeResult | DistilleryError]:
-    """Ask each endpoint one question, all at a time; return what each showed, or its error."""
+    """Ask each endpoint one question, all at a time; return what each showed, or its error.
+    `record` and `payer` as in `Teacher`."""
     timeout_s = min(teacher.timeout_s, PROBE_S)
     hasty = teacher.model_copy(update={"timeout_s": timeout_s})
 
     async def ask(endpoint: Endpoint) -> ProbeResult | DistilleryError:
         try:
-            return await probe(hasty, endpoint)
+            return await probe(hasty, endpoint, record, payer)
         except DistilleryError as error:
             return error
 

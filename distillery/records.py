@@ -131,6 +131,24 @@ class Usage(Record):
         )
 
 
+class CallTotal(Record):
+    """Entries of the ledger together: `calls`, of which `estimated` have tokens that the endpoint
+    did not count, their `usage` and `cost`. `currency`: of their price list; "" without one. The
+    other fields are what the entries have in common; "" where that was not asked for."""
+
+    run: str = ""
+    recipe: str = ""
+    teacher: str = ""
+    purpose: str = ""
+    outcome: str = ""
+    week: str = ""
+    calls: int
+    estimated: int = 0
+    usage: Usage = Usage()
+    cost: float | None = None
+    currency: str = ""
+
+
 class TeacherLabel(Record):
     """A teacher's accepted answer to a row: a letter, a class or a text.
 
@@ -243,8 +261,11 @@ class TeacherLabels(StageRecord):
     Files in the folder: labels.jsonl (TeacherLabel), rejected.jsonl (RejectedLabel),
     train_data.jsonl (the lab's Question/Answer rows), report.json (LabelReport), if written answers
     have probabilities of their tokens, answer_tokens.parquet, and, if gold answers are known,
-    reliability.png and look.jsonl, the rows worth a look. `asked`, `usage`, `cost` and
-    `calls_per_second` describe the calls of the run that did the work.
+    reliability.png and look.jsonl, the rows worth a look. `asked`, `usage`, `cost`, `paid` and
+    `calls_per_second` describe the calls of the run that did the work: `asked` are the questions
+    that got an answer or a refusal, and `paid` all calls for these rows by outcome, which `usage`
+    and `cost` cover. In records of versions before the ledger they cover the answers, and `paid` is
+    empty.
     """
 
     teacher: str
@@ -256,6 +277,7 @@ class TeacherLabels(StageRecord):
     cost: float | None = None
     currency: str = ""
     calls_per_second: tuple[float, ...] = ()
+    paid: tuple[CallTotal, ...] = Field((), exclude_if=lambda found: not found)
 
 
 class Interval(Record):
@@ -727,14 +749,15 @@ class EvaluationReport(StageRecord):
 
 class Preferences(StageRecord):
     """What a judge says of the student's texts beside the teacher's. The folder has
-    preferences.jsonl, one test row a line. `asked`, `usage` and `cost` describe the calls of the
-    run that did the work."""
+    preferences.jsonl, one test row a line. `asked`, `usage`, `cost` and `paid` are as in
+    TeacherLabels."""
 
     figures: PreferenceFigures
     asked: int
     usage: Usage
     cost: float | None
     currency: str
+    paid: tuple[CallTotal, ...] = Field((), exclude_if=lambda found: not found)
 
 
 class Measured(Record):
@@ -917,7 +940,9 @@ class Outcome(Record):
     `promotion` is what became of it. `rejected`: the refused student, if the recipe keeps it.
     `judged`: what the test rows have judged before; None in records of earlier versions. `page`: a
     folder with report.html; None in records of earlier versions, too. `preferences`: a judge's, and
-    `judge_drift` how it answered its canaries; None where none is asked.
+    `judge_drift` how it answered its canaries; None where none is asked. `paid`: all calls of the
+    run by teacher, purpose and outcome, as the ledger has them; None where it could not be read,
+    and in records of earlier versions.
     """
 
     recipe: str
@@ -937,3 +962,4 @@ class Outcome(Record):
     page: Artifact | None = None
     preferences: Preferences | None = Field(None, exclude_if=lambda found: found is None)
     judge_drift: TeacherDrift | None = Field(None, exclude_if=lambda found: found is None)
+    paid: tuple[CallTotal, ...] | None = Field(None, exclude_if=lambda found: found is None)

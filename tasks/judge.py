@@ -21,7 +21,7 @@ from distillery.storage.artifacts import ArtifactStore
 from distillery.storage.working import working_folder
 from distillery.teacher.endpoint import resolve_endpoint
 from distillery.teacher.identity import teacher_identity
-from tasks.labels import heed_drift, slots_of, spent_on
+from tasks.labels import heed_drift, payer_of_run, slots_of
 from tasks.progress import conclude, show_rows
 from tasks.stage import RESULT, Stage, is_scheduled, origin, stage
 
@@ -51,7 +51,7 @@ def ask_judge(
             folder,
             show_rows,
             slots=slots_of(judge),
-            spent=spent_on(judge),
+            payer=payer_of_run(),
         )
         figures, counts = asyncio.run(work)
         artifact = store.put(folder)
@@ -63,6 +63,7 @@ def ask_judge(
         usage=counts.usage,
         cost=counts.cost,
         currency=counts.currency,
+        paid=counts.paid,
         **origin(started),
     )
 
@@ -99,9 +100,10 @@ def preferred(
 def judge_canaries(judge: JudgeRecipe, identity: str) -> TeacherDrift:
     """Ask the judge some of its earlier questions again and report how many are answered
     differently than before."""
-    endpoint, slots, spent = resolve_endpoint(judge), slots_of(judge), spent_on(judge)
+    endpoint, slots = resolve_endpoint(judge), slots_of(judge)
     with LabelStore() as answers:
         asked = earlier_questions(judge, identity, answers)
-        drift = asyncio.run(drift_of(asked, judge, endpoint, answers, slots=slots, spent=spent))
+        work = drift_of(asked, judge, endpoint, answers, slots=slots, payer=payer_of_run())
+        drift = asyncio.run(work)
     heed_drift(drift, judge, identity)
     return drift

@@ -31,12 +31,15 @@ from distillery.serving.process import served
 from distillery.storage.artifacts import ArtifactStore
 from distillery.storage.working import working_folder
 from distillery.teacher.endpoint import Endpoint, resolve_endpoint
+from distillery.teacher.ledger import Payer, Purpose
 from tasks.progress import conclude, show_rows
 from tasks.stage import RESULT, Stage, origin, stage
 
 AS_TOLD = TeacherRecipe(filters=FilterRecipe(minimum_accepted=0))
 """A teacher's settings for labels that are taken as they are."""
-_SPENT: dict[str, dict[str, float]] = {}
+
+PURPOSES: dict[str, Purpose] = {"validation": "validation row", "test": "test row"}
+"""What the ledger calls the rows of a split; those of other splits are labelled to train on."""
 
 
 @stage("label", version=5)
@@ -64,9 +67,10 @@ def label(
     )
     with working_folder("labels") as folder, LabelStore(max_age=teacher.max_age) as answers:
         tokens = token_counter(tokenizer) if tokenizer else None
-        logger.info(
-            "%s", quote(each_example(examples), prompt, teacher, identity, answers, tokens).line()
-        )
+        payer = payer_of_run()
+        rows_to_quote = each_example(examples)
+        quoted = quote(rows_to_quote, prompt, teacher, identity, answers, tokens, payer)
+        logger.info("%s", quoted.line())
         with where as endpoint:
             work = labelling.label(
                 each_example(examples),
@@ -78,14 +82,16 @@ def label(
                 show_rows,
                 rows=rows.rows,
                 slots=slots_of(teacher),
-                spent=spent_on(teacher),
+                payer=payer,
+                purpose=PURPOSES.get(Path(rows.file).stem, "label"),
             )
             counts = asyncio.run(work)
         report = read_report(folder)
         artifact = store.put(folder)
     used = counts.usage.prompt_tokens + counts.usage.completion_tokens
     cost = "" if counts.cost is None else f", {counts.cost:.2f} {counts.currency}"
-    conclude(f"{report.line()}; {counts.asked} calls, {used} tokens{cost}")
+    calls = sum(each.calls for each in counts.paid)
+    conclude(f"{report.line()}; {calls} calls, {used} tokens{cost}")
     return TeacherLabels(
         artifact=artifact,
         teacher=identity,
@@ -95,11 +101,14 @@ def label(
     )
 
 
-def spent_on(teacher: TeacherRecipe) -> dict[str, float]:
-    """Return what this flow run has spent so far on its teacher, or on its judge.
-
-    The budget covers all of the run's stages and their retries together."""
-    return _SPENT.setdefault(f"{flow_run.id} {teacher.section}", {})
+def payer_of_run() -> Payer:
+    """Return on whose behalf this flow run asks: its id, and the name of its recipe, if it has
+    one."""
+    recipe = flow_run.parameters.get("recipe")
+    if isinstance(recipe, dict):
+        recipe = Recipe.model_validate(recipe)
+    name = recipe.name if isinstance(recipe, Recipe) else ""
+    return Payer(run=str(flow_run.id), recipe=name) if flow_run.id else Payer(recipe=name)
 
 
 def slots_of(teacher: TeacherRecipe) -> Slots:
@@ -241,9 +250,10 @@ def canaries(
     """Ask the canary rows again and report how many are answered differently than before."""
     store = ArtifactStore()
     examples = each_example(store.fetch(rows.artifact) / rows.file)
-    endpoint, slots, spent = resolve_endpoint(teacher), slots_of(teacher), spent_on(teacher)
+    endpoint, slots = resolve_endpoint(teacher), slots_of(teacher)
     with LabelStore() as answers:
-        asked = ask_canaries(examples, prompt, teacher, endpoint, answers, slots=slots, spent=spent)
+        payer = payer_of_run()
+        asked = ask_canaries(examples, prompt, teacher, endpoint, answers, slots=slots, payer=payer)
         drift = asyncio.run(asked)
     heed_drift(drift, teacher, identity)
     return drift

@@ -2,6 +2,8 @@
 
 import json
 from base64 import b64encode
+from collections import Counter
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.exceptions import PrefectException
 from prefect.settings import PREFECT_UI_URL
 
-from distillery.errors import DistilleryError
+from distillery.errors import DistilleryError, StoreError
 from distillery.evaluation.advice import advice_of
 from distillery.evaluation.doubtful import DOUBTFUL_FILE
 from distillery.evaluation.figures_table import render_figures
@@ -22,7 +24,9 @@ from distillery.export.ladder_table import render_ladder, rows_in_words, table
 from distillery.labels.files import REJECTED_FILE
 from distillery.labels.report import LOOK_FILE, RELIABILITY_FILE, read_report
 from distillery.markdown import code, escape, escape_cells, link
+from distillery.recipe import JUDGE
 from distillery.records import (
+    CallTotal,
     OnnxModel,
     Outcome,
     Preferences,
@@ -34,8 +38,14 @@ from distillery.report.facts import labelling_facts
 from distillery.report.kept import page_path
 from distillery.report.page import StageLine
 from distillery.storage.artifacts import ArtifactStore, run_record
+from distillery.storage.database import Database
+from distillery.teacher.ledger import CALLS, sum_of, totals
+from tasks.labels import payer_of_run
 from tasks.report import report_page
 from tasks.stage import produced_by
+
+LEDGER_WAIT_S = 5.0
+"""Seconds to wait for the ledger at the end of a run, which needs it for nothing else."""
 
 _ROWS = 200
 
@@ -110,7 +120,7 @@ def publish(outcome: Outcome) -> Outcome:
 
     The record comes first: all work is done and perhaps paid for, so that a page that
     can't be made, or a Prefect API that takes no artifacts, is a warning in the log."""
-    named = outcome.model_copy(update={"run": produced_by()})
+    named = outcome.model_copy(update={"run": produced_by(), "paid": _paid_in_run()})
     store = ArtifactStore()
     store.write_record(run_record(named.run), named.model_dump_json(indent=1))
     try:
@@ -132,6 +142,17 @@ def publish(outcome: Outcome) -> Outcome:
     if advice := advice_of(named):
         get_run_logger().warning("%s", advice)
     return named
+
+
+def _paid_in_run() -> tuple[CallTotal, ...] | None:
+    """Return all calls of this run from the ledger; None where it can't be read."""
+    try:
+        with closing(Database(wait_s=LEDGER_WAIT_S)) as database:
+            whose = CALLS.c.run == payer_of_run().run
+            return tuple(totals(database, ("teacher", "purpose", "outcome"), whose))
+    except StoreError as error:
+        get_run_logger().warning("what this run has paid can't be told: %s", error)
+        return None
 
 
 def _warn(outcome: Outcome, what: str, error: Exception) -> None:
@@ -160,7 +181,7 @@ def create_artifacts(outcome: Outcome, store: ArtifactStore) -> None:
     parts = [f"# {escape(outcome.run)}", "\n".join(lines), (report / TABLE_FILE).read_text()]
     parts += [
         _picture("scoreboard", report / PLOT_FILE),
-        f"**Teacher:** {escape(_paid(outcome, outcome.labels.teacher, outcome.labels))}",
+        f"**Teacher:** {escape(_teachers_pay(outcome))}",
     ]
     parts += [f"**Judge:** {escape(line)}" for line in _of_judge(outcome)]
     if outcome.page:
@@ -249,19 +270,49 @@ def _picture(name: str, file: Path) -> str:
     return f"![{name}](data:image/png;base64,{b64encode(file.read_bytes()).decode()})"
 
 
-def _paid(outcome: Outcome, model: str, paid: TeacherLabels | Preferences) -> str:
-    """Return what a teacher's labels or a judge's preferences have cost."""
-    tokens = f"{paid.usage.prompt_tokens:,} tokens in, {paid.usage.completion_tokens:,} out"
-    cost = "" if paid.cost is None else f", {paid.cost:.2f} {paid.currency}"
-    when = "in this run" if _is_own(outcome, paid) else f"in {paid.produced_by}; none in this run"
-    return f"{model}: {paid.asked:,} calls, {tokens}{cost}, {when}"
+def _teachers_pay(outcome: Outcome) -> str:
+    return _paid(outcome, outcome.labels.teacher, outcome.labels.teacher, outcome.labels)
+
+
+def _paid(outcome: Outcome, model: str, identity: str, work: TeacherLabels | Preferences) -> str:
+    """Return what was paid to a teacher, or to a judge: in this run, and in an earlier one for the
+    labels or preferences that this run has from it. `identity` is the model's name in the
+    ledger."""
+    earlier = None
+    if not _is_own(outcome, work) or outcome.paid is None:
+        total = CallTotal(
+            calls=work.asked, usage=work.usage, cost=work.cost, currency=work.currency
+        )
+        where = "this run" if _is_own(outcome, work) else work.produced_by
+        earlier = f"{_in_words(total)}, in {where}"
+    if outcome.paid is None:
+        return f"{model}: {earlier}"
+    own = [each for each in outcome.paid if each.teacher == identity]
+    here = "none in this run"
+    if own:
+        parts: Counter[str] = Counter()
+        for each in own:
+            parts[f"{each.purpose}: {each.outcome}"] += each.calls
+        listed = ", ".join(f"{part} {count:,}" for part, count in parts.most_common())
+        currency = next((each.currency for each in own if each.currency), "")
+        here = f"{_in_words(sum_of(own, currency))}, in this run ({listed})"
+    return f"{model}: {earlier}; {here}" if earlier else f"{model}: {here}"
+
+
+def _in_words(total: CallTotal) -> str:
+    usage = total.usage
+    tokens = f"{usage.prompt_tokens:,} tokens in, {usage.completion_tokens:,} out"
+    estimated = f" ({total.estimated:,} calls estimated)" if total.estimated else ""
+    cost = "" if total.cost is None else f", {total.cost:.2f} {total.currency}"
+    return f"{total.calls:,} calls, {tokens}{estimated}{cost}"
 
 
 def _of_judge(outcome: Outcome) -> list[str]:
     """Return lines on what a judge said and cost, and how its canaries were answered."""
     lines, found = [], outcome.preferences
     if found:
-        lines += [found.figures.line(), _paid(outcome, found.figures.judge, found)]
+        judge = found.figures.judge
+        lines += [found.figures.line(), _paid(outcome, judge, f"{JUDGE}{judge}", found)]
     if outcome.judge_drift:
         lines.append(outcome.judge_drift.line())
     return lines
@@ -310,6 +361,8 @@ def render(outcome: Outcome) -> str:
         lines += ["", *decisions]
     if outcome.judged and outcome.judged.versions:
         lines += ["", outcome.judged.line()]
+    if outcome.teacher is None and outcome.labels.asked:
+        lines += ["", f"teacher: {_teachers_pay(outcome)}"]
     if of_judge := _of_judge(outcome):
         lines += ["", *(f"judge: {line}" for line in of_judge)]
     board = outcome.report.scoreboard

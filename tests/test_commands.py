@@ -62,6 +62,12 @@ CASES = {
     "models compare": Case("mine:1 mine:2 --json", '"rows"', "mine:1 mine:9", "no version 9"),
     "models sign": Case("mine 1", "mine version 1 is signed", "mine 9", "mine: no version 9"),
     "labels list": Case("", "12 answers        1 rejected", NO_LABELS, "DISTILLERY_LABELS: mysql"),
+    "labels costs": Case(
+        "--by outcome",
+        "11         0            440              0            11        no prices  answer",
+        NO_LABELS,
+        "DISTILLERY_LABELS: mysql",
+    ),
     "labels export": Case(
         "{folder}/out.parquet", "12 answers written", "{folder}/none/out.parquet", "none/out"
     ),

@@ -7,6 +7,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
+from contextlib import closing
 from contextvars import copy_context
 from pathlib import Path
 from types import SimpleNamespace
@@ -47,8 +48,10 @@ from distillery.recipe import (
     parse_recipe,
 )
 from distillery.registry.local import LocalRegistry
+from distillery.storage.database import Database
 from distillery.teacher.asking import BACKOFF
 from distillery.teacher.endpoint import LOGIN_S
+from distillery.teacher.ledger import totals
 from flows.distill import distill
 from flows.search import search
 
@@ -145,6 +148,9 @@ def test_an_endpoint_that_does_all(tiny_model: TinyModel, point_to: Callable[[st
     assert {"teacher credentials", "teacher endpoint", "log-probabilities"} <= set(found)
     assert [call.key for call in server.calls] == [KEY]
     assert KEY not in "".join(map(str, found.values()))
+    with closing(Database()) as database:
+        (probes,) = totals(database, ("purpose", "outcome"))
+    assert (probes.purpose, probes.outcome, probes.calls) == ("probe", "answer", 1)
 
 
 def without_log_probabilities(call: Call) -> Reply:

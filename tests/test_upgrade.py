@@ -20,6 +20,7 @@ from distillery.serving.process import served
 from distillery.storage.artifacts import RUNS, ArtifactStore
 from distillery.storage.database import SCHEMA, Database, schema_version
 from distillery.storage.housekeeping import Inventory
+from distillery.teacher.ledger import CALLS, totals
 
 LABELS = Path(__file__).parent / "golden" / "earlier" / "labels.sql"
 
@@ -47,6 +48,11 @@ async def check_labels(url: str, folder: Path) -> None:
         assert sum(label["distribution"].values()) == pytest.approx(1)
     database = Database(url)
     assert database.run(schema_version) == SCHEMA
+    # The ledger begins with the answers of before, whose runs nobody knows.
+    book = {each.outcome: each for each in totals(database, ("outcome",), CALLS.c.run == "")}
+    assert {outcome: each.calls for outcome, each in book.items()} == {"answer": 11, "rejected": 1}
+    assert book["answer"].usage.prompt_tokens == 11 * 40
+    assert sum(each.calls for each in totals(database, ("purpose",))) == 13
     database.close()
 
 

@@ -26,6 +26,7 @@ from distillery.labels.store import LabelStore
 from distillery.recipe import JUDGE, JudgeRecipe, PromptRecipe
 from distillery.records import Estimate, EvaluationReport, PreferenceFigures, Record
 from distillery.teacher.endpoint import Endpoint
+from distillery.teacher.ledger import Payer
 
 _log = logging.getLogger(__name__)
 
@@ -69,7 +70,7 @@ async def compare_pairs(
     progress: Progress | None = None,
     *,
     slots: Slots = nullcontext,
-    spent: dict[str, float] | None = None,
+    payer: Payer | None = None,
 ) -> tuple[PreferenceFigures, LabelCounts]:
     """Have a judge compare pairs of answers, write preferences.jsonl into the folder `out`, and
     return the figures and what was paid.
@@ -82,7 +83,8 @@ async def compare_pairs(
     letters: dict[str, str] = {}
     reasons: dict[str, str] = {}
     if rows:
-        _log.info("%s", quote(rows, judge.prompt, judge, endpoint.identity, store).line())
+        quoted = quote(rows, judge.prompt, judge, endpoint.identity, store, payer=payer)
+        _log.info("%s", quoted.line())
         # The files of a labelling are read and left.
         with TemporaryDirectory(dir=out.parent) as folder:
             labels = Path(folder) / "labels"
@@ -95,7 +97,8 @@ async def compare_pairs(
                 labels,
                 progress,
                 slots=slots,
-                spent=spent,
+                payer=payer,
+                purpose="judge",
             )
             for example_id, found in read_labels(labels).items():
                 letters[example_id] = found.answer

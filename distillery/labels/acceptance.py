@@ -11,7 +11,7 @@ from dataclasses import replace
 from distillery.answers import NotAnAnswer
 from distillery.data.answer_tokens import packed
 from distillery.labels.questions import Question
-from distillery.labels.store import StoredAnswer
+from distillery.labels.store import LabelStore, StoredAnswer
 from distillery.recipe import TeacherRecipe
 from distillery.records import Example
 from distillery.teacher.answers import (
@@ -70,6 +70,17 @@ def stored_answer(
         prompt=storable(question.messages[-1]["content"]),
         tokens=tokens,
     )
+
+
+def record_answer(completion: Completion, answer: StoredAnswer, store: LabelStore) -> None:
+    """Record the call that gave a completion, now that it is read as `answer`. A request that the
+    endpoint refused is recorded already."""
+    call = completion.call
+    if call is None:
+        return
+    if call.outcome == "answer" and answer.answer is None:
+        call = replace(call, outcome="rejected")
+    store.record(call)
 
 
 def read_again(question: Question, stored: StoredAnswer, recipe: TeacherRecipe) -> StoredAnswer:

@@ -11,6 +11,7 @@ from distillery.labels.acceptance import (
     accepted_answers,
     label_of_answers,
     read_again,
+    record_answer,
     stored_answer,
 )
 from distillery.labels.labelling import Slots
@@ -23,7 +24,9 @@ from distillery.records import Example, TeacherDrift
 from distillery.teacher.asking import Teacher
 from distillery.teacher.budget import Spending
 from distillery.teacher.endpoint import Endpoint
+from distillery.teacher.ledger import Payer
 from distillery.teacher.pace import Pace
+from distillery.teacher.reply import Completion
 
 FIRST_ANSWERS = 1000
 """A judge's answers among which its canaries are looked for."""
@@ -37,13 +40,13 @@ async def ask_canaries(
     store: LabelStore,
     *,
     slots: Slots = nullcontext,
-    spent: dict[str, float] | None = None,
+    payer: Payer | None = None,
 ) -> TeacherDrift:
     """Ask the canary rows among `examples` again; see `drift_of`."""
     asked = []
     for row in hashed_rows(examples, recipe.canaries.rows or 0):
         asked.append(questions(row, prompt, recipe, endpoint.identity))
-    return await drift_of(asked, recipe, endpoint, store, slots=slots, spent=spent)
+    return await drift_of(asked, recipe, endpoint, store, slots=slots, payer=payer)
 
 
 def earlier_questions(judge: JudgeRecipe, identity: str, store: LabelStore) -> list[list[Question]]:
@@ -71,12 +74,12 @@ async def drift_of(
     store: LabelStore,
     *,
     slots: Slots = nullcontext,
-    spent: dict[str, float] | None = None,
+    payer: Payer | None = None,
 ) -> TeacherDrift:
     """Ask the questions of some rows again and return how many rows get another label than the
-    stored answers give. Nothing is stored.
+    stored answers give. No answer is stored.
 
-    Rows that the store has no answers for are left out. `slots` and `spent` are as in `label`.
+    Rows that the store has no answers for are left out. `slots` and `payer` are as in `label`.
     Raises what `Teacher.ask` raises.
     """
     before = store.get_many(question.key for row_questions in asked for question in row_questions)
@@ -84,7 +87,7 @@ async def drift_of(
         if question.key in before:
             before[question.key] = read_again(question, before[question.key], recipe)
     answered_before = [row_questions for row_questions in asked if all_in(row_questions, before)]
-    fresh = await ask_again(answered_before, recipe, endpoint, slots, spent)
+    fresh = await ask_again(answered_before, recipe, endpoint, store, slots, payer or Payer())
     after = {answer.request_key: answer for answer in fresh}
     compared = [row_questions for row_questions in answered_before if all_in(row_questions, after)]
     changed = []
@@ -106,18 +109,34 @@ async def ask_again(
     asked: Sequence[Sequence[Question]],
     recipe: TeacherRecipe,
     endpoint: Endpoint,
+    store: LabelStore,
     slots: Slots,
-    spent: dict[str, float] | None,
+    payer: Payer,
 ) -> list[StoredAnswer]:
     """Ask all questions of these rows and return the answers that come."""
     calls_at_a_time = asyncio.Semaphore(recipe.concurrency)
     pace = Pace(recipe.concurrency, recipe.requests_per_minute, recipe.tokens_per_minute)
-    spending = Spending(recipe.budget, recipe.prices, spent, recipe.section)
-    async with Teacher(recipe, endpoint, pace=pace, spending=spending) as teacher:
+    async with (
+        Spending.shared(recipe, payer, store.database, store.flush) as spending,
+        Teacher(
+            recipe,
+            endpoint,
+            pace=pace,
+            spending=spending,
+            record=store.record,
+            payer=payer,
+            purpose="canary",
+        ) as teacher,
+    ):
 
         async def ask(question: Question) -> StoredAnswer | None:
             async with calls_at_a_time, slots():
-                return await ask_patiently(question, teacher, recipe, endpoint.identity, pace)
+                completion = await ask_patiently(question, teacher, recipe, pace)
+                if completion is None:
+                    return None
+                answer = stored_answer(question, completion, recipe, endpoint.identity)
+                record_answer(completion, answer, store)
+                return answer
 
         calls = [ask(question) for row_questions in asked for question in row_questions]
         answers = await asyncio.gather(*calls)
@@ -125,8 +144,8 @@ async def ask_again(
 
 
 async def ask_patiently(
-    question: Question, teacher: Teacher, recipe: TeacherRecipe, identity: str, pace: Pace
-) -> StoredAnswer | None:
+    question: Question, teacher: Teacher, recipe: TeacherRecipe, pace: Pace
+) -> Completion | None:
     """Ask until an answer comes or teacher.outage_s is over.
 
     Return None if the answer is malformed, or if the endpoint has answered other questions
@@ -135,16 +154,16 @@ async def ask_patiently(
     started = time.monotonic()
     while True:
         try:
-            completion = await teacher.ask(question.messages, question.keys, question.schema)
+            completion = await teacher.ask(
+                question.messages, question.keys, question.schema, key=question.key
+            )
         except TeacherUnavailable:
             if time.monotonic() - started < recipe.outage_s:
                 continue
             if pace.answered_at > started:
                 return None
             raise
-        if completion.finish_reason == "malformed":
-            return None
-        return stored_answer(question, completion, recipe, identity)
+        return None if completion.finish_reason == "malformed" else completion
 
 
 def all_in(row_questions: Sequence[Question], answers: Mapping[str, StoredAnswer]) -> bool:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from distillery.errors import TeacherUnavailable
-from distillery.labels.acceptance import read_again, stored_answer
+from distillery.labels.acceptance import read_again, record_answer, stored_answer
 from distillery.labels.files import LabelCounts, LabelFiles, label_files
 from distillery.labels.questions import Question, questions
 from distillery.labels.store import LabelStore, StoredAnswer
@@ -25,6 +25,7 @@ from distillery.records import Example, Usage
 from distillery.teacher.asking import PROBE, Teacher
 from distillery.teacher.budget import Spending, cost_of
 from distillery.teacher.endpoint import Endpoint
+from distillery.teacher.ledger import CALLS, Payer, Purpose, sum_of, totals
 from distillery.teacher.pace import Pace, Stopped
 from distillery.teacher.reply import Completion
 
@@ -64,22 +65,23 @@ async def label(
     rows: int | None = None,
     teacher: Teacher | None = None,
     slots: Slots = nullcontext,
-    spent: dict[str, float] | None = None,
+    payer: Payer | None = None,
+    purpose: Purpose = "label",
 ) -> LabelCounts:
     """Label `examples`, write the files of files.py and report.py to `out`, return the counts.
 
     Requests without an answer in the store are asked of the endpoint, or of `teacher` if given.
-    `rows` is the number of examples if they have no length; only `progress` needs it. `spent` is
-    what the run has spent in other stages (see `Spending`). Some thousand rows are in memory at a
+    `rows` is the number of examples if they have no length; only `progress` needs it. Each call is
+    recorded in the ledger, as one of `payer` for `purpose`. Some thousand rows are in memory at a
     time. Equal answers give equal bytes in the files. Raises TeacherError if too few rows get a
-    label, BudgetReached at a cap, and what `Teacher.ask` and `LabelStore` raise; the answers so
-    far are in the store then.
+    label, BudgetReached at a cap, and what `Teacher.ask` and `LabelStore` raise; the answers so far
+    are in the store then.
     """
     total = rows or 0
     if isinstance(examples, Sequence):
         total = len(examples)
     pace = Pace(recipe.concurrency, recipe.requests_per_minute, recipe.tokens_per_minute)
-    spending = Spending(recipe.budget, recipe.prices, spent, recipe.section)
+    payer = payer or Payer()
     with label_files(out, prompt, recipe) as files:
         run = LabellingRun(
             prompt, recipe, endpoint.identity, store, files, pace, slots, progress, total
@@ -88,19 +90,37 @@ async def label(
             if teacher:
                 await run.work(examples, teacher)
             else:
-                async with Teacher(recipe, endpoint, pace=pace, spending=spending) as own:
+                async with (
+                    Spending.shared(recipe, payer, store.database, store.flush) as spending,
+                    Teacher(
+                        recipe,
+                        endpoint,
+                        pace=pace,
+                        spending=spending,
+                        record=store.record,
+                        payer=payer,
+                        purpose=purpose,
+                    ) as own,
+                ):
                     await run.work(examples, own)
         finally:
             await asyncio.to_thread(store.flush)
         files.finish()
+    currency = recipe.prices.currency if recipe.prices else ""
+    whose = (CALLS.c.run == payer.run, CALLS.c.teacher == endpoint.identity)
+    paid = await asyncio.to_thread(
+        totals, store.database, ("outcome",), *whose, CALLS.c.purpose == purpose
+    )
+    together = sum_of(paid, currency)
     return LabelCounts(
         accepted=files.tally.accepted,
         rejected=files.tally.rejected.total(),
         asked=run.asked,
-        usage=run.usage,
-        cost=cost_of(run.usage, recipe.prices),
-        currency=recipe.prices.currency if recipe.prices else "",
+        usage=together.usage,
+        cost=together.cost if paid else cost_of(Usage(), recipe.prices),
+        currency=currency,
         calls_per_second=run.calls_per_second(),
+        paid=tuple(paid),
     )
 
 
@@ -148,7 +168,6 @@ class LabellingRun:
         self._started = time.monotonic()
         self._answers_by_second: Counter[int] = Counter()
         self.asked = 0
-        self.usage = Usage()
 
     async def work(self, examples: Iterable[Example], teacher: Teacher) -> None:
         """Label all rows. Raises the first error of a task, after the calls under way are over."""
@@ -259,7 +278,9 @@ class LabellingRun:
         if self._error:
             raise Stopped
         try:
-            completion = await teacher.ask(question.messages, question.keys, question.schema)
+            completion = await teacher.ask(
+                question.messages, question.keys, question.schema, key=question.key
+            )
         except TeacherUnavailable as error:
             if self._pace.silent_s >= self._recipe.outage_s:
                 raise
@@ -274,14 +295,11 @@ class LabellingRun:
     def take(self, question: Question, completion: Completion) -> None:
         """Store an answer; it is known from now on."""
         answer = stored_answer(question, completion, self._recipe, self._identity)
-        self._count(completion)
+        self.asked += 1
         self._answers_by_second[int(time.monotonic() - self._started)] += 1
+        record_answer(completion, answer, self._store)
         self._store.add(answer)
         self._window.state(question.key).stored = answer
-
-    def _count(self, completion: Completion) -> None:
-        self.asked += 1
-        self.usage = self.usage + completion.usage
 
     async def _handle_failure(
         self, question: Question, error: TeacherUnavailable, teacher: Teacher
@@ -302,9 +320,12 @@ class LabellingRun:
     async def _answers_probe(self, teacher: Teacher) -> bool:
         """Return whether the teacher answers a simple question, which is paid for too."""
         try:
-            self._count(await teacher.ask(PROBE, ("A", "B")))
+            completion = await teacher.ask(PROBE, ("A", "B"), purpose="probe")
         except TeacherUnavailable:
             return False
+        self.asked += 1
+        if completion.call:
+            self._store.record(completion.call)
         return True
 
     def _handle_malformed(self, question: Question) -> None:

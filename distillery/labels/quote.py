@@ -18,8 +18,9 @@ from distillery.recipe import JudgeRecipe, PromptRecipe, Recipe, TeacherRecipe
 from distillery.records import Example, Usage
 from distillery.storage.allowed import local_path
 from distillery.storage.working import working_folder
-from distillery.teacher.budget import cost_of
+from distillery.teacher.budget import cost_of, standing
 from distillery.teacher.identity import teacher_identity
+from distillery.teacher.ledger import Payer
 
 TOKENS_PER_CHARACTER = 0.25
 """In English text and for most tokenizers (OpenAI's help centre, What are tokens and how to count
@@ -76,7 +77,8 @@ class Quote:
 
     `known` rows need no call; the others need `calls`. `usage` is estimated, from what `basis`
     says; the prompts' tokens are exact if `counted`. `cost` is in `currency`, and None without a
-    price table. `what`: what the rows are, for people.
+    price table. `what`: what the rows are, for people. `budget`: what is spent and left of it, ""
+    where there is none.
     """
 
     rows: int
@@ -89,6 +91,7 @@ class Quote:
     currency: str
     seconds: float
     what: str = "rows to label"
+    budget: str = ""
 
     def line(self) -> str:
         """Return the quote in one line."""
@@ -98,11 +101,12 @@ class Quote:
         if self.cost is not None:
             cost = f"about {self.cost:.2f} {self.currency}"
         certainty = "counted" if self.counted else "estimated"
+        budget = f"; {self.budget}" if self.budget else ""
         return (
             f"{self.rows} {self.what}, {self.known} known: {self.calls} calls, "
             f"{self.usage.prompt_tokens:,} tokens in ({certainty}), "
             f"about {self.usage.completion_tokens:,} out ({self.basis}); "
-            f"{cost}, about {duration(self.seconds)}"
+            f"{cost}, about {duration(self.seconds)}{budget}"
         )
 
 
@@ -113,12 +117,14 @@ def quote(
     identity: str,
     store: LabelStore,
     tokens: TokenCounter | None = None,
+    payer: Payer | None = None,
 ) -> Quote:
     """Return what `label` would ask for `examples`.
 
     The tokens of each prompt are counted by `tokens`; without it they are estimated, from the
     teacher's answers so far or from the prompt's length. Equal requests within CHUNK_ROWS are
-    counted once; others are few, because data preparation drops equal rows.
+    counted once; others are few, because data preparation drops equal rows. `payer` is on whose
+    behalf `label` will ask, by default a run that has asked nothing yet.
     """
     rows = known = calls = characters = prompt_tokens = answer_tokens = longest = 0
     answered: list[str] = []
@@ -160,6 +166,9 @@ def quote(
         currency=recipe.prices.currency if recipe.prices else "",
         seconds=estimated_seconds(calls, usage, recipe, experience),
         what="comparisons" if isinstance(recipe, JudgeRecipe) else "rows to label",
+        budget=standing(
+            recipe.budget, recipe.prices, recipe.section, payer or Payer(), store.database
+        ),
     )
 
 
@@ -274,27 +283,31 @@ def quote_recipe(recipe: Recipe) -> dict[str, Quote]:
         splits, identity = ["train", "test"], teacher_identity(recipe.teacher, None)
     tokenizer = named_tokenizer(teacher)
     tokens = token_counter(tokenizer) if tokenizer else None
-    quotes = {}
+    quotes, payer = {}, Payer(recipe=recipe.name)
     with working_folder("quote") as folder, LabelStore(max_age=teacher.max_age) as store:
         prepare(recipe.dataset, folder, recipe.task)
         for split in splits:
             rows = each_example(folder / f"{split}.jsonl")
             asked = recipe.teacher_of_test_rows if split == "test" else teacher
-            quotes[split] = quote(rows, recipe.prompt, asked, identity, store, tokens)
+            quotes[split] = quote(rows, recipe.prompt, asked, identity, store, tokens, payer)
         if judge:
             test = each_example(folder / "test.jsonl")
-            quotes["judge"] = quote_judge(test, recipe.prompt, judge, store)
+            quotes["judge"] = quote_judge(test, recipe.prompt, judge, store, payer)
     return quotes
 
 
 def quote_judge(
-    test: Iterable[Example], prompt: PromptRecipe, judge: JudgeRecipe, store: LabelStore
+    test: Iterable[Example],
+    prompt: PromptRecipe,
+    judge: JudgeRecipe,
+    store: LabelStore,
+    payer: Payer | None = None,
 ) -> Quote:
-    """Return what a judge is asked at most. The gold answers stand for those of student and
-    teacher, which nobody knows yet."""
+    """Return what a judge is asked at most, on behalf of `payer`. The gold answers stand for those
+    of student and teacher, which nobody knows yet."""
     pairs = []
     for row in hashed_rows(test, judge.rows):
         gold = str(row.answer_key)
         pairs.append(Pair(row, f"{gold}.", gold))
     rows = rows_for_judge(pairs, prompt)
-    return quote(rows, judge.prompt, judge, teacher_identity(judge, None), store)
+    return quote(rows, judge.prompt, judge, teacher_identity(judge, None), store, payer=payer)

@@ -53,12 +53,14 @@ class PriceRecipe(Slice):
 
 
 class BudgetRecipe(Slice):
-    """Caps on what one run spends on its teacher.
+    """Caps on what is spent on a recipe's teacher, counted in the ledger.
 
-    The run stops before the call that would exceed a cap. All answers are kept, and the next run
-    goes on from there. A run that is restarted in a new process, as Kubernetes may do, counts from
-    zero.
+    A run stops before the call that would exceed a cap. All answers are kept, and the next run goes
+    on from there. Processes that spend at the same time keep the caps together, on all machines
+    that share the label database; a run that is restarted in a new process goes on counting.
     """
+
+    added_later: ClassVar[frozenset[str]] = frozenset({"period"})
 
     cost: float | None = Field(None, gt=0)
     """Cap on the cost, in prices.currency. Needs teacher.prices. null: no cap."""
@@ -68,6 +70,18 @@ class BudgetRecipe(Slice):
 
     calls: int | None = Field(None, gt=0)
     """Cap on the calls; every attempt counts. null: no cap."""
+
+    period: Literal["run", "day", "week", "month"] = Field(
+        "run", exclude_if=lambda period: period == "run"
+    )
+    """What the caps are for: each run, or all runs of recipes of this name since the day, the week
+    (on Monday) or the month began in UTC."""
+
+    @property
+    def caps(self) -> dict[str, float]:
+        """The caps that are set, by name: cost, tokens and calls."""
+        named = {"cost": self.cost, "tokens": self.tokens, "calls": self.calls}
+        return {name: float(cap) for name, cap in named.items() if cap is not None}
 
 
 class AnswerRecipe(Slice):
@@ -221,7 +235,7 @@ class TeacherRecipe(Slice):
     """The teacher's prices. null: costs are not reported."""
 
     budget: BudgetRecipe = BudgetRecipe()
-    """Caps on what one run spends."""
+    """Caps on what is spent."""
 
     tokenizer: str | None = None
     """The teacher's tokenizer, as a model folder or hub id, with which `distillery quote` counts
@@ -281,7 +295,7 @@ class TeacherRecipe(Slice):
         if self.canaries.rows is not None:
             return self
         rows = 0
-        if scheduled and self.kind == "endpoint" and self.budget == BudgetRecipe():
+        if scheduled and self.kind == "endpoint" and not self.budget.caps:
             rows = SCHEDULED_CANARIES
         return self.model_copy(update={"canaries": self.canaries.model_copy(update={"rows": rows})})
 

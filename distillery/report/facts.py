@@ -1,5 +1,7 @@
 """What came of the teacher's answers and what they cost, in words."""
 
+from collections import Counter
+
 from distillery.labels.report import LabelReport
 from distillery.records import TeacherLabels
 
@@ -20,7 +22,13 @@ def labelling_facts(labels: TeacherLabels, report: LabelReport) -> list[tuple[st
         facts.append((name, f"{report.accuracy:.3f} {interval}"))
     if report.calibration_error is not None:
         facts.append(("expected calibration error", f"{report.calibration_error:.3f}"))
-    facts.append(("calls", f"{labels.asked:,}"))
+    calls: Counter[str] = Counter()
+    for each in labels.paid:
+        calls[each.outcome] += each.calls
+    facts.append(("calls", f"{calls.total() if labels.paid else labels.asked:,}"))
+    facts += [(f"calls: {outcome}", f"{count:,}") for outcome, count in calls.most_common()]
+    if estimated := sum(each.estimated for each in labels.paid):
+        facts.append(("calls whose tokens are estimated", f"{estimated:,}"))
     facts.append(("tokens in", f"{labels.usage.prompt_tokens:,}"))
     if labels.usage.cached_tokens:
         facts.append(("of these cached", f"{labels.usage.cached_tokens:,}"))

@@ -28,6 +28,7 @@ from distillery.labels.report import LabelReport
 from distillery.recipe import METRIC_NAMES
 from distillery.records import (
     LETTERS,
+    CallTotal,
     Confusion,
     Estimate,
     Figures,
@@ -203,6 +204,7 @@ def write_page(
             ("of the labels", "figure"),
             labelling_facts(outcome.labels, labels),
         ),
+        paid=paid_table(outcome.paid) if outcome.paid else None,
         judge=judge_table(outcome.preferences) if outcome.preferences else None,
         doubtful=doubtful_table(evaluated, candidate),
         browsed=browsed[:SHOWN_ROWS],
@@ -483,6 +485,23 @@ def judge_table(found: Preferences) -> Table:
     if found.cost is not None:
         rows.append(["cost", f"{found.cost:.2f} {found.currency}"])
     return Table("The student's texts beside the teacher's", ("by the judge", "figure"), rows)
+
+
+def paid_table(paid: Sequence[CallTotal]) -> Table:
+    """Return all calls of the run by what they were for and what became of them."""
+    rows = []
+    for each in paid:
+        usage = each.usage
+        fresh = usage.prompt_tokens - usage.cached_tokens
+        counts = (each.calls, each.estimated, fresh, usage.cached_tokens, usage.completion_tokens)
+        cost = "" if each.cost is None else f"{each.cost:.4f} {each.currency}"
+        name = f"{each.purpose}: {each.outcome}"
+        rows.append([name, each.teacher, *(f"{count:,}" for count in counts), cost])
+    titles = (
+        *("for: outcome", "asked", "calls", "of these estimated", "tokens in, fresh", "cached"),
+        *("tokens out", "cost"),
+    )
+    return Table("All calls of this run", titles, rows)
 
 
 def browsed_rows(

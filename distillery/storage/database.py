@@ -1,5 +1,6 @@
 """The SQL database that runs and machines share (DISTILLERY_LABELS): the teacher's answers, its
-calls and the leases on work. Tables and their migrations are in migrations/versions."""
+calls, what each run may spend, and the leases on work. Tables and their migrations are in
+migrations/versions."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,7 +30,7 @@ T = TypeVar("T")
 
 METADATA = MetaData()
 
-SCHEMA = "0005"
+SCHEMA = "0006"
 """The newest revision in migrations/versions: what this version of Distillery reads and writes."""
 
 VERSION_TABLE = "distillery_version"

@@ -7,6 +7,9 @@ A call takes this path, each step by a method below or a module beside this one:
 3. `Teacher._try_once` waits for its turn (pace.py), reserves its cost (budget.py), and
 4. sends the request through an SDK, which makes no tries of its own (clients.py).
 5. The response becomes a `Completion` (reply.py), a failure the user's error (failures.py).
+
+Each try is one entry in the ledger (ledger.py). A try that gave no completion is recorded here; a
+completion carries its entry to the reader of its text, who alone knows whether it is a label.
 """
 
 import asyncio
@@ -14,6 +17,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from typing import Any, Self
 
 from tenacity import (
@@ -28,10 +32,18 @@ from distillery.errors import DistilleryError, TeacherError
 from distillery.prompts import Message
 from distillery.recipe import TeacherRecipe
 from distillery.records import Usage
-from distillery.teacher.budget import Spending
+from distillery.teacher.budget import Spending, cost_of
 from distillery.teacher.clients import Response, open_client
 from distillery.teacher.endpoint import Endpoint, log_in
 from distillery.teacher.failures import MALFORMED, CallFailed, final_error
+from distillery.teacher.ledger import (
+    Call,
+    Outcome,
+    Payer,
+    Purpose,
+    Recorder,
+    new_call_id,
+)
 from distillery.teacher.options import MOST_LOGPROBS, CallOptions
 from distillery.teacher.pace import Pace
 from distillery.teacher.reply import Completion, read_completion, usage_of
@@ -58,7 +70,8 @@ class Teacher:
 
     What the endpoint refuses once, such as a temperature, is not sent to it again in this run.
     `demand_log_probabilities`: whether it is an error if the recipe asks for log-probabilities and
-    the endpoint gives none.
+    the endpoint gives none. `record` writes the tries that gave no completion into the ledger, as
+    calls of `payer` for `purpose`.
     """
 
     def __init__(
@@ -69,6 +82,9 @@ class Teacher:
         pace: Pace | None = None,
         spending: Spending | None = None,
         demand_log_probabilities: bool = True,
+        record: Recorder | None = None,
+        payer: Payer | None = None,
+        purpose: Purpose = "label",
     ) -> None:
         self._recipe = recipe
         self._endpoint = endpoint
@@ -77,6 +93,9 @@ class Teacher:
         )
         self._spending = spending or Spending(recipe.budget, recipe.prices, section=recipe.section)
         self._demand_log_probabilities = demand_log_probabilities
+        self._record = record or ignore
+        self._payer = payer or Payer()
+        self._purpose = purpose
         self._options = CallOptions(
             recipe.max_tokens,
             recipe.temperature,
@@ -105,9 +124,13 @@ class Teacher:
         messages: list[Message],
         letters: Sequence[str],
         schema: Mapping[str, Any] | None = None,
+        *,
+        key: str = "",
+        purpose: Purpose | None = None,
     ) -> Completion:
         """Return the teacher's answer to `messages`, whose options have these `letters`; an answer
-        that is written has none, and may be a JSON object that meets `schema`.
+        that is written has none, and may be a JSON object that meets `schema`. `key` is the
+        answer's key in the label store, and `purpose`, by default the teacher's, what it is for.
 
         If the endpoint refuses this question alone, or answers it with something that is no chat
         completion after it has given some, the completion has no text and says so in its
@@ -115,10 +138,11 @@ class Teacher:
         tries or teacher.outage_s, BudgetReached, Stopped if the pace is stopped, and TeacherError
         for anything else that no other question would avoid.
         """
+        entry = self._entry(key, purpose or self._purpose)
         while True:
             options = self._options
             try:
-                completion = await self._send(messages, options, letters, schema)
+                completion = await self._send(messages, options, letters, schema, entry)
             except CallFailed as failure:
                 if failure.question_refusal:
                     return Completion(text="", finish_reason=failure.question_refusal)
@@ -126,7 +150,12 @@ class Teacher:
                     return Completion(text="", finish_reason="malformed")
                 self._drop_refused_option(options, failure)
             else:
-                self._check_log_probabilities(options, completion)
+                try:
+                    self._check_log_probabilities(options, completion)
+                except TeacherError:
+                    if completion.call:
+                        self._record(replace(completion.call, outcome="rejected"))
+                    raise
                 return completion
 
     async def _send(
@@ -135,6 +164,7 @@ class Teacher:
         options: CallOptions,
         letters: Sequence[str],
         schema: Mapping[str, Any] | None,
+        entry: Call,
     ) -> Completion:
         """Return the answer of the first try that succeeds; raise the last CallFailed if none."""
         retrying = AsyncRetrying(
@@ -144,7 +174,7 @@ class Teacher:
             reraise=True,
         )
         body = options.body(letters, schema)
-        completion: Completion = await retrying(self._try_once, messages, body, letters)
+        completion: Completion = await retrying(self._try_once, messages, body, letters, entry)
         return replace(completion, attempts=retrying.statistics["attempt_number"])
 
     def _is_worth_a_retry(self, error: BaseException) -> bool:
@@ -164,9 +194,10 @@ class Teacher:
         return state.attempt_number >= self._recipe.attempts
 
     async def _try_once(
-        self, messages: list[Message], body: dict[str, Any], letters: Sequence[str]
+        self, messages: list[Message], body: dict[str, Any], letters: Sequence[str], entry: Call
     ) -> Completion:
-        """Make one try and return its answer. Raises CallFailed."""
+        """Make one try and return its answer. Raises CallFailed. `entry` is the ledger's, without
+        what each try has of its own."""
         prompt = "".join(message["content"] for message in messages)
         prompt_tokens = self._estimate_tokens(prompt)
         estimate = prompt_tokens + self._recipe.max_tokens
@@ -179,15 +210,20 @@ class Teacher:
         asked_at = await self._pace.turn(estimate)
         try:
             reserved = await self._spending.reserve(most)
+            call = self._try_of(entry, most)
             used: Usage | None = None
             try:
                 started = time.perf_counter()
                 response = await self._complete_in_time(messages, body)
                 latency_ms = (time.perf_counter() - started) * 1000
                 used = usage_of(response.payload)
+                call = self._counted(call, "answer", used)
                 self._pace.succeeded(response.headers)
             except CallFailed as failure:
                 used = failure.billed_usage(prompt_tokens)
+                call = self._counted(call, outcome_of(failure), used)
+                if used and used.prompt_tokens:
+                    call = replace(call, is_counted=False)
                 if failure.is_worth_a_retry:
                     self._pace.failed(asked_at, failure.retry_after, failure.headers)
                 else:
@@ -195,6 +231,8 @@ class Teacher:
                 raise
             finally:
                 self._spending.settle(reserved, used)
+                if call.outcome != "answer":
+                    self._record(call)
         finally:
             self._pace.done(asked_at)
         self._gave_completions = True
@@ -204,7 +242,48 @@ class Teacher:
         completion = read_completion(
             response.payload, letters, last, self._endpoint.redact, self._recipe.stop
         )
-        return replace(completion, latency_ms=latency_ms)
+        if completion.finish_reason == "content_filter":
+            call = replace(call, outcome="filtered")
+        return replace(completion, latency_ms=latency_ms, call=call)
+
+    def _entry(self, key: str, purpose: Purpose) -> Call:
+        """Return the ledger's entry of a call that is yet to be made."""
+        prices = self._recipe.prices
+        return Call(
+            run=self._payer.run,
+            recipe=self._payer.recipe,
+            teacher=self._endpoint.identity,
+            purpose=purpose,
+            outcome="lost",
+            request_key=key,
+            prices=prices.model_dump() if prices else None,
+        )
+
+    def _try_of(self, entry: Call, most: Usage) -> Call:
+        """Return the entry of a try that begins now and may take `most`."""
+        return replace(
+            entry,
+            call_id=new_call_id(),
+            called_at=datetime.now(UTC),
+            is_counted=False,
+            **self._amounts(most),
+        )
+
+    def _counted(self, call: Call, outcome: Outcome, used: Usage | None) -> Call:
+        """Return the entry of a try that has ended. Where `used` is not known, it stays at the most
+        that the try can have taken."""
+        if used is None:
+            return replace(call, outcome=outcome)
+        return replace(call, outcome=outcome, is_counted=True, **self._amounts(used))
+
+    def _amounts(self, usage: Usage) -> dict[str, Any]:
+        """Return the fields of an entry that say what a call takes."""
+        return {
+            "prompt_tokens": usage.prompt_tokens,
+            "cached_tokens": usage.cached_tokens,
+            "completion_tokens": usage.completion_tokens,
+            "cost": cost_of(usage, self._recipe.prices),
+        }
 
     async def _complete_in_time(self, messages: list[Message], body: dict[str, Any]) -> Response:
         try:
@@ -263,6 +342,19 @@ class Teacher:
         return final_error(failure, self._endpoint, self._recipe.attempts, self._recipe.timeout_s)
 
 
+def ignore(_call: Call) -> None:
+    """Record nothing."""
+
+
+def outcome_of(failure: CallFailed) -> Outcome:
+    """Return the ledger's word for a try that gave no completion."""
+    if failure.status == MALFORMED:
+        return "malformed"
+    if failure.question_refusal == "content_filter":
+        return "filtered"
+    return "retried" if failure.is_worth_a_retry else "refused"
+
+
 def wait_before_retry(state: RetryCallState) -> float:
     """Return the seconds until the next try: exponential with jitter. If the endpoint says how
     long to wait, the pace holds all workers for that time, so that only the jitter is left."""
@@ -283,11 +375,26 @@ class ProbeResult:
     latency_ms: float
 
 
-async def probe(recipe: TeacherRecipe, endpoint: Endpoint) -> ProbeResult:
-    """Ask one short question, in at most two tries. Raises what `Teacher.ask` raises."""
+async def probe(
+    recipe: TeacherRecipe,
+    endpoint: Endpoint,
+    record: Recorder | None = None,
+    payer: Payer | None = None,
+) -> ProbeResult:
+    """Ask one short question, in at most two tries. `record` and `payer` as in `Teacher`. Raises
+    what `Teacher.ask` raises."""
     wanted = recipe.model_copy(update={"soft_labels": True, "attempts": min(recipe.attempts, 2)})
-    async with Teacher(wanted, endpoint, demand_log_probabilities=False) as teacher:
+    async with Teacher(
+        wanted,
+        endpoint,
+        demand_log_probabilities=False,
+        record=record,
+        payer=payer,
+        purpose="probe",
+    ) as teacher:
         completion = await teacher.ask(PROBE, ("A", "B"))
+    if record and completion.call:
+        record(completion.call)
     return ProbeResult(
         answers=bool(completion.text.strip()),
         log_probabilities=completion.top_logprobs is not None,

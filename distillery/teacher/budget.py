@@ -1,10 +1,19 @@
-"""What the teacher costs, and the caps on what one run spends on it (teacher.budget)."""
+"""What the teacher costs, and the caps on what is spent on it (teacher.budget)."""
 
 import asyncio
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Self
 
 from distillery.errors import BudgetReached
 from distillery.recipe import BudgetRecipe, PriceRecipe, TeacherRecipe
 from distillery.records import Usage
+from distillery.storage.database import Database
+from distillery.teacher.allowances import RENEWAL_S, Allowance
+from distillery.teacher.ledger import Amounts, Payer, period_start, spent
+
+POLL_S = 1.0
+"""Between two looks at whether another process has left something."""
 
 
 def cost_of(usage: Usage, prices: PriceRecipe | None) -> float | None:
@@ -22,58 +31,102 @@ def cost_of(usage: Usage, prices: PriceRecipe | None) -> float | None:
     ) / 1e6
 
 
+def standing(
+    budget: BudgetRecipe, prices: PriceRecipe | None, section: str, payer: Payer, database: Database
+) -> str:
+    """Return what the ledger says is spent of each cap and what is left, in one line; "" without
+    caps."""
+    if not budget.caps:
+        return ""
+    currency = prices.currency if prices else ""
+    since = period_start(budget.period, datetime.now(UTC))
+    gone = database.run(lambda c: spent(c, payer, section, currency, since))
+    parts = []
+    for name, cap in budget.caps.items():
+        unit, digits = (currency, 2) if name == "cost" else (name, 0)
+        left = max(cap - gone[name], 0.0)
+        parts.append(
+            f"{gone[name]:,.{digits}f} of {cap:,.{digits}f} {unit} spent in this {budget.period}, "
+            f"{left:,.{digits}f} left"
+        )
+    return f"budget: {', and '.join(parts)}"
+
+
 class Spending:
-    """What a run has spent on its teacher, and the caps on it: cost, tokens and calls.
+    """What this process has spent on its teacher, and the caps on it: cost, tokens and calls.
 
     Each call reserves the most that it can take, and settles for what it took. Invariants:
 
-    - What is spent and what is reserved are together within every cap, as long as no call takes
-      more than it reserved.
+    - What is spent and what is reserved are together within what is granted, as long as no call
+      takes more than it reserved. Without an allowance the caps themselves are granted, to this
+      object alone. With one, other processes share the caps: all that is granted and not yet spent
+      is in its row.
     - A call of which the endpoint gave no count is counted at what it reserved.
-    - A call that does not fit waits as long as other calls are under way: they may settle for less.
-      If none is, the cap itself is reached.
+    - A call that does not fit waits as long as other calls are under way, here or in a process that
+      has an allowance: they may settle for less. If none is, the cap itself is reached.
 
-    `spent` is what the run has spent in other stages, by name; this object adds to it. `section`:
-    the recipe's section with the budget, for messages.
+    `section`: the recipe's section with the budget, for messages. `calls`: how many are made at a
+    time. To be used within `async with` if it has an allowance.
     """
 
     def __init__(
         self,
         budget: BudgetRecipe,
         prices: PriceRecipe | None,
-        spent: dict[str, float] | None = None,
         section: str = TeacherRecipe.section,
+        allowance: Allowance | None = None,
+        calls: int = 1,
     ) -> None:
-        self._caps: dict[str, float] = budget.model_dump(exclude_none=True)
+        self._caps, self._period = budget.caps, budget.period
         self._prices = prices
         self._section = section
-        self._spent = {} if spent is None else spent
-        for name in ("cost", "tokens", "calls"):
-            self._spent.setdefault(name, 0.0)
-        self._reserved = {"cost": 0.0, "tokens": 0.0, "calls": 0.0}
+        self._allowance = allowance if self._caps else None
+        self._calls = calls
+        self._spent = dict.fromkeys(("cost", "tokens", "calls"), 0.0)
+        self._reserved = dict.fromkeys(self._spent, 0.0)
+        self._granted = dict.fromkeys(self._caps, 0.0) if self._allowance else self._caps
+        self._is_used_up = False
+        self._asks_for_more = asyncio.Lock()
         self._settled = asyncio.Event()
 
-    async def reserve(self, most: Usage) -> dict[str, float]:
+    async def __aenter__(self) -> Self:
+        if self._allowance:
+            self._renewal = asyncio.create_task(self._prolong(self._allowance))
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._allowance:
+            self._renewal.cancel()
+            await asyncio.to_thread(self._allowance.release)
+
+    @classmethod
+    def shared(
+        cls, recipe: TeacherRecipe, payer: Payer, database: Database, flush: Callable[[], None]
+    ) -> Self:
+        """Return the spending of one of the processes that ask a recipe's teacher on behalf of
+        `payer`; `flush` commits to `database` all calls recorded so far."""
+        currency = recipe.prices.currency if recipe.prices else ""
+        section = recipe.section
+        allowance = Allowance(database, flush, recipe.budget, payer, section, currency)
+        return cls(recipe.budget, recipe.prices, section, allowance, recipe.concurrency)
+
+    async def reserve(self, most: Usage) -> Amounts:
         """Reserve the most that a call can take; pass the result to `settle`. Waits for calls under
         way where they may leave enough. Raises BudgetReached where a cap is reached."""
         wanted = self._amounts(most)
-        while True:
-            name = self._cap_exceeded_by(wanted)
-            if name is None:
-                break
-            if not self._reserved["calls"]:
-                raise BudgetReached(
-                    f"{self._section}.budget.{name}: {self._spent[name]:g} of "
-                    f"{self._caps[name]:g} spent in this run, and the next call could exceed it; "
-                    "all answers are kept: run again to continue, or raise the cap"
-                )
-            self._settled.clear()
-            await self._settled.wait()
+        while (name := self._exceeded_by(wanted)) is not None:
+            if self._reserved["calls"] and (self._allowance is None or self._is_used_up):
+                self._settled.clear()
+                await self._settled.wait()
+            elif self._allowance is None:
+                raise self._reached(name, self._spent)
+            else:
+                await self._ask_for_more(self._allowance, wanted)
         for name, amount in wanted.items():
             self._reserved[name] += amount
         return wanted
 
-    def settle(self, reserved: dict[str, float], used: Usage | None) -> None:
+    def settle(self, reserved: Amounts, used: Usage | None) -> None:
         """Replace what a call reserved by what it took: `used`, as the endpoint counted it, or all
         of `reserved` if `used` is None."""
         taken = reserved
@@ -87,13 +140,45 @@ class Spending:
             self._reserved = dict.fromkeys(self._reserved, 0.0)
         self._settled.set()
 
-    def _cap_exceeded_by(self, wanted: dict[str, float]) -> str | None:
-        for name, cap in self._caps.items():
-            if self._spent[name] + self._reserved[name] + wanted[name] > cap:
+    async def _ask_for_more(self, allowance: Allowance, wanted: Amounts) -> None:
+        """Have more granted, if there is any. Raises BudgetReached if there never will be."""
+        async with self._asks_for_more:
+            name = self._exceeded_by(wanted)
+            under_way = self._reserved["calls"] > 0
+            if name is None or (under_way and self._is_used_up):
+                return
+            kept = {each: self._reserved[each] for each in self._caps}
+            base = {each: self._spent[each] + kept[each] for each in self._caps}
+            # What is not kept goes back with the same transaction, so that nobody takes it now.
+            self._granted = base
+            grant = await asyncio.to_thread(allowance.renew, kept, wanted, self._calls)
+            self._granted = {each: base[each] + grant.more[each] for each in self._caps}
+            self._is_used_up = not any(grant.more.values())
+            if self._is_used_up and not under_way:
+                if grant.is_final:
+                    raise self._reached(name, grant.spent)
+                await asyncio.sleep(POLL_S)
+
+    async def _prolong(self, allowance: Allowance) -> None:
+        while True:
+            await asyncio.sleep(RENEWAL_S)
+            await asyncio.to_thread(allowance.prolong)
+
+    def _reached(self, name: str, spent: Amounts) -> BudgetReached:
+        when = "in this run" if self._period == "run" else f"in this {self._period}"
+        return BudgetReached(
+            f"{self._section}.budget.{name}: {spent[name]:g} of {self._caps[name]:g} spent {when}, "
+            "and the next call could exceed it; all answers are kept: run again to continue, or "
+            "raise the cap"
+        )
+
+    def _exceeded_by(self, wanted: Amounts) -> str | None:
+        for name, granted in self._granted.items():
+            if self._spent[name] + self._reserved[name] + wanted[name] > granted:
                 return name
         return None
 
-    def _amounts(self, usage: Usage) -> dict[str, float]:
+    def _amounts(self, usage: Usage) -> Amounts:
         return {
             "cost": cost_of(usage, self._prices) or 0.0,
             "tokens": float(usage.prompt_tokens + usage.completion_tokens),

@@ -3,38 +3,72 @@ share (DISTILLERY_LABELS). Budgets, reports, quotes and `distillery labels costs
 """
 
 import uuid
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from typing import Any, Literal
 
-from sqlalchemy import JSON, Boolean, Column, DateTime, Float, Integer, String, Table, Text
+from sqlalchemy import (
+    JSON,
+    Boolean,
+    Column,
+    DateTime,
+    Float,
+    Integer,
+    String,
+    Table,
+    Text,
+    and_,
+    func,
+    not_,
+    select,
+    text,
+)
 
-from distillery.storage.database import METADATA
+from distillery.recipe import JUDGE, JudgeRecipe
+from distillery.records import CallTotal, Usage
+from distillery.storage.database import METADATA, Database
 
-Purpose = Literal["label", "test row", "canary", "judge", "probe"]
-"""What a call was made for."""
+Purpose = Literal["label", "validation row", "test row", "canary", "judge", "probe"]
+"""What a call was made for. label: a row to train on. canary: a row that is asked again, to detect
+a teacher or judge that has changed. probe: a short question that shows whether the endpoint
+answers."""
 
 Outcome = Literal["answer", "rejected", "malformed", "retried", "filtered", "refused", "lost"]
 """What became of a call.
 
 answer: a text came, and was read as a label. rejected: it was none, or was cut off. malformed: no
 chat completion came. retried: the try failed, and was made again or given up. filtered: the
-endpoint's filter blocked it. refused: the endpoint refused this request. lost: the process ended
-before it knew, so that the call counts at the most that it can have taken.
+endpoint's filter blocked it. refused: the endpoint refused this request. lost: the call was
+cancelled, or the process ended, before the response came.
 """
+
+
+def new_call_id() -> str:
+    """Return an id that no other call has."""
+    return uuid.uuid4().hex
+
+
+@dataclass(frozen=True)
+class Payer:
+    """On whose behalf calls are made: the flow run's id, or where there is none a random one, and
+    the recipe's name."""
+
+    run: str = field(default_factory=new_call_id)
+    recipe: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
     """A row of the table teacher_calls: one call, or one line of a batch.
 
-    call_id: unique, so that a call that is written twice counts once. run: the id of the flow run,
-    or of the process where there is none; recipe: the recipe's name; teacher: its identity.
-    request_key: the answer's key in teacher_answers; "" for a probe. is_counted: whether the
-    endpoint counted the tokens; otherwise they are the most that the call can have taken. cost: in
+    call_id: unique, so that a call that is written twice counts once. run and recipe: see Payer;
+    "" for calls of versions before the ledger. teacher: its identity. request_key: the answer's key
+    in teacher_answers; "" for a probe. is_counted: whether the endpoint counted the tokens, or
+    bills none; otherwise they are an estimate of a prompt that it read and refused, or, where
+    nobody knows what became of the call, the most that it can have taken. cost: in
     prices["currency"]; None without prices. prices: the recipe's list, per million tokens.
-    batch_id: the endpoint's batch; "" for a direct call.
+    batch_id: the endpoint's batch; "" for a direct call. called_at: when the call began.
     """
 
     run: str
@@ -50,8 +84,15 @@ class Call:
     cost: float | None = None
     prices: dict[str, Any] | None = None
     batch_id: str = ""
-    call_id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    call_id: str = field(default_factory=new_call_id)
     called_at: datetime = field(default_factory=lambda: datetime.now(UTC))
+
+
+Recorder = Callable[[Call], None]
+"""Writes a call into the ledger, as LabelStore.record does."""
+
+Amounts = dict[str, float]
+"""What a budget counts, by the names of its caps: cost, tokens and calls."""
 
 
 CALLS = Table(
@@ -78,5 +119,128 @@ CALLS = Table(
 def write_calls(connection: Any, insert: Any, calls: Sequence[Call]) -> None:
     """Write calls within a transaction. `insert` is the dialect's INSERT into CALLS. A call that is
     there already stays as it is."""
-    if calls:
-        connection.execute(insert.on_conflict_do_nothing(), [asdict(call) for call in calls])
+    names = CALLS.columns.keys()
+    # asdict would copy the prices of each.
+    rows = [{name: getattr(call, name) for name in names} for call in calls]
+    if rows:
+        connection.execute(insert.on_conflict_do_nothing(), rows)
+
+
+def period_start(period: str, now: datetime) -> datetime | None:
+    """Return when the day, the week (on Monday) or the month of `now` (in UTC) began; None for the
+    period "run"."""
+    midnight = now.replace(hour=0, minute=0, second=0, microsecond=0)
+    if period == "day":
+        return midnight
+    if period == "week":
+        return midnight - timedelta(days=midnight.weekday())
+    if period == "month":
+        return midnight.replace(day=1)
+    return None
+
+
+def spent(
+    connection: Any, payer: Payer, section: str, currency: str, since: datetime | None
+) -> Amounts:
+    """Return what the ledger says a run has spent, or with `since` all runs of its recipe from then
+    on: on judges if `section` of the recipe is theirs, else on teachers. Costs in another currency
+    don't count."""
+    is_judge = CALLS.c.teacher.startswith(JUDGE)
+    if section != JudgeRecipe.section:
+        is_judge = not_(is_judge)
+    whose = CALLS.c.run == payer.run
+    if since is not None:
+        whose = and_(CALLS.c.recipe == payer.recipe, CALLS.c.called_at >= since)
+    in_currency = CALLS.c.prices["currency"].as_string() == currency
+    query = select(
+        func.coalesce(func.sum(CALLS.c.cost).filter(in_currency), 0.0),
+        func.coalesce(func.sum(CALLS.c.prompt_tokens + CALLS.c.completion_tokens), 0),
+        func.count(),
+    )
+    cost, tokens, calls = connection.execute(query.where(whose, is_judge)).one()
+    return {"cost": float(cost), "tokens": float(tokens), "calls": float(calls)}
+
+
+def totals(database: Database, by: Sequence[str], *conditions: Any) -> list[CallTotal]:
+    """Return the entries that meet all of the conditions, together for each value of the columns
+    `by` and each currency, in the order of their first calls."""
+    columns = [CALLS.c[name] for name in by]
+    # By its label: PostgreSQL takes the expression here and in the result for two different ones.
+    currency = text("currency")
+    query = select(
+        *columns,
+        CALLS.c.prices["currency"].as_string().label("currency"),
+        func.count().label("calls"),
+        func.count().filter(not_(CALLS.c.is_counted)).label("estimated"),
+        func.sum(CALLS.c.prompt_tokens).label("prompt_tokens"),
+        func.sum(CALLS.c.cached_tokens).label("cached_tokens"),
+        func.sum(CALLS.c.completion_tokens).label("completion_tokens"),
+        func.sum(CALLS.c.cost).label("cost"),
+    )
+    query = query.where(*conditions).group_by(*columns, currency)
+    in_order = query.order_by(func.min(CALLS.c.called_at), *columns)
+    found = []
+    for row in database.run(lambda connection: connection.execute(in_order).all()):
+        usage = Usage(
+            prompt_tokens=row.prompt_tokens,
+            cached_tokens=row.cached_tokens,
+            completion_tokens=row.completion_tokens,
+        )
+        found.append(
+            CallTotal(
+                **{name: getattr(row, name) for name in by},
+                calls=row.calls,
+                estimated=row.estimated,
+                usage=usage,
+                cost=row.cost,
+                currency=row.currency or "",
+            )
+        )
+    return found
+
+
+def weekly_totals(database: Database, since: datetime | None = None) -> list[CallTotal]:
+    """Return the entries of each week, which begins on Monday in UTC, from `since` on."""
+    first = database.run(lambda c: c.execute(select(func.min(CALLS.c.called_at))).scalar())
+    if first is None:
+        return []
+    begin = first.replace(tzinfo=UTC) if since is None else max(since, first.replace(tzinfo=UTC))
+    monday, found = period_start("week", begin), []
+    while monday is not None and monday <= datetime.now(UTC):
+        following = monday + timedelta(days=7)
+        in_week = (CALLS.c.called_at >= max(monday, begin), CALLS.c.called_at < following)
+        for total in totals(database, (), *in_week):
+            found.append(total.model_copy(update={"week": f"{monday:%Y-%m-%d}"}))
+        monday = following
+    return found
+
+
+def sum_of(found: Iterable[CallTotal], currency: str = "") -> CallTotal:
+    """Return several totals together; their cost in one currency."""
+    listed = list(found)
+    costs = [each.cost for each in listed if each.cost is not None and each.currency == currency]
+    return CallTotal(
+        calls=sum(each.calls for each in listed),
+        estimated=sum(each.estimated for each in listed),
+        usage=sum((each.usage for each in listed), Usage()),
+        cost=sum(costs) if costs else None,
+        currency=currency,
+    )
+
+
+def costs_table(by: str, found: Iterable[CallTotal]) -> str:
+    """Return totals as a table for the terminal, whose lines are named by the field `by`."""
+    lines = [
+        f"{'calls':>11} {'estimated':>9} {'fresh in':>14} {'cached in':>14} {'out':>13} "
+        f"{'cost':>16}  {by}"
+    ]
+    for each in found:
+        usage = each.usage
+        fresh = usage.prompt_tokens - usage.cached_tokens
+        cost = "no prices" if each.cost is None else f"{each.cost:,.4f} {each.currency}".strip()
+        name = getattr(each, by) or "not known"
+        lines.append(
+            f"{each.calls:>11,} {each.estimated:>9,} {fresh:>14,} {usage.cached_tokens:>14,} "
+            f"{usage.completion_tokens:>13,} {cost:>16}  {name}"
+        )
+    return "\n".join(lines)

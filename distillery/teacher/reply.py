@@ -10,6 +10,7 @@ from typing import Any
 from distillery.data.answer_tokens import AnswerToken
 from distillery.records import Usage
 from distillery.teacher.answers import letter_of
+from distillery.teacher.ledger import Call
 from distillery.teacher.reading import after_thinking
 from distillery.teacher.written_tokens import Pair, merged, within
 
@@ -35,7 +36,8 @@ class Completion:
     the classes that the listed tokens begin, and the class that was written. Without such a token
     they are () and None; if the endpoint sent no log-probabilities, both are None. `tokens` are
     those of a written answer, as `tokens_of_answer` returns them. `latency_ms` is the duration of
-    the successful try of `attempts` tries."""
+    the successful try of `attempts` tries. `call` is the ledger's entry of that try, for whoever
+    reads the text to record with its outcome; None where it is recorded already."""
 
     text: str
     finish_reason: str
@@ -46,6 +48,7 @@ class Completion:
     model_version: str = ""
     latency_ms: float = 0.0
     attempts: int = 1
+    call: Call | None = None
 
 
 def read_completion(

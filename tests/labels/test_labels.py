@@ -39,6 +39,7 @@ from distillery.labels.store import LabelStore, StoredAnswer
 from distillery.prompts import render_messages
 from distillery.recipe import TeacherRecipe
 from distillery.records import TeacherLabel
+from distillery.teacher import ledger
 from distillery.teacher.endpoint import Sdk
 
 pytestmark = pytest.mark.usefixtures("no_backoff")
@@ -166,9 +167,9 @@ def test_answers_that_arrive_together_are_committed_together(
         commits: list[int] = []
         commit = store.commit
 
-        def counted(answers: Sequence[StoredAnswer]) -> None:
+        def counted(answers: Sequence[StoredAnswer], calls: Sequence[ledger.Call]) -> None:
             commits.append(len(answers))
-            commit(answers)
+            commit(answers, calls)
 
         monkeypatch.setattr(store, "commit", counted)
         for number in range(2000):
@@ -330,9 +331,9 @@ async def test_labelling_ends_when_all_is_committed(
     with ChatEndpoint() as server, LabelStore(url) as store:
         commit = store.commit
 
-        def slowly(answers: Sequence[StoredAnswer]) -> None:
+        def slowly(answers: Sequence[StoredAnswer], calls: Sequence[ledger.Call]) -> None:
             time.sleep(0.2)
-            commit(answers)
+            commit(answers, calls)
 
         monkeypatch.setattr(store, "commit", slowly)
         await label(

@@ -28,7 +28,9 @@ from distillery.labels.report import read_report
 from distillery.labels.store import LabelStore
 from distillery.recipe import PromptRecipe, Recipe, TeacherRecipe
 from distillery.records import Example, TeacherDrift
+from distillery.teacher import ledger
 from distillery.teacher.endpoint import Endpoint
+from distillery.teacher.ledger import Payer
 
 PROMPT = PromptRecipe()
 PRICES = {"input": 2.0, "cached_input": 1.0, "output": 8.0, "currency": "EUR"}
@@ -78,6 +80,32 @@ def test_a_quote_before_any_answer_says_that_it_is_an_estimate(store: LabelStore
     assert "estimated" in found.line()
     assert "EUR" in found.line()
     assert "no price table" in quoted(store).line()
+
+
+def test_a_quote_says_what_is_spent_and_left_of_the_budget(store: LabelStore) -> None:
+    teacher = TeacherRecipe.model_validate(
+        {"prices": PRICES, "budget": {"cost": 20, "calls": 3000, "period": "week"}}
+    )
+    for recipe in ("messages", "messages", "another"):
+        store.record(
+            ledger.Call(
+                run="earlier",
+                recipe=recipe,
+                teacher="gpt-test",
+                purpose="test row",
+                outcome="retried",
+                cost=2.5,
+                prices={"currency": "EUR"},
+            )
+        )
+    payer = Payer(recipe="messages")
+    store.flush()
+    line = quote(ROWS, PROMPT, teacher, "gpt-test", store, payer=payer).line()
+    assert line.endswith(
+        "; budget: 5.00 of 20.00 EUR spent in this week, 15.00 left, and 2 of 3,000 calls spent in "
+        "this week, 2,998 left"
+    )
+    assert "budget" not in quoted(store).line()
 
 
 def test_room_for_reasoning_is_not_taken_for_the_answers_length(store: LabelStore) -> None:
@@ -221,24 +249,25 @@ def test_what_is_no_answer_tells_nothing_of_the_teacher(store: LabelStore, tmp_p
 
 
 def test_a_budget_is_for_all_that_a_run_asks(store: LabelStore, tmp_path: Path) -> None:
-    spent: dict[str, float] = {}
+    payer = Payer(run="this")
     teacher = TeacherRecipe.model_validate(
         {"budget": {"calls": 25}, "canaries": {"rows": 3}, "concurrency": 2}
     )
     with ChatEndpoint() as server:
         endpoint = endpoint_of(server)
         asyncio.run(
-            label(ROWS[:10], PROMPT, teacher, endpoint, store, tmp_path / "train", spent=spent)
+            label(ROWS[:10], PROMPT, teacher, endpoint, store, tmp_path / "train", payer=payer)
         )
-        asyncio.run(ask_canaries(ROWS[:10], PROMPT, teacher, endpoint, store, spent=spent))
+        asyncio.run(ask_canaries(ROWS[:10], PROMPT, teacher, endpoint, store, payer=payer))
         with pytest.raises(
             BudgetReached, match=r"^teacher.budget.calls: 25 of 25 spent in this run"
         ):
             asyncio.run(
-                label(ROWS, PROMPT, teacher, endpoint, store, tmp_path / "test", spent=spent)
+                label(ROWS, PROMPT, teacher, endpoint, store, tmp_path / "test", payer=payer)
             )
         assert len(server.calls) == 25
-        asyncio.run(label(ROWS, PROMPT, teacher, endpoint, store, tmp_path / "test", spent={}))
+        another = Payer(run="another")
+        asyncio.run(label(ROWS, PROMPT, teacher, endpoint, store, tmp_path / "test", payer=another))
     assert len({call.question for call in server.calls}) == 30
 
 

@@ -160,13 +160,14 @@ def replies(first: Sequence[Reply], then: Script = good) -> Script:
 
 class ChatEndpoint:
     """`calls` are all requests so far, `answered` the (question, time.monotonic()) of those
-    answered in full."""
+    answered in full, and `billed` their usage, where the answer counts it."""
 
     def __init__(self, script: Script = good, certificate: Certificate | None = None) -> None:
         self.script = script
         self.certificate = certificate
         self.calls: list[Call] = []
         self.answered: list[tuple[str, float]] = []
+        self.billed: list[dict[str, Any]] = []
         self.most_in_flight = 0
         self._in_flight = 0
 
@@ -263,6 +264,8 @@ class ChatEndpoint:
             return False
         if reply.status == 200:
             self.answered.append((call.question, time.monotonic()))
+            if isinstance(reply.body, dict) and reply.body.get("usage"):
+                self.billed.append(reply.body["usage"])
         return True
 
 

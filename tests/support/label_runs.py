@@ -17,6 +17,7 @@ from distillery.labels.store import LabelStore
 from distillery.recipe import PromptRecipe, TeacherRecipe
 from distillery.records import Example
 from distillery.teacher.endpoint import Endpoint, Sdk
+from distillery.teacher.ledger import Payer
 
 KEY = "key-7f3a-very-secret"
 PROMPT = PromptRecipe()
@@ -87,13 +88,15 @@ from distillery.labels.labelling import label
 from distillery.recipe import PromptRecipe, TeacherRecipe
 from distillery.records import Example
 from distillery.teacher.endpoint import Endpoint
-server, key, database, rows, out, recipe = sys.argv[1:]
+from distillery.teacher.ledger import Payer
+server, key, database, rows, out, recipe, run, name = sys.argv[1:]
 with open(rows) as lines:
     examples = [Example.model_validate_json(line) for line in lines]
 endpoint = Endpoint(server, "gpt-test", SecretStr(key), "gpt-test", "openai")
 teacher = TeacherRecipe.model_validate_json(recipe)
 with LabelStore(database) as store:
-    asyncio.run(label(examples, PromptRecipe(), teacher, endpoint, store, Path(out)))
+    payer = Payer(run, name)
+    asyncio.run(label(examples, PromptRecipe(), teacher, endpoint, store, Path(out), payer=payer))
 """
 
 
@@ -104,9 +107,13 @@ def run_process(
     examples: Sequence[Example],
     recipe: TeacherRecipe,
     key: str = KEY,
+    payer: Payer | None = None,
 ) -> subprocess.Popen[bytes]:
-    """Start a process that labels `examples` as `labelled` does, and may be killed."""
+    """Start a process that labels `examples` as `labelled` does, on behalf of `payer`, and may be
+    killed."""
     rows = out.with_name(f"{out.name}.rows")
     rows.write_text("".join(row.model_dump_json() + "\n" for row in examples))
+    payer = payer or Payer()
     settings = [server.url, key, url, str(rows), str(out), recipe.model_dump_json()]
-    return subprocess.Popen([sys.executable, "-c", RUN, *settings])
+    settings += [payer.run, payer.recipe]
+    return subprocess.Popen([sys.executable, "-c", RUN, *settings], stderr=subprocess.PIPE)

@@ -15,6 +15,7 @@ from distillery.labels.files import REJECTED_FILE
 from distillery.labels.report import Tally
 from distillery.recipe import BetterRule, GateRule, KeepsRule, LimitRule, NotWorseRule
 from distillery.records import (
+    CallTotal,
     EvaluationReport,
     OnnxModel,
     Outcome,
@@ -23,6 +24,7 @@ from distillery.records import (
     Split,
     StudentCheckpoint,
     TeacherLabels,
+    Usage,
 )
 from distillery.storage.artifacts import ArtifactStore
 from tasks.summary import publish, render
@@ -137,6 +139,41 @@ def test_the_terminal_tells_what_a_training_has_decided(tmp_path: Path) -> None:
     lines = render(outcome.model_copy(update={"student": student})).splitlines()
     assert "train student: 1 of 2 layers are kept" in lines
     assert "train student: " not in render(outcome)
+
+
+def test_what_is_paid_in_this_run_is_what_the_ledger_has(tmp_path: Path) -> None:
+    """The labels are an earlier run's. Test rows and a judge may be asked all the same."""
+    outcome = outcome_of(tmp_path, RULES)
+    labels = outcome.labels.model_copy(
+        update={
+            "asked": 1000,
+            "usage": Usage(prompt_tokens=40_000, completion_tokens=1000),
+            "cost": 0.25,
+            "currency": "EUR",
+            "produced_by": "last week's",
+        }
+    )
+    earlier = "teacher: t: 1,000 calls, 40,000 tokens in, 1,000 out, 0.25 EUR, in last week's"
+    outcome = outcome.model_copy(update={"labels": labels, "run": "this one"})
+
+    def teacher_line(*paid: CallTotal) -> str:
+        told = render(outcome.model_copy(update={"paid": paid})).splitlines()
+        (line,) = [line for line in told if line.startswith("teacher: ")]
+        return line
+
+    assert teacher_line() == f"{earlier}; none in this run"
+    judge = CallTotal(teacher="judge:t", purpose="judge", outcome="answer", calls=7)
+    assert teacher_line(judge) == f"{earlier}; none in this run"
+    usage = Usage(prompt_tokens=20_000, completion_tokens=500)
+    same: dict[str, Any] = {"teacher": "t", "purpose": "test row", "currency": "EUR"}
+    answers = CallTotal(outcome="answer", calls=500, usage=usage, cost=0.1, **same)
+    failed = CallTotal(outcome="malformed", calls=2, estimated=2, cost=0.01, **same)
+    assert teacher_line(judge, answers, failed) == (
+        f"{earlier}; 502 calls, 20,000 tokens in, 500 out (2 calls estimated), 0.11 EUR, in this "
+        "run (test row: answer 500, test row: malformed 2)"
+    )
+    assert earlier in render(outcome), "of earlier versions nobody knows"
+    assert "none in this run" not in render(outcome)
 
 
 @pytest.mark.slow

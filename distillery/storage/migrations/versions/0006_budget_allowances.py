@@ -1,0 +1,21 @@
+"""Keep what each process may spend of a budget that several share."""
+
+import sqlalchemy as sa
+from alembic import op
+
+revision = "0006"
+down_revision = "0005"
+
+
+def upgrade() -> None:
+    op.create_table(
+        "budget_allowances",
+        sa.Column("holder", sa.String(64), primary_key=True),
+        sa.Column("run", sa.Text, nullable=False),
+        sa.Column("recipe", sa.Text, nullable=False),
+        sa.Column("section", sa.Text, nullable=False),
+        sa.Column("cost", sa.Float, nullable=False),
+        sa.Column("tokens", sa.Float, nullable=False),
+        sa.Column("calls", sa.Float, nullable=False),
+        sa.Column("expires_at", sa.Float, nullable=False),
+    )

@@ -1,0 +1,267 @@
+"""Budgets that several processes share, by the ledger and the table of allowances."""
+
+import asyncio
+import random
+import sqlite3
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from chat_endpoint import Call, ChatEndpoint, Reply, completion
+from label_runs import example, run_process
+from postgres_server import Postgres
+from sqlalchemy import select
+
+from distillery.errors import BudgetReached
+from distillery.labels.store import LabelStore
+from distillery.recipe import BudgetRecipe, PriceRecipe, TeacherRecipe
+from distillery.records import Usage
+from distillery.teacher import ledger
+from distillery.teacher.budget import Spending, cost_of
+from distillery.teacher.ledger import Payer, period_start
+
+PRICES = PriceRecipe(input=2.0, output=8.0)
+MOST = Usage(prompt_tokens=100, completion_tokens=20)
+
+
+@pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.slow)])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    if request.param == "sqlite":
+        yield f"sqlite:///{tmp_path / 'labels.db'}"
+        return
+    with Postgres() as server:
+        yield server.url()
+
+
+def recipe_of(**budget: Any) -> TeacherRecipe:
+    return TeacherRecipe(prices=PRICES, budget=BudgetRecipe(**budget), concurrency=8)
+
+
+def call_of(payer: Payer, used: Usage, **values: Any) -> ledger.Call:
+    """Return an entry that takes `used`."""
+    return ledger.Call(
+        run=payer.run,
+        recipe=payer.recipe,
+        purpose="label",
+        outcome="answer",
+        prompt_tokens=used.prompt_tokens,
+        completion_tokens=used.completion_tokens,
+        cost=cost_of(used, PRICES),
+        prices=PRICES.model_dump(),
+        **{"teacher": "gpt-test"} | values,
+    )
+
+
+async def spend(
+    store: LabelStore, recipe: TeacherRecipe, payer: Payer, chance: random.Random, rows: int = 1000
+) -> tuple[list[Usage], str]:
+    """Make up to `rows` calls until a cap stops them; return what each took and the cap's message,
+    or ""."""
+    taken: list[Usage] = []
+    refusals: list[str] = []
+    left = iter(range(rows))
+    async with Spending.shared(recipe, payer, store.database, store.flush) as spending:
+
+        async def worker() -> None:
+            for _ in left:
+                try:
+                    reserved = await spending.reserve(MOST)
+                except BudgetReached as error:
+                    refusals.append(str(error))
+                    return
+                await asyncio.sleep(chance.uniform(0, 0.01))
+                used = Usage(
+                    prompt_tokens=chance.randint(0, 100),
+                    completion_tokens=chance.choice([0, 1, 20]),
+                )
+                spending.settle(reserved, used)
+                store.record(call_of(payer, used))
+                taken.append(used)
+
+        await asyncio.gather(*(worker() for _ in range(recipe.concurrency)))
+    return taken, "".join(refusals[:1])
+
+
+def amounts(taken: list[Usage]) -> dict[str, float]:
+    total = sum(taken, Usage())
+    return {
+        "calls": len(taken),
+        "tokens": total.prompt_tokens + total.completion_tokens,
+        "cost": cost_of(total, PRICES) or 0.0,
+    }
+
+
+@pytest.mark.parametrize(("name", "cap"), [("calls", 60), ("tokens", 5000), ("cost", 0.02)])
+async def test_several_that_spend_at_a_time_keep_a_cap_and_use_it(
+    url: str, name: str, cap: float
+) -> None:
+    """Each has a store of its own, as processes have."""
+    recipe = recipe_of(**{name: cap, "period": "week"})
+    payers = [Payer(recipe="messages") for _ in range(3)]
+    stores = [LabelStore(url) for _ in payers]
+    ends = await asyncio.gather(
+        *(
+            spend(store, recipe, payer, random.Random(number))
+            for number, (store, payer) in enumerate(zip(stores, payers, strict=True))
+        )
+    )
+    for store in stores:
+        store.close()
+    spent = amounts([used for taken, _ in ends for used in taken])[name]
+    call = amounts([MOST])[name]
+    assert cap - call < spent <= cap * (1 + 1e-9), "the next call at its most would exceed it"
+    assert all(f"teacher.budget.{name}: " in refusal for _, refusal in ends)
+    assert all("spent in this week" in refusal for _, refusal in ends)
+    with LabelStore(url) as store:
+        assert rows_of(store) == [], "what was allowed is given back"
+
+
+def rows_of(store: LabelStore) -> list[Any]:
+    query = "SELECT holder, calls FROM budget_allowances"
+    return list(store.database.run(lambda c: c.exec_driver_sql(query).all()))
+
+
+@pytest.mark.parametrize(
+    ("period", "earlier", "spends"),
+    [
+        ("run", {"run": "this"}, 1),
+        ("run", {"run": "another"}, 5),
+        ("week", {"run": "another"}, 1),
+        ("week", {"run": "another", "recipe": "other"}, 5),
+        ("week", {"run": "another", "days": 8}, 5),
+        ("month", {"run": "another", "days": 40}, 5),
+        ("week", {"run": "another", "teacher": "judge:gpt-test"}, 5),
+    ],
+)
+async def test_what_counts_is_in_the_ledger(
+    tmp_path: Path, period: str, earlier: dict[str, Any], spends: int
+) -> None:
+    """Four of five calls are spent already, in this run or another one."""
+    url = f"sqlite:///{tmp_path / 'labels.db'}"
+    days = earlier.pop("days", 0)
+    values = {"teacher": "gpt-test"} | earlier
+    payer = Payer(values.pop("run"), values.pop("recipe", "messages"))
+    called_at = datetime.now(UTC) - timedelta(days=days)
+    with LabelStore(url) as store:
+        for _ in range(4):
+            store.record(call_of(payer, MOST, called_at=called_at, **values))
+        recipe = recipe_of(calls=5, period=period)
+        this = Payer("this", "messages")
+        taken, refusal = await spend(store, recipe, this, random.Random(1))
+    assert len(taken) == spends
+    assert refusal.startswith("teacher.budget.calls: 5 of 5 spent in this ")
+
+
+async def test_costs_in_another_currency_do_not_count(tmp_path: Path) -> None:
+    with LabelStore(f"sqlite:///{tmp_path / 'labels.db'}") as store:
+        payer = Payer("this", "messages")
+        other = {**PRICES.model_dump(), "currency": "EUR"}
+        store.record(replace(call_of(payer, MOST), cost=5.0, prices=other))
+        taken, _ = await spend(store, recipe_of(cost=0.02), payer, random.Random(1), rows=5)
+    assert len(taken) == 5
+
+
+def test_without_a_cap_the_database_is_left_alone(tmp_path: Path) -> None:
+    with LabelStore(f"sqlite:///{tmp_path / 'labels.db'}") as store:
+
+        def never() -> None:
+            raise AssertionError("flushed")
+
+        async def work() -> None:
+            shared = Spending.shared(recipe_of(), Payer(), store.database, never)
+            async with shared as spending:
+                spending.settle(await spending.reserve(MOST), None)
+
+        asyncio.run(work())
+
+
+async def test_a_dead_processs_allowance_is_given_to_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("distillery.teacher.allowances.RENEWAL_S", 0.4)
+    monkeypatch.setattr("distillery.teacher.budget.POLL_S", 0.1)
+    path = tmp_path / "labels.db"
+    with LabelStore(f"sqlite:///{path}") as store:
+        payer = Payer("this", "messages")
+        with sqlite3.connect(path) as connection:
+            connection.execute(
+                "INSERT INTO budget_allowances VALUES ('dead', 'this', 'messages', 'teacher', 0, 0,"
+                " 9, (julianday('now') - 2440587.5) * 86400.0 + 0.5)"
+            )
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        taken, refusal = await spend(store, recipe_of(calls=10), payer, random.Random(1))
+        assert (len(taken), refusal != "") == (10, True)
+        assert loop.time() - began > 0.5 + 0.8, "not before it has expired and stayed so"
+
+
+def test_the_beginning_of_periods() -> None:
+    now = datetime(2026, 11, 28, 9, 30, tzinfo=UTC)
+    assert period_start("run", now) is None
+    assert period_start("day", now) == datetime(2026, 11, 28, tzinfo=UTC)
+    assert period_start("week", now) == datetime(2026, 11, 23, tzinfo=UTC), "a Monday"
+    assert period_start("month", now) == datetime(2026, 11, 1, tzinfo=UTC)
+
+
+def counted(call: Call) -> Reply:
+    """An answer whose tokens depend on the question."""
+    number = int(call.question.partition("after ")[2].partition("?")[0])
+    body = completion("A")
+    body["usage"] = {"prompt_tokens": 60 + number % 40, "completion_tokens": 1 + number % 3}
+    return Reply(body, delay=0.02)
+
+
+def tokens_billed(server: ChatEndpoint) -> int:
+    return sum(usage["prompt_tokens"] + usage["completion_tokens"] for usage in server.billed)
+
+
+@pytest.mark.slow
+def test_two_processes_at_once_keep_a_cap(tmp_path: Path, url: str) -> None:
+    teacher = TeacherRecipe(budget=BudgetRecipe(tokens=8000, period="day"), concurrency=4)
+    with ChatEndpoint(counted) as server:
+        processes = []
+        for number in range(2):
+            rows = [example(row) for row in range(number * 200, number * 200 + 200)]
+            payer = Payer(recipe="messages")
+            out = tmp_path / f"out-{number}"
+            processes.append(run_process(server, url, out, rows, teacher, payer=payer))
+        ends = [process.communicate()[1].decode() for process in processes]
+    assert all("teacher.budget.tokens: " in end for end in ends)
+    assert 8000 - 1000 < tokens_billed(server) <= 8000
+    asked = {int(call.question.partition("after ")[2].partition("?")[0]) for call in server.calls}
+    assert min(asked) < 200 <= max(asked), "both have asked"
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_and_starts_anew_goes_on_counting(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'labels.db'}"
+    teacher = TeacherRecipe(budget=BudgetRecipe(calls=40), concurrency=2)
+    rows = [example(row) for row in range(200)]
+    payer = Payer("run-1", "messages")
+    with ChatEndpoint(counted) as server:
+        first = run_process(server, url, tmp_path / "out", rows, teacher, payer=payer)
+        wait_until(lambda: len(server.answered) >= 15)
+        first.kill()
+        first.wait()
+        asked_before, killed_at = len(server.calls), datetime.now(UTC)
+        second = run_process(server, url, tmp_path / "out", rows, teacher, payer=payer)
+        assert "teacher.budget.calls: " in second.communicate()[1].decode()
+        asked_after = len(server.calls) - asked_before
+    with LabelStore(url) as store:
+        query = select(ledger.CALLS.c.called_at)
+        times = store.database.run(lambda c: c.execute(query).scalars().all())
+    before = [at for at in times if at.replace(tzinfo=UTC) < killed_at]
+    assert len(before) >= 10
+    assert len(before) + asked_after == len(times) == 40
+
+
+def wait_until(is_so: Callable[[], bool]) -> None:
+    for _ in range(600):
+        if is_so():
+            return
+        time.sleep(0.05)
+    raise AssertionError("not within 30 s")
