@@ -780,6 +780,34 @@ def delete_labels(
     print(f"{count} answers {'would be ' if dry_run else ''}deleted")
 
 
+@labels.command("recover")
+def recover_answers(
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what is there, but take nothing in.")
+    ] = False,
+) -> None:
+    """Take in what runs on this machine that were killed, or whose database stayed away, have left.
+
+    A run does the same when it starts. Prints one line per journal: answers, calls, calls that were
+    lost, and lines that can't be read; these are kept in a file beside.
+    """
+    from distillery.labels.journal import examine
+    from distillery.labels.store import LabelStore
+    from distillery.settings import LocalSettings
+    from distillery.storage.database import checked_url
+
+    if dry_run:
+        settings = LocalSettings()
+        found = examine(checked_url(settings.labels_url, settings.container))
+    else:
+        with LabelStore() as answers:
+            found = answers.recovered
+    for journal in found:
+        print(journal.line())
+    taken_in = sum(journal.answers for journal in found)
+    print(f"{taken_in} answers {'would be ' if dry_run else ''}taken in from {len(found)} journals")
+
+
 @store.command("list")
 def list_artifacts(
     as_json: Annotated[

@@ -64,11 +64,13 @@ class TeacherError(DistilleryError):
 
 
 class TeacherUnavailable(TeacherError):
-    """`overloaded`: the endpoint answers, but refuses because it has too much to do (429)."""
+    """`overloaded`: the endpoint answers, but refuses because it has too much to do (429).
+    `waited`: it said how long to wait, and each try did."""
 
-    def __init__(self, message: str, overloaded: bool = False) -> None:
+    def __init__(self, message: str, overloaded: bool = False, waited: bool = False) -> None:
         super().__init__(message)
         self.overloaded = overloaded
+        self.waited = waited
 
 
 class BudgetReached(TeacherError):

@@ -53,7 +53,7 @@ from distillery.storage.working import working_folder
 from distillery.teacher.asking import ProbeResult, probe
 from distillery.teacher.endpoint import LOGIN_S, Endpoint, resolve_endpoint
 from distillery.teacher.identity import teacher_identity
-from distillery.teacher.ledger import Payer, Recorder
+from distillery.teacher.ledger import Book, Payer
 from distillery.training.footprint import Shape, bytes_a_token, fixed_bytes
 
 STORE_WAIT_S = 5.0
@@ -237,8 +237,8 @@ def check_endpoint(teacher: TeacherRecipe, recipe_name: str = "") -> Iterator[Fi
         return
     yield ok(f"{who} credentials", f"set for {endpoint.url}, through {endpoint.sdk}")
     successor = endpoint.successor
-    with ledger_if_any() as record:
-        ask = partial(probed, teacher, record=record, payer=Payer(recipe=recipe_name))
+    with ledger_if_any() as book:
+        ask = partial(probed, teacher, book=book, payer=Payer(recipe=recipe_name))
         if successor:
             result, other = asyncio.run(ask([endpoint, successor]))
             yield compare_addresses(teacher, successor.url, result, other)
@@ -265,7 +265,7 @@ def check_endpoint(teacher: TeacherRecipe, recipe_name: str = "") -> Iterator[Fi
 
 
 @contextmanager
-def ledger_if_any() -> Iterator[Recorder | None]:
+def ledger_if_any() -> Iterator[Book | None]:
     """Yield what records calls in the ledger; None where the label database can't be opened, which
     `check_label_store` says."""
     from distillery.labels.store import LabelStore
@@ -276,7 +276,7 @@ def ledger_if_any() -> Iterator[Recorder | None]:
         yield None
         return
     try:
-        yield answers.record
+        yield answers
     finally:
         with suppress(StoreError):
             answers.close()
@@ -285,17 +285,17 @@ def ledger_if_any() -> Iterator[Recorder | None]:
 async def probed(
     teacher: TeacherRecipe,
     endpoints: Sequence[Endpoint],
-    record: Recorder | None = None,
+    book: Book | None = None,
     payer: Payer | None = None,
 ) -> list[ProbeResult | DistilleryError]:
     """Ask each endpoint one question, all at a time; return what each showed, or its error.
-    `record` and `payer` as in `Teacher`."""
+    `book` and `payer` as in `Teacher`."""
     timeout_s = min(teacher.timeout_s, PROBE_S)
     hasty = teacher.model_copy(update={"timeout_s": timeout_s})
 
     async def ask(endpoint: Endpoint) -> ProbeResult | DistilleryError:
         try:
-            return await probe(hasty, endpoint, record, payer)
+            return await probe(hasty, endpoint, book, payer)
         except DistilleryError as error:
             return error
 

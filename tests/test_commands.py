@@ -78,6 +78,9 @@ CASES = {
         "none.parquet",
         "labels export {folder}/known.parquet",
     ),
+    "labels recover": Case(
+        "", "0 answers taken in from 0 journals", NO_LABELS, "DISTILLERY_LABELS: mysql"
+    ),
     "labels delete": Case(
         "--row row-1", "1 answers deleted", NO_LABELS, "DISTILLERY_LABELS: mysql"
     ),

@@ -11,7 +11,7 @@ from dataclasses import replace
 from distillery.answers import NotAnAnswer
 from distillery.data.answer_tokens import packed
 from distillery.labels.questions import Question
-from distillery.labels.store import LabelStore, StoredAnswer
+from distillery.labels.store import StoredAnswer
 from distillery.recipe import TeacherRecipe
 from distillery.records import Example
 from distillery.teacher.answers import (
@@ -23,6 +23,7 @@ from distillery.teacher.answers import (
     in_own_order,
 )
 from distillery.teacher.budget import cost_of
+from distillery.teacher.ledger import Call
 from distillery.teacher.reading import parse_answer, parse_class, written_answer
 from distillery.teacher.reply import Completion, storable
 
@@ -72,15 +73,13 @@ def stored_answer(
     )
 
 
-def record_answer(completion: Completion, answer: StoredAnswer, store: LabelStore) -> None:
-    """Record the call that gave a completion, now that it is read as `answer`. A request that the
-    endpoint refused is recorded already."""
+def call_read_as(answer: StoredAnswer, completion: Completion) -> Call | None:
+    """Return the call that gave a completion, now that it is read as `answer`; None for a request
+    that the endpoint refused, which is recorded already."""
     call = completion.call
-    if call is None:
-        return
-    if call.outcome == "answer" and answer.answer is None:
-        call = replace(call, outcome="rejected")
-    store.record(call)
+    if call and call.outcome == "answer" and answer.answer is None:
+        return replace(call, outcome="rejected")
+    return call
 
 
 def read_again(question: Question, stored: StoredAnswer, recipe: TeacherRecipe) -> StoredAnswer:

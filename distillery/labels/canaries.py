@@ -9,9 +9,9 @@ from itertools import chain
 from distillery.errors import TeacherUnavailable
 from distillery.labels.acceptance import (
     accepted_answers,
+    call_read_as,
     label_of_answers,
     read_again,
-    record_answer,
     stored_answer,
 )
 from distillery.labels.labelling import Slots
@@ -24,6 +24,7 @@ from distillery.records import Example, TeacherDrift
 from distillery.teacher.asking import Teacher
 from distillery.teacher.budget import Spending
 from distillery.teacher.endpoint import Endpoint
+from distillery.teacher.failures import TOO_LARGE
 from distillery.teacher.ledger import Payer
 from distillery.teacher.pace import Pace
 from distillery.teacher.reply import Completion
@@ -123,7 +124,7 @@ async def ask_again(
             endpoint,
             pace=pace,
             spending=spending,
-            record=store.record,
+            book=store,
             payer=payer,
             purpose="canary",
         ) as teacher,
@@ -135,7 +136,9 @@ async def ask_again(
                 if completion is None:
                     return None
                 answer = stored_answer(question, completion, recipe, endpoint.identity)
-                record_answer(completion, answer, store)
+                call = call_read_as(answer, completion)
+                if call:
+                    store.record(call)
                 return answer
 
         calls = [ask(question) for row_questions in asked for question in row_questions]
@@ -148,8 +151,9 @@ async def ask_patiently(
 ) -> Completion | None:
     """Ask until an answer comes or teacher.outage_s is over.
 
-    Return None if the answer is malformed, or if the endpoint has answered other questions
-    meanwhile: neither tells whether the teacher has changed. Raises TeacherUnavailable otherwise.
+    Return None if the answer is malformed or the request is too large for the endpoint, or if it
+    has answered other questions meanwhile: none of it tells whether the teacher has changed. Raises
+    TeacherUnavailable otherwise.
     """
     started = time.monotonic()
     while True:
@@ -163,7 +167,7 @@ async def ask_patiently(
             if pace.answered_at > started:
                 return None
             raise
-        return None if completion.finish_reason == "malformed" else completion
+        return None if completion.finish_reason in ("malformed", TOO_LARGE) else completion
 
 
 def all_in(row_questions: Sequence[Question], answers: Mapping[str, StoredAnswer]) -> bool:

@@ -10,12 +10,12 @@ import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext, suppress
-from itertools import chain, islice
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any
 
 from distillery.errors import TeacherUnavailable
-from distillery.labels.acceptance import read_again, record_answer, stored_answer
+from distillery.labels.acceptance import call_read_as, read_again, stored_answer
 from distillery.labels.files import LabelCounts, LabelFiles, label_files
 from distillery.labels.questions import Question, questions
 from distillery.labels.store import LabelStore, StoredAnswer
@@ -25,6 +25,7 @@ from distillery.records import Example, Usage
 from distillery.teacher.asking import PROBE, Teacher
 from distillery.teacher.budget import Spending, cost_of
 from distillery.teacher.endpoint import Endpoint
+from distillery.teacher.failures import TOO_LARGE
 from distillery.teacher.ledger import CALLS, Payer, Purpose, sum_of, totals
 from distillery.teacher.pace import Pace, Stopped
 from distillery.teacher.reply import Completion
@@ -39,7 +40,17 @@ MOST_UNCOMMITTED = 10_000
 """Answers on their way to the store above which no more rows are read."""
 
 STRIKES = 2
-"""A request fails for good after so many failures while the endpoint answers another question."""
+"""A request fails for good after so many failures, each of teacher.attempts tries, while the
+endpoint answers another question."""
+
+REFUSED_TRIES = 24
+"""Tries after which a request fails for good that the endpoint refuses with 429, without saying how
+long to wait, while it answers another question: more than an overload that hits any of them is
+likely to refuse in a row. Where it says so and was waited for, STRIKES are enough."""
+
+FRESH, REFUSED, END = 1, 2, 0
+"""Ranks of what is in the queue; the lowest is taken first. A request that was refused with 429 is
+asked again when no other one waits: its place may have been taken by others."""
 
 SLOT_S = 30.0
 """Seconds after which a worker gives its slot back, so that other runs get theirs."""
@@ -97,7 +108,7 @@ async def label(
                         endpoint,
                         pace=pace,
                         spending=spending,
-                        record=store.record,
+                        book=store,
                         payer=payer,
                         purpose=purpose,
                     ) as own,
@@ -135,6 +146,9 @@ class LabellingRun:
     - The worker that completes the oldest row flushes it and every complete row behind it. The
       producer flushes too, since no worker touches a row whose answers are all known already.
     - A request is in the queue, or with one worker, or known; never two of these at a time.
+    - A request that the endpoint can't answer becomes known by its failure, after STRIKES or
+      REFUSED_TRIES, and ends no run. Whether it is the request or the endpoint that fails is told
+      by a question that the endpoint answers right after the failure.
     - An answer is handed to the store before it counts as known, so that a label in the files
       always has its answers in the store.
     - At most WINDOW_ROWS + LOOKUP_ROWS rows are open: the producer opens a chunk only while there
@@ -161,8 +175,14 @@ class LabellingRun:
         self._progress, self._total = progress, total
         self._window = Window()
         self._has_room = asyncio.Event()
-        self._queue: asyncio.Queue[Question | None] = asyncio.Queue()
+        self._queue: asyncio.PriorityQueue[tuple[int, int, Question | None]] = (
+            asyncio.PriorityQueue()
+        )
+        self._queued = count()
         self._strikes: Counter[str] = Counter()
+        self._refused: set[str] = set()
+        # When the last answer before a probe without an answer came, by the pace's clock.
+        self._silent_for_probe_since: float | None = None
         self._all_opened = False
         self._error: BaseException | None = None
         self._started = time.monotonic()
@@ -196,9 +216,9 @@ class LabellingRun:
         seconds = max(self._answers_by_second) + 1
         width = math.ceil(seconds / RATE_SLICES)
         answers = [0] * math.ceil(seconds / width)
-        for second, count in self._answers_by_second.items():
-            answers[second // width] += count
-        return tuple(count / width for count in answers)
+        for second, answered in self._answers_by_second.items():
+            answers[second // width] += answered
+        return tuple(answered / width for answered in answers)
 
     async def _until_error(self, task: Coroutine[Any, Any, None]) -> None:
         """Run one of the run's tasks; its error, if it is the first, ends the run."""
@@ -240,7 +260,11 @@ class LabellingRun:
         known = await asyncio.to_thread(self._known, asked, keys - under_way.keys())
         for row, row_questions in zip(chunk, asked, strict=True):
             for question in self._window.open(row, row_questions, known, under_way):
-                self._queue.put_nowait(question)
+                self._put(question)
+
+    def _put(self, question: Question | None, rank: int = FRESH) -> None:
+        """Queue a request, or the end of a worker, behind all of the same rank."""
+        self._queue.put_nowait((rank, next(self._queued), question))
 
     def _known(self, asked: list[list[Question]], keys: set[str]) -> dict[str, StoredAnswer]:
         """Return the stored answers under `keys` as they are read today; the store learns what
@@ -260,7 +284,7 @@ class LabellingRun:
     async def ask_queued(self, teacher: Teacher) -> None:
         """Ask what is in the queue, one request at a time, until a None comes."""
         while True:
-            question = await self._queue.get()
+            _, _, question = await self._queue.get()
             if question is None:
                 return
             async with self._slots():
@@ -268,7 +292,7 @@ class LabellingRun:
                 until = time.monotonic() + SLOT_S
                 await self.ask(question, teacher)
                 while time.monotonic() < until and not self._queue.empty():
-                    question = self._queue.get_nowait()
+                    _, _, question = self._queue.get_nowait()
                     if question is None:
                         return
                     await self.ask(question, teacher)
@@ -282,12 +306,12 @@ class LabellingRun:
                 question.messages, question.keys, question.schema, key=question.key
             )
         except TeacherUnavailable as error:
-            if self._pace.silent_s >= self._recipe.outage_s:
-                raise
             await self._handle_failure(question, error, teacher)
         else:
             if completion.finish_reason == "malformed":
                 self._handle_malformed(question)
+            elif completion.finish_reason == TOO_LARGE:
+                self._fail(question, "larger than the endpoint takes, or than its limit per minute")
             else:
                 self.take(question, completion)
         self.flush()
@@ -297,31 +321,52 @@ class LabellingRun:
         answer = stored_answer(question, completion, self._recipe, self._identity)
         self.asked += 1
         self._answers_by_second[int(time.monotonic() - self._started)] += 1
-        record_answer(completion, answer, self._store)
-        self._store.add(answer)
+        self._store.add(answer, call_read_as(answer, completion))
         self._window.state(question.key).stored = answer
 
     async def _handle_failure(
         self, question: Question, error: TeacherUnavailable, teacher: Teacher
     ) -> None:
-        """Queue a request again that the endpoint failed on, or have it fail for good.
+        """Queue a request again that the endpoint failed on, or have it fail for good. Raises
+        `error` once there was no answer for teacher.outage_s, to a simple question neither.
 
         It is the request's own fault if the endpoint answers a simple question right after the
-        failure. An answer from before it proves nothing: an outage may have begun since.
+        failure. An answer from before it proves nothing: an outage may have begun since. At the
+        first refusal with 429, other requests may have its place.
         """
-        if not error.overloaded and await self._answers_probe(teacher):
-            self._strikes[question.key] += 1
-        if self._strikes[question.key] < STRIKES:
-            self._queue.put_nowait(question)
+        is_outage = self._pace.silent_s >= self._recipe.outage_s
+        if is_outage and self._silent_for_probe_since == self._pace.answered_at:
+            raise error
+        rank, strikes = FRESH, STRIKES
+        is_first_refusal = False
+        if error.overloaded:
+            rank = REFUSED
+            is_first_refusal = question.key not in self._refused
+            self._refused.add(question.key)
+            if not error.waited:
+                strikes = max(STRIKES, math.ceil(REFUSED_TRIES / self._recipe.attempts))
+        if is_outage or not is_first_refusal:
+            if await self._answers_probe(teacher):
+                self._strikes[question.key] += 1
+            elif is_outage:
+                raise error
+        if self._strikes[question.key] < strikes:
+            self._put(question, rank)
+        elif error.overloaded:
+            self._fail(question, "refused again and again (429), while other requests are answered")
         else:
-            failure = f"the endpoint fails on it, again and again ({error})"
-            self._window.state(question.key).failure = failure
+            self._fail(question, f"the endpoint fails on it, again and again ({error})")
+
+    def _fail(self, question: Question, reason: str) -> None:
+        """Have a request fail for good. That is not stored, so that a later labelling asks it."""
+        self._window.state(question.key).failure = reason
 
     async def _answers_probe(self, teacher: Teacher) -> bool:
         """Return whether the teacher answers a simple question, which is paid for too."""
         try:
             completion = await teacher.ask(PROBE, ("A", "B"), purpose="probe")
         except TeacherUnavailable:
+            self._silent_for_probe_since = self._pace.answered_at
             return False
         self.asked += 1
         if completion.call:
@@ -332,12 +377,12 @@ class LabellingRun:
         """Have a request fail whose answer was no chat completion.
 
         It is queued again if no other request gets an answer either; after teacher.outage_s that
-        ends the run. The failure is not stored, so that a later run asks again.
+        ends the run.
         """
         if not self._pace.is_open:
-            self._window.state(question.key).failure = "malformed answer: no chat completion"
+            self._fail(question, "malformed answer: no chat completion")
         elif self._pace.silent_s < self._recipe.outage_s:
-            self._queue.put_nowait(question)
+            self._put(question)
         else:
             raise TeacherUnavailable(
                 f"{self._recipe.variables}_ENDPOINT: has given no chat completion for "
@@ -358,7 +403,7 @@ class LabellingRun:
         """Have all workers end: those that wait for their turn and those that wait for requests."""
         self._pace.stop()
         for _ in range(self._recipe.concurrency):
-            self._queue.put_nowait(None)
+            self._put(None, END)
 
     def _report(self) -> None:
         if self._progress:

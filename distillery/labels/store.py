@@ -4,11 +4,12 @@ It is the table teacher_answers in the database that runs share (DISTILLERY_LABE
 that was paid for, rejected answers too, so that nothing is asked for twice.
 """
 
+import asyncio
 import json
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from itertools import chain, islice
@@ -40,9 +41,10 @@ from sqlalchemy.sql import select
 
 from distillery.data.answer_tokens import unpacked
 from distillery.errors import DataError, StoreError
+from distillery.labels.journal import Contents, Journal, Kind, recover, values_of
 from distillery.labels.pairs import both_orders
 from distillery.recipe import JUDGE
-from distillery.storage.database import METADATA, Database
+from distillery.storage.database import METADATA, Database, nothing
 from distillery.teacher.ledger import CALLS, Call, write_calls
 
 
@@ -107,6 +109,9 @@ GATHER_S = 0.02
 """Pause between an answer and its commit, so that the answers right behind it go with it: a commit
 waits for the disk and takes a millisecond of CPU time, which the calls under way need."""
 
+PAUSE_S = 0.1
+"""How often it is looked whether the database is back."""
+
 EXPORT_ROWS = 2_000
 """Rows of an export that are in memory at a time. The tokens of an answer of 100 take some 13 kB.
 """
@@ -129,6 +134,16 @@ class Experience:
     latency_ms: float
 
 
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """An answer, a call or both, on the way to the database. `lines`: their numbers in the
+    journal."""
+
+    answer: StoredAnswer | None
+    call: Call | None
+    lines: tuple[int, ...]
+
+
 class LabelStore:
     """Teacher answers by request key, in SQLite or PostgreSQL.
 
@@ -137,6 +152,9 @@ class LabelStore:
     StoreError at once for what waiting does not mend. Answers older than `max_age` days, if it is
     given, are taken for missing by `get_many` and `answered`, and replaced by those that are added.
 
+    To open a store takes in what processes of this machine that have ended left in their journals
+    (journal.py); `recovered` tells of each.
+
     Any thread adds answers; one thread of the store's own writes them. Invariants:
     - Answers are committed in the order of `add`, without a call of `flush`: the writer pauses for
       GATHER_S, then commits what has arrived, up to MOST_PER_COMMIT at a time.
@@ -144,8 +162,12 @@ class LabelStore:
       stays. Only what its text is read as may: `accept`.
     - `flush` puts an event into the writer's queue and returns when the writer sets it, which is
       after the commit of all answers before it.
-    - The first failure is final: nothing is written after it, and every later `add`, `flush`,
-      `get_many` and `close` raises it.
+    - What is added is in the journal before it is in the writer's queue, and leaves the journal
+      after its commit. So does a call that has begun, until it is recorded.
+    - While commits fail, `is_away` is true and `ready` waits, so that no call begins; the writer
+      tries again for `wait_s`.
+    - The first failure after that is final: nothing is committed after it, and every later `add`,
+      `flush`, `get_many` and `close` raises it. What is added still comes into the journal.
     - A None in the queue ends the writer. `close` sends it after the last answer.
     """
 
@@ -156,8 +178,12 @@ class LabelStore:
         self._since = None
         if max_age is not None:
             self._since = datetime.now(UTC) - timedelta(days=max_age)
-        self._arrived: SimpleQueue[StoredAnswer | Call | threading.Event | None] = SimpleQueue()
+        self._arrived: SimpleQueue[Arrival | threading.Event | None] = SimpleQueue()
         self._failure: StoreError | None = None
+        self.is_away = False
+        self.recovered = recover(self._database.url, self._take_in)
+        self._journal = Journal(self._database.url)
+        self._begun: dict[str, tuple[Call, int]] = {}
         self._writer = threading.Thread(target=self._write, name="label-store", daemon=True)
         self._writer.start()
 
@@ -251,16 +277,42 @@ class LabelStore:
         rows = self._rows(of_teacher.order_by(TABLE.c.request_key).limit(count))
         return [StoredAnswer(*row) for row in rows]
 
-    def add(self, answer: StoredAnswer) -> None:
-        """Hand an answer to the writer, without waiting. Raises the writer's failure."""
+    def begin(self, call: Call) -> None:
+        """Note that a call is about to be made, of which `call` tells the most that it can take.
+        Where the process ends before `record`, this is the ledger's entry. Raises StoreError where
+        the journal can't be written, and the writer's failure; the call must not be made then."""
         self._raise_failure()
-        self._arrived.put(answer)
+        self._begun[call.call_id] = call, self._journal.write("begun", values_of(call))
+
+    async def ready(self) -> None:
+        """Wait while the database is away, before a call begins. Raises the writer's failure."""
+        while self.is_away and not self._failure:
+            await asyncio.sleep(PAUSE_S)
+        self._raise_failure()
+
+    def add(self, answer: StoredAnswer, call: Call | None = None) -> None:
+        """Hand an answer to the writer, and the call that gave it, without waiting. Raises
+        StoreError where the journal can't be written, and the writer's failure; the answer is
+        committed, or in the journal, in spite of the one or the other."""
+        row = {**values_of(answer), "created_at": datetime.now(UTC)}
+        entry = None if call is None else values_of(call)
+        line = {"row": row, "since": self._since, "call": entry}
+        self._hand_over("answer", line, answer, call)
 
     def record(self, call: Call) -> None:
-        """Hand a call to the writer, for the ledger, without waiting. Raises the writer's failure.
-        It is committed with the answers that are added next to it."""
+        """Hand a call to the writer, for the ledger, without waiting. Raises as `add` does."""
+        self._hand_over("call", values_of(call), None, call)
+
+    def _hand_over(
+        self, kind: Kind, line: dict[str, Any], answer: StoredAnswer | None, call: Call | None
+    ) -> None:
+        begun = self._begun.pop(call.call_id, None) if call else None
+        lines = [begun[1]] if begun else []
+        try:
+            lines.append(self._journal.write(kind, line))
+        finally:
+            self._arrived.put(Arrival(answer, call, tuple(lines)))
         self._raise_failure()
-        self._arrived.put(call)
 
     @property
     def waiting(self) -> int:
@@ -410,16 +462,25 @@ class LabelStore:
     def commit(self, answers: Sequence[StoredAnswer], calls: Sequence[Call] = ()) -> None:
         """Write answers and calls in one transaction. Only the writer calls it."""
         now = datetime.now(UTC)
-        rows = [{**asdict(answer), "created_at": now} for answer in answers]
+        rows = [{**values_of(answer), "created_at": now} for answer in answers]
+        self._insert(rows, calls, self._since, self._pause)
+
+    def _insert(
+        self,
+        rows: list[dict[str, Any]],
+        calls: Sequence[Call],
+        since: datetime | None,
+        on_failure: Callable[[], None] = nothing,
+    ) -> None:
+        """Write rows of TABLE and calls in one transaction. What is stored stays, answers of before
+        `since` excepted. `on_failure` as in `Database.run`."""
         insert = self._database.insert(TABLE)
-        if self._since is None:
+        if since is None:
             insert = insert.on_conflict_do_nothing()
         else:
             new = {column.name: insert.excluded[column.name] for column in TABLE.columns}
             insert = insert.on_conflict_do_update(
-                index_elements=[TABLE.c.request_key],
-                set_=new,
-                where=TABLE.c.created_at < self._since,
+                index_elements=[TABLE.c.request_key], set_=new, where=TABLE.c.created_at < since
             )
         book = self._database.insert(CALLS)
 
@@ -428,7 +489,25 @@ class LabelStore:
                 execute(connection, insert, rows)
             write_calls(connection, book, calls)
 
-        self._database.run(write)
+        self._database.run(write, on_failure)
+
+    def _pause(self) -> None:
+        """Have no call begin while the database is away, and keep on the disk what arrives."""
+        if not self.is_away:
+            self.is_away = True
+            self._journal.set_durable(True)
+
+    def _take_in(self, left: Contents) -> None:
+        """Write what a journal holds; what is in the database already stays."""
+        by_since: dict[datetime | None, list[dict[str, Any]]] = {}
+        for since, row in left.rows:
+            by_since.setdefault(since, []).append(row)
+        for since, rows in by_since.items():
+            for start in range(0, len(rows), MOST_PER_COMMIT):
+                self._insert(rows[start : start + MOST_PER_COMMIT], (), since)
+        calls = [*left.calls, *left.lost]
+        for start in range(0, len(calls), MOST_PER_COMMIT):
+            self._insert([], calls[start : start + MOST_PER_COMMIT], None)
 
     def _is_stored(self, keys: Sequence[str]) -> Any:
         """Return the condition for answers under `keys` that are not too old."""
@@ -464,23 +543,33 @@ class LabelStore:
 
     def _stop(self) -> None:
         if self._writer.is_alive():
+            # Calls that nobody waits for any more are lost.
+            for call, line in self._begun.values():
+                self._arrived.put(Arrival(None, call, (line,)))
             self._arrived.put(None)
             self._writer.join()
         self._database.close()
+        self._journal.close()
 
     def _raise_failure(self) -> None:
-        if self._failure:
-            raise self._failure
+        if not self._failure:
+            return
+        message, kept = str(self._failure), self._journal.answers
+        if kept:
+            message += (
+                f"; {kept} answers are safe in {self._journal.path}: the next run on this machine "
+                "takes them in, or `distillery labels recover` does"
+            )
+        raise type(self._failure)(message)
 
     def _write(self) -> None:
         """Commit what arrives until a None does. Runs in the writer's thread."""
         while True:
             batch = self._take_batch()
-            answers = [item for item in batch if isinstance(item, StoredAnswer)]
-            calls = [item for item in batch if isinstance(item, Call)]
-            if (answers or calls) and not self._failure:
+            arrivals = [item for item in batch if isinstance(item, Arrival)]
+            if arrivals and not self._failure:
                 try:
-                    self.commit(answers, calls)
+                    self._commit(arrivals)
                 except StoreError as error:
                     self._failure = error
                 except Exception as error:
@@ -488,16 +577,28 @@ class LabelStore:
                     self._failure = StoreError(
                         f"an answer can't be stored ({' '.join(str(error).split())[:200]})"
                     )
+                if self._failure:
+                    self._pause()
             for item in batch:
                 if isinstance(item, threading.Event):
                     item.set()
             if None in batch:
                 return
 
-    def _take_batch(self) -> list[StoredAnswer | Call | threading.Event | None]:
+    def _commit(self, arrivals: Sequence[Arrival]) -> None:
+        """Commit what has arrived and take it out of the journal. Raises StoreError."""
+        answers = [arrival.answer for arrival in arrivals if arrival.answer]
+        calls = [arrival.call for arrival in arrivals if arrival.call]
+        self.commit(answers, calls)
+        self._journal.settle(line for arrival in arrivals for line in arrival.lines)
+        if self.is_away:
+            self._journal.set_durable(False)
+            self.is_away = False
+
+    def _take_batch(self) -> list[Arrival | threading.Event | None]:
         """Wait for one item and take what else has arrived, after a pause if it is an answer."""
         batch = [self._arrived.get()]
-        if isinstance(batch[0], StoredAnswer | Call):
+        if isinstance(batch[0], Arrival):
             sleep(GATHER_S)
         while len(batch) < MOST_PER_COMMIT:
             try:

@@ -48,6 +48,10 @@ POSTGRESQL_LIMITS = {
 that the database's machine has vanished."""
 
 
+def nothing() -> None:
+    """Do nothing."""
+
+
 class Database:
     """SQLite or PostgreSQL at `url`, written as for SQLAlchemy; by default DISTILLERY_LABELS. Its
     tables are created, or migrated to this version's schema.
@@ -63,13 +67,15 @@ class Database:
         self._engine = open_engine(self.url)
         self.run(self._migrate)
 
-    def run(self, work: Callable[[Any], T]) -> T:
-        """Return `work(connection)`, done in a transaction and retried during an outage. Work is
-        done twice where only the answer to its commit was lost: that must do no harm."""
+    def run(self, work: Callable[[Any], T], on_failure: Callable[[], None] = nothing) -> T:
+        """Return `work(connection)`, done in a transaction and retried during an outage, of which
+        each failed try calls `on_failure`. Work is done twice where only the answer to its commit
+        was lost: that must do no harm."""
         patiently = retry(
             retry=retry_if_exception_type(StoreUnavailable),
             wait=wait_random_exponential(multiplier=0.5, max=5),
             stop=stop_after_delay(self._wait_s),
+            before_sleep=lambda _state: on_failure(),
             reraise=True,
         )
         return patiently(self.run_once)(work)

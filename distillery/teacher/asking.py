@@ -28,7 +28,7 @@ from tenacity import (
     wait_random,
 )
 
-from distillery.errors import DistilleryError, TeacherError
+from distillery.errors import DistilleryError, StoreError, TeacherError
 from distillery.prompts import Message
 from distillery.recipe import TeacherRecipe
 from distillery.records import Usage
@@ -37,11 +37,12 @@ from distillery.teacher.clients import Response, open_client
 from distillery.teacher.endpoint import Endpoint, log_in
 from distillery.teacher.failures import MALFORMED, CallFailed, final_error
 from distillery.teacher.ledger import (
+    Book,
     Call,
+    NoBook,
     Outcome,
     Payer,
     Purpose,
-    Recorder,
     new_call_id,
 )
 from distillery.teacher.options import MOST_LOGPROBS, CallOptions
@@ -70,8 +71,8 @@ class Teacher:
 
     What the endpoint refuses once, such as a temperature, is not sent to it again in this run.
     `demand_log_probabilities`: whether it is an error if the recipe asks for log-probabilities and
-    the endpoint gives none. `record` writes the tries that gave no completion into the ledger, as
-    calls of `payer` for `purpose`.
+    the endpoint gives none. The tries that gave no completion are recorded in `book`, and all are
+    noted there before they begin, as calls of `payer` for `purpose`.
     """
 
     def __init__(
@@ -82,7 +83,7 @@ class Teacher:
         pace: Pace | None = None,
         spending: Spending | None = None,
         demand_log_probabilities: bool = True,
-        record: Recorder | None = None,
+        book: Book | None = None,
         payer: Payer | None = None,
         purpose: Purpose = "label",
     ) -> None:
@@ -93,7 +94,7 @@ class Teacher:
         )
         self._spending = spending or Spending(recipe.budget, recipe.prices, section=recipe.section)
         self._demand_log_probabilities = demand_log_probabilities
-        self._record = record or ignore
+        self._book = book or NoBook()
         self._payer = payer or Payer()
         self._purpose = purpose
         self._options = CallOptions(
@@ -154,7 +155,7 @@ class Teacher:
                     self._check_log_probabilities(options, completion)
                 except TeacherError:
                     if completion.call:
-                        self._record(replace(completion.call, outcome="rejected"))
+                        self._book.record(replace(completion.call, outcome="rejected"))
                     raise
                 return completion
 
@@ -207,10 +208,11 @@ class Teacher:
             prompt_tokens=len(prompt.encode()) + MESSAGE_TOKENS,
             completion_tokens=self._recipe.max_tokens,
         )
-        asked_at = await self._pace.turn(estimate)
+        asked_at = await self._turn(estimate)
         try:
             reserved = await self._spending.reserve(most)
             call = self._try_of(entry, most)
+            self._begin(call, reserved)
             used: Usage | None = None
             try:
                 started = time.perf_counter()
@@ -232,7 +234,7 @@ class Teacher:
             finally:
                 self._spending.settle(reserved, used)
                 if call.outcome != "answer":
-                    self._record(call)
+                    self._book.record(call)
         finally:
             self._pace.done(asked_at)
         self._gave_completions = True
@@ -245,6 +247,24 @@ class Teacher:
         if completion.finish_reason == "content_filter":
             call = replace(call, outcome="filtered")
         return replace(completion, latency_ms=latency_ms, call=call)
+
+    async def _turn(self, tokens: int) -> float:
+        """Wait until a call of about `tokens` tokens may be made and the ledger can be written;
+        return the time, for the pace."""
+        while True:
+            await self._book.ready()
+            asked_at = await self._pace.turn(tokens)
+            if not self._book.is_away:
+                return asked_at
+            self._pace.done(asked_at)
+
+    def _begin(self, call: Call, reserved: dict[str, float]) -> None:
+        """Note in the ledger that a call begins. If that is not possible, it is not made."""
+        try:
+            self._book.begin(call)
+        except StoreError:
+            self._spending.settle(reserved, Usage())
+            raise
 
     def _entry(self, key: str, purpose: Purpose) -> Call:
         """Return the ledger's entry of a call that is yet to be made."""
@@ -342,10 +362,6 @@ class Teacher:
         return final_error(failure, self._endpoint, self._recipe.attempts, self._recipe.timeout_s)
 
 
-def ignore(_call: Call) -> None:
-    """Record nothing."""
-
-
 def outcome_of(failure: CallFailed) -> Outcome:
     """Return the ledger's word for a try that gave no completion."""
     if failure.status == MALFORMED:
@@ -378,23 +394,23 @@ class ProbeResult:
 async def probe(
     recipe: TeacherRecipe,
     endpoint: Endpoint,
-    record: Recorder | None = None,
+    book: Book | None = None,
     payer: Payer | None = None,
 ) -> ProbeResult:
-    """Ask one short question, in at most two tries. `record` and `payer` as in `Teacher`. Raises
+    """Ask one short question, in at most two tries. `book` and `payer` as in `Teacher`. Raises
     what `Teacher.ask` raises."""
     wanted = recipe.model_copy(update={"soft_labels": True, "attempts": min(recipe.attempts, 2)})
     async with Teacher(
         wanted,
         endpoint,
         demand_log_probabilities=False,
-        record=record,
+        book=book,
         payer=payer,
         purpose="probe",
     ) as teacher:
         completion = await teacher.ask(PROBE, ("A", "B"))
-    if record and completion.call:
-        record(completion.call)
+    if book and completion.call:
+        book.record(completion.call)
     return ProbeResult(
         answers=bool(completion.text.strip()),
         log_probabilities=completion.top_logprobs is not None,

@@ -4,6 +4,7 @@ the user sees."""
 import email.utils
 import json
 import math
+import re
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -21,6 +22,14 @@ UNKNOWN_MODEL_CODES = ("unknown_model", "model_not_found", "deploymentnotfound")
 CONTENT_FILTER_WORDS = ("content_filter", "responsibleaipolicy", "content management policy")
 
 CONTEXT_LENGTH_WORDS = ("context_length", "context length")
+
+TOO_LARGE = "request_too_large"
+"""The finish_reason of a question that the endpoint refuses for its size, at no cost."""
+
+LIMIT_AND_REQUESTED = re.compile(r"limit:? (\d+),.*requested:? (\d+)")
+"""In a 429 as OpenAI writes it: Rate limit reached for MODEL on tokens per min (TPM): Limit 30000,
+Used 29000, Requested 2000; or, where no waiting helps, Request too large for MODEL: Limit 30000,
+Requested 49137."""
 
 
 class CallFailed(Exception):
@@ -52,20 +61,27 @@ class CallFailed(Exception):
         """Whether the same call may succeed later."""
         if self.status is None:
             return True
+        if self.question_refusal:
+            return False
         return self.status in (MALFORMED, 408, 409, 429) or self.status >= 500
 
     @property
     def question_refusal(self) -> str:
-        """Why the endpoint refuses this question, though it may answer others: content_filter or
-        context_length_exceeded, as a completion's finish_reason; "" if that is not the case."""
+        """Why the endpoint refuses this question, though it may answer others: content_filter,
+        context_length_exceeded or TOO_LARGE, as a completion's finish_reason; "" if that is not the
+        case."""
+        text = f"{self.code} {self.message}".lower()
+        if self.status == 429:
+            found = LIMIT_AND_REQUESTED.search(text)
+            is_over = found is not None and int(found[2]) > int(found[1])
+            return TOO_LARGE if is_over or "request too large" in text else ""
         if self.status not in (400, 413, 422):
             return ""
-        text = f"{self.code} {self.message}".lower()
         if any(word in text for word in CONTENT_FILTER_WORDS):
             return "content_filter"
         if any(word in text for word in CONTEXT_LENGTH_WORDS):
             return "context_length_exceeded"
-        return ""
+        return TOO_LARGE if self.status == 413 else ""
 
     def billed_usage(self, prompt_tokens: int) -> Usage | None:
         """Return what the call may be billed for; None if nobody knows, since no whole completion
@@ -73,7 +89,7 @@ class CallFailed(Exception):
         (learn.microsoft.com/azure/ai-foundry/openai/how-to/manage-costs)."""
         if self.status in (None, MALFORMED):
             return None
-        if self.status == 408 or self.question_refusal:
+        if self.status == 408 or self.question_refusal not in ("", TOO_LARGE):
             return Usage(prompt_tokens=prompt_tokens)
         return Usage()
 
@@ -156,7 +172,9 @@ def final_error(
     if failure.is_worth_a_retry and status != MALFORMED:
         trouble = describe_trouble(failure, attempts, timeout_s, endpoint.section)
         return TeacherUnavailable(
-            f"{variables}_ENDPOINT {url}: {trouble}", overloaded=status == 429
+            f"{variables}_ENDPOINT {url}: {trouble}",
+            overloaded=status == 429,
+            waited=failure.retry_after is not None,
         )
     return TeacherError(
         f"{variables}_ENDPOINT {url}: returned no chat completion ({status}: "

@@ -3,10 +3,10 @@ share (DISTILLERY_LABELS). Budgets, reports, quotes and `distillery labels costs
 """
 
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from sqlalchemy import (
     JSON,
@@ -88,8 +88,37 @@ class Call:
     called_at: datetime = field(default_factory=lambda: datetime.now(UTC))
 
 
-Recorder = Callable[[Call], None]
-"""Writes a call into the ledger, as LabelStore.record does."""
+class Book(Protocol):
+    """The ledger as those who make calls write it: LabelStore, or NoBook."""
+
+    is_away: bool
+    """Whether nothing can be written now, so that no call should begin."""
+
+    async def ready(self) -> None:
+        """Wait until calls may begin. Raises StoreError if that will not be."""
+        ...
+
+    def begin(self, call: Call) -> None:
+        """Note that a call is about to be made, as one that is lost if its end is never recorded.
+        Raises StoreError where it must not be made."""
+        ...
+
+    def record(self, call: Call) -> None:
+        """Write a call that has ended. Raises StoreError."""
+        ...
+
+
+class NoBook:
+    """Takes calls and writes none of them."""
+
+    is_away = False
+
+    async def ready(self) -> None: ...
+
+    def begin(self, call: Call) -> None: ...
+
+    def record(self, call: Call) -> None: ...
+
 
 Amounts = dict[str, float]
 """What a budget counts, by the names of its caps: cost, tokens and calls."""

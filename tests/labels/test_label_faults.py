@@ -417,6 +417,85 @@ async def test_a_row_on_which_the_endpoint_always_fails_is_set_aside(
         assert sum(number_of(call) == row for call in server.calls) <= 30
 
 
+BUSY = "Rate limit reached on tokens per min (TPM): Limit 30000, Used 29500, Requested 900."
+
+TOO_LARGE = "Request too large for gpt-4o on tokens per min (TPM): Limit 30000, Requested 49137."
+
+
+@pytest.mark.parametrize("concurrency", [1, 8])
+@pytest.mark.parametrize(("headers", "most"), [({}, 3 + 24), ({"retry_after": "0"}, 3 + 2 * 3)])
+async def test_rows_that_always_get_429_are_set_aside(
+    url: str, tmp_path: Path, concurrency: int, headers: dict[str, str], most: int
+) -> None:
+    """Also where they are the last that are left. A later run asks them again."""
+    refusal = refused(429, BUSY, **headers)
+    never = (3, 20, 21, 59)
+    script = lambda call: refusal if number_of(call) in never else good(call)  # noqa: E731
+    settings: dict[str, Any] = {"rows": 60, "attempts": 3, "concurrency": concurrency}
+    with ChatEndpoint(script) as server:
+        counts = await labelled(server, url, tmp_path / "1", outage_s=1, **settings)
+        assert (counts.accepted, counts.rejected) == (56, 4)
+        assert reasons_in(tmp_path / "1") == {
+            f"row-{row}": "refused again and again (429), while other requests are answered"
+            for row in never
+        }
+        tries = Counter(number_of(call) for call in server.calls)
+        assert all(3 < tries[row] <= most for row in never)
+        assert answers_in(tmp_path) == 56
+        server.script = good
+        counts = await labelled(server, url, tmp_path / "2", **settings)
+    assert (counts.accepted, counts.asked) == (60, 4)
+
+
+@pytest.mark.parametrize(
+    "refusal",
+    [
+        refused(429, TOO_LARGE, code="rate_limit_exceeded", retry_after="60"),
+        refused(413, "Request too large for model on tokens per minute (TPM)"),
+        Reply("<html>413 Request Entity Too Large</html>", 413),
+    ],
+    ids=["429", "413", "413 page"],
+)
+async def test_a_row_that_is_too_large_is_asked_once_a_run(
+    sdk: Sdk, url: str, tmp_path: Path, refusal: Reply
+) -> None:
+    with ChatEndpoint(only_for(7, refusal)) as server:
+        for run in ("1", "2"):
+            counts = await labelled(server, url, tmp_path / run, rows=20, sdk=sdk)
+            assert (counts.accepted, counts.rejected) == (19, 1)
+            reason = "larger than the endpoint takes, or than its limit per minute"
+            assert reasons_in(tmp_path / run) == {"row-7": reason}
+        assert sum(number_of(call) == 7 for call in server.calls) == 2
+    assert len(server.calls) == 21
+
+
+async def test_what_the_endpoint_filters_or_cuts_off_is_asked_once_for_all_runs(
+    sdk: Sdk, url: str, tmp_path: Path
+) -> None:
+    odd = {
+        2: refused(400, "filtered", code="content_filter"),
+        5: said("", finish_reason="content_filter"),
+        8: said("It is", finish_reason="length"),
+    }
+    with ChatEndpoint(lambda call: odd.get(number_of(call)) or good(call)) as server:
+        for run in ("1", "2"):
+            counts = await labelled(server, url, tmp_path / run, rows=20, sdk=sdk)
+            assert (counts.accepted, counts.rejected) == (17, 3)
+        assert len(server.calls) == 20
+
+
+@pytest.mark.parametrize("status", [429, 500])
+async def test_a_row_that_fails_for_longer_than_an_outage_ends_no_run(
+    url: str, tmp_path: Path, status: int
+) -> None:
+    """No other answer comes meanwhile, but the endpoint answers a simple question."""
+    with ChatEndpoint() as server:
+        await labelled(server, url, tmp_path / "1", rows=19)
+        server.script = only_for(19, replace(refused(status, BUSY), delay=0.05))
+        counts = await labelled(server, url, tmp_path / "2", rows=20, attempts=4, outage_s=0.1)
+    assert (counts.accepted, counts.rejected) == (19, 1)
+
+
 async def test_a_run_of_which_only_the_failing_row_is_left_ends(url: str, tmp_path: Path) -> None:
     with ChatEndpoint() as server:
         await labelled(server, url, tmp_path / "1", rows=[example(n) for n in range(20) if n != 5])

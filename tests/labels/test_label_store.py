@@ -284,9 +284,14 @@ def test_what_is_deleted_is_not_in_the_files_any_more(tmp_path: Path) -> None:
             store,
             [stored(number, prompt=f"who is Ada Lovelace? {number}") for number in range(200)],
         )
-        assert any(b"Lovelace" in file.read_bytes() for file in tmp_path.iterdir())
+
+        def files() -> list[Path]:
+            found = [file for file in tmp_path.rglob("*") if file.is_file()]
+            return [file for file in found if b"Lovelace" in file.read_bytes()]
+
+        assert files()
         assert store.delete(containing=["Lovelace"]) == 200
-        assert [file.name for file in tmp_path.iterdir() if b"Lovelace" in file.read_bytes()] == []
+        assert files() == []
 
 
 def test_answers_that_are_no_label_are_deleted(store: LabelStore) -> None:

@@ -55,7 +55,8 @@ class Troubles:
         if self.tries[question] == 1 and trouble in "12":
             return refused({"1": 500, "2": 429}[trouble], "try again")
         if trouble == "3":
-            return Reply("<html>", 200)
+            # Before any answer has come, such a page would be asked again.
+            return Reply("<html>", 200, delay=0.5)
         if trouble == "4":
             return refused(400, "blocked", code="content_filter")
         if trouble == "5":

@@ -33,7 +33,8 @@ APART = (
     *("errors.py", "machine.py", "processes.py", "progress.py"),
     *("readiness.py", "records.py", "settings.py"),
     *("recipe/", "registry/", "storage/", "__init__.py"),
-    *("labels/quote.py", "labels/store.py", "teacher/allowances.py", "teacher/budget.py"),
+    *("labels/journal.py", "labels/quote.py", "labels/store.py"),
+    *("teacher/allowances.py", "teacher/budget.py"),
     *("teacher/ledger.py", "teacher/pace.py"),
     "training/tracking.py",
 )

@@ -1,10 +1,12 @@
 """A failed call: what the body and the headers of the endpoint's error say."""
 
 import email.utils
+import json
 from types import SimpleNamespace
 
 import pytest
 
+from distillery.records import Usage
 from distillery.teacher.failures import CallFailed
 
 NOW = 1.7e9
@@ -55,3 +57,26 @@ def test_the_body_of_an_error_is_read_in_each_form(
 ) -> None:
     failure = CallFailed(400, body)
     assert (failure.code, failure.param, failure.message) == details
+
+
+@pytest.mark.parametrize(
+    ("status", "message", "refusal"),
+    [
+        (429, "Request too large for gpt-4o on tokens per min (TPM)", "request_too_large"),
+        (429, "tokens per min (TPM): Limit 30000, Requested 49137.", "request_too_large"),
+        (429, "Rate limit reached: Limit 30000, Used 29500, Requested 900.", ""),
+        (429, "Please retry after 60 seconds.", ""),
+        (413, "", "request_too_large"),
+        (413, "maximum context length is 10", "context_length_exceeded"),
+        (400, "content management policy", "content_filter"),
+        (400, "Limit 30000, Requested 49137.", ""),
+    ],
+)
+def test_whether_a_refusal_is_for_the_question_alone(
+    status: int, message: str, refusal: str
+) -> None:
+    failure = CallFailed(status, json.dumps({"error": {"message": message}}))
+    assert failure.question_refusal == refusal
+    assert failure.is_worth_a_retry == (status == 429 and not refusal)
+    free = refusal in ("", "request_too_large")
+    assert failure.billed_usage(40) == Usage(prompt_tokens=0 if free else 40)
