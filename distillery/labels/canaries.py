@@ -23,7 +23,7 @@ from distillery.records import Example, TeacherDrift
 from distillery.teacher.asking import Teacher
 from distillery.teacher.budget import Spending
 from distillery.teacher.endpoint import Endpoint
-from distillery.teacher.pace import Pace
+from distillery.teacher.pace import Pace, pace_of
 
 FIRST_ANSWERS = 1000
 """A judge's answers among which its canaries are looked for."""
@@ -84,7 +84,8 @@ async def drift_of(
         if question.key in before:
             before[question.key] = read_again(question, before[question.key], recipe)
     answered_before = [row_questions for row_questions in asked if all_in(row_questions, before)]
-    fresh = await ask_again(answered_before, recipe, endpoint, slots, spent)
+    pace = pace_of(recipe, endpoint, store.database)
+    fresh = await ask_again(answered_before, recipe, endpoint, pace, slots, spent)
     after = {answer.request_key: answer for answer in fresh}
     compared = [row_questions for row_questions in answered_before if all_in(row_questions, after)]
     changed = []
@@ -106,12 +107,12 @@ async def ask_again(
     asked: Sequence[Sequence[Question]],
     recipe: TeacherRecipe,
     endpoint: Endpoint,
+    pace: Pace,
     slots: Slots,
     spent: dict[str, float] | None,
 ) -> list[StoredAnswer]:
     """Ask all questions of these rows and return the answers that come."""
     calls_at_a_time = asyncio.Semaphore(recipe.concurrency)
-    pace = Pace(recipe.concurrency, recipe.requests_per_minute, recipe.tokens_per_minute)
     spending = Spending(recipe.budget, recipe.prices, spent, recipe.section)
     async with Teacher(recipe, endpoint, pace=pace, spending=spending) as teacher:
 

@@ -25,7 +25,7 @@ from distillery.records import Example, Usage
 from distillery.teacher.asking import PROBE, Teacher
 from distillery.teacher.budget import Spending, cost_of
 from distillery.teacher.endpoint import Endpoint
-from distillery.teacher.pace import Pace, Stopped
+from distillery.teacher.pace import Pace, Stopped, pace_of
 from distillery.teacher.reply import Completion
 
 LOOKUP_ROWS = 1000
@@ -78,7 +78,7 @@ async def label(
     total = rows or 0
     if isinstance(examples, Sequence):
         total = len(examples)
-    pace = Pace(recipe.concurrency, recipe.requests_per_minute, recipe.tokens_per_minute)
+    pace = pace_of(recipe, endpoint, store.database)
     spending = Spending(recipe.budget, recipe.prices, spent, recipe.section)
     with label_files(out, prompt, recipe) as files:
         run = LabellingRun(

@@ -174,6 +174,11 @@ class LabelStore:
         if error is None:
             self._raise_failure()
 
+    @property
+    def database(self) -> Database:
+        """The database of the answers, in which runs find each other too."""
+        return self._database
+
     def get_many(self, keys: Iterable[str]) -> dict[str, StoredAnswer]:
         """Return the answers stored under `keys`, by key, including those just added."""
         self.flush()

@@ -104,9 +104,11 @@ def run_process(
     examples: Sequence[Example],
     recipe: TeacherRecipe,
     key: str = KEY,
+    first: str = "",
 ) -> subprocess.Popen[bytes]:
-    """Start a process that labels `examples` as `labelled` does, and may be killed."""
+    """Start a process that labels `examples` as `labelled` does, and may be killed. It runs the
+    code `first` before."""
     rows = out.with_name(f"{out.name}.rows")
     rows.write_text("".join(row.model_dump_json() + "\n" for row in examples))
     settings = [server.url, key, url, str(rows), str(out), recipe.model_dump_json()]
-    return subprocess.Popen([sys.executable, "-c", RUN, *settings])
+    return subprocess.Popen([sys.executable, "-c", first + RUN, *settings])
