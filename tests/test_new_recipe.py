@@ -174,10 +174,10 @@ def test_what_is_wrong_in_a_file_of_test_rows_is_told() -> None:
     assert "may not stand in validation or test too" in said
     assert "notes.csv:2 = held-out.csv:2" in said
     write_csv(Path("held-out.csv"), texts(0, 20))
-    with pytest.raises(DataError, match="held-out.csv:2: label: empty, but rows of test need"):
+    with pytest.raises(DataError, match=r"held-out\.csv:2: label: empty, but rows of test need"):
         run("notes.csv", test=[Path("held-out.csv")], force=True)
     write_csv(Path("held-out.csv"), [{"text": "a", "answer": "river"}])
-    with pytest.raises(DataError, match="held-out.csv: no column 'label', only 'text', 'answer'"):
+    with pytest.raises(DataError, match=r"held-out\.csv: no column 'label', only 'text', 'answer'"):
         run("notes.csv", test=[Path("held-out.csv")], force=True)
 
 
