@@ -319,3 +319,25 @@ def test_without_a_column_of_answers_it_is_one_line() -> None:
         run("words.jsonl", task="extract")
     with pytest.raises(DataError, match=r"no column looks like answers among 'text', 'more'"):
         run("words.jsonl", task="generate")
+
+
+def test_fields_in_columns_of_their_own_and_dictionaries_of_python_are_told_with_a_remedy() -> None:
+    rows: list[dict[str, Any]] = []
+    for number in range(120):
+        fields = {
+            "place": ["bar", "hall"][number % 2],
+            "day": ["Monday", "Friday"][number // 2 % 2],
+        }
+        rows.append({"message": f"Number {number} in the evening", **fields})
+    empty = {"message": "And a last one", "place": "", "day": ""}
+    write_csv(Path("columns.csv"), [*rows, empty])
+    with pytest.raises(DataError, match=r"'place', 'day'; .* put them into a column of JSON"):
+        run("columns.csv")
+    with pytest.raises(DataError, match=r"a column for each field, put them into one, such as \{"):
+        run("columns.csv", task="extract")
+    with pytest.raises(DataError, match="no answer of the column 'place' can be read: columns"):
+        run("columns.csv", task="extract", label="place")
+    printed = [{"message": row.pop("message"), "fields": str(row)} for row in rows]
+    write_csv(Path("printed.csv"), [*printed, {"message": "And a last one", "fields": ""}])
+    with pytest.raises(DataError, match=r"in braces that are no JSON .* write the column by json"):
+        run("printed.csv")

@@ -156,6 +156,8 @@ def look(
             "two or more; label some rows, or name another column by --label"
         )
     if not found.answered:
+        if bad:
+            raise DataError(f"no answer of the column {chosen.label!r} can be read: {bad[0]}")
         raise DataError(
             f"the column {chosen.label!r} is empty in every row; fill it in for some rows, or name "
             "another column by --label"
