@@ -46,6 +46,11 @@ class Sharers:
         self._left = threading.Event()
         self._thread = threading.Thread(target=self._stay, name="sharers", daemon=True)
 
+    @property
+    def counted_within_s(self) -> float:
+        """Seconds after `join` within which the others count this run, if the database answers."""
+        return BEAT_S + 1.0
+
     def join(self) -> None:
         """Be counted from now on, and know how many runs there are, if the database answers."""
         self._beat()

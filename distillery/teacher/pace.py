@@ -16,7 +16,6 @@ from collections import deque
 from collections.abc import Mapping
 
 from distillery.recipe import TeacherRecipe
-from distillery.storage import sharers
 from distillery.storage.database import Database
 from distillery.storage.sharers import Sharers
 from distillery.teacher.endpoint import Endpoint
@@ -161,7 +160,7 @@ class Pace:
         await asyncio.to_thread(runs.join)
         if runs.count > 1:
             # The others take larger shares until they have counted this run.
-            self._hold(time.monotonic() + sharers.BEAT_S + 1.0)
+            self._hold(time.monotonic() + runs.counted_within_s)
 
     async def leave(self) -> None:
         """Give this run's share of the limits back, once all its calls are made."""
