@@ -99,6 +99,14 @@ def new(
             "the answers are JSON objects."
         ),
     ] = None,
+    test: Annotated[
+        list[Path],
+        typer.Option(
+            help="A file of rows for the test alone; repeat it for several. By default some rows "
+            "of DATA are held out.",
+            metavar="FILE",
+        ),
+    ] = [],  # noqa: B006
     force: Annotated[bool, typer.Option("--force", help="Overwrite the file.")] = False,
 ) -> None:
     """Look at the rows in DATA and write a recipe for them.
@@ -108,7 +116,7 @@ def new(
     """
     from distillery.new_recipe import new_recipe
 
-    for line in new_recipe(data, out, name, text, label, teacher, force, task):
+    for line in new_recipe(data, out, name, text, label, teacher, force, task, test):
         print(line)
 
 

@@ -26,6 +26,7 @@ from distillery.data.look import (
     doubtful_labels,
     lengths,
     look,
+    new_labels,
 )
 from distillery.data.prepare import check_rows
 from distillery.errors import DistilleryError, RecipeError
@@ -88,9 +89,11 @@ def new_recipe(
     teacher: Literal["local", "endpoint"] = "local",
     force: bool = False,
     task: Kind | None = None,
+    test: Sequence[Path] = (),
 ) -> Iterator[str]:
     """Write a recipe for the rows in `data`, and yield lines for people. `task` is the kind of
-    task; None: classify, or extract where the answers are JSON objects.
+    task; None: classify, or extract where the answers are JSON objects. `test` are files of test
+    rows; without, some of the rows in `data` are held out for the test.
 
     Raises DataError for files that no recipe can be made for, and RecipeError for a name that can't
     be one and for a file that is there already, unless `force`.
@@ -101,7 +104,8 @@ def new_recipe(
     out = out or Path(f"{name}.yaml")
     if out.exists() and not force:
         raise RecipeError(f"{out}: exists; give another name by --out, or --force to overwrite it")
-    found = look(data, texts, label, task)
+    found = look(data, texts, label, task, test)
+    made_of = shlex.join([*found.files, *(f"--test={file}" for file in found.test_files)])
     write = partial(
         draft,
         name=name,
@@ -109,11 +113,12 @@ def new_recipe(
         texts=found.chosen.texts,
         label=found.chosen.label,
         ids_are_unique=found.with_ids or "id" not in found.columns,
-        shares=choose_shares(len(found.answered), found.unanswered),
+        shares=choose_shares(len(found.answered), found.unanswered, bool(test)),
         teacher=teacher,
-        command=f"distillery new {shlex.join(found.files)}",
+        command=f"distillery new {made_of}",
         kind=found.kind,
         schema=found.schema,
+        test_files=found.test_files,
     )
     text = write(max_tokens=None)
     recipe = parsed(text)
@@ -146,7 +151,8 @@ def needed_tokens(found: Look, recipe: Recipe) -> tuple[int, int]:
     The tokens are those of the base model if its tokenizer is on this machine; otherwise, and for
     texts that are short whatever the tokenizer, they are estimated from the bytes.
     """
-    longest = sorted(found.rows, key=lambda row: len(row.example.question), reverse=True)
+    rows = [*found.rows, *found.test]
+    longest = sorted(rows, key=lambda row: len(row.example.question), reverse=True)
     longest = longest[:LONGEST_COUNTED]
     counts = [len(row.example.question.encode()) + TEMPLATE_TOKENS for row in longest]
     if max(counts) > recipe.student_prompt.max_tokens:
@@ -179,13 +185,16 @@ def prompt_tokens(rows: Sequence[FoundRow], prompt: PromptRecipe, folder: Path) 
 def tell_rows(found: Look) -> Iterator[str]:
     """Yield what was read: rows, columns, classes and lengths."""
     chosen = found.chosen
-    count = len(found.rows) + len(found.bad)
-    yield f"Read {count_rows(count)} of {', '.join(found.files)}; columns: {listed(found.columns)}"
+    count = len(found.rows) + len(found.test) + len(found.bad)
+    files = ", ".join([*found.files, *found.test_files])
+    yield f"Read {count_rows(count)} of {files}; columns: {listed(found.columns)}"
     yield f"  text     {listed(chosen.texts)} ({chosen.text_reason})"
     what = "label" if found.kind == "classify" else "answer"
     answered = count_rows(len(found.answered))
     yield f"  {what:8} {listed([chosen.label])} ({chosen.label_reason})"
     yield f"           {answered} with {KNOWN[found.kind]}, {found.unanswered:,} without"
+    if found.test:
+        yield f"           {count_rows(len(found.test))} for the test alone"
     if found.kind == "classify":
         yield f"  classes  {len(found.classes)}: {in_brief(found.classes)}"
     if found.schema is not None:
@@ -234,6 +243,7 @@ def tell_doubts(found: Look, too_long: int) -> Iterator[str]:
         )
     if found.kind == "classify":
         doubts += in_part(doubtful_labels(found), indent="")
+        doubts += in_part(new_labels(found), indent="")
         doubts += in_part(contradictions(found.rows), indent="")
     if doubts:
         yield "Look at:"
@@ -250,14 +260,16 @@ def tell_count(found: Look) -> Iterator[str]:
             f"student; label {FEWEST_ANSWERED} at least, better {GOOD_ANSWERED}"
         )
     elif answered < GOOD_ANSWERED:
-        judged = choose_shares(answered, found.unanswered).carve["test"] * answered
-        # Half of the 95 % interval of a share of one half, the widest there is.
-        points = 98 / math.sqrt(judged)
-        yield (
-            f"{count_rows(answered)} with {KNOWN[found.kind]}: few; about {judged:.0f} of them "
-            f"judge the student, which tell its accuracy to ±{points:.0f} points only; "
-            f"{GOOD_ANSWERED} are a good start"
-        )
+        few = f"{count_rows(answered)} with {KNOWN[found.kind]}: few; "
+        if not found.test:
+            judged = choose_shares(answered, found.unanswered).carve["test"] * answered
+            # Half of the 95 % interval of a share of one half, the widest there is.
+            points = 98 / math.sqrt(judged)
+            few += (
+                f"about {judged:.0f} of them judge the student, which tell its accuracy to "
+                f"±{points:.0f} points only; "
+            )
+        yield f"{few}{GOOD_ANSWERED} are a good start"
 
 
 def tell_classes(found: Look) -> Iterator[str]:

@@ -145,13 +145,15 @@ def distill(
 
 class Taught(NamedTuple):
     """The prepared rows, the local teacher if there is one, the teacher's identity and its
-    labels. `check`: the teacher beside its rivals, where rows can tell."""
+    labels. `check`: the teacher beside its rivals, where rows can tell. `leaning`: what to tell of
+    labels that lean to one class."""
 
     data: PreparedDataset
     local: PreparedTeacher | None
     identity: str
     labels: TeacherLabels
     check: TeacherCheck | None = None
+    leaning: str | None = None
 
 
 class Made(NamedTuple):
@@ -206,10 +208,11 @@ def made_student(
         columns=recipe.dataset.columns,
         fields=recipe.dataset.fields,
     )
+    # Beside what the training itself has decided.
+    told = [taught.leaning] if taught.leaning else []
     if recipe.student.training.soft_weight == "auto" and taught.check:
-        # Beside what the training itself has decided.
-        told = (*taught.check.decisions, *student.decisions)
-        student = student.model_copy(update={"decisions": told})
+        told += taught.check.decisions
+    student = student.model_copy(update={"decisions": (*told, *student.decisions)})
     return Made(taught, teacher, student, model, report)
 
 
@@ -270,10 +273,11 @@ def labelled_rows(
     if recipe.task.kind == "classify":
         check = compare_teacher(recipe, data, local, identity, again)
     labels = labelled(train_rows, recipe, identity, served, again)
+    leaning = None
     if recipe.task.kind == "classify":
         gold = data.rows_if_any("gold")
-        check_shares(labels, gold, recipe.teacher.largest_shift, recipe.task.other)
-    return Taught(data, local, identity, labels, check)
+        leaning = check_shares(labels, gold, recipe.teacher.largest_shift, recipe.task.other)
+    return Taught(data, local, identity, labels, check, leaning)
 
 
 def compare_teacher(

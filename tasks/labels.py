@@ -22,7 +22,7 @@ from distillery.labels.labelling import Slots
 from distillery.labels.quote import named_tokenizer, quote, token_counter
 from distillery.labels.report import read_report
 from distillery.labels.store import LabelStore
-from distillery.labels.trust import refuse_collapsed
+from distillery.labels.trust import leaning, refuse_collapsed
 from distillery.machine import usable_cores
 from distillery.markdown import escape
 from distillery.recipe import FilterRecipe, OtherRecipe, PromptRecipe, Recipe, TeacherRecipe
@@ -203,12 +203,13 @@ def labelled(
 
 def check_shares(
     labels: TeacherLabels, gold: Rows | None, largest_shift: float, other: OtherRecipe | None = None
-) -> None:
+) -> str | None:
     """Raise TeacherError for labels that have collapsed, or whose shares are far from those of the
-    gold rows. The class `other` counts on neither side: how many rows a file names for it says
-    nothing about how many there are among the others."""
+    gold rows. Return what to tell of labels that lean to one class less far; None if they don't.
+    The class `other` counts on neither side: how many rows a file names for it says nothing about
+    how many there are among the others."""
     if gold is None:
-        return
+        return None
     store = ArtifactStore()
     given = read_report(store.fetch(labels.artifact)).letters
     expected = Counter(
@@ -220,6 +221,7 @@ def check_shares(
         # Labels that are all of the class stay: a teacher that says nothing else has collapsed.
         given = {name: count for name, count in given.items() if name != other.label} or given
     refuse_collapsed(given, expected, largest_shift)
+    return leaning(given, expected)
 
 
 def measured_against(rows: Rows, recipe: Recipe, identity: str) -> TeacherLabels:

@@ -41,10 +41,12 @@ class StageProgress:
     ) -> None:
         """Record that `done` of `of` units are done. The rate, and with it the time left where the
         stage does not know it better, is measured from the last call on before any unit is done.
+        Fewer units than before, or others, begin a new count.
 
         Without a unit, the line is the text alone: there is no rate of parts that take unequal
         times."""
-        if not self.unit or done == self._first_done:
+        is_new = unit != self.unit or done < self.done
+        if is_new or done == self._first_done:
             self._first_done, self._first_at = done, time.monotonic()
         self.done, self.of, self.unit, self.text = done, of, unit, text
         self._seconds_left = seconds_left

@@ -15,6 +15,7 @@ from distillery.models.base import base_folder, license_of, remote_code_allowed
 from distillery.models.device import check_gpu
 from distillery.models.inspect import model_and_adapter
 from distillery.models.load import load_tokenizer
+from distillery.progress import shown_by
 from distillery.recipe import BaseModelRecipe, HealingRecipe, Layers, PromptRecipe, TrainingRecipe
 from distillery.records import Rows, StudentCheckpoint, TeacherLabels
 from distillery.storage.artifacts import ArtifactStore
@@ -25,7 +26,7 @@ from distillery.training.inputs import rationale_instruction, read_training_inpu
 from distillery.training.loop import TrainingProgress, TrainingResult
 from distillery.training.tracking import Log, tracked
 from tasks.parent import check_parent
-from tasks.progress import conclude, show, show_bytes, show_parts
+from tasks.progress import conclude, show, show_bytes, show_parts, show_rows
 from tasks.stage import is_recorded, origin, own_key, produced_by, stage
 
 
@@ -79,25 +80,26 @@ def train(
                 inputs.set_aside_count,
             )
         if inputs.classes:
-            show_parts(0, 1, "linear probes, before the first step")
-        result = fine_tune(
-            model,
-            adapter,
-            inputs.rows,
-            inputs.validation,
-            training,
-            folder,
-            layers=layers,
-            healing=healing,
-            # An adapter alone would be put on the base model, and this one is for the start's
-            # weights.
-            whole=start is not None,
-            remote_code=remote_code,
-            progress=partial(_report, track, len(healing)),
-            checkpoints=StageCheckpoints(store, own_key()),
-            classes=inputs.classes,
-            answer_format=inputs.format,
-        )
+            show_parts(0, 1, "loading the model for linear probes, before the first step")
+        with shown_by(show_rows):
+            result = fine_tune(
+                model,
+                adapter,
+                inputs.rows,
+                inputs.validation,
+                training,
+                folder,
+                layers=layers,
+                healing=healing,
+                # An adapter alone would be put on the base model, and this one is for the start's
+                # weights.
+                whole=start is not None,
+                remote_code=remote_code,
+                progress=partial(_report, track, len(healing)),
+                checkpoints=StageCheckpoints(store, own_key()),
+                classes=inputs.classes,
+                answer_format=inputs.format,
+            )
         artifact = store.put(folder)
     conclude(_summary(len(inputs.rows), result))
     return StudentCheckpoint(

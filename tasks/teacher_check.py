@@ -20,6 +20,7 @@ from distillery.evaluation.soft_weight import calibrated_share
 from distillery.evaluation.statistics import paired_interval
 from distillery.labels.files import read_labels
 from distillery.models.base import base_folder, remote_code_allowed
+from distillery.progress import shown_by
 from distillery.recipe import BaseModelRecipe, PromptRecipe
 from distillery.records import (
     Example,
@@ -57,9 +58,10 @@ def check_teacher(
     if TFIDF_ON_GOLD in baselines:
         answers[TFIDF_ON_GOLD] = baselines[TFIDF_ON_GOLD]
     if prompt.answer == "class" and len({row.answer_key for row in gold_rows}) > 1:
-        show_parts(0, 1, "a linear probe of the base model")
+        show_parts(0, 1, "loading the base model for a linear probe")
         states = TextStates(base_folder(base, show_bytes), remote_code_allowed(base))
-        answers[PROBE] = classify_states(states, gold_rows, examples, prompt)
+        with shown_by(show_rows):
+            answers[PROBE] = classify_states(states, gold_rows, examples, prompt)
         states.unload()
     if isinstance(teacher, OnnxModel):
         scored = score_model(

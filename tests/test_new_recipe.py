@@ -141,17 +141,51 @@ def test_few_rows_with_a_label_are_told_with_what_they_can_tell() -> None:
     assert "rows with a label: few" not in run("some.csv")
 
 
-def test_a_file_of_test_rows_is_added_as_the_recipes_comment_says() -> None:
-    write_csv(Path("notes.csv"), texts(100, 300))
-    write_csv(Path("held-out.csv"), [{**row, "text": f"Later: {row['text']}"} for row in texts(60)])
-    run("notes.csv")
-    text = Path("notes.yaml").read_text()
-    assert "{train: [...], test: [FILE]}; give test's share below to gold." in text
-    text = text.replace("{train: [notes.csv]}", "{train: [notes.csv], test: [held-out.csv]}")
-    before = "{gold: 0.45, validation: 0.15, test: 0.4}"
-    Path("notes.yaml").write_text(text.replace(before, "{gold: 0.85, validation: 0.15}"))
-    assert checked("notes.yaml").dataset.roles == {"gold", "train", "validation", "test"}
-    assert "60 test" in str(next(check_data(load_recipe("notes.yaml"))))
+def held_out(count: int) -> list[dict[str, Any]]:
+    return [{**row, "text": f"Later: {row['text']}"} for row in texts(count)]
+
+
+def test_a_file_of_test_rows_leaves_all_others_to_train() -> None:
+    write_csv(Path("notes.csv"), texts(150, 300))
+    write_csv(Path("held-out.csv"), held_out(60))
+    said = run("notes.csv", test=[Path("held-out.csv")])
+    assert "Read 510 rows of notes.csv, held-out.csv" in said
+    assert "60 rows for the test alone" in said
+    assert "test       60 rows: they judge the student" in said
+    assert "150 rows with a label: few; 200 are a good start" in said
+    recipe = checked("notes.yaml")
+    assert recipe.dataset.files == {"train": ("notes.csv",), "test": ("held-out.csv",)}
+    assert recipe.dataset.carve == {"gold": 0.85, "validation": 0.15}
+    first = Path("notes.yaml").read_text().splitlines()[0]
+    assert first == "# Made by: distillery new notes.csv --test=held-out.csv"
+
+
+def test_what_is_wrong_in_a_file_of_test_rows_is_told() -> None:
+    write_csv(Path("notes.csv"), texts(200, 300))
+    rows = held_out(60)
+    rows[3]["label"], rows[5]["label"] = "", "River"
+    write_csv(Path("held-out.csv"), rows)
+    said = run("notes.csv", test=[Path("held-out.csv")])
+    assert "  held-out.csv:5: label: empty, but rows of test need an answer; fill it in" in said
+    assert "  held-out.csv:7: label 'River': no row of notes.csv has it" in said
+    write_csv(Path("held-out.csv"), texts(20))
+    said = run("notes.csv", test=[Path("held-out.csv")], force=True)
+    assert "a run would stop: " in said
+    assert "may not stand in validation or test too" in said
+    assert "notes.csv:2 = held-out.csv:2" in said
+    write_csv(Path("held-out.csv"), texts(0, 20))
+    with pytest.raises(DataError, match=r"held-out\.csv:2: label: empty, but rows of test need"):
+        run("notes.csv", test=[Path("held-out.csv")], force=True)
+    write_csv(Path("held-out.csv"), [{"text": "a", "answer": "river"}])
+    with pytest.raises(DataError, match=r"held-out\.csv: no column 'label', only 'text', 'answer'"):
+        run("notes.csv", test=[Path("held-out.csv")], force=True)
+
+
+def test_ids_that_test_rows_share_with_others_name_no_row() -> None:
+    write_csv(Path("notes.csv"), [{"id": n, **row} for n, row in enumerate(texts(200, 100))])
+    write_csv(Path("held-out.csv"), [{"id": n, **row} for n, row in enumerate(held_out(60))])
+    run("notes.csv", test=[Path("held-out.csv")])
+    assert checked("notes.yaml").dataset.columns.id is None
 
 
 def test_long_texts_raise_the_limit_of_the_prompt_that_the_student_has() -> None:
@@ -285,3 +319,25 @@ def test_without_a_column_of_answers_it_is_one_line() -> None:
         run("words.jsonl", task="extract")
     with pytest.raises(DataError, match=r"no column looks like answers among 'text', 'more'"):
         run("words.jsonl", task="generate")
+
+
+def test_fields_in_columns_of_their_own_and_dictionaries_of_python_are_told_with_a_remedy() -> None:
+    rows: list[dict[str, Any]] = []
+    for number in range(120):
+        fields = {
+            "place": ["bar", "hall"][number % 2],
+            "day": ["Monday", "Friday"][number // 2 % 2],
+        }
+        rows.append({"message": f"Number {number} in the evening", **fields})
+    empty = {"message": "And a last one", "place": "", "day": ""}
+    write_csv(Path("columns.csv"), [*rows, empty])
+    with pytest.raises(DataError, match=r"'place', 'day'; .* put them into a column of JSON"):
+        run("columns.csv")
+    with pytest.raises(DataError, match=r"a column for each field, put them into one, such as \{"):
+        run("columns.csv", task="extract")
+    with pytest.raises(DataError, match="no answer of the column 'place' can be read: columns"):
+        run("columns.csv", task="extract", label="place")
+    printed = [{"message": row.pop("message"), "fields": str(row)} for row in rows]
+    write_csv(Path("printed.csv"), [*printed, {"message": "And a last one", "fields": ""}])
+    with pytest.raises(DataError, match=r"in braces that are no JSON .* write the column by json"):
+        run("printed.csv")

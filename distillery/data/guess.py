@@ -83,6 +83,15 @@ class Column:
         return self.objects > apart
 
     @property
+    def may_be_dicts(self) -> bool:
+        """Whether more than half of the values are in braces and no JSON objects, such as the
+        dictionaries that Python prints."""
+        in_braces = sum(
+            count for text, count in self.counts.items() if text[0] == "{" and text[-1] == "}"
+        )
+        return 2 * (in_braces - self.objects) > self.filled
+
+    @property
     def may_be_text(self) -> bool:
         return (
             self.filled > self.other
@@ -195,6 +204,7 @@ def choose_columns(
     if kind is None:
         labels = columns.keys() - set(texts) if label is None else {label}
         kind = "extract" if any(columns[name].may_be_fields for name in labels) else "classify"
+    refuse_dicts(columns, texts, label)
     if kind == "classify":
         chosen_label, label_reason = choose_label(columns, texts, label)
     else:
@@ -207,6 +217,17 @@ def choose_columns(
             "columns into the file's first line, such as text,label"
         )
     return ChosenColumns(chosen_texts, chosen_label, text_reason, label_reason, kind)
+
+
+def refuse_dicts(columns: Mapping[str, Column], texts: Sequence[str], label: str | None) -> None:
+    """Raise DataError for answers that are meant as JSON objects, and are none."""
+    for name in [label] if label else [name for name in columns if name not in texts]:
+        if columns[name].may_be_dicts:
+            raise DataError(
+                f"the column {name!r} has values in braces that are no JSON objects, such as "
+                f"{next(iter(columns[name].counts))[:60]}; JSON has double quotes, null, true and "
+                "false: in Python, write the column by json.dumps"
+            )
 
 
 def choose_answer(
@@ -227,8 +248,13 @@ def choose_answer(
             f"the answer may be any of the columns {listed(found)}; name it, such as "
             f"--label {found[0]}"
         )
-    looks = "JSON objects" if kind == "extract" else "answers"
-    raise DataError(f"no column looks like {looks} among {listed(columns)}; name it by --label")
+    if kind == "extract":
+        raise DataError(
+            f"no column looks like JSON objects among {listed(columns)}; with a column for each "
+            'field, put them into one, such as {"place": "bar", "people": 4}, and leave that empty '
+            "in the rows that the teacher answers"
+        )
+    raise DataError(f"no column looks like answers among {listed(columns)}; name it by --label")
 
 
 def choose_label(
@@ -248,9 +274,12 @@ def choose_label(
         if len(found) == 1:
             return found[0], reason
         if found:
+            hint = ""
+            if reason != "by name":
+                hint = "; if they are fields of one answer, put them into a column of JSON objects"
             raise DataError(
                 f"the label may be any of the columns {listed(found)}; name it, such as "
-                f"--label {found[0]}"
+                f"--label {found[0]}{hint}"
             )
     raise DataError(
         f"no column looks like a label, which has few values that repeat, among {listed(columns)}; "

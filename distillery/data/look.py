@@ -21,6 +21,7 @@ from distillery.data.guess import (
     choose_columns,
     column_contents,
     guess_schema,
+    listed,
 )
 from distillery.data.near_duplicates import SimilarRows
 from distillery.data.readers import open_table, refuse_equal_columns
@@ -40,6 +41,10 @@ TYPING_ERROR_LENGTH = 4
 
 TYPING_ERROR_RATIO = 5
 """How many times as often as its typing error a label occurs at least."""
+
+
+ReadRow = tuple[str, dict[str, Any], str]
+"""Where a row of a file stands, as FILE:LINE, its values and its fault."""
 
 
 class FoundRow(NamedTuple):
@@ -63,8 +68,8 @@ class Look:
     """What was found in the files.
 
     `rows` are the valid ones and `bad` says of each other one, as FILE:LINE, what is wrong and what
-    to do. `with_ids`: there is a column id, whose values are unique. `schema`: of answers that are
-    objects.
+    to do. `test` are the valid rows of `test_files`, which are for the test alone. `with_ids`:
+    there is a column id, whose values are unique. `schema`: of answers that are objects.
     """
 
     files: tuple[str, ...]
@@ -73,6 +78,8 @@ class Look:
     with_ids: bool
     rows: tuple[FoundRow, ...]
     bad: tuple[str, ...]
+    test_files: tuple[str, ...] = ()
+    test: tuple[FoundRow, ...] = ()
     schema: dict[str, Any] | None = None
 
     @property
@@ -103,16 +110,16 @@ def look(
     texts: Sequence[str] = (),
     label: str | None = None,
     kind: Kind | None = None,
+    test: Sequence[Path] = (),
 ) -> Look:
-    """Return what is in the files. `texts` and `label` are the columns that the user has named, and
-    `kind` the kind of task.
+    """Return what is in the files, and in those of `test` rows. `texts` and `label` are the columns
+    that the user has named, and `kind` the kind of task.
 
     Raises DataError for a file that can't be read, columns that are not clear (guess.py), no valid
     row and fewer than two labels.
     """
-    found_rows = []
-    for path in paths:
-        found_rows += rows_of(path)
+    found_rows = [row for path in paths for row in rows_of(path)]
+    test_rows = [row for path in test for row in rows_of(path)]
     whole = [values for _, values, fault in found_rows if not fault]
     if not whole:
         where, _, fault = found_rows[0]
@@ -121,28 +128,26 @@ def look(
     chosen = choose_columns(columns, texts, label, kind)
     schema = None
     if chosen.kind == "extract":
-        schema = guess_schema(values.get(chosen.label) for values in whole)
+        answers = [values.get(chosen.label) for values in whole]
+        answers += [values.get(chosen.label) for _, values, fault in test_rows if not fault]
+        schema = guess_schema(answers)
     reader = reader_of(chosen, schema)
-    rows, bad = [], []
-    for where, values, fault in found_rows:
-        if fault:
-            bad.append(f"{where}: {fault}")
-            continue
-        try:
-            example = to_example(values, reader, where)
-        except DataError as error:
-            bad.append(str(error))
-        else:
-            rows.append(FoundRow(where, example, content_of_row(example)))
+    rows, bad = valid_rows(found_rows, reader)
     if not rows:
         raise DataError(bad[0])
+    refuse_other_columns(test, test_rows, chosen)
+    judging, bad_test = valid_rows(test_rows, reader, needs_answer=True)
+    if test and not judging:
+        raise DataError(bad_test[0])
     found = Look(
         files=tuple(map(str, paths)),
         columns=tuple(columns),
         chosen=chosen,
-        with_ids=ids_are_unique(whole),
+        with_ids=ids_are_unique([*whole, *(values for _, values, _ in test_rows)]),
         rows=tuple(rows),
-        bad=tuple(bad),
+        bad=(*bad, *bad_test),
+        test_files=tuple(map(str, test)),
+        test=tuple(judging),
         schema=schema,
     )
     if found.kind == "classify" and len(found.classes) < 2:
@@ -151,6 +156,8 @@ def look(
             "two or more; label some rows, or name another column by --label"
         )
     if not found.answered:
+        if bad:
+            raise DataError(f"no answer of the column {chosen.label!r} can be read: {bad[0]}")
         raise DataError(
             f"the column {chosen.label!r} is empty in every row; fill it in for some rows, or name "
             "another column by --label"
@@ -158,7 +165,44 @@ def look(
     return found
 
 
-def rows_of(path: Path) -> list[tuple[str, dict[str, Any], str]]:
+def refuse_other_columns(
+    paths: Sequence[Path], rows: Sequence[ReadRow], chosen: ChosenColumns
+) -> None:
+    """Raise DataError where the test rows in `paths` lack a column that was chosen."""
+    present = list(dict.fromkeys(name for _, values, _ in rows for name in values))
+    for column in (*chosen.texts, chosen.label):
+        if rows and column not in present:
+            raise DataError(
+                f"{', '.join(map(str, paths))}: no column {column!r}, only {listed(present)}; name "
+                "the columns of test rows as those of the others"
+            )
+
+
+def valid_rows(
+    rows: Sequence[ReadRow], reader: RowReader, needs_answer: bool = False
+) -> tuple[list[FoundRow], list[str]]:
+    """Return the valid rows, and of each other one what is wrong and what to do."""
+    found, bad = [], []
+    for where, values, fault in rows:
+        if fault:
+            bad.append(f"{where}: {fault}")
+            continue
+        try:
+            example = to_example(values, reader, where)
+        except DataError as error:
+            bad.append(str(error))
+            continue
+        if needs_answer and example.answer_key is None:
+            bad.append(
+                f"{where}: {reader.columns.answer}: empty, but rows of test need an answer; fill "
+                "it in, or remove the row"
+            )
+        else:
+            found.append(FoundRow(where, example, content_of_row(example)))
+    return found, bad
+
+
+def rows_of(path: Path) -> list[ReadRow]:
     """Return where each row of a file stands, its values and its fault.
 
     Raises DataError for a file that can't be read, has no rows or is not separated by commas."""
@@ -281,6 +325,20 @@ def same_spelling(first: str, second: str) -> bool:
         for label in (first, second)
     ]
     return folded[0] == folded[1] != ""
+
+
+def new_labels(found: Look) -> list[str]:
+    """Return a line for each label that test rows alone have."""
+    first: dict[str, str] = {}
+    for row in found.test:
+        first.setdefault(str(row.example.answer_key), row.where)
+    known = found.classes
+    return [
+        f"{where}: label {label!r}: no row of {', '.join(found.files)} has it, so that nothing "
+        "learns it; correct it, or label some rows so"
+        for label, where in first.items()
+        if label not in known
+    ]
 
 
 def one_typing_error(first: str, second: str) -> bool:

@@ -32,7 +32,7 @@ from distillery.evaluation.scoring import (
 )
 from distillery.evaluation.statistics import difference_interval
 from distillery.machine import machine_name, usable_cores
-from distillery.progress import ShowProgress, show_nothing
+from distillery.progress import ShowProgress, show_nothing, shown_by
 from distillery.recipe import Columns, PromptRecipe
 from distillery.records import Example, Interval, ScoreRow
 
@@ -79,9 +79,10 @@ def evaluate(
     answers: dict[str, Answers] = {GOLD: letters, **baselines}
     doubtful: list[Doubtful] = []
     if states is not None:
-        progress(0, len(examples), "linear probe")
-        answers[PROBE] = classify_states(states, gold, examples, prompt)
-        doubtful = doubtful_by_probe(states, gold, validation, prompt)
+        progress(0, len(examples), "loading the base model for a linear probe")
+        with shown_by(progress):
+            answers[PROBE] = classify_states(states, gold, examples, prompt)
+            doubtful = doubtful_by_probe(states, gold, validation, prompt)
         states.unload()
     probabilities: dict[str, Sequence[Probabilities]] = {}
     teacher_name = TEACHER

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from distillery.evaluation.scoring import Probabilities
 from distillery.models.device import choose_device, linear_layers_cast
 from distillery.models.load import load_model, pad_id
+from distillery.progress import show_rows
 from distillery.prompts import TransformersTokenizer, render_ids
 from distillery.recipe import PromptRecipe
 from distillery.records import Example
@@ -67,6 +68,7 @@ class TextStates:
         new = sorted(set(prompts) - self.known.keys(), key=lambda ids: (len(ids), ids))
         with torch.inference_mode(), device.autocast(), linear_layers_cast(model, device):
             for start in range(0, len(new), BATCH_SIZE):
+                show_rows(start, len(new), "reading for a linear probe")
                 picked = new[start : start + BATCH_SIZE]
                 inputs = padded_inputs(picked, padding, model.device)
                 states = model.get_decoder()(**inputs, use_cache=False).last_hidden_state.float()

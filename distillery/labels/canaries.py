@@ -26,7 +26,7 @@ from distillery.teacher.budget import Spending
 from distillery.teacher.endpoint import Endpoint
 from distillery.teacher.failures import TOO_LARGE
 from distillery.teacher.ledger import Payer
-from distillery.teacher.pace import Pace
+from distillery.teacher.pace import Pace, pace_of
 from distillery.teacher.reply import Completion
 
 FIRST_ANSWERS = 1000
@@ -88,7 +88,8 @@ async def drift_of(
         if question.key in before:
             before[question.key] = read_again(question, before[question.key], recipe)
     answered_before = [row_questions for row_questions in asked if all_in(row_questions, before)]
-    fresh = await ask_again(answered_before, recipe, endpoint, store, slots, payer or Payer())
+    pace = pace_of(recipe, endpoint, store.database)
+    fresh = await ask_again(answered_before, recipe, endpoint, store, pace, slots, payer or Payer())
     after = {answer.request_key: answer for answer in fresh}
     compared = [row_questions for row_questions in answered_before if all_in(row_questions, after)]
     changed = []
@@ -111,12 +112,12 @@ async def ask_again(
     recipe: TeacherRecipe,
     endpoint: Endpoint,
     store: LabelStore,
+    pace: Pace,
     slots: Slots,
     payer: Payer,
 ) -> list[StoredAnswer]:
     """Ask all questions of these rows and return the answers that come."""
     calls_at_a_time = asyncio.Semaphore(recipe.concurrency)
-    pace = Pace(recipe.concurrency, recipe.requests_per_minute, recipe.tokens_per_minute)
     async with (
         Spending.shared(recipe, payer, store.database, store.flush) as spending,
         Teacher(

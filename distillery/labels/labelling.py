@@ -27,7 +27,7 @@ from distillery.teacher.budget import Spending, cost_of
 from distillery.teacher.endpoint import Endpoint
 from distillery.teacher.failures import TOO_LARGE
 from distillery.teacher.ledger import CALLS, Payer, Purpose, sum_of, totals
-from distillery.teacher.pace import Pace, Stopped
+from distillery.teacher.pace import Pace, Stopped, pace_of
 from distillery.teacher.reply import Completion
 
 LOOKUP_ROWS = 1000
@@ -91,7 +91,7 @@ async def label(
     total = rows or 0
     if isinstance(examples, Sequence):
         total = len(examples)
-    pace = Pace(recipe.concurrency, recipe.requests_per_minute, recipe.tokens_per_minute)
+    pace = pace_of(recipe, endpoint, store.database)
     payer = payer or Payer()
     with label_files(out, prompt, recipe) as files:
         run = LabellingRun(

@@ -1,11 +1,23 @@
 """Whether a teacher's labels are worth training on, before a student is trained."""
 
+import logging
+import math
 from collections.abc import Mapping
 
 from distillery.errors import TeacherError
 
+_log = logging.getLogger(__name__)
+
 NEARLY_ALL = 0.95
 """Share of one answer among the labels from which they count as nearly all the same."""
+
+
+LARGEST_RISE = 0.1
+"""How much larger an answer's share of the labels may be than that of the gold answers, before
+anybody is told."""
+
+STANDARD_ERRORS = 3
+"""How many of its standard errors such a difference has, for it to be no chance."""
 
 
 def total_variation(labels: Mapping[str, int], gold: Mapping[str, int]) -> float:
@@ -47,3 +59,27 @@ def refuse_collapsed(
             f"distance; {answer!r}: {share:.0%} for {expected:.0%}), more than "
             f"teacher.largest_shift ({largest_shift:g}); {way_out}"
         )
+
+
+def leaning(labels: Mapping[str, int], gold: Mapping[str, int]) -> str | None:
+    """Return what to tell of labels that lean to one answer, and warn of it in the log: its share
+    is more than LARGEST_RISE above that of the gold answers, and by more than chance. None for
+    labels that do not, and where there is nothing to compare.
+
+    `labels` and `gold` are counts by answer."""
+    given, known = sum(labels.values()), sum(gold.values())
+    if not given or not known:
+        return None
+    rises = {key: labels[key] / given - gold.get(key, 0) / known for key in labels}
+    answer = max(rises, key=lambda key: rises[key])
+    together = (labels[answer] + gold.get(answer, 0)) / (given + known)
+    error = math.sqrt(together * (1 - together) * (1 / given + 1 / known))
+    if rises[answer] <= max(LARGEST_RISE, STANDARD_ERRORS * error):
+        return None
+    told = (
+        f"the labels lean to {answer!r}: {labels[answer] / given:.0%} of them, but "
+        f"{gold.get(answer, 0) / known:.0%} of the gold answers; check some of these rows: where "
+        "the teacher is wrong, the student learns it too, and gold rows like them would help"
+    )
+    _log.warning("%s", told)
+    return told

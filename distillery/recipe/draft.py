@@ -22,21 +22,25 @@ class Shares(NamedTuple):
     left: float
 
 
-def choose_shares(answered: int, unanswered: int) -> Shares:
+def choose_shares(answered: int, unanswered: int, with_test: bool = False) -> Shares:
     """Return the shares of `answered` rows, beside which there are `unanswered` ones.
 
-    test: a fifth, of 200 to 500 rows, but at most 40 %. validation: a tenth, of 50 to 200 rows, but
-    at most 15 %. gold: the rest, save the rows that the teacher needs to have FEWEST_LABELLED of
-    the training rows to label.
+    test: a fifth, of 200 to 500 rows, but at most 40 %; none `with_test` rows in a file of their
+    own. validation: a tenth, of 50 to 200 rows, but at most 15 %. gold: the rest, save the rows
+    that the teacher needs to have FEWEST_LABELLED of the training rows to label.
     """
     test = min(max(answered / 5, 200), 500, 0.4 * answered) / answered
+    if with_test:
+        test = 0.0
     validation = min(max(answered / 10, 50), 200, 0.15 * answered) / answered
     training = (1 - test - validation) * answered
     missing = max(0.0, FEWEST_LABELLED * (training + unanswered) - unanswered)
     left = round(missing / answered, 3)
     test, validation = round(test, 3), round(validation, 3)
     gold = round(1 - test - validation - left, 3)
-    carve: Carved = {"gold": gold, "validation": validation, "test": test}
+    carve: Carved = {"gold": gold, "validation": validation}
+    if test:
+        carve["test"] = test
     return Shares(carve, left)
 
 
@@ -52,6 +56,7 @@ def draft(
     command: str,
     kind: Literal["classify", "extract", "generate"] = "classify",
     schema: Mapping[str, Any] | None = None,
+    test_files: Sequence[str] = (),
 ) -> str:
     """Return the YAML of a recipe.
 
@@ -67,8 +72,12 @@ def draft(
         command: How the recipe was made, for its first line.
         kind: task.kind.
         schema: task.schema, with kind: extract.
+        test_files: Paths of the files of test rows, if they have files of their own.
     """
     known = "a label" if kind == "classify" else "an answer"
+    in_files = {"train": list(files)}
+    if test_files:
+        in_files["test"] = list(test_files)
     lines = [
         f"# Made by: {command}",
         "# Settings that are left out have defaults; the documentation of recipes lists them all.",
@@ -78,16 +87,15 @@ def draft(
         "",
         "dataset:",
         "  source: files",
-        "  # Relative paths start at the folder that the run starts in. With test rows in",
-        "  # a file of their own: {train: [...], test: [FILE]}; give test's share below to gold.",
-        f"  files: {{train: {in_yaml(list(files))}}}",
+        "  # Relative paths start at the folder that the run starts in.",
+        f"  files: {in_yaml(in_files)}",
         *column_lines(texts, label, ids_are_unique, kind),
         f"  # Shares of the rows with {known}. gold: the "
         + ("teacher and the student learn" if teacher == "local" else "student learns")
         + " from them.",
         "  # validation: they "
         + ("check the teacher and " if kind == "classify" else "")
-        + "choose settings. test: they judge the student.",
+        + f"choose settings. test{' (files)' if test_files else ''}: they judge the student.",
         "  # Validation and test rows train nothing.",
         *left_lines(shares, known),
         f"  carve: {in_yaml(shares.carve)}",

@@ -166,7 +166,7 @@ class TeacherRecipe(Slice):
     """Whether a labelling ends in an error if no row gets a label, whatever the reason."""
 
     added_later: ClassVar[frozenset[str]] = frozenset(
-        {"terms", "largest_shift", "insist", "max_age", "stop"}
+        {"terms", "largest_shift", "insist", "max_age", "stop", "shared_pace"}
     )
 
     kind: Literal["endpoint", "local", "gold", "file"] = "endpoint"
@@ -219,8 +219,14 @@ class TeacherRecipe(Slice):
     tokens_per_minute: int | None = Field(None, gt=0)
     """The endpoint's limit on tokens, if its headers do not tell it. null: no limit of our own."""
 
+    shared_pace: bool = Field(False, exclude_if=lambda shared: not shared)
+    """Divide the endpoint's limits per minute, those above or those in its headers, evenly among
+    the runs that ask the same model there at the time, by the label database. It counts the runs
+    that have this setting. false: each run takes the limits for its own."""
+
     shared_limit: str | None = None
-    """A Prefect concurrency limit that this run's calls share with other runs. null: none."""
+    """A Prefect concurrency limit: the most calls at a time of all runs that name it. null:
+    none."""
 
     timeout_s: float = Field(60.0, gt=0)
     """Seconds that one attempt of a call may take."""

@@ -46,7 +46,7 @@ from distillery.teacher.ledger import (
     new_call_id,
 )
 from distillery.teacher.options import MOST_LOGPROBS, CallOptions
-from distillery.teacher.pace import Pace
+from distillery.teacher.pace import Pace, pace_of
 from distillery.teacher.reply import Completion, read_completion, usage_of
 
 BACKOFF = wait_exponential(multiplier=0.5, max=30) + wait_random(0, 0.5)
@@ -89,9 +89,7 @@ class Teacher:
     ) -> None:
         self._recipe = recipe
         self._endpoint = endpoint
-        self._pace = pace or Pace(
-            recipe.concurrency, recipe.requests_per_minute, recipe.tokens_per_minute
-        )
+        self._pace = pace or pace_of(recipe, endpoint)
         self._spending = spending or Spending(recipe.budget, recipe.prices, section=recipe.section)
         self._demand_log_probabilities = demand_log_probabilities
         self._book = book or NoBook()
@@ -119,6 +117,7 @@ class Teacher:
         await self._client.close()
         if self._credential:
             await self._credential.close()
+        await self._pace.leave()
 
     async def ask(
         self,

@@ -5,7 +5,7 @@ and falls by 30 % at a sign of overload (additive increase, multiplicative decre
 Analysis of the Increase and Decrease Algorithms, 1989). The limits that the endpoint reports, and
 the time after which it wants to be asked again, hold for every worker. When only failures come, a
 circuit breaker (Nygard, Release It!, 2007) lets one call through at a time, after growing pauses,
-until one succeeds.
+until one succeeds. The limits per minute may be shared with other runs.
 """
 
 import asyncio
@@ -14,6 +14,11 @@ import re
 import time
 from collections import deque
 from collections.abc import Mapping
+
+from distillery.recipe import TeacherRecipe
+from distillery.storage.database import Database
+from distillery.storage.sharers import Sharers
+from distillery.teacher.endpoint import Endpoint
 
 LONGEST_WAIT_S = 120.0
 """The longest that a header of the endpoint makes the workers wait."""
@@ -67,6 +72,9 @@ class Pace:
       failed trial doubles the pause before the next, up to LONGEST_PAUSE_S. A call from before the
       opening is no trial: its failure lengthens no pause.
     - After `stop` no turn is given: those who wait and those who come later get Stopped.
+    - With `sharers`, each call takes from the limits as much as that many runs would. This run
+      joins them at its first turn, so that one that has nothing to ask takes no share, and gives no
+      turn until the others have counted it.
     """
 
     def __init__(
@@ -74,8 +82,11 @@ class Pace:
         most_calls: int,
         requests_per_minute: int | None = None,
         tokens_per_minute: int | None = None,
+        sharers: Sharers | None = None,
     ) -> None:
         self._most_calls = most_calls
+        self._sharers = sharers
+        self._joining: asyncio.Task[None] | None = None
         self._limit = float(most_calls)
         self._slowed_at = 0.0
         self._in_flight = 0
@@ -100,6 +111,11 @@ class Pace:
         return int(self._limit)
 
     @property
+    def runs(self) -> int:
+        """How many runs share the limits."""
+        return self._sharers.count if self._sharers else 1
+
+    @property
     def silent_s(self) -> float:
         """Seconds since the first failure after the last answer; 0 if nothing has failed since."""
         if self._failing_since is None:
@@ -119,6 +135,7 @@ class Pace:
     async def turn(self, tokens: int) -> float:
         """Wait until a call of about `tokens` tokens may be made; return the time, for `done`."""
         try:
+            await self._have_joined()
             now = await self._wait_for_turn()
         except asyncio.CancelledError:
             # It may have been woken for a free turn, which is another waiter's now.
@@ -128,8 +145,28 @@ class Pace:
         if self.is_open:
             self._trial_at = now
         for name, rate in self._rates.items():
-            rate.take(now, tokens if name == "tokens" else 1)
+            rate.take(now, (tokens if name == "tokens" else 1) * self.runs)
         return now
+
+    async def _have_joined(self) -> None:
+        if self._sharers is None:
+            return
+        if self._joining is None:
+            self._joining = asyncio.create_task(self._join(self._sharers))
+        # Another worker may be cancelled: the run joins all the same.
+        await asyncio.shield(self._joining)
+
+    async def _join(self, runs: Sharers) -> None:
+        await asyncio.to_thread(runs.join)
+        if runs.count > 1:
+            # The others take larger shares until they have counted this run.
+            self._hold(time.monotonic() + runs.counted_within_s)
+
+    async def leave(self) -> None:
+        """Give this run's share of the limits back, once all its calls are made."""
+        if self._sharers and self._joining:
+            await self._joining
+            await asyncio.to_thread(self._sharers.leave)
 
     async def _wait_for_turn(self) -> float:
         while True:
@@ -206,7 +243,7 @@ class Pace:
         """Correct the tokens of a call that took `difference` more (below 0: fewer) than it was let
         through for."""
         if "tokens" in self._rates:
-            self._rates["tokens"].take(time.monotonic(), difference)
+            self._rates["tokens"].take(time.monotonic(), difference * self.runs)
 
     def _hold(self, until: float) -> None:
         self._hold_until = max(self._hold_until, until)
@@ -217,6 +254,15 @@ class Pace:
             if not waiter.done():
                 waiter.set_result(None)
                 count -= 1
+
+
+def pace_of(recipe: TeacherRecipe, endpoint: Endpoint, database: Database | None = None) -> Pace:
+    """Return the pace at which a run asks `endpoint`. With teacher.shared_pace, the runs that ask
+    the same model there share its limits by `database`."""
+    runs = None
+    if recipe.shared_pace and database:
+        runs = Sharers(database, f"{endpoint.url} {endpoint.model}")
+    return Pace(recipe.concurrency, recipe.requests_per_minute, recipe.tokens_per_minute, runs)
 
 
 def parse_duration(text: str) -> float:

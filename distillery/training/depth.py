@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distillery.models.device import choose_device, linear_layers_cast
+from distillery.progress import show_rows
 from distillery.training.batching import by_tokens, padded_inputs, read_shares, turning_point
 from distillery.training.decisions import decide
 from distillery.training.probing import short_fits
@@ -69,6 +70,7 @@ def states_by_depth(
     shape = (most, len(rows), model.config.get_text_config().hidden_size)
     found = np.zeros(shape, dtype=np.float32)
     picked: list[int] = []
+    done = 0
     shares = torch.empty(0)
 
     def watch(depth: int) -> Any:
@@ -86,7 +88,9 @@ def states_by_depth(
                 batch = [rows[index] for index in picked]
                 inputs = padded_inputs([row.prompt for row in batch], pad_id, model.device)
                 shares = read_shares(batch, inputs["input_ids"].shape[1], model.device)
+                show_rows(done, len(rows), "reading for a linear probe of each layer")
                 decoder(**inputs, use_cache=False)
+                done += len(picked)
     finally:
         for hook in hooks:
             hook.remove()

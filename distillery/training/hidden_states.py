@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from distillery.models.device import Device, linear_layers_cast
+from distillery.progress import show_rows
 from distillery.training.batching import (
     by_tokens,
     prompt_logits,
@@ -41,6 +42,8 @@ def hidden_states(
     import torch
 
     found: list[Any] = [None] * len(rows)
+    done, told = 0, "reading the states before the head"
+    show_rows(0, len(rows), told)
     model.to(device.name).eval()
     with (
         torch.inference_mode(),
@@ -52,6 +55,8 @@ def hidden_states(
             batch = states.pop()[:, -1].float().cpu()
             for index, state in zip(picked, batch, strict=True):
                 found[index] = state
+            done += len(picked)
+            show_rows(done, len(rows), told)
     return torch.stack(found)
 
 

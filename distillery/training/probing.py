@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from distillery.progress import show_rows
+
 _log = logging.getLogger(__name__)
 
 REGULARISATION = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
@@ -96,7 +98,9 @@ def best_regularisation(states: NDArray[Any], answers: Sequence[int], intercept:
         return middle
     folds: Any = StratifiedKFold(FOLDS, shuffle=True, random_state=0)  # type: ignore[no-untyped-call]
     best, best_score = middle, -np.inf
-    for value in REGULARISATION:
+    for number, value in enumerate(REGULARISATION):
+        fitted, of = number * len(states), len(REGULARISATION) * len(states)
+        show_rows(fitted, of, "fitting a linear probe")
         model: Any = LogisticRegression(C=value, fit_intercept=intercept, max_iter=200)  # type: ignore[no-untyped-call]
         scores = cross_val_score(model, states, answers, cv=folds, scoring="neg_log_loss")
         if scores.mean() > best_score:

@@ -9,6 +9,7 @@ import pytest
 from distillery.data.prepare import select_rows
 from distillery.evaluation.doubtful import Doubtful, doubtful_rows, to_cells, write_doubtful
 from distillery.evaluation.linear_probe import TextStates, cross_validated
+from distillery.progress import shown_by
 from distillery.recipe import Columns, DatasetRecipe, PromptRecipe, TaskRecipe
 from distillery.records import Example
 
@@ -146,14 +147,19 @@ def test_cross_validated_probabilities_are_not_of_rows_that_were_learnt(
     tiny_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of labels that mean nothing, a probe knows those that it has learnt and no others."""
-    monkeypatch.setattr("distillery.training.probing.best_regularisation", lambda *_, **__: 1e4)
-    rows = []
+    monkeypatch.setattr("distillery.training.probing.REGULARISATION", (1e4, 1e4))
+    rows, shown = [], []
     for number in range(40):
         rows.append(text_row(number, ("billing", "line")[number * 7 % 5 % 2], f"{number:08b}"))
     rows.append(text_row(40, "-1"))
     rows.append(text_row(41, None))
     prompt = PromptRecipe(system="", user="{text}", answer="class")
-    shares = cross_validated(TextStates(tiny_model("llama"), False), rows, prompt)
+    with shown_by(lambda *told: shown.append(told)):
+        shares = cross_validated(TextStates(tiny_model("llama"), False), rows, prompt)
+    assert shown == [
+        *((done, 40, "reading for a linear probe") for done in (0, 16, 32)),
+        *((done, 80, "fitting a linear probe") for done in (0, 40)),
+    ]
     assert shares[40:] == [None, None]
     right = 0
     for row, share in zip(rows[:40], shares, strict=False):

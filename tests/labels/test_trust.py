@@ -1,7 +1,7 @@
 import pytest
 
 from distillery.errors import TeacherError
-from distillery.labels.trust import refuse_collapsed, total_variation
+from distillery.labels.trust import leaning, refuse_collapsed, total_variation
 
 GOLD = {"billing": 20, "delivery": 20, "returns": 20}
 
@@ -37,3 +37,25 @@ def test_shares_far_from_the_gold_answers_stop_the_run() -> None:
 def test_without_gold_answers_or_labels_there_is_nothing_to_compare() -> None:
     refuse_collapsed({"returns": 980}, {}, 0.5)
     refuse_collapsed({}, GOLD, 0.5)
+
+
+def test_labels_that_lean_to_one_answer_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    gold = {key: 3 * count for key, count in GOLD.items()}
+    told = leaning({"billing": 500, "delivery": 250, "returns": 250}, gold)
+    assert told
+    assert told.startswith("the labels lean to 'billing': 50% of them, but 33% of the gold answers")
+    assert caplog.messages == [told]
+    unknown = leaning({"billing": 400, "delivery": 300, "new": 300}, GOLD)
+    assert unknown
+    assert "lean to 'new': 30% of them, but 0% of" in unknown
+
+
+def test_a_lean_that_is_small_or_may_be_chance_is_not_told(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    many = {key: 1000 * count for key, count in GOLD.items()}
+    assert leaning({"billing": 4000, "delivery": 3000, "returns": 3000}, many) is None
+    assert leaning({"billing": 50, "delivery": 25, "returns": 25}, GOLD) is None
+    assert leaning({}, GOLD) is None
+    assert leaning({"billing": 5}, {}) is None
+    assert caplog.messages == []

@@ -108,12 +108,13 @@ def run_process(
     recipe: TeacherRecipe,
     key: str = KEY,
     payer: Payer | None = None,
+    first: str = "",
 ) -> subprocess.Popen[bytes]:
     """Start a process that labels `examples` as `labelled` does, on behalf of `payer`, and may be
-    killed."""
+    killed. It runs the code `first` before."""
     rows = out.with_name(f"{out.name}.rows")
     rows.write_text("".join(row.model_dump_json() + "\n" for row in examples))
     payer = payer or Payer()
     settings = [server.url, key, url, str(rows), str(out), recipe.model_dump_json()]
     settings += [payer.run, payer.recipe]
-    return subprocess.Popen([sys.executable, "-c", RUN, *settings], stderr=subprocess.PIPE)
+    return subprocess.Popen([sys.executable, "-c", first + RUN, *settings], stderr=subprocess.PIPE)

@@ -50,7 +50,7 @@ def test_texts_of_none_do_not_count_among_the_shares(tmp_path: Path) -> None:
     gold = gold_of(tmp_path / "gold", {"billing": 20, "delivery": 20, "other": 160})
     with pytest.raises(TeacherError, match=r"the labels' shares are 0\.75 from those of the gold"):
         check_shares(labels, gold, 0.5)
-    check_shares(labels, gold, 0.5, OTHER)
+    assert check_shares(labels, gold, 0.5, OTHER) is None
     alone = gold_of(tmp_path / "alone", {"other": 160})
     check_shares(labels, alone, 0.5, OTHER)
 
@@ -60,3 +60,11 @@ def test_a_teacher_that_knows_only_the_class_of_none_has_collapsed(tmp_path: Pat
     gold = gold_of(tmp_path / "gold", {"billing": 20, "delivery": 20, "other": 20})
     with pytest.raises(TeacherError, match="100% of the labels are 'other', but 0% of the gold"):
         check_shares(labels, gold, 0.5, OTHER)
+
+
+def test_labels_that_lean_to_one_class_are_told(tmp_path: Path) -> None:
+    labels = labels_of(tmp_path / "labels", {"billing": 140, "delivery": 60})
+    gold = gold_of(tmp_path / "gold", {"billing": 50, "delivery": 50, "other": 100})
+    told = check_shares(labels, gold, 0.5, OTHER)
+    assert told
+    assert "lean to 'billing': 70% of them, but 50% of the gold answers" in told

@@ -64,6 +64,21 @@ def test_the_rate_is_measured_from_when_the_first_unit_is_begun(still: StillCloc
     assert progress.line() == "30 of 90 rows, loading student, 1.5 rows/s, 0:40 left"
 
 
+def test_a_new_count_has_a_rate_of_its_own(still: StillClock) -> None:
+    progress = StageProgress("evaluate")
+    progress.show(0, 20, "rows", "reading for a linear probe")
+    still.now += 100
+    progress.show(20, 20, "rows", "reading for a linear probe")
+    progress.show(10, 90, "rows", "asking student")
+    still.now += 10
+    progress.show(30, 90, "rows", "asking student")
+    assert progress.line() == "30 of 90 rows, asking student, 2.0 rows/s, 0:30 left"
+    progress.show(35, 90, "steps", "loss 0.5")
+    still.now += 10
+    progress.show(45, 90, "steps", "loss 0.5")
+    assert progress.line() == "45 of 90 steps, loss 0.5, 1.0 steps/s, 0:45 left"
+
+
 def test_what_the_stage_knows_of_its_speed_is_not_reckoned_again(still: StillClock) -> None:
     progress = StageProgress("train")
     progress.show(10, 100, "steps", "loss 0.5, 7.0 rows/s", seconds_left=61)

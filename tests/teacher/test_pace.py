@@ -231,7 +231,8 @@ async def test_a_call_of_more_tokens_than_a_minute_has_is_let_through_at_last() 
 @pytest.mark.parametrize("name", ["requests", "tokens"])
 @leaping
 async def test_the_endpoints_headers_set_the_limit(name: str) -> None:
-    worker = Worker(Pace(64, **{f"{name}_per_minute": 10_000_000}), tokens=1)
+    limit: Any = {f"{name}_per_minute": 10_000_000}
+    worker = Worker(Pace(64, **limit), tokens=1)
     await worker.call(limits={f"limit-{name}": "60"})
     await worker.calls(120)
     times = worker.started[1:]
@@ -242,7 +243,8 @@ async def test_the_endpoints_headers_set_the_limit(name: str) -> None:
 @leaping
 async def test_a_limit_in_the_headers_replaces_the_recipes(name: str) -> None:
     """However low the recipe's is, the endpoint knows better."""
-    worker = Worker(Pace(64, **{f"{name}_per_minute": 60}), tokens=1)
+    limit: Any = {f"{name}_per_minute": 60}
+    worker = Worker(Pace(64, **limit), tokens=1)
     await worker.call(limits={f"limit-{name}": "6000000"})
     await worker.calls(120)
     assert worker.started[-1] - worker.started[1] < 2

@@ -9,6 +9,7 @@ from tiny_model import ARCHITECTURES
 
 from distillery.models.device import choose_device
 from distillery.models.load import load_model, pad_id
+from distillery.progress import shown_by
 from distillery.recipe import LayerChoice
 from distillery.training import depth
 from distillery.training.decisions import kept_decisions
@@ -39,7 +40,10 @@ def test_the_states_at_a_depth_are_those_that_a_model_cut_there_reads(
     monkeypatch.setattr(depth, "choose_device", lambda: choose_device("float32"))
     model, tokenizer = load_model(tiny_model(arch))
     layers = len(model.get_decoder().layers)
-    found = states_by_depth(model, ROWS, pad_id(tokenizer), layers)
+    shown: list[tuple[int, int, str]] = []
+    with shown_by(lambda *told: shown.append(told)):
+        found = states_by_depth(model, ROWS, pad_id(tokenizer), layers)
+    assert shown[0] == (0, len(ROWS), "reading for a linear probe of each layer")
     assert found.shape == (layers, len(ROWS), model.config.hidden_size)
     for kept in range(layers, 0, -1):
         keep_layers(model, range(kept))
