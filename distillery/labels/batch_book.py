@@ -32,6 +32,7 @@ from sqlalchemy import (
 
 from distillery.labels.store import chunks
 from distillery.storage.database import METADATA, Database
+from distillery.teacher.reservations import keep_share
 
 BatchState = Literal["intended", "uploaded", "submitted", "ended", "collected"]
 """How far a batch is.
@@ -90,14 +91,6 @@ class Line(NamedTuple):
 
     batch_id: str
     tries: int
-
-
-class Reserved(NamedTuple):
-    """The most that requests whose answers have not been taken in can take."""
-
-    lines: int
-    tokens: int
-    cost: float
 
 
 BATCHES = Table(
@@ -189,6 +182,7 @@ class BatchBook:
 
         def write(connection: Any) -> None:
             self._free(connection, batch_id, None, 0)
+            keep_share(connection, batch_id, 0)
             connection.execute(delete(BATCHES).where(BATCHES.c.batch_id == batch_id))
 
         self._database.run(write)
@@ -203,16 +197,18 @@ class BatchBook:
     ) -> int:
         """Take the requests `answered`, whose answers are committed, and those that `failed` out of
         an ended batch; return how many are left in it. The latter count as tried `tries` times
-        more."""
+        more. What is reserved of a budget is given back for both."""
         mine = and_(LINES.c.batch_id == batch_id, LINES.c.request_key == bindparam("key"))
+        left = select(func.count()).where(LINES.c.batch_id == batch_id)
 
         def write(connection: Any) -> int:
+            before = int(connection.scalar(left))
             if answered:
                 connection.execute(delete(LINES).where(mine), [{"key": key} for key in answered])
             if failed:
                 self._free(connection, batch_id, failed, tries)
-            left = select(func.count()).where(LINES.c.batch_id == batch_id)
             count = int(connection.scalar(left))
+            keep_share(connection, batch_id, count / max(before, 1))
             if not count:
                 done = update(BATCHES).where(BATCHES.c.batch_id == batch_id)
                 connection.execute(done.values(state="collected", collected_at=datetime.now(UTC)))
@@ -248,17 +244,6 @@ class BatchBook:
         taken in."""
         query = select(*COLUMNS, LINES_LEFT).order_by(BATCHES.c.created_at.desc())
         return [(Batch(*row[:-1]), row[-1]) for row in self._rows(query)]
-
-    def reserved(self, *conditions: Any) -> Reserved:
-        """Return what the open batches that meet `conditions` on BATCHES can still take at most."""
-        query = select(BATCHES.c.lines, BATCHES.c.tokens, BATCHES.c.cost, LINES_LEFT)
-        lines, tokens, cost = 0, 0.0, 0.0
-        for row in self._rows(query.where(BATCHES.c.state.in_(OPEN), *conditions)):
-            share = row[3] / max(row.lines, 1)
-            lines += row[3]
-            tokens += share * row.tokens
-            cost += share * (row.cost or 0.0)
-        return Reserved(lines, round(tokens), cost)
 
     def _free(self, connection: Any, batch_id: str, keys: Sequence[str] | None, tries: int) -> None:
         """Take requests, by default all, out of a batch. One that was never tried needs no row."""

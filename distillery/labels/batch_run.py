@@ -8,7 +8,7 @@ import logging
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
-from contextlib import AsyncExitStack, ExitStack
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -26,7 +26,7 @@ from distillery.errors import (
     TeacherUnavailable,
     Waiting,
 )
-from distillery.labels.acceptance import stored_answer
+from distillery.labels.acceptance import record_answer, stored_answer
 from distillery.labels.batch_book import Batch, BatchBook, Line
 from distillery.labels.batch_files import MEGABYTE, Answers, RequestFile, most_of
 from distillery.labels.questions import Question, questions
@@ -44,10 +44,11 @@ from distillery.teacher.batch import (
     path_of_requests,
     request_line,
 )
-from distillery.teacher.budget import cost_of
+from distillery.teacher.budget import Spending, cost_of
 from distillery.teacher.endpoint import Endpoint
-from distillery.teacher.ledger import Call, Outcome, Payer, Purpose
+from distillery.teacher.ledger import Amounts, Call, Outcome, Payer, Purpose
 from distillery.teacher.reply import Completion, read_completion, usage_of
+from distillery.teacher.reservations import Reservations, amounts_of, fits
 
 LOOKUP_ROWS = 1000
 """Rows that are in memory at a time."""
@@ -75,17 +76,17 @@ async def ask_in_batches(
     *,
     payer: Payer | None = None,
     progress: Progress | None = None,
-    url: str | None = None,
     lease_s: float = LENGTH_S,
 ) -> None:
     """Ask the questions of `shares`, which have the same teacher, in batches, as far as
     teacher.batch says; afterwards what is left is to be asked directly.
 
     Without teacher.batch nothing is sent, but the answers of other runs' batches in which these
-    questions are are waited for and taken in. `url` is that of the label store. Raises what
-    `BatchRun.work` raises, and RecipeError for an endpoint that takes no batches."""
+    questions are are waited for and taken in. Raises what `BatchRun.work` raises, and RecipeError
+    for an endpoint that takes no batches."""
     recipe = shares[0].recipe
     check_takes_batches(recipe, endpoint)
+    url = store.database.url.render_as_string(hide_password=False)
     with BatchBook(url) as book:
         if recipe.batch is None and not book.open_batches(endpoint.identity):
             return
@@ -142,6 +143,8 @@ class BatchRun:
         self._payer, self._sends, self._progress = payer, sends, progress
         self._leases, self._lease_s = leases, lease_s
         self._holder = uuid.uuid4().hex
+        self._reservations = Reservations(store.database, store.flush, shares[0].recipe, payer)
+        self._room: Amounts = {}
         self._teachers: dict[int, Teacher] = {}
         self._most_lines = batch.lines
         self._is_full = False
@@ -155,14 +158,13 @@ class BatchRun:
         budget has no room for a request, and what the service raises."""
         until = time.monotonic() + self._batch.wait_s
         with TemporaryDirectory(prefix="distillery-batches-") as folder:
-            async with AsyncExitStack() as stack:
-                while True:
-                    await self._resume()
-                    await self._send(Path(folder), stack)
-                    ended = await self._ended(until)
-                    if not self._waits_for and not ended:
-                        break
-                    await self._take_in(ended, Path(folder))
+            while True:
+                await self._resume()
+                await self._send(Path(folder))
+                ended = await self._ended(until)
+                if not self._waits_for and not ended:
+                    break
+                await self._take_in(ended, Path(folder))
         if self._held_back:
             raise BudgetReached(
                 f"{self._endpoint.section}.budget: has no room for the next request of "
@@ -230,7 +232,7 @@ class BatchRun:
 
     # Sending.
 
-    async def _send(self, folder: Path, stack: AsyncExitStack) -> None:
+    async def _send(self, folder: Path) -> None:
         """Send what is neither known nor under way, and note the batches to wait for. So few
         requests as batch.direct_below are left."""
         self._waits_for, self._may_take, self._held_back = set(), set(), 0
@@ -243,7 +245,7 @@ class BatchRun:
             if file is None and len(few) <= self._batch.direct_below:
                 continue
             for number, question in few:
-                file = await self._add(number, question, file, folder, stack)
+                file = await self._add(number, question, file, folder)
             few = []
         if file is not None:
             await self._submit(file)
@@ -284,12 +286,11 @@ class BatchRun:
         question: Question,
         file: RequestFile | None,
         folder: Path,
-        stack: AsyncExitStack,
     ) -> RequestFile | None:
         """Write a request to the file; send it first if it is full. Return the file."""
         if number not in self._teachers:
             # The answer shows which options the endpoint takes, before thousands ask with them.
-            await self._ask_first(number, question, stack)
+            await self._ask_first(number, question)
             return file
         if self._held_back or (file is not None and question.key in file.keys):
             self._held_back += bool(self._held_back)
@@ -306,6 +307,7 @@ class BatchRun:
             file = None
         if file is None:
             file = RequestFile(folder / "requests.jsonl")
+            self._room = await asyncio.to_thread(self._reservations.room)
             if not self._fits(file, line, most):
                 self._held_back = 1
                 return None
@@ -318,29 +320,44 @@ class BatchRun:
             return False
         if file.keys and file.size + len(line) > self._batch.megabytes * MEGABYTE:
             return False
-        return True
+        amounts = amounts_of(file.most + most, len(file.keys) + 1, self._shares[0].recipe)
+        return fits(amounts, self._room)
 
-    async def _ask_first(self, number: int, question: Question, stack: AsyncExitStack) -> None:
+    async def _ask_first(self, number: int, question: Question) -> None:
         """Ask a share's first question directly."""
-        share = self._shares[number]
-        teacher = Teacher(share.recipe, self._endpoint)
-        self._teachers[number] = await stack.enter_async_context(teacher)
-        completion = await teacher.ask(question.messages, question.keys, question.schema)
-        if completion.finish_reason != "malformed":
-            answer = stored_answer(question, completion, share.recipe, self._endpoint.identity)
-            self._store.add(answer)
+        share, store = self._shares[number], self._store
+        async with (
+            Spending.shared(share.recipe, self._payer, store.database, store.flush) as spending,
+            Teacher(
+                share.recipe,
+                self._endpoint,
+                spending=spending,
+                record=store.record,
+                payer=self._payer,
+                purpose=share.purpose,
+            ) as teacher,
+        ):
+            completion = await teacher.ask(
+                question.messages, question.keys, question.schema, key=question.key
+            )
+            if completion.finish_reason != "malformed":
+                answer = stored_answer(question, completion, share.recipe, self._endpoint.identity)
+                record_answer(completion, answer, store)
+                store.add(answer)
+        self._teachers[number] = teacher
 
     async def _submit(self, file: RequestFile) -> None:
         """Take the file's requests into the book, upload it and have a batch made of it."""
         file.close()
-        prices = self._shares[0].recipe.in_batch.prices
+        recipe = self._shares[0].recipe
+        most = amounts_of(file.most, len(file.keys), recipe)
         batch = Batch(
             teacher=self._endpoint.identity,
             url=self._endpoint.url,
             run=self._payer.run,
             recipe=self._payer.recipe,
-            tokens=file.most.prompt_tokens + file.most.completion_tokens,
-            cost=cost_of(file.most, prices),
+            tokens=round(most["tokens"]),
+            cost=most["cost"] if recipe.prices else None,
         )
         await self._hold(batch)
         try:
@@ -355,6 +372,11 @@ class BatchRun:
                 self._waits_for |= {line.batch_id} - {""}
             if not taken - known:
                 await asyncio.to_thread(self._book.give_up, batch.batch_id)
+                return
+            if not await asyncio.to_thread(self._reservations.reserve, batch.batch_id, most):
+                # Another process has spent what was left since.
+                await asyncio.to_thread(self._book.give_up, batch.batch_id)
+                self._held_back = len(taken - known)
                 return
             if len(taken - known) < len(file.keys):
                 await asyncio.to_thread(file.keep, taken - known)

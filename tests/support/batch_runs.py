@@ -52,7 +52,6 @@ async def asked_in_batches(
             batch_endpoint_of(service),
             store,
             payer=payer,
-            url=url,
             lease_s=LEASE_S,
         )
 
