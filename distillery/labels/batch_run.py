@@ -288,7 +288,16 @@ class BatchRun:
         folder: Path,
     ) -> RequestFile | None:
         """Write a request to the file; send it first if it is full. Return the file."""
-        if number not in self._teachers:
+        share = self._shares[number]
+        most = most_of(question, share.recipe)
+        if file is None and not self._held_back:
+            self._room = await asyncio.to_thread(self._reservations.room)
+            # The first question of all is asked directly, at the full price.
+            priced = share.recipe.in_batch if number in self._teachers else share.recipe
+            if not fits(amounts_of(most, 1, priced), self._room):
+                self._held_back = 1
+                return None
+        if number not in self._teachers and not self._held_back:
             # The answer shows which options the endpoint takes, before thousands ask with them.
             await self._ask_first(number, question)
             return file
@@ -301,16 +310,10 @@ class BatchRun:
             **self._teachers[number].body(question.keys, question.schema),
         }
         line = request_line(question.key, path_of_requests(self._endpoint), body)
-        most = most_of(question, self._shares[number].recipe)
         if file is not None and not self._fits(file, line, most):
             await self._submit(file)
-            file = None
-        if file is None:
-            file = RequestFile(folder / "requests.jsonl")
-            self._room = await asyncio.to_thread(self._reservations.room)
-            if not self._fits(file, line, most):
-                self._held_back = 1
-                return None
+            return await self._add(number, question, None, folder)
+        file = file or RequestFile(folder / "requests.jsonl")
         file.add(question.key, line, most)
         return file
 
@@ -320,8 +323,8 @@ class BatchRun:
             return False
         if file.keys and file.size + len(line) > self._batch.megabytes * MEGABYTE:
             return False
-        amounts = amounts_of(file.most + most, len(file.keys) + 1, self._shares[0].recipe)
-        return fits(amounts, self._room)
+        priced = self._shares[0].recipe.in_batch
+        return fits(amounts_of(file.most + most, len(file.keys) + 1, priced), self._room)
 
     async def _ask_first(self, number: int, question: Question) -> None:
         """Ask a share's first question directly."""
@@ -349,7 +352,7 @@ class BatchRun:
     async def _submit(self, file: RequestFile) -> None:
         """Take the file's requests into the book, upload it and have a batch made of it."""
         file.close()
-        recipe = self._shares[0].recipe
+        recipe = self._shares[0].recipe.in_batch
         most = amounts_of(file.most, len(file.keys), recipe)
         batch = Batch(
             teacher=self._endpoint.identity,
@@ -482,6 +485,7 @@ class BatchRun:
         """Take the answers of ended batches in. Raises TeacherError for a batch that the service
         did not accept."""
         failures: list[str] = []
+        refused: list[int] = []
         with ExitStack() as held:
             collected = []
             for batch, seen in ended:
@@ -491,7 +495,11 @@ class BatchRun:
                     continue
                 held.callback(self._release, batch)
                 if seen.status == "failed":
-                    failures += await self._note_failure(batch, seen)
+                    await self._note_failure(batch, seen)
+                    if seen.lacks_quota:
+                        refused.append(batch.lines)
+                    else:
+                        failures.append(f"{seen.service_id} ({seen.code}: {seen.error})")
                     continue
                 self._is_full = False
                 answers = await self._download(batch, seen, folder)
@@ -502,22 +510,19 @@ class BatchRun:
             for answers in collected:
                 await self._settle(answers)
         if failures:
-            raise TeacherError(failures[0])
+            raise TeacherError(
+                f"{self._endpoint.section}.batch: {self._endpoint.url} did not accept "
+                f"{failures[0]}; nothing was asked: correct the setting"
+            )
+        if refused:
+            self._is_full = True
+            self._most_lines = min(self._most_lines, max(max(refused) // 2, 1))
 
-    async def _note_failure(self, batch: Batch, seen: ServiceBatch) -> list[str]:
-        """Leave the requests of a batch that the service did not accept to be asked again. Return
-        its error, unless the endpoint's queue was full."""
+    async def _note_failure(self, batch: Batch, seen: ServiceBatch) -> None:
+        """Leave the requests of a batch that the service did not accept to be asked again."""
         keys = await asyncio.to_thread(self._book.keys_of, batch.batch_id)
         await asyncio.to_thread(self._book.settle, batch.batch_id, [], list(keys), 0)
-        if seen.lacks_quota:
-            self._is_full = True
-            self._most_lines = min(self._most_lines, max(batch.lines // 2, 1))
-            _log.warning("batch %s: the endpoint's queue is full (%s)", seen.service_id, seen.error)
-            return []
-        return [
-            f"{self._endpoint.section}.batch: {self._endpoint.url} did not accept "
-            f"{seen.service_id} ({seen.code}: {seen.error}); nothing was asked: correct the setting"
-        ]
+        _log.warning("batch %s failed: %s", seen.service_id, seen.error)
 
     async def _download(self, batch: Batch, seen: ServiceBatch, folder: Path) -> Answers:
         """Download an ended batch's files. A batch may have none of either kind."""

@@ -89,9 +89,9 @@ def keep_share(connection: Any, batch_id: str, share: float) -> None:
 
 
 def amounts_of(most: Usage, calls: int, recipe: TeacherRecipe) -> Amounts:
-    """Return what `calls` requests of a batch can take, as budgets count it."""
+    """Return what `calls` requests can take at the recipe's prices, as budgets count it."""
     return {
-        "cost": cost_of(most, recipe.in_batch.prices) or 0.0,
+        "cost": cost_of(most, recipe.prices) or 0.0,
         "tokens": float(most.prompt_tokens + most.completion_tokens),
         "calls": float(calls),
     }
