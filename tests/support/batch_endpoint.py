@@ -78,6 +78,7 @@ class ServedBatch:
     output: str | None = None
     errors: str | None = None
     counts: dict[str, int] = field(default_factory=dict)
+    ended_at: dict[str, int] = field(default_factory=dict)
     created_at: int = field(default_factory=lambda: int(time.time()))
 
     def as_json(self) -> dict[str, Any]:
@@ -97,6 +98,7 @@ class ServedBatch:
             "output_file_id": self.output,
             "error_file_id": self.errors,
             "created_at": self.created_at,
+            **self.ended_at,
             "request_counts": self.counts or {"total": 0, "completed": 0, "failed": 0},
         }
 
@@ -118,7 +120,7 @@ class BatchEndpoint:
         self.answered: Counter[str] = Counter()
         self.asked: Counter[str] = Counter()
         self.kill: tuple[int, Literal["before", "after"]] | None = None
-        self.victim = 0
+        self.victim = self.made = 0
         self.lock = threading.RLock()
 
     def __enter__(self) -> Self:
@@ -130,12 +132,16 @@ class BatchEndpoint:
             def do_GET(self) -> None:
                 service.handle(self)
 
-            do_POST = do_GET
+            do_POST = do_DELETE = do_GET
 
             def log_message(self, *_: object) -> None:
                 return
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        class Server(ThreadingHTTPServer):
+            def handle_error(self, *_: object) -> None:
+                """A client that is killed closes no connection."""
+
+        self._server = Server(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,))
         self._thread.start()
@@ -197,6 +203,9 @@ class BatchEndpoint:
             return 200, page_of([entry.as_json() for entry in reversed(kept.values())], query)
         if found[2] not in kept:
             return 404, {"error": {"message": f"no such object: {found[2]}"}}
+        if request.command == "DELETE":
+            del kept[found[2]]
+            return 200, {"id": found[2], "object": "file", "deleted": True}
         if found[3]:
             return 200, self.files[found[2]].content
         if found[1] == "batches":
@@ -205,7 +214,8 @@ class BatchEndpoint:
 
     def keep(self, name: str, content: bytes) -> StoredFile:
         """Keep a file."""
-        file = StoredFile(f"file-{len(self.files) + 1}", name, content)
+        self.made += 1
+        file = StoredFile(f"file-{self.made}", name, content)
         self.files[file.file_id] = file
         return file
 
@@ -225,6 +235,7 @@ class BatchEndpoint:
             batch.status = "in_progress"
             return
         batch.status = batch.plan.status
+        batch.ended_at = {f"{batch.status}_at": int(time.time())}
         if batch.status != "failed":
             self.answer(batch)
 

@@ -1,12 +1,13 @@
 """Runs that ask in batches against a BatchEndpoint, in this process and in one of their own."""
 
+import json
 import sqlite3
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Self
 
 from batch_endpoint import BatchEndpoint
 from label_runs import KEY, PROMPT
@@ -60,30 +61,89 @@ async def asked_in_batches(
         )
 
 
-RUN = """
-import asyncio, sys
-from pathlib import Path
+NURSERY = """
+import asyncio, json, os, signal, sys
+from types import SimpleNamespace
 from batch_runs import asked_in_batches
+from distillery.labels.batch_book import BatchBook
 from distillery.recipe import TeacherRecipe
 from distillery.records import Example
-from types import SimpleNamespace
-address, url, rows, teacher = sys.argv[1:]
-examples = [Example.model_validate_json(line) for line in Path(rows).read_text().splitlines()]
-service = SimpleNamespace(url=address)
-asyncio.run(
-    asked_in_batches(service, url, examples, TeacherRecipe.model_validate_json(teacher))
-)
+import openai, alembic.command
+for line in sys.stdin:
+    given = json.loads(line)
+    if pid := os.fork():
+        print(pid, flush=True)
+        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+        continue
+    sys.stdin.readline()
+    if given["die"]:
+        name, when = given["die"]
+        method = getattr(BatchBook, name)
+        def dying(*arguments, **settings):
+            if when == "after":
+                method(*arguments, **settings)
+            os.kill(os.getpid(), signal.SIGKILL)
+        setattr(BatchBook, name, dying)
+    rows = [Example.model_validate(row) for row in given["rows"]]
+    teacher = TeacherRecipe.model_validate(given["teacher"])
+    service = SimpleNamespace(url=given["address"])
+    try:
+        asyncio.run(asked_in_batches(service, given["url"], rows, teacher))
+    finally:
+        os._exit(0)
 """
 
 
-def batch_process(
-    service: BatchEndpoint, url: str, folder: Path, rows: Sequence[Example], teacher: TeacherRecipe
-) -> subprocess.Popen[bytes]:
-    """Start a process that asks as `asked_in_batches` does, and may be killed."""
-    file = folder / "rows.jsonl"
-    file.write_text("".join(row.model_dump_json() + "\n" for row in rows))
-    settings = [service.url, url, str(file), teacher.model_dump_json()]
-    return subprocess.Popen([sys.executable, "-c", RUN, *settings], stderr=subprocess.PIPE)
+class Nursery:
+    """A process that has imported all that a run needs, and starts runs as its children, which may
+    be killed."""
+
+    def __enter__(self) -> Self:
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", NURSERY],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._process.communicate()
+
+    def begin(
+        self,
+        service: BatchEndpoint,
+        url: str,
+        rows: Sequence[Example],
+        teacher: TeacherRecipe,
+        die: tuple[str, str] | None = None,
+    ) -> int:
+        """Begin to ask these rows as `asked_in_batches` does, and return the run's process id.
+        `die`: the method of BatchBook before or after which it kills itself."""
+        given = {
+            "address": service.url,
+            "url": url,
+            "rows": [row.model_dump() for row in rows],
+            "teacher": teacher.model_dump(),
+            "die": die,
+        }
+        self._write(json.dumps(given))
+        service.victim = int(self._read())
+        self._write("go")
+        return service.victim
+
+    def end(self) -> int:
+        """Return the exit status of the run, negative for a signal, once it has ended."""
+        return int(self._read())
+
+    def _write(self, line: str) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(line + "\n")
+        self._process.stdin.flush()
+
+    def _read(self) -> str:
+        assert self._process.stdout is not None
+        return self._process.stdout.readline()
 
 
 async def labelled_in_batches(
