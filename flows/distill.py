@@ -273,7 +273,7 @@ def labelled_rows(
     watched = recipe.teacher.with_canaries(is_scheduled() and not recipe.draws_texts)
     if watched.canaries.rows:
         canaries(train_rows, recipe.prompt, watched, identity)
-    batches_first(recipe, data, identity, test)
+    batches_first(recipe, train_rows, data, identity, test)
     check = None
     if recipe.task.kind == "classify":
         check = compare_teacher(recipe, data, local, identity, again)

@@ -31,10 +31,12 @@ STATE = "Waiting"
 """The name of the state in which a run ends whose batches are under way."""
 
 
-def batches_first(recipe: Recipe, data: PreparedDataset, identity: str, test: bool) -> None:
+def batches_first(
+    recipe: Recipe, train: Rows, data: PreparedDataset, identity: str, test: bool
+) -> None:
     """Have the rows that this run labels asked in batches, where teacher.batch says so, or where
-    they are in another run's batches: all splits at once, as a batch takes hours. `test`: whether
-    the test rows are among them.
+    they are in another run's batches: the `train` rows and those of other splits at once, as a
+    batch takes hours. `test`: whether the test rows are among them.
 
     Raises Pause, which ends the run as waiting, where answers are still to come."""
     if recipe.teacher.kind != "endpoint":
@@ -43,7 +45,7 @@ def batches_first(recipe: Recipe, data: PreparedDataset, identity: str, test: bo
         with BatchBook() as book:
             if not book.open_batches(identity):
                 return
-    asked = [(data.rows("train"), recipe.teacher)]
+    asked = [(train, recipe.teacher)]
     measured = recipe.teacher_of_test_rows
     if test:
         asked.append((data.rows("test"), measured))

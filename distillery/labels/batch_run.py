@@ -20,7 +20,6 @@ from typing import Any
 
 from distillery.errors import (
     BudgetReached,
-    CredentialsError,
     DataError,
     TeacherError,
     TeacherUnavailable,
@@ -81,8 +80,8 @@ async def ask_in_batches(
     """Ask the questions of `shares`, which have the same teacher, in batches, as far as
     teacher.batch says; afterwards what is left is to be asked directly.
 
-    Without teacher.batch nothing is sent, but the answers of other runs' batches in which these
-    questions are are waited for and taken in. Raises what `BatchRun.work` raises, and RecipeError
+    Without teacher.batch nothing is sent. Questions that are in another run's batch are waited for
+    all the same, and their answers taken in. Raises what `BatchRun.work` raises, and RecipeError
     for an endpoint that takes no batches."""
     recipe = shares[0].recipe
     check_takes_batches(recipe, endpoint)
@@ -288,21 +287,23 @@ class BatchRun:
         folder: Path,
     ) -> RequestFile | None:
         """Write a request to the file; send it first if it is full. Return the file."""
+        if self._held_back:
+            self._held_back += 1
+            return None
         share = self._shares[number]
         most = most_of(question, share.recipe)
-        if file is None and not self._held_back:
+        if file is None:
             self._room = await asyncio.to_thread(self._reservations.room)
             # The first question of all is asked directly, at the full price.
             priced = share.recipe.in_batch if number in self._teachers else share.recipe
             if not fits(amounts_of(most, 1, priced), self._room):
                 self._held_back = 1
                 return None
-        if number not in self._teachers and not self._held_back:
+        if number not in self._teachers:
             # The answer shows which options the endpoint takes, before thousands ask with them.
             await self._ask_first(number, question)
             return file
-        if self._held_back or (file is not None and question.key in file.keys):
-            self._held_back += bool(self._held_back)
+        if file is not None and question.key in file.keys:
             return file
         body = {
             "model": self._batch.model or self._endpoint.model,
@@ -369,10 +370,8 @@ class BatchRun:
             known = await asyncio.to_thread(self._store.answered, taken)
             if known:
                 await asyncio.to_thread(self._book.leave, batch.batch_id, known)
-            for line in (
-                await asyncio.to_thread(self._book.lines, file.keys.keys() - taken)
-            ).values():
-                self._waits_for |= {line.batch_id} - {""}
+            others = await asyncio.to_thread(self._book.lines, file.keys.keys() - taken)
+            self._waits_for |= {line.batch_id for line in others.values()} - {""}
             if not taken - known:
                 await asyncio.to_thread(self._book.give_up, batch.batch_id)
                 return
@@ -390,11 +389,12 @@ class BatchRun:
             except TeacherUnavailable:
                 # It may be there: the next run looks for it.
                 raise
-            except (TeacherError, CredentialsError):
+            except TeacherError:
                 await asyncio.to_thread(self._book.give_up, batch.batch_id)
                 raise
             await self._change(batch, state="uploaded", file_id=file_id)
             await self._submit_file(replace(batch, file_id=file_id))
+            self._waits_for.add(batch.batch_id)
         finally:
             self._release(batch)
 
@@ -406,16 +406,25 @@ class BatchRun:
             )
         except TeacherUnavailable:
             raise
-        except (TeacherError, CredentialsError):
-            await asyncio.to_thread(self._book.give_up, batch.batch_id)
+        except TeacherError:
+            if not await self._may_be_there(batch):
+                await asyncio.to_thread(self._book.give_up, batch.batch_id)
             raise
         await self._note_submitted(batch, service_id)
+
+    async def _may_be_there(self, batch: Batch) -> bool:
+        """Return whether the service may have made a batch in a try whose response was lost."""
+        try:
+            return bool(await self._service.find_batch(batch.batch_id, batch.since))
+        except TeacherUnavailable:
+            return True
+        except TeacherError:
+            return False
 
     async def _note_submitted(self, batch: Batch, service_id: str) -> None:
         await self._change(
             batch, state="submitted", service_id=service_id, submitted_at=datetime.now(UTC)
         )
-        self._waits_for.add(batch.batch_id)
         _log.info("batch %s: %s requests sent", service_id, f"{batch.lines:,}")
 
     async def _change(self, batch: Batch, **values: Any) -> None:
@@ -525,12 +534,19 @@ class BatchRun:
         _log.warning("batch %s failed: %s", seen.service_id, seen.error)
 
     async def _download(self, batch: Batch, seen: ServiceBatch, folder: Path) -> Answers:
-        """Download an ended batch's files. A batch may have none of either kind."""
+        """Download an ended batch's files; it may have none of either kind. Raises TeacherError where
+        they are gone: the answers in them are paid for."""
         files = []
         for kind, file_id in (("output", seen.output_file), ("errors", seen.error_file)):
             path = folder / f"{batch.batch_id}.{kind}"
-            if file_id and await self._service.download(file_id, path):
-                files.append(path)
+            if not file_id:
+                continue
+            if not await self._service.download(file_id, path):
+                raise TeacherError(
+                    f"{self._endpoint.url} has no file {file_id} of the batch {seen.service_id} "
+                    f"any more; give it up: distillery labels batches --forget {batch.batch_id}"
+                )
+            files.append(path)
         requests = await asyncio.to_thread(self._book.keys_of, batch.batch_id)
         return await asyncio.to_thread(Answers, batch, requests, files)
 
