@@ -534,7 +534,7 @@ class BatchRun:
         _log.warning("batch %s failed: %s", seen.service_id, seen.error)
 
     async def _download(self, batch: Batch, seen: ServiceBatch, folder: Path) -> Answers:
-        """Download an ended batch's files; it may have none of either kind. Raises TeacherError where
+        """Download an ended batch's files; it may have none of either kind. Raises TeacherError if
         they are gone: the answers in them are paid for."""
         files = []
         for kind, file_id in (("output", seen.output_file), ("errors", seen.error_file)):
