@@ -198,7 +198,7 @@ class BatchEndpoint:
         found = re.fullmatch(r"/(files|batches)(?:/([^/]+)(/content)?)?", path)
         if not found:
             return 404, {"error": {"message": f"no {path}"}}
-        kept: dict[str, Any] = {"files": self.files, "batches": self.batches}[found[1]]
+        kept: dict[str, Any] = self.files if found[1] == "files" else self.batches
         if found[2] is None:
             return 200, page_of([entry.as_json() for entry in reversed(kept.values())], query)
         if found[2] not in kept:
