@@ -1,4 +1,4 @@
-"""Asking the teacher: the one module that makes calls, and tries them again.
+"""Asking the teacher: the one module that makes direct calls, and tries them again.
 
 A call takes this path, each step by a method below or a module beside this one:
 

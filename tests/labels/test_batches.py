@@ -19,16 +19,17 @@ from batch_runs import (
     labelled_in_batches,
     left_in_book,
 )
-from chat_endpoint import Call, Reply, refused, said
-from label_runs import PROMPT, example, stored_keys
+from chat_endpoint import Call, ChatEndpoint, Reply, refused, said
+from label_runs import PROMPT, endpoint_of, example, stored_keys
 
 from distillery.errors import BudgetReached, RecipeError, TeacherError, Waiting
 from distillery.labels.batch_book import BatchBook
-from distillery.labels.batch_run import give_up_batch
+from distillery.labels.batch_run import Share, ask_in_batches, give_up_batch
 from distillery.labels.questions import questions
+from distillery.labels.quote import quote
 from distillery.labels.store import LabelStore
 from distillery.records import Example
-from distillery.teacher.batch import check_takes_batches
+from distillery.teacher.batch import check_takes_batches, path_of_requests
 from distillery.teacher.endpoint import Endpoint
 from distillery.teacher.ledger import Payer
 
@@ -280,19 +281,103 @@ async def test_a_batch_can_be_given_up(url: str, monkeypatch: pytest.MonkeyPatch
 
 
 async def test_an_endpoint_without_batches_is_told_in_one_line(url: str) -> None:
+    with ChatEndpoint(only_chat) as server:
+        endpoint = endpoint_of(server)
+        share = Share(lambda: ROWS, batch_teacher(), "label")
+        with LabelStore(url) as store, pytest.raises(TeacherError) as caught:
+            await ask_in_batches([share], PROMPT, endpoint, store)
+    assert "answers no batches (404: no such path); remove this setting" in str(caught.value)
+    assert left_in_book(url) == (0, 0)
+
+
+def only_chat(call: Call) -> Reply:
+    return said("A") if "completions" in call.path else refused(404, "no such path")
+
+
+@pytest.mark.usefixtures("no_backoff")
+@pytest.mark.parametrize("number", range(8))
+async def test_a_response_that_is_lost_has_nothing_done_twice(number: int, url: str) -> None:
     with BatchEndpoint() as service:
-        elsewhere = service.url
-        service.url = elsewhere.removesuffix("/v1") + "/v2"
-        service.script = lambda _: said("A")
-        with pytest.raises(TeacherError) as caught:
-            await asked_in_batches(service, url, ROWS, batch_teacher())
-    assert "\n" not in str(caught.value)
+        service.lost = {number}
+        await asked_in_batches(service, url, ROWS, batch_teacher())
+        assert len(service.batches) == 1
+        assert service.requests.count("POST /files") == 1
+        assert set(service.answered.values()) == {1}
+
+
+async def test_a_batch_is_made_of_a_file_once_it_is_processed(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("distillery.teacher.batch.FILE_POLL_S", 0.01)
+    with BatchEndpoint() as service:
+        service.pending = 3
+        await asked_in_batches(service, url, ROWS, batch_teacher())
+        start = service.requests.index("POST /files")
+        looked = service.requests[start : service.requests.index("POST /batches")]
+        assert looked == ["POST /files", *["GET /files/ID"] * 4]
+
+
+async def test_answers_whose_file_is_gone_are_not_paid_twice(url: str) -> None:
+    teacher = batch_teacher({"wait_s": 0})
+    with BatchEndpoint(lambda _: Plan(looks=1)) as service:
+        with pytest.raises(Waiting):
+            await asked_in_batches(service, url, ROWS, teacher)
+        (batch,) = service.batches.values()
+        service.go_on(batch)
+        del service.files[str(batch.output)]
+        with pytest.raises(
+            TeacherError, match="no file file-2 of the batch batch-1 any more; give"
+        ):
+            await asked_in_batches(service, url, ROWS, teacher)
+        assert len(service.batches) == 1
+    assert left_in_book(url) == (1, 19)
+
+
+async def test_a_batch_that_another_key_sent_is_not_sent_again(url: str) -> None:
+    teacher = batch_teacher({"wait_s": 0})
+    with BatchEndpoint() as service:
+        with pytest.raises(Waiting):
+            await asked_in_batches(service, url, ROWS, teacher)
+        kept = service.batches.copy()
+        service.batches.clear()
+        with pytest.raises(TeacherError, match="does not know the batch batch-1; use the key"):
+            await asked_in_batches(service, url, ROWS, teacher)
+        service.batches |= kept
+        await asked_in_batches(service, url, ROWS, batch_teacher())
+        assert len(service.batches) == 1
+
+
+async def test_a_quote_tells_both_prices(url: str) -> None:
+    with LabelStore(url) as store:
+        quoted = quote(ROWS, PROMPT, batch_teacher(), "gpt-test", store)
+        assert quoted.cost == pytest.approx(2 * (quoted.batch_cost or 0))
+        assert (
+            f"about {quoted.cost:.2f} USD, or {quoted.batch_cost:.2f} in batches" in quoted.line()
+        )
+        other = batch_teacher().model_copy(update={"batch": None, "sdk": "azure-ai-inference"})
+        assert quote(ROWS, PROMPT, other, "gpt-test", store).batch_cost is None
+
+
+async def test_answers_from_batches_do_not_shorten_the_time_of_a_quote(url: str) -> None:
+    with BatchEndpoint() as service:
+        await asked_in_batches(service, url, ROWS, batch_teacher())
+    with LabelStore(url) as store:
+        experience = store.experience("gpt-test")
+        assert experience is not None
+        assert experience.answers == 20
+        assert experience.latency_ms > 0
+
+
+def test_azure_has_paths_of_its_own() -> None:
+    azure = Endpoint("https://x.openai.azure.com/openai/v1", "m", None, "m", "openai")
+    other = Endpoint("https://api.example.com/v1", "m", None, "m", "openai")
+    assert path_of_requests(azure) == "/chat/completions"
+    assert path_of_requests(other) == "/v1/chat/completions"
 
 
 def test_another_sdk_takes_no_batches() -> None:
-    endpoint = Endpoint(
-        "https://x.services.ai.azure.com/models", "m", None, "m", "azure-ai-inference"
-    )
+    address = "https://x.services.ai.azure.com/models"
+    endpoint = Endpoint(address, "m", None, "m", "azure-ai-inference")
     with pytest.raises(RecipeError, match="knows no batches; set TEACHER_MODEL_ENDPOINT"):
         check_takes_batches(batch_teacher(), endpoint)
     with pytest.raises(ValueError, match="batch: a teacher of kind gold takes no batches"):

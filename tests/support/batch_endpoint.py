@@ -107,7 +107,8 @@ class BatchEndpoint:
     """`requests` are all HTTP requests so far, as "POST /files". `sent` counts the lines of all
     batches, `answered` those that were answered (and are billed), `asked` the direct questions,
     each by question. `kill`: the number of a request at which `victim` is killed, before or after
-    the service has done what it asks."""
+    the service has done what it asks. `lost`: the numbers of requests whose responses are lost.
+    `pending`: how often a file is looked at before it is processed."""
 
     def __init__(
         self, plan: Callable[[int], Plan] = lambda _number: Plan(), script: Script = good
@@ -120,7 +121,8 @@ class BatchEndpoint:
         self.answered: Counter[str] = Counter()
         self.asked: Counter[str] = Counter()
         self.kill: tuple[int, Literal["before", "after"]] | None = None
-        self.victim = self.made = 0
+        self.victim = self.made = self.pending = 0
+        self.lost: set[int] = set()
         self.lock = threading.RLock()
 
     def __enter__(self) -> Self:
@@ -168,6 +170,9 @@ class BatchEndpoint:
             if self.kill == (number, "after"):
                 os.kill(self.victim, signal.SIGKILL)
                 return
+            if number in self.lost:
+                request.close_connection = True
+                return
         content = reply if isinstance(reply, bytes) else json.dumps(reply).encode()
         kind = "application/octet-stream" if isinstance(reply, bytes) else "application/json"
         request.send_response(status)
@@ -210,7 +215,11 @@ class BatchEndpoint:
             return 200, self.files[found[2]].content
         if found[1] == "batches":
             self.go_on(kept[found[2]])
-        return 200, kept[found[2]].as_json()
+        listed = kept[found[2]].as_json()
+        if found[1] == "files" and self.pending:
+            self.pending -= 1
+            listed["status"] = "pending"
+        return 200, listed
 
     def keep(self, name: str, content: bytes) -> StoredFile:
         """Keep a file."""
