@@ -566,7 +566,8 @@ class BatchRun:
         recipe = share.recipe.in_batch
         line = answers.take(question.key, self._endpoint)
         used: Usage | None = Usage()
-        completion, outcome = None, "retried"
+        completion: Completion | None = None
+        outcome: Outcome = "retried"
         if line.payload is not None:
             last = recipe.answers.form == "rationale"
             completion = read_completion(

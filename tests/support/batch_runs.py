@@ -178,7 +178,7 @@ def calls_in(url: str) -> list[dict[str, Any]]:
 
 def cents(calls: Sequence[dict[str, Any]]) -> float:
     """Return what calls cost, in hundredths of the currency."""
-    return 100 * sum(call["cost"] for call in calls)
+    return 100 * float(sum(call["cost"] for call in calls))
 
 
 def left_in_book(url: str) -> tuple[int, int]:
