@@ -7,6 +7,7 @@ import random
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
@@ -87,7 +88,9 @@ async def test_killed_at_any_moment_again_and_again(seed: int, nursery: Nursery,
         for _ in range(7):
             process = nursery.begin(service, url, ROWS, TEACHER)
             time.sleep(moments.uniform(0.05, 1.5))
-            os.kill(process, signal.SIGKILL)
+            # It may have come to its end meanwhile.
+            with suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
             if nursery.end() == 0:
                 break
         await asked_in_batches(service, url, ROWS, TEACHER)
