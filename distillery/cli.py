@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import sys
+from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from itertools import chain, islice
 from pathlib import Path
@@ -814,6 +815,47 @@ def recover_answers(
         print(journal.line())
     taken_in = sum(journal.answers for journal in found)
     print(f"{taken_in} answers {'would be ' if dry_run else ''}taken in from {len(found)} journals")
+
+
+@labels.command("batches")
+def list_batches(
+    forget: Annotated[
+        str | None,
+        typer.Option(
+            help="Give a batch up: its requests are asked again, and its cost counts as the most "
+            "that it can be.",
+            metavar="ID",
+        ),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON array, for programs.")
+    ] = False,
+) -> None:
+    """List the batches that teachers were sent, the newest first: when, state, requests left of
+    those sent, the most that these cost, and the batch's ids here and at the service.
+
+    State: intended and uploaded are on their way; submitted, with the service's word, is under way;
+    ended holds answers that a run is to take in; collected holds none.
+    """
+    from distillery.labels.batch_book import BatchBook
+    from distillery.labels.batch_run import give_up_batch
+
+    with BatchBook() as book:
+        if forget is not None:
+            print(f"{give_up_batch(book, forget)} requests will be asked again")
+            return
+        found = book.all_batches()
+    if as_json:
+        listed = [{**asdict(batch), "left": left} for batch, left in found]
+        print(json.dumps(listed, indent=1, default=str))
+        return
+    for batch, left in found:
+        state = f"{batch.state} ({batch.status})" if batch.status else batch.state
+        cost = "" if batch.cost is None else f"{batch.cost * left / max(batch.lines, 1):.2f}"
+        print(
+            f"{batch.created_at:%Y-%m-%d %H:%M}  {state:<24} {left:>7} of {batch.lines:>6} left  "
+            f"{cost:>8}  {batch.teacher}  {batch.batch_id}  {batch.service_id}".rstrip()
+        )
 
 
 @store.command("list")

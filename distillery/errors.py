@@ -12,6 +12,7 @@ DistilleryError
 │   ├── TeacherUnavailable    the endpoint does not answer, after all tries of a call
 │   ├── BudgetReached         a limit of teacher.budget; the answers so far are kept
 │   └── TeacherChanged        the teacher answers the canary rows differently than before
+├── Waiting                   batches are under way: the run goes on when it is run again
 ├── StoreError                the artifact store or the shared database
 │   ├── StoreUnavailable      does not answer (infrastructure: worth a retry)
 │   └── ArtifactDamaged       a folder that is missing, half-written or does not match its digest
@@ -79,6 +80,14 @@ class BudgetReached(TeacherError):
 
 class TeacherChanged(TeacherError):
     pass
+
+
+class Waiting(DistilleryError):
+    """`seconds`: after how long it is worth to run again."""
+
+    def __init__(self, message: str, seconds: float = 0.0) -> None:
+        super().__init__(message)
+        self.seconds = seconds
 
 
 class StoreError(DistilleryError):

@@ -51,6 +51,7 @@ from distillery.settings import AzureMLSettings, LocalSettings
 from distillery.storage.artifacts import ArtifactStore
 from distillery.storage.working import working_folder
 from distillery.teacher.asking import ProbeResult, probe
+from distillery.teacher.batch import check_takes_batches
 from distillery.teacher.endpoint import LOGIN_S, Endpoint, resolve_endpoint
 from distillery.teacher.identity import teacher_identity
 from distillery.teacher.ledger import Book, Payer
@@ -120,7 +121,7 @@ def check_settings(recipe: Recipe) -> None:
     """Raise what would otherwise stop a run after its paid or slow stages. Asks no service. A flow
     that asks the recipe's judge checks its endpoint itself, since a search asks none."""
     if recipe.teacher.kind == "endpoint":
-        resolve_endpoint(recipe.teacher)
+        check_takes_batches(recipe.teacher, resolve_endpoint(recipe.teacher))
     if recipe.registry.kind == "azureml":
         AzureMLSettings().require()
     for base in base_models(recipe):

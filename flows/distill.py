@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any, NamedTuple, get_args
 
 from prefect import flow, tags
+from prefect.exceptions import Pause
 from prefect.runtime import flow_run
 
 from distillery.data.answer_format import with_schema
@@ -43,6 +44,7 @@ from distillery.teacher.identity import teacher_identity
 from flows.prepare_teacher import prepare_teacher
 from flows.train_student import trained
 from tasks.abstention import check_provable, with_threshold
+from tasks.batches import batches_first
 from tasks.dataset import prepare_dataset
 from tasks.evaluation import evaluate
 from tasks.hub import check_bases, pinned, source_of
@@ -59,6 +61,9 @@ from tasks.terminal import PlannedStage, shown_in_terminal
 
 REFUSED = 3
 """The exit status of a run that ended well, but for the gate's refusal; argparse's is 2."""
+
+WAITING = 4
+"""The exit status of a run whose batches are under way."""
 
 DECIDED_AGAIN = 3
 """How often the gate decides again because another run has promoted its own meanwhile."""
@@ -177,7 +182,7 @@ def made_student(
     again = refreshing(refresh)
     if recipe.task.abstain:
         check_provable(recipe.task.abstain, data)
-    taught = labelled_rows(recipe, data, training_deployment, refresh)
+    taught = labelled_rows(recipe, data, training_deployment, refresh, test=True)
     local, labels, test_rows = taught.local, taught.labels, data.rows("test")
     # The test rows are labelled now, so that a budget that is too small ends the run before
     # training.
@@ -252,8 +257,10 @@ def labelled_rows(
     data: PreparedDataset,
     training_deployment: str | None,
     refresh: tuple[Stage, ...],
+    test: bool = False,
 ) -> Taught:
-    """Run the stages from the data set to the labels."""
+    """Run the stages from the data set to the labels. `test`: whether the teacher will label the
+    test rows too."""
     again, preparation = refreshing(refresh), recipe.teacher.preparation
     train_rows, local, served = data.rows("train"), None, None
     if recipe.teacher.kind == "local":
@@ -269,6 +276,7 @@ def labelled_rows(
     watched = recipe.teacher.with_canaries(is_scheduled() and not recipe.draws_texts)
     if watched.canaries.rows:
         canaries(train_rows, recipe.prompt, watched, identity)
+    batches_first(recipe, train_rows, data, identity, test)
     check = None
     if recipe.task.kind == "classify":
         check = compare_teacher(recipe, data, local, identity, again)
@@ -397,7 +405,8 @@ def planned_student(recipe: Recipe) -> list[PlannedStage]:
 
 def main(arguments: list[str]) -> int:
     """Run a recipe here; return 0 when the run ended, 1 after one line on what the user can mend,
-    and REFUSED if the gate refused the student and evaluation.on_refusal is fail."""
+    REFUSED if the gate refused the student and evaluation.on_refusal is fail, and WAITING if
+    batches are under way."""
     parser = ArgumentParser("python -m flows.distill", description="Runs a recipe on this machine.")
     parser.add_argument("recipe", help="demo, lab or a YAML file")
     parser.add_argument(
@@ -422,6 +431,9 @@ def main(arguments: list[str]) -> int:
         print(render(Outcome.model_validate_json(record)))
         print(f"error: {refusal}", file=sys.stderr)
         return REFUSED
+    except Pause as waiting:
+        print(f"waiting: {waiting}", file=sys.stderr)
+        return WAITING
     except DistilleryError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -11,6 +11,7 @@ from argparse import ArgumentParser
 
 from prefect import flow, get_run_logger, tags
 from prefect.artifacts import create_markdown_artifact
+from prefect.exceptions import Pause
 
 from distillery.errors import DistilleryError, ExportError, TrainingError, TrainingUnavailable
 from distillery.machine import machine_name
@@ -19,7 +20,7 @@ from distillery.readiness import check_settings
 from distillery.recipe import Recipe, SearchRecipe, load_recipe, load_space
 from distillery.records import Trial
 from distillery.training.search import Search, render_trials
-from flows.distill import labelled_rows, prepared, student_base, trained_student
+from flows.distill import WAITING, labelled_rows, prepared, student_base, trained_student
 from flows.train_student import check_deployment
 from tasks.hub import check_bases, source_of
 from tasks.onnx import exported
@@ -76,7 +77,8 @@ def search(
 
 
 def main(arguments: list[str]) -> int:
-    """Search here; return 0 when the search ended, 1 after one line on what the user can mend."""
+    """Search here; return 0 when the search ended, 1 after one line on what the user can mend, and
+    WAITING if batches are under way."""
     parser = ArgumentParser(
         "python -m flows.search", description="Tries settings of a student on this machine."
     )
@@ -91,6 +93,9 @@ def main(arguments: list[str]) -> int:
             tags("distillery", recipe.name),
         ):
             trials = search(recipe, space)
+    except Pause as waiting:
+        print(f"waiting: {waiting}", file=sys.stderr)
+        return WAITING
     except DistilleryError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -9,7 +9,7 @@ from typing import Any
 
 from prefect import get_run_logger, task
 from prefect.artifacts import create_markdown_artifact
-from prefect.cache_policies import NO_CACHE
+from prefect.cache_policies import CacheKeyFnPolicy
 from prefect.concurrency.asyncio import ConcurrencySlotAcquisitionError, concurrency
 from prefect.runtime import flow_run
 
@@ -245,7 +245,17 @@ def label_of(teacher: TeacherRecipe) -> Any:
     return label.with_options(refresh_cache=True)
 
 
-@task(name="canaries", task_run_name="canaries", cache_policy=NO_CACHE, **RESULT)
+def _once_a_run(_context: Any, _parameters: dict[str, Any]) -> str | None:
+    return f"canaries-{flow_run.id}" if flow_run.id else None
+
+
+@task(
+    name="canaries",
+    task_run_name="canaries",
+    # A run that has waited for its batches starts anew, and has asked them already.
+    cache_policy=CacheKeyFnPolicy(cache_key_fn=_once_a_run),
+    **RESULT,
+)
 def canaries(
     rows: Rows, prompt: PromptRecipe, teacher: TeacherRecipe, identity: str
 ) -> TeacherDrift:

@@ -67,7 +67,8 @@ def sdk(request: pytest.FixtureRequest) -> Sdk:
 @pytest.fixture
 def no_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
     """Calls that fail are tried again at once."""
-    monkeypatch.setattr("distillery.teacher.asking.BACKOFF", wait_none())
+    for module in ("asking", "batch"):
+        monkeypatch.setattr(f"distillery.teacher.{module}.BACKOFF", wait_none())
 
 
 @pytest.fixture

@@ -84,6 +84,7 @@ CASES = {
     "labels delete": Case(
         "--row row-1", "1 answers deleted", NO_LABELS, "DISTILLERY_LABELS: mysql"
     ),
+    "labels batches": Case("--json", "[]", "--forget 1f", "batch 1f: holds no request"),
     "store list": Case("--json", '"digest"', NO_STORE, "nowhere"),
     "store show": Case("b17d", "genai_config.json", "ffff", "0 artifacts begin with ffff"),
     "store export": Case(

@@ -49,8 +49,8 @@ from distillery.recipe import (
 )
 from distillery.registry.local import LocalRegistry
 from distillery.storage.database import Database
-from distillery.teacher.asking import BACKOFF
 from distillery.teacher.endpoint import LOGIN_S
+from distillery.teacher.failures import BACKOFF
 from distillery.teacher.ledger import totals
 from flows.distill import distill
 from flows.search import search

@@ -77,8 +77,8 @@ class Quote:
 
     `known` rows need no call; the others need `calls`. `usage` is estimated, from what `basis`
     says; the prompts' tokens are exact if `counted`. `cost` is in `currency`, and None without a
-    price table. `what`: what the rows are, for people. `budget`: what is spent and left of it, ""
-    where there is none.
+    price table. `batch_cost` is the cost in batches; None where none are sent. `what`: what the
+    rows are, for people. `budget`: what is spent and left of it, "" where there is none.
     """
 
     rows: int
@@ -92,6 +92,7 @@ class Quote:
     seconds: float
     what: str = "rows to label"
     budget: str = ""
+    batch_cost: float | None = None
 
     def line(self) -> str:
         """Return the quote in one line."""
@@ -100,6 +101,8 @@ class Quote:
         cost = "no price table"
         if self.cost is not None:
             cost = f"about {self.cost:.2f} {self.currency}"
+        if self.batch_cost is not None:
+            cost += f", or {self.batch_cost:.2f} in batches"
         certainty = "counted" if self.counted else "estimated"
         budget = f"; {self.budget}" if self.budget else ""
         return (
@@ -169,7 +172,15 @@ def quote(
         budget=standing(
             recipe.budget, recipe.prices, recipe.section, payer or Payer(), store.database
         ),
+        batch_cost=None if takes_no_batches(recipe) else cost_of(usage, recipe.in_batch.prices),
     )
+
+
+def takes_no_batches(recipe: TeacherRecipe) -> bool:
+    """Return whether it is never asked in batches: a local teacher, a judge, or an SDK without
+    them."""
+    is_judge = isinstance(recipe, JudgeRecipe)
+    return is_judge or recipe.kind != "endpoint" or recipe.sdk == "azure-ai-inference"
 
 
 def each_rows_questions(
@@ -244,7 +255,10 @@ def estimated_seconds(
 ) -> float:
     """Return about how long the calls take: by their number at a time or by the recipe's limits a
     minute, whichever takes longer."""
-    latency = experience.latency_ms / 1000 if experience else LATENCY_S
+    # Answers from batches have no latency.
+    latency = LATENCY_S
+    if experience and experience.latency_ms:
+        latency = experience.latency_ms / 1000
     times = [calls * latency / recipe.concurrency]
     if recipe.requests_per_minute:
         times.append(60.0 * calls / recipe.requests_per_minute)

@@ -27,6 +27,7 @@ from distillery.recipe.student import HealingRecipe, LayerChoice, Layers, Studen
 from distillery.recipe.task import METRIC_NAMES, AbstainRecipe, Metric, OtherRecipe, TaskRecipe
 from distillery.recipe.teacher import (
     AnswerRecipe,
+    BatchRecipe,
     BudgetRecipe,
     CanaryRecipe,
     FilterRecipe,
@@ -43,6 +44,7 @@ __all__ = [
     "AbstainRecipe",
     "AnswerRecipe",
     "BaseModelRecipe",
+    "BatchRecipe",
     "BetterRule",
     "BudgetRecipe",
     "CanaryRecipe",

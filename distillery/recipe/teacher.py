@@ -17,6 +17,11 @@ SHORTEST_RATIONALE = 48
 SCHEDULED_CANARIES = 20
 """Canary rows of a scheduled run whose recipe does not say how many."""
 
+BATCH_SHARE = 0.5
+"""The share of their prices that OpenAI and Azure ask in batches: 50 % less
+(platform.openai.com/docs/guides/batch; learn.microsoft.com/azure/ai-foundry/openai/how-to/batch).
+"""
+
 
 class TeacherPreparation(Slice):
     """A local teacher: fine-tuned on the gold rows, exported, and served while it labels."""
@@ -36,6 +41,19 @@ class TeacherPreparation(Slice):
     """The form in which the teacher is served."""
 
 
+class BatchPriceRecipe(Slice):
+    """What the teacher costs in batches, per million tokens."""
+
+    input: float = Field(ge=0)
+    """Price of a million prompt tokens."""
+
+    cached_input: float | None = Field(None, ge=0)
+    """Price of a million prompt tokens that the endpoint reports as cached. null: as `input`."""
+
+    output: float = Field(ge=0)
+    """Price of a million tokens of answers."""
+
+
 class PriceRecipe(Slice):
     """What the teacher costs, per million tokens."""
 
@@ -50,6 +68,27 @@ class PriceRecipe(Slice):
 
     currency: str = "USD"
     """Currency of the prices and of budget.cost."""
+
+    batch: Annotated[float, Field(ge=0, le=1)] | BatchPriceRecipe = Field(
+        BATCH_SHARE, exclude_if=lambda batch: batch == BATCH_SHARE
+    )
+    """What batches cost: a share of these prices, or prices of their own (input, cached_input,
+    output). OpenAI and Azure state 50 % less."""
+
+    @property
+    def in_batch(self) -> Self:
+        """These prices as they are in a batch."""
+        if isinstance(self.batch, BatchPriceRecipe):
+            return self.model_copy(update={**self.batch.model_dump(), "batch": 1.0})
+        cached = None if self.cached_input is None else self.cached_input * self.batch
+        return self.model_copy(
+            update={
+                "input": self.input * self.batch,
+                "cached_input": cached,
+                "output": self.output * self.batch,
+                "batch": 1.0,
+            }
+        )
 
 
 class BudgetRecipe(Slice):
@@ -82,6 +121,43 @@ class BudgetRecipe(Slice):
         """The caps that are set, by name: cost, tokens and calls."""
         named = {"cost": self.cost, "tokens": self.tokens, "calls": self.calls}
         return {name: float(cap) for name, cap in named.items() if cap is not None}
+
+
+class BatchRecipe(Slice):
+    """How rows are asked in batches: files of requests that the endpoint answers within a day, at a
+    lower price (OpenAI's Batch API, which Azure has too).
+
+    A run sends what the label store does not know, waits, and takes the answers in. It may end as
+    waiting, and goes on from there when it is run again.
+    """
+
+    window: str = Field("24h", pattern=r"^[1-9]\d*[hd]$")
+    """The time within which the endpoint is to answer; OpenAI and Azure know 24h alone."""
+
+    model: str | None = Field(None, min_length=1)
+    """The model or deployment that answers batches, where it is another than the one that is asked
+    directly, as Azure's deployments of type Global Batch are. null: the endpoint's model."""
+
+    lines: int = Field(50_000, ge=1, le=100_000)
+    """The most requests in a file. OpenAI takes 50,000, Azure 100,000."""
+
+    megabytes: int = Field(200, ge=1, le=200)
+    """The largest file, in millions of bytes. OpenAI and Azure take 200."""
+
+    direct_below: int = Field(100, ge=0)
+    """The most requests that are asked directly instead, since a batch takes hours."""
+
+    tries: int = Field(2, ge=1, le=10)
+    """Batches in which a request is sent before it is asked directly."""
+
+    poll_s: float = Field(60.0, gt=0)
+    """Seconds between two looks at a batch."""
+
+    wait_s: float = Field(3600.0, ge=0)
+    """Seconds that a run waits for its batches before it ends as waiting."""
+
+    again_s: float = Field(1800.0, gt=0)
+    """Seconds after which a run of a deployment that ended as waiting is started again."""
 
 
 class AnswerRecipe(Slice):
@@ -166,7 +242,7 @@ class TeacherRecipe(Slice):
     """Whether a labelling ends in an error if no row gets a label, whatever the reason."""
 
     added_later: ClassVar[frozenset[str]] = frozenset(
-        {"terms", "largest_shift", "insist", "max_age", "stop", "shared_pace"}
+        {"terms", "largest_shift", "insist", "max_age", "stop", "shared_pace", "batch"}
     )
 
     kind: Literal["endpoint", "local", "gold", "file"] = "endpoint"
@@ -243,6 +319,10 @@ class TeacherRecipe(Slice):
     budget: BudgetRecipe = BudgetRecipe()
     """Caps on what is spent."""
 
+    batch: BatchRecipe | None = Field(None, exclude_if=lambda batch: batch is None)
+    """Ask in batches, at the price of prices.batch. Needs kind: endpoint, and an endpoint that the
+    openai SDK asks. null: every row is asked directly."""
+
     tokenizer: str | None = None
     """The teacher's tokenizer, as a model folder or hub id, with which `distillery quote` counts
     tokens. null: tokens are estimated."""
@@ -277,6 +357,13 @@ class TeacherRecipe(Slice):
         return self.model_dump_json(
             include={"soft_labels", "temperature", "max_tokens", "stop", "answers", "filters"}
         )
+
+    @property
+    def in_batch(self) -> Self:
+        """These settings with the prices of a batch."""
+        if self.prices is None:
+            return self
+        return self.model_copy(update={"prices": self.prices.in_batch})
 
     @property
     def who(self) -> str:
@@ -323,6 +410,15 @@ class TeacherRecipe(Slice):
         if self.max_age is not None and self.kind != "endpoint":
             raise ValueError(
                 f"max_age: a teacher of kind {self.kind} cannot change; remove this setting"
+            )
+        if self.batch is not None and self.kind != "endpoint":
+            raise ValueError(
+                f"batch: a teacher of kind {self.kind} takes no batches; remove this setting"
+            )
+        if self.batch is not None and self.sdk == "azure-ai-inference":
+            raise ValueError(
+                "batch: the SDK azure-ai-inference knows no batches; set teacher.sdk: openai and "
+                "an endpoint at /openai/v1, or remove this setting"
             )
         if self.soft_labels and self.kind == "gold":
             raise ValueError("soft_labels: gold answers have no probabilities; set it to false")

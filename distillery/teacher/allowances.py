@@ -21,6 +21,9 @@ leaves the others enough."""
 
 RENEWAL_S = LENGTH_S / RENEWALS
 
+NEVER = 1e12
+"""The expiry of what batches may take (reservations.py), which may be under way for a day."""
+
 ALLOWANCES = Table(
     "budget_allowances",
     METADATA,
@@ -38,8 +41,8 @@ ALLOWANCES = Table(
 @dataclass(frozen=True)
 class Grant:
     """What came of asking for an allowance. `more`: what may be spent beyond what was kept; nothing
-    of anything where a call does not fit. `spent`: what the ledger says. `is_final`: nobody else
-    has an allowance, which might be given back."""
+    of anything where a call does not fit. `spent`: what the ledger says. `is_final`: no other
+    process has an allowance, which might be given back soon."""
 
     more: Amounts
     spent: Amounts
@@ -113,15 +116,17 @@ class Allowance:
         others = self._others(connection)
         since = period_start(self._period, datetime.now(UTC))
         gone = spent(connection, self._payer, self._section, self._currency, since)
+        # A batch takes hours: nobody waits for what it may leave.
+        is_final = all(other.expires_at >= NEVER for other in others)
         more = {}
         for name, cap in self._caps.items():
             held = sum(getattr(other, name) for other in others)
             left = cap - gone[name] - held - kept[name]
             if call[name] > left:
-                return Grant(dict.fromkeys(self._caps, 0.0), gone, is_final=not others)
+                return Grant(dict.fromkeys(self._caps, 0.0), gone, is_final=is_final)
             more[name] = min(left, max(left * SHARE, call[name] * calls))
         self._write(connection, {name: kept[name] + more[name] for name in self._caps})
-        return Grant(more, gone, is_final=not others)
+        return Grant(more, gone, is_final=is_final)
 
     def _write(self, connection: Any, amounts: Amounts) -> None:
         allowed = {name: amounts.get(name, 0.0) for name in ("cost", "tokens", "calls")}

@@ -1,4 +1,4 @@
-"""Asking the teacher: the one module that makes calls, and tries them again.
+"""Asking the teacher: the one module that makes direct calls, and tries them again.
 
 A call takes this path, each step by a method below or a module beside this one:
 
@@ -20,13 +20,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, Self
 
-from tenacity import (
-    AsyncRetrying,
-    RetryCallState,
-    retry_if_exception,
-    wait_exponential,
-    wait_random,
-)
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, wait_random
 
 from distillery.errors import DistilleryError, StoreError, TeacherError
 from distillery.prompts import Message
@@ -35,7 +29,7 @@ from distillery.records import Usage
 from distillery.teacher.budget import Spending, cost_of
 from distillery.teacher.clients import Response, open_client
 from distillery.teacher.endpoint import Endpoint, log_in
-from distillery.teacher.failures import MALFORMED, CallFailed, final_error
+from distillery.teacher.failures import BACKOFF, MALFORMED, CallFailed, final_error
 from distillery.teacher.ledger import (
     Book,
     Call,
@@ -48,8 +42,6 @@ from distillery.teacher.ledger import (
 from distillery.teacher.options import MOST_LOGPROBS, CallOptions
 from distillery.teacher.pace import Pace, pace_of
 from distillery.teacher.reply import Completion, read_completion, usage_of
-
-BACKOFF = wait_exponential(multiplier=0.5, max=30) + wait_random(0, 0.5)
 
 MESSAGE_TOKENS = 16
 """More tokens than a chat template adds to two messages."""
@@ -157,6 +149,13 @@ class Teacher:
                         self._book.record(replace(completion.call, outcome="rejected"))
                     raise
                 return completion
+
+    def body(
+        self, letters: Sequence[str], schema: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Return what a request holds beside its messages, without what the endpoint has refused.
+        `letters` and `schema` as in `ask`."""
+        return self._options.body(letters, schema)
 
     async def _send(
         self,

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from azure.core.credentials_async import AsyncTokenCredential
     from azure.core.pipeline import PipelineResponse
     from azure.core.pipeline.transport import AioHttpTransport
+    from openai import AsyncOpenAI
 
 
 class Response(NamedTuple):
@@ -162,27 +163,8 @@ class OpenAIClient:
         credential: "AsyncTokenCredential | None",
         timeout_s: float,
     ) -> None:
-        from openai import AsyncOpenAI, DefaultAsyncHttpxClient
-
-        key: str | Callable[[], Awaitable[str]] = "none"
-        if endpoint.key:
-            key = endpoint.key.get_secret_value()
-        elif credential:
-            from azure.identity.aio import get_bearer_token_provider
-
-            key = get_bearer_token_provider(credential, token_scope(endpoint.url))
         self._endpoint = endpoint
-        self._client = AsyncOpenAI(
-            base_url=endpoint.url,
-            api_key=key,
-            max_retries=0,
-            timeout=timeout_s,
-            # A redirect would send the key on. A proxy named in the environment is not for a
-            # server on this machine.
-            http_client=DefaultAsyncHttpxClient(
-                follow_redirects=False, trust_env=not endpoint.is_local
-            ),
-        )
+        self._client = open_openai(endpoint, credential, timeout_s)
 
     async def complete(self, messages: list[Message], body: dict[str, Any]) -> Response:
         from azure.core.exceptions import AzureError
@@ -201,24 +183,53 @@ class OpenAIClient:
                 return Response(payload, response.headers)
             failure = CallFailed(MALFORMED, "no JSON of a chat completion")
         except (OpenAIError, AzureError, ValueError, RecursionError) as error:
-            failure = self._failure(error)
+            failure = openai_failure(error, self._endpoint)
         raise failure
-
-    def _failure(self, error: Exception) -> CallFailed:
-        from azure.core.exceptions import ClientAuthenticationError
-        from openai import APIStatusError, APITimeoutError
-
-        redact = self._endpoint.redact
-        if isinstance(error, ClientAuthenticationError):
-            return CallFailed(401, "")
-        if isinstance(error, APIStatusError):
-            response = error.response
-            return CallFailed(error.status_code, response.text, response.headers, redact=redact)
-        if isinstance(error, ValueError | RecursionError):
-            return CallFailed(MALFORMED, "no JSON of a chat completion")
-        timed_out = isinstance(error, APITimeoutError)
-        text = str(error.__cause__ or error)
-        return CallFailed(None, text, redact=redact, timed_out=timed_out)
 
     async def close(self) -> None:
         await self._client.close()
+
+
+def open_openai(
+    endpoint: Endpoint, credential: "AsyncTokenCredential | None", timeout_s: float
+) -> "AsyncOpenAI":
+    """Return the openai SDK's client of an endpoint, without retries of its own. `credential` is
+    for an endpoint without a key."""
+    from openai import AsyncOpenAI, DefaultAsyncHttpxClient
+
+    key: str | Callable[[], Awaitable[str]] = "none"
+    if endpoint.key:
+        key = endpoint.key.get_secret_value()
+    elif credential:
+        from azure.identity.aio import get_bearer_token_provider
+
+        key = get_bearer_token_provider(credential, token_scope(endpoint.url))
+    return AsyncOpenAI(
+        base_url=endpoint.url,
+        api_key=key,
+        max_retries=0,
+        timeout=timeout_s,
+        # A redirect would send the key on. A proxy named in the environment is not for a server on
+        # this machine.
+        http_client=DefaultAsyncHttpxClient(
+            follow_redirects=False, trust_env=not endpoint.is_local
+        ),
+    )
+
+
+def openai_failure(error: Exception, endpoint: Endpoint) -> CallFailed:
+    """Return the failure that an exception of the openai SDK, or of azure-identity, stands for."""
+    from azure.core.exceptions import ClientAuthenticationError
+    from openai import APIStatusError, APITimeoutError
+
+    redact = endpoint.redact
+    if isinstance(error, ClientAuthenticationError):
+        return CallFailed(401, "")
+    if isinstance(error, APIStatusError):
+        response = error.response
+        return CallFailed(error.status_code, response.text, response.headers, redact=redact)
+    if isinstance(error, ValueError | RecursionError):
+        return CallFailed(MALFORMED, "no JSON of a chat completion")
+    timed_out = isinstance(error, APITimeoutError)
+    text = str(error.__cause__ or error)
+    return CallFailed(None, text, redact=redact, timed_out=timed_out)

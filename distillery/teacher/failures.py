@@ -10,9 +10,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
+from tenacity import wait_exponential, wait_random
+
 from distillery.errors import CredentialsError, DistilleryError, TeacherError, TeacherUnavailable
 from distillery.records import Usage
 from distillery.teacher.endpoint import Endpoint
+
+BACKOFF = wait_exponential(multiplier=0.5, max=30) + wait_random(0, 0.5)
+"""How long to wait before the next try."""
 
 MALFORMED = 200
 """The status of a response that is not a chat completion."""

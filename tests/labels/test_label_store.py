@@ -23,12 +23,15 @@ from sqlalchemy import create_engine
 
 from distillery.data.answer_tokens import AnswerToken, packed
 from distillery.errors import DataError, StoreError, StoreUnavailable
+from distillery.labels.batch_book import BATCHES, LINES
 from distillery.labels.questions import questions
 from distillery.labels.store import Experience, LabelStore, StoredAnswer, parquet_schema
 from distillery.recipe import PromptRecipe, TeacherRecipe
 from distillery.records import Example
 from distillery.storage.database import METADATA, SCHEMA, VERSION_TABLE
-from distillery.storage.leases import Leases
+from distillery.storage.leases import LEASES, Leases
+from distillery.teacher.allowances import ALLOWANCES
+from distillery.teacher.ledger import CALLS
 
 
 @pytest.fixture
@@ -459,6 +462,9 @@ def test_a_database_of_before_the_tokens_is_upgraded_in_place(url: str, tmp_path
 
 
 def test_a_migrated_schema_is_the_one_that_the_code_has(url: str, tmp_path: Path) -> None:
+    # Tables are known once their modules are imported.
+    for table in (LEASES, CALLS, ALLOWANCES, BATCHES, LINES):
+        assert table.name in METADATA.tables
     make_old(tmp_path / "old.db")
     for database in (url, f"sqlite:///{tmp_path / 'old.db'}"):
         LabelStore(database).close()

@@ -1,0 +1,100 @@
+"""The files of a batch on this machine: the requests that are sent, and the answers that came."""
+
+from collections.abc import Sequence
+from hashlib import sha256
+from pathlib import Path
+from typing import IO
+
+from distillery.labels.batch_book import Batch
+from distillery.labels.questions import Question
+from distillery.recipe import TeacherRecipe
+from distillery.records import Usage
+from distillery.teacher.asking import MESSAGE_TOKENS
+from distillery.teacher.batch import BatchLine, each_line, key_of_line, read_line
+from distillery.teacher.endpoint import Endpoint
+
+MEGABYTE = 1_000_000
+
+
+class RequestFile:
+    """A file of requests that is being written; `most` is what they can take."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.keys: dict[str, None] = {}
+        self.size = 0
+        self.most = Usage()
+        self._lines: IO[bytes] = path.open("wb")
+
+    def add(self, key: str, line: bytes, most: Usage) -> None:
+        """Write a request."""
+        self._lines.write(line)
+        self.keys[key] = None
+        self.size += len(line)
+        self.most = self.most + most
+
+    def close(self) -> None:
+        """Close the file, which stays."""
+        self._lines.close()
+
+    def digest(self) -> str:
+        """Return the SHA-256 (hex) of the closed file."""
+        with self.path.open("rb") as lines:
+            hasher = sha256()
+            while block := lines.read(MEGABYTE):
+                hasher.update(block)
+        return hasher.hexdigest()
+
+    def keep(self, keys: set[str]) -> None:
+        """Write the closed file anew with these requests alone. What they can take stays an upper
+        bound."""
+        kept = self.path.with_suffix(".kept")
+        with kept.open("wb") as out:
+            for _, line in each_line(self.path):
+                if key_of_line(line) in keys:
+                    out.write(line)
+        kept.replace(self.path)
+        self.keys = dict.fromkeys(key for key in self.keys if key in keys)
+
+
+class Answers:
+    """The downloaded files of an ended batch: for each of its requests, where its line is. Of
+    several lines for a request the first counts, and those of the output file come first."""
+
+    def __init__(self, batch: Batch, requests: set[str], files: Sequence[Path]) -> None:
+        self.batch = batch
+        self._files = [path.open("rb") for path in files]
+        self._places: dict[str, tuple[int, int]] = {}
+        for number, path in enumerate(files):
+            for position, line in each_line(path):
+                key = key_of_line(line)
+                if key in requests:
+                    self._places.setdefault(key, (number, position))
+        self.missing = requests - self._places.keys()
+        self.answered: list[str] = []
+        self.failed: list[str] = []
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._places
+
+    def take(self, key: str, endpoint: Endpoint) -> BatchLine:
+        """Return a request's line, and take it out."""
+        number, position = self._places.pop(key)
+        self._files[number].seek(position)
+        return read_line(self._files[number].readline(), endpoint)
+
+    def rest(self) -> list[str]:
+        """Return the requests whose lines are still in."""
+        return list(self._places)
+
+    def close(self) -> None:
+        """Close the files."""
+        for file in self._files:
+            file.close()
+
+
+def most_of(question: Question, recipe: TeacherRecipe) -> Usage:
+    """Return the most tokens that a request can take: a byte-level tokenizer makes at most one
+    token of a byte."""
+    size = sum(len(message["content"].encode()) for message in question.messages)
+    return Usage(prompt_tokens=size + MESSAGE_TOKENS, completion_tokens=recipe.max_tokens)

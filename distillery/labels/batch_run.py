@@ -1,0 +1,671 @@
+"""Asking in batches: what the label store does not know is sent in files, and the answers are taken
+in as they come, by this run or a later one. teacher/batch.py is the service, batch_book.py the book
+of what is under way.
+"""
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from functools import partial
+from hashlib import sha256
+from itertools import islice
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from distillery.errors import (
+    BudgetReached,
+    DataError,
+    TeacherError,
+    TeacherUnavailable,
+    Waiting,
+)
+from distillery.labels.acceptance import record_answer, stored_answer
+from distillery.labels.batch_book import Batch, BatchBook, Line
+from distillery.labels.batch_files import MEGABYTE, Answers, RequestFile, most_of
+from distillery.labels.questions import Question, questions
+from distillery.labels.quote import duration, estimated_tokens
+from distillery.labels.store import LabelStore
+from distillery.recipe import BatchRecipe, PromptRecipe, TeacherRecipe
+from distillery.records import Example, Usage
+from distillery.storage.leases import LENGTH_S, Leases
+from distillery.teacher.asking import Teacher
+from distillery.teacher.batch import (
+    BatchService,
+    ServiceBatch,
+    batch_service,
+    check_takes_batches,
+    path_of_requests,
+    request_line,
+)
+from distillery.teacher.budget import Spending, cost_of
+from distillery.teacher.endpoint import Endpoint
+from distillery.teacher.ledger import Amounts, Call, Outcome, Payer, Purpose
+from distillery.teacher.reply import Completion, read_completion, usage_of
+from distillery.teacher.reservations import Reservations, amounts_of, fits
+
+LOOKUP_ROWS = 1000
+"""Rows that are in memory at a time."""
+
+Progress = Callable[[int, int], None]
+"""Takes the requests that the service has done and those that it has."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Share:
+    """Rows that are asked with equal settings; `rows` returns them anew at each call."""
+
+    rows: Callable[[], Iterable[Example]]
+    recipe: TeacherRecipe
+    purpose: Purpose
+
+
+async def ask_in_batches(
+    shares: Sequence[Share],
+    prompt: PromptRecipe,
+    endpoint: Endpoint,
+    store: LabelStore,
+    *,
+    payer: Payer | None = None,
+    progress: Progress | None = None,
+    lease_s: float = LENGTH_S,
+) -> None:
+    """Ask the questions of `shares`, which have the same teacher, in batches, as far as
+    teacher.batch says; afterwards what is left is to be asked directly.
+
+    Without teacher.batch nothing is sent. Questions that are in another run's batch are waited for
+    all the same, and their answers taken in. Raises what `BatchRun.work` raises, and RecipeError
+    for an endpoint that takes no batches."""
+    recipe = shares[0].recipe
+    check_takes_batches(recipe, endpoint)
+    url = store.database.url.render_as_string(hide_password=False)
+    with BatchBook(url) as book:
+        if recipe.batch is None and not book.open_batches(endpoint.identity):
+            return
+        async with batch_service(recipe, endpoint) as service:
+            run = BatchRun(
+                shares,
+                prompt,
+                recipe.batch or BatchRecipe(),
+                endpoint,
+                store,
+                book,
+                service,
+                payer=payer or Payer(),
+                sends=recipe.batch is not None,
+                progress=progress,
+                leases=Leases(url, lease_s),
+                lease_s=lease_s,
+            )
+            await run.work()
+
+
+class BatchRun:
+    """One run's part in the batches of its teacher: it sends, waits, and takes in.
+
+    Invariants:
+    - Before a file is uploaded, its requests are in the book, under a batch of our own whose id
+      stands in the file's name and in the metadata of the service's batch. A run that is killed
+      leaves a row in the book, from which the next one looks for what the service has.
+    - Who sends a batch, or takes its answers in, holds its lease.
+    - An answer is committed to the label store, and its call to the ledger, before the request
+      leaves the book. The call's id comes from the batch and the request, so that an answer that is
+      taken in twice counts once.
+    - A request that is in a batch is not asked otherwise.
+    """
+
+    def __init__(
+        self,
+        shares: Sequence[Share],
+        prompt: PromptRecipe,
+        batch: BatchRecipe,
+        endpoint: Endpoint,
+        store: LabelStore,
+        book: BatchBook,
+        service: BatchService,
+        *,
+        payer: Payer,
+        sends: bool,
+        progress: Progress | None,
+        leases: Leases,
+        lease_s: float,
+    ) -> None:
+        self._shares, self._prompt, self._batch = shares, prompt, batch
+        self._endpoint, self._store, self._book, self._service = endpoint, store, book, service
+        self._payer, self._sends, self._progress = payer, sends, progress
+        self._leases, self._lease_s = leases, lease_s
+        self._holder = uuid.uuid4().hex
+        self._reservations = Reservations(store.database, store.flush, shares[0].recipe, payer)
+        self._room: Amounts = {}
+        self._teachers: dict[int, Teacher] = {}
+        self._most_lines = batch.lines
+        self._is_full = False
+        self._waits_for: set[str] = set()
+        self._may_take: set[str] = set()
+        self._held_back = 0
+
+    async def work(self) -> None:
+        """Send and take in until nothing is under way that this run's rows wait for. What is left
+        then is to be asked directly. Raises Waiting after batch.wait_s, BudgetReached where the
+        budget has no room for a request, and what the service raises."""
+        until = time.monotonic() + self._batch.wait_s
+        with TemporaryDirectory(prefix="distillery-batches-") as folder:
+            while True:
+                await self._resume()
+                await self._send(Path(folder))
+                ended = await self._ended(until)
+                if not self._waits_for and not ended:
+                    break
+                await self._take_in(ended, Path(folder))
+        if self._held_back:
+            raise BudgetReached(
+                f"{self._endpoint.section}.budget: has no room for the next request of "
+                f"{self._held_back:,}; all answers are kept: run again to continue, or raise it"
+            )
+
+    def _chunks(self) -> Iterator[list[tuple[int, Question]]]:
+        """Yield the run's questions, those of some rows at a time, with their shares' numbers."""
+        for number, share in enumerate(self._shares):
+            remaining = iter(share.rows())
+            while rows := list(islice(remaining, LOOKUP_ROWS)):
+                yield [
+                    (number, question)
+                    for row in rows
+                    for question in questions(
+                        row, self._prompt, share.recipe, self._endpoint.identity
+                    )
+                ]
+
+    def _look_up(self, chunk: list[tuple[int, Question]]) -> tuple[set[str], dict[str, Line]]:
+        keys = [question.key for _, question in chunk]
+        return self._store.answered(keys), self._book.lines(keys)
+
+    # What a run that died has left.
+
+    async def _resume(self) -> None:
+        """Bring every batch on its way that a dead process has left before the service knew it."""
+        for batch in self._book.open_batches(self._endpoint.identity):
+            if batch.state in ("intended", "uploaded") and batch.url == self._endpoint.url:
+                await self._resume_batch(batch)
+
+    async def _resume_batch(self, batch: Batch) -> None:
+        if not await self._hold(batch):
+            return
+        try:
+            seen = await asyncio.to_thread(self._book.batch, batch.batch_id)
+            if seen is None or seen.state not in ("intended", "uploaded"):
+                return
+            file_id = seen.file_id
+            if seen.digest:
+                service_id = await self._service.find_batch(seen.batch_id, seen.since)
+                if service_id:
+                    await self._note_submitted(seen, service_id)
+                    return
+                file_id = file_id or await self._service.find_file(seen.file_name, seen.since)
+            if file_id:
+                await self._submit_file(replace(seen, file_id=file_id))
+            else:
+                # The service has nothing of it: its requests are sent anew.
+                await asyncio.to_thread(self._book.give_up, seen.batch_id)
+        finally:
+            self._release(batch)
+
+    async def _hold(self, batch: Batch) -> bool:
+        """Take a batch's lease, if no living process has it."""
+        name = f"batch {batch.batch_id}"
+        if await asyncio.to_thread(self._leases.is_held, name):
+            return False
+        return await asyncio.to_thread(
+            self._leases.acquire, name, self._holder, self._payer.recipe, self._lease_s
+        )
+
+    def _release(self, batch: Batch) -> None:
+        self._leases.release(f"batch {batch.batch_id}", self._holder)
+
+    # Sending.
+
+    async def _send(self, folder: Path) -> None:
+        """Send what is neither known nor under way, and note the batches to wait for. So few
+        requests as batch.direct_below are left."""
+        self._waits_for, self._may_take, self._held_back = set(), set(), 0
+        if self._is_full and await self._is_blocked():
+            return
+        few: list[tuple[int, Question]] = []
+        file: RequestFile | None = None
+        async for asked in self._missing():
+            few.append(asked)
+            if file is None and len(few) <= self._batch.direct_below:
+                continue
+            for number, question in few:
+                file = await self._add(number, question, file, folder)
+            few = []
+        if file is not None:
+            await self._submit(file)
+        self._may_take -= self._waits_for
+
+    async def _missing(self) -> AsyncIterator[tuple[int, Question]]:
+        """Yield what is to be sent, and note the batches in which other questions are."""
+        for chunk in self._chunks():
+            known, lines = await asyncio.to_thread(self._look_up, chunk)
+            for number, question in chunk:
+                line = lines.get(question.key, Line("", 0))
+                if question.key in known:
+                    self._may_take |= {line.batch_id} - {""}
+                elif line.batch_id:
+                    self._waits_for.add(line.batch_id)
+                elif self._sends and line.tries < self._batch.tries:
+                    yield number, question
+
+    async def _is_blocked(self) -> bool:
+        """Return whether other batches fill the endpoint's queue. If none of ours do, smaller ones
+        are tried. Raises Waiting where not even those of batch.direct_below requests fit."""
+        async for _ in self._missing():
+            pass
+        if self._waits_for:
+            return True
+        if self._most_lines <= max(self._batch.direct_below, 1):
+            raise Waiting(
+                f"{self._endpoint.url}: its queue of batches has no room for "
+                f"{self._most_lines:,} requests; run again later: all answers so far are kept",
+                self._batch.again_s,
+            )
+        self._is_full = False
+        return False
+
+    async def _add(
+        self,
+        number: int,
+        question: Question,
+        file: RequestFile | None,
+        folder: Path,
+    ) -> RequestFile | None:
+        """Write a request to the file; send it first if it is full. Return the file."""
+        if self._held_back:
+            self._held_back += 1
+            return None
+        share = self._shares[number]
+        most = most_of(question, share.recipe)
+        if file is None:
+            self._room = await asyncio.to_thread(self._reservations.room)
+            # The first question of all is asked directly, at the full price.
+            priced = share.recipe.in_batch if number in self._teachers else share.recipe
+            if not fits(amounts_of(most, 1, priced), self._room):
+                self._held_back = 1
+                return None
+        if number not in self._teachers:
+            # The answer shows which options the endpoint takes, before thousands ask with them.
+            await self._ask_first(number, question)
+            return file
+        if file is not None and question.key in file.keys:
+            return file
+        body = {
+            "model": self._batch.model or self._endpoint.model,
+            "messages": question.messages,
+            **self._teachers[number].body(question.keys, question.schema),
+        }
+        line = request_line(question.key, path_of_requests(self._endpoint), body)
+        if file is not None and not self._fits(file, line, most):
+            await self._submit(file)
+            return await self._add(number, question, None, folder)
+        file = file or RequestFile(folder / "requests.jsonl")
+        file.add(question.key, line, most)
+        return file
+
+    def _fits(self, file: RequestFile, line: bytes, most: Usage) -> bool:
+        """Return whether a request has room in the file and in the budget."""
+        if len(file.keys) >= self._most_lines:
+            return False
+        if file.keys and file.size + len(line) > self._batch.megabytes * MEGABYTE:
+            return False
+        priced = self._shares[0].recipe.in_batch
+        return fits(amounts_of(file.most + most, len(file.keys) + 1, priced), self._room)
+
+    async def _ask_first(self, number: int, question: Question) -> None:
+        """Ask a share's first question directly."""
+        share, store = self._shares[number], self._store
+        async with (
+            Spending.shared(share.recipe, self._payer, store.database, store.flush) as spending,
+            Teacher(
+                share.recipe,
+                self._endpoint,
+                spending=spending,
+                record=store.record,
+                payer=self._payer,
+                purpose=share.purpose,
+            ) as teacher,
+        ):
+            completion = await teacher.ask(
+                question.messages, question.keys, question.schema, key=question.key
+            )
+            if completion.finish_reason != "malformed":
+                answer = stored_answer(question, completion, share.recipe, self._endpoint.identity)
+                record_answer(completion, answer, store)
+                store.add(answer)
+        self._teachers[number] = teacher
+
+    async def _submit(self, file: RequestFile) -> None:
+        """Take the file's requests into the book, upload it and have a batch made of it."""
+        file.close()
+        recipe = self._shares[0].recipe.in_batch
+        most = amounts_of(file.most, len(file.keys), recipe)
+        batch = Batch(
+            teacher=self._endpoint.identity,
+            url=self._endpoint.url,
+            run=self._payer.run,
+            recipe=self._payer.recipe,
+            tokens=round(most["tokens"]),
+            cost=most["cost"] if recipe.prices else None,
+        )
+        await self._hold(batch)
+        try:
+            taken = await asyncio.to_thread(self._book.intend, batch, list(file.keys))
+            # Another run may have taken in the answers since they were looked up.
+            known = await asyncio.to_thread(self._store.answered, taken)
+            if known:
+                await asyncio.to_thread(self._book.leave, batch.batch_id, known)
+            others = await asyncio.to_thread(self._book.lines, file.keys.keys() - taken)
+            self._waits_for |= {line.batch_id for line in others.values()} - {""}
+            if not taken - known:
+                await asyncio.to_thread(self._book.give_up, batch.batch_id)
+                return
+            if not await asyncio.to_thread(self._reservations.reserve, batch.batch_id, most):
+                # Another process has spent what was left since.
+                await asyncio.to_thread(self._book.give_up, batch.batch_id)
+                self._held_back = len(taken - known)
+                return
+            if len(taken - known) < len(file.keys):
+                await asyncio.to_thread(file.keep, taken - known)
+            batch = replace(batch, digest=file.digest(), lines=len(file.keys))
+            await self._change(batch, digest=batch.digest, lines=batch.lines)
+            try:
+                file_id = await self._service.upload(file.path, batch.file_name, batch.since)
+            except TeacherUnavailable:
+                # It may be there: the next run looks for it.
+                raise
+            except TeacherError:
+                await asyncio.to_thread(self._book.give_up, batch.batch_id)
+                raise
+            await self._change(batch, state="uploaded", file_id=file_id)
+            await self._submit_file(replace(batch, file_id=file_id))
+            self._waits_for.add(batch.batch_id)
+        finally:
+            self._release(batch)
+
+    async def _submit_file(self, batch: Batch) -> None:
+        """Have a batch made of an uploaded file."""
+        try:
+            service_id = await self._service.create(
+                batch.file_id, batch.batch_id, batch.digest, self._batch.window, batch.since
+            )
+        except TeacherUnavailable:
+            raise
+        except TeacherError:
+            if not await self._may_be_there(batch):
+                await asyncio.to_thread(self._book.give_up, batch.batch_id)
+            raise
+        await self._note_submitted(batch, service_id)
+
+    async def _may_be_there(self, batch: Batch) -> bool:
+        """Return whether the service may have made a batch in a try whose response was lost."""
+        try:
+            return bool(await self._service.find_batch(batch.batch_id, batch.since))
+        except TeacherUnavailable:
+            return True
+        except TeacherError:
+            return False
+
+    async def _note_submitted(self, batch: Batch, service_id: str) -> None:
+        await self._change(
+            batch, state="submitted", service_id=service_id, submitted_at=datetime.now(UTC)
+        )
+        _log.info("batch %s: %s requests sent", service_id, f"{batch.lines:,}")
+
+    async def _change(self, batch: Batch, **values: Any) -> None:
+        await asyncio.to_thread(partial(self._book.change, batch.batch_id, **values))
+
+    # Taking in.
+
+    async def _ended(self, until: float) -> list[tuple[Batch, ServiceBatch]]:
+        """Wait until one of the batches that this run waits for has ended, or is another run's
+        work; return those that have ended. Raises Waiting when the time `until` has come."""
+        while True:
+            await self._resume()
+            ended, waited, done, lines = [], set(), 0, 0
+            for batch in await asyncio.to_thread(self._book.open_batches, self._endpoint.identity):
+                if batch.batch_id not in self._waits_for | self._may_take:
+                    continue
+                waited |= {batch.batch_id} & self._waits_for
+                seen = await self._look_at(batch)
+                if seen is None:
+                    continue
+                done, lines = done + seen.done, lines + batch.lines
+                if not seen.is_under_way:
+                    ended.append((batch, seen))
+            if self._progress and lines:
+                self._progress(done, lines)
+            if ended or waited != self._waits_for or not waited:
+                return ended
+            left = until - time.monotonic()
+            if left <= 0:
+                raise self._waiting(lines, done)
+            await asyncio.sleep(min(self._batch.poll_s, left))
+
+    async def _look_at(self, batch: Batch) -> ServiceBatch | None:
+        """Return how the service says a batch is; None where it is not submitted yet."""
+        if batch.state not in ("submitted", "ended"):
+            return None
+        forget = f"or give it up: distillery labels batches --forget {batch.batch_id}"
+        if batch.url != self._endpoint.url:
+            if batch.batch_id not in self._waits_for:
+                return None
+            raise TeacherError(
+                f"batch {batch.service_id} was sent to {batch.url}; set "
+                f"{self._endpoint.variables}_ENDPOINT to it until its answers are here, {forget}"
+            )
+        seen = await self._service.look_at(batch.service_id)
+        if seen is None:
+            raise TeacherError(
+                f"{self._endpoint.url} does not know the batch {batch.service_id}; use the key of "
+                f"the project that sent it, {forget}"
+            )
+        if seen.status != batch.status:
+            await self._change(batch, status=seen.status)
+        if not seen.is_under_way and batch.state == "submitted":
+            await self._change(batch, state="ended", ended_at=datetime.now(UTC))
+        return seen
+
+    def _waiting(self, lines: int, done: int) -> Waiting:
+        count = len(self._waits_for)
+        batches = "1 batch is" if count == 1 else f"{count} batches are"
+        return Waiting(
+            f"{batches} under way, {done:,} of {lines:,} requests done; run again "
+            f"in {duration(self._batch.again_s)} (distillery labels batches lists them)",
+            self._batch.again_s,
+        )
+
+    async def _take_in(self, ended: Sequence[tuple[Batch, ServiceBatch]], folder: Path) -> None:
+        """Take the answers of ended batches in. Raises TeacherError for a batch that the service
+        did not accept."""
+        failures: list[str] = []
+        refused: list[int] = []
+        with ExitStack() as held:
+            collected = []
+            for batch, seen in ended:
+                if not await self._hold(batch):
+                    # Another run is taking its answers in.
+                    await asyncio.sleep(min(self._batch.poll_s, 1.0))
+                    continue
+                held.callback(self._release, batch)
+                if seen.status == "failed":
+                    await self._note_failure(batch, seen)
+                    if seen.lacks_quota:
+                        refused.append(batch.lines)
+                    else:
+                        failures.append(f"{seen.service_id} ({seen.code}: {seen.error})")
+                    continue
+                self._is_full = False
+                answers = await self._download(batch, seen, folder)
+                held.callback(answers.close)
+                collected.append(answers)
+            if collected:
+                await self._read(collected)
+            for answers in collected:
+                await self._settle(answers)
+        if failures:
+            raise TeacherError(
+                f"{self._endpoint.section}.batch: {self._endpoint.url} did not accept "
+                f"{failures[0]}; nothing was asked: correct the setting"
+            )
+        if refused:
+            self._is_full = True
+            self._most_lines = min(self._most_lines, max(max(refused) // 2, 1))
+
+    async def _note_failure(self, batch: Batch, seen: ServiceBatch) -> None:
+        """Leave the requests of a batch that the service did not accept to be asked again."""
+        keys = await asyncio.to_thread(self._book.keys_of, batch.batch_id)
+        await asyncio.to_thread(self._book.settle, batch.batch_id, [], list(keys), 0)
+        _log.warning("batch %s failed: %s", seen.service_id, seen.error)
+
+    async def _download(self, batch: Batch, seen: ServiceBatch, folder: Path) -> Answers:
+        """Download an ended batch's files; it may have none of either kind. Raises TeacherError if
+        they are gone: the answers in them are paid for."""
+        files = []
+        for kind, file_id in (("output", seen.output_file), ("errors", seen.error_file)):
+            path = folder / f"{batch.batch_id}.{kind}"
+            if not file_id:
+                continue
+            if not await self._service.download(file_id, path):
+                raise TeacherError(
+                    f"{self._endpoint.url} has no file {file_id} of the batch {seen.service_id} "
+                    f"any more; give it up: distillery labels batches --forget {batch.batch_id}"
+                )
+            files.append(path)
+        requests = await asyncio.to_thread(self._book.keys_of, batch.batch_id)
+        return await asyncio.to_thread(Answers, batch, requests, files)
+
+    async def _read(self, collected: Sequence[Answers]) -> None:
+        """Read the answers to this run's questions."""
+        for chunk in self._chunks():
+            for number, question in chunk:
+                for answers in collected:
+                    if question.key in answers:
+                        self._take(number, question, answers)
+            # What is read waits in memory for its commit.
+            await asyncio.to_thread(self._store.flush)
+
+    def _take(self, number: int, question: Question, answers: Answers) -> None:
+        """Store one answer with its entry in the ledger, or note that it failed."""
+        share, batch = self._shares[number], answers.batch
+        recipe = share.recipe.in_batch
+        line = answers.take(question.key, self._endpoint)
+        used: Usage | None = Usage()
+        completion: Completion | None = None
+        outcome: Outcome = "retried"
+        if line.payload is not None:
+            last = recipe.answers.form == "rationale"
+            completion = read_completion(
+                line.payload, question.keys, last, self._endpoint.redact, recipe.stop
+            )
+            used, outcome = usage_of(line.payload), "answer"
+        elif line.failure is not None and line.failure.question_refusal:
+            used = line.failure.billed_usage(estimated_tokens(question))
+            completion, outcome = Completion("", line.failure.question_refusal), "refused"
+        if completion is None:
+            answers.failed.append(question.key)
+        else:
+            answer = stored_answer(question, completion, recipe, self._endpoint.identity)
+            if completion.finish_reason == "content_filter":
+                outcome = "filtered"
+            elif outcome == "answer" and answer.answer is None:
+                outcome = "rejected"
+            self._store.add(answer)
+            answers.answered.append(question.key)
+        self._record(batch, question.key, share, outcome, used, most_of(question, recipe))
+
+    def _record(
+        self,
+        batch: Batch,
+        key: str,
+        share: Share,
+        outcome: Outcome,
+        used: Usage | None,
+        most: Usage,
+    ) -> None:
+        """Write a line's entry into the ledger, on behalf of the run that sent it."""
+        prices = share.recipe.in_batch.prices
+        counted = used is not None and outcome not in ("filtered", "refused")
+        taken = most if used is None else used
+        self._store.record(
+            Call(
+                call_id=sha256(f"{batch.batch_id} {key}".encode()).hexdigest(),
+                called_at=batch.submitted_at or batch.created_at,
+                run=batch.run,
+                recipe=batch.recipe,
+                teacher=batch.teacher,
+                purpose=share.purpose,
+                outcome=outcome,
+                request_key=key,
+                prompt_tokens=taken.prompt_tokens,
+                cached_tokens=taken.cached_tokens,
+                completion_tokens=taken.completion_tokens,
+                is_counted=counted,
+                cost=cost_of(taken, prices),
+                prices=prices.model_dump() if prices else None,
+                batch_id=batch.service_id,
+            )
+        )
+
+    async def _settle(self, answers: Answers) -> None:
+        """Have the requests whose answers are stored leave the book, and those that failed be asked
+        again. Answers to questions that are not this run's stay for the run that has them."""
+        for key in answers.rest():
+            if answers.take(key, self._endpoint).payload is None:
+                answers.failed.append(key)
+        failed = [*answers.failed, *answers.missing]
+        for key in answers.missing:
+            self._record(answers.batch, key, self._shares[0], "lost", Usage(), Usage())
+        await asyncio.to_thread(self._store.flush)
+        left = await asyncio.to_thread(
+            self._book.settle, answers.batch.batch_id, answers.answered, failed
+        )
+        told = f"{len(answers.answered):,} answers taken in"
+        if failed:
+            told += f", {len(failed):,} to be asked again"
+        if left:
+            told += f", {left:,} left to other runs"
+        _log.info("batch %s: %s", answers.batch.service_id, told)
+
+
+def give_up_batch(book: BatchBook, batch_id: str) -> int:
+    """Leave the requests of a batch to be asked again, and return how many. The ledger counts them
+    at the most that they can have cost. Raises DataError if there is no such batch."""
+    batch = book.batch(batch_id)
+    left = len(book.keys_of(batch_id))
+    if batch is None or not left:
+        raise DataError(f"batch {batch_id}: holds no request; see distillery labels batches")
+    share = left / max(batch.lines, 1)
+    lost = Call(
+        call_id=sha256(f"{batch_id} given up".encode()).hexdigest(),
+        called_at=batch.submitted_at or batch.created_at,
+        run=batch.run,
+        recipe=batch.recipe,
+        teacher=batch.teacher,
+        purpose="label",
+        outcome="lost",
+        prompt_tokens=round(batch.tokens * share),
+        is_counted=False,
+        cost=None if batch.cost is None else batch.cost * share,
+        batch_id=batch.service_id,
+    )
+    with LabelStore() as store:
+        if batch.service_id:
+            store.record(lost)
+    book.give_up(batch_id)
+    return left
