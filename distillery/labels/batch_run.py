@@ -25,7 +25,7 @@ from distillery.errors import (
     TeacherUnavailable,
     Waiting,
 )
-from distillery.labels.acceptance import record_answer, stored_answer
+from distillery.labels.acceptance import call_read_as, stored_answer
 from distillery.labels.batch_book import Batch, BatchBook, Line
 from distillery.labels.batch_files import MEGABYTE, Answers, RequestFile, most_of
 from distillery.labels.questions import Question, questions
@@ -46,6 +46,7 @@ from distillery.teacher.batch import (
 from distillery.teacher.budget import Spending, cost_of
 from distillery.teacher.endpoint import Endpoint
 from distillery.teacher.ledger import Amounts, Call, Outcome, Payer, Purpose
+from distillery.teacher.pace import pace_of
 from distillery.teacher.reply import Completion, read_completion, usage_of
 from distillery.teacher.reservations import Reservations, amounts_of, fits
 
@@ -336,7 +337,8 @@ class BatchRun:
                 share.recipe,
                 self._endpoint,
                 spending=spending,
-                record=store.record,
+                book=store,
+                pace=pace_of(share.recipe, self._endpoint, store.database),
                 payer=self._payer,
                 purpose=share.purpose,
             ) as teacher,
@@ -346,8 +348,7 @@ class BatchRun:
             )
             if completion.finish_reason != "malformed":
                 answer = stored_answer(question, completion, share.recipe, self._endpoint.identity)
-                record_answer(completion, answer, store)
-                store.add(answer)
+                store.add(answer, call_read_as(answer, completion))
         self._teachers[number] = teacher
 
     async def _submit(self, file: RequestFile) -> None:
@@ -577,19 +578,20 @@ class BatchRun:
         elif line.failure is not None and line.failure.question_refusal:
             used = line.failure.billed_usage(estimated_tokens(question))
             completion, outcome = Completion("", line.failure.question_refusal), "refused"
+        most = most_of(question, recipe)
         if completion is None:
             answers.failed.append(question.key)
-        else:
-            answer = stored_answer(question, completion, recipe, self._endpoint.identity)
-            if completion.finish_reason == "content_filter":
-                outcome = "filtered"
-            elif outcome == "answer" and answer.answer is None:
-                outcome = "rejected"
-            self._store.add(answer)
-            answers.answered.append(question.key)
-        self._record(batch, question.key, share, outcome, used, most_of(question, recipe))
+            self._store.record(self._entry(batch, question.key, share, outcome, used, most))
+            return
+        answer = stored_answer(question, completion, recipe, self._endpoint.identity)
+        if completion.finish_reason == "content_filter":
+            outcome = "filtered"
+        elif outcome == "answer" and answer.answer is None:
+            outcome = "rejected"
+        self._store.add(answer, self._entry(batch, question.key, share, outcome, used, most))
+        answers.answered.append(question.key)
 
-    def _record(
+    def _entry(
         self,
         batch: Batch,
         key: str,
@@ -597,29 +599,27 @@ class BatchRun:
         outcome: Outcome,
         used: Usage | None,
         most: Usage,
-    ) -> None:
-        """Write a line's entry into the ledger, on behalf of the run that sent it."""
+    ) -> Call:
+        """Return a line's entry in the ledger, on behalf of the run that sent it."""
         prices = share.recipe.in_batch.prices
         counted = used is not None and outcome not in ("filtered", "refused")
         taken = most if used is None else used
-        self._store.record(
-            Call(
-                call_id=sha256(f"{batch.batch_id} {key}".encode()).hexdigest(),
-                called_at=batch.submitted_at or batch.created_at,
-                run=batch.run,
-                recipe=batch.recipe,
-                teacher=batch.teacher,
-                purpose=share.purpose,
-                outcome=outcome,
-                request_key=key,
-                prompt_tokens=taken.prompt_tokens,
-                cached_tokens=taken.cached_tokens,
-                completion_tokens=taken.completion_tokens,
-                is_counted=counted,
-                cost=cost_of(taken, prices),
-                prices=prices.model_dump() if prices else None,
-                batch_id=batch.service_id,
-            )
+        return Call(
+            call_id=sha256(f"{batch.batch_id} {key}".encode()).hexdigest(),
+            called_at=batch.submitted_at or batch.created_at,
+            run=batch.run,
+            recipe=batch.recipe,
+            teacher=batch.teacher,
+            purpose=share.purpose,
+            outcome=outcome,
+            request_key=key,
+            prompt_tokens=taken.prompt_tokens,
+            cached_tokens=taken.cached_tokens,
+            completion_tokens=taken.completion_tokens,
+            is_counted=counted,
+            cost=cost_of(taken, prices),
+            prices=prices.model_dump() if prices else None,
+            batch_id=batch.service_id,
         )
 
     async def _settle(self, answers: Answers) -> None:
