@@ -13,7 +13,9 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import (
     ArgumentError,
+    DataError,
     DBAPIError,
+    IntegrityError,
     InterfaceError,
     InternalError,
     NoSuchModuleError,
@@ -23,7 +25,7 @@ from sqlalchemy.exc import (
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from tenacity import retry, retry_if_exception_type, stop_after_delay, wait_random_exponential
 
-from distillery.errors import StoreError, StoreUnavailable
+from distillery.errors import RowRefused, StoreError, StoreUnavailable
 from distillery.settings import LocalSettings
 
 T = TypeVar("T")
@@ -67,14 +69,19 @@ class Database:
         self._engine = open_engine(self.url)
         self.run(self._migrate)
 
-    def run(self, work: Callable[[Any], T], on_failure: Callable[[], None] = nothing) -> T:
+    def run(
+        self,
+        work: Callable[[Any], T],
+        on_failure: Callable[[], None] = nothing,
+        wait_s: float | None = None,
+    ) -> T:
         """Return `work(connection)`, done in a transaction and retried during an outage, of which
-        each failed try calls `on_failure`. Work is done twice where only the answer to its commit
+        each failed try calls `on_failure`. `wait_s`: to wait it out longer than otherwise. Work is done twice where only the answer to its commit
         was lost: that must do no harm."""
         patiently = retry(
             retry=retry_if_exception_type(StoreUnavailable),
             wait=wait_random_exponential(multiplier=0.5, max=5),
-            stop=stop_after_delay(self._wait_s),
+            stop=stop_after_delay(self._wait_s if wait_s is None else wait_s),
             before_sleep=lambda _state: on_failure(),
             reraise=True,
         )
@@ -227,6 +234,10 @@ def store_error(url: URL, error: SQLAlchemyError) -> StoreError:
         )
     if "authentication failed" in reason:
         return StoreError(f"{setting}: refuses the login; correct its user or password")
+    if isinstance(error, DataError | IntegrityError):
+        return RowRefused(
+            f"{setting}: refuses a row ({reason}); report it as a defect of Distillery"
+        )
     is_postgresql = url.get_backend_name() == "postgresql"
     away = isinstance(error, OperationalError | InterfaceError | InternalError | PoolTimeout)
     if (is_postgresql and away) or "locked" in reason:
