@@ -1,6 +1,7 @@
 """Runs that ask in batches against a BatchEndpoint, in this process and in one of their own."""
 
 import json
+import os
 import sqlite3
 import subprocess
 import sys
@@ -103,6 +104,7 @@ class Nursery:
             [sys.executable, "-c", NURSERY],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            env=os.environ | {"PYTHONPATH": str(Path(__file__).parent)},
             text=True,
         )
         return self
