@@ -17,6 +17,7 @@ from distillery.data.examples import each_example
 from distillery.errors import TeacherChanged, TeacherError
 from distillery.labels import known, labelling
 from distillery.labels.canaries import ask_canaries
+from distillery.labels.cascade import label_in_cascade
 from distillery.labels.known import read_label_files, write_known_labels
 from distillery.labels.labelling import Slots
 from distillery.labels.quote import named_tokenizer, quote, token_counter
@@ -31,6 +32,7 @@ from distillery.serving.process import served
 from distillery.storage.artifacts import ArtifactStore
 from distillery.storage.working import working_folder
 from distillery.teacher.endpoint import Endpoint, resolve_endpoint
+from distillery.teacher.identity import teacher_identity
 from tasks.progress import conclude, show_rows
 from tasks.stage import RESULT, Stage, origin, stage
 
@@ -39,17 +41,19 @@ AS_TOLD = TeacherRecipe(filters=FilterRecipe(minimum_accepted=0))
 _SPENT: dict[str, dict[str, float]] = {}
 
 
-@stage("label", version=5)
+@stage("label", version=5, added_later={"cheap_identity"})
 def label(
     rows: Rows,
     prompt: PromptRecipe,
     teacher: TeacherRecipe,
     identity: str,
     model: OnnxModel | None = None,
+    cheap_identity: str | None = None,
 ) -> TeacherLabels:
     """Ask the teacher `identity` what the label store does not know yet.
 
-    A local teacher's `model` is served for that time."""
+    A local teacher's `model` is served for that time. Where the recipe has a cheap teacher,
+    `cheap_identity`, it is asked first."""
     started = time.perf_counter()
     store, logger = ArtifactStore(), get_run_logger()
     examples = store.fetch(rows.artifact) / rows.file
@@ -64,22 +68,42 @@ def label(
     )
     with working_folder("labels") as folder, LabelStore(max_age=teacher.max_age) as answers:
         tokens = token_counter(tokenizer) if tokenizer else None
+        cheap, asked, name = teacher.cheap, teacher, identity
+        if cheap and cheap_identity:
+            asked, name = cheap, cheap_identity
         logger.info(
-            "%s", quote(each_example(examples), prompt, teacher, identity, answers, tokens).line()
+            "%s", quote(each_example(examples), prompt, asked, name, answers, tokens).line()
         )
         with where as endpoint:
-            work = labelling.label(
-                each_example(examples),
-                prompt,
-                teacher,
-                endpoint,
-                answers,
-                folder,
-                show_rows,
-                rows=rows.rows,
-                slots=slots_of(teacher),
-                spent=spent_on(teacher),
-            )
+            if cheap:
+                work = label_in_cascade(
+                    partial(each_example, examples),
+                    prompt,
+                    teacher,
+                    cheap,
+                    endpoint,
+                    resolve_endpoint(cheap),
+                    answers,
+                    folder,
+                    show_rows,
+                    count=rows.rows,
+                    slots=slots_of(teacher),
+                    cheap_slots=slots_of(cheap),
+                    spent=spent_on(teacher),
+                )
+            else:
+                work = labelling.label(
+                    each_example(examples),
+                    prompt,
+                    teacher,
+                    endpoint,
+                    answers,
+                    folder,
+                    show_rows,
+                    rows=rows.rows,
+                    slots=slots_of(teacher),
+                    spent=spent_on(teacher),
+                )
             counts = asyncio.run(work)
         report = read_report(folder)
         artifact = store.put(folder)
@@ -188,7 +212,9 @@ def labelled(
         labels = again("label", labels_from_files)(rows, recipe.prompt, recipe.teacher, identity)
     else:
         asked = again("label", label_of(recipe.teacher))
-        labels = asked(rows, recipe.prompt, recipe.teacher, identity, model)
+        cheap = recipe.teacher.cascade
+        cheap_identity = teacher_identity(cheap, None) if cheap else None
+        labels = asked(rows, recipe.prompt, recipe.teacher, identity, model, cheap_identity)
     return labels
 
 

@@ -30,7 +30,7 @@ from distillery.labels.report import Tally
 from distillery.labels.window import OpenRow
 from distillery.prompts import render_messages
 from distillery.recipe import PromptRecipe, TeacherRecipe
-from distillery.records import Example, RejectedLabel, TeacherLabel, Usage
+from distillery.records import CascadeFigures, Example, RejectedLabel, TeacherLabel, Usage
 from distillery.teacher.reading import rationale_of
 from distillery.teacher.written_tokens import tokens_of_label
 
@@ -78,7 +78,8 @@ JUDGED_ROWS = 100
 @dataclass(frozen=True)
 class LabelCounts:
     """Rows accepted and rejected, and what this run paid for: `asked` calls, their `usage` and
-    `cost`. `calls_per_second` is given for equal slices of the run."""
+    `cost`. `calls_per_second` is given for equal slices of the run. The rest is as in
+    records.TeacherLabels."""
 
     accepted: int
     rejected: int
@@ -87,6 +88,9 @@ class LabelCounts:
     cost: float | None = None
     currency: str = ""
     calls_per_second: tuple[float, ...] = ()
+    equal: int = 0
+    cached_saved: float | None = None
+    cascade: CascadeFigures | None = None
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from distillery.labels.window import Window
 from distillery.recipe import PromptRecipe, TeacherRecipe
 from distillery.records import Example, Usage
 from distillery.teacher.asking import PROBE, Teacher
-from distillery.teacher.budget import Spending, cost_of
+from distillery.teacher.budget import Spending, cost_of, saved_by_cache
 from distillery.teacher.endpoint import Endpoint
 from distillery.teacher.pace import Pace, Stopped
 from distillery.teacher.reply import Completion
@@ -79,7 +79,7 @@ async def label(
     if isinstance(examples, Sequence):
         total = len(examples)
     pace = Pace(recipe.concurrency, recipe.requests_per_minute, recipe.tokens_per_minute)
-    spending = Spending(recipe.budget, recipe.prices, spent, recipe.section)
+    spending = Spending(recipe.budget, recipe.prices, spent, recipe.budget_section)
     with label_files(out, prompt, recipe) as files:
         run = LabellingRun(
             prompt, recipe, endpoint.identity, store, files, pace, slots, progress, total
@@ -101,6 +101,8 @@ async def label(
         cost=cost_of(run.usage, recipe.prices),
         currency=recipe.prices.currency if recipe.prices else "",
         calls_per_second=run.calls_per_second(),
+        equal=run.equal,
+        cached_saved=saved_by_cache(run.usage, recipe.prices),
     )
 
 
@@ -169,6 +171,11 @@ class LabellingRun:
             await asyncio.gather(*tasks, return_exceptions=True)
         if self._error:
             raise self._error
+
+    @property
+    def equal(self) -> int:
+        """Requests that were not made since a row nearby had an equal one."""
+        return self._window.equal
 
     def calls_per_second(self) -> tuple[float, ...]:
         """Return the answers per second, in up to 20 slices of the run of equal whole seconds."""

@@ -255,8 +255,9 @@ class Teacher:
 
     def _no_log_probabilities(self, what: str) -> TeacherError:
         return TeacherError(
-            f"teacher.soft_labels: asks for log-probabilities, and {self._endpoint.url} {what}; "
-            "set teacher.soft_labels: false, or use a teacher that gives them"
+            f"{self._recipe.section}.soft_labels: asks for log-probabilities, and "
+            f"{self._endpoint.url} {what}; set {self._recipe.section}.soft_labels: false, or use a "
+            "model that gives them"
         )
 
     def _final_error(self, failure: CallFailed) -> DistilleryError:

@@ -22,6 +22,14 @@ def cost_of(usage: Usage, prices: PriceRecipe | None) -> float | None:
     ) / 1e6
 
 
+def saved_by_cache(usage: Usage, prices: PriceRecipe | None) -> float | None:
+    """Return what the endpoint's cache of prompts took off the cost of `usage`; None without a
+    price of cached tokens."""
+    if prices is None or prices.cached_input is None:
+        return None
+    return usage.cached_tokens * (prices.input - prices.cached_input) / 1e6
+
+
 class Spending:
     """What a run has spent on its teacher, and the caps on it: cost, tokens and calls.
 
