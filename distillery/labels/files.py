@@ -23,6 +23,7 @@ from distillery.data.answer_tokens import AnswerToken, AnswerTokensFile, unpacke
 from distillery.errors import DataError, TeacherError
 from distillery.labels.acceptance import (
     accepted_answers,
+    answers_needed,
     label_of_answers,
     reasons_of_no_answer,
 )
@@ -133,8 +134,7 @@ class LabelFiles:
         have a majority, otherwise its rejection. Of free texts, one that is accepted is enough."""
         stored = [state.stored for state in done.states]
         accepted = accepted_answers(done.questions, stored)
-        enough = 1 if done.row.writes_text else len(stored) // 2 + 1
-        if len(accepted) < enough:
+        if len(accepted) < answers_needed(done.row, len(stored)):
             self._reject_for_first_failure(done)
             return
         label = label_of_answers(done.row, accepted, self._recipe.soft_labels)

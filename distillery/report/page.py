@@ -201,7 +201,7 @@ def write_page(
         teacher=Table(
             f"Labels of {outcome.labels.teacher}",
             ("of the labels", "figure"),
-            labelling_facts(outcome.labels, labels),
+            labelling_facts(outcome.labels, labels, outcome.selection),
         ),
         judge=judge_table(outcome.preferences) if outcome.preferences else None,
         doubtful=doubtful_table(evaluated, candidate),

@@ -38,7 +38,7 @@ def unsure_of_odd_rows(call: Call) -> Reply:
     if number(call) == 4:
         return said("I can't tell.")
     share = 0.6 if number(call) % 2 else 0.95
-    rest = {letter: (1 - share) / 2 for letter in "BC"}
+    rest = dict.fromkeys("BC", (1 - share) / 2)
     return said("A", top={"A": share, **rest})
 
 
