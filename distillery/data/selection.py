@@ -39,7 +39,7 @@ class ChosenRow(Record):
     `why`: learnt, the last student learnt from it; unsure, by uncertainty; different, by its
     distance from the rows before it. `uncertainty`: 1 less the margin between its two likeliest
     answers (0 to 1); None where nobody was asked. `distance`: the square of that from the rows
-    before it, when it was drawn."""
+    before it, when it was drawn; None for the first of all."""
 
     example_id: str
     why: Literal["learnt", "unsure", "different"]
@@ -78,7 +78,7 @@ def choose_rows(
                 raise ValueError("by both needs the probabilities of the rows")
             weights = gradients(shares) if have_equal_options(rows) else unsure[:, None]
         topics = topics_of([row.question for row in rows])
-        picked = draw_distant(topics, weights, count, sorted(learnt), seed)
+        picked = draw_distant(topics, weights, count, sorted(learnt), seed, from_zero=by == "both")
     for position, distance in picked:
         chosen[position] = ChosenRow(
             example_id=rows[position].example_id,
@@ -139,18 +139,23 @@ def topics_of(texts: Sequence[str]) -> Floats:
 
 
 def draw_distant(
-    topics: Floats, weights: Floats, count: int, start: Sequence[int], seed: int
+    topics: Floats,
+    weights: Floats,
+    count: int,
+    start: Sequence[int],
+    seed: int,
+    from_zero: bool,
 ) -> list[tuple[int, float | None]]:
     """Return up to `count` rows with the square of each one's distance from those before it,
     drawn as the docstring of this module says.
 
     A row is the product of its `weights`, [rows, options], and its `topics`, [rows, topics].
-    `start`: rows that are there already. Rows that are no distance from those before come last, in
-    order."""
+    `start`: rows that are there already; without any, the longest is the first. `from_zero`: a row
+    of no length counts as there already too, so that what teaches nothing is far from nothing. Rows
+    that are no distance from those before, or have no length, come last, in order."""
     generator = np.random.default_rng(seed)
     lengths = (weights**2).sum(1) * (topics**2).sum(1)
-    # Until there is a row, all are as far from the others as they are long.
-    distances = lengths.copy()
+    distances = lengths.copy() if from_zero else np.where(lengths > 0, np.inf, 0.0)
     free = np.ones(len(lengths), dtype=bool)
 
     def take(position: int) -> None:
@@ -160,13 +165,17 @@ def draw_distant(
         free[position] = False
         distances[position] = 0.0
 
+    picked: list[tuple[int, float | None]] = []
+    if not len(start) and lengths.any():
+        start = [int(np.argmax(lengths))]
+        picked = [(start[0], None)]
     for position in start:
         take(position)
-    picked: list[tuple[int, float | None]] = []
-    while len(picked) < min(count, len(lengths) - len(start)):
+    wanted = min(count, int(free.sum()) + len(picked))
+    while len(picked) < wanted:
         reached = np.cumsum(distances)
         if reached[-1] <= 1e-9:
-            rest = np.flatnonzero(free)[: count - len(picked)]
+            rest = np.flatnonzero(free)[: wanted - len(picked)]
             return picked + [(int(position), 0.0) for position in rest]
         drawn = np.searchsorted(reached, generator.random() * reached[-1], side="right")
         position = int(drawn) if free[drawn] else int(np.argmax(distances))

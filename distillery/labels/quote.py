@@ -285,8 +285,8 @@ def quote_recipe(recipe: Recipe, chosen: Path | None = None) -> dict[str, Quote]
 
     A local teacher that is still to be trained has no answers in the store. `chosen`: the file of
     the rows that teacher.select has chosen; as long as they are not known, as many others stand for
-    them. With a cheap teacher, `train` is what the teacher is asked at most. Raises RecipeError if the labels come
-    from files or from gold and no judge is asked.
+    them. With a cheap teacher, `train` is what the teacher is asked at most. Raises RecipeError if
+    the labels come from files or from gold and no judge is asked.
     """
     teacher, judge = recipe.teacher, recipe.evaluation.judge
     nobody_labels = teacher.kind in ("gold", "file")

@@ -41,6 +41,8 @@ class JudgeRecipe(TeacherRecipe):
     needs_labels: ClassVar[bool] = False
 
     kind: Literal["endpoint"] = "endpoint"
+    cascade: None = None
+    select: None = None
 
     filters: FilterRecipe = FilterRecipe(minimum_accepted=0)
     """Rows for which the judge gives no answer are left out and counted."""

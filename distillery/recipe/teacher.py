@@ -443,6 +443,8 @@ class CascadeRecipe(TeacherRecipe):
     needs_labels: ClassVar[bool] = False
 
     kind: Literal["endpoint"] = "endpoint"
+    cascade: None = None
+    select: None = None
 
     below: float = Field(0.9, gt=0, le=1)
     """The teacher is asked about rows of which the cheap one's confidence is below this: the
