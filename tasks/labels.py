@@ -67,10 +67,10 @@ def label(
         else nullcontext(resolve_endpoint(teacher))
     )
     with working_folder("labels") as folder, LabelStore(max_age=teacher.max_age) as answers:
-        tokens = token_counter(tokenizer) if tokenizer else None
         cheap, asked, name = teacher.cheap, teacher, identity
+        tokens = token_counter(tokenizer) if tokenizer else None
         if cheap and cheap_identity:
-            asked, name = cheap, cheap_identity
+            asked, name, tokens = cheap, cheap_identity, None
         logger.info(
             "%s", quote(each_example(examples), prompt, asked, name, answers, tokens).line()
         )

@@ -422,7 +422,7 @@ class TeacherRecipe(Slice):
 NOT_OF_CHEAP = frozenset(
     {
         *("kind", "files", "filters", "stop", "budget", "max_age", "canaries", "preparation"),
-        *("largest_shift", "insist", "terms", "cascade", "select"),
+        *("largest_shift", "insist", "terms", "tokenizer", "cascade", "select"),
     }
 )
 """Settings of a teacher that a cheap one shares with it or that have no meaning for it."""
