@@ -12,8 +12,9 @@ selection  teacher.select: the accuracy of a student against the cost of its lab
            rows that the dear teacher labels. The first round is chosen by words that were learnt
            from the gold rows, each other one by the student of the round before. The student is a
            stand-in that learns in a second, logistic regression on words: what it gains, a language
-           model need not gain. The demo's task, and with TASKS_DATA CLINC150's ten domains. Words tell nothing of CommonsenseQA's letters, nor does a frozen small model know any
-           of them (benchmarks/commonsense_qa.py), so that there is no selection of its rows.
+           model need not gain. The demo's task, and with TASKS_DATA CLINC150's ten domains. There
+           is no selection of CommonsenseQA's rows: words tell nothing of its letters, and a small
+           model, which learns some of them in hours (benchmarks/commonsense_qa.py), is no stand-in.
 
 A line of JSON a point; accuracies from 0 to 1, costs in USD. The curves go to
 docs/images/choice.png (--plot PATH for another file). The last line is JSON:
