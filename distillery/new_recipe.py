@@ -114,6 +114,7 @@ def new_recipe(
         command=f"distillery new {shlex.join(found.files)}",
         kind=found.kind,
         schema=found.schema,
+        unanswered=found.unanswered,
     )
     text = write(max_tokens=None)
     recipe = parsed(text)

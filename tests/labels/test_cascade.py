@@ -12,11 +12,11 @@ from chat_endpoint import Call, ChatEndpoint, Reply, completion, said
 from label_runs import PROMPT, endpoint_of, example, labelled, read_all, read_lines
 from pydantic import ValidationError
 
-from distillery.errors import BudgetReached, DataError
+from distillery.errors import BudgetReached, DataError, RecipeError
 from distillery.labels.cascade import label_in_cascade, results
 from distillery.labels.files import LabelCounts, read_labels, read_rejected
 from distillery.labels.store import LabelStore
-from distillery.recipe import TeacherRecipe
+from distillery.recipe import TeacherRecipe, parse_recipe
 from distillery.records import Example
 
 ROWS = 20
@@ -253,3 +253,50 @@ async def test_what_the_cache_of_prompts_saves_is_told(tmp_path: Path) -> None:
         assert counts.cost == pytest.approx(4 * (10 * 100 + 30 * 25 + 1000) / 1e6)
         plain = await labelled(server, url, tmp_path / "plain", 5)
         assert plain.cached_saved is None
+
+
+WRITTEN: dict[str, Any] = {
+    "dataset": {"source": "files", "files": {"train": ["a.csv"]}, "carve": {"test": 0.2}},
+    "prompt": {"system": "Write."},
+}
+
+
+@pytest.mark.parametrize(
+    ("task", "teacher", "told"),
+    [
+        ({"kind": "generate"}, {"cascade": {}}, "the confidence of texts is not known"),
+        ({"kind": "generate"}, {"select": {"rows": 5}}, "set by: diversity"),
+        ({"kind": "extract"}, {"select": {"rows": 5, "by": "uncertainty"}}, "set by: diversity"),
+        ({"kind": "extract"}, {"cascade": {}}, "the share of answers that agree"),
+        (
+            {"kind": "extract"},
+            {
+                "cascade": {
+                    "soft_labels": False,
+                    "temperature": 1,
+                    "answers": {"votes": 3, "orders": 2},
+                }
+            },
+            "have no meaning with task.kind: extract",
+        ),
+    ],
+)
+def test_what_written_answers_do_not_tell(
+    task: dict[str, Any], teacher: dict[str, Any], told: str
+) -> None:
+    schema = {"type": "object", "properties": {"place": {"type": "string"}}}
+    if task["kind"] == "extract":
+        task = {**task, "schema": schema}
+    with pytest.raises(RecipeError, match=told):
+        parse_recipe({**WRITTEN, "task": task, "teacher": {"kind": "endpoint", **teacher}}, "mine")
+
+
+def test_a_cheap_teacher_answers_in_the_teachers_form_and_never_for_test_rows() -> None:
+    values = {**WRITTEN, "task": {"kind": "classify"}, "teacher": {"cascade": {"below": 0.7}}}
+    recipe = parse_recipe({**values, "prompt": {}}, "mine")
+    cheap = recipe.teacher.cascade
+    assert cheap
+    assert (cheap.answers.form, cheap.max_tokens) == ("json", 64)
+    plain = parse_recipe({**values, "prompt": {}, "teacher": {}}, "mine")
+    asked = recipe.teacher_of_test_rows
+    assert asked.content_id == plain.teacher_of_test_rows.content_id, "no answer is paid for anew"
