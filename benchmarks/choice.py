@@ -6,10 +6,10 @@ is hard for the other. Labelling is that of a run, and the costs are those that 
 simulated prices. All is done for three seeds, which decide rows, errors and choices.
 
 cascade    teacher.cascade with several bounds: the accuracy of the labels against their cost.
-           Beside it, the dear teacher is asked about as many rows, chosen at random. 600 rows of
-           CommonsenseQA (COMMONSENSE_QA_DIR), and 600 of the demo's task.
-selection  teacher.select: the accuracy of a student against the cost of its labels, in rounds of 75
-           rows that the dear teacher labels. The first round is chosen by words that were learnt
+           Beside it, the dear teacher is asked about as many rows, chosen at random. 300 rows of
+           CommonsenseQA (COMMONSENSE_QA_DIR), and 300 of the demo's task.
+selection  teacher.select: the accuracy of a student against the cost of its labels, in rounds of 60
+           of 1,000 rows that the dear teacher labels. The first round is chosen by words that were learnt
            from the gold rows, each other one by the student of the round before. The student is a
            stand-in that learns in a second, logistic regression on words: what it gains, a language
            model need not gain. The demo's task, and with TASKS_DATA CLINC150's ten domains. There
@@ -63,10 +63,10 @@ DEAR_RIGHT, CHEAP_RIGHT = 0.9, 0.8
 DEAR_PRICES = PriceRecipe(input=2.50, output=10.00)
 CHEAP_PRICES = PriceRecipe(input=0.15, output=0.60)
 SEEDS = (0, 1, 2)
-CASCADE_ROWS = 600
-BOUNDS = (0.6, 0.7, 0.8, 0.9, 0.97)
-ROUND_ROWS, ROUNDS = 75, 6
-POOL_ROWS = 2000
+CASCADE_ROWS = 300
+BOUNDS = (0.6, 0.75, 0.9, 0.97)
+ROUND_ROWS, ROUNDS = 60, 4
+POOL_ROWS = 1000
 CHOSEN: tuple[By, ...] = ("uncertainty", "diversity", "both")
 WAYS: tuple[By | Literal["random"], ...] = ("random", *CHOSEN)
 DEMO = "moods"
