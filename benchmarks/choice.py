@@ -9,12 +9,13 @@ cascade    teacher.cascade with several bounds: the accuracy of the labels again
            Beside it, the dear teacher is asked about as many rows, chosen at random. 300 rows of
            CommonsenseQA (COMMONSENSE_QA_DIR), and 300 of the demo's task.
 selection  teacher.select: the accuracy of a student against the cost of its labels, in rounds of 60
-           of 1,000 rows that the dear teacher labels. The first round is chosen by words that were learnt
-           from the gold rows, each other one by the student of the round before. The student is a
-           stand-in that learns in a second, logistic regression on words: what it gains, a language
-           model need not gain. The demo's task, and with TASKS_DATA CLINC150's ten domains. There
-           is no selection of CommonsenseQA's rows: words tell nothing of its letters, and a small
-           model, which learns some of them in hours (benchmarks/commonsense_qa.py), is no stand-in.
+           of 1,000 rows, which the dear teacher labels. The first round is chosen by words that
+           were learnt from the gold rows, each other one by the student of the round before. The
+           student is a stand-in that learns in a second, logistic regression on words: what it
+           gains, a language model need not gain. The demo's task, and with TASKS_DATA CLINC150's
+           ten domains. There is no selection of CommonsenseQA's rows: words tell nothing of its
+           letters, and a small model, which learns some of them in hours
+           (benchmarks/commonsense_qa.py), is no stand-in.
 
 A line of JSON a point; accuracies from 0 to 1, costs in USD. The curves go to
 docs/images/choice.png (--plot PATH for another file). The last line is JSON:
