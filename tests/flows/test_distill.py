@@ -169,11 +169,7 @@ class Workshop:
     def states(self, run: Run) -> dict[str, str]:
         """Each stage of the run and its subflows, as 'FLOW: TASK', with its state's name in
         Prefect's database. What is never cached, such as judging, is no stage."""
-        return {
-            name: state
-            for name, state in self.tasks(run).items()
-            if name not in (": judged before", ": gate", ": promote", ": report")
-        }
+        return {name: state for name, state in self.tasks(run).items() if name not in APART}
 
     def tasks(self, run: Run) -> dict[str, str]:
         """Each task run of the run and its subflows, likewise, once the server has recorded all of
