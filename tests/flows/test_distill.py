@@ -41,6 +41,8 @@ STAGES = (
     "register",
     "download",
 )
+APART = (": judged before", ": last student", ": gate", ": promote", ": report")
+"""What is never cached."""
 PREDICTORS = (
     "gold",
     "majority class",
@@ -168,7 +170,7 @@ class Workshop:
 
     def states(self, run: Run) -> dict[str, str]:
         """Each stage of the run and its subflows, as 'FLOW: TASK', with its state's name in
-        Prefect's database. What is never cached, such as judging, is no stage."""
+        Prefect's database. What is never cached is no stage."""
         return {name: state for name, state in self.tasks(run).items() if name not in APART}
 
     def tasks(self, run: Run) -> dict[str, str]:
