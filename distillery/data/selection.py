@@ -65,6 +65,7 @@ def choose_rows(
         for position in sorted(learnt)
     }
     unsure = None if shares is None else uncertainty(shares)
+    picked: list[tuple[int, float | None]]
     if by == "uncertainty":
         if unsure is None:
             raise ValueError("by uncertainty needs the probabilities of the rows")
@@ -125,9 +126,9 @@ def topics_of(texts: Sequence[str]) -> Floats:
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.preprocessing import normalize
 
-    words = TfidfVectorizer(sublinear_tf=True)  # type: ignore[no-untyped-call]
+    words: Any = TfidfVectorizer(sublinear_tf=True)  # type: ignore[no-untyped-call]
     try:
-        terms: Any = words.fit_transform(texts)
+        terms = words.fit_transform(texts)
     except ValueError:
         # No text has a word of two letters.
         return np.zeros((len(texts), 1))
