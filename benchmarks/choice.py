@@ -95,12 +95,22 @@ SMALL = Sizes(seeds=(0,), cascade_rows=60, pool_rows=60, round_rows=10, rounds=2
 
 @dataclass(frozen=True)
 class Teachers:
-    """The endpoints of both, and a folder for databases and labels. `prompt` asks both."""
+    """The endpoints of both, the label database, and a folder for labels. `prompt` asks both."""
 
     dear: Endpoint
     cheap: Endpoint
     prompt: PromptRecipe
+    store: LabelStore
     folder: Path
+
+    def unknown(self, purpose: str) -> "Teachers":
+        """Return the same teachers under names that the database has no answers of, so that all
+        is paid for."""
+        dear, cheap = (
+            replace(endpoint, identity=f"{endpoint.model} for {purpose}")
+            for endpoint in (self.dear, self.cheap)
+        )
+        return replace(self, dear=dear, cheap=cheap)
 
 
 @contextmanager
@@ -117,7 +127,8 @@ def teachers(rows: Sequence[Example], prompt: PromptRecipe, seed: int) -> Iterat
         ):
             endpoint = Endpoint(dear, "dear", None, "dear", "openai")
             other = replace(endpoint, url=cheap, model="cheap", identity="cheap")
-            yield Teachers(endpoint, other, prompt, Path(folder))
+            with LabelStore(f"sqlite:///{folder}/labels.db") as store:
+                yield Teachers(endpoint, other, prompt, store, Path(folder))
 
 
 def recipe_of(below: float | None = None) -> TeacherRecipe:
@@ -129,7 +140,7 @@ def recipe_of(below: float | None = None) -> TeacherRecipe:
 
 
 def labelled(
-    rows: Sequence[Example], asked: Teachers, store: LabelStore, below: float | None = None
+    rows: Sequence[Example], asked: Teachers, below: float | None = None
 ) -> tuple[LabelCounts, dict[str, str]]:
     """Label rows by the dear teacher, or with a bound by both, and return the counts and the
     labels."""
@@ -142,21 +153,14 @@ def labelled(
             recipe.cheap,
             asked.dear,
             asked.cheap,
-            store,
+            asked.store,
             out,
             count=len(rows),
         )
     else:
-        work = label(rows, asked.prompt, recipe, asked.dear, store, out)
+        work = label(rows, asked.prompt, recipe, asked.dear, asked.store, out)
     counts = asyncio.run(work)
     return counts, {name: found.answer for name, found in read_labels(out).items()}
-
-
-@contextmanager
-def fresh_store(asked: Teachers, name: str) -> Iterator[LabelStore]:
-    """Open a label database in which nothing is known, so that all is paid for."""
-    with LabelStore(f"sqlite:///{asked.folder / f'{name}.db'}") as store:
-        yield store
 
 
 def accuracy(labels: dict[str, str], rows: Sequence[Example]) -> float:
@@ -201,15 +205,13 @@ def cascade_points(task: str, rows: Sequence[Example], asked: Teachers, seed: in
     """Label the rows by both teachers with each bound, and by the dear one for as many rows at
     random; return the points, the two teachers alone among them."""
     about = {"part": "cascade", "task": task, "seed": seed}
-    with fresh_store(asked, "dear") as store:
-        counts, by_dear = labelled(rows, asked, store)
+    counts, by_dear = labelled(rows, asked.unknown("all"))
     dear_cost = counts.cost or 0.0
     points = [about | {"way": "dear alone", "accuracy": accuracy(by_dear, rows), "cost": dear_cost}]
     shuffled = list(rows)
     random.Random(seed).shuffle(shuffled)
     for below in BOUNDS:
-        with fresh_store(asked, f"below-{below}") as store:
-            counts, labels = labelled(rows, asked, store, below)
+        counts, labels = labelled(rows, asked.unknown(f"below {below}"), below)
         found = counts.cascade
         assert found
         line = about | {"below": below, "dear_rows": found.dear_rows}
@@ -217,8 +219,7 @@ def cascade_points(task: str, rows: Sequence[Example], asked: Teachers, seed: in
         points.append(line | {"way": "cascade", "accuracy": right, "cost": counts.cost})
         if below == BOUNDS[0]:
             # With the lowest bound that there is, nearly all labels are the cheap one's.
-            with fresh_store(asked, "cheap") as store:
-                counts, by_cheap = labelled(rows, asked, store, below=1e-9)
+            counts, by_cheap = labelled(rows, asked.unknown("cheap alone"), below=1e-9)
             cheap_cost = counts.cost or 0.0
             alone = about | {"way": "cheap alone", "accuracy": accuracy(by_cheap, rows)}
             points.append(alone | {"cost": cheap_cost})
@@ -266,8 +267,7 @@ def selection_points(
         answers = [*(str(row.answer_key) for row in gold), *(labels[r.example_id] for r in known)]
         return Student([*gold, *known], answers)
 
-    with fresh_store(asked, "all") as store:
-        counts, labels = labelled(pool, asked, store)
+    counts, labels = labelled(pool, asked.unknown("the pool"))
     points = []
     for way, rows, cost in (("gold alone", [], 0.0), ("all", pool, counts.cost)):
         right = learnt(rows, labels).accuracy(test)
@@ -279,20 +279,19 @@ def selection_points(
         shares = shares_of_words(gold, pool)
         chosen: list[int] = []
         paid = 0.0
-        with fresh_store(asked, way) as store:
-            for _ in range(sizes.rounds):
-                if way == "random":
-                    left = sorted(set(range(len(pool))) - set(chosen))
-                    chosen += generator.sample(left, min(sizes.round_rows, len(left)))
-                else:
-                    kept = frozenset(chosen)
-                    chosen = list(choose_rows(pool, sizes.round_rows, way, shares, kept, seed))
-                counts, labels = labelled([pool[at] for at in chosen], asked, store)
-                paid += counts.cost or 0.0
-                student = learnt([pool[at] for at in chosen], labels)
-                shares, right = student.shares(pool), student.accuracy(test)
-                line = {"way": way, "rows": len(chosen), "accuracy": right, "cost": paid}
-                points.append(about | line)
+        for _ in range(sizes.rounds):
+            if way == "random":
+                left = sorted(set(range(len(pool))) - set(chosen))
+                chosen += generator.sample(left, min(sizes.round_rows, len(left)))
+            else:
+                kept = frozenset(chosen)
+                chosen = list(choose_rows(pool, sizes.round_rows, way, shares, kept, seed))
+            counts, labels = labelled([pool[at] for at in chosen], asked.unknown(way))
+            paid += counts.cost or 0.0
+            student = learnt([pool[at] for at in chosen], labels)
+            shares, right = student.shares(pool), student.accuracy(test)
+            line = {"way": way, "rows": len(chosen), "accuracy": right, "cost": paid}
+            points.append(about | line)
     return points
 
 
