@@ -259,6 +259,13 @@ class CascadeFigures(Record):
     dear_cost: float | None = None
     saved: float | None = None
 
+    def line(self) -> str:
+        """Return who labelled how many rows, in one line."""
+        line = f"{self.cheap_rows:,} rows by {self.cheap}, {self.dear_rows:,} left to the teacher"
+        if self.compared:
+            line += f", which agrees with it on {self.agreed / self.compared:.0%} of those"
+        return line
+
 
 class Selection(StageRecord):
     """The train rows that are labelled, chosen of `of` rows. The folder has them in `chosen.file`,

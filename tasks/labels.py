@@ -109,7 +109,8 @@ def label(
         artifact = store.put(folder)
     used = counts.usage.prompt_tokens + counts.usage.completion_tokens
     cost = "" if counts.cost is None else f", {counts.cost:.2f} {counts.currency}"
-    conclude(f"{report.line()}; {counts.asked} calls, {used} tokens{cost}")
+    by_whom = f"; {counts.cascade.line()}" if counts.cascade else ""
+    conclude(f"{report.line()}; {counts.asked} calls, {used} tokens{cost}{by_whom}")
     return TeacherLabels(
         artifact=artifact,
         teacher=identity,

@@ -95,6 +95,9 @@ async def test_the_teacher_is_asked_where_the_cheap_one_is_not_sure(
     assert found
     assert (found.cheap, found.cheap_rows, found.dear_rows) == ("cheap", 9, 11)
     assert (found.compared, found.agreed) == (10, 5), "row 4 has no cheap answer to compare"
+    assert found.line() == (
+        "9 rows by cheap, 11 left to the teacher, which agrees with it on 50% of those"
+    )
     assert (counts.accepted, counts.rejected, counts.asked) == (ROWS, 0, ROWS + 11)
     assert found.cheap_cost == pytest.approx(ROWS * EACH / 10)
     assert found.dear_cost == pytest.approx(11 * EACH)
