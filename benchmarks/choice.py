@@ -2,14 +2,14 @@
 
 The teachers are played by noisy_teacher.py, over HTTP: a dear one that is right on 90 % of the
 rows, and a cheap one that is right on 80 %. Both know how sure they are, and what is hard for one
-is hard for the other. Labelling is that of a run, and the costs are those that it reports, by
+is mostly hard for the other. Labelling is that of a run, and the costs are those of its calls, by
 simulated prices. All is done for three seeds, which decide rows, errors and choices.
 
 cascade    teacher.cascade with several bounds: the accuracy of the labels against their cost.
            Beside it, the dear teacher is asked about as many rows, chosen at random. 300 rows of
            CommonsenseQA (COMMONSENSE_QA_DIR), and 300 of the demo's task.
 selection  teacher.select: the accuracy of a student against the cost of its labels, in rounds of 60
-           of 1,000 rows, which the dear teacher labels. The first round is chosen by words that
+           of 600 rows, which the dear teacher labels. The first round is chosen by words that
            were learnt from the gold rows, each other one by the student of the round before. The
            student is a stand-in that learns in a second, logistic regression on words: what it
            gains, a language model need not gain. The demo's task, and with TASKS_DATA CLINC150's
@@ -67,7 +67,7 @@ SEEDS = (0, 1, 2)
 CASCADE_ROWS = 300
 BOUNDS = (0.6, 0.75, 0.9, 0.97)
 ROUND_ROWS, ROUNDS = 60, 4
-POOL_ROWS = 1000
+POOL_ROWS = 600
 CHOSEN: tuple[By, ...] = ("uncertainty", "diversity", "both")
 WAYS: tuple[By | Literal["random"], ...] = ("random", *CHOSEN)
 DEMO = "moods"
@@ -102,15 +102,6 @@ class Teachers:
     prompt: PromptRecipe
     store: LabelStore
     folder: Path
-
-    def unknown(self, purpose: str) -> "Teachers":
-        """Return the same teachers under names that the database has no answers of, so that all
-        is paid for."""
-        dear, cheap = (
-            replace(endpoint, identity=f"{endpoint.model} for {purpose}")
-            for endpoint in (self.dear, self.cheap)
-        )
-        return replace(self, dear=dear, cheap=cheap)
 
 
 @contextmanager
@@ -203,31 +194,35 @@ def class_rows(name: str, seed: int) -> dict[str, list[Example]]:
 
 def cascade_points(task: str, rows: Sequence[Example], asked: Teachers, seed: int) -> list[Point]:
     """Label the rows by both teachers with each bound, and by the dear one for as many rows at
-    random; return the points, the two teachers alone among them."""
+    random; return the points, the two teachers alone among them.
+
+    Both are asked about all rows once, and the answers are stored. A run with nothing stored makes
+    the calls of its rows, each of which costs the same."""
     about = {"part": "cascade", "task": task, "seed": seed}
-    counts, by_dear = labelled(rows, asked.unknown("all"))
-    dear_cost = counts.cost or 0.0
-    points = [about | {"way": "dear alone", "accuracy": accuracy(by_dear, rows), "cost": dear_cost}]
-    shuffled = list(rows)
+    # Of no answer the cheap teacher is surer than this, so that both are asked about all rows.
+    counts, by_dear = labelled(rows, asked, below=1.0)
+    found = counts.cascade
+    assert found
+    assert found.dear_rows == found.dear_asked == found.cheap_asked == len(rows)
+    dear_each = (found.dear_cost or 0.0) / len(rows)
+    cheap_each = (found.cheap_cost or 0.0) / len(rows)
+    _, by_cheap = labelled(rows, asked, below=1e-9)
+    points = []
+    for way, labels, each in (("dear", by_dear, dear_each), ("cheap", by_cheap, cheap_each)):
+        line = {"way": f"{way} alone", "accuracy": accuracy(labels, rows), "cost": each * len(rows)}
+        points.append(about | line)
+    shuffled = [row.example_id for row in rows]
     random.Random(seed).shuffle(shuffled)
     for below in BOUNDS:
-        counts, labels = labelled(rows, asked.unknown(f"below {below}"), below)
-        found = counts.cascade
-        assert found
-        line = about | {"below": below, "dear_rows": found.dear_rows}
-        right = accuracy(labels, rows)
-        points.append(line | {"way": "cascade", "accuracy": right, "cost": counts.cost})
-        if below == BOUNDS[0]:
-            # With the lowest bound that there is, nearly all labels are the cheap one's.
-            counts, by_cheap = labelled(rows, asked.unknown("cheap alone"), below=1e-9)
-            cheap_cost = counts.cost or 0.0
-            alone = about | {"way": "cheap alone", "accuracy": accuracy(by_cheap, rows)}
-            points.append(alone | {"cost": cheap_cost})
+        counts, labels = labelled(rows, asked, below)
+        assert counts.cascade
+        dear_rows = counts.cascade.dear_rows
+        line = about | {"below": below, "dear_rows": dear_rows}
+        cost = len(rows) * cheap_each + dear_rows * dear_each
+        points.append(line | {"way": "cascade", "accuracy": accuracy(labels, rows), "cost": cost})
         # At random, the cheap one is asked about the other rows alone.
-        some = [row.example_id for row in shuffled[: found.dear_rows]]
-        mixed = {**by_cheap, **{name: by_dear[name] for name in some}}
-        share = len(some) / len(rows)
-        cost = share * dear_cost + (1 - share) * cheap_cost
+        mixed = {**by_cheap, **{name: by_dear[name] for name in shuffled[:dear_rows]}}
+        cost = (len(rows) - dear_rows) * cheap_each + dear_rows * dear_each
         points.append(line | {"way": "random", "accuracy": accuracy(mixed, rows), "cost": cost})
     return points
 
@@ -267,18 +262,19 @@ def selection_points(
         answers = [*(str(row.answer_key) for row in gold), *(labels[r.example_id] for r in known)]
         return Student([*gold, *known], answers)
 
-    counts, labels = labelled(pool, asked.unknown("the pool"))
+    counts, labels = labelled(pool, asked)
+    # Some of the answers may be stored.
+    each = (counts.cost or 0.0) / counts.asked
     points = []
-    for way, rows, cost in (("gold alone", [], 0.0), ("all", pool, counts.cost)):
+    for way, rows in (("gold alone", pool[:0]), ("all", pool)):
         right = learnt(rows, labels).accuracy(test)
-        line = {"way": way, "rows": len(rows), "accuracy": right, "cost": cost}
+        line = {"way": way, "rows": len(rows), "accuracy": right, "cost": each * len(rows)}
         points.append(about | line)
     for way in WAYS:
         generator = random.Random(seed)
         # The last student of the first round is words on the gold rows, as in a run without one.
         shares = shares_of_words(gold, pool)
         chosen: list[int] = []
-        paid = 0.0
         for _ in range(sizes.rounds):
             if way == "random":
                 left = sorted(set(range(len(pool))) - set(chosen))
@@ -286,11 +282,9 @@ def selection_points(
             else:
                 kept = frozenset(chosen)
                 chosen = list(choose_rows(pool, sizes.round_rows, way, shares, kept, seed))
-            counts, labels = labelled([pool[at] for at in chosen], asked.unknown(way))
-            paid += counts.cost or 0.0
             student = learnt([pool[at] for at in chosen], labels)
             shares, right = student.shares(pool), student.accuracy(test)
-            line = {"way": way, "rows": len(chosen), "accuracy": right, "cost": paid}
+            line = {"way": way, "rows": len(chosen), "accuracy": right, "cost": each * len(chosen)}
             points.append(about | line)
     return points
 

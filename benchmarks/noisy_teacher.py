@@ -9,7 +9,8 @@ The teacher is as sure of its answer, c, as it is right: c is drawn from 0.5 to 
 So the errors are at random: another teacher's may depend on the text.
 
 With NAME, RIGHT is the mean of c, and most texts are either easy or hard. Teachers of other names
-err otherwise, but a text that is hard for one of them is hard for all: c is at the same quantile.
+err otherwise, but a text that is hard for one of them is mostly hard for the others: the quantiles
+of c are those of normal variables with a correlation of 0.5.
 """
 
 import asyncio
@@ -27,6 +28,9 @@ RIGHT = 0.85
 LEAST = 0.5
 """The least probability of an answer, so that no other class is likelier."""
 
+SHARED = 0.5
+"""The correlation of how hard a text is for two teachers with names."""
+
 ALTERNATIVES = 20
 """The most classes that an answer's probabilities name, as at OpenAI and Azure."""
 
@@ -43,9 +47,11 @@ class NoisyTeacher:
     def confidence(self, text: str, draw: random.Random) -> float:
         """Return the probability of the answer to a text; `draw` is the text's own."""
         if self.name:
-            from scipy.stats import beta
+            from scipy.stats import beta, norm
 
-            quantile = random.Random(text.strip()).random()
+            shared = random.Random(text.strip()).gauss()
+            own = random.Random(f"{self.name}: {text.strip()}").gauss()
+            quantile = norm.cdf(math.sqrt(SHARED) * shared + math.sqrt(1 - SHARED) * own)
             found = float(beta.ppf(quantile, self.mean, 1 - self.mean))
         else:
             found = draw.betavariate(3 * self.mean, 3 * (1 - self.mean))

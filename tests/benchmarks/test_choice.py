@@ -2,7 +2,7 @@
 that are played."""
 
 from pathlib import Path
-from statistics import mean
+from statistics import correlation, mean
 from typing import Any
 
 import pytest
@@ -72,7 +72,7 @@ def test_a_plot_is_drawn(tmp_path: Path) -> None:
     assert (tmp_path / "new" / "choice.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_teachers_find_the_same_texts_hard_and_err_otherwise() -> None:
+def test_teachers_find_like_texts_hard_and_err_otherwise() -> None:
     gold = {f"text {number}": "abc"[number % 3] for number in range(2000)}
     dear, cheap = NoisyTeacher(gold, "dear", 0.9), NoisyTeacher(gold, "cheap", 0.8)
     right: dict[str, list[bool]] = {"dear": [], "cheap": []}
@@ -86,7 +86,7 @@ def test_teachers_find_the_same_texts_hard_and_err_otherwise() -> None:
     for name, share in (("dear", 0.9), ("cheap", 0.8)):
         assert mean(right[name]) == pytest.approx(share, abs=0.02)
         assert mean(sure[name]) == pytest.approx(share, abs=0.02), "it knows how sure it may be"
-    assert all(first >= second for first, second in zip(sure["dear"], sure["cheap"], strict=True))
+    assert 0.3 < correlation(sure["dear"], sure["cheap"]) < 0.6
     both_wrong = mean(not a and not b for a, b in zip(right["dear"], right["cheap"], strict=True))
-    assert both_wrong > 1.3 * 0.1 * 0.2, "more often than by chance"
+    assert both_wrong > 1.15 * 0.1 * 0.2, "more often than by chance"
     assert both_wrong < 0.1, "and not always"
