@@ -223,7 +223,7 @@ def made_student(
 def provenance(recipe: Recipe, source: str, made: Made, decision: GateDecision) -> dict[str, Any]:
     """Return what the manifest of the registered folder tells of how the student came to be."""
     taught = made.taught
-    origins = {
+    origins: dict[str, Any] = {
         "recipe": recipe,
         # Apart, because no answer depends on them: the recipe's own key leaves them out.
         "terms": recipe.teacher.terms,

@@ -116,8 +116,8 @@ def shares_by_student(
     shares: list[tuple[float, ...] | None] = []
     for some in in_parts(rows):
         for row, found in zip(some, student.answers(some, prompt), strict=True):
-            known = isinstance(found, Answer)
-            shares.append(tuple(found.probabilities[key] for key in row.keys) if known else None)
+            known = found.probabilities if isinstance(found, Answer) else None
+            shares.append(tuple(known[key] for key in row.keys) if known else None)
         if progress:
             progress(len(shares), len(rows))
     return shares
