@@ -737,7 +737,7 @@ def test_a_cheap_teacher_labels_chosen_rows(new_workshop: Callable[..., Workshop
         "select": {"rows": 30},
     }
     with ChatEndpoint() as dear, ChatEndpoint(unsure_of_half) as cheap:
-        environment = {}
+        environment: dict[str, str] = {}
         for kind, server in (("TEACHER", dear), ("CHEAP", cheap)):
             environment |= {
                 f"{kind}_MODEL_ENDPOINT": server.url,
