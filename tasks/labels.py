@@ -17,6 +17,7 @@ from distillery.data.examples import each_example
 from distillery.errors import TeacherChanged, TeacherError
 from distillery.labels import known, labelling
 from distillery.labels.canaries import ask_canaries
+from distillery.labels.cascade import label_in_cascade
 from distillery.labels.known import read_label_files, write_known_labels
 from distillery.labels.labelling import Slots
 from distillery.labels.quote import named_tokenizer, quote, token_counter
@@ -31,6 +32,7 @@ from distillery.serving.process import served
 from distillery.storage.artifacts import ArtifactStore
 from distillery.storage.working import working_folder
 from distillery.teacher.endpoint import Endpoint, resolve_endpoint
+from distillery.teacher.identity import teacher_identity
 from distillery.teacher.ledger import Payer, Purpose
 from tasks.progress import conclude, show_rows
 from tasks.stage import RESULT, Stage, origin, stage
@@ -42,17 +44,19 @@ PURPOSES: dict[str, Purpose] = {"validation": "validation row", "test": "test ro
 """What the ledger calls the rows of a split; those of other splits are labelled to train on."""
 
 
-@stage("label", version=5)
+@stage("label", version=5, added_later={"cheap_identity"})
 def label(
     rows: Rows,
     prompt: PromptRecipe,
     teacher: TeacherRecipe,
     identity: str,
     model: OnnxModel | None = None,
+    cheap_identity: str | None = None,
 ) -> TeacherLabels:
     """Ask the teacher `identity` what the label store does not know yet.
 
-    A local teacher's `model` is served for that time."""
+    A local teacher's `model` is served for that time. Where the recipe has a cheap teacher,
+    `cheap_identity`, it is asked first."""
     started = time.perf_counter()
     store, logger = ArtifactStore(), get_run_logger()
     examples = store.fetch(rows.artifact) / rows.file
@@ -66,32 +70,53 @@ def label(
         else nullcontext(resolve_endpoint(teacher))
     )
     with working_folder("labels") as folder, LabelStore(max_age=teacher.max_age) as answers:
+        cheap, asked, name = teacher.cheap, teacher, identity
         tokens = token_counter(tokenizer) if tokenizer else None
-        payer = payer_of_run()
-        rows_to_quote = each_example(examples)
-        quoted = quote(rows_to_quote, prompt, teacher, identity, answers, tokens, payer)
+        payer, purpose = payer_of_run(), PURPOSES.get(Path(rows.file).stem, "label")
+        if cheap and cheap_identity:
+            asked, name, tokens = cheap, cheap_identity, None
+        quoted = quote(each_example(examples), prompt, asked, name, answers, tokens, payer)
         logger.info("%s", quoted.line())
         with where as endpoint:
-            work = labelling.label(
-                each_example(examples),
-                prompt,
-                teacher,
-                endpoint,
-                answers,
-                folder,
-                show_rows,
-                rows=rows.rows,
-                slots=slots_of(teacher),
-                payer=payer,
-                purpose=PURPOSES.get(Path(rows.file).stem, "label"),
-            )
+            if cheap:
+                work = label_in_cascade(
+                    partial(each_example, examples),
+                    prompt,
+                    teacher,
+                    cheap,
+                    endpoint,
+                    resolve_endpoint(cheap),
+                    answers,
+                    folder,
+                    show_rows,
+                    count=rows.rows,
+                    slots=slots_of(teacher),
+                    cheap_slots=slots_of(cheap),
+                    payer=payer,
+                    purpose=purpose,
+                )
+            else:
+                work = labelling.label(
+                    each_example(examples),
+                    prompt,
+                    teacher,
+                    endpoint,
+                    answers,
+                    folder,
+                    show_rows,
+                    rows=rows.rows,
+                    slots=slots_of(teacher),
+                    payer=payer,
+                    purpose=purpose,
+                )
             counts = asyncio.run(work)
         report = read_report(folder)
         artifact = store.put(folder)
     used = counts.usage.prompt_tokens + counts.usage.completion_tokens
     cost = "" if counts.cost is None else f", {counts.cost:.2f} {counts.currency}"
     calls = sum(each.calls for each in counts.paid)
-    conclude(f"{report.line()}; {calls} calls, {used} tokens{cost}")
+    by_whom = f"; {counts.cascade.line()}" if counts.cascade else ""
+    conclude(f"{report.line()}; {calls} calls, {used} tokens{cost}{by_whom}")
     return TeacherLabels(
         artifact=artifact,
         teacher=identity,
@@ -197,7 +222,9 @@ def labelled(
         labels = again("label", labels_from_files)(rows, recipe.prompt, recipe.teacher, identity)
     else:
         asked = again("label", label_of(recipe.teacher))
-        labels = asked(rows, recipe.prompt, recipe.teacher, identity, model)
+        cheap = recipe.teacher.cascade
+        cheap_identity = teacher_identity(cheap, None) if cheap else None
+        labels = asked(rows, recipe.prompt, recipe.teacher, identity, model, cheap_identity)
     return labels
 
 

@@ -23,6 +23,7 @@ from distillery.data.answer_tokens import AnswerToken, AnswerTokensFile, unpacke
 from distillery.errors import DataError, TeacherError
 from distillery.labels.acceptance import (
     accepted_answers,
+    answers_needed,
     label_of_answers,
     reasons_of_no_answer,
 )
@@ -30,7 +31,14 @@ from distillery.labels.report import Tally
 from distillery.labels.window import OpenRow
 from distillery.prompts import render_messages
 from distillery.recipe import PromptRecipe, TeacherRecipe
-from distillery.records import CallTotal, Example, RejectedLabel, TeacherLabel, Usage
+from distillery.records import (
+    CallTotal,
+    CascadeFigures,
+    Example,
+    RejectedLabel,
+    TeacherLabel,
+    Usage,
+)
 from distillery.teacher.reading import rationale_of
 from distillery.teacher.written_tokens import tokens_of_label
 
@@ -77,8 +85,7 @@ JUDGED_ROWS = 100
 
 @dataclass(frozen=True)
 class LabelCounts:
-    """Rows accepted and rejected, and what this run paid for them: `asked`, `usage`, `cost` and
-    `paid` as in records.TeacherLabels. `calls_per_second` is given for equal slices of the run."""
+    """Rows accepted and rejected, and what this run paid for them: see records.TeacherLabels."""
 
     accepted: int
     rejected: int
@@ -88,6 +95,9 @@ class LabelCounts:
     currency: str = ""
     calls_per_second: tuple[float, ...] = ()
     paid: tuple[CallTotal, ...] = ()
+    equal: int = 0
+    cached_saved: float | None = None
+    cascade: CascadeFigures | None = None
 
 
 @contextmanager
@@ -130,8 +140,7 @@ class LabelFiles:
         have a majority, otherwise its rejection. Of free texts, one that is accepted is enough."""
         stored = [state.stored for state in done.states]
         accepted = accepted_answers(done.questions, stored)
-        enough = 1 if done.row.writes_text else len(stored) // 2 + 1
-        if len(accepted) < enough:
+        if len(accepted) < answers_needed(done.row, len(stored)):
             self._reject_for_first_failure(done)
             return
         label = label_of_answers(done.row, accepted, self._recipe.soft_labels)

@@ -23,7 +23,7 @@ from distillery.labels.window import Window
 from distillery.recipe import PromptRecipe, TeacherRecipe
 from distillery.records import Example, Usage
 from distillery.teacher.asking import PROBE, Teacher
-from distillery.teacher.budget import Spending, cost_of
+from distillery.teacher.budget import Spending, cost_of, saved_by_cache
 from distillery.teacher.endpoint import Endpoint
 from distillery.teacher.failures import TOO_LARGE
 from distillery.teacher.ledger import CALLS, Payer, Purpose, sum_of, totals
@@ -132,6 +132,8 @@ async def label(
         currency=currency,
         calls_per_second=run.calls_per_second(),
         paid=tuple(paid),
+        equal=run.equal,
+        cached_saved=saved_by_cache(together.usage, recipe.prices),
     )
 
 
@@ -208,6 +210,11 @@ class LabellingRun:
             await asyncio.gather(*tasks, return_exceptions=True)
         if self._error:
             raise self._error
+
+    @property
+    def equal(self) -> int:
+        """Requests that were not made since a row nearby had an equal one."""
+        return self._window.equal
 
     def calls_per_second(self) -> tuple[float, ...]:
         """Return the answers per second, in up to 20 slices of the run of equal whole seconds."""
