@@ -630,7 +630,9 @@ class BatchRun:
                 answers.failed.append(key)
         failed = [*answers.failed, *answers.missing]
         for key in answers.missing:
-            self._record(answers.batch, key, self._shares[0], "lost", Usage(), Usage())
+            self._store.record(
+                self._entry(answers.batch, key, self._shares[0], "lost", Usage(), Usage())
+            )
         await asyncio.to_thread(self._store.flush)
         left = await asyncio.to_thread(
             self._book.settle, answers.batch.batch_id, answers.answered, failed
