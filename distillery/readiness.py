@@ -53,7 +53,7 @@ from distillery.storage.working import working_folder
 from distillery.teacher.asking import ProbeResult, probe
 from distillery.teacher.batch import check_takes_batches
 from distillery.teacher.endpoint import LOGIN_S, Endpoint, resolve_endpoint
-from distillery.teacher.identity import teacher_identity
+from distillery.teacher.identity import refuse_one_identity, teacher_identity
 from distillery.teacher.ledger import Book, Payer
 from distillery.training.footprint import Shape, bytes_a_token, fixed_bytes
 
@@ -123,7 +123,8 @@ def check_settings(recipe: Recipe) -> None:
     if recipe.teacher.kind == "endpoint":
         check_takes_batches(recipe.teacher, resolve_endpoint(recipe.teacher))
     if recipe.teacher.cascade:
-        resolve_endpoint(recipe.teacher.cascade)
+        cheap = resolve_endpoint(recipe.teacher.cascade)
+        refuse_one_identity(teacher_identity(recipe.teacher, None), cheap.identity)
     if recipe.registry.kind == "azureml":
         AzureMLSettings().require()
     for base in base_models(recipe):

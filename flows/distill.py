@@ -298,7 +298,13 @@ def labelled_rows(
     leaning = None
     if recipe.task.kind == "classify":
         gold = data.rows_if_any("gold")
-        leaning = check_shares(labels, gold, recipe.teacher.largest_shift, recipe.task.other)
+        leaning = check_shares(
+            labels,
+            gold,
+            recipe.teacher.largest_shift,
+            recipe.task.other,
+            chosen=selection is not None,
+        )
     return Taught(data, local, identity, labels, check, leaning, selection)
 
 

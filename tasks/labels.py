@@ -32,7 +32,7 @@ from distillery.serving.process import served
 from distillery.storage.artifacts import ArtifactStore
 from distillery.storage.working import working_folder
 from distillery.teacher.endpoint import Endpoint, resolve_endpoint
-from distillery.teacher.identity import teacher_identity
+from distillery.teacher.identity import identity_of_cheap
 from distillery.teacher.ledger import Payer, Purpose
 from tasks.progress import conclude, show_rows
 from tasks.stage import RESULT, Stage, origin, stage
@@ -222,19 +222,23 @@ def labelled(
         labels = again("label", labels_from_files)(rows, recipe.prompt, recipe.teacher, identity)
     else:
         asked = again("label", label_of(recipe.teacher))
-        cheap = recipe.teacher.cascade
-        cheap_identity = teacher_identity(cheap, None) if cheap else None
-        labels = asked(rows, recipe.prompt, recipe.teacher, identity, model, cheap_identity)
+        cheap = identity_of_cheap(recipe.teacher)
+        labels = asked(rows, recipe.prompt, recipe.teacher, identity, model, cheap)
     return labels
 
 
 def check_shares(
-    labels: TeacherLabels, gold: Rows | None, largest_shift: float, other: OtherRecipe | None = None
+    labels: TeacherLabels,
+    gold: Rows | None,
+    largest_shift: float,
+    other: OtherRecipe | None = None,
+    chosen: bool = False,
 ) -> str | None:
     """Raise TeacherError for labels that have collapsed, or whose shares are far from those of the
     gold rows. Return what to tell of labels that lean to one class less far; None if they don't.
     The class `other` counts on neither side: how many rows a file names for it says nothing about
-    how many there are among the others."""
+    how many there are among the others. `chosen`: whether the rows are, whose shares differ
+    from the gold ones' on purpose; such labels may only not be nearly all of one class."""
     if gold is None:
         return None
     store = ArtifactStore()
@@ -247,8 +251,8 @@ def check_shares(
     if other:
         # Labels that are all of the class stay: a teacher that says nothing else has collapsed.
         given = {name: count for name, count in given.items() if name != other.label} or given
-    refuse_collapsed(given, expected, largest_shift)
-    return leaning(given, expected)
+    refuse_collapsed(given, expected, 1.0 if chosen else largest_shift)
+    return None if chosen else leaning(given, expected)
 
 
 def measured_against(rows: Rows, recipe: Recipe, identity: str) -> TeacherLabels:

@@ -19,6 +19,7 @@ from distillery.registry.manifest import prompt_in
 from distillery.registry.open import open_registry
 from distillery.storage.artifacts import ArtifactStore
 from distillery.storage.working import working_folder
+from distillery.teacher.identity import identity_of_cheap
 from tasks.progress import conclude, show_rows
 from tasks.stage import Stage, origin, stage, uncached
 
@@ -30,7 +31,8 @@ Shares = list[tuple[float, ...] | None]
 def last_student(data: PreparedDataset, recipe: Recipe, identity: str) -> LastStudent:
     """Return the champion, with what it learnt from if the teacher is asked as it was then."""
     registry = open_registry(recipe.registry)
-    return find_last_student(registry, recipe, data, identity, ArtifactStore())
+    cheap = identity_of_cheap(recipe.teacher)
+    return find_last_student(registry, recipe, data, identity, ArtifactStore(), cheap)
 
 
 @stage("select rows", version=1)

@@ -28,6 +28,7 @@ from distillery.recipe import CascadeRecipe, FilterRecipe, PromptRecipe, Teacher
 from distillery.records import CascadeFigures, Example, RejectedLabel, TeacherLabel, Usage
 from distillery.teacher.budget import cost_of
 from distillery.teacher.endpoint import Endpoint
+from distillery.teacher.identity import refuse_one_identity
 from distillery.teacher.ledger import Payer, Purpose
 
 _log = logging.getLogger(__name__)
@@ -59,7 +60,9 @@ async def label_in_cascade(
     to `out` what `labelling.label` writes. Return the counts of both.
 
     `count`: how many rows there are. The ledger has the calls of both as those of `payer` for
-    `purpose`, and the budget is that of both. Raises what `labelling.label` raises."""
+    `purpose`, and the budget is that of both. Raises RecipeError where both have one identity, and
+    what `labelling.label` raises."""
+    refuse_one_identity(endpoint.identity, cheap_endpoint.identity)
     payer = payer or Payer()
     with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as folder:
         first, second = Path(folder) / "cheap", Path(folder) / "dear"
@@ -76,8 +79,8 @@ async def label_in_cascade(
             payer=payer,
             purpose=purpose,
         )
-        # Filters are for the labels of both together.
-        least = FilterRecipe(minimum_accepted=recipe.filters.minimum_accepted)
+        # Filters are for the labels of both together, and so is the share that must be accepted.
+        least = FilterRecipe(minimum_accepted=0)
         alone = recipe.model_copy(update={"cascade": None, "filters": least})
         hard = sum(1 for _ in hard_rows(rows, first, cheap))
         by_dear = LabelCounts(accepted=0, rejected=0)
@@ -97,6 +100,7 @@ async def label_in_cascade(
                 slots=slots,
                 payer=payer,
                 purpose=purpose,
+                judged=False,
             )
         with label_files(out, prompt, recipe) as files:
             merge = Merge(cheap.below, recipe.soft_labels)

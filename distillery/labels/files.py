@@ -101,12 +101,15 @@ class LabelCounts:
 
 
 @contextmanager
-def label_files(out: Path, prompt: PromptRecipe, recipe: TeacherRecipe) -> Iterator["LabelFiles"]:
-    """Yield files to write to. They are moved to `out` at the end, and deleted after an error."""
+def label_files(
+    out: Path, prompt: PromptRecipe, recipe: TeacherRecipe, judged: bool = True
+) -> Iterator["LabelFiles"]:
+    """Yield files to write to. They are moved to `out` at the end, and deleted after an error.
+    `judged`: whether too few labels are an error."""
     out.parent.mkdir(parents=True, exist_ok=True)
     with (
         TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as folder,
-        closing(LabelFiles(Path(folder), prompt, recipe)) as files,
+        closing(LabelFiles(Path(folder), prompt, recipe, judged)) as files,
     ):
         yield files
         out.mkdir(exist_ok=True)
@@ -119,8 +122,11 @@ def label_files(out: Path, prompt: PromptRecipe, recipe: TeacherRecipe) -> Itera
 class LabelFiles:
     """The open files in `folder`, and the tally of what was written to them."""
 
-    def __init__(self, folder: Path, prompt: PromptRecipe, recipe: TeacherRecipe) -> None:
+    def __init__(
+        self, folder: Path, prompt: PromptRecipe, recipe: TeacherRecipe, judged: bool = True
+    ) -> None:
         self._folder, self._prompt, self._recipe = folder, prompt, recipe
+        self._judged = judged
         self.tally = Tally()
         self._unread: list[str] = []
         self._without_answer = 0
@@ -252,7 +258,7 @@ class LabelFiles:
         judge, which needs no labels, none is too few only if every row has an answer and none of
         the answers can be read."""
         tally, minimum = self.tally, self._recipe.filters.minimum_accepted
-        if not final and tally.rows < JUDGED_ROWS:
+        if not self._judged or (not final and tally.rows < JUDGED_ROWS):
             return
         if tally.accepted and tally.accepted >= minimum * tally.rows:
             return

@@ -78,22 +78,23 @@ async def label(
     slots: Slots = nullcontext,
     payer: Payer | None = None,
     purpose: Purpose = "label",
+    judged: bool = True,
 ) -> LabelCounts:
     """Label `examples`, write the files of files.py and report.py to `out`, return the counts.
 
     Requests without an answer in the store are asked of the endpoint, or of `teacher` if given.
     `rows` is the number of examples if they have no length; only `progress` needs it. Each call is
-    recorded in the ledger, as one of `payer` for `purpose`. Some thousand rows are in memory at a
-    time. Equal answers give equal bytes in the files. Raises TeacherError if too few rows get a
-    label, BudgetReached at a cap, and what `Teacher.ask` and `LabelStore` raise; the answers so far
-    are in the store then.
+    recorded in the ledger, as one of `payer` for `purpose`. `judged` is as in `label_files`. Some
+    thousand rows are in memory at a time. Equal answers give equal bytes in the files. Raises
+    TeacherError if too few rows get a label, BudgetReached at a cap, and what `Teacher.ask` and
+    `LabelStore` raise; the answers so far are in the store then.
     """
     total = rows or 0
     if isinstance(examples, Sequence):
         total = len(examples)
     pace = pace_of(recipe, endpoint, store.database)
     payer = payer or Payer()
-    with label_files(out, prompt, recipe) as files:
+    with label_files(out, prompt, recipe, judged) as files:
         run = LabellingRun(
             prompt, recipe, endpoint.identity, store, files, pace, slots, progress, total
         )

@@ -521,6 +521,16 @@ class TeacherRecipe(Slice):
             raise ValueError(
                 f"cascade: a teacher of kind {self.kind} costs nothing; remove this setting"
             )
+        if self.batch is not None:
+            raise ValueError(
+                "batch: with a cascade, who is asked depends on the cheap teacher's answers; "
+                "remove batch or cascade"
+            )
+        if self.answers.form == "rationale" and self.cascade.answers.form != "rationale":
+            raise ValueError(
+                "answers.form: rationale, but the cheap teacher's labels would have no reasons; "
+                "set cascade.answers.form: rationale, too"
+            )
         if self.soft_labels and not self.cascade.soft_labels:
             raise ValueError(
                 "cascade.soft_labels is false, so that its labels have no probabilities; set it to "
@@ -541,7 +551,7 @@ class TeacherRecipe(Slice):
 NOT_OF_CHEAP = frozenset(
     {
         *("kind", "files", "filters", "stop", "budget", "max_age", "canaries", "preparation"),
-        *("largest_shift", "insist", "terms", "tokenizer", "cascade", "select"),
+        *("largest_shift", "insist", "terms", "tokenizer", "cascade", "select", "batch"),
     }
 )
 """Settings of a teacher that a cheap one shares with it or that have no meaning for it."""

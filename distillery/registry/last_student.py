@@ -13,7 +13,7 @@ from distillery.errors import ModelGone
 from distillery.inference.batch import ROWS
 from distillery.inference.batch_student import load_for_rows
 from distillery.inference.student import Answer
-from distillery.recipe import PromptRecipe, Recipe
+from distillery.recipe import FilterRecipe, PromptRecipe, Recipe
 from distillery.records import (
     Example,
     PreparedDataset,
@@ -27,10 +27,6 @@ from distillery.storage.artifacts import ArtifactStore
 
 _log = logging.getLogger(__name__)
 
-OF_REQUESTS = ("soft_labels", "temperature", "max_tokens", "stop", "answers", "cascade")
-"""The settings of a teacher that decide whether its answers to a row are those of another recipe.
-"""
-
 
 class LastStudent(Record):
     """The champion; None if there is none. `learnt`: the train rows that were labelled for it, if
@@ -43,9 +39,15 @@ class LastStudent(Record):
 
 
 def find_last_student(
-    registry: Registry, recipe: Recipe, data: PreparedDataset, identity: str, store: ArtifactStore
+    registry: Registry,
+    recipe: Recipe,
+    data: PreparedDataset,
+    identity: str,
+    store: ArtifactStore,
+    cheap: str | None = None,
 ) -> LastStudent:
-    """Return the last student of a recipe whose teacher is `identity` and whose rows are `data`.
+    """Return the last student of a recipe whose teacher is `identity`, after the cheap one `cheap`
+    if there is one, and whose rows are `data`.
 
     Rows that are no longer in `store` count as not learnt."""
     champion = champion_of(registry.list(recipe.registry.model_name))
@@ -56,7 +58,7 @@ def find_last_student(
     except ModelGone:
         return LastStudent()
     found = LastStudent(model=champion)
-    if not asks_alike(made, recipe, identity):
+    if not asks_alike(made, recipe, identity, cheap):
         return found
     selection, learnt = labelled_rows(made)
     if learnt is None or not store.holds(learnt.artifact):
@@ -75,17 +77,25 @@ def find_last_student(
     return LastStudent(model=champion, learnt=learnt, selection=selection)
 
 
-def asks_alike(made: Mapping[str, Any], recipe: Recipe, identity: str) -> bool:
+def asks_alike(
+    made: Mapping[str, Any], recipe: Recipe, identity: str, cheap: str | None = None
+) -> bool:
     """Return whether the provenance `made` is of a student whose teacher was asked as `recipe` asks
-    the teacher `identity`."""
+    the teacher `identity`, and the one before it `cheap`."""
     try:
         earlier = Recipe.model_validate(made.get("recipe"))
     except ValidationError:
         return False
     if made.get("teacher") != identity or earlier.prompt != recipe.prompt:
         return False
-    then, today = earlier.teacher, recipe.teacher
-    return all(getattr(then, name) == getattr(today, name) for name in OF_REQUESTS)
+    cascade = (made.get("labels") or {}).get("cascade") or {}
+    return cascade.get("cheap") == cheap and asked_as(earlier) == asked_as(recipe)
+
+
+def asked_as(recipe: Recipe) -> str:
+    """Return what a teacher's answers depend on besides prompt and identity: filters reject labels
+    of answers that are there."""
+    return recipe.teacher.model_copy(update={"filters": FilterRecipe()}).content_id
 
 
 def labelled_rows(made: Mapping[str, Any]) -> tuple[Selection | None, Rows | None]:

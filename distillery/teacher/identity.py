@@ -29,6 +29,21 @@ def teacher_identity(teacher: TeacherRecipe, model: OnnxModel | None) -> str:
     return teacher.stored_as(name)
 
 
+def identity_of_cheap(teacher: TeacherRecipe) -> str | None:
+    """Return the identity of a teacher's cheap one; None where there is none."""
+    return teacher_identity(teacher.cascade, None) if teacher.cascade else None
+
+
+def refuse_one_identity(identity: str, cheap: str) -> None:
+    """Raise RecipeError if a teacher and its cheap one have the same identity: the answers of one
+    would count as the other's."""
+    if identity == cheap:
+        raise RecipeError(
+            f"teacher.cascade: both teachers are {identity}, so that the answers of one would "
+            "count as the other's; give one of them another identity, or remove the cascade"
+        )
+
+
 def endpoint_settings(teacher: TeacherRecipe) -> TeacherSettings:
     """Return what the environment tells of a teacher's endpoint, a cheap one's or a judge's."""
     if isinstance(teacher, CascadeRecipe):

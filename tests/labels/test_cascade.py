@@ -12,7 +12,7 @@ from chat_endpoint import Call, ChatEndpoint, Reply, completion, said
 from label_runs import PROMPT, endpoint_of, example, labelled, read_all, read_lines
 from pydantic import ValidationError
 
-from distillery.errors import BudgetReached, DataError, RecipeError
+from distillery.errors import BudgetReached, DataError, RecipeError, TeacherError
 from distillery.labels.cascade import label_in_cascade, results
 from distillery.labels.files import LabelCounts, read_labels, read_rejected
 from distillery.labels.store import LabelStore
@@ -57,7 +57,11 @@ def servers() -> Iterator[tuple[ChatEndpoint, ChatEndpoint]]:
 
 
 async def run(
-    servers: tuple[ChatEndpoint, ChatEndpoint], folder: Path, out: str = "out", **recipe: Any
+    servers: tuple[ChatEndpoint, ChatEndpoint],
+    folder: Path,
+    out: str = "out",
+    name: str = "large",
+    **recipe: Any,
 ) -> LabelCounts:
     cascade = {"below": 0.9, "prices": CHEAP_PRICES, **recipe.pop("cascade", {})}
     teacher = TeacherRecipe(**{"prices": PRICES, "cascade": cascade, **recipe})
@@ -70,7 +74,7 @@ async def run(
             PROMPT,
             teacher,
             cheap,
-            endpoint_of(servers[1]),
+            endpoint_of(servers[1], identity=name),
             endpoint_of(servers[0], identity="cheap"),
             store,
             folder / out,
@@ -169,6 +173,26 @@ async def test_rows_that_the_teacher_does_not_answer_get_no_cheap_label(
     assert list(read_rejected(tmp_path / "out")) == ["row-7"]
 
 
+async def test_too_few_labels_are_those_of_both(
+    servers: tuple[ChatEndpoint, ChatEndpoint], tmp_path: Path
+) -> None:
+    """The hard rows may well be those that nobody can answer."""
+    servers[1].script = lambda call: said("Hm.")
+    filters = {"minimum_accepted": 0.4}
+    counts = await run(servers, tmp_path, filters=filters)
+    assert (counts.accepted, counts.rejected) == (9, 11)
+    with pytest.raises(TeacherError, match=r"9 of 20 rows have a label"):
+        await run(servers, tmp_path, out="again")
+
+
+async def test_two_teachers_of_one_name_are_refused(
+    servers: tuple[ChatEndpoint, ChatEndpoint], tmp_path: Path
+) -> None:
+    with pytest.raises(RecipeError, match="both teachers are cheap"):
+        await run((servers[0], servers[1]), tmp_path, name="cheap")
+    assert not servers[0].calls
+
+
 async def test_the_filters_are_for_the_labels_of_both(
     servers: tuple[ChatEndpoint, ChatEndpoint], tmp_path: Path
 ) -> None:
@@ -185,7 +209,7 @@ async def test_the_budget_is_for_both(
     with pytest.raises(BudgetReached, match=r"^teacher\.budget\.calls: 25 of 25 spent"):
         await run(servers, tmp_path, budget={"calls": 25})
     assert [len(server.calls) for server in servers] == [ROWS, 5]
-    counts = await run(servers, tmp_path, budget={"calls": 25})
+    counts = await run(servers, tmp_path, out="again", budget={"calls": 25})
     assert (counts.accepted, counts.asked) == (ROWS, 6), "the answers so far were kept"
 
 
@@ -209,6 +233,10 @@ def test_what_a_cheap_teacher_may_be_told() -> None:
     assert "no confidence" in error_of(cascade={"soft_labels": False})
     assert "have no probabilities" in error_of(
         soft_labels=True, cascade={"soft_labels": False, "answers": {"orders": 2}}
+    )
+    assert "remove batch or cascade" in error_of(batch={}, cascade={})
+    assert "would have no reasons" in error_of(
+        answers={"form": "rationale"}, max_tokens=300, cascade={}
     )
     assert "set cascade.prices" in error_of(budget={"cost": 1}, prices=PRICES, cascade={})
     other = {**CHEAP_PRICES, "currency": "EUR"}

@@ -159,9 +159,11 @@ def register(folder: Path, train: Rows, **made: Any) -> RegisteredModel:
     return model
 
 
-def last_of(train: Rows, identity: str = "large", **teacher: Any) -> LastStudent:
+def last_of(
+    train: Rows, identity: str = "large", cheap: str | None = None, **teacher: Any
+) -> LastStudent:
     return find_last_student(
-        LocalRegistry(), recipe(**teacher), prepared(train), identity, ArtifactStore()
+        LocalRegistry(), recipe(**teacher), prepared(train), identity, ArtifactStore(), cheap
     )
 
 
@@ -201,6 +203,23 @@ def test_rows_stay_only_where_their_answers_are_known(tmp_path: Path) -> None:
     # Another choice of the same rows; and settings on which no answer depends.
     assert last_of(before, select={"rows": 7, "by": "diversity"}).selection is None
     assert last_of(before, concurrency=3).selection == first
+
+
+def test_rows_stay_only_where_the_cheap_teacher_is_the_same(tmp_path: Path) -> None:
+    before = rows_in_store(tmp_path, "before", [row(number) for number in range(20)])
+    first = select(before, by="diversity")
+    register(
+        tmp_path,
+        before,
+        selection=first.model_dump(mode="json"),
+        recipe=recipe(cascade={"below": 0.8}).model_dump(mode="json"),
+        labels={"cascade": {"cheap": "small"}},
+    )
+    same = {"below": 0.8, "concurrency": 3}
+    filters = {"agreement_with_gold": True}
+    assert last_of(before, cheap="small", cascade=same, filters=filters).selection == first
+    assert last_of(before, cheap="other", cascade=same).selection is None
+    assert last_of(before, cheap="small", cascade={"below": 0.9}).selection is None
 
 
 def test_a_student_of_all_rows_has_learnt_them_all(tmp_path: Path) -> None:
