@@ -289,9 +289,10 @@ class Selection(StageRecord):
     """The train rows that are labelled, chosen of `of` rows. The folder has them in `chosen.file`,
     and selection.jsonl, which says for each why it was chosen.
 
-    `kept`: rows that stay because the last student learnt from them. `by` and `added`: the recipe's
-    teacher.select. `scorer`: whose uncertainty it is; "" where only diversity counted. `note`: what
-    differs from the recipe, for people. `train_sha256`: of the rows chosen from."""
+    `kept`: rows that stay because the last student learnt from them or their answers are stored.
+    `by` and `added`: the recipe's teacher.select. `scorer`: whose uncertainty it is; "" where only
+    diversity counted. `note`: what differs from the recipe, for people. `train_sha256`: of the rows
+    chosen from."""
 
     chosen: Split
     of: int
@@ -316,7 +317,7 @@ class Selection(StageRecord):
         """Return it in one line."""
         line = f"{self.chosen.rows:,} of {self.of:,} train rows are labelled"
         if self.kept:
-            line += f", of which {self.kept:,} stay from the last student"
+            line += f", of which {self.kept:,} stay, as they are paid for"
         reason = {"both": "uncertainty and diversity"}.get(self.by, self.by)
         if not self.scorer:
             reason = "diversity"

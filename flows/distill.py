@@ -290,6 +290,9 @@ def labelled_rows(
     watched = recipe.teacher.with_canaries(is_scheduled() and not recipe.draws_texts)
     if watched.canaries.rows:
         canaries(train_rows, recipe.prompt, watched, identity)
+        if watched.cheap:
+            cheap = teacher_identity(watched.cheap, None)
+            canaries(train_rows, recipe.prompt, watched.cheap, cheap)
     batches_first(recipe, train_rows, data, identity, test)
     check = None
     if recipe.task.kind == "classify":

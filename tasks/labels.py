@@ -27,7 +27,7 @@ from distillery.labels.trust import leaning, refuse_collapsed
 from distillery.machine import usable_cores
 from distillery.markdown import escape
 from distillery.recipe import FilterRecipe, OtherRecipe, PromptRecipe, Recipe, TeacherRecipe
-from distillery.records import OnnxModel, Rows, TeacherDrift, TeacherLabels
+from distillery.records import OnnxModel, Rows, TeacherDrift, TeacherLabels, digest_of
 from distillery.serving.process import served
 from distillery.storage.artifacts import ArtifactStore
 from distillery.storage.working import working_folder
@@ -276,8 +276,9 @@ def label_of(teacher: TeacherRecipe) -> Any:
     return label.with_options(refresh_cache=True)
 
 
-def _once_a_run(_context: Any, _parameters: dict[str, Any]) -> str | None:
-    return f"canaries-{flow_run.id}" if flow_run.id else None
+def _once_a_run(_context: Any, parameters: dict[str, Any]) -> str | None:
+    # A run may ask those of two teachers.
+    return f"canaries-{flow_run.id}-{digest_of(parameters['identity'])}" if flow_run.id else None
 
 
 @task(
@@ -310,12 +311,12 @@ def heed_drift(drift: TeacherDrift, teacher: TeacherRecipe, identity: str) -> No
     if drift.share <= canaries.threshold:
         return
     create_markdown_artifact(
-        key=f"{teacher.who}-drift",
+        key=f"{teacher.who.replace(' ', '-')}-drift",
         markdown=drift_in_markdown(drift),
         description=f"{escape(identity)} has changed",
     )
     told = (
-        f"{identity}: {drift.line()}, more than {teacher.section}.canaries.threshold "
+        f"{identity}: {drift.line()}, more than {teacher.budget_section}.canaries.threshold "
         f"({canaries.threshold:.0%})"
     )
     if canaries.stop:

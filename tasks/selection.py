@@ -12,7 +12,16 @@ from distillery.data.rows import content_of_row
 from distillery.data.selection import SELECTION_FILE, choose_rows
 from distillery.errors import DataError
 from distillery.evaluation.baselines import TFIDF_ON_GOLD, answered, hindrance, shares_of_words
-from distillery.recipe import Recipe, RegistryRecipe, SelectRecipe
+from distillery.labels.quote import free_rows
+from distillery.labels.store import LabelStore
+from distillery.recipe import (
+    FilterRecipe,
+    PromptRecipe,
+    Recipe,
+    RegistryRecipe,
+    SelectRecipe,
+    TeacherRecipe,
+)
 from distillery.records import Example, PreparedDataset, RegisteredModel, Rows, Selection
 from distillery.registry.last_student import LastStudent, find_last_student, shares_by_student
 from distillery.registry.manifest import prompt_in
@@ -42,22 +51,29 @@ def select_rows(
     last: RegisteredModel | None,
     learnt: Rows | None,
     gold: Rows | None,
+    prompt: PromptRecipe,
+    teacher: TeacherRecipe,
+    identity: str,
+    cheap: str | None,
 ) -> Selection:
     """Choose the train rows that teach most.
 
     `last`: the student whose uncertainty counts; without one, a classifier of words that learns
-    from the `gold` rows is asked. `learnt`: rows that stay where they are among the train rows."""
+    from the `gold` rows is asked. `learnt`: rows that stay where they are among the train rows. So
+    do those to which the `teacher`, `identity`, after the cheap one `cheap`, has answered before:
+    they cost nothing, whether or not a student that learnt from them was promoted."""
     started = time.perf_counter()
     store = ArtifactStore()
     rows = read_examples(store.fetch(train.artifact) / train.file)
-    kept = frozenset[int]()
+    known = set[str]()
     if learnt:
         known = {
             content_of_row(row) for row in each_example(store.fetch(learnt.artifact) / learnt.file)
         }
-        kept = frozenset(
-            position for position, row in enumerate(rows) if content_of_row(row) in known
-        )
+    with LabelStore(max_age=teacher.max_age) as answers:
+        free = free_rows(rows, prompt, teacher, identity, cheap, answers)
+        known.update(content_of_row(row) for row in free)
+    kept = frozenset(position for position, row in enumerate(rows) if content_of_row(row) in known)
     by, scorer, note = select.by, "", ""
     shares: Shares | None = None
     if by != "diversity":
@@ -136,6 +152,15 @@ def selected(
         get_run_logger().info("%s, as for the champion", last.selection.line())
         return last.selection
     selection: Selection = again("select rows", select_rows)(
-        data.rows("train"), select, last.model, last.learnt, data.rows_if_any("gold")
+        data.rows("train"),
+        select,
+        last.model,
+        last.learnt,
+        data.rows_if_any("gold"),
+        recipe.prompt,
+        # Another filter is no reason to choose anew: the answers are those of before.
+        recipe.teacher.model_copy(update={"filters": FilterRecipe()}),
+        identity,
+        identity_of_cheap(recipe.teacher),
     )
     return selection

@@ -36,9 +36,10 @@ SELECTION_FILE = "selection.jsonl"
 class ChosenRow(Record):
     """A line of selection.jsonl: why a row is labelled.
 
-    `why`: learnt, the last student learnt from it; unsure, by uncertainty; different, by its
-    distance from the rows before it. `uncertainty`: 1 less the margin between its two likeliest
-    answers (0 to 1); None where nobody was asked. `distance`: the square of that from the rows
+    `why`: learnt, the last student learnt from it, or its answers are stored; unsure, by
+    uncertainty; different, by its distance from the rows before it. `uncertainty`: 1 less the
+    margin between its two likeliest answers (0 to 1); None where nobody was asked. `distance`: the
+    square of that from the rows
     before it, when it was drawn; None for the first of all."""
 
     example_id: str

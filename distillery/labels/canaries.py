@@ -17,6 +17,7 @@ from distillery.labels.acceptance import (
 from distillery.labels.labelling import Slots
 from distillery.labels.pairs import VERDICTS
 from distillery.labels.questions import Question, hashed_rows, questions, request_key
+from distillery.labels.quote import each_rows_questions
 from distillery.labels.store import LabelStore, StoredAnswer
 from distillery.prompts import render_messages
 from distillery.recipe import JudgeRecipe, PromptRecipe, TeacherRecipe
@@ -43,8 +44,12 @@ async def ask_canaries(
     slots: Slots = nullcontext,
     payer: Payer | None = None,
 ) -> TeacherDrift:
-    """Ask the canary rows among `examples` again; see `drift_of`."""
+    """Ask the canary rows among `examples` again; see `drift_of`. The teacher of a cascade has
+    answered few of the rows: its canaries are among those."""
     asked = []
+    if recipe.cascade:
+        found = each_rows_questions(examples, prompt, recipe, endpoint.identity, store)
+        examples = [row_questions[0].row for row_questions, new in found if not new]
     for row in hashed_rows(examples, recipe.canaries.rows or 0):
         asked.append(questions(row, prompt, recipe, endpoint.identity))
     return await drift_of(asked, recipe, endpoint, store, slots=slots, payer=payer)

@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import compress, islice
 from pathlib import Path
 
 from distillery.data.examples import each_example
@@ -231,6 +231,31 @@ def left_to_teacher(
             label = label_of_row(row_questions, stored, cheap.soft_labels)
             if label is None or label.confidence is None or label.confidence < cheap.below:
                 yield row
+
+
+def free_rows(
+    examples: Iterable[Example],
+    prompt: PromptRecipe,
+    recipe: TeacherRecipe,
+    identity: str,
+    cheap_identity: str | None,
+    store: LabelStore,
+) -> Iterator[Example]:
+    """Yield the rows whose labels cost nothing, since all answers that they need are stored: those
+    of the teacher, or of a cheap one that is asked first, where that is sure enough."""
+    remaining = iter(examples)
+    while chunk := list(islice(remaining, CHUNK_ROWS)):
+        asked = each_rows_questions(chunk, prompt, recipe, identity, store)
+        answered = [not new for _, new in asked]
+        if recipe.cheap and cheap_identity:
+            of_cheap = each_rows_questions(chunk, prompt, recipe.cheap, cheap_identity, store)
+            has_cheap = [not new for _, new in of_cheap]
+            hard = left_to_teacher(chunk, prompt, recipe.cheap, cheap_identity, store)
+            names = {row.example_id for row in hard}
+            for position, row in enumerate(chunk):
+                is_left = row.example_id in names
+                answered[position] = has_cheap[position] and (not is_left or answered[position])
+        yield from compress(chunk, answered)
 
 
 def experience_of(

@@ -237,12 +237,12 @@ class CanaryRecipe(Slice):
 class SelectRecipe(Slice):
     """Which train rows the teacher is asked about, if not all: those that teach the student most.
 
-    Rows that the last student learnt from stay, since their answers are paid for; `rows` is what is
-    added to them. Rows that are not chosen are neither asked nor learnt. See
-    docs/how-to/labels.md."""
+    Rows whose answers are stored stay, since they are paid for, and so do those that the last
+    student learnt from; `rows` is what is added to them. Rows that are not chosen are
+    neither asked nor learnt. See docs/how-to/labels.md."""
 
     rows: int = Field(ge=1)
-    """The most rows that are chosen beside those that the last student learnt from."""
+    """The most rows that are chosen beside those that stay."""
 
     by: Literal["uncertainty", "diversity", "both"] = "both"
     """uncertainty: the rows of which the last student, the champion in the registry, is least sure;
@@ -405,10 +405,12 @@ class TeacherRecipe(Slice):
 
     @property
     def cheap(self) -> "CascadeRecipe | None":
-        """The cheap teacher's settings, with the budget of both; None where there is none."""
+        """The cheap teacher's settings, with the budget and the canaries of both; None where there
+        is none."""
         if self.cascade is None:
             return None
-        return self.cascade.model_copy(update={"budget": self.budget, "max_age": self.max_age})
+        of_both = {"budget": self.budget, "max_age": self.max_age, "canaries": self.canaries}
+        return self.cascade.model_copy(update=of_both)
 
     @property
     def in_batch(self) -> Self:

@@ -13,10 +13,11 @@ from label_runs import PROMPT, endpoint_of, example, labelled, read_all, read_li
 from pydantic import ValidationError
 
 from distillery.errors import BudgetReached, DataError, RecipeError, TeacherError
+from distillery.labels.canaries import ask_canaries
 from distillery.labels.cascade import label_in_cascade, results
 from distillery.labels.files import LabelCounts, read_labels, read_rejected
 from distillery.labels.store import LabelStore
-from distillery.recipe import TeacherRecipe, parse_recipe
+from distillery.recipe import CanaryRecipe, CascadeRecipe, TeacherRecipe, parse_recipe
 from distillery.records import Example
 from distillery.teacher.ledger import Payer
 
@@ -183,6 +184,26 @@ async def test_too_few_labels_are_those_of_both(
     assert (counts.accepted, counts.rejected) == (9, 11)
     with pytest.raises(TeacherError, match=r"9 of 20 rows have a label"):
         await run(servers, tmp_path, out="again")
+
+
+async def test_canaries_are_asked_of_both_where_they_have_answered(
+    servers: tuple[ChatEndpoint, ChatEndpoint], tmp_path: Path
+) -> None:
+    await run(servers, tmp_path)
+    recipe = TeacherRecipe(cascade=CascadeRecipe(), canaries=CanaryRecipe(rows=10))
+    assert recipe.cheap
+    rows = [example(number) for number in range(ROWS)]
+    dear, cheap = (
+        endpoint_of(servers[1], identity="large"),
+        endpoint_of(servers[0], identity="cheap"),
+    )
+    servers[0].script = lambda call: said("B", top={"B": 0.9, "A": 0.05, "C": 0.05})
+    with LabelStore(f"sqlite:///{tmp_path / 'labels.db'}") as store:
+        drift = await ask_canaries(rows, PROMPT, recipe, dear, store)
+        assert (drift.compared, drift.changed) == (10, ())
+        of_cheap = await ask_canaries(rows, PROMPT, recipe.cheap, cheap, store)
+    assert of_cheap.compared >= 9, "row 4 has no answer"
+    assert len(of_cheap.changed) >= 9
 
 
 async def test_two_teachers_of_one_name_are_refused(

@@ -2,6 +2,7 @@
 rows before; with a real registry and real prepared rows."""
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,11 @@ import tasks.selection
 from distillery.data.examples import read_examples
 from distillery.data.prepare import write_chosen
 from distillery.errors import DataError
+from distillery.labels.acceptance import stored_answer
+from distillery.labels.questions import questions
 from distillery.labels.report import Tally
-from distillery.recipe import PromptRecipe, Recipe, SelectRecipe
+from distillery.labels.store import LabelStore
+from distillery.recipe import CascadeRecipe, PromptRecipe, Recipe, SelectRecipe, TeacherRecipe
 from distillery.records import (
     Artifact,
     CascadeFigures,
@@ -30,7 +34,9 @@ from distillery.registry.last_student import LastStudent, find_last_student, sha
 from distillery.registry.local import LocalRegistry
 from distillery.report.facts import labelling_facts
 from distillery.storage.artifacts import ArtifactStore
+from distillery.teacher.reply import Completion
 
+PROMPT = PromptRecipe(user="{text}", answer="class")
 CLASSES = ("pets", "tools")
 WORDS = {"pets": ("cat", "dog", "parrot"), "tools": ("saw", "hammer", "drill")}
 
@@ -70,10 +76,15 @@ def select(
     gold: Rows | None = None,
     last: RegisteredModel | None = None,
     learnt: Rows | None = None,
+    teacher: TeacherRecipe | None = None,
     **settings: Any,
 ) -> Selection:
     recipe = SelectRecipe.model_validate({"rows": 6, **settings})
-    found: Selection = tasks.selection.select_rows.fn(train, recipe, last, learnt, gold)
+    teacher = teacher or TeacherRecipe()
+    cheap = "small" if teacher.cascade else None
+    found: Selection = tasks.selection.select_rows.fn(
+        train, recipe, last, learnt, gold, PROMPT, teacher, "large", cheap
+    )
     return found
 
 
@@ -190,6 +201,32 @@ def test_what_the_last_student_learnt_stays(tmp_path: Path) -> None:
     assert second.kept == len(still_there)
     assert still_there < chosen
     assert len(chosen) == second.kept + 6
+
+
+def test_rows_whose_answers_are_stored_stay(tmp_path: Path) -> None:
+    """Whether or not a student that learnt from them was promoted."""
+    rows = [row(number) for number in range(20)]
+    train = rows_in_store(tmp_path, "train", rows)
+    cascade = TeacherRecipe(cascade=CascadeRecipe(below=0.9))
+    assert cascade.cascade
+
+    def answer(number: int, teacher: TeacherRecipe, identity: str, share: float) -> None:
+        (question,) = questions(rows[number], PROMPT, teacher, identity)
+        top = (("pets", math.log(share)), ("tools", math.log(1 - share)))
+        completion = Completion("pets", "stop", top_logprobs=top, answer_letter="pets")
+        with LabelStore() as store:
+            store.add(stored_answer(question, completion, teacher, identity))
+
+    answer(3, TeacherRecipe(), "large", 0.99)
+    found = select(train, by="diversity")
+    assert (found.kept, found.chosen.rows) == (1, 7)
+    assert rows[3].question in {each.question for each in read(found.rows)}
+    answer(4, cascade.cascade, "small", 0.99)
+    answer(5, cascade.cascade, "small", 0.6)
+    # Row 3 has no cheap answer, and the teacher is still to be asked about row 5.
+    assert select(train, by="diversity", teacher=cascade).kept == 1
+    answer(5, cascade, "large", 0.99)
+    assert select(train, by="diversity", teacher=cascade).kept == 2
 
 
 def test_rows_stay_only_where_their_answers_are_known(tmp_path: Path) -> None:
