@@ -85,7 +85,7 @@ def select_rows(
             )
         if shares is None:
             by = "diversity"
-    chosen = choose_rows(rows, select.rows, by, shares, kept)
+    chosen = choose_rows(rows, select.rows, by, shares, kept, progress=show_rows)
     with working_folder("selection") as folder:
         # In the order of the train rows, on which training and labels depend.
         split = write_chosen([rows[position] for position in sorted(chosen)], folder / train.file)

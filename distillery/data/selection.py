@@ -15,7 +15,7 @@ likely answers (BADGE: Ash et al., Deep Batch Active Learning by Diverse, Uncert
 Bounds, ICLR 2020).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -30,6 +30,12 @@ Floats = NDArray[np.float64]
 TOPICS = 100
 """Dimensions of a row's topics."""
 
+BLOCK = 2048
+"""Rows whose distances from as many others are computed together, in some 30 MB each."""
+
+SHOWN_EVERY = 50
+"""Rows drawn between two reports of progress."""
+
 SELECTION_FILE = "selection.jsonl"
 
 
@@ -39,8 +45,7 @@ class ChosenRow(Record):
     `why`: learnt, the last student learnt from it, or its answers are stored; unsure, by
     uncertainty; different, by its distance from the rows before it. `uncertainty`: 1 less the
     margin between its two likeliest answers (0 to 1); None where nobody was asked. `distance`: the
-    square of that from the rows
-    before it, when it was drawn; None for the first of all."""
+    square of that from the rows before it, when it was drawn; None for the first of all."""
 
     example_id: str
     why: Literal["learnt", "unsure", "different"]
@@ -55,12 +60,14 @@ def choose_rows(
     shares: Sequence[Sequence[float] | None] | None = None,
     learnt: frozenset[int] = frozenset(),
     seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
 ) -> dict[int, ChosenRow]:
     """Return up to `count` of the rows, and those at the positions `learnt` beside, by position and
     in the order in which they are chosen.
 
     `shares`: for each row the probabilities of its options, or None for a row that could not be
-    asked; by uncertainty and by both need them. Equal arguments give equal choices."""
+    asked; by uncertainty and by both need them. Equal arguments give equal choices. `progress` is
+    as in `draw_distant`."""
     chosen = {
         position: ChosenRow(example_id=rows[position].example_id, why="learnt")
         for position in sorted(learnt)
@@ -80,7 +87,15 @@ def choose_rows(
                 raise ValueError("by both needs the probabilities of the rows")
             weights = gradients(shares) if have_equal_options(rows) else unsure[:, None]
         topics = topics_of([row.question for row in rows])
-        picked = draw_distant(topics, weights, count, sorted(learnt), seed, from_zero=by == "both")
+        picked = draw_distant(
+            topics,
+            weights,
+            count,
+            sorted(learnt),
+            seed,
+            from_zero=by == "both",
+            progress=progress,
+        )
     for position, distance in picked:
         chosen[position] = ChosenRow(
             example_id=rows[position].example_id,
@@ -147,6 +162,7 @@ def draw_distant(
     start: Sequence[int],
     seed: int,
     from_zero: bool,
+    progress: Callable[[int, int], None] | None = None,
 ) -> list[tuple[int, float | None]]:
     """Return up to `count` rows with the square of each one's distance from those before it,
     drawn as the docstring of this module says.
@@ -154,7 +170,8 @@ def draw_distant(
     A row is the product of its `weights`, [rows, options], and its `topics`, [rows, topics].
     `start`: rows that are there already; without any, the longest is the first. `from_zero`: a row
     of no length counts as there already too, so that what teaches nothing is far from nothing. Rows
-    that are no distance from those before, or have no length, come last, in order."""
+    that are no distance from those before, or have no length, come last, in order. `progress` takes
+    the rows drawn and those to draw."""
     generator = np.random.default_rng(seed)
     lengths = (weights**2).sum(1) * (topics**2).sum(1)
     distances = lengths.copy() if from_zero else np.where(lengths > 0, np.inf, 0.0)
@@ -171,8 +188,9 @@ def draw_distant(
     if not len(start) and lengths.any():
         start = [int(np.argmax(lengths))]
         picked = [(start[0], None)]
-    for position in start:
-        take(position)
+    nearest_of(topics, weights, lengths, start, distances)
+    free[list(start)] = False
+    distances[list(start)] = 0.0
     wanted = min(count, int(free.sum()) + len(picked))
     while len(picked) < wanted:
         reached = np.cumsum(distances)
@@ -183,4 +201,21 @@ def draw_distant(
         position = int(drawn) if free[drawn] else int(np.argmax(distances))
         picked.append((position, round(float(distances[position]), 6)))
         take(position)
+        if progress and not len(picked) % SHOWN_EVERY:
+            progress(len(picked), wanted)
     return picked
+
+
+def nearest_of(
+    topics: Floats, weights: Floats, lengths: Floats, start: Sequence[int], distances: Floats
+) -> None:
+    """Lower `distances`, [rows], to those from the nearest row of `start`; all are squares, as
+    `lengths` are. BLOCK rows at a time: products of matrices take a small part of the time that one
+    row after the other takes."""
+    for first in range(0, len(start), BLOCK):
+        some = list(start[first : first + BLOCK])
+        for low in range(0, len(lengths), BLOCK):
+            rows = slice(low, low + BLOCK)
+            products = (weights[rows] @ weights[some].T) * (topics[rows] @ topics[some].T)
+            nearer = lengths[rows, None] + lengths[some] - 2 * products
+            np.minimum(distances[rows], np.maximum(nearer.min(1), 0.0), out=distances[rows])

@@ -233,6 +233,19 @@ def left_to_teacher(
                 yield row
 
 
+def are_answered(
+    rows: Sequence[Example],
+    prompt: PromptRecipe,
+    recipe: TeacherRecipe,
+    identity: str,
+    store: LabelStore,
+) -> list[bool]:
+    """Return for each row whether all of its answers are stored."""
+    asked = [questions(row, prompt, recipe, identity) for row in rows]
+    stored = store.answered(question.key for row_questions in asked for question in row_questions)
+    return [all(each.key in stored for each in row_questions) for row_questions in asked]
+
+
 def free_rows(
     examples: Iterable[Example],
     prompt: PromptRecipe,
@@ -245,11 +258,9 @@ def free_rows(
     of the teacher, or of a cheap one that is asked first, where that is sure enough."""
     remaining = iter(examples)
     while chunk := list(islice(remaining, CHUNK_ROWS)):
-        asked = each_rows_questions(chunk, prompt, recipe, identity, store)
-        answered = [not new for _, new in asked]
+        answered = are_answered(chunk, prompt, recipe, identity, store)
         if recipe.cheap and cheap_identity:
-            of_cheap = each_rows_questions(chunk, prompt, recipe.cheap, cheap_identity, store)
-            has_cheap = [not new for _, new in of_cheap]
+            has_cheap = are_answered(chunk, prompt, recipe.cheap, cheap_identity, store)
             hard = left_to_teacher(chunk, prompt, recipe.cheap, cheap_identity, store)
             names = {row.example_id for row in hard}
             for position, row in enumerate(chunk):

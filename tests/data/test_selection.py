@@ -10,6 +10,7 @@ from distillery.data.selection import (
     choose_rows,
     draw_distant,
     gradients,
+    nearest_of,
     topics_of,
     uncertainty,
 )
@@ -54,6 +55,22 @@ def test_the_most_unsure_rows_are_chosen_in_order() -> None:
         "why": "unsure",
         "uncertainty": 1.0,
     }
+
+
+def test_many_rows_that_are_there_already_count_at_once() -> None:
+    generator = np.random.default_rng(0)
+    topics, weights = generator.normal(size=(3000, 8)), generator.normal(size=(3000, 3))
+    lengths = (weights**2).sum(1) * (topics**2).sum(1)
+    start = list(range(0, 3000, 2))[:700]
+    found = lengths.copy()
+    nearest_of(topics, weights, lengths, start, found)
+    vectors = (weights[:, :, None] * topics[:, None, :]).reshape(3000, -1)
+    for position in (1, 2047, 2999):
+        squares = ((vectors[start] - vectors[position]) ** 2).sum(1)
+        assert found[position] == pytest.approx(min(squares.min(), lengths[position]))
+    shown: list[int] = []
+    draw_distant(topics, weights, 120, start, 0, True, lambda done, of: shown.append(done))
+    assert shown == [50, 100]
 
 
 def test_diversity_takes_from_all_topics() -> None:
