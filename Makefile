@@ -27,7 +27,7 @@ AXE := tests/support/axe/node_modules/.installed
 
 export PREFECT_HOME ?= $(CURDIR)/.distillery/prefect
 
-.PHONY: help setup demo test test-all test-security audit sbom bench-overhead bench-labels bench-train bench-distil bench-distil-full bench-inference bench-tasks bench-tasks-full bench-tasks-endpoint bench-text bench-text-full neutral foundry simulate-gate rehearse-lab docs lint format up down clean
+.PHONY: help setup demo test test-all test-security audit sbom bench-overhead bench-choice bench-labels bench-train bench-distil bench-distil-full bench-inference bench-tasks bench-tasks-full bench-tasks-endpoint bench-text bench-text-full neutral foundry simulate-gate rehearse-lab docs lint format up down clean
 help: ## what the targets do
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-14s %s\n", $$1, $$2}'
 
@@ -131,6 +131,9 @@ bench-text: $(INSTALLED) ## what the defaults make of fields and of text, and to
 
 bench-text-full: $(INSTALLED) ## the same with soft labels over tokens on three seeds, and TRL's SFTTrainer; goes on where it was ended
 	@$(BIN)/python -m benchmarks.text --full --keep
+
+bench-choice: $(INSTALLED) ## what a cheap teacher first and chosen rows save, beside rows at random; needs COMMONSENSE_QA_DIR
+	@$(BIN)/python -m benchmarks.choice
 
 bench-labels: $(INSTALLED) ## how fast rows are labelled, beside a bare loop, the lab's and bespokelabs-curator
 	@$(BIN)/python -m benchmarks.labels

@@ -1,12 +1,16 @@
 """A teacher over HTTP that is right on 85 % of the rows and knows how sure it is.
 
-`python -m benchmarks.noisy_teacher GOLD.json` serves chat completions on a free port of 127.0.0.1,
-which it prints, until standard input ends. GOLD.json maps each text to its gold class. A request's
-last message is the text alone. The answer to a text is always the same.
+`python -m benchmarks.noisy_teacher GOLD.json [NAME RIGHT]` serves chat completions on a free port
+of 127.0.0.1, which it prints, until standard input ends. GOLD.json maps each text to its gold
+class. A request's last message is the text alone. The answer to a text is always the same.
 
 The teacher is as sure of its answer, c, as it is right: c is drawn from 0.5 to 1 with a mean of
 0.85, the other classes share 1 - c, and the gold class is each class with that class's probability.
 So the errors are at random: another teacher's may depend on the text.
+
+With NAME, RIGHT is the mean of c, and most texts are either easy or hard. Teachers of other names
+err otherwise, but a text that is hard for one of them is mostly hard for the others: the quantiles
+of c are those of normal variables with a correlation of 0.5.
 """
 
 import asyncio
@@ -24,6 +28,9 @@ RIGHT = 0.85
 LEAST = 0.5
 """The least probability of an answer, so that no other class is likelier."""
 
+SHARED = 0.5
+"""The correlation of how hard a text is for two teachers with names."""
+
 ALTERNATIVES = 20
 """The most classes that an answer's probabilities name, as at OpenAI and Azure."""
 
@@ -31,18 +38,33 @@ ALTERNATIVES = 20
 class NoisyTeacher:
     """What the teacher says of each text."""
 
-    def __init__(self, gold: dict[str, str]) -> None:
+    def __init__(self, gold: dict[str, str], name: str = "", right: float = RIGHT) -> None:
         self.gold = {text.strip(): name for text, name in gold.items()}
         self.classes = sorted(set(gold.values()))
+        self.name = name
+        self.mean = (right - LEAST) / (1 - LEAST)
+
+    def confidence(self, text: str, draw: random.Random) -> float:
+        """Return the probability of the answer to a text; `draw` is the text's own."""
+        if self.name:
+            from scipy.stats import beta, norm
+
+            shared = random.Random(text.strip()).gauss()
+            own = random.Random(f"{self.name}: {text.strip()}").gauss()
+            quantile = norm.cdf(math.sqrt(SHARED) * shared + math.sqrt(1 - SHARED) * own)
+            found = float(beta.ppf(quantile, self.mean, 1 - self.mean))
+        else:
+            found = draw.betavariate(3 * self.mean, 3 * (1 - self.mean))
+        # A probability of 1 would leave the others none.
+        return LEAST + (1 - LEAST) * min(found, 0.999)
 
     def probabilities(self, text: str) -> dict[str, float]:
         """Return the probability of each class, the highest first, which is the answer's. Raises
         KeyError for a text without a gold class."""
         gold = self.gold[text.strip()]
-        draw = random.Random(text.strip())
-        mean = (RIGHT - LEAST) / (1 - LEAST)
-        # A beta distribution of that mean; a probability of 1 would leave the others none.
-        confidence = LEAST + (1 - LEAST) * min(draw.betavariate(3 * mean, 3 * (1 - mean)), 0.999)
+        draw = random.Random(self.name + text.strip())
+        # A beta distribution of that mean.
+        confidence = self.confidence(text, draw)
         # Each class is a fifth as likely as the one before.
         weights = [0.2**rank for rank in range(len(self.classes) - 1)]
         shares = [confidence]
@@ -119,4 +141,6 @@ async def serve(teacher: NoisyTeacher) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(serve(NoisyTeacher(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))))
+    answers = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    named = (sys.argv[2], float(sys.argv[3])) if sys.argv[2:] else ()
+    asyncio.run(serve(NoisyTeacher(answers, *named)))

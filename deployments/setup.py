@@ -46,6 +46,7 @@ VARIABLES = (
     "AZURE_CLIENT_ID",
     "AZURE_STORAGE_ACCOUNT_NAME",
     "AZURE_TENANT_ID",
+    "CHEAP_MODEL_NAME",
     "DISTILLERY_STORE",
     "JUDGE_MODEL_NAME",
     "TEACHER_MODEL_NAME",
@@ -56,6 +57,8 @@ SECRETS = (
     "AZURE_STORAGE_ACCOUNT_KEY",
     "AZURE_STORAGE_CONNECTION_STRING",
     "AZURE_STORAGE_SAS_TOKEN",
+    "CHEAP_MODEL_ENDPOINT",
+    "CHEAP_MODEL_KEY",
     "DISTILLERY_LABELS",
     "DISTILLERY_REGISTRY",
     "DISTILLERY_TRACKING",
@@ -66,15 +69,19 @@ SECRETS = (
     "TEACHER_MODEL_KEY",
 )
 """Secrets that all workers share; the URL of a database or of MLflow may hold a password."""
-TEACHER_BLOCK, JUDGE_BLOCK = "teacher-model", "judge-model"
+TEACHER_BLOCK, CHEAP_BLOCK, JUDGE_BLOCK = "teacher-model", "cheap-model", "judge-model"
 ENDPOINTS = {
     TEACHER_BLOCK: {"TEACHER_MODEL_ENDPOINT": "endpoint", "TEACHER_MODEL_KEY": "key"},
+    CHEAP_BLOCK: {"CHEAP_MODEL_ENDPOINT": "endpoint", "CHEAP_MODEL_KEY": "key"},
     JUDGE_BLOCK: {"JUDGE_MODEL_ENDPOINT": "endpoint", "JUDGE_MODEL_KEY": "key"},
 }
 """The secrets that one block each holds together, under these names: whoever could change the
 endpoint alone would be sent the key."""
 NOT_FOR_TRAINING = frozenset(
     {
+        "CHEAP_MODEL_ENDPOINT",
+        "CHEAP_MODEL_KEY",
+        "CHEAP_MODEL_NAME",
         "DISTILLERY_REGISTRY",
         "DISTILLERY_SIGNING_KEY",
         "JUDGE_MODEL_ENDPOINT",

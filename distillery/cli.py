@@ -142,7 +142,7 @@ def check(recipe: RecipeArgument) -> None:
 def quote(recipe: RecipeArgument) -> None:
     """Estimate what labelling for RECIPE, and its judge, cost and how long they take.
 
-    Neither is asked.
+    Nobody is asked.
     """
     from distillery.labels.quote import quote_recipe
     from distillery.recipe import load_recipe

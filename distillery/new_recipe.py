@@ -119,6 +119,7 @@ def new_recipe(
         kind=found.kind,
         schema=found.schema,
         test_files=found.test_files,
+        unanswered=found.unanswered,
     )
     text = write(max_tokens=None)
     recipe = parsed(text)

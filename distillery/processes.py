@@ -42,7 +42,7 @@ SECRET_WORD = re.compile(
 """Words of which one is in the name of a secret, as in HF_TOKEN, or joined to another, as in
 PGPASSWORD. MONKEY is no such word, and PWD alone is the working folder."""
 
-ACCOUNTS = ("AZURE_", "AZUREML_", "JUDGE_MODEL_", "TEACHER_MODEL_")
+ACCOUNTS = ("AZURE_", "AZUREML_", "CHEAP_MODEL_", "JUDGE_MODEL_", "TEACHER_MODEL_")
 """What names of settings of accounts begin with."""
 
 PASSWORD_IN_VALUE = re.compile(

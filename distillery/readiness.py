@@ -53,7 +53,7 @@ from distillery.storage.working import working_folder
 from distillery.teacher.asking import ProbeResult, probe
 from distillery.teacher.batch import check_takes_batches
 from distillery.teacher.endpoint import LOGIN_S, Endpoint, resolve_endpoint
-from distillery.teacher.identity import teacher_identity
+from distillery.teacher.identity import refuse_one_identity, teacher_identity
 from distillery.teacher.ledger import Book, Payer
 from distillery.training.footprint import Shape, bytes_a_token, fixed_bytes
 
@@ -122,6 +122,9 @@ def check_settings(recipe: Recipe) -> None:
     that asks the recipe's judge checks its endpoint itself, since a search asks none."""
     if recipe.teacher.kind == "endpoint":
         check_takes_batches(recipe.teacher, resolve_endpoint(recipe.teacher))
+    if recipe.teacher.cascade:
+        cheap = resolve_endpoint(recipe.teacher.cascade)
+        refuse_one_identity(teacher_identity(recipe.teacher, None), cheap.identity)
     if recipe.registry.kind == "azureml":
         AzureMLSettings().require()
     for base in base_models(recipe):
@@ -158,10 +161,12 @@ def check(recipe: Recipe, limit_s: float = LIMIT_S) -> list[Finding]:
     """Return what was found about everything that a run of `recipe` needs on this machine.
 
     Each check takes `limit_s` seconds at most. Raises nothing, downloads no weights and no rows,
-    and spends one question to the endpoint of teacher and judge each, or two where it has two
-    addresses.
+    and spends one question to the endpoint of teacher, cheap teacher and judge each, or two where
+    it has two addresses.
     """
     checks: dict[str, Check] = {"teacher": check_teacher}
+    if recipe.teacher.cascade:
+        checks["cheap teacher"] = check_cheap_teacher
     if recipe.evaluation.judge:
         checks["judge"] = check_judge
     checks["data"] = check_data
@@ -220,15 +225,20 @@ def check_teacher(recipe: Recipe) -> Iterator[Finding]:
         yield ok("teacher", f"none is asked: {teacher_identity(teacher, None)}")
 
 
+def check_cheap_teacher(recipe: Recipe) -> Iterator[Finding]:
+    if recipe.teacher.cascade:
+        yield from check_endpoint(recipe.teacher.cascade, recipe.name)
+
+
 def check_judge(recipe: Recipe) -> Iterator[Finding]:
     if recipe.evaluation.judge:
         yield from check_endpoint(recipe.evaluation.judge, recipe.name)
 
 
 def check_endpoint(teacher: TeacherRecipe, recipe_name: str = "") -> Iterator[Finding]:
-    """Check the credentials of a teacher's or a judge's endpoint, and ask it one question. For an
-    address of the retired model inference API, ask the v1 endpoint of the same resource too. The
-    ledger has the calls under the recipe's name."""
+    """Check the credentials of the endpoint of a teacher, a cheap one or a judge, and ask it one
+    question. For an address of the retired model inference API, ask the v1 endpoint of the same
+    resource too. The ledger has the calls under the recipe's name."""
     who = teacher.who
     try:
         endpoint = resolve_endpoint(teacher)
@@ -256,12 +266,12 @@ def check_endpoint(teacher: TeacherRecipe, recipe_name: str = "") -> Iterator[Fi
     if not teacher.asks_log_probabilities:
         return
     if result.log_probabilities:
-        yield ok("log-probabilities", "given, as teacher.soft_labels needs them")
+        yield ok("log-probabilities", f"given, as {teacher.section}.soft_labels needs them")
     else:
         yield fail(
             "log-probabilities",
-            f"{endpoint.url} gives none; set teacher.soft_labels: false, or choose a teacher that "
-            "gives them",
+            f"{endpoint.url} gives none; set {teacher.section}.soft_labels: false, or choose a "
+            f"{who} that gives them",
         )
 
 

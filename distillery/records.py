@@ -255,6 +255,78 @@ class Rows(Split):
         return self.sha256
 
 
+class CascadeFigures(Record):
+    """What a cheap teacher and the teacher itself did for a set of labels.
+
+    `cheap`: the cheap one's name in the label store. `below`: the bound on its confidence. It
+    labelled `cheap_rows`, and the teacher was asked about the other `dear_rows`, and
+    agreed with it on `agreed` of the `compared` ones that both answered. `cheap_asked`,
+    `dear_asked`: calls of the run that did the work, and `cheap_cost`, `dear_cost` what they cost.
+    `saved`: about what labelling cost less than with the teacher alone, by the tokens of all
+    answers, whichever run paid for them; costs are None without prices."""
+
+    cheap: str
+    below: float
+    cheap_rows: int
+    dear_rows: int
+    compared: int
+    agreed: int
+    cheap_asked: int = 0
+    dear_asked: int = 0
+    cheap_cost: float | None = None
+    dear_cost: float | None = None
+    saved: float | None = None
+
+    def line(self) -> str:
+        """Return who labelled how many rows, in one line."""
+        line = f"{self.cheap_rows:,} rows by {self.cheap}, {self.dear_rows:,} left to the teacher"
+        if self.compared:
+            line += f", which agrees with it on {self.agreed / self.compared:.0%} of those"
+        return line
+
+
+class Selection(StageRecord):
+    """The train rows that are labelled, chosen of `of` rows. The folder has them in `chosen.file`,
+    and selection.jsonl, which says for each why it was chosen.
+
+    `kept`: rows that stay because the last student learnt from them or their answers are stored.
+    `by` and `added`: the recipe's teacher.select. `scorer`: whose uncertainty it is; "" where only
+    diversity counted. `note`: what differs from the recipe, for people. `train_sha256`: of the rows
+    chosen from."""
+
+    chosen: Split
+    of: int
+    kept: int
+    by: Literal["uncertainty", "diversity", "both"]
+    added: int
+    scorer: str
+    train_sha256: Sha256
+    note: str = ""
+
+    @property
+    def content_id(self) -> str:
+        """The digest of the chosen rows."""
+        return self.chosen.sha256
+
+    @property
+    def rows(self) -> "Rows":
+        """The chosen rows as a stage takes them."""
+        return Rows(artifact=self.artifact, **self.chosen.model_dump())
+
+    def line(self) -> str:
+        """Return it in one line."""
+        line = f"{self.chosen.rows:,} of {self.of:,} train rows are labelled"
+        if self.kept:
+            line += f", of which {self.kept:,} stay, as they are paid for"
+        reason = {"both": "uncertainty and diversity"}.get(self.by, self.by)
+        if not self.scorer:
+            reason = "diversity"
+        line += f"; chosen by {reason}"
+        if self.scorer:
+            line += f" ({self.scorer})"
+        return f"{line}; {self.note}" if self.note else line
+
+
 class TeacherLabels(StageRecord):
     """The labels of the train rows.
 
@@ -265,7 +337,9 @@ class TeacherLabels(StageRecord):
     `calls_per_second` describe the calls of the run that did the work: `asked` are the questions
     that got an answer or a refusal, and `paid` all calls for these rows by outcome, which `usage`
     and `cost` cover. In records of versions before the ledger they cover the answers, and `paid` is
-    empty.
+    empty. `equal` counts the requests that it did not make since a row nearby had an equal one, and
+    `cached_saved` is what the endpoint's cache of prompts took off the cost of the answers.
+    `cascade`: where a cheap teacher was asked first.
     """
 
     teacher: str
@@ -278,6 +352,9 @@ class TeacherLabels(StageRecord):
     currency: str = ""
     calls_per_second: tuple[float, ...] = ()
     paid: tuple[CallTotal, ...] = Field((), exclude_if=lambda found: not found)
+    equal: int = Field(0, exclude_if=lambda count: not count)
+    cached_saved: float | None = Field(None, exclude_if=lambda cost: cost is None)
+    cascade: CascadeFigures | None = Field(None, exclude_if=lambda found: found is None)
 
 
 class Interval(Record):
@@ -942,7 +1019,8 @@ class Outcome(Record):
     folder with report.html; None in records of earlier versions, too. `preferences`: a judge's, and
     `judge_drift` how it answered its canaries; None where none is asked. `paid`: all calls of the
     run by teacher, purpose and outcome, as the ledger has them; None where it could not be read,
-    and in records of earlier versions.
+    and in records of earlier versions. `selection`: the train rows that were labelled; None where
+    all were.
     """
 
     recipe: str
@@ -961,5 +1039,6 @@ class Outcome(Record):
     judged: JudgedVersions | None = None
     page: Artifact | None = None
     preferences: Preferences | None = Field(None, exclude_if=lambda found: found is None)
+    selection: Selection | None = Field(None, exclude_if=lambda found: found is None)
     judge_drift: TeacherDrift | None = Field(None, exclude_if=lambda found: found is None)
     paid: tuple[CallTotal, ...] | None = Field(None, exclude_if=lambda found: found is None)

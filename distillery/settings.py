@@ -145,7 +145,8 @@ def why_not_trusted(file: Path) -> str:
 def known_names() -> set[str]:
     """Return the names that .env may hold, beside AZURE_*."""
     names = set(OTHER_NAMES)
-    for settings in (LocalSettings, TeacherSettings, JudgeSettings, AzureMLSettings):
+    endpoints = (TeacherSettings, CheapSettings, JudgeSettings)
+    for settings in (LocalSettings, *endpoints, AzureMLSettings):
         for field_name, field in settings.model_fields.items():
             alias = field.validation_alias
             aliases = getattr(alias, "choices", [alias])
@@ -380,6 +381,16 @@ class JudgeSettings(TeacherSettings):
 
     model: str = Field(
         "", validation_alias="JUDGE_MODEL_NAME", description="The model's name in requests"
+    )
+
+
+class CheapSettings(TeacherSettings):
+    """The endpoint of the cheap teacher of teacher.cascade: CHEAP_MODEL_*."""
+
+    model_config = SettingsConfigDict(env_prefix="CHEAP_MODEL_")
+
+    model: str = Field(
+        "", validation_alias="CHEAP_MODEL_NAME", description="The model's name in requests"
     )
 
 

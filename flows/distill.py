@@ -33,6 +33,7 @@ from distillery.records import (
     PreparedTeacher,
     Promotion,
     RegisteredModel,
+    Selection,
     StudentCheckpoint,
     TeacherCheck,
     TeacherLabels,
@@ -54,6 +55,7 @@ from tasks.labels import canaries, check_shares, labelled, measured_against
 from tasks.onnx import exported
 from tasks.registry import apply_gate, download, promote, register
 from tasks.results import results_in_store
+from tasks.selection import selected
 from tasks.stage import RESULT, Stage, begin, is_scheduled, own_tags, produced_by, refreshing
 from tasks.summary import publish, render, verdict
 from tasks.teacher_check import check_teacher, heed
@@ -140,6 +142,7 @@ def distill(
             promotion=promotion,
             rejected=rejected,
             preferences=compared.preferences,
+            selection=made.taught.selection,
             judge_drift=compared.drift,
         )
     )
@@ -151,7 +154,8 @@ def distill(
 class Taught(NamedTuple):
     """The prepared rows, the local teacher if there is one, the teacher's identity and its
     labels. `check`: the teacher beside its rivals, where rows can tell. `leaning`: what to tell of
-    labels that lean to one class."""
+    labels that lean to one class. `selection`: the train rows that are labelled; None where all
+    are."""
 
     data: PreparedDataset
     local: PreparedTeacher | None
@@ -159,6 +163,7 @@ class Taught(NamedTuple):
     labels: TeacherLabels
     check: TeacherCheck | None = None
     leaning: str | None = None
+    selection: Selection | None = None
 
 
 class Made(NamedTuple):
@@ -177,12 +182,14 @@ def made_student(
     data: PreparedDataset,
     training_deployment: str | None,
     refresh: tuple[Stage, ...],
+    selection: Selection | None = None,
 ) -> Made:
-    """Run the stages from the data set to the evaluation."""
+    """Run the stages from the data set to the evaluation. `selection`: the train rows that are
+    labelled, where they are chosen already."""
     again = refreshing(refresh)
     if recipe.task.abstain:
         check_provable(recipe.task.abstain, data)
-    taught = labelled_rows(recipe, data, training_deployment, refresh, test=True)
+    taught = labelled_rows(recipe, data, training_deployment, refresh, selection, test=True)
     local, labels, test_rows = taught.local, taught.labels, data.rows("test")
     # The test rows are labelled now, so that a budget that is too small ends the run before
     # training.
@@ -224,7 +231,7 @@ def made_student(
 def provenance(recipe: Recipe, source: str, made: Made, decision: GateDecision) -> dict[str, Any]:
     """Return what the manifest of the registered folder tells of how the student came to be."""
     taught = made.taught
-    return {
+    origins: dict[str, Any] = {
         "recipe": recipe,
         # Apart, because no answer depends on them: the recipe's own key leaves them out.
         "terms": recipe.teacher.terms,
@@ -240,6 +247,9 @@ def provenance(recipe: Recipe, source: str, made: Made, decision: GateDecision) 
         "evaluation": made.report,
         "decision": decision,
     }
+    if taught.selection:
+        origins["selection"] = taught.selection
+    return origins
 
 
 def prepared(recipe: Recipe, source: str, refresh: tuple[Stage, ...]) -> PreparedDataset:
@@ -257,10 +267,11 @@ def labelled_rows(
     data: PreparedDataset,
     training_deployment: str | None,
     refresh: tuple[Stage, ...],
+    selection: Selection | None = None,
     test: bool = False,
 ) -> Taught:
-    """Run the stages from the data set to the labels. `test`: whether the teacher will label the
-    test rows too."""
+    """Run the stages from the data set to the labels; `selection` is as in `made_student`. `test`:
+    whether the teacher will label the test rows too."""
     again, preparation = refreshing(refresh), recipe.teacher.preparation
     train_rows, local, served = data.rows("train"), None, None
     if recipe.teacher.kind == "local":
@@ -272,10 +283,16 @@ def labelled_rows(
             local = named(preparation, recipe.prompt, data, training_deployment, refresh)
         served = local.model
     identity = teacher_identity(recipe.teacher, served)
+    selection = selection or selected(recipe, data, identity, again)
+    if selection:
+        train_rows = selection.rows
     # Before anything is paid for: a teacher that has changed may end the run.
     watched = recipe.teacher.with_canaries(is_scheduled() and not recipe.draws_texts)
     if watched.canaries.rows:
         canaries(train_rows, recipe.prompt, watched, identity)
+        if watched.cheap:
+            cheap = teacher_identity(watched.cheap, None)
+            canaries(train_rows, recipe.prompt, watched.cheap, cheap)
     batches_first(recipe, train_rows, data, identity, test)
     check = None
     if recipe.task.kind == "classify":
@@ -284,8 +301,14 @@ def labelled_rows(
     leaning = None
     if recipe.task.kind == "classify":
         gold = data.rows_if_any("gold")
-        leaning = check_shares(labels, gold, recipe.teacher.largest_shift, recipe.task.other)
-    return Taught(data, local, identity, labels, check, leaning)
+        leaning = check_shares(
+            labels,
+            gold,
+            recipe.teacher.largest_shift,
+            recipe.task.other,
+            chosen=selection is not None,
+        )
+    return Taught(data, local, identity, labels, check, leaning, selection)
 
 
 def compare_teacher(
@@ -387,6 +410,9 @@ def planned_student(recipe: Recipe) -> list[PlannedStage]:
         stages.append(PlannedStage("gold labels", "gold labels"))
         stages.append(PlannedStage("train teacher", "train"))
         stages.append(PlannedStage("export teacher", "export"))
+    if recipe.teacher.select:
+        stages.append(PlannedStage("last student", "last student"))
+        stages.append(PlannedStage("select rows", "select rows"))
     if recipe.task.kind == "classify" and recipe.dataset.roles >= {"gold", "validation"}:
         stages.append(PlannedStage("check teacher", "check teacher"))
     label = {"gold": "gold labels", "file": "labels from files"}.get(recipe.teacher.kind, "label")

@@ -7,6 +7,7 @@ kept. A paid teacher is not asked: its stored answers are used.
 
 import sys
 from argparse import ArgumentParser
+from pathlib import Path
 from typing import get_args
 
 from prefect import flow, tags
@@ -14,7 +15,7 @@ from prefect import flow, tags
 from distillery.errors import DistilleryError, TeacherError
 from distillery.labels.quote import quote_recipe
 from distillery.recipe import Recipe, RegistryKind, RegistryRecipe
-from distillery.records import RegisteredModel
+from distillery.records import RegisteredModel, Selection
 from distillery.registry.open import open_registry
 from distillery.registry.reproduction import (
     Remade,
@@ -24,6 +25,7 @@ from distillery.registry.reproduction import (
     pinned_recipe,
     render_reproduction,
 )
+from distillery.registry.trace import record_in
 from distillery.storage.artifacts import ArtifactStore
 from distillery.storage.working import working_folder
 from flows.distill import made_student, planned_student, prepared
@@ -49,22 +51,30 @@ def reproduce(
     model = source.get(model_name, version)
     made = source.provenance(model)["provenance"]
     recipe = pinned_recipe(model, made)
-    refuse_missing_answers(model, recipe)
     store = ArtifactStore()
+    selection = record_in(made, "selection", Selection)
+    chosen = store.fetch(selection.artifact) if selection else None
+    file = chosen / selection.chosen.file if selection and chosen else None
+    refuse_missing_answers(model, recipe, file)
     with working_folder("reproduce") as folder:
         original = source.download(model, folder / "original")
         with apart(folder, recipe):
             data = prepared(recipe, source_of(recipe), ())
-            again = made_student(recipe, data, None, ())
+            if selection and chosen:
+                # Chosen anew, they would be others: there is another champion now.
+                copied = ArtifactStore().put(chosen)
+                selection = selection.model_copy(update={"artifact": copied})
+            again = made_student(recipe, data, None, (), selection)
             remade = Remade(again.taught.data, again.taught.labels, again.model, again.report)
             return compare(model, original, made, remade, store, ArtifactStore())
 
 
-def refuse_missing_answers(model: RegisteredModel, recipe: Recipe) -> None:
-    """Raise TeacherError if a paid teacher would have to be asked."""
+def refuse_missing_answers(model: RegisteredModel, recipe: Recipe, chosen: Path | None) -> None:
+    """Raise TeacherError if a paid teacher would have to be asked. `chosen`: the file of the train
+    rows that are labelled; None for all."""
     if recipe.teacher.kind != "endpoint":
         return
-    calls = sum(quoted.calls for quoted in quote_recipe(recipe).values())
+    calls = sum(quoted.calls for quoted in quote_recipe(recipe, chosen).values())
     if calls:
         raise TeacherError(
             f"{model.name} version {model.version}: the label database lacks {calls} answers of "

@@ -23,6 +23,7 @@ from distillery.recipe import PromptRecipe, Recipe, TeacherRecipe
 from distillery.records import PreparedDataset, Rows
 from distillery.storage.artifacts import ArtifactStore
 from distillery.teacher.endpoint import resolve_endpoint
+from distillery.teacher.identity import identity_of_cheap
 from tasks.labels import PURPOSES, label, payer_of_run
 from tasks.progress import conclude, progress_of, show
 from tasks.stage import is_cached, uncached
@@ -54,7 +55,14 @@ def batches_first(
     new = [
         (rows, teacher)
         for rows, teacher in asked
-        if not is_cached(label, rows=rows, prompt=recipe.prompt, teacher=teacher, identity=identity)
+        if not is_cached(
+            label,
+            rows=rows,
+            prompt=recipe.prompt,
+            teacher=teacher,
+            identity=identity,
+            cheap_identity=identity_of_cheap(teacher),
+        )
     ]
     waiting = ask_batches(new, recipe.prompt) if new else None
     if waiting is not None:

@@ -17,6 +17,7 @@ from distillery.data.examples import each_example
 from distillery.errors import TeacherChanged, TeacherError
 from distillery.labels import known, labelling
 from distillery.labels.canaries import ask_canaries
+from distillery.labels.cascade import label_in_cascade
 from distillery.labels.known import read_label_files, write_known_labels
 from distillery.labels.labelling import Slots
 from distillery.labels.quote import named_tokenizer, quote, token_counter
@@ -26,11 +27,12 @@ from distillery.labels.trust import leaning, refuse_collapsed
 from distillery.machine import usable_cores
 from distillery.markdown import escape
 from distillery.recipe import FilterRecipe, OtherRecipe, PromptRecipe, Recipe, TeacherRecipe
-from distillery.records import OnnxModel, Rows, TeacherDrift, TeacherLabels
+from distillery.records import OnnxModel, Rows, TeacherDrift, TeacherLabels, digest_of
 from distillery.serving.process import served
 from distillery.storage.artifacts import ArtifactStore
 from distillery.storage.working import working_folder
 from distillery.teacher.endpoint import Endpoint, resolve_endpoint
+from distillery.teacher.identity import identity_of_cheap
 from distillery.teacher.ledger import Payer, Purpose
 from tasks.progress import conclude, show_rows
 from tasks.stage import RESULT, Stage, origin, stage
@@ -42,17 +44,19 @@ PURPOSES: dict[str, Purpose] = {"validation": "validation row", "test": "test ro
 """What the ledger calls the rows of a split; those of other splits are labelled to train on."""
 
 
-@stage("label", version=5)
+@stage("label", version=5, added_later={"cheap_identity"})
 def label(
     rows: Rows,
     prompt: PromptRecipe,
     teacher: TeacherRecipe,
     identity: str,
     model: OnnxModel | None = None,
+    cheap_identity: str | None = None,
 ) -> TeacherLabels:
     """Ask the teacher `identity` what the label store does not know yet.
 
-    A local teacher's `model` is served for that time."""
+    A local teacher's `model` is served for that time. Where the recipe has a cheap teacher,
+    `cheap_identity`, it is asked first."""
     started = time.perf_counter()
     store, logger = ArtifactStore(), get_run_logger()
     examples = store.fetch(rows.artifact) / rows.file
@@ -66,32 +70,53 @@ def label(
         else nullcontext(resolve_endpoint(teacher))
     )
     with working_folder("labels") as folder, LabelStore(max_age=teacher.max_age) as answers:
+        cheap, asked, name = teacher.cheap, teacher, identity
         tokens = token_counter(tokenizer) if tokenizer else None
-        payer = payer_of_run()
-        rows_to_quote = each_example(examples)
-        quoted = quote(rows_to_quote, prompt, teacher, identity, answers, tokens, payer)
+        payer, purpose = payer_of_run(), PURPOSES.get(Path(rows.file).stem, "label")
+        if cheap and cheap_identity:
+            asked, name, tokens = cheap, cheap_identity, None
+        quoted = quote(each_example(examples), prompt, asked, name, answers, tokens, payer)
         logger.info("%s", quoted.line())
         with where as endpoint:
-            work = labelling.label(
-                each_example(examples),
-                prompt,
-                teacher,
-                endpoint,
-                answers,
-                folder,
-                show_rows,
-                rows=rows.rows,
-                slots=slots_of(teacher),
-                payer=payer,
-                purpose=PURPOSES.get(Path(rows.file).stem, "label"),
-            )
+            if cheap:
+                work = label_in_cascade(
+                    partial(each_example, examples),
+                    prompt,
+                    teacher,
+                    cheap,
+                    endpoint,
+                    resolve_endpoint(cheap),
+                    answers,
+                    folder,
+                    show_rows,
+                    count=rows.rows,
+                    slots=slots_of(teacher),
+                    cheap_slots=slots_of(cheap),
+                    payer=payer,
+                    purpose=purpose,
+                )
+            else:
+                work = labelling.label(
+                    each_example(examples),
+                    prompt,
+                    teacher,
+                    endpoint,
+                    answers,
+                    folder,
+                    show_rows,
+                    rows=rows.rows,
+                    slots=slots_of(teacher),
+                    payer=payer,
+                    purpose=purpose,
+                )
             counts = asyncio.run(work)
         report = read_report(folder)
         artifact = store.put(folder)
     used = counts.usage.prompt_tokens + counts.usage.completion_tokens
     cost = "" if counts.cost is None else f", {counts.cost:.2f} {counts.currency}"
     calls = sum(each.calls for each in counts.paid)
-    conclude(f"{report.line()}; {calls} calls, {used} tokens{cost}")
+    by_whom = f"; {counts.cascade.line()}" if counts.cascade else ""
+    conclude(f"{report.line()}; {calls} calls, {used} tokens{cost}{by_whom}")
     return TeacherLabels(
         artifact=artifact,
         teacher=identity,
@@ -197,17 +222,23 @@ def labelled(
         labels = again("label", labels_from_files)(rows, recipe.prompt, recipe.teacher, identity)
     else:
         asked = again("label", label_of(recipe.teacher))
-        labels = asked(rows, recipe.prompt, recipe.teacher, identity, model)
+        cheap = identity_of_cheap(recipe.teacher)
+        labels = asked(rows, recipe.prompt, recipe.teacher, identity, model, cheap)
     return labels
 
 
 def check_shares(
-    labels: TeacherLabels, gold: Rows | None, largest_shift: float, other: OtherRecipe | None = None
+    labels: TeacherLabels,
+    gold: Rows | None,
+    largest_shift: float,
+    other: OtherRecipe | None = None,
+    chosen: bool = False,
 ) -> str | None:
     """Raise TeacherError for labels that have collapsed, or whose shares are far from those of the
     gold rows. Return what to tell of labels that lean to one class less far; None if they don't.
     The class `other` counts on neither side: how many rows a file names for it says nothing about
-    how many there are among the others."""
+    how many there are among the others. `chosen`: whether the rows are, whose shares differ
+    from the gold ones' on purpose; such labels may only not be nearly all of one class."""
     if gold is None:
         return None
     store = ArtifactStore()
@@ -220,8 +251,8 @@ def check_shares(
     if other:
         # Labels that are all of the class stay: a teacher that says nothing else has collapsed.
         given = {name: count for name, count in given.items() if name != other.label} or given
-    refuse_collapsed(given, expected, largest_shift)
-    return leaning(given, expected)
+    refuse_collapsed(given, expected, 1.0 if chosen else largest_shift)
+    return None if chosen else leaning(given, expected)
 
 
 def measured_against(rows: Rows, recipe: Recipe, identity: str) -> TeacherLabels:
@@ -245,8 +276,9 @@ def label_of(teacher: TeacherRecipe) -> Any:
     return label.with_options(refresh_cache=True)
 
 
-def _once_a_run(_context: Any, _parameters: dict[str, Any]) -> str | None:
-    return f"canaries-{flow_run.id}" if flow_run.id else None
+def _once_a_run(_context: Any, parameters: dict[str, Any]) -> str | None:
+    # A run may ask those of two teachers.
+    return f"canaries-{flow_run.id}-{digest_of(parameters['identity'])}" if flow_run.id else None
 
 
 @task(
@@ -279,12 +311,12 @@ def heed_drift(drift: TeacherDrift, teacher: TeacherRecipe, identity: str) -> No
     if drift.share <= canaries.threshold:
         return
     create_markdown_artifact(
-        key=f"{teacher.who}-drift",
+        key=f"{teacher.who.replace(' ', '-')}-drift",
         markdown=drift_in_markdown(drift),
         description=f"{escape(identity)} has changed",
     )
     told = (
-        f"{identity}: {drift.line()}, more than {teacher.section}.canaries.threshold "
+        f"{identity}: {drift.line()}, more than {teacher.budget_section}.canaries.threshold "
         f"({canaries.threshold:.0%})"
     )
     if canaries.stop:

@@ -42,6 +42,7 @@ Stage = Literal[
     "train teacher",
     "export teacher",
     "check teacher",
+    "select rows",
     "label",
     "train student",
     "export student",

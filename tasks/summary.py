@@ -60,6 +60,8 @@ def _stages(outcome: Outcome) -> list[tuple[str, StageRecord, str]]:
             ("train teacher", outcome.teacher.checkpoint, _trained(outcome.teacher.checkpoint))
         )
         stages.append(("export teacher", outcome.teacher.model, _built(outcome.teacher.model)))
+    if outcome.selection:
+        stages.append(("select rows", outcome.selection, outcome.selection.line()))
     asked = f"{labels.accepted} accepted, {labels.rejected} rejected, {labels.asked} calls"
     stages.append(("label", labels, asked))
     stages.append(("train student", outcome.student, _trained(outcome.student)))
@@ -202,7 +204,7 @@ def create_artifacts(outcome: Outcome, store: ArtifactStore) -> None:
         markdown="\n\n".join(parts),
         description="The way, the scoreboard and the gate",
     )
-    _labelling(outcome.labels, store.fetch(outcome.labels.artifact))
+    _labelling(outcome, store.fetch(outcome.labels.artifact))
     _table(
         "rejected-labels",
         "Rows without a label",
@@ -245,15 +247,14 @@ def _is_own(outcome: Outcome, record: StageRecord) -> bool:
     return record.produced_by.startswith(outcome.run)
 
 
-def _labelling(labels: TeacherLabels, folder: Path) -> None:
+def _labelling(outcome: Outcome, folder: Path) -> None:
     """Leave an artifact on the teacher's answers: figures, reliability, cost, and rows worth a
     look."""
     report = read_report(folder)
     lines = ["| | |", "|---|---|"]
-    lines += [
-        f"| {escape(name)} | {escape(figure)} |" for name, figure in labelling_facts(labels, report)
-    ]
-    parts = [f"# Labels of {escape(labels.teacher)}", "\n".join(lines)]
+    for name, figure in labelling_facts(outcome.labels, report, outcome.selection):
+        lines.append(f"| {escape(name)} | {escape(figure)} |")
+    parts = [f"# Labels of {escape(outcome.labels.teacher)}", "\n".join(lines)]
     if (folder / RELIABILITY_FILE).exists():
         parts.append(_picture("reliability", folder / RELIABILITY_FILE))
     create_markdown_artifact(

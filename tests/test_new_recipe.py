@@ -1,19 +1,21 @@
 """`distillery new`: the recipe that it writes is one that a run takes, and it says what to mend."""
 
 import json
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import pytest
+import yaml
 from texts import texts, write_csv, write_texts
 
 from distillery.errors import DataError, RecipeError
 from distillery.new_recipe import new_recipe
 from distillery.readiness import check_data
-from distillery.recipe import Recipe, load_recipe
-from distillery.recipe.draft import choose_shares
+from distillery.recipe import Recipe, load_recipe, parse_recipe
+from distillery.recipe.draft import MANY_ROWS, choose_shares, draft
 
 
 @pytest.fixture(autouse=True)
@@ -341,3 +343,29 @@ def test_fields_in_columns_of_their_own_and_dictionaries_of_python_are_told_with
     write_csv(Path("printed.csv"), [*printed, {"message": "And a last one", "fields": ""}])
     with pytest.raises(DataError, match=r"in braces that are no JSON .* write the column by json"):
         run("printed.csv")
+
+
+@pytest.mark.parametrize("kind", ["classify", "extract"])
+def test_some_of_many_rows_without_a_label_may_be_chosen(
+    kind: Literal["classify", "extract"],
+) -> None:
+    write = partial(
+        draft,
+        name="mine",
+        files=["mine.csv"],
+        texts=["text"],
+        label="label",
+        ids_are_unique=True,
+        shares=choose_shares(200, MANY_ROWS),
+        teacher="endpoint",
+        max_tokens=None,
+        command="distillery new mine.csv",
+        kind=kind,
+        schema={"type": "object", "properties": {"place": {"type": "string"}}},
+    )
+    assert "select" not in write(unanswered=MANY_ROWS - 1)
+    text = write(unanswered=MANY_ROWS)
+    assert parse_recipe(yaml.safe_load(text), "mine").teacher.select is None
+    chosen = parse_recipe(yaml.safe_load(text.replace("# select:", "select:")), "mine")
+    assert chosen.teacher.select
+    assert chosen.teacher.select.rows == 1000

@@ -128,6 +128,8 @@ SECRETS = {
     "PREFECT_API_DATABASE_CONNECTION_URL": "postgresql+asyncpg://prefect:planted@host/prefect",
     "PREFECT_SERVER_API_AUTH_STRING": "admin:planted",
     "PREFECT_SERVER_ENCRYPTION_KEY": "planted",
+    "CHEAP_MODEL_ENDPOINT": "https://planted.test",
+    "CHEAP_MODEL_NAME": "planted",
     "JUDGE_MODEL_ENDPOINT": "https://planted.test",
     "JUDGE_MODEL_NAME": "planted",
     "TEACHER_MODEL_ENDPOINT": "https://planted.test",

@@ -70,6 +70,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, one_registry: None) -> None:
     for name in ("NAME", "ENDPOINT", "KEY"):
         monkeypatch.delenv(f"TEACHER_MODEL_{name}", raising=False)
         monkeypatch.delenv(f"JUDGE_MODEL_{name}", raising=False)
+        monkeypatch.delenv(f"CHEAP_MODEL_{name}", raising=False)
 
 
 @pytest.fixture
@@ -290,6 +291,25 @@ def test_a_judge_is_checked_as_a_teacher_is(
         assert text == "wise answers without text; raise evaluation.judge.max_tokens"
         server.script = good
         assert findings(judged)["judge endpoint"].level == "ok"
+
+
+def test_a_cheap_teacher_is_checked_before_a_run(
+    tiny_model: TinyModel, point_to: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = recipe(tiny_model("llama"), teacher={"kind": "endpoint", "cascade": {}})
+    with ChatEndpoint() as server:
+        point_to(server.url)
+        with pytest.raises(CredentialsError, match="CHEAP_MODEL_NAME, CHEAP_MODEL_ENDPOINT"):
+            check_settings(asked)
+        assert failed(asked) == {"cheap teacher credentials"}
+        monkeypatch.setenv("CHEAP_MODEL_NAME", "small")
+        monkeypatch.setenv("CHEAP_MODEL_ENDPOINT", server.url)
+        monkeypatch.setenv("CHEAP_MODEL_KEY", KEY)
+        check_settings(asked)
+        found = findings(asked)
+        assert found["cheap teacher endpoint"].text.startswith("small answers in")
+        needs = "given, as teacher.cascade.soft_labels needs them"
+        assert found["log-probabilities"].text == needs
 
 
 def test_no_check_takes_longer_than_its_limit(

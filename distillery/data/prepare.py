@@ -12,6 +12,7 @@ near duplicates (near_duplicates.py), sample. Equal rows and settings give equal
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -38,7 +39,7 @@ from distillery.data.splits import (
 )
 from distillery.errors import DataError, RecipeError
 from distillery.recipe import DatasetRecipe, TaskRecipe
-from distillery.records import AnswerFormat, Record, Split, digest_of
+from distillery.records import AnswerFormat, Example, Record, Split, digest_of
 from distillery.storage.digests import sha256_of
 
 OTHER = "other"
@@ -232,6 +233,19 @@ def write_split(
 ) -> Split:
     """Write the rows' Examples, one a line. The digest covers the classes or the format, too."""
     write_examples([row.example for row in rows], path)
+    return split_of(path, len(rows), classes, answer_format)
+
+
+def write_chosen(examples: Sequence[Example], path: Path) -> Split:
+    """Write some rows of a prepared data set (at least one), as `prepare` writes all of them."""
+    write_examples(examples, path)
+    return split_of(path, len(examples), examples[0].classes, examples[0].format)
+
+
+def split_of(
+    path: Path, rows: int, classes: tuple[str, ...], answer_format: AnswerFormat | None
+) -> Split:
+    """Return the record of the split in a file."""
     sha256 = sha256_of(path)
     if classes:
         sha256 = digest_of([sha256, classes])
@@ -241,4 +255,4 @@ def write_split(
             # A digest passes over the order of keys, in which an answer's fields are written.
             content["json_schema"] = json.dumps(answer_format.json_schema)
         sha256 = digest_of([sha256, content])
-    return Split(file=path.name, rows=len(rows), sha256=sha256)
+    return Split(file=path.name, rows=rows, sha256=sha256)

@@ -76,6 +76,22 @@ def hindrance(rows: Sequence[Example], asked: Sequence[Example]) -> str | None:
     return None
 
 
+def shares_of_words(
+    rows: Sequence[Example], asked: Sequence[Example]
+) -> list[tuple[float, ...] | None]:
+    """Learn the answers of `rows` as `classify_words` does, and return for each row that is asked
+    the probabilities of its options."""
+    classifier = word_classifier(10)
+    classifier.fit([row.question for row in rows], [row.answer_key for row in rows])
+    shares = classifier.predict_proba([row.question for row in asked])
+    names = list(map(str, classifier.classes_))
+    found: list[tuple[float, ...] | None] = []
+    for row, known in zip(asked, shares.tolist(), strict=True):
+        by_name = dict(zip(names, known, strict=True))
+        found.append(tuple(by_name.get(key, 0.0) for key in row.keys))
+    return found
+
+
 def classify_words(rows: Sequence[Example], asked: Sequence[str]) -> list[str]:
     """Learn the letters of the rows' questions and return a letter for each text that is asked.
 

@@ -158,6 +158,23 @@ def accepted_answers(
     return accepted
 
 
+def label_of_row(
+    questions: Sequence[Question], answers: Sequence[StoredAnswer | None], soft: bool
+) -> CombinedAnswer | None:
+    """Return the label that the answers to all questions of a row give, if enough of them are
+    accepted and these have a majority."""
+    accepted, row = accepted_answers(questions, answers), questions[0].row
+    if len(accepted) < answers_needed(row, len(answers)):
+        return None
+    return label_of_answers(row, accepted, soft)
+
+
+def answers_needed(row: Example, asked: int) -> int:
+    """Return how many of so many answers to a row must be accepted: more than half of them. Of free
+    texts, one is enough."""
+    return 1 if row.writes_text else asked // 2 + 1
+
+
 def label_of_answers(row: Example, accepted: Sequence[Answer], soft: bool) -> CombinedAnswer | None:
     """Return the label that the accepted answers to a row (at least one) give; None for a tie of
     letters. `soft` as in `combine_answers`."""

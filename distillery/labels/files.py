@@ -23,6 +23,7 @@ from distillery.data.answer_tokens import AnswerToken, AnswerTokensFile, unpacke
 from distillery.errors import DataError, TeacherError
 from distillery.labels.acceptance import (
     accepted_answers,
+    answers_needed,
     label_of_answers,
     reasons_of_no_answer,
 )
@@ -30,7 +31,14 @@ from distillery.labels.report import Tally
 from distillery.labels.window import OpenRow
 from distillery.prompts import render_messages
 from distillery.recipe import PromptRecipe, TeacherRecipe
-from distillery.records import CallTotal, Example, RejectedLabel, TeacherLabel, Usage
+from distillery.records import (
+    CallTotal,
+    CascadeFigures,
+    Example,
+    RejectedLabel,
+    TeacherLabel,
+    Usage,
+)
 from distillery.teacher.reading import rationale_of
 from distillery.teacher.written_tokens import tokens_of_label
 
@@ -77,8 +85,7 @@ JUDGED_ROWS = 100
 
 @dataclass(frozen=True)
 class LabelCounts:
-    """Rows accepted and rejected, and what this run paid for them: `asked`, `usage`, `cost` and
-    `paid` as in records.TeacherLabels. `calls_per_second` is given for equal slices of the run."""
+    """Rows accepted and rejected, and what this run paid for them: see records.TeacherLabels."""
 
     accepted: int
     rejected: int
@@ -88,15 +95,21 @@ class LabelCounts:
     currency: str = ""
     calls_per_second: tuple[float, ...] = ()
     paid: tuple[CallTotal, ...] = ()
+    equal: int = 0
+    cached_saved: float | None = None
+    cascade: CascadeFigures | None = None
 
 
 @contextmanager
-def label_files(out: Path, prompt: PromptRecipe, recipe: TeacherRecipe) -> Iterator["LabelFiles"]:
-    """Yield files to write to. They are moved to `out` at the end, and deleted after an error."""
+def label_files(
+    out: Path, prompt: PromptRecipe, recipe: TeacherRecipe, judged: bool = True
+) -> Iterator["LabelFiles"]:
+    """Yield files to write to. They are moved to `out` at the end, and deleted after an error.
+    `judged`: whether too few labels are an error."""
     out.parent.mkdir(parents=True, exist_ok=True)
     with (
         TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as folder,
-        closing(LabelFiles(Path(folder), prompt, recipe)) as files,
+        closing(LabelFiles(Path(folder), prompt, recipe, judged)) as files,
     ):
         yield files
         out.mkdir(exist_ok=True)
@@ -109,8 +122,11 @@ def label_files(out: Path, prompt: PromptRecipe, recipe: TeacherRecipe) -> Itera
 class LabelFiles:
     """The open files in `folder`, and the tally of what was written to them."""
 
-    def __init__(self, folder: Path, prompt: PromptRecipe, recipe: TeacherRecipe) -> None:
+    def __init__(
+        self, folder: Path, prompt: PromptRecipe, recipe: TeacherRecipe, judged: bool = True
+    ) -> None:
         self._folder, self._prompt, self._recipe = folder, prompt, recipe
+        self._judged = judged
         self.tally = Tally()
         self._unread: list[str] = []
         self._without_answer = 0
@@ -130,8 +146,7 @@ class LabelFiles:
         have a majority, otherwise its rejection. Of free texts, one that is accepted is enough."""
         stored = [state.stored for state in done.states]
         accepted = accepted_answers(done.questions, stored)
-        enough = 1 if done.row.writes_text else len(stored) // 2 + 1
-        if len(accepted) < enough:
+        if len(accepted) < answers_needed(done.row, len(stored)):
             self._reject_for_first_failure(done)
             return
         label = label_of_answers(done.row, accepted, self._recipe.soft_labels)
@@ -243,7 +258,7 @@ class LabelFiles:
         judge, which needs no labels, none is too few only if every row has an answer and none of
         the answers can be read."""
         tally, minimum = self.tally, self._recipe.filters.minimum_accepted
-        if not final and tally.rows < JUDGED_ROWS:
+        if not self._judged or (not final and tally.rows < JUDGED_ROWS):
             return
         if tally.accepted and tally.accepted >= minimum * tally.rows:
             return

@@ -23,7 +23,7 @@ from distillery.labels.window import Window
 from distillery.recipe import PromptRecipe, TeacherRecipe
 from distillery.records import Example, Usage
 from distillery.teacher.asking import PROBE, Teacher
-from distillery.teacher.budget import Spending, cost_of
+from distillery.teacher.budget import Spending, cost_of, saved_by_cache
 from distillery.teacher.endpoint import Endpoint
 from distillery.teacher.failures import TOO_LARGE
 from distillery.teacher.ledger import CALLS, Payer, Purpose, sum_of, totals
@@ -78,22 +78,23 @@ async def label(
     slots: Slots = nullcontext,
     payer: Payer | None = None,
     purpose: Purpose = "label",
+    judged: bool = True,
 ) -> LabelCounts:
     """Label `examples`, write the files of files.py and report.py to `out`, return the counts.
 
     Requests without an answer in the store are asked of the endpoint, or of `teacher` if given.
     `rows` is the number of examples if they have no length; only `progress` needs it. Each call is
-    recorded in the ledger, as one of `payer` for `purpose`. Some thousand rows are in memory at a
-    time. Equal answers give equal bytes in the files. Raises TeacherError if too few rows get a
-    label, BudgetReached at a cap, and what `Teacher.ask` and `LabelStore` raise; the answers so far
-    are in the store then.
+    recorded in the ledger, as one of `payer` for `purpose`. `judged` is as in `label_files`. Some
+    thousand rows are in memory at a time. Equal answers give equal bytes in the files. Raises
+    TeacherError if too few rows get a label, BudgetReached at a cap, and what `Teacher.ask` and
+    `LabelStore` raise; the answers so far are in the store then.
     """
     total = rows or 0
     if isinstance(examples, Sequence):
         total = len(examples)
     pace = pace_of(recipe, endpoint, store.database)
     payer = payer or Payer()
-    with label_files(out, prompt, recipe) as files:
+    with label_files(out, prompt, recipe, judged) as files:
         run = LabellingRun(
             prompt, recipe, endpoint.identity, store, files, pace, slots, progress, total
         )
@@ -132,6 +133,8 @@ async def label(
         currency=currency,
         calls_per_second=run.calls_per_second(),
         paid=tuple(paid),
+        equal=run.equal,
+        cached_saved=saved_by_cache(together.usage, recipe.prices),
     )
 
 
@@ -208,6 +211,11 @@ class LabellingRun:
             await asyncio.gather(*tasks, return_exceptions=True)
         if self._error:
             raise self._error
+
+    @property
+    def equal(self) -> int:
+        """Requests that were not made since a row nearby had an equal one."""
+        return self._window.equal
 
     def calls_per_second(self) -> tuple[float, ...]:
         """Return the answers per second, in up to 20 slices of the run of equal whole seconds."""

@@ -6,16 +6,18 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import compress, islice
+from pathlib import Path
 
 from distillery.data.examples import each_example
 from distillery.data.prepare import prepare
 from distillery.errors import CredentialsError, RecipeError
+from distillery.labels.acceptance import label_of_row, read_again
 from distillery.labels.pairs import Pair, rows_for_judge
 from distillery.labels.questions import Question, hashed_rows, questions
 from distillery.labels.store import EXPERIENCE_ROWS, Experience, LabelStore
 from distillery.prompts import Message, TransformersTokenizer
-from distillery.recipe import JudgeRecipe, PromptRecipe, Recipe, TeacherRecipe
+from distillery.recipe import CascadeRecipe, JudgeRecipe, PromptRecipe, Recipe, TeacherRecipe
 from distillery.records import Example, Usage
 from distillery.storage.allowed import local_path
 from distillery.storage.working import working_folder
@@ -172,7 +174,7 @@ def quote(
         seconds=estimated_seconds(calls, usage, recipe, experience),
         what="comparisons" if isinstance(recipe, JudgeRecipe) else "rows to label",
         budget=standing(
-            recipe.budget, recipe.prices, recipe.section, payer or Payer(), store.database
+            recipe.budget, recipe.prices, recipe.budget_section, payer or Payer(), store.database
         ),
         batch_cost=None if takes_no_batches(recipe) else cost_of(usage, recipe.in_batch.prices),
     )
@@ -213,6 +215,65 @@ def each_rows_questions(
                     seen.add(question.key)
                     new.append(question)
             yield row_questions, new
+
+
+def left_to_teacher(
+    examples: Iterable[Example],
+    prompt: PromptRecipe,
+    cheap: CascadeRecipe,
+    identity: str,
+    store: LabelStore,
+) -> Iterator[Example]:
+    """Yield the rows that the teacher is asked about after the `cheap` one, `identity`: those of
+    which its stored answers are not sure enough, and those without any."""
+    remaining = iter(examples)
+    while chunk := list(islice(remaining, CHUNK_ROWS)):
+        asked = [questions(row, prompt, cheap, identity) for row in chunk]
+        known = store.get_many(each.key for row_questions in asked for each in row_questions)
+        for row, row_questions in zip(chunk, asked, strict=True):
+            stored = []
+            for question in row_questions:
+                found = known.get(question.key)
+                stored.append(read_again(question, found, cheap) if found else None)
+            label = label_of_row(row_questions, stored, cheap.soft_labels)
+            if label is None or label.confidence is None or label.confidence < cheap.below:
+                yield row
+
+
+def are_answered(
+    rows: Sequence[Example],
+    prompt: PromptRecipe,
+    recipe: TeacherRecipe,
+    identity: str,
+    store: LabelStore,
+) -> list[bool]:
+    """Return for each row whether all of its answers are stored."""
+    asked = [questions(row, prompt, recipe, identity) for row in rows]
+    stored = store.answered(question.key for row_questions in asked for question in row_questions)
+    return [all(each.key in stored for each in row_questions) for row_questions in asked]
+
+
+def free_rows(
+    examples: Iterable[Example],
+    prompt: PromptRecipe,
+    recipe: TeacherRecipe,
+    identity: str,
+    cheap_identity: str | None,
+    store: LabelStore,
+) -> Iterator[Example]:
+    """Yield the rows whose labels cost nothing, since all answers that they need are stored: those
+    of the teacher, or of a cheap one that is asked first, where that is sure enough."""
+    remaining = iter(examples)
+    while chunk := list(islice(remaining, CHUNK_ROWS)):
+        answered = are_answered(chunk, prompt, recipe, identity, store)
+        if recipe.cheap and cheap_identity:
+            has_cheap = are_answered(chunk, prompt, recipe.cheap, cheap_identity, store)
+            hard = left_to_teacher(chunk, prompt, recipe.cheap, cheap_identity, store)
+            names = {row.example_id for row in hard}
+            for position, row in enumerate(chunk):
+                is_left = row.example_id in names
+                answered[position] = has_cheap[position] and (not is_left or answered[position])
+        yield from compress(chunk, answered)
 
 
 def experience_of(
@@ -284,11 +345,13 @@ def duration(seconds: float) -> str:
     return f"{seconds / 3600:.1f} h"
 
 
-def quote_recipe(recipe: Recipe) -> dict[str, Quote]:
+def quote_recipe(recipe: Recipe, chosen: Path | None = None) -> dict[str, Quote]:
     """Return the quotes for the splits that a run of `recipe` has labelled: train and, if the
-    teacher is an endpoint, test; and for its judge, if it has one.
+    teacher is an endpoint, test; and for its cheap teacher and its judge, if it has these.
 
-    A local teacher that is still to be trained has no answers in the store. Raises RecipeError if
+    A local teacher that is still to be trained has no answers in the store. `chosen`: the file of
+    the rows that teacher.select has chosen; as long as they are not known, as many others stand for
+    them. With a cheap teacher, `train` is what the teacher is asked at most. Raises RecipeError if
     the labels come from files or from gold and no judge is asked.
     """
     teacher, judge = recipe.teacher, recipe.evaluation.judge
@@ -307,13 +370,24 @@ def quote_recipe(recipe: Recipe) -> dict[str, Quote]:
     quotes, payer = {}, Payer(recipe=recipe.name)
     with working_folder("quote") as folder, LabelStore(max_age=teacher.max_age) as store:
         prepare(recipe.dataset, folder, recipe.task)
-        for split in splits:
-            rows = each_example(folder / f"{split}.jsonl")
-            asked = recipe.teacher_of_test_rows if split == "test" else teacher
-            quotes[split] = quote(rows, recipe.prompt, asked, identity, store, tokens, payer)
-        if judge:
+        if "train" in splits:
+            train: Iterable[Example] = each_example(chosen or folder / "train.jsonl")
+            if teacher.select and chosen is None:
+                train = hashed_rows(train, teacher.select.rows)
+            if cheap := teacher.cheap:
+                train, name = list(train), teacher_identity(cheap, None)
+                quotes["cheap teacher"] = quote(
+                    train, recipe.prompt, cheap, name, store, payer=payer
+                )
+                train = left_to_teacher(train, recipe.prompt, cheap, name, store)
+            quotes["train"] = quote(train, recipe.prompt, teacher, identity, store, tokens, payer)
+        if "test" in splits:
             test = each_example(folder / "test.jsonl")
-            quotes["judge"] = quote_judge(test, recipe.prompt, judge, store, payer)
+            asked = recipe.teacher_of_test_rows
+            quotes["test"] = quote(test, recipe.prompt, asked, identity, store, tokens, payer)
+        if judge:
+            judged = each_example(folder / "test.jsonl")
+            quotes["judge"] = quote_judge(judged, recipe.prompt, judge, store, payer)
     return quotes
 
 

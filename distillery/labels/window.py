@@ -12,11 +12,13 @@ from distillery.records import Example
 @dataclass(slots=True)
 class RequestState:
     """What is known of a request: its answer, or why it has none; neither of them while it is
-    under way. `rows` counts the open rows that wait for it."""
+    under way. `rows` counts the open rows that wait for it. `is_new`: the answer was not known when
+    the request was opened, so that it is asked."""
 
     stored: StoredAnswer | None = None
     failure: str = ""
     rows: int = 0
+    is_new: bool = False
 
     @property
     def is_known(self) -> bool:
@@ -51,6 +53,8 @@ class Window:
     def __init__(self) -> None:
         self._rows: deque[OpenRow] = deque()
         self._states: dict[str, RequestState] = {}
+        self.equal = 0
+        """Requests that were not asked since an open row had asked the same."""
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -81,7 +85,10 @@ class Window:
             if state is None:
                 state = RequestState(known.get(question.key))
                 if not state.is_known:
+                    state.is_new = True
                     missing.append(question)
+            elif state.is_new:
+                self.equal += 1
             self._states[question.key] = state
             state.rows += 1
             states.append(state)

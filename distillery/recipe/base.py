@@ -1,5 +1,6 @@
 """The base class of every slice of a recipe."""
 
+from collections.abc import Callable, Iterable
 from typing import Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict
@@ -12,6 +13,18 @@ def remove_defaults(schema: dict[str, Any]) -> None:
     """
     for field in schema["properties"].values():
         field.pop("default", None)
+
+
+def leave_out(names: Iterable[str]) -> Callable[[dict[str, Any]], None]:
+    """Return what removes the fields `names`, which mean nothing in a slice, from its schema, and
+    the defaults of the others."""
+
+    def remove(schema: dict[str, Any]) -> None:
+        for name in names:
+            del schema["properties"][name]
+        remove_defaults(schema)
+
+    return remove
 
 
 def check_revision(revision: str) -> str:

@@ -10,6 +10,9 @@ import yaml
 
 Carved = dict[Literal["gold", "validation", "test"], float]
 
+MANY_ROWS = 2000
+"""Rows without a label from which on it is told that some of them may be chosen."""
+
 FEWEST_LABELLED = 0.2
 """Share of the training rows that the teacher labels at least."""
 
@@ -57,6 +60,7 @@ def draft(
     kind: Literal["classify", "extract", "generate"] = "classify",
     schema: Mapping[str, Any] | None = None,
     test_files: Sequence[str] = (),
+    unanswered: int = 0,
 ) -> str:
     """Return the YAML of a recipe.
 
@@ -73,6 +77,7 @@ def draft(
         kind: task.kind.
         schema: task.schema, with kind: extract.
         test_files: Paths of the files of test rows, if they have files of their own.
+        unanswered: How many rows have no label or answer.
     """
     known = "a label" if kind == "classify" else "an answer"
     in_files = {"train": list(files)}
@@ -101,7 +106,7 @@ def draft(
         f"  carve: {in_yaml(shares.carve)}",
         "",
         *prompt_lines(teacher, kind),
-        *teacher_lines(teacher, shares, kind),
+        *teacher_lines(teacher, shares, kind, unanswered),
         *student_lines(teacher, max_tokens),
         "# Each student that passes the gate becomes a version of this model.",
         f"registry: {in_yaml({'model_name': name})}",
@@ -187,7 +192,7 @@ def left_lines(shares: Shares, known: str) -> list[str]:
     ]
 
 
-def teacher_lines(teacher: str, shares: Shares, kind: str) -> list[str]:
+def teacher_lines(teacher: str, shares: Shares, kind: str, unanswered: int) -> list[str]:
     """Return the lines of the teacher."""
     if teacher == "local":
         lines = [
@@ -204,6 +209,13 @@ def teacher_lines(teacher: str, shares: Shares, kind: str) -> list[str]:
             "  # Prices of a million tokens, for `distillery quote` and for caps in budget.",
             "  # prices: {input: 0.15, output: 0.60, currency: USD}",
         ]
+        if unanswered >= MANY_ROWS:
+            # How sure a student is of texts that it writes is not known.
+            by = "" if kind == "classify" else ", by: diversity"
+            lines += [
+                f"  # Of its {unanswered:,} rows, this would label those that teach most:",
+                f"  # select: {{rows: {MANY_ROWS // 2}{by}}}",
+            ]
     # Two texts may say the same.
     if shares.left and kind != "generate":
         lines += [

@@ -1,12 +1,12 @@
 """The judge slice: a model that compares the student's texts with the teacher's."""
 
-from typing import Any, ClassVar, Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import ConfigDict, Field, model_validator
 
-from distillery.recipe.base import remove_defaults
+from distillery.recipe.base import leave_out
 from distillery.recipe.prompt import PromptRecipe
-from distillery.recipe.teacher import FilterRecipe, TeacherRecipe
+from distillery.recipe.teacher import FilterRecipe, TeacherRecipe, refuse_foreign
 
 JUDGE = "judge:"
 """What the names of judges in the label store begin with."""
@@ -14,7 +14,7 @@ JUDGE = "judge:"
 OF_LABELLING = frozenset(
     {
         *("kind", "files", "soft_labels", "filters", "tokenizer", "preparation"),
-        *("largest_shift", "insist", "terms", "stop", "batch"),
+        *("largest_shift", "insist", "terms", "stop", "batch", "cascade", "select"),
     }
 )
 """Settings of a teacher that have no meaning for a judge."""
@@ -22,13 +22,6 @@ OF_LABELLING = frozenset(
 LETTERS_ALONE = "Your output should only be one of the {count} choices: {letters}."
 
 QUESTION = "{question}\n\nWhich answer is better?\n{choices}"
-
-
-def remove_those_of_labelling(schema: dict[str, Any]) -> None:
-    """Remove the settings of OF_LABELLING from the schema, and the defaults of the others."""
-    for name in OF_LABELLING:
-        del schema["properties"][name]
-    remove_defaults(schema)
 
 
 class JudgeRecipe(TeacherRecipe):
@@ -44,9 +37,12 @@ class JudgeRecipe(TeacherRecipe):
     section: ClassVar[str] = "evaluation.judge"
     wording: ClassVar[str] = "evaluation.judge.instructions"
     variables: ClassVar[str] = "JUDGE_MODEL"
+    budget_section: ClassVar[str] = "evaluation.judge"
     needs_labels: ClassVar[bool] = False
 
     kind: Literal["endpoint"] = "endpoint"
+    cascade: None = None
+    select: None = None
 
     filters: FilterRecipe = FilterRecipe(minimum_accepted=0)
     """Rows for which the judge gives no answer are left out and counted."""
@@ -65,7 +61,7 @@ class JudgeRecipe(TeacherRecipe):
     """The most test rows that are compared; each takes two calls. Of more, these are chosen by a
     hash of their ids."""
 
-    model_config = ConfigDict(json_schema_extra=remove_those_of_labelling)
+    model_config = ConfigDict(json_schema_extra=leave_out(OF_LABELLING))
 
     @property
     def content_id(self) -> str:
@@ -95,9 +91,7 @@ class JudgeRecipe(TeacherRecipe):
 
     @model_validator(mode="after")
     def check_settings_of_a_judge(self) -> Self:
-        for name in sorted(OF_LABELLING & self.model_fields_set):
-            if getattr(self, name) != type(self).model_fields[name].default:
-                raise ValueError(f"{name}: belongs to a teacher that labels; remove this setting")
+        refuse_foreign(self, OF_LABELLING, "belongs to a teacher that labels")
         if self.answers.votes > 1 or self.answers.orders > 1:
             raise ValueError(
                 "answers: a judge is asked once in each of both orders; remove votes and orders"

@@ -47,6 +47,8 @@ def classify_values(values: dict[str, Any]) -> dict[str, Any]:
         # Held to the classes by a JSON schema, if the endpoint takes one. A class's name may be
         # several words.
         both["teacher"] = {"answers": {"form": "json"}, "max_tokens": 64}
+        if has_cascade(values):
+            both["teacher"]["cascade"] = dict(both["teacher"])
     if names(values.get("student"), "prompt", "answer"):
         # A student that answers by text has no head of its own to probe for.
         both["student"]["layers"] = {"keep": 0.5, "by": "first"}
@@ -99,6 +101,8 @@ def written_values(values: dict[str, Any]) -> dict[str, Any]:
     if kind == "endpoint" and values["task"]["kind"] == "extract":
         both["prompt"] |= told["prompt"]
         both["teacher"] |= told["teacher"]
+        if has_cascade(values):
+            both["teacher"]["cascade"] = dict(both["teacher"])
     if kind != "local" and isinstance(prompt, dict) and "user" in prompt:
         both["student"]["prompt"]["user"] = prompt["user"]
     if names_rows(values, "gold"):
@@ -112,6 +116,13 @@ def names(values: Any, key: str, inner: str) -> bool:
     """Return whether the mapping `values` has a mapping `key` that has `inner`."""
     below = values.get(key) if isinstance(values, dict) else None
     return isinstance(below, dict) and inner in below
+
+
+def has_cascade(values: dict[str, Any]) -> bool:
+    """Return whether a recipe `values` names a cheap teacher, which answers in the teacher's
+    form."""
+    teacher = values.get("teacher")
+    return isinstance(teacher, dict) and isinstance(teacher.get("cascade"), dict)
 
 
 def names_rows(values: dict[str, Any], role: str) -> bool:

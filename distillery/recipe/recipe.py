@@ -117,9 +117,13 @@ class Recipe(Slice):
 
     @property
     def teacher_of_test_rows(self) -> TeacherRecipe:
-        """The teacher as it is measured on the test rows: nothing is filtered, and of texts, of
-        which one cannot be the majority's, one is drawn."""
-        changed: dict[str, Any] = {"filters": FilterRecipe(minimum_accepted=0)}
+        """The teacher as it is measured on the test rows: nothing is filtered, no cheap teacher
+        answers for it, and of texts, of which one cannot be the majority's, one is drawn."""
+        changed: dict[str, Any] = {
+            "filters": FilterRecipe(minimum_accepted=0),
+            "cascade": None,
+            "select": None,
+        }
         if self.draws_texts:
             changed["answers"] = self.teacher.answers.model_copy(update={"votes": 1})
         return self.teacher.model_copy(update=changed)
@@ -217,6 +221,34 @@ class Recipe(Slice):
                     f"{setting}: has no meaning with task.kind: {self.task.kind}, whose answers "
                     "are written; remove this setting"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def check_choice_of_calls(self) -> Self:
+        """Refuse a cheap teacher of whose answers no confidence is known, and a selection by what a
+        student is sure of where its answers are written."""
+        cascade, select = self.teacher.cascade, self.teacher.select
+        if cascade and self.task.kind == "generate":
+            raise ValueError(
+                "teacher.cascade: the confidence of texts is not known, and task.kind is generate; "
+                "remove this setting"
+            )
+        if cascade and self.task.kind == "extract":
+            if cascade.answers.votes == 1 or cascade.soft_labels:
+                raise ValueError(
+                    "teacher.cascade: with task.kind: extract, the confidence is the share of "
+                    "answers that agree; set its answers.votes above 1 and soft_labels: false"
+                )
+            if cascade.answers.form == "rationale" or cascade.answers.orders > 1:
+                raise ValueError(
+                    "teacher.cascade.answers: form: rationale and orders have no meaning with "
+                    "task.kind: extract; remove them"
+                )
+        if select and select.by != "diversity" and self.task.writes:
+            raise ValueError(
+                f"teacher.select.by: {select.by}: how sure a student is of written answers is not "
+                "known; set by: diversity"
+            )
         return self
 
     @model_validator(mode="after")

@@ -1,10 +1,10 @@
 """The teacher slice: who labels the rows, how it is asked, and which answers become labels."""
 
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
-from distillery.recipe.base import Slice
+from distillery.recipe.base import Slice, leave_out
 from distillery.recipe.base_model import BaseModelRecipe
 from distillery.recipe.export import ExportForm
 from distillery.recipe.prompt import PromptRecipe
@@ -13,6 +13,14 @@ from distillery.recipe.training import TrainingRecipe
 
 SHORTEST_RATIONALE = 48
 """Tokens of an answer of two short sentences and the line with the letter."""
+
+OF_ANSWERS: dict[str, Any] = dict.fromkeys(
+    ("soft_labels", "temperature", "max_tokens", "stop", "answers", "filters"), True
+)
+"""The settings that a teacher's labels depend on."""
+
+OF_CHEAP_ANSWERS = {"below", "soft_labels", "temperature", "max_tokens", "answers"}
+"""The settings of a cheap teacher that the labels depend on."""
 
 SCHEDULED_CANARIES = 20
 """Canary rows of a scheduled run whose recipe does not say how many."""
@@ -226,6 +234,31 @@ class CanaryRecipe(Slice):
     """End the run if the threshold is exceeded."""
 
 
+class SelectRecipe(Slice):
+    """Which train rows the teacher is asked about, if not all: those that teach the student most.
+
+    Rows whose answers are stored stay, since they are paid for, and so do those that the last
+    student learnt from; `rows` is what is added to them. Rows that are not chosen are
+    neither asked nor learnt. See docs/how-to/labels.md."""
+
+    rows: int = Field(ge=1)
+    """The most rows that are chosen beside those that stay."""
+
+    by: Literal["uncertainty", "diversity", "both"] = "both"
+    """uncertainty: the rows of which the last student, the champion in the registry, is least sure;
+    where there is none, a classifier of words that learns from the gold rows. diversity: rows whose
+    words differ from each other's, also where answers are written. both: rows that differ in what
+    the student would learn from them (Ash et al., Deep Batch Active Learning by Diverse, Uncertain
+    Gradient Lower Bounds, ICLR 2020)."""
+
+
+def refuse_foreign(recipe: Slice, names: frozenset[str], reason: str) -> None:
+    """Raise ValueError for one of the settings `names` that is given and not at its default."""
+    for name in sorted(names & recipe.model_fields_set):
+        if getattr(recipe, name) != type(recipe).model_fields[name].default:
+            raise ValueError(f"{name}: {reason}; remove this setting")
+
+
 class TeacherRecipe(Slice):
     """Who labels the rows, and how."""
 
@@ -238,11 +271,17 @@ class TeacherRecipe(Slice):
     variables: ClassVar[str] = "TEACHER_MODEL"
     """What the names of the environment variables begin with that tell of the endpoint."""
 
+    budget_section: ClassVar[str] = "teacher"
+    """Where the budget for its calls stands, for messages."""
+
     needs_labels: ClassVar[bool] = True
     """Whether a labelling ends in an error if no row gets a label, whatever the reason."""
 
     added_later: ClassVar[frozenset[str]] = frozenset(
-        {"terms", "largest_shift", "insist", "max_age", "stop", "shared_pace", "batch"}
+        {
+            *("terms", "largest_shift", "insist", "max_age", "stop", "shared_pace", "batch"),
+            *("cascade", "select"),
+        }
     )
 
     kind: Literal["endpoint", "local", "gold", "file"] = "endpoint"
@@ -351,12 +390,27 @@ class TeacherRecipe(Slice):
     """The teacher's terms of use, as a text or a URL, for the model card of the student. null: the
     card says that they are not stated."""
 
+    cascade: "CascadeRecipe | None" = Field(None, exclude_if=lambda cheap: cheap is None)
+    """A cheap teacher that is asked first: this teacher is asked only about rows of which the cheap
+    one is not sure. Needs kind: endpoint. null: this teacher is asked about all rows."""
+
+    select: SelectRecipe | None = Field(None, exclude_if=lambda select: select is None)
+    """Which train rows the teacher is asked about. null: all."""
+
     @property
     def content_id(self) -> str:
-        """The part of this slice in cache keys: what the answers depend on besides the prompt."""
-        return self.model_dump_json(
-            include={"soft_labels", "temperature", "max_tokens", "stop", "answers", "filters"}
-        )
+        """The part of this slice in cache keys: what the answers depend on besides the prompt.
+        `select` is not in it, since the chosen rows are in a key of their own."""
+        return self.model_dump_json(include=OF_ANSWERS | {"cascade": OF_CHEAP_ANSWERS})
+
+    @property
+    def cheap(self) -> "CascadeRecipe | None":
+        """The cheap teacher's settings, with the budget and the canaries of both; None where there
+        is none."""
+        if self.cascade is None:
+            return None
+        of_both = {"budget": self.budget, "max_age": self.max_age, "canaries": self.canaries}
+        return self.cascade.model_copy(update=of_both)
 
     @property
     def in_batch(self) -> Self:
@@ -455,3 +509,100 @@ class TeacherRecipe(Slice):
                 "which leaves none for the rows; raise it"
             )
         return self
+
+    @model_validator(mode="after")
+    def check_cascade(self) -> Self:
+        if self.select and self.kind in ("gold", "file"):
+            raise ValueError(
+                f"select: labels of kind {self.kind} cost nothing; remove this setting, or take "
+                "fewer rows by dataset.sample"
+            )
+        if self.cascade is None:
+            return self
+        if self.kind != "endpoint":
+            raise ValueError(
+                f"cascade: a teacher of kind {self.kind} costs nothing; remove this setting"
+            )
+        if self.batch is not None:
+            raise ValueError(
+                "batch: with a cascade, who is asked depends on the cheap teacher's answers; "
+                "remove batch or cascade"
+            )
+        if self.answers.form == "rationale" and self.cascade.answers.form != "rationale":
+            raise ValueError(
+                "answers.form: rationale, but the cheap teacher's labels would have no reasons; "
+                "set cascade.answers.form: rationale, too"
+            )
+        if self.soft_labels and not self.cascade.soft_labels:
+            raise ValueError(
+                "cascade.soft_labels is false, so that its labels have no probabilities; set it to "
+                "true, or soft_labels to false"
+            )
+        if self.budget.cost is not None and self.cascade.prices is None:
+            raise ValueError("budget.cost covers the cheap teacher too: set cascade.prices")
+        if self.prices and self.cascade.prices:
+            currencies = (self.prices.currency, self.cascade.prices.currency)
+            if len(set(currencies)) > 1:
+                raise ValueError(
+                    f"cascade.prices.currency is {currencies[1]}, and prices.currency "
+                    f"{currencies[0]}; give both in one"
+                )
+        return self
+
+
+NOT_OF_CHEAP = frozenset(
+    {
+        *("kind", "files", "filters", "stop", "budget", "max_age", "canaries", "preparation"),
+        *("largest_shift", "insist", "terms", "tokenizer", "cascade", "select", "batch"),
+    }
+)
+"""Settings of a teacher that a cheap one shares with it or that have no meaning for it."""
+
+
+class CascadeRecipe(TeacherRecipe):
+    """A cheap teacher that is asked about every row before the teacher itself is (Chen, Zaharia,
+    Zou, FrugalGPT, 2023). A row's label is the cheap one's where it is sure enough; all other rows
+    are asked of the teacher, whose answer is the label.
+
+    CHEAP_MODEL_ENDPOINT, CHEAP_MODEL_NAME and CHEAP_MODEL_KEY name the endpoint, which is asked as
+    a teacher with kind: endpoint is. The answers are kept in the label store under its own name.
+    teacher.budget covers both.
+    """
+
+    section: ClassVar[str] = "teacher.cascade"
+    variables: ClassVar[str] = "CHEAP_MODEL"
+    needs_labels: ClassVar[bool] = False
+
+    kind: Literal["endpoint"] = "endpoint"
+    cascade: None = None
+    select: None = None
+
+    below: float = Field(0.9, gt=0, le=1)
+    """The teacher is asked about rows of which the cheap one's confidence is below this: the
+    probability of its answer, or the share of its answers that agree. It is asked, too, where the
+    cheap one gives no answer."""
+
+    soft_labels: bool = True
+    """Ask for log-probabilities, from which the confidence comes. false: it comes from several
+    answers, so that answers.votes or answers.orders must be above 1."""
+
+    model_config = ConfigDict(json_schema_extra=leave_out(NOT_OF_CHEAP))
+
+    @property
+    def who(self) -> str:
+        """What messages call the model."""
+        return "cheap teacher"
+
+    @model_validator(mode="after")
+    def check_settings_of_a_cheap_teacher(self) -> Self:
+        refuse_foreign(self, NOT_OF_CHEAP, "belongs to the teacher itself")
+        if not self.soft_labels and self.answers.votes * self.answers.orders == 1:
+            raise ValueError(
+                "soft_labels is false: a single answer without probabilities has no confidence; "
+                "set soft_labels: true, answers.votes or answers.orders"
+            )
+        return self
+
+
+TeacherRecipe.model_rebuild()
+CascadeRecipe.model_rebuild()

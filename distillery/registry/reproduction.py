@@ -12,7 +12,7 @@ from distillery.data.examples import each_example
 from distillery.errors import ArtifactDamaged, RegistryError
 from distillery.evaluation.report import ANSWERS_FILE, candidate_of, read_answers
 from distillery.labels.files import read_labels
-from distillery.recipe import Recipe
+from distillery.recipe import CascadeRecipe, Recipe, TeacherRecipe
 from distillery.records import (
     EvaluationReport,
     OnnxModel,
@@ -35,11 +35,15 @@ EVALUATION = "evaluation/"
 """The folder of a registered model that has the answers to the test rows."""
 
 UNREACHABLE = {
-    "TEACHER_MODEL_NAME": "not-asked",
-    "TEACHER_MODEL_ENDPOINT": "http://127.0.0.1:9/v1",
-    "TEACHER_MODEL_KEY": "not-sent",
+    f"{variables}_{name}": value
+    for variables in (TeacherRecipe.variables, CascadeRecipe.variables)
+    for name, value in (
+        ("NAME", "not-asked"),
+        ("ENDPOINT", "http://127.0.0.1:9/v1"),
+        ("KEY", "not-sent"),
+    )
 }
-"""A teacher that nobody can ask: its stored answers are all that is used."""
+"""Teachers that nobody can ask: their stored answers are all that is used."""
 
 
 class Compared(Record):
@@ -97,6 +101,8 @@ def pinned_recipe(model: RegisteredModel, made: Mapping[str, Any]) -> Recipe:
             values["dataset"]["revision"] = made["source"].rpartition("@")[2]
         if recipe.teacher.kind == "endpoint":
             values["teacher"]["identity"] = made["teacher"]
+        if recipe.teacher.cascade:
+            values["teacher"]["cascade"]["identity"] = made["labels"]["cascade"]["cheap"]
         if "choose" not in made["recipe"].get("export", {}):
             # Versions that did not know this key took the smallest form.
             values["export"]["choose"] = "smallest"

@@ -202,7 +202,7 @@ def write_page(
         teacher=Table(
             f"Labels of {outcome.labels.teacher}",
             ("of the labels", "figure"),
-            labelling_facts(outcome.labels, labels),
+            labelling_facts(outcome.labels, labels, outcome.selection),
         ),
         paid=paid_table(outcome.paid) if outcome.paid else None,
         judge=judge_table(outcome.preferences) if outcome.preferences else None,

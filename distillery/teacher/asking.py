@@ -82,7 +82,9 @@ class Teacher:
         self._recipe = recipe
         self._endpoint = endpoint
         self._pace = pace or pace_of(recipe, endpoint)
-        self._spending = spending or Spending(recipe.budget, recipe.prices, section=recipe.section)
+        self._spending = spending or Spending(
+            recipe.budget, recipe.prices, section=recipe.budget_section
+        )
         self._demand_log_probabilities = demand_log_probabilities
         self._book = book or NoBook()
         self._payer = payer or Payer()
@@ -369,8 +371,9 @@ class Teacher:
 
     def _no_log_probabilities(self, what: str) -> TeacherError:
         return TeacherError(
-            f"teacher.soft_labels: asks for log-probabilities, and {self._endpoint.url} {what}; "
-            "set teacher.soft_labels: false, or use a teacher that gives them"
+            f"{self._recipe.section}.soft_labels: asks for log-probabilities, and "
+            f"{self._endpoint.url} {what}; set {self._recipe.section}.soft_labels: false, or use a "
+            "model that gives them"
         )
 
     def _final_error(self, failure: CallFailed) -> DistilleryError:

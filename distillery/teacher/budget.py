@@ -52,6 +52,14 @@ def standing(
     return f"budget: {', and '.join(parts)}"
 
 
+def saved_by_cache(usage: Usage, prices: PriceRecipe | None) -> float | None:
+    """Return what the endpoint's cache of prompts took off the cost of `usage`; None without a
+    price of cached tokens."""
+    if prices is None or prices.cached_input is None:
+        return None
+    return usage.cached_tokens * (prices.input - prices.cached_input) / 1e6
+
+
 class Spending:
     """What this process has spent on its teacher, and the caps on it: cost, tokens and calls.
 
@@ -73,7 +81,7 @@ class Spending:
         self,
         budget: BudgetRecipe,
         prices: PriceRecipe | None,
-        section: str = TeacherRecipe.section,
+        section: str = TeacherRecipe.budget_section,
         allowance: Allowance | None = None,
         calls: int = 1,
     ) -> None:
@@ -106,7 +114,7 @@ class Spending:
         """Return the spending of one of the processes that ask a recipe's teacher on behalf of
         `payer`; `flush` commits to `database` all calls recorded so far."""
         currency = recipe.prices.currency if recipe.prices else ""
-        section = recipe.section
+        section = recipe.budget_section
         allowance = Allowance(database, flush, recipe.budget, payer, section, currency)
         return cls(recipe.budget, recipe.prices, section, allowance, recipe.concurrency)
 

@@ -85,8 +85,9 @@ class Endpoint:
 
 
 def resolve_endpoint(recipe: TeacherRecipe, settings: TeacherSettings | None = None) -> Endpoint:
-    """Return the endpoint that TEACHER_MODEL_* name, or JUDGE_MODEL_* for a judge. Raises
-    CredentialsError with the names of those that are missing or wrong."""
+    """Return the endpoint that TEACHER_MODEL_* name, CHEAP_MODEL_* for a cheap teacher, or
+    JUDGE_MODEL_* for a judge. Raises CredentialsError with the names of those that are missing or
+    wrong."""
     settings, variables = settings or endpoint_settings(recipe), recipe.variables
     model = settings.model.strip()
     address = settings.endpoint.strip()

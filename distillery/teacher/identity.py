@@ -1,10 +1,10 @@
-"""Who the teacher is, as the label store and the cache keys know it. A judge is one of kind
-endpoint."""
+"""Who the teacher is, as the label store and the cache keys know it. A judge and the cheap teacher
+of a cascade are ones of kind endpoint."""
 
 from distillery.errors import DataError, RecipeError
-from distillery.recipe import JudgeRecipe, TeacherRecipe
+from distillery.recipe import CascadeRecipe, JudgeRecipe, TeacherRecipe
 from distillery.records import OnnxModel, digest_of
-from distillery.settings import JudgeSettings, TeacherSettings
+from distillery.settings import CheapSettings, JudgeSettings, TeacherSettings
 from distillery.storage.allowed import local_path
 from distillery.storage.digests import sha256_of
 
@@ -29,8 +29,25 @@ def teacher_identity(teacher: TeacherRecipe, model: OnnxModel | None) -> str:
     return teacher.stored_as(name)
 
 
+def identity_of_cheap(teacher: TeacherRecipe) -> str | None:
+    """Return the identity of a teacher's cheap one; None where there is none."""
+    return teacher_identity(teacher.cascade, None) if teacher.cascade else None
+
+
+def refuse_one_identity(identity: str, cheap: str) -> None:
+    """Raise RecipeError if a teacher and its cheap one have the same identity: the answers of one
+    would count as the other's."""
+    if identity == cheap:
+        raise RecipeError(
+            f"teacher.cascade: both teachers are {identity}, so that the answers of one would "
+            "count as the other's; give one of them another identity, or remove the cascade"
+        )
+
+
 def endpoint_settings(teacher: TeacherRecipe) -> TeacherSettings:
-    """Return what the environment tells of a teacher's endpoint, or of a judge's."""
+    """Return what the environment tells of a teacher's endpoint, a cheap one's or a judge's."""
+    if isinstance(teacher, CascadeRecipe):
+        return CheapSettings()
     return JudgeSettings() if isinstance(teacher, JudgeRecipe) else TeacherSettings()
 
 

@@ -27,7 +27,7 @@ class Reservations:
     ) -> None:
         self._database, self._flush = database, flush
         self._caps, self._period = recipe.budget.caps, recipe.budget.period
-        self._section, self._payer = recipe.section, payer
+        self._section, self._payer = recipe.budget_section, payer
         self._currency = recipe.prices.currency if recipe.prices else ""
         self._others = OtherRows(payer, recipe.section, recipe.budget, database.backend)
         self.is_final = True

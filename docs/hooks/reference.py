@@ -166,7 +166,7 @@ def table(model: type[BaseModel], path: str, models: dict[Any, list[str]]) -> st
         name = attribute
         if isinstance(field.validation_alias, AliasChoices):
             name = str(field.validation_alias.choices[0])
-        # A judge's schema leaves out the settings of a teacher that have no meaning for it.
+        # The schemas of a judge and of a cheap teacher leave out what has no meaning for them.
         if name not in schema["properties"]:
             continue
         key = schema["properties"][name]
@@ -331,7 +331,13 @@ def make_targets() -> str:
 
 def settings_page() -> str:
     """Return the page with every environment variable: default and meaning."""
-    from distillery.settings import AzureMLSettings, JudgeSettings, LocalSettings, TeacherSettings
+    from distillery.settings import (
+        AzureMLSettings,
+        CheapSettings,
+        JudgeSettings,
+        LocalSettings,
+        TeacherSettings,
+    )
 
     explained = sample_env()
     parts = [
@@ -348,6 +354,7 @@ def settings_page() -> str:
     ]
     headings = {
         TeacherSettings: "The teacher",
+        CheapSettings: "The cheap teacher",
         JudgeSettings: "The judge",
         AzureMLSettings: "Azure ML",
         LocalSettings: "This machine",

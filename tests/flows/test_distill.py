@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 import yaml
-from chat_endpoint import ChatEndpoint
+from chat_endpoint import Call, ChatEndpoint, Reply, said
 from prefect_api import OwnPrefect, wait_for
 from tiny_recipe import ROWS, endpoint_recipe, recipe, write_rows
 
@@ -41,6 +41,8 @@ STAGES = (
     "register",
     "download",
 )
+APART = (": judged before", ": last student", ": gate", ": promote", ": report")
+"""What is never cached."""
 PREDICTORS = (
     "gold",
     "majority class",
@@ -168,12 +170,8 @@ class Workshop:
 
     def states(self, run: Run) -> dict[str, str]:
         """Each stage of the run and its subflows, as 'FLOW: TASK', with its state's name in
-        Prefect's database. What is never cached, such as judging, is no stage."""
-        return {
-            name: state
-            for name, state in self.tasks(run).items()
-            if name not in (": judged before", ": gate", ": promote", ": report")
-        }
+        Prefect's database. What is never cached is no stage."""
+        return {name: state for name, state in self.tasks(run).items() if name not in APART}
 
     def tasks(self, run: Run) -> dict[str, str]:
         """Each task run of the run and its subflows, likewise, once the server has recorded all of
@@ -718,3 +716,50 @@ def test_a_refused_student_changes_no_registry_and_fails_the_run_where_the_recip
         assert reason in " ".join(run.gate.split())
         assert html.escape(reason) in run.page.read_text()
         assert not {": promote"} & workshop.tasks(run).keys()
+
+
+def unsure_of_half(call: Call) -> Reply:
+    """The answers of `good`, with less confidence for every second question."""
+    letter = "ABC"[sum(call.question.encode()) % 3]
+    share = 0.95 if len(call.question) % 2 else 0.5
+    others = dict.fromkeys({*"ABC"} - {letter}, (1 - share) / 2)
+    return said(letter, top={letter: share, **others})
+
+
+def test_a_cheap_teacher_labels_chosen_rows(new_workshop: Callable[..., Workshop]) -> None:
+    """Both endpoints are asked what they should be, once; the run is found in the cache afterwards
+    although a champion has come, and can be reproduced."""
+    workshop = new_workshop("chosen")
+    values = endpoint_recipe(workshop.files, workshop.base, "chosen", method="lora")
+    values["teacher"] |= {
+        "prices": {"input": 100, "output": 100},
+        "cascade": {"below": 0.8, "sdk": "openai", "prices": {"input": 10, "output": 10}},
+        "select": {"rows": 30},
+    }
+    with ChatEndpoint() as dear, ChatEndpoint(unsure_of_half) as cheap:
+        environment: dict[str, str] = {}
+        for kind, server in (("TEACHER", dear), ("CHEAP", cheap)):
+            environment |= {
+                f"{kind}_MODEL_ENDPOINT": server.url,
+                f"{kind}_MODEL_NAME": kind.lower(),
+                f"{kind}_MODEL_KEY": "k",
+            }
+        run = workshop.distil(values, **environment)
+        asked = {call.question for call in cheap.calls}
+        assert len(asked) == len(cheap.calls) == 30
+        unsure = {question for question in asked if len(question) % 2 == 0}
+        of_test = [call.question for call in dear.calls if call.question not in asked]
+        assert len(of_test) == ROWS["test"], "the test rows are the teacher's own"
+        assert {call.question for call in dear.calls} & asked == unsure
+        assert "30 of 60 train rows are labelled; chosen by uncertainty and diversity" in run.out
+        page = html.unescape(run.page.read_text())
+        for told in ("saved against the teacher alone", "saved by choosing rows"):
+            assert told in page
+
+        calls = len(dear.calls) + len(cheap.calls)
+        again = workshop.distil(values, **environment)
+        assert set(workshop.states(again).values()) == {"Cached"}
+        done = workshop.flow("reproduce", "chosen", "1")
+        assert done.returncode == 0, done.stdout + done.stderr[-4000:]
+        assert done.stdout.endswith("version 1: rows, labels and answers are the same\n")
+        assert len(dear.calls) + len(cheap.calls) == calls

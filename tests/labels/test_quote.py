@@ -11,6 +11,8 @@ from chat_endpoint import Call, ChatEndpoint, Reply, good, said
 from pydantic import SecretStr
 from texts import write_texts
 
+from distillery.data.examples import read_examples, write_examples
+from distillery.data.prepare import prepare
 from distillery.errors import (
     BudgetReached,
     DataError,
@@ -25,7 +27,7 @@ from distillery.labels.labelling import label
 from distillery.labels.questions import questions
 from distillery.labels.quote import Quote, duration, quote, quote_recipe
 from distillery.labels.report import read_report
-from distillery.labels.store import LabelStore
+from distillery.labels.store import LabelStore, StoredAnswer
 from distillery.recipe import PromptRecipe, Recipe, TeacherRecipe
 from distillery.records import Example, TeacherDrift
 from distillery.teacher import ledger
@@ -182,6 +184,41 @@ def test_a_recipe_is_quoted_by_split(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert quote_recipe(Recipe.model_validate({"preset": "demo"}))["train"].calls == 700
     with pytest.raises(RecipeError, match="no teacher is asked, so there is nothing to pay"):
         quote_recipe(Recipe.model_validate({"teacher": {"kind": "gold"}}))
+
+
+def test_a_cheap_teacher_and_chosen_rows_are_quoted(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("DISTILLERY_HOME", str(tmp_path))
+    monkeypatch.setenv("TEACHER_MODEL_NAME", "dear")
+    monkeypatch.setenv("CHEAP_MODEL_NAME", "cheap")
+    cascade = {"below": 0.8, "prices": {"input": 1, "output": 1}}
+    values: dict[str, Any] = {
+        "dataset": {"sample": {"train": 100, "test": 50}},
+        "teacher": {"cascade": cascade, "select": {"rows": 30}},
+    }
+    asked = Recipe.model_validate(values)
+    found = quote_recipe(asked)
+    calls = {name: one.calls for name, one in found.items()}
+    assert calls == {"cheap teacher": 30, "train": 30, "test": 50}
+    assert found["cheap teacher"].cost is not None
+    assert found["train"].cost is None
+
+    # The cheap teacher is sure of 20 of the rows, and unsure of five.
+    prepare(asked.dataset, tmp_path / "rows", asked.task)
+    rows = read_examples(tmp_path / "rows" / "train.jsonl")[:30]
+    cheap = asked.teacher.cascade
+    assert cheap
+    with LabelStore() as store:
+        for number, row in enumerate(rows[:25]):
+            (question,) = questions(row, asked.prompt, cheap, "cheap")
+            share = 0.9 if number < 20 else 0.7
+            shares = {"A": share, "B": 1 - share, "C": 0.0}
+            answer = StoredAnswer(question.key, "cheap", "A", shares, "A", 40, 1, 9.0, 1, "v")
+            store.add(answer)
+    write_examples(rows, tmp_path / "chosen.jsonl")
+    found = quote_recipe(asked, tmp_path / "chosen.jsonl")
+    assert (found["cheap teacher"].calls, found["train"].rows) == (5, 10)
 
 
 def test_a_classifier_is_quoted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

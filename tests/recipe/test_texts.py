@@ -10,12 +10,14 @@ from pydantic import BaseModel, ValidationError
 
 from distillery.recipe import (
     BaseModelRecipe,
+    CascadeRecipe,
     DatasetRecipe,
     JudgeRecipe,
     Recipe,
     SearchRecipe,
 )
 from distillery.recipe.judge import OF_LABELLING
+from distillery.recipe.teacher import NOT_OF_CHEAP
 
 pytestmark = pytest.mark.security
 
@@ -51,6 +53,8 @@ NAMES = {
     "dataset.fields": "columns",
     "teacher.identity": "a key in the label database",
     "teacher.shared_limit": "a concurrency limit of Prefect",
+    "teacher.cascade.identity": "a key in the label database",
+    "teacher.cascade.shared_limit": "a concurrency limit of Prefect",
     "evaluation.judge.identity": "a key in the label database",
     "evaluation.judge.shared_limit": "a concurrency limit of Prefect",
     "evaluation.rules.than": "a predictor's name or a version, its pattern",
@@ -65,6 +69,7 @@ TEXTS = {
     *("prompt.system", "prompt.user", "prompt.choice"),
     *("student.prompt.system", "student.prompt.user", "student.prompt.choice"),
     *("teacher.answers.instruction", "teacher.prices.currency", "teacher.terms", "teacher.stop"),
+    *("teacher.cascade.answers.instruction", "teacher.cascade.prices.currency"),
     *("evaluation.judge.answers.instruction", "evaluation.judge.prices.currency"),
     "evaluation.judge.instructions",
     "student.training.rationale_instruction",
@@ -77,8 +82,10 @@ TEXTS = {
 def texts(model: type[BaseModel], above: str = "") -> Iterator[str]:
     """The dotted names of all fields that take a text of any content."""
     for name, field in model.model_fields.items():
-        # tests/recipe/test_judge.py: these are refused.
+        # tests/recipe/test_judge.py and tests/labels/test_cascade.py: these are refused.
         if model is JudgeRecipe and name in OF_LABELLING:
+            continue
+        if model is CascadeRecipe and name in NOT_OF_CHEAP:
             continue
         yield from texts_in(field.annotation, f"{above}.{name}".removeprefix("."))
 

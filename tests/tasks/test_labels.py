@@ -55,6 +55,17 @@ def test_texts_of_none_do_not_count_among_the_shares(tmp_path: Path) -> None:
     check_shares(labels, alone, 0.5, OTHER)
 
 
+def test_the_shares_of_chosen_rows_differ_on_purpose(tmp_path: Path) -> None:
+    labels = labels_of(tmp_path / "labels", {"billing": 90, "delivery": 10})
+    gold = gold_of(tmp_path / "gold", {"billing": 20, "delivery": 80})
+    with pytest.raises(TeacherError, match="shares are 0\\.70"):
+        check_shares(labels, gold, 0.5)
+    assert check_shares(labels, gold, 0.5, chosen=True) is None
+    collapsed = labels_of(tmp_path / "collapsed", {"billing": 100})
+    with pytest.raises(TeacherError, match="the student would learn one answer"):
+        check_shares(collapsed, gold, 0.5, chosen=True)
+
+
 def test_a_teacher_that_knows_only_the_class_of_none_has_collapsed(tmp_path: Path) -> None:
     labels = labels_of(tmp_path / "labels", {"other": 200})
     gold = gold_of(tmp_path / "gold", {"billing": 20, "delivery": 20, "other": 20})
