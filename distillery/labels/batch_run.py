@@ -332,7 +332,9 @@ class BatchRun:
         """Ask a share's first question directly."""
         share, store = self._shares[number], self._store
         async with (
-            Spending.shared(share.recipe, self._payer, store.database, store.flush) as spending,
+            Spending.shared(
+                share.recipe, self._payer, store.database, store.flush, store.recover
+            ) as spending,
             Teacher(
                 share.recipe,
                 self._endpoint,

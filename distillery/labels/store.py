@@ -329,6 +329,10 @@ class LabelStore:
             committed.wait()
         self._raise_failure()
 
+    def recover(self) -> None:
+        """Take in what processes of this machine that have ended by now left in their journals."""
+        self.recovered += recover(self._database.url, self._take_in)
+
     def close(self) -> None:
         """Commit what was added and disconnect. Raises the writer's failure."""
         self._stop()
