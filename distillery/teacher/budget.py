@@ -7,7 +7,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Self
 
-from distillery.errors import BudgetReached
+from distillery.errors import BudgetReached, RecipeError
 from distillery.recipe import BudgetRecipe, PriceRecipe, TeacherRecipe
 from distillery.records import Usage
 from distillery.storage.database import Database, nothing
@@ -20,8 +20,8 @@ POLL_S = 1.0
 """Between two looks at whether another process has left something."""
 
 LOOK_SHARE = 0.1
-"""The share of its time that a process that waits may spend on these looks, which add up the
-ledger and keep the others from renewing."""
+"""The share of its time that a waiting process spends on these looks, as long as they are no
+further apart than renewals: each adds up the ledger and keeps the others from renewing."""
 
 
 def cost_of(usage: Usage, prices: PriceRecipe | None) -> float | None:
@@ -37,6 +37,16 @@ def cost_of(usage: Usage, prices: PriceRecipe | None) -> float | None:
         + usage.cached_tokens * cached_price
         + usage.completion_tokens * prices.output
     ) / 1e6
+
+
+def check_period(budget: BudgetRecipe, section: str, payer: Payer) -> None:
+    """Raise RecipeError for a budget of a day, week or month of a payer without a recipe's name,
+    which would be that of all such payers together."""
+    if budget.caps and budget.period != "run" and not payer.recipe:
+        raise RecipeError(
+            f"{section}.budget.period: {budget.period} counts the runs of recipes of the same "
+            "name, and this run has no recipe with a name; leave period out"
+        )
 
 
 def standing(
@@ -119,7 +129,9 @@ class Spending:
     ) -> Self:
         """Return the spending of one of the processes that ask a recipe's teacher on behalf of
         `payer`; `flush` commits to `database` all calls recorded so far, `recover` those that dead
-        processes of this machine have left."""
+        processes of this machine have left. Raises RecipeError for a budget of a day, week or month
+        where no recipe has a name."""
+        check_period(recipe.budget, recipe.section, payer)
         currency = recipe.prices.currency if recipe.prices else ""
         section = recipe.section
         allowance = Allowance(database, flush, recipe.budget, payer, section, currency, recover)
@@ -175,7 +187,7 @@ class Spending:
                     raise self._reached(name, grant.spent)
                 self._tell_of(grant.waits_for)
                 took = time.monotonic() - began
-                await asyncio.sleep(max(POLL_S, took / LOOK_SHARE))
+                await asyncio.sleep(max(POLL_S, min(took / LOOK_SHARE, RENEWAL_S)))
 
     def _tell_of(self, runs: tuple[str, ...]) -> None:
         """Say which runs this one waits for, if it has not said so."""

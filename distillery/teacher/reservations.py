@@ -11,7 +11,7 @@ from distillery.recipe import TeacherRecipe
 from distillery.records import Usage
 from distillery.storage.database import Database
 from distillery.teacher.allowances import ALLOWANCES, NEVER
-from distillery.teacher.budget import cost_of
+from distillery.teacher.budget import check_period, cost_of
 from distillery.teacher.ledger import Amounts, Payer, period_start, spent
 
 
@@ -26,6 +26,7 @@ class Reservations:
         self, database: Database, flush: Callable[[], None], recipe: TeacherRecipe, payer: Payer
     ) -> None:
         self._database, self._flush = database, flush
+        check_period(recipe.budget, recipe.section, payer)
         self._caps, self._period = recipe.budget.caps, recipe.budget.period
         self._section, self._payer = recipe.section, payer
         self._currency = recipe.prices.currency if recipe.prices else ""

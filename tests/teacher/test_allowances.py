@@ -16,7 +16,7 @@ from label_runs import example, run_process
 from postgres_server import Postgres
 from sqlalchemy import select
 
-from distillery.errors import BudgetReached
+from distillery.errors import BudgetReached, RecipeError
 from distillery.labels.store import LabelStore
 from distillery.recipe import BudgetRecipe, PriceRecipe, TeacherRecipe
 from distillery.records import Usage
@@ -158,6 +158,13 @@ async def test_what_counts_is_in_the_ledger(
         taken, refusal = await spend(store, recipe, this, random.Random(1))
     assert len(taken) == spends
     assert refusal.startswith("teacher.budget.calls: 5 of 5 spent in this ")
+
+
+def test_a_period_needs_a_recipes_name(tmp_path: Path) -> None:
+    with LabelStore(f"sqlite:///{tmp_path / 'labels.db'}") as store:
+        week = recipe_of(calls=5, period="week")
+        with pytest.raises(RecipeError, match=r"teacher\.budget\.period: week counts the runs of"):
+            Spending.shared(week, Payer(), store.database, store.flush)
 
 
 async def test_costs_in_another_currency_do_not_count(tmp_path: Path) -> None:
@@ -331,9 +338,7 @@ def test_a_killed_processs_calls_under_way_stay_in_the_budget_of_another_that_go
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They are in its journal, which the other one takes in before it drops the row."""
-    monkeypatch.setattr("distillery.teacher.allowances.LENGTH_S", 2.0)
     monkeypatch.setattr("distillery.teacher.allowances.RENEWAL_S", 0.4)
-    monkeypatch.setattr("distillery.teacher.budget.RENEWAL_S", 0.4)
     url = f"sqlite:///{tmp_path / 'labels.db'}"
     recipe = recipe_of(calls=40, period="day")
     rows = [example(row) for row in range(200)]
