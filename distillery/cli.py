@@ -666,16 +666,15 @@ def user() -> "Actor":
 
 @labels.command("list")
 def list_teachers() -> None:
-    """List the teachers: answers, answers rejected as labels, their cost, and the teacher's name.
+    """List the teachers: answers, answers rejected as labels, and the teacher's name.
 
-    The cost is what the price tables of the recipes gave when the answers were paid for; what other
-    calls have cost is in `distillery labels costs`.
+    What they have cost is told by `distillery labels costs`.
     """
     from distillery.labels.store import LabelStore
 
     with LabelStore(recovers=False) as answers:
-        for teacher, count, rejected, cost in answers.summary():
-            print(f"{count:>9} answers  {rejected:>7} rejected  {cost:>10.2f}  {teacher}")
+        for teacher, count, rejected in answers.summary():
+            print(f"{count:>9} answers  {rejected:>7} rejected  {teacher}")
 
 
 @labels.command("costs")
@@ -697,6 +696,7 @@ def show_costs(
     The ledger has every call that may be billed, also those that failed. Where the endpoint gave no
     count of a call's tokens they are estimated, and the call is counted as estimated too. What was
     asked before there was a ledger is in it as far as answers are stored, without runs and recipes.
+    A run stands here by the id of its flow run; `prefect flow-run inspect ID` tells its name.
     """
     from contextlib import closing
 
@@ -711,7 +711,8 @@ def show_costs(
             conditions = [] if first is None else [CALLS.c.called_at >= first]
             found = totals(database, (by,), *conditions)
     if as_json:
-        print(json.dumps([each.model_dump(exclude_defaults=True) for each in found], indent=1))
+        fields = {by, "calls", "estimated", "usage", "cost", "currency"}
+        print(json.dumps([each.model_dump(include=fields) for each in found], indent=1))
     else:
         print(costs_table(by, found))
 

@@ -45,6 +45,9 @@ FEWEST_ANSWERED = 50
 
 GOOD_ANSWERED = 200
 
+GOOD_JUDGING = 100
+"""Rows of a file of test rows, which tell an accuracy to ±10 points."""
+
 FEWEST_OF_A_CLASS = 5
 
 MOST_CLASSES_LISTED = 20
@@ -253,7 +256,7 @@ def tell_doubts(found: Look, too_long: int) -> Iterator[str]:
 
 
 def tell_count(found: Look) -> Iterator[str]:
-    """Yield whether labels or answers are too few."""
+    """Yield whether labels, answers or test rows are too few."""
     answered = len(found.answered)
     if answered < FEWEST_ANSWERED:
         yield (
@@ -264,13 +267,23 @@ def tell_count(found: Look) -> Iterator[str]:
         few = f"{count_rows(answered)} with {KNOWN[found.kind]}: few; "
         if not found.test:
             judged = choose_shares(answered, found.unanswered).carve["test"] * answered
-            # Half of the 95 % interval of a share of one half, the widest there is.
-            points = 98 / math.sqrt(judged)
             few += (
                 f"about {judged:.0f} of them judge the student, which tell its accuracy to "
-                f"±{points:.0f} points only; "
+                f"±{points(judged):.0f} points only; "
             )
         yield f"{few}{GOOD_ANSWERED} are a good start"
+    judging = len(found.test)
+    if 0 < judging < GOOD_JUDGING:
+        yield (
+            f"{count_rows(judging)} for the test: few; they tell the student's accuracy to "
+            f"±{points(judging):.0f} points only; {GOOD_JUDGING} are a good start"
+        )
+
+
+def points(rows: float) -> float:
+    """Return to how many points, plus or minus, so many rows tell an accuracy: half of the 95 %
+    interval of a share of one half, the widest there is."""
+    return 98 / math.sqrt(rows)
 
 
 def tell_classes(found: Look) -> Iterator[str]:

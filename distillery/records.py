@@ -334,12 +334,12 @@ class TeacherLabels(StageRecord):
     train_data.jsonl (the lab's Question/Answer rows), report.json (LabelReport), if written answers
     have probabilities of their tokens, answer_tokens.parquet, and, if gold answers are known,
     reliability.png and look.jsonl, the rows worth a look. `asked`, `usage`, `cost`, `paid` and
-    `calls_per_second` describe the calls of the run that did the work: `asked` are the questions
-    that got an answer or a refusal, and `paid` all calls for these rows by outcome, which `usage`
-    and `cost` cover. In records of versions before the ledger they cover the answers, and `paid` is
-    empty. `equal` counts the requests that it did not make since a row nearby had an equal one, and
-    `cached_saved` is what the endpoint's cache of prompts took off the cost of the answers.
-    `cascade`: where a cheap teacher was asked first.
+    `calls_per_second` describe the calls of the run that did the work: `asked` are the answers
+    and refusals that came, also to probes, and `paid` all calls for these rows by outcome, probes
+    excepted, which `usage` and `cost` cover. In records of versions before the ledger they cover
+    the answers, and `paid` is empty. `equal` counts the requests that it did not make since a row
+    nearby had an equal one, and `cached_saved` is what the endpoint's cache of prompts took off the
+    cost of the answers. `cascade`: where a cheap teacher was asked first.
     """
 
     teacher: str

@@ -55,7 +55,7 @@ def ask_judge(
         )
         figures, counts = asyncio.run(work)
         artifact = store.put(folder)
-    conclude(f"{figures.line()}; {counts.asked} calls")
+    conclude(f"{figures.line()}; {counts.asked} answers")
     return Preferences(
         artifact=artifact,
         figures=figures,

@@ -62,7 +62,7 @@ def _stages(outcome: Outcome) -> list[tuple[str, StageRecord, str]]:
         stages.append(("export teacher", outcome.teacher.model, _built(outcome.teacher.model)))
     if outcome.selection:
         stages.append(("select rows", outcome.selection, outcome.selection.line()))
-    asked = f"{labels.accepted} accepted, {labels.rejected} rejected, {labels.asked} calls"
+    asked = f"{labels.accepted} accepted, {labels.rejected} rejected, {labels.asked} answers"
     stages.append(("label", labels, asked))
     stages.append(("train student", outcome.student, _trained(outcome.student)))
     stages.append(("export student", outcome.model, _built(outcome.model)))
@@ -76,7 +76,7 @@ def _stages(outcome: Outcome) -> list[tuple[str, StageRecord, str]]:
     if outcome.preferences:
         found = outcome.preferences
         counts = f"{found.figures.wins} wins, {found.figures.ties} ties, "
-        counts += f"{found.figures.losses} losses, {found.asked} calls"
+        counts += f"{found.figures.losses} losses, {found.asked} answers"
         stages.append(("ask judge", found, counts))
     if outcome.registered:
         model = outcome.registered
@@ -362,7 +362,9 @@ def render(outcome: Outcome) -> str:
         lines += ["", *decisions]
     if outcome.judged and outcome.judged.versions:
         lines += ["", outcome.judged.line()]
-    if outcome.teacher is None and outcome.labels.asked:
+    # Test rows and canaries may be paid for where the training rows' answers were known.
+    is_paid = any(each.teacher == outcome.labels.teacher for each in outcome.paid or ())
+    if outcome.teacher is None and (outcome.labels.asked or is_paid):
         lines += ["", f"teacher: {_teachers_pay(outcome)}"]
     if of_judge := _of_judge(outcome):
         lines += ["", *(f"judge: {line}" for line in of_judge)]

@@ -154,6 +154,7 @@ def test_a_file_of_test_rows_leaves_all_others_to_train() -> None:
     assert "Read 510 rows of notes.csv, held-out.csv" in said
     assert "60 rows for the test alone" in said
     assert "test       60 rows: they judge the student" in said
+    assert "60 rows for the test: few; they tell the student's accuracy to ±13 points" in said
     assert "150 rows with a label: few; 200 are a good start" in said
     recipe = checked("notes.yaml")
     assert recipe.dataset.files == {"train": ("notes.csv",), "test": ("held-out.csv",)}
@@ -369,3 +370,14 @@ def test_some_of_many_rows_without_a_label_may_be_chosen(
     chosen = parse_recipe(yaml.safe_load(text.replace("# select:", "select:")), "mine")
     assert chosen.teacher.select
     assert chosen.teacher.select.rows == 1000
+
+
+def test_a_column_in_braces_beside_a_label_does_no_harm() -> None:
+    rows = [{**row, "raw": str({"by": row["text"][:5]})} for row in texts(150)]
+    write_csv(Path("both.csv"), rows)
+    assert "label    'label' (by name)" in run("both.csv")
+    for row in rows:
+        del row["label"]
+    write_csv(Path("none.csv"), rows)
+    with pytest.raises(DataError, match=r"'raw' has values in braces .* another column by --label"):
+        run("none.csv")

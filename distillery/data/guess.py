@@ -204,11 +204,16 @@ def choose_columns(
     if kind is None:
         labels = columns.keys() - set(texts) if label is None else {label}
         kind = "extract" if any(columns[name].may_be_fields for name in labels) else "classify"
-    refuse_dicts(columns, texts, label)
-    if kind == "classify":
-        chosen_label, label_reason = choose_label(columns, texts, label)
-    else:
-        chosen_label, label_reason = choose_answer(columns, texts, label, kind)
+    try:
+        if kind == "classify":
+            chosen_label, label_reason = choose_label(columns, texts, label)
+        else:
+            chosen_label, label_reason = choose_answer(columns, texts, label, kind)
+    except DataError:
+        # They are the likelier reason why there is none.
+        refuse_dicts({name: columns[name] for name in columns if name not in texts})
+        raise
+    refuse_dicts({chosen_label: columns[chosen_label]})
     others = {name: column for name, column in columns.items() if name != chosen_label}
     chosen_texts, text_reason = choose_texts(others, texts, chosen_label)
     if chosen_label in columns[chosen_label].counts:
@@ -219,14 +224,15 @@ def choose_columns(
     return ChosenColumns(chosen_texts, chosen_label, text_reason, label_reason, kind)
 
 
-def refuse_dicts(columns: Mapping[str, Column], texts: Sequence[str], label: str | None) -> None:
-    """Raise DataError for answers that are meant as JSON objects, and are none."""
-    for name in [label] if label else [name for name in columns if name not in texts]:
-        if columns[name].may_be_dicts:
+def refuse_dicts(columns: Mapping[str, Column]) -> None:
+    """Raise DataError if one of the columns has answers that are meant as JSON objects, and are
+    none."""
+    for name, column in columns.items():
+        if column.may_be_dicts:
             raise DataError(
                 f"the column {name!r} has values in braces that are no JSON objects, such as "
-                f"{next(iter(columns[name].counts))[:60]}; JSON has double quotes, null, true and "
-                "false: in Python, write the column by json.dumps"
+                f"{next(iter(column.counts))[:60]}; JSON has double quotes, null, true and false: "
+                "in Python, write the column by json.dumps; or name another column by --label"
             )
 
 

@@ -145,7 +145,9 @@ class BatchRun:
         self._payer, self._sends, self._progress = payer, sends, progress
         self._leases, self._lease_s = leases, lease_s
         self._holder = uuid.uuid4().hex
-        self._reservations = Reservations(store.database, store.flush, shares[0].recipe, payer)
+        self._reservations = Reservations(
+            store.database, store.flush, shares[0].recipe, payer, store.recover
+        )
         self._room: Amounts = {}
         self._teachers: dict[int, Teacher] = {}
         self._most_lines = batch.lines
@@ -387,7 +389,9 @@ class BatchRun:
         """Ask a share's first question directly."""
         share, store = self._shares[number], self._store
         async with (
-            Spending.shared(share.recipe, self._payer, store.database, store.flush) as spending,
+            Spending.shared(
+                share.recipe, self._payer, store.database, store.flush, store.recover
+            ) as spending,
             Teacher(
                 share.recipe,
                 self._endpoint,

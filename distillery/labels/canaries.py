@@ -125,7 +125,7 @@ async def ask_again(
     """Ask all questions of these rows and return the answers that come."""
     calls_at_a_time = asyncio.Semaphore(recipe.concurrency)
     async with (
-        Spending.shared(recipe, payer, store.database, store.flush) as spending,
+        Spending.shared(recipe, payer, store.database, store.flush, store.recover) as spending,
         Teacher(
             recipe,
             endpoint,

@@ -103,7 +103,9 @@ async def label(
                 await run.work(examples, teacher)
             else:
                 async with (
-                    Spending.shared(recipe, payer, store.database, store.flush) as spending,
+                    Spending.shared(
+                        recipe, payer, store.database, store.flush, store.recover
+                    ) as spending,
                     Teacher(
                         recipe,
                         endpoint,

@@ -361,6 +361,10 @@ class LabelStore:
             committed.wait()
         self._raise_failure()
 
+    def recover(self) -> None:
+        """Take in what processes of this machine that have ended by now left in their journals."""
+        self.recovered += recover(self._database.url, self._take_in)
+
     def close(self) -> None:
         """Commit what was added and disconnect. Raises the writer's failure."""
         self._stop()
@@ -485,13 +489,12 @@ class LabelStore:
             self._database.truncate_log()
         return count
 
-    def summary(self) -> list[tuple[str, int, int, float]]:
-        """Return (teacher, answers, rejected answers, cost) for each teacher, by name."""
+    def summary(self) -> list[tuple[str, int, int]]:
+        """Return (teacher, answers, rejected answers) for each teacher, by name."""
         rejected = func.count().filter(TABLE.c.answer.is_(None))
-        cost = func.coalesce(func.sum(TABLE.c.cost), 0.0)
-        query = select(TABLE.c.teacher, func.count(), rejected, cost)
+        query = select(TABLE.c.teacher, func.count(), rejected)
         found = self._rows(query.group_by(TABLE.c.teacher).order_by(TABLE.c.teacher))
-        return [(row[0], row[1], row[2], row[3]) for row in found]
+        return [(row[0], row[1], row[2]) for row in found]
 
     def _insert(
         self,

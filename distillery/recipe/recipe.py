@@ -136,6 +136,18 @@ class Recipe(Slice):
         )
 
     @model_validator(mode="after")
+    def check_budget_period(self) -> Self:
+        if self.name != type(self).model_fields["name"].default:
+            return self
+        for teacher in filter(None, (self.teacher, self.evaluation.judge)):
+            if teacher.budget.caps and teacher.budget.period != "run":
+                raise ValueError(
+                    f"{teacher.section}.budget.period: {teacher.budget.period} counts the runs of "
+                    "recipes of the same name; give this recipe a name of its own: set name"
+                )
+        return self
+
+    @model_validator(mode="after")
     def check_prompts(self) -> Self:
         kinds = {"letter": ("choice",), "text": ("choice", "classify"), "class": ("classify",)}
         for key, prompt in (("prompt", self.prompt), ("student.prompt", self.student.prompt)):

@@ -479,7 +479,7 @@ def judge_table(found: Preferences) -> Table:
         rows.append([asked, f"{figures.disagree:,} ({figures.disagreement:.1%})"])
     for reason, count in figures.left_out.items():
         rows.append([f"left out: {reason}", f"{count:,}"])
-    rows.append(["calls", f"{found.asked:,}"])
+    rows.append(["answers", f"{found.asked:,}"])
     rows.append(["tokens in", f"{found.usage.prompt_tokens:,}"])
     rows.append(["tokens out", f"{found.usage.completion_tokens:,}"])
     if found.cost is not None:

@@ -15,8 +15,15 @@ from distillery.storage.leases import LEASES, NOW
 BEAT_S = 5.0
 """Between two renewals of a run's row; each also counts the other runs."""
 
-LENGTH_S = 30.0
-"""After the last renewal of a run that died, until the others count it no longer."""
+LENGTH_S = 60.0
+"""After the last renewal of a run that died, until the others count it no longer. A renewal may
+wait 30 s for SQLite's lock."""
+
+JOIN_S = 30.0
+"""How long a run that joins waits for a database that does not answer."""
+
+RETRY_S = 1.0
+"""Between two tries to join."""
 
 REMOVED_AFTER_S = 3600.0
 """After the expiry of a row. Its run is long dead then, so that no two runs wait for each other's
@@ -32,6 +39,7 @@ class Sharers:
     Invariants:
     - `count` is at least 1: this run. It never waits for the database.
     - A run that joins is counted by all others within BEAT_S, if the database answers them.
+    - A run joins once the database has answered, or after JOIN_S: until then it knows of no other.
     - While the database does not answer, `count` stays. All rows may have expired when it answers
       again, so that `count` does not fall for as long as it takes the others to renew theirs.
       `failed_at` is the time.monotonic() at which it last did not answer.
@@ -52,8 +60,11 @@ class Sharers:
         return BEAT_S + 1.0
 
     def join(self) -> None:
-        """Be counted from now on, and know how many runs there are, if the database answers."""
-        self._beat()
+        """Be counted from now on, and know how many runs there are. Waits for a database that does
+        not answer, JOIN_S at most."""
+        deadline = time.monotonic() + JOIN_S
+        while not self._beat() and time.monotonic() < deadline and not self._left.wait(RETRY_S):
+            pass
         self._thread.start()
 
     def leave(self) -> None:
@@ -71,14 +82,16 @@ class Sharers:
         except StoreError:
             return
 
-    def _beat(self) -> None:
+    def _beat(self) -> bool:
+        """Renew the row and count the runs; return whether the database answered."""
         try:
             count = self._database.run_once(self._renew_and_count)
         except StoreError:
             self.failed_at = time.monotonic()
-            return
+            return False
         if count > self.count or time.monotonic() - self.failed_at > 2 * BEAT_S:
             self.count = count
+        return True
 
     def _renew_and_count(self, connection: Any) -> int:
         now = NOW[self._database.backend].text

@@ -11,8 +11,8 @@ from sqlalchemy import Column, Float, String, Table, Text, and_, delete, select,
 
 from distillery.errors import StoreError
 from distillery.recipe import BudgetRecipe
-from distillery.storage.database import METADATA, Database
-from distillery.storage.leases import LENGTH_S, NOW, OUTAGE_S, RENEWALS
+from distillery.storage.database import METADATA, Database, nothing
+from distillery.storage.leases import LENGTH_S, NOW, RENEWALS
 from distillery.teacher.ledger import Amounts, Payer, new_call_id, period_start, spent
 
 SHARE = 1 / 8
@@ -41,12 +41,12 @@ ALLOWANCES = Table(
 @dataclass(frozen=True)
 class Grant:
     """What came of asking for an allowance. `more`: what may be spent beyond what was kept; nothing
-    of anything where a call does not fit. `spent`: what the ledger says. `is_final`: no other
-    process has an allowance, which might be given back soon."""
+    of anything where a call does not fit. `spent`: what the ledger says. `waits_for`: the runs of
+    the other processes that have an allowance, which might be given back soon."""
 
     more: Amounts
     spent: Amounts
-    is_final: bool
+    waits_for: tuple[str, ...]
 
 
 class Allowance:
@@ -60,10 +60,18 @@ class Allowance:
     - Expiry is set and compared by the database's time. A dead process's row is dropped by one that
       needs it, once that has seen it expired and unchanged for the time of two renewals while the
       database answered: during an outage nobody can renew.
+    - A process whose row may have been dropped, because it was suspended, has lapsed: it spends
+      nothing until it has renewed.
+    - Before a dead process's row is dropped, `recover` writes into the ledger what that process had
+      in its journal: answers on the way to the database, and its calls under way as lost. That is
+      so on the machine where it died. On others these calls, at most teacher.concurrency under way
+      and what was not committed yet, can be spent beyond the cap until that machine recovers the
+      journal.
 
     The budget is that of a run, or of a recipe since the day, week or month began in UTC, of
     teachers or of judges, as `section` of the recipe says. `flush` commits all calls recorded so
-    far. Costs in another currency than `currency` don't count.
+    far. `recover` commits what dead processes of this machine have left. Costs in another currency
+    than `currency` don't count.
     """
 
     def __init__(
@@ -74,28 +82,51 @@ class Allowance:
         payer: Payer,
         section: str,
         currency: str,
+        recover: Callable[[], None] = nothing,
     ) -> None:
-        self._database, self._flush = database, flush
+        self._database, self._flush, self._recover = database, flush, recover
         self._caps, self._period = budget.caps, budget.period
         self._payer, self._section, self._currency = payer, section, currency
         self._holder = new_call_id()
         self._until = text(f"{NOW[database.backend].text} + {LENGTH_S}")
         self._others = OtherRows(payer, section, budget, database.backend)
+        self._renewed_at = float("-inf")
+
+    @property
+    def has_lapsed(self) -> bool:
+        """Whether others may have dropped the row, so that it allows nothing."""
+        # Not time.monotonic(), which stands still while a machine sleeps. A clock that is set ahead
+        # costs a renewal.
+        return time.time() - self._renewed_at > LENGTH_S
 
     def renew(self, kept: Amounts, call: Amounts, calls: int) -> Grant:
         """Keep `kept` of the allowance, give the rest back, and take more: a share of what is left,
         at least enough for `calls` calls that take `call`, as far as there is so much. Waits for
         the database; raises what `Database.run` and `flush` raise."""
         self._flush()
-        return self._database.run(partial(self._renew, kept=kept, call=call, calls=calls))
+        renew = partial(self._renew, kept=kept, call=call, calls=calls)
+        began = time.time()
+        grant = self._database.run(renew, self._others.forget)
+        if self._others.dead:
+            self._recover()
+            self._database.run(self._others.drop_dead)
+            began = time.time()
+            grant = self._database.run(renew, self._others.forget)
+        self._renewed_at = began
+        return grant
 
     def prolong(self) -> None:
         """Put the row's expiry off. If the database does not answer, the next call may."""
         own = update(ALLOWANCES).where(ALLOWANCES.c.holder == self._holder)
+        began = time.time()
         try:
-            self._database.run_once(lambda c: c.execute(own.values(expires_at=self._until)))
+            found = self._database.run_once(
+                lambda c: c.execute(own.values(expires_at=self._until)).rowcount
+            )
         except StoreError:
+            self._others.forget()
             return
+        self._renewed_at = began if found else float("-inf")
 
     def release(self) -> None:
         """Give the allowance back. Where the database does not answer, it expires instead."""
@@ -115,16 +146,16 @@ class Allowance:
         since = period_start(self._period, datetime.now(UTC))
         gone = spent(connection, self._payer, self._section, self._currency, since)
         # A batch takes hours: nobody waits for what it may leave.
-        is_final = all(other.expires_at >= NEVER for other in others)
+        waits_for = tuple(sorted({row.run for row in others if row.expires_at < NEVER}))
         more = {}
         for name, cap in self._caps.items():
             held = sum(getattr(other, name) for other in others)
             left = cap - gone[name] - held - kept[name]
             if call[name] > left:
-                return Grant(dict.fromkeys(self._caps, 0.0), gone, is_final=is_final)
+                return Grant(dict.fromkeys(self._caps, 0.0), gone, waits_for)
             more[name] = min(left, max(left * SHARE, call[name] * calls))
         self._write(connection, {name: kept[name] + more[name] for name in self._caps})
-        return Grant(more, gone, is_final=is_final)
+        return Grant(more, gone, waits_for)
 
     def _write(self, connection: Any, amounts: Amounts) -> None:
         allowed = {name: amounts.get(name, 0.0) for name in ("cost", "tokens", "calls")}
@@ -141,7 +172,8 @@ class Allowance:
 
 
 class OtherRows:
-    """The rows of a budget that are not a process's own, as it sees them one time after another."""
+    """The rows of a budget that are not a process's own, as it sees them one time after another.
+    `dead`: holder and expiry of rows that were seen expired for the time of two renewals."""
 
     def __init__(self, payer: Payer, section: str, budget: BudgetRecipe, backend: str) -> None:
         mine = ALLOWANCES.c.run == payer.run
@@ -150,25 +182,31 @@ class OtherRows:
         self._same_budget = and_(mine, ALLOWANCES.c.section == section)
         self._now = NOW[backend]
         self._seen: dict[tuple[str, float], float] = {}
-        self._looked_at = float("-inf")
+        self.dead: set[tuple[str, float]] = set()
 
     def read(self, connection: Any, caps: Iterable[str], own: str = "") -> list[Any]:
         """Within a transaction, return the rows that allow something of one of `caps`, but that of
-        the holder `own`, and drop those of dead processes."""
+        the holder `own`, and note those of dead processes."""
         of_others = and_(self._same_budget, ALLOWANCES.c.holder != own)
         expired = (ALLOWANCES.c.expires_at <= self._now).label("expired")
         now = time.monotonic()
-        if now - self._looked_at > OUTAGE_S:
-            self._seen.clear()
-        self._looked_at = now
         found = []
         for row in connection.execute(select(ALLOWANCES, expired).where(of_others)).all():
             if row.expired:
                 since = self._seen.setdefault((row.holder, row.expires_at), now)
                 if now - since >= 2 * RENEWAL_S:
-                    dead = delete(ALLOWANCES).where(ALLOWANCES.c.holder == row.holder)
-                    connection.execute(dead)
-                    continue
+                    self.dead.add((row.holder, row.expires_at))
             if any(getattr(row, name) > 0 for name in caps):
                 found.append(row)
         return found
+
+    def forget(self) -> None:
+        """Begin anew to look for dead processes: the database was away, so nobody could renew."""
+        self._seen.clear()
+
+    def drop_dead(self, connection: Any) -> None:
+        """Drop the rows of dead processes, those excepted that have been renewed since."""
+        for holder, expires_at in self.dead:
+            unchanged = and_(ALLOWANCES.c.holder == holder, ALLOWANCES.c.expires_at == expires_at)
+            connection.execute(delete(ALLOWANCES).where(unchanged))
+        self.dead.clear()

@@ -1,19 +1,27 @@
 """What the teacher costs, and the caps on what is spent on it (teacher.budget)."""
 
 import asyncio
+import logging
+import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Self
 
-from distillery.errors import BudgetReached
+from distillery.errors import BudgetReached, RecipeError
 from distillery.recipe import BudgetRecipe, PriceRecipe, TeacherRecipe
 from distillery.records import Usage
-from distillery.storage.database import Database
+from distillery.storage.database import Database, nothing
 from distillery.teacher.allowances import RENEWAL_S, Allowance
-from distillery.teacher.ledger import Amounts, Payer, period_start, spent
+from distillery.teacher.ledger import Amounts, Payer, period_end, period_start, spent
+
+_log = logging.getLogger(__name__)
 
 POLL_S = 1.0
 """Between two looks at whether another process has left something."""
+
+LOOK_SHARE = 0.1
+"""The share of its time that a waiting process spends on these looks, as long as they are no
+further apart than renewals: each adds up the ledger and keeps the others from renewing."""
 
 
 def cost_of(usage: Usage, prices: PriceRecipe | None) -> float | None:
@@ -29,6 +37,16 @@ def cost_of(usage: Usage, prices: PriceRecipe | None) -> float | None:
         + usage.cached_tokens * cached_price
         + usage.completion_tokens * prices.output
     ) / 1e6
+
+
+def check_period(budget: BudgetRecipe, section: str, payer: Payer) -> None:
+    """Raise RecipeError for a budget of a day, week or month of a payer without a recipe's name,
+    which would be that of all such payers together."""
+    if budget.caps and budget.period != "run" and not payer.recipe:
+        raise RecipeError(
+            f"{section}.budget.period: {budget.period} counts the runs of recipes of the same "
+            "name, and this run has no recipe with a name; leave period out"
+        )
 
 
 def standing(
@@ -94,6 +112,7 @@ class Spending:
         self._reserved = dict.fromkeys(self._spent, 0.0)
         self._granted = dict.fromkeys(self._caps, 0.0) if self._allowance else self._caps
         self._is_used_up = False
+        self._waits_for: tuple[str, ...] = ()
         self._asks_for_more = asyncio.Lock()
         self._settled = asyncio.Event()
 
@@ -109,13 +128,21 @@ class Spending:
 
     @classmethod
     def shared(
-        cls, recipe: TeacherRecipe, payer: Payer, database: Database, flush: Callable[[], None]
+        cls,
+        recipe: TeacherRecipe,
+        payer: Payer,
+        database: Database,
+        flush: Callable[[], None],
+        recover: Callable[[], None] = nothing,
     ) -> Self:
         """Return the spending of one of the processes that ask a recipe's teacher on behalf of
-        `payer`; `flush` commits to `database` all calls recorded so far."""
+        `payer`; `flush` commits to `database` all calls recorded so far, `recover` those that dead
+        processes of this machine have left. Raises RecipeError for a budget of a day, week or month
+        where no recipe has a name."""
+        check_period(recipe.budget, recipe.section, payer)
         currency = recipe.prices.currency if recipe.prices else ""
         section = recipe.budget_section
-        allowance = Allowance(database, flush, recipe.budget, payer, section, currency)
+        allowance = Allowance(database, flush, recipe.budget, payer, section, currency, recover)
         return cls(recipe.budget, recipe.prices, section, allowance, recipe.concurrency)
 
     async def reserve(self, most: Usage) -> Amounts:
@@ -159,13 +186,27 @@ class Spending:
             base = {each: self._spent[each] + kept[each] for each in self._caps}
             # What is not kept goes back with the same transaction, so that nobody takes it now.
             self._granted = base
+            began = time.monotonic()
             grant = await asyncio.to_thread(allowance.renew, kept, wanted, self._calls)
             self._granted = {each: base[each] + grant.more[each] for each in self._caps}
             self._is_used_up = not any(grant.more.values())
             if self._is_used_up and not under_way:
-                if grant.is_final:
+                if not grant.waits_for:
                     raise self._reached(name, grant.spent)
-                await asyncio.sleep(POLL_S)
+                self._tell_of(grant.waits_for)
+                took = time.monotonic() - began
+                await asyncio.sleep(max(POLL_S, min(took / LOOK_SHARE, RENEWAL_S)))
+
+    def _tell_of(self, runs: tuple[str, ...]) -> None:
+        """Say which runs this one waits for, if it has not said so."""
+        if runs != self._waits_for:
+            self._waits_for = runs
+            _log.warning(
+                "%s.budget: all that is left is allowed to others; waiting for what run %s gives "
+                "back",
+                self._section,
+                ", ".join(runs),
+            )
 
     async def _prolong(self, allowance: Allowance) -> None:
         while True:
@@ -173,15 +214,20 @@ class Spending:
             await asyncio.to_thread(allowance.prolong)
 
     def _reached(self, name: str, spent: Amounts) -> BudgetReached:
-        when = "in this run" if self._period == "run" else f"in this {self._period}"
+        again = "run again to continue"
+        if end := period_end(self._period, datetime.now(UTC)):
+            again = f"run again from {end:%Y-%m-%d} (UTC) on to continue"
         return BudgetReached(
-            f"{self._section}.budget.{name}: {spent[name]:g} of {self._caps[name]:g} spent {when}, "
-            "and the next call could exceed it; all answers are kept: run again to continue, or "
+            f"{self._section}.budget.{name}: {spent[name]:g} of {self._caps[name]:g} spent in this "
+            f"{self._period}, and the next call could exceed it; all answers are kept: {again}, or "
             "raise the cap"
         )
 
     def _exceeded_by(self, wanted: Amounts) -> str | None:
+        has_lapsed = self._allowance is not None and self._allowance.has_lapsed
         for name, granted in self._granted.items():
+            if has_lapsed:
+                granted = 0.0
             if self._spent[name] + self._reserved[name] + wanted[name] > granted:
                 return name
         return None

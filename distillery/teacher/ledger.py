@@ -14,6 +14,7 @@ from sqlalchemy import (
     Column,
     DateTime,
     Float,
+    Index,
     Integer,
     String,
     Table,
@@ -143,6 +144,7 @@ CALLS = Table(
     Column("cost", Float),
     Column("prices", JSON(none_as_null=True)),
     Column("batch_id", Text, nullable=False),
+    Index("ix_teacher_calls_recipe_called_at", "recipe", "called_at"),
 )
 
 
@@ -167,6 +169,16 @@ def period_start(period: str, now: datetime) -> datetime | None:
     if period == "month":
         return midnight.replace(day=1)
     return None
+
+
+def period_end(period: str, now: datetime) -> datetime | None:
+    """Return when the next day, week or month begins; None for the period "run"."""
+    start = period_start(period, now)
+    if start is None:
+        return None
+    if period == "month":
+        return (start + timedelta(days=31)).replace(day=1)
+    return start + timedelta(days=7 if period == "week" else 1)
 
 
 def spent(
@@ -234,7 +246,9 @@ def weekly_totals(database: Database, since: datetime | None = None) -> list[Cal
     first = database.run(lambda c: c.execute(select(func.min(CALLS.c.called_at))).scalar())
     if first is None:
         return []
-    begin = first.replace(tzinfo=UTC) if since is None else max(since, first.replace(tzinfo=UTC))
+    # SQLite gives UTC without a zone, PostgreSQL the time in the session's zone.
+    first = first.astimezone(UTC) if first.tzinfo else first.replace(tzinfo=UTC)
+    begin = first if since is None else max(since, first)
     monday, found = period_start("week", begin), []
     while monday is not None and monday <= datetime.now(UTC):
         following = monday + timedelta(days=7)

@@ -9,27 +9,34 @@ from sqlalchemy import delete
 
 from distillery.recipe import TeacherRecipe
 from distillery.records import Usage
-from distillery.storage.database import Database
+from distillery.storage.database import Database, nothing
 from distillery.teacher.allowances import ALLOWANCES, NEVER, OtherRows
-from distillery.teacher.budget import cost_of
+from distillery.teacher.budget import check_period, cost_of
 from distillery.teacher.ledger import Amounts, Payer, period_start, spent
 
 
 class Reservations:
     """The reservations of the batches that a recipe's teacher is sent on behalf of `payer`. `flush`
-    commits to `database` all calls recorded so far.
+    commits to `database` all calls recorded so far, `recover` those that dead processes of this
+    machine have left.
 
     What is reserved, allowed and spent is together within every cap: a reservation is made by one
     transaction, which reads the others. A batch's id is its holder."""
 
     def __init__(
-        self, database: Database, flush: Callable[[], None], recipe: TeacherRecipe, payer: Payer
+        self,
+        database: Database,
+        flush: Callable[[], None],
+        recipe: TeacherRecipe,
+        payer: Payer,
+        recover: Callable[[], None] = nothing,
     ) -> None:
-        self._database, self._flush = database, flush
+        self._database, self._flush, self._recover = database, flush, recover
+        check_period(recipe.budget, recipe.section, payer)
         self._caps, self._period = recipe.budget.caps, recipe.budget.period
         self._section, self._payer = recipe.budget_section, payer
         self._currency = recipe.prices.currency if recipe.prices else ""
-        self._others = OtherRows(payer, recipe.section, recipe.budget, database.backend)
+        self._others = OtherRows(payer, recipe.budget_section, recipe.budget, database.backend)
         self.is_final = True
         """Whether no process that asks directly has an allowance, which might be given back soon,
         as of the last look at the room."""
@@ -37,7 +44,14 @@ class Reservations:
     def room(self) -> Amounts:
         """Return how much of each cap is left, by name."""
         self._flush()
-        return self._database.run(self._room) if self._caps else {}
+        if not self._caps:
+            return {}
+        room = self._database.run(self._room, self._others.forget)
+        if self._others.dead:
+            self._recover()
+            self._database.run(self._others.drop_dead)
+            room = self._database.run(self._room, self._others.forget)
+        return room
 
     def reserve(self, batch_id: str, most: Amounts) -> bool:
         """Reserve the most that a batch can take, if the budget has room for it; return whether it

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from chat_endpoint import Call, ChatEndpoint, Reply, good, refused, said
 from label_runs import PROMPT, endpoint_of, example, labelled
+from postgres_server import Postgres
 
 from distillery.labels.canaries import ask_canaries
 from distillery.labels.files import LabelCounts
@@ -210,6 +211,26 @@ async def labelled_again(url: str, folder: Path, rows: list[int]) -> LabelCounts
         counts = await labelled(server, url, folder / "again", known, prices=PRICES)
         assert server.calls == []
     return counts
+
+
+@pytest.mark.slow
+def test_weeks_are_in_utc_in_any_zone_of_the_session(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Monday's first hour in Kiritimati is still Sunday in UTC."""
+    monkeypatch.setenv("PGTZ", "Pacific/Kiritimati")
+    with Postgres() as server, LabelStore(server.url()) as store:
+        store.record(
+            ledger.Call(
+                run="run",
+                recipe="messages",
+                teacher="a",
+                purpose="label",
+                outcome="answer",
+                called_at=datetime(2026, 11, 15, 12, tzinfo=UTC),
+            )
+        )
+        store.flush()
+        weeks = ledger.weekly_totals(store.database)
+    assert [(each.week, each.calls) for each in weeks] == [("2026-11-09", 1)]
 
 
 def test_totals_are_by_what_is_asked_for(tmp_path: Path) -> None:

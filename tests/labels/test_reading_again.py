@@ -76,7 +76,7 @@ async def check_answers_are_read_again(url: str, out: Path) -> None:
     exported = out / "export.parquet"
     with LabelStore(url) as store:
         assert store.delete(rejected=True) == 2, "an answer that is read now is none of them"
-        assert store.summary() == [("gpt-test", 4, 0, 0.0)]
+        assert store.summary() == [("gpt-test", 4, 0)]
         assert store.export(exported) == 4
     rows = pq.read_table(exported).to_pylist()
     kept = {row["raw"]: (row["answer"], row["distribution"], row["reason"]) for row in rows}

@@ -746,3 +746,13 @@ def test_a_choice_of_layers_replaces_the_default_as_a_whole() -> None:
     by_text = classifier(student={"prompt": text}).student.layers
     assert by_text == LayerChoice(keep=0.5, by="first")
     assert isinstance(classifier().student.layers, LayerChoice)
+
+
+@pytest.mark.parametrize("named", [{}, {"name": "run"}])
+def test_a_budget_of_a_period_needs_a_name(named: dict[str, Any]) -> None:
+    """Recipes without a name would share it."""
+    week = {"teacher": {"budget": {"calls": 5, "period": "week"}}}
+    told = refusal(week | named)
+    assert "teacher.budget.period: week counts the runs of recipes of the same name" in told
+    parse_recipe(week | {"name": "messages"}, "mine.yaml")
+    parse_recipe({"teacher": {"budget": {"calls": 5}}} | named, "mine.yaml")

@@ -3,6 +3,7 @@ makes a share larger."""
 
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -122,6 +123,25 @@ def test_the_count_stays_during_an_outage_and_until_the_others_have_had_time_to_
     assert own.count == 2
     clock.now = 201.0
     wait_until(lambda: own.count == 1)
+    own.leave()
+
+
+@pytest.mark.usefixtures("often")
+def test_a_run_that_joins_in_an_outage_knows_the_others_before_it_begins(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sharers_module, "RETRY_S", 0.1)
+    own = joined(url)
+    execute(url, "ALTER TABLE leases RENAME TO away")
+    late = Sharers(Database(url), "limits")
+    joining = threading.Thread(target=late.join)
+    joining.start()
+    wait_until(lambda: late.failed_at > 0)
+    assert joining.is_alive()
+    execute(url, "ALTER TABLE away RENAME TO leases")
+    joining.join(timeout=20)
+    assert late.count == 2
+    late.leave()
     own.leave()
 
 

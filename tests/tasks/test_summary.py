@@ -172,6 +172,10 @@ def test_what_is_paid_in_this_run_is_what_the_ledger_has(tmp_path: Path) -> None
         f"{earlier}; 502 calls, 20,000 tokens in, 500 out (2 calls estimated), 0.11 EUR, in this "
         "run (test row: answer 500, test row: malformed 2)"
     )
+    known = outcome.model_copy(
+        update={"labels": labels.model_copy(update={"asked": 0}), "paid": (answers,)}
+    )
+    assert "500 calls, 20,000 tokens in" in render(known), "the training rows' answers were known"
     assert earlier in render(outcome), "of earlier versions nobody knows"
     assert "none in this run" not in render(outcome)
 

@@ -16,13 +16,13 @@ from label_runs import example, run_process
 from postgres_server import Postgres
 from sqlalchemy import select
 
-from distillery.errors import BudgetReached
+from distillery.errors import BudgetReached, RecipeError
 from distillery.labels.store import LabelStore
 from distillery.recipe import BudgetRecipe, PriceRecipe, TeacherRecipe
 from distillery.records import Usage
 from distillery.teacher import ledger
 from distillery.teacher.budget import Spending, cost_of
-from distillery.teacher.ledger import Payer, period_start
+from distillery.teacher.ledger import Payer, period_end, period_start
 
 PRICES = PriceRecipe(input=2.0, output=8.0)
 MOST = Usage(prompt_tokens=100, completion_tokens=20)
@@ -64,7 +64,9 @@ async def spend(
     taken: list[Usage] = []
     refusals: list[str] = []
     left = iter(range(rows))
-    async with Spending.shared(recipe, payer, store.database, store.flush) as spending:
+    async with Spending.shared(
+        recipe, payer, store.database, store.flush, store.recover
+    ) as spending:
 
         async def worker() -> None:
             for _ in left:
@@ -115,7 +117,9 @@ async def test_several_that_spend_at_a_time_keep_a_cap_and_use_it(
     call = amounts([MOST])[name]
     assert cap - call < spent <= cap * (1 + 1e-9), "the next call at its most would exceed it"
     assert all(f"teacher.budget.{name}: " in refusal for _, refusal in ends)
+    next_week = period_end("week", datetime.now(UTC))
     assert all("spent in this week" in refusal for _, refusal in ends)
+    assert all(f"run again from {next_week:%Y-%m-%d} (UTC) on" in refusal for _, refusal in ends)
     with LabelStore(url) as store:
         assert rows_of(store) == [], "what was allowed is given back"
 
@@ -154,6 +158,13 @@ async def test_what_counts_is_in_the_ledger(
         taken, refusal = await spend(store, recipe, this, random.Random(1))
     assert len(taken) == spends
     assert refusal.startswith("teacher.budget.calls: 5 of 5 spent in this ")
+
+
+def test_a_period_needs_a_recipes_name(tmp_path: Path) -> None:
+    with LabelStore(f"sqlite:///{tmp_path / 'labels.db'}") as store:
+        week = recipe_of(calls=5, period="week")
+        with pytest.raises(RecipeError, match=r"teacher\.budget\.period: week counts the runs of"):
+            Spending.shared(week, Payer(), store.database, store.flush)
 
 
 async def test_costs_in_another_currency_do_not_count(tmp_path: Path) -> None:
@@ -199,8 +210,71 @@ async def test_a_dead_processs_allowance_is_given_to_others(
         assert loop.time() - began > 0.5 + 0.8, "not before it has expired and stayed so"
 
 
+async def test_a_process_whose_row_was_dropped_while_it_was_suspended_asks_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another one has spent meanwhile what the row had allowed."""
+    monkeypatch.setattr("distillery.teacher.budget.RENEWAL_S", 0.1)
+    payer = Payer("this", "messages")
+    with LabelStore(f"sqlite:///{tmp_path / 'labels.db'}") as store:
+        shared = Spending.shared(recipe_of(calls=80), payer, store.database, store.flush)
+        async with shared as spending:
+            spending.settle(await spending.reserve(MOST), MOST)
+            store.record(call_of(payer, MOST))
+            execute(store, "DELETE FROM budget_allowances")
+            for _ in range(79):
+                store.record(call_of(payer, MOST))
+            store.flush()
+            await asyncio.sleep(0.5)
+            with pytest.raises(BudgetReached, match="80 of 80 spent"):
+                await spending.reserve(MOST)
+
+
+async def test_a_process_that_was_suspended_spends_nothing_before_it_has_renewed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    payer = Payer("this", "messages")
+    with LabelStore(f"sqlite:///{tmp_path / 'labels.db'}") as store:
+        shared = Spending.shared(recipe_of(calls=80), payer, store.database, store.flush)
+        async with shared as spending:
+            spending.settle(await spending.reserve(MOST), MOST)
+            for _ in range(80):
+                store.record(call_of(payer, MOST))
+            monkeypatch.setattr("distillery.teacher.allowances.LENGTH_S", -1.0)
+            with pytest.raises(BudgetReached):
+                await spending.reserve(MOST)
+
+
+def execute(store: LabelStore, statement: str) -> None:
+    store.database.run(lambda connection: connection.exec_driver_sql(statement))
+
+
+async def test_slow_looks_do_not_keep_a_dead_processs_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Looks that are further apart than an outage lasts count as well."""
+    monkeypatch.setattr("distillery.teacher.allowances.RENEWAL_S", 0.4)
+    monkeypatch.setattr("distillery.teacher.budget.POLL_S", 3.5)
+    payer = Payer("this", "messages")
+    with LabelStore(f"sqlite:///{tmp_path / 'labels.db'}") as store:
+        execute(
+            store,
+            "INSERT INTO budget_allowances"
+            " VALUES ('dead', 'this', 'messages', 'teacher', 0, 0, 9, 1)",
+        )
+        taken, _ = await asyncio.wait_for(
+            spend(store, recipe_of(calls=10), payer, random.Random(1)), timeout=15
+        )
+    assert len(taken) == 10
+    assert caplog.text.count("waiting for what run this gives back") == 1
+
+
 def test_the_beginning_of_periods() -> None:
     now = datetime(2026, 11, 28, 9, 30, tzinfo=UTC)
+    assert period_end("run", now) is None
+    assert period_end("day", now) == datetime(2026, 11, 29, tzinfo=UTC)
+    assert period_end("week", now) == datetime(2026, 11, 30, tzinfo=UTC), "a Monday"
+    assert period_end("month", now) == datetime(2026, 12, 1, tzinfo=UTC)
     assert period_start("run", now) is None
     assert period_start("day", now) == datetime(2026, 11, 28, tzinfo=UTC)
     assert period_start("week", now) == datetime(2026, 11, 23, tzinfo=UTC), "a Monday"
@@ -257,6 +331,28 @@ def test_a_run_that_is_killed_and_starts_anew_goes_on_counting(tmp_path: Path) -
     before = [at for at in times if at.replace(tzinfo=UTC) < killed_at]
     assert len(before) >= 10
     assert len(before) + asked_after == len(times) == 40
+
+
+@pytest.mark.slow
+def test_a_killed_processs_calls_under_way_stay_in_the_budget_of_another_that_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are in its journal, which the other one takes in before it drops the row."""
+    monkeypatch.setattr("distillery.teacher.allowances.RENEWAL_S", 0.4)
+    url = f"sqlite:///{tmp_path / 'labels.db'}"
+    recipe = recipe_of(calls=40, period="day")
+    rows = [example(row) for row in range(200)]
+    hung = Reply(completion("A"), delay=60)
+    with ChatEndpoint(lambda _: hung) as server, LabelStore(url) as store:
+        payer = Payer(recipe="messages")
+        other = run_process(server, url, tmp_path / "out", rows, recipe, payer=payer)
+        wait_until(lambda: len(server.calls) == 8)
+        other.kill()
+        other.wait()
+        execute(store, "UPDATE budget_allowances SET expires_at = 1")
+        payer = Payer(recipe="messages")
+        taken, _ = asyncio.run(spend(store, recipe, payer, random.Random(1)))
+    assert len(taken) == 40 - 8
 
 
 def wait_until(is_so: Callable[[], bool]) -> None:

@@ -19,3 +19,5 @@ def upgrade() -> None:
         sa.Column("calls", sa.Float, nullable=False),
         sa.Column("expires_at", sa.Float, nullable=False),
     )
+    # What a recipe's runs have spent in a period is added up again and again.
+    op.create_index("ix_teacher_calls_recipe_called_at", "teacher_calls", ["recipe", "called_at"])
