@@ -15,6 +15,7 @@ DistilleryError
 ├── Waiting                   batches are under way: the run goes on when it is run again
 ├── StoreError                the artifact store or the shared database
 │   ├── StoreUnavailable      does not answer (infrastructure: worth a retry)
+│   ├── RowRefused            a row with a value that the database does not take
 │   └── ArtifactDamaged       a folder that is missing, half-written or does not match its digest
 ├── TrainingError             training can't start or produced no usable student
 │   └── TrainingUnavailable   the machine that trains is not there or died; says nothing of settings
@@ -95,6 +96,10 @@ class StoreError(DistilleryError):
 
 
 class StoreUnavailable(StoreError):
+    pass
+
+
+class RowRefused(StoreError):
     pass
 
 

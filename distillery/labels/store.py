@@ -15,7 +15,7 @@ from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from time import sleep
+from time import monotonic, sleep
 from types import TracebackType
 from typing import Any, Literal, Self
 
@@ -40,10 +40,11 @@ from sqlalchemy import (
 from sqlalchemy.sql import select
 
 from distillery.data.answer_tokens import unpacked
-from distillery.errors import DataError, StoreError
-from distillery.labels.journal import Contents, Journal, Kind, recover, values_of
+from distillery.errors import DataError, RowRefused, StoreError
+from distillery.labels.journal import Item, Journal, Kind, recover, values_of
 from distillery.labels.pairs import both_orders
 from distillery.recipe import JUDGE
+from distillery.settings import LocalSettings
 from distillery.storage.database import METADATA, Database, nothing
 from distillery.teacher.ledger import CALLS, Call, write_calls
 
@@ -99,6 +100,8 @@ TABLE = Table(
     Column("tokens", LargeBinary),
 )
 
+COLUMN_NAMES = {column.name for column in TABLE.columns}
+
 ANSWER_COLUMNS = [column for column in TABLE.columns if column.name != "created_at"]
 
 KEYS_PER_QUERY = 1000
@@ -108,6 +111,10 @@ MOST_PER_COMMIT = 500
 GATHER_S = 0.02
 """Pause between an answer and its commit, so that the answers right behind it go with it: a commit
 waits for the disk and takes a millisecond of CPU time, which the calls under way need."""
+
+SLOW_COMMIT_S = 2.0
+"""Seconds of one commit after which the database counts as away: it may not answer at all, which
+SQLite tells after 30 s and PostgreSQL's server, if it has vanished, as late."""
 
 PAUSE_S = 0.1
 """How often it is looked whether the database is back."""
@@ -137,12 +144,13 @@ class Experience:
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """An answer, a call or both, on the way to the database. `lines`: their numbers in the
-    journal."""
+    """A row of TABLE, a call or both, on the way to the database. `lines`: their numbers in the
+    journal. `is_kept`: whether the journal has them."""
 
-    answer: StoredAnswer | None
+    row: dict[str, Any] | None
     call: Call | None
     lines: tuple[int, ...]
+    is_kept: bool = True
 
 
 class LabelStore:
@@ -154,7 +162,7 @@ class LabelStore:
     given, are taken for missing by `get_many` and `answered`, and replaced by those that are added.
 
     To open a store takes in what processes of this machine that have ended left in their journals
-    (journal.py); `recovered` tells of each.
+    (journal.py); `recovered` tells of each. Not so with `recovers=False`, for those who only read.
 
     Any thread adds answers; one thread of the store's own writes them. Invariants:
     - Answers are committed in the order of `add`, without a call of `flush`: the writer pauses for
@@ -165,15 +173,19 @@ class LabelStore:
       after the commit of all answers before it.
     - What is added is in the journal before it is in the writer's queue, and leaves the journal
       after its commit. So does a call that has begun, until it is recorded.
-    - While commits fail, `is_away` is true and `ready` waits, so that no call begins; the writer
-      tries again for `wait_s`.
+    - While commits fail, or one takes longer than SLOW_COMMIT_S, `is_away` is true and `ready`
+      waits, so that no call begins; the writer tries again for `wait_s`.
     - The first failure after that is final: nothing is committed after it, and every later `add`,
       `flush`, `get_many` and `close` raises it. What is added still comes into the journal.
     - A None in the queue ends the writer. `close` sends it after the last answer.
     """
 
     def __init__(
-        self, url: str | None = None, wait_s: float | None = None, max_age: float | None = None
+        self,
+        url: str | None = None,
+        wait_s: float | None = None,
+        max_age: float | None = None,
+        recovers: bool = True,
     ) -> None:
         self._database = Database(url, wait_s)
         self._since = None
@@ -181,8 +193,10 @@ class LabelStore:
             self._since = datetime.now(UTC) - timedelta(days=max_age)
         self._arrived: SimpleQueue[Arrival | threading.Event | None] = SimpleQueue()
         self._failure: StoreError | None = None
-        self.is_away = False
-        self.recovered = recover(self._database.url, self._take_in)
+        self._is_failing = False
+        self._committing_since: float | None = None
+        self._lost = 0
+        self.recovered = recover(self._database.url, self._take_in) if recovers else []
         self._journal = Journal(self._database.url)
         self._begun: dict[str, tuple[Call, int]] = {}
         self._writer = threading.Thread(target=self._write, name="label-store", daemon=True)
@@ -205,6 +219,13 @@ class LabelStore:
     def database(self) -> Database:
         """The database of the answers, in which runs find each other too."""
         return self._database
+
+    @property
+    def is_away(self) -> bool:
+        """Whether the database does not answer at present."""
+        since = self._committing_since
+        is_slow = since is not None and monotonic() - since > SLOW_COMMIT_S
+        return self._is_failing or is_slow
 
     def get_many(self, keys: Iterable[str]) -> dict[str, StoredAnswer]:
         """Return the answers stored under `keys`, by key, including those just added."""
@@ -299,21 +320,24 @@ class LabelStore:
         row = {**values_of(answer), "created_at": datetime.now(UTC)}
         entry = None if call is None else values_of(call)
         line = {"row": row, "since": self._since, "call": entry}
-        self._hand_over("answer", line, answer, call)
+        self._hand_over("answer", line, row, call)
 
     def record(self, call: Call) -> None:
         """Hand a call to the writer, for the ledger, without waiting. Raises as `add` does."""
         self._hand_over("call", values_of(call), None, call)
 
     def _hand_over(
-        self, kind: Kind, line: dict[str, Any], answer: StoredAnswer | None, call: Call | None
+        self, kind: Kind, line: dict[str, Any], row: dict[str, Any] | None, call: Call | None
     ) -> None:
         begun = self._begun.pop(call.call_id, None) if call else None
         lines = [begun[1]] if begun else []
+        count = len(lines)
+        if self.is_away:
+            self._journal.set_durable(True)
         try:
             lines.append(self._journal.write(kind, line))
         finally:
-            self._arrived.put(Arrival(answer, call, tuple(lines)))
+            self._arrived.put(Arrival(row, call, tuple(lines), len(lines) > count))
         self._raise_failure()
 
     @property
@@ -461,12 +485,6 @@ class LabelStore:
         found = self._rows(query.group_by(TABLE.c.teacher).order_by(TABLE.c.teacher))
         return [(row[0], row[1], row[2], row[3]) for row in found]
 
-    def commit(self, answers: Sequence[StoredAnswer], calls: Sequence[Call] = ()) -> None:
-        """Write answers and calls in one transaction. Only the writer calls it."""
-        now = datetime.now(UTC)
-        rows = [{**values_of(answer), "created_at": now} for answer in answers]
-        self._insert(rows, calls, self._since, self._pause)
-
     def _insert(
         self,
         rows: list[dict[str, Any]],
@@ -495,21 +513,34 @@ class LabelStore:
 
     def _pause(self) -> None:
         """Have no call begin while the database is away, and keep on the disk what arrives."""
-        if not self.is_away:
-            self.is_away = True
-            self._journal.set_durable(True)
+        self._is_failing = True
+        self._journal.set_durable(True)
 
-    def _take_in(self, left: Contents) -> None:
-        """Write what a journal holds; what is in the database already stays."""
-        by_since: dict[datetime | None, list[dict[str, Any]]] = {}
-        for since, row in left.rows:
-            by_since.setdefault(since, []).append(row)
-        for since, rows in by_since.items():
-            for start in range(0, len(rows), MOST_PER_COMMIT):
-                self._insert(rows[start : start + MOST_PER_COMMIT], (), since)
-        calls = [*left.calls, *left.lost]
-        for start in range(0, len(calls), MOST_PER_COMMIT):
-            self._insert([], calls[start : start + MOST_PER_COMMIT], None)
+    def _take_in(self, items: list[Item]) -> list[Item]:
+        """Write what a journal holds; what is in the database already stays. Return what the
+        database refuses."""
+        refused, by_since = [], dict[datetime | None, list[Item]]()
+        for item in items:
+            if item.row is None or item.row.keys() == COLUMN_NAMES:
+                by_since.setdefault(item.since, []).append(item)
+            else:
+                refused.append(item)
+        for since, of_since in by_since.items():
+            for start in range(0, len(of_since), MOST_PER_COMMIT):
+                refused += self._insert_items(of_since[start : start + MOST_PER_COMMIT], since)
+        return refused
+
+    def _insert_items(self, items: list[Item], since: datetime | None) -> list[Item]:
+        """Write items, one by one if not all at once, and return those that are refused."""
+        rows = [item.row for item in items if item.row is not None]
+        calls = [item.call for item in items if item.call is not None]
+        try:
+            self._insert(rows, calls, since)
+        except (RowRefused, ValueError, TypeError, OverflowError):
+            if len(items) == 1:
+                return items
+            return [item for each in items for item in self._insert_items([each], since)]
+        return []
 
     def _is_stored(self, keys: Sequence[str]) -> Any:
         """Return the condition for answers under `keys` that are not too old."""
@@ -557,11 +588,18 @@ class LabelStore:
         if not self._failure:
             return
         message, kept = str(self._failure), self._journal.answers
-        if kept:
+        if kept and LocalSettings().container:
+            message += (
+                f"; {kept} answers are in {self._journal.path} and vanish with this container, "
+                "unless that is on a volume that the next run gets too"
+            )
+        elif kept:
             message += (
                 f"; {kept} answers are safe in {self._journal.path}: the next run on this machine "
                 "takes them in, or `distillery labels recover` does"
             )
+        if self._lost:
+            message += f"; {self._lost} answers are lost, since the journal had no room either"
         raise type(self._failure)(message)
 
     def _write(self) -> None:
@@ -581,6 +619,8 @@ class LabelStore:
                     )
                 if self._failure:
                     self._pause()
+            if self._failure:
+                self._lost += sum(bool(item.row) and not item.is_kept for item in arrivals)
             for item in batch:
                 if isinstance(item, threading.Event):
                     item.set()
@@ -589,13 +629,16 @@ class LabelStore:
 
     def _commit(self, arrivals: Sequence[Arrival]) -> None:
         """Commit what has arrived and take it out of the journal. Raises StoreError."""
-        answers = [arrival.answer for arrival in arrivals if arrival.answer]
+        rows = [arrival.row for arrival in arrivals if arrival.row]
         calls = [arrival.call for arrival in arrivals if arrival.call]
-        self.commit(answers, calls)
+        self._committing_since = monotonic()
+        try:
+            self._insert(rows, calls, self._since, self._pause)
+        finally:
+            self._committing_since = None
         self._journal.settle(line for arrival in arrivals for line in arrival.lines)
-        if self.is_away:
-            self._journal.set_durable(False)
-            self.is_away = False
+        self._is_failing = False
+        self._journal.set_durable(False)
 
     def _take_batch(self) -> list[Arrival | threading.Event | None]:
         """Wait for one item and take what else has arrived, after a pause if it is an answer."""

@@ -13,7 +13,9 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import (
     ArgumentError,
+    DataError,
     DBAPIError,
+    IntegrityError,
     InterfaceError,
     InternalError,
     NoSuchModuleError,
@@ -23,7 +25,7 @@ from sqlalchemy.exc import (
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from tenacity import retry, retry_if_exception_type, stop_after_delay, wait_random_exponential
 
-from distillery.errors import StoreError, StoreUnavailable
+from distillery.errors import RowRefused, StoreError, StoreUnavailable
 from distillery.settings import LocalSettings
 
 T = TypeVar("T")
@@ -227,6 +229,10 @@ def store_error(url: URL, error: SQLAlchemyError) -> StoreError:
         )
     if "authentication failed" in reason:
         return StoreError(f"{setting}: refuses the login; correct its user or password")
+    if isinstance(error, DataError | IntegrityError):
+        return RowRefused(
+            f"{setting}: refuses a row ({reason}); report it as a defect of Distillery"
+        )
     is_postgresql = url.get_backend_name() == "postgresql"
     away = isinstance(error, OperationalError | InterfaceError | InternalError | PoolTimeout)
     if (is_postgresql and away) or "locked" in reason:

@@ -31,7 +31,7 @@ CONTEXT_LENGTH_WORDS = ("context_length", "context length")
 TOO_LARGE = "request_too_large"
 """The finish_reason of a question that the endpoint refuses for its size, at no cost."""
 
-LIMIT_AND_REQUESTED = re.compile(r"limit:? (\d+),.*requested:? (\d+)")
+LIMIT_AND_REQUESTED = re.compile(r"limit:? ([\d,]+),.*requested:? ([\d,]+)")
 """In a 429 as OpenAI writes it: Rate limit reached for MODEL on tokens per min (TPM): Limit 30000,
 Used 29000, Requested 2000; or, where no waiting helps, Request too large for MODEL: Limit 30000,
 Requested 49137."""
@@ -78,7 +78,8 @@ class CallFailed(Exception):
         text = f"{self.code} {self.message}".lower()
         if self.status == 429:
             found = LIMIT_AND_REQUESTED.search(text)
-            is_over = found is not None and int(found[2]) > int(found[1])
+            limit, requested = map(number_of, found.groups()) if found else (0, 0)
+            is_over = requested > limit
             return TOO_LARGE if is_over or "request too large" in text else ""
         if self.status not in (400, 413, 422):
             return ""
@@ -97,6 +98,11 @@ class CallFailed(Exception):
         if self.status == 408 or self.question_refusal not in ("", TOO_LARGE):
             return Usage(prompt_tokens=prompt_tokens)
         return Usage()
+
+
+def number_of(text: str) -> int:
+    """Return a number that may have commas after its thousands; 0 without digits."""
+    return int(text.replace(",", "") or 0)
 
 
 def error_details(body: str) -> tuple[str, str, str]:

@@ -91,8 +91,9 @@ class Call:
 class Book(Protocol):
     """The ledger as those who make calls write it: LabelStore, or NoBook."""
 
-    is_away: bool
-    """Whether nothing can be written now, so that no call should begin."""
+    @property
+    def is_away(self) -> bool:
+        """Whether nothing can be written now, so that no call should begin."""
 
     async def ready(self) -> None:
         """Wait until calls may begin. Raises StoreError if that will not be."""

@@ -205,16 +205,18 @@ def begun(text: str, before: str = "") -> str:
 
 
 def alternatives_of(token: dict[str, Any]) -> Pairs:
-    """Return the alternatives that a token lists, without those that have no number or one that
-    is too large for a float."""
+    """Return the alternatives that a token lists, without those that have no finite number, which
+    no database takes."""
     pairs = []
     for alternative in map(mapping_of, list_of(token.get("top_logprobs"))):
         value = alternative.get("logprob")
         if isinstance(value, int | float):
             try:
-                pairs.append((str(alternative.get("token") or ""), float(value)))
+                logprob = float(value)
             except OverflowError:
                 continue
+            if math.isfinite(logprob):
+                pairs.append((str(alternative.get("token") or ""), logprob))
     return tuple(pairs)
 
 

@@ -278,10 +278,10 @@ def test_a_database_that_fails_for_good_leaves_all_in_the_journal(url: str, tmp_
 
 
 def test_a_journal_that_has_no_room_ends_the_asking(url: str) -> None:
-    """The kernel refuses to let any file grow beyond a megabyte: the journal is the first."""
+    """The kernel refuses to let any file grow beyond 3 MB: the journal is the first."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     store, begun = LabelStore(url), 0
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3_000_000, limits[1]))
     try:
         refusal = ""
         while not refusal and begun < 10_000:

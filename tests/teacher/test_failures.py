@@ -65,6 +65,8 @@ def test_the_body_of_an_error_is_read_in_each_form(
         (429, "Request too large for gpt-4o on tokens per min (TPM)", "request_too_large"),
         (429, "tokens per min (TPM): Limit 30000, Requested 49137.", "request_too_large"),
         (429, "Rate limit reached: Limit 30000, Used 29500, Requested 900.", ""),
+        (429, "Rate limit reached: Limit 30,000, Used 29,500, Requested 900.", ""),
+        (429, "tokens per min (TPM): Limit 3,000, Requested 49,137.", "request_too_large"),
         (429, "Please retry after 60 seconds.", ""),
         (413, "", "request_too_large"),
         (413, "maximum context length is 10", "context_length_exceeded"),
