@@ -673,7 +673,7 @@ def list_teachers() -> None:
     """
     from distillery.labels.store import LabelStore
 
-    with LabelStore() as answers:
+    with LabelStore(recovers=False) as answers:
         for teacher, count, rejected, cost in answers.summary():
             print(f"{count:>9} answers  {rejected:>7} rejected  {cost:>10.2f}  {teacher}")
 
@@ -737,7 +737,7 @@ def export_labels(
     """Write the answers to a file."""
     from distillery.labels.store import LabelStore
 
-    with LabelStore() as answers:
+    with LabelStore(recovers=False) as answers:
         if form == "parquet":
             count = answers.export(file, teacher)
         else:
@@ -778,8 +778,10 @@ def delete_labels(
     """Delete answers by row, by text or because they were rejected.
 
     Artifacts made from them stay in the store until no registered model and no kept run needs them;
-    then `distillery store gc` removes them.
+    then `distillery store gc` removes them. Journals that dead runs left on this machine are taken
+    in before; files that may still hold answers are named.
     """
+    from distillery.labels.journal import left_beside
     from distillery.labels.store import LabelStore
 
     if not (row or rejected or any(containing)):
@@ -787,6 +789,8 @@ def delete_labels(
     with LabelStore() as answers:
         count = answers.delete(row, containing, rejected, dry_run)
     print(f"{count} answers {'would be ' if dry_run else ''}deleted")
+    for path in left_beside(answers.database.url):
+        print(f"{path}: may hold answers too, of a run under way or that could not be taken in")
 
 
 @labels.command("recover")
@@ -798,23 +802,33 @@ def recover_answers(
     """Take in what runs on this machine that were killed, or whose database stayed away, have left.
 
     A run does the same when it starts. Prints one line per journal: answers, calls, calls that were
-    lost, and lines that can't be read; these are kept in a file beside.
+    lost, and lines that can't be taken in; these are kept in a file beside. A journal that can't be
+    taken in stays, and one of another label database is named. The exit status is 1 if a journal
+    of this database can't be taken in.
     """
-    from distillery.labels.journal import examine
+    from distillery.errors import StoreError
+    from distillery.labels.journal import examine, of_other_databases
     from distillery.labels.store import LabelStore
     from distillery.settings import LocalSettings
     from distillery.storage.database import checked_url
 
+    settings = LocalSettings()
+    url = checked_url(settings.labels_url, settings.container)
     if dry_run:
-        settings = LocalSettings()
-        found = examine(checked_url(settings.labels_url, settings.container))
+        found = examine(url)
     else:
         with LabelStore() as answers:
             found = answers.recovered
     for journal in found:
         print(journal.line())
-    taken_in = sum(journal.answers for journal in found)
-    print(f"{taken_in} answers {'would be ' if dry_run else ''}taken in from {len(found)} journals")
+    for path in of_other_databases(url):
+        print(f"{path}: of another label database, as DISTILLERY_LABELS names it")
+    readable = [journal for journal in found if not journal.trouble]
+    taken_in = sum(journal.answers for journal in readable)
+    would = "would be " if dry_run else ""
+    print(f"{taken_in} answers {would}taken in from {len(readable)} journals")
+    if len(readable) < len(found):
+        raise StoreError(f"{len(found) - len(readable)} journals can't be taken in; see above")
 
 
 @labels.command("batches")

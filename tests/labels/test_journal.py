@@ -1,6 +1,8 @@
 """The journal: what a run that was killed, or whose database stayed away, had paid for."""
 
 import asyncio
+import contextlib
+import json
 import os
 import random
 import resource
@@ -8,26 +10,38 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 from chat_endpoint import Call, ChatEndpoint, Reply, completion, good
+from filelock import FileLock
 from label_runs import PROMPT, endpoint_of, example, read_lines
 from postgres_server import Postgres
 from sqlalchemy import create_engine, text
 from sqlalchemy.engine import make_url
 
 from distillery.errors import StoreError, StoreUnavailable
-from distillery.labels.journal import database_hash, examine, journal_folder
+from distillery.labels.journal import (
+    Journal,
+    database_hash,
+    examine,
+    if_abandoned,
+    journal_folder,
+    line_of,
+    read_journal,
+    values_of,
+)
 from distillery.labels.labelling import label
 from distillery.labels.questions import request_key
-from distillery.labels.store import LabelStore, StoredAnswer
+from distillery.labels.store import SLOW_COMMIT_S, LabelStore, StoredAnswer
 from distillery.prompts import render_messages
 from distillery.recipe import TeacherRecipe
 from distillery.storage.database import checked_url
@@ -549,3 +563,162 @@ async def test_the_beginning_of_a_call_is_written_before_it_is_made(
         rows = [example(number) for number in range(5)]
         await label(rows, PROMPT, TeacherRecipe(), endpoint_of(server), store, tmp_path / "out")
     assert begun == [True] * 5
+
+
+def rewritten(journal: Path, change: Callable[[str, dict[str, Any]], None]) -> None:
+    """Change the values of each line of a journal, with checksums that fit again."""
+    lines = []
+    for line in journal.read_bytes().splitlines():
+        kind, values = json.loads(line.partition(b" ")[2])
+        change(kind, values)
+        lines.append(line_of(kind, values))
+    journal.write_bytes(b"".join(lines))
+
+
+@pytest.mark.parametrize("damage", ["another column", "no value"])
+def test_a_row_that_the_database_refuses_costs_no_other(
+    url: str, tmp_path: Path, damage: str
+) -> None:
+    journal = killed(url, tmp_path)
+
+    def spoil(kind: str, values: dict[str, Any]) -> None:
+        if kind == "answer" and values["row"]["example_id"] == "row-1":
+            row = values["row"]
+            row.update({"colour": "red"} if damage == "another column" else {"raw": None})
+
+    rewritten(journal, spoil)
+    for _ in range(2):
+        with LabelStore(url) as store:
+            keys = [f"{number:064x}" for number in range(3)]
+            assert set(store.get_many(keys)) == {keys[0], keys[2]}
+    (kept,) = journals()
+    assert kept == journal.with_suffix(".unreadable")
+    assert b"row-1" in kept.read_bytes()
+    assert kept.read_bytes().count(b"\n") == 1
+
+
+def test_a_journal_of_another_form_stays(url: str, tmp_path: Path) -> None:
+    journal = killed(url, tmp_path)
+    rewritten(journal, lambda kind, values: values.update(form=2) if kind == "journal" else None)
+    content = journal.read_bytes()
+    with LabelStore(url) as store:
+        (left,) = store.recovered
+        assert "written by another version" in left.trouble
+        store.add(stored(8))
+    assert journal.read_bytes() == content
+    assert left == examine(make_url(url))[0]
+
+
+def test_a_journal_that_cannot_be_read_closes_no_store(url: str, tmp_path: Path) -> None:
+    journal = killed(url, tmp_path)
+    journal.unlink()
+    journal.mkdir()
+    with LabelStore(url) as store:
+        assert "can't be used" in store.recovered[0].trouble
+        store.add(stored(8))
+
+
+def test_lines_may_end_as_on_windows(url: str, tmp_path: Path) -> None:
+    journal = killed(url, tmp_path)
+    journal.write_bytes(journal.read_bytes().replace(b"\n", b"\r\n"))
+    check_recovered(url)
+    assert journals() == []
+
+
+def test_a_deleted_answer_does_not_come_back(url: str, tmp_path: Path) -> None:
+    """More lines than SMALL are open, so that the file is not rewritten."""
+    journal = Journal(make_url(url))
+    row = {"row": {**values_of(stored(0)), "created_at": datetime.now(UTC)}}
+    first = journal.write("answer", {**row, "since": None, "call": None})
+    for number in range(300):
+        journal.write("begun", values_of(entry(number)))
+    content = journal.path.read_bytes()
+    journal.settle([first])
+    assert journal.path.read_bytes().startswith(content), "it is still there"
+    contents = read_journal(journal.path)
+    assert (contents.items, len(contents.lost)) == ([], 300)
+    journal.close()
+    assert [path.suffix for path in journals()] == [".jsonl"]
+
+
+def test_a_file_that_cannot_be_replaced_stays(url: str) -> None:
+    with LabelStore(url) as store:
+        store.begin(entry(1))
+        (journal,) = journal_folder().glob("*.jsonl")
+        # No file can be made under this name.
+        beside = journal.with_suffix(".next")
+        beside.mkdir()
+        store.add(stored(1), ended(1))
+        store.flush()
+        assert b'"settled"' in journal.read_bytes()
+        beside.rmdir()
+        store.add(stored(2))
+        store.flush()
+        assert b"What comes after" not in journal.read_bytes()
+    assert journals() == []
+
+
+def test_a_journal_is_looked_at_by_one_process_at_a_time(url: str, tmp_path: Path) -> None:
+    journal = killed(url, tmp_path)
+    found: list[int] = []
+
+    def look() -> None:
+        with LabelStore(url) as store:
+            found.append(len(store.get_many([f"{0:064x}"])))
+
+    lock = FileLock(journal_folder().with_suffix(".lock"))
+    other = threading.Thread(target=look)
+    with lock:
+        with if_abandoned(journal):
+            other.start()
+            time.sleep(0.5)
+        assert found == []
+    other.join(30)
+    assert found == [1], "what another process had held meanwhile is taken in"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs to mount a file system")
+def test_a_full_disk_keeps_the_answers_of_calls_under_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Database and journal share a disk of 8 MB, which is full when the answers come."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "none", str(disk)])
+    if mounted.returncode:
+        pytest.skip("may not mount a file system")
+    try:
+        monkeypatch.setenv("DISTILLERY_HOME", str(disk))
+        url = f"sqlite:///{disk / 'labels.db'}"
+        store = LabelStore(url)
+        for number in range(64):
+            store.begin(entry(number))
+        filler = disk / "filler"
+        with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+            while file.write(bytes(512)):
+                pass
+        for number in range(64):
+            with contextlib.suppress(StoreError):
+                store.add(stored(number, raw="x" * 5000), ended(number))
+        with pytest.raises(StoreError):
+            store.begin(entry(64))
+        # The database may have got room too, since the spare file is gone.
+        with contextlib.suppress(StoreError):
+            store.close()
+        filler.unlink()
+        with LabelStore(url) as store:
+            keys = [f"{number:064x}" for number in range(64)]
+            assert len(store.get_many(keys)) == 64
+    finally:
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+def test_a_slow_commit_is_an_outage(url: str, tmp_path: Path) -> None:
+    """SQLite waits 30 s for another writer before it says so."""
+    with LabelStore(url) as store:
+        with locked(tmp_path / "labels.db"):
+            store.add(stored(1))
+            time.sleep(SLOW_COMMIT_S + 1)
+            assert store.is_away
+        store.flush()
+        assert not store.is_away
