@@ -22,7 +22,7 @@ from typing import Any, Self
 
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, wait_random
 
-from distillery.errors import DistilleryError, StoreError, TeacherError
+from distillery.errors import DistilleryError, TeacherError
 from distillery.prompts import Message
 from distillery.recipe import TeacherRecipe
 from distillery.records import Usage
@@ -40,7 +40,7 @@ from distillery.teacher.ledger import (
     new_call_id,
 )
 from distillery.teacher.options import MOST_LOGPROBS, CallOptions
-from distillery.teacher.pace import Pace, pace_of
+from distillery.teacher.pace import LONGEST_WAIT_S, Pace, pace_of
 from distillery.teacher.reply import Completion, read_completion, usage_of
 
 MESSAGE_TOKENS = 16
@@ -95,6 +95,8 @@ class Teacher:
             stop=recipe.stop,
         )
         self._gave_completions = False
+        # By a question's key, when the last answer to any had come when it was refused.
+        self._answered_at_refusal: dict[str, float] = {}
         self._gave_log_probabilities = False
         self._tokens_per_character: float | None = None
 
@@ -170,6 +172,7 @@ class Teacher:
             retry=retry_if_exception(self._is_worth_a_retry),
             wait=wait_before_retry,
             stop=self._gives_up,
+            sleep=self._pace.sleep,
             reraise=True,
         )
         body = options.body(letters, schema)
@@ -210,7 +213,7 @@ class Teacher:
         try:
             reserved = await self._spending.reserve(most)
             call = self._try_of(entry, most)
-            self._begin(call, reserved)
+            await self._begin(call, reserved)
             used: Usage | None = None
             try:
                 started = time.perf_counter()
@@ -225,7 +228,9 @@ class Teacher:
                 if used and used.prompt_tokens:
                     call = replace(call, is_counted=False)
                 if failure.is_worth_a_retry:
-                    self._pace.failed(asked_at, failure.retry_after, failure.headers)
+                    failure.is_alone = self._concerns_one(entry.request_key, failure)
+                    hold = None if failure.is_alone else failure.retry_after
+                    self._pace.failed(asked_at, hold, failure.headers)
                 else:
                     self._pace.succeeded(failure.headers)
                 raise
@@ -246,6 +251,15 @@ class Teacher:
             call = replace(call, outcome="filtered")
         return replace(completion, latency_ms=latency_ms, call=call)
 
+    def _concerns_one(self, key: str, failure: CallFailed) -> bool:
+        """Return whether a question, told by its key, has to wait alone where the endpoint says how
+        long: others were answered since it was refused before."""
+        if not key or failure.retry_after is None:
+            return False
+        answered_before = self._answered_at_refusal.get(key)
+        self._answered_at_refusal[key] = self._pace.answered_at
+        return answered_before is not None and self._pace.answered_at > answered_before
+
     async def _turn(self, tokens: int) -> float:
         """Wait until a call of about `tokens` tokens may be made and the ledger can be written;
         return the time, for the pace."""
@@ -256,11 +270,14 @@ class Teacher:
                 return asked_at
             self._pace.done(asked_at)
 
-    def _begin(self, call: Call, reserved: dict[str, float]) -> None:
+    async def _begin(self, call: Call, reserved: dict[str, float]) -> None:
         """Note in the ledger that a call begins. If that is not possible, it is not made."""
         try:
+            # To reserve may have taken minutes.
+            await self._book.ready()
+            self._pace.raise_if_stopped()
             self._book.begin(call)
-        except StoreError:
+        except BaseException:
             self._spending.settle(reserved, Usage())
             raise
 
@@ -371,10 +388,12 @@ def outcome_of(failure: CallFailed) -> Outcome:
 
 def wait_before_retry(state: RetryCallState) -> float:
     """Return the seconds until the next try: exponential with jitter. If the endpoint says how
-    long to wait, the pace holds all workers for that time, so that only the jitter is left."""
+    long to wait, the pace holds all workers for that time, so that only the jitter is left, unless
+    the question waits alone."""
     failure = state.outcome.exception() if state.outcome else None
     if isinstance(failure, CallFailed) and failure.retry_after is not None:
-        return wait_random(0, 0.25)(state)
+        alone = min(failure.retry_after, LONGEST_WAIT_S) if failure.is_alone else 0.0
+        return alone + wait_random(0, 0.25)(state)
     return BACKOFF(state)
 
 

@@ -40,7 +40,8 @@ Requested 49137."""
 class CallFailed(Exception):
     """One try that gave no completion. `status` is the HTTP status, MALFORMED, or None if no whole
     response came. `code`, `param` and `message` are what the error's body says, passed through
-    `redact`, so that they do not contain the key. `retry_after` is in seconds."""
+    `redact`, so that they do not contain the key. `retry_after` is in seconds. `is_alone`: whether
+    only this question has to wait so long, since others are answered."""
 
     def __init__(
         self,
@@ -59,6 +60,7 @@ class CallFailed(Exception):
         self.timed_out = timed_out
         self.headers = headers or {}
         self.retry_after = parse_retry_after(self.headers)
+        self.is_alone = False
         super().__init__(f"status {status}: {self.message[:200]}")
 
     @property

@@ -132,6 +132,18 @@ class Pace:
         self._stopped = True
         self._wake(len(self._waiting))
 
+    def raise_if_stopped(self) -> None:
+        if self._stopped:
+            raise Stopped
+
+    async def sleep(self, seconds: float) -> None:
+        """Wait until a call may be tried again. Raises Stopped within a second of `stop`."""
+        while seconds > 0:
+            self.raise_if_stopped()
+            step = min(seconds, 1.0)
+            await asyncio.sleep(step)
+            seconds -= step
+
     async def turn(self, tokens: int) -> float:
         """Wait until a call of about `tokens` tokens may be made; return the time, for `done`."""
         try:
@@ -170,8 +182,7 @@ class Pace:
 
     async def _wait_for_turn(self) -> float:
         while True:
-            if self._stopped:
-                raise Stopped
+            self.raise_if_stopped()
             now = time.monotonic()
             trial_is_under_way = self.is_open and self._trial_at is not None
             if self._in_flight >= self.concurrency or trial_is_under_way:

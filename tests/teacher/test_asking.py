@@ -1,6 +1,8 @@
 """Asking the teacher: both SDKs against a real HTTP endpoint."""
 
+import asyncio
 import email.utils
+import itertools
 from types import SimpleNamespace
 from typing import Any
 
@@ -295,6 +297,41 @@ async def test_the_next_try_comes_when_retry_after_is_over(
     first, second = client.asked
     assert answer.text == "A"
     assert second - first == pytest.approx(30, abs=0.3)
+
+
+class PickyClient(BusyClient):
+    """Refuses one question again and again for `seconds`, and answers the others."""
+
+    async def complete(self, messages: list[Message], body: dict[str, Any]) -> Response:
+        if "picky" not in messages[-1]["content"]:
+            return Response(completion("A"), {})
+        self.asked.append(now())
+        raise CallFailed(429, "", self._headers)
+
+
+@leaping
+async def test_a_question_that_is_always_refused_holds_the_others_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    client = PickyClient(seconds=30)
+    monkeypatch.setattr("distillery.teacher.pace.time", SimpleNamespace(monotonic=now))
+    monkeypatch.setattr("distillery.teacher.asking.open_client", lambda *_: client)
+    endpoint = Endpoint("http://127.0.0.1/v1", "m", SecretStr(KEY), "m", "openai")
+    picky: list[Message] = [{"role": "user", "content": "picky"}]
+    answered = [now()]
+    async with Teacher(TeacherRecipe(attempts=4), endpoint) as teacher:
+        refusal = asyncio.create_task(teacher.ask(picky, LETTERS, key="picky"))
+        while not refusal.done():
+            await teacher.ask(MESSAGES, LETTERS, key="other")
+            answered.append(now())
+            await asyncio.sleep(1)
+        with pytest.raises(TeacherUnavailable):
+            await refusal
+    gaps = [later - earlier for earlier, later in itertools.pairwise(answered)]
+    assert sum(gap > 5 for gap in gaps) == 1
+    tries = [later - earlier for earlier, later in itertools.pairwise(client.asked)]
+    assert len(tries) == 3
+    assert min(tries) >= 30
 
 
 async def test_a_content_filter_concerns_one_question(sdk: Sdk) -> None:
