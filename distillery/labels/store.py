@@ -116,6 +116,10 @@ SLOW_COMMIT_S = 2.0
 """Seconds of one commit after which the database counts as away: it may not answer at all, which
 SQLite tells after 30 s and PostgreSQL's server, if it has vanished, as late."""
 
+CONTAINER_WAIT_S = 900.0
+"""Seconds for which a commit waits out an outage in a container, unless DISTILLERY_STORE_WAIT says
+otherwise: the journal vanishes with the container."""
+
 PAUSE_S = 0.1
 """How often it is looked whether the database is back."""
 
@@ -193,6 +197,10 @@ class LabelStore:
             self._since = datetime.now(UTC) - timedelta(days=max_age)
         self._arrived: SimpleQueue[Arrival | threading.Event | None] = SimpleQueue()
         self._failure: StoreError | None = None
+        self._commit_wait_s = wait_s
+        settings = LocalSettings()
+        if wait_s is None and settings.container and "store_wait" not in settings.model_fields_set:
+            self._commit_wait_s = CONTAINER_WAIT_S
         self._is_failing = False
         self._committing_since: float | None = None
         self._lost = 0
@@ -491,9 +499,10 @@ class LabelStore:
         calls: Sequence[Call],
         since: datetime | None,
         on_failure: Callable[[], None] = nothing,
+        wait_s: float | None = None,
     ) -> None:
         """Write rows of TABLE and calls in one transaction. What is stored stays, answers of before
-        `since` excepted. `on_failure` as in `Database.run`."""
+        `since` excepted. `on_failure` and `wait_s` as in `Database.run`."""
         insert = self._database.insert(TABLE)
         if since is None:
             insert = insert.on_conflict_do_nothing()
@@ -509,7 +518,7 @@ class LabelStore:
                 execute(connection, insert, rows)
             write_calls(connection, book, calls)
 
-        self._database.run(write, on_failure)
+        self._database.run(write, on_failure, wait_s)
 
     def _pause(self) -> None:
         """Have no call begin while the database is away, and keep on the disk what arrives."""
@@ -633,7 +642,7 @@ class LabelStore:
         calls = [arrival.call for arrival in arrivals if arrival.call]
         self._committing_since = monotonic()
         try:
-            self._insert(rows, calls, self._since, self._pause)
+            self._insert(rows, calls, self._since, self._pause, self._commit_wait_s)
         finally:
             self._committing_since = None
         self._journal.settle(line for arrival in arrivals for line in arrival.lines)

@@ -69,14 +69,19 @@ class Database:
         self._engine = open_engine(self.url)
         self.run(self._migrate)
 
-    def run(self, work: Callable[[Any], T], on_failure: Callable[[], None] = nothing) -> T:
+    def run(
+        self,
+        work: Callable[[Any], T],
+        on_failure: Callable[[], None] = nothing,
+        wait_s: float | None = None,
+    ) -> T:
         """Return `work(connection)`, done in a transaction and retried during an outage, of which
-        each failed try calls `on_failure`. Work is done twice where only the answer to its commit
+        each failed try calls `on_failure`. `wait_s`: to wait it out longer than otherwise. Work is done twice where only the answer to its commit
         was lost: that must do no harm."""
         patiently = retry(
             retry=retry_if_exception_type(StoreUnavailable),
             wait=wait_random_exponential(multiplier=0.5, max=5),
-            stop=stop_after_delay(self._wait_s),
+            stop=stop_after_delay(self._wait_s if wait_s is None else wait_s),
             before_sleep=lambda _state: on_failure(),
             reraise=True,
         )

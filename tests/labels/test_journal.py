@@ -722,3 +722,18 @@ def test_a_slow_commit_is_an_outage(url: str, tmp_path: Path) -> None:
             assert store.is_away
         store.flush()
         assert not store.is_away
+
+
+def test_a_container_is_told_that_the_journal_vanishes(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = LabelStore(url)
+    with sqlite3.connect(tmp_path / "labels.db") as other:
+        other.execute("ALTER TABLE teacher_answers RENAME TO hidden")
+    other.close()
+    monkeypatch.setenv("DISTILLERY_CONTAINER", "1")
+    with pytest.raises(StoreError, match="1 answers are in .* and vanish with this container"):
+        store.add(stored(1))
+        store.flush()
+    with pytest.raises(StoreError):
+        store.close()

@@ -1170,7 +1170,9 @@ def test_a_run_that_is_killed_twelve_times_asks_nothing_twice_that_was_stored(
         for number in range(kills):
             run, wanted = f"run-{number}", chance.randint(1, 60)
             answers[run] = wanted + 30
-            with run_process(server, url, tmp_path / "out", examples, recipe, run) as process:
+            with run_process(
+                server, url, tmp_path / "out", examples, recipe, run, stderr=None
+            ) as process:
                 wait_until(lambda: len(answered_to(run)) >= wanted)  # noqa: B023
                 due = answered_to(run)
                 wait_until(lambda: not due or due <= stored_keys(tmp_path / "labels.db"))  # noqa: B023
@@ -1181,7 +1183,9 @@ def test_a_run_that_is_killed_twelve_times_asks_nothing_twice_that_was_stored(
             assert kept >= stored_at.keys()
             stored_at |= {key: time.monotonic() for key in kept - stored_at.keys()}
         answers.update({"last": rows, "fresh": rows})
-        with run_process(server, url, tmp_path / "out", examples, recipe, "last") as process:
+        with run_process(
+            server, url, tmp_path / "out", examples, recipe, "last", stderr=None
+        ) as process:
             assert process.wait() == 0
         asked_again = [
             call for call in server.calls if call.at > stored_at.get(keys[call.question], call.at)
@@ -1191,7 +1195,9 @@ def test_a_run_that_is_killed_twelve_times_asks_nothing_twice_that_was_stored(
         print(f"{len(server.calls)} requests for {rows} rows in {len(first_call)} runs")
         assert len(server.calls) <= rows + kills * (30 + 8)
         url = f"sqlite:///{tmp_path / 'fresh.db'}"
-        with run_process(server, url, tmp_path / "fresh", examples, recipe, "fresh") as process:
+        with run_process(
+            server, url, tmp_path / "fresh", examples, recipe, "fresh", stderr=None
+        ) as process:
             assert process.wait() == 0
     assert read_all(tmp_path / "out") == read_all(tmp_path / "fresh")
     assert len(read_lines(tmp_path / "out" / "labels.jsonl")) == rows

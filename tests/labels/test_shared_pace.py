@@ -85,7 +85,9 @@ def test_processes_keep_within_the_limit_and_take_over_from_one_that_is_killed(
             return [call.at for call in list(server.calls) if call.key == key]
 
         def started(key: str) -> subprocess.Popen[bytes]:
-            run = run_process(server, url, tmp_path / key, rows, recipe, key, first=SHORT)
+            run = run_process(
+                server, url, tmp_path / key, rows, recipe, key, first=SHORT, stderr=None
+            )
             runs.enter_context(run)
             runs.callback(run.kill)
             wait_until(lambda: len(calls_of(key)) >= 20)

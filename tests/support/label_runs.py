@@ -109,12 +109,13 @@ def run_process(
     key: str = KEY,
     payer: Payer | None = None,
     first: str = "",
+    stderr: int | None = subprocess.PIPE,
 ) -> subprocess.Popen[bytes]:
     """Start a process that labels `examples` as `labelled` does, on behalf of `payer`, and may be
-    killed. It runs the code `first` before."""
+    killed. It runs the code `first` before. Where nobody reads its error, pass None as `stderr`: a full pipe holds it up."""
     rows = out.with_name(f"{out.name}.rows")
     rows.write_text("".join(row.model_dump_json() + "\n" for row in examples))
     payer = payer or Payer()
     settings = [server.url, key, url, str(rows), str(out), recipe.model_dump_json()]
     settings += [payer.run, payer.recipe]
-    return subprocess.Popen([sys.executable, "-c", first + RUN, *settings], stderr=subprocess.PIPE)
+    return subprocess.Popen([sys.executable, "-c", first + RUN, *settings], stderr=stderr)
