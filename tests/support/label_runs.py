@@ -112,7 +112,8 @@ def run_process(
     stderr: int | None = subprocess.PIPE,
 ) -> subprocess.Popen[bytes]:
     """Start a process that labels `examples` as `labelled` does, on behalf of `payer`, and may be
-    killed. It runs the code `first` before. Where nobody reads its error, pass None as `stderr`: a full pipe holds it up."""
+    killed. It runs the code `first` before. Where nobody reads its error, pass
+    None as `stderr`: a full pipe holds it up."""
     rows = out.with_name(f"{out.name}.rows")
     rows.write_text("".join(row.model_dump_json() + "\n" for row in examples))
     payer = payer or Payer()
