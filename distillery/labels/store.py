@@ -496,6 +496,10 @@ class LabelStore:
         found = self._rows(query.group_by(TABLE.c.teacher).order_by(TABLE.c.teacher))
         return [(row[0], row[1], row[2]) for row in found]
 
+    def commit(self, rows: list[dict[str, Any]], calls: Sequence[Call] = ()) -> None:
+        """Write rows of TABLE and calls in one transaction. Only the writer calls it."""
+        self._insert(rows, calls, self._since, self._pause, self._commit_wait_s)
+
     def _insert(
         self,
         rows: list[dict[str, Any]],
@@ -645,7 +649,7 @@ class LabelStore:
         calls = [arrival.call for arrival in arrivals if arrival.call]
         self._committing_since = monotonic()
         try:
-            self._insert(rows, calls, self._since, self._pause, self._commit_wait_s)
+            self.commit(rows, calls)
         finally:
             self._committing_since = None
         self._journal.settle(line for arrival in arrivals for line in arrival.lines)

@@ -76,8 +76,8 @@ class Database:
         wait_s: float | None = None,
     ) -> T:
         """Return `work(connection)`, done in a transaction and retried during an outage, of which
-        each failed try calls `on_failure`. `wait_s`: to wait it out longer than otherwise. Work is done twice where only the answer to its commit
-        was lost: that must do no harm."""
+        each failed try calls `on_failure`. `wait_s`: another time to wait it out. Work is done
+        twice where only the answer to its commit was lost: that must do no harm."""
         patiently = retry(
             retry=retry_if_exception_type(StoreUnavailable),
             wait=wait_random_exponential(multiplier=0.5, max=5),

@@ -167,9 +167,9 @@ def test_answers_that_arrive_together_are_committed_together(
         commits: list[int] = []
         commit = store.commit
 
-        def counted(answers: Sequence[StoredAnswer], calls: Sequence[ledger.Call]) -> None:
-            commits.append(len(answers))
-            commit(answers, calls)
+        def counted(rows: list[dict[str, Any]], calls: Sequence[ledger.Call]) -> None:
+            commits.append(len(rows))
+            commit(rows, calls)
 
         monkeypatch.setattr(store, "commit", counted)
         for number in range(2000):
@@ -331,9 +331,9 @@ async def test_labelling_ends_when_all_is_committed(
     with ChatEndpoint() as server, LabelStore(url) as store:
         commit = store.commit
 
-        def slowly(answers: Sequence[StoredAnswer], calls: Sequence[ledger.Call]) -> None:
+        def slowly(rows: list[dict[str, Any]], calls: Sequence[ledger.Call]) -> None:
             time.sleep(0.2)
-            commit(answers, calls)
+            commit(rows, calls)
 
         monkeypatch.setattr(store, "commit", slowly)
         await label(
