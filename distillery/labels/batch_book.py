@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Any, Literal, NamedTuple, Self
 
 from sqlalchemy import (
+    JSON,
     BigInteger,
     Column,
     DateTime,
@@ -32,7 +33,8 @@ from sqlalchemy import (
 
 from distillery.labels.store import chunks
 from distillery.storage.database import METADATA, Database
-from distillery.teacher.reservations import keep_share
+from distillery.teacher.allowances import ALLOWANCES
+from distillery.teacher.reservations import give_back
 
 BatchState = Literal["intended", "uploaded", "submitted", "ended", "collected"]
 """How far a batch is.
@@ -53,7 +55,8 @@ class Batch:
     its identity; url: its endpoint's. run and recipe: on whose behalf it was sent. file_id and
     service_id: the service's ids; status: the service's word for how it is. lines: its requests.
     tokens and cost: the most that they can take, in the prices' currency; cost is None without
-    prices.
+    prices. prices: those of a batch, per million tokens. booked_at: since when the ledger has an
+    entry for each of its requests.
     """
 
     teacher: str
@@ -73,16 +76,13 @@ class Batch:
     submitted_at: datetime | None = None
     ended_at: datetime | None = None
     collected_at: datetime | None = None
+    prices: dict[str, Any] | None = None
+    booked_at: datetime | None = None
 
     @property
     def file_name(self) -> str:
         """The name under which its file is uploaded, by which a later run finds it again."""
         return f"distillery-{self.batch_id}-{self.digest[:16]}.jsonl"
-
-    @property
-    def since(self) -> float:
-        """When it was intended, in seconds since the epoch, with an hour for clocks that differ."""
-        return self.created_at.replace(tzinfo=self.created_at.tzinfo or UTC).timestamp() - 3600
 
 
 class Line(NamedTuple):
@@ -113,6 +113,8 @@ BATCHES = Table(
     Column("submitted_at", DateTime(timezone=True)),
     Column("ended_at", DateTime(timezone=True)),
     Column("collected_at", DateTime(timezone=True)),
+    Column("prices", JSON(none_as_null=True)),
+    Column("booked_at", DateTime(timezone=True)),
 )
 
 LINES = Table(
@@ -177,12 +179,32 @@ class BatchBook:
         changed = update(BATCHES).where(BATCHES.c.batch_id == batch_id).values(**values)
         self._database.run(lambda connection: connection.execute(changed))
 
+    def advance(self, batch_id: str, states: Sequence[BatchState], **values: Any) -> bool:
+        """Write new values of a batch's columns if it is in one of these states; return whether it
+        is. Who was suspended for long learns so that another process has gone on with the batch."""
+        of_state = and_(BATCHES.c.batch_id == batch_id, BATCHES.c.state.in_(states))
+        changed = update(BATCHES).where(of_state).values(**values)
+        return bool(self._database.run(lambda connection: connection.execute(changed).rowcount))
+
+    def adopt(self, batch_id: str, run: str) -> None:
+        """Have `run` pay for a batch that an earlier run of its recipe sent."""
+        changes = [
+            update(BATCHES).where(BATCHES.c.batch_id == batch_id),
+            update(ALLOWANCES).where(ALLOWANCES.c.holder == batch_id),
+        ]
+
+        def write(connection: Any) -> None:
+            for change in changes:
+                connection.execute(change.values(run=run))
+
+        self._database.run(write)
+
     def give_up(self, batch_id: str) -> None:
         """Delete a batch that asks nothing, and leave its requests to others."""
 
         def write(connection: Any) -> None:
             self._free(connection, batch_id, None, 0)
-            keep_share(connection, batch_id, 0)
+            give_back(connection, batch_id)
             connection.execute(delete(BATCHES).where(BATCHES.c.batch_id == batch_id))
 
         self._database.run(write)
@@ -193,25 +215,32 @@ class BatchBook:
         self._database.run(lambda connection: self._free(connection, batch_id, listed, 0))
 
     def settle(
-        self, batch_id: str, answered: Sequence[str], failed: Sequence[str], tries: int = 1
+        self,
+        batch_id: str,
+        answered: Sequence[str],
+        failed: Sequence[str] = (),
+        untried: Sequence[str] = (),
     ) -> int:
-        """Take the requests `answered`, whose answers are committed, and those that `failed` out of
-        an ended batch; return how many are left in it. The latter count as tried `tries` times
-        more. What is reserved of a budget is given back for both."""
+        """Take the requests `answered`, whose answers are committed, those that `failed`, which
+        count as tried once more, and those `untried`, to which the service did not come, out of an
+        ended batch whose calls are all in the ledger; return how many are left in it. What is
+        reserved of a budget is given back."""
         mine = and_(LINES.c.batch_id == batch_id, LINES.c.request_key == bindparam("key"))
         left = select(func.count()).where(LINES.c.batch_id == batch_id)
 
         def write(connection: Any) -> int:
-            before = int(connection.scalar(left))
             if answered:
                 connection.execute(delete(LINES).where(mine), [{"key": key} for key in answered])
-            if failed:
-                self._free(connection, batch_id, failed, tries)
+            self._free(connection, batch_id, failed, 1)
+            self._free(connection, batch_id, untried, 0)
+            give_back(connection, batch_id)
             count = int(connection.scalar(left))
-            keep_share(connection, batch_id, count / max(before, 1))
+            now = datetime.now(UTC)
+            values: dict[str, Any] = {"booked_at": now}
             if not count:
-                done = update(BATCHES).where(BATCHES.c.batch_id == batch_id)
-                connection.execute(done.values(state="collected", collected_at=datetime.now(UTC)))
+                values |= {"state": "collected", "collected_at": now}
+            own = update(BATCHES).where(BATCHES.c.batch_id == batch_id)
+            connection.execute(own.values(**values))
             return count
 
         return self._database.run(write)

@@ -1,6 +1,6 @@
 """The files of a batch on this machine: the requests that are sent, and the answers that came."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import IO
@@ -17,11 +17,12 @@ MEGABYTE = 1_000_000
 
 
 class RequestFile:
-    """A file of requests that is being written; `most` is what they can take."""
+    """A file of requests that is being written; `most` is what they can take, and `keys` has that
+    of each."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.keys: dict[str, None] = {}
+        self.keys: dict[str, Usage] = {}
         self.size = 0
         self.most = Usage()
         self._lines: IO[bytes] = path.open("wb")
@@ -29,7 +30,7 @@ class RequestFile:
     def add(self, key: str, line: bytes, most: Usage) -> None:
         """Write a request."""
         self._lines.write(line)
-        self.keys[key] = None
+        self.keys[key] = most
         self.size += len(line)
         self.most = self.most + most
 
@@ -46,22 +47,35 @@ class RequestFile:
         return hasher.hexdigest()
 
     def keep(self, keys: set[str]) -> None:
-        """Write the closed file anew with these requests alone. What they can take stays an upper
-        bound."""
+        """Write the closed file anew with these requests alone."""
         kept = self.path.with_suffix(".kept")
         with kept.open("wb") as out:
             for _, line in each_line(self.path):
                 if key_of_line(line) in keys:
                     out.write(line)
         kept.replace(self.path)
-        self.keys = dict.fromkeys(key for key in self.keys if key in keys)
+        self.keys = {key: most for key, most in self.keys.items() if key in keys}
+        self.most = self.most_of(self.keys)
+
+    def most_of(self, keys: Iterable[str]) -> Usage:
+        """Return what some of the requests can take."""
+        most = Usage()
+        for key in keys:
+            most = most + self.keys[key]
+        return most
 
 
 class Answers:
     """The downloaded files of an ended batch: for each of its requests, where its line is. Of
-    several lines for a request the first counts, and those of the output file come first."""
+    several lines for a request the first counts, and those of the output file come first.
 
-    def __init__(self, batch: Batch, requests: set[str], files: Sequence[Path]) -> None:
+    answered and failed: the requests whose lines were read. untried: those to which the service did
+    not come before the batch expired or was cancelled. lost: those without a line in a batch that
+    is complete."""
+
+    def __init__(
+        self, batch: Batch, requests: set[str], files: Sequence[Path], status: str
+    ) -> None:
         self.batch = batch
         self._files = [path.open("rb") for path in files]
         self._places: dict[str, tuple[int, int]] = {}
@@ -70,9 +84,12 @@ class Answers:
                 key = key_of_line(line)
                 if key in requests:
                     self._places.setdefault(key, (number, position))
-        self.missing = requests - self._places.keys()
+        missing = requests - self._places.keys()
         self.answered: list[str] = []
         self.failed: list[str] = []
+        self._is_complete = status == "completed"
+        self.untried = [] if self._is_complete else list(missing)
+        self.lost = list(missing) if self._is_complete else []
 
     def __contains__(self, key: str) -> bool:
         return key in self._places
@@ -82,6 +99,12 @@ class Answers:
         number, position = self._places.pop(key)
         self._files[number].seek(position)
         return read_line(self._files[number].readline(), endpoint)
+
+    def note_failed(self, line: BatchLine) -> None:
+        """Note a line without an answer. Before a batch ended early, the service did not come to
+        those without a status."""
+        has_status = line.failure is not None and line.failure.status is not None
+        (self.failed if has_status or self._is_complete else self.untried).append(line.key)
 
     def rest(self) -> list[str]:
         """Return the requests whose lines are still in."""

@@ -21,21 +21,23 @@ from typing import Any
 from distillery.errors import (
     BudgetReached,
     DataError,
+    DistilleryError,
     TeacherError,
     TeacherUnavailable,
     Waiting,
 )
 from distillery.labels.acceptance import call_read_as, stored_answer
-from distillery.labels.batch_book import Batch, BatchBook, Line
+from distillery.labels.batch_book import Batch, BatchBook, BatchState, Line
 from distillery.labels.batch_files import MEGABYTE, Answers, RequestFile, most_of
 from distillery.labels.questions import Question, questions
 from distillery.labels.quote import duration, estimated_tokens
 from distillery.labels.store import LabelStore
-from distillery.recipe import BatchRecipe, PromptRecipe, TeacherRecipe
+from distillery.recipe import BatchRecipe, PriceRecipe, PromptRecipe, TeacherRecipe
 from distillery.records import Example, Usage
 from distillery.storage.leases import LENGTH_S, Leases
 from distillery.teacher.asking import Teacher
 from distillery.teacher.batch import (
+    NO_CREDIT,
     BatchService,
     ServiceBatch,
     batch_service,
@@ -43,8 +45,8 @@ from distillery.teacher.batch import (
     path_of_requests,
     request_line,
 )
-from distillery.teacher.budget import Spending, cost_of
-from distillery.teacher.endpoint import Endpoint
+from distillery.teacher.budget import POLL_S, Spending, cost_of
+from distillery.teacher.endpoint import Endpoint, resolve_endpoint
 from distillery.teacher.ledger import Amounts, Call, Outcome, Payer, Purpose
 from distillery.teacher.pace import pace_of
 from distillery.teacher.reply import Completion, read_completion, usage_of
@@ -150,26 +152,58 @@ class BatchRun:
         self._is_full = False
         self._waits_for: set[str] = set()
         self._may_take: set[str] = set()
-        self._held_back = 0
+        self._held_back = self._exhausted = 0
+        self._looked_at: set[str] = set()
 
     async def work(self) -> None:
         """Send and take in until nothing is under way that this run's rows wait for. What is left
-        then is to be asked directly. Raises Waiting after batch.wait_s, BudgetReached where the
-        budget has no room for a request, and what the service raises."""
+        then is to be asked directly. While the endpoint does not answer, it is tried again.
+
+        Raises Waiting after batch.wait_s, BudgetReached where the budget has no room for a request,
+        TeacherError where batches were cancelled or more than batch.direct_below requests have
+        failed in them, and what the service raises."""
         until = time.monotonic() + self._batch.wait_s
         with TemporaryDirectory(prefix="distillery-batches-") as folder:
             while True:
-                await self._resume()
-                await self._send(Path(folder))
-                ended = await self._ended(until)
-                if not self._waits_for and not ended:
-                    break
-                await self._take_in(ended, Path(folder))
+                try:
+                    if not await self._work_once(Path(folder), until):
+                        break
+                except TeacherUnavailable as error:
+                    left = until - time.monotonic()
+                    if left <= 0:
+                        raise Waiting(
+                            f"{error}; its batches go on, and all answers so far are kept: run "
+                            f"again in {duration(self._batch.again_s)}",
+                            self._batch.again_s,
+                        ) from error
+                    _log.warning("%s; trying again", error)
+                    await asyncio.sleep(min(self._batch.poll_s, left))
+        if self._exhausted > self._batch.direct_below:
+            raise TeacherError(
+                f"{self._endpoint.section}.batch: {self._exhausted:,} requests have failed in "
+                f"{self._batch.tries} batches each; raise `tries` to send them again, or "
+                "`direct_below` to ask them directly, at the full price"
+            )
         if self._held_back:
             raise BudgetReached(
                 f"{self._endpoint.section}.budget: has no room for the next request of "
                 f"{self._held_back:,}; all answers are kept: run again to continue, or raise it"
             )
+
+    async def _work_once(self, folder: Path, until: float) -> bool:
+        """Send what is to be sent, wait for the first batches that end and take their answers in.
+        Return whether there may be more to do."""
+        await self._resume()
+        await self._send(folder)
+        ended = await self._ended(until)
+        await self._take_in(ended, folder)
+        if ended or self._waits_for:
+            return True
+        if self._held_back and not self._reservations.is_final and time.monotonic() < until:
+            # A process that asks directly may leave something, or be dead.
+            await asyncio.sleep(min(self._batch.poll_s, POLL_S))
+            return True
+        return False
 
     def _chunks(self) -> Iterator[list[tuple[int, Question]]]:
         """Yield the run's questions, those of some rows at a time, with their shares' numbers."""
@@ -205,11 +239,11 @@ class BatchRun:
                 return
             file_id = seen.file_id
             if seen.digest:
-                service_id = await self._service.find_batch(seen.batch_id, seen.since)
+                service_id = await self._service.find_batch(seen.batch_id)
                 if service_id:
                     await self._note_submitted(seen, service_id)
                     return
-                file_id = file_id or await self._service.find_file(seen.file_name, seen.since)
+                file_id = file_id or await self._service.find_file(seen.file_name)
             if file_id:
                 await self._submit_file(replace(seen, file_id=file_id))
             else:
@@ -220,7 +254,7 @@ class BatchRun:
 
     async def _hold(self, batch: Batch) -> bool:
         """Take a batch's lease, if no living process has it."""
-        name = f"batch {batch.batch_id}"
+        name = lease_of(batch)
         if await asyncio.to_thread(self._leases.is_held, name):
             return False
         return await asyncio.to_thread(
@@ -228,7 +262,7 @@ class BatchRun:
         )
 
     def _release(self, batch: Batch) -> None:
-        self._leases.release(f"batch {batch.batch_id}", self._holder)
+        self._leases.release(lease_of(batch), self._holder)
 
     # Sending.
 
@@ -252,7 +286,9 @@ class BatchRun:
         self._may_take -= self._waits_for
 
     async def _missing(self) -> AsyncIterator[tuple[int, Question]]:
-        """Yield what is to be sent, and note the batches in which other questions are."""
+        """Yield what is to be sent, and note the batches in which other questions are, and how
+        many have failed in as many batches as they may."""
+        self._exhausted = 0
         for chunk in self._chunks():
             known, lines = await asyncio.to_thread(self._look_up, chunk)
             for number, question in chunk:
@@ -261,7 +297,9 @@ class BatchRun:
                     self._may_take |= {line.batch_id} - {""}
                 elif line.batch_id:
                     self._waits_for.add(line.batch_id)
-                elif self._sends and line.tries < self._batch.tries:
+                elif line.tries >= self._batch.tries:
+                    self._exhausted += self._sends
+                elif self._sends:
                     yield number, question
 
     async def _is_blocked(self) -> bool:
@@ -302,7 +340,14 @@ class BatchRun:
                 return None
         if number not in self._teachers:
             # The answer shows which options the endpoint takes, before thousands ask with them.
-            await self._ask_first(number, question)
+            try:
+                await self._ask_first(number, question)
+            except BudgetReached:
+                if file is not None:
+                    await self._submit(file)
+                self._held_back += 1
+                return None
+            self._room = await asyncio.to_thread(self._reservations.room)
             return file
         if file is not None and question.key in file.keys:
             return file
@@ -355,14 +400,12 @@ class BatchRun:
         """Take the file's requests into the book, upload it and have a batch made of it."""
         file.close()
         recipe = self._shares[0].recipe.in_batch
-        most = amounts_of(file.most, len(file.keys), recipe)
         batch = Batch(
             teacher=self._endpoint.identity,
             url=self._endpoint.url,
             run=self._payer.run,
             recipe=self._payer.recipe,
-            tokens=round(most["tokens"]),
-            cost=most["cost"] if recipe.prices else None,
+            prices=recipe.prices.model_dump() if recipe.prices else None,
         )
         await self._hold(batch)
         try:
@@ -376,34 +419,67 @@ class BatchRun:
             if not taken - known:
                 await asyncio.to_thread(self._book.give_up, batch.batch_id)
                 return
-            if not await asyncio.to_thread(self._reservations.reserve, batch.batch_id, most):
-                # Another process has spent what was left since.
+            kept = await self._reserve(batch, file, taken - known)
+            if not kept:
                 await asyncio.to_thread(self._book.give_up, batch.batch_id)
-                self._held_back = len(taken - known)
                 return
-            if len(taken - known) < len(file.keys):
-                await asyncio.to_thread(file.keep, taken - known)
-            batch = replace(batch, digest=file.digest(), lines=len(file.keys))
-            await self._change(batch, digest=batch.digest, lines=batch.lines)
+            if len(kept) < len(file.keys):
+                await asyncio.to_thread(file.keep, kept)
+            most = amounts_of(file.most, len(file.keys), recipe)
+            written: dict[str, Any] = {
+                "digest": await asyncio.to_thread(file.digest),
+                "lines": len(file.keys),
+                "tokens": round(most["tokens"]),
+                "cost": most["cost"] if recipe.prices else None,
+            }
+            batch = replace(batch, **written)
+            await self._change(batch, **written)
             try:
-                file_id = await self._service.upload(file.path, batch.file_name, batch.since)
+                file_id = await self._service.upload(file.path, batch.file_name)
             except TeacherUnavailable:
                 # It may be there: the next run looks for it.
                 raise
             except TeacherError:
                 await asyncio.to_thread(self._book.give_up, batch.batch_id)
                 raise
-            await self._change(batch, state="uploaded", file_id=file_id)
-            await self._submit_file(replace(batch, file_id=file_id))
             self._waits_for.add(batch.batch_id)
+            await self._submit_file(replace(batch, file_id=file_id))
         finally:
             self._release(batch)
 
+    async def _reserve(self, batch: Batch, file: RequestFile, keys: set[str]) -> set[str]:
+        """Reserve the most that those of `keys` can take for which the budget has room. Return
+        them; the others leave the batch."""
+        recipe = self._shares[0].recipe.in_batch
+        kept = [key for key in file.keys if key in keys]
+        while kept:
+            most = amounts_of(file.most_of(kept), len(kept), recipe)
+            if await asyncio.to_thread(self._reservations.reserve, batch.batch_id, most):
+                break
+            # Another process has spent what was left since.
+            room = await asyncio.to_thread(self._reservations.room)
+            fitting: list[str] = []
+            total = Usage()
+            for key in kept:
+                total = total + file.keys[key]
+                if not fits(amounts_of(total, len(fitting) + 1, recipe), room):
+                    break
+                fitting.append(key)
+            kept = fitting if len(fitting) < len(kept) else kept[: len(kept) // 2]
+        left = keys.difference(kept)
+        if left:
+            await asyncio.to_thread(self._book.leave, batch.batch_id, left)
+            self._held_back = len(left)
+        return set(kept)
+
     async def _submit_file(self, batch: Batch) -> None:
-        """Have a batch made of an uploaded file."""
+        """Have a batch made of an uploaded file, unless another process, which took this one for
+        dead, has gone on with it since `batch` was read."""
+        if not await self._advance(batch, batch.state, state="uploaded", file_id=batch.file_id):
+            return
         try:
             service_id = await self._service.create(
-                batch.file_id, batch.batch_id, batch.digest, self._batch.window, batch.since
+                batch.file_id, batch.batch_id, batch.digest, self._batch.window
             )
         except TeacherUnavailable:
             raise
@@ -416,17 +492,26 @@ class BatchRun:
     async def _may_be_there(self, batch: Batch) -> bool:
         """Return whether the service may have made a batch in a try whose response was lost."""
         try:
-            return bool(await self._service.find_batch(batch.batch_id, batch.since))
+            return bool(await self._service.find_batch(batch.batch_id))
         except TeacherUnavailable:
             return True
         except TeacherError:
             return False
 
     async def _note_submitted(self, batch: Batch, service_id: str) -> None:
-        await self._change(
-            batch, state="submitted", service_id=service_id, submitted_at=datetime.now(UTC)
-        )
+        values = {"service_id": service_id, "submitted_at": datetime.now(UTC)}
+        if not await self._advance(batch, "intended", "uploaded", state="submitted", **values):
+            # Another process has gone on with it, or gave it up.
+            known = await asyncio.to_thread(self._book.batch, batch.batch_id)
+            if known is None or known.service_id != service_id:
+                await self._service.cancel(service_id)
+            return
         _log.info("batch %s: %s requests sent", service_id, f"{batch.lines:,}")
+
+    async def _advance(self, batch: Batch, *states: BatchState, **values: Any) -> bool:
+        return await asyncio.to_thread(
+            partial(self._book.advance, batch.batch_id, states, **values)
+        )
 
     async def _change(self, batch: Batch, **values: Any) -> None:
         await asyncio.to_thread(partial(self._book.change, batch.batch_id, **values))
@@ -441,8 +526,12 @@ class BatchRun:
             ended, waited, done, lines = [], set(), 0, 0
             for batch in await asyncio.to_thread(self._book.open_batches, self._endpoint.identity):
                 if batch.batch_id not in self._waits_for | self._may_take:
-                    continue
+                    # Another run's, or one whose questions nobody asks any more.
+                    if batch.booked_at or batch.batch_id in self._looked_at:
+                        continue
+                    self._looked_at.add(batch.batch_id)
                 waited |= {batch.batch_id} & self._waits_for
+                batch = await self._adopted(batch)
                 seen = await self._look_at(batch)
                 if seen is None:
                     continue
@@ -458,20 +547,36 @@ class BatchRun:
                 raise self._waiting(lines, done)
             await asyncio.sleep(min(self._batch.poll_s, left))
 
+    async def _adopted(self, batch: Batch) -> Batch:
+        """Return a batch that this run waits for as one that it pays for, if an earlier run of its
+        recipe sent it: what a run reports and its budget counts is what it takes in."""
+        mine = self._payer
+        is_earlier = mine.recipe and batch.recipe == mine.recipe and batch.run != mine.run
+        if not is_earlier or batch.batch_id not in self._waits_for:
+            return batch
+        await asyncio.to_thread(self._book.adopt, batch.batch_id, mine.run)
+        return replace(batch, run=mine.run)
+
     async def _look_at(self, batch: Batch) -> ServiceBatch | None:
         """Return how the service says a batch is; None where it is not submitted yet."""
-        if batch.state not in ("submitted", "ended"):
-            return None
         forget = f"or give it up: distillery labels batches --forget {batch.batch_id}"
+        is_sent = batch.state in ("submitted", "ended")
         if batch.url != self._endpoint.url:
             if batch.batch_id not in self._waits_for:
                 return None
+            # A living process may be sending it.
+            if not is_sent and await asyncio.to_thread(self._leases.is_held, lease_of(batch)):
+                return None
             raise TeacherError(
-                f"batch {batch.service_id} was sent to {batch.url}; set "
+                f"batch {batch.service_id or batch.batch_id} was sent to {batch.url}; set "
                 f"{self._endpoint.variables}_ENDPOINT to it until its answers are here, {forget}"
             )
+        if not is_sent:
+            return None
         seen = await self._service.look_at(batch.service_id)
         if seen is None:
+            if batch.batch_id not in self._waits_for:
+                return None
             raise TeacherError(
                 f"{self._endpoint.url} does not know the batch {batch.service_id}; use the key of "
                 f"the project that sent it, {forget}"
@@ -493,7 +598,8 @@ class BatchRun:
 
     async def _take_in(self, ended: Sequence[tuple[Batch, ServiceBatch]], folder: Path) -> None:
         """Take the answers of ended batches in. Raises TeacherError for a batch that the service
-        did not accept."""
+        did not accept, and for one that somebody has cancelled."""
+        cancelled: list[str] = []
         failures: list[str] = []
         refused: list[int] = []
         with ExitStack() as held:
@@ -508,11 +614,15 @@ class BatchRun:
                     await self._note_failure(batch, seen)
                     if seen.lacks_quota:
                         refused.append(batch.lines)
-                    else:
-                        failures.append(f"{seen.service_id} ({seen.code}: {seen.error})")
+                    elif batch.batch_id in self._waits_for:
+                        failures.append(self._failure(seen))
                     continue
                 self._is_full = False
                 answers = await self._download(batch, seen, folder)
+                if answers is None:
+                    continue
+                if seen.status == "cancelled" and batch.batch_id in self._waits_for:
+                    cancelled.append(seen.service_id)
                 held.callback(answers.close)
                 collected.append(answers)
             if collected:
@@ -520,36 +630,53 @@ class BatchRun:
             for answers in collected:
                 await self._settle(answers)
         if failures:
+            raise TeacherError(failures[0])
+        if cancelled:
             raise TeacherError(
-                f"{self._endpoint.section}.batch: {self._endpoint.url} did not accept "
-                f"{failures[0]}; nothing was asked: correct the setting"
+                f"batch {cancelled[0]} was cancelled at {self._endpoint.url}; its answers so far "
+                "are kept: run again to send the other requests anew"
             )
         if refused:
             self._is_full = True
             self._most_lines = min(self._most_lines, max(max(refused) // 2, 1))
 
+    def _failure(self, seen: ServiceBatch) -> str:
+        """Say why the service did not accept a batch."""
+        if seen.code == NO_CREDIT:
+            return (
+                f"{self._endpoint.url}: the account of {self._endpoint.variables}_KEY has no "
+                f"credit for {seen.service_id} ({seen.error}); nothing was asked"
+            )
+        return (
+            f"{self._endpoint.section}.batch: {self._endpoint.url} did not accept "
+            f"{seen.service_id} ({seen.code}: {seen.error}); nothing was asked: correct the setting"
+        )
+
     async def _note_failure(self, batch: Batch, seen: ServiceBatch) -> None:
         """Leave the requests of a batch that the service did not accept to be asked again."""
         keys = await asyncio.to_thread(self._book.keys_of, batch.batch_id)
-        await asyncio.to_thread(self._book.settle, batch.batch_id, [], list(keys), 0)
+        await asyncio.to_thread(self._book.settle, batch.batch_id, [], [], list(keys))
         _log.warning("batch %s failed: %s", seen.service_id, seen.error)
 
-    async def _download(self, batch: Batch, seen: ServiceBatch, folder: Path) -> Answers:
+    async def _download(self, batch: Batch, seen: ServiceBatch, folder: Path) -> Answers | None:
         """Download an ended batch's files; it may have none of either kind. Raises TeacherError if
-        they are gone: the answers in them are paid for."""
+        they are gone: the answers in them are paid for. None if this run waits for none of them."""
         files = []
         for kind, file_id in (("output", seen.output_file), ("errors", seen.error_file)):
             path = folder / f"{batch.batch_id}.{kind}"
             if not file_id:
                 continue
             if not await self._service.download(file_id, path):
+                if batch.batch_id not in self._waits_for:
+                    _log.warning("batch %s: its answers are gone", seen.service_id)
+                    return None
                 raise TeacherError(
                     f"{self._endpoint.url} has no file {file_id} of the batch {seen.service_id} "
                     f"any more; give it up: distillery labels batches --forget {batch.batch_id}"
                 )
             files.append(path)
         requests = await asyncio.to_thread(self._book.keys_of, batch.batch_id)
-        return await asyncio.to_thread(Answers, batch, requests, files)
+        return await asyncio.to_thread(Answers, batch, requests, files, seen.status)
 
     async def _read(self, collected: Sequence[Answers]) -> None:
         """Read the answers to this run's questions."""
@@ -580,7 +707,7 @@ class BatchRun:
             completion, outcome = Completion("", line.failure.question_refusal), "refused"
         most = most_of(question, recipe)
         if completion is None:
-            answers.failed.append(question.key)
+            answers.note_failed(line)
             self._store.record(self._entry(batch, question.key, share, outcome, used, most))
             return
         answer = stored_answer(question, completion, recipe, self._endpoint.identity)
@@ -601,11 +728,11 @@ class BatchRun:
         most: Usage,
     ) -> Call:
         """Return a line's entry in the ledger, on behalf of the run that sent it."""
-        prices = share.recipe.in_batch.prices
+        prices = PriceRecipe.model_validate(batch.prices) if batch.prices else None
         counted = used is not None and outcome not in ("filtered", "refused")
         taken = most if used is None else used
         return Call(
-            call_id=sha256(f"{batch.batch_id} {key}".encode()).hexdigest(),
+            call_id=call_id_of(batch, key),
             called_at=batch.submitted_at or batch.created_at,
             run=batch.run,
             recipe=batch.recipe,
@@ -618,56 +745,121 @@ class BatchRun:
             completion_tokens=taken.completion_tokens,
             is_counted=counted,
             cost=cost_of(taken, prices),
-            prices=prices.model_dump() if prices else None,
+            prices=batch.prices,
             batch_id=batch.service_id,
         )
 
     async def _settle(self, answers: Answers) -> None:
-        """Have the requests whose answers are stored leave the book, and those that failed be asked
-        again. Answers to questions that are not this run's stay for the run that has them."""
-        for key in answers.rest():
-            if answers.take(key, self._endpoint).payload is None:
-                answers.failed.append(key)
-        failed = [*answers.failed, *answers.missing]
-        for key in answers.missing:
-            self._store.record(
-                self._entry(answers.batch, key, self._shares[0], "lost", Usage(), Usage())
-            )
+        """Book the calls that this run has no question for, and have the requests whose answers are
+        stored leave the book. Those that failed are to be asked again; answers to questions that
+        are not this run's stay at the service for the run that has them."""
+        batch = answers.batch
+        # An equal entry of a run that reads the answer later counts once with this one.
+        for number, key in enumerate(answers.rest(), start=1):
+            line = answers.take(key, self._endpoint)
+            used = Usage()
+            if line.payload is None:
+                answers.note_failed(line)
+            else:
+                used = usage_of(line.payload)
+            self._book_unread(batch, key, "retried" if line.payload is None else "answer", used)
+            if number % LOOKUP_ROWS == 0:
+                await asyncio.to_thread(self._store.flush)
+        for key in answers.lost:
+            self._book_unread(batch, key, "lost", None)
         await asyncio.to_thread(self._store.flush)
+        untried = answers.untried
+        failed = [*answers.failed, *answers.lost]
         left = await asyncio.to_thread(
-            self._book.settle, answers.batch.batch_id, answers.answered, failed
+            self._book.settle, batch.batch_id, answers.answered, failed, untried
         )
         told = f"{len(answers.answered):,} answers taken in"
-        if failed:
-            told += f", {len(failed):,} to be asked again"
+        if failed or untried:
+            told += f", {len(failed) + len(untried):,} requests to be asked again"
         if left:
-            told += f", {left:,} left to other runs"
-        _log.info("batch %s: %s", answers.batch.service_id, told)
+            told += f", {left:,} left at the service for runs that ask for them"
+        _log.info("batch %s: %s", batch.service_id, told)
+
+    def _book_unread(self, batch: Batch, key: str, outcome: Outcome, used: Usage | None) -> None:
+        """Write the entry of a line that answers none of this run's questions, or of a request
+        whose line is missing."""
+        most = Usage(prompt_tokens=round(batch.tokens / max(batch.lines, 1)))
+        entry = self._entry(batch, key, self._shares[0], outcome, used, most)
+        if used is None and batch.cost is not None:
+            entry = replace(entry, cost=batch.cost / max(batch.lines, 1))
+        self._store.record(entry)
 
 
-def give_up_batch(book: BatchBook, batch_id: str) -> int:
-    """Leave the requests of a batch to be asked again, and return how many. The ledger counts them
-    at the most that they can have cost. Raises DataError if there is no such batch."""
+def lease_of(batch: Batch) -> str:
+    """Return the name of a batch's lease."""
+    return f"batch {batch.batch_id}"
+
+
+def give_up_batch(book: BatchBook, batch_id: str, lease_s: float = LENGTH_S) -> int:
+    """Leave the requests of a batch to be asked again, and return how many. The ledger counts those
+    without an entry at the most that they can have cost. Raises DataError if there is no such
+    batch, or if a run is at work on it."""
     batch = book.batch(batch_id)
-    left = len(book.keys_of(batch_id))
+    left = book.keys_of(batch_id)
     if batch is None or not left:
         raise DataError(f"batch {batch_id}: holds no request; see distillery labels batches")
-    share = left / max(batch.lines, 1)
-    lost = Call(
-        call_id=sha256(f"{batch_id} given up".encode()).hexdigest(),
+    leases, holder = Leases(seconds=lease_s), uuid.uuid4().hex
+    name = lease_of(batch)
+    if leases.is_held(name) or not leases.acquire(name, holder, "forget", lease_s):
+        raise DataError(f"batch {batch_id}: a run is at work on it; try again later")
+    try:
+        # Its run may have gone on until the lease was free.
+        batch, left = book.batch(batch_id) or batch, book.keys_of(batch_id)
+        with LabelStore() as store:
+            for key in left if batch.service_id else ():
+                store.record(lost_call(batch, key))
+        cancel_at_service(batch)
+        book.give_up(batch_id)
+    finally:
+        leases.release(name, holder)
+    return len(left)
+
+
+def lost_call(batch: Batch, key: str) -> Call:
+    """Return the entry of a request whose answer nobody will see."""
+    lines = max(batch.lines, 1)
+    return Call(
+        call_id=call_id_of(batch, key),
         called_at=batch.submitted_at or batch.created_at,
         run=batch.run,
         recipe=batch.recipe,
         teacher=batch.teacher,
         purpose="label",
         outcome="lost",
-        prompt_tokens=round(batch.tokens * share),
+        request_key=key,
+        prompt_tokens=round(batch.tokens / lines),
         is_counted=False,
-        cost=None if batch.cost is None else batch.cost * share,
+        cost=None if batch.cost is None else batch.cost / lines,
+        prices=batch.prices,
         batch_id=batch.service_id,
     )
-    with LabelStore() as store:
-        if batch.service_id:
-            store.record(lost)
-    book.give_up(batch_id)
-    return left
+
+
+def call_id_of(batch: Batch, key: str) -> str:
+    """Return the id of a request's entry in the ledger, so that one written twice counts once."""
+    return sha256(f"{batch.batch_id} {key}".encode()).hexdigest()
+
+
+def cancel_at_service(batch: Batch) -> None:
+    """Have the service end a batch that is under way. If the settings of this process are not those
+    of its endpoint, or the service does not do it, that is told."""
+    if batch.state != "submitted":
+        return
+    recipe = TeacherRecipe(kind="endpoint")
+
+    async def cancel() -> None:
+        endpoint = resolve_endpoint(recipe)
+        if endpoint.url != batch.url:
+            raise TeacherError(f"{endpoint.variables}_ENDPOINT is not {batch.url}")
+        async with batch_service(recipe, endpoint) as service:
+            await service.cancel(batch.service_id)
+
+    try:
+        asyncio.run(cancel())
+    except DistilleryError as error:
+        _log.warning("%s; cancel the batch %s at the service yourself", error, batch.service_id)

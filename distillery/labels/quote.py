@@ -3,13 +3,14 @@
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 
 from distillery.data.examples import each_example
 from distillery.data.prepare import prepare
-from distillery.errors import RecipeError
+from distillery.errors import CredentialsError, RecipeError
 from distillery.labels.pairs import Pair, rows_for_judge
 from distillery.labels.questions import Question, hashed_rows, questions
 from distillery.labels.store import EXPERIENCE_ROWS, Experience, LabelStore
@@ -19,6 +20,7 @@ from distillery.records import Example, Usage
 from distillery.storage.allowed import local_path
 from distillery.storage.working import working_folder
 from distillery.teacher.budget import cost_of, standing
+from distillery.teacher.endpoint import resolve_endpoint
 from distillery.teacher.identity import teacher_identity
 from distillery.teacher.ledger import Payer
 
@@ -179,8 +181,13 @@ def quote(
 def takes_no_batches(recipe: TeacherRecipe) -> bool:
     """Return whether it is never asked in batches: a local teacher, a judge, or an SDK without
     them."""
-    is_judge = isinstance(recipe, JudgeRecipe)
-    return is_judge or recipe.kind != "endpoint" or recipe.sdk == "azure-ai-inference"
+    if isinstance(recipe, JudgeRecipe) or recipe.kind != "endpoint":
+        return True
+    sdk: str = recipe.sdk
+    if sdk == "auto":
+        with suppress(CredentialsError):
+            sdk = resolve_endpoint(recipe).sdk
+    return sdk == "azure-ai-inference"
 
 
 def each_rows_questions(

@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 METADATA = MetaData()
 
-SCHEMA = "0007"
+SCHEMA = "0008"
 """The newest revision in migrations/versions: what this version of Distillery reads and writes."""
 
 VERSION_TABLE = "distillery_version"

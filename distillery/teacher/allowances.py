@@ -1,7 +1,7 @@
 """Allowances: how much of a budget each of the processes that share it may spend at present."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -79,10 +79,8 @@ class Allowance:
         self._caps, self._period = budget.caps, budget.period
         self._payer, self._section, self._currency = payer, section, currency
         self._holder = new_call_id()
-        self._now = NOW[database.backend]
-        self._until = text(f"{self._now.text} + {LENGTH_S}")
-        self._seen: dict[tuple[str, float], float] = {}
-        self._looked_at = float("-inf")
+        self._until = text(f"{NOW[database.backend].text} + {LENGTH_S}")
+        self._others = OtherRows(payer, section, budget, database.backend)
 
     def renew(self, kept: Amounts, call: Amounts, calls: int) -> Grant:
         """Keep `kept` of the allowance, give the rest back, and take more: a share of what is left,
@@ -113,7 +111,7 @@ class Allowance:
             connection.exec_driver_sql("LOCK TABLE budget_allowances IN EXCLUSIVE MODE")
         # SQLite takes its lock at the first write: before anything is read.
         self._write(connection, kept)
-        others = self._others(connection)
+        others = self._others.read(connection, self._caps, self._holder)
         since = period_start(self._period, datetime.now(UTC))
         gone = spent(connection, self._payer, self._section, self._currency, since)
         # A batch takes hours: nobody waits for what it may leave.
@@ -141,17 +139,23 @@ class Allowance:
         changed: dict[str, Any] = {**allowed, "expires_at": self._until}
         connection.execute(row.on_conflict_do_update(index_elements=["holder"], set_=changed))
 
-    def _others(self, connection: Any) -> list[Any]:
-        """Return the rows of others in the same budget that allow something, and drop those of dead
-        processes."""
-        mine = ALLOWANCES.c.run == self._payer.run
-        if self._period != "run":
-            mine = ALLOWANCES.c.recipe == self._payer.recipe
-        of_others = and_(
-            mine,
-            ALLOWANCES.c.section == self._section,
-            ALLOWANCES.c.holder != self._holder,
-        )
+
+class OtherRows:
+    """The rows of a budget that are not a process's own, as it sees them one time after another."""
+
+    def __init__(self, payer: Payer, section: str, budget: BudgetRecipe, backend: str) -> None:
+        mine = ALLOWANCES.c.run == payer.run
+        if budget.period != "run":
+            mine = ALLOWANCES.c.recipe == payer.recipe
+        self._same_budget = and_(mine, ALLOWANCES.c.section == section)
+        self._now = NOW[backend]
+        self._seen: dict[tuple[str, float], float] = {}
+        self._looked_at = float("-inf")
+
+    def read(self, connection: Any, caps: Iterable[str], own: str = "") -> list[Any]:
+        """Within a transaction, return the rows that allow something of one of `caps`, but that of
+        the holder `own`, and drop those of dead processes."""
+        of_others = and_(self._same_budget, ALLOWANCES.c.holder != own)
         expired = (ALLOWANCES.c.expires_at <= self._now).label("expired")
         now = time.monotonic()
         if now - self._looked_at > OUTAGE_S:
@@ -165,6 +169,6 @@ class Allowance:
                     dead = delete(ALLOWANCES).where(ALLOWANCES.c.holder == row.holder)
                     connection.execute(dead)
                     continue
-            if any(getattr(row, name) > 0 for name in self._caps):
+            if any(getattr(row, name) > 0 for name in caps):
                 found.append(row)
         return found

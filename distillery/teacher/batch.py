@@ -9,6 +9,8 @@ order. Which questions go into a file, and what becomes of the answers, is in la
 
 import asyncio
 import json
+import logging
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -18,7 +20,7 @@ from urllib.parse import urlsplit
 
 from tenacity import AsyncRetrying, retry_if_exception, stop_after_attempt
 
-from distillery.errors import DistilleryError, RecipeError, TeacherError
+from distillery.errors import DistilleryError, RecipeError, TeacherError, TeacherUnavailable
 from distillery.recipe import TeacherRecipe
 from distillery.teacher.clients import open_openai, openai_failure
 from distillery.teacher.endpoint import AZURE_HOSTS, Endpoint, host_of, log_in
@@ -31,17 +33,25 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+_log = logging.getLogger(__name__)
+
 UNDER_WAY = ("validating", "in_progress", "finalizing", "cancelling")
 """The states of a batch that may still give answers. The others: completed, failed (nothing was
 asked), expired and cancelled (what was answered until then is there)."""
 
-QUOTA_CODES = ("token_limit_exceeded", "enqueued_token_limit_exceeded", "insufficient_quota")
+QUOTA_CODES = ("token_limit_exceeded", "enqueued_token_limit_exceeded")
 """The codes of a failed batch for which there was no room in the endpoint's queue."""
+
+NO_CREDIT = "insufficient_quota"
+"""The code of a failed batch whose account has no credit left."""
 
 KEPT_S = 30 * 24 * 3600
 """How long the service keeps a file, in seconds: the longest that Azure takes."""
 
 FILE_POLL_S = 2.0
+
+FILE_WAIT_S = 600.0
+"""How long a file may take until the service has read it."""
 
 PAGE = 100
 
@@ -139,10 +149,9 @@ class BatchService:
         self._client, self._endpoint = client, endpoint
         self._attempts, self._timeout_s = attempts, timeout_s
 
-    async def upload(self, path: Path, name: str, since: float) -> str:
-        """Upload a file under `name` and return its id, once the service has read it. If a try may
-        have succeeded, the file is looked for, among those since `since` (seconds since the
-        epoch)."""
+    async def upload(self, path: Path, name: str) -> str:
+        """Upload a file under `name` and return its id. If a try may have succeeded, the file is
+        looked for."""
 
         async def create() -> str:
             with path.open("rb") as lines:
@@ -153,15 +162,12 @@ class BatchService:
                 )
             return file.id
 
-        file_id = await self._create(create, lambda: self._find_file(name, since))
-        await self._wait_for_file(file_id)
+        file_id, _ = await self._create(create, lambda: self._find_file(name))
         return file_id
 
-    async def create(
-        self, file_id: str, batch_id: str, digest: str, window: str, since: float
-    ) -> str:
-        """Make a batch of a file and return the service's id of it. Its metadata names our own
-        `batch_id` and the file's digest. `since` as in `upload`."""
+    async def create(self, file_id: str, batch_id: str, digest: str, window: str) -> str:
+        """Make a batch of a file, once the service has read that, and return the service's id of
+        it. Its metadata names our own `batch_id` and the file's digest."""
 
         async def create() -> str:
             batch = await self._client.batches.create(
@@ -172,17 +178,25 @@ class BatchService:
             )
             return batch.id
 
-        return await self._create(create, lambda: self._find_batch(batch_id, since))
+        await self._wait_for_file(file_id)
+        service_id, tries = await self._create(create, lambda: self._find_batch(batch_id))
+        if tries > 1:
+            # A try whose response was lost may have made a second one since it was looked for.
+            return await self.find_batch(batch_id) or service_id
+        return service_id
 
-    async def find_file(self, name: str, since: float) -> str:
-        """Return the id of the file of that name, among those since `since` (seconds since the
-        epoch); "" if there is none."""
-        return await self._patiently(lambda: self._find_file(name, since))
+    async def cancel(self, service_id: str) -> None:
+        """Have the service end a batch, if it is under way."""
+        await self._patiently(lambda: self._cancel(service_id))
 
-    async def find_batch(self, batch_id: str, since: float) -> str:
-        """Return the service's id of the batch whose metadata name `batch_id`, among those since
-        `since`; "" if there is none."""
-        return await self._patiently(lambda: self._find_batch(batch_id, since))
+    async def find_file(self, name: str) -> str:
+        """Return the id of the file of that name; "" if there is none."""
+        return await self._patiently(lambda: self._find_file(name))
+
+    async def find_batch(self, batch_id: str) -> str:
+        """Return the service's id of the batch whose metadata name `batch_id`; "" if there is none.
+        If there are several, one is kept and the others are cancelled."""
+        return await self._patiently(lambda: self._find_batch(batch_id))
 
     async def look_at(self, service_id: str) -> ServiceBatch | None:
         """Return how a batch is; None if the service does not know it."""
@@ -205,24 +219,40 @@ class BatchService:
             return False
         return True
 
-    async def _find_file(self, name: str, since: float) -> str:
+    async def _find_file(self, name: str) -> str:
         files = self._client.files.list(purpose="batch", order="desc", limit=PAGE)
         found: FileObject
         async for found in files:
             if found.filename == name:
                 return found.id
-            if found.created_at < since:
-                break
         return ""
 
-    async def _find_batch(self, batch_id: str, since: float) -> str:
+    async def _find_batch(self, batch_id: str) -> str:
+        # All pages are read: nothing promises their order.
         found: Batch
+        same = []
         async for found in self._client.batches.list(limit=PAGE):
             if (found.metadata or {}).get("distillery_batch") == batch_id:
-                return found.id
-            if found.created_at < since:
-                break
-        return ""
+                same.append(found)
+        if not same:
+            return ""
+        alive = (*UNDER_WAY[:-1], "completed")
+        kept, *twins = sorted(same, key=lambda b: (b.status not in alive, b.created_at, b.id))
+        for twin in twins:
+            if twin.status in UNDER_WAY[:-1]:
+                _log.warning("batch %s is a second one of %s: cancelled", twin.id, kept.id)
+                await self._cancel(twin.id)
+        return kept.id
+
+    async def _cancel(self, service_id: str) -> None:
+        from openai import APIStatusError
+
+        try:
+            await self._client.batches.cancel(service_id)
+        except APIStatusError as error:
+            # It has ended meanwhile, or is not known.
+            if error.status_code not in (400, 404, 409):
+                raise
 
     async def _retrieve(self, service_id: str) -> ServiceBatch:
         batch = await self._client.batches.retrieve(service_id)
@@ -246,7 +276,9 @@ class BatchService:
         )
 
     async def _wait_for_file(self, file_id: str) -> None:
-        """Wait until the service has read a file: Azure makes no batch of one before."""
+        """Wait until the service has read a file: Azure makes no batch of one before. Raises
+        TeacherUnavailable after FILE_WAIT_S."""
+        until = time.monotonic() + FILE_WAIT_S
         while True:
             file = await self._patiently(lambda: self._client.files.retrieve(file_id))
             if file.status == "error":
@@ -256,13 +288,18 @@ class BatchService:
                 )
             if str(file.status) not in ("pending", "running"):
                 return
+            if time.monotonic() > until:
+                raise TeacherUnavailable(
+                    f"{self._endpoint.url}: has not read the file {file_id} for "
+                    f"{FILE_WAIT_S / 60:.0f} min"
+                )
             await asyncio.sleep(FILE_POLL_S)
 
     async def _create(
         self, create: Callable[[], Awaitable[str]], find: Callable[[], Awaitable[str]]
-    ) -> str:
-        """Return the id of what `create` makes. A try whose response was lost may have made it, so
-        that it is looked for before the next one."""
+    ) -> tuple[str, int]:
+        """Return the id of what `create` makes, and the tries. A try whose response was lost may
+        have made it, so that it is looked for before the next one."""
         tries = 0
 
         async def once() -> str:
@@ -270,7 +307,7 @@ class BatchService:
             tries += 1
             return (tries > 1 and await find()) or await create()
 
-        return await self._patiently(once)
+        return await self._patiently(once), tries
 
     async def _patiently(self, work: Callable[[], Awaitable[T]], missing: bool = False) -> T:
         """Return what `work` does, in teacher.attempts tries. `missing`: raise CallFailed for what

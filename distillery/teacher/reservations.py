@@ -5,12 +5,12 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import and_, delete, select, update
+from sqlalchemy import delete
 
 from distillery.recipe import TeacherRecipe
 from distillery.records import Usage
 from distillery.storage.database import Database
-from distillery.teacher.allowances import ALLOWANCES, NEVER
+from distillery.teacher.allowances import ALLOWANCES, NEVER, OtherRows
 from distillery.teacher.budget import cost_of
 from distillery.teacher.ledger import Amounts, Payer, period_start, spent
 
@@ -29,6 +29,10 @@ class Reservations:
         self._caps, self._period = recipe.budget.caps, recipe.budget.period
         self._section, self._payer = recipe.section, payer
         self._currency = recipe.prices.currency if recipe.prices else ""
+        self._others = OtherRows(payer, recipe.section, recipe.budget, database.backend)
+        self.is_final = True
+        """Whether no process that asks directly has an allowance, which might be given back soon,
+        as of the last look at the room."""
 
     def room(self) -> Amounts:
         """Return how much of each cap is left, by name."""
@@ -62,12 +66,8 @@ class Reservations:
         return self._database.run(write)
 
     def _room(self, connection: Any) -> Amounts:
-        mine = ALLOWANCES.c.run == self._payer.run
-        if self._period != "run":
-            mine = ALLOWANCES.c.recipe == self._payer.recipe
-        rows = connection.execute(
-            select(ALLOWANCES).where(and_(mine, ALLOWANCES.c.section == self._section))
-        ).all()
+        rows = self._others.read(connection, self._caps)
+        self.is_final = all(row.expires_at >= NEVER for row in rows)
         since = period_start(self._period, datetime.now(UTC))
         gone = spent(connection, self._payer, self._section, self._currency, since)
         room = {}
@@ -76,16 +76,9 @@ class Reservations:
         return room
 
 
-def keep_share(connection: Any, batch_id: str, share: float) -> None:
-    """Within a transaction, leave this share (0 to 1) of a batch's reservation."""
-    own = ALLOWANCES.c.holder == batch_id
-    if share <= 0:
-        connection.execute(delete(ALLOWANCES).where(own))
-        return
-    kept: dict[str, Any] = {
-        name: ALLOWANCES.c[name] * share for name in ("cost", "tokens", "calls")
-    }
-    connection.execute(update(ALLOWANCES).where(own).values(**kept))
+def give_back(connection: Any, batch_id: str) -> None:
+    """Within a transaction, delete a batch's reservation."""
+    connection.execute(delete(ALLOWANCES).where(ALLOWANCES.c.holder == batch_id))
 
 
 def amounts_of(most: Usage, calls: int, recipe: TeacherRecipe) -> Amounts:

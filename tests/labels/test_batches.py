@@ -13,25 +13,30 @@ from batch_endpoint import BatchEndpoint, Fate, Plan
 from batch_runs import (
     PRICES,
     asked_in_batches,
+    batch_endpoint_of,
     batch_teacher,
     calls_in,
     cents,
     labelled_in_batches,
     left_in_book,
+    rows_of,
 )
 from chat_endpoint import Call, ChatEndpoint, Reply, refused, said
 from label_runs import PROMPT, endpoint_of, example, stored_keys
 
-from distillery.errors import BudgetReached, RecipeError, TeacherError, Waiting
-from distillery.labels.batch_book import BatchBook
+from distillery.errors import BudgetReached, DataError, RecipeError, TeacherError, Waiting
+from distillery.labels.batch_book import Batch, BatchBook
+from distillery.labels.batch_files import RequestFile
 from distillery.labels.batch_run import Share, ask_in_batches, give_up_batch
 from distillery.labels.questions import questions
 from distillery.labels.quote import quote
 from distillery.labels.store import LabelStore
 from distillery.records import Example
-from distillery.teacher.batch import check_takes_batches, path_of_requests
+from distillery.storage.leases import Leases
+from distillery.teacher.allowances import ALLOWANCES, NEVER
+from distillery.teacher.batch import batch_service, check_takes_batches, path_of_requests
 from distillery.teacher.endpoint import Endpoint
-from distillery.teacher.ledger import Payer
+from distillery.teacher.ledger import Payer, spent
 
 ROWS = [example(number) for number in range(20)]
 
@@ -137,6 +142,9 @@ async def test_a_line_that_fails_is_asked_again_and_one_that_is_refused_is_rejec
         assert store.get_many([key])[key].reason == reason
     mine = [call for call in calls_in(url) if call["request_key"] == key]
     outcomes = {"missing": ["lost", "answer"], "overloaded": ["retried", "answer"]}
+    # What became of a line that is missing from a complete batch, nobody knows.
+    assert [call["is_counted"] for call in mine].count(0) == (name in ("missing", "filtered"))
+    assert name != "missing" or mine[0]["cost"] > 0
     assert [call["outcome"] for call in mine] == outcomes.get(
         name, ["filtered" if reason else "answer"]
     )
@@ -147,6 +155,11 @@ async def test_a_line_that_fails_is_asked_again_and_one_that_is_refused_is_rejec
 async def test_what_a_batch_has_answered_when_it_ends_early_is_taken(status: Any, url: str) -> None:
     plans = [Plan(status=status, answers=5), Plan()]
     with BatchEndpoint(lambda number: plans[number]) as service:
+        if status == "cancelled":
+            # Whoever did so does not want it sent again at once.
+            with pytest.raises(TeacherError, match="batch-1 was cancelled at .* run again"):
+                await asked_in_batches(service, url, ROWS, batch_teacher())
+            assert len(service.batches) == 1
         await asked_in_batches(service, url, ROWS, batch_teacher())
         assert [len(batch_lines(service, each)) for each in service.batches] == [19, 14]
         assert set(service.answered.values()) == {1}
@@ -156,10 +169,13 @@ async def test_what_a_batch_has_answered_when_it_ends_early_is_taken(status: Any
 
 
 async def test_a_request_that_fails_in_every_batch_is_left_to_be_asked_directly(url: str) -> None:
+    few = batch_teacher({"tries": 3, "direct_below": 4})
     with BatchEndpoint(lambda _: Plan(fate=lambda _question, _earlier: "overloaded")) as service:
-        await asked_in_batches(service, url, ROWS[:5], batch_teacher({"tries": 3}))
+        none = batch_teacher({"tries": 3})
+        with pytest.raises(TeacherError, match="4 requests have failed in 3 batches each; raise"):
+            await asked_in_batches(service, url, ROWS[:5], none)
         assert set(service.sent.values()) == {3}
-        counts = await labelled_in_batches(service, url, ROWS[:5], batch_teacher({"tries": 3}))
+        counts = await labelled_in_batches(service, url, ROWS[:5], few)
         assert set(service.sent.values()) == {3}
         assert service.asked.total() == 5
     assert counts.accepted == 5
@@ -265,18 +281,31 @@ async def test_a_run_that_asks_directly_leaves_room_for_batches_under_way(url: s
 
 async def test_a_batch_can_be_given_up(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DISTILLERY_LABELS", url)
-    teacher = batch_teacher({"wait_s": 0})
+    teacher, payer = batch_teacher({"wait_s": 0}), Payer("run-1", "mine")
     with BatchEndpoint(lambda _: Plan(looks=9)) as service:
+        for name, value in (("ENDPOINT", service.url), ("NAME", "m"), ("KEY", "k")):
+            monkeypatch.setenv(f"TEACHER_MODEL_{name}", value)
         with pytest.raises(Waiting):
-            await asked_in_batches(service, url, ROWS, teacher)
+            await asked_in_batches(service, url, ROWS, teacher, payer)
         with BatchBook(url) as book:
             ((batch, left),) = book.all_batches()
             assert left == 19
-            assert give_up_batch(book, batch.batch_id) == 19
-        (lost,) = (call for call in calls_in(url) if call["outcome"] == "lost")
-        assert lost["cost"] == pytest.approx(batch.cost)
+            leases, name = Leases(url, 30), f"batch {batch.batch_id}"
+            leases.acquire(name, "a run")
+            with pytest.raises(DataError, match="a run is at work on it"):
+                give_up_batch(book, batch.batch_id)
+            leases.release(name, "a run")
+            assert await asyncio.to_thread(give_up_batch, book, batch.batch_id) == 19
+        lost = [call for call in calls_in(url) if call["outcome"] == "lost"]
+        assert len(lost) == 19
+        assert sum(call["cost"] for call in lost) == pytest.approx(batch.cost)
+        with LabelStore(url) as store:
+            gone = store.database.run(lambda c: spent(c, payer, "teacher", "USD", None))
+        assert gone["cost"] == pytest.approx((batch.cost or 0) + 2 * BATCH_CENTS / 100)
+        assert gone["calls"] == 20
+        assert [each.status for each in service.batches.values()] == ["cancelled"]
         with pytest.raises(Waiting):
-            await asked_in_batches(service, url, ROWS, teacher)
+            await asked_in_batches(service, url, ROWS, teacher, payer)
         assert len(service.batches) == 2
 
 
@@ -394,3 +423,179 @@ def test_the_prices_of_batches() -> None:
     own = batch_teacher(prices=PRICES | {"batch": {"input": 0.5, "output": 3.0}}).in_batch.prices
     assert own is not None
     assert (own.input, own.output) == (0.5, 3.0)
+
+
+async def test_a_second_expiry_has_nothing_asked_at_the_full_price(url: str) -> None:
+    plans = [Plan(status="expired", answers=5), Plan(status="expired", answers=5), Plan()]
+    with BatchEndpoint(lambda number: plans[number]) as service:
+        await asked_in_batches(service, url, ROWS, batch_teacher({"tries": 1}))
+        assert [len(batch_lines(service, each)) for each in service.batches] == [19, 14, 9]
+        assert service.asked.total() == 1
+
+
+@pytest.mark.parametrize(("number", "status"), [(1, 503), (2, 429), (3, 500), (4, 503), (5, 429)])
+async def test_an_outage_has_the_run_go_on_later(number: int, status: int, url: str) -> None:
+    """Upload, look at the file, make the batch, look at it, and download."""
+    with BatchEndpoint() as service:
+        service.failing = {number: status}
+        await asked_in_batches(service, url, ROWS, batch_teacher(attempts=1))
+        assert len(service.batches) == 1
+        assert set((service.answered + service.asked).values()) == {1}
+    assert left_in_book(url) == (0, 0)
+
+
+async def test_an_outage_that_lasts_has_the_run_wait(url: str) -> None:
+    with BatchEndpoint() as service:
+        service.failing = dict.fromkeys(range(4, 99), 503)
+        teacher = batch_teacher({"wait_s": 0.1}, attempts=1)
+        with pytest.raises(Waiting, match="its batches go on"):
+            await asked_in_batches(service, url, ROWS, teacher)
+        service.failing = {}
+        await asked_in_batches(service, url, ROWS, teacher)
+        assert set((service.answered + service.asked).values()) == {1}
+
+
+async def test_a_batch_that_another_run_gave_up_during_its_upload_is_not_made(url: str) -> None:
+    def give_up(request: str) -> None:
+        if request == "POST /files" and service.requests.count(request) == 1:
+            with BatchBook(url) as book:
+                ((batch, _),) = book.all_batches()
+                book.give_up(batch.batch_id)
+
+    with BatchEndpoint() as service:
+        service.before = give_up
+        await asked_in_batches(service, url, ROWS, batch_teacher())
+        assert service.requests.count("POST /files") == 2
+        assert len(service.batches) == 1
+        assert set(service.answered.values()) == {1}
+    assert left_in_book(url) == (0, 0)
+
+
+@pytest.mark.usefixtures("no_backoff")
+async def test_of_two_equal_batches_one_is_cancelled(url: str) -> None:
+    with BatchEndpoint() as service:
+        # The response that a batch was made is lost, and the next list does not show it yet.
+        service.lost, service.unlisted = {3}, 1
+        await asked_in_batches(service, url, ROWS, batch_teacher())
+        assert sorted(each.status for each in service.batches.values()) == [
+            "cancelled",
+            "completed",
+        ]
+        assert set(service.answered.values()) == {1}
+
+
+@pytest.mark.parametrize("oldest_first", [True, False])
+async def test_a_batch_is_found_among_hundreds(oldest_first: bool) -> None:
+    teacher = batch_teacher()
+    with BatchEndpoint() as service:
+        service.oldest_first = oldest_first
+        request = {"endpoint": "", "input_file_id": "", "completion_window": "24h"}
+        for number in range(301):
+            made = service.make_batch({**request, "metadata": {"distillery_batch": f"{number}"}})
+            made.created_at = 0
+            service.keep(f"{number}.jsonl", b"")
+        async with batch_service(teacher, batch_endpoint_of(service)) as found:
+            assert await found.find_batch("150") == "batch-151"
+            assert await found.find_file("150.jsonl") == "file-151"
+            assert await found.find_batch("none") == ""
+
+
+async def test_a_batch_whose_rows_are_no_longer_asked_is_paid_and_reserves_nothing(
+    url: str,
+) -> None:
+    teacher, payer = batch_teacher({"wait_s": 0}, budget={"calls": 50}), Payer("run-1", "mine")
+    with BatchEndpoint(lambda _: Plan(looks=0)) as service:
+        with pytest.raises(Waiting):
+            service.failing = {4: 503}
+            await asked_in_batches(service, url, ROWS, teacher.model_copy(update={"attempts": 1}))
+        await asked_in_batches(service, url, [example(90)], teacher, payer)
+        assert left_in_book(url) == (1, 19)
+        assert len([call for call in calls_in(url) if call["batch_id"]]) == 19
+        assert not rows_of(url, "SELECT * FROM budget_allowances")
+        downloads = service.requests.count("GET /files/ID/content")
+        await asked_in_batches(service, url, [example(90)], teacher, payer)
+        assert service.requests.count("GET /files/ID/content") == downloads == 1
+        await asked_in_batches(service, url, ROWS, teacher, payer)
+        assert set(service.answered.values()) == {1}
+    assert left_in_book(url) == (0, 0)
+    calls = [call for call in calls_in(url) if call["batch_id"]]
+    assert cents(calls) == pytest.approx(19 * BATCH_CENTS)
+
+
+async def test_the_run_that_takes_answers_in_pays_for_those_that_its_recipe_sent(url: str) -> None:
+    teacher = batch_teacher({"wait_s": 0}, budget={"calls": 30})
+    with BatchEndpoint(lambda _: Plan(looks=1)) as service:
+        with pytest.raises(Waiting):
+            await asked_in_batches(service, url, ROWS, teacher, Payer("run-1", "mine"))
+        more = [*ROWS, *(example(number) for number in range(20, 40))]
+        with pytest.raises(BudgetReached):
+            await asked_in_batches(
+                service, url, more, batch_teacher(budget={"calls": 30}), Payer("run-2", "mine")
+            )
+    booked = {call["run"] for call in calls_in(url) if call["batch_id"]}
+    assert booked == {"run-2"}
+    assert [call["run"] for call in calls_in(url)].count("run-2") == 30
+
+
+async def test_the_allowance_of_a_dead_process_leaves_room(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("distillery.teacher.allowances.RENEWAL_S", 0.1)
+    allow(url, "dead", 25, 0)
+    with BatchEndpoint() as service:
+        teacher = batch_teacher(budget={"calls": 30})
+        await asked_in_batches(service, url, ROWS, teacher, Payer("run-1", "mine"))
+        assert service.answered.total() == 19
+
+
+def allow(url: str, holder: str, calls: int, expires_at: float) -> None:
+    """Write another process's allowance of calls in the budget of run-1."""
+    row = {"cost": 0, "tokens": 0, "calls": calls, "expires_at": expires_at}
+    names = {"holder": holder, "run": "run-1", "recipe": "mine", "section": "teacher"}
+    with LabelStore(url) as store:
+        store.database.run(lambda c: c.execute(ALLOWANCES.insert(), [names | row]))
+
+
+async def test_a_file_that_no_longer_fits_the_budget_is_sent_in_part(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    close = RequestFile.close
+
+    def taken_meanwhile(file: RequestFile) -> None:
+        close(file)
+        if not service.batches:
+            allow(url, "other", 10, NEVER)
+
+    monkeypatch.setattr(RequestFile, "close", taken_meanwhile)
+    with BatchEndpoint() as service:
+        teacher = batch_teacher(budget={"calls": 20})
+        with pytest.raises(BudgetReached, match="next request of 10"):
+            await asked_in_batches(service, url, ROWS, teacher, Payer("run-1", "mine"))
+        assert service.answered.total() == 9
+
+
+async def test_a_batch_on_its_way_to_another_address_is_told(url: str) -> None:
+    batch = Batch("gpt-test", "http://127.0.0.1:9/v1", "run-0", "mine")
+    with BatchBook(url) as book:
+        book.intend(batch, sorted(keys_of(ROWS)))
+    with (
+        BatchEndpoint() as service,
+        pytest.raises(TeacherError, match="sent to http://127.0.0.1:9"),
+    ):
+        await soon(asked_in_batches(service, url, ROWS, batch_teacher()))
+
+
+async def test_a_file_that_can_not_be_read_leaves_nothing_behind(url: str) -> None:
+    with BatchEndpoint() as service:
+        service.unreadable = True
+        with pytest.raises(TeacherError, match="can't read the file file-1"):
+            await asked_in_batches(service, url, ROWS, batch_teacher())
+    assert left_in_book(url) == (0, 0)
+
+
+async def test_an_account_without_credit_is_not_a_full_queue(url: str) -> None:
+    plan = Plan(status="failed", code="insufficient_quota", error="check your plan")
+    with BatchEndpoint(lambda _: plan) as service:
+        with pytest.raises(TeacherError, match="the account of TEACHER_MODEL_KEY has no credit"):
+            await asked_in_batches(service, url, ROWS, batch_teacher())
+        assert len(service.batches) == 1

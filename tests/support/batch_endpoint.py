@@ -108,7 +108,10 @@ class BatchEndpoint:
     batches, `answered` those that were answered (and are billed), `asked` the direct questions,
     each by question. `kill`: the number of a request at which `victim` is killed, before or after
     the service has done what it asks. `lost`: the numbers of requests whose responses are lost.
-    `pending`: how often a file is looked at before it is processed."""
+    `failing`: the status that requests of these numbers get, which do nothing. `before`: called with
+    each request before it is answered. `pending`: how often a file is looked at before it is
+    processed; `unreadable`: whether it never can be. `unlisted`: how many lists show nothing of
+    what is there; `oldest_first`: their order."""
 
     def __init__(
         self, plan: Callable[[int], Plan] = lambda _number: Plan(), script: Script = good
@@ -122,7 +125,11 @@ class BatchEndpoint:
         self.asked: Counter[str] = Counter()
         self.kill: tuple[int, Literal["before", "after"]] | None = None
         self.victim = self.made = self.pending = 0
+        self.unlisted = 0
+        self.unreadable = self.oldest_first = False
         self.lost: set[int] = set()
+        self.failing: dict[int, int] = {}
+        self.before: Callable[[str], None] = lambda _request: None
         self.lock = threading.RLock()
 
     def __enter__(self) -> Self:
@@ -166,7 +173,11 @@ class BatchEndpoint:
             if self.kill == (number, "before"):
                 os.kill(self.victim, signal.SIGKILL)
                 return
-            status, reply = self.reply(request, path, parse_qs(parts.query), body)
+            self.before(self.requests[number])
+            if number in self.failing:
+                status, reply = self.failing[number], {"error": {"message": "try again later"}}
+            else:
+                status, reply = self.reply(request, path, parse_qs(parts.query), body)
             if self.kill == (number, "after"):
                 os.kill(self.victim, signal.SIGKILL)
                 return
@@ -200,26 +211,35 @@ class BatchEndpoint:
             self.asked[question_of(asked)] += 1
             reply = self.script(Call(len(self.requests), path, {}, asked, time.monotonic()))
             return reply.status, reply.body
-        found = re.fullmatch(r"/(files|batches)(?:/([^/]+)(/content)?)?", path)
+        found = re.fullmatch(r"/(files|batches)(?:/([^/]+)(/content|/cancel)?)?", path)
         if not found:
             return 404, {"error": {"message": f"no {path}"}}
         kept: dict[str, Any] = self.files if found[1] == "files" else self.batches
         if found[2] is None:
-            return 200, page_of([entry.as_json() for entry in reversed(kept.values())], query)
+            listed = [entry.as_json() for entry in kept.values()]
+            if self.unlisted:
+                self.unlisted -= 1
+                listed = []
+            return 200, page_of(listed if self.oldest_first else listed[::-1], query)
         if found[2] not in kept:
             return 404, {"error": {"message": f"no such object: {found[2]}"}}
         if request.command == "DELETE":
             del kept[found[2]]
             return 200, {"id": found[2], "object": "file", "deleted": True}
+        if found[3] == "/cancel":
+            kept[found[2]].status = "cancelled"
+            return 200, kept[found[2]].as_json()
         if found[3]:
             return 200, self.files[found[2]].content
         if found[1] == "batches":
             self.go_on(kept[found[2]])
-        listed = kept[found[2]].as_json()
+        told = kept[found[2]].as_json()
         if found[1] == "files" and self.pending:
             self.pending -= 1
-            listed["status"] = "pending"
-        return 200, listed
+            told["status"] = "pending"
+        elif found[1] == "files" and self.unreadable:
+            told["status"] = "error"
+        return 200, told
 
     def keep(self, name: str, content: bytes) -> StoredFile:
         """Keep a file."""
