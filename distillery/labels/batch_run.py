@@ -163,6 +163,7 @@ class BatchRun:
         TeacherError where batches were cancelled or more than batch.direct_below requests have
         failed in them, and what the service raises."""
         until = time.monotonic() + self._batch.wait_s
+        await asyncio.to_thread(self._adopt)
         with TemporaryDirectory(prefix="distillery-batches-") as folder:
             while True:
                 try:
@@ -204,6 +205,15 @@ class BatchRun:
             await asyncio.sleep(min(self._batch.poll_s, POLL_S))
             return True
         return False
+
+    def _adopt(self) -> None:
+        """Pay for the batches under way that earlier runs of this run's recipe sent: what a run
+        reports, and its budget counts, is what it takes in."""
+        mine = self._payer
+        for batch in self._book.open_batches(self._endpoint.identity):
+            is_earlier = batch.recipe == mine.recipe != "" and batch.run != mine.run
+            if is_earlier and not batch.booked_at:
+                self._book.adopt(batch.batch_id, mine.run)
 
     def _chunks(self) -> Iterator[list[tuple[int, Question]]]:
         """Yield the run's questions, those of some rows at a time, with their shares' numbers."""
@@ -531,7 +541,6 @@ class BatchRun:
                         continue
                     self._looked_at.add(batch.batch_id)
                 waited |= {batch.batch_id} & self._waits_for
-                batch = await self._adopted(batch)
                 seen = await self._look_at(batch)
                 if seen is None:
                     continue
@@ -546,16 +555,6 @@ class BatchRun:
             if left <= 0:
                 raise self._waiting(lines, done)
             await asyncio.sleep(min(self._batch.poll_s, left))
-
-    async def _adopted(self, batch: Batch) -> Batch:
-        """Return a batch that this run waits for as one that it pays for, if an earlier run of its
-        recipe sent it: what a run reports and its budget counts is what it takes in."""
-        mine = self._payer
-        is_earlier = mine.recipe and batch.recipe == mine.recipe and batch.run != mine.run
-        if not is_earlier or batch.batch_id not in self._waits_for:
-            return batch
-        await asyncio.to_thread(self._book.adopt, batch.batch_id, mine.run)
-        return replace(batch, run=mine.run)
 
     async def _look_at(self, batch: Batch) -> ServiceBatch | None:
         """Return how the service says a batch is; None where it is not submitted yet."""

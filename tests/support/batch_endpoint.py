@@ -108,8 +108,8 @@ class BatchEndpoint:
     batches, `answered` those that were answered (and are billed), `asked` the direct questions,
     each by question. `kill`: the number of a request at which `victim` is killed, before or after
     the service has done what it asks. `lost`: the numbers of requests whose responses are lost.
-    `failing`: the status that requests of these numbers get, which do nothing. `before`: called with
-    each request before it is answered. `pending`: how often a file is looked at before it is
+    `failing`: the status that requests of these numbers get, which do nothing. `before`: called
+    with each request before it is answered. `pending`: how often a file is looked at before it is
     processed; `unreadable`: whether it never can be. `unlisted`: how many lists show nothing of
     what is there; `oldest_first`: their order."""
 
