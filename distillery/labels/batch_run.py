@@ -756,7 +756,7 @@ class BatchRun:
         # An equal entry of a run that reads the answer later counts once with this one.
         for number, key in enumerate(answers.rest(), start=1):
             line = answers.take(key, self._endpoint)
-            used = Usage()
+            used: Usage | None = Usage()
             if line.payload is None:
                 answers.note_failed(line)
             else:
