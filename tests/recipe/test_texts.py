@@ -53,6 +53,8 @@ NAMES = {
     "dataset.fields": "columns",
     "teacher.identity": "a key in the label database",
     "teacher.shared_limit": "a concurrency limit of Prefect",
+    "teacher.batch.model": "sent to the endpoint",
+    "teacher.batch.window": "a number of hours or days, its pattern",
     "teacher.cascade.identity": "a key in the label database",
     "teacher.cascade.shared_limit": "a concurrency limit of Prefect",
     "evaluation.judge.identity": "a key in the label database",
