@@ -20,6 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import chat_endpoint
 import pytest
 from chat_endpoint import Call, ChatEndpoint, Reply, completion, good
 from filelock import FileLock
@@ -140,7 +141,8 @@ def killed(url: str, tmp_path: Path) -> Path:
     failed and a call that was under way."""
     LabelStore(url).close()
     with locked(tmp_path / "labels.db"):
-        command = [sys.executable, "-c", KILLED, url, str(Path(__file__).parent)]
+        folders = [str(Path(__file__).parent), str(Path(chat_endpoint.__file__).parent)]
+        command = [sys.executable, "-c", KILLED, url, *folders]
         done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
     (journal,) = journal_folder().glob("*.jsonl")

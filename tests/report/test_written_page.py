@@ -119,7 +119,7 @@ def test_a_judge_has_a_section_and_a_word_on_each_row(
         ("wins of the student", "1"),
         ("win rate, a tie counting as half a row", r"0\.500 \[0\.\d+, 0\.\d+\]"),
         (r"of 2 rows that it was asked about, its two orders disagree on", r"1 \(50\.0%\)"),
-        ("calls", "6"),
+        ("answers", "6"),
         ("cost", r"0\.03 EUR"),
     ):
         assert re.search(rf'<th scope="row">{name}</th><td>{figure}</td>', text), name
