@@ -734,22 +734,15 @@ class BatchRun:
         prices = PriceRecipe.model_validate(batch.prices) if batch.prices else None
         counted = used is not None and outcome not in ("filtered", "refused")
         taken = most if used is None else used
-        return Call(
-            call_id=call_id_of(batch, key),
-            called_at=batch.submitted_at or batch.created_at,
-            run=batch.run,
-            recipe=batch.recipe,
-            teacher=batch.teacher,
+        return replace(
+            lost_call(batch, key),
             purpose=share.purpose,
             outcome=outcome,
-            request_key=key,
             prompt_tokens=taken.prompt_tokens,
             cached_tokens=taken.cached_tokens,
             completion_tokens=taken.completion_tokens,
             is_counted=counted,
             cost=cost_of(taken, prices),
-            prices=batch.prices,
-            batch_id=batch.service_id,
         )
 
     async def _settle(self, answers: Answers) -> None:
@@ -786,10 +779,11 @@ class BatchRun:
     def _book_unread(self, batch: Batch, key: str, outcome: Outcome, used: Usage | None) -> None:
         """Write the entry of a line that answers none of this run's questions, or of a request
         whose line is missing."""
-        most = Usage(prompt_tokens=round(batch.tokens / max(batch.lines, 1)))
-        entry = self._entry(batch, key, self._shares[0], outcome, used, most)
-        if used is None and batch.cost is not None:
-            entry = replace(entry, cost=batch.cost / max(batch.lines, 1))
+        share = self._shares[0]
+        if used is None:
+            entry = replace(lost_call(batch, key), purpose=share.purpose, outcome=outcome)
+        else:
+            entry = self._entry(batch, key, share, outcome, used, used)
         self._store.record(entry)
 
 
