@@ -142,7 +142,7 @@ class TrainingRecipe(Slice):
     labels; its probabilities and the teacher's are multiplied (training/second_opinion.py)."""
 
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Number format of the computation. auto: bfloat16 if the hardware multiplies in it, else
+    """Number format of the computation. auto: bfloat16 if the hardware is faster in it, else
     float32. Weights are kept in float32 either way, save those below an adapter."""
 
     gradient_checkpointing: bool = False

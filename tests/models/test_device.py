@@ -8,7 +8,14 @@ import pytest
 import torch
 
 from distillery.errors import TrainingUnavailable
-from distillery.models.device import Device, check_gpu, linear_layers_cast, release_gpu
+from distillery.models.device import (
+    Device,
+    check_gpu,
+    choose_device,
+    linear_layers_cast,
+    processor_prefers_bfloat16,
+    release_gpu,
+)
 
 
 class Model(torch.nn.Module):
@@ -45,6 +52,37 @@ def test_all_layers_are_cast_where_nothing_is_trained_and_none_in_float32() -> N
     assert model.trained.weight is trained
     with linear_layers_cast(model, Device("cpu", "float32")):
         assert model.frozen.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("instructions", "seconds", "precision"),
+    [
+        (True, 0.4, "bfloat16"),
+        (True, 0.9, "float32"),
+        (True, 1.9, "float32"),
+        (False, 0.4, "float32"),
+    ],
+)
+def test_a_processor_multiplies_in_bfloat16_where_that_is_faster(
+    monkeypatch: pytest.MonkeyPatch, instructions: bool, seconds: float, precision: str
+) -> None:
+    """`seconds` that a product takes in bfloat16, of one in float32."""
+    now = 0.0
+
+    def multiply(inputs: torch.Tensor, _weights: torch.Tensor) -> None:
+        nonlocal now
+        now += seconds if inputs.dtype == torch.bfloat16 else 1.0
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: instructions)
+    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr("torch.nn.functional.linear", multiply)
+    monkeypatch.setattr("time.perf_counter", lambda: now)
+    processor_prefers_bfloat16.cache_clear()
+    try:
+        assert choose_device() == Device("cpu", precision)
+    finally:
+        processor_prefers_bfloat16.cache_clear()
 
 
 @pytest.mark.parametrize(
