@@ -17,28 +17,26 @@ added up in other parts.
 import logging
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from distillery.errors import AnswerStopped, ModelError
-from distillery.inference.batch_graph import UnknownGraph, rewrite
-from distillery.inference.decoder import (
-    ADAPTER_FILE,
-    LONGEST_PASS,
-    TILE,
-    check_length,
-    model_errors,
-    read_config,
+from distillery.inference.batch_graph import UnknownGraph
+from distillery.inference.decoder import LONGEST_PASS, TILE, check_length, read_config
+from distillery.inference.graph_session import (
+    cache_shapes,
+    load_tokenizer,
+    open_session,
+    read_graphs,
+    runtime_errors,
+    runtime_value,
 )
 from distillery.inference.logits import Logits, log_softmax, pooled, softmax
 from distillery.inference.onnx_student import OnnxStudent
 from distillery.inference.student import Student
-from distillery.models.onnx_file import load_without_weights
 from distillery.prompts import GenAITokenizer
 from distillery.records import FORMAT_FILE
 from distillery.training.batching import common_prefix
@@ -59,11 +57,6 @@ FEWEST = 2
 """The fewest tokens of a sequence in a pass, padding included: the attention takes other sums where
 every sequence has a single token."""
 
-MODEL = "model.onnx"
-
-LOG_SETTINGS = {"log_id", "log_severity_level", "log_verbosity_level"}
-"""What session_options may set without a change of how the model is computed."""
-
 _log = logging.getLogger(__name__)
 
 
@@ -74,24 +67,17 @@ def load_for_rows(folder: Path, threads: int | None = None) -> Student:
 
     `threads` counts the cores for one operation; None leaves it to the runtime. Raises ModelError
     for a folder that can't be loaded."""
-    decoder, _ = read_config(folder)
-    options = dict(decoder.get("session_options") or {})
-    provider_options = options.pop("provider_options", None)
-    complaint = None
     if (folder / FORMAT_FILE).is_file():
-        complaint = "it writes its answers"
-    elif (folder / ADAPTER_FILE).is_file():
-        complaint = "its adapter is apart"
-    elif provider_options or decoder.get("filename") != MODEL:
-        complaint = "its settings name a processor or a file of their own"
-    elif options.keys() - LOG_SETTINGS:
-        complaint = "it has session_options of its own"
-    if complaint is None:
-        try:
-            return BatchStudent(folder, threads)
-        except (UnknownGraph, ModelError) as error:
-            complaint = str(error)
-    _log.info("%s: its rows are answered one by one, since %s", folder, complaint)
+        return OnnxStudent(folder, threads)
+    return load_scorer(folder, threads)
+
+
+def load_scorer(folder: Path, threads: int | None = None) -> Student:
+    """Load a model that is to choose, also one that writes its answers; see `load_for_rows`."""
+    try:
+        return BatchStudent(folder, threads)
+    except (UnknownGraph, ModelError) as error:
+        _log.info("%s: its rows are answered one by one, since %s", folder, error)
     return OnnxStudent(folder, threads)
 
 
@@ -112,18 +98,15 @@ class BatchStudent(Student):
     def __init__(self, folder: Path, threads: int | None = None) -> None:
         """Load the model. Raises UnknownGraph, or ModelError for a folder that can't be loaded."""
         _, context_length = read_config(folder)
-        graph, stand_in = read_graph(folder)
-        tokenizer = GenAITokenizer(load_tokenizer(folder, stand_in), folder)
+        graphs = read_graphs(folder)
+        tokenizer = GenAITokenizer(load_tokenizer(folder, graphs.stand_in), folder)
         super().__init__(folder, tokenizer, context_length)
-        self._session = open_session(folder, graph, threads)
+        self._session = open_session(folder, graphs.many, threads)
         self._stop = threading.Event()
         self._begun: tuple[int, ...] = ()
+        shapes = cache_shapes(self._session).items()
         self._cache = self._no_cache = Cache(
-            {
-                value.name: empty_cache(value)
-                for value in self._session.get_inputs()
-                if value.name.startswith("past_key_values.")
-            }
+            {name: runtime_value(shape.empty(1, 0)) for name, shape in shapes}
         )
 
     def probabilities(self, rows: Sequence[TrainingRow]) -> list[list[float]]:
@@ -335,104 +318,3 @@ def in_passes(
         picked.append(index)
     if picked:
         yield picked
-
-
-def read_graph(folder: Path) -> tuple[bytes, bytes]:
-    """Return the folder's rewritten graph, and a graph without weights that stands in for it where
-    the tokenizer is loaded.
-
-    Raises UnknownGraph for a graph that can't be read or rewritten."""
-    import onnx
-
-    path = folder / MODEL
-    try:
-        if path.is_symlink():
-            # ONNX Runtime maps no weights from a file outside of the folder.
-            model = onnx.load(path, load_external_data=False)
-        else:
-            model = load_without_weights(path)
-        stand_in = without_weights(model)
-        rewrite(model)
-        return model.SerializeToString(), stand_in
-    except UnknownGraph:
-        raise
-    except Exception as error:
-        # The folder may be anyone's: what its graph may be is not known here.
-        kind = type(error).__name__
-        raise UnknownGraph(f"its graph can't be read or rewritten ({kind})") from error
-
-
-def without_weights(model: Any) -> bytes:
-    """Return a model with the inputs and outputs of `model` that computes nothing."""
-    from onnx import helper
-
-    outputs = []
-    for value in model.graph.output:
-        kind = value.type.tensor_type.elem_type
-        outputs.append(helper.make_tensor_value_info(value.name, kind, None))
-    nodes = []
-    for value in outputs:
-        nothing = helper.make_tensor(value.name, value.type.tensor_type.elem_type, [0], [])
-        nodes.append(helper.make_node("Constant", [], [value.name], value=nothing))
-    graph = helper.make_graph(nodes, "stand-in", list(model.graph.input), outputs)
-    made = helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
-    return bytes(made.SerializeToString())
-
-
-def load_tokenizer(folder: Path, stand_in: bytes) -> Any:
-    """Return the folder's tokenizer of ONNX Runtime GenAI, which takes a model to load one."""
-    import onnxruntime_genai
-
-    og: Any = onnxruntime_genai
-    with model_errors(folder):
-        config = og.Config(str(folder))
-        config.add_model_data(MODEL, stand_in)
-        return og.Tokenizer(og.Model(config))
-
-
-def open_session(folder: Path, graph: bytes, threads: int | None) -> Any:
-    """Return a session of ONNX Runtime for a graph whose weights are in `folder`, or in itself.
-
-    Raises ModelError where ONNX Runtime can't open one."""
-    import onnxruntime
-
-    ort: Any = onnxruntime
-    options = ort.SessionOptions()
-    if threads is not None:
-        options.intra_op_num_threads = threads
-    options.log_severity_level = 4
-    options.add_session_config_entry(
-        "session.model_external_initializers_file_folder_path", str(folder)
-    )
-    with runtime_errors(folder):
-        session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-    # It keeps the graph, with weights that are in it, to open the session again, which nothing
-    # here asks for.
-    session._model_bytes = None
-    return session
-
-
-def runtime_errors(folder: Path) -> AbstractContextManager[None]:
-    """Turn what ONNX Runtime raises into a ModelError of one line. Its exceptions have only
-    Exception in common."""
-    return model_errors(folder, "ONNX Runtime", Exception)
-
-
-def empty_cache(value: Any) -> Any:
-    """Return a cache of one sequence without tokens for a session's input.
-
-    Raises UnknownGraph where its heads or their size are no numbers."""
-    sizes = list(value.shape)
-    if len(sizes) != 4 or not all(isinstance(each, int) and each > 0 for each in sizes[1::2]):
-        raise UnknownGraph("its caches have shapes without numbers")
-    _, heads, _, size = sizes
-    kind = np.float16 if value.type == "tensor(float16)" else np.float32
-    return runtime_value(np.zeros((1, heads, 0, size), dtype=kind))
-
-
-def runtime_value(array: NDArray[Any]) -> Any:
-    """Return an array as a value of ONNX Runtime."""
-    import onnxruntime
-
-    ort: Any = onnxruntime
-    return ort.OrtValue.ortvalue_from_numpy(array)

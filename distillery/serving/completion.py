@@ -2,7 +2,8 @@
 
 import math
 import threading
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -46,13 +47,14 @@ class Piece:
     finish_reason: Literal["stop", "length"] | None = None
 
 
-@dataclass
+@dataclass(eq=False)
 class Job:
     """A request on its way through the worker thread, which counts the tokens here.
 
     `cancelled` is set by the event loop if the client has gone, the answer takes too long or is
-    complete; the worker reads it between two passes of the model. `late`: it took too long.
-    `size`: bytes of the request.
+    complete; the worker reads it between two passes of the model. `refusal`: what a client is told
+    whose answer is not waited for. `size`: bytes of the request. `came` and `spoke`: when the
+    request and the first piece of its answer came, in seconds of time.monotonic.
     """
 
     request: ChatRequest
@@ -60,7 +62,9 @@ class Job:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cancelled: threading.Event = field(default_factory=threading.Event)
-    late: bool = False
+    refusal: ApiError | None = None
+    came: float = field(default_factory=time.monotonic)
+    spoke: float | None = None
 
     @property
     def usage(self) -> CompletionUsage:
@@ -71,18 +75,14 @@ class Job:
         )
 
 
-def answer_pieces(student: ServedStudent, job: Job) -> Iterator[Piece]:
-    """Yield the answer's pieces until it is complete or the job is cancelled."""
-    if job.cancelled.is_set():
-        return
-    for piece in complete(student, job):
-        if job.cancelled.is_set():
-            return
-        yield piece
+def is_choice(student: ServedStudent, request: ChatRequest) -> bool:
+    """Return whether an answer is chosen, in the passes of its prompt, and not generated."""
+    return bool(student.classes or request.structured_outputs or request.limit == 1)
 
 
-def complete(student: ServedStudent, job: Job) -> Iterator[Piece]:
-    """Yield the whole answer in pieces. Text that may begin a stop text is held back.
+def complete(student: ServedStudent, job: Job) -> Generator[Piece, None, None]:
+    """Yield the whole answer, a piece for each token, which may be empty: text that may begin a
+    stop text is held back.
 
     Log-probabilities are the model's own, of all tokens. If the student is served `for_labels`,
     they are those of the tokens that the answer's schema leaves: the label is written by these, and
@@ -148,8 +148,9 @@ def complete(student: ServedStudent, job: Job) -> Iterator[Piece]:
         if search.found:
             yield Piece(text, entries, "stop")
             return
+        # Log-probabilities come with the text that they belong to.
+        yield Piece(text, entries if text else [])
         if text:
-            yield Piece(text, entries)
             entries = []
     text = search.take(stream.rest())
     yield Piece(text + search.held, entries, "stop" if search.found else "length")

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 from distillery.inference.logits import Logits
 from distillery.serving.app import ModelServer, create_app
 from distillery.serving.limits import Limits
-from distillery.serving.server import listen, server_config
+from distillery.serving.running import Server
+from distillery.serving.server import listen
 from distillery.serving.student import ServedStudent
 
 
@@ -40,14 +41,10 @@ def own_server(
     student: ServedStudent, limits: Limits | None = None, **settings: Any
 ) -> Iterator[OwnServer]:
     """Run the app, without a key, in a thread of this process."""
-    import uvicorn
-
-    limits = limits or Limits()
+    limits = limits or Limits(drain_s=0)
     app = create_app(student, "tiny", None, limits=limits, **settings)
     with listen("127.0.0.1", 0) as bound:
-        config = server_config(app, limits)
-        config.timeout_graceful_shutdown = 1
-        running = uvicorn.Server(config)
+        running = Server(app, limits)
         thread = threading.Thread(target=running.run, kwargs={"sockets": [bound]})
         thread.start()
         port = bound.getsockname()[1]
