@@ -25,7 +25,7 @@ import numpy as np
 
 from distillery.errors import AnswerStopped, ModelError
 from distillery.inference.batch_graph import UnknownGraph
-from distillery.inference.decoder import LONGEST_PASS, TILE, check_length, read_config
+from distillery.inference.decoder import FEWEST, LONGEST_PASS, TILE, check_length, read_config
 from distillery.inference.graph_session import (
     cache_shapes,
     load_tokenizer,
@@ -52,10 +52,6 @@ in it: sequences x (cached tokens + longest). It bounds the memory of a pass."""
 
 LEAST_SAVED = 64
 """The fewest tokens that a shared beginning must save for its pass of its own to pay."""
-
-FEWEST = 2
-"""The fewest tokens of a sequence in a pass, padding included: the attention takes other sums where
-every sequence has a single token."""
 
 _log = logging.getLogger(__name__)
 

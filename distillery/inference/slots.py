@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from distillery.errors import AnswerStopped
 from distillery.inference.batch_graph import UnknownGraph
 from distillery.inference.decoder import (
+    FEWEST,
     LARGEST_WASTE,
     LONGEST_PASS,
     SMALLEST_CAPACITY,
@@ -45,9 +46,6 @@ from distillery.training.batching import common_prefix
 
 INPUTS = {"input_ids", "attention_mask"}
 """The inputs of an exported graph beside its caches."""
-
-FEWEST = 2
-"""The fewest tokens of a pass over a prompt: kernels take other sums for a single one."""
 
 
 class Slot:
