@@ -9,7 +9,7 @@ import signal
 import socket
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from multiprocessing.context import SpawnProcess
@@ -153,9 +153,11 @@ def run_one(serving: Serving, listener: socket.socket, parent: int, is_loaded: E
     run(app, serving.limits, listener)
 
 
-def run_processes(count: int, serving: Serving, listener: socket.socket, is_ready: Any) -> None:
-    """Serve in `count` processes until a signal ends this one; call `is_ready` when all have loaded
-    the model. Raises ModelError where one of them can't."""
+def run_processes(
+    count: int, serving: Serving, listener: socket.socket, tell: Callable[[], None]
+) -> None:
+    """Serve in `count` processes until a signal ends this one; call `tell` when all have loaded the
+    model. Raises ModelError where one of them can't."""
     processes = Processes(count, serving, listener)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, end)
@@ -163,7 +165,7 @@ def run_processes(count: int, serving: Serving, listener: socket.socket, is_read
         os.environ[SHARED_FOLDER] = folder
         try:
             processes.start()
-            is_ready()
+            tell()
             processes.keep(folder)
         finally:
             processes.stop()

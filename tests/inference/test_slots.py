@@ -173,6 +173,44 @@ def test_no_answer_depends_on_those_beside_it(precision: str, tiny_onnx: Build) 
             assert np.array_equal(logits, beside_others)
 
 
+def test_passes_are_filled_up_where_kernels_take_other_sums_for_an_odd_number(
+    tiny_onnx: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The prompts of free rows still serve others afterwards."""
+    plain = Slots(tiny_onnx("llama"), 1, 3)
+    asked = [*prompts(6, 40)[1:], prompts(6, 40)[5]]
+    expected = [list(plain.steps(prompt, 10)) for prompt in asked]
+    assert plain.multiple == 1
+    monkeypatch.setattr(Slots, "counts_beside", lambda _: True)
+    slots = Slots(tiny_onnx("llama"), 1, 3)
+    rows: list[int] = []
+    run = slots.run
+
+    def count(row: int, tokens: Any, lengths: Any) -> Any:
+        if len(tokens[0]) == 1:
+            rows.append(len(tokens))
+        return run(row, tokens, lengths)
+
+    slots.run = count  # type: ignore[method-assign]
+    found = together(slots, [lambda p=prompt: slots.steps(p, 10) for prompt in asked])  # type: ignore[misc]
+    assert tokens_of(found) == tokens_of(expected)
+    assert set(rows) == {2, 4}
+    assert tokens_of([list(slots.steps(asked[3], 10))]) == tokens_of([expected[3]])
+
+
+@pytest.mark.parametrize("apart", [0.0, 1e-3])
+def test_whether_a_token_counts_those_beside_it_is_tried(
+    apart: float, tiny_onnx: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Slots.run
+
+    def odd_is_other(slots: Slots, row: int, tokens: Any, lengths: Any) -> Any:
+        return run(slots, row, tokens, lengths) + apart * (len(tokens) % 2)
+
+    monkeypatch.setattr(Slots, "run", odd_is_other)
+    assert Slots(tiny_onnx("llama"), 1, 3).multiple == (2 if apart else 1)
+
+
 def test_a_prompt_that_is_stopped_leaves_the_others(tiny_onnx: Build) -> None:
     slots, stop = Slots(tiny_onnx("llama"), 1, 3), threading.Event()
     slots.heed(stop)
