@@ -26,7 +26,8 @@ soak_growth         our server's memory in the last fifth of the soak over that 
 machine             the processor and its cores
 contests            for each contest, number of users and server: requests and tokens a second;
                     p50, p95 and p99 of the seconds of an answer; in generation also of those to
-                    the first token; errors; peak memory in MiB
+                    the first token; errors; cores_busy, processor seconds of the server a second;
+                    memory in MiB
 """
 
 import argparse
@@ -154,6 +155,11 @@ class Server:
         self.process.wait(60)
 
     @property
+    def processor_s(self) -> float:
+        times = psutil.Process(self.process.pid).cpu_times()
+        return times.user + times.system
+
+    @property
     def memory_mib(self) -> float:
         return psutil.Process(self.process.pid).memory_info().rss / 2**20
 
@@ -186,7 +192,7 @@ class Bench:
         if name == "ours":
             program = Path(sys.executable).with_name("distillery")
             command = [str(program), "serve", str(self.folders[form_title(settings)])]
-            command += ["--port", "0", "--threads", threads, "--slots", "8"]
+            command += ["--port", "0", "--threads", threads]
         else:
             command = [sys.executable, "-m", "benchmarks.serving_peer"]
             command += [str(self.files[settings["weights"]]), threads, str(settings["slots"])]
@@ -199,11 +205,15 @@ class Bench:
     def load(self, server: Server, contest: str, users: int, seconds: float) -> dict[str, Any]:
         """Return the figures of one load, after a second of warming up."""
         asyncio.run(self.ask(server, contest, users, 1.0))
-        started = time.perf_counter()
+        started, processor = time.perf_counter(), server.processor_s
         found = asyncio.run(self.ask(server, contest, users, seconds))
-        figures = found.figures(time.perf_counter() - started)
+        taken = time.perf_counter() - started
         self.errors += found.errors
-        return {**figures, "memory_mib": round(server.memory_mib)}
+        return {
+            **found.figures(taken),
+            "cores_busy": round((server.processor_s - processor) / taken, 3),
+            "memory_mib": round(server.memory_mib),
+        }
 
     async def ask(self, server: Server, contest: str, users: int, seconds: float) -> Load:
         """Let users ask for some seconds, each a different part of the rows."""
@@ -305,10 +315,10 @@ def any_request(draw: random.Random, messages: Sequence[list[Message]]) -> dict[
 
 
 def session() -> aiohttp.ClientSession:
-    """Return a client without limits of its own."""
-    return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=600)
-    )
+    """Return a client without limits of its own. Each request has a connection of its own, since
+    llama.cpp's server closes those that it has answered, at times while the next request comes."""
+    connector = aiohttp.TCPConnector(limit=0, force_close=True)
+    return aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=600))
 
 
 async def answer(http: aiohttp.ClientSession, url: str, body: dict[str, Any], load: Load) -> None:

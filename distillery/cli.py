@@ -221,7 +221,7 @@ def serve(
             help="Texts that are generated at once; others wait. Each takes memory for its tokens.",
             min=1,
         ),
-    ] = 8,
+    ] = 16,
     processes: Annotated[
         int,
         typer.Option(

@@ -47,7 +47,7 @@ class Limits:
     body_s: float = 30.0
     answer_s: float = 600.0
     drain_s: float = 30.0
-    slots: int = 8
+    slots: int = 16
     context: int | None = None
 
 

@@ -135,6 +135,8 @@ class Processes:
 
     def stop(self) -> None:
         """Let all of them answer what is there, and end."""
+        # As long as it is open here, connections would wait for someone to accept them.
+        self.listener.close()
         deadline = time.monotonic() + self.serving.limits.drain_s + 2 * LAST_WORDS_S
         for process in self.running:
             process.terminate()
