@@ -257,8 +257,8 @@ class Bench:
                         runs[users, name].append(found)
                         print(f"{contest}, {users} users: {name} {json.dumps(found)}", flush=True)
         table: dict[str, Any] = {"settings": chosen}
-        for (users, name), found in runs.items():
-            middle = sorted(found, key=lambda each: each[COUNTED[contest]])[len(found) // 2]
+        for (users, name), loads in runs.items():
+            middle = sorted(loads, key=lambda each: each[COUNTED[contest]])[len(loads) // 2]
             table.setdefault(str(users), {})[name] = middle
         return table
 
@@ -372,8 +372,11 @@ def ratio_min(table: dict[str, Any] | None, rate: str) -> float | None:
     """Return the smallest ratio of our rate to llama.cpp's over all numbers of users."""
     if table is None:
         return None
-    loads = [table[str(users)] for users in USERS]
-    return round(min(load["ours"][rate] / load["llama_cpp"][rate] for load in loads), 2)
+    ratios = []
+    for users in USERS:
+        load = table[str(users)]
+        ratios.append(float(load["ours"][rate] / load["llama_cpp"][rate]))
+    return round(min(ratios), 2)
 
 
 def main(arguments: Sequence[str]) -> None:

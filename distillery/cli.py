@@ -215,7 +215,7 @@ def serve(
             min=2,
         ),
     ] = None,
-    slots: Annotated[
+    batch: Annotated[
         int,
         typer.Option(
             help="Texts that are generated at once; others wait. Each takes memory for its tokens.",
@@ -247,7 +247,7 @@ def serve(
         threads=threads,
         hosts=allow_host or (),
         limits=for_queue(
-            queue, answer_s=answer_seconds, drain_s=drain_seconds, slots=slots, context=context
+            queue, answer_s=answer_seconds, drain_s=drain_seconds, batch=batch, context=context
         ),
         shared_prefix=None if shared_prefix is None else shared_prefix == "on",
         processes=processes,

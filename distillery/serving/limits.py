@@ -37,7 +37,7 @@ class Limits:
     `header_s` and `body_s`, in which a request must have come; `answer_s`, in which its answer must
     be complete, the time that it waits included, which is that after which the openai package gives
     up by itself; `drain_s`, in which those that are there are answered when the server stops.
-    `slots`: texts that are generated at once. `context`: tokens that a request's messages and its
+    `batch`: texts that are generated at once. `context`: tokens that a request's messages and its
     answer may have together; None for what the model takes."""
 
     queue: int = 1024
@@ -47,7 +47,7 @@ class Limits:
     body_s: float = 30.0
     answer_s: float = 600.0
     drain_s: float = 30.0
-    slots: int = 16
+    batch: int = 16
     context: int | None = None
 
 

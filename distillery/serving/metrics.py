@@ -79,5 +79,5 @@ class Metrics:
         registry = self.registry
         if self.is_shared:
             registry = CollectorRegistry()
-            MultiProcessCollector(registry)
+            MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
         return generate_latest(registry)

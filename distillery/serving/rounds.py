@@ -1,9 +1,9 @@
 """The order in which requests are answered, in the student's one thread.
 
-The thread works in rounds. In each, one waiting choice is made, one waiting text is begun if there
-is a slot for it, and every text that is under way gets its next token: the first of them computes
-it for all, see Slots. So a choice waits for a token and not for an answer, and answers that come
-and go share the passes of the model.
+The thread works in rounds. In each, one waiting choice is made, one waiting text is begun if the
+batch has room, and every text that is under way gets its next token: the first of them computes it
+for all, see TextBatch. So a choice waits for a token and not for a text, and texts that come and go
+share the passes of the model.
 """
 
 import asyncio
@@ -108,7 +108,7 @@ class Rounds:
         choice = text = None
         if self.choices and (self.student.chooses_apart or not self.active):
             choice = self.choices.pop(next(iter(self.choices)))
-        if self.texts and len(self.active) < self.student.slots:
+        if self.texts and len(self.active) < self.student.at_once:
             text = self.texts.pop(next(iter(self.texts)))
         return choice, text
 

@@ -129,7 +129,7 @@ class Processes:
             for process in [each for each in self.running if not each.is_alive()]:
                 _log.warning("a server process ended with status %s", process.exitcode)
                 self.running.remove(process)
-                mark_process_dead(process.pid, folder)
+                mark_process_dead(process.pid, folder)  # type: ignore[no-untyped-call]
                 time.sleep(RESTART_S)
                 self.start_one()
 

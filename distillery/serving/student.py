@@ -13,8 +13,8 @@ from distillery.inference.batch_student import load_scorer
 from distillery.inference.guide import Guide
 from distillery.inference.logits import Logits, token_sampler
 from distillery.inference.onnx_student import OnnxStudent
-from distillery.inference.slots import Slots
 from distillery.inference.student import Student
+from distillery.inference.text_batch import TextBatch
 from distillery.models.onnx_folder import files_in
 from distillery.records import FORMAT_FILE
 from distillery.registry.manifest import verify_before_loading
@@ -25,9 +25,9 @@ _log = logging.getLogger(__name__)
 
 
 class ServedStudent(Student):
-    """A model that chooses as batch inference does, and writes several answers at once.
+    """A model that chooses as batch inference does, and writes several texts at once.
 
-    Each of the two holds the weights. The scorer chooses; the generator generates, as Slots or,
+    Each of the two holds the weights. The scorer chooses; the generator generates, as TextBatch or,
     where these don't take the graph, as an OnnxStudent, which then is both. A model that writes its
     answers loads the generator at once, others the scorer, so that a folder that can't be loaded is
     told of at once. The other is loaded when it is needed; if nothing was chosen until the
@@ -47,7 +47,7 @@ class ServedStudent(Student):
         """Load the model. Raises ModelError for a folder that can't be loaded. `threads` counts the
         cores for one operation; None leaves it to the runtime. `for_labels`: the log-probabilities
         of a written answer are to be learnt from; see `completion.complete`. Of the `limits`,
-        `slots` and `context` count here."""
+        `batch` and `context` count here."""
         self.threads = threads
         self.for_labels = for_labels
         self.limits = limits or Limits()
@@ -56,7 +56,7 @@ class ServedStudent(Student):
         self.worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="student")
         self.has_chosen = False
         self.scorer: Student | None = None
-        self.generator: Slots | OnnxStudent | None = None
+        self.generator: TextBatch | OnnxStudent | None = None
         load = self.load_generator if (folder / FORMAT_FILE).is_file() else self.load_scorer
         loaded = self.worker.submit(load, folder).result()
         context = min(loaded.context_length, self.limits.context or loaded.context_length)
@@ -70,10 +70,10 @@ class ServedStudent(Student):
         self.scorer.heed(self.stop)
         return self.scorer
 
-    def load_generator(self, folder: Path) -> Slots | OnnxStudent:
+    def load_generator(self, folder: Path) -> TextBatch | OnnxStudent:
         """Load what generates, which chooses too where it is an OnnxStudent."""
         try:
-            self.generator = Slots(folder, self.threads, self.limits.slots)
+            self.generator = TextBatch(folder, self.threads, self.limits.batch)
         except (UnknownGraph, ModelError) as error:
             _log.info("%s: its answers are written one by one, since %s", folder, error)
             self.generator = self.scorer = OnnxStudent(folder, self.threads)
@@ -81,13 +81,13 @@ class ServedStudent(Student):
         return self.generator
 
     @property
-    def slots(self) -> int:
-        """How many answers may be under way at once; 1 where the model writes them one by one."""
-        return 1 if isinstance(self.generator, OnnxStudent) else self.limits.slots
+    def at_once(self) -> int:
+        """How many texts may be under way at once; 1 where the model writes them one by one."""
+        return 1 if isinstance(self.generator, OnnxStudent) else self.limits.batch
 
     @property
     def chooses_apart(self) -> bool:
-        """Whether a choice may be made while answers are under way."""
+        """Whether a choice may be made while texts are under way."""
         return not isinstance(self.generator, OnnxStudent)
 
     def probabilities(self, rows: Sequence[TrainingRow]) -> list[list[float]]:
@@ -107,8 +107,8 @@ class ServedStudent(Student):
         held: bool = False,
         **sampling: Any,
     ) -> Iterator[tuple[int, Logits]]:
-        """Yield tokens with their logits, as `OnnxStudent.steps` does with the same `sampling`. At
-        most `slots` of these iterators may be under way; ask them in turns, as `Slots` says. A
+        """Yield tokens with their logits, as `OnnxStudent.steps` does with the same `sampling`.
+        At most `at_once` such iterators may be under way, asked in turns; see `TextBatch`. A
         single token is a choice: it is taken from the scorer's logits."""
         if max_tokens == 1:
             logits = self.next_logits(prompt_ids)
@@ -128,7 +128,7 @@ class ServedStudent(Student):
         assert self.scorer  # noqa: S101 - it is loaded
         return self.scorer
 
-    def needed_generator(self) -> Slots | OnnxStudent:
+    def needed_generator(self) -> TextBatch | OnnxStudent:
         """Return the generator, loaded if it is not; see `check_folder`."""
         if self.generator is None:
             self.check_folder()

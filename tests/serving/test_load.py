@@ -19,7 +19,7 @@ import psutil
 import pytest
 from own_server import OwnServer, SlowStudent, own_server, wait_until
 
-from distillery.inference.slots import Slots
+from distillery.inference.text_batch import TextBatch
 from distillery.serving.limits import Limits
 from distillery.serving.student import ServedStudent
 
@@ -79,14 +79,14 @@ def test_many_requests_at_once_get_the_answers_that_each_gets_alone(
     arch: str, shared: bool, tiny_onnx: Build
 ) -> None:
     """Of a model that takes rows together, and of one that writes answers one by one."""
-    student = ServedStudent(tiny_onnx(arch), threads=1, limits=Limits(slots=4))
+    student = ServedStudent(tiny_onnx(arch), threads=1, limits=Limits(batch=4))
     bodies = [request(number) for number in range(36)]
     with own_server(student, shared_prefix=shared) as running:
         alone = [answered(running, body) for body in bodies]
         with ThreadPoolExecutor(12) as pool:
             assert list(pool.map(lambda body: answered(running, body), bodies)) == alone
         assert wait_until(lambda: running.server.places == 0)
-    assert isinstance(student.generator, Slots) is (arch == "llama")
+    assert isinstance(student.generator, TextBatch) is (arch == "llama")
     assert {reason for _, reason, _ in alone} == {"stop", "length"}
 
 
@@ -123,7 +123,7 @@ def test_a_choice_waits_for_a_token_and_not_for_a_text(tiny_onnx: Build) -> None
 
 def test_texts_beyond_the_slots_wait(tiny_onnx: Build) -> None:
     student = SlowStudent(tiny_onnx("llama"))
-    student.limits = Limits(slots=2)
+    student.limits = Limits(batch=2)
     answers: list[httpx.Response] = []
     with own_server(student) as running:
         threads = [post(running, answers, max_tokens=3) for _ in range(3)]
@@ -160,7 +160,7 @@ def test_an_answer_that_fails_leaves_those_beside_it(
 
 
 def test_a_client_that_goes_frees_its_slot(tiny_onnx: Build) -> None:
-    student = ServedStudent(tiny_onnx("llama"), threads=1, limits=Limits(slots=2))
+    student = ServedStudent(tiny_onnx("llama"), threads=1, limits=Limits(batch=2))
     with own_server(student) as running:
         for _ in range(5):
             with (
@@ -171,7 +171,7 @@ def test_a_client_that_goes_frees_its_slot(tiny_onnx: Build) -> None:
             ):
                 assert next(response.iter_lines())
         assert wait_until(lambda: running.server.places == 0 and not running.server.rounds.active)
-        assert isinstance(student.generator, Slots)
+        assert isinstance(student.generator, TextBatch)
         assert student.generator.active == []
         assert answered(running, request(2))
 

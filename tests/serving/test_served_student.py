@@ -14,7 +14,7 @@ from own_server import in_this_process
 
 from distillery.errors import ModelError, RegistryError
 from distillery.inference.batch_student import BatchStudent, load_for_rows
-from distillery.inference.slots import Slots
+from distillery.inference.text_batch import TextBatch
 from distillery.models.class_tokens import ClassTokens
 from distillery.registry.local import LocalRegistry
 from distillery.serving.student import ServedStudent
@@ -72,7 +72,7 @@ def test_a_server_that_only_generates_unloads_the_scorer(tiny_onnx: Build) -> No
     student = ServedStudent(tiny_onnx("llama"), threads=1)
     with in_this_process(student) as url:
         assert asked(url, **LONGER)
-        assert (student.scorer, type(student.generator)) == (None, Slots)
+        assert (student.scorer, type(student.generator)) == (None, TextBatch)
         before = asked(url, **CHOICE)
         assert isinstance(student.scorer, BatchStudent)
         scorer, generator = student.scorer, student.generator

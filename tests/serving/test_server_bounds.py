@@ -19,11 +19,11 @@ from own_server import OwnServer, SlowStudent, own_server, wait_until
 from pydantic import SecretStr
 
 from distillery.errors import AnswerStopped, ModelError
-from distillery.inference import batch_student, slots
+from distillery.inference import batch_student, text_batch
 from distillery.inference.batch_student import BatchStudent, load_for_rows
 from distillery.inference.logits import Logits
 from distillery.inference.onnx_student import OnnxStudent
-from distillery.inference.slots import Slots
+from distillery.inference.text_batch import TextBatch
 from distillery.serving import app, requests
 from distillery.serving import running as server_processes
 from distillery.serving import server as serving
@@ -280,7 +280,7 @@ class Passes:
         self.go_on = threading.Event()
         scorer, generator = student.needed_scorer(), student.needed_generator()
         assert isinstance(scorer, BatchStudent)
-        assert isinstance(generator, Slots)
+        assert isinstance(generator, TextBatch)
         scorer.run = self.around(scorer.run)  # type: ignore[method-assign]
         generator.run = self.around(generator.run)  # type: ignore[method-assign]
 
@@ -310,7 +310,7 @@ LONG = [{"role": "user", "content": "river " * 120}]
 def test_a_client_that_goes_is_noticed_before_the_next_pass(
     body: dict[str, Any], held: int, tiny_onnx: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (batch_student, slots):
+    for module in (batch_student, text_batch):
         monkeypatch.setattr(module, "LONGEST_PASS", 64)
     student = ServedStudent(tiny_onnx("llama"), threads=1)
     passes = Passes(student, held)
@@ -667,7 +667,7 @@ def test_what_others_asked_can_be_forgotten(shared: bool, tiny_onnx: Build) -> N
     student = ServedStudent(tiny_onnx("llama"), threads=1)
     scorer, generator = student.needed_scorer(), student.needed_generator()
     assert isinstance(scorer, BatchStudent)
-    assert isinstance(generator, Slots)
+    assert isinstance(generator, TextBatch)
     computed: list[int] = []
     run, run_rows = scorer.run, generator.run
 

@@ -1,14 +1,13 @@
-"""Write several answers at once: one pass computes the next token of every answer under way.
+"""Write several texts at once: one pass computes the next token of every text under way.
 
-Each answer has a slot: a row of the buffers of keys and values, which ONNX Runtime reads and writes
-in place. A prompt is computed alone, into its row. The answers then go on together, one token a
-pass, each masked to its own length, and come and go between two passes (continuous batching: Yu et
-al., Orca, OSDI 2022). The rows under way are the first ones: when an answer ends, the last one
-moves to its place.
+Each text has a row of the buffers of keys and values, which ONNX Runtime reads and writes in place.
+A prompt is computed alone, into its row. The texts then go on together, one token a pass, each
+masked to its own length, and come and go between two passes (continuous batching: Yu et al., Orca,
+OSDI 2022). The rows under way are the first ones: when a text ends, the last one moves to its row.
 
 The graph is the exported one. Graphs that batch_graph.py can't rewrite are refused, since a row's
 numbers might depend on the rows beside it. They don't, bit for bit on a Xeon with AVX-512 in fp32,
-int8 and int4, so that an answer is the same however many are under way.
+int8 and int4, so that a text is the same however many are under way.
 """
 
 import threading
@@ -49,9 +48,9 @@ INPUTS = {"input_ids", "attention_mask"}
 """The inputs of an exported graph beside its caches."""
 
 
-class Slot:
-    """An answer under way. `length`: how many tokens are in its row. `logits`: those after the last
-    of them, [vocabulary], until the answer takes its next token from them."""
+class BatchedText:
+    """A text under way. `length`: how many tokens are in its row. `logits`: those after the last of
+    them, [vocabulary], until the text takes its next token from them."""
 
     def __init__(self, answering: Answering, length: int, logits: Logits) -> None:
         self.answering = answering
@@ -59,16 +58,16 @@ class Slot:
         self.logits: Logits | None = logits
 
 
-class Slots:
-    """A model folder in ONNX Runtime, and the answers that it is writing.
+class TextBatch:
+    """A model folder in ONNX Runtime, and the texts that it is writing.
 
-    Not thread-safe. Each answer is an iterator that gives a token and waits until it is asked for
-    the next one. The first that needs logits that are not there computes them for all answers that
-    have taken a token: so ask them in turns. `active` are the answers under way, by their rows;
-    `prompts` are the prompts whose keys and values the rows hold, those of earlier answers too."""
+    Not thread-safe. Each text is an iterator that gives a token and waits until it is asked for the
+    next one. The first that needs logits that are not there computes them for all texts that have
+    taken a token: so ask them in turns. `active` are the texts under way, by their rows; `prompts`
+    are the prompts whose keys and values the rows hold, those of earlier texts too."""
 
     def __init__(self, folder: Path, threads: int | None = None, count: int = 8) -> None:
-        """Load the model for at most `count` answers at once. `threads` counts the cores for one
+        """Load the model for at most `count` texts at once. `threads` counts the cores for one
         operation; None leaves it to the runtime. Raises UnknownGraph for a graph that does not take
         rows together, and ModelError for a folder that can't be loaded."""
         graphs = read_graphs(folder)
@@ -83,7 +82,7 @@ class Slots:
         for value in self._session.get_inputs():
             if value.name not in INPUTS | self._shapes.keys():
                 raise UnknownGraph(f"it has the input {value.name}")
-        self.active: list[Slot] = []
+        self.active: list[BatchedText] = []
         self.rows = count + 1
         self.prompts: list[tuple[int, ...]] = [()] * self.rows
         self.capacity = 0
@@ -112,44 +111,44 @@ class Slots:
         guide: Guide | None = None,
         held: bool = False,
     ) -> Iterator[tuple[int, Logits]]:
-        """Yield the tokens of an answer and their logits, as `OnnxStudent.steps` does. At most
+        """Yield the tokens of a text and their logits, as `OnnxStudent.steps` does. At most
         `count` of these iterators may have begun and not ended."""
         check_length(self.folder, prompt_ids, self.context_length)
         most = max(1, min(max_tokens, self.context_length - len(prompt_ids)))
         draw = token_sampler(temperature, top_p, seed)
-        with self.joined(prompt_ids, Answering(most, self.end_ids, draw, guide)) as slot:
-            first = self.next_logits(slot)
-            yield from generated(first, lambda _: self.next_logits(slot), slot.answering, held)
+        with self.joined(prompt_ids, Answering(most, self.end_ids, draw, guide)) as text:
+            first = self.next_logits(text)
+            yield from generated(first, lambda _: self.next_logits(text), text.answering, held)
 
     @contextmanager
-    def joined(self, prompt_ids: Sequence[int], answering: Answering) -> Iterator[Slot]:
-        """Compute a prompt into the first free row, for an answer that is under way within the
-        `with` block."""
+    def joined(self, prompt_ids: Sequence[int], answering: Answering) -> Iterator[BatchedText]:
+        """Compute a prompt into the first free row, for a text that is under way within the `with`
+        block."""
         logits = self.prefill(prompt_ids, min(answering.most, SMALLEST_CAPACITY))
-        slot = Slot(answering, len(prompt_ids), logits)
-        self.active.append(slot)
+        text = BatchedText(answering, len(prompt_ids), logits)
+        self.active.append(text)
         try:
-            yield slot
+            yield text
         finally:
-            self.leave(slot)
+            self.leave(text)
 
-    def leave(self, slot: Slot) -> None:
-        """Move the last row to that of an answer that is over."""
-        if slot not in self.active:
+    def leave(self, text: BatchedText) -> None:
+        """Move the last row to that of a text that is over."""
+        if text not in self.active:
             return
-        row, last = self.active.index(slot), len(self.active) - 1
+        row, last = self.active.index(text), len(self.active) - 1
         moved = self.active.pop()
-        if moved is not slot:
+        if moved is not text:
             self.active[row] = moved
             self.copy(last, row, moved.length)
             self.prompts[row] = self.prompts[last]
 
-    def next_logits(self, slot: Slot) -> Logits:
-        """Return the logits after the last token that an answer took, [vocabulary]."""
-        if slot.logits is None:
+    def next_logits(self, text: BatchedText) -> Logits:
+        """Return the logits after the last token that a text took, [vocabulary]."""
+        if text.logits is None:
             self.compute()
-        logits, slot.logits = slot.logits, None
-        assert logits is not None  # noqa: S101 - `compute` gives each answer some
+        logits, text.logits = text.logits, None
+        assert logits is not None  # noqa: S101 - `compute` gives each text some
         return logits
 
     def counts_beside(self) -> bool:
@@ -160,14 +159,14 @@ class Slots:
         return not np.array_equal(alone[0], beside[0])
 
     def compute(self) -> None:
-        """Compute in one pass the last token of each answer that has taken one and goes on."""
-        for slot in [each for each in self.active if each.answering.over]:
-            self.leave(slot)
-        lengths = [slot.length for slot in self.active]
-        # An answer that has not been asked since the last pass has its logits still. It is computed
+        """Compute in one pass the last token of each text that has taken one and goes on."""
+        for text in [each for each in self.active if each.answering.over]:
+            self.leave(text)
+        lengths = [text.length for text in self.active]
+        # A text that has not been asked since the last pass has its logits still. It is computed
         # with the others by its last token; the next one takes that token's place.
-        waiting = [slot for slot in self.active if slot.logits is None]
-        tokens = [slot.answering.tokens[-1:] or [0] for slot in self.active]
+        waiting = [text for text in self.active if text.logits is None]
+        tokens = [text.answering.tokens[-1:] or [0] for text in self.active]
         while len(tokens) % self.multiple:
             # A free row gets any token, behind the prompt that it holds.
             held = len(self.prompts[len(tokens)])
@@ -175,10 +174,10 @@ class Slots:
             tokens.append([0])
         self.make_room(max(lengths) + 1)
         found = self.run(0, tokens, lengths)
-        for slot, logits in zip(self.active, found, strict=False):
-            if slot in waiting:
-                slot.length += 1
-                slot.logits = logits
+        for text, logits in zip(self.active, found, strict=False):
+            if text in waiting:
+                text.length += 1
+                text.logits = logits
 
     def prefill(self, prompt_ids: Sequence[int], room: int) -> Logits:
         """Compute a prompt into the first free row, from where it departs from those that the rows
@@ -197,7 +196,7 @@ class Slots:
         for start, end in passes(done, len(prompt)):
             if self.stop.is_set():
                 raise AnswerStopped(f"{self.folder}: the answer was given up")
-            (logits,) = self.run(row, [prompt[start:end]], [start])
+            logits: Logits = self.run(row, [prompt[start:end]], [start])[0]
             self.prompts[row] = prompt[:end]
         return logits
 
@@ -240,7 +239,7 @@ class Slots:
 
     def make_room(self, needed: int) -> None:
         """Make rows that hold `needed` tokens. Rows that are much longer are given up where no
-        answer is under way, which frees their memory."""
+        text is under way, which frees their memory."""
         much = LARGEST_WASTE * max(needed, SMALLEST_CAPACITY)
         if not self.active and self.capacity > much:
             self.forget()
@@ -252,8 +251,8 @@ class Slots:
         self.capacity = min(capacity, self.context_length)
         self._bindings.clear()
         kept = list(map(len, self.prompts))
-        for row, slot in enumerate(self.active):
-            kept[row] = max(kept[row], slot.length)
+        for row, text in enumerate(self.active):
+            kept[row] = max(kept[row], text.length)
         for name, shape in self._shapes.items():
             buffer = shape.empty(self.rows, self.capacity)
             for row, count in enumerate(kept):

@@ -1,4 +1,4 @@
-"""Answers that are written at once have the tokens that each has alone."""
+"""Texts that are written at once have the tokens that each has alone."""
 
 import json
 import shutil
@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 from distillery.errors import AnswerStopped, ModelError
-from distillery.inference import slots as slots_module
+from distillery.inference import text_batch
 from distillery.inference.batch_graph import UnknownGraph
 from distillery.inference.guide import Guides
 from distillery.inference.logits import Logits
 from distillery.inference.onnx_student import OnnxStudent
-from distillery.inference.slots import Slots, passes
+from distillery.inference.text_batch import TextBatch, passes
 
 Build = Callable[..., Path]
 Steps = Iterator[tuple[int, Logits]]
@@ -32,7 +32,7 @@ SCHEMA: dict[str, Any] = {
 def prompts(count: int, longest: int = 90) -> list[list[int]]:
     """Prompts of many lengths, from one token on; some begin alike."""
     numbers = np.random.default_rng(0)
-    found = []
+    found: list[list[int]] = []
     for number in range(count):
         length = 1 + number * (longest - 1) // max(1, count - 1)
         prompt = numbers.integers(5, 500, length).tolist()
@@ -42,13 +42,15 @@ def prompts(count: int, longest: int = 90) -> list[list[int]]:
     return found
 
 
-def together(slots: Slots, waiting: list[Callable[[], Steps]]) -> list[list[tuple[int, Logits]]]:
+def together(
+    batch: TextBatch, waiting: list[Callable[[], Steps]]
+) -> list[list[tuple[int, Logits]]]:
     """Take a token of each answer in turns; where one has ended, the next one begins."""
     found: list[list[tuple[int, Logits]]] = [[] for _ in waiting]
     active: dict[int, Steps] = {}
     begun = 0
     while active or begun < len(waiting):
-        if begun < len(waiting) and len(active) < slots.count:
+        if begun < len(waiting) and len(active) < batch.count:
             active[begun] = waiting[begun]()
             begun += 1
         for number, steps in list(active.items()):
@@ -70,25 +72,25 @@ def test_each_answer_has_the_tokens_that_it_has_alone(
     arch: str, count: int, tiny_onnx: Build
 ) -> None:
     """Ragged prompts and answers, which come and go, beyond the first size of the rows."""
-    alone, slots = OnnxStudent(tiny_onnx(arch), 1), Slots(tiny_onnx(arch), 1, count)
+    alone, batch = OnnxStudent(tiny_onnx(arch), 1), TextBatch(tiny_onnx(arch), 1, count)
     asked = [(prompt, 2 + 7 * (number % 5)) for number, prompt in enumerate(prompts(13))]
     asked[4] = (asked[4][0], 270)
     expected = [list(alone.steps(prompt, most)) for prompt, most in asked]
 
     def begin(prompt: list[int], most: int) -> Callable[[], Steps]:
-        return lambda: slots.steps(prompt, most)
+        return lambda: batch.steps(prompt, most)
 
-    found = together(slots, [begin(*each) for each in asked])
+    found = together(batch, [begin(*each) for each in asked])
     assert tokens_of(found) == tokens_of(expected)
     for steps, others in zip(found, expected, strict=True):
         for (_, logits), (_, other) in zip(steps, others, strict=True):
             assert np.allclose(logits, other, atol=1e-3)
-    assert slots.active == []
+    assert batch.active == []
 
 
 def test_schemas_and_seeds_are_each_answer_s_own(tiny_onnx: Build) -> None:
     folder = tiny_onnx("llama")
-    alone, slots = OnnxStudent(folder, 1), Slots(folder, 1, 4)
+    alone, batch = OnnxStudent(folder, 1), TextBatch(folder, 1, 4)
     guides = Guides((folder / "tokenizer.json").read_text(), alone.end_ids)
 
     def settings(number: int) -> dict[str, Any]:
@@ -101,9 +103,9 @@ def test_schemas_and_seeds_are_each_answer_s_own(tiny_onnx: Build) -> None:
     ]
 
     def begin(number: int) -> Callable[[], Steps]:
-        return lambda: slots.steps(asked[number], 40, **settings(number))
+        return lambda: batch.steps(asked[number], 40, **settings(number))
 
-    found = tokens_of(together(slots, [begin(number) for number in range(len(asked))]))
+    found = tokens_of(together(batch, [begin(number) for number in range(len(asked))]))
     assert found == tokens_of(expected)
     for number in range(1, len(asked), 2):
         assert json.loads(alone.text_of(found[number])).keys() == {"n", "kind"}
@@ -111,10 +113,10 @@ def test_schemas_and_seeds_are_each_answer_s_own(tiny_onnx: Build) -> None:
 
 def test_an_answer_that_is_not_asked_for_loses_nothing(tiny_onnx: Build) -> None:
     """Its turn does not come for a while, and then it goes on."""
-    slots = Slots(tiny_onnx("llama"), 1, 3)
+    batch = TextBatch(tiny_onnx("llama"), 1, 3)
     asked = prompts(3, 40)[1:]
-    expected = [list(slots.steps(prompt, 12)) for prompt in asked]
-    slow, fast = (slots.steps(prompt, 12) for prompt in asked)
+    expected = [list(batch.steps(prompt, 12)) for prompt in asked]
+    slow, fast = (batch.steps(prompt, 12) for prompt in asked)
     found = [next(slow), next(slow)]
     others = [next(fast) for _ in range(9)]
     found += list(slow)
@@ -123,14 +125,14 @@ def test_an_answer_that_is_not_asked_for_loses_nothing(tiny_onnx: Build) -> None
 
 
 def test_an_answer_that_ends_early_gives_its_row_to_the_last(tiny_onnx: Build) -> None:
-    slots = Slots(tiny_onnx("llama"), 1, 3)
+    batch = TextBatch(tiny_onnx("llama"), 1, 3)
     asked = prompts(4, 60)
-    expected = [list(slots.steps(prompt, 9)) for prompt in asked]
-    first, second, third = (slots.steps(prompt, 9) for prompt in asked[:3])
+    expected = [list(batch.steps(prompt, 9)) for prompt in asked]
+    first, second, third = (batch.steps(prompt, 9) for prompt in asked[:3])
     kept = [[next(second)], [next(third)]]
     assert next(first)
     first.close()  # type: ignore[attr-defined]
-    fourth = slots.steps(asked[3], 9)
+    fourth = batch.steps(asked[3], 9)
     kept.append([next(fourth)])
     for steps, of in zip((second, third, fourth), kept, strict=True):
         of += steps
@@ -138,35 +140,35 @@ def test_an_answer_that_ends_early_gives_its_row_to_the_last(tiny_onnx: Build) -
 
 
 def test_prompts_that_begin_alike_are_computed_once(tiny_onnx: Build) -> None:
-    slots = Slots(tiny_onnx("llama"), 1, 3)
+    batch = TextBatch(tiny_onnx("llama"), 1, 3)
     begun = prompts(2, 60)[1]
-    expected = list(slots.steps([*begun, 7, 8], 5))
+    expected = list(batch.steps([*begun, 7, 8], 5))
     computed: list[int] = []
-    run = slots.run
+    run = batch.run
 
     def count(row: int, tokens: Any, lengths: Any) -> Any:
         computed.append(sum(map(len, tokens)))
         return run(row, tokens, lengths)
 
-    slots.run = count  # type: ignore[method-assign]
-    under_way = slots.steps([*begun, 9], 5)
+    batch.run = count  # type: ignore[method-assign]
+    under_way = batch.steps([*begun, 9], 5)
     assert next(under_way)
     assert computed == [1 + len(begun) % 2 + (0 if len(begun) % 2 else 2)] or computed[0] <= 3
-    assert tokens_of([list(slots.steps([*begun, 7, 8], 5))]) == tokens_of([expected])
+    assert tokens_of([list(batch.steps([*begun, 7, 8], 5))]) == tokens_of([expected])
     assert computed[1] <= 4
-    slots.forget()
+    batch.forget()
     computed.clear()
-    assert next(slots.steps([*begun, 7, 8], 5))
+    assert next(batch.steps([*begun, 7, 8], 5))
     assert computed == [len(begun) + 2]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int4"])
 def test_no_answer_depends_on_those_beside_it(precision: str, tiny_onnx: Build) -> None:
     """Bit for bit, so that equal seeds give equal answers, however busy the server is."""
-    slots = Slots(tiny_onnx("llama", precision), 1, 5)
+    batch = TextBatch(tiny_onnx("llama", precision), 1, 5)
     asked = prompts(5, 40)
-    alone = [list(slots.steps(prompt, 10)) for prompt in asked]
-    beside = together(slots, [lambda p=prompt: slots.steps(p, 10) for prompt in asked])  # type: ignore[misc]
+    alone = [list(batch.steps(prompt, 10)) for prompt in asked]
+    beside = together(batch, [lambda p=prompt: batch.steps(p, 10) for prompt in asked])  # type: ignore[misc]
     for steps, others in zip(alone, beside, strict=True):
         for (token, logits), (other, beside_others) in zip(steps, others, strict=True):
             assert token == other
@@ -177,50 +179,50 @@ def test_passes_are_filled_up_where_kernels_take_other_sums_for_an_odd_number(
     tiny_onnx: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The prompts of free rows still serve others afterwards."""
-    plain = Slots(tiny_onnx("llama"), 1, 3)
+    plain = TextBatch(tiny_onnx("llama"), 1, 3)
     asked = [*prompts(6, 40)[1:], prompts(6, 40)[5]]
     expected = [list(plain.steps(prompt, 10)) for prompt in asked]
     assert plain.multiple == 1
-    monkeypatch.setattr(Slots, "counts_beside", lambda _: True)
-    slots = Slots(tiny_onnx("llama"), 1, 3)
+    monkeypatch.setattr(TextBatch, "counts_beside", lambda _: True)
+    batch = TextBatch(tiny_onnx("llama"), 1, 3)
     rows: list[int] = []
-    run = slots.run
+    run = batch.run
 
     def count(row: int, tokens: Any, lengths: Any) -> Any:
         if len(tokens[0]) == 1:
             rows.append(len(tokens))
         return run(row, tokens, lengths)
 
-    slots.run = count  # type: ignore[method-assign]
-    found = together(slots, [lambda p=prompt: slots.steps(p, 10) for prompt in asked])  # type: ignore[misc]
+    batch.run = count  # type: ignore[method-assign]
+    found = together(batch, [lambda p=prompt: batch.steps(p, 10) for prompt in asked])  # type: ignore[misc]
     assert tokens_of(found) == tokens_of(expected)
     assert set(rows) == {2, 4}
-    assert tokens_of([list(slots.steps(asked[3], 10))]) == tokens_of([expected[3]])
+    assert tokens_of([list(batch.steps(asked[3], 10))]) == tokens_of([expected[3]])
 
 
 @pytest.mark.parametrize("apart", [0.0, 1e-3])
 def test_whether_a_token_counts_those_beside_it_is_tried(
     apart: float, tiny_onnx: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = Slots.run
+    run = TextBatch.run
 
-    def odd_is_other(slots: Slots, row: int, tokens: Any, lengths: Any) -> Any:
-        return run(slots, row, tokens, lengths) + apart * (len(tokens) % 2)
+    def odd_is_other(batch: TextBatch, row: int, tokens: Any, lengths: Any) -> Any:
+        return run(batch, row, tokens, lengths) + apart * (len(tokens) % 2)
 
-    monkeypatch.setattr(Slots, "run", odd_is_other)
-    assert Slots(tiny_onnx("llama"), 1, 3).multiple == (2 if apart else 1)
+    monkeypatch.setattr(TextBatch, "run", odd_is_other)
+    assert TextBatch(tiny_onnx("llama"), 1, 3).multiple == (2 if apart else 1)
 
 
 def test_a_prompt_that_is_stopped_leaves_the_others(tiny_onnx: Build) -> None:
-    slots, stop = Slots(tiny_onnx("llama"), 1, 3), threading.Event()
-    slots.heed(stop)
+    batch, stop = TextBatch(tiny_onnx("llama"), 1, 3), threading.Event()
+    batch.heed(stop)
     asked = prompts(3, 40)
-    expected = [token for token, _ in slots.steps(asked[1], 6)]
-    under_way = slots.steps(asked[1], 6)
+    expected = [token for token, _ in batch.steps(asked[1], 6)]
+    under_way = batch.steps(asked[1], 6)
     found = [next(under_way)[0]]
     stop.set()
     with pytest.raises(AnswerStopped):
-        next(slots.steps(asked[2], 6))
+        next(batch.steps(asked[2], 6))
     stop.clear()
     assert found + [token for token, _ in under_way] == expected
 
@@ -228,26 +230,26 @@ def test_a_prompt_that_is_stopped_leaves_the_others(tiny_onnx: Build) -> None:
 def test_long_rows_are_given_up_when_nobody_needs_them(
     tiny_onnx: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    slots = Slots(tiny_onnx("llama"), 1, 2)
+    batch = TextBatch(tiny_onnx("llama"), 1, 2)
     short, long = prompts(2, 900)
-    expected = [token for token, _ in slots.steps(short, 4)]
-    assert slots.capacity == 256
-    assert next(slots.steps(long, 50))
-    assert slots.capacity == 1024
-    monkeypatch.setattr(slots_module, "LARGEST_WASTE", 2)
-    assert [token for token, _ in slots.steps(short, 4)] == expected
-    assert slots.capacity == 256
+    expected = [token for token, _ in batch.steps(short, 4)]
+    assert batch.capacity == 256
+    assert next(batch.steps(long, 50))
+    assert batch.capacity == 1024
+    monkeypatch.setattr(text_batch, "LARGEST_WASTE", 2)
+    assert [token for token, _ in batch.steps(short, 4)] == expected
+    assert batch.capacity == 256
 
 
 def test_an_answer_ends_where_the_context_does(tiny_onnx: Build) -> None:
-    alone, slots = OnnxStudent(tiny_onnx("llama"), 1), Slots(tiny_onnx("llama"), 1, 2)
+    alone, batch = OnnxStudent(tiny_onnx("llama"), 1), TextBatch(tiny_onnx("llama"), 1, 2)
     prompt = prompts(2, 1020)[1]
     expected = [token for token, _ in alone.steps(prompt, 50)]
-    assert [token for token, _ in slots.steps(prompt, 50)] == expected
+    assert [token for token, _ in batch.steps(prompt, 50)] == expected
     assert len(expected) == 4
-    assert len(list(slots.steps([*prompt, 5, 6, 7, 8], 50))) == 1
+    assert len(list(batch.steps([*prompt, 5, 6, 7, 8], 50))) == 1
     with pytest.raises(ModelError, match="takes 1 to 1024"):
-        next(slots.steps([*prompt, 5, 6, 7, 8, 9], 50))
+        next(batch.steps([*prompt, 5, 6, 7, 8, 9], 50))
 
 
 @pytest.mark.parametrize(
@@ -267,10 +269,10 @@ def test_no_pass_has_a_single_token_of_a_long_prompt(
 
 def test_graphs_that_take_no_rows_together_are_refused(tiny_onnx: Build, tmp_path: Path) -> None:
     with pytest.raises(UnknownGraph):
-        Slots(tiny_onnx("phi4mini"), 1)
+        TextBatch(tiny_onnx("phi4mini"), 1)
     own_options = shutil.copytree(tiny_onnx("llama"), tmp_path / "model")
     config = json.loads((own_options / "genai_config.json").read_text())
     config["model"]["decoder"]["session_options"]["intra_op_num_threads"] = 1
     (own_options / "genai_config.json").write_text(json.dumps(config))
     with pytest.raises(UnknownGraph, match="session_options"):
-        Slots(own_options, 1)
+        TextBatch(own_options, 1)
