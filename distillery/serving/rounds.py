@@ -22,12 +22,17 @@ Told = Callable[[Piece], None]
 
 
 class Turn:
-    """A job on its way through the rounds. `tell` gets each piece, in the student's thread.
+    """A job on its way through the rounds. `told` gets its pieces, in the student's thread.
     `ended`: the event loop's future that ends with the answer."""
 
-    def __init__(self, job: Job, tell: Told, pieces: Generator[Piece, None, None]) -> None:
-        self.job, self.tell, self.pieces = job, tell, pieces
+    def __init__(self, job: Job, told: Told, pieces: Generator[Piece, None, None]) -> None:
+        self.job, self.told, self.pieces = job, told, pieces
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def tell(self, piece: Piece) -> None:
+        """Pass a piece on, unless there is nothing in it."""
+        if piece.text or piece.logprobs or piece.finish_reason:
+            self.told(piece)
 
     def end(self, error: BaseException | None = None) -> None:
         """End the future, from the student's thread."""
@@ -61,9 +66,9 @@ class Rounds:
         self.running = self.closed = False
         self.answer_s = self.last_end = 0.0
 
-    def add(self, job: Job, tell: Told) -> asyncio.Future[None]:
+    def add(self, job: Job, told: Told) -> asyncio.Future[None]:
         """Let a job wait for its turn. The future ends with its answer."""
-        turn = Turn(job, tell, complete(self.student, job))
+        turn = Turn(job, told, complete(self.student, job))
         waiting = self.choices if is_choice(self.student, job.request) else self.texts
         with self.lock:
             waiting[job] = turn
@@ -124,18 +129,16 @@ class Rounds:
             return self.end(turn)
         try:
             piece = next(turn.pieces, None)
+            if piece and not turn.job.cancelled.is_set():
+                turn.tell(piece)
         except AnswerStopped:
             _log.info("an answer was given up")
         except Exception as raised:
-            error = raised
+            piece, error = None, raised
         with self.lock:
             self.answering = None
             if not self.closed:
                 self.student.stop.clear()
-            if turn.job.cancelled.is_set():
-                piece = None
-        if piece and (piece.text or piece.logprobs or piece.finish_reason):
-            turn.tell(piece)
         if piece is None or piece.finish_reason:
             return self.end(turn, error)
         if not self.shared_prefix and self.student.chooses_apart:
@@ -145,9 +148,12 @@ class Rounds:
 
     def end(self, turn: Turn, error: Exception | None = None) -> bool:
         """End an answer, and return False."""
-        turn.pieces.close()
-        if not self.shared_prefix:
-            self.student.forget()
+        try:
+            turn.pieces.close()
+            if not self.shared_prefix:
+                self.student.forget()
+        except Exception as raised:
+            error = error or raised
         now = time.monotonic()
         taken, self.last_end = now - self.last_end, now
         self.answer_s = 0.8 * self.answer_s + 0.2 * taken if self.answer_s else taken
