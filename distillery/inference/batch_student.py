@@ -16,10 +16,10 @@ added up in other parts.
 
 import logging
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -52,6 +52,8 @@ in it: sequences x (cached tokens + longest). It bounds the memory of a pass."""
 
 LEAST_SAVED = 64
 """The fewest tokens that a shared beginning must save for its pass of its own to pay."""
+
+Found = TypeVar("Found")
 
 _log = logging.getLogger(__name__)
 
@@ -108,26 +110,41 @@ class BatchStudent(Student):
     def probabilities(self, rows: Sequence[TrainingRow]) -> list[list[float]]:
         """Return the probabilities over the options of each row; rows of like length share a
         pass. Raises ModelError for a row that does not fit the context."""
+        return self.in_shared_passes(rows, self.ask)
+
+    def next_logits(self, prompt_ids: Sequence[int]) -> Logits:
+        """Return the logits of the token after a prompt, [vocabulary]."""
+        (logits,) = self.all_next_logits([prompt_ids])
+        return logits
+
+    def all_next_logits(self, prompts: Sequence[Sequence[int]]) -> list[Logits]:
+        """See `Student`; prompts of like length share a pass."""
+
+        def ask(rows: Sequence[TrainingRow], shared: int) -> list[Logits]:
+            logits, _ = self.prompt_logits(rows, shared, keep=len(rows) == 1)
+            return list(logits)
+
+        rows = [TrainingRow(prompt=tuple(prompt), answer=0) for prompt in prompts]
+        return self.in_shared_passes(rows, ask)
+
+    def in_shared_passes(
+        self, rows: Sequence[TrainingRow], ask: Callable[[Sequence[TrainingRow], int], list[Found]]
+    ) -> list[Found]:
+        """Return what `ask` finds of each row. It is given the rows of one pass and how many of
+        their first tokens are in the cache. Raises ModelError for a row that does not fit the
+        context."""
         if not rows:
             return []
         for row in rows:
             longest = max(map(len, row.texts), default=1)
             check_length(self.folder, row.prompt, self.context_length, longest)
         shared = self.shared_tokens(rows)
-        found: dict[int, list[float]] = {}
+        found: dict[int, Found] = {}
         lengths = [len(row.prompt) - shared for row in rows]
         for picked in in_passes(lengths, [shared] * len(rows), self.context_length):
             some = [rows[index] for index in picked]
-            found |= zip(picked, self.ask(some, shared), strict=True)
+            found |= zip(picked, ask(some, shared), strict=True)
         return [found[index] for index in range(len(rows))]
-
-    def next_logits(self, prompt_ids: Sequence[int]) -> Logits:
-        """Return the logits of the token after a prompt, [vocabulary]."""
-        check_length(self.folder, prompt_ids, self.context_length)
-        row = TrainingRow(prompt=tuple(prompt_ids), answer=0)
-        logits, _ = self.prompt_logits([row], self.shared_tokens([row]), keep=True)
-        last: Logits = logits[-1]
-        return last
 
     def heed(self, stop: threading.Event) -> None:
         """See `Student`."""

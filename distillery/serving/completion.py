@@ -5,7 +5,7 @@ import threading
 import time
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from openai.types import CompletionUsage
@@ -15,7 +15,7 @@ from openai.types.chat.chat_completion_token_logprob import TopLogprob
 from distillery.errors import ModelError, SchemaNotHeld
 from distillery.inference.generation import most_tokens
 from distillery.inference.guide import Guide
-from distillery.inference.logits import Logits, log_softmax
+from distillery.inference.logits import Logits, log_softmax, token_sampler
 from distillery.models.class_tokens import ClassTokens
 from distillery.serving.requests import (
     ApiError,
@@ -80,7 +80,12 @@ def is_choice(student: ServedStudent, request: ChatRequest) -> bool:
     return bool(student.classes or request.structured_outputs or request.limit == 1)
 
 
-def complete(student: ServedStudent, job: Job) -> Generator[Piece, None, None]:
+Completion = Generator[Piece | TrainingRow, Any, None]
+"""Yields an answer's pieces. A choice yields first the row that it is about, and is sent what
+`ServedStudent.choices` finds of it: so choices that wait can be asked together."""
+
+
+def complete(student: ServedStudent, job: Job) -> Completion:
     """Yield the whole answer, a piece for each token, which may be empty: text that may begin a
     stop text is held back.
 
@@ -116,23 +121,33 @@ def complete(student: ServedStudent, job: Job) -> Generator[Piece, None, None]:
             param="response_format",
         )
     if student.classes:
-        yield choose_class(student, job, prompt, student.classes)
+        yield from choose_class(student, job, prompt, student.classes)
         return
     if request.structured_outputs:
-        yield choose_text(student, job, prompt, request.structured_outputs.choice)
+        yield from choose_text(student, job, prompt, request.structured_outputs.choice)
         return
     if request.logprobs and student.for_labels:
         require_token_bytes(student)
-    most = most_tokens(student.format) if student.format else room
-    steps = student.steps(
-        prompt,
-        min(request.limit or most, room),
-        temperature=request.temperature or 0.0,
-        top_p=request.top_p or 1.0,
-        seed=request.seed,
-        guide=guide_of(student, request),
-        held=student.for_labels,
-    )
+    guide = guide_of(student, request)
+    sampling: dict[str, Any] = {
+        "temperature": request.temperature or 0.0,
+        "top_p": request.top_p or 1.0,
+        "seed": request.seed,
+    }
+    if request.limit == 1:
+        logits = yield TrainingRow(prompt=tuple(prompt), answer=0)
+        allowed = guide.masked(logits) if guide else logits
+        token = token_sampler(**sampling)(allowed)
+        steps = iter([(token, allowed if student.for_labels else logits)])
+    else:
+        most = most_tokens(student.format) if student.format else room
+        steps = student.steps(
+            prompt,
+            min(request.limit or most, room),
+            guide=guide,
+            held=student.for_labels,
+            **sampling,
+        )
     stream = student.text_stream()
     search = StopSearch(request.stops)
     entries: list[ChatCompletionTokenLogprob] = []
@@ -186,24 +201,26 @@ def guide_of(student: ServedStudent, request: ChatRequest) -> Guide | None:
     return student.guides.start(ANY_OBJECT) if isinstance(asked, ObjectFormat) else None
 
 
-def choose_text(student: ServedStudent, job: Job, prompt: list[int], choice: list[str]) -> Piece:
-    """Return the likeliest text as the whole answer; see `likeliest` and `unless_unsure`."""
+def choose_text(
+    student: ServedStudent, job: Job, prompt: list[int], choice: list[str]
+) -> Completion:
+    """Yield the likeliest text as the whole answer; see `likeliest` and `unless_unsure`."""
     texts = [student.tokenizer.encode_text(text) for text in choice]
     if len(prompt) + max(map(len, texts)) > student.context_length:
         raise ApiError(
             400, "The messages and a choice are longer than the context.", "context_length_exceeded"
         )
     row = TrainingRow(prompt=tuple(prompt), texts=tuple(map(tuple, texts)), answer=0)
-    (probabilities,) = student.probabilities([row])
+    probabilities = yield row
     answer = likeliest(job, choice, probabilities)
     job.completion_tokens = len(texts[choice.index(answer.text)])
-    return unless_unsure(student, answer, max(probabilities))
+    yield unless_unsure(student, answer, max(probabilities))
 
 
 def choose_class(
     student: ServedStudent, job: Job, prompt: list[int], classes: ClassTokens
-) -> Piece:
-    """Return the likeliest class as the whole answer, which took one token; see `likeliest` and
+) -> Completion:
+    """Yield the likeliest class as the whole answer, which took one token; see `likeliest` and
     `unless_unsure`. A request with structured_outputs.choice gets one of those.
 
     Raises ApiError if it names what is no class."""
@@ -227,9 +244,9 @@ def choose_class(
         last=classes.last,
         answer=0,
     )
-    (probabilities,) = student.probabilities([row])
+    probabilities = yield row
     job.completion_tokens = 1
-    return unless_unsure(student, likeliest(job, names, probabilities), max(probabilities))
+    yield unless_unsure(student, likeliest(job, names, probabilities), max(probabilities))
 
 
 def unless_unsure(student: ServedStudent, answer: Piece, probability: float) -> Piece:

@@ -1,20 +1,27 @@
 """The order in which requests are answered, in the student's one thread.
 
-The thread works in rounds. In each, one waiting choice is made, one waiting text is begun if the
+The thread works in rounds. In each, waiting choices are made, one waiting text is begun if the
 batch has room, and every text that is under way gets its next token: the first of them computes it
 for all, see TextBatch. So a choice waits for a token and not for a text, and texts that come and go
-share the passes of the model.
+share the passes of the model. So do choices, which are made one by one only while texts are under
+way: these wait for them.
 """
 
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Sequence
 from threading import Lock
+from typing import Any
 
 from distillery.errors import AnswerStopped
-from distillery.serving.completion import Job, Piece, complete, is_choice
+from distillery.serving.completion import Completion, Job, Piece, complete, is_choice
 from distillery.serving.student import ServedStudent
+from distillery.training.rows import TrainingRow
+
+CHOICES_AT_ONCE = 16
+"""Choices that are made together, at most: more would share no more passes, and each waits for
+all."""
 
 _log = logging.getLogger(__name__)
 
@@ -23,10 +30,12 @@ Told = Callable[[Piece], None]
 
 class Turn:
     """A job on its way through the rounds. `told` gets its pieces, in the student's thread.
-    `ended`: the event loop's future that ends with the answer."""
+    `asked`: what a choice is about, once that is known. `ended`: the event loop's future that ends
+    with the answer."""
 
-    def __init__(self, job: Job, told: Told, pieces: Generator[Piece, None, None]) -> None:
+    def __init__(self, job: Job, told: Told, pieces: Completion) -> None:
         self.job, self.told, self.pieces = job, told, pieces
+        self.asked: TrainingRow | None = None
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def tell(self, piece: Piece) -> None:
@@ -59,8 +68,8 @@ class Rounds:
         self.choices: dict[Job, Turn] = {}
         self.texts: dict[Job, Turn] = {}
         self.active: list[Turn] = []
-        self.answering: Job | None = None
-        """The job that the thread is at."""
+        self.answering: set[Job] = set()
+        """The jobs that the thread is at; those that are given up are not among them."""
         self.lock = Lock()
         """Guards what both threads use: the jobs that wait, `answering`, `running`, `closed`."""
         self.running = self.closed = False
@@ -83,8 +92,10 @@ class Rounds:
             job.cancelled.set()
             self.choices.pop(job, None)
             self.texts.pop(job, None)
-            if self.answering is job:
-                self.student.stop.set()
+            if job in self.answering:
+                self.answering.remove(job)
+                if not self.answering:
+                    self.student.stop.set()
 
     def close(self) -> None:
         """Answer nothing more."""
@@ -98,53 +109,95 @@ class Rounds:
         self.last_end = time.monotonic()
         while True:
             with self.lock:
-                choice, text = self.next_turns()
-                if self.closed or not (choice or text or self.active):
+                choices, text = self.next_turns()
+                if self.closed or not (choices or text or self.active):
                     self.running = False
                     return
-            while choice and self.go_on(choice):
-                pass
+            self.choose(choices)
             if text:
                 self.active.append(text)
             self.active = [turn for turn in self.active if self.go_on(turn)]
 
-    def next_turns(self) -> tuple[Turn | None, Turn | None]:
-        """Take the choice and the text whose turn it is."""
-        choice = text = None
-        if self.choices and (self.student.chooses_apart or not self.active):
-            choice = self.choices.pop(next(iter(self.choices)))
+    def next_turns(self) -> tuple[list[Turn], Turn | None]:
+        """Take the choices and the text whose turn it is."""
+        choices, text = [], None
+        if self.student.chooses_apart or not self.active:
+            alone = self.active or self.texts or not self.shared_prefix
+            for job in list(self.choices)[: 1 if alone else CHOICES_AT_ONCE]:
+                choices.append(self.choices.pop(job))
         if self.texts and len(self.active) < self.student.at_once:
             text = self.texts.pop(next(iter(self.texts)))
-        return choice, text
+        return choices, text
 
-    def go_on(self, turn: Turn) -> bool:
-        """Make the next piece of an answer. Return whether another one follows."""
-        piece, error = None, None
-        with self.lock:
-            given_up = self.closed or turn.job.cancelled.is_set()
-            if not given_up:
-                self.answering = turn.job
-                self.student.stop.clear()
-        if given_up:
-            return self.end(turn)
+    def choose(self, turns: Sequence[Turn]) -> None:
+        """Make choices, all in the same passes."""
+        asking = [turn for turn in turns if self.go_on(turn)]
+        for turn, found in zip(asking, self.found(asking), strict=True):
+            if isinstance(found, Exception):
+                self.end(turn, found)
+                continue
+            while self.go_on(turn, found):
+                found = None
+
+    def found(self, turns: Sequence[Turn]) -> list[Any]:
+        """Return what the student finds of each choice, or the error that it raises: what fails
+        for several together is tried for each."""
+        if not self.begin(turns):
+            return [None] * len(turns)
         try:
-            piece = next(turn.pieces, None)
-            if piece and not turn.job.cancelled.is_set():
+            return list(self.student.choices([turn.asked for turn in turns if turn.asked]))
+        except AnswerStopped:
+            _log.info("%d choices were given up", len(turns))
+            return [None] * len(turns)
+        except Exception as error:
+            if len(turns) == 1:
+                return [error]
+        finally:
+            self.pause()
+        return [found for turn in turns for found in self.found([turn])]
+
+    def go_on(self, turn: Turn, found: Any = None) -> bool:
+        """Make the next piece of an answer, of a choice from what was `found` of it. Return whether
+        another one follows."""
+        if not self.begin([turn]):
+            return self.end(turn)
+        piece, error = None, None
+        try:
+            piece = turn.pieces.send(found)
+            if isinstance(piece, TrainingRow):
+                turn.asked = piece
+            elif not turn.job.cancelled.is_set():
                 turn.tell(piece)
+        except StopIteration:
+            pass
         except AnswerStopped:
             _log.info("an answer was given up")
         except Exception as raised:
             piece, error = None, raised
-        with self.lock:
-            self.answering = None
-            if not self.closed:
-                self.student.stop.clear()
-        if piece is None or piece.finish_reason:
+        self.pause()
+        if piece is None or (isinstance(piece, Piece) and piece.finish_reason):
             return self.end(turn, error)
         if not self.shared_prefix and self.student.chooses_apart:
             # The prompt that was just computed must not serve the next answer that begins.
             self.student.forget()
         return True
+
+    def begin(self, turns: Sequence[Turn]) -> bool:
+        """Return whether any of these answers is still waited for, and let the student work."""
+        with self.lock:
+            if self.closed:
+                return False
+            self.answering = {turn.job for turn in turns if not turn.job.cancelled.is_set()}
+            if self.answering:
+                self.student.stop.clear()
+            return bool(self.answering)
+
+    def pause(self) -> None:
+        """Let the student be, between two pieces."""
+        with self.lock:
+            self.answering = set()
+            if not self.closed:
+                self.student.stop.clear()
 
     def end(self, turn: Turn, error: Exception | None = None) -> bool:
         """End an answer, and return False."""

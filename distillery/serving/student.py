@@ -11,7 +11,7 @@ from distillery.errors import ModelError
 from distillery.inference.batch_graph import UnknownGraph
 from distillery.inference.batch_student import load_scorer
 from distillery.inference.guide import Guide
-from distillery.inference.logits import Logits, token_sampler
+from distillery.inference.logits import Logits
 from distillery.inference.onnx_student import OnnxStudent
 from distillery.inference.student import Student
 from distillery.inference.text_batch import TextBatch
@@ -22,6 +22,9 @@ from distillery.serving.limits import Limits
 from distillery.training.rows import TrainingRow
 
 _log = logging.getLogger(__name__)
+
+Choice = list[float] | Logits
+"""What a choice is made from; see `ServedStudent.choices`."""
 
 
 class ServedStudent(Student):
@@ -98,6 +101,24 @@ class ServedStudent(Student):
         """Return the logits of the token after a prompt, [vocabulary], by the scorer."""
         return self.needed_scorer().next_logits(prompt_ids)
 
+    def choices(self, rows: Sequence[TrainingRow]) -> list[Choice]:
+        """Return of each row the probabilities over its options or, where it has none, the logits
+        of the token after its prompt, [vocabulary]; rows of one kind share the scorer's passes."""
+        scorer = self.needed_scorer()
+        texts = [row for row in rows if row.texts]
+        letters = [row for row in rows if row.letters]
+        plain = [row for row in rows if not row.texts and not row.letters]
+        of_texts = iter(scorer.probabilities(texts))
+        of_letters = iter(scorer.probabilities(letters))
+        of_plain = iter(scorer.all_next_logits([row.prompt for row in plain]))
+        found: list[Choice] = []
+        for row in rows:
+            if row.texts:
+                found.append(next(of_texts))
+            else:
+                found.append(next(of_letters if row.letters else of_plain))
+        return found
+
     def steps(
         self,
         prompt_ids: Sequence[int],
@@ -108,16 +129,10 @@ class ServedStudent(Student):
         **sampling: Any,
     ) -> Iterator[tuple[int, Logits]]:
         """Yield tokens with their logits, as `OnnxStudent.steps` does with the same `sampling`.
-        At most `at_once` such iterators may be under way, asked in turns; see `TextBatch`. A
-        single token is a choice: it is taken from the scorer's logits."""
-        if max_tokens == 1:
-            logits = self.next_logits(prompt_ids)
-            allowed = guide.masked(logits) if guide else logits
-            yield token_sampler(**sampling)(allowed), allowed if held else logits
-        else:
-            yield from self.needed_generator().steps(
-                prompt_ids, max_tokens, guide=guide, held=held, **sampling
-            )
+        At most `at_once` such iterators may be under way, asked in turns; see `TextBatch`."""
+        yield from self.needed_generator().steps(
+            prompt_ids, max_tokens, guide=guide, held=held, **sampling
+        )
 
     def needed_scorer(self) -> Student:
         """Return the scorer, loaded if it is not; see `check_folder`."""

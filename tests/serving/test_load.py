@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +21,9 @@ from own_server import OwnServer, SlowStudent, own_server, wait_until
 
 from distillery.inference.text_batch import TextBatch
 from distillery.serving.limits import Limits
-from distillery.serving.student import ServedStudent
+from distillery.serving.rounds import CHOICES_AT_ONCE
+from distillery.serving.student import Choice, ServedStudent
+from distillery.training.rows import TrainingRow
 
 Build = Callable[..., Path]
 PATH = "/v1/chat/completions"
@@ -119,6 +121,55 @@ def test_a_choice_waits_for_a_token_and_not_for_a_text(tiny_onnx: Build) -> None
         student.go_on.release(8)
         text.join()
     assert [response.status_code for response in choices + texts] == [200, 200]
+
+
+class CountingStudent(ServedStudent):
+    """Notes how many choices it makes together, and fails at those of a forbidden text."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder, threads=1)
+        self.made: list[int] = []
+        self.go_on = threading.Event()
+
+    def choices(self, rows: Sequence[TrainingRow]) -> list[Choice]:
+        self.made.append(len(rows))
+        assert self.go_on.wait(60)
+        if any(self.tokenizer.encode_text("forbidden")[0] in row.prompt for row in rows):
+            raise ValueError("no")
+        return super().choices(rows)
+
+
+def asked_behind_another(student: CountingStudent, bodies: Sequence[dict[str, Any]]) -> list[int]:
+    """The statuses of the answers to `bodies`, which wait while a first choice is made."""
+    student.go_on.clear()
+    student.made = []
+    with own_server(student) as running, ThreadPoolExecutor(len(bodies) + 1) as pool:
+
+        def ask(body: dict[str, Any]) -> int:
+            return httpx.post(running.url + PATH, json=body, trust_env=False).status_code
+
+        first = pool.submit(ask, request(4))
+        assert wait_until(lambda: student.made == [1])
+        asked = [pool.submit(ask, body) for body in bodies]
+        assert wait_until(lambda: running.server.places == len(bodies) + 1)
+        student.go_on.set()
+        assert first.result() == 200
+        return [each.result() for each in asked]
+
+
+def test_choices_that_wait_are_made_together(tiny_onnx: Build) -> None:
+    student = CountingStudent(tiny_onnx("llama"))
+    bodies = [request(4) | {"messages": messages(number)} for number in range(20)]
+    assert asked_behind_another(student, bodies) == [200] * 20
+    assert student.made == [1, CHOICES_AT_ONCE, 20 - CHOICES_AT_ONCE]
+
+
+def test_a_choice_that_fails_leaves_those_beside_it(tiny_onnx: Build) -> None:
+    student = CountingStudent(tiny_onnx("llama"))
+    bodies = [request(4) for _ in range(4)]
+    bodies[2] = bodies[2] | {"messages": [{"role": "user", "content": "forbidden"}]}
+    assert asked_behind_another(student, bodies) == [200, 200, 500, 200]
+    assert student.made == [1, 4, 1, 1, 1, 1]
 
 
 def test_texts_beyond_the_slots_wait(tiny_onnx: Build) -> None:
