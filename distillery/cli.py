@@ -199,6 +199,37 @@ def serve(
         float,
         typer.Option(help="Seconds until an answer, its wait included, is given up.", min=1),
     ] = 600.0,
+    drain_seconds: Annotated[
+        float,
+        typer.Option(
+            help="Seconds in which requests that are there are answered when the server is stopped "
+            "by a signal.",
+            min=0,
+        ),
+    ] = 30.0,
+    context: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens that a request's messages and its answer may have together; by default "
+            "what the model takes.",
+            min=2,
+        ),
+    ] = None,
+    batch: Annotated[
+        int,
+        typer.Option(
+            help="Texts that are generated at once; others wait. Each takes memory for its tokens.",
+            min=1,
+        ),
+    ] = 16,
+    processes: Annotated[
+        int,
+        typer.Option(
+            help="Processes that answer, each with the model and a queue of its own; give each a "
+            "part of the cores by --threads.",
+            min=1,
+        ),
+    ] = 1,
 ) -> None:
     """Serve the model in FOLDER as an OpenAI-compatible endpoint, /v1/chat/completions.
 
@@ -215,8 +246,11 @@ def serve(
         server.key_from_environment(),
         threads=threads,
         hosts=allow_host or (),
-        limits=for_queue(queue, answer_seconds),
+        limits=for_queue(
+            queue, answer_s=answer_seconds, drain_s=drain_seconds, batch=batch, context=context
+        ),
         shared_prefix=None if shared_prefix is None else shared_prefix == "on",
+        processes=processes,
     )
 
 

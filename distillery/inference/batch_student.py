@@ -16,29 +16,27 @@ added up in other parts.
 
 import logging
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from distillery.errors import AnswerStopped, ModelError
-from distillery.inference.batch_graph import UnknownGraph, rewrite
-from distillery.inference.decoder import (
-    ADAPTER_FILE,
-    LONGEST_PASS,
-    TILE,
-    check_length,
-    model_errors,
-    read_config,
+from distillery.inference.batch_graph import UnknownGraph
+from distillery.inference.decoder import FEWEST, LONGEST_PASS, TILE, check_length, read_config
+from distillery.inference.graph_session import (
+    cache_shapes,
+    load_tokenizer,
+    open_session,
+    read_graphs,
+    runtime_errors,
+    runtime_value,
 )
 from distillery.inference.logits import Logits, log_softmax, pooled, softmax
 from distillery.inference.onnx_student import OnnxStudent
 from distillery.inference.student import Student
-from distillery.models.onnx_file import load_without_weights
 from distillery.prompts import GenAITokenizer
 from distillery.records import FORMAT_FILE
 from distillery.training.batching import common_prefix
@@ -55,14 +53,7 @@ in it: sequences x (cached tokens + longest). It bounds the memory of a pass."""
 LEAST_SAVED = 64
 """The fewest tokens that a shared beginning must save for its pass of its own to pay."""
 
-FEWEST = 2
-"""The fewest tokens of a sequence in a pass, padding included: the attention takes other sums where
-every sequence has a single token."""
-
-MODEL = "model.onnx"
-
-LOG_SETTINGS = {"log_id", "log_severity_level", "log_verbosity_level"}
-"""What session_options may set without a change of how the model is computed."""
+Found = TypeVar("Found")
 
 _log = logging.getLogger(__name__)
 
@@ -74,24 +65,17 @@ def load_for_rows(folder: Path, threads: int | None = None) -> Student:
 
     `threads` counts the cores for one operation; None leaves it to the runtime. Raises ModelError
     for a folder that can't be loaded."""
-    decoder, _ = read_config(folder)
-    options = dict(decoder.get("session_options") or {})
-    provider_options = options.pop("provider_options", None)
-    complaint = None
     if (folder / FORMAT_FILE).is_file():
-        complaint = "it writes its answers"
-    elif (folder / ADAPTER_FILE).is_file():
-        complaint = "its adapter is apart"
-    elif provider_options or decoder.get("filename") != MODEL:
-        complaint = "its settings name a processor or a file of their own"
-    elif options.keys() - LOG_SETTINGS:
-        complaint = "it has session_options of its own"
-    if complaint is None:
-        try:
-            return BatchStudent(folder, threads)
-        except (UnknownGraph, ModelError) as error:
-            complaint = str(error)
-    _log.info("%s: its rows are answered one by one, since %s", folder, complaint)
+        return OnnxStudent(folder, threads)
+    return load_scorer(folder, threads)
+
+
+def load_scorer(folder: Path, threads: int | None = None) -> Student:
+    """Load a model that is to choose, also one that writes its answers; see `load_for_rows`."""
+    try:
+        return BatchStudent(folder, threads)
+    except (UnknownGraph, ModelError) as error:
+        _log.info("%s: its rows are answered one by one, since %s", folder, error)
     return OnnxStudent(folder, threads)
 
 
@@ -112,43 +96,55 @@ class BatchStudent(Student):
     def __init__(self, folder: Path, threads: int | None = None) -> None:
         """Load the model. Raises UnknownGraph, or ModelError for a folder that can't be loaded."""
         _, context_length = read_config(folder)
-        graph, stand_in = read_graph(folder)
-        tokenizer = GenAITokenizer(load_tokenizer(folder, stand_in), folder)
+        graphs = read_graphs(folder)
+        tokenizer = GenAITokenizer(load_tokenizer(folder, graphs.stand_in), folder)
         super().__init__(folder, tokenizer, context_length)
-        self._session = open_session(folder, graph, threads)
+        self._session = open_session(folder, graphs.many, threads)
         self._stop = threading.Event()
         self._begun: tuple[int, ...] = ()
+        shapes = cache_shapes(self._session).items()
         self._cache = self._no_cache = Cache(
-            {
-                value.name: empty_cache(value)
-                for value in self._session.get_inputs()
-                if value.name.startswith("past_key_values.")
-            }
+            {name: runtime_value(shape.empty(1, 0)) for name, shape in shapes}
         )
 
     def probabilities(self, rows: Sequence[TrainingRow]) -> list[list[float]]:
         """Return the probabilities over the options of each row; rows of like length share a
         pass. Raises ModelError for a row that does not fit the context."""
+        return self.in_shared_passes(rows, self.ask)
+
+    def next_logits(self, prompt_ids: Sequence[int]) -> Logits:
+        """Return the logits of the token after a prompt, [vocabulary]."""
+        (logits,) = self.all_next_logits([prompt_ids])
+        return logits
+
+    def all_next_logits(self, prompts: Sequence[Sequence[int]]) -> list[Logits]:
+        """See `Student`; prompts of like length share a pass."""
+
+        def ask(rows: Sequence[TrainingRow], shared: int) -> list[Logits]:
+            logits, _ = self.prompt_logits(rows, shared, keep=len(rows) == 1)
+            return list(logits)
+
+        rows = [TrainingRow(prompt=tuple(prompt), answer=0) for prompt in prompts]
+        return self.in_shared_passes(rows, ask)
+
+    def in_shared_passes(
+        self, rows: Sequence[TrainingRow], ask: Callable[[Sequence[TrainingRow], int], list[Found]]
+    ) -> list[Found]:
+        """Return what `ask` finds of each row. It is given the rows of one pass and how many of
+        their first tokens are in the cache. Raises ModelError for a row that does not fit the
+        context."""
         if not rows:
             return []
         for row in rows:
             longest = max(map(len, row.texts), default=1)
             check_length(self.folder, row.prompt, self.context_length, longest)
         shared = self.shared_tokens(rows)
-        found: dict[int, list[float]] = {}
+        found: dict[int, Found] = {}
         lengths = [len(row.prompt) - shared for row in rows]
         for picked in in_passes(lengths, [shared] * len(rows), self.context_length):
             some = [rows[index] for index in picked]
-            found |= zip(picked, self.ask(some, shared), strict=True)
+            found |= zip(picked, ask(some, shared), strict=True)
         return [found[index] for index in range(len(rows))]
-
-    def next_logits(self, prompt_ids: Sequence[int]) -> Logits:
-        """Return the logits of the token after a prompt, [vocabulary]."""
-        check_length(self.folder, prompt_ids, self.context_length)
-        row = TrainingRow(prompt=tuple(prompt_ids), answer=0)
-        logits, _ = self.prompt_logits([row], self.shared_tokens([row]), keep=True)
-        last: Logits = logits[-1]
-        return last
 
     def heed(self, stop: threading.Event) -> None:
         """See `Student`."""
@@ -335,104 +331,3 @@ def in_passes(
         picked.append(index)
     if picked:
         yield picked
-
-
-def read_graph(folder: Path) -> tuple[bytes, bytes]:
-    """Return the folder's rewritten graph, and a graph without weights that stands in for it where
-    the tokenizer is loaded.
-
-    Raises UnknownGraph for a graph that can't be read or rewritten."""
-    import onnx
-
-    path = folder / MODEL
-    try:
-        if path.is_symlink():
-            # ONNX Runtime maps no weights from a file outside of the folder.
-            model = onnx.load(path, load_external_data=False)
-        else:
-            model = load_without_weights(path)
-        stand_in = without_weights(model)
-        rewrite(model)
-        return model.SerializeToString(), stand_in
-    except UnknownGraph:
-        raise
-    except Exception as error:
-        # The folder may be anyone's: what its graph may be is not known here.
-        kind = type(error).__name__
-        raise UnknownGraph(f"its graph can't be read or rewritten ({kind})") from error
-
-
-def without_weights(model: Any) -> bytes:
-    """Return a model with the inputs and outputs of `model` that computes nothing."""
-    from onnx import helper
-
-    outputs = []
-    for value in model.graph.output:
-        kind = value.type.tensor_type.elem_type
-        outputs.append(helper.make_tensor_value_info(value.name, kind, None))
-    nodes = []
-    for value in outputs:
-        nothing = helper.make_tensor(value.name, value.type.tensor_type.elem_type, [0], [])
-        nodes.append(helper.make_node("Constant", [], [value.name], value=nothing))
-    graph = helper.make_graph(nodes, "stand-in", list(model.graph.input), outputs)
-    made = helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
-    return bytes(made.SerializeToString())
-
-
-def load_tokenizer(folder: Path, stand_in: bytes) -> Any:
-    """Return the folder's tokenizer of ONNX Runtime GenAI, which takes a model to load one."""
-    import onnxruntime_genai
-
-    og: Any = onnxruntime_genai
-    with model_errors(folder):
-        config = og.Config(str(folder))
-        config.add_model_data(MODEL, stand_in)
-        return og.Tokenizer(og.Model(config))
-
-
-def open_session(folder: Path, graph: bytes, threads: int | None) -> Any:
-    """Return a session of ONNX Runtime for a graph whose weights are in `folder`, or in itself.
-
-    Raises ModelError where ONNX Runtime can't open one."""
-    import onnxruntime
-
-    ort: Any = onnxruntime
-    options = ort.SessionOptions()
-    if threads is not None:
-        options.intra_op_num_threads = threads
-    options.log_severity_level = 4
-    options.add_session_config_entry(
-        "session.model_external_initializers_file_folder_path", str(folder)
-    )
-    with runtime_errors(folder):
-        session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-    # It keeps the graph, with weights that are in it, to open the session again, which nothing
-    # here asks for.
-    session._model_bytes = None
-    return session
-
-
-def runtime_errors(folder: Path) -> AbstractContextManager[None]:
-    """Turn what ONNX Runtime raises into a ModelError of one line. Its exceptions have only
-    Exception in common."""
-    return model_errors(folder, "ONNX Runtime", Exception)
-
-
-def empty_cache(value: Any) -> Any:
-    """Return a cache of one sequence without tokens for a session's input.
-
-    Raises UnknownGraph where its heads or their size are no numbers."""
-    sizes = list(value.shape)
-    if len(sizes) != 4 or not all(isinstance(each, int) and each > 0 for each in sizes[1::2]):
-        raise UnknownGraph("its caches have shapes without numbers")
-    _, heads, _, size = sizes
-    kind = np.float16 if value.type == "tensor(float16)" else np.float32
-    return runtime_value(np.zeros((1, heads, 0, size), dtype=kind))
-
-
-def runtime_value(array: NDArray[Any]) -> Any:
-    """Return an array as a value of ONNX Runtime."""
-    import onnxruntime
-
-    ort: Any = onnxruntime
-    return ort.OrtValue.ortvalue_from_numpy(array)

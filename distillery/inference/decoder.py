@@ -34,6 +34,11 @@ TILE = 2
 sums."""
 
 
+FEWEST = 2
+"""The fewest tokens of a sequence in a pass, padding included: the attention takes other sums where
+every sequence has a single token."""
+
+
 class Decoder:
     """A model folder in ONNX Runtime GenAI, and the key-value cache of its last prompt.
 

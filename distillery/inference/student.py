@@ -54,6 +54,10 @@ class Student(RowRenderer, ABC):
     def next_logits(self, prompt_ids: Sequence[int]) -> Logits:
         """Return the logits of the token after a prompt, [vocabulary]."""
 
+    def all_next_logits(self, prompts: Sequence[Sequence[int]]) -> list[Logits]:
+        """Return the logits of the token after each prompt, [vocabulary] each."""
+        return [self.next_logits(prompt) for prompt in prompts]
+
     @abstractmethod
     def heed(self, stop: threading.Event) -> None:
         """Look at `stop` before each pass, of which a long prompt then takes several. Another

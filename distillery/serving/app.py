@@ -1,6 +1,7 @@
-"""The server's routes: POST /v1/chat/completions, GET /v1/models, /openapi.json and /healthz.
+"""The server's routes: POST /v1/chat/completions, GET /v1/models, /openapi.json, and for those who
+run it GET /healthz (it lives), /health (it takes requests) and /metrics.
 
-All of them are there without /v1 too, for azure-ai-inference. Answers are built from the openai
+Those of /v1 are there without it too, for azure-ai-inference. Answers are built from the openai
 package's own types.
 """
 
@@ -10,9 +11,8 @@ import logging
 import secrets
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Collection
+from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
-from threading import Lock
 from typing import Any, Literal
 
 from fastapi import FastAPI, Request, Response
@@ -31,17 +31,16 @@ from openai.types.chat.chat_completion_chunk import ChoiceLogprobs as ChunkLogpr
 from pydantic import BaseModel, SecretStr
 from starlette.exceptions import HTTPException
 
-from distillery.errors import AnswerStopped
-from distillery.serving.completion import Job, Piece, answer_pieces
+from distillery.serving.completion import Job, Piece
 from distillery.serving.hosts import HostCheck
 from distillery.serving.limits import MOST_BODY_BYTES, Limits, retry_after
+from distillery.serving.metrics import CONTENT_TYPE, Metrics
 from distillery.serving.openapi import openapi_document
 from distillery.serving.requests import ApiError, Bodies, check_content_type, parse_request
+from distillery.serving.rounds import Rounds, Told
 from distillery.serving.student import ServedStudent
 
 _log = logging.getLogger(__name__)
-
-Told = Callable[[Piece], None]
 
 GIVEN_UP = Piece("", [], "stop")
 """Stands for the answer that nobody waits for any more."""
@@ -50,9 +49,9 @@ GIVEN_UP = Piece("", [], "stop")
 class ModelServer:
     """The routes and what they share: the student, the model's name, the key and the limits.
 
-    The student is not thread-safe: only the one thread of its `worker` uses it, so requests are
-    answered one at a time. The event loop stays free for everything else, save while ONNX Runtime
-    GenAI computes a pass of generated text, or weights are loaded: both let no other thread run.
+    The student is asked in a thread of its own, see Rounds. The event loop stays free for all else,
+    save while weights are loaded, or ONNX Runtime GenAI computes a pass for a model that takes no
+    rows together: both let no other thread run.
     """
 
     def __init__(
@@ -63,26 +62,32 @@ class ModelServer:
         limits: Limits,
         shared_prefix: bool,
     ) -> None:
-        self.student = student
         self.name = model_name
         self.key = api_key.get_secret_value().encode() if api_key else b""
         self.limits = limits
-        self.shared_prefix = shared_prefix
         self.model = Model(
             id=model_name, object="model", created=int(time.time()), owned_by="distillery"
         )
-        self.worker = student.worker
-        # One is answered and one is ready behind it, so that the worker never waits for the loop.
-        self.turns = asyncio.Semaphore(2)
+        self.rounds = Rounds(student, shared_prefix)
         self.bodies = Bodies(limits)
-        self.places = 0
+        self.jobs: dict[Job, asyncio.Future[None]] = {}
+        """The requests that wait or are answered, and the ends of their answers."""
         self.bytes = 0
-        # Seconds that the worker takes for an answer, by the last ones.
-        self.answer_s = 0.0
-        self.tasks: set[asyncio.Task[Any]] = set()
-        # Guards `answering`: the job in the worker's hands.
-        self.lock = Lock()
-        self.answering: Job | None = None
+        """The bytes of these requests."""
+        self.tasks: set[asyncio.Task[None]] = set()
+        self.metrics = Metrics()
+        self.stops = False
+        """Whether the server takes no more requests."""
+
+    async def show_ready(self, _: Request) -> Response:
+        """Answer whether the server takes requests; `answer_healthy` says that it lives."""
+        if self.stops:
+            return stopping().response
+        return JSONResponse({"status": "ok"})
+
+    async def show_metrics(self, request: Request) -> Response:
+        self.check_key(request)
+        return Response(self.metrics.text(), media_type=CONTENT_TYPE)
 
     async def list_models(self, request: Request) -> Response:
         self.check_key(request)
@@ -98,13 +103,23 @@ class ModelServer:
         return JSONResponse(openapi_document(bool(self.key)))
 
     async def chat(self, request: Request) -> Response:
+        """Answer a request, and count its status."""
+        try:
+            response = await self.answer(request)
+        except Exception as error:
+            self.metrics.requests.labels(str(to_api_error(error).status)).inc()
+            raise
+        self.metrics.requests.labels("200").inc()
+        return response
+
+    async def answer(self, request: Request) -> Response:
         self.check_key(request)
         check_content_type(request)
         body = await self.bodies.read(request)
         chat = parse_request(body)
         self.check_model(chat.model)
         job = Job(chat, len(body))
-        self.take_place(job)
+        self.check_room(job)
         answer = AnswerBuilder(job, self.name)
         if chat.stream:
             pieces = self.stream(job, request)
@@ -134,53 +149,59 @@ class ModelServer:
             message = f"The model {name[:100]!r} does not exist; this server has {self.name!r}."
             raise ApiError(404, message, code="model_not_found", param="model")
 
-    def take_place(self, job: Job) -> None:
-        """Count a request. Raises ApiError if there are too many, or too much text in them."""
+    def check_room(self, job: Job) -> None:
+        """Raise ApiError if there are too many requests, or too much text in them, or if the server
+        stops."""
+        if self.stops:
+            raise stopping()
         if self.places >= self.limits.queue or self.bytes + job.size > MOST_BODY_BYTES:
             raise ApiError(
                 429,
                 f"{self.places} requests are waiting already; try again.",
                 code="rate_limit_exceeded",
-                headers={"Retry-After": str(retry_after(self.places, self.answer_s))},
+                headers={"Retry-After": str(retry_after(self.places, self.rounds.answer_s))},
             )
-        self.places += 1
-        self.bytes += job.size
 
-    def start(self, job: Job, request: Request, tell: Told) -> asyncio.Task[None]:
-        """Answer a job in turn, and `tell` each piece from the worker thread. The task ends with
+    @property
+    def places(self) -> int:
+        """How many requests wait or are answered."""
+        return len(self.jobs)
+
+    def start(self, job: Job, request: Request, tell: Told) -> asyncio.Future[None]:
+        """Answer a job in turn, and `tell` each piece from the worker thread. The future ends with
         the answer, or when the client has gone or it takes too long."""
-        task = asyncio.create_task(self.in_turn(job, tell))
-        watch = asyncio.create_task(self.watch(job, request, task))
+
+        def timed(piece: Piece) -> None:
+            job.spoke = job.spoke or time.monotonic()
+            tell(piece)
+
+        future = self.jobs[job] = self.rounds.add(job, timed)
+        self.bytes += job.size
+        self.metrics.waiting.inc()
+        watch = asyncio.create_task(self.watch(job, request))
         # The event loop itself holds no task.
-        self.tasks |= {task, watch}
+        self.tasks.add(watch)
 
-        def ended(_: asyncio.Task[None]) -> None:
-            self.places -= 1
+        def ended(done: asyncio.Future[None]) -> None:
+            del self.jobs[job]
             self.bytes -= job.size
-            self.tasks.discard(task)
             watch.cancel()
+            # Where the client has gone, nobody else asks for its error.
+            if not done.cancelled():
+                done.exception()
+            self.metrics.ended(job)
 
-        task.add_done_callback(ended)
+        future.add_done_callback(ended)
         watch.add_done_callback(self.tasks.discard)
-        return task
+        return future
 
-    async def in_turn(self, job: Job, tell: Told) -> None:
-        async with self.turns:
-            loop = asyncio.get_running_loop()
-            await loop.run_in_executor(self.worker, self.work, job, tell)
-
-    async def outcome(self, job: Job, task: asyncio.Task[None]) -> None:
-        """Wait for the end of a job's task. Raises what went wrong."""
-        await asyncio.wait([task])
-        if job.late:
-            raise ApiError(
-                503,
-                f"The answer is not complete after {self.limits.answer_s:g} s; ask for fewer "
-                "tokens, or try again.",
-                code="timeout",
-            )
-        if not task.cancelled():
-            task.result()
+    async def outcome(self, job: Job, future: asyncio.Future[None]) -> None:
+        """Wait for the end of a job. Raises what went wrong."""
+        await asyncio.wait([future])
+        if job.refusal:
+            raise job.refusal
+        if not future.cancelled():
+            future.result()
 
     async def stream(self, job: Job, request: Request) -> AsyncIterator[Piece]:
         """Yield the answer's pieces as the worker thread makes them."""
@@ -190,49 +211,42 @@ class ModelServer:
         def tell(piece: Piece) -> None:
             loop.call_soon_threadsafe(queue.put_nowait, piece)
 
-        task = self.start(job, request, tell)
-        task.add_done_callback(lambda _: queue.put_nowait(None))
+        future = self.start(job, request, tell)
+        future.add_done_callback(lambda _: queue.put_nowait(None))
         while piece := await queue.get():
             yield piece
-        await self.outcome(job, task)
+        await self.outcome(job, future)
 
-    def work(self, job: Job, tell: Told) -> None:
-        """Answer a job, in the worker thread."""
-        with self.lock:
-            if job.cancelled.is_set():
-                return
-            self.answering = job
-            self.student.stop.clear()
-        begun = time.monotonic()
-        try:
-            for piece in answer_pieces(self.student, job):
-                tell(piece)
-        except AnswerStopped:
-            _log.info("an answer was given up")
-        finally:
-            taken = time.monotonic() - begun
-            self.answer_s = 0.8 * self.answer_s + 0.2 * taken if self.answer_s else taken
-            with self.lock:
-                self.answering = None
-                self.student.stop.clear()
-            if not self.shared_prefix:
-                self.student.forget()
-
-    async def watch(self, job: Job, request: Request, task: asyncio.Task[None]) -> None:
+    async def watch(self, job: Job, request: Request) -> None:
         """Give a job up when its client has gone, or when it takes too long."""
         try:
             async with asyncio.timeout(self.limits.answer_s):
                 while (await request.receive())["type"] != "http.disconnect":
                     pass
         except TimeoutError:
-            job.late = True
-        with self.lock:
-            job.cancelled.set()
-            if self.answering is job:
-                self.student.stop.set()
-                return
-        # It waits, for its turn or in front of the worker, which passes it over.
-        task.cancel()
+            job.refusal = ApiError(
+                503,
+                f"The answer is not complete after {self.limits.answer_s:g} s; ask for fewer "
+                "tokens, or try again.",
+                code="timeout",
+            )
+        self.give_up(job)
+
+    def give_up(self, job: Job) -> None:
+        """End a job for its client at once, and in the student's thread before the next pass."""
+        self.rounds.give_up(job)
+        if job in self.jobs:
+            self.jobs[job].cancel()
+
+    async def drain(self) -> None:
+        """Take no more requests, and give up those that are not answered within `drain_s`."""
+        self.stops = True
+        deadline = time.monotonic() + self.limits.drain_s
+        while self.jobs and time.monotonic() < deadline:
+            await asyncio.sleep(0.05)
+        for job in list(self.jobs):
+            job.refusal = stopping()
+            self.give_up(job)
 
 
 class AnswerBuilder:
@@ -349,8 +363,7 @@ def create_app(
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
-        server.worker.shutdown(wait=False, cancel_futures=True)
-        student.stop.set()
+        server.rounds.close()
 
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
     for prefix in ("", "/v1"):
@@ -360,6 +373,8 @@ def create_app(
         app.add_route(f"{prefix}/openapi.json", server.show_openapi, methods=["GET"])
     app.state.server = server
     app.add_route("/healthz", answer_healthy, methods=["GET"])
+    app.add_route("/health", server.show_ready, methods=["GET"])
+    app.add_route("/metrics", server.show_metrics, methods=["GET"])
     for kind in (ApiError, HTTPException, Exception):
         app.add_exception_handler(kind, answer_error)
     app.add_middleware(HostCheck, hosts=hosts)
@@ -368,6 +383,15 @@ def create_app(
 
 async def answer_healthy(_: Request) -> Response:
     return JSONResponse({"status": "ok"})
+
+
+def stopping() -> ApiError:
+    return ApiError(
+        503,
+        "The server stops; ask again when it is back.",
+        code="server_stopping",
+        headers={"Retry-After": "1", "Connection": "close"},
+    )
 
 
 async def answer_error(_: Request, error: Exception) -> Response:

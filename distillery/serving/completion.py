@@ -2,9 +2,10 @@
 
 import math
 import threading
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from openai.types import CompletionUsage
@@ -14,7 +15,7 @@ from openai.types.chat.chat_completion_token_logprob import TopLogprob
 from distillery.errors import ModelError, SchemaNotHeld
 from distillery.inference.generation import most_tokens
 from distillery.inference.guide import Guide
-from distillery.inference.logits import Logits, log_softmax
+from distillery.inference.logits import Logits, log_softmax, token_sampler
 from distillery.models.class_tokens import ClassTokens
 from distillery.serving.requests import (
     ApiError,
@@ -46,13 +47,14 @@ class Piece:
     finish_reason: Literal["stop", "length"] | None = None
 
 
-@dataclass
+@dataclass(eq=False)
 class Job:
     """A request on its way through the worker thread, which counts the tokens here.
 
     `cancelled` is set by the event loop if the client has gone, the answer takes too long or is
-    complete; the worker reads it between two passes of the model. `late`: it took too long.
-    `size`: bytes of the request.
+    complete; the worker reads it between two passes of the model. `refusal`: what a client is told
+    whose answer is not waited for. `size`: bytes of the request. `came` and `spoke`: when the
+    request and the first piece of its answer came, in seconds of time.monotonic.
     """
 
     request: ChatRequest
@@ -60,7 +62,9 @@ class Job:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cancelled: threading.Event = field(default_factory=threading.Event)
-    late: bool = False
+    refusal: ApiError | None = None
+    came: float = field(default_factory=time.monotonic)
+    spoke: float | None = None
 
     @property
     def usage(self) -> CompletionUsage:
@@ -71,18 +75,19 @@ class Job:
         )
 
 
-def answer_pieces(student: ServedStudent, job: Job) -> Iterator[Piece]:
-    """Yield the answer's pieces until it is complete or the job is cancelled."""
-    if job.cancelled.is_set():
-        return
-    for piece in complete(student, job):
-        if job.cancelled.is_set():
-            return
-        yield piece
+def is_choice(student: ServedStudent, request: ChatRequest) -> bool:
+    """Return whether an answer is chosen, in the passes of its prompt, and not generated."""
+    return bool(student.classes or request.structured_outputs or request.limit == 1)
 
 
-def complete(student: ServedStudent, job: Job) -> Iterator[Piece]:
-    """Yield the whole answer in pieces. Text that may begin a stop text is held back.
+Completion = Generator[Piece | TrainingRow, Any, None]
+"""Yields an answer's pieces. A choice yields first the row that it is about, and is sent what
+`ServedStudent.choices` finds of it: so choices that wait can be asked together."""
+
+
+def complete(student: ServedStudent, job: Job) -> Completion:
+    """Yield the whole answer, a piece for each token, which may be empty: text that may begin a
+    stop text is held back.
 
     Log-probabilities are the model's own, of all tokens. If the student is served `for_labels`,
     they are those of the tokens that the answer's schema leaves: the label is written by these, and
@@ -116,23 +121,33 @@ def complete(student: ServedStudent, job: Job) -> Iterator[Piece]:
             param="response_format",
         )
     if student.classes:
-        yield choose_class(student, job, prompt, student.classes)
+        yield from choose_class(student, job, prompt, student.classes)
         return
     if request.structured_outputs:
-        yield choose_text(student, job, prompt, request.structured_outputs.choice)
+        yield from choose_text(student, job, prompt, request.structured_outputs.choice)
         return
     if request.logprobs and student.for_labels:
         require_token_bytes(student)
-    most = most_tokens(student.format) if student.format else room
-    steps = student.steps(
-        prompt,
-        min(request.limit or most, room),
-        temperature=request.temperature or 0.0,
-        top_p=request.top_p or 1.0,
-        seed=request.seed,
-        guide=guide_of(student, request),
-        held=student.for_labels,
-    )
+    guide = guide_of(student, request)
+    sampling: dict[str, Any] = {
+        "temperature": request.temperature or 0.0,
+        "top_p": request.top_p or 1.0,
+        "seed": request.seed,
+    }
+    if request.limit == 1:
+        logits = yield TrainingRow(prompt=tuple(prompt), answer=0)
+        allowed = guide.masked(logits) if guide else logits
+        token = token_sampler(**sampling)(allowed)
+        steps = iter([(token, allowed if student.for_labels else logits)])
+    else:
+        most = most_tokens(student.format) if student.format else room
+        steps = student.steps(
+            prompt,
+            min(request.limit or most, room),
+            guide=guide,
+            held=student.for_labels,
+            **sampling,
+        )
     stream = student.text_stream()
     search = StopSearch(request.stops)
     entries: list[ChatCompletionTokenLogprob] = []
@@ -148,8 +163,9 @@ def complete(student: ServedStudent, job: Job) -> Iterator[Piece]:
         if search.found:
             yield Piece(text, entries, "stop")
             return
+        # Log-probabilities come with the text that they belong to.
+        yield Piece(text, entries if text else [])
         if text:
-            yield Piece(text, entries)
             entries = []
     text = search.take(stream.rest())
     yield Piece(text + search.held, entries, "stop" if search.found else "length")
@@ -185,24 +201,26 @@ def guide_of(student: ServedStudent, request: ChatRequest) -> Guide | None:
     return student.guides.start(ANY_OBJECT) if isinstance(asked, ObjectFormat) else None
 
 
-def choose_text(student: ServedStudent, job: Job, prompt: list[int], choice: list[str]) -> Piece:
-    """Return the likeliest text as the whole answer; see `likeliest` and `unless_unsure`."""
+def choose_text(
+    student: ServedStudent, job: Job, prompt: list[int], choice: list[str]
+) -> Completion:
+    """Yield the likeliest text as the whole answer; see `likeliest` and `unless_unsure`."""
     texts = [student.tokenizer.encode_text(text) for text in choice]
     if len(prompt) + max(map(len, texts)) > student.context_length:
         raise ApiError(
             400, "The messages and a choice are longer than the context.", "context_length_exceeded"
         )
     row = TrainingRow(prompt=tuple(prompt), texts=tuple(map(tuple, texts)), answer=0)
-    (probabilities,) = student.probabilities([row])
+    probabilities = yield row
     answer = likeliest(job, choice, probabilities)
     job.completion_tokens = len(texts[choice.index(answer.text)])
-    return unless_unsure(student, answer, max(probabilities))
+    yield unless_unsure(student, answer, max(probabilities))
 
 
 def choose_class(
     student: ServedStudent, job: Job, prompt: list[int], classes: ClassTokens
-) -> Piece:
-    """Return the likeliest class as the whole answer, which took one token; see `likeliest` and
+) -> Completion:
+    """Yield the likeliest class as the whole answer, which took one token; see `likeliest` and
     `unless_unsure`. A request with structured_outputs.choice gets one of those.
 
     Raises ApiError if it names what is no class."""
@@ -226,9 +244,9 @@ def choose_class(
         last=classes.last,
         answer=0,
     )
-    (probabilities,) = student.probabilities([row])
+    probabilities = yield row
     job.completion_tokens = 1
-    return unless_unsure(student, likeliest(job, names, probabilities), max(probabilities))
+    yield unless_unsure(student, likeliest(job, names, probabilities), max(probabilities))
 
 
 def unless_unsure(student: ServedStudent, answer: Piece, probability: float) -> Piece:

@@ -3,6 +3,7 @@
 import math
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from typing import Any
 
 LARGEST_BODY = 4 << 20
 """Bytes of the largest request."""
@@ -34,8 +35,10 @@ class Limits:
     """`queue`: requests that wait or are answered; others are told to come again. `reading`: bodies
     that are being read. `connections`: those that are open, idle ones included. In seconds:
     `header_s` and `body_s`, in which a request must have come; `answer_s`, in which its answer must
-    be complete, the time that it waits included. It is that after which the openai package gives up
-    by itself."""
+    be complete, the time that it waits included, which is that after which the openai package gives
+    up by itself; `drain_s`, in which those that are there are answered when the server stops.
+    `batch`: texts that are generated at once. `context`: tokens that a request's messages and its
+    answer may have together; None for what the model takes."""
 
     queue: int = 1024
     reading: int = 1024
@@ -43,13 +46,14 @@ class Limits:
     header_s: float = 15.0
     body_s: float = 30.0
     answer_s: float = 600.0
+    drain_s: float = 30.0
+    batch: int = 16
+    context: int | None = None
 
 
-def for_queue(queue: int, answer_s: float = Limits.answer_s) -> Limits:
-    """Return the limits that go with a queue."""
-    return Limits(
-        queue, reading=queue, connections=2 * queue + SPARE_CONNECTIONS, answer_s=answer_s
-    )
+def for_queue(queue: int, **others: Any) -> Limits:
+    """Return the limits that go with a queue, and `others` of its fields."""
+    return Limits(queue, reading=queue, connections=2 * queue + SPARE_CONNECTIONS, **others)
 
 
 def within_open_files(limits: Limits) -> Limits:

@@ -19,7 +19,7 @@ ERRORS = {
     "421": "a name that is not the server's",
     "429": "too many requests at once; Retry-After says when to come again",
     "500": "the server failed",
-    "503": "an answer that took too long",
+    "503": "an answer that took too long, or a server that stops",
 }
 
 
@@ -62,7 +62,8 @@ def openapi_document(with_key: bool) -> dict[str, Any]:
         {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
     ]
     paths: dict[str, Any] = {
-        "/healthz": {"get": operation("health", "Health", ["421"], with_key=False)}
+        "/healthz": {"get": operation("health", "Health", ["421"], with_key=False)},
+        "/health": {"get": operation("ready", "Health", ["421", "503"], with_key=False)},
     }
     paths |= {
         "/v1/chat/completions": {"post": chat},

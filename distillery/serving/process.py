@@ -27,6 +27,9 @@ START_SECONDS = 300.0
 
 STOP_SECONDS = 5.0
 
+DRAIN_SECONDS = 0.0
+"""Nobody waits for the answers of a run that has ended."""
+
 OWN_QUEUE = 2048
 """Requests at once: more than the calls that a run makes at once (teacher.concurrency)."""
 
@@ -52,6 +55,7 @@ def served(
     key = secrets.token_urlsafe(32)
     command = [sys.executable, "-m", "distillery.serving", str(folder), "--name", model_name]
     command += ["--port", "0", "--parent", str(os.getpid()), "--queue", str(OWN_QUEUE)]
+    command += ["--drain-seconds", str(DRAIN_SECONDS)]
     if threads is not None:
         command += ["--threads", str(threads)]
     if for_labels:

@@ -2,8 +2,9 @@
 
     python -m distillery.serving FOLDER --name support-mood
 
-The messages go through the model's own chat template unchanged. One worker thread answers requests
-one at a time, and each takes only the passes that it needs: one for max_tokens 1. Sampling is
+The messages go through the model's own chat template unchanged. One worker thread answers all
+requests: each takes only the passes that it needs, one for max_tokens 1, and texts that are
+generated share theirs. Sampling is
 greedy if no temperature is given, and log-probabilities are those of temperature 1. With vLLM's
 `structured_outputs: {"choice": [TEXT, ...]}` the answer is the likeliest of these texts, as a
 student with prompt.answer: text chooses it.
@@ -16,23 +17,16 @@ import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from fastapi import FastAPI
 from pydantic import SecretStr
 
 from distillery.errors import CredentialsError, DistilleryError, ModelError
 from distillery.processes import exit_with_parent
 from distillery.registry.manifest import verify_before_loading
-from distillery.serving.app import create_app
 from distillery.serving.hosts import own_name
 from distillery.serving.limits import ACCEPTED_AT_ONCE, Limits, for_queue, within_open_files
 from distillery.serving.process import KEY_VARIABLE
-from distillery.serving.student import ServedStudent
 from distillery.settings import is_loopback, load_environment
-
-if TYPE_CHECKING:
-    import uvicorn
 
 
 def serve(
@@ -48,19 +42,22 @@ def serve(
     limits: Limits | None = None,
     shared_prefix: bool | None = None,
     for_labels: bool = False,
+    processes: int = 1,
 ) -> None:
-    """Serve until a signal ends it. Prints the URL as one line of JSON first.
+    """Serve until a signal ends it, then answer what is there. Prints the URL as one line of JSON
+    first.
 
     Port 0 takes a free one. With `parent`, a process id, the server ends when that process does.
     `hosts`: names, beside its own, that clients reach the server by. `shared_prefix`: whether a
     prompt goes on from what it shares with the one before; None is yes where only this machine
     reaches the server. `for_labels`: a run's own teacher is served, whose log-probabilities of
-    written answers a student learns from; see `completion.complete`.
+    written answers a student learns from; see `completion.complete`. `processes`: how many load the
+    model and answer, each on its own.
     Raises CredentialsError for an address that other machines reach without a key, ModelError for a
     bad folder, port or name, and RegistryError for a registered model that was altered or is not
     signed as DISTILLERY_VERIFY_KEY asks for.
     """
-    import uvicorn
+    from distillery.serving.running import Serving, run, run_processes
 
     if not is_loopback(host) and not (api_key and api_key.get_secret_value()):
         raise CredentialsError(
@@ -71,38 +68,31 @@ def serve(
     names = [own_name(name) for name in hosts]
     verify_before_loading(folder)
     limits = within_open_files(limits or Limits())
-    app = create_app(
-        ServedStudent(folder, threads, for_labels),
+    serving = Serving(
+        folder,
         model_name,
         api_key,
         hosts=(host, *names),
+        threads=threads,
         limits=limits,
         shared_prefix=is_loopback(host) if shared_prefix is None else shared_prefix,
+        for_labels=for_labels,
     )
+    app = serving.load() if processes == 1 else None
     with listen(host, port) as listener:
         address, free_port = listener.getsockname()[:2]
         if ":" in address:
             address = f"[{address}]"
         url = f"http://{address}:{free_port}/v1"
-        print(json.dumps({"url": url, "model": model_name}), flush=True)
-        uvicorn.Server(server_config(app, limits)).run(sockets=[listener])
 
+        def tell() -> None:
+            print(json.dumps({"url": url, "model": model_name}), flush=True)
 
-def server_config(app: FastAPI, limits: Limits) -> "uvicorn.Config":
-    """Return how uvicorn runs the application."""
-    import uvicorn
-
-    from distillery.serving.connection import timed_protocol
-
-    return uvicorn.Config(
-        app,
-        http=timed_protocol(limits),
-        ws="none",
-        log_level="warning",
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=2,
-    )
+        if app:
+            tell()
+            run(app, limits, listener)
+        else:
+            run_processes(processes, serving, listener, tell)
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -139,6 +129,7 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=8080, help="0 takes a free one")
     parser.add_argument("--threads", type=int, help="threads of one operation")
     parser.add_argument("--queue", type=int, default=Limits.queue, help="waiting requests")
+    parser.add_argument("--drain-seconds", type=float, default=Limits.drain_s, help="when stopped")
     parser.add_argument("--parent", type=int, help="end with the process of this id")
     parser.add_argument(
         "--for-labels",
@@ -155,7 +146,7 @@ def main() -> None:
             key_from_environment(),
             threads=options.threads,
             parent=options.parent,
-            limits=for_queue(options.queue),
+            limits=for_queue(options.queue, drain_s=options.drain_seconds),
             for_labels=options.for_labels,
         )
     except DistilleryError as error:

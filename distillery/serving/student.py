@@ -1,5 +1,6 @@
 """The model that a server asks: each way of asking it is loaded when it is needed."""
 
+import logging
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -7,44 +8,90 @@ from pathlib import Path
 from typing import Any
 
 from distillery.errors import ModelError
-from distillery.inference.batch_student import load_for_rows
+from distillery.inference.batch_graph import UnknownGraph
+from distillery.inference.batch_student import load_scorer
 from distillery.inference.guide import Guide
-from distillery.inference.logits import Logits, token_sampler
+from distillery.inference.logits import Logits
 from distillery.inference.onnx_student import OnnxStudent
 from distillery.inference.student import Student
+from distillery.inference.text_batch import TextBatch
 from distillery.models.onnx_folder import files_in
+from distillery.records import FORMAT_FILE
 from distillery.registry.manifest import verify_before_loading
+from distillery.serving.limits import Limits
 from distillery.training.rows import TrainingRow
+
+_log = logging.getLogger(__name__)
+
+Choice = list[float] | Logits
+"""What a choice is made from; see `ServedStudent.choices`."""
 
 
 class ServedStudent(Student):
-    """A model that chooses as batch inference does, and generates by ONNX Runtime GenAI.
+    """A model that chooses as batch inference does, and writes several texts at once.
 
-    Each of the two holds the weights. The scorer, which chooses, is loaded at once, so that a
-    folder that can't be loaded is told of at once. The generator is loaded with the first answer of
-    several tokens; if nothing was chosen until then, the scorer is unloaded first, and loaded again
-    when it is needed. So only a server that does both holds the weights twice. What is loaded later
-    must be the same model: the folder must not have changed since.
+    Each of the two holds the weights. The scorer chooses; the generator generates, as TextBatch or,
+    where these don't take the graph, as an OnnxStudent, which then is both. A model that writes its
+    answers loads the generator at once, others the scorer, so that a folder that can't be loaded is
+    told of at once. The other is loaded when it is needed; if nothing was chosen until the
+    generator is, the scorer is unloaded first. So only a server that does both holds the weights
+    twice. What is loaded later must be the same model: the folder must not have changed since.
 
     `worker`: the one thread that loads and asks the model, which is not thread-safe. What is freed
     in another thread's part of the heap would not serve the next load."""
 
-    def __init__(self, folder: Path, threads: int | None = None, for_labels: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        threads: int | None = None,
+        for_labels: bool = False,
+        limits: Limits | None = None,
+    ) -> None:
         """Load the model. Raises ModelError for a folder that can't be loaded. `threads` counts the
         cores for one operation; None leaves it to the runtime. `for_labels`: the log-probabilities
-        of a written answer are to be learnt from; see `completion.complete`."""
+        of a written answer are to be learnt from; see `completion.complete`. Of the `limits`,
+        `batch` and `context` count here."""
         self.threads = threads
         self.for_labels = for_labels
+        self.limits = limits or Limits()
         self.loaded_files = file_states(folder)
         self.stop = threading.Event()
         self.worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="student")
-        self.scorer: Student | None = self.worker.submit(load_for_rows, folder, threads).result()
-        self.scorer.heed(self.stop)
         self.has_chosen = False
-        self.generator: OnnxStudent | None = None
+        self.scorer: Student | None = None
+        self.generator: TextBatch | OnnxStudent | None = None
+        load = self.load_generator if (folder / FORMAT_FILE).is_file() else self.load_scorer
+        loaded = self.worker.submit(load, folder).result()
+        context = min(loaded.context_length, self.limits.context or loaded.context_length)
+        super().__init__(folder, loaded.tokenizer, context)
+
+    def load_scorer(self, folder: Path) -> Student:
+        """Load what chooses, which generates too where it is an OnnxStudent."""
+        self.scorer = load_scorer(folder, self.threads)
         if isinstance(self.scorer, OnnxStudent):
             self.generator = self.scorer
-        super().__init__(folder, self.scorer.tokenizer, self.scorer.context_length)
+        self.scorer.heed(self.stop)
+        return self.scorer
+
+    def load_generator(self, folder: Path) -> TextBatch | OnnxStudent:
+        """Load what generates, which chooses too where it is an OnnxStudent."""
+        try:
+            self.generator = TextBatch(folder, self.threads, self.limits.batch)
+        except (UnknownGraph, ModelError) as error:
+            _log.info("%s: its answers are written one by one, since %s", folder, error)
+            self.generator = self.scorer = OnnxStudent(folder, self.threads)
+        self.generator.heed(self.stop)
+        return self.generator
+
+    @property
+    def at_once(self) -> int:
+        """How many texts may be under way at once; 1 where the model writes them one by one."""
+        return 1 if isinstance(self.generator, OnnxStudent) else self.limits.batch
+
+    @property
+    def chooses_apart(self) -> bool:
+        """Whether a choice may be made while texts are under way."""
+        return not isinstance(self.generator, OnnxStudent)
 
     def probabilities(self, rows: Sequence[TrainingRow]) -> list[list[float]]:
         """Return the probabilities over the options of each rendered row, by the scorer."""
@@ -53,6 +100,24 @@ class ServedStudent(Student):
     def next_logits(self, prompt_ids: Sequence[int]) -> Logits:
         """Return the logits of the token after a prompt, [vocabulary], by the scorer."""
         return self.needed_scorer().next_logits(prompt_ids)
+
+    def choices(self, rows: Sequence[TrainingRow]) -> list[Choice]:
+        """Return of each row the probabilities over its options or, where it has none, the logits
+        of the token after its prompt, [vocabulary]; rows of one kind share the scorer's passes."""
+        scorer = self.needed_scorer()
+        texts = [row for row in rows if row.texts]
+        letters = [row for row in rows if row.letters]
+        plain = [row for row in rows if not row.texts and not row.letters]
+        of_texts = iter(scorer.probabilities(texts))
+        of_letters = iter(scorer.probabilities(letters))
+        of_plain = iter(scorer.all_next_logits([row.prompt for row in plain]))
+        found: list[Choice] = []
+        for row in rows:
+            if row.texts:
+                found.append(next(of_texts))
+            else:
+                found.append(next(of_letters if row.letters else of_plain))
+        return found
 
     def steps(
         self,
@@ -63,34 +128,29 @@ class ServedStudent(Student):
         held: bool = False,
         **sampling: Any,
     ) -> Iterator[tuple[int, Logits]]:
-        """Yield tokens with their logits, as `OnnxStudent.steps` does with the same `sampling`. A
-        single token is a choice: it is taken from the scorer's logits."""
-        if max_tokens == 1:
-            logits = self.next_logits(prompt_ids)
-            allowed = guide.masked(logits) if guide else logits
-            yield token_sampler(**sampling)(allowed), allowed if held else logits
-        else:
-            yield from self.needed_generator().steps(
-                prompt_ids, max_tokens, guide=guide, held=held, **sampling
-            )
+        """Yield tokens with their logits, as `OnnxStudent.steps` does with the same `sampling`.
+        At most `at_once` such iterators may be under way, asked in turns; see `TextBatch`."""
+        yield from self.needed_generator().steps(
+            prompt_ids, max_tokens, guide=guide, held=held, **sampling
+        )
 
     def needed_scorer(self) -> Student:
         """Return the scorer, loaded if it is not; see `check_folder`."""
         if self.scorer is None:
             self.check_folder()
-            self.scorer = load_for_rows(self.folder, self.threads)
-            self.scorer.heed(self.stop)
+            self.load_scorer(self.folder)
         self.has_chosen = True
+        assert self.scorer  # noqa: S101 - it is loaded
         return self.scorer
 
-    def needed_generator(self) -> OnnxStudent:
+    def needed_generator(self) -> TextBatch | OnnxStudent:
         """Return the generator, loaded if it is not; see `check_folder`."""
         if self.generator is None:
             self.check_folder()
             if not self.has_chosen:
                 self.scorer = None
-            self.generator = OnnxStudent(self.folder, self.threads)
-            self.generator.heed(self.stop)
+            self.load_generator(self.folder)
+        assert self.generator  # noqa: S101 - it is loaded
         return self.generator
 
     def check_folder(self) -> None:
@@ -105,15 +165,15 @@ class ServedStudent(Student):
     def heed(self, stop: threading.Event) -> None:
         """See `Student`."""
         self.stop = stop
-        for student in (self.scorer, self.generator):
-            if student:
-                student.heed(stop)
+        for loaded in (self.scorer, self.generator):
+            if loaded:
+                loaded.heed(stop)
 
     def forget(self) -> None:
         """See `Student`."""
-        for student in (self.scorer, self.generator):
-            if student:
-                student.forget()
+        for loaded in (self.scorer, self.generator):
+            if loaded:
+                loaded.forget()
 
 
 def file_states(folder: Path) -> dict[Path, tuple[int, int]]:

@@ -28,6 +28,9 @@ CHAT = "/v1/chat/completions"
 EXAMPLES = 150
 """Requests that schemathesis makes for each operation and kind of data, at most."""
 
+MALFORMED = 10_000
+"""Requests that break the document, for one operation."""
+
 BODY: dict[str, Any] = {
     "messages": [{"role": "user", "content": "Where is bread warm?"}],
     "max_tokens": 6,
@@ -102,28 +105,45 @@ def test_schemathesis_finds_no_answer_that_its_document_does_not_tell(
 ) -> None:
     """A fixed budget and no chance. The check of what is allowed is our own, because the document
     can't say that a prompt is longer than the context."""
-    report = tmp_path / "report.json"
+    options = ["--phases", "coverage,fuzzing", "--max-examples", str(EXAMPLES)]
+    options += ["--exclude-checks", "positive_data_acceptance"]
+    found = schemathesis(running, tmp_path, *options)
+    assert found["operations"]["tested"] == 5
+    assert found["test_cases"]["generated"] > 400
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_ten_thousand_malformed_requests_end_in_no_error_of_the_server(
+    running: OwnServer, tmp_path: Path
+) -> None:
+    """None is answered by a status from 500 on, and none takes longer than 30 seconds."""
+    options = ["--phases", "fuzzing", "--mode", "negative", "--max-examples", str(MALFORMED)]
+    options += ["--include-path", CHAT, "--checks", "not_a_server_error"]
+    found = schemathesis(running, tmp_path, *options, "--request-timeout", "30")
+    assert found["test_cases"]["generated"] >= MALFORMED
+
+
+def schemathesis(running: OwnServer, folder: Path, *options: str) -> dict[str, Any]:
+    """Return the report of a run that found nothing; the server still answers then."""
+    report = folder / "report.json"
     command = [str(Path(sys.executable).parent / "schemathesis"), "run"]
-    command += [f"{running.url}/v1/openapi.json", "--phases", "coverage,fuzzing"]
-    command += ["--max-examples", str(EXAMPLES), "--generation-deterministic"]
-    command += ["--exclude-checks", "positive_data_acceptance", "--continue-on-failure"]
-    command += ["--report-json-path", str(report)]
+    command += [f"{running.url}/v1/openapi.json", "--generation-deterministic"]
+    command += ["--continue-on-failure", "--report-json-path", str(report), *options]
     done = subprocess.run(
         command,
-        cwd=tmp_path,
+        cwd=folder,
         capture_output=True,
         text=True,
-        timeout=280,
         env={**os.environ, "SCHEMATHESIS_HOOKS": schemathesis_checks.__file__},
     )
-    found = json.loads(report.read_text())
+    found: dict[str, Any] = json.loads(report.read_text())
     print(f"schemathesis tried {found['test_cases']['generated']} requests")
     assert done.returncode == 0, done.stdout
-    assert found["operations"]["tested"] == 4
-    assert found["test_cases"]["generated"] > 400
     assert running.server.places == 0
     with httpx.Client(trust_env=False, timeout=60, base_url=running.url) as http:
         assert http.post(CHAT, json=BODY).status_code == 200
+    return found
 
 
 def test_the_document_has_the_server_s_own_bounds() -> None:

@@ -14,7 +14,7 @@ from own_server import in_this_process
 
 from distillery.errors import ModelError, RegistryError
 from distillery.inference.batch_student import BatchStudent, load_for_rows
-from distillery.inference.onnx_student import OnnxStudent
+from distillery.inference.text_batch import TextBatch
 from distillery.models.class_tokens import ClassTokens
 from distillery.registry.local import LocalRegistry
 from distillery.serving.student import ServedStudent
@@ -72,7 +72,7 @@ def test_a_server_that_only_generates_unloads_the_scorer(tiny_onnx: Build) -> No
     student = ServedStudent(tiny_onnx("llama"), threads=1)
     with in_this_process(student) as url:
         assert asked(url, **LONGER)
-        assert (student.scorer, type(student.generator)) == (None, OnnxStudent)
+        assert (student.scorer, type(student.generator)) == (None, TextBatch)
         before = asked(url, **CHOICE)
         assert isinstance(student.scorer, BatchStudent)
         scorer, generator = student.scorer, student.generator
@@ -107,14 +107,21 @@ def test_what_is_loaded_later_is_the_same_model(
     folder = shutil.copytree(tiny_onnx("llama"), tmp_path / "model")
     student = ServedStudent(folder, threads=1)
     prompt = student.tokenizer.encode_chat(MESSAGES)
-    counts = (2, 1) if generates_first else (1, 2)
+
+    def generate() -> None:
+        assert list(student.steps(prompt, 2))
+
+    def choose() -> None:
+        assert student.choices([TrainingRow(prompt=tuple(prompt), answer=0)])
+
+    first, second = (generate, choose) if generates_first else (choose, generate)
     if generates_first:
-        assert list(student.steps(prompt, counts[0]))
+        first()
     shutil.rmtree(folder)
     shutil.copytree(tiny_onnx("llama", "int4"), folder)
     with pytest.raises(ModelError, match="changed since the server started"):
-        list(student.steps(prompt, counts[1]))
-    assert list(student.steps(prompt, counts[0]))
+        second()
+    first()
 
 
 @pytest.mark.security

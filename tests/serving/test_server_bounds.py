@@ -19,11 +19,13 @@ from own_server import OwnServer, SlowStudent, own_server, wait_until
 from pydantic import SecretStr
 
 from distillery.errors import AnswerStopped, ModelError
-from distillery.inference import batch_student
+from distillery.inference import batch_student, text_batch
 from distillery.inference.batch_student import BatchStudent, load_for_rows
 from distillery.inference.logits import Logits
 from distillery.inference.onnx_student import OnnxStudent
+from distillery.inference.text_batch import TextBatch
 from distillery.serving import app, requests
+from distillery.serving import running as server_processes
 from distillery.serving import server as serving
 from distillery.serving.hosts import HostCheck, own_name
 from distillery.serving.limits import LARGEST_BODY, LONGEST_STOP, Limits, within_open_files
@@ -108,17 +110,17 @@ def test_too_many_requests_are_told_when_to_come_again(tiny_onnx: Build) -> None
         second = Asking(running)
         assert wait_until(lambda: running.server.places == 2)
         for seconds, expected in ((0.0, "1"), (0.2, "1"), (4.3, "9"), (100.0, "60")):
-            running.server.answer_s = seconds
+            running.server.rounds.answer_s = seconds
             refused = ask(running)
             assert refused.status_code == 429
             assert refused.headers["retry-after"] == expected
         assert refused.json()["error"]["code"] == "rate_limit_exceeded"
         assert httpx.get(f"{running.url}/healthz", trust_env=False).status_code == 200
-        running.server.answer_s = 0.0
+        running.server.rounds.answer_s = 0.0
         student.go_on.release(2)
         assert (first.result(), second.result()) == (200, 200)
         assert wait_until(lambda: running.server.places == 0)
-        assert running.server.answer_s > 0
+        assert running.server.rounds.answer_s > 0
         student.go_on.release()
         assert ask(running).status_code == 200
 
@@ -276,11 +278,11 @@ class Passes:
         self.begun = 0
         self.held = held
         self.go_on = threading.Event()
-        scorer, decoder = student.needed_scorer(), student.needed_generator().decoder
+        scorer, generator = student.needed_scorer(), student.needed_generator()
         assert isinstance(scorer, BatchStudent)
-        decoder.longest_pass = 64
+        assert isinstance(generator, TextBatch)
         scorer.run = self.around(scorer.run)  # type: ignore[method-assign]
-        decoder._compute = self.around(decoder._compute)  # type: ignore[method-assign]
+        generator.run = self.around(generator.run)  # type: ignore[method-assign]
 
     def around(self, compute: Callable[..., Any]) -> Callable[..., Any]:
         def counted(*arguments: Any, **named: Any) -> Any:
@@ -308,7 +310,8 @@ LONG = [{"role": "user", "content": "river " * 120}]
 def test_a_client_that_goes_is_noticed_before_the_next_pass(
     body: dict[str, Any], held: int, tiny_onnx: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(batch_student, "LONGEST_PASS", 64)
+    for module in (batch_student, text_batch):
+        monkeypatch.setattr(module, "LONGEST_PASS", 64)
     student = ServedStudent(tiny_onnx("llama"), threads=1)
     passes = Passes(student, held)
     with own_server(student) as running:
@@ -662,27 +665,28 @@ def test_the_search_for_a_stop_text_takes_time_by_the_answer_s_length() -> None:
 def test_what_others_asked_can_be_forgotten(shared: bool, tiny_onnx: Build) -> None:
     """One token is the scorer's answer, and two are the generator's."""
     student = ServedStudent(tiny_onnx("llama"), threads=1)
-    scorer, decoder = student.needed_scorer(), student.needed_generator().decoder
+    scorer, generator = student.needed_scorer(), student.needed_generator()
     assert isinstance(scorer, BatchStudent)
+    assert isinstance(generator, TextBatch)
     computed: list[int] = []
-    run, compute = scorer.run, decoder._compute
+    run, run_rows = scorer.run, generator.run
 
     def count_run(sequences: list[list[int]], *others: Any, **named: Any) -> Any:
         computed.append(sum(map(len, sequences)))
         return run(sequences, *others, **named)
 
-    def count(tokens: list[int], *arguments: Any) -> Logits:
-        computed.append(len(tokens))
-        return compute(tokens, *arguments)
+    def count(row: int, tokens: list[list[int]], lengths: list[int]) -> Any:
+        computed.append(sum(map(len, tokens)))
+        return run_rows(row, tokens, lengths)
 
     scorer.run = count_run  # type: ignore[method-assign, assignment]
-    decoder._compute = count  # type: ignore[method-assign, assignment]
+    generator.run = count  # type: ignore[method-assign, assignment]
     with own_server(student, shared_prefix=shared) as running:
         for max_tokens in (1, 1, 2, 2):
             assert ask(running, max_tokens=max_tokens).status_code == 200
     first, second, third, _, fourth, _ = computed
     assert (second < first) is (fourth < third) is shared
-    assert bool(scorer._begun) is bool(decoder.tokens) is shared
+    assert bool(scorer._begun) is any(generator.prompts) is shared
 
 
 @pytest.mark.parametrize(
@@ -706,7 +710,7 @@ def test_prefixes_are_shared_by_default_where_only_this_machine_asks(
         assert host in settings["hosts"]
         raise Made
 
-    monkeypatch.setattr(serving, "create_app", make)
+    monkeypatch.setattr(server_processes, "create_app", make)
     with pytest.raises(Made):
         serving.serve(
             tiny_onnx("llama"), "tiny", host, 0, SecretStr("key"), shared_prefix=given, threads=1

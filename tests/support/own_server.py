@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,12 +10,15 @@ from typing import Any, NamedTuple
 from distillery.inference.logits import Logits
 from distillery.serving.app import ModelServer, create_app
 from distillery.serving.limits import Limits
-from distillery.serving.server import listen, server_config
-from distillery.serving.student import ServedStudent
+from distillery.serving.running import Server
+from distillery.serving.server import listen
+from distillery.serving.student import Choice, ServedStudent
+from distillery.training.rows import TrainingRow
 
 
 class SlowStudent(ServedStudent):
-    """A student that waits for a permit before each token, and counts how often it was asked."""
+    """A student that waits for a permit after each token of a text, and for each choice, and counts
+    how often it was asked."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder, threads=1)
@@ -27,6 +30,13 @@ class SlowStudent(ServedStudent):
             self.asked += 1
             assert self.go_on.acquire(timeout=60)
             yield step
+
+    def choices(self, rows: Sequence[TrainingRow]) -> list[Choice]:
+        found = super().choices(rows)
+        for _ in rows:
+            self.asked += 1
+            assert self.go_on.acquire(timeout=60)
+        return found
 
 
 class OwnServer(NamedTuple):
@@ -40,14 +50,10 @@ def own_server(
     student: ServedStudent, limits: Limits | None = None, **settings: Any
 ) -> Iterator[OwnServer]:
     """Run the app, without a key, in a thread of this process."""
-    import uvicorn
-
-    limits = limits or Limits()
+    limits = limits or Limits(drain_s=0)
     app = create_app(student, "tiny", None, limits=limits, **settings)
     with listen("127.0.0.1", 0) as bound:
-        config = server_config(app, limits)
-        config.timeout_graceful_shutdown = 1
-        running = uvicorn.Server(config)
+        running = Server(app, limits)
         thread = threading.Thread(target=running.run, kwargs={"sockets": [bound]})
         thread.start()
         port = bound.getsockname()[1]

@@ -1,0 +1,272 @@
+"""Write several texts at once: one pass computes the next token of every text under way.
+
+Each text has a row of the buffers of keys and values, which ONNX Runtime reads and writes in place.
+A prompt is computed alone, into its row. The texts then go on together, one token a pass, each
+masked to its own length, and come and go between two passes (continuous batching: Yu et al., Orca,
+OSDI 2022). The rows under way are the first ones: when a text ends, the last one moves to its row.
+
+The graph is the exported one. Graphs that batch_graph.py can't rewrite are refused, since a row's
+numbers might depend on the rows beside it. They don't, bit for bit on a Xeon with AVX-512 in fp32,
+int8 and int4, so that a text is the same however many are under way.
+"""
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distillery.errors import AnswerStopped
+from distillery.inference.batch_graph import UnknownGraph
+from distillery.inference.decoder import (
+    FEWEST,
+    LARGEST_WASTE,
+    LONGEST_PASS,
+    SMALLEST_CAPACITY,
+    TILE,
+    check_length,
+    read_config,
+)
+from distillery.inference.generation import Answering, generated
+from distillery.inference.graph_session import (
+    cache_shapes,
+    load_tokenizer,
+    open_session,
+    read_graphs,
+    runtime_errors,
+    runtime_value,
+)
+from distillery.inference.guide import Guide
+from distillery.inference.logits import Logits, token_sampler
+from distillery.prompts import GenAITokenizer
+from distillery.training.batching import common_prefix
+
+INPUTS = {"input_ids", "attention_mask"}
+"""The inputs of an exported graph beside its caches."""
+
+
+class BatchedText:
+    """A text under way. `length`: how many tokens are in its row. `logits`: those after the last of
+    them, [vocabulary], until the text takes its next token from them."""
+
+    def __init__(self, answering: Answering, length: int, logits: Logits) -> None:
+        self.answering = answering
+        self.length = length
+        self.logits: Logits | None = logits
+
+
+class TextBatch:
+    """A model folder in ONNX Runtime, and the texts that it is writing.
+
+    Not thread-safe. Each text is an iterator that gives a token and waits until it is asked for the
+    next one. The first that needs logits that are not there computes them for all texts that have
+    taken a token: so ask them in turns. `active` are the texts under way, by their rows; `prompts`
+    are the prompts whose keys and values the rows hold, those of earlier texts too."""
+
+    def __init__(self, folder: Path, threads: int | None = None, count: int = 8) -> None:
+        """Load the model for at most `count` texts at once. `threads` counts the cores for one
+        operation; None leaves it to the runtime. Raises UnknownGraph for a graph that does not take
+        rows together, and ModelError for a folder that can't be loaded."""
+        graphs = read_graphs(folder)
+        _, self.context_length = read_config(folder)
+        self.folder = folder
+        self.count = count
+        self.tokenizer = GenAITokenizer(load_tokenizer(folder, graphs.stand_in), folder)
+        self.end_ids = frozenset(int(token) for token in self.tokenizer.runtime.eos_token_ids)
+        self.stop = threading.Event()
+        self._session = open_session(folder, graphs.exported, threads)
+        self._shapes = cache_shapes(self._session)
+        for value in self._session.get_inputs():
+            if value.name not in INPUTS | self._shapes.keys():
+                raise UnknownGraph(f"it has the input {value.name}")
+        self.active: list[BatchedText] = []
+        self.rows = count + 1
+        self.prompts: list[tuple[int, ...]] = [()] * self.rows
+        self.capacity = 0
+        self._buffers: dict[str, NDArray[Any]] = {}
+        self._bindings: dict[tuple[int, int], Any] = {}
+        self.multiple = TILE if self.counts_beside() else 1
+        """The rows of a pass are filled up to a multiple of it."""
+
+    def heed(self, stop: threading.Event) -> None:
+        """Look at `stop` before each pass of a prompt, of which a long one takes several; see
+        `Student.heed`."""
+        self.stop = stop
+
+    def forget(self) -> None:
+        """Let no prompt go on from one that was computed before."""
+        self.prompts = [()] * self.rows
+
+    def steps(
+        self,
+        prompt_ids: Sequence[int],
+        max_tokens: int,
+        *,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        guide: Guide | None = None,
+        held: bool = False,
+    ) -> Iterator[tuple[int, Logits]]:
+        """Yield the tokens of a text and their logits, as `OnnxStudent.steps` does. At most
+        `count` of these iterators may have begun and not ended."""
+        check_length(self.folder, prompt_ids, self.context_length)
+        most = max(1, min(max_tokens, self.context_length - len(prompt_ids)))
+        draw = token_sampler(temperature, top_p, seed)
+        with self.joined(prompt_ids, Answering(most, self.end_ids, draw, guide)) as text:
+            first = self.next_logits(text)
+            yield from generated(first, lambda _: self.next_logits(text), text.answering, held)
+
+    @contextmanager
+    def joined(self, prompt_ids: Sequence[int], answering: Answering) -> Iterator[BatchedText]:
+        """Compute a prompt into the first free row, for a text that is under way within the `with`
+        block."""
+        logits = self.prefill(prompt_ids, min(answering.most, SMALLEST_CAPACITY))
+        text = BatchedText(answering, len(prompt_ids), logits)
+        self.active.append(text)
+        try:
+            yield text
+        finally:
+            self.leave(text)
+
+    def leave(self, text: BatchedText) -> None:
+        """Move the last row to that of a text that is over."""
+        if text not in self.active:
+            return
+        row, last = self.active.index(text), len(self.active) - 1
+        moved = self.active.pop()
+        if moved is not text:
+            self.active[row] = moved
+            self.copy(last, row, moved.length)
+            self.prompts[row] = self.prompts[last]
+
+    def next_logits(self, text: BatchedText) -> Logits:
+        """Return the logits after the last token that a text took, [vocabulary]."""
+        if text.logits is None:
+            self.compute()
+        logits, text.logits = text.logits, None
+        assert logits is not None  # noqa: S101 - `compute` gives each text some
+        return logits
+
+    def counts_beside(self) -> bool:
+        """Return whether a token's numbers depend on how many are computed beside it: kernels for 4
+        bits may take other sums for the last one of an odd number."""
+        self.make_room(1)
+        alone, beside = (self.run(0, [[0]] * count, [0] * count) for count in (1, TILE))
+        return not np.array_equal(alone[0], beside[0])
+
+    def compute(self) -> None:
+        """Compute in one pass the last token of each text that has taken one and goes on."""
+        for text in [each for each in self.active if each.answering.over]:
+            self.leave(text)
+        lengths = [text.length for text in self.active]
+        # A text that has not been asked since the last pass has its logits still. It is computed
+        # with the others by its last token; the next one takes that token's place.
+        waiting = [text for text in self.active if text.logits is None]
+        tokens = [text.answering.tokens[-1:] or [0] for text in self.active]
+        while len(tokens) % self.multiple:
+            # A free row gets any token, behind the prompt that it holds.
+            held = len(self.prompts[len(tokens)])
+            lengths.append(min(held, self.context_length - 1))
+            tokens.append([0])
+        self.make_room(max(lengths) + 1)
+        found = self.run(0, tokens, lengths)
+        for text, logits in zip(self.active, found, strict=False):
+            if text in waiting:
+                text.length += 1
+                text.logits = logits
+
+    def prefill(self, prompt_ids: Sequence[int], room: int) -> Logits:
+        """Compute a prompt into the first free row, from where it departs from those that the rows
+        hold, and return the logits after it, [vocabulary]. Raises AnswerStopped if `stop` is set.
+
+        What it shares is an even number of tokens, as in `Decoder.shared_tokens`."""
+        row, prompt = len(self.active), tuple(prompt_ids)
+        self.make_room(min(len(prompt) + room, self.context_length))
+        shared = [common_prefix([prompt, other], 0) for other in self.prompts]
+        source = shared.index(max(shared))
+        done = max(0, min(shared[source], len(prompt) - FEWEST))
+        done -= done % TILE
+        if source != row:
+            self.copy(source, row, done)
+        self.prompts[row] = prompt[:done]
+        for start, end in passes(done, len(prompt)):
+            if self.stop.is_set():
+                raise AnswerStopped(f"{self.folder}: the answer was given up")
+            logits: Logits = self.run(row, [prompt[start:end]], [start])[0]
+            self.prompts[row] = prompt[:end]
+        return logits
+
+    def run(
+        self, row: int, tokens: Sequence[Sequence[int]], lengths: Sequence[int]
+    ) -> NDArray[np.float32]:
+        """Compute `tokens`, as many for each of the rows from `row` on, behind the first `lengths`
+        tokens of these rows. Return the logits after the last ones, [rows, vocabulary]."""
+        ids = np.array(tokens, dtype=np.int64)
+        ends = np.array(lengths)[:, None] + ids.shape[1]
+        mask = np.arange(ends.max()) < ends
+        binding = self.binding(row, len(ids))
+        binding.bind_ortvalue_input("input_ids", runtime_value(ids))
+        binding.bind_ortvalue_input("attention_mask", runtime_value(mask.astype(np.int64)))
+        # Memory for them is taken anew, since the last ones had another shape.
+        binding.bind_output("logits")
+        with runtime_errors(self.folder):
+            self._session.run_with_iobinding(binding)
+            logits = binding.get_outputs()[0].numpy()
+        last: NDArray[np.float32] = logits[:, -1].astype(np.float32, copy=False)
+        return last
+
+    def binding(self, row: int, count: int) -> Any:
+        """Return what binds the caches of the `count` rows from `row` on to the graph."""
+        if (row, count) not in self._bindings:
+            binding = self._session.io_binding()
+            binding.bind_output("logits")
+            for name, buffer in self._buffers.items():
+                rows = runtime_value(buffer[row : row + count])
+                binding.bind_ortvalue_input(name, rows)
+                present = name.replace("past_key_values.", "present.")
+                binding.bind_ortvalue_output(present, rows)
+            self._bindings[row, count] = binding
+        return self._bindings[row, count]
+
+    def copy(self, source: int, target: int, count: int) -> None:
+        """Copy the first `count` tokens of a row to another one."""
+        for buffer in self._buffers.values():
+            buffer[target, :, :count] = buffer[source, :, :count]
+
+    def make_room(self, needed: int) -> None:
+        """Make rows that hold `needed` tokens. Rows that are much longer are given up where no
+        text is under way, which frees their memory."""
+        much = LARGEST_WASTE * max(needed, SMALLEST_CAPACITY)
+        if not self.active and self.capacity > much:
+            self.forget()
+        elif needed <= self.capacity:
+            return
+        capacity = SMALLEST_CAPACITY
+        while capacity < needed:
+            capacity *= 2
+        self.capacity = min(capacity, self.context_length)
+        self._bindings.clear()
+        kept = list(map(len, self.prompts))
+        for row, text in enumerate(self.active):
+            kept[row] = max(kept[row], text.length)
+        for name, shape in self._shapes.items():
+            buffer = shape.empty(self.rows, self.capacity)
+            for row, count in enumerate(kept):
+                if count:
+                    buffer[row, :, :count] = self._buffers[name][row, :, :count]
+            self._buffers[name] = buffer
+
+
+def passes(start: int, end: int) -> Iterator[tuple[int, int]]:
+    """Yield the passes over the tokens from `start` to `end`, of LONGEST_PASS tokens each; the last
+    one has the rest, and takes over what would be fewer than FEWEST."""
+    while start < end:
+        until = start + LONGEST_PASS
+        if end - until < FEWEST:
+            until = end
+        yield start, until
+        start = until
