@@ -790,7 +790,7 @@ def delete_labels(
     with LabelStore() as answers:
         count = answers.delete(row, containing, rejected, dry_run)
     print(f"{count} answers {'would be ' if dry_run else ''}deleted")
-    for path in left_beside(answers.database.url):
+    for path in left_beside(answers.database):
         print(f"{path}: may hold answers too, of a run under way or that could not be taken in")
 
 
@@ -807,23 +807,16 @@ def recover_answers(
     taken in stays, and one of another label database is named. The exit status is 1 if a journal
     of this database can't be taken in.
     """
-    from distillery.errors import StoreError
     from distillery.labels.journal import examine, of_other_databases
     from distillery.labels.store import LabelStore
-    from distillery.settings import LocalSettings
-    from distillery.storage.database import checked_url
 
-    settings = LocalSettings()
-    url = checked_url(settings.labels_url, settings.container)
-    if dry_run:
-        found = examine(url)
-    else:
-        with LabelStore() as answers:
-            found = answers.recovered
+    with LabelStore(recovers=not dry_run) as answers:
+        found = examine(answers.database) if dry_run else answers.recovered
+        others = of_other_databases(answers.database)
     for journal in found:
         print(journal.line())
-    for path in of_other_databases(url):
-        print(f"{path}: of another label database, as DISTILLERY_LABELS names it")
+    for path in others:
+        print(f"{path}: of another label database than DISTILLERY_LABELS names")
     readable = [journal for journal in found if not journal.trouble]
     taken_in = sum(journal.answers for journal in readable)
     would = "would be " if dry_run else ""

@@ -46,7 +46,7 @@ from distillery.labels.pairs import both_orders
 from distillery.recipe import JUDGE
 from distillery.settings import LocalSettings
 from distillery.storage.database import METADATA, Database, nothing
-from distillery.teacher.ledger import CALLS, Call, write_calls
+from distillery.teacher.ledger import Call, write_calls
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,8 +204,8 @@ class LabelStore:
         self._is_failing = False
         self._committing_since: float | None = None
         self._lost = 0
-        self.recovered = recover(self._database.url, self._take_in) if recovers else []
-        self._journal = Journal(self._database.url)
+        self.recovered = recover(self._database, self._take_in) if recovers else []
+        self._journal = Journal(self._database)
         self._begun: dict[str, tuple[Call, int]] = {}
         self._writer = threading.Thread(target=self._write, name="label-store", daemon=True)
         self._writer.start()
@@ -363,7 +363,7 @@ class LabelStore:
 
     def recover(self) -> None:
         """Take in what processes of this machine that have ended by now left in their journals."""
-        self.recovered += recover(self._database.url, self._take_in)
+        self.recovered += recover(self._database, self._take_in)
 
     def close(self) -> None:
         """Commit what was added and disconnect. Raises the writer's failure."""
@@ -518,12 +518,11 @@ class LabelStore:
             insert = insert.on_conflict_do_update(
                 index_elements=[TABLE.c.request_key], set_=new, where=TABLE.c.created_at < since
             )
-        book = self._database.insert(CALLS)
 
         def write(connection: Any) -> None:
             if rows:
                 execute(connection, insert, rows)
-            write_calls(connection, book, calls)
+            write_calls(connection, self._database, calls)
 
         self._database.run(write, on_failure, wait_s)
 

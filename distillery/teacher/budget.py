@@ -88,8 +88,9 @@ class Spending:
       object alone. With one, other processes share the caps: all that is granted and not yet spent
       is in its row.
     - A call of which the endpoint gave no count is counted at what it reserved.
-    - A call that does not fit waits as long as other calls are under way, here or in a process that
-      has an allowance: they may settle for less. If none is, the cap itself is reached.
+    - A call that does not fit waits as long as other calls have reserved something, here or in a
+      process that has an allowance: they may settle for less. If none has, the cap itself is
+      reached.
 
     `section`: the recipe's section with the budget, for messages. `calls`: how many are made at a
     time. To be used within `async with` if it has an allowance.
@@ -145,9 +146,15 @@ class Spending:
         allowance = Allowance(database, flush, recipe.budget, payer, section, currency, recover)
         return cls(recipe.budget, recipe.prices, section, allowance, recipe.concurrency)
 
+    @property
+    def lapses(self) -> int:
+        """How often others may have spent what this process had reserved, as it was suspended."""
+        return self._allowance.lapses if self._allowance else 0
+
     async def reserve(self, most: Usage) -> Amounts:
-        """Reserve the most that a call can take; pass the result to `settle`. Waits for calls under
-        way where they may leave enough. Raises BudgetReached where a cap is reached."""
+        """Reserve the most that a call can take; pass the result to `settle`, or to `give_back` if
+        the call is not made. Waits for calls under way where they may leave enough. Raises
+        BudgetReached where a cap is reached."""
         wanted = self._amounts(most)
         while (name := self._exceeded_by(wanted)) is not None:
             if self._reserved["calls"] and (self._allowance is None or self._is_used_up):
@@ -164,12 +171,15 @@ class Spending:
     def settle(self, reserved: Amounts, used: Usage | None) -> None:
         """Replace what a call reserved by what it took: `used`, as the endpoint counted it, or all
         of `reserved` if `used` is None."""
-        taken = reserved
-        if used is not None:
-            taken = self._amounts(used)
+        taken = reserved if used is None else self._amounts(used)
+        for name, amount in taken.items():
+            self._spent[name] += amount
+        self.give_back(reserved)
+
+    def give_back(self, reserved: Amounts) -> None:
+        """Give back what a call reserved: all of it, if it is not made."""
         for name, amount in reserved.items():
             self._reserved[name] = max(self._reserved[name] - amount, 0.0)
-            self._spent[name] += taken[name]
         # Differences of floats leave a remainder; without calls under way nothing is reserved.
         if not round(self._reserved["calls"]):
             self._reserved = dict.fromkeys(self._reserved, 0.0)
