@@ -71,7 +71,7 @@ class Answers:
 
     answered and failed: the requests whose lines were read. untried: those to which the service did
     not come before the batch expired or was cancelled. lost: those without a line in a batch that
-    is complete."""
+    is complete. unreadable: lines that name no request."""
 
     def __init__(
         self, batch: Batch, requests: set[str], files: Sequence[Path], status: str
@@ -79,10 +79,13 @@ class Answers:
         self.batch = batch
         self._files = [path.open("rb") for path in files]
         self._places: dict[str, tuple[int, int]] = {}
+        self.unreadable: list[bytes] = []
         for number, path in enumerate(files):
             for position, line in each_line(path):
                 key = key_of_line(line)
-                if key in requests:
+                if not key:
+                    self.unreadable.append(line.rstrip(b"\r\n"))
+                elif key in requests:
                     self._places.setdefault(key, (number, position))
         missing = requests - self._places.keys()
         self.answered: list[str] = []

@@ -29,6 +29,7 @@ from distillery.errors import (
 from distillery.labels.acceptance import call_read_as, stored_answer
 from distillery.labels.batch_book import Batch, BatchBook, BatchState, Line
 from distillery.labels.batch_files import MEGABYTE, Answers, RequestFile, most_of
+from distillery.labels.journal import keep_unreadable
 from distillery.labels.questions import Question, questions
 from distillery.labels.quote import duration, estimated_tokens
 from distillery.labels.store import LabelStore
@@ -748,8 +749,19 @@ class BatchRun:
     async def _settle(self, answers: Answers) -> None:
         """Book the calls that this run has no question for, and have the requests whose answers are
         stored leave the book. Those that failed are to be asked again; answers to questions that
-        are not this run's stay at the service for the run that has them."""
+        are not this run's stay at the service for the run that has them. Lines that can't be read
+        are kept on this machine: an answer in one is paid for."""
         batch = answers.batch
+        if answers.unreadable and not batch.booked_at:
+            kept = await asyncio.to_thread(
+                keep_unreadable, self._store.database, batch.batch_id, answers.unreadable
+            )
+            _log.warning(
+                "batch %s: %d lines that can't be read, kept in %s",
+                batch.service_id,
+                len(answers.unreadable),
+                kept,
+            )
         # An equal entry of a run that reads the answer later counts once with this one.
         for number, key in enumerate(answers.rest(), start=1):
             line = answers.take(key, self._endpoint)

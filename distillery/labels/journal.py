@@ -6,8 +6,8 @@ handed to the label store's writer. What is committed leaves the journal. Whoeve
 database next on this machine takes in the journals that no process holds any more.
 
 A journal is a file in DISTILLERY_HOME/journals/USER for each open label store that is written to,
-with rights for its user alone. Its name tells the database, by a hash of its address and its id, and
-the process. A line is a CRC-32 in eight hex digits, a blank, and JSON, [kind, values]:
+with rights for its user alone. Its name tells the database, by a hash of its address and its id,
+and the process. A line is a CRC-32 in eight hex digits, a blank, and JSON, [kind, values]:
 
 - journal: the first line; the database's URL without its password, and the form of these lines
 - begun: a call that is about to be made, as the ledger's entry of a call that was lost
