@@ -6,7 +6,9 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import replace
+from datetime import UTC, datetime
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -19,19 +21,27 @@ from alembic.autogenerate import compare_metadata
 from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
+from postgres_server import Postgres
 from sqlalchemy import create_engine
 
 from distillery.data.answer_tokens import AnswerToken, packed
 from distillery.errors import DataError, StoreError, StoreUnavailable
 from distillery.labels.batch_book import BATCHES, LINES
+from distillery.labels.journal import values_of
 from distillery.labels.questions import questions
 from distillery.labels.store import Experience, LabelStore, StoredAnswer, parquet_schema
 from distillery.recipe import PromptRecipe, TeacherRecipe
 from distillery.records import Example
-from distillery.storage.database import METADATA, SCHEMA, VERSION_TABLE
+from distillery.storage.database import (
+    IDENTITY,
+    METADATA,
+    SCHEMA,
+    VERSION_TABLE,
+    checked_url,
+)
 from distillery.storage.leases import LEASES, Leases
 from distillery.teacher.allowances import ALLOWANCES
-from distillery.teacher.ledger import CALLS
+from distillery.teacher.ledger import CALLS, SPENDING, Call, Payer, spent
 
 
 @pytest.fixture
@@ -446,14 +456,60 @@ def test_a_database_of_before_the_versions_is_upgraded_in_place(url: str, tmp_pa
         assert len(all_in(again)) == 4
 
 
-def test_a_database_of_before_the_tokens_is_upgraded_in_place(url: str, tmp_path: Path) -> None:
-    make_old(tmp_path / "labels.db")
-    engine = create_engine(url)
+def upgrade(url: str, revision: str) -> None:
+    """Migrate a database to an earlier version's schema."""
+    engine = create_engine(checked_url(url, False))
     with engine.begin() as connection:
         config = Config(attributes={"connection": connection, "version_table": VERSION_TABLE})
         config.set_main_option("script_location", str(files("distillery.storage") / "migrations"))
-        command.upgrade(config, "0003")
+        command.upgrade(config, revision)
     engine.dispose()
+
+
+@pytest.mark.parametrize("kind", ["sqlite", pytest.param("postgresql", marks=pytest.mark.slow)])
+def test_what_was_spent_before_there_were_sums_counts(
+    kind: str, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a session whose day is another one than that in UTC."""
+    monkeypatch.setenv("PGTZ", "Pacific/Kiritimati")
+    with ExitStack() as services:
+        if kind == "postgresql":
+            url = services.enter_context(Postgres()).url()
+        upgrade(url, "0008")
+        engine = create_engine(checked_url(url, False))
+        with engine.begin() as connection:
+            for number, (teacher, currency, hour) in enumerate(
+                [("a", "EUR", 23), ("a", "EUR", 1), ("a", None, 1), ("judge:a", "EUR", 1)]
+            ):
+                call = Call(
+                    run="run-1",
+                    recipe="messages",
+                    teacher=teacher,
+                    purpose="label",
+                    outcome="answer",
+                    prompt_tokens=10**number,
+                    completion_tokens=5,
+                    cost=0.5 if currency else None,
+                    prices={"input": 1.0, "currency": currency} if currency else None,
+                    called_at=datetime(2026, 11, 28 if hour == 1 else 27, hour, tzinfo=UTC),
+                )
+                connection.execute(CALLS.insert(), [values_of(call)])
+        engine.dispose()
+        payer, saturday = Payer("run-1", "messages"), datetime(2026, 11, 28, tzinfo=UTC)
+        with LabelStore(url) as store:
+            run = store.database.run(lambda c: spent(c, payer, "teacher", "EUR", None))
+            day = store.database.run(lambda c: spent(c, payer, "teacher", "EUR", saturday))
+            judge = store.database.run(
+                lambda c: spent(c, payer, "evaluation.judge", "EUR", saturday)
+            )
+    assert run == {"cost": 1.0, "tokens": 126.0, "calls": 3.0}
+    assert day == {"cost": 0.5, "tokens": 120.0, "calls": 2.0}
+    assert judge == {"cost": 0.5, "tokens": 1005.0, "calls": 1.0}
+
+
+def test_a_database_of_before_the_tokens_is_upgraded_in_place(url: str, tmp_path: Path) -> None:
+    make_old(tmp_path / "labels.db")
+    upgrade(url, "0003")
     with LabelStore(url) as store:
         assert len(all_in(store)) == 3
         assert {answer.tokens for answer in all_in(store).values()} == {None}
@@ -463,7 +519,7 @@ def test_a_database_of_before_the_tokens_is_upgraded_in_place(url: str, tmp_path
 
 def test_a_migrated_schema_is_the_one_that_the_code_has(url: str, tmp_path: Path) -> None:
     # Tables are known once their modules are imported.
-    for table in (LEASES, CALLS, ALLOWANCES, BATCHES, LINES):
+    for table in (LEASES, CALLS, SPENDING, ALLOWANCES, BATCHES, LINES, IDENTITY):
         assert table.name in METADATA.tables
     make_old(tmp_path / "old.db")
     for database in (url, f"sqlite:///{tmp_path / 'old.db'}"):
