@@ -465,9 +465,11 @@ def test_killed_twenty_times_every_call_and_every_answer_is_there(
 
     A call is lost where its process was killed while it was under way: before the endpoint got it,
     before it answered, or before the process had read the answer. It is an entry of its own then,
-    and the row is asked again. With PostgreSQL, the server is away twice: a process is killed
-    meanwhile, and the next one goes on after ten seconds; another one waits until it is back."""
-    monkeypatch.setenv("DISTILLERY_STORE_WAIT", "120")
+    and the row is asked again. With PostgreSQL, the server is away twice, for LABEL_OUTAGE_S
+    seconds (5): a process is killed meanwhile, and the next one goes on five seconds later; another
+    one waits until it is back."""
+    outage_s = float(os.environ.get("LABEL_OUTAGE_S", "5"))
+    monkeypatch.setenv("DISTILLERY_STORE_WAIT", str(outage_s + 115))
     server_of_labels = Postgres() if kind == "postgresql" else None
     if server_of_labels:
         server_of_labels.start()
@@ -489,7 +491,7 @@ def test_killed_twenty_times_every_call_and_every_answer_is_there(
                 server_of_labels.stop()
                 time.sleep(3)
                 asked = len(server.calls)
-                time.sleep(2)
+                time.sleep(outage_s - 3)
                 assert len(server.calls) == asked, "no call begins while the database is away"
                 if number == 6:
                     runs.kill()
