@@ -89,13 +89,14 @@ def export_labels(
     ] = "parquet",
 ) -> None:
     """Write the answers to a file."""
+    from distillery.labels.exports import export_answers, export_rows
     from distillery.labels.store import LabelStore
 
     with LabelStore(recovers=False) as answers:
         if form == "parquet":
-            count = answers.export(file, teacher)
+            count = export_answers(answers, file, teacher)
         else:
-            count = answers.export_rows(file, form, teacher)
+            count = export_rows(answers, file, form, teacher)
     print(f"{count} answers written to {file}")
 
 
@@ -106,10 +107,11 @@ def import_labels(
     ],
 ) -> None:
     """Add the answers in FILE to the database. Answers that are known already stay as they are."""
+    from distillery.labels.exports import import_answers
     from distillery.labels.store import LabelStore
 
     with LabelStore() as answers:
-        print(f"{answers.load(file)} new answers")
+        print(f"{import_answers(answers, file)} new answers")
 
 
 @app.command("delete")

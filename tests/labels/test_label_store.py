@@ -27,9 +27,10 @@ from sqlalchemy import create_engine
 from distillery.data.answer_tokens import AnswerToken, packed
 from distillery.errors import DataError, StoreError, StoreUnavailable
 from distillery.labels.batch_book import BATCHES, LINES
+from distillery.labels.exports import export_answers, export_rows, import_answers, parquet_schema
 from distillery.labels.journal import values_of
 from distillery.labels.questions import questions
-from distillery.labels.store import Experience, LabelStore, StoredAnswer, parquet_schema
+from distillery.labels.store import Experience, LabelStore, StoredAnswer
 from distillery.recipe import PromptRecipe, TeacherRecipe
 from distillery.records import Example
 from distillery.storage.database import (
@@ -103,11 +104,11 @@ def times_in(path: Path) -> list[tuple[str, str]]:
 
 def test_what_is_exported_is_loaded_as_it_was(store: LabelStore, tmp_path: Path) -> None:
     file = tmp_path / "answers.parquet"
-    assert filled(store).export(file) == 5
+    assert export_answers(filled(store), file) == 5
     with LabelStore(f"sqlite:///{tmp_path / 'other.db'}") as other:
-        assert other.load(file) == 5
+        assert import_answers(other, file) == 5
         assert all_in(other) == {answer.request_key: answer for answer in ANSWERS}
-        assert other.load(file) == 0
+        assert import_answers(other, file) == 0
     assert times_in(tmp_path / "other.db") == times_in(tmp_path / "labels.db")
     assert len(times_in(tmp_path / "other.db")) == 5
     assert pq.read_table(file).column("created_at").type == pa.timestamp("us", tz="UTC")
@@ -118,81 +119,81 @@ def test_tokens_are_kept_exported_and_loaded(store: LabelStore, tmp_path: Path) 
     kept = {answer.request_key: answer for answer in answers}
     file = tmp_path / "answers.parquet"
     assert all_in(filled(store, answers)) == kept
-    assert store.export(file) == 2
-    assert store.export_rows(tmp_path / "rows.jsonl", "messages") == 2
+    assert export_answers(store, file) == 2
+    assert export_rows(store, tmp_path / "rows.jsonl", "messages") == 2
     with LabelStore(f"sqlite:///{tmp_path / 'other.db'}") as other:
-        assert other.load(file) == 2
+        assert import_answers(other, file) == 2
         assert all_in(other) == kept
 
 
 def test_an_export_of_a_version_without_tokens_is_loaded(store: LabelStore, tmp_path: Path) -> None:
     file = tmp_path / "answers.parquet"
-    filled(store).export(file)
+    export_answers(filled(store), file)
     pq.write_table(pq.read_table(file).drop_columns(["tokens"]), file)
     with LabelStore(f"sqlite:///{tmp_path / 'other.db'}") as other:
-        assert other.load(file) == 5
+        assert import_answers(other, file) == 5
         assert all_in(other) == all_in(store)
 
 
 @pytest.mark.security
 def test_an_export_with_tokens_that_are_none_is_one_line(store: LabelStore, tmp_path: Path) -> None:
     file = tmp_path / "answers.parquet"
-    filled(store, [stored(1), stored(2, tokens=TOKENS[:-3])]).export(file)
+    export_answers(filled(store, [stored(1), stored(2, tokens=TOKENS[:-3])]), file)
     with LabelStore(f"sqlite:///{tmp_path / 'other.db'}") as other:
         with pytest.raises(DataError, match=r"answers\.parquet: tokens: .*; export the") as caught:
-            other.load(file)
+            import_answers(other, file)
         assert "\n" not in str(caught.value)
         assert all_in(other) == {}
 
 
 def test_a_loaded_answer_changes_none_that_is_there(store: LabelStore, tmp_path: Path) -> None:
-    filled(store).export(tmp_path / "answers.parquet")
+    export_answers(filled(store), tmp_path / "answers.parquet")
     with LabelStore(f"sqlite:///{tmp_path / 'other.db'}") as other:
         mine = stored(1, answer="B", raw="mine")
         filled(other, [mine])
-        assert other.load(tmp_path / "answers.parquet") == 4
+        assert import_answers(other, tmp_path / "answers.parquet") == 4
         assert all_in(other)[mine.request_key] == mine
 
 
 def test_one_teachers_answers_are_exported_alone(store: LabelStore, tmp_path: Path) -> None:
-    assert filled(store).export(tmp_path / "answers.parquet", teacher="sha256:1") == 1
+    assert export_answers(filled(store), tmp_path / "answers.parquet", teacher="sha256:1") == 1
     (row,) = pq.read_table(tmp_path / "answers.parquet").to_pylist()
     assert (row["teacher"], row["distribution"]) == (
         "sha256:1",
         '{"A": 0.30000000000000004, "B": 0.7}',
     )
-    assert store.export(tmp_path / "none.parquet", teacher="nobody") == 0
+    assert export_answers(store, tmp_path / "none.parquet", teacher="nobody") == 0
 
 
 def test_labels_are_exported_as_training_rows(store: LabelStore, tmp_path: Path) -> None:
     filled(store, [*ANSWERS, stored(6, prompt="", raw="A, of a version that kept no prompts")])
     asked, answered = "What comes after 5?", {"role": "assistant", "content": "A"}
     file = tmp_path / "rows.jsonl"
-    assert store.export_rows(file, "question-answer") == 4, "one was rejected"
+    assert export_rows(store, file, "question-answer") == 4, "one was rejected"
     lines = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
     assert lines[-1] == {"Question": asked, "Answer": "A"}
     assert lines[-2] == {"Question": "é\t%", "Answer": "A"}
-    assert store.export_rows(file, "messages", teacher="sha256:1") == 1
+    assert export_rows(store, file, "messages", teacher="sha256:1") == 1
     assert json.loads(file.read_text("utf-8")) == {
         "messages": [{"role": "user", "content": asked}, answered]
     }
     with pytest.raises(DataError, match="can't be written"):
-        store.export_rows(tmp_path / "none" / "rows.jsonl", "messages")
+        export_rows(store, tmp_path / "none" / "rows.jsonl", "messages")
 
 
 def test_no_answers_are_exported_and_loaded_too(store: LabelStore, tmp_path: Path) -> None:
-    assert store.export(tmp_path / "answers.parquet") == 0
-    assert store.load(tmp_path / "answers.parquet") == 0
+    assert export_answers(store, tmp_path / "answers.parquet") == 0
+    assert import_answers(store, tmp_path / "answers.parquet") == 0
 
 
 def test_more_answers_than_a_page(
     store: LabelStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("distillery.labels.store.EXPORT_ROWS", 7)
+    monkeypatch.setattr("distillery.labels.exports.EXPORT_ROWS", 7)
     filled(store, [stored(number) for number in range(50)])
-    assert store.export(tmp_path / "answers.parquet") == 50
+    assert export_answers(store, tmp_path / "answers.parquet") == 50
     with LabelStore(f"sqlite:///{tmp_path / 'other.db'}") as other:
-        assert other.load(tmp_path / "answers.parquet") == 50
+        assert import_answers(other, tmp_path / "answers.parquet") == 50
         assert all_in(other) == all_in(store)
 
 
@@ -203,23 +204,23 @@ def test_an_export_that_fails_leaves_the_old_file(
     file.write_text("old")
     schema = parquet_schema()
     raw_as_number = schema.set(schema.get_field_index("raw"), pa.field("raw", pa.int64()))
-    monkeypatch.setattr("distillery.labels.store.parquet_schema", lambda: raw_as_number)
+    monkeypatch.setattr("distillery.labels.exports.parquet_schema", lambda: raw_as_number)
     with pytest.raises(pa.ArrowException):
-        filled(store).export(file)
+        export_answers(filled(store), file)
     assert file.read_text() == "old"
     assert not [other for other in tmp_path.iterdir() if "partial" in other.name]
 
 
 def test_a_folder_that_is_not_there_is_named(store: LabelStore, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"nowhere/answers\.parquet") as caught:
-        filled(store).export(tmp_path / "nowhere" / "answers.parquet")
+        export_answers(filled(store), tmp_path / "nowhere" / "answers.parquet")
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("wrong", ["text", "nothing", "columns", "types", "truncated", "missing"])
 def test_a_file_that_is_no_export_is_refused(store: LabelStore, tmp_path: Path, wrong: str) -> None:
     file = tmp_path / "answers.parquet"
-    filled(store).export(file)
+    export_answers(filled(store), file)
     table = pq.read_table(file)
     if wrong == "text":
         file.write_text("request_key,answer\n1,A\n" * 100)
@@ -236,7 +237,7 @@ def test_a_file_that_is_no_export_is_refused(store: LabelStore, tmp_path: Path, 
         file.unlink()
     with LabelStore(f"sqlite:///{tmp_path / 'other.db'}") as other:
         with pytest.raises(DataError, match=r"answers\.parquet: ") as caught:
-            other.load(file)
+            import_answers(other, file)
         assert "\n" not in str(caught.value)
         assert all_in(other) == {}
 
