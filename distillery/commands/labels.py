@@ -201,7 +201,7 @@ def list_batches(
     ended holds answers that a run is to take in; collected holds none.
     """
     from distillery.labels.batch_book import BatchBook
-    from distillery.labels.batch_run import give_up_batch
+    from distillery.labels.batch_forget import give_up_batch
 
     with BatchBook() as book:
         if forget is not None:

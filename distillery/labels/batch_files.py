@@ -1,6 +1,7 @@
 """The files of a batch on this machine: the requests that are sent, and the answers that came."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import IO
@@ -8,12 +9,22 @@ from typing import IO
 from distillery.labels.batch_book import Batch
 from distillery.labels.questions import Question
 from distillery.recipe import TeacherRecipe
-from distillery.records import Usage
+from distillery.records import Example, Usage
 from distillery.teacher.asking import MESSAGE_TOKENS
 from distillery.teacher.batch import BatchLine, each_line, key_of_line, read_line
 from distillery.teacher.endpoint import Endpoint
+from distillery.teacher.ledger import Purpose
 
 MEGABYTE = 1_000_000
+
+
+@dataclass(frozen=True)
+class Share:
+    """Rows that are asked with equal settings; `rows` returns them anew at each call."""
+
+    rows: Callable[[], Iterable[Example]]
+    recipe: TeacherRecipe
+    purpose: Purpose
 
 
 class RequestFile:

@@ -26,8 +26,9 @@ from label_runs import PROMPT, endpoint_of, example, stored_keys
 
 from distillery.errors import BudgetReached, DataError, RecipeError, TeacherError, Waiting
 from distillery.labels.batch_book import Batch, BatchBook
-from distillery.labels.batch_files import RequestFile
-from distillery.labels.batch_run import Share, ask_in_batches, give_up_batch
+from distillery.labels.batch_files import RequestFile, Share
+from distillery.labels.batch_forget import give_up_batch
+from distillery.labels.batch_run import ask_in_batches
 from distillery.labels.journal import left_beside
 from distillery.labels.questions import questions
 from distillery.labels.quote import quote
