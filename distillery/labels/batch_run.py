@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import ExitStack
 from datetime import UTC, datetime
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -41,7 +42,7 @@ from distillery.teacher.batch import (
     path_of_requests,
     request_line,
 )
-from distillery.teacher.budget import POLL_S, Spending
+from distillery.teacher.budget import POLL_S, Spending, when_left
 from distillery.teacher.endpoint import Endpoint
 from distillery.teacher.ledger import Amounts, Payer
 from distillery.teacher.pace import pace_of
@@ -357,9 +358,8 @@ class BatchRun:
                 purpose=share.purpose,
             ) as teacher,
         ):
-            completion = await teacher.ask(
-                question.messages, question.keys, question.schema, key=question.key
-            )
+            parts = (question.messages, question.keys, question.schema)
+            completion = await when_left(partial(teacher.ask, *parts, key=question.key))
             if completion.finish_reason != "malformed":
                 answer = stored_answer(question, completion, share.recipe, self._endpoint.identity)
                 store.add(answer, call_read_as(answer, completion))

@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from itertools import chain
 
 from distillery.errors import TeacherUnavailable
@@ -23,7 +24,7 @@ from distillery.prompts import render_messages
 from distillery.recipe import JudgeRecipe, PromptRecipe, TeacherRecipe
 from distillery.records import Example, TeacherDrift
 from distillery.teacher.asking import Teacher
-from distillery.teacher.budget import Spending
+from distillery.teacher.budget import Spending, when_left
 from distillery.teacher.endpoint import Endpoint
 from distillery.teacher.failures import TOO_LARGE
 from distillery.teacher.ledger import Payer
@@ -143,7 +144,11 @@ async def ask_again(
                     store.record(call)
                 return answer
 
-        calls = [ask(question) for row_questions in asked for question in row_questions]
+        calls = [
+            when_left(partial(ask, question))
+            for row_questions in asked
+            for question in row_questions
+        ]
         answers = await asyncio.gather(*calls)
     return [answer for answer in answers if answer]
 

@@ -132,8 +132,9 @@ class Teacher:
         If the endpoint refuses this question alone, or answers it with something that is no chat
         completion after it has given some, the completion has no text and says so in its
         finish_reason. Raises CredentialsError (401, 403), TeacherUnavailable after teacher.attempts
-        tries or teacher.outage_s, BudgetReached, Stopped if the pace is stopped, and TeacherError
-        for anything else that no other question would avoid.
+        tries or teacher.outage_s, BudgetReached, HeldByOthers where others may leave something of
+        the budget, Stopped if the pace is stopped, and TeacherError for anything else that no other
+        question would avoid.
         """
         entry = self._entry(key, purpose or self._purpose)
         while True:
@@ -266,7 +267,7 @@ class Teacher:
         """Wait until a call may be made that takes at most `most` and about `tokens` tokens. Return
         what it has reserved, for the budget, and the time, for the pace.
 
-        The turn comes last: nobody has one while it waits for what another process may give back.
+        The turn comes last: nobody has one while it waits for what other calls may leave.
         """
         while True:
             reserved = await self._spending.reserve(most)

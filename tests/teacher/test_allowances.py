@@ -13,17 +13,18 @@ from typing import Any
 
 import pytest
 from chat_endpoint import Call, ChatEndpoint, Reply, completion
-from label_runs import endpoint_of, example, run_process
+from label_runs import PROMPT, endpoint_of, example, run_process
 from postgres_server import Postgres
 from sqlalchemy import select
 
 from distillery.errors import BudgetReached, RecipeError
+from distillery.labels.labelling import label
 from distillery.labels.store import LabelStore
 from distillery.recipe import BudgetRecipe, PriceRecipe, TeacherRecipe
 from distillery.records import Usage
 from distillery.teacher import ledger
 from distillery.teacher.asking import PROBE, Teacher
-from distillery.teacher.budget import Spending, cost_of
+from distillery.teacher.budget import Spending, cost_of, when_left
 from distillery.teacher.ledger import Payer, period_end, period_start, spent
 from distillery.teacher.pace import Pace
 
@@ -74,7 +75,7 @@ async def spend(
         async def worker() -> None:
             for _ in left:
                 try:
-                    reserved = await spending.reserve(MOST)
+                    reserved = await when_left(partial(spending.reserve, MOST))
                 except BudgetReached as error:
                     refusals.append(str(error))
                     return
@@ -295,7 +296,8 @@ async def test_a_worker_that_waits_for_anothers_money_holds_no_turn(
             shared as spending,
             Teacher(recipe, endpoint, pace=pace, spending=spending, book=store) as teacher,
         ):
-            waiting = asyncio.create_task(teacher.ask(PROBE, ("A", "B")))
+            ask = partial(teacher.ask, PROBE, ("A", "B"))
+            waiting = asyncio.create_task(when_left(ask))
             await until(lambda: len(rows_of(store)) == 2)
             # All turns are free, of which there is one.
             pace.done(await asyncio.wait_for(pace.turn(1), 1))
@@ -303,6 +305,41 @@ async def test_a_worker_that_waits_for_anothers_money_holds_no_turn(
             execute(store, "DELETE FROM budget_allowances WHERE holder = 'other'")
             assert (await waiting).text
     assert len(server.calls) == 1
+
+
+async def test_a_run_that_waits_for_anothers_money_holds_no_slot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other one needs a slot to come to an end."""
+    monkeypatch.setattr("distillery.teacher.budget.POLL_S", 0.05)
+    recipe = recipe_of(calls=8, period="day")
+    slot = asyncio.Lock()
+    with ChatEndpoint() as server, LabelStore(f"sqlite:///{tmp_path / 'labels.db'}") as store:
+        execute(
+            store,
+            "INSERT INTO budget_allowances"
+            f" VALUES ('other', 'that', 'messages', 'teacher', 0, 0, 8, {time.time() + 600})",
+        )
+
+        async def end_the_other() -> None:
+            await until(lambda: len(rows_of(store)) == 2)
+            async with slot:
+                execute(store, "DELETE FROM budget_allowances WHERE holder = 'other'")
+
+        ends = asyncio.create_task(end_the_other())
+        rows = [example(number) for number in range(8)]
+        counts = await label(
+            rows,
+            PROMPT,
+            recipe,
+            endpoint_of(server),
+            store,
+            tmp_path / "out",
+            slots=lambda: slot,
+            payer=Payer("this", "messages"),
+        )
+        await ends
+    assert (counts.accepted, len(server.calls)) == (8, 8)
 
 
 async def until(is_so: Callable[[], bool]) -> None:
