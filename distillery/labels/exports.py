@@ -13,7 +13,7 @@ from sqlalchemy.sql import select
 
 from distillery.data.answer_tokens import unpacked
 from distillery.errors import DataError
-from distillery.labels.store import TABLE, LabelStore, execute
+from distillery.labels.store import NEW_ANSWER, TABLE, LabelStore, execute
 from distillery.recipe import JUDGE
 
 EXPORT_ROWS = 2_000
@@ -75,7 +75,6 @@ def import_answers(store: LabelStore, path: Path) -> int:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    insert = store.database.insert(TABLE).on_conflict_do_nothing()
     try:
         file = pq.ParquetFile(path)
         schema = parquet_schema()
@@ -92,7 +91,7 @@ def import_answers(store: LabelStore, path: Path) -> int:
                     row["distribution"] = stored_distribution(row["distribution"], path)
                 if row.setdefault("tokens", None) is not None:
                     check_tokens(row["tokens"], path)
-            store.database.run(partial(execute, statement=insert, values=rows))
+            store.database.run(partial(execute, statement=NEW_ANSWER, values=rows))
     except (OSError, pa.ArrowInvalid) as error:
         raise DataError(
             f"{path}: can't be read as Parquet ({' '.join(str(error).split())[:200]})"

@@ -40,7 +40,7 @@ from distillery.errors import RowRefused, StoreError
 from distillery.labels.journal import Item, Journal, Kind, recover, values_of
 from distillery.labels.pairs import both_orders
 from distillery.settings import LocalSettings
-from distillery.storage.database import METADATA, Database, nothing
+from distillery.storage.database import METADATA, Database, insert_new, nothing
 from distillery.teacher.ledger import Call, write_calls
 
 
@@ -97,13 +97,23 @@ TABLE = Table(
 
 COLUMN_NAMES = {column.name for column in TABLE.columns}
 
+NEW_ANSWER = insert_new(TABLE)
+
+NEWER_ANSWER = insert_new(
+    TABLE,
+    "(request_key) DO UPDATE SET "
+    + ", ".join(f"{column.name} = excluded.{column.name}" for column in TABLE.columns)
+    + " WHERE teacher_answers.created_at < :since",
+).bindparams(bindparam("since", type_=TABLE.c.created_at.type))
+"""Takes the place of an answer from before `since`."""
+
 ANSWER_COLUMNS = [column for column in TABLE.columns if column.name != "created_at"]
 
 KEYS_PER_QUERY = 1000
 
 MOST_PER_COMMIT = 500
 
-GATHER_S = 0.02
+GATHER_S = 0.05
 """Pause between an answer and its commit, so that the answers right behind it go with it: a commit
 waits for the disk and takes a millisecond of CPU time, which the calls under way need."""
 
@@ -425,19 +435,12 @@ class LabelStore:
     ) -> None:
         """Write rows of TABLE and calls in one transaction. What is stored stays, answers of before
         `since` excepted. `on_failure` and `wait_s` as in `Database.run`."""
-        insert = self._database.insert(TABLE)
-        if since is None:
-            insert = insert.on_conflict_do_nothing()
-        else:
-            new = {column.name: insert.excluded[column.name] for column in TABLE.columns}
-            insert = insert.on_conflict_do_update(
-                index_elements=[TABLE.c.request_key], set_=new, where=TABLE.c.created_at < since
-            )
+        insert = NEW_ANSWER if since is None else NEWER_ANSWER.bindparams(since=since)
 
         def write(connection: Any) -> None:
             if rows:
                 execute(connection, insert, rows)
-            write_calls(connection, self._database, calls)
+            write_calls(connection, calls)
 
         self._database.run(write, on_failure, wait_s)
 

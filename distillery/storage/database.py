@@ -14,6 +14,7 @@ from sqlalchemy import (
     MetaData,
     String,
     Table,
+    bindparam,
     create_engine,
     event,
     inspect,
@@ -34,6 +35,7 @@ from sqlalchemy.exc import (
     SQLAlchemyError,
 )
 from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.sql.elements import TextClause
 from tenacity import retry, retry_if_exception_type, stop_after_delay, wait_random_exponential
 
 from distillery.errors import RowRefused, StoreError, StoreUnavailable
@@ -161,6 +163,17 @@ class Database:
             yield
         except SQLAlchemyError as error:
             raise store_error(self.url, error) from None
+
+
+def insert_new(table: Table, conflict: str = "DO NOTHING") -> TextClause:
+    """Return an INSERT of whole rows, with what is to be done with those that are there already. It
+    is text, which SQLAlchemy compiles once; its own ON CONFLICT is compiled at each execution."""
+    names = [column.name for column in table.columns]
+    values = ", ".join(f":{name}" for name in names)
+    columns = ", ".join(names)
+    into = f"INSERT INTO {table.name} ({columns}) VALUES ({values})"  # noqa: S608 - constants
+    typed = [bindparam(column.name, type_=column.type) for column in table.columns]
+    return text(f"{into} ON CONFLICT {conflict}").bindparams(*typed)
 
 
 def schema_version(connection: Any) -> str | None:

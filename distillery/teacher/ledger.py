@@ -3,7 +3,6 @@ share (DISTILLERY_LABELS). Budgets, reports, quotes and `distillery labels costs
 """
 
 import uuid
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -28,9 +27,8 @@ from sqlalchemy import (
     text,
 )
 
-from distillery.recipe import JUDGE, JudgeRecipe, TeacherRecipe
 from distillery.records import CallTotal, Usage
-from distillery.storage.database import METADATA, Database
+from distillery.storage.database import METADATA, Database, insert_new
 
 Purpose = Literal["label", "validation row", "test row", "canary", "judge", "probe"]
 """What a call was made for. label: a row to train on. canary: a row that is asked again, to detect
@@ -162,44 +160,19 @@ SPENDING = Table(
     Index("ix_teacher_spending_recipe_day", "recipe", "day"),
 )
 """The sums of the calls of each run, recipe, section of the recipe (teacher or judge), day in UTC
-(YYYY-MM-DD) and currency ("" without prices), so that a budget need not add up the ledger."""
+(YYYY-MM-DD) and currency ("" without prices), so that a budget need not add up the ledger. A
+trigger of the database adds each new call (migration 0009)."""
+
+NEW_CALL = insert_new(CALLS)
 
 
-def write_calls(connection: Any, database: Database, calls: Sequence[Call]) -> None:
-    """Write calls within a transaction, and add them to SPENDING. A call that is there already
-    stays as it is, and counts once."""
-    if not calls:
-        return
-    by_id = {call.call_id: call for call in calls}
+def write_calls(connection: Any, calls: Sequence[Call]) -> None:
+    """Write calls within a transaction. A call that is there already stays as it is."""
     names = CALLS.columns.keys()
     # asdict would copy the prices of each.
-    rows = [{name: getattr(call, name) for name in names} for call in by_id.values()]
-    new = database.insert(CALLS).on_conflict_do_nothing().returning(CALLS.c.call_id)
-    written = connection.execute(new, rows).scalars().all()
-    add = database.insert(SPENDING)
-    sums = {name: SPENDING.c[name] + add.excluded[name] for name in ("cost", "tokens", "calls")}
-    add = add.on_conflict_do_update(index_elements=list(SPENDING.primary_key), set_=sums)
-    if written:
-        connection.execute(add, added_up(by_id[call_id] for call_id in written))
-
-
-def added_up(calls: Iterable[Call]) -> list[dict[str, Any]]:
-    """Return what calls add to SPENDING, in the order of its key, in which all lock its rows."""
-    found: dict[tuple[str, ...], Amounts] = defaultdict(
-        lambda: {"cost": 0.0, "tokens": 0, "calls": 0}
-    )
-    for call in calls:
-        section = TeacherRecipe.section
-        if call.teacher.startswith(JUDGE):
-            section = JudgeRecipe.section
-        day = call.called_at.astimezone(UTC).date().isoformat()
-        currency = (call.prices or {}).get("currency", "")
-        amounts = found[call.run, call.recipe, section, day, currency]
-        amounts["cost"] += call.cost or 0.0
-        amounts["tokens"] += call.prompt_tokens + call.completion_tokens
-        amounts["calls"] += 1
-    names = [column.name for column in SPENDING.primary_key]
-    return [{**dict(zip(names, key, strict=True)), **found[key]} for key in sorted(found)]
+    rows = [{name: getattr(call, name) for name in names} for call in calls]
+    if rows:
+        connection.execute(NEW_CALL, rows)
 
 
 def period_start(period: str, now: datetime) -> datetime | None:
