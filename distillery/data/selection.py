@@ -25,7 +25,7 @@ from distillery.records import Example, Record
 
 By = Literal["uncertainty", "diversity", "both"]
 
-Floats = NDArray[np.float32]
+Floats = NDArray[np.floating[Any]]
 
 TOPICS = 100
 """Dimensions of a row's topics."""
