@@ -1,15 +1,16 @@
 """How fast rows are labelled: `make bench-labels`, or `python -m benchmarks.labels [--soft]
-[--spread]`.
+[--spread] [--full]`.
 
 --soft asks for log-probabilities. --spread has the endpoint's latencies lie between half and one
 and a half of their mean: where all are the same, answers come in bunches, and waiting in a bunch is
-much of what is measured.
+much of what is measured. --full labels a million rows to see what memory they take, not 100,000.
 
 2,000 multiple-choice rows, an endpoint of 64 places that takes 0.2 s a call (slow_endpoint.py, a
 process of its own), and 64 calls at a time. Each contestant is a fresh interpreter that has asked
 for one row more beforehand, so that all is imported; the clock runs from the first row to the last
-answer, and for ours until every answer is committed and every file written. Medians of three, the
-contestants in turn. The last line is JSON, in seconds where nothing else is said:
+answer, and for ours until every answer is committed and every file written. Ours has prices and a
+budget, so that each call is in journal and ledger, with its cost. Medians of three, the contestants
+in turn. The last line is JSON, in seconds where nothing else is said:
 
 ideal_s               rows / places x latency
 ours_azure_s          distillery.labels.label with a fresh SQLite label store, by azure-ai-inference
@@ -20,11 +21,19 @@ sequential_s          the lab's loop, azure-ai-inference call after call: 100 ro
 curator_s             bespokelabs-curator, cold cache, its own environment; null if it fails
 share_of_bare_azure   bare / ours
 share_of_bare_openai
+share                 the lower of both
 cpu_ms_per_call       CPU time of our process, through the SDK that takes more of it
 second_run_s          2,000 rows that the label store knows: no call
 second_run_100k_s     100,000 such rows
+memory_rows           rows of the larger labelling, which a stub answers at once, without HTTP; with
+                      journal and ledger
+memory_rows_a_second
+peak_10th_mib         the most memory that a tenth of these rows takes, libraries included
+peak_mib              that all of them take
+memory_growth         the share by which the latter is more
 """
 
+import argparse
 import asyncio
 import json
 import os
@@ -36,6 +45,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 from urllib.request import urlopen
@@ -44,20 +54,27 @@ from pydantic import SecretStr
 
 from benchmarks.slow_endpoint import LETTERS, serving
 from distillery.data.rows import RowReader, to_example
+from distillery.evaluation.scoring_process import peak_mib
 from distillery.labels.labelling import label
 from distillery.labels.questions import questions
 from distillery.labels.store import LabelStore, StoredAnswer
 from distillery.prompts import Message, render_messages
-from distillery.recipe import Columns, PromptRecipe, TeacherRecipe
-from distillery.records import Example
+from distillery.recipe import BudgetRecipe, Columns, PriceRecipe, PromptRecipe, TeacherRecipe
+from distillery.records import Example, Usage
+from distillery.teacher.asking import Teacher
+from distillery.teacher.budget import cost_of
 from distillery.teacher.endpoint import Endpoint, Sdk
+from distillery.teacher.ledger import Call, Payer, new_call_id
 from distillery.teacher.options import MOST_LOGPROBS, CallOptions
+from distillery.teacher.reply import Completion
 
-ROWS, MANY_ROWS, SEQUENTIAL_ROWS = 2_000, 100_000, 100
+ROWS, MANY_ROWS, SEQUENTIAL_ROWS, MOST_ROWS = 2_000, 100_000, 100, 1_000_000
 LATENCY_S, PLACES, SPREAD = 0.2, 64, 0.5
 ROUNDS = 3
 MODEL = "teacher"
 PROMPT = PromptRecipe()
+PRICES = PriceRecipe(input=2.5, cached_input=1.25, output=10.0)
+USED = Usage(prompt_tokens=90, completion_tokens=1)
 PROJECT = Path(__file__).resolve().parents[1]
 SAMPLE = PROJECT / "distillery" / "data" / "sample"
 
@@ -112,7 +129,7 @@ Loop = Callable[[list[list[Message]]], list[str]]
 """Asks for all of these and gives back the answers."""
 
 
-def synthetic_rows(count: int) -> list[Example]:
+def synthetic_rows(count: int) -> Iterator[Example]:
     """Rows of the sample again and again, each with a number that makes it one of its own; without
     a gold answer."""
     lines = [
@@ -121,7 +138,6 @@ def synthetic_rows(count: int) -> list[Example]:
         for line in path.read_text(encoding="utf-8").splitlines()
     ]
     sample = [to_example(json.loads(line), RowReader(Columns()), "sample") for line in lines]
-    rows = []
     for number in range(count):
         row = sample[number % len(sample)]
         changes = {
@@ -129,12 +145,16 @@ def synthetic_rows(count: int) -> list[Example]:
             "question": f"{row.question} ({number})",
             "answer_key": None,
         }
-        rows.append(row.model_copy(update=changes))
-    return rows
+        yield row.model_copy(update=changes)
 
 
 def recipe(soft: bool) -> TeacherRecipe:
-    return TeacherRecipe(soft_labels=soft, concurrency=PLACES)
+    return TeacherRecipe(
+        soft_labels=soft,
+        concurrency=PLACES,
+        prices=PRICES,
+        budget=BudgetRecipe(cost=1000.0, period="week"),
+    )
 
 
 def body(soft: bool) -> dict[str, Any]:
@@ -160,13 +180,62 @@ def ours(sdk: Sdk, url: str, folder: Path, rows: int, soft: bool) -> Figures:
     opened = time.perf_counter()
     with LabelStore(store_url(folder)) as store:
         figures["open_s"] = time.perf_counter() - opened
-        asyncio.run(label([first], PROMPT, recipe(soft), endpoint, store, folder / "first"))
+        settings = (PROMPT, recipe(soft), endpoint, store)
+        payer = Payer(recipe="bench")
+        asyncio.run(label([first], *settings, folder / "first", payer=payer))
         with timed(figures):
-            counts = asyncio.run(
-                label(examples, PROMPT, recipe(soft), endpoint, store, folder / "labels")
-            )
+            counts = asyncio.run(label(examples, *settings, folder / "labels", payer=payer))
     assert counts.accepted == rows, counts
     return figures
+
+
+class Stub(Teacher):
+    """Answers at once, without HTTP, and leaves in journal and ledger what Teacher does."""
+
+    def __init__(self, store: LabelStore, payer: Payer, endpoint: Endpoint) -> None:
+        super().__init__(recipe(False), endpoint, book=store, payer=payer)
+        self._store = store
+        self._began = Call(
+            run=payer.run,
+            recipe=payer.recipe,
+            teacher=MODEL,
+            purpose="label",
+            outcome="lost",
+            prices=PRICES.model_dump(),
+            is_counted=False,
+        )
+
+    async def ask(self, *_: Any, key: str = "", **__: Any) -> Completion:
+        call = replace(self._began, call_id=new_call_id(), request_key=key)
+        self._store.begin(call)
+        await asyncio.sleep(0)
+        ended = replace(
+            call,
+            outcome="answer",
+            is_counted=True,
+            prompt_tokens=USED.prompt_tokens,
+            completion_tokens=USED.completion_tokens,
+            cost=cost_of(USED, PRICES),
+        )
+        return Completion("A", "stop", usage=USED, model_version=MODEL, call=ended)
+
+
+def memory(folder: Path, rows: int) -> Figures:
+    """The most memory that labelling so many rows takes, which a stub answers."""
+    endpoint = Endpoint("http://127.0.0.1/v1", MODEL, SecretStr("none"), MODEL, "openai")
+    figures: Figures = {}
+    payer = Payer(recipe="bench")
+    with LabelStore(store_url(folder)) as store:
+        settings = (PROMPT, recipe(False), endpoint, store, folder / "labels")
+        stub = Stub(store, payer, endpoint)
+        with timed(figures):
+            counts = asyncio.run(
+                label(synthetic_rows(rows), *settings, rows=rows, teacher=stub, payer=payer)
+            )
+    assert counts.accepted == rows, counts
+    assert counts.cost is not None
+    assert abs(counts.cost - rows * (cost_of(USED, PRICES) or 0.0)) < 1e-6, counts
+    return figures | {"peak_mib": peak_mib()}
 
 
 def store_url(folder: Path) -> str:
@@ -293,6 +362,8 @@ def contestant(name: str, url: str, folder: Path, rows: int, soft: bool) -> Figu
             return ours(sdk, url, folder, rows, soft)
     if name == "fill":
         return fill(folder, rows, soft)
+    if name == "memory":
+        return memory(folder, rows)
     return bare(
         {"bare_azure": bare_azure, "bare_openai": bare_openai, "sequential": sequential}[name](
             url, soft
@@ -312,6 +383,7 @@ class Bench:
             if not name.startswith(("DISTILLERY_", "CURATOR_", "TEACHER_"))
             and not name.lower().endswith("_proxy")
         }
+        self._environment["DISTILLERY_HOME"] = str(scratch / "home")
 
     def run(self, name: str, rows: int, folder: str = "", calls: int | None = None) -> Figures:
         """One run, which must make so many calls, by default one a row and one before. `folder`:
@@ -452,7 +524,19 @@ def second_runs(bench: Bench) -> dict[str, float]:
     }
 
 
-def main(soft: bool, spread: float) -> None:
+def memory_of(bench: Bench, rows: int) -> Figures:
+    """The memory of a labelling of so many rows, and of a tenth of them."""
+    few, many = (bench.run("memory", each, calls=0) for each in (rows // 10, rows))
+    return {
+        "memory_rows": rows,
+        "memory_rows_a_second": rows / many["seconds"],
+        "peak_10th_mib": few["peak_mib"],
+        "peak_mib": many["peak_mib"],
+        "memory_growth": many["peak_mib"] / few["peak_mib"] - 1,
+    }
+
+
+def main(soft: bool, spread: float, rows: int) -> None:
     settings = map(str, (LATENCY_S, PLACES, spread))
     endpoint = serving("benchmarks.slow_endpoint", *settings)
     with tempfile.TemporaryDirectory() as scratch, endpoint as url:
@@ -464,6 +548,7 @@ def main(soft: bool, spread: float) -> None:
         )
         runs = compare(bench, install_curator())
         again = second_runs(bench)
+        grown = memory_of(bench, rows)
         counted = bench.calls()
     print(f"the endpoint: {1000 * counted['cpu_s'] / counted['calls']:.2f} ms of CPU time a call")
     median = {
@@ -487,8 +572,10 @@ def main(soft: bool, spread: float) -> None:
         "curator_s": median.get("curator"),
         "share_of_bare_azure": median["bare_azure"] / median["ours_azure"],
         "share_of_bare_openai": median["bare_openai"] / median["ours_openai"],
+        "share": min(median[f"bare_{sdk}"] / median[f"ours_{sdk}"] for sdk in ("azure", "openai")),
         "cpu_ms_per_call": max(cpu["ours_azure"], cpu["ours_openai"]),
         **again,
+        **grown,
     }
     print(
         json.dumps(
@@ -498,9 +585,14 @@ def main(soft: bool, spread: float) -> None:
 
 
 if __name__ == "__main__":
-    arguments = [argument for argument in sys.argv[1:] if argument not in ("--soft", "--spread")]
-    if arguments:
-        name, url, folder, rows = arguments
-        print(json.dumps(contestant(name, url, Path(folder), int(rows), "--soft" in sys.argv)))
+    parser = argparse.ArgumentParser("python -m benchmarks.labels")
+    parser.add_argument("--soft", action="store_true", help="ask for log-probabilities")
+    parser.add_argument("--spread", action="store_true", help="latencies that differ")
+    parser.add_argument("--full", action="store_true", help="a million rows for the memory")
+    parser.add_argument("run", nargs="*", help="NAME URL FOLDER ROWS: one run, in this process")
+    given = parser.parse_args()
+    if given.run:
+        name, url, folder, rows = given.run
+        print(json.dumps(contestant(name, url, Path(folder), int(rows), given.soft)))
     else:
-        main("--soft" in sys.argv, SPREAD if "--spread" in sys.argv else 0.0)
+        main(given.soft, SPREAD if given.spread else 0.0, MOST_ROWS if given.full else MANY_ROWS)

@@ -17,7 +17,8 @@ from prefect.states import Scheduled
 from distillery.data.examples import each_example
 from distillery.errors import Waiting
 from distillery.labels.batch_book import BatchBook
-from distillery.labels.batch_run import Share, ask_in_batches
+from distillery.labels.batch_files import Share
+from distillery.labels.batch_run import ask_in_batches
 from distillery.labels.store import LabelStore
 from distillery.recipe import PromptRecipe, Recipe, TeacherRecipe
 from distillery.records import PreparedDataset, Rows

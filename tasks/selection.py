@@ -44,7 +44,7 @@ def last_student(data: PreparedDataset, recipe: Recipe, identity: str) -> LastSt
     return find_last_student(registry, recipe, data, identity, ArtifactStore(), cheap)
 
 
-@stage("select rows", version=1)
+@stage("select rows", version=2)
 def select_rows(
     train: Rows,
     select: SelectRecipe,

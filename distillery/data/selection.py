@@ -25,13 +25,19 @@ from distillery.records import Example, Record
 
 By = Literal["uncertainty", "diversity", "both"]
 
-Floats = NDArray[np.float64]
+Floats = NDArray[np.floating[Any]]
 
 TOPICS = 100
 """Dimensions of a row's topics."""
 
 BLOCK = 2048
-"""Rows whose distances from as many others are computed together, in some 30 MB each."""
+"""Rows whose distances from as many others are computed together, in some 16 MB each."""
+
+PROPOSALS = 128
+"""Rows that are drawn between two looks at all distances."""
+
+NOTHING = 1e-4
+"""Distances below this share of a row's own length are none: so large are errors of rounding."""
 
 SHOWN_EVERY = 50
 """Rows drawn between two reports of progress."""
@@ -81,7 +87,7 @@ def choose_rows(
         order = [int(p) for p in np.argsort(-unsure, kind="stable") if p not in learnt]
         picked = [(position, None) for position in order[:count]]
     else:
-        weights = np.ones((len(rows), 1))
+        weights = np.ones((len(rows), 1), dtype=np.float32)
         if by == "both":
             if shares is None or unsure is None:
                 raise ValueError("by both needs the probabilities of the rows")
@@ -109,7 +115,7 @@ def choose_rows(
 def uncertainty(shares: Sequence[Sequence[float] | None]) -> Floats:
     """Return 1 less the margin between the two likeliest answers of each row, [rows]; 0 for a row
     that could not be asked, from which a student could not learn."""
-    found = np.zeros(len(shares))
+    found = np.zeros(len(shares), dtype=np.float32)
     for position, row in enumerate(shares):
         if row is not None:
             highest = sorted(row, reverse=True)
@@ -122,7 +128,7 @@ def gradients(shares: Sequence[Sequence[float] | None]) -> Floats:
     """Return what each row's probabilities lack to its likeliest answer, [rows, options]: zeros for
     a row that could not be asked."""
     width = max((len(row) for row in shares if row is not None), default=1)
-    found = np.zeros((len(shares), width))
+    found = np.zeros((len(shares), width), dtype=np.float32)
     for position, row in enumerate(shares):
         if row is not None:
             found[position] = row
@@ -142,17 +148,17 @@ def topics_of(texts: Sequence[str]) -> Floats:
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.preprocessing import normalize
 
-    words: Any = TfidfVectorizer(sublinear_tf=True)  # type: ignore[no-untyped-call]
+    words: Any = TfidfVectorizer(sublinear_tf=True, dtype=np.float32)  # type: ignore[no-untyped-call]
     try:
         terms = words.fit_transform(texts)
     except ValueError:
         # No text has a word of two letters.
-        return np.zeros((len(texts), 1))
+        return np.zeros((len(texts), 1), dtype=np.float32)
     dimensions = min(TOPICS, min(terms.shape) - 1)
     if dimensions < 1:
-        return np.asarray(normalize(terms.toarray()), dtype=np.float64)
+        return np.asarray(normalize(terms.toarray()), dtype=np.float32)
     reduced: Any = TruncatedSVD(dimensions, random_state=0)  # type: ignore[no-untyped-call]
-    return np.asarray(normalize(reduced.fit_transform(terms)), dtype=np.float64)
+    return np.asarray(normalize(reduced.fit_transform(terms)), dtype=np.float32)
 
 
 def draw_distant(
@@ -171,38 +177,45 @@ def draw_distant(
     `start`: rows that are there already; without any, the longest is the first. `from_zero`: a row
     of no length counts as there already too, so that what teaches nothing is far from nothing. Rows
     that are no distance from those before, or have no length, come last, in order. `progress` takes
-    the rows drawn and those to draw."""
+    the rows drawn and those to draw.
+
+    To look at all rows takes as long for PROPOSALS drawn rows as for a few. So that many are drawn
+    by the distances of the last look, which may be too large by now, and each is taken with the
+    probability by which they are: as if it had been looked before each (rejection sampling)."""
     generator = np.random.default_rng(seed)
-    lengths = (weights**2).sum(1) * (topics**2).sum(1)
+    lengths = squares(weights) * squares(topics)
     distances = lengths.copy() if from_zero else np.where(lengths > 0, np.inf, 0.0)
     free = np.ones(len(lengths), dtype=bool)
-
-    def take(position: int) -> None:
-        products = (weights @ weights[position]) * (topics @ topics[position])
-        nearer = np.maximum(lengths + lengths[position] - 2 * products, 0.0)
-        np.minimum(distances, nearer, out=distances)
-        free[position] = False
-        distances[position] = 0.0
-
     picked: list[tuple[int, float | None]] = []
     if not len(start) and lengths.any():
         start = [int(np.argmax(lengths))]
         picked = [(start[0], None)]
-    nearest_of(topics, weights, lengths, start, distances)
-    free[list(start)] = False
-    distances[list(start)] = 0.0
-    wanted = min(count, int(free.sum()) + len(picked))
+    new = list(start)
+    wanted = min(count, len(lengths) - len(start) + len(picked))
     while len(picked) < wanted:
-        reached = np.cumsum(distances)
+        nearest_of(topics, weights, lengths, new, distances)
+        free[new] = False
+        distances[new] = 0.0
+        new = []
+        reached = np.cumsum(distances, dtype=np.float64)
         if reached[-1] <= 1e-9:
             rest = np.flatnonzero(free)[: wanted - len(picked)]
             return picked + [(int(position), 0.0) for position in rest]
-        drawn = np.searchsorted(reached, generator.random() * reached[-1], side="right")
-        position = int(drawn) if free[drawn] else int(np.argmax(distances))
-        picked.append((position, round(float(distances[position]), 6)))
-        take(position)
-        if progress and not len(picked) % SHOWN_EVERY:
-            progress(len(picked), wanted)
+        drawn = np.searchsorted(reached, generator.random(PROPOSALS) * reached[-1], side="right")
+        for position, chance in zip(drawn.tolist(), generator.random(PROPOSALS), strict=True):
+            if position == len(lengths):
+                continue
+            now = float(distances[position])
+            if new:
+                itself = slice(position, position + 1)
+                now = min(now, float(from_nearest(topics, weights, lengths, itself, new)[0]))
+            if chance * distances[position] < now:
+                new.append(position)
+                picked.append((position, round(now, 6)))
+                if progress and not len(picked) % SHOWN_EVERY:
+                    progress(len(picked), wanted)
+            if len(picked) == wanted:
+                break
     return picked
 
 
@@ -216,6 +229,24 @@ def nearest_of(
         some = list(start[first : first + BLOCK])
         for low in range(0, len(lengths), BLOCK):
             rows = slice(low, low + BLOCK)
-            products = (weights[rows] @ weights[some].T) * (topics[rows] @ topics[some].T)
-            nearer = lengths[rows, None] + lengths[some] - 2 * products
-            np.minimum(distances[rows], np.maximum(nearer.min(1), 0.0), out=distances[rows])
+            nearer = from_nearest(topics, weights, lengths, rows, some)
+            np.minimum(distances[rows], nearer, out=distances[rows])
+
+
+def from_nearest(
+    topics: Floats, weights: Floats, lengths: Floats, rows: slice, others: list[int]
+) -> Floats:
+    """Return the squares of the distances of some rows from the nearest of `others`."""
+    found = topics[rows] @ topics[others].T
+    found *= weights[rows] @ weights[others].T
+    found *= -2
+    found += lengths[others]
+    nearest: Floats = found.min(1) + lengths[rows]
+    nearest[nearest < NOTHING * lengths[rows]] = 0.0
+    return nearest
+
+
+def squares(vectors: Floats) -> Floats:
+    """Return the squares of the lengths of vectors, [vectors, dimensions]."""
+    found: Floats = np.einsum("ij,ij->i", vectors, vectors)
+    return found

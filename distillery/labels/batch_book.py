@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
+from hashlib import sha256
 from types import TracebackType
 from typing import Any, Literal, NamedTuple, Self
 
@@ -34,6 +35,7 @@ from sqlalchemy import (
 from distillery.labels.store import chunks
 from distillery.storage.database import METADATA, Database
 from distillery.teacher.allowances import ALLOWANCES
+from distillery.teacher.ledger import Call
 from distillery.teacher.reservations import give_back
 
 BatchState = Literal["intended", "uploaded", "submitted", "ended", "collected"]
@@ -78,6 +80,11 @@ class Batch:
     collected_at: datetime | None = None
     prices: dict[str, Any] | None = None
     booked_at: datetime | None = None
+
+    @property
+    def lease(self) -> str:
+        """The name of its lease: who sends it, or takes its answers in, holds that."""
+        return f"batch {self.batch_id}"
 
     @property
     def file_name(self) -> str:
@@ -290,3 +297,28 @@ class BatchBook:
 
     def _rows(self, query: Any) -> Sequence[Any]:
         return self._database.run(lambda connection: connection.execute(query).all())
+
+
+def lost_call(batch: Batch, key: str) -> Call:
+    """Return the entry of a request whose answer nobody will see."""
+    lines = max(batch.lines, 1)
+    return Call(
+        call_id=call_id_of(batch, key),
+        called_at=batch.submitted_at or batch.created_at,
+        run=batch.run,
+        recipe=batch.recipe,
+        teacher=batch.teacher,
+        purpose="label",
+        outcome="lost",
+        request_key=key,
+        prompt_tokens=round(batch.tokens / lines),
+        is_counted=False,
+        cost=None if batch.cost is None else batch.cost / lines,
+        prices=batch.prices,
+        batch_id=batch.service_id,
+    )
+
+
+def call_id_of(batch: Batch, key: str) -> str:
+    """Return the id of a request's entry in the ledger, so that one written twice counts once."""
+    return sha256(f"{batch.batch_id} {key}".encode()).hexdigest()

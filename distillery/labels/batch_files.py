@@ -1,6 +1,7 @@
 """The files of a batch on this machine: the requests that are sent, and the answers that came."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import IO
@@ -8,12 +9,22 @@ from typing import IO
 from distillery.labels.batch_book import Batch
 from distillery.labels.questions import Question
 from distillery.recipe import TeacherRecipe
-from distillery.records import Usage
+from distillery.records import Example, Usage
 from distillery.teacher.asking import MESSAGE_TOKENS
 from distillery.teacher.batch import BatchLine, each_line, key_of_line, read_line
 from distillery.teacher.endpoint import Endpoint
+from distillery.teacher.ledger import Purpose
 
 MEGABYTE = 1_000_000
+
+
+@dataclass(frozen=True)
+class Share:
+    """Rows that are asked with equal settings; `rows` returns them anew at each call."""
+
+    rows: Callable[[], Iterable[Example]]
+    recipe: TeacherRecipe
+    purpose: Purpose
 
 
 class RequestFile:
@@ -71,7 +82,7 @@ class Answers:
 
     answered and failed: the requests whose lines were read. untried: those to which the service did
     not come before the batch expired or was cancelled. lost: those without a line in a batch that
-    is complete."""
+    is complete. unreadable: lines that name no request."""
 
     def __init__(
         self, batch: Batch, requests: set[str], files: Sequence[Path], status: str
@@ -79,10 +90,13 @@ class Answers:
         self.batch = batch
         self._files = [path.open("rb") for path in files]
         self._places: dict[str, tuple[int, int]] = {}
+        self.unreadable: list[bytes] = []
         for number, path in enumerate(files):
             for position, line in each_line(path):
                 key = key_of_line(line)
-                if key in requests:
+                if not key:
+                    self.unreadable.append(line.rstrip(b"\r\n"))
+                elif key in requests:
                     self._places.setdefault(key, (number, position))
         missing = requests - self._places.keys()
         self.answered: list[str] = []

@@ -4,7 +4,8 @@ import asyncio
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from itertools import chain, compress
+from functools import partial
+from itertools import chain
 
 from distillery.errors import TeacherUnavailable
 from distillery.labels.acceptance import (
@@ -16,14 +17,14 @@ from distillery.labels.acceptance import (
 )
 from distillery.labels.labelling import Slots
 from distillery.labels.pairs import VERDICTS
-from distillery.labels.questions import Question, hashed_rows, questions, request_key
-from distillery.labels.quote import are_answered
+from distillery.labels.questions import Question, questions, request_key
+from distillery.labels.quote import canary_rows
 from distillery.labels.store import LabelStore, StoredAnswer
 from distillery.prompts import render_messages
 from distillery.recipe import JudgeRecipe, PromptRecipe, TeacherRecipe
 from distillery.records import Example, TeacherDrift
 from distillery.teacher.asking import Teacher
-from distillery.teacher.budget import Spending
+from distillery.teacher.budget import Spending, when_left
 from distillery.teacher.endpoint import Endpoint
 from distillery.teacher.failures import TOO_LARGE
 from distillery.teacher.ledger import Payer
@@ -44,14 +45,9 @@ async def ask_canaries(
     slots: Slots = nullcontext,
     payer: Payer | None = None,
 ) -> TeacherDrift:
-    """Ask the canary rows among `examples` again; see `drift_of`. The teacher of a cascade has
-    answered few of the rows: its canaries are among those."""
+    """Ask the canary rows among `examples` again; see `drift_of`."""
     asked = []
-    if recipe.cascade:
-        rows = list(examples)
-        stored = are_answered(rows, prompt, recipe, endpoint.identity, store)
-        examples = compress(rows, stored)
-    for row in hashed_rows(examples, recipe.canaries.rows or 0):
+    for row in canary_rows(examples, prompt, recipe, endpoint.identity, store):
         asked.append(questions(row, prompt, recipe, endpoint.identity))
     return await drift_of(asked, recipe, endpoint, store, slots=slots, payer=payer)
 
@@ -148,7 +144,11 @@ async def ask_again(
                     store.record(call)
                 return answer
 
-        calls = [ask(question) for row_questions in asked for question in row_questions]
+        calls = [
+            when_left(partial(ask, question))
+            for row_questions in asked
+            for question in row_questions
+        ]
         answers = await asyncio.gather(*calls)
     return [answer for answer in answers if answer]
 

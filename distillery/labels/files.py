@@ -79,6 +79,9 @@ WHY_NOT_SOFT = {
 """What the error for labels without probabilities says is wrong, and what to do about it: whether
 the labels are of files, and whether answers are written."""
 
+ENCODER = json.JSONEncoder(ensure_ascii=False)
+"""Made once: json.dumps makes one for each call."""
+
 JUDGED_ROWS = 100
 """Rows from which on a share of labels that is too low ends the run early."""
 
@@ -154,15 +157,15 @@ class LabelFiles:
             votes = ", ".join(answer.letter for answer in accepted)
             self.reject(done.row, f"no majority among its {len(accepted)} answers", votes)
             return
+        asks_reason = self._recipe.answers.form == "rationale"
         rationale = None
-        if self._recipe.answers.form == "rationale":
+        if asks_reason:
             rationale = rationale_for(label.letter, done)
-        usage = Usage()
-        for answer in stored:
-            if answer:
-                usage = usage + Usage(
-                    prompt_tokens=answer.prompt_tokens, completion_tokens=answer.completion_tokens
-                )
+        answers = [answer for answer in stored if answer]
+        usage = Usage(
+            prompt_tokens=sum(answer.prompt_tokens for answer in answers),
+            completion_tokens=sum(answer.completion_tokens for answer in answers),
+        )
         self.accept(
             done.row,
             TeacherLabel(
@@ -175,6 +178,8 @@ class LabelFiles:
                 usage=usage,
             ),
             tokens_of(done, label.letter) if done.row.format else None,
+            # The first is in the row's own order. A rationale is asked for in a text of its own.
+            "" if asks_reason else done.questions[0].messages[-1]["content"],
         )
 
     def _reject_for_first_failure(self, done: OpenRow) -> None:
@@ -192,10 +197,15 @@ class LabelFiles:
                 return
 
     def accept(
-        self, row: Example, label: TeacherLabel, tokens: Sequence[AnswerToken] | None = None
+        self,
+        row: Example,
+        label: TeacherLabel,
+        tokens: Sequence[AnswerToken] | None = None,
+        question: str = "",
     ) -> None:
         """Write a label, with the tokens of a written one, or its rejection if teacher.filters
-        reject it. What it tells about the teacher is counted in either case.
+        reject it. What it tells about the teacher is counted in either case. `question`: the user
+        message that asks the row, if it is at hand.
 
         Raises TeacherError as soon as enough rows show that the labels are not good enough.
         """
@@ -210,7 +220,7 @@ class LabelFiles:
         if tokens is not None:
             self._tokens = self._tokens or AnswerTokensFile(self._folder / TOKENS_FILE)
             self._tokens.write(row.example_id, tokens)
-        question = render_messages(row, self._prompt)[-1]["content"]
+        question = question or render_messages(row, self._prompt)[-1]["content"]
         for answer in label.answers:
             write_line(self._train, {"Question": question, "Answer": answer})
         self._check_soft(final=False)
@@ -420,4 +430,4 @@ def open_lines(path: Path, mode: str = "r") -> IO[str]:
 
 def write_line(file: IO[str], value: dict[str, Any]) -> None:
     """Write a value as one line of JSON."""
-    file.write(json.dumps(value, ensure_ascii=False) + "\n")
+    file.write(ENCODER.encode(value) + "\n")

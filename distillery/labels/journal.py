@@ -6,8 +6,8 @@ handed to the label store's writer. What is committed leaves the journal. Whoeve
 database next on this machine takes in the journals that no process holds any more.
 
 A journal is a file in DISTILLERY_HOME/journals/USER for each open label store that is written to,
-with rights for its user alone. Its name tells the database, by a hash, and the process. A line is a
-CRC-32 in eight hex digits, a blank, and JSON, [kind, values]:
+with rights for its user alone. Its name tells the database, by a hash of its address and its id,
+and the process. A line is a CRC-32 in eight hex digits, a blank, and JSON, [kind, values]:
 
 - journal: the first line; the database's URL without its password, and the form of these lines
 - begun: a call that is about to be made, as the ledger's entry of a call that was lost
@@ -39,7 +39,7 @@ from sqlalchemy.engine import URL
 
 from distillery.errors import StoreError, StoreUnavailable
 from distillery.settings import LocalSettings
-from distillery.storage.database import without_password
+from distillery.storage.database import Database, without_password
 from distillery.teacher.ledger import Call
 
 Kind = Literal["begun", "call", "answer"]
@@ -90,10 +90,11 @@ class Journal:
     - A file that can't be replaced by a shorter one stays, and a later commit tries again.
     """
 
-    def __init__(self, url: URL) -> None:
-        name = f"{database_hash(url)}-{os.getpid()}-{uuid4().hex[:12]}.jsonl"
+    def __init__(self, database: Database) -> None:
+        name = f"{prefixes_of(database)[0]}-{os.getpid()}-{uuid4().hex[:12]}.jsonl"
         self.path = journal_folder() / name
-        self._first = line_of("journal", {"database": without_password(url), "form": FORM})
+        address = without_password(database.url)
+        self._first = line_of("journal", {"database": address, "form": FORM})
         self._lock = threading.Lock()
         self._held = lock_of(self.path)
         self._file: int | None = None
@@ -298,11 +299,11 @@ TakeIn = Callable[[list[Item]], list[Item]]
 the database refuses."""
 
 
-def recover(url: URL, take_in: TakeIn) -> list[Recovered]:
-    """Take in the journals of the database at `url` that no process holds, and remove them. Lines
-    that can't be read or taken in are kept in a file beside. A process that is killed meanwhile
-    leaves a journal that is taken in again, which changes nothing. A journal that can't be taken in
-    stays, and a warning tells why. Raises StoreUnavailable where the database does not answer."""
+def recover(database: Database, take_in: TakeIn) -> list[Recovered]:
+    """Take in a database's journals that no process holds, and remove them. Lines that can't be
+    read or taken in are kept in a file beside. A process that is killed meanwhile leaves a journal
+    that is taken in again, which changes nothing. A journal that can't be taken in stays, and a
+    warning tells why. Raises StoreUnavailable where the database does not answer."""
 
     def taken_in(path: Path) -> Recovered:
         contents = read_journal(path)
@@ -315,24 +316,24 @@ def recover(url: URL, take_in: TakeIn) -> list[Recovered]:
         path.unlink()
         return recovered
 
-    found = each_abandoned(url, taken_in)
+    found = each_abandoned(database, taken_in)
     for recovered in found:
         told = "not taken" if recovered.trouble else "taken"
         _log.warning("%s into the label database: %s", told, recovered.line())
     return found
 
 
-def examine(url: URL) -> list[Recovered]:
+def examine(database: Database) -> list[Recovered]:
     """Return what `recover` would take in."""
-    return each_abandoned(url, lambda path: summed_up(path, read_journal(path)))
+    return each_abandoned(database, lambda path: summed_up(path, read_journal(path)))
 
 
-def each_abandoned(url: URL, look: Callable[[Path], Recovered]) -> list[Recovered]:
-    """Return what `look` finds in each journal of the database at `url` that no process holds, or
-    why that is not possible. One process does so at a time, and others wait: none takes the lock of
-    one that only looks for that of an owner."""
+def each_abandoned(database: Database, look: Callable[[Path], Recovered]) -> list[Recovered]:
+    """Return what `look` finds in each of a database's journals that no process holds, or why that
+    is not possible. One process does so at a time, and others wait: none takes the lock of one that
+    only looks for that of an owner."""
     found: list[Recovered] = []
-    if not journals_of(url):
+    if not journals_of(database):
         return found
     lock = FileLock(journal_folder().with_suffix(".lock"), mode=0o600)
     try:
@@ -340,7 +341,7 @@ def each_abandoned(url: URL, look: Callable[[Path], Recovered]) -> list[Recovere
     except OSError as error:
         raise StoreError(f"DISTILLERY_HOME {lock.lock_file}: {reason_of(error)}") from None
     try:
-        for path in journals_of(url):
+        for path in journals_of(database):
             try:
                 with if_abandoned(path) as is_abandoned:
                     if is_abandoned:
@@ -372,16 +373,27 @@ def summed_up(path: Path, contents: Contents) -> Recovered:
     )
 
 
-def left_beside(url: URL) -> list[Path]:
-    """Return the files of this user on this machine that may hold answers which are not in the
-    database at `url`, or no more: journals, and lines that could not be taken in."""
-    kept = journal_folder().glob(f"{database_hash(url)}-*.unreadable")
-    return sorted([*journals_of(url), *kept])
+def left_beside(database: Database) -> list[Path]:
+    """Return the files of this user on this machine that may hold answers which are not in a
+    database, or no more: journals, and lines that could not be taken in."""
+    return [*journals_of(database), *files_of(database, ".unreadable")]
 
 
-def of_other_databases(url: URL) -> list[Path]:
-    """Return this user's journals on this machine that are not of the database at `url`."""
-    return sorted(set(journal_folder().glob("*.jsonl")).difference(journals_of(url)))
+def of_other_databases(database: Database) -> list[Path]:
+    """Return this user's journals on this machine that are not of a database."""
+    return sorted(set(journal_folder().glob("*.jsonl")).difference(journals_of(database)))
+
+
+def keep_unreadable(database: Database, name: str, lines: Iterable[bytes]) -> Path:
+    """Keep lines that nobody can read, of something called `name`, in a file beside the journals,
+    and return its path. Raises StoreError where that can't be written."""
+    path = journal_folder() / f"{prefixes_of(database)[0]}-{name}.unreadable"
+    try:
+        make_folder(path.parent)
+        write_file(path, b"\n".join([*lines, b""]))
+    except OSError as error:
+        raise StoreError(f"DISTILLERY_HOME {path}: {reason_of(error)}") from None
+    return path
 
 
 def journal_folder() -> Path:
@@ -399,9 +411,17 @@ def make_folder(folder: Path) -> None:
     folder.mkdir(exist_ok=True, mode=0o700)
 
 
-def journals_of(url: URL) -> list[Path]:
-    """Return the journals of the database at `url`, those of living processes too."""
-    return sorted(journal_folder().glob(f"{database_hash(url)}-*.jsonl"))
+def journals_of(database: Database) -> list[Path]:
+    """Return a database's journals, those of living processes too."""
+    return files_of(database, ".jsonl")
+
+
+def files_of(database: Database, suffix: str) -> list[Path]:
+    """Return the files of this user on this machine that are of a database."""
+    prefixes = prefixes_of(database)
+    return sorted(
+        path for prefix in prefixes for path in journal_folder().glob(f"{prefix}-*{suffix}")
+    )
 
 
 @contextmanager
@@ -433,9 +453,16 @@ def release(lock: FileLock) -> None:
     lock.release()
 
 
-def database_hash(url: URL) -> str:
-    """Return a hash of what tells a database from others: server and name, or the file. Users and
-    passwords tell none apart, and are not in it."""
+def prefixes_of(database: Database) -> tuple[str, str]:
+    """Return what the names of a database's journals begin with, and what they began with before
+    databases had ids. The id alone would give a copy of a database the journals of the other."""
+    address = address_of(database.url)
+    return hash_of([*address, database.identity]), hash_of(address)
+
+
+def address_of(url: URL) -> list[Any]:
+    """Return what tells where a database is: server and name, or the file. Users and passwords are
+    not in it."""
     if url.get_backend_name() == "sqlite":
         named: Any = str(Path(url.database or "").absolute().resolve())
     else:
@@ -446,7 +473,12 @@ def database_hash(url: URL) -> str:
             named[name] = named.get(name) or os.environ.get(variable)
         named["host"] = str(named["host"] or "").lower()
         named["port"] = int(named["port"] or POSTGRESQL_PORT)
-    text = json.dumps([url.get_backend_name(), named], sort_keys=True, default=str)
+    return [url.get_backend_name(), named]
+
+
+def hash_of(values: list[Any]) -> str:
+    """Return 16 hex digits of the SHA-256 of `values`."""
+    text = json.dumps(values, sort_keys=True, default=str)
     return sha256(text.encode()).hexdigest()[:16]
 
 

@@ -23,7 +23,7 @@ from distillery.labels.window import Window
 from distillery.recipe import PromptRecipe, TeacherRecipe
 from distillery.records import Example, Usage
 from distillery.teacher.asking import PROBE, Teacher
-from distillery.teacher.budget import Spending, cost_of, saved_by_cache
+from distillery.teacher.budget import HeldByOthers, Spending, cost_of, saved_by_cache
 from distillery.teacher.endpoint import Endpoint
 from distillery.teacher.failures import TOO_LARGE
 from distillery.teacher.ledger import CALLS, Payer, Purpose, sum_of, totals
@@ -297,15 +297,20 @@ class LabellingRun:
             _, _, question = await self._queue.get()
             if question is None:
                 return
-            async with self._slots():
-                # A slot is held for several requests: to take one is a call of Prefect's API.
-                until = time.monotonic() + SLOT_S
-                await self.ask(question, teacher)
-                while time.monotonic() < until and not self._queue.empty():
-                    _, _, question = self._queue.get_nowait()
-                    if question is None:
-                        return
+            try:
+                async with self._slots():
+                    # It is held for several requests: to take one is a call of Prefect's API.
+                    until = time.monotonic() + SLOT_S
                     await self.ask(question, teacher)
+                    while time.monotonic() < until and not self._queue.empty():
+                        _, _, question = self._queue.get_nowait()
+                        if question is None:
+                            return
+                        await self.ask(question, teacher)
+            except HeldByOthers as held:
+                # Without the slot, which they may need to come to an end.
+                self._put(question)
+                await self._pace.sleep(held.look_s)
 
     async def ask(self, question: Question, teacher: Teacher) -> None:
         """Ask once; afterwards the request is known, or in the queue again."""

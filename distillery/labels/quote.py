@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from itertools import compress, islice
+from itertools import chain, compress, islice
 from pathlib import Path
 
 from distillery.data.examples import each_example
@@ -347,7 +347,8 @@ def duration(seconds: float) -> str:
 
 def quote_recipe(recipe: Recipe, chosen: Path | None = None) -> dict[str, Quote]:
     """Return the quotes for the splits that a run of `recipe` has labelled: train and, if the
-    teacher is an endpoint, test; and for its cheap teacher and its judge, if it has these.
+    teacher is an endpoint, test; for its cheap teacher and its judge, if it has these; and for the
+    canaries that the recipe asks of its teachers.
 
     A local teacher that is still to be trained has no answers in the store. `chosen`: the file of
     the rows that teacher.select has chosen; as long as they are not known, as many others stand for
@@ -374,8 +375,15 @@ def quote_recipe(recipe: Recipe, chosen: Path | None = None) -> dict[str, Quote]
             train: Iterable[Example] = each_example(chosen or folder / "train.jsonl")
             if teacher.select and chosen is None:
                 train = hashed_rows(train, teacher.select.rows)
+            if teacher.canaries.rows:
+                train = list(train)
+                quotes["canaries"] = quote_canaries(train, recipe.prompt, teacher, identity, store)
             if cheap := teacher.cheap:
                 train, name = list(train), teacher_identity(cheap, None)
+                if cheap.canaries.rows:
+                    quotes["cheap teacher's canaries"] = quote_canaries(
+                        train, recipe.prompt, cheap, name, store
+                    )
                 quotes["cheap teacher"] = quote(
                     train, recipe.prompt, cheap, name, store, payer=payer
                 )
@@ -389,6 +397,57 @@ def quote_recipe(recipe: Recipe, chosen: Path | None = None) -> dict[str, Quote]
             judged = each_example(folder / "test.jsonl")
             quotes["judge"] = quote_judge(judged, recipe.prompt, judge, store, payer)
     return quotes
+
+
+def canary_rows(
+    examples: Iterable[Example],
+    prompt: PromptRecipe,
+    recipe: TeacherRecipe,
+    identity: str,
+    store: LabelStore,
+) -> list[Example]:
+    """Return the rows that a teacher is asked again. That of a cascade has answered few of the
+    rows: its canaries are among those."""
+    if recipe.cascade:
+        rows = list(examples)
+        examples = compress(rows, are_answered(rows, prompt, recipe, identity, store))
+    return hashed_rows(examples, recipe.canaries.rows or 0)
+
+
+def quote_canaries(
+    examples: Iterable[Example],
+    prompt: PromptRecipe,
+    recipe: TeacherRecipe,
+    identity: str,
+    store: LabelStore,
+) -> Quote:
+    """Return what the canaries among `examples` take, as their stored answers took it. Rows without
+    stored answers are not asked."""
+    rows = canary_rows(examples, prompt, recipe, identity, store)
+    asked = [questions(row, prompt, recipe, identity) for row in rows]
+    stored = store.get_many(question.key for row_questions in asked for question in row_questions)
+    again = [
+        [stored[question.key] for question in row_questions]
+        for row_questions in asked
+        if all(question.key in stored for question in row_questions)
+    ]
+    answers = list(chain.from_iterable(again))
+    usage = Usage(
+        prompt_tokens=sum(answer.prompt_tokens for answer in answers),
+        completion_tokens=sum(answer.completion_tokens for answer in answers),
+    )
+    return Quote(
+        rows=len(again),
+        known=0,
+        calls=len(answers),
+        usage=usage,
+        counted=True,
+        basis="as before",
+        cost=cost_of(usage, recipe.prices),
+        currency=recipe.prices.currency if recipe.prices else "",
+        seconds=estimated_seconds(len(answers), usage, recipe, None),
+        what="canaries",
+    )
 
 
 def quote_judge(

@@ -5,19 +5,16 @@ that was paid for, rejected answers too, so that nothing is asked for twice.
 """
 
 import asyncio
-import json
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from itertools import chain, islice
-from pathlib import Path
 from queue import Empty, SimpleQueue
 from time import monotonic, sleep
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 from sqlalchemy import (
     JSON,
@@ -39,14 +36,12 @@ from sqlalchemy import (
 )
 from sqlalchemy.sql import select
 
-from distillery.data.answer_tokens import unpacked
-from distillery.errors import DataError, RowRefused, StoreError
+from distillery.errors import RowRefused, StoreError
 from distillery.labels.journal import Item, Journal, Kind, recover, values_of
 from distillery.labels.pairs import both_orders
-from distillery.recipe import JUDGE
 from distillery.settings import LocalSettings
-from distillery.storage.database import METADATA, Database, nothing
-from distillery.teacher.ledger import CALLS, Call, write_calls
+from distillery.storage.database import METADATA, Database, insert_new, nothing
+from distillery.teacher.ledger import Call, write_calls
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,13 +97,23 @@ TABLE = Table(
 
 COLUMN_NAMES = {column.name for column in TABLE.columns}
 
+NEW_ANSWER = insert_new(TABLE)
+
+NEWER_ANSWER = insert_new(
+    TABLE,
+    "(request_key) DO UPDATE SET "
+    + ", ".join(f"{column.name} = excluded.{column.name}" for column in TABLE.columns)
+    + " WHERE teacher_answers.created_at < :since",
+).bindparams(bindparam("since", type_=TABLE.c.created_at.type))
+"""Takes the place of an answer from before `since`."""
+
 ANSWER_COLUMNS = [column for column in TABLE.columns if column.name != "created_at"]
 
 KEYS_PER_QUERY = 1000
 
 MOST_PER_COMMIT = 500
 
-GATHER_S = 0.02
+GATHER_S = 0.05
 """Pause between an answer and its commit, so that the answers right behind it go with it: a commit
 waits for the disk and takes a millisecond of CPU time, which the calls under way need."""
 
@@ -123,13 +128,7 @@ otherwise: the journal vanishes with the container."""
 PAUSE_S = 0.1
 """How often it is looked whether the database is back."""
 
-EXPORT_ROWS = 2_000
-"""Rows of an export that are in memory at a time. The tokens of an answer of 100 take some 13 kB.
-"""
-
 EXPERIENCE_ROWS = 1000
-
-RowForm = Literal["messages", "question-answer"]
 
 
 @dataclass(frozen=True)
@@ -204,8 +203,8 @@ class LabelStore:
         self._is_failing = False
         self._committing_since: float | None = None
         self._lost = 0
-        self.recovered = recover(self._database.url, self._take_in) if recovers else []
-        self._journal = Journal(self._database.url)
+        self.recovered = recover(self._database, self._take_in) if recovers else []
+        self._journal = Journal(self._database)
         self._begun: dict[str, tuple[Call, int]] = {}
         self._writer = threading.Thread(target=self._write, name="label-store", daemon=True)
         self._writer.start()
@@ -363,86 +362,12 @@ class LabelStore:
 
     def recover(self) -> None:
         """Take in what processes of this machine that have ended by now left in their journals."""
-        self.recovered += recover(self._database.url, self._take_in)
+        self.recovered += recover(self._database, self._take_in)
 
     def close(self) -> None:
         """Commit what was added and disconnect. Raises the writer's failure."""
         self._stop()
         self._raise_failure()
-
-    def export(self, path: Path, teacher: str | None = None) -> int:
-        """Write the answers, of one teacher or of all, to a Parquet file; return their number.
-
-        Its columns are the table's, with the distribution as JSON. Raises DataError if the file
-        can't be written; an older file at `path` stays then.
-        """
-        import pyarrow as pa  # type: ignore[import-untyped]
-        import pyarrow.parquet as pq  # type: ignore[import-untyped]
-
-        schema, count = parquet_schema(), 0
-        with in_place_of(path) as unfinished, pq.ParquetWriter(unfinished, schema) as file:
-            for page in self._pages(teacher):
-                file.write_table(pa.Table.from_pylist(page, schema=schema))
-                count += len(page)
-        return count
-
-    def export_rows(self, path: Path, form: RowForm, teacher: str | None = None) -> int:
-        """Write the answers that are labels, of one teacher or of all, as training rows: one JSON
-        object a line, in the order of their keys; what a judge says is no label. Return their
-        number.
-
-        question-answer: {"Question": user message, "Answer": letter or class}. messages:
-        {"messages": [...]}, the same as a chat; the store keeps no system message. Raises DataError
-        if the file can't be written; an older file at `path` stays then.
-        """
-        count = 0
-        with (
-            in_place_of(path) as unfinished,
-            unfinished.open("w", encoding="utf-8", newline="\n") as file,
-        ):
-            for page in self._pages(teacher):
-                for row in page:
-                    # Answers of the first versions were stored without their prompts.
-                    is_label = row["answer"] is not None and not row["teacher"].startswith(JUDGE)
-                    if not is_label or not row["prompt"]:
-                        continue
-                    line = training_row(row["prompt"], row["answer"], form)
-                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
-                    count += 1
-        return count
-
-    def load(self, path: Path) -> int:
-        """Add the answers of a file that `export` wrote, and return how many are new.
-
-        Answers that are stored already stay as they are. Files of versions that kept no tokens have
-        no such column. Raises DataError for any other file.
-        """
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        insert = self._database.insert(TABLE).on_conflict_do_nothing()
-        try:
-            file = pq.ParquetFile(path)
-            schema = parquet_schema()
-            earlier = schema.remove(schema.get_field_index("tokens"))
-            if not any(file.schema_arrow.equals(known) for known in (schema, earlier)):
-                raise DataError(
-                    f"{path}: its columns are not those that distillery labels export writes"
-                )
-            before = self._count()
-            for batch in file.iter_batches(EXPORT_ROWS):
-                rows = batch.to_pylist()
-                for row in rows:
-                    if row["distribution"] is not None:
-                        row["distribution"] = stored_distribution(row["distribution"], path)
-                    if row.setdefault("tokens", None) is not None:
-                        check_tokens(row["tokens"], path)
-                self._database.run(partial(execute, statement=insert, values=rows))
-        except (OSError, pa.ArrowInvalid) as error:
-            raise DataError(
-                f"{path}: can't be read as Parquet ({' '.join(str(error).split())[:200]})"
-            ) from None
-        return self._count() - before
 
     def accept(self, answers: Sequence[StoredAnswer]) -> None:
         """Write what the texts of stored answers are read as by now, and the reasons. The
@@ -510,20 +435,12 @@ class LabelStore:
     ) -> None:
         """Write rows of TABLE and calls in one transaction. What is stored stays, answers of before
         `since` excepted. `on_failure` and `wait_s` as in `Database.run`."""
-        insert = self._database.insert(TABLE)
-        if since is None:
-            insert = insert.on_conflict_do_nothing()
-        else:
-            new = {column.name: insert.excluded[column.name] for column in TABLE.columns}
-            insert = insert.on_conflict_do_update(
-                index_elements=[TABLE.c.request_key], set_=new, where=TABLE.c.created_at < since
-            )
-        book = self._database.insert(CALLS)
+        insert = NEW_ANSWER if since is None else NEWER_ANSWER.bindparams(since=since)
 
         def write(connection: Any) -> None:
             if rows:
                 execute(connection, insert, rows)
-            write_calls(connection, book, calls)
+            write_calls(connection, calls)
 
         self._database.run(write, on_failure, wait_s)
 
@@ -567,28 +484,6 @@ class LabelStore:
 
     def _rows(self, query: Any) -> Sequence[Any]:
         return self._database.run(lambda connection: connection.execute(query).all())
-
-    def _count(self) -> int:
-        ((count,),) = self._rows(select(func.count()).select_from(TABLE))
-        return int(count)
-
-    def _pages(self, teacher: str | None) -> Iterator[list[dict[str, Any]]]:
-        """Yield the table by EXPORT_ROWS rows in the order of their keys, distributions as JSON."""
-        query = select(TABLE).order_by(TABLE.c.request_key).limit(EXPORT_ROWS)
-        if teacher is not None:
-            query = query.where(TABLE.c.teacher == teacher)
-        last_key = ""
-        while True:
-            page = []
-            for found in self._rows(query.where(TABLE.c.request_key > last_key)):
-                row = dict(found._mapping)
-                if row["distribution"] is not None:
-                    row["distribution"] = json.dumps(row["distribution"])
-                page.append(row)
-            if not page:
-                return
-            yield page
-            last_key = page[-1]["request_key"]
 
     def _stop(self) -> None:
         if self._writer.is_alive():
@@ -669,34 +564,6 @@ class LabelStore:
         return batch
 
 
-@contextmanager
-def in_place_of(path: Path) -> Iterator[Path]:
-    """Yield the path of a file beside `path`, which takes its place once it is whole. Raises
-    DataError if it can't be written; an older file at `path` stays then."""
-    unfinished = path.with_name(f".{path.name}.partial")
-    try:
-        yield unfinished
-        unfinished.replace(path)
-    except OSError as error:
-        raise DataError(
-            f"{path}: can't be written ({error.strerror or 'no such folder'})"
-        ) from None
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
-def training_row(prompt: str, answer: str, form: RowForm) -> dict[str, Any]:
-    """Return a question and its answer in one of the forms of `LabelStore.export_rows`."""
-    if form == "question-answer":
-        return {"Question": prompt, "Answer": answer}
-    return {
-        "messages": [
-            {"role": "user", "content": prompt},
-            {"role": "assistant", "content": answer},
-        ]
-    }
-
-
 def chunks(items: Iterable[str]) -> Iterator[list[str]]:
     """Yield `items` by KEYS_PER_QUERY, since a query takes only so many parameters."""
     remaining = iter(items)
@@ -724,39 +591,3 @@ def delete_answers(connection: Any, conditions: Sequence[Any], dry_run: bool) ->
         else:
             count += connection.execute(delete(TABLE).where(condition)).rowcount
     return count
-
-
-def stored_distribution(text: str, path: Path) -> Any:
-    """Return the probabilities in a file that `export` wrote. Raises DataError for other text."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise DataError(
-            f"{path}: distribution: no JSON ({type(error).__name__}); export the labels again"
-        ) from error
-
-
-def check_tokens(data: bytes, path: Path) -> None:
-    """Raise DataError for bytes that are not the tokens of an answer in a file that `export`
-    wrote."""
-    try:
-        unpacked(data)
-    except ValueError as error:
-        raise DataError(f"{path}: tokens: {error}; export the labels again") from error
-
-
-def parquet_schema() -> Any:
-    """Return the Arrow schema of an export: the table's columns, texts and JSON as strings."""
-    import pyarrow as pa
-
-    types = {
-        Integer: pa.int64(),
-        Float: pa.float64(),
-        DateTime: pa.timestamp("us", tz="UTC"),
-        LargeBinary: pa.binary(),
-    }
-    fields = []
-    for column in TABLE.columns:
-        arrow_type = types.get(type(column.type), pa.string())
-        fields.append(pa.field(column.name, arrow_type, nullable=bool(column.nullable)))
-    return pa.schema(fields)

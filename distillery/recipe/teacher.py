@@ -502,7 +502,10 @@ class TeacherRecipe(Slice):
             raise ValueError(
                 "budget.cost needs prices: {input: ..., output: ...} per million tokens"
             )
-        canary_calls = (self.canaries.rows or 0) * self.answers.votes * self.answers.orders
+        # A cascade asks them of both teachers.
+        asked = [self.answers, *([self.cascade.answers] if self.cascade else [])]
+        answers_a_row = sum(answers.votes * answers.orders for answers in asked)
+        canary_calls = (self.canaries.rows or 0) * answers_a_row
         if self.budget.calls is not None and self.budget.calls <= canary_calls:
             raise ValueError(
                 f"budget.calls: the canaries take {canary_calls} of {self.budget.calls} calls, "

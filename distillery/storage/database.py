@@ -8,7 +8,19 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sqlalchemy import Engine, MetaData, create_engine, event, inspect, text
+from sqlalchemy import (
+    Column,
+    Engine,
+    MetaData,
+    String,
+    Table,
+    bindparam,
+    create_engine,
+    event,
+    inspect,
+    select,
+    text,
+)
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import (
@@ -23,6 +35,7 @@ from sqlalchemy.exc import (
     SQLAlchemyError,
 )
 from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.sql.elements import TextClause
 from tenacity import retry, retry_if_exception_type, stop_after_delay, wait_random_exponential
 
 from distillery.errors import RowRefused, StoreError, StoreUnavailable
@@ -32,7 +45,10 @@ T = TypeVar("T")
 
 METADATA = MetaData()
 
-SCHEMA = "0008"
+IDENTITY = Table("database_identity", METADATA, Column("identity", String(32), primary_key=True))
+"""The database's id, in its only row: two databases may have had the same address."""
+
+SCHEMA = "0010"
 """The newest revision in migrations/versions: what this version of Distillery reads and writes."""
 
 VERSION_TABLE = "distillery_version"
@@ -56,7 +72,8 @@ def nothing() -> None:
 
 class Database:
     """SQLite or PostgreSQL at `url`, written as for SQLAlchemy; by default DISTILLERY_LABELS. Its
-    tables are created, or migrated to this version's schema.
+    tables are created, or migrated to this version's schema. `identity` is its id, which it got
+    then.
 
     An outage is waited out for `wait_s` seconds, by default DISTILLERY_STORE_WAIT. Every method
     raises StoreUnavailable where the database does not answer, and StoreError for other errors."""
@@ -67,7 +84,7 @@ class Database:
         self.backend = self.url.get_backend_name()
         self._wait_s = settings.store_wait if wait_s is None else wait_s
         self._engine = open_engine(self.url)
-        self.run(self._migrate)
+        self.identity = self.run(self._open)
 
     def run(
         self,
@@ -112,6 +129,10 @@ class Database:
     def close(self) -> None:
         self._engine.dispose()
 
+    def _open(self, connection: Any) -> str:
+        self._migrate(connection)
+        return str(connection.scalar(select(IDENTITY.c.identity)))
+
     def _migrate(self, connection: Any) -> None:
         if schema_version(connection) == SCHEMA:
             return
@@ -142,6 +163,17 @@ class Database:
             yield
         except SQLAlchemyError as error:
             raise store_error(self.url, error) from None
+
+
+def insert_new(table: Table, conflict: str = "DO NOTHING") -> TextClause:
+    """Return an INSERT of whole rows, with what is to be done with those that are there already. It
+    is text, which SQLAlchemy compiles once; its own ON CONFLICT is compiled at each execution."""
+    names = [column.name for column in table.columns]
+    values = ", ".join(f":{name}" for name in names)
+    columns = ", ".join(names)
+    into = f"INSERT INTO {table.name} ({columns}) VALUES ({values})"  # noqa: S608 - constants
+    typed = [bindparam(column.name, type_=column.type) for column in table.columns]
+    return text(f"{into} ON CONFLICT {conflict}").bindparams(*typed)
 
 
 def schema_version(connection: Any) -> str | None:

@@ -91,6 +91,12 @@ class Allowance:
         self._until = text(f"{NOW[database.backend].text} + {LENGTH_S}")
         self._others = OtherRows(payer, section, budget, database.backend)
         self._renewed_at = float("-inf")
+        self._lapses = 0
+
+    @property
+    def lapses(self) -> int:
+        """How often others may have dropped the row. What was reserved before may be spent."""
+        return self._lapses + self.has_lapsed
 
     @property
     def has_lapsed(self) -> bool:
@@ -112,7 +118,7 @@ class Allowance:
             self._database.run(self._others.drop_dead)
             began = time.time()
             grant = self._database.run(renew, self._others.forget)
-        self._renewed_at = began
+        self._hold_since(began)
         return grant
 
     def prolong(self) -> None:
@@ -126,7 +132,7 @@ class Allowance:
         except StoreError:
             self._others.forget()
             return
-        self._renewed_at = began if found else float("-inf")
+        self._hold_since(began if found else float("-inf"))
 
     def release(self) -> None:
         """Give the allowance back. Where the database does not answer, it expires instead."""
@@ -136,6 +142,10 @@ class Allowance:
             self._database.run_once(lambda c: c.execute(own))
         except StoreError:
             return
+
+    def _hold_since(self, began: float) -> None:
+        self._lapses += self.has_lapsed
+        self._renewed_at = began
 
     def _renew(self, connection: Any, kept: Amounts, call: Amounts, calls: int) -> Grant:
         if self._database.backend == "postgresql":

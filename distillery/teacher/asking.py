@@ -4,7 +4,7 @@ A call takes this path, each step by a method below or a module beside this one:
 
 1. `Teacher.ask` joins the messages with the options that the endpoint accepts (options.py).
 2. `Teacher._send` repeats a failed try by tenacity.
-3. `Teacher._try_once` waits for its turn (pace.py), reserves its cost (budget.py), and
+3. `Teacher._try_once` reserves its cost (budget.py), waits for its turn (pace.py), and
 4. sends the request through an SDK, which makes no tries of its own (clients.py).
 5. The response becomes a `Completion` (reply.py), a failure the user's error (failures.py).
 
@@ -31,6 +31,7 @@ from distillery.teacher.clients import Response, open_client
 from distillery.teacher.endpoint import Endpoint, log_in
 from distillery.teacher.failures import BACKOFF, MALFORMED, CallFailed, final_error
 from distillery.teacher.ledger import (
+    Amounts,
     Book,
     Call,
     NoBook,
@@ -131,8 +132,9 @@ class Teacher:
         If the endpoint refuses this question alone, or answers it with something that is no chat
         completion after it has given some, the completion has no text and says so in its
         finish_reason. Raises CredentialsError (401, 403), TeacherUnavailable after teacher.attempts
-        tries or teacher.outage_s, BudgetReached, Stopped if the pace is stopped, and TeacherError
-        for anything else that no other question would avoid.
+        tries or teacher.outage_s, BudgetReached, HeldByOthers where others may leave something of
+        the budget, Stopped if the pace is stopped, and TeacherError for anything else that no other
+        question would avoid.
         """
         entry = self._entry(key, purpose or self._purpose)
         while True:
@@ -211,11 +213,10 @@ class Teacher:
             prompt_tokens=len(prompt.encode()) + MESSAGE_TOKENS,
             completion_tokens=self._recipe.max_tokens,
         )
-        asked_at = await self._turn(estimate)
+        reserved, asked_at = await self._admitted(most, estimate)
         try:
-            reserved = await self._spending.reserve(most)
             call = self._try_of(entry, most)
-            await self._begin(call, reserved)
+            self._begin(call, reserved)
             used: Usage | None = None
             try:
                 started = time.perf_counter()
@@ -262,6 +263,25 @@ class Teacher:
         self._answered_at_refusal[key] = self._pace.answered_at
         return answered_before is not None and self._pace.answered_at > answered_before
 
+    async def _admitted(self, most: Usage, tokens: int) -> tuple[Amounts, float]:
+        """Wait until a call may be made that takes at most `most` and about `tokens` tokens. Return
+        what it has reserved, for the budget, and the time, for the pace.
+
+        The turn comes last: nobody has one while it waits for what other calls may leave.
+        """
+        while True:
+            reserved = await self._spending.reserve(most)
+            lapses = self._spending.lapses
+            try:
+                asked_at = await self._turn(tokens)
+            except BaseException:
+                self._spending.give_back(reserved)
+                raise
+            if self._spending.lapses == lapses:
+                return reserved, asked_at
+            self._pace.done(asked_at)
+            self._spending.give_back(reserved)
+
     async def _turn(self, tokens: int) -> float:
         """Wait until a call of about `tokens` tokens may be made and the ledger can be written;
         return the time, for the pace."""
@@ -272,15 +292,12 @@ class Teacher:
                 return asked_at
             self._pace.done(asked_at)
 
-    async def _begin(self, call: Call, reserved: dict[str, float]) -> None:
+    def _begin(self, call: Call, reserved: Amounts) -> None:
         """Note in the ledger that a call begins. If that is not possible, it is not made."""
         try:
-            # To reserve may have taken minutes.
-            await self._book.ready()
-            self._pace.raise_if_stopped()
             self._book.begin(call)
         except BaseException:
-            self._spending.settle(reserved, Usage())
+            self._spending.give_back(reserved)
             raise
 
     def _entry(self, key: str, purpose: Purpose) -> Call:

@@ -3,9 +3,9 @@
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
-from typing import Self
+from typing import Self, TypeVar
 
 from distillery.errors import BudgetReached, RecipeError
 from distillery.recipe import BudgetRecipe, PriceRecipe, TeacherRecipe
@@ -13,6 +13,8 @@ from distillery.records import Usage
 from distillery.storage.database import Database, nothing
 from distillery.teacher.allowances import RENEWAL_S, Allowance
 from distillery.teacher.ledger import Amounts, Payer, period_end, period_start, spent
+
+T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 
@@ -22,6 +24,26 @@ POLL_S = 1.0
 LOOK_SHARE = 0.1
 """The share of its time that a waiting process spends on these looks, as long as they are no
 further apart than renewals: each adds up the ledger and keeps the others from renewing."""
+
+
+class HeldByOthers(Exception):
+    """All that is left of the budget is allowed to other processes, which may give something back.
+    `look_s`: the seconds after which the caller may try again; meanwhile it holds nothing that the
+    others need."""
+
+    def __init__(self, look_s: float) -> None:
+        super().__init__(f"look again in {look_s:g} s")
+        self.look_s = look_s
+
+
+async def when_left(work: Callable[[], Awaitable[T]]) -> T:
+    """Return what `work` does, which is begun again as long as others hold all that is left of a
+    budget."""
+    while True:
+        try:
+            return await work()
+        except HeldByOthers as held:
+            await asyncio.sleep(held.look_s)
 
 
 def cost_of(usage: Usage, prices: PriceRecipe | None) -> float | None:
@@ -88,8 +110,9 @@ class Spending:
       object alone. With one, other processes share the caps: all that is granted and not yet spent
       is in its row.
     - A call of which the endpoint gave no count is counted at what it reserved.
-    - A call that does not fit waits as long as other calls are under way, here or in a process that
-      has an allowance: they may settle for less. If none is, the cap itself is reached.
+    - A call that does not fit waits as long as others of this object have reserved something, and
+      is to try again as long as a process with an allowance has: they may settle for less. If none
+      has, the cap itself is reached.
 
     `section`: the recipe's section with the budget, for messages. `calls`: how many are made at a
     time. To be used within `async with` if it has an allowance.
@@ -113,6 +136,7 @@ class Spending:
         self._granted = dict.fromkeys(self._caps, 0.0) if self._allowance else self._caps
         self._is_used_up = False
         self._waits_for: tuple[str, ...] = ()
+        self._looks_at = 0.0
         self._asks_for_more = asyncio.Lock()
         self._settled = asyncio.Event()
 
@@ -145,9 +169,15 @@ class Spending:
         allowance = Allowance(database, flush, recipe.budget, payer, section, currency, recover)
         return cls(recipe.budget, recipe.prices, section, allowance, recipe.concurrency)
 
+    @property
+    def lapses(self) -> int:
+        """How often others may have spent what this process had reserved, as it was suspended."""
+        return self._allowance.lapses if self._allowance else 0
+
     async def reserve(self, most: Usage) -> Amounts:
-        """Reserve the most that a call can take; pass the result to `settle`. Waits for calls under
-        way where they may leave enough. Raises BudgetReached where a cap is reached."""
+        """Reserve the most that a call can take; pass the result to `settle`, or to `give_back` if
+        the call is not made. Waits for calls under way where they may leave enough. Raises
+        HeldByOthers where other processes may, and BudgetReached where a cap is reached."""
         wanted = self._amounts(most)
         while (name := self._exceeded_by(wanted)) is not None:
             if self._reserved["calls"] and (self._allowance is None or self._is_used_up):
@@ -164,24 +194,30 @@ class Spending:
     def settle(self, reserved: Amounts, used: Usage | None) -> None:
         """Replace what a call reserved by what it took: `used`, as the endpoint counted it, or all
         of `reserved` if `used` is None."""
-        taken = reserved
-        if used is not None:
-            taken = self._amounts(used)
+        taken = reserved if used is None else self._amounts(used)
+        for name, amount in taken.items():
+            self._spent[name] += amount
+        self.give_back(reserved)
+
+    def give_back(self, reserved: Amounts) -> None:
+        """Give back what a call reserved: all of it, if it is not made."""
         for name, amount in reserved.items():
             self._reserved[name] = max(self._reserved[name] - amount, 0.0)
-            self._spent[name] += taken[name]
         # Differences of floats leave a remainder; without calls under way nothing is reserved.
         if not round(self._reserved["calls"]):
             self._reserved = dict.fromkeys(self._reserved, 0.0)
         self._settled.set()
 
     async def _ask_for_more(self, allowance: Allowance, wanted: Amounts) -> None:
-        """Have more granted, if there is any. Raises BudgetReached if there never will be."""
+        """Have more granted, if there is any. Raises HeldByOthers if there may be some later, and
+        BudgetReached if there never will be."""
         async with self._asks_for_more:
             name = self._exceeded_by(wanted)
             under_way = self._reserved["calls"] > 0
             if name is None or (under_way and self._is_used_up):
                 return
+            if (left_s := self._looks_at - time.monotonic()) > 0:
+                raise HeldByOthers(left_s)
             kept = {each: self._reserved[each] for each in self._caps}
             base = {each: self._spent[each] + kept[each] for each in self._caps}
             # What is not kept goes back with the same transaction, so that nobody takes it now.
@@ -195,7 +231,9 @@ class Spending:
                     raise self._reached(name, grant.spent)
                 self._tell_of(grant.waits_for)
                 took = time.monotonic() - began
-                await asyncio.sleep(max(POLL_S, min(took / LOOK_SHARE, RENEWAL_S)))
+                look_s = max(POLL_S, min(took / LOOK_SHARE, RENEWAL_S))
+                self._looks_at = time.monotonic() + look_s
+                raise HeldByOthers(look_s)
 
     def _tell_of(self, runs: tuple[str, ...]) -> None:
         """Say which runs this one waits for, if it has not said so."""

@@ -10,6 +10,7 @@ from typing import Any, Literal, Protocol
 
 from sqlalchemy import (
     JSON,
+    BigInteger,
     Boolean,
     Column,
     DateTime,
@@ -26,9 +27,8 @@ from sqlalchemy import (
     text,
 )
 
-from distillery.recipe import JUDGE, JudgeRecipe
 from distillery.records import CallTotal, Usage
-from distillery.storage.database import METADATA, Database
+from distillery.storage.database import METADATA, Database, insert_new
 
 Purpose = Literal["label", "validation row", "test row", "canary", "judge", "probe"]
 """What a call was made for. label: a row to train on. canary: a row that is asked again, to detect
@@ -144,18 +144,35 @@ CALLS = Table(
     Column("cost", Float),
     Column("prices", JSON(none_as_null=True)),
     Column("batch_id", Text, nullable=False),
-    Index("ix_teacher_calls_recipe_called_at", "recipe", "called_at"),
 )
 
+SPENDING = Table(
+    "teacher_spending",
+    METADATA,
+    Column("run", Text, primary_key=True),
+    Column("recipe", Text, primary_key=True),
+    Column("section", Text, primary_key=True),
+    Column("day", String(10), primary_key=True),
+    Column("currency", Text, primary_key=True),
+    Column("cost", Float, nullable=False),
+    Column("tokens", BigInteger, nullable=False),
+    Column("calls", BigInteger, nullable=False),
+    Index("ix_teacher_spending_recipe_day", "recipe", "day"),
+)
+"""The sums of the calls of each run, recipe, section of the recipe (teacher or judge), day in UTC
+(YYYY-MM-DD) and currency ("" without prices), so that a budget need not add up the ledger. A
+trigger of the database adds each new call (migration 0009)."""
 
-def write_calls(connection: Any, insert: Any, calls: Sequence[Call]) -> None:
-    """Write calls within a transaction. `insert` is the dialect's INSERT into CALLS. A call that is
-    there already stays as it is."""
+NEW_CALL = insert_new(CALLS)
+
+
+def write_calls(connection: Any, calls: Sequence[Call]) -> None:
+    """Write calls within a transaction. A call that is there already stays as it is."""
     names = CALLS.columns.keys()
     # asdict would copy the prices of each.
     rows = [{name: getattr(call, name) for name in names} for call in calls]
     if rows:
-        connection.execute(insert.on_conflict_do_nothing(), rows)
+        connection.execute(NEW_CALL, rows)
 
 
 def period_start(period: str, now: datetime) -> datetime | None:
@@ -184,22 +201,20 @@ def period_end(period: str, now: datetime) -> datetime | None:
 def spent(
     connection: Any, payer: Payer, section: str, currency: str, since: datetime | None
 ) -> Amounts:
-    """Return what the ledger says a run has spent, or with `since` all runs of its recipe from then
-    on: on judges if `section` of the recipe is theirs, else on teachers. Costs in another currency
-    don't count."""
-    is_judge = CALLS.c.teacher.startswith(JUDGE)
-    if section != JudgeRecipe.section:
-        is_judge = not_(is_judge)
-    whose = CALLS.c.run == payer.run
+    """Return what the ledger says a run has spent, or with `since`, the beginning of a day, all
+    runs of its recipe from then on: on judges if `section` of the recipe is theirs, else on
+    teachers. Costs in another currency don't count."""
+    whose = SPENDING.c.run == payer.run
     if since is not None:
-        whose = and_(CALLS.c.recipe == payer.recipe, CALLS.c.called_at >= since)
-    in_currency = CALLS.c.prices["currency"].as_string() == currency
+        first = since.date().isoformat()
+        whose = and_(SPENDING.c.recipe == payer.recipe, SPENDING.c.day >= first)
+    in_currency = SPENDING.c.currency == currency
     query = select(
-        func.coalesce(func.sum(CALLS.c.cost).filter(in_currency), 0.0),
-        func.coalesce(func.sum(CALLS.c.prompt_tokens + CALLS.c.completion_tokens), 0),
-        func.count(),
-    )
-    cost, tokens, calls = connection.execute(query.where(whose, is_judge)).one()
+        func.coalesce(func.sum(SPENDING.c.cost).filter(in_currency), 0.0),
+        func.coalesce(func.sum(SPENDING.c.tokens), 0),
+        func.coalesce(func.sum(SPENDING.c.calls), 0),
+    ).where(whose, SPENDING.c.section == section)
+    cost, tokens, calls = connection.execute(query).one()
     return {"cost": float(cost), "tokens": float(tokens), "calls": float(calls)}
 
 

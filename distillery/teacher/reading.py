@@ -15,6 +15,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from distillery.answers import canonical
@@ -225,6 +226,13 @@ _ENUMERATED = re.compile(
 )
 
 
+SHORT = 100
+"""The most characters of a text whose reading is kept."""
+
+READINGS = 4096
+"""How many are kept."""
+
+
 def parse_answer(text: str, choices: Sequence[str], cut_off: bool = False) -> str | None:
     """Return the letter that `text` answers with, or None if it names no option or several.
 
@@ -233,8 +241,7 @@ def parse_answer(text: str, choices: Sequence[str], cut_off: bool = False) -> st
     text discusses. Everything up to </think> is ignored. `cut_off`: whether the text ends where
     its author didn't end it; then it must begin with its answer.
     """
-    letters = dict(zip(LETTERS, choices, strict=False))
-    return Reader(letters, by_letter=True).read(text, cut_off)
+    return read_choice(text, tuple(choices), cut_off, by_letter=True)
 
 
 def parse_class(text: str, classes: Sequence[str], cut_off: bool = False) -> str | None:
@@ -242,7 +249,24 @@ def parse_class(text: str, classes: Sequence[str], cut_off: bool = False) -> str
 
     It is read as `parse_answer` reads the text of an option: without regard to case, quotes and
     emphasis, unless case tells two classes apart."""
-    return Reader({name: name for name in classes}, by_letter=False).read(text, cut_off)
+    return read_choice(text, tuple(classes), cut_off, by_letter=False)
+
+
+def read_choice(text: str, names: tuple[str, ...], cut_off: bool, by_letter: bool) -> str | None:
+    """Return the letter, or else the one of `names`, that `text` answers with. Most answers are a
+    few short texts, again and again, whose readings are kept."""
+    read = read_short_choice if len(text) <= SHORT else read_any_choice
+    return read(text, names, cut_off, by_letter)
+
+
+def read_any_choice(
+    text: str, names: tuple[str, ...], cut_off: bool, by_letter: bool
+) -> str | None:
+    choices = dict(zip(LETTERS if by_letter else names, names, strict=False))
+    return Reader(choices, by_letter).read(text, cut_off)
+
+
+read_short_choice = lru_cache(READINGS)(read_any_choice)
 
 
 def written_answer(text: str, schema: Mapping[str, Any] | None) -> str:

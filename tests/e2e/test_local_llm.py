@@ -19,6 +19,7 @@ from pydantic import SecretStr
 
 from distillery.data.examples import read_examples
 from distillery.data.prepare import prepare
+from distillery.labels.exports import export_answers
 from distillery.labels.files import LABELS_FILE, REJECTED_FILE, LabelCounts, read_labels
 from distillery.labels.labelling import label
 from distillery.labels.report import read_report
@@ -164,7 +165,7 @@ def test_a_json_schema_leaves_no_answer_that_is_none(
     assert (counts.accepted, counts.rejected) == (ROWS, 0)
     labels = read_labels(tmp_path / "out")
     with LabelStore(f"sqlite:///{labelling.folder}/json-{sdk}.db") as store:
-        store.export(tmp_path / "answers.parquet")
+        export_answers(store, tmp_path / "answers.parquet")
     assert all(
         json.loads(raw).keys() == {"answer"}
         for raw in pandas.read_parquet(tmp_path / "answers.parquet").raw

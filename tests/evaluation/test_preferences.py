@@ -23,6 +23,7 @@ from distillery.evaluation.preferences import (
 )
 from distillery.evaluation.statistics import win_rate_interval
 from distillery.labels.canaries import drift_of, earlier_questions
+from distillery.labels.exports import export_rows
 from distillery.labels.files import LabelCounts
 from distillery.labels.pairs import Pair, pairs_of
 from distillery.labels.quote import quote_judge
@@ -327,7 +328,7 @@ async def test_what_a_judge_says_is_no_label_and_goes_with_its_row(
     run = judging(perfect)
     await run.compare()
     with LabelStore(run.url) as store:
-        assert store.export_rows(tmp_path / "rows.jsonl", "messages") == 0
+        assert export_rows(store, tmp_path / "rows.jsonl", "messages") == 0
         assert store.summary()[0][:2] == ("judge:wise", 8)
         assert store.delete(rows=["r1"]) == 2
         assert store.summary()[0][1] == 6

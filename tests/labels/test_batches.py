@@ -26,8 +26,10 @@ from label_runs import PROMPT, endpoint_of, example, stored_keys
 
 from distillery.errors import BudgetReached, DataError, RecipeError, TeacherError, Waiting
 from distillery.labels.batch_book import Batch, BatchBook
-from distillery.labels.batch_files import RequestFile
-from distillery.labels.batch_run import Share, ask_in_batches, give_up_batch
+from distillery.labels.batch_files import RequestFile, Share
+from distillery.labels.batch_forget import give_up_batch
+from distillery.labels.batch_run import ask_in_batches
+from distillery.labels.journal import left_beside
 from distillery.labels.questions import questions
 from distillery.labels.quote import quote
 from distillery.labels.store import LabelStore
@@ -149,6 +151,25 @@ async def test_a_line_that_fails_is_asked_again_and_one_that_is_refused_is_rejec
         name, ["filtered" if reason else "answer"]
     )
     assert left_in_book(url) == (0, 0)
+
+
+async def test_a_line_that_cannot_be_read_is_kept_and_its_request_sent_again(url: str) -> None:
+    def fates(question: str, earlier: int) -> Fate:
+        return "garbled" if "after 7?" in question and not earlier else "answer"
+
+    with BatchEndpoint(lambda _: Plan(fate=fates)) as service:
+        await asked_in_batches(service, url, ROWS, batch_teacher())
+        assert [n for question, n in service.answered.items() if "after 7?" in question] == [2]
+    (key,) = keys_of([ROWS[7]])
+    mine = [call["outcome"] for call in calls_in(url) if call["request_key"] == key]
+    assert mine == ["lost", "answer"], "it is paid for twice"
+    with LabelStore(url) as store:
+        (kept,) = left_beside(store.database)
+    assert kept.suffix == ".unreadable"
+    assert kept.stat().st_mode & 0o777 == 0o600
+    (line,) = kept.read_bytes().splitlines()
+    assert line.startswith(b'{"id": "batch_req_')
+    assert key.encode() in line
 
 
 @pytest.mark.parametrize("status", ["expired", "cancelled"])

@@ -16,6 +16,7 @@ from distillery.errors import BudgetReached, DataError, RecipeError, TeacherErro
 from distillery.labels.canaries import ask_canaries
 from distillery.labels.cascade import label_in_cascade, results
 from distillery.labels.files import LabelCounts, read_labels, read_rejected
+from distillery.labels.quote import quote_canaries
 from distillery.labels.store import LabelStore
 from distillery.recipe import CanaryRecipe, CascadeRecipe, TeacherRecipe, parse_recipe
 from distillery.records import Example
@@ -190,7 +191,9 @@ async def test_canaries_are_asked_of_both_where_they_have_answered(
     servers: tuple[ChatEndpoint, ChatEndpoint], tmp_path: Path
 ) -> None:
     await run(servers, tmp_path)
-    recipe = TeacherRecipe(cascade=CascadeRecipe(), canaries=CanaryRecipe(rows=10))
+    recipe = TeacherRecipe.model_validate(
+        {"cascade": CascadeRecipe(), "canaries": CanaryRecipe(rows=10), "prices": PRICES}
+    )
     assert recipe.cheap
     rows = [example(number) for number in range(ROWS)]
     dear, cheap = (
@@ -198,12 +201,22 @@ async def test_canaries_are_asked_of_both_where_they_have_answered(
         endpoint_of(servers[0], identity="cheap"),
     )
     servers[0].script = lambda call: said("B", top={"B": 0.9, "A": 0.05, "C": 0.05})
+    asked_before = [len(server.calls) for server in servers]
     with LabelStore(f"sqlite:///{tmp_path / 'labels.db'}") as store:
+        quoted = [
+            quote_canaries(rows, PROMPT, asked, name, store)
+            for asked, name in ((recipe.cheap, "cheap"), (recipe, "large"))
+        ]
         drift = await ask_canaries(rows, PROMPT, recipe, dear, store)
         assert (drift.compared, drift.changed) == (10, ())
         of_cheap = await ask_canaries(rows, PROMPT, recipe.cheap, cheap, store)
     assert of_cheap.compared >= 9, "row 4 has no answer"
     assert len(of_cheap.changed) >= 9
+    calls = [len(server.calls) - n for server, n in zip(servers, asked_before, strict=True)]
+    assert [each.calls for each in quoted] == calls == [10, 10]
+    assert [each.usage.prompt_tokens for each in quoted] == [400, 400]
+    assert quoted[1].cost == pytest.approx(10 * EACH)
+    assert "10 canaries, 0 known: 10 calls, 400 tokens in (counted)" in quoted[1].line()
 
 
 async def test_two_teachers_of_one_name_are_refused(

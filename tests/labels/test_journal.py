@@ -32,11 +32,16 @@ from sqlalchemy.engine import make_url
 from distillery.errors import StoreError, StoreUnavailable
 from distillery.labels.journal import (
     Journal,
-    database_hash,
+    Recovered,
+    address_of,
     examine,
+    hash_of,
     if_abandoned,
     journal_folder,
+    left_beside,
     line_of,
+    of_other_databases,
+    prefixes_of,
     read_journal,
     values_of,
 )
@@ -45,7 +50,7 @@ from distillery.labels.questions import request_key
 from distillery.labels.store import SLOW_COMMIT_S, LabelStore, StoredAnswer
 from distillery.prompts import render_messages
 from distillery.recipe import TeacherRecipe
-from distillery.storage.database import checked_url
+from distillery.storage.database import Database, checked_url
 from distillery.teacher.ledger import Call as Entry
 
 
@@ -102,6 +107,11 @@ def ledger(url: str) -> dict[str, tuple[str, int]]:
         found = {row[0]: (row[1], row[2]) for row in connection.execute(query)}
     engine.dispose()
     return found
+
+
+def examined(url: str) -> list[Recovered]:
+    with contextlib.closing(Database(url)) as database:
+        return examine(database)
 
 
 def wait_until(happened: Callable[[], bool]) -> None:
@@ -181,7 +191,7 @@ def test_what_is_committed_is_in_no_journal(url: str) -> None:
 
 def test_a_killed_process_loses_no_answer_and_no_call(url: str, tmp_path: Path) -> None:
     killed(url, tmp_path)
-    (left,) = examine(make_url(url))
+    (left,) = examined(url)
     with LabelStore(url) as store:
         assert store.recovered == [left]
     assert (left.answers, left.calls, left.lost, left.unreadable) == (3, 4, 1, 0)
@@ -240,9 +250,44 @@ def test_a_journal_goes_into_no_other_database(url: str, tmp_path: Path) -> None
     assert journal.exists()
 
 
+def test_databases_that_have_had_one_address_are_told_apart(url: str, tmp_path: Path) -> None:
+    """As those behind a tunnel that leads here today and there tomorrow."""
+    journal = killed(url, tmp_path)
+    for path in tmp_path.glob("labels.db*"):
+        path.rename(tmp_path / f"first-{path.name}")
+    with LabelStore(url) as second:
+        assert second.recovered == []
+        assert of_other_databases(second.database) == [journal]
+        assert left_beside(second.database) == []
+    for path in tmp_path.glob("first-*"):
+        path.rename(tmp_path / path.name.removeprefix("first-"))
+    check_recovered(url)
+
+
+def test_a_copy_of_a_database_does_not_get_its_journals(url: str, tmp_path: Path) -> None:
+    journal = killed(url, tmp_path)
+    with sqlite3.connect(tmp_path / "labels.db") as database:
+        database.execute(f"VACUUM INTO '{tmp_path / 'copy.db'}'")
+    database.close()
+    with LabelStore(f"sqlite:///{tmp_path / 'copy.db'}") as copy:
+        assert copy.recovered == []
+    assert journal.exists()
+
+
+def test_a_journal_of_before_databases_had_ids_is_found(url: str, tmp_path: Path) -> None:
+    journal = killed(url, tmp_path)
+    with contextlib.closing(Database(url)) as database:
+        today, before = prefixes_of(database)
+    assert journal.name.startswith(today)
+    for path in journals():
+        path.rename(path.with_name(path.name.replace(today, before)))
+    check_recovered(url)
+    assert journals() == []
+
+
 def test_databases_are_told_apart_without_their_users_and_passwords() -> None:
     def hashed(url: str) -> str:
-        return database_hash(make_url(url))
+        return hash_of(address_of(make_url(url)))
 
     one = hashed("postgresql://me:secret@db.example/labels")
     assert one == hashed("postgresql://you@db.example/labels?sslpassword=secret")
@@ -262,7 +307,7 @@ def test_the_journal_of_a_living_store_is_left_to_it(url: str) -> None:
         store.begin(entry(1))
         with LabelStore(url) as other:
             assert other.recovered == []
-            assert examine(make_url(url)) == []
+            assert examined(url) == []
         store.record(ended(1))
     assert ledger(url) == {"call-1": ("answer", 40)}
 
@@ -420,9 +465,11 @@ def test_killed_twenty_times_every_call_and_every_answer_is_there(
 
     A call is lost where its process was killed while it was under way: before the endpoint got it,
     before it answered, or before the process had read the answer. It is an entry of its own then,
-    and the row is asked again. With PostgreSQL, the server is away twice: a process is killed
-    meanwhile, and the next one goes on after ten seconds; another one waits until it is back."""
-    monkeypatch.setenv("DISTILLERY_STORE_WAIT", "120")
+    and the row is asked again. With PostgreSQL, the server is away twice, for LABEL_OUTAGE_S
+    seconds (5): a process is killed meanwhile, and the next one goes on five seconds later; another
+    one waits until it is back."""
+    outage_s = float(os.environ.get("LABEL_OUTAGE_S", "5"))
+    monkeypatch.setenv("DISTILLERY_STORE_WAIT", str(outage_s + 115))
     server_of_labels = Postgres() if kind == "postgresql" else None
     if server_of_labels:
         server_of_labels.start()
@@ -444,7 +491,7 @@ def test_killed_twenty_times_every_call_and_every_answer_is_there(
                 server_of_labels.stop()
                 time.sleep(3)
                 asked = len(server.calls)
-                time.sleep(2)
+                time.sleep(outage_s - 3)
                 assert len(server.calls) == asked, "no call begins while the database is away"
                 if number == 6:
                     runs.kill()
@@ -608,7 +655,7 @@ def test_a_journal_of_another_form_stays(url: str, tmp_path: Path) -> None:
         assert "written by another version" in left.trouble
         store.add(stored(8))
     assert journal.read_bytes() == content
-    assert left == examine(make_url(url))[0]
+    assert left == examined(url)[0]
 
 
 def test_a_journal_that_cannot_be_read_closes_no_store(url: str, tmp_path: Path) -> None:
@@ -629,7 +676,8 @@ def test_lines_may_end_as_on_windows(url: str, tmp_path: Path) -> None:
 
 def test_a_deleted_answer_does_not_come_back(url: str, tmp_path: Path) -> None:
     """More lines than SMALL are open, so that the file is not rewritten."""
-    journal = Journal(make_url(url))
+    with contextlib.closing(Database(url)) as database:
+        journal = Journal(database)
     row = {"row": {**values_of(stored(0)), "created_at": datetime.now(UTC)}}
     first = journal.write("answer", {**row, "since": None, "call": None})
     for number in range(300):

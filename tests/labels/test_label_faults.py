@@ -21,6 +21,7 @@ from chat_endpoint import Call, ChatEndpoint, Reply, Script, completion, good, r
 from label_runs import PROMPT, example, labelled, read_all, read_lines, run_process, stored_keys
 
 from distillery.errors import BudgetReached, CredentialsError, TeacherError, TeacherUnavailable
+from distillery.labels.exports import export_answers
 from distillery.labels.files import LabelCounts
 from distillery.labels.questions import request_key
 from distillery.labels.store import LabelStore
@@ -1054,7 +1055,7 @@ async def test_text_that_a_database_can_not_hold_loses_no_answer(url: str, tmp_p
         again = await labelled(server, url, tmp_path / "2", rows=rows)
     assert (again.accepted, again.asked) == (2, 0)
     with LabelStore(url) as store:
-        store.export(tmp_path / "answers.parquet")
+        export_answers(store, tmp_path / "answers.parquet")
     for answer in pq.read_table(tmp_path / "answers.parquet").to_pylist():
         assert "\0" not in answer["prompt"] + answer["example_id"]
 

@@ -6,7 +6,9 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import replace
+from datetime import UTC, datetime
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -19,19 +21,28 @@ from alembic.autogenerate import compare_metadata
 from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
+from postgres_server import Postgres
 from sqlalchemy import create_engine
 
 from distillery.data.answer_tokens import AnswerToken, packed
 from distillery.errors import DataError, StoreError, StoreUnavailable
 from distillery.labels.batch_book import BATCHES, LINES
+from distillery.labels.exports import export_answers, export_rows, import_answers, parquet_schema
+from distillery.labels.journal import values_of
 from distillery.labels.questions import questions
-from distillery.labels.store import Experience, LabelStore, StoredAnswer, parquet_schema
+from distillery.labels.store import Experience, LabelStore, StoredAnswer
 from distillery.recipe import PromptRecipe, TeacherRecipe
 from distillery.records import Example
-from distillery.storage.database import METADATA, SCHEMA, VERSION_TABLE
+from distillery.storage.database import (
+    IDENTITY,
+    METADATA,
+    SCHEMA,
+    VERSION_TABLE,
+    checked_url,
+)
 from distillery.storage.leases import LEASES, Leases
 from distillery.teacher.allowances import ALLOWANCES
-from distillery.teacher.ledger import CALLS
+from distillery.teacher.ledger import CALLS, SPENDING, Call, Payer, spent
 
 
 @pytest.fixture
@@ -93,11 +104,11 @@ def times_in(path: Path) -> list[tuple[str, str]]:
 
 def test_what_is_exported_is_loaded_as_it_was(store: LabelStore, tmp_path: Path) -> None:
     file = tmp_path / "answers.parquet"
-    assert filled(store).export(file) == 5
+    assert export_answers(filled(store), file) == 5
     with LabelStore(f"sqlite:///{tmp_path / 'other.db'}") as other:
-        assert other.load(file) == 5
+        assert import_answers(other, file) == 5
         assert all_in(other) == {answer.request_key: answer for answer in ANSWERS}
-        assert other.load(file) == 0
+        assert import_answers(other, file) == 0
     assert times_in(tmp_path / "other.db") == times_in(tmp_path / "labels.db")
     assert len(times_in(tmp_path / "other.db")) == 5
     assert pq.read_table(file).column("created_at").type == pa.timestamp("us", tz="UTC")
@@ -108,81 +119,81 @@ def test_tokens_are_kept_exported_and_loaded(store: LabelStore, tmp_path: Path) 
     kept = {answer.request_key: answer for answer in answers}
     file = tmp_path / "answers.parquet"
     assert all_in(filled(store, answers)) == kept
-    assert store.export(file) == 2
-    assert store.export_rows(tmp_path / "rows.jsonl", "messages") == 2
+    assert export_answers(store, file) == 2
+    assert export_rows(store, tmp_path / "rows.jsonl", "messages") == 2
     with LabelStore(f"sqlite:///{tmp_path / 'other.db'}") as other:
-        assert other.load(file) == 2
+        assert import_answers(other, file) == 2
         assert all_in(other) == kept
 
 
 def test_an_export_of_a_version_without_tokens_is_loaded(store: LabelStore, tmp_path: Path) -> None:
     file = tmp_path / "answers.parquet"
-    filled(store).export(file)
+    export_answers(filled(store), file)
     pq.write_table(pq.read_table(file).drop_columns(["tokens"]), file)
     with LabelStore(f"sqlite:///{tmp_path / 'other.db'}") as other:
-        assert other.load(file) == 5
+        assert import_answers(other, file) == 5
         assert all_in(other) == all_in(store)
 
 
 @pytest.mark.security
 def test_an_export_with_tokens_that_are_none_is_one_line(store: LabelStore, tmp_path: Path) -> None:
     file = tmp_path / "answers.parquet"
-    filled(store, [stored(1), stored(2, tokens=TOKENS[:-3])]).export(file)
+    export_answers(filled(store, [stored(1), stored(2, tokens=TOKENS[:-3])]), file)
     with LabelStore(f"sqlite:///{tmp_path / 'other.db'}") as other:
         with pytest.raises(DataError, match=r"answers\.parquet: tokens: .*; export the") as caught:
-            other.load(file)
+            import_answers(other, file)
         assert "\n" not in str(caught.value)
         assert all_in(other) == {}
 
 
 def test_a_loaded_answer_changes_none_that_is_there(store: LabelStore, tmp_path: Path) -> None:
-    filled(store).export(tmp_path / "answers.parquet")
+    export_answers(filled(store), tmp_path / "answers.parquet")
     with LabelStore(f"sqlite:///{tmp_path / 'other.db'}") as other:
         mine = stored(1, answer="B", raw="mine")
         filled(other, [mine])
-        assert other.load(tmp_path / "answers.parquet") == 4
+        assert import_answers(other, tmp_path / "answers.parquet") == 4
         assert all_in(other)[mine.request_key] == mine
 
 
 def test_one_teachers_answers_are_exported_alone(store: LabelStore, tmp_path: Path) -> None:
-    assert filled(store).export(tmp_path / "answers.parquet", teacher="sha256:1") == 1
+    assert export_answers(filled(store), tmp_path / "answers.parquet", teacher="sha256:1") == 1
     (row,) = pq.read_table(tmp_path / "answers.parquet").to_pylist()
     assert (row["teacher"], row["distribution"]) == (
         "sha256:1",
         '{"A": 0.30000000000000004, "B": 0.7}',
     )
-    assert store.export(tmp_path / "none.parquet", teacher="nobody") == 0
+    assert export_answers(store, tmp_path / "none.parquet", teacher="nobody") == 0
 
 
 def test_labels_are_exported_as_training_rows(store: LabelStore, tmp_path: Path) -> None:
     filled(store, [*ANSWERS, stored(6, prompt="", raw="A, of a version that kept no prompts")])
     asked, answered = "What comes after 5?", {"role": "assistant", "content": "A"}
     file = tmp_path / "rows.jsonl"
-    assert store.export_rows(file, "question-answer") == 4, "one was rejected"
+    assert export_rows(store, file, "question-answer") == 4, "one was rejected"
     lines = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
     assert lines[-1] == {"Question": asked, "Answer": "A"}
     assert lines[-2] == {"Question": "é\t%", "Answer": "A"}
-    assert store.export_rows(file, "messages", teacher="sha256:1") == 1
+    assert export_rows(store, file, "messages", teacher="sha256:1") == 1
     assert json.loads(file.read_text("utf-8")) == {
         "messages": [{"role": "user", "content": asked}, answered]
     }
     with pytest.raises(DataError, match="can't be written"):
-        store.export_rows(tmp_path / "none" / "rows.jsonl", "messages")
+        export_rows(store, tmp_path / "none" / "rows.jsonl", "messages")
 
 
 def test_no_answers_are_exported_and_loaded_too(store: LabelStore, tmp_path: Path) -> None:
-    assert store.export(tmp_path / "answers.parquet") == 0
-    assert store.load(tmp_path / "answers.parquet") == 0
+    assert export_answers(store, tmp_path / "answers.parquet") == 0
+    assert import_answers(store, tmp_path / "answers.parquet") == 0
 
 
 def test_more_answers_than_a_page(
     store: LabelStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("distillery.labels.store.EXPORT_ROWS", 7)
+    monkeypatch.setattr("distillery.labels.exports.EXPORT_ROWS", 7)
     filled(store, [stored(number) for number in range(50)])
-    assert store.export(tmp_path / "answers.parquet") == 50
+    assert export_answers(store, tmp_path / "answers.parquet") == 50
     with LabelStore(f"sqlite:///{tmp_path / 'other.db'}") as other:
-        assert other.load(tmp_path / "answers.parquet") == 50
+        assert import_answers(other, tmp_path / "answers.parquet") == 50
         assert all_in(other) == all_in(store)
 
 
@@ -193,23 +204,23 @@ def test_an_export_that_fails_leaves_the_old_file(
     file.write_text("old")
     schema = parquet_schema()
     raw_as_number = schema.set(schema.get_field_index("raw"), pa.field("raw", pa.int64()))
-    monkeypatch.setattr("distillery.labels.store.parquet_schema", lambda: raw_as_number)
+    monkeypatch.setattr("distillery.labels.exports.parquet_schema", lambda: raw_as_number)
     with pytest.raises(pa.ArrowException):
-        filled(store).export(file)
+        export_answers(filled(store), file)
     assert file.read_text() == "old"
     assert not [other for other in tmp_path.iterdir() if "partial" in other.name]
 
 
 def test_a_folder_that_is_not_there_is_named(store: LabelStore, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"nowhere/answers\.parquet") as caught:
-        filled(store).export(tmp_path / "nowhere" / "answers.parquet")
+        export_answers(filled(store), tmp_path / "nowhere" / "answers.parquet")
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("wrong", ["text", "nothing", "columns", "types", "truncated", "missing"])
 def test_a_file_that_is_no_export_is_refused(store: LabelStore, tmp_path: Path, wrong: str) -> None:
     file = tmp_path / "answers.parquet"
-    filled(store).export(file)
+    export_answers(filled(store), file)
     table = pq.read_table(file)
     if wrong == "text":
         file.write_text("request_key,answer\n1,A\n" * 100)
@@ -226,7 +237,7 @@ def test_a_file_that_is_no_export_is_refused(store: LabelStore, tmp_path: Path, 
         file.unlink()
     with LabelStore(f"sqlite:///{tmp_path / 'other.db'}") as other:
         with pytest.raises(DataError, match=r"answers\.parquet: ") as caught:
-            other.load(file)
+            import_answers(other, file)
         assert "\n" not in str(caught.value)
         assert all_in(other) == {}
 
@@ -446,14 +457,60 @@ def test_a_database_of_before_the_versions_is_upgraded_in_place(url: str, tmp_pa
         assert len(all_in(again)) == 4
 
 
-def test_a_database_of_before_the_tokens_is_upgraded_in_place(url: str, tmp_path: Path) -> None:
-    make_old(tmp_path / "labels.db")
-    engine = create_engine(url)
+def upgrade(url: str, revision: str) -> None:
+    """Migrate a database to an earlier version's schema."""
+    engine = create_engine(checked_url(url, False))
     with engine.begin() as connection:
         config = Config(attributes={"connection": connection, "version_table": VERSION_TABLE})
         config.set_main_option("script_location", str(files("distillery.storage") / "migrations"))
-        command.upgrade(config, "0003")
+        command.upgrade(config, revision)
     engine.dispose()
+
+
+@pytest.mark.parametrize("kind", ["sqlite", pytest.param("postgresql", marks=pytest.mark.slow)])
+def test_what_was_spent_before_there_were_sums_counts(
+    kind: str, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a session whose day is another one than that in UTC."""
+    monkeypatch.setenv("PGTZ", "Pacific/Kiritimati")
+    with ExitStack() as services:
+        if kind == "postgresql":
+            url = services.enter_context(Postgres()).url()
+        upgrade(url, "0008")
+        engine = create_engine(checked_url(url, False))
+        with engine.begin() as connection:
+            for number, (teacher, currency, hour) in enumerate(
+                [("a", "EUR", 23), ("a", "EUR", 1), ("a", None, 1), ("judge:a", "EUR", 1)]
+            ):
+                call = Call(
+                    run="run-1",
+                    recipe="messages",
+                    teacher=teacher,
+                    purpose="label",
+                    outcome="answer",
+                    prompt_tokens=10**number,
+                    completion_tokens=5,
+                    cost=0.5 if currency else None,
+                    prices={"input": 1.0, "currency": currency} if currency else None,
+                    called_at=datetime(2026, 11, 28 if hour == 1 else 27, hour, tzinfo=UTC),
+                )
+                connection.execute(CALLS.insert(), [values_of(call)])
+        engine.dispose()
+        payer, saturday = Payer("run-1", "messages"), datetime(2026, 11, 28, tzinfo=UTC)
+        with LabelStore(url) as store:
+            run = store.database.run(lambda c: spent(c, payer, "teacher", "EUR", None))
+            day = store.database.run(lambda c: spent(c, payer, "teacher", "EUR", saturday))
+            judge = store.database.run(
+                lambda c: spent(c, payer, "evaluation.judge", "EUR", saturday)
+            )
+    assert run == {"cost": 1.0, "tokens": 126.0, "calls": 3.0}
+    assert day == {"cost": 0.5, "tokens": 120.0, "calls": 2.0}
+    assert judge == {"cost": 0.5, "tokens": 1005.0, "calls": 1.0}
+
+
+def test_a_database_of_before_the_tokens_is_upgraded_in_place(url: str, tmp_path: Path) -> None:
+    make_old(tmp_path / "labels.db")
+    upgrade(url, "0003")
     with LabelStore(url) as store:
         assert len(all_in(store)) == 3
         assert {answer.tokens for answer in all_in(store).values()} == {None}
@@ -463,7 +520,7 @@ def test_a_database_of_before_the_tokens_is_upgraded_in_place(url: str, tmp_path
 
 def test_a_migrated_schema_is_the_one_that_the_code_has(url: str, tmp_path: Path) -> None:
     # Tables are known once their modules are imported.
-    for table in (LEASES, CALLS, ALLOWANCES, BATCHES, LINES):
+    for table in (LEASES, CALLS, SPENDING, ALLOWANCES, BATCHES, LINES, IDENTITY):
         assert table.name in METADATA.tables
     make_old(tmp_path / "old.db")
     for database in (url, f"sqlite:///{tmp_path / 'old.db'}"):

@@ -219,6 +219,10 @@ def test_a_cheap_teacher_and_chosen_rows_are_quoted(
     write_examples(rows, tmp_path / "chosen.jsonl")
     found = quote_recipe(asked, tmp_path / "chosen.jsonl")
     assert (found["cheap teacher"].calls, found["train"].rows) == (5, 10)
+    values["teacher"]["canaries"] = {"rows": 30}
+    found = quote_recipe(Recipe.model_validate(values), tmp_path / "chosen.jsonl")
+    assert found["cheap teacher's canaries"].calls == 25
+    assert found["canaries"].calls == 0, "it has answered none of them"
 
 
 def test_a_classifier_is_quoted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from postgres_server import Postgres
 
 from distillery.errors import TeacherError
 from distillery.labels.canaries import ask_canaries
+from distillery.labels.exports import export_answers
 from distillery.labels.questions import questions
 from distillery.labels.store import LabelStore, StoredAnswer
 from distillery.recipe import TeacherRecipe
@@ -77,7 +78,7 @@ async def check_answers_are_read_again(url: str, out: Path) -> None:
     with LabelStore(url) as store:
         assert store.delete(rejected=True) == 2, "an answer that is read now is none of them"
         assert store.summary() == [("gpt-test", 4, 0)]
-        assert store.export(exported) == 4
+        assert export_answers(store, exported) == 4
     rows = pq.read_table(exported).to_pylist()
     kept = {row["raw"]: (row["answer"], row["distribution"], row["reason"]) for row in rows}
     assert kept[SENTENCE] == ("B", None, "")

@@ -266,6 +266,16 @@ def test_null_of_a_plain_field_is_that_fields_value() -> None:
             "budget.calls: the canaries take 20 of 20 calls, which leaves none for the rows",
         ),
         (
+            {
+                "teacher": {
+                    "budget": {"calls": 50},
+                    "canaries": {"rows": 10},
+                    "cascade": {"answers": {"votes": 4}, "temperature": 1, "soft_labels": False},
+                }
+            },
+            "budget.calls: the canaries take 50 of 50 calls, which leaves none for the rows",
+        ),
+        (
             {"student": {"layers": [0, 2, 2]}},
             "student.layers: give each layer once, from the lowest to the highest",
         ),

@@ -209,17 +209,17 @@ def test_classifiers_need_their_prompt(tiny_onnx: Callable[..., Path], tmp_path:
 def test_the_command_prints_a_table_or_json(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from distillery import cli
+    from distillery.commands.models import compare_models as command
 
     one, two = (registered(tmp_path, name, range(20)) for name in ("one", "two"))
-    cli.compare_models(one, two)
+    command(one, two)
     lines = capsys.readouterr().out.splitlines()
     (accuracy,) = [line for line in lines if line.startswith("accuracy [95 %]")]
     assert accuracy.count("0.500 [0.352, 0.648]") == 2
-    cli.compare_models(one, two, as_json=True)
+    command(one, two, as_json=True)
     sides = json.loads(capsys.readouterr().out)
     assert Side.model_validate(sides["second"]).title == "two version 1"
-    cli.compare_models(one, two, picture=tmp_path / "picture.png")
+    command(one, two, picture=tmp_path / "picture.png")
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
 
 

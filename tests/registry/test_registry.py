@@ -33,7 +33,7 @@ from prefect import flow
 from prefect_api import wait_for
 
 import tasks.registry
-from distillery import cli
+from distillery.commands import models
 from distillery.errors import (
     CredentialsError,
     DistilleryError,
@@ -927,11 +927,11 @@ def test_azure_models_of_others_are_listed_and_downloaded(
         registry.get_any("student", "7")
 
     capsys.readouterr()
-    cli.list_models(registry="azureml")
+    models.list_models(registry="azureml")
     listed = capsys.readouterr().out.splitlines()
     assert f"{LAB}  version 1  unverified        azureml://" in listed[1]
     target = tmp_path / "down"
-    cli.download_model(LAB, target, registry="azureml")
+    models.download_model(LAB, target, registry="azureml")
     assert capsys.readouterr().out.splitlines() == [
         f"{LAB} version 1 in {target}, unverified: it has no manifest",
         f"ask it by: distillery ask {target / 'model'}",

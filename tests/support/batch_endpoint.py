@@ -21,8 +21,9 @@ from urllib.parse import parse_qs, urlsplit
 
 from chat_endpoint import Call, Script, good
 
-Fate = Literal["answer", "twice", "missing", "filtered", "overloaded", "refused"]
-"""What becomes of a line: an answer, two lines with an answer, no line at all, or an error."""
+Fate = Literal["answer", "twice", "garbled", "missing", "filtered", "overloaded", "refused"]
+"""What becomes of a line: an answer, two lines with an answer, half of a line with one, no line at
+all, or an error."""
 
 ERRORS: dict[Fate, tuple[int, str, str]] = {
     "filtered": (400, "content_filter", "the prompt was filtered"),
@@ -273,6 +274,7 @@ class BatchEndpoint:
         lines = self.files[batch.request["input_file_id"]].content.splitlines()
         out: list[dict[str, Any]] = []
         bad: list[dict[str, Any]] = []
+        garbled = b""
         most = len(lines) if batch.plan.answers is None else batch.plan.answers
         for number, line in enumerate(map(json.loads, lines)):
             question = question_of(line["body"])
@@ -282,19 +284,23 @@ class BatchEndpoint:
             if number >= most:
                 error = {"code": "batch_expired", "message": "not executed before the batch ended"}
                 bad.append({**told, "response": None, "error": error})
-            elif fate in ("answer", "twice"):
+            elif fate in ("answer", "twice", "garbled"):
                 self.answered[question] += 1
                 call = Call(number, line["url"], {}, line["body"], time.monotonic())
                 response = {"status_code": 200, "request_id": "", "body": self.script(call).body}
-                out += [{**told, "response": response}] * (2 if fate == "twice" else 1)
+                answered = [{**told, "response": response}]
+                if fate == "garbled":
+                    garbled += jsonl(answered)[:-99] + b"\n"
+                else:
+                    out += answered * (2 if fate == "twice" else 1)
             elif fate != "missing":
                 status, code, message = ERRORS[fate]
                 answer = {"error": {"code": code, "message": message}}
                 bad.append({**told, "response": {"status_code": status, "body": answer}})
         random.Random(batch.batch_id).shuffle(out)
         batch.counts = {"total": len(lines), "completed": len(out), "failed": len(bad)}
-        if out:
-            batch.output = self.keep("output.jsonl", jsonl(out)).file_id
+        if out or garbled:
+            batch.output = self.keep("output.jsonl", garbled + jsonl(out)).file_id
         if bad:
             batch.errors = self.keep("errors.jsonl", jsonl(bad)).file_id
 

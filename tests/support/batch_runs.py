@@ -14,7 +14,8 @@ from batch_endpoint import BatchEndpoint
 from label_runs import KEY, PROMPT
 from pydantic import SecretStr
 
-from distillery.labels.batch_run import Share, ask_in_batches
+from distillery.labels.batch_files import Share
+from distillery.labels.batch_run import ask_in_batches
 from distillery.labels.files import LabelCounts
 from distillery.labels.labelling import label
 from distillery.labels.store import LabelStore

@@ -7,22 +7,26 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from chat_endpoint import Call, ChatEndpoint, Reply, completion
-from label_runs import example, run_process
+from label_runs import PROMPT, endpoint_of, example, run_process
 from postgres_server import Postgres
 from sqlalchemy import select
 
 from distillery.errors import BudgetReached, RecipeError
+from distillery.labels.labelling import label
 from distillery.labels.store import LabelStore
 from distillery.recipe import BudgetRecipe, PriceRecipe, TeacherRecipe
 from distillery.records import Usage
 from distillery.teacher import ledger
-from distillery.teacher.budget import Spending, cost_of
-from distillery.teacher.ledger import Payer, period_end, period_start
+from distillery.teacher.asking import PROBE, Teacher
+from distillery.teacher.budget import Spending, cost_of, when_left
+from distillery.teacher.ledger import Payer, period_end, period_start, spent
+from distillery.teacher.pace import Pace
 
 PRICES = PriceRecipe(input=2.0, output=8.0)
 MOST = Usage(prompt_tokens=100, completion_tokens=20)
@@ -71,7 +75,7 @@ async def spend(
         async def worker() -> None:
             for _ in left:
                 try:
-                    reserved = await spending.reserve(MOST)
+                    reserved = await when_left(partial(spending.reserve, MOST))
                 except BudgetReached as error:
                     refusals.append(str(error))
                     return
@@ -245,6 +249,105 @@ async def test_a_process_that_was_suspended_spends_nothing_before_it_has_renewed
                 await spending.reserve(MOST)
 
 
+async def test_what_was_reserved_before_a_suspension_is_reserved_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A call waits for its turn meanwhile: another process has spent what its row allowed."""
+    monkeypatch.setattr("distillery.teacher.budget.RENEWAL_S", 0.1)
+    payer = Payer("this", "messages")
+    recipe = recipe_of(calls=80)
+    with ChatEndpoint() as server, LabelStore(f"sqlite:///{tmp_path / 'labels.db'}") as store:
+        pace = Pace(1)
+        turn = await pace.turn(1)
+        shared = Spending.shared(recipe, payer, store.database, store.flush)
+        endpoint = endpoint_of(server)
+        async with (
+            shared as spending,
+            Teacher(recipe, endpoint, pace=pace, spending=spending, book=store) as teacher,
+        ):
+            waiting = asyncio.create_task(teacher.ask(PROBE, ("A", "B")))
+            await until(lambda: rows_of(store) != [])
+            for _ in range(80):
+                store.record(call_of(payer, MOST))
+            execute(store, "DELETE FROM budget_allowances")
+            await asyncio.sleep(0.5)
+            pace.done(turn)
+            with pytest.raises(BudgetReached, match="80 of 80 spent"):
+                await waiting
+    assert server.calls == []
+
+
+async def test_a_worker_that_waits_for_anothers_money_holds_no_turn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("distillery.teacher.budget.POLL_S", 0.05)
+    payer = Payer("this", "messages")
+    recipe = recipe_of(calls=10)
+    with ChatEndpoint() as server, LabelStore(f"sqlite:///{tmp_path / 'labels.db'}") as store:
+        execute(
+            store,
+            "INSERT INTO budget_allowances"
+            f" VALUES ('other', 'this', 'messages', 'teacher', 0, 0, 10, {time.time() + 600})",
+        )
+        pace = Pace(1)
+        shared = Spending.shared(recipe, payer, store.database, store.flush)
+        endpoint = endpoint_of(server)
+        async with (
+            shared as spending,
+            Teacher(recipe, endpoint, pace=pace, spending=spending, book=store) as teacher,
+        ):
+            ask = partial(teacher.ask, PROBE, ("A", "B"))
+            waiting = asyncio.create_task(when_left(ask))
+            await until(lambda: len(rows_of(store)) == 2)
+            # All turns are free, of which there is one.
+            pace.done(await asyncio.wait_for(pace.turn(1), 1))
+            assert server.calls == []
+            execute(store, "DELETE FROM budget_allowances WHERE holder = 'other'")
+            assert (await waiting).text
+    assert len(server.calls) == 1
+
+
+async def test_a_run_that_waits_for_anothers_money_holds_no_slot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other one needs a slot to come to an end."""
+    monkeypatch.setattr("distillery.teacher.budget.POLL_S", 0.05)
+    recipe = recipe_of(calls=8, period="day")
+    slot = asyncio.Lock()
+    with ChatEndpoint() as server, LabelStore(f"sqlite:///{tmp_path / 'labels.db'}") as store:
+        execute(
+            store,
+            "INSERT INTO budget_allowances"
+            f" VALUES ('other', 'that', 'messages', 'teacher', 0, 0, 8, {time.time() + 600})",
+        )
+
+        async def end_the_other() -> None:
+            await until(lambda: len(rows_of(store)) == 2)
+            async with slot:
+                execute(store, "DELETE FROM budget_allowances WHERE holder = 'other'")
+
+        ends = asyncio.create_task(end_the_other())
+        rows = [example(number) for number in range(8)]
+        counts = await label(
+            rows,
+            PROMPT,
+            recipe,
+            endpoint_of(server),
+            store,
+            tmp_path / "out",
+            slots=lambda: slot,
+            payer=Payer("this", "messages"),
+        )
+        await ends
+    assert (counts.accepted, len(server.calls)) == (8, 8)
+
+
+async def until(is_so: Callable[[], bool]) -> None:
+    async with asyncio.timeout(30):
+        while not is_so():
+            await asyncio.sleep(0.01)
+
+
 def execute(store: LabelStore, statement: str) -> None:
     store.database.run(lambda connection: connection.exec_driver_sql(statement))
 
@@ -267,6 +370,56 @@ async def test_slow_looks_do_not_keep_a_dead_processs_row(
         )
     assert len(taken) == 10
     assert caplog.text.count("waiting for what run this gives back") == 1
+
+
+async def test_the_sums_are_those_of_the_ledger(url: str) -> None:
+    """Calls of several runs, days, currencies and teachers; some are written twice, at once or by
+    another store."""
+    chance = random.Random(1)
+    now = datetime.now(UTC).replace(hour=12)
+    payers = [Payer(f"run-{number}", f"recipe-{number % 2}") for number in range(4)]
+    calls = []
+    for _ in range(500):
+        used = Usage(prompt_tokens=chance.randint(0, 99), completion_tokens=chance.randint(0, 9))
+        values: dict[str, Any] = {"teacher": chance.choice(["gpt-test", "judge:gpt-test"])}
+        values["called_at"] = now - timedelta(days=chance.randint(0, 3))
+        call = call_of(chance.choice(payers), used, **values)
+        currency = chance.choice(["EUR", "USD", ""])
+        prices = {**PRICES.model_dump(), "currency": currency} if currency else None
+        calls.append(replace(call, prices=prices, cost=call.cost if prices else None))
+    with LabelStore(url) as one, LabelStore(url) as other:
+        for call in calls:
+            chance.choice([one, other]).record(call)
+            if chance.random() < 0.3:
+                one.record(call)
+            if chance.random() < 0.1:
+                other.record(call)
+                other.flush()
+        one.flush()
+        other.flush()
+        for payer in payers:
+            for section in ("teacher", "evaluation.judge"):
+                for since in (None, now.replace(hour=0) - timedelta(days=1)):
+                    found = one.database.run(
+                        partial(spent, payer=payer, section=section, currency="EUR", since=since)
+                    )
+                    mine = [
+                        call
+                        for call in calls
+                        if (call.run if since is None else call.recipe)
+                        == (payer.run if since is None else payer.recipe)
+                        and call.called_at >= (since or call.called_at)
+                        and call.teacher.startswith("judge:") == (section != "teacher")
+                    ]
+                    assert len(mine) > 5
+                    of_currency = [
+                        call for call in mine if (call.prices or {}).get("currency") == "EUR"
+                    ]
+                    assert found == {
+                        "calls": len(mine),
+                        "tokens": sum(call.prompt_tokens + call.completion_tokens for call in mine),
+                        "cost": pytest.approx(sum(call.cost or 0 for call in of_currency)),
+                    }
 
 
 def test_the_beginning_of_periods() -> None:
