@@ -40,14 +40,14 @@ def snips() -> tuple[dict[str, list[Row]], dict[str, Any]]:
     return split(rows, SNIPS_ROWS), schema
 
 
-def e2e(counts: dict[str, int] = E2E_FACTS) -> dict[str, list[Row]]:
-    """Return rows by split: facts, and the sentences that say them. `counts`: sets of facts."""
+def e2e() -> dict[str, list[Row]]:
+    """Return rows by split: facts, and the sentences that say them."""
     sentences: dict[str, list[str]] = {}
     path = data_folder() / "e2e_nlg" / "train.csv"
     with path.open(encoding="utf-8", newline="") as file:
         for line in csv.DictReader(file):
             sentences.setdefault(line["mr"], []).append(line["ref"])
-    return split([{"text": facts, "answers": said} for facts, said in sentences.items()], counts)
+    return split([{"text": facts, "answers": said} for facts, said in sentences.items()], E2E_FACTS)
 
 
 def split(rows: list[Row], counts: dict[str, int], seed: int = 0) -> dict[str, list[Row]]:

@@ -13,7 +13,7 @@ from distillery.models.load import load_model
 from distillery.recipe import TrainingRecipe
 from distillery.training.rows import read_rows
 
-FACTS = {"test": 6, "validation": 2, "gold": 8, "pool": 2}
+FACTS = {"test": 6, "validation": 2, "gold": 8, "pool": 8}
 SENTENCE = "the bread is warm"
 
 
@@ -35,7 +35,6 @@ def tiny_e2e(
     quick = TrainingRecipe(method="lora", max_steps=40, batch_size=8, learning_rate=0.02)
     monkeypatch.setattr(text_levels, "base_model", lambda: tiny_model("llama"))
     monkeypatch.setattr(text_levels, "LAYERS", [0])
-    monkeypatch.setattr(text_levels, "POOL", 8)
     monkeypatch.setattr(text_levels, "SEEDS", (0, 1))
     monkeypatch.setattr(text_levels, "TEACHER", quick)
     monkeypatch.setattr(text_levels, "STUDENT", quick)
