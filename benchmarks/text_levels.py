@@ -32,9 +32,9 @@ CANDIDATES = 20
 """The likeliest tokens whose probabilities are kept, as a local teacher keeps them."""
 
 # In one precision, whatever the clock tells of the processor: the seeds must be all that differs.
-COMMON = TrainingRecipe(method="lora", epochs=2, batch_size=8, precision="float32")
-TEACHER = COMMON.model_copy(update={"learning_rate": 5e-4})
-STUDENT = COMMON.model_copy(update={"learning_rate": 1e-3})
+COMMON = TrainingRecipe(method="lora", batch_size=8, precision="float32")
+TEACHER = COMMON.model_copy(update={"epochs": 2, "learning_rate": 5e-4})
+STUDENT = COMMON.model_copy(update={"epochs": 3, "learning_rate": 1e-3})
 
 PROMPT = PromptRecipe(system="", user="{text}", answer="written")
 FORMAT = AnswerFormat(max_tokens=96, metric="bleu")
