@@ -5,17 +5,17 @@
     speed   tokens a second of the base model in int8 dynamic, the form that ships unless a faster
             one loses no more, beside llama.cpp, one prompt after another on one thread
 
-`--full` adds two parts, which take as long again:
+`--full` adds two parts, which take an hour and go on where they were ended:
 
-    levels  students of E2E's teacher: of its texts alone (the sequence level; Kim and Rush,
+    levels  students of a teacher of E2E: of its texts alone (the sequence level; Kim and Rush,
             Sequence-Level Knowledge Distillation, 2016) and of its probabilities of each token too
             (text_levels.py)
-    trl     the base model trained on E2E's answered rows by TRL's SFTTrainer and by ours, on the
-            same token ids and steps (text_trl.py)
+    trl     TRL's SFTTrainer on the same rows and steps as the students of texts (text_trl.py)
 
 A recipe says what an answer is, where the rows are, and that a local teacher answers; all else is a
 default. TASKS_DATA is the folder of the public sets (text_rows.py). `--only` names parts, and
-`--keep` takes the figures of earlier runs that are still there.
+`--keep` takes the figures, and for levels and trl the trained models, of earlier runs that are
+still there.
 
 A line a part: the figures of teacher, student and the form that ships, of the baselines and, for
 E2E, of the base model, which is told in its prompt what to write. The last line is JSON:
@@ -28,12 +28,14 @@ e2e_bleu_kept    what ships as a share of its teacher's BLEU
 ratio_llama_cpp  tokens a second, ours over llama.cpp's; None without .venv-peers
 levels_gain      BLEU of the students of probabilities less that of the students of texts alone;
                  levels_low and levels_high: its 95 % interval
-trl_ratio        rows a second, ours over TRL's; trl_gain: BLEU, ours less TRL's
+trl_ratio        rows a second of processor time, ours over TRL's; trl_gain: BLEU, ours less TRL's,
+                 trl_low and trl_high: its 95 % interval
 passed           parts whose gate passed
 minutes          all together
 """
 
 import json
+import shutil
 import time
 from argparse import ArgumentParser
 from collections.abc import Sequence
@@ -42,9 +44,9 @@ from typing import Any
 
 from benchmarks.task_rows import PROJECT, data_folder, recipe_of
 from benchmarks.task_runs import folder_of, run_in_a_process
-from benchmarks.text_levels import run_levels
+from benchmarks.text_levels import run_levels, written_by
 from benchmarks.text_rows import Row, e2e, snips, write_files
-from benchmarks.text_trl import run_trl, written_answers
+from benchmarks.text_trl import run_trl
 
 WORK = PROJECT / ".distillery" / "bench-text"
 
@@ -69,17 +71,13 @@ def run_snips(keep: bool) -> Figures:
 
 def run_e2e(keep: bool) -> Figures:
     """Run the recipe of E2E, and return the figures of its predictors and of the base model."""
-    found = run_recipe(e2e_recipe("e2e"), keep)
+    paths = write_files(WORK / "data" / "e2e", e2e())
+    task = {"kind": "generate", "metric": "bleu"}
+    found = run_recipe(recipe_of("e2e", paths, task), keep)
     kept = WORK / "e2e-base.json"
     if not (keep and kept.exists()):
         kept.write_text(json.dumps(base_figures(e2e()["test"])))
     return found | {"base": json.loads(kept.read_text())}
-
-
-def e2e_recipe(name: str) -> Row:
-    """Return the recipe of E2E, whose files are written."""
-    paths = write_files(WORK / "data" / "e2e", e2e())
-    return recipe_of(name, paths, {"kind": "generate", "metric": "bleu"})
 
 
 def run_recipe(recipe: Row, keep: bool) -> Figures:
@@ -109,7 +107,8 @@ def base_figures(rows: Sequence[Row]) -> Figures:
     from distillery.models.base import base_folder
     from distillery.recipe import BaseModelRecipe
 
-    answers = written_answers(base_folder(BaseModelRecipe()), None, rows, INSTRUCTION)
+    written = written_by(base_folder(BaseModelRecipe()), None, rows, INSTRUCTION)
+    answers = [each.text for each in written]
     gold = [row["answers"] for row in rows]
     return {name: metric_of(name, answers, gold) for name in ("bleu", "rouge_l", "chrf")}
 
@@ -164,7 +163,7 @@ def summary(found: dict[str, Figures], minutes: float) -> dict[str, Any]:
     if "levels" in found:
         last |= {f"levels_{key}": found["levels"][key] for key in ("gain", "low", "high")}
     if "trl" in found:
-        last |= {f"trl_{key}": found["trl"][key] for key in ("ratio", "gain")}
+        last |= {f"trl_{key}": found["trl"][key] for key in ("ratio", "gain", "low", "high")}
     last["passed"] = sum(bool(run.get("passed")) for run in found.values())
     return last | {"minutes": round(minutes, 1)}
 
@@ -173,10 +172,12 @@ def main() -> None:
     parser = ArgumentParser("python -m benchmarks.text", description="Runs both sets of rows.")
     parser.add_argument("--only", choices=FULL, action="append", help="may be repeated")
     parser.add_argument("--full", action="store_true", help="all parts")
-    parser.add_argument("--keep", action="store_true", help="take the figures of earlier runs")
+    parser.add_argument("--keep", action="store_true", help="take what earlier runs have left")
     given = parser.parse_args()
     data_folder()
     WORK.mkdir(parents=True, exist_ok=True)
+    if not given.keep:
+        shutil.rmtree(WORK / "levels", ignore_errors=True)
     started = time.perf_counter()
     found: dict[str, Figures] = {}
     for part in given.only or (FULL if given.full else PARTS):
@@ -185,9 +186,9 @@ def main() -> None:
         elif part == "e2e":
             found[part] = run_e2e(given.keep)
         elif part == "levels":
-            found[part] = run_levels(e2e_recipe, WORK, given.keep)
+            found[part] = run_levels(WORK / "levels")
         elif part == "trl":
-            found[part] = run_trl(WORK / "trl")
+            found[part] = run_trl(WORK / "levels")
         else:
             found[part] = run_speed()
         print(json.dumps({"part": part, **found[part]}), flush=True)

@@ -155,7 +155,8 @@ def trl(settings: Settings, steps: int, rows: dict[str, Any], out: Path) -> Figu
     trainer.add_callback(clock)
     trainer.train()
     trainer.save_model(str(out))
-    return {"rows_s": steps * BATCH / clock.seconds, "rss_mb": peak_mib()}
+    speed = {"rows_s": steps * BATCH / clock.seconds, "cpu_s": clock.cpu_seconds}
+    return {**speed, "rss_mb": peak_mib()}
 
 
 def olive(settings: Settings, steps: int, rows: dict[str, Any], out: Path) -> Figures:
@@ -215,13 +216,14 @@ def _clock() -> Any:
     import transformers
 
     class Clock(transformers.TrainerCallback):
-        started = seconds = 0.0
+        started = seconds = cpu_started = cpu_seconds = 0.0
 
         def on_train_begin(self, *_: Any, **__: Any) -> None:
-            self.started = time.perf_counter()
+            self.started, self.cpu_started = time.perf_counter(), time.process_time()
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
             self.seconds = time.perf_counter() - self.started
+            self.cpu_seconds = time.process_time() - self.cpu_started
 
     return Clock()
 
@@ -231,32 +233,28 @@ def prepare() -> dict[str, Any]:
     from benchmarks.distil import read
     from distillery.labels.known import gold_labels
     from distillery.models.base import base_folder
+    from distillery.models.load import load_tokenizer
     from distillery.recipe import load_recipe
+    from distillery.training.rows import training_rows
 
     demo = load_recipe("demo")
     preparation = demo.teacher.preparation
     examples = read("pool")[:ROWS]
     base = base_folder(preparation.base)
-    settings = write_contest(
-        PLACE, base, preparation.training, examples, gold_labels(examples), demo.prompt
-    )
-    assert settings["count"] == ROWS
-    return settings
+    rows, _ = training_rows(examples, gold_labels(examples), demo.prompt, load_tokenizer(base))
+    assert len(rows) == ROWS
+    return write_contest(PLACE, base, preparation.training, rows)
 
 
-def write_contest(
-    place: Path, base: Path, training: Any, examples: Any, labels: Any, prompt: Any
-) -> dict[str, Any]:
-    """Write files of the same rows for each contestant, and the settings that they share as
-    settings.json; return these. `training`: a TrainingRecipe; the other three: what `training_rows`
-    takes."""
+def write_contest(place: Path, base: Path, training: Any, rows: Any) -> dict[str, Any]:
+    """Write files of the same TrainingRows for each contestant, and the settings that they share as
+    settings.json; return these. `training`: a TrainingRecipe."""
     from distillery.models.load import end_of_turn_id, load_model
     from distillery.training.adapters import linear_modules
-    from distillery.training.rows import training_rows, write_rows
+    from distillery.training.rows import write_rows
 
     model, tokenizer = load_model(base)
     end = end_of_turn_id(tokenizer)
-    rows = training_rows(examples, labels, prompt, tokenizer)[0]
     tokens, learnt = [], []
     for row in rows:
         answer = [*(row.target or [row.letters[row.answer]]), end]
@@ -270,7 +268,6 @@ def write_contest(
     (place / "texts.jsonl").write_text(texts)
     settings = {
         "base": str(base),
-        "count": len(rows),
         "rows": str(place / "rows.jsonl"),
         "tokens": str(place / "tokens.json"),
         "texts": str(place / "texts.jsonl"),

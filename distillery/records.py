@@ -800,6 +800,19 @@ class ScoreRow(Record):
     metric: Metric | None = Field(None, exclude_if=lambda metric: metric is None)
 
 
+class BaseModelAnswers(StageRecord):
+    """What the base model of the student answers to the test rows before any training, with its
+    speed and memory: a Scored, in the folder's scored.json."""
+
+    answers_sha256: str
+    machine: str = ""
+
+    @property
+    def content_id(self) -> str:
+        """The digest of the answers: speeds differ between equal runs."""
+        return self.answers_sha256
+
+
 class EvaluationReport(StageRecord):
     """The scoreboard of a run.
 
@@ -1020,7 +1033,8 @@ class Outcome(Record):
     `judge_drift` how it answered its canaries; None where none is asked. `paid`: all calls of the
     run by teacher, purpose and outcome, as the ledger has them; None where it could not be read,
     and in records of earlier versions. `selection`: the train rows that were labelled; None where
-    all were.
+    all were. `base_answers`: those of the base model; None where it is not asked, and in records of
+    earlier versions.
     """
 
     recipe: str
@@ -1042,3 +1056,4 @@ class Outcome(Record):
     selection: Selection | None = Field(None, exclude_if=lambda found: found is None)
     judge_drift: TeacherDrift | None = Field(None, exclude_if=lambda found: found is None)
     paid: tuple[CallTotal, ...] | None = Field(None, exclude_if=lambda found: found is None)
+    base_answers: BaseModelAnswers | None = Field(None, exclude_if=lambda found: found is None)

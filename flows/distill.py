@@ -25,6 +25,7 @@ from distillery.machine import machine_name
 from distillery.readiness import check_settings
 from distillery.recipe import BaseModelRecipe, Recipe, TrainingRecipe, load_recipe
 from distillery.records import (
+    BaseModelAnswers,
     EvaluationReport,
     GateDecision,
     OnnxModel,
@@ -47,7 +48,7 @@ from flows.train_student import trained
 from tasks.abstention import check_provable, with_threshold
 from tasks.batches import batches_first
 from tasks.dataset import prepare_dataset
-from tasks.evaluation import evaluate
+from tasks.evaluation import base_model_asked, evaluate
 from tasks.hub import check_bases, pinned, source_of
 from tasks.judge import preferred
 from tasks.judged import judged_before
@@ -144,6 +145,7 @@ def distill(
             preferences=compared.preferences,
             selection=made.taught.selection,
             judge_drift=compared.drift,
+            base_answers=made.base_answers,
         )
     )
     if recipe.evaluation.on_refusal == "fail" and not decision.passed:
@@ -168,13 +170,14 @@ class Taught(NamedTuple):
 
 class Made(NamedTuple):
     """What a run makes before the gate. `teacher`: a local one's model, or else its labels of the
-    test rows."""
+    test rows. `base_answers`: None where the base model is not asked."""
 
     taught: Taught
     teacher: OnnxModel | TeacherLabels
     student: StudentCheckpoint
     model: OnnxModel
     report: EvaluationReport
+    base_answers: BaseModelAnswers | None
 
 
 def made_student(
@@ -202,7 +205,8 @@ def made_student(
     if recipe.task.abstain:
         model = with_threshold(model, recipe.task.abstain, recipe.student_prompt, data, again)
 
-    asked = recipe.student_prompt
+    asked, machine = recipe.student_prompt, machine_name()
+    base_answers = base_model_asked(test_rows, asked, base, machine, again)
     report = again("evaluate", evaluate)(
         test=test_rows,
         train=data.rows("train"),
@@ -214,18 +218,19 @@ def made_student(
         student=student,
         candidate=model,
         teacher=teacher,
-        machine=machine_name(),
+        machine=machine,
         teacher_prompt=recipe.prompt,
         validation=data.rows_if_any("validation"),
         columns=recipe.dataset.columns,
         fields=recipe.dataset.fields,
+        base_answers=base_answers,
     )
     # Beside what the training itself has decided.
     told = [taught.leaning] if taught.leaning else []
     if recipe.student.training.soft_weight == "auto" and taught.check:
         told += taught.check.decisions
     student = student.model_copy(update={"decisions": (*told, *student.decisions)})
-    return Made(taught, teacher, student, model, report)
+    return Made(taught, teacher, student, model, report, base_answers)
 
 
 def provenance(recipe: Recipe, source: str, made: Made, decision: GateDecision) -> dict[str, Any]:
@@ -249,6 +254,8 @@ def provenance(recipe: Recipe, source: str, made: Made, decision: GateDecision) 
     }
     if taught.selection:
         origins["selection"] = taught.selection
+    if made.base_answers:
+        origins["base_answers"] = made.base_answers
     return origins
 
 
@@ -425,6 +432,8 @@ def planned_student(recipe: Recipe) -> list[PlannedStage]:
     stages.append(PlannedStage("export student", export))
     if recipe.task.abstain:
         stages.append(PlannedStage("set threshold", "set threshold"))
+    if recipe.student_prompt.answer != "class":
+        stages.append(PlannedStage("ask base model", "ask base model"))
     stages.append(PlannedStage("evaluate", "evaluate"))
     return stages
 

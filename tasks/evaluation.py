@@ -1,5 +1,7 @@
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from distillery.data.examples import read_examples
 from distillery.evaluation import evaluate as domain
@@ -7,27 +9,69 @@ from distillery.evaluation.baselines import with_letters
 from distillery.evaluation.linear_probe import TextStates
 from distillery.evaluation.report import ANSWERS_FILE
 from distillery.evaluation.scoreboard import BASE, FLOAT, headline
-from distillery.evaluation.scoring import ModelToScore
+from distillery.evaluation.scoring import ModelToScore, Scored, score_model
 from distillery.labels.files import read_labels
 from distillery.models.base import base_folder, remote_code_allowed
 from distillery.models.inspect import model_and_adapter, parameter_count
 from distillery.recipe import BaseModelRecipe, Columns, PromptRecipe
 from distillery.records import (
+    BaseModelAnswers,
     EvaluationReport,
     Example,
     OnnxModel,
     Rows,
     StudentCheckpoint,
     TeacherLabels,
+    digest_of,
 )
 from distillery.storage.artifacts import ArtifactStore
 from distillery.storage.digests import sha256_of
 from distillery.storage.working import working_folder
 from tasks.progress import conclude, show_bytes, show_rows
-from tasks.stage import origin, stage
+from tasks.stage import Stage, origin, stage
+
+SCORED_FILE = "scored.json"
 
 
-@stage("evaluate", version=9)
+@stage("ask base model", version=1)
+def ask_base_model(
+    test: Rows, prompt: PromptRecipe, base: BaseModelRecipe, machine: str
+) -> BaseModelAnswers:
+    """Ask a base model the test rows, before any training.
+
+    It is a stage of its own because the answers of an untrained model take long, and are the same
+    for all students of the base. `machine` is that on which it is timed."""
+    started = time.perf_counter()
+    store = ArtifactStore()
+    file = store.fetch(test.artifact) / test.file
+    scored = score_model(untrained(base), file, prompt, progress=show_rows)
+    with working_folder("base-model") as folder:
+        (folder / SCORED_FILE).write_text(scored.model_dump_json(), encoding="utf-8")
+        artifact = store.put(folder)
+    conclude(f"{len(scored.answers)} rows, {scored.rows_per_second:.1f} rows/s")
+    return BaseModelAnswers(
+        artifact=artifact,
+        answers_sha256=digest_of(list(scored.answers)),
+        machine=machine,
+        **origin(started),
+    )
+
+
+def base_model_asked(
+    test: Rows,
+    prompt: PromptRecipe,
+    base: BaseModelRecipe,
+    machine: str,
+    again: Callable[[Stage, Any], Any],
+) -> BaseModelAnswers | None:
+    """Have the base model asked the test rows; None where it can't be: it knows no classes."""
+    if prompt.answer == "class":
+        return None
+    answers: BaseModelAnswers = again("ask base model", ask_base_model)(test, prompt, base, machine)
+    return answers
+
+
+@stage("evaluate", version=9, added_later={"base_answers"})
 def evaluate(
     test: Rows,
     train: Rows,
@@ -44,29 +88,24 @@ def evaluate(
     validation: Rows | None,
     columns: Columns,
     fields: tuple[str, ...],
+    base_answers: BaseModelAnswers | None = None,
 ) -> EvaluationReport:
     """Score baselines, teacher, base model, float and exported student on the same test rows.
 
     TF-IDF and the baselines of written answers learn from the labels of `train`, and from `gold`
     too if the student has. Of several texts to a row, all of which the student learns, they learn
-    the first alone. `prompt` is the student's and the base model's. `columns` and `fields` are
-    those of the data set, for the file of doubtful labels."""
+    the first alone. `prompt` is the student's. `columns` and `fields` are those of the data set,
+    for the file of doubtful labels. `base_answers` are the base model's, which is on the scoreboard
+    if they are given."""
     started = time.perf_counter()
     store = ArtifactStore()
-    base_model = base_folder(base, show_bytes)
     name = f"student {candidate.precision}"
     models = [float_student(student, base, store), onnx_model(name, candidate, store)]
-    # The base model knows no classes.
-    if prompt.answer != "class":
-        untrained = ModelToScore(
-            name=BASE,
-            kind="transformers",
-            folder=str(base_model),
-            remote_code=remote_code_allowed(base),
-            parameters=parameter_count(base_model),
-            bytes=_bytes(base_model),
-        )
-        models.insert(0, untrained)
+    asked_before = {}
+    if base_answers:
+        models.insert(0, untrained(base))
+        scored = (store.fetch(base_answers.artifact) / SCORED_FILE).read_text(encoding="utf-8")
+        asked_before[BASE] = Scored.model_validate_json(scored)
     if isinstance(teacher, OnnxModel):
         models.insert(
             0, onnx_model("teacher", teacher, store).model_copy(update={"prompt": teacher_prompt})
@@ -88,7 +127,7 @@ def evaluate(
         learnt += gold_rows
     states = None
     if prompt.answer == "class" and len({row.answer_key for row in gold_rows}) > 1:
-        states = TextStates(base_model, remote_code_allowed(base))
+        states = TextStates(base_folder(base, show_bytes), remote_code_allowed(base))
     with working_folder("evaluation") as folder:
         rows = domain.evaluate(
             models,
@@ -106,6 +145,7 @@ def evaluate(
             columns=columns,
             fields=fields,
             threshold=candidate.abstention.threshold if candidate.abstention else None,
+            asked_before=asked_before,
             progress=show_rows,
         )
         answers_sha256 = sha256_of(folder / ANSWERS_FILE)
@@ -118,6 +158,19 @@ def evaluate(
         answers_sha256=answers_sha256,
         machine=machine,
         **origin(started),
+    )
+
+
+def untrained(base: BaseModelRecipe) -> ModelToScore:
+    """Return a base model as it is before any training, which Transformers runs."""
+    folder = base_folder(base, show_bytes)
+    return ModelToScore(
+        name=BASE,
+        kind="transformers",
+        folder=str(folder),
+        remote_code=remote_code_allowed(base),
+        parameters=parameter_count(folder),
+        bytes=_bytes(folder),
     )
 
 

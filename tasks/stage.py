@@ -47,6 +47,7 @@ Stage = Literal[
     "train student",
     "export student",
     "set threshold",
+    "ask base model",
     "evaluate",
     "ask judge",
     "register",

@@ -66,13 +66,10 @@ def _stages(outcome: Outcome) -> list[tuple[str, StageRecord, str]]:
     stages.append(("label", labels, asked))
     stages.append(("train student", outcome.student, _trained(outcome.student)))
     stages.append(("export student", outcome.model, _built(outcome.model)))
-    stages.append(
-        (
-            "evaluate",
-            report,
-            f"{report.scoreboard[0].rows} test rows, each model in a process of its own",
-        )
-    )
+    asked = f"{report.scoreboard[0].rows} test rows"
+    if outcome.base_answers:
+        stages.append(("ask base model", outcome.base_answers, asked))
+    stages.append(("evaluate", report, f"{asked}, each model in a process of its own"))
     if outcome.preferences:
         found = outcome.preferences
         counts = f"{found.figures.wins} wins, {found.figures.ties} ties, "

@@ -11,11 +11,14 @@ import pytest
 import yaml
 from texts import texts, write_csv, write_texts
 
+from distillery.data.guess import JOIN_PAGE
 from distillery.errors import DataError, RecipeError
 from distillery.new_recipe import new_recipe
 from distillery.readiness import check_data
 from distillery.recipe import Recipe, load_recipe, parse_recipe
 from distillery.recipe.draft import MANY_ROWS, choose_shares, draft
+
+PROJECT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(autouse=True)
@@ -334,10 +337,15 @@ def test_fields_in_columns_of_their_own_and_dictionaries_of_python_are_told_with
         rows.append({"message": f"Number {number} in the evening", **fields})
     empty = {"message": "And a last one", "place": "", "day": ""}
     write_csv(Path("columns.csv"), [*rows, empty])
-    with pytest.raises(DataError, match=r"'place', 'day'; .* put them into a column of JSON"):
+    script = r".* by a script as in docs/how-to/text\.md"
+    with pytest.raises(
+        DataError, match=rf"'place', 'day'; .* put them into a column of JSON{script}"
+    ):
         run("columns.csv")
-    with pytest.raises(DataError, match=r"a column for each field, put them into one, such as \{"):
+    column = rf"a column for each field, put them into one, such as \{{{script}"
+    with pytest.raises(DataError, match=column):
         run("columns.csv", task="extract")
+    assert "join_columns.py" in (PROJECT / JOIN_PAGE).read_text()
     with pytest.raises(DataError, match="no answer of the column 'place' can be read: columns"):
         run("columns.csv", task="extract", label="place")
     printed = [{"message": row.pop("message"), "fields": str(row)} for row in rows]

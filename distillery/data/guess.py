@@ -56,6 +56,9 @@ DISTINCT_TEXTS = 0.8
 REPEATS = 4
 """How often each label occurs on average, at least, in a column that is found by its content."""
 
+JOIN_PAGE = "docs/how-to/text.md"
+"""Where a script puts the columns of fields into one."""
+
 
 @dataclass
 class Column:
@@ -257,8 +260,8 @@ def choose_answer(
     if kind == "extract":
         raise DataError(
             f"no column looks like JSON objects among {listed(columns)}; with a column for each "
-            'field, put them into one, such as {"place": "bar", "people": 4}, and leave that empty '
-            "in the rows that the teacher answers"
+            'field, put them into one, such as {"place": "bar", "people": 4}, by a script as in '
+            f"{JOIN_PAGE}, and leave that empty in the rows that the teacher answers"
         )
     raise DataError(f"no column looks like answers among {listed(columns)}; name it by --label")
 
@@ -282,7 +285,10 @@ def choose_label(
         if found:
             hint = ""
             if reason != "by name":
-                hint = "; if they are fields of one answer, put them into a column of JSON objects"
+                hint = (
+                    "; if they are fields of one answer, put them into a column of JSON objects, "
+                    f"by a script as in {JOIN_PAGE}"
+                )
             raise DataError(
                 f"the label may be any of the columns {listed(found)}; name it, such as "
                 f"--label {found[0]}{hint}"

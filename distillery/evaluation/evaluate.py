@@ -56,6 +56,7 @@ def evaluate(
     columns: Columns | None = None,
     fields: Sequence[str] = (),
     threshold: float | None = None,
+    asked_before: Mapping[str, Scored] | None = None,
     threads: int | None = None,
     progress: ShowProgress = show_nothing,
 ) -> tuple[ScoreRow, ...]:
@@ -70,8 +71,9 @@ def evaluate(
     and `validation`; they are unloaded before the models are asked. `columns` and `fields` are the
     recipe's, for doubtful.csv. `threshold`: the confidence below which the candidate abstains; the
     scoreboard counts its likeliest answers all the same, and the figures tell what the threshold
-    makes of them. `progress` is shown the rows done of all
-    models together. Raises DataError for test rows without gold answers, and ModelError for a model
+    makes of them. `asked_before`: what came of models, by name, that were asked these rows before
+    and are not asked again. `progress` is shown the rows done of the models that are asked
+    together. Raises DataError for test rows without gold answers, and ModelError for a model
     that can't be scored."""
     examples, letters = answered_rows(test)
     gold_answers, writes = gold_of(examples), examples[0].format is not None
@@ -96,22 +98,27 @@ def evaluate(
     check_names(names, teacher_name, candidate)
     scored: dict[str, Scored] = {}
     measured: dict[str, dict[str, float | None]] = {}
-    total = len(models) * len(examples) + min(len(examples), ORDER_ROWS)
+    asked_before = asked_before or {}
+    to_ask = sum(model.name not in asked_before for model in models)
+    total = to_ask * len(examples) + min(len(examples), ORDER_ROWS)
     before = 0
     for model in models:
-        progress(before, total, f"loading {model.name}")
-        show_asking = partial(show_rows_of_all, progress, f"asking {model.name}", before, total)
-        reorder = model.name == candidate
-        found = score_model(model, test, prompt, threads, progress=show_asking, reorder=reorder)
-        _log.info("scored %s: %.1f rows a second", model.name, found.rows_per_second)
+        if model.name in asked_before:
+            found = asked_before[model.name]
+        else:
+            progress(before, total, f"loading {model.name}")
+            show_asking = partial(show_rows_of_all, progress, f"asking {model.name}", before, total)
+            reorder = model.name == candidate
+            found = score_model(model, test, prompt, threads, progress=show_asking, reorder=reorder)
+            _log.info("scored %s: %.1f rows a second", model.name, found.rows_per_second)
+            before += len(examples)
+            if reorder:
+                before += min(len(examples), ORDER_ROWS)
         scored[model.name] = found
         answers[model.name] = found.answers
         probabilities[model.name] = found.probabilities
         measured[model.name] = {"parameters": model.parameters, "bytes": model.bytes}
         measured[model.name] |= measured_figures(found)
-        before += len(examples)
-        if reorder:
-            before += min(len(examples), ORDER_ROWS)
     progress(total, total, "writing the report")
     figures = {}
     for name in answers:
@@ -133,6 +140,8 @@ def evaluate(
                 row = row.model_copy(update={"departure": departed})
         rows.append(row)
     notes += measuring_notes(scored, threads or usable_cores(), writes)
+    for name in asked_before:
+        notes.append(f"{name}: its speed may be of an earlier run with the same rows.")
     shipped = (candidate, teacher_name)
     doubted = doubtful_rows(
         "test",

@@ -11,6 +11,7 @@ from distillery.errors import ArtifactDamaged
 from distillery.labels.files import read_labels
 from distillery.recipe import METRIC_NAMES, Metric, Recipe
 from distillery.records import (
+    BaseModelAnswers,
     EvaluationReport,
     GateDecision,
     OnnxModel,
@@ -152,6 +153,7 @@ def work_in(made: dict[str, Any]) -> Iterator[Work]:
         "label test rows": record_in(made, "test_labels", TeacherLabels),
         "train student": record_in(made, "student", StudentCheckpoint),
         "export student": record_in(made, "model", OnnxModel),
+        "ask base model": record_in(made, "base_answers", BaseModelAnswers),
         "evaluate": record_in(made, "evaluation", EvaluationReport),
         "ask judge": record_in(made, "preferences", Preferences),
     }

@@ -366,6 +366,7 @@ def stage_seconds(outcome: Outcome) -> dict[str, float]:
         "label": outcome.labels,
         "train student": outcome.student,
         "export student": outcome.model,
+        "ask base model": outcome.base_answers,
         "evaluate": outcome.report,
         "register": outcome.registered,
         "download": outcome.delivered,

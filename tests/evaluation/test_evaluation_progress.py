@@ -1,5 +1,6 @@
 """What evaluation shows of its progress, and that showing it is not in the measured times."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -51,6 +52,19 @@ def examples(count: int, words: int = 0) -> list[Example]:
 def write_examples(path: Path, rows: list[Example]) -> Path:
     path.write_text("".join(f"{row.model_dump_json()}\n" for row in rows))
     return path
+
+
+def scored(letters: str, rows_per_second: float) -> Scored:
+    """What came of a model that gives these letters."""
+    return Scored(
+        answers=tuple(letters),
+        probabilities=((1.0, 0.0),) * len(letters),
+        latencies_ms=(1000 / rows_per_second,) * len(letters),
+        rows_per_second=rows_per_second,
+        peak_mib=1.0,
+        load_s=1.0,
+        ran_on="here",
+    )
 
 
 def test_rows_are_shown_at_most_every_half_second(
@@ -119,15 +133,7 @@ def test_the_rows_of_all_models_are_shown_together(
         assert reorder == (model.name == "ours")
         for done in (0, 5 if reorder else 2):
             progress(done, 3, f"{done} of 3 rows")
-        return Scored(
-            answers=("A",) * 3,
-            probabilities=((1.0, 0.0),) * 3,
-            latencies_ms=(1.0,) * 3,
-            rows_per_second=1000.0,
-            peak_mib=1.0,
-            load_s=1.0,
-            ran_on="here",
-        )
+        return scored("AAA", 1000.0)
 
     monkeypatch.setattr("distillery.evaluation.evaluate.score_model", score_model)
     models = [
@@ -144,3 +150,37 @@ def test_the_rows_of_all_models_are_shown_together(
         (8, 9, "asking ours"),
         (9, 9, "writing the report"),
     ]
+
+
+def test_a_model_that_was_asked_before_is_not_asked_again(
+    tmp_path: Path, shown: Shown, progress: ShowProgress, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def score_model(model: ModelToScore, *_: object, **_more: object) -> Scored:
+        asked.append(model.name)
+        return scored("AAA", 1000.0)
+
+    monkeypatch.setattr("distillery.evaluation.evaluate.score_model", score_model)
+    models = [
+        ModelToScore(name=name, kind="onnx", folder=str(tmp_path), parameters=7)
+        for name in ("teacher", "base model", "ours")
+    ]
+    test_file = write_examples(tmp_path / "rows.jsonl", examples(3))
+    rows = evaluate(
+        models,
+        "teacher",
+        test_file,
+        [],
+        PROMPT,
+        "ours",
+        tmp_path / "out",
+        asked_before={"base model": scored("ABB", 4.0)},
+        progress=progress,
+    )
+    assert asked == ["teacher", "ours"]
+    assert {of for _, of, _ in shown} == {9}
+    base = next(row for row in rows if row.name == "base model")
+    assert (base.correct, base.rows_per_second, base.parameters) == (1, 4.0, 7)
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert "base model: its speed may be of an earlier run with the same rows." in report["notes"]

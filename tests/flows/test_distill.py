@@ -37,6 +37,7 @@ STAGES = (
     "label",
     "train student",
     "export student",
+    "ask base model",
     "evaluate",
     "register",
     "download",
@@ -319,12 +320,14 @@ def test_one_more_row_costs_one_request_and_a_training(workshop: Workshop, first
     # 101 rows are as many batches as 100.
     assert more.counts == {"serve": 1, "request": 1, "step": STUDENT_STEPS}
     ran = {task for task, state in workshop.states(more).items() if state == "Completed"}
-    # The teacher learnt from the gold rows, which are what they were.
+    # The teacher learnt from the gold rows, and the base model is asked the test rows: both are
+    # what they were.
     assert ran >= {": prepare dataset", ": label", "student: train", ": export", ": evaluate"}
     assert not ran & {
         "preparation: gold labels",
         "preparation, teacher: train",
         "preparation: export",
+        ": ask base model",
     }
 
 
