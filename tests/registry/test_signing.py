@@ -24,7 +24,7 @@ from distillery.records import RegisteredModel
 from distillery.registry.local import LocalRegistry
 from distillery.registry.manifest import verify_before_loading
 from distillery.registry.signing import check_keys, sign, verify_signature
-from distillery.serving import server
+from distillery.serving import running, server
 from distillery.storage.digests import sha256_of
 
 pytestmark = [pytest.mark.security, pytest.mark.usefixtures("one_registry")]
@@ -61,7 +61,7 @@ def nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(*_: object) -> None:
         raise LoadedError
 
-    monkeypatch.setattr(server, "ServedStudent", load)
+    monkeypatch.setattr(running, "ServedStudent", load)
 
 
 def registered(tmp_path: Path, weights: str = "weights", name: str = NAME) -> RegisteredModel:
