@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 from chat_families import FAMILIES, Family, family_tokenizer
+from own_server import pieces_of
 
 from distillery.errors import ModelError
 from distillery.inference.batch import Prediction, answer_some
@@ -21,7 +22,7 @@ from distillery.models.load import load_tokenizer
 from distillery.prompts import ControlTokens, GenAITokenizer, TransformersTokenizer, any_of
 from distillery.recipe import PromptRecipe
 from distillery.records import Example, TeacherLabel
-from distillery.serving.completion import Job, complete
+from distillery.serving.completion import Job
 from distillery.serving.requests import ChatRequest
 from distillery.serving.student import ServedStudent
 from distillery.training.rows import TrainingRow, training_rows
@@ -170,8 +171,13 @@ def test_every_stage_asks_without_control_tokens(
             scored.append([list(text) for text in asked_row.texts])
         return [[0.5, 0.5]] * len(rows)
 
-    monkeypatch.setattr(both.student, "next_logits", next_logits)
-    monkeypatch.setattr(both.student, "probabilities", probabilities)
+    def choices(rows: Sequence[TrainingRow]) -> list[Any]:
+        return [
+            probabilities([each])[0] if each.texts else next_logits(each.prompt) for each in rows
+        ]
+
+    for replaced in (next_logits, probabilities, choices):
+        monkeypatch.setattr(both.student, replaced.__name__, replaced)
     (result,) = answer_some(both.student, [row], prompt)
     assert isinstance(result, Prediction)
     messages: list[dict[str, str]] = []
@@ -182,7 +188,7 @@ def test_every_stage_asks_without_control_tokens(
     messages += user(question)
     for body in ({"max_tokens": 1}, {"structured_outputs": {"choice": list(row.choices)}}):
         request = ChatRequest.model_validate({"messages": messages, **body})
-        assert list(complete(both.student, Job(request)))
+        assert pieces_of(both.student, Job(request))
     assert asked == [list(trained.prompt)] * 3
     assert scored == [[list(text) for text in trained.texts]] * 2
 

@@ -115,8 +115,10 @@ class ServedStudent(Student):
         for row in rows:
             if row.texts:
                 found.append(next(of_texts))
+            elif row.letters:
+                found.append(next(of_letters))
             else:
-                found.append(next(of_letters if row.letters else of_plain))
+                found.append(next(of_plain))
         return found
 
     def steps(

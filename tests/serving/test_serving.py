@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from own_server import SlowStudent, in_this_process, wait_until
+from own_server import SlowStudent, in_this_process, pieces_of, wait_until
 from pydantic import SecretStr
 
 from distillery.errors import CredentialsError, ModelError
@@ -27,11 +27,12 @@ from distillery.inference.logits import Logits
 from distillery.inference.onnx_student import OnnxStudent
 from distillery.models.class_tokens import ClassTokens
 from distillery.records import Abstention
-from distillery.serving.completion import Job, complete
+from distillery.serving.completion import Job
 from distillery.serving.process import KEY_VARIABLE, Served, served
 from distillery.serving.requests import ChatRequest
 from distillery.serving.server import listen, serve
-from distillery.serving.student import ServedStudent
+from distillery.serving.student import Choice, ServedStudent
+from distillery.training.rows import TrainingRow
 
 Build = Callable[..., Path]
 MESSAGES = [
@@ -507,10 +508,10 @@ def test_a_port_that_is_taken_is_named(tiny_onnx: Build) -> None:
 
 def test_log_probabilities_are_json_even_where_the_model_gives_none(tiny_onnx: Build) -> None:
     class Certain(ServedStudent):
-        def steps(self, *arguments: Any, **settings: Any) -> Iterator[tuple[int, Logits]]:
+        def choices(self, rows: Sequence[TrainingRow]) -> list[Choice]:
             logits = np.full(512, -np.inf, dtype=np.float32)
             logits[40] = 0.0
-            yield 40, logits
+            return [logits] * len(rows)
 
     with in_this_process(Certain(tiny_onnx("llama"), threads=1)) as url:
         body = {"messages": MESSAGES, "max_tokens": 1, "logprobs": True, "top_logprobs": 2}
@@ -587,7 +588,7 @@ def test_an_unsure_student_says_so_and_its_log_probabilities_stay(
                 body["structured_outputs"] = {"choice": list(names)}
             if threshold:
                 write_abstention(Abstention(threshold=threshold, answer="nobody knows"), folder)
-            pieces = list(complete(ServedStudent(folder, threads=1), Job(ChatRequest(**body))))
+            pieces = pieces_of(ServedStudent(folder, threads=1), Job(ChatRequest(**body)))
             found.append(pieces)
     for plain, sure, unsure in (found[:3], found[3:]):
         assert sure == plain

@@ -10,12 +10,13 @@ import httpx
 import numpy as np
 import openai
 import pytest
+from own_server import pieces_of
 
 from distillery.data.examples import write_format
 from distillery.inference.logits import Logits
 from distillery.inference.onnx_student import OnnxStudent
 from distillery.records import AnswerFormat
-from distillery.serving.completion import Job, complete
+from distillery.serving.completion import Job
 from distillery.serving.limits import LONGEST_SCHEMA
 from distillery.serving.process import Served, served
 from distillery.serving.requests import ApiError, ChatRequest
@@ -144,7 +145,7 @@ def test_bytes_that_nobody_knows_are_told(tiny_onnx: Callable[..., Path], tmp_pa
     (folder / "tokenizer.json").write_text(json.dumps(broken))
     request = ChatRequest.model_validate({"messages": MESSAGES, "logprobs": True})
     with pytest.raises(ApiError, match=r"^logprobs: .* with this tokenizer") as caught:
-        list(complete(student, Job(request)))
+        pieces_of(student, Job(request))
     assert caught.value.status == 400
 
 
@@ -236,7 +237,7 @@ def test_the_pieces_of_a_text_are_the_whole_text(
     found = {}
     for stops in ((), ("never", "🥖!"), ('🥖"',), ("\ufffd",)):
         request = ChatRequest(**body, stop=list(stops))
-        pieces = list(complete(student, Job(request)))
+        pieces = pieces_of(student, Job(request))
         found[stops] = "".join(piece.text for piece in pieces), pieces[-1].finish_reason
     reason = "stop" if end else "length"
     assert found[()] == found["never", "🥖!"] == (whole, reason)

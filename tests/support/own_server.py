@@ -3,12 +3,13 @@
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from distillery.inference.logits import Logits
 from distillery.serving.app import ModelServer, create_app
+from distillery.serving.completion import Job, Piece, complete
 from distillery.serving.limits import Limits
 from distillery.serving.running import Server
 from distillery.serving.server import listen
@@ -37,6 +38,21 @@ class SlowStudent(ServedStudent):
             self.asked += 1
             assert self.go_on.acquire(timeout=60)
         return found
+
+
+def pieces_of(student: ServedStudent, job: Job) -> list[Piece]:
+    """Return the pieces of an answer, without a server."""
+    pieces: list[Piece] = []
+    completion, found = complete(student, job), None
+    with suppress(StopIteration):
+        while True:
+            piece = completion.send(found)
+            found = None
+            if isinstance(piece, TrainingRow):
+                (found,) = student.choices([piece])
+            else:
+                pieces.append(piece)
+    return pieces
 
 
 class OwnServer(NamedTuple):
