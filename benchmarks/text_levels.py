@@ -122,7 +122,8 @@ def teacher_of(place: Path) -> Path:
     """Return the folder of the teacher's adapter. It learns each of a row's sentences."""
 
     def train(out: Path) -> None:
-        examples, labels = [], {}
+        examples: list[Example] = []
+        labels = {}
         for row in e2e()["gold"]:
             for sentence in row["answers"]:
                 example = example_of(len(examples), row)
