@@ -28,8 +28,9 @@ CHAT = "/v1/chat/completions"
 EXAMPLES = 150
 """Requests that schemathesis makes for each operation and kind of data, at most."""
 
-MALFORMED = 10_000
-"""Requests that break the document, for one operation."""
+MALFORMED = int(os.environ.get("MALFORMED_REQUESTS", "2000"))
+"""Requests that break the document. `MALFORMED_REQUESTS=10000 pytest -s -k malformed` takes six
+minutes: none of them was answered by a status from 500 on."""
 
 BODY: dict[str, Any] = {
     "messages": [{"role": "user", "content": "Where is bread warm?"}],
@@ -114,7 +115,7 @@ def test_schemathesis_finds_no_answer_that_its_document_does_not_tell(
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-def test_ten_thousand_malformed_requests_end_in_no_error_of_the_server(
+def test_malformed_requests_end_in_no_error_of_the_server(
     running: OwnServer, tmp_path: Path
 ) -> None:
     """None is answered by a status from 500 on, and none takes longer than 30 seconds."""
