@@ -215,8 +215,9 @@ class TextBatch:
         binding.bind_output("logits")
         with runtime_errors(self.folder):
             self._session.run_with_iobinding(binding)
-            logits = binding.get_outputs()[0].numpy()
-        last: NDArray[np.float32] = logits[:, -1].astype(np.float32, copy=False)
+            last: NDArray[np.float32] = binding.get_outputs()[0].numpy()[:, -1].astype(np.float32)
+        # A head that is not pruned gives the logits of all tokens: the binding would hold them.
+        binding.bind_output("logits")
         return last
 
     def binding(self, row: int, count: int) -> Any:

@@ -3,14 +3,16 @@
 The thread works in rounds. In each, waiting choices are made, one waiting text is begun if the
 batch has room, and every text that is under way gets its next token: the first of them computes it
 for all, see TextBatch. So a choice waits for a token and not for a text, and texts that come and go
-share the passes of the model. So do choices, which are made one by one only while texts are under
-way: these wait for them.
+share the passes of the model. Choices share passes too where no text is there; else one is made a
+round, so that texts do not wait long for them.
 """
 
 import asyncio
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from threading import Lock
 from typing import Any
 
@@ -18,6 +20,9 @@ from distillery.errors import AnswerStopped
 from distillery.serving.completion import Completion, Job, Piece, complete, is_choice
 from distillery.serving.student import ServedStudent
 from distillery.training.rows import TrainingRow
+
+ANSWERS_MEASURED = 33
+"""Of how many answers' ends the time of one is told."""
 
 CHOICES_AT_ONCE = 16
 """Choices that are made together, at most: more would share no more passes, and each waits for
@@ -54,13 +59,16 @@ class Turn:
             else:
                 self.ended.set_exception(error)
 
-        self.ended.get_loop().call_soon_threadsafe(set_result)
+        # A loop that is closed has nobody who waits.
+        with suppress(RuntimeError):
+            self.ended.get_loop().call_soon_threadsafe(set_result)
 
 
 class Rounds:
     """Answers jobs. `choices` and `texts` wait, in the order in which they came; `active` are the
     texts under way. `answer_s`: seconds from the end of one answer to that of the next one, by the
-    last ones. With `shared_prefix`, a prompt is computed from where it departs from others."""
+    last ANSWERS_MEASURED. With `shared_prefix`, a prompt is computed from where it departs from
+    others."""
 
     def __init__(self, student: ServedStudent, shared_prefix: bool) -> None:
         self.student = student
@@ -73,7 +81,9 @@ class Rounds:
         self.lock = Lock()
         """Guards what both threads use: the jobs that wait, `answering`, `running`, `closed`."""
         self.running = self.closed = False
-        self.answer_s = self.last_end = 0.0
+        self.answer_s = 0.0
+        self.ends: deque[float] = deque(maxlen=ANSWERS_MEASURED)
+        """When the last answers ended; before the first one, when the thread began."""
 
     def add(self, job: Job, told: Told) -> asyncio.Future[None]:
         """Let a job wait for its turn. The future ends with its answer."""
@@ -106,7 +116,8 @@ class Rounds:
 
     def run(self) -> None:
         """Work in rounds until there is nothing to do."""
-        self.last_end = time.monotonic()
+        self.ends.clear()
+        self.ends.append(time.monotonic())
         while True:
             with self.lock:
                 choices, text = self.next_turns()
@@ -121,13 +132,19 @@ class Rounds:
     def next_turns(self) -> tuple[list[Turn], Turn | None]:
         """Take the choices and the text whose turn it is."""
         choices, text = [], None
-        if self.student.chooses_apart or not self.active:
+        if self.student.chooses_apart or not (self.active or self.text_is_first()):
             alone = self.active or self.texts or not self.shared_prefix
             for job in list(self.choices)[: 1 if alone else CHOICES_AT_ONCE]:
                 choices.append(self.choices.pop(job))
         if self.texts and len(self.active) < self.student.at_once:
             text = self.texts.pop(next(iter(self.texts)))
         return choices, text
+
+    def text_is_first(self) -> bool:
+        """Return whether the text that waits longest came before all choices that wait."""
+        if not (self.texts and self.choices):
+            return bool(self.texts)
+        return next(iter(self.texts)).came < next(iter(self.choices)).came
 
     def choose(self, turns: Sequence[Turn]) -> None:
         """Make choices, all in the same passes."""
@@ -207,8 +224,8 @@ class Rounds:
                 self.student.forget()
         except Exception as raised:
             error = error or raised
-        now = time.monotonic()
-        taken, self.last_end = now - self.last_end, now
-        self.answer_s = 0.8 * self.answer_s + 0.2 * taken if self.answer_s else taken
+        self.ends.append(time.monotonic())
+        # Choices that are made together end together: one end alone tells nothing.
+        self.answer_s = (self.ends[-1] - self.ends[0]) / max(1, len(self.ends) - 1)
         turn.end(error)
         return False

@@ -28,7 +28,7 @@ from distillery.serving.app import create_app
 from distillery.serving.connection import timed_protocol
 from distillery.serving.limits import Limits
 from distillery.serving.metrics import SHARED_FOLDER
-from distillery.serving.student import ServedStudent
+from distillery.serving.student import ServedStudent, file_states
 
 RESTART_S = 1.0
 """Seconds before a process that has ended is started again."""
@@ -51,9 +51,15 @@ class Serving:
     limits: Limits
     shared_prefix: bool
     for_labels: bool
+    files: dict[Path, tuple[int, int]]
 
     def load(self) -> FastAPI:
-        """Load the model; return the application that answers with it."""
+        """Load the model; return the application that answers with it. Raises ModelError where the
+        folder is not as it was when the server started."""
+        if file_states(self.folder) != self.files:
+            raise ModelError(
+                f"{self.folder}: has changed since the server started; start the server again"
+            )
         return create_app(
             ServedStudent(self.folder, self.threads, self.for_labels, self.limits),
             self.model_name,
@@ -86,6 +92,8 @@ class Server(uvicorn.Server):
         draining = asyncio.create_task(self.app.state.server.drain())
         await super().shutdown(sockets)
         draining.cancel()
+        # Where a second signal cuts the answers short, nobody else tells the student's thread.
+        self.app.state.server.rounds.close()
 
 
 def run(app: FastAPI, limits: Limits, listener: socket.socket) -> None:
@@ -99,13 +107,16 @@ class Processes:
     def __init__(self, count: int, serving: Serving, listener: socket.socket) -> None:
         self.serving, self.listener = serving, listener
         self.context = multiprocessing.get_context("spawn")
-        self.running: list[SpawnProcess] = []
+        # Each with what it sets when it has loaded the model, which must live as long as it does:
+        # what is collected here can't be opened there.
+        self.running: dict[SpawnProcess, Event] = {}
         self.count = count
 
     def start(self) -> None:
         """Start all of them. Raises ModelError where one ends before it is ready."""
-        loaded = [self.start_one() for _ in range(self.count)]
-        for process, is_loaded in zip(self.running, loaded, strict=True):
+        for _ in range(self.count):
+            self.start_one()
+        for process, is_loaded in self.running.items():
             while not is_loaded.wait(0.1):
                 if not process.is_alive():
                     raise ModelError(
@@ -113,14 +124,13 @@ class Processes:
                         f"{process.exitcode} before it was ready; its own lines say why"
                     )
 
-    def start_one(self) -> Event:
-        """Start a process, and return what it sets when it has loaded the model."""
+    def start_one(self) -> None:
+        """Start a process."""
         is_loaded = self.context.Event()
         arguments = (self.serving, self.listener, os.getpid(), is_loaded)
         process = self.context.Process(target=run_one, args=arguments)
         process.start()
-        self.running.append(process)
-        return is_loaded
+        self.running[process] = is_loaded
 
     def keep(self, folder: str) -> None:
         """Start those that end again, for ever. `folder`: that of their metrics."""
@@ -128,7 +138,7 @@ class Processes:
             wait([process.sentinel for process in self.running])
             for process in [each for each in self.running if not each.is_alive()]:
                 _log.warning("a server process ended with status %s", process.exitcode)
-                self.running.remove(process)
+                del self.running[process]
                 mark_process_dead(process.pid, folder)  # type: ignore[no-untyped-call]
                 time.sleep(RESTART_S)
                 self.start_one()

@@ -58,6 +58,7 @@ def serve(
     signed as DISTILLERY_VERIFY_KEY asks for.
     """
     from distillery.serving.running import Serving, run, run_processes
+    from distillery.serving.student import file_states
 
     if not is_loopback(host) and not (api_key and api_key.get_secret_value()):
         raise CredentialsError(
@@ -77,6 +78,7 @@ def serve(
         limits=limits,
         shared_prefix=is_loopback(host) if shared_prefix is None else shared_prefix,
         for_labels=for_labels,
+        files=file_states(folder),
     )
     app = serving.load() if processes == 1 else None
     with listen(host, port) as listener:

@@ -13,7 +13,6 @@ from distillery.models.device import (
     check_gpu,
     choose_device,
     linear_layers_cast,
-    processor_prefers_bfloat16,
     release_gpu,
 )
 
@@ -55,34 +54,22 @@ def test_all_layers_are_cast_where_nothing_is_trained_and_none_in_float32() -> N
 
 
 @pytest.mark.parametrize(
-    ("instructions", "seconds", "precision"),
+    ("amx", "avx512", "name", "precision"),
     [
-        (True, 0.4, "bfloat16"),
-        (True, 0.9, "float32"),
-        (True, 1.9, "float32"),
-        (False, 0.4, "float32"),
+        (True, True, "Intel(R) Xeon(R) Processor, 2 cores", "bfloat16"),
+        (False, True, "Intel(R) Xeon(R) Processor, 2 cores", "float32"),
+        (False, True, "AMD EPYC 9V74 80-Core Processor, 2 cores", "bfloat16"),
+        (False, False, "AMD EPYC 7763 64-Core Processor, 2 cores", "float32"),
     ],
 )
 def test_a_processor_multiplies_in_bfloat16_where_that_is_faster(
-    monkeypatch: pytest.MonkeyPatch, instructions: bool, seconds: float, precision: str
+    monkeypatch: pytest.MonkeyPatch, amx: bool, avx512: bool, name: str, precision: str
 ) -> None:
-    """`seconds` that a product takes in bfloat16, of one in float32."""
-    now = 0.0
-
-    def multiply(inputs: torch.Tensor, _weights: torch.Tensor) -> None:
-        nonlocal now
-        now += seconds if inputs.dtype == torch.bfloat16 else 1.0
-
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: instructions)
-    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: False)
-    monkeypatch.setattr("torch.nn.functional.linear", multiply)
-    monkeypatch.setattr("time.perf_counter", lambda: now)
-    processor_prefers_bfloat16.cache_clear()
-    try:
-        assert choose_device() == Device("cpu", precision)
-    finally:
-        processor_prefers_bfloat16.cache_clear()
+    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: avx512)
+    monkeypatch.setattr("distillery.models.device.machine_name", lambda: name)
+    assert choose_device() == Device("cpu", precision)
 
 
 @pytest.mark.parametrize(

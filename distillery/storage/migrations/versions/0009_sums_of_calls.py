@@ -78,6 +78,11 @@ def upgrade() -> None:
         parts = {name: part.format(call=call) for name, part in DIALECTS[dialect].items()}
         return VALUES.format(call=call, **parts)
 
+    add = ADD.format(columns=COLUMNS, rows=f"VALUES ({values('NEW')})")
+    for statement in TRIGGERS[dialect]:
+        op.execute(statement.format(add=add))
+    # After the trigger, which waits for calls that are being written and keeps further ones out
+    # until all is committed: each call is counted once.
     earlier = f"SELECT {values('teacher_calls')} FROM teacher_calls"  # noqa: S608 - constants
     op.execute(
         f"""
@@ -87,8 +92,5 @@ def upgrade() -> None:
         FROM each_call GROUP BY run, recipe, section, day, currency
         """  # noqa: S608
     )
-    add = ADD.format(columns=COLUMNS, rows=f"VALUES ({values('NEW')})")
-    for statement in TRIGGERS[dialect]:
-        op.execute(statement.format(add=add))
     # Only budgets looked calls up by their recipes.
     op.drop_index("ix_teacher_calls_recipe_called_at", "teacher_calls")
