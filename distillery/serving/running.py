@@ -28,7 +28,7 @@ from distillery.serving.app import create_app
 from distillery.serving.connection import timed_protocol
 from distillery.serving.limits import Limits
 from distillery.serving.metrics import SHARED_FOLDER
-from distillery.serving.student import ServedStudent, file_states
+from distillery.serving.student import ServedStudent, check_unchanged
 
 RESTART_S = 1.0
 """Seconds before a process that has ended is started again."""
@@ -56,10 +56,7 @@ class Serving:
     def load(self) -> FastAPI:
         """Load the model; return the application that answers with it. Raises ModelError where the
         folder is not as it was when the server started."""
-        if file_states(self.folder) != self.files:
-            raise ModelError(
-                f"{self.folder}: has changed since the server started; start the server again"
-            )
+        check_unchanged(self.folder, self.files)
         return create_app(
             ServedStudent(self.folder, self.threads, self.for_labels, self.limits),
             self.model_name,

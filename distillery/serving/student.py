@@ -158,10 +158,7 @@ class ServedStudent(Student):
     def check_folder(self) -> None:
         """Raise ModelError if the folder has changed since the model was first loaded, and
         RegistryError if it is not what its manifest lists any more."""
-        if file_states(self.folder) != self.loaded_files:
-            raise ModelError(
-                f"{self.folder}: has changed since the server started; start the server again"
-            )
+        check_unchanged(self.folder, self.loaded_files)
         verify_before_loading(self.folder)
 
     def heed(self, stop: threading.Event) -> None:
@@ -176,6 +173,12 @@ class ServedStudent(Student):
         for loaded in (self.scorer, self.generator):
             if loaded:
                 loaded.forget()
+
+
+def check_unchanged(folder: Path, states: dict[Path, tuple[int, int]]) -> None:
+    """Raise ModelError if the folder's files are no longer in these `file_states`."""
+    if file_states(folder) != states:
+        raise ModelError(f"{folder}: has changed since the server started; start the server again")
 
 
 def file_states(folder: Path) -> dict[Path, tuple[int, int]]:
