@@ -111,5 +111,5 @@ def test_a_second_run_is_cached_and_prints_the_same(demo: Demo) -> None:
     # A minute by itself; here the tests of another module run beside it.
     assert second.seconds <= 120
     assert second.table == demo.table
-    assert len(second.stages) == 9
+    assert len(second.stages) == 10
     assert all("cached from demo-" in line for line in second.stages), second.out

@@ -366,7 +366,8 @@ def test_two_runs_of_one_recipe_at_once_do_each_piece_of_work_once(
     assert cloud.answers("twins") == ASKED
     one, other = (workshop.states(run) for run in twins)
     assert one.keys() == other.keys()
-    for stage in one.keys() - {": prepare dataset"}:
+    # These two come to the same for the runs before.
+    for stage in one.keys() - {": prepare dataset", ": ask base model"}:
         assert sorted((one[stage], other[stage])) == ["Cached", "Completed"], stage
     assert workshop.scoreboard(twins[0]) == workshop.scoreboard(twins[1])
 

@@ -492,7 +492,7 @@ def test_what_an_answer_does_not_depend_on_asks_nothing_again(paid: Paid) -> Non
         ranked = workshop.distil(values, **teacher)
         assert ranked.counts["step"] == PAID_STEPS
         cached = {name for name, state in workshop.states(ranked).items() if state == "Cached"}
-        assert cached == {": prepare dataset", ": label"}
+        assert cached == {": prepare dataset", ": label", ": ask base model"}
 
         moved = workshop.folder / "moved"
         (workshop.home / "store").rename(moved)
