@@ -150,7 +150,7 @@ def _summary(rows: int, result: TrainingResult) -> str:
     if result.validation_accuracy is not None:
         accuracy = f"{result.validation_accuracy:.3f}"
     if result.validation_tokens is not None:
-        accuracy += f", {result.validation_tokens:.3f} of the tokens"
+        accuracy += f" (answers that are all right; of their tokens {result.validation_tokens:.3f})"
     return (
         f"{rows} rows, {result.steps} steps{since}, {result.rows_per_second:.1f} rows/s on "
         f"{result.device}, loss {result.curve[-1].loss:.3f}, validation accuracy {accuracy}"

@@ -95,13 +95,14 @@ def _decisions(outcome: Outcome) -> list[str]:
 
 
 def _trained(record: StudentCheckpoint) -> str:
-    accuracy = (
-        ""
-        if record.validation_accuracy is None
-        else f", validation accuracy {record.validation_accuracy:.2f}"
-    )
-    if record.validation_tokens is not None:
-        accuracy += f", {record.validation_tokens:.2f} of the tokens"
+    accuracy = ""
+    if record.validation_accuracy is not None:
+        accuracy = f", validation accuracy {record.validation_accuracy:.2f}"
+        if record.validation_tokens is not None:
+            accuracy = (
+                f", of the validation answers {record.validation_accuracy:.2f} are all right, "
+                f"{record.validation_tokens:.2f} of their tokens"
+            )
     size = f"{record.parameters / 1e6:.1f} M parameters"
     return f"{size}, {record.method}, {record.steps} steps{accuracy}"
 

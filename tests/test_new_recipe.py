@@ -276,6 +276,10 @@ def test_objects_are_fields_whose_schema_is_guessed(teacher: Any) -> None:
     said = run(write_jsonl("bookings.jsonl", rows), teacher=teacher)
     recipe = checked("bookings.yaml")
     assert recipe.task.kind == "extract"
+    if teacher == "local":
+        assert recipe.prompt.system == "Find the fields of the text."
+    else:
+        assert "{schema}" in recipe.prompt.system
     assert recipe.task.answer_schema == {
         "type": "object",
         "properties": {

@@ -16,6 +16,14 @@ MANY_ROWS = 2000
 FEWEST_LABELLED = 0.2
 """Share of the training rows that the teacher labels at least."""
 
+OF_TASK = {"extract": "Find the fields of the text.", "generate": "Answer the text."}
+"""The system message by kind of task."""
+
+LENGTH = [
+    "# max_tokens: the most tokens of a prompt: the longest text and some room. Longer ones are",
+    "# set aside.",
+]
+
 
 class Shares(NamedTuple):
     """What becomes of the rows with a label: `carve` are the shares (0 to 1) for dataset.carve. The
@@ -105,7 +113,7 @@ def draft(
         *left_lines(shares, known),
         f"  carve: {in_yaml(shares.carve)}",
         "",
-        *prompt_lines(teacher, kind),
+        *prompt_lines(teacher, kind, max_tokens),
         *teacher_lines(teacher, shares, kind, unanswered),
         *student_lines(teacher, max_tokens),
         "# Each student that passes the gate becomes a version of this model.",
@@ -144,15 +152,26 @@ def task_lines(kind: str, schema: Mapping[str, Any] | None) -> list[str]:
     return [*lines, "    additionalProperties: false"]
 
 
-def prompt_lines(teacher: str, kind: str) -> list[str]:
-    """Return the lines of the prompt, which tells an endpoint what to write."""
-    if teacher == "local" or kind != "generate":
+def prompt_lines(teacher: str, kind: str, max_tokens: int | None) -> list[str]:
+    """Return the lines of the prompt: what an endpoint or a local teacher is told, and the length
+    that a local teacher's prompts have."""
+    lines = []
+    settings: dict[str, str | int] = {}
+    if teacher == "local" and kind != "classify":
+        lines += [
+            "# system: what the models are told. Without it, the chat template of a base model may",
+            "# tell of its maker, whose names a small model then copies into its answers.",
+        ]
+        settings["system"] = OF_TASK[kind]
+    elif kind == "generate":
+        lines += ["# What the endpoint is told; the student learns it from the answers."]
+        settings["system"] = OF_TASK[kind]
+    if teacher == "local" and max_tokens:
+        lines += LENGTH
+        settings["max_tokens"] = max_tokens
+    if not settings:
         return []
-    return [
-        "# What the endpoint is told; the student learns it from the answers.",
-        "prompt: {system: Answer the text.}",
-        "",
-    ]
+    return [*lines, f"prompt: {in_yaml(settings)}", ""]
 
 
 def column_lines(texts: Sequence[str], label: str, ids_are_unique: bool, kind: str) -> list[str]:
@@ -226,20 +245,11 @@ def teacher_lines(teacher: str, shares: Shares, kind: str, unanswered: int) -> l
 
 
 def student_lines(teacher: str, max_tokens: int | None) -> list[str]:
-    """Return the lines of the student and of the length of prompts."""
-    prompt = []
-    if max_tokens:
-        prompt = [
-            "# The most tokens of a prompt: the longest text and some room. Longer ones are set",
-            "# aside.",
-            f"prompt: {{max_tokens: {max_tokens}}}",
-        ]
-    if teacher == "local":
-        return [*prompt, ""] if prompt else []
-    if not prompt:
+    """Return the lines of the student of an endpoint, which has a prompt of its own."""
+    if teacher == "local" or not max_tokens:
         return []
-    # The student of an endpoint has a prompt of its own.
-    return ["student:", *(f"  {line}" for line in prompt), ""]
+    lines = [*LENGTH, f"prompt: {{max_tokens: {max_tokens}}}"]
+    return ["student:", *(f"  {line}" for line in lines), ""]
 
 
 def in_yaml(value: str | Sequence[str] | Mapping[Any, Any]) -> str:

@@ -98,6 +98,9 @@ def written_values(values: dict[str, Any]) -> dict[str, Any]:
     if kind == "local":
         # A longer label would be set aside, and a teacher that learnt little hardly ever ends.
         both["teacher"]["max_tokens"] = longest_answer(values["task"]) + 1
+    if values["task"]["kind"] == "extract":
+        # The stronger of the two baselines: fields are often words that were seen before.
+        both["evaluation"]["rules"].insert(1, {"kind": "better", "than": "field dictionary"})
     if kind == "endpoint" and values["task"]["kind"] == "extract":
         both["prompt"] |= told["prompt"]
         both["teacher"] |= told["teacher"]

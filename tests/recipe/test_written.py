@@ -216,7 +216,9 @@ def test_rules_that_the_scoreboard_can_t_tell_are_refused(
 
 def test_the_rules_by_default_are_on_the_scoreboard() -> None:
     rules = [rule.title for rule in recipe(EXTRACT).gate_rules]
-    assert rules[0] == "better than nearest answer"
+    assert rules[:2] == ["better than nearest answer", "better than field dictionary"]
+    text = [rule.title for rule in recipe({"kind": "generate"}).gate_rules]
+    assert text == [rule for rule in rules if rule != "better than field dictionary"]
     limits = [
         {"kind": "limit", "figure": name, "minimum": 0.5}
         for name in ("accuracy", "exact_match", "field_f1", "valid", "agreement")
