@@ -2,8 +2,9 @@
 answers (text.py).
 
 Both train the same model by the same LoRA on the same token ids, as many steps in batches of 8,
-with the loss on the answer and the end of the turn. Ours is the student of texts alone
-(text_levels.py) of the same seed; TRL's fastest setting is found by trials (train.py). `cpu_s` is
+with the loss on the answer and the end of the turn. Ours is trained as the students of texts alone
+are (text_levels.py), in the precision that is the faster one on this processor; TRL's fastest
+setting, its precision too, is found by trials (train.py). `cpu_s` is
 the processor time of all steps, and `rows_s` rows a second by the clock, which other work on the
 machine slows down. What each has learnt is measured on the test rows, in float32.
 """
@@ -21,8 +22,8 @@ from benchmarks.text_levels import (
     measured,
     once,
     student_base,
-    student_of,
     taught_rows,
+    train_adapter,
 )
 
 SEEDS = (0,)
@@ -44,7 +45,9 @@ def run_trl(place: Path) -> dict[str, Any]:
     chosen = json.loads(once(place / "trl" / "chosen.json", choose).read_text())
     students: dict[str, list[dict[str, Any]]] = {"ours": [], "trl": []}
     for seed in SEEDS:
-        students["ours"].append(student_of(place, "texts", seed))
+        recipe = STUDENT.model_copy(update={"precision": "auto", "seed": seed})
+        ours = once(place / f"ours-{seed}", partial(train_adapter, base, rows, recipe))
+        students["ours"].append(measured(place / f"ours-{seed}.json", base, ours))
         train = partial(train_by_trl, chosen | {"seed": seed}, steps, place / "trl")
         adapter = once(place / f"trl-{seed}", train)
         students["trl"].append(measured(place / f"trl-{seed}.json", base, adapter))
