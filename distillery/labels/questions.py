@@ -52,7 +52,7 @@ class Question:
 
     key: str
     messages: list[Message]
-    order: list[int]
+    order: tuple[int, ...]
     row: Example
 
     @property

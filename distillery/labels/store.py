@@ -14,7 +14,7 @@ from itertools import chain, islice
 from queue import Empty, SimpleQueue
 from time import monotonic, sleep
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from sqlalchemy import (
     JSON,
@@ -44,9 +44,8 @@ from distillery.storage.database import METADATA, Database, insert_new, nothing
 from distillery.teacher.ledger import Call, write_calls
 
 
-@dataclass(frozen=True, slots=True)
-class StoredAnswer:
-    """A row of the table teacher_answers.
+class StoredAnswer(NamedTuple):
+    """A row of the table teacher_answers. A tuple, since a second run makes one for each row.
 
     answer: the letter in the order shown, or the class, that the text `raw` was read as; None if it
     is no label, for `reason`. acceptance.py reads the text again. latency_ms:
@@ -241,7 +240,8 @@ class LabelStore:
         for chunk in chunks(keys):
             query = select(*ANSWER_COLUMNS).where(self._is_stored(chunk))
             for row in self._rows(query):
-                found[row.request_key] = StoredAnswer(*row)
+                answer = StoredAnswer._make(row)
+                found[answer.request_key] = answer
         return found
 
     def answered(self, keys: Iterable[str]) -> set[str]:
@@ -305,7 +305,7 @@ class LabelStore:
         """Return up to `count` of a teacher's answers, those with the lowest keys."""
         of_teacher = select(*ANSWER_COLUMNS).where(TABLE.c.teacher == teacher)
         rows = self._rows(of_teacher.order_by(TABLE.c.request_key).limit(count))
-        return [StoredAnswer(*row) for row in rows]
+        return [StoredAnswer._make(row) for row in rows]
 
     def begin(self, call: Call) -> None:
         """Note that a call is about to be made, of which `call` tells the most that it can take.
@@ -324,7 +324,7 @@ class LabelStore:
         """Hand an answer to the writer, and the call that gave it, without waiting. Raises
         StoreError where the journal can't be written, and the writer's failure; the answer is
         committed, or in the journal, in spite of the one or the other."""
-        row = {**values_of(answer), "created_at": datetime.now(UTC)}
+        row = {**answer._asdict(), "created_at": datetime.now(UTC)}
         entry = None if call is None else values_of(call)
         line = {"row": row, "since": self._since, "call": entry}
         self._hand_over("answer", line, row, call)

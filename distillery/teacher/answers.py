@@ -5,6 +5,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 
 def letter_of(token: str) -> str:
@@ -46,11 +47,12 @@ def distribution(
     return {letter: found[letter] / total for letter in letters}
 
 
-def rotated_order(count: int, order: int) -> list[int]:
+@lru_cache
+def rotated_order(count: int, order: int) -> tuple[int, ...]:
     """Return the `order`-th order of `count` options: the option shown at each position. Each
     order is the one before rotated by one position, so that over `count` orders each option is
     shown once at each position."""
-    return [(position + order) % count for position in range(count)]
+    return tuple((position + order) % count for position in range(count))
 
 
 @dataclass(frozen=True)
@@ -77,11 +79,11 @@ def in_own_order(
 ) -> Answer:
     """Translate an answer from the order that was shown into the row's own; `order` holds the
     option of the row at each position shown, and `keys` the letters or classes."""
+    if distribution is None:
+        return Answer(keys[order[keys.index(letter)]])
     own = {}
     for position, option in enumerate(order):
         own[keys[position]] = keys[option]
-    if distribution is None:
-        return Answer(own[letter])
     translated = {own[shown]: probability for shown, probability in distribution.items()}
     return Answer(own[letter], dict(sorted(translated.items())))
 

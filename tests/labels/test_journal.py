@@ -70,7 +70,7 @@ def stored(number: int, **values: Any) -> StoredAnswer:
         prompt=f"What comes after {number}?",
         tokens=bytes(range(256)),
     )
-    return replace(answer, **values)
+    return answer._replace(**values)
 
 
 def entry(number: int, **values: Any) -> Entry:
@@ -678,7 +678,7 @@ def test_a_deleted_answer_does_not_come_back(url: str, tmp_path: Path) -> None:
     """More lines than SMALL are open, so that the file is not rewritten."""
     with contextlib.closing(Database(url)) as database:
         journal = Journal(database)
-    row = {"row": {**values_of(stored(0)), "created_at": datetime.now(UTC)}}
+    row = {"row": {**stored(0)._asdict(), "created_at": datetime.now(UTC)}}
     first = journal.write("answer", {**row, "since": None, "call": None})
     for number in range(300):
         journal.write("begun", values_of(entry(number)))

@@ -68,7 +68,7 @@ def stored(number: int, **values: Any) -> StoredAnswer:
         example_id=f"row-{number}",
         prompt=f"What comes after {number}?",
     )
-    return replace(answer, **values)
+    return answer._replace(**values)
 
 
 ANSWERS = [

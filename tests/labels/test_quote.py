@@ -143,8 +143,8 @@ def test_a_quote_counts_answers_that_were_cut_off(store: LabelStore, tmp_path: P
         labelled(server, store, tmp_path / "out", ROWS[:3])
     key = questions(ROWS[3], PROMPT, TeacherRecipe(), "gpt-test")[0].key
     (stored, *_) = store.first_answers("gpt-test", 1)
-    store.add(replace(stored, request_key="text", answer="a text of its own"))
-    store.add(replace(stored, request_key=key, answer=None, completion_tokens=397))
+    store.add(stored._replace(request_key="text", answer="a text of its own"))
+    store.add(stored._replace(request_key=key, answer=None, completion_tokens=397))
     store.flush()
     found = quoted(store)
     assert (found.calls, found.usage.completion_tokens) == (26, 26 * 100)
