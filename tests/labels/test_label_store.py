@@ -6,7 +6,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.resources import files
@@ -38,6 +38,7 @@ from distillery.storage.database import (
     METADATA,
     SCHEMA,
     VERSION_TABLE,
+    Database,
     checked_url,
 )
 from distillery.storage.leases import LEASES, Leases
@@ -566,6 +567,37 @@ def test_an_upgrade_that_fails_changes_nothing(url: str, tmp_path: Path) -> None
     database.close()
     with pytest.raises(StoreError) as caught:
         LabelStore(url)
+def test_who_only_looks_changes_nothing(url: str, tmp_path: Path) -> None:
+    with closing(Database(url, migrates=False)) as database:
+        assert database.identity == ""
+    assert not (tmp_path / "labels.db").exists()
+    make_old(tmp_path / "labels.db")
+    upgrade(url, "0009")
+    with pytest.raises(StoreError, match="its schema 0009 is of an older version") as caught:
+        Database(url, migrates=False)
+    assert "\n" not in str(caught.value)
+    with sqlite3.connect(tmp_path / "labels.db") as connection:
+        (version,) = connection.execute(f"SELECT version_num FROM {VERSION_TABLE}").fetchone()
+    connection.close()
+    assert version == "0009"
+    with closing(Database(url)) as database, closing(Database(url, migrates=False)) as looking:
+        assert looking.identity == database.identity != ""
+
+
+def test_a_database_without_an_id_gets_one(url: str, tmp_path: Path) -> None:
+    """As one that was copied without that table's row."""
+    with closing(Database(url)) as database:
+        first = database.identity
+    with sqlite3.connect(tmp_path / "labels.db") as connection:
+        connection.execute("DELETE FROM database_identity")
+    connection.close()
+    with closing(Database(url, migrates=False)) as looking:
+        assert looking.identity == ""
+    with closing(Database(url)) as database, closing(Database(url)) as again:
+        assert len(database.identity) == 32
+        assert database.identity == again.identity != first
+
+
     assert "\n" not in str(caught.value)
     with sqlite3.connect(tmp_path / "labels.db") as database:
         tables = {
