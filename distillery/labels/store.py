@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from itertools import chain, islice
+from operator import attrgetter, itemgetter
 from queue import Empty, SimpleQueue
 from time import monotonic, sleep
 from types import TracebackType
@@ -379,9 +380,10 @@ class LabelStore:
             .where(TABLE.c.request_key == bindparam("key"))
             .values(answer=bindparam("read_as"), reason=bindparam("why"), distribution=None)
         )
+        # As in `_insert`, in the order of the keys.
         rows = [
             {"key": answer.request_key, "read_as": answer.answer, "why": answer.reason}
-            for answer in answers
+            for answer in sorted(answers, key=attrgetter("request_key"))
         ]
         self._database.run(partial(execute, statement=accepted, values=rows))
 
@@ -436,6 +438,8 @@ class LabelStore:
         """Write rows of TABLE and calls in one transaction. What is stored stays, answers of before
         `since` excepted. `on_failure` and `wait_s` as in `Database.run`."""
         insert = NEW_ANSWER if since is None else NEWER_ANSWER.bindparams(since=since)
+        # Two processes that wrote equal answers in different orders would each wait for the other.
+        rows = sorted(rows, key=itemgetter("request_key"))
 
         def write(connection: Any) -> None:
             if rows:
@@ -469,7 +473,7 @@ class LabelStore:
         calls = [item.call for item in items if item.call is not None]
         try:
             self._insert(rows, calls, since)
-        except (RowRefused, ValueError, TypeError, OverflowError):
+        except (RowRefused, ValueError, TypeError, AttributeError, OverflowError):
             if len(items) == 1:
                 return items
             return [item for each in items for item in self._insert_items([each], since)]
