@@ -152,13 +152,15 @@ def accepted_answers(
     """Return those answers to a row's questions that are no rejections, in the row's own
     letters."""
     accepted = []
+    row = questions[0].row
+    keys = row.keys
     for question, stored in zip(questions, answers, strict=True):
-        if stored and stored.answer and question.row.format:
+        if stored is None or not stored.answer:
+            continue
+        if row.format:
             accepted.append(Answer(stored.answer))
-        elif stored and stored.answer:
-            accepted.append(
-                in_own_order(stored.answer, stored.distribution, question.order, question.keys)
-            )
+        else:
+            accepted.append(in_own_order(stored.answer, stored.distribution, question.order, keys))
     return accepted
 
 

@@ -4,8 +4,8 @@ row. reading.py reads their texts."""
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 
 def letter_of(token: str) -> str:
@@ -55,16 +55,14 @@ def rotated_order(count: int, order: int) -> tuple[int, ...]:
     return tuple((position + order) % count for position in range(count))
 
 
-@dataclass(frozen=True)
-class Answer:
+class Answer(NamedTuple):
     """One accepted answer to a row, in the row's own letters, or a class."""
 
     letter: str
     distribution: dict[str, float] | None = None
 
 
-@dataclass(frozen=True)
-class CombinedAnswer:
+class CombinedAnswer(NamedTuple):
     """The label that a row's answers give. `confidence`: the share of answers that agree, or the
     probability of a single answer's letter. `references`: further texts, each as good."""
 
