@@ -11,6 +11,7 @@ letters. Other texts stay as they are.
 import json
 import re
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from os.path import commonprefix
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,6 +25,9 @@ from distillery.records import LETTERS, Example
 Message = dict[str, str]
 NUL, REPLACEMENT = "\0", "\ufffd"
 NUMBERS = {2: "two", 3: "three", 4: "four", 5: "five", 6: "six", 7: "seven", 8: "eight", 9: "nine"}
+
+TEMPLATES = 100
+"""Templates that are kept in parts: a recipe has few, and each is filled for every row."""
 
 
 def render_messages(example: Example, prompt: PromptRecipe) -> list[Message]:
@@ -60,18 +64,26 @@ def render_messages(example: Example, prompt: PromptRecipe) -> list[Message]:
 
 def fill_template(template: str, **values: str) -> str:
     """Replace each {name} by its value; all other braces stay, those in a value too."""
-    first, *parts = template.split("{")
-    filled = [first]
-    for part in parts:
-        name, brace, rest = part.partition("}")
+    first, parts = template_parts(template)
+    filled = first
+    for name, brace, rest in parts:
         if brace and name in values:
-            filled.append(values[name] + rest)
+            filled += values[name] + rest
         else:
-            filled.append("{" + part)
-    return "".join(filled)
+            filled += "{" + name + brace + rest
+    return filled
 
 
-def list_letters(letters: Sequence[str]) -> str:
+@lru_cache(TEMPLATES)
+def template_parts(template: str) -> tuple[str, tuple[tuple[str, str, str], ...]]:
+    """Return the text before a template's first opening brace, and for each of them what follows:
+    the name, the closing brace and the text behind it, or the text and twice nothing."""
+    first, *parts = template.split("{")
+    return first, tuple(part.partition("}") for part in parts)
+
+
+@lru_cache
+def list_letters(letters: tuple[str, ...]) -> str:
     """Return the letters in quotes, as an enumeration with "or"."""
     quoted = [f"'{letter}'" for letter in letters]
     start = ", ".join(quoted[:-1])

@@ -137,7 +137,7 @@ def delete_labels(
     then `distillery store gc` removes them. Journals that dead runs left on this machine are taken
     in before; files that may still hold answers are named.
     """
-    from distillery.labels.journal import left_beside
+    from distillery.labels.journal import left_beside, of_other_databases
     from distillery.labels.store import LabelStore
 
     if not (row or rejected or any(containing)):
@@ -147,6 +147,11 @@ def delete_labels(
     print(f"{count} answers {'would be ' if dry_run else ''}deleted")
     for path in left_beside(answers.database):
         print(f"{path}: may hold answers too, of a run under way or that could not be taken in")
+    for path in of_other_databases(answers.database):
+        print(
+            f"{path}: of another label database, or of this one under another address: may hold "
+            "answers too, which `distillery labels recover` brings back there"
+        )
 
 
 @app.command("recover")
@@ -162,12 +167,18 @@ def recover_answers(
     taken in stays, and one of another label database is named. The exit status is 1 if a journal
     of this database can't be taken in.
     """
+    from contextlib import closing
+
     from distillery.labels.journal import examine, of_other_databases
     from distillery.labels.store import LabelStore
+    from distillery.storage.database import Database
 
-    with LabelStore(recovers=not dry_run) as answers:
-        found = examine(answers.database) if dry_run else answers.recovered
-        others = of_other_databases(answers.database)
+    if dry_run:
+        with closing(Database(migrates=False)) as database:
+            found, others = examine(database), of_other_databases(database)
+    else:
+        with LabelStore() as answers:
+            found, others = answers.recovered, of_other_databases(answers.database)
     for journal in found:
         print(journal.line())
     for path in others:

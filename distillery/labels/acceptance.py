@@ -93,14 +93,16 @@ def read_again(question: Question, stored: StoredAnswer, recipe: TeacherRecipe) 
         return stored
     letter, unread = read_text(question, stored.raw, stored.reason.startswith(CUT_OFF))
     if letter is None and question.row.format:
-        return replace(stored, answer=None, reason=unread)
+        return stored._replace(answer=None, reason=unread)
     if letter is None or letter == stored.answer:
         return stored
-    return replace(stored, answer=letter, distribution=None, reason="")
+    return stored._replace(answer=letter, distribution=None, reason="")
 
 
 def is_read(question: Question, reason: str, recipe: TeacherRecipe) -> bool:
-    """Return whether a completion's text may be a label, given the reason against it."""
+    """Return whether a completion's text may be a label, given the reason against it, if any."""
+    if not reason:
+        return True
     if reason.startswith(CUT_OFF):
         return recipe.answers.form != "rationale" and question.row.format is None
     return reason not in reasons_of_no_answer(recipe).values()
@@ -117,13 +119,15 @@ def read_text(question: Question, text: str, cut_off: bool) -> tuple[str | None,
             return None, str(error)
     if row.classes:
         answer = parse_class(text, question.keys, cut_off)
-        reason = f"none of the {len(question.keys)} classes, or more than one"
     else:
         answer = parse_answer(text, question.options, cut_off)
-        reason = f"no option, or more than one, of {question.keys[0]} to {question.keys[-1]}"
+    if answer:
+        return answer, ""
     if not text.strip():
-        reason = "empty answer"
-    return answer, "" if answer else reason
+        return None, "empty answer"
+    if row.classes:
+        return None, f"none of the {len(question.keys)} classes, or more than one"
+    return None, f"no option, or more than one, of {question.keys[0]} to {question.keys[-1]}"
 
 
 def reason_not_to_read(completion: Completion, recipe: TeacherRecipe) -> str:
@@ -148,13 +152,15 @@ def accepted_answers(
     """Return those answers to a row's questions that are no rejections, in the row's own
     letters."""
     accepted = []
+    row = questions[0].row
+    keys = row.keys
     for question, stored in zip(questions, answers, strict=True):
-        if stored and stored.answer and question.row.format:
+        if stored is None or not stored.answer:
+            continue
+        if row.format:
             accepted.append(Answer(stored.answer))
-        elif stored and stored.answer:
-            accepted.append(
-                in_own_order(stored.answer, stored.distribution, question.order, question.keys)
-            )
+        else:
+            accepted.append(in_own_order(stored.answer, stored.distribution, question.order, keys))
     return accepted
 
 

@@ -65,7 +65,7 @@ def earlier_questions(judge: JudgeRecipe, identity: str, store: LabelStore) -> l
         system = render_messages(row, judge.prompt)[0]
         messages = [system, {"role": "user", "content": stored.prompt}]
         if request_key(identity, messages, judge) == stored.request_key:
-            order = list(range(len(VERDICTS)))
+            order = tuple(range(len(VERDICTS)))
             asked.append([Question(stored.request_key, messages, order, row)])
     return asked
 

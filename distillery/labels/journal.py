@@ -453,11 +453,13 @@ def release(lock: FileLock) -> None:
     lock.release()
 
 
-def prefixes_of(database: Database) -> tuple[str, str]:
+def prefixes_of(database: Database) -> tuple[str, ...]:
     """Return what the names of a database's journals begin with, and what they began with before
-    databases had ids. The id alone would give a copy of a database the journals of the other."""
+    databases had ids, and where one had none. The id alone would give a copy of a database the
+    journals of the other."""
     address = address_of(database.url)
-    return hash_of([*address, database.identity]), hash_of(address)
+    ids = [database.identity, "None"]
+    return (*(hash_of([*address, each]) for each in ids), hash_of(address))
 
 
 def address_of(url: URL) -> list[Any]:

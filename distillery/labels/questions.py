@@ -2,9 +2,8 @@
 
 import heapq
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from hashlib import sha256
-from typing import Any
+from typing import Any, NamedTuple
 
 from distillery.prompts import Message, render_messages
 from distillery.recipe import PromptRecipe, TeacherRecipe
@@ -46,13 +45,12 @@ def request_key(
     return digest_of(asked)
 
 
-@dataclass(frozen=True, slots=True)
-class Question:
+class Question(NamedTuple):
     """One request for a row. `order[i]` is the index of the i-th option shown in row.options."""
 
     key: str
     messages: list[Message]
-    order: list[int]
+    order: tuple[int, ...]
     row: Example
 
     @property
@@ -82,6 +80,7 @@ def questions(
     """Return the requests for a row: for each of answers.orders, each of answers.votes. Rows
     without options of their own have one order."""
     asked = []
+    schema = schema_of(row)
     orders = min(recipe.answers.orders, len(row.choices)) if row.choices else 1
     for number in range(orders):
         order = rotated_order(len(row.options), number)
@@ -95,7 +94,7 @@ def questions(
             content = f"{user['content']}\n\n{recipe.answers.instruction}"
             messages = [*messages[:-1], {**user, "content": content}]
         for vote in range(recipe.answers.votes):
-            key = request_key(identity, messages, recipe, vote, schema_of(row))
+            key = request_key(identity, messages, recipe, vote, schema)
             asked.append(Question(key, messages, order, row))
     return asked
 

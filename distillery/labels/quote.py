@@ -372,22 +372,23 @@ def quote_recipe(recipe: Recipe, chosen: Path | None = None) -> dict[str, Quote]
     with working_folder("quote") as folder, LabelStore(max_age=teacher.max_age) as store:
         prepare(recipe.dataset, folder, recipe.task)
         if "train" in splits:
-            train: Iterable[Example] = each_example(chosen or folder / "train.jsonl")
-            if teacher.select and chosen is None:
-                train = hashed_rows(train, teacher.select.rows)
+            few = teacher.select.rows if teacher.select and chosen is None else None
+            each_row = partial(train_rows, chosen or folder / "train.jsonl", few)
+            train = each_row()
             if teacher.canaries.rows:
-                train = list(train)
-                quotes["canaries"] = quote_canaries(train, recipe.prompt, teacher, identity, store)
+                quotes["canaries"] = quote_canaries(
+                    each_row(), recipe.prompt, teacher, identity, store
+                )
             if cheap := teacher.cheap:
-                train, name = list(train), teacher_identity(cheap, None)
+                asked_first = cheap, teacher_identity(cheap, None), store
                 if cheap.canaries.rows:
                     quotes["cheap teacher's canaries"] = quote_canaries(
-                        train, recipe.prompt, cheap, name, store
+                        each_row(), recipe.prompt, *asked_first
                     )
                 quotes["cheap teacher"] = quote(
-                    train, recipe.prompt, cheap, name, store, payer=payer
+                    each_row(), recipe.prompt, *asked_first, payer=payer
                 )
-                train = left_to_teacher(train, recipe.prompt, cheap, name, store)
+                train = left_to_teacher(train, recipe.prompt, *asked_first)
             quotes["train"] = quote(train, recipe.prompt, teacher, identity, store, tokens, payer)
         if "test" in splits:
             test = each_example(folder / "test.jsonl")
@@ -397,6 +398,13 @@ def quote_recipe(recipe: Recipe, chosen: Path | None = None) -> dict[str, Quote]
             judged = each_example(folder / "test.jsonl")
             quotes["judge"] = quote_judge(judged, recipe.prompt, judge, store, payer)
     return quotes
+
+
+def train_rows(file: Path, few: int | None) -> Iterable[Example]:
+    """Return the train rows in `file`, of which all are never in memory, or as many as `few` of
+    them."""
+    rows = each_example(file)
+    return rows if few is None else hashed_rows(rows, few)
 
 
 def canary_rows(
@@ -409,8 +417,7 @@ def canary_rows(
     """Return the rows that a teacher is asked again. That of a cascade has answered few of the
     rows: its canaries are among those."""
     if recipe.cascade:
-        rows = list(examples)
-        examples = compress(rows, are_answered(rows, prompt, recipe, identity, store))
+        examples = free_rows(examples, prompt, recipe, identity, None, store)
     return hashed_rows(examples, recipe.canaries.rows or 0)
 
 

@@ -90,10 +90,11 @@ class LabelReport(Record):
 
 
 class Tally:
-    """Counts a run's labels one by one; its memory does not grow with them."""
+    """Counts a run's labels one by one; its memory does not grow with them. `rows`: the rows so
+    far, accepted and rejected."""
 
     def __init__(self) -> None:
-        self.accepted = self.soft = 0
+        self.rows = self.accepted = self.soft = 0
         self.rejected: Counter[str] = Counter()
         self._letters: Counter[str] = Counter()
         self._lengths: Counter[int] = Counter()
@@ -103,14 +104,10 @@ class Tally:
         self._wrong: list[LookRow] = []
         self._unsure: list[LookRow] = []
 
-    @property
-    def rows(self) -> int:
-        """The rows so far, accepted and rejected."""
-        return self.accepted + self.rejected.total()
-
     def accept(self, row: Example, label: TeacherLabel, soft: bool) -> None:
         """Count a label, and what it tells about the teacher. `soft`: whether it has
         probabilities."""
+        self.rows += 1
         self.accepted += 1
         self.soft += soft
         if row.format:
@@ -136,11 +133,13 @@ class Tally:
     def reject(self, reason: str) -> None:
         """Count a row without a label. What of an answer does not meet its schema is not told
         apart."""
+        self.rows += 1
         self.rejected[UNMET if reason.startswith(UNMET) else reason] += 1
 
     def drop(self, label: TeacherLabel, reason: str, soft: bool) -> None:
         """Count an accepted label as rejected; what it told about the teacher stands. `soft` as in
         `accept`."""
+        self.rows -= 1
         self.accepted -= 1
         self.soft -= soft
         if self._lengths:

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from itertools import chain, islice
+from operator import attrgetter, itemgetter
 from queue import Empty, SimpleQueue
 from time import monotonic, sleep
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from sqlalchemy import (
     JSON,
@@ -44,9 +45,8 @@ from distillery.storage.database import METADATA, Database, insert_new, nothing
 from distillery.teacher.ledger import Call, write_calls
 
 
-@dataclass(frozen=True, slots=True)
-class StoredAnswer:
-    """A row of the table teacher_answers.
+class StoredAnswer(NamedTuple):
+    """A row of the table teacher_answers. A tuple, since a second run makes one for each row.
 
     answer: the letter in the order shown, or the class, that the text `raw` was read as; None if it
     is no label, for `reason`. acceptance.py reads the text again. latency_ms:
@@ -241,7 +241,8 @@ class LabelStore:
         for chunk in chunks(keys):
             query = select(*ANSWER_COLUMNS).where(self._is_stored(chunk))
             for row in self._rows(query):
-                found[row.request_key] = StoredAnswer(*row)
+                answer = StoredAnswer._make(row)
+                found[answer.request_key] = answer
         return found
 
     def answered(self, keys: Iterable[str]) -> set[str]:
@@ -305,7 +306,7 @@ class LabelStore:
         """Return up to `count` of a teacher's answers, those with the lowest keys."""
         of_teacher = select(*ANSWER_COLUMNS).where(TABLE.c.teacher == teacher)
         rows = self._rows(of_teacher.order_by(TABLE.c.request_key).limit(count))
-        return [StoredAnswer(*row) for row in rows]
+        return [StoredAnswer._make(row) for row in rows]
 
     def begin(self, call: Call) -> None:
         """Note that a call is about to be made, of which `call` tells the most that it can take.
@@ -324,7 +325,7 @@ class LabelStore:
         """Hand an answer to the writer, and the call that gave it, without waiting. Raises
         StoreError where the journal can't be written, and the writer's failure; the answer is
         committed, or in the journal, in spite of the one or the other."""
-        row = {**values_of(answer), "created_at": datetime.now(UTC)}
+        row = {**answer._asdict(), "created_at": datetime.now(UTC)}
         entry = None if call is None else values_of(call)
         line = {"row": row, "since": self._since, "call": entry}
         self._hand_over("answer", line, row, call)
@@ -379,9 +380,10 @@ class LabelStore:
             .where(TABLE.c.request_key == bindparam("key"))
             .values(answer=bindparam("read_as"), reason=bindparam("why"), distribution=None)
         )
+        # As in `_insert`, in the order of the keys.
         rows = [
             {"key": answer.request_key, "read_as": answer.answer, "why": answer.reason}
-            for answer in answers
+            for answer in sorted(answers, key=attrgetter("request_key"))
         ]
         self._database.run(partial(execute, statement=accepted, values=rows))
 
@@ -436,6 +438,8 @@ class LabelStore:
         """Write rows of TABLE and calls in one transaction. What is stored stays, answers of before
         `since` excepted. `on_failure` and `wait_s` as in `Database.run`."""
         insert = NEW_ANSWER if since is None else NEWER_ANSWER.bindparams(since=since)
+        # Two processes that wrote equal answers in different orders would each wait for the other.
+        rows = sorted(rows, key=itemgetter("request_key"))
 
         def write(connection: Any) -> None:
             if rows:
@@ -469,7 +473,7 @@ class LabelStore:
         calls = [item.call for item in items if item.call is not None]
         try:
             self._insert(rows, calls, since)
-        except (RowRefused, ValueError, TypeError, OverflowError):
+        except (RowRefused, ValueError, TypeError, AttributeError, OverflowError):
             if len(items) == 1:
                 return items
             return [item for each in items for item in self._insert_items([each], since)]

@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from distillery.labels.questions import Question
 from distillery.labels.store import StoredAnswer
@@ -26,8 +27,7 @@ class RequestState:
         return self.stored is not None or bool(self.failure)
 
 
-@dataclass(frozen=True, slots=True)
-class OpenRow:
+class OpenRow(NamedTuple):
     """A row in the window: its requests, and what is known of each of them."""
 
     row: Example

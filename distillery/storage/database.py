@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar
+from uuid import uuid4
 
 from sqlalchemy import (
     Column,
@@ -73,18 +74,26 @@ def nothing() -> None:
 class Database:
     """SQLite or PostgreSQL at `url`, written as for SQLAlchemy; by default DISTILLERY_LABELS. Its
     tables are created, or migrated to this version's schema. `identity` is its id, which it got
-    then.
+    then. With `migrates=False`, for those who only look, it is left as it is: StoreError is raised
+    where its tables are of an older version, and where there are none, `identity` is "".
 
     An outage is waited out for `wait_s` seconds, by default DISTILLERY_STORE_WAIT. Every method
     raises StoreUnavailable where the database does not answer, and StoreError for other errors."""
 
-    def __init__(self, url: str | None = None, wait_s: float | None = None) -> None:
+    def __init__(
+        self, url: str | None = None, wait_s: float | None = None, migrates: bool = True
+    ) -> None:
         settings = LocalSettings()
         self.url = checked_url(url or settings.labels_url, settings.container)
         self.backend = self.url.get_backend_name()
         self._wait_s = settings.store_wait if wait_s is None else wait_s
         self._engine = open_engine(self.url)
-        self.identity = self.run(self._open)
+        if migrates:
+            self.identity = self.run(self._open)
+        elif self._is_missing_file():
+            self.identity = ""
+        else:
+            self.identity = self.run(self._look)
 
     def run(
         self,
@@ -130,19 +139,49 @@ class Database:
         self._engine.dispose()
 
     def _open(self, connection: Any) -> str:
-        self._migrate(connection)
-        return str(connection.scalar(select(IDENTITY.c.identity)))
-
-    def _migrate(self, connection: Any) -> None:
-        if schema_version(connection) == SCHEMA:
-            return
+        """Make or migrate the tables and return the id, which a database without one gets."""
+        if schema_version(connection) == SCHEMA and (identity := identity_of(connection)):
+            return identity
         # One process at a time. SQLite takes its lock at the first write by itself: too late.
         lock = f"SELECT pg_advisory_xact_lock({MIGRATION_LOCK})"
         if self.backend == "sqlite":
             lock = "BEGIN IMMEDIATE"
         connection.exec_driver_sql(lock)
-        if schema_version(connection) == SCHEMA:
-            return
+        if schema_version(connection) != SCHEMA:
+            self._migrate(connection)
+        identity = identity_of(connection)
+        if identity is None:
+            # A copy of some of the tables may have left it out.
+            identity = uuid4().hex
+            connection.execute(IDENTITY.insert().values(identity=identity))
+        return identity
+
+    def _is_missing_file(self) -> bool:
+        """Return whether it is a file of SQLite's that to connect would make."""
+        return self.backend == "sqlite" and not Path(self.url.database or "").is_file()
+
+    def _look(self, connection: Any) -> str:
+        """Return the id of a database that is of this version, "" where it has none."""
+        version = schema_version(connection)
+        if version is None:
+            return ""
+        if version < SCHEMA:
+            raise StoreError(
+                f"DISTILLERY_LABELS {without_password(self.url)}: its schema {version} is of an "
+                "older version of Distillery, and nothing is changed to look; a run or "
+                "`distillery labels list` upgrades it"
+            )
+        if version > SCHEMA:
+            raise self._is_newer(version)
+        return identity_of(connection) or ""
+
+    def _is_newer(self, version: str | None) -> StoreError:
+        return StoreError(
+            f"DISTILLERY_LABELS {without_password(self.url)}: its schema {version} is of a newer "
+            "version of Distillery; install that"
+        )
+
+    def _migrate(self, connection: Any) -> None:
         from alembic import command
         from alembic.config import Config
         from alembic.util import CommandError
@@ -152,10 +191,7 @@ class Database:
         try:
             command.upgrade(config, SCHEMA)
         except CommandError:
-            raise StoreError(
-                f"DISTILLERY_LABELS {without_password(self.url)}: its schema "
-                f"{schema_version(connection)} is of a newer version of Distillery; install that"
-            ) from None
+            raise self._is_newer(schema_version(connection)) from None
 
     @contextmanager
     def _one_line_errors(self) -> Iterator[None]:
@@ -183,6 +219,12 @@ def schema_version(connection: Any) -> str | None:
     query = text(f"SELECT version_num FROM {VERSION_TABLE}")  # noqa: S608 - a constant
     version: str | None = connection.scalar(query)
     return version
+
+
+def identity_of(connection: Any) -> str | None:
+    """Return the database's id; None where it has none."""
+    identity: str | None = connection.scalar(select(IDENTITY.c.identity))
+    return identity
 
 
 def without_password(url: URL) -> str:

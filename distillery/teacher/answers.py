@@ -4,7 +4,8 @@ row. reading.py reads their texts."""
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
 
 
 def letter_of(token: str) -> str:
@@ -46,23 +47,22 @@ def distribution(
     return {letter: found[letter] / total for letter in letters}
 
 
-def rotated_order(count: int, order: int) -> list[int]:
+@lru_cache
+def rotated_order(count: int, order: int) -> tuple[int, ...]:
     """Return the `order`-th order of `count` options: the option shown at each position. Each
     order is the one before rotated by one position, so that over `count` orders each option is
     shown once at each position."""
-    return [(position + order) % count for position in range(count)]
+    return tuple((position + order) % count for position in range(count))
 
 
-@dataclass(frozen=True)
-class Answer:
+class Answer(NamedTuple):
     """One accepted answer to a row, in the row's own letters, or a class."""
 
     letter: str
     distribution: dict[str, float] | None = None
 
 
-@dataclass(frozen=True)
-class CombinedAnswer:
+class CombinedAnswer(NamedTuple):
     """The label that a row's answers give. `confidence`: the share of answers that agree, or the
     probability of a single answer's letter. `references`: further texts, each as good."""
 
@@ -77,11 +77,11 @@ def in_own_order(
 ) -> Answer:
     """Translate an answer from the order that was shown into the row's own; `order` holds the
     option of the row at each position shown, and `keys` the letters or classes."""
+    if distribution is None:
+        return Answer(keys[order[keys.index(letter)]])
     own = {}
     for position, option in enumerate(order):
         own[keys[position]] = keys[option]
-    if distribution is None:
-        return Answer(own[letter])
     translated = {own[shown]: probability for shown, probability in distribution.items()}
     return Answer(own[letter], dict(sorted(translated.items())))
 

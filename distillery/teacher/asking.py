@@ -26,7 +26,7 @@ from distillery.errors import DistilleryError, TeacherError
 from distillery.prompts import Message
 from distillery.recipe import TeacherRecipe
 from distillery.records import Usage
-from distillery.teacher.budget import Spending, cost_of
+from distillery.teacher.budget import HeldByOthers, Spending, cost_of
 from distillery.teacher.clients import Response, open_client
 from distillery.teacher.endpoint import Endpoint, log_in
 from distillery.teacher.failures import BACKOFF, MALFORMED, CallFailed, final_error
@@ -98,6 +98,8 @@ class Teacher:
             stop=recipe.stop,
         )
         self._gave_completions = False
+        # By a question's key, the tries before one that no budget was left for.
+        self._tries_before: dict[str, int] = {}
         # By a question's key, when the last answer to any had come when it was refused.
         self._answered_at_refusal: dict[str, float] = {}
         self._gave_log_probabilities = False
@@ -134,7 +136,7 @@ class Teacher:
         finish_reason. Raises CredentialsError (401, 403), TeacherUnavailable after teacher.attempts
         tries or teacher.outage_s, BudgetReached, HeldByOthers where others may leave something of
         the budget, Stopped if the pace is stopped, and TeacherError for anything else that no other
-        question would avoid.
+        question would avoid. After HeldByOthers, a question with a `key` goes on with its tries.
         """
         entry = self._entry(key, purpose or self._purpose)
         while True:
@@ -171,17 +173,30 @@ class Teacher:
         schema: Mapping[str, Any] | None,
         entry: Call,
     ) -> Completion:
-        """Return the answer of the first try that succeeds; raise the last CallFailed if none."""
+        """Return the answer of the first try that succeeds; raise the last CallFailed if none.
+        Where HeldByOthers ends it, the next one for the same question counts its tries on."""
+        before = self._tries_before.pop(entry.request_key, 0)
+
+        def count_on(state: RetryCallState) -> None:
+            state.attempt_number = max(state.attempt_number, 1 + before)
+
         retrying = AsyncRetrying(
             retry=retry_if_exception(self._is_worth_a_retry),
             wait=wait_before_retry,
             stop=self._gives_up,
             sleep=self._pace.sleep,
+            before=count_on,
             reraise=True,
         )
         body = options.body(letters, schema)
-        completion: Completion = await retrying(self._try_once, messages, body, letters, entry)
-        return replace(completion, attempts=retrying.statistics["attempt_number"])
+        try:
+            completion: Completion = await retrying(self._try_once, messages, body, letters, entry)
+        except HeldByOthers:
+            tries = before + retrying.statistics["attempt_number"] - 1
+            if entry.request_key and tries:
+                self._tries_before[entry.request_key] = tries
+            raise
+        return replace(completion, attempts=before + retrying.statistics["attempt_number"])
 
     def _is_worth_a_retry(self, error: BaseException) -> bool:
         if not isinstance(error, CallFailed):

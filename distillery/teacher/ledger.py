@@ -166,11 +166,22 @@ trigger of the database adds each new call (migration 0009)."""
 NEW_CALL = insert_new(CALLS)
 
 
+def sum_key(call: Call) -> tuple[str, ...]:
+    """Return the key of the row of SPENDING that a call is added to."""
+    section = "evaluation.judge" if call.teacher[:6] == "judge:" else "teacher"
+    day = call.called_at.astimezone(UTC).date().isoformat()
+    currency = str((call.prices or {}).get("currency") or "")
+    return call.run, call.recipe, section, day, currency
+
+
 def write_calls(connection: Any, calls: Sequence[Call]) -> None:
-    """Write calls within a transaction. A call that is there already stays as it is."""
+    """Write calls within a transaction. A call that is there already stays as it is.
+
+    They are written in the order of the sums that they are added to: two processes that took these
+    rows in different orders would each wait for the other."""
     names = CALLS.columns.keys()
     # asdict would copy the prices of each.
-    rows = [{name: getattr(call, name) for name in names} for call in calls]
+    rows = [{name: getattr(call, name) for name in names} for call in sorted(calls, key=sum_key)]
     if rows:
         connection.execute(NEW_CALL, rows)
 

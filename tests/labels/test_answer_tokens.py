@@ -4,7 +4,6 @@ run's own."""
 import math
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -204,7 +203,7 @@ async def test_stored_bytes_that_are_no_tokens_are_one_line(tmp_path: Path) -> N
             key = questions(rows[0], PROMPT, SOFT, "gpt-test")[0].key
             (stored,) = store.get_many([key]).values()
             store.delete(rows=["plain"])
-            store.add(replace(stored, tokens=b"x"))
+            store.add(stored._replace(tokens=b"x"))
         with pytest.raises(DataError, match=r"^plain: the stored tokens of its answer") as caught:
             await labelled(server, rows, tmp_path)
         assert "\n" not in str(caught.value)

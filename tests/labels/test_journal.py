@@ -28,7 +28,9 @@ from label_runs import PROMPT, endpoint_of, example, read_lines
 from postgres_server import Postgres
 from sqlalchemy import create_engine, text
 from sqlalchemy.engine import make_url
+from typer.testing import CliRunner
 
+from distillery.commands.labels import app
 from distillery.errors import StoreError, StoreUnavailable
 from distillery.labels.journal import (
     Journal,
@@ -70,7 +72,7 @@ def stored(number: int, **values: Any) -> StoredAnswer:
         prompt=f"What comes after {number}?",
         tokens=bytes(range(256)),
     )
-    return replace(answer, **values)
+    return answer._replace(**values)
 
 
 def entry(number: int, **values: Any) -> Entry:
@@ -274,10 +276,13 @@ def test_a_copy_of_a_database_does_not_get_its_journals(url: str, tmp_path: Path
     assert journal.exists()
 
 
-def test_a_journal_of_before_databases_had_ids_is_found(url: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("had", ["no ids", "none"])
+def test_a_journal_of_before_databases_had_ids_is_found(url: str, tmp_path: Path, had: str) -> None:
     journal = killed(url, tmp_path)
     with contextlib.closing(Database(url)) as database:
-        today, before = prefixes_of(database)
+        today, *_ = prefixes_of(database)
+        address = address_of(database.url)
+    before = hash_of(address if had == "no ids" else [*address, "None"])
     assert journal.name.startswith(today)
     for path in journals():
         path.rename(path.with_name(path.name.replace(today, before)))
@@ -678,7 +683,7 @@ def test_a_deleted_answer_does_not_come_back(url: str, tmp_path: Path) -> None:
     """More lines than SMALL are open, so that the file is not rewritten."""
     with contextlib.closing(Database(url)) as database:
         journal = Journal(database)
-    row = {"row": {**values_of(stored(0)), "created_at": datetime.now(UTC)}}
+    row = {"row": {**stored(0)._asdict(), "created_at": datetime.now(UTC)}}
     first = journal.write("answer", {**row, "since": None, "call": None})
     for number in range(300):
         journal.write("begun", values_of(entry(number)))
@@ -787,3 +792,36 @@ def test_a_container_is_told_that_the_journal_vanishes(
         store.flush()
     with pytest.raises(StoreError):
         store.close()
+
+
+def test_journals_that_deletion_does_not_reach_are_named(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The database may be the same one under another address."""
+    journal = killed(url, tmp_path)
+    monkeypatch.setenv("DISTILLERY_LABELS", f"sqlite:///{tmp_path / 'other.db'}")
+    told = CliRunner().invoke(app, ["delete", "--rejected"]).output
+    assert told.startswith("0 answers deleted\n")
+    (line,) = [line for line in told.splitlines() if line.startswith(f"{journal}: ")]
+    assert "may hold answers too" in line
+    assert journal.exists()
+
+
+def test_a_dry_run_of_recovery_upgrades_no_database(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DISTILLERY_LABELS", url)
+    told = CliRunner().invoke(app, ["recover", "--dry-run"])
+    assert told.output == "0 answers would be taken in from 0 journals\n"
+    assert not (tmp_path / "labels.db").exists()
+    journal = killed(url, tmp_path)
+    told = CliRunner().invoke(app, ["recover", "--dry-run"])
+    assert "3 answers would be taken in from 1 journals" in told.output
+    with sqlite3.connect(tmp_path / "labels.db") as database:
+        database.execute("UPDATE distillery_version SET version_num = '0009'")
+    database.close()
+    before = (tmp_path / "labels.db").read_bytes()
+    told = CliRunner().invoke(app, ["recover", "--dry-run"])
+    assert "is of an older version of Distillery" in str(told.exception)
+    assert (tmp_path / "labels.db").read_bytes() == before
+    assert journal.exists()

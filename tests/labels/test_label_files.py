@@ -11,9 +11,17 @@ from hypothesis import strategies as st
 
 from distillery.errors import DataError
 from distillery.labels.exports import import_answers, parquet_schema
-from distillery.labels.files import LABELS_FILE, open_lines, read_labels, write_line
+from distillery.labels.files import (
+    LABELS_FILE,
+    LabelFiles,
+    open_lines,
+    read_labels,
+    train_line,
+    write_line,
+)
 from distillery.labels.store import LabelStore
-from distillery.records import TeacherLabel
+from distillery.recipe import PromptRecipe, TeacherRecipe
+from distillery.records import Example, TeacherLabel, Usage
 
 pytestmark = pytest.mark.security
 
@@ -43,6 +51,52 @@ def test_labels_are_read_as_they_were_written(written: list[TeacherLabel], folde
         for label in written:
             write_line(file, label.model_dump())
     assert list(read_labels(folder).values()) == written
+
+
+@BUDGET
+@given(question=st.text(), answer=st.text(max_size=9))
+def test_a_line_to_train_on_is_as_json_dumps_writes_it(question: str, answer: str) -> None:
+    values = {"Question": question, "Answer": answer}
+    assert train_line(question, answer) == json.dumps(values, ensure_ascii=False) + "\n"
+
+
+def test_the_bytes_of_the_files_stay_as_they_are(tmp_path: Path) -> None:
+    """Equal labels give equal artifacts with every version, which caches go by."""
+    choice = Example(example_id="1", question='“é” "猫"\n', choices=("x", "y"), answer_key="B")
+    recipe = TeacherRecipe(filters={"agreement_with_gold": True, "minimum_accepted": 0})
+    files = LabelFiles(tmp_path, PromptRecipe(user="{question}{choices}"), recipe)
+    usage = Usage(prompt_tokens=90, completion_tokens=1)
+    soft = {"A": 0.1 + 0.2, "B": 1e-07}
+    files.accept(choice, TeacherLabel(example_id="1", answer="B", usage=usage))
+    files.accept(choice, TeacherLabel(example_id="2", answer="B", distribution=soft, confidence=1))
+    files.accept(choice, TeacherLabel(example_id="3", answer="A"))
+    written = TeacherLabel(example_id="4", answer='{"a": 1}', references=("b",), rationale="so")
+    files.accept(choice.model_copy(update={"answer_key": None}), written, question="asked")
+    files.reject(choice, "empty answer", "\t")
+    tally = files.tally
+    assert (tally.rows, tally.accepted, tally.rejected.total()) == (5, 3, 2)
+    files.close()
+    zero = '"usage": {"prompt_tokens": 0, "completion_tokens": 0, "cached_tokens": 0}}'
+    hard = '"distribution": null, "confidence": null, "rationale": null, '
+    assert (tmp_path / LABELS_FILE).read_text("utf-8").splitlines() == [
+        '{"example_id": "1", "answer": "B", ' + hard + '"usage": {"prompt_tokens": 90, '
+        '"completion_tokens": 1, "cached_tokens": 0}}',
+        '{"example_id": "2", "answer": "B", "distribution": {"A": 0.30000000000000004, '
+        '"B": 1e-07}, "confidence": 1.0, "rationale": null, ' + zero,
+        '{"example_id": "4", "answer": "{\\"a\\": 1}", "distribution": null, "confidence": null, '
+        '"rationale": "so", "references": ["b"], ' + zero,
+    ]
+    asked = '“é” \\"猫\\"\\n(A) x\\n(B) y'
+    assert (tmp_path / "train_data.jsonl").read_text("utf-8").splitlines() == [
+        f'{{"Question": "{asked}", "Answer": "B"}}',
+        f'{{"Question": "{asked}", "Answer": "B"}}',
+        '{"Question": "asked", "Answer": "{\\"a\\": 1}"}',
+        '{"Question": "asked", "Answer": "b"}',
+    ]
+    assert (tmp_path / "rejected.jsonl").read_text("utf-8").splitlines() == [
+        '{"example_id": "1", "reason": "gold says otherwise", "raw": "A"}',
+        '{"example_id": "1", "reason": "empty answer", "raw": "\\t"}',
+    ]
 
 
 @BUDGET

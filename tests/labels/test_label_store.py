@@ -6,9 +6,9 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from postgres_server import Postgres
-from sqlalchemy import create_engine
+from sqlalchemy import create_engine, select
 
 from distillery.data.answer_tokens import AnswerToken, packed
 from distillery.errors import DataError, StoreError, StoreUnavailable
@@ -38,11 +38,20 @@ from distillery.storage.database import (
     METADATA,
     SCHEMA,
     VERSION_TABLE,
+    Database,
     checked_url,
 )
 from distillery.storage.leases import LEASES, Leases
 from distillery.teacher.allowances import ALLOWANCES
-from distillery.teacher.ledger import CALLS, SPENDING, Call, Payer, spent
+from distillery.teacher.ledger import (
+    CALLS,
+    SPENDING,
+    Call,
+    Payer,
+    spent,
+    sum_key,
+    write_calls,
+)
 
 
 @pytest.fixture
@@ -68,7 +77,7 @@ def stored(number: int, **values: Any) -> StoredAnswer:
         example_id=f"row-{number}",
         prompt=f"What comes after {number}?",
     )
-    return replace(answer, **values)
+    return answer._replace(**values)
 
 
 ANSWERS = [
@@ -558,6 +567,37 @@ def test_a_database_of_a_newer_version_is_left_alone(url: str, tmp_path: Path) -
     assert len(times_in(tmp_path / "labels.db")) == 5
 
 
+def test_who_only_looks_changes_nothing(url: str, tmp_path: Path) -> None:
+    with closing(Database(url, migrates=False)) as database:
+        assert database.identity == ""
+    assert not (tmp_path / "labels.db").exists()
+    make_old(tmp_path / "labels.db")
+    upgrade(url, "0009")
+    with pytest.raises(StoreError, match="its schema 0009 is of an older version") as caught:
+        Database(url, migrates=False)
+    assert "\n" not in str(caught.value)
+    with sqlite3.connect(tmp_path / "labels.db") as connection:
+        (version,) = connection.execute(f"SELECT version_num FROM {VERSION_TABLE}").fetchone()
+    connection.close()
+    assert version == "0009"
+    with closing(Database(url)) as database, closing(Database(url, migrates=False)) as looking:
+        assert looking.identity == database.identity != ""
+
+
+def test_a_database_without_an_id_gets_one(url: str, tmp_path: Path) -> None:
+    """As one that was copied without that table's row."""
+    with closing(Database(url)) as database:
+        first = database.identity
+    with sqlite3.connect(tmp_path / "labels.db") as connection:
+        connection.execute("DELETE FROM database_identity")
+    connection.close()
+    with closing(Database(url, migrates=False)) as looking:
+        assert looking.identity == ""
+    with closing(Database(url)) as database, closing(Database(url)) as again:
+        assert len(database.identity) == 32
+        assert database.identity == again.identity != first
+
+
 def test_an_upgrade_that_fails_changes_nothing(url: str, tmp_path: Path) -> None:
     """A foreign table stands in the way once the table of versions has been made."""
     make_old(tmp_path / "labels.db")
@@ -724,3 +764,102 @@ def test_the_keys_of_paid_answers_never_change(case: str) -> None:
     """What was paid for is kept under these: a change here asks and pays for all of it again."""
     recipe, identity, row, number, key = GOLDEN[case]
     assert questions(row, PromptRecipe(), recipe, identity)[number].key == key
+
+
+NOON = datetime(2026, 11, 3, 12, tzinfo=UTC)
+
+
+def calls_of_two_days(count: int) -> list[Call]:
+    """Return calls of teachers and a judge, with and without prices, before and after midnight."""
+    payers = [("run-1", "one"), ("run-1", "two"), ("run-2", "one")]
+    calls = []
+    for number in range(count):
+        run, recipe = payers[number % 3]
+        call = Call(
+            run=run,
+            recipe=recipe,
+            teacher=("judge:gpt", "gpt", "a-model")[number % 7 % 3],
+            purpose="label",
+            outcome="answer",
+            prices={"currency": "EUR"} if number % 5 else None,
+            called_at=NOON + timedelta(hours=number),
+        )
+        calls.append(call)
+    return calls
+
+
+def test_a_call_is_added_to_the_sum_of_its_key(store: LabelStore) -> None:
+    calls = calls_of_two_days(40)
+    for call in calls:
+        store.record(call)
+    store.flush()
+    columns = [SPENDING.c[name] for name in ("run", "recipe", "section", "day", "currency")]
+    found = store.database.run(lambda c: c.execute(select(*columns)).all())
+    assert {tuple(row) for row in found} == {sum_key(call) for call in calls}
+
+
+class Written:
+    """Stands for a connection, and keeps the values that are written."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+
+    def execute(self, _: Any, rows: list[dict[str, Any]]) -> None:
+        self.rows += rows
+
+
+def test_two_processes_take_the_sums_of_their_calls_in_one_order() -> None:
+    calls, one, other = calls_of_two_days(40), Written(), Written()
+    write_calls(one, calls)
+    write_calls(other, calls[::-1])
+    assert [row["call_id"] for row in one.rows] != [call.call_id for call in calls]
+    orders = [[sum_key(Call(**row)) for row in written.rows] for written in (one, other)]
+    assert orders[0] == orders[1]
+
+
+def test_two_processes_take_answers_in_one_order(
+    store: LabelStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[list[str]] = []
+
+    def noted(connection: Any, statement: Any, values: list[dict[str, Any]]) -> None:
+        taken.append([row.get("request_key") or row["key"] for row in values])
+        connection.execute(statement, values)
+
+    monkeypatch.setattr("distillery.labels.store.execute", noted)
+    answers = [stored(number) for number in (5, 3, 9, 1)]
+    for answer in answers:
+        store.add(answer)
+    store.flush()
+    store.accept([answer._replace(answer="B") for answer in answers])
+    assert taken == [sorted(answer.request_key for answer in answers)] * 2
+
+
+@pytest.mark.slow
+def test_runs_that_write_around_midnight_do_not_wait_for_each_other() -> None:
+    """PostgreSQL ends one of two transactions that do, with an error."""
+    calls = calls_of_two_days(300)
+
+    def write(database: Database, given: list[Call], failures: list[StoreError]) -> None:
+        for number in range(10):
+            fresh = [
+                replace(call, call_id=f"{id(given)}-{number}-{call.call_id}") for call in given
+            ]
+            try:
+                database.run_once(lambda c, fresh=fresh: write_calls(c, fresh))
+            except StoreError as error:
+                failures.append(error)
+
+    with Postgres() as server:
+        failures: list[StoreError] = []
+        url = server.url()
+        with closing(Database(url)) as one, closing(Database(url)) as other:
+            threads = [
+                threading.Thread(target=write, args=(database, given, failures))
+                for database, given in ((one, calls), (other, calls[::-1]))
+            ]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+    assert failures == []

@@ -74,7 +74,7 @@ def stored(number: int, **values: Any) -> StoredAnswer:
     answer = StoredAnswer(
         f"{number:064x}", "gpt-4o", "A", {"A": 0.1 + 0.2, "B": 0.7}, "A", 40, 1, 12.5, 1, "v1"
     )
-    return replace(answer, **values)
+    return answer._replace(**values)
 
 
 def check_store(url: str) -> None:

@@ -2,7 +2,8 @@
 
 import asyncio
 import json
-from dataclasses import replace
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from chat_endpoint import Call, ChatEndpoint, Reply, good, said
 from pydantic import SecretStr
 from texts import write_texts
 
-from distillery.data.examples import read_examples, write_examples
+from distillery.data.examples import each_example, read_examples, write_examples
 from distillery.data.prepare import prepare
 from distillery.errors import (
     BudgetReached,
@@ -143,8 +144,8 @@ def test_a_quote_counts_answers_that_were_cut_off(store: LabelStore, tmp_path: P
         labelled(server, store, tmp_path / "out", ROWS[:3])
     key = questions(ROWS[3], PROMPT, TeacherRecipe(), "gpt-test")[0].key
     (stored, *_) = store.first_answers("gpt-test", 1)
-    store.add(replace(stored, request_key="text", answer="a text of its own"))
-    store.add(replace(stored, request_key=key, answer=None, completion_tokens=397))
+    store.add(stored._replace(request_key="text", answer="a text of its own"))
+    store.add(stored._replace(request_key=key, answer=None, completion_tokens=397))
     store.flush()
     found = quoted(store)
     assert (found.calls, found.usage.completion_tokens) == (26, 26 * 100)
@@ -223,6 +224,34 @@ def test_a_cheap_teacher_and_chosen_rows_are_quoted(
     found = quote_recipe(Recipe.model_validate(values), tmp_path / "chosen.jsonl")
     assert found["cheap teacher's canaries"].calls == 25
     assert found["canaries"].calls == 0, "it has answered none of them"
+
+
+def test_a_quote_holds_some_of_the_rows_at_a_time(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("DISTILLERY_HOME", str(tmp_path))
+    for name in ("TEACHER", "CHEAP"):
+        monkeypatch.setenv(f"{name}_MODEL_NAME", name)
+    monkeypatch.setattr("distillery.labels.quote.CHUNK_ROWS", 20)
+    held, most = 0, 0
+
+    def let_go() -> None:
+        nonlocal held
+        held -= 1
+
+    def each_watched(path: Path) -> Iterator[Example]:
+        nonlocal held, most
+        for row in each_example(path):
+            held, most = held + 1, max(most, held + 1)
+            weakref.finalize(row, let_go)
+            yield row
+
+    monkeypatch.setattr("distillery.labels.quote.each_example", each_watched)
+    teacher = {"cascade": {"below": 0.8}, "canaries": {"rows": 10}}
+    values = {"dataset": {"sample": {"train": 400, "test": 50}}, "teacher": teacher}
+    found = quote_recipe(Recipe.model_validate(values))
+    assert found["train"].rows == 400
+    assert 20 <= most <= 100
 
 
 def test_a_classifier_is_quoted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

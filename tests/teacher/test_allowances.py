@@ -12,19 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chat_endpoint import Call, ChatEndpoint, Reply, completion
+from chat_endpoint import Call, ChatEndpoint, Reply, completion, good, refused
 from label_runs import PROMPT, endpoint_of, example, run_process
 from postgres_server import Postgres
 from sqlalchemy import select
 
-from distillery.errors import BudgetReached, RecipeError
+from distillery.errors import BudgetReached, RecipeError, TeacherUnavailable
 from distillery.labels.labelling import label
 from distillery.labels.store import LabelStore
 from distillery.recipe import BudgetRecipe, PriceRecipe, TeacherRecipe
 from distillery.records import Usage
 from distillery.teacher import ledger
 from distillery.teacher.asking import PROBE, Teacher
-from distillery.teacher.budget import Spending, cost_of, when_left
+from distillery.teacher.budget import HeldByOthers, Spending, cost_of, when_left
 from distillery.teacher.ledger import Payer, period_end, period_start, spent
 from distillery.teacher.pace import Pace
 
@@ -305,6 +305,44 @@ async def test_a_worker_that_waits_for_anothers_money_holds_no_turn(
             execute(store, "DELETE FROM budget_allowances WHERE holder = 'other'")
             assert (await waiting).text
     assert len(server.calls) == 1
+
+
+class HeldAtTheSecondTry(Spending):
+    """A budget of which others hold all that is left, once, when the second try wants some."""
+
+    tries = 0
+
+    async def reserve(self, most: Usage) -> ledger.Amounts:
+        self.tries += 1
+        if self.tries == 2:
+            raise HeldByOthers(0)
+        return await super().reserve(most)
+
+
+@pytest.mark.usefixtures("no_backoff")
+@pytest.mark.parametrize("answered_at", [3, 9])
+async def test_a_question_that_waited_for_anothers_money_goes_on_with_its_tries(
+    answered_at: int,
+) -> None:
+    def reply(call: Call) -> Reply:
+        return good(call) if len(server.calls) == answered_at else refused(500, "try again")
+
+    with ChatEndpoint(reply) as server:
+        spending = HeldAtTheSecondTry(BudgetRecipe(), PRICES)
+        recipe = TeacherRecipe(attempts=3, outage_s=30)
+        async with Teacher(recipe, endpoint_of(server), spending=spending) as teacher:
+            asked = when_left(partial(teacher.ask, PROBE, ("A", "B"), key="one"))
+            if answered_at == 3:
+                assert (await asked).attempts == 3
+            else:
+                with pytest.raises(TeacherUnavailable):
+                    await asked
+            assert len(server.calls) == 3
+            # Another round has all of its tries.
+            if answered_at == 9:
+                with pytest.raises(TeacherUnavailable):
+                    await teacher.ask(PROBE, ("A", "B"), key="one")
+                assert len(server.calls) == 6
 
 
 async def test_a_run_that_waits_for_anothers_money_holds_no_slot(

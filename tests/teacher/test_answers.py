@@ -69,7 +69,7 @@ def test_a_probability_above_one_counts_as_one() -> None:
 def test_over_all_orders_each_option_is_shown_at_each_position_once(count: int) -> None:
     options = list(range(count))
     orders = [rotated_order(count, number) for number in range(count)]
-    assert orders[0] == options
+    assert list(orders[0]) == options
     for order in orders:
         assert sorted(order) == options
     for shown_at_one_position in zip(*orders, strict=True):
