@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -846,7 +847,7 @@ def test_runs_that_write_around_midnight_do_not_wait_for_each_other() -> None:
                 replace(call, call_id=f"{id(given)}-{number}-{call.call_id}") for call in given
             ]
             try:
-                database.run_once(lambda c, fresh=fresh: write_calls(c, fresh))
+                database.run_once(partial(write_calls, calls=fresh))
             except StoreError as error:
                 failures.append(error)
 
