@@ -48,7 +48,7 @@ from flows.train_student import trained
 from tasks.abstention import check_provable, with_threshold
 from tasks.batches import batches_first
 from tasks.dataset import prepare_dataset
-from tasks.evaluation import base_model_asked, evaluate
+from tasks.evaluation import ask_base_model, evaluate
 from tasks.hub import check_bases, pinned, source_of
 from tasks.judge import preferred
 from tasks.judged import judged_before
@@ -206,7 +206,9 @@ def made_student(
         model = with_threshold(model, recipe.task.abstain, recipe.student_prompt, data, again)
 
     asked, machine = recipe.student_prompt, machine_name()
-    base_answers = base_model_asked(test_rows, asked, base, machine, again)
+    base_answers = None
+    if recipe.asks_base_model:
+        base_answers = again("ask base model", ask_base_model)(test_rows, asked, base, machine)
     report = again("evaluate", evaluate)(
         test=test_rows,
         train=data.rows("train"),
@@ -432,7 +434,7 @@ def planned_student(recipe: Recipe) -> list[PlannedStage]:
     stages.append(PlannedStage("export student", export))
     if recipe.task.abstain:
         stages.append(PlannedStage("set threshold", "set threshold"))
-    if recipe.student_prompt.answer != "class":
+    if recipe.asks_base_model:
         stages.append(PlannedStage("ask base model", "ask base model"))
     stages.append(PlannedStage("evaluate", "evaluate"))
     return stages

@@ -1,7 +1,5 @@
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from distillery.data.examples import read_examples
 from distillery.evaluation import evaluate as domain
@@ -28,7 +26,7 @@ from distillery.storage.artifacts import ArtifactStore
 from distillery.storage.digests import sha256_of
 from distillery.storage.working import working_folder
 from tasks.progress import conclude, show_bytes, show_rows
-from tasks.stage import Stage, origin, stage
+from tasks.stage import origin, stage
 
 SCORED_FILE = "scored.json"
 
@@ -55,20 +53,6 @@ def ask_base_model(
         machine=machine,
         **origin(started),
     )
-
-
-def base_model_asked(
-    test: Rows,
-    prompt: PromptRecipe,
-    base: BaseModelRecipe,
-    machine: str,
-    again: Callable[[Stage, Any], Any],
-) -> BaseModelAnswers | None:
-    """Have the base model asked the test rows; None where it can't be: it knows no classes."""
-    if prompt.answer == "class":
-        return None
-    answers: BaseModelAnswers = again("ask base model", ask_base_model)(test, prompt, base, machine)
-    return answers
 
 
 @stage("evaluate", version=9, added_later={"base_answers"})

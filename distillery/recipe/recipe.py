@@ -17,7 +17,7 @@ from distillery.recipe.export import ExportForm, ExportRecipe
 from distillery.recipe.preset import PRESETS, classify_values, merge, preset_for, written_values
 from distillery.recipe.prompt import PromptRecipe
 from distillery.recipe.registry import RegistryRecipe
-from distillery.recipe.rules import GateRule
+from distillery.recipe.rules import BetterRule, GateRule
 from distillery.recipe.student import LayerChoice, StudentRecipe
 from distillery.recipe.task import TaskRecipe
 from distillery.recipe.teacher import FilterRecipe, TeacherRecipe
@@ -134,6 +134,16 @@ class Recipe(Slice):
         return self.evaluation.gate_rules(
             starts_from_base=self.student.start == "base", writes=self.task.writes
         )
+
+    @property
+    def asks_base_model(self) -> bool:
+        """Whether the base model answers the test rows too. It can't name classes; and it writes at
+        great length what it has not learnt, so that it writes only where a rule compares with
+        it."""
+        if self.student_prompt.answer == "class":
+            return False
+        compared = (rule.than for rule in self.gate_rules if isinstance(rule, BetterRule))
+        return not self.task.writes or "base model" in compared
 
     @model_validator(mode="after")
     def check_budget_period(self) -> Self:

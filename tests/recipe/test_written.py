@@ -226,6 +226,14 @@ def test_the_rules_by_default_are_on_the_scoreboard() -> None:
     assert len(recipe(EXTRACT, evaluation={"rules": limits}).gate_rules) == 5
 
 
+def test_the_base_model_writes_only_where_a_rule_compares_with_it() -> None:
+    assert not recipe(EXTRACT).asks_base_model
+    rules = [{"kind": "better", "than": "base model"}]
+    assert recipe(EXTRACT, evaluation={"rules": rules}).asks_base_model
+    assert load_recipe("demo").asks_base_model
+    assert not recipe({"kind": "classify"}).asks_base_model
+
+
 def test_an_answer_that_is_no_written_one_is_refused() -> None:
     letter = {"answer": "letter", "user": "{question} {choices}"}
     assert "written to extract and generate" in error_of({"kind": "generate"}, prompt=letter)
