@@ -275,8 +275,7 @@ def count_near_duplicates(rows: Sequence[FoundRow]) -> int | None:
         return None
     with temporary_database() as database:
         index = SimilarRows(database, DatasetRecipe().near_duplicate)
-        for number, row in enumerate(rows):
-            index.read(number, row.example)
+        index.read((number, row.example) for number, row in enumerate(rows))
         index.find_candidates()
         count = 0
         for number in index.each_candidate():

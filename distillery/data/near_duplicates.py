@@ -15,7 +15,7 @@ import math
 import re
 import sqlite3
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import groupby
 from operator import itemgetter
 from typing import NamedTuple
@@ -31,7 +31,7 @@ ROUNDING = 1e-9
 SLACK = 1e-6
 """The same for the filter of candidates, which adds up two of them."""
 
-COUNTERS = 2**20
+COUNTERS = 2**18
 """Counters of how frequent tokens are. Where two tokens share one, a count is too high, which costs
 time and changes no result: the filter is exact for any order of the tokens."""
 
@@ -66,9 +66,7 @@ def drop_near_duplicates(store: RowStore, index: "SimilarRows") -> int:
             # Only now, because similar rows within validation stay.
             for number in candidates(store, role):
                 index.add(number)
-    return dropped.execute(
-        "DELETE FROM kept WHERE number IN (SELECT number FROM dropped)"
-    ).rowcount
+    return dropped.execute("DELETE FROM kept WHERE number IN (SELECT number FROM dropped)").rowcount
 
 
 def candidates(store: RowStore, role: str) -> Iterator[int]:
@@ -113,16 +111,17 @@ class SimilarRows:
         self._counts = array("I", [0]) * COUNTERS
         connection.executescript(TABLES)
 
-    def read(self, number: int, example: Example) -> None:
-        """Take a row, which `number` names."""
-        question = array("q", map(hash, question_tokens(example)))
-        options = array("q", map(hash, option_tokens(example)))
-        for tokens in (question, options):
-            for token in tokens:
-                self._counts[token % COUNTERS] += 1
-        self._connection.execute(
-            "INSERT INTO tokens VALUES (?, ?, ?)", (number, question.tobytes(), options.tobytes())
-        )
+    def read(self, rows: Iterable[tuple[int, Example]]) -> None:
+        """Take rows, each with a number that names it."""
+        counts, values = self._counts, []
+        for number, example in rows:
+            question = array("q", map(hash, question_tokens(example)))
+            options = array("q", map(hash, option_tokens(example)))
+            for tokens in (question, options):
+                for token in tokens:
+                    counts[token % COUNTERS] += 1
+            values.append((number, question.tobytes(), options.tobytes()))
+        self._connection.executemany("INSERT INTO tokens VALUES (?, ?, ?)", values)
 
     def find_candidates(self) -> None:
         """Note the rows that may be similar to another one."""

@@ -62,7 +62,7 @@ class PreparedCounts(Record):
 
 
 class SelectedRows(NamedTuple):
-    """The rows that `prepare` writes: how many of each role, in a store; their classes or the
+    """The rows that `prepare` writes, in a store, with how many each role has; their classes or the
     format of their answers; and the counts of dropped rows."""
 
     store: RowStore
@@ -71,6 +71,10 @@ class SelectedRows(NamedTuple):
     format: AnswerFormat | None
     duplicates_dropped: int
     near_duplicates_dropped: int
+
+    def lines(self, role: str) -> Iterator[str]:
+        """Yield the rows of a role in order, each an Example in JSON."""
+        return self.store.lines(role, self.counts[role])
 
 
 def prepare(
@@ -88,7 +92,7 @@ def prepare(
         written = {}
         for role, count in selected.counts.items():
             path = out / f"{role}.jsonl"
-            write_lines(selected.store.lines(role, count), path)
+            write_lines(selected.lines(role), path)
             written[role] = split_of(path, count, selected.classes, selected.format)
         if selected.classes:
             write_classes(out, selected.classes)
@@ -192,8 +196,7 @@ def split_rows(
         splits["train"] = drop_copies(splits["train"])
         # A row's further answers are in its references.
         duplicates += row_count(loaded) - row_count(splits) - reference_count(splits)
-        for number, row in store.keep(splits):
-            similar.read(number, row.example)
+        similar.read(store.keep(splits))
     corrections.refuse_unused()
     if unanswered:
         raise unanswered

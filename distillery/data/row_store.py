@@ -56,7 +56,7 @@ def temporary_database() -> Iterator[sqlite3.Connection]:
     """Open an empty database that is gone afterwards. Raises StoreError where the disk is full."""
     with closing(sqlite3.connect("", isolation_level=None)) as connection:
         connection.execute(f"PRAGMA cache_size = -{CACHE_BYTES // 1024}")
-        # Nothing of it outlives an error, so that there is nothing to roll back.
+        # Nothing of it outlives an error, so there is nothing to roll back.
         connection.execute("PRAGMA journal_mode = OFF")
         connection.execute("BEGIN")
         try:
@@ -77,19 +77,18 @@ class RowStore:
         self.connection = connection
         self.roles: list[str] = []
         """The roles of the kept rows, in the order in which ids are compared."""
-        self.loaded = 0
+        self._numbered = 0
         connection.executescript(TABLES)
 
     def load(self, role: str, rows: Iterable[Row]) -> None:
         """Add rows as they are read."""
-        added = self.connection.executemany(
+        self.connection.executemany(
             "INSERT INTO loaded (role, position, content, place, line) VALUES (?, ?, ?, ?, ?)",
             (
                 (role, row.position, row.content, row.where, row.example.model_dump_json())
                 for row in rows
             ),
         )
-        self.loaded += added.rowcount
 
     def buckets(
         self, roles: Sequence[str], answer_format: AnswerFormat | None = None
@@ -112,18 +111,23 @@ class RowStore:
             count, last = count + 1, position
         yield bucket
 
-    def keep(self, splits: Splits) -> Iterator[tuple[int, Row]]:
-        """Add the rows of a bucket to those that are kept, and yield each with its number."""
+    def keep(self, splits: Splits) -> list[tuple[int, Example]]:
+        """Add the rows of a bucket to those that are kept, and return each with its number."""
         self.roles = list(splits)
+        kept, values = [], []
         for index, rows in enumerate(splits.values()):
             for row in rows:
-                values = (index, row.position, row.content, row.where, row.example.example_id)
-                added = self.connection.execute(
-                    "INSERT INTO kept (role, position, content, place, example_id, line) "
-                    "VALUES (?, ?, ?, ?, ?, ?)",
-                    (*values, row.example.model_dump_json()),
+                example = row.example
+                self._numbered += 1
+                kept.append((self._numbered, example))
+                values.append(
+                    (
+                        *(self._numbered, index, row.position, row.content, row.where),
+                        *(example.example_id, example.model_dump_json()),
+                    )
                 )
-                yield added.lastrowid or 0, row
+        self.connection.executemany("INSERT INTO kept VALUES (?, ?, ?, ?, ?, ?, ?)", values)
+        return kept
 
     def end_keeping(self) -> None:
         """Say that all rows are kept, and forget those that were loaded."""

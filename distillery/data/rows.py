@@ -106,9 +106,7 @@ def validated_rows(
         yield row
     if refuse_columns:
         refuse_columns(table, reader)
-    refuse_missing_columns(
-        table.name, list(table.columns), reader.needed(role), reader.fields
-    )
+    refuse_missing_columns(table.name, list(table.columns), reader.needed(role), reader.fields)
     if without_id and columns.id in table.columns:
         to_text(None, f"{without_id}: {columns.id}")
     if wrong:
