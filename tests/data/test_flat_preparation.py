@@ -7,11 +7,13 @@ import datasets
 import pytest
 from plain_preparation import plainly_prepared
 from random_data_sets import random_data_set
+from row_files import write
 
 from distillery.data import row_store
 from distillery.data.prepare import check_rows, prepare
 from distillery.data.row_store import temporary_database
 from distillery.errors import DistilleryError, StoreError
+from distillery.recipe import DatasetRecipe
 
 
 def error_of(prepared: Callable[[], object]) -> str:
@@ -63,6 +65,27 @@ def test_rows_on_disk_come_out_as_rows_in_memory(
     assert found.count("") >= 20
     for error in ("may not stand in", "is that of", "no row is left for", "no column"):
         assert error in "".join(found)
+
+
+def test_of_two_faults_that_of_the_earlier_step_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(row_store, "BUCKET_ROWS", 1)
+    row = {"question": "Why?", "choices": ["yes", "no"], "answerKey": ""}
+    recipe = DatasetRecipe.model_validate(
+        {
+            "source": "files",
+            "files": {"train": [write([row, row | {"question": "Who?", "answerKey": "A"}])]},
+            "splits": {"train": "train"},
+            "carve": {"test": 0.999},
+        }
+    )
+    unanswered = error_of(lambda: check_rows(recipe))
+    assert "answerKey: empty, but rows of test need an answer" in unanswered
+    name = write([row | {"question": "Where?", "answerKey": "B"}], "corrections.jsonl")
+    recipe = recipe.model_copy(update={"corrections": (name,)})
+    assert "no row of the source has this text" in error_of(lambda: check_rows(recipe))
 
 
 @pytest.mark.slow

@@ -73,6 +73,8 @@ class Chooser(random.Random):
             del self.choice(rows)["id"]
         elif self.happens(0.1):
             rows[-1]["id"] = rows[0]["id"]
+        elif self.happens(0.1):
+            rows.append(dict(rows[0]))
         if self.happens(0.03):
             for row in rows:
                 del row["text"]
