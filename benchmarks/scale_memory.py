@@ -35,6 +35,8 @@ FEW_ROWS, MANY_ROWS = 100_000, 1_000_000
 APART = 1.0
 """The threshold of near duplicates in the stage prepare_apart."""
 
+STAGES = ("prepare_apart", "prepare", "label")
+
 Figures = dict[str, float]
 
 
@@ -86,7 +88,12 @@ def measured(name: str, rows: Path, out: Path, count: int) -> Figures:
     out.mkdir()
     command = [sys.executable, "-m", "benchmarks.scale_memory"]
     command += ["--stage", name, str(rows), str(out), str(count)]
-    environment = os.environ | {"DISTILLERY_HOME": str(out / "home")}
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("DISTILLERY_", "TEACHER_"))
+    }
+    environment["DISTILLERY_HOME"] = str(out / "home")
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     figures: Figures = json.loads(done.stdout.splitlines()[-1])
     return figures
@@ -97,7 +104,7 @@ def memory_growth(few: int = FEW_ROWS, many: int = MANY_ROWS) -> dict[str, Any]:
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
-        for name in ("prepare_apart", "prepare", "label"):
+        for name in STAGES:
             peaks = []
             for size, count in (("few", few), ("many", many)):
                 rows = scratch / f"{size}.jsonl"

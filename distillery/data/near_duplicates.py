@@ -16,6 +16,7 @@ import re
 import sqlite3
 from array import array
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from itertools import groupby
 from operator import itemgetter
 from typing import NamedTuple
@@ -34,6 +35,9 @@ SLACK = 1e-6
 COUNTERS = 2**18
 """Counters of how frequent tokens are. Where two tokens share one, a count is too high, which costs
 time and changes no result: the filter is exact for any order of the tokens."""
+
+CACHED_ROWS = 500
+"""Rows whose tokens are in memory while rows are compared."""
 
 TABLES = """
 CREATE TABLE tokens (number INTEGER PRIMARY KEY, question BLOB, options BLOB);
@@ -108,6 +112,8 @@ class SimilarRows:
         self.threshold = threshold
         self._share = threshold / (1 + threshold)
         self._connection = connection
+        # Where many rows are alike, they are compared with the same few.
+        self._token_sets = lru_cache(CACHED_ROWS)(self._read_token_sets)
         self._counts = array("I", [0]) * COUNTERS
         connection.executescript(TABLES)
 
@@ -132,6 +138,8 @@ class SimilarRows:
                 (token, size, rank, number)
                 for number, question, options in rows
                 for token, size, rank in self._rarest(token_sets(question, options))
+                # Else no other row has it.
+                if self._counts[token % COUNTERS] > 1
             ),
         )
         self._connection.execute("CREATE INDEX by_token ON rare (token, size, rank, number)")
@@ -195,7 +203,7 @@ class SimilarRows:
                 seen.add(other)
         return False
 
-    def _token_sets(self, number: int) -> TokenSets:
+    def _read_token_sets(self, number: int) -> TokenSets:
         """Return the tokens of a row."""
         found = self._connection.execute(
             "SELECT question, options FROM tokens WHERE number = ?", (number,)
