@@ -6,7 +6,8 @@ memory. What concerns rows of different content, such as equal ids, is asked of 
 
 The database is a temporary one of SQLite: up to CACHE_BYTES it stays in memory, and beyond that it
 is a file without a name, which the system removes with the process, in the folder SQLITE_TMPDIR,
-TMPDIR or else /var/tmp. A data set takes about three times its size there.
+TMPDIR or else /var/tmp. A data set of short rows takes about five
+times its size there.
 """
 
 import sqlite3
@@ -66,7 +67,7 @@ def temporary_database() -> Iterator[sqlite3.Connection]:
                 raise
             raise StoreError(
                 "dataset: no room on disk for the rows while they are prepared; free some, or set "
-                "SQLITE_TMPDIR to a folder that has about three times the size of the data set"
+                "SQLITE_TMPDIR to a folder that has about five times the size of the data set"
             ) from error
 
 
