@@ -39,15 +39,14 @@ time and changes no result: the filter is exact for any order of the tokens."""
 CACHED_ROWS = 500
 """Rows whose tokens are in memory while rows are compared."""
 
-TABLES = """
-CREATE TABLE tokens (number INTEGER PRIMARY KEY, question BLOB, options BLOB);
-CREATE TABLE rare (token INTEGER, size INTEGER, rank INTEGER, number INTEGER);
-CREATE TABLE candidate (number INTEGER PRIMARY KEY);
-CREATE TABLE added (
-    token INTEGER, size INTEGER, rank INTEGER, number INTEGER,
-    PRIMARY KEY (token, size, rank, number)
-) WITHOUT ROWID;
-"""
+TABLES = (
+    "CREATE TABLE tokens (number INTEGER PRIMARY KEY, question BLOB, options BLOB)",
+    "CREATE TABLE rare (token INTEGER, size INTEGER, rank INTEGER, number INTEGER)",
+    "CREATE TABLE candidate (number INTEGER PRIMARY KEY)",
+    "CREATE TABLE dropped (number INTEGER PRIMARY KEY)",
+    "CREATE TABLE added (token INTEGER, size INTEGER, rank INTEGER, number INTEGER, "
+    "PRIMARY KEY (token, size, rank, number)) WITHOUT ROWID",
+)
 """`rare` are the rarest tokens of each row, `size` is the number of all its tokens, and `rank` that
 of the token among them, from 1 for the rarest. `added` are those of the rows that were added."""
 
@@ -56,21 +55,22 @@ def drop_near_duplicates(store: RowStore, index: "SimilarRows") -> int:
     """Drop near duplicates from the kept rows, which `index` has read; return how many there
     were."""
     index.find_candidates()
-    dropped = store.connection
-    dropped.execute("CREATE TABLE dropped (number INTEGER PRIMARY KEY)")
+    database = store.connection
     for number in candidates(store, "test"):
         index.add(number)
     for role in ("validation", *FITTED):
         for number in candidates(store, role):
             if index.has_similar(number):
-                dropped.execute("INSERT INTO dropped VALUES (?)", (number,))
+                database.execute("INSERT INTO dropped VALUES (?)", (number,))
             elif role == "train":
                 index.add(number)
         if role == "validation":
             # Only now, because similar rows within validation stay.
             for number in candidates(store, role):
                 index.add(number)
-    return dropped.execute("DELETE FROM kept WHERE number IN (SELECT number FROM dropped)").rowcount
+    return database.execute(
+        "DELETE FROM kept WHERE number IN (SELECT number FROM dropped)"
+    ).rowcount
 
 
 def candidates(store: RowStore, role: str) -> Iterator[int]:
@@ -115,7 +115,8 @@ class SimilarRows:
         # Where many rows are alike, they are compared with the same few.
         self._token_sets = lru_cache(CACHED_ROWS)(self._read_token_sets)
         self._counts = array("I", [0]) * COUNTERS
-        connection.executescript(TABLES)
+        for table in TABLES:
+            connection.execute(table)
 
     def read(self, rows: Iterable[tuple[int, Example]]) -> None:
         """Take rows, each with a number that names it."""

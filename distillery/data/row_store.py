@@ -6,8 +6,7 @@ memory. What concerns rows of different content, such as equal ids, is asked of 
 
 The database is a temporary one of SQLite: up to CACHE_BYTES it stays in memory, and beyond that it
 is a file without a name, which the system removes with the process, in the folder SQLITE_TMPDIR,
-TMPDIR or else /var/tmp. A data set of short rows takes about five
-times its size there.
+TMPDIR or else /var/tmp. A data set of short rows takes about five times its size there.
 """
 
 import sqlite3
@@ -25,15 +24,12 @@ BUCKET_ROWS = 1_000
 CACHE_BYTES = 8_000_000
 """How much of a database is in memory."""
 
-TABLES = """
-CREATE TABLE loaded (
-    number INTEGER PRIMARY KEY, role TEXT, position REAL, content TEXT, place TEXT, line TEXT
-);
-CREATE TABLE kept (
-    number INTEGER PRIMARY KEY, role INTEGER, position REAL, content TEXT, place TEXT,
-    example_id TEXT, line TEXT
-);
-"""
+TABLES = (
+    "CREATE TABLE loaded (number INTEGER PRIMARY KEY, role TEXT, position REAL, content TEXT, "
+    "place TEXT, line TEXT)",
+    "CREATE TABLE kept (number INTEGER PRIMARY KEY, role INTEGER, position REAL, content TEXT, "
+    "place TEXT, example_id TEXT, line TEXT)",
+)
 """`place` is Row.where, and `line` the row's Example as JSON. `role` of a kept row is the index in
 RowStore.roles."""
 
@@ -79,7 +75,8 @@ class RowStore:
         self.roles: list[str] = []
         """The roles of the kept rows, in the order in which ids are compared."""
         self._numbered = 0
-        connection.executescript(TABLES)
+        for table in TABLES:
+            connection.execute(table)
 
     def load(self, role: str, rows: Iterable[Row]) -> None:
         """Add rows as they are read."""
