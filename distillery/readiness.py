@@ -344,7 +344,7 @@ def check_data(recipe: Recipe) -> Iterator[Finding]:
     if dataset.source == "hub":
         if recipe.task.other:
             reader = RowReader(dataset.columns, dataset.fields, classify=True)
-            count = len(other_rows(recipe.task.other, reader, dataset.seed))
+            count = sum(1 for _ in other_rows(recipe.task.other, reader, dataset.seed))
             yield ok("task.other", f"every file is read; rows: {count:,}")
         if answer_format:
             yield ok("task", "the format of the answers is read")

@@ -1,7 +1,7 @@
 """JSONL files of records.Example, one a line, as `prepare` writes them."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
@@ -35,12 +35,18 @@ def each_example(path: Path) -> Iterator[Example]:
 def write_examples(examples: Sequence[Example], path: Path) -> None:
     """Write Examples to a file that `read_examples` reads, with their classes or the format of
     their answers beside it."""
-    text = "".join(f"{example.model_dump_json()}\n" for example in examples)
-    path.write_text(text, encoding="utf-8", newline="\n")
+    write_lines((example.model_dump_json() for example in examples), path)
     if examples and examples[0].classes:
         write_classes(path.parent, examples[0].classes)
     if examples and examples[0].format:
         write_format(path.parent, examples[0].format)
+
+
+def write_lines(lines: Iterable[str], path: Path) -> None:
+    """Write Examples in JSON to a file."""
+    with path.open("w", encoding="utf-8", newline="\n") as file:
+        for line in lines:
+            file.write(f"{line}\n")
 
 
 def write_classes(folder: Path, classes: Sequence[str]) -> None:

@@ -24,6 +24,9 @@ cache: the copy on this machine, where the hub does not answer."""
 CARDS = ("README.md", ".huggingface.yaml")
 """The files of a data set that tell `datasets` what to read."""
 
+BATCH_ROWS = 1_000
+"""Rows of a data set that are taken out of its Arrow files at a time."""
+
 _log = logging.getLogger(__name__)
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
@@ -195,8 +198,14 @@ def load_from_hub(name: str, revision: str | None, commit: str | None = None) ->
 def hub_tables(name: str, split: str, rows: Any) -> Iterator[Table]:
     """Yield a split, a datasets.Dataset, as the only Table."""
     title = f"{name} ({split})"
-    numbered = [(f"{title}:{number}", row) for number, row in enumerate(rows.to_list(), 1)]
-    yield Table(title, rows.column_names, numbered)
+
+    def numbered() -> Iterator[tuple[str, dict[str, Any]]]:
+        for start in range(0, len(rows), BATCH_ROWS):
+            batch = rows.select(range(start, min(start + BATCH_ROWS, len(rows))))
+            for number, row in enumerate(batch.to_list(), start + 1):
+                yield f"{title}:{number}", row
+
+    yield Table(title, dict.fromkeys(rows.column_names), numbered())
 
 
 def quiet_datasets() -> Any:

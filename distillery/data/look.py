@@ -25,6 +25,7 @@ from distillery.data.guess import (
 )
 from distillery.data.near_duplicates import SimilarRows
 from distillery.data.readers import open_table, refuse_equal_columns
+from distillery.data.row_store import temporary_database
 from distillery.data.rows import RowReader, content_of_row, to_example
 from distillery.errors import DataError
 from distillery.recipe import Columns, DatasetRecipe, TaskRecipe
@@ -272,14 +273,16 @@ def count_near_duplicates(rows: Sequence[FoundRow]) -> int | None:
     sees it; None for too many rows."""
     if len(rows) > MOST_COMPARED:
         return None
-    index = SimilarRows(DatasetRecipe().near_duplicate, (row.example for row in rows))
-    count = 0
-    for row in rows:
-        token_sets = index.token_sets(row.example)
-        if index.has_similar(token_sets):
-            count += 1
-        else:
-            index.add(token_sets)
+    with temporary_database() as database:
+        index = SimilarRows(database, DatasetRecipe().near_duplicate)
+        index.read((number, row.example) for number, row in enumerate(rows))
+        index.find_candidates()
+        count = 0
+        for number in index.each_candidate():
+            if index.has_similar(number):
+                count += 1
+            else:
+                index.add(number)
     return count
 
 

@@ -9,32 +9,37 @@ classes; and for extract and generate format.json, a records.AnswerFormat.
 The steps, in this order: validate (rows.py), correct (corrections.py), carve (splits.py), add the
 texts of task.other (other.py), stop at leaks, join references and drop copies (splits.py), drop
 near duplicates (near_duplicates.py), sample. Equal rows and settings give equal bytes.
+
+The rows are on disk (row_store.py), and the steps up to dropping copies are taken bucket by bucket,
+so that memory does not grow with their number. In memory are only the answers in
+dataset.corrections, the names of the classes, and rows of equal content while they are compared.
 """
 
 import json
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 from distillery.data.answer_format import named_format
 from distillery.data.classes import named_classes
-from distillery.data.corrections import corrected
-from distillery.data.examples import write_classes, write_examples, write_format
-from distillery.data.near_duplicates import drop_near_duplicates
-from distillery.data.other import other_rows, with_other
-from distillery.data.rows import Row, RowReader, validated_rows
+from distillery.data.corrections import Corrections
+from distillery.data.examples import write_classes, write_examples, write_format, write_lines
+from distillery.data.near_duplicates import SimilarRows, drop_near_duplicates
+from distillery.data.other import OtherTexts, other_rows
+from distillery.data.row_store import RowStore, temporary_database
+from distillery.data.rows import RowReader, validated_rows
 from distillery.data.source import open_source
 from distillery.data.splits import (
     ROLES,
+    Leaks,
     Splits,
     carve,
     drop_copies,
+    file_and_line,
     in_order,
     join_references,
     refuse_empty,
-    refuse_leaks,
-    refuse_shared_ids,
     test_interval,
 )
 from distillery.errors import DataError, RecipeError
@@ -57,14 +62,19 @@ class PreparedCounts(Record):
 
 
 class SelectedRows(NamedTuple):
-    """The rows that `prepare` writes, their classes or the format of their answers, and its counts
-    of dropped rows."""
+    """The rows that `prepare` writes, in a store, with how many each role has; their classes or the
+    format of their answers; and the counts of dropped rows."""
 
-    splits: Splits
+    store: RowStore
+    counts: dict[str, int]
     classes: tuple[str, ...]
     format: AnswerFormat | None
     duplicates_dropped: int
     near_duplicates_dropped: int
+
+    def lines(self, role: str) -> Iterator[str]:
+        """Yield the rows of a role in order, each an Example in JSON."""
+        return self.store.lines(role, self.counts[role])
 
 
 def prepare(
@@ -77,23 +87,23 @@ def prepare(
     Raises DataError for a file, row or column, and RecipeError if splits, carve and sample
     contradict each other; nothing is written then.
     """
-    splits, classes, answer_format, duplicates, near_duplicates = select_rows(recipe, task, commit)
-    out.mkdir(parents=True, exist_ok=True)
-    written = {}
-    for role in ROLES:
-        if role in splits:
+    with select_rows(recipe, task, commit) as selected:
+        out.mkdir(parents=True, exist_ok=True)
+        written = {}
+        for role, count in selected.counts.items():
             path = out / f"{role}.jsonl"
-            written[role] = write_split(path, splits[role], classes, answer_format)
-    if classes:
-        write_classes(out, classes)
-    if answer_format:
-        write_format(out, answer_format)
-    return PreparedCounts(
-        splits=written,
-        classes=classes,
-        duplicates_dropped=duplicates,
-        near_duplicates_dropped=near_duplicates,
-    )
+            write_lines(selected.lines(role), path)
+            written[role] = split_of(path, count, selected.classes, selected.format)
+        if selected.classes:
+            write_classes(out, selected.classes)
+        if selected.format:
+            write_format(out, selected.format)
+        return PreparedCounts(
+            splits=written,
+            classes=selected.classes,
+            duplicates_dropped=selected.duplicates_dropped,
+            near_duplicates_dropped=selected.near_duplicates_dropped,
+        )
 
 
 def check_rows(recipe: DatasetRecipe, task: TaskRecipe | None = None) -> dict[str, int]:
@@ -101,48 +111,99 @@ def check_rows(recipe: DatasetRecipe, task: TaskRecipe | None = None) -> dict[st
 
     Raises what `prepare` raises. A hub data set is downloaded unless it is on this machine.
     """
-    splits = select_rows(recipe, task).splits
-    return {role: len(splits[role]) for role in ROLES if role in splits}
+    with select_rows(recipe, task) as selected:
+        return selected.counts
 
 
+@contextmanager
 def select_rows(
     recipe: DatasetRecipe, task: TaskRecipe | None = None, commit: str | None = None
-) -> SelectedRows:
+) -> Iterator[SelectedRows]:
     """Read, validate, split and filter the rows; raises as `prepare` does."""
     classify = task is not None and task.kind == "classify"
     other = task.other if task else None
     classes = named_classes(task) if task else None
     answer_format = named_format(task) if task else None
-    unanswered_train = classify or answer_format is not None
-    check_roles(recipe, unanswered_train)
+    check_roles(recipe, classify or answer_format is not None)
     reader = RowReader(recipe.columns, recipe.fields, classify, classes, answer_format)
-    loaded = load_splits(recipe, reader, commit)
-    if other:
-        loaded[OTHER] = other_rows(other, reader, recipe.seed)
-    loaded = corrected(loaded, recipe, reader)
-    # Test rows of other rounds count as test rows until all that resembles them is dropped.
-    splits = carve(loaded, shares_of(recipe), recipe.columns.answer, unanswered_train)
-    if other:
-        texts = splits.pop(OTHER)
-        splits = with_other(splits, texts, shares_of(recipe))
-    if classify and classes is None:
-        classes = found_classes(splits, recipe.columns.answer)
-        splits = with_classes(splits, classes)
-    refuse_leaks(splits)
-    if answer_format:
-        splits = join_references(splits)
-    splits["train"] = drop_copies(splits["train"])
-    # A row's further answers are in its references.
-    duplicates = row_count(loaded) - row_count(splits) - reference_count(splits)
-    refuse_shared_ids(splits)
-    splits, near_duplicates = drop_near_duplicates(splits, recipe.near_duplicate)
-    if recipe.rotation:
-        low, high = test_interval(dict(recipe.carve.items()), recipe.rotation.round)
-        splits["test"] = [row for row in splits["test"] if low <= row.position < high]
-    for role, limit in recipe.sample.items():
-        splits[role] = splits[role][:limit]
-    refuse_empty(splits)
-    return SelectedRows(splits, classes or (), answer_format, duplicates, near_duplicates)
+    with temporary_database() as database:
+        store, similar = RowStore(database), SimilarRows(database, recipe.near_duplicate)
+        load_splits(store, recipe, reader, commit)
+        texts = None
+        if other:
+            store.load(OTHER, other_rows(other, reader, recipe.seed))
+            texts = OtherTexts(shares_of(recipe))
+        labels, leaks, duplicates = split_rows(store, similar, recipe, reader, texts)
+        if classify and classes is None:
+            classes = found_classes(labels, recipe.columns.answer)
+        leaks.refuse()
+        refuse_shared_ids(store)
+        # Test rows of other rounds count as test rows until all that resembles them is dropped.
+        near_duplicates = drop_near_duplicates(store, similar)
+        if recipe.rotation:
+            low, high = test_interval(dict(recipe.carve.items()), recipe.rotation.round)
+            store.drop_outside("test", low, high)
+        counts = {role: store.count(role) for role in store.roles}
+        refuse_empty(counts)
+        for role, limit in recipe.sample.items():
+            counts[role] = min(counts[role], limit)
+        ordered = {role: counts[role] for role in ROLES if role in counts}
+        yield SelectedRows(
+            store, ordered, classes or (), answer_format, duplicates, near_duplicates
+        )
+
+
+class FoundRows(NamedTuple):
+    """What is known once all rows are split: their labels, the leaks among them, and how many were
+    dropped as copies."""
+
+    labels: set[str]
+    leaks: Leaks
+    duplicates: int
+
+
+def split_rows(
+    store: RowStore,
+    similar: SimilarRows,
+    recipe: DatasetRecipe,
+    reader: RowReader,
+    texts: OtherTexts | None,
+) -> FoundRows:
+    """Take the steps from correcting to dropping copies for the loaded rows, and keep in `store`,
+    and have `similar` read, those that are left. Raises DataError for a step before the search for
+    leaks: of several faults that of the earliest step, wherever its row stands."""
+    corrections = Corrections(recipe, reader)
+    shares, unanswered_train = shares_of(recipe), reader.classify or reader.format is not None
+    labels: set[str] = set()
+    leaks = Leaks()
+    duplicates = 0
+    unanswered: DataError | None = None
+    for loaded in store.buckets([*recipe.splits, *([OTHER] if texts else [])], reader.format):
+        ordered = {role: rows if role == OTHER else in_order(rows) for role, rows in loaded.items()}
+        corrected = corrections.applied(ordered)
+        try:
+            splits = carve(corrected, shares, recipe.columns.answer, unanswered_train)
+        except DataError as error:
+            unanswered = unanswered or error
+            continue
+        if texts:
+            splits = texts.added(splits, splits.pop(OTHER))
+        if reader.classify and reader.classes is None:
+            labels |= labels_of(splits)
+        leaks.find(splits)
+        if reader.format:
+            splits = join_references(splits)
+        splits["train"] = drop_copies(splits["train"])
+        # A row's further answers are in its references.
+        duplicates += row_count(loaded) - row_count(splits) - reference_count(splits)
+        similar.read(store.keep(splits))
+    corrections.refuse_unused()
+    if unanswered:
+        raise unanswered
+    if texts:
+        texts.conclude()
+    store.end_keeping()
+    return FoundRows(labels, leaks, duplicates)
 
 
 def row_count(splits: Splits) -> int:
@@ -155,27 +216,31 @@ def reference_count(splits: Splits) -> int:
     return sum(len(row.example.references) for rows in splits.values() for row in rows)
 
 
-def found_classes(splits: Splits, column: str) -> tuple[str, ...]:
-    """Return the labels of the rows, in alphabetical order. Raises DataError for fewer than two."""
+def labels_of(splits: Splits) -> set[str]:
+    """Return the labels of the rows."""
     labels = {row.example.answer_key for rows in splits.values() for row in rows}
-    classes = tuple(sorted(label for label in labels if label is not None))
-    if len(classes) < 2:
+    return {label for label in labels if label is not None}
+
+
+def found_classes(labels: set[str], column: str) -> tuple[str, ...]:
+    """Return the labels in alphabetical order. Raises DataError for fewer than two."""
+    if len(labels) < 2:
         raise DataError(
-            f"dataset: the column {column!r} has {len(classes)} labels, and a classifier needs two "
+            f"dataset: the column {column!r} has {len(labels)} labels, and a classifier needs two "
             "or more; correct dataset.columns.answer, or label some rows"
         )
-    return classes
+    return tuple(sorted(labels))
 
 
-def with_classes(splits: Splits, classes: tuple[str, ...]) -> Splits:
-    """Return the splits with the classes in every row."""
-    known: Splits = {}
-    for role, rows in splits.items():
-        known[role] = []
-        for row in rows:
-            example = row.example.model_copy(update={"classes": classes})
-            known[role].append(replace(row, example=example))
-    return known
+def refuse_shared_ids(store: RowStore) -> None:
+    """Raise DataError if an id names two rows of a split, or rows of different content."""
+    if found := store.shared_id():
+        role, example_id, *places = found
+        earlier, later = sorted(places, key=file_and_line)
+        raise DataError(
+            f"{later}: id: {example_id!r} of {role} is that of {earlier} too; make ids unique, "
+            "or set dataset.columns.id to null to name rows by their content"
+        )
 
 
 def check_roles(recipe: DatasetRecipe, unanswered_train: bool) -> None:
@@ -210,10 +275,11 @@ def shares_of(recipe: DatasetRecipe) -> dict[str, float]:
     return shares
 
 
-def load_splits(recipe: DatasetRecipe, reader: RowReader, commit: str | None) -> Splits:
-    """Return the validated rows of the roles in dataset.splits, by position."""
+def load_splits(
+    store: RowStore, recipe: DatasetRecipe, reader: RowReader, commit: str | None
+) -> None:
+    """Load the validated rows of the roles in dataset.splits."""
     source = open_source(recipe, commit)
-    splits: Splits = {}
     for role, name in recipe.splits.items():
         if name not in source:
             raise DataError(
@@ -221,19 +287,8 @@ def load_splits(recipe: DatasetRecipe, reader: RowReader, commit: str | None) ->
                 f"{', '.join(source)}; correct dataset.splits or take a share of train by "
                 "dataset.carve"
             )
-        rows: list[Row] = []
         for table in source[name]():
-            rows += validated_rows(table, reader, role, recipe.seed)
-        splits[role] = in_order(rows)
-    return splits
-
-
-def write_split(
-    path: Path, rows: list[Row], classes: tuple[str, ...], answer_format: AnswerFormat | None
-) -> Split:
-    """Write the rows' Examples, one a line. The digest covers the classes or the format, too."""
-    write_examples([row.example for row in rows], path)
-    return split_of(path, len(rows), classes, answer_format)
+            store.load(role, validated_rows(table, reader, role, recipe.seed))
 
 
 def write_chosen(examples: Sequence[Example], path: Path) -> Split:
@@ -245,7 +300,8 @@ def write_chosen(examples: Sequence[Example], path: Path) -> Split:
 def split_of(
     path: Path, rows: int, classes: tuple[str, ...], answer_format: AnswerFormat | None
 ) -> Split:
-    """Return the record of the split in a file."""
+    """Return the record of the split in a file. The digest covers the classes or the format,
+    too."""
     sha256 = sha256_of(path)
     if classes:
         sha256 = digest_of([sha256, classes])

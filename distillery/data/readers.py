@@ -7,7 +7,7 @@ The name's ending tells the format. Text is UTF-8, with or without a byte order 
   .parquet   each value as PyArrow converts it to Python
 `open_table` streams rows in the file's order and marks those that are malformed: batch inference
 sets these aside. `each_row` raises at the first malformed row: label files use it, through
-`read_columns`. So does `read_files`, which loads whole files: data preparation uses it.
+`read_columns`, and data preparation through `read_files`.
 
 No row takes more than DISTILLERY_ROW_MB, whatever the file holds: a longer one is malformed, and of
 a Parquet file no more is unfolded at a time than a few such rows take (`parquet_rows`).
@@ -68,14 +68,15 @@ class OpenTable(NamedTuple):
 
 
 class Table(NamedTuple):
-    """A whole file, or a whole split of a hub data set.
+    """A file, or a split of a hub data set, whose rows are read as the caller asks for them.
 
     `rows` are (where, values) pairs; where is FILE:LINE, or FILE:ROW for Parquet and the hub.
+    `columns` has the names of all columns once all rows are read: in JSONL each row has its own.
     """
 
     name: str
-    columns: Sequence[str]
-    rows: list[tuple[str, dict[str, Any]]]
+    columns: dict[str, None]
+    rows: Iterator[tuple[str, dict[str, Any]]]
 
 
 def read_columns(
@@ -96,23 +97,25 @@ def read_columns(
 
 
 def read_files(setting: str, paths: Sequence[str]) -> Iterator[Table]:
-    """Yield each file as a whole.
+    """Yield each file as a table.
 
-    Raises DataError for a file that can't be read or has no row, and for a malformed row.
-    `setting` is the recipe's key that names the files.
+    Raises DataError for a file that can't be read or has no row, and for a malformed row, once its
+    rows are read. `setting` is the recipe's key that names the files.
     """
     for path in paths:
         yield read_file(setting, local_path(path, setting))
 
 
 def read_file(setting: str, path: Path) -> Table:
-    """Return a file as a whole; see `read_files`."""
-    rows = list(each_row(setting, path))
-    # In CSV and Parquet each row has all columns.
+    """Return a file as a table; see `read_files`."""
     columns: dict[str, None] = {}
-    for _, values in rows:
-        columns.update(dict.fromkeys(values))
-    return Table(str(path), list(columns), rows)
+
+    def rows() -> Iterator[tuple[str, dict[str, Any]]]:
+        for where, values in each_row(setting, path):
+            columns.update(dict.fromkeys(values))
+            yield where, values
+
+    return Table(str(path), columns, rows())
 
 
 def each_row(setting: str, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -141,7 +144,7 @@ def open_table(setting: str, path: Path, whole: bool = False) -> Iterator[OpenTa
     """Open a file whose rows are read one by one as the caller asks for them.
 
     Raises DataError for a file that can't be read or is in another format. `setting` names the
-    recipe's key or the parameter that holds the path. `whole`: the caller keeps all rows, so that
+    recipe's key or the parameter that holds the path. `whole`: the caller takes all rows, so that
     the rows of a Parquet file may unfold to no more than DISTILLERY_TABLE_MB.
     """
     suffix = path.suffix.lower()

@@ -25,7 +25,7 @@ With task.kind: extract or generate the defaults are:
 import hashlib
 import json
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,19 +74,45 @@ class RowReader:
         return needed
 
 
-def validated_rows(table: Table, reader: RowReader, role: str, seed: int) -> list[Row]:
-    """Return the rows of a table, which will serve in `role`. Raises DataError."""
+def validated_rows(
+    table: Table,
+    reader: RowReader,
+    role: str,
+    seed: int,
+    refuse_columns: Callable[[Table, RowReader], None] | None = None,
+) -> Iterator[Row]:
+    """Yield the rows of a table, which will serve in `role`, as they are read.
+
+    Raises DataError once all are read: a malformed row counts before a missing column, and that
+    before what else is wrong with a row. `refuse_columns` raises another error for a missing
+    column."""
     columns = reader.columns
-    refuse_missing_columns(table.name, table.columns, reader.needed(role), reader.fields)
-    has_ids = columns.id in table.columns
-    rows = []
+    unanswered = without_id = None
+    wrong: DataError | None = None
     for where, values in table.rows:
-        example = to_example(values, reader, where, needs_id=has_ids)
+        if wrong:
+            continue
+        try:
+            example = to_example(values, reader, where)
+        except DataError as error:
+            wrong = error
+            continue
+        if columns.id is not None and columns.id not in values:
+            without_id = without_id or where
         content = content_of_row(example)
-        rows.append(Row(where, example, content, position_of(content, seed)))
-    for row in rows:
-        refuse_unanswered(row, columns.answer, role)
-    return rows
+        row = Row(where, example, content, position_of(content, seed))
+        if role != "train" and example.answer_key is None:
+            unanswered = unanswered or row
+        yield row
+    if refuse_columns:
+        refuse_columns(table, reader)
+    refuse_missing_columns(table.name, list(table.columns), reader.needed(role), reader.fields)
+    if without_id and columns.id in table.columns:
+        to_text(None, f"{without_id}: {columns.id}")
+    if wrong:
+        raise wrong
+    if unanswered:
+        refuse_unanswered(unanswered, columns.answer, role)
 
 
 def refuse_missing_columns(
@@ -115,13 +141,11 @@ def refuse_unanswered(row: Row, column: str, role: str) -> None:
         )
 
 
-def to_example(
-    values: Mapping[str, Any], reader: RowReader, where: str, needs_id: bool = False
-) -> Example:
+def to_example(values: Mapping[str, Any], reader: RowReader, where: str) -> Example:
     """Return a row as an Example; its answer may be missing.
 
-    A row without an id is named by its content, unless `needs_id`. Raises DataError, whose text
-    starts with `where`.
+    A row without the column of ids is named by its content. Raises DataError, whose text starts
+    with `where`.
     """
     columns = reader.columns
     fields = to_fields(values, reader.fields, where)
@@ -149,7 +173,7 @@ def to_example(
     if columns.concept and values.get(columns.concept) not in (None, ""):
         concept = to_text(values[columns.concept], f"{where}: {columns.concept}")
     example_id = ""
-    if columns.id is not None and (needs_id or columns.id in values):
+    if columns.id is not None and columns.id in values:
         example_id = to_text(values.get(columns.id), f"{where}: {columns.id}")
     example = Example(
         example_id=example_id,

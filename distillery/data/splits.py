@@ -119,33 +119,46 @@ def test_interval(shares: Mapping[str, float], number: int) -> tuple[float, floa
     return before + number * shares["test"], before + (number + 1) * shares["test"]
 
 
-def refuse_leaks(splits: Splits) -> None:
-    """Raise DataError if a row of train or gold also stands in validation or test, or a row of
-    validation in test. It names such rows of all roles, so that one look mends them."""
-    judged: dict[str, str] = {}
-    found = []
-    for role in reversed(ROLES):
-        rows = splits.get(role, [])
-        leaks = [row for row in rows if row.content in judged]
-        if leaks:
-            listed = ", ".join(
-                f"{row.where} = {judged[row.content]}" for row in leaks[:MOST_LISTED]
-            )
-            if len(leaks) > MOST_LISTED:
-                listed += f" and {len(leaks) - MOST_LISTED} more"
-            others = "test" if role == "validation" else "validation or test"
-            found.append(
-                f"{leaks[0].where}: a row of {role} may not stand in {others} too; "
-                f"found {len(leaks)}: {listed}"
-            )
-        if role in JUDGED:
+class Leaks:
+    """Rows of train or gold that also stand in validation or test, and rows of validation that
+    stand in test."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[str] = Counter()
+        self._first: dict[str, str] = {}
+        self._listed: dict[str, list[str]] = {role: [] for role in ROLES}
+
+    def find(self, splits: Splits) -> None:
+        """Note the leaks among rows, which come with all of equal content."""
+        judged: dict[str, str] = {}
+        for role in reversed(ROLES):
+            rows = splits.get(role, [])
             for row in rows:
-                judged[row.content] = row.where
-    if found:
-        raise DataError(
-            f"{'; '.join(found)}; remove them from one of the two, or carve validation and test "
-            "out of the train rows (dataset.carve)"
-        )
+                if row.content in judged:
+                    self._counts[role] += 1
+                    self._first.setdefault(role, row.where)
+                    if self._counts[role] <= MOST_LISTED:
+                        self._listed[role].append(f"{row.where} = {judged[row.content]}")
+            if role in JUDGED:
+                judged |= {row.content: row.where for row in rows}
+
+    def refuse(self) -> None:
+        """Raise DataError if there are leaks. It names those of all roles, so that one look mends
+        them."""
+        found = []
+        for role in reversed(ROLES):
+            if count := self._counts[role]:
+                others = "test" if role == "validation" else "validation or test"
+                more = f" and {count - MOST_LISTED} more" if count > MOST_LISTED else ""
+                found.append(
+                    f"{self._first[role]}: a row of {role} may not stand in {others} too; "
+                    f"found {count}: {', '.join(self._listed[role])}{more}"
+                )
+        if found:
+            raise DataError(
+                f"{'; '.join(found)}; remove them from one of the two, or carve validation and "
+                "test out of the train rows (dataset.carve)"
+            )
 
 
 def drop_copies(rows: Sequence[Row]) -> list[Row]:
@@ -156,34 +169,16 @@ def drop_copies(rows: Sequence[Row]) -> list[Row]:
     return list(first.values())
 
 
-def refuse_shared_ids(splits: Splits) -> None:
-    """Raise DataError if an id names two rows of a split, or rows of different content."""
-    first: dict[str, Row] = {}
-    for role, rows in splits.items():
-        own: dict[str, Row] = {}
-        for row in rows:
-            key = row.example.example_id
-            other = own.get(key) or first.get(key, row)
-            if key in own or other.content != row.content:
-                earlier, later = sorted((other.where, row.where), key=file_and_line)
-                raise DataError(
-                    f"{later}: id: {key!r} of {role} is that of {earlier} too; make ids unique, "
-                    "or set dataset.columns.id to null to name rows by their content"
-                )
-            own[key] = row
-        first |= own
-
-
 def file_and_line(where: str) -> tuple[str, int]:
     """Split FILE:LINE, so that line 9 is sorted before line 10."""
     name, _, line = where.rpartition(":")
     return name, int(line)
 
 
-def refuse_empty(splits: Splits) -> None:
+def refuse_empty(counts: Mapping[str, int]) -> None:
     """Raise DataError for a role without rows."""
-    for role, rows in splits.items():
-        if not rows:
+    for role, count in counts.items():
+        if not count:
             raise DataError(
                 f"dataset: no row is left for {role} after carving and dropping rows similar to "
                 "those of another split; add rows, or change dataset.carve or "

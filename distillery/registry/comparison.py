@@ -248,7 +248,7 @@ def write_rows(
         columns = own_columns or Columns(question="text", answer="label" if classes else "answer")
         columns = columns.model_copy(update={"choices": None})
     reader = RowReader(columns, fields, bool(classes), classes or None, answer_format)
-    found = validated_rows(read_file("--rows", rows), reader, "test", seed=0)
+    found = list(validated_rows(read_file("--rows", rows), reader, "test", seed=0))
     seen = set()
     for row in found:
         if row.example.example_id in seen:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from distillery.data.prepare import select_rows
+from distillery.data.prepare import check_rows, select_rows
 from distillery.data.source import source_identity
 from distillery.errors import DataError
 from distillery.evaluation.doubtful import Doubtful, write_doubtful
@@ -36,11 +36,12 @@ def recipe_of(folder: Path, corrections: str = "", **further: Any) -> DatasetRec
 
 def labels_of(recipe: DatasetRecipe) -> dict[str, dict[str, str | None]]:
     """Return the label of each text by role."""
-    splits = select_rows(recipe, TaskRecipe(kind="classify")).splits
-    return {
-        role: {row.example.question: row.example.answer_key for row in rows}
-        for role, rows in splits.items()
-    }
+    found: dict[str, dict[str, str | None]] = {}
+    with select_rows(recipe, TaskRecipe(kind="classify")) as selected:
+        for role in selected.counts:
+            rows = map(Example.model_validate_json, selected.lines(role))
+            found[role] = {row.question: row.answer_key for row in rows}
+    return found
 
 
 def test_a_corrected_file_changes_its_labels_and_moves_no_row(tmp_path: Path) -> None:
@@ -97,10 +98,11 @@ def test_options_in_another_order_are_another_row(tmp_path: Path) -> None:
         )
         if answer is None:
             with pytest.raises(DataError, match="and these options"):
-                select_rows(recipe)
+                check_rows(recipe)
         else:
-            (row,) = select_rows(recipe).splits["train"]
-            assert row.example.answer_key == answer
+            with select_rows(recipe) as selected:
+                (line,) = selected.lines("train")
+            assert Example.model_validate_json(line).answer_key == answer
 
 
 def test_the_sources_identity_covers_corrections_by_content(tmp_path: Path) -> None:

@@ -100,7 +100,7 @@ def test_a_worker_reads_rows_below_its_folder(worker: Path, secret: Path) -> Non
     (worker / "rows" / "b.csv").symlink_to(worker / "rows" / "a.csv")
     found = matching_files("rows/*.csv", "x")
     assert [Path(name).name for name in found] == ["a.csv", "b.csv"]
-    assert [table.rows[0][1] for table in read_files("x", found)] == [{"text": "a"}] * 2
+    assert [next(table.rows)[1] for table in read_files("x", found)] == [{"text": "a"}] * 2
 
 
 @pytest.mark.parametrize("name", ["~nobody/model", "a\0b", "x" * 5000, "./none", "/none.gguf"])

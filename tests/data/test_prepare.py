@@ -751,6 +751,30 @@ def test_an_id_of_two_rows_is_refused_with_both_lines(tmp_path: Path) -> None:
     assert text.startswith(f"{path}:3: id: 'a' of train is that of {path}:1 too; make ids unique, ")
 
 
+def test_a_test_row_that_stands_there_twice_with_its_id_is_refused(tmp_path: Path) -> None:
+    train = jsonl(tmp_path / "train.jsonl", many(3))
+    test = jsonl(tmp_path / "test.jsonl", [row("a", "One?"), row("a", "ONE?")])
+    text = refusal(recipe(train, test), tmp_path / "out")
+    assert re.match(rf"{test}:[12]: id: 'a' of test is that of {test}:[12] too; ", text)
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([row("a", "One?"), *[{"question": "Two?", "choices": MOODS}] * 2], ":2: id: missing; "),
+        ([{"question": "One?", "choices": MOODS}, row("b", "")], ":1: id: missing; "),
+        ([row("a", ""), {"question": "Two?", "choices": MOODS}], ":1: question: empty; "),
+        ([row("a", ""), {"id": "b"}, None], ":3: no JSON object but NoneType; "),
+        ([{"id": "a", "question": ""}, {"id": "b"}], ": no column 'choices', only 'id', 'quest"),
+    ],
+)
+def test_of_several_faults_of_a_file_one_is_told(
+    rows: list[dict[str, Any]], said: str, tmp_path: Path
+) -> None:
+    path = jsonl(tmp_path / "train.jsonl", rows)
+    assert refusal(recipe(path), tmp_path / "out").startswith(f"{path}{said}")
+
+
 def test_an_id_in_two_files_is_refused_and_null_mends_it(tmp_path: Path) -> None:
     train = jsonl(tmp_path / "train.jsonl", [row("1", "One?")])
     test = jsonl(tmp_path / "test.jsonl", [row("1", "Two?")])

@@ -84,7 +84,7 @@ def test_a_line_of_json_that_is_too_long_is_one_bad_row(tmp_path: Path, end: str
     fault = "more than 0.01 MB in one row; shorten it, or raise DISTILLERY_ROW_MB"
     assert faults_of(path) == {2: fault}
     with pytest.raises(DataError, match=r"rows.jsonl:2: more than 0.01 MB in one row"):
-        read_file("dataset.files.train", path)
+        list(read_file("dataset.files.train", path).rows)
 
 
 def test_rows_of_labels_are_read_one_by_one(tmp_path: Path) -> None:
@@ -313,7 +313,7 @@ def test_all_rows_of_a_data_set_unfold_to_no_more_than_the_setting_allows(
         r"rows.parquet: its rows unfold to more than 1 MB; take fewer, or raise DISTILLERY_TABLE_MB"
     )
     with pytest.raises(DataError, match=said):
-        read_file("dataset.files.train", path)
+        list(read_file("dataset.files.train", path).rows)
     with pytest.raises(DataError, match=said):
         look([path])
     # Row by row there is no end to a file.

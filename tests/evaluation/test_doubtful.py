@@ -100,7 +100,11 @@ def test_a_corrected_file_is_read_back_as_the_rows_were(
         fields=("title", "body"),
     )
     task = TaskRecipe(kind="classify", labels=CLASSES)
-    again = [row.example for row in select_rows(recipe, task).splits["train"]]
+    with select_rows(recipe, task) as selected:
+        lines = list(selected.lines("train"))
+    # The classes stand beside the rows.
+    shared = {"classes": CLASSES}
+    again = [Example.model_validate_json(line).model_copy(update=shared) for line in lines]
     assert sorted(again, key=lambda row: row.example_id) == rows
 
 
@@ -122,7 +126,8 @@ def test_a_row_of_choices_is_read_back_too(tmp_path: Path) -> None:
         files={"train": (str(tmp_path / "doubtful.csv"),)},
         splits={"train": "train"},
     )
-    again = [row.example for row in select_rows(recipe).splits["train"]]
+    with select_rows(recipe) as selected:
+        again = list(map(Example.model_validate_json, selected.lines("train")))
     assert sorted(again, key=lambda row: row.example_id) == rows
 
 
