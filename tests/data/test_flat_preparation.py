@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from pathlib import Path
 
-import datasets
 import pytest
+from datasets.arrow_dataset import Dataset
 from plain_preparation import plainly_prepared
 from random_data_sets import random_data_set
 from row_files import write
@@ -30,7 +30,7 @@ def outcome(seed: int, monkeypatch: pytest.MonkeyPatch) -> str:
     dataset, task, hub = random_data_set(seed)
     monkeypatch.setattr(
         "distillery.data.source.load_from_hub",
-        lambda *_: {split: datasets.Dataset.from_list(rows) for split, rows in hub.items()},
+        lambda *_: {split: Dataset.from_list(rows) for split, rows in hub.items()},
     )
     expected: dict[str, str] = {}
     error = error_of(lambda: expected.update(plainly_prepared(dataset, task)))

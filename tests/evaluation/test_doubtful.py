@@ -101,10 +101,10 @@ def test_a_corrected_file_is_read_back_as_the_rows_were(
     )
     task = TaskRecipe(kind="classify", labels=CLASSES)
     with select_rows(recipe, task) as selected:
-        lines = list(selected.lines("train"))
+        prepared = list(selected.lines("train"))
     # The classes stand beside the rows.
     shared = {"classes": CLASSES}
-    again = [Example.model_validate_json(line).model_copy(update=shared) for line in lines]
+    again = [Example.model_validate_json(line).model_copy(update=shared) for line in prepared]
     assert sorted(again, key=lambda row: row.example_id) == rows
 
 

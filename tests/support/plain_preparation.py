@@ -64,11 +64,12 @@ def plainly_prepared(recipe: DatasetRecipe, task: TaskRecipe) -> dict[str, str]:
         low, high = test_interval(dict(recipe.carve.items()), recipe.rotation.round)
         splits["test"] = [row for row in splits["test"] if low <= row.position < high]
     refuse_empty({role: len(rows) for role, rows in splits.items()})
-    texts_of = {}
-    for role in ROLES:
-        if role in splits:
-            rows = splits[role][: recipe.sample.get(role)]
-            texts_of[role] = "".join(f"{row.example.model_dump_json()}\n" for row in rows)
+    texts_of: dict[str, str] = {}
+    limits = {str(role): limit for role, limit in recipe.sample.items()}
+    for name in ROLES:
+        if name in splits:
+            rows = splits[name][: limits.get(name)]
+            texts_of[name] = "".join(f"{row.example.model_dump_json()}\n" for row in rows)
     return texts_of
 
 
