@@ -99,6 +99,7 @@ EACH_WORKERS_OWN = (
     "DISTILLERY_CHECKPOINT_SECONDS",
     "DISTILLERY_DATA_FOLDERS",
     "DISTILLERY_DATA_PROTOCOLS",
+    "DISTILLERY_DEVICES",
     "DISTILLERY_NEEDS_GPU",
     "DISTILLERY_REMOTE_CODE",
     "DISTILLERY_ROW_MB",
@@ -138,15 +139,16 @@ SILENT = "distillery.flow-run.silent"
 EVENTS_BLOCK = "distillery-events"
 
 
-def set_up(workers: str, gpus: int) -> None:
+def set_up(workers: str, gpus: int, devices: int) -> None:
     """Bring the server to the state that the module describes.
 
-    `workers` is the pools' type; `gpus` is how many trainings may run at once. Raises httpx's and
-    Prefect's errors."""
+    `workers` is the pools' type; `gpus` is how many trainings may run at once, and `devices` on how
+    many GPUs each of them. Raises httpx's and Prefect's errors."""
     with get_client(sync_client=True) as client:
         environment = save_settings(workers)
         for pool, limit in (("cpu-pool", None), ("gpu-pool", gpus)):
-            save_pool(client, pool, workers, base_job_template(workers, pool, environment), limit)
+            template = base_job_template(workers, pool, environment, devices)
+            save_pool(client, pool, workers, template, limit)
         save_block()
         for automation in automations(save_events_block()):
             save_automation(client, automation)
@@ -198,9 +200,10 @@ def save_settings(workers: str) -> dict[str, str | None]:
 
 
 def base_job_template(
-    workers: str, pool: str, environment: dict[str, str | None]
+    workers: str, pool: str, environment: dict[str, str | None], devices: int = 1
 ) -> dict[str, Any]:
-    """Return the pool's job configuration from pools.yaml with the runs' environment.
+    """Return the pool's job configuration from pools.yaml with the runs' environment, in the GPU
+    pool with `devices` GPUs for each run.
 
     It has no variable that a run may change."""
     pools = yaml.safe_load((PROJECT / "deployments" / "pools.yaml").read_text())
@@ -213,14 +216,30 @@ def base_job_template(
             name: value for name, value in environment.items() if name not in NOT_FOR_TRAINING
         }
     if pool == "gpu-pool" and workers != "process":
-        # These templates ask for a GPU. A worker of processes says for itself whether it has one.
-        environment = environment | {"DISTILLERY_NEEDS_GPU": "true"}
+        # These templates ask for GPUs. A worker of processes says for itself whether it has some.
+        of_template = {"DISTILLERY_NEEDS_GPU": "true", "DISTILLERY_DEVICES": str(devices)}
+        environment = environment | of_template
+        ask_for_gpus(configuration, devices)
     # Prefect takes references to variables and blocks only in a variable's default.
     env = {"type": "object", "default": environment, "const": environment}
     return {
         "job_configuration": configuration | {"env": "{{ env }}"},
         "variables": {"type": "object", "properties": {"env": env}, "additionalProperties": False},
     }
+
+
+def ask_for_gpus(configuration: dict[str, Any], devices: int) -> None:
+    """Have the job of the Docker or Kubernetes template get so many GPUs, and the memory of as many
+    processes that load the model."""
+    if "job_manifest" in configuration:
+        (container,) = configuration["job_manifest"]["spec"]["template"]["spec"]["containers"]
+        resources = container["resources"]
+        gibibytes = int(resources["requests"]["memory"].removesuffix("Gi"))
+        resources["requests"]["memory"] = f"{gibibytes * devices}Gi"
+        resources["limits"]["nvidia.com/gpu"] = str(devices)
+    else:
+        (request,) = configuration["container_create_kwargs"]["device_requests"]
+        request["count"] = devices
 
 
 def secrets_of_pod(pool: str) -> list[dict[str, Any]]:
@@ -410,6 +429,13 @@ def main() -> None:
     parser.add_argument(
         "--gpus", type=int, default=1, help="how many trainings may run at once on gpu-pool"
     )
+    parser.add_argument(
+        "--devices",
+        type=int,
+        default=1,
+        help="how many GPUs each training gets from the template of docker or kubernetes; with "
+        "process, set DISTILLERY_DEVICES where the worker starts",
+    )
     options = parser.parse_args()
     refuse_foreign_settings(Path.cwd())
     try:
@@ -423,7 +449,7 @@ def main() -> None:
             "http://127.0.0.1:4200/api"
         )
     try:
-        set_up(options.workers, options.gpus)
+        set_up(options.workers, options.gpus, options.devices)
     except PrefectHTTPStatusError as error:
         hint = ""
         if error.response.status_code == 401:

@@ -28,6 +28,7 @@ from distillery.errors import (
     DistilleryError,
     RecipeError,
     StoreError,
+    TrainingUnavailable,
 )
 from distillery.export.fit import misfit
 from distillery.models.base import (
@@ -536,7 +537,8 @@ def check_memory(recipe: Recipe) -> Iterator[Finding]:
         text = "what a run takes is known once the base model is on this machine"
         yield warn("memory", f"{free / GB:.1f} GB free; {text}")
         return
-    need = training_bytes(recipe, weights)
+    # Each of several devices has a process that loads the model.
+    need = training_bytes(recipe, weights) * LocalSettings().devices
     text = f"{free / GB:.1f} GB free, and a run takes about {need / GB:.1f} GB"
     if free < need:
         advice = "end other programs, or choose a smaller base model or training.method: lora"
@@ -556,8 +558,13 @@ def training_bytes(recipe: Recipe, weights: int) -> float:
 def check_training(recipe: Recipe) -> Iterator[Finding]:
     import torch
 
-    from distillery.models.device import choose_device
+    from distillery.models.device import check_count, choose_device
 
+    try:
+        check_count()
+    except TrainingUnavailable as error:
+        yield fail("training", str(error))
+        return
     device = choose_device(recipe.student.training.precision)
     weights = largest_base_bytes(recipe)
     if device.name == "cuda":

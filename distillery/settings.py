@@ -285,6 +285,13 @@ class LocalSettings(EnvironmentSettings):
         description="Whether a training ends at once on this machine if there is no CUDA, unless "
         "its recipe says training.allow_cpu",
     )
+    devices: int = Field(
+        1,
+        ge=1,
+        description="On how many devices of this machine a training computes: GPUs or, where there "
+        "is none, processes on the CPU. They share out the rows of each step, so that the model is "
+        "the same up to rounding",
+    )
     signing_key: SecretStr = Field(
         SecretStr(""),
         description="An Ed25519 private key, as PEM or the path of a PEM file, that signs the "

@@ -682,6 +682,11 @@ def test_a_gpu_is_named(tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch) 
     )
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (10**9, 10 * 10**9))
     assert findings(asked)["training"].level == "warn"
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setenv("DISTILLERY_DEVICES", "4")
+    found = findings(asked)["training"]
+    assert found.level == "FAIL"
+    assert "DISTILLERY_DEVICES: 4, and PyTorch finds 2 GPUs here; lower it" in found.text
 
 
 PHI_4_MINI = {

@@ -61,9 +61,11 @@ def processor_prefers_bfloat16() -> bool:
 
 def check_gpu(allow_cpu: bool) -> None:
     """Raise TrainingUnavailable where this machine is said to need a GPU (DISTILLERY_NEEDS_GPU) and
-    PyTorch has no CUDA here, unless `allow_cpu`."""
+    PyTorch has no CUDA here, unless `allow_cpu`, or where it has fewer GPUs than
+    DISTILLERY_DEVICES."""
     import torch
 
+    check_count()
     if allow_cpu or torch.cuda.is_available() or not LocalSettings().needs_gpu:
         return
     reason = "its PyTorch is built without CUDA: install one that has it"
@@ -73,6 +75,21 @@ def check_gpu(allow_cpu: bool) -> None:
         f"this worker should train on a GPU (DISTILLERY_NEEDS_GPU), and {reason}; or set "
         "training.allow_cpu: true in the recipe"
     )
+
+
+def check_count() -> None:
+    """Raise TrainingUnavailable where this machine has GPUs, but fewer than DISTILLERY_DEVICES."""
+    import torch
+
+    devices = LocalSettings().devices
+    if devices == 1 or not torch.cuda.is_available():
+        return
+    found = torch.cuda.device_count()
+    if found < devices:
+        raise TrainingUnavailable(
+            f"DISTILLERY_DEVICES: {devices}, and PyTorch finds {found} GPUs here; lower it, or "
+            "give the run as many"
+        )
 
 
 def release_gpu() -> None:

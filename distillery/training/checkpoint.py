@@ -28,7 +28,7 @@ STATE_FILE = "state.pt"
 
 
 class Checkpoints(Protocol):
-    """Where training keeps its last checkpoint."""
+    """Where a training keeps its last checkpoint."""
 
     def save(self, folder: Path) -> None:
         """Keep the files of `folder`, all or none, and replace what was kept before. Training goes
@@ -38,9 +38,12 @@ class Checkpoints(Protocol):
         """Write what is kept into the folder `into`, byte for byte; return False where nothing
         complete is kept."""
 
-    def of(self, step: str) -> "Checkpoints":
-        """Return separate checkpoints for one training of several."""
-        ...
+
+class CheckpointsOfSteps(Checkpoints, Protocol):
+    """Where a workflow of one or more trainings keeps their checkpoints."""
+
+    def of(self, step: str) -> Checkpoints:
+        """Return those of one training of several."""
 
 
 @dataclass

@@ -2,7 +2,7 @@
 record."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 
@@ -13,9 +13,14 @@ _decisions: ContextVar[list[str] | None] = ContextVar("decisions", default=None)
 def decide(text: str) -> None:
     """Tell a decision in the log, and keep it where `kept_decisions` is open."""
     _log.info("%s", text)
+    keep_decisions([text])
+
+
+def keep_decisions(texts: Sequence[str]) -> None:
+    """Keep decisions, which the log has, where `kept_decisions` is open."""
     kept = _decisions.get()
     if kept is not None:
-        kept.append(text)
+        kept.extend(texts)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from distillery.models.load import load_model, pad_id
 from distillery.olive_workflow import run_workflow
 from distillery.recipe import HealingRecipe, LayerChoice, Layers, TrainingRecipe
 from distillery.records import AnswerFormat
-from distillery.training.checkpoint import Checkpoints
+from distillery.training.checkpoint import CheckpointsOfSteps
 from distillery.training.decisions import kept_decisions
 from distillery.training.hidden_states import write_hidden_states
 from distillery.training.loop import Progress, TrainingResult
@@ -42,7 +42,7 @@ def fine_tune(
     whole: bool = False,
     remote_code: bool = False,
     progress: Progress | None = None,
-    checkpoints: Checkpoints | None = None,
+    checkpoints: CheckpointsOfSteps | None = None,
     classes: ClassTokens | None = None,
     answer_format: AnswerFormat | None = None,
 ) -> TrainingResult:

@@ -1,7 +1,8 @@
 """The training loop: one `train` function for LoRA, DoRA and full training.
 
 In: a model in PyTorch, rows of token ids and a recipe. Out: the trained model and the figures. It
-is plain PyTorch; training/olive_passes.py runs it as a pass of an Olive workflow.
+is plain PyTorch; training/olive_passes.py runs it as a pass of an Olive workflow. On several
+devices each runs this same loop (training/ranks.py).
 """
 
 import math
@@ -34,6 +35,7 @@ from distillery.training.frozen_states import frozen_states_kept
 from distillery.training.hidden_states import TeacherStates
 from distillery.training.losses import balanced_weights
 from distillery.training.objective import Objective
+from distillery.training.ranks import ALONE, Ranks
 from distillery.training.rows import TrainingRow, require_rows
 from distillery.training.validation import validate, validate_written
 
@@ -51,9 +53,9 @@ with training.patience: proven. A learning rate that falls may still mend one or
 class TrainingProgress(NamedTuple):
     """How far training is: at `point`, of `steps` in all.
 
-    `rows_per_second`: of this process, while it takes steps. `seconds_left`: by the clock, with
-    validation and checkpoints. `healing`: which step of student.healing this is, from 1; None for
-    the last training."""
+    `rows_per_second`: of all devices together, while this process takes steps. `seconds_left`: by
+    the clock, with validation and checkpoints. `healing`: which step of student.healing this is,
+    from 1; None for the last training."""
 
     point: CurvePoint
     steps: int
@@ -72,8 +74,8 @@ Progress = Callable[[TrainingProgress], None]
 
 class TrainingResult(Record):
     """The figures of a training. `kept_step`: the step whose weights are kept, before `steps` where
-    training.patience chose an earlier epoch. `rows_per_second`: of this process. `resumed_at`: the
-    step of the checkpoint that it went on from, 0 for none. `validation_tokens`: of the weights
+    training.patience chose an earlier epoch. `rows_per_second`: see TrainingProgress. `resumed_at`:
+    the step of the checkpoint that it went on from, 0 for none. `validation_tokens`: of the weights
     that are kept, see `CurvePoint`. `decisions`: see decisions.py."""
 
     steps: int
@@ -103,6 +105,7 @@ def train(
     checkpoints: Checkpoints | None = None,
     checkpoint_every_s: float = 300,
     keep_end: bool = False,
+    ranks: Ranks = ALONE,
 ) -> tuple[Any, TrainingResult]:
     """Train `model` on `rows`; return it and the figures. It is a causal language model in float32;
     the base of an adapter may be in the precision of the computation instead.
@@ -112,12 +115,17 @@ def train(
     recipe.hidden_weight needs. Training goes on from the checkpoint where there is one that fits.
     It saves one every `checkpoint_every_s` seconds, less often where saving would take more than
     2 % of the time, and with `keep_end` another one when it is done. Deterministic on a CPU for
-    equal inputs, seed and number of threads, however often it was killed. Raises TrainingError for
-    no rows or for a loss that is NaN or infinite."""
-    training = set_up(model, rows, validation, recipe, hidden, pad_id, end_id)
-    timer = None
+    equal inputs, seed and number of threads, however often it was killed.
+
+    `ranks`: with several, each calls this with the same arguments, and all return the same; the
+    first one alone saves checkpoints. Raises TrainingError for no rows or for a loss that is NaN or
+    infinite."""
+    training = set_up(model, rows, validation, recipe, hidden, pad_id, end_id, ranks)
     if checkpoints:
         training.resume(checkpoints)
+    training.start_alike()
+    timer = None
+    if checkpoints and ranks.is_first:
         timer = CheckpointTimer(checkpoints, checkpoint_every_s)
     with (
         linear_layers_cast(training.model, training.device, frozen_only=True),
@@ -131,7 +139,7 @@ def train(
                     progress(training.progress())
             if timer and training.state.step < training.steps:
                 timer.save_if_due(training.state)
-    if checkpoints and keep_end:
+    if checkpoints and keep_end and ranks.is_first:
         training.state.save(checkpoints)
     training.state.restore_best()
     return training.model, training.result()
@@ -150,6 +158,7 @@ class Training:
     state: TrainingState
     steps: int
     steps_per_epoch: int
+    ranks: Ranks = ALONE
     resumed_at: int = 0
     rows_seen: int = 0
     seconds_in_steps: float = 0.0
@@ -160,6 +169,11 @@ class Training:
         self.state.resume(checkpoints)
         self.resumed_at = self.state.step
         self.began = time.perf_counter()
+
+    def start_alike(self) -> None:
+        """See to it that all ranks go on from the same weights at the same step."""
+        state = self.state
+        self.ranks.start_alike(state.fingerprint, state.step, state.weights.values())
 
     def frozen_states(
         self, rows: Sequence[TrainingRow], validation: Sequence[TrainingRow]
@@ -195,10 +209,12 @@ class Training:
 
         started = time.perf_counter()
         count, total = sum(map(len, group)), 0.0
-        for batch in group:
+        self.ranks.seed(self.recipe.seed, self.state.step)
+        for batch in self.ranks.share(group):
             loss = self.objective(batch) * (len(batch) / count)
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.item()
+        total = self.ranks.add_up(total, self.state.weights.values())
         torch.nn.utils.clip_grad_norm_(self.state.weights.values(), self.recipe.max_grad_norm)
         self.state.optimiser.step()
         self.state.schedule.step()
@@ -236,17 +252,21 @@ class Training:
 
     def validate(self, rows: Sequence[TrainingRow]) -> tuple[Sequence[float], float]:
         """Return how much of each row is right (0 to 1), and the loss: all or nothing where an
-        answer is chosen, the share of its tokens where it is written."""
-        pad_id, end_id = self.objective.pad_id, self.objective.end_id
-        if rows[0].target:
-            return validate_written(
-                self.model, rows, pad_id=pad_id, end_id=end_id, device=self.device
-            )
-        return validate(self.model, rows, pad_id=pad_id, device=self.device)
+        answer is chosen, the share of its tokens where it is written. Ranks share the rows out."""
+        model, device, pad_id = self.model, self.device, self.objective.pad_id
+        own = rows[self.ranks.rank :: self.ranks.count]
+        right: Sequence[float] = []
+        loss = 0.0
+        if own and own[0].target:
+            end_id = self.objective.end_id
+            right, loss = validate_written(model, own, pad_id=pad_id, end_id=end_id, device=device)
+        elif own:
+            right, loss = validate(model, own, pad_id=pad_id, device=device)
+        return self.ranks.join(len(rows), right, loss)
 
     @property
     def rows_per_second(self) -> float:
-        """Of this process, while it takes steps; 0 before the first one."""
+        """Of all devices together, while this process takes steps; 0 before the first one."""
         return self.rows_seen / self.seconds_in_steps if self.rows_seen else 0.0
 
     def progress(self) -> TrainingProgress:
@@ -286,6 +306,7 @@ def set_up(
     hidden: "torch.Tensor | None",
     pad_id: int,
     end_id: int,
+    ranks: Ranks = ALONE,
 ) -> Training:
     """Return a training at step 0: the model on its device with the weights to train, and the
     optimiser, the schedule and the objective. The parameters are those of `train`."""
@@ -330,7 +351,7 @@ def set_up(
         class_weights = balanced_weights(rows, len(rows[0].letters))
     objective = Objective(model, recipe, device, pad_id, end_id, teacher_states, class_weights)
     state = TrainingState(fingerprint, weights, optimiser, schedule)
-    return Training(model, recipe, device, objective, state, steps, steps_per_epoch)
+    return Training(model, recipe, device, objective, state, steps, steps_per_epoch, ranks)
 
 
 def steps_to_train(recipe: TrainingRecipe, steps_per_epoch: int) -> int:

@@ -18,14 +18,12 @@ from olive.passes import Pass
 from olive.passes.pass_config import BasePassConfig, PassConfigParam
 from olive.passes.pytorch.common import inherit_hf_from_hf
 
-from distillery.models.device import choose_device
-from distillery.models.load import end_of_turn_id, load_model, pad_id
-from distillery.recipe import LayerChoice, TrainingRecipe
-from distillery.settings import LocalSettings
-from distillery.training.checkpoint import Checkpoints
-from distillery.training.class_head import ClassHead, add_rows_to_adapter, remove_class_head
-from distillery.training.hidden_states import read_hidden_states
-from distillery.training.loop import Progress, TrainingProgress, train
+from distillery.models.load import load_model, pad_id
+from distillery.recipe import LayerChoice
+from distillery.training.checkpoint import Checkpoints, CheckpointsOfSteps
+from distillery.training.devices import are_several, distil_on_devices
+from distillery.training.job import TrainingJob, distil
+from distillery.training.loop import Progress, TrainingProgress
 from distillery.training.pruning import keep_layers, resolved_layers
 from distillery.training.rows import read_rows
 
@@ -33,11 +31,11 @@ PROMPTS = "distillery_prompts"
 """The name of the data set in Olive's registry."""
 
 _progress: ContextVar[Progress | None] = ContextVar("progress", default=None)
-_checkpoints: ContextVar[Checkpoints | None] = ContextVar("checkpoints", default=None)
+_checkpoints: ContextVar[CheckpointsOfSteps | None] = ContextVar("checkpoints", default=None)
 
 
 @contextmanager
-def reporting(progress: Progress | None, checkpoints: Checkpoints | None) -> Iterator[None]:
+def reporting(progress: Progress | None, checkpoints: CheckpointsOfSteps | None) -> Iterator[None]:
     """Tell `progress` how far the trainings within are, and keep their checkpoints in
     `checkpoints`: a pass's settings are JSON and can't carry them."""
     progress_token, checkpoints_token = _progress.set(progress), _checkpoints.set(checkpoints)
@@ -92,7 +90,8 @@ class KeepLayers(Pass):
 
 
 class Distillation(Pass):
-    """Trains a model on the rows of a file with `loop.train`."""
+    """Trains a model on the rows of a file with `loop.train`, on as many devices as this machine's
+    settings say."""
 
     @classmethod
     def _default_config(cls, accelerator_spec: AcceleratorSpec) -> dict[str, PassConfigParam]:
@@ -123,38 +122,30 @@ class Distillation(Pass):
     def _run_for_config(
         self, model: HfModelHandler, config: type[BasePassConfig], output_model_path: str
     ) -> HfModelHandler:
-        recipe = TrainingRecipe.model_validate(config.recipe)
-        precision = "float32"
-        if recipe.adapts and not model.adapter_path:
-            precision = choose_device(recipe.precision).frozen_precision
-        network, tokenizer = load_handled(model, precision)
-        checkpoints = _checkpoints.get()
-        if checkpoints and config.step:
-            checkpoints = checkpoints.of(config.step)
-        trained, result = train(
-            network,
-            read_rows(Path(config.rows)),
-            read_rows(Path(config.validation)),
-            recipe,
-            pad_id=pad_id(tokenizer),
-            end_id=end_of_turn_id(tokenizer),
-            progress=progress_of(config.healing),
-            hidden=read_hidden_states(Path(config.hidden)) if config.hidden else None,
-            checkpoints=checkpoints,
-            checkpoint_every_s=LocalSettings().checkpoint_seconds,
+        job = TrainingJob(
+            model=model.model_path,
+            adapter=model.adapter_path,
+            remote_code=has_remote_code(model),
+            rows=config.rows,
+            validation=config.validation,
+            hidden=config.hidden,
+            recipe=config.recipe,
+            result=config.result,
+            out=output_model_path,
             # The steps that follow go on from the end of this one.
             keep_end=config.healing is not None,
         )
-        Path(config.result).write_text(result.model_dump_json())
-        head = trained.get_output_embeddings()
-        if isinstance(head, ClassHead):
-            remove_class_head(trained, head)
-        trained.save_pretrained(output_model_path)
-        if recipe.adapts:
-            if isinstance(head, ClassHead):
-                add_rows_to_adapter(trained.get_base_model(), head, Path(output_model_path))
+        of_workflow = _checkpoints.get()
+        checkpoints: Checkpoints | None = of_workflow
+        if of_workflow and config.step:
+            checkpoints = of_workflow.of(config.step)
+        progress = progress_of(config.healing)
+        if are_several():
+            distil_on_devices(job, progress, checkpoints)
+        else:
+            distil(job, progress, checkpoints)
+        if job.recipe.adapts:
             return inherit_hf_from_hf(model, model.model_path, adapter_path=output_model_path)
-        tokenizer.save_pretrained(output_model_path)
         return inherit_hf_from_hf(model, output_model_path, adapter_path=None)
 
 
@@ -170,10 +161,14 @@ def progress_of(healing: int | None) -> Progress | None:
     return with_healing
 
 
-def load_handled(model: HfModelHandler, precision: str = "float32") -> tuple[Any, Any]:
+def load_handled(model: HfModelHandler) -> tuple[Any, Any]:
     """Return (model, tokenizer) of a model that Olive handles, its adapter merged in, all weights
-    in `precision`."""
+    in float32."""
     adapter = Path(model.adapter_path) if model.adapter_path else None
+    return load_model(Path(model.model_path), adapter, has_remote_code(model))
+
+
+def has_remote_code(model: HfModelHandler) -> bool:
+    """Return whether code of the model's own may run."""
     load_kwargs: Any = model.get_load_kwargs()
-    remote_code = bool(load_kwargs.get("trust_remote_code"))
-    return load_model(Path(model.model_path), adapter, remote_code, precision)
+    return bool(load_kwargs.get("trust_remote_code"))

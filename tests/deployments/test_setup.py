@@ -1,8 +1,8 @@
 """What deployments/ puts on a Prefect server, checked by Prefect's own code and a real server, and
 its container files.
 
-There is no container engine here: the images, compose.yaml and the Kubernetes job are checked by
-their structure alone.
+There is no container engine here: the images are checked by their structure, compose.yaml and what
+goes to a cluster by their published schemas too.
 """
 
 import asyncio
@@ -22,6 +22,7 @@ from types import SimpleNamespace
 from typing import Any
 from uuid import uuid4
 
+import kubernetes_validate  # type: ignore[import-untyped]
 import pytest
 import yaml
 from azurite_server import free_port
@@ -35,8 +36,10 @@ from prefect.variables import Variable
 from prefect.workers.base import BaseJobConfiguration
 from prefect.workers.process import ProcessJobConfiguration
 from prefect_api import PrefectApi, wait_for
+from typer.main import get_command
 
 from deployments import local, setup
+from distillery.cli import app
 from distillery.processes import is_secret
 from distillery.readiness import training_bytes
 from distillery.recipe import load_recipe
@@ -144,6 +147,73 @@ def test_the_kubernetes_job_is_one_by_the_clients_own_models(pool: str) -> None:
             return client.sanitize_for_serialization(client.deserialize(response, "V1Job"))
 
     assert asyncio.run(round_trip()) == manifest
+
+
+KUBERNETES: list[dict[str, Any]] = yaml.safe_load((FOLDER / "kubernetes.yaml").read_text())["items"]
+DEPLOYMENTS = {
+    item["metadata"]["name"]: item["spec"] for item in KUBERNETES if item["kind"] == "Deployment"
+}
+PODS = {name: spec["template"]["spec"] for name, spec in DEPLOYMENTS.items()}
+
+
+def test_what_goes_to_a_cluster_follows_kubernetes_published_schemas() -> None:
+    jobs = [configured("kubernetes", pool).job_manifest for pool in POOLS]
+    for job in jobs:
+        for of_prefect in ("parallelism", "completions"):
+            del job["spec"]["template"]["spec"][of_prefect]
+    for manifest in (*KUBERNETES, *jobs):
+        kubernetes_validate.validate(manifest, "1.34", strict=True)
+        assert manifest["metadata"]["namespace"] == "distillery"
+    jobs[0]["spec"]["template"]["spec"]["containers"][0]["image_pull_policy"] = "Never"
+    with pytest.raises(kubernetes_validate.ValidationError, match="image_pull_policy"):
+        kubernetes_validate.validate(jobs[0], "1.34", strict=True)
+
+
+def test_a_cluster_has_a_worker_for_each_pool_and_a_student_behind_a_service() -> None:
+    assert set(PODS) == {"cpu-worker", "gpu-worker", "student"}
+    for name, spec in DEPLOYMENTS.items():
+        assert spec["selector"]["matchLabels"] == spec["template"]["metadata"]["labels"]
+        assert spec["selector"]["matchLabels"] == {"app": name}
+    for pool in POOLS:
+        (worker,) = PODS[pool.replace("pool", "worker")]["containers"]
+        command = ["prefect", "worker", "start", "--pool", pool, "--with-healthcheck"]
+        assert worker["command"] == command
+    (service,) = (item for item in KUBERNETES if item["kind"] == "Service")
+    (server,) = PODS["student"]["containers"]
+    assert service["spec"]["selector"] == {"app": "student"}
+    (port,) = service["spec"]["ports"]
+    assert port["targetPort"] == server["ports"][0]["name"]
+    command = server["command"]
+    assert command[:3] == ["distillery", "serve", "/model/student"]
+    assert command[command.index("--port") + 1] == str(server["ports"][0]["containerPort"])
+    serve: Any = get_command(app)
+    known = {option for each in serve.commands["serve"].params for option in each.opts}
+    assert {word for word in command if word.startswith("--")} <= known
+    name, namespace = service["metadata"]["name"], service["metadata"]["namespace"]
+    allowed = {command[at + 1] for at, word in enumerate(command) if word == "--allow-host"}
+    assert allowed == {name, f"{name}.{namespace}", f"{name}.{namespace}.svc.cluster.local"}
+
+
+@pytest.mark.security
+@pytest.mark.parametrize("name", PODS)
+def test_a_pod_that_stays_up_is_confined_and_its_secrets_are_documented(name: str) -> None:
+    assert breaches(PODS[name]) == []
+    # A worker alone asks the cluster for something.
+    assert ("serviceAccountName" in PODS[name]) == (name != "student")
+    assert PODS[name].get("automountServiceAccountToken", True) == (name != "student")
+    documented = re.findall(
+        r"^#? ?([A-Z][A-Z0-9_]+)=", (PROJECT / "sample.env").read_text(), re.MULTILINE
+    )
+    containers = [*PODS[name]["containers"], *PODS[name].get("initContainers", [])]
+    for one in containers:
+        named = {each["name"]: each.get("value") for each in one["env"]}
+        keys = {
+            each["valueFrom"]["secretKeyRef"]["key"] for each in one["env"] if "valueFrom" in each
+        }
+        assert keys
+        assert keys <= set(documented)
+        assert not any(is_secret(key, value) for key, value in named.items() if value)
+        assert one["resources"]["limits"]["memory"]
 
 
 @pytest.mark.security
@@ -817,7 +887,12 @@ def test_compose_starts_the_two_workers_with_a_gpu_for_one() -> None:
         for name, service in services.items()
     }
     assert {name for name, device in devices.items() if device} == {"gpu-worker"}
-    assert devices["gpu-worker"] == [{"driver": "nvidia", "count": 1, "capabilities": ["gpu"]}]
+    (device,) = devices["gpu-worker"]
+    assert device == {
+        "driver": "nvidia",
+        "count": "${DISTILLERY_DEVICES:-1}",
+        "capabilities": ["gpu"],
+    }
     for pool in POOLS:
         command = services[pool.replace("pool", "worker")]["command"]
         assert command == ["prefect", "worker", "start", "--pool", pool, "--with-healthcheck"]
@@ -903,9 +978,31 @@ def test_a_pool_for_gpus_ends_trainings_without_one(workers: str) -> None:
     assert found["gpu-pool"]["DISTILLERY_NEEDS_GPU"] == of_gpus
     services = COMPOSE["services"]
     assert services["gpu-worker"]["environment"] == services["cpu-worker"]["environment"] | {
+        "DISTILLERY_DEVICES": "${DISTILLERY_DEVICES:-1}",
         "DISTILLERY_NEEDS_GPU": "true",
         "DISTILLERY_SIGNING_KEY": "",
     }
+
+
+def test_a_training_gets_as_many_gpus_as_the_set_up_was_told() -> None:
+    environment: dict[str, str | None] = {"DISTILLERY_DEVICES": "the worker's"}
+    for workers, value in (("process", "the worker's"), ("docker", "4"), ("kubernetes", "4")):
+        template = {
+            pool: setup.base_job_template(workers, pool, environment, devices=4) for pool in POOLS
+        }
+        found = {
+            pool: each["variables"]["properties"]["env"]["default"]["DISTILLERY_DEVICES"]
+            for pool, each in template.items()
+        }
+        assert found == {"cpu-pool": "the worker's", "gpu-pool": value}
+        job = template["gpu-pool"]["job_configuration"]
+        if workers == "docker":
+            assert job["container_create_kwargs"]["device_requests"][0]["count"] == 4
+        if workers == "kubernetes":
+            (only,) = job["job_manifest"]["spec"]["template"]["spec"]["containers"]
+            assert only["resources"]["limits"] == {"nvidia.com/gpu": "4"}
+            assert only["resources"]["requests"]["memory"] == "128Gi"
+    assert pod("gpu-pool")["containers"][0]["resources"]["limits"] == {"nvidia.com/gpu": "1"}
 
 
 def test_a_pod_gets_the_memory_that_the_preset_lab_takes() -> None:
@@ -973,7 +1070,7 @@ def test_the_image_runs_a_worker_as_no_root_and_knows_that_it_is_a_container() -
     mounted |= {
         volume.partition(":")[2] for pool in POOLS for volume in configured("docker", pool).volumes
     }
-    assert mounted == {home}
+    assert mounted - {"/dev/shm"} == {home}
 
 
 def test_the_github_example_deploys_and_then_watches_the_run() -> None:

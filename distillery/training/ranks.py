@@ -1,0 +1,116 @@
+"""Training on several devices: one process, a rank, for each, which all hold the whole model and
+take the same steps. A rank computes the gradients of its share of a step's rows; the sum over all
+ranks is the gradient of the whole step.
+
+The rows of a step are those of one device, so that steps, learning rate and student are the same up
+to rounding. What differs is which numbers dropout draws.
+"""
+
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from distillery.errors import TrainingUnavailable
+from distillery.training.rows import TrainingRow
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Which of the processes that train together this is: `rank`, from 0, of `count`.
+
+    Several need torch.distributed's process group, in which each method but `share` and `seed` is
+    called by all of them. What they tell each other are tensors: objects would be pickled."""
+
+    rank: int = 0
+    count: int = 1
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the rank that saves checkpoints, tells the progress and writes."""
+        return self.rank == 0
+
+    def share(self, batches: Sequence[Sequence[TrainingRow]]) -> list[Sequence[TrainingRow]]:
+        """Return what this rank computes of a step: some of its batches or, where there are fewer
+        batches than ranks, some rows of each."""
+        if len(batches) >= self.count:
+            return list(batches[self.rank :: self.count])
+        parts = [batch[self.rank :: self.count] for batch in batches]
+        return [part for part in parts if part]
+
+    def seed(self, seed: int, step: int) -> None:
+        """Draw other random numbers than the other ranks, which depend on `seed` and `step` alone:
+        a checkpoint need not hold every rank's."""
+        if self.count == 1:
+            return
+        import torch
+
+        text = f"{seed}/{step}/{self.rank}"
+        torch.manual_seed(random.Random(text).getrandbits(63))  # noqa: S311 - no secret
+
+    def start_alike(self, fingerprint: str, step: int, weights: Iterable["torch.Tensor"]) -> None:
+        """Give all ranks the first one's `weights`.
+
+        Raises TrainingUnavailable where `fingerprint`, a digest in hex digits, or `step` differ."""
+        if self.count == 1:
+            return
+        import torch
+        import torch.distributed as dist
+
+        least = torch.tensor([step, *bytes.fromhex(fingerprint)])
+        most = least.clone()
+        dist.all_reduce(least, dist.ReduceOp.MIN)
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+        if not torch.equal(least, most):
+            raise TrainingUnavailable(
+                "the devices would not train alike: they have other rows, settings or hardware, or "
+                "could not all read the checkpoint; use equal machines with the same version, "
+                "and run again"
+            )
+        for weight in weights:
+            dist.broadcast(weight.detach(), 0)
+
+    def add_up(self, loss: float, weights: Iterable["torch.Tensor"]) -> float:
+        """Give each of `weights` the sum of all ranks' gradients; return the sum of their losses.
+
+        A weight without a gradient in any rank stays without one."""
+        if self.count == 1:
+            return loss
+        import torch
+        import torch.distributed as dist
+
+        weights = list(weights)
+        has_gradient = [float(weight.grad is not None) for weight in weights]
+        told = torch.tensor([loss, *has_gradient], dtype=torch.float64)
+        dist.all_reduce(told)
+        under_way = []
+        for weight, count in zip(weights, told[1:].tolist(), strict=True):
+            if not count:
+                continue
+            if weight.grad is None:
+                weight.grad = torch.zeros_like(weight)
+            under_way.append(dist.all_reduce(weight.grad, async_op=True))
+        for work in under_way:
+            work.wait()
+        return float(told[0])
+
+    def join(self, rows: int, right: Sequence[float], loss: float) -> tuple[Sequence[float], float]:
+        """Return what validation found of all `rows` rows: `right` of each, and their mean `loss`.
+        Given are those of the rank's own rows: each `count`-th one, from the `rank`-th on."""
+        if self.count == 1:
+            return right, loss
+        import torch
+        import torch.distributed as dist
+
+        told = torch.zeros(rows + 1, dtype=torch.float64)
+        told[self.rank : rows : self.count] = torch.tensor(right, dtype=torch.float64)
+        told[rows] = loss * len(right)
+        dist.all_reduce(told)
+        *joined, total = told.tolist()
+        return joined, total / rows
+
+
+ALONE = Ranks()

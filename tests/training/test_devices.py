@@ -1,0 +1,294 @@
+"""Training on several devices: two ranks on the CPU against one process, ends of their processes,
+and what is told of them."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from azurite_server import free_port
+from one_folder import OneFolder
+from two_ranks import SHAPE, cases, rows_of, trained
+
+from distillery.errors import StoreUnavailable, TrainingError, TrainingUnavailable
+from distillery.models.device import check_gpu
+from distillery.recipe import TrainingRecipe
+from distillery.training import devices
+from distillery.training.checkpoint import STATE_FILE
+from distillery.training.devices import command_of, environment_of, failure_of
+from distillery.training.fine_tune import fine_tune
+from distillery.training.loop import Progress, TrainingProgress, TrainingResult
+from distillery.training.ranks import Ranks
+from distillery.training.rows import TrainingRow
+
+# Processes start in seconds on an idle machine, and in a minute where others use all of its cores.
+pytestmark = pytest.mark.timeout(1200)
+
+TinyModel = Callable[[str], Path]
+
+
+def numbers(batches: list[list[int]], ranks: int) -> list[list[list[int]]]:
+    """Return what each of `ranks` computes of batches of rows that are given by a number."""
+    rows = {number: TrainingRow(prompt=(number,), answer=0) for each in batches for number in each}
+    shares = []
+    for rank in range(ranks):
+        share = Ranks(rank, ranks).share([[rows[number] for number in each] for each in batches])
+        shares.append([[row.prompt[0] for row in batch] for batch in share])
+    return shares
+
+
+def test_ranks_share_out_batches_or_their_rows() -> None:
+    assert numbers([[1, 2], [3, 4], [5]], 1) == [[[1, 2], [3, 4], [5]]]
+    assert numbers([[1, 2], [3, 4], [5]], 2) == [[[1, 2], [5]], [[3, 4]]]
+    assert numbers([[1, 2, 3], [4]], 3) == [[[1], [4]], [[2]], [[3]]]
+    assert numbers([[1]], 2) == [[[1]], []]
+
+
+@pytest.mark.slow
+def test_two_ranks_learn_what_one_process_learns(tiny_model: TinyModel, tmp_path: Path) -> None:
+    base, out = tiny_model("llama"), tmp_path / "found"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command = [*launcher, "--nproc-per-node", "2", "-m", "two_ranks", str(base), str(out)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    first, second = torch.load(f"{out}-0"), torch.load(f"{out}-1")
+    for name, case in cases().items():
+        one, two = trained(base, case), first[name]
+        for weight, expected in one["weights"].items():
+            assert torch.equal(two["weights"][weight], second[name]["weights"][weight]), name
+            assert torch.allclose(two["weights"][weight], expected, atol=1e-5, rtol=1e-5), name
+        expected, found = json.loads(one["result"]), json.loads(two["result"])
+        for result in (expected, found):
+            del result["rows_per_second"], result["decisions"]
+        flat, of_two = flattened(expected), flattened(found)
+        assert of_two == pytest.approx(flat, abs=1e-5), name
+    stopped = json.loads(first["patience"]["result"])
+    assert stopped["kept_step"] < stopped["steps"] < 60, "else patience ends nothing here"
+
+
+def flattened(result: dict[str, Any]) -> dict[str, Any]:
+    """Return the figures with those of the curve's points beside the others."""
+    points = {
+        f"{point['step']} {name}": value
+        for point in result.pop("curve")
+        for name, value in point.items()
+    }
+    return {name: value for name, value in (result | points).items() if value is not None}
+
+
+ROWS = rows_of("letters")
+
+
+def on_two(
+    base: Path, out: Path, checkpoints: OneFolder | None, progress: Progress | None = None
+) -> TrainingResult:
+    """Train through Olive on as many devices as the settings say, with dropout."""
+    lora = {"method": "lora", "lora": {"rank": 4, "dropout": 0.2}}
+    recipe = TrainingRecipe.model_validate(
+        {**SHAPE, **lora, "epochs": 1, "minimum_steps": 180, "soft_weight": 0.5, "patience": 60}
+    )
+    return fine_tune(
+        base, None, ROWS, ROWS[:5], recipe, out, progress=progress, checkpoints=checkpoints
+    )
+
+
+def launchers() -> list[psutil.Process]:
+    children = psutil.Process().children()
+    return [each for each in children if "torch.distributed.run" in each.cmdline()]
+
+
+class Killer:
+    """Kills the process of `rank`, or the launcher for "", once a checkpoint of the training is
+    kept."""
+
+    def __init__(self, rank: str, kept: OneFolder) -> None:
+        self.rank, self.kept = rank, kept
+        self.began = step_of(kept)
+        self.processes: list[psutil.Process] = []
+
+    def __call__(self, report: TrainingProgress) -> None:
+        if step_of(self.kept) == self.began or self.processes:
+            return
+        (launcher,) = launchers()
+        ranks = {each.environ()["RANK"]: each for each in launcher.children()}
+        assert {"127.0.0.1"} == open_to([launcher, *ranks.values()])
+        self.processes = [launcher, *ranks.values()]
+        ranks.get(self.rank, launcher).kill()
+
+
+def open_to(processes: list[psutil.Process]) -> set[str]:
+    """Return the addresses at which processes listen."""
+    found = [each for process in processes for each in process.net_connections("inet")]
+    return {each.laddr.ip for each in found if each.status == psutil.CONN_LISTEN}
+
+
+def step_of(kept: OneFolder) -> int:
+    """Return the step of the checkpoint that is kept, 0 for none."""
+    file = kept.path / STATE_FILE
+    return int(torch.load(file)["step"]) if file.exists() else 0
+
+
+WEIGHTS = Path("adapter", "adapter_model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def straight(
+    tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[TrainingResult, bytes]:
+    """The figures and weights of a training that nothing disturbs, on two machines: two launchers
+    on this one, of which the second knows no file of the job."""
+    out = tmp_path_factory.mktemp("straight")
+    address = {"PET_MASTER_ADDR": "127.0.0.1", "PET_MASTER_PORT": str(free_port())}
+    address |= {"PET_NNODES": "2", "GLOO_SOCKET_IFNAME": "lo", "DISTILLERY_HOME": str(out / "home")}
+    # Nobody keeps these checkpoints, and none is waited for.
+    address |= {"DISTILLERY_CHECKPOINT_SECONDS": "0.1"}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "1"]
+    other = subprocess.Popen(
+        [*launcher, "-m", "distillery.training.devices"],
+        env=os.environ | address | {"PET_NODE_RANK": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (address | {"PET_NODE_RANK": "0"}).items():
+            patch.setenv(name, value)
+        result = on_two(tiny_model("llama"), out, None)
+    _, said = other.communicate(timeout=60)
+    assert other.returncode == 0, said
+    assert result.steps == 180
+    assert [text[:23] for text in result.decisions] == ["training for 60.0 epoch"]
+    return result, (out / WEIGHTS).read_bytes()
+
+
+@pytest.mark.slow
+def test_a_training_whose_processes_die_goes_on_to_the_same_weights(
+    straight: tuple[TrainingResult, bytes],
+    tiny_model: TinyModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO", logger="distillery")
+    monkeypatch.setenv("DISTILLERY_DEVICES", "2")
+    monkeypatch.setenv("DISTILLERY_CHECKPOINT_SECONDS", "0.1")
+    base, kept, steps = tiny_model("llama"), OneFolder(tmp_path / "kept"), [0]
+    for rank in ("1", "0", ""):
+        killer = Killer(rank, kept)
+        with pytest.raises(TrainingUnavailable, match="the next run goes on from the last") as died:
+            on_two(base, tmp_path / "killed", kept, killer)
+        assert "its process was killed, as happens when memory runs out" in str(died.value)
+        assert psutil.wait_procs(killer.processes, timeout=10)[1] == [], "the others end too"
+        steps.append(step_of(kept))
+    assert steps == sorted(set(steps)), "each run went on from the one before"
+    resumed = on_two(base, tmp_path / "resumed", kept)
+    assert resumed.resumed_at == steps[-1]
+    assert f"training goes on from its checkpoint at step {steps[-1]}" in caplog.messages
+    assert resumed.curve == straight[0].curve
+    assert (tmp_path / "resumed" / WEIGHTS).read_bytes() == straight[1]
+    monkeypatch.setenv("DISTILLERY_DEVICES", "1")
+    last = step_of(kept)
+    alone = on_two(base, tmp_path / "alone", kept)
+    assert alone.resumed_at == last, "a checkpoint of two devices serves one"
+
+
+@pytest.mark.slow
+def test_what_ends_a_training_on_two_devices_is_one_line_and_leaves_nothing(
+    tiny_model: TinyModel,
+    tmp_path: Path,
+    home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setenv("DISTILLERY_DEVICES", "2")
+    monkeypatch.setenv("DISTILLERY_CHECKPOINT_SECONDS", "0.1")
+    recipe = TrainingRecipe(method="full", learning_rate=1e30, epochs=9, precision="float32")
+    with pytest.raises(TrainingError, match=r"^the loss is nan at step \d+; lower training\.lea"):
+        fine_tune(tiny_model("llama"), None, ROWS, [], recipe, tmp_path / "nan")
+
+    class Down(OneFolder):
+        def save(self, folder: Path) -> None:
+            raise StoreUnavailable("abfs://store: does not answer")
+
+    def lost(report: TrainingProgress) -> None:
+        if report.step > 30:
+            raise StoreUnavailable("the lease is lost")
+
+    with pytest.raises(StoreUnavailable, match="the lease is lost"):
+        on_two(tiny_model("llama"), tmp_path / "lost", Down(tmp_path / "kept"), lost)
+    assert re.search(r"no checkpoint at step \d+: abfs://store: does not answer", caplog.text)
+    assert launchers() == []
+    assert os.listdir(home / "work") == []
+
+
+@pytest.mark.parametrize(
+    ("said", "stderr", "kind", "text"),
+    [
+        (
+            [["RuntimeError", "Connection closed"], ["TrainingError", "the loss is nan"]],
+            "",
+            TrainingError,
+            r"^the loss is nan$",
+        ),
+        (
+            [["RuntimeError", "Connection closed"]],
+            "  exitcode  : -9 (pid: 12)\n",
+            TrainingUnavailable,
+            r"^training on several devices: its process was killed, .*; the next run goes on",
+        ),
+        (
+            [["OutOfMemoryError", "CUDA out of memory"], ["RuntimeError", "Connection closed"]],
+            "",
+            RuntimeError,
+            r"^OutOfMemoryError: CUDA out of memory$",
+        ),
+        ([], "no port\n", TrainingUnavailable, r"exit code 1 \(no port\); the next run"),
+    ],
+)
+def test_the_cause_is_told_and_not_what_followed_from_it(
+    tmp_path: Path, said: list[list[str]], stderr: str, kind: type[Exception], text: str
+) -> None:
+    (tmp_path / "stderr.txt").write_text(stderr)
+    for number, each in enumerate(said):
+        file = tmp_path / f"error-{9 - number}.json"
+        file.write_text(json.dumps(each))
+        os.utime(file, ns=(number, number))
+    found = failure_of(1, tmp_path)
+    assert type(found) is kind
+    with pytest.raises(kind, match=text):
+        raise found
+
+
+def test_more_devices_than_gpus_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DISTILLERY_DEVICES", "4")
+    check_gpu(allow_cpu=True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    check_gpu(allow_cpu=True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(TrainingUnavailable, match="DISTILLERY_DEVICES: 4, and PyTorch finds 2 GPU"):
+        check_gpu(allow_cpu=True)
+
+
+@pytest.mark.security
+def test_ranks_get_no_secret_and_those_of_one_machine_no_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(devices.MACHINES, raising=False)
+    monkeypatch.setenv("TEACHER_MODEL_KEY", "planted")
+    monkeypatch.setenv("DISTILLERY_STORE", "https://user:planted@host/store")
+    environment = environment_of(tmp_path, 2)
+    assert "planted" not in str(environment)
+    assert environment["GLOO_SOCKET_IFNAME"] == "lo"
+    assert environment["OMP_NUM_THREADS"] == str(max(1, torch.get_num_threads() // 2))
+    assert f"--rdzv-endpoint {tmp_path}" in " ".join(command_of(tmp_path, 2))
+    monkeypatch.setenv(devices.MACHINES, "2")
+    assert devices.are_several(), "one device on each of two machines"
+    assert "--rdzv-endpoint" not in command_of(tmp_path, 1)
+    assert "GLOO_SOCKET_IFNAME" not in environment_of(tmp_path, 1)
