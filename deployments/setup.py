@@ -217,8 +217,7 @@ def base_job_template(
         }
     if pool == "gpu-pool" and workers != "process":
         # These templates ask for GPUs. A worker of processes says for itself whether it has some.
-        of_template = {"DISTILLERY_NEEDS_GPU": "true", "DISTILLERY_DEVICES": str(devices)}
-        environment = environment | of_template
+        environment |= {"DISTILLERY_NEEDS_GPU": "true", "DISTILLERY_DEVICES": str(devices)}
         ask_for_gpus(configuration, devices)
     # Prefect takes references to variables and blocks only in a variable's default.
     env = {"type": "object", "default": environment, "const": environment}
