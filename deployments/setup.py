@@ -179,8 +179,10 @@ def save_settings(workers: str) -> dict[str, str | None]:
         tell("variable", name.lower(), known, known == os.environ[name])
         environment[name] = f"{{{{ prefect.variables.{name.lower()} }}}}"
     if workers == "kubernetes":
-        # Many can read a job's manifest in a cluster: all secrets come from a Secret of Kubernetes.
-        del environment["DISTILLERY_SIGNING_KEY"]
+        # Many can read a job's manifest in a cluster: all secrets come from a Secret of Kubernetes,
+        # and a worker's own settings too. An empty one here would hide that of the Secret.
+        for name in EACH_WORKERS_OWN:
+            del environment[name]
         return environment | dict.fromkeys(OWN_LOGIN)
     together: set[str] = set()
     for block, names in ENDPOINTS.items():
@@ -436,6 +438,10 @@ def main() -> None:
         "process, set DISTILLERY_DEVICES where the worker starts",
     )
     options = parser.parse_args()
+    if options.devices < 1:
+        parser.error("--devices: at least 1")
+    if options.devices > 1 and options.workers == "process":
+        parser.error("--devices: with process, set DISTILLERY_DEVICES where the worker starts")
     refuse_foreign_settings(Path.cwd())
     try:
         load_environment()

@@ -21,6 +21,9 @@ from distillery.records import AnswerFormat, Example
 BUCKET_ROWS = 1_000
 """Rows of a bucket; one whose last rows share a position may have more."""
 
+UNWRITTEN = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN)
+"""Kinds of SQLite's errors that a disk is to blame for."""
+
 CACHE_BYTES = 8_000_000
 """How much of a database is in memory."""
 
@@ -48,9 +51,15 @@ ORDER BY role, position, number LIMIT 1
 different content."""
 
 
+def told(place: str) -> str:
+    """Return a place with the bytes of a file's name that are not UTF-8 written as escapes."""
+    return place.encode("utf-8", "backslashreplace").decode()
+
+
 @contextmanager
 def temporary_database() -> Iterator[sqlite3.Connection]:
-    """Open an empty database that is gone afterwards. Raises StoreError where the disk is full."""
+    """Open an empty database that is gone afterwards. Raises StoreError where it can't be written,
+    as on a full disk."""
     with closing(sqlite3.connect("", isolation_level=None)) as connection:
         connection.execute(f"PRAGMA cache_size = -{CACHE_BYTES // 1024}")
         # Nothing of it outlives an error, so there is nothing to roll back.
@@ -59,11 +68,13 @@ def temporary_database() -> Iterator[sqlite3.Connection]:
         try:
             yield connection
         except sqlite3.OperationalError as error:
-            if getattr(error, "sqlite_errorcode", None) != sqlite3.SQLITE_FULL:
+            # The low byte is the kind of an error. That of a quota is input and output.
+            if getattr(error, "sqlite_errorcode", 0) & 0xFF not in UNWRITTEN:
                 raise
             raise StoreError(
-                "dataset: no room on disk for the rows while they are prepared; free some, or set "
-                "SQLITE_TMPDIR to a folder that has about five times the size of the data set"
+                f"dataset: no room on disk for the rows while they are prepared ({error}); free "
+                "some, or set SQLITE_TMPDIR to a folder that has about five times the size of the "
+                "data set"
             ) from error
 
 
@@ -83,7 +94,7 @@ class RowStore:
         self.connection.executemany(
             "INSERT INTO loaded (role, position, content, place, line) VALUES (?, ?, ?, ?, ?)",
             (
-                (role, row.position, row.content, row.where, row.example.model_dump_json())
+                (role, row.position, row.content, told(row.where), row.example.model_dump_json())
                 for row in rows
             ),
         )

@@ -35,10 +35,10 @@ class EvaluationRecipe(Slice):
 
     rules: tuple[GateRule, ...] | None = None
     """What the student must show, such as [{kind: better, than: majority class}]. []: nothing.
-    null: it is better than the majority class or, where answers are written, than the nearest
-    answer, and than the base model if it starts from that, both
-    at 95 % confidence; it keeps 80 % of the teacher's accuracy; it is at most 2 points worse than
-    the champion, at 95 % confidence, and than the best version so far, at 99 %."""
+    null, with task.kind: choice: it is better than the majority class, and than the base model if
+    it starts from that, both at 95 % confidence; it keeps 80 % of the teacher's accuracy; it is at
+    most 2 points worse than the champion, at 95 % confidence, and than the best version so far, at
+    99 %. The other kinds have rules of their own, which docs/how-to/gate.md lists."""
 
     minimum_kept: float | None = Field(None, ge=0, le=1)
     """Short for the rule {kind: keeps, share: MINIMUM_KEPT}. 0: no such rule. null: as in

@@ -1,5 +1,7 @@
 """Rows on disk, bucket by bucket, come out as rows in memory do, byte for byte."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,9 +13,11 @@ from row_files import write
 
 from distillery.data import row_store
 from distillery.data.prepare import check_rows, prepare
-from distillery.data.row_store import temporary_database
+from distillery.data.row_store import RowStore, temporary_database
+from distillery.data.rows import Row
 from distillery.errors import DistilleryError, StoreError
 from distillery.recipe import DatasetRecipe
+from distillery.records import Example
 
 
 def error_of(prepared: Callable[[], object]) -> str:
@@ -104,3 +108,35 @@ def test_a_full_disk_is_one_line() -> None:
 
     with pytest.raises(StoreError, match=r"^dataset: no room on disk .*SQLITE_TMPDIR"):
         fill()
+
+
+BEYOND_ITS_QUOTA = """
+import resource
+from distillery.data.row_store import temporary_database
+from distillery.errors import StoreError
+resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, resource.RLIM_INFINITY))
+try:
+    with temporary_database() as database:
+        database.execute("CREATE TABLE texts (text TEXT)")
+        for _ in range(300):
+            database.execute("INSERT INTO texts VALUES (?)", ("x" * 100_000,))
+except StoreError as error:
+    print(error)
+"""
+
+
+def test_a_quota_is_one_line_too() -> None:
+    pytest.importorskip("resource")
+    done = subprocess.run(
+        [sys.executable, "-c", BEYOND_ITS_QUOTA], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.startswith("dataset: no room on disk"), done.stdout + done.stderr
+
+
+def test_a_file_whose_name_is_not_utf_8_is_told() -> None:
+    row = Row("r\udce9.csv:1", Example(example_id="a", question="q", choices=()), "c", 0.5)
+    with temporary_database() as database:
+        store = RowStore(database)
+        store.load("train", [row])
+        (bucket,) = store.buckets(["train"])
+    assert bucket["train"][0].where == "r\\udce9.csv:1"

@@ -238,7 +238,9 @@ def test_a_kubernetes_job_holds_no_secret_and_reads_those_that_it_needs_from_one
         for name, reference in read.items()
     )
     withheld = setup.NOT_FOR_TRAINING if pool == "gpu-pool" else set()
-    assert {*SECRET, *PLAIN, "DISTILLERY_SIGNING_KEY"} - withheld <= set(read)
+    of_template = {"DISTILLERY_NEEDS_GPU", "DISTILLERY_DEVICES"} if pool == "gpu-pool" else set()
+    wanted = {*SECRET, *PLAIN, *setup.EACH_WORKERS_OWN}
+    assert wanted - withheld - of_template <= set(read)
     assert set(read).isdisjoint(withheld)
     assert "PREFECT_API_AUTH_STRING" in read
     environment = {one["name"]: one["value"] for one in only["env"] if "value" in one}
