@@ -289,8 +289,8 @@ class LocalSettings(EnvironmentSettings):
         1,
         ge=1,
         description="On how many devices of this machine a training computes: GPUs or, where there "
-        "is none, processes on the CPU. They share out the rows of each step, so that the model is "
-        "the same up to rounding",
+        "is none, processes on the CPU. They share out the rows of each step. The student is the "
+        "same up to rounding, and with lora.dropout up to which numbers are dropped",
     )
     signing_key: SecretStr = Field(
         SecretStr(""),

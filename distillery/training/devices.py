@@ -2,7 +2,8 @@
 
 Progress, log and checkpoints of the first rank come back to the process that asked for the
 training: what these need, such as the store's login, no rank is given. If a rank, the launcher or
-that process dies, the others end too, and the next run goes on from the last checkpoint.
+that process dies, the others end too, and the next run goes on from its last checkpoint, if there
+is one.
 
 The ranks of a second machine are started there by torchrun and find the job by the first rank's
 word: both machines see its files under the same path (docs/how-to/operations.md).
@@ -13,6 +14,7 @@ import logging
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -27,7 +29,7 @@ import torch
 import torch.distributed as dist
 
 from distillery import errors
-from distillery.errors import DistilleryError, StoreError, TrainingUnavailable
+from distillery.errors import DistilleryError, StoreError, TrainingError, TrainingUnavailable
 from distillery.models.device import release_gpu
 from distillery.processes import environment_without_secrets, exit_reason, exit_with_parent
 from distillery.progress import show_rows, shown_by
@@ -58,13 +60,22 @@ END_S = 10.0
 JOB_FILE = "job.json"
 LOADED, SAVED, ANSWER = "loaded", "saved", "answer.json"
 
-DIED = re.compile(r"exitcode *: (-\d+)")
-"""How torchrun tells the signal that has ended a rank."""
+EXIT_CODE = re.compile(r"exitcode *: (-?\d+)")
+"""How torchrun tells the exit code of each rank that failed, the root cause's last. It is negative
+for a signal."""
+
+LAUNCHER_LOG = re.compile(r"[A-Z]\d{4} ")
+"""What a line of torchrun's log begins with: the level's letter, month and day."""
 
 
 def are_several() -> bool:
     """Return whether this machine's settings ask for a training on more than one device."""
-    return LocalSettings().devices > 1 or os.environ.get(MACHINES, "1") != "1"
+    return LocalSettings().devices > 1 or has_several_machines()
+
+
+def has_several_machines() -> bool:
+    """Return whether a training waits for the processes of other machines."""
+    return os.environ.get(MACHINES, "1") != "1"
 
 
 def distil_on_devices(
@@ -108,10 +119,10 @@ def distil_on_devices(
 
 def command_of(folder: Path, devices: int) -> list[str]:
     """Return the launcher's command. Its variables for several machines come from the environment;
-    the processes of one machine meet by files in `folder`, so that no port is open."""
+    the processes of one machine meet by files in `folder`, so that no port is open to others."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(devices)]
     launcher += ["--log-dir", str(folder / "log")]
-    if MACHINES not in os.environ:
+    if not has_several_machines():
         launcher += ["--rdzv-backend", "c10d", "--rdzv-conf", "store_type=file", "--rdzv-id", "one"]
         launcher += ["--rdzv-endpoint", str(folder / "launcher"), "--local-addr", "127.0.0.1"]
     rank = ["-m", "distillery.training.devices", str(folder), str(os.getpid())]
@@ -124,10 +135,13 @@ def environment_of(folder: Path, devices: int) -> dict[str, str]:
     threads = max(1, torch.get_num_threads() // devices)
     environment = environment_without_secrets()
     environment |= {"DISTILLERY_HOME": str(folder), "OMP_NUM_THREADS": str(threads)}
-    if MACHINES not in os.environ:
+    if not has_several_machines():
         environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+        # NCCL's service for questions on its state, which nobody asks here.
+        environment.setdefault("NCCL_RAS_ENABLE", "0")
         if sys.platform == "linux":
             environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
+            environment.setdefault("NCCL_SOCKET_IFNAME", "lo")
     return environment
 
 
@@ -170,20 +184,38 @@ def failure_of(code: int, folder: Path) -> Exception:
     found = [json.loads(file.read_text(encoding="utf-8")) for file in said]
     # When a rank ends, the others fail because it is gone.
     for kind, text in found:
+        if kind == "OutOfMemoryError" or "out of memory" in text:
+            return TrainingError(
+                f"training.batch_size: a GPU's memory is full ({text}); lower it and raise "
+                "training.accumulation as much, or set training.gradient_checkpointing: true"
+            )
         known = getattr(errors, kind, None)
         if known is not None:
             error: DistilleryError = known(text)
             return error
     stderr = (folder / "stderr.txt").read_text(errors="replace")
-    of_rank = DIED.search(stderr)
-    died = int(of_rank[1]) if of_rank else code
+    codes = [int(each) for each in EXIT_CODE.findall(stderr)]
+    # If a rank is killed, torchrun may see first that another one has failed because of it. SIGTERM
+    # is what torchrun itself ends the others with.
+    signals = [each for each in codes if each < 0 and each != -signal.SIGTERM]
+    died = [code, *codes, *signals][-1]
     if died < 0 or not found:
-        reason = exit_reason(died, stderr)
+        reason = exit_reason(died, without_report(stderr))
         return TrainingUnavailable(
-            f"training on several devices: {reason}; the next run goes on from the last checkpoint"
+            f"training on several devices: {reason}; the next run goes on from its last "
+            "checkpoint, if there is one"
         )
     kind, text = found[0]
     return RuntimeError(f"{kind}: {text}")
+
+
+def without_report(stderr: str) -> str:
+    """Return `stderr` without what torchrun adds where a rank fails, and without borders: its log,
+    and a table that tells ranks and exit codes, but not what a rank has said."""
+    if "ChildFailedError" in stderr:
+        stderr = stderr.rpartition("Traceback (most recent call last)")[0]
+    lines = [line for line in stderr.splitlines() if any(map(str.isalnum, line))]
+    return "\n".join(line for line in lines if not LAUNCHER_LOG.match(line))
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -191,13 +223,18 @@ def main(arguments: Sequence[str]) -> int:
 
     `arguments`: the folder of `distil_on_devices` and its process id, both on the first machine
     alone."""
+    given = arguments[0] if arguments else ""
+    # torchrun died during the imports. On a second machine it may itself be process 1.
+    if given and os.getppid() == 1:
+        return 1
     exit_with_parent(os.getppid())
     if arguments:
         exit_with_parent(int(arguments[1]))
     asking = AskingProcess.on_stdout()
-    ranks = meet(arguments[0] if arguments else "")
-    folder = folder_of_first(arguments[0] if arguments else "")
+    folder = Path(given) if given else None
     try:
+        ranks = meet(given)
+        folder = folder_of_first(given)
         job = TrainingJob.model_validate_json((folder / JOB_FILE).read_text(encoding="utf-8"))
         checkpoints = None
         if (folder / LOADED).is_dir():
@@ -210,27 +247,40 @@ def main(arguments: Sequence[str]) -> int:
             distil(job, None, checkpoints, ranks)
     except Exception as error:
         # A library may raise anything; the asking process reports it in one line.
+        if folder is None:
+            raise
         text = [type(error).__name__, " ".join(str(error).split())[:300]]
-        write_whole(folder / f"error-{ranks.rank}.json", json.dumps(text))
+        write_whole(folder / f"error-{os.environ['RANK']}.json", json.dumps(text))
         return 1
     dist.destroy_process_group()
     return 0
 
 
 def meet(folder: str) -> Ranks:
-    """Meet the other ranks: those of one machine by a file in `folder`, without a port."""
+    """Meet the other ranks: those of one machine by a file in `folder`, without a port that is open
+    to other machines.
+
+    Raises TrainingUnavailable where they do not meet."""
     backend = "gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         backend = "cpu:gloo,cuda:nccl"
     ranks = Ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
-    dist.init_process_group(
-        backend,
-        init_method="env://" if MACHINES in os.environ else f"file://{folder}/ranks",
-        rank=ranks.rank,
-        world_size=ranks.count,
-        timeout=PATIENCE,
-    )
+    try:
+        dist.init_process_group(
+            backend,
+            init_method="env://" if has_several_machines() else f"file://{folder}/ranks",
+            rank=ranks.rank,
+            world_size=ranks.count,
+            timeout=PATIENCE,
+        )
+    except RuntimeError as error:
+        # PyTorch adds a stack trace.
+        reason = " ".join(str(error).split())[:100]
+        raise TrainingUnavailable(
+            f"training on several devices: its processes do not reach each other ({reason}); the "
+            "next run goes on from its last checkpoint, if there is one"
+        ) from error
     return ranks
 
 

@@ -9,12 +9,14 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import psutil
 import pytest
 import torch
 from azurite_server import free_port
 from one_folder import OneFolder
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from two_ranks import SHAPE, cases, rows_of, trained
 
 from distillery.errors import StoreUnavailable, TrainingError, TrainingUnavailable
@@ -181,7 +183,7 @@ def test_a_training_whose_processes_die_goes_on_to_the_same_weights(
     base, kept, steps = tiny_model("llama"), OneFolder(tmp_path / "kept"), [0]
     for rank in ("1", "0", ""):
         killer = Killer(rank, kept)
-        with pytest.raises(TrainingUnavailable, match="the next run goes on from the last") as died:
+        with pytest.raises(TrainingUnavailable, match="the next run goes on from its last") as died:
             on_two(base, tmp_path / "killed", kept, killer)
         assert "its process was killed, as happens when memory runs out" in str(died.value)
         assert psutil.wait_procs(killer.processes, timeout=10)[1] == [], "the others end too"
@@ -227,6 +229,28 @@ def test_what_ends_a_training_on_two_devices_is_one_line_and_leaves_nothing(
     assert os.listdir(home / "work") == []
 
 
+def said_by_torchrun(cause: str, other: str) -> str:
+    """Return what torchrun 2.13 writes to stderr when two ranks end with the exit codes `cause` and
+    `other`."""
+    with patch("socket.getfqdn", return_value="host"):
+        failures = {
+            rank: ProcessFailure(rank, 12 + rank, int(code), "<N/A>")
+            for rank, code in enumerate((cause, other))
+        }
+        failures[1].timestamp += 1
+        error = ChildFailedError("distillery.training.devices", failures)
+    return f"""\
+W1128 19:36:59.523000 10 torch/distributed/elastic/multiprocessing/api.py:1028] Sending process 13 \
+closing signal SIGTERM
+E1128 19:36:59.539000 10 torch/distributed/elastic/multiprocessing/api.py:1002] failed (exitcode: \
+{cause}) local_rank: 0 (pid: 12) of binary: python
+Traceback (most recent call last):
+  File "torch/distributed/launcher/api.py", line 383, in launch_agent
+    raise ChildFailedError(
+torch.distributed.elastic.multiprocessing.errors.ChildFailedError: {error}
+"""
+
+
 @pytest.mark.parametrize(
     ("said", "stderr", "kind", "text"),
     [
@@ -238,17 +262,36 @@ def test_what_ends_a_training_on_two_devices_is_one_line_and_leaves_nothing(
         ),
         (
             [["RuntimeError", "Connection closed"]],
-            "  exitcode  : -9 (pid: 12)\n",
+            said_by_torchrun("-9", "-15"),
             TrainingUnavailable,
             r"^training on several devices: its process was killed, .*; the next run goes on",
         ),
         (
-            [["OutOfMemoryError", "CUDA out of memory"], ["RuntimeError", "Connection closed"]],
-            "",
-            RuntimeError,
-            r"^OutOfMemoryError: CUDA out of memory$",
+            [["RuntimeError", "Connection closed"]],
+            said_by_torchrun("1", "-9"),
+            TrainingUnavailable,
+            r"its process was killed",
         ),
-        ([], "no port\n", TrainingUnavailable, r"exit code 1 \(no port\); the next run"),
+        (
+            [["OutOfMemoryError", "CUDA out of memory"], ["RuntimeError", "Connection closed"]],
+            said_by_torchrun("1", "-15"),
+            TrainingError,
+            r"^training.batch_size: a GPU's memory is full \(CUDA out of memory\); lower it and",
+        ),
+        (
+            [["KeyError", "'a'"]],
+            said_by_torchrun("1", "-15"),
+            RuntimeError,
+            r"^KeyError: 'a'$",
+        ),
+        (
+            [],
+            "****\nModuleNotFoundError: none named Z\n****\n" + said_by_torchrun("1", "-15"),
+            TrainingUnavailable,
+            r"exit code 1 \(ModuleNotFoundError: none named Z\); the next run",
+        ),
+        ([], said_by_torchrun("-15", "-15"), TrainingUnavailable, r"by signal SIGTERM"),
+        ([], "no port\n====\n", TrainingUnavailable, r"exit code 1 \(no port\); the next run"),
     ],
 )
 def test_the_cause_is_told_and_not_what_followed_from_it(
@@ -263,6 +306,51 @@ def test_the_cause_is_told_and_not_what_followed_from_it(
     assert type(found) is kind
     with pytest.raises(kind, match=text):
         raise found
+
+
+@pytest.mark.parametrize("failing", ["meet", "folder_of_first"])
+def test_a_rank_that_meets_no_other_says_why(
+    failing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(folder: str) -> None:
+        raise TrainingUnavailable(f"{failing}: nobody\nthere")
+
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(devices, "exit_with_parent", lambda parent: None)
+    monkeypatch.setattr(devices.AskingProcess, "on_stdout", lambda: None)
+    monkeypatch.setattr(devices, "meet", lambda folder: Ranks(1, 2))
+    monkeypatch.setattr(devices, failing, fails)
+    assert devices.main([str(tmp_path), "1"]) == 1
+    found = json.loads((tmp_path / "error-1.json").read_text())
+    assert found == ["TrainingUnavailable", f"{failing}: nobody there"]
+    with pytest.raises(TrainingUnavailable, match="nobody"):
+        devices.main([])
+
+
+def test_processes_that_do_not_reach_each_other_are_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*given: Any, **named: Any) -> None:
+        raise torch.distributed.DistStoreError("timed out")
+
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.distributed, "init_process_group", fails)
+    with pytest.raises(TrainingUnavailable, match=r"do not reach each other \(timed out\); the"):
+        devices.meet(str(tmp_path))
+
+
+def test_a_rank_whose_launcher_died_before_it_watches_ends_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*given: Any) -> None:
+        raise AssertionError("it goes on")
+
+    monkeypatch.setattr(os, "getppid", lambda: 1)
+    monkeypatch.setattr(devices, "exit_with_parent", fails)
+    assert devices.main([str(tmp_path), "1"]) == 1
+    with pytest.raises(AssertionError, match="it goes on"):
+        devices.main([])
 
 
 def test_more_devices_than_gpus_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -281,14 +369,22 @@ def test_ranks_get_no_secret_and_those_of_one_machine_no_network(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv(devices.MACHINES, raising=False)
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "NCCL_RAS_ENABLE"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TEACHER_MODEL_KEY", "planted")
     monkeypatch.setenv("DISTILLERY_STORE", "https://user:planted@host/store")
     environment = environment_of(tmp_path, 2)
     assert "planted" not in str(environment)
-    assert environment["GLOO_SOCKET_IFNAME"] == "lo"
+    assert environment["GLOO_SOCKET_IFNAME"] == environment["NCCL_SOCKET_IFNAME"] == "lo"
+    assert environment["NCCL_RAS_ENABLE"] == "0"
     assert environment["OMP_NUM_THREADS"] == str(max(1, torch.get_num_threads() // 2))
     assert f"--rdzv-endpoint {tmp_path}" in " ".join(command_of(tmp_path, 2))
+    monkeypatch.setenv(devices.MACHINES, "1")
+    assert not devices.are_several()
+    assert f"--rdzv-endpoint {tmp_path}" in " ".join(command_of(tmp_path, 2))
+    assert environment_of(tmp_path, 2)["GLOO_SOCKET_IFNAME"] == "lo"
     monkeypatch.setenv(devices.MACHINES, "2")
     assert devices.are_several(), "one device on each of two machines"
     assert "--rdzv-endpoint" not in command_of(tmp_path, 1)
-    assert "GLOO_SOCKET_IFNAME" not in environment_of(tmp_path, 1)
+    of_several = environment_of(tmp_path, 1)
+    assert not {"GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "NCCL_RAS_ENABLE"} & set(of_several)
