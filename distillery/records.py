@@ -1005,11 +1005,43 @@ class InputFile(Record):
         return self.sha256
 
 
+class Shard(Record):
+    """Successive rows of a table: a Parquet file, rows.parquet, in a folder of the artifact store.
+    `rows`: how many. `rows_sha256` covers what the rows hold, but neither where they come from nor
+    how Parquet writes them."""
+
+    artifact: Artifact
+    rows: int
+    rows_sha256: Sha256
+
+    @property
+    def content_id(self) -> str:
+        """The digest of the rows: equal rows are asked once, whichever file they are in."""
+        return self.rows_sha256
+
+
+class ShardedRows(StageRecord):
+    """Rows in shards, whose list is shards.json in the folder. `rows` and `shards`: how many."""
+
+    rows: int
+    shards: int
+
+
+class ShardAnswers(StageRecord):
+    """A student's answers to the rows of a shard, in their order: answers.parquet in the folder.
+    `rows` are answered, `failed` set aside."""
+
+    rows: int
+    failed: int
+
+
 class Predictions(StageRecord):
-    """A student's answers to a file of rows.
+    """A student's answers to rows.
 
     Files in the folder: predictions.jsonl (line, example_id, answer, probabilities) and
-    failed.jsonl (line, example_id, reason).
+    failed.jsonl (line, example_id, reason). For rows that were answered in shards:
+    answers-NNNNN.parquet, all rows in the order of the input, and manifest.json, an
+    `AnswersManifest`.
     """
 
     rows: int
