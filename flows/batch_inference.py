@@ -1,35 +1,58 @@
-"""Answer a file of rows with a registered student: the flow that a CPU pool runs.
+"""Answer rows with a registered student: the flow that a CPU pool runs.
 
 `python -m flows.batch_inference support-mood rows.jsonl answers` writes the answers to
-answers/predictions.jsonl and the rows that can't be asked to answers/failed.jsonl.
+answers/predictions.jsonl and the rows that can't be asked to answers/failed.jsonl. Rows that are
+more than a shard are answered shard by shard, here, in processes, or on a work pool: the files are
+the same.
 """
 
 import shutil
 import sys
+import time
 from argparse import ArgumentParser
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from prefect import flow
+from pydantic import PositiveInt
 
 from distillery.errors import DataError, DistilleryError
-from distillery.recipe import Columns, RegistryKind, RegistryRecipe
-from distillery.records import InputFile, Predictions
+from distillery.inference.batch import count_rows
+from distillery.inference.shards import Form, write_output
+from distillery.models.class_tokens import FILE as CLASS_TOKENS_FILE
+from distillery.recipe import Columns, PromptRecipe, RegistryKind, RegistryRecipe
+from distillery.records import (
+    FORMAT_FILE,
+    InputFile,
+    Predictions,
+    RegisteredModel,
+    ShardedRows,
+)
 from distillery.registry.manifest import columns_in, prompt_in
 from distillery.registry.open import open_registry
 from distillery.storage.allowed import output_folder
 from distillery.storage.artifacts import ArtifactStore
 from distillery.storage.digests import sha256_of
+from distillery.storage.shards import SHARD_ROWS, read_list
 from distillery.storage.working import working_folder
-from tasks.inference import fetch_input, score
-from tasks.results import results_in_store
-from tasks.stage import RESULT, begin
-from tasks.terminal import PlannedStage, shown_in_terminal
-
-
-@flow(
-    name="batch-inference", description="Scores a file of rows with a registered student.", **RESULT
+from tasks.children import (
+    Children,
+    DeploymentRuns,
+    LocalProcesses,
+    ShardsJob,
+    ShardWork,
+    answer_by,
+    answer_here,
 )
+from tasks.inference import NamedInput, fetch_input, input_files, is_pattern, score
+from tasks.progress import conclude, shown_as_stage
+from tasks.results import results_in_store
+from tasks.shards import answer_shard, answering, cut_rows, gather
+from tasks.stage import RESULT, begin, cached_records, is_cached
+from tasks.terminal import shown_in_terminal
+
+
+@flow(name="batch-inference", description="Scores rows with a registered student.", **RESULT)
 def batch_inference(
     model_name: str,
     input_uri: str,
@@ -37,19 +60,33 @@ def batch_inference(
     version: str | None = None,
     registry: RegistryKind = "local",
     columns: Columns | None = None,
+    form: Form = "jsonl",
+    processes: PositiveInt = 1,
+    shards_deployment: str | None = None,
+    child_runs: PositiveInt | None = None,
+    shard_rows: PositiveInt = SHARD_ROWS,
 ) -> Predictions:
-    """Write an answer with probabilities for each row, and the rows that can't be asked to another
-    file.
+    """Write an answer with probabilities for each row, and the rows that can't be asked apart.
 
     Args:
         model_name: The registered model.
-        input_uri: A JSONL, CSV or Parquet file: a path or an fsspec URL. A worker opens what its
+        input_uri: A JSONL, CSV or Parquet file: a path or an fsspec URL; or several of them, as a
+            local folder, a pattern, or a URL with *. A worker opens what its
             DISTILLERY_DATA_FOLDERS and DISTILLERY_DATA_PROTOCOLS allow.
-        output: A folder for predictions.jsonl and failed.jsonl, which the artifact store keeps too.
-            A worker writes into a new or empty folder below its DISTILLERY_DATA_FOLDERS.
+        output: A folder for the answers, which the artifact store keeps too. A worker writes into a
+            new or empty folder below its DISTILLERY_DATA_FOLDERS.
         version: The model's version; by default the champion.
         registry: Where the model is registered.
         columns: Which column of the file holds what; by default as in the model's own recipe.
+        form: What is written to the output, jsonl for predictions.jsonl and failed.jsonl, parquet
+            for answers-NNNNN.parquet with a manifest.json.
+        processes: How many processes of this machine answer, where there is more than a shard.
+        shards_deployment: The deployment whose work pool answers the shards, such as
+            answer-shards/cpu, in place of processes of this machine.
+        child_runs: How many runs of it are at work or wait at once; by default two for each of its
+            pool's workers.
+        shard_rows: Rows of a shard, which is answered and cached as a whole; fewer where one row
+            takes long.
     """
     begin()
     # Before any row is answered.
@@ -57,7 +94,8 @@ def batch_inference(
     source = open_registry(RegistryRecipe(kind=registry, model_name=model_name))
     model = source.get(model_name, version)
     # The prompt comes with the model: it is asked as it was trained.
-    made = source.provenance(model)["provenance"]
+    manifest = source.provenance(model)
+    made = manifest["provenance"]
     title = f"{model.name} version {model.version}"
     own_columns, fields = columns_in(made, title)
     columns = columns or own_columns
@@ -66,45 +104,176 @@ def batch_inference(
             f"{title}: its manifest.json tells no prompt or no columns; run its recipe again"
         )
     prompt = prompt_in(made, title, classify=True)
-    with working_folder("input") as folder:
-        digest = sha256_of(fetch_input(input_uri, folder))
-    rows = InputFile(uri=input_uri, sha256=digest)
-    predictions = score(model, prompt, rows, columns, fields or None)
+    if is_pattern(input_uri):
+        files = input_files(input_uri)
+    else:
+        with working_folder("input") as folder:
+            copy = fetch_input(input_uri, folder)
+            file = InputFile(uri=input_uri, sha256=sha256_of(copy))
+            asked: dict[str, Any] = {"model": model, "prompt": prompt, "rows": file}
+            asked |= {"columns": columns, "fields": fields or None}
+            few = form == "jsonl" and (
+                count_rows(copy, shard_rows + 1) <= shard_rows or is_cached(score, **asked)
+            )
+        if few:
+            predictions = score(**asked)
+            copy_output(predictions, target, output)
+            return predictions
+        files = [NamedInput("", file)]
+    started = time.perf_counter()
+    rows = cut_rows(
+        tuple(each.file for each in files),
+        tuple(each.name for each in files if each.name),
+        columns,
+        fields,
+        has_options(manifest),
+        shard_rows,
+    )
+    predictions = answer_rows(
+        model, prompt, rows, processes, shards_deployment, child_runs, started
+    )
     if target:
         try:
-            shutil.copytree(ArtifactStore().fetch(predictions.artifact), target, dirs_exist_ok=True)
-        except (OSError, shutil.Error) as error:
-            raise DataError(
-                f"output {output}: can't be written; the answers are in the artifact store"
-            ) from error
+            write_output(ArtifactStore().fetch(predictions.artifact), form, target)
+        except OSError as error:
+            raise not_written(output) from error
     return predictions
 
 
+def has_options(manifest: dict[str, Any]) -> bool:
+    """Return whether a model answers rows with options of their own, as its files say."""
+    files = {entry["path"] for entry in manifest["files"]}
+    return not files & {CLASS_TOKENS_FILE, FORMAT_FILE}
+
+
+def answer_rows(
+    model: RegisteredModel,
+    prompt: PromptRecipe,
+    rows: ShardedRows,
+    processes: int,
+    deployment: str | None,
+    child_runs: int | None,
+    started: float,
+) -> Predictions:
+    """Answer all shards, those that have no answers yet, and store the answers as one folder."""
+    shards = read_list(rows.artifact, ArtifactStore())
+    job = ShardsJob(model=model, prompt=prompt, rows=rows)
+    work = ShardWork(job, shards, cached_records(answer_shard))
+    with (
+        shown_as_stage("answer rows") as progress,
+        working_folder("children") as folder,
+    ):
+        work.look(range(len(shards)))
+        kept = len(work.answers)
+
+        def show(done: int) -> None:
+            progress.show(done, rows.rows, "rows", f"{kept} shards from the cache" if kept else "")
+
+        show(work.rows_done)
+        children: Children | None = None
+        if len(work.answers) < len(shards):
+            if deployment is not None:
+                children = DeploymentRuns(deployment, child_runs)
+            elif processes > 1:
+                children = LocalProcesses(processes, "flows.answer_shards", folder)
+        with answering(told=lambda done: show(work.rows_done + done)):
+            if children is None:
+                answer_here(work, show)
+            else:
+                answer_by(children, work, progress)
+        answers = [work.answers[number] for number in range(len(shards))]
+        predictions = gather(shards, answers, model, started)
+        conclude(
+            f"{predictions.rows} rows answered, {predictions.failed} set aside, in "
+            f"{predictions.seconds:.1f} s; {kept} of {len(shards)} shards from the cache"
+        )
+    return predictions
+
+
+def copy_output(predictions: Predictions, target: Path | None, output: str) -> None:
+    """Copy the files of an artifact to the folder that the user named."""
+    if target is None:
+        return
+    try:
+        shutil.copytree(ArtifactStore().fetch(predictions.artifact), target, dirs_exist_ok=True)
+    except (OSError, shutil.Error) as error:
+        raise not_written(output) from error
+
+
+def not_written(output: str) -> DataError:
+    """Return the error of a folder that can't be written to."""
+    return DataError(f"output {output}: can't be written; the answers are in the artifact store")
+
+
 def main(arguments: list[str]) -> int:
-    """Answer a file here; return 0 when it is answered, 1 after one line on what the user can
+    """Answer rows here; return 0 when they are answered, 1 after one line on what the user can
     mend."""
     parser = ArgumentParser(
-        "python -m flows.batch_inference", description="Answers a file with a registered student."
+        "python -m flows.batch_inference", description="Answers rows with a registered student."
     )
     parser.add_argument("model", help="the registered model's name")
-    parser.add_argument("input", help="a JSONL, CSV or Parquet file: a path or an fsspec URL")
-    parser.add_argument("output", help="a folder for predictions.jsonl and failed.jsonl")
+    parser.add_argument(
+        "input",
+        help="a JSONL, CSV or Parquet file: a path or an fsspec URL; or several of them: a folder, "
+        "a pattern in quotes, or a URL with *",
+    )
+    parser.add_argument("output", help="a folder for the answers")
     parser.add_argument("--version", help="by default the champion")
     parser.add_argument("--registry", choices=get_args(RegistryKind), default="local")
+    parser.add_argument(
+        "--form",
+        choices=get_args(Form),
+        default="jsonl",
+        help="predictions.jsonl and failed.jsonl, or Parquet files with a manifest.json",
+    )
+    parser.add_argument(
+        "--processes", type=count, default=1, help="processes that answer at once; by default 1"
+    )
+    parser.add_argument(
+        "--shards-deployment",
+        help="a deployment whose work pool answers, such as answer-shards/cpu",
+    )
+    parser.add_argument(
+        "--shard-rows",
+        type=count,
+        default=SHARD_ROWS,
+        help=f"rows that are answered and cached as a whole; by default {SHARD_ROWS}",
+    )
     given = parser.parse_args(arguments)
     rows = given.input if "://" in given.input else str(Path(given.input).absolute())
     out = Path(given.output).absolute()
     try:
-        with shown_in_terminal([PlannedStage("score", "score")]), results_in_store():
-            done = batch_inference(given.model, rows, str(out), given.version, given.registry)
+        with shown_in_terminal([]), results_in_store():
+            done = batch_inference(
+                given.model,
+                rows,
+                str(out),
+                given.version,
+                given.registry,
+                form=given.form,
+                processes=given.processes,
+                shards_deployment=given.shards_deployment,
+                shard_rows=given.shard_rows,
+            )
     except DistilleryError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(
-        f"{done.rows} rows answered in {given.output}/predictions.jsonl, "
-        f"{done.failed} set aside in failed.jsonl"
-    )
+    if given.form == "parquet":
+        print(f"{done.rows} rows answered in {given.output}, {done.failed} set aside there")
+    else:
+        print(
+            f"{done.rows} rows answered in {given.output}/predictions.jsonl, "
+            f"{done.failed} set aside in failed.jsonl"
+        )
     return 0
+
+
+def count(text: str) -> int:
+    """Return a whole number from 1 on. Raises ValueError."""
+    number = int(text)
+    if number < 1:
+        raise ValueError(text)
+    return number
 
 
 if __name__ == "__main__":

@@ -1,13 +1,17 @@
+import hashlib
+import re
 import shutil
 import time
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from glob import has_magic
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import fsspec
 
 from distillery.data.rows import RowReader
-from distillery.data.source import TABLES
+from distillery.data.source import TABLES, matching_files
 from distillery.errors import DataError
 from distillery.inference.batch import count_rows, read_rows, score_file
 from distillery.inference.batch_student import load_for_rows
@@ -16,6 +20,7 @@ from distillery.records import InputFile, Predictions, RegisteredModel
 from distillery.registry.open import open_registry
 from distillery.storage.allowed import address, name_in
 from distillery.storage.artifacts import ArtifactStore
+from distillery.storage.azure_blobs import AZURE_PROTOCOLS, azure_options
 from distillery.storage.digests import sha256_of
 from distillery.storage.working import working_folder
 from tasks.progress import conclude, show_rows
@@ -75,14 +80,99 @@ def fetch_input(uri: str, folder: Path) -> Path:
         with open_address(source) as file, target.open("wb") as copy:
             shutil.copyfileobj(file, copy)
     except Exception as error:
-        # A file system of fsspec may raise anything, with the file's content in its text.
-        reason = getattr(error, "strerror", None) or type(error).__name__
-        raise DataError(
-            f"input_uri {target.name}: can't be read ({reason}); correct input_uri"
-        ) from None
+        raise unreadable(target.name, error) from None
     return target
+
+
+def unreadable(name: str, error: Exception) -> DataError:
+    """Return the error for a file or address that can't be read: a file system of fsspec may raise
+    anything, with the file's content in its text."""
+    reason = getattr(error, "strerror", None) or type(error).__name__
+    return DataError(f"input_uri {name}: can't be read ({reason}); correct input_uri")
 
 
 def open_address(source: Path | str) -> AbstractContextManager[Any]:
     """Open a local file, or what is at a URL, to be read as bytes."""
-    return source.open("rb") if isinstance(source, Path) else fsspec.open(source, "rb")
+    if isinstance(source, Path):
+        return source.open("rb")
+    return fsspec.open(source, "rb", **options_of(source))
+
+
+def options_of(url: str) -> dict[str, Any]:
+    """Return fsspec's options for a URL: Azure's storage is asked as the store is."""
+    return azure_options(url) if url.partition("://")[0] in AZURE_PROTOCOLS else {}
+
+
+def is_pattern(uri: str) -> bool:
+    """Return whether input_uri names several files: a local folder or pattern, or a URL with *."""
+    source = address(uri, "input_uri")
+    if isinstance(source, Path):
+        return source.is_dir() or (has_magic(str(source)) and not source.is_file())
+    return "*" in source
+
+
+class NamedInput(NamedTuple):
+    """A file of the input. `name`: its path below the folder that the pattern begins with."""
+
+    name: str
+    file: InputFile
+
+
+def input_files(uri: str) -> list[NamedInput]:
+    """Return the files that a local folder or pattern, or a URL with *, names, by name.
+
+    Raises DataError if there are none, or if one can't be read or may not be opened."""
+    source = address(uri, "input_uri")
+    if isinstance(source, Path):
+        found = matching_files(str(source), "input_uri")
+        base = str(source) if source.is_dir() else fixed_folder(str(source))
+    else:
+        base = fixed_folder(source)
+        found = matching_urls(source, base)
+    files = []
+    for each in sorted(found):
+        if Path(name_of(each)).suffix.lower() in TABLES:
+            file = InputFile(uri=each, sha256=sha256_at(each))
+            files.append(NamedInput(each.removeprefix(base).lstrip("/"), file))
+    if not files:
+        # A URL's query may hold a signature.
+        shown = name_in(uri) if "://" in uri else uri
+        raise DataError(
+            f"input_uri {shown}: no {', '.join(TABLES)} file matches; correct input_uri"
+        )
+    return files
+
+
+def name_of(uri: str) -> str:
+    return name_in(uri) if "://" in uri else Path(uri).name
+
+
+def fixed_folder(pattern: str) -> str:
+    """Return the folder that a pattern begins with, before the first part with *, ? or [."""
+    start = re.split(r"[*?[]", pattern, maxsplit=1)[0]
+    return start.rpartition("/")[0]
+
+
+def matching_urls(url: str, base: str) -> list[str]:
+    """Return the URLs of the files that a URL with * names; all begin with `base`."""
+    try:
+        filesystem, pattern = fsspec.url_to_fs(url, **options_of(url))
+        root = fixed_folder(pattern)
+        paths: Sequence[str] = filesystem.glob(pattern)
+    except Exception as error:
+        raise unreadable(name_in(url) or url, error) from None
+    # A file system's own path leaves out what stands before the container, such as the account.
+    return [f"{base}/{path.removeprefix(root).lstrip('/')}" for path in paths]
+
+
+def sha256_at(uri: str) -> str:
+    """Return the SHA-256 of what is at a path or URL, without a copy. Raises DataError."""
+    source = address(uri, "input_uri")
+    try:
+        digest = hashlib.sha256()
+        with open_address(source) as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    except Exception as error:
+        raise unreadable(name_of(uri), error) from None
+    return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""End a run when the run that waits for it has ended: nothing trains on a GPU for nobody."""
+"""End a run when the run that waits for it has ended: nothing trains or answers for nobody."""
 
 import threading
 from collections.abc import Iterator
@@ -64,6 +64,5 @@ def check_parent() -> None:
     found = _ended.get()
     if found:
         raise ParentEnded(
-            f"{found[0]}: it asked for this training and is gone; a new run goes on from the last "
-            "checkpoint, if there is one"
+            f"{found[0]}: it asked for this work and is gone; a new run goes on from what is kept"
         )

@@ -173,6 +173,35 @@ def displayed_by(display: Display) -> Iterator[None]:
         _displays.remove(display)
 
 
+class NoDisplay:
+    """A display for work that is a part of what is shown already."""
+
+    def stage_begins(self, task: str) -> None:
+        """See `Display`."""
+
+    def work_begins(self, progress: StageProgress) -> None:
+        """See `Display`."""
+
+    def stage_ends(self, state_name: str, completed: bool) -> None:
+        """See `Display`."""
+
+
+@contextmanager
+def shown_as_stage(title: str) -> Iterator[StageProgress]:
+    """Show what runs within as one stage, although it is no task of Prefect, or many."""
+    display = live_display()
+    if display is not None:
+        display.stage_begins(title)
+    completed = False
+    try:
+        with progress_of(title) as progress, displayed_by(NoDisplay()):
+            yield progress
+        completed = True
+    finally:
+        if display is not None:
+            display.stage_ends(title, completed)
+
+
 @contextmanager
 def progress_of(title: str) -> Iterator[StageProgress]:
     """Publish the progress of the stage that runs within, until it ends."""

@@ -228,13 +228,18 @@ def is_hit(kept: bytes, returns: type[Any], reusable: Callable[[Any], bool] = al
     """Return whether the file of a record holds one of class `returns` that is `reusable` and whose
     artifact is whole."""
     try:
-        plain = plain_record(kept)
-        record: Any = prefect_results.ResultRecord.deserialize(plain).result  # type: ignore[attr-defined]
+        record = record_in(kept)
     except Exception:
         # Half-written, or a record of another version of the project: a decoder may raise anything.
         return False
     # A record whose class can't be imported is decoded as a plain dict.
     return isinstance(record, returns) and reusable(record) and is_whole(record)
+
+
+def record_in(kept: bytes) -> Any:
+    """Return the record that its file holds. Raises ForeignRecord for what is not decoded."""
+    plain = plain_record(kept)
+    return prefect_results.ResultRecord.deserialize(plain).result  # type: ignore[attr-defined]
 
 
 def is_cached(task: Task[..., Any], **arguments: Any) -> bool:
@@ -244,6 +249,27 @@ def is_cached(task: Task[..., Any], **arguments: Any) -> bool:
     policy: Any = task.cache_policy
     key = policy.cache_key_fn(SimpleNamespace(result_store=results), parameters)
     return key is not None and _kept(results, key) is not None
+
+
+def cached_records(task: Task[..., Any]) -> Callable[..., Any]:
+    """Return a function that returns the record of a stage that is called with its keyword
+    arguments here, or None if there is none that is a hit. It makes no task run, so that it may be
+    called for thousands."""
+    results = results_of(task)
+    policy: Any = task.cache_policy
+
+    def find(**arguments: Any) -> Any:
+        parameters = get_call_parameters(task.fn, (), arguments)
+        key = policy.cache_key_fn(SimpleNamespace(result_store=results), parameters)
+        error = _no_key.get()
+        if key is None and error is not None:
+            _no_key.set(None)
+            raise error
+        # The key is one that holds a hit or nothing.
+        kept = _kept(results, key)
+        return None if kept is None else record_in(kept)
+
+    return find
 
 
 def is_recorded(task: Task[..., Any], key: str) -> bool:

@@ -29,10 +29,12 @@ class Prediction(Record):
     """One line of predictions.jsonl: the likeliest letter, and the probability of each letter; or a
     written answer, without probabilities.
 
-    `line`: the row's line in the file, from 1; in Parquet, its row. Rows that come from no file
-    leave it out. `abstained`: whether the student withholds the answer, because its probability is
-    below the student's threshold. A student without a threshold leaves it out."""
+    `file`: which of several files the row is in; left out if there is one. `line`: the row's line
+    in the file, from 1; in Parquet, its row. Rows that come from no file leave it out. `abstained`:
+    whether the student withholds the answer, because its probability is below the student's
+    threshold. A student without a threshold leaves it out."""
 
+    file: str | None = Field(None, exclude_if=lambda file: file is None)
     line: int | None = Field(None, exclude_if=lambda line: line is None)
     example_id: str
     answer: str
@@ -50,9 +52,10 @@ class FailedRow(Record):
     """One line of failed.jsonl: a row that was set aside, and why.
 
     `example_id` is empty if the row has none that can be read. `line` is None for rows that come
-    from no file.
+    from no file. `file` is as in a Prediction.
     """
 
+    file: str | None = Field(None, exclude_if=lambda file: file is None)
     line: int | None
     example_id: str
     reason: str
@@ -142,10 +145,11 @@ def read_rows(path: Path, reader: RowReader) -> Iterator[InputRow | FailedRow]:
             yield input_row(row, reader)
 
 
-def count_rows(path: Path) -> int:
-    """Return how many rows a file holds, malformed ones included. Raises DataError."""
+def count_rows(path: Path, most: int | None = None) -> int:
+    """Return how many rows a file holds, malformed ones included; `most` if it holds as many or
+    more. Raises DataError."""
     with open_table("input_uri", path) as table:
-        return sum(1 for _ in table.rows)
+        return sum(1 for _ in islice(table.rows, most))
 
 
 def input_row(row: TableRow, reader: RowReader) -> InputRow | FailedRow:

@@ -22,8 +22,10 @@ LOCAL = ("file", "local")
 KEYS = (".key", ".p12", ".pem", ".pfx")
 """What the names of private keys end in."""
 
-ANSWER_FILES = frozenset({"predictions.jsonl", "failed.jsonl"})
-"""What batch inference writes."""
+ANSWER_FILES = re.compile(
+    r"predictions\.jsonl|failed\.jsonl|manifest\.json|answers-[0-9]{5,}\.parquet"
+)
+"""The names of what batch inference writes."""
 
 _PROTOCOL = re.compile("([A-Za-z][A-Za-z0-9+.-]+)://")
 
@@ -212,8 +214,9 @@ def output_folder(path: str, setting: str) -> Path:
         return folder
     if any((parent / "__init__.py").exists() for parent in (folder, *folder.parents)):
         raise DataError(f"{setting}: {path}: part of a program; name another folder")
-    if folder.is_dir() and not {entry.name for entry in folder.iterdir()} <= ANSWER_FILES:
-        raise DataError(f"{setting}: {path}: holds other files than answers; name a new folder")
-    if any((folder / name).is_symlink() for name in ANSWER_FILES):
-        raise DataError(f"{setting}: {path}: holds links; name a new folder")
+    for entry in folder.iterdir() if folder.is_dir() else ():
+        if not ANSWER_FILES.fullmatch(entry.name):
+            raise DataError(f"{setting}: {path}: holds other files than answers; name a new folder")
+        if entry.is_symlink():
+            raise DataError(f"{setting}: {path}: holds links; name a new folder")
     return folder

@@ -28,6 +28,7 @@ def test_the_deployments_are_the_documented_ones() -> None:
         "train-student/gpu": "gpu-pool",
         "search/demo": "cpu-pool",
         "batch-inference/cpu": "cpu-pool",
+        "answer-shards/cpu": "cpu-pool",
     }
 
 
@@ -47,7 +48,9 @@ def test_the_parameters_are_what_the_flow_takes(deployment: dict[str, Any]) -> N
     parameters = deployment.get("parameters", {})
     # In the schema that the server holds, and in the flow itself.
     validate(parameters, flow.parameters.model_dump(), ignore_required=True)
-    if parameters:
+    if "shards_deployment" in parameters:
+        assert parameters["shards_deployment"] == "answer-shards/cpu"
+    elif parameters:
         recipe = flow.validate_parameters(parameters)["recipe"]
         assert recipe.name == deployment["name"]
         assert parameters["training_deployment"] == "train-student/gpu"

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -73,14 +73,14 @@ class Workshop(PrefectApi):
         (folder / "run").mkdir(parents=True)
         (folder / "counted").touch()
 
-    def start(self) -> None:
+    def start(self, pools: Sequence[str] = POOLS) -> None:
         self.start_server()
         set_up = [sys.executable, "-m", "deployments.setup"]
         done = subprocess.run(
             set_up, env=self.environment, cwd=PROJECT, capture_output=True, text=True, timeout=300
         )
         assert done.returncode == 0, done.stdout + done.stderr
-        for pool in POOLS:
+        for pool in pools:
             self.start_worker(pool)
 
     def start_server(self) -> None:
@@ -100,12 +100,17 @@ class Workshop(PrefectApi):
         self.environment["PREFECT_API_AUTH_STRING"] = login
         return login
 
-    def start_worker(self, pool: str, **environment: str) -> None:
+    def start_worker(
+        self, pool: str, name: str | None = None, limit: int | None = None, **environment: str
+    ) -> None:
+        """Start a worker of a pool, by default under the pool's name; `limit`: runs at once."""
+        name = name or pool
+        limits = () if limit is None else ("--limit", str(limit))
         self._start(
-            pool,
-            *("worker", "start", "--pool", pool, "--name", f"{pool}-worker"),
+            name,
+            *("worker", "start", "--pool", pool, "--name", f"{name}-worker", *limits),
             COUNT_FILE=str(self.folder / "counted"),
-            DISTILLERY_HOME=str(self.folder / pool / "home"),
+            DISTILLERY_HOME=str(self.folder / name / "home"),
             PREFECT_WORKER_QUERY_SECONDS="1",
             PYTHONPATH=f"{COUNTING}:{PROJECT}",
             **environment,

@@ -4,9 +4,11 @@ imports it when this folder is on PYTHONPATH.
 Into the file that COUNT_FILE names goes one line for each optimiser step ("step", by PyTorch's own
 hook for all optimisers), each chat completion that is asked for over HTTP ("request", where the
 openai SDK's httpx2 sends it) and each process that serves a model ("serve", by the audit event of
-subprocess.Popen). Lines this short are appended whole. Files COUNT_FILE.step and COUNT_FILE.request
-hold seconds that each of these takes longer, while they are there. RETRY_SECONDS is the time
-between the tries of a stage, which is ten seconds and then a minute otherwise.
+subprocess.Popen), and the key of each shard whose answers are kept ("answer-shard-..."). Lines
+this short are appended whole. Files COUNT_FILE.step, COUNT_FILE.request and COUNT_FILE.row (of a
+shard) hold seconds that each of these takes longer, while they are there. RETRY_SECONDS is the time
+between the tries of a stage, which is ten seconds and then a minute otherwise; LEASE_SECONDS is how
+long the lease of a dead process lasts.
 """
 
 import asyncio
@@ -32,6 +34,9 @@ def watch(event: str, arguments: tuple[Any, ...]) -> None:
         hook("torch.optim.optimizer", "register_optimizer_step_post_hook", count_steps)
         hook("httpx2", "AsyncClient", count_requests)
         hook("tasks.stage", "RETRIES", hasten)
+        hook("distillery.inference.shards", "answer_shard", slow_rows)
+        hook("tasks.results", "DistilleryStore", count_shards)
+        hook("distillery.storage.leases", "Leases", shorten)
 
 
 def hook(module: str, name: str, by: Any) -> None:
@@ -69,11 +74,40 @@ def count_requests(client: Any) -> None:
     client.send = counted
 
 
+def slow_rows(answer: Any) -> None:
+    def slowly(student: Any, shard: Any, *arguments: Any) -> Any:
+        *others, progress = arguments
+
+        def told(done: int) -> None:
+            time.sleep(delay("row"))
+            progress(done)
+
+        return answer(student, shard, *others, told)
+
+    sys.modules["distillery.inference.shards"].answer_shard = slowly  # type: ignore[attr-defined]
+
+
+def count_shards(store: Any) -> None:
+    write = store.write_path
+
+    def counted(self: Any, path: str, content: bytes, _sync: bool = True) -> None:
+        write(self, path, content)
+        if path.startswith("answer-shard-"):
+            count(path)
+
+    store.write_path = counted
+
+
 def hasten(retries: Any) -> None:
     """Change the list itself, which all stages share."""
     if "RETRY_SECONDS" in os.environ:
         delays = retries["retry_delay_seconds"]
         delays[:] = [float(os.environ["RETRY_SECONDS"])] * len(delays)
+
+
+def shorten(leases: Any) -> None:
+    if "LEASE_SECONDS" in os.environ:
+        leases.__init__.__defaults__ = (None, float(os.environ["LEASE_SECONDS"]))
 
 
 if "COUNT_FILE" in os.environ:

@@ -1,0 +1,409 @@
+"""Answer shards in several processes: on the work pool of a deployment, or on this machine.
+
+A child answers a group of successive shards, each of which is cached on its own (shards.py). The
+parent knows of no answer but by the cache: whatever becomes of a child, shards that have answers
+are done, and a child that leaves some without is followed by another one for its group.
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import httpx
+from prefect import get_client, get_run_logger
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
+from prefect.client.schemas.objects import FlowRun, State, WorkerStatus
+from prefect.deployments import run_deployment
+from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
+from prefect.states import Cancelled
+from pydantic import PositiveInt
+
+from distillery.errors import DataError, ModelError
+from distillery.machine import usable_cores
+from distillery.processes import exit_reason
+from distillery.recipe import PromptRecipe
+from distillery.records import (
+    Record,
+    RegisteredModel,
+    Shard,
+    ShardAnswers,
+    ShardedRows,
+    digest_of,
+)
+from tasks.progress import StageProgress
+from tasks.results import BLOCK
+from tasks.shards import answer_shard
+from tasks.stage import content_of, produced_by
+
+POLL_S = 0.5
+
+LOOK_S = 5.0
+"""Seconds between two looks for answers of children that are at work."""
+
+WORKERS_S = 15.0
+"""Seconds between two counts of a pool's workers."""
+
+TAKE_BACK_S = 60.0
+"""Seconds after which the parent does a child's work itself, where no worker takes one."""
+
+RUNS_PER_WORKER = 2
+"""Runs at work or waiting for each worker, so that one waits when another ends."""
+
+MOST_RUNS = 100
+"""Runs at work or waiting at once, at most: Prefect's queues stall with some 200."""
+
+LARGEST_GROUP = 8
+"""Shards of a child, at most."""
+
+TRIES = 3
+"""Children in a row that may end without a further shard answered."""
+
+
+class Group(NamedTuple):
+    """Successive shards: the number of the first, from 0, and how many."""
+
+    first: int
+    count: int
+
+    @property
+    def numbers(self) -> range:
+        return range(self.first, self.first + self.count)
+
+
+class ShardsJob(Record):
+    """What a child does: answer `count` shards of `rows` from the number `first` on. `threads`:
+    cores for one operation; None leaves it to the runtime."""
+
+    model: RegisteredModel
+    prompt: PromptRecipe
+    rows: ShardedRows
+    first: int = 0
+    count: PositiveInt = 1
+    threads: PositiveInt | None = None
+
+    def of(self, group: Group) -> "ShardsJob":
+        """Return the same job for a group."""
+        return self.model_copy(update={"first": group.first, "count": group.count})
+
+
+class ShardWork:
+    """The shards of a job, and the answers that are known: `answers` by a shard's number. `find`
+    returns the record of `answer_shard` for its arguments, or None if there is none."""
+
+    def __init__(self, job: ShardsJob, shards: Sequence[Shard], find: Callable[..., Any]) -> None:
+        self.job, self.shards = job, shards
+        self.answers: dict[int, ShardAnswers] = {}
+        self._find = find
+
+    def look(self, numbers: Iterable[int]) -> None:
+        """Read the answers that the store has."""
+        for number in numbers:
+            if number not in self.answers:
+                found = self._find(
+                    model=self.job.model, prompt=self.job.prompt, shard=self.shards[number]
+                )
+                if found is not None:
+                    self.answers[number] = found
+
+    def look_on(self, group: Group) -> None:
+        """Read the answers of a group that is being answered, up to the first shard that has none:
+        a child answers them in their order."""
+        for number in self.missing(group):
+            self.look([number])
+            if number not in self.answers:
+                return
+
+    def missing(self, group: Group) -> list[int]:
+        """Return the shards of a group whose answers are not known."""
+        return [number for number in group.numbers if number not in self.answers]
+
+    def answer_here(self, number: int) -> None:
+        """Answer a shard in this process."""
+        shard = self.shards[number]
+        self.answers[number] = answer_shard(self.job.model, self.job.prompt, shard)
+
+    @property
+    def rows_done(self) -> int:
+        """Rows of the shards whose answers are known."""
+        return sum(self.shards[number].rows for number in self.answers)
+
+
+@dataclass
+class Child:
+    """A process or run that answers a group. `reason`: how it ended, "" while it has not. `taken`:
+    a worker has taken it from its queue."""
+
+    group: Group
+    handle: Any
+    taken: bool = True
+    since: float = field(default_factory=time.monotonic)
+    reason: str = ""
+
+
+class Children(Protocol):
+    """Where children run."""
+
+    def most(self) -> int:
+        """Return how many may be at work or wait at once."""
+
+    def workers(self) -> int:
+        """Return how many can be at work at once."""
+
+    def start(self, job: ShardsJob, key: str) -> Child:
+        """Start a child; one that another parent has started for the same key is taken over."""
+
+    def look(self, children: Sequence[Child]) -> None:
+        """Set `taken` and `reason` of the children."""
+
+    def end(self, children: Iterable[Child]) -> None:
+        """End children that have not ended."""
+
+
+def groups_of(shards: int, workers: int) -> Iterator[Group]:
+    """Yield all shards in groups that become smaller towards the end, so that children seldom start
+    and `workers` end together (guided self-scheduling: Polychronopoulos and Kuck, 1987)."""
+    first = 0
+    while first < shards:
+        count = min(LARGEST_GROUP, max(1, (shards - first) // workers))
+        yield Group(first, count)
+        first += count
+
+
+def answer_by(children: Children, work: ShardWork, progress: StageProgress) -> None:
+    """Have children answer all shards of `work` whose answers are not known.
+
+    Raises ModelError if TRIES children in a row end without answering another shard of their
+    group."""
+    total = sum(shard.rows for shard in work.shards)
+    groups = groups_of(len(work.shards), children.workers())
+    waiting = deque(group for group in groups if work.missing(group))
+    running: list[Child] = []
+    fruitless: Counter[Group] = Counter()
+    looked_at = time.monotonic()
+    try:
+        while waiting or running:
+            while waiting and len(running) < children.most():
+                group = waiting.popleft()
+                running.append(children.start(work.job.of(group), key_of(work, group)))
+            time.sleep(POLL_S)
+            children.look(running)
+            for child in [child for child in running if child.reason]:
+                running.remove(child)
+                before = len(work.missing(child.group))
+                work.look(child.group.numbers)
+                left = len(work.missing(child.group))
+                if left:
+                    fruitless[child.group] = 0 if left < before else fruitless[child.group] + 1
+                    again(child, left, fruitless[child.group])
+                    waiting.appendleft(child.group)
+            if time.monotonic() - looked_at >= LOOK_S:
+                for child in running:
+                    work.look_on(child.group)
+                looked_at = time.monotonic()
+            progress.show(work.rows_done, total, "rows", f"{len(running)} child runs")
+            for child in not_taken(running):
+                running.remove(child)
+                children.end([child])
+                for number in work.missing(child.group):
+                    work.answer_here(number)
+    finally:
+        children.end(running)
+
+
+def key_of(work: ShardWork, group: Group) -> str:
+    """Return the idempotency key of a child: the digest of shards, model and prompt."""
+    shards = [work.shards[number].content_id for number in group.numbers]
+    return digest_of([work.job.model.content_id, content_of(work.job.prompt), *shards])
+
+
+def again(child: Child, left: int, fruitless: int) -> None:
+    """Log that a child has left shards without answers. Raises ModelError after TRIES in a row."""
+    numbers = f"shards {child.group.first + 1} to {child.group.first + child.group.count}"
+    text = f"{numbers}: a child run left {left} without answers ({child.reason})"
+    if fruitless >= TRIES:
+        raise ModelError(
+            f"{text}, and so did {TRIES - 1} before it; mend what it says and run again: the "
+            "shards that have answers are kept"
+        )
+    get_run_logger().warning("%s; another one follows", text)
+
+
+def not_taken(running: Sequence[Child]) -> list[Child]:
+    """Return the child that has waited longest, if none is at work and it has waited for
+    TAKE_BACK_S: there is no worker, or the parent has taken the place of the only one."""
+    if not running or any(child.taken for child in running):
+        return []
+    oldest = min(running, key=lambda child: child.since)
+    if time.monotonic() - oldest.since < TAKE_BACK_S:
+        return []
+    get_run_logger().warning(
+        "no worker has taken a child run for %.0f s; this run answers its shards itself",
+        TAKE_BACK_S,
+    )
+    return [oldest]
+
+
+class DeploymentRuns:
+    """Child runs of a deployment. `limit`: how many at once; None goes by the pool's workers."""
+
+    def __init__(self, deployment: str, limit: int | None) -> None:
+        """Raises DataError if there is no such deployment."""
+        self.deployment, self._limit = deployment, limit
+        self._counted_at, self._most = -WORKERS_S, RUNS_PER_WORKER
+        with get_client(sync_client=True) as client:
+            try:
+                found = client.read_deployment_by_name(deployment)
+            except ObjectNotFound:
+                raise DataError(
+                    f"shards_deployment: no deployment {deployment} here; `prefect deploy --all`"
+                ) from None
+        self._pool = found.work_pool_name
+
+    def most(self) -> int:
+        """See `Children`."""
+        if self._limit is not None:
+            return min(self._limit, MOST_RUNS)
+        if time.monotonic() - self._counted_at >= WORKERS_S:
+            self._counted_at = time.monotonic()
+            self._most = min(MOST_RUNS, max(1, self._workers_online()) * RUNS_PER_WORKER)
+        return self._most
+
+    def workers(self) -> int:
+        """See `Children`."""
+        return max(1, self.most() // RUNS_PER_WORKER)
+
+    def _workers_online(self) -> int:
+        """Return how many workers of the pool are there."""
+        if self._pool is None:
+            return 1
+        try:
+            with get_client(sync_client=True) as client:
+                workers = client.read_workers_for_work_pool(self._pool)
+        except (ObjectNotFound, PrefectHTTPStatusError, httpx.TransportError):
+            return 1
+        return sum(worker.status == WorkerStatus.ONLINE for worker in workers)
+
+    def start(self, job: ShardsJob, key: str) -> Child:
+        """See `Children`. A run that has ended is followed by another one under the next key."""
+        sent = job.model_dump(mode="json", exclude={"threads"})
+        group = Group(job.first, job.count)
+        name = f"{produced_by()}, shards {group.first + 1} to {group.first + group.count}"
+        attempt = 0
+        while True:
+            run: Any = run_deployment(
+                self.deployment,
+                parameters=sent,
+                flow_run_name=name,
+                timeout=0,
+                idempotency_key=f"shards-{key}-{attempt}",
+            )
+            if run.state is None or not run.state.is_final():
+                return Child(group, run, taken=is_taken(run.state))
+            attempt += 1
+
+    def look(self, children: Sequence[Child]) -> None:
+        """See `Children`. While the server does not answer, all count as alive."""
+        if not children:
+            return
+        wanted = FlowRunFilter(id=FlowRunFilterId(any_=[child.handle.id for child in children]))
+        try:
+            with get_client(sync_client=True) as client:
+                runs = client.read_flow_runs(flow_run_filter=wanted, limit=2 * MOST_RUNS)
+        except (httpx.TransportError, PrefectHTTPStatusError):
+            return
+        found: dict[Any, FlowRun] = {run.id: run for run in runs}
+        for child in children:
+            run = found.get(child.handle.id)
+            if run is None:
+                child.reason = "the run was deleted"
+            elif run.state and run.state.is_final():
+                child.reason = f"{run.name} ended as {run.state.name}: {run.state.message}"
+            else:
+                child.taken = is_taken(run.state)
+
+    def end(self, children: Iterable[Child]) -> None:
+        """See `Children`. Runs that are at work end by themselves (parent.py)."""
+        left = [child for child in children if not child.taken]
+        with get_client(sync_client=True) as client:
+            for child in left:
+                try:
+                    client.set_flow_run_state(
+                        child.handle.id, Cancelled(message="the run that asked for it is done")
+                    )
+                except (httpx.TransportError, PrefectHTTPStatusError, ObjectNotFound):
+                    continue
+
+
+def is_taken(state: State | None) -> bool:
+    """Return whether a worker has taken a run in this state."""
+    return state is not None and not state.is_scheduled()
+
+
+class LocalProcesses:
+    """`count` processes of this machine, each of which gets its share of the cores."""
+
+    def __init__(self, count: int, module: str, folder: Path) -> None:
+        """`module` is run with the path of a ShardsJob, and this process's id to end with. Its logs
+        are in `folder`."""
+        self._count, self._module, self._folder = count, module, folder
+        self._threads = max(1, usable_cores() // count)
+        with get_client(sync_client=True) as client:
+            # Of the temporary server, too.
+            self._api = str(client.api_url).rstrip("/")
+
+    def most(self) -> int:
+        """See `Children`."""
+        return self._count
+
+    def workers(self) -> int:
+        """See `Children`."""
+        return self._count
+
+    def start(self, job: ShardsJob, key: str) -> Child:
+        """See `Children`."""
+        own = Path(tempfile.mkdtemp(dir=self._folder))
+        file = own / "job.json"
+        file.write_text(job.model_copy(update={"threads": self._threads}).model_dump_json())
+        settings = {"PREFECT_API_URL": self._api, "PREFECT_RESULTS_DEFAULT_STORAGE_BLOCK": BLOCK}
+        with (own / "log").open("wb") as log:
+            process = subprocess.Popen(  # noqa: S603 - our own interpreter and module
+                [sys.executable, "-m", self._module, str(file), str(os.getpid())],
+                env=os.environ | settings,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+            )
+        return Child(Group(job.first, job.count), (process, own / "log"))
+
+    def look(self, children: Sequence[Child]) -> None:
+        """See `Children`."""
+        for child in children:
+            process, log = child.handle
+            code = process.poll()
+            if code == 0:
+                child.reason = "its process ended"
+            elif code is not None:
+                child.reason = exit_reason(code, log.read_text(errors="replace"))
+
+    def end(self, children: Iterable[Child]) -> None:
+        """See `Children`."""
+        for child in children:
+            process, _ = child.handle
+            process.kill()
+            process.wait()
+
+
+def answer_here(work: ShardWork, show: Callable[[int], None]) -> None:
+    """Answer all shards of `work` whose answers are not known in this process. `show` is told how
+    many rows are done."""
+    for number in range(len(work.shards)):
+        if number not in work.answers:
+            work.answer_here(number)
+        show(work.rows_done)
