@@ -27,7 +27,7 @@ AXE := tests/support/axe/node_modules/.installed
 
 export PREFECT_HOME ?= $(CURDIR)/.distillery/prefect
 
-.PHONY: help setup demo test test-all test-security audit sbom bench-overhead bench-choice bench-labels bench-train bench-distil bench-distil-full bench-inference bench-serving bench-tasks bench-tasks-full bench-tasks-endpoint bench-text bench-text-full neutral foundry simulate-gate rehearse-lab docs lint format up down clean
+.PHONY: help setup demo test test-all test-security audit sbom bench-overhead bench-choice bench-labels bench-train bench-distil bench-distil-full bench-inference bench-scale bench-serving bench-tasks bench-tasks-full bench-tasks-endpoint bench-text bench-text-full neutral foundry simulate-gate rehearse-lab docs lint format up down clean
 help: ## what the targets do
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-14s %s\n", $$1, $$2}'
 
@@ -116,6 +116,9 @@ bench-distil-full: $(INSTALLED) ## the same over four pools, three depths and fi
 
 bench-inference: $(INSTALLED) $(PEERS) ## how fast a CPU answers, beside llama.cpp, Transformers and OpenVINO; needs a C++ compiler
 	@$(BIN)/python -m benchmarks.inference
+
+bench-scale: $(INSTALLED) | $(PREFECT_HOME) ## what batch inference in shards costs, and whether kills change its answers
+	@$(BIN)/python -m benchmarks.scale
 
 bench-serving: $(INSTALLED) ## how much load the server holds, beside llama.cpp's: 1 to 32 users, and a soak of ten minutes
 	@$(BIN)/python -m benchmarks.serving
