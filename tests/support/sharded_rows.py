@@ -18,9 +18,9 @@ from workshop import COUNTING, PROJECT, Run, Workshop
 STUDENT = "tiny-student"
 
 
-def register(model: Path, registry: str) -> None:
-    """Register an exported model as the champion, with its prompt and columns, in the registry at a
-    tracking URI. In a process of its own: MLflow keeps what it is told first."""
+def register(model: Path, home: Path, shared: Mapping[str, str]) -> None:
+    """Register an exported model with its prompt and columns. In a process of its own, because
+    MLflow keeps what it is told first."""
     code = (
         "import sys; from pathlib import Path\n"
         "from distillery.registry.local import LocalRegistry\n"
@@ -33,7 +33,7 @@ def register(model: Path, registry: str) -> None:
     subprocess.run(
         [sys.executable, "-c", code, str(model), STUDENT],
         cwd=PROJECT,
-        env=os.environ | {"DISTILLERY_REGISTRY": registry},
+        env=os.environ | shared | {"DISTILLERY_HOME": str(home)},
         check=True,
         capture_output=True,
     )
@@ -58,7 +58,8 @@ class ShardedRows:
             "DISTILLERY_LABELS": f"sqlite:///{self.common / 'labels.db'}",
             "DISTILLERY_REGISTRY": f"sqlite:///{self.common / 'registry.db'}",
         }
-        register(model, self.shared["DISTILLERY_REGISTRY"])
+        self.registered = folder / "registered"
+        register(model, self.registered, self.shared)
         self.workshop = Workshop(folder / "workshop", self.shared)
         # What a killed process had is free again soon.
         self.workshop.environment["LEASE_SECONDS"] = "10"
@@ -133,6 +134,8 @@ class ShardedRows:
     ) -> subprocess.CompletedProcess[str]:
         """`python -m flows.batch_inference` on the workshop's server, with a store of its own in
         `home` and the same registry, on `cores`, by default on all."""
+        home.mkdir()
+        (home / "models").symlink_to(self.registered / "models")
         own = {
             "DISTILLERY_HOME": str(home),
             "DISTILLERY_REGISTRY": self.shared["DISTILLERY_REGISTRY"],
