@@ -19,16 +19,19 @@ STUDENT = "tiny-student"
 
 
 def register(model: Path, home: Path, shared: Mapping[str, str]) -> None:
-    """Register an exported model with its prompt and columns. In a process of its own, because
+    """Register an exported model with its prompt and columns, and keep its files in the store, as
+    the stages do, for machines that lack the registry's folder. In a process of its own, because
     MLflow keeps what it is told first."""
     code = (
         "import sys; from pathlib import Path\n"
         "from distillery.registry.local import LocalRegistry\n"
         "from distillery.recipe import PromptRecipe, Recipe\n"
+        "from distillery.storage.artifacts import ArtifactStore\n"
         "made = {'prompt': PromptRecipe().model_dump(mode='json'),"
         " 'recipe': Recipe().model_dump(mode='json')}\n"
         "registry = LocalRegistry()\n"
         "found = registry.register(Path(sys.argv[1]), sys.argv[2], {}, made)\n"
+        "assert ArtifactStore().put(Path(sys.argv[1])).sha256 == found.artifact.sha256\n"
     )
     subprocess.run(
         [sys.executable, "-c", code, str(model), STUDENT],
