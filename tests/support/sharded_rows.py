@@ -96,14 +96,18 @@ class ShardedRows:
         )
         return found
 
-    def child_at_work(self, run: Run, answered: int) -> Run:
-        """A child that runs, once `answered` more shards have answers."""
+    def child_at_work(self, run: Run, answered: int, worker: str | None = None) -> Run:
+        """A child that runs, by default on any worker, once `answered` more shards have answers."""
         before = len(self.shards())
 
         def found() -> Run | None:
-            running = [each for each in self.children(run) if each["state_type"] == "RUNNING"]
-            enough = len(self.shards()) >= before + answered
-            return running[0] if running and enough else None
+            if len(self.shards()) < before + answered:
+                return None
+            here = None if worker is None else self.runs_of(worker)
+            for each in self.children(run):
+                if each["state_type"] == "RUNNING" and (here is None or each["id"] in here):
+                    return each
+            return None
 
         child = self.workshop.until(run, "a child at work", found, 120)
         assert child
@@ -119,17 +123,27 @@ class ShardedRows:
         for process in self.workshop.processes(run):
             process.kill()
 
+    def runs_of(self, worker: str) -> set[str]:
+        """The ids of the runs whose processes a worker has started."""
+        found = set()
+        for process in psutil.Process(self.workshop.running[worker].pid).children(recursive=True):
+            try:
+                found.add(process.environ().get("PREFECT__FLOW_RUN_ID", ""))
+            except psutil.Error:
+                continue
+        return found - {""}
+
     def kill_machine(self, worker: str) -> None:
         """Kill a worker and the processes of its runs. The server is told at once what the
         automations find after two minutes: that the runs are dead."""
+        runs = self.runs_of(worker)
         started = self.workshop.running.pop(worker)
         dead = psutil.Process(started.pid).children(recursive=True)
-        runs = {process.environ().get("PREFECT__FLOW_RUN_ID") for process in dead}
         started.kill()
         for process in dead:
             process.kill()
         started.wait(60)
-        for run in runs - {None}:
+        for run in runs:
             self.workshop.ask(f"/flow_runs/{run}/set_state", state={"type": "CRASHED"}, force=True)
 
     def command(
