@@ -9,6 +9,7 @@ import argparse
 import json
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 from benchmarks.scale_batches import STUB_ROWS, batches, rounded
 from benchmarks.scale_memory import FEW_ROWS, MANY_ROWS, memory_growth
@@ -16,7 +17,7 @@ from benchmarks.scale_memory import FEW_ROWS, MANY_ROWS, memory_growth
 
 def main(stub_rows: int, memory_rows: Sequence[int]) -> None:
     """Run all sections. `stub_rows`: of batches; `memory_rows`: few and many, of memory_growth."""
-    figures = {}
+    figures: dict[str, Any] = {}
     for section in (partial(batches, stub_rows), partial(memory_growth, *memory_rows)):
         figures |= rounded(section())
     print(json.dumps(figures))

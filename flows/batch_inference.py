@@ -116,7 +116,7 @@ def batch_inference(
                 count_rows(copy, shard_rows + 1) <= shard_rows or is_cached(score, **asked)
             )
         if few:
-            predictions = score(**asked)
+            predictions: Predictions = score(**asked)
             copy_output(predictions, target, output)
             return predictions
         files = [NamedInput("", file)]

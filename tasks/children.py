@@ -70,11 +70,11 @@ class Group(NamedTuple):
     """Successive shards: the number of the first, from 0, and how many."""
 
     first: int
-    count: int
+    size: int
 
     @property
     def numbers(self) -> range:
-        return range(self.first, self.first + self.count)
+        return range(self.first, self.first + self.size)
 
 
 class ShardsJob(Record):
@@ -90,7 +90,7 @@ class ShardsJob(Record):
 
     def of(self, group: Group) -> "ShardsJob":
         """Return the same job for a group."""
-        return self.model_copy(update={"first": group.first, "count": group.count})
+        return self.model_copy(update={"first": group.first, "count": group.size})
 
 
 class ShardWork:
@@ -225,7 +225,7 @@ def key_of(work: ShardWork, group: Group) -> str:
 
 def again(child: Child, left: int, fruitless: int) -> None:
     """Log that a child has left shards without answers. Raises ModelError after TRIES in a row."""
-    numbers = f"shards {child.group.first + 1} to {child.group.first + child.group.count}"
+    numbers = f"shards {child.group.first + 1} to {child.group.first + child.group.size}"
     text = f"{numbers}: a child run left {left} without answers ({child.reason})"
     if fruitless >= TRIES:
         raise ModelError(
@@ -294,7 +294,7 @@ class DeploymentRuns:
         """See `Children`. A run that has ended is followed by another one under the next key."""
         sent = job.model_dump(mode="json", exclude={"threads"})
         group = Group(job.first, job.count)
-        name = f"{produced_by()}, shards {group.first + 1} to {group.first + group.count}"
+        name = f"{produced_by()}, shards {group.first + 1} to {group.first + group.size}"
         attempt = 0
         while True:
             run: Any = run_deployment(

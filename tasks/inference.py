@@ -95,7 +95,8 @@ def open_address(source: Path | str) -> AbstractContextManager[Any]:
     """Open a local file, or what is at a URL, to be read as bytes."""
     if isinstance(source, Path):
         return source.open("rb")
-    return fsspec.open(source, "rb", **options_of(source))
+    opened: AbstractContextManager[Any] = fsspec.open(source, "rb", **options_of(source))
+    return opened
 
 
 def options_of(url: str) -> dict[str, Any]:

@@ -32,7 +32,7 @@ def test_nothing_is_lost_and_nothing_answered_twice(sharded: ShardedRows, tmp_pa
     rows = write_rows(tmp_path / "rows.jsonl", ROWS)
     out = tmp_path / "answers"
     with workshop.slower(row=0.1):
-        run = sharded.start_run(rows, out, shard_rows=SHARD_ROWS, child_runs=4)
+        run = sharded.start_run(rows, out, shard_rows=SHARD_ROWS, child_runs=3)
         workshop.until(run, "the parent on the first worker", lambda: sharded.runs_of("cpu-0"))
         workshop.start_worker("cpu-pool", "cpu-1")
         sharded.kill(sharded.child_at_work(run, 1, "cpu-0"))
@@ -53,10 +53,10 @@ def test_nothing_is_lost_and_nothing_answered_twice(sharded: ShardedRows, tmp_pa
     # The last lines of a run's log come after its end.
     wait_for("its last line", lambda: "shards from the cache" in workshop.log(again))
 
-    # One process, and two, each with a store of its own.
-    for number in (1, 2):
+    # One process, and two with a shard each, each time with a store of its own.
+    for number, shard_rows in ((1, SHARD_ROWS), (2, ROWS // 2)):
         alone = tmp_path / f"alone-{number}"
-        options = ("--shard-rows", str(SHARD_ROWS), "--processes", str(number))
+        options = ("--shard-rows", str(shard_rows), "--processes", str(number))
         done = sharded.command(rows, alone, *options, home=tmp_path / f"home-{number}")
         assert done.returncode == 0, done.stderr[-3000:]
         assert contents(alone) == contents(out)

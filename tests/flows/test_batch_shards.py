@@ -49,7 +49,8 @@ def answered(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def run(rows: Path | str, out: Path, **settings: Any) -> Predictions:
     with results_in_store():
-        return batch_inference(STUDENT, str(rows), str(out), "1", **settings)
+        done: Predictions = batch_inference(STUDENT, str(rows), str(out), "1", **settings)
+        return done
 
 
 def test_few_rows_are_one_piece_of_work(rows: Path, answered: list[int], tmp_path: Path) -> None:

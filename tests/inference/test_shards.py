@@ -96,7 +96,7 @@ def answered(shards: Sequence[Shard], folder: Path) -> list[ShardAnswers]:
 
 def test_a_row_is_asked_as_it_was_read() -> None:
     store = ArtifactStore()
-    read = [
+    read: list[InputRow | FailedRow] = [
         InputRow(
             line=3,
             example_id="ü",

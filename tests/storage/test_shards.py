@@ -134,7 +134,7 @@ def test_a_table_that_is_not_read_to_its_end_has_no_list() -> None:
         yield from rows(5)
         raise OSError("cut off")
 
-    found = []
+    found: list[Shard] = []
     with pytest.raises(OSError, match="cut off"):
         found.extend(write_shards(breaks(), SCHEMA, store, 2))
     names = {path.name for path in Path(store.url).rglob("*") if path.is_file()}

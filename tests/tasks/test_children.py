@@ -113,7 +113,7 @@ def test_groups_become_smaller_and_hold_each_shard_once() -> None:
             groups = list(groups_of(shards, children))
             numbers = [number for group in groups for number in group.numbers]
             assert numbers == list(range(shards))
-            sizes = [group.count for group in groups]
+            sizes = [group.size for group in groups]
             assert sizes == sorted(sizes, reverse=True)
             assert sizes[0] <= LARGEST_GROUP
             assert len(groups) >= min(shards, children)
