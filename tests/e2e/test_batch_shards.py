@@ -9,7 +9,7 @@ import pytest
 from prefect_api import wait_for
 from sharded_rows import ShardedRows, contents, write_rows
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 ROWS, SHARD_ROWS = 96, 4
 

@@ -109,7 +109,7 @@ class ShardedRows:
                     return each
             return None
 
-        child = self.workshop.until(run, "a child at work", found, 120)
+        child = self.workshop.until(run, "a child at work", found, 300)
         assert child
         return child
 
