@@ -106,10 +106,10 @@ def test_training_on_a_gpu_loads_only_a_frozen_base_in_bfloat16(
 ) -> None:
     base = tiny_model("llama")
     recipe = TrainingRecipe.model_validate({"method": method, "max_steps": 1, "hidden_weight": 1.0})
-    monkeypatch.setattr("distillery.training.olive_passes.choose_device", lambda _: GPU)
+    monkeypatch.setattr("distillery.training.job.choose_device", lambda _: GPU)
     fine_tune(base, None, ROWS, [], recipe, tmp_path / "gpu")
     assert loaded[-1] == {expected}
-    monkeypatch.setattr("distillery.training.olive_passes.choose_device", choose_device)
+    monkeypatch.setattr("distillery.training.job.choose_device", choose_device)
     fine_tune(base, None, ROWS, [], recipe, tmp_path / "cpu")
     assert loaded[-1] == {torch.float32}
 
