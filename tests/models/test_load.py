@@ -37,6 +37,7 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         return model, tokenizer
 
     monkeypatch.setattr("distillery.models.load.load_model", load)
+    monkeypatch.setattr("distillery.training.job.load_model", load)
     monkeypatch.setattr("distillery.training.olive_passes.load_model", load)
     monkeypatch.setattr("distillery.training.fine_tune.load_model", load)
     return found
