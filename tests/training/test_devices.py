@@ -33,6 +33,8 @@ from distillery.training.rows import TrainingRow
 # Processes start in seconds on an idle machine, and in a minute where others use all of its cores.
 pytestmark = pytest.mark.timeout(1200)
 
+SUPPORT = Path(__file__).resolve().parents[1] / "support"
+
 TinyModel = Callable[[str], Path]
 
 
@@ -58,7 +60,8 @@ def test_two_ranks_learn_what_one_process_learns(tiny_model: TinyModel, tmp_path
     base, out = tiny_model("llama"), tmp_path / "found"
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command = [*launcher, "--nproc-per-node", "2", "-m", "two_ranks", str(base), str(out)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    own_modules = {"PYTHONPATH": str(SUPPORT)}
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | own_modules)
     assert done.returncode == 0, done.stderr
     first, second = torch.load(f"{out}-0"), torch.load(f"{out}-1")
     for name, case in cases().items():
