@@ -39,7 +39,8 @@ def number(call: Call) -> int:
 def unsure_of_odd_rows(call: Call) -> Reply:
     """The cheap one: A, with 0.95 for even rows and 0.6 for odd ones; row 4 gets no answer."""
     if number(call) == 4:
-        return said("I can't tell.")
+        # With probabilities too: an endpoint whose first answer has none is said to leave them out.
+        return said("I can't tell.", top={"I": 0.9, "Well": 0.1})
     share = 0.6 if number(call) % 2 else 0.95
     rest = dict.fromkeys("BC", (1 - share) / 2)
     return said("A", top={"A": share, **rest})
