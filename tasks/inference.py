@@ -14,7 +14,7 @@ from distillery.data.rows import RowReader
 from distillery.data.source import TABLES, matching_files
 from distillery.errors import DataError
 from distillery.inference.batch import count_rows, read_rows, score_file
-from distillery.inference.batch_student import load_for_rows
+from distillery.inference.text_student import load_for_rows
 from distillery.recipe import Columns, PromptRecipe, RegistryRecipe
 from distillery.records import InputFile, Predictions, RegisteredModel
 from distillery.registry.open import open_registry

@@ -13,8 +13,8 @@ from distillery.data.rows import RowReader
 from distillery.errors import DataError, StageError
 from distillery.inference import shards as sharded
 from distillery.inference.batch import read_rows
-from distillery.inference.batch_student import load_for_rows
 from distillery.inference.student import Student
+from distillery.inference.text_student import load_for_rows
 from distillery.recipe import Columns, PromptRecipe, RegistryRecipe
 from distillery.records import (
     InputFile,

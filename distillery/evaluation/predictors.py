@@ -3,6 +3,7 @@ written answer."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,9 @@ from distillery.errors import ModelError, PromptTooLong
 from distillery.evaluation.scoring import ScoringJob
 from distillery.evaluation.writing import TransformersWriter
 from distillery.inference.batch import ROWS
-from distillery.inference.batch_student import load_for_rows
 from distillery.inference.generation import Written
-from distillery.inference.onnx_student import OnnxStudent
 from distillery.inference.rows import RowRenderer
+from distillery.inference.text_student import TextStudent, load_for_rows, load_writer
 from distillery.prompts import TransformersTokenizer
 from distillery.recipe import PromptRecipe
 from distillery.records import AnswerFormat, Example
@@ -55,11 +55,15 @@ def load_predictor(job: ScoringJob, answer_format: AnswerFormat | None = None) -
 def load_onnx(job: ScoringJob, answer_format: AnswerFormat | None) -> Predictor:
     """Load an ONNX folder as batch inference does."""
     if answer_format:
-        writer = OnnxStudent(Path(job.model.folder), job.threads)
+        writer = load_writer(Path(job.model.folder), job.threads)
+        several = None
+        if isinstance(writer, TextStudent):
+            several = partial(write_rows, writer, answer_format)
         return Predictor(
             ran_on="ONNX Runtime",
             render=row_renderer(writer, job.prompt),
             ask=lambda row: writer.write(row.prompt, answer_format),
+            ask_batches=several,
             first_token=lambda prompt: int(writer.next_logits(prompt).argmax()),
         )
     student = load_for_rows(Path(job.model.folder), job.threads)
@@ -81,6 +85,16 @@ def load_onnx(job: ScoringJob, answer_format: AnswerFormat | None) -> Predictor:
         ask_batches=ask_batches,
         first_token=lambda prompt: int(student.next_logits(prompt).argmax()),
     )
+
+
+def write_rows(
+    writer: TextStudent,
+    answer_format: AnswerFormat,
+    rows: Sequence[TrainingRow],
+    rows_done: Callable[[int], None],
+) -> list[Written]:
+    """Return what is written to each row, several at once."""
+    return writer.write_all([row.prompt for row in rows], answer_format, rows_done)
 
 
 def load_transformers(job: ScoringJob, answer_format: AnswerFormat | None) -> Predictor:

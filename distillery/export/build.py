@@ -2,8 +2,8 @@
 quantises and builds.
 
 Files in: a Transformers folder in safetensors, and an adapter's folder. Files out:
-genai_config.json, model.onnx, the tokenizer's files, format.json for a model that writes its
-answers and, with `export.adapter_apart`, adapter_weights.onnx_adapter.
+genai_config.json, model.onnx, the tokenizer's files, format.json and drafts.json for a model that
+writes its answers and, with `export.adapter_apart`, adapter_weights.onnx_adapter.
 """
 
 import json
@@ -19,6 +19,7 @@ from distillery.export.passes import export_passes
 from distillery.inference.decoder import ADAPTER_FILE
 from distillery.inference.onnx_student import OnnxStudent
 from distillery.models.class_tokens import read_class_tokens
+from distillery.models.drafts import FILE as DRAFTS_FILE
 from distillery.models.load import end_of_turn_id, load_tokenizer
 from distillery.models.onnx_folder import CODE, CONFIG
 from distillery.progress import ShowProgress, show_nothing
@@ -85,6 +86,8 @@ def export(
         classes.write(out)
     if answer_format:
         write_format(out, answer_format)
+        if (drafts := (adapter or model) / DRAFTS_FILE).is_file():
+            shutil.copyfile(drafts, out / DRAFTS_FILE)
         end_with(out, end_of_turn_id(load_tokenizer(model, remote_code)))
     progress(len(passes), len(passes), "asking one question")
     check_built(out, form)

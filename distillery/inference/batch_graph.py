@@ -1,23 +1,25 @@
-"""Rewrite an exported model's graph so that one pass takes many sequences without padding.
+"""Rewrite an exported model's graph so that it takes several sequences, each of its own length.
 
-ModelBuilder's graphs take sequences of one length, [batch, length], and a head that is pruned reads
-the last token of each. Here all layers but the attention see the sequences one behind the other,
-[1, tokens], which wastes nothing on short ones and gives each token the numbers that it has in a
-pass of its own, since no other node looks beyond a token. Around each GroupQueryAttention the
-tokens are laid out as [sequences, longest], and each sequence starts from a cache that it may share
-with others. The head reads the tokens that an input names.
+ModelBuilder's graphs take sequences of one length, [batch, length], which are as long as a mask
+says, and their head reads all tokens or, where it is pruned, the last one of each sequence. The
+graph of `with_lengths` has other inputs in place of the mask:
+  - last, [sequences]: the index of each sequence's last token, its cached tokens included
+  - new, [sequences]: how many tokens each sequence has in this pass
+  - most, [1]: an upper bound of the tokens of a sequence, with those cached and the padding
+  - read, [read tokens]: the tokens whose logits are given, by their places in [batch, length]'s
+    second dimension
 
-The inputs of the new graph, beside input_ids, [1, tokens], and the caches past_key_values.*,
-[caches, heads, cached tokens, size]:
+In the graph of `without_padding`, which is made from that one, all layers but the attention see the
+sequences one behind the other, [1, tokens], which wastes nothing on short ones and gives each token
+the numbers that it has in a pass of its own, since no other node looks beyond a token. Around each
+GroupQueryAttention the tokens are laid out as [sequences, longest], and each sequence starts from a
+cache that it may share with others. It has these inputs too, beside input_ids, [1, tokens], and the
+caches past_key_values.*, [caches, heads, cached tokens, size]:
   - to_sequences, [sequences, longest]: where each sequence's tokens stand among the tokens; what
     follows a sequence's end is ignored
   - from_sequences, [tokens]: where each token stands in the flattened [sequences, longest]
   - cache_of, [sequences]: the index of the cache that a sequence starts from
   - cached, [1]: how many of a cache's tokens are read at most
-  - last, [sequences]: the index of each sequence's last token, its cached tokens included
-  - new, [sequences]: how many tokens each sequence has in this pass
-  - most, [1]: an upper bound of the tokens of a sequence, with those cached and the padding
-  - read, [read tokens]: the tokens whose logits are given
 """
 
 from typing import Any
@@ -38,13 +40,11 @@ TOKEN_BY_TOKEN = ELEMENTWISE | {
 DynamicQuantizeLinear, whose scale is that of all tokens, and If, which chooses the rotary factors
 of LongRoPE by the longest sequence."""
 
-INPUTS = frozenset(
-    {
-        *("input_ids", "to_sequences", "from_sequences", "cache_of", "cached", "last", "new"),
-        *("most", "read"),
-    }
-)
-"""The inputs of the new graph, beside the caches."""
+INPUTS = frozenset({"input_ids", "last", "new", "most", "read"})
+"""The inputs of the graph of `with_lengths`, beside the caches."""
+
+LAYOUT = frozenset({"to_sequences", "from_sequences", "cache_of", "cached"})
+"""The further inputs of the graph of `without_padding`."""
 
 ATTENTION_INPUTS = 17
 LENGTHS, MOST, NEW = 5, 6, 16
@@ -56,7 +56,7 @@ class UnknownGraph(Exception):
     """A graph that can't be rewritten, and why."""
 
 
-def rewrite(model: Any) -> None:
+def with_lengths(model: Any) -> None:
     """Rewrite an ONNX model that was loaded without its external data.
 
     Raises UnknownGraph, and leaves the model in any state, for a graph that is not known here."""
@@ -70,21 +70,43 @@ def rewrite(model: Any) -> None:
     nodes: list[Any] = []
     for node in graph.node:
         if node.op_type == "GroupQueryAttention":
-            nodes += around_attention(node)
+            inputs = [*node.input, *[""] * (ATTENTION_INPUTS - len(node.input))]
+            inputs[LENGTHS], inputs[MOST], inputs[NEW] = "last", "most", "new"
+            del node.input[:]
+            node.input.extend(inputs)
         elif node is head:
-            nodes += [make("Gather", [states, "read"], "read_states", axis=1), head]
+            nodes.append(make("Gather", [states, "read"], "read_states", axis=1))
             head.input[0] = "read_states"
-        else:
-            nodes.append(node)
+        nodes.append(node)
     del graph.node[:], graph.value_info[:]
     graph.node.extend(nodes)
-    add_inputs(graph)
     # With them go the nodes that told the attention its lengths by a mask.
     before.drop_unused()
     read = {name for node in graph.node for name in node.input}
     for value in [each for each in graph.input if each.name not in read]:
         graph.input.remove(value)
-    check_inputs(graph)
+    add_inputs(graph, "INT32", last=["sequences"], most=[1], new=["sequences"])
+    add_inputs(graph, "INT64", read=["read_tokens"])
+    for value in graph.output:
+        if value.name == "logits":
+            value.type.tensor_type.shape.dim[1].dim_param = "read_tokens"
+    check_inputs(graph, INPUTS)
+    check_operators(graph)
+
+
+def without_padding(model: Any) -> None:
+    """Rewrite a model of `with_lengths`."""
+    graph = model.graph
+    nodes: list[Any] = []
+    for node in graph.node:
+        if node.op_type == "GroupQueryAttention":
+            nodes += around_attention(node)
+        else:
+            nodes.append(node)
+    del graph.node[:]
+    graph.node.extend(nodes)
+    add_layout(graph)
+    check_inputs(graph, INPUTS | LAYOUT)
     check_operators(graph)
 
 
@@ -104,15 +126,15 @@ def check(model: Any) -> None:
             raise UnknownGraph("its attention has other inputs")
 
 
-def check_inputs(graph: Any) -> None:
-    """Raise UnknownGraph for inputs that are not those of this module's docstring, or a cache that
-    is not given back."""
+def check_inputs(graph: Any, known: frozenset[str]) -> None:
+    """Raise UnknownGraph for inputs that are neither `known` nor caches, or a cache that is not
+    given back."""
     outputs = {value.name for value in graph.output}
     for value in graph.input:
         if value.name.startswith("past_key_values."):
             if value.name.replace("past_key_values.", "present.") not in outputs:
                 raise UnknownGraph(f"it does not give {value.name} back")
-        elif value.name not in INPUTS:
+        elif value.name not in known:
             raise UnknownGraph(f"it has the input {value.name}")
 
 
@@ -151,7 +173,7 @@ def states_before_pruning(states: str, makers: dict[str, Any]) -> str:
 def around_attention(node: Any) -> list[Any]:
     """Return the attention `node` with the nodes that lay its tokens out and take them back."""
     before: list[Any] = []
-    inputs = [*node.input, *[""] * (ATTENTION_INPUTS - len(node.input))]
+    inputs = list(node.input)
     for place in (0, 1, 2):
         name = inputs[place]
         if name:
@@ -168,7 +190,6 @@ def around_attention(node: Any) -> list[Any]:
             make("Slice", read, f"{name}/read"),
             make("Gather", [f"{name}/read", "cache_of"], inputs[place], axis=0),
         ]
-    inputs[LENGTHS], inputs[MOST], inputs[NEW] = "last", "most", "new"
     del node.input[:]
     node.input.extend(inputs)
     found = node.output[0]
@@ -188,33 +209,36 @@ def make(kind: str, inputs: list[str], output: str, **attributes: Any) -> Any:
     return helper.make_node(kind, inputs, [output], name=output, **attributes)
 
 
-def add_inputs(graph: Any) -> None:
-    """Add the inputs and constants that the new nodes read; free the shapes that change."""
-    from onnx import TensorProto, helper, numpy_helper
+def add_inputs(graph: Any, kind: str, **shapes: list[str | int | None]) -> None:
+    """Add inputs of a kind of number by their names and shapes."""
+    from onnx import TensorProto, helper
+
+    for name, shape in shapes.items():
+        value = helper.make_tensor_value_info(name, TensorProto.DataType.Value(kind), shape)
+        graph.input.append(value)
+
+
+def add_layout(graph: Any) -> None:
+    """Add the inputs and constants that the nodes around the attention read; free the shapes that
+    change."""
+    from onnx import numpy_helper
 
     constants = {"zero": [0], "first_axis": [0], "cache_axis": [2], "flat": [1, -1, 0]}
     for name, value in constants.items():
         array = np.array(value, dtype=np.int64)
         graph.initializer.append(numpy_helper.from_array(array, f"constant/{name}"))
-    shapes: dict[str, list[str | int | None]] = {
-        "to_sequences": ["sequences", "longest"],
-        "from_sequences": ["tokens"],
-        "cache_of": ["sequences"],
-        "cached": [1],
-        "read": ["read_tokens"],
-    }
-    for name, shape in shapes.items():
-        graph.input.append(helper.make_tensor_value_info(name, TensorProto.INT64, shape))
-    lengths: dict[str, list[str | int | None]]
-    lengths = {"last": ["sequences"], "most": [1], "new": ["sequences"]}
-    for name, shape in lengths.items():
-        graph.input.append(helper.make_tensor_value_info(name, TensorProto.INT32, shape))
+    add_inputs(
+        graph,
+        "INT64",
+        to_sequences=["sequences", "longest"],
+        from_sequences=["tokens"],
+        cache_of=["sequences"],
+        cached=[1],
+    )
     for value in graph.input:
         if value.name.startswith("past_key_values."):
             value.type.tensor_type.shape.dim[0].dim_param = "caches"
     for value in graph.output:
         sizes = value.type.tensor_type.shape.dim
-        if value.name == "logits":
-            sizes[1].dim_param = "read_tokens"
-        else:
+        if value.name != "logits":
             sizes[0].dim_param, sizes[2].dim_param = "sequences", "most_tokens"

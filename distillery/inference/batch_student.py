@@ -38,7 +38,6 @@ from distillery.inference.logits import Logits, log_softmax, pooled, softmax
 from distillery.inference.onnx_student import OnnxStudent
 from distillery.inference.student import Student
 from distillery.prompts import GenAITokenizer
-from distillery.records import FORMAT_FILE
 from distillery.training.batching import common_prefix
 from distillery.training.rows import TrainingRow
 
@@ -58,20 +57,12 @@ Found = TypeVar("Found")
 _log = logging.getLogger(__name__)
 
 
-def load_for_rows(folder: Path, threads: int | None = None) -> Student:
-    """Load a model that is to answer many rows: as a BatchStudent or, where it writes its answers,
-    its graph can't be rewritten or an adapter is apart, as an OnnxStudent, which answers one by
-    one.
+def load_scorer(folder: Path, threads: int | None = None) -> Student:
+    """Load a model that is to choose: as a BatchStudent or, where its graph can't be rewritten or
+    an adapter is apart, as an OnnxStudent, which answers one by one.
 
     `threads` counts the cores for one operation; None leaves it to the runtime. Raises ModelError
     for a folder that can't be loaded."""
-    if (folder / FORMAT_FILE).is_file():
-        return OnnxStudent(folder, threads)
-    return load_scorer(folder, threads)
-
-
-def load_scorer(folder: Path, threads: int | None = None) -> Student:
-    """Load a model that is to choose, also one that writes its answers; see `load_for_rows`."""
     try:
         return BatchStudent(folder, threads)
     except (UnknownGraph, ModelError) as error:

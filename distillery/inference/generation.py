@@ -1,7 +1,7 @@
 """Write an answer token by token: the one loop, with the one rule of where an answer ends, for ONNX
 and Transformers models, evaluation, batch inference and the server."""
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 
 import numpy as np
 
@@ -9,6 +9,9 @@ from distillery.answers import NotAnAnswer, canonical
 from distillery.inference.guide import Guide
 from distillery.inference.logits import Draw, Logits, likeliest
 from distillery.records import AnswerFormat, Record
+
+Steps = Generator[tuple[int, Logits], None, None]
+"""The tokens of an answer, each with the logits that it was taken from, [vocabulary]."""
 
 SHOWN = 80
 """Characters of a text that is no answer, where its reason is told."""
@@ -72,7 +75,7 @@ def generated(
     append: Callable[[int], Logits],
     answering: Answering,
     held: bool = False,
-) -> Iterator[tuple[int, Logits]]:
+) -> Steps:
     """Yield the answer's tokens, each with the model's own logits, [vocabulary], that it was taken
     from; or, with `held`, with -inf for the tokens that the answer's guide leaves out.
 

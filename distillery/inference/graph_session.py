@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from distillery.inference.batch_graph import UnknownGraph, rewrite
+from distillery.inference.batch_graph import UnknownGraph, with_lengths, without_padding
 from distillery.inference.decoder import ADAPTER_FILE, model_errors, read_config
 from distillery.models.onnx_file import load_without_weights
 
@@ -21,10 +21,11 @@ LOG_SETTINGS = {"log_id", "log_severity_level", "log_verbosity_level"}
 
 
 class Graphs(NamedTuple):
-    """A model's graph as it was exported; rewritten for `many` sequences by batch_graph.py; and a
-    graph without weights that stands in for it where the tokenizer is loaded."""
+    """A model's graph for `rows` of one length and for `many` sequences without padding, both by
+    batch_graph.py, and a graph without weights that stands in for it where the tokenizer is loaded.
+    """
 
-    exported: bytes
+    rows: bytes
     many: bytes
     stand_in: bytes
 
@@ -42,9 +43,11 @@ def read_graphs(folder: Path) -> Graphs:
             model = onnx.load(path, load_external_data=False)
         else:
             model = load_without_weights(path)
-        exported, stand_in = model.SerializeToString(), without_weights(model)
-        rewrite(model)
-        return Graphs(exported, model.SerializeToString(), stand_in)
+        stand_in = without_weights(model)
+        with_lengths(model)
+        rows = model.SerializeToString()
+        without_padding(model)
+        return Graphs(rows, model.SerializeToString(), stand_in)
     except UnknownGraph:
         raise
     except Exception as error:

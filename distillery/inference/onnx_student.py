@@ -1,32 +1,23 @@
 """Ask an ONNX model: exact probabilities of a row's options, and generated text."""
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
-from distillery.errors import DataError
 from distillery.inference.decoder import LONGEST_PASS, Decoder
-from distillery.inference.generation import (
-    Answering,
-    Written,
-    generated,
-    most_tokens,
-    written,
-)
+from distillery.inference.generation import Answering, Steps, generated
 from distillery.inference.guide import Guide
 from distillery.inference.logits import Logits, log_softmax, softmax, token_sampler
-from distillery.inference.student import Answer, Student
+from distillery.inference.student import Writer
 from distillery.models.class_tokens import require_classes
 from distillery.prompts import GenAITokenizer
-from distillery.recipe import PromptRecipe
-from distillery.records import AnswerFormat, Example
 from distillery.training.rows import TrainingRow
 
 
-class OnnxStudent(Student):
+class OnnxStudent(Writer):
     """A model in ONNX Runtime GenAI, which also generates text."""
 
     def __init__(self, folder: Path, threads: int | None = None, adapter: bool = True) -> None:
@@ -134,7 +125,7 @@ class OnnxStudent(Student):
         top_k: int | None = None,
         guide: Guide | None = None,
         held: bool = False,
-    ) -> Iterator[tuple[int, Logits]]:
+    ) -> Steps:
         """Yield up to `max_tokens` pairs of a token and the logits that it was taken from; see
         `generated`, also for `held`.
 
@@ -146,32 +137,3 @@ class OnnxStudent(Student):
         first = self.decoder.prefill(prompt_ids, room=most)
         answering = Answering(most, self.end_ids, draw, guide)
         yield from generated(first, lambda token: self.decoder.append([token]), answering, held)
-
-    def write(self, prompt_ids: Sequence[int], answer_format: AnswerFormat) -> Written:
-        """Return the likeliest answer, token by token, held to the format's schema if it has one.
-
-        Raises SchemaNotHeld."""
-        guide = None
-        if answer_format.json_schema is not None:
-            guide = self.guides.start(answer_format.json_schema)
-        steps = self.steps(prompt_ids, most_tokens(answer_format), guide=guide)
-        tokens = [token for token, _ in steps]
-        return written(tokens, self.end_ids, answer_format, self.text_of)
-
-    def answers(
-        self, examples: Sequence[Example], prompt: PromptRecipe
-    ) -> list[Answer | Written | DataError]:
-        """Return the answer to each row, or why it can't be asked. Written ones are written one by
-        one."""
-        answer_format = examples[0].format if examples else None
-        if answer_format is None:
-            return super().answers(examples, prompt)
-        found: list[Answer | Written | DataError] = []
-        for example in examples:
-            try:
-                row = self.render(example, prompt)
-            except DataError as error:
-                found.append(error)
-            else:
-                found.append(self.write(row.prompt, answer_format))
-        return found

@@ -13,14 +13,14 @@ from numpy.typing import NDArray
 
 from distillery.errors import DataError
 from distillery.inference.abstention import read_abstention
-from distillery.inference.generation import Written
-from distillery.inference.guide import Guides
+from distillery.inference.generation import Steps, Written, most_tokens, written
+from distillery.inference.guide import Guide, Guides
 from distillery.inference.logits import Logits, log_softmax
 from distillery.inference.rows import RowRenderer
 from distillery.inference.text_stream import TextStream
 from distillery.prompts import GenAITokenizer, read_added_tokens
 from distillery.recipe import PromptRecipe
-from distillery.records import Example, Record
+from distillery.records import AnswerFormat, Example, Record
 from distillery.training.rows import TrainingRow
 
 
@@ -76,12 +76,7 @@ class Student(RowRenderer, ABC):
         self, examples: Sequence[Example], prompt: PromptRecipe
     ) -> list[Answer | Written | DataError]:
         """Return the answer to each row, or why it can't be asked."""
-        rendered: list[TrainingRow | DataError] = []
-        for example in examples:
-            try:
-                rendered.append(self.render(example, prompt))
-            except DataError as error:
-                rendered.append(error)
+        rendered = self.render_all(examples, prompt)
         rows = [row for row in rendered if isinstance(row, TrainingRow)]
         found = iter(self.probabilities(rows))
         answers: list[Answer | Written | DataError] = []
@@ -91,6 +86,18 @@ class Student(RowRenderer, ABC):
             else:
                 answers.append(self.chosen(example, next(found)))
         return answers
+
+    def render_all(
+        self, examples: Sequence[Example], prompt: PromptRecipe
+    ) -> list[TrainingRow | DataError]:
+        """Return each row as `render` does, or why it can't be asked."""
+        rendered: list[TrainingRow | DataError] = []
+        for example in examples:
+            try:
+                rendered.append(self.render(example, prompt))
+            except DataError as error:
+                rendered.append(error)
+        return rendered
 
     def chosen(self, example: Example, probabilities: Sequence[float]) -> Answer:
         """Return the answer with the highest of the options' probabilities, the first of equals."""
@@ -148,3 +155,53 @@ class Student(RowRenderer, ABC):
         """The special tokens by id, as tokenizer.json names them."""
         added, _ = read_added_tokens(self.folder)
         return {token.id: token.content for token in added}
+
+
+class Writer(Student):
+    """A student that also writes its answers. `is_ahead`: whether the answer whose step was asked
+    last gives another one without a further pass."""
+
+    is_ahead = False
+
+    @abstractmethod
+    def steps(
+        self, prompt_ids: Sequence[int], max_tokens: int, *, guide: Guide | None = None
+    ) -> Steps:
+        """Yield up to `max_tokens` of the likeliest tokens, each with the logits that it was taken
+        from; see `generated`. Stops after an end token, which is yielded too, and at the end of the
+        context. The model computes only as far as the caller asks."""
+
+    def answer_steps(self, prompt_ids: Sequence[int], answer_format: AnswerFormat) -> Steps:
+        """Yield the steps of the likeliest answer, held to the format's schema if it has one.
+
+        Raises SchemaNotHeld."""
+        guide = None
+        if answer_format.json_schema is not None:
+            guide = self.guides.start(answer_format.json_schema)
+        return self.steps(prompt_ids, most_tokens(answer_format), guide=guide)
+
+    def write(self, prompt_ids: Sequence[int], answer_format: AnswerFormat) -> Written:
+        """Return the likeliest answer to a prompt. Raises SchemaNotHeld."""
+        tokens = [token for token, _ in self.answer_steps(prompt_ids, answer_format)]
+        return written(tokens, self.end_ids, answer_format, self.text_of)
+
+    def write_all(
+        self, prompts: Sequence[Sequence[int]], answer_format: AnswerFormat
+    ) -> list[Written]:
+        """Return the likeliest answer to each prompt. Raises SchemaNotHeld."""
+        return [self.write(prompt, answer_format) for prompt in prompts]
+
+    def answers(
+        self, examples: Sequence[Example], prompt: PromptRecipe
+    ) -> list[Answer | Written | DataError]:
+        """See `Student`; also of rows whose answers are written."""
+        answer_format = examples[0].format if examples else None
+        if answer_format is None:
+            return super().answers(examples, prompt)
+        found: list[Answer | Written | DataError] = []
+        rendered = self.render_all(examples, prompt)
+        prompts = [row.prompt for row in rendered if isinstance(row, TrainingRow)]
+        texts = iter(self.write_all(prompts, answer_format))
+        for row in rendered:
+            found.append(row if isinstance(row, DataError) else next(texts))
+        return found

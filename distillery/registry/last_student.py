@@ -11,8 +11,8 @@ from pydantic import ValidationError
 
 from distillery.errors import ModelGone
 from distillery.inference.batch import ROWS
-from distillery.inference.batch_student import load_for_rows
 from distillery.inference.student import Answer
+from distillery.inference.text_student import load_for_rows
 from distillery.recipe import FilterRecipe, PromptRecipe, Recipe
 from distillery.records import (
     Example,

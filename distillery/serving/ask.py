@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 from distillery.data.examples import read_format
 from distillery.errors import DataError, DistilleryError, ModelError
 from distillery.evaluation.scoreboard import percent
-from distillery.inference.batch_student import load_for_rows
 from distillery.inference.decoder import ADAPTER_FILE
 from distillery.inference.generation import most_tokens
 from distillery.inference.onnx_student import OnnxStudent
 from distillery.inference.student import Student
+from distillery.inference.text_student import load_for_rows
 from distillery.models.class_tokens import read_class_tokens
 from distillery.prompts import Message, render_messages
 from distillery.recipe import PromptRecipe, load_recipe

@@ -1,10 +1,11 @@
 """The order in which requests are answered, in the student's one thread.
 
 The thread works in rounds. In each, waiting choices are made, one waiting text is begun if the
-batch has room, and every text that is under way gets its next token: the first of them computes it
-for all, see TextBatch. So a choice waits for a token and not for a text, and texts that come and go
-share the passes of the model. Choices share passes too where no text is there; else one is made a
-round, so that texts do not wait long for them.
+batch has room, and every text that is under way gets its next token, and those after it that are
+computed already: the first of the texts computes for all, see TextBatch. So a choice waits for a
+token and not for a text, and texts that come and go share the passes of the model. Choices share
+passes too where no text is there; else one is made a round, so that texts do not wait long for
+them.
 """
 
 import asyncio
@@ -127,7 +128,7 @@ class Rounds:
             self.choose(choices)
             if text:
                 self.active.append(text)
-            self.active = [turn for turn in self.active if self.go_on(turn)]
+            self.active = [turn for turn in self.active if self.go_on_ahead(turn)]
 
     def next_turns(self) -> tuple[list[Turn], Turn | None]:
         """Take the choices and the text whose turn it is."""
@@ -198,6 +199,14 @@ class Rounds:
             # The prompt that was just computed must not serve the next answer that begins.
             self.student.forget()
         return True
+
+    def go_on_ahead(self, turn: Turn) -> bool:
+        """Make the next piece of a text, and those after it that take no further pass. Return
+        whether another one follows."""
+        while self.go_on(turn):
+            if not self.student.is_ahead:
+                return True
+        return False
 
     def begin(self, turns: Sequence[Turn]) -> bool:
         """Return whether any of these answers is still waited for, and let the student work."""

@@ -2,19 +2,19 @@
 
 import logging
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from distillery.errors import ModelError
-from distillery.inference.batch_graph import UnknownGraph
 from distillery.inference.batch_student import load_scorer
+from distillery.inference.generation import Steps
 from distillery.inference.guide import Guide
 from distillery.inference.logits import Logits
 from distillery.inference.onnx_student import OnnxStudent
 from distillery.inference.student import Student
-from distillery.inference.text_batch import TextBatch
+from distillery.inference.text_student import TextStudent, load_writer
 from distillery.models.onnx_folder import files_in
 from distillery.records import FORMAT_FILE
 from distillery.registry.manifest import verify_before_loading
@@ -30,12 +30,13 @@ Choice = list[float] | Logits
 class ServedStudent(Student):
     """A model that chooses as batch inference does, and writes several texts at once.
 
-    Each of the two holds the weights. The scorer chooses; the generator generates, as TextBatch or,
-    where these don't take the graph, as an OnnxStudent, which then is both. A model that writes its
-    answers loads the generator at once, others the scorer, so that a folder that can't be loaded is
-    told of at once. The other is loaded when it is needed; if nothing was chosen until the
-    generator is, the scorer is unloaded first. So only a server that does both holds the weights
-    twice. What is loaded later must be the same model: the folder must not have changed since.
+    Each of the two holds the weights. The scorer chooses; the generator writes, as a TextStudent
+    or, where the graph is not one for that, as an OnnxStudent, which then is both. A model that
+    writes its answers loads the generator at once, others the scorer, so that a folder that can't
+    be loaded is told of at once. The other is loaded when it is needed; if nothing was chosen until
+    the generator is, the scorer is unloaded first. So only a server that does both holds the
+    weights twice. What is loaded later must be the same model: the folder must not have changed
+    since.
 
     `worker`: the one thread that loads and asks the model, which is not thread-safe. What is freed
     in another thread's part of the heap would not serve the next load."""
@@ -59,7 +60,7 @@ class ServedStudent(Student):
         self.worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="student")
         self.has_chosen = False
         self.scorer: Student | None = None
-        self.generator: TextBatch | OnnxStudent | None = None
+        self.generator: TextStudent | OnnxStudent | None = None
         load = self.load_generator if (folder / FORMAT_FILE).is_file() else self.load_scorer
         loaded = self.worker.submit(load, folder).result()
         context = min(loaded.context_length, self.limits.context or loaded.context_length)
@@ -73,15 +74,18 @@ class ServedStudent(Student):
         self.scorer.heed(self.stop)
         return self.scorer
 
-    def load_generator(self, folder: Path) -> TextBatch | OnnxStudent:
-        """Load what generates, which chooses too where it is an OnnxStudent."""
-        try:
-            self.generator = TextBatch(folder, self.threads, self.limits.batch)
-        except (UnknownGraph, ModelError) as error:
-            _log.info("%s: its answers are written one by one, since %s", folder, error)
-            self.generator = self.scorer = OnnxStudent(folder, self.threads)
+    def load_generator(self, folder: Path) -> TextStudent | OnnxStudent:
+        """Load what writes, which chooses too where it is an OnnxStudent."""
+        self.generator = load_writer(folder, self.threads, self.limits.batch)
+        if isinstance(self.generator, OnnxStudent):
+            self.scorer = self.generator
         self.generator.heed(self.stop)
         return self.generator
+
+    @property
+    def is_ahead(self) -> bool:
+        """See `Writer`."""
+        return self.generator is not None and self.generator.is_ahead
 
     @property
     def at_once(self) -> int:
@@ -129,7 +133,7 @@ class ServedStudent(Student):
         guide: Guide | None = None,
         held: bool = False,
         **sampling: Any,
-    ) -> Iterator[tuple[int, Logits]]:
+    ) -> Steps:
         """Yield tokens with their logits, as `OnnxStudent.steps` does with the same `sampling`.
         At most `at_once` such iterators may be under way, asked in turns; see `TextBatch`."""
         yield from self.needed_generator().steps(
@@ -145,7 +149,7 @@ class ServedStudent(Student):
         assert self.scorer  # noqa: S101 - it is loaded
         return self.scorer
 
-    def needed_generator(self) -> TextBatch | OnnxStudent:
+    def needed_generator(self) -> TextStudent | OnnxStudent:
         """Return the generator, loaded if it is not; see `check_folder`."""
         if self.generator is None:
             self.check_folder()

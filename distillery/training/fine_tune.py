@@ -11,6 +11,7 @@ from typing import Any
 from distillery.data.examples import write_format
 from distillery.models.class_tokens import ClassTokens
 from distillery.models.device import choose_device
+from distillery.models.drafts import learn_drafts
 from distillery.models.load import load_model, pad_id
 from distillery.olive_workflow import run_workflow
 from distillery.recipe import HealingRecipe, LayerChoice, Layers, TrainingRecipe
@@ -54,7 +55,7 @@ def fine_tune(
     where layers were chosen: a list of those kept for each cut. An adapter for `base` as it is goes
     without out/model unless `whole`, for readers of the checkpoint that have no such `base`.
     `classes`: the class tokens of the rows, and `answer_format` that of their written answers,
-    which are written beside the weights that learnt them."""
+    which are written beside the weights that learnt them, with drafts of such answers."""
     from distillery.training.olive_passes import reporting
 
     require_rows(rows)
@@ -89,6 +90,7 @@ def fine_tune(
         classes.write(weights)
     if answer_format:
         write_format(weights, answer_format)
+        learn_drafts(row.target for row in rows).write(weights)
     return read_result_and_tidy(out).model_copy(update={"decisions": tuple(decisions)})
 
 

@@ -38,7 +38,7 @@ from distillery.evaluation.scoring_process import score
 from distillery.evaluation.statistics import paired_interval, wilson_interval
 from distillery.export.build import export
 from distillery.inference.batch import Prediction, answer_some
-from distillery.inference.batch_student import load_for_rows
+from distillery.inference.text_student import load_for_rows
 from distillery.recipe import ExportForm, PromptRecipe
 from distillery.records import Departure, Example, Interval, ScoreRow
 

@@ -15,13 +15,13 @@ from onnx import TensorProto, helper
 from distillery.errors import ModelError
 from distillery.export.build import export
 from distillery.inference.batch import ROWS, FailedRow, Prediction, score_file
-from distillery.inference.batch_graph import UnknownGraph, check_operators, rewrite
+from distillery.inference.batch_graph import UnknownGraph, check_operators, with_lengths
 from distillery.inference.batch_student import (
     PASS_CACHE,
     PASS_TOKENS,
     BatchStudent,
     in_passes,
-    load_for_rows,
+    load_scorer,
 )
 from distillery.inference.decoder import ADAPTER_FILE
 from distillery.inference.onnx_student import OnnxStudent
@@ -60,7 +60,7 @@ def rows_of(kind: str) -> list[TrainingRow]:
 
 
 def batch_student(folder: Path) -> BatchStudent:
-    student = load_for_rows(folder, threads=1)
+    student = load_scorer(folder, threads=1)
     assert isinstance(student, BatchStudent)
     return student
 
@@ -294,7 +294,7 @@ def test_rows_of_a_file_are_answered_together_and_those_that_fail_set_aside(
 
     ahead: list[int] = []
     counts = score_file(
-        load_for_rows(folder, threads=1),
+        load_scorer(folder, threads=1),
         reading(),
         PROMPT,
         tmp_path,
@@ -319,7 +319,7 @@ def test_rows_of_a_file_are_answered_together_and_those_that_fail_set_aside(
 def test_models_whose_rows_cannot_be_asked_together_are_asked_one_by_one(
     tiny_onnx: Build, tmp_path: Path
 ) -> None:
-    assert type(load_for_rows(tiny_onnx("phi4mini"), threads=1)) is OnnxStudent
+    assert type(load_scorer(tiny_onnx("phi4mini"), threads=1)) is OnnxStudent
     windowed = shutil.copytree(tiny_onnx("llama"), tmp_path / "windowed")
     model = onnx.load(windowed / "model.onnx", load_external_data=False)
     for node in model.graph.node:
@@ -327,16 +327,16 @@ def test_models_whose_rows_cannot_be_asked_together_are_asked_one_by_one(
             if attribute.name == "local_window_size":
                 attribute.i = 16
     onnx.save(model, windowed / "model.onnx")
-    assert type(load_for_rows(windowed, threads=1)) is OnnxStudent
+    assert type(load_scorer(windowed, threads=1)) is OnnxStudent
     own_options = shutil.copytree(tiny_onnx("llama"), tmp_path / "own-options")
     config = json.loads((own_options / "genai_config.json").read_text())
     config["model"]["decoder"]["session_options"] |= {"intra_op_num_threads": 1}
     (own_options / "genai_config.json").write_text(json.dumps(config))
-    assert type(load_for_rows(own_options)) is OnnxStudent
+    assert type(load_scorer(own_options)) is OnnxStudent
     apart = shutil.copytree(tiny_onnx("llama"), tmp_path / "apart")
     (apart / ADAPTER_FILE).write_bytes(b"nothing")
     with pytest.raises(ModelError, match="ONNX Runtime GenAI"):
-        load_for_rows(apart, threads=1)
+        load_scorer(apart, threads=1)
 
 
 def test_a_graph_that_may_look_beyond_a_token_is_not_rewritten(tiny_onnx: Build) -> None:
@@ -358,7 +358,7 @@ def test_a_graph_that_may_look_beyond_a_token_is_not_rewritten(tiny_onnx: Build)
     stray = next(each for each in model.graph.initializer if each.external_data)
     next(each for each in stray.external_data if each.key == "location").value = "../weights"
     with pytest.raises(UnknownGraph, match="outside"):
-        rewrite(model)
+        with_lengths(model)
 
 
 def test_a_graph_that_is_made_up_is_not_rewritten(tiny_onnx: Build) -> None:
@@ -368,7 +368,7 @@ def test_a_graph_that_is_made_up_is_not_rewritten(tiny_onnx: Build) -> None:
         if "logits" in node.output:
             node.CopyFrom(helper.make_node("Identity", ["logits"], ["logits"]))
     with pytest.raises(UnknownGraph, match="head"):
-        rewrite(circle)
+        with_lengths(circle)
     more = onnx.load(path, load_external_data=False)
     more.graph.input.append(helper.make_tensor_value_info("more", TensorProto.FLOAT, [1]))
     for node in list(more.graph.node):
@@ -376,7 +376,7 @@ def test_a_graph_that_is_made_up_is_not_rewritten(tiny_onnx: Build) -> None:
             node.output[0] = "before"
             more.graph.node.append(helper.make_node("Mul", ["before", "more"], ["logits"]))
     with pytest.raises(UnknownGraph, match="the input more"):
-        rewrite(more)
+        with_lengths(more)
     weights = helper.make_graph(
         [helper.make_node("Reshape", ["a", "a"], ["b"]), helper.make_node("Reshape", ["b"], ["a"])],
         "circle",
@@ -397,7 +397,7 @@ def test_a_cache_without_numbers_in_its_shape_is_left_to_the_other_student(
         if value.name.startswith(("past_key_values.", "present.")):
             value.type.tensor_type.shape.dim[3].dim_param = "size"
     onnx.save(model, folder / "model.onnx")
-    assert type(load_for_rows(folder, threads=1)) is OnnxStudent
+    assert type(load_scorer(folder, threads=1)) is OnnxStudent
 
 
 @pytest.mark.parametrize(
@@ -417,7 +417,7 @@ def test_a_folder_that_cannot_be_loaded_is_named_in_one_line(
     if content is not None:
         (folder / file).write_bytes(content)
     with pytest.raises(ModelError) as failure:
-        load_for_rows(folder)
+        load_scorer(folder)
     assert str(folder) in str(failure.value)
     assert "\n" not in str(failure.value)
     assert "export" in str(failure.value)

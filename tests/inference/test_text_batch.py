@@ -4,6 +4,7 @@ import json
 import shutil
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from distillery.inference.guide import Guides
 from distillery.inference.logits import Logits
 from distillery.inference.onnx_student import OnnxStudent
 from distillery.inference.text_batch import TextBatch, passes
+from distillery.models.drafts import Drafts
 
 Build = Callable[..., Path]
 Steps = Iterator[tuple[int, Logits]]
@@ -131,7 +133,7 @@ def test_an_answer_that_ends_early_gives_its_row_to_the_last(tiny_onnx: Build) -
     first, second, third = (batch.steps(prompt, 9) for prompt in asked[:3])
     kept = [[next(second)], [next(third)]]
     assert next(first)
-    first.close()  # type: ignore[attr-defined]
+    first.close()
     fourth = batch.steps(asked[3], 9)
     kept.append([next(fourth)])
     for steps, of in zip((second, third, fourth), kept, strict=True):
@@ -146,11 +148,11 @@ def test_prompts_that_begin_alike_are_computed_once(tiny_onnx: Build) -> None:
     computed: list[int] = []
     run = batch.run
 
-    def count(row: int, tokens: Any, lengths: Any) -> Any:
+    def count(row: int, tokens: Any, lengths: Any, read: Any) -> Any:
         computed.append(sum(map(len, tokens)))
-        return run(row, tokens, lengths)
+        return run(row, tokens, lengths, read)
 
-    batch.run = count  # type: ignore[method-assign]
+    batch.run = count  # type: ignore[method-assign, assignment]
     under_way = batch.steps([*begun, 9], 5)
     assert next(under_way)
     assert computed == [3], "an even number of its 61 tokens is shared"
@@ -187,12 +189,12 @@ def test_passes_are_filled_up_where_kernels_take_other_sums_for_an_odd_number(
     rows: list[int] = []
     run = batch.run
 
-    def count(row: int, tokens: Any, lengths: Any) -> Any:
+    def count(row: int, tokens: Any, lengths: Any, read: Any) -> Any:
         if len(tokens[0]) == 1:
             rows.append(len(tokens))
-        return run(row, tokens, lengths)
+        return run(row, tokens, lengths, read)
 
-    batch.run = count  # type: ignore[method-assign]
+    batch.run = count  # type: ignore[method-assign, assignment]
     found = together(batch, [lambda p=prompt: batch.steps(p, 10) for prompt in asked])  # type: ignore[misc]
     assert tokens_of(found) == tokens_of(expected)
     assert set(rows) == {2, 4}
@@ -266,6 +268,115 @@ def test_an_answer_ends_where_the_context_does(tiny_onnx: Build) -> None:
         next(batch.steps([*prompt, 5, 6, 7, 8, 9], 50))
 
 
+class Guessing:
+    """Guesses in place of those of a file: of the answers that are known, `right` tokens and then
+    wrong ones."""
+
+    def __init__(self, answers: list[list[int]], right: int) -> None:
+        self.answers, self.right = answers, right
+
+    def guess(self, answer: list[int], most: int) -> list[int]:
+        following = [
+            known[len(answer) :] for known in self.answers if known[: len(answer)] == answer
+        ]
+        if not following or not answer:
+            return [7] * most
+        right = following[0][: self.right]
+        return [*right, *[(each + 1) % 500 for each in following[0][self.right :]]][:most]
+
+
+def with_drafts(folder: Path, count: int, tmp_path: Path) -> TextBatch:
+    """A batch over a copy of the folder that has drafts; they guess nothing."""
+    copy = tmp_path / f"drafts-{count}"
+    shutil.copytree(folder, copy)
+    Drafts(likeliest={}).write(copy)
+    return TextBatch(copy, 1, count)
+
+
+def bits(found: list[list[tuple[int, Logits]]]) -> list[list[tuple[int, bytes]]]:
+    return [[(token, logits.tobytes()) for token, logits in steps] for steps in found]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int4"])
+@pytest.mark.parametrize("count", [1, 2, 8])
+def test_no_answer_depends_on_what_was_guessed(
+    count: int, precision: str, tiny_onnx: Build, tmp_path: Path
+) -> None:
+    """Bit for bit, whether the guesses are right, wrong, or both, and however many answers are
+    under way; drawn tokens and answers that are held to a schema too."""
+    folder = tiny_onnx("llama", precision)
+    batch = with_drafts(folder, count, tmp_path)
+    guides = Guides((folder / "tokenizer.json").read_text(), batch.end_ids)
+    asked = [(prompt, 2 + 7 * (number % 5)) for number, prompt in enumerate(prompts(11))]
+    asked[4] = (asked[4][0], 270)
+
+    def begin(number: int) -> Steps:
+        guide = guides.start(SCHEMA) if number % 3 == 1 else None
+        prompt, most = asked[number]
+        return batch.steps(prompt, most, temperature=number % 2, seed=number, guide=guide)
+
+    beginnings: list[Callable[[], Steps]] = [partial(begin, n) for n in range(len(asked))]
+    expected = bits([list(each()) for each in beginnings])
+    answers = [[token for token, _ in steps] for steps in expected]
+    passes = []
+    for right in (0, 2, 9):
+        batch.drafts = Guessing(answers, right)  # type: ignore[assignment]
+        widths = watched(batch)
+        assert bits(together(batch, beginnings)) == expected
+        assert batch.active == []
+        passes.append(len(widths))
+        for rows, width in widths:
+            assert width % 2 == 0
+            assert width <= max(2, min(8, 16 // rows))
+    assert passes[0] > passes[1] >= passes[2]
+
+
+def watched(batch: TextBatch) -> list[tuple[int, int]]:
+    """The texts, and the tokens of each, in the passes from now on that go on with texts."""
+    widths: list[tuple[int, int]] = []
+    run = TextBatch.run
+
+    def count(row: int, tokens: Any, lengths: Any, read: Any) -> Any:
+        if len(read) > 1:
+            widths.append((len(tokens), len(tokens[0])))
+        return run(batch, row, tokens, lengths, read)
+
+    batch.run = count  # type: ignore[method-assign, assignment]
+    return widths
+
+
+def test_an_answer_that_is_ahead_keeps_its_lead_while_others_are_computed(
+    tiny_onnx: Build, tmp_path: Path
+) -> None:
+    """One is not asked while the pass of the other one goes over its row."""
+    batch = with_drafts(tiny_onnx("llama"), 3, tmp_path)
+    asked = prompts(3, 40)[1:]
+    expected = bits([list(batch.steps(prompt, 20)) for prompt in asked])
+    answers = [[token for token, _ in steps] for steps in expected]
+    batch.drafts = Guessing(answers[:1], 9)  # type: ignore[assignment]
+    guessed, other = (batch.steps(prompt, 20) for prompt in asked)
+    found: list[list[tuple[int, Logits]]] = [[next(guessed), next(guessed)], []]
+    assert batch.is_ahead
+    found[1] += [next(other) for _ in range(6)]
+    assert not batch.is_ahead
+    found[0] += list(guessed)
+    found[1] += list(other)
+    assert bits(found) == expected
+
+
+def test_drafts_stay_within_the_context(tiny_onnx: Build, tmp_path: Path) -> None:
+    batch = with_drafts(tiny_onnx("llama"), 2, tmp_path)
+    plain = TextBatch(tiny_onnx("llama"), 1, 2)
+    prompt = prompts(2, 1010)[1]
+    for most, length in ((50, 1010), (50, 1022), (50, 1023), (50, 1024)):
+        begun = [*prompt, *[9] * (length - len(prompt))]
+        whole = [token for token, _ in plain.steps(begun, most)]
+        batch.drafts = Guessing([whole], 9)  # type: ignore[assignment]
+        found = [token for token, _ in batch.steps(begun, most)]
+        # A pass of theirs has two tokens.
+        assert found == whole[: max(1, 1023 - length)]
+
+
 @pytest.mark.parametrize(
     ("start", "end", "expected"),
     [
@@ -283,10 +394,10 @@ def test_no_pass_has_a_single_token_of_a_long_prompt(
 
 def test_graphs_that_take_no_rows_together_are_refused(tiny_onnx: Build, tmp_path: Path) -> None:
     with pytest.raises(UnknownGraph):
-        TextBatch(tiny_onnx("phi4mini"), 1)
+        TextBatch(tiny_onnx("phi4mini"), 1, 3)
     own_options = shutil.copytree(tiny_onnx("llama"), tmp_path / "model")
     config = json.loads((own_options / "genai_config.json").read_text())
     config["model"]["decoder"]["session_options"]["intra_op_num_threads"] = 1
     (own_options / "genai_config.json").write_text(json.dumps(config))
     with pytest.raises(UnknownGraph, match="session_options"):
-        TextBatch(own_options, 1)
+        TextBatch(own_options, 1, 3)

@@ -19,7 +19,7 @@ import psutil
 import pytest
 from own_server import OwnServer, SlowStudent, own_server, wait_until
 
-from distillery.inference.text_batch import TextBatch
+from distillery.inference.text_student import TextStudent
 from distillery.serving.limits import Limits
 from distillery.serving.rounds import CHOICES_AT_ONCE
 from distillery.serving.student import Choice, ServedStudent
@@ -88,7 +88,7 @@ def test_many_requests_at_once_get_the_answers_that_each_gets_alone(
         with ThreadPoolExecutor(12) as pool:
             assert list(pool.map(lambda body: answered(running, body), bodies)) == alone
         assert wait_until(lambda: running.server.places == 0)
-    assert isinstance(student.generator, TextBatch) is (arch == "llama")
+    assert isinstance(student.generator, TextStudent) is (arch == "llama")
     assert {reason for _, reason, _ in alone} == {"stop", "length"}
 
 
@@ -222,8 +222,8 @@ def test_a_client_that_goes_frees_its_slot(tiny_onnx: Build) -> None:
             ):
                 assert next(response.iter_lines())
         assert wait_until(lambda: running.server.places == 0 and not running.server.rounds.active)
-        assert isinstance(student.generator, TextBatch)
-        assert student.generator.active == []
+        assert isinstance(student.generator, TextStudent)
+        assert student.generator.batch.active == []
         assert answered(running, request(2))
 
 

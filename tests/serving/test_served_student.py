@@ -13,8 +13,8 @@ import pytest
 from own_server import in_this_process
 
 from distillery.errors import ModelError, RegistryError
-from distillery.inference.batch_student import BatchStudent, load_for_rows
-from distillery.inference.text_batch import TextBatch
+from distillery.inference.batch_student import BatchStudent, load_scorer
+from distillery.inference.text_student import TextStudent
 from distillery.models.class_tokens import ClassTokens
 from distillery.registry.local import LocalRegistry
 from distillery.serving.student import ServedStudent
@@ -40,7 +40,7 @@ def asked(url: str, **body: Any) -> dict[str, float]:
 def test_choices_have_the_numbers_of_batch_inference(precision: str, tiny_onnx: Build) -> None:
     """In 4 bits, ONNX Runtime GenAI gives texts by other sums."""
     folder = tiny_onnx("llama", precision)
-    scorer = load_for_rows(folder, threads=1)
+    scorer = load_scorer(folder, threads=1)
     prompt = tuple(scorer.tokenizer.encode_chat(MESSAGES))
     texts = tuple(tuple(scorer.tokenizer.encode_text(text)) for text in TEXTS)
     (expected,) = scorer.probabilities([TrainingRow(prompt=prompt, texts=texts, answer=0)])
@@ -72,7 +72,7 @@ def test_a_server_that_only_generates_unloads_the_scorer(tiny_onnx: Build) -> No
     student = ServedStudent(tiny_onnx("llama"), threads=1)
     with in_this_process(student) as url:
         assert asked(url, **LONGER)
-        assert (student.scorer, type(student.generator)) == (None, TextBatch)
+        assert (student.scorer, type(student.generator)) == (None, TextStudent)
         before = asked(url, **CHOICE)
         assert isinstance(student.scorer, BatchStudent)
         scorer, generator = student.scorer, student.generator

@@ -20,10 +20,10 @@ from pydantic import SecretStr
 
 from distillery.errors import AnswerStopped, ModelError
 from distillery.inference import batch_student, text_batch
-from distillery.inference.batch_student import BatchStudent, load_for_rows
-from distillery.inference.logits import Logits
+from distillery.inference.batch_student import BatchStudent, load_scorer
+from distillery.inference.generation import Steps
 from distillery.inference.onnx_student import OnnxStudent
-from distillery.inference.text_batch import TextBatch
+from distillery.inference.text_student import TextStudent
 from distillery.serving import app, requests
 from distillery.serving import running as server_processes
 from distillery.serving import server as serving
@@ -280,9 +280,10 @@ class Passes:
         self.go_on = threading.Event()
         scorer, generator = student.needed_scorer(), student.needed_generator()
         assert isinstance(scorer, BatchStudent)
-        assert isinstance(generator, TextBatch)
+        assert isinstance(generator, TextStudent)
         scorer.run = self.around(scorer.run)  # type: ignore[method-assign]
-        generator.run = self.around(generator.run)  # type: ignore[method-assign]
+        batch = generator.batch
+        batch.run = self.around(batch.run)  # type: ignore[method-assign]
 
     def around(self, compute: Callable[..., Any]) -> Callable[..., Any]:
         def counted(*arguments: Any, **named: Any) -> Any:
@@ -542,7 +543,7 @@ def test_no_page_of_another_site_is_let_in(running: OwnServer) -> None:
 class Failing(ServedStudent):
     """A student whose model fails with an error that tells of the machine."""
 
-    def steps(self, *arguments: Any, **settings: Any) -> Iterator[tuple[int, Logits]]:
+    def steps(self, *arguments: Any, **settings: Any) -> Steps:
         for number, step in enumerate(super().steps(*arguments, **settings)):
             yield step
             if number < 3:
@@ -667,26 +668,26 @@ def test_what_others_asked_can_be_forgotten(shared: bool, tiny_onnx: Build) -> N
     student = ServedStudent(tiny_onnx("llama"), threads=1)
     scorer, generator = student.needed_scorer(), student.needed_generator()
     assert isinstance(scorer, BatchStudent)
-    assert isinstance(generator, TextBatch)
+    assert isinstance(generator, TextStudent)
     computed: list[int] = []
-    run, run_rows = scorer.run, generator.run
+    run, run_rows = scorer.run, generator.batch.run
 
     def count_run(sequences: list[list[int]], *others: Any, **named: Any) -> Any:
         computed.append(sum(map(len, sequences)))
         return run(sequences, *others, **named)
 
-    def count(row: int, tokens: list[list[int]], lengths: list[int]) -> Any:
+    def count(row: int, tokens: list[list[int]], *others: Any) -> Any:
         computed.append(sum(map(len, tokens)))
-        return run_rows(row, tokens, lengths)
+        return run_rows(row, tokens, *others)
 
     scorer.run = count_run  # type: ignore[method-assign, assignment]
-    generator.run = count  # type: ignore[method-assign, assignment]
+    generator.batch.run = count  # type: ignore[method-assign, assignment]
     with own_server(student, shared_prefix=shared) as running:
         for max_tokens in (1, 1, 2, 2):
             assert ask(running, max_tokens=max_tokens).status_code == 200
     first, second, third, _, fourth, _ = computed
     assert (second < first) is (fourth < third) is shared
-    assert bool(scorer._begun) is any(generator.prompts) is shared
+    assert bool(scorer._begun) is any(generator.batch.prompts) is shared
 
 
 @pytest.mark.parametrize(
@@ -749,7 +750,7 @@ def test_a_decoder_that_is_stopped_goes_on_afterwards(tiny_onnx: Build) -> None:
 
 
 def test_a_scorer_that_is_stopped_goes_on_afterwards(tiny_onnx: Build) -> None:
-    student, stop = load_for_rows(tiny_onnx("llama"), threads=1), threading.Event()
+    student, stop = load_scorer(tiny_onnx("llama"), threads=1), threading.Event()
     prompt = student.tokenizer.encode_chat(MESSAGES)
     expected = student.next_logits(prompt)
     student.heed(stop)
@@ -773,7 +774,7 @@ def test_a_long_prompt_and_a_long_text_in_several_passes_give_the_same(
     found, passes = [], []
     for size in (512, 64):
         monkeypatch.setattr(batch_student, "LONGEST_PASS", size)
-        student = load_for_rows(tiny_onnx("llama"), threads=1)
+        student = load_scorer(tiny_onnx("llama"), threads=1)
         assert isinstance(student, BatchStudent)
         session = CountedSession(student._session)
         student._session = session

@@ -23,7 +23,7 @@ from pydantic import SecretStr
 
 from distillery.errors import CredentialsError, ModelError
 from distillery.inference.abstention import write_abstention
-from distillery.inference.logits import Logits
+from distillery.inference.generation import Steps
 from distillery.inference.onnx_student import OnnxStudent
 from distillery.models.class_tokens import ClassTokens
 from distillery.records import Abstention
@@ -532,7 +532,7 @@ class Broken(ServedStudent):
         super().__init__(folder, threads=1)
         self.after = after
 
-    def steps(self, *arguments: Any, **settings: Any) -> Iterator[tuple[int, Logits]]:
+    def steps(self, *arguments: Any, **settings: Any) -> Steps:
         for number, step in enumerate(super().steps(*arguments, **settings)):
             if number == self.after:
                 raise ValueError("what a library says")

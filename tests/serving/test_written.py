@@ -13,7 +13,7 @@ import pytest
 from own_server import pieces_of
 
 from distillery.data.examples import write_format
-from distillery.inference.logits import Logits
+from distillery.inference.generation import Steps
 from distillery.inference.onnx_student import OnnxStudent
 from distillery.records import AnswerFormat
 from distillery.serving.completion import Job
@@ -216,7 +216,7 @@ class SpeakingStudent(ServedStudent):
 
     said: tuple[int, ...] = ()
 
-    def steps(self, *_: Any, **__: Any) -> Iterator[tuple[int, Logits]]:
+    def steps(self, *_: Any, **__: Any) -> Steps:
         for token in self.said:
             yield token, np.zeros(512, np.float32)
 

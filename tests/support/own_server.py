@@ -7,7 +7,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from distillery.inference.logits import Logits
+from distillery.inference.generation import Steps
 from distillery.serving.app import ModelServer, create_app
 from distillery.serving.completion import Job, Piece, complete
 from distillery.serving.limits import Limits
@@ -26,7 +26,7 @@ class SlowStudent(ServedStudent):
         self.go_on = threading.Semaphore(0)
         self.asked = 0
 
-    def steps(self, *arguments: Any, **settings: Any) -> Iterator[tuple[int, Logits]]:
+    def steps(self, *arguments: Any, **settings: Any) -> Steps:
         for step in super().steps(*arguments, **settings):
             self.asked += 1
             assert self.go_on.acquire(timeout=60)
