@@ -27,11 +27,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 TOKENS = 64
-"""How many tokens `generate` gives for each prompt. End tokens do not end it."""
+"""How many tokens `generate` gives for each prompt at most."""
 
 Row = dict[str, Any]
 """`prompt`, token ids; `letters`, the token ids of the options' letters; `texts`, those of their
-texts; `example`, an Example that the product renders itself."""
+texts; `example`, an Example that the product renders itself; `ends`, tokens that end a text."""
 
 Settings = dict[str, Any]
 
@@ -68,8 +68,8 @@ class Contestant(ABC):
 
     @abstractmethod
     def generate(self, rows: list[Row]) -> list[list[int]]:
-        """Return for each row the TOKENS most probable tokens after the prompt, one row after
-        another."""
+        """Return for each row the TOKENS most probable tokens after the prompt, up to the first of
+        its `ends`, one row after another."""
 
 
 class Ours(Contestant):
@@ -111,9 +111,15 @@ class Ours(Contestant):
         return found
 
     def generate(self, rows: list[Row]) -> list[list[int]]:
+        from distillery.inference.onnx_student import OnnxStudent
+
         generator = self.student.needed_generator()
-        generator.end_ids = frozenset()
-        return [[token for token, _ in generator.steps(row["prompt"], TOKENS)] for row in rows]
+        writing = generator if isinstance(generator, OnnxStudent) else generator.batch
+        found = []
+        for row in rows:
+            writing.end_ids = frozenset(row.get("ends", ()))
+            found.append([token for token, _ in writing.steps(row["prompt"], TOKENS)])
+        return found
 
 
 class Transformers(Contestant):
@@ -171,6 +177,8 @@ class Transformers(Contestant):
                 hidden = self.hidden([tokens], cache)[0, -1]
                 said.append(int((self.head @ hidden).argmax()))
                 tokens = said[-1:]
+                if tokens[0] in row.get("ends", ()):
+                    break
             found.append(said)
         return found
 
@@ -259,7 +267,7 @@ class LlamaCpp(Contestant):
         found = []
         for row in rows:
             said = [int(self.prompt(row["prompt"]).argmax())]
-            while len(said) < TOKENS:
+            while len(said) < TOKENS and said[-1] not in row.get("ends", ()):
                 logits = self.decode([(said[-1], len(self.kept), 0, True)])[0]
                 self.kept.append(said[-1])
                 said.append(int(logits.argmax()))
@@ -391,6 +399,8 @@ class OpenVino(Contestant):
                 before += len(tokens)
                 said.append(int(logits[0, 0].argmax()))
                 tokens = said[-1:]
+                if tokens[0] in row.get("ends", ()):
+                    break
             found.append(said)
         return found
 

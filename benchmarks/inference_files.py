@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -133,35 +133,70 @@ def gguf_file() -> Path:
 
 def rounded_gguf(shipped: Path, weights: str) -> Path:
     """Return the GGUF file with its Q4_1 matrices as `weights`, rounded by the gguf package."""
-    import gguf
-
     made = PLACE / f"{shipped.stem}.{weights}.gguf"
     with made_whole(made) as beside:
-        if not beside:
-            return made
-        q4_1, wanted = gguf.GGMLQuantizationType.Q4_1, gguf.GGMLQuantizationType[weights]
-        reader = gguf.GGUFReader(shipped)
-        architecture = reader.fields["general.architecture"].contents()
-        writer = gguf.GGUFWriter(beside, architecture)
-        for field in reader.fields.values():
-            if field.name == "general.architecture" or field.name.startswith("GGUF."):
-                continue
-            value = field.contents()
-            if field.name == "general.file_type":
-                value = gguf.LlamaFileType[f"MOSTLY_{weights}"].value
-            sub_type = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
-            writer.add_key_value(field.name, value, field.types[0], sub_type=sub_type)
-        for tensor in reader.tensors:
-            data, kind = tensor.data, tensor.tensor_type
-            if kind == q4_1:
-                data = gguf.quants.quantize(gguf.quants.dequantize(data, q4_1), wanted)
-                kind = wanted
-            writer.add_tensor(tensor.name, data, raw_dtype=kind)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
+        if beside:
+            write_gguf(shipped, weights, beside)
     return made
+
+
+def student_gguf(student: Any, shipped: Path, weights: str, made: Path) -> None:
+    """Write a student as `made`: a Transformers model of the shape of the model in `shipped`, with
+    its matrices as `weights`."""
+    import gguf
+    import torch
+
+    heads = student.config.num_attention_heads, student.config.num_key_value_heads
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, student.config.num_hidden_layers)
+    values: dict[str, Any] = {}
+    state = student.state_dict()
+    head = state.pop("lm_head.weight")
+    assert torch.equal(head, state["model.embed_tokens.weight"]), "the file has one matrix for both"
+    for name, weight in state.items():
+        value = weight.float().numpy()
+        if ".q_proj." in name or ".k_proj." in name:
+            # llama.cpp rotates pairs of neighbours, Transformers those of both halves.
+            count = heads[".k_proj." in name]
+            halves = value.reshape(count, 2, -1, value.shape[1])
+            value = halves.swapaxes(1, 2).reshape(value.shape)
+        values[str(names.get_name(name, try_suffixes=(".weight",)))] = value
+    made.parent.mkdir(parents=True, exist_ok=True)
+    write_gguf(shipped, weights, made, values)
+
+
+def write_gguf(
+    shipped: Path, weights: str, made: Path, values: Mapping[str, Any] | None = None
+) -> None:
+    """Write the GGUF file with its Q4_1 matrices as `weights`, and with other `values` in place of
+    its own, by the tensors' names."""
+    import gguf
+
+    q4_1, wanted = gguf.GGMLQuantizationType.Q4_1, gguf.GGMLQuantizationType[weights]
+    reader = gguf.GGUFReader(shipped)
+    architecture = reader.fields["general.architecture"].contents()
+    writer = gguf.GGUFWriter(made, architecture)
+    for field in reader.fields.values():
+        if field.name == "general.architecture" or field.name.startswith("GGUF."):
+            continue
+        value = field.contents()
+        if field.name == "general.file_type":
+            value = gguf.LlamaFileType[f"MOSTLY_{weights}"].value
+        sub_type = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
+        writer.add_key_value(field.name, value, field.types[0], sub_type=sub_type)
+    for tensor in reader.tensors:
+        data, kind = tensor.data, tensor.tensor_type
+        if values is not None or kind == q4_1:
+            kind = wanted if kind == q4_1 else kind
+            value = gguf.quants.dequantize(data, tensor.tensor_type)
+            if values is not None:
+                assert values[tensor.name].shape == value.shape, tensor.name
+                value = values[tensor.name]
+            data = gguf.quants.quantize(value, kind)
+        writer.add_tensor(tensor.name, data, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 @contextmanager

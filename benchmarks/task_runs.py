@@ -92,6 +92,7 @@ def run(file: str) -> dict[str, Any]:
         "reason": outcome.decision.reason,
         "minutes": round((time.perf_counter() - started) / 60, 2),
         "stage_minutes": round(sum(stage.seconds for stage in stages) / 60, 2),
+        "checkpoint": outcome.student.artifact.uri,
         "model": outcome.model.artifact.uri,
         "report": outcome.report.artifact.uri,
     }

@@ -2,8 +2,8 @@
 
     snips   fields out of text: SNIPS, 39 kinds of fields; 700 answered rows, 500 without answers
     e2e     text from facts: E2E NLG, 60 sets of facts with 523 sentences, 160 without any
-    speed   tokens a second of the base model in int8 dynamic, the form that ships unless a faster
-            one loses no more, beside llama.cpp, one prompt after another on one thread
+    speed   tokens a second of E2E's student in the form that ships, beside the same student in
+            llama.cpp, in its fastest form of 4 or 8 bits: test rows one after another on one thread
 
 `--full` adds two parts, which take an hour and go on where they were ended:
 
@@ -40,6 +40,7 @@ import time
 from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from benchmarks.task_rows import PROJECT, data_folder, recipe_of
@@ -53,7 +54,7 @@ WORK = PROJECT / ".distillery" / "bench-text"
 PARTS = ("snips", "e2e", "speed")
 FULL = (*PARTS, "levels", "trl")
 
-SPEED_ROWS = 6
+SPEED_ROWS = 40
 
 INSTRUCTION = "Write one English sentence that says all of the facts that the user gives."
 """What the base model is told, which has learnt nothing of the task."""
@@ -93,6 +94,7 @@ def run_recipe(recipe: Row, keep: bool) -> Figures:
         return run
     report = json.loads((folder_of(run["report"]) / "report.json").read_text())
     found: Figures = {key: run[key] for key in ("rows", "passed", "reason", "form", "minutes")}
+    found |= {key: run[key] for key in ("checkpoint", "model")}
     for name, figures in report["figures"].items():
         if written := figures.get("written"):
             by_metric = {each: one["value"] for each, one in written["metrics"].items()}
@@ -113,31 +115,51 @@ def base_figures(rows: Sequence[Row]) -> Figures:
     return {name: metric_of(name, answers, gold) for name in ("bleu", "rouge_l", "chrf")}
 
 
-def run_speed() -> Figures:
-    """Return tokens a second of ours and of llama.cpp, medians of three, over prompts of E2E."""
-    from benchmarks.inference import Bench, figures
-    from benchmarks.inference_files import PLACE, make_files, missing_peers
-    from distillery.models.load import load_tokenizer
-    from distillery.prompts import TransformersTokenizer
-    from distillery.recipe import load_recipe
+def run_speed(e2e_run: Figures) -> Figures:
+    """Return tokens a second of ours and of llama.cpp, medians of three, with the settings of each,
+    tokens a text, and the share of texts in which both agree."""
+    from benchmarks.inference import Bench
+    from benchmarks.inference_contestants import form_title
+    from benchmarks.inference_files import PLACE, gguf_file, missing_peers, student_gguf
+    from distillery.data.examples import read_format
+    from distillery.models.base import base_folder
+    from distillery.models.inspect import model_and_adapter
+    from distillery.models.load import load_model
+    from distillery.prompts import TransformersTokenizer, render_ids
+    from distillery.recipe import BaseModelRecipe, load_recipe
+    from distillery.records import Example
 
     missing = missing_peers()
     if "llama_cpp" in missing:
         return {"left out": missing["llama_cpp"]}
     PLACE.mkdir(parents=True, exist_ok=True)
-    forms: list[Row] = [{"precision": "int8", "algorithm": "dynamic"}]
-    files = make_files(load_recipe("demo"), forms, {"openvino": ""})
-    tokenizer = TransformersTokenizer(load_tokenizer(Path(files["base"])))
+    shipped, form = folder_of(e2e_run["model"]), {"precision": "int8", "algorithm": "dynamic"}
+    files: Row = {form_title(form): str(shipped), "prompt": None}
+    base = base_folder(BaseModelRecipe())
+    student, loaded = load_model(*model_and_adapter(folder_of(e2e_run["checkpoint"]), base))
+    for weights in ("Q4_0", "Q4_1", "Q8_0"):
+        files[weights] = str(WORK / f"student.{weights}.gguf")
+        student_gguf(student, gguf_file(), weights, Path(files[weights]))
+    tokenizer, answer_format = TransformersTokenizer(loaded), read_format(shipped)
+    prompt = load_recipe(str(WORK / "e2e.yaml")).student_prompt
+    named = json.loads((shipped / "genai_config.json").read_text())["model"]["eos_token_id"]
     rows: list[Any] = []
     for row in e2e()["test"][:SPEED_ROWS]:
-        asked = [{"role": "system", "content": INSTRUCTION}]
-        asked.append({"role": "user", "content": row["text"]})
-        rows.append({"prompt": list(tokenizer.encode_chat(asked))})
+        example = Example(example_id="", question=row["text"], format=answer_format)
+        ids = render_ids(example, prompt, tokenizer)
+        rows.append({"prompt": ids, "ends": named if isinstance(named, list) else [named]})
     bench = Bench(["ours", "llama_cpp"], files, {"generate": rows}, {})
-    chosen = {"ours": forms[0], "llama_cpp": bench.fastest("llama_cpp", "generate", 1)}
+    chosen = {"ours": form, "llama_cpp": bench.fastest("llama_cpp", "generate", 1)}
     runs = bench.compete("generate", 1, chosen)
-    reference = runs["ours"][0]["answers"]
-    return {name: figures(done, reference, rows) for name, done in runs.items()}
+    found: Figures = {}
+    for name, done in runs.items():
+        speed = round(median(run["speed"] for run in done), 1)
+        tokens = round(sum(map(len, done[0]["answers"])) / len(rows), 1)
+        found[name] = {"speed": speed, "tokens": tokens}
+    found["ours"]["form"] = e2e_run["form"]
+    found["llama_cpp"] |= chosen["llama_cpp"]
+    pairs = zip(runs["ours"][0]["answers"], runs["llama_cpp"][0]["answers"], strict=True)
+    return found | {"same_texts": round(sum(a == b for a, b in pairs) / len(rows), 2)}
 
 
 def summary(found: dict[str, Figures], minutes: float) -> dict[str, Any]:
@@ -190,7 +212,7 @@ def main() -> None:
         elif part == "trl":
             found[part] = run_trl(WORK / "levels")
         else:
-            found[part] = run_speed()
+            found[part] = run_speed(found.get("e2e") or json.loads((WORK / "e2e.json").read_text()))
         print(json.dumps({"part": part, **found[part]}), flush=True)
     print(json.dumps(summary(found, (time.perf_counter() - started) / 60)))
 

@@ -27,6 +27,7 @@ from distillery.inference.onnx_student import OnnxStudent
 from distillery.inference.text_student import load_for_rows
 from distillery.labels.known import gold_labels
 from distillery.models.device import choose_device
+from distillery.models.drafts import learn_drafts, read_drafts
 from distillery.models.inspect import model_and_adapter
 from distillery.models.load import end_ids, load_model, load_tokenizer, pad_id
 from distillery.recipe import Columns, ExportForm, PromptRecipe, TrainingRecipe
@@ -92,6 +93,8 @@ def test_all_ways_of_writing_an_answer_agree(
     model, adapter = model_and_adapter(out, base)
     export(model, adapter, ExportForm(precision="fp32"), tmp_path / "onnx")
     assert read_format(tmp_path / "onnx") == form
+    drafts = read_drafts(tmp_path / "onnx", 512)
+    assert drafts == learn_drafts(row.target for row in rendered)
     student = OnnxStudent(tmp_path / "onnx", threads=1)
     prompts = [row.prompt for row in rendered]
     assert [tuple(student.render(row, PROMPT).prompt) for row in rows] == prompts
@@ -115,6 +118,7 @@ def test_all_ways_of_writing_an_answer_agree(
     assert sum(told) == len(prompts)
     assert together == [ours.write(prompt, form) for prompt in prompts]
     assert student.answers(rows, PROMPT) == together
+    assert load_for_rows(tmp_path / "onnx", 1).answers(rows, PROMPT) == together
     if form.json_schema:
         for answer in together:
             if answer.finished:
