@@ -18,7 +18,13 @@ from distillery.evaluation.advice import advice_of
 from distillery.evaluation.doubtful import DOUBTFUL_FILE
 from distillery.evaluation.figures_table import render_figures
 from distillery.evaluation.report import ANSWERS_FILE, PLOT_FILE, TABLE_FILE
-from distillery.evaluation.scoreboard import GOLD, TEACHER, headline, render_table
+from distillery.evaluation.scoreboard import (
+    GOLD,
+    TEACHER,
+    describe_waiting,
+    headline,
+    render_table,
+)
 from distillery.evaluation.verdicts import render_verdicts, render_verdicts_markdown
 from distillery.export.ladder_table import render_ladder, rows_in_words, table
 from distillery.labels.files import REJECTED_FILE
@@ -374,6 +380,8 @@ def render(outcome: Outcome) -> str:
         "",
         headline(board, outcome.report.candidate),
     ]
+    if waiting := describe_waiting(board):
+        lines.append(waiting)
     tables = [render_figures(board)]
     if outcome.decision.verdicts:
         tables.append(render_verdicts(outcome.decision.verdicts))

@@ -141,6 +141,20 @@ def test_the_terminal_tells_what_a_training_has_decided(tmp_path: Path) -> None:
     assert "train student: " not in render(outcome)
 
 
+def test_the_terminal_tells_that_other_work_slowed_the_models_down(tmp_path: Path) -> None:
+    outcome = outcome_of(tmp_path, RULES)
+    rows = [
+        row.model_copy(update={"waited": 0.4} if row.name == CANDIDATE else {})
+        for row in outcome.report.scoreboard
+    ]
+    report = outcome.report.model_copy(update={"scoreboard": tuple(rows)})
+    lines = render(outcome.model_copy(update={"report": report})).splitlines()
+    (said,) = [number for number, line in enumerate(lines) if "student int4 40 %." in line]
+    assert lines[said].startswith("The machine was busy while the models were timed")
+    assert lines[said - 1].startswith("student int4 is right on 75 of 100 rows")
+    assert "busy" not in render(outcome)
+
+
 def test_what_is_paid_in_this_run_is_what_the_ledger_has(tmp_path: Path) -> None:
     """The labels are an earlier run's. Test rows and a judge may be asked all the same."""
     outcome = outcome_of(tmp_path, RULES)
