@@ -14,7 +14,7 @@ from prefect.exceptions import PrefectException
 from prefect.settings import PREFECT_UI_URL
 
 from distillery.errors import DistilleryError, StoreError
-from distillery.evaluation.advice import advice_of
+from distillery.evaluation.advice import advice_of, next_step
 from distillery.evaluation.doubtful import DOUBTFUL_FILE
 from distillery.evaluation.figures_table import render_figures
 from distillery.evaluation.report import ANSWERS_FILE, PLOT_FILE, TABLE_FILE
@@ -391,6 +391,8 @@ def render(outcome: Outcome) -> str:
     lines += ["", verdict(outcome)]
     if advice := advice_of(outcome):
         lines.append(advice)
+    if following := next_step(outcome):
+        lines.append(following)
     doubtful = ArtifactStore().fetch(outcome.report.artifact) / DOUBTFUL_FILE
     if doubtful.exists():
         lines.append(f"labels to check: {doubtful}")
