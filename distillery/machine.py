@@ -1,4 +1,4 @@
-"""What can be told of this machine: the processor's name and the cores."""
+"""What can be told of this machine: the processor's name, the cores, where commands are."""
 
 import platform
 from pathlib import Path
@@ -26,3 +26,9 @@ def machine_name() -> str:
                 name = line.partition(":")[2].strip()
                 break
     return f"{name}, {usable_cores()} cores"
+
+
+def folder_of_commands() -> str:
+    """Return what stands before `distillery` and `python` in commands that people copy, so that
+    they work where no environment is active: ".venv/bin/", or "" where it is not here."""
+    return ".venv/bin/" if Path(".venv/bin/distillery").exists() else ""

@@ -31,6 +31,7 @@ from distillery.data.look import (
 from distillery.data.prepare import check_rows
 from distillery.errors import DistilleryError, RecipeError
 from distillery.labels.quote import quote_recipe
+from distillery.machine import folder_of_commands
 from distillery.models.base import local_copy
 from distillery.prompts import TransformersTokenizer, render_messages
 from distillery.recipe import PromptRecipe, Recipe, parse_recipe
@@ -136,8 +137,7 @@ def new_recipe(
     yield from tell_bad_rows(found)
     yield from tell_doubts(found, too_long)
     yield from tell_choices(found, recipe)
-    # As they can be copied where no environment is active.
-    folder = ".venv/bin/" if Path(".venv/bin/distillery").exists() else ""
+    folder = folder_of_commands()
     yield f"Written: {out}. Next:"
     yield f"  {folder}distillery check {shlex.quote(str(out))}"
     yield f"  {folder}python -m flows.distill {shlex.quote(str(out))}"

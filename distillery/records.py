@@ -779,8 +779,9 @@ class ScoreRow(Record):
     written, `metric` says which figure that is; None is accuracy, the share of the `correct`
     answers. `versus_teacher`: it minus the teacher's (paired interval). `agreement`: share of rows
     (0 to 1) answered as the teacher does. Latencies in milliseconds, `peak_mib` in MiB of memory,
-    `bytes` of the model's folder. `departure` and `figures`: only the candidate has them; the
-    figures of the others are in the evaluation's report.json.
+    `bytes` of the model's folder. `waited`: the share (0 to 1) of the time in which the model was
+    timed that it waited for a processor; None where that is not known. `departure` and `figures`:
+    only the candidate has them; the figures of the others are in the evaluation's report.json.
     """
 
     name: str
@@ -797,6 +798,7 @@ class ScoreRow(Record):
     p50_ms: float | None = None
     p95_ms: float | None = None
     peak_mib: float | None = None
+    waited: float | None = Field(None, exclude_if=lambda share: share is None)
     departure: Departure | None = None
     figures: Figures | None = None
     metric: Metric | None = Field(None, exclude_if=lambda metric: metric is None)

@@ -20,7 +20,7 @@ from distillery.labels.canaries import ask_canaries
 from distillery.labels.cascade import label_in_cascade
 from distillery.labels.known import read_label_files, write_known_labels
 from distillery.labels.labelling import Slots
-from distillery.labels.quote import named_tokenizer, quote, token_counter
+from distillery.labels.quote import gold_rows, named_tokenizer, quote, token_counter
 from distillery.labels.report import read_report
 from distillery.labels.store import LabelStore
 from distillery.labels.trust import leaning, refuse_collapsed
@@ -75,7 +75,9 @@ def label(
         payer, purpose = payer_of_run(), PURPOSES.get(Path(rows.file).stem, "label")
         if cheap and cheap_identity:
             asked, name, tokens = cheap, cheap_identity, None
-        quoted = quote(each_example(examples), prompt, asked, name, answers, tokens, payer)
+        # Rows that teacher.select has chosen lie in a folder without gold rows.
+        gold = gold_rows(examples.parent)
+        quoted = quote(each_example(examples), prompt, asked, name, answers, tokens, payer, gold)
         logger.info("%s", quoted.line())
         with where as endpoint:
             if cheap:

@@ -14,11 +14,17 @@ from prefect.exceptions import PrefectException
 from prefect.settings import PREFECT_UI_URL
 
 from distillery.errors import DistilleryError, StoreError
-from distillery.evaluation.advice import advice_of
+from distillery.evaluation.advice import advice_of, next_step
 from distillery.evaluation.doubtful import DOUBTFUL_FILE
 from distillery.evaluation.figures_table import render_figures
 from distillery.evaluation.report import ANSWERS_FILE, PLOT_FILE, TABLE_FILE
-from distillery.evaluation.scoreboard import GOLD, TEACHER, headline, render_table
+from distillery.evaluation.scoreboard import (
+    GOLD,
+    TEACHER,
+    describe_waiting,
+    headline,
+    render_table,
+)
 from distillery.evaluation.verdicts import render_verdicts, render_verdicts_markdown
 from distillery.export.ladder_table import render_ladder, rows_in_words, table
 from distillery.labels.files import REJECTED_FILE
@@ -374,6 +380,8 @@ def render(outcome: Outcome) -> str:
         "",
         headline(board, outcome.report.candidate),
     ]
+    if waiting := describe_waiting(board):
+        lines.append(waiting)
     tables = [render_figures(board)]
     if outcome.decision.verdicts:
         tables.append(render_verdicts(outcome.decision.verdicts))
@@ -383,6 +391,8 @@ def render(outcome: Outcome) -> str:
     lines += ["", verdict(outcome)]
     if advice := advice_of(outcome):
         lines.append(advice)
+    if following := next_step(outcome):
+        lines.append(following)
     doubtful = ArtifactStore().fetch(outcome.report.artifact) / DOUBTFUL_FILE
     if doubtful.exists():
         lines.append(f"labels to check: {doubtful}")

@@ -1,14 +1,17 @@
-"""What would help most where a classifier is not worth shipping, from the run's own figures.
+"""What to do after a run: how to use a student that passed, or what would help most where a
+classifier is not worth shipping, from the run's own figures.
 
 All accuracies are of the same test rows. The advice names the two figures that it follows from, so
 that a reader can judge it; it changes nothing.
 """
 
+import shlex
 from collections.abc import Sequence
 
 from distillery.evaluation.baselines import TFIDF, TFIDF_ON_GOLD
 from distillery.evaluation.linear_probe import PROBE
 from distillery.evaluation.scoreboard import FLOAT, TEACHER, row_named
+from distillery.machine import folder_of_commands
 from distillery.records import CurvePoint, Outcome, RuleVerdict, ScoreRow
 
 GAP = 0.03
@@ -19,6 +22,24 @@ HIGH = 0.9
 
 OVERFIT = 1.1
 """How many times its lowest value the last validation loss must be to count as rising."""
+
+
+def next_step(outcome: Outcome) -> str:
+    """Return the commands that fetch, ask and serve the student that a run has registered, in one
+    line; "" where the gate has not passed it."""
+    model = outcome.registered
+    if model is None or not outcome.decision.passed:
+        return ""
+    command = f"{folder_of_commands()}distillery"
+    fetch = f"{command} models download {shlex.quote(model.name)} student"
+    if outcome.promotion is None or outcome.promotion.champion != model.version:
+        fetch += f" --version {shlex.quote(model.version)}"
+    if model.registry != "local":
+        fetch += f" --registry {model.registry}"
+    ask = f'{command} ask student "your text"'
+    if not outcome.data.classes and outcome.report.scoreboard[0].metric is None:
+        ask = f'{command} ask student "your question" --options one another'
+    return f"next: `{fetch}`, then ask it by `{ask}` or serve it by `{command} serve student`"
 
 
 def advice_of(outcome: Outcome) -> str:

@@ -20,7 +20,7 @@ from distillery.evaluation.linear_probe import (
 )
 from distillery.evaluation.option_order import ORDER_ROWS
 from distillery.evaluation.report import write_answers, write_report, write_rows
-from distillery.evaluation.scoreboard import GOLD, TEACHER
+from distillery.evaluation.scoreboard import GOLD, TEACHER, describe_waiting
 from distillery.evaluation.scoring import (
     Answers,
     ModelToScore,
@@ -140,6 +140,8 @@ def evaluate(
                 row = row.model_copy(update={"departure": departed})
         rows.append(row)
     notes += measuring_notes(scored, threads or usable_cores(), writes)
+    if waiting := describe_waiting(rows):
+        notes.append(waiting)
     for name in asked_before:
         notes.append(f"{name}: its speed may be of an earlier run with the same rows.")
     shipped = (candidate, teacher_name)
@@ -238,10 +240,11 @@ def score_row(name: str, answers: Mapping[str, Answers], teacher: str, gold: Gol
 
 
 def measured_figures(scored: Scored) -> dict[str, float | None]:
-    """Return a model's speed, latency and memory, by their names in a ScoreRow."""
+    """Return a model's speed, latency and memory, and how far other work slowed it down, by their
+    names in a ScoreRow."""
     import numpy as np
 
-    figures: dict[str, float | None] = {"peak_mib": scored.peak_mib}
+    figures: dict[str, float | None] = {"peak_mib": scored.peak_mib, "waited": scored.waited}
     if scored.latencies_ms:
         figures["rows_per_second"] = scored.rows_per_second
         figures["p50_ms"], figures["p95_ms"] = np.percentile(scored.latencies_ms, (50, 95)).tolist()

@@ -22,6 +22,13 @@ FLOAT = "student"
 BASE = "base model"
 """The row of the student's base model before any training."""
 
+BUSY = 0.1
+"""Share of the time in which a model is timed that it waits for a processor, from which its speed
+is no longer its own. On an idle machine it waits about 0.01 of the time."""
+
+ON_BUSY_MACHINE = "measured on a busy machine"
+"""What stands beside such a speed."""
+
 COLUMNS = (
     "predictor",
     "accuracy\n[95 %]",
@@ -86,8 +93,26 @@ def compared_costs(ours: ScoreRow, theirs: ScoreRow) -> list[str]:
             phrases.append(f"{share} of its bfloat16 bytes (two a parameter)")
     if ours.rows_per_second and theirs.rows_per_second:
         times = ours.rows_per_second / theirs.rows_per_second
-        phrases.append(f"{times:.1f} times its rows a second")
+        where = f" ({ON_BUSY_MACHINE})" if is_slowed(ours) or is_slowed(theirs) else ""
+        phrases.append(f"{times:.1f} times its rows a second{where}")
     return phrases
+
+
+def is_slowed(row: ScoreRow) -> bool:
+    """Return whether other work slowed a model down while it was timed, as far as is known."""
+    return row.waited is not None and row.waited >= BUSY
+
+
+def describe_waiting(rows: Sequence[ScoreRow]) -> str:
+    """Return how long the models waited for a processor while they were timed, in a sentence for
+    people; "" where other work slowed none of them down."""
+    if not any(map(is_slowed, rows)):
+        return ""
+    shares = [f"{row.name} {100 * row.waited:.0f} %" for row in rows if row.waited is not None]
+    return (
+        "The machine was busy while the models were timed, so do not compare their speeds. They "
+        f"waited for a processor for this share of the time: {', '.join(shares)}."
+    )
 
 
 def describe_departure(departure: Departure) -> str:

@@ -69,7 +69,9 @@ class Scored(Record):
     What a prompt shares with the one before it is not computed again, neither by Transformers nor
     by ONNX Runtime, and the latencies show that, as they do for users. Where an option's text is
     the answer, this holds for ONNX Runtime alone. `reordered` and `first_token_ms` (see
-    records.Figures) are of the job that asks for another order; they are measured last."""
+    records.Figures) are of the job that asks for another order; they are measured last. `waited`:
+    the share of the time of `latencies_ms` (0 to 1) in which the process waited for a processor;
+    None on a GPU, and in records of earlier versions."""
 
     answers: tuple[str | None, ...]
     probabilities: tuple[Probabilities, ...]
@@ -82,6 +84,7 @@ class Scored(Record):
     tokens_per_second: float | None = None
     reordered: Reordered | None = None
     first_token_ms: float | None = None
+    waited: float | None = None
 
 
 def score_model(

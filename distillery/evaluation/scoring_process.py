@@ -63,7 +63,7 @@ def score(job: ScoringJob, progress: ShowProgress = show_nothing) -> Scored:
     further = min(len(examples), ORDER_ROWS) if job.reorder else 0
     counter = RowCounter(len(examples) + further, progress)
     counter.add(0)
-    found, latencies = ask_single_rows(predictor, examples, job.timed_rows, counter.add)
+    found, latencies, waited = ask_single_rows(predictor, examples, job.timed_rows, counter.add)
     tokens_per_second = None
     if answer_format and latencies:
         tokens = sum(each.tokens for each in found if isinstance(each, Written))
@@ -99,6 +99,8 @@ def score(job: ScoringJob, progress: ShowProgress = show_nothing) -> Scored:
         tokens_per_second=tokens_per_second,
         reordered=reordered,
         first_token_ms=first_token_ms,
+        # On a GPU the thread may wait for that, not for a processor.
+        waited=None if predictor.ran_on.startswith("cuda") else waited,
     )
 
 
@@ -144,27 +146,32 @@ def ask_single_rows(
     examples: Sequence[Example],
     timed_rows: int,
     rows_done: Callable[[int], None],
-) -> tuple[list[Asked], list[float]]:
+) -> tuple[list[Asked], list[float], float | None]:
     """Ask row after row: all of them, or, where the model takes batches, the first ones until
     `timed_rows` are timed. A few are asked before, to warm up.
 
-    Returns what came of these rows, and the latencies in ms of those that could be asked. A latency
-    spans rendering, tokenising and one prefill, and where the answer is written all its tokens."""
+    Returns what came of these rows, the latencies in ms of those that could be asked, and the share
+    of that time (0 to 1; None without a row) that this thread did not compute. A latency spans
+    rendering, tokenising and one prefill, and where the answer is written all its tokens."""
     for example in examples[:WARM_UP_ROWS]:
         ask(predictor, predictor.render(example))
     found: list[Asked] = []
     latencies: list[float] = []
+    computed_ms = 0.0
     for example in examples:
         if predictor.ask_batches and len(latencies) == timed_rows:
             break
-        started = time.perf_counter()
+        started, computed_before = time.perf_counter(), time.thread_time()
         asked = ask(predictor, predictor.render(example))
-        elapsed = time.perf_counter() - started
+        elapsed, computed = time.perf_counter() - started, time.thread_time() - computed_before
         found.append(asked)
         if asked is not None:
             latencies.append(1000 * elapsed)
+            computed_ms += 1000 * computed
         rows_done(1)
-    return found, latencies
+    # The thread never sleeps: where it waits for the model's other threads, it spins.
+    waited = max(0.0, 1 - computed_ms / sum(latencies)) if latencies else None
+    return found, latencies, waited
 
 
 def ask(predictor: Predictor, row: TrainingRow | None) -> Asked:

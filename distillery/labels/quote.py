@@ -125,14 +125,17 @@ def quote(
     store: LabelStore,
     tokens: TokenCounter | None = None,
     payer: Payer | None = None,
+    gold: Iterable[Example] = (),
 ) -> Quote:
     """Return what `label` would ask for `examples`.
 
     The tokens of each prompt are counted by `tokens`; without it they are estimated, from the
     teacher's answers so far or from the prompt's length. Equal requests within CHUNK_ROWS are
     counted once; others are few, because data preparation drops equal rows. `payer` is on whose
-    behalf `label` will ask, by default a run that has asked nothing yet.
+    behalf `label` will ask, by default a run that has asked nothing yet. `gold`: rows whose written
+    answers tell how long others may be.
     """
+    typical = typical_answer(gold)
     rows = known = calls = characters = prompt_tokens = answer_tokens = longest = 0
     answered: list[str] = []
     for asked, new in each_rows_questions(examples, prompt, recipe, identity, store):
@@ -145,7 +148,7 @@ def quote(
             answered += [question.key for question in asked if question not in new]
         for question in new:
             characters += len(question.messages[-1]["content"])
-            answer_tokens += estimated_answer(question, recipe)
+            answer_tokens += estimated_answer(question, recipe, typical)
             if tokens:
                 prompt_tokens += tokens(question.messages)
             else:
@@ -155,7 +158,8 @@ def quote(
     else:
         # Only answers to the same task are as long as the next ones.
         experience = store.experience(identity, keys=answered)
-    basis = f"from lengths, at most {recipe.max_tokens:,} each"
+    lengths = "the gold answers' lengths" if typical else "lengths"
+    basis = f"from {lengths}, at most {recipe.max_tokens:,} each"
     if experience:
         answer_tokens = round(calls * experience.completion_tokens)
         basis = f"from its last {experience.answers:,} answers"
@@ -298,21 +302,33 @@ def estimated_tokens(question: Question) -> int:
     return round(sum(lengths) * TOKENS_PER_CHARACTER) + TOKENS_PER_MESSAGE * len(lengths)
 
 
-def estimated_answer(question: Question, recipe: TeacherRecipe) -> int:
+def typical_answer(gold: Iterable[Example]) -> int | None:
+    """Return about how many tokens the written answers of `gold` have on average, with the token
+    that ends one; None where no row has such an answer."""
+    tokens = [text_tokens(row.answer_key) for row in gold if row.format and row.answer_key]
+    return round(sum(tokens) / len(tokens)) if tokens else None
+
+
+def text_tokens(answer: str) -> int:
+    """Return about how many tokens an answer has, with the token that ends it."""
+    return math.ceil(len(answer) * TOKENS_PER_CHARACTER) + 1
+
+
+def estimated_answer(question: Question, recipe: TeacherRecipe, typical: int | None = None) -> int:
     """Return about how many tokens an answer has: its letter or the longest class, and the token
     that ends it. teacher.max_tokens is room for teachers that reason, of which most use little; an
-    answer with its reason is taken to use all of it, and a written one as much as the gold answer
-    or, where there is none, as the student may."""
+    answer with its reason is taken to use all of it. A written one is taken to be as long as the
+    row's gold answer or, where there is none, as `typical`; where that is None, to use as much as
+    the student may."""
     if recipe.answers.form == "rationale":
         return recipe.max_tokens
     row = question.row
     if row.format:
-        tokens = row.format.max_tokens
+        tokens = typical or row.format.max_tokens
         if row.answer_key:
-            tokens = math.ceil(len(row.answer_key) * TOKENS_PER_CHARACTER) + 1
+            tokens = text_tokens(row.answer_key)
         return min(tokens, recipe.max_tokens)
-    longest = max(len(key) for key in question.keys)
-    tokens = math.ceil(longest * TOKENS_PER_CHARACTER) + 1
+    tokens = text_tokens(max(question.keys, key=len))
     if recipe.answers.form == "json":
         tokens += JSON_TOKENS
     return min(tokens, recipe.max_tokens)
@@ -386,10 +402,12 @@ def quote_recipe(recipe: Recipe, chosen: Path | None = None) -> dict[str, Quote]
                         each_row(), recipe.prompt, *asked_first
                     )
                 quotes["cheap teacher"] = quote(
-                    each_row(), recipe.prompt, *asked_first, payer=payer
+                    each_row(), recipe.prompt, *asked_first, payer=payer, gold=gold_rows(folder)
                 )
                 train = left_to_teacher(train, recipe.prompt, *asked_first)
-            quotes["train"] = quote(train, recipe.prompt, teacher, identity, store, tokens, payer)
+            quotes["train"] = quote(
+                train, recipe.prompt, teacher, identity, store, tokens, payer, gold_rows(folder)
+            )
         if "test" in splits:
             test = each_example(folder / "test.jsonl")
             asked = recipe.teacher_of_test_rows
@@ -398,6 +416,12 @@ def quote_recipe(recipe: Recipe, chosen: Path | None = None) -> dict[str, Quote]
             judged = each_example(folder / "test.jsonl")
             quotes["judge"] = quote_judge(judged, recipe.prompt, judge, store, payer)
     return quotes
+
+
+def gold_rows(folder: Path) -> Iterable[Example]:
+    """Return the gold rows in a folder of prepared rows, none where it has no such file."""
+    file = folder / "gold.jsonl"
+    return each_example(file) if file.is_file() else ()
 
 
 def train_rows(file: Path, few: int | None) -> Iterable[Example]:

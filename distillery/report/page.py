@@ -243,6 +243,8 @@ def key_figures(
         figures.append(("size", f"{ours.bytes / 1e6:.0f} MB", than))
     if ours.rows_per_second:
         than = f"teacher {theirs.rows_per_second:.1f}" if theirs.rows_per_second else ""
+        if scoreboard.is_slowed(ours) or (than and scoreboard.is_slowed(theirs)):
+            than = "; ".join(filter(None, (than, scoreboard.ON_BUSY_MACHINE)))
         figures.append(("rows a second", f"{ours.rows_per_second:.1f}", than))
     return figures
 

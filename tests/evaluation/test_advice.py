@@ -1,16 +1,21 @@
-"""What would help most: each case gets the advice that its figures call for, and no other."""
+"""What to do after a run: each case gets the advice that its figures call for, and no other."""
 
+import shlex
+from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from finished_run import ARTIFACT, STUDENT, finished_run
 
+from distillery.cli import app
 from distillery.evaluation.advice import (
     advice_of,
     advise_on_models,
     advise_on_rows,
     advise_on_training,
     advise_on_words,
+    next_step,
 )
 from distillery.evaluation.statistics import wilson_interval
 from distillery.recipe import BetterRule, LimitRule
@@ -19,6 +24,8 @@ from distillery.records import (
     GateDecision,
     Outcome,
     PreparedDataset,
+    Promotion,
+    RegisteredModel,
     RuleVerdict,
     ScoreRow,
 )
@@ -150,3 +157,62 @@ def test_it_is_given_to_a_refused_classifier_and_to_one_no_better_than_tfidf() -
     # Not for a rule that accuracy does not help with.
     slow = LimitRule(kind="limit", figure="p50_ms", maximum=1)
     assert advice_of(run(good, decided(slow), classes)) == ""
+
+
+PASSED = GateDecision(passed=True, reason="passed: x")
+
+
+def passed(
+    classes: tuple[str, ...] = ("a", "b"), champion: str | None = "2", registry: str = "local"
+) -> Outcome:
+    """Return a run whose student is version 2 of the model desk."""
+    registered = RegisteredModel.model_validate(
+        {
+            "artifact": ARTIFACT,
+            "name": "desk",
+            "version": "2",
+            "registry": registry,
+            "manifest_sha256": "d" * 64,
+        }
+    )
+    promotion = Promotion(result="promoted", champion=champion, reason="x")
+    outcome = run(board(ships=94, teacher=95), PASSED, classes)
+    return outcome.model_copy(update={"registered": registered, "promotion": promotion})
+
+
+def test_a_student_that_passed_is_followed_by_the_commands_that_use_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert next_step(passed()) == (
+        "next: `distillery models download desk student`, then ask it by `distillery ask student "
+        '"your text"` or serve it by `distillery serve student`'
+    )
+    choice = passed(classes=(), champion="1", registry="azureml")
+    assert " desk student --version 2 --registry azureml`" in next_step(choice)
+    assert '"your question" --options one another`' in next_step(choice)
+    written = [row.model_copy(update={"metric": "field_f1"}) for row in choice.report.scoreboard]
+    report = choice.report.model_copy(update={"scoreboard": tuple(written)})
+    assert ' student "your text"`' in next_step(choice.model_copy(update={"report": report}))
+    own = tmp_path / ".venv" / "bin" / "distillery"
+    own.parent.mkdir(parents=True)
+    own.touch()
+    assert next_step(passed()).count("`.venv/bin/distillery ") == 3
+
+
+def test_these_commands_exist() -> None:
+    for outcome in (passed(), passed(classes=(), champion=None, registry="azureml")):
+        for line in next_step(outcome).split("`")[1::2]:
+            _, *arguments = shlex.split(line)
+            command: Any = typer.main.get_command(app)
+            while hasattr(command, "commands"):
+                command = command.commands[arguments.pop(0)]
+            command.make_context("distillery", arguments)
+
+
+def test_a_student_that_is_not_to_be_used_has_no_next_step() -> None:
+    refused = passed().model_copy(
+        update={"decision": GateDecision(passed=False, reason="refused: x")}
+    )
+    assert next_step(refused) == ""
+    assert next_step(passed().model_copy(update={"registered": None})) == ""

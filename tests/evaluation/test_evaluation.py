@@ -26,7 +26,7 @@ from distillery.evaluation.doubtful import Doubtful, Opinion
 from distillery.evaluation.evaluate import evaluate, measuring_notes
 from distillery.evaluation.linear_probe import TextStates
 from distillery.evaluation.report import candidate_of
-from distillery.evaluation.scoreboard import headline, render_table
+from distillery.evaluation.scoreboard import describe_waiting, headline, render_table
 from distillery.evaluation.scoring import (
     TIMED_ROWS,
     ModelToScore,
@@ -701,6 +701,28 @@ def test_the_headline_is_reckoned_from_the_rows() -> None:
         "student",
     )
     assert near.endswith(", 1 answer changes.")
+
+
+def test_speeds_of_a_busy_machine_are_marked(tmp_path: Path) -> None:
+    baseline, teacher, student = wide_rows()
+
+    def board(theirs: float | None, ours: float | None) -> list[ScoreRow]:
+        slowed = [teacher.model_copy(update={"waited": theirs})]
+        return [baseline, *slowed, student.model_copy(update={"waited": ours})]
+
+    for theirs, ours in ((None, None), (0.09, 0.0)):
+        assert "busy" not in headline(board(theirs, ours), "student int4")
+        assert describe_waiting(board(theirs, ours)) == ""
+    for theirs, ours, shares in (
+        (0.31, 0.02, "teacher 31 %, student int4 2 %."),
+        (None, 0.58, "student int4 58 %."),
+    ):
+        marked = ", 4.0 times its rows a second (measured on a busy machine); "
+        assert marked in headline(board(theirs, ours), "student int4")
+        assert describe_waiting(board(theirs, ours)).endswith(f" share of the time: {shares}")
+    assert "waited" not in student.model_dump(), "so that reports look as those of before"
+    kept = board(None, 0.58)[-1].model_dump_json()
+    assert ScoreRow.model_validate_json(kept).waited == 0.58
 
 
 def test_a_killed_parent_leaves_no_scorer(student: ModelToScore, tmp_path: Path) -> None:

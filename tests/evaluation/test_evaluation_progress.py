@@ -80,23 +80,46 @@ def test_rows_are_shown_at_most_every_half_second(
 
 
 def test_what_is_shown_is_not_in_a_row_s_latency(still: StillClock) -> None:
-    """Asking a row takes 2 s here, and to show it 50 s."""
+    """Asking a row takes 2 s here, of which the thread has a processor for 1.5 s, and to show it
+    50 s."""
 
     def ask(_row: TrainingRow) -> list[float]:
         still.now += 2
+        still.computed += 1.5
         return [0.5, 0.5]
 
     def rows_done(count: int) -> None:
         done.append(count)
         still.now += 50
+        still.computed += 50
 
     done: list[int] = []
     row = TrainingRow(prompt=(1,), letters=(2, 3), answer=0)
     predictor = Predictor("here", lambda example: None if example.example_id == "r1" else row, ask)
-    probabilities, latencies = ask_single_rows(predictor, examples(4), 5, rows_done)
+    probabilities, latencies, waited = ask_single_rows(predictor, examples(4), 5, rows_done)
     assert latencies == [2000.0] * 3
+    assert waited == 0.25
     assert probabilities[1] is None
     assert done == [1] * 4
+    assert ask_single_rows(predictor, examples(2)[1:], 5, rows_done)[1:] == ([], None)
+
+
+def test_a_model_on_a_gpu_is_not_said_to_wait_for_a_processor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = ScoringJob(
+        model=ModelToScore(name="student", kind="onnx", folder=str(tmp_path)),
+        examples=str(write_examples(tmp_path / "rows.jsonl", examples(2))),
+        prompt=PROMPT,
+        threads=1,
+    )
+    row = TrainingRow(prompt=(1,), letters=(2, 3), answer=0)
+    known = {}
+    for ran_on in ("cuda bfloat16", "cpu float32", "ONNX Runtime"):
+        predictor = Predictor(ran_on, lambda _: row, lambda _: [0.5, 0.5])
+        monkeypatch.setattr(scoring_process, "load_predictor", lambda *_, own=predictor: own)
+        known[ran_on] = score(job).waited is not None
+    assert known == {"cuda bfloat16": False, "cpu float32": True, "ONNX Runtime": True}
 
 
 @pytest.mark.parametrize("arch", ["llama", "phi4mini"])
@@ -175,12 +198,14 @@ def test_a_model_that_was_asked_before_is_not_asked_again(
         PROMPT,
         "ours",
         tmp_path / "out",
-        asked_before={"base model": scored("ABB", 4.0)},
+        asked_before={"base model": scored("ABB", 4.0).model_copy(update={"waited": 0.25})},
         progress=progress,
     )
     assert asked == ["teacher", "ours"]
     assert {of for _, of, _ in shown} == {9}
     base = next(row for row in rows if row.name == "base model")
     assert (base.correct, base.rows_per_second, base.parameters) == (1, 4.0, 7)
+    assert base.waited == 0.25
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert "base model: its speed may be of an earlier run with the same rows." in report["notes"]
+    assert any(note.endswith(" of the time: base model 25 %.") for note in report["notes"])

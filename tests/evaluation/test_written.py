@@ -1,6 +1,7 @@
 """Written answers on the scoreboard, in its files, and before the gate."""
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from pydantic import TypeAdapter
 from written_run import STUDENT, booking, description, evaluated
 
 from distillery.evaluation.bootstrap import PairedSums
-from distillery.evaluation.figures_table import render_figures
+from distillery.evaluation.figures_table import candidate_cells, render_figures
 from distillery.evaluation.gate import EarlierVersion, compare, gate
 from distillery.evaluation.metrics import metric_of
 from distillery.evaluation.report import (
@@ -27,6 +28,7 @@ from distillery.evaluation.written_figures import field_figures
 from distillery.recipe import GateRule
 from distillery.records import (
     Example,
+    FieldFigures,
     Figures,
     GateDecision,
     RuleVerdict,
@@ -114,6 +116,25 @@ def test_figures_are_those_of_fields(board: Board) -> None:
     text = render_figures(board)
     for said in ("field F1", "exact match", "rows with a valid answer"):
         assert said in text
+
+
+def test_the_field_with_the_lowest_f1_is_named_among_those_with_enough_rows(board: Board) -> None:
+    figures = row_named(board, STUDENT).figures
+    assert figures is not None
+    assert figures.written is not None
+    written, found = figures.written, figures.written.fields
+
+    def named(rows: int, f1: float) -> list[list[str]]:
+        rare = FieldFigures(field="a\nnote", rows=rows, precision=f1, recall=f1, f1=f1)
+        own = written.model_copy(update={"fields": (*found, rare)})
+        cells = candidate_cells(Figures(written=own))
+        return [line for line in cells if line[0].startswith("lowest F1: ")]
+
+    assert named(10, 0.2) == [["lowest F1: a note, 10 rows", "0.200", ""]]
+    assert named(10, 1.0) == named(9, 0.2) == [["lowest F1: city, 120 rows", "0.891", ""]]
+    found = found[:1]
+    assert named(9, 0.2) == [], "of one field, its F1 is the field F1"
+    assert re.search(r"lowest F1: city, 120 rows +0\.891\n", render_figures(board))
 
 
 def test_fields_of_two_references_are_those_of_the_better_one() -> None:

@@ -14,10 +14,10 @@ from distillery.labels.files import LabelCounts, read_labels
 from distillery.labels.known import gold_labels, read_label_files, write_known_labels
 from distillery.labels.labelling import label
 from distillery.labels.questions import questions
-from distillery.labels.quote import quote
+from distillery.labels.quote import quote, quote_recipe
 from distillery.labels.report import read_report
 from distillery.labels.store import LabelStore
-from distillery.recipe import PromptRecipe, TeacherRecipe
+from distillery.recipe import PromptRecipe, Recipe, TeacherRecipe
 from distillery.records import AnswerFormat, Example
 from distillery.teacher.options import response_format
 
@@ -262,6 +262,57 @@ def test_a_quote_takes_the_gold_answers_length_or_the_longest(tmp_path: Path) ->
         found = quote(rows, PROMPT, teacher, "gpt-test", store)
     assert found.calls == 2
     assert found.usage.completion_tokens == 40 + 10
+
+
+def test_a_quote_takes_other_answers_to_be_as_long_as_the_gold_ones(tmp_path: Path) -> None:
+    rows = [row("a"), row("b"), row("c", answer_key="x" * 36)]
+    gold = [row("d", answer_key="x" * 20), row("e", answer_key="x" * 44), row("f")]
+    teacher = TEACHER.model_copy(update={"max_tokens": 512})
+    short = TEACHER.model_copy(update={"max_tokens": 7})
+    with LabelStore(f"sqlite:///{tmp_path / 'labels.db'}") as store:
+        found = quote(rows, PROMPT, teacher, "gpt-test", store, gold=gold)
+        none = quote(rows, PROMPT, teacher, "gpt-test", store, gold=gold[2:])
+        cut = quote(rows, PROMPT, short, "gpt-test", store, gold=gold)
+    assert found.usage.completion_tokens == 9 + 9 + 10
+    assert "(from the gold answers' lengths, at most 512 each)" in found.line()
+    assert none.usage.completion_tokens == 40 + 40 + 10
+    assert "(from lengths, at most 512 each)" in none.line()
+    assert cut.usage.completion_tokens == 3 * 7
+
+
+@pytest.mark.parametrize("kind", ["local", "endpoint"])
+def test_the_quote_of_a_recipe_goes_by_its_gold_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setenv("DISTILLERY_HOME", str(tmp_path))
+    monkeypatch.setenv("TEACHER_MODEL_NAME", "gpt-test")
+    monkeypatch.setenv("CHEAP_MODEL_NAME", "cheap")
+    lines = []
+    for number in range(60):
+        line: dict[str, Any] = {"text": f"Message {number} of {number * number}, and so on."}
+        if number % 2:
+            line["answer"] = {"city": "Oslo", "days": 100 + number}
+        lines.append(json.dumps(line) + "\n")
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(lines))
+    asked: dict[str, Any] = {
+        "task": {"kind": "extract", "schema": SCHEMA, "max_tokens": 200},
+        "dataset": {
+            "source": "files",
+            "files": {"train": [str(file)]},
+            "carve": {"gold": 0.6, "test": 0.4},
+        },
+        "teacher": {"kind": kind},
+    }
+    tokens = len('{"city": "Oslo", "days": 101}') // 4 + 2
+    found = quote_recipe(Recipe.model_validate(asked))["train"]
+    assert (found.calls, found.usage.completion_tokens) == (30, 30 * tokens)
+    if kind == "endpoint":
+        asked["teacher"]["cascade"] = {"below": 0.8, "answers": {"votes": 3}}
+        asked["teacher"]["cascade"] |= {"temperature": 1.0, "soft_labels": False}
+        quotes = quote_recipe(Recipe.model_validate(asked))
+        assert quotes["cheap teacher"].usage.completion_tokens == 3 * 30 * tokens
+        assert quotes["train"].usage.completion_tokens == 30 * tokens
 
 
 def test_strict_is_said_only_of_a_schema_that_is() -> None:

@@ -72,6 +72,23 @@ def test_the_verdict_comes_first_and_every_rule_has_its_own(tmp_path: Path) -> N
         assert said in words
 
 
+def test_a_speed_of_a_busy_machine_is_marked() -> None:
+    board = finished_run().report.scoreboard
+    speeds = []
+    for slowed in ("", "teacher", STUDENT):
+        rows = []
+        for row in board:
+            share = 0.5 if row.name == slowed else 0.0
+            rows.append(row.model_copy(update={"waited": share}))
+        speeds.append(page.key_figures(rows, STUDENT, "teacher")[-1])
+    idle, *busy = speeds
+    assert idle == ("rows a second", "59.0", "teacher 22.0")
+    assert busy == [("rows a second", "59.0", "teacher 22.0; measured on a busy machine")] * 2
+    alone = board[-1].model_copy(update={"waited": 0.5, "rows_per_second": 3.0})
+    *_, (_, _, than) = page.key_figures([alone], STUDENT, STUDENT)
+    assert than == "teacher 3.0; measured on a busy machine"
+
+
 def test_each_chart_has_a_text_and_a_table_with_its_figures(tmp_path: Path) -> None:
     text = page_of(tmp_path, finished_run(), evaluation(tmp_path / "evaluation")).read_text()
     charts = [values for tag, values in Parsed(text).elements if tag == "svg"]

@@ -4,13 +4,19 @@ import json
 from pathlib import Path
 
 import pytest
+from chat_endpoint import ChatEndpoint, said
+from prefect import flow
+from written_run import description
 
+from distillery.data.examples import write_examples
 from distillery.errors import TeacherError
 from distillery.labels.known import gold_labels, write_known_labels
-from distillery.recipe import OtherRecipe, PromptRecipe
+from distillery.labels.quote import typical_answer
+from distillery.recipe import OtherRecipe, PromptRecipe, TeacherRecipe
 from distillery.records import CLASSES_FILE, Example, Rows, TeacherLabels
 from distillery.storage.artifacts import ArtifactStore
 from tasks.labels import AS_TOLD, check_shares
+from tasks.labels import label as label_stage
 
 CLASSES = ("billing", "delivery", "other")
 OTHER = OtherRecipe(files=("texts.csv",))
@@ -79,3 +85,32 @@ def test_labels_that_lean_to_one_class_are_told(tmp_path: Path) -> None:
     told = check_shares(labels, gold, 0.5, OTHER)
     assert told
     assert "lean to 'billing': 70% of them, but 50% of the gold answers" in told
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("prefect_api")
+def test_the_quote_of_a_run_goes_by_the_length_of_its_gold_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    gold = [description(number) for number in range(3)]
+    write_examples(gold, tmp_path / "gold.jsonl")
+    unknown = {"answer_key": None, "references": ()}
+    rows = [description(number).model_copy(update=unknown) for number in range(3, 6)]
+    write_examples(rows, tmp_path / "train.jsonl")
+    train = Rows(
+        artifact=ArtifactStore().put(tmp_path), file="train.jsonl", rows=3, sha256="0" * 64
+    )
+    prompt = PromptRecipe(system="", user="{text}", answer="written")
+
+    @flow
+    def run() -> None:
+        label_stage(train, prompt, TeacherRecipe(max_tokens=64), "gpt-test")
+
+    with ChatEndpoint(lambda _: said("A text.")) as server:
+        monkeypatch.setenv("TEACHER_MODEL_NAME", "gpt-test")
+        monkeypatch.setenv("TEACHER_MODEL_ENDPOINT", server.url)
+        monkeypatch.setenv("TEACHER_MODEL_KEY", "a-key")
+        run()
+    (quoted,) = [text for text in caplog.messages if "3 rows to label" in text]
+    expected = 3 * (typical_answer(gold) or 0)
+    assert f"about {expected} out (from the gold answers' lengths, at most 64 each)" in quoted

@@ -53,7 +53,7 @@ def outcome_of(folder: Path, rules: tuple[GateRule, ...]) -> Outcome:
     store = ArtifactStore()
     model, labels, report = folder / "model", folder / "labels", folder / "report"
     for path in (model, labels, report):
-        path.mkdir()
+        path.mkdir(parents=True)
     (model / "genai_config.json").write_text("{}")
     Tally().write(labels)
     (labels / REJECTED_FILE).write_text("")
@@ -139,6 +139,28 @@ def test_the_terminal_tells_what_a_training_has_decided(tmp_path: Path) -> None:
     lines = render(outcome.model_copy(update={"student": student})).splitlines()
     assert "train student: 1 of 2 layers are kept" in lines
     assert "train student: " not in render(outcome)
+
+
+def test_the_terminal_says_how_to_use_a_student_that_passed(tmp_path: Path) -> None:
+    *_, gate_line, following = render(outcome_of(tmp_path / "passed", ())).splitlines()
+    assert gate_line.startswith("gate: passed: ")
+    assert following.startswith("next: `")
+    assert "models download shop student" in following
+    assert "next: " not in render(outcome_of(tmp_path / "refused", RULES))
+
+
+def test_the_terminal_tells_that_other_work_slowed_the_models_down(tmp_path: Path) -> None:
+    outcome = outcome_of(tmp_path, RULES)
+    rows = [
+        row.model_copy(update={"waited": 0.4} if row.name == CANDIDATE else {})
+        for row in outcome.report.scoreboard
+    ]
+    report = outcome.report.model_copy(update={"scoreboard": tuple(rows)})
+    lines = render(outcome.model_copy(update={"report": report})).splitlines()
+    (said,) = [number for number, line in enumerate(lines) if "student int4 40 %." in line]
+    assert lines[said].startswith("The machine was busy while the models were timed")
+    assert lines[said - 1].startswith("student int4 is right on 75 of 100 rows")
+    assert "busy" not in render(outcome)
 
 
 def test_what_is_paid_in_this_run_is_what_the_ledger_has(tmp_path: Path) -> None:
