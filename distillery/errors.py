@@ -165,3 +165,18 @@ class RegistryUnavailable(RegistryError):
 
 INFRASTRUCTURE_ERRORS = (StoreUnavailable, RegistryUnavailable, DataUnavailable, ModelUnavailable)
 """The only errors after which a whole stage is retried; calls of a teacher have their own."""
+
+
+def one_line(error: object, most: int = 200) -> str:
+    """Return the text of an error in one line of at most `most` characters: the cause within a
+    message. What libraries and services say may have many lines, or hold a whole file."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
+def named_line(error: BaseException) -> str:
+    """Return an error as a line that stands for itself: a DistilleryError's message, which says
+    what to do at its end; of any other error, its class and its text."""
+    if isinstance(error, DistilleryError):
+        return one_line(error, 300)
+    return f"{type(error).__name__}: {one_line(error)}"

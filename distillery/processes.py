@@ -17,7 +17,7 @@ from typing import TypeVar
 import psutil
 from pydantic import BaseModel
 
-from distillery.errors import DistilleryError, ModelError, OutOfResources
+from distillery.errors import ModelError, OutOfResources, named_line
 from distillery.progress import ShowProgress, show_nothing
 from distillery.settings import CHILD
 from distillery.storage.working import working_folder
@@ -197,9 +197,6 @@ def process_main(
         Path(result_file).write_text(result, encoding="utf-8")
     except Exception as error:
         # A runtime may raise anything; the parent reports it in one line.
-        reason = " ".join(str(error).split())[:300]
-        if not isinstance(error, DistilleryError):
-            reason = f"{type(error).__name__}: {reason}"
-        Path(result_file).write_text(json.dumps({"error": reason}), encoding="utf-8")
+        Path(result_file).write_text(json.dumps({"error": named_line(error)}), encoding="utf-8")
         return 1
     return 0

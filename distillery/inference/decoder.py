@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from distillery.errors import AnswerStopped, ModelError
+from distillery.errors import AnswerStopped, ModelError, one_line
 from distillery.inference.logits import Logits, pooled
 from distillery.models.onnx_folder import CONFIG, check_before_loading
 from distillery.training.batching import common_prefix
@@ -258,7 +258,5 @@ def model_errors(
     try:
         yield
     except kind as error:
-        cause = " ".join(str(error).split()).replace(str(folder.absolute()) + "/", "")
-        raise ModelError(
-            f"{folder}: {runtime} fails ({cause[:200]}); export the model again"
-        ) from error
+        cause = one_line(str(error).replace(f"{folder.absolute()}/", ""))
+        raise ModelError(f"{folder}: {runtime} fails ({cause}); export the model again") from error

@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from distillery.errors import DistilleryError, ModelError
+from distillery.errors import ModelError, named_line
 from distillery.inference.batch import (
     ROWS,
     FailedRow,
@@ -163,20 +163,14 @@ def answer_each(
                     results += answer_some(student, [row], prompt)
                 except Exception as error:
                     failed = error
-                    reason = f"the model fails over this row: {one_line(error)}"
+                    reason = f"the model fails over this row: {named_line(error)}"
                     results.append(
                         FailedRow(line=row.line, example_id=row.example_id, reason=reason)
                     )
         answered += sum(isinstance(result, Prediction) for result in results)
         yield from results
     if failed is not None and not answered and len(rows) > ROWS:
-        raise ModelError(f"the model answers none of {len(rows)} rows: {one_line(failed)}")
-
-
-def one_line(error: Exception) -> str:
-    """Return an error's text in one line; before what is no DistilleryError, its class."""
-    text = " ".join(str(error).split())[:300]
-    return text if isinstance(error, DistilleryError) else f"{type(error).__name__}: {text}"
+        raise ModelError(f"the model answers none of {len(rows)} rows: {named_line(failed)}")
 
 
 def answer_row(result: Prediction | FailedRow) -> dict[str, Any]:

@@ -29,7 +29,13 @@ import torch
 import torch.distributed as dist
 
 from distillery import errors
-from distillery.errors import DistilleryError, StoreError, TrainingError, TrainingUnavailable
+from distillery.errors import (
+    DistilleryError,
+    StoreError,
+    TrainingError,
+    TrainingUnavailable,
+    one_line,
+)
 from distillery.models.device import release_gpu
 from distillery.processes import environment_without_secrets, exit_reason, exit_with_parent
 from distillery.progress import show_rows, shown_by
@@ -249,7 +255,7 @@ def main(arguments: Sequence[str]) -> int:
         # A library may raise anything; the asking process reports it in one line.
         if folder is None:
             raise
-        text = [type(error).__name__, " ".join(str(error).split())[:300]]
+        text = [type(error).__name__, one_line(error, 300)]
         write_whole(folder / f"error-{os.environ['RANK']}.json", json.dumps(text))
         return 1
     dist.destroy_process_group()
@@ -276,7 +282,7 @@ def meet(folder: str) -> Ranks:
         )
     except RuntimeError as error:
         # PyTorch adds a stack trace.
-        reason = " ".join(str(error).split())[:100]
+        reason = one_line(error, 100)
         raise TrainingUnavailable(
             f"training on several devices: its processes do not reach each other ({reason}); the "
             "next run goes on from its last checkpoint, if there is one"
