@@ -18,7 +18,7 @@ from pydantic import PositiveInt
 
 from distillery.errors import DataError, DistilleryError
 from distillery.inference.batch import count_rows
-from distillery.inference.shards import Form, write_output
+from distillery.inference.shards import Answers, Form, write_output
 from distillery.models.class_tokens import FILE as CLASS_TOKENS_FILE
 from distillery.recipe import Columns, PromptRecipe, RegistryKind, RegistryRecipe
 from distillery.records import (
@@ -126,7 +126,7 @@ def batch_inference(
         tuple(each.name for each in files if each.name),
         columns,
         fields,
-        has_options(manifest),
+        answers_of(manifest),
         shard_rows,
     )
     predictions = answer_rows(
@@ -140,10 +140,12 @@ def batch_inference(
     return predictions
 
 
-def has_options(manifest: dict[str, Any]) -> bool:
-    """Return whether a model answers rows with options of their own, as its files say."""
+def answers_of(manifest: dict[str, Any]) -> Answers:
+    """Return what a model answers with, as its files say."""
     files = {entry["path"] for entry in manifest["files"]}
-    return not files & {CLASS_TOKENS_FILE, FORMAT_FILE}
+    if FORMAT_FILE in files:
+        return "texts"
+    return "classes" if CLASS_TOKENS_FILE in files else "options"
 
 
 def answer_rows(

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 
 import fsspec
 
-from distillery.data.rows import RowReader
 from distillery.data.source import TABLES, matching_files
 from distillery.errors import DataError
-from distillery.inference.batch import count_rows, read_rows, score_file
+from distillery.inference.batch import count_rows, read_rows, row_reader, score_file
+from distillery.inference.student import Student
 from distillery.inference.text_student import load_for_rows
 from distillery.recipe import Columns, PromptRecipe, RegistryRecipe
 from distillery.records import InputFile, Predictions, RegisteredModel
@@ -38,18 +38,14 @@ def score(
     """Download and verify `model`, and answer every row of the file. `fields`: dataset.fields of
     the model's recipe."""
     started = time.perf_counter()
-    registry = open_registry(RegistryRecipe(kind=model.registry, model_name=model.name))
     with working_folder("score") as folder:
-        student = load_for_rows(registry.download(model, folder / "model"))
+        student = load_student(model, folder / "model")
         file = fetch_input(rows.uri, folder)
         if sha256_of(file) != rows.sha256:
             raise DataError(f"{file.name}: changed while the run was under way; run it again")
         of = count_rows(file)
         classes = student.classes.classes if student.classes else None
-        if classes or student.format:
-            # A text is all that such a row needs.
-            columns = columns.model_copy(update={"choices": None})
-        reader = RowReader(columns, fields or (), classes is not None, classes, student.format)
+        reader = row_reader(columns, fields or (), classes, student.format)
         counts = score_file(
             student,
             read_rows(file, reader),
@@ -63,6 +59,13 @@ def score(
         f"{counts.rows} rows answered, {counts.failed} set aside, in {predictions.seconds:.1f} s"
     )
     return predictions
+
+
+def load_student(model: RegisteredModel, folder: Path, threads: int | None = None) -> Student:
+    """Download and verify a registered model into `folder`, and load it. `threads` counts the cores
+    for one operation; None leaves it to the runtime."""
+    registry = open_registry(RegistryRecipe(kind=model.registry, model_name=model.name))
+    return load_for_rows(registry.download(model, folder), threads)
 
 
 def fetch_input(uri: str, folder: Path) -> Path:

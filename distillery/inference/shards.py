@@ -13,6 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
+from distillery.data.rows import RowReader
 from distillery.errors import ModelError, named_line
 from distillery.inference.batch import (
     ROWS,
@@ -21,16 +22,20 @@ from distillery.inference.batch import (
     Prediction,
     ScoreCounts,
     answer_some,
+    row_reader,
 )
 from distillery.inference.student import Student
-from distillery.recipe import PromptRecipe
-from distillery.records import Record, Sha256, Shard, ShardAnswers
+from distillery.recipe import Columns, PromptRecipe
+from distillery.records import AnswerFormat, Record, Sha256, Shard, ShardAnswers
 from distillery.storage.artifacts import ArtifactStore
 from distillery.storage.digests import sha256_of
 from distillery.storage.shards import read_rows, read_shard, read_table, write_table
 
 ORIGIN = ("file", "line")
 """The columns that say where a row comes from: no answer depends on them."""
+
+SOME_FORMAT = AnswerFormat(max_tokens=1, metric="exact_match")
+"""Stands for the format of written answers while rows are cut, which takes no model."""
 
 ANSWERS_FILE = "answers.parquet"
 
@@ -40,6 +45,11 @@ PARTS = "answers-*.parquet"
 
 Form = Literal["jsonl", "parquet"]
 """The files that a user gets: predictions.jsonl and failed.jsonl, or answers-NNNNN.parquet."""
+
+
+Answers = Literal["options", "classes", "texts"]
+"""What a student answers with: an option of the row itself, one of its classes, or a text that it
+writes."""
 
 
 class AnswersPart(Record):
@@ -82,6 +92,16 @@ def answer_schema(origin: bool) -> Any:
     columns |= {"probabilities": pyarrow.map_(text, pyarrow.float64())}
     columns |= {"abstained": pyarrow.bool_(), "reason": text}
     return pyarrow.schema(columns)
+
+
+def shard_reader(columns: Columns, fields: tuple[str, ...], answers: Answers) -> RowReader:
+    """Return the reader of rows that are cut into shards, for a student of these `answers`."""
+    return row_reader(
+        columns,
+        fields,
+        () if answers == "classes" else None,
+        SOME_FORMAT if answers == "texts" else None,
+    )
 
 
 def shard_row(row: InputRow | FailedRow, file: str | None) -> dict[str, Any]:

@@ -2,8 +2,7 @@
 
 Progress, log and checkpoints of the first rank come back to the process that asked for the
 training: what these need, such as the store's login, no rank is given. If a rank, the launcher or
-that process dies, the others end too, and the next run goes on from its last checkpoint, if there
-is one.
+that process dies, the others end too, and the next run goes on (see `ended`).
 
 The ranks of a second machine are started there by torchrun and find the job by the first rank's
 word: both machines see its files under the same path (docs/how-to/operations.md).
@@ -206,13 +205,17 @@ def failure_of(code: int, folder: Path) -> Exception:
     signals = [each for each in codes if each < 0 and each != -signal.SIGTERM]
     died = [code, *codes, *signals][-1]
     if died < 0 or not found:
-        reason = exit_reason(died, without_report(stderr))
-        return TrainingUnavailable(
-            f"training on several devices: {reason}; the next run goes on from its last "
-            "checkpoint, if there is one"
-        )
+        return ended(exit_reason(died, without_report(stderr)))
     kind, text = found[0]
     return RuntimeError(f"{kind}: {text}")
+
+
+def ended(reason: str) -> TrainingUnavailable:
+    """Return the error of processes that died or never met."""
+    return TrainingUnavailable(
+        f"training on several devices: {reason}; the next run goes on from its last checkpoint, if "
+        "there is one"
+    )
 
 
 def without_report(stderr: str) -> str:
@@ -283,10 +286,7 @@ def meet(folder: str) -> Ranks:
     except RuntimeError as error:
         # PyTorch adds a stack trace.
         reason = one_line(error, 100)
-        raise TrainingUnavailable(
-            f"training on several devices: its processes do not reach each other ({reason}); the "
-            "next run goes on from its last checkpoint, if there is one"
-        ) from error
+        raise ended(f"its processes do not reach each other ({reason})") from error
     return ranks
 
 

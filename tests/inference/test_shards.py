@@ -12,15 +12,17 @@ import pytest
 
 from distillery.data.rows import RowReader
 from distillery.errors import DataError, ModelError
-from distillery.inference.batch import FailedRow, InputRow, read_rows, score_file
+from distillery.inference.batch import FailedRow, InputRow, read_rows, row_reader, score_file
 from distillery.inference.shards import (
     MANIFEST,
     ORIGIN,
+    Answers,
     answer_each,
     answer_shard,
     gather,
     row_schema,
     row_to_ask,
+    shard_reader,
     shard_row,
     write_output,
 )
@@ -140,6 +142,41 @@ def test_the_lines_are_those_of_a_file_without_shards(tmp_path: Path) -> None:
     write_output(folder, "jsonl", tmp_path / "out")
     for name in ("predictions.jsonl", "failed.jsonl"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("answers", "classes", "form"),
+    [
+        ("options", None, None),
+        ("classes", ("x", "y"), None),
+        ("texts", None, AnswerFormat(max_tokens=9, metric="exact_match")),
+    ],
+)
+def test_rows_are_named_and_asked_as_in_a_file_without_shards(
+    answers: Answers,
+    classes: tuple[str, ...] | None,
+    form: AnswerFormat | None,
+    tmp_path: Path,
+) -> None:
+    """Rows without ids, which have names from their content, and with answers of another kind."""
+    rows = [
+        {"question": "What is it?", "choices": ["a", "b"], "text": text, "answerKey": 7}
+        for text in ("one", "two", "")
+    ]
+    if answers == "options":
+        rows = [row | {"answerKey": "B"} for row in rows]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    read = list(read_rows(path, row_reader(Columns(), ("text",), classes, form)))
+    found = read_rows(path, shard_reader(Columns(), ("text",), answers))
+    (shard,) = write_shards(
+        (shard_row(row, None) for row in found), row_schema(), ArtifactStore(), 4, ORIGIN
+    )
+    asked = student(classes=classes or (), form=form)
+    cut = [row_to_ask(row, asked) for row in read_shard(shard, ArtifactStore())]
+    unanswered = [row.model_copy(update={"answer_key": None}) for row in read]
+    assert cut == unanswered
+    assert len({row.example_id for row in cut}) == (3 if answers == "texts" else 1)
 
 
 def test_parquet_has_all_rows_in_their_order(tmp_path: Path) -> None:
