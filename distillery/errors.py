@@ -32,6 +32,8 @@ DistilleryError
     └── RegistryUnavailable   does not answer (infrastructure: worth a retry)
 """
 
+import re
+
 
 class DistilleryError(Exception):
     """Base of all errors that the user can mend; printed as one line, without a traceback."""
@@ -165,6 +167,11 @@ class RegistryUnavailable(RegistryError):
 
 INFRASTRUCTURE_ERRORS = (StoreUnavailable, RegistryUnavailable, DataUnavailable, ModelUnavailable)
 """The only errors after which a whole stage is retried; calls of a teacher have their own."""
+
+OUT_OF_MEMORY = re.compile(
+    r"out ?of ?memory|memory ?error|bad[ _]alloc|alloc_failed|allocate .*memory", re.IGNORECASE
+)
+"""How Python, PyTorch, ONNX Runtime and the system say that memory is used up."""
 
 
 def one_line(error: object, most: int = 200) -> str:

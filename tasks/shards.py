@@ -121,7 +121,7 @@ def answering(
             loaded.clear()
 
 
-@stage("answer shard", version=1)
+@stage("answer shard", version=2)
 def answer_shard(model: RegisteredModel, prompt: PromptRecipe, shard: Shard) -> ShardAnswers:
     """Answer the rows of a shard. See `answering`."""
     started = time.perf_counter()

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from distillery.data.rows import RowReader
-from distillery.errors import ModelError, named_line
+from distillery.errors import ModelError, OutOfResources, named_line
 from distillery.inference.batch import (
     ROWS,
     FailedRow,
@@ -149,7 +149,7 @@ def answer_shard(
     are done.
 
     The numbers are the same whichever shard was answered before. Raises ArtifactDamaged for a shard
-    that is not as it was written, and ModelError if no row gets an answer."""
+    that is not as it was written, and what `answer_each` raises."""
     # What is cached of earlier prompts can change the last bits of long ones.
     student.forget()
     rows = [row_to_ask(columns, student) for columns in read_shard(shard, store)]
@@ -168,8 +168,9 @@ def answer_each(
 ) -> Iterator[Prediction | FailedRow]:
     """Yield the answer to each row, or why it has none, in the rows' order.
 
-    A row over which the model fails is asked alone and set aside. Raises ModelError if the model
-    fails over all of more than ROWS rows: then it is not the rows' fault."""
+    Rows over which the model fails are asked one by one, and a row over which it then fails is set
+    aside. Raises ModelError if the model fails over all of more than ROWS rows, and OutOfResources
+    where memory lacks for a single row: then it is not the rows' fault."""
     answered = 0
     remaining = iter(rows)
     failed: Exception | None = None
@@ -181,6 +182,12 @@ def answer_each(
             for row in some:
                 try:
                     results += answer_some(student, [row], prompt)
+                except OutOfResources:
+                    raise
+                except MemoryError as error:
+                    raise OutOfResources(
+                        "memory runs out; free memory, or use a machine with more"
+                    ) from error
                 except Exception as error:
                     failed = error
                     reason = f"the model fails over this row: {named_line(error)}"
