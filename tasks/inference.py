@@ -2,8 +2,9 @@ import hashlib
 import re
 import shutil
 import time
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
 from glob import has_magic
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,9 +41,7 @@ def score(
     started = time.perf_counter()
     with working_folder("score") as folder:
         student = load_student(model, folder / "model")
-        file = fetch_input(rows.uri, folder)
-        if sha256_of(file) != rows.sha256:
-            raise DataError(f"{file.name}: changed while the run was under way; run it again")
+        file = unchanged_copy(rows, folder)
         of = count_rows(file)
         classes = student.classes.classes if student.classes else None
         reader = row_reader(columns, fields or (), classes, student.format)
@@ -66,6 +65,42 @@ def load_student(model: RegisteredModel, folder: Path, threads: int | None = Non
     for one operation; None leaves it to the runtime."""
     registry = open_registry(RegistryRecipe(kind=model.registry, model_name=model.name))
     return load_for_rows(registry.download(model, folder), threads)
+
+
+class Fetched(NamedTuple):
+    """A file of the input and its copy on this machine."""
+
+    file: InputFile
+    copy: Path
+
+
+_fetched: ContextVar[Fetched | None] = ContextVar("fetched", default=None)
+
+
+@contextmanager
+def fetched(uri: str) -> Iterator[Fetched]:
+    """Copy the file at a path or fsspec URL, and yield it with its copy, which the stages that are
+    called within use: a large file is fetched and hashed once. Raises DataError."""
+    with working_folder("input") as folder:
+        copy = fetch_input(uri, folder)
+        found = Fetched(InputFile(uri=uri, sha256=sha256_of(copy)), copy)
+        token = _fetched.set(found)
+        try:
+            yield found
+        finally:
+            _fetched.reset(token)
+
+
+def unchanged_copy(file: InputFile, folder: Path) -> Path:
+    """Return a copy of a file: the one of `fetched`, or a new one in `folder`. Raises DataError,
+    also where the file has changed."""
+    at_hand = _fetched.get()
+    if at_hand and at_hand.file == file:
+        return at_hand.copy
+    copy = fetch_input(file.uri, folder)
+    if sha256_of(copy) != file.sha256:
+        raise DataError(f"{copy.name}: changed while the run was under way; run it again")
+    return copy
 
 
 def fetch_input(uri: str, folder: Path) -> Path:

@@ -24,10 +24,9 @@ from distillery.records import (
     ShardedRows,
 )
 from distillery.storage.artifacts import ArtifactStore
-from distillery.storage.digests import sha256_of
 from distillery.storage.shards import are_whole, write_list, write_shards
 from distillery.storage.working import working_folder
-from tasks.inference import fetch_input, load_student
+from tasks.inference import load_student, unchanged_copy
 from tasks.parent import check_parent
 from tasks.progress import conclude, show_parts, show_rows
 from tasks.stage import origin, stage
@@ -58,9 +57,7 @@ def cut_rows(
     reader = sharded.shard_reader(columns, fields, answers)
     with working_folder("cut") as folder:
         for number, file in enumerate(files):
-            copy = fetch_input(file.uri, folder)
-            if sha256_of(copy) != file.sha256:
-                raise DataError(f"{copy.name}: changed while the run was under way; run it again")
+            copy = unchanged_copy(file, folder)
             found = cut_file(copy, names[number] if names else None, reader)
             for shard in write_shards(
                 found, sharded.row_schema(), store, shard_rows, sharded.ORIGIN
@@ -68,7 +65,8 @@ def cut_rows(
                 shards.append(shard)
                 rows += shard.rows
                 show_parts(number, len(files), f"file {number + 1} of {len(files)}, {rows} rows")
-            copy.unlink()
+            if copy.parent == folder:
+                copy.unlink()
         if not shards:
             raise DataError("input_uri: no row in it; correct input_uri")
         (folder / "list").mkdir()
