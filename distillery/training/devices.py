@@ -376,4 +376,9 @@ def write_whole(file: Path, text: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    code = main(sys.argv[1:])
+    if code:
+        # PyTorch's threads, which still wait for the other ranks, would now and then abort an
+        # ordinary exit, and torchrun would tell of that signal.
+        sys.stderr.flush()
+        os._exit(code)
