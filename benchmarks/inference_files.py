@@ -14,6 +14,7 @@ from typing import Any
 from benchmarks import commonsense_qa
 from benchmarks.distil import read
 from benchmarks.inference_contestants import Row, Settings
+from distillery.errors import one_line
 from distillery.export.build import export
 from distillery.models.base import base_folder
 from distillery.models.load import load_tokenizer
@@ -69,7 +70,7 @@ def narrow(processor: str) -> dict[str, str]:
     done = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True)
     # The loader goes on without a library that it can't load, and tells of it.
     if done.returncode or done.stderr:
-        raise SystemExit(f"{refused}: {' '.join(done.stderr.split())[:300]}")
+        raise SystemExit(f"{refused}: {one_line(done.stderr)}")
     return variables
 
 

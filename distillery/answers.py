@@ -19,6 +19,8 @@ import referencing.exceptions
 import referencing.jsonschema
 import regex
 
+from distillery.errors import one_line
+
 LARGEST_MULTIPLE = 10_000
 """A grammar's numbers are told apart by their remainders: of 1,000,000, that takes 10 s and half a
 GiB."""
@@ -51,7 +53,7 @@ def check_schema(schema: Mapping[str, Any]) -> None:
         validator_of.check_schema(schema)
     except jsonschema.exceptions.SchemaError as error:
         where = "/".join(map(str, error.absolute_path))
-        reason = " ".join(error.message.split())[:200]
+        reason = one_line(error.message)
         raise ValueError(f"no JSON Schema: {f'{where}: ' if where else ''}{reason}") from error
     for reference in references_in(schema):
         if not reference.startswith("#"):
@@ -66,7 +68,7 @@ def check_schema(schema: Mapping[str, Any]) -> None:
 
     is_error, complaints = LLMatcher.validate_grammar_with_warnings(grammar_of(schema))
     if is_error:
-        raise ValueError(f"no answer can be held to it: {' '.join(complaints[0].split())[:200]}")
+        raise ValueError(f"no answer can be held to it: {one_line(complaints[0])}")
 
 
 def grammar_of(schema: Mapping[str, Any], strict: bool = False, begin: str = "") -> str:
@@ -232,7 +234,8 @@ def canonical(text: str, schema: Mapping[str, Any] | None) -> str:
         raise NotAnAnswer("a number or character that JSON can't express") from error
     if found is not None:
         where = "/".join(map(str, found.absolute_path))
-        reason = " ".join(found.message.split())[:120]
+        # Shorter, because it is kept with each such answer.
+        reason = one_line(found.message, 120)
         raise NotAnAnswer(f"{UNMET}: {f'{where}: ' if where else ''}{reason}")
     return written
 

@@ -32,6 +32,8 @@ DistilleryError
     └── RegistryUnavailable   does not answer (infrastructure: worth a retry)
 """
 
+import re
+
 
 class DistilleryError(Exception):
     """Base of all errors that the user can mend; printed as one line, without a traceback."""
@@ -165,3 +167,23 @@ class RegistryUnavailable(RegistryError):
 
 INFRASTRUCTURE_ERRORS = (StoreUnavailable, RegistryUnavailable, DataUnavailable, ModelUnavailable)
 """The only errors after which a whole stage is retried; calls of a teacher have their own."""
+
+OUT_OF_MEMORY = re.compile(
+    r"out ?of ?memory|memory ?error|bad[ _]alloc|alloc_failed|allocate .*memory", re.IGNORECASE
+)
+"""How Python, PyTorch, ONNX Runtime and the system say that memory is used up."""
+
+
+def one_line(error: object, most: int = 200) -> str:
+    """Return the text of an error in one line of at most `most` characters: the cause within a
+    message. What libraries and services say may have many lines, or hold a whole file."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
+def named_line(error: BaseException) -> str:
+    """Return an error as a line that stands for itself: a DistilleryError's message, which says
+    what to do at its end; of any other error, its class and its text."""
+    if isinstance(error, DistilleryError):
+        return one_line(error, 300)
+    return f"{type(error).__name__}: {one_line(error)}"

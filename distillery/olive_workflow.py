@@ -16,7 +16,7 @@ from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from distillery.errors import DistilleryError, ExportError
+from distillery.errors import DistilleryError, ExportError, named_line
 from distillery.progress import ShowProgress, show_nothing
 from distillery.storage.working import working_folder
 
@@ -212,8 +212,7 @@ def workflow_error(logged: Sequence[BaseException], said: str, names: str) -> Ex
     cause = logged[0]
     if isinstance(cause, DistilleryError):
         return cause
-    reason = " ".join(str(cause).split())[:200]
-    error = ExportError(f"Olive failed at {names} ({type(cause).__name__}: {reason})")
+    error = ExportError(f"Olive failed at {names} ({named_line(cause)})")
     error.__cause__ = cause
     return error
 

@@ -17,7 +17,7 @@ from typing import TypeVar
 import psutil
 from pydantic import BaseModel
 
-from distillery.errors import DistilleryError, ModelError, OutOfResources
+from distillery.errors import OUT_OF_MEMORY, ModelError, OutOfResources, named_line
 from distillery.progress import ShowProgress, show_nothing
 from distillery.settings import CHILD
 from distillery.storage.working import working_folder
@@ -26,11 +26,6 @@ Job = TypeVar("Job", bound=BaseModel)
 
 SIGKILL = 9
 """A number, because Windows' `signal` lacks the name."""
-
-RESOURCES = re.compile(
-    r"out ?of ?memory|memory ?error|bad[ _]alloc|allocate .*memory", re.IGNORECASE
-)
-"""How Python, PyTorch, ONNX Runtime and the system say that memory is used up."""
 
 PROGRESS_LINE = re.compile(r"progress (\d+) of (\d+): (.*)\n")
 """What a process writes to stdout to tell its parent how far it is."""
@@ -129,7 +124,7 @@ def run_in_process(
             reason = json.loads(result)["error"]
         else:
             reason = exit_reason(code, stderr_file.read_text(errors="replace"))
-        if code == -SIGKILL or RESOURCES.search(reason):
+        if code == -SIGKILL or OUT_OF_MEMORY.search(reason):
             raise OutOfResources(reason)
         raise ModelError(reason)
 
@@ -197,9 +192,6 @@ def process_main(
         Path(result_file).write_text(result, encoding="utf-8")
     except Exception as error:
         # A runtime may raise anything; the parent reports it in one line.
-        reason = " ".join(str(error).split())[:300]
-        if not isinstance(error, DistilleryError):
-            reason = f"{type(error).__name__}: {reason}"
-        Path(result_file).write_text(json.dumps({"error": reason}), encoding="utf-8")
+        Path(result_file).write_text(json.dumps({"error": named_line(error)}), encoding="utf-8")
         return 1
     return 0

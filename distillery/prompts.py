@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from pydantic import BaseModel
 
-from distillery.errors import DataError, ModelError, RecipeError
+from distillery.errors import DataError, ModelError, RecipeError, one_line
 from distillery.recipe import PromptRecipe
 from distillery.records import LETTERS, Example
 
@@ -278,10 +278,9 @@ def read_added_tokens(folder: Path) -> tuple[list[AddedToken], str]:
 def template_error(error: Exception) -> ModelError:
     """Return the error for messages that a chat template refuses, such as a system message or an
     order of roles."""
-    cause = " ".join(str(error).split())[:200]
     return ModelError(
-        f"the model's chat template refuses the messages ({cause}); send other roles, or no "
-        'system message (in a recipe, prompt.system: "")'
+        f"the model's chat template refuses the messages ({one_line(error)}); send other "
+        'roles, or no system message (in a recipe, prompt.system: "")'
     )
 
 

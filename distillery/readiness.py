@@ -568,9 +568,16 @@ def check_training(recipe: Recipe) -> Iterator[Finding]:
     device = choose_device(recipe.student.training.precision)
     weights = largest_base_bytes(recipe)
     if device.name == "cuda":
-        free = torch.cuda.mem_get_info()[0]
-        text = f"on {torch.cuda.get_device_name()} in {device.precision}"
-        yield check_gpu_memory(recipe, device.precision, free, text)
+        free = [torch.cuda.mem_get_info(gpu)[0] for gpu in range(LocalSettings().devices)]
+        # Each holds the whole model.
+        least = min(range(len(free)), key=free.__getitem__)
+        text = f"on {torch.cuda.get_device_name(least)} in {device.precision}"
+        if len(free) > 1:
+            text = (
+                f"on {len(free)} GPUs in {device.precision}, of which GPU {least} has the least "
+                f"memory free: {torch.cuda.get_device_name(least)}"
+            )
+        yield check_gpu_memory(recipe, device.precision, free[least], text)
     elif weights is None or weights > LARGE:
         yield warn(
             "training",

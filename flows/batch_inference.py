@@ -18,12 +18,11 @@ from pydantic import PositiveInt
 
 from distillery.errors import DataError, DistilleryError
 from distillery.inference.batch import count_rows
-from distillery.inference.shards import Form, write_output
+from distillery.inference.shards import Answers, Form, write_output
 from distillery.models.class_tokens import FILE as CLASS_TOKENS_FILE
 from distillery.recipe import Columns, PromptRecipe, RegistryKind, RegistryRecipe
 from distillery.records import (
     FORMAT_FILE,
-    InputFile,
     Predictions,
     RegisteredModel,
     ShardedRows,
@@ -32,7 +31,6 @@ from distillery.registry.manifest import columns_in, prompt_in
 from distillery.registry.open import open_registry
 from distillery.storage.allowed import output_folder
 from distillery.storage.artifacts import ArtifactStore
-from distillery.storage.digests import sha256_of
 from distillery.storage.shards import SHARD_ROWS, read_list
 from distillery.storage.working import working_folder
 from tasks.children import (
@@ -44,7 +42,7 @@ from tasks.children import (
     answer_by,
     answer_here,
 )
-from tasks.inference import NamedInput, fetch_input, input_files, is_pattern, score
+from tasks.inference import fetched, input_files, is_pattern, score
 from tasks.progress import conclude, shown_as_stage
 from tasks.results import results_in_store
 from tasks.shards import answer_shard, answering, cut_rows, gather
@@ -104,31 +102,23 @@ def batch_inference(
             f"{title}: its manifest.json tells no prompt or no columns; run its recipe again"
         )
     prompt = prompt_in(made, title, classify=True)
+    started = time.perf_counter()
+    how = (columns, fields, answers_of(manifest), shard_rows)
     if is_pattern(input_uri):
         files = input_files(input_uri)
+        names = tuple(each.name for each in files)
+        rows = cut_rows(tuple(each.file for each in files), names, *how)
     else:
-        with working_folder("input") as folder:
-            copy = fetch_input(input_uri, folder)
-            file = InputFile(uri=input_uri, sha256=sha256_of(copy))
+        with fetched(input_uri) as (file, copy):
             asked: dict[str, Any] = {"model": model, "prompt": prompt, "rows": file}
             asked |= {"columns": columns, "fields": fields or None}
-            few = form == "jsonl" and (
+            if form == "jsonl" and (
                 count_rows(copy, shard_rows + 1) <= shard_rows or is_cached(score, **asked)
-            )
-        if few:
-            predictions: Predictions = score(**asked)
-            copy_output(predictions, target, output)
-            return predictions
-        files = [NamedInput("", file)]
-    started = time.perf_counter()
-    rows = cut_rows(
-        tuple(each.file for each in files),
-        tuple(each.name for each in files if each.name),
-        columns,
-        fields,
-        has_options(manifest),
-        shard_rows,
-    )
+            ):
+                predictions: Predictions = score(**asked)
+                copy_output(predictions, target, output)
+                return predictions
+            rows = cut_rows((file,), (), *how)
     predictions = answer_rows(
         model, prompt, rows, processes, shards_deployment, child_runs, started
     )
@@ -140,10 +130,12 @@ def batch_inference(
     return predictions
 
 
-def has_options(manifest: dict[str, Any]) -> bool:
-    """Return whether a model answers rows with options of their own, as its files say."""
+def answers_of(manifest: dict[str, Any]) -> Answers:
+    """Return what a model answers with, as its files say."""
     files = {entry["path"] for entry in manifest["files"]}
-    return not files & {CLASS_TOKENS_FILE, FORMAT_FILE}
+    if FORMAT_FILE in files:
+        return "texts"
+    return "classes" if CLASS_TOKENS_FILE in files else "options"
 
 
 def answer_rows(

@@ -2,18 +2,19 @@ import hashlib
 import re
 import shutil
 import time
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
 from glob import has_magic
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import fsspec
 
-from distillery.data.rows import RowReader
 from distillery.data.source import TABLES, matching_files
 from distillery.errors import DataError
-from distillery.inference.batch import count_rows, read_rows, score_file
+from distillery.inference.batch import count_rows, read_rows, row_reader, score_file
+from distillery.inference.student import Student
 from distillery.inference.text_student import load_for_rows
 from distillery.recipe import Columns, PromptRecipe, RegistryRecipe
 from distillery.records import InputFile, Predictions, RegisteredModel
@@ -38,18 +39,12 @@ def score(
     """Download and verify `model`, and answer every row of the file. `fields`: dataset.fields of
     the model's recipe."""
     started = time.perf_counter()
-    registry = open_registry(RegistryRecipe(kind=model.registry, model_name=model.name))
     with working_folder("score") as folder:
-        student = load_for_rows(registry.download(model, folder / "model"))
-        file = fetch_input(rows.uri, folder)
-        if sha256_of(file) != rows.sha256:
-            raise DataError(f"{file.name}: changed while the run was under way; run it again")
+        student = load_student(model, folder / "model")
+        file = unchanged_copy(rows, folder)
         of = count_rows(file)
         classes = student.classes.classes if student.classes else None
-        if classes or student.format:
-            # A text is all that such a row needs.
-            columns = columns.model_copy(update={"choices": None})
-        reader = RowReader(columns, fields or (), classes is not None, classes, student.format)
+        reader = row_reader(columns, fields or (), classes, student.format)
         counts = score_file(
             student,
             read_rows(file, reader),
@@ -63,6 +58,49 @@ def score(
         f"{counts.rows} rows answered, {counts.failed} set aside, in {predictions.seconds:.1f} s"
     )
     return predictions
+
+
+def load_student(model: RegisteredModel, folder: Path, threads: int | None = None) -> Student:
+    """Download and verify a registered model into `folder`, and load it. `threads` counts the cores
+    for one operation; None leaves it to the runtime."""
+    registry = open_registry(RegistryRecipe(kind=model.registry, model_name=model.name))
+    return load_for_rows(registry.download(model, folder), threads)
+
+
+class Fetched(NamedTuple):
+    """A file of the input and its copy on this machine."""
+
+    file: InputFile
+    copy: Path
+
+
+_fetched: ContextVar[Fetched | None] = ContextVar("fetched", default=None)
+
+
+@contextmanager
+def fetched(uri: str) -> Iterator[Fetched]:
+    """Copy the file at a path or fsspec URL, and yield it with its copy, which the stages that are
+    called within use: a large file is fetched and hashed once. Raises DataError."""
+    with working_folder("input") as folder:
+        copy = fetch_input(uri, folder)
+        found = Fetched(InputFile(uri=uri, sha256=sha256_of(copy)), copy)
+        token = _fetched.set(found)
+        try:
+            yield found
+        finally:
+            _fetched.reset(token)
+
+
+def unchanged_copy(file: InputFile, folder: Path) -> Path:
+    """Return a copy of a file: the one of `fetched`, or a new one in `folder`. Raises DataError,
+    also where the file has changed."""
+    at_hand = _fetched.get()
+    if at_hand and at_hand.file == file:
+        return at_hand.copy
+    copy = fetch_input(file.uri, folder)
+    if sha256_of(copy) != file.sha256:
+        raise DataError(f"{copy.name}: changed while the run was under way; run it again")
+    return copy
 
 
 def fetch_input(uri: str, folder: Path) -> Path:

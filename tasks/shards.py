@@ -14,8 +14,7 @@ from distillery.errors import DataError, StageError
 from distillery.inference import shards as sharded
 from distillery.inference.batch import read_rows
 from distillery.inference.student import Student
-from distillery.inference.text_student import load_for_rows
-from distillery.recipe import Columns, PromptRecipe, RegistryRecipe
+from distillery.recipe import Columns, PromptRecipe
 from distillery.records import (
     InputFile,
     Predictions,
@@ -24,12 +23,10 @@ from distillery.records import (
     ShardAnswers,
     ShardedRows,
 )
-from distillery.registry.open import open_registry
 from distillery.storage.artifacts import ArtifactStore
-from distillery.storage.digests import sha256_of
 from distillery.storage.shards import are_whole, write_list, write_shards
 from distillery.storage.working import working_folder
-from tasks.inference import fetch_input
+from tasks.inference import load_student, unchanged_copy
 from tasks.parent import check_parent
 from tasks.progress import conclude, show_parts, show_rows
 from tasks.stage import origin, stage
@@ -46,32 +43,30 @@ def cut_rows(
     names: tuple[str, ...],
     columns: Columns,
     fields: tuple[str, ...],
-    has_options: bool,
+    answers: sharded.Answers,
     shard_rows: int,
 ) -> ShardedRows:
     """Store the rows of the files as shards of at most `shard_rows` rows, each of a single file.
 
-    `names`: by which name the answers tell each file; none for a single file. `has_options`: the
-    rows have choices of their own."""
+    `names`: by which name the answers tell each file; none for a single file. `answers`: what the
+    student answers with."""
     started = time.perf_counter()
     store = ArtifactStore()
     shards: list[Shard] = []
     rows = 0
+    reader = sharded.shard_reader(columns, fields, answers)
     with working_folder("cut") as folder:
         for number, file in enumerate(files):
-            copy = fetch_input(file.uri, folder)
-            if sha256_of(copy) != file.sha256:
-                raise DataError(f"{copy.name}: changed while the run was under way; run it again")
-            found = cut_file(
-                copy, names[number] if names else None, row_reader(columns, fields, has_options)
-            )
+            copy = unchanged_copy(file, folder)
+            found = cut_file(copy, names[number] if names else None, reader)
             for shard in write_shards(
                 found, sharded.row_schema(), store, shard_rows, sharded.ORIGIN
             ):
                 shards.append(shard)
                 rows += shard.rows
                 show_parts(number, len(files), f"file {number + 1} of {len(files)}, {rows} rows")
-            copy.unlink()
+            if copy.parent == folder:
+                copy.unlink()
         if not shards:
             raise DataError("input_uri: no row in it; correct input_uri")
         (folder / "list").mkdir()
@@ -79,16 +74,6 @@ def cut_rows(
         artifact = store.put(folder / "list")
     conclude(f"{rows} rows in {len(shards)} shards")
     return ShardedRows(artifact=artifact, rows=rows, shards=len(shards), **origin(started))
-
-
-def row_reader(columns: Columns, fields: tuple[str, ...], has_options: bool) -> RowReader:
-    """Return the reader of rows that a student is asked. A text is all that a row without options
-    of its own needs."""
-    if has_options:
-        return RowReader(columns, fields)
-    # The rows' own answers are of no use here, whatever they are.
-    columns = columns.model_copy(update={"choices": None})
-    return RowReader(columns, fields, classify=True)
 
 
 def cut_file(path: Path, name: str | None, reader: RowReader) -> Iterator[dict[str, Any]]:
@@ -121,9 +106,8 @@ def answering(
         def student(model: RegisteredModel) -> Student:
             if model.content_id not in loaded:
                 loaded.clear()
-                registry = open_registry(RegistryRecipe(kind=model.registry, model_name=model.name))
                 target = folder / model.content_id
-                loaded[model.content_id] = load_for_rows(registry.download(model, target), threads)
+                loaded[model.content_id] = load_student(model, target, threads)
             return loaded[model.content_id]
 
         token = _answering.set(Answering(student, told))
@@ -135,7 +119,7 @@ def answering(
             loaded.clear()
 
 
-@stage("answer shard", version=1)
+@stage("answer shard", version=2)
 def answer_shard(model: RegisteredModel, prompt: PromptRecipe, shard: Shard) -> ShardAnswers:
     """Answer the rows of a shard. See `answering`."""
     started = time.perf_counter()

@@ -21,7 +21,7 @@ from prefect.utilities.callables import get_call_parameters
 from pydantic import BaseModel
 
 import tasks.results  # noqa: F401 - Prefect finds the block that holds the records by its class
-from distillery.errors import INFRASTRUCTURE_ERRORS, DistilleryError, StageError
+from distillery.errors import INFRASTRUCTURE_ERRORS, DistilleryError, StageError, named_line
 from distillery.models.base import base_identity
 from distillery.models.device import release_gpu
 from distillery.recipe import BaseModelRecipe, RegistryRecipe, Slice
@@ -177,10 +177,10 @@ def _cache_key(
             _no_key.set(error)
         except Exception as error:
             _log.debug("stage %s: no cache key", name, exc_info=True)
-            cause = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             _no_key.set(
                 StageError(
-                    f"stage {name}: its cache key can't be computed ({cause}); please report this"
+                    f"stage {name}: its cache key can't be computed ({named_line(error)}); please "
+                    "report this"
                 )
             )
         return None

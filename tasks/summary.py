@@ -13,7 +13,7 @@ from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.exceptions import PrefectException
 from prefect.settings import PREFECT_UI_URL
 
-from distillery.errors import DistilleryError, StoreError
+from distillery.errors import DistilleryError, StoreError, one_line
 from distillery.evaluation.advice import advice_of, next_step
 from distillery.evaluation.doubtful import DOUBTFUL_FILE
 from distillery.evaluation.figures_table import render_figures
@@ -162,12 +162,11 @@ def _paid_in_run() -> tuple[CallTotal, ...] | None:
 
 
 def _warn(outcome: Outcome, what: str, error: Exception) -> None:
-    cause = " ".join(str(error).split())[:300] or type(error).__name__
     get_run_logger().warning(
         "the run is done and kept as %s, but %s (%s); run the recipe again to get it",
         run_record(outcome.run),
         what,
-        cause,
+        one_line(error) or type(error).__name__,
     )
 
 

@@ -673,15 +673,40 @@ def test_a_large_model_without_a_gpu(
 def test_a_gpu_is_named(tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda: True)
-    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "GPU of the test")
-    monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (8 * 10**9, 10 * 10**9))
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda gpu: f"GPU {gpu} of the test")
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda gpu: (8 * 10**9, 10 * 10**9))
     asked = local(tiny_model("llama"))
     assert str(findings(asked)["training"]) == (
-        "ok   training: on GPU of the test in bfloat16, 8.0 GB of its memory free; the run takes "
+        "ok   training: on GPU 0 of the test in bfloat16, 8.0 GB of its memory free; the run takes "
         "an estimated 1.0 GB, and 0.0 GB for every 1,000 tokens of a batch: 1.0 GB at most"
     )
-    monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (10**9, 10 * 10**9))
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda gpu: (10**9, 10 * 10**9))
     assert findings(asked)["training"].level == "warn"
+
+
+def test_of_several_gpus_the_smallest_counts(
+    tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = [9 * 10**9, 10**9, 8 * 10**9, 0]
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda gpu: f"GPU {gpu} of the test")
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda gpu: (free[gpu], 10 * 10**9))
+    asked = local(tiny_model("llama"))
+    assert findings(asked)["training"].level == "ok"
+    monkeypatch.setenv("DISTILLERY_DEVICES", "3")
+    found = findings(asked)["training"]
+    assert found.level == "warn"
+    assert found.text.startswith(
+        "on 3 GPUs in bfloat16, of which GPU 1 has the least memory free: GPU 1 of the test, 1.0 "
+        "GB of its memory free; the run takes"
+    )
+
+
+def test_fewer_gpus_than_devices(tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = local(tiny_model("llama"))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     monkeypatch.setenv("DISTILLERY_DEVICES", "4")
     found = findings(asked)["training"]

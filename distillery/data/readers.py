@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TextIO
 
 from distillery.data.pages import DELTA_BYTE_ARRAY, Chunk, ColumnPages, read_footer, read_pages
-from distillery.errors import DataError
+from distillery.errors import DataError, one_line
 from distillery.settings import LocalSettings
 from distillery.storage.allowed import local_path
 
@@ -476,7 +476,4 @@ def cause_of(error: BaseException) -> str:
     """Return the innermost cause in a line of at most 200 characters."""
     while error.__cause__:
         error = error.__cause__
-    text = " ".join(str(error).split()) or type(error).__name__
-    if len(text) > 200:
-        text = text[:199] + "…"
-    return text
+    return one_line(error) or type(error).__name__

@@ -18,8 +18,8 @@ from distillery.data.rows import RowReader, refuse_missing_columns, to_example
 from distillery.errors import DataError
 from distillery.inference.generation import Written
 from distillery.inference.student import Answer, Student
-from distillery.recipe import PromptRecipe
-from distillery.records import Example, Record
+from distillery.recipe import Columns, PromptRecipe
+from distillery.records import AnswerFormat, Example, Record
 
 ROWS = 16
 """Rows that are answered together: more of them, in passes of 256 tokens, gain little."""
@@ -129,6 +129,20 @@ def as_result(example: Example, found: Answer | Written | DataError) -> Predicti
         probabilities=found.probabilities,
         abstained=found.abstained,
     )
+
+
+def row_reader(
+    columns: Columns,
+    fields: tuple[str, ...],
+    classes: tuple[str, ...] | None,
+    answer_format: AnswerFormat | None,
+) -> RowReader:
+    """Return the reader of rows for a student with these classes or this format of its answers;
+    without either, each row has options of its own. `fields`: dataset.fields of its recipe."""
+    if classes is not None or answer_format is not None:
+        # A text is all that such a row needs.
+        columns = columns.model_copy(update={"choices": None})
+    return RowReader(columns, fields, classes is not None, classes or None, answer_format)
 
 
 def read_rows(path: Path, reader: RowReader) -> Iterator[InputRow | FailedRow]:

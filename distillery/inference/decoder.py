@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from distillery.errors import AnswerStopped, ModelError
+from distillery.errors import OUT_OF_MEMORY, AnswerStopped, ModelError, OutOfResources, one_line
 from distillery.inference.logits import Logits, pooled
 from distillery.models.onnx_folder import CONFIG, check_before_loading
 from distillery.training.batching import common_prefix
@@ -254,11 +254,15 @@ def model_errors(
     runtime: str = "ONNX Runtime GenAI",
     kind: type[Exception] = RuntimeError,
 ) -> Iterator[None]:
-    """Turn what a runtime raises, of this kind, into a ModelError of one line."""
+    """Turn what a runtime raises, of this kind, into a ModelError of one line: OutOfResources where
+    it lacks memory."""
     try:
         yield
     except kind as error:
-        cause = " ".join(str(error).split()).replace(str(folder.absolute()) + "/", "")
-        raise ModelError(
-            f"{folder}: {runtime} fails ({cause[:200]}); export the model again"
-        ) from error
+        cause = one_line(str(error).replace(f"{folder.absolute()}/", "")) or type(error).__name__
+        if isinstance(error, MemoryError) or OUT_OF_MEMORY.search(cause):
+            raise OutOfResources(
+                f"{folder}: {runtime} runs out of memory ({cause}); free memory, or use a machine "
+                "with more"
+            ) from error
+        raise ModelError(f"{folder}: {runtime} fails ({cause}); export the model again") from error

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from distillery.answers import grammar_of
-from distillery.errors import SchemaNotHeld
+from distillery.errors import SchemaNotHeld, one_line
 from distillery.inference.logits import Logits
 from distillery.models.token_bytes import TokenBytes
 
@@ -31,9 +31,8 @@ class Guides:
         try:
             tokens = TokenBytes(tokenizer, end_ids)
         except ValueError as error:
-            reason = " ".join(str(error).split())[:200]
             raise SchemaNotHeld(
-                f"no answer can be held to a schema with this tokenizer: {reason}"
+                f"no answer can be held to a schema with this tokenizer: {one_line(error)}"
             ) from error
         self._tokens = tokens
         # What is compiled once: half a second for a schema of 70 KB.
@@ -100,4 +99,4 @@ def require_no_error(matcher: Any) -> None:
     """Raise SchemaNotHeld with the first line of a matcher's error."""
     if matcher.is_error():
         reason = matcher.get_error().partition("<")[0]
-        raise SchemaNotHeld(" ".join(reason.split())[:200])
+        raise SchemaNotHeld(one_line(reason))

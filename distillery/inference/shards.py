@@ -13,7 +13,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from distillery.errors import DistilleryError, ModelError
+from distillery.data.rows import RowReader
+from distillery.errors import ModelError, OutOfResources, named_line
 from distillery.inference.batch import (
     ROWS,
     FailedRow,
@@ -21,16 +22,20 @@ from distillery.inference.batch import (
     Prediction,
     ScoreCounts,
     answer_some,
+    row_reader,
 )
 from distillery.inference.student import Student
-from distillery.recipe import PromptRecipe
-from distillery.records import Record, Sha256, Shard, ShardAnswers
+from distillery.recipe import Columns, PromptRecipe
+from distillery.records import AnswerFormat, Record, Sha256, Shard, ShardAnswers
 from distillery.storage.artifacts import ArtifactStore
 from distillery.storage.digests import sha256_of
 from distillery.storage.shards import read_rows, read_shard, read_table, write_table
 
 ORIGIN = ("file", "line")
 """The columns that say where a row comes from: no answer depends on them."""
+
+SOME_FORMAT = AnswerFormat(max_tokens=1, metric="exact_match")
+"""Stands for the format of written answers while rows are cut, which takes no model."""
 
 ANSWERS_FILE = "answers.parquet"
 
@@ -40,6 +45,11 @@ PARTS = "answers-*.parquet"
 
 Form = Literal["jsonl", "parquet"]
 """The files that a user gets: predictions.jsonl and failed.jsonl, or answers-NNNNN.parquet."""
+
+
+Answers = Literal["options", "classes", "texts"]
+"""What a student answers with: an option of the row itself, one of its classes, or a text that it
+writes."""
 
 
 class AnswersPart(Record):
@@ -82,6 +92,16 @@ def answer_schema(origin: bool) -> Any:
     columns |= {"probabilities": pyarrow.map_(text, pyarrow.float64())}
     columns |= {"abstained": pyarrow.bool_(), "reason": text}
     return pyarrow.schema(columns)
+
+
+def shard_reader(columns: Columns, fields: tuple[str, ...], answers: Answers) -> RowReader:
+    """Return the reader of rows that are cut into shards, for a student of these `answers`."""
+    return row_reader(
+        columns,
+        fields,
+        () if answers == "classes" else None,
+        SOME_FORMAT if answers == "texts" else None,
+    )
 
 
 def shard_row(row: InputRow | FailedRow, file: str | None) -> dict[str, Any]:
@@ -129,7 +149,7 @@ def answer_shard(
     are done.
 
     The numbers are the same whichever shard was answered before. Raises ArtifactDamaged for a shard
-    that is not as it was written, and ModelError if no row gets an answer."""
+    that is not as it was written, and what `answer_each` raises."""
     # What is cached of earlier prompts can change the last bits of long ones.
     student.forget()
     rows = [row_to_ask(columns, student) for columns in read_shard(shard, store)]
@@ -148,8 +168,9 @@ def answer_each(
 ) -> Iterator[Prediction | FailedRow]:
     """Yield the answer to each row, or why it has none, in the rows' order.
 
-    A row over which the model fails is asked alone and set aside. Raises ModelError if the model
-    fails over all of more than ROWS rows: then it is not the rows' fault."""
+    Rows over which the model fails are asked one by one, and a row over which it then fails is set
+    aside. Raises ModelError if the model fails over all of more than ROWS rows, and OutOfResources
+    where memory lacks for a single row: then it is not the rows' fault."""
     answered = 0
     remaining = iter(rows)
     failed: Exception | None = None
@@ -161,22 +182,22 @@ def answer_each(
             for row in some:
                 try:
                     results += answer_some(student, [row], prompt)
+                except OutOfResources:
+                    raise
+                except MemoryError as error:
+                    raise OutOfResources(
+                        "memory runs out; free memory, or use a machine with more"
+                    ) from error
                 except Exception as error:
                     failed = error
-                    reason = f"the model fails over this row: {one_line(error)}"
+                    reason = f"the model fails over this row: {named_line(error)}"
                     results.append(
                         FailedRow(line=row.line, example_id=row.example_id, reason=reason)
                     )
         answered += sum(isinstance(result, Prediction) for result in results)
         yield from results
     if failed is not None and not answered and len(rows) > ROWS:
-        raise ModelError(f"the model answers none of {len(rows)} rows: {one_line(failed)}")
-
-
-def one_line(error: Exception) -> str:
-    """Return an error's text in one line; before what is no DistilleryError, its class."""
-    text = " ".join(str(error).split())[:300]
-    return text if isinstance(error, DistilleryError) else f"{type(error).__name__}: {text}"
+        raise ModelError(f"the model answers none of {len(rows)} rows: {named_line(failed)}")
 
 
 def answer_row(result: Prediction | FailedRow) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from sqlalchemy import DateTime, Float, Integer, LargeBinary, bindparam
 from sqlalchemy.sql import select
 
 from distillery.data.answer_tokens import unpacked
-from distillery.errors import DataError
+from distillery.errors import DataError, one_line
 from distillery.labels.store import NEW_ANSWER, TABLE, LabelStore, execute
 from distillery.recipe import JUDGE
 
@@ -93,9 +93,7 @@ def import_answers(store: LabelStore, path: Path) -> int:
                     check_tokens(row["tokens"], path)
             store.database.run(partial(execute, statement=NEW_ANSWER, values=rows))
     except (OSError, pa.ArrowInvalid) as error:
-        raise DataError(
-            f"{path}: can't be read as Parquet ({' '.join(str(error).split())[:200]})"
-        ) from None
+        raise DataError(f"{path}: can't be read as Parquet ({one_line(error)})") from None
     return count_answers(store) - before
 
 

@@ -37,7 +37,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.sql import select
 
-from distillery.errors import RowRefused, StoreError
+from distillery.errors import RowRefused, StoreError, one_line
 from distillery.labels.journal import Item, Journal, Kind, recover, values_of
 from distillery.labels.pairs import both_orders
 from distillery.settings import LocalSettings
@@ -529,9 +529,7 @@ class LabelStore:
                     self._failure = error
                 except Exception as error:
                     # Those who wait for a flush must hear of any failure.
-                    self._failure = StoreError(
-                        f"an answer can't be stored ({' '.join(str(error).split())[:200]})"
-                    )
+                    self._failure = StoreError(f"an answer can't be stored ({one_line(error)})")
                 if self._failure:
                     self._pause()
             if self._failure:

@@ -26,6 +26,8 @@ from distillery.errors import (
     RecipeError,
     TrainingError,
     TrainingUnavailable,
+    named_line,
+    one_line,
 )
 from distillery.models import azure_registry
 from distillery.models.azure_registry import parse_azureml
@@ -457,9 +459,8 @@ def convert_gguf(file: Path) -> Path:
                 file.parent, gguf_file=file.name, trust_remote_code=False
             )
         except (ValueError, KeyError, NotImplementedError) as error:
-            reason = " ".join(str(error).split())[:160]
             raise TrainingError(
-                f"base.model: Transformers can't read {file.name} as GGUF: {reason}"
+                f"base.model: Transformers can't read {file.name} as GGUF: {one_line(error)}"
             ) from error
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -494,11 +495,10 @@ def download_from_hub(base: BaseModelRecipe) -> Path:
 
 def hub_error(name: str, error: Exception) -> TrainingUnavailable:
     """Return what is raised where the hub does not give the model `name`, in one line."""
-    reason = " ".join(str(error).split())[:160]
     kind = ModelUnavailable if is_hub_outage(error) else TrainingUnavailable
     return kind(
-        f"base.model: can't get {name} from the Hugging Face hub ({type(error).__name__}: "
-        f"{reason}); check the name, set HF_TOKEN if it needs a login, or give a local folder"
+        f"base.model: can't get {name} from the Hugging Face hub ({named_line(error)}); "
+        "check the name, set HF_TOKEN if it needs a login, or give a local folder"
     )
 
 

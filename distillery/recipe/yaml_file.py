@@ -4,7 +4,7 @@ from typing import Any
 
 import yaml
 
-from distillery.errors import RecipeError
+from distillery.errors import RecipeError, one_line
 
 LARGEST_FILE = 1_000_000
 """Bytes of a file, at most: far more than a recipe with a thousand classes."""
@@ -17,9 +17,6 @@ DEEPEST = 50
 
 LONGEST_NUMBER = 100
 """Characters of a number, at most."""
-
-LONGEST_PROBLEM = 300
-"""Characters of what is said of a file, at most: PyYAML repeats tags and names whole."""
 
 NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 
@@ -132,5 +129,6 @@ def parse_yaml(content: bytes, path: str) -> Any:
         ) from error
     except yaml.MarkedYAMLError as error:
         mark: Any = error.problem_mark or error.context_mark
-        problem = " ".join(f"{error.context or ''} {error.problem}".split())[:LONGEST_PROBLEM]
+        # PyYAML repeats tags and names whole.
+        problem = one_line(f"{error.context or ''} {error.problem}")
         raise RecipeError(f"{path}:{mark.line + 1}: not valid YAML: {problem}") from error

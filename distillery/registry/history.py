@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 
 from pydantic import ValidationError
 
-from distillery.errors import RegistryError
+from distillery.errors import RegistryError, one_line
 from distillery.records import Record
 
 PREFIX = "history_"
@@ -81,7 +81,7 @@ def new_event(
         version=version,
         by=actor.name,
         run_id=actor.run_id,
-        reason=" ".join(reason.split())[:REASON_CHARACTERS],
+        reason=one_line(reason, REASON_CHARACTERS),
         before=before,
         pinned_above=pinned_above,
     )

@@ -39,7 +39,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.sql.elements import TextClause
 from tenacity import retry, retry_if_exception_type, stop_after_delay, wait_random_exponential
 
-from distillery.errors import RowRefused, StoreError, StoreUnavailable
+from distillery.errors import RowRefused, StoreError, StoreUnavailable, one_line
 from distillery.settings import LocalSettings
 
 T = TypeVar("T")
@@ -300,7 +300,7 @@ def store_error(url: URL, error: SQLAlchemyError) -> StoreError:
     origin = type(error).__name__
     if isinstance(error, DBAPIError):
         origin = str(error.orig)
-    reason = " ".join(origin.split())[:200]
+    reason = one_line(origin)
     setting = f"DISTILLERY_LABELS {without_password(url)}"
     if "full" in reason.lower():
         return StoreError(

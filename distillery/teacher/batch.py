@@ -20,7 +20,13 @@ from urllib.parse import urlsplit
 
 from tenacity import AsyncRetrying, retry_if_exception, stop_after_attempt
 
-from distillery.errors import DistilleryError, RecipeError, TeacherError, TeacherUnavailable
+from distillery.errors import (
+    DistilleryError,
+    RecipeError,
+    TeacherError,
+    TeacherUnavailable,
+    one_line,
+)
 from distillery.recipe import TeacherRecipe
 from distillery.teacher.clients import open_openai, openai_failure
 from distillery.teacher.endpoint import AZURE_HOSTS, Endpoint, host_of, log_in
@@ -272,7 +278,7 @@ class BatchService:
             done=count_of(counts.completed) + count_of(counts.failed) if counts else 0,
             lines=count_of(counts.total) if counts else 0,
             code=code,
-            error=" ".join(self._endpoint.redact(error).split())[:300],
+            error=one_line(self._endpoint.redact(error)),
         )
 
     async def _wait_for_file(self, file_id: str) -> None:
@@ -339,7 +345,7 @@ class BatchService:
 
     def _final_error(self, failure: CallFailed) -> DistilleryError:
         section, url = self._endpoint.section, self._endpoint.url
-        told = f"{failure.status}: {failure.message[:200]}"
+        told = f"{failure.status}: {one_line(failure.message)}"
         if failure.status in (404, 405, 501):
             return TeacherError(
                 f"{section}.batch: {urlsplit(url).netloc} answers no batches ({told}); remove this "

@@ -12,7 +12,13 @@ from urllib.parse import urlsplit
 
 from tenacity import wait_exponential, wait_random
 
-from distillery.errors import CredentialsError, DistilleryError, TeacherError, TeacherUnavailable
+from distillery.errors import (
+    CredentialsError,
+    DistilleryError,
+    TeacherError,
+    TeacherUnavailable,
+    one_line,
+)
 from distillery.records import Usage
 from distillery.teacher.endpoint import Endpoint
 
@@ -61,7 +67,7 @@ class CallFailed(Exception):
         self.headers = headers or {}
         self.retry_after = parse_retry_after(self.headers)
         self.is_alone = False
-        super().__init__(f"status {status}: {self.message[:200]}")
+        super().__init__(f"status {status}: {one_line(self.message)}")
 
     @property
     def is_worth_a_retry(self) -> bool:
@@ -191,8 +197,8 @@ def final_error(
         )
     return TeacherError(
         f"{variables}_ENDPOINT {url}: returned no chat completion ({status}: "
-        f"{failure.message[:200]}); check that it is a chat-completions endpoint and accepts these "
-        f"{endpoint.section} settings"
+        f"{one_line(failure.message)}); check that it is a chat-completions endpoint and accepts "
+        f"these {endpoint.section} settings"
     )
 
 
@@ -211,4 +217,4 @@ def describe_trouble(failure: CallFailed, attempts: int, timeout_s: float, secti
             f"no answer within {timeout_s:g} s {tries}; raise {section}.timeout_s or try again "
             "later"
         )
-    return f"can't be reached {tries} ({failure.message[:200]}); check the URL and that it runs"
+    return f"can't be reached {tries} ({one_line(failure.message)}); check the URL and that it runs"

@@ -2,8 +2,7 @@
 
 Progress, log and checkpoints of the first rank come back to the process that asked for the
 training: what these need, such as the store's login, no rank is given. If a rank, the launcher or
-that process dies, the others end too, and the next run goes on from its last checkpoint, if there
-is one.
+that process dies, the others end too, and the next run goes on (see `ended`).
 
 The ranks of a second machine are started there by torchrun and find the job by the first rank's
 word: both machines see its files under the same path (docs/how-to/operations.md).
@@ -29,7 +28,13 @@ import torch
 import torch.distributed as dist
 
 from distillery import errors
-from distillery.errors import DistilleryError, StoreError, TrainingError, TrainingUnavailable
+from distillery.errors import (
+    DistilleryError,
+    StoreError,
+    TrainingError,
+    TrainingUnavailable,
+    one_line,
+)
 from distillery.models.device import release_gpu
 from distillery.processes import environment_without_secrets, exit_reason, exit_with_parent
 from distillery.progress import show_rows, shown_by
@@ -200,13 +205,17 @@ def failure_of(code: int, folder: Path) -> Exception:
     signals = [each for each in codes if each < 0 and each != -signal.SIGTERM]
     died = [code, *codes, *signals][-1]
     if died < 0 or not found:
-        reason = exit_reason(died, without_report(stderr))
-        return TrainingUnavailable(
-            f"training on several devices: {reason}; the next run goes on from its last "
-            "checkpoint, if there is one"
-        )
+        return ended(exit_reason(died, without_report(stderr)))
     kind, text = found[0]
     return RuntimeError(f"{kind}: {text}")
+
+
+def ended(reason: str) -> TrainingUnavailable:
+    """Return the error of processes that died or never met."""
+    return TrainingUnavailable(
+        f"training on several devices: {reason}; the next run goes on from its last checkpoint, if "
+        "there is one"
+    )
 
 
 def without_report(stderr: str) -> str:
@@ -249,7 +258,7 @@ def main(arguments: Sequence[str]) -> int:
         # A library may raise anything; the asking process reports it in one line.
         if folder is None:
             raise
-        text = [type(error).__name__, " ".join(str(error).split())[:300]]
+        text = [type(error).__name__, one_line(error, 300)]
         write_whole(folder / f"error-{os.environ['RANK']}.json", json.dumps(text))
         return 1
     dist.destroy_process_group()
@@ -276,11 +285,8 @@ def meet(folder: str) -> Ranks:
         )
     except RuntimeError as error:
         # PyTorch adds a stack trace.
-        reason = " ".join(str(error).split())[:100]
-        raise TrainingUnavailable(
-            f"training on several devices: its processes do not reach each other ({reason}); the "
-            "next run goes on from its last checkpoint, if there is one"
-        ) from error
+        reason = one_line(error, 100)
+        raise ended(f"its processes do not reach each other ({reason})") from error
     return ranks
 
 
@@ -370,4 +376,9 @@ def write_whole(file: Path, text: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    code = main(sys.argv[1:])
+    if code:
+        # PyTorch's threads, which still wait for the other ranks, would now and then abort an
+        # ordinary exit, and torchrun would tell of that signal.
+        sys.stderr.flush()
+        os._exit(code)

@@ -8,6 +8,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from distillery.models.device import choose_device
+from distillery.models.inspect import weights_digest
 from distillery.models.load import end_of_turn_id, load_model, pad_id
 from distillery.recipe import TrainingRecipe
 from distillery.settings import LocalSettings
@@ -48,7 +49,10 @@ def distil(
 ) -> None:
     """Train as `job` says. With several `ranks` each calls this, and the first one alone writes.
 
-    Raises what `train` raises."""
+    Raises what `train` raises, and TrainingError where the ranks start from different weights."""
+    if ranks.count > 1:
+        folders = [job.model, job.adapter] if job.adapter else [job.model]
+        ranks.require_same_base(weights_digest(folders))
     recipe = job.recipe
     precision = "float32"
     if recipe.adapts and not job.adapter:

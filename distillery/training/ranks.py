@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from distillery.errors import TrainingUnavailable
+from distillery.errors import TrainingError, TrainingUnavailable
 from distillery.training.rows import TrainingRow
 
 if TYPE_CHECKING:
@@ -50,6 +50,26 @@ class Ranks:
 
         text = f"{seed}/{step}/{self.rank}"
         torch.manual_seed(random.Random(text).getrandbits(63))  # noqa: S311 - no secret
+
+    def require_same_base(self, digest: bytes) -> None:
+        """Raise TrainingError where another rank has another `digest` of the model's weights than
+        the first one: frozen weights are never compared again."""
+        if self.count == 1:
+            return
+        import torch
+        import torch.distributed as dist
+
+        own = torch.frombuffer(bytearray(digest), dtype=torch.uint8)
+        told = [torch.empty_like(own) for _ in range(self.count)]
+        dist.all_gather(told, own)
+        others = [rank for rank, each in enumerate(told) if not torch.equal(each, told[0])]
+        if others:
+            numbers = ", ".join(map(str, others))
+            which = f"rank {numbers} has" if len(others) == 1 else f"ranks {numbers} have"
+            raise TrainingError(
+                f"base.model: {which} other weights than rank 0; put the same files of the model "
+                "on each machine, under the same path"
+            )
 
     def start_alike(self, fingerprint: str, step: int, weights: Iterable["torch.Tensor"]) -> None:
         """Give all ranks the first one's `weights`.

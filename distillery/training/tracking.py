@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from distillery.errors import one_line
 from distillery.settings import LocalSettings
 
 EXPERIMENT = "distillery"
@@ -87,5 +88,6 @@ class TrackedRun:
             yield
         except MlflowException as error:
             self.run_id = None
-            reason = " ".join(str(error).split())[:200]
-            _log.warning("DISTILLERY_TRACKING: no figures are kept from here on (%s)", reason)
+            _log.warning(
+                "DISTILLERY_TRACKING: no figures are kept from here on (%s)", one_line(error)
+            )

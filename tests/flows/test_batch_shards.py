@@ -17,6 +17,7 @@ from distillery.records import Predictions
 from distillery.registry.local import LocalRegistry
 from distillery.storage.artifacts import ArtifactStore
 from flows.batch_inference import batch_inference
+from tasks import inference
 from tasks.results import results_in_store
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("prefect_api", "own_registry")]
@@ -75,6 +76,22 @@ def test_shards_give_the_same_files_and_are_answered_once(
         file.write(json.dumps(json.loads(rows.read_text().splitlines()[0]) | {"id": "x"}) + "\n")
     run(rows, tmp_path / "more", shard_rows=16)
     assert answered == [16, 16, 8, 9]
+
+
+def test_a_file_is_fetched_once(
+    rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = []
+    open_address = inference.open_address
+
+    def counted(source: Any) -> Any:
+        opened.append(source)
+        return open_address(source)
+
+    monkeypatch.setattr(inference, "open_address", counted)
+    run(rows, tmp_path / "shards", shard_rows=16)
+    run(rows, tmp_path / "whole", shard_rows=ROWS)
+    assert opened == [rows, rows]
 
 
 def test_a_damaged_answer_is_made_again_and_no_other(

@@ -12,7 +12,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from distillery.errors import ModelError
+from distillery.errors import ModelError, OutOfResources
 from distillery.export.build import export
 from distillery.inference.batch import ROWS, FailedRow, Prediction, score_file
 from distillery.inference.batch_graph import UnknownGraph, check_operators, with_lengths
@@ -249,6 +249,28 @@ def test_a_pass_that_fails_is_told_in_one_line(tiny_onnx: Build) -> None:
     assert str(student.folder) in str(failure.value)
     assert "\n" not in str(failure.value)
     assert student.probabilities([row]) == batch_student(student.folder).probabilities([row])
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("bfc_arena.cc:359 Failed to allocate memory for requested buffer of size 9"),
+        RuntimeError("Non-zero status code: std::bad_alloc"),
+    ],
+)
+def test_a_pass_that_lacks_memory_says_nothing_of_the_row(
+    error: Exception, tiny_onnx: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student = batch_student(tiny_onnx("llama"))
+
+    class Session:
+        def run_with_ort_values(self, *_given: Any) -> None:
+            raise error
+
+    monkeypatch.setattr(student, "_session", Session())
+    with pytest.raises(OutOfResources, match=r"ONNX Runtime runs out of memory \(.+\); free mem"):
+        student.probabilities(rows_of("letter")[:1])
 
 
 def test_the_session_does_not_keep_the_graph_that_it_was_made_from(tiny_onnx: Build) -> None:

@@ -11,16 +11,18 @@ import pyarrow.parquet  # type: ignore[import-untyped]
 import pytest
 
 from distillery.data.rows import RowReader
-from distillery.errors import DataError, ModelError
-from distillery.inference.batch import FailedRow, InputRow, read_rows, score_file
+from distillery.errors import DataError, ModelError, OutOfResources
+from distillery.inference.batch import FailedRow, InputRow, read_rows, row_reader, score_file
 from distillery.inference.shards import (
     MANIFEST,
     ORIGIN,
+    Answers,
     answer_each,
     answer_shard,
     gather,
     row_schema,
     row_to_ask,
+    shard_reader,
     shard_row,
     write_output,
 )
@@ -35,7 +37,11 @@ PROMPT = PromptRecipe()
 
 class Stub:
     """A student that answers A, and fails over what a question says. `asked`: how many rows it was
-    given at a time."""
+    given at a time. `lack`: what it raises over a hungry row. `most`: rows that it has memory
+    for."""
+
+    lack: Exception = MemoryError()
+    most = 16
 
     def __init__(self, classes: tuple[str, ...] = (), form: AnswerFormat | None = None) -> None:
         self.classes = SimpleNamespace(classes=classes) if classes else None
@@ -49,6 +55,10 @@ class Stub:
         self.asked.append(len(examples))
         if any("poison" in example.question for example in examples):
             raise RuntimeError("an\ninvalid tensor")
+        if any("hungry" in example.question for example in examples):
+            raise self.lack
+        if len(examples) > self.most:
+            raise MemoryError
         found: list[Any] = []
         for example in examples:
             if "long" in example.question:
@@ -142,6 +152,41 @@ def test_the_lines_are_those_of_a_file_without_shards(tmp_path: Path) -> None:
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
+@pytest.mark.parametrize(
+    ("answers", "classes", "form"),
+    [
+        ("options", None, None),
+        ("classes", ("x", "y"), None),
+        ("texts", None, AnswerFormat(max_tokens=9, metric="exact_match")),
+    ],
+)
+def test_rows_are_named_and_asked_as_in_a_file_without_shards(
+    answers: Answers,
+    classes: tuple[str, ...] | None,
+    form: AnswerFormat | None,
+    tmp_path: Path,
+) -> None:
+    """Rows without ids, which have names from their content, and with answers of another kind."""
+    rows = [
+        {"question": "What is it?", "choices": ["a", "b"], "text": text, "answerKey": 7}
+        for text in ("one", "two", "")
+    ]
+    if answers == "options":
+        rows = [row | {"answerKey": "B"} for row in rows]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    read = list(read_rows(path, row_reader(Columns(), ("text",), classes, form)))
+    found = read_rows(path, shard_reader(Columns(), ("text",), answers))
+    (shard,) = write_shards(
+        (shard_row(row, None) for row in found), row_schema(), ArtifactStore(), 4, ORIGIN
+    )
+    asked = student(classes=classes or (), form=form)
+    cut = [row_to_ask(row, asked) for row in read_shard(shard, ArtifactStore())]
+    unanswered = [row.model_copy(update={"answer_key": None}) for row in read]
+    assert cut == unanswered
+    assert len({row.example_id for row in cut}) == (3 if answers == "texts" else 1)
+
+
 def test_parquet_has_all_rows_in_their_order(tmp_path: Path) -> None:
     path = write_file(tmp_path / "rows.jsonl", ["one", "", "a long one", "poison", "two"])
     shards = in_shards(path, 2, "a.jsonl")
@@ -181,6 +226,33 @@ def test_a_model_that_fails_over_all_rows_fails_the_shard() -> None:
         list(answer_each(student(), input_rows(["poison"] * 40), PROMPT))
     # A few bad rows at the end of a file are no proof against the model.
     assert len(list(answer_each(student(), input_rows(["poison"] * 3), PROMPT))) == 3
+
+
+@pytest.mark.parametrize("lack", [MemoryError(), OutOfResources("the model runs out of memory")])
+def test_memory_that_lacks_is_no_row_s_result(lack: Exception, tmp_path: Path) -> None:
+    stub = student()
+    stub.lack = lack
+    path = write_file(tmp_path / "rows.jsonl", ["one", "poison", "hungry"])
+    (shard,) = in_shards(path, 4)
+    with pytest.raises(OutOfResources, match="memory"):
+        answer_shard(stub, shard, PROMPT, ArtifactStore(), tmp_path / "out", lambda _: None)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_text_on_memory_is_no_lack_of_it() -> None:
+    """An error may quote the row."""
+    stub = student()
+    stub.lack = RuntimeError("no token for 'my phone is out of memory'")
+    found = list(answer_each(stub, input_rows(["one", "hungry"]), PROMPT))
+    assert [type(result).__name__ for result in found] == ["Prediction", "FailedRow"]
+
+
+def test_rows_that_lack_memory_together_are_answered_one_by_one() -> None:
+    stub = student()
+    stub.most = 3
+    found = list(answer_each(stub, input_rows(["one"] * 20), PROMPT))
+    assert stub.asked == [16, *[1] * 16, 4, *[1] * 4]
+    assert {type(result).__name__ for result in found} == {"Prediction"}
 
 
 def test_no_shard_depends_on_the_one_before(tmp_path: Path) -> None:

@@ -10,8 +10,18 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from distillery.errors import DataError
+from distillery.records import InputFile
 from distillery.settings import RUN_OF_A_WORKER
-from tasks.inference import fetch_input, input_files, is_pattern, options_of
+from tasks import inference
+from tasks.inference import (
+    fetch_input,
+    fetched,
+    input_files,
+    is_pattern,
+    open_address,
+    options_of,
+    unchanged_copy,
+)
 
 pytestmark = pytest.mark.security
 
@@ -32,6 +42,19 @@ def memory() -> Iterator[MemoryFileSystem]:
         found.pipe_file(f"/store/rows/{name}", name.encode())
     yield found
     found.rm("/store", recursive=True)
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is opened, as often as it is."""
+    found: list[str] = []
+
+    def counted(source: Path | str) -> Any:
+        found.append(str(source))
+        return open_address(source)
+
+    monkeypatch.setattr(inference, "open_address", counted)
+    return found
 
 
 def names(uri: str) -> list[str]:
@@ -69,6 +92,24 @@ def test_one_file_is_no_pattern(rows: Path) -> None:
         assert not is_pattern(uri)
     for uri in (str(rows), f"{rows}/*.csv", f"{rows}/w?at*", "memory://store/*.csv"):
         assert is_pattern(uri)
+
+
+def test_what_a_run_has_fetched_is_not_fetched_again(
+    memory: MemoryFileSystem, opened: list[str], tmp_path: Path
+) -> None:
+    first, second = "memory://store/rows/other.jsonl", "memory://store/rows/day=1/x.jsonl"
+    other = InputFile(uri=second, sha256=hashlib.sha256(b"day=1/x.jsonl").hexdigest())
+    with fetched(first) as (file, copy):
+        assert file.sha256 == hashlib.sha256(b"other.jsonl").hexdigest()
+        assert unchanged_copy(file, tmp_path) == copy
+        assert copy.read_text() == "other.jsonl"
+        assert unchanged_copy(other, tmp_path).read_text() == "day=1/x.jsonl"
+    assert opened == [first, second]
+    assert not copy.exists()
+    assert unchanged_copy(file, tmp_path).parent == tmp_path
+    memory.pipe_file("/store/rows/other.jsonl", b"changed")
+    with pytest.raises(DataError, match=r"^other.jsonl: changed while the run was under way"):
+        unchanged_copy(file, tmp_path)
 
 
 @pytest.mark.parametrize("uri", ["*.json", "b/none*", "memory://store/rows/*.csv", "memory://no/*"])

@@ -3,6 +3,7 @@ and what is told of them."""
 
 import json
 import os
+import random
 import re
 import subprocess
 import sys
@@ -20,12 +21,15 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from two_ranks import SHAPE, cases, rows_of, trained
 
 from distillery.errors import StoreUnavailable, TrainingError, TrainingUnavailable
+from distillery.models import inspect
 from distillery.models.device import check_gpu
+from distillery.models.inspect import weights_digest
 from distillery.recipe import TrainingRecipe
 from distillery.training import devices
 from distillery.training.checkpoint import STATE_FILE
 from distillery.training.devices import command_of, environment_of, failure_of
 from distillery.training.fine_tune import fine_tune
+from distillery.training.job import TrainingJob
 from distillery.training.loop import Progress, TrainingProgress, TrainingResult
 from distillery.training.ranks import Ranks
 from distillery.training.rows import TrainingRow
@@ -34,6 +38,7 @@ from distillery.training.rows import TrainingRow
 pytestmark = pytest.mark.timeout(1200)
 
 SUPPORT = Path(__file__).resolve().parents[1] / "support"
+PROJECT = SUPPORT.parents[1]
 
 TinyModel = Callable[[str], Path]
 
@@ -76,6 +81,70 @@ def test_two_ranks_learn_what_one_process_learns(tiny_model: TinyModel, tmp_path
         assert of_two == pytest.approx(flat, abs=1e-5), name
     stopped = json.loads(first["patience"]["result"])
     assert stopped["kept_step"] < stopped["steps"] < 60, "else patience ends nothing here"
+
+
+def test_ranks_with_different_base_models_do_not_train(tmp_path: Path) -> None:
+    """Two machines: the same path, of which each has a folder of its own."""
+    job = TrainingJob(
+        model=Path("base"),
+        adapter=None,
+        remote_code=False,
+        rows=Path("rows"),
+        validation=Path("rows"),
+        hidden=None,
+        recipe=TrainingRecipe(),
+        result=Path("result"),
+        out=Path("out"),
+        keep_end=False,
+    )
+    (tmp_path / "job.json").write_text(job.model_dump_json())
+    started = []
+    for rank in range(2):
+        machine = tmp_path / f"machine-{rank}"
+        (machine / "base").mkdir(parents=True)
+        (machine / "base" / "model.safetensors").write_bytes(bytes([rank]) * 100)
+        ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+        command = [sys.executable, "-m", "distillery.training.devices", str(tmp_path)]
+        own_modules = {"PYTHONPATH": str(PROJECT), "GLOO_SOCKET_IFNAME": "lo"}
+        process = subprocess.Popen(
+            [*command, str(os.getpid())], cwd=machine, env=os.environ | ranks | own_modules
+        )
+        started.append(process)
+    assert [process.wait(240) for process in started] == [1, 1]
+    assert len(list(tmp_path.glob("error-*.json"))) == 2
+    found = failure_of(1, tmp_path)
+    assert type(found) is TrainingError
+    assert str(found).startswith("base.model: rank 1 has other weights than rank 0; put the same")
+
+
+def test_a_digest_tells_weights_apart(tmp_path: Path) -> None:
+    for name in ("one", "same", "other"):
+        (tmp_path / name).mkdir()
+        weights = random.Random(0).randbytes(100_000)
+        if name == "other":
+            weights = weights[:-1] + b"\0"
+        (tmp_path / name / "model.safetensors").write_bytes(weights)
+        (tmp_path / name / "README.md").write_text(name)
+    one, same, other = (weights_digest([tmp_path / name]) for name in ("one", "same", "other"))
+    assert one == same != other
+    (tmp_path / "same" / "model.safetensors").rename(tmp_path / "same" / "moved.safetensors")
+    assert weights_digest([tmp_path / "same"]) != one
+
+
+def test_a_digest_reads_little_of_large_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of four files of 100 blocks each, every fortieth block is read."""
+    monkeypatch.setattr(inspect, "MOST_BLOCKS", 10)
+    found = []
+    for changed in (None, 40, 41):
+        for number in range(4):
+            content = bytearray(100 * inspect.BLOCK)
+            if changed is not None and number == 3:
+                content[changed * inspect.BLOCK] = 1
+            (tmp_path / f"{number}.safetensors").write_bytes(content)
+        found.append(weights_digest([tmp_path]))
+    assert found[0] == found[2] != found[1]
 
 
 def flattened(result: dict[str, Any]) -> dict[str, Any]:
