@@ -3,7 +3,8 @@
     snips   fields out of text: SNIPS, 39 kinds of fields; 700 answered rows, 500 without answers
     e2e     text from facts: E2E NLG, 60 sets of facts with 523 sentences, 160 without any
     speed   tokens a second of E2E's student in the form that ships, beside the same student in
-            llama.cpp, in its fastest form of 4 or 8 bits: test rows one after another on one thread
+            llama.cpp, in its fastest form of 4 or 8 bits: test rows one after another, on one
+            thread and on two
 
 `--full` adds two parts, which take an hour and go on where they were ended:
 
@@ -25,7 +26,8 @@ snips_f1_kept    what ships as a share of its teacher's F1
 snips_valid      share of its answers that meet the schema
 e2e_bleu         BLEU of what ships, from 0 to 1; e2e_rouge_l: ROUGE-L
 e2e_bleu_kept    what ships as a share of its teacher's BLEU
-ratio_llama_cpp  tokens a second, ours over llama.cpp's; None without .venv-peers
+ratio_llama_cpp  tokens a second on two threads, ours over llama.cpp's; None without .venv-peers;
+                 ratio_llama_cpp_1: on one
 levels_gain      BLEU of the students of probabilities less that of the students of texts alone;
                  levels_low and levels_high: its 95 % interval
 trl_ratio        rows a second of processor time, ours over TRL's; trl_gain: BLEU, ours less TRL's,
@@ -39,6 +41,7 @@ import shutil
 import time
 from argparse import ArgumentParser
 from collections.abc import Sequence
+from operator import truediv
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -116,8 +119,8 @@ def base_figures(rows: Sequence[Row]) -> Figures:
 
 
 def run_speed(e2e_run: Figures) -> Figures:
-    """Return tokens a second of ours and of llama.cpp, medians of three, with the settings of each,
-    tokens a text, and the share of texts in which both agree."""
+    """Return for one thread and for two the tokens a second of ours and of llama.cpp, medians of
+    three, with the settings of each and the tokens of a text, and the `ratio` of the two."""
     from benchmarks.inference import Bench
     from benchmarks.inference_contestants import form_title
     from benchmarks.inference_files import PLACE, gguf_file, missing_peers, student_gguf
@@ -149,17 +152,17 @@ def run_speed(e2e_run: Figures) -> Figures:
         ids = render_ids(example, prompt, tokenizer)
         rows.append({"prompt": ids, "ends": named if isinstance(named, list) else [named]})
     bench = Bench(["ours", "llama_cpp"], files, {"generate": rows}, {})
-    chosen = {"ours": form, "llama_cpp": bench.fastest("llama_cpp", "generate", 1)}
-    runs = bench.compete("generate", 1, chosen)
-    found: Figures = {}
-    for name, done in runs.items():
-        speed = round(median(run["speed"] for run in done), 1)
-        tokens = round(sum(map(len, done[0]["answers"])) / len(rows), 1)
-        found[name] = {"speed": speed, "tokens": tokens}
-    found["ours"]["form"] = e2e_run["form"]
-    found["llama_cpp"] |= chosen["llama_cpp"]
-    pairs = zip(runs["ours"][0]["answers"], runs["llama_cpp"][0]["answers"], strict=True)
-    return found | {"same_texts": round(sum(a == b for a, b in pairs) / len(rows), 2)}
+    found: Figures = {"form": e2e_run["form"]}
+    for threads in (1, 2):
+        chosen = {"ours": form, "llama_cpp": bench.fastest("llama_cpp", "generate", threads)}
+        runs = bench.compete("generate", threads, chosen)
+        for name, done in runs.items():
+            speed = round(median(run["speed"] for run in done), 1)
+            tokens = round(sum(map(len, done[0]["answers"])) / len(rows), 1)
+            found[f"{name}_{threads}"] = {"speed": speed, "tokens": tokens, **chosen[name]}
+        speeds = (found[f"{name}_{threads}"]["speed"] for name in ("ours", "llama_cpp"))
+        found[f"ratio_{threads}"] = round(truediv(*speeds), 2)
+    return found
 
 
 def summary(found: dict[str, Figures], minutes: float) -> dict[str, Any]:
@@ -179,9 +182,7 @@ def summary(found: dict[str, Figures], minutes: float) -> dict[str, Any]:
         else:
             last["e2e_rouge_l"] = round(shipped["rouge_l"], 4)
     speed = found.get("speed", {})
-    last["ratio_llama_cpp"] = None
-    if "ours" in speed:
-        last["ratio_llama_cpp"] = round(speed["ours"]["speed"] / speed["llama_cpp"]["speed"], 2)
+    last |= {"ratio_llama_cpp": speed.get("ratio_2"), "ratio_llama_cpp_1": speed.get("ratio_1")}
     if "levels" in found:
         last |= {f"levels_{key}": found["levels"][key] for key in ("gain", "low", "high")}
     if "trl" in found:

@@ -15,7 +15,7 @@ AMD EPYC in fp32, int8 and int4, so that a text is the same however many are und
 """
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ from distillery.inference.graph_session import (
 )
 from distillery.inference.guide import Guide
 from distillery.inference.logits import Logits, token_sampler
-from distillery.models.drafts import read_drafts
+from distillery.models.drafts import NO_PROMPT, following, read_drafts
 from distillery.prompts import GenAITokenizer
 from distillery.training.batching import common_prefix
 
@@ -59,10 +59,14 @@ guessed wrong cost more than the right ones save."""
 class BatchedText:
     """A text under way. `length`: how many of the tokens in its row it has taken. `logits`: those
     after the last of them, [vocabulary], until the text takes its next token from them. `ahead`:
-    the tokens in the row that are guessed to follow, each with the logits after it."""
+    the tokens in the row that are guessed to follow, each with the logits after it. `prompt`: the
+    tokens that follow each other in its prompt, where answers are guessed; see `Drafts.guess`."""
 
-    def __init__(self, answering: Answering, length: int, logits: Logits) -> None:
+    def __init__(
+        self, answering: Answering, length: int, logits: Logits, prompt: Mapping[str, int]
+    ) -> None:
         self.answering = answering
+        self.prompt = prompt
         self.length = length
         self.logits: Logits | None = logits
         self.ahead: list[tuple[int, Logits]] = []
@@ -157,7 +161,8 @@ class TextBatch:
         """Compute a prompt into the first free row, for a text that is under way within the `with`
         block."""
         logits = self.prefill(prompt_ids, min(answering.most, SMALLEST_CAPACITY))
-        text = BatchedText(answering, len(prompt_ids), logits)
+        prompt = following(prompt_ids) if self.drafts else NO_PROMPT
+        text = BatchedText(answering, len(prompt_ids), logits, prompt)
         self.active.append(text)
         try:
             yield text
@@ -248,7 +253,8 @@ class TextBatch:
         if not self.drafts:
             return []
         taken = text.answering.tokens
-        return self.drafts.guess(taken, min(most, text.answering.most - len(taken) - 1))
+        left = text.answering.most - len(taken) - 1
+        return self.drafts.guess(taken, min(most, left), text.prompt)
 
     def prefill(self, prompt_ids: Sequence[int], room: int) -> Logits:
         """Compute a prompt into the first free row, from where it departs from those that the rows

@@ -6,7 +6,8 @@ last one, and a student that then takes them needs no passes for them (speculati
 Leviathan et al., Fast Inference from Transformers via Speculative Decoding, 2023). Here no second
 model guesses, but the answers in training: a student writes much as they are written (as with
 their n-grams: He et al., REST: Retrieval-Based Speculative Decoding, 2024). A wrong guess costs
-time and never a token.
+time and never a token. What no answer in training tells, as a name, may be copied from the prompt
+(Saxena, Prompt Lookup Decoding, 2023).
 
 The file drafts.json of a model's folder holds Drafts. No run of tokens that only one of the answers
 has is in it.
@@ -14,7 +15,7 @@ has is in it.
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -31,6 +32,9 @@ LEAST_SHARE = 0.2
 """How likely the last of the guessed tokens must be, all before it included, by the answers in
 training: about the share of a pass that one token more of it takes."""
 
+COPY_SHARE = 0.7
+"""How likely it is taken to be that an answer goes on as its prompt does behind the same tokens."""
+
 MOST_TOKENS = 200_000
 """Tokens of answers that are learnt from, the first ones: some thousand answers tell enough, and
 take 200 MB of memory meanwhile."""
@@ -39,28 +43,35 @@ BEGIN, END = -1, -2
 """What stands before an answer's first token and behind its last one."""
 
 
+NO_PROMPT: Mapping[str, int] = {}
+
+
 class Drafts(Record):
     """`likeliest`: by a context, the ids of up to ORDER tokens with blanks between them, the token
     that follows it most often, and its share of what follows, from 0 to 1."""
 
     likeliest: dict[str, tuple[int, float]]
 
-    def guess(self, answer: Sequence[int], most: int) -> list[int]:
-        """Return up to `most` tokens that are likely to follow the tokens of an answer so far."""
+    def guess(
+        self, answer: Sequence[int], most: int, prompt: Mapping[str, int] = NO_PROMPT
+    ) -> list[int]:
+        """Return up to `most` tokens that are likely to follow the tokens of an answer so far.
+        `prompt`: the `following` tokens of its prompt."""
         context = [*[BEGIN] * ORDER, *answer[-ORDER:]]
         found: list[int] = []
-        share = 1.0
+        sure = 1.0
         while len(found) < most:
-            guess = None
-            for size in range(ORDER, 0, -1):
-                guess = guess or self.likeliest.get(key_of(context[-size:]))
-            if guess is None:
+            runs = [key_of(context[-size:]) for size in range(ORDER, 0, -1)]
+            guesses = [self.likeliest[run] for run in runs if run in self.likeliest]
+            guesses += [(prompt[run], COPY_SHARE) for run in runs if run in prompt]
+            if not guesses:
                 break
-            share *= guess[1]
-            if share < LEAST_SHARE:
+            token, share = guesses[0]
+            sure *= share
+            if sure < LEAST_SHARE:
                 break
-            found.append(guess[0])
-            context.append(guess[0])
+            found.append(token)
+            context.append(token)
         return found
 
     def write(self, folder: Path) -> None:
@@ -71,6 +82,16 @@ class Drafts(Record):
 
 def key_of(context: Sequence[int]) -> str:
     return " ".join(map(str, context))
+
+
+def following(prompt: Sequence[int]) -> dict[str, int]:
+    """Return the token that follows each run of up to ORDER tokens of a prompt, the last time that
+    the run is in it."""
+    found: dict[str, int] = {}
+    for place in range(1, len(prompt)):
+        for size in range(1, min(ORDER, place) + 1):
+            found[key_of(prompt[place - size : place])] = prompt[place]
+    return found
 
 
 def learn_drafts(answers: Iterable[Sequence[int]]) -> Drafts:

@@ -275,7 +275,7 @@ class Guessing:
     def __init__(self, answers: list[list[int]], right: int) -> None:
         self.answers, self.right = answers, right
 
-    def guess(self, answer: list[int], most: int) -> list[int]:
+    def guess(self, answer: list[int], most: int, _prompt: Any) -> list[int]:
         following = [
             known[len(answer) :] for known in self.answers if known[: len(answer)] == answer
         ]

@@ -7,7 +7,7 @@ import pytest
 
 from distillery.errors import ModelError
 from distillery.models import drafts
-from distillery.models.drafts import FILE, LEAST_SHARE, Drafts, learn_drafts, read_drafts
+from distillery.models.drafts import FILE, LEAST_SHARE, Drafts, following, learn_drafts, read_drafts
 
 ANSWERS = [[5, 6, 7, 8], [5, 6, 7, 9], [5, 6, 7, 9, 4], [3, 6, 7, 8]]
 
@@ -32,6 +32,16 @@ def test_guesses_end_where_they_are_no_longer_likely() -> None:
         sure *= share
     assert shares[0] * shares[1] * shares[2] >= LEAST_SHARE > sure
     assert len(learnt.guess([], 9)) == 3
+
+
+def test_what_no_answer_tells_is_copied_from_the_prompt() -> None:
+    learnt, prompt = learn_drafts(ANSWERS), following([6, 1, 90, 91, 92, 6, 2, 90, 93])
+    # After 6, the answers tell more than the prompt.
+    assert learnt.guess([6], 1, prompt) == [7]
+    assert learnt.guess([90], 1, prompt) == [93]
+    assert learnt.guess([1, 90], 3, prompt) == [91, 92, 6]
+    assert learnt.guess([1, 90], 3) == []
+    assert following([4]) == {}
 
 
 def test_an_answer_s_end_is_not_guessed() -> None:
