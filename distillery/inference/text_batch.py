@@ -148,7 +148,6 @@ class TextBatch:
     ) -> Steps:
         """Yield the tokens of a text and their logits, as `OnnxStudent.steps` does. At most
         `count` of these iterators may have begun and not ended."""
-        check_length(self.folder, prompt_ids, self.context_length)
         room = self.context_length - len(prompt_ids) - (self.fewest - 1)
         most = max(1, min(max_tokens, room))
         draw = token_sampler(temperature, top_p, seed)
@@ -233,11 +232,11 @@ class TextBatch:
         self.make_room(max(lengths) + width)
         found = self.run(0, tokens, lengths, range(width))
         for text, waits, guess, each in zip(self.active, waiting, guesses, found, strict=False):
-            following = iter(each)
+            rest = iter(each)
             if waits:
                 text.length += 1
-                text.logits = next(following)
-            text.ahead = list(zip(guess, following, strict=False))
+                text.logits = next(rest)
+            text.ahead = list(zip(guess, rest, strict=False))
 
     def widest(self) -> int:
         """Return how many tokens of each text the next pass has room for."""
@@ -258,9 +257,11 @@ class TextBatch:
 
     def prefill(self, prompt_ids: Sequence[int], room: int) -> Logits:
         """Compute a prompt into the first free row, from where it departs from those that the rows
-        hold, and return the logits after it, [vocabulary]. Raises AnswerStopped if `stop` is set.
+        hold, and return the logits after it, [vocabulary]. Raises AnswerStopped if `stop` is set, and
+        ModelError for a prompt that does not fit the context.
 
         What it shares is an even number of tokens, as in `Decoder.shared_tokens`."""
+        check_length(self.folder, prompt_ids, self.context_length)
         row, prompt = len(self.active), tuple(prompt_ids)
         self.make_room(min(len(prompt) + room, self.context_length))
         shared = [common_prefix([prompt, other], 0) for other in self.prompts]
