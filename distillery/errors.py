@@ -174,6 +174,11 @@ OUT_OF_MEMORY = re.compile(
 """How Python, PyTorch, ONNX Runtime and the system say that memory is used up."""
 
 
+def lacks_memory(error: object) -> bool:
+    """Return whether an error, or what a process said at its end, tells that memory is used up."""
+    return isinstance(error, MemoryError) or bool(OUT_OF_MEMORY.search(str(error)))
+
+
 def one_line(error: object, most: int = 200) -> str:
     """Return the text of an error in one line of at most `most` characters: the cause within a
     message. What libraries and services say may have many lines, or hold a whole file."""
@@ -185,5 +190,5 @@ def named_line(error: BaseException) -> str:
     """Return an error as a line that stands for itself: a DistilleryError's message, which says
     what to do at its end; of any other error, its class and its text."""
     if isinstance(error, DistilleryError):
-        return one_line(error, 300)
+        return " ".join(str(error).split())
     return f"{type(error).__name__}: {one_line(error)}"

@@ -17,7 +17,7 @@ from typing import TypeVar
 import psutil
 from pydantic import BaseModel
 
-from distillery.errors import OUT_OF_MEMORY, ModelError, OutOfResources, named_line
+from distillery.errors import ModelError, OutOfResources, lacks_memory, named_line
 from distillery.progress import ShowProgress, show_nothing
 from distillery.settings import CHILD
 from distillery.storage.working import working_folder
@@ -121,10 +121,12 @@ def run_in_process(
         if code == 0:
             return result
         if result:
-            reason = json.loads(result)["error"]
+            told = json.loads(result)
+            reason, short = told["error"], told["lacks_memory"]
         else:
             reason = exit_reason(code, stderr_file.read_text(errors="replace"))
-        if code == -SIGKILL or OUT_OF_MEMORY.search(reason):
+            short = code == -SIGKILL or lacks_memory(reason)
+        if short:
             raise OutOfResources(reason)
         raise ModelError(reason)
 
@@ -181,9 +183,9 @@ def process_main(
 ) -> int:
     """Do the job that `run_in_process` started this process for; return the exit code.
 
-    `arguments` are JOB, RESULT and PARENT: a file that holds a `kind` as JSON, the file that the
-    result of `work` or {"error": "one line"} is written to, and the process id to end with. `work`
-    is given the job and what shows its progress."""
+    `arguments` are JOB, RESULT and PARENT: a file that holds a `kind` as JSON; the file to which
+    the result of `work` is written, or {"error": "one line", "lacks_memory": false}; and the id of
+    the process to end with. `work` is given the job and what shows its progress."""
     job_file, result_file, parent = arguments
     exit_with_parent(int(parent))
     try:
@@ -192,6 +194,7 @@ def process_main(
         Path(result_file).write_text(result, encoding="utf-8")
     except Exception as error:
         # A runtime may raise anything; the parent reports it in one line.
-        Path(result_file).write_text(json.dumps({"error": named_line(error)}), encoding="utf-8")
+        told = {"error": named_line(error), "lacks_memory": lacks_memory(error)}
+        Path(result_file).write_text(json.dumps(told), encoding="utf-8")
         return 1
     return 0

@@ -13,6 +13,7 @@ from distillery.evaluation.writing import TransformersWriter
 from distillery.inference.batch import ROWS
 from distillery.inference.generation import Written
 from distillery.inference.rows import RowRenderer
+from distillery.inference.student import Writer
 from distillery.inference.text_student import TextStudent, load_for_rows, load_writer
 from distillery.prompts import TransformersTokenizer
 from distillery.recipe import PromptRecipe
@@ -64,7 +65,7 @@ def load_onnx(job: ScoringJob, answer_format: AnswerFormat | None) -> Predictor:
             render=row_renderer(writer, job.prompt),
             ask=lambda row: writer.write(row.prompt, answer_format),
             ask_batches=several,
-            first_token=lambda prompt: int(writer.next_logits(prompt).argmax()),
+            first_token=partial(first_token_anew, writer),
         )
     student = load_for_rows(Path(job.model.folder), job.threads)
 
@@ -85,6 +86,12 @@ def load_onnx(job: ScoringJob, answer_format: AnswerFormat | None) -> Predictor:
         ask_batches=ask_batches,
         first_token=lambda prompt: int(student.next_logits(prompt).argmax()),
     )
+
+
+def first_token_anew(writer: Writer, prompt: Sequence[int]) -> int:
+    """Return the most probable token after a prompt of which nothing has been computed."""
+    writer.forget()
+    return int(writer.next_logits(prompt).argmax())
 
 
 def write_rows(

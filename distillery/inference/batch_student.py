@@ -18,12 +18,13 @@ import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
-from distillery.errors import AnswerStopped, ModelError
+from distillery.errors import AnswerStopped, ModelError, OutOfResources
 from distillery.inference.batch_graph import UnknownGraph
 from distillery.inference.decoder import FEWEST, LONGEST_PASS, TILE, check_length, read_config
 from distillery.inference.graph_session import (
@@ -53,6 +54,7 @@ LEAST_SAVED = 64
 """The fewest tokens that a shared beginning must save for its pass of its own to pay."""
 
 Found = TypeVar("Found")
+Together = TypeVar("Together", bound=Student)
 
 _log = logging.getLogger(__name__)
 
@@ -63,8 +65,18 @@ def load_scorer(folder: Path, threads: int | None = None) -> Student:
 
     `threads` counts the cores for one operation; None leaves it to the runtime. Raises ModelError
     for a folder that can't be loaded."""
+    return load_together(partial(BatchStudent, folder, threads), folder, threads)
+
+
+def load_together(
+    load: Callable[[], Together], folder: Path, threads: int | None
+) -> "Together | OnnxStudent":
+    """Return the student that `load` loads, or an OnnxStudent where its graph is not one for that.
+    Raises ModelError."""
     try:
-        return BatchStudent(folder, threads)
+        return load()
+    except OutOfResources:
+        raise
     except (UnknownGraph, ModelError) as error:
         _log.info("%s: its rows are answered one by one, since %s", folder, error)
     return OnnxStudent(folder, threads)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from distillery.errors import OUT_OF_MEMORY, AnswerStopped, ModelError, OutOfResources, one_line
+from distillery.errors import AnswerStopped, ModelError, OutOfResources, lacks_memory, one_line
 from distillery.inference.logits import Logits, pooled
 from distillery.models.onnx_folder import CONFIG, check_before_loading
 from distillery.training.batching import common_prefix
@@ -260,7 +260,7 @@ def model_errors(
         yield
     except kind as error:
         cause = one_line(str(error).replace(f"{folder.absolute()}/", "")) or type(error).__name__
-        if isinstance(error, MemoryError) or OUT_OF_MEMORY.search(cause):
+        if lacks_memory(error):
             raise OutOfResources(
                 f"{folder}: {runtime} runs out of memory ({cause}); free memory, or use a machine "
                 "with more"

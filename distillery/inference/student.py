@@ -195,7 +195,9 @@ class Writer(Student):
         self, examples: Sequence[Example], prompt: PromptRecipe
     ) -> list[Answer | Written | DataError]:
         """See `Student`; also of rows whose answers are written."""
-        answer_format = examples[0].format if examples else None
+        if not examples:
+            return []
+        answer_format = examples[0].format
         if answer_format is None:
             return super().answers(examples, prompt)
         found: list[Answer | Written | DataError] = []

@@ -102,7 +102,7 @@ class TextBatch:
         """Load the model for at most `count` texts at once. `threads` counts the cores for one
         operation; None leaves it to the runtime. Raises UnknownGraph for a graph that does not take
         rows together, and ModelError for a folder that can't be loaded."""
-        graphs = read_graphs(folder)
+        graphs, self.drafts = read_graphs(folder), read_drafts(folder)
         _, self.context_length = read_config(folder)
         self.folder = folder
         self.count = count
@@ -118,8 +118,6 @@ class TextBatch:
         self.capacity = 0
         self._buffers: dict[str, NDArray[Any]] = {}
         self._bindings: dict[tuple[int, int], Any] = {}
-        (logits,) = (value for value in self._session.get_outputs() if value.name == "logits")
-        self.drafts = read_drafts(folder, logits.shape[-1])
         self.fewest = FEWEST if self.drafts else 1
         """The tokens of a text in a pass at least. With drafts they are never one alone, since that
         takes other kernels, and a text must not depend on what was guessed."""
@@ -211,8 +209,8 @@ class TextBatch:
         for text in self.active:
             text.go_ahead()
         lengths = [text.length for text in self.active]
-        # A text that has not been asked since the last pass has its logits still, and only what is
-        # guessed to follow is computed for it.
+        # Where texts are not asked in turns, one that was not asked since the last pass has its
+        # logits still, and only what is guessed to follow is computed for it.
         waiting = [text.logits is None for text in self.active]
         most = self.widest() - 1
         guesses = [self.guess(text, most) for text in self.active]
@@ -230,6 +228,9 @@ class TextBatch:
             lengths.append(min(held, self.context_length - 1))
             tokens.append([0])
         self.make_room(max(lengths) + width)
+        for text in self.active:
+            # The pass goes over what was computed ahead, also if it fails.
+            text.ahead = []
         found = self.run(0, tokens, lengths, range(width))
         for text, waits, guess, each in zip(self.active, waiting, guesses, found, strict=False):
             rest = iter(each)
@@ -257,8 +258,8 @@ class TextBatch:
 
     def prefill(self, prompt_ids: Sequence[int], room: int) -> Logits:
         """Compute a prompt into the first free row, from where it departs from those that the rows
-        hold, and return the logits after it, [vocabulary]. Raises AnswerStopped if `stop` is set, and
-        ModelError for a prompt that does not fit the context.
+        hold, and return the logits after it, [vocabulary]. Raises AnswerStopped if `stop` is set,
+        and ModelError for a prompt that does not fit the context.
 
         What it shares is an even number of tokens, as in `Decoder.shared_tokens`."""
         check_length(self.folder, prompt_ids, self.context_length)
@@ -339,17 +340,20 @@ class TextBatch:
         capacity = SMALLEST_CAPACITY
         while capacity < needed:
             capacity *= 2
-        self.capacity = min(capacity, self.context_length)
-        self._bindings.clear()
+        capacity = min(capacity, self.context_length)
         kept = list(map(len, self.prompts))
         for row, text in enumerate(self.active):
             kept[row] = max(kept[row], text.computed)
+        buffers = {}
         for name, shape in self._shapes.items():
-            buffer = shape.empty(self.rows, self.capacity)
+            buffer = shape.empty(self.rows, capacity)
             for row, count in enumerate(kept):
                 if count:
                     buffer[row, :, :count] = self._buffers[name][row, :, :count]
-            self._buffers[name] = buffer
+            buffers[name] = buffer
+        # Last, so that a lack of memory leaves the rows as they are.
+        self._buffers, self.capacity = buffers, capacity
+        self._bindings.clear()
 
 
 def passes(start: int, end: int) -> Iterator[tuple[int, int]]:

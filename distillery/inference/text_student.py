@@ -1,29 +1,25 @@
 """Write the answers to many rows, several at once."""
 
-import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from distillery.errors import ModelError
-from distillery.inference.batch_graph import UnknownGraph
-from distillery.inference.batch_student import load_scorer
+from distillery.inference.batch_student import load_scorer, load_together
 from distillery.inference.generation import Steps, Written, written
 from distillery.inference.logits import Logits
 from distillery.inference.onnx_student import OnnxStudent
 from distillery.inference.student import Student, Writer
 from distillery.inference.text_batch import TextBatch
+from distillery.models.drafts import read_drafts
 from distillery.records import FORMAT_FILE, AnswerFormat
 from distillery.training.rows import TrainingRow
 
 WRITTEN_TOGETHER = 8
 """Answers that are written at once, unless another number is asked for."""
-
-_log = logging.getLogger(__name__)
 
 
 def load_for_rows(folder: Path, threads: int | None = None) -> Student:
@@ -42,11 +38,9 @@ def load_writer(
     """Load a model that is to write up to `count` answers at once, as a TextStudent or, where
     TextBatch does not take its graph, as an OnnxStudent, which writes one at a time; see
     `load_for_rows`."""
-    try:
-        return TextStudent(folder, threads, count)
-    except (UnknownGraph, ModelError) as error:
-        _log.info("%s: its answers are written one by one, since %s", folder, error)
-    return OnnxStudent(folder, threads)
+    # A file of guesses that can't be read is no reason to go on without them, and slowly.
+    read_drafts(folder)
+    return load_together(partial(TextStudent, folder, threads, count), folder, threads)
 
 
 class TextStudent(Writer):

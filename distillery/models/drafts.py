@@ -4,23 +4,22 @@ A pass over eight tokens takes a processor less than twice as long as one over a
 either reads all weights once. So the tokens that are likely to follow are computed along with the
 last one, and a student that then takes them needs no passes for them (speculative decoding:
 Leviathan et al., Fast Inference from Transformers via Speculative Decoding, 2023). Here no second
-model guesses, but the answers in training: a student writes much as they are written (as with
-their n-grams: He et al., REST: Retrieval-Based Speculative Decoding, 2024). A wrong guess costs
-time and never a token. What no answer in training tells, as a name, may be copied from the prompt
-(Saxena, Prompt Lookup Decoding, 2023).
+model guesses, but n-grams of the answers in training, since a student writes much as they are
+written (as in He et al., REST: Retrieval-Based Speculative Decoding, 2024). Where they tell
+nothing, the prompt is copied on (Saxena, Prompt Lookup Decoding, 2023): there the answer finds its
+names. A wrong guess costs time and never a token.
 
-The file drafts.json of a model's folder holds Drafts. No run of tokens that only one of the answers
-has is in it.
+The file drafts.json of a model's folder holds Drafts. Nothing is in it that the answers to a single
+row say, so that it tells of no row.
 """
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from distillery.errors import ModelError
+from distillery.models.onnx_folder import CONFIG
 from distillery.records import Record
 
 FILE = "drafts.json"
@@ -29,11 +28,11 @@ ORDER = 3
 """Tokens before a guess that count. With four or six, guesses were no better on two data sets."""
 
 LEAST_SHARE = 0.2
-"""How likely the last of the guessed tokens must be, all before it included, by the answers in
-training: about the share of a pass that one token more of it takes."""
+"""A guess ends before the token at which the product of the shares falls below this: about what one
+token more costs, as a part of a pass."""
 
 COPY_SHARE = 0.7
-"""How likely it is taken to be that an answer goes on as its prompt does behind the same tokens."""
+"""The share of a token that is copied from the prompt."""
 
 MOST_TOKENS = 200_000
 """Tokens of answers that are learnt from, the first ones: some thousand answers tell enough, and
@@ -81,6 +80,7 @@ class Drafts(Record):
 
 
 def key_of(context: Sequence[int]) -> str:
+    """Return a run of tokens as the file names it."""
     return " ".join(map(str, context))
 
 
@@ -88,50 +88,58 @@ def following(prompt: Sequence[int]) -> dict[str, int]:
     """Return the token that follows each run of up to ORDER tokens of a prompt, the last time that
     the run is in it."""
     found: dict[str, int] = {}
-    for place in range(1, len(prompt)):
-        for size in range(1, min(ORDER, place) + 1):
-            found[key_of(prompt[place - size : place])] = prompt[place]
+    for end in range(1, len(prompt)):
+        for size in range(1, min(ORDER, end) + 1):
+            found[key_of(prompt[end - size : end])] = prompt[end]
     return found
 
 
-def learn_drafts(answers: Iterable[Sequence[int]]) -> Drafts:
-    """Return what the token ids of answers teach of how an answer goes on.
+def learn_drafts(answers: Iterable[tuple[Hashable, Sequence[int]]]) -> Drafts:
+    """Return what answers, each with its row and as token ids, teach of how an answer goes on.
 
-    A share is that of the next token among all that followed the context and one more, so that
-    what was seen seldom counts for less."""
-    followed: dict[str, Counter[int]] = {}
+    A share is count / (total + 1), over all answers: what is said seldom counts for less. An answer
+    that several rows have is that of the first one, since all of them may be about one person."""
+    row_of: dict[tuple[int, ...], Hashable] = {}
+    for row, answer in answers:
+        row_of.setdefault(tuple(answer), row)
+    counts: dict[str, Counter[int]] = {}
+    first_row: dict[tuple[str, int], Hashable] = {}
+    told_by_several = set[tuple[str, int]]()
     learnt = 0
-    # An answer that several rows have is one answer: it may be about somebody.
-    for answer in dict.fromkeys(map(tuple, answers)):
+    for answer, row in row_of.items():
         learnt += len(answer)
         if learnt > MOST_TOKENS:
             break
         tokens = [*[BEGIN] * ORDER, *answer, END]
-        for place in range(ORDER, len(tokens)):
+        for end in range(ORDER, len(tokens)):
             for size in range(1, ORDER + 1):
-                context = key_of(tokens[place - size : place])
-                followed.setdefault(context, Counter())[tokens[place]] += 1
+                run, token = key_of(tokens[end - size : end]), tokens[end]
+                counts.setdefault(run, Counter())[token] += 1
+                if first_row.setdefault((run, token), row) != row:
+                    told_by_several.add((run, token))
     likeliest: dict[str, tuple[int, float]] = {}
-    for context, counts in sorted(followed.items()):
+    for run, counted in sorted(counts.items()):
         # The smallest of equals, so that equal answers give equal files.
-        token, count = min(counts.items(), key=lambda each: (-each[1], each[0]))
-        share = count / (counts.total() + 1)
-        if token != END and count > 1 and share >= LEAST_SHARE:
-            likeliest[context] = token, round(share, 3)
+        token, count = min(counted.items(), key=lambda each: (-each[1], each[0]))
+        share = count / (counted.total() + 1)
+        if token != END and share >= LEAST_SHARE and (run, token) in told_by_several:
+            likeliest[run] = token, round(share, 3)
     return Drafts(likeliest=likeliest)
 
 
-def read_drafts(folder: Path, vocabulary: int) -> Drafts | None:
-    """Return the drafts in a model's folder; None where there are none.
+def read_drafts(folder: Path) -> Drafts | None:
+    """Return the drafts in the folder of an exported model; None where there are none.
 
-    Raises ModelError for a file that can't be read, or with tokens beyond the `vocabulary`."""
+    Raises ModelError for a file that can't be read, or with tokens that the model does not have."""
     path = folder / FILE
     if not path.exists():
         return None
     try:
         drafts = Drafts.model_validate_json(path.read_bytes())
-    except (OSError, ValidationError) as error:
+        vocabulary = json.loads((folder / CONFIG).read_bytes())["model"]["vocab_size"]
+        known = all(0 <= token < vocabulary for token, _ in drafts.likeliest.values())
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{path}: no drafts of answers; export the model again") from error
-    if any(not 0 <= token < vocabulary for token, _ in drafts.likeliest.values()):
-        raise ModelError(f"{path}: has tokens that the model does not know; export it again")
+    if not known:
+        raise ModelError(f"{path}: has tokens that the model does not have; export it again")
     return drafts

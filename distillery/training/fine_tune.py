@@ -90,7 +90,7 @@ def fine_tune(
         classes.write(weights)
     if answer_format:
         write_format(weights, answer_format)
-        learn_drafts(row.target for row in rows).write(weights)
+        learn_drafts((row.prompt, row.target) for row in rows).write(weights)
     return read_result_and_tidy(out).model_copy(update={"decisions": tuple(decisions)})
 
 

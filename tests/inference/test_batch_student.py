@@ -255,7 +255,13 @@ def test_a_pass_that_fails_is_told_in_one_line(tiny_onnx: Build) -> None:
     "error",
     [
         MemoryError(),
-        RuntimeError("bfc_arena.cc:359 Failed to allocate memory for requested buffer of size 9"),
+        RuntimeError(
+            "Error in execution: Non-zero status code returned while running MatMulNBits node. "
+            "Name:'/model/layers.0/mlp/down_proj/MatMulNBits' Status Message: "
+            "/onnxruntime_src/onnxruntime/core/framework/bfc_arena.cc:359 void* "
+            "onnxruntime::BFCArena::AllocateRawInternal(size_t, bool, onnxruntime::Stream*) Failed "
+            "to allocate memory for requested buffer of size 9"
+        ),
         RuntimeError("Non-zero status code: std::bad_alloc"),
     ],
 )

@@ -10,15 +10,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+from guessing import Guessing, watched, with_drafts
 
 from distillery.errors import AnswerStopped, ModelError
+from distillery.export.build import export
 from distillery.inference import text_batch
 from distillery.inference.batch_graph import UnknownGraph
 from distillery.inference.guide import Guides
 from distillery.inference.logits import Logits
 from distillery.inference.onnx_student import OnnxStudent
 from distillery.inference.text_batch import TextBatch, passes
-from distillery.models.drafts import Drafts
+from distillery.recipe import ExportForm
 
 Build = Callable[..., Path]
 Steps = Iterator[tuple[int, Logits]]
@@ -268,44 +270,24 @@ def test_an_answer_ends_where_the_context_does(tiny_onnx: Build) -> None:
         next(batch.steps([*prompt, 5, 6, 7, 8, 9], 50))
 
 
-class Guessing:
-    """Guesses in place of those of a file: of the answers that are known, `right` tokens and then
-    wrong ones."""
-
-    def __init__(self, answers: list[list[int]], right: int) -> None:
-        self.answers, self.right = answers, right
-
-    def guess(self, answer: list[int], most: int, _prompt: Any) -> list[int]:
-        following = [
-            known[len(answer) :] for known in self.answers if known[: len(answer)] == answer
-        ]
-        if not following or not answer:
-            return [7] * most
-        right = following[0][: self.right]
-        return [*right, *[(each + 1) % 500 for each in following[0][self.right :]]][:most]
-
-
-def with_drafts(folder: Path, count: int, tmp_path: Path) -> TextBatch:
-    """A batch over a copy of the folder that has drafts; they guess nothing."""
-    copy = tmp_path / f"drafts-{count}"
-    shutil.copytree(folder, copy)
-    Drafts(likeliest={}).write(copy)
-    return TextBatch(copy, 1, count)
-
-
 def bits(found: list[list[tuple[int, Logits]]]) -> list[list[tuple[int, bytes]]]:
     return [[(token, logits.tobytes()) for token, logits in steps] for steps in found]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int4"])
+@pytest.mark.parametrize("precision", ["fp32", "int4", "int8"])
 @pytest.mark.parametrize("count", [1, 2, 8])
 def test_no_answer_depends_on_what_was_guessed(
-    count: int, precision: str, tiny_onnx: Build, tmp_path: Path
+    count: int, precision: str, tiny_onnx: Build, tiny_model: Build, tmp_path: Path
 ) -> None:
     """Bit for bit, whether the guesses are right, wrong, or both, and however many answers are
     under way; drawn tokens and answers that are held to a schema too."""
-    folder = tiny_onnx("llama", precision)
-    batch = with_drafts(folder, count, tmp_path)
+    folder = tmp_path / "int8"
+    if precision == "int8":
+        form = ExportForm(precision="int8", algorithm="dynamic")
+        export(tiny_model("llama"), None, form, folder)
+    else:
+        folder = tiny_onnx("llama", precision)
+    batch = TextBatch(with_drafts(folder, tmp_path), 1, count)
     guides = Guides((folder / "tokenizer.json").read_text(), batch.end_ids)
     asked = [(prompt, 2 + 7 * (number % 5)) for number, prompt in enumerate(prompts(11))]
     asked[4] = (asked[4][0], 270)
@@ -331,25 +313,11 @@ def test_no_answer_depends_on_what_was_guessed(
     assert passes[0] > passes[1] >= passes[2]
 
 
-def watched(batch: TextBatch) -> list[tuple[int, int]]:
-    """The texts, and the tokens of each, in the passes from now on that go on with texts."""
-    widths: list[tuple[int, int]] = []
-    run = TextBatch.run
-
-    def count(row: int, tokens: Any, lengths: Any, read: Any) -> Any:
-        if len(read) > 1:
-            widths.append((len(tokens), len(tokens[0])))
-        return run(batch, row, tokens, lengths, read)
-
-    batch.run = count  # type: ignore[method-assign, assignment]
-    return widths
-
-
 def test_an_answer_that_is_ahead_keeps_its_lead_while_others_are_computed(
     tiny_onnx: Build, tmp_path: Path
 ) -> None:
     """One is not asked while the pass of the other one goes over its row."""
-    batch = with_drafts(tiny_onnx("llama"), 3, tmp_path)
+    batch = TextBatch(with_drafts(tiny_onnx("llama"), tmp_path), 1, 3)
     asked = prompts(3, 40)[1:]
     expected = bits([list(batch.steps(prompt, 20)) for prompt in asked])
     answers = [[token for token, _ in steps] for steps in expected]
@@ -365,7 +333,7 @@ def test_an_answer_that_is_ahead_keeps_its_lead_while_others_are_computed(
 
 
 def test_drafts_stay_within_the_context(tiny_onnx: Build, tmp_path: Path) -> None:
-    batch = with_drafts(tiny_onnx("llama"), 2, tmp_path)
+    batch = TextBatch(with_drafts(tiny_onnx("llama"), tmp_path), 1, 2)
     plain = TextBatch(tiny_onnx("llama"), 1, 2)
     prompt = prompts(2, 1010)[1]
     for most, length in ((50, 1010), (50, 1022), (50, 1023), (50, 1024)):

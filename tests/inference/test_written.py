@@ -93,8 +93,8 @@ def test_all_ways_of_writing_an_answer_agree(
     model, adapter = model_and_adapter(out, base)
     export(model, adapter, ExportForm(precision="fp32"), tmp_path / "onnx")
     assert read_format(tmp_path / "onnx") == form
-    drafts = read_drafts(tmp_path / "onnx", 512)
-    assert drafts == learn_drafts(row.target for row in rendered)
+    drafts = learn_drafts((row.prompt, row.target) for row in rendered)
+    assert read_drafts(tmp_path / "onnx") == drafts
     student = OnnxStudent(tmp_path / "onnx", threads=1)
     prompts = [row.prompt for row in rendered]
     assert [tuple(student.render(row, PROMPT).prompt) for row in rows] == prompts

@@ -17,11 +17,12 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+from guessing import Guessing, with_drafts
 from own_server import OwnServer, SlowStudent, own_server, wait_until
 
 from distillery.inference.text_student import TextStudent
 from distillery.serving.limits import Limits
-from distillery.serving.rounds import CHOICES_AT_ONCE
+from distillery.serving.rounds import CHOICES_AT_ONCE, Rounds
 from distillery.serving.student import Choice, ServedStudent
 from distillery.training.rows import TrainingRow
 
@@ -225,6 +226,37 @@ def test_a_client_that_goes_frees_its_slot(tiny_onnx: Build) -> None:
         assert isinstance(student.generator, TextStudent)
         assert student.generator.batch.active == []
         assert answered(running, request(2))
+
+
+def test_an_answer_that_was_guessed_takes_few_rounds(
+    tiny_onnx: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rounds = [0]
+    next_turns = Rounds.next_turns
+
+    def count(self: Rounds) -> Any:
+        rounds[0] += 1
+        return next_turns(self)
+
+    monkeypatch.setattr(Rounds, "next_turns", count)
+    student = ServedStudent(with_drafts(tiny_onnx("llama"), tmp_path), threads=1)
+    body = {"messages": messages(3), "max_tokens": 30, "logprobs": True, "stream": True}
+    found, took = [], []
+    with own_server(student) as running:
+        found.append(answered(running, body))
+        generator = student.generator
+        assert isinstance(generator, TextStudent)
+        prompt = generator.tokenizer.encode_chat(messages(3))
+        said = [token for token, _ in generator.steps(prompt, 30)]
+        for right in (0, 9):
+            generator.batch.drafts = Guessing([said], right)  # type: ignore[assignment]
+            before = rounds[0]
+            found.append(answered(running, body))
+            took.append(rounds[0] - before)
+    assert found[0] == found[1] == found[2]
+    assert len(said) == 30
+    assert took[0] >= 30
+    assert took[1] <= 10
 
 
 def test_messages_and_answer_stay_within_the_context_that_is_given(tiny_onnx: Build) -> None:

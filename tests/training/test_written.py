@@ -16,7 +16,7 @@ from distillery.data.examples import read_format, write_examples
 from distillery.errors import TrainingError
 from distillery.labels.known import gold_labels, write_known_labels
 from distillery.models.device import choose_device
-from distillery.models.drafts import learn_drafts, read_drafts
+from distillery.models.drafts import FILE, Drafts, learn_drafts
 from distillery.models.load import end_of_turn_id, load_model, load_tokenizer, pad_id
 from distillery.recipe import PromptRecipe, TeacherRecipe, TrainingRecipe
 from distillery.records import AnswerFormat, Example, TeacherLabel
@@ -407,8 +407,8 @@ def test_the_format_stands_beside_the_weights(
     )
     folder = tmp_path / "out" / ("adapter" if method == "lora" else "model")
     assert read_format(folder) == FORMAT
-    targets = [row.target for row in inputs.rows]
-    assert read_drafts(folder, 512) == learn_drafts(targets)
+    learnt = learn_drafts((row.prompt, row.target) for row in inputs.rows)
+    assert Drafts.model_validate_json((folder / FILE).read_bytes()) == learnt
 
 
 def test_each_text_of_a_label_is_learnt(tiny_model: TinyModel) -> None:
