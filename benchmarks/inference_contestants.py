@@ -79,7 +79,8 @@ class Ours(Contestant):
     def __init__(self, settings: Settings, threads: int, files: dict[str, Any]) -> None:
         from distillery.serving.student import ServedStudent
 
-        self.student = ServedStudent(Path(files[form_title(settings)]), threads)
+        folder = files[settings.get("file") or form_title(settings)]
+        self.student = ServedStudent(Path(folder), threads)
         self.prompt = files["prompt"]
 
     def choice(self, rows: list[Row]) -> list[list[float]]:
@@ -445,6 +446,7 @@ class OpenVino(Contestant):
 
 CONTESTANTS: dict[str, Any] = {
     "ours": Ours,
+    "plain": Ours,
     "llama_cpp": LlamaCpp,
     "hf": Transformers,
     "openvino": OpenVino,

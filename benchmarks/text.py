@@ -2,9 +2,10 @@
 
     snips   fields out of text: SNIPS, 39 kinds of fields; 700 answered rows, 500 without answers
     e2e     text from facts: E2E NLG, 60 sets of facts with 523 sentences, 160 without any
-    speed   tokens a second of E2E's student in the form that ships, beside the same student in
-            llama.cpp, in its fastest form of 4 or 8 bits: test rows one after another, on one
-            thread and on two
+    speed   tokens a second of E2E's student in the form that ships, with its guesses of how answers
+            go on (distillery/models/drafts.py) and without them, beside the same student in
+            llama.cpp, a token a pass, in its fastest form of 4 or 8 bits: test rows one after
+            another, on one thread and on two. E2E's sentences are much alike, which suits guesses
 
 `--full` adds two parts, which take an hour and go on where they were ended:
 
@@ -27,7 +28,7 @@ snips_valid      share of its answers that meet the schema
 e2e_bleu         BLEU of what ships, from 0 to 1; e2e_rouge_l: ROUGE-L
 e2e_bleu_kept    what ships as a share of its teacher's BLEU
 ratio_llama_cpp  tokens a second on two threads, ours over llama.cpp's; None without .venv-peers;
-                 ratio_llama_cpp_1: on one
+                 ratio_llama_cpp_1: on one; ratio_plain and ratio_plain_1: without guesses
 levels_gain      BLEU of the students of probabilities less that of the students of texts alone;
                  levels_low and levels_high: its 95 % interval
 trl_ratio        rows a second of processor time, ours over TRL's; trl_gain: BLEU, ours less TRL's,
@@ -41,7 +42,6 @@ import shutil
 import time
 from argparse import ArgumentParser
 from collections.abc import Sequence
-from operator import truediv
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -106,6 +106,13 @@ def run_recipe(recipe: Row, keep: bool) -> Figures:
     return found
 
 
+def kept_run(name: str) -> Figures:
+    """Return what an earlier run of a recipe has left; nothing where there is none."""
+    kept = WORK / f"{name}.json"
+    found: Figures = json.loads(kept.read_text()) if kept.exists() else {}
+    return found
+
+
 def base_figures(rows: Sequence[Row]) -> Figures:
     """Return what the base model writes to the rows' texts, measured."""
     from distillery.evaluation.metrics import metric_of
@@ -120,12 +127,12 @@ def base_figures(rows: Sequence[Row]) -> Figures:
 
 def run_speed(e2e_run: Figures) -> Figures:
     """Return for one thread and for two the tokens a second of ours and of llama.cpp, medians of
-    three, with the settings of each and the tokens of a text, and the `ratio` of the two."""
+    three, with the settings of each and the tokens of a text, and the ratios."""
     from benchmarks.inference import Bench
-    from benchmarks.inference_contestants import form_title
     from benchmarks.inference_files import PLACE, gguf_file, missing_peers, student_gguf
     from distillery.data.examples import read_format
     from distillery.models.base import base_folder
+    from distillery.models.drafts import FILE as DRAFTS_FILE
     from distillery.models.inspect import model_and_adapter
     from distillery.models.load import load_model
     from distillery.prompts import TransformersTokenizer, render_ids
@@ -135,9 +142,13 @@ def run_speed(e2e_run: Figures) -> Figures:
     missing = missing_peers()
     if "llama_cpp" in missing:
         return {"left out": missing["llama_cpp"]}
+    if not {"model", "checkpoint"} <= e2e_run.keys():
+        return {"left out": "there is no student of E2E; run `--only e2e --only speed`"}
     PLACE.mkdir(parents=True, exist_ok=True)
-    shipped, form = folder_of(e2e_run["model"]), {"precision": "int8", "algorithm": "dynamic"}
-    files: Row = {form_title(form): str(shipped), "prompt": None}
+    shipped, plain = folder_of(e2e_run["model"]), WORK / "student-without-guesses"
+    shutil.rmtree(plain, ignore_errors=True)
+    shutil.copytree(shipped, plain, ignore=shutil.ignore_patterns(DRAFTS_FILE))
+    files: Row = {"prompt": None, "ours": str(shipped), "plain": str(plain)}
     base = base_folder(BaseModelRecipe())
     student, loaded = load_model(*model_and_adapter(folder_of(e2e_run["checkpoint"]), base))
     for weights in ("Q4_0", "Q4_1", "Q8_0"):
@@ -151,17 +162,23 @@ def run_speed(e2e_run: Figures) -> Figures:
         example = Example(example_id="", question=row["text"], format=answer_format)
         ids = render_ids(example, prompt, tokenizer)
         rows.append({"prompt": ids, "ends": named if isinstance(named, list) else [named]})
-    bench = Bench(["ours", "llama_cpp"], files, {"generate": rows}, {})
+    bench = Bench(["ours", "plain", "llama_cpp"], files, {"generate": rows}, {})
     found: Figures = {"form": e2e_run["form"]}
     for threads in (1, 2):
-        chosen = {"ours": form, "llama_cpp": bench.fastest("llama_cpp", "generate", threads)}
+        chosen = {
+            "ours": {"file": "ours"},
+            "plain": {"file": "plain"},
+            "llama_cpp": bench.fastest("llama_cpp", "generate", threads),
+        }
         runs = bench.compete("generate", threads, chosen)
         for name, done in runs.items():
             speed = round(median(run["speed"] for run in done), 1)
             tokens = round(sum(map(len, done[0]["answers"])) / len(rows), 1)
             found[f"{name}_{threads}"] = {"speed": speed, "tokens": tokens, **chosen[name]}
-        speeds = (found[f"{name}_{threads}"]["speed"] for name in ("ours", "llama_cpp"))
-        found[f"ratio_{threads}"] = round(truediv(*speeds), 2)
+        theirs = found[f"llama_cpp_{threads}"]["speed"]
+        for name in ("ours", "plain"):
+            ratio = found[f"{name}_{threads}"]["speed"] / theirs
+            found[f"{name}_ratio_{threads}"] = round(ratio, 2)
     return found
 
 
@@ -182,7 +199,9 @@ def summary(found: dict[str, Figures], minutes: float) -> dict[str, Any]:
         else:
             last["e2e_rouge_l"] = round(shipped["rouge_l"], 4)
     speed = found.get("speed", {})
-    last |= {"ratio_llama_cpp": speed.get("ratio_2"), "ratio_llama_cpp_1": speed.get("ratio_1")}
+    for key, name in (("ratio_llama_cpp", "ours"), ("ratio_plain", "plain")):
+        last[key] = speed.get(f"{name}_ratio_2")
+        last[f"{key}_1"] = speed.get(f"{name}_ratio_1")
     if "levels" in found:
         last |= {f"levels_{key}": found["levels"][key] for key in ("gain", "low", "high")}
     if "trl" in found:
@@ -213,7 +232,7 @@ def main() -> None:
         elif part == "trl":
             found[part] = run_trl(WORK / "levels")
         else:
-            found[part] = run_speed(found.get("e2e") or json.loads((WORK / "e2e.json").read_text()))
+            found[part] = run_speed(found.get("e2e") or kept_run("e2e"))
         print(json.dumps({"part": part, **found[part]}), flush=True)
     print(json.dumps(summary(found, (time.perf_counter() - started) / 60)))
 
