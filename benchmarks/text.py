@@ -5,7 +5,8 @@
     speed   tokens a second of E2E's student in the form that ships, with its guesses of how answers
             go on (distillery/models/drafts.py) and without them, beside the same student in
             llama.cpp, a token a pass, in its fastest form of 4 or 8 bits: test rows one after
-            another, on one thread and on two. E2E's sentences are much alike, which suits guesses
+            another, on one thread and on two. E2E's sentences are much alike, which suits guesses.
+            Then ours writes 1, 4, 8 and 16 answers at once on one thread
 
 `--full` adds two parts, which take an hour and go on where they were ended:
 
@@ -58,6 +59,7 @@ PARTS = ("snips", "e2e", "speed")
 FULL = (*PARTS, "levels", "trl")
 
 SPEED_ROWS = 40
+AT_ONCE = (1, 4, 8, 16)
 
 INSTRUCTION = "Write one English sentence that says all of the facts that the user gives."
 """What the base model is told, which has learnt nothing of the task."""
@@ -179,7 +181,29 @@ def run_speed(e2e_run: Figures) -> Figures:
         for name in ("ours", "plain"):
             ratio = found[f"{name}_{threads}"]["speed"] / theirs
             found[f"{name}_ratio_{threads}"] = round(ratio, 2)
+    prompts = [row["prompt"] for row in rows]
+    for name in ("ours", "plain"):
+        rates = [rate_at_once(Path(files[name]), prompts, count) for count in AT_ONCE]
+        found[f"{name}_at_once"] = rates
     return found
+
+
+def rate_at_once(folder: Path, prompts: Sequence[Sequence[int]], count: int) -> float:
+    """Return tokens a second of a student that writes `count` answers at once on one thread, the
+    better of two rounds."""
+    from distillery.data.examples import read_format
+    from distillery.inference.text_student import TextStudent
+
+    student, answer_format = TextStudent(folder, 1, count), read_format(folder)
+    assert answer_format
+    student.write_all(prompts[:count], answer_format)
+    rates = []
+    for _ in range(2):
+        started = time.perf_counter()
+        # The end of the turn is a token too.
+        tokens = sum(each.tokens + 1 for each in student.write_all(prompts, answer_format))
+        rates.append(tokens / (time.perf_counter() - started))
+    return round(max(rates), 1)
 
 
 def summary(found: dict[str, Figures], minutes: float) -> dict[str, Any]:
