@@ -88,7 +88,7 @@ class Output:
         """Write `files` in place of those whose names match. The last file is there only where all
         are. Raises DistilleryError."""
         last = files[-1].name
-        with self._one_line("; the answers are in the artifact store, run it again"):
+        with self._one_line("; the answers are in the artifact store"):
             self._storage.make_folder()
             found = self._storage.names()
             old = [name for name in found if names.fullmatch(name) or name.startswith(UNFINISHED)]

@@ -180,7 +180,7 @@ def test_an_upload_that_breaks_leaves_nothing_that_looks_whole(
         patch.setattr(files, "put_file", breaks)
         with pytest.raises(DataError, match=r"^output .*: can't be written \(RuntimeE") as caught:
             output.replace(lines, LINES_NAMES)
-    assert "; the answers are in the artifact store, run it again" in one_line(caught.value)
+    assert "; the answers are in the artifact store" in one_line(caught.value)
     assert "predictions.jsonl" not in contents(url)
     assert contents(url)["failed.jsonl"] == b"failed\n"
     output.replace(lines, LINES_NAMES)
@@ -327,7 +327,7 @@ def test_an_object_store_that_does_not_answer_is_waited_for(
         output.replace(lines, LINES_NAMES)
     assert one_line(caught.value) == (
         "output abfs://answers/out: the store has not answered for 1 s (Connection refused); "
-        "try again later; the answers are in the artifact store, run it again"
+        "try again later; the answers are in the artifact store"
     )
     assert "Connection refused; trying again for up to 1 s" in caplog.text
 
