@@ -262,7 +262,8 @@ class LocalSettings(EnvironmentSettings):
         "file",
         description="What else a run that a worker executes may open: protocols, or what URLs "
         "begin with, comma-separated, such as file,abfs://container@account.dfs.core.windows.net/"
-        "rows; they are opened with the worker's login. Where it has an entry such as "
+        "rows; they are opened with the worker's login. Batch inference also writes its answers "
+        "below what URLs begin with. Where it has an entry such as "
         "hf://datasets/ORGANISATION, data sets come from there alone",
     )
     remote_code: str = Field(

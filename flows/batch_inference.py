@@ -6,7 +6,6 @@ more than a shard are answered shard by shard, here, in processes, or on a work 
 the same.
 """
 
-import shutil
 import sys
 import time
 from argparse import ArgumentParser
@@ -29,8 +28,8 @@ from distillery.records import (
 )
 from distillery.registry.manifest import columns_in, prompt_in
 from distillery.registry.open import open_registry
-from distillery.storage.allowed import output_folder
 from distillery.storage.artifacts import ArtifactStore
+from distillery.storage.output import Output, without_secrets
 from distillery.storage.shards import SHARD_ROWS, read_list
 from distillery.storage.working import working_folder
 from tasks.children import (
@@ -71,8 +70,9 @@ def batch_inference(
         input_uri: A JSONL, CSV or Parquet file: a path or an fsspec URL; or several of them, as a
             local folder, a pattern, or a URL with *. A worker opens what its
             DISTILLERY_DATA_FOLDERS and DISTILLERY_DATA_PROTOCOLS allow.
-        output: A folder for the answers, which the artifact store keeps too. A worker writes into a
-            new or empty folder below its DISTILLERY_DATA_FOLDERS.
+        output: A folder for the answers, which the artifact store keeps too: a path or an fsspec
+            URL. A worker writes into a new or empty folder below its DISTILLERY_DATA_FOLDERS, or
+            below an address in its DISTILLERY_DATA_PROTOCOLS.
         version: The model's version; by default the champion.
         registry: Where the model is registered.
         columns: Which column of the file holds what; by default as in the model's own recipe.
@@ -87,8 +87,7 @@ def batch_inference(
             takes long.
     """
     begin()
-    # Before any row is answered.
-    target = output_folder(output, "output") if output else None
+    target = Output(output, "output") if output else None
     source = open_registry(RegistryRecipe(kind=registry, model_name=model_name))
     model = source.get(model_name, version)
     # The prompt comes with the model: it is asked as it was trained.
@@ -102,6 +101,8 @@ def batch_inference(
             f"{title}: its manifest.json tells no prompt or no columns; run its recipe again"
         )
     prompt = prompt_in(made, title, classify=True)
+    if target:
+        target.try_writing()
     started = time.perf_counter()
     how = (columns, fields, answers_of(manifest), shard_rows)
     if is_pattern(input_uri):
@@ -116,17 +117,13 @@ def batch_inference(
                 count_rows(copy, shard_rows + 1) <= shard_rows or is_cached(score, **asked)
             ):
                 predictions: Predictions = score(**asked)
-                copy_output(predictions, target, output)
+                hand_out(predictions, form, target)
                 return predictions
             rows = cut_rows((file,), (), *how)
     predictions = answer_rows(
         model, prompt, rows, processes, shards_deployment, child_runs, started
     )
-    if target:
-        try:
-            write_output(ArtifactStore().fetch(predictions.artifact), form, target)
-        except OSError as error:
-            raise not_written(output) from error
+    hand_out(predictions, form, target)
     return predictions
 
 
@@ -182,19 +179,10 @@ def answer_rows(
     return predictions
 
 
-def copy_output(predictions: Predictions, target: Path | None, output: str) -> None:
-    """Copy the files of an artifact to the folder that the user named."""
-    if target is None:
-        return
-    try:
-        shutil.copytree(ArtifactStore().fetch(predictions.artifact), target, dirs_exist_ok=True)
-    except (OSError, shutil.Error) as error:
-        raise not_written(output) from error
-
-
-def not_written(output: str) -> DataError:
-    """Return the error of a folder that can't be written to."""
-    return DataError(f"output {output}: can't be written; the answers are in the artifact store")
+def hand_out(predictions: Predictions, form: Form, target: Output | None) -> None:
+    """Write the answers to the folder that the user named, if any."""
+    if target:
+        write_output(ArtifactStore().fetch(predictions.artifact), form, target)
 
 
 def main(arguments: list[str]) -> int:
@@ -209,7 +197,7 @@ def main(arguments: list[str]) -> int:
         help="a JSONL, CSV or Parquet file: a path or an fsspec URL; or several of them: a folder, "
         "a pattern in quotes, or a URL with *",
     )
-    parser.add_argument("output", help="a folder for the answers")
+    parser.add_argument("output", help="a folder for the answers: a path or an fsspec URL")
     parser.add_argument("--version", help="by default the champion")
     parser.add_argument("--registry", choices=get_args(RegistryKind), default="local")
     parser.add_argument(
@@ -232,14 +220,13 @@ def main(arguments: list[str]) -> int:
         help=f"rows that are answered and cached as a whole; by default {SHARD_ROWS}",
     )
     given = parser.parse_args(arguments)
-    rows = given.input if "://" in given.input else str(Path(given.input).absolute())
-    out = Path(given.output).absolute()
+    rows, out = map(absolute, (given.input, given.output))
     try:
         with shown_in_terminal([]), results_in_store():
             done = batch_inference(
                 given.model,
                 rows,
-                str(out),
+                out,
                 given.version,
                 given.registry,
                 form=given.form,
@@ -250,14 +237,20 @@ def main(arguments: list[str]) -> int:
     except DistilleryError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    shown = without_secrets(given.output) if "://" in given.output else given.output
     if given.form == "parquet":
-        print(f"{done.rows} rows answered in {given.output}, {done.failed} set aside there")
+        print(f"{done.rows} rows answered in {shown}, {done.failed} set aside there")
     else:
         print(
-            f"{done.rows} rows answered in {given.output}/predictions.jsonl, "
+            f"{done.rows} rows answered in {shown}/predictions.jsonl, "
             f"{done.failed} set aside in failed.jsonl"
         )
     return 0
+
+
+def absolute(address: str) -> str:
+    """Return a URL as it is, and a path as an absolute one."""
+    return address if "://" in address else str(Path(address).absolute())
 
 
 def count(text: str) -> int:

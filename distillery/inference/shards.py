@@ -7,7 +7,7 @@ many rows in the same order: example_id, answer, probabilities, abstained; reaso
 set aside, else null. Neither holds a gold answer.
 """
 
-import shutil
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -29,7 +29,9 @@ from distillery.recipe import Columns, PromptRecipe
 from distillery.records import AnswerFormat, Record, Sha256, Shard, ShardAnswers
 from distillery.storage.artifacts import ArtifactStore
 from distillery.storage.digests import sha256_of
+from distillery.storage.output import Output
 from distillery.storage.shards import read_rows, read_shard, read_table, write_table
+from distillery.storage.working import working_folder
 
 ORIGIN = ("file", "line")
 """The columns that say where a row comes from: no answer depends on them."""
@@ -42,6 +44,10 @@ ANSWERS_FILE = "answers.parquet"
 MANIFEST = "manifest.json"
 
 PARTS = "answers-*.parquet"
+
+PARQUET_NAMES = re.compile(r"manifest\.json|answers-[0-9]{5,}\.parquet")
+
+LINES_NAMES = re.compile(r"(predictions|failed)\.jsonl")
 
 Form = Literal["jsonl", "parquet"]
 """The files that a user gets: predictions.jsonl and failed.jsonl, or answers-NNNNN.parquet."""
@@ -266,22 +272,22 @@ def results_in(rows: Iterable[dict[str, Any]]) -> Iterator[Prediction | FailedRo
             )
 
 
-def write_output(folder: Path, form: Form, target: Path) -> None:
-    """Write what `gather` has written into `folder` to the user's folder `target`."""
-    target.mkdir(parents=True, exist_ok=True)
-    if form == "jsonl":
-        write_lines(folder, target)
+def write_output(folder: Path, form: Form, output: Output) -> None:
+    """Write the answers in `folder`, lines or what `gather` has written, to the user's folder. The
+    last file is predictions.jsonl or manifest.json: it is there only where all others are."""
+    if form == "parquet":
+        # Parts of an earlier input would count as parts of this one.
+        output.replace([*sorted(folder.glob(PARTS)), folder / MANIFEST], PARQUET_NAMES)
         return
-    # Parts of an earlier input would count as parts of this one.
-    for old in (target / MANIFEST, *target.glob(PARTS)):
-        old.unlink(missing_ok=True)
-    for part in sorted(folder.glob(PARTS)):
-        shutil.copyfile(part, target / part.name)
-    shutil.copyfile(folder / MANIFEST, target / MANIFEST)
+    with working_folder("output") as lines:
+        if (folder / MANIFEST).exists():
+            write_lines(folder, lines)
+            folder = lines
+        output.replace([folder / "failed.jsonl", folder / "predictions.jsonl"], LINES_NAMES)
 
 
 def write_lines(folder: Path, target: Path) -> None:
-    """Write predictions.jsonl and failed.jsonl from the Parquet files in `folder`."""
+    """Write predictions.jsonl and failed.jsonl from the Parquet files in `folder` to `target`."""
     manifest = AnswersManifest.model_validate_json((folder / MANIFEST).read_bytes())
     with (
         (target / "predictions.jsonl").open("w", encoding="utf-8") as predictions,

@@ -22,11 +22,6 @@ LOCAL = ("file", "local")
 KEYS = (".key", ".p12", ".pem", ".pfx")
 """What the names of private keys end in."""
 
-ANSWER_FILES = re.compile(
-    r"predictions\.jsonl|failed\.jsonl|manifest\.json|answers-[0-9]{5,}\.parquet"
-)
-"""The names of what batch inference writes."""
-
 _PROTOCOL = re.compile("([A-Za-z][A-Za-z0-9+.-]+)://")
 
 
@@ -197,26 +192,3 @@ def is_allowed_data_set(name: str) -> bool:
     if not is_limited() or not entries:
         return True
     return any(begins_with(f"hf://datasets/{name}", entry) for entry in entries)
-
-
-def output_folder(path: str, setting: str) -> Path:
-    """Return the local folder that answers may be written to.
-
-    Raises DataError for a folder in the store; and in a worker's run for one that may not be
-    opened, that is part of a Python package, or that holds other files than answers."""
-    if _PROTOCOL.match(path):
-        raise DataError(f"{setting}: {path}: no local folder; the answers are in the store anyway")
-    folder = local_path(path, setting)
-    store = store_folder(LocalSettings().store_url)
-    if store is not None and Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(store)):
-        raise DataError(f"{setting}: {path}: in the store, which holds the answers anyway")
-    if not is_limited():
-        return folder
-    if any((parent / "__init__.py").exists() for parent in (folder, *folder.parents)):
-        raise DataError(f"{setting}: {path}: part of a program; name another folder")
-    for entry in folder.iterdir() if folder.is_dir() else ():
-        if not ANSWER_FILES.fullmatch(entry.name):
-            raise DataError(f"{setting}: {path}: holds other files than answers; name a new folder")
-        if entry.is_symlink():
-            raise DataError(f"{setting}: {path}: holds links; name a new folder")
-    return folder

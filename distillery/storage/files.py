@@ -9,6 +9,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -40,6 +41,9 @@ from distillery.storage.outages import (
 UNFINISHED = ".writing-"
 """In the name of what is being written, and never in a final name."""
 
+WHOLE_UPLOADS = (*AZURE_PROTOCOLS, "s3", "s3a", "gs", "gcs")
+"""Object stores, in which a file is not seen before all of it is uploaded."""
+
 _log = logging.getLogger(__name__)
 
 T = TypeVar("T")
@@ -56,20 +60,23 @@ class StoredFile(NamedTuple):
 
 
 class Storage:
-    """The files under `url`. Every method raises StoreUnavailable where the storage has not
-    answered for `wait_s` seconds, StoreError or CredentialsError where waiting does not help, and
-    FileNotFoundError for a name that is not there."""
+    """The files under `url`, which `setting` names. Every method raises StoreUnavailable where the
+    storage has not answered for `wait_s` seconds, StoreError or CredentialsError where waiting does
+    not help, and FileNotFoundError for a name that is not there. `shown`: the URL as errors show
+    it."""
 
-    def __init__(self, url: str, wait_s: float) -> None:
+    def __init__(
+        self, url: str, wait_s: float, setting: str = "DISTILLERY_STORE", shown: str | None = None
+    ) -> None:
         self.url = url.rstrip("/")
-        self._wait_s = wait_s
+        self._wait_s, self._setting, self._shown = wait_s, setting, shown or self.url
         protocol = get_protocol(self.url)
         self._is_azure = protocol in AZURE_PROTOCOLS
         options = azure_options(self.url) if self._is_azure else {}
         try:
             self.filesystem, self.root = fsspec.url_to_fs(self.url, **options)
         except (ValueError, ImportError) as error:
-            reason = f"DISTILLERY_STORE {protocol}://…: {error.__cause__ or error}"
+            reason = f"{setting} {protocol}://…: {error.__cause__ or error}"
             if self._is_azure and isinstance(error, ValueError):
                 reason += (
                     "; name the account in the URL, or correct AZURE_STORAGE_CONNECTION_STRING"
@@ -78,6 +85,7 @@ class Storage:
                 reason += "; install distillery[azure]"
             raise StoreError(reason) from None
         self.is_local = isinstance(self.filesystem, LocalFileSystem)
+        self._uploads_whole = protocol in WHOLE_UPLOADS
         if self._is_azure:
             limit_retries(self.filesystem.service_client)
 
@@ -106,6 +114,38 @@ class Storage:
         if self.is_local:
             self._patiently(Path(self._path(name)).parent.mkdir, parents=True, exist_ok=True)
         self._patiently(self.filesystem.put_file, str(source), self._path(name))
+
+    def upload_whole(self, source: Path, name: str) -> None:
+        """Store a file of any size, whole or not at all where the storage can move a file, in place
+        of what may be there. A killed writer may leave a file whose name begins with UNFINISHED."""
+        path = self._path(name)
+        if self._uploads_whole:
+            self.upload(source, name)
+        else:
+            beside = self._path(f"{UNFINISHED}{name}")
+            self._patiently(upload_and_move, self.filesystem, source, beside, path)
+
+    def make_folder(self) -> None:
+        """Make the folder under the URL; an object store needs none, and its containers are made by
+        their owner."""
+        if not self._uploads_whole:
+            self._patiently(self.filesystem.makedirs, self.root, exist_ok=True)
+
+    def names(self) -> list[str]:
+        """Return the names of what is directly under the URL; none where nothing is there."""
+        self.filesystem.invalidate_cache()
+        try:
+            paths = self._patiently(self.filesystem.ls, self.root, detail=False)
+        except FileNotFoundError:
+            return []
+        # A folder may be listed in itself.
+        inside = [path for path in map(str, paths) if path.strip("/") != self.root.strip("/")]
+        return sorted(path.rstrip("/").rpartition("/")[2] for path in inside)
+
+    def delete(self, name: str) -> None:
+        """Remove a file, whoever has written it; one that is not there counts as removed."""
+        with suppress(FileNotFoundError):
+            self._patiently(self.filesystem.rm_file, self._path(name))
 
     def download(self, name: str, target: Path) -> None:
         """Write a file of any size to `target`, and make its folder."""
@@ -199,28 +239,28 @@ class Storage:
             return tries(operation, *arguments, **options)
         except (FileNotFoundError, FileExistsError) as error:
             if error.strerror == "No such container":
-                raise no_container(self.url) from None
+                raise no_container(self._shown, self._setting) from None
             raise
         except OSError as error:
             if is_outage(error):
                 raise self._unavailable(error) from error
-            raise os_error(error, disk or self.url) from error
+            raise os_error(error, disk or self._shown, self._setting) from error
         except Exception as error:
             if not is_azure_error(error):
                 raise
             # Not chained: the SDK's texts may hold a URL with its signature.
             if is_outage(error):
                 raise self._unavailable(error) from None
-            raise azure_error(error, self.url) from None
+            raise azure_error(error, self._shown, self._setting) from None
 
     def _log_first_failure(self, state: RetryCallState) -> None:
         if state.attempt_number == 1 and state.outcome:
             reason = reason_of(state.outcome.exception())
-            _log.warning("%s: %s; trying again for up to %.0f s", self.url, reason, self._wait_s)
+            _log.warning("%s: %s; trying again for up to %.0f s", self._shown, reason, self._wait_s)
 
     def _unavailable(self, error: Exception) -> StoreUnavailable:
         return StoreUnavailable(
-            f"{self.url}: the store has not answered for {self._wait_s:.0f} s "
+            f"{self._shown}: the store has not answered for {self._wait_s:.0f} s "
             f"({reason_of(error)}); try again later"
         )
 
@@ -234,3 +274,9 @@ def write_local(path: Path, content: bytes) -> None:
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def upload_and_move(filesystem: Any, source: Path, beside: str, path: str) -> None:
+    """Write a file to `beside`, and then rename it to `path`."""
+    filesystem.put_file(str(source), beside)
+    filesystem.mv(beside, path)

@@ -95,25 +95,26 @@ def reason_of(error: BaseException | None) -> str:
     return " ".join(str(part) for part in parts if part) or type(error).__name__
 
 
-def os_error(error: OSError, location: str) -> StoreError:
-    """Return the one line for an error of the system that waiting does not mend."""
+def os_error(error: OSError, location: str, setting: str = "DISTILLERY_STORE") -> StoreError:
+    """Return the one line for an error of the system that waiting does not mend. `setting`: which
+    one names the location."""
     if error.errno in NO_ROOM:
         return StoreError(
-            f"{location}: the disk is full; free some space, or set DISTILLERY_STORE or "
+            f"{location}: the disk is full; free some space, or set {setting} or "
             "DISTILLERY_HOME to another disk"
         )
     if error.errno in FORBIDDEN:
         return StoreError(
-            f"{location}: not writable ({error.strerror}); set DISTILLERY_STORE to a folder that is"
+            f"{location}: not writable ({error.strerror}); set {setting} to a folder that is"
         )
     return StoreError(
-        f"{location}: {error.strerror or error}; set DISTILLERY_STORE to a folder that can be "
-        "written"
+        f"{location}: {error.strerror or error}; set {setting} to a folder that can be written"
     )
 
 
-def azure_error(error: Exception, url: str) -> DistilleryError:
-    """Return the one line for an error of Azure's SDK that waiting does not mend."""
+def azure_error(error: Exception, url: str, setting: str) -> DistilleryError:
+    """Return the one line for an error of Azure's SDK that waiting does not mend. `setting`: which
+    one names the URL."""
     from azure.core.exceptions import ClientAuthenticationError
 
     status = getattr(error, "status_code", None)
@@ -128,9 +129,9 @@ def azure_error(error: Exception, url: str) -> DistilleryError:
             "or give the login the role Storage Blob Data Contributor"
         )
     if getattr(error, "error_code", None) == "ContainerNotFound":
-        return no_container(url)
-    return StoreError(f"{url}: the store refuses ({reason_of(error)}); correct DISTILLERY_STORE")
+        return no_container(url, setting)
+    return StoreError(f"{url}: the store refuses ({reason_of(error)}); correct {setting}")
 
 
-def no_container(url: str) -> StoreError:
-    return StoreError(f"{url}: there is no such container; create it, or correct DISTILLERY_STORE")
+def no_container(url: str, setting: str) -> StoreError:
+    return StoreError(f"{url}: there is no such container; create it, or correct {setting}")

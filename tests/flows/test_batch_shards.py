@@ -6,17 +6,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pyarrow.parquet  # type: ignore[import-untyped]
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 from sharded_rows import STUDENT, contents, write_rows
 
+from distillery.errors import DataError, StoreError
 from distillery.inference import shards as sharded
 from distillery.inference.shards import AnswersManifest
 from distillery.recipe import PromptRecipe, Recipe
 from distillery.records import Predictions
 from distillery.registry.local import LocalRegistry
 from distillery.storage.artifacts import ArtifactStore
-from flows.batch_inference import batch_inference
+from flows.batch_inference import batch_inference, main
 from tasks import inference
 from tasks.results import results_in_store
 
@@ -48,7 +51,7 @@ def answered(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return found
 
 
-def run(rows: Path | str, out: Path, **settings: Any) -> Predictions:
+def run(rows: Path | str, out: Path | str, **settings: Any) -> Predictions:
     with results_in_store():
         done: Predictions = batch_inference(STUDENT, str(rows), str(out), "1", **settings)
         return done
@@ -76,6 +79,45 @@ def test_shards_give_the_same_files_and_are_answered_once(
         file.write(json.dumps(json.loads(rows.read_text().splitlines()[0]) | {"id": "x"}) + "\n")
     run(rows, tmp_path / "more", shard_rows=16)
     assert answered == [16, 16, 8, 9]
+
+
+@pytest.mark.parametrize("settings", [{}, {"form": "parquet"}, {"shard_rows": ROWS}])
+def test_answers_go_to_any_address(rows: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
+    settings = {"shard_rows": 16, **settings}
+    run(rows, tmp_path / "out", **settings)
+    url = f"memory://{tmp_path.name}/out"
+    run(rows, url, **settings)
+    memory = fsspec.filesystem("memory")
+    found = {name.rpartition("/")[2]: memory.cat_file(name) for name in memory.find(url)}
+    assert found == contents(tmp_path / "out")
+    memory.rm(f"/{tmp_path.name}", recursive=True)
+
+
+def test_the_command_takes_an_address(
+    rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = f"memory://user:secret@{tmp_path.name}/out"
+    assert main([STUDENT, str(rows), out, "--version", "1"]) == 0
+    memory = fsspec.filesystem("memory")
+    assert len(memory.cat_file(f"{out}/predictions.jsonl").splitlines()) == ROWS - 1
+    told = capsys.readouterr().out
+    assert f"39 rows answered in memory://user:…@{tmp_path.name}/out/predictions.jsonl" in told
+    memory.store.clear()
+
+
+def test_no_row_is_answered_where_the_answers_can_not_be_written(
+    rows: Path, answered: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuses(*_arguments: Any, **_options: Any) -> Any:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(MemoryFileSystem, "pipe_file", refuses)
+    with pytest.raises(StoreError, match=r"^output memory://closed/out: not writable"):
+        run(rows, "memory://closed/out", shard_rows=16)
+    assert answered == []
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match=r"^output .*/file: can't be written"):
+        run(rows, tmp_path / "file", shard_rows=ROWS)
 
 
 def test_a_file_is_fetched_once(

@@ -30,6 +30,7 @@ from distillery.inference.student import Answer
 from distillery.recipe import Columns, PromptRecipe
 from distillery.records import AnswerFormat, Example, Shard, ShardAnswers
 from distillery.storage.artifacts import ArtifactStore
+from distillery.storage.output import Output
 from distillery.storage.shards import read_shard, write_shards
 
 PROMPT = PromptRecipe()
@@ -147,7 +148,7 @@ def test_the_lines_are_those_of_a_file_without_shards(tmp_path: Path) -> None:
     folder.mkdir()
     manifest = gather(shards, answered(shards, tmp_path), "m version 1", ArtifactStore(), folder)
     assert (manifest.rows, manifest.failed, len(manifest.parts)) == (50, 3, 4)
-    write_output(folder, "jsonl", tmp_path / "out")
+    write_output(folder, "jsonl", Output(str(tmp_path / "out"), "output"))
     for name in ("predictions.jsonl", "failed.jsonl"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
@@ -196,7 +197,7 @@ def test_parquet_has_all_rows_in_their_order(tmp_path: Path) -> None:
     out.mkdir()
     for stale in ("answers-00000.parquet", "answers-00009.parquet", MANIFEST):
         (out / stale).write_text("of an earlier, longer input")
-    write_output(folder, "parquet", out)
+    write_output(folder, "parquet", Output(str(out), "output"))
     assert {file.name for file in out.iterdir()} == {
         *(f"answers-0000{number}.parquet" for number in range(3)),
         MANIFEST,

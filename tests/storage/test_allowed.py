@@ -13,8 +13,8 @@ from distillery.storage.allowed import (
     address,
     is_allowed_data_set,
     local_path,
-    output_folder,
 )
+from distillery.storage.output import Output
 
 pytestmark = pytest.mark.security
 
@@ -62,7 +62,7 @@ def test_the_command_line_opens_what_its_user_may(data: Path, secret: Path) -> N
         assert local_path(path, "x") == Path(path)
     assert local_path("~", "x") == Path.home()
     assert address("http://internal/a.csv", "x") == "http://internal/a.csv"
-    assert output_folder(str(secret.parent), "output") == secret.parent
+    assert Output(str(secret.parent), "output").shown == str(secret.parent)
 
 
 @pytest.mark.parametrize("path", ["a\0b.csv", "~nobody-is-called-so/a.csv", "a" * 5000, "\ud800"])
@@ -298,19 +298,21 @@ def test_a_worker_writes_answers_into_no_folder_but_theirs(
     (worker / "linked" / "failed.jsonl").symlink_to(secret)
     named = path.format(home=home, store=home / "store", secret=secret)
     with pytest.raises(DataError, match=r"^output: [^\n]*$"):
-        output_folder(named, "output")
+        Output(named, "output")
 
 
 def test_a_worker_writes_answers_into_a_new_folder_and_again(worker: Path) -> None:
-    assert output_folder("answers", "output") == worker / "answers"
-    (worker / "answers").mkdir()
-    (worker / "answers" / "predictions.jsonl").write_text("")
-    assert output_folder("answers", "output") == worker / "answers"
+    output = Output("answers", "output")
+    assert output.shown == str(worker / "answers")
+    output.try_writing()
+    for left in ("predictions.jsonl", ".writing-failed.jsonl"):
+        (worker / "answers" / left).write_text("")
+    Output("answers", "output").try_writing()
 
 
 def test_answers_do_not_go_into_the_store_from_the_command_line(data: Path, home: Path) -> None:
     with pytest.raises(DataError, match="in the store"):
-        output_folder(str(home / "store" / "out"), "output")
+        Output(str(home / "store" / "out"), "output")
 
 
 @pytest.mark.parametrize("folder_allowed", ["home", "above"])
