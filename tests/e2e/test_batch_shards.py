@@ -31,7 +31,7 @@ def test_nothing_is_lost_and_nothing_answered_twice(sharded: ShardedRows, tmp_pa
     workshop = sharded.workshop
     rows = write_rows(tmp_path / "rows.jsonl", ROWS)
     out = tmp_path / "answers"
-    with workshop.slower(row=0.1):
+    with workshop.slower(row=0.3):
         run = sharded.start_run(rows, out, shard_rows=SHARD_ROWS, child_runs=3)
         workshop.until(run, "the parent on the first worker", lambda: sharded.runs_of("cpu-0"))
         workshop.start_worker("cpu-pool", "cpu-1")
