@@ -52,6 +52,7 @@ from tasks.evaluation import ask_base_model, evaluate
 from tasks.hub import check_bases, pinned, source_of
 from tasks.judge import preferred
 from tasks.judged import judged_before
+from tasks.label_parts import parts_first
 from tasks.labels import canaries, check_shares, labelled, measured_against
 from tasks.onnx import exported
 from tasks.registry import apply_gate, download, promote, register
@@ -303,6 +304,7 @@ def labelled_rows(
             cheap = teacher_identity(watched.cheap, None)
             canaries(train_rows, recipe.prompt, watched.cheap, cheap)
     batches_first(recipe, train_rows, data, identity, test)
+    parts_first(recipe, train_rows, data, identity, test)
     check = None
     if recipe.task.kind == "classify":
         check = compare_teacher(recipe, data, local, identity, again)
