@@ -1,5 +1,5 @@
 """Ask the teacher about a part of the rows that a run labels: the flow that distill.py starts in
-processes of this machine (teacher.processes).
+processes of this machine (teacher.processes), or on a work pool (labels_deployment).
 
 Every answer is in the label store as soon as it comes, where the run that waits finds it.
 """

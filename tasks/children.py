@@ -313,9 +313,12 @@ def not_taken(running: Sequence[Child]) -> list[Child]:
 
 
 class DeploymentRuns:
-    """Child runs of a deployment. `limit`: how many at once; None goes by the pool's workers."""
+    """Child runs of a deployment. `limit`: how many at once; None goes by the pool's workers.
+    `parameter`: which of the flow's names the deployment, for messages."""
 
-    def __init__(self, deployment: str, limit: int | None) -> None:
+    def __init__(
+        self, deployment: str, limit: int | None, parameter: str = "shards_deployment"
+    ) -> None:
         """Raises DataError if there is no such deployment."""
         self.deployment, self._limit = deployment, limit
         self._counted_at, self._most = -WORKERS_S, RUNS_PER_WORKER
@@ -324,7 +327,7 @@ class DeploymentRuns:
                 found = client.read_deployment_by_name(deployment)
             except ObjectNotFound:
                 raise DataError(
-                    f"shards_deployment: no deployment {deployment} here; `prefect deploy --all`"
+                    f"{parameter}: no deployment {deployment} here; `prefect deploy --all`"
                 ) from None
         self._pool = found.work_pool_name
 
@@ -354,7 +357,8 @@ class DeploymentRuns:
 
     def start(self, job: Job, key: str) -> Child:
         """See `Children`. A run that has ended is followed by another one under the next key."""
-        sent = job.model_dump(mode="json", exclude={"threads"})
+        # Without defaults: the schema of a slice leaves out fields that mean nothing in it.
+        sent = job.model_dump(mode="json", exclude={"threads"}, exclude_defaults=True)
         group, name = Group(job.first, job.count), f"{produced_by()}, {job.title}"
         attempt = 0
         while True:

@@ -21,7 +21,7 @@ from distillery.storage.working import working_folder
 from distillery.teacher.endpoint import resolve_endpoint
 from distillery.teacher.identity import teacher_identity
 from distillery.teacher.ledger import Payer, spent
-from tasks.children import TRIES, Child, Group, Job, LocalProcesses, work_by
+from tasks.children import TRIES, Child, DeploymentRuns, Group, Job, LocalProcesses, work_by
 from tasks.labels import labelling_of, payer_of_run, purpose_of, rows_to_ask
 from tasks.parent import check_parent
 from tasks.progress import conclude, progress_of, show_rows
@@ -96,21 +96,32 @@ class PartsWork:
 
 
 def parts_first(
-    recipe: Recipe, train: Rows, data: PreparedDataset, identity: str, test: bool
+    recipe: Recipe,
+    train: Rows,
+    data: PreparedDataset,
+    identity: str,
+    test: bool,
+    deployment: str | None = None,
 ) -> None:
-    """Have the rows that this run labels asked by teacher.processes processes, where they are many:
-    the `train` rows and those of other splits. `test`: whether the test rows are among them."""
-    if recipe.teacher.processes > 1:
+    """Have the rows that this run labels asked by runs of `deployment`, or by teacher.processes
+    processes of this machine, where they are many: the `train` rows and those of other splits.
+    `test`: whether the test rows are among them."""
+    several = deployment is not None or recipe.teacher.processes > 1
+    if several and recipe.teacher.kind == "endpoint":
         for rows, teacher in rows_to_ask(recipe, train, data, identity, test):
-            ask_in_processes(rows, recipe.prompt, teacher, identity)
+            ask_in_processes(rows, recipe.prompt, teacher, identity, deployment)
 
 
 @uncached("ask in processes")
 def ask_in_processes(
-    rows: Rows, prompt: PromptRecipe, teacher: TeacherRecipe, identity: str
+    rows: Rows,
+    prompt: PromptRecipe,
+    teacher: TeacherRecipe,
+    identity: str,
+    deployment: str | None = None,
 ) -> None:
-    """Have processes of this machine ask a teacher what the label store does not know, and wait for
-    them."""
+    """Have processes of this machine, or runs of `deployment`, ask a teacher what the label store
+    does not know, and wait for them."""
     payer, file = payer_of_run(), ArtifactStore().fetch(rows.artifact) / rows.file
     with (
         progress_of("ask in processes") as progress,
@@ -121,7 +132,8 @@ def ask_in_processes(
         first = teacher.cheap or teacher
         name = teacher_identity(first, None) if teacher.cheap else identity
         calls = quote(each_example(file), prompt, first, name, answers, payer=payer).calls
-        parts = count_of_parts(calls, teacher)
+        runs = DeploymentRuns(deployment, None, "labels_deployment") if deployment else None
+        parts = count_of_parts(calls, teacher, runs.most() if runs else teacher.processes)
         if parts == 1:
             conclude(f"{calls} calls to make: one process makes them")
             return
@@ -136,7 +148,8 @@ def ask_in_processes(
             parts=parts,
         )
         work = PartsWork(job, calls, lambda: made() - before)
-        work_by(LocalProcesses(parts, "flows.label_parts", folder), work, progress)
+        children = runs or LocalProcesses(parts, "flows.label_parts", folder)
+        work_by(children, work, progress)
         conclude(f"{made() - before:,.0f} calls, made by {parts} processes")
 
 

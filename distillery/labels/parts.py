@@ -10,11 +10,11 @@ CALLS_OF_A_PART = 500
 """Fewer are made by the processes at work before another one has started."""
 
 
-def count_of_parts(calls: int, teacher: TeacherRecipe) -> int:
-    """Return into how many parts the rows of so many calls are cut: one for each process that has
-    enough to do, and at least one call at a time."""
+def count_of_parts(calls: int, teacher: TeacherRecipe, processes: int) -> int:
+    """Return into how many parts the rows of so many calls are cut: one for each of the processes
+    that has enough to do, and at least one call at a time."""
     concurrency = [each.concurrency for each in (teacher, teacher.cascade) if each]
-    return max(1, min(teacher.processes, calls // CALLS_OF_A_PART, *concurrency))
+    return max(1, min(processes, calls // CALLS_OF_A_PART, *concurrency))
 
 
 def rows_of_part(

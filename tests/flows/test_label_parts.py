@@ -2,11 +2,13 @@
 nothing lost when a process is killed."""
 
 import logging
+import os
+import subprocess
+import sys
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from chat_endpoint import Call, ChatEndpoint, Reply, good
 from label_runs import KEY, PROMPT, example
 from postgres_server import Postgres
 from prefect import flow
+from prefect_api import OwnPrefect, wait_for
 from sqlalchemy import select
 
 from distillery.data.examples import write_examples
@@ -37,6 +40,8 @@ pytestmark = [
     pytest.mark.timeout(600),
     pytest.mark.usefixtures("prefect_api"),
 ]
+
+PROJECT = Path(__file__).resolve().parents[2]
 
 CONCURRENCY = 8
 
@@ -77,7 +82,27 @@ def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[ChatEndpoint]:
         yield server
 
 
-def labelled(folder: Path, count: int, **settings: Any) -> TeacherLabels:
+SERVES = "from flows.label_parts import label_parts; label_parts.serve(name='cpu')"
+
+
+@contextmanager
+def served(api: OwnPrefect) -> Iterator[str]:
+    """Have a process of its own take the runs of the deployment whose name is yielded."""
+    environment = os.environ | {"PREFECT_API_URL": api.url, "PREFECT_RUNNER_POLL_FREQUENCY": "1"}
+    process = subprocess.Popen([sys.executable, "-c", SERVES], cwd=PROJECT, env=environment)
+    try:
+        name = "label-parts/cpu"
+        wait_for("the deployment", lambda: api.api.get(f"/deployments/name/{name}").is_success)
+        yield name
+    finally:
+        for each in [*psutil.Process(process.pid).children(recursive=True), process]:
+            each.kill()
+        process.wait()
+
+
+def labelled(
+    folder: Path, count: int, deployment: str | None = None, **settings: Any
+) -> TeacherLabels:
     """Label so many rows, every tenth of which is like the one before, in a run of its own."""
     folder.mkdir(exist_ok=True)
     numbers = [number - (number % 10 == 9) for number in range(count)]
@@ -97,8 +122,8 @@ def labelled(folder: Path, count: int, **settings: Any) -> TeacherLabels:
 
     @flow(name="labels")
     def run() -> list[TeacherLabels]:
-        if teacher.processes > 1:
-            ask_in_processes(train, PROMPT, teacher, "gpt-test")
+        if deployment or teacher.processes > 1:
+            ask_in_processes(train, PROMPT, teacher, "gpt-test", deployment)
         return [label(train, PROMPT, teacher, "gpt-test")]
 
     with results_in_store():
@@ -122,7 +147,7 @@ def children(server: ChatEndpoint) -> list[psutil.Process]:
             asks = any(
                 each.raddr and each.raddr.port == server.port for each in process.net_connections()
             )
-            if asks and "flows.label_parts" in process.cmdline():
+            if asks:
                 found.append(process)
         except psutil.Error:
             continue
@@ -184,40 +209,74 @@ def test_a_runs_budget_holds_across_its_processes(
     assert (labels.accepted, len(endpoint.calls)) == (600, 540)
 
 
+@contextmanager
+def one_killed(server: ChatEndpoint) -> Iterator[list[int]]:
+    """Kill one of the processes that ask, once there are some answers; yield its id in a list."""
+    killed: list[int] = []
+    ended = threading.Event()
+
+    def kill() -> None:
+        while not killed and not ended.wait(0.01):
+            if len(server.answered) >= 100:
+                for process in children(server)[:1]:
+                    process.kill()
+                    killed.append(process.pid)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    try:
+        yield killed
+    finally:
+        ended.set()
+        killer.join()
+
+
+def check_nothing_is_twice(
+    labels: TeacherLabels, database: Database, endpoint: ChatEndpoint
+) -> None:
+    """Check that 900 rows have labels, and that of their 810 requests none was answered twice, but
+    for those that a killed process waited for."""
+    assert labels.accepted == 900
+    answers = answers_in(database)
+    assert (len(answers), set(answers.values())) == (810, {1})
+    lost = sum(total.calls for total in labels.paid if total.outcome == "lost")
+    assert lost <= CONCURRENCY // 2
+    assert 810 <= len(endpoint.calls) <= 810 + lost
+    print(f"\n{len(endpoint.calls)} calls for 810 requests, {lost} of them lost")
+
+
 def test_what_a_killed_process_leaves_is_asked_by_another_and_nothing_twice(
     databases: Callable[[str], Database],
     endpoint: ChatEndpoint,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    killed: list[int] = []
-
-    def kill() -> None:
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline and not killed:
-            if len(endpoint.answered) >= 100:
-                for process in children(endpoint)[:1]:
-                    process.kill()
-                    killed.append(process.pid)
-            time.sleep(0.01)
-
-    killer = threading.Thread(target=kill)
-    killer.start()
     database = databases("killed")
-    labels = labelled(tmp_path / "rows", 900, processes=2)
-    killer.join()
+    with one_killed(endpoint) as killed:
+        labels = labelled(tmp_path / "rows", 900, processes=2)
     assert killed
     assert "a child run left 1 undone (its process was killed" in caplog.text
-    assert labels.accepted == 900
-    answers = answers_in(database)
-    assert (len(answers), set(answers.values())) == (810, {1})
-    # What the killed process waited for was paid, and no more than that.
-    outcomes = {total.outcome: total.calls for total in labels.paid}
-    lost = outcomes.get("lost", 0)
-    assert lost <= CONCURRENCY // 2
-    assert 810 <= len(endpoint.calls) <= 810 + lost
+    check_nothing_is_twice(labels, database, endpoint)
     databases("whole")
     assert labelled(tmp_path / "rows", 900).artifact.sha256 == labels.artifact.sha256
+
+
+@pytest.mark.parametrize("databases", ["sqlite"], indirect=True)
+def test_runs_of_a_deployment_do_the_same(
+    databases: Callable[[str], Database],
+    endpoint: ChatEndpoint,
+    prefect_server: OwnPrefect,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+    database = databases("served")
+    with served(prefect_server) as deployment, one_killed(endpoint) as killed:
+        labels = labelled(tmp_path / "rows", 900, deployment)
+    assert killed
+    assert "a child run left 1 undone" in caplog.text
+    assert "made by 2 processes" in caplog.text
+    check_nothing_is_twice(labels, database, endpoint)
 
 
 def test_an_error_of_the_teacher_is_told_by_the_run_itself(

@@ -53,13 +53,13 @@ def test_rows_with_equal_requests_are_in_one_part() -> None:
 
 def test_so_many_parts_as_have_enough_to_do() -> None:
     least = module.CALLS_OF_A_PART
-    assert count_of_parts(100 * least, teacher()) == 4
-    assert count_of_parts(3 * least, teacher()) == 3
-    assert count_of_parts(2 * least - 1, teacher()) == 1
-    assert count_of_parts(0, teacher()) == 1
-    assert count_of_parts(100 * least, teacher(concurrency=3)) == 3
+    assert count_of_parts(100 * least, teacher(), 4) == 4
+    assert count_of_parts(3 * least, teacher(), 4) == 3
+    assert count_of_parts(2 * least - 1, teacher(), 4) == 1
+    assert count_of_parts(0, teacher(), 4) == 1
+    assert count_of_parts(100 * least, teacher(concurrency=3), 4) == 3
     cascade = {"concurrency": 2}
-    assert count_of_parts(100 * least, teacher(cascade=cascade)) == 2
+    assert count_of_parts(100 * least, teacher(cascade=cascade), 4) == 2
 
 
 @pytest.mark.parametrize("parts", [2, 3, 8])
