@@ -60,7 +60,7 @@ MOST_RUNS = 100
 """Runs at work or waiting at once, at most: Prefect's queues stall with some 200."""
 
 LARGEST_GROUP = 8
-"""Shards of a child, at most."""
+"""Shards of a student's rows that a child answers, at most."""
 
 TRIES = 3
 """Children in a row that may end without a further shard answered."""
@@ -120,6 +120,11 @@ class Work(Protocol):
         ...
 
     @property
+    def largest_group(self) -> int:
+        """How many of them a child does, at most."""
+        ...
+
+    @property
     def units(self) -> tuple[float, float, str]:
         """What is done, of how much, and the unit's name, for the progress."""
         ...
@@ -145,6 +150,8 @@ class Work(Protocol):
 class ShardWork:
     """The shards of a job, and the answers that are known: `answers` by a shard's number. `find`
     returns the record of `answer_shard` for its arguments, or None if there is none."""
+
+    largest_group = LARGEST_GROUP
 
     def __init__(self, job: ShardsJob, shards: Sequence[Shard], find: Callable[..., Any]) -> None:
         self.job, self.shards = job, shards
@@ -237,12 +244,13 @@ class Children(Protocol):
         """End children that have not ended."""
 
 
-def groups_of(shards: int, workers: int) -> Iterator[Group]:
+def groups_of(shards: int, workers: int, largest: int = LARGEST_GROUP) -> Iterator[Group]:
     """Yield all shards in groups that become smaller towards the end, so that children seldom start
-    and `workers` end together (guided self-scheduling: Polychronopoulos and Kuck, 1987)."""
+    and `workers` end together (guided self-scheduling: Polychronopoulos and Kuck, 1987). `largest`:
+    shards of a group, at most."""
     first = 0
     while first < shards:
-        count = min(LARGEST_GROUP, max(1, (shards - first) // workers))
+        count = min(largest, max(1, (shards - first) // workers))
         yield Group(first, count)
         first += count
 
@@ -251,7 +259,7 @@ def work_by(children: Children, work: Work, progress: StageProgress) -> None:
     """Have children do all shards of `work` that are missing.
 
     Raises ModelError if TRIES children in a row end without another shard of their group done."""
-    groups = groups_of(work.count, children.workers())
+    groups = groups_of(work.count, children.workers(), work.largest_group)
     waiting = deque(group for group in groups if work.missing(group))
     running: list[Child] = []
     fruitless: Counter[Group] = Counter()

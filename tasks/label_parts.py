@@ -48,6 +48,8 @@ class PartsWork:
     A part that a child has ended with is done, also if it ended with an error or for the budget:
     the stage `label` meets the same and says so. So is one whose children have died TRIES times."""
 
+    largest_group = 1
+
     def __init__(self, job: PartsJob, calls: int, made: Callable[[], float]) -> None:
         self.job, self._calls, self._made = job, calls, made
         self._done: set[int] = set()
@@ -132,7 +134,10 @@ def ask_in_processes(
         first = teacher.cheap or teacher
         name = teacher_identity(first, None) if teacher.cheap else identity
         calls = quote(each_example(file), prompt, first, name, answers, payer=payer).calls
-        runs = DeploymentRuns(deployment, None, "labels_deployment") if deployment else None
+        runs = None
+        if deployment:
+            limit = teacher.processes if teacher.processes > 1 else None
+            runs = DeploymentRuns(deployment, limit, "labels_deployment")
         parts = count_of_parts(calls, teacher, runs.most() if runs else teacher.processes)
         if parts == 1:
             conclude(f"{calls} calls to make: one process makes them")

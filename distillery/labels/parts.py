@@ -42,8 +42,9 @@ def share_of(teacher: TeacherRecipe, part: int, parts: int) -> TeacherRecipe:
         return concurrency // parts + (part < concurrency % parts)
 
     changed = {"concurrency": share(teacher.concurrency), "shared_pace": True, "processes": 1}
-    cheap = teacher.cascade
-    if cheap:
-        of_cheap = {"concurrency": share(cheap.concurrency), "shared_pace": True}
-        changed["cascade"] = cheap.model_copy(update=of_cheap)
-    return teacher.model_copy(update=changed)
+    teacher = teacher.model_copy(update=changed)
+    if teacher.cascade is None:
+        return teacher
+    changed["concurrency"] = share(teacher.cascade.concurrency)
+    cheap = teacher.cascade.model_copy(update=changed)
+    return teacher.model_copy(update={"cascade": cheap})

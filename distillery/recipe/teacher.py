@@ -328,8 +328,9 @@ class TeacherRecipe(Slice):
     """The most calls at a time; fewer while the endpoint is overloaded."""
 
     processes: int = Field(1, ge=1, le=256, exclude_if=lambda count: count == 1)
-    """The most processes of this machine that label at once, where there are many rows. They share
-    `concurrency`, the limits per minute and the budget. Needs kind: endpoint."""
+    """The most processes that label at once, where there are many rows: processes of this machine,
+    or with the parameter labels_deployment runs of that deployment. They share `concurrency`, the
+    limits per minute and the budget. Needs kind: endpoint."""
 
     requests_per_minute: int | None = Field(None, gt=0)
     """The endpoint's limit on requests, if its headers do not tell it. null: no limit of our

@@ -95,7 +95,8 @@ def served(api: OwnPrefect) -> Iterator[str]:
         wait_for("the deployment", lambda: api.api.get(f"/deployments/name/{name}").is_success)
         yield name
     finally:
-        for each in [*psutil.Process(process.pid).children(recursive=True), process]:
+        started = psutil.Process(process.pid)
+        for each in [*started.children(recursive=True), started]:
             each.kill()
         process.wait()
 
