@@ -38,8 +38,8 @@ from tasks.children import (
     LocalProcesses,
     ShardsJob,
     ShardWork,
-    answer_by,
     answer_here,
+    work_by,
 )
 from tasks.inference import fetched, input_files, is_pattern, score
 from tasks.progress import conclude, shown_as_stage
@@ -169,7 +169,7 @@ def answer_rows(
             if children is None:
                 answer_here(work, show)
             else:
-                answer_by(children, work, progress)
+                work_by(children, work, progress)
         answers = [work.answers[number] for number in range(len(shards))]
         predictions = gather(shards, answers, model, started)
         conclude(

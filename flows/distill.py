@@ -52,6 +52,7 @@ from tasks.evaluation import ask_base_model, evaluate
 from tasks.hub import check_bases, pinned, source_of
 from tasks.judge import preferred
 from tasks.judged import judged_before
+from tasks.label_parts import parts_first
 from tasks.labels import canaries, check_shares, labelled, measured_against
 from tasks.onnx import exported
 from tasks.registry import apply_gate, download, promote, register
@@ -84,7 +85,10 @@ def _run_name() -> str:
 
 @flow(name="distill", flow_run_name=_run_name, description=__doc__, **RESULT)
 def distill(
-    recipe: Recipe, training_deployment: str | None = None, refresh: tuple[Stage, ...] = ()
+    recipe: Recipe,
+    training_deployment: str | None = None,
+    refresh: tuple[Stage, ...] = (),
+    labels_deployment: str | None = None,
 ) -> Outcome:
     """Distil a student as the recipe says, and register it if it passes the gate.
 
@@ -94,6 +98,8 @@ def distill(
             process.
         refresh: Stages to do again although nothing that they depend on has changed. The teacher's
             answers are kept: no answer is paid for twice.
+        labels_deployment: Which runs ask an endpoint about many rows, such as label-parts/cpu; by
+            default as teacher.processes says.
 
     Raises GateRefused after all is recorded if the gate refuses the student and
     evaluation.on_refusal is fail.
@@ -108,7 +114,9 @@ def distill(
     source = source_of(recipe)
     data = prepared(recipe, source, refresh)
     judged = judged_before(data, recipe)
-    made = made_student(recipe, data, training_deployment, refresh)
+    made = made_student(
+        recipe, data, training_deployment, refresh, labels_deployment=labels_deployment
+    )
     model, test_rows = made.model, data.rows("test")
     compared = preferred(made.report, test_rows, recipe.prompt, recipe.evaluation.judge, again)
     report = compared.report
@@ -186,13 +194,22 @@ def made_student(
     training_deployment: str | None,
     refresh: tuple[Stage, ...],
     selection: Selection | None = None,
+    labels_deployment: str | None = None,
 ) -> Made:
     """Run the stages from the data set to the evaluation. `selection`: the train rows that are
     labelled, where they are chosen already."""
     again = refreshing(refresh)
     if recipe.task.abstain:
         check_provable(recipe.task.abstain, data)
-    taught = labelled_rows(recipe, data, training_deployment, refresh, selection, test=True)
+    taught = labelled_rows(
+        recipe,
+        data,
+        training_deployment,
+        refresh,
+        selection,
+        test=True,
+        labels_deployment=labels_deployment,
+    )
     local, labels, test_rows = taught.local, taught.labels, data.rows("test")
     # The test rows are labelled now, so that a budget that is too small ends the run before
     # training.
@@ -278,6 +295,7 @@ def labelled_rows(
     refresh: tuple[Stage, ...],
     selection: Selection | None = None,
     test: bool = False,
+    labels_deployment: str | None = None,
 ) -> Taught:
     """Run the stages from the data set to the labels; `selection` is as in `made_student`. `test`:
     whether the teacher will label the test rows too."""
@@ -303,6 +321,7 @@ def labelled_rows(
             cheap = teacher_identity(watched.cheap, None)
             canaries(train_rows, recipe.prompt, watched.cheap, cheap)
     batches_first(recipe, train_rows, data, identity, test)
+    parts_first(recipe, train_rows, data, identity, test, labels_deployment)
     check = None
     if recipe.task.kind == "classify":
         check = compare_teacher(recipe, data, local, identity, again)

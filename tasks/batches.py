@@ -5,7 +5,6 @@ import asyncio
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from functools import partial
-from pathlib import Path
 from typing import Any, NoReturn
 
 from prefect import get_client
@@ -24,10 +23,9 @@ from distillery.recipe import PromptRecipe, Recipe, TeacherRecipe
 from distillery.records import PreparedDataset, Rows
 from distillery.storage.artifacts import ArtifactStore
 from distillery.teacher.endpoint import resolve_endpoint
-from distillery.teacher.identity import identity_of_cheap
-from tasks.labels import PURPOSES, label, payer_of_run
+from tasks.labels import payer_of_run, purpose_of, rows_to_ask
 from tasks.progress import conclude, progress_of, show
-from tasks.stage import is_cached, uncached
+from tasks.stage import uncached
 
 STATE = "Waiting"
 """The name of the state in which a run ends whose batches are under way."""
@@ -47,24 +45,7 @@ def batches_first(
         with BatchBook() as book:
             if not book.open_batches(identity):
                 return
-    asked = [(train, recipe.teacher)]
-    measured = recipe.teacher_of_test_rows
-    if test:
-        asked.append((data.rows("test"), measured))
-    if recipe.task.kind == "classify" and recipe.dataset.roles >= {"gold", "validation"}:
-        asked.append((data.rows("validation"), measured))
-    new = [
-        (rows, teacher)
-        for rows, teacher in asked
-        if not is_cached(
-            label,
-            rows=rows,
-            prompt=recipe.prompt,
-            teacher=teacher,
-            identity=identity,
-            cheap_identity=identity_of_cheap(teacher),
-        )
-    ]
+    new = rows_to_ask(recipe, train, data, identity, test)
     waiting = ask_batches(new, recipe.prompt) if new else None
     if waiting is not None:
         end_as_waiting(waiting)
@@ -80,8 +61,7 @@ def ask_batches(
     shares = []
     for rows, teacher in asked:
         file = store.fetch(rows.artifact) / rows.file
-        purpose = PURPOSES.get(Path(rows.file).stem, "label")
-        shares.append(Share(partial(each_example, file), teacher, purpose))
+        shares.append(Share(partial(each_example, file), teacher, purpose_of(rows)))
     teacher = asked[0][1]
     with progress_of("ask in batches"), LabelStore(max_age=teacher.max_age) as answers:
         work = ask_in_batches(

@@ -1,8 +1,8 @@
-"""Answer shards in several processes: on the work pool of a deployment, or on this machine.
+"""Work in several processes: on the work pool of a deployment, or on this machine.
 
-A child answers a group of successive shards, each of which is cached on its own (shards.py). The
-parent knows of no answer but by the cache: whatever becomes of a child, shards that have answers
-are done, and a child that leaves some without is followed by another one for its group.
+A child does a group of successive shards. What it has done is kept whatever becomes of it: answers
+of a student to a shard are cached (shards.py), those of a teacher are in the label store
+(label_parts.py). A child that leaves a part of its group undone is followed by another one.
 """
 
 import os
@@ -14,7 +14,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Self
 
 import httpx
 from prefect import get_client, get_run_logger
@@ -60,7 +60,7 @@ MOST_RUNS = 100
 """Runs at work or waiting at once, at most: Prefect's queues stall with some 200."""
 
 LARGEST_GROUP = 8
-"""Shards of a child, at most."""
+"""Shards of a student's rows that a child answers, at most."""
 
 TRIES = 3
 """Children in a row that may end without a further shard answered."""
@@ -77,30 +77,106 @@ class Group(NamedTuple):
         return range(self.first, self.first + self.size)
 
 
-class ShardsJob(Record):
-    """What a child does: answer `count` shards of `rows` from the number `first` on. `threads`:
-    cores for one operation; None leaves it to the runtime."""
+class Job(Record):
+    """What a child does: `count` shards from the number `first` on. `threads`: cores for one
+    operation; None leaves it to the runtime."""
 
-    model: RegisteredModel
-    prompt: PromptRecipe
-    rows: ShardedRows
+    what: ClassVar[str] = "shards"
+    """What the shards are called."""
+
     first: int = 0
     count: PositiveInt = 1
     threads: PositiveInt | None = None
 
-    def of(self, group: Group) -> "ShardsJob":
+    @property
+    def title(self) -> str:
+        """Which shards it is, counted from 1."""
+        return f"{self.what} {self.first + 1} to {self.first + self.count}"
+
+    def of(self, group: Group) -> Self:
         """Return the same job for a group."""
         return self.model_copy(update={"first": group.first, "count": group.size})
+
+
+class ShardsJob(Job):
+    """What a child does that answers shards of `rows` with a student."""
+
+    model: RegisteredModel
+    prompt: PromptRecipe
+    rows: ShardedRows
+
+
+class Work(Protocol):
+    """Shards that are to be done, each by its number, and what the parent knows of them."""
+
+    @property
+    def job(self) -> Job:
+        """The job, for any of the shards."""
+        ...
+
+    @property
+    def count(self) -> int:
+        """How many shards there are."""
+        ...
+
+    @property
+    def largest_group(self) -> int:
+        """How many of them a child does, at most."""
+        ...
+
+    @property
+    def units(self) -> tuple[float, float, str]:
+        """What is done, of how much, and the unit's name, for the progress."""
+        ...
+
+    def key(self, group: Group) -> str:
+        """Return the idempotency key of a child for this group."""
+        ...
+
+    def missing(self, group: Group) -> list[int]:
+        """Return the shards of a group that are not known to be done."""
+        ...
+
+    def take_in(self, child: "Child") -> None:
+        """Look at what a child that has ended has done."""
+
+    def look_on(self, group: Group) -> None:
+        """Look at what a child that is at work has done."""
+
+    def do_here(self, number: int) -> None:
+        """Do a shard in this process."""
 
 
 class ShardWork:
     """The shards of a job, and the answers that are known: `answers` by a shard's number. `find`
     returns the record of `answer_shard` for its arguments, or None if there is none."""
 
+    largest_group = LARGEST_GROUP
+
     def __init__(self, job: ShardsJob, shards: Sequence[Shard], find: Callable[..., Any]) -> None:
         self.job, self.shards = job, shards
         self.answers: dict[int, ShardAnswers] = {}
         self._find = find
+        self._rows = sum(shard.rows for shard in shards)
+
+    @property
+    def count(self) -> int:
+        """See `Work`."""
+        return len(self.shards)
+
+    @property
+    def units(self) -> tuple[float, float, str]:
+        """See `Work`."""
+        return self.rows_done, self._rows, "rows"
+
+    def key(self, group: Group) -> str:
+        """See `Work`: the digest of shards, model and prompt."""
+        shards = [self.shards[number].content_id for number in group.numbers]
+        return digest_of([self.job.model.content_id, content_of(self.job.prompt), *shards])
+
+    def take_in(self, child: "Child") -> None:
+        """See `Work`."""
+        self.look(child.group.numbers)
 
     def look(self, numbers: Iterable[int]) -> None:
         """Read the answers that the store has."""
@@ -124,8 +200,8 @@ class ShardWork:
         """Return the shards of a group whose answers are not known."""
         return [number for number in group.numbers if number not in self.answers]
 
-    def answer_here(self, number: int) -> None:
-        """Answer a shard in this process."""
+    def do_here(self, number: int) -> None:
+        """See `Work`."""
         shard = self.shards[number]
         self.answers[number] = answer_shard(self.job.model, self.job.prompt, shard)
 
@@ -137,14 +213,16 @@ class ShardWork:
 
 @dataclass
 class Child:
-    """A process or run that answers a group. `reason`: how it ended, "" while it has not. `taken`:
-    a worker has taken it from its queue."""
+    """A process or run that does a group. `reason`: how it ended, "" while it has not. `ended` says
+    it in a word: "failed" is with an error of its own, which another one would meet too, and "died"
+    is otherwise, as by a signal. `taken`: a worker has taken it from its queue."""
 
     group: Group
     handle: Any
     taken: bool = True
     since: float = field(default_factory=time.monotonic)
     reason: str = ""
+    ended: Literal["done", "failed", "died"] | None = None
 
 
 class Children(Protocol):
@@ -156,33 +234,32 @@ class Children(Protocol):
     def workers(self) -> int:
         """Return how many can be at work at once."""
 
-    def start(self, job: ShardsJob, key: str) -> Child:
+    def start(self, job: Job, key: str) -> Child:
         """Start a child; one that another parent has started for the same key is taken over."""
 
     def look(self, children: Sequence[Child]) -> None:
-        """Set `taken` and `reason` of the children."""
+        """Set `taken`, `reason` and `ended` of the children."""
 
     def end(self, children: Iterable[Child]) -> None:
         """End children that have not ended."""
 
 
-def groups_of(shards: int, workers: int) -> Iterator[Group]:
+def groups_of(shards: int, workers: int, largest: int = LARGEST_GROUP) -> Iterator[Group]:
     """Yield all shards in groups that become smaller towards the end, so that children seldom start
-    and `workers` end together (guided self-scheduling: Polychronopoulos and Kuck, 1987)."""
+    and `workers` end together (guided self-scheduling: Polychronopoulos and Kuck, 1987). `largest`:
+    shards of a group, at most."""
     first = 0
     while first < shards:
-        count = min(LARGEST_GROUP, max(1, (shards - first) // workers))
+        count = min(largest, max(1, (shards - first) // workers))
         yield Group(first, count)
         first += count
 
 
-def answer_by(children: Children, work: ShardWork, progress: StageProgress) -> None:
-    """Have children answer all shards of `work` whose answers are not known.
+def work_by(children: Children, work: Work, progress: StageProgress) -> None:
+    """Have children do all shards of `work` that are missing.
 
-    Raises ModelError if TRIES children in a row end without answering another shard of their
-    group."""
-    total = sum(shard.rows for shard in work.shards)
-    groups = groups_of(len(work.shards), children.workers())
+    Raises ModelError if TRIES children in a row end without another shard of their group done."""
+    groups = groups_of(work.count, children.workers(), work.largest_group)
     waiting = deque(group for group in groups if work.missing(group))
     running: list[Child] = []
     fruitless: Counter[Group] = Counter()
@@ -191,46 +268,39 @@ def answer_by(children: Children, work: ShardWork, progress: StageProgress) -> N
         while waiting or running:
             while waiting and len(running) < children.most():
                 group = waiting.popleft()
-                running.append(children.start(work.job.of(group), key_of(work, group)))
+                running.append(children.start(work.job.of(group), work.key(group)))
             time.sleep(POLL_S)
             children.look(running)
             for child in [child for child in running if child.reason]:
                 running.remove(child)
                 before = len(work.missing(child.group))
-                work.look(child.group.numbers)
+                work.take_in(child)
                 left = len(work.missing(child.group))
                 if left:
                     fruitless[child.group] = 0 if left < before else fruitless[child.group] + 1
-                    again(child, left, fruitless[child.group])
+                    again(child, work.job.of(child.group).title, left, fruitless[child.group])
                     waiting.appendleft(child.group)
             if time.monotonic() - looked_at >= LOOK_S:
                 for child in running:
                     work.look_on(child.group)
                 looked_at = time.monotonic()
-            progress.show(work.rows_done, total, "rows", f"{len(running)} child runs")
+            progress.show(*work.units, f"{len(running)} child runs")
             for child in not_taken(running):
                 running.remove(child)
                 children.end([child])
                 for number in work.missing(child.group):
-                    work.answer_here(number)
+                    work.do_here(number)
     finally:
         children.end(running)
 
 
-def key_of(work: ShardWork, group: Group) -> str:
-    """Return the idempotency key of a child: the digest of shards, model and prompt."""
-    shards = [work.shards[number].content_id for number in group.numbers]
-    return digest_of([work.job.model.content_id, content_of(work.job.prompt), *shards])
-
-
-def again(child: Child, left: int, fruitless: int) -> None:
-    """Log that a child has left shards without answers. Raises ModelError after TRIES in a row."""
-    numbers = f"shards {child.group.first + 1} to {child.group.first + child.group.size}"
-    text = f"{numbers}: a child run left {left} without answers ({child.reason})"
+def again(child: Child, title: str, left: int, fruitless: int) -> None:
+    """Log that a child has left shards undone. Raises ModelError after TRIES in a row."""
+    text = f"{title}: a child run left {left} undone ({child.reason})"
     if fruitless >= TRIES:
         raise ModelError(
-            f"{text}, and so did {TRIES - 1} before it; mend what it says and run again: the "
-            "shards that have answers are kept"
+            f"{text}, and so did {TRIES - 1} before it; mend what it says and run again: what "
+            "is done is kept"
         )
     get_run_logger().warning("%s; another one follows", text)
 
@@ -244,16 +314,19 @@ def not_taken(running: Sequence[Child]) -> list[Child]:
     if time.monotonic() - oldest.since < TAKE_BACK_S:
         return []
     get_run_logger().warning(
-        "no worker has taken a child run for %.0f s; this run answers its shards itself",
+        "no worker has taken a child run for %.0f s; this run does its shards itself",
         TAKE_BACK_S,
     )
     return [oldest]
 
 
 class DeploymentRuns:
-    """Child runs of a deployment. `limit`: how many at once; None goes by the pool's workers."""
+    """Child runs of a deployment. `limit`: how many at once; None goes by the pool's workers.
+    `parameter`: which of the flow's names the deployment, for messages."""
 
-    def __init__(self, deployment: str, limit: int | None) -> None:
+    def __init__(
+        self, deployment: str, limit: int | None, parameter: str = "shards_deployment"
+    ) -> None:
         """Raises DataError if there is no such deployment."""
         self.deployment, self._limit = deployment, limit
         self._counted_at, self._most = -WORKERS_S, RUNS_PER_WORKER
@@ -262,7 +335,7 @@ class DeploymentRuns:
                 found = client.read_deployment_by_name(deployment)
             except ObjectNotFound:
                 raise DataError(
-                    f"shards_deployment: no deployment {deployment} here; `prefect deploy --all`"
+                    f"{parameter}: no deployment {deployment} here; `prefect deploy --all`"
                 ) from None
         self._pool = found.work_pool_name
 
@@ -290,11 +363,11 @@ class DeploymentRuns:
             return 1
         return sum(worker.status == WorkerStatus.ONLINE for worker in workers)
 
-    def start(self, job: ShardsJob, key: str) -> Child:
+    def start(self, job: Job, key: str) -> Child:
         """See `Children`. A run that has ended is followed by another one under the next key."""
-        sent = job.model_dump(mode="json", exclude={"threads"})
-        group = Group(job.first, job.count)
-        name = f"{produced_by()}, shards {group.first + 1} to {group.first + group.size}"
+        # Without defaults: the schema of a slice leaves out fields that mean nothing in it.
+        sent = job.model_dump(mode="json", exclude={"threads"}, exclude_defaults=True)
+        group, name = Group(job.first, job.count), f"{produced_by()}, {job.title}"
         attempt = 0
         while True:
             run: Any = run_deployment(
@@ -322,8 +395,11 @@ class DeploymentRuns:
         for child in children:
             run = found.get(child.handle.id)
             if run is None:
-                child.reason = "the run was deleted"
+                child.reason, child.ended = "the run was deleted", "died"
             elif run.state and run.state.is_final():
+                child.ended = "died"
+                if run.state.is_completed() or run.state.is_failed():
+                    child.ended = "done" if run.state.is_completed() else "failed"
                 child.reason = f"{run.name} ended as {run.state.name}: {run.state.message}"
             else:
                 child.taken = is_taken(run.state)
@@ -350,7 +426,7 @@ class LocalProcesses:
     """`count` processes of this machine, each of which gets its share of the cores."""
 
     def __init__(self, count: int, module: str, folder: Path) -> None:
-        """`module` is run with the path of a ShardsJob, and this process's id to end with. Its logs
+        """`module` is run with the path of a Job, and this process's id to end with. Its logs
         are in `folder`."""
         self._count, self._module, self._folder = count, module, folder
         self._threads = max(1, usable_cores() // count)
@@ -366,7 +442,7 @@ class LocalProcesses:
         """See `Children`."""
         return self._count
 
-    def start(self, job: ShardsJob, key: str) -> Child:
+    def start(self, job: Job, key: str) -> Child:
         """See `Children`."""
         own = Path(tempfile.mkdtemp(dir=self._folder))
         file = own / "job.json"
@@ -388,8 +464,9 @@ class LocalProcesses:
             process, log = child.handle
             code = process.poll()
             if code == 0:
-                child.reason = "its process ended"
+                child.reason, child.ended = "its process ended", "done"
             elif code is not None:
+                child.ended = "died" if code < 0 else "failed"
                 child.reason = exit_reason(code, log.read_text(errors="replace"))
 
     def end(self, children: Iterable[Child]) -> None:
@@ -405,5 +482,5 @@ def answer_here(work: ShardWork, show: Callable[[int], None]) -> None:
     many rows are done."""
     for number in range(len(work.shards)):
         if number not in work.answers:
-            work.answer_here(number)
+            work.do_here(number)
         show(work.rows_done)

@@ -1,7 +1,7 @@
 import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -18,8 +18,9 @@ from distillery.errors import TeacherChanged, TeacherError
 from distillery.labels import known, labelling
 from distillery.labels.canaries import ask_canaries
 from distillery.labels.cascade import label_in_cascade
+from distillery.labels.files import LabelCounts
 from distillery.labels.known import read_label_files, write_known_labels
-from distillery.labels.labelling import Slots
+from distillery.labels.labelling import Progress, Slots
 from distillery.labels.quote import gold_rows, named_tokenizer, quote, token_counter
 from distillery.labels.report import read_report
 from distillery.labels.store import LabelStore
@@ -27,7 +28,15 @@ from distillery.labels.trust import leaning, refuse_collapsed
 from distillery.machine import usable_cores
 from distillery.markdown import escape
 from distillery.recipe import FilterRecipe, OtherRecipe, PromptRecipe, Recipe, TeacherRecipe
-from distillery.records import OnnxModel, Rows, TeacherDrift, TeacherLabels, digest_of
+from distillery.records import (
+    Example,
+    OnnxModel,
+    PreparedDataset,
+    Rows,
+    TeacherDrift,
+    TeacherLabels,
+    digest_of,
+)
 from distillery.serving.process import served
 from distillery.storage.artifacts import ArtifactStore
 from distillery.storage.working import working_folder
@@ -35,7 +44,7 @@ from distillery.teacher.endpoint import Endpoint, resolve_endpoint
 from distillery.teacher.identity import identity_of_cheap
 from distillery.teacher.ledger import Payer, Purpose
 from tasks.progress import conclude, show_rows
-from tasks.stage import RESULT, Stage, origin, stage
+from tasks.stage import RESULT, Stage, is_cached, origin, stage
 
 AS_TOLD = TeacherRecipe(filters=FilterRecipe(minimum_accepted=0))
 """A teacher's settings for labels that are taken as they are."""
@@ -72,7 +81,7 @@ def label(
     with working_folder("labels") as folder, LabelStore(max_age=teacher.max_age) as answers:
         cheap, asked, name = teacher.cheap, teacher, identity
         tokens = token_counter(tokenizer) if tokenizer else None
-        payer, purpose = payer_of_run(), PURPOSES.get(Path(rows.file).stem, "label")
+        payer, purpose = payer_of_run(), purpose_of(rows)
         if cheap and cheap_identity:
             asked, name, tokens = cheap, cheap_identity, None
         # Rows that teacher.select has chosen lie in a folder without gold rows.
@@ -80,37 +89,18 @@ def label(
         quoted = quote(each_example(examples), prompt, asked, name, answers, tokens, payer, gold)
         logger.info("%s", quoted.line())
         with where as endpoint:
-            if cheap:
-                work = label_in_cascade(
-                    partial(each_example, examples),
-                    prompt,
-                    teacher,
-                    cheap,
-                    endpoint,
-                    resolve_endpoint(cheap),
-                    answers,
-                    folder,
-                    show_rows,
-                    count=rows.rows,
-                    slots=slots_of(teacher),
-                    cheap_slots=slots_of(cheap),
-                    payer=payer,
-                    purpose=purpose,
-                )
-            else:
-                work = labelling.label(
-                    each_example(examples),
-                    prompt,
-                    teacher,
-                    endpoint,
-                    answers,
-                    folder,
-                    show_rows,
-                    rows=rows.rows,
-                    slots=slots_of(teacher),
-                    payer=payer,
-                    purpose=purpose,
-                )
+            each = partial(each_example, examples)
+            work = labelling_of(
+                each,
+                rows.rows,
+                prompt,
+                teacher,
+                endpoint,
+                answers,
+                folder,
+                payer=payer,
+                purpose=purpose,
+            )
             counts = asyncio.run(work)
         report = read_report(folder)
         artifact = store.put(folder)
@@ -126,6 +116,59 @@ def label(
         **origin(started),
         **vars(counts),
     )
+
+
+def labelling_of(
+    rows: Callable[[], Iterable[Example]],
+    count: int,
+    prompt: PromptRecipe,
+    teacher: TeacherRecipe,
+    endpoint: Endpoint,
+    answers: LabelStore,
+    folder: Path,
+    *,
+    payer: Payer,
+    purpose: Purpose,
+    progress: Progress = show_rows,
+) -> Coroutine[Any, Any, LabelCounts]:
+    """Return the work of labelling `count` rows, which `rows` returns anew at each call: by the
+    teacher, or by its cheap one first where it has one."""
+    cheap = teacher.cheap
+    if cheap:
+        return label_in_cascade(
+            rows,
+            prompt,
+            teacher,
+            cheap,
+            endpoint,
+            resolve_endpoint(cheap),
+            answers,
+            folder,
+            progress,
+            count=count,
+            slots=slots_of(teacher),
+            cheap_slots=slots_of(cheap),
+            payer=payer,
+            purpose=purpose,
+        )
+    return labelling.label(
+        rows(),
+        prompt,
+        teacher,
+        endpoint,
+        answers,
+        folder,
+        progress,
+        rows=count,
+        slots=slots_of(teacher),
+        payer=payer,
+        purpose=purpose,
+    )
+
+
+def purpose_of(rows: Rows) -> Purpose:
+    """Return what the ledger calls the calls for a split's rows."""
+    return PURPOSES.get(Path(rows.file).stem, "label")
 
 
 def payer_of_run() -> Payer:
@@ -207,6 +250,34 @@ def labels_from_files(
     return TeacherLabels(
         artifact=artifact, teacher=identity, soft=soft, **origin(started), **vars(counts)
     )
+
+
+def rows_to_ask(
+    recipe: Recipe, train: Rows, data: PreparedDataset, identity: str, test: bool
+) -> list[tuple[Rows, TeacherRecipe]]:
+    """Return the rows of each split that a run of a recipe has its endpoint label, and with which
+    settings, but for splits whose labels are cached. `test`: whether the test rows are among
+    them."""
+    measured = recipe.teacher_of_test_rows
+    asked = [(train, recipe.teacher)]
+    if test:
+        asked.append((data.rows("test"), measured))
+    if recipe.task.kind == "classify" and recipe.dataset.roles >= {"gold", "validation"}:
+        asked.append((data.rows("validation"), measured))
+    return [
+        (rows, teacher)
+        for rows, teacher in asked
+        # With teacher.max_age, labels that are cached are made again (`label_of`).
+        if teacher.max_age is not None
+        or not is_cached(
+            label,
+            rows=rows,
+            prompt=recipe.prompt,
+            teacher=teacher,
+            identity=identity,
+            cheap_identity=identity_of_cheap(teacher),
+        )
+    ]
 
 
 def labelled(

@@ -14,7 +14,7 @@ JUDGE = "judge:"
 OF_LABELLING = frozenset(
     {
         *("kind", "files", "soft_labels", "filters", "tokenizer", "preparation"),
-        *("largest_shift", "insist", "terms", "stop", "batch", "cascade", "select"),
+        *("largest_shift", "insist", "terms", "stop", "batch", "cascade", "select", "processes"),
     }
 )
 """Settings of a teacher that have no meaning for a judge."""

@@ -280,7 +280,7 @@ class TeacherRecipe(Slice):
     added_later: ClassVar[frozenset[str]] = frozenset(
         {
             *("terms", "largest_shift", "insist", "max_age", "stop", "shared_pace", "batch"),
-            *("cascade", "select"),
+            *("cascade", "select", "processes"),
         }
     )
 
@@ -326,6 +326,11 @@ class TeacherRecipe(Slice):
 
     concurrency: int = Field(8, ge=1, le=1024)
     """The most calls at a time; fewer while the endpoint is overloaded."""
+
+    processes: int = Field(1, ge=1, le=256, exclude_if=lambda count: count == 1)
+    """The most processes that label at once, where there are many rows: processes of this machine,
+    or with the parameter labels_deployment runs of that deployment. They share `concurrency`, the
+    limits per minute and the budget. Needs kind: endpoint."""
 
     requests_per_minute: int | None = Field(None, gt=0)
     """The endpoint's limit on requests, if its headers do not tell it. null: no limit of our
@@ -465,6 +470,11 @@ class TeacherRecipe(Slice):
             raise ValueError(
                 f"max_age: a teacher of kind {self.kind} cannot change; remove this setting"
             )
+        if self.processes > 1 and self.kind != "endpoint":
+            raise ValueError(
+                f"processes: a teacher of kind {self.kind} is no endpoint that several processes "
+                "could ask; remove this setting"
+            )
         if self.batch is not None and self.kind != "endpoint":
             raise ValueError(
                 f"batch: a teacher of kind {self.kind} takes no batches; remove this setting"
@@ -557,6 +567,7 @@ NOT_OF_CHEAP = frozenset(
     {
         *("kind", "files", "filters", "stop", "budget", "max_age", "canaries", "preparation"),
         *("largest_shift", "insist", "terms", "tokenizer", "cascade", "select", "batch"),
+        "processes",
     }
 )
 """Settings of a teacher that a cheap one shares with it or that have no meaning for it."""

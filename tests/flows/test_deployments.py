@@ -29,6 +29,7 @@ def test_the_deployments_are_the_documented_ones() -> None:
         "search/demo": "cpu-pool",
         "batch-inference/cpu": "cpu-pool",
         "answer-shards/cpu": "cpu-pool",
+        "label-parts/cpu": "cpu-pool",
     }
 
 

@@ -15,11 +15,11 @@ from tasks.children import (
     LARGEST_GROUP,
     Child,
     Group,
+    Job,
     ShardsJob,
     ShardWork,
-    answer_by,
     groups_of,
-    key_of,
+    work_by,
 )
 from tasks.progress import StageProgress
 
@@ -57,7 +57,7 @@ class Work(ShardWork):
             artifact=artifact(300 + number), rows=10, failed=0
         )
 
-    def answer_here(self, number: int) -> None:
+    def do_here(self, number: int) -> None:
         self.here.append(number)
         self.answer(number)
         self.look([number])
@@ -78,7 +78,7 @@ class Fakes:
     def workers(self) -> int:
         return self._most
 
-    def start(self, job: ShardsJob, key: str) -> Child:
+    def start(self, job: Job, key: str) -> Child:
         group = Group(job.first, job.count)
         self.started.append(group)
         return Child(group, None)
@@ -104,7 +104,7 @@ def fast(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(fakes: Fakes) -> None:
-    answer_by(fakes, fakes.work, StageProgress("answer rows"))
+    work_by(fakes, fakes.work, StageProgress("answer rows"))
 
 
 def test_groups_become_smaller_and_hold_each_shard_once() -> None:
@@ -163,7 +163,7 @@ def test_children_that_end_in_vain_end_the_run_in_one_line() -> None:
         run(fakes)
     line = str(caught.value)
     assert "\n" not in line
-    assert "left 8 without answers (run-1 ended as Failed: no such model)" in line
+    assert "left 8 undone (run-1 ended as Failed: no such model)" in line
     assert len(fakes.started) == module.TRIES
 
 
@@ -218,13 +218,13 @@ def test_a_childs_key_is_of_shards_model_and_prompt() -> None:
     def key(**changed: Any) -> str:
         work = Work(4)
         work.job = work.job.model_copy(update=changed)
-        return key_of(work, Group(1, 2))
+        return work.key(Group(1, 2))
 
     assert key() == key()
     model = Work(1).job.model
     assert key(model=model.model_copy(update={"version": "2"})) != key()
     assert key(prompt=PromptRecipe(system="Pick.")) != key()
-    assert key_of(Work(4), Group(0, 2)) != key()
+    assert Work(4).key(Group(0, 2)) != key()
     other = Work(4)
     other.shards = [*other.shards[:3], other.shards[0]]
-    assert key_of(other, Group(1, 2)) == key()
+    assert other.key(Group(1, 2)) == key()

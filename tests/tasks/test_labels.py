@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 from chat_endpoint import ChatEndpoint, said
@@ -12,10 +13,11 @@ from distillery.data.examples import write_examples
 from distillery.errors import TeacherError
 from distillery.labels.known import gold_labels, write_known_labels
 from distillery.labels.quote import typical_answer
-from distillery.recipe import OtherRecipe, PromptRecipe, TeacherRecipe
+from distillery.recipe import OtherRecipe, PromptRecipe, Recipe, TeacherRecipe
 from distillery.records import CLASSES_FILE, Example, Rows, TeacherLabels
 from distillery.storage.artifacts import ArtifactStore
-from tasks.labels import AS_TOLD, check_shares
+from tasks import labels as labels_module
+from tasks.labels import AS_TOLD, check_shares, rows_to_ask
 from tasks.labels import label as label_stage
 
 CLASSES = ("billing", "delivery", "other")
@@ -85,6 +87,20 @@ def test_labels_that_lean_to_one_class_are_told(tmp_path: Path) -> None:
     told = check_shares(labels, gold, 0.5, OTHER)
     assert told
     assert "lean to 'billing': 70% of them, but 50% of the gold answers" in told
+
+
+def test_rows_with_cached_labels_are_asked_again_only_where_answers_grow_old(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(labels_module, "is_cached", lambda *_, **__: True)
+    train: Any = "rows"
+
+    def asked(**teacher: Any) -> list[tuple[Rows, TeacherRecipe]]:
+        recipe = Recipe.model_validate({"preset": "lab", "teacher": teacher})
+        return rows_to_ask(recipe, train, cast(Any, None), "gpt-test", test=False)
+
+    assert asked() == []
+    assert [rows for rows, _ in asked(max_age=30)] == [train]
 
 
 @pytest.mark.slow

@@ -1,0 +1,73 @@
+"""Ask the teacher about a part of the rows that a run labels: the flow that distill.py starts in
+processes of this machine (teacher.processes), or on a work pool (labels_deployment).
+
+Every answer is in the label store as soon as it comes, where the run that waits finds it.
+"""
+
+import sys
+from pathlib import Path
+
+from prefect import flow
+from prefect.client.schemas.objects import State
+from prefect.states import Cancelled
+from pydantic import NonNegativeInt, PositiveInt
+
+from distillery.errors import DistilleryError
+from distillery.processes import exit_with_parent
+from distillery.recipe import PromptRecipe, TeacherRecipe
+from distillery.records import Rows
+from distillery.teacher.ledger import Payer
+from tasks.label_parts import PartsJob, ask_part
+from tasks.parent import ParentEnded, parent_watched
+from tasks.stage import RESULT, begin
+
+
+@flow(name="label-parts", description="Asks the teacher about a part of a run's rows.", **RESULT)
+def label_parts(
+    rows: Rows,
+    prompt: PromptRecipe,
+    teacher: TeacherRecipe,
+    run: str,
+    recipe: str,
+    parts: PositiveInt,
+    first: NonNegativeInt = 0,
+    count: PositiveInt = 1,
+) -> int | State:
+    """Have the teacher asked about `count` of the rows' parts from the number `first` on, and
+    return how many rows of them have a label.
+
+    Args:
+        rows: The rows of a split.
+        prompt: The chat prompt.
+        teacher: The teacher's settings, as in the recipe.
+        run: The flow run that pays.
+        recipe: The name of its recipe.
+        parts: How many parts there are.
+        first: The first part, from 0.
+        count: How many parts.
+    """
+    begin()
+    payer = Payer(run=run, recipe=recipe)
+    try:
+        with parent_watched():
+            numbers = range(first, first + count)
+            return sum(ask_part(rows, prompt, teacher, payer, part, parts) for part in numbers)
+    except ParentEnded as ended:
+        return Cancelled(message=str(ended))
+
+
+def main(arguments: list[str]) -> int:
+    """Do the job of a file, and end with the process that has written it."""
+    job_file, parent = arguments
+    exit_with_parent(int(parent))
+    job = PartsJob.model_validate_json(Path(job_file).read_text(encoding="utf-8"))
+    try:
+        label_parts(**{name: value for name, value in job if name != "threads"})
+    except DistilleryError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

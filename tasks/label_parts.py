@@ -1,0 +1,199 @@
+"""Labelling in several processes: before the first stage `label`, children ask the teacher about
+the rows, each about a part, and leave the answers in the label store. The stages find them there
+and ask what is left, so that nothing depends on what becomes of a child."""
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from typing import ClassVar
+
+from prefect import get_run_logger
+
+from distillery.data.examples import each_example
+from distillery.labels.parts import count_of_parts, rows_of_part, share_of
+from distillery.labels.quote import quote
+from distillery.labels.store import LabelStore
+from distillery.recipe import PromptRecipe, Recipe, TeacherRecipe
+from distillery.records import PreparedDataset, Rows, digest_of
+from distillery.storage.artifacts import ArtifactStore
+from distillery.storage.working import working_folder
+from distillery.teacher.endpoint import resolve_endpoint
+from distillery.teacher.identity import teacher_identity
+from distillery.teacher.ledger import Payer, spent
+from tasks.children import TRIES, Child, DeploymentRuns, Group, Job, LocalProcesses, work_by
+from tasks.labels import labelling_of, payer_of_run, purpose_of, rows_to_ask
+from tasks.parent import check_parent
+from tasks.progress import conclude, progress_of, show_rows
+from tasks.stage import uncached
+
+
+class PartsJob(Job):
+    """What a child does: have `teacher` asked about some of `parts` parts of `rows`, on behalf of
+    the flow run `run` of the recipe named `recipe`."""
+
+    what: ClassVar[str] = "parts"
+
+    rows: Rows
+    prompt: PromptRecipe
+    teacher: TeacherRecipe
+    run: str
+    recipe: str
+    parts: int
+
+
+class PartsWork:
+    """The parts of a labelling. `calls`: how many are to be made; `made` returns how many are.
+
+    A part that a child has ended with is done, also if it ended with an error or for the budget:
+    the stage `label` meets the same and says so. So is one whose children have died TRIES times."""
+
+    largest_group = 1
+
+    def __init__(self, job: PartsJob, calls: int, made: Callable[[], float]) -> None:
+        self.job, self._calls, self._made = job, calls, made
+        self._done: set[int] = set()
+        self._deaths: Counter[int] = Counter()
+        self._shown = 0.0
+
+    @property
+    def count(self) -> int:
+        """See `Work`."""
+        return self.job.parts
+
+    @property
+    def units(self) -> tuple[float, float, str]:
+        """See `Work`. Calls that were made again can be more than was expected."""
+        return self._shown, max(self._calls, self._shown), "calls"
+
+    def key(self, group: Group) -> str:
+        """See `Work`."""
+        return digest_of(self.job.of(group).model_dump_json())
+
+    def missing(self, group: Group) -> list[int]:
+        """See `Work`."""
+        return [part for part in group.numbers if part not in self._done]
+
+    def take_in(self, child: Child) -> None:
+        """See `Work`."""
+        self.look_on(child.group)
+        left = self.missing(child.group)
+        if child.ended == "died":
+            self._deaths.update(left)
+            left = [part for part in left if self._deaths[part] >= TRIES]
+        self._done.update(left)
+        if left and child.ended != "done":
+            title = self.job.of(child.group).title
+            get_run_logger().warning(
+                "%s: %s; this run asks what is left itself", title, child.reason
+            )
+
+    def look_on(self, group: Group) -> None:
+        """See `Work`: looks at the work of all children."""
+        self._shown = self._made()
+
+    def do_here(self, number: int) -> None:
+        """See `Work`: the stage `label` does it."""
+        self._done.add(number)
+
+
+def parts_first(
+    recipe: Recipe,
+    train: Rows,
+    data: PreparedDataset,
+    identity: str,
+    test: bool,
+    deployment: str | None = None,
+) -> None:
+    """Have the rows that this run labels asked by runs of `deployment`, or by teacher.processes
+    processes of this machine, where they are many: the `train` rows and those of other splits.
+    `test`: whether the test rows are among them."""
+    several = deployment is not None or recipe.teacher.processes > 1
+    if several and recipe.teacher.kind == "endpoint":
+        for rows, teacher in rows_to_ask(recipe, train, data, identity, test):
+            ask_in_processes(rows, recipe.prompt, teacher, identity, deployment)
+
+
+@uncached("ask in processes")
+def ask_in_processes(
+    rows: Rows,
+    prompt: PromptRecipe,
+    teacher: TeacherRecipe,
+    identity: str,
+    deployment: str | None = None,
+) -> None:
+    """Have processes of this machine, or runs of `deployment`, ask a teacher what the label store
+    does not know, and wait for them."""
+    payer, file = payer_of_run(), ArtifactStore().fetch(rows.artifact) / rows.file
+    with (
+        progress_of("ask in processes") as progress,
+        LabelStore(max_age=teacher.max_age) as answers,
+        working_folder("children") as folder,
+    ):
+        # Which rows are left to the teacher itself is known once the cheap one has answered.
+        first = teacher.cheap or teacher
+        name = teacher_identity(first, None) if teacher.cheap else identity
+        calls = quote(each_example(file), prompt, first, name, answers, payer=payer).calls
+        runs = None
+        if deployment:
+            limit = teacher.processes if teacher.processes > 1 else None
+            runs = DeploymentRuns(deployment, limit, "labels_deployment")
+        parts = count_of_parts(calls, teacher, runs.most() if runs else teacher.processes)
+        if parts == 1:
+            conclude(f"{calls} calls to make: one process makes them")
+            return
+        made = partial(calls_of, answers, payer, teacher)
+        before = made()
+        job = PartsJob(
+            rows=rows,
+            prompt=prompt,
+            teacher=teacher,
+            run=payer.run,
+            recipe=payer.recipe,
+            parts=parts,
+        )
+        work = PartsWork(job, calls, lambda: made() - before)
+        children = runs or LocalProcesses(parts, "flows.label_parts", folder)
+        work_by(children, work, progress)
+        conclude(f"{made() - before:,.0f} calls, made by {parts} processes")
+
+
+def calls_of(answers: LabelStore, payer: Payer, teacher: TeacherRecipe) -> float:
+    """Return how many calls the ledger has of a run's teachers."""
+    section = teacher.budget_section
+    return answers.database.run(lambda c: spent(c, payer, section, "", None))["calls"]
+
+
+def ask_part(
+    rows: Rows, prompt: PromptRecipe, teacher: TeacherRecipe, payer: Payer, part: int, parts: int
+) -> int:
+    """Ask a teacher about a part of the rows, at this part's share of its pace, and return how many
+    rows have a label. The labels themselves are thrown away: the answers are in the label store.
+    Raises what the stage `label` raises."""
+    file = ArtifactStore().fetch(rows.artifact) / rows.file
+    teacher = share_of(teacher, part, parts)
+
+    def tell(done: int, of: int) -> None:
+        check_parent()
+        show_rows(done, of)
+
+    with (
+        progress_of("ask a part"),
+        working_folder("labels") as folder,
+        LabelStore(max_age=teacher.max_age) as answers,
+    ):
+        work = labelling_of(
+            lambda: rows_of_part(each_example(file), prompt, teacher, part, parts),
+            rows.rows // parts,
+            prompt,
+            teacher,
+            resolve_endpoint(teacher),
+            answers,
+            folder,
+            payer=payer,
+            purpose=purpose_of(rows),
+            progress=tell,
+        )
+        counts = asyncio.run(work)
+        conclude(f"{counts.accepted} rows labelled, {counts.rejected} rejected")
+    return counts.accepted

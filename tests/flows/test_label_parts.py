@@ -1,0 +1,291 @@
+"""Labelling by two processes: the files of one process, each row asked once, one budget, and
+nothing lost when a process is killed."""
+
+import logging
+import os
+import subprocess
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from chat_endpoint import Call, ChatEndpoint, Reply, good
+from label_runs import KEY, PROMPT, example
+from postgres_server import Postgres
+from prefect import flow
+from prefect_api import OwnPrefect, wait_for
+from sqlalchemy import select
+
+from distillery.data.examples import write_examples
+from distillery.errors import BudgetReached, CredentialsError
+from distillery.labels import parts as parts_module
+from distillery.recipe import TeacherRecipe
+from distillery.records import Rows, TeacherLabels
+from distillery.storage.artifacts import ArtifactStore
+from distillery.storage.database import Database
+from distillery.storage.digests import sha256_of
+from distillery.teacher.ledger import CALLS
+from tasks.label_parts import ask_in_processes
+from tasks.labels import label
+from tasks.results import results_in_store
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(600),
+    pytest.mark.usefixtures("prefect_api"),
+]
+
+PROJECT = Path(__file__).resolve().parents[2]
+
+CONCURRENCY = 8
+
+
+def slow(call: Call) -> Reply:
+    return replace(good(call), delay=0.02)
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def databases(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Iterator[Callable[[str], Database]]:
+    """`databases(name)` makes a database of labels the one in use."""
+    monkeypatch.setattr(parts_module, "CALLS_OF_A_PART", 20)
+    with ExitStack() as stack:
+        server = stack.enter_context(Postgres()) if request.param == "postgresql" else None
+
+        def use(name: str) -> Database:
+            url = f"sqlite:///{tmp_path / name}.db"
+            if server:
+                server.ask(f"CREATE DATABASE {name}")
+                url = server.url(database=name)
+            monkeypatch.setenv("DISTILLERY_LABELS", url)
+            monkeypatch.setenv("DISTILLERY_HOME", str(tmp_path / name))
+            database = Database(url)
+            stack.callback(database.close)
+            return database
+
+        yield use
+
+
+@pytest.fixture
+def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[ChatEndpoint]:
+    with ChatEndpoint(slow) as server:
+        monkeypatch.setenv("TEACHER_MODEL_NAME", "gpt-test")
+        monkeypatch.setenv("TEACHER_MODEL_ENDPOINT", server.url)
+        monkeypatch.setenv("TEACHER_MODEL_KEY", KEY)
+        yield server
+
+
+SERVES = "from flows.label_parts import label_parts; label_parts.serve(name='cpu')"
+
+
+@contextmanager
+def served(api: OwnPrefect) -> Iterator[str]:
+    """Have a process of its own take the runs of the deployment whose name is yielded."""
+    environment = os.environ | {"PREFECT_API_URL": api.url, "PREFECT_RUNNER_POLL_FREQUENCY": "1"}
+    process = subprocess.Popen([sys.executable, "-c", SERVES], cwd=PROJECT, env=environment)
+    try:
+        name = "label-parts/cpu"
+        wait_for("the deployment", lambda: api.api.get(f"/deployments/name/{name}").is_success)
+        yield name
+    finally:
+        started = psutil.Process(process.pid)
+        for each in [*started.children(recursive=True), started]:
+            each.kill()
+        process.wait()
+
+
+def labelled(
+    folder: Path, count: int, deployment: str | None = None, **settings: Any
+) -> TeacherLabels:
+    """Label so many rows, every tenth of which is like the one before, in a run of its own."""
+    folder.mkdir(exist_ok=True)
+    numbers = [number - (number % 10 == 9) for number in range(count)]
+    rows = [
+        example(number).model_copy(update={"example_id": f"row-{place}"})
+        for place, number in enumerate(numbers)
+    ]
+    write_examples(rows, folder / "train.jsonl")
+    train = Rows(
+        artifact=ArtifactStore().put(folder),
+        file="train.jsonl",
+        rows=count,
+        sha256=sha256_of(folder / "train.jsonl"),
+    )
+    recipe = {"concurrency": CONCURRENCY, "sdk": "openai", "outage_s": 5} | settings
+    teacher = TeacherRecipe.model_validate(recipe)
+
+    @flow(name="labels")
+    def run() -> list[TeacherLabels]:
+        if deployment or teacher.processes > 1:
+            ask_in_processes(train, PROMPT, teacher, "gpt-test", deployment)
+        return [label(train, PROMPT, teacher, "gpt-test")]
+
+    with results_in_store():
+        (labels,) = run()
+    return labels
+
+
+def answers_in(database: Database) -> Counter[str]:
+    """How many calls of the ledger answered each request; all were made by one run."""
+    query = select(CALLS.c.run, CALLS.c.request_key).where(CALLS.c.outcome == "answer")
+    rows = database.run(lambda connection: connection.execute(query).all())
+    assert len({row.run for row in rows}) == 1
+    return Counter(row.request_key for row in rows)
+
+
+def children(server: ChatEndpoint) -> list[psutil.Process]:
+    """The processes that ask the endpoint for this one."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        try:
+            asks = any(
+                each.raddr and each.raddr.port == server.port for each in process.net_connections()
+            )
+            if asks:
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+def test_two_processes_write_the_files_of_one_and_ask_each_row_once(
+    databases: Callable[[str], Database],
+    endpoint: ChatEndpoint,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+    seen: set[int] = set()
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.05):
+            seen.update(process.pid for process in children(endpoint))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    database = databases("two")
+    try:
+        two = labelled(tmp_path / "rows", 600, processes=2)
+    finally:
+        done.set()
+        watcher.join()
+    assert len(seen) == 2, "both have asked"
+    assert "540 calls, made by 2 processes" in caplog.text
+    assert Counter(call.question for call in endpoint.calls).most_common(1)[0][1] == 1
+    assert len(endpoint.calls) == len(answers_in(database)) == 540
+    assert endpoint.most_in_flight <= CONCURRENCY
+    databases("one")
+    one = labelled(tmp_path / "rows", 600)
+    assert len(endpoint.calls) == 2 * 540
+    assert two.artifact.sha256 == one.artifact.sha256
+    assert (two.accepted, two.usage, two.asked) == (600, one.usage, 0)
+    calls = [sum(total.calls for total in labels.paid) for labels in (two, one)]
+    assert calls == [540, 540]
+    # With few calls to make, no other process is started.
+    database = databases("few")
+    labelled(tmp_path / "few", 30, processes=2)
+    assert "27 calls to make: one process makes them" in caplog.text
+
+
+def test_a_runs_budget_holds_across_its_processes(
+    databases: Callable[[str], Database], endpoint: ChatEndpoint, tmp_path: Path
+) -> None:
+    database = databases("budget")
+    budget = {"calls": 120}
+    with pytest.raises(BudgetReached) as caught:
+        labelled(tmp_path / "rows", 600, processes=2, budget=budget)
+    assert "teacher.budget.calls: 120 of 120 spent in this run" in str(caught.value)
+    assert len(endpoint.calls) == 120
+    assert sum(answers_in(database).values()) == 120
+    # The next run goes on from there.
+    labels = labelled(tmp_path / "rows", 600, processes=2)
+    assert (labels.accepted, len(endpoint.calls)) == (600, 540)
+
+
+@contextmanager
+def one_killed(server: ChatEndpoint) -> Iterator[list[int]]:
+    """Kill one of the processes that ask, once there are some answers; yield its id in a list."""
+    killed: list[int] = []
+    ended = threading.Event()
+
+    def kill() -> None:
+        while not killed and not ended.wait(0.01):
+            if len(server.answered) >= 100:
+                for process in children(server)[:1]:
+                    process.kill()
+                    killed.append(process.pid)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    try:
+        yield killed
+    finally:
+        ended.set()
+        killer.join()
+
+
+def check_nothing_is_twice(
+    labels: TeacherLabels, database: Database, endpoint: ChatEndpoint
+) -> None:
+    """Check that 900 rows have labels, and that of their 810 requests none was answered twice, but
+    for those that a killed process waited for."""
+    assert labels.accepted == 900
+    answers = answers_in(database)
+    assert (len(answers), set(answers.values())) == (810, {1})
+    lost = sum(total.calls for total in labels.paid if total.outcome == "lost")
+    assert lost <= CONCURRENCY // 2
+    assert 810 <= len(endpoint.calls) <= 810 + lost
+    print(f"\n{len(endpoint.calls)} calls for 810 requests, {lost} of them lost")
+
+
+def test_what_a_killed_process_leaves_is_asked_by_another_and_nothing_twice(
+    databases: Callable[[str], Database],
+    endpoint: ChatEndpoint,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    database = databases("killed")
+    with one_killed(endpoint) as killed:
+        labels = labelled(tmp_path / "rows", 900, processes=2)
+    assert killed
+    assert "a child run left 1 undone (its process was killed" in caplog.text
+    check_nothing_is_twice(labels, database, endpoint)
+    databases("whole")
+    assert labelled(tmp_path / "rows", 900).artifact.sha256 == labels.artifact.sha256
+
+
+@pytest.mark.parametrize("databases", ["sqlite"], indirect=True)
+def test_runs_of_a_deployment_do_the_same(
+    databases: Callable[[str], Database],
+    endpoint: ChatEndpoint,
+    prefect_server: OwnPrefect,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+    database = databases("served")
+    with served(prefect_server) as deployment, one_killed(endpoint) as killed:
+        labels = labelled(tmp_path / "rows", 900, deployment)
+    assert killed
+    assert "a child run left 1 undone" in caplog.text
+    assert "made by 2 processes" in caplog.text
+    check_nothing_is_twice(labels, database, endpoint)
+
+
+def test_an_error_of_the_teacher_is_told_by_the_run_itself(
+    databases: Callable[[str], Database], endpoint: ChatEndpoint, tmp_path: Path
+) -> None:
+    databases("wrong")
+    endpoint.script = lambda call: Reply({"error": {"message": "no such key"}}, 401)
+    with pytest.raises(CredentialsError) as caught:
+        labelled(tmp_path / "rows", 600, processes=2)
+    assert "\n" not in str(caught.value)
+    assert len(endpoint.calls) <= 2 * CONCURRENCY

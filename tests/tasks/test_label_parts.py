@@ -1,0 +1,143 @@
+"""Children that ask about parts of a labelling: who follows whom, and what is left to the run."""
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import pytest
+
+from distillery.recipe import PromptRecipe, Recipe, TeacherRecipe
+from distillery.records import Artifact, Rows
+from tasks import children as children_module
+from tasks import label_parts as module
+from tasks.children import TRIES, Child, Group, Job, work_by
+from tasks.label_parts import PartsJob, PartsWork, parts_first
+from tasks.progress import StageProgress
+
+PARTS = 3
+
+
+def work() -> PartsWork:
+    artifact = Artifact(uri=f"store/{'1' * 64}", sha256="1" * 64, bytes=1)
+    job = PartsJob(
+        rows=Rows(artifact=artifact, file="train.jsonl", rows=30, sha256="2" * 64),
+        prompt=PromptRecipe(),
+        teacher=TeacherRecipe(),
+        run="a-run",
+        recipe="mine",
+        parts=PARTS,
+    )
+    return PartsWork(job, 30, lambda: 12.0)
+
+
+class Fakes:
+    """Children that end as `behave` says at the first look at them."""
+
+    def __init__(self, behave: Callable[[Child], None]) -> None:
+        self._behave = behave
+        self.started: list[Group] = []
+
+    def most(self) -> int:
+        return PARTS
+
+    def workers(self) -> int:
+        return 1
+
+    def start(self, job: Job, key: str) -> Child:
+        group = Group(job.first, job.count)
+        self.started.append(group)
+        return Child(group, None)
+
+    def look(self, children: Sequence[Child]) -> None:
+        for child in children:
+            self._behave(child)
+
+    def end(self, children: Iterable[Child]) -> None: ...
+
+
+@pytest.fixture(autouse=True)
+def fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(children_module, "POLL_S", 0)
+    for each in (children_module, module):
+        monkeypatch.setattr(each, "get_run_logger", lambda: logging.getLogger("test"))
+
+
+def started(behave: Callable[[Child], None]) -> Counter[int]:
+    """How many children were started for each part."""
+    fakes = Fakes(behave)
+    work_by(fakes, work(), StageProgress("ask in processes"))
+    assert {group.size for group in fakes.started} == {1}
+    return Counter(group.first for group in fakes.started)
+
+
+def test_each_part_has_a_child_of_its_own() -> None:
+    def behave(child: Child) -> None:
+        child.reason, child.ended = "its process ended", "done"
+
+    assert started(behave) == {0: 1, 1: 1, 2: 1}
+
+
+def test_a_child_that_has_died_is_followed_until_the_run_takes_its_part(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def behave(child: Child) -> None:
+        child.reason, child.ended = "its process was killed", "died"
+        if child.group.first != 1:
+            child.ended = "done"
+
+    assert started(behave) == {0: 1, 1: TRIES, 2: 1}
+    assert caplog.messages == [
+        *["parts 2 to 2: a child run left 1 undone (its process was killed); another one follows"]
+        * (TRIES - 1),
+        "parts 2 to 2: its process was killed; this run asks what is left itself",
+    ]
+
+
+def test_a_child_that_ends_in_an_error_is_followed_by_the_run(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def behave(child: Child) -> None:
+        child.reason, child.ended = "its process ended (error: the budget)", "failed"
+
+    assert started(behave) == {0: 1, 1: 1, 2: 1}
+    assert len(caplog.messages) == PARTS
+
+
+def test_what_no_worker_takes_is_left_to_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(children_module, "TAKE_BACK_S", 0)
+
+    def behave(child: Child) -> None:
+        child.taken = False
+
+    assert started(behave) == {0: 1, 1: 1, 2: 1}
+
+
+def test_endpoints_alone_are_asked_by_several_and_only_where_the_run_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(module, "rows_to_ask", lambda recipe, *_: [("rows", recipe.teacher)])
+    monkeypatch.setattr(module, "ask_in_processes", lambda *given: asked.append(given[-1]))
+    nothing: Any = None
+
+    def first(preset: str, deployment: str | None = None, **teacher: Any) -> None:
+        recipe = Recipe.model_validate({"preset": preset, "teacher": teacher})
+        parts_first(recipe, nothing, nothing, "gpt-test", True, deployment)
+
+    first("lab")
+    first("demo", "label-parts/cpu")
+    assert asked == []
+    first("lab", processes=2)
+    first("lab", "label-parts/cpu")
+    assert asked == [None, "label-parts/cpu"]
+
+
+def test_calls_are_shown_and_a_childs_key_is_of_its_run_and_part() -> None:
+    first = work()
+    first.look_on(Group(0, 1))
+    assert first.units == (12.0, 30, "calls")
+    assert first.key(Group(0, 1)) == work().key(Group(0, 1)) != work().key(Group(1, 1))
+    other = work()
+    other.job = other.job.model_copy(update={"run": "another"})
+    assert other.key(Group(0, 1)) != first.key(Group(0, 1))
