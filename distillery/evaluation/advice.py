@@ -20,8 +20,9 @@ GAP = 0.03
 HIGH = 0.9
 """Accuracy from which TF-IDF may do by itself."""
 
-OVERFIT = 1.1
-"""How many times its lowest value the last validation loss must be to count as rising."""
+OVERFIT, LEAST_RISE = 1.1, 0.05
+"""How many times its lowest value the last validation loss must be to count as rising, and by how
+much it must be above it: where nearly all answers are right, both are near zero."""
 
 
 def next_step(outcome: Outcome) -> str:
@@ -55,14 +56,17 @@ def advice_of(outcome: Outcome) -> str:
     cheap = best_of(board, (TFIDF, TFIDF_ON_GOLD))
     if not failed and (cheap is None or row_named(board, candidate).correct > cheap.correct):
         return ""
+    found = advise_on_words(board, candidate)
+    if not found and not all(verdict.verdict == "undecided" for verdict in failed):
+        # More labels would help TF-IDF as well where it is the rival that is as good.
+        found += advise_on_rows(board)
     teacher_curve = outcome.teacher.checkpoint.curve if outcome.teacher else ()
     found = [
         *advise_on_models(board, candidate, is_local=outcome.teacher is not None),
         *advise_on_training("teacher", teacher_curve),
         *advise_on_training("student", outcome.student.curve),
-        *advise_on_rows(board),
         *advise_on_tests(failed),
-        *advise_on_words(board, candidate),
+        *found,
     ]
     if not found:
         return ""
@@ -107,7 +111,7 @@ def advise_on_models(board: Sequence[ScoreRow], candidate: str, is_local: bool) 
 def advise_on_training(whose: str, curve: Sequence[CurvePoint]) -> list[str]:
     """Return whether a model learns its rows by heart: its validation loss rises again."""
     losses = [point.validation_loss for point in curve if point.validation_loss is not None]
-    if not losses or losses[-1] <= OVERFIT * min(losses):
+    if not losses or losses[-1] <= max(OVERFIT * min(losses), min(losses) + LEAST_RISE):
         return []
     rows = "gold rows" if whose == "teacher" else "unlabelled rows"
     return [
@@ -133,11 +137,18 @@ def advise_on_rows(board: Sequence[ScoreRow]) -> list[str]:
 
 
 def advise_on_tests(failed: Sequence[RuleVerdict]) -> list[str]:
-    """Return how many test rows would decide the rules that are undecided."""
+    """Return about how many test rows decide the rules that are undecided."""
     needed = [verdict.rows_needed or 0 for verdict in failed if verdict.verdict == "undecided"]
-    if not needed or not max(needed):
+    if not needed:
         return []
-    return [f"More test rows: {max(needed):,} would decide the gate's rules."]
+    if not max(needed):
+        return [
+            "No number of test rows will tell whether there is a difference: there is hardly any."
+        ]
+    return [
+        f"More test rows: about {max(needed):,} decide the gate's rules, if the differences stay "
+        "as they are."
+    ]
 
 
 def advise_on_words(board: Sequence[ScoreRow], candidate: str) -> list[str]:
@@ -145,9 +156,12 @@ def advise_on_words(board: Sequence[ScoreRow], candidate: str) -> list[str]:
     ours, cheap = row_named(board, candidate), best_of(board, (TFIDF, TFIDF_ON_GOLD))
     if cheap is None or cheap.accuracy < HIGH or ours.correct > cheap.correct:
         return []
+    labels = ""
+    if cheap.name == TFIDF:
+        labels = " It needs the teacher's labels, which `distillery labels export` writes."
     return [
-        f"Or no model at all: {named(cheap)}, {named(ours)}. These classes can be told by their "
-        "words, and TF-IDF needs no language model."
+        f"Perhaps no language model at all: {named(cheap)}, {named(ours)}. These classes can be "
+        f"told by their words.{labels}"
     ]
 
 

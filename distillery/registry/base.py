@@ -273,7 +273,7 @@ class Registry(ABC):
             if model.role != REJECTED:
                 return model
         raise RegistryError(
-            f"{name}: {self.location} holds rejected versions alone; name one to have it"
+            f"{name}: {self.location} holds rejected versions alone; --version names one"
         )
 
     def find(self, models: Models, name: str, version: str) -> RegisteredModel:

@@ -106,6 +106,7 @@ def test_a_validation_loss_that_rises_asks_for_rows() -> None:
     assert "from 0.500 to 0.900" in advice
     assert "More unlabelled rows" in advise_on_training("student", losses(0.5, 0.9))[0]
     assert advise_on_training("student", losses(0.8, 0.5, 0.52)) == []
+    assert advise_on_training("student", losses(0.3, 0.0001, 0.04)) == [], "all answers are right"
     assert advise_on_training("student", losses(None)) == []
 
 
@@ -137,6 +138,17 @@ def run(rows: list[ScoreRow], decision: GateDecision, classes: tuple[str, ...]) 
     return outcome.model_copy(update={"report": report})
 
 
+def test_labels_that_help_the_rival_as_much_are_not_asked_for() -> None:
+    """Where TF-IDF is as good with the teacher's labels, and a tie that no row decides."""
+    tied = board(ships=99, student=99, teacher=99, tfidf=99, on_gold=80)
+    undecided = RuleVerdict(rule=BetterRule(kind="better", than=TFIDF), verdict="undecided")
+    decision = GateDecision(passed=False, reason="refused: x", verdicts=(undecided,))
+    advice = advice_of(run(tied, decision, ("a", "b")))
+    assert "No number of test rows" in advice
+    assert "It needs the teacher's labels, which `distillery labels export` writes." in advice
+    assert "More unlabelled rows" not in advice
+
+
 def decided(rule: BetterRule | LimitRule, rows_needed: int | None = None) -> GateDecision:
     verdict = RuleVerdict(
         rule=rule, verdict="undecided" if rows_needed else "refused", rows_needed=rows_needed
@@ -151,9 +163,12 @@ def test_it_is_given_to_a_refused_classifier_and_to_one_no_better_than_tfidf() -
     good = board(ships=94, student=94, teacher=95, tfidf=90, on_gold=70)
     beaten = board(ships=94, student=94, teacher=95, tfidf=95)
     assert advice_of(run(good, passed, classes)) == ""
-    assert "Or no model at all" in advice_of(run(beaten, passed, classes))
+    assert "no language model at all" in advice_of(run(beaten, passed, classes))
     assert advice_of(run(beaten, passed, ())) == ""
-    assert "More test rows: 450" in advice_of(run(good, decided(better, 450), classes))
+    few = advice_of(run(good, decided(better, 450), classes))
+    assert "More test rows: about 450" in few
+    assert "unlabelled" not in few, "nothing but the number of test rows is against it"
+    assert "More unlabelled rows" in advice_of(run(good, decided(better), classes))
     # Not for a rule that accuracy does not help with.
     slow = LimitRule(kind="limit", figure="p50_ms", maximum=1)
     assert advice_of(run(good, decided(slow), classes)) == ""
