@@ -101,6 +101,10 @@ def class_time_ratio(folder: Path) -> float:
     return statistics.median(times[150]) / statistics.median(times[2])
 
 
+ARTIFACTS = ("checkpoint", "model", "report")
+"""Figures that name folders of this machine."""
+
+
 def summary(results: Sequence[dict[str, Any]], ratio: float, minutes: float) -> dict[str, Any]:
     """Return the last line."""
     whole = [result for result in results if "failed" not in result]
@@ -146,7 +150,9 @@ def main() -> None:
         else:
             figures = run_in_a_process(name, task_recipe(name))
         results.append({"task": name, **figures})
-        print(json.dumps({key: value for key, value in results[-1].items() if key != "model"}))
+        print(
+            json.dumps({key: value for key, value in results[-1].items() if key not in ARTIFACTS})
+        )
         sys.stdout.flush()
     models = [result["model"] for result in results if "failed" not in result]
     ratio = class_time_ratio(folder_of(models[0])) if models else float("nan")

@@ -58,8 +58,9 @@ WORK = PROJECT / ".distillery" / "bench-text"
 PARTS = ("snips", "e2e", "speed")
 FULL = (*PARTS, "levels", "trl")
 
-SPEED_ROWS = 40
+SPEED_ROWS, AT_ONCE_ROWS = 40, 48
 AT_ONCE = (1, 4, 8, 16)
+"""How many answers are written at once; all of them divide AT_ONCE_ROWS."""
 
 INSTRUCTION = "Write one English sentence that says all of the facts that the user gives."
 """What the base model is told, which has learnt nothing of the task."""
@@ -160,11 +161,12 @@ def run_speed(e2e_run: Figures) -> Figures:
     prompt = load_recipe(str(WORK / "e2e.yaml")).student_prompt
     named = json.loads((shipped / "genai_config.json").read_text())["model"]["eos_token_id"]
     rows: list[Any] = []
-    for row in e2e()["test"][:SPEED_ROWS]:
+    for row in e2e()["test"][:AT_ONCE_ROWS]:
         example = Example(example_id="", question=row["text"], format=answer_format)
         ids = render_ids(example, prompt, tokenizer)
         rows.append({"prompt": ids, "ends": named if isinstance(named, list) else [named]})
-    bench = Bench(["ours", "plain", "llama_cpp"], files, {"generate": rows}, {})
+    contest = {"generate": rows[:SPEED_ROWS]}
+    bench = Bench(["ours", "plain", "llama_cpp"], files, contest, {})
     found: Figures = {"form": e2e_run["form"]}
     for threads in (1, 2):
         chosen = {
@@ -175,7 +177,7 @@ def run_speed(e2e_run: Figures) -> Figures:
         runs = bench.compete("generate", threads, chosen)
         for name, done in runs.items():
             speed = round(median(run["speed"] for run in done), 1)
-            tokens = round(sum(map(len, done[0]["answers"])) / len(rows), 1)
+            tokens = round(sum(map(len, done[0]["answers"])) / SPEED_ROWS, 1)
             found[f"{name}_{threads}"] = {"speed": speed, "tokens": tokens, **chosen[name]}
         theirs = found[f"llama_cpp_{threads}"]["speed"]
         for name in ("ours", "plain"):
