@@ -346,6 +346,8 @@ class Deadlines:
         return made
 
     def expire(self, number: int) -> None:
+        # The student may be asked before the answer's time begins to run.
+        assert wait_until(lambda: len(self.started) > number)
         loop, deadline = self.started[number]
         loop.call_soon_threadsafe(deadline.reschedule, 0)
 
