@@ -6,20 +6,17 @@ finds the answers in the artifact store.
 """
 
 import sys
-from pathlib import Path
 
 from prefect import flow
 from prefect.client.schemas.objects import State
 from prefect.states import Cancelled
 from pydantic import NonNegativeInt, PositiveInt
 
-from distillery.errors import DistilleryError
-from distillery.processes import exit_with_parent
 from distillery.recipe import PromptRecipe
 from distillery.records import RegisteredModel, ShardedRows
 from distillery.storage.artifacts import ArtifactStore
 from distillery.storage.shards import read_list
-from tasks.children import ShardsJob
+from tasks.children import ShardsJob, do_job
 from tasks.parent import ParentEnded, parent_watched
 from tasks.shards import answer_shard, answering
 from tasks.stage import RESULT, begin
@@ -54,18 +51,5 @@ def answer_shards(
         return Cancelled(message=str(ended))
 
 
-def main(arguments: list[str]) -> int:
-    """Do the job of a file, and end with the process that has written it."""
-    job_file, parent = arguments
-    exit_with_parent(int(parent))
-    job = ShardsJob.model_validate_json(Path(job_file).read_text(encoding="utf-8"))
-    try:
-        answer_shards(**dict(job))
-    except DistilleryError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(do_job(answer_shards, ShardsJob, sys.argv[1:]))

@@ -5,18 +5,16 @@ Every answer is in the label store as soon as it comes, where the run that waits
 """
 
 import sys
-from pathlib import Path
 
 from prefect import flow
 from prefect.client.schemas.objects import State
 from prefect.states import Cancelled
 from pydantic import NonNegativeInt, PositiveInt
 
-from distillery.errors import DistilleryError
-from distillery.processes import exit_with_parent
 from distillery.recipe import PromptRecipe, TeacherRecipe
 from distillery.records import Rows
 from distillery.teacher.ledger import Payer
+from tasks.children import do_job
 from tasks.label_parts import PartsJob, ask_part
 from tasks.parent import ParentEnded, parent_watched
 from tasks.stage import RESULT, begin
@@ -56,18 +54,5 @@ def label_parts(
         return Cancelled(message=str(ended))
 
 
-def main(arguments: list[str]) -> int:
-    """Do the job of a file, and end with the process that has written it."""
-    job_file, parent = arguments
-    exit_with_parent(int(parent))
-    job = PartsJob.model_validate_json(Path(job_file).read_text(encoding="utf-8"))
-    try:
-        label_parts(**{name: value for name, value in job if name != "threads"})
-    except DistilleryError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(do_job(label_parts, PartsJob, sys.argv[1:]))

@@ -25,9 +25,9 @@ from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 from prefect.states import Cancelled
 from pydantic import PositiveInt
 
-from distillery.errors import DataError, ModelError
+from distillery.errors import DataError, DistilleryError, ModelError
 from distillery.machine import usable_cores
-from distillery.processes import exit_reason
+from distillery.processes import exit_reason, exit_with_parent
 from distillery.recipe import PromptRecipe
 from distillery.records import (
     Record,
@@ -92,6 +92,11 @@ class Job(Record):
     def title(self) -> str:
         """Which shards it is, counted from 1."""
         return f"{self.what} {self.first + 1} to {self.first + self.count}"
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """The parameters of the flow that does it."""
+        return dict(self)
 
     def of(self, group: Group) -> Self:
         """Return the same job for a group."""
@@ -475,6 +480,20 @@ class LocalProcesses:
             process, _ = child.handle
             process.kill()
             process.wait()
+
+
+def do_job(flow: Callable[..., Any], kind: type[Job], arguments: Sequence[str]) -> int:
+    """Do the job of a file by a flow, in a process that LocalProcesses has started; return its exit
+    code. The process ends with the one that has written the file."""
+    job_file, parent = arguments
+    exit_with_parent(int(parent))
+    job = kind.model_validate_json(Path(job_file).read_text(encoding="utf-8"))
+    try:
+        flow(**job.parameters)
+    except DistilleryError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 def answer_here(work: ShardWork, show: Callable[[int], None]) -> None:

@@ -6,7 +6,7 @@ import asyncio
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from prefect import get_run_logger
 
@@ -40,6 +40,11 @@ class PartsJob(Job):
     run: str
     recipe: str
     parts: int
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """See `Job`: asking computes nothing, so that no cores are told."""
+        return {name: value for name, value in self if name != "threads"}
 
 
 class PartsWork:
