@@ -29,7 +29,8 @@ class AskedModel(Record):
 
     def here(self) -> Self:
         """Return the same model, whose numbers are to be those of this machine."""
-        return self.model_copy(update={"machine": self.machine_of()})
+        # A copy would keep the content_id of another machine.
+        return type(self)(**{**dict(self), "machine": self.machine_of()})
 
     def machine_of(self) -> str:
         """Return what of this machine the last bits of the model's numbers depend on: the
