@@ -125,8 +125,9 @@ def test_a_models_key_is_of_what_its_numbers_depend_on(monkeypatch: pytest.Monke
     keys = {content_of(each) for each in (exported, kept)}
     assert {content_of(each.here()) for each in (exported, kept)} == keys
     for model in (exported, kept):
-        other = AskedModel(**{**dict(model), "prompt": PromptRecipe(system="Pick.")})
-        assert content_of(other) not in keys
+        prompt = PromptRecipe(system="Pick.")
+        other = AskedModel(prompt=prompt, base=model.base, exported=model.exported)
+        assert content_of(other.here()) not in keys
     with monkeypatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: True)
         assert content_of(kept.here()) not in keys
