@@ -11,10 +11,10 @@ from distillery.inference.generation import Written
 from distillery.records import Example, Record
 from distillery.training.rows import TrainingRow
 
-SLICE_ROWS = 512
-"""Rows of a slice. A batch is of one slice: its longest row and what all its rows begin with can
-change the last bits of a float model's numbers. Within so many rows, rows of like length are found
-for batches."""
+SLICE_ROWS = 1024
+"""Rows of a slice. A batch is of one slice, since its longest row and what all its rows begin with
+can change the last bits of a float model's numbers. Batches of rows of like length are found among
+them, at 6 to 7 % more padding than among 5,000 rows; among 512 it would be 15 %."""
 
 ROWS_OF_A_PART = 1000
 """Rows of all models. Fewer are asked by the process at work before another one has started and

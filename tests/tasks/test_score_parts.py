@@ -21,7 +21,7 @@ from tasks.scored_models import AskedModel
 from tasks.slices import Scoring, known_slices
 from tasks.stage import content_of
 
-ROWS = 2600
+ROWS = 6 * domain.SLICE_ROWS - 100
 
 
 def artifact(number: int) -> Artifact:
@@ -58,15 +58,15 @@ def test_slices_are_found_up_to_the_first_that_is_missing(monkeypatch: pytest.Mo
     class Known:
         def find(self, _model: AskedModel, _test: Rows, number: int) -> ScoredSlice | None:
             looked.append(number)
-            return ScoredSlice(artifact=artifact(9), rows=512) if number in known else None
+            return ScoredSlice(artifact=artifact(9), rows=10) if number in known else None
 
     monkeypatch.setattr(module, "KnownSlices", Known)
     found = ScoredSlices(ScoreJob(models=(EXPORTED,), test=TEST, parts=2))
-    assert (found.made(Group(0, 1)), looked) == (2 * 512, [1, 3, 5])
+    assert (found.made(Group(0, 1)), looked) == (2 * 10, [1, 3, 5])
     known.add(5)
     looked.clear()
-    assert (found.made(Group(0, 1)), looked) == (3 * 512, [5])
-    assert (found.made(Group(1, 1)), looked) == (3 * 512, [5, 2])
+    assert (found.made(Group(0, 1)), looked) == (3 * 10, [5])
+    assert (found.made(Group(1, 1)), looked) == (3 * 10, [5, 2])
 
 
 @pytest.fixture
