@@ -8,6 +8,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from prefect import Task
 
+from distillery.errors import ModelError
 from distillery.evaluation.slices import (
     SLICE_ROWS,
     count_of_parts,
@@ -43,25 +44,26 @@ def slices_of_part(
 
 
 class ScoredSlices:
-    """What children have done: slices of a part are found in their order. `missing`: the slices
-    that are not known yet, by part."""
+    """What children have done: slices of a part are found in their order. `rows`: of the slices
+    that are known."""
 
     def __init__(self, job: ScoreJob) -> None:
-        self._test, self._known = job.test, KnownSlices()
-        self.missing = [
-            deque(slices_of_part(job.models, job.test.rows, part, job.parts))
-            for part in range(job.parts)
-        ]
+        self._job, self._known = job, KnownSlices()
+        self._missing: dict[tuple[int, str], deque[int]] = {}
+        for part in range(job.parts):
+            for model, number in slices_of_part(job.models, job.test.rows, part, job.parts):
+                self._missing.setdefault((part, model.content_id), deque()).append(number)
         self.rows = 0
 
     def made(self, group: Group) -> float:
-        """Look for the slices of some parts, up to the first that is missing in each. Return how
-        many rows are known of all parts."""
+        """Look for the slices of some parts, up to the first of each model that is missing. Return
+        how many rows are known of all parts."""
         for part in group.numbers:
-            slices = self.missing[part]
-            while slices and (found := self._known.find(slices[0][0], self._test, slices[0][1])):
-                self.rows += found.rows
-                slices.popleft()
+            for model in self._job.models:
+                numbers = self._missing.get((part, model.content_id))
+                while numbers and (found := self._known.find(model, self._job.test, numbers[0])):
+                    self.rows += found.rows
+                    numbers.popleft()
         return self.rows
 
 
@@ -126,8 +128,18 @@ def score_in_processes(
 
 def score_part(job: ScoreJob, part: int) -> int:
     """Ask the models the rows of a part, where they are not known; see `slices.scoring`. Return how
-    many rows it has, of all models."""
+    many rows it has, of all models.
+
+    Raises ModelError where a model can't be asked here, once the others have been asked."""
     rows = 0
+    refused: dict[str, ModelError] = {}
     for model, number in slices_of_part(job.models, job.test.rows, part, job.parts):
-        rows += score_slice(model, job.test, number, SLICE_ROWS).rows
+        if model.content_id in refused:
+            continue
+        try:
+            rows += score_slice(model, job.test, number, SLICE_ROWS).rows
+        except ModelError as error:
+            refused[model.content_id] = error
+    if refused:
+        raise next(iter(refused.values()))
     return rows

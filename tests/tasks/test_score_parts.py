@@ -69,6 +69,27 @@ def test_slices_are_found_up_to_the_first_that_is_missing(monkeypatch: pytest.Mo
     assert (found.made(Group(1, 1)), looked) == (3 * 10, [5, 2])
 
 
+def test_a_model_that_cannot_be_asked_here_keeps_no_other_from_being_asked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = []
+
+    def ask(model: AskedModel, _test: Rows, number: int, _slice_rows: int) -> ScoredSlice:
+        asked.append((model, number))
+        if model is FLOAT:
+            raise ModelError("this machine has other cores")
+        return ScoredSlice(artifact=artifact(9), rows=10)
+
+    monkeypatch.setattr(module, "score_slice", ask)
+    job = ScoreJob(models=(FLOAT, EXPORTED), test=TEST, parts=1)
+    with pytest.raises(ModelError, match="other cores"):
+        module.score_part(job, 0)
+    assert asked == [(FLOAT, 1), *((EXPORTED, number) for number in range(1, 6))]
+    asked.clear()
+    assert module.score_part(ScoreJob(models=(EXPORTED,), test=TEST, parts=2), 1) == 2 * 10
+    assert asked == [(EXPORTED, 2), (EXPORTED, 4)]
+
+
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Of which models children are asked, and on which deployment."""
