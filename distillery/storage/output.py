@@ -76,13 +76,16 @@ class Output:
 
     def try_writing(self) -> None:
         """Write and remove an empty file, so that what can't be written to is known before any row
-        is answered. Raises DistilleryError, also where a worker would write among other files."""
+        is answered. A folder that was not there is not left behind. Raises DistilleryError, also
+        where a worker would write among other files."""
         with self._one_line():
             for name in self._storage.names() if is_limited() else ():
                 check_name(name, f"{self._setting}: {self.shown}")
-            self._storage.make_folder()
+            is_new = self._storage.make_folder()
             self._storage.write(TRIAL, b"")
             self._storage.delete(TRIAL)
+            if is_new:
+                self._storage.remove_empty()
 
     def replace(self, files: Sequence[Path], names: re.Pattern[str]) -> None:
         """Write `files` in place of those whose names match. The last file is there only where all
