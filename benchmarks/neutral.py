@@ -62,7 +62,7 @@ from distillery.records import (
 )
 from distillery.registry.open import open_registry
 from distillery.storage.artifacts import ArtifactStore
-from tasks.evaluation import float_student
+from tasks.scored_models import float_student
 
 PROJECT = Path(__file__).resolve().parents[1]
 HARNESS = PROJECT / ".venv-neutral" / "bin" / "python"

@@ -17,6 +17,11 @@ def usable_cores() -> int:
 
 def machine_name() -> str:
     """Return the processor's name and the usable cores: speeds compare only where both agree."""
+    return f"{processor_name()}, {usable_cores()} cores"
+
+
+def processor_name() -> str:
+    """Return the processor's name: on another one, numbers may differ in their last bits."""
     name = platform.processor() or platform.machine()
     # psutil does not tell the name, and on Linux `platform` tells no more than x86_64.
     information = Path("/proc/cpuinfo")
@@ -25,7 +30,7 @@ def machine_name() -> str:
             if line.startswith("model name"):
                 name = line.partition(":")[2].strip()
                 break
-    return f"{name}, {usable_cores()} cores"
+    return name
 
 
 def folder_of_commands() -> str:

@@ -1037,6 +1037,12 @@ class ShardAnswers(StageRecord):
     failed: int
 
 
+class ScoredSlice(StageRecord):
+    """What a model made of a slice of the test rows: slice.json in the folder. `rows`: how many."""
+
+    rows: int
+
+
 class Predictions(StageRecord):
     """A student's answers to rows.
 

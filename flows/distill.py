@@ -57,6 +57,8 @@ from tasks.labels import canaries, check_shares, labelled, measured_against
 from tasks.onnx import exported
 from tasks.registry import apply_gate, download, promote, register
 from tasks.results import results_in_store
+from tasks.score_parts import in_parts
+from tasks.scored_models import AskedModel
 from tasks.selection import selected
 from tasks.stage import RESULT, Stage, begin, is_scheduled, own_tags, produced_by, refreshing
 from tasks.summary import publish, render, verdict
@@ -89,6 +91,7 @@ def distill(
     training_deployment: str | None = None,
     refresh: tuple[Stage, ...] = (),
     labels_deployment: str | None = None,
+    evaluation_deployment: str | None = None,
 ) -> Outcome:
     """Distil a student as the recipe says, and register it if it passes the gate.
 
@@ -100,6 +103,8 @@ def distill(
             answers are kept: no answer is paid for twice.
         labels_deployment: Which runs ask an endpoint about many rows, such as label-parts/cpu; by
             default as teacher.processes says.
+        evaluation_deployment: Which runs ask models about many test rows, such as score-rows/cpu;
+            by default as evaluation.processes says.
 
     Raises GateRefused after all is recorded if the gate refuses the student and
     evaluation.on_refusal is fail.
@@ -115,7 +120,12 @@ def distill(
     data = prepared(recipe, source, refresh)
     judged = judged_before(data, recipe)
     made = made_student(
-        recipe, data, training_deployment, refresh, labels_deployment=labels_deployment
+        recipe,
+        data,
+        training_deployment,
+        refresh,
+        labels_deployment=labels_deployment,
+        evaluation_deployment=evaluation_deployment,
     )
     model, test_rows = made.model, data.rows("test")
     compared = preferred(made.report, test_rows, recipe.prompt, recipe.evaluation.judge, again)
@@ -195,6 +205,7 @@ def made_student(
     refresh: tuple[Stage, ...],
     selection: Selection | None = None,
     labels_deployment: str | None = None,
+    evaluation_deployment: str | None = None,
 ) -> Made:
     """Run the stages from the data set to the evaluation. `selection`: the train rows that are
     labelled, where they are chosen already."""
@@ -223,10 +234,20 @@ def made_student(
         model = with_threshold(model, recipe.task.abstain, recipe.student_prompt, data, again)
 
     asked, machine = recipe.student_prompt, machine_name()
+    how = (recipe.evaluation.processes, evaluation_deployment)
     base_answers = None
     if recipe.asks_base_model:
-        base_answers = again("ask base model", ask_base_model)(test_rows, asked, base, machine)
-    report = again("evaluate", evaluate)(
+        ask = again("ask base model", ask_base_model)
+        base_answers = in_parts(ask, [AskedModel(prompt=asked, base=base)], *how)(
+            test=test_rows, prompt=asked, base=base, machine=machine
+        )
+    scored = [
+        AskedModel(prompt=asked, base=base, checkpoint=student),
+        AskedModel(prompt=asked, exported=model),
+    ]
+    if isinstance(teacher, OnnxModel):
+        scored.append(AskedModel(prompt=recipe.prompt, exported=teacher))
+    report = in_parts(again("evaluate", evaluate), scored, *how)(
         test=test_rows,
         train=data.rows("train"),
         labels=labels,

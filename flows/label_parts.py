@@ -15,7 +15,7 @@ from distillery.recipe import PromptRecipe, TeacherRecipe
 from distillery.records import Rows
 from distillery.teacher.ledger import Payer
 from tasks.children import do_job
-from tasks.label_parts import PartsJob, ask_part
+from tasks.label_parts import LabelJob, ask_part
 from tasks.parent import ParentEnded, parent_watched
 from tasks.stage import RESULT, begin
 
@@ -55,4 +55,4 @@ def label_parts(
 
 
 if __name__ == "__main__":
-    sys.exit(do_job(label_parts, PartsJob, sys.argv[1:]))
+    sys.exit(do_job(label_parts, LabelJob, sys.argv[1:]))

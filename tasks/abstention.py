@@ -12,8 +12,8 @@ from distillery.recipe import AbstainRecipe, PromptRecipe
 from distillery.records import Abstention, OnnxModel, PreparedDataset, Rows
 from distillery.storage.artifacts import ArtifactStore
 from distillery.storage.working import working_folder
-from tasks.evaluation import onnx_model
 from tasks.progress import conclude, show_rows
+from tasks.scored_models import onnx_model
 from tasks.stage import Stage, stage
 
 

@@ -1,8 +1,9 @@
 """Work in several processes: on the work pool of a deployment, or on this machine.
 
 A child does a group of successive shards. What it has done is kept whatever becomes of it: answers
-of a student to a shard are cached (shards.py), those of a teacher are in the label store
-(label_parts.py). A child that leaves a part of its group undone is followed by another one.
+of a student to a shard are cached (shards.py), those of models to test rows too (slices.py), those
+of a teacher are in the label store (label_parts.py). A child that leaves a part of its group undone
+is followed by another one.
 """
 
 import os
@@ -111,6 +112,14 @@ class ShardsJob(Job):
     rows: ShardedRows
 
 
+class PartsJob(Job):
+    """What a child does that does some of `parts` parts of a stage's work before it."""
+
+    what: ClassVar[str] = "parts"
+
+    parts: PositiveInt
+
+
 class Work(Protocol):
     """Shards that are to be done, each by its number, and what the parent knows of them."""
 
@@ -214,6 +223,63 @@ class ShardWork:
     def rows_done(self) -> int:
         """Rows of the shards whose answers are known."""
         return sum(self.shards[number].rows for number in self.answers)
+
+
+class PartsWork:
+    """The parts of a stage's work that children do before it. `of`: the units of work that are to
+    be done; `made` looks at what children have made, as that of a group does, and returns how many
+    units are done.
+
+    A part that a child has ended with is done, also if it ended with an error: the stage does what
+    is left, meets the same, and says so. So is one whose children have died TRIES times."""
+
+    largest_group = 1
+
+    def __init__(self, job: PartsJob, of: float, unit: str, made: Callable[[Group], float]) -> None:
+        self.job, self._of, self._unit, self._made = job, of, unit, made
+        self._done: set[int] = set()
+        self._deaths: Counter[int] = Counter()
+        self._shown = 0.0
+
+    @property
+    def count(self) -> int:
+        """See `Work`."""
+        return self.job.parts
+
+    @property
+    def units(self) -> tuple[float, float, str]:
+        """See `Work`. Units that were made again can be more than was expected."""
+        return self._shown, max(self._of, self._shown), self._unit
+
+    def key(self, group: Group) -> str:
+        """See `Work`."""
+        return digest_of(self.job.of(group).model_dump_json())
+
+    def missing(self, group: Group) -> list[int]:
+        """See `Work`."""
+        return [part for part in group.numbers if part not in self._done]
+
+    def take_in(self, child: "Child") -> None:
+        """See `Work`."""
+        self.look_on(child.group)
+        left = self.missing(child.group)
+        if child.ended == "died":
+            self._deaths.update(left)
+            left = [part for part in left if self._deaths[part] >= TRIES]
+        self._done.update(left)
+        if left and child.ended != "done":
+            title = self.job.of(child.group).title
+            get_run_logger().warning(
+                "%s: %s; this run asks what is left itself", title, child.reason
+            )
+
+    def look_on(self, group: Group) -> None:
+        """See `Work`."""
+        self._shown = self._made(group)
+
+    def do_here(self, number: int) -> None:
+        """See `Work`: the stage does it."""
+        self._done.add(number)
 
 
 @dataclass

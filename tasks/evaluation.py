@@ -1,5 +1,4 @@
 import time
-from pathlib import Path
 
 from distillery.data.examples import read_examples
 from distillery.evaluation import evaluate as domain
@@ -7,10 +6,9 @@ from distillery.evaluation.baselines import with_letters
 from distillery.evaluation.linear_probe import TextStates
 from distillery.evaluation.report import ANSWERS_FILE
 from distillery.evaluation.scoreboard import BASE, FLOAT, headline
-from distillery.evaluation.scoring import ModelToScore, Scored, score_model
+from distillery.evaluation.scoring import Scored, score_model
 from distillery.labels.files import read_labels
 from distillery.models.base import base_folder, remote_code_allowed
-from distillery.models.inspect import model_and_adapter, parameter_count
 from distillery.recipe import BaseModelRecipe, Columns, PromptRecipe
 from distillery.records import (
     BaseModelAnswers,
@@ -26,6 +24,8 @@ from distillery.storage.artifacts import ArtifactStore
 from distillery.storage.digests import sha256_of
 from distillery.storage.working import working_folder
 from tasks.progress import conclude, show_bytes, show_rows
+from tasks.scored_models import AskedModel, float_student, onnx_model, untrained
+from tasks.slices import known_slices
 from tasks.stage import origin, stage
 
 SCORED_FILE = "scored.json"
@@ -42,7 +42,8 @@ def ask_base_model(
     started = time.perf_counter()
     store = ArtifactStore()
     file = store.fetch(test.artifact) / test.file
-    scored = score_model(untrained(base), file, prompt, progress=show_rows)
+    known = known_slices(AskedModel(prompt=prompt, base=base), test)
+    scored = score_model(untrained(base), file, prompt, progress=show_rows, known=known)
     with working_folder("base-model") as folder:
         (folder / SCORED_FILE).write_text(scored.model_dump_json(), encoding="utf-8")
         artifact = store.put(folder)
@@ -80,11 +81,16 @@ def evaluate(
     too if the student has. Of several texts to a row, all of which the student learns, they learn
     the first alone. `prompt` is the student's. `columns` and `fields` are those of the data set,
     for the file of doubtful labels. `base_answers` are the base model's, which is on the scoreboard
-    if they are given."""
+    if they are given. Slices of the test rows that other processes have asked (score_parts.py) are
+    not asked again."""
     started = time.perf_counter()
     store = ArtifactStore()
     name = f"student {candidate.precision}"
     models = [float_student(student, base, store), onnx_model(name, candidate, store)]
+    known = {
+        FLOAT: known_slices(AskedModel(prompt=prompt, base=base, checkpoint=student), test),
+        name: known_slices(AskedModel(prompt=prompt, exported=candidate), test),
+    }
     asked_before = {}
     if base_answers:
         models.insert(0, untrained(base))
@@ -94,6 +100,8 @@ def evaluate(
         models.insert(
             0, onnx_model("teacher", teacher, store).model_copy(update={"prompt": teacher_prompt})
         )
+        asked = AskedModel(prompt=teacher_prompt, exported=teacher)
+        known["teacher"] = known_slices(asked, test)
         answers: str | dict[str, str] = "teacher"
         probabilities = {}
     else:
@@ -130,6 +138,7 @@ def evaluate(
             fields=fields,
             threshold=candidate.abstention.threshold if candidate.abstention else None,
             asked_before=asked_before,
+            known=known,
             progress=show_rows,
         )
         answers_sha256 = sha256_of(folder / ANSWERS_FILE)
@@ -145,52 +154,5 @@ def evaluate(
     )
 
 
-def untrained(base: BaseModelRecipe) -> ModelToScore:
-    """Return a base model as it is before any training, which Transformers runs."""
-    folder = base_folder(base, show_bytes)
-    return ModelToScore(
-        name=BASE,
-        kind="transformers",
-        folder=str(folder),
-        remote_code=remote_code_allowed(base),
-        parameters=parameter_count(folder),
-        bytes=_bytes(folder),
-    )
-
-
-def float_student(
-    checkpoint: StudentCheckpoint, base: BaseModelRecipe, store: ArtifactStore
-) -> ModelToScore:
-    """Return the student as training left it, which Transformers runs."""
-    model, adapter = model_and_adapter(
-        store.fetch(checkpoint.artifact), base_folder(base, show_bytes)
-    )
-    return ModelToScore(
-        name=FLOAT,
-        kind="transformers",
-        folder=str(model),
-        adapter=str(adapter) if adapter else None,
-        remote_code=remote_code_allowed(base),
-        parameters=checkpoint.parameters,
-        bytes=_bytes(model) + (_bytes(adapter) if adapter else 0),
-    )
-
-
 def _examples(rows: Rows, store: ArtifactStore) -> list[Example]:
     return read_examples(store.fetch(rows.artifact) / rows.file)
-
-
-def _bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
-
-
-def onnx_model(name: str, model: OnnxModel, store: ArtifactStore) -> ModelToScore:
-    """Return an exported model, which ONNX Runtime runs."""
-    folder = store.fetch(model.artifact)
-    return ModelToScore(
-        name=name,
-        kind="onnx",
-        folder=str(folder),
-        parameters=model.parameters,
-        bytes=model.artifact.bytes,
-    )

@@ -3,103 +3,41 @@ the rows, each about a part, and leave the answers in the label store. The stage
 and ask what is left, so that nothing depends on what becomes of a child."""
 
 import asyncio
-from collections import Counter
-from collections.abc import Callable
 from functools import partial
-from typing import Any, ClassVar
-
-from prefect import get_run_logger
+from typing import Any
 
 from distillery.data.examples import each_example
 from distillery.labels.parts import count_of_parts, rows_of_part, share_of
 from distillery.labels.quote import quote
 from distillery.labels.store import LabelStore
 from distillery.recipe import PromptRecipe, Recipe, TeacherRecipe
-from distillery.records import PreparedDataset, Rows, digest_of
+from distillery.records import PreparedDataset, Rows
 from distillery.storage.artifacts import ArtifactStore
 from distillery.storage.working import working_folder
 from distillery.teacher.endpoint import resolve_endpoint
 from distillery.teacher.identity import teacher_identity
 from distillery.teacher.ledger import Payer, spent
-from tasks.children import TRIES, Child, DeploymentRuns, Group, Job, LocalProcesses, work_by
+from tasks.children import DeploymentRuns, LocalProcesses, PartsJob, PartsWork, work_by
 from tasks.labels import labelling_of, payer_of_run, purpose_of, rows_to_ask
 from tasks.parent import check_parent
 from tasks.progress import conclude, progress_of, show_rows
 from tasks.stage import uncached
 
 
-class PartsJob(Job):
+class LabelJob(PartsJob):
     """What a child does: have `teacher` asked about some of `parts` parts of `rows`, on behalf of
     the flow run `run` of the recipe named `recipe`."""
-
-    what: ClassVar[str] = "parts"
 
     rows: Rows
     prompt: PromptRecipe
     teacher: TeacherRecipe
     run: str
     recipe: str
-    parts: int
 
     @property
     def parameters(self) -> dict[str, Any]:
         """See `Job`: asking computes nothing, so that no cores are told."""
         return {name: value for name, value in self if name != "threads"}
-
-
-class PartsWork:
-    """The parts of a labelling. `calls`: how many are to be made; `made` returns how many are.
-
-    A part that a child has ended with is done, also if it ended with an error or for the budget:
-    the stage `label` meets the same and says so. So is one whose children have died TRIES times."""
-
-    largest_group = 1
-
-    def __init__(self, job: PartsJob, calls: int, made: Callable[[], float]) -> None:
-        self.job, self._calls, self._made = job, calls, made
-        self._done: set[int] = set()
-        self._deaths: Counter[int] = Counter()
-        self._shown = 0.0
-
-    @property
-    def count(self) -> int:
-        """See `Work`."""
-        return self.job.parts
-
-    @property
-    def units(self) -> tuple[float, float, str]:
-        """See `Work`. Calls that were made again can be more than was expected."""
-        return self._shown, max(self._calls, self._shown), "calls"
-
-    def key(self, group: Group) -> str:
-        """See `Work`."""
-        return digest_of(self.job.of(group).model_dump_json())
-
-    def missing(self, group: Group) -> list[int]:
-        """See `Work`."""
-        return [part for part in group.numbers if part not in self._done]
-
-    def take_in(self, child: Child) -> None:
-        """See `Work`."""
-        self.look_on(child.group)
-        left = self.missing(child.group)
-        if child.ended == "died":
-            self._deaths.update(left)
-            left = [part for part in left if self._deaths[part] >= TRIES]
-        self._done.update(left)
-        if left and child.ended != "done":
-            title = self.job.of(child.group).title
-            get_run_logger().warning(
-                "%s: %s; this run asks what is left itself", title, child.reason
-            )
-
-    def look_on(self, group: Group) -> None:
-        """See `Work`: looks at the work of all children."""
-        self._shown = self._made()
-
-    def do_here(self, number: int) -> None:
-        """See `Work`: the stage `label` does it."""
-        self._done.add(number)
 
 
 def parts_first(
@@ -149,7 +87,7 @@ def ask_in_processes(
             return
         made = partial(calls_of, answers, payer, teacher)
         before = made()
-        job = PartsJob(
+        job = LabelJob(
             rows=rows,
             prompt=prompt,
             teacher=teacher,
@@ -157,7 +95,7 @@ def ask_in_processes(
             recipe=payer.recipe,
             parts=parts,
         )
-        work = PartsWork(job, calls, lambda: made() - before)
+        work = PartsWork(job, calls, "calls", lambda _group: made() - before)
         children = runs or LocalProcesses(parts, "flows.label_parts", folder)
         work_by(children, work, progress)
         conclude(f"{made() - before:,.0f} calls, made by {parts} processes")

@@ -13,8 +13,8 @@ from distillery.recipe import BaseModelRecipe, ExportForm, ExportRecipe, PromptR
 from distillery.records import OnnxModel, PreparedDataset, Rows, StudentCheckpoint, TeacherLabels
 from distillery.storage.artifacts import ArtifactStore
 from distillery.storage.working import working_folder
-from tasks.evaluation import float_student
 from tasks.progress import conclude, show_bytes, show_parts
+from tasks.scored_models import float_student
 from tasks.stage import Stage, origin, stage
 
 

@@ -33,8 +33,8 @@ from distillery.records import (
 )
 from distillery.storage.artifacts import ArtifactStore
 from distillery.storage.working import working_folder
-from tasks.evaluation import onnx_model
 from tasks.progress import conclude, show_bytes, show_parts, show_rows
+from tasks.scored_models import onnx_model
 from tasks.stage import origin, stage
 
 

@@ -57,6 +57,7 @@ def evaluate(
     fields: Sequence[str] = (),
     threshold: float | None = None,
     asked_before: Mapping[str, Scored] | None = None,
+    known: Mapping[str, Mapping[int, Path]] | None = None,
     threads: int | None = None,
     progress: ShowProgress = show_nothing,
 ) -> tuple[ScoreRow, ...]:
@@ -72,9 +73,10 @@ def evaluate(
     recipe's, for doubtful.csv. `threshold`: the confidence below which the candidate abstains; the
     scoreboard counts its likeliest answers all the same, and the figures tell what the threshold
     makes of them. `asked_before`: what came of models, by name, that were asked these rows before
-    and are not asked again. `progress` is shown the rows done of the models that are asked
-    together. Raises DataError for test rows without gold answers, and ModelError for a model
-    that can't be scored."""
+    and are not asked again; `known`: the files of the slices of rows of which that is so, by model
+    (slices.py). `progress` is shown the rows done of the models that are asked together. Raises
+    DataError for test rows without gold answers, and ModelError for a model that can't be
+    scored."""
     examples, letters = answered_rows(test)
     gold_answers, writes = gold_of(examples), examples[0].format is not None
     baselines, notes = score_baselines(examples, learnt, gold)
@@ -109,7 +111,15 @@ def evaluate(
             progress(before, total, f"loading {model.name}")
             show_asking = partial(show_rows_of_all, progress, f"asking {model.name}", before, total)
             reorder = model.name == candidate
-            found = score_model(model, test, prompt, threads, progress=show_asking, reorder=reorder)
+            found = score_model(
+                model,
+                test,
+                prompt,
+                threads,
+                progress=show_asking,
+                reorder=reorder,
+                known=(known or {}).get(model.name),
+            )
             _log.info("scored %s: %.1f rows a second", model.name, found.rows_per_second)
             before += len(examples)
             if reorder:

@@ -33,13 +33,15 @@ class Predictor:
     the budget or the model's context; `ask` what the model makes of it; `ask_batches` that of many
     rows at once, and tells after each batch how many rows it had; it is None where batches would
     not give what single rows give, or are no faster. `first_token` computes a prompt and returns
-    the most probable token after it."""
+    the most probable token after it. `forget` gives up what is cached of earlier prompts, which can
+    change the last bits of long ones."""
 
     ran_on: str
     render: Callable[[Example], TrainingRow | None]
     ask: Callable[[TrainingRow], Found]
     ask_batches: AskBatches | None = None
     first_token: Callable[[Sequence[int]], int] | None = None
+    forget: Callable[[], None] = lambda: None
 
 
 def load_predictor(job: ScoringJob, answer_format: AnswerFormat | None = None) -> Predictor:
@@ -66,6 +68,7 @@ def load_onnx(job: ScoringJob, answer_format: AnswerFormat | None) -> Predictor:
             ask=lambda row: writer.write(row.prompt, answer_format),
             ask_batches=several,
             first_token=partial(first_token_anew, writer),
+            forget=writer.forget,
         )
     student = load_for_rows(Path(job.model.folder), job.threads)
 
@@ -85,6 +88,7 @@ def load_onnx(job: ScoringJob, answer_format: AnswerFormat | None) -> Predictor:
         ask=lambda row: student.probabilities([row])[0],
         ask_batches=ask_batches,
         first_token=lambda prompt: int(student.next_logits(prompt).argmax()),
+        forget=student.forget,
     )
 
 
@@ -129,7 +133,7 @@ def load_transformers(job: ScoringJob, answer_format: AnswerFormat | None) -> Pr
     padding = pad_id(tokenizer)
     if device.precision == "bfloat16":
         cast_linear_layers(model)
-    next_logits = logits_after_prompt(model.eval(), device)
+    next_logits = PromptLogits(model.eval(), device)
     renderer = RowRenderer(
         adapter or Path(job.model.folder),
         TransformersTokenizer(tokenizer),
@@ -151,6 +155,7 @@ def load_transformers(job: ScoringJob, answer_format: AnswerFormat | None) -> Pr
                 [row.prompt for row in rows], answer_format, rows_done
             ),
             first_token=first_token,
+            forget=next_logits.forget,
         )
 
     def ask(row: TrainingRow) -> list[float]:
@@ -173,6 +178,7 @@ def load_transformers(job: ScoringJob, answer_format: AnswerFormat | None) -> Pr
         # Float32 differs by rounding alone (1e-5); bfloat16 by enough to change an answer.
         ask_batches=ask_batches if device.precision == "float32" else None,
         first_token=first_token,
+        forget=next_logits.forget,
     )
 
 
@@ -190,30 +196,36 @@ def row_renderer(
     return render
 
 
-def logits_after_prompt(model: Any, device: Any) -> Callable[[Sequence[int]], Any]:
-    """Return a function that gives the logits after a prompt, [vocabulary], in float32.
+class PromptLogits:
+    """Gives the logits after a prompt, [vocabulary], in float32.
 
     What a prompt shares with the one before it is not computed again, as by a `Student`, so that
     all models of a scoreboard are timed alike."""
-    import torch
-    from transformers import DynamicCache
 
-    cached = DynamicCache()
-    before: list[int] = []
+    def __init__(self, model: Any, device: Any) -> None:
+        self._model, self._device = model, device
+        self.forget()
 
-    def logits(prompt: Sequence[int]) -> Any:
-        ids = list(prompt)
+    def forget(self) -> None:
+        """Give up what is cached of the last prompt."""
+        from transformers import DynamicCache
+
+        self._before: list[int] = []
+        self._cached = DynamicCache()
+
+    def __call__(self, prompt: Sequence[int]) -> Any:
+        import torch
+
+        ids, before = list(prompt), self._before
         kept = 0
-        if before and max(len(ids), len(before)) <= longest_shared(model):
+        if before and max(len(ids), len(before)) <= longest_shared(self._model):
             kept = common_prefix([before, ids], 1)
         if kept < len(before):
-            cached.crop(kept - len(before))
-        before[:] = ids
-        with torch.inference_mode(), device.autocast():
-            tokens = torch.tensor([ids[kept:]], device=device.name)
-            output = model(
-                input_ids=tokens, past_key_values=cached, use_cache=True, logits_to_keep=1
+            self._cached.crop(kept - len(before))
+        self._before = ids
+        with torch.inference_mode(), self._device.autocast():
+            tokens = torch.tensor([ids[kept:]], device=self._device.name)
+            output = self._model(
+                input_ids=tokens, past_key_values=self._cached, use_cache=True, logits_to_keep=1
             )
         return output.logits[0, -1].float()
-
-    return logits

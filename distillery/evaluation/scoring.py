@@ -1,8 +1,10 @@
 """Score a model on rows: what is asked of the process that does it, and what it answers."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
+
+from pydantic import Field
 
 from distillery.data.examples import read_examples
 from distillery.errors import DataError, ModelError
@@ -43,7 +45,8 @@ class ModelToScore(Record):
 
 class ScoringJob(Record):
     """What the process that scores a model is given. `reorder`: some rows are asked again with
-    their options in another order. `timed_rows`: see TIMED_ROWS."""
+    their options in another order. `timed_rows`: see TIMED_ROWS. `known`: by their numbers, the
+    files of slices that were asked before (slices.py)."""
 
     model: ModelToScore
     examples: str
@@ -52,6 +55,7 @@ class ScoringJob(Record):
     timed_rows: int = TIMED_ROWS
     precision: Precision = "auto"
     reorder: bool = False
+    known: dict[int, str] = Field({})
 
 
 class Scored(Record):
@@ -62,9 +66,10 @@ class Scored(Record):
 
     `latencies_ms` and `rows_per_second` are of single rows, asked one after another: of the first
     ScoringJob.timed_rows, because the others are asked in batches, which give the same answers
-    sooner; of a Transformers model in bfloat16, whose batches would give others, and of an ONNX
-    model that writes, of all rows. The latency of a written answer is that of its last token.
-    `peak_mib` is the process's memory with single rows, the longest included, and with loading.
+    sooner. Of all rows, where the model takes no batches: a Transformers model in bfloat16 that
+    chooses, whose batches would give other answers, and an ONNX model that writes and whose graph
+    takes one text at a time. The latency of a written answer is that of its last token. `peak_mib`
+    is the process's memory with single rows, the longest included, and with loading.
 
     What a prompt shares with the one before it is not computed again, neither by Transformers nor
     by ONNX Runtime, and the latencies show that, as they do for users. Where an option's text is
@@ -96,10 +101,12 @@ def score_model(
     progress: ShowProgress = show_nothing,
     reorder: bool = False,
     timed_rows: int = TIMED_ROWS,
+    known: Mapping[int, Path] | None = None,
 ) -> Scored:
     """Score `model` on the rows of `examples_file`, in a process that ends with this one.
     `progress` is shown the rows that are done. With `reorder`, some are asked again at the end with
-    their options in another order. `timed_rows`: see TIMED_ROWS.
+    their options in another order. `timed_rows`: see TIMED_ROWS. `known`: files of slices that were
+    asked before and are not asked again, by their numbers (slices.py).
 
     `threads` defaults to the usable cores. `precision` is a Transformers model's: "auto" is
     bfloat16 on a GPU that multiplies in it, else float32. Raises ModelError with the reason that
@@ -112,6 +119,7 @@ def score_model(
         timed_rows=timed_rows,
         precision=precision,
         reorder=reorder,
+        known={number: str(file.absolute()) for number, file in (known or {}).items()},
     )
     try:
         result = run_in_process("distillery.evaluation.scoring_process", job, progress=progress)

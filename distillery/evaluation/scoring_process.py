@@ -9,7 +9,7 @@ model's, and a runtime that crashes takes nothing else with it.
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 
@@ -17,16 +17,14 @@ from distillery.answers import NotAnAnswer
 from distillery.data.examples import read_examples
 from distillery.errors import ModelError
 from distillery.evaluation.option_order import ORDER_ROWS, Reordered, count_alike, reordered_rows
-from distillery.evaluation.predictors import AskBatches, Found, Predictor, load_predictor
+from distillery.evaluation.predictors import Predictor, load_predictor
 from distillery.evaluation.scoring import Probabilities, Scored, ScoringJob
+from distillery.evaluation.slices import Asked, as_asked, ask_in_batches, read_slice, slices_from
 from distillery.inference.generation import Written
 from distillery.processes import process_main
 from distillery.progress import ShowProgress, show_nothing
 from distillery.records import AnswerFormat, Example
 from distillery.training.rows import TrainingRow
-
-Asked = Probabilities | Written
-"""What came of a row; None where its prompt is too long to be asked."""
 
 WARM_UP_ROWS = 3
 
@@ -73,8 +71,7 @@ def score(job: ScoringJob, progress: ShowProgress = show_nothing) -> Scored:
     # may take more.
     ask(predictor, max(rest, key=token_count, default=None))
     peak = peak_mib()
-    if predictor.ask_batches:
-        found += ask_in_batches(predictor.ask_batches, rest, counter.add)
+    found += ask_slices(predictor, rest, len(found), job.known, counter.add)
     rows_per_second = 0.0
     if latencies:
         rows_per_second = 1000 * len(latencies) / sum(latencies)
@@ -179,10 +176,6 @@ def ask(predictor: Predictor, row: TrainingRow | None) -> Asked:
     return None if row is None else as_asked(predictor.ask(row))
 
 
-def as_asked(found: Found) -> Asked:
-    return found if isinstance(found, Written) else tuple(found)
-
-
 def token_count(row: TrainingRow | None) -> int:
     """Return the tokens of a row's prompt and of the texts that are scored after it."""
     if row is None:
@@ -190,15 +183,26 @@ def token_count(row: TrainingRow | None) -> int:
     return len(row.prompt) + sum(map(len, row.texts))
 
 
-def ask_in_batches(
-    ask_batches: AskBatches,
-    rendered: Sequence[TrainingRow | None],
+def ask_slices(
+    predictor: Predictor,
+    rest: Sequence[TrainingRow | None],
+    first: int,
+    known: Mapping[int, str],
     rows_done: Callable[[int], None],
 ) -> list[Asked]:
-    """Return what comes of each rendered row."""
-    rows_done(rendered.count(None))
-    answered = iter(ask_batches([row for row in rendered if row is not None], rows_done))
-    return [None if row is None else as_asked(next(answered)) for row in rendered]
+    """Return what comes of the rendered rows behind the `first` ones, which were asked one by one:
+    from the files of slices that are known, and of the others in batches."""
+    found: list[Asked] = []
+    for number, rows in slices_from(first, first + len(rest)):
+        if number is not None and number in known:
+            found += read_slice(Path(known[number]))
+            rows_done(len(rows))
+        elif predictor.ask_batches:
+            if number is not None:
+                predictor.forget()
+            some = rest[rows.start - first : rows.stop - first]
+            found += ask_in_batches(predictor.ask_batches, some, rows_done)
+    return found
 
 
 def written_answers(

@@ -151,7 +151,7 @@ def test_the_rows_of_all_models_are_shown_together(
     tmp_path: Path, shown: Shown, progress: ShowProgress, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def score_model(
-        model: ModelToScore, *_: object, progress: ShowProgress, reorder: bool
+        model: ModelToScore, *_: object, progress: ShowProgress, reorder: bool, known: None
     ) -> Scored:
         assert reorder == (model.name == "ours")
         for done in (0, 5 if reorder else 2):

@@ -15,7 +15,7 @@ from distillery.answers import NotAnAnswer, canonical
 from distillery.data.examples import read_format, write_examples, write_format
 from distillery.data.rows import RowReader
 from distillery.errors import DataError, ModelError, SchemaNotHeld
-from distillery.evaluation.predictors import logits_after_prompt
+from distillery.evaluation.predictors import PromptLogits
 from distillery.evaluation.scoring import ModelToScore, score_model
 from distillery.evaluation.writing import TransformersWriter
 from distillery.export.build import export
@@ -67,7 +67,7 @@ def writer(model: Any, tokenizer: Any) -> TransformersWriter:
     device = choose_device("float32")
     model.eval()
     ends = end_ids(model, tokenizer)
-    next_logits = logits_after_prompt(model, device)
+    next_logits = PromptLogits(model, device)
     return TransformersWriter(model, tokenizer, device, pad_id(tokenizer), ends, next_logits)
 
 

@@ -11,8 +11,8 @@ from distillery.recipe import PromptRecipe, Recipe, TeacherRecipe
 from distillery.records import Artifact, Rows
 from tasks import children as children_module
 from tasks import label_parts as module
-from tasks.children import TRIES, Child, Group, Job, work_by
-from tasks.label_parts import PartsJob, PartsWork, parts_first
+from tasks.children import TRIES, Child, Group, Job, PartsWork, work_by
+from tasks.label_parts import LabelJob, parts_first
 from tasks.progress import StageProgress
 
 PARTS = 3
@@ -20,7 +20,7 @@ PARTS = 3
 
 def work() -> PartsWork:
     artifact = Artifact(uri=f"store/{'1' * 64}", sha256="1" * 64, bytes=1)
-    job = PartsJob(
+    job = LabelJob(
         rows=Rows(artifact=artifact, file="train.jsonl", rows=30, sha256="2" * 64),
         prompt=PromptRecipe(),
         teacher=TeacherRecipe(),
@@ -28,7 +28,7 @@ def work() -> PartsWork:
         recipe="mine",
         parts=PARTS,
     )
-    return PartsWork(job, 30, lambda: 12.0)
+    return PartsWork(job, 30, "calls", lambda _: 12.0)
 
 
 class Fakes:
@@ -59,8 +59,7 @@ class Fakes:
 @pytest.fixture(autouse=True)
 def fast(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(children_module, "POLL_S", 0)
-    for each in (children_module, module):
-        monkeypatch.setattr(each, "get_run_logger", lambda: logging.getLogger("test"))
+    monkeypatch.setattr(children_module, "get_run_logger", lambda: logging.getLogger("test"))
 
 
 def started(behave: Callable[[Child], None]) -> Counter[int]:

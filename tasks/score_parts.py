@@ -1,0 +1,132 @@
+"""Scoring in several processes: before a stage scores models on many test rows, children ask them,
+each about a part, and keep what they find as slices (slices.py). The stage takes the slices, and
+asks what is left, so that nothing depends on what becomes of a child."""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any, ParamSpec, TypeVar
+
+from prefect import Task
+
+from distillery.evaluation.slices import (
+    SLICE_ROWS,
+    count_of_parts,
+    slice_numbers,
+    slice_of,
+)
+from distillery.records import Rows
+from distillery.storage.working import working_folder
+from tasks.children import DeploymentRuns, Group, LocalProcesses, PartsJob, PartsWork, work_by
+from tasks.progress import conclude, progress_of
+from tasks.scored_models import AskedModel
+from tasks.slices import KnownSlices, score_slice
+from tasks.stage import is_cached, uncached
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class ScoreJob(PartsJob):
+    """What a child does: ask `models` the rows of some of the parts of `test`."""
+
+    models: tuple[AskedModel, ...]
+    test: Rows
+
+
+def slices_of_part(
+    models: Sequence[AskedModel], rows: int, part: int, parts: int
+) -> list[tuple[AskedModel, int]]:
+    """Return the slices of one of `parts` parts, counted from 0: the models, each with the number
+    of a slice of the `rows` rows. A part has slices of all models, model by model, so that parts
+    take like times and a child loads each model once."""
+    return [(model, number) for model in models for number in slice_numbers(rows)][part::parts]
+
+
+class ScoredSlices:
+    """What children have done: slices of a part are found in their order. `missing`: the slices
+    that are not known yet, by part."""
+
+    def __init__(self, job: ScoreJob) -> None:
+        self._test, self._known = job.test, KnownSlices()
+        self.missing = [
+            deque(slices_of_part(job.models, job.test.rows, part, job.parts))
+            for part in range(job.parts)
+        ]
+        self.rows = 0
+
+    def made(self, group: Group) -> float:
+        """Look for the slices of some parts, up to the first that is missing in each. Return how
+        many rows are known of all parts."""
+        for part in group.numbers:
+            slices = self.missing[part]
+            while slices and (found := self._known.find(slices[0][0], self._test, slices[0][1])):
+                self.rows += found.rows
+                slices.popleft()
+        return self.rows
+
+
+def in_parts(
+    stage: Task[P, R], models: Sequence[AskedModel], processes: int, deployment: str | None
+) -> Callable[P, R]:
+    """Return what calls a stage that scores `models` on the rows `test`, both called with keywords;
+    where the rows are many, runs of `deployment`, or so many processes of this machine, ask them
+    before. Nothing is asked where the call is cached."""
+
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        several = deployment is not None or processes > 1
+        if several and (stage.refresh_cache or not is_cached(stage, **kwargs)):
+            asked = tuple(each.here() for each in models if is_for_several(each, deployment))
+            test: Any = kwargs["test"]
+            if asked:
+                score_in_processes(asked, test, processes, deployment)
+        return stage(*args, **kwargs)
+
+    return call
+
+
+def is_for_several(model: AskedModel, deployment: str | None) -> bool:
+    """Return whether several processes find the numbers of one. Those of a model that Transformers
+    runs depend on how many cores compute, and processes of this machine have a part of them each;
+    and a GPU is left to the run itself."""
+    if model.exported:
+        return True
+    import torch
+
+    return deployment is not None and not torch.cuda.is_available()
+
+
+@uncached("score in processes")
+def score_in_processes(
+    models: tuple[AskedModel, ...], test: Rows, processes: int, deployment: str | None = None
+) -> None:
+    """Have processes of this machine, or runs of `deployment`, ask models the slices of the test
+    rows that are not known, and wait for them."""
+    with progress_of("score in processes") as progress, working_folder("children") as folder:
+        runs = None
+        if deployment:
+            limit = processes if processes > 1 else None
+            runs = DeploymentRuns(deployment, limit, "evaluation_deployment")
+        known, of, left = KnownSlices(), 0, 0
+        for model, number in slices_of_part(models, test.rows, 0, 1):
+            rows = len(slice_of(number, test.rows))
+            of += rows
+            if known.find(model, test, number) is None:
+                left += rows
+        parts = count_of_parts(left, runs.most() if runs else processes)
+        if parts == 1:
+            conclude(f"{left} rows to ask: one process asks them")
+            return
+        job = ScoreJob(models=models, test=test, parts=parts)
+        slices = ScoredSlices(job)
+        work = PartsWork(job, of, "rows", slices.made)
+        work_by(runs or LocalProcesses(parts, "flows.score_rows", folder), work, progress)
+        conclude(f"{slices.rows - (of - left):,} rows, asked by {parts} processes")
+
+
+def score_part(job: ScoreJob, part: int) -> int:
+    """Ask the models the rows of a part, where they are not known; see `slices.scoring`. Return how
+    many rows it has, of all models."""
+    rows = 0
+    for model, number in slices_of_part(job.models, job.test.rows, part, job.parts):
+        rows += score_slice(model, job.test, number, SLICE_ROWS).rows
+    return rows

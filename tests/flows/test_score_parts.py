@@ -1,0 +1,255 @@
+"""Scoring by three processes: the numbers and files of one process, and nothing lost when a process
+is killed."""
+
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+import pytest
+import registered_student
+from prefect import flow
+from prefect_api import OwnPrefect, wait_for
+
+from distillery.data.examples import write_examples
+from distillery.evaluation import slices
+from distillery.evaluation.report import ANSWERS_FILE
+from distillery.recipe import BaseModelRecipe, Columns, PromptRecipe
+from distillery.records import (
+    EvaluationReport,
+    Example,
+    OnnxModel,
+    Rows,
+    StudentCheckpoint,
+    TeacherLabels,
+)
+from distillery.storage.artifacts import ArtifactStore
+from distillery.storage.digests import sha256_of
+from tasks.evaluation import evaluate
+from tasks.results import results_in_store
+from tasks.score_parts import in_parts
+from tasks.scored_models import AskedModel
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(600),
+    pytest.mark.usefixtures("prefect_api"),
+]
+
+PROJECT = Path(__file__).resolve().parents[2]
+
+ROWS = 2600
+"""Six slices, of which children ask five."""
+
+PROMPT = PromptRecipe(system="", user="{question}\n{choices}", max_tokens=128)
+
+SERVES = "from flows.score_rows import score_rows; score_rows.serve(name='cpu')"
+
+
+def example(number: int) -> Example:
+    """A row of up to 70 words, so that no two batches are alike; some are too long to be asked."""
+    words = " ".join(["where is it", "thank you", "awful"][number % 3] for _ in range(number % 23))
+    choices = ("pleased", "displeased", "neither")[: 2 + number % 2]
+    return Example(
+        example_id=f"r{number}", question=f"{number} {words}", choices=choices, answer_key="A"
+    )
+
+
+class Made(NamedTuple):
+    """What is scored."""
+
+    test: Rows
+    base: BaseModelRecipe
+    student: StudentCheckpoint
+    candidate: OnnxModel
+    teacher: OnnxModel
+    labels: TeacherLabels
+
+
+def stored_rows(folder: Path, count: int) -> Rows:
+    folder.mkdir()
+    file = folder / "test.jsonl"
+    write_examples([example(number) for number in range(count)], file)
+    artifact = ArtifactStore().put(folder)
+    return Rows(artifact=artifact, file=file.name, rows=count, sha256=sha256_of(file))
+
+
+def stored_model(folder: Path, precision: str) -> OnnxModel:
+    artifact = ArtifactStore().put(folder)
+    return OnnxModel(artifact=artifact, precision=precision, algorithm="rtn", parameters=7)
+
+
+@pytest.fixture
+def made(tmp_path: Path, tiny_model: Callable[[str], Path], tiny_onnx: Callable[..., Path]) -> Made:
+    checkpoint = tmp_path / "checkpoint"
+    shutil.copytree(tiny_model("llama"), checkpoint / "model")
+    base = BaseModelRecipe(model=str(tiny_model("llama")))
+    return Made(
+        test=stored_rows(tmp_path / "rows", ROWS),
+        base=base,
+        student=StudentCheckpoint(
+            artifact=ArtifactStore().put(checkpoint),
+            method="full",
+            base=base.model,
+            parameters=7,
+            steps=1,
+        ),
+        candidate=stored_model(tiny_onnx("llama", "int4"), "int4"),
+        teacher=stored_model(tiny_onnx("llama"), "fp32"),
+        labels=registered_student.labels(tmp_path / "labels", {"r0": "A", "r1": "B"}),
+    )
+
+
+def evaluated(made: Made, processes: int = 1, deployment: str | None = None) -> EvaluationReport:
+    """Evaluate anew, in a run of its own."""
+    models = [
+        AskedModel(prompt=PROMPT, base=made.base, checkpoint=made.student),
+        AskedModel(prompt=PROMPT, exported=made.candidate),
+        AskedModel(prompt=PROMPT, exported=made.teacher),
+    ]
+
+    @flow(name="evaluation")
+    def run() -> list[EvaluationReport]:
+        stage = evaluate.with_options(refresh_cache=True)
+        report = in_parts(stage, models, processes, deployment)(
+            test=made.test,
+            train=made.test,
+            labels=made.labels,
+            gold=None,
+            learns_from_gold=False,
+            prompt=PROMPT,
+            base=made.base,
+            student=made.student,
+            candidate=made.candidate,
+            teacher=made.teacher,
+            machine="here",
+            teacher_prompt=PROMPT,
+            validation=None,
+            columns=Columns(),
+            fields=(),
+        )
+        return [report]
+
+    with results_in_store():
+        (report,) = run()
+    return report
+
+
+def numbers(report: EvaluationReport) -> tuple[str, bytes, list[dict[str, object]]]:
+    """All that is not measured: the answers' digest, each row's answers and probabilities, and the
+    scoreboard."""
+    folder = ArtifactStore().fetch(report.artifact)
+    measured = {"rows_per_second", "p50_ms", "p95_ms", "peak_mib", "waited", "figures"}
+    board = [row.model_dump(exclude=measured) for row in report.scoreboard]
+    assert (folder / ANSWERS_FILE).is_file()
+    return report.answers_sha256, (folder / "rows.jsonl").read_bytes(), board
+
+
+def scorers() -> list[psutil.Process]:
+    """The children that ask models for this process."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if any("score_rows" in part for part in process.cmdline()):
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+def slices_kept() -> int:
+    """How many slices are cached."""
+    results = Path(os.environ["DISTILLERY_HOME"]) / "store" / "results"
+    return len(list(results.glob("score-slice-*")))
+
+
+@contextmanager
+def one_killed() -> Iterator[list[int]]:
+    """Kill one of the processes that ask, once there is a slice; yield its id in a list."""
+    killed: list[int] = []
+    ended = threading.Event()
+
+    def kill() -> None:
+        while not killed and not ended.wait(0.01):
+            if slices_kept():
+                for process in scorers()[:1]:
+                    process.kill()
+                    killed.append(process.pid)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    try:
+        yield killed
+    finally:
+        ended.set()
+        killer.join()
+
+
+@contextmanager
+def served(api: OwnPrefect) -> Iterator[str]:
+    """Have a process of its own take the runs of the deployment whose name is yielded."""
+    environment = os.environ | {"PREFECT_API_URL": api.url, "PREFECT_RUNNER_POLL_FREQUENCY": "1"}
+    process = subprocess.Popen([sys.executable, "-c", SERVES], cwd=PROJECT, env=environment)
+    try:
+        name = "score-rows/cpu"
+        wait_for("the deployment", lambda: api.api.get(f"/deployments/name/{name}").is_success)
+        yield name
+    finally:
+        started = psutil.Process(process.pid)
+        for each in [*started.children(recursive=True), started]:
+            each.kill()
+        process.wait()
+
+
+@pytest.fixture
+def one(made: Made, monkeypatch: pytest.MonkeyPatch) -> tuple[object, ...]:
+    """The numbers of one process."""
+    monkeypatch.setattr(slices, "ROWS_OF_A_PART", 500)
+    return numbers(evaluated(made))
+
+
+def test_three_processes_find_the_numbers_of_one(
+    made: Made, one: tuple[object, ...], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Those that Transformers runs are left to the run itself, since each has a part of the cores;
+    a second run finds all."""
+    caplog.set_level(logging.INFO)
+    assert slices_kept() == 0
+    assert numbers(evaluated(made, processes=3)) == one
+    rows = 2 * (ROWS - 512)
+    assert f"{rows:,} rows, asked by 3 processes" in caplog.text
+    assert slices_kept() == 2 * 5
+    caplog.clear()
+    assert numbers(evaluated(made, processes=3)) == one
+    assert "0 rows to ask: one process asks them" in caplog.text
+    assert numbers(evaluated(made)) == one
+
+
+def test_what_a_killed_process_leaves_is_asked_by_another(
+    made: Made, one: tuple[object, ...], caplog: pytest.LogCaptureFixture
+) -> None:
+    with one_killed() as killed:
+        assert numbers(evaluated(made, processes=3)) == one
+    assert killed
+    assert "a child run left 1 undone (its process was killed" in caplog.text
+    assert slices_kept() == 2 * 5
+
+
+def test_runs_of_a_deployment_do_the_same_with_all_models(
+    made: Made,
+    one: tuple[object, ...],
+    prefect_server: OwnPrefect,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+    with served(prefect_server) as deployment:
+        assert numbers(evaluated(made, deployment=deployment)) == one
+    assert f"{3 * (ROWS - 512):,} rows, asked by 2 processes" in caplog.text
+    assert slices_kept() == 3 * 5
