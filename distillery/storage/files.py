@@ -134,8 +134,13 @@ class Storage:
         return True
 
     def remove_empty(self) -> None:
-        """Remove the folder under the URL, which is empty."""
-        self._patiently(self.filesystem.rmdir, self.root)
+        """Remove the folder under the URL, unless somebody has put something there."""
+        with suppress(OSError):
+            self.filesystem.rmdir(self.root)
+
+    def is_folder(self, name: str) -> bool:
+        found: bool = self._patiently(self.filesystem.isdir, self._path(name))
+        return found
 
     def names(self) -> list[str]:
         """Return the names of what is directly under the URL; none where nothing is there."""
