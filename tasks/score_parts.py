@@ -120,7 +120,8 @@ def score_in_processes(
         slices = ScoredSlices(job)
         work = PartsWork(job, of, "rows", slices.made)
         work_by(runs or LocalProcesses(parts, "flows.score_rows", folder), work, progress)
-        conclude(f"{slices.rows - (of - left):,} rows, asked by {parts} processes")
+        asked = slices.rows - (of - left)
+        conclude(f"{asked:,} of {left:,} rows asked, by {parts} processes")
 
 
 def score_part(job: ScoreJob, part: int) -> int:

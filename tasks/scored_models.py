@@ -29,7 +29,14 @@ class AskedModel(Record):
 
     def here(self) -> Self:
         """Return the same model, whose numbers are to be those of this machine."""
-        return self.model_copy(update={"machine": self.machine_of()})
+        # Not a copy, which would have the content_id of another machine.
+        return type(self)(
+            prompt=self.prompt,
+            base=self.base,
+            checkpoint=self.checkpoint,
+            exported=self.exported,
+            machine=self.machine_of(),
+        )
 
     def machine_of(self) -> str:
         """Return what of this machine the last bits of the model's numbers depend on: the

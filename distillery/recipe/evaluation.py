@@ -31,7 +31,8 @@ class EvaluationRecipe(Slice):
     of the rules of its kind, given or default, and leaves the other rules as they are.
     """
 
-    added_later: ClassVar[frozenset[str]] = frozenset({"rules", "on_refusal", "judge", "processes"})
+    added_later: ClassVar[frozenset[str]] = frozenset({"rules", "on_refusal", "judge"})
+    outside_keys: ClassVar[frozenset[str]] = frozenset({"processes"})
 
     rules: tuple[GateRule, ...] | None = None
     """What the student must show, such as [{kind: better, than: majority class}]. []: nothing.
@@ -59,8 +60,9 @@ class EvaluationRecipe(Slice):
     null: none is asked."""
 
     processes: int = Field(1, ge=1, le=256, exclude_if=lambda count: count == 1)
-    """The most processes that ask models at once, where there are many test rows: processes of this
-    machine, or with the parameter evaluation_deployment runs of that deployment."""
+    """The most processes that ask the models of the scoreboard at once, where there are many test
+    rows: processes of this machine, or with the parameter evaluation_deployment runs of that
+    deployment. What they find is the same, bit for bit, as what one finds."""
 
     def gate_rules(self, starts_from_base: bool, writes: bool = False) -> tuple[GateRule, ...]:
         """Return the rules that hold; `starts_from_base` tells whether the student starts from the

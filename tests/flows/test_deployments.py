@@ -30,6 +30,7 @@ def test_the_deployments_are_the_documented_ones() -> None:
         "batch-inference/cpu": "cpu-pool",
         "answer-shards/cpu": "cpu-pool",
         "label-parts/cpu": "cpu-pool",
+        "score-rows/cpu": "cpu-pool",
     }
 
 

@@ -1,5 +1,4 @@
-"""Scoring by three processes: the numbers and files of one process, and nothing lost when a process
-is killed."""
+"""Scoring by several processes: the numbers and files of one, also when one of them is killed."""
 
 import logging
 import os
@@ -33,7 +32,7 @@ from distillery.records import (
 from distillery.storage.artifacts import ArtifactStore
 from distillery.storage.digests import sha256_of
 from tasks.evaluation import evaluate
-from tasks.results import results_in_store
+from tasks.results import BLOCK, results_in_store
 from tasks.score_parts import in_parts
 from tasks.scored_models import AskedModel
 
@@ -45,8 +44,8 @@ pytestmark = [
 
 PROJECT = Path(__file__).resolve().parents[2]
 
-ROWS = 2600
-"""Six slices, of which children ask five."""
+ROWS, BEHIND = 1600, 1600 - slices.SLICE_ROWS
+"""Four slices, and the rows of the three that children ask."""
 
 PROMPT = PromptRecipe(system="", user="{question}\n{choices}", max_tokens=128)
 
@@ -195,7 +194,12 @@ def one_killed() -> Iterator[list[int]]:
 @contextmanager
 def served(api: OwnPrefect) -> Iterator[str]:
     """Have a process of its own take the runs of the deployment whose name is yielded."""
-    environment = os.environ | {"PREFECT_API_URL": api.url, "PREFECT_RUNNER_POLL_FREQUENCY": "1"}
+    environment = os.environ | {
+        "PREFECT_API_URL": api.url,
+        "PREFECT_RUNNER_POLL_FREQUENCY": "1",
+        # As from a pool's template.
+        "PREFECT_RESULTS_DEFAULT_STORAGE_BLOCK": BLOCK,
+    }
     process = subprocess.Popen([sys.executable, "-c", SERVES], cwd=PROJECT, env=environment)
     try:
         name = "score-rows/cpu"
@@ -215,31 +219,22 @@ def one(made: Made, monkeypatch: pytest.MonkeyPatch) -> tuple[object, ...]:
     return numbers(evaluated(made))
 
 
-def test_three_processes_find_the_numbers_of_one(
+def test_three_processes_find_the_numbers_of_one_though_one_is_killed(
     made: Made, one: tuple[object, ...], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Those that Transformers runs are left to the run itself, since each has a part of the cores;
-    a second run finds all."""
+    """What Transformers runs is left to the run itself, since each process has a part of the cores.
+    A second run finds all slices."""
     caplog.set_level(logging.INFO)
     assert slices_kept() == 0
-    assert numbers(evaluated(made, processes=3)) == one
-    rows = 2 * (ROWS - 512)
-    assert f"{rows:,} rows, asked by 3 processes" in caplog.text
-    assert slices_kept() == 2 * 5
-    caplog.clear()
-    assert numbers(evaluated(made, processes=3)) == one
-    assert "0 rows to ask: one process asks them" in caplog.text
-    assert numbers(evaluated(made)) == one
-
-
-def test_what_a_killed_process_leaves_is_asked_by_another(
-    made: Made, one: tuple[object, ...], caplog: pytest.LogCaptureFixture
-) -> None:
     with one_killed() as killed:
         assert numbers(evaluated(made, processes=3)) == one
     assert killed
     assert "a child run left 1 undone (its process was killed" in caplog.text
-    assert slices_kept() == 2 * 5
+    assert f"{2 * BEHIND:,} of {2 * BEHIND:,} rows asked, by 3 processes" in caplog.text
+    assert slices_kept() == 2 * 3
+    caplog.clear()
+    assert numbers(evaluated(made, processes=3)) == one
+    assert "0 rows to ask: one process asks them" in caplog.text
 
 
 def test_runs_of_a_deployment_do_the_same_with_all_models(
@@ -251,5 +246,5 @@ def test_runs_of_a_deployment_do_the_same_with_all_models(
     caplog.set_level(logging.INFO)
     with served(prefect_server) as deployment:
         assert numbers(evaluated(made, deployment=deployment)) == one
-    assert f"{3 * (ROWS - 512):,} rows, asked by 2 processes" in caplog.text
-    assert slices_kept() == 3 * 5
+    assert f"{3 * BEHIND:,} of {3 * BEHIND:,} rows asked, by 2 processes" in caplog.text
+    assert slices_kept() == 3 * 3

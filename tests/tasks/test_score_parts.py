@@ -1,0 +1,185 @@
+"""Children that ask models a part of the test rows: which models and slices, and what is left to
+the run."""
+
+from typing import Any
+
+import pytest
+import torch
+from prefect import flow
+
+from distillery.errors import DataError, ModelError
+from distillery.evaluation import slices as domain
+from distillery.machine import machine_name, processor_name
+from distillery.recipe import BaseModelRecipe, PromptRecipe, Recipe
+from distillery.records import Artifact, OnnxModel, Rows, ScoredSlice
+from tasks import score_parts as module
+from tasks import slices as slices_module
+from tasks.children import Group
+from tasks.results import results_in_store
+from tasks.score_parts import ScoredSlices, ScoreJob, in_parts, score_in_processes, slices_of_part
+from tasks.scored_models import AskedModel
+from tasks.slices import Scoring, known_slices
+from tasks.stage import content_of
+
+ROWS = 2600
+
+
+def artifact(number: int) -> Artifact:
+    return Artifact(uri=f"store/{number:064x}", sha256=f"{number:064x}", bytes=1)
+
+
+TEST = Rows(artifact=artifact(1), file="test.jsonl", rows=ROWS, sha256="2" * 64)
+EXPORTED = AskedModel(
+    prompt=PromptRecipe(),
+    exported=OnnxModel(artifact=artifact(3), precision="int8", algorithm="rtn", parameters=7),
+)
+FLOAT = AskedModel(prompt=PromptRecipe(), base=BaseModelRecipe(model="maker/model", revision="a1"))
+
+
+@pytest.fixture(autouse=True)
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+def test_a_part_has_slices_of_all_models_and_no_slice_is_in_two() -> None:
+    models = [FLOAT, EXPORTED]
+    parts = [slices_of_part(models, ROWS, part, 3) for part in range(3)]
+    found = [each for part in parts for each in part]
+    assert len(found) == 2 * 5
+    for model in models:
+        assert sorted(number for own, number in found if own is model) == [1, 2, 3, 4, 5]
+    assert {len(part) for part in parts} == {3, 4}
+    assert all({id(own) for own, _ in part} == {id(FLOAT), id(EXPORTED)} for part in parts)
+
+
+def test_slices_are_found_up_to_the_first_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    known, looked = {1, 3}, list[int]()
+
+    class Known:
+        def find(self, _model: AskedModel, _test: Rows, number: int) -> ScoredSlice | None:
+            looked.append(number)
+            return ScoredSlice(artifact=artifact(9), rows=512) if number in known else None
+
+    monkeypatch.setattr(module, "KnownSlices", Known)
+    found = ScoredSlices(ScoreJob(models=(EXPORTED,), test=TEST, parts=2))
+    assert (found.made(Group(0, 1)), looked) == (2 * 512, [1, 3, 5])
+    known.add(5)
+    looked.clear()
+    assert (found.made(Group(0, 1)), looked) == (3 * 512, [5])
+    assert (found.made(Group(1, 1)), looked) == (3 * 512, [5, 2])
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Of which models children are asked, and on which deployment."""
+    found: list[Any] = []
+
+    def ask(models: Any, test: Rows, _processes: int, deployment: str | None) -> None:
+        assert test is TEST
+        found.append(([each.model_copy(update={"machine": ""}) for each in models], deployment))
+
+    monkeypatch.setattr(module, "score_in_processes", ask)
+    return found
+
+
+class Scores:
+    """A stage that scores. `cached`: whether its call is."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.refresh_cache: bool | None = None
+        self.cached = False
+        monkeypatch.setattr(module, "is_cached", lambda stage, **given: stage.cached)
+
+    def __call__(self, test: Rows) -> str:
+        return "the report"
+
+
+def test_several_ask_where_the_run_says_so_and_what_several_can(
+    asked: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage: Any = Scores(monkeypatch)
+
+    def ran(processes: int, deployment: str | None = None, models: Any = (FLOAT, EXPORTED)) -> Any:
+        asked.clear()
+        call: Any = in_parts(stage, models, processes, deployment)
+        assert call(test=TEST) == "the report"
+        return asked
+
+    assert ran(1) == []
+    # Each of the processes has a part of the cores, by which Transformers' numbers go.
+    assert ran(4) == [([EXPORTED], None)]
+    assert ran(4, models=(FLOAT,)) == []
+    assert ran(1, "score-rows/cpu") == [([FLOAT, EXPORTED], "score-rows/cpu")]
+    stage.cached = True
+    assert ran(4) == []
+    stage.refresh_cache = True
+    assert ran(4) == [([EXPORTED], None)]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert ran(4, "score-rows/cpu") == [([EXPORTED], "score-rows/cpu")]
+
+
+def test_a_models_key_is_of_what_its_numbers_depend_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    exported, kept = EXPORTED.here(), FLOAT.here()
+    assert exported.machine == processor_name()
+    assert kept.machine == machine_name()
+    keys = {content_of(each) for each in (exported, kept)}
+    assert {content_of(each.here()) for each in (exported, kept)} == keys
+    for model in (exported, kept):
+        prompt = PromptRecipe(system="Pick.")
+        other = AskedModel(prompt=prompt, base=model.base, exported=model.exported)
+        assert content_of(other.here()) not in keys
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        assert content_of(kept.here()) not in keys
+        assert content_of(exported.here()) in keys
+    for name in ("processor_name", "machine_name"):
+        monkeypatch.setattr(f"tasks.scored_models.{name}", lambda: "another")
+    assert not {content_of(each.here()) for each in (exported, kept)} & keys
+
+
+def test_a_worker_on_another_machine_asks_nothing_and_says_so() -> None:
+    elsewhere = EXPORTED.model_copy(update={"machine": "Another Processor"})
+    with pytest.raises(ModelError) as caught:
+        Scoring(1).load(elsewhere, TEST)
+    assert str(caught.value) == (
+        f"the run computes on Another Processor, and this machine is {processor_name()}: the last "
+        "bits of its numbers could be others"
+    )
+
+
+def test_few_rows_have_nothing_looked_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    def look() -> Any:
+        raise AssertionError
+
+    monkeypatch.setattr(slices_module, "KnownSlices", look)
+    few = TEST.model_copy(update={"rows": domain.SLICE_ROWS})
+    assert known_slices(EXPORTED, few) == {}
+
+
+@pytest.mark.usefixtures("prefect_api")
+def test_few_rows_start_no_process_and_a_wrong_deployment_is_one_line(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level("INFO")
+    monkeypatch.setattr(module, "work_by", lambda *_: pytest.fail("a process was started"))
+
+    @flow
+    def run(rows: int, processes: int, deployment: str | None = None) -> None:
+        test = TEST.model_copy(update={"rows": rows})
+        score_in_processes((EXPORTED.here(),), test, processes, deployment)
+
+    with results_in_store():
+        run(domain.SLICE_ROWS + 2 * domain.ROWS_OF_A_PART - 1, 8)
+        assert "1999 rows to ask: one process asks them" in caplog.text
+        with pytest.raises(DataError) as caught:
+            run(ROWS, 1, "score-rows/gone")
+    assert str(caught.value) == (
+        "evaluation_deployment: no deployment score-rows/gone here; `prefect deploy --all`"
+    )
+
+
+def test_the_number_of_processes_is_told_where_it_is_not_one_and_is_in_no_key() -> None:
+    recipe = Recipe.model_validate({"evaluation": {"processes": 4}})
+    assert recipe.model_dump()["evaluation"]["processes"] == 4
+    assert "processes" not in Recipe().model_dump()["evaluation"]
+    assert content_of(recipe) == content_of(Recipe())
