@@ -10,7 +10,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from contextvars import copy_context
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -292,8 +294,8 @@ def test_of_two_runs_at_once_one_waits_for_the_other(
     databases("twins")
     with ThreadPoolExecutor() as pool:
         runs = [
-            pool.submit(labelled, tmp_path / f"rows-{number}", 600, processes=2)
-            for number in range(2)
+            pool.submit(copy_context().run, partial(labelled, tmp_path / name, 600, processes=2))
+            for name in ("one", "other")
         ]
         one, other = (run.result() for run in runs)
     assert one.artifact.sha256 == other.artifact.sha256
