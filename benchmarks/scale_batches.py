@@ -26,10 +26,18 @@ from typing import Any
 PROJECT = Path(__file__).resolve().parents[1]
 sys.path.append(str(PROJECT / "tests" / "support"))
 
-from sharded_rows import ShardedRows, contents, write_rows  # noqa: E402 - the tests' own server
+from sharded_rows import (  # noqa: E402 - the tests' own server
+    STUDENT,
+    ShardedRows,
+    contents,
+    register,
+    write_rows,
+)
 from tiny_model import build_tiny_model  # noqa: E402
 
 from benchmarks.overhead import moment  # noqa: E402
+
+__all__ = ["STUDENT", "batches", "exported", "register", "rounded"]
 
 WORKERS = 8
 ROW_S = 0.02

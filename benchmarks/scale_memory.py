@@ -11,6 +11,7 @@ prepare_apart    data preparation with dataset.near_duplicate: 1, where rows mus
                  as near duplicates
 prepare          with the default of dataset.near_duplicate
 label            labelling (labels.py), from a stub that answers at once, with journal and ledger
+answer           batch inference in shards by a tiny random model, to Parquet, in one process
 
 The rows are those of the shipped sample again and again, in each of which another word is replaced
 by another number.
@@ -27,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.labels import SAMPLE, memory
+from benchmarks.scale_batches import STUDENT, exported, register
 from distillery.data.prepare import prepare
 from distillery.evaluation.scoring_process import peak_mib
 from distillery.recipe import DatasetRecipe
@@ -35,7 +37,7 @@ FEW_ROWS, MANY_ROWS = 100_000, 1_000_000
 APART = 1.0
 """The threshold of near duplicates in the stage prepare_apart."""
 
-STAGES = ("prepare_apart", "prepare", "label")
+STAGES = ("prepare_apart", "prepare", "label", "answer")
 
 Figures = dict[str, float]
 
@@ -75,16 +77,28 @@ def prepared(rows: Path, out: Path, threshold: float) -> Figures:
     }
 
 
+def answered(rows: Path, out: Path) -> Figures:
+    """Answer the rows of a file, in this process."""
+    from flows.batch_inference import main
+
+    started = time.perf_counter()
+    code = main([STUDENT, str(rows), str(out / "answers"), "--version", "1", "--form", "parquet"])
+    assert code == 0
+    return {"seconds": time.perf_counter() - started, "peak_mib": peak_mib()}
+
+
 def stage(name: str, rows: Path, out: Path, count: int) -> Figures:
     """Run a stage in this process."""
     if name == "label":
         return memory(out, count)
+    if name == "answer":
+        return answered(rows, out)
     threshold = APART if name == "prepare_apart" else DatasetRecipe().near_duplicate
     return prepared(rows, out, threshold)
 
 
-def measured(name: str, rows: Path, out: Path, count: int) -> Figures:
-    """Run a stage in a process of its own."""
+def measured(name: str, rows: Path, out: Path, count: int, student: Path | None = None) -> Figures:
+    """Run a stage in a process of its own. `student`: an exported model, for the stage answer."""
     out.mkdir()
     command = [sys.executable, "-m", "benchmarks.scale_memory"]
     command += ["--stage", name, str(rows), str(out), str(count)]
@@ -94,6 +108,9 @@ def measured(name: str, rows: Path, out: Path, count: int) -> Figures:
         if not name.startswith(("DISTILLERY_", "TEACHER_"))
     }
     environment["DISTILLERY_HOME"] = str(out / "home")
+    environment["PREFECT_HOME"] = str(out / "prefect")
+    if student and name == "answer":
+        register(student, out / "home", {})
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     figures: Figures = json.loads(done.stdout.splitlines()[-1])
     return figures
@@ -104,13 +121,14 @@ def memory_growth(few: int = FEW_ROWS, many: int = MANY_ROWS) -> dict[str, Any]:
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
+        student = exported(scratch / "student")
         for name in STAGES:
             peaks = []
             for size, count in (("few", few), ("many", many)):
                 rows = scratch / f"{size}.jsonl"
                 if not rows.exists():
                     write_rows(rows, count)
-                figures = measured(name, rows, scratch / f"{name}-{size}", count)
+                figures = measured(name, rows, scratch / f"{name}-{size}", count, student)
                 print(f"{name}, {count:,} rows: {figures}", flush=True)
                 peaks.append(figures["peak_mib"])
                 for kind in ("seconds", "peak_mib"):

@@ -68,6 +68,15 @@ LIMIT_S = LOGIN_S + 2 * PROBE_S + STORE_WAIT_S + 10
 """Seconds that each check may take: the teacher's login and both attempts fit, with the pause
 between these and the wait for the ledger, so that a check that fails says why."""
 
+FEWEST_ROWS = {"validation": 30, "test": 100}
+"""Rows of these kinds below which a check warns: 30 tell shares 18 points apart at best, and 100
+tell 10 (at 95 %, of shares near a half)."""
+
+FEW_TELL = {
+    "validation": "what they choose and calibrate is half a guess",
+    "test": "the gate will seldom be able to decide",
+}
+
 GB = 1e9
 
 LEAST_DISK = 5 * GB
@@ -355,6 +364,12 @@ def check_data(recipe: Recipe) -> Iterator[Finding]:
     rows = ", ".join(f"{count:,} {role}" for role, count in counts.items())
     source = "the shipped sample" if dataset.source == "sample" else "every file is read"
     yield ok("data", f"{source}; rows: {rows}")
+    few = []
+    for role, fewest in FEWEST_ROWS.items():
+        if counts.get(role, fewest) < fewest:
+            few.append(f"{counts[role]} {role} rows: {FEW_TELL[role]}")
+    if few:
+        yield warn("few rows", f"{'; '.join(few)}; answer more of the rows")
 
 
 def check_hub(dataset: DatasetRecipe) -> Finding:

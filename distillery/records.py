@@ -337,7 +337,8 @@ class TeacherLabels(StageRecord):
     have probabilities of their tokens, answer_tokens.parquet, and, if gold answers are known,
     reliability.png and look.jsonl, the rows worth a look. `asked`, `usage`, `cost`, `paid` and
     `calls_per_second` describe the calls of the run that did the work: `asked` are the answers
-    and refusals that came, also to probes, and `paid` all calls for these rows by outcome, probes
+    and refusals that came, also to probes, but not those that other processes of the run had asked
+    for before (tasks/label_parts.py), and `paid` all calls for these rows by outcome, probes
     excepted, which `usage` and `cost` cover. In records of versions before the ledger they cover
     the answers, and `paid` is empty. `equal` counts the requests that it did not make since a row
     nearby had an equal one, and `cached_saved` is what the endpoint's cache of prompts took off the
@@ -357,6 +358,12 @@ class TeacherLabels(StageRecord):
     equal: int = Field(0, exclude_if=lambda count: not count)
     cached_saved: float | None = Field(None, exclude_if=lambda cost: cost is None)
     cascade: CascadeFigures | None = Field(None, exclude_if=lambda found: found is None)
+
+    @property
+    def calls(self) -> int:
+        """How many calls were made for these rows; in records of versions before the ledger, how
+        many answers came."""
+        return sum(total.calls for total in self.paid) or self.asked
 
 
 class Interval(Record):

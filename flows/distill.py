@@ -342,10 +342,10 @@ def labelled_rows(
             cheap = teacher_identity(watched.cheap, None)
             canaries(train_rows, recipe.prompt, watched.cheap, cheap)
     batches_first(recipe, train_rows, data, identity, test)
-    parts_first(recipe, train_rows, data, identity, test, labels_deployment)
     check = None
     if recipe.task.kind == "classify":
         check = compare_teacher(recipe, data, local, identity, again)
+    parts_first(recipe, train_rows, data, identity, test, labels_deployment)
     labels = labelled(train_rows, recipe, identity, served, again)
     leaning = None
     if recipe.task.kind == "classify":

@@ -13,7 +13,6 @@ from pydantic import NonNegativeInt, PositiveInt
 
 from distillery.recipe import PromptRecipe, TeacherRecipe
 from distillery.records import Rows
-from distillery.teacher.ledger import Payer
 from tasks.children import do_job
 from tasks.label_parts import LabelJob, ask_part
 from tasks.parent import ParentEnded, parent_watched
@@ -27,6 +26,8 @@ def label_parts(
     teacher: TeacherRecipe,
     run: str,
     recipe: str,
+    identities: tuple[str, ...],
+    database: str,
     parts: PositiveInt,
     first: NonNegativeInt = 0,
     count: PositiveInt = 1,
@@ -40,16 +41,26 @@ def label_parts(
         teacher: The teacher's settings, as in the recipe.
         run: The flow run that pays.
         recipe: The name of its recipe.
+        identities: The teacher's identity, and that of its cheap one, as the run knows them.
+        database: The id of the run's label database.
         parts: How many parts there are.
         first: The first part, from 0.
         count: How many parts.
     """
     begin()
-    payer = Payer(run=run, recipe=recipe)
+    job = LabelJob(
+        rows=rows,
+        prompt=prompt,
+        teacher=teacher,
+        run=run,
+        recipe=recipe,
+        identities=identities,
+        database=database,
+        parts=parts,
+    )
     try:
         with parent_watched():
-            numbers = range(first, first + count)
-            return sum(ask_part(rows, prompt, teacher, payer, part, parts) for part in numbers)
+            return sum(ask_part(job, part) for part in range(first, first + count))
     except ParentEnded as ended:
         return Cancelled(message=str(ended))
 

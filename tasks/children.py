@@ -92,7 +92,9 @@ class Job(Record):
     @property
     def title(self) -> str:
         """Which shards it is, counted from 1."""
-        return f"{self.what} {self.first + 1} to {self.first + self.count}"
+        first, last = self.first + 1, self.first + self.count
+        one = f"{self.what.removesuffix('s')} {first}"
+        return one if first == last else f"{self.what} {first} to {last}"
 
     @property
     def parameters(self) -> dict[str, Any]:
@@ -238,6 +240,7 @@ class PartsWork:
     def __init__(self, job: PartsJob, of: float, unit: str, made: Callable[[Group], float]) -> None:
         self.job, self._of, self._unit, self._made = job, of, unit, made
         self._done: set[int] = set()
+        self._failed: set[int] = set()
         self._deaths: Counter[int] = Counter()
         self._shown = 0.0
 
@@ -245,6 +248,11 @@ class PartsWork:
     def count(self) -> int:
         """See `Work`."""
         return self.job.parts
+
+    @property
+    def all_failed(self) -> bool:
+        """Whether each part has ended with an error of its own."""
+        return len(self._failed) == self.job.parts
 
     @property
     def units(self) -> tuple[float, float, str]:
@@ -267,6 +275,8 @@ class PartsWork:
             self._deaths.update(left)
             left = [part for part in left if self._deaths[part] >= TRIES]
         self._done.update(left)
+        if child.ended == "failed":
+            self._failed.update(left)
         if left and child.ended != "done":
             title = self.job.of(child.group).title
             get_run_logger().warning(
@@ -385,7 +395,7 @@ def not_taken(running: Sequence[Child]) -> list[Child]:
     if time.monotonic() - oldest.since < TAKE_BACK_S:
         return []
     get_run_logger().warning(
-        "no worker has taken a child run for %.0f s; this run does its shards itself",
+        "no worker has taken a child run for %.0f s; this run does its work itself",
         TAKE_BACK_S,
     )
     return [oldest]

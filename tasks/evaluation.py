@@ -56,7 +56,7 @@ def ask_base_model(
     )
 
 
-@stage("evaluate", version=9, added_later={"base_answers"})
+@stage("evaluate", version=10, added_later={"base_answers"})
 def evaluate(
     test: Rows,
     train: Rows,

@@ -7,32 +7,38 @@ from functools import partial
 from typing import Any
 
 from distillery.data.examples import each_example
+from distillery.errors import DataError
 from distillery.labels.parts import count_of_parts, rows_of_part, share_of
 from distillery.labels.quote import quote
 from distillery.labels.store import LabelStore
 from distillery.recipe import PromptRecipe, Recipe, TeacherRecipe
-from distillery.records import PreparedDataset, Rows
+from distillery.records import PreparedDataset, Rows, digest_of
 from distillery.storage.artifacts import ArtifactStore
 from distillery.storage.working import working_folder
 from distillery.teacher.endpoint import resolve_endpoint
-from distillery.teacher.identity import teacher_identity
+from distillery.teacher.identity import identity_of_cheap, teacher_identity
 from distillery.teacher.ledger import Payer, spent
 from tasks.children import DeploymentRuns, LocalProcesses, PartsJob, PartsWork, work_by
 from tasks.labels import labelling_of, payer_of_run, purpose_of, rows_to_ask
+from tasks.locks import leased
 from tasks.parent import check_parent
 from tasks.progress import conclude, progress_of, show_rows
-from tasks.stage import uncached
+from tasks.stage import content_of, uncached
 
 
 class LabelJob(PartsJob):
     """What a child does: have `teacher` asked about some of `parts` parts of `rows`, on behalf of
-    the flow run `run` of the recipe named `recipe`."""
+    the flow run `run` of the recipe named `recipe`. `identities` are those of the teacher and of
+    its cheap one, if it has one, and `database` that of the label database, as the run knows them:
+    a child that knows others asks nothing."""
 
     rows: Rows
     prompt: PromptRecipe
     teacher: TeacherRecipe
     run: str
     recipe: str
+    identities: tuple[str, ...]
+    database: str
 
     @property
     def parameters(self) -> dict[str, Any]:
@@ -54,7 +60,9 @@ def parts_first(
     several = deployment is not None or recipe.teacher.processes > 1
     if several and recipe.teacher.kind == "endpoint":
         for rows, teacher in rows_to_ask(recipe, train, data, identity, test):
-            ask_in_processes(rows, recipe.prompt, teacher, identity, deployment)
+            if not ask_in_processes(rows, recipe.prompt, teacher, identity, deployment):
+                # The others would meet the same error, after the same wait.
+                return
 
 
 @uncached("ask in processes")
@@ -64,27 +72,32 @@ def ask_in_processes(
     teacher: TeacherRecipe,
     identity: str,
     deployment: str | None = None,
-) -> None:
+) -> bool:
     """Have processes of this machine, or runs of `deployment`, ask a teacher what the label store
-    does not know, and wait for them."""
+    does not know, and wait for them. Return False where all of them have ended with an error. Of
+    two runs that come to the same rows at once, one waits for the other."""
     payer, file = payer_of_run(), ArtifactStore().fetch(rows.artifact) / rows.file
+    cheap = identity_of_cheap(teacher)
+    identities = tuple(name for name in (identity, cheap) if name)
+    work_of_these = digest_of([rows.content_id, content_of(prompt), *identities])
     with (
+        leased(f"ask-{work_of_these}"),
         progress_of("ask in processes") as progress,
         LabelStore(max_age=teacher.max_age) as answers,
         working_folder("children") as folder,
     ):
         # Which rows are left to the teacher itself is known once the cheap one has answered.
-        first = teacher.cheap or teacher
-        name = teacher_identity(first, None) if teacher.cheap else identity
+        first, name = teacher.cheap or teacher, cheap or identity
         calls = quote(each_example(file), prompt, first, name, answers, payer=payer).calls
-        runs = None
+        runs, most = None, teacher.processes
         if deployment:
             limit = teacher.processes if teacher.processes > 1 else None
             runs = DeploymentRuns(deployment, limit, "labels_deployment")
-        parts = count_of_parts(calls, teacher, runs.most() if runs else teacher.processes)
+            most = limit or runs.workers()
+        parts = count_of_parts(calls, teacher, most)
         if parts == 1:
             conclude(f"{calls} calls to make: one process makes them")
-            return
+            return True
         made = partial(calls_of, answers, payer, teacher)
         before = made()
         job = LabelJob(
@@ -93,12 +106,15 @@ def ask_in_processes(
             teacher=teacher,
             run=payer.run,
             recipe=payer.recipe,
+            identities=identities,
+            database=answers.database.identity,
             parts=parts,
         )
         work = PartsWork(job, calls, "calls", lambda _group: made() - before)
         children = runs or LocalProcesses(parts, "flows.label_parts", folder)
         work_by(children, work, progress)
-        conclude(f"{made() - before:,.0f} calls, made by {parts} processes")
+        conclude(f"{made() - before:,.0f} calls made, in {parts} parts")
+        return not work.all_failed
 
 
 def calls_of(answers: LabelStore, payer: Payer, teacher: TeacherRecipe) -> float:
@@ -107,14 +123,15 @@ def calls_of(answers: LabelStore, payer: Payer, teacher: TeacherRecipe) -> float
     return answers.database.run(lambda c: spent(c, payer, section, "", None))["calls"]
 
 
-def ask_part(
-    rows: Rows, prompt: PromptRecipe, teacher: TeacherRecipe, payer: Payer, part: int, parts: int
-) -> int:
-    """Ask a teacher about a part of the rows, at this part's share of its pace, and return how many
-    rows have a label. The labels themselves are thrown away: the answers are in the label store.
-    Raises what the stage `label` raises."""
+def ask_part(job: LabelJob, part: int) -> int:
+    """Ask the teacher about a part of the rows, at this part's share of its pace, and return how
+    many rows have a label. The labels themselves are thrown away: the answers are in the label
+    store. Raises what the stage `label` raises, and DataError where this machine would ask another
+    teacher than the run, or keep the answers where the run does not find them."""
+    rows, prompt, parts = job.rows, job.prompt, job.parts
     file = ArtifactStore().fetch(rows.artifact) / rows.file
-    teacher = share_of(teacher, part, parts)
+    refuse_others(job)
+    teacher = share_of(job.teacher, part, parts)
 
     def tell(done: int, of: int) -> None:
         check_parent()
@@ -125,6 +142,11 @@ def ask_part(
         working_folder("labels") as folder,
         LabelStore(max_age=teacher.max_age) as answers,
     ):
+        if answers.database.identity != job.database:
+            raise DataError(
+                "DISTILLERY_LABELS: another database than that of the run, which would pay for all "
+                "answers again; set it to the same one"
+            )
         work = labelling_of(
             lambda: rows_of_part(each_example(file), prompt, teacher, part, parts),
             rows.rows // parts,
@@ -133,10 +155,22 @@ def ask_part(
             resolve_endpoint(teacher),
             answers,
             folder,
-            payer=payer,
+            payer=Payer(run=job.run, recipe=job.recipe),
             purpose=purpose_of(rows),
             progress=tell,
         )
         counts = asyncio.run(work)
         conclude(f"{counts.accepted} rows labelled, {counts.rejected} rejected")
     return counts.accepted
+
+
+def refuse_others(job: LabelJob) -> None:
+    """Raise DataError where this machine's settings make other teachers than those of the run."""
+    teachers = [each for each in (job.teacher, job.teacher.cheap) if each]
+    for teacher, expected in zip(teachers, job.identities, strict=True):
+        own = teacher_identity(teacher, None)
+        if own != expected:
+            raise DataError(
+                f"{teacher.variables}_NAME: makes the {teacher.who} {own} here, and the run's is "
+                f"{expected}; set it as the run has it"
+            )

@@ -5,7 +5,9 @@ Prefect's own locks hold on one machine only.
 
 import asyncio
 import time
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 
 from prefect import get_run_logger
@@ -75,6 +77,17 @@ class StageLocks:
 
     async def await_for_lock(self, key: str, timeout: float | None = None) -> bool:
         return await asyncio.to_thread(self.wait_for_lock, key, timeout)
+
+
+@contextmanager
+def leased(key: str) -> Iterator[None]:
+    """Hold the lease on `key`, once no other run has it: for work that is no stage."""
+    holder, run = uuid.uuid4().hex, str(flow_run.name or "a run without a name")
+    _leases().acquire(key, holder, run=run, waiting=_waiting())
+    try:
+        yield
+    finally:
+        _leases().release(key, holder)
 
 
 def _leases() -> Leases:

@@ -68,7 +68,7 @@ def _stages(outcome: Outcome) -> list[tuple[str, StageRecord, str]]:
         stages.append(("export teacher", outcome.teacher.model, _built(outcome.teacher.model)))
     if outcome.selection:
         stages.append(("select rows", outcome.selection, outcome.selection.line()))
-    asked = f"{labels.accepted} accepted, {labels.rejected} rejected, {labels.asked} answers"
+    asked = f"{labels.accepted} accepted, {labels.rejected} rejected, {labels.calls} calls"
     stages.append(("label", labels, asked))
     stages.append(("train student", outcome.student, _trained(outcome.student)))
     stages.append(("export student", outcome.model, _built(outcome.model)))
@@ -284,9 +284,8 @@ def _paid(outcome: Outcome, model: str, identity: str, work: TeacherLabels | Pre
     ledger."""
     earlier = None
     if not _is_own(outcome, work) or outcome.paid is None:
-        total = CallTotal(
-            calls=work.asked, usage=work.usage, cost=work.cost, currency=work.currency
-        )
+        calls = work.calls if isinstance(work, TeacherLabels) else work.asked
+        total = CallTotal(calls=calls, usage=work.usage, cost=work.cost, currency=work.currency)
         where = "this run" if _is_own(outcome, work) else work.produced_by
         earlier = f"{_in_words(total)}, in {where}"
     if outcome.paid is None:
@@ -367,7 +366,7 @@ def render(outcome: Outcome) -> str:
         lines += ["", outcome.judged.line()]
     # Test rows and canaries may be paid for where the training rows' answers were known.
     is_paid = any(each.teacher == outcome.labels.teacher for each in outcome.paid or ())
-    if outcome.teacher is None and (outcome.labels.asked or is_paid):
+    if outcome.teacher is None and (outcome.labels.calls or is_paid):
         lines += ["", f"teacher: {_teachers_pay(outcome)}"]
     if of_judge := _of_judge(outcome):
         lines += ["", *(f"judge: {line}" for line in of_judge)]

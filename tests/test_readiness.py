@@ -362,17 +362,22 @@ def test_rows_are_read_and_a_bad_first_row_is_named(tiny_model: TinyModel, tmp_p
     files = write_rows(tmp_path)
     dataset = {"source": "files", "files": files, "splits": {split: split for split in files}}
     asked = local(tiny_model("llama"), dataset=dataset)
-    assert findings(asked)["data"].text == (
+    found = findings(asked)
+    assert found["data"].text == (
         "every file is read; rows: 40 gold, 60 train, 20 validation, 40 test"
+    )
+    assert str(found["few rows"]) == (
+        "warn few rows: 20 validation rows: what they choose and calibrate is half a guess; "
+        "40 test rows: the gate will seldom be able to decide; answer more of the rows"
     )
     train = Path(files["train"][0])
     first, rest = train.read_text().split("\n", 1)
     values = json.loads(first)
     del values["question"]
     train.write_text(f"{json.dumps(values)}\n{rest}")
-    found = findings(asked)["data"]
-    assert found.level == "FAIL"
-    assert found.text.startswith(f"{train}:1: question: missing; fill it in")
+    broken = findings(asked)["data"]
+    assert broken.level == "FAIL"
+    assert broken.text.startswith(f"{train}:1: question: missing; fill it in")
 
 
 def test_the_rows_of_a_classifier_are_read(tiny_model: TinyModel, tmp_path: Path) -> None:
@@ -812,11 +817,11 @@ def test_formats_that_nothing_checks_are_told(tmp_path: Path) -> None:
     lines = [json.dumps({"text": f"text {n}", "answer": {"on": "2026-02-01"}}) for n in range(9)]
     path.write_text("\n".join(lines) + "\n")
     dataset = {"source": "files", "files": {"train": [str(path)]}, "carve": {"test": 0.4}}
-    for name, told in {"uri": ["task.schema", "data"], "date": ["data"]}.items():
+    for name, told in {"uri": ["task.schema"], "date": []}.items():
         fields = {"on": {"type": "string", "format": "date"}, "at": {"items": {"format": name}}}
         task = {"kind": "extract", "schema": {"type": "object", "properties": fields}}
         found = list(check_data(Recipe.model_validate({"dataset": dataset, "task": task})))
-        assert [finding.item for finding in found] == told
-        assert found[-1].level == "ok"
+        assert [finding.item for finding in found] == [*told, "data", "few rows"]
+        assert found[-2].level == "ok"
         if name == "uri":
             assert str(found[0]).startswith("warn task.schema: format: uri: not checked, as only")

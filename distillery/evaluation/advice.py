@@ -27,11 +27,14 @@ much it must be above it: where nearly all answers are right, both are near zero
 
 def next_step(outcome: Outcome) -> str:
     """Return the commands that fetch, ask and serve the student that a run has registered, in one
-    line; "" where the gate has not passed it."""
-    model = outcome.registered
-    if model is None or not outcome.decision.passed:
-        return ""
+    line; of one that the gate has refused and the registry keeps, those to look at it all the same;
+    "" where there is neither."""
+    model, refused = outcome.registered, outcome.rejected
     command = f"{folder_of_commands()}distillery"
+    if refused and refused.role == "rejected":
+        model = refused
+    elif model is None or not outcome.decision.passed:
+        return ""
     fetch = f"{command} models download {shlex.quote(model.name)} student"
     if outcome.promotion is None or outcome.promotion.champion != model.version:
         fetch += f" --version {shlex.quote(model.version)}"
@@ -40,6 +43,8 @@ def next_step(outcome: Outcome) -> str:
     ask = f'{command} ask student "your text"'
     if not outcome.data.classes and outcome.report.scoreboard[0].metric is None:
         ask = f'{command} ask student "your question" --options one another'
+    if model is refused:
+        return f"to look at the refused student all the same: `{fetch}`, then `{ask}`"
     return f"next: `{fetch}`, then ask it by `{ask}` or serve it by `{command} serve student`"
 
 
@@ -147,7 +152,8 @@ def advise_on_tests(failed: Sequence[RuleVerdict]) -> list[str]:
         ]
     return [
         f"More test rows: about {max(needed):,} decide the gate's rules, if the differences stay "
-        "as they are."
+        "as they are. (A rule in evaluation.rules with undecided: passed lets a student pass until "
+        "then.)"
     ]
 
 

@@ -33,6 +33,10 @@ FORMULA_STARTS = tuple("=+-@\t\r＝＋－＠")
 
 NO_BREAK_SPACE = "\u00a0"
 
+LEAST_ALIKE = 0.5
+"""The least share of the labels (0 to 1) that a predictor must give too: the doubts of one near
+chance are noise."""
+
 
 class Opinion(Record):
     """A predictor's answer to a row and its probability, None where it gives none. `contradicts`:
@@ -115,8 +119,9 @@ def doubtful_rows(
 
 
 def label_issues(examples: Sequence[Example], shares: Sequence[Probabilities]) -> list[int]:
-    """Return the positions of the examples whose label the probabilities contradict. Rows without a
-    label or without probabilities are passed over."""
+    """Return the positions of the examples whose label the probabilities contradict; none where
+    they give fewer than LEAST_ALIKE of the labels. Rows without a label or without probabilities
+    are passed over."""
     import numpy as np
     from cleanlab.filter import find_label_issues
 
@@ -133,6 +138,8 @@ def label_issues(examples: Sequence[Example], shares: Sequence[Probabilities]) -
         row = np.asarray(shares[number])
         labels[position] = examples[number].keys.index(str(examples[number].answer_key))
         matrix[position, : len(row)] = row / row.sum()
+    if (matrix.argmax(axis=1) == labels).mean() < LEAST_ALIKE:
+        return []
     issues = find_label_issues(labels, matrix, filter_by="confident_learning", n_jobs=1)
     return [number for number, issue in zip(known, issues, strict=True) if issue]
 

@@ -7,12 +7,12 @@ from distillery.recipe import PromptRecipe, TeacherRecipe
 from distillery.records import Example
 
 CALLS_OF_A_PART = 500
-"""Fewer are made by the processes at work before another one has started."""
+"""A process takes about as long to start as others need for so many calls."""
 
 
 def count_of_parts(calls: int, teacher: TeacherRecipe, processes: int) -> int:
-    """Return into how many parts the rows of so many calls are cut: one for each of the processes
-    that has enough to do, and at least one call at a time."""
+    """Return into how many parts the rows of so many calls are cut: at most one for each process,
+    and so that each has enough to do and may make a call at any time."""
     concurrency = [each.concurrency for each in (teacher, teacher.cascade) if each]
     return max(1, min(processes, calls // CALLS_OF_A_PART, *concurrency))
 
@@ -22,9 +22,11 @@ def rows_of_part(
 ) -> Iterator[Example]:
     """Yield the rows of one of `parts` parts, counted from 0, in their order.
 
-    A row's part comes from its requests, so that rows with equal requests are in the same one and
-    no two processes ask the same. (Requests of which one is in two rows and another is not, as may
-    be where answers.orders leaves orders out, can be asked twice.)"""
+    A row's part comes from its requests, those to the cheap teacher where there is one, so that
+    rows with equal requests are in the same part and no two processes ask the same. (Two rows with
+    only some requests in common, as may be where answers.orders leaves orders out, can be in two
+    parts, and these requests be asked twice.)"""
+    teacher = teacher.cheap or teacher
     once = teacher.answers.model_copy(update={"votes": 1})
     teacher = teacher.model_copy(update={"answers": once})
     for row in rows:

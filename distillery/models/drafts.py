@@ -17,6 +17,9 @@ import json
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
 
 from distillery.errors import ModelError
 from distillery.models.onnx_folder import CONFIG
@@ -44,12 +47,14 @@ BEGIN, END = -1, -2
 
 NO_PROMPT: Mapping[str, int] = {}
 
+Share = Annotated[float, Field(ge=0, le=1)]
+
 
 class Drafts(Record):
     """`likeliest`: by a context, the ids of up to ORDER tokens with blanks between them, the token
     that follows it most often, and its share of what follows, from 0 to 1."""
 
-    likeliest: dict[str, tuple[int, float]]
+    likeliest: dict[str, tuple[int, Share]]
 
     def guess(
         self, answer: Sequence[int], most: int, prompt: Mapping[str, int] = NO_PROMPT

@@ -29,7 +29,7 @@ def labelling_facts(
     calls: Counter[str] = Counter()
     for each in labels.paid:
         calls[each.outcome] += each.calls
-    facts.append(("calls", f"{calls.total() if labels.paid else labels.asked:,}"))
+    facts.append(("calls", f"{labels.calls:,}"))
     facts += [(f"calls: {outcome}", f"{count:,}") for outcome, count in calls.most_common()]
     if estimated := sum(each.estimated for each in labels.paid):
         facts.append(("calls whose tokens are estimated", f"{estimated:,}"))
@@ -48,7 +48,7 @@ def labelling_facts(
 
 def savings(labels: TeacherLabels, selection: Selection | None) -> Iterator[tuple[str, str]]:
     """Yield name and figure of what made a labelling cheaper, with what it saved."""
-    each = labels.cost / labels.asked if labels.cost is not None and labels.asked else None
+    each = labels.cost / labels.calls if labels.cost is not None and labels.calls else None
     if labels.cached_saved is not None:
         yield "saved by cached tokens", f"{labels.cached_saved:.2f} {labels.currency}"
     if labels.equal:

@@ -125,11 +125,22 @@ class Storage:
             beside = self._path(f"{UNFINISHED}{name}")
             self._patiently(upload_and_move, self.filesystem, source, beside, path)
 
-    def make_folder(self) -> None:
-        """Make the folder under the URL; an object store needs none, and its containers are made by
-        their owner."""
-        if not self._uploads_whole:
-            self._patiently(self.filesystem.makedirs, self.root, exist_ok=True)
+    def make_folder(self) -> bool:
+        """Make the folder under the URL and return whether it was not there; an object store needs
+        none, and its containers are made by their owner."""
+        if self._uploads_whole or self._patiently(self.filesystem.isdir, self.root):
+            return False
+        self._patiently(self.filesystem.makedirs, self.root, exist_ok=True)
+        return True
+
+    def remove_empty(self) -> None:
+        """Remove the folder under the URL, unless somebody has put something there."""
+        with suppress(OSError):
+            self.filesystem.rmdir(self.root)
+
+    def is_folder(self, name: str) -> bool:
+        found: bool = self._patiently(self.filesystem.isdir, self._path(name))
+        return found
 
     def names(self) -> list[str]:
         """Return the names of what is directly under the URL; none where nothing is there."""

@@ -107,9 +107,9 @@ def os_error(error: OSError, location: str, setting: str = "DISTILLERY_STORE") -
         return StoreError(
             f"{location}: not writable ({error.strerror}); set {setting} to a folder that is"
         )
-    return StoreError(
-        f"{location}: {error.strerror or error}; set {setting} to a folder that can be written"
-    )
+    # Some libraries' errors are of this kind too, and their texts may hold a URL with its secret.
+    reason = error.strerror or type(error).__name__
+    return StoreError(f"{location}: {reason}; set {setting} to a folder that can be written")
 
 
 def azure_error(error: Exception, url: str, setting: str) -> DistilleryError:

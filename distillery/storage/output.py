@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from fsspec import get_filesystem_class
+
 from distillery.errors import DataError, DistilleryError
 from distillery.settings import LocalSettings
 from distillery.storage.allowed import (
@@ -19,13 +21,14 @@ from distillery.storage.allowed import (
     is_limited,
     store_folder,
 )
+from distillery.storage.azure_blobs import AZURE_PROTOCOLS
 from distillery.storage.files import UNFINISHED, Storage
 
-ANSWER_FILES = re.compile(
-    rf"{re.escape(UNFINISHED)}.*"
-    r"|predictions\.jsonl|failed\.jsonl|manifest\.json|answers-[0-9]{5,}\.parquet"
-)
-"""The names of what batch inference writes, and of what it leaves where it is killed."""
+ANSWERS = re.compile(r"predictions\.jsonl|failed\.jsonl|manifest\.json|answers-[0-9]{5,}\.parquet")
+"""The names of what batch inference writes."""
+
+TRIED = re.compile("trial|[0-9a-f]{8}")
+"""Behind UNFINISHED, the names of what is left where it is killed while it tries to write."""
 
 READ_ALONE = ("http", "https", "hf")
 """Protocols of the input that no answers are written by: servers have no common way to write, and
@@ -60,11 +63,15 @@ class Output:
         title = f"{self._setting}: {self.shown}"
         parts = urlsplit(url)
         settings = LocalSettings()
+        if not parts.netloc and not parts.path.strip("/"):
+            raise DataError(f"{title}: names no folder; add a bucket or container, and a path")
         if parts.scheme in READ_ALONE:
             raise DataError(f"{title}: can only be read; name a local folder or an object store")
         if parts.query or parts.fragment:
             raise DataError(f"{title}: no folder has a ? or # in its URL; leave out what follows")
-        if store_folder(settings.store_url) is None and begins_with(url, settings.store_url):
+        if re.search(r"[*\[]", parts.path):
+            raise DataError(f"{title}: file systems take * and [ for a pattern; choose other names")
+        if store_folder(settings.store_url) is None and is_in(url, settings.store_url):
             raise DataError(f"{title}: in the store, which holds the answers anyway")
         # A bare protocol allows to read wherever the worker's login can; writing takes an address.
         entries = [entry for entry in settings.protocols if "://" in entry]
@@ -76,13 +83,19 @@ class Output:
 
     def try_writing(self) -> None:
         """Write and remove an empty file, so that what can't be written to is known before any row
-        is answered. Raises DistilleryError, also where a worker would write among other files."""
+        is answered. The folder itself is not left behind where it was not there. Raises
+        DistilleryError, also where a worker would write among other files."""
         with self._one_line():
-            for name in self._storage.names() if is_limited() else ():
-                check_name(name, f"{self._setting}: {self.shown}")
-            self._storage.make_folder()
+            for name in self._storage.names():
+                if is_limited():
+                    check_name(name, f"{self._setting}: {self.shown}")
+                if is_answers(name) and self._storage.is_folder(name):
+                    raise DataError(f"{self._title}: {name} is a folder there; move it away")
+            is_new = self._storage.make_folder()
             self._storage.write(TRIAL, b"")
             self._storage.delete(TRIAL)
+            if is_new:
+                self._storage.remove_empty()
 
     def replace(self, files: Sequence[Path], names: re.Pattern[str]) -> None:
         """Write `files` in place of those whose names match. The last file is there only where all
@@ -91,7 +104,7 @@ class Output:
         with self._one_line("; the answers are in the artifact store"):
             self._storage.make_folder()
             found = self._storage.names()
-            old = [name for name in found if names.fullmatch(name) or name.startswith(UNFINISHED)]
+            old = [name for name in found if is_answers(name, names)]
             for name in sorted(old, key=lambda name: name != last):
                 self._storage.delete(name)
             for file in files:
@@ -132,9 +145,27 @@ def output_folder(folder: Path, setting: str) -> Path:
     return folder
 
 
+def is_answers(name: str, names: re.Pattern[str] = ANSWERS) -> bool:
+    """Return whether a file is one of `names` that batch inference writes, or what is left of one
+    where it is killed."""
+    unfinished = name.removeprefix(UNFINISHED)
+    if names.fullmatch(unfinished):
+        return True
+    return unfinished != name and TRIED.fullmatch(unfinished) is not None
+
+
+def is_in(url: str, store: str) -> bool:
+    """Return whether an address is below that of a store. Azure's may be spelt in several ways."""
+    protocols = {urlsplit(each).scheme for each in (url, store)}
+    if protocols.issubset(AZURE_PROTOCOLS):
+        strip = get_filesystem_class("abfs")._strip_protocol
+        url, store = (f"abfs://{strip(each)}" for each in (url, store))
+    return begins_with(url, store)
+
+
 def check_name(name: str, title: str) -> None:
     """Raise DataError for a file in the folder that is none of batch inference's."""
-    if not ANSWER_FILES.fullmatch(name):
+    if not is_answers(name):
         raise DataError(f"{title}: holds other files than answers; name a new folder")
 
 

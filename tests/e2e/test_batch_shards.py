@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from prefect_api import wait_for
 from sharded_rows import ShardedRows, contents, write_rows
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -50,8 +49,7 @@ def test_nothing_is_lost_and_nothing_answered_twice(sharded: ShardedRows, tmp_pa
     shards = sharded.shards()
     assert len(shards) == ROWS // SHARD_ROWS
     assert set(shards.values()) == {1}, "a shard was answered twice"
-    # The last lines of a run's log come after its end.
-    wait_for("its last line", lambda: "shards from the cache" in workshop.log(again))
+    workshop.wait_for_line(again, "shards from the cache")
 
     # One process, and two with a shard each, each time with a store of its own.
     for number, shard_rows in ((1, SHARD_ROWS), (2, ROWS // 2)):

@@ -178,7 +178,7 @@ def test_a_child_that_fails_fails_its_parent_with_its_reason(
         in parent["state"]["message"]
     )
     assert reason in parent["state"]["message"]
-    assert reason in workshop.log(parent)
+    workshop.wait_for_line(parent, reason)
     assert "Traceback" not in workshop.log(parent) + workshop.log(child)
 
 

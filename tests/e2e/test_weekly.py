@@ -219,7 +219,7 @@ def test_a_schedule_does_what_is_new_and_no_more(
     assert calls == ROWS["train"] + ROWS["test"], "no answers from before to compare with"
     run, calls = asked()
     assert calls == 20, "the canaries"
-    assert "0 of 20 canary rows are answered otherwise" in workshop.log(run)
+    workshop.wait_for_line(run, "0 of 20 canary rows are answered otherwise")
     assert not done(run)
 
     later = [json.dumps(tiny_row("later", number)) + "\n" for number in range(3)]
@@ -240,7 +240,7 @@ def test_a_schedule_does_what_is_new_and_no_more(
     teacher.script = lambda call: said("B", top={"B": 1.0})
     run, calls = asked()
     assert calls == 20 + 2
-    assert "more than teacher.canaries.threshold (10%)" in workshop.log(run)
+    workshop.wait_for_line(run, "more than teacher.canaries.threshold (10%)")
     assert "teacher-drift" in workshop.artifacts(run)
     assert done(run) == STAGES - {": prepare dataset"}
 

@@ -225,9 +225,20 @@ def test_these_commands_exist() -> None:
             command.make_context("distillery", arguments)
 
 
-def test_a_student_that_is_not_to_be_used_has_no_next_step() -> None:
+def test_what_follows_where_the_gate_has_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     refused = passed().model_copy(
         update={"decision": GateDecision(passed=False, reason="refused: x")}
     )
     assert next_step(refused) == ""
     assert next_step(passed().model_copy(update={"registered": None})) == ""
+    kept = passed().registered
+    assert kept
+    kept = kept.model_copy(update={"role": "rejected"})
+    refused = refused.model_copy(update={"registered": None, "promotion": None, "rejected": kept})
+    assert next_step(refused) == (
+        "to look at the refused student all the same: `distillery models download desk student "
+        '--version 2`, then `distillery ask student "your text"`'
+    )

@@ -50,6 +50,17 @@ def test_confident_contradictions_are_found_and_unsure_ones_are_not() -> None:
     assert doubtful_rows("gold", rows, {"student": [None] * 30}) == []
 
 
+def test_a_predictor_near_chance_doubts_nothing() -> None:
+    rows = [text_row(number, CLASSES[number % 3]) for number in range(30)]
+    shares = [sure(str(row.answer_key), 0.8) for row in rows]
+    for number in range(14):
+        shares[number] = sure(CLASSES[(number + 1) % 3], 0.9)
+    assert len(doubtful_rows("gold", rows, {"probe": shares})) == 14
+    for number in range(14, 16):
+        shares[number] = sure(CLASSES[(number + 1) % 3], 0.9)
+    assert doubtful_rows("gold", rows, {"probe": shares}) == []
+
+
 def test_options_may_differ_in_number() -> None:
     rows, shares = [], []
     for number in range(20):

@@ -8,8 +8,11 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from contextvars import copy_context
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +26,7 @@ from prefect_api import OwnPrefect, wait_for
 from sqlalchemy import select
 
 from distillery.data.examples import write_examples
-from distillery.errors import BudgetReached, CredentialsError
+from distillery.errors import BudgetReached, CredentialsError, DataError
 from distillery.labels import parts as parts_module
 from distillery.recipe import TeacherRecipe
 from distillery.records import Rows, TeacherLabels
@@ -31,7 +34,7 @@ from distillery.storage.artifacts import ArtifactStore
 from distillery.storage.database import Database
 from distillery.storage.digests import sha256_of
 from distillery.teacher.ledger import CALLS
-from tasks.label_parts import ask_in_processes
+from tasks.label_parts import LabelJob, ask_in_processes, ask_part
 from tasks.labels import label
 from tasks.results import results_in_store
 
@@ -101,10 +104,8 @@ def served(api: OwnPrefect) -> Iterator[str]:
         process.wait()
 
 
-def labelled(
-    folder: Path, count: int, deployment: str | None = None, **settings: Any
-) -> TeacherLabels:
-    """Label so many rows, every tenth of which is like the one before, in a run of its own."""
+def stored_rows(folder: Path, count: int) -> Rows:
+    """So many rows, every tenth of which is like the one before."""
     folder.mkdir(exist_ok=True)
     numbers = [number - (number % 10 == 9) for number in range(count)]
     rows = [
@@ -112,12 +113,19 @@ def labelled(
         for place, number in enumerate(numbers)
     ]
     write_examples(rows, folder / "train.jsonl")
-    train = Rows(
+    return Rows(
         artifact=ArtifactStore().put(folder),
         file="train.jsonl",
         rows=count,
         sha256=sha256_of(folder / "train.jsonl"),
     )
+
+
+def labelled(
+    folder: Path, count: int, deployment: str | None = None, **settings: Any
+) -> TeacherLabels:
+    """Label so many rows, every tenth of which is like the one before, in a run of its own."""
+    train = stored_rows(folder, count)
     recipe = {"concurrency": CONCURRENCY, "sdk": "openai", "outage_s": 5} | settings
     teacher = TeacherRecipe.model_validate(recipe)
 
@@ -178,7 +186,7 @@ def test_two_processes_write_the_files_of_one_and_ask_each_row_once(
         done.set()
         watcher.join()
     assert len(seen) == 2, "both have asked"
-    assert "540 calls, made by 2 processes" in caplog.text
+    assert "540 calls made, in 2 parts" in caplog.text
     assert Counter(call.question for call in endpoint.calls).most_common(1)[0][1] == 1
     assert len(endpoint.calls) == len(answers_in(database)) == 540
     assert endpoint.most_in_flight <= CONCURRENCY
@@ -273,11 +281,63 @@ def test_runs_of_a_deployment_do_the_same(
     caplog.set_level(logging.INFO)
     database = databases("served")
     with served(prefect_server) as deployment, one_killed(endpoint) as killed:
-        labels = labelled(tmp_path / "rows", 900, deployment)
+        labels = labelled(tmp_path / "rows", 900, deployment, processes=2)
     assert killed
     assert "a child run left 1 undone" in caplog.text
-    assert "made by 2 processes" in caplog.text
+    assert "calls made, in 2 parts" in caplog.text
     check_nothing_is_twice(labels, database, endpoint)
+
+
+def test_of_two_runs_at_once_one_waits_for_the_other(
+    databases: Callable[[str], Database], endpoint: ChatEndpoint, tmp_path: Path
+) -> None:
+    databases("twins")
+    with ThreadPoolExecutor() as pool:
+        runs = [
+            pool.submit(copy_context().run, partial(labelled, tmp_path / name, 600, processes=2))
+            for name in ("one", "other")
+        ]
+        one, other = (run.result() for run in runs)
+    assert one.artifact.sha256 == other.artifact.sha256
+    assert len(endpoint.calls) == 540
+
+
+@pytest.mark.parametrize("databases", ["sqlite"], indirect=True)
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"identities": ("gpt-other",)}, "TEACHER_MODEL_NAME: makes the teacher gpt-test here"),
+        ({"database": "1" * 32}, "DISTILLERY_LABELS: another database than that of the run"),
+    ],
+)
+def test_a_machine_with_another_teacher_or_database_asks_nothing(
+    databases: Callable[[str], Database],
+    endpoint: ChatEndpoint,
+    tmp_path: Path,
+    changed: dict[str, Any],
+    told: str,
+) -> None:
+    database = databases("own")
+    job = LabelJob(
+        rows=stored_rows(tmp_path / "rows", 30),
+        prompt=PROMPT,
+        teacher=TeacherRecipe.model_validate({"sdk": "openai"}),
+        run="a-run",
+        recipe="mine",
+        identities=("gpt-test",),
+        database=database.identity,
+        parts=2,
+    )
+
+    @flow(name="part")
+    def run(job: LabelJob) -> int:
+        return ask_part(job, 0)
+
+    with pytest.raises(DataError, match=told):
+        run(job.model_copy(update=changed))
+    assert not endpoint.calls
+    assert run(job) > 0
+    assert endpoint.calls
 
 
 def test_an_error_of_the_teacher_is_told_by_the_run_itself(

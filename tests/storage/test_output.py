@@ -19,6 +19,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from distillery.errors import CredentialsError, DataError, DistilleryError, StoreUnavailable
 from distillery.inference.shards import LINES_NAMES, PARQUET_NAMES
 from distillery.settings import RUN_OF_A_WORKER
+from distillery.storage.files import Storage
 from distillery.storage.output import Output
 
 SECRET = "the-secret-line"
@@ -129,10 +130,38 @@ def test_answers_replace_those_of_an_earlier_run_and_nothing_else(
     output.replace(parts, PARQUET_NAMES)
     written = {file.name: file.read_bytes() for file in (*lines, *parts)}
     assert contents(url) == written
-    put(url, "answers-00009.parquet", "manifest.json", "own.txt", ".writing-answers-00001.parquet")
+    put(url, "answers-00009.parquet", "manifest.json", ".writing-answers-00001.parquet")
+    own = ["own.txt", ".writing-notes.txt", ".writing-failed.jsonl"]
+    put(url, *own)
     output.try_writing()
     output.replace(parts, PARQUET_NAMES)
-    assert contents(url) == written | {"own.txt": b"earlier"}
+    assert contents(url) == written | dict.fromkeys(own, b"earlier")
+
+
+def test_a_folder_in_the_place_of_a_file_is_known_before_any_row_is_answered(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "out" / "predictions.jsonl").mkdir(parents=True)
+    assert refused(str(tmp_path / "out")) == (
+        f"output {tmp_path}/out: predictions.jsonl is a folder there; move it away"
+    )
+
+
+def test_a_folder_in_which_another_run_writes_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    delete = Storage.delete
+
+    def joined(storage: Storage, name: str) -> None:
+        delete(storage, name)
+        (tmp_path / "out" / "predictions.jsonl").touch()
+
+    monkeypatch.setattr(Storage, "delete", joined)
+    Output(str(tmp_path / "out"), "output").try_writing()
+    assert (tmp_path / "out" / "predictions.jsonl").exists()
+    monkeypatch.undo()
+    Output(str(tmp_path / "new"), "output").try_writing()
+    assert not (tmp_path / "new").exists()
 
 
 def test_the_last_file_is_removed_first_and_written_last(
@@ -263,6 +292,9 @@ def refused(url: str) -> str:
         ("abfs://c@a.dfs.core.windows.net/out?sig=SECRET", "no folder has a ? or #"),
         ("nowhere://c/out", "output nowhere://…: Protocol not known: nowhere"),
         ("abfs://c::file:///out", "a URL with :: opens another one"),
+        ("memory://", "names no folder; add a bucket or container, and a path"),
+        ("abfs://", "names no folder; add a bucket or container, and a path"),
+        ("memory://a/out[1]", "file systems take * and [ for a pattern; choose other names"),
     ],
 )
 def test_an_address_that_takes_no_answers_is_one_line(url: str, said: str) -> None:
@@ -289,13 +321,23 @@ def test_a_file_in_the_way_or_a_closed_folder_is_one_line(
     )
 
 
-def test_what_a_file_system_says_is_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [
+        (KeyError, "can't be written (KeyError); correct output"),
+        # As the errors of requests are: of the system's kind, and without a number.
+        (OSError, "OSError; set output to a folder that can be written"),
+    ],
+)
+def test_what_a_file_system_says_is_not_repeated(
+    kind: type[Exception], told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fails(*_arguments: Any, **_options: Any) -> Any:
-        raise KeyError(f"{SECRET}\nand more")
+        raise kind(f"{SECRET}\nand more")
 
     monkeypatch.setattr(MemoryFileSystem, "pipe_file", fails)
     line = refused(f"memory://user:{SECRET}@host/out")
-    assert line == "output memory://user:…@host/out: can't be written (KeyError); correct output"
+    assert line == f"output memory://user:…@host/out: {told}"
 
 
 @pytest.mark.slow
@@ -336,6 +378,14 @@ def test_answers_do_not_go_into_a_remote_store(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("DISTILLERY_STORE", "memory://store/distillery")
     assert "in the store, which holds" in refused("memory://store/distillery/out")
     Output("memory://store/out", "output").try_writing()
+
+
+@pytest.mark.parametrize(
+    "url", ["az://store/x/out", "abfss://store/x/out", "abfs://store@a.dfs.core.windows.net/x/out"]
+)
+def test_the_store_is_known_however_it_is_spelt(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DISTILLERY_STORE", "abfs://store/x")
+    assert "in the store, which holds" in refused(url)
 
 
 @pytest.mark.security

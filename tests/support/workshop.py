@@ -267,6 +267,11 @@ class Workshop(PrefectApi):
         )
         return "\n".join(entry["message"] for entry in entries)
 
+    def wait_for_line(self, run: Run, text: str) -> None:
+        """Wait until a run's log holds this: a run sends its log in parts, the last of them when it
+        has ended."""
+        wait_for(f"{text} in\n{self.log(run)}", lambda: text in self.log(run), 30)
+
     def artifacts(self, run: Run) -> dict[str, dict[str, Any]]:
         """The run's own, by their keys."""
         mine = {"flow_run_id": {"any_": [run["id"]]}}

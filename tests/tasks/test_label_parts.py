@@ -26,6 +26,8 @@ def work() -> PartsWork:
         teacher=TeacherRecipe(),
         run="a-run",
         recipe="mine",
+        identities=("gpt-test",),
+        database="3" * 32,
         parts=PARTS,
     )
     return PartsWork(job, 30, "calls", lambda _: 12.0)
@@ -87,9 +89,9 @@ def test_a_child_that_has_died_is_followed_until_the_run_takes_its_part(
 
     assert started(behave) == {0: 1, 1: TRIES, 2: 1}
     assert caplog.messages == [
-        *["parts 2 to 2: a child run left 1 undone (its process was killed); another one follows"]
+        *["part 2: a child run left 1 undone (its process was killed); another one follows"]
         * (TRIES - 1),
-        "parts 2 to 2: its process was killed; this run asks what is left itself",
+        "part 2: its process was killed; this run asks what is left itself",
     ]
 
 
@@ -103,6 +105,15 @@ def test_a_child_that_ends_in_an_error_is_followed_by_the_run(
     assert len(caplog.messages) == PARTS
 
 
+def test_it_is_known_whether_all_parts_have_failed() -> None:
+    for good in ({0, 1, 2}, {1}, set()):
+        given = work()
+        for part in range(PARTS):
+            ended: Any = "done" if part in good else "failed"
+            given.take_in(Child(Group(part, 1), None, reason="it ended", ended=ended))
+        assert given.all_failed == (not good)
+
+
 def test_what_no_worker_takes_is_left_to_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(children_module, "TAKE_BACK_S", 0)
 
@@ -112,12 +123,22 @@ def test_what_no_worker_takes_is_left_to_the_run(monkeypatch: pytest.MonkeyPatch
     assert started(behave) == {0: 1, 1: 1, 2: 1}
 
 
+def asking(asked: list[Any], kept: int, went: bool) -> Callable[..., bool]:
+    """What stands for `ask_in_processes`: it keeps one of its arguments."""
+
+    def ask(*given: Any) -> bool:
+        asked.append(given[kept])
+        return went
+
+    return ask
+
+
 def test_endpoints_alone_are_asked_by_several_and_only_where_the_run_says_so(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     asked: list[Any] = []
     monkeypatch.setattr(module, "rows_to_ask", lambda recipe, *_: [("rows", recipe.teacher)])
-    monkeypatch.setattr(module, "ask_in_processes", lambda *given: asked.append(given[-1]))
+    monkeypatch.setattr(module, "ask_in_processes", asking(asked, -1, went=True))
     nothing: Any = None
 
     def first(preset: str, deployment: str | None = None, **teacher: Any) -> None:
@@ -130,6 +151,21 @@ def test_endpoints_alone_are_asked_by_several_and_only_where_the_run_says_so(
     first("lab", processes=2)
     first("lab", "label-parts/cpu")
     assert asked == [None, "label-parts/cpu"]
+
+
+@pytest.mark.parametrize(("went", "splits"), [(True, 3), (False, 1)])
+def test_after_children_that_all_failed_no_other_split_is_tried(
+    went: bool, splits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(
+        module, "rows_to_ask", lambda recipe, *_: [(name, recipe.teacher) for name in "abc"]
+    )
+    monkeypatch.setattr(module, "ask_in_processes", asking(asked, 0, went))
+    nothing: Any = None
+    recipe = Recipe.model_validate({"preset": "lab", "teacher": {"processes": 2}})
+    parts_first(recipe, nothing, nothing, "gpt-test", True)
+    assert len(asked) == splits
 
 
 def test_calls_are_shown_and_a_childs_key_is_of_its_run_and_part() -> None:
