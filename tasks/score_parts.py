@@ -15,9 +15,10 @@ from distillery.evaluation.slices import (
     slice_numbers,
     slice_of,
 )
-from distillery.records import Rows
+from distillery.records import Rows, digest_of
 from distillery.storage.working import working_folder
 from tasks.children import DeploymentRuns, Group, LocalProcesses, PartsJob, PartsWork, work_by
+from tasks.locks import leased
 from tasks.progress import conclude, progress_of
 from tasks.scored_models import AskedModel
 from tasks.slices import KnownSlices, score_slice
@@ -102,19 +103,26 @@ def score_in_processes(
     models: tuple[AskedModel, ...], test: Rows, processes: int, deployment: str | None = None
 ) -> None:
     """Have processes of this machine, or runs of `deployment`, ask models the slices of the test
-    rows that are not known, and wait for them."""
-    with progress_of("score in processes") as progress, working_folder("children") as folder:
-        runs = None
+    rows that are not known, and wait for them. Of two runs that come to the same rows at once, one
+    waits for the other."""
+    work_of_these = digest_of([test.content_id, *(model.content_id for model in models)])
+    with (
+        leased(f"score-{work_of_these}"),
+        progress_of("score in processes") as progress,
+        working_folder("children") as folder,
+    ):
+        runs, most = None, processes
         if deployment:
             limit = processes if processes > 1 else None
             runs = DeploymentRuns(deployment, limit, "evaluation_deployment")
+            most = limit or runs.workers()
         known, of, left = KnownSlices(), 0, 0
         for model, number in slices_of_part(models, test.rows, 0, 1):
             rows = len(slice_of(number, test.rows))
             of += rows
             if known.find(model, test, number) is None:
                 left += rows
-        parts = count_of_parts(left, runs.most() if runs else processes)
+        parts = count_of_parts(left, most)
         if parts == 1:
             conclude(f"{left} rows to ask: one process asks them")
             return
@@ -123,7 +131,7 @@ def score_in_processes(
         work = PartsWork(job, of, "rows", slices.made)
         work_by(runs or LocalProcesses(parts, "flows.score_rows", folder), work, progress)
         asked = slices.rows - (of - left)
-        conclude(f"{asked:,} of {left:,} rows asked, by {parts} processes")
+        conclude(f"{asked:,} of {left:,} rows asked, in {parts} parts")
 
 
 def score_part(job: ScoreJob, part: int) -> int:

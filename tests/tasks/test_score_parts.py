@@ -1,6 +1,8 @@
 """Children that ask models a part of the test rows: which models and slices, and what is left to
 the run."""
 
+from contextlib import AbstractContextManager, nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +13,8 @@ from distillery.errors import DataError, ModelError
 from distillery.evaluation import slices as domain
 from distillery.machine import machine_name, processor_name
 from distillery.recipe import BaseModelRecipe, PromptRecipe, Recipe
-from distillery.records import Artifact, OnnxModel, Rows, ScoredSlice
+from distillery.records import Artifact, OnnxModel, Rows, ScoredSlice, StudentCheckpoint
+from flows import distill
 from tasks import score_parts as module
 from tasks import slices as slices_module
 from tasks.children import Group
@@ -177,12 +180,60 @@ def test_few_rows_have_nothing_looked_up(monkeypatch: pytest.MonkeyPatch) -> Non
     assert known_slices(EXPORTED, few) == {}
 
 
+def test_a_run_has_all_models_of_its_scoreboard_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = StudentCheckpoint(
+        artifact=artifact(4), method="full", base="maker/model", parameters=7, steps=1
+    )
+    student = OnnxModel(artifact=artifact(5), precision="int4", algorithm="rtn", parameters=7)
+    data: Any = SimpleNamespace(rows=lambda _: TEST, rows_if_any=lambda _: None)
+    local: Any = SimpleNamespace(model=EXPORTED.exported)
+    labels: Any = None
+    taught = distill.Taught(data, local, "a teacher", labels)
+    for name, made in {
+        "labelled_rows": taught,
+        "student_base": FLOAT.base,
+        "trained_student": checkpoint,
+        "exported": student,
+    }.items():
+        monkeypatch.setattr(distill, name, lambda *_, made=made, **__: made)
+    asked = []
+
+    def recorded(stage: Any, models: Any, *how: Any) -> Any:
+        asked.append((stage.name, [*models], how))
+        return lambda **_: None
+
+    monkeypatch.setattr(distill, "in_parts", recorded)
+    recipe = Recipe.model_validate({"preset": "demo", "evaluation": {"processes": 3}})
+    distill.made_student(recipe, data, None, (), evaluation_deployment="score-rows/cpu")
+    how, prompt = (3, "score-rows/cpu"), recipe.student_prompt
+    assert recipe.asks_base_model
+    assert asked == [
+        ("ask base model", [AskedModel(prompt=prompt, base=FLOAT.base)], how),
+        (
+            "evaluate",
+            [
+                AskedModel(prompt=prompt, base=FLOAT.base, checkpoint=checkpoint),
+                AskedModel(prompt=prompt, exported=student),
+                AskedModel(prompt=recipe.prompt, exported=EXPORTED.exported),
+            ],
+            how,
+        ),
+    ]
+
+
 @pytest.mark.usefixtures("prefect_api")
 def test_few_rows_start_no_process_and_a_wrong_deployment_is_one_line(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     caplog.set_level("INFO")
     monkeypatch.setattr(module, "work_by", lambda *_: pytest.fail("a process was started"))
+    leases = []
+
+    def lease(key: str) -> AbstractContextManager[None]:
+        leases.append(key)
+        return nullcontext()
+
+    monkeypatch.setattr(module, "leased", lease)
 
     @flow
     def run(rows: int, processes: int, deployment: str | None = None) -> None:
@@ -194,6 +245,7 @@ def test_few_rows_start_no_process_and_a_wrong_deployment_is_one_line(
         assert "1999 rows to ask: one process asks them" in caplog.text
         with pytest.raises(DataError) as caught:
             run(ROWS, 1, "score-rows/gone")
+    assert len(set(leases)) == 1, "two runs with the same rows do not ask at once"
     assert str(caught.value) == (
         "evaluation_deployment: no deployment score-rows/gone here; `prefect deploy --all`"
     )
