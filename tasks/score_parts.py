@@ -88,14 +88,17 @@ def in_parts(
 
 
 def is_for_several(model: AskedModel, deployment: str | None) -> bool:
-    """Return whether several processes find the numbers of one. Those of a model that Transformers
-    runs depend on how many cores compute, and processes of this machine have a part of them each;
-    and a GPU is left to the run itself."""
+    """Return whether several processes may ask a model and find the numbers of one. Those of a
+    model that Transformers runs depend on how many cores compute, and processes of this machine
+    have a part of them each; a GPU is left to the run itself, and so is a model with code of its
+    own: a child has the keys of its worker."""
     if model.exported:
         return True
+    if deployment is None or (model.base and model.base.trust_remote_code):
+        return False
     import torch
 
-    return deployment is not None and not torch.cuda.is_available()
+    return not torch.cuda.is_available()
 
 
 @uncached("score in processes")

@@ -134,6 +134,8 @@ def test_several_ask_where_the_run_says_so_and_what_several_can(
     assert ran(4) == [([EXPORTED], None)]
     assert ran(4, models=(FLOAT,)) == []
     assert ran(1, "score-rows/cpu") == [([FLOAT, EXPORTED], "score-rows/cpu")]
+    own_code = BaseModelRecipe(model="maker/model", revision="a1", trust_remote_code=True)
+    assert ran(1, "score-rows/cpu", [AskedModel(prompt=PromptRecipe(), base=own_code)]) == []
     stage.cached = True
     assert ran(4) == []
     stage.refresh_cache = True
