@@ -21,6 +21,7 @@ from distillery.teacher.answers import (
     combine_written,
     distribution,
     in_own_order,
+    of_options,
 )
 from distillery.teacher.budget import cost_of
 from distillery.teacher.ledger import Call
@@ -49,7 +50,7 @@ def stored_answer(
         pairs = completion.top_logprobs
     probabilities = tokens = None
     if pairs and recipe.asks_log_probabilities:
-        probabilities = distribution(pairs, question.keys)
+        probabilities = distribution(pairs, question.names)
     # Those of a text that is no label are kept too: with another schema it may be one.
     if readable and completion.tokens and recipe.asks_log_probabilities:
         tokens = packed(completion.tokens)
@@ -109,16 +110,20 @@ def is_read(question: Question, reason: str, recipe: TeacherRecipe) -> bool:
 
 
 def read_text(question: Question, text: str, cut_off: bool) -> tuple[str | None, str]:
-    """Return what a text answers with: the letter, in the order shown, the class or the written
-    answer. If it is none, return None and why, as rejected.jsonl says it."""
+    """Return what a text answers with: the letter, in the order shown, the class, the option's text
+    or the written answer. If it is none, return None and why, as rejected.jsonl says it."""
     row = question.row
     if row.format:
         try:
             return written_answer(text, row.format.json_schema), ""
         except NotAnAnswer as error:
             return None, str(error)
-    if row.classes:
-        answer = parse_class(text, question.keys, cut_off)
+    if question.by_text:
+        if question.names.count(text) > 1:
+            return None, "two options have the text of the answer"
+        answer = text if text in question.names else None
+    elif row.classes:
+        answer = parse_class(text, question.names, cut_off)
     else:
         answer = parse_answer(text, question.options, cut_off)
     if answer:
@@ -126,8 +131,8 @@ def read_text(question: Question, text: str, cut_off: bool) -> tuple[str | None,
     if not text.strip():
         return None, "empty answer"
     if row.classes:
-        return None, f"none of the {len(question.keys)} classes, or more than one"
-    return None, f"no option, or more than one, of {question.keys[0]} to {question.keys[-1]}"
+        return None, f"none of the {len(question.names)} classes, or more than one"
+    return None, f"no option, or more than one, of {row.keys[0]} to {row.keys[-1]}"
 
 
 def reason_not_to_read(completion: Completion, recipe: TeacherRecipe) -> str:
@@ -159,6 +164,8 @@ def accepted_answers(
             continue
         if row.format:
             accepted.append(Answer(stored.answer))
+        elif question.by_text:
+            accepted.append(of_options(stored.answer, stored.distribution, row.options, keys))
         else:
             accepted.append(in_own_order(stored.answer, stored.distribution, question.order, keys))
     return accepted

@@ -85,7 +85,7 @@ class BatchIntake:
         if line.payload is not None:
             last = recipe.answers.form == "rationale"
             completion = read_completion(
-                line.payload, question.keys, last, self._endpoint.redact, recipe.stop
+                line.payload, question.names, last, self._endpoint.redact, recipe.stop
             )
             used, outcome = usage_of(line.payload), "answer"
         elif line.failure is not None and line.failure.question_refusal:

@@ -317,7 +317,7 @@ class BatchRun:
         body = {
             "model": self._batch.model or self._endpoint.model,
             "messages": question.messages,
-            **self._teachers[number].body(question.keys, question.schema),
+            **self._teachers[number].body(question.names, question.schema),
         }
         line = request_line(question.key, path_of_requests(self._endpoint), body)
         if file is not None and not self._fits(file, line, most):
@@ -358,7 +358,7 @@ class BatchRun:
                 purpose=share.purpose,
             ) as teacher,
         ):
-            parts = (question.messages, question.keys, question.schema)
+            parts = (question.messages, question.names, question.schema)
             completion = await when_left(partial(teacher.ask, *parts, key=question.key))
             if completion.finish_reason != "malformed":
                 answer = stored_answer(question, completion, share.recipe, self._endpoint.identity)

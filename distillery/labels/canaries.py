@@ -166,7 +166,7 @@ async def ask_patiently(
     while True:
         try:
             completion = await teacher.ask(
-                question.messages, question.keys, question.schema, key=question.key
+                question.messages, question.names, question.schema, key=question.key
             )
         except TeacherUnavailable:
             if time.monotonic() - started < recipe.outage_s:

@@ -45,7 +45,7 @@ def export_rows(store: LabelStore, path: Path, form: RowForm, teacher: str | Non
     object a line, in the order of their keys; what a judge says is no label. Return their
     number.
 
-    question-answer: {"Question": user message, "Answer": letter or class}. messages:
+    question-answer: {"Question": user message, "Answer": letter, class or text}. messages:
     {"messages": [...]}, the same as a chat; the store keeps no system message. Raises DataError
     if the file can't be written; an older file at `path` stays then.
     """

@@ -2,8 +2,8 @@
 
 - labels.jsonl: a TeacherLabel for each accepted row
 - rejected.jsonl: a RejectedLabel for each other row
-- train_data.jsonl: {"Question": the user message, "Answer": the letter, class or text} for each
-  accepted row, and for each further text of it
+- train_data.jsonl: {"Question": the user message, "Answer": the letter, class or text that answers
+  it} for each accepted row, and for each further text of it
 - answer_tokens.parquet: of accepted rows whose answers are written, the tokens with the teacher's
   probabilities (data/answer_tokens.py); not there if no row has any
 - those of report.py: report.json, look.jsonl, reliability.png
@@ -222,6 +222,8 @@ class LabelFiles:
             self._tokens.write(row.example_id, tokens)
         question = question or render_messages(row, self._prompt)[-1]["content"]
         for answer in label.answers:
+            if self._prompt.answer == "text":
+                answer = row.options[row.keys.index(answer)]
             self._train.write(train_line(question, answer))
         self._check_soft(final=False)
         self._check_share(final=False)

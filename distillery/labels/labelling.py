@@ -319,7 +319,11 @@ class LabellingRun:
             raise Stopped
         try:
             completion = await teacher.ask(
-                question.messages, question.keys, question.schema, key=question.key
+                question.messages,
+                question.names,
+                question.schema,
+                by_text=question.by_text,
+                key=question.key,
             )
         except TeacherUnavailable as error:
             await self._handle_failure(question, error, teacher)

@@ -1,7 +1,7 @@
 """The requests for a row: its prompt in each order of its options, each with its key."""
 
 import heapq
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from hashlib import sha256
 from typing import Any, NamedTuple
 
@@ -17,14 +17,16 @@ def request_key(
     settings: TeacherRecipe,
     vote: int = 0,
     schema: Mapping[str, Any] | None = None,
+    choice: Sequence[str] = (),
 ) -> str:
     """Return the key that the label store keeps the answer under, a SHA-256 in hex.
 
     It covers what is asked of whom: the teacher's identity, the messages, the temperature, the
     token limit, whether log-probabilities or JSON are wanted, the schema that a written answer is
-    held to, the texts that end it, and the number of the vote. It covers neither the URL, the SDK
-    and the API key nor the position of the row, nor the order in which the schema names the fields,
-    which an answer is put into when it is read: if these change, nothing is asked again.
+    held to, the texts that end it, the texts of which the likeliest is the answer (`choice`), and
+    the number of the vote. It covers neither the URL, the SDK and the API key nor the position of
+    the row, nor the order in which the schema names the fields, which an answer is put into when it
+    is read, nor that of the texts: if these change, nothing is asked again.
     """
     asked: dict[str, Any] = {
         "teacher": identity,
@@ -40,23 +42,28 @@ def request_key(
             asked["schema"] = schema
     if settings.stop:
         asked["stop"] = settings.stop
+    if choice:
+        asked["choice"] = sorted(choice)
     if vote:
         asked["vote"] = vote
     return digest_of(asked)
 
 
 class Question(NamedTuple):
-    """One request for a row. `order[i]` is the index of the i-th option shown in row.options."""
+    """One request for a row. `order[i]` is the index of the i-th option shown in row.options.
+    `by_text`: the answer is the likeliest of the options' texts."""
 
     key: str
     messages: list[Message]
     order: tuple[int, ...]
     row: Example
+    by_text: bool = False
 
     @property
-    def keys(self) -> tuple[str, ...]:
-        """Return what the answer may be: the letters of the options, from A, or the classes."""
-        return self.row.keys
+    def names(self) -> tuple[str, ...]:
+        """Return what the answer may say: the letters of the options, from A, the classes, or the
+        options' texts, two of which may be equal."""
+        return self.row.options if self.by_text else self.row.keys
 
     @property
     def schema(self) -> dict[str, Any] | None:
@@ -80,7 +87,7 @@ def questions(
     """Return the requests for a row: for each of answers.orders, each of answers.votes. Rows
     without options of their own have one order."""
     asked = []
-    schema = schema_of(row)
+    schema, by_text = schema_of(row), prompt.answer == "text"
     orders = min(recipe.answers.orders, len(row.choices)) if row.choices else 1
     for number in range(orders):
         order = rotated_order(len(row.options), number)
@@ -94,8 +101,9 @@ def questions(
             content = f"{user['content']}\n\n{recipe.answers.instruction}"
             messages = [*messages[:-1], {**user, "content": content}]
         for vote in range(recipe.answers.votes):
-            key = request_key(identity, messages, recipe, vote, schema)
-            asked.append(Question(key, messages, order, row))
+            choice = row.options if by_text else ()
+            key = request_key(identity, messages, recipe, vote, schema, choice)
+            asked.append(Question(key, messages, order, row, by_text))
     return asked
 
 

@@ -139,11 +139,10 @@ def quote(
     rows = known = calls = characters = prompt_tokens = answer_tokens = longest = 0
     answered: list[str] = []
     for asked, new in each_rows_questions(examples, prompt, recipe, identity, store):
-        row = asked[0].row
         rows += 1
         known += not new
         calls += len(new)
-        longest = max([longest, *map(len, row.keys)])
+        longest = max([longest, *map(len, asked[0].names)])
         if len(answered) < EXPERIENCE_ROWS:
             answered += [question.key for question in asked if question not in new]
         for question in new:
@@ -315,11 +314,11 @@ def text_tokens(answer: str) -> int:
 
 
 def estimated_answer(question: Question, recipe: TeacherRecipe, typical: int | None = None) -> int:
-    """Return about how many tokens an answer has: its letter or the longest class, and the token
-    that ends it. teacher.max_tokens is room for teachers that reason, of which most use little; an
-    answer with its reason is taken to use all of it. A written one is taken to be as long as the
-    row's gold answer or, where there is none, as `typical`; where that is None, to use as much as
-    the student may."""
+    """Return about how many tokens an answer has: its letter, or the longest class or option, and
+    the token that ends it. teacher.max_tokens is room for teachers that reason, of which most use
+    little; an answer with its reason is taken to use all of it. A written one is taken to be as
+    long as the row's gold answer or, where there is none, as `typical`; where that is None, to use
+    as much as the student may."""
     if recipe.answers.form == "rationale":
         return recipe.max_tokens
     row = question.row
@@ -328,7 +327,7 @@ def estimated_answer(question: Question, recipe: TeacherRecipe, typical: int | N
         if row.answer_key:
             tokens = text_tokens(row.answer_key)
         return min(tokens, recipe.max_tokens)
-    tokens = text_tokens(max(question.keys, key=len))
+    tokens = text_tokens(max(question.names, key=len))
     if recipe.answers.form == "json":
         tokens += JSON_TOKENS
     return min(tokens, recipe.max_tokens)

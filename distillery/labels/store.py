@@ -48,11 +48,12 @@ from distillery.teacher.ledger import Call, write_calls
 class StoredAnswer(NamedTuple):
     """A row of the table teacher_answers. A tuple, since a second run makes one for each row.
 
-    answer: the letter in the order shown, or the class, that the text `raw` was read as; None if it
-    is no label, for `reason`. acceptance.py reads the text again. latency_ms:
-    of the call that succeeded. example_id and prompt: the row that first asked for the answer, and
-    its user message. tokens: those of a written answer after any thinking, with the teacher's
-    probabilities, as data/answer_tokens.py packs them; None where it gave none.
+    answer: the letter in the order shown, the class, the option's text where the likeliest one was
+    asked for, or the written answer, that the text `raw` was read as; None if it is no label, for
+    `reason`. acceptance.py reads the text again. latency_ms: of the call that succeeded. example_id
+    and prompt: the row that first asked for the answer, and its user message. tokens: those of a
+    written answer after any thinking, with the teacher's probabilities, as data/answer_tokens.py
+    packs them; None where it gave none.
     """
 
     request_key: str

@@ -34,10 +34,11 @@ class PromptRecipe(Slice):
 
     answer: Literal["letter", "text", "class", "written"] = "letter"
     """What the assistant says. letter: the option's letter. text: the option's text, or the name of
-    the class; the student chooses the likeliest, and `user` may leave {choices} out. Teachers
-    answer by letter, so text is for student.prompt only. class: with task.kind: classify, the
-    class. A student answers with one token of its own for each class; an endpoint writes the
-    name. written: with task.kind: extract or generate, a text of its own."""
+    the class; the model chooses the likeliest, and `user` may leave {choices} out. It is for
+    student.prompt or, with task.kind: choice and teacher.kind: local, for teacher and student: an
+    endpoint doesn't tell how likely the texts are. class: with task.kind: classify, the class. A
+    student answers with one token of its own for each class; an endpoint writes the name. written:
+    with task.kind: extract or generate, a text of its own."""
 
     pooling: Literal["mean_and_last", "mean", "last"] = "mean_and_last"
     """With answer: class, what a student reads the class from. mean: the mean of the hidden states

@@ -168,15 +168,37 @@ class Recipe(Slice):
                 )
         if self.task.kind == "choice" and self.dataset.columns.choices is None:
             raise ValueError("dataset.columns.choices: name the column of the options")
-        if self.prompt.answer == "text":
-            raise ValueError(
-                "prompt.answer: teachers answer by letter; set student.prompt for the student's own"
-            )
         if self.student.start == "teacher" and self.student.prompt:
             raise ValueError(
                 "student.prompt: a student that starts from its teacher is asked as the teacher "
                 "is; remove this setting"
             )
+        return self
+
+    @model_validator(mode="after")
+    def check_teacher_by_text(self) -> Self:
+        """Refuse a teacher that can't be asked for the likelihood of texts, and settings that have
+        no meaning for one that is."""
+        if self.prompt.answer != "text":
+            return self
+        if self.teacher.kind != "local" or self.task.kind != "choice":
+            raise ValueError(
+                "prompt.answer: text: only a local teacher tells how likely the options' texts "
+                "are; set teacher.kind: local with task.kind: choice, or set answer: text in "
+                "student.prompt alone"
+            )
+        answers = self.teacher.answers
+        refused = [
+            (f"form: {answers.form}", answers.form != "letter"),
+            ("votes above 1", answers.votes > 1),
+            ("orders above 1", answers.orders > 1 and "{choices}" not in self.prompt.user),
+        ]
+        for setting, is_set in refused:
+            if is_set:
+                raise ValueError(
+                    f"teacher.answers.{setting}: has no meaning with prompt.answer: text, where "
+                    "the answer is the likeliest of the texts; remove this setting"
+                )
         return self
 
     @model_validator(mode="after")

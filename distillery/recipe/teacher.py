@@ -435,8 +435,9 @@ class TeacherRecipe(Slice):
 
     def for_own_model(self, prompt: PromptRecipe) -> Self:
         """Return these settings for a model that the run has trained on `prompt`. A letter or class
-        is one token, and the end of the turn after it would take a decoding step of its own."""
-        if self.answers.form != "letter" or prompt.answer == "written":
+        is one token, and the end of the turn after it would take a decoding step of its own. A text
+        of which the likeliest is the answer is not decoded."""
+        if self.answers.form != "letter" or prompt.answer in ("text", "written"):
             return self
         return self.model_copy(update={"max_tokens": 1})
 

@@ -86,6 +86,19 @@ def in_own_order(
     return Answer(own[letter], dict(sorted(translated.items())))
 
 
+def of_options(
+    text: str, distribution: dict[str, float] | None, options: Sequence[str], keys: Sequence[str]
+) -> Answer:
+    """Translate an answer by the text of an option into the letter of the first option that has it.
+    Options with equal texts share the text's probability evenly. `keys`: the options' letters."""
+    letter = keys[options.index(text)]
+    if distribution is None:
+        return Answer(letter)
+    equal = Counter(options)
+    shares = [distribution[option] / equal[option] for option in options]
+    return Answer(letter, dict(zip(keys, shares, strict=True)))
+
+
 def combine_answers(
     answers: Sequence[Answer], letters: Sequence[str], soft: bool
 ) -> CombinedAnswer | None:

@@ -124,12 +124,14 @@ class Teacher:
         letters: Sequence[str],
         schema: Mapping[str, Any] | None = None,
         *,
+        by_text: bool = False,
         key: str = "",
         purpose: Purpose | None = None,
     ) -> Completion:
         """Return the teacher's answer to `messages`, whose options have these `letters`; an answer
-        that is written has none, and may be a JSON object that meets `schema`. `key` is the
-        answer's key in the label store, and `purpose`, by default the teacher's, what it is for.
+        that is written has none, and may be a JSON object that meets `schema`. `by_text`: the
+        letters are texts, and the answer is the likeliest of them. `key` is the answer's key in the
+        label store, and `purpose`, by default the teacher's, what it is for.
 
         If the endpoint refuses this question alone, or answers it with something that is no chat
         completion after it has given some, the completion has no text and says so in its
@@ -141,8 +143,9 @@ class Teacher:
         entry = self._entry(key, purpose or self._purpose)
         while True:
             options = self._options
+            body = options.body(letters, schema, by_text)
             try:
-                completion = await self._send(messages, options, letters, schema, entry)
+                completion = await self._send(messages, body, letters, entry)
             except CallFailed as failure:
                 if failure.question_refusal:
                     return Completion(text="", finish_reason=failure.question_refusal)
@@ -168,9 +171,8 @@ class Teacher:
     async def _send(
         self,
         messages: list[Message],
-        options: CallOptions,
+        body: dict[str, Any],
         letters: Sequence[str],
-        schema: Mapping[str, Any] | None,
         entry: Call,
     ) -> Completion:
         """Return the answer of the first try that succeeds; raise the last CallFailed if none.
@@ -188,7 +190,6 @@ class Teacher:
             before=count_on,
             reraise=True,
         )
-        body = options.body(letters, schema)
         try:
             completion: Completion = await retrying(self._try_once, messages, body, letters, entry)
         except HeldByOthers:

@@ -33,10 +33,11 @@ alternative, it is the end of the turn."""
 class Completion:
     """One answer. `top_logprobs` are the alternatives at the first token that is one of the
     letters (after a rationale: the last), and `answer_letter` is that letter. For classes they are
-    the classes that the listed tokens begin, and the class that was written. Without such a token
-    they are () and None; if the endpoint sent no log-probabilities, both are None. `tokens` are
-    those of a written answer, as `tokens_of_answer` returns them. `latency_ms` is the duration of
-    the successful try of `attempts` tries. `call` is the ledger's entry of that try, for whoever
+    the classes that the listed tokens begin, and the class that was written. For an answer that was
+    chosen (`is_chosen`) they are the listed classes or texts, and the chosen one. Without such a
+    token they are () and None; if the endpoint sent no log-probabilities, both are None. `tokens`
+    are those of a written answer, as `tokens_of_answer` returns them. `latency_ms` is the duration
+    of the successful try of `attempts` tries. `call` is the ledger's entry of that try, for whoever
     reads the text to record with its outcome; None where it is recorded already."""
 
     text: str
@@ -72,8 +73,12 @@ def read_completion(
     text = storable(redact(str(text or "")))
     tokens = list_of(mapping_of(choice.get("logprobs")).get("content"))
     entries = [mapping_of(token) for token in tokens]
+    letter: str | None
+    pairs: Pairs | None
+    if is_chosen(entries, letters):
+        letter, pairs = str(entries[0]["token"]), alternatives_of(entries[0])
     # A key of several characters may span several tokens.
-    if any(len(letter) > 1 for letter in letters):
+    elif any(len(letter) > 1 for letter in letters):
         letter, pairs = class_at_answer(entries, letters)
     else:
         letter, pairs = letter_at_answer(entries, text, letters, last)
@@ -87,6 +92,17 @@ def read_completion(
         usage=usage_of(payload) or Usage(),
         model_version=storable(str(payload.get("model") or "")),
     )
+
+
+def is_chosen(tokens: list[dict[str, Any]], letters: Sequence[str]) -> bool:
+    """Return whether an answer was chosen among `letters`, which may be classes or texts, and not
+    written token by token: it is one token, as our own server has it, and that token and all its
+    alternatives are letters."""
+    if len(tokens) != 1 or not tokens[0].get("top_logprobs"):
+        return False
+    known = set(letters)
+    listed = [other for other, _ in alternatives_of(tokens[0])]
+    return known.issuperset([str(tokens[0].get("token")), *listed])
 
 
 def letter_at_answer(

@@ -634,6 +634,44 @@ def test_a_student_that_is_cut_in_steps_and_answers_by_text(
     assert right == pytest.approx(accuracy["student int4"])
 
 
+def test_a_teacher_that_answers_by_text_and_the_student_that_starts_from_it(
+    new_workshop: Callable[..., Workshop],
+) -> None:
+    """The options stand in another order in each row, and no prompt shows them: their letters tell
+    nothing."""
+    workshop = new_workshop("by-text", "qwen3")
+    for paths in workshop.files.values():
+        lines = [json.loads(line) for line in Path(paths[0]).read_text().splitlines()]
+        for number, line in enumerate(lines):
+            texts, turn = line["choices"]["text"], number // 3 % 3
+            line["choices"]["text"] = texts[turn:] + texts[:turn]
+            line["answerKey"] = "ABC"["ABC".index(line["answerKey"]) - turn]
+        Path(paths[0]).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    values = recipe(workshop.files, workshop.base)
+    values["prompt"] = {"system": "", "user": "{question}", "answer": "text"}
+    values["teacher"]["preparation"]["training"] |= {"epochs": 16, "learning_rate": 0.01}
+    values["student"] |= {"layers": None}
+    run = workshop.distil(values)
+    assert run.counts["request"] == ROWS["train"]
+    accuracy = {
+        name: float(value)
+        for name, value in re.findall(r"(?m)^(\S.*?) +(\d\.\d{3}) \[", run.scoreboard)
+    }
+    assert min(accuracy[name] for name in ("teacher", "student", "student int8")) > 0.6
+    labels = workshop.record(run, "label")
+    folder = workshop.home / "store" / labels["artifact"]["sha256"] / "files"
+    lines = [json.loads(line) for line in (folder / "labels.jsonl").read_text().splitlines()]
+    assert len(lines) == ROWS["train"]
+    for line in lines:
+        assert sum(line["distribution"].values()) == pytest.approx(1)
+        assert line["answer"] == max(line["distribution"], key=line["distribution"].__getitem__)
+
+    again = workshop.distil(values, "--refresh", "label")
+    assert workshop.states(again)[": label"] == "Completed"
+    assert again.counts["request"] == 0, "all answers are in the label database"
+    assert again.scoreboard == run.scoreboard
+
+
 def test_a_search_measures_its_trials_and_goes_on_from_what_is_cached(
     new_workshop: Callable[..., Workshop],
 ) -> None:

@@ -427,6 +427,52 @@ def test_what_is_wrong_is_refused_in_one_line_that_names_the_key(
     assert said in refusal(values)
 
 
+BY_TEXT = {"user": "{question}", "answer": "text"}
+CARVED = {"carve": {"gold": 0.3, "test": 0.3}}
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"teacher": {"kind": "endpoint"}},
+        {"teacher": {"kind": "gold"}},
+        {"teacher": {"kind": "local"}, "task": {"kind": "classify"}},
+    ],
+)
+def test_only_a_local_teacher_answers_by_text(values: dict[str, Any]) -> None:
+    text = refusal({"prompt": BY_TEXT, "dataset": CARVED, **values})
+    assert text.startswith("prompt.answer: text: only a local teacher tells how likely")
+    assert "or set answer: text in student.prompt alone" in text
+
+
+@pytest.mark.parametrize(
+    ("setting", "settings"),
+    [
+        ("form: json", {"answers": {"form": "json"}}),
+        ("form: rationale", {"answers": {"form": "rationale"}}),
+        ("votes above 1", {"answers": {"votes": 3}, "temperature": 1}),
+        ("orders above 1", {"answers": {"orders": 2}}),
+    ],
+)
+def test_a_teacher_that_answers_by_text_is_asked_once(
+    setting: str, settings: dict[str, Any]
+) -> None:
+    teacher = {"kind": "local", **settings}
+    text = refusal({"prompt": BY_TEXT, "dataset": CARVED, "teacher": teacher})
+    assert text.startswith(f"teacher.answers.{setting}: has no meaning with prompt.answer: text")
+
+
+def test_a_student_that_starts_from_a_teacher_that_answers_by_text_does_too() -> None:
+    teacher: dict[str, Any] = {"kind": "local", "soft_labels": True}
+    values = {"prompt": BY_TEXT, "teacher": teacher, "student": {"start": "teacher"}}
+    recipe = parse_recipe({"preset": "demo", **values}, "mine.yaml")
+    assert recipe.student_prompt.answer == "text"
+    assert recipe.teacher.for_own_model(recipe.prompt) == recipe.teacher
+    teacher["answers"] = {"orders": 2}
+    shown = {**BY_TEXT, "user": "{question}\n{choices}"}
+    assert parse_recipe({"preset": "demo", **values, "prompt": shown}, "mine.yaml")
+
+
 def test_every_wrong_key_is_named_at_once() -> None:
     text = refusal({"nane": "x", "evaluation": {"minimum_kept": 2}})
     assert "nane: unknown key" in text
