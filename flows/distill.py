@@ -48,7 +48,7 @@ from flows.train_student import trained
 from tasks.abstention import check_provable, with_threshold
 from tasks.batches import batches_first
 from tasks.dataset import prepare_dataset
-from tasks.evaluation import ask_base_model, evaluate
+from tasks.evaluation import ask_base_model, asked_models, evaluate
 from tasks.hub import check_bases, pinned, source_of
 from tasks.judge import preferred
 from tasks.judged import judged_before
@@ -241,13 +241,8 @@ def made_student(
         base_answers = in_parts(ask, [AskedModel(prompt=asked, base=base)], *how)(
             test=test_rows, prompt=asked, base=base, machine=machine
         )
-    scored = [
-        AskedModel(prompt=asked, base=base, checkpoint=student),
-        AskedModel(prompt=asked, exported=model),
-    ]
-    if isinstance(teacher, OnnxModel):
-        scored.append(AskedModel(prompt=recipe.prompt, exported=teacher))
-    report = in_parts(again("evaluate", evaluate), scored, *how)(
+    scored = asked_models(asked, base, student, model, teacher, recipe.prompt)
+    report = in_parts(again("evaluate", evaluate), [*scored.values()], *how)(
         test=test_rows,
         train=data.rows("train"),
         labels=labels,

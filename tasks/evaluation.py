@@ -87,10 +87,8 @@ def evaluate(
     store = ArtifactStore()
     name = f"student {candidate.precision}"
     models = [float_student(student, base, store), onnx_model(name, candidate, store)]
-    known = {
-        FLOAT: known_slices(AskedModel(prompt=prompt, base=base, checkpoint=student), test),
-        name: known_slices(AskedModel(prompt=prompt, exported=candidate), test),
-    }
+    asked = asked_models(prompt, base, student, candidate, teacher, teacher_prompt)
+    known = {each: known_slices(model, test) for each, model in asked.items()}
     asked_before = {}
     if base_answers:
         models.insert(0, untrained(base))
@@ -100,8 +98,6 @@ def evaluate(
         models.insert(
             0, onnx_model("teacher", teacher, store).model_copy(update={"prompt": teacher_prompt})
         )
-        asked = AskedModel(prompt=teacher_prompt, exported=teacher)
-        known["teacher"] = known_slices(asked, test)
         answers: str | dict[str, str] = "teacher"
         probabilities = {}
     else:
@@ -152,6 +148,24 @@ def evaluate(
         machine=machine,
         **origin(started),
     )
+
+
+def asked_models(
+    prompt: PromptRecipe,
+    base: BaseModelRecipe,
+    student: StudentCheckpoint,
+    candidate: OnnxModel,
+    teacher: OnnxModel | TeacherLabels,
+    teacher_prompt: PromptRecipe,
+) -> dict[str, AskedModel]:
+    """Return the models that `evaluate`, of which these are arguments, asks, by their names."""
+    asked = {
+        FLOAT: AskedModel(prompt=prompt, base=base, checkpoint=student),
+        f"student {candidate.precision}": AskedModel(prompt=prompt, exported=candidate),
+    }
+    if isinstance(teacher, OnnxModel):
+        asked["teacher"] = AskedModel(prompt=teacher_prompt, exported=teacher)
+    return asked
 
 
 def _examples(rows: Rows, store: ArtifactStore) -> list[Example]:

@@ -31,10 +31,9 @@ from distillery.records import (
 )
 from distillery.storage.artifacts import ArtifactStore
 from distillery.storage.digests import sha256_of
-from tasks.evaluation import evaluate
+from tasks.evaluation import asked_models, evaluate
 from tasks.results import BLOCK, results_in_store
 from tasks.score_parts import in_parts
-from tasks.scored_models import AskedModel
 
 pytestmark = [
     pytest.mark.slow,
@@ -108,16 +107,12 @@ def made(tmp_path: Path, tiny_model: Callable[[str], Path], tiny_onnx: Callable[
 
 def evaluated(made: Made, processes: int = 1, deployment: str | None = None) -> EvaluationReport:
     """Evaluate anew, in a run of its own."""
-    models = [
-        AskedModel(prompt=PROMPT, base=made.base, checkpoint=made.student),
-        AskedModel(prompt=PROMPT, exported=made.candidate),
-        AskedModel(prompt=PROMPT, exported=made.teacher),
-    ]
+    asked = asked_models(PROMPT, made.base, made.student, made.candidate, made.teacher, PROMPT)
 
     @flow(name="evaluation")
     def run() -> list[EvaluationReport]:
         stage = evaluate.with_options(refresh_cache=True)
-        report = in_parts(stage, models, processes, deployment)(
+        report = in_parts(stage, [*asked.values()], processes, deployment)(
             test=made.test,
             train=made.test,
             labels=made.labels,
