@@ -73,8 +73,8 @@ FEWEST_ROWS = {"validation": 30, "test": 100}
 tell 10 (at 95 %, of shares near a half)."""
 
 FEW_TELL = {
-    "validation": "what they choose and calibrate is half a guess",
-    "test": "the gate will seldom be able to decide",
+    "validation": "too few to choose and calibrate by",
+    "test": "too few for the gate to decide by, as a rule",
 }
 
 GB = 1e9
@@ -369,7 +369,7 @@ def check_data(recipe: Recipe) -> Iterator[Finding]:
         if counts.get(role, fewest) < fewest:
             few.append(f"{counts[role]} {role} rows: {FEW_TELL[role]}")
     if few:
-        yield warn("few rows", f"{'; '.join(few)}; answer more of the rows")
+        yield warn("few rows", f"{'; '.join(few)}; give more rows a gold answer")
 
 
 def check_hub(dataset: DatasetRecipe) -> Finding:

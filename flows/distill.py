@@ -234,15 +234,17 @@ def made_student(
         model = with_threshold(model, recipe.task.abstain, recipe.student_prompt, data, again)
 
     asked, machine = recipe.student_prompt, machine_name()
-    how = (recipe.evaluation.processes, evaluation_deployment)
+    processes = recipe.evaluation.processes
     base_answers = None
     if recipe.asks_base_model:
         ask = again("ask base model", ask_base_model)
-        base_answers = in_parts(ask, [AskedModel(prompt=asked, base=base)], *how)(
-            test=test_rows, prompt=asked, base=base, machine=machine
-        )
+        base_answers = in_parts(
+            ask, [AskedModel(prompt=asked, base=base)], processes, evaluation_deployment
+        )(test=test_rows, prompt=asked, base=base, machine=machine)
     scored = asked_models(asked, base, student, model, teacher, recipe.prompt)
-    report = in_parts(again("evaluate", evaluate), [*scored.values()], *how)(
+    report = in_parts(
+        again("evaluate", evaluate), [*scored.values()], processes, evaluation_deployment
+    )(
         test=test_rows,
         train=data.rows("train"),
         labels=labels,

@@ -498,6 +498,18 @@ class DeploymentRuns:
                     continue
 
 
+def runs_of(
+    deployment: str | None, processes: int, parameter: str
+) -> tuple[DeploymentRuns | None, int]:
+    """Return the runs of a deployment, None where none is named, and how many children are to be at
+    work: so many processes, or with a deployment and one process, one for each of its workers.
+    `parameter` as in DeploymentRuns."""
+    if deployment is None:
+        return None, processes
+    runs = DeploymentRuns(deployment, processes if processes > 1 else None, parameter)
+    return runs, processes if processes > 1 else runs.workers()
+
+
 def is_taken(state: State | None) -> bool:
     """Return whether a worker has taken a run in this state."""
     return state is not None and not state.is_scheduled()

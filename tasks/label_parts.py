@@ -12,18 +12,17 @@ from distillery.labels.parts import count_of_parts, rows_of_part, share_of
 from distillery.labels.quote import quote
 from distillery.labels.store import LabelStore
 from distillery.recipe import PromptRecipe, Recipe, TeacherRecipe
-from distillery.records import PreparedDataset, Rows, digest_of
+from distillery.records import PreparedDataset, Rows
 from distillery.storage.artifacts import ArtifactStore
 from distillery.storage.working import working_folder
 from distillery.teacher.endpoint import resolve_endpoint
 from distillery.teacher.identity import identity_of_cheap, teacher_identity
 from distillery.teacher.ledger import Payer, spent
-from tasks.children import DeploymentRuns, LocalProcesses, PartsJob, PartsWork, work_by
-from tasks.labels import labelling_of, payer_of_run, purpose_of, rows_to_ask
-from tasks.locks import leased
+from tasks.children import LocalProcesses, PartsJob, PartsWork, runs_of, work_by
+from tasks.labels import at_once_by_one, labelling_of, payer_of_run, purpose_of, rows_to_ask
 from tasks.parent import check_parent
 from tasks.progress import conclude, progress_of, show_rows
-from tasks.stage import content_of, uncached
+from tasks.stage import uncached
 
 
 class LabelJob(PartsJob):
@@ -79,9 +78,8 @@ def ask_in_processes(
     payer, file = payer_of_run(), ArtifactStore().fetch(rows.artifact) / rows.file
     cheap = identity_of_cheap(teacher)
     identities = tuple(name for name in (identity, cheap) if name)
-    work_of_these = digest_of([rows.content_id, content_of(prompt), *identities])
     with (
-        leased(f"ask-{work_of_these}"),
+        at_once_by_one(rows, prompt, teacher, identity),
         progress_of("ask in processes") as progress,
         LabelStore(max_age=teacher.max_age) as answers,
         working_folder("children") as folder,
@@ -89,11 +87,7 @@ def ask_in_processes(
         # Which rows are left to the teacher itself is known once the cheap one has answered.
         first, name = teacher.cheap or teacher, cheap or identity
         calls = quote(each_example(file), prompt, first, name, answers, payer=payer).calls
-        runs, most = None, teacher.processes
-        if deployment:
-            limit = teacher.processes if teacher.processes > 1 else None
-            runs = DeploymentRuns(deployment, limit, "labels_deployment")
-            most = limit or runs.workers()
+        runs, most = runs_of(deployment, teacher.processes, "labels_deployment")
         parts = count_of_parts(calls, teacher, most)
         if parts == 1:
             conclude(f"{calls} calls to make: one process makes them")

@@ -43,8 +43,9 @@ from distillery.storage.working import working_folder
 from distillery.teacher.endpoint import Endpoint, resolve_endpoint
 from distillery.teacher.identity import identity_of_cheap
 from distillery.teacher.ledger import Payer, Purpose
+from tasks.locks import leased
 from tasks.progress import conclude, show_rows
-from tasks.stage import RESULT, Stage, is_cached, origin, stage
+from tasks.stage import RESULT, Stage, content_of, is_cached, origin, stage
 
 AS_TOLD = TeacherRecipe(filters=FilterRecipe(minimum_accepted=0))
 """A teacher's settings for labels that are taken as they are."""
@@ -88,7 +89,7 @@ def label(
         gold = gold_rows(examples.parent)
         quoted = quote(each_example(examples), prompt, asked, name, answers, tokens, payer, gold)
         logger.info("%s", quoted.line())
-        with where as endpoint:
+        with at_once_by_one(rows, prompt, teacher, identity), where as endpoint:
             each = partial(each_example, examples)
             work = labelling_of(
                 each,
@@ -116,6 +117,20 @@ def label(
         **origin(started),
         **vars(counts),
     )
+
+
+@contextmanager
+def at_once_by_one(
+    rows: Rows, prompt: PromptRecipe, teacher: TeacherRecipe, identity: str
+) -> Iterator[None]:
+    """Hold the lease on asking an endpoint, `identity`, about these rows: of two runs, one in one
+    process and one in several (label_parts.py), one waits for the other's answers."""
+    if teacher.kind != "endpoint":
+        yield
+        return
+    asked = [rows.content_id, content_of(prompt), identity, identity_of_cheap(teacher)]
+    with leased(f"ask-{digest_of(asked)}"):
+        yield
 
 
 def labelling_of(

@@ -3,12 +3,12 @@ each about a part, and keep what they find as slices (slices.py). The stage take
 asks what is left, so that nothing depends on what becomes of a child."""
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 from prefect import Task
 
-from distillery.errors import ModelError
+from distillery.errors import ModelError, RecipeError
 from distillery.evaluation.slices import (
     SLICE_ROWS,
     count_of_parts,
@@ -17,7 +17,7 @@ from distillery.evaluation.slices import (
 )
 from distillery.records import Rows, digest_of
 from distillery.storage.working import working_folder
-from tasks.children import DeploymentRuns, Group, LocalProcesses, PartsJob, PartsWork, work_by
+from tasks.children import Group, LocalProcesses, PartsJob, PartsWork, runs_of, work_by
 from tasks.locks import leased
 from tasks.progress import conclude, progress_of
 from tasks.scored_models import AskedModel
@@ -45,20 +45,21 @@ def slices_of_part(
 
 
 class ScoredSlices:
-    """What children have done: slices of a part are found in their order. `rows`: of the slices
-    that are known."""
+    """What children have done: slices of a part are found in their order. `known`: those that were
+    known before. `rows`: of the slices that children have asked since."""
 
-    def __init__(self, job: ScoreJob) -> None:
+    def __init__(self, job: ScoreJob, known: Collection[tuple[AskedModel, int]] = ()) -> None:
         self._job, self._known = job, KnownSlices()
         self._missing: dict[tuple[int, str], deque[int]] = {}
         for part in range(job.parts):
             for model, number in slices_of_part(job.models, job.test.rows, part, job.parts):
-                self._missing.setdefault((part, model.content_id), deque()).append(number)
+                if (model, number) not in known:
+                    self._missing.setdefault((part, model.content_id), deque()).append(number)
         self.rows = 0
 
     def made(self, group: Group) -> float:
         """Look for the slices of some parts, up to the first of each model that is missing. Return
-        how many rows are known of all parts."""
+        how many rows have been asked of all parts."""
         for part in group.numbers:
             for model in self._job.models:
                 numbers = self._missing.get((part, model.content_id))
@@ -114,43 +115,39 @@ def score_in_processes(
         progress_of("score in processes") as progress,
         working_folder("children") as folder,
     ):
-        runs, most = None, processes
-        if deployment:
-            limit = processes if processes > 1 else None
-            runs = DeploymentRuns(deployment, limit, "evaluation_deployment")
-            most = limit or runs.workers()
-        known, of, left = KnownSlices(), 0, 0
+        runs, most = runs_of(deployment, processes, "evaluation_deployment")
+        stored, known, left = KnownSlices(), [], 0
         for model, number in slices_of_part(models, test.rows, 0, 1):
-            rows = len(slice_of(number, test.rows))
-            of += rows
-            if known.find(model, test, number) is None:
-                left += rows
+            if stored.find(model, test, number):
+                known.append((model, number))
+            else:
+                left += len(slice_of(number, test.rows))
         parts = count_of_parts(left, most)
         if parts == 1:
             conclude(f"{left} rows to ask: one process asks them")
             return
         job = ScoreJob(models=models, test=test, parts=parts)
-        slices = ScoredSlices(job)
-        work = PartsWork(job, of, "rows", slices.made)
+        slices = ScoredSlices(job, known)
+        work = PartsWork(job, left, "rows", slices.made)
         work_by(runs or LocalProcesses(parts, "flows.score_rows", folder), work, progress)
-        asked = slices.rows - (of - left)
-        conclude(f"{asked:,} of {left:,} rows asked, in {parts} parts")
+        conclude(f"{slices.rows:,} of {left:,} rows asked, in {parts} parts")
 
 
 def score_part(job: ScoreJob, part: int) -> int:
     """Ask the models the rows of a part, where they are not known; see `slices.scoring`. Return how
     many rows it has, of all models.
 
-    Raises ModelError where a model can't be asked here, once the others have been asked."""
+    Raises ModelError or RecipeError where a model can't be asked or is not here, once the others
+    have been asked."""
     rows = 0
-    refused: dict[str, ModelError] = {}
+    refused: dict[int, ModelError | RecipeError] = {}
     for model, number in slices_of_part(job.models, job.test.rows, part, job.parts):
-        if model.content_id in refused:
+        if id(model) in refused:
             continue
         try:
             rows += score_slice(model, job.test, number, SLICE_ROWS).rows
-        except ModelError as error:
-            refused[model.content_id] = error
+        except (ModelError, RecipeError) as error:
+            refused[id(model)] = error
     if refused:
         raise next(iter(refused.values()))
     return rows

@@ -1,6 +1,7 @@
 """The models of a scoreboard: from the records of the stages that made them to what is asked."""
 
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import Self
 
@@ -40,12 +41,15 @@ class AskedModel(Record):
 
     def machine_of(self) -> str:
         """Return what of this machine the last bits of the model's numbers depend on: the
-        processor; where Transformers runs it, also how many cores compute, and the GPU."""
+        processor and the version of what runs the model; for Transformers, also how many cores
+        compute, and the GPU."""
         if self.exported:
-            return processor_name()
+            return f"{processor_name()}, onnxruntime {version('onnxruntime')}"
         import torch
 
-        return f"{machine_name()}, GPU" if torch.cuda.is_available() else machine_name()
+        gpu = ", GPU" if torch.cuda.is_available() else ""
+        runtimes = f"torch {version('torch')}, transformers {version('transformers')}"
+        return f"{machine_name()}{gpu}, {runtimes}"
 
     @cached_property
     def content_id(self) -> str:

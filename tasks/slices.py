@@ -58,8 +58,8 @@ class Scoring:
         own = model.machine_of()
         if own != model.machine:
             raise ModelError(
-                f"the run computes on {model.machine}, and this machine is {own}: the last bits of "
-                "its numbers could be others"
+                f"this machine ({own}) may compute other last bits than the run's "
+                f"({model.machine}), which asks this model itself"
             )
         store = ArtifactStore()
         file = store.fetch(test.artifact) / test.file

@@ -367,8 +367,8 @@ def test_rows_are_read_and_a_bad_first_row_is_named(tiny_model: TinyModel, tmp_p
         "every file is read; rows: 40 gold, 60 train, 20 validation, 40 test"
     )
     assert str(found["few rows"]) == (
-        "warn few rows: 20 validation rows: what they choose and calibrate is half a guess; "
-        "40 test rows: the gate will seldom be able to decide; answer more of the rows"
+        "warn few rows: 20 validation rows: too few to choose and calibrate by; 40 test rows: "
+        "too few for the gate to decide by, as a rule; give more rows a gold answer"
     )
     train = Path(files["train"][0])
     first, rest = train.read_text().split("\n", 1)

@@ -33,9 +33,9 @@ FORMULA_STARTS = tuple("=+-@\t\r＝＋－＠")
 
 NO_BREAK_SPACE = "\u00a0"
 
-LEAST_ALIKE = 0.5
-"""The least share of the labels (0 to 1) that a predictor must give too: the doubts of one near
-chance are noise."""
+STANDARD_ERRORS = 2
+"""By how many standard errors the share of the labels that a predictor gives must be above that of
+the most frequent label: the doubts of one near chance are noise."""
 
 
 class Opinion(Record):
@@ -120,7 +120,7 @@ def doubtful_rows(
 
 def label_issues(examples: Sequence[Example], shares: Sequence[Probabilities]) -> list[int]:
     """Return the positions of the examples whose label the probabilities contradict; none where
-    they give fewer than LEAST_ALIKE of the labels. Rows without a label or without probabilities
+    they are near chance (STANDARD_ERRORS). Rows without a label or without probabilities
     are passed over."""
     import numpy as np
     from cleanlab.filter import find_label_issues
@@ -138,7 +138,9 @@ def label_issues(examples: Sequence[Example], shares: Sequence[Probabilities]) -
         row = np.asarray(shares[number])
         labels[position] = examples[number].keys.index(str(examples[number].answer_key))
         matrix[position, : len(row)] = row / row.sum()
-    if (matrix.argmax(axis=1) == labels).mean() < LEAST_ALIKE:
+    chance = np.bincount(labels).max() / len(labels)
+    margin = STANDARD_ERRORS * np.sqrt(chance * (1 - chance) / len(labels))
+    if (matrix.argmax(axis=1) == labels).mean() < min(1, chance + margin):
         return []
     issues = find_label_issues(labels, matrix, filter_by="confident_learning", n_jobs=1)
     return [number for number, issue in zip(known, issues, strict=True) if issue]

@@ -4,6 +4,8 @@ it, so that another process may ask it and find the same numbers."""
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from pydantic import ConfigDict
+
 from distillery.errors import ModelError
 from distillery.evaluation.predictors import AskBatches, Found, Predictor
 from distillery.evaluation.scoring import Probabilities
@@ -17,8 +19,8 @@ can change the last bits of a float model's numbers. Batches of rows of like len
 them, at 6 to 7 % more padding than among 5,000 rows; among 512 it would be 15 %."""
 
 ROWS_OF_A_PART = 1000
-"""Rows of all models. Fewer are asked by the process at work before another one has started and
-loaded the models."""
+"""Rows of all models, which one process asks in about the time in which another one starts and
+loads the models."""
 
 SLICE_FILE = "slice.json"
 
@@ -28,6 +30,9 @@ Asked = Probabilities | Written
 
 class SliceAnswers(Record):
     """What came of the rows of a slice, in their order."""
+
+    # What is no finite number is told when the model's rows are together, by the row's name.
+    model_config = ConfigDict(ser_json_inf_nan="constants")
 
     asked: tuple[Asked, ...]
 

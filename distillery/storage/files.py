@@ -134,24 +134,27 @@ class Storage:
         return True
 
     def remove_empty(self) -> None:
-        """Remove the folder under the URL, unless somebody has put something there."""
-        with suppress(OSError):
-            self.filesystem.rmdir(self.root)
+        """Remove a local folder under the URL, unless somebody has put something there. Elsewhere
+        it stays: the rmdir of some file systems removes what is in it, too."""
+        if self.is_local:
+            with suppress(OSError):
+                os.rmdir(self.root)
 
-    def is_folder(self, name: str) -> bool:
-        found: bool = self._patiently(self.filesystem.isdir, self._path(name))
-        return found
-
-    def names(self) -> list[str]:
-        """Return the names of what is directly under the URL; none where nothing is there."""
+    def entries(self) -> list[tuple[str, bool]]:
+        """Return the names of what is directly under the URL, each with whether it is a folder;
+        none where nothing is there."""
         self.filesystem.invalidate_cache()
         try:
-            paths = self._patiently(self.filesystem.ls, self.root, detail=False)
+            found = self._patiently(self.filesystem.ls, self.root, detail=True)
         except FileNotFoundError:
             return []
-        # A folder may be listed in itself.
-        inside = [path for path in map(str, paths) if path.strip("/") != self.root.strip("/")]
-        return sorted(path.rstrip("/").rpartition("/")[2] for path in inside)
+        entries = []
+        for each in found:
+            path = str(each["name"]).rstrip("/")
+            # A folder may be listed in itself.
+            if path.strip("/") != self.root.strip("/"):
+                entries.append((path.rpartition("/")[2], each["type"] == "directory"))
+        return sorted(entries)
 
     def delete(self, name: str) -> None:
         """Remove a file, whoever has written it; one that is not there counts as removed."""

@@ -86,10 +86,10 @@ class Output:
         is answered. The folder itself is not left behind where it was not there. Raises
         DistilleryError, also where a worker would write among other files."""
         with self._one_line():
-            for name in self._storage.names():
+            for name, is_folder in self._storage.entries():
                 if is_limited():
                     check_name(name, f"{self._setting}: {self.shown}")
-                if is_answers(name) and self._storage.is_folder(name):
+                if is_folder and is_answers(name):
                     raise DataError(f"{self._title}: {name} is a folder there; move it away")
             is_new = self._storage.make_folder()
             self._storage.write(TRIAL, b"")
@@ -103,8 +103,8 @@ class Output:
         last = files[-1].name
         with self._one_line("; the answers are in the artifact store"):
             self._storage.make_folder()
-            found = self._storage.names()
-            old = [name for name in found if is_answers(name, names)]
+            found = self._storage.entries()
+            old = [name for name, _ in found if is_answers(name, names)]
             for name in sorted(old, key=lambda name: name != last):
                 self._storage.delete(name)
             for file in files:
@@ -155,9 +155,13 @@ def is_answers(name: str, names: re.Pattern[str] = ANSWERS) -> bool:
 
 
 def is_in(url: str, store: str) -> bool:
-    """Return whether an address is below that of a store. Azure's may be spelt in several ways."""
+    """Return whether an address is below that of a store. Azure's may be spelt in several ways,
+    and without the account, which the environment then names."""
     protocols = {urlsplit(each).scheme for each in (url, store)}
     if protocols.issubset(AZURE_PROTOCOLS):
+        hosts = {urlsplit(each).netloc.partition("@")[2].partition(".")[0] for each in (url, store)}
+        if len(hosts - {""}) > 1:
+            return False
         strip = get_filesystem_class("abfs")._strip_protocol
         url, store = (f"abfs://{strip(each)}" for each in (url, store))
     return begins_with(url, store)

@@ -264,7 +264,12 @@ class Teacher:
             self._learn_tokens(prompt, estimate, used)
         last = self._recipe.answers.form == "rationale"
         completion = read_completion(
-            response.payload, letters, last, self._endpoint.redact, self._recipe.stop
+            response.payload,
+            letters,
+            last,
+            self._endpoint.redact,
+            self._recipe.stop,
+            own_server=self._recipe.kind == "local",
         )
         if completion.finish_reason == "content_filter":
             call = replace(call, outcome="filtered")

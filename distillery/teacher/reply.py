@@ -58,10 +58,13 @@ def read_completion(
     last: bool,
     redact: Callable[[str], str],
     stops: Sequence[str] = (),
+    own_server: bool = False,
 ) -> Completion:
     """Return the first choice of a chat completion; without choices, an answer without text.
     `letters` and `last` as in `letter_at_answer`; an answer without letters is a written one, which
-    ended before one of `stops`, if any. The text is passed through `redact`."""
+    ended before one of `stops`, if any. The text is passed through `redact`. `own_server`: the
+    reply is of our own server, where classes and texts are chosen; an endpoint's are written token
+    by token, and one of theirs that is a whole class may begin another one."""
     choices = list_of(payload.get("choices"))
     choice = mapping_of(choices[0]) if choices else {}
     message = mapping_of(choice.get("message"))
@@ -75,7 +78,7 @@ def read_completion(
     entries = [mapping_of(token) for token in tokens]
     letter: str | None
     pairs: Pairs | None
-    if is_chosen(entries, letters):
+    if own_server and is_chosen(entries, letters):
         letter, pairs = str(entries[0]["token"]), alternatives_of(entries[0])
     # A key of several characters may span several tokens.
     elif any(len(letter) > 1 for letter in letters):

@@ -278,7 +278,7 @@ def test_the_first_run_goes_the_whole_way(workshop: Workshop, first: Run) -> Non
     assert set(workshop.states(first).values()) == {"Completed"}
     assert {": gate", ": promote"} <= workshop.tasks(first).keys()
     assert first.counts["request"] == ROWS["train"]
-    assert f"{ROWS['train']} accepted, 0 rejected, {ROWS['train']} answers" in first.stages["label"]
+    assert f"{ROWS['train']} accepted, 0 rejected, {ROWS['train']} calls" in first.stages["label"]
     assert first.counts["serve"] == 1
     assert first.counts["step"] > STUDENT_STEPS
     downloaded = Path(first.log.partition("tiny-student version 1 verified in ")[2].splitlines()[0])
@@ -316,7 +316,7 @@ def test_one_more_row_costs_one_request_and_a_training(workshop: Workshop, first
     more = workshop.run(write_rows(workshop.folder / "one-more", train=1))
     rows = ROWS["train"] + 1
     assert f"{rows} train" in more.stages["prepare dataset"]
-    assert f"{rows} accepted, 0 rejected, 1 answers" in more.stages["label"]
+    assert f"{rows} accepted, 0 rejected, 1 calls" in more.stages["label"]
     # 101 rows are as many batches as 100.
     assert more.counts == {"serve": 1, "request": 1, "step": STUDENT_STEPS}
     ran = {task for task, state in workshop.states(more).items() if state == "Completed"}
@@ -537,7 +537,7 @@ def test_a_ladder_shows_its_rungs_and_hands_on_the_smallest_that_keeps_to_the_lo
     run = workshop.distil(values)
     states = workshop.states(run)
     assert (states[": gold labels"], states[": export ladder"]) == ("Completed", "Completed")
-    assert f"{ROWS['train']} accepted, 0 rejected, 0 answers" in run.out
+    assert f"{ROWS['train']} accepted, 0 rejected, 0 calls" in run.out
     assert re.search(r"export student +int4 gptq, [\d.]+ MB, picked of 3 forms", run.out)
     shown = {
         title: re.search(rf"(?m)^{title} .*\[.*$", run.out)
@@ -584,7 +584,7 @@ def test_labels_that_are_there_already_need_no_teacher(workshop: Workshop, first
     )
     values["teacher"] = {"kind": "file", "files": [str(file)]}
     imported = workshop.distil(values)
-    assert "40 accepted, 20 rejected, 0 answers" in imported.out
+    assert "40 accepted, 20 rejected, 0 calls" in imported.out
     assert workshop.states(imported)[": prepare dataset"] == "Cached"
     file.write_text(file.read_text().replace('"B"', '"A"'))
     changed = workshop.distil(values)

@@ -12,7 +12,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from contextvars import copy_context
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -292,11 +291,15 @@ def test_of_two_runs_at_once_one_waits_for_the_other(
     databases: Callable[[str], Database], endpoint: ChatEndpoint, tmp_path: Path
 ) -> None:
     databases("twins")
+    both_begin = threading.Barrier(2, timeout=60)
+
+    def run(processes: int) -> TeacherLabels:
+        both_begin.wait()
+        return labelled(tmp_path / f"rows-{processes}", 600, processes=processes)
+
     with ThreadPoolExecutor() as pool:
-        runs = [
-            pool.submit(copy_context().run, partial(labelled, tmp_path / name, 600, processes=2))
-            for name in ("one", "other")
-        ]
+        # By one process and by several: the lease is the same.
+        runs = [pool.submit(copy_context().run, run, processes) for processes in (1, 2)]
         one, other = (run.result() for run in runs)
     assert one.artifact.sha256 == other.artifact.sha256
     assert len(endpoint.calls) == 540
