@@ -70,7 +70,7 @@ class ScoredSlices:
 
 
 def in_parts(
-    stage: Task[P, R], models: Sequence[AskedModel], processes: int, deployment: str | None
+    task: Task[P, R], models: Sequence[AskedModel], processes: int, deployment: str | None
 ) -> Callable[P, R]:
     """Return what calls a stage that scores `models` on the rows `test`, both called with keywords;
     where the rows are many, runs of `deployment`, or so many processes of this machine, ask them
@@ -78,12 +78,12 @@ def in_parts(
 
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         several = deployment is not None or processes > 1
-        if several and (stage.refresh_cache or not is_cached(stage, **kwargs)):
+        if several and (task.refresh_cache or not is_cached(task, **kwargs)):
             asked = tuple(each.here() for each in models if is_for_several(each, deployment))
             test: Any = kwargs["test"]
             if asked:
                 score_in_processes(asked, test, processes, deployment)
-        return stage(*args, **kwargs)
+        return task(*args, **kwargs)
 
     return call
 

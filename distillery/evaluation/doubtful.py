@@ -33,9 +33,10 @@ FORMULA_STARTS = tuple("=+-@\t\r＝＋－＠")
 
 NO_BREAK_SPACE = "\u00a0"
 
-STANDARD_ERRORS = 2
-"""By how many standard errors the share of the labels that a predictor gives must be above that of
-the most frequent label: the doubts of one near chance are noise."""
+LEAST_KAPPA = 0.2
+"""The least agreement with the labels beyond chance (Cohen's kappa) of a predictor whose doubts
+count; below it, agreement is slight at best (Landis and Koch, The Measurement of Observer Agreement
+for Categorical Data, 1977)."""
 
 
 class Opinion(Record):
@@ -120,10 +121,11 @@ def doubtful_rows(
 
 def label_issues(examples: Sequence[Example], shares: Sequence[Probabilities]) -> list[int]:
     """Return the positions of the examples whose label the probabilities contradict; none where
-    they are near chance (STANDARD_ERRORS). Rows without a label or without probabilities
+    they hardly agree with the labels (LEAST_KAPPA). Rows without a label or without probabilities
     are passed over."""
     import numpy as np
     from cleanlab.filter import find_label_issues
+    from sklearn.metrics import cohen_kappa_score
 
     known = []
     for number, (example, share) in enumerate(zip(examples, shares, strict=True)):
@@ -138,9 +140,8 @@ def label_issues(examples: Sequence[Example], shares: Sequence[Probabilities]) -
         row = np.asarray(shares[number])
         labels[position] = examples[number].keys.index(str(examples[number].answer_key))
         matrix[position, : len(row)] = row / row.sum()
-    chance = np.bincount(labels).max() / len(labels)
-    margin = STANDARD_ERRORS * np.sqrt(chance * (1 - chance) / len(labels))
-    if (matrix.argmax(axis=1) == labels).mean() < min(1, chance + margin):
+    # Of a predictor that says the same of all rows, kappa is not defined.
+    if not cohen_kappa_score(labels, matrix.argmax(axis=1)) >= LEAST_KAPPA:
         return []
     issues = find_label_issues(labels, matrix, filter_by="confident_learning", n_jobs=1)
     return [number for number, issue in zip(known, issues, strict=True) if issue]

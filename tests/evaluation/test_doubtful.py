@@ -56,7 +56,7 @@ def test_a_predictor_near_chance_doubts_nothing() -> None:
     for number in range(14):
         shares[number] = sure(CLASSES[(number + 1) % 3], 0.9)
     assert len(doubtful_rows("gold", rows, {"probe": shares})) == 14
-    for number in range(14, 16):
+    for number in range(14, 20):
         shares[number] = sure(CLASSES[(number + 1) % 3], 0.9)
     assert doubtful_rows("gold", rows, {"probe": shares}) == []
 
@@ -67,6 +67,9 @@ def test_options_may_differ_in_number() -> None:
         options = ("yes", "no", "maybe")[: 2 + number % 2]
         rows.append(Example(example_id=str(number), question="?", choices=options, answer_key="A"))
         shares.append((0.9, 0.1, 0.0)[: len(options)])
+    for number in (2, 3):
+        rows[number] = rows[number].model_copy(update={"answer_key": "B"})
+        shares[number] = (0.1, 0.9, 0.0)[: len(rows[number].choices)]
     rows[1] = rows[1].model_copy(update={"answer_key": "C"})
     (found,) = doubtful_rows("test", rows, {"student": shares}, {"teacher": ["B"] * 20})
     assert (found.example.example_id, found.suggested) == ("1", "A")

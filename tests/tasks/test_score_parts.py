@@ -2,6 +2,7 @@
 the run."""
 
 from contextlib import AbstractContextManager, nullcontext
+from importlib.metadata import version
 from types import SimpleNamespace
 from typing import Any
 
@@ -146,8 +147,8 @@ def test_several_ask_where_the_run_says_so_and_what_several_can(
 
 def test_a_models_key_is_of_what_its_numbers_depend_on(monkeypatch: pytest.MonkeyPatch) -> None:
     exported, kept = EXPORTED.here(), FLOAT.here()
-    assert exported.machine == processor_name()
-    assert kept.machine == machine_name()
+    assert exported.machine == f"{processor_name()}, onnxruntime {version('onnxruntime')}"
+    assert kept.machine.startswith(f"{machine_name()}, torch {version('torch')}, transformers ")
     keys = {content_of(each) for each in (exported, kept)}
     assert {content_of(each.here()) for each in (exported, kept)} == keys
     for model in (exported, kept):
@@ -158,6 +159,9 @@ def test_a_models_key_is_of_what_its_numbers_depend_on(monkeypatch: pytest.Monke
         patch.setattr(torch.cuda, "is_available", lambda: True)
         assert content_of(kept.here()) not in keys
         assert content_of(exported.here()) in keys
+    with monkeypatch.context() as patch:
+        patch.setattr("tasks.scored_models.version", lambda _: "another")
+        assert not {content_of(each.here()) for each in (exported, kept)} & keys
     for name in ("processor_name", "machine_name"):
         monkeypatch.setattr(f"tasks.scored_models.{name}", lambda: "another")
     assert not {content_of(each.here()) for each in (exported, kept)} & keys
@@ -168,8 +172,8 @@ def test_a_worker_on_another_machine_asks_nothing_and_says_so() -> None:
     with pytest.raises(ModelError) as caught:
         Scoring(1).load(elsewhere, TEST)
     assert str(caught.value) == (
-        f"the run computes on Another Processor, and this machine is {processor_name()}: the last "
-        "bits of its numbers could be others"
+        f"this machine ({EXPORTED.machine_of()}) may compute other last bits than the run's "
+        "(Another Processor), which asks this model itself"
     )
 
 
