@@ -161,7 +161,7 @@ def main() -> None:
             json.dumps({key: value for key, value in results[-1].items() if key not in ARTIFACTS})
         )
         sys.stdout.flush()
-    models = [result["model"] for result in results if "failed" not in result]
+    models = [result["model"] for result in results if result.get("classes")]
     ratio = class_time_ratio(folder_of(models[0])) if models else float("nan")
     print(json.dumps(summary(results, ratio, (time.perf_counter() - started) / 60)))
 
