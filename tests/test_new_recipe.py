@@ -37,7 +37,7 @@ def run(*files: str, **options: Any) -> str:
 def checked(file: str) -> Recipe:
     """The recipe, whose rows `distillery check` finds to be all right."""
     recipe = load_recipe(file)
-    assert [finding.level for finding in check_data(recipe)] == ["ok"]
+    assert "FAIL" not in {finding.level for finding in check_data(recipe)}
     return recipe
 
 

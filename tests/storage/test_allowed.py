@@ -305,6 +305,7 @@ def test_a_worker_writes_answers_into_a_new_folder_and_again(worker: Path) -> No
     output = Output("answers", "output")
     assert output.shown == str(worker / "answers")
     output.try_writing()
+    (worker / "answers").mkdir()
     for left in ("predictions.jsonl", ".writing-failed.jsonl"):
         (worker / "answers" / left).write_text("")
     Output("answers", "output").try_writing()
