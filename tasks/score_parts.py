@@ -45,15 +45,16 @@ def slices_of_part(
 
 
 class ScoredSlices:
-    """What children have done: slices of a part are found in their order. `known`: those that were
-    known before. `rows`: of the slices that children have asked since."""
+    """What children have done: slices of a part are found in their order. `known`: the models'
+    content_id and the numbers of those that were known before. `rows`: of the slices that children
+    have asked since."""
 
-    def __init__(self, job: ScoreJob, known: Collection[tuple[AskedModel, int]] = ()) -> None:
+    def __init__(self, job: ScoreJob, known: Collection[tuple[str, int]] = ()) -> None:
         self._job, self._known = job, KnownSlices()
         self._missing: dict[tuple[int, str], deque[int]] = {}
         for part in range(job.parts):
             for model, number in slices_of_part(job.models, job.test.rows, part, job.parts):
-                if (model, number) not in known:
+                if (model.content_id, number) not in known:
                     self._missing.setdefault((part, model.content_id), deque()).append(number)
         self.rows = 0
 
@@ -116,10 +117,11 @@ def score_in_processes(
         working_folder("children") as folder,
     ):
         runs, most = runs_of(deployment, processes, "evaluation_deployment")
-        stored, known, left = KnownSlices(), [], 0
+        stored, left = KnownSlices(), 0
+        known: set[tuple[str, int]] = set()
         for model, number in slices_of_part(models, test.rows, 0, 1):
             if stored.find(model, test, number):
-                known.append((model, number))
+                known.add((model.content_id, number))
             else:
                 left += len(slice_of(number, test.rows))
         parts = count_of_parts(left, most)

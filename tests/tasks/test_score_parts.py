@@ -10,7 +10,7 @@ import pytest
 import torch
 from prefect import flow
 
-from distillery.errors import DataError, ModelError
+from distillery.errors import DataError, ModelError, RecipeError
 from distillery.evaluation import slices as domain
 from distillery.machine import machine_name, processor_name
 from distillery.recipe import BaseModelRecipe, PromptRecipe, Recipe
@@ -73,20 +73,31 @@ def test_slices_are_found_up_to_the_first_that_is_missing(monkeypatch: pytest.Mo
     assert (found.made(Group(1, 1)), looked) == (3 * 10, [5, 2])
 
 
-def test_a_model_that_cannot_be_asked_here_keeps_no_other_from_being_asked(
+def test_slices_that_were_known_before_count_as_nobodys_work(
     monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    known = SimpleNamespace(find=lambda *_: ScoredSlice(artifact=artifact(9), rows=10))
+    monkeypatch.setattr(module, "KnownSlices", lambda: known)
+    job = ScoreJob(models=(EXPORTED,), test=TEST, parts=1)
+    before = {(EXPORTED.content_id, number) for number in (1, 4, 5)}
+    assert ScoredSlices(job, before).made(Group(0, 1)) == 2 * 10
+
+
+@pytest.mark.parametrize("kind", [ModelError, RecipeError])
+def test_a_model_that_cannot_be_asked_here_keeps_no_other_from_being_asked(
+    kind: type[Exception], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = []
 
     def ask(model: AskedModel, _test: Rows, number: int, _slice_rows: int) -> ScoredSlice:
         asked.append((model, number))
         if model is FLOAT:
-            raise ModelError("this machine has other cores")
+            raise kind("this machine has other cores")
         return ScoredSlice(artifact=artifact(9), rows=10)
 
     monkeypatch.setattr(module, "score_slice", ask)
     job = ScoreJob(models=(FLOAT, EXPORTED), test=TEST, parts=1)
-    with pytest.raises(ModelError, match="other cores"):
+    with pytest.raises(kind, match="other cores"):
         module.score_part(job, 0)
     assert asked == [(FLOAT, 1), *((EXPORTED, number) for number in range(1, 6))]
     asked.clear()
