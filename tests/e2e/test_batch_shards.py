@@ -30,9 +30,12 @@ def test_nothing_is_lost_and_nothing_answered_twice(sharded: ShardedRows, tmp_pa
     workshop = sharded.workshop
     rows = write_rows(tmp_path / "rows.jsonl", ROWS)
     out = tmp_path / "answers"
-    with workshop.slower(row=0.3):
+    with workshop.slower(row=0.5):
         run = sharded.start_run(rows, out, shard_rows=SHARD_ROWS, child_runs=3)
-        workshop.until(run, "the parent on the first worker", lambda: sharded.runs_of("cpu-0"))
+        # The parent and a child, before the second worker may take all children.
+        workshop.until(
+            run, "a child on the first worker", lambda: len(sharded.runs_of("cpu-0")) == 2
+        )
         workshop.start_worker("cpu-pool", "cpu-1")
         sharded.kill(sharded.child_at_work(run, 1, "cpu-0"))
         sharded.child_at_work(run, 1, "cpu-1")
