@@ -2,14 +2,11 @@
 nothing lost when a process is killed."""
 
 import logging
-import os
-import subprocess
-import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack
 from contextvars import copy_context
 from dataclasses import replace
 from pathlib import Path
@@ -18,10 +15,11 @@ from typing import Any
 import psutil
 import pytest
 from chat_endpoint import Call, ChatEndpoint, Reply, good
+from child_runs import children_that, one_killed, served
 from label_runs import KEY, PROMPT, example
 from postgres_server import Postgres
 from prefect import flow
-from prefect_api import OwnPrefect, wait_for
+from prefect_api import OwnPrefect
 from sqlalchemy import select
 
 from distillery.data.examples import write_examples
@@ -43,7 +41,6 @@ pytestmark = [
     pytest.mark.usefixtures("prefect_api"),
 ]
 
-PROJECT = Path(__file__).resolve().parents[2]
 
 CONCURRENCY = 8
 
@@ -82,25 +79,6 @@ def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[ChatEndpoint]:
         monkeypatch.setenv("TEACHER_MODEL_ENDPOINT", server.url)
         monkeypatch.setenv("TEACHER_MODEL_KEY", KEY)
         yield server
-
-
-SERVES = "from flows.label_parts import label_parts; label_parts.serve(name='cpu')"
-
-
-@contextmanager
-def served(api: OwnPrefect) -> Iterator[str]:
-    """Have a process of its own take the runs of the deployment whose name is yielded."""
-    environment = os.environ | {"PREFECT_API_URL": api.url, "PREFECT_RUNNER_POLL_FREQUENCY": "1"}
-    process = subprocess.Popen([sys.executable, "-c", SERVES], cwd=PROJECT, env=environment)
-    try:
-        name = "label-parts/cpu"
-        wait_for("the deployment", lambda: api.api.get(f"/deployments/name/{name}").is_success)
-        yield name
-    finally:
-        started = psutil.Process(process.pid)
-        for each in [*started.children(recursive=True), started]:
-            each.kill()
-        process.wait()
 
 
 def stored_rows(folder: Path, count: int) -> Rows:
@@ -149,17 +127,11 @@ def answers_in(database: Database) -> Counter[str]:
 
 def children(server: ChatEndpoint) -> list[psutil.Process]:
     """The processes that ask the endpoint for this one."""
-    found = []
-    for process in psutil.Process().children(recursive=True):
-        try:
-            asks = any(
-                each.raddr and each.raddr.port == server.port for each in process.net_connections()
-            )
-            if asks:
-                found.append(process)
-        except psutil.Error:
-            continue
-    return found
+    return children_that(
+        lambda each: any(
+            link.raddr and link.raddr.port == server.port for link in each.net_connections()
+        )
+    )
 
 
 def test_two_processes_write_the_files_of_one_and_ask_each_row_once(
@@ -217,26 +189,9 @@ def test_a_runs_budget_holds_across_its_processes(
     assert (labels.accepted, len(endpoint.calls)) == (600, 540)
 
 
-@contextmanager
-def one_killed(server: ChatEndpoint) -> Iterator[list[int]]:
-    """Kill one of the processes that ask, once there are some answers; yield its id in a list."""
-    killed: list[int] = []
-    ended = threading.Event()
-
-    def kill() -> None:
-        while not killed and not ended.wait(0.01):
-            if len(server.answered) >= 100:
-                for process in children(server)[:1]:
-                    process.kill()
-                    killed.append(process.pid)
-
-    killer = threading.Thread(target=kill)
-    killer.start()
-    try:
-        yield killed
-    finally:
-        ended.set()
-        killer.join()
+def one_that_asks_killed(server: ChatEndpoint) -> AbstractContextManager[list[int]]:
+    """Kill one of the processes that ask, once there are some answers; see `one_killed`."""
+    return one_killed(lambda: len(server.answered) >= 100, lambda: children(server))
 
 
 def check_nothing_is_twice(
@@ -260,7 +215,7 @@ def test_what_a_killed_process_leaves_is_asked_by_another_and_nothing_twice(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     database = databases("killed")
-    with one_killed(endpoint) as killed:
+    with one_that_asks_killed(endpoint) as killed:
         labels = labelled(tmp_path / "rows", 900, processes=2)
     assert killed
     assert "a child run left 1 undone (its process was killed" in caplog.text
@@ -279,7 +234,10 @@ def test_runs_of_a_deployment_do_the_same(
 ) -> None:
     caplog.set_level(logging.INFO)
     database = databases("served")
-    with served(prefect_server) as deployment, one_killed(endpoint) as killed:
+    with (
+        served(prefect_server, "label_parts") as deployment,
+        one_that_asks_killed(endpoint) as killed,
+    ):
         labels = labelled(tmp_path / "rows", 900, deployment, processes=2)
     assert killed
     assert "a child run left 1 undone" in caplog.text

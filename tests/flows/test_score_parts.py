@@ -3,19 +3,16 @@
 import logging
 import os
 import shutil
-import subprocess
-import sys
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import psutil
 import pytest
 import registered_student
+from child_runs import children_that, one_killed, served
 from prefect import flow
-from prefect_api import OwnPrefect, wait_for
+from prefect_api import OwnPrefect
 
 from distillery.data.examples import write_examples
 from distillery.evaluation import slices
@@ -41,14 +38,11 @@ pytestmark = [
     pytest.mark.usefixtures("prefect_api"),
 ]
 
-PROJECT = Path(__file__).resolve().parents[2]
 
 ROWS, BEHIND = 2300, 2300 - slices.SLICE_ROWS
 """Three slices, and the rows of the two that children ask."""
 
 PROMPT = PromptRecipe(system="", user="{question}\n{choices}", max_tokens=128)
-
-SERVES = "from flows.score_rows import score_rows; score_rows.serve(name='cpu')"
 
 
 def example(number: int) -> Example:
@@ -148,63 +142,13 @@ def numbers(report: EvaluationReport) -> tuple[str, bytes, list[dict[str, object
 
 def scorers() -> list[psutil.Process]:
     """The children that ask models for this process."""
-    found = []
-    for process in psutil.Process().children(recursive=True):
-        try:
-            if any("score_rows" in part for part in process.cmdline()):
-                found.append(process)
-        except psutil.Error:
-            continue
-    return found
+    return children_that(lambda each: any("score_rows" in part for part in each.cmdline()))
 
 
 def slices_kept() -> int:
     """How many slices are cached."""
     results = Path(os.environ["DISTILLERY_HOME"]) / "store" / "results"
     return len(list(results.glob("score-slice-*")))
-
-
-@contextmanager
-def one_killed() -> Iterator[list[int]]:
-    """Kill one of the processes that ask, once there is a slice; yield its id in a list."""
-    killed: list[int] = []
-    ended = threading.Event()
-
-    def kill() -> None:
-        while not killed and not ended.wait(0.01):
-            if slices_kept():
-                for process in scorers()[:1]:
-                    process.kill()
-                    killed.append(process.pid)
-
-    killer = threading.Thread(target=kill)
-    killer.start()
-    try:
-        yield killed
-    finally:
-        ended.set()
-        killer.join()
-
-
-@contextmanager
-def served(api: OwnPrefect) -> Iterator[str]:
-    """Have a process of its own take the runs of the deployment whose name is yielded."""
-    environment = os.environ | {
-        "PREFECT_API_URL": api.url,
-        "PREFECT_RUNNER_POLL_FREQUENCY": "1",
-        # As from a pool's template.
-        "PREFECT_RESULTS_DEFAULT_STORAGE_BLOCK": BLOCK,
-    }
-    process = subprocess.Popen([sys.executable, "-c", SERVES], cwd=PROJECT, env=environment)
-    try:
-        name = "score-rows/cpu"
-        wait_for("the deployment", lambda: api.api.get(f"/deployments/name/{name}").is_success)
-        yield name
-    finally:
-        started = psutil.Process(process.pid)
-        for each in [*started.children(recursive=True), started]:
-            each.kill()
-        process.wait()
 
 
 @pytest.fixture
@@ -221,7 +165,7 @@ def test_three_processes_find_the_numbers_of_one_though_one_is_killed(
     A second run finds all slices."""
     caplog.set_level(logging.INFO)
     assert slices_kept() == 0
-    with one_killed() as killed:
+    with one_killed(lambda: slices_kept() > 0, scorers) as killed:
         assert numbers(evaluated(made, processes=3)) == one
     assert killed
     assert "a child run left 1 undone (its process was killed" in caplog.text
@@ -239,7 +183,9 @@ def test_runs_of_a_deployment_do_the_same_with_all_models(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level(logging.INFO)
-    with served(prefect_server) as deployment:
+    # The block as from a pool's template.
+    block = {"PREFECT_RESULTS_DEFAULT_STORAGE_BLOCK": BLOCK}
+    with served(prefect_server, "score_rows", **block) as deployment:
         assert numbers(evaluated(made, processes=2, deployment=deployment)) == one
     assert f"{3 * BEHIND:,} of {3 * BEHIND:,} rows asked, in 2 parts" in caplog.text
     assert slices_kept() == 3 * 2
