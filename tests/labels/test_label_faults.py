@@ -1217,7 +1217,7 @@ from distillery.teacher.reply import Completion
 from distillery.teacher.endpoint import Endpoint
 database, out, rows = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
 class Stub:
-    async def ask(self, messages, letters, schema, key=""):
+    async def ask(self, messages, names, schema, *, by_text=False, key=""):
         await asyncio.sleep(0)
         return Completion("B", "stop", usage=Usage(prompt_tokens=100, completion_tokens=1))
 def examples():
