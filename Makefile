@@ -117,7 +117,7 @@ bench-distil-full: $(INSTALLED) ## the same over four pools, three depths and fi
 bench-inference: $(INSTALLED) $(PEERS) ## how fast a CPU answers, beside llama.cpp, Transformers and OpenVINO; needs a C++ compiler
 	@$(BIN)/python -m benchmarks.inference
 
-bench-scale: $(INSTALLED) | $(PREFECT_HOME) ## what batch inference in shards costs, whether kills change its answers, and how memory grows with the rows
+bench-scale: $(INSTALLED) | $(PREFECT_HOME) ## what batch inference in shards costs, whether kills change its answers, and how memory grows with the rows; needs PostgreSQL
 	@$(BIN)/python -m benchmarks.scale
 
 bench-serving: $(INSTALLED) ## how much load the server holds, beside llama.cpp's: 1 to 32 users, and a soak of ten minutes

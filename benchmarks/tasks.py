@@ -39,9 +39,7 @@ from benchmarks.task_runs import WORK, folder_of, run_in_a_process
 
 
 def choice_recipe(folder: Path) -> dict[str, Any]:
-    """Return the recipe of CommonsenseQA, whose rows have options of their own: teacher and student
-    answer by the likelihood of the options' texts. A recipe of such rows has no defaults of its
-    own, so that it names the training too: that of benchmarks/commonsense_qa.py."""
+    """Return the recipe of CommonsenseQA, whose rows have options of their own."""
     source = data_folder() / "commonsense_qa" / "train.jsonl"
     lines = source.read_text(encoding="utf-8").splitlines()
     folder.mkdir(parents=True, exist_ok=True)
@@ -54,20 +52,11 @@ def choice_recipe(folder: Path) -> dict[str, Any]:
     }.items():
         files[split] = [str(folder / f"{split}.jsonl")]
         (folder / f"{split}.jsonl").write_text("\n".join(lines[start:end]) + "\n")
-    training = {"method": "lora", "epochs": 3, "learning_rate": 3e-4}
-    exported = {"precision": "int8", "algorithm": "dynamic"}
     return {
         "name": "commonsense-qa",
-        "dataset": {"source": "files", "files": files, "splits": {name: name for name in files}},
-        "prompt": {"system": "Answer in a word or two.", "user": "{question}", "answer": "text"},
-        "teacher": {
-            "kind": "local",
-            "soft_labels": True,
-            "preparation": {"training": training, "export": exported},
-        },
-        "student": {"gold": True, "training": {**training, "soft_weight": 1.0}},
-        "export": exported,
-        "evaluation": {"rules": None},
+        "task": {"kind": "choice"},
+        "dataset": {"source": "files", "files": files},
+        "teacher": {"kind": "local"},
         "registry": {"kind": "local", "model_name": "commonsense-qa"},
     }
 

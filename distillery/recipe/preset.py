@@ -68,6 +68,45 @@ def classify_values(values: dict[str, Any]) -> dict[str, Any]:
     return both
 
 
+def choice_values(values: dict[str, Any]) -> dict[str, Any]:
+    """Return what a recipe `values` that says task.kind: choice and nothing of a preset starts from:
+    presets/choose.yaml, with the part for its kind of teacher. An endpoint answers by letter, a
+    local teacher by text unless the recipe's own prompt is one for letters, and the student of
+    either as a local teacher does."""
+    shipped = preset_values("choose")
+    teacher, prompt = values.get("teacher"), values.get("prompt")
+    parts = ("training", "by text", "own teacher", "validated")
+    training, by_text, own, validated = (shipped.pop(name) for name in parts)
+    both: dict[str, Any] = {**shipped, "student": {"training": training}}
+    both["dataset"]["splits"] |= {role: role for role in roles_of_files(values)}
+    if isinstance(teacher, dict) and teacher.get("kind") == "local":
+        both["teacher"] = own["teacher"]
+        both["teacher"]["preparation"]["training"] = training
+        if not is_for_letters(prompt):
+            both |= by_text
+        if teacher.get("soft_labels") is not False:
+            both["student"]["training"] = {**training, **own["training"]}
+    else:
+        both["student"] |= by_text
+        if names(values, "dataset", "fields") and names(values, "prompt", "user"):
+            # It shows further columns.
+            by_text["prompt"]["user"] = prompt["user"]
+    if names_rows(values, "gold"):
+        both["student"]["gold"] = True
+    if names_rows(values, "validation"):
+        both["export"] = ladder_unless_chosen(both["export"], validated["export"], values)
+    return both
+
+
+def is_for_letters(prompt: Any) -> bool:
+    """Return whether the mapping `prompt` is for answers by letter: it says so, or shows the
+    options and says nothing else."""
+    if not isinstance(prompt, dict):
+        return False
+    shows = "{choices}" in str(prompt.get("user", ""))
+    return prompt.get("answer", "letter" if shows else "text") == "letter"
+
+
 def ladder_unless_chosen(
     form: dict[str, Any], ladder: dict[str, Any], values: dict[str, Any]
 ) -> dict[str, Any]:

@@ -14,7 +14,14 @@ from distillery.recipe.base_model import BaseModelRecipe
 from distillery.recipe.dataset import DatasetRecipe
 from distillery.recipe.evaluation import EvaluationRecipe
 from distillery.recipe.export import ExportForm, ExportRecipe
-from distillery.recipe.preset import PRESETS, classify_values, merge, preset_for, written_values
+from distillery.recipe.preset import (
+    PRESETS,
+    choice_values,
+    classify_values,
+    merge,
+    preset_for,
+    written_values,
+)
 from distillery.recipe.prompt import PromptRecipe
 from distillery.recipe.registry import RegistryRecipe
 from distillery.recipe.rules import BetterRule, GateRule
@@ -87,6 +94,8 @@ class Recipe(Slice):
     def start_from_preset(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
+        # A whole recipe, such as a manifest's, says that it has none.
+        says_preset = "preset" in values
         if values.get("preset") in PRESETS:
             shipped = preset_for(values["preset"], values)
             values = {**merge(shipped, values, cls), "preset": None}
@@ -94,6 +103,8 @@ class Recipe(Slice):
         kind = task.get("kind") if isinstance(task, dict) else None
         if kind == "classify":
             values = merge(classify_values(values), values, cls)
+        if kind == "choice" and not says_preset:
+            values = merge(choice_values(values), values, cls)
         if kind in ("extract", "generate"):
             values = merge(written_values(values), values, cls)
         return values

@@ -59,6 +59,10 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 # The recipe
 
 
+KINDS = {"choose": "choice", "classify": "classify", "write": "extract, generate"}
+"""By name of a file of settings, the kinds of task that start from it."""
+
+
 def recipe_page() -> str:
     """Return the page with every key of a recipe and of a search space: type, default, meaning."""
     from distillery.recipe import Recipe, SearchRecipe
@@ -79,10 +83,20 @@ def recipe_page() -> str:
         "(../how-to/students.md#search-for-settings))."
     )
     parts += [text(SearchRecipe), table(SearchRecipe, "", models_of(SearchRecipe))]
+    folder = PROJECT / "distillery" / "recipe" / "presets"
+
+    def shown(title: str, name: str) -> str:
+        return f"`{title}`\n\n```yaml\n{(folder / f'{name}.yaml').read_text()}```"
+
     parts.append("## The presets { #presets }")
-    for name in PRESETS:
-        file = PROJECT / "distillery" / "recipe" / "presets" / f"{name}.yaml"
-        parts.append(f"`preset: {name}`\n\n```yaml\n{file.read_text()}```")
+    parts += [shown(f"preset: {name}", name) for name in PRESETS]
+    parts.append("## What a kind of task starts from { #kinds }")
+    parts.append(
+        "A recipe that says its `task.kind` starts from these settings, of which each gives way to "
+        "a line of its own. For `kind: choice`, a key `preset` turns them off: with a preset that "
+        "one's settings hold, with `preset: null` the defaults of this page."
+    )
+    parts += [shown(f"task.kind: {kinds}", name) for name, kinds in KINDS.items()]
     return "\n\n".join(parts) + "\n"
 
 

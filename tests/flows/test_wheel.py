@@ -42,6 +42,7 @@ def test_the_wheel_holds_distillery_alone(wheel: list[zipfile.ZipInfo]) -> None:
     assert {
         "distillery/recipe/presets/demo.yaml",
         "distillery/recipe/presets/classify.yaml",
+        "distillery/recipe/presets/choose.yaml",
         "distillery/data/sample/gold.jsonl",
         "distillery/py.typed",
     } <= names

@@ -612,6 +612,62 @@ def test_a_local_teachers_defaults_give_way_to_what_the_student_is() -> None:
     assert (hard.soft_weight, hard.second_opinion) == (0, "none")
 
 
+def rows_with_options(**more: Any) -> Recipe:
+    values: dict[str, Any] = {"task": {"kind": "choice"}, "dataset": own_rows()}
+    return parse_recipe({**values, **more}, "mine.yaml")
+
+
+LOCAL = {"kind": "local"}
+
+
+def test_rows_with_options_are_answered_by_text_by_default() -> None:
+    local = rows_with_options(teacher=LOCAL)
+    by_text = PromptRecipe(system="Answer in a word or two.", user="{question}", answer="text")
+    assert local.prompt == local.student_prompt == by_text
+    assert local.teacher.soft_labels
+    trained = local.teacher.preparation.training
+    assert (trained.epochs, trained.minimum_steps) == (3, 60)
+    assert local.student.training == trained.model_copy(update={"soft_weight": 1.0})
+    assert local.student.gold
+    assert [form.title for form in local.export.ladder] == ["int8 dynamic/32", "fp32"]
+    hard = rows_with_options(teacher={**LOCAL, "soft_labels": False})
+    assert hard.student.training.soft_weight == 0
+
+    endpoint = rows_with_options()
+    assert endpoint.prompt == PromptRecipe()
+    assert endpoint.student_prompt == by_text
+    assert endpoint.student.training == trained
+
+
+def test_what_a_recipe_of_rows_with_options_says_takes_the_place_of_its_defaults() -> None:
+    letters = {"user": "{question}\n{choices}"}
+    assert rows_with_options(teacher=LOCAL, prompt=letters).student_prompt.answer == "letter"
+    chosen = rows_with_options(teacher=LOCAL, prompt={**letters, "answer": "text"}).prompt
+    assert (chosen.user, chosen.answer) == (letters["user"], "text")
+    assert rows_with_options(teacher=LOCAL, prompt={"system": "Judge."}).prompt.answer == "text"
+    lettered = rows_with_options(teacher=LOCAL, prompt={"answer": "letter"}).prompt
+    assert lettered == PromptRecipe()
+    own = rows_with_options(prompt=letters, dataset={**own_rows(), "fields": ["place"]})
+    assert (own.prompt.user, own.prompt.answer) == (letters["user"], "letter")
+    assert own.student_prompt.user == letters["user"]
+    unvalidated = {**own_rows(), "carve": {"test": 0.3}}
+    dynamic = ExportRecipe(precision="int8", algorithm="dynamic")
+    assert rows_with_options(dataset=unvalidated).export == dynamic
+    assert not rows_with_options(dataset=unvalidated).student.gold
+    assert rows_with_options(export={"precision": "fp32"}).export.ladder == ()
+
+
+@pytest.mark.parametrize("preset", [None, "demo", "lab"])
+def test_rows_with_options_have_no_defaults_beside_a_preset(preset: str | None) -> None:
+    """A recipe in a manifest says that it has none."""
+    said = rows_with_options(preset=preset, teacher=LOCAL)
+    silent = parse_recipe({"preset": preset, "dataset": own_rows(), "teacher": LOCAL}, "mine.yaml")
+    assert said == silent
+    assert Recipe.model_validate(said.model_dump(mode="json")) == said
+    whole = rows_with_options(teacher=LOCAL)
+    assert Recipe.model_validate(whole.model_dump(mode="json")) == whole
+
+
 def test_abstaining_is_in_no_cache_key_unless_it_is_set() -> None:
     later = {"abstain", "other", "answer_schema", "metric", "max_tokens"}
     assert TaskRecipe.added_later == later

@@ -51,9 +51,10 @@ def write_rows(path: Path, count: int, seed: str = "new") -> Path:
 
 
 class ShardedRows:
-    """A Workshop whose workers answer shards. `folder` holds all that it makes."""
+    """A Workshop whose workers answer shards. `folder` holds all that it makes, and `server` is the
+    server's own environment."""
 
-    def __init__(self, folder: Path, model: Path) -> None:
+    def __init__(self, folder: Path, model: Path, server: Mapping[str, str] | None = None) -> None:
         self.folder, self.common = folder, folder / "shared"
         self.common.mkdir(parents=True)
         self.shared = {
@@ -63,7 +64,7 @@ class ShardedRows:
         }
         self.registered = folder / "registered"
         register(model, self.registered, self.shared)
-        self.workshop = Workshop(folder / "workshop", self.shared)
+        self.workshop = Workshop(folder / "workshop", self.shared, server)
         # What a killed process had is free again soon.
         self.workshop.environment["LEASE_SECONDS"] = "10"
 
