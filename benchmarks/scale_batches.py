@@ -1,9 +1,9 @@
 """Batch inference in shards: `python -m benchmarks.scale_batches [--stub-rows N]`.
 
 A tiny random model answers rows of one easy rule, in processes of this machine and on a Prefect
-server with eight workers of the CPU pool, each of which has one run at a time. The server's database
-is a PostgreSQL that is started for it: on SQLite, it answered nothing for minutes after a quarter of
-an hour of this. The last line is JSON:
+server with eight workers of the CPU pool, each of which has one run at a time. The server has a
+PostgreSQL that is started for it: on SQLite, it stopped answering for minutes. The last line is
+JSON:
 
 shard_overhead    seconds that a shard takes beside its rows: stage, cache, lease, store, gathering
 stub_overhead     with a stub that takes 20 ms for a row: the run's time on eight workers, from its
@@ -44,8 +44,8 @@ __all__ = ["STUDENT", "batches", "exported", "register", "rounded"]
 WORKERS = 8
 ROW_S = 0.02
 ROWS, SHARD_ROWS, SMALL_SHARD_ROWS = 4_096, 512, 32
-STUB_ROWS, STUB_SHARD_ROWS = 131_072, 2_048
-"""44 minutes of rows, five and a half for eight workers."""
+STUB_ROWS, STUB_SHARD_ROWS = 1_000_000, 2_048
+"""Five and a half hours of rows, 42 minutes for eight workers."""
 KILLED_ROWS, KILLED_SHARD_ROWS = 512, 16
 
 
@@ -92,7 +92,7 @@ def by_processes(sharded: ShardedRows, folder: Path) -> dict[str, Any]:
 def with_stub(sharded: ShardedRows, folder: Path, count: int) -> dict[str, Any]:
     """Answer rows that take ROW_S each on the workers. Return the run's overhead."""
     rows = write_rows(folder / "stub.jsonl", count, "stub")
-    with sharded.workshop.slower(row=ROW_S):
+    with sharded.workshop.slower(stub=ROW_S):
         run = sharded.start_run(
             rows, folder / "stub", shard_rows=STUB_SHARD_ROWS, child_runs=2 * WORKERS
         )

@@ -15,6 +15,7 @@ from distillery.recipe import PromptRecipe, TeacherRecipe
 from distillery.records import Rows
 from tasks.children import do_job
 from tasks.label_parts import LabelJob, ask_part
+from tasks.locks import Lease
 from tasks.parent import ParentEnded, parent_watched
 from tasks.stage import RESULT, begin
 
@@ -28,6 +29,7 @@ def label_parts(
     recipe: str,
     identities: tuple[str, ...],
     database: str,
+    lease: Lease,
     parts: PositiveInt,
     first: NonNegativeInt = 0,
     count: PositiveInt = 1,
@@ -43,6 +45,7 @@ def label_parts(
         recipe: The name of its recipe.
         identities: The teacher's identity, and that of its cheap one, as the run knows them.
         database: The id of the run's label database.
+        lease: The run's lease on asking about these rows.
         parts: How many parts there are.
         first: The first part, from 0.
         count: How many parts.
@@ -56,6 +59,7 @@ def label_parts(
         recipe=recipe,
         identities=identities,
         database=database,
+        lease=lease,
         parts=parts,
     )
     try:

@@ -60,7 +60,7 @@ RUNS_PER_WORKER = 2
 MOST_RUNS = 100
 """Runs at work or waiting at once, at most: Prefect's queues stall with some 200."""
 
-LARGEST_GROUP = 8
+LARGEST_GROUP = 32
 """Shards of a student's rows that a child answers, at most."""
 
 TRIES = 3

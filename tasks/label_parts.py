@@ -20,6 +20,7 @@ from distillery.teacher.identity import identity_of_cheap, teacher_identity
 from distillery.teacher.ledger import Payer, spent
 from tasks.children import LocalProcesses, PartsJob, PartsWork, runs_of, work_by
 from tasks.labels import at_once_by_one, labelling_of, payer_of_run, purpose_of, rows_to_ask
+from tasks.locks import Lease, parents_lease
 from tasks.parent import check_parent
 from tasks.progress import conclude, progress_of, show_rows
 from tasks.stage import uncached
@@ -29,7 +30,7 @@ class LabelJob(PartsJob):
     """What a child does: have `teacher` asked about some of `parts` parts of `rows`, on behalf of
     the flow run `run` of the recipe named `recipe`. `identities` are those of the teacher and of
     its cheap one, if it has one, and `database` that of the label database, as the run knows them:
-    a child that knows others asks nothing."""
+    a child that knows others asks nothing. `lease` is the run's, on asking about these rows."""
 
     rows: Rows
     prompt: PromptRecipe
@@ -38,6 +39,7 @@ class LabelJob(PartsJob):
     recipe: str
     identities: tuple[str, ...]
     database: str
+    lease: Lease
 
     @property
     def parameters(self) -> dict[str, Any]:
@@ -79,7 +81,7 @@ def ask_in_processes(
     cheap = identity_of_cheap(teacher)
     identities = tuple(name for name in (identity, cheap) if name)
     with (
-        at_once_by_one(rows, prompt, teacher, identity),
+        at_once_by_one(rows, prompt, teacher, identity) as lease,
         progress_of("ask in processes") as progress,
         LabelStore(max_age=teacher.max_age) as answers,
         working_folder("children") as folder,
@@ -102,6 +104,7 @@ def ask_in_processes(
             recipe=payer.recipe,
             identities=identities,
             database=answers.database.identity,
+            lease=lease,
             parts=parts,
         )
         work = PartsWork(job, calls, "calls", lambda _group: made() - before)
@@ -129,9 +132,11 @@ def ask_part(job: LabelJob, part: int) -> int:
 
     def tell(done: int, of: int) -> None:
         check_parent()
+        check_lease()
         show_rows(done, of)
 
     with (
+        parents_lease(job.lease) as check_lease,
         progress_of("ask a part"),
         working_folder("labels") as folder,
         LabelStore(max_age=teacher.max_age) as answers,

@@ -43,7 +43,7 @@ from distillery.storage.working import working_folder
 from distillery.teacher.endpoint import Endpoint, resolve_endpoint
 from distillery.teacher.identity import identity_of_cheap
 from distillery.teacher.ledger import Payer, Purpose
-from tasks.locks import leased
+from tasks.locks import Lease, leased
 from tasks.progress import conclude, show_rows
 from tasks.stage import RESULT, Stage, content_of, is_cached, origin, stage
 
@@ -122,15 +122,12 @@ def label(
 @contextmanager
 def at_once_by_one(
     rows: Rows, prompt: PromptRecipe, teacher: TeacherRecipe, identity: str
-) -> Iterator[None]:
-    """Hold the lease on asking an endpoint, `identity`, about these rows: of two runs, one in one
+) -> Iterator[Lease]:
+    """Hold the lease on asking a teacher, `identity`, about these rows: of two runs, one in one
     process and one in several (label_parts.py), one waits for the other's answers."""
-    if teacher.kind != "endpoint":
-        yield
-        return
     asked = [rows.content_id, content_of(prompt), identity, identity_of_cheap(teacher)]
-    with leased(f"ask-{digest_of(asked)}"):
-        yield
+    with leased(f"ask-{digest_of(asked)}") as lease:
+        yield lease
 
 
 def labelling_of(

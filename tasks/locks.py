@@ -12,10 +12,11 @@ from functools import cache
 
 from prefect import get_run_logger
 from prefect.runtime import flow_run, task_run
+from pydantic import BaseModel
 
 from distillery.settings import LocalSettings
 from distillery.storage.leases import Leases
-from tasks.parent import check_parent
+from tasks.parent import ParentEnded, check_parent
 
 _held: dict[tuple[str, str], str] = {}
 """The holder of a key, by the key and the task run that took it."""
@@ -79,15 +80,40 @@ class StageLocks:
         return await asyncio.to_thread(self.wait_for_lock, key, timeout)
 
 
+class Lease(BaseModel):
+    """A lease that a run has taken on `key`, as `holder`."""
+
+    key: str
+    holder: str
+
+
 @contextmanager
-def leased(key: str) -> Iterator[None]:
+def leased(key: str) -> Iterator[Lease]:
     """Hold the lease on `key`, once no other run has it: for work that is no stage."""
     holder, run = uuid.uuid4().hex, str(flow_run.name or "a run without a name")
     _leases().acquire(key, holder, run=run, waiting=_waiting())
     try:
-        yield
+        yield Lease(key=key, holder=holder)
     finally:
         _leases().release(key, holder)
+
+
+@contextmanager
+def parents_lease(lease: Lease) -> Iterator[Callable[[], None]]:
+    """Hold the lease of the run that waits for this one along with it: if that run is killed,
+    another one that comes to the same work waits for what this one still does. Yield what raises
+    ParentEnded once the lease is given back."""
+    with _leases().shared(lease.key, lease.holder) as is_lost:
+
+        def check() -> None:
+            if is_lost():
+                raise ParentEnded(
+                    "the run that asked for this work has ended; a new run goes on from what is "
+                    "kept"
+                )
+
+        check()
+        yield check
 
 
 def _leases() -> Leases:

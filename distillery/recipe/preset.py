@@ -69,12 +69,13 @@ def classify_values(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def choice_values(values: dict[str, Any]) -> dict[str, Any]:
-    """Return what a recipe `values` that says task.kind: choice and nothing of a preset starts from:
-    presets/choose.yaml, with the part for its kind of teacher. An endpoint answers by letter, a
-    local teacher by text unless the recipe's own prompt is one for letters, and the student of
-    either as a local teacher does."""
+    """Return what a recipe `values` that says task.kind: choice, and nothing of a preset, starts
+    from: presets/choose.yaml, with the part for its kind of teacher. An endpoint answers by letter,
+    its student by text, and a local teacher and its student too, unless the recipe's own prompt is
+    one for letters."""
     shipped = preset_values("choose")
-    teacher, prompt = values.get("teacher"), values.get("prompt")
+    teacher: Any = values.get("teacher")
+    prompt: Any = values.get("prompt")
     parts = ("training", "by text", "own teacher", "validated")
     training, by_text, own, validated = (shipped.pop(name) for name in parts)
     both: dict[str, Any] = {**shipped, "student": {"training": training}}
@@ -104,7 +105,7 @@ def is_for_letters(prompt: Any) -> bool:
     if not isinstance(prompt, dict):
         return False
     shows = "{choices}" in str(prompt.get("user", ""))
-    return prompt.get("answer", "letter" if shows else "text") == "letter"
+    return bool(prompt.get("answer", "letter" if shows else "text") == "letter")
 
 
 def ladder_unless_chosen(

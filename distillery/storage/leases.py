@@ -2,7 +2,8 @@
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -49,6 +50,8 @@ class Leases:
       an outage nobody can renew.
     - A holder that was suspended for longer may find that another process has begun the same work.
       That does the work twice and harms nothing: results are named by their content.
+    - What a holder has others do, they may hold along with it (`shared`): if it dies, the lease
+      lasts until they end.
 
     A holder is any unique text; `run` is its name for people."""
 
@@ -111,6 +114,29 @@ class Leases:
         except StoreError:
             return
 
+    @contextmanager
+    def shared(self, name: str, holder: str) -> Iterator[Callable[[], bool]]:
+        """Renew a lease that another process has taken as `holder`, too, in case that one dies.
+        Yield what says whether `holder` has it no more, as far as this process knows."""
+        stop, lost = threading.Event(), threading.Event()
+
+        def renew() -> None:
+            if not self._renewed(name, holder):
+                lost.set()
+
+        def keep() -> None:
+            while not lost.is_set() and not stop.wait(self._renewal_s):
+                renew()
+
+        renew()
+        thread = threading.Thread(target=keep, name="shared lease", daemon=True)
+        thread.start()
+        try:
+            yield lost.is_set
+        finally:
+            stop.set()
+            thread.join()
+
     def is_held(self, name: str) -> bool:
         """Return whether anybody holds the lease."""
         held = self._database.run(partial(self._read, name=name))
@@ -144,11 +170,16 @@ class Leases:
         return connection.execute(taken.returning(LEASES.c.name)).first() is not None
 
     def _renew(self, name: str, holder: str, stop: threading.Event) -> None:
+        while not stop.wait(self._renewal_s):
+            self._renewed(name, holder)
+
+    def _renewed(self, name: str, holder: str) -> bool:
+        """Renew a lease. Return False if `holder` has it no more; where the database does not
+        answer, nobody can say so."""
         owned = update(LEASES).where(LEASES.c.name == name, LEASES.c.holder == holder)
         renewed = owned.values(expires_at=self._until)
-        while not stop.wait(self._renewal_s):
-            try:
-                self._database.run_once(lambda connection: connection.execute(renewed))
-            except StoreError:
-                # The next try comes soon. If all of them fail, the lease expires, as it should.
-                continue
+        try:
+            return bool(self._database.run_once(lambda c: c.execute(renewed).rowcount))
+        except StoreError:
+            # The next try comes soon. If all of them fail, the lease expires, as it should.
+            return True

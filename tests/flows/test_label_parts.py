@@ -2,6 +2,9 @@
 nothing lost when a process is killed."""
 
 import logging
+import os
+import subprocess
+import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -9,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
 from contextvars import copy_context
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +23,9 @@ from child_runs import children_that, one_killed, served
 from label_runs import KEY, PROMPT, example
 from postgres_server import Postgres
 from prefect import flow
-from prefect_api import OwnPrefect
+from prefect_api import OwnPrefect, wait_for
 from sqlalchemy import select
+from workshop import COUNTING, PROJECT
 
 from distillery.data.examples import write_examples
 from distillery.errors import BudgetReached, CredentialsError, DataError
@@ -30,9 +35,13 @@ from distillery.records import Rows, TeacherLabels
 from distillery.storage.artifacts import ArtifactStore
 from distillery.storage.database import Database
 from distillery.storage.digests import sha256_of
+from distillery.storage.leases import Leases
 from distillery.teacher.ledger import CALLS
+from tasks import locks
 from tasks.label_parts import LabelJob, ask_in_processes, ask_part
 from tasks.labels import label
+from tasks.locks import Lease, leased
+from tasks.parent import ParentEnded
 from tasks.results import results_in_store
 
 pytestmark = [
@@ -287,18 +296,70 @@ def test_a_machine_with_another_teacher_or_database_asks_nothing(
         recipe="mine",
         identities=("gpt-test",),
         database=database.identity,
+        lease=Lease(key="ask", holder="nobody"),
         parts=2,
     )
 
     @flow(name="part")
     def run(job: LabelJob) -> int:
-        return ask_part(job, 0)
+        with leased("ask") as lease:
+            return ask_part(job.model_copy(update={"lease": lease, **given}), 0)
 
+    given = changed
     with pytest.raises(DataError, match=told):
-        run(job.model_copy(update=changed))
+        run(job)
+    given = {"lease": job.lease}
+    with pytest.raises(ParentEnded, match="the run that asked for this work has ended"):
+        run(job)
     assert not endpoint.calls
+    given = {}
     assert run(job) > 0
     assert endpoint.calls
+
+
+RUN = """
+import sys
+from pathlib import Path
+import test_label_parts as here
+here.parts_module.CALLS_OF_A_PART = 20
+here.labelled(Path(sys.argv[1]), 900, sys.argv[2], processes=2)
+"""
+LEASE_S = 3
+
+
+@pytest.mark.parametrize("databases", ["sqlite"], indirect=True)
+def test_a_new_run_waits_for_what_a_killed_ones_children_still_ask(
+    databases: Callable[[str], Database],
+    endpoint: ChatEndpoint,
+    prefect_server: OwnPrefect,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nobody tells the children here that their run is dead: they ask all of it."""
+    endpoint.script = lambda call: replace(good(call), delay=0.15)
+    databases("orphans")
+    monkeypatch.setattr(locks, "_open", cache(lambda url: Leases(url, LEASE_S)))
+    rows = tmp_path / "rows"
+    paths = [COUNTING, Path(__file__).parent, PROJECT / "tests" / "support", PROJECT]
+    settings = {
+        "COUNT_FILE": str(tmp_path / "counted"),
+        "LEASE_SECONDS": str(LEASE_S),
+        "PREFECT_API_URL": prefect_server.url,
+        "PYTHONPATH": os.pathsep.join(map(str, paths)),
+    }
+    with served(prefect_server, "label_parts", **settings) as deployment:
+        run = subprocess.Popen(
+            [sys.executable, "-c", RUN, str(rows), deployment], env=os.environ | settings
+        )
+        wait_for("answers of its children", lambda: len(endpoint.answered) >= 100, 120)
+        run.kill()
+        run.wait()
+        labels = labelled(rows, 900)
+    assert labels.accepted == 900
+    asked = Counter(call.question for call in endpoint.calls)
+    assert asked.most_common(1)[0][1] == 1
+    assert len(asked) == 810
+    assert sum(total.calls for total in labels.paid) == 0
 
 
 def test_an_error_of_the_teacher_is_told_by_the_run_itself(

@@ -13,6 +13,7 @@ from tasks import children as children_module
 from tasks import label_parts as module
 from tasks.children import TRIES, Child, Group, Job, PartsWork, work_by
 from tasks.label_parts import LabelJob, parts_first
+from tasks.locks import Lease
 from tasks.progress import StageProgress
 
 PARTS = 3
@@ -28,6 +29,7 @@ def work() -> PartsWork:
         recipe="mine",
         identities=("gpt-test",),
         database="3" * 32,
+        lease=Lease(key="ask", holder="a-run"),
         parts=PARTS,
     )
     return PartsWork(job, 30, "calls", lambda _: 12.0)

@@ -6,7 +6,8 @@ hook for all optimisers), each chat completion that is asked for over HTTP ("req
 openai SDK's httpx2 sends it) and each process that serves a model ("serve", by the audit event of
 subprocess.Popen), and the key of each shard whose answers are kept ("answer-shard-..."). Lines
 this short are appended whole. Files COUNT_FILE.step, COUNT_FILE.request and COUNT_FILE.row (of a
-shard) hold seconds that each of these takes longer, while they are there. RETRY_SECONDS is the time
+shard) hold seconds that each of these takes longer, while they are there, and COUNT_FILE.stub the
+seconds that a row of a shard takes with a stub in place of the student. RETRY_SECONDS is the time
 between the tries of a stage, which is ten seconds and then a minute otherwise; LEASE_SECONDS is how
 long the lease of a dead process lasts.
 """
@@ -35,6 +36,7 @@ def watch(event: str, arguments: tuple[Any, ...]) -> None:
         hook("httpx2", "AsyncClient", count_requests)
         hook("tasks.stage", "RETRIES", hasten)
         hook("distillery.inference.shards", "answer_shard", slow_rows)
+        hook("tasks.shards", "sharded", stub_rows)
         hook("tasks.results", "DistilleryStore", count_shards)
         hook("distillery.storage.leases", "Leases", shorten)
 
@@ -85,6 +87,26 @@ def slow_rows(answer: Any) -> None:
         return answer(student, shard, *others, told)
 
     sys.modules["distillery.inference.shards"].answer_shard = slowly  # type: ignore[attr-defined]
+
+
+def stub_rows(sharded: Any) -> None:
+    """`sharded` is distillery.inference.shards."""
+    answer_each = sharded.answer_each
+
+    def answered(student: Any, rows: Any, prompt: Any) -> Any:
+        seconds = delay("stub")
+        if not seconds:
+            yield from answer_each(student, rows, prompt)
+            return
+        started = time.monotonic()
+        for number, row in enumerate(rows, 1):
+            # By the clock, so that what a sleep takes longer is not summed up.
+            time.sleep(max(0.0, started + number * seconds - time.monotonic()))
+            yield sharded.Prediction(
+                line=row.line, example_id=row.example_id, answer="A", probabilities={"A": 1.0}
+            )
+
+    sharded.answer_each = answered
 
 
 def count_shards(store: Any) -> None:
