@@ -66,10 +66,11 @@ def new(
         typer.Option(help="Who labels: a model that the run trains, or the endpoint in .env."),
     ] = "local",
     task: Annotated[
-        Literal["classify", "extract", "generate"] | None,
+        Literal["choice", "classify", "extract", "generate"] | None,
         typer.Option(
-            help="What an answer is: a class, fields or text; by default a class, or fields where "
-            "the answers are JSON objects."
+            help="What an answer is: one of the row's options, a class, fields or text; by default "
+            "a class, or an option where rows have options, or fields where the answers are JSON "
+            "objects."
         ),
     ] = None,
     test: Annotated[

@@ -79,7 +79,12 @@ USES = {
 }
 """What the rows of each role are for."""
 
-KNOWN = {"classify": "a label", "extract": "an answer", "generate": "an answer"}
+KNOWN = {
+    "choice": "an answer",
+    "classify": "a label",
+    "extract": "an answer",
+    "generate": "an answer",
+}
 
 NO_NAME = "a teacher that is yet to be named"
 
@@ -96,8 +101,9 @@ def new_recipe(
     test: Sequence[Path] = (),
 ) -> Iterator[str]:
     """Write a recipe for the rows in `data`, and yield lines for people. `task` is the kind of
-    task; None: classify, or extract where the answers are JSON objects. `test` are files of test
-    rows; without, some of the rows in `data` are held out for the test.
+    task; None: classify, or choice where rows have options, or extract where the answers are JSON
+    objects. `test` are files of test rows; without, some of the rows in `data` are held out for the
+    test.
 
     Raises DataError for files that no recipe can be made for, and RecipeError for a name that can't
     be one and for a file that is there already, unless `force`.
@@ -116,6 +122,7 @@ def new_recipe(
         files=found.files,
         texts=found.chosen.texts,
         label=found.chosen.label,
+        options=found.chosen.options,
         ids_are_unique=found.with_ids or "id" not in found.columns,
         shares=choose_shares(len(found.answered), found.unanswered, bool(test)),
         teacher=teacher,
@@ -180,7 +187,7 @@ def prompt_tokens(rows: Sequence[FoundRow], prompt: PromptRecipe, folder: Path) 
     counts = []
     for row in rows:
         example = row.example
-        if example.format is None:
+        if example.format is None and not example.choices:
             example = example.model_copy(update={"classes": ("class",)})
         counts.append(len(tokenizer.encode_chat(render_messages(example, prompt))))
     return counts
@@ -199,6 +206,8 @@ def tell_rows(found: Look) -> Iterator[str]:
     yield f"           {answered} with {KNOWN[found.kind]}, {found.unanswered:,} without"
     if found.test:
         yield f"           {count_rows(len(found.test))} for the test alone"
+    if chosen.options:
+        yield f"  options  {listed([chosen.options])}, {options_a_row(found)}"
     if found.kind == "classify":
         yield f"  classes  {len(found.classes)}: {in_brief(found.classes)}"
     if found.schema is not None:
@@ -209,6 +218,14 @@ def tell_rows(found: Look) -> Iterator[str]:
         f"  length   {length.median:,} characters in the median, {length.longest:,} at most "
         f"({length.where})"
     )
+
+
+def options_a_row(found: Look) -> str:
+    """Return how many options the rows have."""
+    counts = {len(row.example.choices) for row in (*found.rows, *found.test)}
+    if len(counts) == 1:
+        return f"{counts.pop()} in each row"
+    return f"{min(counts)} to {max(counts)} in a row"
 
 
 def in_brief(counts: Mapping[str, int]) -> str:
@@ -310,7 +327,7 @@ def tell_classes(found: Look) -> Iterator[str]:
 def tell_copies(found: Look) -> Iterator[str]:
     """Yield how many rows repeat others."""
     copies = count_copies(found.rows)
-    if copies and found.kind != "classify":
+    if copies and found.writes:
         yield (
             f"copies: {count_rows(copies)} with the text of another one; of validation and test "
             "rows, the answers of copies count as equally right"

@@ -22,7 +22,7 @@ from prefect import get_client, get_run_logger
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 from prefect.client.schemas.objects import FlowRun, State, WorkerStatus
 from prefect.deployments import run_deployment
-from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
+from prefect.exceptions import CancelledRun, ObjectNotFound, PrefectHTTPStatusError
 from prefect.states import Cancelled
 from pydantic import PositiveInt
 
@@ -61,7 +61,12 @@ MOST_RUNS = 100
 """Runs at work or waiting at once, at most: Prefect's queues stall with some 200."""
 
 LARGEST_GROUP = 32
-"""Shards of a student's rows that a child answers, at most."""
+"""Shards of a student's rows that a child answers, at most: 65,536 rows. A start takes some five
+seconds of a core."""
+
+FEWEST_WORKERS = 4
+"""Workers that work is divided among at least: one may have several runs at once, and others may
+come."""
 
 TRIES = 3
 """Children in a row that may end without a further shard answered."""
@@ -331,7 +336,7 @@ def groups_of(shards: int, workers: int, largest: int = LARGEST_GROUP) -> Iterat
     shards of a group, at most."""
     first = 0
     while first < shards:
-        count = min(largest, max(1, (shards - first) // workers))
+        count = min(largest, max(1, (shards - first) // max(workers, FEWEST_WORKERS)))
         yield Group(first, count)
         first += count
 
@@ -578,7 +583,7 @@ def do_job(flow: Callable[..., Any], kind: type[Job], arguments: Sequence[str]) 
     job = kind.model_validate_json(Path(job_file).read_text(encoding="utf-8"))
     try:
         flow(**job.parameters)
-    except DistilleryError as error:
+    except (DistilleryError, CancelledRun) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

@@ -3,6 +3,8 @@ the rows, each about a part, and leave the answers in the label store. The stage
 and ask what is left, so that nothing depends on what becomes of a child."""
 
 import asyncio
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -81,7 +83,7 @@ def ask_in_processes(
     cheap = identity_of_cheap(teacher)
     identities = tuple(name for name in (identity, cheap) if name)
     with (
-        at_once_by_one(rows, prompt, teacher, identity) as lease,
+        at_once_by_one(rows, prompt, teacher, identity, children_of=payer.run) as lease,
         progress_of("ask in processes") as progress,
         LabelStore(max_age=teacher.max_age) as answers,
         working_folder("children") as folder,
@@ -136,16 +138,11 @@ def ask_part(job: LabelJob, part: int) -> int:
         show_rows(done, of)
 
     with (
-        parents_lease(job.lease) as check_lease,
         progress_of("ask a part"),
         working_folder("labels") as folder,
         LabelStore(max_age=teacher.max_age) as answers,
+        the_runs_lease(job, answers) as check_lease,
     ):
-        if answers.database.identity != job.database:
-            raise DataError(
-                "DISTILLERY_LABELS: another database than that of the run, which would pay for all "
-                "answers again; set it to the same one"
-            )
         work = labelling_of(
             lambda: rows_of_part(each_example(file), prompt, teacher, part, parts),
             rows.rows // parts,
@@ -161,6 +158,19 @@ def ask_part(job: LabelJob, part: int) -> int:
         counts = asyncio.run(work)
         conclude(f"{counts.accepted} rows labelled, {counts.rejected} rejected")
     return counts.accepted
+
+
+@contextmanager
+def the_runs_lease(job: LabelJob, answers: LabelStore) -> Iterator[Callable[[], None]]:
+    """Share the run's lease, as `parents_lease` does. Raises DataError for another database, where
+    there is none."""
+    if answers.database.identity != job.database:
+        raise DataError(
+            "DISTILLERY_LABELS: another database than that of the run, which would pay for all "
+            "answers again; set it to the same one"
+        )
+    with parents_lease(job.lease) as check_lease:
+        yield check_lease
 
 
 def refuse_others(job: LabelJob) -> None:

@@ -89,7 +89,9 @@ def label(
         gold = gold_rows(examples.parent)
         quoted = quote(each_example(examples), prompt, asked, name, answers, tokens, payer, gold)
         logger.info("%s", quoted.line())
-        with at_once_by_one(rows, prompt, teacher, identity), where as endpoint:
+        # No children ask the run's own server.
+        alone = nullcontext() if model else at_once_by_one(rows, prompt, teacher, identity)
+        with alone, where as endpoint:
             each = partial(each_example, examples)
             work = labelling_of(
                 each,
@@ -121,12 +123,17 @@ def label(
 
 @contextmanager
 def at_once_by_one(
-    rows: Rows, prompt: PromptRecipe, teacher: TeacherRecipe, identity: str
+    rows: Rows,
+    prompt: PromptRecipe,
+    teacher: TeacherRecipe,
+    identity: str,
+    children_of: str | None = None,
 ) -> Iterator[Lease]:
     """Hold the lease on asking a teacher, `identity`, about these rows: of two runs, one in one
-    process and one in several (label_parts.py), one waits for the other's answers."""
+    process and one in several (label_parts.py), one waits for the other's answers. `children_of`
+    as in `leased`."""
     asked = [rows.content_id, content_of(prompt), identity, identity_of_cheap(teacher)]
-    with leased(f"ask-{digest_of(asked)}") as lease:
+    with leased(f"ask-{digest_of(asked)}", children_of) as lease:
         yield lease
 
 

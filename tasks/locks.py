@@ -88,21 +88,30 @@ class Lease(BaseModel):
 
 
 @contextmanager
-def leased(key: str) -> Iterator[Lease]:
-    """Hold the lease on `key`, once no other run has it: for work that is no stage."""
-    holder, run = uuid.uuid4().hex, str(flow_run.name or "a run without a name")
+def leased(key: str, children_of: str | None = None) -> Iterator[Lease]:
+    """Hold the lease on `key`, once no other run has it: for work that is no stage.
+
+    `children_of`: the run whose children share the lease (`parents_lease`). Where this fails, the
+    lease stays with those that are still at work, and a retry of the same run holds it with them.
+    """
+    holder = f"children of {children_of}" if children_of else uuid.uuid4().hex
+    run = str(flow_run.name or "a run without a name")
     _leases().acquire(key, holder, run=run, waiting=_waiting())
     try:
         yield Lease(key=key, holder=holder)
+    except BaseException:
+        if children_of:
+            _leases().abandon(key, holder)
+        raise
     finally:
         _leases().release(key, holder)
 
 
 @contextmanager
 def parents_lease(lease: Lease) -> Iterator[Callable[[], None]]:
-    """Hold the lease of the run that waits for this one along with it: if that run is killed,
-    another one that comes to the same work waits for what this one still does. Yield what raises
-    ParentEnded once the lease is given back."""
+    """Renew the parent's lease while this run works: if the parent is killed, another run that
+    comes to the same work waits for what this one still does. Yield a function that raises
+    ParentEnded once the lease is lost."""
     with _leases().shared(lease.key, lease.holder) as is_lost:
 
         def check() -> None:

@@ -15,7 +15,7 @@ from distillery.data.guess import JOIN_PAGE
 from distillery.errors import DataError, RecipeError
 from distillery.new_recipe import new_recipe
 from distillery.readiness import check_data
-from distillery.recipe import Recipe, load_recipe, parse_recipe
+from distillery.recipe import Columns, Recipe, load_recipe, parse_recipe
 from distillery.recipe.draft import MANY_ROWS, choose_shares, draft
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -393,3 +393,41 @@ def test_a_column_in_braces_beside_a_label_does_no_harm() -> None:
     write_csv(Path("none.csv"), rows)
     with pytest.raises(DataError, match=r"'raw' has values in braces .* another column by --label"):
         run("none.csv")
+
+
+@pytest.mark.parametrize("teacher", ["local", "endpoint"])
+@pytest.mark.parametrize("unanswered", [0, 100])
+def test_rows_with_options_get_a_recipe_for_them(teacher: Any, unanswered: int) -> None:
+    options = {"label": ["A", "B", "C"], "text": ["an oven", "a bridge", "rain"]}
+    rows: list[dict[str, Any]]
+    rows = [
+        {
+            "id": f"q{n}",
+            "question": f"{row['text']} ({n})",
+            "question_concept": "",
+            "choices": options,
+        }
+        for n, row in enumerate(texts(0, 300))
+    ]
+    for n, row in enumerate(rows[: 300 - unanswered]):
+        row["answerKey"] = "ABC"[n % 3]
+    rows[7]["choices"] = {"label": ["A", "B"], "text": ["an oven", "a bridge"]}
+    said = run(write_jsonl("questions.jsonl", rows), teacher=teacher)
+    assert "options  'choices', 2 to 3 in a row" in said
+    assert f"{300 - unanswered} rows with an answer, {unanswered} without" in said
+    recipe = checked("questions.yaml")
+    assert recipe.task.kind == "choice"
+    assert recipe.dataset.columns == Columns()
+    assert recipe.student_prompt.answer == "text"
+    assert recipe.prompt.answer == ("text" if teacher == "local" else "letter")
+    filters = recipe.teacher.filters
+    assert filters.agreement_with_gold == (not unanswered)
+    few = not unanswered and teacher == "local"
+    assert filters.minimum_accepted == (0 if few else 0.5)
+    renamed = [
+        {"query": row["question"], "options": row["choices"], "correct": row.get("answerKey")}
+        for row in rows
+    ]
+    run(write_jsonl("renamed.jsonl", renamed), teacher=teacher)
+    columns = checked("renamed.yaml").dataset.columns
+    assert (columns.question, columns.choices, columns.answer) == ("query", "options", "correct")

@@ -1,21 +1,22 @@
-"""Guess which columns of a table hold the texts and their labels or answers, and the schema of
-answers that are objects.
+"""Guess which columns of a table hold the texts, their options, and their labels or answers, and
+the schema of answers that are objects.
 
 A column's name decides where it is a usual one, and its content otherwise: texts are long and
-hardly ever repeat, labels are few and short and repeat, and fields are JSON objects. What stays
-open is an error that names the columns, not a guess.
+hardly ever repeat, labels are few and short and repeat, fields are JSON objects, and options are
+lists of texts. What stays open is an error that names the columns, not a guess.
 """
 
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
+from distillery.data.rows import to_options
 from distillery.errors import DataError
 
-Kind = Literal["classify", "extract", "generate"]
+Kind = Literal["choice", "classify", "extract", "generate"]
 """The kinds of task that a table may be for."""
 
 TEXT_NAMES = frozenset(
@@ -44,6 +45,17 @@ ANSWER_NAMES = frozenset(
 )
 """Columns of text that is an answer."""
 
+OPTION_NAMES = frozenset({"choices", "options", "candidates", "alternatives"})
+"""Columns of a row's options."""
+
+KEY_NAMES = frozenset(
+    {
+        *("answerkey", "answer", "label", "correct", "correctanswer", "correctoption", "gold"),
+        *("target", "solution"),
+    }
+)
+"""Columns of the option that is right."""
+
 FEWEST_WORDS = 2.0
 """Mean number of words from which a column's values can be texts."""
 
@@ -64,12 +76,14 @@ JOIN_PAGE = "docs/how-to/text.md"
 class Column:
     """What the values of a column are like. `counts`: how often each text occurs; `words`: of all
     of them together; `other`: values that are neither text nor a whole number; `objects`: values
-    that are JSON objects, as they stand or as text."""
+    that are JSON objects, and `options`: those that are a row's options (rows.py), as they stand or
+    as text."""
 
     counts: Counter[str] = field(default_factory=Counter)
     words: int = 0
     other: int = 0
     objects: int = 0
+    options: int = 0
 
     @property
     def filled(self) -> int:
@@ -84,6 +98,11 @@ class Column:
         """Whether more than half of the values are JSON objects."""
         apart = sum(1 for text in self.counts if not text.startswith("{"))
         return self.objects > apart
+
+    @property
+    def may_be_options(self) -> bool:
+        """Whether more than half of the values are options."""
+        return 2 * self.options > self.filled + self.other
 
     @property
     def may_be_dicts(self) -> bool:
@@ -118,14 +137,15 @@ class Column:
 
 
 class ChosenColumns(NamedTuple):
-    """The columns of the texts, one or more, and of the label or answer, each with the reason, and
-    the kind of task that they are for."""
+    """The columns of the texts, one or more, and of the label or answer, each with the reason, the
+    kind of task that they are for, and with kind `choice` the column of the options."""
 
     texts: tuple[str, ...]
     label: str
     text_reason: str
     label_reason: str
     kind: Kind = "classify"
+    options: str | None = None
 
 
 def column_contents(rows: Iterable[Mapping[str, Any]]) -> dict[str, Column]:
@@ -137,6 +157,7 @@ def column_contents(rows: Iterable[Mapping[str, Any]]) -> dict[str, Column]:
             if value is None or (isinstance(value, str) and not value.strip()):
                 continue
             column.objects += object_in(value) is not None
+            column.options += are_options(value)
             if isinstance(value, str | int):
                 text = str(value).strip()
                 column.counts[text] += 1
@@ -154,6 +175,17 @@ def object_in(value: Any) -> dict[str, Any] | None:
         except (ValueError, RecursionError):
             return None
     return value if isinstance(value, dict) else None
+
+
+def are_options(value: Any) -> bool:
+    """Return whether a value is the options of a row."""
+    if isinstance(value, str) and not value.lstrip().startswith(("[", "{")):
+        return False
+    try:
+        to_options(value, "")
+    except DataError:
+        return False
+    return True
 
 
 def guess_schema(values: Iterable[Any]) -> dict[str, Any]:
@@ -197,18 +229,25 @@ def choose_columns(
     kind: Kind | None = None,
 ) -> ChosenColumns:
     """Return the columns to use; `texts`, `label` and `kind` are those that the user has named.
-    Where the kind is not named, it is extract for a label that is JSON objects, and else classify.
+    Where the kind is not named, it is choice for rows with options, extract for a label that is
+    JSON objects, and else classify.
 
     Raises DataError, in one line, if a named column is missing or none or several come into
     question."""
     for option, named in [*(("--text", text) for text in texts), ("--label", label)]:
         if named is not None and named not in columns:
             raise DataError(f"{option} {named}: no such column, only {listed(columns)}")
+    options = choose_options(columns, {*texts, label}, kind)
+    if options:
+        kind = "choice"
+        columns = {name: column for name, column in columns.items() if name != options}
     if kind is None:
         labels = columns.keys() - set(texts) if label is None else {label}
         kind = "extract" if any(columns[name].may_be_fields for name in labels) else "classify"
     try:
-        if kind == "classify":
+        if kind == "choice":
+            chosen_label, label_reason = choose_key(columns, texts, label)
+        elif kind == "classify":
             chosen_label, label_reason = choose_label(columns, texts, label)
         else:
             chosen_label, label_reason = choose_answer(columns, texts, label, kind)
@@ -224,7 +263,7 @@ def choose_columns(
             f"{chosen_label!r} is the name of a column and a value in it: put the names of the "
             "columns into the file's first line, such as text,label"
         )
-    return ChosenColumns(chosen_texts, chosen_label, text_reason, label_reason, kind)
+    return ChosenColumns(chosen_texts, chosen_label, text_reason, label_reason, kind, options)
 
 
 def refuse_dicts(columns: Mapping[str, Column]) -> None:
@@ -237,6 +276,54 @@ def refuse_dicts(columns: Mapping[str, Column]) -> None:
                 f"{next(iter(column.counts))[:60]}; JSON has double quotes, null, true and false: "
                 "in Python, write the column by json.dumps; or name another column by --label"
             )
+
+
+def choose_options(
+    columns: Mapping[str, Column], others: Collection[str | None], kind: Kind | None
+) -> str | None:
+    """Return the column of the rows' options, which is none of the `others`; None for another kind
+    of task. Where the kind is not named, the column has a usual name: lists of texts may be much
+    else. Raises DataError for several, and for kind `choice` without one."""
+    found = [name for name in columns if name not in others and columns[name].may_be_options]
+    by_name = [name for name in found if plain(name) in OPTION_NAMES]
+    if kind == "choice":
+        found = by_name or found
+    elif kind is None:
+        found = by_name
+    else:
+        return None
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise DataError(
+            f"the options may be any of the columns {listed(found)}; leave the others out"
+        )
+    if kind is None:
+        return None
+    raise DataError(
+        f"no column looks like options among {listed(columns)}; put those of each row into a "
+        'column choices, as a list of texts such as ["bank", "library"]'
+    )
+
+
+def choose_key(
+    columns: Mapping[str, Column], texts: Sequence[str], label: str | None
+) -> tuple[str, str]:
+    """Return the column of the right option and the reason. Raises DataError."""
+    if label is not None:
+        return label, "named by --label"
+    found = [name for name in columns if name not in texts and plain(name) in KEY_NAMES]
+    if len(found) == 1:
+        return found[0], "by name"
+    if found:
+        raise DataError(
+            f"the right option may be in any of the columns {listed(found)}; name it, such as "
+            f"--label {found[0]}"
+        )
+    raise DataError(
+        f"no column looks like the right option among {listed(columns)}; name it by --label, or "
+        "add one that is empty in the rows that the teacher answers"
+    )
 
 
 def choose_answer(

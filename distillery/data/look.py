@@ -99,6 +99,11 @@ class Look:
         return len(self.rows) - len(self.answered)
 
     @property
+    def writes(self) -> bool:
+        """Whether answers are written, and not chosen."""
+        return self.kind in ("extract", "generate")
+
+    @property
     def classes(self) -> dict[str, int]:
         """Rows by label, the most frequent label first."""
         labels = [row.example.answer_key for row in self.rows]
@@ -171,8 +176,8 @@ def refuse_other_columns(
 ) -> None:
     """Raise DataError where the test rows in `paths` lack a column that was chosen."""
     present = list(dict.fromkeys(name for _, values, _ in rows for name in values))
-    for column in (*chosen.texts, chosen.label):
-        if rows and column not in present:
+    for column in (*chosen.texts, chosen.label, chosen.options):
+        if rows and column and column not in present:
             raise DataError(
                 f"{', '.join(map(str, paths))}: no column {column!r}, only {listed(present)}; name "
                 "the columns of test rows as those of the others"
@@ -223,8 +228,12 @@ def rows_of(path: Path) -> list[ReadRow]:
 def reader_of(chosen: ChosenColumns, schema: dict[str, Any] | None) -> RowReader:
     """Return what turns the values of a row into an Example, whatever its id."""
     question = chosen.texts[0] if len(chosen.texts) == 1 else None
-    columns = Columns(id=None, question=question, concept=None, choices=None, answer=chosen.label)
+    columns = Columns(
+        id=None, question=question, concept=None, choices=chosen.options, answer=chosen.label
+    )
     fields = () if question else chosen.texts
+    if chosen.kind == "choice":
+        return RowReader(columns, fields=fields)
     if chosen.kind == "classify":
         return RowReader(columns, fields=fields, classify=True)
     task = TaskRecipe(kind=chosen.kind, schema=schema)

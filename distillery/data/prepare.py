@@ -124,7 +124,7 @@ def select_rows(
     other = task.other if task else None
     classes = named_classes(task) if task else None
     answer_format = named_format(task) if task else None
-    check_roles(recipe, classify or answer_format is not None)
+    check_roles(recipe)
     reader = RowReader(recipe.columns, recipe.fields, classify, classes, answer_format)
     with temporary_database() as database:
         store, similar = RowStore(database), SimilarRows(database, recipe.near_duplicate)
@@ -173,19 +173,14 @@ def split_rows(
     and have `similar` read, those that are left. Raises DataError for a step before the search for
     leaks: of several faults that of the earliest step, wherever its row stands."""
     corrections = Corrections(recipe, reader)
-    shares, unanswered_train = shares_of(recipe), reader.classify or reader.format is not None
+    shares = shares_of(recipe)
     labels: set[str] = set()
     leaks = Leaks()
     duplicates = 0
-    unanswered: DataError | None = None
     for loaded in store.buckets([*recipe.splits, *([OTHER] if texts else [])], reader.format):
         ordered = {role: rows if role == OTHER else in_order(rows) for role, rows in loaded.items()}
         corrected = corrections.applied(ordered)
-        try:
-            splits = carve(corrected, shares, recipe.columns.answer, unanswered_train)
-        except DataError as error:
-            unanswered = unanswered or error
-            continue
+        splits = carve(corrected, shares)
         if texts:
             splits = texts.added(splits, splits.pop(OTHER))
         if reader.classify and reader.classes is None:
@@ -198,8 +193,6 @@ def split_rows(
         duplicates += row_count(loaded) - row_count(splits) - reference_count(splits)
         similar.read(store.keep(splits))
     corrections.refuse_unused()
-    if unanswered:
-        raise unanswered
     if texts:
         texts.conclude()
     store.end_keeping()
@@ -243,10 +236,9 @@ def refuse_shared_ids(store: RowStore) -> None:
         )
 
 
-def check_roles(recipe: DatasetRecipe, unanswered_train: bool) -> None:
-    """Raise RecipeError if splits, carve and sample contradict each other.
-
-    With `unanswered_train`, rows without an answer are left for train whatever is carved."""
+def check_roles(recipe: DatasetRecipe) -> None:
+    """Raise RecipeError if splits, carve and sample contradict each other. Rows without an answer
+    are left for train whatever is carved."""
     for role in recipe.carve:
         if role in recipe.splits:
             raise RecipeError(
@@ -260,7 +252,7 @@ def check_roles(recipe: DatasetRecipe, unanswered_train: bool) -> None:
                 "name it in dataset.splits or dataset.carve"
             )
     total = sum(shares_of(recipe).values())
-    if total > 1 or (total == 1 and not unanswered_train):
+    if total > 1:
         counted = ", test once for each of dataset.rotation.rounds," if recipe.rotation else ""
         raise RecipeError(
             f"dataset.carve: the shares{counted} add up to {total:g}; leave some for train"

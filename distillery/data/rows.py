@@ -8,7 +8,7 @@ tau/commonsense_qa:
   choices            {"label": [...], "text": [...]} or a list of texts, 2 to 26; also either of
                      them as a JSON string (CSV). Texts may repeat, as in one row of 75 of
                      CommonsenseQA: the teacher is asked for the letter
-  answerKey          one of the labels; empty or missing if unknown
+  answerKey          one of the labels, or an option's text; empty or missing if unknown
 Labels become letters by position.
 
 With task.kind: classify the defaults are:
@@ -161,7 +161,7 @@ def to_example(values: Mapping[str, Any], reader: RowReader, where: str) -> Exam
     answer, answer_at = values.get(columns.answer), f"{where}: {columns.answer}"
     if columns.choices:
         labels, choices = to_options(values.get(columns.choices), f"{where}: {columns.choices}")
-        answer = to_letter(answer, labels, answer_at)
+        answer = to_letter(answer, labels, choices, answer_at)
     if reader.classify:
         if columns.choices and answer is not None:
             answer = choices[LETTERS.index(answer)]
@@ -290,14 +290,18 @@ def to_labels(value: Any, count: int, where: str) -> list[str]:
     return labels
 
 
-def to_letter(value: Any, labels: Sequence[str], where: str) -> str | None:
-    """Return the letter of the option whose label is `value`, or None if it is empty."""
+def to_letter(value: Any, labels: Sequence[str], texts: Sequence[str], where: str) -> str | None:
+    """Return the letter of the option whose label is `value`, or else whose text alone is; None if
+    it is empty."""
     if value is None or (isinstance(value, str) and not value.strip()):
         return None
     label = to_text(value, where)
-    if label not in labels:
-        raise DataError(f"{where}: {shown(label)} is no option; the options are {listed(labels)}")
-    return LETTERS[labels.index(label)]
+    if label in labels:
+        return LETTERS[labels.index(label)]
+    if texts.count(label) == 1:
+        return LETTERS[texts.index(label)]
+    what = "the text of several options, so write the label" if label in texts else "no option"
+    raise DataError(f"{where}: {shown(label)} is {what}; the options are {listed(labels)}")
 
 
 def content_of_row(example: Example) -> str:

@@ -25,7 +25,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from distillery.data.rows import Row, refuse_unanswered
+from distillery.data.rows import Row
 from distillery.errors import DataError
 
 ROLES = ("gold", "train", "validation", "test")
@@ -63,23 +63,17 @@ def sort_key(row: Row) -> tuple[float, bool, str]:
     return row.position, row.example.answer_key is None, row.example.model_dump_json()
 
 
-def carve(
-    splits: Splits,
-    shares: Mapping[str, float],
-    answer_column: str,
-    unanswered_train: bool = False,
-) -> Splits:
-    """Move shares (0 to 1) of the train rows to other roles.
+def carve(splits: Splits, shares: Mapping[str, float]) -> Splits:
+    """Move shares (0 to 1) of the train rows with an answer to other roles.
 
-    With `unanswered_train`, the shares are of the rows with an answer, and the others stay, save
-    copies of rows with an answer: those are dropped, because what they repeat may be a test row.
-    Without it, raises DataError if a row without an answer falls to a role that needs one.
+    The others stay, save copies of rows with an answer: those are dropped, because what they repeat
+    may be a test row.
     """
     carved: Splits = {role: [] for role in ROLES if role in shares}
     carved["train"] = []
     answered = {row.content for row in splits["train"] if row.example.answer_key is not None}
     for row in splits["train"]:
-        if unanswered_train and row.example.answer_key is None:
+        if row.example.answer_key is None:
             if row.content not in answered:
                 carved["train"].append(row)
             continue
@@ -88,7 +82,6 @@ def carve(
             edge += shares.get(role, 1.0)  # train, the last, takes the rest
             if row.position < edge:
                 break
-        refuse_unanswered(row, answer_column, role)
         carved[role].append(row)
     return {**splits, **carved}
 

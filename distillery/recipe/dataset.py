@@ -34,9 +34,9 @@ class Columns(Slice):
     the classes; with extract and generate it is null."""
 
     answer: str = "answerKey"
-    """Column of the right option's label, of the class, or of the answer as text; with task.kind:
-    extract, of the JSON object or its text. It may be empty in rows of train that only the teacher
-    labels; rows of gold, validation and test need it."""
+    """Column of the right option's label or text, of the class, or of the answer as text; with
+    task.kind: extract, of the JSON object or its text. It may be empty in rows of train that only
+    the teacher labels; rows of gold, validation and test need it."""
 
 
 class Rotation(Slice):
@@ -101,8 +101,8 @@ class DatasetRecipe(Slice):
         {"gold": "gold", "train": "pool", "validation": "validation", "test": "test"}
     )
     """The source's split for each role: gold, train, validation, test. The defaults are the splits
-    of the shipped sample; with any task.kind but choice, the splits in `files` that are named like
-    a role. train and test are required; test may be carved instead."""
+    of the shipped sample; in a recipe that says its task.kind, the splits in `files` that are named
+    like a role. train and test are required; test may be carved instead."""
 
     columns: Columns = Columns()
     """The source's column names."""

@@ -1,6 +1,6 @@
 """Write the first recipe for rows of one's own, with comments, from what is known of them.
 
-What presets/classify.yaml and presets/write.yaml give anyway is left out.
+What presets/choose.yaml, classify.yaml and write.yaml give anyway is left out.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,6 +15,14 @@ MANY_ROWS = 2000
 
 FEWEST_LABELLED = 0.2
 """Share of the training rows that the teacher labels at least."""
+
+USUAL = {
+    "choice": ("question", "answerKey"),
+    "classify": ("text", "label"),
+    "extract": ("text", "answer"),
+    "generate": ("text", "answer"),
+}
+"""By kind of task, the columns of the text and of the label or answer that need not be named."""
 
 OF_TASK = {"extract": "Find the fields of the text.", "generate": "Answer the text."}
 """The system message by kind of task."""
@@ -65,10 +73,11 @@ def draft(
     teacher: Literal["local", "endpoint"],
     max_tokens: int | None,
     command: str,
-    kind: Literal["classify", "extract", "generate"] = "classify",
+    kind: Literal["choice", "classify", "extract", "generate"] = "classify",
     schema: Mapping[str, Any] | None = None,
     test_files: Sequence[str] = (),
     unanswered: int = 0,
+    options: str | None = None,
 ) -> str:
     """Return the YAML of a recipe.
 
@@ -86,6 +95,7 @@ def draft(
         schema: task.schema, with kind: extract.
         test_files: Paths of the files of test rows, if they have files of their own.
         unanswered: How many rows have no label or answer.
+        options: Column of the options, with kind: choice.
     """
     known = "a label" if kind == "classify" else "an answer"
     in_files = {"train": list(files)}
@@ -102,7 +112,7 @@ def draft(
         "  source: files",
         "  # Relative paths start at the folder that the run starts in.",
         f"  files: {in_yaml(in_files)}",
-        *column_lines(texts, label, ids_are_unique, kind),
+        *column_lines(texts, label, ids_are_unique, kind, options),
         f"  # Shares of the rows with {known}. gold: the "
         + ("teacher and the student learn" if teacher == "local" else "student learns")
         + " from them.",
@@ -132,6 +142,11 @@ def task_lines(kind: str, schema: Mapping[str, Any] | None) -> list[str]:
             "refused.",
             "task: {kind: classify}",
         ]
+    if kind == "choice":
+        return [
+            "# Each row has options of its own, of which one is right.",
+            "task: {kind: choice}",
+        ]
     if schema is None:
         return [
             "# The answer to a row is text. metric: what the student is judged by, rouge_l, chrf,",
@@ -157,7 +172,7 @@ def prompt_lines(teacher: str, kind: str, max_tokens: int | None) -> list[str]:
     that a local teacher's prompts have."""
     lines = []
     settings: dict[str, str | int] = {}
-    if teacher == "local" and kind != "classify":
+    if teacher == "local" and kind in OF_TASK:
         lines += [
             "# system: what the models are told. Without it, the chat template of a base model may",
             "# tell of its maker, whose names a small model then copies into its answers.",
@@ -174,9 +189,11 @@ def prompt_lines(teacher: str, kind: str, max_tokens: int | None) -> list[str]:
     return [*lines, f"prompt: {in_yaml(settings)}", ""]
 
 
-def column_lines(texts: Sequence[str], label: str, ids_are_unique: bool, kind: str) -> list[str]:
+def column_lines(
+    texts: Sequence[str], label: str, ids_are_unique: bool, kind: str, options: str | None
+) -> list[str]:
     """Return the lines of the columns whose names are not the preset's."""
-    usual = "label" if kind == "classify" else "answer"
+    usual_text, usual = USUAL[kind]
     columns: dict[str, str | None] = {}
     lines = []
     if len(texts) > 1:
@@ -185,16 +202,18 @@ def column_lines(texts: Sequence[str], label: str, ids_are_unique: bool, kind: s
             "  # The columns of the text, which are shown one a line.",
             f"  fields: {in_yaml(list(texts))}",
         ]
-    elif texts[0] != "text":
+    elif texts[0] != usual_text:
         columns["question"] = texts[0]
+    if options and options != "choices":
+        columns["choices"] = options
     if label != usual:
         columns["answer"] = label
     if not ids_are_unique:
         columns["id"] = None
     if columns:
+        whose = "the right option" if kind == "choice" else f"the {usual}"
         lines += [
-            f"  # question: the text's column. answer: the {usual}'s. id: null names rows by "
-            "content.",
+            f"  # question: the text's column. answer: {whose}'s. id: null names rows by content.",
             f"  columns: {in_yaml(columns)}",
         ]
     return lines
@@ -230,16 +249,21 @@ def teacher_lines(teacher: str, shares: Shares, kind: str, unanswered: int) -> l
         ]
         if unanswered >= MANY_ROWS:
             # How sure a student is of texts that it writes is not known.
-            by = "" if kind == "classify" else ", by: diversity"
+            by = ", by: diversity" if kind in OF_TASK else ""
             lines += [
                 f"  # Of its {unanswered:,} rows, this would label those that teach most:",
                 f"  # select: {{rows: {MANY_ROWS // 2}{by}}}",
             ]
     # Two texts may say the same.
     if shares.left and kind != "generate":
+        filters: dict[str, bool | float] = {"agreement_with_gold": True}
+        if kind == "choice" and teacher == "local":
+            # A small model knows little of what questions are about.
+            filters["minimum_accepted"] = 0
         lines += [
-            "  # Labels that differ from the label that the row has already are not used.",
-            "  filters: {agreement_with_gold: true}",
+            "  # Labels that differ from the label that the row has already are not used"
+            + (", and may be most." if kind == "choice" else "."),
+            f"  filters: {in_yaml(filters)}",
         ]
     return [*lines, ""]
 

@@ -70,42 +70,50 @@ def classify_values(values: dict[str, Any]) -> dict[str, Any]:
 
 def choice_values(values: dict[str, Any]) -> dict[str, Any]:
     """Return what a recipe `values` that says task.kind: choice, and nothing of a preset, starts
-    from: presets/choose.yaml, with the part for its kind of teacher. An endpoint answers by letter,
-    its student by text, and a local teacher and its student too, unless the recipe's own prompt is
-    one for letters."""
+    from: presets/choose.yaml, with the part for its kind of teacher.
+
+    A local teacher and its student answer by text, unless the recipe's prompt or teacher.answers
+    are for letters. An endpoint answers by letter; its student answers by text, unless the recipe
+    has a prompt for it, or words of its own for both."""
     shipped = preset_values("choose")
     teacher: Any = values.get("teacher")
-    prompt: Any = values.get("prompt")
+    student: Any = values.get("student")
     parts = ("training", "by text", "own teacher", "validated")
     training, by_text, own, validated = (shipped.pop(name) for name in parts)
     both: dict[str, Any] = {**shipped, "student": {"training": training}}
-    both["dataset"]["splits"] |= {role: role for role in roles_of_files(values)}
+    roles = roles_of_files(values)
+    # Without, the splits are those of the sample, which has rows for each role.
+    has_all = "train" not in roles and not names(values, "dataset", "splits")
+    if "train" in roles:
+        both["dataset"] = {"splits": {role: role for role in roles}}
+    prompt = values.get("prompt")
     if isinstance(teacher, dict) and teacher.get("kind") == "local":
         both["teacher"] = own["teacher"]
         both["teacher"]["preparation"]["training"] = training
-        if not is_for_letters(prompt):
+        if not is_for_letters(prompt) and "answers" not in teacher:
             both |= by_text
         if teacher.get("soft_labels") is not False:
             both["student"]["training"] = {**training, **own["training"]}
-    else:
-        both["student"] |= by_text
-        if names(values, "dataset", "fields") and names(values, "prompt", "user"):
-            # It shows further columns.
-            by_text["prompt"]["user"] = prompt["user"]
-    if names_rows(values, "gold"):
+    elif not (isinstance(student, dict) and student.keys() & {"prompt", "start"}):
+        said = dict(prompt) if isinstance(prompt, dict) else {}
+        if not said.keys() - {"max_tokens"}:
+            # It is the student's own base model whose tokens are counted.
+            both["student"]["prompt"] = {**by_text["prompt"], **said}
+    if has_all or names_rows(values, "gold"):
         both["student"]["gold"] = True
-    if names_rows(values, "validation"):
+    if has_all or names_rows(values, "validation"):
         both["export"] = ladder_unless_chosen(both["export"], validated["export"], values)
     return both
 
 
 def is_for_letters(prompt: Any) -> bool:
-    """Return whether the mapping `prompt` is for answers by letter: it says so, or shows the
-    options and says nothing else."""
-    if not isinstance(prompt, dict):
+    """Return whether the mapping `prompt` is for answers by letter: it names no other answer, and
+    tells of options or letters."""
+    if not isinstance(prompt, dict) or prompt.get("answer", "letter") != "letter":
         return False
-    shows = "{choices}" in str(prompt.get("user", ""))
-    return bool(prompt.get("answer", "letter" if shows else "text") == "letter")
+    told = f"{prompt.get('system', '')}{prompt.get('user', '')}"
+    tells = any(name in told for name in ("{choices}", "{letters}", "{count}"))
+    return tells or "answer" in prompt or "choice" in prompt
 
 
 def ladder_unless_chosen(

@@ -50,8 +50,8 @@ class Leases:
       an outage nobody can renew.
     - A holder that was suspended for longer may find that another process has begun the same work.
       That does the work twice and harms nothing: results are named by their content.
-    - What a holder has others do, they may hold along with it (`shared`): if it dies, the lease
-      lasts until they end.
+    - Processes that work for the holder may renew its lease too (`shared`), so that it outlives the
+      holder until they end.
 
     A holder is any unique text; `run` is its name for people."""
 
@@ -116,19 +116,21 @@ class Leases:
 
     @contextmanager
     def shared(self, name: str, holder: str) -> Iterator[Callable[[], bool]]:
-        """Renew a lease that another process has taken as `holder`, too, in case that one dies.
-        Yield what says whether `holder` has it no more, as far as this process knows."""
+        """Renew a lease that another process has taken as `holder`, so that it outlives that one.
+
+        Yield a function that returns whether the lease was lost: it had expired before, or somebody
+        else has it."""
         stop, lost = threading.Event(), threading.Event()
 
-        def renew() -> None:
-            if not self._renewed(name, holder):
-                lost.set()
-
         def keep() -> None:
-            while not lost.is_set() and not stop.wait(self._renewal_s):
-                renew()
+            while not stop.wait(self._renewal_s):
+                if not self._renewed(name, holder):
+                    lost.set()
+                    return
 
-        renew()
+        # One that has expired is free, though nobody may have taken it yet.
+        if not self._renewed(name, holder, LEASES.c.expires_at > self._now):
+            lost.set()
         thread = threading.Thread(target=keep, name="shared lease", daemon=True)
         thread.start()
         try:
@@ -136,6 +138,12 @@ class Leases:
         finally:
             stop.set()
             thread.join()
+
+    def abandon(self, name: str, holder: str) -> None:
+        """Renew the lease no more, and leave it to those who share it, or to expire."""
+        stop = self._renewals.pop((name, holder), None)
+        if stop:
+            stop.set()
 
     def is_held(self, name: str) -> bool:
         """Return whether anybody holds the lease."""
@@ -173,10 +181,10 @@ class Leases:
         while not stop.wait(self._renewal_s):
             self._renewed(name, holder)
 
-    def _renewed(self, name: str, holder: str) -> bool:
-        """Renew a lease. Return False if `holder` has it no more; where the database does not
-        answer, nobody can say so."""
-        owned = update(LEASES).where(LEASES.c.name == name, LEASES.c.holder == holder)
+    def _renewed(self, name: str, holder: str, *conditions: Any) -> bool:
+        """Renew a lease that meets the conditions. Return False if `holder` has no such one; where
+        the database does not answer, nobody can say so."""
+        owned = update(LEASES).where(LEASES.c.name == name, LEASES.c.holder == holder, *conditions)
         renewed = owned.values(expires_at=self._until)
         try:
             return bool(self._database.run_once(lambda c: c.execute(renewed).rowcount))

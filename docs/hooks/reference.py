@@ -92,9 +92,9 @@ def recipe_page() -> str:
     parts += [shown(f"preset: {name}", name) for name in PRESETS]
     parts.append("## What a kind of task starts from { #kinds }")
     parts.append(
-        "A recipe that says its `task.kind` starts from these settings, of which each gives way to "
-        "a line of its own. For `kind: choice`, a key `preset` turns them off: with a preset that "
-        "one's settings hold, with `preset: null` the defaults of this page."
+        "A recipe that says its `task.kind` starts from these settings; what it says itself takes "
+        "their place. With `kind: choice` they count only in a recipe without the key `preset`. "
+        "`preset: null` leaves the defaults of this page."
     )
     parts += [shown(f"task.kind: {kinds}", name) for name, kinds in KINDS.items()]
     return "\n\n".join(parts) + "\n"

@@ -74,19 +74,18 @@ def test_rows_on_disk_come_out_as_rows_in_memory(
 def test_of_two_faults_that_of_the_earlier_step_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A correction of no row is told before a row that stands in two roles."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(row_store, "BUCKET_ROWS", 1)
-    row = {"question": "Why?", "choices": ["yes", "no"], "answerKey": ""}
+    row = {"question": "Why?", "choices": ["yes", "no"], "answerKey": "A"}
     recipe = DatasetRecipe.model_validate(
         {
             "source": "files",
-            "files": {"train": [write([row, row | {"question": "Who?", "answerKey": "A"}])]},
-            "splits": {"train": "train"},
-            "carve": {"test": 0.999},
+            "files": {"train": [write([row])], "test": [write([row], "test.jsonl")]},
+            "splits": {"train": "train", "test": "test"},
         }
     )
-    unanswered = error_of(lambda: check_rows(recipe))
-    assert "answerKey: empty, but rows of test need an answer" in unanswered
+    assert "may not stand in" in error_of(lambda: check_rows(recipe))
     name = write([row | {"question": "Where?", "answerKey": "B"}], "corrections.jsonl")
     recipe = recipe.model_copy(update={"corrections": (name,)})
     assert "no row of the source has this text" in error_of(lambda: check_rows(recipe))

@@ -1,6 +1,7 @@
 """What is found in tables as people bring them: columns, classes, bad rows and doubts."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,11 @@ def renamed(rows: list[dict[str, Any]], text: str, label: str) -> list[dict[str,
 
 
 def look_at(tmp_path: Path, rows: list[dict[str, Any]], **named: Any) -> Look:
-    return look([Path(write_csv(tmp_path / "rows.csv", rows))], **named)
+    if all(isinstance(value, str | int) for row in rows for value in row.values()):
+        return look([Path(write_csv(tmp_path / "rows.csv", rows))], **named)
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return look([file], **named)
 
 
 def refusal(tmp_path: Path, rows: list[dict[str, Any]], **named: Any) -> str:
@@ -49,7 +54,7 @@ def test_columns_are_found_by_name_or_content(
 ) -> None:
     rows = [{"number": n, **row} for n, row in enumerate(renamed(texts(60, 20), text, label))]
     found = look_at(tmp_path, rows)
-    assert found.chosen == ((text,), label, *reasons, "classify")
+    assert found.chosen == ((text,), label, *reasons, "classify", None)
     assert len(found.answered) == 60
     assert found.unanswered == 20
     assert found.classes == {"bread": 20, "cloud": 20, "river": 20}
@@ -60,13 +65,66 @@ def test_a_title_stands_ahead_of_the_text_and_named_columns_win(tmp_path: Path) 
     assert look_at(tmp_path, rows).chosen.texts == ("title", "text")
     found = look_at(tmp_path, rows, texts=["text"], label="year")
     named = ("named by --text", "named by --label")
-    assert found.chosen == (("text",), "year", *named, "classify")
+    assert found.chosen == (("text",), "year", *named, "classify", None)
     assert look_at(tmp_path, rows).rows[3].example.question == f"no 3\n{rows[3]['text']}"
 
 
 def test_a_topic_in_free_words_is_no_label(tmp_path: Path) -> None:
     rows = [{**row, "topic": f"about thing {n}"} for n, row in enumerate(texts(30))]
     assert look_at(tmp_path, rows).chosen.label == "label"
+
+
+OPTIONS = ["an oven", "a bridge", "rain"]
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        lambda options: options,
+        lambda options: {"label": ["A", "B", "C"], "text": options},
+        lambda options: json.dumps(options),
+    ],
+)
+def test_rows_with_options_are_found(tmp_path: Path, written: Callable[[Any], Any]) -> None:
+    rows = [
+        {"question": f"What is {n}?", "options": written(OPTIONS), "tags": ["a", "b"]}
+        for n in range(20)
+    ]
+    for n, row in enumerate(rows[:12]):
+        row["answer"] = "ABC"[n % 3] if n % 2 else OPTIONS[n % 3]
+    found = look_at(tmp_path, rows)
+    assert (found.kind, found.chosen.options, found.chosen.label) == ("choice", "options", "answer")
+    assert [row.example.answer_key for row in found.answered] == list("ABC") * 4
+    assert (found.unanswered, found.rows[0].example.choices) == (8, tuple(OPTIONS))
+    unusual = [
+        {"question": row["question"], "offers": row["options"], "right": row.get("answer", "")}
+        for row in rows
+    ]
+    assert look_at(tmp_path, unusual, label="right", kind="choice").chosen.options == "offers"
+
+
+def test_what_is_not_clear_of_options_is_one_line(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]]
+    rows = [{"question": f"What is {n}?", "choices": OPTIONS, "key": "A"} for n in range(9)]
+    assert "no column looks like the right option among 'question', 'key'" in refusal(
+        tmp_path, rows
+    )
+    both = [{**row, "options": OPTIONS} for row in rows]
+    assert "any of the columns 'choices', 'options'; leave the others out" in refusal(
+        tmp_path, both
+    )
+    two = [{**row, "label": "A", "answer": "A"} for row in rows]
+    assert "may be in any of the columns 'label', 'answer'; name it" in refusal(tmp_path, two)
+    assert "no column looks like options among 'text', 'label'" in refusal(
+        tmp_path, texts(30), kind="choice"
+    )
+    # Lists of texts under another name are no options, unless the task is named.
+    tagged = [{**row, "tokens": ["a", "b"]} for row in texts(30)]
+    assert look_at(tmp_path, tagged).kind == "classify"
+    repeated = [{**row, "key": "home", "choices": ["home", "home", "inn"]} for row in rows]
+    assert "'home' is the text of several options, so write the label" in refusal(
+        tmp_path, repeated, label="key"
+    )
 
 
 def test_what_stays_open_is_one_line_with_the_columns(tmp_path: Path) -> None:

@@ -337,12 +337,15 @@ def test_train_needs_no_answers_but_test_does(tmp_path: Path) -> None:
     )
 
 
-def test_a_carved_row_without_an_answer_is_refused(tmp_path: Path) -> None:
-    path = jsonl(tmp_path / "train.jsonl", [values | {"answerKey": ""} for values in many(40)])
-    text = refusal(recipe(path, carve={"validation": 0.5}), tmp_path / "out")
-    assert re.search(
-        r"train.jsonl:\d+: answerKey: empty, but rows of validation need an answer", text
-    )
+def test_rows_without_an_answer_stay_in_train_whatever_is_carved(tmp_path: Path) -> None:
+    unanswered = [row(f"u{n}", message(n), "") for n in range(40, 60)]
+    # The first of the rows that are carved, too.
+    copy = row("copy", message(0), "")
+    rows = [*many(40), *unanswered, copy]
+    found = run(tmp_path, rows, carve={"gold": 0.5, "test": 0.5})
+    assert found.ids["train"] == {f"u{n}" for n in range(40, 60)}
+    assert len(found.ids["gold"]) + len(found.ids["test"]) == 40
+    assert found.counts.duplicates_dropped == 1
 
 
 def test_an_unknown_split_lists_those_that_exist(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from distillery.recipe import (
     PRESETS,
     AnswerRecipe,
     Choose,
+    DatasetRecipe,
     ExportBounds,
     ExportForm,
     ExportRecipe,
@@ -639,22 +640,54 @@ def test_rows_with_options_are_answered_by_text_by_default() -> None:
     assert endpoint.student.training == trained
 
 
+LETTERS = {"user": "{question}\n{choices}"}
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answer"),
+    [
+        (LETTERS, "letter"),
+        ({"answer": "letter"}, "letter"),
+        ({"system": "One of {letters}."}, "letter"),
+        ({"choice": "{letter}: {text}"}, "letter"),
+        ({"system": "Judge."}, "text"),
+        ({"max_tokens": 64}, "text"),
+        ({**LETTERS, "answer": "text"}, "text"),
+    ],
+)
+def test_a_prompt_for_letters_keeps_them(prompt: dict[str, Any], answer: str) -> None:
+    found = rows_with_options(teacher=LOCAL, prompt=prompt)
+    assert (found.prompt.answer, found.student.prompt) == (answer, None)
+    assert found.prompt.model_dump().items() >= prompt.items()
+
+
 def test_what_a_recipe_of_rows_with_options_says_takes_the_place_of_its_defaults() -> None:
-    letters = {"user": "{question}\n{choices}"}
-    assert rows_with_options(teacher=LOCAL, prompt=letters).student_prompt.answer == "letter"
-    chosen = rows_with_options(teacher=LOCAL, prompt={**letters, "answer": "text"}).prompt
-    assert (chosen.user, chosen.answer) == (letters["user"], "text")
-    assert rows_with_options(teacher=LOCAL, prompt={"system": "Judge."}).prompt.answer == "text"
-    lettered = rows_with_options(teacher=LOCAL, prompt={"answer": "letter"}).prompt
-    assert lettered == PromptRecipe()
-    own = rows_with_options(prompt=letters, dataset={**own_rows(), "fields": ["place"]})
-    assert (own.prompt.user, own.prompt.answer) == (letters["user"], "letter")
-    assert own.student_prompt.user == letters["user"]
+    orders = rows_with_options(teacher={**LOCAL, "answers": {"orders": 3}})
+    assert orders.prompt == PromptRecipe()
+    judging = rows_with_options(prompt={**LETTERS, "system": "Judge."})
+    assert judging.student_prompt == judging.prompt
+    lettered = rows_with_options(student={"prompt": {"answer": "letter"}})
+    assert lettered.student_prompt == PromptRecipe()
+    assert rows_with_options(prompt={"max_tokens": 640}).student_prompt.max_tokens == 640
+    with pytest.raises(RecipeError, match=r"student\.start: teacher needs teacher\.kind: local"):
+        rows_with_options(student={"start": "teacher"})
     unvalidated = {**own_rows(), "carve": {"test": 0.3}}
     dynamic = ExportRecipe(precision="int8", algorithm="dynamic")
     assert rows_with_options(dataset=unvalidated).export == dynamic
     assert not rows_with_options(dataset=unvalidated).student.gold
     assert rows_with_options(export={"precision": "fp32"}).export.ladder == ()
+
+
+def test_rows_with_options_may_be_the_sample_or_have_its_splits() -> None:
+    sample = rows_with_options(dataset={}, teacher=LOCAL)
+    assert sample.dataset == DatasetRecipe()
+    assert sample.student.gold
+    files = {name: [f"{name}.jsonl"] for name in DatasetRecipe().splits.values()}
+    named = rows_with_options(dataset={"source": "files", "files": files})
+    assert named.dataset.splits == DatasetRecipe().splits
+    files["train"] = files.pop("pool")
+    own = rows_with_options(dataset={"source": "files", "files": files})
+    assert own.dataset.splits == {role: role for role in files}
 
 
 @pytest.mark.parametrize("preset", [None, "demo", "lab"])

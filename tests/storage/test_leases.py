@@ -180,6 +180,48 @@ def test_the_lease_of_a_killed_process_expires(
     assert len(told) < 5, "a look or two later, as nobody has renewed it meanwhile"
 
 
+def test_who_shares_a_lease_keeps_it_when_its_holder_is_gone(
+    url: str, move_clocks: Callable[[str, int], MovedClock]
+) -> None:
+    clock = move_clocks(url, 3000)
+    holder, child, other = (Leases(url, LENGTH_S) for _ in range(3))
+    holder.acquire("work", "a")
+    with child.shared("work", "a") as is_lost:
+        holder.abandon("work", "a")
+        for _ in range(3):
+            before = clock.expiry()
+            clock.move_on(LENGTH_S / 2)
+            clock.wait_for_renewal(before + LENGTH_S / 4)
+        assert not other.acquire("work", "b", timeout=1)
+        assert not is_lost()
+        # The same run again.
+        assert holder.acquire("work", "a", timeout=0)
+        holder.abandon("work", "a")
+    assert other.is_held("work")
+    clock.move_on(LENGTH_S + 1)
+    with child.shared("work", "a") as is_lost:
+        assert is_lost(), "it has expired, and is not revived"
+    assert other.acquire("work", "b", timeout=60)
+
+
+def test_who_shares_a_lease_learns_that_it_is_lost(
+    url: str, move_clocks: Callable[[str, int], MovedClock]
+) -> None:
+    move_clocks(url, 3000)
+    leases = Leases(url, LENGTH_S)
+    with leases.shared("work", "a") as is_lost:
+        assert is_lost()
+    leases.acquire("work", "a")
+    with leases.shared("work", "a") as is_lost:
+        assert not is_lost()
+        leases.release("work", "a")
+        deadline = time.monotonic() + 60
+        while not is_lost():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert leases.acquire("work", "b", timeout=0)
+
+
 def test_processes_take_turns(url: str, tmp_path: Path) -> None:
     log = tmp_path / "log"
     workers = [started(WORKERS, url, str(log), str(number)) for number in range(4)]

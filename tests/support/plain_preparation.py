@@ -30,8 +30,7 @@ def plainly_prepared(recipe: DatasetRecipe, task: TaskRecipe) -> dict[str, str]:
     source lacks."""
     classes, answer_format = named_classes(task), named_format(task)
     classify = task.kind == "classify"
-    unanswered_train = classify or answer_format is not None
-    check_roles(recipe, unanswered_train)
+    check_roles(recipe)
     reader = RowReader(recipe.columns, recipe.fields, classify, classes, answer_format)
     source = open_source(recipe)
     splits: Splits = {}
@@ -45,7 +44,7 @@ def plainly_prepared(recipe: DatasetRecipe, task: TaskRecipe) -> dict[str, str]:
     corrections = Corrections(recipe, reader)
     splits = corrections.applied(splits)
     corrections.refuse_unused()
-    splits = carve(splits, shares_of(recipe), recipe.columns.answer, unanswered_train)
+    splits = carve(splits, shares_of(recipe))
     if task.other:
         texts = OtherTexts(shares_of(recipe))
         splits = texts.added(splits, splits.pop(OTHER))
