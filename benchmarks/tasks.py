@@ -101,7 +101,9 @@ ARTIFACTS = ("checkpoint", "model", "report")
 """Figures that name folders of this machine."""
 
 
-def summary(results: Sequence[dict[str, Any]], ratio: float, minutes: float) -> dict[str, Any]:
+def summary(
+    results: Sequence[dict[str, Any]], ratio: float | None, minutes: float
+) -> dict[str, Any]:
     """Return the last line."""
     whole = [result for result in results if "failed" not in result]
     gaps, kept, losses = [], [], []
@@ -119,7 +121,7 @@ def summary(results: Sequence[dict[str, Any]], ratio: float, minutes: float) -> 
         "refused": len(results) - passed,
         "kept_min": round(min(kept), 4) if kept else None,
         "float_gap_max": round(max(losses), 2) if losses else None,
-        "clinc_time_ratio": round(ratio, 3),
+        "clinc_time_ratio": None if ratio is None else round(ratio, 3),
         "minutes": round(minutes, 1),
     }
 
@@ -151,7 +153,7 @@ def main() -> None:
         )
         sys.stdout.flush()
     models = [result["model"] for result in results if result.get("classes")]
-    ratio = class_time_ratio(folder_of(models[0])) if models else float("nan")
+    ratio = class_time_ratio(folder_of(models[0])) if models else None
     print(json.dumps(summary(results, ratio, (time.perf_counter() - started) / 60)))
 
 
