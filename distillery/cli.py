@@ -43,7 +43,8 @@ def new(
     data: Annotated[
         list[Path],
         typer.Argument(
-            help="CSV, JSONL or Parquet files of texts and labels or answers, which may be empty.",
+            help="CSV, JSONL or Parquet files of texts and labels or answers, which may be empty; "
+            "with options, where each row has its own.",
             metavar="DATA",
         ),
     ],

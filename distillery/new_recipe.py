@@ -265,6 +265,7 @@ def tell_doubts(found: Look, too_long: int) -> Iterator[str]:
     if found.kind == "classify":
         doubts += in_part(doubtful_labels(found), indent="")
         doubts += in_part(new_labels(found), indent="")
+    if not found.writes:
         doubts += in_part(contradictions(found.rows), indent="")
     if doubts:
         yield "Look at:"

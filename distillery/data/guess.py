@@ -188,6 +188,17 @@ def are_options(value: Any) -> bool:
     return True
 
 
+def columns_of_options(columns: Iterable[str]) -> list[str]:
+    """Return the columns that are named as each row's options are, one a column: option_a, option_b
+    or choice1, choice2."""
+    found: dict[str, list[str]] = {}
+    for name in columns:
+        match = re.fullmatch(r"(option|choice|answer)s?[\W_]*([a-z]|\d)", name.casefold())
+        if match:
+            found.setdefault(match[1], []).append(name)
+    return next((names for names in found.values() if len(names) > 1), [])
+
+
 def guess_schema(values: Iterable[Any]) -> dict[str, Any]:
     """Return a JSON Schema that the JSON objects among the values meet: the types of their fields,
     none of them required, and no others."""
@@ -383,7 +394,16 @@ def choose_label(
     raise DataError(
         f"no column looks like a label, which has few values that repeat, among {listed(columns)}; "
         "name it by --label, or add one that is empty in the rows that the teacher labels"
+        f"{hint_of_options(left)}"
     )
+
+
+def hint_of_options(columns: Mapping[str, Column]) -> str:
+    """Return what to say of a column that may hold the rows' options."""
+    for name, column in columns.items():
+        if column.may_be_options:
+            return f"; if {name!r} holds the options of each row, say --task choice too"
+    return ""
 
 
 def choose_texts(
@@ -401,7 +421,9 @@ def choose_texts(
         name for name, column in columns.items() if plain(name) in TEXT_NAMES and column.counts
     ]
     by_content = [
-        name for name, column in columns.items() if column.may_be_text and name not in titles
+        name
+        for name, column in columns.items()
+        if column.may_be_text and not column.may_be_options and name not in titles
     ]
     for found, reason in ((by_name, "by name"), (by_content, "texts that hardly ever repeat")):
         if len(found) == 1:

@@ -17,19 +17,21 @@ from typing import Any, NamedTuple
 from distillery.data.answer_format import named_format
 from distillery.data.guess import (
     ChosenColumns,
+    Column,
     Kind,
     choose_columns,
     column_contents,
+    columns_of_options,
     guess_schema,
     listed,
 )
 from distillery.data.near_duplicates import SimilarRows
 from distillery.data.readers import open_table, refuse_equal_columns
 from distillery.data.row_store import temporary_database
-from distillery.data.rows import RowReader, content_of_row, to_example
+from distillery.data.rows import RowReader, content_of_row, to_example, to_letter, to_options
 from distillery.errors import DataError
 from distillery.recipe import Columns, DatasetRecipe, TaskRecipe
-from distillery.records import Example
+from distillery.records import LETTERS, Example
 
 MOST_COMPARED = 20_000
 """Rows up to which near duplicates are counted, which takes seconds."""
@@ -132,6 +134,8 @@ def look(
         raise DataError(f"{where}: {fault}")
     columns = column_contents(whole)
     chosen = choose_columns(columns, texts, label, kind)
+    if kind is None and chosen.kind == "classify":
+        refuse_options_apart(columns, chosen, whole)
     schema = None
     if chosen.kind == "extract":
         answers = [values.get(chosen.label) for values in whole]
@@ -169,6 +173,39 @@ def look(
             "another column by --label"
         )
     return found
+
+
+def refuse_options_apart(
+    columns: Mapping[str, Column], chosen: ChosenColumns, rows: Sequence[Mapping[str, Any]]
+) -> None:
+    """Raise DataError where what looks like labels is rather the right one of each row's options:
+    it stands in a list beside it, or names a column."""
+    labelled = [row for row in rows if str(row.get(chosen.label) or "").strip()]
+    for name in columns:
+        if name not in chosen.texts and columns[name].may_be_options:
+            right = sum(is_option(row.get(chosen.label), row.get(name)) for row in labelled)
+            if 2 * right > len(labelled):
+                raise DataError(
+                    f"{chosen.label!r} says which one of {name!r} is right: where the rows have "
+                    f"options of their own, say --task choice --text {chosen.texts[0]} --label "
+                    f"{chosen.label}, and else --task classify"
+                )
+    apart = columns_of_options(columns)
+    if apart:
+        raise DataError(
+            f"the columns {listed(apart)} look like options of each row; put them into one column, "
+            'choices, such as ["bank", "library"], by a script as in '
+            "docs/how-to/choice.md, or say --task classify if the labels are the same for all rows"
+        )
+
+
+def is_option(label: Any, options: Any) -> bool:
+    """Return whether a label names one of a row's options."""
+    try:
+        labels, texts = to_options(options, "")
+        return to_letter(label, labels, texts, "") is not None
+    except DataError:
+        return False
 
 
 def refuse_other_columns(
@@ -263,17 +300,24 @@ def count_copies(rows: Sequence[FoundRow]) -> int:
 
 
 def contradictions(rows: Sequence[FoundRow]) -> list[str]:
-    """Return a line for each text that has several labels, with where they stand."""
+    """Return a line for each text that has several labels, or question that has several right
+    options, with where they stand."""
     labels: dict[str, dict[str, str]] = {}
     for row in rows:
         label = row.example.answer_key
+        if label is not None and row.example.choices:
+            # By its text: rows of equal content may have the options in another order.
+            label = row.example.choices[LETTERS.index(label)]
         if label is not None:
             labels.setdefault(row.content, {}).setdefault(label, row.where)
     lines = []
     for places in labels.values():
         if len(places) > 1:
             found = ", ".join(f"{label!r} in {where}" for label, where in places.items())
-            lines.append(f"one text, several labels: {found}; correct one")
+            what = "one text, several labels"
+            if rows[0].example.choices:
+                what = "one question, several right options"
+            lines.append(f"{what}: {found}; correct one")
     return lines
 
 

@@ -256,6 +256,8 @@ def to_text(value: Any, where: str) -> str:
 def to_options(value: Any, where: str) -> tuple[list[str], tuple[str, ...]]:
     """Return the labels and the texts of a row's options."""
     if isinstance(value, str):
+        if not value.strip():
+            raise DataError(f"{where}: empty; fill it in or remove the row")
         try:
             value = json.loads(value)
         except (ValueError, RecursionError) as error:
@@ -301,7 +303,8 @@ def to_letter(value: Any, labels: Sequence[str], texts: Sequence[str], where: st
     if texts.count(label) == 1:
         return LETTERS[texts.index(label)]
     what = "the text of several options, so write the label" if label in texts else "no option"
-    raise DataError(f"{where}: {shown(label)} is {what}; the options are {listed(labels)}")
+    told = [f"{shown(name)} ({shown(text)})" for name, text in zip(labels, texts, strict=True)]
+    raise DataError(f"{where}: {shown(label)} is {what}; the options are {', '.join(told)}")
 
 
 def content_of_row(example: Example) -> str:

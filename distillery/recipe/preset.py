@@ -82,7 +82,7 @@ def choice_values(values: dict[str, Any]) -> dict[str, Any]:
     training, by_text, own, validated = (shipped.pop(name) for name in parts)
     both: dict[str, Any] = {**shipped, "student": {"training": training}}
     roles = roles_of_files(values)
-    # Without, the splits are those of the sample, which has rows for each role.
+    # Where nothing says which rows to train on, the splits are the sample's, one for each role.
     has_all = "train" not in roles and not names(values, "dataset", "splits")
     if "train" in roles:
         both["dataset"] = {"splits": {role: role for role in roles}}

@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
@@ -265,9 +266,29 @@ class LocalRegistry(Registry):
         self._models.mkdir(parents=True, exist_ok=True)
         # The first client creates MLflow's tables; two that do so at once break each other.
         with FileLock(self._models / ".lock"):
+            self._make_tables()
             client = MlflowClient(tracking_uri=self._url, registry_uri=self._url)
             client.search_registered_models(max_results=1)
         return client
+
+    def _make_tables(self) -> None:
+        """Make a SQLite file with MLflow's tables where there is none. It takes seconds, and a file
+        whose tables were half made when its process was killed could never be opened."""
+        from mlflow import MlflowClient
+
+        url = self.database_url()
+        if url is None or not url.drivername.startswith("sqlite") or not url.database:
+            return
+        database = Path(url.database)
+        if database.exists() or not database.parent.is_dir():
+            return
+        with TemporaryDirectory(dir=database.parent, prefix=".registry-") as folder:
+            made = Path(folder) / "registry.db"
+            own = url.set(database=str(made)).render_as_string(hide_password=False)
+            MlflowClient(tracking_uri=own, registry_uri=own).search_registered_models(max_results=1)
+            # Another process may have been faster.
+            if not database.exists():
+                made.rename(database)
 
     @contextmanager
     def mlflow(self) -> "Iterator[MlflowClient]":

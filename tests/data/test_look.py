@@ -127,6 +127,39 @@ def test_what_is_not_clear_of_options_is_one_line(tmp_path: Path) -> None:
     )
 
 
+def test_options_that_are_not_seen_as_such_are_told(tmp_path: Path) -> None:
+    rows = [
+        {"Frage": f"Was ist {n}?", "Antworten": [f"a{n}", f"b{n}"], "Loesung": f"b{n}"}
+        for n in range(9)
+    ]
+    hint = "if 'Antworten' holds the options of each row, say --task choice too"
+    assert hint in refusal(tmp_path, rows)
+    assert refusal(tmp_path, rows, label="Loesung").startswith(
+        "'Loesung' says which one of 'Antworten' is right: where the rows have options of their "
+        "own, say --task choice --text Frage --label Loesung, and else"
+    )
+    assert look_at(tmp_path, rows, label="Loesung", kind="choice").chosen.options == "Antworten"
+    apart = [
+        {"question": f"Which {n}?", "option_a": "oven", "option_b": "rain", "answer": "AB"[n % 2]}
+        for n in range(20)
+    ]
+    assert refusal(tmp_path, apart).startswith(
+        "the columns 'option_a', 'option_b' look like options of each row; put them into one column"
+    )
+    assert look_at(tmp_path, apart, kind="classify", label="answer", texts=["question"]).classes
+
+
+def test_a_question_with_two_right_options_is_told(tmp_path: Path) -> None:
+    rows = [
+        {"question": "Where?", "choices": ["inn", "bank"], "answer": "inn"},
+        {"question": "Where?", "choices": ["bank", "inn"], "answer": "A"},
+        {"question": "Where?", "choices": ["bank", "inn"], "answer": "B"},
+    ]
+    (line,) = contradictions(look_at(tmp_path, rows).rows)
+    assert line.startswith("one question, several right options: 'inn' in ")
+    assert "rows.jsonl:1, 'bank' in " in line
+
+
 def test_what_stays_open_is_one_line_with_the_columns(tmp_path: Path) -> None:
     rows = texts(30)
     two = [{**row, "topic": row["label"]} for row in rows]

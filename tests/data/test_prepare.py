@@ -240,8 +240,8 @@ def test_columns_under_other_names(tmp_path: Path) -> None:
             {"choices": {"label": ["A", "A"], "text": ["x", "y"]}},
             "choices: two options of one label among 'A', 'A'; ",
         ),
-        ({"answerKey": "D"}, "answerKey: 'D' is no option; the options are 'A', 'B', 'C'"),
-        ({"answerKey": "a"}, "answerKey: 'a' is no option; the options are 'A', 'B', 'C'"),
+        ({"answerKey": "D"}, "answerKey: 'D' is no option; the options are 'A' ('pleased'), 'B' ("),
+        ({"answerKey": "a"}, "answerKey: 'a' is no option; the options are 'A' ('pleased'), "),
         ({"answerKey": ["A"]}, "answerKey: list where text belongs; "),
     ],
 )

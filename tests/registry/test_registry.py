@@ -101,6 +101,22 @@ def one_line(error: DistilleryError) -> str:
     return text
 
 
+def test_a_registry_whose_making_was_killed_can_still_be_made(tmp_path: Path) -> None:
+    database = tmp_path / "registry.db"
+    url = f"sqlite:///{database}"
+    code = f"from distillery.registry.local import LocalRegistry; LocalRegistry({url!r}).list()"
+    with subprocess.Popen([sys.executable, "-c", code]) as process:
+
+        def has_some_tables() -> bool:
+            return any(file.stat().st_size for file in tmp_path.glob(".registry-*/registry.db"))
+
+        wait_for("the first tables", has_some_tables, 120)
+        process.kill()
+    assert not database.exists()
+    assert LocalRegistry(url).list() == []
+    assert database.exists()
+
+
 class RegistryCase:
     """A registry and access to its storage: `damage(model, file, change)` replaces the content of a
     stored file by `change(content)`. None stands for a file that does not exist."""
