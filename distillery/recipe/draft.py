@@ -211,11 +211,14 @@ def column_lines(
     if not ids_are_unique:
         columns["id"] = None
     if columns:
-        whose = "the right option" if kind == "choice" else f"the {usual}"
-        lines += [
-            f"  # question: the text's column. answer: {whose}'s. id: null names rows by content.",
-            f"  columns: {in_yaml(columns)}",
-        ]
+        told = {
+            "question": "the text's column",
+            "choices": "the options' column",
+            "answer": "the right option's" if kind == "choice" else f"the {usual}'s",
+            "id": "null names rows by content",
+        }
+        comment = ". ".join(f"{name}: {told[name]}" for name in columns)
+        lines += [f"  # {comment}.", f"  columns: {in_yaml(columns)}"]
     return lines
 
 
