@@ -112,8 +112,9 @@ class DatasetRecipe(Slice):
     becomes the column's text. A row may lack some of them, and all if it has a question or text."""
 
     carve: dict[Literal["gold", "validation", "test"], Share] = Field({})
-    """Share (0 to 1) of train that becomes gold, validation or test, for a source without that
-    split. A hash of `seed` and the row decides, so that rows added later move none."""
+    """Share (0 to 1) of the train rows with an answer that becomes gold, validation or test, for a
+    source without that split. A hash of `seed` and the row decides, so that rows added later move
+    none."""
 
     rotation: Rotation | None = None
     """With carve.test: more test rows that are held back for later, such as {rounds: 4, round: 0}.
