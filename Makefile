@@ -27,7 +27,7 @@ AXE := tests/support/axe/node_modules/.installed
 
 export PREFECT_HOME ?= $(CURDIR)/.distillery/prefect
 
-.PHONY: help setup demo test test-all test-security audit sbom bench-overhead bench-choice bench-labels bench-train bench-distil bench-distil-full bench-inference bench-scale bench-serving bench-tasks bench-tasks-full bench-tasks-endpoint bench-text bench-text-full neutral foundry simulate-gate rehearse-lab docs lint format up down clean
+.PHONY: help setup demo test test-all test-security audit sbom image-check bench-overhead bench-choice bench-labels bench-train bench-distil bench-distil-full bench-inference bench-scale bench-serving bench-tasks bench-tasks-full bench-tasks-endpoint bench-text bench-text-full neutral foundry simulate-gate rehearse-lab docs lint format up down clean
 help: ## what the targets do
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-14s %s\n", $$1, $$2}'
 
@@ -101,6 +101,9 @@ audit: $(AUDIT) ## what PyPI's advisory service knows against the packages; need
 
 sbom: $(AUDIT) ## distillery.cdx.json: the list of all packages with their hashes, in CycloneDX
 	@.venv-audit/bin/cyclonedx-py requirements constraints-hashes.txt --pyproject pyproject.toml --of JSON -o distillery.cdx.json
+
+image-check: ## build the image and run compose.yaml with it, without a registry; needs root on Debian, debootstrap, podman, podman-compose
+	@deployments/images/check.sh
 
 rehearse-lab: $(INSTALLED) $(AZURITE) | $(PREFECT_HOME) ## the preset lab, whole, against stand-ins of its services; needs Node.js and COMMONSENSE_QA_DIR
 	@OMP_NUM_THREADS=1 $(BIN)/pytest -s tests/e2e/test_rehearse_lab.py

@@ -1,8 +1,8 @@
 """What deployments/ puts on a Prefect server, checked by Prefect's own code and a real server, and
 its container files.
 
-There is no container engine here: the images are checked by their structure, compose.yaml and what
-goes to a cluster by their published schemas too.
+No container is started here: the images are checked by their structure, compose.yaml and what goes
+to a cluster by their published schemas too. `make image-check` builds the image and runs it.
 """
 
 import asyncio
@@ -1073,6 +1073,29 @@ def test_the_image_runs_a_worker_as_no_root_and_knows_that_it_is_a_container() -
         volume.partition(":")[2] for pool in POOLS for volume in configured("docker", pool).volumes
     }
     assert mounted - {"/dev/shm"} == {home}
+
+
+def test_make_image_check_names_what_the_files_of_the_image_have() -> None:
+    """It needs root, a network and minutes, and so is no test: see CONTRIBUTING.md."""
+    script = FOLDER / "images" / "check.sh"
+    subprocess.run(["bash", "-n", script], check=True)
+    text = script.read_text()
+    # Each service starts when those that it depends on are ready.
+    order = re.findall(r"^(?:start|compose up .*?) ([a-z-]+)(?: >/dev/null)?$", text, re.MULTILINE)
+    assert order[-1] == "cpu-worker"
+    for place, service in enumerate(order):
+        assert set(COMPOSE["services"][service].get("depends_on", {})) <= set(order[:place])
+    assert all(
+        COMPOSE["services"][service]["healthcheck"]["test"][0] == "CMD"
+        for service in re.findall(r"^start ([a-z-]+)$", text, re.MULTILINE)
+    )
+    # What the two lines of sed in it look for.
+    (base,) = [line for line in instructions() if line[0] == "FROM"]
+    assert re.fullmatch(r"python:3\.\d+-slim-[a-z]+", base[1])
+    database = COMPOSE["services"]["postgres"]["image"]
+    assert (FOLDER / "compose.yaml").read_text().count(f" image: {database}\n") == 1
+    given = set(re.findall(r"([A-Z_]+)=\S*\$\(openssl", text))
+    assert set(re.findall(r"\$\{(\w+):\?", json.dumps(COMPOSE["services"]))) <= given
 
 
 def test_the_github_example_deploys_and_then_watches_the_run() -> None:
