@@ -3,8 +3,8 @@ the rows, each about a part, and leave the answers in the label store. The stage
 and ask what is left, so that nothing depends on what becomes of a child."""
 
 import asyncio
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -160,8 +160,9 @@ def ask_part(job: LabelJob, part: int) -> int:
     return counts.accepted
 
 
-@contextmanager
-def the_runs_lease(job: LabelJob, answers: LabelStore) -> Iterator[Callable[[], None]]:
+def the_runs_lease(
+    job: LabelJob, answers: LabelStore
+) -> AbstractContextManager[Callable[[], None]]:
     """Share the run's lease, as `parents_lease` does. Raises DataError for another database, where
     there is none."""
     if answers.database.identity != job.database:
@@ -169,8 +170,7 @@ def the_runs_lease(job: LabelJob, answers: LabelStore) -> Iterator[Callable[[], 
             "DISTILLERY_LABELS: another database than that of the run, which would pay for all "
             "answers again; set it to the same one"
         )
-    with parents_lease(job.lease) as check_lease:
-        yield check_lease
+    return parents_lease(job.lease)
 
 
 def refuse_others(job: LabelJob) -> None:

@@ -2,7 +2,13 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, nullcontext
+from contextlib import (
+    AbstractContextManager,
+    AsyncExitStack,
+    asynccontextmanager,
+    contextmanager,
+    nullcontext,
+)
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -121,20 +127,18 @@ def label(
     )
 
 
-@contextmanager
 def at_once_by_one(
     rows: Rows,
     prompt: PromptRecipe,
     teacher: TeacherRecipe,
     identity: str,
     children_of: str | None = None,
-) -> Iterator[Lease]:
+) -> AbstractContextManager[Lease]:
     """Hold the lease on asking a teacher, `identity`, about these rows: of two runs, one in one
     process and one in several (label_parts.py), one waits for the other's answers. `children_of`
     as in `leased`."""
     asked = [rows.content_id, content_of(prompt), identity, identity_of_cheap(teacher)]
-    with leased(f"ask-{digest_of(asked)}", children_of) as lease:
-        yield lease
+    return leased(f"ask-{digest_of(asked)}", children_of)
 
 
 def labelling_of(

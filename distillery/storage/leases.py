@@ -121,17 +121,12 @@ class Leases:
         Yield a function that returns whether the lease was lost: it had expired before, or somebody
         else has it."""
         stop, lost = threading.Event(), threading.Event()
-
-        def keep() -> None:
-            while not stop.wait(self._renewal_s):
-                if not self._renewed(name, holder):
-                    lost.set()
-                    return
-
         # One that has expired is free, though nobody may have taken it yet.
         if not self._renewed(name, holder, LEASES.c.expires_at > self._now):
             lost.set()
-        thread = threading.Thread(target=keep, name="shared lease", daemon=True)
+        thread = threading.Thread(
+            target=self._renew, args=(name, holder, stop, lost), name="shared lease", daemon=True
+        )
         thread.start()
         try:
             yield lost.is_set
@@ -177,9 +172,13 @@ class Leases:
         )
         return connection.execute(taken.returning(LEASES.c.name)).first() is not None
 
-    def _renew(self, name: str, holder: str, stop: threading.Event) -> None:
+    def _renew(
+        self, name: str, holder: str, stop: threading.Event, lost: threading.Event | None = None
+    ) -> None:
+        """Renew a lease until `stop`. `lost` is set where `holder` has it no more."""
         while not stop.wait(self._renewal_s):
-            self._renewed(name, holder)
+            if not self._renewed(name, holder) and lost:
+                lost.set()
 
     def _renewed(self, name: str, holder: str, *conditions: Any) -> bool:
         """Renew a lease that meets the conditions. Return False if `holder` has no such one; where
