@@ -32,18 +32,11 @@ from distillery.storage.artifacts import ArtifactStore
 from distillery.storage.output import Output, without_secrets
 from distillery.storage.shards import SHARD_ROWS, read_list
 from distillery.storage.working import working_folder
-from tasks.children import (
-    Children,
-    DeploymentRuns,
-    LocalProcesses,
-    ShardsJob,
-    ShardWork,
-    answer_here,
-    work_by,
-)
+from tasks.children import Children, DeploymentRuns, LocalProcesses, work_by
 from tasks.inference import fetched, input_files, is_pattern, score
 from tasks.progress import conclude, shown_as_stage
 from tasks.results import results_in_store
+from tasks.shard_work import ShardsJob, ShardWork, answer_here
 from tasks.shards import answer_shard, answering, cut_rows, gather
 from tasks.stage import RESULT, begin, cached_records, is_cached
 from tasks.terminal import shown_in_terminal
@@ -81,7 +74,7 @@ def batch_inference(
         processes: How many processes of this machine answer, where there is more than a shard.
         shards_deployment: The deployment whose work pool answers the shards, such as
             answer-shards/cpu, in place of processes of this machine.
-        child_runs: How many runs of it are at work or wait at once; by default two for each of its
+        child_runs: How many runs of it are at work or wait at once; by default one for each of its
             pool's workers.
         shard_rows: Rows of a shard, which is answered and cached as a whole; fewer where one row
             takes long.
@@ -169,7 +162,8 @@ def answer_rows(
             if children is None:
                 answer_here(work, show)
             else:
-                work_by(children, work, progress)
+                with work.offered():
+                    work_by(children, work, progress)
         answers = [work.answers[number] for number in range(len(shards))]
         predictions = gather(shards, answers, model, started)
         conclude(

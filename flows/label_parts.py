@@ -31,11 +31,9 @@ def label_parts(
     database: str,
     lease: Lease,
     parts: PositiveInt,
-    first: NonNegativeInt = 0,
-    count: PositiveInt = 1,
+    number: NonNegativeInt = 0,
 ) -> int | State:
-    """Have the teacher asked about `count` of the rows' parts from the number `first` on, and
-    return how many rows of them have a label.
+    """Have the teacher asked about a part of the rows, and return how many rows of it have a label.
 
     Args:
         rows: The rows of a split.
@@ -47,8 +45,7 @@ def label_parts(
         database: The id of the run's label database.
         lease: The run's lease on asking about these rows.
         parts: How many parts there are.
-        first: The first part, from 0.
-        count: How many parts.
+        number: Which part, from 0.
     """
     begin()
     job = LabelJob(
@@ -61,10 +58,11 @@ def label_parts(
         database=database,
         lease=lease,
         parts=parts,
+        number=number,
     )
     try:
         with parent_watched():
-            return sum(ask_part(job, part) for part in range(first, first + count))
+            return ask_part(job)
     except ParentEnded as ended:
         return Cancelled(message=str(ended))
 

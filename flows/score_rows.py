@@ -25,26 +25,23 @@ def score_rows(
     models: tuple[AskedModel, ...],
     test: Rows,
     parts: PositiveInt,
-    first: NonNegativeInt = 0,
-    count: PositiveInt = 1,
+    number: NonNegativeInt = 0,
     threads: PositiveInt | None = None,
 ) -> int | State:
-    """Ask the models `count` of the rows' parts from the number `first` on, and return how many
-    rows these are, of all models.
+    """Ask the models a part of the rows, and return how many rows it has, of all models.
 
     Args:
         models: The models, each with its prompt.
         test: The test rows.
         parts: How many parts there are.
-        first: The first part, from 0.
-        count: How many parts.
+        number: Which part, from 0.
         threads: Cores for one operation; by default all.
     """
     begin()
-    job = ScoreJob(models=models, test=test, parts=parts)
+    job = ScoreJob(models=models, test=test, parts=parts, number=number)
     try:
         with parent_watched(), scoring(threads):
-            return sum(score_part(job, part) for part in range(first, first + count))
+            return score_part(job)
     except ParentEnded as ended:
         return Cancelled(message=str(ended))
 

@@ -20,19 +20,20 @@ from distillery.storage.working import working_folder
 from distillery.teacher.endpoint import resolve_endpoint
 from distillery.teacher.identity import identity_of_cheap, teacher_identity
 from distillery.teacher.ledger import Payer, spent
-from tasks.children import LocalProcesses, PartsJob, PartsWork, runs_of, work_by
+from tasks.children import LocalProcesses, work_by
 from tasks.labels import at_once_by_one, labelling_of, payer_of_run, purpose_of, rows_to_ask
 from tasks.locks import Lease, parents_lease
 from tasks.parent import check_parent
+from tasks.parts_work import PartsJob, PartsWork, runs_of
 from tasks.progress import conclude, progress_of, show_rows
 from tasks.stage import uncached
 
 
 class LabelJob(PartsJob):
-    """What a child does: have `teacher` asked about some of `parts` parts of `rows`, on behalf of
-    the flow run `run` of the recipe named `recipe`. `identities` are those of the teacher and of
-    its cheap one, if it has one, and `database` that of the label database, as the run knows them:
-    a child that knows others asks nothing. `lease` is the run's, on asking about these rows."""
+    """What a child does: have `teacher` asked about a part of `rows`, on behalf of the flow run `run`
+    of the recipe named `recipe`. `identities` are those of the teacher and of its cheap one, if it
+    has one, and `database` that of the label database, as the run knows them: a child that knows
+    others asks nothing. `lease` is the run's, on asking about these rows."""
 
     rows: Rows
     prompt: PromptRecipe
@@ -109,7 +110,7 @@ def ask_in_processes(
             lease=lease,
             parts=parts,
         )
-        work = PartsWork(job, calls, "calls", lambda _group: made() - before)
+        work = PartsWork(job, calls, "calls", lambda: made() - before)
         children = runs or LocalProcesses(parts, "flows.label_parts", folder)
         work_by(children, work, progress)
         conclude(f"{made() - before:,.0f} calls made, in {parts} parts")
@@ -122,12 +123,12 @@ def calls_of(answers: LabelStore, payer: Payer, teacher: TeacherRecipe) -> float
     return answers.database.run(lambda c: spent(c, payer, section, "", None))["calls"]
 
 
-def ask_part(job: LabelJob, part: int) -> int:
+def ask_part(job: LabelJob) -> int:
     """Ask the teacher about a part of the rows, at this part's share of its pace, and return how
     many rows have a label. The labels themselves are thrown away: the answers are in the label
     store. Raises what the stage `label` raises, and DataError where this machine would ask another
     teacher than the run, or keep the answers where the run does not find them."""
-    rows, prompt, parts = job.rows, job.prompt, job.parts
+    rows, prompt, part, parts = job.rows, job.prompt, job.number, job.parts
     file = ArtifactStore().fetch(rows.artifact) / rows.file
     refuse_others(job)
     teacher = share_of(job.teacher, part, parts)

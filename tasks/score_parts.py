@@ -17,8 +17,9 @@ from distillery.evaluation.slices import (
 )
 from distillery.records import Rows, digest_of
 from distillery.storage.working import working_folder
-from tasks.children import Group, LocalProcesses, PartsJob, PartsWork, runs_of, work_by
+from tasks.children import LocalProcesses, work_by
 from tasks.locks import leased
+from tasks.parts_work import PartsJob, PartsWork, runs_of
 from tasks.progress import conclude, progress_of
 from tasks.scored_models import AskedModel
 from tasks.slices import KnownSlices, score_slice
@@ -29,7 +30,7 @@ R = TypeVar("R")
 
 
 class ScoreJob(PartsJob):
-    """What a child does: ask `models` the rows of some of the parts of `test`."""
+    """What a child does: ask `models` the rows of a part of `test`."""
 
     models: tuple[AskedModel, ...]
     test: Rows
@@ -58,10 +59,10 @@ class ScoredSlices:
                     self._missing.setdefault((part, model.content_id), deque()).append(number)
         self.rows = 0
 
-    def made(self, group: Group) -> float:
-        """Look for the slices of some parts, up to the first of each model that is missing. Return
-        how many rows have been asked of all parts."""
-        for part in group.numbers:
+    def made(self) -> float:
+        """Look for the slices of each part, up to the first of each model that is missing. Return
+        how many rows have been asked."""
+        for part in range(self._job.parts):
             for model in self._job.models:
                 numbers = self._missing.get((part, model.content_id))
                 while numbers and (found := self._known.find(model, self._job.test, numbers[0])):
@@ -135,7 +136,7 @@ def score_in_processes(
         conclude(f"{slices.rows:,} of {left:,} rows asked, in {parts} parts")
 
 
-def score_part(job: ScoreJob, part: int) -> int:
+def score_part(job: ScoreJob) -> int:
     """Ask the models the rows of a part, where they are not known; see `slices.scoring`. Return how
     many rows it has, of all models.
 
@@ -143,7 +144,7 @@ def score_part(job: ScoreJob, part: int) -> int:
     have been asked."""
     rows = 0
     refused: dict[int, ModelError | RecipeError] = {}
-    for model, number in slices_of_part(job.models, job.test.rows, part, job.parts):
+    for model, number in slices_of_part(job.models, job.test.rows, job.number, job.parts):
         if id(model) in refused:
             continue
         try:

@@ -49,7 +49,7 @@ METADATA = MetaData()
 IDENTITY = Table("database_identity", METADATA, Column("identity", String(32), primary_key=True))
 """The database's id, in its only row: two databases may have had the same address."""
 
-SCHEMA = "0010"
+SCHEMA = "0011"
 """The newest revision in migrations/versions: what this version of Distillery reads and writes."""
 
 VERSION_TABLE = "distillery_version"

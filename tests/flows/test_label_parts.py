@@ -281,7 +281,7 @@ def test_a_child_that_is_not_as_its_run_asks_nothing(
 
     @flow(name="part")
     def run(job: LabelJob) -> int:
-        return ask_part(job, 0)
+        return ask_part(job)
 
     with leased("ask") as lease:
         job = LabelJob(

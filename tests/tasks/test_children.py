@@ -11,18 +11,12 @@ from distillery.errors import ModelError
 from distillery.recipe import PromptRecipe
 from distillery.records import Artifact, RegisteredModel, Shard, ShardAnswers, ShardedRows
 from tasks import children as module
-from tasks.children import (
-    FEWEST_WORKERS,
-    LARGEST_GROUP,
-    Child,
-    Group,
-    Job,
-    ShardsJob,
-    ShardWork,
-    groups_of,
-    work_by,
-)
+from tasks import shard_work
+from tasks.children import TRIES, Child, Job, work_by
 from tasks.progress import StageProgress
+from tasks.shard_work import ShardsJob, ShardWork, shards_taken
+
+pytestmark = pytest.mark.usefixtures("home")
 
 
 def digest(number: int) -> str:
@@ -34,11 +28,11 @@ def artifact(number: int) -> Artifact:
 
 
 class Work(ShardWork):
-    """Shards whose answers are kept in memory. `here`: those that the parent has answered."""
+    """Shards whose answers are kept in memory. `answered`: how often each of them was."""
 
     def __init__(self, count: int, kept: Iterable[int] = ()) -> None:
         self.store: dict[str, ShardAnswers] = {}
-        self.here: list[int] = []
+        self.answered = Counter[int]()
         model = RegisteredModel(
             artifact=artifact(1), name="m", version="1", registry="local", manifest_sha256=digest(2)
         )
@@ -54,14 +48,22 @@ class Work(ShardWork):
         self.look(range(count))
 
     def answer(self, number: int) -> None:
+        self.answered[number] += 1
         self.store[self.shards[number].content_id] = ShardAnswers(
             artifact=artifact(300 + number), rows=10, failed=0
         )
 
-    def do_here(self, number: int) -> None:
-        self.here.append(number)
-        self.answer(number)
-        self.look([number])
+    def answer_taken(self) -> bool:
+        """Answer the next shard of the list. Return whether there was one."""
+        number = self.shared.take()
+        if number is not None:
+            self.answer(number)
+        return number is not None
+
+    @property
+    def once(self) -> bool:
+        """Whether all shards have answers, and each was answered once."""
+        return self.answered == Counter(range(len(self.shards)))
 
 
 class Fakes:
@@ -69,20 +71,16 @@ class Fakes:
 
     def __init__(self, work: Work, behave: Callable[[Child], None], most: int = 2) -> None:
         self.work, self.behave, self._most = work, behave, most
-        self.started: list[Group] = []
-        self.ended: list[Group] = []
+        self.started: list[int] = []
+        self.ended: list[int] = []
         self.at_once = 0
 
     def most(self) -> int:
         return self._most
 
-    def workers(self) -> int:
-        return self._most
-
     def start(self, job: Job, key: str) -> Child:
-        group = Group(job.first, job.count)
-        self.started.append(group)
-        return Child(group, None)
+        self.started.append(job.number)
+        return Child(job.number, None)
 
     def look(self, children: Sequence[Child]) -> None:
         self.at_once = max(self.at_once, len(children))
@@ -90,119 +88,160 @@ class Fakes:
             self.behave(child)
 
     def end(self, children: Iterable[Child]) -> None:
-        self.ended += [child.group for child in children]
+        self.ended += [child.number for child in children]
 
     def diligent(self, child: Child) -> None:
-        for number in child.group.numbers:
-            self.work.answer(number)
-        child.reason = "Completed"
+        """Answer a shard at each look, until none is left."""
+        if not self.work.answer_taken():
+            child.reason, child.ended = "Completed", "done"
 
 
 @pytest.fixture(autouse=True)
 def fast(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "POLL_S", 0)
-    monkeypatch.setattr(module, "get_run_logger", lambda: logging.getLogger("test"))
+    for each in (module, shard_work):
+        monkeypatch.setattr(each, "get_run_logger", lambda: logging.getLogger("test"))
 
 
 def run(fakes: Fakes) -> None:
-    work_by(fakes, fakes.work, StageProgress("answer rows"))
+    with fakes.work.offered():
+        work_by(fakes, fakes.work, StageProgress("answer rows"))
 
 
-def test_groups_become_smaller_and_hold_each_shard_once() -> None:
-    for shards in (1, 2, 7, 64, 489):
-        for children in (1, 2, 8, 100):
-            groups = list(groups_of(shards, children))
-            numbers = [number for group in groups for number in group.numbers]
-            assert numbers == list(range(shards))
-            sizes = [group.size for group in groups]
-            assert sizes == sorted(sizes, reverse=True)
-            assert sizes[0] <= LARGEST_GROUP
-            assert len(groups) >= min(shards, max(children, FEWEST_WORKERS))
+def test_children_take_shards_until_none_is_left() -> None:
+    """Each child is started once, and has as many shards as it has time for."""
+    fakes = Fakes(Work(40), lambda child: fakes.diligent(child), most=3)
+    run(fakes)
+    assert fakes.work.once
+    assert (fakes.started, fakes.at_once) == ([0, 1, 2], 3)
+    assert fakes.work.shared.taken() == ([], 0), "the list is removed"
 
 
-def test_shards_that_have_answers_are_sent_to_nobody() -> None:
+def test_shards_that_have_answers_are_offered_to_nobody() -> None:
     work = Work(6, kept=[0, 1, 2, 5])
+    work.answered.clear()
     fakes = Fakes(work, lambda child: fakes.diligent(child), most=8)
     run(fakes)
-    assert fakes.started == [Group(3, 1), Group(4, 1)]
+    assert work.answered == Counter([3, 4])
+    assert len(fakes.started) == 2
     assert work.answers.keys() == set(range(6))
 
 
-def test_no_more_children_than_allowed_are_at_work() -> None:
-    fakes = Fakes(Work(40), lambda child: fakes.diligent(child), most=3)
-    run(fakes)
-    assert fakes.at_once == 3
-    assert sorted(n for group in fakes.started for n in group.numbers) == list(range(40))
-
-
-def test_what_a_dead_child_leaves_is_done_by_another_one() -> None:
-    deaths = Counter[Group]()
-
+def test_a_worker_that_comes_has_a_child_too() -> None:
     def behave(child: Child) -> None:
-        if child.group.first == 0 and not deaths[child.group]:
-            deaths[child.group] += 1
-            fakes.work.answer(0)
-            child.reason = "Crashed"
+        fakes._most = 2
+        fakes.diligent(child)
+
+    fakes = Fakes(Work(8), behave, most=1)
+    run(fakes)
+    assert (fakes.work.once, fakes.started) == (True, [0, 1])
+
+
+def test_what_a_dead_child_leaves_is_done_by_another_one(caplog: pytest.LogCaptureFixture) -> None:
+    def behave(child: Child) -> None:
+        if fakes.started == [0, 1] and child.number == 0:
+            fakes.work.shared.take()
+            child.reason, child.ended = "Crashed", "died"
         else:
             fakes.diligent(child)
 
     fakes = Fakes(Work(8), behave)
     run(fakes)
-    assert Counter(fakes.started)[fakes.started[0]] == 2
-    assert len(fakes.started) == len(set(fakes.started)) + 1
+    assert fakes.work.once
+    assert fakes.started[:3] == [0, 1, 0], "beside the one that is at work"
+    assert caplog.messages == ["child run 1 has ended early (Crashed); another one follows"]
 
 
-def test_children_that_end_in_vain_end_the_run_in_one_line() -> None:
+def test_a_shard_that_kills_its_children_ends_the_run_in_one_line() -> None:
     def behave(child: Child) -> None:
-        if 5 in child.group.numbers:
-            child.reason = "run-1 ended as Failed: no such model"
+        number = fakes.work.shared.take()
+        if number == 5:
+            child.reason, child.ended = "its process was killed", "died"
+        elif number is None:
+            child.reason, child.ended = "Completed", "done"
         else:
-            fakes.diligent(child)
+            fakes.work.answer(number)
 
-    fakes = Fakes(Work(8), behave, most=1)
+    fakes = Fakes(Work(8), behave)
     with pytest.raises(ModelError) as caught:
         run(fakes)
     line = str(caught.value)
     assert "\n" not in line
-    assert "left 1 undone (run-1 ended as Failed: no such model)" in line
-    assert [5 in group.numbers for group in fakes.started].count(True) == module.TRIES
+    assert line.startswith("child run 1 has brought no answers (its process was killed), nor have")
+    assert fakes.work.answered == Counter(set(range(8)) - {5})
+
+
+@pytest.mark.parametrize("most", [1, 4])
+def test_children_that_fail_before_they_take_a_shard_end_the_run(most: int) -> None:
+    def behave(child: Child) -> None:
+        child.reason, child.ended = "run-1 ended as Failed: no such model", "failed"
+
+    fakes = Fakes(Work(100), behave, most)
+    with pytest.raises(ModelError, match=r"^child run 1 has .* \(run-1 ended as Failed: no"):
+        run(fakes)
+    assert Counter(fakes.started)[0] == TRIES
 
 
 def test_a_child_that_gets_on_is_followed_as_often_as_it_takes() -> None:
     def behave(child: Child) -> None:
-        fakes.work.answer(fakes.work.missing(child.group)[0])
-        child.reason = "Crashed"
+        fakes.work.answer_taken()
+        child.reason, child.ended = "Crashed", "died"
 
     fakes = Fakes(Work(8), behave, most=1)
     run(fakes)
-    assert len(fakes.started) == 8
+    assert (fakes.work.once, len(fakes.started)) == (True, 8)
 
 
-def test_the_parent_answers_what_no_worker_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("takes", "setting"), [(True, "DISTILLERY_STORE"), (False, "DISTILLERY_LABELS")]
+)
+def test_workers_with_another_store_or_database_end_the_run(takes: bool, setting: str) -> None:
+    def behave(child: Child) -> None:
+        while takes and fakes.work.shared.take() is not None:
+            pass
+        child.reason, child.ended = "Completed", "done"
+
+    fakes = Fakes(Work(8), behave)
+    with pytest.raises(ModelError, match=setting):
+        run(fakes)
+    assert len(fakes.started) <= TRIES * 2
+
+
+def test_the_parent_answers_what_no_worker_takes(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(module, "TAKE_BACK_S", 0)
+    here: list[str] = []
+
+    def answer(_model: Any, _prompt: Any, shard: Shard) -> ShardAnswers:
+        here.append(shard.content_id)
+        return ShardAnswers(artifact=artifact(300), rows=10, failed=0)
+
+    monkeypatch.setattr(shard_work, "answer_shard", answer)
 
     def behave(child: Child) -> None:
         child.taken = False
 
     fakes = Fakes(Work(5), behave)
     run(fakes)
-    assert fakes.work.here == list(range(5))
+    assert here == [shard.content_id for shard in fakes.work.shards]
     assert fakes.ended == fakes.started
+    assert len(caplog.messages) == 1
 
 
 def test_the_parent_waits_while_a_child_is_at_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "TAKE_BACK_S", 0)
-    looks = Counter[Group]()
+    monkeypatch.setattr(shard_work, "answer_shard", lambda *_: pytest.fail("the parent answers"))
 
     def behave(child: Child) -> None:
-        looks[child.group] += 1
-        child.taken = child.group == fakes.started[0] or looks[fakes.started[0]] > 3
-        if looks[child.group] > 3:
+        child.taken = child.number == 0
+        if child.taken:
             fakes.diligent(child)
 
-    fakes = Fakes(Work(2), behave)
+    fakes = Fakes(Work(4), behave)
     run(fakes)
-    assert not fakes.work.here
+    assert fakes.work.once
+    assert fakes.ended == [1], "it was cancelled when nothing was left for it"
 
 
 def test_children_are_ended_with_their_parent() -> None:
@@ -213,19 +252,39 @@ def test_children_are_ended_with_their_parent() -> None:
     with pytest.raises(KeyboardInterrupt):
         run(fakes)
     assert fakes.ended == fakes.started
+    assert fakes.work.shared.take() is None, "those that are at work find nothing more"
+
+
+def test_a_new_parent_goes_on_with_the_list_of_one_that_died() -> None:
+    dead = Work(8)
+    dead.shared.offer(range(8))
+    for _ in range(3):
+        dead.answer_taken()
+    dead.shared.take()
+    work = Work(8)
+    work.store = dead.store
+    fakes = Fakes(work, lambda child: fakes.diligent(child))
+    run(fakes)
+    assert (dead.answered + work.answered) == Counter(range(8))
+
+
+def test_a_child_finds_the_list_of_its_parent() -> None:
+    work = Work(4)
+    work.shared.offer([1, 3])
+    found = list(shards_taken(work.job.of(7), work.shards))
+    assert found == [work.shards[1], work.shards[3]]
 
 
 def test_a_childs_key_is_of_shards_model_and_prompt() -> None:
-    def key(**changed: Any) -> str:
+    def key(number: int = 0, **changed: Any) -> str:
         work = Work(4)
         work.job = work.job.model_copy(update=changed)
-        return work.key(Group(1, 2))
+        return work.key(number)
 
-    assert key() == key()
+    assert key() == key() != key(1)
     model = Work(1).job.model
     assert key(model=model.model_copy(update={"version": "2"})) != key()
     assert key(prompt=PromptRecipe(system="Pick.")) != key()
-    assert Work(4).key(Group(0, 2)) != key()
     other = Work(4)
     other.shards = [*other.shards[:3], other.shards[0]]
-    assert other.key(Group(1, 2)) == key()
+    assert other.key(0) != key()

@@ -11,9 +11,11 @@ from distillery.recipe import PromptRecipe, Recipe, TeacherRecipe
 from distillery.records import Artifact, Rows
 from tasks import children as children_module
 from tasks import label_parts as module
-from tasks.children import TRIES, Child, Group, Job, PartsWork, work_by
+from tasks import parts_work as parts_module
+from tasks.children import TRIES, Child, Job, work_by
 from tasks.label_parts import LabelJob, parts_first
 from tasks.locks import Lease
+from tasks.parts_work import PartsWork
 from tasks.progress import StageProgress
 
 PARTS = 3
@@ -32,7 +34,7 @@ def work() -> PartsWork:
         lease=Lease(key="ask", holder="a-run"),
         parts=PARTS,
     )
-    return PartsWork(job, 30, "calls", lambda _: 12.0)
+    return PartsWork(job, 30, "calls", lambda: 12.0)
 
 
 class Fakes:
@@ -40,18 +42,14 @@ class Fakes:
 
     def __init__(self, behave: Callable[[Child], None]) -> None:
         self._behave = behave
-        self.started: list[Group] = []
+        self.started: list[int] = []
 
     def most(self) -> int:
         return PARTS
 
-    def workers(self) -> int:
-        return 1
-
     def start(self, job: Job, key: str) -> Child:
-        group = Group(job.first, job.count)
-        self.started.append(group)
-        return Child(group, None)
+        self.started.append(job.number)
+        return Child(job.number, None)
 
     def look(self, children: Sequence[Child]) -> None:
         for child in children:
@@ -63,15 +61,15 @@ class Fakes:
 @pytest.fixture(autouse=True)
 def fast(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(children_module, "POLL_S", 0)
-    monkeypatch.setattr(children_module, "get_run_logger", lambda: logging.getLogger("test"))
+    for each in (children_module, parts_module):
+        monkeypatch.setattr(each, "get_run_logger", lambda: logging.getLogger("test"))
 
 
 def started(behave: Callable[[Child], None]) -> Counter[int]:
     """How many children were started for each part."""
     fakes = Fakes(behave)
     work_by(fakes, work(), StageProgress("ask in processes"))
-    assert {group.size for group in fakes.started} == {1}
-    return Counter(group.first for group in fakes.started)
+    return Counter(fakes.started)
 
 
 def test_each_part_has_a_child_of_its_own() -> None:
@@ -86,13 +84,12 @@ def test_a_child_that_has_died_is_followed_until_the_run_takes_its_part(
 ) -> None:
     def behave(child: Child) -> None:
         child.reason, child.ended = "its process was killed", "died"
-        if child.group.first != 1:
+        if child.number != 1:
             child.ended = "done"
 
     assert started(behave) == {0: 1, 1: TRIES, 2: 1}
     assert caplog.messages == [
-        *["part 2: a child run left 1 undone (its process was killed); another one follows"]
-        * (TRIES - 1),
+        *["part 2 has ended early (its process was killed); another one follows"] * (TRIES - 1),
         "part 2: its process was killed; this run asks what is left itself",
     ]
 
@@ -112,7 +109,7 @@ def test_it_is_known_whether_all_parts_have_failed() -> None:
         given = work()
         for part in range(PARTS):
             ended: Any = "done" if part in good else "failed"
-            given.take_in(Child(Group(part, 1), None, reason="it ended", ended=ended))
+            given.take_in(Child(part, None, reason="it ended", ended=ended))
         assert given.all_failed == (not good)
 
 
@@ -172,9 +169,9 @@ def test_after_children_that_all_failed_no_other_split_is_tried(
 
 def test_calls_are_shown_and_a_childs_key_is_of_its_run_and_part() -> None:
     first = work()
-    first.look_on(Group(0, 1))
+    first.look_on()
     assert first.units == (12.0, 30, "calls")
-    assert first.key(Group(0, 1)) == work().key(Group(0, 1)) != work().key(Group(1, 1))
+    assert first.key(0) == work().key(0) != work().key(1)
     other = work()
     other.job = other.job.model_copy(update={"run": "another"})
-    assert other.key(Group(0, 1)) != first.key(Group(0, 1))
+    assert other.key(0) != first.key(0)

@@ -18,7 +18,6 @@ from distillery.records import Artifact, OnnxModel, Rows, ScoredSlice, StudentCh
 from flows import distill
 from tasks import score_parts as module
 from tasks import slices as slices_module
-from tasks.children import Group
 from tasks.results import results_in_store
 from tasks.score_parts import ScoredSlices, ScoreJob, in_parts, score_in_processes, slices_of_part
 from tasks.scored_models import AskedModel
@@ -66,11 +65,10 @@ def test_slices_are_found_up_to_the_first_that_is_missing(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(module, "KnownSlices", Known)
     found = ScoredSlices(ScoreJob(models=(EXPORTED,), test=TEST, parts=2))
-    assert (found.made(Group(0, 1)), looked) == (2 * 10, [1, 3, 5])
+    assert (found.made(), looked) == (2 * 10, [1, 3, 5, 2])
     known.add(5)
     looked.clear()
-    assert (found.made(Group(0, 1)), looked) == (3 * 10, [5])
-    assert (found.made(Group(1, 1)), looked) == (3 * 10, [5, 2])
+    assert (found.made(), looked) == (3 * 10, [5, 2])
 
 
 def test_slices_that_were_known_before_count_as_nobodys_work(
@@ -80,7 +78,7 @@ def test_slices_that_were_known_before_count_as_nobodys_work(
     monkeypatch.setattr(module, "KnownSlices", lambda: known)
     job = ScoreJob(models=(EXPORTED,), test=TEST, parts=1)
     before = {(EXPORTED.content_id, number) for number in (1, 4, 5)}
-    assert ScoredSlices(job, before).made(Group(0, 1)) == 2 * 10
+    assert ScoredSlices(job, before).made() == 2 * 10
 
 
 @pytest.mark.parametrize("kind", [ModelError, RecipeError])
@@ -98,10 +96,10 @@ def test_a_model_that_cannot_be_asked_here_keeps_no_other_from_being_asked(
     monkeypatch.setattr(module, "score_slice", ask)
     job = ScoreJob(models=(FLOAT, EXPORTED), test=TEST, parts=1)
     with pytest.raises(kind, match="other cores"):
-        module.score_part(job, 0)
+        module.score_part(job)
     assert asked == [(FLOAT, 1), *((EXPORTED, number) for number in range(1, 6))]
     asked.clear()
-    assert module.score_part(ScoreJob(models=(EXPORTED,), test=TEST, parts=2), 1) == 2 * 10
+    assert module.score_part(ScoreJob(models=(EXPORTED,), test=TEST, parts=2, number=1)) == 2 * 10
     assert asked == [(EXPORTED, 2), (EXPORTED, 4)]
 
 
