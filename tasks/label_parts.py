@@ -30,10 +30,10 @@ from tasks.stage import uncached
 
 
 class LabelJob(PartsJob):
-    """What a child does: have `teacher` asked about a part of `rows`, on behalf of the flow run `run`
-    of the recipe named `recipe`. `identities` are those of the teacher and of its cheap one, if it
-    has one, and `database` that of the label database, as the run knows them: a child that knows
-    others asks nothing. `lease` is the run's, on asking about these rows."""
+    """What a child does: have `teacher` asked about a part of `rows`, on behalf of the flow run
+    `run` of the recipe named `recipe`. `identities` are those of the teacher and of its cheap one,
+    if it has one, and `database` that of the label database, as the run knows them: a child that
+    knows others asks nothing. `lease` is the run's, on asking about these rows."""
 
     rows: Rows
     prompt: PromptRecipe
