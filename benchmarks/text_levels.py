@@ -153,9 +153,9 @@ def taught_rows(place: Path) -> list[TrainingRow]:
         model, _ = load_model(base_model(), teacher)
         write_rows([with_probabilities(row, model) for row in rendered(examples, labels)], out)
 
-    from distillery.training.rows import read_rows
+    from distillery.training.rows import RowFile
 
-    return read_rows(once(place / "rows.jsonl", ask))
+    return list(RowFile(once(place / "rows.jsonl", ask)))
 
 
 def with_probabilities(row: TrainingRow, teacher: Any) -> TrainingRow:

@@ -79,7 +79,7 @@ def ours(
     from distillery.recipe import TrainingRecipe
     from distillery.training import batching
     from distillery.training.loop import train
-    from distillery.training.rows import read_rows
+    from distillery.training.rows import RowFile
 
     if not shared:
         batching.LEAST_SAVED = 10**9
@@ -90,7 +90,7 @@ def ours(
     model, tokenizer = load_model(Path(rows["base"]))
     model, result = train(
         model,
-        read_rows(Path(rows["rows"])),
+        RowFile(Path(rows["rows"])),
         [],
         recipe,
         pad_id=pad_id(tokenizer),

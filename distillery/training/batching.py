@@ -32,20 +32,23 @@ be lower."""
 
 def batches(
     rows: Sequence[TrainingRow], size: int, seed: int, epoch: int, turn: int | None = None
-) -> list[list[TrainingRow]]:
-    """Return an epoch in batches of similar length: rows are shuffled, sorted within windows of 16
-    batches, and the batches shuffled. No batch has rows on both sides of `turn` tokens."""
+) -> list[list[int]]:
+    """Return an epoch as the rows' indices in batches of similar length: rows are shuffled, sorted
+    within windows of 16 batches, and the batches shuffled. No batch has rows on both sides of
+    `turn` tokens."""
     order = random.Random(f"{seed}/{epoch}")  # noqa: S311 - no secret, a reproducible order
-    shuffled = list(rows)
+    shuffled = list(range(len(rows)))
     order.shuffle(shuffled)
     window = size * 16
-    grouped: list[list[TrainingRow]] = []
+    grouped: list[list[int]] = []
+    beyond = set(split_at_turn(rows, turn, letter_tokens=1)[1])
     # Split at `turn` first, so that every epoch has the same number of batches.
-    for side in split_at_turn(shuffled, turn, letter_tokens=1):
+    for is_beyond in (False, True):
+        side = [index for index in shuffled if (index in beyond) == is_beyond]
         for start in range(0, len(side), window):
-            part = [shuffled[index] for index in side[start : start + window]]
-            for picked in by_length(part, size):
-                grouped.append([part[index] for index in picked])
+            part = side[start : start + window]
+            for picked in by_length([rows[index] for index in part], size):
+                grouped.append([part[position] for position in picked])
     order.shuffle(grouped)
     return grouped
 
@@ -85,12 +88,14 @@ def split_at_turn(
     """Return the indices of the rows of at most `turn` tokens, and of the longer ones. A row's
     length includes its written answer, its longest text or, for answers by letter,
     `letter_tokens`."""
+    if turn is None:
+        return list(range(len(rows))), []
     within: list[int] = []
     beyond: list[int] = []
     for index, row in enumerate(rows):
         follows = len(row.target) or max(map(len, row.texts), default=letter_tokens)
         length = len(row.prompt) + follows
-        side = within if turn is None or length <= turn else beyond
+        side = within if length <= turn else beyond
         side.append(index)
     return within, beyond
 

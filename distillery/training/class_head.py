@@ -61,7 +61,8 @@ def add_class_head(
     weights = head.weight.detach()[tokens].float().clone()
     if from_probe:
         if len(rows) > MOST_ROWS:
-            rows = random.Random(seed).sample(list(rows), MOST_ROWS)  # noqa: S311 - no secret
+            picked = random.Random(seed).sample(range(len(rows)), MOST_ROWS)  # noqa: S311 - no secret
+            rows = [rows[index] for index in picked]
         states = hidden_states(model, rows, pad_id=pad_id, device=device)
         answers = [row.answer for row in rows]
         found = fit_probe(states.numpy(), answers, len(tokens), intercept=False)

@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import chain
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -209,7 +210,7 @@ def frozen_states_kept(
         # What is random in training stays as it is without this.
         gpus = [torch.cuda.current_device()] if device.name == "cuda" else []
         with torch.random.fork_rng(gpus):
-            states = computed_states(model, frozen, [*rows, *validation], pad_id, device)
+            states = computed_states(model, frozen, rows, validation, pad_id, device)
             if states and not agrees(model, states, compared_rows(rows), loss, device):
                 states = None
     if states is None:
@@ -223,16 +224,17 @@ def computed_states(
     model: Any,
     frozen: int,
     rows: Sequence[TrainingRow],
+    validation: Sequence[TrainingRow],
     pad_id: int,
     device: Device,
 ) -> FrozenStates | None:
-    """Return the states that enter layer `frozen`; None where they would be too large, or the rows
-    too long."""
+    """Return the states of all rows that enter layer `frozen`; None where they would be too large,
+    or the rows too long."""
     states = FrozenStates(model, frozen, pad_id)
     turn = turning_point(model)
     embeddings = model.get_input_embeddings().weight
     bytes_each = NODE_BYTES + embeddings.shape[-1] * embeddings.element_size()
-    for row in rows:
+    for row in chain(rows, validation):
         for ids in sequences_of(row):
             if turn and len(ids) > turn:
                 _log.info("%s: some rows have over %d tokens", ANEW, turn)
@@ -243,7 +245,8 @@ def computed_states(
             return None
     try:
         with states.computed(), device.autocast():
-            for inputs in inputs_of(model, rows, pad_id):
+            # Rows whose states have room in memory have room there themselves.
+            for inputs in inputs_of(model, [*rows, *validation], pad_id):
                 states.decoder(**inputs)
     except REFUSALS as error:
         _log.info(

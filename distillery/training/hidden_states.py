@@ -7,6 +7,7 @@ lies, so that a training keeps in memory what its batches need: the states of 10
 tokens are 0.5 GB at 576 numbers a state, and 2.5 GB at 3,072.
 """
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
@@ -130,6 +131,12 @@ def read_hidden_states(path: Path) -> "torch.Tensor":
     return torch.from_numpy(np.load(path, mmap_mode="c", allow_pickle=False))
 
 
+def key_of(row: TrainingRow) -> bytes:
+    """Return what a row's states are found by: a digest, since the tokens of all rows would take
+    far more memory."""
+    return hashlib.blake2b(repr((row.prompt, row.target)).encode(), digest_size=16).digest()
+
+
 class TeacherStates:
     """A teacher's hidden states for the rows of a training: `states`, [states, hidden], as
     `write_hidden_states` orders them. `device`: where they are needed."""
@@ -137,10 +144,10 @@ class TeacherStates:
     def __init__(self, states: "torch.Tensor", rows: Sequence[TrainingRow], device: str) -> None:
         """Raises ValueError where there are more or fewer states than `rows` have."""
         self.states, self.device = states, device
-        self.starts: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = {}
+        self.starts: dict[bytes, int] = {}
         start = 0
         for row in rows:
-            self.starts[row.prompt, row.target] = start
+            self.starts[key_of(row)] = start
             start += state_count(row)
         if start != len(states):
             raise ValueError(f"{len(states)} hidden states for rows that have {start}")
@@ -151,6 +158,6 @@ class TeacherStates:
 
         found = []
         for row in rows:
-            start = self.starts[row.prompt, row.target]
+            start = self.starts[key_of(row)]
             found.append(self.states[start : start + state_count(row)])
         return torch.cat(found).to(self.device)

@@ -17,7 +17,7 @@ from distillery.training.class_head import ClassHead, add_rows_to_adapter, remov
 from distillery.training.hidden_states import read_hidden_states
 from distillery.training.loop import Progress, train
 from distillery.training.ranks import ALONE, Ranks
-from distillery.training.rows import read_rows
+from distillery.training.rows import RowFile
 
 
 class TrainingJob(BaseModel):
@@ -60,8 +60,8 @@ def distil(
     model, tokenizer = load_model(job.model, job.adapter, job.remote_code, precision)
     trained, result = train(
         model,
-        read_rows(job.rows),
-        read_rows(job.validation),
+        RowFile(job.rows),
+        RowFile(job.validation),
         recipe,
         pad_id=pad_id(tokenizer),
         end_id=end_of_turn_id(tokenizer),

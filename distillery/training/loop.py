@@ -419,7 +419,8 @@ def endless_steps(
     while True:
         ordered = batches(rows, batch_size, seed, epoch, turn)
         for start in range(0, len(ordered), accumulation):
-            yield ordered[start : start + accumulation]
+            step = ordered[start : start + accumulation]
+            yield [[rows[index] for index in picked] for picked in step]
         epoch += 1
 
 

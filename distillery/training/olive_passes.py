@@ -25,7 +25,7 @@ from distillery.training.devices import are_several, distil_on_devices
 from distillery.training.job import TrainingJob, distil
 from distillery.training.loop import Progress, TrainingProgress
 from distillery.training.pruning import keep_layers, resolved_layers
-from distillery.training.rows import read_rows
+from distillery.training.rows import RowFile
 
 PROMPTS = "distillery_prompts"
 """The name of the data set in Olive's registry."""
@@ -78,7 +78,7 @@ class KeepLayers(Pass):
         network, tokenizer = load_handled(model)
         layers, kept = config.layers, Path(config.kept)
         if isinstance(layers, dict):
-            choice, rows = LayerChoice.model_validate(layers), read_rows(Path(config.rows))
+            choice, rows = LayerChoice.model_validate(layers), RowFile(Path(config.rows))
             layers = resolved_layers(network, choice, rows, pad_id(tokenizer))
             before = json.loads(kept.read_text()) if kept.exists() else []
             kept.write_text(json.dumps([*before, layers]))

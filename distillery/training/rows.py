@@ -4,9 +4,11 @@ In: Examples with their labels, a prompt and a tokenizer. Out: TrainingRows; the
 one row a line.
 """
 
+import mmap
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from pydantic import Field
 
@@ -116,14 +118,42 @@ def reason_fields(
     return {"explain": asked, "rationale": rationale}
 
 
+class RowFile(Sequence[TrainingRow]):
+    """The rows of a file of `write_rows`, each of which is decoded when it is asked for.
+
+    The file is mapped into memory: the processes of a machine that train on it share its pages, and
+    each holds 8 bytes a row beside those that it is at."""
+
+    def __init__(self, path: Path) -> None:
+        self._starts = array("Q", [0])
+        with path.open("rb") as file:
+            for line in file:
+                self._starts.append(self._starts[-1] + len(line))
+            # An empty file can't be mapped.
+            self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if len(self) else b""
+
+    def __len__(self) -> int:
+        return len(self._starts) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> TrainingRow: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[TrainingRow]: ...
+
+    def __getitem__(self, index: int | slice) -> TrainingRow | list[TrainingRow]:
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        number = range(len(self))[index]
+        line = self._data[self._starts[number] : self._starts[number + 1]]
+        return TrainingRow.model_validate_json(line)
+
+
 def write_rows(rows: Sequence[TrainingRow], path: Path) -> None:
     """Write rows as JSONL."""
-    path.write_text("".join(row.model_dump_json() + "\n" for row in rows))
-
-
-def read_rows(path: Path) -> list[TrainingRow]:
-    """Return the rows of a file of `write_rows`."""
-    return [TrainingRow.model_validate_json(line) for line in path.read_text().splitlines()]
+    with path.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(row.model_dump_json() + "\n")
 
 
 def require_rows(rows: Sequence[TrainingRow]) -> None:

@@ -11,7 +11,7 @@ from benchmarks import text_levels, text_rows
 from benchmarks.text_levels import difference, run_levels, student_base
 from distillery.models.load import load_model
 from distillery.recipe import TrainingRecipe
-from distillery.training.rows import read_rows
+from distillery.training.rows import RowFile
 
 FACTS = {"test": 6, "validation": 2, "gold": 8, "pool": 8}
 SENTENCE = "the bread is warm"
@@ -47,7 +47,7 @@ def test_students_learn_one_teacher_s_answers_and_a_run_goes_on(tmp_path: Path) 
     assert found["texts"]["bleu"] == found["probabilities"]["bleu"] == [1.0, 1.0]
     assert (found["gain"], found["by_seed"]) == (0.0, [0.0, 0.0])
     assert len(load_model(student_base(place))[0].get_decoder().layers) == 1
-    rows = read_rows(place / "rows.jsonl")
+    rows = RowFile(place / "rows.jsonl")
     assert len(rows) == 8
     for row in rows:
         assert row.soft_tokens
