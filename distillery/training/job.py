@@ -3,6 +3,7 @@
 training/olive_passes.py does it in its own process, training/devices.py in one for each device.
 """
 
+from contextlib import closing
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
@@ -58,20 +59,21 @@ def distil(
     if recipe.adapts and not job.adapter:
         precision = choose_device(recipe.precision).frozen_precision
     model, tokenizer = load_model(job.model, job.adapter, job.remote_code, precision)
-    trained, result = train(
-        model,
-        RowFile(job.rows),
-        RowFile(job.validation),
-        recipe,
-        pad_id=pad_id(tokenizer),
-        end_id=end_of_turn_id(tokenizer),
-        progress=progress,
-        hidden=read_hidden_states(job.hidden) if job.hidden else None,
-        checkpoints=checkpoints,
-        checkpoint_every_s=LocalSettings().checkpoint_seconds,
-        keep_end=job.keep_end,
-        ranks=ranks,
-    )
+    with closing(RowFile(job.rows)) as rows, closing(RowFile(job.validation)) as validation:
+        trained, result = train(
+            model,
+            rows,
+            validation,
+            recipe,
+            pad_id=pad_id(tokenizer),
+            end_id=end_of_turn_id(tokenizer),
+            progress=progress,
+            hidden=read_hidden_states(job.hidden) if job.hidden else None,
+            checkpoints=checkpoints,
+            checkpoint_every_s=LocalSettings().checkpoint_seconds,
+            keep_end=job.keep_end,
+            ranks=ranks,
+        )
     if not ranks.is_first:
         return
     job.result.write_text(result.model_dump_json())

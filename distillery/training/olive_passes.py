@@ -5,7 +5,7 @@ Olive imports this module by its name and reads each pass's settings as JSON.
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
@@ -78,8 +78,9 @@ class KeepLayers(Pass):
         network, tokenizer = load_handled(model)
         layers, kept = config.layers, Path(config.kept)
         if isinstance(layers, dict):
-            choice, rows = LayerChoice.model_validate(layers), RowFile(Path(config.rows))
-            layers = resolved_layers(network, choice, rows, pad_id(tokenizer))
+            choice = LayerChoice.model_validate(layers)
+            with closing(RowFile(Path(config.rows))) as rows:
+                layers = resolved_layers(network, choice, rows, pad_id(tokenizer))
             before = json.loads(kept.read_text()) if kept.exists() else []
             kept.write_text(json.dumps([*before, layers]))
         if layers is not None:

@@ -132,6 +132,11 @@ class RowFile(Sequence[TrainingRow]):
             # An empty file can't be mapped.
             self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if len(self) else b""
 
+    def close(self) -> None:
+        """Unmap the file, which some systems remove only then."""
+        if isinstance(self._data, mmap.mmap):
+            self._data.close()
+
     def __len__(self) -> int:
         return len(self._starts) - 1
 
