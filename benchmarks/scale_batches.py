@@ -45,8 +45,8 @@ WORKERS = 8
 ROW_S = 0.02
 ROWS, SHARD_ROWS, SMALL_SHARD_ROWS = 4_096, 512, 32
 STUB_ROWS, STUB_SHARD_ROWS = 1_000_000, 1_024
-"""Five and a half hours of rows, 42 minutes for eight workers. A shard takes 20 s, about the time
-by which workers that share a list may end apart."""
+"""Five and a half hours of rows, 42 minutes for eight workers. Workers that share a list end at
+most a shard apart, here 20 s."""
 KILLED_ROWS, KILLED_SHARD_ROWS = 512, 16
 
 

@@ -32,11 +32,11 @@ from distillery.storage.artifacts import ArtifactStore
 from distillery.storage.output import Output, without_secrets
 from distillery.storage.shards import SHARD_ROWS, read_list
 from distillery.storage.working import working_folder
-from tasks.children import Children, DeploymentRuns, LocalProcesses, work_by
+from tasks.children import Children, DeploymentRuns, LocalProcesses
 from tasks.inference import fetched, input_files, is_pattern, score
 from tasks.progress import conclude, shown_as_stage
 from tasks.results import results_in_store
-from tasks.shard_work import ShardsJob, ShardWork, answer_here
+from tasks.shard_work import ShardsJob, ShardWork, answer_by, answer_here
 from tasks.shards import answer_shard, answering, cut_rows, gather
 from tasks.stage import RESULT, begin, cached_records, is_cached
 from tasks.terminal import shown_in_terminal
@@ -162,8 +162,7 @@ def answer_rows(
             if children is None:
                 answer_here(work, show)
             else:
-                with work.offered():
-                    work_by(children, work, progress)
+                answer_by(children, work, progress)
         answers = [work.answers[number] for number in range(len(shards))]
         predictions = gather(shards, answers, model, started)
         conclude(

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -146,30 +147,33 @@ def work_by(children: Children, work: Work, progress: StageProgress) -> None:
     """Have children do all of `work`. Raises what `work` raises where they do it in vain."""
     running: list[Child] = []
     looked_at = time.monotonic()
-    alone = False
+    told = False
     try:
         while start_children(children, work, running):
             time.sleep(POLL_S)
             children.look(running)
-            for child in [child for child in running if child.reason]:
-                running.remove(child)
-                work.take_in(child)
-            if time.monotonic() - looked_at >= LOOK_S:
+            ended = [child for child in running if child.reason]
+            if ended or time.monotonic() - looked_at >= LOOK_S:
                 work.look_on()
                 looked_at = time.monotonic()
+            for child in ended:
+                running.remove(child)
+                work.take_in(child)
             progress.show(*work.units, f"{len(running)} child runs")
-            waits = waits_in_vain(running)
-            if waits:
-                if not alone:
+            waiting = waiting_in_vain(running)
+            if waiting:
+                if not told:
                     get_run_logger().warning(
                         "no worker has taken a child run for %.0f s; this run does the work itself",
                         TAKE_BACK_S,
                     )
-                work.do_here(waits)
-            alone = waits is not None
-            for child in [each for each in running if not (each.taken or work.is_for(each))]:
-                running.remove(child)
-                children.end([child])
+                work.do_here(waiting)
+                # A worker may have taken it meanwhile.
+                children.look(running)
+            told = waiting is not None
+            needless = [child for child in running if not (child.taken or work.is_for(child))]
+            running = [child for child in running if child not in needless]
+            children.end(needless)
     finally:
         children.end(running)
 
@@ -182,7 +186,7 @@ def start_children(children: Children, work: Work, running: list[Child]) -> bool
     return bool(running)
 
 
-def waits_in_vain(running: Sequence[Child]) -> Child | None:
+def waiting_in_vain(running: Sequence[Child]) -> Child | None:
     """Return the child that has waited longest, if none is at work and it has waited for
     TAKE_BACK_S: there is no worker, or the parent has taken the place of the only one."""
     if not running or any(child.taken for child in running):
@@ -201,6 +205,7 @@ class DeploymentRuns:
         """Raises DataError if there is no such deployment."""
         self.deployment, self._limit = deployment, limit
         self._counted_at, self._most = -WORKERS_S, 1
+        self._attempts: Counter[str] = Counter()
         with get_client(sync_client=True) as client:
             try:
                 found = client.read_deployment_by_name(deployment)
@@ -235,18 +240,17 @@ class DeploymentRuns:
         # Without defaults: the schema of a slice leaves out fields that mean nothing in it.
         sent = job.model_dump(mode="json", exclude={"threads"}, exclude_defaults=True)
         name = f"{produced_by()}, {job.title}"
-        attempt = 0
         while True:
             run: Any = run_deployment(
                 self.deployment,
                 parameters=sent,
                 flow_run_name=name,
                 timeout=0,
-                idempotency_key=f"shards-{key}-{attempt}",
+                idempotency_key=f"shards-{key}-{self._attempts[key]}",
             )
             if run.state is None or not run.state.is_final():
                 return Child(job.number, run, taken=is_taken(run.state))
-            attempt += 1
+            self._attempts[key] += 1
 
     def look(self, children: Sequence[Child]) -> None:
         """See `Children`. While the server does not answer, all count as alive."""

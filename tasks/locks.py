@@ -40,26 +40,28 @@ class StageLocks:
         if before is not None:
             # Prefect does not release a lock when a hit can't be read: the retry would wait for
             # itself.
-            _leases().release(key, before)
+            shared_leases().release(key, before)
         run = str(flow_run.name or "a run without a name")
-        taken = _leases().acquire(key, holder, run=run, timeout=acquire_timeout, waiting=_waiting())
+        taken = shared_leases().acquire(
+            key, holder, run=run, timeout=acquire_timeout, waiting=_waiting()
+        )
         if taken:
             _held[mine] = holder
         return taken
 
     def release_lock(self, key: str, holder: str) -> None:
         _held.pop((key, str(task_run.id)), None)
-        _leases().release(key, holder)
+        shared_leases().release(key, holder)
 
     def is_locked(self, key: str) -> bool:
-        return _leases().is_held(key)
+        return shared_leases().is_held(key)
 
     def is_lock_holder(self, key: str, holder: str) -> bool:
-        return _leases().holds(key, holder)
+        return shared_leases().holds(key, holder)
 
     def wait_for_lock(self, key: str, timeout: float | None = None) -> bool:
         deadline = None if timeout is None else time.monotonic() + timeout
-        while _leases().is_held(key):
+        while shared_leases().is_held(key):
             if deadline is not None and time.monotonic() >= deadline:
                 return False
             time.sleep(1)
@@ -96,15 +98,15 @@ def leased(key: str, children_of: str | None = None) -> Iterator[Lease]:
     """
     holder = f"children of {children_of}" if children_of else uuid.uuid4().hex
     run = str(flow_run.name or "a run without a name")
-    _leases().acquire(key, holder, run=run, waiting=_waiting())
+    shared_leases().acquire(key, holder, run=run, waiting=_waiting())
     try:
         yield Lease(key=key, holder=holder)
     except BaseException:
         if children_of:
-            _leases().abandon(key, holder)
+            shared_leases().abandon(key, holder)
         raise
     finally:
-        _leases().release(key, holder)
+        shared_leases().release(key, holder)
 
 
 @contextmanager
@@ -112,7 +114,7 @@ def parents_lease(lease: Lease) -> Iterator[Callable[[], None]]:
     """Renew the parent's lease while this run works: if the parent is killed, another run that
     comes to the same work waits for what this one still does. Yield a function that raises
     ParentEnded once the lease is lost."""
-    with _leases().shared(lease.key, lease.holder) as is_lost:
+    with shared_leases().shared(lease.key, lease.holder) as is_lost:
 
         def check() -> None:
             if is_lost():
@@ -125,7 +127,8 @@ def parents_lease(lease: Lease) -> Iterator[Callable[[], None]]:
         yield check
 
 
-def _leases() -> Leases:
+def shared_leases() -> Leases:
+    """Return the leases in the shared database, which this process opens once."""
     return _open(LocalSettings().labels_url)
 
 

@@ -63,7 +63,6 @@ class PartsWork:
 
     def take_in(self, child: Child) -> None:
         """See `Work`."""
-        self.look_on()
         if child.ended == "done":
             return
         log, title = get_run_logger(), self.job.of(child.number).title

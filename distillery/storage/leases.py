@@ -56,8 +56,8 @@ class Leases:
     A holder is any unique text; `run` is its name for people."""
 
     def __init__(self, url: str | None = None, seconds: float = LENGTH_S) -> None:
-        self._database = Database(url)
-        self._now: TextClause = NOW[self._database.backend]
+        self.database = Database(url)
+        self._now: TextClause = NOW[self.database.backend]
         self._until = text(f"{self._now.text} + {seconds}")
         self._renewal_s = seconds / RENEWALS
         self._renewals: dict[tuple[str, str], threading.Event] = {}
@@ -79,7 +79,7 @@ class Leases:
         seen_expiry = None
         unchanged_since = asked_at = time.monotonic()
         while True:
-            held = self._database.run(partial(self._read, name=name))
+            held = self.database.run(partial(self._read, name=name))
             now = time.monotonic()
             expiry = None if held is None else held.expires_at
             if expiry is None or expiry != seen_expiry or now - asked_at > OUTAGE_S:
@@ -88,7 +88,7 @@ class Leases:
             if now - unchanged_since >= 2 * self._renewal_s:
                 abandoned = seen_expiry
             take = partial(self._take, name=name, holder=holder, run=run, abandoned=abandoned)
-            if self._database.run(take):
+            if self.database.run(take):
                 break
             if deadline is not None and now >= deadline:
                 return False
@@ -110,7 +110,7 @@ class Leases:
         stop.set()
         owned = delete(LEASES).where(LEASES.c.name == name, LEASES.c.holder == holder)
         try:
-            self._database.run_once(lambda connection: connection.execute(owned))
+            self.database.run_once(lambda connection: connection.execute(owned))
         except StoreError:
             return
 
@@ -142,7 +142,7 @@ class Leases:
 
     def is_held(self, name: str) -> bool:
         """Return whether anybody holds the lease."""
-        held = self._database.run(partial(self._read, name=name))
+        held = self.database.run(partial(self._read, name=name))
         return held is not None and not held.expired
 
     def holds(self, name: str, holder: str) -> bool:
@@ -162,7 +162,7 @@ class Leases:
         free: Any = false()
         if abandoned is not None:
             free = (LEASES.c.expires_at <= self._now) & (LEASES.c.expires_at == abandoned)
-        insert = self._database.insert(LEASES).values(
+        insert = self.database.insert(LEASES).values(
             name=name, holder=holder, run=run, expires_at=self._until
         )
         taken = insert.on_conflict_do_update(
@@ -186,7 +186,7 @@ class Leases:
         owned = update(LEASES).where(LEASES.c.name == name, LEASES.c.holder == holder, *conditions)
         renewed = owned.values(expires_at=self._until)
         try:
-            return bool(self._database.run_once(lambda c: c.execute(renewed).rowcount))
+            return bool(self.database.run_once(lambda c: c.execute(renewed).rowcount))
         except StoreError:
             # The next try comes soon. If all of them fail, the lease expires, as it should.
             return True

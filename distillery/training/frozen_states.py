@@ -245,7 +245,6 @@ def computed_states(
             return None
     try:
         with states.computed(), device.autocast():
-            # Rows whose states have room in memory have room there themselves.
             for inputs in inputs_of(model, [*rows, *validation], pad_id):
                 states.decoder(**inputs)
     except REFUSALS as error:
@@ -322,9 +321,10 @@ def inputs_of(model: Any, rows: Sequence[TrainingRow], pad_id: int) -> Iterator[
 
 def compared_rows(rows: Sequence[TrainingRow]) -> list[TrainingRow]:
     """Return rows of all lengths, from the shortest to the longest."""
-    ordered = sorted(rows, key=lambda row: len(row.prompt))
+    ordered = sorted(range(len(rows)), key=lambda index: len(rows[index].prompt))
     count = min(len(ordered), COMPARED_ROWS)
-    return [ordered[index * (len(ordered) - 1) // max(count - 1, 1)] for index in range(count)]
+    picked = [ordered[index * (len(ordered) - 1) // max(count - 1, 1)] for index in range(count)]
+    return [rows[index] for index in picked]
 
 
 def difference(

@@ -196,10 +196,10 @@ class Training:
         groups = endless_steps(
             rows, recipe.batch_size, recipe.accumulation, recipe.seed, turning_point(self.model)
         )
-        for group in islice(groups, self.state.step, self.steps):
+        for step in islice(groups, self.state.step, self.steps):
             if patience and self.state.waited >= patience:
                 return
-            yield group
+            yield [[rows[index] for index in picked] for picked in step]
 
     def take_step(self, group: Sequence[Sequence[TrainingRow]]) -> None:
         """Change the weights once, by the mean loss over all rows of the batches in `group`.
@@ -413,14 +413,14 @@ def trainable_model(model: Any, recipe: TrainingRecipe, device: Device) -> Any:
 
 def endless_steps(
     rows: Sequence[TrainingRow], batch_size: int, accumulation: int, seed: int, turn: int | None
-) -> Iterator[list[list[TrainingRow]]]:
-    """Give the batches of each step, epoch after epoch; a step never spans two epochs."""
+) -> Iterator[list[list[int]]]:
+    """Give the batches of each step as the rows' indices, epoch after epoch; a step never spans two
+    epochs."""
     epoch = 0
     while True:
         ordered = batches(rows, batch_size, seed, epoch, turn)
         for start in range(0, len(ordered), accumulation):
-            step = ordered[start : start + accumulation]
-            yield [[rows[index] for index in picked] for picked in step]
+            yield ordered[start : start + accumulation]
         epoch += 1
 
 

@@ -121,8 +121,8 @@ def reason_fields(
 class RowFile(Sequence[TrainingRow]):
     """The rows of a file of `write_rows`, each of which is decoded when it is asked for.
 
-    The file is mapped into memory: the processes of a machine that train on it share its pages, and
-    each holds 8 bytes a row beside those that it is at."""
+    The file is mapped into memory, so that the processes of a machine that train on it share its
+    pages. Each keeps 8 bytes for a row, and the rows that it computes with."""
 
     def __init__(self, path: Path) -> None:
         self._starts = array("Q", [0])
@@ -133,7 +133,7 @@ class RowFile(Sequence[TrainingRow]):
             self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if len(self) else b""
 
     def close(self) -> None:
-        """Unmap the file, which some systems remove only then."""
+        """Unmap the file; Windows can't remove one that is mapped."""
         if isinstance(self._data, mmap.mmap):
             self._data.close()
 

@@ -12,9 +12,9 @@ from distillery.recipe import PromptRecipe
 from distillery.records import Artifact, RegisteredModel, Shard, ShardAnswers, ShardedRows
 from tasks import children as module
 from tasks import shard_work
-from tasks.children import TRIES, Child, Job, work_by
+from tasks.children import TRIES, Child, Job
 from tasks.progress import StageProgress
-from tasks.shard_work import ShardsJob, ShardWork, shards_taken
+from tasks.shard_work import ShardsJob, ShardWork, answer_by, shards_taken
 
 pytestmark = pytest.mark.usefixtures("home")
 
@@ -44,10 +44,10 @@ class Work(ShardWork):
         job = ShardsJob(model=model, prompt=PromptRecipe(), rows=rows)
         super().__init__(job, shards, lambda shard, **_: self.store.get(shard.content_id))
         for number in kept:
-            self.answer(number)
+            self.keep(number)
         self.look(range(count))
 
-    def answer(self, number: int) -> None:
+    def keep(self, number: int) -> None:
         self.answered[number] += 1
         self.store[self.shards[number].content_id] = ShardAnswers(
             artifact=artifact(300 + number), rows=10, failed=0
@@ -57,7 +57,7 @@ class Work(ShardWork):
         """Answer the next shard of the list. Return whether there was one."""
         number = self.shared.take()
         if number is not None:
-            self.answer(number)
+            self.keep(number)
         return number is not None
 
     @property
@@ -104,8 +104,7 @@ def fast(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(fakes: Fakes) -> None:
-    with fakes.work.offered():
-        work_by(fakes, fakes.work, StageProgress("answer rows"))
+    answer_by(fakes, fakes.work, StageProgress("answer rows"))
 
 
 def test_children_take_shards_until_none_is_left() -> None:
@@ -114,7 +113,7 @@ def test_children_take_shards_until_none_is_left() -> None:
     run(fakes)
     assert fakes.work.once
     assert (fakes.started, fakes.at_once) == ([0, 1, 2], 3)
-    assert fakes.work.shared.taken() == ([], 0), "the list is removed"
+    assert fakes.work.shared.progress() == ([], 0), "the list is removed"
 
 
 def test_shards_that_have_answers_are_offered_to_nobody() -> None:
@@ -149,7 +148,10 @@ def test_what_a_dead_child_leaves_is_done_by_another_one(caplog: pytest.LogCaptu
     run(fakes)
     assert fakes.work.once
     assert fakes.started[:3] == [0, 1, 0], "beside the one that is at work"
-    assert caplog.messages == ["child run 1 has ended early (Crashed); another one follows"]
+    assert caplog.messages == [
+        "child run 1 has ended early (Crashed); another one follows",
+        "not all shards that child runs have taken have answers; 1 are offered again",
+    ]
 
 
 def test_a_shard_that_kills_its_children_ends_the_run_in_one_line() -> None:
@@ -160,7 +162,7 @@ def test_a_shard_that_kills_its_children_ends_the_run_in_one_line() -> None:
         elif number is None:
             child.reason, child.ended = "Completed", "done"
         else:
-            fakes.work.answer(number)
+            fakes.work.keep(number)
 
     fakes = Fakes(Work(8), behave)
     with pytest.raises(ModelError) as caught:
@@ -252,7 +254,7 @@ def test_children_are_ended_with_their_parent() -> None:
     with pytest.raises(KeyboardInterrupt):
         run(fakes)
     assert fakes.ended == fakes.started
-    assert fakes.work.shared.take() is None, "those that are at work find nothing more"
+    assert fakes.work.shared.progress() == ([], 8), "the next run goes on with the list"
 
 
 def test_a_new_parent_goes_on_with_the_list_of_one_that_died() -> None:
@@ -266,6 +268,54 @@ def test_a_new_parent_goes_on_with_the_list_of_one_that_died() -> None:
     fakes = Fakes(work, lambda child: fakes.diligent(child))
     run(fakes)
     assert (dead.answered + work.answered) == Counter(range(8))
+
+
+@pytest.mark.parametrize("meanwhile", ["taken", "removed"])
+def test_a_list_that_others_change_ends_no_run_early(meanwhile: str) -> None:
+    """Another parent's children take the last shards, or it removes the list, as soon as this one
+    has offered it."""
+    work = Work(3)
+    offer, others = work.shared.offer, iter([meanwhile])
+
+    def offer_and_lose(numbers: Sequence[int]) -> None:
+        offer(numbers)
+        lost = next(others, None)
+        if lost == "removed":
+            work.shared.remove()
+        while lost == "taken" and work.shared.take() is not None:
+            pass
+
+    work.shared.offer = offer_and_lose  # type: ignore[method-assign]
+    fakes = Fakes(work, lambda child: fakes.diligent(child))
+    run(fakes)
+    assert work.once
+
+
+def test_a_child_that_is_taken_while_the_parent_works_is_not_cancelled(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "TAKE_BACK_S", 0)
+    looks: list[int] = []
+
+    def behave(child: Child) -> None:
+        looks.append(child.number)
+        child.taken = len(looks) > 2
+        if len(looks) == 2:
+            # A worker takes it, and it takes the last shard, while the parent answers another one.
+            child.taken = True
+            assert fakes.work.shared.take() == 1
+        elif child.taken:
+            fakes.work.keep(1)
+            child.reason, child.ended = "Completed", "done"
+
+    def answer(_model: Any, _prompt: Any, shard: Shard) -> ShardAnswers:
+        return ShardAnswers(artifact=artifact(300), rows=10, failed=0)
+
+    monkeypatch.setattr(shard_work, "answer_shard", answer)
+    fakes = Fakes(Work(2), behave, most=1)
+    run(fakes)
+    assert (fakes.started, fakes.ended) == ([0], [])
+    assert fakes.work.answered == Counter([1])
 
 
 def test_a_child_finds_the_list_of_its_parent() -> None:

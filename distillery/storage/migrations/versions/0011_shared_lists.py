@@ -12,6 +12,7 @@ def upgrade() -> None:
         "shared_lists",
         sa.Column("name", sa.String(64), primary_key=True),
         sa.Column("numbers", sa.Text, nullable=False),
-        sa.Column("count", sa.Integer, nullable=False),
+        sa.Column("size", sa.Integer, nullable=False),
         sa.Column("taken", sa.Integer, nullable=False),
+        sa.Column("offered_at", sa.Float, nullable=False),
     )
