@@ -294,28 +294,28 @@ def test_a_list_that_others_change_ends_no_run_early(meanwhile: str) -> None:
 def test_a_child_that_is_taken_while_the_parent_works_is_not_cancelled(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """A worker takes it, and it takes the last shard, while the parent answers another one."""
     monkeypatch.setattr(module, "TAKE_BACK_S", 0)
-    looks: list[int] = []
-
-    def behave(child: Child) -> None:
-        looks.append(child.number)
-        child.taken = len(looks) > 2
-        if len(looks) == 2:
-            # A worker takes it, and it takes the last shard, while the parent answers another one.
-            child.taken = True
-            assert fakes.work.shared.take() == 1
-        elif child.taken:
-            fakes.work.keep(1)
-            child.reason, child.ended = "Completed", "done"
+    at_work: list[int] = []
 
     def answer(_model: Any, _prompt: Any, shard: Shard) -> ShardAnswers:
+        number = fakes.work.shared.take()
+        assert number is not None
+        at_work.append(number)
         return ShardAnswers(artifact=artifact(300), rows=10, failed=0)
+
+    def behave(child: Child) -> None:
+        looks = at_work.count(1)
+        if child.taken and looks:
+            fakes.work.keep(1)
+            child.reason, child.ended = "Completed", "done"
+        child.taken = looks > 0
 
     monkeypatch.setattr(shard_work, "answer_shard", answer)
     fakes = Fakes(Work(2), behave, most=1)
     run(fakes)
     assert (fakes.started, fakes.ended) == ([0], [])
-    assert fakes.work.answered == Counter([1])
+    assert (at_work, fakes.work.answered) == ([1], Counter([1]))
 
 
 def test_a_child_finds_the_list_of_its_parent() -> None:
