@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from distillery.errors import DistilleryError, ExportError, named_line
+from distillery.hub_kernels import import_bitsandbytes
 from distillery.progress import ShowProgress, show_nothing
 from distillery.storage.working import working_folder
 
@@ -47,6 +48,8 @@ def run_workflow(
     progress(0, len(passes), "loading Olive")
     os.environ.setdefault("OLIVE_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Olive imports peft where it merges an adapter.
+    import_bitsandbytes()
     from olive.exception import EXCEPTIONS_TO_RAISE
     from olive.telemetry.telemetry import Telemetry
     from olive.workflows import run

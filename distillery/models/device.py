@@ -113,7 +113,8 @@ def cast_linear_layers(model: Any, *, frozen_only: bool = False) -> list[tuple[A
         if not isinstance(module, torch.nn.Linear):
             continue
         weight = module.weight
-        if frozen_only and weight.requires_grad:
+        # Weights in 4 bits stay as they are.
+        if not weight.is_floating_point() or (frozen_only and weight.requires_grad):
             continue
         changed.append((module, weight))
         # A parameter of its own: a tied embedding, which autocast leaves in float32, stays so.

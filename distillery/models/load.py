@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distillery.errors import TrainingError
+from distillery.hub_kernels import import_bitsandbytes
 
 if TYPE_CHECKING:
     import torch
@@ -31,6 +32,7 @@ def load_model(
         trust_remote_code=remote_code,
     )
     if adapter is not None:
+        import_bitsandbytes()
         import peft
 
         model = peft.PeftModel.from_pretrained(model, adapter).merge_and_unload()

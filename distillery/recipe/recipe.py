@@ -462,9 +462,9 @@ def check_form(
     whole = form.quantised and form.algorithm == "k_quant_high"
     if form.precision == "int8":
         whole = not form.dynamic
-    if form.adapter_apart and (training.method != "lora" or whole or calibrated):
+    if form.adapter_apart and (training.method not in ("lora", "qlora") or whole or calibrated):
         raise ValueError(
-            f"{key}.adapter_apart needs training.method: lora, "
+            f"{key}.adapter_apart needs training.method: lora or qlora, "
             "and excludes k_quant_high, gptq and, but for dynamic, int8"
         )
     if form.adapter_apart and training.first_layer:

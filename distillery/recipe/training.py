@@ -9,7 +9,7 @@ from distillery.recipe.base import Slice
 
 
 class LoraRecipe(Slice):
-    """The adapter of LoRA (Hu et al., LoRA, 2021) and DoRA."""
+    """The adapter of LoRA (Hu et al., LoRA, 2021), QLoRA and DoRA."""
 
     rank: int = Field(16, ge=1)
     """Rank of the low-rank update of each weight matrix."""
@@ -49,12 +49,14 @@ class TrainingRecipe(Slice):
 
     outside_keys: ClassVar[frozenset[str]] = frozenset({"allow_cpu"})
 
-    method: Literal["lora", "dora", "full"] = "lora"
-    """lora, dora: train an adapter (dora: Liu et al., DoRA: Weight-Decomposed Low-Rank Adaptation,
-    2024). full: train all weights."""
+    method: Literal["lora", "qlora", "dora", "full"] = "lora"
+    """lora, qlora, dora: train an adapter. qlora: with the base model held in 4 bits meanwhile, for
+    a model that a GPU would not hold otherwise (Dettmers et al., QLoRA, 2023); needs the extra
+    qlora. dora: Liu et al., DoRA: Weight-Decomposed Low-Rank Adaptation, 2024. full: train all
+    weights."""
 
     lora: LoraRecipe = LoraRecipe()
-    """The adapter, with method: lora or dora."""
+    """The adapter, with method: lora, qlora or dora."""
 
     freeze_embeddings: bool = False
     """With method: full, leave the embeddings, and a head tied to them, as they are."""

@@ -3,6 +3,7 @@
 from typing import Any
 
 from distillery.errors import TrainingError
+from distillery.hub_kernels import import_bitsandbytes
 from distillery.recipe import LoraRecipe
 
 
@@ -11,6 +12,7 @@ def add_lora(model: Any, recipe: LoraRecipe, dora: bool = False, first_layer: in
     2024) in the decoder layers from `first_layer` on.
 
     Raises TrainingError where lora.target_modules names what is no linear layer of the decoder."""
+    import_bitsandbytes()
     import peft
 
     known = linear_modules(model)

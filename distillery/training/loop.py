@@ -1,4 +1,4 @@
-"""The training loop: one `train` function for LoRA, DoRA and full training.
+"""The training loop: one `train` function for LoRA, QLoRA, DoRA and full training.
 
 In: a model in PyTorch, rows of token ids and a recipe. Out: the trained model and the figures. It
 is plain PyTorch; training/olive_passes.py runs it as a pass of an Olive workflow. On several
@@ -18,6 +18,7 @@ from pydantic import Field
 
 from distillery.errors import TrainingError
 from distillery.models.device import Device, choose_device, linear_layers_cast
+from distillery.models.four_bits import parameter_count, quantise_linear_layers
 from distillery.models.load import contiguous_head
 from distillery.recipe import TrainingRecipe
 from distillery.records import CurvePoint, Record
@@ -282,7 +283,7 @@ class Training:
         for name, weight in self.model.named_parameters():
             # An adapter is merged in the end, and so are the rows of a class head.
             if ".lora_" not in name and not name.endswith(CLASS_ROWS):
-                parameters += weight.numel()
+                parameters += parameter_count(weight)
         return TrainingResult(
             steps=state.step,
             kept_step=state.best_step or state.step,
@@ -390,6 +391,8 @@ def trainable_model(model: Any, recipe: TrainingRecipe, device: Device) -> Any:
         precision = getattr(torch, device.precision)
         if model.dtype != precision:
             model = model.to(precision)
+        if recipe.method == "qlora":
+            quantise_linear_layers(model, device)
         model = add_lora(model, recipe.lora, recipe.method == "dora", first)
     else:
         if recipe.freeze_embeddings or first:
