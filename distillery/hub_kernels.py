@@ -7,8 +7,8 @@ from typing import Any
 
 
 def import_bitsandbytes() -> None:
-    """Import bitsandbytes where it is installed. To be called before peft is imported, which imports
-    it too.
+    """Import bitsandbytes where it is installed; to be called before peft, which imports it too, is
+    imported.
 
     On CPUs with AVX512_BF16 it would fetch compiled code from the hub by the package `kernels`, and
     run it, or warn that this package is not installed. It does as well without."""

@@ -44,8 +44,16 @@ from distillery.models.base import (
     refuse_unnamed_code,
     remote_code_allowed,
 )
+from distillery.models.four_bits import check_four_bits
 from distillery.models.load import load_tokenizer
-from distillery.recipe import BaseModelRecipe, DatasetRecipe, ExportForm, Recipe, TeacherRecipe
+from distillery.recipe import (
+    BaseModelRecipe,
+    DatasetRecipe,
+    ExportForm,
+    Recipe,
+    TeacherRecipe,
+    TrainingRecipe,
+)
 from distillery.records import Record
 from distillery.registry.open import open_registry
 from distillery.settings import AzureMLSettings, LocalSettings
@@ -85,9 +93,9 @@ DISK_FACTOR = 6
 """A run writes the weights of base model, teacher and student and their exports, some of them
 twice."""
 
-MEMORY_FACTOR = {"full": 4, "lora": 2, "dora": 2}
+MEMORY_FACTOR = {"full": 4, "lora": 2, "qlora": 2, "dora": 2}
 """Memory of a training in multiples of the float32 weights. full: weights, gradients and AdamW's
-two moments. lora and dora: two copies of the weights, while one is cast or exported."""
+two moments. The others: two copies of the weights, while one is cast or exported."""
 
 GGUF_FACTOR = 6
 """Bytes in float32 for each byte of a GGUF file with 4 to 5 bits a weight."""
@@ -142,6 +150,21 @@ def check_settings(recipe: Recipe) -> None:
         complaint = export_misfit(base, recipe)
         if complaint:
             raise RecipeError(complaint)
+
+
+def check_methods(recipe: Recipe) -> None:
+    """Raise TrainingUnavailable where the recipe trains by a method whose package is missing here.
+    For runs that train on this machine."""
+    if any(training.method == "qlora" for training in trainings_of(recipe)):
+        check_four_bits()
+
+
+def trainings_of(recipe: Recipe) -> list[TrainingRecipe]:
+    """Return all trainings of a run."""
+    trainings = list(recipe.student.trainings)
+    if recipe.teacher.kind == "local":
+        trainings.append(recipe.teacher.preparation.training)
+    return trainings
 
 
 def check_base_models(recipe: Recipe) -> None:
@@ -564,10 +587,8 @@ def check_memory(recipe: Recipe) -> Iterator[Finding]:
 
 def training_bytes(recipe: Recipe, weights: int) -> float:
     """Return the memory that training a model of `weights` bytes (float32) takes, in bytes."""
-    trainings = list(recipe.student.trainings)
-    if recipe.teacher.kind == "local":
-        trainings.append(recipe.teacher.preparation.training)
-    return GB + max(MEMORY_FACTOR[training.method] for training in trainings) * weights
+    factors = [MEMORY_FACTOR[training.method] for training in trainings_of(recipe)]
+    return GB + max(factors) * weights
 
 
 def check_training(recipe: Recipe) -> Iterator[Finding]:
@@ -577,6 +598,7 @@ def check_training(recipe: Recipe) -> Iterator[Finding]:
 
     try:
         check_count()
+        check_methods(recipe)
     except TrainingUnavailable as error:
         yield fail("training", str(error))
         return
@@ -626,15 +648,19 @@ def check_gpu_memory(recipe: Recipe, precision: str, free: int, text: str) -> Fi
     if free >= need.most:
         return ok("training", text)
     if free < need.fixed:
-        return warn("training", f"{text}; that is too little even for short rows: use a larger GPU")
+        advice = "use a larger GPU"
+        if need.method != "qlora":
+            advice += " or training.method: qlora"
+        return warn("training", f"{text}; that is too little even for short rows: {advice}")
     advice = "set training.gradient_checkpointing: true or a smaller training.batch_size"
     return warn("training", f"{text}; that is too little if rows are long: {advice}")
 
 
 class GpuNeed(NamedTuple):
-    """Estimated memory of a training on a GPU, in bytes: whatever the batch, for each of its
-    tokens, and with as many as a batch of the recipe can have."""
+    """Estimated memory of a training by `method` on a GPU, in bytes: whatever the batch, for each
+    of its tokens, and with as many as a batch of the recipe can have."""
 
+    method: str
     fixed: float
     token: float
     most: float
@@ -657,7 +683,7 @@ def gpu_needs(recipe: Recipe, precision: str) -> list[GpuNeed] | None:
         checkpointing = training.gradient_checkpointing
         token = bytes_a_token(shape, training.method, precision, checkpointing)
         most = fixed + token * training.batch_size * tokens
-        needs.append(GpuNeed(fixed, token, most))
+        needs.append(GpuNeed(training.method, fixed, token, most))
     return needs
 
 
@@ -671,10 +697,13 @@ def shape_of(base: BaseModelRecipe) -> Shape | None:
         size = float32_bytes(local)
         config = json.loads((local / "config.json").read_text(encoding="utf-8"))
         sizes = [config[key] for key in ("num_hidden_layers", "hidden_size", "intermediate_size")]
+        # Where it is not told, head and embeddings count as two.
+        embeddings = 1 if config.get("tie_word_embeddings") else 2
+        embedded = embeddings * config["vocab_size"] * config["hidden_size"]
     except (DistilleryError, OSError, ValueError, KeyError):
         # The check of this base model reports what is wrong with it.
         return None
-    return None if size is None else Shape(size // 4, *sizes)
+    return None if size is None else Shape(size // 4, *sizes, embedded)
 
 
 def check_artifact_store(_recipe: Recipe) -> Iterator[Finding]:

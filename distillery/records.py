@@ -462,9 +462,10 @@ class CurvePoint(Record):
 class StudentCheckpoint(StageRecord):
     """A trained student.
 
-    Folders in the artifact: model/, a whole model in safetensors, and for LoRA, QLoRA and DoRA adapter/.
-    With an adapter, model/ is the model that the adapter belongs to; it is left out if that is the
-    base model itself. `base_license`: as the base model names it; None if it names none.
+    Folders in the artifact: model/, a whole model in safetensors, and for LoRA, QLoRA and DoRA
+    adapter/. With an adapter, model/ is the model that the adapter belongs to; it is left out if
+    that is the base model itself. `base_license`: as the base model names it; None if it names
+    none.
     `validation_tokens`: of the weights that are kept, see `CurvePoint`. `decisions`: what the
     recipe left to the rows, and why it came out as it did.
     """

@@ -22,7 +22,7 @@ from distillery.data.answer_format import with_schema
 from distillery.data.classes import with_labels
 from distillery.errors import DistilleryError, GateRefused
 from distillery.machine import machine_name
-from distillery.readiness import check_settings
+from distillery.readiness import check_methods, check_settings
 from distillery.recipe import BaseModelRecipe, Recipe, TrainingRecipe, load_recipe
 from distillery.records import (
     BaseModelAnswers,
@@ -112,6 +112,8 @@ def distill(
     begin()
     again = refreshing(refresh)
     check_settings(recipe)
+    if training_deployment is None:
+        check_methods(recipe)
     if recipe.evaluation.judge:
         resolve_endpoint(recipe.evaluation.judge)
     check_keys()

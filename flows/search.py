@@ -16,7 +16,7 @@ from prefect.exceptions import Pause
 from distillery.errors import DistilleryError, ExportError, TrainingError, TrainingUnavailable
 from distillery.machine import machine_name
 from distillery.models.base import base_folder
-from distillery.readiness import check_settings
+from distillery.readiness import check_methods, check_settings
 from distillery.recipe import Recipe, SearchRecipe, load_recipe, load_space
 from distillery.records import Trial
 from distillery.training.search import Search, render_trials
@@ -48,6 +48,8 @@ def search(
     """
     begin()
     check_settings(recipe)
+    if training_deployment is None:
+        check_methods(recipe)
     check_bases(recipe)
     found = Search(recipe, space)
     # Before labels are paid for: what would fail in every trial ends the search now.

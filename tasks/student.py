@@ -13,6 +13,7 @@ from prefect import get_run_logger
 from distillery.errors import DistilleryError
 from distillery.models.base import base_folder, license_of, remote_code_allowed
 from distillery.models.device import check_gpu
+from distillery.models.four_bits import check_four_bits
 from distillery.models.inspect import model_and_adapter
 from distillery.models.load import load_tokenizer
 from distillery.progress import shown_by
@@ -48,6 +49,8 @@ def train(
     The steps of `healing` come before; validation is on gold answers."""
     started = time.perf_counter()
     check_gpu(training.allow_cpu)
+    if training.method == "qlora":
+        check_four_bits()
     trainings = (training, *(step.training for step in healing))
     store = ArtifactStore()
     remote_code = remote_code_allowed(base)

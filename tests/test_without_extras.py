@@ -1,6 +1,6 @@
-"""An install of `distillery` alone, without the extras `azure`, `docker`, `kubernetes`, `postgres`
-and `dev`: all modules can be imported, all commands explain themselves, and what needs an extra
-says in one line which. The other packages of this environment are hidden."""
+"""An install of `distillery` alone, without the extras `azure`, `docker`, `kubernetes`, `postgres`,
+`qlora` and `dev`: all modules can be imported, all commands explain themselves, and what needs an
+extra says in one line which. The other packages of this environment are hidden."""
 
 import os
 import re
@@ -105,7 +105,8 @@ def run(*arguments: str, text: str = "", **environment: str) -> subprocess.Compl
 
 
 def test_the_extras_packages_are_hidden() -> None:
-    assert {"adlfs", "psycopg", "prefect_docker", "pytest", "flask", "playwright"} <= hidden()
+    extras = {"adlfs", "bitsandbytes", "psycopg", "prefect_docker", "pytest", "flask", "playwright"}
+    assert extras <= hidden()
     assert not hidden() & {"prefect", "torch", "sqlalchemy", "mlflow", "distillery", "azure.ai.ml"}
     assert "No module named 'psycopg'" in run("-c", "import psycopg").stderr
 

@@ -22,8 +22,8 @@ def check_four_bits() -> None:
     """Raise TrainingUnavailable where bitsandbytes is not installed."""
     if find_spec("bitsandbytes") is None:
         raise TrainingUnavailable(
-            "training.method: qlora needs bitsandbytes; install distillery[qlora], or set "
-            "training.method: lora"
+            "training.method: qlora needs bitsandbytes where the training runs; install "
+            "distillery[qlora] there, or set training.method: lora"
         )
 
 

@@ -1,7 +1,7 @@
 """The estimate of a training's memory is that of what its passes keep."""
 
 import random
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -57,7 +57,7 @@ def kept(arch: str, layers: int, length: int, recipe: TrainingRecipe) -> int:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("method", ["lora", "dora", "full"])
+@pytest.mark.parametrize("method", get_args(TrainingRecipe.model_fields["method"].annotation))
 @pytest.mark.parametrize("arch", CLASSES)
 def test_passes_keep_what_is_estimated_for_each_token_and_layer(
     arch: str, method: str, checkpointing: bool
