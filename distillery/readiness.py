@@ -703,7 +703,7 @@ def shape_of(base: BaseModelRecipe) -> Shape | None:
     except (DistilleryError, OSError, ValueError, KeyError):
         # The check of this base model reports what is wrong with it.
         return None
-    return None if size is None else Shape(size // 4, *sizes, embedded)
+    return None if size is None else Shape(size // 4, *sizes, embedded=embedded)
 
 
 def check_artifact_store(_recipe: Recipe) -> Iterator[Finding]:

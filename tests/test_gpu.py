@@ -49,7 +49,7 @@ def trained(
     return fine_tune(base, None, rows, validation, recipe, out)
 
 
-@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
 def test_a_training_runs_on_the_gpu_and_learns(
     tiny_model: Callable[[str], Path], tmp_path: Path, method: str
 ) -> None:

@@ -63,7 +63,7 @@ def peak_of(work: Callable[[], object]) -> int:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("method", ["lora", "qlora", "full"])
 def test_training_takes_the_memory_that_is_estimated(
     base: Path, tmp_path: Path, method: str, checkpointing: bool
 ) -> None:

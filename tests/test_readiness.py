@@ -20,7 +20,13 @@ from chat_endpoint import Call, ChatEndpoint, Reply, good, refused, said
 from texts import write_texts
 from tiny_recipe import write_rows
 
-from distillery.errors import CredentialsError, DataError, DistilleryError, RecipeError
+from distillery.errors import (
+    CredentialsError,
+    DataError,
+    DistilleryError,
+    RecipeError,
+    TrainingUnavailable,
+)
 from distillery.models import azure_registry
 from distillery.models.azure_registry import AzureModel, parse_azureml
 from distillery.models.base import local_copy
@@ -649,7 +655,7 @@ def test_memory_is_known_for_every_method_and_steps_of_healing_count(tiny_model:
 
     methods = get_args(TrainingRecipe.model_fields["method"].annotation)
     figures = {method: needed(training={"method": method}) for method in methods}
-    assert figures["dora"] == figures["lora"] < figures["full"]
+    assert figures["qlora"] == figures["dora"] == figures["lora"] < figures["full"]
     healed = needed(training={"method": "lora"}, healing=[{"layers": [0]}])
     assert healed == figures["full"]
 
@@ -749,8 +755,39 @@ def test_the_gpu_that_phi_4_mini_takes_is_estimated_from_its_config(tmp_path: Pa
     assert training(24, gradient_checkpointing=True).level == "ok"
     assert training(24, batch_size=4).level == "ok"
     whole = training(24, method="full", gradient_checkpointing=True)
-    assert "too little even for short rows: use a larger GPU" in whole.text
+    assert whole.text.endswith("for short rows: use a larger GPU or training.method: qlora")
+    packed = training(24, method="qlora", gradient_checkpointing=True)
+    assert "the run takes an estimated 4.2 GB, and 0.3 GB for every 1,000 tokens" in packed.text
+    assert training(3, method="qlora").text.endswith("for short rows: use a larger GPU")
     assert training(85, method="full", gradient_checkpointing=True).level == "ok"
+
+
+@pytest.mark.parametrize("of", ["student", "teacher"])
+def test_a_run_that_would_train_in_4_bits_here_needs_bitsandbytes(
+    of: str, tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed: dict[str, Any] = {
+        "base": {"model": str(tiny_model("llama"))},
+        "training": {"method": "qlora"},
+    }
+    values: dict[str, Any] = {"student": packed, "teacher": {"kind": "gold"}}
+    if of == "teacher":
+        values = {"teacher": {"kind": "local", "preparation": packed}}
+    asked = recipe(packed["base"]["model"], **values)
+    assert findings(asked)["training"].level == "ok"
+    monkeypatch.setattr("distillery.models.four_bits.find_spec", lambda name: None)
+    found = findings(asked)["training"]
+    said = "training.method: qlora needs bitsandbytes where the training runs; install distillery"
+    assert (found.level, found.text.startswith(said)) == ("FAIL", True)
+    # Before anything is read or paid for; where a deployment trains, it may be there.
+    files = {"source": "files", "files": {"train": ["x.csv"]}, "carve": {"test": 0.5}}
+    asked = recipe(packed["base"]["model"], dataset=files, **values)
+    with pytest.raises(TrainingUnavailable, match=said):
+        copy_context().run(distill.fn, asked)
+    with pytest.raises(DataError, match=r"x\.csv"):
+        copy_context().run(distill.fn, asked, training_deployment="train-student/gpu")
+    with pytest.raises(TrainingUnavailable, match=said):
+        copy_context().run(search.fn, asked, SearchRecipe(rank=(8,)))
 
 
 def test_azure_without_its_names(tiny_model: TinyModel) -> None:

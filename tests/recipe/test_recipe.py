@@ -202,7 +202,7 @@ def test_null_of_a_plain_field_is_that_fields_value() -> None:
         ({"export": {"choose": {"rows": 1}}}, "export.choose.rows: unknown key; remove it or"),
         (
             {"export": {"ladder": [{}, {"precision": "int8", "adapter_apart": True}]}},
-            "export.ladder.1.adapter_apart needs",
+            "export.ladder.1.adapter_apart needs training.method: lora or qlora, and excludes",
         ),
         (
             {"export": {"ladder": [{}]}, "dataset": {"splits": {"train": "train", "test": "test"}}},
@@ -720,6 +720,20 @@ def test_a_ladder_says_whether_it_needs_prompts_and_each_form_has_a_title() -> N
     apart = ExportForm(precision="fp32", adapter_apart=True, share_embeddings=False)
     assert apart.title == "fp32, apart"
     assert ExportForm(all_logits=True).title == "int4 k_quant_mixed/32, all logits"
+
+
+def test_qlora_is_a_method_wherever_lora_is() -> None:
+    training = {"training": {"method": "qlora"}}
+    recipe = Recipe.model_validate(
+        {
+            "teacher": {"kind": "local", "preparation": training},
+            "student": training,
+            "export": {"adapter_apart": True, "algorithm": "rtn"},
+        }
+    )
+    assert recipe.student.training.adapts
+    with pytest.raises(ValueError, match=r"needs training\.method: full"):
+        Recipe.model_validate({"student": {"healing": [training]}})
 
 
 def rules_of(**values: Any) -> list[str]:

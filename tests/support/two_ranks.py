@@ -81,6 +81,7 @@ def cases() -> dict[str, Case]:
         "classes": Case(closed, soft | {"class_weights": "balanced"}, validation=6),
         "token labels": Case(written, soft | {"hidden_weight": 1.0}, validation=6, hidden=True),
         "lora": Case(letters, soft | {"method": "lora"}, validation=6),
+        "qlora": Case(letters, soft | {"method": "qlora"}, validation=6),
         "dora": Case(written, soft | {"method": "dora"}, validation=6),
         "upper half": Case(closed, {"first_layer": "half", "method": "lora"}, validation=6),
         "patience": Case(letters, falling, validation=6),

@@ -79,5 +79,9 @@ def test_full_training_takes_more_than_an_adapter_and_float32_more_than_bfloat16
     full, dora, lora = (fixed_bytes(shape, name, "bfloat16") for name in ("full", "dora", "lora"))
     assert (full, dora, lora) == (18e9, 5e9, 2e9)
     assert fixed_bytes(shape, "lora", "float32") == 4e9
+    # Of 1e9 parameters, the embeddings' stay as they are.
+    embedded = Shape(10**9, 32, HIDDEN, MLP, embedded=2 * 10**8)
+    assert fixed_bytes(embedded, "qlora", "bfloat16") == pytest.approx(0.8e9 * 0.616 + 0.4e9)
+    assert fixed_bytes(embedded, "lora", "bfloat16") == lora
     half = bytes_a_token(shape, "lora", "bfloat16", False)
     assert bytes_a_token(shape, "lora", "float32", False) == 2 * half

@@ -91,6 +91,7 @@ def both_ways(
     [
         *(("llama", form, method) for form in FORMS for method in ("lora", "full")),
         ("phi3", "letters", "lora"),
+        ("phi3", "letters", "qlora"),
         ("phi4mini", "texts", "full"),
         ("qwen2", "classes", "lora"),
         ("qwen3", "letters", "full"),

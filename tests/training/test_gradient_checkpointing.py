@@ -71,6 +71,7 @@ def trained(
         ("llama", "classes", {"method": "full"}),
         ("phi4mini", "texts", {"method": "lora"}),
         ("qwen2", "letters", {"method": "dora"}),
+        ("qwen2", "letters", {"method": "qlora"}),
         # The layers below the first that is trained are computed once for both epochs.
         ("llama", "texts", {"method": "full", "first_layer": 1}),
         ("phi4mini", "letters", {"method": "lora", "first_layer": 1}),

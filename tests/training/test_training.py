@@ -517,7 +517,7 @@ def long_training(
     progress: Progress | None = None,
 ) -> TrainingResult:
     shape = (
-        {"lora": LoraRecipe(rank=4, dropout=0.2)} if method == "lora" else {"hidden_weight": 0.5}
+        {"hidden_weight": 0.5} if method == "full" else {"lora": LoraRecipe(rank=4, dropout=0.2)}
     )
     recipe = TrainingRecipe(
         method=method, epochs=60, batch_size=4, soft_weight=0.5, warmup=0.3, seed=3, **shape
@@ -530,8 +530,8 @@ def long_training(
         rows[:5],
         recipe,
         out,
-        layers=None if method == "lora" else (0,),
-        healing=() if method == "lora" else (HEALING,),
+        layers=(0,) if method == "full" else None,
+        healing=(HEALING,) if method == "full" else (),
         progress=progress,
         checkpoints=checkpoints,
     )
@@ -551,7 +551,7 @@ long_training(base, method, out, OneFile(kept), tell)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("method", ["lora", "qlora", "full"])
 def test_training_that_was_killed_goes_on_to_the_very_same_student(
     tiny_model: TinyModel, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -570,7 +570,7 @@ def test_training_that_was_killed_goes_on_to_the_very_same_student(
         command, env=os.environ | {"TEST_PATH": HERE}, stdout=subprocess.PIPE, text=True
     ) as child:
         assert child.stdout is not None
-        last = checkpoints if method == "lora" else checkpoints.of("step-2")
+        last = checkpoints.of("step-2") if method == "full" else checkpoints
         for _ in child.stdout:
             if last.path.exists():
                 child.kill()
