@@ -680,6 +680,9 @@ def gpu_needs(recipe: Recipe, precision: str) -> list[GpuNeed] | None:
             return None
         # CUDA itself, an adapter and the logits of a batch take less than 1 GB.
         fixed = GB + fixed_bytes(shape, training.method, precision)
+        if training.hidden_weight:
+            # Before, the teacher's states are computed, in floats whatever the method.
+            fixed = max(fixed, GB + fixed_bytes(shape, "lora", precision))
         checkpointing = training.gradient_checkpointing
         token = bytes_a_token(shape, training.method, precision, checkpointing)
         most = fixed + token * training.batch_size * tokens

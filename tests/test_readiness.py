@@ -762,6 +762,20 @@ def test_the_gpu_that_phi_4_mini_takes_is_estimated_from_its_config(tmp_path: Pa
     assert training(85, method="full", gradient_checkpointing=True).level == "ok"
 
 
+def test_a_teacher_whose_states_are_learnt_is_held_in_floats(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(PHI_4_MINI))
+    base, packed = {"model": str(tmp_path)}, {"method": "qlora"}
+    for weight, estimate in ((0.0, "4.2 GB"), (1.0, "8.7 GB")):
+        asked = Recipe.model_validate(
+            {
+                "teacher": {"kind": "local", "preparation": {"base": base, "training": packed}},
+                "student": {"start": "teacher", "training": packed | {"hidden_weight": weight}},
+            }
+        )
+        found = check_gpu_memory(asked, "bfloat16", int(24 * GB), "on A")
+        assert f"the run takes an estimated {estimate}" in found.text
+
+
 @pytest.mark.parametrize("of", ["student", "teacher"])
 def test_a_run_that_would_train_in_4_bits_here_needs_bitsandbytes(
     of: str, tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch

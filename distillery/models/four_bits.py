@@ -29,7 +29,7 @@ def check_four_bits() -> None:
 
 def quantise_linear_layers(model: Any, device: Device) -> None:
     """Replace the linear layers of `model`, save its head, by layers with weights in 4 bits, on
-    `device`. They are moved there one by one, so that a GPU never holds them as floats.
+    `device`. They are moved there one by one, so that a GPU never holds all of them as floats.
 
     A layer computes in `device.precision`. Raises TrainingUnavailable where bitsandbytes is not
     installed."""
@@ -48,6 +48,7 @@ def quantise_linear_layers(model: Any, device: Device) -> None:
     count = size = 0
     for name in names:
         layer = model.get_submodule(name)
+        # Double quantisation: the blocks' scales are packed, too.
         form: dict[str, Any] = {"compress_statistics": True, "quant_type": "nf4"}
         packed = Linear4bit(
             layer.in_features,
@@ -66,7 +67,7 @@ def quantise_linear_layers(model: Any, device: Device) -> None:
         packed.bias = layer.bias
         packed.to(device.name)
         model.set_submodule(name, packed)
-        count += parameter_count(packed.weight)
+        count += unpacked_count(packed.weight)
         size += packed_bytes(packed.weight)
     # By this peft knows such a model.
     model.is_loaded_in_4bit = True
@@ -75,7 +76,7 @@ def quantise_linear_layers(model: Any, device: Device) -> None:
     )
 
 
-def parameter_count(weight: Any) -> int:
+def unpacked_count(weight: Any) -> int:
     """Return how many parameters a tensor of weights holds, of which 4 bits pack two in a byte."""
     state = getattr(weight, "quant_state", None)
     return int((weight if state is None else state).shape.numel())

@@ -18,7 +18,7 @@ from pydantic import Field
 
 from distillery.errors import TrainingError
 from distillery.models.device import Device, choose_device, linear_layers_cast
-from distillery.models.four_bits import parameter_count, quantise_linear_layers
+from distillery.models.four_bits import quantise_linear_layers, unpacked_count
 from distillery.models.load import contiguous_head
 from distillery.recipe import TrainingRecipe
 from distillery.records import CurvePoint, Record
@@ -283,7 +283,7 @@ class Training:
         for name, weight in self.model.named_parameters():
             # An adapter is merged in the end, and so are the rows of a class head.
             if ".lora_" not in name and not name.endswith(CLASS_ROWS):
-                parameters += parameter_count(weight)
+                parameters += unpacked_count(weight)
         return TrainingResult(
             steps=state.step,
             kept_step=state.best_step or state.step,
