@@ -699,14 +699,17 @@ def shape_of(base: BaseModelRecipe) -> Shape | None:
             return None
         size = float32_bytes(local)
         config = json.loads((local / "config.json").read_text(encoding="utf-8"))
-        sizes = [config[key] for key in ("num_hidden_layers", "hidden_size", "intermediate_size")]
+        layers, hidden = config["num_hidden_layers"], config["hidden_size"]
+        intermediate = config["intermediate_size"]
         # Where it is not told, head and embeddings count as two.
         embeddings = 1 if config.get("tie_word_embeddings") else 2
-        embedded = embeddings * config["vocab_size"] * config["hidden_size"]
+        embedded = embeddings * config["vocab_size"] * hidden
     except (DistilleryError, OSError, ValueError, KeyError):
         # The check of this base model reports what is wrong with it.
         return None
-    return None if size is None else Shape(size // 4, *sizes, embedded=embedded)
+    if size is None:
+        return None
+    return Shape(size // 4, layers, hidden, intermediate, embedded)
 
 
 def check_artifact_store(_recipe: Recipe) -> Iterator[Finding]:
