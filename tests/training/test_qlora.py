@@ -19,7 +19,9 @@ from distillery.models.device import Device, linear_layers_cast
 from distillery.models.four_bits import packed_bytes, quantise_linear_layers, unpacked_count
 from distillery.models.inspect import model_and_adapter
 from distillery.models.load import load_model
-from distillery.recipe import ExportForm, TrainingRecipe
+from distillery.olive_workflow import run_workflow
+from distillery.recipe import ExportForm, LoraRecipe, TrainingRecipe
+from distillery.training.adapters import add_lora
 from distillery.training.fine_tune import fine_tune
 from distillery.training.loop import TrainingProgress, TrainingResult, train, trainable_model
 from distillery.training.rows import TrainingRow
@@ -98,6 +100,8 @@ def test_an_adapter_learns_on_a_base_in_4_bits_that_stays_as_it_is(
     assert head.dtype == getattr(torch, precision)
     adapters = {weight.dtype for name, weight in model.named_parameters() if ".lora_" in name}
     assert adapters == {torch.float32}
+    kinds = {type(layer).__name__ for layer in model.modules() if hasattr(layer, "lora_A")}
+    assert kinds == {"Linear4bit"}, "peft's own, which knows how such weights are packed"
 
     _, of_lora = trained(tiny_model(arch), recipe(method="lora", epochs=1))
     assert result.parameters == of_lora.parameters == plain_count(tiny_model(arch))
@@ -251,6 +255,27 @@ def test_where_bitsandbytes_is_missing_one_line_says_what_to_install(
         trained(tiny_model("llama"), recipe())
     _, result = trained(tiny_model("llama"), recipe(method="lora", epochs=1))
     assert result.steps == 3
+
+
+@pytest.mark.security
+def test_bitsandbytes_is_imported_before_peft_wherever_that_is(
+    tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Called(Exception):
+        pass
+
+    def called() -> None:
+        raise Called
+
+    model, _ = load_model(tiny_model("llama"))
+    for module in ("olive_workflow", "models.load", "training.adapters"):
+        monkeypatch.setattr(f"distillery.{module}.import_bitsandbytes", called)
+    with pytest.raises(Called):
+        run_workflow({}, {}, tmp_path)
+    with pytest.raises(Called):
+        load_model(tiny_model("llama"), tmp_path)
+    with pytest.raises(Called):
+        add_lora(model, LoraRecipe())
 
 
 @pytest.mark.security
