@@ -20,7 +20,7 @@ from typer.core import TyperCommand
 from distillery.commands import labels, models, store
 from distillery.commands.models import RegistryOption, open_registry_of_kind
 from distillery.errors import DistilleryError
-from distillery.recipe import parse_recipe
+from distillery.recipe import TaskKind, parse_recipe
 
 app = typer.Typer(
     help="Write a recipe, check, quote, report, serve and ask, and manage models, labels and the "
@@ -67,7 +67,7 @@ def new(
         typer.Option(help="Who labels: a model that the run trains, or the endpoint in .env."),
     ] = "local",
     task: Annotated[
-        Literal["choice", "classify", "extract", "generate"] | None,
+        TaskKind | None,
         typer.Option(
             help="What an answer is: one of the row's options, a class, fields or text; by default "
             "a class, or an option where rows have options, or fields where the answers are JSON "

@@ -14,7 +14,7 @@ from typing import Literal
 
 import yaml
 
-from distillery.data.guess import Kind, listed
+from distillery.data.guess import listed
 from distillery.data.look import (
     MOST_COMPARED,
     FoundRow,
@@ -34,7 +34,7 @@ from distillery.labels.quote import quote_recipe
 from distillery.machine import folder_of_commands
 from distillery.models.base import local_copy
 from distillery.prompts import TransformersTokenizer, render_messages
-from distillery.recipe import PromptRecipe, Recipe, parse_recipe
+from distillery.recipe import PromptRecipe, Recipe, TaskKind, parse_recipe
 from distillery.recipe.draft import choose_shares, draft
 from distillery.settings import TeacherSettings
 
@@ -97,7 +97,7 @@ def new_recipe(
     label: str | None = None,
     teacher: Literal["local", "endpoint"] = "local",
     force: bool = False,
-    task: Kind | None = None,
+    task: TaskKind | None = None,
     test: Sequence[Path] = (),
 ) -> Iterator[str]:
     """Write a recipe for the rows in `data`, and yield lines for people. `task` is the kind of

@@ -11,13 +11,11 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from distillery.data.rows import to_options
 from distillery.errors import DataError
-
-Kind = Literal["choice", "classify", "extract", "generate"]
-"""The kinds of task that a table may be for."""
+from distillery.recipe import TaskKind
 
 TEXT_NAMES = frozenset(
     {
@@ -144,7 +142,7 @@ class ChosenColumns(NamedTuple):
     label: str
     text_reason: str
     label_reason: str
-    kind: Kind = "classify"
+    kind: TaskKind = "classify"
     options: str | None = None
 
 
@@ -156,8 +154,9 @@ def column_contents(rows: Iterable[Mapping[str, Any]]) -> dict[str, Column]:
             column = columns.setdefault(name, Column())
             if value is None or (isinstance(value, str) and not value.strip()):
                 continue
-            column.objects += object_in(value) is not None
-            column.options += are_options(value)
+            said = json_in(value)
+            column.objects += isinstance(said, dict)
+            column.options += are_options(said)
             if isinstance(value, str | int):
                 text = str(value).strip()
                 column.counts[text] += 1
@@ -167,19 +166,19 @@ def column_contents(rows: Iterable[Mapping[str, Any]]) -> dict[str, Column]:
     return columns
 
 
-def object_in(value: Any) -> dict[str, Any] | None:
-    """Return the JSON object that a value is, as it stands or as text; None for any other."""
-    if isinstance(value, str) and value.lstrip().startswith("{"):
+def json_in(value: Any) -> Any:
+    """Return what a text says that is a JSON object or list; any other value as it stands."""
+    if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
         try:
-            value = json.loads(value)
+            return json.loads(value)
         except (ValueError, RecursionError):
-            return None
-    return value if isinstance(value, dict) else None
+            return value
+    return value
 
 
 def are_options(value: Any) -> bool:
-    """Return whether a value is the options of a row."""
-    if isinstance(value, str) and not value.lstrip().startswith(("[", "{")):
+    """Return whether a value, which is no JSON text, is the options of a row."""
+    if isinstance(value, str):
         return False
     try:
         to_options(value, "")
@@ -203,9 +202,10 @@ def guess_schema(values: Iterable[Any]) -> dict[str, Any]:
     """Return a JSON Schema that the JSON objects among the values meet: the types of their fields,
     none of them required, and no others."""
     fields: dict[str, list[Any]] = {}
-    for found in map(object_in, values):
-        for name, value in (found or {}).items():
-            fields.setdefault(name, []).append(value)
+    for found in map(json_in, values):
+        if isinstance(found, dict):
+            for name, value in found.items():
+                fields.setdefault(name, []).append(value)
     properties = {name: guess_type(known) for name, known in fields.items()}
     return {"type": "object", "properties": properties, "additionalProperties": False}
 
@@ -237,7 +237,7 @@ def choose_columns(
     columns: Mapping[str, Column],
     texts: Sequence[str] = (),
     label: str | None = None,
-    kind: Kind | None = None,
+    kind: TaskKind | None = None,
 ) -> ChosenColumns:
     """Return the columns to use; `texts`, `label` and `kind` are those that the user has named.
     Where the kind is not named, it is choice for rows with options, extract for a label that is
@@ -290,7 +290,7 @@ def refuse_dicts(columns: Mapping[str, Column]) -> None:
 
 
 def choose_options(
-    columns: Mapping[str, Column], others: Collection[str | None], kind: Kind | None
+    columns: Mapping[str, Column], others: Collection[str | None], kind: TaskKind | None
 ) -> str | None:
     """Return the column of the rows' options, which is none of the `others`; None for another kind
     of task. Where the kind is not named, the column has a usual name: lists of texts may be much
@@ -338,7 +338,7 @@ def choose_key(
 
 
 def choose_answer(
-    columns: Mapping[str, Column], texts: Sequence[str], label: str | None, kind: Kind
+    columns: Mapping[str, Column], texts: Sequence[str], label: str | None, kind: TaskKind
 ) -> tuple[str, str]:
     """Return the column of written answers and the reason. Raises DataError."""
     if label is not None:

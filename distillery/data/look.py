@@ -18,7 +18,6 @@ from distillery.data.answer_format import named_format
 from distillery.data.guess import (
     ChosenColumns,
     Column,
-    Kind,
     choose_columns,
     column_contents,
     columns_of_options,
@@ -30,7 +29,7 @@ from distillery.data.readers import open_table, refuse_equal_columns
 from distillery.data.row_store import temporary_database
 from distillery.data.rows import RowReader, content_of_row, to_example, to_letter, to_options
 from distillery.errors import DataError
-from distillery.recipe import Columns, DatasetRecipe, TaskRecipe
+from distillery.recipe import Columns, DatasetRecipe, TaskKind, TaskRecipe
 from distillery.records import LETTERS, Example
 
 MOST_COMPARED = 20_000
@@ -86,7 +85,7 @@ class Look:
     schema: dict[str, Any] | None = None
 
     @property
-    def kind(self) -> Kind:
+    def kind(self) -> TaskKind:
         """The kind of task that the rows are for."""
         return self.chosen.kind
 
@@ -117,7 +116,7 @@ def look(
     paths: Sequence[Path],
     texts: Sequence[str] = (),
     label: str | None = None,
-    kind: Kind | None = None,
+    kind: TaskKind | None = None,
     test: Sequence[Path] = (),
 ) -> Look:
     """Return what is in the files, and in those of `test` rows. `texts` and `label` are the columns

@@ -24,7 +24,14 @@ from distillery.recipe.rules import (
 )
 from distillery.recipe.search import SearchRecipe
 from distillery.recipe.student import HealingRecipe, LayerChoice, Layers, StudentRecipe
-from distillery.recipe.task import METRIC_NAMES, AbstainRecipe, Metric, OtherRecipe, TaskRecipe
+from distillery.recipe.task import (
+    METRIC_NAMES,
+    AbstainRecipe,
+    Metric,
+    OtherRecipe,
+    TaskKind,
+    TaskRecipe,
+)
 from distillery.recipe.teacher import (
     AnswerRecipe,
     BatchRecipe,
@@ -80,6 +87,7 @@ __all__ = [
     "SelectRecipe",
     "Slice",
     "StudentRecipe",
+    "TaskKind",
     "TaskRecipe",
     "TeacherPreparation",
     "TeacherRecipe",

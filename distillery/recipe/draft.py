@@ -8,6 +8,8 @@ from typing import Any, Literal, NamedTuple
 
 import yaml
 
+from distillery.recipe.task import TaskKind
+
 Carved = dict[Literal["gold", "validation", "test"], float]
 
 MANY_ROWS = 2000
@@ -73,7 +75,7 @@ def draft(
     teacher: Literal["local", "endpoint"],
     max_tokens: int | None,
     command: str,
-    kind: Literal["choice", "classify", "extract", "generate"] = "classify",
+    kind: TaskKind = "classify",
     schema: Mapping[str, Any] | None = None,
     test_files: Sequence[str] = (),
     unanswered: int = 0,

@@ -55,6 +55,9 @@ class OtherRecipe(Slice):
         return self.label
 
 
+TaskKind = Literal["choice", "classify", "extract", "generate"]
+"""What an answer may be; see TaskRecipe.kind."""
+
 Metric = Literal["exact_match", "field_f1", "rouge_l", "chrf", "bleu"]
 """A figure that says how good written answers are, from 0 to 1; see evaluation/metrics.py."""
 
@@ -78,7 +81,7 @@ class TaskRecipe(Slice):
 
     in_order: ClassVar[frozenset[str]] = frozenset({"answer_schema"})
 
-    kind: Literal["choice", "classify", "extract", "generate"] = "choice"
+    kind: TaskKind = "choice"
     """choice: each row has options of its own, and the answer is one's letter. classify: each row
     is a text, and the answer is one of the classes, which are the same for all rows. extract: the
     answer is a JSON object of fields found in the row's text, as `schema` says. generate: the
