@@ -82,16 +82,26 @@ def new(
             metavar="FILE",
         ),
     ] = [],  # noqa: B006
-    force: Annotated[bool, typer.Option("--force", help="Overwrite the file.")] = False,
+    without_bad_rows: Annotated[
+        bool,
+        typer.Option(
+            "--without-bad-rows",
+            help="Make the recipe for the good rows of FILE, which go to FILE-good beside it, as "
+            "in messages-good.csv; the bad ones go to messages-bad.jsonl, each with its reason.",
+        ),
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite what is there.")] = False,
 ) -> None:
     """Look at the rows in DATA and write a recipe for them.
 
     Says what is in the rows, which of them to mend and what was chosen. Bad rows don't keep the
-    recipe from being written.
+    recipe from being written, but a run stops at them. The files in DATA stay as they are.
     """
     from distillery.new_recipe import new_recipe
 
-    for line in new_recipe(data, out, name, text, label, teacher, force, task, test):
+    for line in new_recipe(
+        data, out, name, text, label, teacher, force, task, test, without_bad_rows
+    ):
         print(line)
 
 

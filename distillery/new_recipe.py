@@ -14,6 +14,7 @@ from typing import Literal
 
 import yaml
 
+from distillery.data.good_rows import GoodCopy, refuse_good_copies, write_good_copy
 from distillery.data.guess import listed
 from distillery.data.look import (
     MOST_COMPARED,
@@ -99,14 +100,16 @@ def new_recipe(
     force: bool = False,
     task: TaskKind | None = None,
     test: Sequence[Path] = (),
+    without_bad_rows: bool = False,
 ) -> Iterator[str]:
     """Write a recipe for the rows in `data`, and yield lines for people. `task` is the kind of
     task; None: classify, or choice where rows have options, or extract where the answers are JSON
     objects. `test` are files of test rows; without, some of the rows in `data` are held out for the
-    test.
+    test. `without_bad_rows`: the recipe names copies of the files without their bad rows
+    (good_rows.py).
 
     Raises DataError for files that no recipe can be made for, and RecipeError for a name that can't
-    be one and for a file that is there already, unless `force`.
+    be one and, as DataError for such a copy, for a file that is there already, unless `force`.
     """
     name = name or re.sub(r"[^A-Za-z0-9._-]+", "-", data[0].stem).strip("._-") or "my-task"
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,254}", name):
@@ -115,21 +118,30 @@ def new_recipe(
     if out.exists() and not force:
         raise RecipeError(f"{out}: exists; give another name by --out, or --force to overwrite it")
     found = look(data, texts, label, task, test)
-    made_of = shlex.join([*found.files, *(f"--test={file}" for file in found.test_files)])
+    files, test_files = found.files, found.test_files
+    made_of = [*files, *(f"--test={file}" for file in test_files)]
+    copies: dict[Path, GoodCopy] = {}
+    if without_bad_rows and found.bad:
+        made_of.append("--without-bad-rows")
+        copies = leave_out(found, [*data, *test], force)
+        files, test_files = (
+            tuple(str(copies[path].good if path in copies else path) for path in paths)
+            for paths in (data, test)
+        )
     write = partial(
         draft,
         name=name,
-        files=found.files,
+        files=files,
         texts=found.chosen.texts,
         label=found.chosen.label,
         options=found.chosen.options,
         ids_are_unique=found.with_ids or "id" not in found.columns,
         shares=choose_shares(len(found.answered), found.unanswered, bool(test)),
         teacher=teacher,
-        command=f"distillery new {made_of}",
+        command=f"distillery new {shlex.join(made_of)}",
         kind=found.kind,
         schema=found.schema,
-        test_files=found.test_files,
+        test_files=test_files,
         unanswered=found.unanswered,
     )
     text = write(max_tokens=None)
@@ -141,13 +153,23 @@ def new_recipe(
     out.write_text(text, encoding="utf-8")
 
     yield from tell_rows(found)
-    yield from tell_bad_rows(found)
+    yield from tell_bad_rows(found, copies)
     yield from tell_doubts(found, too_long)
-    yield from tell_choices(found, recipe)
+    yield from tell_choices(found, recipe, is_mended=not found.bad or bool(copies))
     folder = folder_of_commands()
     yield f"Written: {out}. Next:"
     yield f"  {folder}distillery check {shlex.quote(str(out))}"
     yield f"  {folder}python -m flows.distill {shlex.quote(str(out))}"
+
+
+def leave_out(found: Look, paths: Sequence[Path], force: bool) -> dict[Path, GoodCopy]:
+    """Copy those of the files in `paths` that have bad rows without them, and return the copies.
+    Raises DataError for a file that can't be written, or not without `force`."""
+    reasons: dict[Path, dict[int, str]] = {}
+    for row in found.bad:
+        reasons.setdefault(row.path, {})[row.line] = row.reason
+    refuse_good_copies(reasons, paths, force)
+    return {path: write_good_copy(path, bad) for path, bad in reasons.items()}
 
 
 def parsed(text: str) -> Recipe:
@@ -245,11 +267,17 @@ def counted_fields(found: Look) -> dict[str, int]:
     return dict(counts.most_common())
 
 
-def tell_bad_rows(found: Look) -> Iterator[str]:
-    """Yield the rows at which a run would stop."""
-    if found.bad:
-        yield "Mend first, since a run stops at bad rows:"
-        yield from in_part(found.bad)
+def tell_bad_rows(found: Look, copies: Mapping[Path, GoodCopy]) -> Iterator[str]:
+    """Yield the rows at which a run would stop, or that were left out of the `copies`."""
+    if not found.bad:
+        return
+    if copies:
+        yield "Left out, since a run stops at bad rows:"
+    else:
+        yield "Mend first, or leave out by --without-bad-rows, since a run stops at bad rows:"
+    yield from in_part(list(map(str, found.bad)))
+    for path, copy in copies.items():
+        yield f"  {copy.good} has the other rows of {path}, {copy.bad} these with their reasons"
 
 
 def tell_doubts(found: Look, too_long: int) -> Iterator[str]:
@@ -347,10 +375,11 @@ def tell_copies(found: Look) -> Iterator[str]:
         )
 
 
-def tell_choices(found: Look, recipe: Recipe) -> Iterator[str]:
-    """Yield what was chosen: which rows serve for what, and what their labels cost."""
+def tell_choices(found: Look, recipe: Recipe, is_mended: bool) -> Iterator[str]:
+    """Yield what was chosen: which rows serve for what, and what their labels cost. `is_mended`:
+    whether the recipe's files are without bad rows."""
     yield "Chosen:"
-    if found.bad:
+    if not is_mended:
         for part, share in recipe.dataset.carve.items():
             about = share * len(found.answered)
             yield f"  {part:10} about {about:,.0f} of the rows with {KNOWN[found.kind]}"
@@ -371,16 +400,16 @@ def tell_choices(found: Look, recipe: Recipe) -> Iterator[str]:
             f"that have one. Add rows without {KNOWN[found.kind]}; the more, the better the "
             "student."
         )
-    yield from tell_labelling(found, recipe)
+    yield from tell_labelling(recipe, is_mended)
 
 
-def tell_labelling(found: Look, recipe: Recipe) -> Iterator[str]:
-    """Yield who labels and what it costs."""
+def tell_labelling(recipe: Recipe, is_mended: bool) -> Iterator[str]:
+    """Yield who labels and what it costs; `is_mended` as in `tell_choices`."""
     if recipe.teacher.kind == "local":
         yield "  teacher    local: the run trains it on the gold rows; nothing is paid"
         return
     yield "  teacher    endpoint: named in .env (copy sample.env)"
-    if found.bad:
+    if not is_mended:
         yield "             what labelling costs: distillery quote, once the bad rows are mended"
         return
     if not TeacherSettings().model:

@@ -115,7 +115,8 @@ def test_bad_rows_are_named_in_part_and_the_recipe_is_written() -> None:
         row["text"] = " "
     write_csv(Path("bad.csv"), rows)
     said = run("bad.csv", teacher="endpoint")
-    assert "Mend first, since a run stops at bad rows:\n  bad.csv:2: text: empty; fill" in said
+    assert "Mend first, or leave out by --without-bad-rows, since a run stops at bad rows:" in said
+    assert "bad rows:\n  bad.csv:2: text: empty; fill" in said
     assert "bad.csv:21: text: empty" in said
     assert "bad.csv:22: " not in said
     assert "  and 10 more" in said
@@ -124,6 +125,39 @@ def test_bad_rows_are_named_in_part_and_the_recipe_is_written() -> None:
     assert load_recipe("bad.yaml").task.kind == "classify"
     write_csv(Path("bad.csv"), rows[30:])
     checked("bad.yaml")
+
+
+def test_the_recipe_is_for_copies_without_bad_rows_where_that_is_asked_for() -> None:
+    rows = texts(200, 50)
+    for row in rows[:30]:
+        row["text"] = " "
+    write_csv(Path("bad.csv"), rows)
+    write_csv(Path("whole.csv"), texts(0, 300)[250:])
+    judging = held_out(120)
+    judging[3]["label"] = ""
+    write_csv(Path("test.csv"), judging)
+    before = Path("bad.csv").read_bytes()
+    said = run("bad.csv", "whole.csv", test=[Path("test.csv")], without_bad_rows=True)
+    assert "Left out, since a run stops at bad rows:\n  bad.csv:2: text: empty; fill" in said
+    assert "  and 11 more" in said
+    assert "  bad-good.csv has the other rows of bad.csv, bad-bad.jsonl these with" in said
+    assert "  test-good.csv has the other rows of test.csv, test-bad.jsonl these with" in said
+    assert "test       119 rows: they judge" in said
+    recipe = checked("bad.yaml")
+    assert recipe.dataset.files == {
+        "train": ("bad-good.csv", "whole.csv"),
+        "test": ("test-good.csv",),
+    }
+    first = Path("bad.yaml").read_text().splitlines()[0]
+    assert first.endswith("distillery new bad.csv whole.csv --test=test.csv --without-bad-rows")
+    assert len(Path("bad-bad.jsonl").read_text().splitlines()) == 30
+    assert Path("bad.csv").read_bytes() == before
+    with pytest.raises(DataError, match=r"bad-good\.csv: exists; rename it, or say --force"):
+        run("bad.csv", name="again", without_bad_rows=True)
+    write_csv(Path("bad.csv"), rows[30:])
+    said = run("bad.csv", without_bad_rows=True, force=True)
+    assert "Left out" not in said
+    assert checked("bad.yaml").dataset.files == {"train": ("bad.csv",)}
 
 
 def test_too_few_rows_rare_and_uneven_classes_are_told() -> None:

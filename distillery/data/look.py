@@ -45,8 +45,30 @@ TYPING_ERROR_RATIO = 5
 """How many times as often as its typing error a label occurs at least."""
 
 
-ReadRow = tuple[str, dict[str, Any], str]
-"""Where a row of a file stands, as FILE:LINE, its values and its fault."""
+class ReadRow(NamedTuple):
+    """A row of a file as read (readers.py): the line that it starts on, its values and its
+    fault."""
+
+    path: Path
+    line: int
+    values: dict[str, Any]
+    fault: str
+
+    @property
+    def where(self) -> str:
+        """FILE:LINE."""
+        return f"{self.path}:{self.line}"
+
+
+class BadRow(NamedTuple):
+    """A row that is not valid. `reason`: what is wrong and what to do."""
+
+    path: Path
+    line: int
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.path}:{self.line}: {self.reason}"
 
 
 class FoundRow(NamedTuple):
@@ -69,9 +91,9 @@ class Lengths(NamedTuple):
 class Look:
     """What was found in the files.
 
-    `rows` are the valid ones and `bad` says of each other one, as FILE:LINE, what is wrong and what
-    to do. `test` are the valid rows of `test_files`, which are for the test alone. `with_ids`:
-    there is a column id, whose values are unique. `schema`: of answers that are objects.
+    `rows` are the valid ones and `bad` the others, those in `test_files` included. `test` are the
+    valid rows of `test_files`, which are for the test alone. `with_ids`: there is a column id,
+    whose values are unique. `schema`: of answers that are objects.
     """
 
     files: tuple[str, ...]
@@ -79,7 +101,7 @@ class Look:
     chosen: ChosenColumns
     with_ids: bool
     rows: tuple[FoundRow, ...]
-    bad: tuple[str, ...]
+    bad: tuple[BadRow, ...]
     test_files: tuple[str, ...] = ()
     test: tuple[FoundRow, ...] = ()
     schema: dict[str, Any] | None = None
@@ -127,10 +149,10 @@ def look(
     """
     found_rows = [row for path in paths for row in rows_of(path)]
     test_rows = [row for path in test for row in rows_of(path)]
-    whole = [values for _, values, fault in found_rows if not fault]
+    whole = [row.values for row in found_rows if not row.fault]
     if not whole:
-        where, _, fault = found_rows[0]
-        raise DataError(f"{where}: {fault}")
+        first = found_rows[0]
+        raise DataError(f"{first.where}: {first.fault}")
     columns = column_contents(whole)
     chosen = choose_columns(columns, texts, label, kind)
     if kind is None and chosen.kind == "classify":
@@ -138,21 +160,21 @@ def look(
     schema = None
     if chosen.kind == "extract":
         answers = [values.get(chosen.label) for values in whole]
-        answers += [values.get(chosen.label) for _, values, fault in test_rows if not fault]
+        answers += [row.values.get(chosen.label) for row in test_rows if not row.fault]
         schema = guess_schema(answers)
     reader = reader_of(chosen, schema)
     rows, bad = valid_rows(found_rows, reader)
     if not rows:
-        raise DataError(bad[0])
+        raise DataError(str(bad[0]))
     refuse_other_columns(test, test_rows, chosen)
     judging, bad_test = valid_rows(test_rows, reader, needs_answer=True)
     if test and not judging:
-        raise DataError(bad_test[0])
+        raise DataError(str(bad_test[0]))
     found = Look(
         files=tuple(map(str, paths)),
         columns=tuple(columns),
         chosen=chosen,
-        with_ids=ids_are_unique([*whole, *(values for _, values, _ in test_rows)]),
+        with_ids=ids_are_unique([*whole, *(row.values for row in test_rows)]),
         rows=tuple(rows),
         bad=(*bad, *bad_test),
         test_files=tuple(map(str, test)),
@@ -211,7 +233,7 @@ def refuse_other_columns(
     paths: Sequence[Path], rows: Sequence[ReadRow], chosen: ChosenColumns
 ) -> None:
     """Raise DataError where the test rows in `paths` lack a column that was chosen."""
-    present = list(dict.fromkeys(name for _, values, _ in rows for name in values))
+    present = list(dict.fromkeys(name for row in rows for name in row.values))
     for column in (*chosen.texts, chosen.label, chosen.options):
         if rows and column and column not in present:
             raise DataError(
@@ -222,30 +244,30 @@ def refuse_other_columns(
 
 def valid_rows(
     rows: Sequence[ReadRow], reader: RowReader, needs_answer: bool = False
-) -> tuple[list[FoundRow], list[str]]:
-    """Return the valid rows, and of each other one what is wrong and what to do."""
+) -> tuple[list[FoundRow], list[BadRow]]:
+    """Return the valid rows and the others."""
     found, bad = [], []
-    for where, values, fault in rows:
-        if fault:
-            bad.append(f"{where}: {fault}")
-            continue
-        try:
-            example = to_example(values, reader, where)
-        except DataError as error:
-            bad.append(str(error))
-            continue
-        if needs_answer and example.answer_key is None:
-            bad.append(
-                f"{where}: {reader.columns.answer}: empty, but rows of test need an answer; fill "
-                "it in, or remove the row"
+    for row in rows:
+        reason, example = row.fault, None
+        if not reason:
+            try:
+                example = to_example(row.values, reader, row.where)
+            except DataError as error:
+                reason = str(error).removeprefix(f"{row.where}: ")
+        if example and needs_answer and example.answer_key is None:
+            reason = (
+                f"{reader.columns.answer}: empty, but rows of test need an answer; fill it in, or "
+                "remove the row"
             )
+        if example and not reason:
+            found.append(FoundRow(row.where, example, content_of_row(example)))
         else:
-            found.append(FoundRow(where, example, content_of_row(example)))
+            bad.append(BadRow(row.path, row.line, reason))
     return found, bad
 
 
 def rows_of(path: Path) -> list[ReadRow]:
-    """Return where each row of a file stands, its values and its fault.
+    """Return the rows of a file.
 
     Raises DataError for a file that can't be read, has no rows or is not separated by commas."""
     with open_table("DATA", path.expanduser(), whole=True) as table:
@@ -255,7 +277,7 @@ def rows_of(path: Path) -> list[ReadRow]:
                 raise DataError(
                     f"{path}: separated by {name}; save it with commas between its columns"
                 )
-        rows = [(f"{path}:{line}", values, fault) for line, values, fault in table.rows]
+        rows = [ReadRow(path, *row) for row in table.rows]
     if not rows:
         raise DataError(f"{path}: empty, without a single row; give another file")
     return rows

@@ -206,12 +206,12 @@ def test_bad_rows_are_told_and_the_others_read(tmp_path: Path) -> None:
     file.write_text("\n".join(lines) + "\n")
     found = look([file])
     assert len(found.rows) == 27
-    assert [line.split(": ")[:2] for line in found.bad] == [
-        [f"{file}:3", found.bad[0].split(": ")[1]],
+    assert [str(row).split(": ")[:2] for row in found.bad] == [
+        [f"{file}:3", found.bad[0].reason.split(": ")[0]],
         [f"{file}:5", "text"],
         [f"{file}:7", "label"],
     ]
-    assert "no JSON object" in found.bad[0]
+    assert "no JSON object" in found.bad[0].reason
 
 
 def test_ids_count_only_if_all_are_there_and_different(tmp_path: Path) -> None:

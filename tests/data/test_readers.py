@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from spoilt import varint
 
+from distillery.data.good_rows import write_good_copy
 from distillery.data.look import look
 from distillery.data.readers import TableRow, open_table, read_columns, read_file
 from distillery.data.rows import RowReader
@@ -195,8 +196,8 @@ def test_what_is_no_text_in_an_id_text_or_label_is_a_bad_row(
         one_line(row.model_dump_json())
     found = look([path])
     assert len(found.rows) == (5 if column == "id" else 4)
-    for text in found.bad:
-        assert said in one_line(text)
+    for wrong in found.bad:
+        assert said in one_line(str(wrong))
 
 
 def test_a_file_in_utf_16_is_one_line(tmp_path: Path) -> None:
@@ -495,8 +496,16 @@ def try_to_read(path: Path) -> None:
         except DataError as error:
             one_line(str(error))
     try:
-        for text in look([path]).bad:
-            one_line(text)
+        found = look([path])
+        for wrong in found.bad:
+            one_line(str(wrong))
+        if found.bad:
+            copy = write_good_copy(path, {wrong.line: wrong.reason for wrong in found.bad})
+            left = look([copy.good])
+            assert not left.bad
+            assert [row.content for row in left.rows] == [row.content for row in found.rows]
+            told = [json.loads(line) for line in copy.bad.read_text(encoding="utf-8").splitlines()]
+            assert [row["line"] for row in told] == [wrong.line for wrong in found.bad]
     except DataError as error:
         one_line(str(error))
 

@@ -1,0 +1,95 @@
+"""Copies of files without their bad rows: nothing else changes, and nothing is lost."""
+
+import json
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.parquet as pq  # type: ignore[import-untyped]
+import pytest
+
+from distillery.data.good_rows import refuse_good_copies, write_good_copy
+from distillery.data.readers import open_table
+from distillery.errors import DataError
+
+
+def bad_rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_what_is_left_of_a_csv_is_as_it_was_byte_for_byte(tmp_path: Path) -> None:
+    rows = [
+        b'\xef\xbb\xbf"text","label"\r\n',
+        b'"one\nin two lines",a\r\n',
+        b"two, and,b\r\n",
+        b"\r\n",
+        b'"three""s",  c \n',
+        b"f\xe9ur,d\n",
+        b'"five"x,"e\n',
+        b"six,f",
+    ]
+    path = tmp_path / "rows.csv"
+    path.write_bytes(b"".join(rows))
+    with open_table("DATA", path) as table:
+        faults = {row.line: row.fault for row in table.rows if row.fault}
+    assert list(faults) == [4, 7, 8]
+    good, bad = write_good_copy(path, faults)
+    assert (good.name, bad.name) == ("rows-good.csv", "rows-bad.jsonl")
+    assert good.read_bytes() == b"".join([*rows[:2], rows[4], rows[7]])
+    assert bad_rows(bad) == [
+        {"line": 4, "reason": faults[4], "row": "two, and,b"},
+        {"line": 7, "reason": "not UTF-8; save the file in that encoding", "row": "f�ur,d"},
+        {"line": 8, "reason": faults[8], "row": '"five"x,"e'},
+    ]
+    assert path.read_bytes() == b"".join(rows)
+    with open_table("DATA", good) as table:
+        assert [row.fault for row in table.rows] == [""] * 3
+
+
+def test_what_is_left_of_jsonl_and_a_row_that_is_too_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DISTILLERY_ROW_MB", "0.001")
+    rows = ['{"text": "a"}\n', "no JSON\n", "\n", f'{{"text": "{"b" * 2000}"}}\n', '{"text": "c"}']
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(rows))
+    good, bad = write_good_copy(path, {2: "no JSON", 4: "long"})
+    assert good.read_text() == rows[0] + rows[4]
+    assert bad_rows(bad) == [
+        {"line": 2, "reason": "no JSON", "row": "no JSON"},
+        {"line": 4, "reason": "long", "row": None},
+    ]
+
+
+def test_what_is_left_of_parquet_has_its_types(tmp_path: Path) -> None:
+    table = pa.table(
+        {
+            "text": ["a", None, "c"],
+            "day": [date(2026, 1, day) for day in (1, 2, 3)],
+            "tags": pa.array([["x"], ["y", "z"], None], pa.list_(pa.string())),
+        }
+    )
+    path = tmp_path / "rows.parquet"
+    pq.write_table(table, path)
+    good, bad = write_good_copy(path, {2: "empty"})
+    left = pq.read_table(good)
+    assert left.schema.equals(table.schema)
+    assert left.equals(table.take([0, 2]))
+    row = {"text": None, "day": "2026-01-02", "tags": ["y", "z"]}
+    assert bad_rows(bad) == [{"line": 2, "reason": "empty", "row": row}]
+
+
+def test_no_copy_takes_the_place_of_another_file(tmp_path: Path) -> None:
+    rows, other = tmp_path / "rows.csv", tmp_path / "rows-good.csv"
+    refuse_good_copies([rows], [rows], force=False)
+    with pytest.raises(DataError, match=r"rows-bad\.jsonl: would be written for two files"):
+        refuse_good_copies([rows, tmp_path / "rows.jsonl"], [], force=True)
+    other.touch()
+    with pytest.raises(DataError, match=r"rows-good\.csv: exists; rename it, or say --force"):
+        refuse_good_copies([rows], [rows], force=False)
+    refuse_good_copies([rows], [rows], force=True)
+    with pytest.raises(DataError, match=r"rows-good\.csv: would be overwritten by what is left of"):
+        refuse_good_copies([rows], [rows, other], force=True)
+    with pytest.raises(DataError, match=r"can't be copied to .*rows-good\.csv \(No such file"):
+        write_good_copy(tmp_path / "none" / "rows.csv", {2: "empty"})
