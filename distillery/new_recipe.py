@@ -14,6 +14,7 @@ from typing import Literal
 
 import yaml
 
+from distillery.data.few_rows import few_rows
 from distillery.data.good_rows import GoodCopy, refuse_good_copies, write_good_copy
 from distillery.data.guess import listed
 from distillery.data.look import (
@@ -45,10 +46,8 @@ MOST_LISTED = 20
 FEWEST_ANSWERED = 50
 """Rows with a label below which no student can be judged."""
 
-GOOD_ANSWERED = 200
-
-GOOD_JUDGING = 100
-"""Rows of a file of test rows, which tell an accuracy to ±10 points."""
+GOOD_ANSWERED = 300
+"""Rows with a label from which on neither validation nor test rows are few (few_rows.py)."""
 
 FEWEST_OF_A_CLASS = 5
 
@@ -152,10 +151,21 @@ def new_recipe(
         recipe = parsed(text)
     out.write_text(text, encoding="utf-8")
 
+    is_mended = not found.bad or bool(copies)
+    counts, trouble = expected_counts(found, recipe), ""
+    if is_mended:
+        try:
+            counts = check_rows(recipe.dataset, recipe.task)
+        except DistilleryError as error:
+            trouble = str(error)
     yield from tell_rows(found)
     yield from tell_bad_rows(found, copies)
-    yield from tell_doubts(found, too_long)
-    yield from tell_choices(found, recipe, is_mended=not found.bad or bool(copies))
+    yield from tell_doubts(found, counts, too_long)
+    if trouble:
+        yield "Chosen:"
+        yield f"  a run would stop: {trouble}"
+    else:
+        yield from tell_choices(found, recipe, counts, is_mended)
     folder = folder_of_commands()
     yield f"Written: {out}. Next:"
     yield f"  {folder}distillery check {shlex.quote(str(out))}"
@@ -280,9 +290,19 @@ def tell_bad_rows(found: Look, copies: Mapping[Path, GoodCopy]) -> Iterator[str]
         yield f"  {copy.good} has the other rows of {path}, {copy.bad} these with their reasons"
 
 
-def tell_doubts(found: Look, too_long: int) -> Iterator[str]:
-    """Yield what a run does not stop at, but the student may suffer from."""
-    doubts = [*tell_count(found), *tell_classes(found), *tell_copies(found)]
+def expected_counts(found: Look, recipe: Recipe) -> dict[str, int]:
+    """Return about how many rows serve for what, by role; the rows to label are left out."""
+    shares = recipe.dataset.carve.items()
+    counts: dict[str, int] = {role: round(share * len(found.answered)) for role, share in shares}
+    if found.test:
+        counts["test"] = len(found.test)
+    return counts
+
+
+def tell_doubts(found: Look, counts: Mapping[str, int], too_long: int) -> Iterator[str]:
+    """Yield what a run does not stop at, but the student may suffer from. `counts`: the rows by
+    role."""
+    doubts = [*tell_count(found, counts), *tell_classes(found), *tell_copies(found)]
     if too_long:
         at_least = "at least " if too_long == LONGEST_COUNTED else ""
         doubts.append(
@@ -301,35 +321,17 @@ def tell_doubts(found: Look, too_long: int) -> Iterator[str]:
         yield f"  {doubt}"
 
 
-def tell_count(found: Look) -> Iterator[str]:
-    """Yield whether labels, answers or test rows are too few."""
+def tell_count(found: Look, counts: Mapping[str, int]) -> Iterator[str]:
+    """Yield whether labels or answers, or those of a role, are too few."""
     answered = len(found.answered)
     if answered < FEWEST_ANSWERED:
         yield (
             f"{count_rows(answered)} with {KNOWN[found.kind]}: too few to train and judge a "
             f"student; label {FEWEST_ANSWERED} at least, better {GOOD_ANSWERED}"
         )
-    elif answered < GOOD_ANSWERED:
-        few = f"{count_rows(answered)} with {KNOWN[found.kind]}: few; "
-        if not found.test:
-            judged = choose_shares(answered, found.unanswered).carve["test"] * answered
-            few += (
-                f"about {judged:.0f} of them judge the student, which tell its accuracy to "
-                f"±{points(judged):.0f} points only; "
-            )
-        yield f"{few}{GOOD_ANSWERED} are a good start"
-    judging = len(found.test)
-    if 0 < judging < GOOD_JUDGING:
-        yield (
-            f"{count_rows(judging)} for the test: few; they tell the student's accuracy to "
-            f"±{points(judging):.0f} points only; {GOOD_JUDGING} are a good start"
-        )
-
-
-def points(rows: float) -> float:
-    """Return to how many points, plus or minus, so many rows tell an accuracy: half of the 95 %
-    interval of a share of one half, the widest there is."""
-    return 98 / math.sqrt(rows)
+    else:
+        for rows, text in few_rows(counts).items():
+            yield f"{rows}: {text}"
 
 
 def tell_classes(found: Look) -> Iterator[str]:
@@ -375,25 +377,19 @@ def tell_copies(found: Look) -> Iterator[str]:
         )
 
 
-def tell_choices(found: Look, recipe: Recipe, is_mended: bool) -> Iterator[str]:
-    """Yield what was chosen: which rows serve for what, and what their labels cost. `is_mended`:
-    whether the recipe's files are without bad rows."""
+def tell_choices(
+    found: Look, recipe: Recipe, counts: Mapping[str, int], is_mended: bool
+) -> Iterator[str]:
+    """Yield what was chosen: which rows serve for what, and what their labels cost. `counts`: the
+    rows by role. `is_mended`: whether the recipe's files are without bad rows; otherwise the counts
+    are expected ones."""
     yield "Chosen:"
-    if not is_mended:
-        for part, share in recipe.dataset.carve.items():
-            about = share * len(found.answered)
-            yield f"  {part:10} about {about:,.0f} of the rows with {KNOWN[found.kind]}"
-    else:
-        try:
-            counts = check_rows(recipe.dataset, recipe.task)
-        except DistilleryError as error:
-            yield f"  a run would stop: {error}"
-            return
-        for role, count in counts.items():
-            use = USES[role]
-            if role == "validation" and found.kind != "classify":
-                use = "they choose settings"
-            yield f"  {role:10} {count_rows(count)}: {use}"
+    for role, count in counts.items():
+        use = USES[role]
+        if role == "validation" and found.kind != "classify":
+            use = "they choose settings"
+        about = "" if is_mended else "about "
+        yield f"  {role:10} {about}{count_rows(count)}: {use}"
     if recipe.teacher.filters.agreement_with_gold:
         yield (
             f"  Few or no rows are without {KNOWN[found.kind]}: the teacher labels a part of those "

@@ -18,6 +18,7 @@ from typing import Literal, NamedTuple
 
 from distillery.answers import FORMATS, unchecked_formats
 from distillery.data.answer_format import named_format
+from distillery.data.few_rows import few_rows
 from distillery.data.other import other_rows
 from distillery.data.prepare import check_rows
 from distillery.data.rows import RowReader
@@ -75,15 +76,6 @@ PROBE_S = 25.0
 LIMIT_S = LOGIN_S + 2 * PROBE_S + STORE_WAIT_S + 10
 """Seconds that each check may take: the teacher's login and both attempts fit, with the pause
 between these and the wait for the ledger, so that a check that fails says why."""
-
-FEWEST_ROWS = {"validation": 30, "test": 100}
-"""Rows of these kinds below which a check warns: 30 tell shares 18 points apart at best, and 100
-tell 10 (at 95 %, of shares near a half)."""
-
-FEW_TELL = {
-    "validation": "too few to choose and calibrate by",
-    "test": "too few for the gate to decide by, as a rule",
-}
 
 GB = 1e9
 
@@ -387,12 +379,8 @@ def check_data(recipe: Recipe) -> Iterator[Finding]:
     rows = ", ".join(f"{count:,} {role}" for role, count in counts.items())
     source = "the shipped sample" if dataset.source == "sample" else "every file is read"
     yield ok("data", f"{source}; rows: {rows}")
-    few = []
-    for role, fewest in FEWEST_ROWS.items():
-        if counts.get(role, fewest) < fewest:
-            few.append(f"{counts[role]} {role} rows: {FEW_TELL[role]}")
-    if few:
-        yield warn("few rows", f"{'; '.join(few)}; give more rows a gold answer")
+    for item, text in few_rows(counts).items():
+        yield warn(item, text)
 
 
 def check_hub(dataset: DatasetRecipe) -> Finding:

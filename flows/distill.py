@@ -14,12 +14,13 @@ from datetime import datetime
 from functools import partial
 from typing import Any, NamedTuple, get_args
 
-from prefect import flow, tags
+from prefect import flow, get_run_logger, tags
 from prefect.exceptions import Pause
 from prefect.runtime import flow_run
 
 from distillery.data.answer_format import with_schema
 from distillery.data.classes import with_labels
+from distillery.data.few_rows import few_rows
 from distillery.errors import DistilleryError, GateRefused
 from distillery.machine import machine_name
 from distillery.readiness import check_methods, check_settings
@@ -120,6 +121,8 @@ def distill(
     check_bases(recipe)
     source = source_of(recipe)
     data = prepared(recipe, source, refresh)
+    for rows, text in few_rows({role: split.rows for role, split in data.splits.items()}).items():
+        get_run_logger().warning("%s: %s", rows, text)
     judged = judged_before(data, recipe)
     made = made_student(
         recipe,

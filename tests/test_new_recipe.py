@@ -13,7 +13,7 @@ from texts import texts, write_csv, write_texts
 
 from distillery.data.guess import JOIN_PAGE
 from distillery.errors import DataError, RecipeError
-from distillery.new_recipe import new_recipe
+from distillery.new_recipe import GOOD_ANSWERED, new_recipe
 from distillery.readiness import check_data
 from distillery.recipe import Columns, Recipe, load_recipe, parse_recipe
 from distillery.recipe.draft import MANY_ROWS, choose_shares, draft
@@ -120,7 +120,7 @@ def test_bad_rows_are_named_in_part_and_the_recipe_is_written() -> None:
     assert "bad.csv:21: text: empty" in said
     assert "bad.csv:22: " not in said
     assert "  and 10 more" in said
-    assert "gold       about " in said
+    assert "gold       about 76 rows: the models learn" in said
     assert "distillery quote, once the bad rows are mended" in said
     assert load_recipe("bad.yaml").task.kind == "classify"
     write_csv(Path("bad.csv"), rows[30:])
@@ -174,10 +174,18 @@ def test_too_few_rows_rare_and_uneven_classes_are_told() -> None:
 def test_few_rows_with_a_label_are_told_with_what_they_can_tell() -> None:
     write_texts(Path("few.csv"), answered=90, unanswered=300)
     said = run("few.csv")
-    assert "90 rows with a label: few; about 36 of them judge" in said
-    assert "accuracy to ±16 points only; 200 are a good start" in said
-    write_texts(Path("some.csv"), answered=200, unanswered=300)
-    assert "rows with a label: few" not in run("some.csv")
+    told = [line.strip() for line in said.splitlines() if " are few: " in line]
+    assert told == [
+        "validation rows: 16 are few: they tell how good a model is to ±24 points only (30: ±18); "
+        "label more rows",
+        "test rows: 42 are few: they tell how good a model is to ±15 points only (100: ±10); "
+        "label more rows",
+    ]
+    # The check says the same.
+    findings = map(str, check_data(load_recipe("few.yaml")))
+    assert [line for line in findings if line.startswith("warn")] == [f"warn {of}" for of in told]
+    write_texts(Path("some.csv"), answered=GOOD_ANSWERED, unanswered=300)
+    assert " are few: " not in run("some.csv")
 
 
 def held_out(count: int) -> list[dict[str, Any]]:
@@ -191,8 +199,8 @@ def test_a_file_of_test_rows_leaves_all_others_to_train() -> None:
     assert "Read 510 rows of notes.csv, held-out.csv" in said
     assert "60 rows for the test alone" in said
     assert "test       60 rows: they judge the student" in said
-    assert "60 rows for the test: few; they tell the student's accuracy to ±13 points" in said
-    assert "150 rows with a label: few; 200 are a good start" in said
+    assert "test rows: 60 are few: they tell how good a model is to ±13 points" in said
+    assert "validation rows: 17 are few" in said
     recipe = checked("notes.yaml")
     assert recipe.dataset.files == {"train": ("notes.csv",), "test": ("held-out.csv",)}
     assert recipe.dataset.carve == {"gold": 0.85, "validation": 0.15}

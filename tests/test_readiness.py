@@ -372,10 +372,11 @@ def test_rows_are_read_and_a_bad_first_row_is_named(tiny_model: TinyModel, tmp_p
     assert found["data"].text == (
         "every file is read; rows: 40 gold, 60 train, 20 validation, 40 test"
     )
-    assert str(found["few rows"]) == (
-        "warn few rows: 20 validation rows: too few to choose and calibrate by; 40 test rows: "
-        "too few for the gate to decide by, as a rule; give more rows a gold answer"
+    assert str(found["test rows"]) == (
+        "warn test rows: 40 are few: they tell how good a model is to ±15 points only (100: ±10); "
+        "label more rows"
     )
+    assert found["validation rows"].text.startswith("20 are few: ")
     train = Path(files["train"][0])
     first, rest = train.read_text().split("\n", 1)
     values = json.loads(first)
@@ -872,7 +873,7 @@ def test_formats_that_nothing_checks_are_told(tmp_path: Path) -> None:
         fields = {"on": {"type": "string", "format": "date"}, "at": {"items": {"format": name}}}
         task = {"kind": "extract", "schema": {"type": "object", "properties": fields}}
         found = list(check_data(Recipe.model_validate({"dataset": dataset, "task": task})))
-        assert [finding.item for finding in found] == [*told, "data", "few rows"]
+        assert [finding.item for finding in found] == [*told, "data", "test rows"]
         assert found[-2].level == "ok"
         if name == "uri":
             assert str(found[0]).startswith("warn task.schema: format: uri: not checked, as only")

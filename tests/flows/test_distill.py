@@ -275,6 +275,7 @@ def test_the_first_run_goes_the_whole_way(workshop: Workshop, first: Run) -> Non
     ]
     assert tuple(names) == PREDICTORS
     assert not any("cached" in line for line in first.stages.values())
+    assert f"test rows: {ROWS['test']} are few: they tell how good a model is" in first.log
     assert set(workshop.states(first).values()) == {"Completed"}
     assert {": gate", ": promote"} <= workshop.tasks(first).keys()
     assert first.counts["request"] == ROWS["train"]
