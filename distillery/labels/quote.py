@@ -82,7 +82,9 @@ class Quote:
     `known` rows need no call; the others need `calls`. `usage` is estimated, from what `basis`
     says; the prompts' tokens are exact if `counted`. `cost` is in `currency`, and None without a
     price table. `batch_cost` is the cost in batches; None where none are sent. `what`: what the
-    rows are, for people. `budget`: what is spent and left of it, "" where there is none.
+    rows are, for people. `budget`: what is spent and left of it, "" where there is none. `is_own`:
+    whether the run's own teacher answers, which takes time on this machine alone; how much depends
+    on base model, texts and machine, and is not estimated.
     """
 
     rows: int
@@ -97,6 +99,7 @@ class Quote:
     what: str = "rows to label"
     budget: str = ""
     batch_cost: float | None = None
+    is_own: bool = False
 
     def line(self) -> str:
         """Return the quote in one line."""
@@ -105,15 +108,19 @@ class Quote:
         cost = "no price table"
         if self.cost is not None:
             cost = f"about {self.cost:.2f} {self.currency}"
+        elif self.is_own:
+            cost = "nothing to pay"
         if self.batch_cost is not None:
             cost += f", or {self.batch_cost:.2f} in batches"
+        time = "only time on this machine" if self.is_own else f"about {duration(self.seconds)}"
+        whom = " to the run's own teacher" if self.is_own else ""
         certainty = "counted" if self.counted else "estimated"
         budget = f"; {self.budget}" if self.budget else ""
         return (
-            f"{self.rows} {self.what}, {self.known} known: {self.calls} calls, "
+            f"{self.rows} {self.what}, {self.known} known: {self.calls} calls{whom}, "
             f"{self.usage.prompt_tokens:,} tokens in ({certainty}), "
             f"about {self.usage.completion_tokens:,} out ({self.basis}); "
-            f"{cost}, about {duration(self.seconds)}{budget}"
+            f"{cost}, {time}{budget}"
         )
 
 
@@ -180,6 +187,7 @@ def quote(
             recipe.budget, recipe.prices, recipe.budget_section, payer or Payer(), store.database
         ),
         batch_cost=None if takes_no_batches(recipe) else cost_of(usage, recipe.in_batch.prices),
+        is_own=recipe.kind == "local",
     )
 
 

@@ -182,7 +182,11 @@ def test_a_recipe_is_quoted_by_split(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     monkeypatch.setenv("TEACHER_MODEL_NAME", "gpt-test")
     found = quote_recipe(Recipe.model_validate({"dataset": {"sample": {"train": 100, "test": 50}}}))
     assert {split: one.calls for split, one in found.items()} == {"train": 100, "test": 50}
-    assert quote_recipe(Recipe.model_validate({"preset": "demo"}))["train"].calls == 700
+    own = quote_recipe(Recipe.model_validate({"preset": "demo"}))["train"]
+    assert own.calls == 700
+    assert "700 calls to the run's own teacher, " in own.line()
+    assert own.line().endswith("; nothing to pay, only time on this machine")
+    assert "no price table" not in own.line()
     with pytest.raises(RecipeError, match="no teacher is asked, so there is nothing to pay"):
         quote_recipe(Recipe.model_validate({"teacher": {"kind": "gold"}}))
 
