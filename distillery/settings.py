@@ -60,6 +60,13 @@ OTHER_NAMES = frozenset(
 )
 """Names that .env may hold beside those of the settings below and AZURE_*."""
 
+EXAMPLES = {
+    "_MODEL_NAME": "gpt-4.1-mini",
+    "_MODEL_ENDPOINT": "https://api.openai.com/v1",
+    "_MODEL_KEY": "sk-...",
+}
+"""What an endpoint's settings look like, by the ends of their names, for messages."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -170,10 +177,20 @@ def is_loopback(host: str) -> bool:
 
 def not_set(names: Sequence[str]) -> CredentialsError:
     """Return the error for settings that are missing."""
-    remedy = "set them in the environment or in .env (see sample.env)"
+    return CredentialsError(f"{', '.join(names)}: not set or empty; {where_to_set(names)}")
+
+
+def where_to_set(names: Sequence[str]) -> str:
+    """Return what to do about settings that are missing: the file that they belong into, with
+    examples of those of an endpoint."""
+    them = "it" if len(names) == 1 else "them"
     if RUN_OF_A_WORKER in os.environ:
-        remedy = "set them in .env of the server's machine and run `python -m deployments.setup`"
-    return CredentialsError(f"{', '.join(names)}: not set; {remedy}")
+        return f"set {them} in .env of the server's machine and run `python -m deployments.setup`"
+    examples = [
+        f"{name}={value}" for name in names for end, value in EXAMPLES.items() if name.endswith(end)
+    ]
+    such_as = f", such as {' '.join(examples)}" if examples else ""
+    return f"set {them} in {Path.cwd() / '.env'} (copy sample.env) or in the environment{such_as}"
 
 
 class EnvironmentSettings(BaseSettings):

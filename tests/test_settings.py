@@ -171,10 +171,18 @@ def test_prefect_s_own_settings_in_dotenv_are_left_to_prefect(
 def test_a_run_of_a_worker_is_told_where_its_settings_come_from(
     working_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert "set them in the environment or in .env" in str(not_set(["A_NAME"]))
+    assert str(not_set(["A_NAME"])) == (
+        f"A_NAME: not set or empty; set it in {working_folder}/.env (copy sample.env) or in the "
+        "environment"
+    )
+    names = ["TEACHER_MODEL_NAME", "TEACHER_MODEL_ENDPOINT"]
+    assert str(not_set(names)).endswith(
+        "(copy sample.env) or in the environment, such as TEACHER_MODEL_NAME=gpt-4.1-mini "
+        "TEACHER_MODEL_ENDPOINT=https://api.openai.com/v1"
+    )
     monkeypatch.setenv("PREFECT__FLOW_RUN_ID", "r")
     assert str(not_set(["A_NAME"])) == (
-        "A_NAME: not set; set them in .env of the server's machine and run `python -m "
+        "A_NAME: not set or empty; set it in .env of the server's machine and run `python -m "
         "deployments.setup`"
     )
 

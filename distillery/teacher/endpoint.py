@@ -9,7 +9,13 @@ from pydantic import SecretStr
 
 from distillery.errors import CredentialsError
 from distillery.recipe import TeacherRecipe
-from distillery.settings import TeacherSettings, is_loopback, not_set
+from distillery.settings import (
+    EXAMPLES,
+    TeacherSettings,
+    is_loopback,
+    not_set,
+    where_to_set,
+)
 from distillery.teacher.identity import endpoint_settings
 
 if TYPE_CHECKING:
@@ -138,7 +144,8 @@ def base_url_of(address: str, variables: str) -> str:
         valid = False
     if not valid:
         raise CredentialsError(
-            f"{variables}_ENDPOINT: not a valid URL; it must start with https:// and name a host"
+            f"{variables}_ENDPOINT: not a valid URL; it must start with https:// and name a host, "
+            f"such as {EXAMPLES['_MODEL_ENDPOINT']}"
         )
     if "@" in parts.netloc:
         raise CredentialsError(
@@ -177,8 +184,9 @@ def check_key(key: str, url: str, variables: str) -> None:
         )
     if not key and not is_plain and not is_loopback(host) and not host.endswith(AZURE_HOSTS):
         raise CredentialsError(
-            f"{variables}_KEY: not set, and {host} is not an Azure host that azure-identity can "
-            "log in to; set the key (any word if the server needs none)"
+            f"{variables}_KEY: not set or empty, and {host} is not an Azure host that "
+            f"azure-identity can log in to; {where_to_set([f'{variables}_KEY'])} (any word if the "
+            "server needs none)"
         )
     if key and not (key.isascii() and key.isprintable()):
         raise CredentialsError(
@@ -207,8 +215,8 @@ async def log_in(endpoint: Endpoint) -> "AsyncTokenCredential | None":
         trouble = f"gives no token within {LOGIN_S:g} s"
     await credential.close()
     raise CredentialsError(
-        f"{endpoint.variables}_KEY: not set, and azure-identity {trouble}; set the key, or run "
-        "'az login'"
+        f"{endpoint.variables}_KEY: not set or empty, and azure-identity {trouble}; run "
+        f"'az login', or {where_to_set([f'{endpoint.variables}_KEY'])}"
     )
 
 

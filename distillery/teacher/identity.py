@@ -4,7 +4,7 @@ of a cascade are ones of kind endpoint."""
 from distillery.errors import DataError, RecipeError
 from distillery.recipe import CascadeRecipe, JudgeRecipe, TeacherRecipe
 from distillery.records import OnnxModel, digest_of
-from distillery.settings import CheapSettings, JudgeSettings, TeacherSettings
+from distillery.settings import CheapSettings, JudgeSettings, TeacherSettings, where_to_set
 from distillery.storage.allowed import local_path
 from distillery.storage.digests import sha256_of
 
@@ -22,9 +22,10 @@ def teacher_identity(teacher: TeacherRecipe, model: OnnxModel | None) -> str:
         return f"file:{digest_of([digest_of_file(path) for path in teacher.files])}"
     name = endpoint_settings(teacher).model
     if not (teacher.identity or name):
+        variable = f"{teacher.variables}_NAME"
         raise RecipeError(
-            f"{teacher.section}.identity: not set, and neither is {teacher.variables}_NAME; set "
-            "one of them"
+            f"{variable}: not set or empty, and neither is {teacher.section}.identity set; "
+            f"{where_to_set([variable])}"
         )
     return teacher.stored_as(name)
 

@@ -416,7 +416,7 @@ def sample_env() -> dict[str, str]:
     found: dict[str, str] = {}
     comment: list[str] = []
     ended = False
-    for line in (PROJECT / "sample.env").read_text().splitlines()[1:]:
+    for line in (PROJECT / "sample.env").read_text().splitlines():
         name = re.match(r"(?:# )?([A-Z][A-Z0-9_]+)=", line)
         if name:
             found[name[1]] = " ".join(comment)

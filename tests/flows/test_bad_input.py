@@ -103,7 +103,7 @@ def test_no_credentials(bench: Bench) -> None:
     for name in ("NAME", "ENDPOINT", "KEY"):
         del bench.prefect[f"TEACHER_MODEL_{name}"]
     assert (
-        "TEACHER_MODEL_NAME, TEACHER_MODEL_ENDPOINT, TEACHER_MODEL_KEY: not set; set them"
+        "TEACHER_MODEL_NAME, TEACHER_MODEL_ENDPOINT, TEACHER_MODEL_KEY: not set or empty; set them"
         in bench.refusal()
     )
 

@@ -146,13 +146,18 @@ def test_a_judge_has_an_endpoint_of_its_own(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("TEACHER_MODEL_KEY", "the-teachers-key")
     with pytest.raises(CredentialsError) as error:
         resolve_endpoint(JudgeRecipe())
-    names = "JUDGE_MODEL_NAME, JUDGE_MODEL_ENDPOINT, JUDGE_MODEL_KEY: not set"
+    names = "JUDGE_MODEL_NAME, JUDGE_MODEL_ENDPOINT, JUDGE_MODEL_KEY: not set or empty"
     assert str(error.value).startswith(names)
-    with pytest.raises(RecipeError, match=r"evaluation\.judge\.identity: not set, and neither is"):
+    with pytest.raises(
+        RecipeError,
+        match=r"JUDGE_MODEL_NAME: not set or empty, and neither is evaluation\.judge\.identity",
+    ):
         teacher_identity(JudgeRecipe(), None)
     monkeypatch.setenv("JUDGE_MODEL_NAME", "wise")
     monkeypatch.setenv("JUDGE_MODEL_ENDPOINT", "https://judge.example/v1")
-    with pytest.raises(CredentialsError, match=r"JUDGE_MODEL_KEY: not set, and judge\.example"):
+    with pytest.raises(
+        CredentialsError, match=r"JUDGE_MODEL_KEY: not set or empty, and judge\.example"
+    ):
         resolve_endpoint(JudgeRecipe())
     monkeypatch.setenv("JUDGE_MODEL_KEY", "the-judges-key")
     endpoint = resolve_endpoint(JudgeRecipe())

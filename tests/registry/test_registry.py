@@ -872,8 +872,8 @@ def test_open_registry_follows_the_recipe(monkeypatch: pytest.MonkeyPatch, tmp_p
     with pytest.raises(CredentialsError) as caught:
         open_registry(RegistryRecipe(kind="azureml"))
     assert one_line(caught.value) == (
-        "AZUREML_SUBSCRIPTION_ID, AZUREML_RESOURCE_GROUP: not set; set them in the environment or "
-        "in .env (see sample.env)"
+        "AZUREML_SUBSCRIPTION_ID, AZUREML_RESOURCE_GROUP: not set or empty; set them in "
+        f"{tmp_path}/.env (copy sample.env) or in the environment"
     )
     for name in AZURE_NAMES[:3]:
         monkeypatch.setenv(name, "x")
