@@ -115,6 +115,8 @@ def check(recipe: RecipeArgument) -> None:
     from distillery import readiness
     from distillery.recipe import load_recipe
 
+    # That it makes the registry, which takes seconds, once.
+    show_progress("distillery.registry.local")
     findings = readiness.check(load_recipe(recipe))
     for finding in findings:
         print(finding)
@@ -380,9 +382,7 @@ def base(
     from distillery.models.base import base_folder
 
     # How far a download is.
-    told = logging.getLogger("distillery.models")
-    told.addHandler(logging.StreamHandler())
-    told.setLevel(logging.INFO)
+    show_progress("distillery.models")
     recipe = parse_recipe({"student": {"base": {"model": name}}}, "distillery base")
     print(base_folder(recipe.student.base))
 
@@ -440,6 +440,13 @@ def report(
     from distillery.storage.artifacts import ArtifactStore
 
     print(page_of_run(ArtifactStore(), run))
+
+
+def show_progress(package: str) -> None:
+    """Print on stderr what a package logs of its progress."""
+    told = logging.getLogger(package)
+    told.addHandler(logging.StreamHandler())
+    told.setLevel(logging.INFO)
 
 
 def main() -> None:

@@ -75,6 +75,15 @@ def test_check_prints_a_line_an_item(recipe_file: Path) -> None:
         assert sum(line[5:].startswith(item) for line in lines) == 1
 
 
+def test_check_says_that_it_makes_the_registry(
+    recipe_file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("DISTILLERY_REGISTRY", f"sqlite:///{tmp_path}/new.db")
+    done = run("check", str(recipe_file))
+    assert done.stderr == f"making the registry {tmp_path}/new.db, once; it takes seconds\n"
+    assert "ok   registry: " in done.stdout
+
+
 def test_check_exits_1_where_something_is_missing(
     recipe_file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
     from sqlalchemy import URL
 
+_log = logging.getLogger(__name__)
+
 LOCK_S = 60
 """Seconds to wait for another process's promotion, which takes less than one."""
 
@@ -282,6 +284,7 @@ class LocalRegistry(Registry):
         database = Path(url.database)
         if database.exists() or not database.parent.is_dir():
             return
+        _log.info("making the registry %s, once; it takes seconds", database)
         with TemporaryDirectory(dir=database.parent, prefix=".registry-") as folder:
             made = Path(folder) / "registry.db"
             own = url.set(database=str(made)).render_as_string(hide_password=False)
