@@ -32,6 +32,7 @@ from distillery.data.look import (
 )
 from distillery.data.prepare import check_rows
 from distillery.errors import DistilleryError, RecipeError
+from distillery.labels.questions import check_of_train_rows
 from distillery.labels.quote import quote_recipe
 from distillery.machine import folder_of_commands
 from distillery.models.base import local_copy
@@ -155,7 +156,7 @@ def new_recipe(
     counts, trouble = expected_counts(found, recipe), ""
     if is_mended:
         try:
-            counts = check_rows(recipe.dataset, recipe.task)
+            counts = check_rows(recipe.dataset, recipe.task, check_of_train_rows(recipe))
         except DistilleryError as error:
             trouble = str(error)
     yield from tell_rows(found)

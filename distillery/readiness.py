@@ -32,6 +32,7 @@ from distillery.errors import (
     TrainingUnavailable,
 )
 from distillery.export.fit import misfit
+from distillery.labels.questions import check_of_train_rows
 from distillery.models.base import (
     check_config,
     check_loadable,
@@ -375,7 +376,7 @@ def check_data(recipe: Recipe) -> Iterator[Finding]:
             yield ok("task", "the format of the answers is read")
         yield check_hub(dataset)
         return
-    counts = check_rows(dataset, recipe.task)
+    counts = check_rows(dataset, recipe.task, check_of_train_rows(recipe))
     rows = ", ".join(f"{count:,} {role}" for role, count in counts.items())
     source = "the shipped sample" if dataset.source == "sample" else "every file is read"
     yield ok("data", f"{source}; rows: {rows}")

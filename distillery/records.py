@@ -110,6 +110,9 @@ class Example(Record):
 
 LETTERS = tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
 
+LONGEST_OPTION = 16_384
+"""Characters of an option that a model is asked the likelihood of, by the server."""
+
 CLASSES_FILE = "classes.json"
 """The classes of the rows in the same folder: a JSON list of names. Other rows have none."""
 

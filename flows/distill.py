@@ -54,7 +54,7 @@ from tasks.hub import check_bases, pinned, source_of
 from tasks.judge import preferred
 from tasks.judged import judged_before
 from tasks.label_parts import parts_first
-from tasks.labels import canaries, check_shares, labelled, measured_against
+from tasks.labels import canaries, check_askable, check_shares, labelled, measured_against
 from tasks.onnx import exported
 from tasks.registry import apply_gate, download, promote, register
 from tasks.results import results_in_store
@@ -324,6 +324,7 @@ def labelled_rows(
     whether the teacher will label the test rows too."""
     again, preparation = refreshing(refresh), recipe.teacher.preparation
     train_rows, local, served = data.rows("train"), None, None
+    check_askable(recipe, train_rows)
     if recipe.teacher.kind == "local":
         name = f"{produced_by()}, preparation"
         # A text would be a template, in which braces mean something.

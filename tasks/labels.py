@@ -27,6 +27,7 @@ from distillery.labels.cascade import label_in_cascade
 from distillery.labels.files import LabelCounts
 from distillery.labels.known import read_label_files, write_known_labels
 from distillery.labels.labelling import Progress, Slots
+from distillery.labels.questions import check_of_train_rows
 from distillery.labels.quote import gold_rows, named_tokenizer, quote, token_counter
 from distillery.labels.report import read_report
 from distillery.labels.store import LabelStore
@@ -321,6 +322,13 @@ def labelled(
         cheap = identity_of_cheap(recipe.teacher)
         labels = asked(rows, recipe.prompt, recipe.teacher, identity, model, cheap)
     return labels
+
+
+def check_askable(recipe: Recipe, train: Rows) -> None:
+    """Raise DataError, before anything is trained, for a train row that the recipe's teacher can't
+    be asked."""
+    if check := check_of_train_rows(recipe):
+        check(each_example(ArtifactStore().fetch(train.artifact) / train.file))
 
 
 def check_shares(

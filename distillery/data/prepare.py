@@ -16,7 +16,7 @@ dataset.corrections, the names of the classes, and rows of equal content while t
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -106,12 +106,20 @@ def prepare(
         )
 
 
-def check_rows(recipe: DatasetRecipe, task: TaskRecipe | None = None) -> dict[str, int]:
-    """Return how many rows `prepare` would write for each role. Writes nothing.
+def check_rows(
+    recipe: DatasetRecipe,
+    task: TaskRecipe | None = None,
+    check_train: Callable[[Iterator[Example]], None] | None = None,
+) -> dict[str, int]:
+    """Return how many rows `prepare` would write for each role. Writes nothing. `check_train` is
+    given the train rows.
 
-    Raises what `prepare` raises. A hub data set is downloaded unless it is on this machine.
+    Raises what `prepare` and `check_train` raise. A hub data set is downloaded unless it is on this
+    machine.
     """
     with select_rows(recipe, task) as selected:
+        if check_train:
+            check_train(map(Example.model_validate_json, selected.lines("train")))
         return selected.counts
 
 

@@ -1,13 +1,15 @@
 """The requests for a row: its prompt in each order of its options, each with its key."""
 
 import heapq
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from hashlib import sha256
 from typing import Any, NamedTuple
 
+from distillery.data.readers import shown
+from distillery.errors import DataError
 from distillery.prompts import Message, render_messages
-from distillery.recipe import PromptRecipe, TeacherRecipe
-from distillery.records import Example, digest_of
+from distillery.recipe import PromptRecipe, Recipe, TeacherRecipe
+from distillery.records import LONGEST_OPTION, Example, digest_of
 from distillery.teacher.answers import rotated_order
 
 
@@ -105,6 +107,26 @@ def questions(
             key = request_key(identity, messages, recipe, vote, schema, choice)
             asked.append(Question(key, messages, order, row, by_text))
     return asked
+
+
+def check_of_train_rows(recipe: Recipe) -> Callable[[Iterable[Example]], None] | None:
+    """Return what raises DataError for train rows that the recipe's teacher can't be asked; None
+    where there is nothing to check."""
+    return refuse_long_options if recipe.prompt.answer == "text" else None
+
+
+def refuse_long_options(rows: Iterable[Example]) -> None:
+    """Raise DataError for a row with an option whose likelihood the run's own server would not
+    tell."""
+    for row in rows:
+        for number, text in enumerate(row.choices, 1):
+            if len(text) > LONGEST_OPTION:
+                raise DataError(
+                    f"row {row.example_id} ({shown(row.question)}): option {number} has "
+                    f"{len(text):,} characters, and the run's own teacher is asked by text for "
+                    f"options of at most {LONGEST_OPTION:,}; shorten it, remove the row, or set "
+                    "prompt.answer: letter"
+                )
 
 
 def hashed_rows(examples: Iterable[Example], count: int) -> list[Example]:

@@ -5,13 +5,15 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
+from distillery.records import LONGEST_OPTION
+
 LARGEST_BODY = 4 << 20
 """Bytes of the largest request."""
 
 MOST_MESSAGES = 1000
 MOST_PARTS = 1000
 MOST_STOPS, LONGEST_STOP = 4, 256
-MOST_CHOICES, LONGEST_CHOICE = 64, 16_384
+MOST_CHOICES, LONGEST_CHOICE = 64, LONGEST_OPTION
 LONGEST_NAME = 256
 LONGEST_SCHEMA = 65_536
 MOST_TOKENS = 1 << 20

@@ -16,6 +16,8 @@ from chat_endpoint import Call, ChatEndpoint, Reply, good, refused, said
 from prefect_api import OwnPrefect
 from tiny_recipe import ROWS, recipe, write_rows
 
+from distillery.errors import DataError
+from distillery.readiness import check_data
 from distillery.recipe import PromptRecipe, Recipe
 from distillery.registry.local import LocalRegistry
 
@@ -187,6 +189,15 @@ def test_a_missing_column(bench: Bench) -> None:
     line = bench.refusal()
     assert "no column 'text'" in line
     assert "set dataset.columns.question to the one that is meant" in line
+
+
+def test_an_option_that_a_teacher_by_text_is_not_asked(bench: Bench) -> None:
+    bench.recipe["prompt"] |= {"user": "{question}", "answer": "text"}
+    bench.spoil("train", lambda row: row["choices"]["text"].__setitem__(1, "o" * 20_000))
+    line = bench.refusal()
+    assert "option 2 has 20,000 characters, and the run's own teacher is asked by text" in line
+    with pytest.raises(DataError, match="option 2 has 20,000 characters"):
+        list(check_data(Recipe.model_validate(bench.recipe)))
 
 
 def test_an_answer_key_that_is_no_option(bench: Bench) -> None:

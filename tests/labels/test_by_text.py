@@ -12,15 +12,16 @@ import pytest
 from label_runs import FILES, read_all, read_lines
 from own_server import in_this_process
 
+from distillery.errors import DataError, TeacherError
 from distillery.inference.batch_student import load_scorer
 from distillery.labels.exports import export_rows
 from distillery.labels.files import LabelCounts
 from distillery.labels.labelling import label
-from distillery.labels.questions import questions
+from distillery.labels.questions import questions, refuse_long_options
 from distillery.labels.store import LabelStore
 from distillery.models.class_tokens import ClassTokens
 from distillery.recipe import PromptRecipe, TeacherRecipe
-from distillery.records import Example
+from distillery.records import LONGEST_OPTION, Example
 from distillery.serving.student import ServedStudent
 from distillery.teacher.endpoint import Endpoint
 
@@ -129,6 +130,24 @@ def test_options_of_one_text_share_its_probability_and_are_no_label(
     }
     again = labelled(NOBODY, url, tmp_path / "again", rows, filters=taken)
     assert again.asked == 0, "an answer that is no label is not asked for again"
+
+
+def test_an_option_that_the_server_would_refuse_is_told_beforehand(
+    server: str, url: str, tmp_path: Path
+) -> None:
+    longest = ROWS[0].model_copy(update={"choices": ("o" * LONGEST_OPTION, "oven")})
+    refuse_long_options([longest])
+    with pytest.raises(TeacherError, match=r"0 of 1 rows have a label.*longer than the teacher's"):
+        labelled(server, url, tmp_path / "out", [longest])
+    longer = longest.model_copy(update={"choices": ("oven", "o" * (LONGEST_OPTION + 1))})
+    with pytest.raises(DataError) as caught:
+        refuse_long_options([longest, longer])
+    assert str(caught.value).startswith(
+        "row row-0 ('Where is bread 0?'): option 2 has 16,385 characters, and the run's own "
+        "teacher is asked by text for options of at most 16,384; shorten it, remove the row, or "
+    )
+    with pytest.raises(TeacherError, match=r"400: structured_outputs\.choice"):
+        labelled(server, url, tmp_path / "more", [longer])
 
 
 def test_a_request_by_text_is_another_one() -> None:
