@@ -508,7 +508,8 @@ def main(arguments: list[str]) -> int:
             outcome = distill(recipe, refresh=tuple(given.refresh))
     except GateRefused as refusal:
         record = ArtifactStore().read_record(run_record(refusal.run))
-        print(render(Outcome.model_validate_json(record)))
+        # Ahead of the error in a file that both go to, too.
+        print(render(Outcome.model_validate_json(record)), flush=True)
         print(f"error: {refusal}", file=sys.stderr)
         return REFUSED
     except Pause as waiting:

@@ -1,5 +1,7 @@
 """The gate's verdicts as people see them: in the artifact that a run leaves and in the terminal."""
 
+import io
+from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,8 @@ from prefect import flow
 from prefect.artifacts import Artifact as PrefectArtifact
 from student_answers import answers_file, first, further_figures, score_row
 
+import flows.distill
+from distillery.errors import GateRefused
 from distillery.evaluation.gate import gate
 from distillery.evaluation.report import ANSWERS_FILE, write_report
 from distillery.evaluation.scoreboard import BASE
@@ -26,7 +30,8 @@ from distillery.records import (
     TeacherLabels,
     Usage,
 )
-from distillery.storage.artifacts import ArtifactStore
+from distillery.storage.artifacts import ArtifactStore, run_record
+from flows.distill import REFUSED
 from tasks.summary import publish, render
 
 CANDIDATE = "student int4"
@@ -220,3 +225,31 @@ def test_the_artifact_names_the_page(tmp_path: Path) -> None:
     assert "<strong>Refused</strong>" in page
     assert "This evaluation is from an earlier version" in page
     assert command.startswith("distillery report ")
+
+
+def test_a_refusal_stands_below_the_summary_in_a_file_of_both(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in the log of a job of cron, of which people read the end."""
+    monkeypatch.setenv("DISTILLERY_HOME", str(tmp_path / "home"))
+    ArtifactStore().write_record(
+        run_record("a-run"), outcome_of(tmp_path / "run", RULES).model_dump_json()
+    )
+
+    def refuse(*_arguments: Any, **_settings: Any) -> None:
+        raise GateRefused("too few rows", "a-run")
+
+    monkeypatch.setattr(flows.distill, "distill", refuse)
+    # What needs a server of Prefect's.
+    monkeypatch.setattr(flows.distill, "results_in_store", nullcontext)
+    monkeypatch.setattr(flows.distill, "shown_in_terminal", nullcontext)
+    log = tmp_path / "weekly.log"
+    with log.open("ab", buffering=0) as file:
+        buffered = io.TextIOWrapper(io.BufferedWriter(file), encoding="utf-8")
+        by_line = io.TextIOWrapper(io.BufferedWriter(file), encoding="utf-8", line_buffering=True)
+        with redirect_stdout(buffered), redirect_stderr(by_line):
+            assert flows.distill.main(["demo"]) == REFUSED
+        buffered.flush()
+    lines = log.read_text(encoding="utf-8").splitlines()
+    assert lines[-1] == "error: too few rows"
+    assert any(line.startswith("gate: ") for line in lines)
