@@ -107,6 +107,8 @@ def test_check_exits_1_where_something_is_missing(
     [
         (("check", "none.yaml"), "none.yaml: can't be read"),
         (("new", "none.csv"), "none.csv: can't be read (No such file or directory); correct DATA"),
+        (("new", "."), ".: a folder; name the files in it"),
+        (("check", "mine.csv"), "mine.csv: rows, and no recipe; `distillery new mine.csv` writes"),
         (("base", "/no/such/folder"), "/no/such/folder: no such folder"),
         (("base", "package:no_such_package"), "package no_such_package is not installed"),
         (("base", ""), "student.base.model: "),

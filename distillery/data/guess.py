@@ -11,6 +11,8 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
+from string import ascii_lowercase
 from typing import Any, NamedTuple
 
 from distillery.data.rows import to_options
@@ -68,6 +70,9 @@ REPEATS = 4
 
 JOIN_PAGE = "docs/how-to/text.md"
 """Where a script puts the columns of fields into one."""
+
+JOIN_OPTIONS_PAGE = "docs/how-to/choice.md"
+"""Where a script puts the columns of options into one."""
 
 
 @dataclass
@@ -187,14 +192,18 @@ def are_options(value: Any) -> bool:
     return True
 
 
-def columns_of_options(columns: Iterable[str]) -> list[str]:
+def columns_of_options(columns: Collection[str]) -> list[str]:
     """Return the columns that are named as each row's options are, one a column: option_a, option_b
-    or choice1, choice2."""
+    or choice1, choice2, or a, b and so on."""
     found: dict[str, list[str]] = {}
     for name in columns:
         match = re.fullmatch(r"(option|choice|answer)s?[\W_]*([a-z]|\d)", name.casefold())
         if match:
             found.setdefault(match[1], []).append(name)
+    by_letter = {name.casefold(): name for name in columns}
+    found["letters"] = [
+        by_letter[each] for each in takewhile(by_letter.__contains__, ascii_lowercase)
+    ]
     return next((names for names in found.values() if len(names) > 1), [])
 
 
@@ -311,10 +320,11 @@ def choose_options(
         )
     if kind is None:
         return None
-    raise DataError(
-        f"no column looks like options among {listed(columns)}; put those of each row into a "
-        'column choices, as a list of texts such as ["bank", "library"]'
+    hint = hint_of_options(columns) or (
+        '; put those of each row into a column choices, as a list of texts such as ["bank", '
+        '"library"]'
     )
+    raise DataError(f"no column looks like options among {listed(columns)}{hint}")
 
 
 def choose_key(
@@ -399,10 +409,23 @@ def choose_label(
 
 
 def hint_of_options(columns: Mapping[str, Column]) -> str:
-    """Return what to say of a column that may hold the rows' options."""
+    """Return what to say of columns that may hold the rows' options."""
     for name, column in columns.items():
         if column.may_be_options:
             return f"; if {name!r} holds the options of each row, say --task choice too"
+    for name, column in columns.items():
+        if plain(name) in OPTION_NAMES and column.counts:
+            found = next(iter(column.counts))[:60]
+            return (
+                f"; if {name!r} holds the options of each row, write them as a list of texts such "
+                f'as ["bank", "library"], in place of {found}'
+            )
+    apart = columns_of_options(columns)
+    if apart:
+        return (
+            f"; if {listed(apart)} are the options of each row, put them into one column, choices, "
+            f"by a script as in {JOIN_OPTIONS_PAGE}"
+        )
     return ""
 
 

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from distillery.data.answer_format import named_format
 from distillery.data.guess import (
+    JOIN_OPTIONS_PAGE,
     ChosenColumns,
     Column,
     choose_columns,
@@ -212,12 +213,20 @@ def refuse_options_apart(
                     f"{chosen.label}, and else --task classify"
                 )
     apart = columns_of_options(columns)
-    if apart:
+    # A letter alone may be the name of any column.
+    named = [row for row in labelled if names_one_of(apart, row, chosen.label)]
+    if apart and (len(apart[0]) > 1 or 2 * len(named) > len(labelled)):
         raise DataError(
             f"the columns {listed(apart)} look like options of each row; put them into one column, "
-            'choices, such as ["bank", "library"], by a script as in '
-            "docs/how-to/choice.md, or say --task classify if the labels are the same for all rows"
+            f'choices, such as ["bank", "library"], by a script as in {JOIN_OPTIONS_PAGE}, or say '
+            "--task classify if the labels are the same for all rows"
         )
+
+
+def names_one_of(columns: Sequence[str], row: Mapping[str, Any], label: str) -> bool:
+    """Return whether a row's label is the name of one of the columns or what stands in it."""
+    said = str(row[label]).strip().casefold()
+    return any(said in (name.casefold(), str(row.get(name)).strip().casefold()) for name in columns)
 
 
 def is_option(label: Any, options: Any) -> bool:
@@ -269,7 +278,10 @@ def valid_rows(
 def rows_of(path: Path) -> list[ReadRow]:
     """Return the rows of a file.
 
-    Raises DataError for a file that can't be read, has no rows or is not separated by commas."""
+    Raises DataError for a folder and for a file that can't be read, has no rows or is not separated
+    by commas."""
+    if path.expanduser().is_dir():
+        raise DataError(f"{path}: a folder; name the files in it")
     with open_table("DATA", path.expanduser(), whole=True) as table:
         refuse_equal_columns(path, table.columns)
         for sign, name in ((";", "semicolons"), ("\t", "tabs")):

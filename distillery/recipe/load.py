@@ -39,6 +39,10 @@ def load_recipe(name_or_path: str) -> Recipe:
     """
     if name_or_path in PRESETS:
         return parse_recipe({"preset": name_or_path}, f"preset {name_or_path}")
+    if name_or_path.lower().endswith((".csv", ".jsonl", ".parquet")):
+        raise RecipeError(
+            f"{name_or_path}: rows, and no recipe; `distillery new {name_or_path}` writes one"
+        )
     values = read_yaml(name_or_path, f"give a file or one of: {', '.join(PRESETS)}")
     if not isinstance(values, dict):
         raise RecipeError(f"{name_or_path}: a recipe is a mapping of keys, such as 'name: my-task'")

@@ -147,6 +147,24 @@ def test_options_that_are_not_seen_as_such_are_told(tmp_path: Path) -> None:
         "the columns 'option_a', 'option_b' look like options of each row; put them into one column"
     )
     assert look_at(tmp_path, apart, kind="classify", label="answer", texts=["question"]).classes
+    lettered = [
+        {"question": f"Which {n}?", "A": f"oven {n}", "B": "rain", "answer": "AB"[n % 2]}
+        for n in range(20)
+    ]
+    assert refusal(tmp_path, lettered).startswith("the columns 'A', 'B' look like options of each")
+    said = [{**row, "answer": row[row["answer"]]} for row in lettered]
+    assert "; if 'A', 'B' are the options of each row, put them into one column" in refusal(
+        tmp_path, said
+    )
+    assert "; if 'A', 'B' are the options of each row" in refusal(tmp_path, said, kind="choice")
+    marks = [{**row, "a": n % 7, "b": n % 3} for n, row in enumerate(texts(30))]
+    assert look_at(tmp_path, marks).chosen.label == "label"
+    piped = [{"question": f"Which {n}?", "options": f"{n}|x", "answer": f"{n}"} for n in range(20)]
+    for kind in (None, "choice"):
+        assert refusal(tmp_path, piped, kind=kind).endswith(
+            "; if 'options' holds the options of each row, write them as a list of texts such as "
+            '["bank", "library"], in place of 0|x'
+        )
 
 
 def test_a_question_with_two_right_options_is_told(tmp_path: Path) -> None:
