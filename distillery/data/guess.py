@@ -15,6 +15,7 @@ from itertools import takewhile
 from string import ascii_lowercase
 from typing import Any, NamedTuple
 
+from distillery.data.readers import shown
 from distillery.data.rows import to_options
 from distillery.errors import DataError
 from distillery.recipe import TaskKind
@@ -293,8 +294,9 @@ def refuse_dicts(columns: Mapping[str, Column]) -> None:
         if column.may_be_dicts:
             raise DataError(
                 f"the column {name!r} has values in braces that are no JSON objects, such as "
-                f"{next(iter(column.counts))[:60]}; JSON has double quotes, null, true and false: "
-                "in Python, write the column by json.dumps; or name another column by --label"
+                f"{shown(next(iter(column.counts)))}; JSON has double quotes, null, true and "
+                "false: in Python, write the column by json.dumps; or name another column by "
+                "--label"
             )
 
 
@@ -415,10 +417,9 @@ def hint_of_options(columns: Mapping[str, Column]) -> str:
             return f"; if {name!r} holds the options of each row, say --task choice too"
     for name, column in columns.items():
         if plain(name) in OPTION_NAMES and column.counts:
-            found = next(iter(column.counts))[:60]
             return (
                 f"; if {name!r} holds the options of each row, write them as a list of texts such "
-                f'as ["bank", "library"], in place of {found}'
+                f'as ["bank", "library"], in place of {shown(next(iter(column.counts)))}'
             )
     apart = columns_of_options(columns)
     if apart:

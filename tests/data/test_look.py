@@ -163,7 +163,7 @@ def test_options_that_are_not_seen_as_such_are_told(tmp_path: Path) -> None:
     for kind in (None, "choice"):
         assert refusal(tmp_path, piped, kind=kind).endswith(
             "; if 'options' holds the options of each row, write them as a list of texts such as "
-            '["bank", "library"], in place of 0|x'
+            '["bank", "library"], in place of \'0|x\''
         )
 
 
