@@ -408,11 +408,12 @@ class LabelStore:
         for text in filter(None, containing):
             conditions.append(TABLE.c.prompt.icontains(text, autoescape=True))
             conditions.append(TABLE.c.raw.icontains(text, autoescape=True))
-        ids = dict.fromkeys(filter(None, rows))
-        for chunk in chunks(chain(ids, *map(both_orders, ids))):
-            conditions.append(TABLE.c.example_id.in_(chunk))
+        named = list(filter(None, rows))
+        # Each id once: an answer is in one chunk at most.
+        ids = dict.fromkeys(chain(named, *map(both_orders, named)))
         # All in one transaction.
-        count = self._database.run(partial(delete_answers, conditions=conditions, dry_run=dry_run))
+        delete_all = partial(delete_answers, conditions=conditions, ids=list(ids), dry_run=dry_run)
+        count = self._database.run(delete_all)
         if not dry_run:
             self._database.truncate_log()
         return count
@@ -582,15 +583,25 @@ def execute(connection: Any, statement: Any, values: list[dict[str, Any]]) -> No
     connection.execute(statement, values)
 
 
-def delete_answers(connection: Any, conditions: Sequence[Any], dry_run: bool) -> int:
-    """Delete the answers that meet any of the conditions, and return how many; in a dry run, count
-    them only. An answer that meets several conditions counts once."""
+def delete_answers(
+    connection: Any, conditions: Sequence[Any], ids: Sequence[str], dry_run: bool
+) -> int:
+    """Delete the answers that meet any of the conditions and those to the rows with these distinct
+    ids, and return how many; in a dry run, count them only. An answer counts once, whatever it is
+    deleted for."""
     count = 0
-    for number, condition in enumerate(conditions):
+
+    def apply(condition: Any, earlier: Sequence[Any]) -> int:
         if dry_run:
             # In earnest, an earlier condition would have deleted what it shares with this one.
-            condition = and_(condition, *(not_(earlier) for earlier in conditions[:number]))
-            count += connection.scalar(select(func.count()).select_from(TABLE).where(condition))
-        else:
-            count += connection.execute(delete(TABLE).where(condition)).rowcount
+            # Chunks of ids share nothing: a query that named all ids before would grow too large.
+            condition = and_(condition, *map(not_, earlier))
+            query = select(func.count()).select_from(TABLE).where(condition)
+            return int(connection.scalar(query))
+        return int(connection.execute(delete(TABLE).where(condition)).rowcount)
+
+    for number, condition in enumerate(conditions):
+        count += apply(condition, conditions[:number])
+    for chunk in chunks(ids):
+        count += apply(TABLE.c.example_id.in_(chunk), conditions)
     return count

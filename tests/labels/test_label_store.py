@@ -30,6 +30,7 @@ from distillery.errors import DataError, StoreError, StoreUnavailable
 from distillery.labels.batch_book import BATCHES, LINES
 from distillery.labels.exports import export_answers, export_rows, import_answers, parquet_schema
 from distillery.labels.journal import values_of
+from distillery.labels.pairs import both_orders
 from distillery.labels.questions import questions
 from distillery.labels.store import Experience, LabelStore, StoredAnswer
 from distillery.recipe import PromptRecipe, TeacherRecipe
@@ -265,6 +266,15 @@ def test_as_many_rows_as_a_list_holds_are_deleted(store: LabelStore) -> None:
     assert store.delete(rows=rows) == 50
 
 
+def test_an_answer_that_is_named_twice_counts_once(store: LabelStore) -> None:
+    first, _ = both_orders("row-0")
+    filled(store, [stored(0, example_id=first), stored(1)])
+    others = [f"other-{number}" for number in range(1500)]
+    rows = [first, "row-1", *others, "row-1", "row-0"]
+    assert store.delete(rows=rows, dry_run=True) == 2
+    assert store.delete(rows=rows) == 2
+
+
 @pytest.mark.parametrize(
     ("text", "gone"),
     [
@@ -326,7 +336,13 @@ def test_answers_that_are_no_label_are_deleted(store: LabelStore) -> None:
 
 
 def test_several_wishes_at_once_delete_what_any_names(store: LabelStore) -> None:
-    assert filled(store).delete(rows=["row-1"], containing=["猫", "after 5"], rejected=True) == 4
+    wishes: dict[str, Any] = {
+        "rows": ["row-1", "row-3"],
+        "containing": ["猫", "after 5"],
+        "rejected": True,
+    }
+    assert filled(store).delete(**wishes, dry_run=True) == 4
+    assert store.delete(**wishes) == 4
     assert [answer.example_id for answer in all_in(store).values()] == ["row-2"]
 
 
