@@ -339,14 +339,14 @@ async def test_oddities_beside_the_answer_cost_it_not(
     assert labels_in(tmp_path / "out")["row-7"]["answer"] == "A"
 
 
-async def test_a_page_in_place_of_every_answer_ends_the_run_at_once(
+async def test_a_page_in_place_of_every_answer_ends_the_run(
     sdk: Sdk, url: str, tmp_path: Path
 ) -> None:
     with ChatEndpoint(lambda call: Reply("<html>Sign in to the hotel's network</html>")) as server:
         with pytest.raises(
             TeacherError, match="check that it is a chat-completions endpoint"
         ) as caught:
-            await labelled(server, url, tmp_path / "out", sdk=sdk)
+            await labelled(server, url, tmp_path / "out", sdk=sdk, outage_s=1)
         assert "\n" not in str(caught.value)
         assert len(server.calls) <= 8 * TeacherRecipe().attempts
     assert not (tmp_path / "out").exists()
