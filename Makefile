@@ -27,7 +27,7 @@ AXE := tests/support/axe/node_modules/.installed
 
 export PREFECT_HOME ?= $(CURDIR)/.distillery/prefect
 
-.PHONY: help setup demo test test-all test-security audit sbom image-check bench-overhead bench-choice bench-labels bench-train bench-distil bench-distil-full bench-inference bench-scale bench-serving bench-tasks bench-tasks-full bench-tasks-endpoint bench-text bench-text-full neutral foundry simulate-gate rehearse-lab docs lint format up down clean
+.PHONY: help setup demo test test-all services test-security audit sbom image-check bench-overhead bench-choice bench-labels bench-train bench-distil bench-distil-full bench-inference bench-scale bench-serving bench-tasks bench-tasks-full bench-tasks-endpoint bench-text bench-text-full neutral foundry simulate-gate rehearse-lab docs lint format up down clean
 help: ## what the targets do
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-14s %s\n", $$1, $$2}'
 
@@ -90,8 +90,11 @@ demo: $(INSTALLED) | $(PREFECT_HOME) ## the whole way on this machine: no accoun
 test: $(INSTALLED) | $(PREFECT_HOME) ## the fast tests
 	@$(TESTS) -m "not slow and not gpu and not azure_live"
 
-test-all: $(INSTALLED) $(AZURITE) $(AXE) $(FOUNDRY) | $(PREFECT_HOME) ## all tests; needs Node.js, PostgreSQL, Chromium and COMMONSENSE_QA_DIR
+test-all: $(INSTALLED) services | $(PREFECT_HOME) ## all tests; needs Node.js, PostgreSQL, Chromium and COMMONSENSE_QA_DIR
 	@$(TESTS) --durations=$(DURATIONS) -m "not gpu and not azure_live"
+
+# What the slow tests start beside our own environment.
+services: $(AZURITE) $(AXE) $(FOUNDRY)
 
 test-security: $(INSTALLED) $(AZURITE) $(AXE) | $(PREFECT_HOME) ## the tests that try to get in or to break something, and what the fuzzers tried; needs what test-all needs
 	@$(TESTS) -rP -m "security and not gpu and not azure_live"
