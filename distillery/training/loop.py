@@ -30,9 +30,7 @@ from distillery.training.checkpoint import (
     TrainingState,
     fingerprint_of,
 )
-from distillery.training.class_head import CLASS_ROWS, add_class_head
 from distillery.training.decisions import decide
-from distillery.training.frozen_states import frozen_states_kept
 from distillery.training.hidden_states import TeacherStates
 from distillery.training.losses import balanced_weights
 from distillery.training.objective import Objective
@@ -181,6 +179,8 @@ class Training:
     ) -> AbstractContextManager[None]:
         """Return a context in which passes of these rows skip the frozen layers, where training
         goes through the rows more than once."""
+        from distillery.training.frozen_states import frozen_states_kept
+
         if self.steps <= self.steps_per_epoch or self.state.step == self.steps:
             return nullcontext()
         objective = self.objective
@@ -278,6 +278,8 @@ class Training:
 
     def result(self) -> TrainingResult:
         """Return the figures of the whole training."""
+        from distillery.training.class_head import CLASS_ROWS
+
         state = self.state
         parameters = 0
         for name, weight in self.model.named_parameters():
@@ -312,6 +314,8 @@ def set_up(
     """Return a training at step 0: the model on its device with the weights to train, and the
     optimiser, the schedule and the objective. The parameters are those of `train`."""
     import torch
+
+    from distillery.training.class_head import add_class_head
 
     require_rows(rows)
     if recipe.patience_needs_validation and not validation:

@@ -20,7 +20,6 @@ from distillery.training.losses import (
     written_targets,
 )
 from distillery.training.rows import TrainingRow
-from distillery.training.token_loss import taught_losses
 
 if TYPE_CHECKING:
     import torch
@@ -84,6 +83,8 @@ class Objective:
 
     def written_answers(self, rows: Sequence[TrainingRow]) -> "torch.Tensor":
         """Return the loss on written answers and on the hidden states, from one forward pass."""
+        from distillery.training.token_loss import taught_losses
+
         recipe = self.recipe
         prompts, texts = [row.prompt for row in rows], [row.target for row in rows]
         with self.device.autocast(), states_read_by_head(self.model) as states:
