@@ -105,7 +105,7 @@ def test_every_block_has_a_language_and_every_mark_is_known(page: Path) -> None:
 
 
 @pytest.fixture
-def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own_registry: None) -> Path:
     """A folder with links to what a checkout holds, and to the environment of these tests."""
     folder = tmp_path / "checkout"
     folder.mkdir()

@@ -834,6 +834,7 @@ def test_two_processes_open_a_new_registry_at_once(folder: Path) -> None:
     assert sorted(answers) == ["1", "2"]
 
 
+@pytest.mark.usefixtures("own_registry")
 def test_nothing_to_register(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for folder, words in (
@@ -844,6 +845,7 @@ def test_nothing_to_register(tmp_path: Path) -> None:
             LocalRegistry().register(folder, "student", {}, PROVENANCE)
 
 
+@pytest.mark.usefixtures("own_registry")
 def test_a_manifest_of_the_models_own_is_not_overwritten(folder: Path) -> None:
     (folder / "manifest.json").write_text('{"mine": true}')
     with pytest.raises(RegistryError, match=r"onnx/manifest\.json: .* rename yours"):
