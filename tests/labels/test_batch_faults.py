@@ -27,6 +27,12 @@ REQUESTS = 14
 at twice and downloaded."""
 
 
+@pytest.fixture(autouse=True)
+def _short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next run looks often whether the killed one's leases have expired."""
+    monkeypatch.setattr("distillery.storage.leases.POLL_S", 0.05)
+
+
 @pytest.fixture(scope="module")
 def nursery() -> Iterator[Nursery]:
     with Nursery() as started:
