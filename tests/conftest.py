@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from azure_ml_stand_in import make_certificate
 from azurite_server import Azurite, Certificate
+from postgres_server import Postgres
 from prefect_api import OwnPrefect
 from tenacity import wait_none
 from tiny_model import build_tiny_model
@@ -75,6 +76,20 @@ def no_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
 def url(tmp_path: Path) -> str:
     """Of a label store of this test's own."""
     return f"sqlite:///{tmp_path / 'labels.db'}"
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[Postgres]:
+    """A PostgreSQL server for all tests of this process that do not stop it."""
+    with Postgres() as server:
+        yield server
+
+
+@pytest.fixture
+def postgres_url(postgres_server: Postgres) -> Iterator[str]:
+    """Of a database of this test's own."""
+    with postgres_server.new_database() as url:
+        yield url
 
 
 @pytest.fixture(scope="session")

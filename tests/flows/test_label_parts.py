@@ -65,13 +65,12 @@ def databases(
     """`databases(name)` makes a database of labels the one in use."""
     monkeypatch.setattr(parts_module, "CALLS_OF_A_PART", 20)
     with ExitStack() as stack:
-        server = stack.enter_context(Postgres()) if request.param == "postgresql" else None
 
         def use(name: str) -> Database:
             url = f"sqlite:///{tmp_path / name}.db"
-            if server:
-                server.ask(f"CREATE DATABASE {name}")
-                url = server.url(database=name)
+            if request.param == "postgresql":
+                server: Postgres = request.getfixturevalue("postgres_server")
+                url = stack.enter_context(server.new_database())
             monkeypatch.setenv("DISTILLERY_LABELS", url)
             monkeypatch.setenv("DISTILLERY_HOME", str(tmp_path / name))
             database = Database(url)

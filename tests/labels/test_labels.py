@@ -6,7 +6,7 @@ import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -43,12 +43,6 @@ from distillery.teacher import ledger
 from distillery.teacher.endpoint import Sdk
 
 pytestmark = pytest.mark.usefixtures("no_backoff")
-
-
-@pytest.fixture
-def postgres() -> Iterator[str]:
-    with Postgres() as server:
-        yield server.url()
 
 
 def test_a_key_covers_what_is_asked_of_whom() -> None:
@@ -107,18 +101,18 @@ def test_the_store_keeps_what_it_is_given(url: str) -> None:
 
 
 @pytest.mark.slow
-def test_the_store_on_postgresql(postgres: str) -> None:
-    check_store(postgres)
+def test_the_store_on_postgresql(postgres_url: str) -> None:
+    check_store(postgres_url)
 
 
 @pytest.mark.slow
-def test_stores_that_make_the_table_at_once_on_postgresql(postgres: str) -> None:
+def test_stores_that_make_the_table_at_once_on_postgresql(postgres_url: str) -> None:
     ready, failures = threading.Barrier(8), []
 
     def make() -> None:
         ready.wait()
         try:
-            LabelStore(postgres).close()
+            LabelStore(postgres_url).close()
         except StoreError as error:
             failures.append(error)
 
@@ -131,10 +125,10 @@ def test_stores_that_make_the_table_at_once_on_postgresql(postgres: str) -> None
 
 
 @pytest.mark.slow
-async def test_labelling_into_postgresql_and_out_of_it(postgres: str, tmp_path: Path) -> None:
+async def test_labelling_into_postgresql_and_out_of_it(postgres_url: str, tmp_path: Path) -> None:
     with ChatEndpoint() as server:
-        first = await labelled(server, postgres, tmp_path / "1", soft_labels=True)
-        second = await labelled(server, postgres, tmp_path / "2", soft_labels=True)
+        first = await labelled(server, postgres_url, tmp_path / "1", soft_labels=True)
+        second = await labelled(server, postgres_url, tmp_path / "2", soft_labels=True)
         assert (first.asked, second.asked) == (20, 0)
     assert read_all(tmp_path / "1") == read_all(tmp_path / "2")
 

@@ -1,6 +1,5 @@
 """Stored answers are read again from their texts: a newer reader applies to them at no cost."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +7,6 @@ import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import pytest
 from chat_endpoint import ChatEndpoint, said
 from label_runs import PROMPT, endpoint_of, example, labelled, read_lines
-from postgres_server import Postgres
 
 from distillery.errors import TeacherError
 from distillery.labels.canaries import ask_canaries
@@ -21,12 +19,6 @@ from distillery.records import Example
 UNREAD = "no option, or more than one, of A to C"
 SENTENCE = "Among A through C, the answer is B, two."
 PROBABILITIES = {"A": 0.1, "B": 0.1, "C": 0.8}
-
-
-@pytest.fixture
-def postgres() -> Iterator[str]:
-    with Postgres() as server:
-        yield server.url()
 
 
 def keep(url: str, row: Example, recipe: TeacherRecipe, raw: str, **read_as: Any) -> None:
@@ -90,8 +82,10 @@ async def test_stored_answers_are_read_again_without_a_call(url: str, tmp_path: 
 
 
 @pytest.mark.slow
-async def test_stored_answers_are_read_again_on_postgresql(postgres: str, tmp_path: Path) -> None:
-    await check_answers_are_read_again(postgres, tmp_path / "out")
+async def test_stored_answers_are_read_again_on_postgresql(
+    postgres_url: str, tmp_path: Path
+) -> None:
+    await check_answers_are_read_again(postgres_url, tmp_path / "out")
 
 
 @pytest.mark.parametrize(("form", "accepted"), [("letter", 1), ("rationale", 0)])

@@ -4,7 +4,7 @@ holder dies. Time is the database's; tests move it on, and wait for what happens
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Event
@@ -56,12 +56,10 @@ def _frequent_looks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.slow)])
-def url(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[str]:
+def url(tmp_path: Path, request: pytest.FixtureRequest) -> str:
     if request.param == "sqlite":
-        yield f"sqlite:///{tmp_path / 'labels.db'}"
-    else:
-        with Postgres() as server:
-            yield server.url()
+        return f"sqlite:///{tmp_path / 'labels.db'}"
+    return str(request.getfixturevalue("postgres_url"))
 
 
 class MovedClock:

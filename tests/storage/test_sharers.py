@@ -5,11 +5,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from postgres_server import Postgres
 from sqlalchemy import func, select, text
 from still_clock import StillClock
 
@@ -29,12 +28,10 @@ time.sleep(600)
 
 
 @pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.slow)])
-def url(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[str]:
+def url(tmp_path: Path, request: pytest.FixtureRequest) -> str:
     if request.param == "sqlite":
-        yield f"sqlite:///{tmp_path / 'labels.db'}"
-    else:
-        with Postgres() as server:
-            yield server.url()
+        return f"sqlite:///{tmp_path / 'labels.db'}"
+    return str(request.getfixturevalue("postgres_url"))
 
 
 @pytest.fixture

@@ -7,6 +7,9 @@ import signal
 import subprocess
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Self
 
@@ -23,6 +26,7 @@ class Postgres:
             raise RuntimeError("PostgreSQL's server programs are missing: install postgresql")
         found = subprocess.run([config, "--bindir"], capture_output=True, text=True, check=True)
         self._programs = Path(found.stdout.strip())
+        self._numbers = count()
         self._user = "nobody" if os.geteuid() == 0 else None
         # A socket's path is short, and 'nobody' may not enter the tests' own folders.
         self._folder = Path(tempfile.mkdtemp(prefix="pg-", dir="/tmp"))
@@ -76,6 +80,14 @@ class Postgres:
     def ask(self, query: str, user: str = "owner", database: str = "postgres") -> str:
         """What psql prints: a row a line, columns apart by |."""
         return self._run("psql", "-h", self._folder, "-U", user, "-Atc", query, database).strip()
+
+    @contextmanager
+    def new_database(self) -> Iterator[str]:
+        """The URL of a database of its own, which is removed, with all connections to it."""
+        name = f"own_{next(self._numbers)}"
+        self.ask(f"CREATE DATABASE {name}")
+        yield self.url(database=name)
+        self.ask(f"DROP DATABASE {name} WITH (FORCE)")
 
     def dump(self) -> str:
         """All that the database holds, as SQL."""

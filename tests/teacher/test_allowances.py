@@ -4,7 +4,7 @@ import asyncio
 import random
 import sqlite3
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 from chat_endpoint import Call, ChatEndpoint, Reply, completion, good, refused
 from label_runs import PROMPT, endpoint_of, example, run_process
-from postgres_server import Postgres
 from sqlalchemy import select
 
 from distillery.errors import BudgetReached, RecipeError, TeacherUnavailable
@@ -33,12 +32,10 @@ MOST = Usage(prompt_tokens=100, completion_tokens=20)
 
 
 @pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.slow)])
-def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "sqlite":
-        yield f"sqlite:///{tmp_path / 'labels.db'}"
-        return
-    with Postgres() as server:
-        yield server.url()
+        return f"sqlite:///{tmp_path / 'labels.db'}"
+    return str(request.getfixturevalue("postgres_url"))
 
 
 def recipe_of(**budget: Any) -> TeacherRecipe:
