@@ -273,14 +273,27 @@ def check_loadable(folder: Path, base: BaseModelRecipe) -> None:
 
 
 def check_config(folder: Path, base: BaseModelRecipe) -> None:
-    """Raise TrainingError for a folder without config.json, for a model that needs Python code of
-    its own unless recipe and worker allow it, and for code that is in another repository."""
+    """Raise TrainingError for a folder without config.json, for an adapter and for weights that
+    bitsandbytes has packed, for a model that needs Python code of its own unless recipe and worker
+    allow it, and for code that is in another repository."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     try:
         config: dict[str, Any] = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError) as error:
         raise TrainingError(f"base.model: {base.model}: no readable config.json in it") from error
+    if (folder / "adapter_config.json").exists():
+        # Transformers would load the model that this file names, from wherever that is.
+        raise TrainingError(
+            f"base.model: {base.model}: an adapter is in it (adapter_config.json); name a whole "
+            "model, into which the adapter is merged"
+        )
+    packed = config.get("quantization_config")
+    if isinstance(packed, dict) and packed.get("quant_method") == "bitsandbytes":
+        raise TrainingError(
+            f"base.model: {base.model}: its weights are rounded (quantization_config); name the "
+            "model that it was made from, which training.method: qlora rounds itself"
+        )
     refuse_unnamed_code(base, folder)
     if remote_code_allowed(base):
         if folder.parent.name == "snapshots" and folder.name != base.revision:

@@ -263,3 +263,26 @@ def test_the_licence_in_a_gguf_file(tmp_path: Path) -> None:
     assert license_of(base, tmp_path) == "apache-2.0"
     (tmp_path / "README.md").write_text("---\nlicense: null\n---\n")
     assert license_of(base, tmp_path) is None, "kept that it names none"
+
+
+@pytest.mark.parametrize(
+    ("file", "values", "line"),
+    [
+        ("adapter_config.json", {"base_model_name_or_path": "/elsewhere"}, "an adapter is in it"),
+        (
+            "config.json",
+            {"model_type": "llama", "quantization_config": {"quant_method": "bitsandbytes"}},
+            "its weights are rounded .*name the model that it was made from",
+        ),
+    ],
+)
+def test_a_base_model_is_whole_and_in_floats(
+    file: str, values: dict[str, Any], line: str, tmp_path: Path
+) -> None:
+    """Transformers would load another model in place of the first, and ask the hub for code that
+    computes with the second."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    (tmp_path / file).write_text(json.dumps(values))
+    with pytest.raises(TrainingError, match=line):
+        base_folder(BaseModelRecipe(model=str(tmp_path)))

@@ -279,6 +279,23 @@ def test_bitsandbytes_is_imported_before_peft_wherever_that_is(
 
 
 @pytest.mark.security
+def test_bitsandbytes_does_not_find_the_package_that_fetches(tmp_path: Path) -> None:
+    (tmp_path / "kernels.py").write_text("raise SystemExit('imported')")
+    stub = "try:\n    import kernels\nexcept ImportError:\n    pass\n"
+    (tmp_path / "bitsandbytes.py").write_text(stub)
+    code = "from distillery.hub_kernels import import_bitsandbytes as own; own()"
+    path = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
+    for command, found in ((code, ""), ("import bitsandbytes", "imported\n")):
+        done = subprocess.run(
+            [sys.executable, "-c", command],
+            env=os.environ | {"PYTHONPATH": path},
+            capture_output=True,
+            text=True,
+        )
+        assert done.stderr == found
+
+
+@pytest.mark.security
 def test_an_adapter_runs_no_code_of_the_hub(tmp_path: Path) -> None:
     """Where peft is imported, bitsandbytes would fetch some by the package `kernels` on CPUs with
     AVX512_BF16."""
