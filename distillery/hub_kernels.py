@@ -11,7 +11,7 @@ def import_bitsandbytes() -> None:
     imported.
 
     On CPUs with AVX512_BF16 it would fetch compiled code from the hub by the package `kernels`, and
-    run it, or warn that this package is not installed. It does as well without."""
+    run it, or warn that this package is not installed. It works without that code."""
     if "bitsandbytes" in sys.modules or find_spec("bitsandbytes") is None:
         return
     log = logging.getLogger("bitsandbytes.backends.cpu.ops")

@@ -58,8 +58,8 @@ def quantise_linear_layers(model: Any, device: Device) -> None:
             device="meta",
             **form,
         )
-        # Else CPUs with AVX512_BF16 would repack the weights in validation, and training would go
-        # on without gradients.
+        # Without this, CPUs with AVX512_BF16 would repack the weights in validation, and training
+        # would go on without gradients.
         packed.support_avx512bf16_for_cpu = False
         packed.weight = Params4bit(
             layer.weight.detach(), requires_grad=False, module=packed, **form
@@ -69,7 +69,7 @@ def quantise_linear_layers(model: Any, device: Device) -> None:
         model.set_submodule(name, packed)
         count += unpacked_count(packed.weight)
         size += packed_bytes(packed.weight)
-    # By this peft knows such a model.
+    # peft recognises a model in 4 bits by this.
     model.is_loaded_in_4bit = True
     _log.info(
         "%.0f M parameters of the frozen base are held in 4 bits: %.0f MB", count / 1e6, size / 1e6
